@@ -1,0 +1,620 @@
+//! The command line: arguments and environment in, a [`Command`] or a [`UsageError`] out.
+//!
+//! Nothing is clamped or guessed: what makes no sense is refused, with what to write instead. Values that may hold secrets (`--url`, `--api-secret`)
+//! are never given to the parser to check, because its messages repeat what they refuse.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::plan::{AudioSpec, Connection, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape, Target, VideoSpec};
+use crate::report::{Destinations, Judging, Threshold};
+use crate::units::Bitrate;
+
+/// What the user asked for.
+#[derive(Debug)]
+pub enum Command {
+    Run(Box<Run>),
+    /// Help or version: for standard output, exit code 0.
+    Show(String),
+}
+
+/// A load test.
+#[derive(Debug)]
+pub struct Run {
+    pub plan: Plan,
+    /// `None` only in a dry run.
+    pub credentials: Option<Credentials>,
+    pub judging: Judging,
+    pub destinations: Destinations,
+    /// Engine threads; `None`: as many as the host bears.
+    pub threads: Option<usize>,
+    pub dry_run: bool,
+    /// No progress and no text beyond the report.
+    pub quiet: bool,
+    /// Progress as plain lines, never redrawn.
+    pub no_live: bool,
+    /// What the user should know about what was asked.
+    pub warnings: Vec<String>,
+}
+
+/// The API key and secret of the server under test.
+#[derive(Clone)]
+pub struct Credentials {
+    pub api_key: String,
+    pub api_secret: String,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credentials(..)")
+    }
+}
+
+/// Why the command line was refused; for standard error, with [`UsageError::EXIT_CODE`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UsageError(String);
+
+impl UsageError {
+    pub const EXIT_CODE: u8 = 2;
+}
+
+impl fmt::Display for UsageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+/// Reads arguments (the program's name first) and the environment; draws what makes this run unlike every other.
+///
+/// # Errors
+/// With a text for the user, which ends without a newline.
+pub fn parse(args: impl IntoIterator<Item = OsString>, env: &dyn Fn(&str) -> Option<String>) -> Result<Command, UsageError> {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    parse_with(args, env, hasher.finish())
+}
+
+/// [`parse`] without chance: `fresh` gives the run's tag (upper half) and the seed where none is asked for (lower half).
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_with(args: impl IntoIterator<Item = OsString>, env: &dyn Fn(&str) -> Option<String>, fresh: u64) -> Result<Command, UsageError> {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => return Ok(Command::Show(error.to_string())),
+        Err(error) => return Err(UsageError(error.to_string().trim_end().to_owned())),
+    };
+    let args = match cli.command {
+        Some(Sub::Run(args)) => args,
+        None => cli.run,
+    };
+    args.into_run(env, fresh)
+        .map(|run| Command::Run(Box::new(run)))
+        .map_err(|why| UsageError(format!("error: {why}")))
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  throng --url ws://127.0.0.1:7880 --api-key devkey --api-secret ... --publishers 2 --subscribers 50
+  throng --room-count 10 --publishers 1 --video-publishers 1 --subscribers 100 --duration 5m \\
+         --threshold 'audio.one_way_latency.p95<150ms' --json run.json
+
+Exit codes: 0 PASS, 1 could not run or PARTIAL, 2 usage, 98 INVALID (the generator was the limit), 99 FAIL.";
+
+/// A synthetic-media load engine for WebRTC SFUs, LiveKit first.
+#[derive(Debug, Parser)]
+#[command(name = "throng", version, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Sub>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Sub {
+    /// A load test; what throng does without a subcommand
+    #[command(after_help = EXAMPLES)]
+    Run(RunArgs),
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    #[command(flatten)]
+    target: TargetArgs,
+    #[command(flatten)]
+    shape: ShapeArgs,
+    #[command(flatten)]
+    media: MediaArgs,
+    #[command(flatten)]
+    pace: PaceArgs,
+    #[command(flatten)]
+    judging: JudgingArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Target")]
+struct TargetArgs {
+    /// LiveKit server, ws(s):// or http(s):// [env: LIVEKIT_URL]
+    #[arg(long)]
+    url: Option<String>,
+    /// [env: LIVEKIT_API_KEY]
+    #[arg(long, value_name = "KEY")]
+    api_key: Option<String>,
+    /// [env: LIVEKIT_API_SECRET]
+    #[arg(long, value_name = "SECRET")]
+    api_secret: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Shape, per room")]
+struct ShapeArgs {
+    /// Room; NAME-1, NAME-2.. for several [default: made for this run]
+    #[arg(long, value_name = "NAME")]
+    room: Option<String>,
+    /// Rooms [default: 1]
+    #[arg(long, value_name = "N")]
+    room_count: Option<u32>,
+    /// Publishers of audio
+    #[arg(long, visible_alias = "audio-publishers", value_name = "N")]
+    publishers: Option<u32>,
+    /// Publishers of video: the same people as far as the numbers allow
+    #[arg(long, value_name = "V")]
+    video_publishers: Option<u32>,
+    /// Participants who only subscribe
+    #[arg(long, value_name = "N")]
+    subscribers: Option<u32>,
+    /// Publishers subscribe to each other, too
+    #[arg(long)]
+    meeting: bool,
+    /// What identities begin with
+    #[arg(long, value_name = "PREFIX", default_value = "throng")]
+    identity_prefix: String,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Media")]
+struct MediaArgs {
+    /// high (1280x720), medium (640x360), low (320x180) or WxH [default: high]
+    #[arg(long, value_name = "SIZE", value_parser = resolution)]
+    video_resolution: Option<Resolution>,
+    /// Bitrate of a video track, as 1.5M [default: 2M, 600k, 150k by resolution]
+    #[arg(long, value_name = "RATE")]
+    video_bitrate: Option<Bitrate>,
+    /// Frames per second [default: 30, 20, 15 by resolution]
+    #[arg(long, value_name = "FPS", value_parser = clap::value_parser!(u32).range(1..=120))]
+    video_fps: Option<u32>,
+    #[arg(long, value_name = "CODEC", default_value = "vp8")]
+    video_codec: VideoCodec,
+    /// Bitrate of an audio track, as 24k or 48000 [default: 24k]
+    #[arg(long, value_name = "RATE")]
+    audio_bitrate: Option<Bitrate>,
+    /// Audio in one packet: 20ms, 40ms or 60ms [default: 20ms]
+    #[arg(long, value_name = "TIME", value_parser = audio_frame)]
+    audio_frame: Option<Duration>,
+    /// Send a video frame's packets spread, as libwebrtc does, or at once
+    #[arg(long, value_name = "HOW", default_value = "paced")]
+    pacing: PacingArg,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Pace")]
+struct PaceArgs {
+    /// Joins per second, whatever becomes of earlier ones
+    #[arg(long, value_name = "R", default_value = "50", value_parser = join_rate)]
+    num_per_second: f64,
+    /// From the end of joining: 20, 20s, 30m or 1h
+    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = run_duration)]
+    duration: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Judging")]
+struct JudgingArgs {
+    /// Most loss of audio and of video: the worse of residual RTP loss and undelivered frames
+    #[arg(long, value_name = "PCT", default_value = "1", value_parser = per_cent)]
+    max_loss: f64,
+    /// Most round-trip time: the 95th percentile of session.rtt_rtcp [default: not judged]
+    #[arg(long, value_name = "MS", value_parser = target_rtt)]
+    target_rtt_ms: Option<Duration>,
+    /// A limit on any figure of the report, as 'audio.one_way_latency.p95<150ms'; repeatable
+    #[arg(long, value_name = "LIMIT")]
+    threshold: Vec<Threshold>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Output")]
+struct OutputArgs {
+    /// JSON report; - is standard output
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// One JSON line a participant: its timeline and its quality
+    #[arg(long, value_name = "FILE")]
+    participants: Option<PathBuf>,
+    /// Percentile files, one a histogram
+    #[arg(long, value_name = "DIR")]
+    hgrm: Option<PathBuf>,
+    /// No progress
+    #[arg(long)]
+    quiet: bool,
+    /// Progress as plain lines, not redrawn
+    #[arg(long)]
+    no_live: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Engine")]
+struct EngineArgs {
+    /// Engine threads [default: as many as this host bears]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Peer connections per participant that publishes and subscribes
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    connection: ConnectionArg,
+    /// Everything random comes from this number [default: drawn]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=SEED_MAX))]
+    seed: Option<u64>,
+    /// Print the plan and connect to nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Readers of JSON keep whole numbers exactly up to here.
+const SEED_MAX: u64 = (1 << 53) - 1;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum VideoCodec {
+    Vp8,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PacingArg {
+    Paced,
+    Burst,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ConnectionArg {
+    Auto,
+    Single,
+    Dual,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Resolution {
+    High,
+    Medium,
+    Low,
+    Size(u16, u16),
+}
+
+impl RunArgs {
+    fn into_run(self, env: &dyn Fn(&str) -> Option<String>, fresh: u64) -> Result<Run, String> {
+        let target = self.target.resolve(env)?;
+        self.shape.must_be_asked_for(&target)?;
+        let warnings = self.warnings();
+        let credentials = self.target.credentials(env);
+        let plan = Plan {
+            connection: self.engine.connection.resolve()?,
+            shape: self.shape.resolve()?,
+            audio: self.media.audio()?,
+            video: self.media.video()?,
+            pacing: self.media.pacing.into(),
+            joins_per_second: self.pace.num_per_second,
+            duration: self.pace.duration,
+            seed: self.engine.seed.unwrap_or(fresh & 0xFFFF_FFFF),
+            run_tag: (fresh >> 32) as u32,
+            target,
+        };
+        Ok(Run {
+            plan,
+            credentials: if self.engine.dry_run { credentials.ok() } else { Some(credentials?) },
+            judging: Judging {
+                max_loss_pct: self.judging.max_loss,
+                target_rtt: self.judging.target_rtt_ms,
+                thresholds: self.judging.threshold,
+            },
+            destinations: self.output.destinations()?,
+            threads: self.engine.threads.map(usize::from),
+            dry_run: self.engine.dry_run,
+            quiet: self.output.quiet,
+            no_live: self.output.no_live,
+            warnings,
+        })
+    }
+
+    /// Flags that change nothing in the run that was asked for.
+    fn warnings(&self) -> Vec<String> {
+        let (shape, media) = (&self.shape, &self.media);
+        let mut warnings = Vec::new();
+        let mut useless = |flag: &str, given: bool, why: &str| {
+            if given {
+                warnings.push(format!("{flag} has no effect: {why}"));
+            }
+        };
+        if shape.is_given() && shape.video_publishers.unwrap_or(0) == 0 {
+            let why = "nobody publishes video (--video-publishers)";
+            useless("--video-resolution", media.video_resolution.is_some(), why);
+            useless("--video-bitrate", media.video_bitrate.is_some(), why);
+            useless("--video-fps", media.video_fps.is_some(), why);
+        }
+        if shape.is_given() && shape.publishers.unwrap_or(0) == 0 {
+            let why = "nobody publishes audio (--publishers)";
+            useless("--audio-bitrate", media.audio_bitrate.is_some(), why);
+            useless("--audio-frame", media.audio_frame.is_some(), why);
+        }
+        warnings
+    }
+}
+
+impl TargetArgs {
+    fn resolve(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Target, String> {
+        let given = self.url.clone().map(|url| (url, Origin::Flag));
+        let (url, origin) = given
+            .or_else(|| set(env, "LIVEKIT_URL").map(|url| (url, Origin::Environment)))
+            .ok_or(NO_TARGET)?;
+        let name = match origin {
+            Origin::Flag => "--url",
+            Origin::Environment => "LIVEKIT_URL",
+        };
+        let url: ServerUrl = url.trim().parse().map_err(|why| format!("{name} {why}"))?;
+        Ok(Target { url, origin })
+    }
+
+    fn credentials(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Credentials, String> {
+        let or_env = |flag: &Option<String>, name| flag.clone().filter(|value| !value.is_empty()).or_else(|| set(env, name));
+        let missing = |flag, name| format!("the server wants credentials: give {flag} or set {name}");
+        Ok(Credentials {
+            api_key: or_env(&self.api_key, "LIVEKIT_API_KEY").ok_or_else(|| missing("--api-key", "LIVEKIT_API_KEY"))?,
+            api_secret: or_env(&self.api_secret, "LIVEKIT_API_SECRET").ok_or_else(|| missing("--api-secret", "LIVEKIT_API_SECRET"))?,
+        })
+    }
+}
+
+const NO_TARGET: &str = "no target. The embedded SFU, which a throng without a target is going to start, is not in this version yet.
+Give a LiveKit server:
+
+  throng --url ws://127.0.0.1:7880 --api-key KEY --api-secret SECRET
+
+or set LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET.";
+
+/// A variable that is set to something; an empty one counts as unset.
+fn set(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Option<String> {
+    env(name).filter(|value| !value.is_empty())
+}
+
+impl ShapeArgs {
+    /// What runs where a target is named and nothing is said about people: enough to see that everything works.
+    const DEFAULT: (u32, u32, u32) = (1, 1, 10);
+
+    /// Whether any flag says how many people there are.
+    fn is_given(&self) -> bool {
+        self.publishers.is_some() || self.video_publishers.is_some() || self.subscribers.is_some()
+    }
+
+    /// A server that was not named on this command line, and is not this host, gets no load that was not asked for.
+    fn must_be_asked_for(&self, target: &Target) -> Result<(), String> {
+        if self.is_given() || target.origin == Origin::Flag || target.url.is_loopback() {
+            return Ok(());
+        }
+        Err(format!(
+            "LIVEKIT_URL names {}, which is not this host, and nothing says how much load it should get.\n\
+             Add the load, for instance: --publishers 1 --video-publishers 1 --subscribers 10",
+            target.url
+        ))
+    }
+
+    fn resolve(&self) -> Result<Shape, String> {
+        let (audio_publishers, video_publishers, subscribers) = match self.is_given() {
+            true => (
+                self.publishers.unwrap_or(0),
+                self.video_publishers.unwrap_or(0),
+                self.subscribers.unwrap_or(0),
+            ),
+            false => ShapeArgs::DEFAULT,
+        };
+        let shape = Shape {
+            room_name: self.room.clone(),
+            room_count: self.room_count.unwrap_or(1),
+            audio_publishers,
+            video_publishers,
+            subscribers,
+            meeting: self.meeting,
+            identity_prefix: self.identity_prefix.clone(),
+        };
+        self.must_make_sense(&shape)?;
+        Ok(shape)
+    }
+
+    fn must_make_sense(&self, shape: &Shape) -> Result<(), String> {
+        if shape.room_count == 0 {
+            return Err("--room-count 0 leaves no room to test: write 1 or more".to_owned());
+        }
+        if self.room_count.is_some() && !self.is_given() {
+            return Err(
+                "--room-count says how many rooms, but not who is in them: add --publishers, --video-publishers or --subscribers (per room)"
+                    .to_owned(),
+            );
+        }
+        if shape.participants() == 0 {
+            return Err("nobody would join: --publishers, --video-publishers and --subscribers are all 0".to_owned());
+        }
+        if shape.meeting && shape.publishers() == 0 {
+            return Err("--meeting is for publishers who subscribe to each other: add --publishers or --video-publishers".to_owned());
+        }
+        let total = shape
+            .participants()
+            .checked_mul(shape.room_count.into())
+            .filter(|total| *total <= PARTICIPANTS_MAX);
+        if total.is_none() {
+            return Err(format!("more than {PARTICIPANTS_MAX} participants: spread them over several runs"));
+        }
+        name_must_be_usable("--room", shape.room_name.as_deref().unwrap_or("any"))?;
+        name_must_be_usable("--identity-prefix", &shape.identity_prefix)
+    }
+}
+
+fn name_must_be_usable(flag: &str, name: &str) -> Result<(), String> {
+    const NAME_BYTES_MAX: usize = 128;
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        return Err(format!("{flag} takes 1 to {NAME_BYTES_MAX} bytes without spaces"));
+    }
+    Ok(())
+}
+
+impl MediaArgs {
+    fn audio(&self) -> Result<AudioSpec, String> {
+        let bitrate = self.audio_bitrate.unwrap_or(Bitrate::from_bps(24_000));
+        // RFC 6716, section 2.1.1.
+        if !(6_000..=510_000).contains(&bitrate.bps()) {
+            return Err(format!("--audio-bitrate {bitrate} is out of Opus's range, 6k to 510k"));
+        }
+        Ok(AudioSpec {
+            bitrate,
+            frame: self.audio_frame.unwrap_or(Duration::from_millis(20)),
+        })
+    }
+
+    fn video(&self) -> Result<VideoSpec, String> {
+        let VideoCodec::Vp8 = self.video_codec;
+        let standard = self.video_resolution.unwrap_or(Resolution::High).spec();
+        let frames_per_second = self.video_fps.unwrap_or(standard.frames_per_second);
+        // Another frame rate gets its share of the bits.
+        let scaled = standard.bitrate.bps() * u64::from(frames_per_second) / u64::from(standard.frames_per_second);
+        let bitrate = self.video_bitrate.unwrap_or(Bitrate::from_bps(scaled));
+        if !(10_000..=100_000_000).contains(&bitrate.bps()) {
+            return Err(format!("a video bitrate of {bitrate} is out of range, 10k to 100M: set --video-bitrate"));
+        }
+        Ok(VideoSpec {
+            frames_per_second,
+            bitrate,
+            ..standard
+        })
+    }
+}
+
+impl Resolution {
+    /// lk's three; any other size gets 720p's bits per pixel at 30 frames a second.
+    fn spec(self) -> VideoSpec {
+        let (width, height, frames_per_second, bps) = match self {
+            Resolution::High => (1280, 720, 30, 2_000_000),
+            Resolution::Medium => (640, 360, 20, 600_000),
+            Resolution::Low => (320, 180, 15, 150_000),
+            Resolution::Size(width, height) => (width, height, 30, u64::from(width) * u64::from(height) * 2_000_000 / (1280 * 720)),
+        };
+        VideoSpec {
+            width,
+            height,
+            frames_per_second,
+            bitrate: Bitrate::from_bps(bps),
+        }
+    }
+}
+
+impl From<PacingArg> for Pacing {
+    fn from(pacing: PacingArg) -> Pacing {
+        match pacing {
+            PacingArg::Paced => Pacing::Paced,
+            PacingArg::Burst => Pacing::Burst,
+        }
+    }
+}
+
+impl ConnectionArg {
+    fn resolve(self) -> Result<Connection, String> {
+        match self {
+            ConnectionArg::Auto | ConnectionArg::Dual => Ok(Connection::Dual),
+            ConnectionArg::Single => Err("--connection single is not in this version yet: use dual, or auto".to_owned()),
+        }
+    }
+}
+
+impl OutputArgs {
+    fn destinations(&self) -> Result<Destinations, String> {
+        let dash = |path: &Option<PathBuf>| path.as_deref().is_some_and(|path| path.as_os_str() == "-");
+        if dash(&self.participants) || dash(&self.hgrm) {
+            return Err("only --json takes - for standard output".to_owned());
+        }
+        if self.json.is_some() && self.json == self.participants {
+            return Err("--json and --participants name the same file".to_owned());
+        }
+        Ok(Destinations {
+            json: self.json.clone(),
+            participants: self.participants.clone(),
+            hgrm: self.hgrm.clone(),
+        })
+    }
+}
+
+fn resolution(text: &str) -> Result<Resolution, String> {
+    const SIDES: std::ops::RangeInclusive<u16> = 16..=4096;
+    match text {
+        "high" => return Ok(Resolution::High),
+        "medium" => return Ok(Resolution::Medium),
+        "low" => return Ok(Resolution::Low),
+        _ => {}
+    }
+    let side = |text: &str| text.parse().ok().filter(|side| SIDES.contains(side));
+    let sides = text
+        .split_once('x')
+        .and_then(|(width, height)| Some(Resolution::Size(side(width)?, side(height)?)));
+    sides.ok_or_else(|| "write high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096".to_owned())
+}
+
+fn audio_frame(text: &str) -> Result<Duration, String> {
+    match text.strip_suffix("ms").unwrap_or(text) {
+        "20" => Ok(Duration::from_millis(20)),
+        "40" => Ok(Duration::from_millis(40)),
+        "60" => Ok(Duration::from_millis(60)),
+        _ => Err("write 20ms, 40ms or 60ms".to_owned()),
+    }
+}
+
+fn run_duration(text: &str) -> Result<Duration, String> {
+    const DURATION_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+    let seconds = text.parse::<u64>().ok().map(Duration::from_secs);
+    let duration = seconds
+        .or_else(|| humantime::parse_duration(text).ok())
+        .ok_or("write 20, 20s, 30m or 1h")?;
+    match duration {
+        Duration::ZERO => Err("a run of no length measures nothing".to_owned()),
+        duration if duration > DURATION_MAX => Err("the longest run is 30 days".to_owned()),
+        duration => Ok(duration),
+    }
+}
+
+/// A plain decimal number: no sign, no exponent, no `nan`.
+fn decimal(text: &str) -> Option<f64> {
+    text.parse().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit() || b == b'.'))
+}
+
+fn join_rate(text: &str) -> Result<f64, String> {
+    decimal(text)
+        .filter(|rate| (0.001..=1e6).contains(rate))
+        .ok_or_else(|| "write a rate of 0.001 to 1000000".to_owned())
+}
+
+fn per_cent(text: &str) -> Result<f64, String> {
+    decimal(text.strip_suffix('%').unwrap_or(text))
+        .filter(|pct| *pct <= 100.0)
+        .ok_or_else(|| "write a percentage of 0 to 100".to_owned())
+}
+
+fn target_rtt(text: &str) -> Result<Duration, String> {
+    let millis = decimal(text.strip_suffix("ms").unwrap_or(text)).filter(|ms| (0.001..=60_000.0).contains(ms));
+    millis
+        .map(|ms| Duration::from_secs_f64(ms / 1e3))
+        .ok_or_else(|| "write milliseconds, 0.001 to 60000".to_owned())
+}

@@ -1,0 +1,435 @@
+//! One peer connection at work: its tracks, its streams, and the RTCP between them and the server.
+
+use std::time::Duration;
+
+use super::publisher::{SendTrack, Wire};
+use super::shard::{PeerOutcome, ShardConfig};
+use super::subscriber::{RecvStream, Refused, StreamContext};
+use super::{Io, NewPeer, Roster, StreamParameters};
+use crate::measure::Record;
+use crate::transport::peer::Peer;
+use crate::transport::receive::MISSING_MAX;
+use crate::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, rtt_from_report};
+use crate::transport::rtp::Header;
+use crate::transport::sequence::Seq;
+use crate::units::{Time, ntp_middle};
+
+/// How often a stream that waits for a key frame is looked at again.
+pub const KEY_FRAME_CHECK: Duration = Duration::from_millis(100);
+/// Until a round trip has been measured.
+const RTT_UNKNOWN: Duration = Duration::from_millis(100);
+/// RTCP compounds stay below this, so that SRTCP's trailer still fits an Ethernet packet.
+const RTCP_BYTES_MAX: usize = 1_200;
+/// RFC 3550: the count of report blocks is five bits.
+const REPORT_BLOCKS_MAX: usize = 31;
+
+/// What a connection needs from around it for one call.
+pub struct Surroundings<'a, I> {
+    pub config: &'a ShardConfig,
+    pub record: &'a mut Record,
+    pub io: &'a mut I,
+    pub now: Time,
+}
+
+/// One peer connection of one participant.
+pub struct Connection {
+    pub transport: Peer,
+    pub tracks: Vec<SendTrack>,
+    /// When the repair timer is due.
+    pub repair_at: Time,
+    pub saw_media: bool,
+    pub failed: bool,
+    pub rtt_stun: Option<Duration>,
+    streams: Vec<RecvStream>,
+    /// `(ssrc, stream, is_rtx)`, by ssrc.
+    ssrcs: Vec<(u32, u32, bool)>,
+    key: usize,
+    pub participant: u32,
+    room: u32,
+    rtcp_ssrc: u32,
+    cname: String,
+    intended_at: Time,
+    rtt_rtcp: Option<Duration>,
+    /// The other side's reference time, to be answered with a DLRR (RFC 3611, section 4.5).
+    reference_time: Option<ReferenceTime>,
+    nacks_sent: u64,
+    plis_sent: u64,
+}
+
+#[derive(Clone, Copy)]
+struct ReferenceTime {
+    ssrc: u32,
+    ntp_middle: u32,
+    arrival: Time,
+}
+
+impl Connection {
+    pub fn new(key: usize, new: NewPeer, config: &ShardConfig, now: Time) -> Connection {
+        Connection {
+            transport: Peer::new(&config.identity, &new.parameters, config.epoch, now),
+            tracks: Vec::new(),
+            repair_at: Time::MAX,
+            saw_media: false,
+            failed: false,
+            rtt_stun: None,
+            streams: Vec::new(),
+            ssrcs: Vec::new(),
+            key,
+            participant: new.participant,
+            room: new.room,
+            rtcp_ssrc: new.rtcp_ssrc,
+            cname: new.cname,
+            intended_at: new.intended_at,
+            rtt_rtcp: None,
+            reference_time: None,
+            nacks_sent: 0,
+            plis_sent: 0,
+        }
+    }
+
+    /// Expects one more stream. An SSRC that is expected already keeps its stream.
+    pub fn add_stream(&mut self, parameters: StreamParameters) {
+        if self.find_stream(parameters.ssrc).is_some() {
+            return;
+        }
+        let at = self.streams.len() as u32;
+        self.ssrcs.push((parameters.ssrc, at, false));
+        self.ssrcs.extend(parameters.rtx_ssrc.map(|rtx| (rtx, at, true)));
+        self.ssrcs.sort_unstable();
+        self.streams.push(RecvStream::new(parameters));
+    }
+
+    pub fn end_streams(&mut self, ssrcs: &[u32], roster: &Roster, record: &mut Record) {
+        for stream in self.streams.iter_mut().filter(|stream| ssrcs.contains(&stream.ssrc())) {
+            stream.end(roster, record);
+        }
+        self.ssrcs.retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
+    }
+
+    /// The stream of an SSRC, and whether it is its retransmission SSRC.
+    fn find_stream(&self, ssrc: u32) -> Option<(usize, bool)> {
+        let at = self.ssrcs.partition_point(|(known, ..)| *known < ssrc);
+        let (known, stream, is_rtx) = *self.ssrcs.get(at)?;
+        (known == ssrc).then_some((stream as usize, is_rtx))
+    }
+
+    /// One RTP datagram. Returns when the stream wants NACKs to be sent; `None` where no parser took the datagram.
+    pub fn handle_rtp(&mut self, datagram: &mut [u8], arrival: Time, config: &ShardConfig, record: &mut Record) -> Option<Time> {
+        let header = Header::parse(datagram)?;
+        let (at, is_rtx) = self.find_stream(header.ssrc)?;
+        let opener = self.transport.opener()?;
+        let mut context = StreamContext {
+            roster: &config.roster,
+            epoch: config.epoch,
+            record,
+            room: self.room,
+            intended_at: self.intended_at,
+        };
+        let stream = &mut self.streams[at];
+        match stream.handle_rtp(datagram, &header, is_rtx, opener, arrival, &mut context) {
+            Ok(()) => Some(stream.next_nack_at()),
+            Err(Refused::Replayed) => {
+                record.media(stream.kind()).packets_duplicate += 1;
+                Some(stream.next_nack_at())
+            }
+            Err(Refused::Broken) => None,
+        }
+    }
+
+    /// Sends what is due on one track. Returns when it is due again.
+    pub fn send_due<I: Io>(&mut self, track: usize, around: &mut Surroundings<'_, I>) -> Time {
+        let now = around.now;
+        let (Some(to), Some(sealer)) = (self.transport.remote(), self.transport.sealer()) else {
+            return Time::MAX;
+        };
+        let Some(track) = self.tracks.get_mut(track) else { return Time::MAX };
+        let record = &mut *around.record;
+        let mut wire = Wire {
+            io: around.io,
+            key: self.key,
+            to,
+            sealer,
+            epoch: around.config.epoch,
+            media: match track.kind() {
+                crate::measure::Kind::Audio => &mut record.audio,
+                crate::measure::Kind::Video => &mut record.video,
+            },
+            wire_bytes_sent: &mut record.session.wire_bytes_sent,
+            packets_processed: &mut record.engine.packets_processed,
+        };
+        let turn = track.handle_timeout(now, &mut wire);
+        record.engine.send_slots_skipped += turn.slots_skipped;
+        if let Some(lag) = turn.send_lag {
+            record.engine.send_lag.record(lag);
+        }
+        if turn.frames > 0 {
+            around.config.roster.set_frames(track.identity(), track.frames());
+        }
+        turn.next_at
+    }
+
+    pub fn handle_rtcp_packet<I: Io>(&mut self, packet: &Packet<'_>, arrival: Time, around: &mut Surroundings<'_, I>) {
+        match packet {
+            Packet::SenderReport { sender, reports } => {
+                if let Some((at, false)) = self.find_stream(sender.ssrc) {
+                    self.streams[at].handle_sender_report(sender.ntp, arrival);
+                }
+                reports.clone().for_each(|block| self.handle_report_block(&block, arrival, around));
+            }
+            Packet::ReceiverReport { reports, .. } => reports.clone().for_each(|block| self.handle_report_block(&block, arrival, around)),
+            Packet::Nack { media_ssrc, seqs, .. } => self.handle_nack(*media_ssrc, seqs.clone(), around),
+            Packet::Pli { media_ssrc, .. } => self.handle_key_frame_request(*media_ssrc, around),
+            Packet::Fir { entries, .. } => entries.clone().for_each(|(ssrc, _)| self.handle_key_frame_request(ssrc, around)),
+            Packet::Xr { ssrc, rrtr, dlrr } => {
+                if let Some(ntp) = rrtr {
+                    self.reference_time = Some(ReferenceTime {
+                        ssrc: *ssrc,
+                        ntp_middle: ntp_middle(*ntp),
+                        arrival,
+                    });
+                }
+                let ours = self.rtcp_ssrc;
+                for block in dlrr.clone().filter(|block| block.ssrc == ours) {
+                    self.handle_rtt(block.last_rr, block.delay_since_last_rr, arrival, around);
+                }
+            }
+            Packet::Sdes { .. } | Packet::Bye { .. } | Packet::TransportCc { .. } | Packet::Remb { .. } | Packet::Unknown { .. } => {}
+        }
+    }
+
+    fn handle_report_block<I: Io>(&mut self, block: &ReportBlock, arrival: Time, around: &mut Surroundings<'_, I>) {
+        let Some(track) = self.tracks.iter_mut().find(|track| track.ssrc() == block.ssrc) else {
+            return;
+        };
+        around.record.media(track.kind()).uplink_packets_lost += track.handle_reported_loss(block.cumulative_lost);
+        self.handle_rtt(block.lsr, block.dlsr, arrival, around);
+    }
+
+    fn handle_rtt<I: Io>(&mut self, last_report: u32, delay: u32, arrival: Time, around: &mut Surroundings<'_, I>) {
+        if let Some(rtt) = rtt_from_report(ntp_middle(around.config.epoch.ntp(arrival)), last_report, delay) {
+            self.rtt_rtcp = Some(rtt);
+            around.record.session.rtt_rtcp.record(rtt);
+        }
+    }
+
+    fn handle_nack<I: Io>(&mut self, media_ssrc: u32, seqs: impl Iterator<Item = Seq>, around: &mut Surroundings<'_, I>) {
+        let rtt = self.rtt();
+        let (Some(to), Some(sealer)) = (self.transport.remote(), self.transport.sealer()) else {
+            return;
+        };
+        let Some(track) = self.tracks.iter_mut().find(|track| track.ssrc() == media_ssrc) else {
+            return;
+        };
+        let record = &mut *around.record;
+        record.session.nacks_received += 1;
+        let mut wire = Wire {
+            io: around.io,
+            key: self.key,
+            to,
+            sealer,
+            epoch: around.config.epoch,
+            media: match track.kind() {
+                crate::measure::Kind::Audio => &mut record.audio,
+                crate::measure::Kind::Video => &mut record.video,
+            },
+            wire_bytes_sent: &mut record.session.wire_bytes_sent,
+            packets_processed: &mut record.engine.packets_processed,
+        };
+        for seq in seqs {
+            track.resend(seq.0, around.now, rtt, &mut wire);
+        }
+    }
+
+    fn handle_key_frame_request<I: Io>(&mut self, media_ssrc: u32, around: &mut Surroundings<'_, I>) {
+        if let Some(track) = self.tracks.iter_mut().find(|track| track.ssrc() == media_ssrc) {
+            around.record.session.plis_received += 1;
+            track.request_key_frame(around.now);
+        }
+    }
+
+    /// Sends one round of reports: SR for every track, RR for every stream, and the reference times of XR.
+    pub fn send_reports<I: Io>(&mut self, around: &mut Surroundings<'_, I>) {
+        self.send_sender_reports(around);
+        self.send_receiver_reports(around);
+    }
+
+    fn send_sender_reports<I: Io>(&mut self, around: &mut Surroundings<'_, I>) {
+        let (now, epoch) = (around.now, around.config.epoch);
+        if self.tracks.is_empty() {
+            return;
+        }
+        let Connection {
+            transport,
+            tracks,
+            cname,
+            rtcp_ssrc,
+            reference_time,
+            key,
+            ..
+        } = self;
+        send_compound(transport, *key, around, |writer| {
+            for track in tracks.iter() {
+                let Some((ntp, rtp_time, packets, octets)) = track.sender_report(now, epoch) else {
+                    continue;
+                };
+                writer.sender_report(
+                    &SenderInfo {
+                        ssrc: track.ssrc(),
+                        ntp,
+                        rtp_time,
+                        packets,
+                        octets,
+                    },
+                    [],
+                )?;
+                writer.sdes_cname(track.ssrc(), cname)?;
+            }
+            if writer.is_empty() {
+                return Ok(());
+            }
+            let dlrr = reference_time.map(|reference| DlrrBlock {
+                ssrc: reference.ssrc,
+                last_rr: reference.ntp_middle,
+                delay_since_last_rr: dlsr_units(now.since(reference.arrival)),
+            });
+            if let Some(dlrr) = dlrr {
+                writer.xr(*rtcp_ssrc, None, [dlrr])?;
+            }
+            Ok(())
+        });
+    }
+
+    fn send_receiver_reports<I: Io>(&mut self, around: &mut Surroundings<'_, I>) {
+        if self.streams.is_empty() {
+            return;
+        }
+        let (now, ntp) = (around.now, around.config.epoch.ntp(around.now));
+        let Connection {
+            transport,
+            streams,
+            cname,
+            rtcp_ssrc,
+            key,
+            ..
+        } = self;
+        let mut blocks = streams
+            .iter_mut()
+            .filter_map(|stream| stream.report_block(now).map(|numbers| block(stream.ssrc(), numbers)));
+        // A receiver that has no sender report to answer learns its round trip from XR (RFC 3611): the first compound carries the question.
+        let mut reference = Some(ntp);
+        loop {
+            let mut written = 0;
+            send_compound(transport, *key, around, |writer| {
+                writer.receiver_report(*rtcp_ssrc, blocks.by_ref().take(REPORT_BLOCKS_MAX).inspect(|_| written += 1))?;
+                writer.sdes_cname(*rtcp_ssrc, cname)?;
+                if let Some(ntp) = reference.take() {
+                    writer.xr(*rtcp_ssrc, Some(ntp), [])?;
+                }
+                Ok(())
+            });
+            if written < REPORT_BLOCKS_MAX {
+                return;
+            }
+        }
+    }
+
+    /// Sends the NACKs and PLIs that are due. Returns when to look again.
+    pub fn repair<I: Io>(&mut self, around: &mut Surroundings<'_, I>) -> Time {
+        let (now, rtt) = (around.now, self.rtt());
+        let Connection {
+            transport,
+            streams,
+            rtcp_ssrc,
+            key,
+            nacks_sent,
+            plis_sent,
+            ..
+        } = self;
+        let mut next_at = Time::MAX;
+        for stream in streams {
+            let mut missing = [0; MISSING_MAX];
+            let count = if stream.next_nack_at() <= now {
+                stream.poll_nack(now, rtt, &mut missing)
+            } else {
+                0
+            };
+            if count > 0 {
+                let seqs = missing[..count].iter().map(|seq| Seq(*seq));
+                send_compound(transport, *key, around, |writer| writer.nack(*rtcp_ssrc, stream.ssrc(), seqs));
+                around.record.session.nacks_sent += 1;
+                *nacks_sent += 1;
+            }
+            if stream.poll_pli(now) {
+                send_compound(transport, *key, around, |writer| writer.pli(*rtcp_ssrc, stream.ssrc()));
+                around.record.session.plis_sent += 1;
+                *plis_sent += 1;
+            }
+            next_at = next_at.min(stream.next_nack_at());
+            if stream.waits_for_key_frame() {
+                next_at = next_at.min(now + KEY_FRAME_CHECK);
+            }
+        }
+        next_at
+    }
+
+    fn rtt(&self) -> Duration {
+        self.rtt_rtcp.or(self.rtt_stun).unwrap_or(RTT_UNKNOWN)
+    }
+
+    /// Brings the record up to date with what the streams counted.
+    pub fn account(&mut self, roster: &Roster, record: &mut Record) {
+        self.streams.iter_mut().for_each(|stream| stream.account(roster, record));
+    }
+
+    pub fn outcome(&self, roster: &Roster) -> PeerOutcome {
+        PeerOutcome {
+            key: self.key,
+            participant: self.participant,
+            connected: self.transport.is_connected(),
+            failed: self.failed,
+            frames_sent: self.tracks.iter().map(|track| u64::from(track.frames())).sum(),
+            nacks_sent: self.nacks_sent,
+            plis_sent: self.plis_sent,
+            rtt_rtcp: self.rtt_rtcp,
+            rtt_stun: self.rtt_stun,
+            streams: self.streams.iter().map(|stream| stream.outcome(roster)).collect(),
+        }
+    }
+}
+
+fn block(ssrc: u32, numbers: crate::transport::receive::ReportNumbers) -> ReportBlock {
+    ReportBlock {
+        ssrc,
+        fraction_lost: numbers.fraction_lost,
+        cumulative_lost: numbers.cumulative_lost,
+        extended_highest_seq: numbers.extended_highest_seq,
+        jitter: numbers.jitter,
+        lsr: numbers.lsr,
+        dlsr: numbers.dlsr,
+    }
+}
+
+/// A delay in the units of DLSR: 1/65,536 s.
+fn dlsr_units(delay: Duration) -> u32 {
+    u32::try_from(delay.as_nanos() * 65_536 / 1_000_000_000).unwrap_or(u32::MAX)
+}
+
+/// Writes one compound into the lent buffer, seals and sends it. What does not fit is not sent: the compounds above are made to fit.
+fn send_compound<I: Io>(
+    transport: &mut Peer,
+    key: usize,
+    around: &mut Surroundings<'_, I>,
+    write: impl FnOnce(&mut Writer<'_>) -> Result<(), WriteError>,
+) {
+    let Some(to) = transport.remote() else { return };
+    let Some(sealer) = transport.sealer_mut() else { return };
+    let buffer = around.io.lend();
+    let mut writer = Writer::new(&mut buffer[..RTCP_BYTES_MAX]);
+    if write(&mut writer).is_err() || writer.is_empty() {
+        return;
+    }
+    let len = writer.len();
+    let Ok(sealed) = sealer.seal_rtcp(buffer, len) else { return };
+    around.io.send(key, to, sealed, sealed);
+    around.record.session.wire_bytes_sent += sealed as u64;
+}

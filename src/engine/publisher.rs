@@ -1,0 +1,647 @@
+//! One published track: takes frames from shared media, gives them identity, cuts, paces and seals them, and repairs what is asked for.
+//!
+//! Per packet: no allocation, no clock. A participant holds an index into the media, never the media itself.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Io;
+use super::worker::TICK;
+use crate::measure::{Kind, Media};
+use crate::media::identity::{AUDIO_IDENTITY_LEN, FrameIdentity, VIDEO_TRAILER_LEN};
+use crate::media::opus::AudioClip;
+use crate::media::packetize::{Layout, copy_range};
+use crate::media::vp8::VideoClip;
+use crate::net;
+use crate::transport::resend::{AUDIO_FRAMES, FrameRecord, Resend, ResendLimiter, ResendRing, VIDEO_FRAMES};
+use crate::transport::rtp::vp8::{Descriptor, PictureId};
+use crate::transport::rtp::{ExtensionSlot, HeaderTemplate, TemplateError, audio_level, write_rtx_osn};
+use crate::transport::sequence::Seq;
+use crate::transport::srtp::Sealer;
+use crate::units::{Bitrate, Epoch, Time};
+
+/// libwebrtc answers at most one key frame request in this time (`kMinKeyframeSendInterval`).
+const KEY_FRAME_INTERVAL_MIN: Duration = Duration::from_millis(300);
+/// libwebrtc's pacer: this many times the target rate ..
+const PACING_FACTOR_PERCENT: u64 = 250;
+/// .. in bursts of this length.
+const PACING_BURST: Duration = Duration::from_millis(5);
+/// Frames that may wait in the pacer: a second of 30 fps. Beyond, they leave at once, as libwebrtc's queue-time limit has it.
+const PACER_FRAMES_MAX: usize = 32;
+/// A key frame that was lost whole may be repaired at once; beyond, resends share the track's own rate.
+const RESEND_BURST_BYTES: u32 = 256 * 1024;
+/// What one resend is charged with.
+const RESEND_BYTES: usize = 1_200;
+/// No packet of ours is larger: an Opus packet of 120 ms is the largest.
+const PACKET_BYTES_MAX: usize = 4_096;
+
+/// The shared media that a track plays.
+#[derive(Clone)]
+pub enum Source {
+    Audio(Arc<AudioClip>),
+    Video(Arc<VideoClip>),
+}
+
+impl Source {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Source::Audio(_) => Kind::Audio,
+            Source::Video(_) => Kind::Video,
+        }
+    }
+
+    pub fn bitrate(&self) -> Bitrate {
+        match self {
+            Source::Audio(clip) => clip.bitrate(),
+            Source::Video(clip) => clip.spec().bitrate,
+        }
+    }
+
+    /// How long a frame lasts, rounded down to nanoseconds.
+    pub fn frame_interval(&self) -> Duration {
+        FrameTiming::of(self).offset(1)
+    }
+
+    /// Frames in the loop.
+    pub fn len(&self) -> usize {
+        match self {
+            Source::Audio(clip) => clip.len(),
+            Source::Video(clip) => clip.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// How frames leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pacing {
+    /// As libwebrtc's pacer: 2.5 times the target rate, in bursts of 5 ms.
+    Paced,
+    /// Each frame at once.
+    Burst,
+}
+
+/// What a negotiated track needs to start.
+pub struct SendParameters {
+    pub source: Source,
+    pub ssrc: u32,
+    pub rtx_ssrc: Option<u32>,
+    pub payload_type: u8,
+    pub rtx_payload_type: Option<u8>,
+    /// The id of RFC 6464's header extension, where negotiated.
+    pub audio_level_extension: Option<u8>,
+    pub pacing: Pacing,
+    /// Identity of all frames: run, origin, track, layer. Its frame number and time are filled in per frame.
+    pub identity: FrameIdentity,
+    /// Chooses the first sequence number, timestamp and picture id, and where in the loop to begin.
+    pub seed: u64,
+    /// The first frame's intended time; the following ones are whole frame intervals later.
+    pub first_frame_at: Time,
+}
+
+/// What a track needs from around it for one call.
+pub struct Wire<'a, I> {
+    pub io: &'a mut I,
+    pub key: usize,
+    pub to: SocketAddr,
+    pub sealer: &'a Sealer,
+    pub epoch: Epoch,
+    pub media: &'a mut Media,
+    pub wire_bytes_sent: &'a mut u64,
+    pub packets_processed: &'a mut u64,
+}
+
+/// What one turn of the track did.
+#[derive(Default)]
+pub struct Turn {
+    pub frames: u32,
+    pub slots_skipped: u64,
+    /// How late the frame left against its slot.
+    pub send_lag: Option<Duration>,
+    /// When the track is due again.
+    pub next_at: Time,
+}
+
+/// One published track (one encoding of it).
+pub struct SendTrack {
+    parameters: SendParameters,
+    timing: FrameTiming,
+    header: HeaderTemplate,
+    rtx_header: Option<HeaderTemplate>,
+    audio_level: Option<ExtensionSlot>,
+    /// Slots since `first_frame_at`, skipped ones included.
+    slot: u64,
+    position: u32,
+    frames: u32,
+    picture_id: u16,
+    rtp_offset: u32,
+    /// ROC << 16 | sequence number of the next packet.
+    index: u64,
+    rtx_index: u64,
+    ring: ResendRing,
+    limiter: ResendLimiter,
+    pacer: Pacer,
+    key_requested_at: Option<Time>,
+    last_key_at: Option<Time>,
+    packets: u32,
+    octets: u32,
+    /// The highest cumulative loss that a receiver report has stated.
+    reported_lost: i32,
+    stopped: bool,
+}
+
+/// Where a track's frames lie in time, exactly: no rounding adds up.
+struct FrameTiming {
+    clock_rate: u64,
+    /// A frame lasts `numerator / denominator` seconds.
+    numerator: u64,
+    denominator: u64,
+}
+
+impl FrameTiming {
+    fn of(source: &Source) -> FrameTiming {
+        match source {
+            Source::Audio(clip) => FrameTiming {
+                clock_rate: 48_000,
+                numerator: u64::from(clip.rtp_ticks()),
+                denominator: 48_000,
+            },
+            Source::Video(clip) => FrameTiming {
+                clock_rate: 90_000,
+                numerator: 1,
+                denominator: u64::from(clip.spec().fps),
+            },
+        }
+    }
+
+    fn offset(&self, slot: u64) -> Duration {
+        Duration::from_nanos((u128::from(slot) * u128::from(self.numerator) * 1_000_000_000 / u128::from(self.denominator)) as u64)
+    }
+
+    fn rtp_ticks(&self, slot: u64) -> u32 {
+        (u128::from(slot) * u128::from(self.numerator) * u128::from(self.clock_rate) / u128::from(self.denominator)) as u32
+    }
+
+    /// The latest slot that begins no later than `elapsed`.
+    fn slot_at(&self, elapsed: Duration) -> u64 {
+        let mut slot = (elapsed.as_nanos() * u128::from(self.denominator) / (u128::from(self.numerator) * 1_000_000_000)) as u64;
+        while self.offset(slot + 1) <= elapsed {
+            slot += 1;
+        }
+        slot
+    }
+}
+
+impl SendTrack {
+    /// Errors where the negotiated payload types or extension ids cannot be: the other side's description is wrong.
+    pub fn new(parameters: SendParameters) -> Result<SendTrack, TemplateError> {
+        let mut header = HeaderTemplate::new(parameters.payload_type, parameters.ssrc)?;
+        let audio_level = parameters.audio_level_extension.map(|id| header.push_extension(id, &[127])).transpose()?;
+        let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
+        let rtx_header = rtx.map(|(ssrc, payload_type)| HeaderTemplate::new(payload_type, ssrc)).transpose()?;
+        let timing = FrameTiming::of(&parameters.source);
+        let kind = parameters.source.kind();
+        let bits = scatter(parameters.seed);
+        let length = parameters.source.len() as u64;
+        Ok(SendTrack {
+            timing,
+            header,
+            rtx_header,
+            audio_level,
+            slot: 0,
+            position: (scatter(bits) % length) as u32,
+            frames: 0,
+            picture_id: (bits >> 48) as u16 & 0x7FFF,
+            rtp_offset: bits as u32,
+            // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost (RFC 3711, section 3.3.1).
+            index: (bits >> 32) & 0x7FFF,
+            rtx_index: (bits >> 17) & 0x7FFF,
+            ring: ResendRing::new(if kind == Kind::Audio { AUDIO_FRAMES } else { VIDEO_FRAMES }),
+            limiter: ResendLimiter::new(parameters.source.bitrate(), RESEND_BURST_BYTES),
+            pacer: Pacer::new(&parameters),
+            // The first frame of a video track is a key frame, whoever asks.
+            key_requested_at: None,
+            last_key_at: None,
+            packets: 0,
+            octets: 0,
+            reported_lost: 0,
+            stopped: false,
+            parameters,
+        })
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.parameters.source.kind()
+    }
+
+    pub fn ssrc(&self) -> u32 {
+        self.parameters.ssrc
+    }
+
+    pub fn rtx_ssrc(&self) -> Option<u32> {
+        self.parameters.rtx_ssrc
+    }
+
+    pub fn frames(&self) -> u32 {
+        self.frames
+    }
+
+    pub fn identity(&self) -> &FrameIdentity {
+        &self.parameters.identity
+    }
+
+    /// No further frames; what waits in the pacer still leaves, and NACKs are still answered.
+    pub fn stop(&mut self) {
+        self.stopped = true;
+    }
+
+    /// When [`SendTrack::handle_timeout`] is next due.
+    pub fn next_at(&self) -> Time {
+        let frame = if self.stopped { Time::MAX } else { self.slot_time(self.slot) };
+        frame.min(self.pacer.next_at())
+    }
+
+    /// Sends what is due: paced packets first, then the frame of this slot.
+    pub fn handle_timeout<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) -> Turn {
+        let mut turn = Turn::default();
+        if self.pacer.next_at() <= now {
+            self.send_paced(now, wire);
+        }
+        if !self.stopped && self.slot_time(self.slot) <= now {
+            let skipped = self.skip_missed_slots(now);
+            turn.slots_skipped = skipped;
+            let intended = self.slot_time(self.slot);
+            turn.send_lag = Some(now.since(intended));
+            if self.emit_frame(intended, now, wire) {
+                turn.frames = 1;
+            }
+            self.slot += 1;
+        }
+        turn.next_at = self.next_at();
+        turn
+    }
+
+    /// After a stall the newest due slot is played and the older ones are skipped: a stalled camera does not send a burst of the past.
+    fn skip_missed_slots(&mut self, now: Time) -> u64 {
+        let newest = self.timing.slot_at(now.since(self.parameters.first_frame_at));
+        let skipped = newest.saturating_sub(self.slot);
+        self.slot += skipped;
+        skipped
+    }
+
+    /// On the whole millisecond, where the engine's beat is: a camera's frames are no rounder than that.
+    fn slot_time(&self, slot: u64) -> Time {
+        (self.parameters.first_frame_at + self.timing.offset(slot)).next_whole(TICK)
+    }
+
+    /// Asks for a key frame at the next slot. Returns whether the request was taken; libwebrtc drops those that come too soon.
+    pub fn request_key_frame(&mut self, now: Time) -> bool {
+        let too_soon = self.last_key_at.is_some_and(|at| now.since(at) < KEY_FRAME_INTERVAL_MIN);
+        if self.kind() == Kind::Audio || too_soon || self.key_requested_at.is_some() {
+            return false;
+        }
+        self.key_requested_at = Some(now);
+        true
+    }
+
+    /// Returns false where nothing is sent in this slot (DTX).
+    fn emit_frame<I: Io>(&mut self, intended: Time, now: Time, wire: &mut Wire<'_, I>) -> bool {
+        let key = self.wants_key_frame(now, wire);
+        let Some(bytes) = self.media_bytes(self.position, key) else {
+            self.advance();
+            return false;
+        };
+        let layout = layout(self.kind(), bytes.len());
+        let record = FrameRecord {
+            first_seq: self.index as u16,
+            packets: layout.packets as u16,
+            media: self.position,
+            key,
+            rtp_time: self.rtp_offset.wrapping_add(self.timing.rtp_ticks(self.slot)),
+            frame: self.frames,
+            picture_id: self.picture_id,
+            intended,
+        };
+        self.ring.push(record);
+        self.frames += 1;
+        self.picture_id = (self.picture_id + 1) & 0x7FFF;
+        self.advance();
+        wire.media.frames_sent += 1;
+        let first_index = self.index;
+        self.index += layout.packets as u64;
+        if self.pacer.enqueue(record, first_index, now) {
+            if self.pacer.next_at() <= now {
+                self.send_paced(now, wire);
+            }
+        } else {
+            self.flush(now, wire);
+            self.send_range(&record, first_index, 0..layout.packets, wire);
+        }
+        true
+    }
+
+    fn wants_key_frame<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) -> bool {
+        if self.kind() == Kind::Audio {
+            return false;
+        }
+        let requested = self.key_requested_at.take();
+        let key = requested.is_some() || self.frames == 0;
+        if let Some(at) = requested {
+            wire.media.pli_received_to_key_sent.record(now.since(at));
+        }
+        if key {
+            self.last_key_at = Some(now);
+            wire.media.key_frames_sent += 1;
+        }
+        key
+    }
+
+    fn advance(&mut self) {
+        self.position = (self.position + 1) % self.parameters.source.len() as u32;
+    }
+
+    fn media_bytes(&self, position: u32, key: bool) -> Option<&[u8]> {
+        match &self.parameters.source {
+            Source::Audio(clip) => clip.packet(position as usize),
+            Source::Video(clip) if key => Some(clip.key_frame(position as usize)),
+            Source::Video(clip) => Some(clip.inter_frame(position as usize)),
+        }
+    }
+
+    fn send_paced<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) {
+        let mut budget = self.pacer.burst_bytes as i64;
+        let mut sent_bytes = 0;
+        while budget > 0 {
+            let Some((record, first_index, range)) = self.pacer.take(budget as usize) else {
+                break;
+            };
+            let bytes = self.send_range(&record, first_index, range, wire);
+            budget -= bytes as i64;
+            sent_bytes += bytes;
+        }
+        self.pacer.settle(now, sent_bytes);
+    }
+
+    /// Sends all that waits, in order.
+    fn flush<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) {
+        while let Some((record, first_index, range)) = self.pacer.take(usize::MAX) {
+            self.send_range(&record, first_index, range, wire);
+        }
+        self.pacer.settle(now, 0);
+    }
+
+    /// Sends packets `range` of a frame in as few calls as the kernel allows. Returns the bytes of UDP payload.
+    fn send_range<I: Io>(&mut self, record: &FrameRecord, first_index: u64, range: std::ops::Range<usize>, wire: &mut Wire<'_, I>) -> usize {
+        let mut total = 0;
+        let mut at = range.start;
+        while at < range.end {
+            let (mut len, mut segment, mut count) = (0, 0, 0);
+            while at < range.end && count < net::SEGMENTS_MAX {
+                let buffer = &mut wire.io.lend()[len..];
+                if buffer.len() < PACKET_BYTES_MAX {
+                    break;
+                }
+                let Some(lengths) = self.write_packet(record, at, None, wire.epoch, buffer) else {
+                    break;
+                };
+                let Some(sealed) = seal(wire.sealer, buffer, lengths, first_index + at as u64) else {
+                    break;
+                };
+                self.count_sent(lengths, wire.media);
+                segment = segment.max(sealed);
+                len += sealed;
+                count += 1;
+                at += 1;
+            }
+            if count == 0 {
+                break;
+            }
+            wire.io.send(wire.key, wire.to, len, segment);
+            *wire.packets_processed += count as u64;
+            *wire.wire_bytes_sent += len as u64;
+            total += len;
+        }
+        total
+    }
+
+    fn count_sent(&mut self, (header, payload): (usize, usize), media: &mut Media) {
+        self.packets = self.packets.wrapping_add(1);
+        self.octets = self.octets.wrapping_add(payload as u32);
+        media.packets_sent += 1;
+        media.bytes_sent += (header + payload) as u64;
+    }
+
+    /// Writes packet `index` of a frame, as media or, with a sequence number for `rtx`, as a retransmission (RFC 4588). Returns header and payload length.
+    fn write_packet(&self, record: &FrameRecord, index: usize, rtx: Option<Seq>, epoch: Epoch, out: &mut [u8]) -> Option<(usize, usize)> {
+        let bytes = self.media_bytes(record.media, record.key)?;
+        let seq = Seq(record.first_seq).wrapping_add(index as u16);
+        let layout = layout(self.kind(), bytes.len());
+        let video = self.kind() == Kind::Video;
+        // RFC 3551, section 4.1: on audio the marker begins a talkspurt; on video it ends a frame (RFC 7741).
+        let marker = if video { index + 1 == layout.packets } else { record.frame == 0 };
+        let header = match (rtx, &self.rtx_header) {
+            (Some(rtx_seq), Some(template)) => template.write(out, marker, rtx_seq, record.rtp_time)?,
+            _ => self.header.write(out, marker, seq, record.rtp_time)?,
+        };
+        let mut at = header;
+        if rtx.is_some() {
+            at += write_rtx_osn(out.get_mut(at..)?, seq)?;
+        } else if let (Some(slot), Source::Audio(clip)) = (self.audio_level, &self.parameters.source) {
+            slot.patch(out, &audio_level(true, clip.level_dbov(record.media as usize))?);
+        }
+        if video {
+            let descriptor = Descriptor {
+                start_of_partition: index == 0,
+                picture_id: Some(PictureId::Long(record.picture_id)),
+                ..Descriptor::default()
+            };
+            at += descriptor.write(out.get_mut(at..)?)?;
+        }
+        at += self.write_payload(record, bytes, layout.range(index), epoch, out.get_mut(at..)?);
+        Some((header, at - header))
+    }
+
+    fn write_payload(&self, record: &FrameRecord, bytes: &[u8], range: std::ops::Range<usize>, epoch: Epoch, out: &mut [u8]) -> usize {
+        let identity = FrameIdentity {
+            frame: record.frame,
+            intended_unix_us: epoch.unix_micros(record.intended),
+            ..self.parameters.identity
+        };
+        match &self.parameters.source {
+            Source::Audio(clip) => {
+                out[..bytes.len()].copy_from_slice(bytes);
+                if clip.has_identity(record.media as usize) {
+                    if let Some(place) = out[..bytes.len()].last_chunk_mut::<AUDIO_IDENTITY_LEN>() {
+                        identity.write_audio(place);
+                    }
+                }
+                bytes.len()
+            }
+            Source::Video(_) if range.end > bytes.len() => {
+                let mut trailer = [0; VIDEO_TRAILER_LEN];
+                identity.write_video(&mut trailer);
+                copy_range(bytes, &trailer, range, out)
+            }
+            Source::Video(_) => copy_range(bytes, &[], range, out),
+        }
+    }
+
+    /// Answers one sequence number of a NACK. Returns whether a packet was sent.
+    pub fn resend<I: Io>(&mut self, seq: u16, now: Time, rtt: Duration, wire: &mut Wire<'_, I>) -> bool {
+        let Some((record, packet)) = self.ring.find(seq) else { return false };
+        let record = *record;
+        if self.pacer.holds(seq) || self.limiter.allow(seq, RESEND_BYTES, now, rtt) != Resend::Allowed {
+            return false;
+        }
+        let rtx = self.rtx_header.is_some().then_some(Seq(self.rtx_index as u16));
+        let index = if rtx.is_some() { self.rtx_index } else { extended(self.index, seq) };
+        let buffer = wire.io.lend();
+        let Some(lengths) = self.write_packet(&record, usize::from(packet), rtx, wire.epoch, buffer) else {
+            return false;
+        };
+        let Some(sealed) = seal(wire.sealer, buffer, lengths, index) else {
+            return false;
+        };
+        if rtx.is_some() {
+            self.rtx_index += 1;
+        }
+        wire.io.send(wire.key, wire.to, sealed, sealed);
+        wire.media.rtx_sent += 1;
+        *wire.packets_processed += 1;
+        *wire.wire_bytes_sent += sealed as u64;
+        true
+    }
+
+    /// The facts of a sender report at `now`: a true pair of NTP and RTP time, packets and octets so far.
+    pub fn sender_report(&self, now: Time, epoch: Epoch) -> Option<(u64, u32, u32, u32)> {
+        if self.packets == 0 {
+            return None;
+        }
+        let elapsed = now.since(self.parameters.first_frame_at).as_nanos();
+        let ticks = (elapsed * u128::from(self.timing.clock_rate) / 1_000_000_000) as u32;
+        Some((epoch.ntp(now), self.rtp_offset.wrapping_add(ticks), self.packets, self.octets))
+    }
+
+    /// Takes a report block's cumulative loss; returns by how much the known uplink loss grew.
+    pub fn handle_reported_loss(&mut self, cumulative_lost: i32) -> u64 {
+        let grown = cumulative_lost.saturating_sub(self.reported_lost).max(0);
+        self.reported_lost = self.reported_lost.max(cumulative_lost);
+        grown as u64
+    }
+}
+
+fn layout(kind: Kind, bytes: usize) -> Layout {
+    match kind {
+        Kind::Audio => Layout {
+            total: bytes,
+            chunk: bytes,
+            packets: 1,
+        },
+        Kind::Video => Layout::new(bytes + VIDEO_TRAILER_LEN, VIDEO_TRAILER_LEN),
+    }
+}
+
+fn seal(sealer: &Sealer, buffer: &mut [u8], (header, payload): (usize, usize), index: u64) -> Option<usize> {
+    sealer.seal_rtp(buffer, header, header + payload, index).ok()
+}
+
+/// The extended index of `seq`, which was sent no more than 2^15 packets before `next`.
+fn extended(next: u64, seq: u16) -> u64 {
+    next - u64::from((next as u16).wrapping_sub(seq))
+}
+
+/// SplitMix64: one seed gives many unrelated values.
+fn scatter(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// Frames that wait to leave in bursts. Disabled (`burst_bytes` = all) for audio and for `--pacing burst`.
+struct Pacer {
+    queue: [(FrameRecord, u64); PACER_FRAMES_MAX],
+    head: usize,
+    len: usize,
+    /// Packets of the head frame that have left.
+    sent: usize,
+    next_at: Time,
+    bits_per_second: u64,
+    burst_bytes: usize,
+}
+
+impl Pacer {
+    fn new(parameters: &SendParameters) -> Pacer {
+        let paced = parameters.pacing == Pacing::Paced && parameters.source.kind() == Kind::Video;
+        let bits_per_second = if paced {
+            parameters.source.bitrate().bps() * PACING_FACTOR_PERCENT / 100
+        } else {
+            u64::MAX
+        };
+        let burst_bytes = if paced {
+            (bits_per_second / 8 * PACING_BURST.as_millis() as u64 / 1_000) as usize
+        } else {
+            usize::MAX / 4
+        };
+        Pacer {
+            queue: [(FrameRecord::default(), 0); PACER_FRAMES_MAX],
+            head: 0,
+            len: 0,
+            sent: 0,
+            next_at: Time::ZERO,
+            bits_per_second,
+            burst_bytes,
+        }
+    }
+
+    fn next_at(&self) -> Time {
+        if self.len == 0 { Time::MAX } else { self.next_at }
+    }
+
+    /// Returns false where there is no room: the caller flushes.
+    fn enqueue(&mut self, record: FrameRecord, first_index: u64, now: Time) -> bool {
+        if self.len == PACER_FRAMES_MAX {
+            return false;
+        }
+        self.queue[(self.head + self.len) % PACER_FRAMES_MAX] = (record, first_index);
+        self.len += 1;
+        if self.len == 1 {
+            self.next_at = self.next_at.max(now);
+        }
+        true
+    }
+
+    /// The next packets to send, of one frame, of at least one packet and about `bytes`.
+    fn take(&mut self, bytes: usize) -> Option<(FrameRecord, u64, std::ops::Range<usize>)> {
+        if self.len == 0 {
+            return None;
+        }
+        let (record, first_index) = self.queue[self.head];
+        let packets = usize::from(record.packets);
+        let count = bytes.div_ceil(crate::media::packetize::PAYLOAD_BYTES_MAX).clamp(1, packets - self.sent);
+        let range = self.sent..self.sent + count;
+        self.sent += count;
+        if self.sent == packets {
+            (self.head, self.len, self.sent) = ((self.head + 1) % PACER_FRAMES_MAX, self.len - 1, 0);
+        }
+        Some((record, first_index, range))
+    }
+
+    fn settle(&mut self, now: Time, sent_bytes: usize) {
+        let pause = Duration::from_nanos((sent_bytes as u128 * 8 * 1_000_000_000 / u128::from(self.bits_per_second)) as u64);
+        self.next_at = self.next_at.max(now) + pause;
+    }
+
+    /// Whether the packet has a number but has not left yet: then a NACK for it is premature.
+    fn holds(&self, seq: u16) -> bool {
+        (0..self.len).any(|i| {
+            let record = &self.queue[(self.head + i) % PACER_FRAMES_MAX].0;
+            let offset = seq.wrapping_sub(record.first_seq);
+            offset < record.packets && (i > 0 || usize::from(offset) >= self.sent)
+        })
+    }
+}

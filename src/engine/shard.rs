@@ -1,0 +1,350 @@
+//! One core's participants: takes datagrams, time and commands; gives datagrams, events and counts. No sockets, no clock, no lock.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::connection::{Connection, KEY_FRAME_CHECK, Surroundings};
+use super::publisher::{SendParameters, SendTrack};
+use super::subscriber::StreamOutcome;
+use super::timers::Timers;
+use super::worker::IoCounts;
+use super::{Command, Event, Io, NewPeer, Roster, StreamParameters};
+use crate::measure::Record;
+use crate::transport::peer::{Identity, PeerEvent};
+use crate::transport::rtcp;
+use crate::units::{Epoch, Time};
+
+/// Sender and receiver reports, as LiveKit itself sends receiver reports; libwebrtc's video interval too.
+const RTCP_INTERVAL: Duration = Duration::from_secs(1);
+/// Tracks (or encodings of one) that a peer may send: each has a timer of its own.
+const TRACKS_MAX: u32 = 4;
+
+/// What every shard of a run shares.
+#[derive(Clone)]
+pub struct ShardConfig {
+    pub identity: Identity,
+    pub roster: Arc<Roster>,
+    pub epoch: Epoch,
+}
+
+/// What became of one peer connection, for the report's lines per participant.
+#[derive(Clone, Debug)]
+pub struct PeerOutcome {
+    pub key: usize,
+    pub participant: u32,
+    pub connected: bool,
+    pub failed: bool,
+    pub frames_sent: u64,
+    pub nacks_sent: u64,
+    pub plis_sent: u64,
+    pub rtt_rtcp: Option<Duration>,
+    pub rtt_stun: Option<Duration>,
+    pub streams: Vec<StreamOutcome>,
+}
+
+pub struct Shard {
+    config: ShardConfig,
+    peers: Vec<Option<Box<Connection>>>,
+    media_timers: Timers,
+    control_timers: Timers,
+    events: VecDeque<(usize, Event)>,
+    record: Box<Record>,
+}
+
+/// The kinds of control timer of one peer.
+#[derive(Clone, Copy)]
+enum Control {
+    Setup,
+    Rtcp,
+    Repair,
+}
+
+const CONTROLS: u32 = 3;
+
+fn control(key: usize, kind: Control) -> u32 {
+    key as u32 * CONTROLS + kind as u32
+}
+
+impl Shard {
+    /// `capacity` peers at most; a key is below it.
+    pub fn new(config: ShardConfig, capacity: usize, now: Time) -> Shard {
+        Shard {
+            config,
+            peers: (0..capacity).map(|_| None).collect(),
+            media_timers: Timers::new(capacity * TRACKS_MAX as usize, now),
+            control_timers: Timers::new(capacity * CONTROLS as usize, now),
+            events: VecDeque::new(),
+            record: Box::default(),
+        }
+    }
+
+    pub fn record_tick(&mut self, late: Duration, beats_missed: u64) {
+        self.record.engine.tick_late.record(late);
+        self.record.engine.ticks_missed += beats_missed;
+    }
+
+    pub fn take_io_counts(&mut self, counts: &mut IoCounts) {
+        let IoCounts {
+            socket_drops,
+            send_errors,
+            setup_dropped,
+        } = std::mem::take(counts);
+        self.record.session.host_drops += socket_drops;
+        self.record.engine.send_errors += send_errors;
+        self.record.engine.setup_datagrams_dropped += setup_dropped;
+    }
+
+    /// Hands out what was counted since the last swap.
+    pub fn swap_record(&mut self, fresh: Box<Record>) -> Box<Record> {
+        std::mem::replace(&mut self.record, fresh)
+    }
+
+    pub fn poll_event(&mut self) -> Option<(usize, Event)> {
+        self.events.pop_front()
+    }
+
+    pub fn add_peer(&mut self, key: usize, new: NewPeer, now: Time, io: &mut impl Io) {
+        self.peers[key] = Some(Box::new(Connection::new(key, new, &self.config, now)));
+        self.advance_setup(key, now, io);
+    }
+
+    pub fn remove_peer(&mut self, key: usize) {
+        for track in 0..TRACKS_MAX {
+            self.media_timers.set(key as u32 * TRACKS_MAX + track, Time::MAX);
+        }
+        for kind in [Control::Setup, Control::Rtcp, Control::Repair] {
+            self.control_timers.set(control(key, kind), Time::MAX);
+        }
+        self.peers[key] = None;
+    }
+
+    pub fn handle_command(&mut self, command: Command, now: Time, io: &mut impl Io) {
+        match command {
+            Command::AddRemoteCandidate { key, address } => {
+                if let Some(peer) = self.peers[key].as_mut() {
+                    peer.transport.add_remote_candidate(address, now);
+                    self.advance_setup(key, now, io);
+                }
+            }
+            Command::Publish { key, tracks } => self.publish(key, tracks),
+            Command::Subscribe { key, streams } => self.subscribe(key, streams, now),
+            Command::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
+            Command::StopPublishing => self
+                .peers
+                .iter_mut()
+                .flatten()
+                .flat_map(|peer| &mut peer.tracks)
+                .for_each(SendTrack::stop),
+            Command::AddPeer { .. } | Command::RemovePeer { .. } | Command::Report | Command::Stop => unreachable!("the worker handles these"),
+        }
+    }
+
+    fn publish(&mut self, key: usize, tracks: Vec<SendParameters>) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        for parameters in tracks.into_iter().take(TRACKS_MAX as usize) {
+            let timer = key as u32 * TRACKS_MAX + peer.tracks.len() as u32;
+            let kind = parameters.source.kind();
+            // A payload type or extension id that cannot be: the track stays silent, and is missed.
+            let Ok(track) = SendTrack::new(parameters) else {
+                self.record.session.packets_rejected += 1;
+                continue;
+            };
+            self.media_timers.set(timer, track.next_at());
+            self.record.media(kind).tracks_published += 1;
+            peer.tracks.push(track);
+        }
+    }
+
+    fn subscribe(&mut self, key: usize, streams: Vec<StreamParameters>, now: Time) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        streams.into_iter().for_each(|parameters| peer.add_stream(parameters));
+        peer.repair_at = now + KEY_FRAME_CHECK;
+        self.control_timers.set(control(key, Control::Repair), peer.repair_at);
+    }
+
+    fn unsubscribe(&mut self, key: usize, ssrcs: &[u32]) {
+        if let Some(peer) = self.peers[key].as_mut() {
+            peer.end_streams(ssrcs, &self.config.roster, &mut self.record);
+        }
+    }
+
+    /// Something that no parser took.
+    pub fn reject(&mut self, _key: usize) {
+        self.record.session.packets_rejected += 1;
+    }
+
+    /// A STUN or DTLS datagram. `arrival` is when it came, `now` when it is looked at: set-up work may have waited.
+    pub fn handle_setup_datagram(&mut self, key: usize, datagram: &[u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Io) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        self.record.session.wire_bytes_received += datagram.len() as u64;
+        if !peer.transport.handle_setup_datagram(datagram, from, arrival) {
+            self.record.session.packets_rejected += 1;
+        }
+        if let Some(rtt) = peer.transport.poll_stun_rtt() {
+            peer.rtt_stun = Some(rtt);
+            self.record.session.rtt_stun.record(rtt);
+        }
+        self.advance_setup(key, now, io);
+    }
+
+    /// Drives ICE and DTLS as far as they go, and sets their next timer.
+    fn advance_setup(&mut self, key: usize, now: Time, io: &mut impl Io) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        peer.transport.handle_timeout(now);
+        let mut bytes_sent = 0;
+        let mut happened = [None; 4];
+        let mut count = 0;
+        peer.transport.poll(
+            now,
+            |datagram, to| {
+                bytes_sent += datagram.len() as u64;
+                io.lend()[..datagram.len()].copy_from_slice(datagram);
+                io.send(key, to, datagram.len(), datagram.len());
+            },
+            |event| {
+                if let Some(slot) = happened.get_mut(count) {
+                    *slot = Some(event);
+                    count += 1;
+                }
+            },
+        );
+        self.record.session.wire_bytes_sent += bytes_sent;
+        self.control_timers.set(control(key, Control::Setup), peer.transport.next_timeout());
+        for event in happened.into_iter().flatten() {
+            self.handle_peer_event(key, event, now, io);
+        }
+    }
+
+    fn handle_peer_event(&mut self, key: usize, event: PeerEvent, now: Time, io: &mut impl Io) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        match event {
+            PeerEvent::Nominated(address) => {
+                io.connect(key, address);
+                self.events.push_back((key, Event::IceConnected { key, at: now }));
+            }
+            PeerEvent::Connected => {
+                // Spread over the interval, so that a wave of joins is not a wave of reports for ever after.
+                let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);
+                self.control_timers.set(control(key, Control::Rtcp), now + phase);
+                self.events.push_back((key, Event::Connected { key, at: now }));
+            }
+            PeerEvent::Failed(failure) => {
+                peer.failed = true;
+                self.control_timers.set(control(key, Control::Setup), Time::MAX);
+                self.events.push_back((key, Event::Failed { key, failure }));
+            }
+        }
+    }
+
+    /// One RTP datagram, opened in place.
+    pub fn handle_rtp(&mut self, key: usize, datagram: &mut [u8], arrival: Time) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        self.record.session.wire_bytes_received += datagram.len() as u64;
+        self.record.engine.packets_processed += 1;
+        let Some(next_nack_at) = peer.handle_rtp(datagram, arrival, &self.config, &mut self.record) else {
+            self.record.session.packets_rejected += 1;
+            return;
+        };
+        if !peer.saw_media {
+            peer.saw_media = true;
+            self.events.push_back((key, Event::FirstMedia { key, at: arrival }));
+        }
+        if next_nack_at < peer.repair_at {
+            peer.repair_at = next_nack_at;
+            self.control_timers.set(control(key, Control::Repair), next_nack_at);
+        }
+    }
+
+    /// One RTCP datagram: a compound, opened in place.
+    pub fn handle_rtcp(&mut self, key: usize, datagram: &mut [u8], arrival: Time, now: Time, io: &mut impl Io) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        self.record.session.wire_bytes_received += datagram.len() as u64;
+        let opened = peer.transport.opener().and_then(|opener| opener.open_rtcp(datagram).ok());
+        let Some(len) = opened else {
+            self.record.session.packets_rejected += 1;
+            return;
+        };
+        for packet in rtcp::packets(&datagram[..len]) {
+            match packet {
+                Ok(packet) => {
+                    let mut around = Surroundings {
+                        config: &self.config,
+                        record: &mut self.record,
+                        io,
+                        now,
+                    };
+                    peer.handle_rtcp_packet(&packet, arrival, &mut around);
+                }
+                Err(_) => self.record.session.packets_rejected += 1,
+            }
+        }
+    }
+
+    /// Sends the media that is due.
+    pub fn handle_media_timers(&mut self, now: Time, io: &mut impl Io) {
+        while let Some(timer) = self.media_timers.pop_due(now) {
+            let (key, track) = ((timer / TRACKS_MAX) as usize, (timer % TRACKS_MAX) as usize);
+            let Some(peer) = self.peers[key].as_mut() else { continue };
+            let next_at = peer.send_due(
+                track,
+                &mut Surroundings {
+                    config: &self.config,
+                    record: &mut self.record,
+                    io,
+                    now,
+                },
+            );
+            self.media_timers.set(timer, next_at);
+        }
+    }
+
+    /// Sends reports, NACKs, PLIs and keep-alives that are due.
+    pub fn handle_control_timers(&mut self, now: Time, io: &mut impl Io) {
+        while let Some(timer) = self.control_timers.pop_due(now) {
+            let key = (timer / CONTROLS) as usize;
+            match timer % CONTROLS {
+                kind if kind == Control::Setup as u32 => self.advance_setup(key, now, io),
+                kind if kind == Control::Rtcp as u32 => self.send_reports(key, now, io),
+                _ => self.repair(key, now, io),
+            }
+        }
+    }
+
+    fn send_reports(&mut self, key: usize, now: Time, io: &mut impl Io) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        peer.account(&self.config.roster, &mut self.record);
+        peer.send_reports(&mut Surroundings {
+            config: &self.config,
+            record: &mut self.record,
+            io,
+            now,
+        });
+        self.control_timers.set(control(key, Control::Rtcp), now + RTCP_INTERVAL);
+    }
+
+    fn repair(&mut self, key: usize, now: Time, io: &mut impl Io) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        peer.repair_at = peer.repair(&mut Surroundings {
+            config: &self.config,
+            record: &mut self.record,
+            io,
+            now,
+        });
+        self.control_timers.set(control(key, Control::Repair), peer.repair_at);
+    }
+
+    /// Brings the record up to date with what every stream has counted; by itself each does so once a second.
+    pub fn account(&mut self) {
+        for peer in self.peers.iter_mut().flatten() {
+            peer.account(&self.config.roster, &mut self.record);
+        }
+    }
+
+    /// Settles all accounts at the end of the run.
+    pub fn finish(&mut self) -> Vec<PeerOutcome> {
+        self.account();
+        self.peers.iter().flatten().map(|peer| peer.outcome(&self.config.roster)).collect()
+    }
+}

@@ -1,0 +1,448 @@
+//! One received stream: opened, put in order, counted, and recognised by the identity that its frames carry.
+//!
+//! What the SFU says of a stream is not believed: which publisher a frame is from, whether it came once and how long it took is read from the frame itself.
+
+use std::time::Duration;
+
+use super::{Roster, StreamParameters};
+use crate::measure::{Kind, Record};
+use crate::media::assemble::{Assembler, DeliveredWindow, Delivery, FrameEvent, PacketInfo};
+use crate::media::identity::FrameIdentity;
+use crate::transport::receive::{Arrival, NackPoll, ReceiveCounts, ReceiveStream, ReportNumbers};
+use crate::transport::rtp::vp8::Descriptor;
+use crate::transport::rtp::{Header, split_rtx};
+use crate::transport::sequence::{ReplayWindow, SeqExtender};
+use crate::transport::srtp::Opener;
+use crate::units::{Epoch, Time};
+
+/// ITU-T G.114: beyond this one-way delay a conversation is unacceptable for most. Such frames are delivered, and late.
+pub const LATE_AFTER: Duration = Duration::from_millis(400);
+
+/// What a stream needs from around it for one packet.
+pub struct StreamContext<'a> {
+    pub roster: &'a Roster,
+    pub epoch: Epoch,
+    pub record: &'a mut Record,
+    /// The subscriber's room, and when it ought to have joined.
+    pub room: u32,
+    pub intended_at: Time,
+}
+
+/// Why a packet was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// Seen before, or too old to tell.
+    Replayed,
+    /// Failed authentication, or its header or padding is broken.
+    Broken,
+}
+
+/// What became of one stream.
+#[derive(Clone, Debug)]
+pub struct StreamOutcome {
+    pub kind: Kind,
+    pub ssrc: u32,
+    /// The publisher and its track, once a frame has told.
+    pub origin: Option<(u32, u8)>,
+    pub live: bool,
+    pub counts: ReceiveCounts,
+    pub frames_expected: u64,
+    pub frames_delivered: u64,
+    pub freezes: u64,
+    pub jitter: Duration,
+    pub latency_us_mean: Option<u64>,
+    pub latency_us_max: Option<u64>,
+}
+
+pub struct RecvStream {
+    parameters: StreamParameters,
+    extender: SeqExtender,
+    replay: ReplayWindow,
+    receive: ReceiveStream,
+    delivered: DeliveredWindow,
+    origin: Option<(u32, u8)>,
+    first_packet_at: Option<Time>,
+    live: bool,
+    ended: Option<u32>,
+    freezes: u64,
+    latency: LatencySum,
+    accounted: Accounted,
+    video: Option<Box<VideoState>>,
+}
+
+/// What only video needs: reassembly, and the retransmission stream beside the media.
+struct VideoState {
+    assembler: Assembler,
+    rtx_extender: SeqExtender,
+    rtx_replay: ReplayWindow,
+    pli_sent_at: Option<Time>,
+    first_decoded: bool,
+}
+
+/// A mean and a maximum, in 16 bytes: a histogram for each subscription would be 140 KiB.
+#[derive(Clone, Copy, Default)]
+struct LatencySum {
+    sum_us: u64,
+    max_us: u32,
+    count: u32,
+}
+
+/// What of this stream the shard's record has been told already.
+#[derive(Default)]
+struct Accounted {
+    counts: ReceiveCounts,
+    frames_expected: u64,
+}
+
+impl RecvStream {
+    pub fn new(parameters: StreamParameters) -> RecvStream {
+        let mut receive = ReceiveStream::new(parameters.clock_rate);
+        receive.set_rtx(parameters.rtx_ssrc.is_some());
+        let video = (parameters.kind == Kind::Video).then(|| {
+            Box::new(VideoState {
+                assembler: Assembler::new(),
+                rtx_extender: SeqExtender::default(),
+                rtx_replay: ReplayWindow::default(),
+                pli_sent_at: None,
+                first_decoded: false,
+            })
+        });
+        RecvStream {
+            extender: SeqExtender::default(),
+            replay: ReplayWindow::default(),
+            receive,
+            delivered: DeliveredWindow::default(),
+            origin: None,
+            first_packet_at: None,
+            live: false,
+            ended: None,
+            freezes: 0,
+            latency: LatencySum::default(),
+            accounted: Accounted::default(),
+            video,
+            parameters,
+        }
+    }
+
+    pub fn ssrc(&self) -> u32 {
+        self.parameters.ssrc
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.parameters.kind
+    }
+
+    pub fn next_nack_at(&self) -> Time {
+        if self.has_ended() { Time::MAX } else { self.receive.next_nack_at() }
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    /// Opens one datagram in place and takes what is in it.
+    pub fn handle_rtp(
+        &mut self,
+        datagram: &mut [u8],
+        header: &Header,
+        is_rtx: bool,
+        opener: &Opener,
+        arrival: Time,
+        context: &mut StreamContext<'_>,
+    ) -> Result<(), Refused> {
+        let len = self.open(datagram, header, is_rtx, opener)?;
+        let payload = header.payload(&datagram[..len]).ok_or(Refused::Broken)?;
+        let media = context.record.media(self.parameters.kind);
+        if is_rtx {
+            media.rtx_received += 1;
+            // RFC 4588: the original sequence number precedes the payload. A packet without payload is a probe.
+            let Some((original, payload)) = split_rtx(payload) else { return Ok(()) };
+            self.handle_media(original.0, header, payload, true, arrival, context);
+        } else {
+            media.packets_received += 1;
+            media.bytes_received += (header.header_len + payload.len()) as u64;
+            self.first_packet_at.get_or_insert(arrival);
+            self.handle_media(header.seq.0, header, payload, false, arrival, context);
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, datagram: &mut [u8], header: &Header, is_rtx: bool, opener: &Opener) -> Result<usize, Refused> {
+        let (extender, replay) = match (&mut self.video, is_rtx) {
+            (Some(video), true) => (&mut video.rtx_extender, &mut video.rtx_replay),
+            (None, true) => return Err(Refused::Broken),
+            (_, false) => (&mut self.extender, &mut self.replay),
+        };
+        let index = extender.guess(header.seq.0);
+        if !replay.check(index) {
+            return Err(Refused::Replayed);
+        }
+        let Ok(len) = opener.open_rtp(datagram, header.header_len, index) else {
+            if !is_rtx && self.first_packet_at.is_none() {
+                // The first packets were lost, and with them the wrap of the sequence number: try the next rollover count, and back.
+                *extender = if extender.highest().is_none() {
+                    SeqExtender::at_roc(1)
+                } else {
+                    SeqExtender::default()
+                };
+            }
+            return Err(Refused::Broken);
+        };
+        extender.commit(index);
+        replay.commit(index);
+        Ok(len)
+    }
+
+    fn handle_media(&mut self, seq: u16, header: &Header, payload: &[u8], is_rtx: bool, arrival: Time, context: &mut StreamContext<'_>) {
+        match self.receive.handle_packet(seq, header.rtp_time, arrival, is_rtx) {
+            Arrival::New { .. } | Arrival::Reordered => {}
+            Arrival::Repaired { loss_to_repair } => {
+                if let Some(took) = loss_to_repair {
+                    context.record.media(self.parameters.kind).loss_to_repair.record(took);
+                }
+                if !is_rtx {
+                    // A resend on the media's own SSRC was counted as media when it came.
+                    let media = context.record.media(self.parameters.kind);
+                    media.rtx_received += 1;
+                    media.packets_received = media.packets_received.wrapping_sub(1);
+                    media.bytes_received = media.bytes_received.wrapping_sub((header.header_len + payload.len()) as u64);
+                }
+            }
+            Arrival::Duplicate | Arrival::TooOld => return,
+        }
+        match self.parameters.kind {
+            Kind::Audio => self.handle_audio(payload, arrival, context),
+            Kind::Video => self.handle_video(header, payload, arrival, context),
+        }
+    }
+
+    fn handle_audio(&mut self, payload: &[u8], arrival: Time, context: &mut StreamContext<'_>) {
+        if let Some(identity) = FrameIdentity::parse_audio(payload) {
+            self.deliver(&identity, arrival, true, context);
+        }
+    }
+
+    fn handle_video(&mut self, header: &Header, payload: &[u8], arrival: Time, context: &mut StreamContext<'_>) {
+        let Some(video) = self.video.as_mut() else { return };
+        let ext_seq = self.receive.ext_seq();
+        let mut events = [None; EVENTS_MAX];
+        let mut count = 0;
+        let mut note = |event| {
+            if let Some(slot) = events.get_mut(count) {
+                *slot = Some(event);
+                count += 1;
+            }
+        };
+        match Descriptor::parse(payload) {
+            Some((descriptor, len)) => {
+                let packet = PacketInfo {
+                    ext_seq,
+                    rtp_time: header.rtp_time,
+                    start: descriptor.starts_frame(),
+                    end: header.marker,
+                    key: payload.get(len..).is_some_and(|vp8| descriptor.starts_key_frame(vp8)),
+                    identity: if header.marker { FrameIdentity::parse_video(payload) } else { None },
+                };
+                video.assembler.handle_packet(&packet, arrival, &mut note);
+            }
+            // Padding alone, or a descriptor that is none: it only holds its place in the sequence.
+            None => video.assembler.handle_padding(ext_seq, arrival, &mut note),
+        }
+        for event in events.into_iter().flatten() {
+            self.handle_frame_event(event, context);
+        }
+    }
+
+    fn handle_frame_event(&mut self, event: FrameEvent, context: &mut StreamContext<'_>) {
+        match event {
+            FrameEvent::Complete(frame) => {
+                if let Some(identity) = frame.identity {
+                    self.deliver(&identity, frame.completed_at, frame.decodable, context);
+                }
+            }
+            FrameEvent::Decoded(frame) => {
+                let Some(video) = self.video.as_mut() else { return };
+                let media = context.record.media(Kind::Video);
+                if let (true, Some(sent_at)) = (frame.key, video.pli_sent_at) {
+                    video.pli_sent_at = None;
+                    media.pli_sent_to_key_received.record(frame.decoded_at.since(sent_at));
+                }
+                if let Some(interval) = frame.interval {
+                    media.frame_interval.record(interval);
+                }
+                if let Some(freeze) = frame.freeze {
+                    media.freeze.record(freeze);
+                    media.freezes += 1;
+                    self.freezes += 1;
+                }
+                if !video.first_decoded {
+                    video.first_decoded = true;
+                    self.record_first_frame(frame.decoded_at, context);
+                }
+            }
+        }
+    }
+
+    /// A whole frame with our identity on it: whose, whether for the first time, and how long it took.
+    fn deliver(&mut self, identity: &FrameIdentity, at: Time, decodable: bool, context: &mut StreamContext<'_>) {
+        if identity.run != context.roster.run {
+            return;
+        }
+        let origin = (identity.origin, identity.track);
+        let here = context.roster.room(identity.origin, identity.track) == Some(context.room);
+        if !here || *self.origin.get_or_insert(origin) != origin || identity.frame >= context.roster.frames(identity.origin, identity.track) {
+            context.record.session.frames_misrouted += 1;
+            return;
+        }
+        if !self.live && (self.parameters.kind == Kind::Audio || decodable) {
+            self.go_live(at, context);
+        }
+        let media = context.record.media(self.parameters.kind);
+        match self.delivered.deliver(identity.frame) {
+            Delivery::First => media.frames_delivered += 1,
+            Delivery::Duplicate | Delivery::TooOld => {
+                media.frames_duplicate += 1;
+                return;
+            }
+        }
+        if let Some(intended) = context.epoch.time_of_unix_micros(identity.intended_unix_us) {
+            let latency_us = at.micros_since(intended);
+            media.one_way_latency.record_micros(latency_us);
+            media.frames_late += u64::from(latency_us > LATE_AFTER.as_micros() as u64);
+            self.latency.add(latency_us);
+        }
+    }
+
+    fn go_live(&mut self, at: Time, context: &mut StreamContext<'_>) {
+        self.live = true;
+        let since = self.subscription_start(context);
+        let media = context.record.media(self.parameters.kind);
+        media.tracks_live += 1;
+        media.track_subscribe.record(self.parameters.announced_at.since(since));
+        if let Some(first_packet_at) = self.first_packet_at {
+            media.first_packet.record(first_packet_at.since(since));
+        }
+        if self.parameters.kind == Kind::Audio {
+            media.first_frame.record(at.since(since));
+        }
+    }
+
+    fn record_first_frame(&mut self, at: Time, context: &mut StreamContext<'_>) {
+        // Decoding follows delivery, so the origin is known unless the frame was not ours.
+        if self.origin.is_some() {
+            let since = self.subscription_start(context);
+            context.record.video.first_frame.record(at.since(since));
+        }
+    }
+
+    /// From when a subscriber may expect the track: when it ought to have joined, or when the publisher began, whichever came later.
+    fn subscription_start(&self, context: &StreamContext<'_>) -> Time {
+        let published = self.origin.and_then(|(origin, track)| context.roster.published_at(origin, track));
+        published.map_or(context.intended_at, |at| at.max(context.intended_at))
+    }
+
+    pub fn handle_sender_report(&mut self, ntp: u64, arrival: Time) {
+        self.receive.handle_sender_report(ntp, arrival);
+    }
+
+    /// The numbers of a report block; `None` before the first packet.
+    pub fn report_block(&mut self, now: Time) -> Option<ReportNumbers> {
+        if self.has_ended() { None } else { self.receive.report_block(now) }
+    }
+
+    /// What to ask for again now. Returns what was written to `out`.
+    pub fn poll_nack(&mut self, now: Time, rtt: Duration, out: &mut [u16]) -> usize {
+        let NackPoll { count, gave_up } = self.receive.poll_nack(now, rtt, out);
+        if let (Some(video), true) = (self.video.as_mut(), gave_up > 0) {
+            video.assembler.handle_gave_up();
+        }
+        count
+    }
+
+    /// Whether to ask for a key frame now; asking is noted.
+    pub fn poll_pli(&mut self, now: Time) -> bool {
+        let ended = self.has_ended();
+        let Some(video) = self.video.as_mut() else { return false };
+        let due = !ended && video.assembler.poll_pli(now);
+        if due {
+            video.pli_sent_at.get_or_insert(now);
+        }
+        due
+    }
+
+    /// Whether a key frame is waited for, so that [`RecvStream::poll_pli`] wants another look soon.
+    pub fn waits_for_key_frame(&self) -> bool {
+        !self.has_ended() && self.video.as_ref().is_some_and(|video| video.assembler.needs_key_frame())
+    }
+
+    /// The server withdrew the stream, or the peer is gone: what is sent later is not expected here.
+    pub fn end(&mut self, roster: &Roster, record: &mut Record) {
+        if self.ended.is_none() {
+            self.account(roster, record);
+            self.ended = Some(self.origin.map_or(0, |(origin, track)| roster.frames(origin, track)));
+        }
+    }
+
+    /// Brings the shard's record up to date with what this stream has counted.
+    pub fn account(&mut self, roster: &Roster, record: &mut Record) {
+        let counts = self.receive.counts();
+        let frames_expected = self.frames_expected(roster);
+        let media = record.media(self.parameters.kind);
+        let told = &mut self.accounted;
+        add_difference(&mut media.packets_lost_network, counts.lost_network, told.counts.lost_network);
+        add_difference(&mut media.packets_repaired, counts.repaired, told.counts.repaired);
+        add_difference(&mut media.packets_lost, counts.lost, told.counts.lost);
+        add_difference(&mut media.packets_duplicate, counts.duplicate, told.counts.duplicate);
+        add_difference(&mut media.packets_reordered, counts.reordered, told.counts.reordered);
+        add_difference(&mut media.frames_expected, frames_expected, told.frames_expected);
+        *told = Accounted { counts, frames_expected };
+        if counts.received > 0 && self.ended.is_none() {
+            media.jitter.record(self.receive.jitter());
+        }
+    }
+
+    /// Frames that the publisher has sent since the first one that arrived here.
+    fn frames_expected(&self, roster: &Roster) -> u64 {
+        let (Some((origin, track)), Some((first, _))) = (self.origin, self.delivered.range()) else {
+            return 0;
+        };
+        let sent = self.ended.unwrap_or_else(|| roster.frames(origin, track));
+        u64::from(sent.saturating_sub(first))
+    }
+
+    pub fn outcome(&self, roster: &Roster) -> StreamOutcome {
+        StreamOutcome {
+            kind: self.parameters.kind,
+            ssrc: self.parameters.ssrc,
+            origin: self.origin,
+            live: self.live,
+            counts: self.receive.counts(),
+            frames_expected: self.frames_expected(roster),
+            frames_delivered: self.delivered.delivered(),
+            freezes: self.freezes,
+            jitter: self.receive.jitter(),
+            latency_us_mean: self.latency.mean_us(),
+            latency_us_max: (self.latency.count > 0).then(|| self.latency.max_us.into()),
+        }
+    }
+}
+
+/// A packet completes at most one frame, and lets at most the assembler's waiting frames be decoded.
+const EVENTS_MAX: usize = 20;
+
+impl LatencySum {
+    fn add(&mut self, us: u64) {
+        self.sum_us += us;
+        self.max_us = self.max_us.max(u32::try_from(us).unwrap_or(u32::MAX));
+        self.count += 1;
+    }
+
+    fn mean_us(&self) -> Option<u64> {
+        self.sum_us.checked_div(self.count.into())
+    }
+}
+
+/// Adds `now - told`, which may run backwards (a packet thought lost arrives after all); sums over a run do not.
+fn add_difference(counter: &mut u64, now: u64, told: u64) {
+    *counter = counter.wrapping_add(now.wrapping_sub(told));
+}

@@ -1,0 +1,377 @@
+//! A worker thread: sockets, the clock and the tick around one shard.
+//!
+//! Each millisecond: drain the sockets, send what is due, then spend a bounded part of the tick on connection set-up, so that a storm of joins
+//! never delays the media of those who are in. The thread sleeps on the tick alone: waking on readiness costs twice the CPU a packet.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use std::os::fd::AsRawFd;
+
+use super::shard::{self, Shard, ShardConfig};
+use super::{Command, Event, Io};
+use crate::measure::Record;
+use crate::net;
+use crate::transport::rtp::{Datagram, classify};
+use crate::units::{Epoch, Time};
+
+/// The engine's heartbeat.
+pub const TICK: Duration = Duration::from_millis(1);
+/// What of a tick set-up work (STUN, DTLS, signalling's commands) may take once media is served.
+const SETUP_SHARE: Duration = Duration::from_micros(500);
+/// Set-up datagrams that wait: at 2 KiB each, 4 MiB a worker. Both protocols repeat what is lost.
+const SETUP_QUEUE_MAX: usize = 2_048;
+/// Datagrams taken from one socket before the next one's turn; the rest is taken in the next round of the same tick.
+const DRAIN_BURST: usize = 256;
+const RECORD_PERIOD: Duration = Duration::from_secs(1);
+const EVENTS_PER_POLL: usize = 1_024;
+
+/// What a worker hands out once a second, and for the last time when it ends.
+pub struct Report {
+    pub worker: usize,
+    /// What was counted since the previous report.
+    pub record: Box<Record>,
+    pub cpu: Duration,
+    pub run_delay: Option<Duration>,
+    /// Set on the last one: what became of each participant's streams.
+    pub outcomes: Option<Vec<shard::PeerOutcome>>,
+}
+
+pub struct WorkerConfig {
+    pub index: usize,
+    pub cpu: Option<usize>,
+    pub capacity: usize,
+    pub shard: ShardConfig,
+    pub commands: Receiver<Command>,
+    pub reports: tokio::sync::mpsc::UnboundedSender<Report>,
+    /// Emptied records that come back for reuse.
+    pub spare_records: Receiver<Box<Record>>,
+}
+
+/// Runs until [`Command::Stop`] or until all command senders are gone.
+pub fn run(config: WorkerConfig) -> io::Result<()> {
+    if let Some(cpu) = config.cpu {
+        // Without the right to pin, the thread still works; its lateness is measured either way.
+        let _ = net::pin_to(cpu);
+    }
+    let mut worker = Worker::new(config)?;
+    let mut beat = Beat::start(worker.epoch)?;
+    loop {
+        let (now, late, missed) = beat.wait()?;
+        worker.shard.record_tick(late, missed);
+        if !worker.turn(now)? {
+            worker.report(true);
+            return Ok(());
+        }
+    }
+}
+
+/// The tick, laid on the whole milliseconds of the run's clock, where send slots lie too.
+pub struct Beat {
+    tick: net::Tick,
+    epoch: Epoch,
+    planned: Time,
+}
+
+/// So far behind the whole millisecond the beat comes: slots of that millisecond are then due without doubt.
+const BEAT_OFFSET: Duration = Duration::from_micros(20);
+
+impl Beat {
+    pub fn start(epoch: Epoch) -> io::Result<Beat> {
+        let now = epoch.now();
+        let first = now.next_whole(TICK) + TICK + BEAT_OFFSET;
+        Ok(Beat {
+            tick: net::Tick::new(first.since(now), TICK)?,
+            epoch,
+            planned: first - TICK,
+        })
+    }
+
+    /// Sleeps until the next beat: the time then, how late that is, and how many beats were missed.
+    pub fn wait(&mut self) -> io::Result<(Time, Duration, u64)> {
+        let beats = self.tick.wait()?;
+        self.planned += TICK * u32::try_from(beats).unwrap_or(u32::MAX);
+        let now = self.epoch.now();
+        // Of several beats at once the oldest tells how long the thread was away.
+        let oldest = self.planned - TICK * u32::try_from(beats - 1).unwrap_or(u32::MAX);
+        Ok((now, now.since(oldest), beats - 1))
+    }
+}
+
+struct Worker {
+    index: usize,
+    epoch: Epoch,
+    shard: Shard,
+    io: SocketIo,
+    poll: Poll,
+    mio_events: Events,
+    ready: VecDeque<usize>,
+    setup: VecDeque<SetupDatagram>,
+    setup_spare: Vec<Vec<u8>>,
+    subscribers: Vec<Option<tokio::sync::mpsc::UnboundedSender<Event>>>,
+    commands: Receiver<Command>,
+    reports: tokio::sync::mpsc::UnboundedSender<Report>,
+    spare_records: Receiver<Box<Record>>,
+    next_report_at: Time,
+    buffer: Box<[u8]>,
+}
+
+struct SetupDatagram {
+    key: usize,
+    from: SocketAddr,
+    arrival: Time,
+    bytes: Vec<u8>,
+}
+
+impl Worker {
+    fn new(config: WorkerConfig) -> io::Result<Worker> {
+        let epoch = config.shard.epoch;
+        let now = epoch.now();
+        Ok(Worker {
+            index: config.index,
+            epoch,
+            shard: Shard::new(config.shard, config.capacity, now),
+            io: SocketIo::new(config.capacity),
+            poll: Poll::new()?,
+            mio_events: Events::with_capacity(EVENTS_PER_POLL),
+            ready: VecDeque::with_capacity(config.capacity),
+            setup: VecDeque::new(),
+            setup_spare: Vec::new(),
+            subscribers: (0..config.capacity).map(|_| None).collect(),
+            commands: config.commands,
+            reports: config.reports,
+            spare_records: config.spare_records,
+            next_report_at: now + RECORD_PERIOD,
+            buffer: vec![0; 65_536].into_boxed_slice(),
+        })
+    }
+
+    /// One tick. Returns false when the worker is told to stop.
+    fn turn(&mut self, now: Time) -> io::Result<bool> {
+        self.drain(now)?;
+        self.shard.handle_media_timers(now, &mut self.io);
+        // Control packets carry time stamps of their own: they get the time at which they are written.
+        self.shard.handle_control_timers(self.epoch.now(), &mut self.io);
+        let alive = self.spend_setup_share()?;
+        self.forward_events();
+        self.shard.take_io_counts(&mut self.io.counts);
+        if now >= self.next_report_at {
+            self.next_report_at += RECORD_PERIOD;
+            self.report(false);
+        }
+        Ok(alive)
+    }
+
+    fn drain(&mut self, now: Time) -> io::Result<()> {
+        // Kernel stamps are on the wall clock; read once a tick, the difference places them on ours.
+        let unix_now = net::unix_nanos();
+        loop {
+            self.poll.poll(&mut self.mio_events, Some(Duration::ZERO))?;
+            self.ready.extend(self.mio_events.iter().map(|event| event.token().0));
+            if self.ready.is_empty() {
+                return Ok(());
+            }
+            while let Some(key) = self.ready.pop_front() {
+                if !self.drain_socket(key, now, unix_now) {
+                    self.ready.push_back(key);
+                }
+            }
+        }
+    }
+
+    /// Takes what a socket holds; false if there may be more.
+    fn drain_socket(&mut self, key: usize, now: Time, unix_now: u64) -> bool {
+        for _ in 0..DRAIN_BURST {
+            let Some(slot) = self.io.slots[key].as_mut() else { return true };
+            let received = match net::receive(&slot.socket, &mut self.buffer) {
+                Ok(received) => received,
+                // An ICMP answer to something that we sent: the next datagram may still be good.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
+                Err(_) => return true,
+            };
+            if let Some(drops) = received.drops {
+                self.io.counts.socket_drops += u64::from(drops.wrapping_sub(slot.drops));
+                slot.drops = drops;
+            }
+            let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
+            let datagram = &mut self.buffer[..received.len];
+            match classify(datagram) {
+                Datagram::Rtp => self.shard.handle_rtp(key, datagram, arrival),
+                Datagram::Rtcp => self.shard.handle_rtcp(key, datagram, arrival, now, &mut self.io),
+                Datagram::Stun | Datagram::Dtls => self.defer_setup(key, received.from, arrival, received.len),
+                Datagram::Unknown => self.shard.reject(key),
+            }
+        }
+        false
+    }
+
+    fn defer_setup(&mut self, key: usize, from: SocketAddr, arrival: Time, len: usize) {
+        if self.setup.len() == SETUP_QUEUE_MAX || len > 2_048 {
+            self.io.counts.setup_dropped += 1;
+            return;
+        }
+        let mut bytes = self.setup_spare.pop().unwrap_or_default();
+        bytes.clear();
+        bytes.extend_from_slice(&self.buffer[..len]);
+        self.setup.push_back(SetupDatagram { key, from, arrival, bytes });
+    }
+
+    fn spend_setup_share(&mut self) -> io::Result<bool> {
+        let mut now = self.epoch.now();
+        let end = now + SETUP_SHARE;
+        loop {
+            if let Some(datagram) = self.setup.pop_front() {
+                self.shard
+                    .handle_setup_datagram(datagram.key, &datagram.bytes, datagram.from, datagram.arrival, now, &mut self.io);
+                self.setup_spare.push(datagram.bytes);
+            } else {
+                match self.commands.try_recv() {
+                    Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
+                    Ok(command) => self.handle_command(command, now)?,
+                    Err(TryRecvError::Empty) => return Ok(true),
+                }
+            }
+            now = self.epoch.now();
+            if now >= end {
+                return Ok(true);
+            }
+        }
+    }
+
+    fn handle_command(&mut self, command: Command, now: Time) -> io::Result<()> {
+        match command {
+            Command::AddPeer { key, socket, peer, events } => {
+                if let Some(socket) = socket {
+                    self.poll
+                        .registry()
+                        .register(&mut SourceFd(&socket.as_raw_fd()), Token(key), Interest::READABLE)?;
+                    self.io.slots[key] = Some(Slot {
+                        socket,
+                        connected: false,
+                        drops: 0,
+                    });
+                }
+                self.subscribers[key] = Some(events);
+                self.shard.add_peer(key, *peer, now, &mut self.io);
+            }
+            Command::RemovePeer { key } => {
+                self.shard.remove_peer(key);
+                self.subscribers[key] = None;
+                if let Some(slot) = self.io.slots[key].take() {
+                    self.poll.registry().deregister(&mut SourceFd(&slot.socket.as_raw_fd()))?;
+                }
+            }
+            Command::Report => {
+                self.shard.account();
+                self.report(false);
+            }
+            other => self.shard.handle_command(other, now, &mut self.io),
+        }
+        Ok(())
+    }
+
+    fn forward_events(&mut self) {
+        while let Some((key, event)) = self.shard.poll_event() {
+            if let Some(Some(subscriber)) = self.subscribers.get(key) {
+                // A task that has ended no longer cares.
+                let _ = subscriber.send(event);
+            }
+        }
+    }
+
+    fn report(&mut self, last: bool) {
+        let outcomes = last.then(|| self.shard.finish());
+        let fresh = self.spare_records.try_recv().unwrap_or_default();
+        let record = self.shard.swap_record(fresh);
+        let report = Report {
+            worker: self.index,
+            record,
+            cpu: net::thread_cpu(),
+            run_delay: net::thread_run_delay(),
+            outcomes,
+        };
+        // Nobody listens any more only when the run itself is gone.
+        let _ = self.reports.send(report);
+    }
+}
+
+/// When a datagram reached this host, on the run's clock: never after `now`, and `now` itself where the kernel gave no stamp.
+fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
+    match stamp.and_then(|stamp| unix_now.checked_sub(stamp)) {
+        // A wall clock that was stepped gives absurd ages.
+        Some(age) if age < 10_000_000_000 => now - Duration::from_nanos(age),
+        _ => now,
+    }
+}
+
+/// What the sockets saw since the shard last took the counts.
+#[derive(Default)]
+pub struct IoCounts {
+    pub socket_drops: u64,
+    pub send_errors: u64,
+    pub setup_dropped: u64,
+}
+
+struct SocketIo {
+    slots: Vec<Option<Slot>>,
+    buffer: Box<[u8]>,
+    /// Cleared at the first path that cannot segment.
+    segmentation: bool,
+    counts: IoCounts,
+}
+
+struct Slot {
+    socket: UdpSocket,
+    connected: bool,
+    drops: u32,
+}
+
+impl SocketIo {
+    fn new(capacity: usize) -> SocketIo {
+        let slots = (0..capacity).map(|_| None).collect();
+        SocketIo {
+            slots,
+            buffer: vec![0; net::SEND_BYTES_MAX].into_boxed_slice(),
+            segmentation: true,
+            counts: IoCounts::default(),
+        }
+    }
+}
+
+impl Io for SocketIo {
+    fn lend(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    fn send(&mut self, key: usize, to: SocketAddr, len: usize, segment: usize) {
+        let Some(slot) = self.slots[key].as_ref() else { return };
+        let to = (!slot.connected).then_some(to);
+        let bytes = &self.buffer[..len];
+        if len > segment && self.segmentation {
+            match net::send_segmented(&slot.socket, to, bytes, segment) {
+                Ok(()) => return,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)) => self.segmentation = false,
+                Err(_) => {
+                    self.counts.send_errors += len.div_ceil(segment) as u64;
+                    return;
+                }
+            }
+        }
+        for datagram in bytes.chunks(segment.max(1)) {
+            if net::send(&slot.socket, to, datagram).is_err() {
+                self.counts.send_errors += 1;
+            }
+        }
+    }
+
+    fn connect(&mut self, key: usize, to: SocketAddr) {
+        if let Some(slot) = self.slots[key].as_mut() {
+            slot.connected = slot.socket.connect(to).is_ok();
+        }
+    }
+}

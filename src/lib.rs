@@ -1,0 +1,14 @@
+//! throng: a load engine for WebRTC SFUs. See `docs/architecture.md` for the way a packet takes through these modules.
+
+pub mod cli;
+pub mod engine;
+pub mod measure;
+pub mod media;
+pub mod net;
+pub mod plan;
+pub mod preflight;
+pub mod report;
+pub mod run;
+pub mod signal;
+pub mod transport;
+pub mod units;

@@ -1,0 +1,132 @@
+//! An HDR histogram of microseconds that also knows how many values *should* have come.
+
+use std::time::Duration;
+
+/// Values above this are recorded as this: a minute is "broken" for everything that we time.
+const MICROS_MAX: u64 = 60_000_000;
+const SIGNIFICANT_DIGITS: u8 = 3;
+
+/// Microseconds, three significant digits. What was `expected` and never came counts as later than everything that came.
+///
+/// `expected` is what the recorder announced with [`Histogram::expect`], and never less than what was recorded.
+#[derive(Clone)]
+pub struct Histogram {
+    hdr: hdrhistogram::Histogram<u64>,
+    expected: u64,
+}
+
+impl Default for Histogram {
+    /// Allocates once, in full: recording never does.
+    fn default() -> Histogram {
+        let hdr = hdrhistogram::Histogram::new_with_bounds(1, MICROS_MAX, SIGNIFICANT_DIGITS).expect("bounds are constants that the library accepts");
+        Histogram { hdr, expected: 0 }
+    }
+}
+
+impl Histogram {
+    /// Announces `count` values that ought to be recorded. Histograms whose values need no announcement never call this.
+    pub fn expect(&mut self, count: u64) {
+        self.expected += count;
+    }
+
+    pub fn record(&mut self, value: Duration) {
+        self.record_micros(value.as_micros() as u64);
+    }
+
+    pub fn record_micros(&mut self, micros: u64) {
+        self.hdr.saturating_record(micros.min(MICROS_MAX));
+    }
+
+    pub fn count(&self) -> u64 {
+        self.hdr.len()
+    }
+
+    pub fn expected(&self) -> u64 {
+        self.expected.max(self.hdr.len())
+    }
+
+    /// The value in microseconds below which `share` (0..=1) of what was *expected* lies; `None` where that falls among the missing, or nothing was expected.
+    pub fn quantile(&self, share: f64) -> Option<u64> {
+        let rank = (share * self.expected() as f64).ceil().max(1.0) as u64;
+        if rank > self.count() {
+            return None;
+        }
+        Some(self.hdr.value_at_quantile(rank as f64 / self.count() as f64))
+    }
+
+    /// Of what came.
+    pub fn min(&self) -> Option<u64> {
+        (self.count() > 0).then(|| self.hdr.min())
+    }
+
+    /// Of what came.
+    pub fn mean(&self) -> Option<f64> {
+        (self.count() > 0).then(|| self.hdr.mean())
+    }
+
+    /// `None` while anything expected has not come.
+    pub fn max(&self) -> Option<u64> {
+        (self.count() > 0 && self.count() == self.expected()).then(|| self.hdr.max())
+    }
+
+    /// Empties the histogram and keeps its memory. Costs nothing where nothing was recorded.
+    pub fn clear(&mut self) {
+        if !self.hdr.is_empty() {
+            self.hdr.reset();
+        }
+        self.expected = 0;
+    }
+
+    pub fn merge(&mut self, other: &Histogram) {
+        if !other.hdr.is_empty() {
+            self.hdr.add(&other.hdr).expect("all histograms share their bounds");
+        }
+        self.expected += other.expected;
+    }
+
+    /// What was recorded since `earlier`, an older value of this same histogram.
+    pub fn since(&self, earlier: &Histogram) -> Histogram {
+        let mut hdr = self.hdr.clone();
+        hdr.subtract(&earlier.hdr)
+            .expect("an earlier value of the same histogram never counts more");
+        Histogram {
+            hdr,
+            expected: self.expected.saturating_sub(earlier.expected),
+        }
+    }
+
+    pub fn hdr(&self) -> &hdrhistogram::Histogram<u64> {
+        &self.hdr
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_never_came_is_later_than_everything() {
+        let mut histogram = Histogram::default();
+        histogram.expect(100);
+        (1..=90).for_each(|ms| histogram.record_micros(ms * 1_000));
+        assert!(histogram.quantile(0.5).unwrap().abs_diff(50_000) <= 50);
+        assert!(histogram.quantile(0.9).unwrap().abs_diff(90_000) <= 90);
+        assert_eq!(histogram.quantile(0.95), None);
+        assert_eq!(histogram.max(), None);
+        assert_eq!(Histogram::default().quantile(0.5), None);
+    }
+
+    #[test]
+    fn a_merge_equals_one_histogram_of_all_values_and_a_difference_undoes_it() {
+        let (mut left, mut right, mut both) = (Histogram::default(), Histogram::default(), Histogram::default());
+        for value in 0..5_000u64 {
+            let target = if value % 3 == 0 { &mut left } else { &mut right };
+            target.record_micros(value * 37);
+            both.record_micros(value * 37);
+        }
+        let before = left.clone();
+        left.merge(&right);
+        assert_eq!(left.hdr(), both.hdr());
+        assert_eq!(left.since(&before).hdr(), right.hdr());
+    }
+}

@@ -1,0 +1,165 @@
+//! What was counted and timed: one cumulative, mergeable [`Record`], filled per shard, merged afterwards.
+//!
+//! Names are those of the report (`throng-report/1`); intervals are differences of cumulative values.
+
+mod histogram;
+pub mod serial;
+
+pub use histogram::Histogram;
+
+/// Declares a struct of named counters and histograms with merge, difference and iteration by name.
+macro_rules! stats {
+    ($(#[$doc:meta])* $name:ident {
+        counters { $($(#[$cdoc:meta])* $counter:ident),* $(,)? }
+        histograms { $($(#[$hdoc:meta])* $histogram:ident),* $(,)? }
+    }) => {
+        $(#[$doc])*
+        #[derive(Clone, Default)]
+        pub struct $name {
+            $($(#[$cdoc])* pub $counter: u64,)*
+            $($(#[$hdoc])* pub $histogram: Histogram,)*
+        }
+
+        impl $name {
+            pub const COUNTERS: &'static [&'static str] = &[$(stringify!($counter)),*];
+            pub const HISTOGRAMS: &'static [&'static str] = &[$(stringify!($histogram)),*];
+
+            /// Adds what `other` counted.
+            pub fn merge(&mut self, other: &$name) {
+                // A delta may run backwards (a packet thought lost arrives), so sums wrap until they are complete.
+                $(self.$counter = self.$counter.wrapping_add(other.$counter);)*
+                $(self.$histogram.merge(&other.$histogram);)*
+            }
+
+            /// Makes the record empty again and keeps its memory.
+            pub fn clear(&mut self) {
+                $(self.$counter = 0;)*
+                $(self.$histogram.clear();)*
+            }
+
+            /// What was counted since `earlier`, an older value of the same cumulative record.
+            pub fn since(&self, earlier: &$name) -> $name {
+                $name {
+                    $($counter: self.$counter.saturating_sub(earlier.$counter),)*
+                    $($histogram: self.$histogram.since(&earlier.$histogram),)*
+                }
+            }
+
+            pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($counter), self.$counter)),*].into_iter()
+            }
+
+            pub fn histograms(&self) -> impl Iterator<Item = (&'static str, &Histogram)> {
+                [$((stringify!($histogram), &self.$histogram)),*].into_iter()
+            }
+        }
+    };
+}
+
+stats! {
+    /// What concerns participants and connections.
+    Session {
+        counters {
+            joins_planned, joins_ok, joins_failed, joins_retried, participants_healthy, participants_total,
+            disconnects, reconnects_ok, reconnects_failed,
+            nacks_sent, nacks_received, plis_sent, plis_received,
+            wire_bytes_sent, wire_bytes_received, host_drops, frames_misrouted,
+            /// Datagrams that no parser took: unknown SSRC, broken header, failed authentication, replay.
+            packets_rejected,
+        }
+        histograms {
+            join, signal_connect, signal_join, ice, dtls, first_media, rtt_stun, rtt_rtcp, rtt_signal, reconnect,
+        }
+    }
+}
+
+stats! {
+    /// What concerns one kind of media. Packets and bytes are RTP media, retransmissions apart.
+    Media {
+        counters {
+            tracks_published, tracks_expected, tracks_live,
+            packets_sent, packets_received, bytes_sent, bytes_received, rtx_sent, rtx_received,
+            packets_lost_network, packets_repaired, packets_lost, packets_duplicate, packets_reordered, uplink_packets_lost,
+            frames_sent, frames_expected, frames_delivered, frames_late, frames_duplicate, key_frames_sent, freezes,
+        }
+        histograms {
+            track_subscribe, first_packet, first_frame, one_way_latency, jitter, frame_interval, freeze, loss_to_repair,
+            pli_received_to_key_sent, pli_sent_to_key_received, layer_switch,
+        }
+    }
+}
+
+stats! {
+    /// What the generator observed of itself.
+    Engine {
+        counters {
+            packets_processed, send_slots_skipped, send_errors, setup_datagrams_dropped, ticks_missed,
+        }
+        histograms {
+            tick_late, send_lag,
+        }
+    }
+}
+
+/// Everything that one shard, one host or one run counted so far.
+#[derive(Clone, Default)]
+pub struct Record {
+    pub session: Session,
+    pub audio: Media,
+    pub video: Media,
+    pub engine: Engine,
+}
+
+impl Record {
+    pub fn merge(&mut self, other: &Record) {
+        self.session.merge(&other.session);
+        self.audio.merge(&other.audio);
+        self.video.merge(&other.video);
+        self.engine.merge(&other.engine);
+    }
+
+    /// Makes the record empty again and keeps its memory.
+    pub fn clear(&mut self) {
+        self.session.clear();
+        self.audio.clear();
+        self.video.clear();
+        self.engine.clear();
+    }
+
+    pub fn since(&self, earlier: &Record) -> Record {
+        Record {
+            session: self.session.since(&earlier.session),
+            audio: self.audio.since(&earlier.audio),
+            video: self.video.since(&earlier.video),
+            engine: self.engine.since(&earlier.engine),
+        }
+    }
+
+    pub fn media(&mut self, kind: Kind) -> &mut Media {
+        match kind {
+            Kind::Audio => &mut self.audio,
+            Kind::Video => &mut self.video,
+        }
+    }
+}
+
+/// The two kinds of media, as SDP's m-lines name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Audio,
+    Video,
+}
+
+/// Moments of one participant's join, on the run's clock; `None` never happened, or does not apply.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Timeline {
+    pub intended: crate::units::Time,
+    pub started: Option<crate::units::Time>,
+    pub signal_connected: Option<crate::units::Time>,
+    pub signal_joined: Option<crate::units::Time>,
+    pub ice_connected: Option<crate::units::Time>,
+    pub dtls_connected: Option<crate::units::Time>,
+    pub joined: Option<crate::units::Time>,
+    pub first_media: Option<crate::units::Time>,
+}

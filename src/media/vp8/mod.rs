@@ -1,0 +1,418 @@
+//! Video for publishers: a loop of really coded VP8 frames, made once and shared by all.
+//!
+//! Whoever plays the loop sends P_0, P_1, ... P_{N-1}, P_0 and so on ([`VideoClip::inter_frame`]). At any index, K_i
+//! ([`VideoClip::key_frame`]) may be sent instead of P_i: both leave the same pixels and the same probabilities, so P_{i+1} fits either.
+//! A publisher therefore needs one number, and starts anywhere, with a key frame.
+//!
+//! Every frame is coded ahead, because coding one takes milliseconds and the sending path has microseconds. Bytes may be appended to a frame:
+//! decoders read none of them.
+
+mod bool_coder;
+mod frame;
+mod glyphs;
+mod layout;
+mod rate;
+mod scene;
+mod seeded;
+pub mod tables;
+mod texture;
+mod tokens;
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::units::Bitrate;
+
+use frame::{FrameCoder, Reference};
+use layout::Layout;
+use rate::{Design, RateControl, mean};
+use scene::Scene;
+use seeded::Seeded;
+use texture::Quantizers;
+
+/// The loop's length.
+pub const LOOP_SECONDS: u32 = 10;
+/// Pixels a side, at most.
+pub const MAX_SIDE: u32 = 4096;
+/// The smallest picture that holds the frame counter and some landscape.
+pub const MIN_SIZE: (u32, u32) = (96, 48);
+/// Frames a second; also what three digits of a counter allow.
+pub const FPS_RANGE: std::ops::RangeInclusive<u32> = 1..=60;
+
+/// What a clip has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VideoSpec {
+    /// Pixels; odd sizes are allowed.
+    pub width: u32,
+    pub height: u32,
+    pub fps: u32,
+    /// Of the inter frames: the bytes of the VP8 frames alone, without packet headers or trailers.
+    pub bitrate: Bitrate,
+    /// Other seeds give other pictures.
+    pub seed: u64,
+}
+
+/// Why a clip cannot be, and what to ask instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpecError {
+    TooSmall { width: u32, height: u32 },
+    TooLarge { width: u32, height: u32 },
+    Fps(u32),
+    BitrateTooLow { spec: VideoSpec, least: Bitrate },
+    BitrateTooHigh { spec: VideoSpec, most: Bitrate },
+}
+
+impl fmt::Display for SpecError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let video = |spec: &VideoSpec| format!("video of {}x{} at {} fps", spec.width, spec.height, spec.fps);
+        match self {
+            SpecError::TooSmall { width, height } => {
+                write!(
+                    f,
+                    "a picture of {width}x{height} has no room for the frame counter: ask for {}x{} or more",
+                    MIN_SIZE.0, MIN_SIZE.1
+                )
+            }
+            SpecError::TooLarge { width, height } => {
+                write!(f, "a picture of {width}x{height} is too large: ask for at most {MAX_SIDE} pixels a side")
+            }
+            SpecError::Fps(fps) => write!(
+                f,
+                "{fps} frames per second are not possible: ask for {} to {}",
+                FPS_RANGE.start(),
+                FPS_RANGE.end()
+            ),
+            SpecError::BitrateTooLow { spec, least } => {
+                write!(
+                    f,
+                    "{} does not fit {}: ask for {least} or more, or for a smaller picture or fewer frames",
+                    video(spec),
+                    spec.bitrate
+                )
+            }
+            SpecError::BitrateTooHigh { spec, most } => {
+                write!(
+                    f,
+                    "{} cannot fill {}: ask for {most} or less, or for a larger picture or more frames",
+                    video(spec),
+                    spec.bitrate
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for SpecError {}
+
+/// A decoded picture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct I420 {
+    pub width: usize,
+    pub height: usize,
+    /// Luma, then u, then v, each without padding; chroma planes are half as wide and high, rounded up.
+    pub data: Vec<u8>,
+}
+
+/// A loop of `10 * fps` frames; immutable, shared by all publishers.
+pub struct VideoClip {
+    spec: VideoSpec,
+    scene: Scene,
+    inter: Frames,
+    key: Frames,
+}
+
+impl VideoClip {
+    /// Makes the clip on `threads` threads (at least one); the result does not depend on their number.
+    ///
+    /// # Errors
+    /// A spec that cannot be met, with what to ask instead.
+    pub fn generate(spec: &VideoSpec, threads: usize) -> Result<VideoClip, SpecError> {
+        check(spec)?;
+        let draft = Draft::new(spec, threads)?;
+        let (scene, inter) = draft.animate(threads)?;
+        let key = code_loop(&scene, spec, FrameKind::Key, threads);
+        Ok(VideoClip {
+            spec: *spec,
+            scene,
+            inter,
+            key,
+        })
+    }
+
+    pub fn spec(&self) -> &VideoSpec {
+        &self.spec
+    }
+
+    /// Frames in the loop.
+    #[allow(clippy::len_without_is_empty, reason = "a clip is never empty")]
+    pub fn len(&self) -> usize {
+        self.scene.frames
+    }
+
+    /// P_i, for a decoder that shows picture `i - 1` (the last picture if `i` is 0). Panics unless `i` is below [`VideoClip::len`].
+    pub fn inter_frame(&self, i: usize) -> &[u8] {
+        self.inter.frame(i)
+    }
+
+    /// K_i, for any decoder. Panics unless `i` is below [`VideoClip::len`].
+    pub fn key_frame(&self, i: usize) -> &[u8] {
+        self.key.frame(i)
+    }
+
+    /// The pixels that a decoder shows after P_i or K_i, by our own model; computed on demand.
+    pub fn reconstruction(&self, i: usize) -> I420 {
+        self.scene.pixels(i)
+    }
+
+    /// Reads `i` from a decoded picture's index row (ten squares, dark or light). `None` if the picture has no such row (it is narrower than 160
+    /// pixels or lower than 80) or is damaged there.
+    pub fn read_index(&self, frame: &I420) -> Option<usize> {
+        self.scene.read_index(frame)
+    }
+}
+
+fn check(spec: &VideoSpec) -> Result<(), SpecError> {
+    let VideoSpec { width, height, fps, .. } = *spec;
+    if width > MAX_SIDE || height > MAX_SIDE {
+        return Err(SpecError::TooLarge { width, height });
+    }
+    if width < MIN_SIZE.0 || height < MIN_SIZE.1 {
+        return Err(SpecError::TooSmall { width, height });
+    }
+    if !FPS_RANGE.contains(&fps) {
+        return Err(SpecError::Fps(fps));
+    }
+    Ok(())
+}
+
+/// A clip whose layout is settled: what counter and bar cost by themselves is known.
+struct Draft<'a> {
+    spec: &'a VideoSpec,
+    layout: Layout,
+    /// By frame, without any texture.
+    fixed_bits: Vec<f64>,
+    /// Macroblocks that can be textured.
+    landscape: usize,
+}
+
+impl<'a> Draft<'a> {
+    /// The share of the bitrate that a large counter may take; a smaller one is drawn where it would take more.
+    const COUNTER_SHARE: f64 = 0.35;
+    /// The bits a frame that textures need at least, also as a share of what is fixed: with less, the bitrate could not be steered.
+    const LEAST_SPARE: (f64, f64) = (300.0, 0.11);
+
+    /// Picks the largest counter that the bitrate affords.
+    fn new(spec: &'a VideoSpec, threads: usize) -> Result<Draft<'a>, SpecError> {
+        let mut smallest = None;
+        for layout in Layout::all(spec.width as usize, spec.height as usize) {
+            let scene = still_scene(spec, &layout, Quantizers::COARSE);
+            let fixed_bits = code_loop(&scene, spec, FrameKind::Inter, threads).bits();
+            let share = mean(&fixed_bits) / mean_bits(spec);
+            let draft = Draft {
+                spec,
+                landscape: scene.landscape_size(),
+                layout,
+                fixed_bits,
+            };
+            if share <= Self::COUNTER_SHARE {
+                return Ok(draft);
+            }
+            smallest = Some(draft);
+        }
+        let draft = smallest.ok_or(SpecError::TooSmall {
+            width: spec.width,
+            height: spec.height,
+        })?;
+        if draft.least_bits() > mean_bits(spec) {
+            Err(draft.out_of_reach(1.0))
+        } else {
+            Ok(draft)
+        }
+    }
+
+    /// Spends the rest of the bitrate on textures.
+    fn animate(self, threads: usize) -> Result<(Scene, Frames), SpecError> {
+        let mut best = self.attempt(rate::USUAL_OVERHEAD_BITS, threads)?;
+        let mut overhead_bits = best.overhead_bits;
+        for _ in 0..MAX_REDESIGNS {
+            if best.error.abs() < CLOSE_ENOUGH {
+                break;
+            }
+            let attempt = self.attempt(overhead_bits, threads)?;
+            overhead_bits = attempt.overhead_bits;
+            if attempt.error.abs() < best.error.abs() {
+                best = attempt;
+            }
+        }
+        if best.error.abs() < TOLERATED {
+            Ok((best.scene, best.inter))
+        } else {
+            Err(self.out_of_reach(best.error))
+        }
+    }
+
+    /// Textures the landscape if each new texture costs `overhead_bits` beside its luma, and brings the loop as close to the bitrate as that goes.
+    fn attempt(&self, overhead_bits: f64, threads: usize) -> Result<Attempt, SpecError> {
+        let spec = self.spec;
+        let design = Design::new(
+            mean_bits(spec) - mean(&self.fixed_bits),
+            overhead_bits,
+            self.landscape,
+            self.fixed_bits.len(),
+        )
+        .ok_or_else(|| self.out_of_reach(-1.0))?;
+        let mut scene = still_scene(spec, &self.layout, design.quantizers);
+        let mut random = Seeded::new(spec.seed ^ 0x7465_7874_7572_6573);
+        let classes = design.classes(&mut scene.palette, &mut random);
+        scene.animate(design.count, design.period, classes.clone());
+        let mut control = RateControl::new(mean_bits(spec), &self.fixed_bits, &classes, overhead_bits, &mut scene, &mut random);
+        let mut inter = code_loop(&scene, spec, FrameKind::Inter, threads);
+        for _ in 0..MAX_CORRECTIONS {
+            if control.error(&inter.bits()).abs() < CLOSE_ENOUGH {
+                break;
+            }
+            control.correct(&inter.bits(), &mut scene);
+            inter = code_loop(&scene, spec, FrameKind::Inter, threads);
+        }
+        let overhead_bits = control.overhead_bits(&inter.bits(), &self.fixed_bits, &scene);
+        Ok(Attempt {
+            error: control.error(&inter.bits()),
+            overhead_bits,
+            scene,
+            inter,
+        })
+    }
+
+    /// The least bits a frame.
+    fn least_bits(&self) -> f64 {
+        let fixed = mean(&self.fixed_bits);
+        fixed + Self::LEAST_SPARE.0.max(Self::LEAST_SPARE.1 * fixed)
+    }
+
+    fn out_of_reach(&self, error: f64) -> SpecError {
+        let (spec, fps) = (*self.spec, f64::from(self.spec.fps));
+        let fixed = mean(&self.fixed_bits);
+        if error > 0.0 {
+            SpecError::BitrateTooLow {
+                spec,
+                least: rounded_up(self.least_bits() * fps),
+            }
+        } else {
+            SpecError::BitrateTooHigh {
+                spec,
+                most: rounded_down((Design::most_spare_bits(self.landscape) + fixed) * fps),
+            }
+        }
+    }
+}
+
+struct Attempt {
+    scene: Scene,
+    inter: Frames,
+    /// By which share of the bitrate the loop is too large.
+    error: f64,
+    /// What a new texture really cost beside its luma.
+    overhead_bits: f64,
+}
+
+/// Two are enough where the design can meet the bitrate at all.
+const MAX_CORRECTIONS: usize = 3;
+/// New textures that stand alone cost more beside their luma than those in a crowd; the first attempt measures it.
+const MAX_REDESIGNS: usize = 3;
+/// A share of the bitrate.
+const CLOSE_ENOUGH: f64 = 0.001;
+/// The same, for what is handed out.
+const TOLERATED: f64 = 0.01;
+
+fn still_scene(spec: &VideoSpec, layout: &Layout, quantizers: Quantizers) -> Scene {
+    let frames = (LOOP_SECONDS * spec.fps) as usize;
+    Scene::still(spec.width as usize, spec.height as usize, frames, spec.seed, layout.clone(), quantizers)
+}
+
+fn mean_bits(spec: &VideoSpec) -> f64 {
+    spec.bitrate.bps() as f64 / f64::from(spec.fps)
+}
+
+/// A step that [`Bitrate`] prints in full, so that what a message says is accepted as it stands.
+fn printed_step(bps: f64) -> f64 {
+    if bps < 1e6 { 1e3 } else { 1e4 }
+}
+
+fn rounded_up(bps: f64) -> Bitrate {
+    Bitrate::from_bps(((bps / printed_step(bps)).ceil() * printed_step(bps)) as u64)
+}
+
+fn rounded_down(bps: f64) -> Bitrate {
+    Bitrate::from_bps(((bps / printed_step(bps)).floor() * printed_step(bps)) as u64)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum FrameKind {
+    Key,
+    Inter,
+}
+
+/// Coded frames, one after another in one buffer.
+struct Frames {
+    bytes: Vec<u8>,
+    /// Where each frame starts, and where the last one ends.
+    bounds: Vec<usize>,
+}
+
+impl Frames {
+    fn frame(&self, index: usize) -> &[u8] {
+        &self.bytes[self.bounds[index]..self.bounds[index + 1]]
+    }
+
+    fn bits(&self) -> Vec<f64> {
+        self.bounds.windows(2).map(|bounds| 8.0 * (bounds[1] - bounds[0]) as f64).collect()
+    }
+
+    fn join(parts: Vec<Frames>) -> Frames {
+        let mut joined = Frames {
+            bytes: Vec::with_capacity(parts.iter().map(|part| part.bytes.len()).sum()),
+            bounds: vec![0],
+        };
+        for part in parts {
+            let start = joined.bytes.len();
+            joined.bytes.extend_from_slice(&part.bytes);
+            joined.bounds.extend(part.bounds[1..].iter().map(|bound| start + bound));
+        }
+        joined
+    }
+}
+
+fn code_loop(scene: &Scene, spec: &VideoSpec, kind: FrameKind, threads: usize) -> Frames {
+    let threads = threads.clamp(1, scene.frames);
+    let part = |thread: usize| scene.frames * thread / threads..scene.frames * (thread + 1) / threads;
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (1..threads)
+            .map(|thread| scope.spawn(move || code_part(scene, spec, kind, part(thread))))
+            .collect();
+        let first = code_part(scene, spec, kind, part(0));
+        let others = workers.into_iter().map(|worker| worker.join().expect("coding does not panic"));
+        Frames::join(std::iter::once(first).chain(others).collect())
+    })
+}
+
+fn code_part(scene: &Scene, spec: &VideoSpec, kind: FrameKind, indices: Range<usize>) -> Frames {
+    let mut coder = FrameCoder::new(&scene.palette, spec.width as usize, spec.height as usize);
+    let mut frames = Frames {
+        bytes: Vec::new(),
+        bounds: vec![0],
+    };
+    let (mut last, mut picture) = (Vec::new(), Vec::new());
+    scene.picture((indices.start + scene.frames - 1) % scene.frames, &mut last);
+    for index in indices {
+        scene.picture(index, &mut picture);
+        let reference = if kind == FrameKind::Key {
+            Reference::None
+        } else {
+            Reference::Last(&last)
+        };
+        coder.code(&picture, reference, &mut frames.bytes);
+        frames.bounds.push(frames.bytes.len());
+        std::mem::swap(&mut last, &mut picture);
+    }
+    frames
+}

@@ -1,0 +1,322 @@
+//! Every system call that the engine makes: datagrams with stamps and drop counts, segmented sends, the tick, threads and their clocks.
+//!
+//! The only module that may hold `unsafe`: the socket calls have no safe wrapper that neither allocates nor hides control messages.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
+
+/// The kernel's own bounds for one segmented send (`UDP_MAX_SEGMENTS`, and the largest UDP payload).
+pub const SEGMENTS_MAX: usize = 64;
+pub const SEND_BYTES_MAX: usize = 65_000;
+
+/// A UDP socket for one peer connection: bound to `local` on a free port, non-blocking, stamped on arrival, its drops counted.
+///
+/// Of `receive_buffer_bytes` the kernel grants at most `net.core.rmem_max`. Its default holds 92 video packets: one late tick in a large room.
+pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Result<UdpSocket> {
+    let socket = UdpSocket::bind((local, 0))?;
+    socket.set_nonblocking(true)?;
+    rustix::net::sockopt::set_socket_recv_buffer_size(&socket, receive_buffer_bytes)?;
+    set_flag(&socket, libc::SO_TIMESTAMPNS)?;
+    set_flag(&socket, libc::SO_RXQ_OVFL)?;
+    Ok(socket)
+}
+
+/// The receive buffer that the kernel granted, in bytes of its own accounting.
+pub fn granted_receive_buffer(socket: &UdpSocket) -> io::Result<usize> {
+    Ok(rustix::net::sockopt::socket_recv_buffer_size(socket)?)
+}
+
+fn set_flag(socket: &UdpSocket, option: libc::c_int) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the pointer and length describe `on`, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as u32,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// One datagram's facts.
+#[derive(Clone, Copy, Debug)]
+pub struct Received {
+    pub len: usize,
+    pub from: SocketAddr,
+    /// When the kernel took it off the wire, nanoseconds since 1970 by the wall clock.
+    pub stamp_unix_nanos: Option<u64>,
+    /// Datagrams that this socket has dropped so far for want of buffer space.
+    pub drops: Option<u32>,
+}
+
+/// Takes one datagram; `WouldBlock` when there is none.
+pub fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Received> {
+    let mut name = MaybeUninit::<libc::sockaddr_storage>::zeroed();
+    let mut control = ControlBuffer([0; 128]);
+    let mut vector = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: a zeroed msghdr is valid; every pointer set below outlives the call and carries its true length.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_name = name.as_mut_ptr().cast();
+    header.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
+    header.msg_iov = &raw mut vector;
+    header.msg_iovlen = 1;
+    header.msg_control = control.0.as_mut_ptr().cast();
+    header.msg_controllen = control.0.len();
+    // SAFETY: as above.
+    let len = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, 0) };
+    if len < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the storage was zeroed and the kernel wrote a socket address into it.
+    let from = socket_address(unsafe { name.assume_init_ref() }).ok_or(io::ErrorKind::InvalidData)?;
+    let mut received = Received {
+        len: len as usize,
+        from,
+        stamp_unix_nanos: None,
+        drops: None,
+    };
+    read_control(&header, &mut received);
+    Ok(received)
+}
+
+#[repr(align(8))]
+struct ControlBuffer([u8; 128]);
+
+fn read_control(header: &libc::msghdr, received: &mut Received) {
+    // SAFETY: the kernel filled the control buffer that `header` points to; CMSG_* stay inside its length, and reads are unaligned-safe.
+    unsafe {
+        let mut message = libc::CMSG_FIRSTHDR(header);
+        while !message.is_null() {
+            if (*message).cmsg_level == libc::SOL_SOCKET {
+                match (*message).cmsg_type {
+                    libc::SO_TIMESTAMPNS => {
+                        let stamp = libc::CMSG_DATA(message).cast::<libc::timespec>().read_unaligned();
+                        received.stamp_unix_nanos = Some(stamp.tv_sec as u64 * 1_000_000_000 + stamp.tv_nsec as u64);
+                    }
+                    libc::SO_RXQ_OVFL => received.drops = Some(libc::CMSG_DATA(message).cast::<u32>().read_unaligned()),
+                    _ => {}
+                }
+            }
+            message = libc::CMSG_NXTHDR(header, message);
+        }
+    }
+}
+
+fn socket_address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    match i32::from(storage.ss_family) {
+        libc::AF_INET => {
+            // SAFETY: the family says that the storage holds a sockaddr_in.
+            let v4 = unsafe { &*(&raw const *storage).cast::<libc::sockaddr_in>() };
+            Some(SocketAddrV4::new(u32::from_be(v4.sin_addr.s_addr).into(), u16::from_be(v4.sin_port)).into())
+        }
+        libc::AF_INET6 => {
+            // SAFETY: the family says that the storage holds a sockaddr_in6.
+            let v6 = unsafe { &*(&raw const *storage).cast::<libc::sockaddr_in6>() };
+            Some(
+                SocketAddrV6::new(
+                    v6.sin6_addr.s6_addr.into(),
+                    u16::from_be(v6.sin6_port),
+                    v6.sin6_flowinfo,
+                    v6.sin6_scope_id,
+                )
+                .into(),
+            )
+        }
+        _ => None,
+    }
+}
+
+/// Sends `bytes` as datagrams of `segment` bytes each (the last may be shorter) with one call.
+///
+/// `to` is `None` on a connected socket. `EIO` and `EINVAL` mean that this path cannot segment: send them one by one.
+pub fn send_segmented(socket: &UdpSocket, to: Option<SocketAddr>, bytes: &[u8], segment: usize) -> io::Result<()> {
+    let mut control = ControlBuffer([0; 128]);
+    let mut vector = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: a zeroed msghdr is valid; the pointers set below outlive the call; the control buffer is larger than one cmsg of two bytes.
+    let sent = unsafe {
+        let mut header: libc::msghdr = std::mem::zeroed();
+        let name = to.map(socket2::SockAddr::from);
+        if let Some(name) = &name {
+            header.msg_name = name.as_ptr().cast_mut().cast();
+            header.msg_namelen = name.len();
+        }
+        header.msg_iov = &raw mut vector;
+        header.msg_iovlen = 1;
+        header.msg_control = control.0.as_mut_ptr().cast();
+        header.msg_controllen = libc::CMSG_SPACE(size_of::<u16>() as u32) as usize;
+        let message = libc::CMSG_FIRSTHDR(&raw const header);
+        (*message).cmsg_level = libc::SOL_UDP;
+        (*message).cmsg_type = libc::UDP_SEGMENT;
+        (*message).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as u32) as usize;
+        libc::CMSG_DATA(message).cast::<u16>().write_unaligned(segment as u16);
+        libc::sendmsg(socket.as_raw_fd(), &raw const header, 0)
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sends one datagram. `to` is `None` on a connected socket.
+pub fn send(socket: &UdpSocket, to: Option<SocketAddr>, bytes: &[u8]) -> io::Result<()> {
+    match to {
+        Some(to) => socket.send_to(bytes, to).map(drop),
+        None => socket.send(bytes).map(drop),
+    }
+}
+
+/// A steady beat on absolute times: what is late once does not shift what follows.
+pub struct Tick {
+    timer: OwnedFd,
+}
+
+impl Tick {
+    /// The first beat comes after `first`, which is above zero; the others follow `period` apart.
+    pub fn new(first: Duration, period: Duration) -> io::Result<Tick> {
+        let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC)?;
+        let spec = |time: Duration| Timespec {
+            tv_sec: time.as_secs() as i64,
+            tv_nsec: i64::from(time.subsec_nanos()),
+        };
+        rustix::time::timerfd_settime(
+            &timer,
+            TimerfdTimerFlags::empty(),
+            &Itimerspec {
+                it_interval: spec(period),
+                it_value: spec(first),
+            },
+        )?;
+        Ok(Tick { timer })
+    }
+
+    /// Sleeps until the next beat; returns how many beats have passed since the last call, 1 when in time.
+    pub fn wait(&mut self) -> io::Result<u64> {
+        let mut beats = [0; 8];
+        loop {
+            match rustix::io::read(self.timer.as_fd(), &mut beats) {
+                Ok(_) => return Ok(u64::from_ne_bytes(beats)),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Pins the calling thread to one processor.
+pub fn pin_to(cpu: usize) -> io::Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    Ok(rustix::thread::sched_setaffinity(None, &set)?)
+}
+
+/// The processors that this process may run on.
+pub fn allowed_cpus() -> Vec<usize> {
+    rustix::thread::sched_getaffinity(None).map_or_else(
+        |_| vec![0],
+        |set| (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect(),
+    )
+}
+
+/// The wall clock, nanoseconds since 1970: what kernel stamps are measured by.
+pub fn unix_nanos() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// CPU time of the calling thread so far, user and system together.
+pub fn thread_cpu() -> Duration {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
+}
+
+/// CPU time of the whole process so far.
+pub fn process_cpu() -> Duration {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
+}
+
+/// How long the calling thread was ready to run and did not (`schedstat`); `None` where the kernel does not tell.
+pub fn thread_run_delay() -> Option<Duration> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    text.split_whitespace().nth(1)?.parse().ok().map(Duration::from_nanos)
+}
+
+/// Resident memory now, and at its highest, in bytes.
+pub fn resident_bytes() -> Option<(u64, u64)> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kilobytes = |key: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.split_whitespace().next()?.parse::<u64>().ok())
+    };
+    Some((kilobytes("VmRSS:")? * 1024, kilobytes("VmHWM:")? * 1024))
+}
+
+/// UDP datagrams that this host dropped for want of receive buffer, over all sockets (`Udp: RcvbufErrors`, and `Udp6`).
+pub fn udp_receive_buffer_errors() -> Option<u64> {
+    let v4 = std::fs::read_to_string("/proc/net/snmp").ok()?;
+    let mut rows = v4.lines().filter(|line| line.starts_with("Udp:"));
+    let column = rows.next()?.split_whitespace().position(|name| name == "RcvbufErrors")?;
+    let v4: u64 = rows.next()?.split_whitespace().nth(column)?.parse().ok()?;
+    let v6 = std::fs::read_to_string("/proc/net/snmp6").unwrap_or_default();
+    let v6 = v6
+        .lines()
+        .find_map(|line| line.strip_prefix("Udp6RcvbufErrors")?.trim().parse::<u64>().ok())
+        .unwrap_or(0);
+    Some(v4 + v6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (UdpSocket, UdpSocket) {
+        let local = IpAddr::from([127, 0, 0, 1]);
+        (open_media_socket(local, 1 << 20).unwrap(), open_media_socket(local, 1 << 20).unwrap())
+    }
+
+    #[test]
+    fn one_segmented_send_arrives_as_several_stamped_datagrams() {
+        let (a, b) = pair();
+        let bytes: Vec<u8> = (0..2_500u16).map(|i| i as u8).collect();
+        send_segmented(&a, Some(b.local_addr().unwrap()), &bytes, 1_000).unwrap();
+        let mut buffer = [0; 2_048];
+        for expected in bytes.chunks(1_000) {
+            let received = receive(&b, &mut buffer).unwrap();
+            assert_eq!(&buffer[..received.len], expected);
+            assert_eq!(received.from, a.local_addr().unwrap());
+            let age = unix_nanos().abs_diff(received.stamp_unix_nanos.expect("a stamp"));
+            assert!(age < 5_000_000_000, "the stamp is on the wall clock: {age} ns");
+        }
+        assert_eq!(receive(&b, &mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_socket_counts_what_it_drops() {
+        let (a, b) = pair();
+        rustix::net::sockopt::set_socket_recv_buffer_size(&b, 1).unwrap();
+        for _ in 0..100 {
+            send(&a, Some(b.local_addr().unwrap()), &[0; 1_000]).unwrap();
+        }
+        let (mut buffer, mut taken, mut drops) = ([0; 2_048], 0, 0);
+        while let Ok(received) = receive(&b, &mut buffer) {
+            (taken, drops) = (taken + 1, received.drops.unwrap_or(drops));
+        }
+        // The count rides on datagrams that arrive: one more carries the final figure.
+        send(&a, Some(b.local_addr().unwrap()), &[0]).unwrap();
+        let last = receive(&b, &mut buffer).unwrap();
+        assert_eq!(taken + last.drops.unwrap_or(drops), 100);
+    }
+}

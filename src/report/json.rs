@@ -1,0 +1,350 @@
+//! The JSON report, `throng-report/1`. Its JSON Schema is `fixtures/schema/throng-report-1.schema.json`, and tests hold the two together.
+//!
+//! Fields appear in the order in which a reader wants them. Fields may be added; none changes its meaning.
+
+use std::time::{Duration, UNIX_EPOCH};
+
+use serde::ser::{Serialize, SerializeMap, Serializer};
+
+use super::{EngineHealth, Judgement, Outcome, Sample, Step, VERSION, judge, judge::judge_step};
+use crate::measure::{Engine, Histogram, Kind, Media, Session, serial};
+use crate::plan::Plan;
+
+pub const SCHEMA: &str = "throng-report/1";
+
+/// The report, indented, with a newline at its end.
+pub fn render(outcome: &Outcome) -> String {
+    let mut text = serde_json::to_string_pretty(&Report::new(outcome)).expect("plain data serialises");
+    text.push('\n');
+    text
+}
+
+#[derive(serde::Serialize)]
+struct Report<'a> {
+    schema: &'static str,
+    version: &'static str,
+    started_at: String,
+    finished_at: String,
+    seed: u64,
+    result: &'static str,
+    reasons: Vec<String>,
+    notes: &'a [String],
+    plan: PlanView,
+    target: TargetView<'a>,
+    steps: Vec<StepView<'a>>,
+    totals: TotalsView<'a>,
+    join_failures: Vec<FailureView<'a>>,
+    series: &'a [Sample],
+    engine: EngineView<'a>,
+    server: Option<()>,
+    vantages: Option<()>,
+    missing: Option<()>,
+}
+
+impl<'a> Report<'a> {
+    fn new(outcome: &'a Outcome) -> Report<'a> {
+        let Judgement { verdict, reasons } = judge(outcome);
+        Report {
+            schema: SCHEMA,
+            version: VERSION,
+            started_at: rfc_3339(outcome.started),
+            finished_at: rfc_3339(outcome.finished),
+            seed: outcome.plan.seed,
+            result: verdict.name(),
+            reasons,
+            notes: &outcome.notes,
+            plan: PlanView::new(outcome),
+            target: TargetView::new(outcome),
+            steps: outcome.steps.iter().map(|step| StepView::new(outcome, step)).collect(),
+            totals: TotalsView::new(&outcome.totals),
+            join_failures: outcome
+                .failures
+                .iter()
+                .map(|(reason, count)| FailureView { reason, count: *count })
+                .collect(),
+            series: &outcome.series,
+            engine: EngineView::new(outcome),
+            server: None,
+            vantages: None,
+            missing: None,
+        }
+    }
+}
+
+/// The plan and what it is judged by; durations in seconds, bitrates in bits per second.
+#[derive(serde::Serialize)]
+struct PlanView {
+    rooms: u32,
+    room_names: Vec<String>,
+    audio_publishers: u32,
+    video_publishers: u32,
+    subscribers: u32,
+    meeting: bool,
+    participants: u32,
+    identity_prefix: String,
+    run_tag: String,
+    joins_per_second: f64,
+    duration_seconds: f64,
+    pacing: &'static str,
+    audio: AudioView,
+    video: VideoView,
+    judging: JudgingView,
+}
+
+#[derive(serde::Serialize)]
+struct AudioView {
+    codec: &'static str,
+    bitrate: u64,
+    frame_ms: f64,
+}
+
+#[derive(serde::Serialize)]
+struct VideoView {
+    codec: &'static str,
+    bitrate: u64,
+    width: u16,
+    height: u16,
+    frames_per_second: u32,
+}
+
+#[derive(serde::Serialize)]
+struct JudgingView {
+    max_loss_pct: f64,
+    target_rtt_ms: Option<f64>,
+    thresholds: Vec<String>,
+}
+
+/// A run of thousands of rooms need not name each: the rule is plain from the first ones.
+const ROOM_NAMES_MAX: u32 = 16;
+
+impl PlanView {
+    fn new(outcome: &Outcome) -> PlanView {
+        let (plan, judging): (&Plan, _) = (&outcome.plan, &outcome.judging);
+        let shape = &plan.shape;
+        PlanView {
+            rooms: shape.room_count,
+            room_names: (0..shape.room_count.min(ROOM_NAMES_MAX)).map(|room| plan.room_name(room)).collect(),
+            audio_publishers: shape.audio_publishers,
+            video_publishers: shape.video_publishers,
+            subscribers: shape.subscribers,
+            meeting: shape.meeting,
+            participants: plan.total_participants(),
+            identity_prefix: shape.identity_prefix.clone(),
+            run_tag: format!("{:08x}", plan.run_tag),
+            joins_per_second: plan.joins_per_second,
+            duration_seconds: plan.duration.as_secs_f64(),
+            pacing: plan.pacing.name(),
+            audio: AudioView {
+                codec: "opus",
+                bitrate: plan.audio.bitrate.bps(),
+                frame_ms: plan.audio.frame.as_secs_f64() * 1e3,
+            },
+            video: VideoView {
+                codec: "vp8",
+                bitrate: plan.video.bitrate.bps(),
+                width: plan.video.width,
+                height: plan.video.height,
+                frames_per_second: plan.video.frames_per_second,
+            },
+            judging: JudgingView {
+                max_loss_pct: judging.max_loss_pct,
+                target_rtt_ms: judging.target_rtt.map(|target| target.as_secs_f64() * 1e3),
+                thresholds: judging.thresholds.iter().map(ToString::to_string).collect(),
+            },
+        }
+    }
+}
+
+#[derive(serde::Serialize)]
+struct TargetView<'a> {
+    kind: &'static str,
+    url: String,
+    server_version: Option<&'a str>,
+    connection: &'static str,
+}
+
+impl<'a> TargetView<'a> {
+    fn new(outcome: &'a Outcome) -> TargetView<'a> {
+        TargetView {
+            kind: outcome.target.kind.name(),
+            url: outcome.plan.target.url.to_string(),
+            server_version: outcome.target.server_version.as_deref(),
+            connection: outcome.plan.connection.name(),
+        }
+    }
+}
+
+#[derive(serde::Serialize)]
+struct StepView<'a> {
+    name: &'a str,
+    participants: u32,
+    #[serde(flatten)]
+    totals: TotalsView<'a>,
+    result: &'static str,
+    reasons: Vec<String>,
+}
+
+impl<'a> StepView<'a> {
+    fn new(outcome: &Outcome, step: &'a Step) -> StepView<'a> {
+        let Judgement { verdict, reasons } = judge_step(outcome, step);
+        StepView {
+            name: &step.name,
+            participants: step.participants,
+            totals: TotalsView::new(step),
+            result: verdict.name(),
+            reasons,
+        }
+    }
+}
+
+#[derive(serde::Serialize)]
+struct TotalsView<'a> {
+    seconds: f64,
+    session: SessionView<'a>,
+    audio: MediaView<'a>,
+    video: MediaView<'a>,
+}
+
+impl<'a> TotalsView<'a> {
+    fn new(step: &'a Step) -> TotalsView<'a> {
+        TotalsView {
+            seconds: step.seconds,
+            session: SessionView(&step.record.session),
+            audio: MediaView(step.media(Kind::Audio)),
+            video: MediaView(step.media(Kind::Video)),
+        }
+    }
+}
+
+struct SessionView<'a>(&'a Session);
+
+impl Serialize for SessionView<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        stats(serializer, self.0.counters(), self.0.histograms())
+    }
+}
+
+struct MediaView<'a>(&'a Media);
+
+impl Serialize for MediaView<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        stats(serializer, self.0.counters(), self.0.histograms())
+    }
+}
+
+struct CountersView<'a>(&'a Engine);
+
+impl Serialize for CountersView<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        stats(serializer, self.0.counters(), std::iter::empty())
+    }
+}
+
+/// Counters and histograms directly by name, in the order in which they are declared.
+fn stats<'a, S: Serializer>(
+    serializer: S,
+    counters: impl Iterator<Item = (&'static str, u64)>,
+    histograms: impl Iterator<Item = (&'static str, &'a Histogram)>,
+) -> Result<S::Ok, S::Error> {
+    let mut map = serializer.serialize_map(None)?;
+    for (name, value) in counters {
+        map.serialize_entry(name, &value)?;
+    }
+    for (name, histogram) in histograms {
+        map.serialize_entry(name, &HistogramView::new(histogram))?;
+    }
+    map.end()
+}
+
+/// Microseconds; a percentile that falls among the missing is `null`.
+#[derive(serde::Serialize)]
+struct HistogramView {
+    expected: u64,
+    count: u64,
+    min: Option<u64>,
+    mean: Option<f64>,
+    p50: Option<u64>,
+    p90: Option<u64>,
+    p95: Option<u64>,
+    p99: Option<u64>,
+    p999: Option<u64>,
+    max: Option<u64>,
+    hdr: String,
+}
+
+impl HistogramView {
+    /// `None` for a histogram that does not apply: nothing was expected, and nothing came.
+    fn new(histogram: &Histogram) -> Option<HistogramView> {
+        (histogram.expected() > 0).then(|| HistogramView {
+            expected: histogram.expected(),
+            count: histogram.count(),
+            min: histogram.min(),
+            mean: histogram.mean(),
+            p50: histogram.quantile(0.5),
+            p90: histogram.quantile(0.9),
+            p95: histogram.quantile(0.95),
+            p99: histogram.quantile(0.99),
+            p999: histogram.quantile(0.999),
+            max: histogram.max(),
+            hdr: serial::to_base64(histogram),
+        })
+    }
+}
+
+#[derive(serde::Serialize)]
+struct FailureView<'a> {
+    reason: &'a str,
+    count: u64,
+}
+
+#[derive(serde::Serialize)]
+struct EngineView<'a> {
+    threads: usize,
+    cpu_seconds: f64,
+    us_per_packet: Option<f64>,
+    bytes_per_participant: Option<u64>,
+    rss_peak_bytes: Option<u64>,
+    /// What the engine counted, directly by name.
+    #[serde(flatten)]
+    counters: CountersView<'a>,
+    host_drops: Vec<DropsView<'a>>,
+    tick_late_us: Option<HistogramView>,
+    floor_tick_late_us: Option<HistogramView>,
+    send_lag_us: Option<HistogramView>,
+    valid: bool,
+    reasons: &'a [String],
+}
+
+#[derive(serde::Serialize)]
+struct DropsView<'a> {
+    place: &'a str,
+    packets: u64,
+}
+
+impl<'a> EngineView<'a> {
+    fn new(outcome: &'a Outcome) -> EngineView<'a> {
+        let (health, counted): (&EngineHealth, _) = (&outcome.engine, &outcome.totals.record.engine);
+        EngineView {
+            threads: health.threads,
+            cpu_seconds: health.cpu_seconds,
+            us_per_packet: health.us_per_packet,
+            bytes_per_participant: health.bytes_per_participant,
+            rss_peak_bytes: health.rss_peak_bytes,
+            counters: CountersView(counted),
+            host_drops: health
+                .host_drops
+                .iter()
+                .map(|(place, packets)| DropsView { place, packets: *packets })
+                .collect(),
+            tick_late_us: HistogramView::new(&counted.tick_late),
+            floor_tick_late_us: health.floor_tick_late.as_ref().and_then(HistogramView::new),
+            send_lag_us: HistogramView::new(&counted.send_lag),
+            valid: health.valid,
+            reasons: &health.reasons,
+        }
+    }
+}
+
+fn rfc_3339(unix: Duration) -> String {
+    humantime::format_rfc3339_millis(UNIX_EPOCH + unix).to_string()
+}

@@ -1,0 +1,586 @@
+//! PASS, FAIL, INVALID or PARTIAL, and why.
+//!
+//! An unknown is never a pass: what a judgement needs and the run did not measure is a reason to fail. Reasons name the measured value and the limit.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::{Outcome, Step, text};
+use crate::measure::{Histogram, Kind, Media, Record, Session};
+
+/// What a run is held to.
+#[derive(Clone, Debug)]
+pub struct Judging {
+    /// Per cent; holds for audio and for video, see [`Loss::worse`].
+    pub max_loss_pct: f64,
+    /// For the 95th percentile of `session.rtt_rtcp`; `None`: not judged.
+    pub target_rtt: Option<Duration>,
+    pub thresholds: Vec<Threshold>,
+}
+
+impl Default for Judging {
+    fn default() -> Judging {
+        Judging {
+            max_loss_pct: 1.0,
+            target_rtt: None,
+            thresholds: Vec::new(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Pass,
+    /// The server, or the way to it, did not do what was asked.
+    Fail,
+    /// The generator was the limit: nothing is known about the server.
+    Invalid,
+    /// Ended early.
+    Partial,
+}
+
+impl Verdict {
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Verdict::Pass => 0,
+            Verdict::Partial => 1,
+            Verdict::Invalid => 98,
+            Verdict::Fail => 99,
+        }
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Verdict::Pass => "PASS",
+            Verdict::Fail => "FAIL",
+            Verdict::Invalid => "INVALID",
+            Verdict::Partial => "PARTIAL",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Judgement {
+    pub verdict: Verdict,
+    /// Empty for a PASS. What decided comes first.
+    pub reasons: Vec<String>,
+}
+
+/// Judges a whole run. PARTIAL stands before INVALID and that before FAIL: each makes the next one unknowable, but its reasons are listed too.
+pub fn judge(outcome: &Outcome) -> Judgement {
+    let failed = failures(outcome);
+    let invalid = invalidity(outcome);
+    let verdict = match (&outcome.partial, invalid.is_empty(), failed.is_empty()) {
+        (Some(_), ..) => Verdict::Partial,
+        (None, false, _) => Verdict::Invalid,
+        (None, true, false) => Verdict::Fail,
+        (None, true, true) => Verdict::Pass,
+    };
+    let early = outcome.partial.iter().map(|why| format!("ended early: {why}"));
+    Judgement {
+        verdict,
+        reasons: early.chain(invalid).chain(failed).collect(),
+    }
+}
+
+/// Judges one tier. Whether the generator kept up is known for the run only, and decides here too.
+pub fn judge_step(outcome: &Outcome, step: &Step) -> Judgement {
+    let failed = step_failures(step, &outcome.judging);
+    let invalid = invalidity(outcome);
+    let verdict = match (invalid.is_empty(), failed.is_empty()) {
+        (false, _) => Verdict::Invalid,
+        (true, false) => Verdict::Fail,
+        (true, true) => Verdict::Pass,
+    };
+    Judgement {
+        verdict,
+        reasons: invalid.into_iter().chain(failed).collect(),
+    }
+}
+
+/// Loss of one kind of media, as shares (0..=1); `None` where nothing tells.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Loss {
+    /// Missing on arrival.
+    pub network: Option<f64>,
+    /// Missing on arrival and repaired.
+    pub repaired: Option<f64>,
+    /// Missing on arrival and never repaired.
+    pub residual: Option<f64>,
+    /// Frames that publishers sent and a live subscription never got whole.
+    pub undelivered: Option<f64>,
+}
+
+impl Loss {
+    pub fn of(media: &Media) -> Loss {
+        Loss::counted([media])
+    }
+
+    /// Over several kinds of media together.
+    pub fn counted<'a>(media: impl IntoIterator<Item = &'a Media> + Clone) -> Loss {
+        let sum = |counter: fn(&Media) -> u64| media.clone().into_iter().map(counter).sum::<u64>();
+        let lost_network = sum(|m| m.packets_lost_network);
+        let packets = sum(|m| m.packets_received) + lost_network;
+        let frames = sum(|m| m.frames_expected);
+        Loss {
+            network: share(lost_network, packets),
+            repaired: share(sum(|m| m.packets_repaired), packets),
+            residual: share(sum(|m| m.packets_lost), packets),
+            undelivered: share(frames.saturating_sub(sum(|m| m.frames_delivered)), frames),
+        }
+    }
+
+    /// What `--max-loss` judges: the worse of residual RTP loss and undelivered frames. A server hides what it drops from RTP, but not from the publishers' log.
+    /// `None` if either is unknown.
+    pub fn worse(&self) -> Option<f64> {
+        Some(self.residual?.max(self.undelivered?))
+    }
+}
+
+fn share(part: u64, whole: u64) -> Option<f64> {
+    (whole > 0).then(|| part as f64 / whole as f64)
+}
+
+fn invalidity(outcome: &Outcome) -> Vec<String> {
+    match (outcome.engine.valid, outcome.engine.reasons.is_empty()) {
+        (true, _) => Vec::new(),
+        (false, true) => vec!["the generator was the limit".to_owned()],
+        (false, false) => outcome.engine.reasons.clone(),
+    }
+}
+
+fn failures(outcome: &Outcome) -> Vec<String> {
+    let (plan, session) = (&outcome.plan, &outcome.totals.record.session);
+    let mut reasons = Vec::new();
+    let unplanned = u64::from(plan.total_participants()).saturating_sub(session.joins_planned);
+    if unplanned > 0 {
+        reasons.push(format!(
+            "{} of {} joins were never attempted",
+            text::number(unplanned),
+            text::number(plan.total_participants().into())
+        ));
+    }
+    for kind in [Kind::Audio, Kind::Video] {
+        let (planned, expected) = (plan.total_expected_tracks(kind), outcome.totals.media(kind).tracks_expected);
+        if expected < planned {
+            reasons.push(format!(
+                "only {} of {} {} subscriptions were tried",
+                text::number(expected),
+                text::number(planned),
+                name(kind)
+            ));
+        }
+    }
+    reasons.extend(step_failures(&outcome.totals, &outcome.judging));
+    reasons
+}
+
+fn step_failures(step: &Step, judging: &Judging) -> Vec<String> {
+    let mut reasons = Vec::new();
+    reasons.extend(joins_failed(&step.record.session));
+    for kind in [Kind::Audio, Kind::Video] {
+        reasons.extend(tracks_dead(kind, step.media(kind)));
+        reasons.extend(loss_exceeded(kind, step.media(kind), judging.max_loss_pct));
+    }
+    reasons.extend(judging.target_rtt.and_then(|target| rtt_exceeded(&step.record.session.rtt_rtcp, target)));
+    reasons.extend(judging.thresholds.iter().filter_map(|threshold| threshold.violation(&step.record)));
+    reasons
+}
+
+fn joins_failed(session: &Session) -> Option<String> {
+    if session.joins_planned == 0 {
+        return Some("no join was attempted".to_owned());
+    }
+    let missing = session.joins_planned.saturating_sub(session.joins_ok);
+    (missing > 0).then(|| {
+        format!(
+            "{} of {} joins did not succeed",
+            text::number(missing),
+            text::number(session.joins_planned)
+        )
+    })
+}
+
+fn tracks_dead(kind: Kind, media: &Media) -> Option<String> {
+    let missing = media.tracks_expected.saturating_sub(media.tracks_live);
+    (missing > 0).then(|| {
+        format!(
+            "{} of {} {} tracks never went live",
+            text::number(missing),
+            text::number(media.tracks_expected),
+            name(kind)
+        )
+    })
+}
+
+fn loss_exceeded(kind: Kind, media: &Media, max_loss_pct: f64) -> Option<String> {
+    if media.tracks_expected == 0 {
+        return None;
+    }
+    let loss = Loss::of(media);
+    let Some(worse) = loss.worse() else {
+        return Some(format!("{} loss was not measured", name(kind)));
+    };
+    let what = if loss.undelivered == Some(worse) {
+        "frames undelivered"
+    } else {
+        "packets lost"
+    };
+    (worse * 100.0 > max_loss_pct).then(|| format!("{} loss {} ({what}), more than {max_loss_pct} %", name(kind), text::percent(worse)))
+}
+
+fn rtt_exceeded(rtt: &Histogram, target: Duration) -> Option<String> {
+    let limit = target.as_micros() as u64;
+    match rtt.quantile(0.95) {
+        Some(p95) if p95 <= limit => None,
+        Some(p95) => Some(format!(
+            "session.rtt_rtcp.p95 is {}, more than {}",
+            text::micros(p95 as f64),
+            text::micros(limit as f64)
+        )),
+        None => Some(format!(
+            "session.rtt_rtcp.p95 {}, so it is not within {}",
+            absence(rtt),
+            text::micros(limit as f64)
+        )),
+    }
+}
+
+fn absence(histogram: &Histogram) -> &'static str {
+    if histogram.expected() == 0 {
+        "was not measured"
+    } else {
+        "is never (too many values are missing)"
+    }
+}
+
+pub(super) const fn name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Audio => "audio",
+        Kind::Video => "video",
+    }
+}
+
+/// One limit on one figure of the report: `audio.one_way_latency.p95<150ms`, `session.disconnects<1`.
+///
+/// Histograms are judged in microseconds and need a unit; counters have none.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Threshold {
+    text: String,
+    scope: Scope,
+    figure: Figure,
+    comparison: Comparison,
+    /// Microseconds, or a count.
+    limit: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    Session,
+    Audio,
+    Video,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Figure {
+    Counter(&'static str),
+    Histogram(&'static str, Stat),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stat {
+    Quantile(u16),
+    Min,
+    Mean,
+    Max,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Comparison {
+    Below,
+    AtMost,
+    Above,
+    AtLeast,
+}
+
+const SCOPES: &[(&str, Scope)] = &[("session", Scope::Session), ("audio", Scope::Audio), ("video", Scope::Video)];
+/// Quantiles are in thousandths.
+const STATS: &[(&str, Stat)] = &[
+    ("p50", Stat::Quantile(500)),
+    ("p90", Stat::Quantile(900)),
+    ("p95", Stat::Quantile(950)),
+    ("p99", Stat::Quantile(990)),
+    ("p999", Stat::Quantile(999)),
+    ("min", Stat::Min),
+    ("mean", Stat::Mean),
+    ("max", Stat::Max),
+];
+/// Longer before shorter, so that `<=` is not read as `<`.
+const COMPARISONS: &[(&str, Comparison)] = &[
+    ("<=", Comparison::AtMost),
+    (">=", Comparison::AtLeast),
+    ("<", Comparison::Below),
+    (">", Comparison::Above),
+];
+const UNITS: &[(&str, f64)] = &[("us", 1.0), ("ms", 1e3), ("s", 1e6)];
+
+impl Threshold {
+    /// Why `record` does not hold it; `None` if it does.
+    fn violation(&self, record: &Record) -> Option<String> {
+        match self.figure {
+            Figure::Counter(name) => {
+                let value = self.counter(record, name)?;
+                (!self.comparison.holds(value as f64, self.limit)).then(|| format!("{} does not hold: it is {}", self.text, text::number(value)))
+            }
+            Figure::Histogram(name, stat) => {
+                let histogram = self.histogram(record, name)?;
+                match stat.of(histogram) {
+                    Some(value) if self.comparison.holds(value, self.limit) => None,
+                    Some(value) => Some(format!("{} does not hold: it is {}", self.text, text::micros(value))),
+                    None => Some(format!("{} does not hold: it {}", self.text, absence(histogram))),
+                }
+            }
+        }
+    }
+
+    /// Names were checked when the threshold was read, so this finds one.
+    fn counter(&self, record: &Record, name: &str) -> Option<u64> {
+        let found = match self.scope {
+            Scope::Session => record.session.counters().find(|(n, _)| *n == name),
+            Scope::Audio => record.audio.counters().find(|(n, _)| *n == name),
+            Scope::Video => record.video.counters().find(|(n, _)| *n == name),
+        };
+        found.map(|(_, value)| value)
+    }
+
+    fn histogram<'a>(&self, record: &'a Record, name: &str) -> Option<&'a Histogram> {
+        let found = match self.scope {
+            Scope::Session => record.session.histograms().find(|(n, _)| *n == name),
+            Scope::Audio => record.audio.histograms().find(|(n, _)| *n == name),
+            Scope::Video => record.video.histograms().find(|(n, _)| *n == name),
+        };
+        found.map(|(_, histogram)| histogram)
+    }
+}
+
+impl Stat {
+    /// Microseconds. What was expected and never came counts as later than everything, so it leaves no mean and no maximum.
+    fn of(self, histogram: &Histogram) -> Option<f64> {
+        match self {
+            Stat::Quantile(thousandths) => histogram.quantile(f64::from(thousandths) / 1e3).map(|us| us as f64),
+            Stat::Min => histogram.min().map(|us| us as f64),
+            Stat::Mean => histogram.mean().filter(|_| histogram.count() == histogram.expected()),
+            Stat::Max => histogram.max().map(|us| us as f64),
+        }
+    }
+}
+
+impl Comparison {
+    fn holds(self, value: f64, limit: f64) -> bool {
+        match self {
+            Comparison::Below => value < limit,
+            Comparison::AtMost => value <= limit,
+            Comparison::Above => value > limit,
+            Comparison::AtLeast => value >= limit,
+        }
+    }
+}
+
+impl fmt::Display for Threshold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl FromStr for Threshold {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Threshold, String> {
+        let compact: String = text.chars().filter(|c| !c.is_whitespace()).collect();
+        let shape = || "write SCOPE.METRIC.STAT<VALUE, as in audio.one_way_latency.p95<150ms, or SCOPE.COUNTER<VALUE".to_owned();
+        let at = compact.find(['<', '>']).ok_or_else(shape)?;
+        let (path, rest) = compact.split_at(at);
+        let (sign, comparison) = *COMPARISONS.iter().find(|(sign, _)| rest.starts_with(sign)).ok_or_else(shape)?;
+        let value = rest.strip_prefix(sign).unwrap_or_default();
+        let mut parts = path.splitn(3, '.');
+        let scope_name = parts.next().unwrap_or_default();
+        let scope = find(SCOPES, scope_name).ok_or_else(|| unknown("scope", scope_name, SCOPES.iter().map(|(name, _)| *name)))?;
+        let metric = parts.next().ok_or_else(shape)?;
+        let figure = figure(scope, metric, parts.next())?;
+        let limit = match figure {
+            Figure::Counter(_) => count(value)?,
+            Figure::Histogram(..) => micros(value)?,
+        };
+        Ok(Threshold {
+            text: compact,
+            scope,
+            figure,
+            comparison,
+            limit,
+        })
+    }
+}
+
+fn find<T: Copy>(table: &[(&str, T)], name: &str) -> Option<T> {
+    table.iter().find(|(n, _)| *n == name).map(|(_, value)| *value)
+}
+
+fn figure(scope: Scope, metric: &str, stat: Option<&str>) -> Result<Figure, String> {
+    let (counters, histograms) = match scope {
+        Scope::Session => (Session::COUNTERS, Session::HISTOGRAMS),
+        Scope::Audio | Scope::Video => (Media::COUNTERS, Media::HISTOGRAMS),
+    };
+    let stats = || STATS.iter().map(|(name, _)| *name);
+    if let Some(name) = counters.iter().find(|name| **name == metric) {
+        return match stat {
+            None => Ok(Figure::Counter(name)),
+            Some(_) => Err(format!("{metric} is a counter and takes no statistic: write {metric}<VALUE")),
+        };
+    }
+    let Some(name) = histograms.iter().find(|name| **name == metric) else {
+        return Err(unknown("metric", metric, counters.iter().chain(histograms).copied()));
+    };
+    let stat = stat.ok_or_else(|| {
+        format!(
+            "{metric} needs a statistic, as in {metric}.p95 (one of {})",
+            stats().collect::<Vec<_>>().join(", ")
+        )
+    })?;
+    let stat = find(STATS, stat).ok_or_else(|| unknown("statistic", stat, stats()))?;
+    Ok(Figure::Histogram(name, stat))
+}
+
+fn number(digits: &str) -> Option<f64> {
+    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    digits.parse().ok().filter(|_| plain)
+}
+
+fn count(value: &str) -> Result<f64, String> {
+    number(value).ok_or_else(|| format!("'{value}' is no count: a counter is compared with a bare number"))
+}
+
+fn micros(value: &str) -> Result<f64, String> {
+    let wrong = || format!("'{value}' is no time: a unit is required, as in 150ms (us, ms or s)");
+    let (digits, scale) = UNITS
+        .iter()
+        .find_map(|(unit, scale)| Some((value.strip_suffix(unit)?, *scale)))
+        .ok_or_else(wrong)?;
+    Ok(number(digits).ok_or_else(wrong)? * scale)
+}
+
+/// Names that are close come first and alone; where none is, all of them.
+fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> String {
+    let known: Vec<&str> = known.collect();
+    let mut near: Vec<(f64, &str)> = known
+        .iter()
+        .map(|k| (strsim::jaro_winkler(name, k), *k))
+        .filter(|(score, _)| *score > 0.75)
+        .collect();
+    near.sort_by(|a, b| b.0.total_cmp(&a.0));
+    near.truncate(3);
+    match near.is_empty() {
+        true => format!("there is no {what} '{name}'; there are {}", known.join(", ")),
+        false => format!(
+            "there is no {what} '{name}'; did you mean {}?",
+            near.iter().map(|(_, k)| *k).collect::<Vec<_>>().join(", ")
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn violation(text: &str, record: &Record) -> Option<String> {
+        text.parse::<Threshold>().unwrap().violation(record)
+    }
+
+    #[test]
+    fn thresholds_hold_or_say_what_they_met() {
+        let mut record = Record::default();
+        (1..=100).for_each(|ms| record.audio.one_way_latency.record_micros(ms * 1_000));
+        record.audio.packets_lost = 9;
+        for held in [
+            "audio.one_way_latency.p95<150ms",
+            "audio.one_way_latency.p50 <= 0.051s",
+            "audio.packets_lost<10",
+            "audio.packets_lost>=9",
+            "audio.one_way_latency.mean>50000us",
+        ] {
+            assert_eq!(violation(held, &record), None, "{held}");
+        }
+        assert_eq!(
+            violation("audio.packets_lost<9", &record).unwrap(),
+            "audio.packets_lost<9 does not hold: it is 9"
+        );
+        assert_eq!(
+            violation("audio.one_way_latency.p99<90ms", &record).unwrap(),
+            "audio.one_way_latency.p99<90ms does not hold: it is 99.0 ms"
+        );
+    }
+
+    #[test]
+    fn an_unknown_never_holds() {
+        let mut record = Record::default();
+        for stat in STATS {
+            assert!(
+                violation(&format!("video.jitter.{}<60s", stat.0), &record)
+                    .unwrap()
+                    .contains("was not measured")
+            );
+            assert!(
+                violation(&format!("video.jitter.{}>0us", stat.0), &record)
+                    .unwrap()
+                    .contains("was not measured")
+            );
+        }
+        record.video.jitter.expect(10);
+        record.video.jitter.record_micros(5);
+        for stat in ["p50", "p99", "mean", "max"] {
+            assert!(
+                violation(&format!("video.jitter.{stat}<60s"), &record).unwrap().contains("never"),
+                "{stat}"
+            );
+        }
+    }
+
+    #[test]
+    fn mistakes_in_thresholds_are_told_with_the_nearest_name() {
+        for (text, expected) in [
+            ("audio.one_way_latncy.p95<150ms", "did you mean one_way_latency"),
+            ("audo.jitter.p95<1ms", "did you mean audio"),
+            ("audio.jitter.p96<1ms", "did you mean p9"),
+            ("audio.jitter.p95<150", "a unit is required"),
+            ("audio.jitter.p95<-1ms", "a unit is required"),
+            ("audio.jitter.p95<nanms", "a unit is required"),
+            ("audio.jitter<1ms", "needs a statistic"),
+            ("audio.packets_lost.p50<1", "takes no statistic"),
+            ("audio.packets_lost<1ms", "bare number"),
+            ("session.zzzz<1", "there are joins_planned"),
+            ("audio.jitter.p95=1ms", "write SCOPE.METRIC.STAT"),
+            ("audio<1", "write SCOPE.METRIC.STAT"),
+            ("", "write SCOPE.METRIC.STAT"),
+        ] {
+            let message = text.parse::<Threshold>().unwrap_err();
+            assert!(message.contains(expected), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn loss_is_the_worse_of_packets_and_frames() {
+        let media = Media {
+            packets_received: 980,
+            packets_lost_network: 20,
+            packets_repaired: 15,
+            packets_lost: 5,
+            frames_expected: 100,
+            frames_delivered: 97,
+            ..Media::default()
+        };
+        let loss = Loss::of(&media);
+        assert_eq!((loss.network, loss.repaired, loss.residual), (Some(0.02), Some(0.015), Some(0.005)));
+        assert_eq!(loss.worse(), Some(0.03));
+        assert_eq!(Loss::of(&Media { frames_expected: 0, ..media }).worse(), None);
+    }
+}

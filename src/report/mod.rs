@@ -1,0 +1,198 @@
+//! From what was measured to what people and scripts read: verdict, terminal text, JSON, one line a participant, percentile files.
+//!
+//! An [`Outcome`] goes in, complete and plain; nothing here measures or reads a clock. Writers share [`emit`], so a reader that leaves early
+//! (`| head`) ends the output and nothing else.
+
+pub mod hgrm;
+pub mod json;
+pub mod judge;
+pub mod participants;
+pub mod progress;
+mod sinks;
+pub mod text;
+
+use std::io::{self, ErrorKind, Write};
+use std::time::Duration;
+
+pub use judge::{Judgement, Judging, Threshold, Verdict, judge};
+pub use sinks::{Destinations, Sinks};
+
+pub use crate::measure::Timeline;
+use crate::measure::{Histogram, Kind, Media, Record};
+use crate::plan::Plan;
+
+/// The version that reports carry.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Everything that one run found out.
+pub struct Outcome {
+    /// Since 1970, by this host's clock.
+    pub started: Duration,
+    /// Since 1970, by this host's clock.
+    pub finished: Duration,
+    pub plan: Plan,
+    pub judging: Judging,
+    pub target: TargetInfo,
+    /// One per tier; one where there is no ramp.
+    pub steps: Vec<Step>,
+    /// The whole run.
+    pub totals: Step,
+    /// One row a second.
+    pub series: Vec<Sample>,
+    pub engine: EngineHealth,
+    /// Why the run ended before its time; `None` if it did not.
+    pub partial: Option<String>,
+    /// What the reader should know and the verdict does not say.
+    pub notes: Vec<String>,
+    /// Why joins failed, with counts.
+    pub failures: Vec<(String, u64)>,
+    pub participants: Vec<ParticipantOutcome>,
+}
+
+/// The server under test, as it turned out to be. Address and mode are the plan's.
+#[derive(Clone, Debug)]
+pub struct TargetInfo {
+    pub kind: TargetKind,
+    /// As the server said in its Join response.
+    pub server_version: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetKind {
+    LiveKit,
+}
+
+impl TargetKind {
+    /// As the JSON report names it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            TargetKind::LiveKit => "livekit",
+        }
+    }
+}
+
+/// One tier of a run, or all of it.
+#[derive(Clone, Default)]
+pub struct Step {
+    pub name: String,
+    pub participants: u32,
+    /// What rates are divided by: the time during which the record's media was counted.
+    pub seconds: f64,
+    pub record: Record,
+}
+
+/// One second of the run. `None` is unknown, which is not zero.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Sample {
+    /// Seconds since the start of the run.
+    pub t: f64,
+    pub participants: u32,
+    pub joins_per_second: f64,
+    pub packets_sent_per_second: f64,
+    pub packets_received_per_second: f64,
+    pub bytes_sent_per_second: f64,
+    pub bytes_received_per_second: f64,
+    /// Residual RTP loss of this second: packets.
+    pub packets_lost: u64,
+    pub rtt_us_p50: Option<u64>,
+    pub one_way_us_p50: Option<u64>,
+    pub one_way_us_p99: Option<u64>,
+    pub tick_late_us_p99: Option<u64>,
+    /// Cores that the process kept busy.
+    pub cpu_cores: Option<f64>,
+}
+
+/// How well the generator did. `tick_late` and `send_lag` are in the totals' record.
+#[derive(Clone, Default)]
+pub struct EngineHealth {
+    pub threads: usize,
+    /// User and system time of the whole process.
+    pub cpu_seconds: f64,
+    pub us_per_packet: Option<f64>,
+    pub bytes_per_participant: Option<u64>,
+    pub rss_peak_bytes: Option<u64>,
+    /// Lateness of a bare timer thread in the same run: the host's own floor.
+    pub floor_tick_late: Option<Histogram>,
+    /// Packets dropped on this host, by place.
+    pub host_drops: Vec<(String, u64)>,
+    pub valid: bool,
+    /// Why the generator was the limit; empty where `valid`.
+    pub reasons: Vec<String>,
+}
+
+/// What became of one participant.
+#[derive(Clone, Debug, Default)]
+pub struct ParticipantOutcome {
+    pub index: u32,
+    pub room: String,
+    pub identity: String,
+    pub publishes_audio: bool,
+    pub publishes_video: bool,
+    pub subscribes: bool,
+    pub timeline: Timeline,
+    /// Why the join failed.
+    pub failure: Option<String>,
+    pub disconnects: u32,
+    pub rtt_us: Option<u64>,
+    pub audio: Quality,
+    pub video: Quality,
+}
+
+/// What one participant received of one kind of media.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Quality {
+    pub tracks_expected: u64,
+    pub tracks_live: u64,
+    pub packets_received: u64,
+    pub packets_lost_network: u64,
+    pub packets_repaired: u64,
+    pub packets_lost: u64,
+    pub frames_expected: u64,
+    pub frames_delivered: u64,
+    pub freezes: u64,
+    /// Of the track that fared worst; a histogram for every subscription would not fit in memory.
+    pub one_way_us_mean: Option<u64>,
+    pub one_way_us_max: Option<u64>,
+    /// Of the track that fared worst, at the end.
+    pub jitter_us: Option<u64>,
+}
+
+impl Step {
+    pub fn media(&self, kind: Kind) -> &Media {
+        match kind {
+            Kind::Audio => &self.record.audio,
+            Kind::Video => &self.record.video,
+        }
+    }
+}
+
+/// Writes all of `text` and flushes. That the reader has gone is no error.
+pub fn emit(out: &mut dyn Write, text: &str) -> io::Result<()> {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Closed(ErrorKind);
+
+    impl Write for Closed {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_reader_that_left_is_no_error_but_a_full_disk_is() {
+        assert!(emit(&mut Closed(ErrorKind::BrokenPipe), "report").is_ok());
+        assert!(emit(&mut Closed(ErrorKind::StorageFull), "report").is_err());
+    }
+}

@@ -1,0 +1,152 @@
+//! The one line that tells how the run is doing: redrawn in place on a terminal, printed now and then elsewhere.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use super::{Sample, emit, text};
+
+/// How often a line is printed where it cannot be redrawn.
+const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
+/// A redrawn line must not wrap, or `\r` no longer returns to its start.
+const WIDTH: usize = 100;
+
+/// The run so far.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Since the start of the run.
+    pub elapsed: Duration,
+    /// Joining and measuring together, as planned.
+    pub total: Duration,
+    pub joined: u32,
+    pub planned: u32,
+    pub failed: u32,
+    /// Residual loss (0..=1) over both kinds of media; `None` is unknown.
+    pub loss: Option<f64>,
+    /// The last second.
+    pub sample: Sample,
+}
+
+/// Draws snapshots; knows whether it may redraw, and when it last drew.
+#[derive(Debug)]
+pub struct Progress {
+    redraw: bool,
+    drawn_width: usize,
+    printed_at: Option<Duration>,
+}
+
+impl Progress {
+    /// `redraw`: on a terminal and not switched off.
+    pub const fn new(redraw: bool) -> Progress {
+        Progress {
+            redraw,
+            drawn_width: 0,
+            printed_at: None,
+        }
+    }
+
+    /// Draws `snapshot` if it is due. May be called as often as one likes.
+    pub fn update(&mut self, snapshot: &Snapshot, out: &mut dyn Write) -> io::Result<()> {
+        if self.redraw {
+            return self.draw_over(&line(snapshot), out);
+        }
+        let due = self.printed_at.is_none_or(|at| snapshot.elapsed.saturating_sub(at) >= PLAIN_INTERVAL);
+        if !due {
+            return Ok(());
+        }
+        self.printed_at = Some(snapshot.elapsed);
+        emit(out, &format!("{}\n", line(snapshot)))
+    }
+
+    /// Wipes a redrawn line, so that the report starts on a clean one.
+    pub fn finish(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        if self.drawn_width == 0 {
+            return Ok(());
+        }
+        self.draw_over("", out)?;
+        emit(out, "\r")
+    }
+
+    fn draw_over(&mut self, line: &str, out: &mut dyn Write) -> io::Result<()> {
+        let line: String = line.chars().take(WIDTH).collect();
+        let width = line.chars().count();
+        let padding = self.drawn_width.saturating_sub(width);
+        self.drawn_width = width;
+        emit(out, &format!("\r{line}{:padding$}", ""))
+    }
+}
+
+/// `12s/45s  98/100 joined  out 1,200/s  in 9,800/s  loss 0.01%  rtt 0.41 ms  latency 0.62 ms  tick 90 us`
+pub fn line(snapshot: &Snapshot) -> String {
+    let sample = &snapshot.sample;
+    let failed = if snapshot.failed > 0 {
+        format!(", {} failed", text::number(snapshot.failed.into()))
+    } else {
+        String::new()
+    };
+    format!(
+        "{}/{}  {}/{} joined{failed}  out {}/s  in {}/s  loss {}  rtt {}  latency {}  tick {}",
+        text::duration(Duration::from_secs(snapshot.elapsed.as_secs())),
+        text::duration(snapshot.total),
+        text::number(snapshot.joined.into()),
+        text::number(snapshot.planned.into()),
+        text::number(sample.packets_sent_per_second.round() as u64),
+        text::number(sample.packets_received_per_second.round() as u64),
+        text::maybe(snapshot.loss, text::percent),
+        text::maybe(sample.rtt_us_p50, |us| text::micros(us as f64)),
+        text::maybe(sample.one_way_us_p50, |us| text::micros(us as f64)),
+        text::maybe(sample.tick_late_us_p99, |us| text::micros(us as f64)),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> Snapshot {
+        Snapshot {
+            elapsed: Duration::from_millis(seconds * 1_000 + 7),
+            total: Duration::from_secs(45),
+            joined: 98,
+            planned: 1_100,
+            failed: 0,
+            loss: Some(0.0001),
+            sample: Sample {
+                packets_sent_per_second: 1_200.4,
+                packets_received_per_second: 9_800.0,
+                rtt_us_p50: Some(410),
+                ..Sample::default()
+            },
+        }
+    }
+
+    #[test]
+    fn the_line_says_how_it_goes_and_marks_what_is_unknown() {
+        let expected = "12s/45s  98/1,100 joined  out 1,200/s  in 9,800/s  loss 0.01%  rtt 410 us  latency n/a  tick n/a";
+        assert_eq!(line(&at(12)), expected);
+    }
+
+    #[test]
+    fn off_a_terminal_a_line_comes_every_five_seconds() {
+        let (mut progress, mut out) = (Progress::new(false), Vec::new());
+        (1..=11).for_each(|second| progress.update(&at(second), &mut out).unwrap());
+        progress.finish(&mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(
+            text.lines().map(|line| line.split('/').next().unwrap()).collect::<Vec<_>>(),
+            ["1s", "6s", "11s"]
+        );
+    }
+
+    #[test]
+    fn on_a_terminal_a_shorter_line_wipes_the_longer_one() {
+        let (mut progress, mut out) = (Progress::new(true), Vec::new());
+        progress.update(&at(10), &mut out).unwrap();
+        let longer = out.len();
+        out.clear();
+        progress.update(&at(9), &mut out).unwrap();
+        assert_eq!(out.len(), longer);
+        out.clear();
+        progress.finish(&mut out).unwrap();
+        assert!(out.iter().all(|b| matches!(b, b'\r' | b' ')));
+    }
+}

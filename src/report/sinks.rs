@@ -1,0 +1,123 @@
+//! Where reports go. Files are opened before the run: an hour's figures must not be lost to a mistyped directory.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use super::{Outcome, emit, hgrm, json, participants};
+
+/// Where the user wants reports, besides the text.
+#[derive(Clone, Debug, Default)]
+pub struct Destinations {
+    /// `-` is standard output; the text then goes to standard error.
+    pub json: Option<PathBuf>,
+    pub participants: Option<PathBuf>,
+    /// A directory, made if it is absent.
+    pub hgrm: Option<PathBuf>,
+}
+
+impl Destinations {
+    pub fn json_on_stdout(&self) -> bool {
+        self.json.as_deref().is_some_and(is_stdout)
+    }
+}
+
+/// Open destinations.
+#[derive(Debug, Default)]
+pub struct Sinks {
+    json: Option<Sink>,
+    participants: Option<Sink>,
+    hgrm: Option<PathBuf>,
+}
+
+#[derive(Debug)]
+enum Sink {
+    Stdout,
+    File(PathBuf, File),
+}
+
+impl Sinks {
+    /// Opens what was asked for. What is in the files stays until [`Sinks::write`].
+    ///
+    /// # Errors
+    /// One message for each destination that cannot be written.
+    pub fn open(destinations: &Destinations) -> Result<Sinks, Vec<String>> {
+        let mut refusals = Vec::new();
+        let mut open = |path: &Option<PathBuf>| path.as_deref().and_then(|path| Sink::open(path).map_err(|why| refusals.push(why)).ok());
+        let sinks = Sinks {
+            json: open(&destinations.json),
+            participants: open(&destinations.participants),
+            hgrm: destinations.hgrm.clone(),
+        };
+        refusals.extend(destinations.hgrm.as_deref().and_then(|dir| writable_directory(dir).err()));
+        if refusals.is_empty() { Ok(sinks) } else { Err(refusals) }
+    }
+
+    /// Writes every report.
+    ///
+    /// # Errors
+    /// The first destination that failed, named; the others are written all the same.
+    pub fn write(self, outcome: &Outcome) -> Result<(), String> {
+        let mut first = Ok(());
+        if let Some(sink) = self.json {
+            first = first.and(sink.write(&json::render(outcome)));
+        }
+        if let Some(sink) = self.participants {
+            first = first.and(sink.write(&participants::render(outcome)));
+        }
+        if let Some(dir) = self.hgrm {
+            first = first.and(hgrm::write(&dir, &outcome.totals.record).map_err(|error| refusal(&dir, &error)));
+        }
+        first
+    }
+}
+
+impl Sink {
+    fn open(path: &Path) -> Result<Sink, String> {
+        if is_stdout(path) {
+            return Ok(Sink::Stdout);
+        }
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(|error| refusal(path, &error))?;
+        Ok(Sink::File(path.to_owned(), file))
+    }
+
+    fn write(self, text: &str) -> Result<(), String> {
+        match self {
+            Sink::Stdout => emit(&mut io::stdout().lock(), text).map_err(|error| refusal(Path::new("standard output"), &error)),
+            Sink::File(path, file) => replace(file, text).map_err(|error| refusal(&path, &error)),
+        }
+    }
+}
+
+fn is_stdout(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+fn replace(mut file: File, text: &str) -> io::Result<()> {
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+        file.rewind()?;
+    }
+    emit(&mut file, text)
+}
+
+fn writable_directory(dir: &Path) -> Result<(), String> {
+    let probe = dir.join(".throng-writable");
+    fs::create_dir_all(dir)
+        .and_then(|()| File::create(&probe)?.write_all(b""))
+        .and_then(|()| fs::remove_file(&probe))
+        .map_err(|error| refusal(dir, &error))
+}
+
+fn refusal(path: &Path, error: &io::Error) -> String {
+    let fix = match error.kind() {
+        io::ErrorKind::NotFound => path.parent().map(|dir| format!("; mkdir -p {}", dir.display())).unwrap_or_default(),
+        _ => String::new(),
+    };
+    format!("cannot write {}: {error}{fix}", path.display())
+}

@@ -1,0 +1,621 @@
+//! What the terminal shows: the first line, the dry run, and the final report on one screen of 80 columns.
+//!
+//! What is not known prints `n/a`; a percentile that falls among what never happened prints `never`. Neither ever prints as zero.
+
+use std::fmt::Write as _;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use super::judge::Loss;
+use super::{Judgement, Judging, Outcome, VERSION, Verdict, judge};
+use crate::measure::{Histogram, Kind, Media};
+use crate::plan::{Plan, Resources, Shape};
+
+const WIDTH: usize = 80;
+const REASONS_MAX: usize = 6;
+const NOTES_MAX: usize = 4;
+const FAILURES_MAX: usize = 3;
+const QUANTILES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99), ("p99.9", 0.999)];
+
+/// Whether to use colour.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Style {
+    pub colour: bool,
+}
+
+impl Style {
+    /// Colour only on a terminal, and not where NO_COLOR is set to anything (no-color.org).
+    pub fn of(stream: &impl IsTerminal, no_color: Option<&str>) -> Style {
+        Style {
+            colour: stream.is_terminal() && no_color.is_none_or(str::is_empty),
+        }
+    }
+
+    fn paint(self, code: &str, text: &str) -> String {
+        if self.colour {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
+    }
+
+    fn bold(self, text: &str) -> String {
+        self.paint("1", text)
+    }
+
+    fn verdict(self, verdict: Verdict, text: &str) -> String {
+        let code = match verdict {
+            Verdict::Pass => "1;32",
+            Verdict::Fail => "1;31",
+            Verdict::Invalid | Verdict::Partial => "1;33",
+        };
+        self.paint(code, text)
+    }
+}
+
+/// Target, where it came from, connection mode and plan, on one line.
+pub fn first_line(plan: &Plan) -> String {
+    let target = &plan.target;
+    let (shape, pace) = (shape_line(plan), pace_line(plan));
+    format!(
+        "throng {VERSION}: {} ({}), {} connection; {shape}, {pace}\n",
+        target.url,
+        target.origin,
+        plan.connection.name()
+    )
+}
+
+/// What a run would do; nothing was connected to.
+pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String {
+    let mut text = first_line(plan);
+    let load = plan.load();
+    let last = plan.shape.room_count - 1;
+    let rooms = if last == 0 {
+        plan.room_name(0)
+    } else {
+        format!("{} .. {}", plan.room_name(0), plan.room_name(last))
+    };
+    let tracks = plan.total_published_tracks(Kind::Audio) + plan.total_published_tracks(Kind::Video);
+    let subscriptions = plan.total_expected_tracks(Kind::Audio) + plan.total_expected_tracks(Kind::Video);
+    let estimate = plan.estimate();
+    let mut row = |label: &str, value: String| {
+        let _ = writeln!(text, "  {label:<14}{value}");
+    };
+    row("Rooms", rooms);
+    row("Media", media_line(plan));
+    row(
+        "Joining",
+        format!(
+            "{} joins/s for {}, then {} of measuring",
+            plan.joins_per_second,
+            duration(plan.joining()),
+            duration(plan.duration)
+        ),
+    );
+    row("Tracks", format!("{} published, {} subscriptions", number(tracks), number(subscriptions)));
+    row("Sending", rate_line(load.packets_sent_per_second, load.bits_sent_per_second));
+    row("Receiving", rate_line(load.packets_received_per_second, load.bits_received_per_second));
+    row(
+        "Generator",
+        format!(
+            "{} of {} CPUs, about {:.2} cores busy",
+            count(resources.threads as u64, "thread"),
+            resources.cpus,
+            estimate.cores
+        ),
+    );
+    row(
+        "Needs",
+        format!(
+            "{} sockets, {} files, about {}",
+            number(resources.sockets),
+            number(resources.files),
+            scaled(estimate.memory_bytes as f64, "B")
+        ),
+    );
+    row("Judged by", judging_line(judging));
+    text.push_str("Dry run: nothing was connected to.\n");
+    text
+}
+
+/// The final report.
+pub fn render(outcome: &Outcome, style: Style) -> String {
+    let judgement = judge(outcome);
+    let mut text = head(outcome, style);
+    text.push_str(&joins(outcome, style));
+    text.push_str(&media(outcome, style));
+    text.push_str(&times(outcome, style));
+    text.push_str(&generator(outcome, style));
+    text.push_str(&notes(outcome, style));
+    text.push_str(&result(&judgement, style));
+    text
+}
+
+fn head(outcome: &Outcome, style: Style) -> String {
+    let plan = &outcome.plan;
+    let server = outcome
+        .target
+        .server_version
+        .as_deref()
+        .map(|version| format!(", LiveKit {version}"))
+        .unwrap_or_default();
+    let title = format!("{}{server}, {} connection", plan.target.url, plan.connection.name());
+    format!(
+        "{}\n  {}\n  {}\n  {}\n\n",
+        style.bold(&title),
+        shape_line(plan),
+        media_line(plan),
+        pace_line(plan)
+    )
+}
+
+fn shape_line(plan: &Plan) -> String {
+    let total = u64::from(plan.total_participants());
+    let rooms = u64::from(plan.shape.room_count);
+    let people = if rooms == 1 {
+        people(&plan.shape)
+    } else {
+        format!("{} x ({})", count(rooms, "room"), people(&plan.shape))
+    };
+    format!("{people} = {}", count(total, "participant"))
+}
+
+fn pace_line(plan: &Plan) -> String {
+    format!("{} joins/s, then {}, seed {}", plan.joins_per_second, duration(plan.duration), plan.seed)
+}
+
+/// `5 publishers + 45 subscribers`; where audio and video publishers differ, how many of which.
+fn people(shape: &Shape) -> String {
+    let (audio, video) = (shape.audio_publishers, shape.video_publishers);
+    let mut parts = Vec::new();
+    if shape.publishers() > 0 {
+        let detail = match (audio, video) {
+            (audio, video) if audio == video => String::new(),
+            (_, 0) => " of audio".to_owned(),
+            (0, _) => " of video".to_owned(),
+            (audio, video) => format!(" ({audio} audio, {video} video)"),
+        };
+        let role = if shape.meeting { "member" } else { "publisher" };
+        parts.push(format!("{}{detail}", count(shape.publishers().into(), role)));
+    }
+    if shape.subscribers > 0 {
+        parts.push(count(shape.subscribers.into(), "subscriber"));
+    }
+    parts.join(" + ")
+}
+
+fn media_line(plan: &Plan) -> String {
+    let (audio, video) = (&plan.audio, &plan.video);
+    let mut parts = Vec::new();
+    if plan.shape.audio_publishers > 0 {
+        parts.push(format!("Opus {} in {} frames", audio.bitrate, duration(audio.frame)));
+    }
+    if plan.shape.video_publishers > 0 {
+        parts.push(format!(
+            "VP8 {}x{} {} fps {} {}",
+            video.width,
+            video.height,
+            video.frames_per_second,
+            video.bitrate,
+            plan.pacing.name()
+        ));
+    }
+    if parts.is_empty() {
+        "no media: nobody publishes".to_owned()
+    } else {
+        parts.join(", ")
+    }
+}
+
+fn judging_line(judging: &Judging) -> String {
+    let mut parts = vec![format!("loss <= {} %", judging.max_loss_pct)];
+    parts.extend(judging.target_rtt.map(|target| format!("session.rtt_rtcp.p95 <= {}", duration(target))));
+    parts.extend(judging.thresholds.iter().map(ToString::to_string));
+    parts.join(", ")
+}
+
+fn rate_line(packets_per_second: f64, bits_per_second: f64) -> String {
+    format!(
+        "{} packets/s, {} on the wire",
+        number(packets_per_second.round() as u64),
+        scaled(bits_per_second, "bps")
+    )
+}
+
+fn joins(outcome: &Outcome, style: Style) -> String {
+    let session = &outcome.totals.record.session;
+    let mut line = format!(
+        "{} planned, {} ok, {} failed",
+        number(session.joins_planned),
+        number(session.joins_ok),
+        number(session.joins_failed)
+    );
+    for (value, what) in [(session.joins_retried, "retried"), (session.disconnects, "disconnected later")] {
+        if value > 0 {
+            let _ = write!(line, ", {} {what}", number(value));
+        }
+    }
+    let mut text = format!("{} {line}\n", style.bold("Joins     "));
+    for (reason, times) in outcome.failures.iter().take(FAILURES_MAX) {
+        text.push_str(&wrapped(&format!("{} x {reason}", number(*times)), 11));
+    }
+    if outcome.failures.len() > FAILURES_MAX {
+        let _ = writeln!(text, "{:11}and {} more kinds of failure", "", outcome.failures.len() - FAILURES_MAX);
+    }
+    text.push('\n');
+    text
+}
+
+/// The three columns of the media table.
+struct Columns<'a> {
+    media: [&'a Media; 2],
+    seconds: f64,
+}
+
+impl Columns<'_> {
+    /// A row whose total is the sum.
+    fn sum(&self, label: &str, counter: fn(&Media) -> u64, print: impl Fn(u64) -> String) -> String {
+        let [audio, video] = self.media.map(counter);
+        row(label, [print(audio), print(video), print(audio + video)])
+    }
+
+    /// A row whose total is worked out from both kinds.
+    fn loss(&self, label: &str, print: impl Fn(&Loss) -> String) -> String {
+        let [audio, video] = self.media;
+        row(
+            label,
+            [Loss::of(audio), Loss::of(video), Loss::counted([audio, video])].map(|loss| print(&loss)),
+        )
+    }
+
+    /// A row of one counter by another: `part/whole`, or the share of it.
+    fn ratio(&self, label: &str, part: fn(&Media) -> u64, whole: fn(&Media) -> u64, print: impl Fn(u64, u64) -> String) -> String {
+        let (parts, wholes) = (self.media.map(part), self.media.map(whole));
+        row(
+            label,
+            [
+                print(parts[0], wholes[0]),
+                print(parts[1], wholes[1]),
+                print(parts.iter().sum(), wholes.iter().sum()),
+            ],
+        )
+    }
+
+    fn bit_rate(&self, bytes: u64) -> String {
+        if self.seconds > 0.0 {
+            scaled(bytes as f64 * 8.0 / self.seconds, "bps")
+        } else {
+            "n/a".to_owned()
+        }
+    }
+}
+
+fn row(label: &str, columns: [String; 3]) -> String {
+    let [audio, video, total] = columns;
+    format!("  {label:<29} {audio:>15} {video:>15} {total:>15}\n")
+}
+
+fn media(outcome: &Outcome, style: Style) -> String {
+    let step = &outcome.totals;
+    let columns = Columns {
+        media: [&step.record.audio, &step.record.video],
+        seconds: step.seconds,
+    };
+    let share = |part: u64, whole: u64| maybe((whole > 0).then(|| part as f64 / whole as f64), percent);
+    let mut text = format!(
+        "{}{:>22} {:>15} {:>15}\n",
+        style.bold(&format!("{:<25}", "Media")),
+        "audio",
+        "video",
+        "total"
+    );
+    text.push_str(&columns.sum("Tracks published", |m| m.tracks_published, number));
+    text.push_str(&columns.ratio(
+        "Tracks live/expected",
+        |m| m.tracks_live,
+        |m| m.tracks_expected,
+        |a, b| format!("{}/{}", number(a), number(b)),
+    ));
+    text.push_str(&columns.sum("Bytes Published", |m| m.bytes_sent, |bytes| scaled(bytes as f64, "B")));
+    text.push_str(&columns.sum("  bit rate", |m| m.bytes_sent, |bytes| columns.bit_rate(bytes)));
+    text.push_str(&columns.sum("Bytes Received", |m| m.bytes_received, |bytes| scaled(bytes as f64, "B")));
+    text.push_str(&columns.sum("  bit rate", |m| m.bytes_received, |bytes| columns.bit_rate(bytes)));
+    text.push_str(&columns.sum("Packets sent", |m| m.packets_sent, number));
+    text.push_str(&columns.sum("Packets received", |m| m.packets_received, number));
+    text.push_str(&columns.loss("Packet Loss", |loss| maybe(loss.residual, percent)));
+    text.push_str(&columns.loss("  missing on arrival", |loss| maybe(loss.network, percent)));
+    text.push_str(&columns.loss("  repaired", |loss| maybe(loss.repaired, percent)));
+    text.push_str(&columns.ratio("Packet Retransmission", |m| m.rtx_received, |m| m.packets_received, share));
+    text.push_str(&columns.sum("Frames expected", |m| m.frames_expected, number));
+    text.push_str(&columns.sum("Frames delivered", |m| m.frames_delivered, number));
+    text.push_str(&columns.loss("  undelivered", |loss| maybe(loss.undelivered, percent)));
+    text.push_str(&columns.sum("  late", |m| m.frames_late, number));
+    text.push_str(&columns.sum("Freezes", |m| m.freezes, number));
+    let [audio, video] = columns.media.map(|m| triple(&m.track_subscribe));
+    let _ = writeln!(text, "  Track Subscribe Time 50/90/99 %  audio {audio:<16} video {video}\n");
+    text
+}
+
+/// `41/88/160 ms`
+fn triple(histogram: &Histogram) -> String {
+    if histogram.expected() == 0 {
+        return "n/a".to_owned();
+    }
+    let values = [0.5, 0.9, 0.99].map(|share| histogram.quantile(share));
+    let in_seconds = values.iter().flatten().any(|us| *us >= 1_000_000);
+    let print = |us: u64| match (in_seconds, us) {
+        (true, us) => format!("{:.2}", us as f64 / 1e6),
+        (false, us) if us < 10_000 => format!("{:.1}", us as f64 / 1e3),
+        (false, us) => format!("{:.0}", us as f64 / 1e3),
+    };
+    let parts = values.map(|value| value.map_or_else(|| "never".to_owned(), print));
+    let unit = if in_seconds { "s" } else { "ms" };
+    if values[0].is_none() {
+        "never".to_owned()
+    } else {
+        format!("{} {unit}", parts.join("/"))
+    }
+}
+
+fn times(outcome: &Outcome, style: Style) -> String {
+    let record = &outcome.totals.record;
+    let (session, audio, video) = (&record.session, &record.audio, &record.video);
+    let heads: String = QUANTILES
+        .iter()
+        .map(|(name, _)| *name)
+        .chain(["max"])
+        .map(|name| format!("{name:>9}"))
+        .collect();
+    let mut text = format!("{}{heads}\n", style.bold(&format!("{:<26}", "Times")));
+    for (label, histogram) in [
+        ("Join", &session.join),
+        ("  signalling connected", &session.signal_connect),
+        ("  signalling joined", &session.signal_join),
+        ("  ICE connected", &session.ice),
+        ("  DTLS connected", &session.dtls),
+        ("  first media", &session.first_media),
+        ("RTT by STUN", &session.rtt_stun),
+        ("RTT by RTCP", &session.rtt_rtcp),
+        ("RTT of signalling", &session.rtt_signal),
+        ("Audio one-way latency", &audio.one_way_latency),
+        ("  jitter", &audio.jitter),
+        ("Video one-way latency", &video.one_way_latency),
+        ("  jitter", &video.jitter),
+        ("  first frame", &video.first_frame),
+    ] {
+        text.push_str(&times_row(label, histogram));
+    }
+    for (label, histogram) in [
+        ("  loss to repair", &video.loss_to_repair),
+        ("  PLI to key frame sent", &video.pli_received_to_key_sent),
+    ] {
+        if histogram.expected() > 0 {
+            text.push_str(&times_row(label, histogram));
+        }
+    }
+    text.push('\n');
+    text
+}
+
+fn times_row(label: &str, histogram: &Histogram) -> String {
+    let quantiles = QUANTILES.iter().map(|(_, share)| quantile(histogram, histogram.quantile(*share)));
+    let columns: String = quantiles
+        .chain([quantile(histogram, histogram.max())])
+        .map(|value| format!("{value:>9}"))
+        .collect();
+    format!("  {label:<24}{columns}\n")
+}
+
+fn quantile(histogram: &Histogram, value: Option<u64>) -> String {
+    match value {
+        Some(us) => micros(us as f64),
+        None if histogram.expected() == 0 => "n/a".to_owned(),
+        None => "never".to_owned(),
+    }
+}
+
+fn generator(outcome: &Outcome, style: Style) -> String {
+    let (health, counted) = (&outcome.engine, &outcome.totals.record.engine);
+    let wall = outcome.finished.saturating_sub(outcome.started).as_secs_f64();
+    let cores = if wall > 0.0 {
+        format!("{:.2}", health.cpu_seconds / wall)
+    } else {
+        "n/a".to_owned()
+    };
+    let mut text = format!(
+        "{} {}, {}, {cores} cores, {}/packet, {}/participant\n",
+        style.bold("Generator "),
+        if health.valid { "valid" } else { "INVALID" },
+        count(health.threads as u64, "thread"),
+        maybe(health.us_per_packet, |us| format!("{us:.2} us")),
+        maybe(health.bytes_per_participant, |bytes| scaled(bytes as f64, "B")),
+    );
+    let pair = |histogram: &Histogram| {
+        format!(
+            "p50 {} p99 {}",
+            quantile(histogram, histogram.quantile(0.5)),
+            quantile(histogram, histogram.quantile(0.99))
+        )
+    };
+    let floor = health
+        .floor_tick_late
+        .as_ref()
+        .map(|floor| format!(" (a bare timer: {})", pair(floor)))
+        .unwrap_or_default();
+    let _ = writeln!(text, "  ticks late   {}{floor}", pair(&counted.tick_late));
+    let _ = writeln!(
+        text,
+        "  send lag     {}, {} slots skipped",
+        pair(&counted.send_lag),
+        number(counted.send_slots_skipped)
+    );
+    let _ = writeln!(text, "  host drops   {}\n", drops(outcome));
+    text
+}
+
+fn drops(outcome: &Outcome) -> String {
+    let places: Vec<String> = outcome
+        .engine
+        .host_drops
+        .iter()
+        .filter(|(_, n)| *n > 0)
+        .map(|(place, n)| format!("{} {place}", number(*n)))
+        .collect();
+    let total = number(outcome.totals.record.session.host_drops);
+    if places.is_empty() {
+        total
+    } else {
+        format!("{total} ({})", places.join(", "))
+    }
+}
+
+fn notes(outcome: &Outcome, style: Style) -> String {
+    let notes = &outcome.notes;
+    if notes.is_empty() {
+        return String::new();
+    }
+    let mut text = format!("{}\n", style.bold("Notes"));
+    notes.iter().take(NOTES_MAX).for_each(|note| text.push_str(&wrapped(note, 2)));
+    if notes.len() > NOTES_MAX {
+        let _ = writeln!(text, "  and {} more in the JSON report", notes.len() - NOTES_MAX);
+    }
+    text.push('\n');
+    text
+}
+
+fn result(judgement: &Judgement, style: Style) -> String {
+    let mut text = format!("{}\n", style.verdict(judgement.verdict, &format!("RESULT: {}", judgement.verdict.name())));
+    judgement
+        .reasons
+        .iter()
+        .take(REASONS_MAX)
+        .for_each(|reason| text.push_str(&wrapped(reason, 2)));
+    if judgement.reasons.len() > REASONS_MAX {
+        let _ = writeln!(text, "  and {} more", judgement.reasons.len() - REASONS_MAX);
+    }
+    text
+}
+
+/// `text` in lines of at most 80 columns, each after `indent` spaces. Words are never broken.
+fn wrapped(text: &str, indent: usize) -> String {
+    let mut lines = String::new();
+    let mut line = String::new();
+    for word in text.split_whitespace() {
+        if !line.is_empty() && indent + line.chars().count() + 1 + word.chars().count() > WIDTH {
+            let _ = writeln!(lines, "{:indent$}{line}", "");
+            line.clear();
+        }
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line.push_str(word);
+    }
+    let _ = writeln!(lines, "{:indent$}{line}", "");
+    lines
+}
+
+/// `n/a` for what is unknown.
+pub(super) fn maybe<T>(value: Option<T>, print: impl FnOnce(T) -> String) -> String {
+    value.map_or_else(|| "n/a".to_owned(), print)
+}
+
+/// `12,345`
+pub(crate) fn number(value: u64) -> String {
+    let digits = value.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// `1 room`, `2 rooms`
+pub(crate) fn count(value: u64, what: &str) -> String {
+    format!("{} {what}{}", number(value), if value == 1 { "" } else { "s" })
+}
+
+/// A share (0..=1) as `0.12%`; what is not zero never prints as zero.
+pub(super) fn percent(share: f64) -> String {
+    match share * 100.0 {
+        0.0 => "0%".to_owned(),
+        small if small < 0.005 => "<0.01%".to_owned(),
+        value => format!("{value:.2}%"),
+    }
+}
+
+/// Microseconds as `412 us`, `2.41 ms`, `1.24 s`.
+pub(super) fn micros(us: f64) -> String {
+    match us {
+        us if us < 999.5 => format!("{us:.0} us"),
+        us if us < 9_995.0 => format!("{:.2} ms", us / 1e3),
+        us if us < 99_950.0 => format!("{:.1} ms", us / 1e3),
+        us if us < 999_500.0 => format!("{:.0} ms", us / 1e3),
+        us if us < 9_995_000.0 => format!("{:.2} s", us / 1e6),
+        us => format!("{:.1} s", us / 1e6),
+    }
+}
+
+/// `1h 30m`, `20ms`, `260ms`; what lies below a millisecond is left out.
+pub(super) fn duration(duration: Duration) -> String {
+    let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    humantime::format_duration(Duration::from_millis(millis)).to_string()
+}
+
+/// Three significant digits and a decimal prefix: `1.23 MB`, `512 kbps`.
+pub(crate) fn scaled(value: f64, unit: &str) -> String {
+    let mut value = value;
+    let mut prefixes = ["", "k", "M", "G", "T"].into_iter().peekable();
+    while value >= 999.5 {
+        let Some(_) = prefixes.next_if(|prefix| *prefix != "T") else { break };
+        value /= 1e3;
+    }
+    match (prefixes.next().unwrap_or("T"), value) {
+        ("", value) => format!("{value:.0} {unit}"),
+        (prefix, value) if value < 9.995 => format!("{value:.2} {prefix}{unit}"),
+        (prefix, value) if value < 99.95 => format!("{value:.1} {prefix}{unit}"),
+        (prefix, value) => format!("{value:.0} {prefix}{unit}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_read_as_people_write_them() {
+        assert_eq!(
+            [0, 999, 1_000, 12_345, 1_234_567].map(number),
+            ["0", "999", "1,000", "12,345", "1,234,567"]
+        );
+        assert_eq!(
+            [0.0, 12.0, 999.0, 1_000.0, 24_000.0, 1_234_567.0, 5e15].map(|v| scaled(v, "B")),
+            ["0 B", "12 B", "999 B", "1.00 kB", "24.0 kB", "1.23 MB", "5000 TB"]
+        );
+        assert_eq!(
+            [412.0, 999.7, 2_410.0, 24_100.0, 241_000.0, 1_240_000.0, 60_000_000.0].map(micros),
+            ["412 us", "1.00 ms", "2.41 ms", "24.1 ms", "241 ms", "1.24 s", "60.0 s"]
+        );
+        assert_eq!([0.0, 0.000_001, 0.001_2, 1.0].map(percent), ["0%", "<0.01%", "0.12%", "100.00%"]);
+        assert_eq!(duration(Duration::from_secs(5_400)), "1h 30m");
+    }
+
+    #[test]
+    fn long_reasons_wrap_between_words() {
+        let text = wrapped(&"word ".repeat(40), 4);
+        assert!(text.lines().all(|line| line.len() <= WIDTH && line.starts_with("    word")));
+        assert_eq!(text.matches("word").count(), 40);
+    }
+
+    #[test]
+    fn subscribe_times_share_a_unit() {
+        let mut histogram = Histogram::default();
+        assert_eq!(triple(&histogram), "n/a");
+        histogram.expect(10);
+        assert_eq!(triple(&histogram), "never");
+        (1..=9).for_each(|n| histogram.record_micros(n * 9_000));
+        assert_eq!(triple(&histogram), "45/81/never ms");
+    }
+}

@@ -1,0 +1,927 @@
+//! One load test from start to finish: media, rooms, workers, joins, hold, drain, and the account of it.
+//!
+//! Everything measured flows into one cumulative [`Record`]; whatever ends the run early, what was measured until then is reported.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow};
+use tokio::sync::{mpsc, watch};
+
+use crate::cli;
+use crate::engine::health::{self, FloorThread};
+use crate::engine::publisher::{Pacing, Source};
+use crate::engine::shard::{PeerOutcome, ShardConfig};
+use crate::engine::worker::{self, Report, WorkerConfig};
+use crate::engine::{Command, Roster};
+use crate::measure::{Kind, Media, Record, Timeline};
+use crate::media::opus::{AudioClip, AudioContent, AudioSpec};
+use crate::media::vp8::{VideoClip, VideoSpec};
+use crate::net;
+use crate::plan::{self, Plan, Resources};
+use crate::preflight;
+use crate::report::progress::Snapshot;
+use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Quality, Sample, Step, TargetInfo, TargetKind};
+use crate::signal::rooms::{RoomError, RoomService};
+use crate::signal::session::{self, Ended, Notice, Phase, Place, SessionContext};
+use crate::signal::{ApiKey, Endpoint};
+use crate::transport::peer::Identity;
+use crate::units::{Epoch, Time};
+
+/// After the last frame has left: LiveKit resends at most three times, some 100 ms apart.
+const DRAIN: Duration = Duration::from_millis(1_500);
+/// A room that nobody joined goes away by itself, should we die before deleting it.
+const ROOM_EMPTY_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long the participants may take to say goodbye.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+const PEERS_PER_PARTICIPANT: usize = 2;
+
+/// Runs the plan against its LiveKit server. `progress` hears how it goes, twice a second.
+///
+/// # Errors
+/// What kept the run from starting; once it has started there is an outcome.
+pub async fn run(run: &cli::Run, resources: &Resources, mut progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
+    let started = unix_now();
+    let credentials = run
+        .credentials
+        .as_ref()
+        .context("no API key and secret: give --api-key and --api-secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET")?;
+    let api_key = ApiKey::new(&credentials.api_key, &credentials.api_secret);
+    let endpoint: Endpoint = run.plan.target.url.websocket().parse().map_err(|error: String| anyhow!(error))?;
+    let endpoint = endpoint.resolve().await?;
+    let rooms = Rooms::create(&run.plan, &endpoint, &api_key).await?;
+    let media = generate_media(&run.plan, resources.threads).await?;
+    let mut test = Test::start(&run.plan, resources, endpoint, api_key, media)?;
+    test.notes = rooms.notes.clone();
+    test.go(&mut progress).await;
+    let mut outcome = test.finish(run, started).await;
+    match rooms.delete(&run.plan).await {
+        Ok(notes) => outcome.notes.extend(notes),
+        Err(error) => outcome.notes.push(format!("a room of ours may be left behind: {error}")),
+    }
+    outcome.finished = unix_now();
+    Ok(outcome)
+}
+
+fn unix_now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// The rooms of this run, and which of them it made.
+struct Rooms {
+    service: RoomService,
+    made: Vec<String>,
+    notes: Vec<String>,
+}
+
+impl Rooms {
+    async fn create(plan: &Plan, endpoint: &Endpoint, api_key: &ApiKey) -> Result<Rooms> {
+        let service = RoomService::new(endpoint.clone(), api_key.clone());
+        let mut rooms = Rooms {
+            service,
+            made: Vec::new(),
+            notes: Vec::new(),
+        };
+        let wanted: Vec<String> = (0..plan.shape.room_count).map(|room| plan.room_name(room)).collect();
+        let existing = rooms.service.list_rooms().await?;
+        let (ours, others): (Vec<_>, Vec<_>) = existing.iter().partition(|room| wanted.contains(&room.name));
+        if !others.is_empty() {
+            rooms.notes.push(format!(
+                "the server carries {} that are not ours: its figures are not of this load alone",
+                plural(others.len(), "room")
+            ));
+        }
+        for room in ours {
+            let inside = plural(room.num_participants as usize, "participant");
+            rooms.notes.push(format!(
+                "room '{}' existed already, with {inside} in it who are not ours and not judged; it stays",
+                room.name
+            ));
+        }
+        for name in wanted.into_iter().filter(|name| existing.iter().all(|room| room.name != *name)) {
+            if let Err(error) = rooms.service.create_room(&name, ROOM_EMPTY_TIMEOUT).await {
+                // What was made so far is taken back; that failing as well adds nothing to the first error.
+                let _ = rooms.delete(plan).await;
+                return Err(error.into());
+            }
+            rooms.made.push(name);
+        }
+        Ok(rooms)
+    }
+
+    /// Deletes what we made. A room that is gone is no error; one in which others are stays, and the note says so.
+    async fn delete(&self, plan: &Plan) -> Result<Vec<String>> {
+        let (mut notes, mut first) = (Vec::new(), Ok(()));
+        for name in &self.made {
+            match self.delete_one(plan, name).await {
+                Ok(0) => {}
+                Ok(others) => notes.push(format!(
+                    "room '{name}' stays: {} who are not ours are in it",
+                    plural(others, "participant")
+                )),
+                Err(error) if error.is_not_found() => {}
+                Err(error) => first = first.and(Err(error.into())),
+            }
+        }
+        first.map(|()| notes)
+    }
+
+    /// Returns how many others kept the room from being deleted.
+    async fn delete_one(&self, plan: &Plan, name: &str) -> Result<usize, RoomError> {
+        let inside = self.service.list_participants(name).await?;
+        let others = inside.iter().filter(|participant| !plan.is_ours(&participant.identity)).count();
+        if others == 0 {
+            self.service.delete_room(name).await?;
+        }
+        Ok(others)
+    }
+}
+
+fn plural(count: usize, noun: &str) -> String {
+    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
+}
+
+/// The shared media that the plan asks for.
+struct Clips {
+    audio: Option<Source>,
+    video: Option<Source>,
+}
+
+async fn generate_media(plan: &Plan, threads: usize) -> Result<Clips> {
+    let audio = (plan.shape.audio_publishers > 0).then(|| audio_spec(plan));
+    let video = (plan.shape.video_publishers > 0).then(|| video_spec(plan));
+    let made = tokio::task::spawn_blocking(move || -> Result<Clips> {
+        let audio = audio
+            .map(|spec| AudioClip::generate(&spec))
+            .transpose()
+            .context("--audio-bitrate, --audio-frame")?;
+        let video = video
+            .map(|spec| VideoClip::generate(&spec, threads))
+            .transpose()
+            .context("--video-resolution, --video-bitrate, --video-fps")?;
+        Ok(Clips {
+            audio: audio.map(|clip| Source::Audio(Arc::new(clip))),
+            video: video.map(|clip| Source::Video(Arc::new(clip))),
+        })
+    });
+    made.await?
+}
+
+/// The clip's part of the plan. Public so that a plan which no clip can fulfil is refused before anything is connected to.
+pub fn audio_spec(plan: &Plan) -> AudioSpec {
+    AudioSpec {
+        bitrate: plan.audio.bitrate,
+        frame: plan.audio.frame,
+        content: AudioContent::Speech,
+        dtx: false,
+        seed: plan.seed,
+    }
+}
+
+/// The clip's part of the plan.
+pub fn video_spec(plan: &Plan) -> VideoSpec {
+    let plan::VideoSpec {
+        width,
+        height,
+        frames_per_second,
+        bitrate,
+    } = plan.video;
+    VideoSpec {
+        width: width.into(),
+        height: height.into(),
+        fps: frames_per_second,
+        bitrate,
+        seed: plan.seed,
+    }
+}
+
+/// A test under way.
+struct Test<'a> {
+    plan: &'a Plan,
+    epoch: Epoch,
+    context: Arc<SessionContext>,
+    places: Vec<Place>,
+    workers: Vec<Worker>,
+    floor: FloorThread,
+    reports: mpsc::UnboundedReceiver<Report>,
+    notices: mpsc::UnboundedReceiver<Notice>,
+    leave: watch::Sender<bool>,
+    record: Record,
+    series: Vec<Sample>,
+    second: SecondBook,
+    sessions: SessionBook,
+    outcomes: Vec<PeerOutcome>,
+    host_drops_before: Option<u64>,
+    resident_before: Option<u64>,
+    resident_hold: Option<u64>,
+    hold: Option<(Record, Time)>,
+    steps: Vec<Step>,
+    media_stopped_at: Option<Time>,
+    partial: Option<String>,
+    notes: Vec<String>,
+}
+
+struct Worker {
+    commands: Sender<Command>,
+    spare_records: Sender<Box<Record>>,
+    thread: Option<JoinHandle<std::io::Result<()>>>,
+    cpu: Duration,
+    cpu_at_hold: Duration,
+    reports: u64,
+    ended: bool,
+}
+
+/// What sessions have reported.
+#[derive(Default)]
+struct SessionBook {
+    joined: u32,
+    failed: u32,
+    disconnected: u32,
+    left: u32,
+    server_version: Option<String>,
+    failures: BTreeMap<String, u64>,
+    ended: BTreeMap<u32, Ended>,
+}
+
+/// What the rows of the series are differences of.
+struct SecondBook {
+    at: Time,
+    cpu: Duration,
+    joined: u32,
+    record: Record,
+    last: Sample,
+}
+
+/// Why a wait ended.
+enum Until {
+    Done,
+    Interrupted(&'static str),
+    Abandoned,
+}
+
+impl<'a> Test<'a> {
+    fn start(plan: &'a Plan, resources: &Resources, endpoint: Endpoint, api_key: ApiKey, media: Clips) -> Result<Test<'a>> {
+        let epoch = Epoch::read();
+        let identity = Identity::generate().map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
+        let rooms = plan.participants().map(|participant| participant.room);
+        let roster = Arc::new(Roster::new(plan.run_tag, rooms));
+        let (report_sender, reports) = mpsc::unbounded_channel();
+        let (notice_sender, notices) = mpsc::unbounded_channel();
+        let (leave, leaving) = watch::channel(false);
+        let parts = plan.split(resources.threads);
+        let shard = ShardConfig {
+            identity: identity.clone(),
+            roster: roster.clone(),
+            epoch,
+        };
+        let resident_before = net::resident_bytes().map(|(now, _)| now);
+        let workers = start_workers(&parts, &shard, &report_sender)?;
+        let context = SessionContext {
+            endpoint,
+            api_key,
+            epoch,
+            roster,
+            fingerprint: identity.fingerprint(),
+            audio: media.audio,
+            video: media.video,
+            pacing: match plan.pacing {
+                plan::Pacing::Paced => Pacing::Paced,
+                plan::Pacing::Burst => Pacing::Burst,
+            },
+            receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
+            shards: workers.iter().map(|worker| worker.commands.clone()).collect(),
+            notices: notice_sender,
+            leave: leaving,
+        };
+        let now = epoch.now();
+        Ok(Test {
+            plan,
+            epoch,
+            context: Arc::new(context),
+            places: places(&parts),
+            workers,
+            floor: FloorThread::start(epoch).context("no thread for the timer floor")?,
+            reports,
+            notices,
+            leave,
+            record: Record::default(),
+            series: Vec::new(),
+            second: SecondBook {
+                at: now,
+                cpu: net::process_cpu(),
+                joined: 0,
+                record: Record::default(),
+                last: Sample::default(),
+            },
+            sessions: SessionBook::default(),
+            outcomes: Vec::new(),
+            host_drops_before: net::udp_receive_buffer_errors(),
+            resident_before,
+            resident_hold: None,
+            hold: None,
+            steps: Vec::new(),
+            media_stopped_at: None,
+            partial: None,
+            notes: Vec::new(),
+        })
+    }
+
+    /// Joining, hold, drain, goodbye.
+    async fn go(&mut self, progress: &mut impl FnMut(&Snapshot)) {
+        let mut interrupts = Interrupts::new();
+        let planned = self.plan.total_participants();
+        self.spawn_sessions();
+        let joined = self
+            .wait(&mut interrupts, progress, |test| {
+                (test.sessions.joined + test.sessions.failed >= planned).then_some(Until::Done)
+            })
+            .await;
+        if self.goes_on(joined, "while participants were joining") {
+            self.flush().await;
+            let start = self.epoch.now();
+            let end = start + self.plan.duration;
+            self.resident_hold = net::resident_bytes().map(|(now, _)| now);
+            self.workers.iter_mut().for_each(|worker| worker.cpu_at_hold = worker.cpu);
+            self.hold = Some((self.record.clone(), start));
+            let held = self
+                .wait(&mut interrupts, progress, |test| (test.epoch.now() >= end).then_some(Until::Done))
+                .await;
+            self.goes_on(held, "before the planned duration was over");
+        }
+        self.stop_media(&mut interrupts, progress).await;
+        self.stop_workers().await;
+        self.join_workers();
+        self.say_goodbye().await;
+    }
+
+    fn goes_on(&mut self, until: Until, when: &str) -> bool {
+        let seconds = self.epoch.now().as_micros() as f64 / 1e6;
+        match until {
+            Until::Done => return true,
+            Until::Interrupted(signal) => self.partial = Some(format!("{signal} after {seconds:.1} s, {when}")),
+            Until::Abandoned => self.partial = Some(format!("all participants were gone after {seconds:.1} s, {when}")),
+        }
+        false
+    }
+
+    /// Starts every session at its intended moment, whatever became of the earlier ones.
+    fn spawn_sessions(&self) {
+        let participants: Vec<_> = self
+            .plan
+            .participants()
+            .map(|participant| (self.plan.room_name(participant.room), participant))
+            .collect();
+        let (context, places) = (self.context.clone(), self.places.clone());
+        let start = self.epoch.now() + Duration::from_millis(5);
+        let mut leave = self.leave.subscribe();
+        tokio::spawn(async move {
+            for (room, participant) in participants {
+                let intended = start + participant.join_offset;
+                let at = tokio::time::Instant::from_std(context.epoch.instant(intended));
+                tokio::select! {
+                    () = tokio::time::sleep_until(at) => {}
+                    () = session::leaving(&mut leave) => return,
+                }
+                let place = places[participant.index as usize];
+                tokio::spawn(session::run(context.clone(), participant, room, place, intended));
+            }
+        });
+    }
+
+    /// Takes reports and notices until `done` says so, a signal comes, or nobody is left.
+    async fn wait(&mut self, interrupts: &mut Interrupts, progress: &mut impl FnMut(&Snapshot), done: impl Fn(&Test<'_>) -> Option<Until>) -> Until {
+        let mut beat = tokio::time::interval(Duration::from_millis(20));
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut shown_at = Time::ZERO;
+        loop {
+            if let Some(until) = done(self) {
+                return until;
+            }
+            if self.sessions.joined > 0
+                && self.sessions.disconnected == self.sessions.joined
+                && self.sessions.joined + self.sessions.failed == self.plan.total_participants()
+            {
+                return Until::Abandoned;
+            }
+            tokio::select! {
+                Some(report) = self.reports.recv() => self.take_report(report),
+                Some(notice) = self.notices.recv() => self.take_notice(notice),
+                signal = interrupts.next() => return Until::Interrupted(signal),
+                _ = beat.tick() => {}
+            }
+            let now = self.epoch.now();
+            if now.since(self.second.at) >= Duration::from_secs(1) {
+                self.close_second(now);
+            }
+            if now.since(shown_at) >= PROGRESS_INTERVAL {
+                shown_at = now;
+                progress(&self.snapshot(now));
+            }
+        }
+    }
+
+    fn take_report(&mut self, report: Report) {
+        let worker = &mut self.workers[report.worker];
+        worker.cpu = report.cpu;
+        worker.reports += 1;
+        let mut record = report.record;
+        self.record.merge(&record);
+        record.clear();
+        // A worker that has ended needs no record any more.
+        let _ = worker.spare_records.send(record);
+        if let Some(outcomes) = report.outcomes {
+            worker.ended = true;
+            self.outcomes.extend(outcomes);
+        }
+    }
+
+    fn take_notice(&mut self, notice: Notice) {
+        let session = &mut self.record.session;
+        match notice {
+            Notice::Phase(phase, after) => match phase {
+                Phase::SignalConnect => session.signal_connect.record(after),
+                Phase::SignalJoin => session.signal_join.record(after),
+                Phase::Ice => session.ice.record(after),
+                Phase::Dtls => session.dtls.record(after),
+                Phase::Join => session.join.record(after),
+                Phase::FirstMedia => session.first_media.record(after),
+            },
+            Notice::Joined { .. } => {
+                self.sessions.joined += 1;
+                session.joins_ok += 1;
+            }
+            Notice::JoinFailed { reason, .. } => {
+                self.sessions.failed += 1;
+                session.joins_failed += 1;
+                *self.sessions.failures.entry(format!("join: {reason}")).or_default() += 1;
+            }
+            Notice::Disconnected { reason, .. } => {
+                self.sessions.disconnected += 1;
+                session.disconnects += 1;
+                *self.sessions.failures.entry(format!("disconnected: {reason}")).or_default() += 1;
+            }
+            Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
+            Notice::Server { version } => self.sessions.server_version = Some(version).filter(|version| !version.is_empty()),
+            Notice::Ended(ended) => {
+                self.sessions.left += 1;
+                self.sessions.ended.insert(ended.index, *ended);
+            }
+        }
+    }
+
+    /// Asks every worker for what it has counted up to now, and takes it.
+    async fn flush(&mut self) {
+        let wanted: Vec<u64> = self.workers.iter().map(|worker| worker.reports + 1).collect();
+        self.command_all(|| Command::Report);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(2);
+        while self
+            .workers
+            .iter()
+            .zip(&wanted)
+            .any(|(worker, wanted)| worker.reports < *wanted && !worker.ended)
+        {
+            match tokio::time::timeout_at(deadline, self.reports.recv()).await {
+                Ok(Some(report)) => self.take_report(report),
+                _ => return,
+            }
+        }
+    }
+
+    /// The last frames leave, then what is under way or lost gets time to arrive.
+    async fn stop_media(&mut self, interrupts: &mut Interrupts, progress: &mut impl FnMut(&Snapshot)) {
+        self.command_all(|| Command::StopPublishing);
+        let now = self.epoch.now();
+        self.media_stopped_at = Some(now);
+        let end = now + DRAIN;
+        if let Until::Interrupted(signal) = self.wait_draining(interrupts, progress, end).await {
+            self.partial
+                .get_or_insert_with(|| format!("{signal} while the last packets were awaited"));
+        }
+    }
+
+    async fn wait_draining(&mut self, interrupts: &mut Interrupts, progress: &mut impl FnMut(&Snapshot), end: Time) -> Until {
+        loop {
+            let until = self
+                .wait(interrupts, progress, |test| (test.epoch.now() >= end).then_some(Until::Done))
+                .await;
+            return match until {
+                // Nobody is left to wait for.
+                Until::Abandoned => Until::Done,
+                other => other,
+            };
+        }
+    }
+
+    /// Ends the workers and takes their last accounts.
+    async fn stop_workers(&mut self) {
+        self.command_all(|| Command::Stop);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+        while self.workers.iter().any(|worker| !worker.ended) {
+            match tokio::time::timeout_at(deadline, self.reports.recv()).await {
+                Ok(Some(report)) => self.take_report(report),
+                _ => {
+                    self.notes.push("an engine thread did not answer: its last second is missing".into());
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Those that have given their last account are gone or about to be; one that has not is left behind.
+    fn join_workers(&mut self) {
+        for (index, worker) in self.workers.iter_mut().enumerate().filter(|(_, worker)| worker.ended) {
+            match worker.thread.take().map(JoinHandle::join) {
+                Some(Ok(Err(error))) => self.notes.push(format!("engine thread {index} ended with an error: {error}")),
+                Some(Err(_)) => self.notes.push(format!("engine thread {index} panicked")),
+                Some(Ok(Ok(()))) | None => {}
+            }
+        }
+    }
+
+    async fn say_goodbye(&mut self) {
+        // The series ends with the media.
+        let joined = self.sessions.joined + self.sessions.failed;
+        // Nobody listens where every session has ended already.
+        let _ = self.leave.send(true);
+        let deadline = tokio::time::Instant::now() + LEAVE_TIMEOUT;
+        while self.sessions.left < joined {
+            match tokio::time::timeout_at(deadline, self.notices.recv()).await {
+                Ok(Some(Notice::Ended(ended))) => self.take_notice(Notice::Ended(ended)),
+                // What happens to those who are leaving is no news.
+                Ok(Some(_)) => {}
+                _ => return,
+            }
+        }
+    }
+
+    fn command_all(&self, command: impl Fn() -> Command) {
+        for worker in &self.workers {
+            // A worker that is gone is missed when its account is.
+            let _ = worker.commands.send(command());
+        }
+    }
+
+    fn close_second(&mut self, now: Time) {
+        let cpu = net::process_cpu();
+        let seconds = now.since(self.second.at).as_secs_f64();
+        let delta = self.record.since(&self.second.record);
+        let per_second = |count: u64| count as f64 / seconds;
+        let (audio, video) = (&delta.audio, &delta.video);
+        let mut latency = audio.one_way_latency.clone();
+        latency.merge(&video.one_way_latency);
+        let sample = Sample {
+            t: now.as_micros() as f64 / 1e6,
+            participants: self.present(),
+            joins_per_second: per_second(u64::from(self.sessions.joined - self.second.joined)),
+            packets_sent_per_second: per_second(audio.packets_sent + video.packets_sent),
+            packets_received_per_second: per_second(audio.packets_received + video.packets_received),
+            bytes_sent_per_second: per_second(audio.bytes_sent + video.bytes_sent),
+            bytes_received_per_second: per_second(audio.bytes_received + video.bytes_received),
+            packets_lost: audio.packets_lost + video.packets_lost,
+            rtt_us_p50: delta.session.rtt_rtcp.quantile(0.5),
+            one_way_us_p50: latency.quantile(0.5),
+            one_way_us_p99: latency.quantile(0.99),
+            tick_late_us_p99: delta.engine.tick_late.quantile(0.99),
+            cpu_cores: Some(cpu.saturating_sub(self.second.cpu).as_secs_f64() / seconds),
+        };
+        self.series.push(sample.clone());
+        self.second = SecondBook {
+            at: now,
+            cpu,
+            joined: self.sessions.joined,
+            record: self.record.clone(),
+            last: sample,
+        };
+    }
+
+    fn present(&self) -> u32 {
+        self.sessions.joined - self.sessions.disconnected
+    }
+
+    fn snapshot(&self, now: Time) -> Snapshot {
+        let expected = [&self.record.audio, &self.record.video]
+            .map(|media| media.packets_received + media.packets_repaired + media.packets_lost)
+            .iter()
+            .sum::<u64>();
+        let lost = self.record.audio.packets_lost + self.record.video.packets_lost;
+        Snapshot {
+            elapsed: now.since(Time::ZERO),
+            total: self.plan.joining() + self.plan.duration + DRAIN,
+            joined: self.sessions.joined,
+            planned: self.plan.total_participants(),
+            failed: self.sessions.failed,
+            loss: (expected > 0).then(|| lost as f64 / expected as f64),
+            sample: self.second.last.clone(),
+        }
+    }
+
+    async fn finish(mut self, run: &cli::Run, started: Duration) -> Outcome {
+        let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
+        let joined_before_hold = self.sessions.joined;
+        let participants = self.participant_outcomes();
+        self.record.session.participants_total = self.plan.total_participants().into();
+        self.record.session.joins_planned = self.plan.total_participants().into();
+        self.record.session.participants_healthy = participants
+            .iter()
+            .filter(|participant| is_healthy(participant, run.judging.max_loss_pct))
+            .count() as u64;
+        state_tracks(&mut self.record, self.plan);
+        if let Some((before, at)) = self.hold.take() {
+            let mut record = self.record.since(&before);
+            state_of_all(&mut record, &self.record);
+            expect_frames(&mut record);
+            self.steps.push(Step {
+                name: "hold".into(),
+                participants: joined_before_hold,
+                seconds: end.since(at).as_secs_f64(),
+                record,
+            });
+        }
+        expect_frames(&mut self.record);
+        expect_joins(&mut self.record, self.plan);
+        let engine = self.engine_health(end);
+        let totals = Step {
+            name: "total".into(),
+            participants: self.plan.total_participants(),
+            seconds: end.since(Time::ZERO).as_secs_f64(),
+            record: self.record,
+        };
+        if self.steps.is_empty() {
+            self.steps.push(totals.clone());
+        }
+        self.notes.extend(run.warnings.iter().cloned());
+        Outcome {
+            started,
+            finished: unix_now(),
+            plan: run.plan.clone(),
+            judging: run.judging.clone(),
+            target: TargetInfo {
+                kind: TargetKind::LiveKit,
+                server_version: self.sessions.server_version.clone(),
+            },
+            steps: self.steps,
+            totals,
+            series: self.series,
+            engine,
+            partial: self.partial,
+            notes: self.notes,
+            failures: self.sessions.failures.into_iter().collect(),
+            participants,
+        }
+    }
+
+    fn engine_health(&mut self, end: Time) -> EngineHealth {
+        let floor = std::mem::replace(&mut self.floor, FloorThread::idle()).finish();
+        let kernel_drops = net::udp_receive_buffer_errors()
+            .zip(self.host_drops_before)
+            .map_or(0, |(after, before)| after.saturating_sub(before));
+        let socket_drops = self.record.session.host_drops;
+        let hold_seconds = self
+            .steps
+            .first()
+            .map_or_else(|| end.since(Time::ZERO).as_secs_f64(), |step| step.seconds);
+        let busiest = self
+            .workers
+            .iter()
+            .map(|worker| worker.cpu.saturating_sub(worker.cpu_at_hold).as_secs_f64() / hold_seconds.max(0.001))
+            .fold(0.0, f64::max);
+        let reasons = health::reasons(&health::Evidence {
+            record: &self.record,
+            floor: &floor,
+            host_drops: socket_drops,
+            busiest_worker: busiest,
+        });
+        let packets = self.record.engine.packets_processed;
+        let engine_cpu: Duration = self.workers.iter().map(|worker| worker.cpu).sum();
+        let grown = self
+            .resident_hold
+            .zip(self.resident_before)
+            .map(|(hold, before)| hold.saturating_sub(before));
+        EngineHealth {
+            threads: self.workers.len(),
+            cpu_seconds: net::process_cpu().as_secs_f64(),
+            us_per_packet: (packets > 0).then(|| engine_cpu.as_secs_f64() * 1e6 / packets as f64),
+            bytes_per_participant: grown
+                .zip(u64::from(self.sessions.joined).checked_sub(1))
+                .and_then(|(grown, rest)| grown.checked_div(rest + 1)),
+            rss_peak_bytes: net::resident_bytes().map(|(_, peak)| peak),
+            floor_tick_late: Some(floor),
+            host_drops: [
+                ("our sockets", socket_drops),
+                ("all UDP sockets of this host (RcvbufErrors)", kernel_drops),
+            ]
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(place, count)| (place.to_owned(), count))
+            .collect(),
+            valid: reasons.is_empty(),
+            reasons,
+        }
+    }
+
+    fn participant_outcomes(&self) -> Vec<ParticipantOutcome> {
+        let mut by_participant: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
+        self.outcomes
+            .iter()
+            .for_each(|outcome| by_participant.entry(outcome.participant).or_default().push(outcome));
+        self.plan
+            .participants()
+            .map(|plan| {
+                let ended = self.sessions.ended.get(&plan.index);
+                let peers = by_participant.get(&plan.index).map_or(&[][..], Vec::as_slice);
+                ParticipantOutcome {
+                    index: plan.index,
+                    room: self.plan.room_name(plan.room),
+                    timeline: ended.map_or_else(Timeline::default, |ended| ended.timeline),
+                    failure: ended.map_or_else(|| Some("did not start".to_owned()), |ended| ended.failure.clone()),
+                    disconnects: ended.map_or(0, |ended| ended.disconnects),
+                    rtt_us: peers.iter().find_map(|peer| peer.rtt_rtcp).map(|rtt| rtt.as_micros() as u64),
+                    audio: quality(peers, Kind::Audio, self.plan.expected_tracks(&plan, Kind::Audio)),
+                    video: quality(peers, Kind::Video, self.plan.expected_tracks(&plan, Kind::Video)),
+                    publishes_audio: plan.publishes_audio,
+                    publishes_video: plan.publishes_video,
+                    subscribes: plan.subscribes,
+                    identity: plan.identity,
+                }
+            })
+            .collect()
+    }
+}
+
+fn start_workers(parts: &[Vec<u32>], shard: &ShardConfig, reports: &mpsc::UnboundedSender<Report>) -> Result<Vec<Worker>> {
+    let cpus = net::allowed_cpus();
+    let mut workers = Vec::new();
+    for (index, part) in parts.iter().enumerate() {
+        let (commands, command_receiver) = channel();
+        let (spare_records, spare_receiver) = channel();
+        let config = WorkerConfig {
+            index,
+            // Pinned only where there are cores to spare: beside a server on the same few cores the scheduler knows better.
+            cpu: (cpus.len() > 2 * parts.len()).then(|| cpus[index % cpus.len()]),
+            capacity: part.len() * PEERS_PER_PARTICIPANT,
+            shard: shard.clone(),
+            commands: command_receiver,
+            reports: reports.clone(),
+            spare_records: spare_receiver,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("engine-{index}"))
+            .spawn(move || worker::run(config))
+            .context("no engine thread")?;
+        workers.push(Worker {
+            commands,
+            spare_records,
+            thread: Some(thread),
+            cpu: Duration::ZERO,
+            cpu_at_hold: Duration::ZERO,
+            reports: 0,
+            ended: false,
+        });
+    }
+    Ok(workers)
+}
+
+/// Which shard and which keys each participant has, by its index.
+fn places(parts: &[Vec<u32>]) -> Vec<Place> {
+    let mut places = vec![Place { shard: 0, key: 0 }; parts.iter().map(Vec::len).sum()];
+    for (shard, part) in parts.iter().enumerate() {
+        for (at, index) in part.iter().enumerate() {
+            places[*index as usize] = Place {
+                shard,
+                key: at * PEERS_PER_PARTICIPANT,
+            };
+        }
+    }
+    places
+}
+
+/// How many tracks there ought to be.
+fn state_tracks(record: &mut Record, plan: &Plan) {
+    for kind in [Kind::Audio, Kind::Video] {
+        record.media(kind).tracks_expected = plan.total_expected_tracks(kind);
+    }
+}
+
+/// States how many frames ought to have been timed, so that those that never came count as later than everything.
+fn expect_frames(record: &mut Record) {
+    for media in [&mut record.audio, &mut record.video] {
+        media.one_way_latency.expect(media.frames_expected);
+    }
+}
+
+/// The same for what happens once for each participant and each subscription: joining belongs to the whole run, not to a step.
+fn expect_joins(record: &mut Record, plan: &Plan) {
+    let joins = u64::from(plan.total_participants());
+    let receivers = plan
+        .participants()
+        .filter(|participant| [Kind::Audio, Kind::Video].iter().any(|kind| plan.expected_tracks(participant, *kind) > 0))
+        .count() as u64;
+    let session = &mut record.session;
+    for histogram in [
+        &mut session.join,
+        &mut session.signal_connect,
+        &mut session.signal_join,
+        &mut session.ice,
+        &mut session.dtls,
+    ] {
+        histogram.expect(joins);
+    }
+    session.first_media.expect(receivers);
+    for media in [&mut record.audio, &mut record.video] {
+        for histogram in [&mut media.track_subscribe, &mut media.first_packet, &mut media.first_frame] {
+            histogram.expect(media.tracks_expected);
+        }
+    }
+}
+
+/// Tracks and participants are a state, not a flow: a step shows how many there are, not how many came during it.
+fn state_of_all(step: &mut Record, all: &Record) {
+    let (from, to) = (&all.session, &mut step.session);
+    (to.participants_total, to.participants_healthy, to.joins_planned) = (from.participants_total, from.participants_healthy, from.joins_planned);
+    (to.joins_ok, to.joins_failed) = (from.joins_ok, from.joins_failed);
+    for (from, to) in [(&all.audio, &mut step.audio), (&all.video, &mut step.video)] {
+        let Media {
+            tracks_published,
+            tracks_expected,
+            tracks_live,
+            ..
+        } = from;
+        (to.tracks_published, to.tracks_expected, to.tracks_live) = (*tracks_published, *tracks_expected, *tracks_live);
+    }
+}
+
+fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Quality {
+    let mut quality = Quality {
+        tracks_expected: tracks_expected.into(),
+        ..Quality::default()
+    };
+    let streams = peers
+        .iter()
+        .flat_map(|peer| &peer.streams)
+        .filter(|stream| stream.kind == kind && stream.origin.is_some());
+    for stream in streams {
+        quality.tracks_live += u64::from(stream.live);
+        quality.packets_received += stream.counts.received;
+        quality.packets_lost_network += stream.counts.lost_network;
+        quality.packets_repaired += stream.counts.repaired;
+        quality.packets_lost += stream.counts.lost;
+        quality.frames_expected += stream.frames_expected;
+        quality.frames_delivered += stream.frames_delivered;
+        quality.freezes += stream.freezes;
+        quality.one_way_us_mean = quality.one_way_us_mean.max(stream.latency_us_mean);
+        quality.one_way_us_max = quality.one_way_us_max.max(stream.latency_us_max);
+        quality.jitter_us = quality.jitter_us.max(Some(stream.jitter.as_micros() as u64));
+    }
+    quality
+}
+
+/// The stated rule: joined, never thrown out, every expected track live, and no more of its frames missing than `--max-loss` allows.
+fn is_healthy(participant: &ParticipantOutcome, max_loss_pct: f64) -> bool {
+    let kept = participant.timeline.joined.is_some() && participant.failure.is_none() && participant.disconnects == 0;
+    kept && [&participant.audio, &participant.video].into_iter().all(|quality| {
+        let missing = quality.frames_expected.saturating_sub(quality.frames_delivered);
+        quality.tracks_live >= quality.tracks_expected && missing as f64 <= quality.frames_expected as f64 * max_loss_pct / 1e2
+    })
+}
+
+/// SIGINT and SIGTERM. The second one ends the process at once.
+struct Interrupts {
+    interrupt: Option<tokio::signal::unix::Signal>,
+    terminate: Option<tokio::signal::unix::Signal>,
+    seen: bool,
+}
+
+impl Interrupts {
+    fn new() -> Interrupts {
+        use tokio::signal::unix::{SignalKind, signal};
+        // Without a handler the default action stays: the process ends.
+        Interrupts {
+            interrupt: signal(SignalKind::interrupt()).ok(),
+            terminate: signal(SignalKind::terminate()).ok(),
+            seen: false,
+        }
+    }
+
+    async fn next(&mut self) -> &'static str {
+        let name = tokio::select! {
+            true = received(&mut self.interrupt) => "SIGINT",
+            true = received(&mut self.terminate) => "SIGTERM",
+            else => std::future::pending().await,
+        };
+        if std::mem::replace(&mut self.seen, true) {
+            std::process::exit(1);
+        }
+        name
+    }
+}
+
+async fn received(signal: &mut Option<tokio::signal::unix::Signal>) -> bool {
+    match signal {
+        Some(signal) => signal.recv().await.is_some(),
+        None => false,
+    }
+}

@@ -1,0 +1,1443 @@
+//! One participant's signalling connection: `SignalRequest` and `SignalResponse` (livekit_rtc.proto), one per binary WebSocket message.
+//!
+//! Responses are decoded lazily. The field number is read by hand and only what a participant acts on goes through prost: lists of participants grow with
+//! the square of a room, and a load engine would do nothing but decode them.
+//!
+//! Memory per connection: a read buffer of [`READ_BUFFER_BYTES`], a write buffer that holds at most one fragment of [`FRAGMENT_BYTES`], and what the kernel
+//! and TLS take. The WebSocket library would keep the memory of its largest message for good, megabytes in a large room, so that two things are done about
+//! it: [`FrameReads`] hands it one frame at a time, and the receiver holds a large message for as long as the library could take its memory over.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use bytes::Bytes;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use livekit_protocol::{self as proto, signal_request::Message as Request};
+use prost::Message as _;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
+use tokio_tungstenite::tungstenite::http::{self, HeaderValue, header};
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::protocol::frame::Frame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
+use tokio_tungstenite::tungstenite::{Error as WsError, Message};
+
+use super::{Endpoint, Secret, tls_config};
+
+/// Largest response that is read. A Join lists every participant at up to ~1.5 KB and an offer takes ~1.8 KB a track, so 3,000 participants stay below 6 MB.
+pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Offers and candidates aside, responses are below this.
+pub const READ_BUFFER_BYTES: usize = 4 << 10;
+/// Longer requests go out as several frames: the library's write buffer never shrinks, so one answer of 101 sections would stay in memory for good.
+pub const FRAGMENT_BYTES: usize = 8 << 10;
+/// Text of a server that is kept in an error.
+const ERROR_TEXT_BYTES_MAX: usize = 300;
+
+/// How a join went, phase by phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectTimes {
+    /// The TCP handshake, and the name's look-up unless [`Endpoint::resolve`] did it before.
+    pub tcp: Duration,
+    pub tls: Option<Duration>,
+    /// From the HTTP request to status 101. A LiveKit server starts the session in this time, before it upgrades.
+    pub websocket: Duration,
+    /// Our end: the address by which this host reaches the server.
+    pub local_ip: std::net::IpAddr,
+}
+
+impl ConnectTimes {
+    pub fn total(&self) -> Duration {
+        self.tcp + self.tls.unwrap_or_default() + self.websocket
+    }
+}
+
+/// Two peer connections (`/rtc`) or one (`/rtc/v1`).
+#[derive(Clone, Debug, Default)]
+pub enum Connection {
+    #[default]
+    Dual,
+    /// What may travel with the join itself: tracks to add, and an offer `(sdp, id)` for them.
+    Single {
+        add_tracks: Vec<proto::AddTrackRequest>,
+        publisher_offer: Option<(String, u32)>,
+    },
+}
+
+/// What a participant says of itself when it joins.
+#[derive(Clone, Debug)]
+pub struct JoinOptions {
+    pub auto_subscribe: bool,
+    pub adaptive_stream: bool,
+    /// LiveKit's client protocol: 13 to 17 keep in-band data channels.
+    pub protocol: i32,
+    /// `rust`: with `go` the server holds a video track back until its first packet and pads muted tracks.
+    pub sdk: proto::client_info::Sdk,
+    pub version: String,
+    /// Without this the server strips the packet trailer (`LKTS`) from tracks that declare one.
+    pub packet_trailer: bool,
+    /// The participant's sid, to resume its session instead of joining.
+    pub resume: Option<String>,
+    pub connection: Connection,
+    /// For the name, TCP, TLS and the WebSocket together. A server may take several seconds to start a session under load.
+    pub timeout: Duration,
+}
+
+impl Default for JoinOptions {
+    fn default() -> JoinOptions {
+        JoinOptions {
+            auto_subscribe: true,
+            adaptive_stream: false,
+            protocol: 16,
+            sdk: proto::client_info::Sdk::Rust,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            packet_trailer: true,
+            resume: None,
+            connection: Connection::Dual,
+            timeout: Duration::from_secs(20),
+        }
+    }
+}
+
+impl JoinOptions {
+    /// The path and query of the join, without the token, which travels in a header.
+    pub fn path(&self) -> String {
+        match &self.connection {
+            Connection::Dual => format!("/rtc?{}", self.dual_query()),
+            Connection::Single { add_tracks, publisher_offer } => {
+                let request = self.join_request(add_tracks, publisher_offer.as_ref());
+                let wrapped = proto::WrappedJoinRequest {
+                    join_request: request.encode_to_vec(),
+                    ..Default::default()
+                };
+                format!(
+                    "/rtc/v1?join_request={}",
+                    base64::engine::general_purpose::URL_SAFE
+                        .encode(wrapped.encode_to_vec())
+                        .replace('=', "%3D")
+                )
+            }
+        }
+    }
+
+    fn dual_query(&self) -> String {
+        let flag = |on: bool| if on { "1" } else { "0" };
+        let mut query = url::form_urlencoded::Serializer::new(String::new());
+        query.append_pair("protocol", &self.protocol.to_string());
+        query.append_pair("sdk", &self.sdk.as_str_name().to_ascii_lowercase());
+        query.append_pair("version", &self.version);
+        query.append_pair("auto_subscribe", flag(self.auto_subscribe));
+        query.append_pair("adaptive_stream", flag(self.adaptive_stream));
+        if self.packet_trailer {
+            query.append_pair("capabilities", proto::client_info::Capability::CapPacketTrailer.as_str_name());
+        }
+        if let Some(sid) = &self.resume {
+            query.append_pair("reconnect", "1").append_pair("sid", sid);
+        }
+        query.finish()
+    }
+
+    fn join_request(&self, add_tracks: &[proto::AddTrackRequest], offer: Option<&(String, u32)>) -> proto::JoinRequest {
+        let capabilities = if self.packet_trailer {
+            vec![proto::client_info::Capability::CapPacketTrailer.into()]
+        } else {
+            Vec::new()
+        };
+        let client_info = proto::ClientInfo {
+            sdk: self.sdk.into(),
+            version: self.version.clone(),
+            protocol: self.protocol,
+            capabilities,
+            ..Default::default()
+        };
+        // `auto_subscribe` is false here unless it is set, unlike in the dual connection's query.
+        let settings = proto::ConnectionSettings {
+            auto_subscribe: self.auto_subscribe,
+            adaptive_stream: self.adaptive_stream,
+            ..Default::default()
+        };
+        proto::JoinRequest {
+            client_info: Some(client_info),
+            connection_settings: Some(settings),
+            add_track_requests: add_tracks.to_vec(),
+            publisher_offer: offer.map(|(sdp, id)| description("offer", sdp.clone(), *id)),
+            reconnect: self.resume.is_some(),
+            participant_sid: self.resume.clone().unwrap_or_default(),
+            ..Default::default()
+        }
+    }
+}
+
+/// Why there is no signalling connection, or no longer one. Each message says what to do; none repeats a token.
+#[derive(Debug, thiserror::Error)]
+pub enum SignalError {
+    #[error("{endpoint} refused the connection: is the server running, and is this its port?")]
+    Refused { endpoint: String },
+    #[error("{endpoint} cannot be reached ({cause}): check the address, the route and the firewall")]
+    Unreachable { endpoint: String, cause: String },
+    #[error("the host name '{host}' cannot be resolved ({cause}): check its spelling and this host's DNS")]
+    Resolve { host: String, cause: String },
+    /// `https` to a plain port, or `http` to a TLS port.
+    #[error("{endpoint} {}", if *server_speaks_tls { "speaks TLS: use wss:// or https://" } else { "does not speak TLS: use ws:// or http://" })]
+    TlsMismatch { endpoint: String, server_speaks_tls: bool },
+    #[error("TLS with {endpoint} failed ({cause}): check the certificate and its name, or point SSL_CERT_FILE at its authority")]
+    Tls { endpoint: String, cause: String },
+    #[error("the server refused the token (401: {text}): check API key and secret, and both clocks")]
+    Unauthorized { text: String },
+    #[error("{path} is not there (404: {text}): does the room exist, and is this a LiveKit server?")]
+    NotFound { path: &'static str, text: String },
+    #[error("the server failed ({status}: {text}): see its log")]
+    Server { status: u16, text: String },
+    #[error("the server answered {status} ({text}) instead of opening a WebSocket: is this a LiveKit server?")]
+    Http { status: u16, text: String },
+    #[error("no signalling connection after {after:?}: the server or the network is overloaded; join more slowly or wait longer")]
+    Timeout { after: Duration },
+    /// The connection ended without a `Leave` and without a close frame.
+    #[error("the signalling connection was lost ({cause})")]
+    Lost { cause: String },
+    #[error("the signalling connection is closed")]
+    Closed,
+    #[error("the server sent a message of {bytes} bytes, more than the {MESSAGE_BYTES_MAX} that are read: is the room too large?")]
+    TooLarge { bytes: usize },
+    #[error("the server does not keep to the WebSocket protocol ({cause})")]
+    Protocol { cause: String },
+}
+
+/// Opens a participant's signalling connection. The server's first message is `Event::Join` (or `Event::Reconnect` after a resume).
+///
+/// The token is sent as a header and appears in no error, whatever the server answers.
+pub async fn connect(
+    endpoint: &Endpoint,
+    token: &Secret,
+    options: &JoinOptions,
+) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
+    let connecting = connect_untimed(endpoint, token, options);
+    tokio::time::timeout(options.timeout, connecting)
+        .await
+        .map_err(|_| SignalError::Timeout { after: options.timeout })?
+}
+
+async fn connect_untimed(
+    endpoint: &Endpoint,
+    token: &Secret,
+    options: &JoinOptions,
+) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
+    let started = Instant::now();
+    let tcp_stream = connect_tcp(endpoint).await?;
+    let tcp = started.elapsed();
+    let local_ip = tcp_stream
+        .local_addr()
+        .map_err(|error| SignalError::Lost { cause: error.to_string() })?
+        .ip();
+    let (transport, tls) = match endpoint.secure() {
+        false => (Transport::Plain(tcp_stream), None),
+        true => {
+            let started = Instant::now();
+            (
+                Transport::Tls(Box::new(connect_tls(endpoint, tcp_stream).await?)),
+                Some(started.elapsed()),
+            )
+        }
+    };
+    let started = Instant::now();
+    let request = upgrade_request(&endpoint.websocket_url(&options.path()), token)?;
+    let upgraded = tokio_tungstenite::client_async_with_config(request, FrameReads::new(transport), Some(websocket_config())).await;
+    let (websocket, _) = upgraded.map_err(|error| upgrade_error(error, endpoint, token, options))?;
+    let (sink, stream) = websocket.split();
+    let times = ConnectTimes {
+        tcp,
+        tls,
+        websocket: started.elapsed(),
+        local_ip,
+    };
+    Ok((
+        SignalSender { sink },
+        SignalReceiver {
+            stream,
+            held: None,
+            bytes_received: 0,
+            closed: false,
+        },
+        times,
+    ))
+}
+
+async fn connect_tcp(endpoint: &Endpoint) -> Result<TcpStream, SignalError> {
+    let mut failure = None;
+    for address in endpoint.lookup().await?.iter() {
+        match connect_address(*address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failure = Some(error),
+        }
+    }
+    let endpoint = endpoint.to_string();
+    Err(match failure {
+        Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => SignalError::Refused { endpoint },
+        Some(error) => SignalError::Unreachable {
+            endpoint,
+            cause: error.to_string(),
+        },
+        None => SignalError::Unreachable {
+            endpoint,
+            cause: "it has no address".into(),
+        },
+    })
+}
+
+async fn connect_address(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+async fn connect_tls(endpoint: &Endpoint, stream: TcpStream) -> Result<TlsStream<TcpStream>, SignalError> {
+    let host = endpoint.host();
+    let name = host.trim_matches(['[', ']']).to_owned();
+    let name = rustls::pki_types::ServerName::try_from(name).map_err(|error| SignalError::Tls {
+        endpoint: endpoint.to_string(),
+        cause: error.to_string(),
+    })?;
+    tokio_rustls::TlsConnector::from(tls_config())
+        .connect(name, stream)
+        .await
+        .map_err(|error| tls_error(&error, endpoint))
+}
+
+fn tls_error(error: &io::Error, endpoint: &Endpoint) -> SignalError {
+    let endpoint = endpoint.to_string();
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        // The first bytes are no TLS record: an HTTP server complains in plain text.
+        Some(rustls::Error::InvalidMessage(_)) => SignalError::TlsMismatch {
+            endpoint,
+            server_speaks_tls: false,
+        },
+        _ => SignalError::Tls {
+            endpoint,
+            cause: error.to_string(),
+        },
+    }
+}
+
+fn websocket_config() -> WebSocketConfig {
+    WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER_BYTES)
+        .write_buffer_size(0)
+        .max_message_size(Some(MESSAGE_BYTES_MAX))
+        .max_frame_size(Some(MESSAGE_BYTES_MAX))
+}
+
+fn upgrade_request(url: &str, token: &Secret) -> Result<http::Request<()>, SignalError> {
+    let protocol = |cause: String| SignalError::Protocol { cause };
+    let mut request = url.into_client_request().map_err(|error| protocol(error.to_string()))?;
+    let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.expose())).map_err(|_| SignalError::Unauthorized {
+        text: "the token holds characters that no token has".into(),
+    })?;
+    bearer.set_sensitive(true);
+    request.headers_mut().insert(header::AUTHORIZATION, bearer);
+    Ok(request)
+}
+
+fn upgrade_error(error: WsError, endpoint: &Endpoint, token: &Secret, options: &JoinOptions) -> SignalError {
+    let mismatch = || SignalError::TlsMismatch {
+        endpoint: endpoint.to_string(),
+        server_speaks_tls: true,
+    };
+    match error {
+        WsError::Http(response) => {
+            let body = response.body().as_deref().unwrap_or_default();
+            let text = error_text(body, token);
+            http_error(response.status().as_u16(), text, endpoint, options)
+        }
+        // A TLS server answers plain HTTP with HTTP/1.0 (Go) or with a TLS alert.
+        WsError::Protocol(ProtocolError::WrongHttpVersion | ProtocolError::HttparseError(_)) if !endpoint.secure() => mismatch(),
+        other => lost(other),
+    }
+}
+
+fn http_error(status: u16, text: String, endpoint: &Endpoint, options: &JoinOptions) -> SignalError {
+    match status {
+        // nginx and others speak HTTP/1.1 to a client that forgot TLS.
+        400 if !endpoint.secure() && text.contains("HTTPS") => SignalError::TlsMismatch {
+            endpoint: endpoint.to_string(),
+            server_speaks_tls: true,
+        },
+        401 | 403 => SignalError::Unauthorized { text },
+        404 => SignalError::NotFound {
+            path: if matches!(options.connection, Connection::Dual) {
+                "/rtc"
+            } else {
+                "/rtc/v1"
+            },
+            text,
+        },
+        500.. => SignalError::Server { status, text },
+        _ => SignalError::Http { status, text },
+    }
+}
+
+/// A server's own words, short, on one line and without the token, which LiveKit repeats in full.
+pub(crate) fn error_text(body: &[u8], token: &Secret) -> String {
+    let whole = token.redact(&String::from_utf8_lossy(body));
+    let line = whole.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(ERROR_TEXT_BYTES_MAX) {
+        Some((end, _)) => format!("{}...", line.get(..end).unwrap_or_default()),
+        None if line.is_empty() => "no text".into(),
+        None => line,
+    }
+}
+
+fn lost(error: WsError) -> SignalError {
+    match error {
+        WsError::ConnectionClosed | WsError::AlreadyClosed => SignalError::Closed,
+        WsError::Capacity(CapacityError::MessageTooLong { size, .. }) => SignalError::TooLarge { bytes: size },
+        WsError::Io(error) => SignalError::Lost { cause: error.to_string() },
+        WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake | ProtocolError::HandshakeIncomplete) => SignalError::Lost {
+            cause: "the server hung up".into(),
+        },
+        other => SignalError::Protocol { cause: other.to_string() },
+    }
+}
+
+/// The sending half. Sends are awaited in full: a send that is cancelled half-way leaves the connection unusable.
+pub struct SignalSender {
+    sink: SplitSink<WebSocketStream<FrameReads>, Message>,
+}
+
+impl SignalSender {
+    /// Our offer for the publisher connection.
+    pub async fn offer(&mut self, sdp: String, id: u32) -> Result<(), SignalError> {
+        self.send(Request::Offer(description("offer", sdp, id))).await
+    }
+
+    /// Our answer to the subscriber offer with the same `id`.
+    pub async fn answer(&mut self, sdp: String, id: u32) -> Result<(), SignalError> {
+        self.send(Request::Answer(description("answer", sdp, id))).await
+    }
+
+    /// One of our candidates as `RTCIceCandidateInit` JSON, for the connection `target`.
+    pub async fn trickle(&mut self, target: proto::SignalTarget, candidate_init: String) -> Result<(), SignalError> {
+        self.send(Request::Trickle(proto::TrickleRequest {
+            candidate_init,
+            target: target.into(),
+            r#final: false,
+        }))
+        .await
+    }
+
+    /// Announces a track; `Event::TrackPublished` with the same `cid` follows. Only then may an offer carry it.
+    pub async fn add_track(&mut self, request: proto::AddTrackRequest) -> Result<(), SignalError> {
+        self.send(Request::AddTrack(request)).await
+    }
+
+    pub async fn mute(&mut self, track_sid: String, muted: bool) -> Result<(), SignalError> {
+        self.send(Request::Mute(proto::MuteTrackRequest { sid: track_sid, muted })).await
+    }
+
+    pub async fn update_track_settings(&mut self, settings: proto::UpdateTrackSettings) -> Result<(), SignalError> {
+        self.send(Request::TrackSetting(settings)).await
+    }
+
+    pub async fn update_subscription(&mut self, update: proto::UpdateSubscription) -> Result<(), SignalError> {
+        self.send(Request::Subscription(update)).await
+    }
+
+    /// Asks for an `Event::Pong` that carries `timestamp_us` back, so that its reader knows the signalling round trip. `rtt` is the last one known.
+    pub async fn ping(&mut self, timestamp_us: i64, rtt: Duration) -> Result<(), SignalError> {
+        self.send(Request::PingReq(proto::Ping {
+            timestamp: timestamp_us,
+            rtt: i64::try_from(rtt.as_millis()).unwrap_or(i64::MAX),
+        }))
+        .await
+    }
+
+    /// Ends the session at once for everybody; dropping the connection instead leaves a ghost for some 20 seconds.
+    pub async fn leave(&mut self) -> Result<(), SignalError> {
+        let reason = proto::DisconnectReason::ClientInitiated.into();
+        self.send(Request::Leave(proto::LeaveRequest {
+            reason,
+            ..Default::default()
+        }))
+        .await
+    }
+
+    /// Any other request.
+    pub async fn send(&mut self, message: Request) -> Result<(), SignalError> {
+        let bytes = Bytes::from(proto::SignalRequest { message: Some(message) }.encode_to_vec());
+        if bytes.len() <= FRAGMENT_BYTES {
+            return self.sink.send(Message::Binary(bytes)).await.map_err(lost);
+        }
+        let fragments = bytes.len().div_ceil(FRAGMENT_BYTES);
+        for index in 0..fragments {
+            let start = index * FRAGMENT_BYTES;
+            let fragment = bytes.slice(start..bytes.len().min(start + FRAGMENT_BYTES));
+            let opcode = OpCode::Data(if index == 0 { Data::Binary } else { Data::Continue });
+            self.sink
+                .send(Message::Frame(Frame::message(fragment, opcode, index + 1 == fragments)))
+                .await
+                .map_err(lost)?;
+        }
+        Ok(())
+    }
+}
+
+fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
+    proto::SessionDescription {
+        r#type: kind.to_owned(),
+        sdp,
+        id,
+        ..Default::default()
+    }
+}
+
+/// The receiving half. It must be polled at least every few seconds: the server's pings are answered from there.
+pub struct SignalReceiver {
+    stream: SplitStream<WebSocketStream<FrameReads>>,
+    /// The last large message, kept until the library has read on: as long as it lives, the library must take new memory for its read buffer.
+    held: Option<Bytes>,
+    bytes_received: u64,
+    closed: bool,
+}
+
+impl SignalReceiver {
+    /// The server's next message. Cancel-safe.
+    pub async fn next(&mut self) -> Result<Event, SignalError> {
+        while !self.closed {
+            let Some(message) = poll_fn(|cx| self.poll_message(cx)).await else {
+                break;
+            };
+            match message.map_err(lost)? {
+                Message::Binary(bytes) => return Ok(self.receive(bytes)),
+                Message::Text(text) => return Ok(Event::Ignored { kind: 0, len: text.len() }),
+                Message::Close(frame) => {
+                    self.closed = true;
+                    let (code, reason) = frame.map_or((None, String::new()), |frame| (Some(u16::from(frame.code)), frame.reason.to_string()));
+                    return Ok(Event::Closed { code, reason });
+                }
+                Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
+            }
+        }
+        Err(SignalError::Closed)
+    }
+
+    fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Message, WsError>>> {
+        let polled = self.stream.poll_next_unpin(cx);
+        self.held = None;
+        polled
+    }
+
+    /// Bytes of all messages so far.
+    pub fn bytes_received(&self) -> u64 {
+        self.bytes_received
+    }
+
+    fn receive(&mut self, bytes: Bytes) -> Event {
+        self.bytes_received += bytes.len() as u64;
+        self.held = (bytes.len() > READ_BUFFER_BYTES).then(|| bytes.clone());
+        Event::decode(&bytes)
+    }
+}
+
+/// What the server says, decoded as far as a participant acts on it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    Join(Box<Join>),
+    /// For the subscriber connection (dual), to be answered with the same `id` within 15 s.
+    Offer(Description),
+    /// To our offer with the same `id`.
+    Answer(Description),
+    Trickle(Trickle),
+    TrackPublished {
+        cid: String,
+        track: Box<proto::TrackInfo>,
+    },
+    TrackUnpublished {
+        track_sid: String,
+    },
+    /// A token with a later end, for a resume.
+    RefreshToken(Secret),
+    Leave(Leave),
+    Pong {
+        /// As [`SignalSender::ping`] sent it.
+        timestamp_us: i64,
+    },
+    /// A resume was accepted.
+    Reconnect {
+        ice_servers: Vec<IceServer>,
+    },
+    /// Which layers of our track somebody watches.
+    SubscribedQuality(Box<proto::SubscribedQualityUpdate>),
+    /// One connection: so many receiving sections are missing.
+    MediaSections {
+        audio: u32,
+        video: u32,
+    },
+    /// So many entries of the list of speakers changed.
+    SpeakersChanged {
+        count: usize,
+    },
+    /// A kind that a participant does not act on, unread: `SignalResponse`'s field number, and the length in bytes.
+    Ignored {
+        kind: u32,
+        len: usize,
+    },
+    /// A broken message.
+    Malformed {
+        kind: u32,
+        len: usize,
+    },
+    /// The server closed the WebSocket. Nothing follows.
+    Closed {
+        code: Option<u16>,
+        reason: String,
+    },
+}
+
+/// A session description and its number.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Description {
+    pub sdp: String,
+    pub id: u32,
+    /// The sid of the track that the server sends in each mid: in its offers and, with one connection, in its answers.
+    pub mid_to_track_id: std::collections::HashMap<String, String>,
+}
+
+/// One of the server's candidates, as JSON (see `transport::sdp::Trickled`).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trickle {
+    pub target: proto::SignalTarget,
+    pub candidate_init: String,
+    /// No more candidates follow for this target.
+    pub last: bool,
+}
+
+/// The server ends the session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Leave {
+    pub action: proto::leave_request::Action,
+    pub reason: proto::DisconnectReason,
+    /// Other regions' addresses to try, nearest first.
+    pub region_urls: Vec<String>,
+}
+
+/// A STUN or TURN server with its credentials.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IceServer {
+    pub urls: Vec<String>,
+    pub username: String,
+    pub credential: Secret,
+}
+
+/// The session as the server opened it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Join {
+    pub room_sid: String,
+    pub room_name: String,
+    pub participant_sid: String,
+    pub identity: String,
+    pub server_version: String,
+    pub server_protocol: i32,
+    pub server_region: String,
+    /// Whether the subscriber connection must be up for the session to count as connected.
+    pub subscriber_primary: bool,
+    pub fast_publish: bool,
+    /// Join there instead; all else is empty then.
+    pub alternative_url: String,
+    pub ping_interval: Duration,
+    pub ping_timeout: Duration,
+    pub ice_servers: Vec<IceServer>,
+    pub others: OtherParticipants,
+}
+
+/// The participants who were there before us, unread. Keeps the whole Join in memory: drop it soon.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct OtherParticipants {
+    join: Bytes,
+    count: usize,
+}
+
+impl OtherParticipants {
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Their identities, in the server's order. One that is no UTF-8 is left out.
+    pub fn identities(&self) -> impl Iterator<Item = &str> {
+        let others = Fields(&self.join)
+            .map_while(Result::ok)
+            .filter(|field| field.number == JOIN_OTHER_PARTICIPANTS);
+        others.filter_map(|field| {
+            let identity = Fields(field.bytes?)
+                .map_while(Result::ok)
+                .find(|field| field.number == PARTICIPANT_IDENTITY)?;
+            std::str::from_utf8(identity.bytes?).ok()
+        })
+    }
+}
+
+impl std::fmt::Debug for OtherParticipants {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "OtherParticipants({})", self.count)
+    }
+}
+
+/// `JoinResponse.other_participants`.
+const JOIN_OTHER_PARTICIPANTS: u32 = 3;
+/// `ParticipantInfo.identity`.
+const PARTICIPANT_IDENTITY: u32 = 2;
+
+/// `SignalResponse`'s field numbers that are decoded.
+mod response {
+    pub const JOIN: u32 = 1;
+    pub const ANSWER: u32 = 2;
+    pub const OFFER: u32 = 3;
+    pub const TRICKLE: u32 = 4;
+    pub const TRACK_PUBLISHED: u32 = 6;
+    pub const LEAVE: u32 = 8;
+    pub const SPEAKERS_CHANGED: u32 = 10;
+    pub const SUBSCRIBED_QUALITY_UPDATE: u32 = 14;
+    pub const REFRESH_TOKEN: u32 = 16;
+    pub const TRACK_UNPUBLISHED: u32 = 17;
+    pub const RECONNECT: u32 = 19;
+    pub const PONG_RESP: u32 = 20;
+    pub const MEDIA_SECTIONS_REQUIREMENT: u32 = 25;
+}
+
+impl Event {
+    /// Reads one `SignalResponse`. Never fails: what is broken is [`Event::Malformed`].
+    pub fn decode(message: &Bytes) -> Event {
+        let Some(Ok(field)) = Fields(message).next() else {
+            return Event::Malformed { kind: 0, len: message.len() };
+        };
+        let kind = field.number;
+        let Some(body) = field.bytes else {
+            return Event::Ignored { kind, len: message.len() };
+        };
+        Event::decode_kind(kind, body, message).unwrap_or(Event::Malformed { kind, len: message.len() })
+    }
+
+    fn decode_kind(kind: u32, body: &[u8], message: &Bytes) -> Option<Event> {
+        Some(match kind {
+            response::JOIN => Event::Join(Box::new(Join::decode(message.slice_ref(body))?)),
+            response::ANSWER => Event::Answer(Description::decode(body)?),
+            response::OFFER => Event::Offer(Description::decode(body)?),
+            response::TRICKLE => Event::Trickle(Trickle::decode(body)?),
+            response::TRACK_PUBLISHED => {
+                let published = proto::TrackPublishedResponse::decode(body).ok()?;
+                Event::TrackPublished {
+                    cid: published.cid,
+                    track: Box::new(published.track?),
+                }
+            }
+            response::TRACK_UNPUBLISHED => Event::TrackUnpublished {
+                track_sid: proto::TrackUnpublishedResponse::decode(body).ok()?.track_sid,
+            },
+            response::LEAVE => Event::Leave(Leave::decode(body)?),
+            response::SPEAKERS_CHANGED => Event::SpeakersChanged {
+                count: Fields(body).map_while(Result::ok).count(),
+            },
+            response::SUBSCRIBED_QUALITY_UPDATE => Event::SubscribedQuality(Box::new(proto::SubscribedQualityUpdate::decode(body).ok()?)),
+            response::REFRESH_TOKEN => Event::RefreshToken(Secret::new(std::str::from_utf8(body).ok()?)),
+            response::RECONNECT => Event::Reconnect {
+                ice_servers: proto::ReconnectResponse::decode(body)
+                    .ok()?
+                    .ice_servers
+                    .into_iter()
+                    .map(IceServer::from)
+                    .collect(),
+            },
+            response::PONG_RESP => Event::Pong {
+                timestamp_us: proto::Pong::decode(body).ok()?.last_ping_timestamp,
+            },
+            response::MEDIA_SECTIONS_REQUIREMENT => {
+                let sections = proto::MediaSectionsRequirement::decode(body).ok()?;
+                Event::MediaSections {
+                    audio: sections.num_audios,
+                    video: sections.num_videos,
+                }
+            }
+            _ => Event::Ignored { kind, len: message.len() },
+        })
+    }
+}
+
+impl Description {
+    fn decode(body: &[u8]) -> Option<Description> {
+        let description = proto::SessionDescription::decode(body).ok()?;
+        Some(Description {
+            sdp: description.sdp,
+            id: description.id,
+            mid_to_track_id: description.mid_to_track_id,
+        })
+    }
+}
+
+impl Trickle {
+    fn decode(body: &[u8]) -> Option<Trickle> {
+        let trickle = proto::TrickleRequest::decode(body).ok()?;
+        Some(Trickle {
+            target: trickle.target(),
+            last: trickle.r#final,
+            candidate_init: trickle.candidate_init,
+        })
+    }
+}
+
+impl Leave {
+    fn decode(body: &[u8]) -> Option<Leave> {
+        let leave = proto::LeaveRequest::decode(body).ok()?;
+        let (action, reason) = (leave.action(), leave.reason());
+        let region_urls = leave
+            .regions
+            .map_or(Vec::new(), |settings| settings.regions.into_iter().map(|region| region.url).collect());
+        Some(Leave { action, reason, region_urls })
+    }
+}
+
+impl From<proto::IceServer> for IceServer {
+    fn from(server: proto::IceServer) -> IceServer {
+        IceServer {
+            urls: server.urls,
+            username: server.username,
+            credential: Secret::new(server.credential),
+        }
+    }
+}
+
+impl Join {
+    fn decode(body: Bytes) -> Option<Join> {
+        let (rest, count) = without_other_participants(&body)?;
+        let join = proto::JoinResponse::decode(rest.as_slice()).ok()?;
+        let (room, me, server) = (
+            join.room.unwrap_or_default(),
+            join.participant.unwrap_or_default(),
+            join.server_info.unwrap_or_default(),
+        );
+        let seconds = |count: i32| Duration::from_secs(u64::try_from(count).unwrap_or(0));
+        Some(Join {
+            room_sid: room.sid,
+            room_name: room.name,
+            participant_sid: me.sid,
+            identity: me.identity,
+            server_version: if server.version.is_empty() {
+                join.server_version
+            } else {
+                server.version
+            },
+            server_protocol: server.protocol,
+            server_region: server.region,
+            subscriber_primary: join.subscriber_primary,
+            fast_publish: join.fast_publish,
+            alternative_url: join.alternative_url,
+            ping_interval: seconds(join.ping_interval),
+            ping_timeout: seconds(join.ping_timeout),
+            ice_servers: join.ice_servers.into_iter().map(IceServer::from).collect(),
+            others: OtherParticipants {
+                join: if count == 0 { Bytes::new() } else { body },
+                count,
+            },
+        })
+    }
+}
+
+/// A `JoinResponse` without the list that grows with the room, and that list's length.
+fn without_other_participants(join: &[u8]) -> Option<(Vec<u8>, usize)> {
+    let (mut rest, mut count) = (Vec::new(), 0);
+    for field in Fields(join) {
+        let field = field.ok()?;
+        match field.number {
+            JOIN_OTHER_PARTICIPANTS => count += 1,
+            _ => rest.extend_from_slice(field.raw),
+        }
+    }
+    Some((rest, count))
+}
+
+/// Walks a protobuf message's fields without decoding them (protobuf encoding: key = number << 3 | wire type).
+struct Fields<'a>(&'a [u8]);
+
+struct Field<'a> {
+    number: u32,
+    /// The field with its key.
+    raw: &'a [u8],
+    /// The content of a length-delimited field.
+    bytes: Option<&'a [u8]>,
+}
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Result<Field<'a>, ()>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let start = self.0;
+        if start.is_empty() {
+            return None;
+        }
+        let Some((number, bytes, rest)) = split_field(start) else {
+            self.0 = &[];
+            return Some(Err(()));
+        };
+        self.0 = rest;
+        Some(Ok(Field {
+            number,
+            raw: start.get(..start.len() - rest.len())?,
+            bytes,
+        }))
+    }
+}
+
+/// Number, content if length-delimited, and what follows.
+fn split_field(bytes: &[u8]) -> Option<(u32, Option<&[u8]>, &[u8])> {
+    let (key, rest) = split_varint(bytes)?;
+    let number = u32::try_from(key >> 3).ok().filter(|number| *number != 0)?;
+    match key & 7 {
+        0 => Some((number, None, split_varint(rest)?.1)),
+        1 => Some((number, None, rest.get(8..)?)),
+        2 => {
+            let (len, rest) = split_varint(rest)?;
+            let (content, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
+            Some((number, Some(content), rest))
+        }
+        5 => Some((number, None, rest.get(4..)?)),
+        _ => None,
+    }
+}
+
+fn split_varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let mut value = 0u64;
+    for (index, byte) in bytes.iter().take(10).enumerate() {
+        value |= u64::from(byte & 0x7f) << (7 * index);
+        if byte & 0x80 == 0 {
+            return Some((value, bytes.get(index + 1..)?));
+        }
+    }
+    None
+}
+
+/// TCP, bare or under TLS.
+enum Transport {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Transport {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Transport::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+/// A transport whose reads end where a WebSocket frame's header or payload ends (RFC 6455, section 5.2).
+///
+/// The library then never reads the next frame's first bytes into the memory of a large one, where they would keep all of it alive. It costs two or three
+/// short reads a message, and a participant gets a few messages a second.
+struct FrameReads {
+    transport: Transport,
+    phase: Phase,
+    /// What came with the HTTP response and belongs to frames.
+    leftover: Vec<u8>,
+}
+
+enum Phase {
+    /// The response so far.
+    Response(Vec<u8>),
+    Header {
+        bytes: [u8; HEADER_BYTES_MAX],
+        have: usize,
+    },
+    Payload {
+        remaining: u64,
+    },
+    /// Not a WebSocket: passed through.
+    Foreign,
+}
+
+/// Without a mask, which servers do not use.
+const HEADER_BYTES_MAX: usize = 10;
+/// A response whose header is longer is left to the library to refuse.
+const RESPONSE_BYTES_MAX: usize = 16 << 10;
+
+impl FrameReads {
+    fn new(transport: Transport) -> FrameReads {
+        FrameReads {
+            transport,
+            phase: Phase::Response(Vec::new()),
+            leftover: Vec::new(),
+        }
+    }
+
+    /// Reads the response; what follows its header is put aside, unless it is no upgrade and the rest is a text to show.
+    fn poll_response(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(self.transport.poll_read(cx, buf))?;
+        let Phase::Response(head) = &mut self.phase else {
+            return Poll::Ready(Ok(()));
+        };
+        head.extend_from_slice(buf.filled().get(before..).unwrap_or_default());
+        let end = head.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4);
+        match end.and_then(|end| head.get(end..)) {
+            Some(rest) if head.starts_with(b"HTTP/1.1 101") => {
+                self.leftover = rest.to_vec();
+                buf.set_filled(buf.filled().len() - self.leftover.len());
+                self.phase = Phase::header();
+            }
+            None if head.len() < RESPONSE_BYTES_MAX => {}
+            _ => self.phase = Phase::Foreign,
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_frame(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>, limit: usize) -> Poll<io::Result<()>> {
+        let space = buf.initialize_unfilled_to(limit.min(buf.remaining()));
+        let count = match self.leftover.is_empty() {
+            true => {
+                let mut part = ReadBuf::new(space);
+                ready!(self.transport.poll_read(cx, &mut part))?;
+                part.filled().len()
+            }
+            false => self.take_leftover(space),
+        };
+        self.phase.advance(buf.initialize_unfilled_to(count));
+        buf.advance(count);
+        Poll::Ready(Ok(()))
+    }
+
+    fn take_leftover(&mut self, space: &mut [u8]) -> usize {
+        let count = space.len().min(self.leftover.len());
+        space.iter_mut().zip(self.leftover.drain(..count)).for_each(|(slot, byte)| *slot = byte);
+        if self.leftover.is_empty() {
+            self.leftover = Vec::new();
+        }
+        count
+    }
+}
+
+impl Phase {
+    fn header() -> Phase {
+        Phase::Header {
+            bytes: [0; HEADER_BYTES_MAX],
+            have: 0,
+        }
+    }
+
+    /// How much the next read may take at most; `None` if that does not matter.
+    fn limit(&self) -> Option<usize> {
+        match self {
+            Phase::Header { bytes, have } => Some(header_len(bytes, *have) - have),
+            Phase::Payload { remaining } => Some(usize::try_from(*remaining).unwrap_or(usize::MAX)),
+            Phase::Response(_) | Phase::Foreign => None,
+        }
+    }
+
+    /// Takes note of bytes that were read, no more than [`Phase::limit`].
+    fn advance(&mut self, read: &[u8]) {
+        match self {
+            Phase::Header { bytes, have } => {
+                bytes.iter_mut().skip(*have).zip(read).for_each(|(slot, byte)| *slot = *byte);
+                *have += read.len();
+                if *have == header_len(bytes, *have) {
+                    *self = Phase::payload(payload_len(bytes));
+                }
+            }
+            Phase::Payload { remaining } => *self = Phase::payload(remaining.saturating_sub(read.len() as u64)),
+            Phase::Response(_) | Phase::Foreign => {}
+        }
+    }
+
+    fn payload(remaining: u64) -> Phase {
+        if remaining == 0 { Phase::header() } else { Phase::Payload { remaining } }
+    }
+}
+
+/// The length of a frame's header, of which `have` bytes are known: two until the length's form is.
+fn header_len(bytes: &[u8; HEADER_BYTES_MAX], have: usize) -> usize {
+    match bytes[1] & 0x7f {
+        126 if have >= 2 => 4,
+        127 if have >= 2 => 10,
+        _ => 2,
+    }
+}
+
+fn payload_len(header: &[u8; HEADER_BYTES_MAX]) -> u64 {
+    let [_, short, a, b, c, d, e, f, g, h] = *header;
+    match short & 0x7f {
+        126 => u64::from(u16::from_be_bytes([a, b])),
+        127 => u64::from_be_bytes([a, b, c, d, e, f, g, h]),
+        short => u64::from(short),
+    }
+}
+
+impl AsyncRead for FrameReads {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        match (this.phase.limit(), &this.phase) {
+            (Some(limit), _) => this.poll_frame(cx, buf, limit),
+            (None, Phase::Response(_)) => this.poll_response(cx, buf),
+            (None, _) => this.transport.poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for FrameReads {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Transport::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+
+    type ServerSide = WebSocketStream<TcpStream>;
+
+    fn run<T>(test: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test)
+    }
+
+    fn response(message: proto::signal_response::Message) -> Bytes {
+        proto::SignalResponse { message: Some(message) }.encode_to_vec().into()
+    }
+
+    /// A client and the server's end of its connection.
+    async fn connected() -> (SignalSender, SignalReceiver, ServerSide) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint: Endpoint = format!("ws://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let accepting = async {
+            let config = WebSocketConfig::default()
+                .max_message_size(None)
+                .max_frame_size(None)
+                .write_buffer_size(0);
+            tokio_tungstenite::accept_async_with_config(listener.accept().await.unwrap().0, Some(config))
+                .await
+                .unwrap()
+        };
+        let (token, options) = (Secret::new("token"), JoinOptions::default());
+        let (connected, server) = tokio::join!(connect(&endpoint, &token, &options), accepting);
+        let (sender, receiver, times) = connected.unwrap();
+        assert!(times.tls.is_none() && times.total() >= times.tcp);
+        (sender, receiver, server)
+    }
+
+    /// A Join to a room where `others` participants publish audio and video.
+    fn join_to(others: usize) -> proto::JoinResponse {
+        let track = |sid: String| proto::TrackInfo {
+            sid,
+            name: "n".repeat(100),
+            mime_type: "video/VP8".into(),
+            mid: "m".repeat(400),
+            ..Default::default()
+        };
+        let other = |index: usize| proto::ParticipantInfo {
+            sid: format!("PA_{index}"),
+            identity: format!("p-{index}"),
+            tracks: vec![track(format!("TR_a{index}")), track(format!("TR_v{index}"))],
+            ..Default::default()
+        };
+        proto::JoinResponse {
+            room: Some(proto::Room {
+                sid: "RM_1".into(),
+                name: "hall".into(),
+                ..Default::default()
+            }),
+            participant: Some(proto::ParticipantInfo {
+                sid: "PA_me".into(),
+                identity: "me".into(),
+                ..Default::default()
+            }),
+            other_participants: (0..others).map(other).collect(),
+            subscriber_primary: true,
+            ping_interval: 5,
+            ping_timeout: 15,
+            ice_servers: vec![proto::IceServer {
+                urls: vec!["turn:x".into()],
+                username: "u".into(),
+                credential: "hunter2".into(),
+            }],
+            server_info: Some(proto::ServerInfo {
+                version: "1.13.5".into(),
+                protocol: 17,
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_join_to_a_room_of_three_thousand_is_read_without_its_list() {
+        let message = response(proto::signal_response::Message::Join(join_to(3_000)));
+        assert!(message.len() > 3_000_000 && message.len() < MESSAGE_BYTES_MAX / 2, "{}", message.len());
+        let started = Instant::now();
+        let Event::Join(join) = Event::decode(&message) else { panic!("no join") };
+        eprintln!("a Join of {} bytes is read in {:?}", message.len(), started.elapsed());
+        assert_eq!(
+            (join.participant_sid.as_str(), join.identity.as_str(), join.room_name.as_str()),
+            ("PA_me", "me", "hall")
+        );
+        assert_eq!(
+            (join.server_version.as_str(), join.server_protocol, join.subscriber_primary),
+            ("1.13.5", 17, true)
+        );
+        assert_eq!((join.ping_interval, join.ping_timeout), (Duration::from_secs(5), Duration::from_secs(15)));
+        assert_eq!(
+            (join.others.len(), join.others.identities().count(), join.others.identities().nth(2_999)),
+            (3_000, 3_000, Some("p-2999"))
+        );
+        assert!(!format!("{join:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn what_a_participant_acts_on_is_read_and_the_rest_is_not() {
+        use proto::signal_response::Message as Response;
+        let update = proto::ParticipantUpdate {
+            participants: join_to(3).other_participants,
+        };
+        let leave = proto::LeaveRequest {
+            reason: 5,
+            action: 2,
+            ..Default::default()
+        };
+        let speakers = proto::SpeakersChanged {
+            speakers: vec![proto::SpeakerInfo::default(), proto::SpeakerInfo::default()],
+        };
+        for (message, expected) in [
+            (Response::RefreshToken("t".into()), Event::RefreshToken(Secret::new("t"))),
+            (
+                Response::PongResp(proto::Pong {
+                    last_ping_timestamp: 7,
+                    timestamp: 8,
+                }),
+                Event::Pong { timestamp_us: 7 },
+            ),
+            (Response::SpeakersChanged(speakers), Event::SpeakersChanged { count: 2 }),
+            (
+                Response::MediaSectionsRequirement(proto::MediaSectionsRequirement {
+                    num_audios: 1,
+                    num_videos: 2,
+                }),
+                Event::MediaSections { audio: 1, video: 2 },
+            ),
+            (
+                Response::Leave(leave),
+                Event::Leave(Leave {
+                    action: proto::leave_request::Action::Reconnect,
+                    reason: proto::DisconnectReason::RoomDeleted,
+                    region_urls: Vec::new(),
+                }),
+            ),
+            (Response::Pong(3), Event::Ignored { kind: 18, len: 3 }),
+        ] {
+            assert_eq!(Event::decode(&response(message)), expected);
+        }
+        let message = response(Response::Update(update));
+        assert_eq!(Event::decode(&message), Event::Ignored { kind: 5, len: message.len() });
+    }
+
+    #[test]
+    fn broken_messages_are_said_to_be_broken_and_never_panic() {
+        for bytes in [
+            &b""[..],
+            b"\x0a",
+            b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+            b"\x0a\x02\x1a\x7f",
+            b"\x00\x00",
+            b"\x0b",
+            b"\x82\x01\x01\xff",
+        ] {
+            assert!(matches!(Event::decode(&Bytes::from_static(bytes)), Event::Malformed { .. }), "{bytes:?}");
+        }
+        let whole = response(proto::signal_response::Message::Join(join_to(2)));
+        let mut state = 0x5eed_u64;
+        for _ in 0..20_000 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let (at, value) = ((state >> 33) as usize % whole.len(), (state >> 25) as u8);
+            let mut bytes = whole.to_vec();
+            bytes[at] = value;
+            bytes.truncate(bytes.len() - (state >> 60) as usize);
+            if let Event::Join(join) = Event::decode(&bytes.into()) {
+                let _ = join.others.identities().count();
+            }
+        }
+    }
+
+    #[test]
+    fn queries_and_join_requests_say_what_the_options_say() {
+        let options = JoinOptions {
+            auto_subscribe: false,
+            resume: Some("PA_1&x".into()),
+            version: "1 2".into(),
+            ..Default::default()
+        };
+        let expected =
+            "/rtc?protocol=16&sdk=rust&version=1+2&auto_subscribe=0&adaptive_stream=0&capabilities=CAP_PACKET_TRAILER&reconnect=1&sid=PA_1%26x";
+        assert_eq!(options.path(), expected);
+
+        let publisher_offer = Some(("v=0".to_owned(), 1));
+        let path = JoinOptions {
+            connection: Connection::Single {
+                add_tracks: Vec::new(),
+                publisher_offer,
+            },
+            ..Default::default()
+        }
+        .path();
+        let parameter = path.strip_prefix("/rtc/v1?join_request=").unwrap().replace("%3D", "=");
+        let wrapped = base64::engine::general_purpose::URL_SAFE.decode(parameter).unwrap();
+        let request = proto::JoinRequest::decode(proto::WrappedJoinRequest::decode(&*wrapped).unwrap().join_request.as_slice()).unwrap();
+        assert!(request.connection_settings.unwrap().auto_subscribe && !request.reconnect);
+        assert_eq!(request.publisher_offer.unwrap().sdp, "v=0");
+    }
+
+    #[test]
+    fn a_servers_ping_is_answered_by_reading() {
+        run(async {
+            let (_sender, mut receiver, mut server) = connected().await;
+            server.send(Message::Ping(Bytes::from_static(b"beat"))).await.unwrap();
+            let reading = tokio::spawn(async move { receiver.next().await });
+            assert_eq!(server.next().await.unwrap().unwrap(), Message::Pong(Bytes::from_static(b"beat")));
+            reading.abort();
+        });
+    }
+
+    #[test]
+    fn messages_of_every_length_form_arrive_however_they_are_cut() {
+        use tokio::io::AsyncWriteExt;
+        run(async {
+            let (_sender, mut receiver, server) = connected().await;
+            let mut socket = server.into_inner();
+            let lengths = [0usize, 1, 125, 126, 127, 4_096, 65_535, 65_536, 100_000, 3];
+            let mut wire = Vec::new();
+            for len in lengths {
+                let mut message = vec![0x82];
+                match len {
+                    0..126 => message.push(len as u8),
+                    126..65_536 => message.extend([&[126][..], &(len as u16).to_be_bytes()].concat()),
+                    _ => message.extend([&[127][..], &(len as u64).to_be_bytes()].concat()),
+                }
+                wire.extend(message);
+                wire.extend(std::iter::repeat_n(0x80, len));
+            }
+            let writing = tokio::spawn(async move {
+                for (index, chunk) in wire.chunks(997).enumerate() {
+                    socket.write_all(chunk).await.unwrap();
+                    if index % 7 == 0 {
+                        tokio::task::yield_now().await;
+                    }
+                }
+                socket
+            });
+            for len in lengths {
+                assert_eq!(receiver.next().await.unwrap(), Event::Malformed { kind: 0, len });
+            }
+            drop(writing);
+        });
+    }
+
+    #[test]
+    fn a_long_request_arrives_whole() {
+        run(async {
+            let (mut sender, _receiver, mut server) = connected().await;
+            for len in [0, FRAGMENT_BYTES - 20, FRAGMENT_BYTES, 10 * FRAGMENT_BYTES + 1] {
+                let sdp = "x".repeat(len);
+                let (sent, received) = tokio::join!(sender.answer(sdp.clone(), 9), server.next());
+                sent.unwrap();
+                let request = proto::SignalRequest::decode(received.unwrap().unwrap().into_data()).unwrap();
+                assert_eq!(request.message, Some(Request::Answer(description("answer", sdp, 9))));
+            }
+        });
+    }
+
+    #[test]
+    fn a_message_of_absurd_size_is_refused() {
+        run(async {
+            let (_sender, mut receiver, mut server) = connected().await;
+            let sending = tokio::spawn(async move { server.send(Message::Binary(vec![0; MESSAGE_BYTES_MAX + 1].into())).await });
+            let error = receiver.next().await.unwrap_err();
+            assert!(
+                matches!(error, SignalError::TooLarge { bytes } if bytes == MESSAGE_BYTES_MAX + 1),
+                "{error:?}"
+            );
+            sending.abort();
+        });
+    }
+
+    #[test]
+    fn a_close_is_an_event_and_a_hang_up_is_an_error() {
+        run(async {
+            let (_sender, mut receiver, mut server) = connected().await;
+            server.close(None).await.unwrap();
+            assert_eq!(
+                receiver.next().await.unwrap(),
+                Event::Closed {
+                    code: None,
+                    reason: String::new()
+                }
+            );
+            assert!(matches!(receiver.next().await, Err(SignalError::Closed)));
+
+            let (_sender, mut receiver, server) = connected().await;
+            drop(server);
+            assert!(matches!(receiver.next().await, Err(SignalError::Lost { .. })));
+        });
+    }
+
+    #[test]
+    fn large_messages_do_not_stay_in_memory() {
+        const LARGE: usize = 2 << 20;
+        run(async {
+            let mut open = Vec::new();
+            let before = resident_bytes();
+            for _ in 0..40 {
+                let (mut sender, mut receiver, mut server) = connected().await;
+                let large = response(proto::signal_response::Message::RefreshToken("x".repeat(LARGE)));
+                let (sent, received) = tokio::join!(server.send(Message::Binary(large)), receiver.next());
+                sent.unwrap();
+                assert!(matches!(received.unwrap(), Event::RefreshToken(_)));
+                let (sent, received) = tokio::join!(sender.answer("x".repeat(LARGE), 1), server.next());
+                (sent.unwrap(), received.unwrap().unwrap());
+                // Waiting for the next one is what frees it.
+                assert!(tokio::time::timeout(Duration::ZERO, receiver.next()).await.is_err());
+                // The server's end would keep its own buffers: only ours are of interest, so it is closed down to its socket.
+                open.push((sender, receiver, server.into_inner()));
+            }
+            let each = resident_bytes().saturating_sub(before) / open.len() as u64;
+            eprintln!("{each} bytes resident per connection after 2 MiB each way");
+            assert!(each < LARGE as u64 / 10, "{each} bytes");
+        });
+    }
+
+    fn resident_bytes() -> u64 {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+    }
+}

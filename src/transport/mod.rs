@@ -1,0 +1,10 @@
+//! One peer connection, without sockets or clocks: ICE and DTLS set it up, then SRTP, RTP and RTCP carry media in place.
+
+pub mod peer;
+pub mod receive;
+pub mod resend;
+pub mod rtcp;
+pub mod rtp;
+pub mod sdp;
+pub mod sequence;
+pub mod srtp;

@@ -1,0 +1,409 @@
+//! One peer connection's set-up: ICE (`is`) finds the path, DTLS (`dimpl`) agrees on the SRTP keys.
+//!
+//! Sans-IO. `handle_*` takes datagrams, candidates and time, `poll_*` gives datagrams and events. The media that flows afterwards
+//! is sealed and opened by [`Peer::sealer`] and [`Peer::opener`]; STUN keeps the path alive for as long as the peer lives.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dimpl::{Dtls, DtlsCertificate, Output, SrtpProfile};
+use is::stun::{StunMessage, StunPacket};
+use is::{Candidate, IceAgent, IceAgentEvent, IceCreds, Protocol};
+
+use super::sdp::Fingerprint;
+use super::srtp::{self, DtlsRole, Opener, Profile, Sealer};
+use crate::units::{Epoch, Time};
+
+/// A check that met a role conflict is retried after this; `is` would wait 250 ms.
+const STUN_RTO: Duration = Duration::from_millis(100);
+/// LiveKit's own DTLS interval; `dimpl` would wait 1 s.
+const DTLS_RTO: Duration = Duration::from_millis(200);
+/// Doubling from 200 ms, eight repeats of a flight span the whole of [`DTLS_TIMEOUT`].
+const DTLS_RETRIES: usize = 8;
+const DTLS_TIMEOUT: Duration = Duration::from_secs(30);
+/// Larger than any DTLS record that the configured MTU lets `dimpl` make.
+const DTLS_BUFFER: usize = 2048;
+/// DTLS datagrams that come before ICE has nominated a path are kept: one flight at most.
+const EARLY_DTLS_MAX: usize = 8;
+
+/// What all connections of a process share: one certificate and one DTLS configuration, because making either costs over a millisecond.
+#[derive(Clone)]
+pub struct Identity {
+    certificate: DtlsCertificate,
+    config: Arc<dimpl::Config>,
+}
+
+impl Identity {
+    /// Makes the key pair. Errors only if the crypto library fails its self-test.
+    pub fn generate() -> Result<Identity, String> {
+        let certificate = dimpl::certificate::generate_self_signed_certificate().map_err(|e| e.to_string())?;
+        let config = dimpl::Config::builder()
+            .flight_start_rto(DTLS_RTO)
+            .flight_retries(DTLS_RETRIES)
+            .handshake_timeout(DTLS_TIMEOUT)
+            .build()
+            .map_err(|e| e.to_string())?;
+        Ok(Identity {
+            certificate,
+            config: Arc::new(config),
+        })
+    }
+
+    /// For `a=fingerprint`.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut bytes = [0; 32];
+        bytes.iter_mut().zip(self.certificate.fingerprint()).for_each(|(to, from)| *to = from);
+        Fingerprint(bytes)
+    }
+}
+
+/// An ICE user name fragment and password.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IceCredentials {
+    pub ufrag: String,
+    pub password: String,
+}
+
+impl IceCredentials {
+    /// Fresh random ones, as RFC 8445 section 5.3 asks. Only the edge (signalling, tests) calls this.
+    pub fn random() -> IceCredentials {
+        let IceCreds { ufrag, pass } = IceCreds::new();
+        IceCredentials { ufrag, password: pass }
+    }
+}
+
+/// What a finished exchange of descriptions says about one connection.
+#[derive(Clone, Debug)]
+pub struct PeerParameters {
+    pub local_address: SocketAddr,
+    pub local: IceCredentials,
+    pub remote: IceCredentials,
+    pub remote_fingerprint: Fingerprint,
+    pub remote_candidates: Vec<SocketAddr>,
+    pub ice_controlling: bool,
+    /// We send the ClientHello (`a=setup:active`).
+    pub dtls_active: bool,
+}
+
+/// What the owner of a peer needs to hear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerEvent {
+    /// A path is nominated: datagrams go to this address from now on. May come again when the path changes.
+    Nominated(SocketAddr),
+    /// SRTP keys are there: media may flow.
+    Connected,
+    Failed(PeerFailure),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerFailure {
+    /// No answer to STUN checks for as long as the agent waits.
+    IceDisconnected,
+    /// The remote certificate is not the one that the description promised.
+    FingerprintMismatch,
+    /// The DTLS handshake broke or timed out.
+    Dtls,
+    /// The other side ended the DTLS session.
+    ClosedByRemote,
+}
+
+impl PeerFailure {
+    pub fn describe(self) -> &'static str {
+        match self {
+            PeerFailure::IceDisconnected => "ICE: no answer on any candidate pair (is the server's UDP port reachable?)",
+            PeerFailure::FingerprintMismatch => "DTLS: the server's certificate does not match its SDP fingerprint",
+            PeerFailure::Dtls => "DTLS: handshake failed",
+            PeerFailure::ClosedByRemote => "DTLS: closed by the server",
+        }
+    }
+}
+
+/// One peer connection.
+pub struct Peer {
+    sealer: Option<Sealer>,
+    opener: Option<Opener>,
+    remote: Option<SocketAddr>,
+    next_timeout: Time,
+    setup: Box<Setup>,
+}
+
+/// The part that no media packet touches.
+struct Setup {
+    ice: IceAgent,
+    dtls: Dtls,
+    epoch: Epoch,
+    local_address: SocketAddr,
+    remote_fingerprint: Fingerprint,
+    dtls_active: bool,
+    dtls_started: bool,
+    early_dtls: Vec<Vec<u8>>,
+    failure: Option<PeerFailure>,
+    responses_seen: u64,
+    nominated_at: Option<Time>,
+    connected_at: Option<Time>,
+}
+
+impl Peer {
+    pub fn new(identity: &Identity, parameters: &PeerParameters, epoch: Epoch, now: Time) -> Peer {
+        let ice = ice_agent(parameters);
+        let mut dtls = Dtls::new_12(identity.config.clone(), identity.certificate.clone(), epoch.instant(now));
+        dtls.set_active(parameters.dtls_active);
+        let setup = Setup {
+            ice,
+            dtls,
+            epoch,
+            local_address: parameters.local_address,
+            remote_fingerprint: parameters.remote_fingerprint,
+            dtls_active: parameters.dtls_active,
+            dtls_started: false,
+            early_dtls: Vec::new(),
+            failure: None,
+            responses_seen: 0,
+            nominated_at: None,
+            connected_at: None,
+        };
+        Peer {
+            sealer: None,
+            opener: None,
+            remote: None,
+            next_timeout: now,
+            setup: Box::new(setup),
+        }
+    }
+
+    pub fn add_remote_candidate(&mut self, address: SocketAddr, now: Time) {
+        if let Ok(candidate) = Candidate::host(address, Protocol::Udp) {
+            self.setup.ice.add_remote_candidate(candidate);
+            self.next_timeout = now;
+        }
+    }
+
+    /// A STUN or DTLS datagram. Anything malformed is dropped; returns whether it was taken.
+    pub fn handle_setup_datagram(&mut self, datagram: &[u8], from: SocketAddr, now: Time) -> bool {
+        self.next_timeout = now;
+        match datagram.first() {
+            Some(0..=3) => self.setup.handle_stun(datagram, from, now),
+            Some(20..=63) => self.setup.handle_dtls(datagram, now),
+            _ => false,
+        }
+    }
+
+    /// Advances timers; due at [`Peer::next_timeout`]. Follow with [`Peer::poll`].
+    pub fn handle_timeout(&mut self, now: Time) {
+        let instant = self.setup.epoch.instant(now);
+        self.setup.ice.handle_timeout(instant);
+        if self.setup.dtls_started && self.setup.dtls.handle_timeout(instant).is_err() {
+            self.setup.fail(PeerFailure::Dtls);
+        }
+    }
+
+    /// Hands every pending datagram to `send` and every event to `event`, then works out the next time-out.
+    pub fn poll(&mut self, now: Time, mut send: impl FnMut(&[u8], SocketAddr), mut event: impl FnMut(PeerEvent)) {
+        let failed_before = self.setup.failure.is_some();
+        self.poll_ice(now, &mut send, &mut event);
+        let dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
+        let ice_timeout = self.setup.ice.poll_timeout().map_or(Time::MAX, |at| self.setup.epoch.time(at));
+        self.next_timeout = ice_timeout.min(dtls_timeout).max(now + Duration::from_millis(1));
+        if let (false, Some(failure)) = (failed_before, self.setup.failure) {
+            event(PeerEvent::Failed(failure));
+        }
+    }
+
+    pub fn next_timeout(&self) -> Time {
+        self.next_timeout
+    }
+
+    /// Where datagrams go, once a path is nominated.
+    pub fn remote(&self) -> Option<SocketAddr> {
+        self.remote
+    }
+
+    /// For RTP; `None` until the keys are there.
+    pub fn sealer(&self) -> Option<&Sealer> {
+        self.sealer.as_ref()
+    }
+
+    /// For RTCP, whose packet index the sealer keeps.
+    pub fn sealer_mut(&mut self) -> Option<&mut Sealer> {
+        self.sealer.as_mut()
+    }
+
+    pub fn opener(&mut self) -> Option<&mut Opener> {
+        self.opener.as_mut()
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.sealer.is_some() && self.setup.failure.is_none()
+    }
+
+    pub fn nominated_at(&self) -> Option<Time> {
+        self.setup.nominated_at
+    }
+
+    pub fn connected_at(&self) -> Option<Time> {
+        self.setup.connected_at
+    }
+
+    /// The round trip of a STUN check that was answered since the last call.
+    pub fn poll_stun_rtt(&mut self) -> Option<Duration> {
+        let responses = self.setup.ice.nominated_pair_responses_received()?;
+        if responses == self.setup.responses_seen {
+            return None;
+        }
+        self.setup.responses_seen = responses;
+        self.setup.ice.nominated_pair_rtt()
+    }
+
+    fn poll_ice(&mut self, now: Time, send: &mut impl FnMut(&[u8], SocketAddr), event: &mut impl FnMut(PeerEvent)) {
+        while let Some(happened) = self.setup.ice.poll_event() {
+            match happened {
+                IceAgentEvent::NominatedSend { destination, .. } => {
+                    self.remote = Some(destination);
+                    self.setup.nominated_at.get_or_insert(now);
+                    self.setup.start_dtls(now);
+                    event(PeerEvent::Nominated(destination));
+                }
+                IceAgentEvent::IceConnectionStateChange(state) if state.is_disconnected() => self.setup.fail(PeerFailure::IceDisconnected),
+                _ => {}
+            }
+        }
+        while let Some(transmit) = self.setup.ice.poll_transmit() {
+            send(&transmit.contents, transmit.destination);
+        }
+    }
+
+    /// Returns when DTLS wants to be called again.
+    fn poll_dtls(&mut self, now: Time, send: &mut impl FnMut(&[u8], SocketAddr), event: &mut impl FnMut(PeerEvent)) -> Time {
+        if !self.setup.dtls_started {
+            return Time::MAX;
+        }
+        let mut buffer = [0; DTLS_BUFFER];
+        loop {
+            match self.setup.dtls.poll_output(&mut buffer) {
+                Output::Packet(packet) => {
+                    if let Some(remote) = self.remote {
+                        send(packet, remote);
+                    }
+                }
+                Output::Timeout(at) => return self.setup.epoch.time(at),
+                Output::PeerCert(der) => self.setup.check_certificate(der),
+                Output::KeyingMaterial(material, profile) => {
+                    if self.install_keys(&material, profile) && self.setup.failure.is_none() {
+                        self.setup.connected_at.get_or_insert(now);
+                        event(PeerEvent::Connected);
+                    }
+                }
+                Output::CloseNotify => self.setup.fail(PeerFailure::ClosedByRemote),
+                Output::BufferTooSmall { .. } => {
+                    // Cannot happen with the default MTU; a record that does not fit is a broken session, not a reason to grow.
+                    self.setup.fail(PeerFailure::Dtls);
+                    return Time::MAX;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn install_keys(&mut self, material: &[u8], profile: SrtpProfile) -> bool {
+        let profile = match profile {
+            SrtpProfile::AEAD_AES_128_GCM => Profile::AeadAes128Gcm,
+            SrtpProfile::AEAD_AES_256_GCM => Profile::AeadAes256Gcm,
+            SrtpProfile::AES128_CM_SHA1_80 => Profile::Aes128CmHmacSha1_80,
+            _ => {
+                self.setup.fail(PeerFailure::Dtls);
+                return false;
+            }
+        };
+        let role = if self.setup.dtls_active { DtlsRole::Client } else { DtlsRole::Server };
+        match srtp::session(profile, material, role) {
+            Ok((sealer, opener)) => {
+                self.sealer = Some(sealer);
+                self.opener = Some(opener);
+                true
+            }
+            Err(_) => {
+                self.setup.fail(PeerFailure::Dtls);
+                false
+            }
+        }
+    }
+}
+
+impl Setup {
+    fn handle_stun(&mut self, datagram: &[u8], from: SocketAddr, now: Time) -> bool {
+        let Ok(message) = StunMessage::parse(datagram) else { return false };
+        let packet = StunPacket {
+            proto: Protocol::Udp,
+            source: from,
+            destination: self.local_address,
+            message,
+        };
+        self.ice.handle_packet(self.epoch.instant(now), packet)
+    }
+
+    fn handle_dtls(&mut self, datagram: &[u8], now: Time) -> bool {
+        if !self.dtls_started {
+            // The other side may finish its checks, and start, before our path is nominated.
+            if self.early_dtls.len() == EARLY_DTLS_MAX {
+                return false;
+            }
+            self.early_dtls.push(datagram.to_vec());
+            return true;
+        }
+        if self.failure.is_some() {
+            return false;
+        }
+        let alive = self.dtls.handle_timeout(self.epoch.instant(now)).is_ok() && self.dtls.handle_packet(datagram).is_ok();
+        if !alive {
+            self.fail(PeerFailure::Dtls);
+        }
+        alive
+    }
+
+    fn start_dtls(&mut self, now: Time) {
+        if self.dtls_started {
+            return;
+        }
+        self.dtls_started = true;
+        if self.dtls.handle_timeout(self.epoch.instant(now)).is_err() {
+            self.fail(PeerFailure::Dtls);
+        }
+        for datagram in std::mem::take(&mut self.early_dtls) {
+            self.handle_dtls(&datagram, now);
+        }
+    }
+
+    fn check_certificate(&mut self, der: &[u8]) {
+        if dimpl::certificate::calculate_fingerprint(der) != self.remote_fingerprint.0 {
+            self.fail(PeerFailure::FingerprintMismatch);
+        }
+    }
+
+    /// The first failure is the cause; later ones follow from it.
+    fn fail(&mut self, failure: PeerFailure) {
+        self.failure.get_or_insert(failure);
+    }
+}
+
+fn ice_agent(parameters: &PeerParameters) -> IceAgent {
+    let creds = |c: &IceCredentials| IceCreds {
+        ufrag: c.ufrag.clone(),
+        pass: c.password.clone(),
+    };
+    let mut ice = IceAgent::new(creds(&parameters.local));
+    ice.set_initial_stun_rto(STUN_RTO);
+    // Checks are answered in microseconds here; pacing them at the RFC's 50 ms would be most of the time to connect.
+    ice.set_timing_advance(Duration::from_millis(5));
+    ice.set_controlling(parameters.ice_controlling);
+    ice.set_remote_credentials(creds(&parameters.remote));
+    if let Ok(candidate) = Candidate::host(parameters.local_address, Protocol::Udp) {
+        ice.add_local_candidate(candidate);
+    }
+    for address in &parameters.remote_candidates {
+        if let Ok(candidate) = Candidate::host(*address, Protocol::Udp) {
+            ice.add_remote_candidate(candidate);
+        }
+    }
+    ice
+}

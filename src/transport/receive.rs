@@ -1,0 +1,1084 @@
+//! What one received RTP stream (one SSRC) tells: what arrived, what is missing, what to ask for again, and the numbers of a receiver report.
+//!
+//! Takes plain integers and gives plain numbers; parsing and sealing are elsewhere. Nothing here allocates. The state is flat and bounded: a window of the
+//! last [`WINDOW`] sequence numbers with two bits each, and a short list of loss batches that carries the NACK timing.
+
+use std::mem;
+use std::time::Duration;
+
+use crate::units::{Time, ntp_middle};
+
+/// Packets further behind the newest than this are too old to tell a late one from a duplicate.
+pub const WINDOW: u64 = 1024;
+
+/// At most this many packets are asked for at a time; older ones are given up for newer ones. [`ReceiveStream::poll_nack`] wants a buffer of this size.
+pub const MISSING_MAX: usize = 128;
+
+/// RFC 3550, A.1: a jump ahead of this many or more is a restart of the sender, not a loss, once a second packet confirms it.
+const MAX_DROPOUT: u16 = 3000;
+
+/// A packet that the network reordered before the very first one may still arrive: the stream then starts this much earlier at most.
+const EARLY_MAX: u64 = 64;
+
+/// Batches of loss that are waited for at a time. In heavy loss neighbouring gaps share a batch, so this covers more than as many gaps.
+const BATCHES_MAX: usize = 20;
+
+/// Gaps noticed within this time of each other share a batch; when more than half of the batches are in use, within [`REORDER_TOLERANCE`].
+/// It bounds the error of [`Arrival::Repaired`]'s time.
+const BATCH_SPREAD: Duration = Duration::from_millis(1);
+
+/// How long a gap may be mere reordering before it is asked for.
+pub const REORDER_TOLERANCE: Duration = Duration::from_millis(10);
+
+/// libwebrtc's limit of requests for one packet.
+const TRIES_MAX: u8 = 10;
+
+/// After this a packet is of no use to a live picture: a key frame is the better cure.
+const AGE_MAX: Duration = Duration::from_secs(1);
+
+/// Requests for the same packet are never closer than this, whatever the RTT.
+const REPEAT_FLOOR: Duration = Duration::from_millis(20);
+
+/// LiveKit ignores a request within min(100 ms, 2 RTT) of the packet's last transmission; a repeat keeps clear of that.
+const REPEAT_DEAF: Duration = Duration::from_millis(100);
+const REPEAT_MARGIN: Duration = Duration::from_millis(5);
+
+/// A step of the RTP clock against the arrival clock above this is a new timestamp origin, not jitter.
+const JITTER_STEP_MAX_SECONDS: u32 = 5;
+
+/// The unwrapped number of sequence number 0 in the first cycle. Above zero, so that an early packet never underflows.
+const FIRST_CYCLE: u64 = 1 << 16;
+
+/// What a packet turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// Newer than all before; `gap` packets were newly found missing.
+    New { gap: u16 },
+    /// An original that came late.
+    Reordered,
+    /// A resend that filled a hole. `loss_to_repair` counts from when the hole was noticed; `None` where it was no longer, or never, waited for.
+    Repaired { loss_to_repair: Option<Duration> },
+    /// The payload was here before.
+    Duplicate,
+    /// Outside of the window, or part of a jump that no second packet has confirmed. Nothing to deliver.
+    TooOld,
+}
+
+/// The answer of [`ReceiveStream::poll_nack`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NackPoll {
+    /// Sequence numbers written.
+    pub count: usize,
+    /// Packets given up since the last poll: too old, asked for too often, or crowded out.
+    pub gave_up: u32,
+}
+
+/// The numbers of a report block (RFC 3550, section 6.4.1), without the SSRC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReportNumbers {
+    pub fraction_lost: u8,
+    pub cumulative_lost: i32,
+    pub extended_highest_seq: u32,
+    /// In units of the RTP clock.
+    pub jitter: u32,
+    pub lsr: u32,
+    /// In units of 1/65,536 s.
+    pub dlsr: u32,
+}
+
+/// Cumulative counts in packets. `expected = received + lost_network` and `lost_network = repaired + lost`, always.
+///
+/// `lost_network` and `lost` include what is merely under way; at the end of a run they are exact. `repaired` shrinks by one where the original of a
+/// repaired packet arrives after all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReceiveCounts {
+    /// Sequence numbers from the lowest to the highest that was seen.
+    pub expected: u64,
+    /// Originals, reordered ones included, duplicates not.
+    pub received: u64,
+    pub reordered: u64,
+    pub repaired: u64,
+    pub duplicate: u64,
+    pub too_old: u64,
+    /// Never arrived as an original.
+    pub lost_network: u64,
+    /// Never arrived at all.
+    pub lost: u64,
+}
+
+/// Packets found missing at one time, asked for together: those of `first..first + len` whose window bit says "not here".
+#[derive(Clone, Copy, Default)]
+struct Batch {
+    /// The run time of the notice, in microseconds modulo 2^32.
+    noticed: u32,
+    /// When to act next, in units of 100 us after `noticed`.
+    due_after: u16,
+    /// The low half of the unwrapped number; the window is short enough to restore the rest.
+    first: u16,
+    len: u16,
+    missing: u8,
+    tries: u8,
+}
+
+impl Batch {
+    fn age(&self, now: Time) -> Duration {
+        Duration::from_micros(u64::from(micros(now).wrapping_sub(self.noticed)))
+    }
+
+    fn due(&self) -> Duration {
+        Duration::from_micros(u64::from(self.due_after) * 100)
+    }
+}
+
+/// One received SSRC.
+pub struct ReceiveStream {
+    /// The unwrapped number of the newest packet; 0 before the first.
+    highest: u64,
+    /// The unwrapped number of the oldest packet since the sender's last restart.
+    base: u64,
+    last_ext_seq: u64,
+    next_nack_at: Time,
+    sender_report_at: Time,
+    /// Two bits a packet, `(filled, flagged)`: 00 missing; 01 missing, was asked for; 10 arrived as an original; 11 filled by a resend.
+    filled: [u64; WINDOW as usize / 64],
+    flagged: [u64; WINDOW as usize / 64],
+    /// Oldest first.
+    batches: [Batch; BATCHES_MAX],
+    batches_len: u8,
+    rtx: bool,
+    /// The sequence number that would confirm a jump.
+    confirms_jump: Option<u16>,
+    missing: u16,
+    gave_up: u32,
+
+    clock_rate: u32,
+    transit: u32,
+    last_rtp_time: u32,
+    /// Scaled by 16.
+    jitter: u32,
+    lsr: u32,
+
+    expected_before_restart: u64,
+    received: u32,
+    reordered: u32,
+    repaired: u32,
+    duplicate: u32,
+    too_old: u32,
+    expected_prior: u64,
+    received_prior: u32,
+}
+
+impl ReceiveStream {
+    /// `clock_rate` is the payload's RTP clock in Hz, above zero.
+    pub fn new(clock_rate: u32) -> ReceiveStream {
+        assert!(clock_rate > 0, "an RTP clock has a rate");
+        ReceiveStream {
+            highest: 0,
+            base: 0,
+            last_ext_seq: 0,
+            next_nack_at: Time::MAX,
+            sender_report_at: Time::ZERO,
+            filled: [0; WINDOW as usize / 64],
+            flagged: [0; WINDOW as usize / 64],
+            batches: [Batch::default(); BATCHES_MAX],
+            batches_len: 0,
+            rtx: false,
+            confirms_jump: None,
+            missing: 0,
+            gave_up: 0,
+            clock_rate,
+            transit: 0,
+            last_rtp_time: 0,
+            jitter: 0,
+            lsr: 0,
+            expected_before_restart: 0,
+            received: 0,
+            reordered: 0,
+            repaired: 0,
+            duplicate: 0,
+            too_old: 0,
+            expected_prior: 0,
+            received_prior: 0,
+        }
+    }
+
+    /// Says that resends come over RTX (RFC 4588), so whatever comes on the stream's own SSRC is an original. Assumed from the first RTX packet on.
+    ///
+    /// Without RTX a packet that was asked for counts as repaired when it comes; if it was the original after all, nobody can tell.
+    pub fn set_rtx(&mut self, negotiated: bool) {
+        self.rtx = negotiated;
+    }
+
+    /// Takes one packet, padding included. `retransmitted`: it came over RTX, `seq` being its original number.
+    pub fn handle_packet(&mut self, seq: u16, rtp_time: u32, now: Time, retransmitted: bool) -> Arrival {
+        self.rtx |= retransmitted;
+        if !self.has_started() {
+            // Without an original there is no base to count losses from.
+            if retransmitted {
+                return self.reject();
+            }
+            return self.start(FIRST_CYCLE + u64::from(seq), rtp_time, now);
+        }
+        let ahead = seq.wrapping_sub(self.highest as u16);
+        let behind = u64::from(ahead.wrapping_neg());
+        if behind < WINDOW {
+            self.handle_behind(self.highest - behind, now, retransmitted)
+        } else if ahead < MAX_DROPOUT {
+            self.handle_ahead(u64::from(ahead), rtp_time, now, retransmitted)
+        } else {
+            self.handle_jump(seq, rtp_time, now, retransmitted)
+        }
+    }
+
+    /// The unwrapped sequence number of the packet handled last; it never wraps and never repeats over a sender's restart. Meaningless after [`Arrival::TooOld`].
+    pub fn ext_seq(&self) -> u64 {
+        self.last_ext_seq
+    }
+
+    /// Writes the sequence numbers to ask for now, oldest first, and tells what was given up (a video receiver then wants a key frame).
+    ///
+    /// A gap is asked for after [`REORDER_TOLERANCE`], again after max(1.25 RTT, min(2 RTT, 100 ms) + 5 ms, 20 ms), at most 10 times within 1 s.
+    /// `out` holds [`MISSING_MAX`] numbers at least.
+    pub fn poll_nack(&mut self, now: Time, rtt: Duration, out: &mut [u16]) -> NackPoll {
+        assert!(out.len() >= MISSING_MAX, "the buffer holds whatever may be missing");
+        let mut count = 0;
+        if now >= self.next_nack_at {
+            let mut at = 0;
+            while at < usize::from(self.batches_len) {
+                let batch = self.batches[at];
+                let age = batch.age(now);
+                if age < batch.due() {
+                    at += 1;
+                } else if age >= AGE_MAX || batch.tries >= TRIES_MAX {
+                    self.give_up_batch(at);
+                } else {
+                    count += self.write_missing(at, &mut out[count..]);
+                    self.batches[at].tries += 1;
+                    self.batches[at].due_after = hundreds_of_micros((age + repeat_interval(rtt)).min(AGE_MAX));
+                    at += 1;
+                }
+            }
+            self.next_nack_at = self.earliest_due(now);
+        }
+        NackPoll {
+            count,
+            gave_up: mem::take(&mut self.gave_up),
+        }
+    }
+
+    /// When to poll; [`Time::MAX`] while nothing is missing. May be earlier than needed, never later.
+    pub fn next_nack_at(&self) -> Time {
+        self.next_nack_at
+    }
+
+    /// Takes the NTP timestamp of a sender report about this stream.
+    pub fn handle_sender_report(&mut self, ntp: u64, now: Time) {
+        self.lsr = ntp_middle(ntp);
+        self.sender_report_at = now;
+    }
+
+    /// The numbers of a report block, its fraction counted from the call before (RFC 3550, A.3); `None` before the first packet.
+    ///
+    /// Loss is that of originals: neither resends nor duplicates make up for it.
+    pub fn report_block(&mut self, now: Time) -> Option<ReportNumbers> {
+        if !self.has_started() {
+            return None;
+        }
+        let expected = self.expected();
+        let expected_interval = expected - self.expected_prior;
+        let received_interval = u64::from(self.received.wrapping_sub(self.received_prior));
+        self.expected_prior = expected;
+        self.received_prior = self.received;
+        let lost_interval = expected_interval.saturating_sub(received_interval);
+        let fraction_lost = (lost_interval << 8).checked_div(expected_interval).unwrap_or(0).min(255) as u8;
+        let lost = expected - u64::from(self.received);
+        Some(ReportNumbers {
+            fraction_lost,
+            cumulative_lost: lost.min(0x7F_FFFF) as i32,
+            extended_highest_seq: (self.highest - FIRST_CYCLE) as u32,
+            jitter: self.jitter >> 4,
+            lsr: self.lsr,
+            dlsr: if self.lsr == 0 {
+                0
+            } else {
+                delay_since_report(now.since(self.sender_report_at))
+            },
+        })
+    }
+
+    /// Interarrival jitter (RFC 3550, A.8) of originals in order, one packet a timestamp, as libwebrtc and LiveKit take it.
+    pub fn jitter(&self) -> Duration {
+        Duration::from_nanos(u64::from(self.jitter) * 1_000_000_000 / 16 / u64::from(self.clock_rate))
+    }
+
+    pub fn counts(&self) -> ReceiveCounts {
+        let expected = self.expected();
+        let lost_network = expected - u64::from(self.received);
+        ReceiveCounts {
+            expected,
+            received: self.received.into(),
+            reordered: self.reordered.into(),
+            repaired: self.repaired.into(),
+            duplicate: self.duplicate.into(),
+            too_old: self.too_old.into(),
+            lost_network,
+            lost: lost_network - u64::from(self.repaired),
+        }
+    }
+
+    fn has_started(&self) -> bool {
+        self.highest != 0
+    }
+
+    fn expected(&self) -> u64 {
+        let since_restart = if self.has_started() { self.highest - self.base + 1 } else { 0 };
+        self.expected_before_restart + since_restart
+    }
+
+    fn start(&mut self, ext: u64, rtp_time: u32, now: Time) -> Arrival {
+        self.base = ext;
+        self.highest = ext;
+        self.last_ext_seq = ext;
+        self.filled = [0; WINDOW as usize / 64];
+        self.flagged = [0; WINDOW as usize / 64];
+        self.set_state(ext, true, false);
+        self.received += 1;
+        self.transit = self.transit_of(rtp_time, now);
+        self.last_rtp_time = rtp_time;
+        Arrival::New { gap: 0 }
+    }
+
+    fn reject(&mut self) -> Arrival {
+        self.too_old += 1;
+        Arrival::TooOld
+    }
+
+    fn handle_ahead(&mut self, ahead: u64, rtp_time: u32, now: Time, retransmitted: bool) -> Arrival {
+        let gap = ahead - 1;
+        self.advance(ahead);
+        self.confirms_jump = None;
+        if gap > 0 {
+            self.note_missing(gap, now);
+        }
+        self.last_ext_seq = self.highest;
+        self.set_state(self.highest, true, retransmitted);
+        if retransmitted {
+            self.repaired += 1;
+            return Arrival::Repaired { loss_to_repair: None };
+        }
+        self.received += 1;
+        self.update_jitter(rtp_time, now);
+        Arrival::New { gap: gap as u16 }
+    }
+
+    fn handle_behind(&mut self, ext: u64, now: Time, retransmitted: bool) -> Arrival {
+        if ext < self.base {
+            if retransmitted || self.expected_before_restart > 0 || self.base - ext > EARLY_MAX {
+                return self.reject();
+            }
+            self.base = ext;
+        }
+        self.last_ext_seq = ext;
+        let (filled, flagged) = self.state(ext);
+        if filled {
+            self.handle_known(ext, flagged && self.rtx && !retransmitted)
+        } else {
+            let noticed = self.settle(ext, now);
+            let repaired = retransmitted || (flagged && !self.rtx);
+            self.set_state(ext, true, repaired);
+            if repaired {
+                self.repaired += 1;
+                return Arrival::Repaired { loss_to_repair: noticed };
+            }
+            self.received += 1;
+            self.reordered += 1;
+            Arrival::Reordered
+        }
+    }
+
+    /// A second copy. If it is the original of what a resend filled, the network did not lose it and the resend was the superfluous one.
+    fn handle_known(&mut self, ext: u64, original_after_repair: bool) -> Arrival {
+        if original_after_repair {
+            self.set_state(ext, true, false);
+            self.repaired -= 1;
+            self.received += 1;
+            self.reordered += 1;
+        }
+        self.duplicate += 1;
+        Arrival::Duplicate
+    }
+
+    /// RFC 3550, A.1: two packets in sequence make a jump a restart; a lone one is a stray.
+    fn handle_jump(&mut self, seq: u16, rtp_time: u32, now: Time, retransmitted: bool) -> Arrival {
+        if retransmitted {
+            return self.reject();
+        }
+        if self.confirms_jump != Some(seq) {
+            self.confirms_jump = Some(seq.wrapping_add(1));
+            return self.reject();
+        }
+        self.confirms_jump = None;
+        self.expected_before_restart = self.expected();
+        while self.batches_len > 0 {
+            self.give_up_batch(0);
+        }
+        if self.gave_up > 0 {
+            self.next_nack_at = now;
+        }
+        let next_cycle = (self.highest >> 16) + 1;
+        self.start((next_cycle << 16) | u64::from(seq), rtp_time, now)
+    }
+
+    /// Moves the window on, and gives up what falls out of it.
+    fn advance(&mut self, ahead: u64) {
+        if ahead >= WINDOW {
+            self.filled = [0; WINDOW as usize / 64];
+            self.flagged = [0; WINDOW as usize / 64];
+        } else {
+            for ext in self.highest + 1..=self.highest + ahead {
+                self.set_state(ext, false, false);
+            }
+        }
+        while self.batches_len > 0 && self.highest - self.first_of(0) + ahead >= WINDOW {
+            self.give_up_batch(0);
+        }
+        self.highest += ahead;
+    }
+
+    fn state(&self, ext: u64) -> (bool, bool) {
+        let (word, bit) = place(ext);
+        (self.filled[word] & bit != 0, self.flagged[word] & bit != 0)
+    }
+
+    fn set_state(&mut self, ext: u64, filled: bool, flagged: bool) {
+        let (word, bit) = place(ext);
+        self.filled[word] = if filled { self.filled[word] | bit } else { self.filled[word] & !bit };
+        self.flagged[word] = if flagged { self.flagged[word] | bit } else { self.flagged[word] & !bit };
+    }
+
+    /// The unwrapped number of a batch's first packet.
+    fn first_of(&self, at: usize) -> u64 {
+        self.highest - u64::from((self.highest as u16).wrapping_sub(self.batches[at].first))
+    }
+
+    /// The `gap` packets before the newest are missing. Only the newest [`MISSING_MAX`] of all are waited for.
+    fn note_missing(&mut self, gap: u64, now: Time) {
+        let kept = gap.min(MISSING_MAX as u64);
+        self.gave_up += (gap - kept) as u32;
+        while usize::from(self.missing) + kept as usize > MISSING_MAX {
+            self.give_up_batch(0);
+        }
+        if !self.extend_last_batch(kept, now) {
+            if usize::from(self.batches_len) == BATCHES_MAX {
+                self.give_up_batch(0);
+            }
+            self.batches[usize::from(self.batches_len)] = Batch {
+                noticed: micros(now),
+                due_after: hundreds_of_micros(REORDER_TOLERANCE),
+                first: (self.highest - kept) as u16,
+                len: kept as u16,
+                missing: kept as u8,
+                tries: 0,
+            };
+            self.batches_len += 1;
+        }
+        self.missing += kept as u16;
+        let due = if self.gave_up > 0 { now } else { now + REORDER_TOLERANCE };
+        self.next_nack_at = self.next_nack_at.min(due);
+    }
+
+    /// Puts the `kept` packets before the newest into the last batch, if that is young enough; it then covers all up to the newest, and waits for the youngest.
+    fn extend_last_batch(&mut self, kept: u64, now: Time) -> bool {
+        let Some(last) = usize::from(self.batches_len).checked_sub(1) else {
+            return false;
+        };
+        let first = self.first_of(last);
+        let highest = self.highest;
+        let spread = if last >= BATCHES_MAX / 2 { REORDER_TOLERANCE } else { BATCH_SPREAD };
+        let batch = &mut self.batches[last];
+        let age = batch.age(now);
+        if batch.tries > 0 || age > spread {
+            return false;
+        }
+        batch.due_after = hundreds_of_micros(age + REORDER_TOLERANCE);
+        batch.len = (highest - first) as u16;
+        batch.missing += kept as u8;
+        true
+    }
+
+    /// Takes an arrived packet out of its batch; tells how long ago its loss was noticed.
+    fn settle(&mut self, ext: u64, now: Time) -> Option<Duration> {
+        let at = (0..usize::from(self.batches_len)).find(|&at| {
+            let first = self.first_of(at);
+            (first..first + u64::from(self.batches[at].len)).contains(&ext)
+        })?;
+        let waited = self.batches[at].age(now);
+        self.batches[at].missing -= 1;
+        self.missing -= 1;
+        if self.batches[at].missing == 0 {
+            self.remove_batch(at);
+        }
+        Some(waited)
+    }
+
+    fn give_up_batch(&mut self, at: usize) {
+        let missing = self.batches[at].missing;
+        self.missing -= u16::from(missing);
+        self.gave_up += u32::from(missing);
+        self.remove_batch(at);
+    }
+
+    fn remove_batch(&mut self, at: usize) {
+        let len = usize::from(self.batches_len);
+        self.batches.copy_within(at + 1..len, at);
+        self.batches_len -= 1;
+        if self.batches_len == 0 && self.gave_up == 0 {
+            self.next_nack_at = Time::MAX;
+        }
+    }
+
+    /// Writes what a batch still misses, and marks it as asked for.
+    fn write_missing(&mut self, at: usize, out: &mut [u16]) -> usize {
+        let first = self.first_of(at);
+        let mut slots = out.iter_mut();
+        let mut count = 0;
+        for ext in first..first + u64::from(self.batches[at].len) {
+            if self.state(ext).0 {
+                continue;
+            }
+            let Some(slot) = slots.next() else { break };
+            *slot = ext as u16;
+            self.set_state(ext, false, true);
+            count += 1;
+        }
+        count
+    }
+
+    fn earliest_due(&self, now: Time) -> Time {
+        let batches = &self.batches[..usize::from(self.batches_len)];
+        batches
+            .iter()
+            .map(|batch| now + batch.due().saturating_sub(batch.age(now)))
+            .min()
+            .unwrap_or(Time::MAX)
+    }
+
+    fn update_jitter(&mut self, rtp_time: u32, now: Time) {
+        if rtp_time == self.last_rtp_time {
+            return;
+        }
+        let transit = self.transit_of(rtp_time, now);
+        let step = (transit.wrapping_sub(self.transit) as i32).unsigned_abs();
+        self.transit = transit;
+        self.last_rtp_time = rtp_time;
+        if u64::from(step) < u64::from(self.clock_rate) * u64::from(JITTER_STEP_MAX_SECONDS) {
+            self.jitter = self.jitter.saturating_add(step).saturating_sub(self.jitter.saturating_add(8) >> 4);
+        }
+    }
+
+    /// Arrival minus RTP timestamp, in units of the RTP clock, modulo 2^32.
+    fn transit_of(&self, rtp_time: u32, now: Time) -> u32 {
+        let rate = u64::from(self.clock_rate);
+        let (seconds, nanos) = (now.as_nanos() / 1_000_000_000, now.as_nanos() % 1_000_000_000);
+        let arrival = seconds.wrapping_mul(rate).wrapping_add(nanos * rate / 1_000_000_000);
+        (arrival as u32).wrapping_sub(rtp_time)
+    }
+}
+
+fn place(ext: u64) -> (usize, u64) {
+    ((ext % WINDOW / 64) as usize, 1 << (ext % 64))
+}
+
+fn micros(now: Time) -> u32 {
+    now.as_micros() as u32
+}
+
+/// For durations of at most [`AGE_MAX`]; rounded up, so that what is due is due.
+fn hundreds_of_micros(duration: Duration) -> u16 {
+    duration.as_micros().div_ceil(100) as u16
+}
+
+fn repeat_interval(rtt: Duration) -> Duration {
+    let deaf = (rtt.saturating_mul(2)).min(REPEAT_DEAF) + REPEAT_MARGIN;
+    (rtt.saturating_mul(5) / 4).max(deaf).max(REPEAT_FLOOR)
+}
+
+/// Units of 1/65,536 s; a report older than 18 hours saturates.
+fn delay_since_report(delay: Duration) -> u32 {
+    u32::try_from((delay.as_nanos() << 16) / 1_000_000_000).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cmp::Reverse;
+    use std::collections::{BTreeMap, BinaryHeap};
+
+    use super::*;
+
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self) -> u64 {
+            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            mixed ^ (mixed >> 31)
+        }
+
+        fn below(&mut self, end: u64) -> u64 {
+            self.next() % end
+        }
+
+        fn chance(&mut self, percent: u64) -> bool {
+            self.below(100) < percent
+        }
+    }
+
+    /// A link's character, drawn from the seed.
+    struct Link {
+        loss_percent: u64,
+        burst: u64,
+        duplicate_percent: u64,
+        late_percent: u64,
+        /// How late a late packet is, at most.
+        late_micros: u64,
+        rtx: bool,
+    }
+
+    const ONE_WAY_MICROS: u64 = 15_000;
+    const PACKETS: u64 = 4_000;
+
+    /// What happened to one sequence number, as an onlooker with the sender's knowledge writes it down.
+    #[derive(Default)]
+    struct Fate {
+        originals: u64,
+        resends: u64,
+        /// Arrived as an original by the rules of the stream: with RTX the truth, without it "before anybody asked for it".
+        as_original: bool,
+        reordered: bool,
+        asked: Vec<u64>,
+        noticed: Option<u64>,
+    }
+
+    #[derive(PartialEq, Eq, PartialOrd, Ord)]
+    enum Event {
+        Poll,
+        Packet { index: u64, resend: bool },
+        Nack { index: u64 },
+    }
+
+    struct Simulation {
+        random: Random,
+        link: Link,
+        first_seq: u16,
+        agenda: BinaryHeap<Reverse<(u64, u64, Event)>>,
+        scheduled: u64,
+        fates: BTreeMap<u64, Fate>,
+        newest: Option<u64>,
+        oldest: u64,
+        arrivals: u64,
+        stream: ReceiveStream,
+    }
+
+    impl Simulation {
+        fn new(seed: u64, rtx: bool) -> Simulation {
+            let mut random = Random(seed);
+            let link = Link {
+                loss_percent: [0, 1, 5, 15, 30][random.below(5) as usize],
+                burst: [1, 1, 4, 40][random.below(4) as usize],
+                duplicate_percent: random.below(4) * 3,
+                late_percent: random.below(3) * 4,
+                late_micros: [3_000, 8_000, 60_000][random.below(3) as usize],
+                rtx,
+            };
+            let first_seq = random.next() as u16;
+            let mut stream = ReceiveStream::new(90_000);
+            stream.set_rtx(rtx);
+            let mut simulation = Simulation {
+                random,
+                link,
+                first_seq,
+                agenda: BinaryHeap::new(),
+                scheduled: 0,
+                fates: BTreeMap::new(),
+                newest: None,
+                oldest: u64::MAX,
+                arrivals: 0,
+                stream,
+            };
+            simulation.send_all();
+            simulation
+        }
+
+        fn schedule(&mut self, at: u64, event: Event) {
+            self.scheduled += 1;
+            self.agenda.push(Reverse((at, self.scheduled, event)));
+        }
+
+        fn send_all(&mut self) {
+            let mut burst_left = 0;
+            for index in 0..PACKETS {
+                let burst = self.link.burst;
+                if burst_left == 0 && self.random.below(100 * burst) < self.link.loss_percent {
+                    burst_left = burst;
+                }
+                if burst_left > 0 {
+                    burst_left -= 1;
+                } else {
+                    self.deliver(index, 1_000 * index, false);
+                }
+            }
+            for millis in 0..PACKETS + 3_000 {
+                self.schedule(1_000 * millis, Event::Poll);
+            }
+        }
+
+        fn deliver(&mut self, index: u64, sent_at: u64, resend: bool) {
+            let copies = 1 + u64::from(self.random.chance(self.link.duplicate_percent));
+            for _ in 0..copies {
+                let late = if self.random.chance(self.link.late_percent) {
+                    self.random.below(self.link.late_micros)
+                } else {
+                    0
+                };
+                self.schedule(sent_at + ONE_WAY_MICROS + late, Event::Packet { index, resend });
+            }
+        }
+
+        fn run(&mut self) {
+            while let Some(Reverse((at, _, event))) = self.agenda.pop() {
+                match event {
+                    Event::Poll => self.poll(at),
+                    Event::Packet { index, resend } => self.arrive(index, resend, at),
+                    Event::Nack { index } => {
+                        if !self.random.chance(self.link.loss_percent) {
+                            self.deliver(index, at, true);
+                        }
+                    }
+                }
+                self.check_batches();
+            }
+        }
+
+        fn poll(&mut self, at: u64) {
+            let mut asked = [0; MISSING_MAX];
+            let was_due = self.stream.next_nack_at() <= Time::from_micros(at);
+            let poll = self
+                .stream
+                .poll_nack(Time::from_micros(at), Duration::from_micros(2 * ONE_WAY_MICROS), &mut asked);
+            assert!(was_due || poll == NackPoll::default(), "what was due was announced");
+            let newest = self.newest.unwrap_or(0);
+            let mut before = None;
+            for seq in &asked[..poll.count] {
+                let index = newest - u64::from((self.first_seq.wrapping_add(newest as u16)).wrapping_sub(*seq));
+                assert!(before.is_none_or(|before| before < index), "sorted");
+                before = Some(index);
+                let fate = self.fates.entry(index).or_default();
+                assert_eq!((fate.originals, fate.resends), (0, 0), "only what is missing is asked for");
+                let noticed = fate.noticed.expect("noticed before asked for");
+                assert!(at - fate.asked.last().copied().unwrap_or(noticed) >= 10_000, "never in haste");
+                assert!(at - noticed <= 1_000_000 && fate.asked.len() < usize::from(TRIES_MAX));
+                fate.asked.push(at);
+                if !self.random.chance(self.link.loss_percent) {
+                    self.schedule(at + ONE_WAY_MICROS, Event::Nack { index });
+                }
+            }
+        }
+
+        fn arrive(&mut self, index: u64, resend: bool, at: u64) {
+            let seq = self.first_seq.wrapping_add(index as u16);
+            let arrival = self
+                .stream
+                .handle_packet(seq, (index * 90) as u32, Time::from_micros(at), resend && self.link.rtx);
+            if self.newest.is_none() {
+                assert_eq!(arrival, Arrival::New { gap: 0 });
+                self.oldest = index;
+            }
+            self.oldest = self.oldest.min(index);
+            self.arrivals += 1;
+            let newest = *self.newest.get_or_insert(index);
+            for missing in newest + 1..index {
+                self.fates.entry(missing).or_default().noticed = Some(at);
+            }
+            self.newest = Some(newest.max(index));
+            let fate = self.fates.entry(index).or_default();
+            let known = fate.originals + fate.resends > 0;
+            let counts_as_original = if self.link.rtx { !resend } else { fate.asked.is_empty() };
+            *(if resend { &mut fate.resends } else { &mut fate.originals }) += 1;
+            match arrival {
+                Arrival::New { .. } => assert!(index >= newest && !known),
+                Arrival::Reordered => assert!(index < newest && !known && counts_as_original),
+                Arrival::Duplicate => assert!(known),
+                Arrival::TooOld => panic!("nothing is that late here"),
+                Arrival::Repaired { loss_to_repair } => {
+                    assert!(!known && !counts_as_original);
+                    let slack = if self.link.loss_percent <= 5 && self.link.late_percent == 0 {
+                        1_000
+                    } else {
+                        11_000
+                    };
+                    let truth = at - fate.noticed.expect("a hole was noticed");
+                    let told = loss_to_repair.map_or(truth, |told| told.as_micros() as u64);
+                    assert!(told.abs_diff(truth) <= slack, "{told} {truth}");
+                }
+            }
+            if counts_as_original && !fate.as_original && (self.link.rtx || !known) {
+                fate.as_original = true;
+                fate.reordered = index < newest;
+            }
+        }
+
+        /// The batches hold exactly what is missing inside them.
+        fn check_batches(&self) {
+            let stream = &self.stream;
+            let mut total = 0;
+            for at in 0..usize::from(stream.batches_len) {
+                let first = stream.first_of(at);
+                let missing = (first..first + u64::from(stream.batches[at].len))
+                    .filter(|ext| !stream.state(*ext).0)
+                    .count();
+                assert_eq!(missing, usize::from(stream.batches[at].missing));
+                assert!(missing > 0);
+                total += missing;
+            }
+            assert_eq!(total, usize::from(stream.missing));
+            assert!(total <= MISSING_MAX);
+        }
+
+        fn truth(&self) -> ReceiveCounts {
+            let seen = || self.fates.values().filter(|fate| fate.originals + fate.resends > 0);
+            let expected = self.newest.unwrap() - self.oldest + 1;
+            let received = seen().filter(|fate| fate.as_original).count() as u64;
+            let repaired = seen().count() as u64 - received;
+            ReceiveCounts {
+                expected,
+                received,
+                reordered: seen().filter(|fate| fate.as_original && fate.reordered).count() as u64,
+                repaired,
+                duplicate: self.arrivals - seen().count() as u64,
+                too_old: 0,
+                lost_network: expected - received,
+                lost: expected - received - repaired,
+            }
+        }
+    }
+
+    #[test]
+    fn every_counter_agrees_with_the_log_of_a_seeded_link() {
+        let mut repaired = [0, 0];
+        for seed in 0..120 {
+            for rtx in [false, true] {
+                let mut simulation = Simulation::new(seed, rtx);
+                simulation.run();
+                let counts = simulation.stream.counts();
+                assert_eq!(counts, simulation.truth(), "seed {seed}, rtx {rtx}");
+                assert_eq!(simulation.stream.missing, 0, "all was repaired or given up");
+                assert_eq!(simulation.stream.next_nack_at(), Time::MAX);
+                repaired[usize::from(rtx)] += counts.repaired;
+            }
+        }
+        assert!(repaired.iter().all(|repaired| *repaired > 10_000), "{repaired:?}");
+    }
+
+    fn ms(millis: u64) -> Time {
+        Time::from_millis(millis)
+    }
+
+    fn poll(stream: &mut ReceiveStream, now: Time) -> (Vec<u16>, u32) {
+        let mut out = [0; MISSING_MAX];
+        let poll = stream.poll_nack(now, Duration::from_millis(10), &mut out);
+        (out[..poll.count].to_vec(), poll.gave_up)
+    }
+
+    #[test]
+    fn a_gap_is_asked_for_after_the_reorder_tolerance_and_ten_times_at_most() {
+        let mut stream = ReceiveStream::new(48_000);
+        stream.handle_packet(65_534, 0, ms(0), false);
+        assert_eq!(stream.next_nack_at(), Time::MAX);
+        assert_eq!(stream.handle_packet(1, 0, ms(100), false), Arrival::New { gap: 2 });
+        assert_eq!(stream.next_nack_at(), ms(110));
+        assert_eq!(poll(&mut stream, ms(109)), (vec![], 0));
+        let mut asked = Vec::new();
+        let mut gave_up = 0;
+        while stream.next_nack_at() != Time::MAX {
+            let now = stream.next_nack_at();
+            let (seqs, gone) = poll(&mut stream, now);
+            gave_up += gone;
+            if !seqs.is_empty() {
+                assert_eq!(seqs, [65_535, 0]);
+                asked.push(now);
+            }
+        }
+        assert_eq!(asked.len(), 10);
+        assert!(
+            asked.windows(2).all(|pair| pair[1].since(pair[0]) == Duration::from_millis(25)),
+            "min(2 RTT, 100 ms) + 5 ms"
+        );
+        assert_eq!(gave_up, 2);
+    }
+
+    #[test]
+    fn a_long_round_trip_gives_up_by_age() {
+        let mut stream = ReceiveStream::new(48_000);
+        stream.handle_packet(10, 0, ms(0), false);
+        stream.handle_packet(12, 0, ms(0), false);
+        let mut out = [0; MISSING_MAX];
+        assert_eq!(stream.poll_nack(ms(10), Duration::from_millis(400), &mut out).count, 1);
+        assert_eq!(stream.next_nack_at(), ms(510));
+        assert_eq!(stream.poll_nack(ms(510), Duration::from_millis(400), &mut out).count, 1);
+        assert_eq!(stream.next_nack_at(), ms(1_000));
+        assert_eq!(
+            stream.poll_nack(ms(1_000), Duration::from_millis(400), &mut out),
+            NackPoll { count: 0, gave_up: 1 }
+        );
+    }
+
+    #[test]
+    fn a_hostile_jump_makes_no_entries_and_a_restart_is_followed() {
+        let mut stream = ReceiveStream::new(90_000);
+        for seq in 1_000..1_010 {
+            stream.handle_packet(seq, 0, ms(0), false);
+        }
+        for seq in [31_000, 9_000, 60_000, 45_000] {
+            assert_eq!(stream.handle_packet(seq, 0, ms(1), false), Arrival::TooOld);
+        }
+        assert_eq!(stream.next_nack_at(), Time::MAX);
+        let before = stream.ext_seq();
+        assert_eq!(stream.handle_packet(45_001, 0, ms(2), false), Arrival::New { gap: 0 });
+        assert!(stream.ext_seq() > before);
+        assert_eq!(stream.handle_packet(45_003, 0, ms(2), false), Arrival::New { gap: 1 });
+        let counts = stream.counts();
+        assert_eq!((counts.expected, counts.received, counts.lost_network, counts.too_old), (13, 12, 1, 4));
+    }
+
+    #[test]
+    fn a_gap_beyond_the_limit_is_given_up_but_for_its_newest_part() {
+        let mut stream = ReceiveStream::new(90_000);
+        stream.handle_packet(0, 0, ms(0), false);
+        assert_eq!(stream.handle_packet(2_001, 0, ms(0), false), Arrival::New { gap: 2_000 });
+        let (seqs, gave_up) = poll(&mut stream, ms(20));
+        assert_eq!((seqs.len(), seqs[0], seqs[127], gave_up), (128, 1_873, 2_000, 2_000 - 128));
+        assert_eq!(stream.handle_packet(1_500, 0, ms(21), false), Arrival::Reordered);
+        assert_eq!(stream.counts().lost_network, 1_999);
+    }
+
+    #[test]
+    fn the_first_packet_may_be_overtaken() {
+        let mut stream = ReceiveStream::new(90_000);
+        assert_eq!(stream.handle_packet(77, 0, ms(0), true), Arrival::TooOld, "a resend alone starts nothing");
+        stream.handle_packet(1, 0, ms(0), false);
+        assert_eq!(stream.handle_packet(65_535, 0, ms(1), false), Arrival::Reordered);
+        assert_eq!(stream.handle_packet(0, 0, ms(1), false), Arrival::Reordered);
+        assert_eq!(stream.handle_packet(65_400, 0, ms(1), false), Arrival::TooOld);
+        assert_eq!(
+            stream.handle_packet(65_534, 0, ms(1), true),
+            Arrival::TooOld,
+            "nor does it lengthen the past"
+        );
+        assert_eq!((stream.counts().expected, stream.counts().received), (3, 3));
+    }
+
+    #[test]
+    fn an_original_after_its_resend_makes_the_resend_the_duplicate() {
+        let mut stream = ReceiveStream::new(90_000);
+        stream.handle_packet(5, 0, ms(0), false);
+        stream.handle_packet(7, 0, ms(0), false);
+        poll(&mut stream, ms(10));
+        assert_eq!(
+            stream.handle_packet(6, 0, ms(30), true),
+            Arrival::Repaired {
+                loss_to_repair: Some(Duration::from_millis(30))
+            }
+        );
+        assert_eq!((stream.counts().lost_network, stream.counts().repaired, stream.counts().lost), (1, 1, 0));
+        assert_eq!(stream.handle_packet(6, 0, ms(40), false), Arrival::Duplicate);
+        assert_eq!((stream.counts().lost_network, stream.counts().repaired, stream.counts().lost), (0, 0, 0));
+        assert_eq!(
+            stream.handle_packet(8, 0, ms(41), true),
+            Arrival::Repaired { loss_to_repair: None },
+            "a resend may run ahead"
+        );
+        assert_eq!(stream.handle_packet(8, 0, ms(42), false), Arrival::Duplicate);
+        assert_eq!((stream.counts().received, stream.counts().reordered), (4, 2));
+    }
+
+    #[test]
+    fn report_blocks_count_originals_since_the_last_one() {
+        let mut stream = ReceiveStream::new(48_000);
+        assert_eq!(stream.report_block(ms(0)), None);
+        let feed = |stream: &mut ReceiveStream, seqs: &[u16]| {
+            for seq in seqs {
+                stream.handle_packet(*seq, 0, ms(0), false);
+            }
+        };
+        feed(&mut stream, &[65_533, 65_535, 0, 2]);
+        stream.handle_sender_report(0x1234_5678_9ABC_DEF0, ms(1_000));
+        let report = stream.report_block(ms(1_500)).unwrap();
+        assert_eq!(
+            (report.fraction_lost, report.cumulative_lost, report.extended_highest_seq),
+            (85, 2, 65_538)
+        );
+        assert_eq!((report.lsr, report.dlsr), (0x5678_9ABC, 32_768));
+        feed(&mut stream, &[1, 3, 3, 4]);
+        let report = stream.report_block(ms(2_000)).unwrap();
+        assert_eq!(
+            (report.fraction_lost, report.cumulative_lost),
+            (0, 1),
+            "a late original makes up for its loss"
+        );
+        feed(&mut stream, &[2_900]);
+        assert_eq!(stream.report_block(ms(2_000)).unwrap().fraction_lost, 255);
+    }
+
+    #[test]
+    fn jitter_follows_the_rfc_formula_over_one_packet_a_timestamp() {
+        let mut stream = ReceiveStream::new(48_000);
+        let (mut expected, mut random, mut late_before) = (0f64, Random(3), 0f64);
+        for index in 0..2_000u64 {
+            let late = random.below(5_000);
+            let now = Time::from_micros(index * 20_000 + late);
+            stream.handle_packet(index as u16, (index * 960) as u32, now, false);
+            stream.handle_packet((index + 30_000) as u16, 7, now, false);
+            if index > 0 {
+                expected += ((late as f64 - late_before).abs() - expected) / 16.0;
+            }
+            late_before = late as f64;
+        }
+        let jitter = stream.jitter().as_micros() as f64;
+        assert!((jitter - expected).abs() < 40.0, "{jitter} {expected}");
+        let before = stream.jitter();
+        stream.handle_packet(2_000, 0x8000_0000, ms(40_000), false);
+        assert_eq!(stream.jitter(), before, "a new timestamp origin is no jitter");
+    }
+
+    #[test]
+    fn wild_sequence_numbers_do_no_harm() {
+        for seed in 0..100 {
+            let mut random = Random(seed);
+            let mut stream = ReceiveStream::new(90_000);
+            let (mut seq, mut now) = (random.next() as u16, Time::ZERO);
+            for step in 0..5_000u64 {
+                now += Duration::from_micros(random.below(3_000));
+                seq = match random.below(40) {
+                    0 => random.next() as u16,
+                    1 => seq.wrapping_add(random.below(3_500) as u16),
+                    2..8 => seq.wrapping_sub(random.below(1_300) as u16),
+                    _ => seq.wrapping_add(1),
+                };
+                stream.handle_packet(seq, random.next() as u32, now, random.chance(10));
+                if step % 3 == 0 {
+                    poll(&mut stream, now);
+                }
+                stream.report_block(now);
+                let counts = stream.counts();
+                assert_eq!(counts.expected, counts.received + counts.repaired + counts.lost);
+                assert_eq!(counts.received + counts.repaired + counts.duplicate + counts.too_old, step + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn the_state_stays_small() {
+        assert!(size_of::<ReceiveStream>() <= 700, "{}", size_of::<ReceiveStream>());
+    }
+}

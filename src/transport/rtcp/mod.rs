@@ -1,0 +1,117 @@
+//! RTCP without allocation: a [`Writer`] of compound packets into a lent buffer, and [`packets`], a walk over what came in.
+//!
+//! RFC 3550 (SR, RR, SDES, BYE), RFC 4585 (NACK, PLI), RFC 5104 (FIR), RFC 3611 (XR), draft-alvestrand-rmcat-remb.
+
+mod read;
+mod write;
+
+use std::time::Duration;
+
+pub use read::{DlrrBlocks, FirEntries, Malformed, NackSeqs, Packet, Packets, ReportBlocks, SdesChunk, SdesChunks, Ssrcs, packets};
+pub use write::{WriteError, Writer};
+
+/// A sender report's own part (RFC 3550, section 6.4.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SenderInfo {
+    pub ssrc: u32,
+    /// 32.32 fixed point seconds since 1900.
+    pub ntp: u64,
+    /// The same moment in units of the media's clock rate.
+    pub rtp_time: u32,
+    /// Packets sent since the start; wraps.
+    pub packets: u32,
+    /// Payload bytes sent since the start, without headers and padding; wraps.
+    pub octets: u32,
+}
+
+/// What a receiver says about one source (RFC 3550, section 6.4.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReportBlock {
+    pub ssrc: u32,
+    /// Since the previous report, in 1/256.
+    pub fraction_lost: u8,
+    /// In packets, negative if duplicates outnumber losses. 24 bits on the wire: written values stop at either end, as RFC 3550, appendix A.3 has it.
+    pub cumulative_lost: i32,
+    /// Rollover count above the highest sequence number.
+    pub extended_highest_seq: u32,
+    /// In units of the media's clock rate.
+    pub jitter: u32,
+    /// The middle 32 bits of the last sender report's NTP stamp; zero if there was none.
+    pub lsr: u32,
+    /// From that report's arrival to this one's sending, in 1/65,536 s.
+    pub dlsr: u32,
+}
+
+/// One sub-block of a DLRR report (RFC 3611, section 4.5): a receiver without media learns its RTT from it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DlrrBlock {
+    /// The receiver whose RRTR is answered.
+    pub ssrc: u32,
+    /// The middle 32 bits of the RRTR's NTP stamp; zero if there was none.
+    pub last_rr: u32,
+    /// From its arrival to this report's sending, in 1/65,536 s.
+    pub delay_since_last_rr: u32,
+}
+
+/// The round-trip time that a report block (or a DLRR sub-block) shows (RFC 3550, section 6.4.1).
+///
+/// `now_ntp_middle` is the middle of our NTP clock at the report's arrival ([`crate::units::ntp_middle`]).
+/// `None` if the peer had nothing to refer to (`lsr` = 0), or if its delay exceeds the time that has passed.
+pub fn rtt_from_report(now_ntp_middle: u32, lsr: u32, dlsr: u32) -> Option<Duration> {
+    if lsr == 0 {
+        return None;
+    }
+    // The stamps wrap every 18 hours. Their distance is below half of that, or the peer is making it up.
+    let since_sr = i64::from(now_ntp_middle.wrapping_sub(lsr) as i32);
+    let rtt = u64::try_from(since_sr - i64::from(dlsr)).ok()?;
+    Some(Duration::from_nanos((rtt * 1_000_000_000) >> 16))
+}
+
+const VERSION: u8 = 2;
+const SENDER_REPORT: u8 = 200;
+const RECEIVER_REPORT: u8 = 201;
+const SOURCE_DESCRIPTION: u8 = 202;
+const GOODBYE: u8 = 203;
+const TRANSPORT_FEEDBACK: u8 = 205;
+const PAYLOAD_FEEDBACK: u8 = 206;
+const EXTENDED_REPORT: u8 = 207;
+
+const SDES_CNAME: u8 = 1;
+const FMT_NACK: u8 = 1;
+const FMT_TRANSPORT_CC: u8 = 15;
+const FMT_PLI: u8 = 1;
+const FMT_FIR: u8 = 4;
+const FMT_APPLICATION_LAYER: u8 = 15;
+const REMB_NAME: [u8; 4] = *b"REMB";
+const BLOCK_RRTR: u8 = 4;
+const BLOCK_DLRR: u8 = 5;
+const REPORT_BLOCK_LEN: usize = 24;
+const DLRR_BLOCK_LEN: usize = 12;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_round_trip_time_survives_a_wrapping_clock_and_refuses_nonsense() {
+        const SECOND: u32 = 1 << 16;
+        for (now, lsr, dlsr, expected) in [
+            (10 * SECOND, 5 * SECOND, 2 * SECOND, Some(Duration::from_secs(3))),
+            (SECOND, 0u32.wrapping_sub(SECOND), SECOND / 2, Some(Duration::from_millis(1_500))),
+            (10 * SECOND, 10 * SECOND, 0, Some(Duration::ZERO)),
+            (10 * SECOND, 0, 0, None),
+            (10 * SECOND, 9 * SECOND, SECOND + 1, None),
+            (10 * SECOND, 11 * SECOND, 0, None),
+            (10 * SECOND, 9 * SECOND, u32::MAX, None),
+            (0x8000_0000, 1, 0, Some(Duration::from_nanos((((1u64 << 31) - 1) * 1_000_000_000) >> 16))),
+        ] {
+            assert_eq!(rtt_from_report(now, lsr, dlsr), expected, "{now} {lsr} {dlsr}");
+        }
+    }
+
+    #[test]
+    fn the_example_of_rfc_3550_gives_its_own_answer() {
+        let rtt = rtt_from_report(0xb710_8000, 0xb705_2000, 0x0005_4000).unwrap();
+        assert_eq!(rtt, Duration::from_millis(6_125));
+    }
+}

@@ -1,0 +1,577 @@
+//! The walk over a compound packet of unknown honesty.
+
+use std::slice;
+
+use super::{
+    BLOCK_DLRR, BLOCK_RRTR, DLRR_BLOCK_LEN, DlrrBlock, EXTENDED_REPORT, FMT_APPLICATION_LAYER, FMT_FIR, FMT_NACK, FMT_PLI, FMT_TRANSPORT_CC, GOODBYE,
+    PAYLOAD_FEEDBACK, RECEIVER_REPORT, REMB_NAME, REPORT_BLOCK_LEN, ReportBlock, SDES_CNAME, SENDER_REPORT, SOURCE_DESCRIPTION, SenderInfo,
+    TRANSPORT_FEEDBACK, VERSION,
+};
+use crate::transport::rtp::be32;
+use crate::transport::sequence::Seq;
+use crate::units::Bitrate;
+
+/// One packet of a compound, borrowing its lists from it.
+#[derive(Clone, Debug)]
+pub enum Packet<'a> {
+    SenderReport {
+        sender: SenderInfo,
+        reports: ReportBlocks<'a>,
+    },
+    ReceiverReport {
+        ssrc: u32,
+        reports: ReportBlocks<'a>,
+    },
+    Sdes {
+        chunks: SdesChunks<'a>,
+    },
+    Bye {
+        sources: Ssrcs<'a>,
+        reason: Option<&'a [u8]>,
+    },
+    Nack {
+        sender_ssrc: u32,
+        media_ssrc: u32,
+        /// Up to 17 for each four bytes; in the sender's order, repetitions included.
+        seqs: NackSeqs<'a>,
+    },
+    /// Transport-wide feedback (draft-holmer-rmcat-transport-wide-cc-extensions-01) from its base sequence number on.
+    TransportCc {
+        sender_ssrc: u32,
+        media_ssrc: u32,
+        body: &'a [u8],
+    },
+    Pli {
+        sender_ssrc: u32,
+        media_ssrc: u32,
+    },
+    Fir {
+        sender_ssrc: u32,
+        /// (media SSRC, command sequence number): a repeated number is a repeated request, not a new one.
+        entries: FirEntries<'a>,
+    },
+    Remb {
+        sender_ssrc: u32,
+        bitrate: Bitrate,
+        sources: Ssrcs<'a>,
+    },
+    Xr {
+        ssrc: u32,
+        /// The receiver's NTP stamp.
+        rrtr: Option<u64>,
+        dlrr: DlrrBlocks<'a>,
+    },
+    /// APP, and whatever else we have no use for.
+    Unknown {
+        payload_type: u8,
+        /// Report count, subtype or feedback message type.
+        count: u8,
+        body: &'a [u8],
+    },
+}
+
+/// What was wrong with a packet. The caller counts it; nothing of that packet was used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Malformed {
+    /// The version is not 2, or length or padding run past the end: where the next packet starts is unknown, so the walk ends.
+    Framing,
+    /// The contents contradict the packet's own length. The walk goes on behind it.
+    Contents,
+}
+
+/// Walks the packets of a compound (or of a reduced-size one, RFC 5506).
+pub const fn packets(compound: &[u8]) -> Packets<'_> {
+    Packets { rest: compound }
+}
+
+#[derive(Clone, Debug)]
+pub struct Packets<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Iterator for Packets<'a> {
+    type Item = Result<Packet<'a>, Malformed>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.rest.is_empty() {
+            return None;
+        }
+        let Some(frame) = Frame::split(self.rest) else {
+            self.rest = &[];
+            return Some(Err(Malformed::Framing));
+        };
+        self.rest = frame.rest;
+        Some(frame.packet().ok_or(Malformed::Contents))
+    }
+}
+
+struct Frame<'a> {
+    payload_type: u8,
+    count: u8,
+    /// Behind the four-byte header, without padding.
+    body: &'a [u8],
+    rest: &'a [u8],
+}
+
+impl<'a> Frame<'a> {
+    fn split(compound: &'a [u8]) -> Option<Frame<'a>> {
+        let (&[flags, payload_type, l0, l1], behind) = compound.split_first_chunk()?;
+        if flags >> 6 != VERSION {
+            return None;
+        }
+        let (padded, rest) = behind.split_at_checked(4 * usize::from(u16::from_be_bytes([l0, l1])))?;
+        let body = if flags & 0x20 == 0 { padded } else { without_padding(padded)? };
+        Some(Frame {
+            payload_type,
+            count: flags & 0x1F,
+            body,
+            rest,
+        })
+    }
+
+    fn packet(&self) -> Option<Packet<'a>> {
+        match (self.payload_type, self.count) {
+            (SENDER_REPORT, _) => self.sender_report(),
+            (RECEIVER_REPORT, _) => self.receiver_report(),
+            (SOURCE_DESCRIPTION, _) => self.sdes(),
+            (GOODBYE, _) => self.bye(),
+            (TRANSPORT_FEEDBACK, FMT_NACK) => self.nack(),
+            (TRANSPORT_FEEDBACK, FMT_TRANSPORT_CC) => self.transport_cc(),
+            (PAYLOAD_FEEDBACK, FMT_PLI) => self.pli(),
+            (PAYLOAD_FEEDBACK, FMT_FIR) => self.fir(),
+            (PAYLOAD_FEEDBACK, FMT_APPLICATION_LAYER) => self.remb(),
+            (EXTENDED_REPORT, _) => self.xr(),
+            _ => Some(self.unknown()),
+        }
+    }
+
+    fn sender_report(&self) -> Option<Packet<'a>> {
+        let (own, blocks) = self.body.split_first_chunk::<24>()?;
+        let sender = SenderInfo {
+            ssrc: be32(own, 0)?,
+            ntp: be64(own, 4)?,
+            rtp_time: be32(own, 12)?,
+            packets: be32(own, 16)?,
+            octets: be32(own, 20)?,
+        };
+        Some(Packet::SenderReport {
+            sender,
+            reports: self.reports(blocks)?,
+        })
+    }
+
+    fn receiver_report(&self) -> Option<Packet<'a>> {
+        let (ssrc, blocks) = self.body.split_first_chunk()?;
+        Some(Packet::ReceiverReport {
+            ssrc: u32::from_be_bytes(*ssrc),
+            reports: self.reports(blocks)?,
+        })
+    }
+
+    /// What lies behind the counted blocks is a profile's extension: ignored.
+    fn reports(&self, blocks: &'a [u8]) -> Option<ReportBlocks<'a>> {
+        let (blocks, _) = blocks.as_chunks();
+        Some(ReportBlocks {
+            blocks: blocks.get(..usize::from(self.count))?.iter(),
+        })
+    }
+
+    fn sdes(&self) -> Option<Packet<'a>> {
+        let chunks = SdesChunks {
+            rest: self.body,
+            remaining: self.count,
+        };
+        (chunks.clone().count() == usize::from(self.count)).then_some(Packet::Sdes { chunks })
+    }
+
+    fn bye(&self) -> Option<Packet<'a>> {
+        let (sources, text) = self.body.split_at_checked(4 * usize::from(self.count))?;
+        let reason = match text.split_first() {
+            None => None,
+            Some((&len, text)) => Some(text.get(..usize::from(len))?),
+        };
+        Some(Packet::Bye {
+            sources: Ssrcs::new(sources),
+            reason,
+        })
+    }
+
+    fn nack(&self) -> Option<Packet<'a>> {
+        let (sender_ssrc, media_ssrc, body) = self.feedback()?;
+        let (pairs, []) = body.as_chunks() else {
+            return None;
+        };
+        Some(Packet::Nack {
+            sender_ssrc,
+            media_ssrc,
+            seqs: NackSeqs {
+                pairs: pairs.iter(),
+                pid: 0,
+                pending: 0,
+            },
+        })
+    }
+
+    fn transport_cc(&self) -> Option<Packet<'a>> {
+        let (sender_ssrc, media_ssrc, body) = self.feedback()?;
+        Some(Packet::TransportCc {
+            sender_ssrc,
+            media_ssrc,
+            body,
+        })
+    }
+
+    fn pli(&self) -> Option<Packet<'a>> {
+        let (sender_ssrc, media_ssrc, _) = self.feedback()?;
+        Some(Packet::Pli { sender_ssrc, media_ssrc })
+    }
+
+    fn fir(&self) -> Option<Packet<'a>> {
+        let (sender_ssrc, _, body) = self.feedback()?;
+        let (entries, []) = body.as_chunks() else {
+            return None;
+        };
+        Some(Packet::Fir {
+            sender_ssrc,
+            entries: FirEntries { entries: entries.iter() },
+        })
+    }
+
+    fn remb(&self) -> Option<Packet<'a>> {
+        let (sender_ssrc, _, body) = self.feedback()?;
+        let Some((&[r, e, m, b, count, head, middle, low], sources)) = body.split_first_chunk() else {
+            return Some(self.unknown());
+        };
+        if [r, e, m, b] != REMB_NAME {
+            return Some(self.unknown());
+        }
+        let sources = sources.get(..4 * usize::from(count))?;
+        let mantissa = u64::from(u32::from_be_bytes([0, head & 0x03, middle, low]));
+        let bps = mantissa.saturating_mul(1 << (head >> 2));
+        Some(Packet::Remb {
+            sender_ssrc,
+            bitrate: Bitrate::from_bps(bps),
+            sources: Ssrcs::new(sources),
+        })
+    }
+
+    fn xr(&self) -> Option<Packet<'a>> {
+        let (ssrc, blocks) = self.body.split_first_chunk()?;
+        let mut blocks = XrBlocks { rest: blocks };
+        let dlrr = DlrrBlocks {
+            blocks: blocks.clone(),
+            current: [].iter(),
+        };
+        let mut rrtr = None;
+        for (kind, contents) in blocks.by_ref() {
+            if kind == BLOCK_RRTR {
+                rrtr = Some(be64(contents, 0)?);
+            }
+        }
+        blocks.rest.is_empty().then_some(Packet::Xr {
+            ssrc: u32::from_be_bytes(*ssrc),
+            rrtr,
+            dlrr,
+        })
+    }
+
+    fn unknown(&self) -> Packet<'a> {
+        Packet::Unknown {
+            payload_type: self.payload_type,
+            count: self.count,
+            body: self.body,
+        }
+    }
+
+    /// Sender, media source and feedback control information (RFC 4585, section 6.1).
+    fn feedback(&self) -> Option<(u32, u32, &'a [u8])> {
+        Some((be32(self.body, 0)?, be32(self.body, 4)?, self.body.get(8..)?))
+    }
+}
+
+/// RFC 3550 wants whole words of padding. The webrtc-rs family writes fewer bytes behind a BYE, so any count that fits is taken.
+fn without_padding(padded: &[u8]) -> Option<&[u8]> {
+    let count = usize::from(*padded.last()?);
+    if count == 0 {
+        return None;
+    }
+    padded.get(..padded.len().checked_sub(count)?)
+}
+
+fn be64(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+#[derive(Clone, Debug)]
+pub struct ReportBlocks<'a> {
+    blocks: slice::Iter<'a, [u8; REPORT_BLOCK_LEN]>,
+}
+
+impl Iterator for ReportBlocks<'_> {
+    type Item = ReportBlock;
+
+    fn next(&mut self) -> Option<ReportBlock> {
+        let block = self.blocks.next()?;
+        let lost = be32(block, 4)?;
+        Some(ReportBlock {
+            ssrc: be32(block, 0)?,
+            fraction_lost: (lost >> 24) as u8,
+            // Shifted up and back down to carry the 24-bit sign.
+            cumulative_lost: ((lost << 8) as i32) >> 8,
+            extended_highest_seq: be32(block, 8)?,
+            jitter: be32(block, 12)?,
+            lsr: be32(block, 16)?,
+            dlsr: be32(block, 20)?,
+        })
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.blocks.size_hint()
+    }
+}
+
+impl ExactSizeIterator for ReportBlocks<'_> {}
+
+#[derive(Clone, Debug)]
+pub struct Ssrcs<'a> {
+    words: slice::Iter<'a, [u8; 4]>,
+}
+
+impl<'a> Ssrcs<'a> {
+    fn new(bytes: &'a [u8]) -> Ssrcs<'a> {
+        Ssrcs {
+            words: bytes.as_chunks().0.iter(),
+        }
+    }
+}
+
+impl Iterator for Ssrcs<'_> {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        self.words.next().map(|word| u32::from_be_bytes(*word))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.words.size_hint()
+    }
+}
+
+impl ExactSizeIterator for Ssrcs<'_> {}
+
+/// The sequence numbers of PID/BLP pairs (RFC 4585, section 6.2.1).
+#[derive(Clone, Debug)]
+pub struct NackSeqs<'a> {
+    pairs: slice::Iter<'a, [u8; 4]>,
+    pid: u16,
+    /// Bit n: PID + n is still to be told.
+    pending: u32,
+}
+
+impl Iterator for NackSeqs<'_> {
+    type Item = Seq;
+
+    fn next(&mut self) -> Option<Seq> {
+        if self.pending == 0 {
+            let [p0, p1, b0, b1] = *self.pairs.next()?;
+            self.pid = u16::from_be_bytes([p0, p1]);
+            self.pending = u32::from(u16::from_be_bytes([b0, b1])) << 1 | 1;
+        }
+        let offset = self.pending.trailing_zeros() as u16;
+        self.pending &= self.pending - 1;
+        Some(Seq(self.pid).wrapping_add(offset))
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct FirEntries<'a> {
+    entries: slice::Iter<'a, [u8; 8]>,
+}
+
+impl Iterator for FirEntries<'_> {
+    type Item = (u32, u8);
+
+    fn next(&mut self) -> Option<(u32, u8)> {
+        let [a, b, c, d, command, ..] = *self.entries.next()?;
+        Some((u32::from_be_bytes([a, b, c, d]), command))
+    }
+}
+
+/// What a source says about itself. Of the items only the CNAME is of use to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SdesChunk<'a> {
+    pub ssrc: u32,
+    pub cname: Option<&'a [u8]>,
+}
+
+#[derive(Clone, Debug)]
+pub struct SdesChunks<'a> {
+    rest: &'a [u8],
+    remaining: u8,
+}
+
+impl<'a> Iterator for SdesChunks<'a> {
+    type Item = SdesChunk<'a>;
+
+    fn next(&mut self) -> Option<SdesChunk<'a>> {
+        self.remaining = self.remaining.checked_sub(1)?;
+        let (ssrc, items) = self.rest.split_first_chunk()?;
+        let mut chunk = SdesChunk {
+            ssrc: u32::from_be_bytes(*ssrc),
+            cname: None,
+        };
+        let mut at = 0;
+        loop {
+            let kind = *items.get(at)?;
+            if kind == 0 {
+                break;
+            }
+            let text_at = at + 2;
+            let text = items.get(text_at..text_at + usize::from(*items.get(at + 1)?))?;
+            if kind == SDES_CNAME {
+                chunk.cname = Some(text);
+            }
+            at = text_at + text.len();
+        }
+        // The end mark and zeros up to the next 32-bit boundary.
+        self.rest = items.get((at + 1).next_multiple_of(4)..)?;
+        Some(chunk)
+    }
+}
+
+/// Report blocks of an XR packet, (type, contents). Stops in front of one that runs past the end.
+#[derive(Clone, Debug)]
+struct XrBlocks<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Iterator for XrBlocks<'a> {
+    type Item = (u8, &'a [u8]);
+
+    fn next(&mut self) -> Option<(u8, &'a [u8])> {
+        let (&[kind, _, l0, l1], behind) = self.rest.split_first_chunk()?;
+        let (contents, rest) = behind.split_at_checked(4 * usize::from(u16::from_be_bytes([l0, l1])))?;
+        self.rest = rest;
+        Some((kind, contents))
+    }
+}
+
+/// The sub-blocks of all DLRR blocks of an XR packet.
+#[derive(Clone, Debug)]
+pub struct DlrrBlocks<'a> {
+    blocks: XrBlocks<'a>,
+    current: slice::Iter<'a, [u8; DLRR_BLOCK_LEN]>,
+}
+
+impl Iterator for DlrrBlocks<'_> {
+    type Item = DlrrBlock;
+
+    fn next(&mut self) -> Option<DlrrBlock> {
+        loop {
+            if let Some(block) = self.current.next() {
+                return Some(DlrrBlock {
+                    ssrc: be32(block, 0)?,
+                    last_rr: be32(block, 4)?,
+                    delay_since_last_rr: be32(block, 8)?,
+                });
+            }
+            let (_, contents) = self.blocks.find(|(kind, _)| *kind == BLOCK_DLRR)?;
+            self.current = contents.as_chunks().0.iter();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_length_ends_the_walk_and_broken_contents_do_not() {
+        let pli = [0x81, 206, 0, 2, 0, 0, 0, 1, 0, 0, 0, 2];
+        let hollow_sr = [0x80, 200, 0, 1, 0, 0, 0, 1];
+        let compound = [&hollow_sr[..], &pli, &[0x81, 206, 0, 3, 0, 0, 0, 1]].concat();
+        let mut walk = packets(&compound);
+        assert!(matches!(walk.next(), Some(Err(Malformed::Contents))));
+        assert!(matches!(
+            walk.next(),
+            Some(Ok(Packet::Pli {
+                sender_ssrc: 1,
+                media_ssrc: 2
+            }))
+        ));
+        assert!(matches!(walk.next(), Some(Err(Malformed::Framing))));
+        assert!(walk.next().is_none());
+    }
+
+    #[test]
+    fn padding_is_cut_and_a_false_count_is_an_error() {
+        for (padding, expected) in [
+            (1, None),
+            (3, None),
+            (8, None),
+            (9, Some(Malformed::Contents)),
+            (12, Some(Malformed::Contents)),
+            (13, Some(Malformed::Framing)),
+            (0, Some(Malformed::Framing)),
+        ] {
+            let packet = [0xA0, 201, 0, 3, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, padding];
+            let parsed = packets(&packet).next().unwrap();
+            assert_eq!(parsed.as_ref().err(), expected.as_ref(), "{padding}");
+            assert!(parsed.is_err() || matches!(parsed, Ok(Packet::ReceiverReport { ssrc: 7, .. })));
+        }
+    }
+
+    #[test]
+    fn losses_are_signed_24_bit_numbers() {
+        for (wire, expected) in [
+            ([0, 0, 1], 1),
+            ([0x7F, 0xFF, 0xFF], 8_388_607),
+            ([0xFF, 0xFF, 0xFF], -1),
+            ([0x80, 0, 0], -8_388_608),
+        ] {
+            let mut packet = [0; 32];
+            packet[..8].copy_from_slice(&[0x81, 201, 0, 7, 0, 0, 0, 1]);
+            packet[13..16].copy_from_slice(&wire);
+            let Some(Ok(Packet::ReceiverReport { mut reports, .. })) = packets(&packet).next() else {
+                panic!()
+            };
+            assert_eq!(reports.next().unwrap().cumulative_lost, expected);
+        }
+    }
+
+    #[test]
+    fn a_nack_unfolds_across_the_wrap() {
+        let packet = [0x81, 205, 0, 4, 0, 0, 0, 1, 0, 0, 0, 2, 0xFF, 0xFE, 0x80, 0x05, 0, 100, 0, 0];
+        let Some(Ok(Packet::Nack {
+            sender_ssrc: 1,
+            media_ssrc: 2,
+            seqs,
+        })) = packets(&packet).next()
+        else {
+            panic!()
+        };
+        assert_eq!(seqs.map(|seq| seq.0).collect::<Vec<_>>(), [65_534, 65_535, 1, 14, 100]);
+    }
+
+    #[test]
+    fn an_absurd_remb_saturates() {
+        let packet = [0x8F, 206, 0, 4, 0, 0, 0, 1, 0, 0, 0, 0, b'R', b'E', b'M', b'B', 0, 0xFF, 0xFF, 0xFF];
+        let Some(Ok(Packet::Remb { bitrate, .. })) = packets(&packet).next() else {
+            panic!()
+        };
+        assert_eq!(bitrate.bps(), u64::MAX);
+    }
+
+    #[test]
+    fn application_feedback_that_is_no_remb_is_unknown() {
+        let packet = [0x8F, 206, 0, 4, 0, 0, 0, 1, 0, 0, 0, 0, b'G', b'O', b'O', b'G', 0, 0xFF, 0xFF, 0xFF];
+        assert!(matches!(
+            packets(&packet).next(),
+            Some(Ok(Packet::Unknown {
+                payload_type: 206,
+                count: 15,
+                ..
+            }))
+        ));
+    }
+}

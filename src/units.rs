@@ -1,0 +1,213 @@
+//! Quantities that carry their unit: points in time, wall-clock anchors, bitrates.
+//!
+//! Below the worker thread nothing reads a clock: a [`Time`] comes in as an argument.
+
+use std::fmt;
+use std::ops::{Add, AddAssign, Sub};
+use std::str::FromStr;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// A point on the run's monotonic clock: nanoseconds since the run's [`Epoch`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Time(u64);
+
+impl Time {
+    pub const ZERO: Time = Time(0);
+    /// Later than every point that a run can reach; stands for "no deadline".
+    pub const MAX: Time = Time(u64::MAX);
+
+    pub const fn from_nanos(nanos: u64) -> Time {
+        Time(nanos)
+    }
+
+    pub const fn from_micros(micros: u64) -> Time {
+        Time(micros * 1_000)
+    }
+
+    pub const fn from_millis(millis: u64) -> Time {
+        Time(millis * 1_000_000)
+    }
+
+    pub const fn as_nanos(self) -> u64 {
+        self.0
+    }
+
+    pub const fn as_micros(self) -> u64 {
+        self.0 / 1_000
+    }
+
+    pub const fn as_millis(self) -> u64 {
+        self.0 / 1_000_000
+    }
+
+    /// This time, or the next whole multiple of `step` after it.
+    #[must_use]
+    pub const fn next_whole(self, step: Duration) -> Time {
+        Time(self.0.next_multiple_of(step.as_nanos() as u64))
+    }
+
+    /// The time that has passed since `earlier`; zero if `earlier` lies ahead.
+    pub const fn since(self, earlier: Time) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+
+    /// Whole microseconds since `earlier`; zero if `earlier` lies ahead.
+    pub const fn micros_since(self, earlier: Time) -> u64 {
+        self.0.saturating_sub(earlier.0) / 1_000
+    }
+}
+
+impl Add<Duration> for Time {
+    type Output = Time;
+
+    fn add(self, rhs: Duration) -> Time {
+        Time(self.0.saturating_add(u64::try_from(rhs.as_nanos()).unwrap_or(u64::MAX)))
+    }
+}
+
+impl AddAssign<Duration> for Time {
+    fn add_assign(&mut self, rhs: Duration) {
+        *self = *self + rhs;
+    }
+}
+
+impl Sub<Duration> for Time {
+    type Output = Time;
+
+    fn sub(self, rhs: Duration) -> Time {
+        Time(self.0.saturating_sub(u64::try_from(rhs.as_nanos()).unwrap_or(u64::MAX)))
+    }
+}
+
+/// Where a run's clock starts: one reading of the monotonic and of the wall clock, taken together.
+///
+/// Wall-clock times that leave the process (frame identity, NTP stamps) are derived from it, so they never step during a run.
+#[derive(Clone, Copy, Debug)]
+pub struct Epoch {
+    instant: Instant,
+    unix: Duration,
+}
+
+impl Epoch {
+    /// Reads both clocks. Only the edge (`main`, tests) calls this.
+    pub fn read() -> Epoch {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Epoch {
+            instant: Instant::now(),
+            unix,
+        }
+    }
+
+    /// Reads the monotonic clock. Only the edge (worker loop, signalling tasks) calls this.
+    pub fn now(&self) -> Time {
+        self.time(Instant::now())
+    }
+
+    pub fn time(&self, instant: Instant) -> Time {
+        Time::ZERO + instant.saturating_duration_since(self.instant)
+    }
+
+    pub fn instant(&self, time: Time) -> Instant {
+        self.instant + Duration::from_nanos(time.as_nanos())
+    }
+
+    /// Microseconds since 1970 at `time`, by the wall clock as it stood at the epoch.
+    pub fn unix_micros(&self, time: Time) -> u64 {
+        self.unix.as_micros() as u64 + time.as_micros()
+    }
+
+    /// The run time of a wall-clock stamp; `None` if it lies before the epoch.
+    pub fn time_of_unix_micros(&self, unix_micros: u64) -> Option<Time> {
+        unix_micros.checked_sub(self.unix.as_micros() as u64).map(Time::from_micros)
+    }
+
+    /// The NTP timestamp at `time` (RFC 3550, section 4): 32.32 fixed point, seconds since 1900.
+    pub fn ntp(&self, time: Time) -> u64 {
+        const UNIX_TO_NTP_SECONDS: u64 = 2_208_988_800;
+        let unix = self.unix + Duration::from_nanos(time.as_nanos());
+        let fraction = (u64::from(unix.subsec_nanos()) << 32) / 1_000_000_000;
+        ((unix.as_secs() + UNIX_TO_NTP_SECONDS) << 32) | fraction
+    }
+}
+
+/// The middle 32 bits of an NTP timestamp, as LSR and DLSR use them (RFC 3550, section 6.4.1): units of 1/65,536 s.
+pub const fn ntp_middle(ntp: u64) -> u32 {
+    (ntp >> 16) as u32
+}
+
+/// A rate in bits per second. Written `24k`, `1.5M` or bare `48000`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Bitrate(u64);
+
+impl Bitrate {
+    pub const fn from_bps(bps: u64) -> Bitrate {
+        Bitrate(bps)
+    }
+
+    pub const fn bps(self) -> u64 {
+        self.0
+    }
+}
+
+impl FromStr for Bitrate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Bitrate, String> {
+        let wrong = || format!("'{text}' is no bitrate: write 24k, 1.5M or bare bits per second (48000)");
+        let (digits, scale) = match text.char_indices().last() {
+            Some((at, 'k' | 'K')) => (&text[..at], 1e3),
+            Some((at, 'm' | 'M')) => (&text[..at], 1e6),
+            Some((at, 'g' | 'G')) => (&text[..at], 1e9),
+            _ => (text, 1.0),
+        };
+        let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+        let bps = digits.parse::<f64>().ok().filter(|_| plain).ok_or_else(wrong)? * scale;
+        if !(1.0..=1e12).contains(&bps) {
+            return Err(wrong());
+        }
+        Ok(Bitrate(bps.round() as u64))
+    }
+}
+
+impl fmt::Display for Bitrate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bps if bps >= 1_000_000 => write!(f, "{} Mbps", trimmed(bps as f64 / 1e6)),
+            bps if bps >= 1_000 => write!(f, "{} kbps", trimmed(bps as f64 / 1e3)),
+            bps => write!(f, "{bps} bps"),
+        }
+    }
+}
+
+fn trimmed(value: f64) -> String {
+    let text = format!("{value:.2}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bitrates_are_read_and_refused() {
+        for (text, bps) in [("24k", 24_000), ("1.5M", 1_500_000), ("48000", 48_000), ("2m", 2_000_000)] {
+            assert_eq!(text.parse::<Bitrate>().unwrap().bps(), bps);
+        }
+        for text in ["", "k", "-1", "0", "1e3", "nan", "fast", "1.2.3", "é", "5é"] {
+            assert!(text.parse::<Bitrate>().is_err(), "{text}");
+        }
+        assert_eq!(Bitrate::from_bps(1_500_000).to_string(), "1.5 Mbps");
+    }
+
+    #[test]
+    fn ntp_stamps_count_from_1900_in_32_32_fixed_point() {
+        let epoch = Epoch {
+            instant: Instant::now(),
+            unix: Duration::new(1, 500_000_000),
+        };
+        let ntp = epoch.ntp(Time::from_millis(250));
+        assert_eq!(ntp >> 32, 2_208_988_801);
+        assert_eq!(ntp as u32, 0xC000_0000);
+        assert_eq!(ntp_middle(ntp), ((2_208_988_801u64 as u32) << 16) | 0xC000);
+    }
+}

@@ -1,0 +1,350 @@
+//! The command line as users type it, up to the plan that comes out. Nothing is connected to.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use throng::cli::{Command, Run, UsageError, parse, parse_with};
+use throng::measure::Kind;
+use throng::plan::{Connection, Origin, Pacing};
+
+const FRESH: u64 = 0xC0FF_EE01_0000_0007;
+const TARGET: &[&str] = &["--url", "ws://127.0.0.1:7880", "--api-key", "devkey", "--api-secret", "hunter2"];
+
+fn command(args: &[&str], env: &[(&str, &str)]) -> Result<Command, UsageError> {
+    let lookup = |name: &str| env.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
+    parse_with(std::iter::once("throng").chain(args.iter().copied()).map(OsString::from), &lookup, FRESH)
+}
+
+fn run(args: &[&str], env: &[(&str, &str)]) -> Run {
+    match command(args, env) {
+        Ok(Command::Run(run)) => *run,
+        other => panic!("{args:?}: {other:?}"),
+    }
+}
+
+/// With a target on loopback.
+fn local(args: &[&str]) -> Run {
+    run(&[TARGET, args].concat(), &[])
+}
+
+fn refusal(args: &[&str], env: &[(&str, &str)]) -> String {
+    command(args, env).expect_err(&format!("{args:?} should be refused")).to_string()
+}
+
+fn local_refusal(args: &[&str]) -> String {
+    refusal(&[TARGET, args].concat(), &[])
+}
+
+const REMOTE: &[(&str, &str)] = &[
+    ("LIVEKIT_URL", "wss://sfu.example.com"),
+    ("LIVEKIT_API_KEY", "devkey"),
+    ("LIVEKIT_API_SECRET", "hunter2"),
+];
+
+#[test]
+fn a_named_target_and_nothing_else_gives_a_small_run() {
+    for args in [TARGET.to_vec(), [&["run"], TARGET].concat()] {
+        let run = run(&args, &[]);
+        let plan = &run.plan;
+        assert_eq!(
+            (
+                plan.total_participants(),
+                plan.total_published_tracks(Kind::Audio),
+                plan.total_published_tracks(Kind::Video)
+            ),
+            (11, 1, 1)
+        );
+        assert_eq!(
+            (plan.joins_per_second, plan.duration, plan.pacing),
+            (50.0, Duration::from_secs(15), Pacing::Paced)
+        );
+        assert_eq!(
+            (plan.connection, plan.target.origin, plan.seed, plan.run_tag),
+            (Connection::Dual, Origin::Flag, 7, 0xC0FF_EE01)
+        );
+        assert_eq!(
+            (
+                plan.video.width,
+                plan.video.height,
+                plan.video.frames_per_second,
+                plan.video.bitrate.bps()
+            ),
+            (1280, 720, 30, 2_000_000)
+        );
+        assert_eq!((plan.audio.bitrate.bps(), plan.audio.frame), (24_000, Duration::from_millis(20)));
+        assert_eq!(
+            (run.judging.max_loss_pct, run.judging.target_rtt, run.judging.thresholds.len()),
+            (1.0, None, 0)
+        );
+        assert_eq!(run.credentials.unwrap().api_secret, "hunter2");
+        assert!(!run.dry_run && !run.quiet && !run.no_live && run.threads.is_none() && run.warnings.is_empty());
+    }
+}
+
+#[test]
+fn shape_flags_mean_what_they_mean_in_lk() {
+    for publishers in ["--publishers", "--audio-publishers"] {
+        let plan = local(&[
+            publishers,
+            "10",
+            "--video-publishers",
+            "5",
+            "--subscribers",
+            "90",
+            "--room",
+            "hall",
+            "--identity-prefix",
+            "load",
+        ])
+        .plan;
+        assert_eq!(plan.total_participants(), 100);
+        assert_eq!(plan.participants().filter(|p| p.publishes_audio && p.publishes_video).count(), 5);
+        assert_eq!(
+            (plan.room_name(0), plan.participant(3).identity),
+            ("hall".into(), "load-c0ffee01-3".into())
+        );
+    }
+    let plan = local(&["--room-count", "3", "--publishers", "4", "--meeting"]).plan;
+    assert_eq!(
+        (plan.total_participants(), plan.total_expected_tracks(Kind::Audio), plan.total_sockets()),
+        (12, 36, 24)
+    );
+}
+
+#[test]
+fn every_value_reaches_the_plan() {
+    let run = local(&[
+        "--publishers=1",
+        "--video-publishers=1",
+        "--video-resolution=855x481",
+        "--video-bitrate=1.5M",
+        "--video-fps=25",
+        "--video-codec=vp8",
+        "--audio-bitrate=48000",
+        "--audio-frame=40ms",
+        "--pacing=burst",
+        "--num-per-second=0.5",
+        "--duration=30m",
+        "--max-loss=2.5",
+        "--target-rtt-ms=50",
+        "--threads=3",
+        "--connection=dual",
+        "--seed=99",
+        "--quiet",
+        "--no-live",
+        "--json=-",
+        "--participants=p.ndjson",
+        "--hgrm=out",
+        "--dry-run",
+        "--threshold",
+        "audio.one_way_latency.p95<150ms",
+        "--threshold",
+        "session.disconnects<1",
+    ]);
+    let plan = &run.plan;
+    assert_eq!(
+        (
+            plan.video.width,
+            plan.video.height,
+            plan.video.frames_per_second,
+            plan.video.bitrate.bps()
+        ),
+        (855, 481, 25, 1_500_000)
+    );
+    assert_eq!((plan.audio.bitrate.bps(), plan.audio.frame), (48_000, Duration::from_millis(40)));
+    assert_eq!(
+        (plan.pacing, plan.joins_per_second, plan.duration, plan.seed),
+        (Pacing::Burst, 0.5, Duration::from_secs(1_800), 99)
+    );
+    assert_eq!((run.judging.max_loss_pct, run.judging.target_rtt), (2.5, Some(Duration::from_millis(50))));
+    assert_eq!(
+        run.judging.thresholds.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["audio.one_way_latency.p95<150ms", "session.disconnects<1"]
+    );
+    assert_eq!(
+        (run.threads, run.dry_run, run.quiet, run.no_live, run.destinations.json_on_stdout()),
+        (Some(3), true, true, true, true)
+    );
+}
+
+#[test]
+fn durations_are_read_with_and_without_a_unit() {
+    for (text, seconds) in [("20", 20), ("20s", 20), ("30m", 1_800), ("1h", 3_600), ("1h30m", 5_400)] {
+        assert_eq!(local(&["--duration", text]).plan.duration, Duration::from_secs(seconds), "{text}");
+    }
+    for text in ["0", "0s", "", "x", "1e3", "1w2", "31d", "-5"] {
+        local_refusal(&[&format!("--duration={text}")]);
+    }
+}
+
+#[test]
+fn resolutions_carry_their_frame_rate_and_bitrate() {
+    for (size, expected) in [
+        ("medium", (640, 360, 20, 600_000)),
+        ("low", (320, 180, 15, 150_000)),
+        ("1920x1080", (1920, 1080, 30, 4_500_000)),
+    ] {
+        let video = local(&["--video-publishers=1", "--video-resolution", size]).plan.video;
+        assert_eq!((video.width, video.height, video.frames_per_second, video.bitrate.bps()), expected);
+    }
+    assert_eq!(local(&["--video-publishers=1", "--video-fps=15"]).plan.video.bitrate.bps(), 1_000_000);
+}
+
+#[test]
+fn a_bare_throng_says_that_there_is_no_embedded_sfu_yet_and_how_to_go_on() {
+    let text = refusal(&[], &[]);
+    assert!(
+        text.contains("embedded SFU") && text.contains("not in this version yet") && text.contains("--url ws://"),
+        "{text}"
+    );
+    assert_eq!(refusal(&["run"], &[("LIVEKIT_URL", "")]), text);
+    assert_eq!(UsageError::EXIT_CODE, 2);
+}
+
+#[test]
+fn a_remote_target_from_the_environment_gets_only_load_that_was_asked_for() {
+    for args in [
+        &[][..],
+        &["--room", "x"],
+        &["--duration", "1h"],
+        &["--identity-prefix", "x"],
+        &["--dry-run"],
+    ] {
+        let text = refusal(args, REMOTE);
+        assert!(
+            text.contains("wss://sfu.example.com") && text.contains("--publishers 1 --video-publishers 1 --subscribers 10"),
+            "{text}"
+        );
+    }
+    assert_eq!(run(&["--subscribers", "3"], REMOTE).plan.target.origin, Origin::Environment);
+    assert_eq!(run(&["--url", "wss://sfu.example.com"], REMOTE).plan.total_participants(), 11);
+    let at_home = [("LIVEKIT_URL", "http://localhost:7880"), REMOTE[1], REMOTE[2]];
+    assert_eq!(run(&[], &at_home).plan.target.url.to_string(), "ws://localhost:7880");
+}
+
+#[test]
+fn flags_come_before_the_environment() {
+    let run = run(&["--url", "http://127.0.0.1:1", "--api-key", "mine"], REMOTE);
+    let credentials = run.credentials.unwrap();
+    assert_eq!(
+        (run.plan.target.url.to_string(), credentials.api_key, credentials.api_secret),
+        ("ws://127.0.0.1:1".into(), "mine".into(), "hunter2".into())
+    );
+}
+
+#[test]
+fn credentials_are_asked_for_except_by_a_dry_run() {
+    assert!(refusal(&["--url", "ws://h"], &[]).contains("--api-key or set LIVEKIT_API_KEY"));
+    assert!(refusal(&["--url", "ws://h", "--api-key", "k", "--api-secret", ""], &[]).contains("--api-secret or set LIVEKIT_API_SECRET"));
+    assert!(run(&["--url", "ws://h", "--dry-run"], &[]).credentials.is_none());
+}
+
+#[test]
+fn nonsense_is_refused_with_what_to_write_instead() {
+    for (args, expected) in [
+        (&["--publishers", "0"][..], "nobody would join"),
+        (&["--room-count", "0", "--subscribers", "1"], "--room-count 0"),
+        (&["--room-count", "2"], "who is in them"),
+        (&["--meeting", "--subscribers", "2"], "--meeting is for publishers"),
+        (
+            &["--subscribers", "4000000000", "--publishers", "4000000000"],
+            "more than 1000000 participants",
+        ),
+        (&["--subscribers", "1000", "--room-count", "4000000"], "more than 1000000 participants"),
+        (&["--subscribers", "-1"], "unexpected argument"),
+        (&["--connection", "single"], "not in this version yet"),
+        (&["--video-codec", "h264"], "possible values: vp8"),
+        (&["--pacing", "smooth"], "paced, burst"),
+        (&["--video-resolution", "8x8"], "high, medium, low or WIDTHxHEIGHT"),
+        (&["--video-fps", "0"], "1..=120"),
+        (&["--video-bitrate", "1"], "out of range"),
+        (&["--audio-bitrate", "1M"], "6k to 510k"),
+        (&["--audio-frame", "10ms"], "20ms, 40ms or 60ms"),
+        (&["--num-per-second", "0"], "write a rate"),
+        (&["--num-per-second", "nan"], "write a rate"),
+        (&["--max-loss", "101"], "0 to 100"),
+        (&["--max-loss", "NaN"], "0 to 100"),
+        (&["--target-rtt-ms", "0"], "write milliseconds"),
+        (&["--threshold", "audio.one_way_latncy.p95<1ms"], "did you mean one_way_latency"),
+        (&["--threads", "0"], "1..=1024"),
+        (&["--seed", "9007199254740992"], "9007199254740992"),
+        (&["--identity-prefix", "a b"], "without spaces"),
+        (&["--room", ""], "without spaces"),
+        (&["--json", "a", "--participants", "a"], "the same file"),
+        (&["--participants", "-"], "only --json"),
+    ] {
+        let text = local_refusal(args);
+        assert!(text.contains(expected), "{args:?}: {text}");
+        assert!(text.starts_with("error: ") && !text.ends_with('\n'), "{text:?}");
+    }
+}
+
+#[test]
+fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
+    for flag in [
+        "--ramp=2,10",
+        "--layout=3x3",
+        "--no-simulcast",
+        "--simulate-speakers",
+        "--coordinator",
+        "--report-to=http://h",
+        "--html=f",
+        "--record=d",
+        "--obey-bwe",
+        "--token=t",
+    ] {
+        assert!(local_refusal(&[flag]).contains("unexpected argument"), "{flag}");
+    }
+    assert!(local_refusal(&["--subscriber", "3"]).contains("'--subscribers'"));
+    assert!(refusal(&["calibrate"], &[]).starts_with("error: "));
+}
+
+#[test]
+fn useless_flags_are_named_and_the_run_goes_on() {
+    assert_eq!(
+        local(&["--publishers", "1", "--video-bitrate", "1M"]).warnings,
+        ["--video-bitrate has no effect: nobody publishes video (--video-publishers)"]
+    );
+    assert!(local(&["--video-bitrate", "1M"]).warnings.is_empty());
+}
+
+#[test]
+fn secrets_never_reach_any_output() {
+    let secret = "hunter2";
+    let leaks = [
+        refusal(&["--url", "wss://user:hunter2@host", "--api-key", "k", "--api-secret", secret], &[]),
+        refusal(&["--url", "wss://host?access_token=hunter2"], &[]),
+        refusal(&["--url", "hunter2"], &[]),
+        refusal(&[], &[("LIVEKIT_URL", "ws://user:hunter2@h")]),
+        refusal(&["--api-secret", secret, "--api-secret", secret], &[]),
+        refusal(&["--api-secrte=hunter2"], &[]),
+        local_refusal(&["--duration", "0"]),
+        format!("{:?}", local(&[])),
+    ];
+    for text in leaks {
+        assert!(!text.contains(secret), "{text}");
+    }
+}
+
+#[test]
+fn help_and_version_go_to_standard_output() {
+    for (args, expected) in [
+        (&["--help"][..], "--subscribers <N>"),
+        (&["run", "-h"], "LIVEKIT_URL"),
+        (&["--version"], env!("CARGO_PKG_VERSION")),
+    ] {
+        match command(args, &[]) {
+            Ok(Command::Show(text)) => assert!(text.contains(expected), "{text}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn two_runs_are_told_apart() {
+    let draw = || match parse(std::iter::once("throng").chain(TARGET.iter().copied()).map(OsString::from), &|_| None) {
+        Ok(Command::Run(run)) => (run.plan.run_tag, run.plan.seed),
+        other => panic!("{other:?}"),
+    };
+    assert_ne!(draw(), draw());
+}

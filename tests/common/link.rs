@@ -1,0 +1,143 @@
+//! A seeded network in memory and in virtual time: loss, duplication, reordering and delay, and a log of what it did.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use throng::engine::Io;
+use throng::units::Time;
+
+/// SplitMix64: small, and the same everywhere.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub fn chance(&mut self, share: f64) -> bool {
+        ((self.next() >> 11) as f64 / (1u64 << 53) as f64) < share
+    }
+
+    pub fn up_to(&mut self, bound: Duration) -> Duration {
+        Duration::from_nanos(self.next() % (bound.as_nanos() as u64 + 1))
+    }
+}
+
+/// What a link does to datagrams.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Conditions {
+    pub loss: f64,
+    pub duplication: f64,
+    pub delay: Duration,
+    /// Added to each datagram's delay at random: more than the spacing of datagrams reorders them.
+    pub jitter: Duration,
+}
+
+/// A datagram under way.
+#[derive(Clone, Debug)]
+pub struct Datagram {
+    pub from: SocketAddr,
+    pub to: SocketAddr,
+    pub bytes: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkLog {
+    pub sent: u64,
+    pub lost: u64,
+    pub duplicated: u64,
+    pub delivered: u64,
+}
+
+/// One link between all addresses, in both directions.
+pub struct Link {
+    pub conditions: Conditions,
+    pub log: LinkLog,
+    random: Random,
+    under_way: BTreeMap<(Time, u64), Datagram>,
+    count: u64,
+}
+
+impl Link {
+    pub fn new(conditions: Conditions, seed: u64) -> Link {
+        Link {
+            conditions,
+            log: LinkLog::default(),
+            random: Random(seed),
+            under_way: BTreeMap::new(),
+            count: 0,
+        }
+    }
+
+    /// Sends one datagram; `spare` is never lost (set-up traffic in tests of media).
+    pub fn send(&mut self, datagram: Datagram, now: Time) {
+        self.log.sent += 1;
+        if self.random.chance(self.conditions.loss) {
+            self.log.lost += 1;
+            return;
+        }
+        if self.random.chance(self.conditions.duplication) {
+            self.log.duplicated += 1;
+            self.enqueue(datagram.clone(), now);
+        }
+        self.enqueue(datagram, now);
+    }
+
+    fn enqueue(&mut self, datagram: Datagram, now: Time) {
+        let at = now + self.conditions.delay + self.random.up_to(self.conditions.jitter);
+        self.count += 1;
+        self.under_way.insert((at, self.count), datagram);
+    }
+
+    /// The next datagram that has arrived by `now`.
+    pub fn poll(&mut self, now: Time) -> Option<(Time, Datagram)> {
+        let entry = self.under_way.first_entry().filter(|entry| entry.key().0 <= now)?;
+        self.log.delivered += 1;
+        let ((at, _), datagram) = entry.remove_entry();
+        Some((at, datagram))
+    }
+
+    pub fn next_at(&self) -> Time {
+        self.under_way.first_key_value().map_or(Time::MAX, |((at, _), _)| *at)
+    }
+}
+
+/// A shard's outlet: collects what it sends, by the address of the key that sends it.
+pub struct Outlet {
+    pub addresses: Vec<SocketAddr>,
+    pub sent: Vec<Datagram>,
+    buffer: Vec<u8>,
+}
+
+impl Outlet {
+    pub fn new(addresses: Vec<SocketAddr>) -> Outlet {
+        Outlet {
+            addresses,
+            sent: Vec::new(),
+            buffer: vec![0; throng::net::SEND_BYTES_MAX],
+        }
+    }
+}
+
+impl Io for Outlet {
+    fn lend(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    fn send(&mut self, key: usize, to: SocketAddr, len: usize, segment: usize) {
+        for bytes in self.buffer[..len].chunks(segment) {
+            self.sent.push(Datagram {
+                from: self.addresses[key],
+                to,
+                bytes: bytes.to_vec(),
+            });
+        }
+    }
+
+    fn connect(&mut self, _key: usize, _to: SocketAddr) {}
+}

@@ -1,0 +1,300 @@
+//! A real LiveKit server on loopback, started for one test and stopped with it.
+//!
+//! The binary is `THRONG_LIVEKIT_SERVER`, or `livekit-server` on the PATH or in `~/go/bin` (`go install github.com/livekit/livekit-server/cmd/server@latest`
+//! names it `server`). Where there is none a test says so and passes, except under `CI`.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use throng::signal::{ApiKey, Endpoint};
+
+const KEY: &str = "devkey";
+const SECRET: &str = "a-secret-for-tests-of-thirty-two-or-more-characters";
+/// A server that is not up by then has failed: it takes 0.2 s, more on a busy host.
+const START_WAIT: Duration = Duration::from_secs(20);
+/// An empty server ends within this; one with participants waits for them, and a second SIGTERM makes it stop at once.
+const GRACE: Duration = Duration::from_millis(300);
+const STOP_WAIT: Duration = Duration::from_secs(5);
+/// UDP ports per server in port-range mode, two per participant.
+const PORT_RANGE: u16 = 1_000;
+
+/// How media reaches the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UdpPorts {
+    /// A port for each connection, from a range of 1,000.
+    Range,
+    /// One port for all.
+    Mux,
+}
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Rooms are made when somebody joins.
+    pub auto_create: bool,
+    pub ice_lite: bool,
+    pub udp: UdpPorts,
+    pub log_level: &'static str,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            auto_create: true,
+            ice_lite: false,
+            udp: UdpPorts::Range,
+            log_level: "warn",
+        }
+    }
+}
+
+/// A running server; dropping it stops the process and removes its directory.
+pub struct LiveKit {
+    pub url: String,
+    pub key: String,
+    pub secret: String,
+    pub prometheus_url: String,
+    pub log_path: PathBuf,
+    directory: PathBuf,
+    process: Child,
+}
+
+impl LiveKit {
+    /// A server with default options; `None` if there is no binary.
+    pub fn start() -> Option<LiveKit> {
+        LiveKit::start_with(&Options::default())
+    }
+
+    pub fn start_with(options: &Options) -> Option<LiveKit> {
+        let Some(binary) = find_binary() else {
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "no livekit-server under CI: install it or set THRONG_LIVEKIT_SERVER"
+            );
+            eprintln!("SKIPPED: no livekit-server (set THRONG_LIVEKIT_SERVER, or put it on the PATH)");
+            return None;
+        };
+        // Between looking for free ports and the server's use of them another process may take one.
+        (0..3)
+            .find_map(|_| launch(&binary, options))
+            .or_else(|| panic!("{} did not start three times", binary.display()))
+    }
+
+    pub fn endpoint(&self) -> Endpoint {
+        self.url.parse().expect("our own URL")
+    }
+
+    pub fn api_key(&self) -> ApiKey {
+        ApiKey::new(&self.key, &self.secret)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log_path).unwrap_or_default()
+    }
+
+    /// The server's Prometheus page: every sample under `name{labels}`, and under the bare `name` the sum over its labels.
+    pub fn metrics(&self) -> HashMap<String, f64> {
+        let page = http_ok(&self.prometheus_url).expect("the server's metrics page");
+        let mut metrics = HashMap::new();
+        for line in page.lines().filter(|line| !line.starts_with('#')) {
+            let Some((sample, value)) = line
+                .rsplit_once(' ')
+                .and_then(|(sample, value)| Some((sample, value.parse::<f64>().ok()?)))
+            else {
+                continue;
+            };
+            if let Some((name, _)) = sample.split_once('{') {
+                *metrics.entry(name.to_owned()).or_default() += value;
+            }
+            *metrics.entry(sample.to_owned()).or_default() += value;
+        }
+        metrics
+    }
+}
+
+impl Drop for LiveKit {
+    fn drop(&mut self) {
+        stop(&mut self.process);
+        if std::thread::panicking() {
+            eprintln!("the server's log: {}", self.log());
+        }
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn find_binary() -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os("THRONG_LIVEKIT_SERVER") {
+        let path = PathBuf::from(path);
+        assert!(path.is_file(), "THRONG_LIVEKIT_SERVER is {}, which is no file", path.display());
+        return Some(path);
+    }
+    let on_path = std::env::var_os("PATH")
+        .map(|path| std::env::split_paths(&path).collect::<Vec<_>>())
+        .unwrap_or_default();
+    let go_bin = std::env::var_os("HOME")
+        .map(|home| PathBuf::from(home).join("go/bin"))
+        .unwrap_or_default();
+    let in_path = on_path.into_iter().map(|directory| directory.join("livekit-server"));
+    in_path
+        .chain([go_bin.join("livekit-server"), go_bin.join("server")])
+        .find(|path| path.is_file())
+}
+
+/// One attempt; `None` if the process ended at once.
+fn launch(binary: &Path, options: &Options) -> Option<LiveKit> {
+    let directory = make_directory();
+    let ports = Ports::find(options.udp);
+    let (config_path, log_path) = (directory.join("livekit.yaml"), directory.join("livekit.log"));
+    fs::write(&config_path, config(&ports, options)).expect("a temporary file can be written");
+    let log = File::create(&log_path).expect("a temporary file can be written");
+    let mut command = Command::new(binary);
+    command
+        .arg("--config")
+        .arg(&config_path)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a file can be cloned"))
+        .stderr(log);
+    let process = command
+        .spawn()
+        .unwrap_or_else(|error| panic!("{} cannot be run: {error}", binary.display()));
+    let mut server = LiveKit {
+        url: format!("ws://127.0.0.1:{}", ports.signal),
+        key: KEY.into(),
+        secret: SECRET.into(),
+        prometheus_url: format!("http://127.0.0.1:{}/metrics", ports.prometheus),
+        log_path,
+        directory,
+        process,
+    };
+    wait_until_ready(&mut server, ports.signal).then_some(server)
+}
+
+fn make_directory() -> PathBuf {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("throng-livekit-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    let directory = std::env::temp_dir().join(name);
+    fs::create_dir_all(&directory).expect("a temporary directory can be made");
+    directory
+}
+
+fn wait_until_ready(server: &mut LiveKit, port: u16) -> bool {
+    let deadline = Instant::now() + START_WAIT;
+    while Instant::now() < deadline {
+        if let Ok(Some(status)) = server.process.try_wait() {
+            eprintln!("livekit-server ended with {status}: {}", server.log());
+            return false;
+        }
+        if http_ok(&format!("http://127.0.0.1:{port}/")).is_ok() && http_ok(&server.prometheus_url).is_ok() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("livekit-server is not ready after {START_WAIT:?}: {}", server.log());
+}
+
+/// SIGTERM, once more for a server that waits for its participants to leave, and SIGKILL if neither helps.
+fn stop(process: &mut Child) {
+    for patience in [GRACE, STOP_WAIT] {
+        let _ = Command::new("kill")
+            .arg("-TERM")
+            .arg(process.id().to_string())
+            .stderr(Stdio::null())
+            .status();
+        if ends_within(process, patience) {
+            return;
+        }
+    }
+    let _ = process.kill();
+    let _ = process.wait();
+}
+
+fn ends_within(process: &mut Child, patience: Duration) -> bool {
+    let deadline = Instant::now() + patience;
+    while Instant::now() < deadline {
+        if let Ok(Some(_)) = process.try_wait() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    false
+}
+
+fn config(ports: &Ports, options: &Options) -> String {
+    let udp = match options.udp {
+        UdpPorts::Range => format!("port_range_start: {}\n  port_range_end: {}", ports.udp, ports.udp + PORT_RANGE - 1),
+        UdpPorts::Mux => format!("udp_port: {}", ports.udp),
+    };
+    format!(
+        "port: {}\nbind_addresses: [\"127.0.0.1\"]\nkeys: {{{KEY}: {SECRET}}}\n\
+         rtc:\n  node_ip: 127.0.0.1\n  enable_loopback_candidate: true\n  interfaces: {{includes: [lo]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n\
+         room: {{auto_create: {}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
+        ports.signal, ports.tcp, options.ice_lite, options.auto_create, ports.prometheus, options.log_level
+    )
+}
+
+/// Ports that were free a moment ago.
+struct Ports {
+    signal: u16,
+    tcp: u16,
+    prometheus: u16,
+    udp: u16,
+}
+
+impl Ports {
+    fn find(udp: UdpPorts) -> Ports {
+        // All three are held until the last is known, so that they differ.
+        let held: Vec<TcpListener> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
+        let mut ports = held
+            .iter()
+            .map(|listener| listener.local_addr().expect("a bound socket has an address").port());
+        let mut next = || ports.next().expect("three listeners");
+        let udp = match udp {
+            UdpPorts::Mux => UdpSocket::bind("127.0.0.1:0")
+                .and_then(|socket| socket.local_addr())
+                .expect("a free port")
+                .port(),
+            UdpPorts::Range => free_range(),
+        };
+        Ports {
+            signal: next(),
+            tcp: next(),
+            prometheus: next(),
+            udp,
+        }
+    }
+}
+
+/// The start of a range below the ephemeral ports, another one for each server of a process; processes start at different ones.
+fn free_range() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let ranges = (32_000 - 10_000) / u32::from(PORT_RANGE);
+    let index = (std::process::id() + NEXT.fetch_add(1, Ordering::Relaxed)) % ranges;
+    10_000 + u16::try_from(index).expect("a small number") * PORT_RANGE
+}
+
+/// The body of a page that is served with status 200.
+pub fn http_ok(url: &str) -> io::Result<String> {
+    let (authority, path) = url
+        .strip_prefix("http://")
+        .and_then(|rest| rest.split_once('/'))
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    let mut stream = TcpStream::connect(authority)?;
+    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+    write!(stream, "GET /{path} HTTP/1.0\r\nHost: {authority}\r\n\r\n")?;
+    let mut response = String::new();
+    stream.read_to_string(&mut response)?;
+    let (head, body) = response.split_once("\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;
+    match head.split(' ').nth(1) {
+        Some("200") => Ok(body.to_owned()),
+        _ => Err(io::Error::other(head.to_owned())),
+    }
+}

@@ -1,0 +1,217 @@
+//! Two shards, one peer connection between them, over a seeded link in virtual time: a publisher on one side, its subscriber on the other.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use throng::engine::publisher::{Pacing, SendParameters, Source};
+use throng::engine::shard::{Shard, ShardConfig};
+use throng::engine::{Command, Event, NewPeer, Roster, StreamParameters};
+use throng::measure::{Kind, Record};
+use throng::media::identity::FrameIdentity;
+use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
+use throng::media::vp8::{VideoClip, VideoSpec};
+use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
+use throng::transport::rtp::{Datagram as Class, classify};
+use throng::units::{Bitrate, Epoch, Time};
+
+use crate::link::{Conditions, Datagram, Link, Outlet};
+
+pub const AUDIO_SSRC: u32 = 0x1000_0001;
+pub const VIDEO_SSRC: u32 = 0x1000_0002;
+pub const VIDEO_RTX_SSRC: u32 = 0x1000_0003;
+const TICK: Duration = Duration::from_millis(1);
+
+pub fn audio() -> Source {
+    let spec = AudioSpec {
+        bitrate: Bitrate::from_bps(24_000),
+        frame: Duration::from_millis(20),
+        content: AudioContent::Speech,
+        dtx: false,
+        seed: 1,
+    };
+    Source::Audio(Arc::new(AudioClip::generate(&spec).unwrap()))
+}
+
+pub fn video() -> Source {
+    let spec = VideoSpec {
+        width: 320,
+        height: 180,
+        fps: 15,
+        bitrate: Bitrate::from_bps(400_000),
+        seed: 1,
+    };
+    Source::Video(Arc::new(VideoClip::generate(&spec, 2).unwrap()))
+}
+
+/// What one RTP datagram on the link was: SSRC and sequence number are in the clear.
+pub fn ssrc_and_seq(bytes: &[u8]) -> Option<(u32, u16)> {
+    let is_rtp = classify(bytes) == Class::Rtp && bytes.len() >= 12;
+    is_rtp.then(|| {
+        (
+            u32::from_be_bytes(bytes[8..12].try_into().unwrap()),
+            u16::from_be_bytes([bytes[2], bytes[3]]),
+        )
+    })
+}
+
+pub struct Pair {
+    pub shards: [Shard; 2],
+    pub outlets: [Outlet; 2],
+    pub link: Link,
+    pub now: Time,
+    pub epoch: Epoch,
+    pub roster: Arc<Roster>,
+    addresses: [SocketAddr; 2],
+    connected: [bool; 2],
+    /// Hears every RTP datagram that is sent, and every one that arrives.
+    pub on_sent: Box<dyn FnMut(&Datagram)>,
+    pub on_arrived: Box<dyn FnMut(&Datagram)>,
+}
+
+impl Pair {
+    /// Two connected peers. The link is perfect until [`Pair::set_conditions`].
+    pub fn connected(seed: u64) -> Pair {
+        let addresses: [SocketAddr; 2] = ["192.0.2.1:1000".parse().unwrap(), "192.0.2.2:2000".parse().unwrap()];
+        let (identity, epoch) = (Identity::generate().unwrap(), Epoch::read());
+        let roster = Arc::new(Roster::new(77, [0, 0].into_iter()));
+        let config = ShardConfig {
+            identity: identity.clone(),
+            roster: roster.clone(),
+            epoch,
+        };
+        let credentials = [IceCredentials::random(), IceCredentials::random()];
+        let mut pair = Pair {
+            shards: [Shard::new(config.clone(), 2, Time::ZERO), Shard::new(config, 2, Time::ZERO)],
+            outlets: addresses.map(|address| Outlet::new(vec![address; 2])),
+            link: Link::new(Conditions::default(), seed),
+            now: Time::ZERO,
+            epoch,
+            roster,
+            addresses,
+            connected: [false; 2],
+            on_sent: Box::new(|_| {}),
+            on_arrived: Box::new(|_| {}),
+        };
+        for me in [0, 1] {
+            let parameters = PeerParameters {
+                local_address: addresses[me],
+                local: credentials[me].clone(),
+                remote: credentials[1 - me].clone(),
+                remote_fingerprint: identity.fingerprint(),
+                remote_candidates: vec![addresses[1 - me]],
+                ice_controlling: me == 0,
+                dtls_active: me == 0,
+            };
+            let peer = NewPeer {
+                participant: me as u32,
+                room: 0,
+                parameters,
+                rtcp_ssrc: 9 + me as u32,
+                cname: format!("end-{me}"),
+                intended_at: Time::ZERO,
+            };
+            pair.shards[me].add_peer(0, peer, Time::ZERO, &mut pair.outlets[me]);
+        }
+        while pair.connected != [true; 2] {
+            assert!(pair.now < Time::from_millis(5_000), "not connected");
+            pair.tick();
+        }
+        pair
+    }
+
+    pub fn set_conditions(&mut self, conditions: Conditions) {
+        self.link.conditions = conditions;
+    }
+
+    /// End 0 publishes these to end 1, from the next tick on.
+    pub fn publish(&mut self, sources: &[Source], pacing: Pacing) {
+        let (mut tracks, mut streams) = (Vec::new(), Vec::new());
+        for source in sources {
+            let (ssrc, rtx_ssrc, track, clock_rate) = match source.kind() {
+                Kind::Audio => (AUDIO_SSRC, None, 0, 48_000),
+                Kind::Video => (VIDEO_SSRC, Some(VIDEO_RTX_SSRC), 1, 90_000),
+            };
+            let first_frame_at = self.now + TICK;
+            self.roster.set_published(0, track, first_frame_at);
+            tracks.push(SendParameters {
+                source: source.clone(),
+                ssrc,
+                rtx_ssrc,
+                payload_type: 96 + track,
+                rtx_payload_type: rtx_ssrc.map(|_| 100),
+                audio_level_extension: (track == 0).then_some(1),
+                pacing,
+                identity: FrameIdentity {
+                    run: 77,
+                    origin: 0,
+                    track,
+                    ..FrameIdentity::default()
+                },
+                seed: 5,
+                first_frame_at,
+            });
+            streams.push(StreamParameters {
+                kind: source.kind(),
+                ssrc,
+                rtx_ssrc,
+                clock_rate,
+                announced_at: self.now,
+            });
+        }
+        self.shards[1].handle_command(Command::Subscribe { key: 0, streams }, self.now, &mut self.outlets[1]);
+        self.shards[0].handle_command(Command::Publish { key: 0, tracks }, self.now, &mut self.outlets[0]);
+    }
+
+    pub fn run_for(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.tick();
+        }
+    }
+
+    /// Stops the media, lets what is under way arrive, and hands out both ends' accounts.
+    pub fn finish(mut self) -> [Record; 2] {
+        self.shards[0].handle_command(Command::StopPublishing, self.now, &mut self.outlets[0]);
+        self.run_for(Duration::from_millis(2_500));
+        self.shards.each_mut().map(|shard| {
+            shard.finish();
+            *shard.swap_record(Box::default())
+        })
+    }
+
+    /// One millisecond, as a worker lives it.
+    pub fn tick(&mut self) {
+        self.now += TICK;
+        while let Some((at, mut datagram)) = self.link.poll(self.now) {
+            let me = usize::from(datagram.to == self.addresses[1]);
+            self.take(me, &mut datagram, at);
+        }
+        for me in [0, 1] {
+            let (shard, outlet) = (&mut self.shards[me], &mut self.outlets[me]);
+            shard.handle_media_timers(self.now, outlet);
+            shard.handle_control_timers(self.now, outlet);
+            while let Some((_, event)) = shard.poll_event() {
+                self.connected[me] |= matches!(event, Event::Connected { .. });
+            }
+            for datagram in outlet.sent.drain(..) {
+                if ssrc_and_seq(&datagram.bytes).is_some() {
+                    (self.on_sent)(&datagram);
+                }
+                self.link.send(datagram, self.now);
+            }
+        }
+    }
+
+    fn take(&mut self, me: usize, datagram: &mut Datagram, at: Time) {
+        let (shard, outlet) = (&mut self.shards[me], &mut self.outlets[me]);
+        match classify(&datagram.bytes) {
+            Class::Rtp => {
+                (self.on_arrived)(datagram);
+                shard.handle_rtp(0, &mut datagram.bytes, at);
+            }
+            Class::Rtcp => shard.handle_rtcp(0, &mut datagram.bytes, at, self.now, outlet),
+            _ => shard.handle_setup_datagram(0, &datagram.bytes, datagram.from, at, self.now, outlet),
+        }
+    }
+}

@@ -1,0 +1,557 @@
+//! Reports of a made-up run: against the schema, back through HdrHistogram, and as people see them.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+use throng::measure::{Engine, Histogram, Media, Record, Session, serial};
+use throng::plan::{AudioSpec, Connection, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
+use throng::report::text::{Style, dry_run, first_line, render};
+use throng::report::{
+    Destinations, EngineHealth, Judging, Outcome, ParticipantOutcome, Quality, Sample, Sinks, Step, TargetInfo, TargetKind, Timeline, Verdict, json,
+    judge, participants,
+};
+use throng::units::{Bitrate, Time};
+
+fn plan() -> Plan {
+    Plan {
+        target: Target {
+            url: "wss://sfu.example.com".parse().unwrap(),
+            origin: Origin::Environment,
+        },
+        connection: Connection::Dual,
+        shape: Shape {
+            room_name: None,
+            room_count: 2,
+            audio_publishers: 5,
+            video_publishers: 5,
+            subscribers: 45,
+            meeting: false,
+            identity_prefix: "throng".into(),
+        },
+        audio: AudioSpec {
+            bitrate: Bitrate::from_bps(24_000),
+            frame: Duration::from_millis(20),
+        },
+        video: VideoSpec {
+            width: 1280,
+            height: 720,
+            frames_per_second: 30,
+            bitrate: Bitrate::from_bps(2_000_000),
+        },
+        pacing: Pacing::Paced,
+        joins_per_second: 50.0,
+        duration: Duration::from_secs(30),
+        seed: 7,
+        run_tag: 0xC0FF_EE01,
+    }
+}
+
+/// `count` values around `middle_us`, with a tail.
+fn spread(count: u64, middle_us: u64) -> Histogram {
+    let mut histogram = Histogram::default();
+    for n in 0..count {
+        let tail = if n % 50 == 49 { 3 } else { 1 };
+        histogram.record_micros((middle_us / 2 + middle_us * n / count) * tail);
+    }
+    histogram
+}
+
+fn session() -> Session {
+    Session {
+        joins_planned: 100,
+        joins_ok: 100,
+        participants_healthy: 100,
+        participants_total: 100,
+        nacks_sent: 210,
+        plis_sent: 450,
+        plis_received: 12,
+        wire_bytes_sent: 83_000_000,
+        wire_bytes_received: 3_600_000_000,
+        join: spread(100, 240_000),
+        signal_connect: spread(100, 4_100),
+        signal_join: spread(100, 6_300),
+        ice: spread(100, 205_000),
+        dtls: spread(100, 211_000),
+        first_media: spread(90, 410_000),
+        rtt_stun: spread(400, 380),
+        rtt_rtcp: spread(900, 420),
+        ..Session::default()
+    }
+}
+
+fn media(packets: u64, bytes: u64, frames: u64, latency_us: u64) -> Media {
+    Media {
+        tracks_published: 10,
+        tracks_expected: 450,
+        tracks_live: 450,
+        packets_sent: packets / 45,
+        packets_received: packets,
+        bytes_sent: bytes / 45,
+        bytes_received: bytes,
+        rtx_sent: 3,
+        rtx_received: packets / 800,
+        packets_lost_network: packets / 700,
+        packets_repaired: packets / 800,
+        packets_lost: packets / 700 - packets / 800,
+        frames_sent: frames / 45,
+        frames_expected: frames,
+        frames_delivered: frames - frames / 6_000,
+        track_subscribe: spread(450, 41_000),
+        first_packet: spread(450, 300_000),
+        first_frame: spread(450, 420_000),
+        one_way_latency: spread(5_000, latency_us),
+        jitter: spread(5_000, 900),
+        frame_interval: spread(5_000, 33_000),
+        ..Media::default()
+    }
+}
+
+fn outcome() -> Outcome {
+    let record = Record {
+        session: session(),
+        audio: media(675_000, 40_500_000, 675_000, 1_900),
+        video: Media {
+            loss_to_repair: spread(300, 64_000),
+            key_frames_sent: 24,
+            freezes: 3,
+            ..media(3_240_000, 3_375_000_000, 405_000, 2_600)
+        },
+        engine: Engine {
+            packets_processed: 4_100_000,
+            tick_late: spread(30_000, 60),
+            send_lag: spread(80_000, 210),
+            ..Engine::default()
+        },
+    };
+    let totals = Step {
+        name: "all".into(),
+        participants: 100,
+        seconds: 30.0,
+        record,
+    };
+    Outcome {
+        started: Duration::from_millis(1_790_000_000_000),
+        finished: Duration::from_millis(1_790_000_032_500),
+        plan: plan(),
+        judging: Judging {
+            thresholds: vec!["audio.one_way_latency.p95<150ms".parse().unwrap()],
+            ..Judging::default()
+        },
+        target: TargetInfo {
+            kind: TargetKind::LiveKit,
+            server_version: Some("1.13.5".into()),
+        },
+        steps: vec![totals.clone()],
+        totals,
+        series: vec![Sample {
+            t: 1.0,
+            participants: 50,
+            joins_per_second: 50.0,
+            rtt_us_p50: Some(410),
+            ..Sample::default()
+        }],
+        engine: EngineHealth {
+            threads: 2,
+            cpu_seconds: 13.4,
+            us_per_packet: Some(2.31),
+            bytes_per_participant: Some(61_000),
+            rss_peak_bytes: Some(104_000_000),
+            floor_tick_late: Some(spread(30_000, 52)),
+            host_drops: vec![("socket".into(), 0)],
+            valid: true,
+            reasons: vec![],
+        },
+        partial: None,
+        notes: vec![],
+        failures: vec![],
+        participants: vec![listener()],
+    }
+}
+
+fn listener() -> ParticipantOutcome {
+    ParticipantOutcome {
+        index: 17,
+        room: "throng-c0ffee01-2".into(),
+        identity: "throng-c0ffee01-17".into(),
+        subscribes: true,
+        timeline: Timeline {
+            intended: Time::from_millis(340),
+            started: Some(Time::from_millis(341)),
+            ..Timeline::default()
+        },
+        failure: Some("signalling: 401 Unauthorized".into()),
+        audio: Quality {
+            tracks_expected: 5,
+            ..Quality::default()
+        },
+        ..ParticipantOutcome::default()
+    }
+}
+
+/// A run in which nearly everything that can go wrong did.
+fn troubled() -> Outcome {
+    let mut outcome = outcome();
+    outcome.judging.target_rtt = Some(Duration::from_micros(500));
+    let record = &mut outcome.totals.record;
+    record.session.joins_ok = 97;
+    record.session.joins_failed = 3;
+    record.session.disconnects = 2;
+    record.session.join.expect(103);
+    record.session.host_drops = 12;
+    record.audio.one_way_latency = Histogram::default();
+    record.video.tracks_live = 440;
+    record.video.track_subscribe.expect(460);
+    record.video.frames_delivered -= 16_000;
+    outcome.failures = vec![
+        ("signalling: 401 Unauthorized".into(), 2),
+        ("ICE: no candidate pair answered within 10 s".into(), 1),
+    ];
+    outcome.notes =
+        vec!["2 participants lost their connection during the run; that alone is not judged: add --threshold 'session.disconnects<1'".into()];
+    outcome.engine.host_drops = vec![("socket".into(), 12), ("interface".into(), 0)];
+    outcome
+}
+
+fn schema() -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/schema/throng-report-1.schema.json");
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn scratch(name: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("throng-report-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+#[test]
+fn every_report_obeys_the_schema() {
+    let validator = jsonschema::draft202012::new(&schema()).unwrap();
+    let empty = Outcome {
+        totals: Step::default(),
+        steps: vec![Step::default()],
+        series: vec![],
+        engine: EngineHealth::default(),
+        ..outcome()
+    };
+    let partial = Outcome {
+        partial: Some("interrupted".into()),
+        ..outcome()
+    };
+    for outcome in [outcome(), troubled(), empty, partial] {
+        let report: Value = serde_json::from_str(&json::render(&outcome)).unwrap();
+        let errors: Vec<String> = validator
+            .iter_errors(&report)
+            .map(|error| format!("{}: {error}", error.instance_path()))
+            .collect();
+        assert!(errors.is_empty(), "{errors:#?}");
+    }
+}
+
+#[test]
+fn the_schema_is_strict_enough_to_notice_what_is_missing() {
+    let validator = jsonschema::draft202012::new(&schema()).unwrap();
+    let good: Value = serde_json::from_str(&json::render(&outcome())).unwrap();
+    for pointer in [
+        "/totals/session",
+        "/totals/audio",
+        "/engine",
+        "/plan",
+        "/totals/video/jitter",
+        "/series/0",
+    ] {
+        for key in good.pointer(pointer).unwrap().as_object().unwrap().keys() {
+            if pointer == "/engine" && !["threads", "valid", "tick_late_us"].contains(&key.as_str()) {
+                continue;
+            }
+            let mut report = good.clone();
+            report.pointer_mut(pointer).unwrap().as_object_mut().unwrap().remove(key);
+            assert!(!validator.is_valid(&report), "{pointer}/{key}");
+        }
+    }
+}
+
+#[test]
+fn the_schema_describes_every_counter_and_histogram_and_no_other() {
+    let schema = schema();
+    for (scope, counters, histograms) in [
+        ("session", Session::COUNTERS, Session::HISTOGRAMS),
+        ("media", Media::COUNTERS, Media::HISTOGRAMS),
+    ] {
+        let properties = schema["$defs"][scope]["properties"].as_object().unwrap();
+        let mut described: Vec<&str> = properties.keys().map(String::as_str).collect();
+        let mut declared: Vec<&str> = counters.iter().chain(histograms).copied().collect();
+        described.sort_unstable();
+        declared.sort_unstable();
+        assert_eq!(described, declared, "{scope}");
+        for name in counters.iter().chain(histograms) {
+            let sentence = properties[*name]["description"].as_str().unwrap();
+            assert!(sentence.ends_with('.') && sentence.len() > 15, "{name}: {sentence}");
+        }
+        for name in histograms {
+            let sentence = properties[*name]["description"].as_str().unwrap();
+            assert!(sentence.contains("clock"), "{scope}.{name} does not say on whose clock: {sentence}");
+        }
+    }
+    for name in Engine::COUNTERS {
+        assert!(schema["$defs"]["engine"]["properties"][name]["description"].is_string(), "engine.{name}");
+    }
+}
+
+#[test]
+fn histograms_survive_the_report() {
+    let outcome = troubled();
+    let report: Value = serde_json::from_str(&json::render(&outcome)).unwrap();
+    let join = &report["totals"]["session"]["join"];
+    assert_eq!(
+        &serial::from_base64(join["hdr"].as_str().unwrap()).unwrap(),
+        outcome.totals.record.session.join.hdr()
+    );
+    assert_eq!((join["expected"].as_u64(), join["count"].as_u64()), (Some(103), Some(100)));
+    assert!(join["p95"].is_u64() && join["p99"].is_null() && join["max"].is_null() && join["min"].is_u64());
+    assert!(report["totals"]["audio"]["one_way_latency"].is_null(), "what does not apply is null");
+    assert!(report["totals"]["session"]["reconnect"].is_null());
+}
+
+#[test]
+fn the_report_names_the_run_in_the_order_readers_want() {
+    let text = json::render(&outcome());
+    let report: Value = serde_json::from_str(&text).unwrap();
+    let keys = [
+        "schema",
+        "version",
+        "started_at",
+        "finished_at",
+        "seed",
+        "result",
+        "reasons",
+        "plan",
+        "target",
+        "steps",
+        "totals",
+        "series",
+        "engine",
+        "server",
+        "vantages",
+        "missing",
+    ];
+    let places: Vec<usize> = keys
+        .iter()
+        .map(|key| text.find(&format!("\n  \"{key}\": ")).unwrap_or_else(|| panic!("{key}")))
+        .collect();
+    assert!(places.is_sorted());
+    assert_eq!(report["started_at"], "2026-09-21T14:13:20.000Z");
+    assert_eq!(
+        (&report["result"], &report["steps"][0]["result"]),
+        (&Value::from("PASS"), &Value::from("PASS"))
+    );
+    assert_eq!(report["plan"]["run_tag"], "c0ffee01");
+    assert_eq!(report["target"]["url"], "wss://sfu.example.com");
+}
+
+#[test]
+fn the_verdict_follows_from_what_was_measured() {
+    let verdict = |change: &dyn Fn(&mut Outcome)| {
+        let mut outcome = outcome();
+        change(&mut outcome);
+        let judgement = judge(&outcome);
+        assert_eq!(judgement.verdict == Verdict::Pass, judgement.reasons.is_empty());
+        (
+            judgement.verdict,
+            judgement.verdict.exit_code(),
+            judgement.reasons.first().cloned().unwrap_or_default(),
+        )
+    };
+    assert_eq!(verdict(&|_| {}), (Verdict::Pass, 0, String::new()));
+    for (change, reason) in [
+        (
+            &(|o: &mut Outcome| o.totals.record.session.joins_ok = 99) as &dyn Fn(&mut Outcome),
+            "1 of 100 joins did not succeed",
+        ),
+        (&|o| o.totals.record.session.joins_planned = 60, "40 of 100 joins were never attempted"),
+        (&|o| o.totals.record.session = Session::default(), "100 of 100 joins were never attempted"),
+        (&|o| o.totals.record.video.tracks_live = 449, "1 of 450 video tracks never went live"),
+        (
+            &|o| o.totals.record.video.tracks_expected = 400,
+            "only 400 of 450 video subscriptions were tried",
+        ),
+        (
+            &|o| o.totals.record.audio.packets_lost = 7_000,
+            "audio loss 1.04% (packets lost), more than 1 %",
+        ),
+        (
+            &|o| o.totals.record.audio.frames_delivered = 600_000,
+            "audio loss 11.11% (frames undelivered), more than 1 %",
+        ),
+        (&|o| o.totals.record.audio.frames_expected = 0, "audio loss was not measured"),
+        (
+            &|o| o.totals.record.audio.one_way_latency.expect(10_000),
+            "audio.one_way_latency.p95<150ms does not hold: it is never (too many values are missing)",
+        ),
+        (
+            &|o| o.judging.target_rtt = Some(Duration::from_micros(300)),
+            "session.rtt_rtcp.p95 is 616 us, more than 300 us",
+        ),
+    ] {
+        assert_eq!(verdict(change), (Verdict::Fail, 99, reason.to_owned()));
+    }
+    let invalid = |o: &mut Outcome| {
+        o.engine.valid = false;
+        o.engine.reasons = vec!["ticks were late".into()];
+        o.totals.record.session.joins_ok = 0;
+    };
+    assert_eq!(verdict(&invalid), (Verdict::Invalid, 98, "ticks were late".into()));
+    assert_eq!(
+        verdict(&|o| o.engine.valid = false).0,
+        Verdict::Invalid,
+        "a health that gives no reason is invalid all the same"
+    );
+    let partial = |o: &mut Outcome| {
+        invalid(o);
+        o.partial = Some("interrupted after 12 s".into());
+    };
+    assert_eq!(verdict(&partial), (Verdict::Partial, 1, "ended early: interrupted after 12 s".into()));
+}
+
+#[test]
+fn a_run_without_media_is_judged_by_its_joins() {
+    let mut outcome = outcome();
+    outcome.plan.shape = Shape {
+        audio_publishers: 0,
+        video_publishers: 0,
+        subscribers: 50,
+        ..outcome.plan.shape
+    };
+    outcome.judging = Judging::default();
+    outcome.totals.record = Record {
+        session: session(),
+        ..Record::default()
+    };
+    assert_eq!(judge(&outcome).verdict, Verdict::Pass);
+}
+
+#[test]
+fn a_participant_is_one_line_of_json() {
+    let text = participants::render(&outcome());
+    assert_eq!(text.lines().count(), 1);
+    let line: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        (line["intended_us"].as_u64(), line["started_us"].as_u64()),
+        (Some(340_000), Some(341_000))
+    );
+    assert!(line["first_media_us"].is_null());
+    assert_eq!(
+        (&line["failure"], &line["audio"]["tracks_expected"]),
+        (&Value::from("signalling: 401 Unauthorized"), &Value::from(5))
+    );
+}
+
+#[test]
+fn files_are_opened_before_the_run_and_replaced_after_it() {
+    let dir = scratch("files");
+    let destinations = Destinations {
+        json: Some(dir.join("run.json")),
+        participants: Some(dir.join("who.ndjson")),
+        hgrm: Some(dir.join("deep/hgrm")),
+    };
+    std::fs::write(dir.join("run.json"), "x".repeat(1 << 20)).unwrap();
+    let sinks = Sinks::open(&destinations).unwrap();
+    assert_eq!(
+        std::fs::metadata(dir.join("run.json")).unwrap().len(),
+        1 << 20,
+        "an older report stays until there is a new one"
+    );
+    sinks.write(&outcome()).unwrap();
+    assert_eq!(std::fs::read_to_string(dir.join("run.json")).unwrap(), json::render(&outcome()));
+    let curve = std::fs::read_to_string(dir.join("deep/hgrm/audio.one_way_latency.hgrm")).unwrap();
+    assert!(curve.starts_with("       Value     Percentile TotalCount 1/(1-Percentile)"), "{curve}");
+    assert!(!dir.join("deep/hgrm/session.reconnect.hgrm").exists(), "what does not apply has no curve");
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_destination_that_cannot_be_written_is_refused_with_the_fix() {
+    let dir = scratch("refused");
+    let file = dir.join("file");
+    std::fs::write(&file, "").unwrap();
+    let destinations = Destinations {
+        json: Some(dir.join("none/run.json")),
+        participants: Some(dir.clone()),
+        hgrm: Some(file),
+    };
+    let refusals = Sinks::open(&destinations).unwrap_err();
+    assert_eq!(refusals.len(), 3, "{refusals:?}");
+    assert!(refusals[0].contains("mkdir -p") && refusals[0].contains("none"), "{refusals:?}");
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn the_first_line_says_where_the_load_goes() {
+    let expected = format!(
+        "throng {}: wss://sfu.example.com (from LIVEKIT_URL), dual connection; \
+         2 rooms x (5 publishers + 45 subscribers) = 100 participants, 50 joins/s, then 30s, seed 7\n",
+        env!("CARGO_PKG_VERSION")
+    );
+    assert_eq!(first_line(&plan()), expected);
+}
+
+#[test]
+fn a_dry_run_shows_what_would_happen() {
+    let text = dry_run(
+        &plan(),
+        &Judging::default(),
+        &Resources {
+            threads: 2,
+            cpus: 4,
+            sockets: 100,
+            files: 272,
+        },
+    );
+    assert_eq!(text.split_once('\n').unwrap().1, include_str!("golden/dry_run.txt"));
+}
+
+#[test]
+fn a_good_run_reads_well_on_one_screen() {
+    same_screen(&render(&outcome(), Style::default()), include_str!("golden/pass.txt"), 50);
+}
+
+#[test]
+fn a_bad_run_tells_what_went_wrong_and_prints_no_unknown_as_zero() {
+    same_screen(&render(&troubled(), Style::default()), include_str!("golden/fail.txt"), 64);
+}
+
+fn same_screen(text: &str, golden: &str, lines_max: usize) {
+    let wide: Vec<&str> = text.lines().filter(|line| line.chars().count() > 80).collect();
+    assert!(wide.is_empty(), "wider than 80 columns: {wide:#?}");
+    assert!(text.lines().count() <= lines_max, "{} lines", text.lines().count());
+    assert_eq!(text, golden, "\n{text}");
+}
+
+#[test]
+fn users_find_the_words_they_know() {
+    let text = render(&outcome(), Style::default());
+    for words in [
+        "Bytes Published",
+        "Bytes Received",
+        "Packet Loss",
+        "Packet Retransmission",
+        "Track Subscribe Time 50/90/99 %",
+        "RESULT: PASS",
+    ] {
+        assert!(text.contains(words), "{words}");
+    }
+}
+
+#[test]
+fn colour_adds_nothing_but_colour() {
+    let text = render(&troubled(), Style { colour: true });
+    assert!(text.contains("\x1b[1;31mRESULT: FAIL\x1b[0m"));
+    let mut plain = String::new();
+    let mut rest = text.as_str();
+    while let Some((before, after)) = rest.split_once('\x1b') {
+        plain.push_str(before);
+        rest = after.split_once('m').unwrap().1;
+    }
+    plain.push_str(rest);
+    assert_eq!(plain, render(&troubled(), Style::default()));
+}
