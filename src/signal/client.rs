@@ -897,8 +897,10 @@ impl<'a> Iterator for Fields<'a> {
     }
 }
 
+type SplitField<'a> = (u32, Option<&'a [u8]>, &'a [u8]);
+
 /// Number, content if length-delimited, and what follows.
-fn split_field(bytes: &[u8]) -> Option<(u32, Option<&[u8]>, &[u8])> {
+fn split_field(bytes: &[u8]) -> Option<SplitField<'_>> {
     let (key, rest) = split_varint(bytes)?;
     let number = u32::try_from(key >> 3).ok().filter(|number| *number != 0)?;
     match key & 7 {
@@ -1424,7 +1426,8 @@ mod tests {
                 sent.unwrap();
                 assert!(matches!(received.unwrap(), Event::RefreshToken(_)));
                 let (sent, received) = tokio::join!(sender.answer("x".repeat(LARGE), 1), server.next());
-                (sent.unwrap(), received.unwrap().unwrap());
+                sent.unwrap();
+                received.unwrap().unwrap();
                 // Waiting for the next one is what frees it.
                 assert!(tokio::time::timeout(Duration::ZERO, receiver.next()).await.is_err());
                 // The server's end would keep its own buffers: only ours are of interest, so it is closed down to its socket.
@@ -1432,7 +1435,8 @@ mod tests {
             }
             let each = resident_bytes().saturating_sub(before) / open.len() as u64;
             eprintln!("{each} bytes resident per connection after 2 MiB each way");
-            assert!(each < LARGE as u64 / 10, "{each} bytes");
+            // Kept, it would be twice LARGE. Other tests of this process allocate meanwhile, some 20 MB in all.
+            assert!(each < LARGE as u64 / 2, "{each} bytes");
         });
     }
 

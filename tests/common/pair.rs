@@ -15,7 +15,7 @@ use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
 use throng::units::{Bitrate, Epoch, Time};
 
-use crate::link::{Conditions, Datagram, Link, Outlet};
+use crate::link::{Conditions, Datagram, Link, Outlet, under_test};
 
 pub const AUDIO_SSRC: u32 = 0x1000_0001;
 pub const VIDEO_SSRC: u32 = 0x1000_0002;
@@ -62,6 +62,8 @@ pub struct Pair {
     pub now: Time,
     pub epoch: Epoch,
     pub roster: Arc<Roster>,
+    /// STUN and DTLS datagrams so far, and ticks in which ICE looked at its clock.
+    pub ice_datagrams: u64,
     addresses: [SocketAddr; 2],
     connected: [bool; 2],
     /// Hears every RTP datagram that is sent, and every one that arrives.
@@ -88,6 +90,7 @@ impl Pair {
             now: Time::ZERO,
             epoch,
             roster,
+            ice_datagrams: 0,
             addresses,
             connected: [false; 2],
             on_sent: Box::new(|_| {}),
@@ -189,12 +192,14 @@ impl Pair {
         }
         for me in [0, 1] {
             let (shard, outlet) = (&mut self.shards[me], &mut self.outlets[me]);
-            shard.handle_media_timers(self.now, outlet);
-            shard.handle_control_timers(self.now, outlet);
+            let now = self.now;
+            under_test(true, || shard.handle_media_timers(now, outlet));
+            under_test(true, || shard.handle_control_timers(now, outlet));
             while let Some((_, event)) = shard.poll_event() {
                 self.connected[me] |= matches!(event, Event::Connected { .. });
             }
             for datagram in outlet.sent.drain(..) {
+                self.ice_datagrams += u64::from(matches!(classify(&datagram.bytes), Class::Stun | Class::Dtls));
                 if ssrc_and_seq(&datagram.bytes).is_some() {
                     (self.on_sent)(&datagram);
                 }
@@ -208,9 +213,9 @@ impl Pair {
         match classify(&datagram.bytes) {
             Class::Rtp => {
                 (self.on_arrived)(datagram);
-                shard.handle_rtp(0, &mut datagram.bytes, at);
+                under_test(true, || shard.handle_rtp(0, &mut datagram.bytes, at));
             }
-            Class::Rtcp => shard.handle_rtcp(0, &mut datagram.bytes, at, self.now, outlet),
+            Class::Rtcp => under_test(true, || shard.handle_rtcp(0, &mut datagram.bytes, at, self.now, outlet)),
             _ => shard.handle_setup_datagram(0, &datagram.bytes, datagram.from, at, self.now, outlet),
         }
     }

@@ -1,0 +1,102 @@
+//! The steady state allocates nothing: not for a packet sent or received, nor for its repair.
+//!
+//! ICE's keep-alives are a library's and do allocate, once in some seconds: they are counted apart, and bounded.
+
+#[path = "common/link.rs"]
+#[allow(dead_code)]
+mod link;
+#[path = "common/pair.rs"]
+#[allow(dead_code)]
+mod pair;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::time::Duration;
+
+use link::{Conditions, UNDER_TEST};
+use pair::{Pair, audio, video};
+use throng::engine::publisher::Pacing;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: every call goes to the system's allocator unchanged; the counter is a plain thread-local cell.
+#[allow(unsafe_code)]
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if UNDER_TEST.try_with(Cell::get).unwrap_or(false) {
+            ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        }
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations of ten seconds of audio and video, after two seconds to settle; those of milliseconds with ICE traffic apart.
+fn allocations(conditions: Conditions) -> (u64, u64, [throng::measure::Record; 2]) {
+    let mut pair = Pair::connected(6);
+    pair.set_conditions(conditions);
+    pair.publish(&[audio(), video()], Pacing::Paced);
+    pair.run_for(Duration::from_secs(2));
+    let (mut of_media, mut of_ice) = (0, 0);
+    for _ in 0..10_000 {
+        ALLOCATIONS.set(0);
+        let ice_before = pair.ice_datagrams;
+        pair.tick();
+        let count = if pair.ice_datagrams > ice_before { &mut of_ice } else { &mut of_media };
+        *count += ALLOCATIONS.get();
+    }
+    (of_media, of_ice, pair.finish())
+}
+
+#[test]
+fn the_counter_counts() {
+    ALLOCATIONS.set(0);
+    let boxed = link::under_test(true, || Box::new(1));
+    assert_eq!((*boxed, ALLOCATIONS.get()), (1, 1));
+}
+
+#[test]
+fn steady_media_allocates_nothing() {
+    let (of_media, of_ice, [sender, receiver]) = allocations(Conditions {
+        delay: Duration::from_millis(20),
+        ..Conditions::default()
+    });
+    assert!(sender.audio.frames_sent > 500 && receiver.video.frames_delivered > 150);
+    assert_eq!(of_media, 0);
+    assert!(of_ice < 500, "{of_ice}");
+}
+
+#[test]
+fn media_under_5_percent_loss_with_nack_rtx_and_pli_allocates_nothing() {
+    let conditions = Conditions {
+        loss: 0.05,
+        delay: Duration::from_millis(20),
+        jitter: Duration::from_millis(5),
+        duplication: 0.01,
+    };
+    let (of_media, of_ice, [sender, receiver]) = allocations(conditions);
+    assert!(sender.session.nacks_received > 10 && sender.video.rtx_sent > 10 && receiver.video.packets_repaired > 10);
+    assert_eq!(of_media, 0);
+    assert!(of_ice < 500, "{of_ice}");
+}
+
+#[test]
+fn media_under_60_percent_loss_where_repair_gives_up_allocates_nothing() {
+    let (of_media, _, [sender, receiver]) = allocations(Conditions {
+        loss: 0.6,
+        delay: Duration::from_millis(20),
+        ..Conditions::default()
+    });
+    assert!(receiver.session.plis_sent > 3 && sender.video.key_frames_sent > 3);
+    assert_eq!(of_media, 0);
+}
