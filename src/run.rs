@@ -497,22 +497,13 @@ impl<'a> Test<'a> {
         let now = self.epoch.now();
         self.media_stopped_at = Some(now);
         let end = now + DRAIN;
-        if let Until::Interrupted(signal) = self.wait_draining(interrupts, progress, end).await {
+        // Where nobody is left there is nothing to wait for.
+        if let Until::Interrupted(signal) = self
+            .wait(interrupts, progress, |test| (test.epoch.now() >= end).then_some(Until::Done))
+            .await
+        {
             self.partial
                 .get_or_insert_with(|| format!("{signal} while the last packets were awaited"));
-        }
-    }
-
-    async fn wait_draining(&mut self, interrupts: &mut Interrupts, progress: &mut impl FnMut(&Snapshot), end: Time) -> Until {
-        loop {
-            let until = self
-                .wait(interrupts, progress, |test| (test.epoch.now() >= end).then_some(Until::Done))
-                .await;
-            return match until {
-                // Nobody is left to wait for.
-                Until::Abandoned => Until::Done,
-                other => other,
-            };
         }
     }
 

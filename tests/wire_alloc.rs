@@ -18,6 +18,7 @@ thread_local! {
 }
 
 // SAFETY: every call is passed on to the system's allocator unchanged.
+#[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));

@@ -87,16 +87,17 @@ impl Connection {
         }
     }
 
-    /// Expects one more stream. An SSRC that is expected already keeps its stream.
+    /// Expects one more stream. One that is expected already stays as it is, but for a retransmission SSRC that it did not have.
     pub fn add_stream(&mut self, parameters: StreamParameters) {
-        if self.find_stream(parameters.ssrc).is_some() {
-            return;
+        let known = self.find_stream(parameters.ssrc).map(|(at, _)| at);
+        let at = known.unwrap_or(self.streams.len());
+        let new_rtx = parameters.rtx_ssrc.filter(|rtx| self.find_stream(*rtx).is_none());
+        self.ssrcs.extend(new_rtx.map(|rtx| (rtx, at as u32, true)));
+        if known.is_none() {
+            self.ssrcs.push((parameters.ssrc, at as u32, false));
+            self.streams.push(RecvStream::new(parameters));
         }
-        let at = self.streams.len() as u32;
-        self.ssrcs.push((parameters.ssrc, at, false));
-        self.ssrcs.extend(parameters.rtx_ssrc.map(|rtx| (rtx, at, true)));
         self.ssrcs.sort_unstable();
-        self.streams.push(RecvStream::new(parameters));
     }
 
     pub fn end_streams(&mut self, ssrcs: &[u32], roster: &Roster, record: &mut Record) {

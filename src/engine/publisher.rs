@@ -474,10 +474,9 @@ impl SendTrack {
         match &self.parameters.source {
             Source::Audio(clip) => {
                 out[..bytes.len()].copy_from_slice(bytes);
-                if clip.has_identity(record.media as usize) {
-                    if let Some(place) = out[..bytes.len()].last_chunk_mut::<AUDIO_IDENTITY_LEN>() {
-                        identity.write_audio(place);
-                    }
+                let place = out[..bytes.len()].last_chunk_mut::<AUDIO_IDENTITY_LEN>();
+                if let Some(place) = place.filter(|_| clip.has_identity(record.media as usize)) {
+                    identity.write_audio(place);
                 }
                 bytes.len()
             }

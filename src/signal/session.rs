@@ -370,7 +370,13 @@ impl Session {
             });
         }
         let announced_at = self.context.epoch.now();
-        let streams: Vec<StreamParameters> = answered.added.iter().map(|track| stream_parameters(track, announced_at)).collect();
+        // An updated track is the same stream with other details: the shard adds what is new to it.
+        let streams: Vec<StreamParameters> = answered
+            .added
+            .iter()
+            .chain(&answered.updated)
+            .map(|track| stream_parameters(track, announced_at))
+            .collect();
         if !streams.is_empty() {
             self.command(Command::Subscribe { key, streams });
         }
@@ -640,7 +646,7 @@ pub fn track_number(kind: Kind) -> u8 {
 /// Where in the frame interval a track's slots lie: multiples of the golden ratio, so that any number of tracks is spread evenly.
 fn slot_offset(index: u32, track: u8, interval: Duration) -> Duration {
     let turn = index.wrapping_mul(2).wrapping_add(u32::from(track)).wrapping_mul(0x9E37_79B9);
-    Duration::from_nanos((interval.as_nanos() * u128::from(turn) >> 32) as u64)
+    Duration::from_nanos(((interval.as_nanos() * u128::from(turn)) >> 32) as u64)
 }
 
 fn local_track(plan: &ParticipantPlan, kind: Kind) -> LocalTrack {

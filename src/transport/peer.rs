@@ -289,10 +289,9 @@ impl Peer {
                 Output::Timeout(at) => return self.setup.epoch.time(at),
                 Output::PeerCert(der) => self.setup.check_certificate(der),
                 Output::KeyingMaterial(material, profile) => {
-                    if self.install_keys(&material, profile) && self.setup.failure.is_none() {
-                        self.setup.connected_at.get_or_insert(now);
-                        event(PeerEvent::Connected);
-                    }
+                    let keyed = self.install_keys(&material, profile) && self.setup.failure.is_none();
+                    self.setup.connected_at = self.setup.connected_at.or(keyed.then_some(now));
+                    keyed.then(|| event(PeerEvent::Connected));
                 }
                 Output::CloseNotify => self.setup.fail(PeerFailure::ClosedByRemote),
                 Output::BufferTooSmall { .. } => {
