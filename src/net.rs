@@ -27,11 +27,6 @@ pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Resu
     Ok(socket)
 }
 
-/// The receive buffer that the kernel granted, in bytes of its own accounting.
-pub fn granted_receive_buffer(socket: &UdpSocket) -> io::Result<usize> {
-    Ok(rustix::net::sockopt::socket_recv_buffer_size(socket)?)
-}
-
 fn set_flag(socket: &UdpSocket, option: libc::c_int) -> io::Result<()> {
     let on: libc::c_int = 1;
     // SAFETY: the pointer and length describe `on`, which outlives the call.
@@ -245,12 +240,6 @@ pub fn thread_cpu() -> Duration {
 pub fn process_cpu() -> Duration {
     let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
-}
-
-/// How long the calling thread was ready to run and did not (`schedstat`); `None` where the kernel does not tell.
-pub fn thread_run_delay() -> Option<Duration> {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
-    text.split_whitespace().nth(1)?.parse().ok().map(Duration::from_nanos)
 }
 
 /// Resident memory now, and at its highest, in bytes.

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::measure::Kind;
-use crate::units::Bitrate;
+use crate::units::{Bitrate, scatter};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
 pub const PARTICIPANTS_MAX: u64 = 1_000_000;
@@ -381,12 +381,9 @@ impl Plan {
     }
 }
 
-/// A seed of its own for every participant: SplitMix64's output function over the plan's seed and the index.
+/// A seed of its own for every participant.
 fn mixed(seed: u64, index: u32) -> u64 {
-    let mut z = seed.wrapping_add((u64::from(index) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
+    scatter(seed.wrapping_add(u64::from(index).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
 }
 
 /// The address of a LiveKit server, without user name, password or query: nothing in it is secret.

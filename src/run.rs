@@ -13,9 +13,9 @@ use tokio::sync::{mpsc, watch};
 
 use crate::cli;
 use crate::engine::health::{self, FloorThread};
-use crate::engine::publisher::{Pacing, Source};
+use crate::engine::publisher::Source;
 use crate::engine::shard::{PeerOutcome, ShardConfig};
-use crate::engine::worker::{self, Report, WorkerConfig};
+use crate::engine::worker::{self, Occasion, Report, WorkerConfig};
 use crate::engine::{Command, Roster};
 use crate::measure::{Kind, Media, Record, Timeline};
 use crate::media::opus::{AudioClip, AudioContent, AudioSpec};
@@ -231,7 +231,8 @@ struct Worker {
     thread: Option<JoinHandle<std::io::Result<()>>>,
     cpu: Duration,
     cpu_at_hold: Duration,
-    reports: u64,
+    /// Reports that we asked for.
+    answers: u64,
     ended: bool,
 }
 
@@ -288,10 +289,7 @@ impl<'a> Test<'a> {
             fingerprint: identity.fingerprint(),
             audio: media.audio,
             video: media.video,
-            pacing: match plan.pacing {
-                plan::Pacing::Paced => Pacing::Paced,
-                plan::Pacing::Burst => Pacing::Burst,
-            },
+            pacing: plan.pacing,
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
             shards: workers.iter().map(|worker| worker.commands.clone()).collect(),
             notices: notice_sender,
@@ -427,7 +425,7 @@ impl<'a> Test<'a> {
     fn take_report(&mut self, report: Report) {
         let worker = &mut self.workers[report.worker];
         worker.cpu = report.cpu;
-        worker.reports += 1;
+        worker.answers += u64::from(report.occasion == Occasion::Asked);
         let mut record = report.record;
         self.record.merge(&record);
         record.clear();
@@ -475,14 +473,14 @@ impl<'a> Test<'a> {
 
     /// Asks every worker for what it has counted up to now, and takes it.
     async fn flush(&mut self) {
-        let wanted: Vec<u64> = self.workers.iter().map(|worker| worker.reports + 1).collect();
+        let wanted: Vec<u64> = self.workers.iter().map(|worker| worker.answers + 1).collect();
         self.command_all(|| Command::Report);
         let deadline = tokio::time::Instant::now() + Duration::from_secs(2);
         while self
             .workers
             .iter()
             .zip(&wanted)
-            .any(|(worker, wanted)| worker.reports < *wanted && !worker.ended)
+            .any(|(worker, wanted)| worker.answers < *wanted && !worker.ended)
         {
             match tokio::time::timeout_at(deadline, self.reports.recv()).await {
                 Ok(Some(report)) => self.take_report(report),
@@ -769,7 +767,7 @@ fn start_workers(parts: &[Vec<u32>], shard: &ShardConfig, reports: &mpsc::Unboun
             thread: Some(thread),
             cpu: Duration::ZERO,
             cpu_at_hold: Duration::ZERO,
-            reports: 0,
+            answers: 0,
             ended: false,
         });
     }

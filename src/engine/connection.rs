@@ -54,6 +54,7 @@ pub struct Connection {
     reference_time: Option<ReferenceTime>,
     nacks_sent: u64,
     plis_sent: u64,
+    closed: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -84,6 +85,7 @@ impl Connection {
             reference_time: None,
             nacks_sent: 0,
             plis_sent: 0,
+            closed: false,
         }
     }
 
@@ -105,6 +107,17 @@ impl Connection {
             stream.end(roster, record);
         }
         self.ssrcs.retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
+    }
+
+    /// Nothing is sent or taken any more. What its streams still ought to have received goes on being expected: the participant is missing it.
+    pub fn close(&mut self) {
+        self.closed = true;
+        self.tracks.iter_mut().for_each(SendTrack::stop);
+    }
+
+    /// The publishers stop now: a picture that stands still at this moment is a freeze, although no frame will end it.
+    pub fn settle_freezes(&mut self, record: &mut Record, now: Time) {
+        self.streams.iter_mut().for_each(|stream| stream.settle_freeze(record, now));
     }
 
     /// The stream of an SSRC, and whether it is its retransmission SSRC.
@@ -151,6 +164,7 @@ impl Connection {
             to,
             sealer,
             epoch: around.config.epoch,
+            roster: &around.config.roster,
             media: match track.kind() {
                 crate::measure::Kind::Audio => &mut record.audio,
                 crate::measure::Kind::Video => &mut record.video,
@@ -162,9 +176,6 @@ impl Connection {
         record.engine.send_slots_skipped += turn.slots_skipped;
         if let Some(lag) = turn.send_lag {
             record.engine.send_lag.record(lag);
-        }
-        if turn.frames > 0 {
-            around.config.roster.set_frames(track.identity(), track.frames());
         }
         turn.next_at
     }
@@ -229,6 +240,7 @@ impl Connection {
             to,
             sealer,
             epoch: around.config.epoch,
+            roster: &around.config.roster,
             media: match track.kind() {
                 crate::measure::Kind::Audio => &mut record.audio,
                 crate::measure::Kind::Video => &mut record.video,
@@ -256,7 +268,7 @@ impl Connection {
 
     fn send_sender_reports<I: Io>(&mut self, around: &mut Surroundings<'_, I>) {
         let (now, epoch) = (around.now, around.config.epoch);
-        if self.tracks.is_empty() {
+        if self.tracks.is_empty() || self.closed {
             return;
         }
         let Connection {
@@ -301,7 +313,7 @@ impl Connection {
     }
 
     fn send_receiver_reports<I: Io>(&mut self, around: &mut Surroundings<'_, I>) {
-        if self.streams.is_empty() {
+        if self.streams.is_empty() || self.closed {
             return;
         }
         let (now, ntp) = (around.now, around.config.epoch.ntp(around.now));

@@ -93,6 +93,8 @@ pub fn reasons(evidence: &Evidence<'_>) -> Vec<String> {
                 engine.send_slots_skipped
             )
         }),
+        above(engine.send_errors, engine.packets_processed, HOST_DROPS_SHARE_MAX)
+            .map(|share| format!("the kernel refused {} of our datagrams ({share:.2} %)", engine.send_errors)),
         above(evidence.host_drops, packets + evidence.host_drops, HOST_DROPS_SHARE_MAX).map(|share| {
             format!(
                 "this host dropped {} datagrams ({share:.2} %) that had arrived: raise net.core.rmem_max or use more hosts",

@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Io;
 use super::worker::TICK;
+use super::{Io, Roster};
 use crate::measure::{Kind, Media};
 use crate::media::identity::{AUDIO_IDENTITY_LEN, FrameIdentity, VIDEO_TRAILER_LEN};
 use crate::media::opus::AudioClip;
@@ -19,7 +19,7 @@ use crate::transport::rtp::vp8::{Descriptor, PictureId};
 use crate::transport::rtp::{ExtensionSlot, HeaderTemplate, TemplateError, audio_level, write_rtx_osn};
 use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
-use crate::units::{Bitrate, Epoch, Time};
+use crate::units::{Bitrate, Epoch, Time, scatter};
 
 /// libwebrtc answers at most one key frame request in this time (`kMinKeyframeSendInterval`).
 const KEY_FRAME_INTERVAL_MIN: Duration = Duration::from_millis(300);
@@ -76,14 +76,7 @@ impl Source {
     }
 }
 
-/// How frames leave.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pacing {
-    /// As libwebrtc's pacer: 2.5 times the target rate, in bursts of 5 ms.
-    Paced,
-    /// Each frame at once.
-    Burst,
-}
+pub use crate::plan::Pacing;
 
 /// What a negotiated track needs to start.
 pub struct SendParameters {
@@ -110,6 +103,7 @@ pub struct Wire<'a, I> {
     pub to: SocketAddr,
     pub sealer: &'a Sealer,
     pub epoch: Epoch,
+    pub roster: &'a Roster,
     pub media: &'a mut Media,
     pub wire_bytes_sent: &'a mut u64,
     pub packets_processed: &'a mut u64,
@@ -118,7 +112,6 @@ pub struct Wire<'a, I> {
 /// What one turn of the track did.
 #[derive(Default)]
 pub struct Turn {
-    pub frames: u32,
     pub slots_skipped: u64,
     /// How late the frame left against its slot.
     pub send_lag: Option<Duration>,
@@ -276,9 +269,7 @@ impl SendTrack {
             turn.slots_skipped = skipped;
             let intended = self.slot_time(self.slot);
             turn.send_lag = Some(now.since(intended));
-            if self.emit_frame(intended, now, wire) {
-                turn.frames = 1;
-            }
+            self.emit_frame(intended, now, wire);
             self.slot += 1;
         }
         turn.next_at = self.next_at();
@@ -308,12 +299,12 @@ impl SendTrack {
         true
     }
 
-    /// Returns false where nothing is sent in this slot (DTX).
-    fn emit_frame<I: Io>(&mut self, intended: Time, now: Time, wire: &mut Wire<'_, I>) -> bool {
+    /// Nothing is sent in a slot of DTX.
+    fn emit_frame<I: Io>(&mut self, intended: Time, now: Time, wire: &mut Wire<'_, I>) {
         let key = self.wants_key_frame(now, wire);
         let Some(bytes) = self.media_bytes(self.position, key) else {
             self.advance();
-            return false;
+            return;
         };
         let layout = layout(self.kind(), bytes.len());
         let record = FrameRecord {
@@ -328,6 +319,8 @@ impl SendTrack {
         };
         self.ring.push(record);
         self.frames += 1;
+        // Before the frame leaves: a subscriber on another core must find it counted when it arrives.
+        wire.roster.set_frames(&self.parameters.identity, self.frames);
         self.picture_id = (self.picture_id + 1) & 0x7FFF;
         self.advance();
         wire.media.frames_sent += 1;
@@ -341,7 +334,6 @@ impl SendTrack {
             self.flush(now, wire);
             self.send_range(&record, first_index, 0..layout.packets, wire);
         }
-        true
     }
 
     fn wants_key_frame<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) -> bool {
@@ -551,14 +543,6 @@ fn seal(sealer: &Sealer, buffer: &mut [u8], (header, payload): (usize, usize), i
 /// The extended index of `seq`, which was sent no more than 2^15 packets before `next`.
 fn extended(next: u64, seq: u16) -> u64 {
     next - u64::from((next as u16).wrapping_sub(seq))
-}
-
-/// SplitMix64: one seed gives many unrelated values.
-fn scatter(seed: u64) -> u64 {
-    let mut z = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }
 
 /// Frames that wait to leave in bursts. Disabled (`burst_bytes` = all) for audio and for `--pacing burst`.

@@ -110,6 +110,7 @@ impl Shard {
         self.advance_setup(key, now, io);
     }
 
+    /// Closes a peer for good. Its account stays open until [`Shard::finish`].
     pub fn remove_peer(&mut self, key: usize) {
         for track in 0..TRACKS_MAX {
             self.media_timers.set(key as u32 * TRACKS_MAX + track, Time::MAX);
@@ -117,7 +118,9 @@ impl Shard {
         for kind in [Control::Setup, Control::Rtcp, Control::Repair] {
             self.control_timers.set(control(key, kind), Time::MAX);
         }
-        self.peers[key] = None;
+        if let Some(peer) = self.peers[key].as_mut() {
+            peer.close();
+        }
     }
 
     pub fn handle_command(&mut self, command: Command, now: Time, io: &mut impl Io) {
@@ -131,12 +134,7 @@ impl Shard {
             Command::Publish { key, tracks } => self.publish(key, tracks),
             Command::Subscribe { key, streams } => self.subscribe(key, streams, now),
             Command::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
-            Command::StopPublishing => self
-                .peers
-                .iter_mut()
-                .flatten()
-                .flat_map(|peer| &mut peer.tracks)
-                .for_each(SendTrack::stop),
+            Command::StopPublishing => self.stop_publishing(now),
             Command::AddPeer { .. } | Command::RemovePeer { .. } | Command::Report | Command::Stop => unreachable!("the worker handles these"),
         }
     }
@@ -162,6 +160,13 @@ impl Shard {
         streams.into_iter().for_each(|parameters| peer.add_stream(parameters));
         peer.repair_at = now + KEY_FRAME_CHECK;
         self.control_timers.set(control(key, Control::Repair), peer.repair_at);
+    }
+
+    fn stop_publishing(&mut self, now: Time) {
+        for peer in self.peers.iter_mut().flatten() {
+            peer.tracks.iter_mut().for_each(SendTrack::stop);
+            peer.settle_freezes(&mut self.record, now);
+        }
     }
 
     fn unsubscribe(&mut self, key: usize, ssrcs: &[u32]) {

@@ -65,6 +65,8 @@ pub struct RecvStream {
     live: bool,
     ended: Option<u32>,
     freezes: u64,
+    /// The freeze that was going on when the publishers stopped has been counted.
+    freeze_settled: bool,
     latency: LatencySum,
     accounted: Accounted,
     video: Option<Box<VideoState>>,
@@ -117,6 +119,7 @@ impl RecvStream {
             live: false,
             ended: None,
             freezes: 0,
+            freeze_settled: false,
             latency: LatencySum::default(),
             accounted: Accounted::default(),
             video,
@@ -270,12 +273,12 @@ impl RecvStream {
                 if let Some(interval) = frame.interval {
                     media.frame_interval.record(interval);
                 }
-                if let Some(freeze) = frame.freeze {
+                if let Some(freeze) = frame.freeze.filter(|_| !self.freeze_settled) {
                     media.freeze.record(freeze);
                     media.freezes += 1;
                     self.freezes += 1;
                 }
-                if !video.first_decoded {
+                if !video.first_decoded && self.origin.is_some() {
                     video.first_decoded = true;
                     self.record_first_frame(frame.decoded_at, context);
                 }
@@ -328,17 +331,27 @@ impl RecvStream {
     }
 
     fn record_first_frame(&mut self, at: Time, context: &mut StreamContext<'_>) {
-        // Decoding follows delivery, so the origin is known unless the frame was not ours.
-        if self.origin.is_some() {
-            let since = self.subscription_start(context);
-            context.record.video.first_frame.record(at.since(since));
-        }
+        let since = self.subscription_start(context);
+        context.record.video.first_frame.record(at.since(since));
     }
 
     /// From when a subscriber may expect the track: when it ought to have joined, or when the publisher began, whichever came later.
     fn subscription_start(&self, context: &StreamContext<'_>) -> Time {
         let published = self.origin.and_then(|(origin, track)| context.roster.published_at(origin, track));
         published.map_or(context.intended_at, |at| at.max(context.intended_at))
+    }
+
+    /// Counts the freeze that is going on at `now`, if one is.
+    pub fn settle_freeze(&mut self, record: &mut Record, now: Time) {
+        let Some(video) = self.video.as_ref().filter(|_| self.ended.is_none()) else {
+            return;
+        };
+        if let Some(freeze) = video.assembler.open_freeze(now) {
+            record.video.freeze.record(freeze);
+            record.video.freezes += 1;
+            self.freezes += 1;
+            self.freeze_settled = true;
+        }
     }
 
     pub fn handle_sender_report(&mut self, ntp: u64, arrival: Time) {

@@ -26,20 +26,32 @@ pub const TICK: Duration = Duration::from_millis(1);
 const SETUP_SHARE: Duration = Duration::from_micros(500);
 /// Set-up datagrams that wait: at 2 KiB each, 4 MiB a worker. Both protocols repeat what is lost.
 const SETUP_QUEUE_MAX: usize = 2_048;
-/// Datagrams taken from one socket before the next one's turn; the rest is taken in the next round of the same tick.
+/// Datagrams taken from one socket before the next one's turn; the rest waits for the next tick.
 const DRAIN_BURST: usize = 256;
+/// Sockets that get a turn in one tick: far more than a thread can serve in time, so only an overload meets it.
+const DRAIN_TURNS_MAX: usize = 4_096;
 const RECORD_PERIOD: Duration = Duration::from_secs(1);
 const EVENTS_PER_POLL: usize = 1_024;
 
 /// What a worker hands out once a second, and for the last time when it ends.
 pub struct Report {
     pub worker: usize,
+    pub occasion: Occasion,
     /// What was counted since the previous report.
     pub record: Box<Record>,
     pub cpu: Duration,
-    pub run_delay: Option<Duration>,
     /// Set on the last one: what became of each participant's streams.
     pub outcomes: Option<Vec<shard::PeerOutcome>>,
+}
+
+/// Why a worker reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Occasion {
+    /// A second has passed.
+    Second,
+    /// [`Command::Report`].
+    Asked,
+    Last,
 }
 
 pub struct WorkerConfig {
@@ -65,7 +77,7 @@ pub fn run(config: WorkerConfig) -> io::Result<()> {
         let (now, late, missed) = beat.wait()?;
         worker.shard.record_tick(late, missed);
         if !worker.turn(now)? {
-            worker.report(true);
+            worker.report(Occasion::Last);
             return Ok(());
         }
     }
@@ -154,7 +166,7 @@ impl Worker {
     /// One tick. Returns false when the worker is told to stop.
     fn turn(&mut self, now: Time) -> io::Result<bool> {
         self.drain(now)?;
-        self.shard.handle_media_timers(now, &mut self.io);
+        self.shard.handle_media_timers(self.epoch.now(), &mut self.io);
         // Control packets carry time stamps of their own: they get the time at which they are written.
         self.shard.handle_control_timers(self.epoch.now(), &mut self.io);
         let alive = self.spend_setup_share()?;
@@ -162,26 +174,24 @@ impl Worker {
         self.shard.take_io_counts(&mut self.io.counts);
         if now >= self.next_report_at {
             self.next_report_at += RECORD_PERIOD;
-            self.report(false);
+            self.report(Occasion::Second);
         }
         Ok(alive)
     }
 
+    /// Takes what has arrived, up to a bound: what is left waits for the next tick, behind the media that is due.
     fn drain(&mut self, now: Time) -> io::Result<()> {
         // Kernel stamps are on the wall clock; read once a tick, the difference places them on ours.
         let unix_now = net::unix_nanos();
-        loop {
-            self.poll.poll(&mut self.mio_events, Some(Duration::ZERO))?;
-            self.ready.extend(self.mio_events.iter().map(|event| event.token().0));
-            if self.ready.is_empty() {
-                return Ok(());
-            }
-            while let Some(key) = self.ready.pop_front() {
-                if !self.drain_socket(key, now, unix_now) {
-                    self.ready.push_back(key);
-                }
+        self.poll.poll(&mut self.mio_events, Some(Duration::ZERO))?;
+        self.ready.extend(self.mio_events.iter().map(|event| event.token().0));
+        for _ in 0..DRAIN_TURNS_MAX.min(self.ready.len()) {
+            let Some(key) = self.ready.pop_front() else { break };
+            if !self.drain_socket(key, now, unix_now) {
+                self.ready.push_back(key);
             }
         }
+        Ok(())
     }
 
     /// Takes what a socket holds; false if there may be more.
@@ -268,7 +278,7 @@ impl Worker {
             }
             Command::Report => {
                 self.shard.account();
-                self.report(false);
+                self.report(Occasion::Asked);
             }
             other => self.shard.handle_command(other, now, &mut self.io),
         }
@@ -284,15 +294,15 @@ impl Worker {
         }
     }
 
-    fn report(&mut self, last: bool) {
-        let outcomes = last.then(|| self.shard.finish());
+    fn report(&mut self, occasion: Occasion) {
+        let outcomes = (occasion == Occasion::Last).then(|| self.shard.finish());
         let fresh = self.spare_records.try_recv().unwrap_or_default();
         let record = self.shard.swap_record(fresh);
         let report = Report {
             worker: self.index,
+            occasion,
             record,
             cpu: net::thread_cpu(),
-            run_delay: net::thread_run_delay(),
             outcomes,
         };
         // Nobody listens any more only when the run itself is gone.
@@ -300,12 +310,18 @@ impl Worker {
     }
 }
 
-/// When a datagram reached this host, on the run's clock: never after `now`, and `now` itself where the kernel gave no stamp.
+/// When a datagram reached this host, on the run's clock: by the kernel's stamp, or `now` where it gave none.
+///
+/// `now` and `unix_now` are one moment on both clocks; a datagram that came while others were being taken is younger than that.
 fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
-    match stamp.and_then(|stamp| unix_now.checked_sub(stamp)) {
-        // A wall clock that was stepped gives absurd ages.
-        Some(age) if age < 10_000_000_000 => now - Duration::from_nanos(age),
-        _ => now,
+    const ABSURD: Duration = Duration::from_secs(10);
+    let Some(stamp) = stamp else { return now };
+    let apart = Duration::from_nanos(unix_now.abs_diff(stamp));
+    match stamp <= unix_now {
+        // A wall clock that was stepped.
+        _ if apart > ABSURD => now,
+        true => now - apart,
+        false => now + apart,
     }
 }
 

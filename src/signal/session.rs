@@ -13,12 +13,12 @@ use tokio::sync::{mpsc, watch};
 use super::Endpoint;
 use super::client::{Description, Event as SignalEvent, Join, JoinOptions, SignalError, SignalReceiver, SignalSender, Trickle, connect};
 use super::token::{ApiKey, Permissions};
-use crate::engine::publisher::{Pacing, SendParameters, Source};
+use crate::engine::publisher::{SendParameters, Source};
 use crate::engine::{Command, Event as EngineEvent, NewPeer, Roster, StreamParameters};
 use crate::measure::{Kind, Timeline};
 use crate::media::identity::FrameIdentity;
 use crate::net;
-use crate::plan::ParticipantPlan;
+use crate::plan::{Pacing, ParticipantPlan};
 use crate::transport::peer::{IceCredentials, PeerParameters};
 use crate::transport::sdp::{
     Answerer, Candidate, Capabilities, Extension, Fingerprint, LocalTrack, LocalTransport, NegotiatedMedia, RemoteAnswer, RemoteTrack,
@@ -562,6 +562,12 @@ impl Session {
 
     fn end(self, failure: Option<Failure>) {
         let index = self.plan.index;
+        if failure.is_some() {
+            // The server no longer knows this participant: its media must not go on.
+            for role in [Role::Publisher, Role::Subscriber] {
+                self.command(Command::RemovePeer { key: self.key(role) });
+            }
+        }
         let mut disconnects = self.disconnects;
         let failure = failure.map(|Failure(reason)| reason);
         match (&failure, self.joined) {
