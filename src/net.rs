@@ -6,10 +6,11 @@
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::num::NonZeroU64;
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
+use rustix::time::Timespec;
 
 /// The kernel's own bounds for one segmented send (`UDP_MAX_SEGMENTS`, and the largest UDP payload).
 pub const SEGMENTS_MAX: usize = 64;
@@ -172,41 +173,25 @@ pub fn send(socket: &UdpSocket, to: Option<SocketAddr>, bytes: &[u8]) -> io::Res
     }
 }
 
-/// A steady beat on absolute times: what is late once does not shift what follows.
-pub struct Tick {
-    timer: OwnedFd,
+/// The monotonic clock, nanoseconds since some moment of the kernel's choice.
+pub fn monotonic_nanos() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-impl Tick {
-    /// The first beat comes after `first`, which is above zero; the others follow `period` apart.
-    pub fn new(first: Duration, period: Duration) -> io::Result<Tick> {
-        let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC)?;
-        let spec = |time: Duration| Timespec {
-            tv_sec: time.as_secs() as i64,
-            tv_nsec: i64::from(time.subsec_nanos()),
-        };
-        rustix::time::timerfd_settime(
-            &timer,
-            TimerfdTimerFlags::empty(),
-            &Itimerspec {
-                it_interval: spec(period),
-                it_value: spec(first),
-            },
-        )?;
-        Ok(Tick { timer })
-    }
+/// Sleeps until an absolute time on the monotonic clock; comes back at once where that has passed.
+pub fn sleep_until(monotonic_nanos: u64) {
+    let until = Timespec {
+        tv_sec: (monotonic_nanos / 1_000_000_000) as i64,
+        tv_nsec: (monotonic_nanos % 1_000_000_000) as i64,
+    };
+    // Interrupted by a signal: what is left is slept again.
+    while rustix::thread::clock_nanosleep_absolute(rustix::thread::ClockId::Monotonic, &until) == Err(rustix::io::Errno::INTR) {}
+}
 
-    /// Sleeps until the next beat; returns how many beats have passed since the last call, 1 when in time.
-    pub fn wait(&mut self) -> io::Result<u64> {
-        let mut beats = [0; 8];
-        loop {
-            match rustix::io::read(self.timer.as_fd(), &mut beats) {
-                Ok(_) => return Ok(u64::from_ne_bytes(beats)),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
+/// Asks the kernel not to group this thread's wake-ups with later ones: by default it may be 50 us late on purpose.
+pub fn wake_precisely() -> io::Result<()> {
+    Ok(rustix::thread::set_current_timer_slack(NonZeroU64::new(1))?)
 }
 
 /// Pins the calling thread to one processor.

@@ -33,11 +33,10 @@ impl FloorThread {
     pub fn start(epoch: Epoch) -> io::Result<FloorThread> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        let mut beat = Beat::start(epoch)?;
         let thread = std::thread::Builder::new().name("floor".into()).spawn(move || {
-            let mut floor = Histogram::default();
+            let (mut beat, mut floor) = (Beat::start(epoch), Histogram::default());
             while !stopped.load(Ordering::Relaxed) {
-                let Ok((_, late, _)) = beat.wait() else { break };
+                let (_, late, _) = beat.wait(1);
                 floor.record(late);
             }
             floor

@@ -287,6 +287,11 @@ impl Shard {
         }
     }
 
+    /// Whether media may be due by `time`, a few milliseconds ahead.
+    pub fn media_is_due_by(&self, time: Time) -> bool {
+        self.media_timers.any_by(time)
+    }
+
     /// Sends the media that is due.
     pub fn handle_media_timers(&mut self, now: Time, io: &mut impl Io) {
         while let Some(timer) = self.media_timers.pop_due(now) {

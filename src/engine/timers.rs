@@ -79,6 +79,12 @@ impl Timers {
         }
     }
 
+    /// Whether any timer may be due by `time`, which is no more than a few milliseconds ahead.
+    pub fn any_by(&self, time: Time) -> bool {
+        let last = time.as_nanos() / NANOS_PER_BUCKET;
+        self.ready != NONE || (self.cursor..=last).any(|bucket| self.heads[(bucket % BUCKETS as u64) as usize] != NONE)
+    }
+
     fn open_bucket(&mut self) {
         let head = (self.cursor % BUCKETS as u64) as usize;
         self.ready = std::mem::replace(&mut self.heads[head], NONE);
