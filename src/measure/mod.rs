@@ -143,6 +143,17 @@ impl Record {
     }
 }
 
+/// Whether this version fills a counter of the session (`None`) or of one kind of media. One that it does not fill is unknown, which is not 0.
+pub fn is_measured(kind: Option<Kind>, counter: &str) -> bool {
+    match kind {
+        // Nobody tries a failed join again, or resumes a lost session, yet.
+        None => !matches!(counter, "joins_retried" | "reconnects_ok" | "reconnects_failed"),
+        // What a listener would hear as a gap needs a model of the jitter buffer.
+        Some(Kind::Audio) => counter != "freezes",
+        Some(Kind::Video) => true,
+    }
+}
+
 /// The two kinds of media, as SDP's m-lines name them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

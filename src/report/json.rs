@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::{EngineHealth, Judgement, Outcome, Sample, Step, VERSION, judge, judge::judge_step};
-use crate::measure::{Engine, Histogram, Kind, Media, Session, serial};
+use crate::measure::{Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::Plan;
 
 pub const SCHEMA: &str = "throng-report/1";
@@ -210,8 +210,8 @@ impl<'a> TotalsView<'a> {
         TotalsView {
             seconds: step.seconds,
             session: SessionView(&step.record.session),
-            audio: MediaView(step.media(Kind::Audio)),
-            video: MediaView(step.media(Kind::Video)),
+            audio: MediaView(step.media(Kind::Audio), Kind::Audio),
+            video: MediaView(step.media(Kind::Video), Kind::Video),
         }
     }
 }
@@ -220,15 +220,15 @@ struct SessionView<'a>(&'a Session);
 
 impl Serialize for SessionView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        stats(serializer, self.0.counters(), self.0.histograms())
+        stats(serializer, measured(None, self.0.counters()), self.0.histograms())
     }
 }
 
-struct MediaView<'a>(&'a Media);
+struct MediaView<'a>(&'a Media, Kind);
 
 impl Serialize for MediaView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        stats(serializer, self.0.counters(), self.0.histograms())
+        stats(serializer, measured(Some(self.1), self.0.counters()), self.0.histograms())
     }
 }
 
@@ -236,14 +236,19 @@ struct CountersView<'a>(&'a Engine);
 
 impl Serialize for CountersView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        stats(serializer, self.0.counters(), std::iter::empty())
+        stats(serializer, self.0.counters().map(|(name, value)| (name, Some(value))), std::iter::empty())
     }
+}
+
+/// Counters that this version does not fill are `None`.
+fn measured(kind: Option<Kind>, counters: impl Iterator<Item = (&'static str, u64)>) -> impl Iterator<Item = (&'static str, Option<u64>)> {
+    counters.map(move |(name, value)| (name, is_measured(kind, name).then_some(value)))
 }
 
 /// Counters and histograms directly by name, in the order in which they are declared.
 fn stats<'a, S: Serializer>(
     serializer: S,
-    counters: impl Iterator<Item = (&'static str, u64)>,
+    counters: impl Iterator<Item = (&'static str, Option<u64>)>,
     histograms: impl Iterator<Item = (&'static str, &'a Histogram)>,
 ) -> Result<S::Ok, S::Error> {
     let mut map = serializer.serialize_map(None)?;

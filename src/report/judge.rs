@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::{Outcome, Step, text};
-use crate::measure::{Histogram, Kind, Media, Record, Session};
+use crate::measure::{Histogram, Kind, Media, Record, Session, is_measured};
 
 /// What a run is held to.
 #[derive(Clone, Debug)]
@@ -304,6 +304,16 @@ enum Comparison {
     AtLeast,
 }
 
+impl Scope {
+    const fn kind(self) -> Option<Kind> {
+        match self {
+            Scope::Session => None,
+            Scope::Audio => Some(Kind::Audio),
+            Scope::Video => Some(Kind::Video),
+        }
+    }
+}
+
 const SCOPES: &[(&str, Scope)] = &[("session", Scope::Session), ("audio", Scope::Audio), ("video", Scope::Video)];
 /// Quantiles are in thousandths.
 const STATS: &[(&str, Stat)] = &[
@@ -330,6 +340,9 @@ impl Threshold {
     fn violation(&self, record: &Record) -> Option<String> {
         match self.figure {
             Figure::Counter(name) => {
+                if !is_measured(self.scope.kind(), name) {
+                    return Some(format!("{} does not hold: it is not measured", self.text));
+                }
                 let value = self.counter(record, name)?;
                 (!self.comparison.holds(value as f64, self.limit)).then(|| format!("{} does not hold: it is {}", self.text, text::number(value)))
             }

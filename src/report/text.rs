@@ -246,9 +246,10 @@ fn joins(outcome: &Outcome, style: Style) -> String {
     text
 }
 
-/// The three columns of the media table.
+/// The columns of the media table: audio, video and both; of a kind that nobody publishes there is none.
 struct Columns<'a> {
     media: [&'a Media; 2],
+    shown: [bool; 2],
     seconds: f64,
 }
 
@@ -256,13 +257,13 @@ impl Columns<'_> {
     /// A row whose total is the sum.
     fn sum(&self, label: &str, counter: fn(&Media) -> u64, print: impl Fn(u64) -> String) -> String {
         let [audio, video] = self.media.map(counter);
-        row(label, [print(audio), print(video), print(audio + video)])
+        self.row(label, [print(audio), print(video), print(audio + video)])
     }
 
     /// A row whose total is worked out from both kinds.
     fn loss(&self, label: &str, print: impl Fn(&Loss) -> String) -> String {
         let [audio, video] = self.media;
-        row(
+        self.row(
             label,
             [Loss::of(audio), Loss::of(video), Loss::counted([audio, video])].map(|loss| print(&loss)),
         )
@@ -271,7 +272,7 @@ impl Columns<'_> {
     /// A row of one counter by another: `part/whole`, or the share of it.
     fn ratio(&self, label: &str, part: fn(&Media) -> u64, whole: fn(&Media) -> u64, print: impl Fn(u64, u64) -> String) -> String {
         let (parts, wholes) = (self.media.map(part), self.media.map(whole));
-        row(
+        self.row(
             label,
             [
                 print(parts[0], wholes[0]),
@@ -279,6 +280,19 @@ impl Columns<'_> {
                 print(parts.iter().sum(), wholes.iter().sum()),
             ],
         )
+    }
+
+    fn row(&self, label: &str, columns: [String; 3]) -> String {
+        format!("  {label:<29}{}\n", self.cells(columns))
+    }
+
+    fn cells(&self, [audio, video, total]: [String; 3]) -> String {
+        let shown = match self.shown {
+            [true, false] => vec![audio],
+            [false, true] => vec![video],
+            _ => vec![audio, video, total],
+        };
+        shown.iter().map(|cell| format!(" {cell:>15}")).collect()
     }
 
     fn bit_rate(&self, bytes: u64) -> String {
@@ -290,25 +304,16 @@ impl Columns<'_> {
     }
 }
 
-fn row(label: &str, columns: [String; 3]) -> String {
-    let [audio, video, total] = columns;
-    format!("  {label:<29} {audio:>15} {video:>15} {total:>15}\n")
-}
-
 fn media(outcome: &Outcome, style: Style) -> String {
     let step = &outcome.totals;
     let columns = Columns {
         media: [&step.record.audio, &step.record.video],
+        shown: [Kind::Audio, Kind::Video].map(|kind| outcome.plan.shape.publishers_of(kind) > 0),
         seconds: step.seconds,
     };
     let share = |part: u64, whole: u64| maybe((whole > 0).then(|| part as f64 / whole as f64), percent);
-    let mut text = format!(
-        "{}{:>22} {:>15} {:>15}\n",
-        style.bold(&format!("{:<25}", "Media")),
-        "audio",
-        "video",
-        "total"
-    );
+    let heads = columns.cells(["audio", "video", "total"].map(str::to_owned));
+    let mut text = format!("{}{heads}\n", style.bold(&format!("{:<31}", "Media")));
     text.push_str(&columns.sum("Tracks published", |m| m.tracks_published, number));
     text.push_str(&columns.ratio(
         "Tracks live/expected",
@@ -330,9 +335,26 @@ fn media(outcome: &Outcome, style: Style) -> String {
     text.push_str(&columns.sum("Frames delivered", |m| m.frames_delivered, number));
     text.push_str(&columns.loss("  undelivered", |loss| maybe(loss.undelivered, percent)));
     text.push_str(&columns.sum("  late", |m| m.frames_late, number));
-    text.push_str(&columns.sum("Freezes", |m| m.freezes, number));
-    let [audio, video] = columns.media.map(|m| triple(&m.track_subscribe));
-    let _ = writeln!(text, "  Track Subscribe Time 50/90/99 %  audio {audio:<16} video {video}\n");
+    if columns.shown[1] {
+        let freezes = number(step.record.video.freezes);
+        text.push_str(&columns.row("Freezes", ["n/a".to_owned(), freezes.clone(), freezes]));
+    }
+    let subscribed = [("audio", columns.media[0]), ("video", columns.media[1])]
+        .into_iter()
+        .zip(columns.shown)
+        .filter(|(_, shown)| *shown);
+    let subscribed: Vec<String> = subscribed
+        .map(|((kind, media), _)| format!("{kind} {}", triple(&media.track_subscribe)))
+        .collect();
+    let _ = writeln!(
+        text,
+        "  Track Subscribe Time 50/90/99 %  {}\n",
+        if subscribed.is_empty() {
+            "n/a".to_owned()
+        } else {
+            subscribed.join("   ")
+        }
+    );
     text
 }
 
@@ -377,20 +399,26 @@ fn times(outcome: &Outcome, style: Style) -> String {
         ("RTT by STUN", &session.rtt_stun),
         ("RTT by RTCP", &session.rtt_rtcp),
         ("RTT of signalling", &session.rtt_signal),
-        ("Audio one-way latency", &audio.one_way_latency),
-        ("  jitter", &audio.jitter),
-        ("Video one-way latency", &video.one_way_latency),
-        ("  jitter", &video.jitter),
-        ("  first frame", &video.first_frame),
     ] {
         text.push_str(&times_row(label, histogram));
     }
-    for (label, histogram) in [
-        ("  loss to repair", &video.loss_to_repair),
-        ("  PLI to key frame sent", &video.pli_received_to_key_sent),
-    ] {
-        if histogram.expected() > 0 {
-            text.push_str(&times_row(label, histogram));
+    for (kind, name, media) in [(Kind::Audio, "Audio", audio), (Kind::Video, "Video", video)] {
+        if outcome.plan.shape.publishers_of(kind) == 0 {
+            continue;
+        }
+        text.push_str(&times_row(&format!("{name} one-way latency"), &media.one_way_latency));
+        text.push_str(&times_row("  jitter", &media.jitter));
+        if kind == Kind::Video {
+            text.push_str(&times_row("  first frame", &media.first_frame));
+        }
+        // What need not happen is shown where it did.
+        for (label, histogram) in [
+            ("  loss to repair", &media.loss_to_repair),
+            ("  PLI to key frame sent", &media.pli_received_to_key_sent),
+        ] {
+            if histogram.expected() > 0 {
+                text.push_str(&times_row(label, histogram));
+            }
         }
     }
     text.push('\n');
