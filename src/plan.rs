@@ -9,13 +9,12 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::measure::Kind;
+use crate::media::packetize::PAYLOAD_BYTES_MAX;
 use crate::units::{Bitrate, scatter};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
 pub const PARTICIPANTS_MAX: u64 = 1_000_000;
 
-/// RTP payload bytes of a full video packet: below what every path's MTU leaves after IP, UDP, SRTP and header extensions.
-const VIDEO_PAYLOAD_BYTES: f64 = 1_150.0;
 /// IPv4 and UDP headers, RTP header, header extensions, AEAD tag.
 const WIRE_OVERHEAD_BYTES: f64 = 20.0 + 8.0 + 12.0 + 8.0 + 16.0;
 /// Cost of a packet on the engine, kernel included, at a 1 ms tick: 2.3 us measured, rounded up.
@@ -214,7 +213,7 @@ impl VideoSpec {
     pub fn packets_per_second(&self) -> f64 {
         let frames = f64::from(self.frames_per_second);
         let frame_bytes = self.bitrate.bps() as f64 / 8.0 / frames;
-        frames * (frame_bytes / VIDEO_PAYLOAD_BYTES).ceil().max(1.0)
+        frames * (frame_bytes / PAYLOAD_BYTES_MAX as f64).ceil().max(1.0)
     }
 }
 
@@ -393,6 +392,7 @@ pub struct ServerUrl {
     /// Host and, where given, port.
     authority: String,
     host: String,
+    port: u16,
     /// Empty, or a path that starts with `/` and does not end with one.
     path: String,
 }
@@ -408,9 +408,24 @@ impl ServerUrl {
         format!("{}://{}{}", if self.secure { "https" } else { "http" }, self.authority, self.path)
     }
 
+    /// `https` and `wss`.
+    pub fn is_secure(&self) -> bool {
+        self.secure
+    }
+
+    /// A name or an address, IPv6 without its brackets.
+    pub fn host(&self) -> &str {
+        self.host.trim_start_matches('[').trim_end_matches(']')
+    }
+
+    /// As given, or the scheme's own.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// True for this very host by name or address. Names are not resolved.
     pub fn is_loopback(&self) -> bool {
-        let host = self.host.trim_start_matches('[').trim_end_matches(']');
+        let host = self.host();
         let by_name = host.eq_ignore_ascii_case("localhost") || host.to_ascii_lowercase().ends_with(".localhost");
         by_name || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
     }
@@ -443,11 +458,13 @@ impl FromStr for ServerUrl {
         if authority.host().is_empty() || authority.port().is_none() && authority.as_str() != authority.host() {
             return Err("has no proper host and port".to_owned());
         }
-        let path = uri.path().trim_end_matches('/').to_owned();
+        // Some write the whole address of the signalling endpoint.
+        let path = uri.path().trim_end_matches('/').trim_end_matches("/rtc").to_owned();
         Ok(ServerUrl {
             secure,
             authority: authority.as_str().to_owned(),
             host: authority.host().to_owned(),
+            port: authority.port_u16().unwrap_or(if secure { 443 } else { 80 }),
             path,
         })
     }
@@ -634,6 +651,7 @@ pub(crate) mod tests {
             ("ws://[::1]:7880", true),
             ("ws://[::ffff:127.0.0.1]:7880", true),
             ("ws://sfu.localhost", true),
+            ("ws://127.0.0.2:7880/rtc", true),
             ("wss://127.example.com", false),
             ("ws://10.0.0.1:7880", false),
         ] {

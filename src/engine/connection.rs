@@ -9,7 +9,7 @@ use super::{Io, NewPeer, Roster, StreamParameters};
 use crate::measure::Record;
 use crate::transport::peer::Peer;
 use crate::transport::receive::MISSING_MAX;
-use crate::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, rtt_from_report};
+use crate::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report};
 use crate::transport::rtp::Header;
 use crate::transport::sequence::Seq;
 use crate::units::{Time, ntp_middle};
@@ -420,11 +420,6 @@ fn block(ssrc: u32, numbers: crate::transport::receive::ReportNumbers) -> Report
         lsr: numbers.lsr,
         dlsr: numbers.dlsr,
     }
-}
-
-/// A delay in the units of DLSR: 1/65,536 s.
-fn dlsr_units(delay: Duration) -> u32 {
-    u32::try_from(delay.as_nanos() * 65_536 / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
 /// Writes one compound into the lent buffer, seals and sends it. What does not fit is not sent: the compounds above are made to fit.

@@ -6,6 +6,7 @@
 use std::mem;
 use std::time::Duration;
 
+use super::rtcp::dlsr_units;
 use crate::units::{Time, ntp_middle};
 
 /// Packets further behind the newest than this are too old to tell a late one from a duplicate.
@@ -301,7 +302,7 @@ impl ReceiveStream {
             dlsr: if self.lsr == 0 {
                 0
             } else {
-                delay_since_report(now.since(self.sender_report_at))
+                dlsr_units(now.since(self.sender_report_at))
             },
         })
     }
@@ -601,11 +602,6 @@ fn hundreds_of_micros(duration: Duration) -> u16 {
 fn repeat_interval(rtt: Duration) -> Duration {
     let deaf = (rtt.saturating_mul(2)).min(REPEAT_DEAF) + REPEAT_MARGIN;
     (rtt.saturating_mul(5) / 4).max(deaf).max(REPEAT_FLOOR)
-}
-
-/// Units of 1/65,536 s; a report older than 18 hours saturates.
-fn delay_since_report(delay: Duration) -> u32 {
-    u32::try_from((delay.as_nanos() << 16) / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

@@ -67,6 +67,11 @@ pub fn rtt_from_report(now_ntp_middle: u32, lsr: u32, dlsr: u32) -> Option<Durat
     Some(Duration::from_nanos((rtt * 1_000_000_000) >> 16))
 }
 
+/// A delay in the units of DLSR, 1/65,536 s; one of more than 18 hours saturates.
+pub fn dlsr_units(delay: Duration) -> u32 {
+    u32::try_from((delay.as_nanos() << 16) / 1_000_000_000).unwrap_or(u32::MAX)
+}
+
 const VERSION: u8 = 2;
 const SENDER_REPORT: u8 = 200;
 const RECEIVER_REPORT: u8 = 201;
