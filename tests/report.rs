@@ -470,6 +470,23 @@ fn files_are_opened_before_the_run_and_replaced_after_it() {
 }
 
 #[test]
+fn a_run_that_comes_to_nothing_leaves_no_empty_report_and_no_older_one_is_touched() {
+    let dir = scratch("nothing");
+    let destinations = Destinations {
+        json: Some(dir.join("new.json")),
+        participants: Some(dir.join("old.ndjson")),
+        hgrm: None,
+    };
+    std::fs::write(dir.join("old.ndjson"), "older").unwrap();
+    let sinks = Sinks::open(&destinations).unwrap();
+    assert!(dir.join("new.json").exists());
+    drop(sinks);
+    assert!(!dir.join("new.json").exists());
+    assert_eq!(std::fs::read_to_string(dir.join("old.ndjson")).unwrap(), "older");
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
 fn a_destination_that_cannot_be_written_is_refused_with_the_fix() {
     let dir = scratch("refused");
     let file = dir.join("file");

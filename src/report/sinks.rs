@@ -33,7 +33,25 @@ pub struct Sinks {
 #[derive(Debug)]
 enum Sink {
     Stdout,
-    File(PathBuf, File),
+    File(ReportFile),
+}
+
+/// An open file. One that this run made and never wrote to is removed again: empty, it would pass for a broken report.
+#[derive(Debug)]
+struct ReportFile {
+    path: PathBuf,
+    file: File,
+    /// Made by us, and still empty.
+    is_blank: bool,
+}
+
+impl Drop for ReportFile {
+    fn drop(&mut self) {
+        if self.is_blank {
+            // It was an attempt to tidy up, after another error that is being told.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Sinks {
@@ -77,19 +95,24 @@ impl Sink {
         if is_stdout(path) {
             return Ok(Sink::Stdout);
         }
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
+        let mut options = OpenOptions::new();
+        options.write(true);
+        let made = options.clone().create_new(true).open(path);
+        let is_blank = made.is_ok();
+        let file = made
+            .or_else(|_| options.create(true).truncate(false).open(path))
             .map_err(|error| refusal(path, &error))?;
-        Ok(Sink::File(path.to_owned(), file))
+        let path = path.to_owned();
+        Ok(Sink::File(ReportFile { path, file, is_blank }))
     }
 
     fn write(self, text: &str) -> Result<(), String> {
         match self {
             Sink::Stdout => emit(&mut io::stdout().lock(), text).map_err(|error| refusal(Path::new("standard output"), &error)),
-            Sink::File(path, file) => replace(file, text).map_err(|error| refusal(&path, &error)),
+            Sink::File(mut report) => {
+                report.is_blank = false;
+                replace(&mut report.file, text).map_err(|error| refusal(&report.path, &error))
+            }
         }
     }
 }
@@ -98,12 +121,12 @@ fn is_stdout(path: &Path) -> bool {
     path == Path::new("-")
 }
 
-fn replace(mut file: File, text: &str) -> io::Result<()> {
+fn replace(file: &mut File, text: &str) -> io::Result<()> {
     if file.metadata()?.is_file() {
         file.set_len(0)?;
         file.rewind()?;
     }
-    emit(&mut file, text)
+    emit(file, text)
 }
 
 fn writable_directory(dir: &Path) -> Result<(), String> {
@@ -116,8 +139,9 @@ fn writable_directory(dir: &Path) -> Result<(), String> {
 
 fn refusal(path: &Path, error: &io::Error) -> String {
     let fix = match error.kind() {
-        io::ErrorKind::NotFound => path.parent().map(|dir| format!("; mkdir -p {}", dir.display())).unwrap_or_default(),
-        _ => String::new(),
+        io::ErrorKind::NotFound => path.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.exists()),
+        _ => None,
     };
+    let fix = fix.map(|dir| format!("; mkdir -p {}", dir.display())).unwrap_or_default();
     format!("cannot write {}: {error}{fix}", path.display())
 }
