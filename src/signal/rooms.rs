@@ -26,6 +26,12 @@ pub struct RoomService {
 pub enum RoomError {
     #[error("{endpoint} cannot be reached ({cause}): is the server running, and are address and port right?")]
     Unreachable { endpoint: String, cause: String },
+    /// Something listens, and hangs up or talks of other things.
+    #[error(
+        "{endpoint} gave no HTTP answer ({cause}): is this a LiveKit server?{}",
+        if *secure { "" } else { " One that speaks TLS wants wss:// or https://" }
+    )]
+    NoAnswer { endpoint: String, secure: bool, cause: String },
     /// `https` to a plain port, or `http` to a TLS port.
     #[error("{endpoint} {}", if *server_speaks_tls { "speaks TLS: use wss:// or https://" } else { "does not speak TLS: use ws:// or http://" })]
     TlsMismatch { endpoint: String, server_speaks_tls: bool },
@@ -43,6 +49,11 @@ impl RoomError {
     /// The room is not there (any more).
     pub fn is_not_found(&self) -> bool {
         matches!(self, RoomError::Other { status: 404, .. })
+    }
+
+    /// There is no server (any more), so that asking for other rooms would end the same way.
+    pub fn is_without_server(&self) -> bool {
+        matches!(self, RoomError::Unreachable { .. } | RoomError::NoAnswer { .. })
     }
 }
 
@@ -131,9 +142,11 @@ impl RoomService {
             return self.mismatch(false);
         }
         let cause = causes(error).last().map_or_else(|| error.to_string(), ToString::to_string);
-        RoomError::Unreachable {
-            endpoint: self.endpoint.to_string(),
-            cause,
+        let (endpoint, secure) = (self.endpoint.to_string(), self.endpoint.secure());
+        if error.is_connect() || error.is_timeout() {
+            RoomError::Unreachable { endpoint, cause }
+        } else {
+            RoomError::NoAnswer { endpoint, secure, cause }
         }
     }
 
