@@ -62,6 +62,11 @@ pub struct UsageError(String);
 
 impl UsageError {
     pub const EXIT_CODE: u8 = 2;
+
+    /// For flags that only turn out later to ask for what cannot be.
+    pub fn new(why: &impl fmt::Display) -> UsageError {
+        UsageError(format!("error: {why}"))
+    }
 }
 
 impl fmt::Display for UsageError {
@@ -98,7 +103,7 @@ pub fn parse_with(args: impl IntoIterator<Item = OsString>, env: &dyn Fn(&str) -
     };
     args.into_run(env, fresh)
         .map(|run| Command::Run(Box::new(run)))
-        .map_err(|why| UsageError(format!("error: {why}")))
+        .map_err(|why| UsageError::new(&why))
 }
 
 const EXAMPLES: &str = "\

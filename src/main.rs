@@ -1,35 +1,42 @@
 //! The `throng` command.
 
+use std::fmt::Display;
 use std::io::{IsTerminal, stderr, stdout};
 use std::process::ExitCode;
 
 use anyhow::{Result, anyhow};
 use throng::cli::{self, Command, UsageError};
-use throng::preflight::{self, Host};
+use throng::plan::Resources;
+use throng::preflight::{self, Findings, Host};
 use throng::report::progress::Progress;
 use throng::report::text::{self, Style};
-use throng::report::{Sinks, Verdict, emit, judge};
-use throng::run;
+use throng::report::{Outcome, Sinks, Verdict, emit, judge};
+use throng::run::{self, Clips};
 
 fn main() -> ExitCode {
-    let command = match cli::parse(std::env::args_os(), &|name| std::env::var(name).ok()) {
-        Ok(command) => command,
-        Err(usage) => {
-            eprintln!("{usage}");
-            return ExitCode::from(UsageError::EXIT_CODE);
-        }
-    };
-    let done = match command {
-        Command::Show(text) => emit(&mut stdout(), &text).map(|()| 0).map_err(Into::into),
-        Command::Run(run) => load_test(&run),
-    };
-    match done {
+    match throng() {
         Ok(code) => ExitCode::from(code),
+        Err(error) if error.is::<UsageError>() => {
+            say(&error);
+            ExitCode::from(UsageError::EXIT_CODE)
+        }
         Err(error) => {
-            eprintln!("throng: {error:#}");
+            say(&format_args!("throng: {error:#}"));
             ExitCode::from(Verdict::Partial.exit_code())
         }
     }
+}
+
+fn throng() -> Result<u8> {
+    match cli::parse(std::env::args_os(), &|name| std::env::var(name).ok())? {
+        Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
+        Command::Run(run) => load_test(&run),
+    }
+}
+
+/// A line on standard error. That nobody can read it is no reason to stop.
+fn say(line: &impl Display) {
+    let _ = emit(&mut stderr(), &format!("{line}\n"));
 }
 
 fn load_test(run: &cli::Run) -> Result<u8> {
@@ -37,50 +44,65 @@ fn load_test(run: &cli::Run) -> Result<u8> {
     let resources = preflight::resources(&run.plan, &host, run.threads);
     let findings = preflight::check(&run.plan, &host, &resources);
     if run.dry_run {
-        emit(&mut stdout(), &text::dry_run(&run.plan, &run.judging, &resources))?;
-        run.warnings
-            .iter()
-            .chain(&findings.warnings)
-            .for_each(|warning| eprintln!("warning: {warning}"));
-        findings.refusals.iter().for_each(|refusal| eprintln!("would refuse: {refusal}"));
-        return Ok(if findings.refusals.is_empty() { 0 } else { 1 });
+        return dry_run(run, &resources, &findings);
     }
     if !run.quiet {
-        emit(&mut stderr(), &text::first_line(&run.plan))?;
+        say(&text::first_line(&run.plan).trim_end());
     }
-    if !findings.refusals.is_empty() {
-        return Err(anyhow!("{}", findings.refusals.join("\nthrong: ")));
-    }
-    findings.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
-    let sinks = Sinks::open(&run.destinations).map_err(|refusals| anyhow!("{}", refusals.join("\nthrong: ")))?;
+    none_of(&findings.refusals)?;
+    findings.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
+    let sinks = Sinks::open(&run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
+    let clips = Clips::generate(&run.plan, resources.threads).map_err(|error| UsageError::new(&format_args!("{error:#}")))?;
+    let outcome = measure(run, &resources, clips)?;
+    report(run, &outcome, sinks)
+}
 
+fn none_of(refusals: &[String]) -> Result<()> {
+    if refusals.is_empty() {
+        return Ok(());
+    }
+    Err(anyhow!("{}", refusals.join("\nthrong: ")))
+}
+
+fn dry_run(run: &cli::Run, resources: &Resources, findings: &Findings) -> Result<u8> {
+    emit(&mut stdout(), &text::dry_run(&run.plan, &run.judging, resources))?;
+    let warnings = run.warnings.iter().chain(&findings.warnings);
+    warnings.for_each(|warning| say(&format_args!("warning: {warning}")));
+    findings.refusals.iter().for_each(|refusal| say(&format_args!("would refuse: {refusal}")));
+    Ok(if findings.refusals.is_empty() { 0 } else { 1 })
+}
+
+fn measure(run: &cli::Run, resources: &Resources, clips: Clips) -> Result<Outcome> {
     let mut progress = Progress::new(stderr().is_terminal() && !run.no_live);
-    let quiet = run.quiet;
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(signalling_threads(&resources))
+        .worker_threads(signalling_threads(resources))
         .enable_all()
         .build()?;
-    let outcome = runtime.block_on(run::run(run, &resources, |snapshot| {
-        if !quiet {
-            // Progress that nobody can read is no reason to stop.
+    let outcome = runtime.block_on(run::run(run, resources, clips, |snapshot| {
+        if !run.quiet {
             let _ = progress.update(snapshot, &mut stderr());
         }
-    }))?;
+    }));
     let _ = progress.finish(&mut stderr());
+    outcome
+}
 
+/// Everything is written, whatever fails on the way; then the first failure is told.
+fn report(run: &cli::Run, outcome: &Outcome, sinks: Sinks) -> Result<u8> {
     let no_color = std::env::var("NO_COLOR").ok();
-    let written = if run.destinations.json_on_stdout() {
-        emit(&mut stderr(), &text::render(&outcome, Style::of(&stderr(), no_color.as_deref())))
+    let text = |style: Style| text::render(outcome, style);
+    let shown = if run.destinations.json_on_stdout() {
+        say(&text(Style::of(&stderr(), no_color.as_deref())).trim_end());
+        Ok(())
     } else {
-        emit(&mut stdout(), &text::render(&outcome, Style::of(&stdout(), no_color.as_deref())))
+        emit(&mut stdout(), &text(Style::of(&stdout(), no_color.as_deref())))
     };
-    let code = judge(&outcome).verdict.exit_code();
-    sinks.write(&outcome).map_err(|error| anyhow!(error))?;
-    written?;
-    Ok(code)
+    sinks.write(outcome).map_err(|error| anyhow!(error))?;
+    shown.map_err(|error| anyhow!("cannot write standard output: {error}"))?;
+    Ok(judge(outcome).verdict.exit_code())
 }
 
 /// One thread serves some thousand WebSockets; a second one where cores allow.
-fn signalling_threads(resources: &throng::plan::Resources) -> usize {
+fn signalling_threads(resources: &Resources) -> usize {
     (resources.cpus / 4).clamp(1, 4)
 }

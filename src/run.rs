@@ -24,7 +24,7 @@ use crate::net;
 use crate::plan::{self, Plan, Resources};
 use crate::preflight;
 use crate::report::progress::Snapshot;
-use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Quality, Sample, Step, TargetInfo, TargetKind};
+use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Quality, Sample, Step, TargetInfo, TargetKind, Verdict};
 use crate::signal::rooms::{RoomError, RoomService};
 use crate::signal::session::{self, Ended, Notice, Phase, Place, SessionContext};
 use crate::signal::{ApiKey, Endpoint};
@@ -40,12 +40,13 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 const PEERS_PER_PARTICIPANT: usize = 2;
 
-/// Runs the plan against its LiveKit server. `progress` hears how it goes, twice a second.
+/// Runs the plan against its LiveKit server, with the media that [`Clips::generate`] made of it. `progress` hears how it goes, twice a second.
 ///
 /// # Errors
 /// What kept the run from starting; once it has started there is an outcome.
-pub async fn run(run: &cli::Run, resources: &Resources, mut progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
+pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, mut progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
     let started = unix_now();
+    let mut interrupts = Interrupts::listen();
     let credentials = run
         .credentials
         .as_ref()
@@ -53,16 +54,19 @@ pub async fn run(run: &cli::Run, resources: &Resources, mut progress: impl FnMut
     let api_key = ApiKey::new(&credentials.api_key, &credentials.api_secret);
     let endpoint: Endpoint = run.plan.target.url.websocket().parse().map_err(|error: String| anyhow!(error))?;
     let endpoint = endpoint.resolve().await?;
-    let rooms = Rooms::create(&run.plan, &endpoint, &api_key).await?;
-    let media = generate_media(&run.plan, resources.threads).await?;
-    let mut test = Test::start(&run.plan, resources, endpoint, api_key, media)?;
-    test.notes = rooms.notes.clone();
-    test.go(&mut progress).await;
-    let mut outcome = test.finish(run, started).await;
-    match rooms.delete(&run.plan).await {
-        Ok(notes) => outcome.notes.extend(notes),
-        Err(error) => outcome.notes.push(format!("a room of ours may be left behind: {error}")),
-    }
+    let rooms = Rooms::create(&run.plan, &endpoint, &api_key, &mut interrupts).await?;
+    let mut outcome = match Test::start(&run.plan, resources, endpoint, api_key, clips) {
+        Ok(mut test) => {
+            test.notes.clone_from(&rooms.notes);
+            test.go(&mut interrupts, &mut progress).await;
+            test.finish(run, started)
+        }
+        Err(error) => {
+            rooms.delete(&run.plan).await;
+            return Err(error);
+        }
+    };
+    outcome.notes.extend(rooms.delete(&run.plan).await);
     outcome.finished = unix_now();
     Ok(outcome)
 }
@@ -79,44 +83,55 @@ struct Rooms {
 }
 
 impl Rooms {
-    async fn create(plan: &Plan, endpoint: &Endpoint, api_key: &ApiKey) -> Result<Rooms> {
+    /// Makes those that are not there yet; all of them or, on an error or a signal, none.
+    async fn create(plan: &Plan, endpoint: &Endpoint, api_key: &ApiKey, interrupts: &mut Interrupts) -> Result<Rooms> {
         let service = RoomService::new(endpoint.clone(), api_key.clone());
         let mut rooms = Rooms {
             service,
             made: Vec::new(),
             notes: Vec::new(),
         };
+        let done = tokio::select! {
+            done = rooms.make(plan) => done,
+            signal = interrupts.next() => Err(anyhow!("{signal} before the first join")),
+        };
+        if let Err(error) = done {
+            // That failing as well adds nothing to the first error.
+            rooms.delete(plan).await;
+            return Err(error);
+        }
+        Ok(rooms)
+    }
+
+    async fn make(&mut self, plan: &Plan) -> Result<()> {
         let wanted: Vec<String> = (0..plan.shape.room_count).map(|room| plan.room_name(room)).collect();
-        let existing = rooms.service.list_rooms().await?;
+        let existing = self.service.list_rooms().await?;
         let (ours, others): (Vec<_>, Vec<_>) = existing.iter().partition(|room| wanted.contains(&room.name));
         if !others.is_empty() {
-            rooms.notes.push(format!(
+            self.notes.push(format!(
                 "the server carries {} that are not ours: its figures are not of this load alone",
                 plural(others.len(), "room")
             ));
         }
         for room in ours {
-            let inside = plural(room.num_participants as usize, "participant");
-            rooms.notes.push(format!(
-                "room '{}' existed already, with {inside} in it who are not ours and not judged; it stays",
+            // How many are in it is not known here: the server's list of rooms is some seconds behind.
+            self.notes.push(format!(
+                "room '{}' existed already and stays: whoever else is in it is not ours and not judged",
                 room.name
             ));
         }
         for name in wanted.into_iter().filter(|name| existing.iter().all(|room| room.name != *name)) {
-            if let Err(error) = rooms.service.create_room(&name, ROOM_EMPTY_TIMEOUT).await {
-                // What was made so far is taken back; that failing as well adds nothing to the first error.
-                let _ = rooms.delete(plan).await;
-                return Err(error.into());
-            }
-            rooms.made.push(name);
+            // Before the call: one that is given up half-way may have made the room.
+            self.made.push(name.clone());
+            self.service.create_room(&name, ROOM_EMPTY_TIMEOUT).await?;
         }
-        Ok(rooms)
+        Ok(())
     }
 
-    /// Deletes what we made. A room that is gone is no error; one in which others are stays, and the note says so.
-    async fn delete(&self, plan: &Plan) -> Result<Vec<String>> {
-        let (mut notes, mut first) = (Vec::new(), Ok(()));
-        for name in &self.made {
+    /// Deletes what we made, and says what stays behind. A room that is gone already is nothing to tell.
+    async fn delete(&self, plan: &Plan) -> Vec<String> {
+        let mut notes = Vec::new();
+        for (done, name) in self.made.iter().enumerate() {
             match self.delete_one(plan, name).await {
                 Ok(0) => {}
                 Ok(others) => notes.push(format!(
@@ -124,10 +139,16 @@ impl Rooms {
                     plural(others, "participant")
                 )),
                 Err(error) if error.is_not_found() => {}
-                Err(error) => first = first.and(Err(error.into())),
+                Err(error) if error.is_without_server() => {
+                    // The others would each wait for the same.
+                    let left = plural(self.made.len() - done, "room");
+                    notes.push(format!("{left} of ours may be left behind: {error}"));
+                    break;
+                }
+                Err(error) => notes.push(format!("room '{name}' of ours may be left behind: {error}")),
             }
         }
-        first.map(|()| notes)
+        notes
     }
 
     /// Returns how many others kept the room from being deleted.
@@ -146,33 +167,34 @@ fn plural(count: usize, noun: &str) -> String {
 }
 
 /// The shared media that the plan asks for.
-struct Clips {
+pub struct Clips {
     audio: Option<Source>,
     video: Option<Source>,
 }
 
-async fn generate_media(plan: &Plan, threads: usize) -> Result<Clips> {
-    let audio = (plan.shape.audio_publishers > 0).then(|| audio_spec(plan));
-    let video = (plan.shape.video_publishers > 0).then(|| video_spec(plan));
-    let made = tokio::task::spawn_blocking(move || -> Result<Clips> {
-        let audio = audio
-            .map(|spec| AudioClip::generate(&spec))
+impl Clips {
+    /// Takes a second or so of every thread. Nothing is connected to, so a plan that no clip can fulfil is refused before any server hears of it.
+    ///
+    /// # Errors
+    /// The flags that cannot be fulfilled, and what to ask instead.
+    pub fn generate(plan: &Plan, threads: usize) -> Result<Clips> {
+        let shape = &plan.shape;
+        let audio = (shape.audio_publishers > 0)
+            .then(|| AudioClip::generate(&audio_spec(plan)))
             .transpose()
             .context("--audio-bitrate, --audio-frame")?;
-        let video = video
-            .map(|spec| VideoClip::generate(&spec, threads))
+        let video = (shape.video_publishers > 0)
+            .then(|| VideoClip::generate(&video_spec(plan), threads))
             .transpose()
             .context("--video-resolution, --video-bitrate, --video-fps")?;
         Ok(Clips {
             audio: audio.map(|clip| Source::Audio(Arc::new(clip))),
             video: video.map(|clip| Source::Video(Arc::new(clip))),
         })
-    });
-    made.await?
+    }
 }
 
-/// The clip's part of the plan. Public so that a plan which no clip can fulfil is refused before anything is connected to.
-pub fn audio_spec(plan: &Plan) -> AudioSpec {
+fn audio_spec(plan: &Plan) -> AudioSpec {
     AudioSpec {
         bitrate: plan.audio.bitrate,
         frame: plan.audio.frame,
@@ -182,8 +204,7 @@ pub fn audio_spec(plan: &Plan) -> AudioSpec {
     }
 }
 
-/// The clip's part of the plan.
-pub fn video_spec(plan: &Plan) -> VideoSpec {
+fn video_spec(plan: &Plan) -> VideoSpec {
     let plan::VideoSpec {
         width,
         height,
@@ -203,7 +224,8 @@ pub fn video_spec(plan: &Plan) -> VideoSpec {
 struct Test<'a> {
     plan: &'a Plan,
     epoch: Epoch,
-    context: Arc<SessionContext>,
+    /// Until the sessions are spawned, which then share it among themselves.
+    context: Option<Arc<SessionContext>>,
     places: Vec<Place>,
     workers: Vec<Worker>,
     floor: FloorThread,
@@ -216,6 +238,7 @@ struct Test<'a> {
     sessions: SessionBook,
     outcomes: Vec<PeerOutcome>,
     host_drops_before: Option<u64>,
+    cpu_before: Duration,
     resident_before: Option<u64>,
     resident_hold: Option<u64>,
     hold: Option<(Record, Time)>,
@@ -242,7 +265,6 @@ struct SessionBook {
     joined: u32,
     failed: u32,
     disconnected: u32,
-    left: u32,
     server_version: Option<String>,
     failures: BTreeMap<String, u64>,
     ended: BTreeMap<u32, Ended>,
@@ -265,7 +287,7 @@ enum Until {
 }
 
 impl<'a> Test<'a> {
-    fn start(plan: &'a Plan, resources: &Resources, endpoint: Endpoint, api_key: ApiKey, media: Clips) -> Result<Test<'a>> {
+    fn start(plan: &'a Plan, resources: &Resources, endpoint: Endpoint, api_key: ApiKey, clips: Clips) -> Result<Test<'a>> {
         let epoch = Epoch::read();
         let identity = Identity::generate().map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
         let rooms = plan.participants().map(|participant| participant.room);
@@ -287,8 +309,8 @@ impl<'a> Test<'a> {
             epoch,
             roster,
             fingerprint: identity.fingerprint(),
-            audio: media.audio,
-            video: media.video,
+            audio: clips.audio,
+            video: clips.video,
             pacing: plan.pacing,
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
             shards: workers.iter().map(|worker| worker.commands.clone()).collect(),
@@ -299,7 +321,7 @@ impl<'a> Test<'a> {
         Ok(Test {
             plan,
             epoch,
-            context: Arc::new(context),
+            context: Some(Arc::new(context)),
             places: places(&parts),
             workers,
             floor: FloorThread::start(epoch).context("no thread for the timer floor")?,
@@ -318,6 +340,7 @@ impl<'a> Test<'a> {
             sessions: SessionBook::default(),
             outcomes: Vec::new(),
             host_drops_before: net::udp_receive_buffer_errors(),
+            cpu_before: net::process_cpu(),
             resident_before,
             resident_hold: None,
             hold: None,
@@ -329,16 +352,16 @@ impl<'a> Test<'a> {
     }
 
     /// Joining, hold, drain, goodbye.
-    async fn go(&mut self, progress: &mut impl FnMut(&Snapshot)) {
-        let mut interrupts = Interrupts::new();
+    async fn go(&mut self, interrupts: &mut Interrupts, progress: &mut impl FnMut(&Snapshot)) {
         let planned = self.plan.total_participants();
         self.spawn_sessions();
         let joined = self
-            .wait(&mut interrupts, progress, |test| {
+            .wait(interrupts, progress, |test| {
                 (test.sessions.joined + test.sessions.failed >= planned).then_some(Until::Done)
             })
             .await;
-        if self.goes_on(joined, "while participants were joining") {
+        // Where nobody got in there is nothing to hold: the joins have failed, and that is the result.
+        if self.goes_on(joined, "while participants were joining") && self.sessions.joined > 0 {
             self.flush().await;
             let start = self.epoch.now();
             let end = start + self.plan.duration;
@@ -346,11 +369,11 @@ impl<'a> Test<'a> {
             self.workers.iter_mut().for_each(|worker| worker.cpu_at_hold = worker.cpu);
             self.hold = Some((self.record.clone(), start));
             let held = self
-                .wait(&mut interrupts, progress, |test| (test.epoch.now() >= end).then_some(Until::Done))
+                .wait(interrupts, progress, |test| (test.epoch.now() >= end).then_some(Until::Done))
                 .await;
             self.goes_on(held, "before the planned duration was over");
         }
-        self.stop_media(&mut interrupts, progress).await;
+        self.stop_media(interrupts, progress).await;
         self.stop_workers().await;
         self.join_workers();
         self.say_goodbye().await;
@@ -367,13 +390,14 @@ impl<'a> Test<'a> {
     }
 
     /// Starts every session at its intended moment, whatever became of the earlier ones.
-    fn spawn_sessions(&self) {
+    fn spawn_sessions(&mut self) {
+        let Some(context) = self.context.take() else { return };
         let participants: Vec<_> = self
             .plan
             .participants()
             .map(|participant| (self.plan.room_name(participant.room), participant))
             .collect();
-        let (context, places) = (self.context.clone(), self.places.clone());
+        let places = self.places.clone();
         let start = self.epoch.now() + Duration::from_millis(5);
         let mut leave = self.leave.subscribe();
         tokio::spawn(async move {
@@ -464,10 +488,7 @@ impl<'a> Test<'a> {
             }
             Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
             Notice::Server { version } => self.sessions.server_version = Some(version).filter(|version| !version.is_empty()),
-            Notice::Ended(ended) => {
-                self.sessions.left += 1;
-                self.sessions.ended.insert(ended.index, *ended);
-            }
+            Notice::Ended(ended) => drop(self.sessions.ended.insert(ended.index, *ended)),
         }
     }
 
@@ -532,17 +553,14 @@ impl<'a> Test<'a> {
     }
 
     async fn say_goodbye(&mut self) {
-        // The series ends with the media.
-        let joined = self.sessions.joined + self.sessions.failed;
         // Nobody listens where every session has ended already.
         let _ = self.leave.send(true);
         let deadline = tokio::time::Instant::now() + LEAVE_TIMEOUT;
-        while self.sessions.left < joined {
-            match tokio::time::timeout_at(deadline, self.notices.recv()).await {
-                Ok(Some(Notice::Ended(ended))) => self.take_notice(Notice::Ended(ended)),
-                // What happens to those who are leaving is no news.
-                Ok(Some(_)) => {}
-                _ => return,
+        // The channel closes with the last session, those that were still joining included.
+        while let Ok(Some(notice)) = tokio::time::timeout_at(deadline, self.notices.recv()).await {
+            // What else happens to those who are leaving is no news.
+            if matches!(notice, Notice::Ended(_)) {
+                self.take_notice(notice);
             }
         }
     }
@@ -608,7 +626,7 @@ impl<'a> Test<'a> {
         }
     }
 
-    async fn finish(mut self, run: &cli::Run, started: Duration) -> Outcome {
+    fn finish(mut self, run: &cli::Run, started: Duration) -> Outcome {
         let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
         let joined_before_hold = self.sessions.joined;
         let participants = self.participant_outcomes();
@@ -692,7 +710,7 @@ impl<'a> Test<'a> {
             .map(|(hold, before)| hold.saturating_sub(before));
         EngineHealth {
             threads: self.workers.len(),
-            cpu_seconds: net::process_cpu().as_secs_f64(),
+            cpu_seconds: net::process_cpu().saturating_sub(self.cpu_before).as_secs_f64(),
             us_per_packet: (packets > 0).then(|| engine_cpu.as_secs_f64() * 1e6 / packets as f64),
             bytes_per_participant: grown
                 .zip(u64::from(self.sessions.joined).checked_sub(1))
@@ -877,40 +895,47 @@ fn is_healthy(participant: &ParticipantOutcome, max_loss_pct: f64) -> bool {
     })
 }
 
-/// SIGINT and SIGTERM. The second one ends the process at once.
+/// SIGINT and SIGTERM. The first one ends the run, a second one the process, whatever the run is waiting for.
 struct Interrupts {
-    interrupt: Option<tokio::signal::unix::Signal>,
-    terminate: Option<tokio::signal::unix::Signal>,
-    seen: bool,
+    first: watch::Receiver<&'static str>,
 }
 
 impl Interrupts {
-    fn new() -> Interrupts {
+    fn listen() -> Interrupts {
         use tokio::signal::unix::{SignalKind, signal};
+        let (sender, first) = watch::channel("");
         // Without a handler the default action stays: the process ends.
-        Interrupts {
-            interrupt: signal(SignalKind::interrupt()).ok(),
-            terminate: signal(SignalKind::terminate()).ok(),
-            seen: false,
-        }
+        let mut interrupt = signal(SignalKind::interrupt()).ok();
+        let mut terminate = signal(SignalKind::terminate()).ok();
+        tokio::spawn(async move {
+            sender.send_replace(received(&mut interrupt, &mut terminate).await);
+            received(&mut interrupt, &mut terminate).await;
+            std::process::exit(Verdict::Partial.exit_code().into());
+        });
+        Interrupts { first }
     }
 
+    /// The first signal, once.
     async fn next(&mut self) -> &'static str {
-        let name = tokio::select! {
-            true = received(&mut self.interrupt) => "SIGINT",
-            true = received(&mut self.terminate) => "SIGTERM",
-            else => std::future::pending().await,
-        };
-        if std::mem::replace(&mut self.seen, true) {
-            std::process::exit(1);
+        match self.first.changed().await {
+            Ok(()) => *self.first.borrow(),
+            Err(_) => std::future::pending().await,
         }
-        name
     }
 }
 
-async fn received(signal: &mut Option<tokio::signal::unix::Signal>) -> bool {
-    match signal {
-        Some(signal) => signal.recv().await.is_some(),
-        None => false,
+type Signal = Option<tokio::signal::unix::Signal>;
+
+async fn received(interrupt: &mut Signal, terminate: &mut Signal) -> &'static str {
+    async fn one(signal: &mut Signal) -> bool {
+        match signal {
+            Some(signal) => signal.recv().await.is_some(),
+            None => false,
+        }
+    }
+    tokio::select! {
+        true = one(interrupt) => "SIGINT",
+        true = one(terminate) => "SIGTERM",
+        else => std::future::pending().await,
     }
 }

@@ -106,7 +106,7 @@ pub struct Sample {
 #[derive(Clone, Default)]
 pub struct EngineHealth {
     pub threads: usize,
-    /// User and system time of the whole process.
+    /// User and system time of the whole process since its media was made.
     pub cpu_seconds: f64,
     pub us_per_packet: Option<f64>,
     pub bytes_per_participant: Option<u64>,
