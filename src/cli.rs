@@ -170,16 +170,16 @@ struct ShapeArgs {
     #[arg(long, value_name = "NAME")]
     room: Option<String>,
     /// Rooms [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole_number)]
     room_count: Option<u32>,
     /// Publishers of audio
-    #[arg(long, visible_alias = "audio-publishers", value_name = "N")]
+    #[arg(long, visible_alias = "audio-publishers", value_name = "N", value_parser = whole_number)]
     publishers: Option<u32>,
     /// Publishers of video: the same people as far as the numbers allow
-    #[arg(long, value_name = "V")]
+    #[arg(long, value_name = "V", value_parser = whole_number)]
     video_publishers: Option<u32>,
     /// Participants who only subscribe
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole_number)]
     subscribers: Option<u32>,
     /// Publishers subscribe to each other, too
     #[arg(long)]
@@ -598,6 +598,10 @@ fn run_duration(text: &str) -> Result<Duration, String> {
         duration if duration > DURATION_MAX => Err("the longest run is 30 days".to_owned()),
         duration => Ok(duration),
     }
+}
+
+fn whole_number(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| "write a whole number of 0 to 4294967295".to_owned())
 }
 
 /// A plain decimal number: no sign, no exponent, no `nan`.

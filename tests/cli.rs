@@ -252,6 +252,7 @@ fn nonsense_is_refused_with_what_to_write_instead() {
         ),
         (&["--subscribers", "1000", "--room-count", "4000000"], "more than 1000000 participants"),
         (&["--subscribers", "-1"], "unexpected argument"),
+        (&["--subscribers", "ten"], "write a whole number"),
         (&["--connection", "single"], "not in this version yet"),
         (&["--video-codec", "h264"], "possible values: vp8"),
         (&["--pacing", "smooth"], "paced, burst"),

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use super::{Sample, emit, text};
 
+/// Before that no second is complete, and rates would print as zero.
+const FIRST_AFTER: Duration = Duration::from_secs(1);
 /// How often a line is printed where it cannot be redrawn.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// A redrawn line must not wrap, or `\r` no longer returns to its start.
@@ -46,6 +48,9 @@ impl Progress {
 
     /// Draws `snapshot` if it is due. May be called as often as one likes.
     pub fn update(&mut self, snapshot: &Snapshot, out: &mut dyn Write) -> io::Result<()> {
+        if snapshot.elapsed < FIRST_AFTER {
+            return Ok(());
+        }
         if self.redraw {
             return self.draw_over(&line(snapshot), out);
         }
@@ -86,7 +91,7 @@ pub fn line(snapshot: &Snapshot) -> String {
     format!(
         "{}/{}  {}/{} joined{failed}  out {}/s  in {}/s  loss {}  rtt {}  latency {}  tick {}",
         text::duration(Duration::from_secs(snapshot.elapsed.as_secs())),
-        text::duration(snapshot.total),
+        text::duration(Duration::from_secs_f64(snapshot.total.as_secs_f64().ceil())),
         text::number(snapshot.joined.into()),
         text::number(snapshot.planned.into()),
         text::number(sample.packets_sent_per_second.round() as u64),
@@ -128,7 +133,7 @@ mod tests {
     #[test]
     fn off_a_terminal_a_line_comes_every_five_seconds() {
         let (mut progress, mut out) = (Progress::new(false), Vec::new());
-        (1..=11).for_each(|second| progress.update(&at(second), &mut out).unwrap());
+        (0..=11).for_each(|second| progress.update(&at(second), &mut out).unwrap());
         progress.finish(&mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         assert_eq!(
