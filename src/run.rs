@@ -2,7 +2,7 @@
 //!
 //! Everything measured flows into one cumulative [`Record`]; whatever ends the run early, what was measured until then is reported.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
@@ -52,8 +52,7 @@ pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, mut progre
         .as_ref()
         .context("no API key and secret: give --api-key and --api-secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET")?;
     let api_key = ApiKey::new(&credentials.api_key, &credentials.api_secret);
-    let endpoint: Endpoint = run.plan.target.url.websocket().parse().map_err(|error: String| anyhow!(error))?;
-    let endpoint = endpoint.resolve().await?;
+    let endpoint = Endpoint::from(run.plan.target.url.clone()).resolve().await?;
     let rooms = Rooms::create(&run.plan, &endpoint, &api_key, &mut interrupts).await?;
     let mut outcome = match Test::start(&run.plan, resources, endpoint, api_key, clips) {
         Ok(mut test) => {
@@ -628,7 +627,6 @@ impl<'a> Test<'a> {
 
     fn finish(mut self, run: &cli::Run, started: Duration) -> Outcome {
         let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
-        let joined_before_hold = self.sessions.joined;
         let participants = self.participant_outcomes();
         self.record.session.participants_total = self.plan.total_participants().into();
         self.record.session.joins_planned = self.plan.total_participants().into();
@@ -636,14 +634,14 @@ impl<'a> Test<'a> {
             .iter()
             .filter(|participant| is_healthy(participant, run.judging.max_loss_pct))
             .count() as u64;
-        state_tracks(&mut self.record, self.plan);
+        state_tracks(&mut self.record, self.plan, &self.outcomes);
         if let Some((before, at)) = self.hold.take() {
             let mut record = self.record.since(&before);
             state_of_all(&mut record, &self.record);
             expect_frames(&mut record);
             self.steps.push(Step {
                 name: "hold".into(),
-                participants: joined_before_hold,
+                participants: self.sessions.joined,
                 seconds: end.since(at).as_secs_f64(),
                 record,
             });
@@ -806,10 +804,17 @@ fn places(parts: &[Vec<u32>]) -> Vec<Place> {
     places
 }
 
-/// How many tracks there ought to be.
-fn state_tracks(record: &mut Record, plan: &Plan) {
+/// How many tracks there ought to be, and how many went live: a track that came twice, on another SSRC, does not stand for one that never came.
+fn state_tracks(record: &mut Record, plan: &Plan, outcomes: &[PeerOutcome]) {
     for kind in [Kind::Audio, Kind::Video] {
-        record.media(kind).tracks_expected = plan.total_expected_tracks(kind);
+        let streams = outcomes
+            .iter()
+            .flat_map(|peer| peer.streams.iter().map(move |stream| (peer.participant, stream)));
+        let live = streams.filter(|(_, stream)| stream.kind == kind && stream.live);
+        let distinct: BTreeSet<_> = live.map(|(participant, stream)| (participant, stream.origin)).collect();
+        let media = record.media(kind);
+        media.tracks_expected = plan.total_expected_tracks(kind);
+        media.tracks_live = distinct.len() as u64;
     }
 }
 
