@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::{Sample, emit, text};
 
-/// Before that no second is complete, and rates would print as zero.
-const FIRST_AFTER: Duration = Duration::from_secs(1);
+/// Before that no second is complete of which the engine's threads have reported, and rates would print as zero.
+const FIRST_AFTER: Duration = Duration::from_secs(2);
 /// How often a line is printed where it cannot be redrawn.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// A redrawn line must not wrap, or `\r` no longer returns to its start.
@@ -138,7 +138,7 @@ mod tests {
         let text = String::from_utf8(out).unwrap();
         assert_eq!(
             text.lines().map(|line| line.split('/').next().unwrap()).collect::<Vec<_>>(),
-            ["1s", "6s", "11s"]
+            ["2s", "7s"]
         );
     }
 
