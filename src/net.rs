@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::mem::{MaybeUninit, size_of};
+use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::num::NonZeroU64;
 use std::os::fd::AsRawFd;
@@ -54,37 +54,85 @@ pub struct Received {
     pub drops: Option<u32>,
 }
 
-/// Takes one datagram; `WouldBlock` when there is none.
-pub fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Received> {
-    let mut name = MaybeUninit::<libc::sockaddr_storage>::zeroed();
-    let mut control = ControlBuffer([0; 128]);
-    let mut vector = libc::iovec {
-        iov_base: buffer.as_mut_ptr().cast(),
-        iov_len: buffer.len(),
-    };
-    // SAFETY: a zeroed msghdr is valid; every pointer set below outlives the call and carries its true length.
-    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-    header.msg_name = name.as_mut_ptr().cast();
-    header.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
-    header.msg_iov = &raw mut vector;
-    header.msg_iovlen = 1;
-    header.msg_control = control.0.as_mut_ptr().cast();
-    header.msg_controllen = control.0.len();
-    // SAFETY: as above.
-    let len = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, 0) };
-    if len < 0 {
-        return Err(io::Error::last_os_error());
+/// Datagrams that one call takes: a paced burst and the end of it, so that a drained socket is seen without another call.
+pub const BATCH: usize = 8;
+/// Longer than any datagram of a peer connection; what is longer still is cut by the kernel, and refused.
+const DATAGRAM_BYTES_MAX: usize = 2_048;
+
+/// Room for the datagrams of one call, allocated once.
+pub struct Batch {
+    rooms: Box<[Room; BATCH]>,
+    headers: Box<[libc::mmsghdr; BATCH]>,
+    vectors: Box<[libc::iovec; BATCH]>,
+    len: usize,
+}
+
+struct Room {
+    bytes: [u8; DATAGRAM_BYTES_MAX],
+    name: libc::sockaddr_storage,
+    control: ControlBuffer,
+}
+
+impl Default for Batch {
+    fn default() -> Batch {
+        // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are valid.
+        let mut batch = unsafe {
+            Batch {
+                rooms: Box::new(std::mem::zeroed()),
+                headers: Box::new(std::mem::zeroed()),
+                vectors: Box::new(std::mem::zeroed()),
+                len: 0,
+            }
+        };
+        // The boxes never move, so the pointers into them are set once.
+        for ((room, header), vector) in batch.rooms.iter_mut().zip(batch.headers.iter_mut()).zip(batch.vectors.iter_mut()) {
+            *vector = libc::iovec {
+                iov_base: room.bytes.as_mut_ptr().cast(),
+                iov_len: room.bytes.len(),
+            };
+            header.msg_hdr.msg_name = (&raw mut room.name).cast();
+            header.msg_hdr.msg_iov = vector;
+            header.msg_hdr.msg_iovlen = 1;
+            header.msg_hdr.msg_control = room.control.0.as_mut_ptr().cast();
+        }
+        batch
     }
-    // SAFETY: the storage was zeroed and the kernel wrote a socket address into it.
-    let from = socket_address(unsafe { name.assume_init_ref() }).ok_or(io::ErrorKind::InvalidData)?;
-    let mut received = Received {
-        len: len as usize,
-        from,
-        stamp_unix_nanos: None,
-        drops: None,
-    };
-    read_control(&header, &mut received);
-    Ok(received)
+}
+
+impl Batch {
+    /// Takes what a socket holds, up to [`BATCH`] datagrams; fewer mean that it holds no more. `WouldBlock` when there is none.
+    pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
+        self.len = 0;
+        for header in self.headers.iter_mut() {
+            header.msg_hdr.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
+            header.msg_hdr.msg_controllen = size_of::<ControlBuffer>();
+        }
+        // SAFETY: every header points to rooms of this batch, with their true lengths; the borrow keeps them alive and unshared during the call.
+        let taken = unsafe { libc::recvmmsg(socket.as_raw_fd(), self.headers.as_mut_ptr(), BATCH as u32, 0, std::ptr::null_mut()) };
+        if taken < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.len = taken as usize;
+        Ok(self.len)
+    }
+
+    /// Datagram `index` of the last call; `None` where it came from no IP address or was too long.
+    pub fn datagram(&mut self, index: usize) -> Option<(&mut [u8], Received)> {
+        let header = self.headers[..self.len].get(index)?;
+        let room = &mut self.rooms[index];
+        if header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0 {
+            return None;
+        }
+        let len = (header.msg_len as usize).min(DATAGRAM_BYTES_MAX);
+        let mut received = Received {
+            len,
+            from: socket_address(&room.name)?,
+            stamp_unix_nanos: None,
+            drops: None,
+        };
+        read_control(&header.msg_hdr, &mut received);
+        Some((&mut room.bytes[..len], received))
+    }
 }
 
 #[repr(align(8))]
@@ -266,15 +314,17 @@ mod tests {
         let (a, b) = pair();
         let bytes: Vec<u8> = (0..2_500u16).map(|i| i as u8).collect();
         send_segmented(&a, Some(b.local_addr().unwrap()), &bytes, 1_000).unwrap();
-        let mut buffer = [0; 2_048];
-        for expected in bytes.chunks(1_000) {
-            let received = receive(&b, &mut buffer).unwrap();
-            assert_eq!(&buffer[..received.len], expected);
+        let mut batch = Batch::default();
+        assert_eq!(batch.receive(&b).unwrap(), 3);
+        for (index, expected) in bytes.chunks(1_000).enumerate() {
+            let (datagram, received) = batch.datagram(index).unwrap();
+            assert_eq!(datagram, expected);
             assert_eq!(received.from, a.local_addr().unwrap());
             let age = unix_nanos().abs_diff(received.stamp_unix_nanos.expect("a stamp"));
             assert!(age < 5_000_000_000, "the stamp is on the wall clock: {age} ns");
         }
-        assert_eq!(receive(&b, &mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert!(batch.datagram(3).is_none());
+        assert_eq!(batch.receive(&b).unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 
     #[test]
@@ -284,13 +334,15 @@ mod tests {
         for _ in 0..100 {
             send(&a, Some(b.local_addr().unwrap()), &[0; 1_000]).unwrap();
         }
-        let (mut buffer, mut taken, mut drops) = ([0; 2_048], 0, 0);
-        while let Ok(received) = receive(&b, &mut buffer) {
-            (taken, drops) = (taken + 1, received.drops.unwrap_or(drops));
+        let (mut batch, mut taken, mut drops) = (Batch::default(), 0, 0);
+        while let Ok(count) = batch.receive(&b) {
+            taken += count as u32;
+            drops = batch.datagram(count - 1).and_then(|(_, received)| received.drops).unwrap_or(drops);
         }
         // The count rides on datagrams that arrive: one more carries the final figure.
         send(&a, Some(b.local_addr().unwrap()), &[0]).unwrap();
-        let last = receive(&b, &mut buffer).unwrap();
+        assert_eq!(batch.receive(&b).unwrap(), 1);
+        let (_, last) = batch.datagram(0).unwrap();
         assert_eq!(taken + last.drops.unwrap_or(drops), 100);
     }
 }

@@ -109,6 +109,15 @@ impl Connection {
         self.ssrcs.retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
     }
 
+    /// Neither up nor given up.
+    pub fn is_in_setup(&self) -> bool {
+        self.transport.connected_at().is_none() && !self.failed && !self.closed
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
     /// Nothing is sent or taken any more. What its streams still ought to have received goes on being expected: the participant is missing it.
     pub fn close(&mut self) {
         self.closed = true;

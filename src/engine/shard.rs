@@ -51,6 +51,8 @@ pub struct Shard {
     control_timers: Timers,
     events: VecDeque<(usize, Event)>,
     record: Box<Record>,
+    /// Connections that are neither up nor given up.
+    in_setup: usize,
 }
 
 /// The kinds of control timer of one peer.
@@ -77,6 +79,7 @@ impl Shard {
             control_timers: Timers::new(capacity * CONTROLS as usize, now),
             events: VecDeque::new(),
             record: Box::default(),
+            in_setup: 0,
         }
     }
 
@@ -107,6 +110,7 @@ impl Shard {
 
     pub fn add_peer(&mut self, key: usize, new: NewPeer, now: Time, io: &mut impl Io) {
         self.peers[key] = Some(Box::new(Connection::new(key, new, &self.config, now)));
+        self.in_setup += 1;
         self.advance_setup(key, now, io);
     }
 
@@ -119,6 +123,7 @@ impl Shard {
             self.control_timers.set(control(key, kind), Time::MAX);
         }
         if let Some(peer) = self.peers[key].as_mut() {
+            self.in_setup -= usize::from(peer.is_in_setup());
             peer.close();
         }
     }
@@ -196,7 +201,9 @@ impl Shard {
 
     /// Drives ICE and DTLS as far as they go, and sets their next timer.
     fn advance_setup(&mut self, key: usize, now: Time, io: &mut impl Io) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+        let Some(peer) = self.peers[key].as_mut().filter(|peer| !peer.is_closed()) else {
+            return;
+        };
         peer.transport.handle_timeout(now);
         let mut bytes_sent = 0;
         let mut happened = [None; 4];
@@ -230,12 +237,14 @@ impl Shard {
                 self.events.push_back((key, Event::IceConnected { key, at: now }));
             }
             PeerEvent::Connected => {
+                self.in_setup -= 1;
                 // Spread over the interval, so that a wave of joins is not a wave of reports for ever after.
                 let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);
                 self.control_timers.set(control(key, Control::Rtcp), now + phase);
                 self.events.push_back((key, Event::Connected { key, at: now }));
             }
             PeerEvent::Failed(failure) => {
+                self.in_setup -= usize::from(peer.is_in_setup());
                 peer.failed = true;
                 self.control_timers.set(control(key, Control::Setup), Time::MAX);
                 self.events.push_back((key, Event::Failed { key, failure }));
@@ -287,9 +296,9 @@ impl Shard {
         }
     }
 
-    /// Whether media may be due by `time`, a few milliseconds ahead.
-    pub fn media_is_due_by(&self, time: Time) -> bool {
-        self.media_timers.any_by(time)
+    /// Whether media may be due by `time`, a few milliseconds ahead, or a connection is being set up, whose every step should be prompt.
+    pub fn is_waited_for_by(&self, time: Time) -> bool {
+        self.in_setup > 0 || self.media_timers.any_by(time)
     }
 
     /// Sends the media that is due.

@@ -26,8 +26,8 @@ pub const TICK: Duration = Duration::from_millis(1);
 const SETUP_SHARE: Duration = Duration::from_micros(500);
 /// Set-up datagrams that wait: at 2 KiB each, 4 MiB a worker. Both protocols repeat what is lost.
 const SETUP_QUEUE_MAX: usize = 2_048;
-/// Datagrams taken from one socket before the next one's turn; the rest waits for the next tick.
-const DRAIN_BURST: usize = 256;
+/// Batches taken from one socket before the next one's turn; the rest waits for the next tick.
+const DRAIN_BATCHES: usize = 32;
 /// Sockets that get a turn in one tick: far more than a thread can serve in time, so only an overload meets it.
 const DRAIN_TURNS_MAX: usize = 4_096;
 const RECORD_PERIOD: Duration = Duration::from_secs(1);
@@ -74,8 +74,9 @@ pub fn run(config: WorkerConfig) -> io::Result<()> {
     let mut worker = Worker::new(config)?;
     let mut beat = Beat::start(worker.epoch);
     loop {
-        // A tick costs as much as a dozen packets. Where no media is due at the next one, what arrives can wait for the one after: the kernel stamps it.
-        let ticks = if worker.shard.media_is_due_by(beat.planned + TICK) { 1 } else { 2 };
+        // A tick costs as much as a dozen packets. Where no media is due at the next one and nobody is joining, what arrives can wait for the one after:
+        // the kernel stamps it.
+        let ticks = if worker.shard.is_waited_for_by(beat.planned + TICK) { 1 } else { 2 };
         let (now, late, missed) = beat.wait(ticks);
         worker.shard.record_tick(late, missed);
         if !worker.turn(now)? {
@@ -135,7 +136,7 @@ struct Worker {
     reports: tokio::sync::mpsc::UnboundedSender<Report>,
     spare_records: Receiver<Box<Record>>,
     next_report_at: Time,
-    buffer: Box<[u8]>,
+    batch: net::Batch,
 }
 
 struct SetupDatagram {
@@ -164,7 +165,7 @@ impl Worker {
             reports: config.reports,
             spare_records: config.spare_records,
             next_report_at: now + RECORD_PERIOD,
-            buffer: vec![0; 65_536].into_boxed_slice(),
+            batch: net::Batch::default(),
         })
     }
 
@@ -201,39 +202,53 @@ impl Worker {
 
     /// Takes what a socket holds; false if there may be more.
     fn drain_socket(&mut self, key: usize, now: Time, unix_now: u64) -> bool {
-        for _ in 0..DRAIN_BURST {
+        for _ in 0..DRAIN_BATCHES {
             let Some(slot) = self.io.slots[key].as_mut() else { return true };
-            let received = match net::receive(&slot.socket, &mut self.buffer) {
-                Ok(received) => received,
+            let count = match self.batch.receive(&slot.socket) {
+                Ok(count) => count,
                 // An ICMP answer to something that we sent: the next datagram may still be good.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
                 Err(_) => return true,
             };
-            if let Some(drops) = received.drops {
-                self.io.counts.socket_drops += u64::from(drops.wrapping_sub(slot.drops));
-                slot.drops = drops;
+            for index in 0..count {
+                self.take(key, index, now, unix_now);
             }
-            let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
-            let datagram = &mut self.buffer[..received.len];
-            match classify(datagram) {
-                Datagram::Rtp => self.shard.handle_rtp(key, datagram, arrival),
-                Datagram::Rtcp => self.shard.handle_rtcp(key, datagram, arrival, now, &mut self.io),
-                Datagram::Stun | Datagram::Dtls => self.defer_setup(key, received.from, arrival, received.len),
-                Datagram::Unknown => self.shard.reject(key),
+            if count < net::BATCH {
+                return true;
             }
         }
         false
     }
 
-    fn defer_setup(&mut self, key: usize, from: SocketAddr, arrival: Time, len: usize) {
-        if self.setup.len() == SETUP_QUEUE_MAX || len > 2_048 {
-            self.io.counts.setup_dropped += 1;
-            return;
+    fn take(&mut self, key: usize, index: usize, now: Time, unix_now: u64) {
+        let Some((datagram, received)) = self.batch.datagram(index) else {
+            return self.shard.reject(key);
+        };
+        if let (Some(drops), Some(slot)) = (received.drops, self.io.slots[key].as_mut()) {
+            self.io.counts.socket_drops += u64::from(drops.wrapping_sub(slot.drops));
+            slot.drops = drops;
         }
-        let mut bytes = self.setup_spare.pop().unwrap_or_default();
-        bytes.clear();
-        bytes.extend_from_slice(&self.buffer[..len]);
-        self.setup.push_back(SetupDatagram { key, from, arrival, bytes });
+        let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
+        match classify(datagram) {
+            Datagram::Rtp => self.shard.handle_rtp(key, datagram, arrival),
+            Datagram::Rtcp => self.shard.handle_rtcp(key, datagram, arrival, now, &mut self.io),
+            Datagram::Stun | Datagram::Dtls => {
+                if self.setup.len() == SETUP_QUEUE_MAX {
+                    self.io.counts.setup_dropped += 1;
+                    return;
+                }
+                let mut bytes = self.setup_spare.pop().unwrap_or_default();
+                bytes.clear();
+                bytes.extend_from_slice(datagram);
+                self.setup.push_back(SetupDatagram {
+                    key,
+                    from: received.from,
+                    arrival,
+                    bytes,
+                });
+            }
+            Datagram::Unknown => self.shard.reject(key),
+        }
     }
 
     fn spend_setup_share(&mut self) -> io::Result<bool> {

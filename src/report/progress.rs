@@ -136,10 +136,7 @@ mod tests {
         (0..=11).for_each(|second| progress.update(&at(second), &mut out).unwrap());
         progress.finish(&mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
-        assert_eq!(
-            text.lines().map(|line| line.split('/').next().unwrap()).collect::<Vec<_>>(),
-            ["2s", "7s"]
-        );
+        assert_eq!(text.lines().map(|line| line.split('/').next().unwrap()).collect::<Vec<_>>(), ["2s", "7s"]);
     }
 
     #[test]
