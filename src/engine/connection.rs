@@ -7,6 +7,7 @@ use super::shard::{PeerOutcome, ShardConfig};
 use super::subscriber::{RecvStream, Refused, StreamContext};
 use super::{Io, NewPeer, Roster, StreamParameters};
 use crate::measure::Record;
+use crate::net;
 use crate::transport::peer::Peer;
 use crate::transport::receive::MISSING_MAX;
 use crate::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report};
@@ -116,6 +117,13 @@ impl Connection {
 
     pub fn is_closed(&self) -> bool {
         self.closed
+    }
+
+    /// One or two streams are all that most subscribers have; with many, which one comes next is not known.
+    pub fn prefetch_streams(&self) {
+        for stream in self.streams.iter().take(2) {
+            net::prefetch(stream, usize::MAX);
+        }
     }
 
     /// Nothing is sent or taken any more. What its streams still ought to have received goes on being expected: the participant is missing it.

@@ -12,6 +12,7 @@ use super::timers::Timers;
 use super::worker::IoCounts;
 use super::{Command, Event, Io, NewPeer, Roster, StreamParameters};
 use crate::measure::Record;
+use crate::net;
 use crate::transport::peer::{Identity, PeerEvent};
 use crate::transport::rtcp;
 use crate::units::{Epoch, Time};
@@ -299,6 +300,20 @@ impl Shard {
     /// Whether media may be due by `time`, a few milliseconds ahead, or a connection is being set up, whose every step should be prompt.
     pub fn is_waited_for_by(&self, time: Time) -> bool {
         self.in_setup > 0 || self.media_timers.any_by(time)
+    }
+
+    /// Fetches what every datagram of a peer touches.
+    pub fn prefetch(&self, key: usize) {
+        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
+            net::prefetch(peer, usize::MAX);
+        }
+    }
+
+    /// Fetches a peer's first streams, after [`Shard::prefetch`] has brought what leads there.
+    pub fn prefetch_streams(&self, key: usize) {
+        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
+            peer.prefetch_streams();
+        }
     }
 
     /// Sends the media that is due.

@@ -193,6 +193,9 @@ impl Worker {
         self.ready.extend(self.mio_events.iter().map(|event| event.token().0));
         for _ in 0..DRAIN_TURNS_MAX.min(self.ready.len()) {
             let Some(key) = self.ready.pop_front() else { break };
+            // The participants that come next are not in the cache: fetched now, they are there when this one's datagrams are done.
+            self.ready.get(1).iter().for_each(|next| self.shard.prefetch(**next));
+            self.ready.front().iter().for_each(|next| self.shard.prefetch_streams(**next));
             if !self.drain_socket(key, now, unix_now) {
                 self.ready.push_back(key);
             }
