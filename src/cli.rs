@@ -578,12 +578,12 @@ fn resolution(text: &str) -> Result<Resolution, String> {
     sides.ok_or_else(|| "write high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096".to_owned())
 }
 
+/// What an Opus packet can hold (RFC 6716, section 2.1.4, and several frames in one packet).
 fn audio_frame(text: &str) -> Result<Duration, String> {
     match text.strip_suffix("ms").unwrap_or(text) {
-        "20" => Ok(Duration::from_millis(20)),
-        "40" => Ok(Duration::from_millis(40)),
-        "60" => Ok(Duration::from_millis(60)),
-        _ => Err("write 20ms, 40ms or 60ms".to_owned()),
+        "2.5" => Ok(Duration::from_micros(2_500)),
+        known @ ("5" | "10" | "20" | "40" | "60" | "80" | "100" | "120") => Ok(Duration::from_millis(known.parse().map_err(|_| "no number")?)),
+        _ => Err("write 2.5ms, 5ms, 10ms, 20ms, 40ms, 60ms, 80ms, 100ms or 120ms".to_owned()),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::engine::publisher::Source;
 use crate::engine::shard::{PeerOutcome, ShardConfig};
 use crate::engine::worker::{self, Occasion, Report, WorkerConfig};
 use crate::engine::{Command, Roster};
-use crate::measure::{Kind, Media, Record, Timeline};
+use crate::measure::{Kind, Media, Record, Timeline, is_measured};
 use crate::media::opus::{AudioClip, AudioContent, AudioSpec};
 use crate::media::vp8::{VideoClip, VideoSpec};
 use crate::net;
@@ -869,25 +869,28 @@ fn state_of_all(step: &mut Record, all: &Record) {
 fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Quality {
     let mut quality = Quality {
         tracks_expected: tracks_expected.into(),
+        freezes: is_measured(Some(kind), "freezes").then_some(0),
         ..Quality::default()
     };
     let streams = peers
         .iter()
         .flat_map(|peer| &peer.streams)
         .filter(|stream| stream.kind == kind && stream.origin.is_some());
+    let mut live = BTreeSet::new();
     for stream in streams {
-        quality.tracks_live += u64::from(stream.live);
+        live.extend(stream.origin.filter(|_| stream.live));
         quality.packets_received += stream.counts.received;
         quality.packets_lost_network += stream.counts.lost_network;
         quality.packets_repaired += stream.counts.repaired;
         quality.packets_lost += stream.counts.lost;
         quality.frames_expected += stream.frames_expected;
         quality.frames_delivered += stream.frames_delivered;
-        quality.freezes += stream.freezes;
+        quality.freezes = quality.freezes.map(|freezes| freezes + stream.freezes);
         quality.one_way_us_mean = quality.one_way_us_mean.max(stream.latency_us_mean);
         quality.one_way_us_max = quality.one_way_us_max.max(stream.latency_us_max);
         quality.jitter_us = quality.jitter_us.max(Some(stream.jitter.as_micros() as u64));
     }
+    quality.tracks_live = live.len() as u64;
     quality
 }
 

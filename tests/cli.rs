@@ -260,7 +260,7 @@ fn nonsense_is_refused_with_what_to_write_instead() {
         (&["--video-fps", "0"], "1..=120"),
         (&["--video-bitrate", "1"], "out of range"),
         (&["--audio-bitrate", "1M"], "6k to 510k"),
-        (&["--audio-frame", "10ms"], "20ms, 40ms or 60ms"),
+        (&["--audio-frame", "15ms"], "10ms, 20ms, 40ms"),
         (&["--num-per-second", "0"], "write a rate"),
         (&["--num-per-second", "nan"], "write a rate"),
         (&["--max-loss", "101"], "0 to 100"),

@@ -149,7 +149,8 @@ pub struct Quality {
     pub packets_lost: u64,
     pub frames_expected: u64,
     pub frames_delivered: u64,
-    pub freezes: u64,
+    /// `None` for audio, where they are not measured.
+    pub freezes: Option<u64>,
     /// Of the track that fared worst; a histogram for every subscription would not fit in memory.
     pub one_way_us_mean: Option<u64>,
     pub one_way_us_max: Option<u64>,
