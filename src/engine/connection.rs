@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use super::publisher::{SendTrack, Wire};
-use super::shard::{PeerOutcome, ShardConfig};
 use super::subscriber::{RecvStream, Refused, StreamContext};
-use super::{Io, NewPeer, Roster, StreamParameters};
+use super::{Io, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
 use crate::measure::Record;
 use crate::net;
 use crate::transport::peer::Peer;

@@ -11,12 +11,18 @@ mod timers;
 pub mod worker;
 
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
 
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
-use crate::transport::peer::{PeerFailure, PeerParameters};
-use crate::units::Time;
+use crate::transport::peer::{Identity, PeerFailure, PeerParameters};
+use crate::units::{Epoch, Time};
 use publisher::SendParameters;
+use subscriber::StreamOutcome;
+
+/// The engine's heartbeat.
+pub const TICK: Duration = Duration::from_millis(1);
 
 /// Where a shard's datagrams go. The backend lends the buffer that a packet is written into, so nothing is copied on the way to the kernel.
 pub trait Io {
@@ -117,6 +123,37 @@ pub enum Event {
         key: usize,
         at: Time,
     },
+}
+
+/// What every shard of a run shares.
+#[derive(Clone)]
+pub struct ShardConfig {
+    pub identity: Identity,
+    pub roster: Arc<Roster>,
+    pub epoch: Epoch,
+}
+
+/// What became of one peer connection, for the report's lines per participant.
+#[derive(Clone, Debug)]
+pub struct PeerOutcome {
+    pub key: usize,
+    pub participant: u32,
+    pub connected: bool,
+    pub failed: bool,
+    pub frames_sent: u64,
+    pub nacks_sent: u64,
+    pub plis_sent: u64,
+    pub rtt_rtcp: Option<Duration>,
+    pub rtt_stun: Option<Duration>,
+    pub streams: Vec<StreamOutcome>,
+}
+
+/// What the sockets saw since the shard last took the counts.
+#[derive(Default)]
+pub struct IoCounts {
+    pub socket_drops: u64,
+    pub send_errors: u64,
+    pub setup_dropped: u64,
 }
 
 /// What all participants of a run know of one another: who publishes what, since when, and how far they are.

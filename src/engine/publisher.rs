@@ -6,8 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::worker::TICK;
-use super::{Io, Roster};
+use super::{Io, Roster, TICK};
 use crate::measure::{Kind, Media};
 use crate::media::identity::{AUDIO_IDENTITY_LEN, FrameIdentity, VIDEO_TRAILER_LEN};
 use crate::media::opus::AudioClip;

@@ -2,48 +2,22 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::connection::{Connection, KEY_FRAME_CHECK, Surroundings};
 use super::publisher::{SendParameters, SendTrack};
-use super::subscriber::StreamOutcome;
 use super::timers::Timers;
-use super::worker::IoCounts;
-use super::{Command, Event, Io, NewPeer, Roster, StreamParameters};
+use super::{Command, Event, Io, IoCounts, NewPeer, PeerOutcome, ShardConfig, StreamParameters};
 use crate::measure::Record;
 use crate::net;
-use crate::transport::peer::{Identity, PeerEvent};
+use crate::transport::peer::PeerEvent;
 use crate::transport::rtcp;
-use crate::units::{Epoch, Time};
+use crate::units::Time;
 
 /// Sender and receiver reports, as LiveKit itself sends receiver reports; libwebrtc's video interval too.
 const RTCP_INTERVAL: Duration = Duration::from_secs(1);
 /// Tracks (or encodings of one) that a peer may send: each has a timer of its own.
 const TRACKS_MAX: u32 = 4;
-
-/// What every shard of a run shares.
-#[derive(Clone)]
-pub struct ShardConfig {
-    pub identity: Identity,
-    pub roster: Arc<Roster>,
-    pub epoch: Epoch,
-}
-
-/// What became of one peer connection, for the report's lines per participant.
-#[derive(Clone, Debug)]
-pub struct PeerOutcome {
-    pub key: usize,
-    pub participant: u32,
-    pub connected: bool,
-    pub failed: bool,
-    pub frames_sent: u64,
-    pub nacks_sent: u64,
-    pub plis_sent: u64,
-    pub rtt_rtcp: Option<Duration>,
-    pub rtt_stun: Option<Duration>,
-    pub streams: Vec<StreamOutcome>,
-}
 
 pub struct Shard {
     config: ShardConfig,

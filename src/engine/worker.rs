@@ -13,15 +13,13 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use std::os::fd::AsRawFd;
 
-use super::shard::{self, Shard, ShardConfig};
-use super::{Command, Event, Io};
+use super::shard::Shard;
+use super::{Command, Event, Io, IoCounts, PeerOutcome, ShardConfig, TICK};
 use crate::measure::Record;
 use crate::net;
 use crate::transport::rtp::{Datagram, classify};
 use crate::units::{Epoch, Time};
 
-/// The engine's heartbeat.
-pub const TICK: Duration = Duration::from_millis(1);
 /// What of a tick set-up work (STUN, DTLS, signalling's commands) may take once media is served.
 const SETUP_SHARE: Duration = Duration::from_micros(500);
 /// Set-up datagrams that wait: at 2 KiB each, 4 MiB a worker. Both protocols repeat what is lost.
@@ -41,7 +39,7 @@ pub struct Report {
     pub record: Box<Record>,
     pub cpu: Duration,
     /// Set on the last one: what became of each participant's streams.
-    pub outcomes: Option<Vec<shard::PeerOutcome>>,
+    pub outcomes: Option<Vec<PeerOutcome>>,
 }
 
 /// Why a worker reports.
@@ -346,14 +344,6 @@ fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
         true => now - apart,
         false => now + apart,
     }
-}
-
-/// What the sockets saw since the shard last took the counts.
-#[derive(Default)]
-pub struct IoCounts {
-    pub socket_drops: u64,
-    pub send_errors: u64,
-    pub setup_dropped: u64,
 }
 
 struct SocketIo {

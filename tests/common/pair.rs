@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use throng::engine::ShardConfig;
 use throng::engine::publisher::{Pacing, SendParameters, Source};
-use throng::engine::shard::{Shard, ShardConfig};
+use throng::engine::shard::Shard;
 use throng::engine::{Command, Event, NewPeer, Roster, StreamParameters};
 use throng::measure::{Kind, Record};
 use throng::media::identity::FrameIdentity;

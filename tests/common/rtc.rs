@@ -35,8 +35,9 @@ use rtc::sansio::Protocol;
 use rtc::shared::error::Error;
 use rtc::shared::{TaggedBytesMut, TransportContext, TransportProtocol};
 
+use throng::engine::ShardConfig;
 use throng::engine::publisher::{Pacing, SendParameters, Source};
-use throng::engine::shard::{Shard, ShardConfig};
+use throng::engine::shard::Shard;
 use throng::engine::{Command, Event, NewPeer, Roster, StreamParameters};
 use throng::measure::{Kind, Record};
 use throng::media::identity::FrameIdentity;

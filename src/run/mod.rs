@@ -2,7 +2,12 @@
 //!
 //! Everything measured flows into one cumulative [`Record`]; whatever ends the run early, what was measured until then is reported.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod account;
+mod clips;
+mod interrupts;
+mod rooms;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
@@ -11,21 +16,22 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow};
 use tokio::sync::{mpsc, watch};
 
+pub use clips::Clips;
+
+use account::{expect_frames, expect_joins, is_healthy, quality, state_of_all, state_tracks};
+use interrupts::Interrupts;
+use rooms::Rooms;
+
 use crate::cli;
 use crate::engine::health::{self, FloorThread};
-use crate::engine::publisher::Source;
-use crate::engine::shard::{PeerOutcome, ShardConfig};
 use crate::engine::worker::{self, Occasion, Report, WorkerConfig};
-use crate::engine::{Command, Roster};
-use crate::measure::{Kind, Media, Record, Timeline, is_measured};
-use crate::media::opus::{AudioClip, AudioContent, AudioSpec};
-use crate::media::vp8::{VideoClip, VideoSpec};
+use crate::engine::{Command, PeerOutcome, Roster, ShardConfig};
+use crate::measure::{Kind, Record, Timeline};
 use crate::net;
-use crate::plan::{self, Plan, Resources};
+use crate::plan::{Plan, Resources};
 use crate::preflight;
 use crate::report::progress::Snapshot;
-use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Quality, Sample, Step, TargetInfo, TargetKind, Verdict};
-use crate::signal::rooms::{RoomError, RoomService};
+use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Step, TargetInfo, TargetKind};
 use crate::signal::session::{self, Ended, Notice, Phase, Place, SessionContext};
 use crate::signal::{ApiKey, Endpoint};
 use crate::transport::peer::Identity;
@@ -33,8 +39,6 @@ use crate::units::{Epoch, Time};
 
 /// After the last frame has left: LiveKit resends at most three times, some 100 ms apart.
 const DRAIN: Duration = Duration::from_millis(1_500);
-/// A room that nobody joined goes away by itself, should we die before deleting it.
-const ROOM_EMPTY_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long the participants may take to say goodbye.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
@@ -72,151 +76,6 @@ pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, mut progre
 
 fn unix_now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
-}
-
-/// The rooms of this run, and which of them it made.
-struct Rooms {
-    service: RoomService,
-    made: Vec<String>,
-    notes: Vec<String>,
-}
-
-impl Rooms {
-    /// Makes those that are not there yet; all of them or, on an error or a signal, none.
-    async fn create(plan: &Plan, endpoint: &Endpoint, api_key: &ApiKey, interrupts: &mut Interrupts) -> Result<Rooms> {
-        let service = RoomService::new(endpoint.clone(), api_key.clone());
-        let mut rooms = Rooms {
-            service,
-            made: Vec::new(),
-            notes: Vec::new(),
-        };
-        let done = tokio::select! {
-            done = rooms.make(plan) => done,
-            signal = interrupts.next() => Err(anyhow!("{signal} before the first join")),
-        };
-        if let Err(error) = done {
-            // That failing as well adds nothing to the first error.
-            rooms.delete(plan).await;
-            return Err(error);
-        }
-        Ok(rooms)
-    }
-
-    async fn make(&mut self, plan: &Plan) -> Result<()> {
-        let wanted: Vec<String> = (0..plan.shape.room_count).map(|room| plan.room_name(room)).collect();
-        let existing = self.service.list_rooms().await?;
-        let (ours, others): (Vec<_>, Vec<_>) = existing.iter().partition(|room| wanted.contains(&room.name));
-        if !others.is_empty() {
-            self.notes.push(format!(
-                "the server carries {} that are not ours: its figures are not of this load alone",
-                plural(others.len(), "room")
-            ));
-        }
-        for room in ours {
-            // How many are in it is not known here: the server's list of rooms is some seconds behind.
-            self.notes.push(format!(
-                "room '{}' existed already and stays: whoever else is in it is not ours and not judged",
-                room.name
-            ));
-        }
-        for name in wanted.into_iter().filter(|name| existing.iter().all(|room| room.name != *name)) {
-            // Before the call: one that is given up half-way may have made the room.
-            self.made.push(name.clone());
-            self.service.create_room(&name, ROOM_EMPTY_TIMEOUT).await?;
-        }
-        Ok(())
-    }
-
-    /// Deletes what we made, and says what stays behind. A room that is gone already is nothing to tell.
-    async fn delete(&self, plan: &Plan) -> Vec<String> {
-        let mut notes = Vec::new();
-        for (done, name) in self.made.iter().enumerate() {
-            match self.delete_one(plan, name).await {
-                Ok(0) => {}
-                Ok(others) => notes.push(format!(
-                    "room '{name}' stays: {} who are not ours are in it",
-                    plural(others, "participant")
-                )),
-                Err(error) if error.is_not_found() => {}
-                Err(error) if error.is_without_server() => {
-                    // The others would each wait for the same.
-                    let left = plural(self.made.len() - done, "room");
-                    notes.push(format!("{left} of ours may be left behind: {error}"));
-                    break;
-                }
-                Err(error) => notes.push(format!("room '{name}' of ours may be left behind: {error}")),
-            }
-        }
-        notes
-    }
-
-    /// Returns how many others kept the room from being deleted.
-    async fn delete_one(&self, plan: &Plan, name: &str) -> Result<usize, RoomError> {
-        let inside = self.service.list_participants(name).await?;
-        let others = inside.iter().filter(|participant| !plan.is_ours(&participant.identity)).count();
-        if others == 0 {
-            self.service.delete_room(name).await?;
-        }
-        Ok(others)
-    }
-}
-
-fn plural(count: usize, noun: &str) -> String {
-    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
-}
-
-/// The shared media that the plan asks for.
-pub struct Clips {
-    audio: Option<Source>,
-    video: Option<Source>,
-}
-
-impl Clips {
-    /// Takes a second or so of every thread. Nothing is connected to, so a plan that no clip can fulfil is refused before any server hears of it.
-    ///
-    /// # Errors
-    /// The flags that cannot be fulfilled, and what to ask instead.
-    pub fn generate(plan: &Plan, threads: usize) -> Result<Clips> {
-        let shape = &plan.shape;
-        let audio = (shape.audio_publishers > 0)
-            .then(|| AudioClip::generate(&audio_spec(plan)))
-            .transpose()
-            .context("--audio-bitrate, --audio-frame")?;
-        let video = (shape.video_publishers > 0)
-            .then(|| VideoClip::generate(&video_spec(plan), threads))
-            .transpose()
-            .context("--video-resolution, --video-bitrate, --video-fps")?;
-        Ok(Clips {
-            audio: audio.map(|clip| Source::Audio(Arc::new(clip))),
-            video: video.map(|clip| Source::Video(Arc::new(clip))),
-        })
-    }
-}
-
-fn audio_spec(plan: &Plan) -> AudioSpec {
-    AudioSpec {
-        bitrate: plan.audio.bitrate,
-        frame: plan.audio.frame,
-        content: AudioContent::Speech,
-        dtx: false,
-        seed: plan.seed,
-    }
-}
-
-fn video_spec(plan: &Plan) -> VideoSpec {
-    let plan::VideoSpec {
-        width,
-        height,
-        frames_per_second,
-        bitrate,
-    } = plan.video;
-    VideoSpec {
-        width: width.into(),
-        height: height.into(),
-        fps: frames_per_second,
-        bitrate,
-        seed: plan.seed,
-    }
 }
 
 /// A test under way.
@@ -802,148 +661,4 @@ fn places(parts: &[Vec<u32>]) -> Vec<Place> {
         }
     }
     places
-}
-
-/// How many tracks there ought to be, and how many went live: a track that came twice, on another SSRC, does not stand for one that never came.
-fn state_tracks(record: &mut Record, plan: &Plan, outcomes: &[PeerOutcome]) {
-    for kind in [Kind::Audio, Kind::Video] {
-        let streams = outcomes
-            .iter()
-            .flat_map(|peer| peer.streams.iter().map(move |stream| (peer.participant, stream)));
-        let live = streams.filter(|(_, stream)| stream.kind == kind && stream.live);
-        let distinct: BTreeSet<_> = live.map(|(participant, stream)| (participant, stream.origin)).collect();
-        let media = record.media(kind);
-        media.tracks_expected = plan.total_expected_tracks(kind);
-        media.tracks_live = distinct.len() as u64;
-    }
-}
-
-/// States how many frames ought to have been timed, so that those that never came count as later than everything.
-fn expect_frames(record: &mut Record) {
-    for media in [&mut record.audio, &mut record.video] {
-        media.one_way_latency.expect(media.frames_expected);
-    }
-}
-
-/// The same for what happens once for each participant and each subscription: joining belongs to the whole run, not to a step.
-fn expect_joins(record: &mut Record, plan: &Plan) {
-    let joins = u64::from(plan.total_participants());
-    let receivers = plan
-        .participants()
-        .filter(|participant| [Kind::Audio, Kind::Video].iter().any(|kind| plan.expected_tracks(participant, *kind) > 0))
-        .count() as u64;
-    let session = &mut record.session;
-    for histogram in [
-        &mut session.join,
-        &mut session.signal_connect,
-        &mut session.signal_join,
-        &mut session.ice,
-        &mut session.dtls,
-    ] {
-        histogram.expect(joins);
-    }
-    session.first_media.expect(receivers);
-    for media in [&mut record.audio, &mut record.video] {
-        for histogram in [&mut media.track_subscribe, &mut media.first_packet, &mut media.first_frame] {
-            histogram.expect(media.tracks_expected);
-        }
-    }
-}
-
-/// Tracks and participants are a state, not a flow: a step shows how many there are, not how many came during it.
-fn state_of_all(step: &mut Record, all: &Record) {
-    let (from, to) = (&all.session, &mut step.session);
-    (to.participants_total, to.participants_healthy, to.joins_planned) = (from.participants_total, from.participants_healthy, from.joins_planned);
-    (to.joins_ok, to.joins_failed) = (from.joins_ok, from.joins_failed);
-    for (from, to) in [(&all.audio, &mut step.audio), (&all.video, &mut step.video)] {
-        let Media {
-            tracks_published,
-            tracks_expected,
-            tracks_live,
-            ..
-        } = from;
-        (to.tracks_published, to.tracks_expected, to.tracks_live) = (*tracks_published, *tracks_expected, *tracks_live);
-    }
-}
-
-fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Quality {
-    let mut quality = Quality {
-        tracks_expected: tracks_expected.into(),
-        freezes: is_measured(Some(kind), "freezes").then_some(0),
-        ..Quality::default()
-    };
-    let streams = peers
-        .iter()
-        .flat_map(|peer| &peer.streams)
-        .filter(|stream| stream.kind == kind && stream.origin.is_some());
-    let mut live = BTreeSet::new();
-    for stream in streams {
-        live.extend(stream.origin.filter(|_| stream.live));
-        quality.packets_received += stream.counts.received;
-        quality.packets_lost_network += stream.counts.lost_network;
-        quality.packets_repaired += stream.counts.repaired;
-        quality.packets_lost += stream.counts.lost;
-        quality.frames_expected += stream.frames_expected;
-        quality.frames_delivered += stream.frames_delivered;
-        quality.freezes = quality.freezes.map(|freezes| freezes + stream.freezes);
-        quality.one_way_us_mean = quality.one_way_us_mean.max(stream.latency_us_mean);
-        quality.one_way_us_max = quality.one_way_us_max.max(stream.latency_us_max);
-        quality.jitter_us = quality.jitter_us.max(Some(stream.jitter.as_micros() as u64));
-    }
-    quality.tracks_live = live.len() as u64;
-    quality
-}
-
-/// The stated rule: joined, never thrown out, every expected track live, and no more of its frames missing than `--max-loss` allows.
-fn is_healthy(participant: &ParticipantOutcome, max_loss_pct: f64) -> bool {
-    let kept = participant.timeline.joined.is_some() && participant.failure.is_none() && participant.disconnects == 0;
-    kept && [&participant.audio, &participant.video].into_iter().all(|quality| {
-        let missing = quality.frames_expected.saturating_sub(quality.frames_delivered);
-        quality.tracks_live >= quality.tracks_expected && missing as f64 <= quality.frames_expected as f64 * max_loss_pct / 1e2
-    })
-}
-
-/// SIGINT and SIGTERM. The first one ends the run, a second one the process, whatever the run is waiting for.
-struct Interrupts {
-    first: watch::Receiver<&'static str>,
-}
-
-impl Interrupts {
-    fn listen() -> Interrupts {
-        use tokio::signal::unix::{SignalKind, signal};
-        let (sender, first) = watch::channel("");
-        // Without a handler the default action stays: the process ends.
-        let mut interrupt = signal(SignalKind::interrupt()).ok();
-        let mut terminate = signal(SignalKind::terminate()).ok();
-        tokio::spawn(async move {
-            sender.send_replace(received(&mut interrupt, &mut terminate).await);
-            received(&mut interrupt, &mut terminate).await;
-            std::process::exit(Verdict::Partial.exit_code().into());
-        });
-        Interrupts { first }
-    }
-
-    /// The first signal, once.
-    async fn next(&mut self) -> &'static str {
-        match self.first.changed().await {
-            Ok(()) => *self.first.borrow(),
-            Err(_) => std::future::pending().await,
-        }
-    }
-}
-
-type Signal = Option<tokio::signal::unix::Signal>;
-
-async fn received(interrupt: &mut Signal, terminate: &mut Signal) -> &'static str {
-    async fn one(signal: &mut Signal) -> bool {
-        match signal {
-            Some(signal) => signal.recv().await.is_some(),
-            None => false,
-        }
-    }
-    tokio::select! {
-        true = one(interrupt) => "SIGINT",
-        true = one(terminate) => "SIGTERM",
-        else => std::future::pending().await,
-    }
 }

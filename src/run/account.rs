@@ -1,0 +1,107 @@
+//! What a run's record says once it is over: how much there ought to have been, and how each participant fared.
+
+use std::collections::BTreeSet;
+
+use crate::engine::PeerOutcome;
+use crate::measure::{Kind, Media, Record, is_measured};
+use crate::plan::Plan;
+use crate::report::{ParticipantOutcome, Quality};
+
+/// How many tracks there ought to be, and how many went live: a track that came twice, on another SSRC, does not stand for one that never came.
+pub(super) fn state_tracks(record: &mut Record, plan: &Plan, outcomes: &[PeerOutcome]) {
+    for kind in [Kind::Audio, Kind::Video] {
+        let streams = outcomes
+            .iter()
+            .flat_map(|peer| peer.streams.iter().map(move |stream| (peer.participant, stream)));
+        let live = streams.filter(|(_, stream)| stream.kind == kind && stream.live);
+        let distinct: BTreeSet<_> = live.map(|(participant, stream)| (participant, stream.origin)).collect();
+        let media = record.media(kind);
+        media.tracks_expected = plan.total_expected_tracks(kind);
+        media.tracks_live = distinct.len() as u64;
+    }
+}
+
+/// States how many frames ought to have been timed, so that those that never came count as later than everything.
+pub(super) fn expect_frames(record: &mut Record) {
+    for media in [&mut record.audio, &mut record.video] {
+        media.one_way_latency.expect(media.frames_expected);
+    }
+}
+
+/// The same for what happens once for each participant and each subscription: joining belongs to the whole run, not to a step.
+pub(super) fn expect_joins(record: &mut Record, plan: &Plan) {
+    let joins = u64::from(plan.total_participants());
+    let receivers = plan
+        .participants()
+        .filter(|participant| [Kind::Audio, Kind::Video].iter().any(|kind| plan.expected_tracks(participant, *kind) > 0))
+        .count() as u64;
+    let session = &mut record.session;
+    for histogram in [
+        &mut session.join,
+        &mut session.signal_connect,
+        &mut session.signal_join,
+        &mut session.ice,
+        &mut session.dtls,
+    ] {
+        histogram.expect(joins);
+    }
+    session.first_media.expect(receivers);
+    for media in [&mut record.audio, &mut record.video] {
+        for histogram in [&mut media.track_subscribe, &mut media.first_packet, &mut media.first_frame] {
+            histogram.expect(media.tracks_expected);
+        }
+    }
+}
+
+/// Tracks and participants are a state, not a flow: a step shows how many there are, not how many came during it.
+pub(super) fn state_of_all(step: &mut Record, all: &Record) {
+    let (from, to) = (&all.session, &mut step.session);
+    (to.participants_total, to.participants_healthy, to.joins_planned) = (from.participants_total, from.participants_healthy, from.joins_planned);
+    (to.joins_ok, to.joins_failed) = (from.joins_ok, from.joins_failed);
+    for (from, to) in [(&all.audio, &mut step.audio), (&all.video, &mut step.video)] {
+        let Media {
+            tracks_published,
+            tracks_expected,
+            tracks_live,
+            ..
+        } = from;
+        (to.tracks_published, to.tracks_expected, to.tracks_live) = (*tracks_published, *tracks_expected, *tracks_live);
+    }
+}
+
+pub(super) fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Quality {
+    let mut quality = Quality {
+        tracks_expected: tracks_expected.into(),
+        freezes: is_measured(Some(kind), "freezes").then_some(0),
+        ..Quality::default()
+    };
+    let streams = peers
+        .iter()
+        .flat_map(|peer| &peer.streams)
+        .filter(|stream| stream.kind == kind && stream.origin.is_some());
+    let mut live = BTreeSet::new();
+    for stream in streams {
+        live.extend(stream.origin.filter(|_| stream.live));
+        quality.packets_received += stream.counts.received;
+        quality.packets_lost_network += stream.counts.lost_network;
+        quality.packets_repaired += stream.counts.repaired;
+        quality.packets_lost += stream.counts.lost;
+        quality.frames_expected += stream.frames_expected;
+        quality.frames_delivered += stream.frames_delivered;
+        quality.freezes = quality.freezes.map(|freezes| freezes + stream.freezes);
+        quality.one_way_us_mean = quality.one_way_us_mean.max(stream.latency_us_mean);
+        quality.one_way_us_max = quality.one_way_us_max.max(stream.latency_us_max);
+        quality.jitter_us = quality.jitter_us.max(Some(stream.jitter.as_micros() as u64));
+    }
+    quality.tracks_live = live.len() as u64;
+    quality
+}
+
+/// The stated rule: joined, never thrown out, every expected track live, and no more of its frames missing than `--max-loss` allows.
+pub(super) fn is_healthy(participant: &ParticipantOutcome, max_loss_pct: f64) -> bool {
+    let kept = participant.timeline.joined.is_some() && participant.failure.is_none() && participant.disconnects == 0;
+    kept && [&participant.audio, &participant.video].into_iter().all(|quality| {
+        let missing = quality.frames_expected.saturating_sub(quality.frames_delivered);
+        quality.tracks_live >= quality.tracks_expected && missing as f64 <= quality.frames_expected as f64 * max_loss_pct / 1e2
+    })
+}

@@ -1,0 +1,50 @@
+//! SIGINT and SIGTERM: the first ends a run in order, the second ends the process.
+
+use tokio::sync::watch;
+
+use crate::report::Verdict;
+
+/// SIGINT and SIGTERM. The first one ends the run, a second one the process, whatever the run is waiting for.
+pub(super) struct Interrupts {
+    first: watch::Receiver<&'static str>,
+}
+
+impl Interrupts {
+    pub(super) fn listen() -> Interrupts {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (sender, first) = watch::channel("");
+        // Without a handler the default action stays: the process ends.
+        let mut interrupt = signal(SignalKind::interrupt()).ok();
+        let mut terminate = signal(SignalKind::terminate()).ok();
+        tokio::spawn(async move {
+            sender.send_replace(received(&mut interrupt, &mut terminate).await);
+            received(&mut interrupt, &mut terminate).await;
+            std::process::exit(Verdict::Partial.exit_code().into());
+        });
+        Interrupts { first }
+    }
+
+    /// The first signal, once.
+    pub(super) async fn next(&mut self) -> &'static str {
+        match self.first.changed().await {
+            Ok(()) => *self.first.borrow(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+type Signal = Option<tokio::signal::unix::Signal>;
+
+async fn received(interrupt: &mut Signal, terminate: &mut Signal) -> &'static str {
+    async fn one(signal: &mut Signal) -> bool {
+        match signal {
+            Some(signal) => signal.recv().await.is_some(),
+            None => false,
+        }
+    }
+    tokio::select! {
+        true = one(interrupt) => "SIGINT",
+        true = one(terminate) => "SIGTERM",
+        else => std::future::pending().await,
+    }
+}
