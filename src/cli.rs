@@ -206,7 +206,7 @@ struct MediaArgs {
     /// Bitrate of an audio track, as 24k or 48000 [default: 24k]
     #[arg(long, value_name = "RATE")]
     audio_bitrate: Option<Bitrate>,
-    /// Audio in one packet: 20ms, 40ms or 60ms [default: 20ms]
+    /// Audio in one packet: 2.5ms, 5ms, 10ms .. 120ms [default: 20ms]
     #[arg(long, value_name = "TIME", value_parser = audio_frame)]
     audio_frame: Option<Duration>,
     /// Send a video frame's packets spread, as libwebrtc does, or at once

@@ -9,6 +9,7 @@ pub mod plan;
 pub mod preflight;
 pub mod report;
 pub mod run;
+pub mod seeded;
 pub mod signal;
 pub mod transport;
 pub mod units;

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use crate::measure::Kind;
 use crate::media::packetize::PAYLOAD_BYTES_MAX;
-use crate::units::{Bitrate, scatter};
+use crate::seeded::scatter;
+use crate::units::Bitrate;
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
 pub const PARTICIPANTS_MAX: u64 = 1_000_000;

@@ -1,17 +1,19 @@
 //! One peer connection at work: its tracks, its streams, and the RTCP between them and the server.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::publisher::{SendTrack, Wire};
 use super::subscriber::{RecvStream, Refused, StreamContext};
 use super::{Io, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
-use crate::measure::Record;
+use crate::measure::{Kind, Record};
 use crate::net;
 use crate::transport::peer::Peer;
 use crate::transport::receive::MISSING_MAX;
 use crate::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report};
 use crate::transport::rtp::Header;
 use crate::transport::sequence::Seq;
+use crate::transport::srtp::Sealer;
 use crate::units::{Time, ntp_middle};
 
 /// How often a stream that waits for a key frame is looked at again.
@@ -173,22 +175,8 @@ impl Connection {
             return Time::MAX;
         };
         let Some(track) = self.tracks.get_mut(track) else { return Time::MAX };
+        let turn = track.handle_timeout(now, &mut wire(self.key, to, sealer, track.kind(), around));
         let record = &mut *around.record;
-        let mut wire = Wire {
-            io: around.io,
-            key: self.key,
-            to,
-            sealer,
-            epoch: around.config.epoch,
-            roster: &around.config.roster,
-            media: match track.kind() {
-                crate::measure::Kind::Audio => &mut record.audio,
-                crate::measure::Kind::Video => &mut record.video,
-            },
-            wire_bytes_sent: &mut record.session.wire_bytes_sent,
-            packets_processed: &mut record.engine.packets_processed,
-        };
-        let turn = track.handle_timeout(now, &mut wire);
         record.engine.send_slots_skipped += turn.slots_skipped;
         if let Some(lag) = turn.send_lag {
             record.engine.send_lag.record(lag);
@@ -248,24 +236,11 @@ impl Connection {
         let Some(track) = self.tracks.iter_mut().find(|track| track.ssrc() == media_ssrc) else {
             return;
         };
-        let record = &mut *around.record;
-        record.session.nacks_received += 1;
-        let mut wire = Wire {
-            io: around.io,
-            key: self.key,
-            to,
-            sealer,
-            epoch: around.config.epoch,
-            roster: &around.config.roster,
-            media: match track.kind() {
-                crate::measure::Kind::Audio => &mut record.audio,
-                crate::measure::Kind::Video => &mut record.video,
-            },
-            wire_bytes_sent: &mut record.session.wire_bytes_sent,
-            packets_processed: &mut record.engine.packets_processed,
-        };
+        around.record.session.nacks_received += 1;
+        let now = around.now;
+        let mut wire = wire(self.key, to, sealer, track.kind(), around);
         for seq in seqs {
-            track.resend(seq.0, around.now, rtt, &mut wire);
+            track.resend(seq.0, now, rtt, &mut wire);
         }
     }
 
@@ -423,6 +398,30 @@ impl Connection {
             rtt_stun: self.rtt_stun,
             streams: self.streams.iter().map(|stream| stream.outcome(roster)).collect(),
         }
+    }
+}
+
+/// The way out of connection `key` for a track of one kind.
+fn wire<'a, I: Io>(key: usize, to: SocketAddr, sealer: &'a Sealer, kind: Kind, around: &'a mut Surroundings<'_, I>) -> Wire<'a, I> {
+    let Record {
+        session,
+        audio,
+        video,
+        engine,
+    } = &mut *around.record;
+    Wire {
+        io: around.io,
+        key,
+        to,
+        sealer,
+        epoch: around.config.epoch,
+        roster: &around.config.roster,
+        media: match kind {
+            Kind::Audio => audio,
+            Kind::Video => video,
+        },
+        wire_bytes_sent: &mut session.wire_bytes_sent,
+        packets_processed: &mut engine.packets_processed,
     }
 }
 

@@ -13,12 +13,13 @@ use crate::media::opus::AudioClip;
 use crate::media::packetize::{Layout, copy_range};
 use crate::media::vp8::VideoClip;
 use crate::net;
+use crate::seeded::scatter;
 use crate::transport::resend::{AUDIO_FRAMES, FrameRecord, Resend, ResendLimiter, ResendRing, VIDEO_FRAMES};
 use crate::transport::rtp::vp8::{Descriptor, PictureId};
 use crate::transport::rtp::{ExtensionSlot, HeaderTemplate, TemplateError, audio_level, write_rtx_osn};
 use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
-use crate::units::{Bitrate, Epoch, Time, scatter};
+use crate::units::{Bitrate, Epoch, Time};
 
 /// libwebrtc answers at most one key frame request in this time (`kMinKeyframeSendInterval`).
 const KEY_FRAME_INTERVAL_MIN: Duration = Duration::from_millis(300);

@@ -615,31 +615,13 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
-
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            mixed ^ (mixed >> 31)
-        }
-
-        fn below(&mut self, end: u64) -> u64 {
-            self.next() % end
-        }
-
-        fn chance(&mut self, percent: u64) -> bool {
-            self.below(100) < percent
-        }
-    }
+    use crate::seeded::Seeded;
 
     /// A packet on its way; `None` is padding.
     type Sent = (u64, Option<PacketInfo>);
 
     /// Frames of 1 to 12 packets, some of them key frames, padding here and there.
-    fn stream(random: &mut Random, frames: u32, key_percent: u64) -> Vec<Sent> {
+    fn stream(random: &mut Seeded, frames: u32, key_percent: u64) -> Vec<Sent> {
         let mut ext_seq = 70_000;
         let mut sent = Vec::new();
         for frame in 0..frames {
@@ -674,7 +656,7 @@ mod tests {
     }
 
     /// Loses, doubles and shuffles; no packet comes more than `depth` late.
-    fn link(random: &mut Random, sent: Vec<Sent>, loss_percent: u64, depth: u64) -> Vec<Sent> {
+    fn link(random: &mut Seeded, sent: Vec<Sent>, loss_percent: u64, depth: u64) -> Vec<Sent> {
         let mut arriving = Vec::new();
         for (at, packet) in sent.into_iter().enumerate() {
             let copies = if random.chance(loss_percent) {
@@ -747,7 +729,7 @@ mod tests {
     #[test]
     fn a_shuffled_lossy_stream_gives_what_the_plain_model_gives() {
         for seed in 0..150 {
-            let mut random = Random(seed);
+            let mut random = Seeded::new(seed);
             let (loss, depth, keys) = (random.below(12), 1 + random.below(25), 2 + random.below(20));
             let sent = stream(&mut random, 200, keys);
             let arriving = link(&mut random, sent, if seed % 5 == 0 { 0 } else { loss }, depth);
@@ -778,18 +760,18 @@ mod tests {
     #[test]
     fn wild_packets_do_no_harm_and_the_counts_still_add_up() {
         for seed in 0..200 {
-            let mut random = Random(seed);
+            let mut random = Seeded::new(seed);
             let mut assembler = Assembler::new();
             let (mut complete, mut decoded) = (0, 0);
             let mut ext_seq = 1 << 16;
             for step in 0..3_000 {
                 ext_seq = match random.below(50) {
-                    0 => random.next(),
+                    0 => random.draw(),
                     1 => ext_seq.saturating_add(random.below(3_000)),
                     2..10 => ext_seq.saturating_sub(random.below(40)),
                     _ => ext_seq.saturating_add(1),
                 };
-                let bits = random.next();
+                let bits = random.draw();
                 let packet = PacketInfo {
                     ext_seq,
                     rtp_time: random.below(30) as u32,
@@ -903,7 +885,7 @@ mod tests {
     fn a_freeze_is_an_interval_far_above_the_running_average() {
         let mut freezes = FreezeDetector::default();
         let (mut now, mut plain) = (Time::ZERO, Vec::<u64>::new());
-        let mut random = Random(5);
+        let mut random = Seeded::new(5);
         assert_eq!(freezes.handle_frame(now), (None, None));
         let mut frozen = 0;
         for _ in 0..2_000 {
@@ -928,7 +910,7 @@ mod tests {
 
     #[test]
     fn a_second_delivery_is_told_from_the_first() {
-        let mut random = Random(9);
+        let mut random = Seeded::new(9);
         let mut window = DeliveredWindow::default();
         let (mut seen, mut newest, mut duplicates, mut too_old) = (BTreeSet::new(), 0, 0, 0);
         for step in 0..20_000u32 {

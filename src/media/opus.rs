@@ -449,6 +449,8 @@ fn synthesize(content: AudioContent, seed: u64, len: usize) -> Vec<f32> {
 mod speech {
     use std::f64::consts::TAU;
 
+    use crate::seeded::Seeded;
+
     const RATE: f64 = super::CLOCK_RATE as f64;
 
     /// The first three formants in Hz of vowels (averages over male speakers; Peterson and Barney, 1952).
@@ -470,7 +472,7 @@ mod speech {
     const LEAD_OUT_SECONDS: f64 = 0.4;
 
     pub fn synthesize(seed: u64, len: usize) -> Vec<f32> {
-        let mut random = Random(seed);
+        let mut random = Seeded::new(seed);
         let mut pcm = vec![0.0; len];
         let end = len as f64 / RATE - LEAD_OUT_SECONDS;
         let voice_hz = 95.0 + 110.0 * random.unit();
@@ -485,8 +487,8 @@ mod speech {
     }
 
     /// Four to nine syllables with a falling pitch; returns when they end.
-    fn phrase(random: &mut Random, voice_hz: f64, start: f64, end: f64, pcm: &mut [f64]) -> f64 {
-        let syllables = 4 + random.below(6);
+    fn phrase(random: &mut Seeded, voice_hz: f64, start: f64, end: f64, pcm: &mut [f64]) -> f64 {
+        let syllables = 4 + random.draw() % 6;
         let mut throat = Throat::default();
         let mut at = start;
         for syllable in 0..syllables {
@@ -494,13 +496,13 @@ mod speech {
             if at + consonant + vowel > end {
                 break;
             }
-            let decline = 1.15 - 0.3 * f64::from(syllable) / f64::from(syllables);
-            if random.below(3) > 0 {
+            let decline = 1.15 - 0.3 * syllable as f64 / syllables as f64;
+            if !random.draw().is_multiple_of(3) {
                 let loudness = 0.05 + 0.1 * random.unit();
                 throat.hiss(random, loudness, window(at, consonant, pcm));
             }
             let stress = 0.6 + 0.4 * random.unit();
-            let formants = VOWELS[random.below(VOWELS.len() as u32) as usize];
+            let formants = VOWELS[(random.draw() % VOWELS.len() as u64) as usize];
             let pitch_hz = voice_hz * decline * (0.95 + 0.1 * random.unit());
             throat.sing(random, formants, pitch_hz, stress, window(at + consonant, vowel, pcm));
             at += consonant + vowel;
@@ -523,7 +525,7 @@ mod speech {
     }
 
     impl Throat {
-        fn hiss(&mut self, random: &mut Random, loudness: f64, out: &mut [f64]) {
+        fn hiss(&mut self, random: &mut Seeded, loudness: f64, out: &mut [f64]) {
             let place_hz = 2_500.0 + 4_500.0 * random.unit();
             let total = out.len() as f64;
             for (at, sample) in out.iter_mut().enumerate() {
@@ -532,7 +534,7 @@ mod speech {
             }
         }
 
-        fn sing(&mut self, random: &mut Random, target: [f64; 3], pitch_hz: f64, loudness: f64, out: &mut [f64]) {
+        fn sing(&mut self, random: &mut Seeded, target: [f64; 3], pitch_hz: f64, loudness: f64, out: &mut [f64]) {
             let total = out.len() as f64;
             for (at, sample) in out.iter_mut().enumerate() {
                 let progress = at as f64 / total;
@@ -583,26 +585,6 @@ mod speech {
             self.before_that = self.before;
             self.before = output;
             output
-        }
-    }
-
-    /// SplitMix64.
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            mixed ^ (mixed >> 31)
-        }
-
-        fn unit(&mut self) -> f64 {
-            (self.next() >> 11) as f64 / (1u64 << 53) as f64
-        }
-
-        fn below(&mut self, end: u32) -> u32 {
-            (self.next() % u64::from(end)) as u32
         }
     }
 }

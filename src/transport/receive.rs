@@ -610,25 +610,7 @@ mod tests {
     use std::collections::{BTreeMap, BinaryHeap};
 
     use super::*;
-
-    struct Random(u64);
-
-    impl Random {
-        fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            mixed ^ (mixed >> 31)
-        }
-
-        fn below(&mut self, end: u64) -> u64 {
-            self.next() % end
-        }
-
-        fn chance(&mut self, percent: u64) -> bool {
-            self.below(100) < percent
-        }
-    }
+    use crate::seeded::Seeded;
 
     /// A link's character, drawn from the seed.
     struct Link {
@@ -664,7 +646,7 @@ mod tests {
     }
 
     struct Simulation {
-        random: Random,
+        random: Seeded,
         link: Link,
         first_seq: u16,
         agenda: BinaryHeap<Reverse<(u64, u64, Event)>>,
@@ -678,7 +660,7 @@ mod tests {
 
     impl Simulation {
         fn new(seed: u64, rtx: bool) -> Simulation {
-            let mut random = Random(seed);
+            let mut random = Seeded::new(seed);
             let link = Link {
                 loss_percent: [0, 1, 5, 15, 30][random.below(5) as usize],
                 burst: [1, 1, 4, 40][random.below(4) as usize],
@@ -687,7 +669,7 @@ mod tests {
                 late_micros: [3_000, 8_000, 60_000][random.below(3) as usize],
                 rtx,
             };
-            let first_seq = random.next() as u16;
+            let first_seq = random.draw() as u16;
             let mut stream = ReceiveStream::new(90_000);
             stream.set_rtx(rtx);
             let mut simulation = Simulation {
@@ -1029,7 +1011,7 @@ mod tests {
     #[test]
     fn jitter_follows_the_rfc_formula_over_one_packet_a_timestamp() {
         let mut stream = ReceiveStream::new(48_000);
-        let (mut expected, mut random, mut late_before) = (0f64, Random(3), 0f64);
+        let (mut expected, mut random, mut late_before) = (0f64, Seeded::new(3), 0f64);
         for index in 0..2_000u64 {
             let late = random.below(5_000);
             let now = Time::from_micros(index * 20_000 + late);
@@ -1050,18 +1032,18 @@ mod tests {
     #[test]
     fn wild_sequence_numbers_do_no_harm() {
         for seed in 0..100 {
-            let mut random = Random(seed);
+            let mut random = Seeded::new(seed);
             let mut stream = ReceiveStream::new(90_000);
-            let (mut seq, mut now) = (random.next() as u16, Time::ZERO);
+            let (mut seq, mut now) = (random.draw() as u16, Time::ZERO);
             for step in 0..5_000u64 {
                 now += Duration::from_micros(random.below(3_000));
                 seq = match random.below(40) {
-                    0 => random.next() as u16,
+                    0 => random.draw() as u16,
                     1 => seq.wrapping_add(random.below(3_500) as u16),
                     2..8 => seq.wrapping_sub(random.below(1_300) as u16),
                     _ => seq.wrapping_add(1),
                 };
-                stream.handle_packet(seq, random.next() as u32, now, random.chance(10));
+                stream.handle_packet(seq, random.draw() as u32, now, random.chance(10));
                 if step % 3 == 0 {
                     poll(&mut stream, now);
                 }

@@ -13,7 +13,6 @@ mod glyphs;
 mod layout;
 mod rate;
 mod scene;
-mod seeded;
 pub mod tables;
 mod texture;
 mod tokens;
@@ -21,13 +20,13 @@ mod tokens;
 use std::fmt;
 use std::ops::Range;
 
+use crate::seeded::Seeded;
 use crate::units::Bitrate;
 
 use frame::{FrameCoder, Reference};
 use layout::Layout;
 use rate::{Design, RateControl, mean};
 use scene::Scene;
-use seeded::Seeded;
 use texture::Quantizers;
 
 /// The loop's length.

@@ -1,8 +1,8 @@
 //! Meeting the bitrate: how much of the landscape changes, how finely, and what each frame's new textures may cost.
 
 use super::scene::Scene;
-use super::seeded::Seeded;
 use super::texture::{Class, Palette, Quantizers};
+use crate::seeded::Seeded;
 
 /// The cost of a textured macroblock beside its luma blocks, about: modes, Y2, chroma. The real cost is measured by coding.
 pub const USUAL_OVERHEAD_BITS: f64 = 22.0;

@@ -5,8 +5,8 @@
 
 use super::I420;
 use super::layout::{Area, INDEX_BITS, Layout, label_text};
-use super::seeded::{Seeded, mixed};
 use super::texture::{CLASS_SIZE, Class, FLAT, MEAN_RANGE, Palette, Quantizers, TextureId};
+use crate::seeded::{Seeded, mixed};
 
 /// All there is to know about a macroblock's pixels: equal descriptors mean equal pixels, wherever they stand and however they are coded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +109,7 @@ impl Scene {
         };
         let digits = std::array::from_fn(|digit| digit_cells(digit as u8, &mut palette));
         let mut random = Seeded::new(seed);
-        let salt = random.next();
+        let salt = random.draw();
         let mut landscape = landscape(&layout, &mut random);
         let mut roles = vec![None; layout.columns * layout.rows];
         overlay(&mut roles, &layout, &mut palette, &label_text(width, height));

@@ -7,9 +7,9 @@
 use std::collections::BTreeMap;
 
 use super::bool_coder::{CostMeter, Recorder};
-use super::seeded::Seeded;
 use super::tables::{AC_QLOOKUP, DC_QLOOKUP, ZIGZAG};
 use super::tokens::{Levels, Plane, put_block};
+use crate::seeded::Seeded;
 
 /// The frame's quantizer indices (RFC 6386, sections 9.6 and 14.1).
 ///
