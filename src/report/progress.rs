@@ -9,8 +9,8 @@ use super::{Sample, emit, text};
 const FIRST_AFTER: Duration = Duration::from_secs(2);
 /// How often a line is printed where it cannot be redrawn.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
-/// A redrawn line must not wrap, or `\r` no longer returns to its start.
-const WIDTH: usize = 100;
+/// A redrawn line must not wrap on a terminal of 80 columns, or `\r` no longer returns to its start.
+const WIDTH: usize = 79;
 
 /// The run so far.
 #[derive(Clone, Debug, Default)]
@@ -80,7 +80,7 @@ impl Progress {
     }
 }
 
-/// `12s/45s  98/100 joined  out 1,200/s  in 9,800/s  loss 0.01%  rtt 0.41 ms  latency 0.62 ms  tick 90 us`
+/// `12s/45s  98/100 joined  out 1,200/s  in 9,800/s  loss 0.01%  latency 0.62 ms`
 pub fn line(snapshot: &Snapshot) -> String {
     let sample = &snapshot.sample;
     let failed = if snapshot.failed > 0 {
@@ -89,17 +89,15 @@ pub fn line(snapshot: &Snapshot) -> String {
         String::new()
     };
     format!(
-        "{}/{}  {}/{} joined{failed}  out {}/s  in {}/s  loss {}  rtt {}  latency {}  tick {}",
+        "{}/{}  {}/{} joined{failed}  out {}/s  in {}/s  loss {}  latency {}",
         text::duration(Duration::from_secs(snapshot.elapsed.as_secs())),
-        text::duration(Duration::from_secs_f64(snapshot.total.as_secs_f64().ceil())),
+        text::duration(Duration::from_secs(snapshot.total.as_secs())),
         text::number(snapshot.joined.into()),
         text::number(snapshot.planned.into()),
         text::number(sample.packets_sent_per_second.round() as u64),
         text::number(sample.packets_received_per_second.round() as u64),
         text::maybe(snapshot.loss, text::percent),
-        text::maybe(sample.rtt_us_p50, |us| text::micros(us as f64)),
         text::maybe(sample.one_way_us_p50, |us| text::micros(us as f64)),
-        text::maybe(sample.tick_late_us_p99, |us| text::micros(us as f64)),
     )
 }
 
@@ -118,7 +116,6 @@ mod tests {
             sample: Sample {
                 packets_sent_per_second: 1_200.4,
                 packets_received_per_second: 9_800.0,
-                rtt_us_p50: Some(410),
                 ..Sample::default()
             },
         }
@@ -126,7 +123,8 @@ mod tests {
 
     #[test]
     fn the_line_says_how_it_goes_and_marks_what_is_unknown() {
-        let expected = "12s/45s  98/1,100 joined  out 1,200/s  in 9,800/s  loss 0.01%  rtt 410 us  latency n/a  tick n/a";
+        let expected = "12s/45s  98/1,100 joined  out 1,200/s  in 9,800/s  loss 0.01%  latency n/a";
+        assert!(expected.len() <= WIDTH, "it fits a terminal of 80 columns");
         assert_eq!(line(&at(12)), expected);
     }
 
