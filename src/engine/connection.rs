@@ -54,8 +54,6 @@ pub struct Connection {
     rtt_rtcp: Option<Duration>,
     /// The other side's reference time, to be answered with a DLRR (RFC 3611, section 4.5).
     reference_time: Option<ReferenceTime>,
-    nacks_sent: u64,
-    plis_sent: u64,
     closed: bool,
 }
 
@@ -85,8 +83,6 @@ impl Connection {
             intended_at: new.intended_at,
             rtt_rtcp: None,
             reference_time: None,
-            nacks_sent: 0,
-            plis_sent: 0,
             closed: false,
         }
     }
@@ -345,8 +341,6 @@ impl Connection {
             streams,
             rtcp_ssrc,
             key,
-            nacks_sent,
-            plis_sent,
             ..
         } = self;
         let mut next_at = Time::MAX;
@@ -361,12 +355,10 @@ impl Connection {
                 let seqs = missing[..count].iter().map(|seq| Seq(*seq));
                 send_compound(transport, *key, around, |writer| writer.nack(*rtcp_ssrc, stream.ssrc(), seqs));
                 around.record.session.nacks_sent += 1;
-                *nacks_sent += 1;
             }
             if stream.poll_pli(now) {
                 send_compound(transport, *key, around, |writer| writer.pli(*rtcp_ssrc, stream.ssrc()));
                 around.record.session.plis_sent += 1;
-                *plis_sent += 1;
             }
             next_at = next_at.min(stream.next_nack_at());
             if stream.waits_for_key_frame() {
@@ -387,15 +379,8 @@ impl Connection {
 
     pub fn outcome(&self, roster: &Roster) -> PeerOutcome {
         PeerOutcome {
-            key: self.key,
             participant: self.participant,
-            connected: self.transport.is_connected(),
-            failed: self.failed,
-            frames_sent: self.tracks.iter().map(|track| u64::from(track.frames())).sum(),
-            nacks_sent: self.nacks_sent,
-            plis_sent: self.plis_sent,
             rtt_rtcp: self.rtt_rtcp,
-            rtt_stun: self.rtt_stun,
             streams: self.streams.iter().map(|stream| stream.outcome(roster)).collect(),
         }
     }

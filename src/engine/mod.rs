@@ -136,15 +136,9 @@ pub struct ShardConfig {
 /// What became of one peer connection, for the report's lines per participant.
 #[derive(Clone, Debug)]
 pub struct PeerOutcome {
-    pub key: usize,
     pub participant: u32,
-    pub connected: bool,
-    pub failed: bool,
-    pub frames_sent: u64,
-    pub nacks_sent: u64,
-    pub plis_sent: u64,
+    /// The last one measured.
     pub rtt_rtcp: Option<Duration>,
-    pub rtt_stun: Option<Duration>,
     pub streams: Vec<StreamOutcome>,
 }
 

@@ -156,7 +156,7 @@ impl Shard {
     }
 
     /// Something that no parser took.
-    pub fn reject(&mut self, _key: usize) {
+    pub fn reject(&mut self) {
         self.record.session.packets_rejected += 1;
     }
 

@@ -29,7 +29,6 @@ const DRAIN_BATCHES: usize = 32;
 /// Sockets that get a turn in one tick: far more than a thread can serve in time, so only an overload meets it.
 const DRAIN_TURNS_MAX: usize = 4_096;
 const RECORD_PERIOD: Duration = Duration::from_secs(1);
-const EVENTS_PER_POLL: usize = 1_024;
 
 /// What a worker hands out once a second, and for the last time when it ends.
 pub struct Report {
@@ -154,7 +153,7 @@ impl Worker {
             shard: Shard::new(config.shard, config.capacity, now),
             io: SocketIo::new(config.capacity),
             poll: Poll::new()?,
-            mio_events: Events::with_capacity(EVENTS_PER_POLL),
+            mio_events: Events::with_capacity(DRAIN_TURNS_MAX),
             ready: VecDeque::with_capacity(config.capacity),
             setup: VecDeque::new(),
             setup_spare: Vec::new(),
@@ -223,7 +222,7 @@ impl Worker {
 
     fn take(&mut self, key: usize, index: usize, now: Time, unix_now: u64) {
         let Some((datagram, received)) = self.batch.datagram(index) else {
-            return self.shard.reject(key);
+            return self.shard.reject();
         };
         if let (Some(drops), Some(slot)) = (received.drops, self.io.slots[key].as_mut()) {
             self.io.counts.socket_drops += u64::from(drops.wrapping_sub(slot.drops));
@@ -248,24 +247,26 @@ impl Worker {
                     bytes,
                 });
             }
-            Datagram::Unknown => self.shard.reject(key),
+            Datagram::Unknown => self.shard.reject(),
         }
     }
 
+    /// Takes datagrams and commands in turn, so that a flood of the one does not keep the other waiting.
     fn spend_setup_share(&mut self) -> io::Result<bool> {
         let mut now = self.epoch.now();
         let end = now + SETUP_SHARE;
         loop {
-            if let Some(datagram) = self.setup.pop_front() {
-                self.shard
-                    .handle_setup_datagram(datagram.key, &datagram.bytes, datagram.from, datagram.arrival, now, &mut self.io);
-                self.setup_spare.push(datagram.bytes);
-            } else {
-                match self.commands.try_recv() {
-                    Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
-                    Ok(command) => self.handle_command(command, now)?,
-                    Err(TryRecvError::Empty) => return Ok(true),
-                }
+            let datagram = self.setup.pop_front();
+            let idle = datagram.is_none();
+            if let Some(SetupDatagram { key, from, arrival, bytes }) = datagram {
+                self.shard.handle_setup_datagram(key, &bytes, from, arrival, now, &mut self.io);
+                self.setup_spare.push(bytes);
+            }
+            match self.commands.try_recv() {
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
+                Ok(command) => self.handle_command(command, now)?,
+                Err(TryRecvError::Empty) if idle => return Ok(true),
+                Err(TryRecvError::Empty) => {}
             }
             now = self.epoch.now();
             if now >= end {

@@ -438,18 +438,6 @@ impl SignalSender {
         self.send(Request::AddTrack(request)).await
     }
 
-    pub async fn mute(&mut self, track_sid: String, muted: bool) -> Result<(), SignalError> {
-        self.send(Request::Mute(proto::MuteTrackRequest { sid: track_sid, muted })).await
-    }
-
-    pub async fn update_track_settings(&mut self, settings: proto::UpdateTrackSettings) -> Result<(), SignalError> {
-        self.send(Request::TrackSetting(settings)).await
-    }
-
-    pub async fn update_subscription(&mut self, update: proto::UpdateSubscription) -> Result<(), SignalError> {
-        self.send(Request::Subscription(update)).await
-    }
-
     /// Asks for an `Event::Pong` that carries `timestamp_us` back, so that its reader knows the signalling round trip. `rtt` is the last one known.
     pub async fn ping(&mut self, timestamp_us: i64, rtt: Duration) -> Result<(), SignalError> {
         self.send(Request::PingReq(proto::Ping {
