@@ -11,7 +11,7 @@ use livekit_protocol as proto;
 use tokio::sync::{mpsc, watch};
 
 use super::Endpoint;
-use super::client::{Description, Event as SignalEvent, Join, JoinOptions, SignalError, SignalReceiver, SignalSender, Trickle, connect};
+use super::client::{Description, Event as SignalEvent, Join, JoinOptions, Leave, SignalError, SignalReceiver, SignalSender, Trickle, connect};
 use super::token::{ApiKey, Permissions};
 use crate::engine::publisher::{SendParameters, Source};
 use crate::engine::{Command, Event as EngineEvent, NewPeer, Roster, StreamParameters};
@@ -19,7 +19,7 @@ use crate::measure::{Kind, Timeline};
 use crate::media::identity::FrameIdentity;
 use crate::net;
 use crate::plan::{Pacing, ParticipantPlan};
-use crate::transport::peer::{IceCredentials, PeerParameters};
+use crate::transport::peer::{IceCredentials, PeerFailure, PeerParameters};
 use crate::transport::sdp::{
     Answerer, Candidate, Capabilities, Extension, Fingerprint, LocalTrack, LocalTransport, NegotiatedMedia, RemoteAnswer, RemoteTrack,
     RemoteTransport, Setup, Trickled, publisher_offer,
@@ -34,6 +34,8 @@ const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Candidates that may come before the description they belong to.
 const EARLY_CANDIDATES_MAX: usize = 32;
+/// Where the server ends the DTLS session, its reason may still be on its way over the signalling connection: so long it is waited for.
+const LEAVE_WAIT: Duration = Duration::from_millis(500);
 /// Between the connection's first moment and the first frame: at least this, so that the slot lies ahead.
 const FIRST_FRAME_DELAY: Duration = Duration::from_millis(2);
 
@@ -159,6 +161,12 @@ struct Track {
 #[derive(Debug)]
 struct Failure(String);
 
+impl From<&Leave> for Failure {
+    fn from(leave: &Leave) -> Failure {
+        Failure(format!("the server ended the session: {}", leave.reason.as_str_name().to_lowercase()))
+    }
+}
+
 impl From<SignalError> for Failure {
     fn from(error: SignalError) -> Failure {
         Failure(error.to_string())
@@ -235,7 +243,13 @@ impl Session {
         loop {
             tokio::select! {
                 biased;
-                Some(event) = engine_events.recv() => self.handle_engine(event)?,
+                Some(event) = engine_events.recv() => {
+                    if let Err(failure) = self.handle_engine(event) {
+                        let closed = matches!(event, EngineEvent::Failed { failure: PeerFailure::ClosedByRemote, .. });
+                        let reason = if closed { leave_reason(&mut receiver).await } else { None };
+                        return Err(reason.unwrap_or(failure));
+                    }
+                }
                 event = receiver.next() => match event? {
                     SignalEvent::Pong { timestamp_us } => signal_rtt = self.handle_pong(timestamp_us),
                     event => self.handle_signal(event, &mut sender, &engine, &mut ping).await?,
@@ -291,10 +305,7 @@ impl Session {
                 self.handle_trickle(&trickle);
                 Ok(())
             }
-            SignalEvent::Leave(leave) => Err(Failure(format!(
-                "the server ended the session: {}",
-                leave.reason.as_str_name().to_lowercase()
-            ))),
+            SignalEvent::Leave(leave) => Err(Failure::from(&leave)),
             SignalEvent::Closed { reason, .. } if reason.is_empty() => Err(Failure("the server closed the signalling connection".into())),
             SignalEvent::Closed { reason, .. } => Err(Failure(format!("the server closed the signalling connection: {reason}"))),
             _ => Ok(()),
@@ -634,6 +645,20 @@ impl Session {
     fn half_of(&mut self, key: usize) -> &mut Half {
         self.half_mut(if key == self.place.key { Role::Publisher } else { Role::Subscriber })
     }
+}
+
+/// What the server says of the end, where it says so soon.
+async fn leave_reason(receiver: &mut SignalReceiver) -> Option<Failure> {
+    let leave = async {
+        loop {
+            match receiver.next().await {
+                Ok(SignalEvent::Leave(leave)) => return Some(Failure::from(&leave)),
+                Ok(SignalEvent::Closed { .. }) | Err(_) => return None,
+                Ok(_) => {}
+            }
+        }
+    };
+    tokio::time::timeout(LEAVE_WAIT, leave).await.ok().flatten()
 }
 
 /// Ends when everybody is to leave, or the run is gone.
