@@ -10,6 +10,7 @@ pub mod preflight;
 pub mod report;
 pub mod run;
 pub mod seeded;
+pub mod sfu;
 pub mod signal;
 pub mod transport;
 pub mod units;

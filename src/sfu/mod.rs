@@ -1,0 +1,146 @@
+//! The embedded SFU: the default target of a run, what a host is calibrated against, and the test bed. It speaks LiveKit's signalling, so that real clients
+//! can join it; it is not a product SFU.
+//!
+//! Two halves, both sans-IO. The *lobby* (signalling) keeps rooms, participants, tokens and descriptions: requests and media events go in, responses and media
+//! commands come out. The *router* (media) keeps the connections of its rooms: datagrams, time and commands go in, datagrams and events come out. Around them
+//! stand the edges: an axum server with the WebSockets and the room service, and a thread a router with its one UDP socket.
+//!
+//! A room lives on one router, so a packet that came is forwarded without leaving its thread. The types below are all that the halves know of each other.
+
+use crate::measure::Kind;
+use crate::transport::peer::{IceCredentials, PeerFailure};
+use crate::transport::sdp::{ExtensionIds, Fingerprint};
+use crate::units::Time;
+
+/// One peer connection. Given out by the lobby, never twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TransportId(pub u32);
+
+/// One published track. Given out by the lobby, never twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TrackId(pub u32);
+
+/// One track on its way to one subscriber. Given out by the lobby, never twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SubscriptionId(pub u32);
+
+/// How a router's datagrams leave: as a real SFU's, one call each, or those of a burst to one receiver in one call, segmented by the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SendMode {
+    #[default]
+    Plain,
+    Gso,
+}
+
+/// What the lobby asks of a router.
+#[derive(Clone, Debug)]
+pub enum MediaCommand {
+    /// Both descriptions are known. The router is `ice-lite`: it answers checks and sends none.
+    AddTransport {
+        transport: TransportId,
+        parameters: Box<TransportParameters>,
+    },
+    /// New ICE credentials on both sides; the DTLS session stays.
+    RestartIce {
+        transport: TransportId,
+        local: IceCredentials,
+        remote: IceCredentials,
+    },
+    /// Closes the connection, its tracks and the subscriptions that it carries.
+    RemoveTransport {
+        transport: TransportId,
+    },
+    /// A track that this connection will send us, once its description is agreed.
+    AddTrack {
+        transport: TransportId,
+        track: TrackId,
+        parameters: Box<TrackParameters>,
+    },
+    RemoveTrack {
+        track: TrackId,
+    },
+    /// From now on `track` goes to `transport` as well.
+    Subscribe {
+        subscription: SubscriptionId,
+        transport: TransportId,
+        track: TrackId,
+        parameters: Box<SubscriptionParameters>,
+    },
+    SetSelection {
+        subscription: SubscriptionId,
+        selection: Selection,
+    },
+    Unsubscribe {
+        subscription: SubscriptionId,
+    },
+}
+
+#[derive(Clone, Debug)]
+pub struct TransportParameters {
+    pub local: IceCredentials,
+    pub remote: IceCredentials,
+    pub remote_fingerprint: Fingerprint,
+    /// We send the ClientHello.
+    pub dtls_active: bool,
+}
+
+/// What a publisher's description and its AddTrack say of one track.
+#[derive(Clone, Debug)]
+pub struct TrackParameters {
+    pub kind: Kind,
+    pub mid: Box<str>,
+    pub payload_type: u8,
+    pub rtx_payload_type: Option<u8>,
+    pub clock_rate: u32,
+    /// The extensions of its section that the answer accepts.
+    pub extensions: ExtensionIds,
+    /// `nack` was agreed.
+    pub nack: bool,
+    /// `transport-cc` was agreed: we send feedback.
+    pub transport_cc: bool,
+    pub encodings: Encodings,
+}
+
+/// How a track's packets are told from others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Encodings {
+    /// One encoding, by the SSRCs of its description.
+    Ssrc { ssrc: u32, rtx_ssrc: Option<u32> },
+    /// Simulcast layers from low to high, by their rid until the SSRC is known.
+    Rids(Vec<Box<str>>),
+    /// One encoding without `a=ssrc`: by mid.
+    Mid,
+}
+
+/// What our description says of one track to its subscriber.
+#[derive(Clone, Debug)]
+pub struct SubscriptionParameters {
+    pub ssrc: u32,
+    pub rtx_ssrc: Option<u32>,
+    pub payload_type: u8,
+    pub rtx_payload_type: Option<u8>,
+    pub extensions: ExtensionIds,
+    pub selection: Selection,
+}
+
+/// Which of a track's layers a subscriber is to get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Selection {
+    /// `false`: nothing (the subscriber disabled the track, or its publisher muted it).
+    pub enabled: bool,
+    /// The highest layer wanted, 0 the smallest. A track with fewer layers gives its highest.
+    pub layer: u8,
+}
+
+/// What a router tells the lobby.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MediaEvent {
+    /// DTLS is done: media may flow.
+    Connected { transport: TransportId, at: Time },
+    /// The connection is gone; the router has dropped it.
+    Failed { transport: TransportId, failure: PeerFailure },
+    /// The first packet of a track came.
+    TrackStarted { track: TrackId, at: Time },
+    /// Loudness of the tracks that spoke in the last interval: dBov below full scale as the audio-level extension has it (0 the loudest), averaged.
+    AudioLevels { levels: Vec<(TrackId, u8)> },
+}

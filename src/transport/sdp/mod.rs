@@ -1,0 +1,489 @@
+//! Session descriptions (RFC 8866, RFC 9429), as far as an SFU's client needs them.
+//!
+//! [`Answerer`] answers an SFU's offers *incrementally*. In a large room every new track brings an offer that repeats all the others, 1.8 KB each: a section
+//! whose text is that of the last offer is recognised by its hash and not read again. A section that is new is scanned once, line by line, without building
+//! a tree; a general SDP library takes ten times as long for it, and its tree is dropped at once.
+//!
+//! [`publisher_offer`] writes our own offer, [`RemoteAnswer`] reads the answer to it. All input is hostile until read: sizes and counts are bounded, nothing
+//! panics, and no text reaches an answer that was not checked to be harmless there.
+
+mod answer;
+mod offer;
+mod scan;
+#[cfg(test)]
+mod tests;
+mod write;
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use crate::measure::Kind;
+pub use answer::{Answered, Answerer};
+pub use offer::{LocalTrack, NegotiatedMedia, RemoteAnswer, publisher_offer};
+
+/// An offer of 3,000 tracks takes 5.5 MB.
+pub const SDP_BYTES_MAX: usize = 16 << 20;
+pub const SECTIONS_MAX: usize = 10_000;
+/// A section takes 1-2 KB, one with every codec of a browser 10 KB.
+pub const SECTION_BYTES_MAX: usize = 64 << 10;
+/// A section names at most as many as there are payload types.
+const PAYLOAD_TYPES_MAX: usize = 128;
+/// Candidates beyond these are not read: a server has a few per interface.
+const CANDIDATES_MAX: usize = 64;
+/// A `mid` must fit a one-byte header extension (RFC 8843, section 15); ours and all known ones are far shorter.
+const MID_BYTES_MAX: usize = 32;
+/// Identifiers (msid, ufrag, pwd) and format parameters that are longer are not kept.
+const TEXT_BYTES_MAX: usize = 256;
+
+/// Payload types of our own offers.
+pub const OPUS_PAYLOAD_TYPE: u8 = 111;
+pub const VP8_PAYLOAD_TYPE: u8 = 96;
+pub const VP8_RTX_PAYLOAD_TYPE: u8 = 97;
+
+/// Why a description is refused as a whole.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SdpError {
+    #[error("the description has {bytes} bytes, more than the {SDP_BYTES_MAX} that are read")]
+    TooLarge { bytes: usize },
+    #[error("the description has more than {SECTIONS_MAX} media sections")]
+    TooManySections,
+    #[error("media section {index} has more than {SECTION_BYTES_MAX} bytes")]
+    SectionTooLarge { index: usize },
+    #[error("the description has no media section that can be used")]
+    NoSections,
+    #[error("media section {index} is broken: {what}")]
+    Section { index: usize, what: &'static str },
+    #[error("two media sections have the mid '{mid}'")]
+    DuplicateMid { mid: String },
+    #[error("the description lacks {what}")]
+    Missing { what: &'static str },
+}
+
+/// Which side opens the DTLS handshake (RFC 8842): `a=setup`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Setup {
+    Active,
+    Passive,
+    /// Only in offers: the answerer chooses.
+    ActPass,
+}
+
+impl Setup {
+    fn parse(text: &str) -> Option<Setup> {
+        [Setup::Active, Setup::Passive, Setup::ActPass]
+            .into_iter()
+            .find(|setup| setup.as_str() == text)
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Setup::Active => "active",
+            Setup::Passive => "passive",
+            Setup::ActPass => "actpass",
+        }
+    }
+
+    /// Our role in an answer: what the offer leaves open goes by our own preference.
+    fn answer(offered: Setup, preferred: Setup) -> Setup {
+        match (offered, preferred) {
+            (Setup::Active, _) | (Setup::ActPass, Setup::Passive) => Setup::Passive,
+            (Setup::Passive | Setup::ActPass, _) => Setup::Active,
+        }
+    }
+}
+
+/// SHA-256 of a DTLS certificate. Other hashes are not spoken by anything that we meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fingerprint(pub [u8; 32]);
+
+impl FromStr for Fingerprint {
+    type Err = ();
+
+    /// Reads `sha-256 AB:CD:..`.
+    fn from_str(text: &str) -> Result<Fingerprint, ()> {
+        let (hash, hex) = text.trim().split_once(' ').ok_or(())?;
+        if !hash.eq_ignore_ascii_case("sha-256") {
+            return Err(());
+        }
+        let (mut bytes, mut count) = ([0; 32], 0);
+        for (slot, pair) in bytes.iter_mut().zip(hex.trim().split(':')) {
+            *slot = u8::from_str_radix(pair, 16)
+                .ok()
+                .filter(|_| pair.len() == 2 && !pair.starts_with('+'))
+                .ok_or(())?;
+            count += 1;
+        }
+        if count == 32 && hex.split(':').count() == 32 {
+            Ok(Fingerprint(bytes))
+        } else {
+            Err(())
+        }
+    }
+}
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("sha-256 ")?;
+        for (index, byte) in self.0.iter().enumerate() {
+            write!(f, "{}{byte:02X}", if index == 0 { "" } else { ":" })?;
+        }
+        Ok(())
+    }
+}
+
+/// A candidate's transport: `udp`, or `tcp` with what RFC 6544 calls its type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CandidateTransport {
+    Udp,
+    Tcp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CandidateKind {
+    Host,
+    ServerReflexive,
+    PeerReflexive,
+    Relayed,
+}
+
+impl CandidateKind {
+    const ALL: [CandidateKind; 4] = [
+        CandidateKind::Host,
+        CandidateKind::ServerReflexive,
+        CandidateKind::PeerReflexive,
+        CandidateKind::Relayed,
+    ];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            CandidateKind::Host => "host",
+            CandidateKind::ServerReflexive => "srflx",
+            CandidateKind::PeerReflexive => "prflx",
+            CandidateKind::Relayed => "relay",
+        }
+    }
+}
+
+/// One ICE candidate of component 1 (RFC 8839, section 5.1), without what nobody reads (related address, extensions).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    pub foundation: String,
+    pub transport: CandidateTransport,
+    pub priority: u32,
+    pub address: SocketAddr,
+    pub kind: CandidateKind,
+}
+
+impl Candidate {
+    /// A UDP host candidate with the priority that RFC 8445, section 5.1.2.1 recommends for an only address.
+    pub fn host(address: SocketAddr) -> Candidate {
+        Candidate {
+            foundation: "1".into(),
+            transport: CandidateTransport::Udp,
+            priority: 2_130_706_431,
+            address,
+            kind: CandidateKind::Host,
+        }
+    }
+
+    /// As `RTCIceCandidateInit` JSON, for a trickle message.
+    pub fn to_init(&self) -> String {
+        // A candidate's text holds no character that JSON escapes: the foundation was checked when it was read.
+        format!(r#"{{"candidate":"{self}","sdpMid":"0","sdpMLineIndex":0}}"#)
+    }
+}
+
+impl FromStr for Candidate {
+    type Err = &'static str;
+
+    /// Reads `candidate:..`, with or without `a=` before it. Names instead of addresses (mDNS) and other components are refused.
+    fn from_str(text: &str) -> Result<Candidate, &'static str> {
+        let text = text.strip_prefix("a=").unwrap_or(text);
+        let mut words = text.strip_prefix("candidate:").ok_or("no candidate")?.split_ascii_whitespace();
+        let mut word = || words.next().ok_or("the candidate ends early");
+        let foundation = word()?;
+        if foundation.len() > MID_BYTES_MAX
+            || !foundation
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'+' || b == b'/' || b == b'-')
+        {
+            return Err("the foundation is none");
+        }
+        if word()? != "1" {
+            return Err("not component 1");
+        }
+        let transport = match word()? {
+            udp if udp.eq_ignore_ascii_case("udp") => CandidateTransport::Udp,
+            tcp if tcp.eq_ignore_ascii_case("tcp") => CandidateTransport::Tcp,
+            _ => return Err("neither udp nor tcp"),
+        };
+        let priority = word()?.parse().map_err(|_| "the priority is no number")?;
+        let ip: IpAddr = word()?.parse().map_err(|_| "no IP address")?;
+        let port: u16 = word()?.parse().map_err(|_| "no port")?;
+        if word()? != "typ" {
+            return Err("no type");
+        }
+        let kind = word()?;
+        let kind = CandidateKind::ALL
+            .into_iter()
+            .find(|known| known.as_str() == kind)
+            .ok_or("an unknown type")?;
+        Ok(Candidate {
+            foundation: foundation.to_owned(),
+            transport,
+            priority,
+            address: SocketAddr::new(ip, port),
+            kind,
+        })
+    }
+}
+
+impl fmt::Display for Candidate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let transport = if self.transport == CandidateTransport::Udp { "udp" } else { "tcp" };
+        let (ip, port) = (self.address.ip(), self.address.port());
+        write!(
+            f,
+            "candidate:{} 1 {transport} {} {ip} {port} typ {}",
+            self.foundation,
+            self.priority,
+            self.kind.as_str()
+        )
+    }
+}
+
+/// A trickled candidate: `RTCIceCandidateInit` as JSON.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trickled {
+    /// `None`: no more candidates follow.
+    pub candidate: Option<Candidate>,
+    /// The generation that it belongs to, where the peer says so.
+    pub ufrag: Option<String>,
+}
+
+impl FromStr for Trickled {
+    type Err = String;
+
+    fn from_str(json: &str) -> Result<Trickled, String> {
+        #[derive(serde::Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Init {
+            candidate: String,
+            username_fragment: Option<String>,
+        }
+        if json.len() > 4096 {
+            return Err(format!("a candidate of {} bytes", json.len()));
+        }
+        let init: Init = serde_json::from_str(json).map_err(|error| error.to_string())?;
+        let candidate = match init.candidate.as_str() {
+            "" => None,
+            text => Some(text.parse::<Candidate>().map_err(str::to_owned)?),
+        };
+        Ok(Trickled {
+            candidate,
+            ufrag: init.username_fragment.filter(|ufrag| !ufrag.is_empty()),
+        })
+    }
+}
+
+/// RTP header extensions that somebody in this crate can read or write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extension {
+    Mid,
+    Rid,
+    RepairedRid,
+    AudioLevel,
+    AbsSendTime,
+    TransportCc,
+    AbsCaptureTime,
+    PlayoutDelay,
+    DependencyDescriptor,
+}
+
+impl Extension {
+    pub const ALL: [Extension; 9] = [
+        Extension::Mid,
+        Extension::Rid,
+        Extension::RepairedRid,
+        Extension::AudioLevel,
+        Extension::AbsSendTime,
+        Extension::TransportCc,
+        Extension::AbsCaptureTime,
+        Extension::PlayoutDelay,
+        Extension::DependencyDescriptor,
+    ];
+
+    pub fn uri(self) -> &'static str {
+        match self {
+            Extension::Mid => "urn:ietf:params:rtp-hdrext:sdes:mid",
+            Extension::Rid => "urn:ietf:params:rtp-hdrext:sdes:rtp-stream-id",
+            Extension::RepairedRid => "urn:ietf:params:rtp-hdrext:sdes:repaired-rtp-stream-id",
+            Extension::AudioLevel => "urn:ietf:params:rtp-hdrext:ssrc-audio-level",
+            Extension::AbsSendTime => "http://www.webrtc.org/experiments/rtp-hdrext/abs-send-time",
+            Extension::TransportCc => "http://www.ietf.org/id/draft-holmer-rmcat-transport-wide-cc-extensions-01",
+            Extension::AbsCaptureTime => "http://www.webrtc.org/experiments/rtp-hdrext/abs-capture-time",
+            Extension::PlayoutDelay => "http://www.webrtc.org/experiments/rtp-hdrext/playout-delay",
+            Extension::DependencyDescriptor => "https://aomediacodec.github.io/av1-rtp-spec/#dependency-descriptor-rtp-header-extension",
+        }
+    }
+
+    /// Its id in our own offers: the same in every section, as BUNDLE demands, and small enough for one-byte headers.
+    pub fn offered_id(self) -> u8 {
+        self as u8 + 1
+    }
+
+    fn from_uri(uri: &str) -> Option<Extension> {
+        Extension::ALL.into_iter().find(|extension| extension.uri() == uri)
+    }
+}
+
+/// The ids that one media section gives to header extensions (RFC 8285): 1-14, or up to 255 with two-byte headers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExtensionIds([u8; Extension::ALL.len()]);
+
+impl ExtensionIds {
+    pub fn id(&self, extension: Extension) -> Option<u8> {
+        self.0.get(extension as usize).copied().filter(|id| *id != 0)
+    }
+
+    fn set(&mut self, extension: Extension, id: u8) {
+        if let Some(slot) = self.0.get_mut(extension as usize) {
+            *slot = id;
+        }
+    }
+}
+
+/// RTCP feedback messages (RFC 4585, RFC 5104, and two drafts).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feedback {
+    Nack,
+    NackPli,
+    CcmFir,
+    GoogRemb,
+    TransportCc,
+}
+
+impl Feedback {
+    pub const ALL: [Feedback; 5] = [
+        Feedback::Nack,
+        Feedback::NackPli,
+        Feedback::CcmFir,
+        Feedback::GoogRemb,
+        Feedback::TransportCc,
+    ];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Feedback::Nack => "nack",
+            Feedback::NackPli => "nack pli",
+            Feedback::CcmFir => "ccm fir",
+            Feedback::GoogRemb => "goog-remb",
+            Feedback::TransportCc => "transport-cc",
+        }
+    }
+
+    /// Bit `1 << self as u8` of a [`FeedbackSet`].
+    fn from_text(text: &str) -> Option<Feedback> {
+        Feedback::ALL.into_iter().find(|feedback| feedback.as_str() == text.trim())
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FeedbackSet(u8);
+
+impl FeedbackSet {
+    pub fn contains(self, feedback: Feedback) -> bool {
+        self.0 & (1 << feedback as u8) != 0
+    }
+
+    fn insert(&mut self, feedback: Feedback) {
+        self.0 |= 1 << feedback as u8;
+    }
+}
+
+/// What a description may promise, because we do it. Names are those of `a=rtpmap`, in any case.
+#[derive(Clone, Copy, Debug)]
+pub struct Capabilities {
+    pub audio_codecs: &'static [&'static str],
+    pub video_codecs: &'static [&'static str],
+    pub extensions: &'static [Extension],
+    pub feedback: &'static [Feedback],
+}
+
+impl Capabilities {
+    /// Receiving from an SFU.
+    pub const SUBSCRIBER: Capabilities = Capabilities {
+        audio_codecs: &["opus"],
+        video_codecs: &["VP8"],
+        extensions: &[Extension::Mid, Extension::AudioLevel, Extension::AbsSendTime],
+        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir],
+    };
+    /// Sending to an SFU. The rid extensions are offered with simulcast only.
+    pub const PUBLISHER: Capabilities = Capabilities {
+        extensions: &[Extension::Mid, Extension::Rid, Extension::RepairedRid, Extension::AudioLevel],
+        ..Capabilities::SUBSCRIBER
+    };
+
+    fn codecs(&self, kind: Kind) -> &'static [&'static str] {
+        match kind {
+            Kind::Audio => self.audio_codecs,
+            Kind::Video => self.video_codecs,
+        }
+    }
+}
+
+/// Our end of one peer connection.
+#[derive(Clone, Debug)]
+pub struct LocalTransport {
+    pub ufrag: String,
+    pub pwd: String,
+    pub fingerprint: Fingerprint,
+    /// In offers as it is; in answers our choice where the offer says `actpass`.
+    pub setup: Setup,
+    pub candidates: Vec<Candidate>,
+    /// `o=`'s session id: any number below 2^63 (RFC 9429, section 5.2.1), the same for all descriptions of the connection.
+    pub session_id: u64,
+}
+
+/// The other end, as its description gives it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteTransport {
+    pub ufrag: String,
+    pub pwd: String,
+    pub fingerprint: Fingerprint,
+    pub setup: Setup,
+    pub ice_lite: bool,
+    /// UDP candidates, in the order of the description.
+    pub candidates: Vec<Candidate>,
+    pub tcp_candidates: Vec<Candidate>,
+    /// No more candidates will be trickled.
+    pub end_of_candidates: bool,
+}
+
+/// A track that the other side sends, or sent before its section went inactive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteTrack {
+    pub mid: Box<str>,
+    pub kind: Kind,
+    pub ssrc: u32,
+    pub rtx_ssrc: Option<u32>,
+    pub payload_type: u8,
+    pub rtx_payload_type: Option<u8>,
+    pub clock_rate: u32,
+    /// The first part of `a=msid`; LiveKit writes `PARTICIPANT_SID|TRACK_SID` or the publisher's stream.
+    pub stream_id: Box<str>,
+    /// The second part of `a=msid`: LiveKit's track sid.
+    pub track_id: Box<str>,
+    /// Whether it can send: our answer takes the section, and the direction is `sendonly` or `sendrecv`.
+    pub active: bool,
+    /// Only those that the answer accepts.
+    pub extensions: ExtensionIds,
+}
+
+impl RemoteTrack {
+    fn is_same_source(&self, other: &RemoteTrack) -> bool {
+        let source = |track: &RemoteTrack| (track.kind, track.ssrc);
+        source(self) == source(other) && self.mid == other.mid && self.stream_id == other.stream_id && self.track_id == other.track_id
+    }
+}

@@ -1,0 +1,513 @@
+//! Reading: a description cut into sections, and what one section says.
+
+use std::hash::{DefaultHasher, Hasher};
+
+use super::*;
+
+/// What stands for a section's text until the next offer: 64 bits of SipHash and the length. A server that makes them collide only hides its own track.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    pub(super) hash: u64,
+    pub(super) len: u32,
+}
+
+impl Stamp {
+    pub(super) fn of(text: &str) -> Stamp {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(text.as_bytes());
+        Stamp {
+            hash: hasher.finish(),
+            len: u32::try_from(text.len()).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// A description, cut at its m-lines.
+pub(super) struct SplitDescription<'a> {
+    pub(super) session: &'a str,
+    pub(super) sections: Vec<&'a str>,
+}
+
+impl<'a> SplitDescription<'a> {
+    pub(super) fn new(text: &'a str) -> Result<SplitDescription<'a>, SdpError> {
+        if text.len() > SDP_BYTES_MAX {
+            return Err(SdpError::TooLarge { bytes: text.len() });
+        }
+        let (session, mut rest) = split_at_media(text);
+        let mut sections = Vec::new();
+        while !rest.is_empty() {
+            if sections.len() == SECTIONS_MAX {
+                return Err(SdpError::TooManySections);
+            }
+            let (section, next) = split_at_media_after_first(rest);
+            if section.len() > SECTION_BYTES_MAX {
+                return Err(SdpError::SectionTooLarge { index: sections.len() });
+            }
+            sections.push(section);
+            rest = next;
+        }
+        Ok(SplitDescription { session, sections })
+    }
+
+    /// ICE and DTLS parameters: those of the section that carries the bundle, the session's where it has none.
+    pub(super) fn remote_transport(&self, tagged: usize) -> Result<RemoteTransport, SdpError> {
+        let mut scan = TransportScan::default();
+        for text in [Some(&self.session), self.sections.get(tagged)].into_iter().flatten() {
+            attributes(text).for_each(|(name, value)| scan.attribute(name, value));
+        }
+        scan.finish()
+    }
+}
+
+/// What precedes the first m-line, and the rest.
+pub(super) fn split_at_media(text: &str) -> (&str, &str) {
+    match text.starts_with("m=") {
+        true => ("", text),
+        false => split_at_media_after_first(text),
+    }
+}
+
+/// The text up to the next line but the first that begins with `m=`, and the rest.
+pub(super) fn split_at_media_after_first(text: &str) -> (&str, &str) {
+    let end = text.find("\nm=").map_or(text.len(), |newline| newline + 1);
+    text.split_at_checked(end).unwrap_or((text, ""))
+}
+
+pub(super) fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.split('\n').map(|line| line.strip_suffix('\r').unwrap_or(line))
+}
+
+/// The `a=` lines as name and value; the value is empty for a flag.
+pub(super) fn attributes(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    lines(text)
+        .filter_map(|line| line.strip_prefix("a="))
+        .map(|attribute| attribute.split_once(':').unwrap_or((attribute, "")))
+}
+
+/// Collects ICE and DTLS attributes; later ones win, so the media section is scanned after the session.
+#[derive(Default)]
+pub(super) struct TransportScan {
+    pub(super) ufrag: Option<String>,
+    pub(super) pwd: Option<String>,
+    pub(super) fingerprint: Option<Fingerprint>,
+    pub(super) setup: Option<Setup>,
+    pub(super) ice_lite: bool,
+    pub(super) candidates: Vec<Candidate>,
+    pub(super) tcp_candidates: Vec<Candidate>,
+    pub(super) end_of_candidates: bool,
+}
+
+impl TransportScan {
+    pub(super) fn attribute(&mut self, name: &str, value: &str) {
+        match name {
+            "ice-ufrag" => self.ufrag = ice_text(value).or(self.ufrag.take()),
+            "ice-pwd" => self.pwd = ice_text(value).or(self.pwd.take()),
+            "fingerprint" => self.fingerprint = value.parse().ok().or(self.fingerprint),
+            "setup" => self.setup = Setup::parse(value).or(self.setup),
+            "ice-lite" => self.ice_lite = true,
+            "end-of-candidates" => self.end_of_candidates = true,
+            "candidate" => self.candidate(value),
+            _ => {}
+        }
+    }
+
+    pub(super) fn candidate(&mut self, value: &str) {
+        if self.candidates.len() + self.tcp_candidates.len() >= CANDIDATES_MAX {
+            return;
+        }
+        if let Ok(candidate) = format!("candidate:{value}").parse::<Candidate>() {
+            match candidate.transport {
+                CandidateTransport::Udp => self.candidates.push(candidate),
+                CandidateTransport::Tcp => self.tcp_candidates.push(candidate),
+            }
+        }
+    }
+
+    pub(super) fn finish(self) -> Result<RemoteTransport, SdpError> {
+        Ok(RemoteTransport {
+            ufrag: self.ufrag.ok_or(SdpError::Missing { what: "an ice-ufrag" })?,
+            pwd: self.pwd.ok_or(SdpError::Missing { what: "an ice-pwd" })?,
+            fingerprint: self.fingerprint.ok_or(SdpError::Missing {
+                what: "a sha-256 fingerprint",
+            })?,
+            setup: self.setup.ok_or(SdpError::Missing { what: "a DTLS setup role" })?,
+            ice_lite: self.ice_lite,
+            candidates: self.candidates,
+            tcp_candidates: self.tcp_candidates,
+            end_of_candidates: self.end_of_candidates,
+        })
+    }
+}
+
+/// `ice-char`s only (RFC 8839, section 5.4), at most 256.
+pub(super) fn ice_text(value: &str) -> Option<String> {
+    let fine = !value.is_empty() && value.len() <= TEXT_BYTES_MAX && value.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'+' || b == b'/');
+    fine.then(|| value.to_owned())
+}
+
+/// The part of an offer before its first m-line, as far as an answer depends on it.
+pub(super) struct SessionPart<'a> {
+    /// The mids of the BUNDLE group, sorted.
+    pub(super) bundle: Vec<&'a str>,
+}
+
+impl<'a> SessionPart<'a> {
+    pub(super) fn parse(text: &'a str) -> SessionPart<'a> {
+        let group = attributes(text).find_map(|(name, value)| value.strip_prefix("BUNDLE").filter(|_| name == "group"));
+        let mut bundle: Vec<&str> = group.unwrap_or_default().split_ascii_whitespace().collect();
+        bundle.sort_unstable();
+        SessionPart { bundle }
+    }
+}
+
+/// Rejected sections may go without a mid, all others have different ones.
+pub(super) fn refuse_duplicates(mut mids: Vec<&str>) -> Result<(), SdpError> {
+    mids.sort_unstable();
+    match mids.windows(2).find(|pair| matches!(pair, [a, b] if a == b && !a.is_empty())) {
+        Some(pair) => Err(SdpError::DuplicateMid {
+            mid: pair.first().copied().unwrap_or_default().to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    SendRecv,
+    SendOnly,
+    RecvOnly,
+    Inactive,
+}
+
+/// What a media section carries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    Rtp(Kind),
+    /// Data channels, on this SCTP port.
+    Application(u16),
+    /// Anything else is rejected under its own name.
+    Other(Box<str>),
+}
+
+/// The codec that the answer takes from a section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Codec {
+    pub(super) payload_type: u8,
+    pub(super) rtx_payload_type: Option<u8>,
+    /// What `a=rtpmap` says of it, `opus/48000/2`.
+    pub(super) map: Box<str>,
+    pub(super) clock_rate: u32,
+    /// Its `a=fmtp` parameters, empty if there are none.
+    pub(super) parameters: Box<str>,
+    pub(super) feedback: FeedbackSet,
+}
+
+/// A media section, read: about 300 bytes with its texts, where the text itself takes 1.8 KB.
+#[derive(Clone, Debug)]
+pub(super) struct Section {
+    pub(super) stamp: Stamp,
+    pub(super) content: Content,
+    pub(super) mid: Box<str>,
+    /// The port is 0.
+    pub(super) rejected: bool,
+    /// Whether our answer takes it.
+    pub(super) accepted: bool,
+    pub(super) direction: Direction,
+    pub(super) reduced_size: bool,
+    pub(super) codec: Option<Codec>,
+    /// A payload type to name when the section is rejected.
+    pub(super) first_format: Box<str>,
+    pub(super) extensions: ExtensionIds,
+    pub(super) track: Option<Box<RemoteTrack>>,
+}
+
+impl Section {
+    pub(super) fn parse(text: &str, stamp: Stamp, capabilities: &Capabilities) -> Result<Section, &'static str> {
+        let media = lines(text).next().and_then(MediaLine::parse).ok_or("its m-line cannot be read")?;
+        let mut scan = SectionScan::default();
+        attributes(text).for_each(|(name, value)| scan.attribute(name, value));
+
+        let mid = match scan.mid {
+            Some(mid) if is_token(mid) && mid.len() <= MID_BYTES_MAX => mid,
+            None if media.port == 0 => "",
+            _ => return Err("it has no usable mid"),
+        };
+        let content = media.content(scan.sctp_port);
+        let codec = match content {
+            Content::Rtp(kind) => scan.choose_codec(&media, capabilities.codecs(kind), capabilities.feedback),
+            _ => None,
+        };
+        let direction = scan.direction.unwrap_or(Direction::SendRecv);
+        let mut section = Section {
+            stamp,
+            content,
+            mid: mid.into(),
+            rejected: media.port == 0,
+            accepted: false,
+            direction,
+            reduced_size: scan.reduced_size,
+            codec,
+            first_format: media.formats().next().filter(|format| is_token(format)).unwrap_or("0").into(),
+            extensions: scan.accepted_extensions(capabilities),
+            track: None,
+        };
+        section.track = section.read_track(&scan).map(Box::new);
+        Ok(section)
+    }
+
+    pub(super) fn read_track(&self, scan: &SectionScan<'_>) -> Option<RemoteTrack> {
+        let (Content::Rtp(kind), Some(codec)) = (&self.content, &self.codec) else {
+            return None;
+        };
+        let (ssrc, rtx_ssrc) = match scan.fid {
+            Some((ssrc, rtx)) => (ssrc, Some(rtx)),
+            None => (scan.ssrc?, None),
+        };
+        let (stream_id, track_id) = scan.msid.or(scan.ssrc_msid).map(split_msid).unwrap_or_default();
+        Some(RemoteTrack {
+            mid: self.mid.clone(),
+            kind: *kind,
+            ssrc,
+            rtx_ssrc: rtx_ssrc.filter(|_| codec.rtx_payload_type.is_some()),
+            payload_type: codec.payload_type,
+            rtx_payload_type: codec.rtx_payload_type,
+            clock_rate: codec.clock_rate,
+            stream_id: stream_id.into(),
+            track_id: track_id.into(),
+            active: false,
+            extensions: self.extensions,
+        })
+    }
+
+    pub(super) fn sends(&self) -> bool {
+        !self.rejected && matches!(self.content, Content::Rtp(_)) && matches!(self.direction, Direction::SendOnly | Direction::SendRecv)
+    }
+
+    /// Whether our answer takes the section, provided that it is bundled.
+    pub(super) fn acceptable(&self) -> bool {
+        let understood = match &self.content {
+            Content::Rtp(_) => self.codec.is_some(),
+            Content::Application(_) => true,
+            Content::Other(_) => false,
+        };
+        understood && !self.rejected && !self.mid.is_empty()
+    }
+
+    pub(super) fn accept(mut self, accepted: bool) -> Section {
+        self.accepted = accepted;
+        let active = accepted && self.sends();
+        self.track.iter_mut().for_each(|track| track.active = active);
+        self
+    }
+
+    pub(super) fn active_track(&self) -> Option<&RemoteTrack> {
+        self.track.as_deref().filter(|track| track.active)
+    }
+
+    pub(super) fn into_active_track(self) -> Option<RemoteTrack> {
+        self.track.map(|track| *track).filter(|track| track.active)
+    }
+}
+
+/// `m=KIND PORT PROTOCOL FORMAT..`
+pub(super) struct MediaLine<'a> {
+    pub(super) kind: &'a str,
+    pub(super) port: u16,
+    pub(super) protocol: &'a str,
+    pub(super) formats: &'a str,
+}
+
+impl<'a> MediaLine<'a> {
+    pub(super) fn parse(line: &'a str) -> Option<MediaLine<'a>> {
+        let mut words = line.strip_prefix("m=")?.splitn(4, ' ');
+        let (kind, port, protocol) = (words.next()?, words.next()?, words.next()?);
+        let kind = Some(kind).filter(|kind| is_token(kind) && kind.len() <= MID_BYTES_MAX)?;
+        Some(MediaLine {
+            kind,
+            port: port.parse().ok()?,
+            protocol,
+            formats: words.next().unwrap_or_default(),
+        })
+    }
+
+    pub(super) fn formats(&self) -> impl Iterator<Item = &'a str> {
+        self.formats.split_ascii_whitespace().take(PAYLOAD_TYPES_MAX)
+    }
+
+    pub(super) fn content(&self, sctp_port: Option<u16>) -> Content {
+        match (self.kind, self.protocol, sctp_port) {
+            ("audio", "UDP/TLS/RTP/SAVPF", _) => Content::Rtp(Kind::Audio),
+            ("video", "UDP/TLS/RTP/SAVPF", _) => Content::Rtp(Kind::Video),
+            ("application", "UDP/DTLS/SCTP", Some(port)) => Content::Application(port),
+            (other, ..) => Content::Other(other.into()),
+        }
+    }
+}
+
+/// What one pass over a section's attributes collects, by reference.
+#[derive(Default)]
+pub(super) struct SectionScan<'a> {
+    pub(super) mid: Option<&'a str>,
+    pub(super) direction: Option<Direction>,
+    pub(super) sctp_port: Option<u16>,
+    pub(super) reduced_size: bool,
+    /// Payload type and `NAME/CLOCK[/CHANNELS]`.
+    pub(super) maps: Vec<(u8, &'a str)>,
+    pub(super) parameters: Vec<(u8, &'a str)>,
+    /// `None` stands for `*`.
+    pub(super) feedback: Vec<(Option<u8>, Feedback)>,
+    pub(super) extensions: ExtensionIds,
+    pub(super) ssrc: Option<u32>,
+    pub(super) fid: Option<(u32, u32)>,
+    pub(super) msid: Option<&'a str>,
+    pub(super) ssrc_msid: Option<&'a str>,
+}
+
+impl<'a> SectionScan<'a> {
+    pub(super) fn attribute(&mut self, name: &'a str, value: &'a str) {
+        match name {
+            "mid" => self.mid = Some(value),
+            "sendrecv" => self.direction = Some(Direction::SendRecv),
+            "sendonly" => self.direction = Some(Direction::SendOnly),
+            "recvonly" => self.direction = Some(Direction::RecvOnly),
+            "inactive" => self.direction = Some(Direction::Inactive),
+            "sctp-port" => self.sctp_port = value.parse().ok(),
+            "rtcp-rsize" => self.reduced_size = true,
+            "rtpmap" if self.maps.len() < PAYLOAD_TYPES_MAX => self.maps.extend(payload_type_and_text(value)),
+            "fmtp" if self.parameters.len() < PAYLOAD_TYPES_MAX => self.parameters.extend(payload_type_and_text(value)),
+            "rtcp-fb" if self.feedback.len() < PAYLOAD_TYPES_MAX * Feedback::ALL.len() => self.feedback.extend(payload_type_and_feedback(value)),
+            "extmap" => self.extension(value),
+            "ssrc" => self.source(value),
+            "ssrc-group" => self.fid = self.fid.or_else(|| fid(value)),
+            "msid" => self.msid = Some(value),
+            _ => {}
+        }
+    }
+
+    /// `ID[/DIRECTION] URI [..]`
+    pub(super) fn extension(&mut self, value: &str) {
+        let mut words = value.split_ascii_whitespace();
+        let (Some(id), Some(extension)) = (words.next(), words.next().and_then(Extension::from_uri)) else {
+            return;
+        };
+        let id = id.split('/').next().and_then(|id| id.parse::<u8>().ok());
+        // 15 means "stop reading" in a one-byte header (RFC 8285, section 4.2).
+        if let Some(id) = id.filter(|id| !matches!(id, 0 | 15)) {
+            self.extensions.set(extension, id);
+        }
+    }
+
+    /// `SSRC ATTRIBUTE[:VALUE]`
+    pub(super) fn source(&mut self, value: &'a str) {
+        let (ssrc, attribute) = value.split_once(' ').unwrap_or((value, ""));
+        self.ssrc = self.ssrc.or_else(|| ssrc.parse().ok());
+        self.ssrc_msid = self.ssrc_msid.or_else(|| attribute.strip_prefix("msid:"));
+    }
+
+    /// The first payload type of the m-line whose codec is in `names`.
+    pub(super) fn choose_codec(&self, media: &MediaLine<'_>, names: &[&str], supported: &[Feedback]) -> Option<Codec> {
+        let mut offered = media
+            .formats()
+            .filter_map(|format| format.parse::<u8>().ok())
+            .filter(|payload_type| *payload_type < 128);
+        let (payload_type, map) = offered.find_map(|payload_type| {
+            let map = self.map(payload_type)?;
+            names
+                .iter()
+                .any(|name| codec_name(map).eq_ignore_ascii_case(name))
+                .then_some((payload_type, map))
+        })?;
+        let clock_rate = map.split('/').nth(1)?.parse().ok()?;
+        let parameters = text_of(&self.parameters, payload_type)
+            .filter(|text| is_harmless(text))
+            .unwrap_or_default();
+        let rtx = self.parameters.iter().find(|(rtx, parameters)| {
+            apt(parameters) == Some(payload_type) && self.map(*rtx).is_some_and(|map| codec_name(map).eq_ignore_ascii_case("rtx"))
+        });
+        let mut feedback = FeedbackSet::default();
+        for (_, found) in self
+            .feedback
+            .iter()
+            .filter(|(target, found)| target.is_none_or(|target| target == payload_type) && supported.contains(found))
+        {
+            feedback.insert(*found);
+        }
+        let rtx_payload_type = rtx.map(|(rtx, _)| *rtx);
+        Some(Codec {
+            payload_type,
+            rtx_payload_type,
+            map: map.into(),
+            clock_rate,
+            parameters: parameters.into(),
+            feedback,
+        })
+    }
+
+    pub(super) fn map(&self, payload_type: u8) -> Option<&'a str> {
+        text_of(&self.maps, payload_type).filter(|map| is_harmless(map))
+    }
+
+    pub(super) fn accepted_extensions(&self, capabilities: &Capabilities) -> ExtensionIds {
+        let mut accepted = ExtensionIds::default();
+        for extension in capabilities.extensions {
+            if let Some(id) = self.extensions.id(*extension) {
+                accepted.set(*extension, id);
+            }
+        }
+        accepted
+    }
+}
+
+pub(super) fn text_of<'a>(entries: &[(u8, &'a str)], payload_type: u8) -> Option<&'a str> {
+    entries.iter().find(|(of, _)| *of == payload_type).map(|(_, text)| *text)
+}
+
+/// `PT TEXT`; payload types have 7 bits.
+pub(super) fn payload_type_and_text(value: &str) -> Option<(u8, &str)> {
+    let (payload_type, text) = value.split_once(' ')?;
+    Some((payload_type.parse().ok().filter(|payload_type| *payload_type < 128)?, text))
+}
+
+pub(super) fn payload_type_and_feedback(value: &str) -> Option<(Option<u8>, Feedback)> {
+    let (target, text) = value.split_once(' ')?;
+    let target = if target == "*" { None } else { Some(target.parse().ok()?) };
+    Some((target, Feedback::from_text(text)?))
+}
+
+pub(super) fn codec_name(map: &str) -> &str {
+    map.split('/').next().unwrap_or_default()
+}
+
+/// The payload type that an RTX payload type repairs (RFC 4588, section 8.6).
+pub(super) fn apt(parameters: &str) -> Option<u8> {
+    parameters
+        .split(';')
+        .find_map(|parameter| parameter.trim().strip_prefix("apt="))
+        .and_then(|apt| apt.parse().ok())
+}
+
+/// `FID MEDIA RTX` (RFC 5576, section 4.2).
+pub(super) fn fid(value: &str) -> Option<(u32, u32)> {
+    let mut words = value.strip_prefix("FID ")?.split_ascii_whitespace();
+    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+}
+
+pub(super) fn split_msid(msid: &str) -> (&str, &str) {
+    let (stream, track) = msid.split_once(' ').unwrap_or((msid, ""));
+    let short = |text: &str| text.len() <= TEXT_BYTES_MAX;
+    if short(stream) && short(track) {
+        (stream, track.trim())
+    } else {
+        ("", "")
+    }
+}
+
+/// RFC 8866's `token`.
+pub(super) fn is_token(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic() && !br#""(),/:;<=>?@[\]"#.contains(&b))
+}
+
+/// May be repeated in an answer: printable, on one line, short.
+pub(super) fn is_harmless(text: &str) -> bool {
+    text.len() <= TEXT_BYTES_MAX && text.bytes().all(|b| b == b' ' || b.is_ascii_graphic())
+}
