@@ -7,6 +7,15 @@
 //!
 //! A room lives on one router, so a packet that came is forwarded without leaving its thread. The types below are all that the halves know of each other.
 
+mod cache;
+mod forward;
+mod ingest;
+pub mod router;
+mod select;
+pub mod statistics;
+
+use std::net::SocketAddr;
+
 use crate::measure::Kind;
 use crate::transport::peer::{IceCredentials, PeerFailure};
 use crate::transport::sdp::{ExtensionIds, Fingerprint};
@@ -30,6 +39,15 @@ pub enum SendMode {
     #[default]
     Plain,
     Gso,
+}
+
+/// Where a router's datagrams go. The backend lends the buffer that a packet is written into, so nothing is copied on the way to the kernel.
+pub trait Outgoing {
+    /// The buffer for what is sent next: at least [`crate::net::SEND_BYTES_MAX`] bytes. Between two sends it is the same one, with what was written into it.
+    fn lend(&mut self) -> &mut [u8];
+
+    /// Sends the first `len` bytes of the lent buffer as datagrams of `segment` bytes (the last may be shorter).
+    fn send(&mut self, to: SocketAddr, len: usize, segment: usize);
 }
 
 /// What the lobby asks of a router.

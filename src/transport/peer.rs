@@ -24,6 +24,10 @@ const DTLS_RETRIES: usize = 8;
 const DTLS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Larger than any DTLS record that the configured MTU lets `dimpl` make.
 const DTLS_BUFFER: usize = 2048;
+/// A lite agent sends no checks, so silence is all that tells it of a lost peer. LiveKit's limit: 10 s until disconnected, 5 more until failed.
+const LITE_SILENCE_MAX: Duration = Duration::from_secs(15);
+/// Until a lite agent hears the first check: LiveKit's limit for a participant's first connection.
+const LITE_FIRST_CHECK_MAX: Duration = Duration::from_secs(60);
 /// DTLS datagrams that come before ICE has nominated a path are kept: one flight at most.
 const EARLY_DTLS_MAX: usize = 8;
 
@@ -140,13 +144,34 @@ struct Setup {
     early_dtls: Vec<Vec<u8>>,
     failure: Option<PeerFailure>,
     responses_seen: u64,
+    /// A lite agent fails here unless a check comes before; [`Time::MAX`] for a full agent, which checks for itself.
+    silent_until: Time,
     nominated_at: Option<Time>,
     connected_at: Option<Time>,
 }
 
 impl Peer {
     pub fn new(identity: &Identity, parameters: &PeerParameters, epoch: Epoch, now: Time) -> Peer {
-        let ice = ice_agent(parameters);
+        Peer::with_agent(identity, parameters, ice_agent(parameters), epoch, now)
+    }
+
+    /// A peer that is `ice-lite` (RFC 8445, section 2.5): it answers checks and sends none, and the other side nominates.
+    /// Of the parameters, remote candidates and the role do not apply: addresses are learnt from checks, and a lite agent is controlled.
+    pub fn lite(identity: &Identity, parameters: &PeerParameters, epoch: Epoch, now: Time) -> Peer {
+        let mut ice = ice_agent(&PeerParameters {
+            remote_candidates: Vec::new(),
+            ice_controlling: false,
+            ..parameters.clone()
+        });
+        ice.set_ice_lite(true);
+        // A lite agent that gave up its role would wait for nobody's nomination: let the other side yield.
+        ice.set_control_tie_breaker(u64::MAX);
+        let mut peer = Peer::with_agent(identity, parameters, ice, epoch, now);
+        peer.setup.silent_until = now + LITE_FIRST_CHECK_MAX;
+        peer
+    }
+
+    fn with_agent(identity: &Identity, parameters: &PeerParameters, ice: IceAgent, epoch: Epoch, now: Time) -> Peer {
         let mut dtls = Dtls::new_12(identity.config.clone(), identity.certificate.clone(), epoch.instant(now));
         dtls.set_active(parameters.dtls_active);
         let setup = Setup {
@@ -160,6 +185,7 @@ impl Peer {
             early_dtls: Vec::new(),
             failure: None,
             responses_seen: 0,
+            silent_until: Time::MAX,
             nominated_at: None,
             connected_at: None,
         };
@@ -179,6 +205,16 @@ impl Peer {
         }
     }
 
+    /// New credentials on both sides (RFC 8445, section 9). The DTLS session stays, and datagrams go where they went until a new path is nominated.
+    pub fn restart_ice(&mut self, local: &IceCredentials, remote: &IceCredentials, now: Time) {
+        self.setup.ice.ice_restart(creds(local), true);
+        self.setup.ice.set_remote_credentials(creds(remote));
+        if self.setup.ice.ice_lite() {
+            self.setup.silent_until = now + LITE_SILENCE_MAX;
+        }
+        self.next_timeout = now;
+    }
+
     /// A STUN or DTLS datagram. Anything malformed is dropped; returns whether it was taken.
     pub fn handle_setup_datagram(&mut self, datagram: &[u8], from: SocketAddr, now: Time) -> bool {
         self.next_timeout = now;
@@ -193,6 +229,9 @@ impl Peer {
     pub fn handle_timeout(&mut self, now: Time) {
         let instant = self.setup.epoch.instant(now);
         self.setup.ice.handle_timeout(instant);
+        if now >= self.setup.silent_until {
+            self.setup.fail(PeerFailure::IceDisconnected);
+        }
         if self.setup.dtls_started && self.setup.dtls.handle_timeout(instant).is_err() {
             self.setup.fail(PeerFailure::Dtls);
         }
@@ -204,7 +243,7 @@ impl Peer {
         self.poll_ice(now, &mut send, &mut event);
         let dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
         let ice_timeout = self.setup.ice.poll_timeout().map_or(Time::MAX, |at| self.setup.epoch.time(at));
-        self.next_timeout = ice_timeout.min(dtls_timeout).max(now + Duration::from_millis(1));
+        self.next_timeout = ice_timeout.min(dtls_timeout).min(self.setup.silent_until).max(now + Duration::from_millis(1));
         if let (false, Some(failure)) = (failed_before, self.setup.failure) {
             event(PeerEvent::Failed(failure));
         }
@@ -338,7 +377,11 @@ impl Setup {
             destination: self.local_address,
             message,
         };
-        self.ice.handle_packet(self.epoch.instant(now), packet)
+        let taken = self.ice.handle_packet(self.epoch.instant(now), packet);
+        if taken && self.ice.ice_lite() {
+            self.silent_until = now + LITE_SILENCE_MAX;
+        }
+        taken
     }
 
     fn handle_dtls(&mut self, datagram: &[u8], now: Time) -> bool {
@@ -385,11 +428,23 @@ impl Setup {
     }
 }
 
+/// The user name fragment of ours that a binding request is meant for: several connections on one socket are told apart by it.
+pub fn local_ufrag_of_check(datagram: &[u8]) -> Option<&str> {
+    let message = StunMessage::parse(datagram).ok()?;
+    if !message.is_binding_request() {
+        return None;
+    }
+    message.username()?.split_once(':').map(|(local, _)| local)
+}
+
+fn creds(credentials: &IceCredentials) -> IceCreds {
+    IceCreds {
+        ufrag: credentials.ufrag.clone(),
+        pass: credentials.password.clone(),
+    }
+}
+
 fn ice_agent(parameters: &PeerParameters) -> IceAgent {
-    let creds = |c: &IceCredentials| IceCreds {
-        ufrag: c.ufrag.clone(),
-        pass: c.password.clone(),
-    };
     let mut ice = IceAgent::new(creds(&parameters.local));
     ice.set_initial_stun_rto(STUN_RTO);
     // Checks are answered in microseconds here; pacing them at the RFC's 50 ms would be most of the time to connect.

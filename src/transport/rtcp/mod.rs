@@ -1,6 +1,7 @@
 //! RTCP without allocation: a [`Writer`] of compound packets into a lent buffer, and [`packets`], a walk over what came in.
 //!
-//! RFC 3550 (SR, RR, SDES, BYE), RFC 4585 (NACK, PLI), RFC 5104 (FIR), RFC 3611 (XR), draft-alvestrand-rmcat-remb.
+//! RFC 3550 (SR, RR, SDES, BYE), RFC 4585 (NACK, PLI), RFC 5104 (FIR), RFC 3611 (XR), draft-alvestrand-rmcat-remb,
+//! draft-holmer-rmcat-transport-wide-cc-extensions-01 (written only).
 
 mod read;
 mod write;
@@ -71,6 +72,9 @@ pub fn rtt_from_report(now_ntp_middle: u32, lsr: u32, dlsr: u32) -> Option<Durat
 pub fn dlsr_units(delay: Duration) -> u32 {
     u32::try_from((delay.as_nanos() << 16) / 1_000_000_000).unwrap_or(u32::MAX)
 }
+
+/// The unit of arrival times in transport-wide feedback.
+pub const FEEDBACK_TICK: Duration = Duration::from_micros(250);
 
 const VERSION: u8 = 2;
 const SENDER_REPORT: u8 = 200;

@@ -3,11 +3,12 @@
 use std::fmt;
 
 use super::{
-    BLOCK_DLRR, BLOCK_RRTR, DLRR_BLOCK_LEN, DlrrBlock, EXTENDED_REPORT, FMT_APPLICATION_LAYER, FMT_FIR, FMT_NACK, FMT_PLI, GOODBYE, PAYLOAD_FEEDBACK,
-    RECEIVER_REPORT, REMB_NAME, ReportBlock, SDES_CNAME, SENDER_REPORT, SOURCE_DESCRIPTION, SenderInfo, TRANSPORT_FEEDBACK, VERSION,
+    BLOCK_DLRR, BLOCK_RRTR, DLRR_BLOCK_LEN, DlrrBlock, EXTENDED_REPORT, FEEDBACK_TICK, FMT_APPLICATION_LAYER, FMT_FIR, FMT_NACK, FMT_PLI,
+    FMT_TRANSPORT_CC, GOODBYE, PAYLOAD_FEEDBACK, RECEIVER_REPORT, REMB_NAME, ReportBlock, SDES_CNAME, SENDER_REPORT, SOURCE_DESCRIPTION, SenderInfo,
+    TRANSPORT_FEEDBACK, VERSION,
 };
 use crate::transport::sequence::Seq;
-use crate::units::Bitrate;
+use crate::units::{Bitrate, Time};
 
 /// Appends packets to a compound. What does not fit leaves no trace: send what is there, start anew, write it again.
 ///
@@ -132,6 +133,35 @@ impl<'a> Writer<'a> {
         })
     }
 
+    /// Transport-wide feedback: when each packet from `base` on came, if it did. `message` counts messages, so that lost ones are noticed.
+    ///
+    /// Times are rounded to [`FEEDBACK_TICK`]; two neighbours are less than 8 s apart, or the message cannot say it.
+    pub fn transport_cc(
+        &mut self,
+        sender_ssrc: u32,
+        media_ssrc: u32,
+        base: Seq,
+        message: u8,
+        arrivals: &[Option<Time>],
+    ) -> Result<(), WriteError> {
+        let count = u16::try_from(arrivals.len()).map_err(|_| WriteError::TooLong)?;
+        let first = arrivals.iter().flatten().next().map_or(0, |first| ticks(*first));
+        let reference = first / TICKS_PER_REFERENCE;
+        self.packet(TRANSPORT_FEEDBACK, |packet| {
+            packet.put_all(&[sender_ssrc, media_ssrc])?;
+            packet.put(&base.0.to_be_bytes())?;
+            packet.put(&count.to_be_bytes())?;
+            // 24 bits that wrap.
+            packet.put_all(&[(reference as u32) << 8 | u32::from(message)])?;
+            let start = reference * TICKS_PER_REFERENCE;
+            packet.statuses(arrivals, start)?;
+            packet.steps(arrivals, start)?;
+            let whole_words = packet.len.next_multiple_of(4) - packet.len;
+            packet.put(&[0; 4][..whole_words])?;
+            Ok(FMT_TRANSPORT_CC)
+        })
+    }
+
     pub fn pli(&mut self, sender_ssrc: u32, media_ssrc: u32) -> Result<(), WriteError> {
         self.packet(PAYLOAD_FEEDBACK, |packet| {
             packet.put_all(&[sender_ssrc, media_ssrc])?;
@@ -214,6 +244,38 @@ impl<'a> Writer<'a> {
     }
 }
 
+/// The reference time counts in 64 ms.
+const TICKS_PER_REFERENCE: i64 = 256;
+
+fn ticks(time: Time) -> i64 {
+    (time.as_nanos() / FEEDBACK_TICK.as_nanos() as u64) as i64
+}
+
+/// A packet's status (section 3.1.1 of the draft): how many bytes its time step takes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Status {
+    Missing = 0,
+    SmallStep = 1,
+    LargeStep = 2,
+}
+
+/// Walks arrivals as (status, step from the one before).
+fn steps_of(arrivals: &[Option<Time>], start: i64) -> impl Iterator<Item = (Status, i64)> {
+    let mut before = start;
+    arrivals.iter().map(move |arrival| {
+        let Some(arrival) = arrival else { return (Status::Missing, 0) };
+        let at = ticks(*arrival);
+        let step = at - std::mem::replace(&mut before, at);
+        let small = (0..=i64::from(u8::MAX)).contains(&step);
+        (if small { Status::SmallStep } else { Status::LargeStep }, step)
+    })
+}
+
+/// Statuses of one vector chunk, two bits each.
+const VECTOR_LEN: usize = 7;
+/// A run length has 13 bits.
+const RUN_MAX: usize = (1 << 13) - 1;
+
 /// The largest count that a header can say.
 const MAX_COUNT: usize = 31;
 
@@ -260,6 +322,51 @@ impl Body<'_> {
             count += 1;
         }
         Ok(count)
+    }
+
+    /// Status chunks: a run of equal ones where that says more than a vector of seven.
+    fn statuses(&mut self, arrivals: &[Option<Time>], start: i64) -> Result<(), WriteError> {
+        let mut statuses = steps_of(arrivals, start).map(|(status, _)| status).peekable();
+        let mut vector = [Status::Missing; VECTOR_LEN];
+        let mut waiting = 0;
+        while let Some(status) = statuses.next() {
+            vector[waiting] = status;
+            waiting += 1;
+            let is_run = waiting == VECTOR_LEN && vector.iter().all(|other| *other == status);
+            if is_run {
+                let mut run = VECTOR_LEN;
+                while run < RUN_MAX && statuses.next_if_eq(&status).is_some() {
+                    run += 1;
+                }
+                self.put(&((status as u16) << 13 | run as u16).to_be_bytes())?;
+                waiting = 0;
+            } else if waiting == VECTOR_LEN {
+                self.vector(&vector)?;
+                waiting = 0;
+            }
+        }
+        if waiting > 0 {
+            vector[waiting..].fill(Status::Missing);
+            self.vector(&vector)?;
+        }
+        Ok(())
+    }
+
+    fn vector(&mut self, vector: &[Status; VECTOR_LEN]) -> Result<(), WriteError> {
+        const TWO_BITS_EACH: u16 = 0b11 << 14;
+        let chunk = vector.iter().fold(0, |chunk, status| chunk << 2 | *status as u16);
+        self.put(&(TWO_BITS_EACH | chunk).to_be_bytes())
+    }
+
+    fn steps(&mut self, arrivals: &[Option<Time>], start: i64) -> Result<(), WriteError> {
+        for (status, step) in steps_of(arrivals, start) {
+            match status {
+                Status::Missing => {}
+                Status::SmallStep => self.put(&[step as u8])?,
+                Status::LargeStep => self.put(&i16::try_from(step).map_err(|_| WriteError::TooLong)?.to_be_bytes())?,
+            }
+        }
+        Ok(())
     }
 
     fn nack_pair(&mut self, pid: Seq, blp: u16) -> Result<(), WriteError> {

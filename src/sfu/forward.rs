@@ -1,0 +1,797 @@
+//! One subscription: what of a published track goes to one subscriber, and under which numbers.
+//!
+//! A subscriber sees one stream that never breaks: its sequence numbers, timestamps and picture ids go on over layer switches, pauses and dropped packets.
+//! What is remembered for that are *segments*, not packets: from one outgoing number on, packets of one layer leave with the same offsets. A packet that comes
+//! late, or is asked for again, is found by its segment, and is written again byte by byte as it was (the cache keeps what came, segments never change).
+//! So one outgoing number is one packet for ever, as SRTP's keys demand: no two packets are sealed under one index.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::cache::{Content, Entry};
+use super::ingest::{Format, Ingest};
+use super::select;
+use super::statistics::{RouterStatistics, SubscriptionStatistics};
+use super::{Outgoing, Selection, SendMode, SubscriptionId, SubscriptionParameters};
+use crate::measure::Kind;
+use crate::net;
+use crate::seeded::{mixed, scatter};
+use crate::transport::rtcp::{ReportBlock, SenderInfo};
+use crate::transport::rtp::vp8::{Descriptor, PictureId};
+use crate::transport::rtp::{ExtensionSlot, HeaderTemplate, TemplateError, write_rtx_osn};
+use crate::transport::sdp::Extension;
+use crate::transport::sequence::Seq;
+use crate::transport::srtp::Sealer;
+use crate::units::Time;
+
+/// Segments remembered. One is used up by each layer switch, pause and run of dropped packets; what lies before the oldest can no longer be resent.
+const SEGMENTS_MAX: usize = 8;
+/// LiveKit's limits of resends: a packet goes out again this often at most ..
+const RESENDS_MAX: u8 = 3;
+/// .. and not within this, or two round trips, of its last time.
+const RESEND_DEAF: Duration = Duration::from_millis(100);
+/// LiveKit's guess until a round trip has been measured.
+const RTT_UNKNOWN: Duration = Duration::from_millis(70);
+/// Resent packets whose count is remembered. Two whose numbers are so far apart share a place: the older one may then be resent more often.
+const AUDIO_RESENDS: usize = 16;
+const VIDEO_RESENDS: usize = 128;
+/// A step ahead of the publisher's numbers beyond this is a restart of its stream (RFC 3550, A.1), and not a loss to show the subscriber.
+const RESTART: u64 = 3_000;
+/// Clocks that disagree by more than this are not believed: the arrival times say how far apart two packets are.
+const CLOCK_ERROR_MAX: Duration = Duration::from_secs(5);
+/// Bytes of padding in a packet that only holds a place.
+const FILLER_BYTES: usize = 4;
+
+/// What a packet needs on its way out.
+pub struct Wire<'a, I> {
+    pub io: &'a mut I,
+    pub to: SocketAddr,
+    pub sealer: &'a Sealer,
+    pub send: SendMode,
+    pub now: Time,
+    pub statistics: &'a mut RouterStatistics,
+}
+
+/// Packets `[start_in..]` of a layer leave as `[start_out..]`, up to the next segment's start.
+#[derive(Clone, Copy, Debug, Default)]
+struct Segment {
+    start_in: u64,
+    start_out: u64,
+    rtp_offset: u32,
+    picture_offset: u16,
+    tl0_offset: u8,
+    key_idx_offset: u8,
+    layer: u8,
+}
+
+impl Segment {
+    fn out_of(&self, ext: u64) -> u64 {
+        self.start_out + (ext - self.start_in)
+    }
+}
+
+/// The latest segments, oldest first. They share out the outgoing numbers without overlap.
+#[derive(Default)]
+struct Segments {
+    list: [Segment; SEGMENTS_MAX],
+    len: u8,
+}
+
+impl Segments {
+    fn as_slice(&self) -> &[Segment] {
+        &self.list[..usize::from(self.len)]
+    }
+
+    fn newest(&self) -> Option<&Segment> {
+        self.as_slice().last()
+    }
+
+    /// A segment in whose place nothing was sent yet is replaced.
+    fn push(&mut self, segment: Segment) {
+        match self.newest() {
+            Some(newest) if newest.start_out == segment.start_out => self.len -= 1,
+            _ if usize::from(self.len) == SEGMENTS_MAX => {
+                self.list.copy_within(1.., 0);
+                self.len -= 1;
+            }
+            _ => {}
+        }
+        self.list[usize::from(self.len)] = segment;
+        self.len += 1;
+    }
+
+    /// The segment and outgoing number of a published packet.
+    fn of_incoming(&self, layer: u8, ext: u64) -> Option<(Segment, u64)> {
+        let list = self.as_slice();
+        let at = list.iter().rposition(|segment| segment.layer == layer && segment.start_in <= ext)?;
+        let out = list[at].out_of(ext);
+        let ends_before = list.get(at + 1).is_some_and(|next| out >= next.start_out);
+        (!ends_before).then_some((list[at], out))
+    }
+
+    /// The segment and published number of an outgoing packet.
+    fn of_outgoing(&self, out: u64) -> Option<(Segment, u64)> {
+        let segment = self.as_slice().iter().rev().find(|segment| segment.start_out <= out)?;
+        Some((*segment, segment.start_in + (out - segment.start_out)))
+    }
+}
+
+/// What went out last, as the next segment must go on from it.
+#[derive(Clone, Copy)]
+struct Last {
+    rtp_time: u32,
+    arrival: Time,
+    layer: u8,
+    rtp_offset: u32,
+}
+
+#[derive(Clone, Copy, Default)]
+struct LastPicture {
+    picture_id: u16,
+    tl0_pic_idx: u8,
+    key_idx: u8,
+}
+
+/// How often packets were resent lately, by their number.
+struct Resends(Box<[Resent]>);
+
+#[derive(Clone, Copy, Default)]
+struct Resent {
+    /// Milliseconds, modulo 2^32.
+    at: u32,
+    seq: u16,
+    count: u8,
+}
+
+enum Resend {
+    Allowed,
+    TooSoon,
+    Exhausted,
+}
+
+impl Resends {
+    /// `sent_at` is when the packet first left. What is allowed is counted as resent.
+    fn allow(&mut self, seq: u16, sent_at: Time, now: Time, rtt: Duration) -> Resend {
+        let room = self.0.len();
+        let place = &mut self.0[usize::from(seq) % room];
+        let millis = now.as_millis() as u32;
+        let known = place.count > 0 && place.seq == seq;
+        let since = if known {
+            Duration::from_millis(u64::from(millis.wrapping_sub(place.at)))
+        } else {
+            now.since(sent_at)
+        };
+        if since < RESEND_DEAF.min(rtt * 2) {
+            return Resend::TooSoon;
+        }
+        if known && place.count >= RESENDS_MAX {
+            return Resend::Exhausted;
+        }
+        let count = if known { place.count + 1 } else { 1 };
+        *place = Resent { at: millis, seq, count };
+        Resend::Allowed
+    }
+}
+
+/// The retransmission stream (RFC 4588).
+struct Rtx {
+    header: HeaderTemplate,
+    /// ROC << 16 | sequence number of its next packet.
+    index: u64,
+}
+
+/// Where an ended stream stopped: one that takes its SSRC again under the same keys must go on there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndedStream {
+    pub ssrc: u32,
+    pub next_index: u64,
+}
+
+/// What one packet is made of, before it is written.
+struct Parts<'a> {
+    descriptor: [u8; Descriptor::MAX_LEN],
+    descriptor_len: usize,
+    payload: &'a [u8],
+    level: Option<u8>,
+}
+
+pub struct Subscription {
+    pub id: SubscriptionId,
+    /// Where its connection and its track are kept.
+    pub transport: u32,
+    pub track: u32,
+    kind: Kind,
+    header: HeaderTemplate,
+    leveled_header: Option<(HeaderTemplate, ExtensionSlot)>,
+    rtx: Option<Box<Rtx>>,
+    rtx_ssrc: Option<u32>,
+    selection: Selection,
+    /// The layer that goes out.
+    current: Option<u8>,
+    /// The layer that is to go out; it takes over with its next key frame.
+    target: Option<u8>,
+    /// Waits for a key frame: to begin, to switch, or because the subscriber asks for one.
+    wants_key_frame: bool,
+    segments: Segments,
+    /// ROC << 16 | sequence number of what goes out next.
+    next_out: u64,
+    /// Chooses the first timestamp and picture id.
+    origin: u64,
+    last: Option<Last>,
+    last_picture: Option<LastPicture>,
+    resends: Resends,
+    rtt: Option<Duration>,
+    pub sender_report_at: Time,
+    packets: u64,
+    bytes: u64,
+    octets: u32,
+    resent: u64,
+    nacks: u64,
+    plis: u64,
+    switches: u64,
+    reported_lost: i32,
+}
+
+impl Subscription {
+    /// `seed` chooses the first numbers; `ended` are the streams that this connection has carried before.
+    /// Errors where the negotiated payload types or extension ids cannot be.
+    pub fn new(
+        id: SubscriptionId,
+        transport: u32,
+        track: u32,
+        kind: Kind,
+        parameters: &SubscriptionParameters,
+        seed: u64,
+        ended: &[EndedStream],
+    ) -> Result<Subscription, TemplateError> {
+        let header = HeaderTemplate::new(parameters.payload_type, parameters.ssrc)?;
+        let level_id = parameters.extensions.id(Extension::AudioLevel).filter(|_| kind == Kind::Audio);
+        let leveled_header = level_id
+            .map(|id| {
+                let mut header = header.clone();
+                let slot = header.push_extension(id, &[0])?;
+                Ok((header, slot))
+            })
+            .transpose()?;
+        let origin = scatter(seed ^ u64::from(parameters.ssrc));
+        // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost (RFC 3711, section 3.3.1).
+        let first_index = |ssrc: u32| {
+            let ended = ended.iter().find(|ended| ended.ssrc == ssrc).map(|ended| ended.next_index);
+            ended.unwrap_or(scatter(seed ^ u64::from(ssrc)) >> 49)
+        };
+        let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
+        let rtx = rtx
+            .map(|(ssrc, payload_type)| {
+                Ok(Box::new(Rtx {
+                    header: HeaderTemplate::new(payload_type, ssrc)?,
+                    index: first_index(ssrc),
+                }))
+            })
+            .transpose()?;
+        let resends = if kind == Kind::Audio { AUDIO_RESENDS } else { VIDEO_RESENDS };
+        Ok(Subscription {
+            id,
+            transport,
+            track,
+            kind,
+            header,
+            leveled_header,
+            rtx_ssrc: rtx.as_ref().map(|rtx| rtx.header.ssrc()),
+            rtx,
+            selection: parameters.selection,
+            current: None,
+            target: None,
+            wants_key_frame: false,
+            segments: Segments::default(),
+            next_out: first_index(parameters.ssrc),
+            origin,
+            last: None,
+            last_picture: None,
+            resends: Resends(vec![Resent::default(); resends].into_boxed_slice()),
+            rtt: None,
+            sender_report_at: Time::ZERO,
+            packets: 0,
+            bytes: 0,
+            octets: 0,
+            resent: 0,
+            nacks: 0,
+            plis: 0,
+            switches: 0,
+            reported_lost: 0,
+        })
+    }
+
+    pub fn ssrc(&self) -> u32 {
+        self.header.ssrc()
+    }
+
+    pub fn rtx_ssrc(&self) -> Option<u32> {
+        self.rtx_ssrc
+    }
+
+    /// Where its streams stop, when it ends.
+    pub fn ended_streams(&self) -> impl Iterator<Item = EndedStream> {
+        let media = EndedStream {
+            ssrc: self.ssrc(),
+            next_index: self.next_out,
+        };
+        let rtx = self.rtx.as_ref().map(|rtx| EndedStream {
+            ssrc: rtx.header.ssrc(),
+            next_index: rtx.index,
+        });
+        [Some(media), rtx].into_iter().flatten()
+    }
+
+    pub fn set_selection(&mut self, selection: Selection) {
+        self.selection = selection;
+    }
+
+    /// Chooses the layer anew. Returns the layer of which a key frame is needed now.
+    pub fn choose_layer(&mut self, encodings: &[Ingest]) -> Option<u8> {
+        let chosen = select::choose(self.selection, encodings.len(), |layer| encodings[layer].activity.is_active());
+        if !self.selection.enabled {
+            self.current = None;
+            self.target = None;
+            self.wants_key_frame = false;
+            return None;
+        }
+        if chosen == self.target {
+            return None;
+        }
+        // Where no layer is being sent, the one that was sent may yet go on.
+        self.target = chosen.or(self.current);
+        self.wants_key_frame = self.kind == Kind::Video && self.target.is_some() && self.target != self.current;
+        self.key_frame_layer()
+    }
+
+    /// The subscriber asks for a key frame, or has just come up. Returns the layer that it needs one of.
+    pub fn request_key_frame(&mut self) -> Option<u8> {
+        self.wants_key_frame = self.kind == Kind::Video && self.target.is_some();
+        self.key_frame_layer()
+    }
+
+    pub fn count_key_frame_request(&mut self) {
+        self.plis += 1;
+    }
+
+    /// The layer whose key frame it waits for.
+    pub fn key_frame_layer(&self) -> Option<u8> {
+        self.target.filter(|_| self.wants_key_frame)
+    }
+
+    /// Sends what of a run of packets, just come from one encoding, is for this subscriber.
+    pub fn forward<I: Outgoing>(&mut self, encodings: &[Ingest], layer: u8, run: &[u64], format: &Format, wire: &mut Wire<'_, I>) {
+        let encoding = &encodings[usize::from(layer)];
+        let mut burst = Burst::default();
+        for (at, ext) in run.iter().enumerate() {
+            let Some((entry, payload)) = encoding.find(*ext) else {
+                wire.statistics.withheld_late += 1;
+                continue;
+            };
+            match self.admit(encodings, layer, entry, format, wire.statistics) {
+                Admission::Withheld => {}
+                Admission::Placed => self.send(entry, payload, layer, &mut burst, wire),
+                Admission::Begins => {
+                    // Packets behind the first one of a key frame may have come before it: they were of no use until now.
+                    let newest = encoding.highest().unwrap_or(*ext);
+                    for (entry, payload) in (*ext..=newest).filter_map(|ext| encoding.find(ext)) {
+                        if entry.content != Content::Empty || self.skip(entry.ext, layer, wire.statistics) == Admission::Placed {
+                            self.send(entry, payload, layer, &mut burst, wire);
+                        }
+                    }
+                    let older = run[at + 1..].iter().filter(|later| *later < ext).count();
+                    wire.statistics.withheld_late += older as u64;
+                    break;
+                }
+            }
+        }
+        burst.finish(wire);
+    }
+
+    /// Decides about one packet, and begins a segment where one is needed.
+    fn admit(&mut self, encodings: &[Ingest], layer: u8, entry: &Entry, format: &Format, statistics: &mut RouterStatistics) -> Admission {
+        if !self.selection.enabled {
+            statistics.withheld_disabled += 1;
+            return Admission::Withheld;
+        }
+        if self.current == Some(layer) && self.is_restart(layer, entry.ext) {
+            self.current = None;
+            self.wants_key_frame = self.kind == Kind::Video;
+        }
+        let starts_key_frame = matches!(entry.content, Content::Video { starts_key_frame: true, .. });
+        let may_begin = self.target == Some(layer) && (starts_key_frame || self.kind == Kind::Audio) && entry.content != Content::Empty;
+        if self.current != Some(layer) && may_begin {
+            self.begin(encodings, layer, entry, format);
+            return Admission::Begins;
+        }
+        if self.current != Some(layer) {
+            let counter = if self.current.is_none() && self.target == Some(layer) {
+                &mut statistics.withheld_key_frame
+            } else {
+                &mut statistics.withheld_layer
+            };
+            *counter += 1;
+            return Admission::Withheld;
+        }
+        if entry.content == Content::Empty {
+            return self.skip(entry.ext, layer, statistics);
+        }
+        if starts_key_frame {
+            self.wants_key_frame &= self.target != Some(layer);
+        }
+        Admission::Placed
+    }
+
+    fn is_restart(&self, layer: u8, ext: u64) -> bool {
+        let newest = self.segments.newest().filter(|newest| newest.layer == layer && newest.start_in <= ext);
+        newest.is_some_and(|newest| newest.out_of(ext) > self.next_out + RESTART)
+    }
+
+    /// From this packet on the subscriber gets `layer`.
+    fn begin(&mut self, encodings: &[Ingest], layer: u8, entry: &Entry, format: &Format) {
+        let rtp_offset = self.rtp_offset(encodings, layer, entry, format);
+        let mut segment = Segment {
+            start_in: entry.ext,
+            start_out: self.next_out,
+            rtp_offset,
+            layer,
+            ..Segment::default()
+        };
+        if let Content::Video { descriptor, .. } = entry.content {
+            let next = match self.last_picture {
+                Some(last) => LastPicture {
+                    picture_id: last.picture_id.wrapping_add(1),
+                    tl0_pic_idx: last.tl0_pic_idx.wrapping_add(1),
+                    key_idx: last.key_idx.wrapping_add(1),
+                },
+                None => LastPicture {
+                    picture_id: (self.origin >> 32) as u16,
+                    tl0_pic_idx: (self.origin >> 48) as u8,
+                    key_idx: (self.origin >> 56) as u8,
+                },
+            };
+            segment.picture_offset = next.picture_id.wrapping_sub(descriptor.picture_id.map_or(0, PictureId::value));
+            segment.tl0_offset = next.tl0_pic_idx.wrapping_sub(descriptor.tl0_pic_idx.unwrap_or(0));
+            segment.key_idx_offset = next.key_idx.wrapping_sub(descriptor.key_idx.unwrap_or(0));
+        }
+        self.switches += u64::from(self.last.is_some_and(|last| last.layer != layer));
+        self.segments.push(segment);
+        self.current = Some(layer);
+        self.wants_key_frame = false;
+    }
+
+    /// What to add to the packet's timestamp, so that the stream's clock goes on as the publisher's did.
+    fn rtp_offset(&self, encodings: &[Ingest], layer: u8, entry: &Entry, format: &Format) -> u32 {
+        let Some(last) = self.last else {
+            return (mixed(self.origin) as u32).wrapping_sub(entry.rtp_time);
+        };
+        let ticks = |time: Duration| (time.as_nanos() * u128::from(format.clock_rate) / 1_000_000_000) as u32;
+        let by_arrival = last.rtp_time.wrapping_add(ticks(entry.arrival.since(last.arrival)));
+        let offset = if last.layer == layer {
+            Some(last.rtp_offset)
+        } else {
+            offset_between(encodings, last.layer, layer, format).map(|between| last.rtp_offset.wrapping_add(between))
+        };
+        let believed = offset
+            .map(|offset| entry.rtp_time.wrapping_add(offset))
+            .filter(|rtp_time| (rtp_time.wrapping_sub(by_arrival) as i32).unsigned_abs() <= ticks(CLOCK_ERROR_MAX));
+        let rtp_time = believed.unwrap_or(by_arrival);
+        let ahead = rtp_time.wrapping_sub(last.rtp_time) as i32;
+        let rtp_time = if ahead > 0 { rtp_time } else { last.rtp_time.wrapping_add(1) };
+        rtp_time.wrapping_sub(entry.rtp_time)
+    }
+
+    /// Leaves a packet out without a hole. One that comes too late for that holds its place as padding.
+    fn skip(&mut self, ext: u64, layer: u8, statistics: &mut RouterStatistics) -> Admission {
+        let Some((segment, out)) = self.segments.of_incoming(layer, ext) else {
+            statistics.withheld_late += 1;
+            return Admission::Withheld;
+        };
+        if out < self.next_out {
+            return Admission::Placed;
+        }
+        self.segments.push(Segment {
+            start_in: ext + 1,
+            start_out: out,
+            ..segment
+        });
+        self.next_out = out;
+        statistics.withheld_empty += 1;
+        Admission::Withheld
+    }
+
+    /// Writes, seals and sends one packet that has its place.
+    fn send<I: Outgoing>(&mut self, entry: &Entry, payload: &[u8], layer: u8, burst: &mut Burst, wire: &mut Wire<'_, I>) {
+        let Some((segment, out)) = self.segments.of_incoming(layer, entry.ext) else {
+            wire.statistics.withheld_late += 1;
+            return;
+        };
+        let Some(parts) = parts(entry, payload, &segment) else { return };
+        let len = self.media_len(&parts);
+        let size = len + wire.sealer.profile().rtp_overhead();
+        burst.make_room(size, wire);
+        let Some(buffer) = wire.io.lend().get_mut(burst.len..burst.len + size) else {
+            return;
+        };
+        let rtp_time = entry.rtp_time.wrapping_add(segment.rtp_offset);
+        let Some(header_len) = self.write_media(&parts, entry.marker, out, rtp_time, buffer) else {
+            return;
+        };
+        let Ok(sealed) = wire.sealer.seal_rtp(buffer, header_len, len, out) else { return };
+        burst.push(sealed, wire);
+        wire.statistics.media_out += 1;
+        wire.statistics.media_bytes_out += len as u64;
+        self.packets += 1;
+        self.bytes += len as u64;
+        self.octets = self.octets.wrapping_add((len - header_len) as u32);
+        self.note_sent(entry, &segment, out, rtp_time);
+    }
+
+    fn note_sent(&mut self, entry: &Entry, segment: &Segment, out: u64, rtp_time: u32) {
+        self.next_out = self.next_out.max(out + 1);
+        let newer = self.last.is_none_or(|last| rtp_time.wrapping_sub(last.rtp_time) as i32 >= 0);
+        if newer {
+            self.last = Some(Last {
+                rtp_time,
+                arrival: entry.arrival,
+                layer: segment.layer,
+                rtp_offset: segment.rtp_offset,
+            });
+        }
+        if let Content::Video { descriptor, .. } = entry.content {
+            let sent = rewritten(descriptor, segment);
+            let last = self.last_picture.unwrap_or_default();
+            let picture_id = sent.picture_id.map_or(last.picture_id, PictureId::value);
+            let newer = self.last_picture.is_none() || picture_id.wrapping_sub(last.picture_id) & 0x7FFF < 0x4000;
+            if newer {
+                self.last_picture = Some(LastPicture {
+                    picture_id,
+                    tl0_pic_idx: sent.tl0_pic_idx.unwrap_or(last.tl0_pic_idx),
+                    key_idx: sent.key_idx.unwrap_or(last.key_idx),
+                });
+            }
+        }
+    }
+
+    /// Header and payload of a media packet, before it is sealed.
+    fn media_len(&self, parts: &Parts<'_>) -> usize {
+        self.header_for(parts.level).len() + parts.len()
+    }
+
+    fn header_for(&self, level: Option<u8>) -> &HeaderTemplate {
+        match (&self.leveled_header, level) {
+            (Some((header, _)), Some(_)) => header,
+            _ => &self.header,
+        }
+    }
+
+    /// Writes header and payload, and returns the header's length.
+    fn write_media(&self, parts: &Parts<'_>, marker: bool, out: u64, rtp_time: u32, buffer: &mut [u8]) -> Option<usize> {
+        let header_len = self.header_for(parts.level).write(buffer, marker, Seq(out as u16), rtp_time)?;
+        if let (Some((_, slot)), Some(level)) = (&self.leveled_header, parts.level) {
+            slot.patch(buffer, &[level]);
+        }
+        if parts.is_filler() {
+            buffer[0] |= PADDING_FLAG;
+        }
+        parts.write(buffer.get_mut(header_len..)?)?;
+        Some(header_len)
+    }
+
+    /// Sends packets again that the subscriber misses.
+    pub fn handle_nack<I: Outgoing>(&mut self, encodings: &[Ingest], seqs: impl Iterator<Item = Seq>, wire: &mut Wire<'_, I>) {
+        self.nacks += 1;
+        wire.statistics.nacks_in += 1;
+        for seq in seqs {
+            wire.statistics.nacked_in += 1;
+            self.resend(encodings, seq, wire);
+        }
+    }
+
+    fn resend<I: Outgoing>(&mut self, encodings: &[Ingest], seq: Seq, wire: &mut Wire<'_, I>) {
+        let back = u64::from((self.next_out as u16).wrapping_sub(seq.0));
+        let out = self.next_out.checked_sub(back).filter(|_| (1..1 << 15).contains(&back));
+        let found = out.and_then(|out| {
+            let (segment, ext) = self.segments.of_outgoing(out)?;
+            let (entry, payload) = encodings.get(usize::from(segment.layer))?.find(ext)?;
+            Some((out, segment, entry, payload))
+        });
+        let Some((out, segment, entry, payload)) = found else {
+            wire.statistics.resends_unknown += 1;
+            return;
+        };
+        let rtt = self.rtt.unwrap_or(RTT_UNKNOWN);
+        match self.resends.allow(seq.0, entry.arrival, wire.now, rtt) {
+            Resend::TooSoon => wire.statistics.resends_too_soon += 1,
+            Resend::Exhausted => wire.statistics.resends_exhausted += 1,
+            Resend::Allowed => {
+                let sent = self.send_again(entry, payload, &segment, out, wire);
+                if let Some(bytes) = sent {
+                    self.resent += 1;
+                    wire.statistics.resends_out += 1;
+                    wire.statistics.resend_bytes_out += bytes as u64;
+                }
+            }
+        }
+    }
+
+    /// Over RTX where agreed; else as the very packet that it was, which SRTP seals to the very same bytes.
+    fn send_again<I: Outgoing>(&mut self, entry: &Entry, payload: &[u8], segment: &Segment, out: u64, wire: &mut Wire<'_, I>) -> Option<usize> {
+        let parts = parts(entry, payload, segment)?;
+        let rtp_time = entry.rtp_time.wrapping_add(segment.rtp_offset);
+        let buffer = wire.io.lend();
+        let (header_len, len, index) = match self.rtx.as_mut().filter(|_| !parts.is_filler()) {
+            Some(rtx) => {
+                let index = rtx.index;
+                rtx.index += 1;
+                let header_len = rtx.header.write(buffer, entry.marker, Seq(index as u16), rtp_time)?;
+                let osn = write_rtx_osn(buffer.get_mut(header_len..)?, Seq(out as u16))?;
+                let len = header_len + osn + parts.write(buffer.get_mut(header_len + osn..)?)?;
+                (header_len, len, index)
+            }
+            None => {
+                let header_len = self.write_media(&parts, entry.marker, out, rtp_time, buffer)?;
+                (header_len, self.media_len(&parts), out)
+            }
+        };
+        let sealed = wire.sealer.seal_rtp(buffer, header_len, len, index).ok()?;
+        wire.transmit(sealed, sealed);
+        Some(len)
+    }
+
+    pub fn handle_report_block(&mut self, block: &ReportBlock, rtt: Option<Duration>) {
+        self.reported_lost = block.cumulative_lost;
+        self.rtt = rtt.or(self.rtt);
+    }
+
+    /// What a sender report says now; `None` while nothing has been sent, or the publisher has not told its clock.
+    ///
+    /// `publisher_ntp` is the publisher's wall clock at this moment, nanoseconds since 1900; `ntp` is ours.
+    pub fn sender_info(&self, encodings: &[Ingest], format: &Format, publisher_ntp: i64, ntp: u64) -> Option<SenderInfo> {
+        let segment = self.segments.newest().filter(|_| self.packets > 0)?;
+        let clock = encodings.get(usize::from(segment.layer))?.clock()?;
+        Some(SenderInfo {
+            ssrc: self.ssrc(),
+            ntp,
+            rtp_time: clock.rtp_time_at(publisher_ntp, format.clock_rate).wrapping_add(segment.rtp_offset),
+            packets: self.packets as u32,
+            octets: self.octets,
+        })
+    }
+
+    pub fn statistics(&self) -> SubscriptionStatistics {
+        SubscriptionStatistics {
+            subscription: self.id,
+            packets: self.packets,
+            bytes: self.bytes,
+            resends: self.resent,
+            nacks: self.nacks,
+            plis: self.plis,
+            layer: self.current,
+            layer_switches: self.switches,
+            reported_lost: self.reported_lost,
+            rtt: self.rtt,
+        }
+    }
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Admission {
+    Withheld,
+    /// It has its place in a segment.
+    Placed,
+    /// A segment begins with it.
+    Begins,
+}
+
+/// What to add to timestamps of layer `to` beyond what layer `from` has: both are stamps of one clock, by the sender reports of each.
+fn offset_between(encodings: &[Ingest], from: u8, to: u8, format: &Format) -> Option<u32> {
+    let from = encodings.get(usize::from(from))?.clock()?;
+    let to = encodings.get(usize::from(to))?.clock()?;
+    Some(from.rtp_time_at(to.ntp_nanos, format.clock_rate).wrapping_sub(to.rtp_time))
+}
+
+fn rewritten(descriptor: Descriptor, segment: &Segment) -> Descriptor {
+    Descriptor {
+        picture_id: descriptor
+            .picture_id
+            .map(|id| PictureId::Long(id.value().wrapping_add(segment.picture_offset) & 0x7FFF)),
+        tl0_pic_idx: descriptor.tl0_pic_idx.map(|idx| idx.wrapping_add(segment.tl0_offset)),
+        key_idx: descriptor.key_idx.map(|idx| idx.wrapping_add(segment.key_idx_offset) & 0x1F),
+        ..descriptor
+    }
+}
+
+fn parts<'a>(entry: &Entry, payload: &'a [u8], segment: &Segment) -> Option<Parts<'a>> {
+    let mut parts = Parts {
+        descriptor: [0; Descriptor::MAX_LEN],
+        descriptor_len: 0,
+        payload,
+        level: None,
+    };
+    match entry.content {
+        Content::Audio { level } => parts.level = level,
+        Content::Video {
+            descriptor, descriptor_len, ..
+        } => {
+            parts.descriptor_len = rewritten(descriptor, segment).write(&mut parts.descriptor)?;
+            parts.payload = payload.get(usize::from(descriptor_len)..)?;
+        }
+        Content::Empty => parts.payload = &[],
+    }
+    Some(parts)
+}
+
+impl Parts<'_> {
+    /// Nothing to forward, but a number that must not be missing.
+    fn is_filler(&self) -> bool {
+        self.descriptor_len == 0 && self.payload.is_empty()
+    }
+
+    fn len(&self) -> usize {
+        if self.is_filler() { FILLER_BYTES } else { self.descriptor_len + self.payload.len() }
+    }
+
+    /// Writes what is behind the header, and returns its length.
+    fn write(&self, out: &mut [u8]) -> Option<usize> {
+        let out = out.get_mut(..self.len())?;
+        if self.is_filler() {
+            out.fill(0);
+            *out.last_mut()? = FILLER_BYTES as u8;
+        } else {
+            let (descriptor, payload) = out.split_at_mut(self.descriptor_len);
+            descriptor.copy_from_slice(&self.descriptor[..self.descriptor_len]);
+            payload.copy_from_slice(self.payload);
+        }
+        Some(out.len())
+    }
+}
+
+const PADDING_FLAG: u8 = 0x20;
+
+/// Packets that leave with one call: all as long as the first, but for the last, which may be shorter.
+#[derive(Default)]
+struct Burst {
+    len: usize,
+    segment: usize,
+    count: usize,
+    closed: bool,
+}
+
+impl Burst {
+    /// Before a packet of `size` bytes is written behind those that wait: sends them where it cannot join them.
+    fn make_room<I: Outgoing>(&mut self, size: usize, wire: &mut Wire<'_, I>) {
+        let joins = !self.closed && size <= self.segment && self.count < net::SEGMENTS_MAX && self.len + size <= net::SEND_BYTES_MAX;
+        if !joins {
+            self.finish(wire);
+        }
+    }
+
+    fn push<I: Outgoing>(&mut self, size: usize, wire: &mut Wire<'_, I>) {
+        if self.count == 0 {
+            self.segment = size;
+        }
+        self.closed = size < self.segment;
+        self.len += size;
+        self.count += 1;
+        if wire.send == SendMode::Plain {
+            self.finish(wire);
+        }
+    }
+
+    fn finish<I: Outgoing>(&mut self, wire: &mut Wire<'_, I>) {
+        if self.count > 0 {
+            wire.transmit(self.len, self.segment);
+            *self = Burst::default();
+        }
+    }
+}
+
+impl<I: Outgoing> Wire<'_, I> {
+    fn transmit(&mut self, len: usize, segment: usize) {
+        self.io.send(self.to, len, segment);
+        self.statistics.datagrams_out += len.div_ceil(segment) as u64;
+        self.statistics.bytes_out += len as u64;
+    }
+}

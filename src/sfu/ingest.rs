@@ -1,0 +1,392 @@
+//! One published encoding (one SSRC, and the one of its retransmissions): opened, put in order, kept for its subscribers, and reported on to its publisher.
+
+use std::time::Duration;
+
+use super::cache::{Cache, Content, Entry, Packet};
+use super::select::Activity;
+use super::statistics::{EncodingStatistics, RouterStatistics};
+use crate::measure::Kind;
+use crate::transport::receive::{Arrival, NackPoll, ReceiveStream, ReportNumbers};
+use crate::transport::rtp::vp8::{Descriptor, PictureId};
+use crate::transport::rtp::{Header, split_rtx};
+use crate::transport::sequence::{ReplayWindow, SeqExtender};
+use crate::transport::srtp::Opener;
+use crate::units::Time;
+
+/// Packets kept: 2.5 s of audio at 20 ms, and over a second of 4 Mb/s video.
+const AUDIO_PACKETS: usize = 128;
+const VIDEO_PACKETS: usize = 512;
+/// Bytes kept: 2 s of audio at 64 kb/s, and 2 s of video at 1 Mb/s.
+const AUDIO_BYTES: usize = 16 * 1024;
+const VIDEO_BYTES: usize = 256 * 1024;
+
+/// LiveKit's least time between two requests for a key frame, of a track's only or lowest layer ..
+const KEY_FRAME_INTERVAL: Duration = Duration::from_millis(500);
+/// .. and of a higher one.
+const KEY_FRAME_INTERVAL_HIGH: Duration = Duration::from_secs(1);
+
+/// A sender's unwrapped sequence numbers start anew this much higher where it has changed its SSRC: no number of an encoding ever comes twice.
+const SOURCE_STRIDE: u64 = 1 << 40;
+
+/// What the description says of all encodings of a track.
+#[derive(Clone, Copy, Debug)]
+pub struct Format {
+    pub kind: Kind,
+    pub clock_rate: u32,
+    pub payload_type: u8,
+    pub rtx_payload_type: Option<u8>,
+    /// The id of RFC 6464's extension, where agreed.
+    pub audio_level_id: Option<u8>,
+}
+
+/// Why a packet was not taken; each has a counter of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    Malformed,
+    Unauthentic,
+    Replayed,
+    Duplicate,
+    TooOld,
+}
+
+/// What a packet was that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// Kept under this unwrapped number: for the subscribers.
+    Media { ext: u64 },
+    /// A retransmission without payload.
+    Probe,
+}
+
+/// A moment on the sender's clock, by its sender report.
+#[derive(Clone, Copy, Debug)]
+pub struct SenderClock {
+    /// Nanoseconds since 1900 by the sender's wall clock.
+    pub ntp_nanos: i64,
+    pub rtp_time: u32,
+}
+
+impl SenderClock {
+    /// The RTP time at `ntp_nanos` on the same clock.
+    pub fn rtp_time_at(&self, ntp_nanos: i64, clock_rate: u32) -> u32 {
+        let elapsed = i128::from(ntp_nanos) - i128::from(self.ntp_nanos);
+        let ticks = elapsed * i128::from(clock_rate) / 1_000_000_000;
+        self.rtp_time.wrapping_add(ticks as u32)
+    }
+}
+
+/// An NTP timestamp as nanoseconds since 1900.
+pub fn ntp_nanos(ntp: u64) -> i64 {
+    ((u128::from(ntp) * 1_000_000_000) >> 32) as i64
+}
+
+/// The SSRC that an encoding has now, and SRTP's state for it.
+#[derive(Default)]
+struct Source {
+    ssrc: Option<u32>,
+    extender: SeqExtender,
+    replay: ReplayWindow,
+}
+
+impl Source {
+    /// Opens one datagram in place and returns its plain length.
+    fn open(&mut self, datagram: &mut [u8], header: &Header, opener: &Opener) -> Result<usize, Refused> {
+        let index = self.extender.guess(header.seq.0);
+        if !self.replay.check(index) {
+            return Err(Refused::Replayed);
+        }
+        let Ok(len) = opener.open_rtp(datagram, header.header_len, index) else {
+            if self.extender.highest().is_none() {
+                // The first packets were lost, and with them the wrap of the sequence number: the next one is tried with the next rollover count.
+                self.extender = SeqExtender::at_roc(1);
+            } else if self.ssrc.is_none() {
+                self.extender = SeqExtender::default();
+            }
+            return Err(Refused::Unauthentic);
+        };
+        self.extender.commit(index);
+        self.replay.commit(index);
+        self.ssrc = Some(header.ssrc);
+        Ok(len)
+    }
+}
+
+/// One published encoding.
+pub struct Ingest {
+    pub activity: Activity,
+    media: Source,
+    rtx: Source,
+    receive: ReceiveStream,
+    /// Retransmissions have an SSRC of their own.
+    has_rtx: bool,
+    /// Added to the numbers of `receive`.
+    ext_base: u64,
+    highest: Option<u64>,
+    cache: Cache,
+    clock: Option<SenderClock>,
+    last_picture_id: Option<u16>,
+    last_level: Option<u8>,
+    /// A subscriber needs a key frame, as far as is known.
+    key_frame_wanted: bool,
+    key_frame_asked_at: Option<Time>,
+    key_frame_interval: Duration,
+    bytes: u64,
+    key_frames: u64,
+    nacks_sent: u64,
+    plis_sent: u64,
+}
+
+impl Ingest {
+    /// `layer` counts from the lowest; `has_rtx` says that retransmissions have an SSRC of their own.
+    pub fn new(format: &Format, layer: usize, has_rtx: bool) -> Ingest {
+        let (packets, bytes) = match format.kind {
+            Kind::Audio => (AUDIO_PACKETS, AUDIO_BYTES),
+            Kind::Video => (VIDEO_PACKETS, VIDEO_BYTES),
+        };
+        let mut receive = ReceiveStream::new(format.clock_rate);
+        receive.set_rtx(has_rtx);
+        Ingest {
+            activity: Activity::default(),
+            media: Source::default(),
+            rtx: Source::default(),
+            receive,
+            has_rtx,
+            ext_base: 0,
+            highest: None,
+            cache: Cache::new(packets, bytes),
+            clock: None,
+            last_picture_id: None,
+            last_level: None,
+            key_frame_wanted: false,
+            key_frame_asked_at: None,
+            key_frame_interval: if layer == 0 { KEY_FRAME_INTERVAL } else { KEY_FRAME_INTERVAL_HIGH },
+            bytes: 0,
+            key_frames: 0,
+            nacks_sent: 0,
+            plis_sent: 0,
+        }
+    }
+
+    /// The SSRC of its media; `None` until its first authentic packet.
+    pub fn ssrc(&self) -> Option<u32> {
+        self.media.ssrc
+    }
+
+    pub fn find(&self, ext: u64) -> Option<(&Entry, &[u8])> {
+        self.cache.find(ext)
+    }
+
+    /// The newest packet's unwrapped number.
+    pub fn highest(&self) -> Option<u64> {
+        self.highest
+    }
+
+    pub fn clock(&self) -> Option<SenderClock> {
+        self.clock
+    }
+
+    /// The audio level of the packet taken last, once.
+    pub fn take_level(&mut self) -> Option<u8> {
+        self.last_level.take()
+    }
+
+    /// Opens one datagram in place, and keeps what is new.
+    pub fn handle_rtp(
+        &mut self,
+        datagram: &mut [u8],
+        header: &Header,
+        is_rtx: bool,
+        format: &Format,
+        opener: &Opener,
+        arrival: Time,
+        statistics: &mut RouterStatistics,
+    ) -> Result<Taken, Refused> {
+        let moved = !is_rtx && self.media.ssrc.is_some_and(|ssrc| ssrc != header.ssrc);
+        let len = if moved {
+            let mut next = Source::default();
+            let len = next.open(datagram, header, opener)?;
+            self.follow(next, format);
+            len
+        } else {
+            let source = if is_rtx { &mut self.rtx } else { &mut self.media };
+            if is_rtx && source.ssrc.is_some_and(|ssrc| ssrc != header.ssrc) {
+                *source = Source::default();
+            }
+            source.open(datagram, header, opener)?
+        };
+        let packet = &datagram[..len];
+        let payload = header.payload(packet).ok_or(Refused::Malformed)?;
+        if is_rtx {
+            let Some((original, payload)) = split_rtx(payload) else { return Ok(Taken::Probe) };
+            self.keep(original.0, header, packet, payload, true, format, arrival, statistics)
+        } else {
+            self.keep(header.seq.0, header, packet, payload, false, format, arrival, statistics)
+        }
+    }
+
+    /// The publisher has given this encoding another SSRC.
+    fn follow(&mut self, source: Source, format: &Format) {
+        self.media = source;
+        self.receive = ReceiveStream::new(format.clock_rate);
+        self.receive.set_rtx(self.has_rtx);
+        self.ext_base += SOURCE_STRIDE;
+        self.clock = None;
+        self.last_picture_id = None;
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a packet's parts, looked at once")]
+    fn keep(
+        &mut self,
+        seq: u16,
+        header: &Header,
+        packet: &[u8],
+        payload: &[u8],
+        repaired: bool,
+        format: &Format,
+        arrival: Time,
+        statistics: &mut RouterStatistics,
+    ) -> Result<Taken, Refused> {
+        match self.receive.handle_packet(seq, header.rtp_time, arrival, repaired) {
+            Arrival::New { .. } | Arrival::Reordered | Arrival::Repaired { .. } => {}
+            Arrival::Duplicate => return Err(Refused::Duplicate),
+            Arrival::TooOld => return Err(Refused::TooOld),
+        }
+        let agreed = repaired || header.payload_type == format.payload_type;
+        let content = match format.kind {
+            _ if payload.is_empty() || !agreed => Content::Empty,
+            Kind::Audio => self.audio(header, packet, format),
+            Kind::Video => self.video(payload),
+        };
+        let bytes = (header.header_len + payload.len()) as u64;
+        self.bytes += bytes;
+        if repaired {
+            statistics.repairs_in += 1;
+            statistics.repair_bytes_in += bytes;
+        } else {
+            statistics.media_in += 1;
+            statistics.media_bytes_in += bytes;
+            statistics.media_in_empty += u64::from(content == Content::Empty);
+        }
+        let ext = self.ext_base + self.receive.ext_seq();
+        self.highest = self.highest.max(Some(ext));
+        self.cache.insert(&Packet {
+            ext,
+            arrival,
+            rtp_time: header.rtp_time,
+            marker: header.marker,
+            content,
+            payload,
+        });
+        Ok(Taken::Media { ext })
+    }
+
+    fn audio(&mut self, header: &Header, packet: &[u8], format: &Format) -> Content {
+        let level = format.audio_level_id.and_then(|id| header.extension(packet, id)?.first().copied());
+        self.last_level = level;
+        Content::Audio { level }
+    }
+
+    /// What is no VP8 payload cannot be forwarded: no receiver could read it.
+    fn video(&mut self, payload: &[u8]) -> Content {
+        let Some((mut descriptor, len)) = Descriptor::parse(payload) else {
+            return Content::Empty;
+        };
+        let starts_key_frame = payload.get(len..).is_some_and(|vp8| !vp8.is_empty() && descriptor.starts_key_frame(vp8));
+        descriptor.picture_id = descriptor.picture_id.map(|id| PictureId::Long(self.unwrapped(id)));
+        if starts_key_frame {
+            self.key_frames += 1;
+            self.key_frame_wanted = false;
+        }
+        Content::Video {
+            descriptor,
+            descriptor_len: len as u8,
+            starts_key_frame,
+        }
+    }
+
+    /// A picture id in 15 bits: one of 7 bits goes on where its 128 end.
+    fn unwrapped(&mut self, id: PictureId) -> u16 {
+        let id = match id {
+            PictureId::Long(id) => id,
+            PictureId::Short(id) => {
+                let last = self.last_picture_id.unwrap_or(id.into());
+                let ahead = (u16::from(id).wrapping_sub(last) & 0x7F) as i16;
+                let step = if ahead < 64 { ahead } else { ahead - 128 };
+                last.wrapping_add_signed(step) & 0x7FFF
+            }
+        };
+        let newer = self.last_picture_id.is_none_or(|last| id.wrapping_sub(last) & 0x7FFF < 0x4000);
+        if newer {
+            self.last_picture_id = Some(id);
+        }
+        id
+    }
+
+    pub fn handle_sender_report(&mut self, ntp: u64, rtp_time: u32, arrival: Time) {
+        self.receive.handle_sender_report(ntp, arrival);
+        self.clock = Some(SenderClock {
+            ntp_nanos: ntp_nanos(ntp),
+            rtp_time,
+        });
+    }
+
+    /// When [`Ingest::poll_nack`] is due.
+    pub fn next_nack_at(&self) -> Time {
+        self.receive.next_nack_at()
+    }
+
+    /// Writes the numbers to ask the publisher for now; see [`ReceiveStream::poll_nack`].
+    pub fn poll_nack(&mut self, now: Time, rtt: Duration, out: &mut [u16]) -> usize {
+        let NackPoll { count, .. } = self.receive.poll_nack(now, rtt, out);
+        count
+    }
+
+    pub fn count_nack(&mut self) {
+        self.nacks_sent += 1;
+    }
+
+    /// A subscriber cannot go on without a key frame.
+    pub fn want_key_frame(&mut self) {
+        self.key_frame_wanted = true;
+    }
+
+    /// When the publisher may be asked for a key frame; [`Time::MAX`] while none is wanted.
+    pub fn key_frame_request_at(&self) -> Time {
+        match (self.key_frame_wanted, self.media.ssrc, self.key_frame_asked_at) {
+            (false, ..) | (_, None, _) => Time::MAX,
+            (true, Some(_), None) => Time::ZERO,
+            (true, Some(_), Some(asked_at)) => asked_at + self.key_frame_interval,
+        }
+    }
+
+    /// Whether to ask now. `still_wanted`: a subscriber goes on waiting. Asking is noted; it is repeated until a key frame comes.
+    pub fn poll_key_frame_request(&mut self, now: Time, still_wanted: bool) -> bool {
+        if self.key_frame_request_at() > now {
+            return false;
+        }
+        self.key_frame_wanted = still_wanted;
+        if still_wanted {
+            self.key_frame_asked_at = Some(now);
+            self.plis_sent += 1;
+        }
+        still_wanted
+    }
+
+    /// The numbers of a report block; `None` before the first packet.
+    pub fn report_block(&mut self, now: Time) -> Option<ReportNumbers> {
+        self.receive.report_block(now)
+    }
+
+    pub fn statistics(&self) -> EncodingStatistics {
+        EncodingStatistics {
+            ssrc: self.media.ssrc,
+            counts: self.receive.counts(),
+            jitter: self.receive.jitter(),
+            bytes: self.bytes,
+            active: self.activity.is_active(),
+            key_frames: self.key_frames,
+            nacks_sent: self.nacks_sent,
+            plis_sent: self.plis_sent,
+        }
+    }
+}

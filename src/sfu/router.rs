@@ -1,0 +1,1335 @@
+//! One router: the connections, tracks and subscriptions of its rooms. Datagrams, commands and time go in; datagrams, events and counts come out.
+//! No sockets, no clock, no lock, no chance of its own.
+//!
+//! A packet's way: its address names the connection, its SSRC the encoding; there it is opened and kept ([`super::ingest`]). Packets of one encoding that came
+//! together are a *run*. When the run ends, each of the track's subscribers in turn gets what of it is for him ([`super::forward`]): so his state is fetched
+//! into the cache once a run, and his packets may leave with one call.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::forward::{EndedStream, Subscription, Wire};
+use super::ingest::{Format, Ingest, Refused, Taken, ntp_nanos};
+use super::select;
+use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
+use super::{
+    Encodings, MediaCommand, MediaEvent, Outgoing, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
+};
+use crate::measure::Kind;
+use crate::net;
+use crate::seeded::{mixed, scatter};
+use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
+use crate::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check};
+use crate::transport::receive::MISSING_MAX;
+use crate::transport::rtcp::{self, DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, rtt_from_report};
+use crate::transport::rtp::{Datagram, Header, classify};
+use crate::transport::sdp::{Extension, ExtensionIds};
+use crate::transport::sequence::Seq;
+use crate::units::{Epoch, Time, ntp_middle};
+
+/// Reports to publishers, as LiveKit has it.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// Sender reports to subscribers, as LiveKit has it.
+const SENDER_REPORT_INTERVAL: Duration = Duration::from_secs(3);
+/// Loudness is told this often.
+const LEVEL_INTERVAL: Duration = Duration::from_millis(500);
+/// LiveKit's judgement of who speaks: packets at least this loud (-dBov) ..
+const LEVEL_ACTIVE: u8 = 35;
+/// .. make up this share of an interval.
+const LEVEL_ACTIVE_PERCENT: u32 = 40;
+/// Until a round trip to a publisher has been measured.
+const RTT_UNKNOWN: Duration = Duration::from_millis(70);
+/// RTCP compounds stay below this, so that SRTCP's trailer still fits an Ethernet packet.
+const RTCP_BYTES_MAX: usize = 1_200;
+/// RFC 3550: the count of report blocks is five bits.
+const REPORT_BLOCKS_MAX: usize = 31;
+/// Sender reports in one compound, each with a description of its source: 28 and up to 36 bytes.
+const SENDER_REPORTS_MAX: usize = 18;
+/// Checks that came before their connection was added: at most so many, of so many bytes, and for so long. Both ends learn of a description at about the same
+/// time, and a check that is lost costs the joining participant its repeat interval.
+const EARLY_CHECKS_MAX: usize = 64;
+const EARLY_CHECK_BYTES_MAX: usize = 512;
+const EARLY_CHECK_AGE_MAX: Duration = Duration::from_secs(1);
+/// Addresses that one connection may be reached from: candidates of a few interfaces. A new one takes the place of the oldest that is not in use.
+const ADDRESSES_MAX: usize = 8;
+/// Packets of one encoding that are forwarded together.
+const RUN_MAX: usize = net::SEGMENTS_MAX;
+
+/// What a router is made with.
+#[derive(Clone)]
+pub struct RouterConfig {
+    pub identity: Identity,
+    pub epoch: Epoch,
+    /// Where its datagrams come in: the candidate that descriptions name.
+    pub local_address: SocketAddr,
+    pub send: SendMode,
+    /// Chooses the first sequence numbers, timestamps and picture ids.
+    pub seed: u64,
+}
+
+/// One connection.
+struct Transport {
+    id: TransportId,
+    peer: Peer,
+    ufrag: String,
+    /// Authentic checks came from these, the latest last.
+    addresses: Vec<SocketAddr>,
+    /// `(ssrc, track, encoding, is_rtx)` of what it publishes, by SSRC.
+    incoming: Vec<Incoming>,
+    /// `(ssrc, subscription)` of what it gets, retransmissions included, by SSRC.
+    outgoing: Vec<(u32, u32)>,
+    tracks: Vec<u32>,
+    /// Streams that it has got before and that have ended: 16 bytes each.
+    ended: Vec<EndedStream>,
+    transport_cc: Option<(u8, Box<ArrivalLog>)>,
+    rtt: Option<Duration>,
+    /// The publisher's wall clock: nanoseconds since 1900 at [`Time::ZERO`], later by what a packet takes at the fastest.
+    clock: Option<PeerClock>,
+    report_at: Time,
+    repair_at: Time,
+    feedback_at: Time,
+    connected: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Incoming {
+    ssrc: u32,
+    track: u32,
+    encoding: u8,
+    is_rtx: bool,
+}
+
+/// How a publisher's wall clock lies to ours.
+#[derive(Clone, Copy)]
+struct PeerClock {
+    /// Its nanoseconds since 1900 less ours since the epoch, and less the shortest way of a packet.
+    ahead: i64,
+    at: Time,
+}
+
+impl PeerClock {
+    /// The report that travelled fastest tells most; 100 us a second are granted to clocks that drift apart.
+    fn update(clock: Option<PeerClock>, ntp_nanos: i64, arrival: Time) -> PeerClock {
+        let sample = ntp_nanos.saturating_sub(arrival.as_nanos() as i64);
+        let ahead = clock.map_or(sample, |clock| {
+            let drift = arrival.since(clock.at).as_nanos() as i64 / 10_000;
+            sample.max(clock.ahead.saturating_sub(drift))
+        });
+        PeerClock { ahead, at: arrival }
+    }
+
+    /// The publisher's wall clock when ours is at `now`.
+    fn ntp_nanos_at(&self, now: Time) -> i64 {
+        self.ahead.saturating_add(now.as_nanos() as i64)
+    }
+}
+
+impl Transport {
+    fn next_at(&self) -> Time {
+        self.peer.next_timeout().min(self.report_at).min(self.repair_at).min(self.feedback_at)
+    }
+
+    fn find_incoming(&self, ssrc: u32) -> Option<Incoming> {
+        let at = self.incoming.partition_point(|known| known.ssrc < ssrc);
+        self.incoming.get(at).copied().filter(|known| known.ssrc == ssrc)
+    }
+
+    /// Says whose an SSRC is from now on.
+    fn bind(&mut self, incoming: Incoming) {
+        self.incoming
+            .retain(|known| known.ssrc != incoming.ssrc && (known.track, known.encoding, known.is_rtx) != (incoming.track, incoming.encoding, incoming.is_rtx));
+        let at = self.incoming.partition_point(|known| known.ssrc < incoming.ssrc);
+        self.incoming.insert(at, incoming);
+    }
+
+    fn find_outgoing(&self, ssrc: u32) -> Option<u32> {
+        let at = self.outgoing.partition_point(|(known, _)| *known < ssrc);
+        self.outgoing.get(at).filter(|(known, _)| *known == ssrc).map(|(_, subscription)| *subscription)
+    }
+}
+
+/// One published track.
+struct Track {
+    id: TrackId,
+    transport: u32,
+    format: Format,
+    mid: Box<str>,
+    /// The same for all tracks of a connection: subscribers play together what has one name (RFC 3550, section 6.5.1).
+    cname: Box<str>,
+    encodings_by: Encodings,
+    extensions: ExtensionIds,
+    nack: bool,
+    /// From low to high.
+    encodings: Vec<Ingest>,
+    subscribers: Vec<u32>,
+    started: bool,
+    window_at: Time,
+    level: LevelSum,
+}
+
+/// Audio levels since the last telling.
+#[derive(Clone, Copy, Default)]
+struct LevelSum {
+    packets: u32,
+    active: u32,
+    /// Of active packets, in -dBov.
+    sum: u32,
+}
+
+impl LevelSum {
+    fn add(&mut self, level: u8) {
+        // The first bit says whether there is voice; the seven others how loud.
+        let level = level & 0x7F;
+        self.packets += 1;
+        if level <= LEVEL_ACTIVE {
+            self.active += 1;
+            self.sum += u32::from(level);
+        }
+    }
+
+    fn spoke(&self) -> Option<u8> {
+        let active = self.active > 0 && self.active * 100 >= self.packets * LEVEL_ACTIVE_PERCENT;
+        active.then(|| ((self.sum + self.active / 2) / self.active) as u8)
+    }
+}
+
+impl Track {
+    /// When NACKs, key frame requests and layers are to be looked at.
+    fn next_at(&self) -> Time {
+        let encodings = self.encodings.iter().map(|encoding| encoding.next_nack_at().min(encoding.key_frame_request_at()));
+        encodings.fold(self.window_at, Time::min)
+    }
+}
+
+/// Things of one kind, each under a number that stays its own until it is removed.
+struct Slab<T> {
+    entries: Vec<Option<Box<T>>>,
+    free: Vec<u32>,
+}
+
+impl<T> Slab<T> {
+    fn new() -> Slab<T> {
+        Slab {
+            entries: Vec::new(),
+            free: Vec::new(),
+        }
+    }
+
+    fn insert(&mut self, entry: T) -> u32 {
+        let at = self.free.pop().unwrap_or(self.entries.len() as u32);
+        if at as usize == self.entries.len() {
+            self.entries.push(None);
+        }
+        self.entries[at as usize] = Some(Box::new(entry));
+        at
+    }
+
+    fn remove(&mut self, at: u32) -> Option<Box<T>> {
+        let entry = self.entries.get_mut(at as usize)?.take()?;
+        self.free.push(at);
+        Some(entry)
+    }
+
+    fn get(&self, at: u32) -> Option<&T> {
+        self.entries.get(at as usize)?.as_deref()
+    }
+
+    fn get_mut(&mut self, at: u32) -> Option<&mut T> {
+        self.entries.get_mut(at as usize)?.as_deref_mut()
+    }
+
+    fn len(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &T> {
+        self.entries.iter().flatten().map(|entry| &**entry)
+    }
+}
+
+/// A hash for addresses of peers that have proved themselves: nobody else gets into the map, so it need not withstand an attack.
+#[derive(Default)]
+struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        mixed(self.0)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.write_u64(u64::from_ne_bytes(word));
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(23) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+
+    fn write_u32(&mut self, word: u32) {
+        self.write_u64(word.into());
+    }
+
+    fn write_u16(&mut self, word: u16) {
+        self.write_u64(word.into());
+    }
+
+    fn write_usize(&mut self, word: usize) {
+        self.write_u64(word as u64);
+    }
+}
+
+/// A check that came before its connection.
+struct EarlyCheck {
+    from: SocketAddr,
+    arrival: Time,
+    bytes: Vec<u8>,
+}
+
+/// Packets of one encoding that came one behind the other, to be forwarded together.
+struct Run {
+    track: u32,
+    encoding: u8,
+    packets: Vec<u64>,
+}
+
+/// One router; see the module.
+pub struct Router {
+    config: RouterConfig,
+    transports: Slab<Transport>,
+    tracks: Slab<Track>,
+    subscriptions: Slab<Subscription>,
+    transport_slots: HashMap<TransportId, u32>,
+    track_slots: HashMap<TrackId, u32>,
+    subscription_slots: HashMap<SubscriptionId, u32>,
+    addresses: HashMap<SocketAddr, u32, BuildHasherDefault<AddressHasher>>,
+    ufrags: HashMap<String, u32>,
+    /// The address of the datagram before, and its connection: datagrams come in bursts.
+    last_from: Option<(SocketAddr, u32)>,
+    early_checks: VecDeque<EarlyCheck>,
+    run: Run,
+    events: VecDeque<MediaEvent>,
+    statistics: RouterStatistics,
+    /// When each transport is due, by its slot.
+    due: Vec<Time>,
+    next_timeout: Time,
+    levels_at: Time,
+    somebody_spoke: bool,
+    /// Ours, in what we say of published media.
+    rtcp_ssrc: u32,
+    cname: String,
+}
+
+impl Router {
+    pub fn new(config: RouterConfig, now: Time) -> Router {
+        let bits = scatter(config.seed);
+        Router {
+            transports: Slab::new(),
+            tracks: Slab::new(),
+            subscriptions: Slab::new(),
+            transport_slots: HashMap::new(),
+            track_slots: HashMap::new(),
+            subscription_slots: HashMap::new(),
+            addresses: HashMap::default(),
+            ufrags: HashMap::new(),
+            last_from: None,
+            early_checks: VecDeque::new(),
+            run: Run {
+                track: 0,
+                encoding: 0,
+                packets: Vec::with_capacity(RUN_MAX),
+            },
+            events: VecDeque::new(),
+            statistics: RouterStatistics::default(),
+            due: Vec::new(),
+            next_timeout: now + LEVEL_INTERVAL,
+            levels_at: now + LEVEL_INTERVAL,
+            somebody_spoke: false,
+            rtcp_ssrc: bits as u32 | 1,
+            cname: format!("router-{:08x}", bits >> 32),
+            config,
+        }
+    }
+
+    pub fn poll_event(&mut self) -> Option<MediaEvent> {
+        self.events.pop_front()
+    }
+
+    /// When [`Router::handle_timeout`] is due.
+    pub fn next_timeout(&self) -> Time {
+        self.next_timeout
+    }
+
+    pub fn statistics(&self) -> RouterStatistics {
+        RouterStatistics {
+            transports: self.transports.len() as u64,
+            transports_connected: self.transports.iter().filter(|transport| transport.connected).count() as u64,
+            tracks: self.tracks.len() as u64,
+            subscriptions: self.subscriptions.len() as u64,
+            ..self.statistics
+        }
+    }
+
+    /// Each encoding of a track, from low to high; `None` where there is no such track.
+    pub fn track_statistics(&self, track: TrackId) -> Option<Vec<EncodingStatistics>> {
+        let track = self.tracks.get(*self.track_slots.get(&track)?)?;
+        Some(track.encodings.iter().map(Ingest::statistics).collect())
+    }
+
+    pub fn subscription_statistics(&self, subscription: SubscriptionId) -> Option<SubscriptionStatistics> {
+        let subscription = self.subscriptions.get(*self.subscription_slots.get(&subscription)?)?;
+        Some(subscription.statistics())
+    }
+
+    /// What the outlet counted, for the statistics.
+    pub fn count_outlet(&mut self, send_errors: u64, socket_drops: u64) {
+        self.statistics.send_errors += send_errors;
+        self.statistics.socket_drops += socket_drops;
+    }
+
+    // Commands.
+
+    pub fn handle_command(&mut self, command: MediaCommand, now: Time, io: &mut impl Outgoing) {
+        self.forward_run(now, io);
+        let done = match command {
+            MediaCommand::AddTransport { transport, parameters } => self.add_transport(transport, &parameters, now, io),
+            MediaCommand::RestartIce { transport, local, remote } => self.restart_ice(transport, local, &remote, now, io),
+            MediaCommand::RemoveTransport { transport } => self.transport_slots.get(&transport).copied().map(|slot| self.remove_transport(slot)),
+            MediaCommand::AddTrack {
+                transport,
+                track,
+                parameters,
+            } => self.add_track(transport, track, *parameters, now),
+            MediaCommand::RemoveTrack { track } => self.track_slots.get(&track).copied().map(|slot| self.remove_track(slot)),
+            MediaCommand::Subscribe {
+                subscription,
+                transport,
+                track,
+                parameters,
+            } => self.subscribe(subscription, transport, track, &parameters, now),
+            MediaCommand::SetSelection { subscription, selection } => self.set_selection(subscription, selection, now),
+            MediaCommand::Unsubscribe { subscription } => self.subscription_slots.get(&subscription).copied().map(|slot| self.remove_subscription(slot)),
+        };
+        self.statistics.commands_refused += u64::from(done.is_none());
+    }
+
+    fn add_transport(&mut self, id: TransportId, parameters: &TransportParameters, now: Time, io: &mut impl Outgoing) -> Option<()> {
+        if self.transport_slots.contains_key(&id) || self.ufrags.contains_key(&parameters.local.ufrag) {
+            return None;
+        }
+        let peer = Peer::lite(
+            &self.config.identity,
+            &PeerParameters {
+                local_address: self.config.local_address,
+                local: parameters.local.clone(),
+                remote: parameters.remote.clone(),
+                remote_fingerprint: parameters.remote_fingerprint,
+                remote_candidates: Vec::new(),
+                ice_controlling: false,
+                dtls_active: parameters.dtls_active,
+            },
+            self.config.epoch,
+            now,
+        );
+        let slot = self.transports.insert(Transport {
+            id,
+            peer,
+            ufrag: parameters.local.ufrag.clone(),
+            addresses: Vec::new(),
+            incoming: Vec::new(),
+            outgoing: Vec::new(),
+            tracks: Vec::new(),
+            ended: Vec::new(),
+            transport_cc: None,
+            rtt: None,
+            clock: None,
+            report_at: Time::MAX,
+            repair_at: Time::MAX,
+            feedback_at: Time::MAX,
+            connected: false,
+        });
+        self.transport_slots.insert(id, slot);
+        self.ufrags.insert(parameters.local.ufrag.clone(), slot);
+        self.advance_setup(slot, now, io);
+        self.take_early_checks(&parameters.local.ufrag, now, io);
+        Some(())
+    }
+
+    fn restart_ice(&mut self, id: TransportId, local: IceCredentials, remote: &IceCredentials, now: Time, io: &mut impl Outgoing) -> Option<()> {
+        let slot = *self.transport_slots.get(&id)?;
+        if self.ufrags.get(&local.ufrag).is_some_and(|other| *other != slot) {
+            return None;
+        }
+        let transport = self.transports.get_mut(slot)?;
+        transport.peer.restart_ice(&local, remote, now);
+        let old = std::mem::replace(&mut transport.ufrag, local.ufrag.clone());
+        self.ufrags.remove(&old);
+        self.ufrags.insert(local.ufrag.clone(), slot);
+        self.advance_setup(slot, now, io);
+        self.take_early_checks(&local.ufrag, now, io);
+        Some(())
+    }
+
+    fn remove_transport(&mut self, slot: u32) {
+        let tracks = self.transports.get_mut(slot).map(|transport| std::mem::take(&mut transport.tracks));
+        tracks.into_iter().flatten().for_each(|track| self.remove_track(track));
+        let carried = self.transports.get(slot).map(|transport| transport.outgoing.clone());
+        for (_, subscription) in carried.into_iter().flatten() {
+            self.remove_subscription(subscription);
+        }
+        let Some(transport) = self.transports.remove(slot) else { return };
+        self.transport_slots.remove(&transport.id);
+        self.ufrags.remove(&transport.ufrag);
+        for address in &transport.addresses {
+            self.addresses.remove(address);
+        }
+        self.last_from = None;
+        self.due[slot as usize] = Time::MAX;
+    }
+
+    fn add_track(&mut self, transport: TransportId, id: TrackId, parameters: TrackParameters, now: Time) -> Option<()> {
+        let slot = *self.transport_slots.get(&transport)?;
+        let layers = match &parameters.encodings {
+            Encodings::Rids(rids) => rids.len(),
+            Encodings::Ssrc { .. } | Encodings::Mid => 1,
+        };
+        if self.track_slots.contains_key(&id) || parameters.clock_rate == 0 || !(1..=usize::from(u8::MAX)).contains(&layers) {
+            return None;
+        }
+        let owner = self.transports.get_mut(slot)?;
+        let format = Format {
+            kind: parameters.kind,
+            clock_rate: parameters.clock_rate,
+            payload_type: parameters.payload_type,
+            rtx_payload_type: parameters.rtx_payload_type,
+            audio_level_id: parameters.extensions.id(Extension::AudioLevel).filter(|_| parameters.kind == Kind::Audio),
+        };
+        let has_rtx = match parameters.encodings {
+            Encodings::Ssrc { rtx_ssrc, .. } => rtx_ssrc.is_some(),
+            Encodings::Rids(_) | Encodings::Mid => parameters.rtx_payload_type.is_some(),
+        };
+        if let (true, Some(id), None) = (parameters.transport_cc, parameters.extensions.id(Extension::TransportCc), &owner.transport_cc) {
+            owner.transport_cc = Some((id, Box::default()));
+        }
+        let track = self.tracks.insert(Track {
+            id,
+            transport: slot,
+            format,
+            mid: parameters.mid,
+            cname: format!("publisher-{}", transport.0).into(),
+            extensions: parameters.extensions,
+            nack: parameters.nack,
+            encodings: (0..layers).map(|layer| Ingest::new(&format, layer, has_rtx)).collect(),
+            encodings_by: parameters.encodings,
+            subscribers: Vec::new(),
+            started: false,
+            window_at: select::first_window(layers, now),
+            level: LevelSum::default(),
+        });
+        if let Encodings::Ssrc { ssrc, rtx_ssrc } = self.tracks.get(track)?.encodings_by {
+            for (ssrc, is_rtx) in [(Some(ssrc), false), (rtx_ssrc, true)] {
+                let Some(ssrc) = ssrc else { continue };
+                owner.bind(Incoming {
+                    ssrc,
+                    track,
+                    encoding: 0,
+                    is_rtx,
+                });
+            }
+        }
+        owner.tracks.push(track);
+        self.track_slots.insert(id, track);
+        self.look_after(slot, track);
+        Some(())
+    }
+
+    fn remove_track(&mut self, slot: u32) {
+        let subscribers = self.tracks.get_mut(slot).map(|track| std::mem::take(&mut track.subscribers));
+        for subscription in subscribers.into_iter().flatten() {
+            self.remove_subscription(subscription);
+        }
+        let Some(track) = self.tracks.remove(slot) else { return };
+        self.track_slots.remove(&track.id);
+        if let Some(transport) = self.transports.get_mut(track.transport) {
+            transport.tracks.retain(|other| *other != slot);
+            transport.incoming.retain(|known| known.track != slot);
+        }
+    }
+
+    fn subscribe(&mut self, id: SubscriptionId, transport: TransportId, track: TrackId, parameters: &SubscriptionParameters, now: Time) -> Option<()> {
+        let (transport_slot, track_slot) = (*self.transport_slots.get(&transport)?, *self.track_slots.get(&track)?);
+        let (transport, track) = (self.transports.get_mut(transport_slot)?, self.tracks.get_mut(track_slot)?);
+        let ssrcs = [Some(parameters.ssrc), parameters.rtx_ssrc];
+        // One SSRC for two streams would seal two packets under one index.
+        let taken = ssrcs.iter().flatten().any(|ssrc| transport.find_outgoing(*ssrc).is_some()) || ssrcs[0] == ssrcs[1];
+        if taken || self.subscription_slots.contains_key(&id) {
+            return None;
+        }
+        let seed = self.config.seed ^ (u64::from(id.0) << 32);
+        let mut subscription = Subscription::new(id, transport_slot, track_slot, track.format.kind, parameters, seed, &transport.ended).ok()?;
+        transport.ended.retain(|ended| !ssrcs.contains(&Some(ended.ssrc)));
+        let needs_key_frame = subscription.choose_layer(&track.encodings).filter(|_| transport.connected);
+        let streams: Vec<u32> = [Some(subscription.ssrc()), subscription.rtx_ssrc()].into_iter().flatten().collect();
+        let slot = self.subscriptions.insert(subscription);
+        transport.outgoing.extend(streams.into_iter().map(|ssrc| (ssrc, slot)));
+        transport.outgoing.sort_unstable();
+        track.subscribers.push(slot);
+        self.subscription_slots.insert(id, slot);
+        self.want_key_frame(track_slot, needs_key_frame, now);
+        Some(())
+    }
+
+    fn set_selection(&mut self, id: SubscriptionId, selection: super::Selection, now: Time) -> Option<()> {
+        let subscription = self.subscriptions.get_mut(*self.subscription_slots.get(&id)?)?;
+        let track = subscription.track;
+        subscription.set_selection(selection);
+        let needs_key_frame = subscription.choose_layer(&self.tracks.get(track)?.encodings);
+        self.want_key_frame(track, needs_key_frame, now);
+        Some(())
+    }
+
+    fn remove_subscription(&mut self, slot: u32) {
+        let Some(subscription) = self.subscriptions.remove(slot) else { return };
+        self.subscription_slots.remove(&subscription.id);
+        if let Some(track) = self.tracks.get_mut(subscription.track) {
+            track.subscribers.retain(|other| *other != slot);
+        }
+        if let Some(transport) = self.transports.get_mut(subscription.transport) {
+            transport.outgoing.retain(|(_, other)| *other != slot);
+            transport.ended.extend(subscription.ended_streams());
+        }
+    }
+
+    /// A subscriber needs a key frame of one of a track's layers.
+    fn want_key_frame(&mut self, track: u32, layer: Option<u8>, now: Time) {
+        let Some(layer) = layer else { return };
+        let Some(found) = self.tracks.get_mut(track) else { return };
+        let Some(encoding) = found.encodings.get_mut(usize::from(layer)) else { return };
+        encoding.want_key_frame();
+        let (transport, at) = (found.transport, encoding.key_frame_request_at().max(now));
+        self.repair_by(transport, at);
+    }
+
+    /// Has a transport's repair timer look after one of its tracks.
+    fn look_after(&mut self, transport: u32, track: u32) {
+        let Some(at) = self.tracks.get(track).map(Track::next_at) else { return };
+        self.repair_by(transport, at);
+    }
+
+    fn repair_by(&mut self, slot: u32, at: Time) {
+        if let Some(transport) = self.transports.get_mut(slot).filter(|transport| at < transport.repair_at) {
+            transport.repair_at = at;
+            self.schedule(slot);
+        }
+    }
+
+    fn schedule(&mut self, slot: u32) {
+        let Some(transport) = self.transports.get(slot) else { return };
+        let at = transport.next_at();
+        if self.due.len() <= slot as usize {
+            self.due.resize(slot as usize + 1, Time::MAX);
+        }
+        self.due[slot as usize] = at;
+        self.next_timeout = self.next_timeout.min(at);
+    }
+
+    // Datagrams.
+
+    /// One datagram, opened in place. Media may be held back for those that come with it: [`Router::end_batch`] follows the last datagram that is at hand.
+    pub fn handle_datagram(&mut self, datagram: &mut [u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+        self.statistics.datagrams_in += 1;
+        self.statistics.bytes_in += datagram.len() as u64;
+        match classify(datagram) {
+            Datagram::Rtp => self.handle_rtp(datagram, from, arrival, now, io),
+            Datagram::Rtcp => self.handle_rtcp(datagram, from, arrival, now, io),
+            Datagram::Stun => self.handle_stun(datagram, from, arrival, now, io),
+            Datagram::Dtls => self.handle_dtls(datagram, from, arrival, now, io),
+            Datagram::Unknown => self.statistics.refused_unknown_kind += 1,
+        }
+    }
+
+    /// Forwards what [`Router::handle_datagram`] held back.
+    pub fn end_batch(&mut self, now: Time, io: &mut impl Outgoing) {
+        self.forward_run(now, io);
+    }
+
+    /// A datagram that the edge could not take whole.
+    pub fn refuse(&mut self) {
+        self.statistics.datagrams_in += 1;
+        self.statistics.refused_malformed += 1;
+    }
+
+    fn transport_of(&mut self, from: SocketAddr) -> Option<u32> {
+        if let Some((_, slot)) = self.last_from.filter(|(last, _)| *last == from) {
+            return Some(slot);
+        }
+        let slot = *self.addresses.get(&from)?;
+        self.last_from = Some((from, slot));
+        Some(slot)
+    }
+
+    fn handle_stun(&mut self, datagram: &[u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+        let ufrag = local_ufrag_of_check(datagram);
+        let Some(slot) = ufrag.and_then(|ufrag| self.ufrags.get(ufrag).copied()) else {
+            self.statistics.refused_unknown_ufrag += 1;
+            if ufrag.is_some() && datagram.len() <= EARLY_CHECK_BYTES_MAX {
+                if self.early_checks.len() == EARLY_CHECKS_MAX {
+                    self.early_checks.pop_front();
+                }
+                let bytes = datagram.to_vec();
+                self.early_checks.push_back(EarlyCheck { from, arrival, bytes });
+            }
+            return;
+        };
+        if self.take_check(slot, datagram, from, arrival, now, io) {
+            self.statistics.setup_in += 1;
+        } else {
+            self.statistics.refused_setup += 1;
+        }
+    }
+
+    fn take_check(&mut self, slot: u32, datagram: &[u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) -> bool {
+        let Some(transport) = self.transports.get_mut(slot) else { return false };
+        if !transport.peer.handle_setup_datagram(datagram, from, arrival) {
+            return false;
+        }
+        self.learn_address(slot, from);
+        self.advance_setup(slot, now, io);
+        true
+    }
+
+    /// Checks that came just before this user name was known. They have been counted as refused, and stay so.
+    fn take_early_checks(&mut self, ufrag: &str, now: Time, io: &mut impl Outgoing) {
+        let Some(slot) = self.ufrags.get(ufrag).copied() else { return };
+        let checks = std::mem::take(&mut self.early_checks);
+        for check in checks {
+            if local_ufrag_of_check(&check.bytes) != Some(ufrag) {
+                self.early_checks.push_back(check);
+            } else if now.since(check.arrival) <= EARLY_CHECK_AGE_MAX {
+                self.take_check(slot, &check.bytes, check.from, now, now, io);
+            }
+        }
+    }
+
+    /// An authentic check came from here: so may all the rest.
+    fn learn_address(&mut self, slot: u32, from: SocketAddr) {
+        if self.addresses.get(&from) == Some(&slot) {
+            return;
+        }
+        self.last_from = None;
+        if let Some(other) = self.addresses.insert(from, slot)
+            && let Some(other) = self.transports.get_mut(other)
+        {
+            other.addresses.retain(|address| *address != from);
+        }
+        let Some(transport) = self.transports.get_mut(slot) else { return };
+        if transport.addresses.len() == ADDRESSES_MAX {
+            let in_use = transport.peer.remote();
+            let oldest = transport.addresses.iter().position(|address| Some(*address) != in_use).unwrap_or(0);
+            let forgotten = transport.addresses.remove(oldest);
+            self.addresses.remove(&forgotten);
+        }
+        transport.addresses.push(from);
+    }
+
+    fn handle_dtls(&mut self, datagram: &[u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+        let Some(slot) = self.transport_of(from) else {
+            self.statistics.refused_unknown_address += 1;
+            return;
+        };
+        let taken = self
+            .transports
+            .get_mut(slot)
+            .is_some_and(|transport| transport.peer.handle_setup_datagram(datagram, from, arrival));
+        if taken {
+            self.statistics.setup_in += 1;
+        } else {
+            self.statistics.refused_setup += 1;
+        }
+        self.advance_setup(slot, now, io);
+    }
+
+    /// Drives ICE and DTLS as far as they go, and sets their next timer.
+    fn advance_setup(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
+        let Some(transport) = self.transports.get_mut(slot) else { return };
+        transport.peer.handle_timeout(now);
+        let statistics = &mut self.statistics;
+        let (mut connected, mut failed) = (false, None);
+        transport.peer.poll(
+            now,
+            |datagram, to| {
+                statistics.setup_out += 1;
+                statistics.datagrams_out += 1;
+                statistics.bytes_out += datagram.len() as u64;
+                io.lend()[..datagram.len()].copy_from_slice(datagram);
+                io.send(to, datagram.len(), datagram.len());
+            },
+            |event| match event {
+                PeerEvent::Nominated(_) => {}
+                PeerEvent::Connected => connected = true,
+                PeerEvent::Failed(failure) => failed = Some(failure),
+            },
+        );
+        let id = transport.id;
+        if let Some(failure) = failed {
+            self.remove_transport(slot);
+            self.events.push_back(MediaEvent::Failed { transport: id, failure });
+            return;
+        }
+        if connected {
+            transport.connected = true;
+            // Spread over the interval, so that a wave of joins is not a wave of reports for ever after.
+            transport.report_at = now + Duration::from_millis(u64::from(id.0) * 37 % 200 + 100);
+            if transport.transport_cc.is_some() {
+                transport.feedback_at = now + FEEDBACK_INTERVAL;
+            }
+            self.events.push_back(MediaEvent::Connected { transport: id, at: now });
+            self.begin_subscriptions(slot, now);
+        }
+        self.schedule(slot);
+    }
+
+    /// A connection is up: what it is subscribed to can begin.
+    fn begin_subscriptions(&mut self, slot: u32, now: Time) {
+        let Some(transport) = self.transports.get(slot) else { return };
+        for (_, subscription) in transport.outgoing.clone() {
+            let Some(subscription) = self.subscriptions.get_mut(subscription) else { continue };
+            let (track, layer) = (subscription.track, subscription.request_key_frame());
+            self.want_key_frame(track, layer, now);
+        }
+    }
+
+    fn handle_rtp(&mut self, datagram: &mut [u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+        let Some(slot) = self.transport_of(from) else {
+            self.statistics.refused_unknown_address += 1;
+            return;
+        };
+        let Some(header) = Header::parse(datagram) else {
+            self.statistics.refused_malformed += 1;
+            return;
+        };
+        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let known = transport.find_incoming(header.ssrc);
+        let Some(incoming) = known.or_else(|| learn(transport, &self.tracks, &header, datagram)) else {
+            self.statistics.refused_unknown_ssrc += 1;
+            return;
+        };
+        let Some(opener) = transport.peer.opener() else {
+            self.statistics.refused_unkeyed += 1;
+            return;
+        };
+        let Some(track) = self.tracks.get_mut(incoming.track) else { return };
+        let (format, layer) = (track.format, usize::from(incoming.encoding));
+        let taken = track.encodings[layer].handle_rtp(datagram, &header, incoming.is_rtx, &format, opener, arrival, &mut self.statistics);
+        match taken {
+            Ok(taken) => {
+                if known.is_none() {
+                    transport.bind(incoming);
+                }
+                note_arrival(transport, &header, datagram, arrival);
+                match taken {
+                    Taken::Media { ext } => self.take_media(slot, incoming, ext, arrival, now, io),
+                    Taken::Probe => self.statistics.probes_in += 1,
+                }
+            }
+            Err(refused) => {
+                if matches!(refused, Refused::Duplicate | Refused::TooOld | Refused::Malformed) {
+                    note_arrival(transport, &header, datagram, arrival);
+                }
+                let counter = match refused {
+                    Refused::Malformed => &mut self.statistics.refused_malformed,
+                    Refused::Unauthentic => &mut self.statistics.refused_unauthentic,
+                    Refused::Replayed => &mut self.statistics.refused_replayed,
+                    Refused::Duplicate => &mut self.statistics.refused_duplicate,
+                    Refused::TooOld => &mut self.statistics.refused_too_old,
+                };
+                *counter += 1;
+            }
+        }
+    }
+
+    /// A packet is kept: it joins the run, or begins the next one.
+    fn take_media(&mut self, slot: u32, incoming: Incoming, ext: u64, arrival: Time, now: Time, io: &mut impl Outgoing) {
+        let Some(track) = self.tracks.get_mut(incoming.track) else { return };
+        let layer = usize::from(incoming.encoding);
+        let encoding = &mut track.encodings[layer];
+        if let Some(level) = encoding.take_level() {
+            track.level.add(level);
+        }
+        let became_active = encoding.activity.handle_packet(layer) && track.encodings.len() > 1;
+        if !track.started {
+            track.started = true;
+            self.events.push_back(MediaEvent::TrackStarted { track: track.id, at: arrival });
+        }
+        let due = track.encodings[layer].next_nack_at();
+        if became_active {
+            self.choose_layers(incoming.track, now);
+        }
+        self.repair_by(slot, due);
+        let joins = (self.run.track, self.run.encoding) == (incoming.track, incoming.encoding) && self.run.packets.len() < RUN_MAX;
+        if !joins {
+            self.forward_run(now, io);
+            (self.run.track, self.run.encoding) = (incoming.track, incoming.encoding);
+        }
+        self.run.packets.push(ext);
+    }
+
+    /// Which layers of a track are being sent has changed.
+    fn choose_layers(&mut self, slot: u32, now: Time) {
+        let Some(track) = self.tracks.get_mut(slot) else { return };
+        let mut at = Time::MAX;
+        for subscriber in &track.subscribers {
+            let Some(subscription) = self.subscriptions.get_mut(*subscriber) else { continue };
+            if let Some(layer) = subscription.choose_layer(&track.encodings) {
+                let encoding = &mut track.encodings[usize::from(layer)];
+                encoding.want_key_frame();
+                at = at.min(encoding.key_frame_request_at().max(now));
+            }
+        }
+        let transport = track.transport;
+        self.repair_by(transport, at);
+    }
+
+    /// Sends the run to each of its track's subscribers.
+    fn forward_run(&mut self, now: Time, io: &mut impl Outgoing) {
+        if self.run.packets.is_empty() {
+            return;
+        }
+        if let Some(track) = self.tracks.get(self.run.track) {
+            for (at, slot) in track.subscribers.iter().enumerate() {
+                // The next subscribers are not in the cache: fetched now, they are there when their turn comes.
+                prefetch_subscribers(&self.subscriptions, &self.transports, &track.subscribers[at + 1..]);
+                let Some(subscription) = self.subscriptions.get_mut(*slot) else { continue };
+                let transport = self.transports.get(subscription.transport);
+                let way = transport.and_then(|transport| Some((transport.peer.remote()?, transport.peer.sealer()?)));
+                let Some((to, sealer)) = way else {
+                    self.statistics.withheld_unconnected += self.run.packets.len() as u64;
+                    continue;
+                };
+                let mut wire = Wire {
+                    io,
+                    to,
+                    sealer,
+                    send: self.config.send,
+                    now,
+                    statistics: &mut self.statistics,
+                };
+                subscription.forward(&track.encodings, self.run.encoding, &self.run.packets, &track.format, &mut wire);
+            }
+        }
+        self.run.packets.clear();
+    }
+
+    fn handle_rtcp(&mut self, datagram: &mut [u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+        // What a report or a NACK speaks of may still be in the run.
+        self.forward_run(now, io);
+        let Some(slot) = self.transport_of(from) else {
+            self.statistics.refused_unknown_address += 1;
+            return;
+        };
+        let Some(opener) = self.transports.get_mut(slot).and_then(|transport| transport.peer.opener()) else {
+            self.statistics.refused_unkeyed += 1;
+            return;
+        };
+        let Ok(len) = opener.open_rtcp(datagram) else {
+            self.statistics.refused_unauthentic += 1;
+            return;
+        };
+        self.statistics.rtcp_in += 1;
+        for packet in rtcp::packets(&datagram[..len]) {
+            match packet {
+                Ok(packet) => self.handle_rtcp_packet(slot, &packet, arrival, now, io),
+                Err(_) => self.statistics.rtcp_malformed += 1,
+            }
+        }
+    }
+
+    fn handle_rtcp_packet(&mut self, slot: u32, packet: &Packet<'_>, arrival: Time, now: Time, io: &mut impl Outgoing) {
+        match packet {
+            Packet::SenderReport { sender, reports } => {
+                self.handle_sender_report(slot, sender.ssrc, sender.ntp, sender.rtp_time, arrival);
+                reports.clone().for_each(|block| self.handle_report_block(slot, &block, arrival));
+            }
+            Packet::ReceiverReport { reports, .. } => reports.clone().for_each(|block| self.handle_report_block(slot, &block, arrival)),
+            Packet::Nack { media_ssrc, seqs, .. } => self.handle_nack(slot, *media_ssrc, seqs.clone(), now, io),
+            Packet::Pli { media_ssrc, .. } => {
+                self.statistics.plis_in += 1;
+                self.handle_key_frame_request(slot, *media_ssrc, now);
+            }
+            Packet::Fir { entries, .. } => {
+                self.statistics.firs_in += 1;
+                entries.clone().for_each(|(ssrc, _)| self.handle_key_frame_request(slot, ssrc, now));
+            }
+            Packet::Xr { ssrc, rrtr, dlrr } => {
+                if let Some(ntp) = rrtr {
+                    self.answer_reference_time(slot, *ssrc, *ntp, io);
+                }
+                let now_ntp = ntp_middle(self.config.epoch.ntp(arrival));
+                let rtts = dlrr.clone().filter(|block| block.ssrc == self.rtcp_ssrc);
+                let rtt = rtts.filter_map(|block| rtt_from_report(now_ntp, block.last_rr, block.delay_since_last_rr)).last();
+                if let Some(transport) = self.transports.get_mut(slot) {
+                    transport.rtt = rtt.or(transport.rtt);
+                }
+            }
+            Packet::Sdes { .. } | Packet::Bye { .. } | Packet::TransportCc { .. } | Packet::Remb { .. } | Packet::Unknown { .. } => {}
+        }
+    }
+
+    fn handle_sender_report(&mut self, slot: u32, ssrc: u32, ntp: u64, rtp_time: u32, arrival: Time) {
+        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(incoming) = transport.find_incoming(ssrc).filter(|incoming| !incoming.is_rtx) else {
+            return;
+        };
+        transport.clock = Some(PeerClock::update(transport.clock, ntp_nanos(ntp), arrival));
+        if let Some(track) = self.tracks.get_mut(incoming.track) {
+            track.encodings[usize::from(incoming.encoding)].handle_sender_report(ntp, rtp_time, arrival);
+        }
+    }
+
+    fn handle_report_block(&mut self, slot: u32, block: &ReportBlock, arrival: Time) {
+        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(subscription) = transport.find_outgoing(block.ssrc) else { return };
+        let rtt = rtt_from_report(ntp_middle(self.config.epoch.ntp(arrival)), block.lsr, block.dlsr);
+        transport.rtt = rtt.or(transport.rtt);
+        // Reports on retransmissions say nothing of the media's loss.
+        if let Some(subscription) = self.subscriptions.get_mut(subscription).filter(|found| found.ssrc() == block.ssrc) {
+            subscription.handle_report_block(block, rtt);
+        }
+    }
+
+    fn handle_nack(&mut self, slot: u32, media_ssrc: u32, seqs: impl Iterator<Item = Seq>, now: Time, io: &mut impl Outgoing) {
+        let Some(transport) = self.transports.get(slot) else { return };
+        let (Some(to), Some(sealer)) = (transport.peer.remote(), transport.peer.sealer()) else {
+            return;
+        };
+        let Some(subscription) = transport.find_outgoing(media_ssrc).and_then(|found| self.subscriptions.get_mut(found)) else {
+            return;
+        };
+        let Some(track) = self.tracks.get(subscription.track) else { return };
+        let mut wire = Wire {
+            io,
+            to,
+            sealer,
+            send: self.config.send,
+            now,
+            statistics: &mut self.statistics,
+        };
+        subscription.handle_nack(&track.encodings, seqs, &mut wire);
+    }
+
+    fn handle_key_frame_request(&mut self, slot: u32, media_ssrc: u32, now: Time) {
+        let found = self.transports.get(slot).and_then(|transport| transport.find_outgoing(media_ssrc));
+        let Some(subscription) = found.and_then(|found| self.subscriptions.get_mut(found)) else {
+            return;
+        };
+        subscription.count_key_frame_request();
+        let (track, layer) = (subscription.track, subscription.request_key_frame());
+        self.want_key_frame(track, layer, now);
+    }
+
+    /// A receiver without media learns its round trip from the answer (RFC 3611). It is given at once, so the delay in it is zero, as LiveKit's.
+    fn answer_reference_time(&mut self, slot: u32, ssrc: u32, ntp: u64, io: &mut impl Outgoing) {
+        let answer = DlrrBlock {
+            ssrc,
+            last_rr: ntp_middle(ntp),
+            delay_since_last_rr: 0,
+        };
+        let ours = self.rtcp_ssrc;
+        if let Some(transport) = self.transports.get_mut(slot) {
+            send_compound(transport, &mut self.statistics, io, |writer| writer.xr(ours, None, [answer]));
+        }
+    }
+
+    // Time.
+
+    /// Sends what is due: NACKs, key frame requests, reports, feedback, set-up.
+    pub fn handle_timeout(&mut self, now: Time, io: &mut impl Outgoing) {
+        self.forward_run(now, io);
+        if now < self.next_timeout {
+            return;
+        }
+        for slot in 0..self.due.len() {
+            if self.due[slot] <= now {
+                self.advance(slot as u32, now, io);
+            }
+        }
+        if now >= self.levels_at {
+            self.tell_levels();
+            self.levels_at = now + LEVEL_INTERVAL;
+        }
+        self.next_timeout = self.due.iter().copied().fold(self.levels_at, Time::min);
+    }
+
+    fn advance(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
+        let due = |at: Option<Time>| at.is_some_and(|at| at <= now);
+        if due(self.transports.get(slot).map(|transport| transport.peer.next_timeout())) {
+            self.advance_setup(slot, now, io);
+        }
+        if due(self.transports.get(slot).map(|transport| transport.repair_at)) {
+            self.repair(slot, now, io);
+        }
+        if due(self.transports.get(slot).map(|transport| transport.feedback_at)) {
+            self.send_feedback(slot, now, io);
+        }
+        if due(self.transports.get(slot).map(|transport| transport.report_at)) {
+            self.send_reports(slot, now, io);
+        }
+        self.schedule(slot);
+    }
+
+    /// Asks a publisher for what is missing and for key frames that are needed, and judges its layers.
+    fn repair(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
+        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let tracks = std::mem::take(&mut transport.tracks);
+        let mut next_at = Time::MAX;
+        for track in &tracks {
+            self.judge_layers(*track, now);
+            self.repair_track(slot, *track, now, io);
+            next_at = next_at.min(self.tracks.get(*track).map_or(Time::MAX, Track::next_at));
+        }
+        if let Some(transport) = self.transports.get_mut(slot) {
+            transport.tracks = tracks;
+            transport.repair_at = next_at;
+        }
+    }
+
+    fn judge_layers(&mut self, slot: u32, now: Time) {
+        let Some(track) = self.tracks.get_mut(slot).filter(|track| track.window_at <= now) else {
+            return;
+        };
+        track.window_at = now + select::ACTIVITY_WINDOW;
+        let mut stopped = false;
+        for (layer, encoding) in track.encodings.iter_mut().enumerate() {
+            stopped |= encoding.activity.close_window(layer);
+        }
+        if stopped {
+            self.choose_layers(slot, now);
+        }
+    }
+
+    fn repair_track(&mut self, slot: u32, track: u32, now: Time, io: &mut impl Outgoing) {
+        let (Some(transport), Some(track)) = (self.transports.get_mut(slot), self.tracks.get_mut(track)) else {
+            return;
+        };
+        let rtt = transport.rtt.unwrap_or(RTT_UNKNOWN);
+        for (layer, encoding) in track.encodings.iter_mut().enumerate() {
+            let Some(media_ssrc) = encoding.ssrc() else { continue };
+            if encoding.next_nack_at() <= now {
+                let mut missing = [0; MISSING_MAX];
+                let count = encoding.poll_nack(now, rtt, &mut missing);
+                if track.nack && count > 0 {
+                    let seqs = missing[..count].iter().map(|seq| Seq(*seq));
+                    send_compound(transport, &mut self.statistics, io, |writer| writer.nack(self.rtcp_ssrc, media_ssrc, seqs));
+                    encoding.count_nack();
+                    self.statistics.nacks_out += 1;
+                    self.statistics.nacked_out += count as u64;
+                }
+            }
+            if encoding.key_frame_request_at() <= now {
+                let waits = |subscriber: &u32| self.subscriptions.get(*subscriber).and_then(Subscription::key_frame_layer) == Some(layer as u8);
+                let still_wanted = track.subscribers.iter().any(waits);
+                if encoding.poll_key_frame_request(now, still_wanted) {
+                    // Some publishers answer only what names their stream in both places, as LiveKit does.
+                    send_compound(transport, &mut self.statistics, io, |writer| writer.pli(media_ssrc, media_ssrc));
+                    self.statistics.plis_out += 1;
+                }
+            }
+        }
+    }
+
+    fn send_feedback(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
+        let Some(transport) = self.transports.get_mut(slot) else { return };
+        transport.feedback_at = now + FEEDBACK_INTERVAL;
+        let media_ssrc = transport.incoming.first().map_or(0, |incoming| incoming.ssrc);
+        let Some((id, mut log)) = transport.transport_cc.take() else { return };
+        while log.has_news() {
+            let ours = self.rtcp_ssrc;
+            if !send_compound(transport, &mut self.statistics, io, |writer| log.write(writer, ours, media_ssrc)) {
+                break;
+            }
+            self.statistics.transport_feedbacks_out += 1;
+        }
+        transport.transport_cc = Some((id, log));
+    }
+
+    fn send_reports(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
+        if let Some(transport) = self.transports.get_mut(slot) {
+            transport.report_at = now + REPORT_INTERVAL;
+        }
+        self.send_receiver_reports(slot, now, io);
+        self.send_sender_reports(slot, now, io);
+    }
+
+    /// RR for every published encoding, and our clock: the answer tells us the round trip (RFC 3611).
+    fn send_receiver_reports(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
+        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let (ours, ntp, cname) = (self.rtcp_ssrc, self.config.epoch.ntp(now), &self.cname);
+        let published = std::mem::take(&mut transport.incoming);
+        let tracks = &mut self.tracks;
+        let mut blocks = published.iter().filter(|incoming| !incoming.is_rtx).filter_map(|incoming| {
+            let track = tracks.get_mut(incoming.track)?;
+            let numbers = track.encodings[usize::from(incoming.encoding)].report_block(now)?;
+            Some(ReportBlock {
+                ssrc: incoming.ssrc,
+                fraction_lost: numbers.fraction_lost,
+                cumulative_lost: numbers.cumulative_lost,
+                extended_highest_seq: numbers.extended_highest_seq,
+                jitter: numbers.jitter,
+                lsr: numbers.lsr,
+                dlsr: numbers.dlsr,
+            })
+        });
+        let mut reference_time = Some(ntp);
+        loop {
+            let mut batch = [ReportBlock::default(); REPORT_BLOCKS_MAX];
+            let mut count = 0;
+            while let Some(block) = if count < REPORT_BLOCKS_MAX { blocks.next() } else { None } {
+                batch[count] = block;
+                count += 1;
+            }
+            if count == 0 {
+                break;
+            }
+            send_compound(transport, &mut self.statistics, io, |writer| {
+                writer.receiver_report(ours, batch[..count].iter().copied())?;
+                writer.sdes_cname(ours, cname)?;
+                writer.xr(ours, reference_time.take(), [])
+            });
+            self.statistics.receiver_reports_out += 1;
+        }
+        drop(blocks);
+        transport.incoming = published;
+    }
+
+    /// SR for each stream that this connection gets, in our own clock.
+    fn send_sender_reports(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
+        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let carried = std::mem::take(&mut transport.outgoing);
+        for some in carried.chunks(SENDER_REPORTS_MAX) {
+            self.send_some_sender_reports(slot, some, now, io);
+        }
+        if let Some(transport) = self.transports.get_mut(slot) {
+            transport.outgoing = carried;
+        }
+    }
+
+    fn send_some_sender_reports(&mut self, slot: u32, carried: &[(u32, u32)], now: Time, io: &mut impl Outgoing) {
+        let ntp = self.config.epoch.ntp(now);
+        let mut reports = [(SenderInfo::default(), 0); SENDER_REPORTS_MAX];
+        let mut count = 0;
+        for (ssrc, subscription) in carried {
+            let Some(found) = self.subscriptions.get_mut(*subscription) else { continue };
+            if found.ssrc() != *ssrc || found.sender_report_at > now {
+                continue;
+            }
+            let Some(track) = self.tracks.get(found.track) else { continue };
+            let Some(clock) = self.transports.get(track.transport).and_then(|publisher| publisher.clock) else {
+                continue;
+            };
+            if let Some(info) = found.sender_info(&track.encodings, &track.format, clock.ntp_nanos_at(now), ntp) {
+                found.sender_report_at = now + SENDER_REPORT_INTERVAL;
+                reports[count] = (info, found.track);
+                count += 1;
+            }
+        }
+        let (Some(transport), tracks) = (self.transports.get_mut(slot), &self.tracks) else { return };
+        if count == 0 {
+            return;
+        }
+        let sent = send_compound(transport, &mut self.statistics, io, |writer| {
+            for (info, track) in &reports[..count] {
+                writer.sender_report(info, [])?;
+                let cname = tracks.get(*track).map_or("", |track| &track.cname);
+                writer.sdes_cname(info.ssrc, cname)?;
+            }
+            Ok(())
+        });
+        self.statistics.sender_reports_out += if sent { count as u64 } else { 0 };
+    }
+
+    fn tell_levels(&mut self) {
+        let mut levels = Vec::new();
+        for track in self.tracks.entries.iter_mut().flatten() {
+            let sum = std::mem::take(&mut track.level);
+            levels.extend(sum.spoke().map(|level| (track.id, level)));
+        }
+        // Silence is told once.
+        if self.somebody_spoke || !levels.is_empty() {
+            self.somebody_spoke = !levels.is_empty();
+            self.events.push_back(MediaEvent::AudioLevels { levels });
+        }
+    }
+}
+
+/// Whose a packet of an unknown SSRC is, by the mid, rid and repaired rid in its header (RFC 8843, RFC 8852). Believed only once the packet proves authentic.
+fn learn(transport: &Transport, tracks: &Slab<Track>, header: &Header, datagram: &[u8]) -> Option<Incoming> {
+    transport.tracks.iter().find_map(|slot| {
+        let track = tracks.get(*slot)?;
+        let text = |extension| header.extension(datagram, track.extensions.id(extension)?);
+        let named = text(Extension::Mid)? == track.mid.as_bytes();
+        let (encoding, is_rtx) = match &track.encodings_by {
+            _ if !named => return None,
+            Encodings::Ssrc { .. } => return None,
+            Encodings::Mid => (0, Some(header.payload_type) == track.format.rtx_payload_type),
+            Encodings::Rids(rids) => {
+                let layer = |rid: &[u8]| rids.iter().position(|known| known.as_bytes() == rid);
+                match (text(Extension::RepairedRid).and_then(layer), text(Extension::Rid).and_then(layer)) {
+                    (Some(layer), _) => (layer, true),
+                    (None, Some(layer)) => (layer, false),
+                    (None, None) => return None,
+                }
+            }
+        };
+        Some(Incoming {
+            ssrc: header.ssrc,
+            track: *slot,
+            encoding: encoding as u8,
+            is_rtx,
+        })
+    })
+}
+
+/// For transport-wide feedback, where agreed.
+fn note_arrival(transport: &mut Transport, header: &Header, datagram: &[u8], arrival: Time) {
+    let Some((id, log)) = &mut transport.transport_cc else { return };
+    if let Some(&[high, low]) = header.extension(datagram, *id) {
+        log.record(u16::from_be_bytes([high, low]), arrival);
+    }
+}
+
+fn prefetch_subscribers(subscriptions: &Slab<Subscription>, transports: &Slab<Transport>, next: &[u32]) {
+    if let Some(subscription) = next.get(1).and_then(|slot| subscriptions.get(*slot)) {
+        net::prefetch(subscription, usize::MAX);
+    }
+    let transport = next.first().and_then(|slot| transports.get(subscriptions.get(*slot)?.transport));
+    if let Some(sealer) = transport.and_then(|transport| transport.peer.sealer()) {
+        net::prefetch(sealer, usize::MAX);
+    }
+}
+
+/// Writes one compound into the lent buffer, seals and sends it. What does not fit is not sent: the compounds above are made to fit.
+fn send_compound(
+    transport: &mut Transport,
+    statistics: &mut RouterStatistics,
+    io: &mut impl Outgoing,
+    write: impl FnOnce(&mut Writer<'_>) -> Result<(), WriteError>,
+) -> bool {
+    let Some(to) = transport.peer.remote() else { return false };
+    let Some(sealer) = transport.peer.sealer_mut() else { return false };
+    let buffer = io.lend();
+    let mut writer = Writer::new(&mut buffer[..RTCP_BYTES_MAX]);
+    if write(&mut writer).is_err() || writer.is_empty() {
+        return false;
+    }
+    let len = writer.len();
+    let Ok(sealed) = sealer.seal_rtcp(buffer, len) else { return false };
+    io.send(to, sealed, sealed);
+    statistics.rtcp_out += 1;
+    statistics.datagrams_out += 1;
+    statistics.bytes_out += sealed as u64;
+    true
+}
