@@ -206,7 +206,7 @@ pub fn send_segmented(socket: &UdpSocket, to: Option<SocketAddr>, bytes: &[u8], 
         iov_base: bytes.as_ptr().cast_mut().cast(),
         iov_len: bytes.len(),
     };
-    // SAFETY: a zeroed msghdr is valid; the pointers set below outlive the call; the control buffer is larger than one cmsg of two bytes.
+    // SAFETY: a zeroed msghdr is valid; the pointers set below outlive the call.
     let sent = unsafe {
         let mut header: libc::msghdr = std::mem::zeroed();
         let name = to.map(socket2::SockAddr::from);
@@ -216,16 +216,158 @@ pub fn send_segmented(socket: &UdpSocket, to: Option<SocketAddr>, bytes: &[u8], 
         }
         header.msg_iov = &raw mut vector;
         header.msg_iovlen = 1;
-        header.msg_control = control.0.as_mut_ptr().cast();
+        write_segment_size(&mut header, &mut control, segment);
+        libc::sendmsg(socket.as_raw_fd(), &raw const header, 0)
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Datagrams that one call sends. More would not cost less, but leave later.
+const SEND_BATCH: usize = 64;
+
+/// Datagrams to many receivers, sent with few calls. What waits is sent when there is no room for more, or by [`SendBatch::flush`].
+pub struct SendBatch {
+    bytes: Box<[u8]>,
+    used: usize,
+    waiting: Vec<Waiting>,
+    headers: Box<[libc::mmsghdr; SEND_BATCH]>,
+    vectors: Box<[libc::iovec; SEND_BATCH]>,
+    controls: Box<[ControlBuffer; SEND_BATCH]>,
+    /// Cleared at the first path that cannot segment.
+    segmentation: bool,
+    errors: u64,
+}
+
+struct Waiting {
+    to: socket2::SockAddr,
+    start: usize,
+    len: usize,
+    segment: usize,
+}
+
+impl Default for SendBatch {
+    fn default() -> SendBatch {
+        // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are valid.
+        let (headers, vectors, controls) = unsafe { (Box::new(std::mem::zeroed()), Box::new(std::mem::zeroed()), Box::new(std::mem::zeroed())) };
+        SendBatch {
+            bytes: vec![0; 2 * SEND_BYTES_MAX].into_boxed_slice(),
+            used: 0,
+            waiting: Vec::with_capacity(SEND_BATCH),
+            headers,
+            vectors,
+            controls,
+            segmentation: true,
+            errors: 0,
+        }
+    }
+}
+
+impl SendBatch {
+    /// Room for at least [`SEND_BYTES_MAX`] bytes; the same until the next [`SendBatch::push`].
+    pub fn lend(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.used..]
+    }
+
+    /// Takes the first `len` bytes of the lent room as datagrams of `segment` bytes each; the last may be shorter.
+    pub fn push(&mut self, socket: &UdpSocket, to: SocketAddr, len: usize, segment: usize) {
+        self.waiting.push(Waiting {
+            to: to.into(),
+            start: self.used,
+            len,
+            segment,
+        });
+        self.used += len;
+        if self.waiting.len() == SEND_BATCH || self.bytes.len() - self.used < SEND_BYTES_MAX {
+            self.flush(socket);
+        }
+    }
+
+    pub fn flush(&mut self, socket: &UdpSocket) {
+        let mut sent = 0;
+        while sent < self.waiting.len() {
+            match self.send_from(socket, sent) {
+                Ok(count) => sent += count,
+                Err(error) => {
+                    self.send_one_by_one(socket, sent, &error);
+                    sent += 1;
+                }
+            }
+        }
+        self.waiting.clear();
+        self.used = 0;
+    }
+
+    /// Datagrams that the kernel did not take since the last call.
+    pub fn take_errors(&mut self) -> u64 {
+        std::mem::take(&mut self.errors)
+    }
+
+    /// Sends what waits from `first` on, until something cannot be sent: how many entries were, or why not even the first.
+    fn send_from(&mut self, socket: &UdpSocket, first: usize) -> io::Result<usize> {
+        let waiting = &self.waiting[first..];
+        for (index, entry) in waiting.iter().enumerate() {
+            let (header, control) = (&mut self.headers[index].msg_hdr, &mut self.controls[index]);
+            self.vectors[index] = libc::iovec {
+                iov_base: self.bytes[entry.start..].as_mut_ptr().cast(),
+                iov_len: entry.len,
+            };
+            header.msg_name = entry.to.as_ptr().cast_mut().cast();
+            header.msg_namelen = entry.to.len();
+            header.msg_iov = &raw mut self.vectors[index];
+            header.msg_iovlen = 1;
+            header.msg_control = std::ptr::null_mut();
+            header.msg_controllen = 0;
+            if entry.len > entry.segment {
+                if !self.segmentation {
+                    // Everything before it leaves with this call, and it by itself with the next.
+                    return if index == 0 {
+                        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+                    } else {
+                        self.send_headers(socket, index)
+                    };
+                }
+                write_segment_size(header, control, entry.segment);
+            }
+        }
+        let count = waiting.len();
+        self.send_headers(socket, count)
+    }
+
+    fn send_headers(&mut self, socket: &UdpSocket, count: usize) -> io::Result<usize> {
+        // SAFETY: the first `count` headers were filled with pointers into buffers of this batch, with their true lengths; the borrow keeps them alive.
+        let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), self.headers.as_mut_ptr(), count as u32, 0) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(sent as usize) }
+    }
+
+    /// What could not be sent as a whole: where the path cannot segment, its datagrams are sent by themselves.
+    fn send_one_by_one(&mut self, socket: &UdpSocket, index: usize, error: &io::Error) {
+        let entry = &self.waiting[index];
+        let bytes = &self.bytes[entry.start..entry.start + entry.len];
+        let cannot_segment = matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP));
+        if entry.len <= entry.segment || !cannot_segment {
+            self.errors += entry.len.div_ceil(entry.segment) as u64;
+            return;
+        }
+        self.segmentation = false;
+        let to = entry.to.as_socket();
+        for datagram in bytes.chunks(entry.segment) {
+            self.errors += u64::from(send(socket, to, datagram).is_err());
+        }
+    }
+}
+
+/// Adds the control message that has the kernel cut a send into datagrams of `segment` bytes.
+fn write_segment_size(header: &mut libc::msghdr, control: &mut ControlBuffer, segment: usize) {
+    header.msg_control = control.0.as_mut_ptr().cast();
+    // SAFETY: the control buffer is larger than one message of two bytes, and outlives the header's use.
+    unsafe {
         header.msg_controllen = libc::CMSG_SPACE(size_of::<u16>() as u32) as usize;
-        let message = libc::CMSG_FIRSTHDR(&raw const header);
+        let message = libc::CMSG_FIRSTHDR(&raw const *header);
         (*message).cmsg_level = libc::SOL_UDP;
         (*message).cmsg_type = libc::UDP_SEGMENT;
         (*message).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as u32) as usize;
         libc::CMSG_DATA(message).cast::<u16>().write_unaligned(segment as u16);
-        libc::sendmsg(socket.as_raw_fd(), &raw const header, 0)
-    };
-    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
 }
 
 /// Sends one datagram. `to` is `None` on a connected socket.
@@ -340,6 +482,42 @@ mod tests {
         }
         assert!(batch.datagram(3).is_none());
         assert_eq!(batch.receive(&b).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_batch_sends_plain_and_segmented_datagrams_in_order_and_more_than_it_holds() {
+        for segmentation in [true, false] {
+            let (a, b) = pair();
+            let (to, from) = (b.local_addr().unwrap(), a.local_addr().unwrap());
+            let mut batch = SendBatch {
+                segmentation,
+                ..SendBatch::default()
+            };
+            let mut received = Vec::new();
+            let mut receiver = Batch::default();
+            let mut drain = |received: &mut Vec<Vec<u8>>| {
+                while let Ok(count) = receiver.receive(&b) {
+                    for index in 0..count {
+                        let (datagram, facts) = receiver.datagram(index).unwrap();
+                        assert_eq!(facts.from, from);
+                        received.push(datagram.to_vec());
+                    }
+                }
+            };
+            let mut expected = Vec::new();
+            for round in 0..200u8 {
+                let (len, segment) = if round % 3 == 0 { (2_500, 1_000) } else { (300, 300) };
+                let bytes: Vec<u8> = (0..len).map(|at| (at as u8).wrapping_mul(3) ^ round).collect();
+                batch.lend()[..len].copy_from_slice(&bytes);
+                batch.push(&a, to, len, segment);
+                expected.extend(bytes.chunks(segment).map(<[u8]>::to_vec));
+                drain(&mut received);
+            }
+            batch.flush(&a);
+            drain(&mut received);
+            assert_eq!(batch.take_errors(), 0);
+            assert!(received == expected, "{} of {}", received.len(), expected.len());
+        }
     }
 
     #[test]

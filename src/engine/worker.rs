@@ -335,7 +335,7 @@ impl Worker {
 /// When a datagram reached this host, on the run's clock: by the kernel's stamp, or `now` where it gave none.
 ///
 /// `now` and `unix_now` are one moment on both clocks; a datagram that came while others were being taken is younger than that.
-fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
+pub(crate) fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
     const ABSURD: Duration = Duration::from_secs(10);
     let Some(stamp) = stamp else { return now };
     let apart = Duration::from_nanos(unix_now.abs_diff(stamp));

@@ -80,7 +80,10 @@ impl Cache {
     pub fn insert(&mut self, packet: &Packet<'_>) -> bool {
         let place = self.place(packet.ext);
         let older = self.entries[place].ext;
-        let Some(len) = u16::try_from(packet.payload.len()).ok().filter(|len| usize::from(*len) <= self.bytes.len()) else {
+        let Some(len) = u16::try_from(packet.payload.len())
+            .ok()
+            .filter(|len| usize::from(*len) <= self.bytes.len())
+        else {
             return false;
         };
         if older != u64::MAX && older >= packet.ext {

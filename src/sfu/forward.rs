@@ -517,7 +517,9 @@ impl Subscription {
         let Some(header_len) = self.write_media(&parts, entry.marker, out, rtp_time, buffer) else {
             return;
         };
-        let Ok(sealed) = wire.sealer.seal_rtp(buffer, header_len, len, out) else { return };
+        let Ok(sealed) = wire.sealer.seal_rtp(buffer, header_len, len, out) else {
+            return;
+        };
         burst.push(sealed, wire);
         wire.statistics.media_out += 1;
         wire.statistics.media_bytes_out += len as u64;
@@ -730,7 +732,11 @@ impl Parts<'_> {
     }
 
     fn len(&self) -> usize {
-        if self.is_filler() { FILLER_BYTES } else { self.descriptor_len + self.payload.len() }
+        if self.is_filler() {
+            FILLER_BYTES
+        } else {
+            self.descriptor_len + self.payload.len()
+        }
     }
 
     /// Writes what is behind the header, and returns its length.

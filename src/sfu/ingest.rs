@@ -217,7 +217,9 @@ impl Ingest {
         let packet = &datagram[..len];
         let payload = header.payload(packet).ok_or(Refused::Malformed)?;
         if is_rtx {
-            let Some((original, payload)) = split_rtx(payload) else { return Ok(Taken::Probe) };
+            let Some((original, payload)) = split_rtx(payload) else {
+                return Ok(Taken::Probe);
+            };
             self.keep(original.0, header, packet, payload, true, format, arrival, statistics)
         } else {
             self.keep(header.seq.0, header, packet, payload, false, format, arrival, statistics)

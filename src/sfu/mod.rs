@@ -13,6 +13,7 @@ mod ingest;
 pub mod router;
 mod select;
 pub mod statistics;
+pub mod worker;
 
 use std::net::SocketAddr;
 

@@ -15,7 +15,8 @@ use super::ingest::{Format, Ingest, Refused, Taken, ntp_nanos};
 use super::select;
 use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
 use super::{
-    Encodings, MediaCommand, MediaEvent, Outgoing, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
+    Encodings, MediaCommand, MediaEvent, Outgoing, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId,
+    TransportParameters,
 };
 use crate::measure::Kind;
 use crate::net;
@@ -138,15 +139,19 @@ impl Transport {
 
     /// Says whose an SSRC is from now on.
     fn bind(&mut self, incoming: Incoming) {
-        self.incoming
-            .retain(|known| known.ssrc != incoming.ssrc && (known.track, known.encoding, known.is_rtx) != (incoming.track, incoming.encoding, incoming.is_rtx));
+        self.incoming.retain(|known| {
+            known.ssrc != incoming.ssrc && (known.track, known.encoding, known.is_rtx) != (incoming.track, incoming.encoding, incoming.is_rtx)
+        });
         let at = self.incoming.partition_point(|known| known.ssrc < incoming.ssrc);
         self.incoming.insert(at, incoming);
     }
 
     fn find_outgoing(&self, ssrc: u32) -> Option<u32> {
         let at = self.outgoing.partition_point(|(known, _)| *known < ssrc);
-        self.outgoing.get(at).filter(|(known, _)| *known == ssrc).map(|(_, subscription)| *subscription)
+        self.outgoing
+            .get(at)
+            .filter(|(known, _)| *known == ssrc)
+            .map(|(_, subscription)| *subscription)
     }
 }
 
@@ -198,7 +203,10 @@ impl LevelSum {
 impl Track {
     /// When NACKs, key frame requests and layers are to be looked at.
     fn next_at(&self) -> Time {
-        let encodings = self.encodings.iter().map(|encoding| encoding.next_nack_at().min(encoding.key_frame_request_at()));
+        let encodings = self
+            .encodings
+            .iter()
+            .map(|encoding| encoding.next_nack_at().min(encoding.key_frame_request_at()));
         encodings.fold(self.window_at, Time::min)
     }
 }
@@ -412,7 +420,11 @@ impl Router {
                 parameters,
             } => self.subscribe(subscription, transport, track, &parameters, now),
             MediaCommand::SetSelection { subscription, selection } => self.set_selection(subscription, selection, now),
-            MediaCommand::Unsubscribe { subscription } => self.subscription_slots.get(&subscription).copied().map(|slot| self.remove_subscription(slot)),
+            MediaCommand::Unsubscribe { subscription } => self
+                .subscription_slots
+                .get(&subscription)
+                .copied()
+                .map(|slot| self.remove_subscription(slot)),
         };
         self.statistics.commands_refused += u64::from(done.is_none());
     }
@@ -512,7 +524,11 @@ impl Router {
             Encodings::Ssrc { rtx_ssrc, .. } => rtx_ssrc.is_some(),
             Encodings::Rids(_) | Encodings::Mid => parameters.rtx_payload_type.is_some(),
         };
-        if let (true, Some(id), None) = (parameters.transport_cc, parameters.extensions.id(Extension::TransportCc), &owner.transport_cc) {
+        if let (true, Some(id), None) = (
+            parameters.transport_cc,
+            parameters.extensions.id(Extension::TransportCc),
+            &owner.transport_cc,
+        ) {
             owner.transport_cc = Some((id, Box::default()));
         }
         let track = self.tracks.insert(Track {
@@ -560,7 +576,14 @@ impl Router {
         }
     }
 
-    fn subscribe(&mut self, id: SubscriptionId, transport: TransportId, track: TrackId, parameters: &SubscriptionParameters, now: Time) -> Option<()> {
+    fn subscribe(
+        &mut self,
+        id: SubscriptionId,
+        transport: TransportId,
+        track: TrackId,
+        parameters: &SubscriptionParameters,
+        now: Time,
+    ) -> Option<()> {
         let (transport_slot, track_slot) = (*self.transport_slots.get(&transport)?, *self.track_slots.get(&track)?);
         let (transport, track) = (self.transports.get_mut(transport_slot)?, self.tracks.get_mut(track_slot)?);
         let ssrcs = [Some(parameters.ssrc), parameters.rtx_ssrc];
@@ -608,7 +631,9 @@ impl Router {
     fn want_key_frame(&mut self, track: u32, layer: Option<u8>, now: Time) {
         let Some(layer) = layer else { return };
         let Some(found) = self.tracks.get_mut(track) else { return };
-        let Some(encoding) = found.encodings.get_mut(usize::from(layer)) else { return };
+        let Some(encoding) = found.encodings.get_mut(usize::from(layer)) else {
+            return;
+        };
         encoding.want_key_frame();
         let (transport, at) = (found.transport, encoding.key_frame_request_at().max(now));
         self.repair_by(transport, at);
@@ -797,7 +822,9 @@ impl Router {
     fn begin_subscriptions(&mut self, slot: u32, now: Time) {
         let Some(transport) = self.transports.get(slot) else { return };
         for (_, subscription) in transport.outgoing.clone() {
-            let Some(subscription) = self.subscriptions.get_mut(subscription) else { continue };
+            let Some(subscription) = self.subscriptions.get_mut(subscription) else {
+                continue;
+            };
             let (track, layer) = (subscription.track, subscription.request_key_frame());
             self.want_key_frame(track, layer, now);
         }
@@ -863,7 +890,10 @@ impl Router {
         let became_active = encoding.activity.handle_packet(layer) && track.encodings.len() > 1;
         if !track.started {
             track.started = true;
-            self.events.push_back(MediaEvent::TrackStarted { track: track.id, at: arrival });
+            self.events.push_back(MediaEvent::TrackStarted {
+                track: track.id,
+                at: arrival,
+            });
         }
         let due = track.encodings[layer].next_nack_at();
         if became_active {
@@ -883,7 +913,9 @@ impl Router {
         let Some(track) = self.tracks.get_mut(slot) else { return };
         let mut at = Time::MAX;
         for subscriber in &track.subscribers {
-            let Some(subscription) = self.subscriptions.get_mut(*subscriber) else { continue };
+            let Some(subscription) = self.subscriptions.get_mut(*subscriber) else {
+                continue;
+            };
             if let Some(layer) = subscription.choose_layer(&track.encodings) {
                 let encoding = &mut track.encodings[usize::from(layer)];
                 encoding.want_key_frame();
@@ -903,7 +935,9 @@ impl Router {
             for (at, slot) in track.subscribers.iter().enumerate() {
                 // The next subscribers are not in the cache: fetched now, they are there when their turn comes.
                 prefetch_subscribers(&self.subscriptions, &self.transports, &track.subscribers[at + 1..]);
-                let Some(subscription) = self.subscriptions.get_mut(*slot) else { continue };
+                let Some(subscription) = self.subscriptions.get_mut(*slot) else {
+                    continue;
+                };
                 let transport = self.transports.get(subscription.transport);
                 let way = transport.and_then(|transport| Some((transport.peer.remote()?, transport.peer.sealer()?)));
                 let Some((to, sealer)) = way else {
@@ -970,7 +1004,9 @@ impl Router {
                 }
                 let now_ntp = ntp_middle(self.config.epoch.ntp(arrival));
                 let rtts = dlrr.clone().filter(|block| block.ssrc == self.rtcp_ssrc);
-                let rtt = rtts.filter_map(|block| rtt_from_report(now_ntp, block.last_rr, block.delay_since_last_rr)).last();
+                let rtt = rtts
+                    .filter_map(|block| rtt_from_report(now_ntp, block.last_rr, block.delay_since_last_rr))
+                    .last();
                 if let Some(transport) = self.transports.get_mut(slot) {
                     transport.rtt = rtt.or(transport.rtt);
                 }
@@ -992,7 +1028,9 @@ impl Router {
 
     fn handle_report_block(&mut self, slot: u32, block: &ReportBlock, arrival: Time) {
         let Some(transport) = self.transports.get_mut(slot) else { return };
-        let Some(subscription) = transport.find_outgoing(block.ssrc) else { return };
+        let Some(subscription) = transport.find_outgoing(block.ssrc) else {
+            return;
+        };
         let rtt = rtt_from_report(ntp_middle(self.config.epoch.ntp(arrival)), block.lsr, block.dlsr);
         transport.rtt = rtt.or(transport.rtt);
         // Reports on retransmissions say nothing of the media's loss.
@@ -1123,7 +1161,9 @@ impl Router {
                 let count = encoding.poll_nack(now, rtt, &mut missing);
                 if track.nack && count > 0 {
                     let seqs = missing[..count].iter().map(|seq| Seq(*seq));
-                    send_compound(transport, &mut self.statistics, io, |writer| writer.nack(self.rtcp_ssrc, media_ssrc, seqs));
+                    send_compound(transport, &mut self.statistics, io, |writer| {
+                        writer.nack(self.rtcp_ssrc, media_ssrc, seqs)
+                    });
                     encoding.count_nack();
                     self.statistics.nacks_out += 1;
                     self.statistics.nacked_out += count as u64;
@@ -1222,7 +1262,9 @@ impl Router {
         let mut reports = [(SenderInfo::default(), 0); SENDER_REPORTS_MAX];
         let mut count = 0;
         for (ssrc, subscription) in carried {
-            let Some(found) = self.subscriptions.get_mut(*subscription) else { continue };
+            let Some(found) = self.subscriptions.get_mut(*subscription) else {
+                continue;
+            };
             if found.ssrc() != *ssrc || found.sender_report_at > now {
                 continue;
             }
@@ -1236,7 +1278,9 @@ impl Router {
                 count += 1;
             }
         }
-        let (Some(transport), tracks) = (self.transports.get_mut(slot), &self.tracks) else { return };
+        let (Some(transport), tracks) = (self.transports.get_mut(slot), &self.tracks) else {
+            return;
+        };
         if count == 0 {
             return;
         }

@@ -58,7 +58,9 @@ pub fn choose(selection: Selection, layers: usize, is_active: impl Fn(usize) -> 
     }
     let wanted = usize::from(selection.layer).min(layers - 1);
     let below = (0..=wanted).rev().find(|layer| is_active(*layer));
-    below.or_else(|| (wanted + 1..layers).find(|layer| is_active(*layer))).map(|layer| layer as u8)
+    below
+        .or_else(|| (wanted + 1..layers).find(|layer| is_active(*layer)))
+        .map(|layer| layer as u8)
 }
 
 #[cfg(test)]

@@ -165,7 +165,11 @@ mod tests {
                     let len = writer.len();
                     assert!(matches!(
                         packets(&buffer[..len]).next(),
-                        Some(Ok(Packet::TransportCc { sender_ssrc: 1, media_ssrc: 2, .. }))
+                        Some(Ok(Packet::TransportCc {
+                            sender_ssrc: 1,
+                            media_ssrc: 2,
+                            ..
+                        }))
                     ));
                     told.extend(read(&buffer[..len]).0);
                 }

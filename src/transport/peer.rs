@@ -243,7 +243,10 @@ impl Peer {
         self.poll_ice(now, &mut send, &mut event);
         let dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
         let ice_timeout = self.setup.ice.poll_timeout().map_or(Time::MAX, |at| self.setup.epoch.time(at));
-        self.next_timeout = ice_timeout.min(dtls_timeout).min(self.setup.silent_until).max(now + Duration::from_millis(1));
+        self.next_timeout = ice_timeout
+            .min(dtls_timeout)
+            .min(self.setup.silent_until)
+            .max(now + Duration::from_millis(1));
         if let (false, Some(failure)) = (failed_before, self.setup.failure) {
             event(PeerEvent::Failed(failure));
         }

@@ -136,14 +136,7 @@ impl<'a> Writer<'a> {
     /// Transport-wide feedback: when each packet from `base` on came, if it did. `message` counts messages, so that lost ones are noticed.
     ///
     /// Times are rounded to [`FEEDBACK_TICK`]; two neighbours are less than 8 s apart, or the message cannot say it.
-    pub fn transport_cc(
-        &mut self,
-        sender_ssrc: u32,
-        media_ssrc: u32,
-        base: Seq,
-        message: u8,
-        arrivals: &[Option<Time>],
-    ) -> Result<(), WriteError> {
+    pub fn transport_cc(&mut self, sender_ssrc: u32, media_ssrc: u32, base: Seq, message: u8, arrivals: &[Option<Time>]) -> Result<(), WriteError> {
         let count = u16::try_from(arrivals.len()).map_err(|_| WriteError::TooLong)?;
         let first = arrivals.iter().flatten().next().map_or(0, |first| ticks(*first));
         let reference = first / TICKS_PER_REFERENCE;

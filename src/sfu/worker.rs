@@ -1,0 +1,274 @@
+//! The thread around a router: its one UDP socket, its clock, and the channel that commands come by.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+
+use super::router::{Router, RouterConfig};
+use super::statistics::RouterStatistics;
+use super::{MediaCommand, MediaEvent, Outgoing, SendMode};
+use crate::engine::worker::arrival;
+use crate::net;
+use crate::transport::peer::Identity;
+use crate::units::{Epoch, Time};
+
+/// What the socket may hold while the thread is busy: 3,000 video packets, if the host grants it.
+const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
+/// Batches taken at a turn; then timers, commands and events get theirs. In a large room a batch is a thousand packets to send.
+const DRAIN_BATCHES: usize = 8;
+/// Commands taken at a turn: a join makes some, and media must not wait for a wave of them.
+const COMMANDS_MAX: usize = 16;
+
+const SOCKET: Token = Token(0);
+const WAKER: Token = Token(1);
+
+/// What a worker is made with.
+#[derive(Clone)]
+pub struct WorkerConfig {
+    /// Where it listens, on a free port.
+    pub ip: IpAddr,
+    pub identity: Identity,
+    pub epoch: Epoch,
+    pub send: SendMode,
+    /// Chooses what need not be secret: first sequence numbers, timestamps, picture ids.
+    pub seed: u64,
+    /// Of the thread: `sfu-N`.
+    pub name: String,
+}
+
+/// A router's thread. It ends with this handle.
+pub struct Worker {
+    address: SocketAddr,
+    requests: Sender<Request>,
+    waker: Arc<Waker>,
+    thread: Option<JoinHandle<()>>,
+}
+
+enum Request {
+    Command(MediaCommand),
+    Inspect(Box<dyn FnOnce(&Router) + Send>),
+    Stop,
+}
+
+impl Worker {
+    /// Binds the socket and starts the thread. What the router tells goes to `events`.
+    pub fn start(config: WorkerConfig, events: tokio::sync::mpsc::UnboundedSender<MediaEvent>) -> io::Result<Worker> {
+        let socket = net::open_media_socket(config.ip, RECEIVE_BUFFER_BYTES)?;
+        let address = socket.local_addr()?;
+        let poll = Poll::new()?;
+        poll.registry().register(&mut SourceFd(&socket.as_raw_fd()), SOCKET, Interest::READABLE)?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+        let (requests, inbox) = channel();
+        let epoch = config.epoch;
+        let router_config = RouterConfig {
+            identity: config.identity,
+            epoch,
+            local_address: address,
+            send: config.send,
+            seed: config.seed,
+        };
+        let thread = std::thread::Builder::new().name(config.name).spawn(move || {
+            // Without the right to it, timers come up to 50 us late.
+            let _ = net::wake_precisely();
+            let mut worker = Loop {
+                router: Router::new(router_config, epoch.now()),
+                epoch,
+                io: SocketIo {
+                    socket,
+                    batch: net::SendBatch::default(),
+                },
+                received: net::Batch::default(),
+                poll,
+                happened: Events::with_capacity(8),
+                requests: inbox,
+                events,
+                socket_drops: 0,
+                readable: true,
+                more_requests: false,
+            };
+            // The poll fails only where the process is out of its means; the router is then gone, and its handle tells.
+            while let Ok(true) = worker.turn() {}
+        })?;
+        Ok(Worker {
+            address,
+            requests,
+            waker,
+            thread: Some(thread),
+        })
+    }
+
+    /// The candidate that descriptions name.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn command(&self, command: MediaCommand) {
+        self.request(Request::Command(command));
+    }
+
+    /// Cumulative counts as of now; `None` if the thread has ended.
+    pub fn statistics(&self) -> Option<RouterStatistics> {
+        self.inspect(Router::statistics)
+    }
+
+    /// CPU time of the thread so far.
+    pub fn cpu(&self) -> Option<Duration> {
+        self.inspect(|_| net::thread_cpu())
+    }
+
+    /// Has the thread look at its router between two turns, and waits for what it saw: for tests, and for pages that are asked for now and then.
+    pub fn inspect<R: Send + 'static>(&self, look: impl FnOnce(&Router) -> R + Send + 'static) -> Option<R> {
+        let (answer, seen): (SyncSender<R>, Receiver<R>) = sync_channel(1);
+        self.request(Request::Inspect(Box::new(move |router| {
+            // Nobody waits any more only when the asking thread is gone.
+            let _ = answer.send(look(router));
+        })));
+        seen.recv().ok()
+    }
+
+    /// Ends the thread: its connections fall silent.
+    pub fn stop(&mut self) {
+        self.request(Request::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been printed by itself.
+            let _ = thread.join();
+        }
+    }
+
+    fn request(&self, request: Request) {
+        // A thread that has ended takes no requests; who waits for an answer hears that the channel is closed.
+        if self.requests.send(request).is_ok() {
+            let _ = self.waker.wake();
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+struct Loop {
+    router: Router,
+    epoch: Epoch,
+    io: SocketIo,
+    received: net::Batch,
+    poll: Poll,
+    happened: Events,
+    requests: Receiver<Request>,
+    events: tokio::sync::mpsc::UnboundedSender<MediaEvent>,
+    /// As the socket told last.
+    socket_drops: u32,
+    /// The socket may hold more: readiness is told once.
+    readable: bool,
+    /// More requests may wait.
+    more_requests: bool,
+}
+
+impl Loop {
+    /// One turn: waits for something to do, and does it. False when told to stop.
+    fn turn(&mut self) -> io::Result<bool> {
+        self.wait()?;
+        if self.readable {
+            self.readable = !self.drain();
+        }
+        let alive = self.take_requests();
+        let now = self.epoch.now();
+        if self.router.next_timeout() <= now {
+            self.router.handle_timeout(now, &mut self.io);
+        }
+        self.io.batch.flush(&self.io.socket);
+        self.router.count_outlet(self.io.batch.take_errors(), 0);
+        while let Some(event) = self.router.poll_event() {
+            // The lobby is gone only when the process ends.
+            let _ = self.events.send(event);
+        }
+        Ok(alive)
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        let timeout = if self.readable || self.more_requests {
+            Duration::ZERO
+        } else {
+            self.router.next_timeout().since(self.epoch.now())
+        };
+        match self.poll.poll(&mut self.happened, Some(timeout)) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            _ => {}
+        }
+        self.readable |= self.happened.iter().any(|event| event.token() == SOCKET);
+        Ok(())
+    }
+
+    /// Takes what the socket holds, up to a bound; false if there may be more.
+    fn drain(&mut self) -> bool {
+        for _ in 0..DRAIN_BATCHES {
+            // Kernel stamps are on the wall clock; read together, the two clocks' difference places them on ours.
+            let (now, unix_now) = (self.epoch.now(), net::unix_nanos());
+            let count = match self.received.receive(&self.io.socket) {
+                Ok(count) => count,
+                // An ICMP answer to something that we sent: the next datagram may still be good.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
+                Err(_) => return true,
+            };
+            for index in 0..count {
+                self.take(index, now, unix_now);
+            }
+            self.router.end_batch(now, &mut self.io);
+            if count < net::BATCH {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn take(&mut self, index: usize, now: Time, unix_now: u64) {
+        let Some((datagram, received)) = self.received.datagram(index) else {
+            return self.router.refuse();
+        };
+        if let Some(drops) = received.drops {
+            self.router.count_outlet(0, drops.wrapping_sub(self.socket_drops).into());
+            self.socket_drops = drops;
+        }
+        let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
+        self.router.handle_datagram(datagram, received.from, arrival, now, &mut self.io);
+    }
+
+    fn take_requests(&mut self) -> bool {
+        self.more_requests = false;
+        for _ in 0..COMMANDS_MAX {
+            match self.requests.try_recv() {
+                Ok(Request::Command(command)) => self.router.handle_command(command, self.epoch.now(), &mut self.io),
+                Ok(Request::Inspect(look)) => look(&self.router),
+                Ok(Request::Stop) | Err(TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Empty) => return true,
+            }
+        }
+        // There may be more, and the waker is heard once.
+        self.more_requests = true;
+        true
+    }
+}
+
+struct SocketIo {
+    socket: UdpSocket,
+    batch: net::SendBatch,
+}
+
+impl Outgoing for SocketIo {
+    fn lend(&mut self) -> &mut [u8] {
+        self.batch.lend()
+    }
+
+    fn send(&mut self, to: SocketAddr, len: usize, segment: usize) {
+        self.batch.push(&self.socket, to, len, segment);
+    }
+}
