@@ -354,6 +354,14 @@ impl ExtensionIds {
     }
 }
 
+impl FromIterator<(Extension, u8)> for ExtensionIds {
+    fn from_iter<I: IntoIterator<Item = (Extension, u8)>>(ids: I) -> ExtensionIds {
+        let mut all = ExtensionIds::default();
+        ids.into_iter().for_each(|(extension, id)| all.set(extension, id));
+        all
+    }
+}
+
 /// RTCP feedback messages (RFC 4585, RFC 5104, and two drafts).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Feedback {
