@@ -1,0 +1,380 @@
+//! A router with engine shards around it, over a seeded link in virtual time.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use throng::engine::publisher::{Pacing, SendParameters, Source};
+use throng::engine::shard::Shard;
+use throng::engine::{Command, Event, NewPeer, Roster, ShardConfig, StreamParameters};
+use throng::measure::{Kind, Record};
+use throng::media::identity::FrameIdentity;
+use throng::sfu::router::{Router, RouterConfig};
+use throng::sfu::{
+    Encodings, MediaCommand, MediaEvent, Outgoing, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters,
+    TransportId, TransportParameters,
+};
+use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
+use throng::transport::rtp::{Datagram as Class, classify};
+use throng::transport::sdp::{Extension, ExtensionIds};
+use throng::units::{Epoch, Time};
+
+use crate::link::{Conditions, Datagram, Link, Outlet, under_test};
+
+pub const TICK: Duration = Duration::from_millis(1);
+pub const ALL: Selection = Selection { enabled: true, layer: 2 };
+pub const AUDIO_LEVEL_ID: u8 = 1;
+
+pub fn router_address() -> SocketAddr {
+    "192.0.2.100:7882".parse().unwrap()
+}
+
+fn client_address(client: usize) -> SocketAddr {
+    format!("198.51.100.{}:{}", client + 1, 1_000 + client).parse().unwrap()
+}
+
+pub fn level_extension(kind: Kind) -> ExtensionIds {
+    (kind == Kind::Audio)
+        .then_some((Extension::AudioLevel, AUDIO_LEVEL_ID))
+        .into_iter()
+        .collect()
+}
+
+/// A router's outlet: collects what it sends.
+pub struct RouterOutlet {
+    pub sent: Vec<Datagram>,
+    buffer: Vec<u8>,
+}
+
+impl RouterOutlet {
+    pub fn new() -> RouterOutlet {
+        RouterOutlet {
+            sent: Vec::new(),
+            buffer: vec![0; throng::net::SEND_BYTES_MAX],
+        }
+    }
+}
+
+impl Outgoing for RouterOutlet {
+    fn lend(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    fn send(&mut self, to: SocketAddr, len: usize, segment: usize) {
+        under_test(false, || {
+            for bytes in self.buffer[..len].chunks(segment) {
+                self.sent.push(Datagram {
+                    from: router_address(),
+                    to,
+                    bytes: bytes.to_vec(),
+                });
+            }
+        });
+    }
+}
+
+pub struct Client {
+    pub shard: Shard,
+    pub outlet: Outlet,
+    pub connected: bool,
+    pub failed: bool,
+}
+
+/// What went over one client's leg of the link, by SSRC: how many RTP datagrams were sent, and how many arrived.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LegCount {
+    pub sent: u64,
+    pub arrived: u64,
+}
+
+pub struct Relay {
+    pub router: Router,
+    pub outlet: RouterOutlet,
+    pub clients: Vec<Client>,
+    pub link: Link,
+    pub now: Time,
+    pub roster: Arc<Roster>,
+    pub events: Vec<MediaEvent>,
+    /// `(client, up, ssrc)`.
+    pub legs: HashMap<(usize, bool, u32), LegCount>,
+    /// All datagrams that reached the router, and that it sent.
+    pub router_in: u64,
+    pub router_out: u64,
+    /// Set-up datagrams in either direction: ICE and DTLS libraries allocate.
+    pub setup_datagrams: u64,
+    pub keep: bool,
+    /// While `keep`: what reached clients.
+    pub kept: Vec<(Time, usize, Vec<u8>)>,
+}
+
+impl Relay {
+    /// `clients` of them, each with one connection, up. The link is perfect until its conditions are changed. With `active` the router opens DTLS.
+    pub fn connected(clients: usize, send: SendMode, active: bool, seed: u64) -> Relay {
+        let (identity, epoch) = (Identity::generate().unwrap(), Epoch::read());
+        let roster = Arc::new(Roster::new(77, (0..clients).map(|_| 0)));
+        let config = ShardConfig {
+            identity: identity.clone(),
+            roster: roster.clone(),
+            epoch,
+        };
+        let router = Router::new(
+            RouterConfig {
+                identity: identity.clone(),
+                epoch,
+                local_address: router_address(),
+                send,
+                seed,
+            },
+            Time::ZERO,
+        );
+        let mut relay = Relay {
+            router,
+            outlet: RouterOutlet::new(),
+            clients: Vec::new(),
+            link: Link::new(Conditions::default(), seed),
+            now: Time::ZERO,
+            roster,
+            events: Vec::new(),
+            legs: HashMap::new(),
+            router_in: 0,
+            router_out: 0,
+            setup_datagrams: 0,
+            keep: false,
+            kept: Vec::new(),
+        };
+        for client in 0..clients {
+            let (ours, theirs) = (IceCredentials::random(), IceCredentials::random());
+            let mut outlet = Outlet::new(vec![client_address(client)]);
+            let mut shard = Shard::new(config.clone(), 1, Time::ZERO);
+            let peer = NewPeer {
+                participant: client as u32,
+                room: 0,
+                parameters: PeerParameters {
+                    local_address: client_address(client),
+                    local: theirs.clone(),
+                    remote: ours.clone(),
+                    remote_fingerprint: identity.fingerprint(),
+                    remote_candidates: vec![router_address()],
+                    ice_controlling: true,
+                    dtls_active: !active,
+                },
+                rtcp_ssrc: 9 + client as u32,
+                cname: format!("client-{client}"),
+                intended_at: Time::ZERO,
+            };
+            // The client may be first: its check then waits for the router to hear of it.
+            shard.add_peer(0, peer, Time::ZERO, &mut outlet);
+            relay.clients.push(Client {
+                shard,
+                outlet,
+                connected: false,
+                failed: false,
+            });
+            relay.command(MediaCommand::AddTransport {
+                transport: TransportId(client as u32),
+                parameters: Box::new(TransportParameters {
+                    local: ours,
+                    remote: theirs,
+                    remote_fingerprint: identity.fingerprint(),
+                    dtls_active: active,
+                }),
+            });
+        }
+        while relay.clients.iter().any(|client| !client.connected) {
+            assert!(relay.now < Time::from_millis(5_000), "not connected");
+            relay.tick();
+        }
+        relay
+    }
+
+    pub fn command(&mut self, command: MediaCommand) {
+        self.router.handle_command(command, self.now, &mut self.outlet);
+    }
+
+    /// Client `client` publishes one source. Returns its track.
+    pub fn publish(&mut self, client: usize, source: &Source, pacing: Pacing) -> TrackId {
+        let (index, clock_rate) = match source.kind() {
+            Kind::Audio => (0, 48_000),
+            Kind::Video => (1, 90_000),
+        };
+        let track = TrackId(client as u32 * 10 + index);
+        let ssrc = 0x1000_0000 + track.0 * 16;
+        let rtx_ssrc = (source.kind() == Kind::Video).then_some(ssrc + 1);
+        self.command(MediaCommand::AddTrack {
+            transport: TransportId(client as u32),
+            track,
+            parameters: Box::new(TrackParameters {
+                kind: source.kind(),
+                mid: index.to_string().into(),
+                payload_type: 96 + index as u8,
+                rtx_payload_type: rtx_ssrc.map(|_| 100),
+                clock_rate,
+                extensions: level_extension(source.kind()),
+                nack: true,
+                transport_cc: false,
+                encodings: Encodings::Ssrc { ssrc, rtx_ssrc },
+            }),
+        });
+        let first_frame_at = self.now + TICK;
+        self.roster.set_published(client as u32, index as u8, first_frame_at);
+        let tracks = vec![SendParameters {
+            source: source.clone(),
+            ssrc,
+            rtx_ssrc,
+            payload_type: 96 + index as u8,
+            rtx_payload_type: rtx_ssrc.map(|_| 100),
+            audio_level_extension: (index == 0).then_some(AUDIO_LEVEL_ID),
+            pacing,
+            identity: FrameIdentity {
+                run: 77,
+                origin: client as u32,
+                track: index as u8,
+                ..FrameIdentity::default()
+            },
+            seed: 5 + u64::from(track.0),
+            first_frame_at,
+        }];
+        let publisher = &mut self.clients[client];
+        publisher
+            .shard
+            .handle_command(Command::Publish { key: 0, tracks }, self.now, &mut publisher.outlet);
+        track
+    }
+
+    /// Returns the subscription and the SSRCs that it comes on.
+    pub fn subscribe(&mut self, client: usize, track: TrackId, kind: Kind) -> (SubscriptionId, u32, Option<u32>) {
+        let subscription = SubscriptionId(client as u32 * 1_000 + track.0);
+        let ssrc = 0x2000_0000 + subscription.0 * 16;
+        let rtx_ssrc = (kind == Kind::Video).then_some(ssrc + 1);
+        self.command(MediaCommand::Subscribe {
+            subscription,
+            transport: TransportId(client as u32),
+            track,
+            parameters: Box::new(SubscriptionParameters {
+                ssrc,
+                rtx_ssrc,
+                payload_type: 110,
+                rtx_payload_type: rtx_ssrc.map(|_| 111),
+                extensions: level_extension(kind),
+                selection: ALL,
+            }),
+        });
+        let streams = vec![StreamParameters {
+            kind,
+            ssrc,
+            rtx_ssrc,
+            clock_rate: if kind == Kind::Audio { 48_000 } else { 90_000 },
+            announced_at: self.now,
+        }];
+        let subscriber = &mut self.clients[client];
+        subscriber
+            .shard
+            .handle_command(Command::Subscribe { key: 0, streams }, self.now, &mut subscriber.outlet);
+        (subscription, ssrc, rtx_ssrc)
+    }
+
+    pub fn run_for(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.tick();
+        }
+    }
+
+    /// Stops the media, lets what is under way arrive, and hands out each client's account.
+    pub fn finish(&mut self) -> Vec<Record> {
+        for client in &mut self.clients {
+            client.shard.handle_command(Command::StopPublishing, self.now, &mut client.outlet);
+        }
+        self.run_for(Duration::from_millis(2_500));
+        let settle = |client: &mut Client| {
+            client.shard.finish();
+            *client.shard.swap_record(Box::default())
+        };
+        self.clients.iter_mut().map(settle).collect()
+    }
+
+    /// One millisecond: what has arrived is taken, then timers run, then what was sent goes on its way.
+    pub fn tick(&mut self) {
+        self.now += TICK;
+        let now = self.now;
+        while let Some((at, datagram)) = self.link.poll(now) {
+            self.deliver(datagram, at);
+        }
+        let (router, outlet) = (&mut self.router, &mut self.outlet);
+        under_test(true, || router.end_batch(now, outlet));
+        if router.next_timeout() <= now {
+            under_test(true, || router.handle_timeout(now, outlet));
+        }
+        while let Some(event) = router.poll_event() {
+            self.events.push(event);
+        }
+        for index in 0..self.clients.len() {
+            let client = &mut self.clients[index];
+            client.shard.handle_media_timers(now, &mut client.outlet);
+            client.shard.handle_control_timers(now, &mut client.outlet);
+            while let Some((_, event)) = client.shard.poll_event() {
+                client.connected |= matches!(event, Event::Connected { .. });
+                client.failed |= matches!(event, Event::Failed { .. });
+            }
+            for datagram in std::mem::take(&mut client.outlet.sent) {
+                self.count(index, true, &datagram.bytes, false);
+                self.link.send(datagram, now);
+            }
+        }
+        for datagram in std::mem::take(&mut self.outlet.sent) {
+            self.router_out += 1;
+            self.count_setup(&datagram.bytes);
+            if let Some(client) = self.client_at(datagram.to) {
+                self.count(client, false, &datagram.bytes, false);
+            }
+            self.link.send(datagram, now);
+        }
+    }
+
+    fn client_at(&self, address: SocketAddr) -> Option<usize> {
+        (0..self.clients.len()).find(|client| client_address(*client) == address)
+    }
+
+    fn count_setup(&mut self, bytes: &[u8]) {
+        self.setup_datagrams += u64::from(matches!(classify(bytes), Class::Stun | Class::Dtls));
+    }
+
+    fn count(&mut self, client: usize, up: bool, bytes: &[u8], arrived: bool) {
+        if let Some((ssrc, _)) = crate::pair::ssrc_and_seq(bytes) {
+            let leg = self.legs.entry((client, up, ssrc)).or_default();
+            *(if arrived { &mut leg.arrived } else { &mut leg.sent }) += 1;
+        }
+    }
+
+    fn deliver(&mut self, mut datagram: Datagram, at: Time) {
+        let now = self.now;
+        if datagram.to == router_address() {
+            self.router_in += 1;
+            self.count_setup(&datagram.bytes);
+            if let Some(client) = self.client_at(datagram.from) {
+                self.count(client, true, &datagram.bytes, true);
+            }
+            let (router, outlet) = (&mut self.router, &mut self.outlet);
+            under_test(true, || router.handle_datagram(&mut datagram.bytes, datagram.from, at, now, outlet));
+            return;
+        }
+        let Some(index) = self.client_at(datagram.to) else { return };
+        self.count(index, false, &datagram.bytes, true);
+        if self.keep {
+            self.kept.push((at, index, datagram.bytes.clone()));
+        }
+        let client = &mut self.clients[index];
+        match classify(&datagram.bytes) {
+            Class::Rtp => client.shard.handle_rtp(0, &mut datagram.bytes, at),
+            Class::Rtcp => client.shard.handle_rtcp(0, &mut datagram.bytes, at, now, &mut client.outlet),
+            _ => client
+                .shard
+                .handle_setup_datagram(0, &datagram.bytes, datagram.from, at, now, &mut client.outlet),
+        }
+    }
+
+    pub fn leg(&self, client: usize, up: bool, ssrc: u32) -> LegCount {
+        self.legs.get(&(client, up, ssrc)).copied().unwrap_or_default()
+    }
+}
