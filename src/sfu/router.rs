@@ -530,6 +530,9 @@ impl Router {
             &owner.transport_cc,
         ) {
             owner.transport_cc = Some((id, Box::default()));
+            if owner.connected {
+                owner.feedback_at = now + FEEDBACK_INTERVAL;
+            }
         }
         let track = self.tracks.insert(Track {
             id,
@@ -560,6 +563,7 @@ impl Router {
         owner.tracks.push(track);
         self.track_slots.insert(id, track);
         self.look_after(slot, track);
+        self.schedule(slot);
         Some(())
     }
 

@@ -143,6 +143,7 @@ struct Setup {
     dtls_started: bool,
     early_dtls: Vec<Vec<u8>>,
     failure: Option<PeerFailure>,
+    failure_told: bool,
     responses_seen: u64,
     /// A lite agent fails here unless a check comes before; [`Time::MAX`] for a full agent, which checks for itself.
     silent_until: Time,
@@ -184,6 +185,7 @@ impl Peer {
             dtls_started: false,
             early_dtls: Vec::new(),
             failure: None,
+            failure_told: false,
             responses_seen: 0,
             silent_until: Time::MAX,
             nominated_at: None,
@@ -239,7 +241,6 @@ impl Peer {
 
     /// Hands every pending datagram to `send` and every event to `event`, then works out the next time-out.
     pub fn poll(&mut self, now: Time, mut send: impl FnMut(&[u8], SocketAddr), mut event: impl FnMut(PeerEvent)) {
-        let failed_before = self.setup.failure.is_some();
         self.poll_ice(now, &mut send, &mut event);
         let dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
         let ice_timeout = self.setup.ice.poll_timeout().map_or(Time::MAX, |at| self.setup.epoch.time(at));
@@ -247,7 +248,8 @@ impl Peer {
             .min(dtls_timeout)
             .min(self.setup.silent_until)
             .max(now + Duration::from_millis(1));
-        if let (false, Some(failure)) = (failed_before, self.setup.failure) {
+        if let (false, Some(failure)) = (self.setup.failure_told, self.setup.failure) {
+            self.setup.failure_told = true;
             event(PeerEvent::Failed(failure));
         }
     }
