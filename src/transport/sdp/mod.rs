@@ -10,6 +10,7 @@
 mod answer;
 mod offer;
 mod scan;
+pub mod serve;
 #[cfg(test)]
 mod tests;
 mod write;

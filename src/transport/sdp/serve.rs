@@ -1,0 +1,570 @@
+//! Descriptions as a server writes them, for many clients.
+//!
+//! [`SubscriberOffer`] keeps the sections of a subscriber connection as text: an offer to a large room joins ready-made texts, and only what changed is written
+//! anew. [`ClientDescriptions`] reads a client's descriptions the same way: a section whose text is that of the last one is not read again. [`write_answer`]
+//! answers a client's offer, be it a publisher's or that of a single connection, which asks for our tracks as well.
+//!
+//! The server is `ice-lite` and has one UDP candidate. Of all that browsers offer it takes Opus and VP8 with its retransmissions.
+
+use super::scan::*;
+use super::write::*;
+use super::*;
+
+/// The SCTP port of the section for data channels: agreed on, never served.
+const SCTP_PORT: u16 = 5000;
+/// Simulcast layers of a track: LiveKit's q, h and f.
+pub const LAYERS_MAX: usize = 3;
+/// A rid must fit a one-byte header extension (RFC 8852, section 3.1 has the letters).
+const RID_BYTES_MAX: usize = 16;
+/// What clients call their layers, from low to high.
+const KNOWN_RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
+
+impl Capabilities {
+    /// What the server takes from publishers.
+    pub const SERVER_RECEIVES: Capabilities = Capabilities {
+        audio_codecs: &["opus"],
+        video_codecs: &["VP8"],
+        extensions: &[
+            Extension::Mid,
+            Extension::Rid,
+            Extension::RepairedRid,
+            Extension::AudioLevel,
+            Extension::TransportCc,
+        ],
+        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir, Feedback::TransportCc],
+    };
+    /// What the server sends to subscribers, and what it does with their feedback.
+    pub const SERVER_SENDS: Capabilities = Capabilities {
+        extensions: &[Extension::AudioLevel, Extension::AbsSendTime],
+        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir, Feedback::GoogRemb],
+        ..Capabilities::SERVER_RECEIVES
+    };
+}
+
+/// One media section of a client's description, as far as a server acts on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientSection {
+    pub mid: Box<str>,
+    /// `None`: data channels, or a kind that we do not know.
+    pub kind: Option<Kind>,
+    /// The client sends on it.
+    pub sends: bool,
+    /// The client takes our packets on it.
+    pub receives: bool,
+    pub payload_type: u8,
+    pub rtx_payload_type: Option<u8>,
+    pub clock_rate: u32,
+    /// What both sides know, whichever of them sends.
+    pub extensions: ExtensionIds,
+    pub feedback: FeedbackSet,
+    /// `a=msid`: stream and track. LiveKit's track is the `cid` of its AddTrack.
+    pub stream_id: Box<str>,
+    pub track_id: Box<str>,
+    pub ssrc: Option<u32>,
+    pub rtx_ssrc: Option<u32>,
+    /// Simulcast layers from low to high; empty without simulcast.
+    pub rids: Vec<Box<str>>,
+    content: Content,
+    codec: Option<Codec>,
+    usable: bool,
+    first_format: Box<str>,
+}
+
+impl ClientSection {
+    /// A section that both sides can use: in the bundle, not rejected, with a codec in common.
+    pub fn is_usable(&self) -> bool {
+        self.usable
+    }
+
+    fn parse(text: &str) -> Result<ClientSection, &'static str> {
+        let media = lines(text).next().and_then(MediaLine::parse).ok_or("its m-line cannot be read")?;
+        let mut scan = SectionScan::default();
+        let mut layers = LayerScan::default();
+        for (name, value) in attributes(text) {
+            scan.attribute(name, value);
+            layers.attribute(name, value);
+        }
+        let mid = match scan.mid {
+            Some(mid) if is_token(mid) && mid.len() <= MID_BYTES_MAX => mid,
+            None if media.port == 0 => "",
+            _ => return Err("it has no usable mid"),
+        };
+        let content = media.content(scan.sctp_port);
+        let kind = match content {
+            Content::Rtp(kind) => Some(kind),
+            _ => None,
+        };
+        let direction = scan.direction.unwrap_or(Direction::SendRecv);
+        let sends = matches!(direction, Direction::SendOnly | Direction::SendRecv);
+        // What we receive decides where the client sends; in a section that it only receives on, what we send.
+        let capabilities = if sends { Capabilities::SERVER_RECEIVES } else { Capabilities::SERVER_SENDS };
+        let codec = kind.and_then(|kind| scan.choose_codec(&media, capabilities.codecs(kind), capabilities.feedback));
+        let understood = codec.is_some() || matches!(content, Content::Application(_));
+        let (ssrc, rtx_ssrc) = scan.fid.map_or((scan.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)));
+        let (stream_id, track_id) = scan.msid.or(scan.ssrc_msid).map(split_msid).unwrap_or_default();
+        let rtx_payload_type = codec.as_ref().and_then(|codec| codec.rtx_payload_type);
+        Ok(ClientSection {
+            mid: mid.into(),
+            kind,
+            sends,
+            receives: matches!(direction, Direction::RecvOnly | Direction::SendRecv),
+            payload_type: codec.as_ref().map_or(0, |codec| codec.payload_type),
+            rtx_payload_type,
+            clock_rate: codec.as_ref().map_or(0, |codec| codec.clock_rate),
+            extensions: fitting_extensions(scan.accepted_extensions(&capabilities), kind),
+            feedback: codec.as_ref().map_or(FeedbackSet::default(), |codec| codec.feedback),
+            stream_id: stream_id.into(),
+            track_id: track_id.into(),
+            ssrc,
+            rtx_ssrc: rtx_ssrc.filter(|_| rtx_payload_type.is_some()),
+            rids: if sends && kind == Some(Kind::Video) { layers.finish() } else { Vec::new() },
+            usable: understood && media.port != 0 && !mid.is_empty(),
+            first_format: media.formats().next().filter(|format| is_token(format)).unwrap_or("0").into(),
+            content,
+            codec,
+        })
+    }
+}
+
+/// Loudness is of audio, layers are of video: a client that offers more is not taken at its word.
+fn fitting_extensions(offered: ExtensionIds, kind: Option<Kind>) -> ExtensionIds {
+    let mut fitting = ExtensionIds::default();
+    for extension in Extension::ALL {
+        let fits = match extension {
+            Extension::AudioLevel => kind == Some(Kind::Audio),
+            Extension::Rid | Extension::RepairedRid => kind == Some(Kind::Video),
+            _ => kind.is_some(),
+        };
+        if let (true, Some(id)) = (fits, offered.id(extension)) {
+            fitting.set(extension, id);
+        }
+    }
+    fitting
+}
+
+/// `a=simulcast:send q;h;f` (RFC 8853).
+#[derive(Default)]
+struct LayerScan<'a> {
+    send: Option<&'a str>,
+}
+
+impl<'a> LayerScan<'a> {
+    fn attribute(&mut self, name: &str, value: &'a str) {
+        if name == "simulcast" {
+            let mut words = value.split_ascii_whitespace().skip_while(|word| *word != "send").skip(1);
+            self.send = self.send.or(words.next());
+        }
+    }
+
+    /// Known names in their order, others as they come: senders list low layers first.
+    fn finish(&self) -> Vec<Box<str>> {
+        let names = self.send.unwrap_or_default().split(';');
+        let first_alternative = |stream: &'a str| stream.split(',').next().unwrap_or_default().trim_start_matches('~');
+        let fine = |rid: &&str| !rid.is_empty() && rid.len() <= RID_BYTES_MAX && rid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        let mut rids: Vec<&str> = Vec::new();
+        for rid in names.map(first_alternative).filter(fine) {
+            if rids.len() < LAYERS_MAX && !rids.contains(&rid) {
+                rids.push(rid);
+            }
+        }
+        let rank = |rid: &str| KNOWN_RIDS.iter().position(|known| *known == rid);
+        if rids.iter().all(|rid| rank(rid).is_some()) {
+            rids.sort_by_key(|rid| rank(rid));
+        }
+        rids.into_iter().map(Into::into).collect()
+    }
+}
+
+/// The descriptions of one client for one connection: its offers, or its answers to ours.
+#[derive(Default)]
+pub struct ClientDescriptions {
+    sections: Vec<(Stamp, ClientSection)>,
+}
+
+/// What one description brought.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientUpdate {
+    pub remote: RemoteTransport,
+    /// The sections that differ from the last description's, in order.
+    pub changed: Vec<usize>,
+}
+
+impl ClientDescriptions {
+    /// Reads the next description. After an error the state is that before it.
+    pub fn read(&mut self, text: &str) -> Result<ClientUpdate, SdpError> {
+        let split = SplitDescription::new(text)?;
+        let session = SessionPart::parse(split.session);
+        if split.sections.len() < self.sections.len() {
+            // RFC 9429, section 5.2.2: sections stay, used or not.
+            return Err(SdpError::Missing { what: "sections that the last one had" });
+        }
+        let mut fresh = Vec::new();
+        for (index, text) in split.sections.iter().enumerate() {
+            let stamp = Stamp::of(text);
+            let known = self.sections.get(index).filter(|(known, _)| *known == stamp);
+            let bundled = |section: &ClientSection| session.bundle.binary_search(&&*section.mid).is_ok();
+            match known {
+                Some((_, section)) if section.usable == (section.usable && bundled(section)) => {}
+                _ => {
+                    let mut section = ClientSection::parse(text).map_err(|what| SdpError::Section { index, what })?;
+                    section.usable = section.usable && bundled(&section);
+                    fresh.push((index, stamp, section));
+                }
+            }
+        }
+        let tagged = self.first_usable(&fresh, split.sections.len()).ok_or(SdpError::NoSections)?;
+        self.refuse_duplicate_mids(&fresh)?;
+        let remote = split.remote_transport(tagged)?;
+        let changed = fresh.iter().map(|(index, ..)| *index).collect();
+        for (index, stamp, section) in fresh {
+            match self.sections.get_mut(index) {
+                Some(slot) => *slot = (stamp, section),
+                None => self.sections.push((stamp, section)),
+            }
+        }
+        Ok(ClientUpdate { remote, changed })
+    }
+
+    pub fn sections(&self) -> impl ExactSizeIterator<Item = &ClientSection> {
+        self.sections.iter().map(|(_, section)| section)
+    }
+
+    pub fn section(&self, index: usize) -> Option<&ClientSection> {
+        self.sections.get(index).map(|(_, section)| section)
+    }
+
+    /// The section whose transport holds for all (RFC 9143): the first that we can use.
+    fn first_usable(&self, fresh: &[(usize, Stamp, ClientSection)], count: usize) -> Option<usize> {
+        let mut fresh = fresh.iter().peekable();
+        (0..count).find(|index| match fresh.next_if(|(at, ..)| at == index) {
+            Some((_, _, section)) => section.usable,
+            None => self.section(*index).is_some_and(|section| section.usable),
+        })
+    }
+
+    fn refuse_duplicate_mids(&self, fresh: &[(usize, Stamp, ClientSection)]) -> Result<(), SdpError> {
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let mut replaced = fresh.iter().map(|(index, ..)| *index).peekable();
+        let kept = self.sections.iter().enumerate();
+        let kept = kept.filter_map(|(index, (_, section))| replaced.next_if_eq(&index).is_none().then_some(&*section.mid));
+        refuse_duplicates(kept.chain(fresh.iter().map(|(_, _, section)| &*section.mid)).collect())
+    }
+}
+
+/// A track on its way to one client, as our descriptions name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SentTrack {
+    /// LiveKit: `PARTICIPANT_SID|TRACK_SID`.
+    pub stream_id: String,
+    /// LiveKit: the track's sid.
+    pub track_id: String,
+    pub ssrc: u32,
+    /// For video.
+    pub rtx_ssrc: Option<u32>,
+}
+
+/// What our answer makes of one section of the client's offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SectionUse<'a> {
+    /// We receive the client's track. `dtx`: it may go silent between words.
+    Receive { dtx: bool },
+    /// We send this track.
+    Send(&'a SentTrack),
+    /// Nothing flows for now.
+    Idle,
+}
+
+/// Our answer to the client's last offer. `section_use` is asked for each section that can be used, by its index; data channels are always taken.
+///
+/// `local.setup` is our role, `Active` or `Passive`.
+pub fn write_answer<'a>(
+    offer: &ClientDescriptions,
+    local: &LocalTransport,
+    version: u64,
+    mut section_use: impl FnMut(usize, &ClientSection) -> SectionUse<'a>,
+) -> String {
+    let mut sdp = String::with_capacity(512 + offer.sections.len() * 640);
+    let usable = offer.sections().filter(|section| section.usable);
+    write_lite_session(&mut sdp, local, version, usable.map(|section| &*section.mid));
+    let mut tagged = true;
+    for (index, section) in offer.sections().enumerate() {
+        match (&section.content, &section.codec) {
+            (Content::Application(_), _) if section.usable => push_application(&mut sdp, local, local.setup, &section.mid, tagged, SCTP_PORT),
+            (Content::Rtp(kind), Some(codec)) if section.usable => {
+                let section_use = section_use(index, section);
+                push_answered(&mut sdp, local, section, (*kind, codec), section_use, tagged);
+            }
+            _ => push_rejected(&mut sdp, section),
+        }
+        tagged &= !section.usable;
+    }
+    sdp
+}
+
+fn push_answered(
+    sdp: &mut String,
+    local: &LocalTransport,
+    section: &ClientSection,
+    (kind, codec): (Kind, &Codec),
+    section_use: SectionUse<'_>,
+    tagged: bool,
+) {
+    push_media_line(sdp, kind, &[Some(codec.payload_type), codec.rtx_payload_type]);
+    push_transport(sdp, local, local.setup, &section.mid, tagged);
+    push_extensions(sdp, &section.extensions);
+    let direction = match section_use {
+        SectionUse::Receive { .. } => "recvonly",
+        SectionUse::Send(_) => "sendonly",
+        SectionUse::Idle => "inactive",
+    };
+    push(sdp, format_args!("a={direction}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"));
+    match section_use {
+        SectionUse::Receive { dtx: true } if kind == Kind::Audio => push_codec(sdp, &with_dtx(codec)),
+        _ => push_codec(sdp, codec),
+    }
+    match section_use {
+        SectionUse::Receive { .. } if !section.rids.is_empty() => push_received_rids(sdp, &section.rids),
+        SectionUse::Send(track) => push_sent_track(sdp, track, section.rtx_payload_type.is_some()),
+        _ => {}
+    }
+}
+
+/// Opus senders go silent only where the answer asks for it (RFC 7587, section 6.1), as LiveKit's does.
+fn with_dtx(codec: &Codec) -> Codec {
+    let separator = if codec.parameters.is_empty() { "" } else { ";" };
+    let parameters = format!("{}{separator}usedtx=1", codec.parameters);
+    Codec {
+        parameters: parameters.into(),
+        ..codec.clone()
+    }
+}
+
+fn push_received_rids(sdp: &mut String, rids: &[Box<str>]) {
+    for rid in rids {
+        push(sdp, format_args!("a=rid:{rid} recv\r\n"));
+    }
+    push(sdp, format_args!("a=simulcast:recv {}\r\n", rids.join(";")));
+}
+
+fn push_sent_track(sdp: &mut String, track: &SentTrack, rtx: bool) {
+    let SentTrack { stream_id, track_id, ssrc, .. } = track;
+    let rtx_ssrc = track.rtx_ssrc.filter(|_| rtx);
+    push(sdp, format_args!("a=msid:{stream_id} {track_id}\r\n"));
+    if let Some(rtx_ssrc) = rtx_ssrc {
+        push(sdp, format_args!("a=ssrc-group:FID {ssrc} {rtx_ssrc}\r\n"));
+    }
+    for ssrc in [Some(*ssrc), rtx_ssrc].into_iter().flatten() {
+        push(
+            sdp,
+            format_args!("a=ssrc:{ssrc} cname:{stream_id}\r\na=ssrc:{ssrc} msid:{stream_id} {track_id}\r\n"),
+        );
+    }
+}
+
+fn push_rejected(sdp: &mut String, section: &ClientSection) {
+    let first_format = &section.first_format;
+    match &section.content {
+        Content::Rtp(kind) => push(sdp, format_args!("m={} 0 UDP/TLS/RTP/SAVPF {first_format}\r\n", kind_name(*kind))),
+        Content::Application(_) => push(sdp, format_args!("m=application 0 UDP/DTLS/SCTP webrtc-datachannel\r\n")),
+        Content::Other(name) => push(sdp, format_args!("m={name} 0 UDP/TLS/RTP/SAVPF {first_format}\r\n")),
+    }
+    push(sdp, format_args!("c=IN IP4 0.0.0.0\r\na=inactive\r\n"));
+    if !section.mid.is_empty() {
+        push(sdp, format_args!("a=mid:{}\r\n", section.mid));
+    }
+}
+
+fn write_lite_session<'a>(sdp: &mut String, local: &LocalTransport, version: u64, bundle: impl Iterator<Item = &'a str>) {
+    write_session(sdp, local, version, bundle);
+    sdp.push_str("a=ice-lite\r\n");
+}
+
+/// The offers of one subscriber connection (dual mode): first the section for data channels, then one section a track.
+///
+/// A section's `mid` is its index. Sections are never taken away; one whose track has gone is inactive and, once the client has answered that, takes another
+/// track of its kind.
+#[derive(Default)]
+pub struct SubscriberOffer {
+    tracks: Vec<OfferedSection>,
+    answers: ClientDescriptions,
+    version: u64,
+    /// An offer is on its way, with so many sections besides the first.
+    offered: Option<usize>,
+}
+
+struct OfferedSection {
+    kind: Kind,
+    track: Option<SentTrack>,
+    /// The section as the offer has it; empty: to be written.
+    text: String,
+    /// The client has answered an offer that had it inactive.
+    free: bool,
+    /// This track is in the client's last answer.
+    agreed: bool,
+}
+
+/// What a client agreed to receive in one section.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AgreedSection {
+    /// The index that [`SubscriberOffer::add`] gave.
+    pub section: usize,
+    /// `None`: the client rejected it.
+    pub media: Option<AgreedMedia>,
+}
+
+/// How packets of a section are to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AgreedMedia {
+    pub payload_type: u8,
+    pub rtx_payload_type: Option<u8>,
+    pub extensions: ExtensionIds,
+}
+
+impl AgreedMedia {
+    /// What a section of a client's description allows us to send there.
+    pub fn of(section: &ClientSection) -> Option<AgreedMedia> {
+        (section.usable && section.receives && section.kind.is_some()).then_some(AgreedMedia {
+            payload_type: section.payload_type,
+            rtx_payload_type: section.rtx_payload_type,
+            extensions: section.extensions,
+        })
+    }
+}
+
+impl SubscriberOffer {
+    /// Puts a track into the next offer; returns its section.
+    pub fn add(&mut self, kind: Kind, track: SentTrack) -> usize {
+        let fresh = OfferedSection {
+            kind,
+            track: Some(track),
+            text: String::new(),
+            free: false,
+            agreed: false,
+        };
+        match self.tracks.iter().position(|section| section.free && section.kind == kind) {
+            Some(index) => {
+                if let Some(slot) = self.tracks.get_mut(index) {
+                    *slot = fresh;
+                }
+                index + 1
+            }
+            None => {
+                self.tracks.push(fresh);
+                self.tracks.len()
+            }
+        }
+    }
+
+    /// Takes the track of a section out of the next offer.
+    pub fn remove(&mut self, section: usize) {
+        if let Some(section) = section.checked_sub(1).and_then(|index| self.tracks.get_mut(index)) {
+            section.track = None;
+            section.agreed = false;
+            section.text.clear();
+        }
+    }
+
+    /// The mid of each section that carries a track, with the track, in order.
+    pub fn tracks(&self) -> impl Iterator<Item = (usize, &SentTrack)> {
+        let sections = self.tracks.iter().enumerate();
+        sections.filter_map(|(index, section)| Some((index + 1, section.track.as_ref()?)))
+    }
+
+    /// New credentials: every section names them.
+    pub fn rewrite(&mut self) {
+        self.tracks.iter_mut().for_each(|section| section.text.clear());
+    }
+
+    pub fn is_waiting_for_answer(&self) -> bool {
+        self.offered.is_some()
+    }
+
+    /// The next offer. Until it is answered there must be no other.
+    pub fn offer(&mut self, local: &LocalTransport) -> String {
+        self.version += 1;
+        self.offered = Some(self.tracks.len());
+        for (index, section) in self.tracks.iter_mut().enumerate().filter(|(_, section)| section.text.is_empty()) {
+            section.write(index + 1, local);
+        }
+        let bytes: usize = self.tracks.iter().map(|section| section.text.len() + 6).sum();
+        let mut sdp = String::with_capacity(bytes + 1024);
+        let mids: Vec<String> = (0..=self.tracks.len()).map(|mid| mid.to_string()).collect();
+        write_lite_session(&mut sdp, local, self.version, mids.iter().map(String::as_str));
+        push_application(&mut sdp, local, Setup::ActPass, "0", true, SCTP_PORT);
+        self.tracks.iter().for_each(|section| sdp.push_str(&section.text));
+        sdp
+    }
+
+    /// Takes the client's answer to the last offer: the other end, and what was agreed for sections that were not agreed before.
+    pub fn answered(&mut self, answer: &str) -> Result<(RemoteTransport, Vec<AgreedSection>), SdpError> {
+        let Some(count) = self.offered else {
+            return Err(SdpError::Missing { what: "an offer to answer" });
+        };
+        let update = self.answers.read(answer)?;
+        if self.answers.sections().len() != count + 1 {
+            return Err(SdpError::Missing {
+                what: "as many sections as the offer",
+            });
+        }
+        self.offered = None;
+        let mut agreed = Vec::new();
+        let answered = self.answers.sections().skip(1).enumerate();
+        for ((index, answer), section) in answered.zip(&mut self.tracks) {
+            // A section that changed since the offer was made waits for the next one.
+            let current = !section.text.is_empty();
+            section.free |= current && section.track.is_none();
+            if current && section.track.is_some() && !section.agreed {
+                section.agreed = true;
+                agreed.push(AgreedSection {
+                    section: index + 1,
+                    media: AgreedMedia::of(answer).filter(|_| answer.kind == Some(section.kind)),
+                });
+            }
+        }
+        Ok((update.remote, agreed))
+    }
+}
+
+impl OfferedSection {
+    fn write(&mut self, index: usize, local: &LocalTransport) {
+        let codec = sent_codec(self.kind);
+        let sdp = &mut self.text;
+        push_media_line(sdp, self.kind, &[Some(codec.payload_type), codec.rtx_payload_type]);
+        push_transport(sdp, local, Setup::ActPass, &index.to_string(), false);
+        push_extensions(sdp, &sent_extensions(self.kind));
+        let direction = if self.track.is_some() { "sendonly" } else { "inactive" };
+        push(sdp, format_args!("a={direction}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"));
+        push_codec(sdp, &codec);
+        if let Some(track) = &self.track {
+            push_sent_track(sdp, track, codec.rtx_payload_type.is_some());
+        }
+    }
+}
+
+fn sent_codec(kind: Kind) -> Codec {
+    let mut feedback = FeedbackSet::default();
+    let of_kind = |feedback: &Feedback| kind == Kind::Video || *feedback == Feedback::Nack;
+    let supported = Capabilities::SERVER_SENDS.feedback.iter();
+    supported.filter(|feedback| of_kind(feedback)).for_each(|found| feedback.insert(*found));
+    let (payload_type, rtx_payload_type, map, clock_rate, parameters) = match kind {
+        Kind::Audio => (OPUS_PAYLOAD_TYPE, None, "opus/48000/2", 48_000, "minptime=10;useinbandfec=1"),
+        Kind::Video => (VP8_PAYLOAD_TYPE, Some(VP8_RTX_PAYLOAD_TYPE), "VP8/90000", 90_000, ""),
+    };
+    Codec {
+        payload_type,
+        rtx_payload_type,
+        map: map.into(),
+        clock_rate,
+        parameters: parameters.into(),
+        feedback,
+    }
+}
+
+fn sent_extensions(kind: Kind) -> ExtensionIds {
+    let mut offered = ExtensionIds::default();
+    let supported = Capabilities::SERVER_SENDS.extensions.iter();
+    supported.for_each(|extension| offered.set(*extension, extension.offered_id()));
+    fitting_extensions(offered, Some(kind))
+}
