@@ -10,9 +10,14 @@
 mod cache;
 mod forward;
 mod ingest;
+pub mod lobby;
+mod participant;
+mod room;
 pub mod router;
 mod select;
 pub mod statistics;
+mod track;
+mod wire;
 pub mod worker;
 
 use std::net::SocketAddr;

@@ -86,7 +86,7 @@ impl Setup {
     }
 
     /// Our role in an answer: what the offer leaves open goes by our own preference.
-    fn answer(offered: Setup, preferred: Setup) -> Setup {
+    pub fn answer(offered: Setup, preferred: Setup) -> Setup {
         match (offered, preferred) {
             (Setup::Active, _) | (Setup::ActPass, Setup::Passive) => Setup::Passive,
             (Setup::Passive | Setup::ActPass, _) => Setup::Active,

@@ -97,7 +97,11 @@ impl ClientSection {
         let direction = scan.direction.unwrap_or(Direction::SendRecv);
         let sends = matches!(direction, Direction::SendOnly | Direction::SendRecv);
         // What we receive decides where the client sends; in a section that it only receives on, what we send.
-        let capabilities = if sends { Capabilities::SERVER_RECEIVES } else { Capabilities::SERVER_SENDS };
+        let capabilities = if sends {
+            Capabilities::SERVER_RECEIVES
+        } else {
+            Capabilities::SERVER_SENDS
+        };
         let codec = kind.and_then(|kind| scan.choose_codec(&media, capabilities.codecs(kind), capabilities.feedback));
         let understood = codec.is_some() || matches!(content, Content::Application(_));
         let (ssrc, rtx_ssrc) = scan.fid.map_or((scan.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)));
@@ -117,7 +121,11 @@ impl ClientSection {
             track_id: track_id.into(),
             ssrc,
             rtx_ssrc: rtx_ssrc.filter(|_| rtx_payload_type.is_some()),
-            rids: if sends && kind == Some(Kind::Video) { layers.finish() } else { Vec::new() },
+            rids: if sends && kind == Some(Kind::Video) {
+                layers.finish()
+            } else {
+                Vec::new()
+            },
             usable: understood && media.port != 0 && !mid.is_empty(),
             first_format: media.formats().next().filter(|format| is_token(format)).unwrap_or("0").into(),
             content,
@@ -160,7 +168,8 @@ impl<'a> LayerScan<'a> {
     fn finish(&self) -> Vec<Box<str>> {
         let names = self.send.unwrap_or_default().split(';');
         let first_alternative = |stream: &'a str| stream.split(',').next().unwrap_or_default().trim_start_matches('~');
-        let fine = |rid: &&str| !rid.is_empty() && rid.len() <= RID_BYTES_MAX && rid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        let fine =
+            |rid: &&str| !rid.is_empty() && rid.len() <= RID_BYTES_MAX && rid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
         let mut rids: Vec<&str> = Vec::new();
         for rid in names.map(first_alternative).filter(fine) {
             if rids.len() < LAYERS_MAX && !rids.contains(&rid) {
@@ -196,7 +205,9 @@ impl ClientDescriptions {
         let session = SessionPart::parse(split.session);
         if split.sections.len() < self.sections.len() {
             // RFC 9429, section 5.2.2: sections stay, used or not.
-            return Err(SdpError::Missing { what: "sections that the last one had" });
+            return Err(SdpError::Missing {
+                what: "sections that the last one had",
+            });
         }
         let mut fresh = Vec::new();
         for (index, text) in split.sections.iter().enumerate() {
@@ -349,7 +360,9 @@ fn push_received_rids(sdp: &mut String, rids: &[Box<str>]) {
 }
 
 fn push_sent_track(sdp: &mut String, track: &SentTrack, rtx: bool) {
-    let SentTrack { stream_id, track_id, ssrc, .. } = track;
+    let SentTrack {
+        stream_id, track_id, ssrc, ..
+    } = track;
     let rtx_ssrc = track.rtx_ssrc.filter(|_| rtx);
     push(sdp, format_args!("a=msid:{stream_id} {track_id}\r\n"));
     if let Some(rtx_ssrc) = rtx_ssrc {

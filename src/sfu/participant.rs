@@ -1,0 +1,290 @@
+//! A participant as the lobby keeps it: who it is, its peer connections, what it publishes and what it gets.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use livekit_protocol as proto;
+use prost::Message as _;
+
+use super::lobby::{ConnectionId, SessionId, Shared};
+use super::track::Settings;
+use super::{MediaCommand, Selection, SubscriptionId, SubscriptionParameters, TrackId, TransportId, TransportParameters};
+use crate::measure::Kind;
+use crate::transport::peer::IceCredentials;
+use crate::transport::sdp::serve::{AgreedMedia, ClientDescriptions, SentTrack, SubscriberOffer};
+use crate::transport::sdp::{Fingerprint, LocalTransport, RemoteTransport, Setup};
+use crate::units::Time;
+
+pub(super) struct Participant {
+    pub id: SessionId,
+    /// What others are told of it.
+    pub info: proto::ParticipantInfo,
+    /// `info`, encoded.
+    pub encoded: Bytes,
+    pub permission: proto::ParticipantPermission,
+    pub auto_subscribe: bool,
+    pub adaptive_stream: bool,
+    /// The WebSocket, while there is one.
+    pub connection: Option<ConnectionId>,
+    /// The WebSocket is missing since this.
+    pub lost_at: Option<Time>,
+    pub joined_at: Time,
+    /// Its own offers: a publisher's, or those of the single connection.
+    pub answering: AnsweringPeer,
+    /// Our offers, in dual mode, if it may subscribe.
+    pub offering: Option<OfferingPeer>,
+    pub single: bool,
+    /// Announced and not yet in an offer.
+    pub pending: Vec<PendingTrack>,
+    pub published: BTreeSet<TrackId>,
+    pub subscriptions: BTreeMap<TrackId, Subscription>,
+    /// Descriptions are to be exchanged: not before this moment.
+    pub negotiate_at: Option<Time>,
+    pub negotiated_at: Option<Time>,
+}
+
+pub(super) struct PendingTrack {
+    pub cid: String,
+    pub info: proto::TrackInfo,
+}
+
+/// One track on its way to this participant.
+pub(super) struct Subscription {
+    pub id: SubscriptionId,
+    pub kind: Kind,
+    pub sent: SentTrack,
+    pub settings: Settings,
+    /// Where in our offers, or in the client's (single connection).
+    pub section: Option<usize>,
+    /// As the router knows it; `None` before the descriptions are agreed.
+    pub live: Option<Live>,
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Live {
+    pub selection: Selection,
+    pub wish: u8,
+}
+
+impl Participant {
+    pub fn is_hidden(&self) -> bool {
+        self.permission.hidden
+    }
+
+    pub fn is_active(&self) -> bool {
+        self.info.state() == proto::participant_info::State::Active
+    }
+
+    /// `info` has changed.
+    pub fn encode(&mut self) {
+        self.info.version += 1;
+        self.encoded = self.info.encode_to_vec().into();
+    }
+
+    /// The connection that must be up for the participant to count as connected.
+    pub fn primary(&self) -> TransportId {
+        self.offering.as_ref().map_or(self.answering.transport, |peer| peer.transport)
+    }
+
+    pub fn transports(&self) -> impl Iterator<Item = (TransportId, bool)> {
+        let offering = self.offering.as_ref().map(|peer| (peer.transport, peer.link.is_added()));
+        [Some((self.answering.transport, self.answering.link.is_added())), offering]
+            .into_iter()
+            .flatten()
+    }
+
+    /// The connection that carries our tracks.
+    pub fn downlink(&self) -> Option<TransportId> {
+        match &self.offering {
+            Some(peer) => Some(peer.transport),
+            None => self.single.then_some(self.answering.transport),
+        }
+    }
+
+    /// Sections of the single connection that the client would have to add: audio, video.
+    pub fn missing_sections(&self) -> (u32, u32) {
+        let missing = |kind| {
+            self.subscriptions
+                .values()
+                .filter(|subscription| subscription.section.is_none() && subscription.kind == kind)
+                .count()
+        };
+        let spare = |kind| self.answering.free_sections(kind).count();
+        let of = |kind| u32::try_from(missing(kind).saturating_sub(spare(kind))).unwrap_or(u32::MAX);
+        (of(Kind::Audio), of(Kind::Video))
+    }
+}
+
+impl Subscription {
+    pub fn parameters(&self, media: AgreedMedia, selection: Selection) -> SubscriptionParameters {
+        let rtx = self.sent.rtx_ssrc.zip(media.rtx_payload_type);
+        SubscriptionParameters {
+            ssrc: self.sent.ssrc,
+            rtx_ssrc: rtx.map(|(ssrc, _)| ssrc),
+            payload_type: media.payload_type,
+            rtx_payload_type: rtx.map(|(_, payload_type)| payload_type),
+            extensions: media.extensions,
+            selection,
+        }
+    }
+}
+
+/// Our end of one connection, and what the router knows of both.
+pub(super) struct Link {
+    pub local: LocalTransport,
+    /// Both ends' credentials as the router has them; `None`: it does not know the connection yet.
+    known: Option<(IceCredentials, IceCredentials)>,
+    fingerprint: Option<Fingerprint>,
+}
+
+impl Link {
+    pub fn new(local: LocalTransport) -> Link {
+        Link {
+            local,
+            known: None,
+            fingerprint: None,
+        }
+    }
+
+    pub fn is_added(&self) -> bool {
+        self.known.is_some()
+    }
+
+    /// Whether a description of the client's begins a new generation of ICE.
+    pub fn is_restarted_by(&self, remote: &RemoteTransport) -> bool {
+        self.known.as_ref().is_some_and(|(_, known)| *known != remote_credentials(remote))
+    }
+
+    /// Whether the description is of another connection: DTLS sessions are kept, never made anew.
+    pub fn is_replaced_by(&self, remote: &RemoteTransport) -> bool {
+        self.fingerprint.is_some_and(|known| known != remote.fingerprint)
+    }
+
+    pub fn restart(&mut self, shared: &mut Shared) {
+        let IceCredentials { ufrag, password } = shared.ids.ice_credentials();
+        (self.local.ufrag, self.local.pwd) = (ufrag, password);
+    }
+
+    /// What the router must be told now that both descriptions are known.
+    pub fn handle_remote(&mut self, transport: TransportId, remote: &RemoteTransport, dtls_active: bool) -> Option<MediaCommand> {
+        let local = IceCredentials {
+            ufrag: self.local.ufrag.clone(),
+            password: self.local.pwd.clone(),
+        };
+        let now = (local.clone(), remote_credentials(remote));
+        let before = self.known.replace(now.clone());
+        self.fingerprint = Some(remote.fingerprint);
+        match before {
+            None => Some(MediaCommand::AddTransport {
+                transport,
+                parameters: Box::new(TransportParameters {
+                    local,
+                    remote: now.1,
+                    remote_fingerprint: remote.fingerprint,
+                    dtls_active,
+                }),
+            }),
+            Some(before) if before != now => Some(MediaCommand::RestartIce {
+                transport,
+                local,
+                remote: now.1,
+            }),
+            Some(_) => None,
+        }
+    }
+}
+
+fn remote_credentials(remote: &RemoteTransport) -> IceCredentials {
+    IceCredentials {
+        ufrag: remote.ufrag.clone(),
+        password: remote.pwd.clone(),
+    }
+}
+
+/// The connection whose offers come from the client.
+pub(super) struct AnsweringPeer {
+    pub transport: TransportId,
+    pub link: Link,
+    pub descriptions: ClientDescriptions,
+    pub version: u64,
+    /// Sections on which the client sends a track.
+    pub received: BTreeMap<usize, TrackId>,
+    /// Sections that carry our tracks (single connection).
+    pub sent: BTreeMap<usize, TrackId>,
+    /// Sections that carried our tracks in the last answer: another track may have them only after an answer that had them idle, or the client takes it for
+    /// the old one (RFC 9429, section 5.10).
+    pub last_sent: BTreeSet<usize>,
+    /// Sections that the client was asked for since its last offer: audio, video.
+    pub requested: (u32, u32),
+}
+
+impl AnsweringPeer {
+    pub fn new(transport: TransportId, local: LocalTransport) -> AnsweringPeer {
+        AnsweringPeer {
+            transport,
+            link: Link::new(local),
+            descriptions: ClientDescriptions::default(),
+            version: 0,
+            received: BTreeMap::new(),
+            sent: BTreeMap::new(),
+            last_sent: BTreeSet::new(),
+            requested: (0, 0),
+        }
+    }
+
+    /// Sections of the client's last offer that can take a track of this kind.
+    pub fn free_sections(&self, kind: Kind) -> impl Iterator<Item = usize> {
+        let sections = self.descriptions.sections().enumerate();
+        sections.filter_map(move |(index, section)| {
+            let fits = section.kind == Some(kind) && section.is_usable() && section.receives && !section.sends;
+            (fits && !self.sent.contains_key(&index) && !self.last_sent.contains(&index)).then_some(index)
+        })
+    }
+}
+
+/// The subscriber connection of dual mode.
+pub(super) struct OfferingPeer {
+    pub transport: TransportId,
+    pub link: Link,
+    pub offer: SubscriberOffer,
+    /// The track in each section.
+    pub tracks: BTreeMap<usize, TrackId>,
+    pub offer_id: u32,
+    pub offered_at: Time,
+}
+
+impl OfferingPeer {
+    pub fn new(transport: TransportId, local: LocalTransport) -> OfferingPeer {
+        OfferingPeer {
+            transport,
+            link: Link::new(local),
+            offer: SubscriberOffer::default(),
+            tracks: BTreeMap::new(),
+            offer_id: 0,
+            offered_at: Time::ZERO,
+        }
+    }
+
+    /// Puts a track into the next offer; returns its section.
+    pub fn add(&mut self, kind: Kind, track: TrackId, sent: SentTrack) -> usize {
+        let section = self.offer.add(kind, sent);
+        self.tracks.insert(section, track);
+        section
+    }
+
+    pub fn remove(&mut self, section: usize) {
+        self.offer.remove(section);
+        self.tracks.remove(&section);
+    }
+
+    /// New credentials, for the next offer.
+    pub fn restart(&mut self, shared: &mut Shared) {
+        self.link.restart(shared);
+        self.offer.rewrite();
+    }
+}
+
+/// Our role where the client's answer says its own.
+pub(super) fn dtls_active_beside(remote: &RemoteTransport) -> bool {
+    remote.setup == Setup::Passive
+}
