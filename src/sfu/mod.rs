@@ -15,6 +15,7 @@ mod participant;
 mod room;
 pub mod router;
 mod select;
+pub mod server;
 pub mod statistics;
 mod track;
 mod wire;

@@ -1,0 +1,467 @@
+//! The edge around the lobby and the routers: one port for WebSockets, room service and metrics, one thread for signalling (`sfu-signal`), one for each router
+//! (`sfu-0`, ..).
+//!
+//! [`Server::start`] and the rest may be called from anywhere, within another runtime too: the server brings its own.
+
+mod access;
+mod metrics;
+mod rooms;
+mod websocket;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::routing::{get, post};
+use axum::serve::ListenerExt;
+use bytes::Bytes;
+use livekit_protocol as proto;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::sync::{mpsc, oneshot};
+
+use super::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, LobbyStatistics, Output};
+use super::statistics::RouterStatistics;
+use super::worker::{Worker, WorkerConfig};
+use super::{MediaEvent, SendMode};
+use crate::seeded::scatter;
+use crate::signal::Secret;
+use crate::transport::peer::Identity;
+use crate::units::{Epoch, Time};
+use access::Access;
+
+/// What `lk` and LiveKit's own `--dev` use, with a secret that is long enough for everybody's JWT library.
+pub const DEV_KEY: &str = "devkey";
+pub const DEV_SECRET: &str = "devsecretdevsecretdevsecretdevsecret";
+/// A thousand participants a second come in bursts.
+const LISTEN_BACKLOG: i32 = 4096;
+/// Requests of sockets that wait for the lobby; beyond, sockets are not read.
+const INPUTS_MAX: usize = 4096;
+/// Room service's requests are names and a few numbers.
+const BODY_BYTES_MAX: usize = 64 << 10;
+/// For an answer from the signalling thread: it is busy for milliseconds, never for this.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+const ROUTERS_MAX: usize = 256;
+
+pub struct ServerConfig {
+    /// Of signalling, room service and metrics. Port 0: any.
+    pub listen: SocketAddr,
+    /// Where media comes in; `None`: at the address of `listen`, or, where that is none, at the one that this host uses towards others.
+    pub media_ip: Option<IpAddr>,
+    pub send: SendMode,
+    /// Threads for media. A room lives on one.
+    pub routers: usize,
+    pub api_key: String,
+    pub api_secret: Secret,
+    /// Sids, ICE credentials and SSRCs come from it. Where strangers can reach the server it must not be guessable.
+    pub seed: u64,
+}
+
+impl ServerConfig {
+    /// On loopback, at any port, with the well-known key pair.
+    pub fn loopback(seed: u64) -> ServerConfig {
+        ServerConfig {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            media_ip: None,
+            send: SendMode::Plain,
+            routers: 1,
+            api_key: DEV_KEY.to_owned(),
+            api_secret: Secret::new(DEV_SECRET),
+            seed,
+        }
+    }
+}
+
+/// Why the server did not start; each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("{address} is in use: stop what listens there, or choose another port with --listen (port 0 takes any)")]
+    InUse { address: SocketAddr },
+    #[error("{address} is not allowed: ports below 1024 need root, or choose another with --listen")]
+    Forbidden { address: SocketAddr },
+    #[error("{address} is no address of this host: listen on 127.0.0.1, on one that `ip address` shows, or on 0.0.0.0")]
+    NotOurs { address: SocketAddr },
+    #[error("cannot listen on {address}: {cause}")]
+    Listen { address: SocketAddr, cause: io::Error },
+    #[error("no media socket on {ip}: {cause}; raise the limit of open files, or give another address")]
+    Media { ip: IpAddr, cause: io::Error },
+    #[error("this host has no route to others, so media would have no address: listen on one address instead of {listen}")]
+    NoRoute { listen: IpAddr },
+    #[error("the DTLS certificate cannot be made: {0}")]
+    Identity(String),
+    #[error("the API key and its secret must not be empty")]
+    NoKey,
+    #[error("{0} routers: use 1 to {ROUTERS_MAX}, at most as many as this host has CPUs")]
+    Routers(usize),
+    #[error("no thread for signalling: {0}")]
+    Thread(io::Error),
+}
+
+/// What the server has done and what is in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServerStatistics {
+    pub lobby: LobbyStatistics,
+    /// Of all routers together.
+    pub media: RouterStatistics,
+    /// WebSockets that were closed because their client did not read.
+    pub slow_readers: u64,
+}
+
+/// A running SFU. Dropping it stops it.
+pub struct Server {
+    address: SocketAddr,
+    inputs: mpsc::Sender<Input>,
+    thread: Option<JoinHandle<()>>,
+    workers: Arc<Vec<Worker>>,
+    shutdown: Option<oneshot::Sender<()>>,
+}
+
+impl Server {
+    pub fn start(config: ServerConfig) -> Result<Server, StartError> {
+        if config.api_key.is_empty() || config.api_secret.expose().is_empty() {
+            return Err(StartError::NoKey);
+        }
+        if !(1..=ROUTERS_MAX).contains(&config.routers) {
+            return Err(StartError::Routers(config.routers));
+        }
+        let listener = listen(config.listen)?;
+        let address = listener.local_addr().map_err(|cause| StartError::Listen {
+            address: config.listen,
+            cause,
+        })?;
+        let identity = Identity::generate().map_err(StartError::Identity)?;
+        let epoch = Epoch::read();
+        let (workers, media) = start_workers(&config, &identity, epoch)?;
+        let lobby = Lobby::new(LobbyConfig {
+            seed: config.seed,
+            epoch,
+            fingerprint: identity.fingerprint(),
+            routers: workers.iter().map(Worker::address).collect(),
+        });
+        let (inputs, requests) = mpsc::channel(INPUTS_MAX);
+        let workers = Arc::new(workers);
+        let desk = Desk {
+            lobby,
+            epoch,
+            workers: workers.clone(),
+            clients: HashMap::new(),
+            slow_readers: 0,
+        };
+        let state = State {
+            access: Arc::new(Access::new(&config.api_key, config.api_secret.expose())),
+            inputs: inputs.clone(),
+        };
+        let (shutdown, stopped) = oneshot::channel();
+        let thread = std::thread::Builder::new()
+            .name("sfu-signal".to_owned())
+            .spawn(move || signalling(listener, state, desk, (requests, media), stopped))
+            .map_err(StartError::Thread)?;
+        Ok(Server {
+            address,
+            inputs,
+            thread: Some(thread),
+            workers,
+            shutdown: Some(shutdown),
+        })
+    }
+
+    /// For clients on this host where the server listens on every address.
+    pub fn url(&self) -> String {
+        let ip = match self.address.ip() {
+            ip if !ip.is_unspecified() => ip,
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        };
+        format!("ws://{}", SocketAddr::new(ip, self.address.port()))
+    }
+
+    /// Where signalling listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Waits for the signalling thread's answer: a moment, during which an asynchronous caller's thread does nothing else.
+    pub fn statistics(&self) -> ServerStatistics {
+        let (reply, answer) = std::sync::mpsc::sync_channel(1);
+        let call = Input::Call(Box::new(move |desk, _| {
+            let _ = reply.try_send(desk.statistics());
+        }));
+        let asked = self.inputs.try_send(call).is_ok();
+        let answered = asked.then(|| answer.recv_timeout(REPLY_TIMEOUT).ok()).flatten();
+        answered.unwrap_or_else(|| ServerStatistics {
+            media: media_statistics(&self.workers),
+            ..ServerStatistics::default()
+        })
+    }
+
+    /// Everybody is sent away. Returns what there was at the end.
+    pub fn stop(mut self) -> ServerStatistics {
+        let statistics = self.statistics();
+        self.halt();
+        ServerStatistics {
+            media: media_statistics(&self.workers),
+            ..statistics
+        }
+    }
+
+    /// Ends signalling; the routers end with the last handle of them, which is ours.
+    fn halt(&mut self) {
+        drop(self.shutdown.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been printed by itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.halt();
+    }
+}
+
+fn listen(address: SocketAddr) -> Result<std::net::TcpListener, StartError> {
+    let bind = || {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        // A port whose last connections are still closing is free.
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(LISTEN_BACKLOG)?;
+        Ok(socket.into())
+    };
+    bind().map_err(|cause: io::Error| match cause.kind() {
+        io::ErrorKind::AddrInUse => StartError::InUse { address },
+        io::ErrorKind::PermissionDenied => StartError::Forbidden { address },
+        io::ErrorKind::AddrNotAvailable => StartError::NotOurs { address },
+        _ => StartError::Listen { address, cause },
+    })
+}
+
+type MediaEvents = Vec<mpsc::UnboundedReceiver<MediaEvent>>;
+
+fn start_workers(config: &ServerConfig, identity: &Identity, epoch: Epoch) -> Result<(Vec<Worker>, MediaEvents), StartError> {
+    let listen = config.listen.ip();
+    let ip = match config.media_ip {
+        Some(ip) => ip,
+        None if listen.is_unspecified() => outward_address(listen).ok_or(StartError::NoRoute { listen })?,
+        None => listen,
+    };
+    let mut events = Vec::new();
+    let mut workers = Vec::new();
+    for index in 0..config.routers {
+        let (told, heard) = mpsc::unbounded_channel();
+        let worker = WorkerConfig {
+            ip,
+            identity: identity.clone(),
+            epoch,
+            send: config.send,
+            seed: scatter(config.seed ^ index as u64),
+            name: format!("sfu-{index}"),
+        };
+        workers.push(Worker::start(worker, told).map_err(|cause| StartError::Media { ip, cause })?);
+        events.push(heard);
+    }
+    Ok((workers, events))
+}
+
+/// The address that this host uses towards others. Connecting a UDP socket sends nothing; the addresses are for documentation (RFC 5737, RFC 3849).
+fn outward_address(any: IpAddr) -> Option<IpAddr> {
+    let far: SocketAddr = match any {
+        IpAddr::V4(_) => (Ipv4Addr::new(192, 0, 2, 1), 9).into(),
+        IpAddr::V6(_) => (Ipv6Addr::new(0x2001, 0xDB8, 0, 0, 0, 0, 0, 1), 9).into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(far).ok()?;
+    socket.local_addr().ok().map(|address| address.ip())
+}
+
+fn media_statistics(workers: &[Worker]) -> RouterStatistics {
+    let mut sum = RouterStatistics::default();
+    let known = workers.iter().filter_map(Worker::statistics);
+    known.for_each(|statistics| sum.merge(&statistics));
+    sum
+}
+
+/// What request handlers need.
+#[derive(Clone)]
+struct State {
+    access: Arc<Access>,
+    inputs: mpsc::Sender<Input>,
+}
+
+impl State {
+    /// Asks the lobby. `None`: the server is stopping.
+    async fn call<R: Send + 'static>(&self, act: impl FnOnce(&mut Desk, Time) -> R + Send + 'static) -> Option<R> {
+        let (reply, answer) = oneshot::channel();
+        let call = Input::Call(Box::new(move |desk, now| {
+            let _ = reply.send(act(desk, now));
+        }));
+        self.inputs.send(call).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+/// What reaches the lobby from sockets and callers.
+enum Input {
+    Enter {
+        entry: Box<Entry>,
+        messages: mpsc::Sender<Bytes>,
+        reply: oneshot::Sender<ConnectionId>,
+    },
+    Request {
+        connection: ConnectionId,
+        request: Box<proto::SignalRequest>,
+    },
+    Disconnect {
+        connection: ConnectionId,
+    },
+    Call(Box<dyn FnOnce(&mut Desk, Time) + Send>),
+}
+
+/// The signalling thread: one thread serves some thousand WebSockets.
+fn signalling(
+    listener: std::net::TcpListener,
+    state: State,
+    desk: Desk,
+    (requests, media): (mpsc::Receiver<Input>, MediaEvents),
+    stopped: oneshot::Receiver<()>,
+) {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+        return;
+    };
+    runtime.block_on(async move {
+        let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
+            return;
+        };
+        let listener = listener.tap_io(|stream| {
+            // A kernel that cannot switch Nagle off is slower, not wrong.
+            let _ = stream.set_nodelay(true);
+        });
+        let (events, heard) = mpsc::unbounded_channel();
+        for (router, mut of_router) in media.into_iter().enumerate() {
+            let events = events.clone();
+            tokio::spawn(async move {
+                while let Some(event) = of_router.recv().await {
+                    let _ = events.send((router, event));
+                }
+            });
+        }
+        let http = tokio::spawn(axum::serve(listener, routes(state)).into_future());
+        tokio::spawn(desk.run(requests, heard));
+        // The sender is dropped, never used: either way the server is to stop.
+        let _ = stopped.await;
+        http.abort();
+    });
+}
+
+fn routes(state: State) -> Router {
+    Router::new()
+        .route("/", get(websocket::health))
+        .route("/rtc", get(websocket::dual))
+        .route("/rtc/validate", get(websocket::validate_dual))
+        .route("/rtc/v1", get(websocket::single))
+        .route("/rtc/v1/validate", get(websocket::validate_single))
+        .route("/twirp/livekit.RoomService/{method}", post(rooms::serve))
+        .route("/metrics", get(metrics::serve))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(state)
+}
+
+/// The lobby with its clients' queues and the routers.
+struct Desk {
+    lobby: Lobby,
+    epoch: Epoch,
+    workers: Arc<Vec<Worker>>,
+    /// Looked up, never iterated.
+    clients: HashMap<ConnectionId, mpsc::Sender<Bytes>>,
+    slow_readers: u64,
+}
+
+impl Desk {
+    async fn run(mut self, mut requests: mpsc::Receiver<Input>, mut media: mpsc::UnboundedReceiver<(usize, MediaEvent)>) {
+        loop {
+            let deadline = self.lobby.next_timeout();
+            let timer = tokio::time::sleep_until(tokio::time::Instant::from_std(self.epoch.instant(deadline.min(self.far()))));
+            tokio::select! {
+                biased;
+                Some((router, event)) = media.recv() => self.lobby.handle_media(router, event, self.epoch.now()),
+                input = requests.recv() => match input {
+                    Some(input) => self.handle_input(input),
+                    None => return,
+                },
+                () = timer => {}
+            }
+            let now = self.epoch.now();
+            if self.lobby.next_timeout() <= now {
+                self.lobby.handle_timeout(now);
+            }
+            self.drain(now);
+        }
+    }
+
+    /// Timers cannot be set for the end of time.
+    fn far(&self) -> Time {
+        self.epoch.now() + Duration::from_secs(3600)
+    }
+
+    fn handle_input(&mut self, input: Input) {
+        let now = self.epoch.now();
+        match input {
+            Input::Enter { entry, messages, reply } => {
+                let connection = self.lobby.handle_entry(*entry, now);
+                self.clients.insert(connection, messages);
+                let _ = reply.send(connection);
+            }
+            Input::Request { connection, request } => self.lobby.handle_request(connection, *request, now),
+            Input::Disconnect { connection } => {
+                self.clients.remove(&connection);
+                self.lobby.handle_disconnect(connection, now);
+            }
+            Input::Call(call) => call(self, now),
+        }
+    }
+
+    fn drain(&mut self, now: Time) {
+        while let Some(output) = self.lobby.poll_output() {
+            match output {
+                Output::Send { connection, message } => self.send(connection, message, now),
+                Output::Close { connection } => {
+                    // Its task writes what is queued, then closes.
+                    self.clients.remove(&connection);
+                }
+                Output::Media { router, command } => {
+                    if let Some(worker) = self.workers.get(router) {
+                        worker.command(command);
+                    }
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, connection: ConnectionId, message: Bytes, now: Time) {
+        let Some(client) = self.clients.get(&connection) else { return };
+        match client.try_send(message) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                self.slow_readers += 1;
+                self.clients.remove(&connection);
+                self.lobby.handle_disconnect(connection, now);
+            }
+            // Its task is gone and says so itself.
+            Err(mpsc::error::TrySendError::Closed(_)) => {}
+        }
+    }
+
+    fn statistics(&self) -> ServerStatistics {
+        ServerStatistics {
+            lobby: self.lobby.statistics(),
+            media: media_statistics(&self.workers),
+            slow_readers: self.slow_readers,
+        }
+    }
+}

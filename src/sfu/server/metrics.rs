@@ -1,0 +1,84 @@
+//! A Prometheus page under LiveKit's names, as far as we count what they stand for.
+
+use std::fmt::Write;
+
+use axum::extract;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+
+use super::{ServerStatistics, State};
+
+pub(super) async fn serve(extract::State(state): extract::State<State>) -> Response {
+    match state.call(|desk, _| desk.statistics()).await {
+        Some(statistics) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], page(&statistics)).into_response(),
+        None => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+    }
+}
+
+/// LiveKit's packets are RTP; what is sent again counts as a transmission of its own.
+fn page(statistics: &ServerStatistics) -> String {
+    let (lobby, media) = (&statistics.lobby, &statistics.media);
+    let mut page = String::new();
+    let mut family = |kind: &str, name: &str, samples: &[(&str, u64)]| {
+        let _ = writeln!(page, "# TYPE livekit_{name} {kind}");
+        for (labels, value) in samples {
+            let _ = writeln!(page, "livekit_{name}{labels} {value}");
+        }
+    };
+    family("gauge", "room_total", &[("", lobby.rooms as u64)]);
+    family("gauge", "participant_total", &[("", lobby.participants as u64)]);
+    family("counter", "participant_join_total", &[(r#"{state="signal_connected"}"#, lobby.joins)]);
+    let kinds = |audio: usize, video: usize| [(r#"{kind="AUDIO"}"#, audio as u64), (r#"{kind="VIDEO"}"#, video as u64)];
+    family("gauge", "track_published_total", &kinds(lobby.published_audio, lobby.published_video));
+    family("gauge", "track_subscribed_total", &kinds(lobby.subscribed_audio, lobby.subscribed_video));
+    const IN: &str = r#"{direction="incoming",transmission="primary"}"#;
+    const IN_AGAIN: &str = r#"{direction="incoming",transmission="retransmit"}"#;
+    const OUT: &str = r#"{direction="outgoing",transmission="primary"}"#;
+    const OUT_AGAIN: &str = r#"{direction="outgoing",transmission="retransmit"}"#;
+    let packets = [
+        (IN, media.media_in),
+        (IN_AGAIN, media.repairs_in),
+        (OUT, media.media_out),
+        (OUT_AGAIN, media.resends_out),
+    ];
+    let bytes = [
+        (IN, media.media_bytes_in),
+        (IN_AGAIN, media.repair_bytes_in),
+        (OUT, media.media_bytes_out),
+        (OUT_AGAIN, media.resend_bytes_out),
+    ];
+    family("counter", "packet_total", &packets);
+    family("counter", "packet_bytes", &bytes);
+    let directions = |incoming: u64, outgoing: u64| [(r#"{direction="incoming"}"#, incoming), (r#"{direction="outgoing"}"#, outgoing)];
+    family("counter", "nack_total", &directions(media.nacks_in, media.nacks_out));
+    family("counter", "pli_total", &directions(media.plis_in, media.plis_out));
+    page
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_sample_follows_its_type() {
+        let mut statistics = ServerStatistics::default();
+        statistics.lobby.participants = 3;
+        statistics.media.media_out = 70;
+        let page = page(&statistics);
+        assert!(
+            page.contains("# TYPE livekit_participant_total gauge\nlivekit_participant_total 3\n"),
+            "{page}"
+        );
+        assert!(
+            page.contains("livekit_packet_total{direction=\"outgoing\",transmission=\"primary\"} 70\n"),
+            "{page}"
+        );
+        let samples = page.lines().filter(|line| !line.starts_with('#'));
+        assert!(
+            samples
+                .clone()
+                .all(|line| line.rsplit(' ').next().is_some_and(|value| value.parse::<u64>().is_ok()))
+        );
+        assert_eq!(samples.count(), 19);
+    }
+}
