@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,12 +15,14 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::plan::{AudioSpec, Connection, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape, Target, VideoSpec};
 use crate::report::{Destinations, Judging, Threshold};
+use crate::sfu::SendMode;
 use crate::units::Bitrate;
 
 /// What the user asked for.
 #[derive(Debug)]
 pub enum Command {
     Run(Box<Run>),
+    Sfu(Box<Sfu>),
     /// Help or version: for standard output, exit code 0.
     Show(String),
 }
@@ -41,6 +44,18 @@ pub struct Run {
     pub no_live: bool,
     /// What the user should know about what was asked.
     pub warnings: Vec<String>,
+}
+
+/// The embedded SFU alone, for real clients and for other processes of ours.
+#[derive(Debug)]
+pub struct Sfu {
+    pub listen: SocketAddr,
+    pub send: SendMode,
+    /// Media threads; `None`: one a CPU, less the one for signalling.
+    pub threads: Option<usize>,
+    /// `None`: the well-known pair, on loopback only.
+    pub credentials: Option<Credentials>,
+    pub seed: u64,
 }
 
 /// The API key and secret of the server under test.
@@ -97,13 +112,12 @@ pub fn parse_with(args: impl IntoIterator<Item = OsString>, env: &dyn Fn(&str) -
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => return Ok(Command::Show(error.to_string())),
         Err(error) => return Err(UsageError(error.to_string().trim_end().to_owned())),
     };
-    let args = match cli.command {
-        Some(Sub::Run(args)) => args,
-        None => cli.run,
+    let command = match cli.command {
+        Some(Sub::Run(args)) => args.into_run(env, fresh).map(|run| Command::Run(Box::new(run))),
+        Some(Sub::Sfu(args)) => args.into_sfu(fresh).map(|sfu| Command::Sfu(Box::new(sfu))),
+        None => cli.run.into_run(env, fresh).map(|run| Command::Run(Box::new(run))),
     };
-    args.into_run(env, fresh)
-        .map(|run| Command::Run(Box::new(run)))
-        .map_err(|why| UsageError::new(&why))
+    command.map_err(|why| UsageError::new(&why))
 }
 
 const EXAMPLES: &str = "\
@@ -129,6 +143,30 @@ enum Sub {
     /// A load test; what throng does without a subcommand
     #[command(after_help = EXAMPLES)]
     Run(RunArgs),
+    /// The embedded SFU alone: LiveKit's signalling, for real clients and for a second throng
+    Sfu(SfuArgs),
+}
+
+#[derive(Debug, Args)]
+struct SfuArgs {
+    /// Signalling, room service and metrics; media comes in at the same address, on a port of its own
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7880")]
+    listen: SocketAddr,
+    /// Datagrams one by one, as real SFUs send them, or those of a burst in one call
+    #[arg(long, value_name = "HOW", default_value = "plain")]
+    send: SendArg,
+    /// Media threads; a room lives on one [default: one a CPU, less one for signalling]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+    /// [default: devkey, on loopback only]
+    #[arg(long, value_name = "KEY")]
+    api_key: Option<String>,
+    /// 32 characters or more
+    #[arg(long, value_name = "SECRET")]
+    api_secret: Option<String>,
+    /// Ids and ICE credentials come from this number [default: drawn]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=SEED_MAX))]
+    seed: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -285,6 +323,12 @@ enum VideoCodec {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum SendArg {
+    Plain,
+    Gso,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum PacingArg {
     Paced,
     Burst,
@@ -361,6 +405,42 @@ impl RunArgs {
             useless("--audio-frame", media.audio_frame.is_some(), why);
         }
         warnings
+    }
+}
+
+impl SfuArgs {
+    fn into_sfu(self, fresh: u64) -> Result<Sfu, String> {
+        /// What HS256 is worth its name with; many JWT libraries refuse less.
+        const SECRET_CHARACTERS_MIN: usize = 32;
+        let credentials = match (self.api_key, self.api_secret) {
+            (None, None) if !self.listen.ip().is_loopback() => {
+                return Err(format!(
+                    "everybody knows the default key: to listen on {}, give --api-key and --api-secret",
+                    self.listen
+                ));
+            }
+            (None, None) => None,
+            (Some(api_key), Some(api_secret)) => Some(Credentials { api_key, api_secret }),
+            _ => return Err("--api-key and --api-secret belong together: give both, or neither".to_owned()),
+        };
+        if let Some(Credentials { api_key, api_secret }) = &credentials {
+            if api_key.is_empty() || api_key.chars().any(|c| c.is_control() || c.is_whitespace()) {
+                return Err("--api-key takes a name without spaces".to_owned());
+            }
+            if api_secret.chars().count() < SECRET_CHARACTERS_MIN {
+                return Err(format!("--api-secret takes {SECRET_CHARACTERS_MIN} characters or more"));
+            }
+        }
+        Ok(Sfu {
+            listen: self.listen,
+            send: match self.send {
+                SendArg::Plain => SendMode::Plain,
+                SendArg::Gso => SendMode::Gso,
+            },
+            threads: self.threads.map(usize::from),
+            credentials,
+            seed: self.seed.unwrap_or(fresh),
+        })
     }
 }
 

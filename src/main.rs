@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::io::{IsTerminal, stderr, stdout};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 use throng::cli::{self, Command, UsageError};
@@ -10,8 +11,10 @@ use throng::plan::Resources;
 use throng::preflight::{self, Findings, Host};
 use throng::report::progress::Progress;
 use throng::report::text::{self, Style};
-use throng::report::{Outcome, Sinks, Verdict, emit, judge};
-use throng::run::{self, Clips};
+use throng::report::{self, Outcome, Sinks, Verdict, emit, judge};
+use throng::run::{self, Clips, Interrupts};
+use throng::sfu::server::{self, Server, ServerConfig};
+use throng::signal::Secret;
 
 fn main() -> ExitCode {
     match throng() {
@@ -31,7 +34,41 @@ fn throng() -> Result<u8> {
     match cli::parse(std::env::args_os(), &|name| std::env::var(name).ok())? {
         Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
         Command::Run(run) => load_test(&run),
+        Command::Sfu(sfu) => serve(&sfu),
     }
+}
+
+/// The embedded SFU, until it is told to stop.
+fn serve(sfu: &cli::Sfu) -> Result<u8> {
+    let host = Host::read();
+    if let Some(warning) = preflight::server_files(&host) {
+        say(&format_args!("warning: {warning}"));
+    }
+    let (api_key, api_secret) = match &sfu.credentials {
+        Some(own) => (own.api_key.clone(), own.api_secret.clone()),
+        None => (server::DEV_KEY.to_owned(), server::DEV_SECRET.to_owned()),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Signals first: one that comes while the server starts is heard.
+    let mut interrupts = runtime.block_on(async { Interrupts::listen() });
+    let started = Instant::now();
+    let server = Server::start(ServerConfig {
+        listen: sfu.listen,
+        media_ip: None,
+        send: sfu.send,
+        routers: sfu.threads.unwrap_or_else(|| host.usable_cpus().saturating_sub(1).max(1)),
+        api_key: api_key.clone(),
+        api_secret: Secret::new(api_secret),
+        seed: sfu.seed,
+    })?;
+    emit(
+        &mut stdout(),
+        &report::server::greeting(&server.url(), &api_key, sfu.credentials.is_none().then_some(server::DEV_SECRET)),
+    )?;
+    runtime.block_on(interrupts.next());
+    let statistics = server.stop();
+    emit(&mut stdout(), &report::server::summary(&statistics, started.elapsed()))?;
+    Ok(0)
 }
 
 /// A line on standard error. That nobody can read it is no reason to stop.
@@ -54,7 +91,7 @@ fn load_test(run: &cli::Run) -> Result<u8> {
     let sinks = Sinks::open(&run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let clips = Clips::generate(&run.plan, resources.threads).map_err(|error| UsageError::new(&format_args!("{error:#}")))?;
     let outcome = measure(run, &resources, clips)?;
-    report(run, &outcome, sinks)
+    write_report(run, &outcome, sinks)
 }
 
 fn none_of(refusals: &[String]) -> Result<()> {
@@ -88,7 +125,7 @@ fn measure(run: &cli::Run, resources: &Resources, clips: Clips) -> Result<Outcom
 }
 
 /// Everything is written, whatever fails on the way; then the first failure is told.
-fn report(run: &cli::Run, outcome: &Outcome, sinks: Sinks) -> Result<u8> {
+fn write_report(run: &cli::Run, outcome: &Outcome, sinks: Sinks) -> Result<u8> {
     let no_color = std::env::var("NO_COLOR").ok();
     let text = |style: Style| text::render(outcome, style);
     let shown = if run.destinations.json_on_stdout() {

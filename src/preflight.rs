@@ -145,6 +145,20 @@ fn files(host: &Host, resources: &Resources) -> Option<String> {
     ))
 }
 
+/// A server cannot know how many will come; each takes one file, for its WebSocket.
+pub fn server_files(host: &Host) -> Option<String> {
+    const PARTICIPANTS_EXPECTED: u64 = 4_000;
+    let limit = host.files_max?;
+    let participants = limit.saturating_sub(FILES_SLACK);
+    (participants < PARTICIPANTS_EXPECTED).then(|| {
+        format!(
+            "the limit of {} open files lets in {}: as root, ulimit -n 65536 (or LimitNOFILE=65536, docker run --ulimit nofile=65536)",
+            number(limit),
+            count(participants, "participant")
+        )
+    })
+}
+
 fn ports(plan: &Plan, host: &Host, resources: &Resources) -> Option<String> {
     let range = host.source_ports.clone()?;
     let available = (u64::from(*range.end()) + 1).saturating_sub(u64::from(*range.start()));

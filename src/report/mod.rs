@@ -8,6 +8,7 @@ pub mod json;
 pub mod judge;
 pub mod participants;
 pub mod progress;
+pub mod server;
 mod sinks;
 pub mod text;
 

@@ -1,16 +1,17 @@
-//! SIGINT and SIGTERM: the first ends a run in order, the second ends the process.
+//! SIGINT and SIGTERM: the first ends a run, or a server, in order, the second ends the process.
 
 use tokio::sync::watch;
 
 use crate::report::Verdict;
 
 /// SIGINT and SIGTERM. The first one ends the run, a second one the process, whatever the run is waiting for.
-pub(super) struct Interrupts {
+pub struct Interrupts {
     first: watch::Receiver<&'static str>,
 }
 
 impl Interrupts {
-    pub(super) fn listen() -> Interrupts {
+    /// Within a runtime.
+    pub fn listen() -> Interrupts {
         use tokio::signal::unix::{SignalKind, signal};
         let (sender, first) = watch::channel("");
         // Without a handler the default action stays: the process ends.
@@ -25,7 +26,7 @@ impl Interrupts {
     }
 
     /// The first signal, once.
-    pub(super) async fn next(&mut self) -> &'static str {
+    pub async fn next(&mut self) -> &'static str {
         match self.first.changed().await {
             Ok(()) => *self.first.borrow(),
             Err(_) => std::future::pending().await,

@@ -17,9 +17,9 @@ use anyhow::{Context, Result, anyhow};
 use tokio::sync::{mpsc, watch};
 
 pub use clips::Clips;
+pub use interrupts::Interrupts;
 
 use account::{expect_frames, expect_joins, is_healthy, quality, state_of_all, state_tracks};
-use interrupts::Interrupts;
 use rooms::Rooms;
 
 use crate::cli;
