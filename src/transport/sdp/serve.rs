@@ -16,6 +16,11 @@ const SCTP_PORT: u16 = 5000;
 pub const LAYERS_MAX: usize = 3;
 /// A rid must fit a one-byte header extension (RFC 8852, section 3.1 has the letters).
 const RID_BYTES_MAX: usize = 16;
+/// What the server writes into packets to subscribers.
+const SENT_EXTENSIONS: [Extension; 1] = [Extension::AudioLevel];
+/// What it agrees to in sections on which a single connection's client only receives. libwebrtc never offers again what an answer left out, not even in other
+/// sections, and a simulcast section must have mid and rid.
+const AGREED_EXTENSIONS: [Extension; 4] = [Extension::AudioLevel, Extension::Mid, Extension::Rid, Extension::RepairedRid];
 /// What clients call their layers, from low to high.
 const KNOWN_RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
 
@@ -35,8 +40,8 @@ impl Capabilities {
     };
     /// What the server sends to subscribers, and what it does with their feedback.
     pub const SERVER_SENDS: Capabilities = Capabilities {
-        extensions: &[Extension::AudioLevel, Extension::AbsSendTime],
-        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir, Feedback::GoogRemb],
+        extensions: &SENT_EXTENSIONS,
+        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir],
         ..Capabilities::SERVER_RECEIVES
     };
 }
@@ -97,10 +102,12 @@ impl ClientSection {
         let direction = scan.direction.unwrap_or(Direction::SendRecv);
         let sends = matches!(direction, Direction::SendOnly | Direction::SendRecv);
         // What we receive decides where the client sends; in a section that it only receives on, what we send.
-        let capabilities = if sends {
-            Capabilities::SERVER_RECEIVES
-        } else {
-            Capabilities::SERVER_SENDS
+        let capabilities = match sends {
+            true => Capabilities::SERVER_RECEIVES,
+            false => Capabilities {
+                extensions: &AGREED_EXTENSIONS,
+                ..Capabilities::SERVER_SENDS
+            },
         };
         let codec = kind.and_then(|kind| scan.choose_codec(&media, capabilities.codecs(kind), capabilities.feedback));
         let understood = codec.is_some() || matches!(content, Content::Application(_));
@@ -441,7 +448,10 @@ impl AgreedMedia {
         (section.usable && section.receives && section.kind.is_some()).then_some(AgreedMedia {
             payload_type: section.payload_type,
             rtx_payload_type: section.rtx_payload_type,
-            extensions: section.extensions,
+            extensions: SENT_EXTENSIONS
+                .into_iter()
+                .filter_map(|extension| Some((extension, section.extensions.id(extension)?)))
+                .collect(),
         })
     }
 }
