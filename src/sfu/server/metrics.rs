@@ -1,4 +1,4 @@
-//! A Prometheus page under LiveKit's names, as far as we count what they stand for.
+//! A Prometheus page: LiveKit's names, as far as we count what they stand for, then all that the routers count under their own.
 
 use std::fmt::Write;
 
@@ -52,6 +52,9 @@ fn page(statistics: &ServerStatistics) -> String {
     let directions = |incoming: u64, outgoing: u64| [(r#"{direction="incoming"}"#, incoming), (r#"{direction="outgoing"}"#, outgoing)];
     family("counter", "nack_total", &directions(media.nacks_in, media.nacks_out));
     family("counter", "pli_total", &directions(media.plis_in, media.plis_out));
+    for (name, value) in media.counters() {
+        let _ = writeln!(page, "# TYPE throng_sfu_{name} untyped\nthrong_sfu_{name} {value}");
+    }
     page
 }
 
@@ -79,6 +82,7 @@ mod tests {
                 .clone()
                 .all(|line| line.rsplit(' ').next().is_some_and(|value| value.parse::<u64>().is_ok()))
         );
-        assert_eq!(samples.count(), 19);
+        let own = samples.clone().filter(|line| line.starts_with("throng_sfu_"));
+        assert_eq!((samples.count() - own.clone().count(), own.count()), (19, statistics.media.counters().count()));
     }
 }
