@@ -26,7 +26,7 @@ fn main() {
             let per_packet = forward(kind, &payload, burst, send);
             let floor = floor(payload.len() + 28, usize::from(burst), send);
             println!(
-                "{name}, {send:?}, bursts of {burst}: {per_packet:.0} ns a packet sent, {floor:.0} ns of it for the kernel to take it, {:.2} times as much",
+                "{name}, {send:?}, bursts of {burst}: {per_packet:.0} ns a packet sent, {:.2} times the floor of {floor:.0} ns",
                 per_packet / floor
             );
         }

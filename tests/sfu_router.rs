@@ -25,8 +25,9 @@ use throng::measure::Kind;
 use throng::sfu::statistics::RouterStatistics;
 use throng::sfu::{
     Encodings, MediaCommand, MediaEvent, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId,
+    TransportParameters,
 };
-use throng::transport::peer::{IceCredentials, PeerFailure};
+use throng::transport::peer::{IceCredentials, Peer, PeerFailure, PeerParameters};
 use throng::transport::rtcp::{DlrrBlock, ReportBlock, SenderInfo};
 use throng::transport::rtp::vp8::{Descriptor, PictureId};
 use throng::transport::sdp::{Extension, ExtensionIds};
@@ -1105,4 +1106,142 @@ fn a_burst_leaves_in_segments_of_one_size_and_plain_sends_are_single() {
         };
         assert_eq!(sizes.1, expected);
     }
+}
+
+#[test]
+fn a_check_that_overtakes_the_description_is_answered_when_that_comes() {
+    let mut hands = Hands::connected(1, SendMode::Plain);
+    let (ours, theirs) = (IceCredentials::random(), IceCredentials::random());
+    let fingerprint = hands.identity.fingerprint();
+    let address = "203.0.113.50:5000".parse().unwrap();
+    let parameters = PeerParameters {
+        local_address: address,
+        local: theirs.clone(),
+        remote: ours.clone(),
+        remote_fingerprint: fingerprint,
+        remote_candidates: vec![relay::router_address()],
+        ice_controlling: true,
+        dtls_active: true,
+    };
+    let mut early = Peer::new(&hands.identity, &parameters, hands.epoch, hands.now);
+    early.handle_timeout(hands.now);
+    let mut checks = Vec::new();
+    early.poll(hands.now, |bytes, _| checks.push(bytes.to_vec()), |_| {});
+    assert!(!checks.is_empty());
+    let now = hands.now;
+    for mut bytes in checks {
+        hands.router.handle_datagram(&mut bytes, address, now, now, &mut hands.outlet);
+    }
+    assert!(hands.outlet.sent.is_empty(), "strangers get no answer");
+    hands.command(MediaCommand::AddTransport {
+        transport: TransportId(9),
+        parameters: Box::new(TransportParameters {
+            local: ours,
+            remote: theirs,
+            remote_fingerprint: fingerprint,
+            dtls_active: false,
+        }),
+    });
+    assert!(hands.outlet.sent.iter().any(|datagram| datagram.to == address));
+}
+
+/// Under SRTP's keys one SSRC and index may seal one packet only: whatever publisher, network and subscriber do.
+#[test]
+fn no_number_is_ever_given_to_two_packets() {
+    let mut all = RouterStatistics::default();
+    for seed in 0..40 {
+        let mut random = Random(seed);
+        let mut hands = Hands::connected(2, if seed % 2 == 0 { SendMode::Plain } else { SendMode::Gso });
+        let video = seed % 4 != 3;
+        if video {
+            add_track(&mut hands, VIDEO, Kind::Video, simulcast());
+        } else {
+            add_track(&mut hands, AUDIO, Kind::Audio, Encodings::Mid);
+        }
+        let track = if video { VIDEO } else { AUDIO };
+        let rtx = seed % 3 == 0 && video;
+        subscribe(&mut hands, track, rtx, wants(2));
+        let mut ssrcs = [100, 200, 300];
+        let mut seqs = [random.next() as u16, 65_000, 3];
+        let mut late: Vec<(usize, Vec<u8>)> = Vec::new();
+        let mut sealed = std::collections::HashMap::new();
+        let mut newest = 0u64;
+        let mut subscriptions = 1;
+        for step in 0..3_000u32 {
+            let layer = if video { (random.next() % 3) as usize } else { 0 };
+            match random.next() % 200 {
+                0 => {
+                    // A new stream under the same name.
+                    ssrcs[layer] += 1;
+                    seqs[layer] = random.next() as u16 & 0x7FFF;
+                }
+                // The same stream with other numbers.
+                1 => seqs[layer] = seqs[layer].wrapping_add(random.next() as u16 % 20_000),
+                2 => seqs[layer] = seqs[layer].wrapping_add(random.next() as u16 % 200),
+                3..8 => hands.command(MediaCommand::SetSelection {
+                    subscription: SubscriptionId(subscriptions),
+                    selection: Selection {
+                        enabled: random.next() % 4 != 0,
+                        layer: (random.next() % 3) as u8,
+                    },
+                }),
+                8 => {
+                    hands.command(MediaCommand::Unsubscribe {
+                        subscription: SubscriptionId(subscriptions),
+                    });
+                    subscriptions += 1;
+                    subscribe_as(&mut hands, SubscriptionId(subscriptions), track, rtx, wants(1));
+                }
+                9..30 => {
+                    let asked: Vec<Seq> = (0..5).map(|_| Seq((newest as u16).wrapping_sub(random.next() as u16 % 300))).collect();
+                    hands.say(1, |writer| writer.nack(9, OUT_SSRC, asked).unwrap());
+                }
+                30..50 => hands.run_for(Duration::from_millis(30)),
+                50..90 if !late.is_empty() => {
+                    let (_, mut bytes) = late.swap_remove((random.next() % late.len() as u64) as usize);
+                    let (from, now) = (hands.hands[0].address, hands.now);
+                    hands.router.handle_datagram(&mut bytes, from, now, now, &mut hands.outlet);
+                }
+                _ => {}
+            }
+            let key = random.next() % 12 == 0;
+            let padding = if random.next() % 10 == 0 { 20 } else { 0 };
+            let mut payload = vec![0x90, 0x80, 0x80 | (step >> 8) as u8, step as u8, u8::from(!key), layer as u8];
+            payload.extend(step.to_be_bytes());
+            let out = Out {
+                ssrc: ssrcs[layer],
+                payload_type: 96,
+                seq: seqs[layer],
+                rtp_time: step * 90,
+                marker: false,
+                extensions: &[(MID_ID, b"0"), (RID_ID, RIDS[layer])],
+                padding,
+            };
+            seqs[layer] = seqs[layer].wrapping_add(1);
+            let mut bytes = hands.seal(0, &out, if padding > 0 { &[] } else { &payload });
+            match random.next() % 10 {
+                0 => {}
+                1 | 2 => late.push((layer, bytes)),
+                _ => {
+                    let (from, now) = (hands.hands[0].address, hands.now);
+                    hands.router.handle_datagram(&mut bytes, from, now, now, &mut hands.outlet);
+                }
+            }
+            if random.next() % 4 == 0 {
+                hands.flush();
+            }
+            for got in hands.hands[1].got.drain(..) {
+                if got.ssrc == OUT_SSRC {
+                    newest = newest.max(got.index);
+                }
+                let before = sealed.insert((got.ssrc, got.index), got.sealed.clone());
+                assert!(before.is_none_or(|before| before == got.sealed), "seed {seed}, step {step}: {:?}", got);
+            }
+        }
+        let statistics = hands.router.statistics();
+        assert_all_accounted_for(&statistics);
+        all.merge(&statistics);
+        assert!(newest < 50_000 + 3_000 * 40, "seed {seed}: numbers go up by packets, not by leaps");
+    }
+    assert!(all.media_out > 10_000 && all.resends_out > 1_000 && all.withheld_late > 100, "{all:?}");
 }

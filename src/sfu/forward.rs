@@ -37,6 +37,9 @@ const AUDIO_RESENDS: usize = 16;
 const VIDEO_RESENDS: usize = 128;
 /// A step ahead of the publisher's numbers beyond this is a restart of its stream (RFC 3550, A.1), and not a loss to show the subscriber.
 const RESTART: u64 = 3_000;
+/// So many packets may have come before the one that a subscriber can begin with, where that was late. They are half of what is kept: nothing that the
+/// subscriber gets from then on is beyond repair.
+const CATCH_UP_MAX: u64 = 256;
 /// Clocks that disagree by more than this are not believed: the arrival times say how far apart two packets are.
 const CLOCK_ERROR_MAX: Duration = Duration::from_secs(5);
 /// Bytes of padding in a packet that only holds a place.
@@ -399,7 +402,9 @@ impl Subscription {
             self.wants_key_frame = self.kind == Kind::Video;
         }
         let starts_key_frame = matches!(entry.content, Content::Video { starts_key_frame: true, .. });
-        let may_begin = self.target == Some(layer) && (starts_key_frame || self.kind == Kind::Audio) && entry.content != Content::Empty;
+        let newest = encodings[usize::from(layer)].highest().unwrap_or(entry.ext);
+        let is_recent = newest.saturating_sub(entry.ext) <= CATCH_UP_MAX;
+        let may_begin = self.target == Some(layer) && is_recent && (starts_key_frame || self.kind == Kind::Audio) && entry.content != Content::Empty;
         if self.current != Some(layer) && may_begin {
             self.begin(encodings, layer, entry, format);
             return Admission::Begins;
@@ -799,5 +804,68 @@ impl<I: Outgoing> Wire<'_, I> {
         self.io.send(self.to, len, segment);
         self.statistics.datagrams_out += len.div_ceil(segment) as u64;
         self.statistics.bytes_out += len as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(layer: u8, start_in: u64, start_out: u64) -> Segment {
+        Segment {
+            layer,
+            start_in,
+            start_out,
+            ..Segment::default()
+        }
+    }
+
+    #[test]
+    fn every_outgoing_number_belongs_to_one_published_packet() {
+        let mut segments = Segments::default();
+        assert!(segments.of_incoming(0, 5).is_none() && segments.of_outgoing(5).is_none());
+        let pushed = [segment(0, 100, 10), segment(1, 500, 40), segment(0, 150, 60), segment(0, 170, 75)];
+        pushed.into_iter().for_each(|segment| segments.push(segment));
+        let incoming = |layer, ext| segments.of_incoming(layer, ext).map(|(_, out)| out);
+        for (layer, ext, out) in [
+            (0, 99, None),
+            (0, 100, Some(10)),
+            (0, 129, Some(39)),
+            (0, 130, None),
+            (1, 519, Some(59)),
+            (1, 520, None),
+            (0, 150, Some(60)),
+            (0, 164, Some(74)),
+            (0, 165, None),
+            (0, 170, Some(75)),
+            (0, 1_000, Some(905)),
+        ] {
+            assert_eq!(incoming(layer, ext), out, "{layer} {ext}");
+            if let Some(out) = out {
+                let (segment, back) = segments.of_outgoing(out).unwrap();
+                assert_eq!((segment.layer, back), (layer, ext));
+            }
+        }
+    }
+
+    #[test]
+    fn the_oldest_segments_are_forgotten_and_empty_ones_replaced() {
+        let mut segments = Segments::default();
+        for step in 0..20 {
+            segments.push(segment(0, 1_000 + step, 7));
+        }
+        assert_eq!(segments.as_slice().len(), 1);
+        for step in 0..20 {
+            segments.push(segment(0, 2_000 + step * 10, 10 + step * 9));
+        }
+        assert_eq!(segments.as_slice().len(), SEGMENTS_MAX);
+        assert!(segments.of_outgoing(10 + 11 * 9).is_none());
+        assert_eq!(segments.of_outgoing(10 + 12 * 9).unwrap().1, 2_120);
+    }
+
+    #[test]
+    fn a_subscription_to_audio_is_small() {
+        let bytes = size_of::<Subscription>() + AUDIO_RESENDS * size_of::<Resent>();
+        assert!(bytes < 1_024, "{bytes}");
     }
 }

@@ -25,9 +25,6 @@ const KEY_FRAME_INTERVAL: Duration = Duration::from_millis(500);
 /// .. and of a higher one.
 const KEY_FRAME_INTERVAL_HIGH: Duration = Duration::from_secs(1);
 
-/// A sender's unwrapped sequence numbers start anew this much higher where it has changed its SSRC: no number of an encoding ever comes twice.
-const SOURCE_STRIDE: u64 = 1 << 40;
-
 /// What the description says of all encodings of a track.
 #[derive(Clone, Copy, Debug)]
 pub struct Format {
@@ -119,7 +116,7 @@ pub struct Ingest {
     receive: ReceiveStream,
     /// Retransmissions have an SSRC of their own.
     has_rtx: bool,
-    /// Added to the numbers of `receive`.
+    /// Added to the numbers of `receive`: no number of an encoding comes twice, whatever SSRC it takes.
     ext_base: u64,
     highest: Option<u64>,
     cache: Cache,
@@ -231,7 +228,8 @@ impl Ingest {
         self.media = source;
         self.receive = ReceiveStream::new(format.clock_rate);
         self.receive.set_rtx(self.has_rtx);
-        self.ext_base += SOURCE_STRIDE;
+        // Whole cycles, of which a receive stream leaves its first one free.
+        self.ext_base = self.highest.map_or(0, |highest| highest >> 16 << 16);
         self.clock = None;
         self.last_picture_id = None;
     }
