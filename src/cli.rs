@@ -303,7 +303,7 @@ struct EngineArgs {
     /// Engine threads [default: as many as this host bears]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Peer connections per participant that publishes and subscribes
+    /// Peer connections per participant: one (/rtc/v1), two (/rtc), or one where the server can
     #[arg(long, value_name = "MODE", default_value = "auto")]
     connection: ConnectionArg,
     /// Everything random comes from this number [default: drawn]
@@ -356,7 +356,7 @@ impl RunArgs {
         let warnings = self.warnings();
         let credentials = self.target.credentials(env);
         let plan = Plan {
-            connection: self.engine.connection.resolve()?,
+            connection: self.engine.connection.into(),
             shape: self.shape.resolve()?,
             audio: self.media.audio()?,
             video: self.media.video()?,
@@ -617,11 +617,12 @@ impl From<PacingArg> for Pacing {
     }
 }
 
-impl ConnectionArg {
-    fn resolve(self) -> Result<Connection, String> {
-        match self {
-            ConnectionArg::Auto | ConnectionArg::Dual => Ok(Connection::Dual),
-            ConnectionArg::Single => Err("--connection single is not in this version yet: use dual, or auto".to_owned()),
+impl From<ConnectionArg> for Connection {
+    fn from(connection: ConnectionArg) -> Connection {
+        match connection {
+            ConnectionArg::Auto => Connection::Auto,
+            ConnectionArg::Single => Connection::Single,
+            ConnectionArg::Dual => Connection::Dual,
         }
     }
 }

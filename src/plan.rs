@@ -76,14 +76,20 @@ impl fmt::Display for Origin {
 /// How many peer connections a participant that publishes and subscribes has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Connection {
+    /// One where the server can do that well, two where not: not known before it is asked.
+    Auto,
+    /// LiveKit's `/rtc/v1`: one for everything.
+    Single,
     /// LiveKit's `/rtc`: one to publish, one to subscribe.
     Dual,
 }
 
 impl Connection {
-    /// `dual`, as the report names it.
+    /// `single`, as the report names it.
     pub const fn name(self) -> &'static str {
         match self {
+            Connection::Auto => "auto",
+            Connection::Single => "single",
             Connection::Dual => "dual",
         }
     }
@@ -165,10 +171,11 @@ impl ParticipantPlan {
         }
     }
 
-    /// UDP sockets that this participant needs: one per peer connection.
+    /// UDP sockets that this participant needs at most: one per peer connection.
     pub const fn sockets(&self, connection: Connection) -> u64 {
         match connection {
-            Connection::Dual => (self.publishes_audio || self.publishes_video) as u64 + self.subscribes as u64,
+            Connection::Single => 1,
+            Connection::Auto | Connection::Dual => (self.publishes_audio || self.publishes_video) as u64 + self.subscribes as u64,
         }
     }
 }
@@ -320,6 +327,12 @@ impl Plan {
         self.shape.publishers_of(kind) - u32::from(participant.publishes(kind))
     }
 
+    /// Of those, the tracks whose publishers come before `participant`: they ought to be there when it joins.
+    pub fn tracks_ahead(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
+        let (_, place) = self.place(participant.index);
+        self.expected_tracks(participant, kind).min(place)
+    }
+
     /// Subscriptions of one kind that ought to go live, over all rooms.
     pub fn total_expected_tracks(&self, kind: Kind) -> u64 {
         let shape = &self.shape;
@@ -337,11 +350,12 @@ impl Plan {
         u64::from(self.shape.room_count) * u64::from(self.shape.publishers_of(kind))
     }
 
-    /// UDP sockets over all participants: one per peer connection.
+    /// UDP sockets over all participants, at most: one per peer connection.
     pub fn total_sockets(&self) -> u64 {
         let shape = &self.shape;
         let per_publisher = match self.connection {
-            Connection::Dual => 1 + u64::from(shape.meeting),
+            Connection::Single => 1,
+            Connection::Auto | Connection::Dual => 1 + u64::from(shape.meeting),
         };
         u64::from(shape.room_count) * (u64::from(shape.publishers()) * per_publisher + u64::from(shape.subscribers))
     }

@@ -12,7 +12,7 @@ use throng::measure::Kind;
 use throng::signal::client::{self, Connection, Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect};
 use throng::signal::rooms::{RoomError, RoomService};
 use throng::signal::{ApiKey, Endpoint, Permissions, Secret};
-use throng::transport::sdp::{self, Answerer, Capabilities, Fingerprint, LocalTrack, LocalTransport, RemoteAnswer, Setup};
+use throng::transport::sdp::{self, Answerer, Capabilities, Fingerprint, LocalTrack, LocalTransport, Negotiated, Offerer, Setup};
 
 /// Everything here takes milliseconds; what takes this long hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -402,7 +402,7 @@ fn video_track(cid: &str, rids: &[&str]) -> (proto::AddTrackRequest, LocalTrack)
 }
 
 /// Announces both tracks, offers them and reads the answer.
-async fn publish(session: &mut Session, tracks: Vec<(proto::AddTrackRequest, LocalTrack)>, application: bool) -> (client::Description, RemoteAnswer) {
+async fn publish(session: &mut Session, tracks: Vec<(proto::AddTrackRequest, LocalTrack)>, application: bool) -> (client::Description, Negotiated) {
     for (request, _) in &tracks {
         session.sender.add_track(request.clone()).await.unwrap();
         let published = session.wait("TrackPublished", |event| {
@@ -416,13 +416,18 @@ async fn publish(session: &mut Session, tracks: Vec<(proto::AddTrackRequest, Loc
         assert_eq!(cid, request.cid);
         assert!(track.sid.starts_with("TR_"), "{track:?}");
     }
-    let locals: Vec<LocalTrack> = tracks.into_iter().map(|(_, local)| local).collect();
-    let offer = sdp::publisher_offer(&local_transport(), &locals, application, 1, &Capabilities::PUBLISHER);
-    session.sender.offer(offer, 1).await.unwrap();
+    let mut offerer = Offerer::default();
+    if application {
+        offerer.open_data();
+    }
+    tracks.into_iter().for_each(|(_, local)| offerer.send(local));
+    session.sender.offer(offerer.offer(&local_transport()), 1).await.unwrap();
     let answer = session
         .wait("answer", |event| if let Event::Answer(answer) = event { Some(answer) } else { None })
         .await;
-    let parsed = RemoteAnswer::parse(&answer.sdp, &Capabilities::PUBLISHER).unwrap_or_else(|error| panic!("{error}: {}", answer.sdp));
+    let parsed = offerer
+        .handle_answer(&answer.sdp)
+        .unwrap_or_else(|error| panic!("{error}: {}", answer.sdp));
     (answer, parsed)
 }
 
@@ -541,10 +546,11 @@ fn one_connection_takes_tracks_and_offer_with_the_join() {
     let Some(server) = LiveKit::start() else { return };
     run(async {
         let (request, local) = audio_track("mic");
-        let offer = sdp::publisher_offer(&local_transport(), &[local], false, 1, &Capabilities::PUBLISHER);
+        let mut offerer = Offerer::default();
+        offerer.send(local);
         let connection = Connection::Single {
             add_tracks: vec![request],
-            publisher_offer: Some((offer, 1)),
+            publisher_offer: Some((offerer.offer(&local_transport()), 1)),
         };
         let token = token(&server.api_key(), "hall", "p", Permissions::BOTH);
         let (sender, receiver, _) = connect(

@@ -28,11 +28,11 @@ use crate::engine::worker::{self, Occasion, Report, WorkerConfig};
 use crate::engine::{Command, PeerOutcome, Roster, ShardConfig};
 use crate::measure::{Kind, Record, Timeline};
 use crate::net;
-use crate::plan::{Plan, Resources};
+use crate::plan::{Connection, Plan, Resources};
 use crate::preflight;
 use crate::report::progress::Snapshot;
 use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Step, TargetInfo, TargetKind};
-use crate::signal::session::{self, Ended, Notice, Phase, Place, SessionContext};
+use crate::signal::session::{self, Ended, Notice, Phase, Place, Sections, SessionContext};
 use crate::signal::{ApiKey, Endpoint};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
@@ -170,6 +170,7 @@ impl<'a> Test<'a> {
             audio: clips.audio,
             video: clips.video,
             pacing: plan.pacing,
+            single_connection: plan.connection == Connection::Single,
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
             shards: workers.iter().map(|worker| worker.commands.clone()).collect(),
             notices: notice_sender,
@@ -253,13 +254,16 @@ impl<'a> Test<'a> {
         let participants: Vec<_> = self
             .plan
             .participants()
-            .map(|participant| (self.plan.room_name(participant.room), participant))
+            .map(|participant| {
+                let [audio, video] = [Kind::Audio, Kind::Video].map(|kind| self.plan.tracks_ahead(&participant, kind));
+                (self.plan.room_name(participant.room), participant, Sections { audio, video })
+            })
             .collect();
         let places = self.places.clone();
         let start = self.epoch.now() + Duration::from_millis(5);
         let mut leave = self.leave.subscribe();
         tokio::spawn(async move {
-            for (room, participant) in participants {
+            for (room, participant, tracks_ahead) in participants {
                 let intended = start + participant.join_offset;
                 let at = tokio::time::Instant::from_std(context.epoch.instant(intended));
                 tokio::select! {
@@ -267,7 +271,7 @@ impl<'a> Test<'a> {
                     () = session::leaving(&mut leave) => return,
                 }
                 let place = places[participant.index as usize];
-                tokio::spawn(session::run(context.clone(), participant, room, place, intended));
+                tokio::spawn(session::run(context.clone(), participant, room, place, intended, tracks_ahead));
             }
         });
     }

@@ -9,7 +9,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -51,8 +51,6 @@ pub struct ConnectTimes {
     pub tls: Option<Duration>,
     /// From the HTTP request to status 101. A LiveKit server starts the session in this time, before it upgrades.
     pub websocket: Duration,
-    /// Our end: the address by which this host reaches the server.
-    pub local_ip: std::net::IpAddr,
 }
 
 impl ConnectTimes {
@@ -220,55 +218,71 @@ pub async fn connect(
     token: &Secret,
     options: &JoinOptions,
 ) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
-    let connecting = connect_untimed(endpoint, token, options);
+    let connecting = async { Dialled::dial(endpoint).await?.join(token, options).await };
     tokio::time::timeout(options.timeout, connecting)
         .await
         .map_err(|_| SignalError::Timeout { after: options.timeout })?
 }
 
-async fn connect_untimed(
-    endpoint: &Endpoint,
-    token: &Secret,
-    options: &JoinOptions,
-) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
-    let started = Instant::now();
-    let tcp_stream = connect_tcp(endpoint).await?;
-    let tcp = started.elapsed();
-    let local_ip = tcp_stream
-        .local_addr()
-        .map_err(|error| SignalError::Lost { cause: error.to_string() })?
-        .ip();
-    let (transport, tls) = match endpoint.secure() {
-        false => (Transport::Plain(tcp_stream), None),
-        true => {
-            let started = Instant::now();
-            (
-                Transport::Tls(Box::new(connect_tls(endpoint, tcp_stream).await?)),
-                Some(started.elapsed()),
-            )
-        }
-    };
-    let started = Instant::now();
-    let request = upgrade_request(&endpoint.websocket_url(&options.path()), token)?;
-    let upgraded = tokio_tungstenite::client_async_with_config(request, FrameReads::new(transport), Some(websocket_config())).await;
-    let (websocket, _) = upgraded.map_err(|error| upgrade_error(error, endpoint, token, options))?;
-    let (sink, stream) = websocket.split();
-    let times = ConnectTimes {
-        tcp,
-        tls,
-        websocket: started.elapsed(),
-        local_ip,
-    };
-    Ok((
-        SignalSender { sink },
-        SignalReceiver {
-            stream,
-            held: None,
-            bytes_received: 0,
-            closed: false,
-        },
-        times,
-    ))
+/// A connection to the server on which nothing has been said yet. Our own address is known by now: what a join says of media can name it.
+pub struct Dialled<'a> {
+    endpoint: &'a Endpoint,
+    transport: Transport,
+    tcp: Duration,
+    tls: Option<Duration>,
+    /// Our end: the address by which this host reaches the server.
+    pub local_ip: IpAddr,
+}
+
+impl Dialled<'_> {
+    /// Waits as long as the operating system does: bound it together with what follows.
+    pub async fn dial(endpoint: &Endpoint) -> Result<Dialled<'_>, SignalError> {
+        let started = Instant::now();
+        let tcp_stream = connect_tcp(endpoint).await?;
+        let tcp = started.elapsed();
+        let local_address = tcp_stream.local_addr().map_err(|error| SignalError::Lost { cause: error.to_string() })?;
+        let (transport, tls) = match endpoint.secure() {
+            false => (Transport::Plain(tcp_stream), None),
+            true => {
+                let started = Instant::now();
+                (
+                    Transport::Tls(Box::new(connect_tls(endpoint, tcp_stream).await?)),
+                    Some(started.elapsed()),
+                )
+            }
+        };
+        Ok(Dialled {
+            endpoint,
+            transport,
+            tcp,
+            tls,
+            local_ip: local_address.ip(),
+        })
+    }
+
+    /// As [`connect`], from here on. `options.timeout` is the caller's to keep.
+    pub async fn join(self, token: &Secret, options: &JoinOptions) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
+        let started = Instant::now();
+        let request = upgrade_request(&self.endpoint.websocket_url(&options.path()), token)?;
+        let upgraded = tokio_tungstenite::client_async_with_config(request, FrameReads::new(self.transport), Some(websocket_config())).await;
+        let (websocket, _) = upgraded.map_err(|error| upgrade_error(error, self.endpoint, token, options))?;
+        let (sink, stream) = websocket.split();
+        let times = ConnectTimes {
+            tcp: self.tcp,
+            tls: self.tls,
+            websocket: started.elapsed(),
+        };
+        Ok((
+            SignalSender { sink },
+            SignalReceiver {
+                stream,
+                held: None,
+                bytes_received: 0,
+                closed: false,
+            },
+            times,
+        ))
+    }
 }
 
 async fn connect_tcp(endpoint: &Endpoint) -> Result<TcpStream, SignalError> {

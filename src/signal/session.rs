@@ -1,8 +1,14 @@
-//! One participant's life: join, publish, answer the server's offers, stay, leave. A task each; the media runs in the engine's shards.
+//! One participant's life: join, publish, agree on what is sent and received, stay, leave. A task each; the media runs in the engine's shards.
 //!
 //! The task hands shards finished parameters and never waits for them. Every moment of the join is counted from when it was intended.
+//!
+//! With *two* connections (`/rtc`) the participant offers its tracks on the one, and the server everybody else's on the other. With *one* (`/rtc/v1`) all offers
+//! are ours: the first one travels with the join, has sections for the tracks that are known to be there, and the server says when it lacks more.
 
-use std::net::{IpAddr, SocketAddr};
+mod peers;
+mod tracks;
+
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
@@ -11,20 +17,19 @@ use livekit_protocol as proto;
 use tokio::sync::{mpsc, watch};
 
 use super::Endpoint;
-use super::client::{Description, Event as SignalEvent, Join, JoinOptions, Leave, SignalError, SignalReceiver, SignalSender, Trickle, connect};
+use super::client::{
+    Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, Leave, SignalError, SignalReceiver, SignalSender, Trickle,
+};
 use super::token::{ApiKey, Permissions};
-use crate::engine::publisher::{SendParameters, Source};
+use crate::engine::publisher::Source;
 use crate::engine::{Command, Event as EngineEvent, NewPeer, Roster, StreamParameters};
 use crate::measure::{Kind, Timeline};
-use crate::media::identity::FrameIdentity;
-use crate::net;
 use crate::plan::{Pacing, ParticipantPlan};
-use crate::transport::peer::{IceCredentials, PeerFailure, PeerParameters};
-use crate::transport::sdp::{
-    Answerer, Candidate, Capabilities, Extension, Fingerprint, LocalTrack, LocalTransport, NegotiatedMedia, RemoteAnswer, RemoteTrack,
-    RemoteTransport, Setup, Trickled, publisher_offer,
-};
+use crate::transport::peer::PeerFailure;
+use crate::transport::sdp::{Answerer, Capabilities, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Setup, Trickled};
 use crate::units::{Epoch, Time};
+use peers::{Half, Role, udp_address};
+use tracks::{Track, add_track_request, stream_parameters, track_number};
 
 /// A join that takes longer than this has failed: LiveKit itself gives a primary connection 60 s, a person far less.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,8 +37,6 @@ pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Until the server names its own interval.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// Candidates that may come before the description they belong to.
-const EARLY_CANDIDATES_MAX: usize = 32;
 /// Where the server ends the DTLS session, its reason may still be on its way over the signalling connection: so long it is waited for.
 const LEAVE_WAIT: Duration = Duration::from_millis(500);
 /// Between the connection's first moment and the first frame: at least this, so that the slot lies ahead.
@@ -50,6 +53,8 @@ pub struct SessionContext {
     pub video: Option<Source>,
     pub pacing: Pacing,
     pub receive_buffer_bytes: usize,
+    /// One peer connection a participant (`/rtc/v1`) instead of two.
+    pub single_connection: bool,
     pub shards: Vec<Sender<Command>>,
     pub notices: mpsc::UnboundedSender<Notice>,
     /// Turns true when everybody is to leave.
@@ -60,8 +65,22 @@ pub struct SessionContext {
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
     pub shard: usize,
-    /// The key of its publisher connection; the subscriber connection has the next one.
+    /// The key of its publisher connection, or of its only one; the subscriber connection has the next one.
     pub key: usize,
+}
+
+/// Media sections in which the server may send us tracks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sections {
+    pub audio: u32,
+    pub video: u32,
+}
+
+impl Sections {
+    fn add(&mut self, other: Sections) {
+        self.audio = self.audio.saturating_add(other.audio);
+        self.video = self.video.saturating_add(other.video);
+    }
 }
 
 /// What a participant tells the run.
@@ -108,18 +127,12 @@ pub struct Ended {
     pub disconnects: u32,
 }
 
-/// Runs one participant from its intended moment until the run tells everybody to leave, or the server does.
-pub async fn run(context: Arc<SessionContext>, plan: ParticipantPlan, room: String, place: Place, intended: Time) {
-    let mut session = Session::new(context, plan, room, place, intended);
+/// Runs one participant from its intended moment until the run tells everybody to leave, or the server does. `tracks_ahead` are those that ought to be
+/// there when it joins: with one connection it offers sections for them.
+pub async fn run(context: Arc<SessionContext>, plan: ParticipantPlan, room: String, place: Place, intended: Time, tracks_ahead: Sections) {
+    let mut session = Session::new(context, plan, room, place, intended, tracks_ahead);
     let failure = session.live().await.err();
     session.end(failure);
-}
-
-/// One of the two peer connections.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
-    Publisher,
-    Subscriber,
 }
 
 struct Session {
@@ -132,82 +145,87 @@ struct Session {
     disconnects: u32,
     publisher: Half,
     subscriber: Half,
+    /// For the publisher connection, or the only one.
+    offering: Offering,
+    /// For the subscriber connection.
     answerer: Answerer,
     tracks: Vec<Track>,
     local_ip: Option<IpAddr>,
 }
 
-/// One peer connection's part of the session.
-struct Half {
-    wanted: bool,
-    local: Option<LocalTransport>,
-    socket: Option<std::net::UdpSocket>,
-    /// The shard knows this connection.
-    added: bool,
-    ice_at: Option<Time>,
-    connected_at: Option<Time>,
-    early_candidates: Vec<SocketAddr>,
+/// Our offers: one at a time, and what the next one has to have.
+#[derive(Default)]
+struct Offering {
+    offerer: Offerer,
+    /// The number of the last offer.
+    id: u32,
+    /// It has no answer yet.
+    is_open: bool,
+    /// The server asked for another offer, with so many more sections.
+    wanted: Option<Sections>,
 }
 
-/// A track to publish, until its description is agreed.
-struct Track {
-    local: LocalTrack,
-    source: Source,
-    negotiated: Option<NegotiatedMedia>,
-    added: bool,
+/// The signalling connection, and what is kept for it.
+struct Signal {
+    sender: SignalSender,
+    receiver: SignalReceiver,
+    ping: tokio::time::Interval,
+    rtt: Duration,
+}
+
+/// Where the shard's events about this participant's connections come in.
+struct EngineEvents {
+    sender: mpsc::UnboundedSender<EngineEvent>,
+    receiver: mpsc::UnboundedReceiver<EngineEvent>,
 }
 
 /// Why a session ended before the run did.
 #[derive(Debug)]
-struct Failure(String);
+struct Failure {
+    reason: String,
+}
+
+impl Failure {
+    fn of(reason: impl Into<String>) -> Failure {
+        Failure { reason: reason.into() }
+    }
+}
 
 impl From<&Leave> for Failure {
     fn from(leave: &Leave) -> Failure {
-        Failure(format!("the server ended the session: {}", leave.reason.as_str_name().to_lowercase()))
+        Failure::of(format!("the server ended the session: {}", leave.reason.as_str_name().to_lowercase()))
     }
 }
 
 impl From<SignalError> for Failure {
     fn from(error: SignalError) -> Failure {
-        Failure(error.to_string())
+        Failure::of(error.to_string())
     }
 }
 
-impl Half {
-    fn new(wanted: bool) -> Half {
-        Half {
-            wanted,
-            local: None,
-            socket: None,
-            added: false,
-            ice_at: None,
-            connected_at: None,
-            early_candidates: Vec::new(),
-        }
+impl Signal {
+    fn new(sender: SignalSender, receiver: SignalReceiver) -> Signal {
+        let mut signal = Signal {
+            sender,
+            receiver,
+            ping: tokio::time::interval(PING_INTERVAL),
+            rtt: Duration::ZERO,
+        };
+        signal.set_ping_interval(PING_INTERVAL);
+        signal
     }
 
-    fn is_missing(&self) -> bool {
-        self.wanted && self.connected_at.is_none()
+    fn set_ping_interval(&mut self, interval: Duration) {
+        if !interval.is_zero() {
+            self.ping = tokio::time::interval_at(tokio::time::Instant::now() + interval, interval);
+            self.ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        }
     }
 }
 
 impl Session {
-    fn new(context: Arc<SessionContext>, plan: ParticipantPlan, room: String, place: Place, intended: Time) -> Session {
-        let mut tracks = Vec::new();
-        for source in [
-            context.audio.as_ref().filter(|_| plan.publishes_audio),
-            context.video.as_ref().filter(|_| plan.publishes_video),
-        ]
-        .into_iter()
-        .flatten()
-        {
-            tracks.push(Track {
-                local: local_track(&plan, source.kind()),
-                source: source.clone(),
-                negotiated: None,
-                added: false,
-            });
-        }
+    fn new(context: Arc<SessionContext>, plan: ParticipantPlan, room: String, place: Place, intended: Time, tracks_ahead: Sections) -> Session {
+        let tracks = Track::of(&plan, context.audio.as_ref(), context.video.as_ref());
         Session {
             timeline: Timeline {
                 intended,
@@ -215,8 +233,12 @@ impl Session {
             },
             joined: false,
             disconnects: 0,
-            publisher: Half::new(!tracks.is_empty()),
-            subscriber: Half::new(plan.subscribes),
+            publisher: Half::new(context.single_connection || !tracks.is_empty()),
+            subscriber: Half::new(!context.single_connection && plan.subscribes),
+            offering: Offering {
+                wanted: context.single_connection.then_some(tracks_ahead),
+                ..Offering::default()
+            },
             answerer: Answerer::new(Capabilities::SUBSCRIBER),
             tracks,
             local_ip: None,
@@ -230,42 +252,42 @@ impl Session {
     /// Joins and stays. `Ok` when the run tells everybody to leave.
     async fn live(&mut self) -> Result<(), Failure> {
         self.timeline.started = Some(self.context.epoch.now());
-        let (mut sender, mut receiver) = self.open_signal().await?;
-        let (engine, mut engine_events) = mpsc::unbounded_channel();
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let mut engine = EngineEvents { sender, receiver };
+        let mut signal = self.open_signal().await?;
+        self.attend(&mut signal, &mut engine).await
+    }
+
+    /// Does what server and shard ask for, until the run tells everybody to leave.
+    async fn attend(&mut self, signal: &mut Signal, engine: &mut EngineEvents) -> Result<(), Failure> {
         let deadline = tokio::time::sleep_until(tokio::time::Instant::from_std(
             self.context.epoch.instant(self.timeline.intended + JOIN_TIMEOUT),
         ));
         tokio::pin!(deadline);
-        let mut ping = tokio::time::interval(PING_INTERVAL);
-        ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut leave = self.context.leave.clone();
-        let mut signal_rtt = Duration::ZERO;
         loop {
             tokio::select! {
                 biased;
-                Some(event) = engine_events.recv() => {
+                Some(event) = engine.receiver.recv() => {
                     if let Err(failure) = self.handle_engine(event) {
                         let closed = matches!(event, EngineEvent::Failed { failure: PeerFailure::ClosedByRemote, .. });
-                        let reason = if closed { leave_reason(&mut receiver).await } else { None };
+                        let reason = if closed { leave_reason(&mut signal.receiver).await } else { None };
                         return Err(reason.unwrap_or(failure));
                     }
                 }
-                event = receiver.next() => match event? {
-                    SignalEvent::Pong { timestamp_us } => signal_rtt = self.handle_pong(timestamp_us),
-                    event => self.handle_signal(event, &mut sender, &engine, &mut ping).await?,
-                },
+                event = signal.receiver.next() => self.handle_signal(event?, signal, &engine.sender).await?,
                 () = leaving(&mut leave) => {
                     // The server sees a participant who says goodbye at once; one who is silent it keeps for 20 s.
-                    let _ = tokio::time::timeout(Duration::from_secs(2), sender.leave()).await;
+                    let _ = tokio::time::timeout(Duration::from_secs(2), signal.sender.leave()).await;
                     return Ok(());
                 }
-                _ = ping.tick() => sender.ping(self.context.epoch.now().as_micros() as i64, signal_rtt).await?,
-                () = &mut deadline, if !self.joined => return Err(Failure(self.timeout_reason())),
+                _ = signal.ping.tick() => signal.sender.ping(self.context.epoch.now().as_micros() as i64, signal.rtt).await?,
+                () = &mut deadline, if !self.joined => return Err(Failure::of(self.timeout_reason())),
             }
         }
     }
 
-    async fn open_signal(&mut self) -> Result<(SignalSender, SignalReceiver), Failure> {
+    async fn open_signal(&mut self) -> Result<Signal, Failure> {
         let permissions = Permissions {
             publish: !self.tracks.is_empty(),
             subscribe: self.plan.subscribes,
@@ -277,81 +299,153 @@ impl Session {
             .context
             .api_key
             .join_token(&self.room, identity, identity, permissions, TOKEN_LIFETIME)
-            .map_err(|error| Failure(error.to_string()))?;
-        let options = JoinOptions {
+            .map_err(|error| Failure::of(error.to_string()))?;
+        let mut options = JoinOptions {
             auto_subscribe: self.plan.subscribes,
             timeout: JOIN_TIMEOUT,
             ..JoinOptions::default()
         };
-        let (sender, receiver, times) = connect(&self.context.endpoint, &token, &options).await?;
-        self.local_ip = Some(times.local_ip);
+        let context = self.context.clone();
+        let opening = async {
+            let dialled = Dialled::dial(&context.endpoint).await?;
+            self.local_ip = Some(dialled.local_ip);
+            if context.single_connection {
+                options.connection = self.first_offer()?;
+            }
+            Ok::<_, Failure>(dialled.join(&token, &options).await?)
+        };
+        let (sender, receiver, _) = tokio::time::timeout(JOIN_TIMEOUT, opening)
+            .await
+            .map_err(|_| SignalError::Timeout { after: JOIN_TIMEOUT })??;
         self.timeline.signal_connected = Some(self.phase(Phase::SignalConnect));
-        Ok((sender, receiver))
+        Ok(Signal::new(sender, receiver))
     }
 
-    async fn handle_signal(
-        &mut self,
-        event: SignalEvent,
-        sender: &mut SignalSender,
-        engine: &mpsc::UnboundedSender<EngineEvent>,
-        ping: &mut tokio::time::Interval,
-    ) -> Result<(), Failure> {
+    async fn handle_signal(&mut self, event: SignalEvent, signal: &mut Signal, engine: &mpsc::UnboundedSender<EngineEvent>) -> Result<(), Failure> {
         match event {
-            SignalEvent::Join(join) => self.handle_join(&join, sender, ping).await,
-            SignalEvent::TrackPublished { cid, .. } => self.handle_track_published(&cid, sender).await,
-            SignalEvent::Offer(offer) => self.handle_offer(&offer, sender, engine).await,
-            SignalEvent::Answer(answer) => self.handle_answer(&answer, engine),
+            SignalEvent::Join(join) => self.handle_join(&join, signal).await,
+            SignalEvent::TrackPublished { cid, .. } => self.handle_track_published(&cid, &mut signal.sender).await,
+            SignalEvent::Offer(offer) => self.handle_offer(&offer, &mut signal.sender, engine).await,
+            SignalEvent::Answer(answer) => self.handle_answer(&answer, &mut signal.sender, engine).await,
+            SignalEvent::MediaSections { audio, video } => {
+                self.offering.wanted.get_or_insert_default().add(Sections { audio, video });
+                self.offer_if_wanted(&mut signal.sender).await
+            }
             SignalEvent::Trickle(trickle) => {
                 self.handle_trickle(&trickle);
                 Ok(())
             }
+            SignalEvent::Pong { timestamp_us } => {
+                signal.rtt = self.handle_pong(timestamp_us);
+                Ok(())
+            }
             SignalEvent::Leave(leave) => Err(Failure::from(&leave)),
-            SignalEvent::Closed { reason, .. } if reason.is_empty() => Err(Failure("the server closed the signalling connection".into())),
-            SignalEvent::Closed { reason, .. } => Err(Failure(format!("the server closed the signalling connection: {reason}"))),
+            SignalEvent::Closed { reason, .. } if reason.is_empty() => Err(Failure::of("the server closed the signalling connection")),
+            SignalEvent::Closed { reason, .. } => Err(Failure::of(format!("the server closed the signalling connection: {reason}"))),
             _ => Ok(()),
         }
     }
 
-    async fn handle_join(&mut self, join: &Join, sender: &mut SignalSender, ping: &mut tokio::time::Interval) -> Result<(), Failure> {
+    async fn handle_join(&mut self, join: &Join, signal: &mut Signal) -> Result<(), Failure> {
         self.timeline.signal_joined = Some(self.phase(Phase::SignalJoin));
         self.notify(Notice::Server {
             version: join.server_version.clone(),
         });
-        if !join.ping_interval.is_zero() {
-            *ping = tokio::time::interval_at(tokio::time::Instant::now() + join.ping_interval, join.ping_interval);
-        }
-        for track in &self.tracks {
-            sender.add_track(add_track_request(track)).await?;
+        signal.set_ping_interval(join.ping_interval);
+        if !self.context.single_connection {
+            for track in &self.tracks {
+                signal.sender.add_track(add_track_request(track)).await?;
+            }
         }
         self.check_joined()
     }
 
-    /// When the server knows every track, our offer follows.
+    /// With two connections our offer follows when the server knows every track.
     async fn handle_track_published(&mut self, cid: &str, sender: &mut SignalSender) -> Result<(), Failure> {
         if let Some(track) = self.tracks.iter_mut().find(|track| track.local.cid == cid) {
             track.added = true;
         }
-        if !self.tracks.iter().all(|track| track.added) || self.publisher.local.is_some() {
+        if self.offering.id > 0 || !self.tracks.iter().all(|track| track.added) {
             return Ok(());
         }
-        let local = self.open_half(Role::Publisher)?;
-        let tracks: Vec<LocalTrack> = self.tracks.iter().map(|track| track.local.clone()).collect();
-        let offer = publisher_offer(&local, &tracks, false, 1, &Capabilities::PUBLISHER);
-        self.publisher.local = Some(local);
-        Ok(sender.offer(offer, 1).await?)
+        let (offer, id) = self.next_offer()?;
+        Ok(sender.offer(offer, id).await?)
     }
 
-    fn handle_answer(&mut self, answer: &Description, engine: &mpsc::UnboundedSender<EngineEvent>) -> Result<(), Failure> {
-        let answer = RemoteAnswer::parse(&answer.sdp, &Capabilities::PUBLISHER).map_err(|error| Failure(format!("the server's answer: {error}")))?;
-        for (track, media) in self.tracks.iter_mut().zip(&answer.media) {
+    /// What the join itself says where there is one connection: all our tracks, and an offer.
+    fn first_offer(&mut self) -> Result<Connection, Failure> {
+        Ok(Connection::Single {
+            add_tracks: self.tracks.iter().map(add_track_request).collect(),
+            publisher_offer: Some(self.next_offer()?),
+        })
+    }
+
+    /// Our next offer and its number: the sections that are wanted, and with the first one our tracks behind them.
+    fn next_offer(&mut self) -> Result<(String, u32), Failure> {
+        let Offering {
+            offerer,
+            id,
+            is_open,
+            wanted,
+        } = &mut self.offering;
+        let refused = |error| Failure::of(format!("our offer: {error}"));
+        if self.context.single_connection {
+            let wanted = wanted.take().unwrap_or_default();
+            // A connection needs a section to come up with, even where nothing is to be sent or received yet.
+            let nothing = wanted == Sections::default() && offerer.is_empty() && self.tracks.is_empty();
+            offerer
+                .receive(Kind::Audio, wanted.audio as usize + usize::from(nothing))
+                .map_err(refused)?;
+            offerer.receive(Kind::Video, wanted.video as usize).map_err(refused)?;
+        }
+        if *id == 0 {
+            self.tracks.iter().for_each(|track| offerer.send(track.local.clone()));
+        }
+        *id += 1;
+        *is_open = true;
+        let ip = self.local_ip.ok_or_else(|| Failure::of("no local address"))?;
+        let local = self.publisher.open(ip, &self.context, self.plan.seed >> 1)?;
+        Ok((offerer.offer(local), *id))
+    }
+
+    /// One offer at a time: what is wanted meanwhile waits for the answer.
+    async fn offer_if_wanted(&mut self, sender: &mut SignalSender) -> Result<(), Failure> {
+        if self.offering.is_open || self.offering.wanted.is_none() {
+            return Ok(());
+        }
+        let (offer, id) = self.next_offer()?;
+        Ok(sender.offer(offer, id).await?)
+    }
+
+    async fn handle_answer(
+        &mut self,
+        answer: &Description,
+        sender: &mut SignalSender,
+        engine: &mpsc::UnboundedSender<EngineEvent>,
+    ) -> Result<(), Failure> {
+        // To an offer that a later one has replaced; a server that does not number its answers says 0.
+        if ![0, self.offering.id].contains(&answer.id) {
+            return Ok(());
+        }
+        let negotiated = self
+            .offering
+            .offerer
+            .handle_answer(&answer.sdp)
+            .map_err(|error| Failure::of(format!("the server's answer: {error}")))?;
+        for (track, media) in self.tracks.iter_mut().zip(&negotiated.media) {
             track.negotiated = Some(media.clone()).filter(|media| media.accepted);
         }
         if self.tracks.iter().any(|track| track.negotiated.is_none()) {
-            return Err(Failure(
-                "the server did not accept a track that we publish (is its codec enabled?)".into(),
-            ));
+            return Err(Failure::of("the server did not accept a track that we publish (is its codec enabled?)"));
         }
-        self.add_peer(Role::Publisher, &answer.remote, true, Setup::Active, engine)
+        self.add_peer(Role::Publisher, &negotiated.remote, true, Setup::Active, engine);
+        self.take_streams(Role::Publisher, &negotiated.removed, negotiated.added.iter().chain(&negotiated.updated));
+        self.offering.is_open = false;
+        if self.context.single_connection {
+            self.offer_if_wanted(sender).await
+        } else {
+            Ok(())
+        }
     }
 
     async fn handle_offer(
@@ -360,38 +454,32 @@ impl Session {
         sender: &mut SignalSender,
         engine: &mpsc::UnboundedSender<EngineEvent>,
     ) -> Result<(), Failure> {
-        if self.subscriber.local.is_none() {
-            self.subscriber.local = Some(self.open_half(Role::Subscriber)?);
-        }
-        let Some(local) = self.subscriber.local.as_ref() else { return Ok(()) };
+        let ip = self.local_ip.ok_or_else(|| Failure::of("no local address"))?;
+        let local = self.subscriber.open(ip, &self.context, self.plan.seed >> 1)?;
         let answered = self
             .answerer
             .answer(&offer.sdp, local)
-            .map_err(|error| Failure(format!("the server's offer: {error}")))?;
+            .map_err(|error| Failure::of(format!("the server's offer: {error}")))?;
         // The shard first: the server's checks may come as soon as it has the answer.
-        if !self.subscriber.added {
-            let controlling = answered.remote.ice_lite;
-            self.add_peer(Role::Subscriber, &answered.remote, controlling, answered.setup, engine)?;
-        }
-        let key = self.key(Role::Subscriber);
-        if !answered.removed.is_empty() {
+        self.add_peer(Role::Subscriber, &answered.remote, answered.remote.ice_lite, answered.setup, engine);
+        self.take_streams(Role::Subscriber, &answered.removed, answered.added.iter().chain(&answered.updated));
+        Ok(sender.answer(answered.sdp, offer.id).await?)
+    }
+
+    /// Tells the shard which streams came and went. An updated track is the same stream with other details: the shard adds what is new to it.
+    fn take_streams<'a>(&self, role: Role, removed: &[RemoteTrack], added: impl Iterator<Item = &'a RemoteTrack>) {
+        let key = self.key(role);
+        if !removed.is_empty() {
             self.command(Command::Unsubscribe {
                 key,
-                ssrcs: answered.removed.iter().map(|track| track.ssrc).collect(),
+                ssrcs: removed.iter().map(|track| track.ssrc).collect(),
             });
         }
         let announced_at = self.context.epoch.now();
-        // An updated track is the same stream with other details: the shard adds what is new to it.
-        let streams: Vec<StreamParameters> = answered
-            .added
-            .iter()
-            .chain(&answered.updated)
-            .map(|track| stream_parameters(track, announced_at))
-            .collect();
+        let streams: Vec<StreamParameters> = added.map(|track| stream_parameters(track, announced_at)).collect();
         if !streams.is_empty() {
             self.command(Command::Subscribe { key, streams });
         }
-        Ok(sender.answer(answered.sdp, offer.id).await?)
     }
 
     fn handle_trickle(&mut self, trickle: &Trickle) {
@@ -410,9 +498,7 @@ impl Session {
         let Some(address) = udp_address(&candidate) else { return };
         let half = self.half_mut(role);
         if !half.added {
-            if half.early_candidates.len() < EARLY_CANDIDATES_MAX {
-                half.early_candidates.push(address);
-            }
+            half.keep_candidate(address);
             return;
         }
         let key = self.key(role);
@@ -442,7 +528,7 @@ impl Session {
                     self.notify(Notice::Phase(Phase::FirstMedia, at.since(self.timeline.intended)));
                 }
             }
-            EngineEvent::Failed { failure, .. } => return Err(Failure(failure.describe().into())),
+            EngineEvent::Failed { failure, .. } => return Err(Failure::of(failure.describe())),
         }
         Ok(())
     }
@@ -452,33 +538,20 @@ impl Session {
         let start = self.context.epoch.now() + FIRST_FRAME_DELAY;
         let mut parameters = Vec::new();
         for track in &self.tracks {
-            let Some(negotiated) = &track.negotiated else { continue };
-            let kind = track.source.kind();
-            let number = track_number(kind);
-            let first_frame_at = start + slot_offset(self.plan.index, number, track.source.frame_interval());
+            let first_frame_at = start + track.slot_offset(&self.plan);
+            let Some(wanted) = track.send_parameters(&self.plan, self.context.roster.run, self.context.pacing, first_frame_at) else {
+                continue;
+            };
+            let number = track_number(track.source.kind());
             self.context.roster.set_published(self.plan.index, number, first_frame_at);
-            parameters.push(SendParameters {
-                source: track.source.clone(),
-                ssrc: track.local.ssrc,
-                rtx_ssrc: track.local.rtx_ssrc,
-                payload_type: negotiated.payload_type,
-                rtx_payload_type: negotiated.rtx_payload_type,
-                audio_level_extension: negotiated.extensions.id(Extension::AudioLevel).filter(|_| kind == Kind::Audio),
-                pacing: self.context.pacing,
-                identity: FrameIdentity {
-                    run: self.context.roster.run,
-                    origin: self.plan.index,
-                    track: number,
-                    ..FrameIdentity::default()
-                },
-                seed: self.plan.seed ^ u64::from(number),
-                first_frame_at,
+            parameters.push(wanted);
+        }
+        if !parameters.is_empty() {
+            self.command(Command::Publish {
+                key: self.place.key,
+                tracks: parameters,
             });
         }
-        self.command(Command::Publish {
-            key: self.place.key,
-            tracks: parameters,
-        });
     }
 
     fn check_joined(&mut self) -> Result<(), Failure> {
@@ -503,84 +576,37 @@ impl Session {
         Ok(())
     }
 
-    /// Opens the socket of one connection and draws its credentials.
-    fn open_half(&mut self, role: Role) -> Result<LocalTransport, Failure> {
-        let ip = self.local_ip.ok_or_else(|| Failure("no local address".into()))?;
-        let socket =
-            net::open_media_socket(ip, self.context.receive_buffer_bytes).map_err(|error| Failure(format!("no UDP socket on {ip}: {error}")))?;
-        let address = socket.local_addr().map_err(|error| Failure(error.to_string()))?;
-        let IceCredentials { ufrag, password } = IceCredentials::random();
-        self.half_mut(role).socket = Some(socket);
-        Ok(LocalTransport {
-            ufrag,
-            pwd: password,
-            fingerprint: self.context.fingerprint,
-            setup: Setup::Active,
-            candidates: vec![Candidate::host(address)],
-            session_id: self.plan.seed >> 1,
-        })
-    }
-
-    fn add_peer(
-        &mut self,
-        role: Role,
-        remote: &RemoteTransport,
-        ice_controlling: bool,
-        setup: Setup,
-        engine: &mpsc::UnboundedSender<EngineEvent>,
-    ) -> Result<(), Failure> {
-        let (key, participant, room, intended_at, seed) = (self.key(role), self.plan.index, self.plan.room, self.timeline.intended, self.plan.seed);
-        let cname = self.plan.identity.clone();
-        let half = self.half_mut(role);
-        let (Some(local), Some(socket)) = (&half.local, half.socket.take()) else {
-            return Ok(());
+    /// Hands a connection to the shard, unless it has it already.
+    fn add_peer(&mut self, role: Role, remote: &RemoteTransport, ice_controlling: bool, setup: Setup, engine: &mpsc::UnboundedSender<EngineEvent>) {
+        let Some((socket, parameters)) = self.half_mut(role).take_parameters(remote, ice_controlling, setup) else {
+            return;
         };
-        let local_address = socket.local_addr().map_err(|error| Failure(error.to_string()))?;
-        let mut remote_candidates: Vec<SocketAddr> = remote.candidates.iter().filter_map(udp_address).collect();
-        remote_candidates.append(&mut half.early_candidates);
-        let parameters = PeerParameters {
-            local_address,
-            local: IceCredentials {
-                ufrag: local.ufrag.clone(),
-                password: local.pwd.clone(),
-            },
-            remote: IceCredentials {
-                ufrag: remote.ufrag.clone(),
-                password: remote.pwd.clone(),
-            },
-            remote_fingerprint: remote.fingerprint,
-            remote_candidates,
-            ice_controlling,
-            dtls_active: setup == Setup::Active,
-        };
-        half.added = true;
         let peer = NewPeer {
-            participant,
-            room,
+            participant: self.plan.index,
+            room: self.plan.room,
             parameters,
-            rtcp_ssrc: seed as u32 | 1,
-            cname,
-            intended_at,
+            rtcp_ssrc: self.plan.seed as u32 | 1,
+            cname: self.plan.identity.clone(),
+            intended_at: self.timeline.intended,
         };
         self.command(Command::AddPeer {
-            key,
+            key: self.key(role),
             socket: Some(socket),
             peer: Box::new(peer),
             events: engine.clone(),
         });
-        Ok(())
     }
 
     fn end(self, failure: Option<Failure>) {
         let index = self.plan.index;
         if failure.is_some() {
             // The server no longer knows this participant: its media must not go on.
-            for role in [Role::Publisher, Role::Subscriber] {
+            for role in Role::BOTH {
                 self.command(Command::RemovePeer { key: self.key(role) });
             }
         }
         let mut disconnects = self.disconnects;
-        let failure = failure.map(|Failure(reason)| reason);
+        let failure = failure.map(|failure| failure.reason);
         match (&failure, self.joined) {
             (Some(reason), true) => {
                 disconnects += 1;
@@ -609,6 +635,7 @@ impl Session {
             () if self.timeline.signal_joined.is_none() => "the server's Join",
             () if self.publisher.wanted && !self.publisher.added => "the server's answer to our offer",
             () if self.subscriber.wanted && !self.subscriber.added => "the server's offer",
+            () if self.publisher.is_missing() && self.context.single_connection => "ICE and DTLS (is the server's UDP port reachable?)",
             () if self.publisher.is_missing() => "ICE and DTLS of the publisher connection (is the server's UDP port reachable?)",
             () => "ICE and DTLS of the subscriber connection (is the server's UDP port reachable?)",
         };
@@ -664,87 +691,4 @@ async fn leave_reason(receiver: &mut SignalReceiver) -> Option<Failure> {
 /// Ends when everybody is to leave, or the run is gone.
 pub async fn leaving(leave: &mut watch::Receiver<bool>) {
     let _ = leave.wait_for(|leave| *leave).await;
-}
-
-/// The number of a track in frame identities and in the [`Roster`].
-pub fn track_number(kind: Kind) -> u8 {
-    match kind {
-        Kind::Audio => 0,
-        Kind::Video => 1,
-    }
-}
-
-/// Where in the frame interval a track's slots lie: multiples of the golden ratio, so that any number of tracks is spread evenly.
-fn slot_offset(index: u32, track: u8, interval: Duration) -> Duration {
-    let turn = index.wrapping_mul(2).wrapping_add(u32::from(track)).wrapping_mul(0x9E37_79B9);
-    Duration::from_nanos(((interval.as_nanos() * u128::from(turn)) >> 32) as u64)
-}
-
-fn local_track(plan: &ParticipantPlan, kind: Kind) -> LocalTrack {
-    let name = match kind {
-        Kind::Audio => "audio",
-        Kind::Video => "video",
-    };
-    // Distinct for the participant's few SSRCs by the low bits, and unguessable enough to be distinct in a room.
-    let base = (plan.seed >> 16) as u32 & !0xF;
-    let number = u32::from(track_number(kind)) * 4;
-    LocalTrack {
-        kind,
-        cid: format!("{}-{name}", plan.identity),
-        stream_id: plan.identity.clone(),
-        ssrc: base | number | 2,
-        rtx_ssrc: (kind == Kind::Video).then_some(base | number | 3),
-        rids: Vec::new(),
-    }
-}
-
-fn add_track_request(track: &Track) -> proto::AddTrackRequest {
-    let mut request = proto::AddTrackRequest {
-        cid: track.local.cid.clone(),
-        name: track.local.cid.clone(),
-        ..Default::default()
-    };
-    match &track.source {
-        Source::Audio(_) => {
-            request.r#type = proto::TrackType::Audio.into();
-            request.source = proto::TrackSource::Microphone.into();
-            request.disable_red = true;
-        }
-        Source::Video(clip) => {
-            let spec = clip.spec();
-            request.r#type = proto::TrackType::Video.into();
-            request.source = proto::TrackSource::Camera.into();
-            (request.width, request.height) = (spec.width, spec.height);
-            let layer = proto::VideoLayer {
-                quality: proto::VideoQuality::High.into(),
-                width: spec.width,
-                height: spec.height,
-                bitrate: u32::try_from(spec.bitrate.bps()).unwrap_or(u32::MAX),
-                ssrc: track.local.ssrc,
-                ..Default::default()
-            };
-            request.layers = vec![layer];
-            let features = [
-                proto::PacketTrailerFeature::PtfUserTimestamp,
-                proto::PacketTrailerFeature::PtfFrameId,
-                proto::PacketTrailerFeature::PtfUserData,
-            ];
-            request.packet_trailer_features = features.into_iter().map(Into::into).collect();
-        }
-    }
-    request
-}
-
-fn stream_parameters(track: &RemoteTrack, announced_at: Time) -> StreamParameters {
-    StreamParameters {
-        kind: track.kind,
-        ssrc: track.ssrc,
-        rtx_ssrc: track.rtx_ssrc,
-        clock_rate: track.clock_rate,
-        announced_at,
-    }
-}
-
-fn udp_address(candidate: &Candidate) -> Option<SocketAddr> {
-    (candidate.transport == crate::transport::sdp::CandidateTransport::Udp).then_some(candidate.address)
 }

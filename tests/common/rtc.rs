@@ -44,7 +44,7 @@ use throng::media::identity::FrameIdentity;
 use throng::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
 use throng::transport::sdp::{
-    Answerer, Candidate, Capabilities, Extension, LocalTrack, LocalTransport, NegotiatedMedia, RemoteAnswer, RemoteTransport, Setup, publisher_offer,
+    Answerer, Candidate, Capabilities, Extension, LocalTrack, LocalTransport, NegotiatedMedia, Offerer, RemoteTransport, Setup,
 };
 use throng::units::{Epoch, Time};
 
@@ -712,8 +712,10 @@ fn publish_leg(end: &mut RtcEnd, local: &LocalTransport) -> Agreed {
         rids: Vec::new(),
     };
     let tracks = [track(Kind::Audio, AUDIO_SSRC, None), track(Kind::Video, VIDEO_SSRC, Some(VIDEO_RTX_SSRC))];
-    let answer = end.answer(publisher_offer(local, &tracks, false, 1, &Capabilities::PUBLISHER));
-    let answer = RemoteAnswer::parse(&answer, &Capabilities::PUBLISHER).unwrap();
+    let mut offerer = Offerer::default();
+    tracks.into_iter().for_each(|track| offerer.send(track));
+    let answer = end.answer(offerer.offer(local));
+    let answer = offerer.handle_answer(&answer).unwrap();
     Agreed {
         dtls_active: answer.remote.setup == Setup::Passive,
         media: answer.media,

@@ -1,6 +1,7 @@
 //! Answers to offers, incrementally: only sections that changed are read again.
 
 use super::scan::*;
+use super::sections::*;
 use super::write::*;
 use super::*;
 
@@ -26,8 +27,8 @@ pub struct Answered {
 
 /// Answers the offers of one peer connection, one after the other.
 pub struct Answerer {
-    pub(super) capabilities: Capabilities,
-    pub(super) sections: Vec<Section>,
+    capabilities: Capabilities,
+    sections: RemoteSections,
     pub(super) version: u64,
 }
 
@@ -35,7 +36,7 @@ impl Answerer {
     pub fn new(capabilities: Capabilities) -> Answerer {
         Answerer {
             capabilities,
-            sections: Vec::new(),
+            sections: RemoteSections::default(),
             version: 0,
         }
     }
@@ -43,33 +44,26 @@ impl Answerer {
     /// Answers `offer` for our end `local`. After an error the state is that before the offer.
     pub fn answer(&mut self, offer: &str, local: &LocalTransport) -> Result<Answered, SdpError> {
         let split = SplitDescription::new(offer)?;
-        let changed = self.read_changed(&split.sections)?;
-        let session = SessionPart::parse(split.session);
-        let plan = AnswerPlan::new(&self.sections, &changed, split.sections.len(), &session)?;
-        let remote = split.remote_transport(plan.tagged)?;
+        let change = self.sections.compare(&split, |_| &self.capabilities)?;
+        let (tagged, sections_read) = (change.tagged, change.sections_read());
+        let remote = split.remote_transport(tagged)?;
 
-        let sections_read = changed.len();
-        let diff = self.replace(changed, &plan.accepted);
-        let unusable = self
-            .sections
+        let Diff { added, removed, updated } = self.sections.apply(change);
+        let sections = self.sections.as_slice();
+        let unusable = sections
             .iter()
             .filter(|section| section.sends() && section.active_track().is_none())
             .count();
         self.version += 1;
         let setup = Setup::answer(remote.setup, local.setup);
-        let sdp = AnswerWriter {
-            local,
-            setup,
-            tagged: plan.tagged,
-        }
-        .write(&self.sections, self.version);
+        let sdp = AnswerWriter { local, setup, tagged }.write(sections, self.version);
         Ok(Answered {
             sdp,
             remote,
             setup,
-            added: diff.added,
-            removed: diff.removed,
-            updated: diff.updated,
+            added,
+            removed,
+            updated,
             unusable,
             sections_read,
         })
@@ -77,94 +71,7 @@ impl Answerer {
 
     /// The tracks that are active after the last offer, in the order of its sections.
     pub fn tracks(&self) -> impl Iterator<Item = &RemoteTrack> {
-        self.sections.iter().filter_map(Section::active_track)
-    }
-
-    /// The sections that differ from the last offer's, read, with their index, in order.
-    fn read_changed(&self, texts: &[&str]) -> Result<Vec<(usize, Section)>, SdpError> {
-        let mut changed = Vec::new();
-        for (index, text) in texts.iter().enumerate() {
-            let stamp = Stamp::of(text);
-            if self.sections.get(index).is_none_or(|known| known.stamp != stamp) {
-                changed.push((
-                    index,
-                    Section::parse(text, stamp, &self.capabilities).map_err(|what| SdpError::Section { index, what })?,
-                ));
-            }
-        }
-        Ok(changed)
-    }
-
-    /// Takes the changed sections over and says which tracks came and went.
-    fn replace(&mut self, changed: Vec<(usize, Section)>, accepted: &[bool]) -> Diff {
-        let mut diff = Diff::default();
-        // Offers never lose sections (RFC 9429, section 5.2.2); if one does, their tracks are gone.
-        let lost = self.sections.split_off(accepted.len().min(self.sections.len()));
-        lost.into_iter().for_each(|section| diff.note(section.into_active_track(), None));
-        let mut changed = changed.into_iter().peekable();
-        for (index, accepted) in accepted.iter().enumerate() {
-            let fresh = changed.next_if(|(at, _)| *at == index).map(|(_, section)| section.accept(*accepted));
-            match (self.sections.get_mut(index), fresh) {
-                (Some(slot), None) if slot.accepted == *accepted => {}
-                (Some(slot), fresh) => {
-                    let new = fresh.unwrap_or_else(|| slot.clone().accept(*accepted));
-                    let new_track = new.active_track().cloned();
-                    diff.note(std::mem::replace(slot, new).into_active_track(), new_track);
-                }
-                (None, fresh) => {
-                    diff.note(None, fresh.as_ref().and_then(Section::active_track).cloned());
-                    self.sections.extend(fresh);
-                }
-            }
-        }
-        diff
-    }
-}
-
-/// What one offer did to the active tracks.
-#[derive(Default)]
-struct Diff {
-    added: Vec<RemoteTrack>,
-    removed: Vec<RemoteTrack>,
-    updated: Vec<RemoteTrack>,
-}
-
-impl Diff {
-    /// A section's track before and after the offer.
-    fn note(&mut self, old: Option<RemoteTrack>, new: Option<RemoteTrack>) {
-        match (old, new) {
-            (old, new) if old == new => {}
-            (Some(old), Some(new)) if old.is_same_source(&new) => self.updated.push(new),
-            (old, new) => {
-                self.removed.extend(old);
-                self.added.extend(new);
-            }
-        }
-    }
-}
-
-/// Which sections the answer accepts, decided before any state changes.
-struct AnswerPlan {
-    accepted: Vec<bool>,
-    /// The first accepted section: it carries the bundle's transport.
-    tagged: usize,
-}
-
-impl AnswerPlan {
-    fn new(known: &[Section], changed: &[(usize, Section)], count: usize, session: &SessionPart<'_>) -> Result<AnswerPlan, SdpError> {
-        let mut fresh = changed.iter().peekable();
-        let (mut accepted, mut mids) = (Vec::with_capacity(count), Vec::with_capacity(count));
-        for index in 0..count {
-            let section = match fresh.next_if(|(at, _)| *at == index) {
-                Some((_, section)) => section,
-                None => known.get(index).ok_or(SdpError::NoSections)?,
-            };
-            accepted.push(section.acceptable() && session.bundle.binary_search(&&*section.mid).is_ok());
-            mids.push(&*section.mid);
-        }
-        refuse_duplicates(mids)?;
-        let tagged = accepted.iter().position(|accepted| *accepted).ok_or(SdpError::NoSections)?;
-        Ok(AnswerPlan { accepted, tagged })
+        self.sections.as_slice().iter().filter_map(Section::active_track)
     }
 }
 

@@ -4,12 +4,14 @@
 //! whose text is that of the last offer is recognised by its hash and not read again. A section that is new is scanned once, line by line, without building
 //! a tree; a general SDP library takes ten times as long for it, and its tree is dropped at once.
 //!
-//! [`publisher_offer`] writes our own offer, [`RemoteAnswer`] reads the answer to it. All input is hostile until read: sizes and counts are bounded, nothing
-//! panics, and no text reaches an answer that was not checked to be harmless there.
+//! [`Offerer`] does the same from the other end: it writes our own offers, for tracks that we send and for sections that the server may send tracks in, and
+//! reads the answers to them. All input is hostile until read: sizes and counts are bounded, nothing panics, and no text reaches an answer that was not
+//! checked to be harmless there.
 
 mod answer;
 mod offer;
 mod scan;
+mod sections;
 pub mod serve;
 #[cfg(test)]
 mod tests;
@@ -21,7 +23,7 @@ use std::str::FromStr;
 
 use crate::measure::Kind;
 pub use answer::{Answered, Answerer};
-pub use offer::{LocalTrack, NegotiatedMedia, RemoteAnswer, publisher_offer};
+pub use offer::{LocalTrack, Negotiated, NegotiatedMedia, Offerer};
 
 /// An offer of 3,000 tracks takes 5.5 MB.
 pub const SDP_BYTES_MAX: usize = 16 << 20;
@@ -57,6 +59,8 @@ pub enum SdpError {
     Section { index: usize, what: &'static str },
     #[error("two media sections have the mid '{mid}'")]
     DuplicateMid { mid: String },
+    #[error("the answer has {answered} media sections and the offer {offered}")]
+    SectionCount { answered: usize, offered: usize },
     #[error("the description lacks {what}")]
     Missing { what: &'static str },
 }

@@ -1,10 +1,11 @@
 //! Our own offers, and the answers to them.
 
 use super::scan::*;
+use super::sections::*;
 use super::write::*;
 use super::*;
 
-/// A track of ours, for [`publisher_offer`].
+/// A track of ours, for [`Offerer::send`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalTrack {
     pub kind: Kind,
@@ -18,48 +19,149 @@ pub struct LocalTrack {
     pub rids: Vec<String>,
 }
 
-/// Our offer for `tracks`, one section each in their order, `mid` counting from 0, after the section for data channels if `application` is set.
+/// Makes the offers of one peer connection, one after the other, and reads the answers to them.
 ///
-/// `version` grows by one with every offer of a connection. A later offer repeats the tracks of the earlier one in the same order, new ones after them.
-pub fn publisher_offer(local: &LocalTransport, tracks: &[LocalTrack], application: bool, version: u64, capabilities: &Capabilities) -> String {
-    let mids: Vec<String> = (0..tracks.len() + usize::from(application)).map(|mid| mid.to_string()).collect();
-    let mut sdp = String::with_capacity(512 + mids.len() * 1024);
-    write_session(&mut sdp, local, version, mids.iter().map(String::as_str));
-    let (for_application, for_tracks) = mids.split_at(usize::from(application));
-    for mid in for_application {
-        push_application(&mut sdp, local, local.setup, mid, true, 5000);
-    }
-    for (index, (track, mid)) in tracks.iter().zip(for_tracks).enumerate() {
-        push_local_track(&mut sdp, local, track, mid, index == 0 && !application, capabilities);
-    }
-    sdp
+/// Sections are numbered in the order in which they are asked for, which is their `mid`; none is ever taken back.
+#[derive(Default)]
+pub struct Offerer {
+    ours: Vec<Offered>,
+    theirs: RemoteSections,
+    version: u64,
 }
 
-fn push_local_track(sdp: &mut String, local: &LocalTransport, track: &LocalTrack, mid: &str, tagged: bool, capabilities: &Capabilities) {
-    let codec = offered_codec(track, capabilities);
+/// What a section of our offer is for.
+enum Offered {
+    /// Data channels.
+    Application,
+    /// A track that the server may send.
+    Receive(Kind),
+    Send(LocalTrack),
+}
+
+/// What came of one answer.
+#[derive(Clone, Debug)]
+pub struct Negotiated {
+    pub remote: RemoteTransport,
+    /// One for each track of ours, in their order.
+    pub media: Vec<NegotiatedMedia>,
+    /// The server's tracks that became active with this answer. One that took a section over from another is here, the other in `removed`.
+    pub added: Vec<RemoteTrack>,
+    /// Tracks of the last answer that are inactive or replaced now, as they were.
+    pub removed: Vec<RemoteTrack>,
+    /// Tracks that go on with the same mid, SSRC and names, but other details.
+    pub updated: Vec<RemoteTrack>,
+    /// Sections that were read, the others being unchanged.
+    pub sections_read: usize,
+}
+
+impl Offerer {
+    /// A section for data channels. LiveKit needs none where no data is to flow.
+    pub fn open_data(&mut self) {
+        self.ours.push(Offered::Application);
+    }
+
+    /// `count` sections more in which the server may send a track of this kind.
+    pub fn receive(&mut self, kind: Kind, count: usize) -> Result<(), SdpError> {
+        if self.ours.len().saturating_add(count) > SECTIONS_MAX {
+            return Err(SdpError::TooManySections);
+        }
+        self.ours.extend((0..count).map(|_| Offered::Receive(kind)));
+        Ok(())
+    }
+
+    /// A section for a track of ours.
+    pub fn send(&mut self, track: LocalTrack) {
+        self.ours.push(Offered::Send(track));
+    }
+
+    /// Whether there is no section yet, and so nothing to offer.
+    pub fn is_empty(&self) -> bool {
+        self.ours.is_empty()
+    }
+
+    /// The next offer: all sections so far.
+    pub fn offer(&mut self, local: &LocalTransport) -> String {
+        self.version += 1;
+        let mids: Vec<String> = (0..self.ours.len()).map(|mid| mid.to_string()).collect();
+        let mut sdp = String::with_capacity(512 + mids.len() * 640);
+        write_session(&mut sdp, local, self.version, mids.iter().map(String::as_str));
+        for (index, (section, mid)) in self.ours.iter().zip(&mids).enumerate() {
+            let tagged = index == 0;
+            match section {
+                Offered::Application => push_application(&mut sdp, local, local.setup, mid, tagged, 5000),
+                Offered::Receive(kind) => push_receiver(&mut sdp, local, *kind, mid, tagged),
+                Offered::Send(track) => push_local_track(&mut sdp, local, track, mid, tagged),
+            }
+        }
+        sdp
+    }
+
+    /// Reads the answer to the last offer. After an error the state is that before it.
+    pub fn handle_answer(&mut self, answer: &str) -> Result<Negotiated, SdpError> {
+        let split = SplitDescription::new(answer)?;
+        if split.sections.len() != self.ours.len() {
+            return Err(SdpError::SectionCount {
+                answered: split.sections.len(),
+                offered: self.ours.len(),
+            });
+        }
+        let change = self.theirs.compare(&split, |index| match self.ours.get(index) {
+            Some(Offered::Send(_)) => &Capabilities::PUBLISHER,
+            _ => &Capabilities::SUBSCRIBER,
+        })?;
+        let sections_read = change.sections_read();
+        let remote = split.remote_transport(change.tagged)?;
+        let Diff { added, removed, updated } = self.theirs.apply(change);
+        let answered = self.ours.iter().zip(self.theirs.as_slice());
+        Ok(Negotiated {
+            remote,
+            media: answered
+                .filter(|(ours, _)| matches!(ours, Offered::Send(_)))
+                .filter_map(|(_, theirs)| NegotiatedMedia::of(theirs))
+                .collect(),
+            added,
+            removed,
+            updated,
+            sections_read,
+        })
+    }
+}
+
+fn push_receiver(sdp: &mut String, local: &LocalTransport, kind: Kind, mid: &str, tagged: bool) {
+    let codec = offered_codec(kind, true, &Capabilities::SUBSCRIBER);
+    push_media_line(sdp, kind, &[Some(codec.payload_type), codec.rtx_payload_type]);
+    push_transport(sdp, local, local.setup, mid, tagged);
+    push_extensions(sdp, &offered_extensions(kind, false, &Capabilities::SUBSCRIBER));
+    push(sdp, format_args!("a=recvonly\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"));
+    push_codec(sdp, &codec);
+}
+
+fn push_local_track(sdp: &mut String, local: &LocalTransport, track: &LocalTrack, mid: &str, tagged: bool) {
+    let has_rids = !track.rids.is_empty();
+    let codec = offered_codec(track.kind, track.rtx_ssrc.is_some() || has_rids, &Capabilities::PUBLISHER);
     push_media_line(sdp, track.kind, &[Some(codec.payload_type), codec.rtx_payload_type]);
     push_transport(sdp, local, local.setup, mid, tagged);
-    push_extensions(sdp, &offered_extensions(track, capabilities));
+    push_extensions(sdp, &offered_extensions(track.kind, has_rids, &Capabilities::PUBLISHER));
     push(
         sdp,
         format_args!("a=sendonly\r\na=msid:{} {}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n", track.stream_id, track.cid),
     );
     push_codec(sdp, &codec);
-    match track.rids.is_empty() {
-        true => push_sources(sdp, track),
-        false => push_rids(sdp, &track.rids),
+    match has_rids {
+        false => push_sources(sdp, track),
+        true => push_rids(sdp, &track.rids),
     }
 }
 
-fn offered_codec(track: &LocalTrack, capabilities: &Capabilities) -> Codec {
+fn offered_codec(kind: Kind, rtx: bool, capabilities: &Capabilities) -> Codec {
     let mut feedback = FeedbackSet::default();
-    let of_kind = |feedback: &Feedback| track.kind == Kind::Video || matches!(feedback, Feedback::Nack | Feedback::TransportCc);
+    let of_kind = |feedback: &Feedback| kind == Kind::Video || matches!(feedback, Feedback::Nack | Feedback::TransportCc);
     capabilities
         .feedback
         .iter()
         .filter(|feedback| of_kind(feedback))
         .for_each(|found| feedback.insert(*found));
-    match track.kind {
+    match kind {
         Kind::Audio => Codec {
             payload_type: OPUS_PAYLOAD_TYPE,
             rtx_payload_type: None,
@@ -70,7 +172,7 @@ fn offered_codec(track: &LocalTrack, capabilities: &Capabilities) -> Codec {
         },
         Kind::Video => Codec {
             payload_type: VP8_PAYLOAD_TYPE,
-            rtx_payload_type: Some(VP8_RTX_PAYLOAD_TYPE).filter(|_| track.rtx_ssrc.is_some() || !track.rids.is_empty()),
+            rtx_payload_type: Some(VP8_RTX_PAYLOAD_TYPE).filter(|_| rtx),
             map: "VP8/90000".into(),
             clock_rate: 90_000,
             parameters: "".into(),
@@ -79,12 +181,12 @@ fn offered_codec(track: &LocalTrack, capabilities: &Capabilities) -> Codec {
     }
 }
 
-fn offered_extensions(track: &LocalTrack, capabilities: &Capabilities) -> ExtensionIds {
+fn offered_extensions(kind: Kind, has_rids: bool, capabilities: &Capabilities) -> ExtensionIds {
     let mut offered = ExtensionIds::default();
     for extension in capabilities.extensions {
         let fits = match extension {
-            Extension::Rid | Extension::RepairedRid => !track.rids.is_empty(),
-            Extension::AudioLevel => track.kind == Kind::Audio,
+            Extension::Rid | Extension::RepairedRid => has_rids,
+            Extension::AudioLevel => kind == Kind::Audio,
             _ => true,
         };
         if fits {
@@ -117,14 +219,6 @@ fn push_rids(sdp: &mut String, rids: &[String]) {
     push(sdp, format_args!("a=simulcast:send {}\r\n", rids.join(";")));
 }
 
-/// The server's answer to our offer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RemoteAnswer {
-    pub remote: RemoteTransport,
-    /// One per section of our offer, in its order; data channels are left out.
-    pub media: Vec<NegotiatedMedia>,
-}
-
 /// What the server took of one of our tracks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NegotiatedMedia {
@@ -138,39 +232,19 @@ pub struct NegotiatedMedia {
     pub feedback: FeedbackSet,
 }
 
-impl RemoteAnswer {
-    pub fn parse(answer: &str, capabilities: &Capabilities) -> Result<RemoteAnswer, SdpError> {
-        let split = SplitDescription::new(answer)?;
-        let mut sections = Vec::with_capacity(split.sections.len());
-        for (index, text) in split.sections.iter().enumerate() {
-            let section = Section::parse(text, Stamp { hash: 0, len: 0 }, capabilities);
-            sections.push(section.map_err(|what| SdpError::Section { index, what })?);
-        }
-        let tagged = sections.iter().position(Section::acceptable).ok_or(SdpError::NoSections)?;
-        let remote = split.remote_transport(tagged)?;
-        Ok(RemoteAnswer {
-            remote,
-            media: sections.into_iter().filter_map(NegotiatedMedia::of).collect(),
-        })
-    }
-}
-
 impl NegotiatedMedia {
-    fn of(section: Section) -> Option<NegotiatedMedia> {
+    fn of(section: &Section) -> Option<NegotiatedMedia> {
         let Content::Rtp(kind) = section.content else { return None };
         let receives = matches!(section.direction, Direction::RecvOnly | Direction::SendRecv);
-        let accepted = section.acceptable() && receives;
-        let (payload_type, rtx_payload_type, feedback) = section.codec.map_or((0, None, FeedbackSet::default()), |codec| {
-            (codec.payload_type, codec.rtx_payload_type, codec.feedback)
-        });
+        let codec = section.codec.as_ref();
         Some(NegotiatedMedia {
-            mid: section.mid,
+            mid: section.mid.clone(),
             kind,
-            accepted,
-            payload_type,
-            rtx_payload_type,
+            accepted: section.accepted && receives,
+            payload_type: codec.map_or(0, |codec| codec.payload_type),
+            rtx_payload_type: codec.and_then(|codec| codec.rtx_payload_type),
             extensions: section.extensions,
-            feedback,
+            feedback: codec.map_or(FeedbackSet::default(), |codec| codec.feedback),
         })
     }
 }

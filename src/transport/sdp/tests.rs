@@ -1,4 +1,5 @@
 use super::scan::*;
+use super::write::kind_name;
 use super::*;
 use std::time::Instant;
 
@@ -32,6 +33,25 @@ fn local() -> LocalTransport {
 
 fn answerer() -> Answerer {
     Answerer::new(Capabilities::SUBSCRIBER)
+}
+
+/// One that offers an audio and a video track, or expects them.
+fn publisher(receives: bool) -> Offerer {
+    let mut offerer = Offerer::default();
+    for kind in [Kind::Audio, Kind::Video] {
+        match receives {
+            true => offerer.receive(kind, 1).unwrap(),
+            false => offerer.send(LocalTrack {
+                kind,
+                cid: kind_name(kind).into(),
+                stream_id: "s".into(),
+                ssrc: 1,
+                rtx_ssrc: Some(2),
+                rids: Vec::new(),
+            }),
+        }
+    }
+    offerer
 }
 
 fn mids(tracks: &[RemoteTrack]) -> Vec<&str> {
@@ -180,15 +200,26 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
         rids: ["q", "h", "f"].map(str::to_owned).into(),
         ..video.clone()
     };
-    let offer = publisher_offer(&local(), &[audio, video, simulcast], true, 7, &Capabilities::PUBLISHER);
+    let mut offerer = Offerer::default();
+    offerer.open_data();
+    [audio, video, simulcast].into_iter().for_each(|track| offerer.send(track));
+    offerer.offer(&local());
+    offerer.receive(Kind::Audio, 1).unwrap();
+    offerer.receive(Kind::Video, 1).unwrap();
+    let offer = offerer.offer(&local());
     let parsed = oracle(&offer);
     assert_eq!(
         (parsed.origin.session_version, parsed.attribute("group").unwrap().as_str()),
-        (7, "BUNDLE 0 1 2 3")
+        (2, "BUNDLE 0 1 2 3 4 5")
     );
-    let [application, audio, video, simulcast] = parsed.media_descriptions.as_slice() else {
+    let [application, audio, video, simulcast, free_audio, free_video] = parsed.media_descriptions.as_slice() else {
         panic!("{offer}")
     };
+    for (free, maps) in [(free_audio, vec!["111 opus/48000/2"]), (free_video, vec!["96 VP8/90000", "97 rtx/90000"])] {
+        assert!(free.has_attribute("recvonly") && values(free, "ssrc").is_empty() && values(free, "msid").is_empty());
+        assert_eq!(values(free, "rtpmap"), maps);
+        assert!(values(free, "extmap").contains(&"5 http://www.webrtc.org/experiments/rtp-hdrext/abs-send-time".to_owned()));
+    }
     assert_eq!(application.attribute("sctp-port"), Some(Some("5000")));
     assert_eq!(values(audio, "rtpmap"), ["111 opus/48000/2"]);
     assert_eq!(values(audio, "rtcp-fb"), ["111 nack"]);
@@ -213,7 +244,7 @@ fn recorded_answers_to_our_offers_are_read() {
         (include_str!("../../../fixtures/sdp/publisher-answer-plain.sdp"), None),
         (include_str!("../../../fixtures/sdp/publisher-answer-simulcast.sdp"), Some(2)),
     ] {
-        let parsed = RemoteAnswer::parse(answer, &Capabilities::PUBLISHER).unwrap();
+        let parsed = publisher(false).handle_answer(answer).unwrap();
         assert_eq!(parsed.remote.setup, Setup::Passive);
         let [audio, video] = parsed.media.as_slice() else { panic!("{parsed:?}") };
         assert!(audio.accepted && video.accepted);
@@ -394,7 +425,7 @@ fn mutated_offers_and_answers_never_panic_and_answers_keep_their_form() {
                 answered.sdp
             );
         }
-        let _ = RemoteAnswer::parse(&mutated(answers[random.below(2)], &mut random), &Capabilities::PUBLISHER);
+        let _ = publisher(random.below(2) == 0).handle_answer(&mutated(answers[random.below(2)], &mut random));
         let _ = mutated(r#"{"candidate":"candidate:1 1 udp 5 1.2.3.4 5 typ host","sdpMid":"0"}"#, &mut random).parse::<Trickled>();
         let _ = mutated("sha-256 44:35:6F:5A:5A:9B:96:26:AC:E4:81:D0:0C:7D:EC:56", &mut random).parse::<Fingerprint>();
     }

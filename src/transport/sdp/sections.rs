@@ -1,0 +1,108 @@
+//! The other side's media sections from one description to the next: only those whose text changed are read again.
+
+use super::scan::*;
+use super::*;
+
+/// The sections of the last description that was taken, in its order.
+#[derive(Default)]
+pub(super) struct RemoteSections(Vec<Section>);
+
+/// What a new description says, beside what is known. Nothing is taken over until [`RemoteSections::apply`].
+pub(super) struct Change {
+    /// The sections that were read, with their index, in order.
+    fresh: Vec<(usize, Section)>,
+    accepted: Vec<bool>,
+    /// The first accepted section: it carries the bundle's transport.
+    pub(super) tagged: usize,
+}
+
+impl Change {
+    pub(super) fn sections_read(&self) -> usize {
+        self.fresh.len()
+    }
+}
+
+/// What one description did to the active tracks.
+#[derive(Default)]
+pub(super) struct Diff {
+    pub(super) added: Vec<RemoteTrack>,
+    pub(super) removed: Vec<RemoteTrack>,
+    pub(super) updated: Vec<RemoteTrack>,
+}
+
+impl RemoteSections {
+    pub(super) fn as_slice(&self) -> &[Section] {
+        &self.0
+    }
+
+    /// Reads what differs from the last description; `capabilities` are ours in the section of an index.
+    pub(super) fn compare<'a>(&self, split: &SplitDescription<'_>, capabilities: impl Fn(usize) -> &'a Capabilities) -> Result<Change, SdpError> {
+        let mut fresh = Vec::new();
+        for (index, text) in split.sections.iter().enumerate() {
+            let stamp = Stamp::of(text);
+            if self.0.get(index).is_none_or(|known| known.stamp != stamp) {
+                let section = Section::parse(text, stamp, capabilities(index));
+                fresh.push((index, section.map_err(|what| SdpError::Section { index, what })?));
+            }
+        }
+        let (accepted, tagged) = self.choose(&fresh, split.sections.len(), &SessionPart::parse(split.session))?;
+        Ok(Change { fresh, accepted, tagged })
+    }
+
+    /// Which sections are accepted, and the first of them: decided before any state changes.
+    fn choose(&self, fresh: &[(usize, Section)], count: usize, session: &SessionPart<'_>) -> Result<(Vec<bool>, usize), SdpError> {
+        let mut fresh = fresh.iter().peekable();
+        let (mut accepted, mut mids) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        for index in 0..count {
+            let section = match fresh.next_if(|(at, _)| *at == index) {
+                Some((_, section)) => section,
+                None => self.0.get(index).ok_or(SdpError::NoSections)?,
+            };
+            accepted.push(section.acceptable() && session.bundle.binary_search(&&*section.mid).is_ok());
+            mids.push(&*section.mid);
+        }
+        refuse_duplicates(mids)?;
+        let tagged = accepted.iter().position(|accepted| *accepted).ok_or(SdpError::NoSections)?;
+        Ok((accepted, tagged))
+    }
+
+    /// Takes the changed sections over and says which tracks came and went.
+    pub(super) fn apply(&mut self, change: Change) -> Diff {
+        let Change { fresh, accepted, .. } = change;
+        let mut diff = Diff::default();
+        // Descriptions never lose sections (RFC 9429, section 5.2.2); if one does, their tracks are gone.
+        let lost = self.0.split_off(accepted.len().min(self.0.len()));
+        lost.into_iter().for_each(|section| diff.note(section.into_active_track(), None));
+        let mut fresh = fresh.into_iter().peekable();
+        for (index, accepted) in accepted.iter().enumerate() {
+            let fresh = fresh.next_if(|(at, _)| *at == index).map(|(_, section)| section.accept(*accepted));
+            match (self.0.get_mut(index), fresh) {
+                (Some(slot), None) if slot.accepted == *accepted => {}
+                (Some(slot), fresh) => {
+                    let new = fresh.unwrap_or_else(|| slot.clone().accept(*accepted));
+                    let new_track = new.active_track().cloned();
+                    diff.note(std::mem::replace(slot, new).into_active_track(), new_track);
+                }
+                (None, fresh) => {
+                    diff.note(None, fresh.as_ref().and_then(Section::active_track).cloned());
+                    self.0.extend(fresh);
+                }
+            }
+        }
+        diff
+    }
+}
+
+impl Diff {
+    /// A section's track before and after the description.
+    fn note(&mut self, old: Option<RemoteTrack>, new: Option<RemoteTrack>) {
+        match (old, new) {
+            (old, new) if old == new => {}
+            (Some(old), Some(new)) if old.is_same_source(&new) => self.updated.push(new),
+            (old, new) => {
+                self.removed.extend(old);
+                self.added.extend(new);
+            }
+        }
+    }
+}
