@@ -107,6 +107,10 @@ impl Connection {
         self.ssrcs.retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
     }
 
+    pub fn end_all_streams(&mut self, roster: &Roster, record: &mut Record) {
+        self.streams.iter_mut().for_each(|stream| stream.end(roster, record));
+    }
+
     /// Neither up nor given up.
     pub fn is_in_setup(&self) -> bool {
         self.transport.connected_at().is_none() && !self.failed && !self.closed

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
-use crate::transport::peer::{Identity, PeerFailure, PeerParameters};
+use crate::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use crate::units::{Epoch, Time};
 use publisher::SendParameters;
 use subscriber::StreamOutcome;
@@ -34,10 +34,14 @@ pub trait Io {
 
     /// From now on peer `key` talks to `to` only.
     fn connect(&mut self, key: usize, to: SocketAddr);
+
+    /// Peer `key` may hear from other addresses again. Where nothing else is shut out by [`Io::connect`], there is nothing to do.
+    fn disconnect(&mut self, _key: usize) {}
 }
 
 /// What signalling asks of a shard. Peers are named by a key below the shard's capacity.
 pub enum Command {
+    /// A peer that was removed may be followed by another with its key: that one's account is then closed.
     AddPeer {
         key: usize,
         /// `None` in simulations: the [`Io`] then knows where the key's datagrams go.
@@ -49,6 +53,13 @@ pub enum Command {
     AddRemoteCandidate {
         key: usize,
         address: SocketAddr,
+    },
+    /// New ICE credentials on both sides, and the other side's new candidates. The DTLS session and all media stay.
+    RestartIce {
+        key: usize,
+        local: IceCredentials,
+        remote: IceCredentials,
+        remote_candidates: Vec<SocketAddr>,
     },
     /// Tracks to send, once their description is agreed.
     Publish {

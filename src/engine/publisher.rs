@@ -247,6 +247,11 @@ impl SendTrack {
         &self.parameters.identity
     }
 
+    /// The number of the first frame: that many have been sent by an earlier track in this one's place.
+    pub fn number_from(&mut self, frame: u32) {
+        self.frames = frame;
+    }
+
     /// No further frames; what waits in the pacer still leaves, and NACKs are still answered.
     pub fn stop(&mut self) {
         self.stopped = true;
@@ -341,7 +346,7 @@ impl SendTrack {
             return false;
         }
         let requested = self.key_requested_at.take();
-        let key = requested.is_some() || self.frames == 0;
+        let key = requested.is_some() || self.last_key_at.is_none();
         if let Some(at) = requested {
             wire.media.pli_received_to_key_sent.record(now.since(at));
         }

@@ -26,6 +26,8 @@ pub struct Shard {
     control_timers: Timers,
     events: VecDeque<(usize, Event)>,
     record: Box<Record>,
+    /// What became of connections whose participants have come back on others.
+    former: Vec<PeerOutcome>,
     /// Connections that are neither up nor given up.
     in_setup: usize,
 }
@@ -54,6 +56,7 @@ impl Shard {
             control_timers: Timers::new(capacity * CONTROLS as usize, now),
             events: VecDeque::new(),
             record: Box::default(),
+            former: Vec::new(),
             in_setup: 0,
         }
     }
@@ -84,6 +87,10 @@ impl Shard {
     }
 
     pub fn add_peer(&mut self, key: usize, new: NewPeer, now: Time, io: &mut impl Io) {
+        if let Some(mut former) = self.peers[key].take() {
+            former.end_all_streams(&self.config.roster, &mut self.record);
+            self.former.push(former.outcome(&self.config.roster));
+        }
         self.peers[key] = Some(Box::new(Connection::new(key, new, &self.config, now)));
         self.in_setup += 1;
         self.advance_setup(key, now, io);
@@ -111,6 +118,21 @@ impl Shard {
                     self.advance_setup(key, now, io);
                 }
             }
+            Command::RestartIce {
+                key,
+                local,
+                remote,
+                remote_candidates,
+            } => {
+                if let Some(peer) = self.peers[key].as_mut() {
+                    peer.transport.restart_ice(&local, &remote, now);
+                    remote_candidates
+                        .into_iter()
+                        .for_each(|address| peer.transport.add_remote_candidate(address, now));
+                    io.disconnect(key);
+                    self.advance_setup(key, now, io);
+                }
+            }
             Command::Publish { key, tracks } => self.publish(key, tracks),
             Command::Subscribe { key, streams } => self.subscribe(key, streams, now),
             Command::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
@@ -125,12 +147,15 @@ impl Shard {
             let timer = key as u32 * TRACKS_MAX + peer.tracks.len() as u32;
             let kind = parameters.source.kind();
             // A payload type or extension id that cannot be: the track stays silent, and is missed.
-            let Ok(track) = SendTrack::new(parameters) else {
+            let sent_before = self.config.roster.frames(parameters.identity.origin, parameters.identity.track);
+            let Ok(mut track) = SendTrack::new(parameters) else {
                 self.record.session.packets_rejected += 1;
                 continue;
             };
+            // One that came back numbers its frames on: who heard it before must find none twice, and none missing.
+            track.number_from(sent_before);
             self.media_timers.set(timer, track.next_at());
-            self.record.media(kind).tracks_published += 1;
+            self.record.media(kind).tracks_published += u64::from(sent_before == 0);
             peer.tracks.push(track);
         }
     }
@@ -353,6 +378,8 @@ impl Shard {
     /// Settles all accounts at the end of the run.
     pub fn finish(&mut self) -> Vec<PeerOutcome> {
         self.account();
-        self.peers.iter().flatten().map(|peer| peer.outcome(&self.config.roster)).collect()
+        let mut outcomes = std::mem::take(&mut self.former);
+        outcomes.extend(self.peers.iter().flatten().map(|peer| peer.outcome(&self.config.roster)));
+        outcomes
     }
 }

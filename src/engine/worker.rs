@@ -404,4 +404,10 @@ impl Io for SocketIo {
             slot.connected = slot.socket.connect(to).is_ok();
         }
     }
+
+    fn disconnect(&mut self, key: usize) {
+        if let Some(slot) = self.slots[key].as_mut() {
+            slot.connected = slot.connected && rustix::net::connect_unspec(&slot.socket).is_err();
+        }
+    }
 }

@@ -35,9 +35,12 @@ fn answerer() -> Answerer {
     Answerer::new(Capabilities::SUBSCRIBER)
 }
 
-/// One that offers an audio and a video track, or expects them.
-fn publisher(receives: bool) -> Offerer {
+/// One that offers an audio and a video track, or expects them, after data channels or without.
+fn publisher(data: bool, receives: bool) -> Offerer {
     let mut offerer = Offerer::default();
+    if data {
+        offerer.open_data();
+    }
     for kind in [Kind::Audio, Kind::Video] {
         match receives {
             true => offerer.receive(kind, 1).unwrap(),
@@ -240,11 +243,11 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
 
 #[test]
 fn recorded_answers_to_our_offers_are_read() {
-    for (answer, rid) in [
-        (include_str!("../../../fixtures/sdp/publisher-answer-plain.sdp"), None),
-        (include_str!("../../../fixtures/sdp/publisher-answer-simulcast.sdp"), Some(2)),
+    for (answer, data, rid) in [
+        (include_str!("../../../fixtures/sdp/publisher-answer-plain.sdp"), true, None),
+        (include_str!("../../../fixtures/sdp/publisher-answer-simulcast.sdp"), false, Some(2)),
     ] {
-        let parsed = publisher(false).handle_answer(answer).unwrap();
+        let parsed = publisher(data, false).handle_answer(answer).unwrap();
         assert_eq!(parsed.remote.setup, Setup::Passive);
         let [audio, video] = parsed.media.as_slice() else { panic!("{parsed:?}") };
         assert!(audio.accepted && video.accepted);
@@ -425,7 +428,7 @@ fn mutated_offers_and_answers_never_panic_and_answers_keep_their_form() {
                 answered.sdp
             );
         }
-        let _ = publisher(random.below(2) == 0).handle_answer(&mutated(answers[random.below(2)], &mut random));
+        let _ = publisher(false, random.below(2) == 0).handle_answer(&mutated(answers[random.below(2)], &mut random));
         let _ = mutated(r#"{"candidate":"candidate:1 1 udp 5 1.2.3.4 5 typ host","sdpMid":"0"}"#, &mut random).parse::<Trickled>();
         let _ = mutated("sha-256 44:35:6F:5A:5A:9B:96:26:AC:E4:81:D0:0C:7D:EC:56", &mut random).parse::<Fingerprint>();
     }
@@ -519,10 +522,8 @@ fn answering_by_increments_is_answering_in_full() {
         for version in 1..=40 {
             (0..random.below(4)).for_each(|_| room.change(&mut random));
             let offer = room.offer();
-            let mut full = Answerer {
-                version: version - 1,
-                ..answerer()
-            };
+            let mut full = answerer();
+            full.version = version - 1;
             let (step, whole) = (incremental.answer(&offer, &local()).unwrap(), full.answer(&offer, &local()).unwrap());
             assert_eq!(
                 (&step.sdp, &step.remote, step.unusable),
