@@ -13,7 +13,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::plan::{AudioSpec, Connection, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape, Target, VideoSpec};
+use crate::plan::{AudioSpec, Connection, Layout, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape, Target, VideoSpec};
 use crate::report::{Destinations, Judging, Threshold};
 use crate::sfu::SendMode;
 use crate::units::Bitrate;
@@ -241,12 +241,24 @@ struct MediaArgs {
     video_fps: Option<u32>,
     #[arg(long, value_name = "CODEC", default_value = "vp8")]
     video_codec: VideoCodec,
+    /// One layer a video track, not also smaller ones
+    #[arg(long)]
+    no_simulcast: bool,
+    /// What subscribers see: speaker, 3x3, 4x4 or 5x5 [default: every track as large as it comes]
+    #[arg(long, value_name = "LAYOUT", value_parser = layout)]
+    layout: Option<Layout>,
     /// Bitrate of an audio track, as 24k or 48000 [default: 24k]
     #[arg(long, value_name = "RATE")]
     audio_bitrate: Option<Bitrate>,
     /// Audio in one packet: 2.5ms, 5ms, 10ms .. 120ms [default: 20ms]
     #[arg(long, value_name = "TIME", value_parser = audio_frame)]
     audio_frame: Option<Duration>,
+    /// Do not send the pauses of speech
+    #[arg(long)]
+    audio_dtx: bool,
+    /// Audio publishers of a room take turns in speaking; the others are silent
+    #[arg(long)]
+    simulate_speakers: bool,
     /// Send a video frame's packets spread, as libwebrtc does, or at once
     #[arg(long, value_name = "HOW", default_value = "paced")]
     pacing: PacingArg,
@@ -360,6 +372,9 @@ impl RunArgs {
             shape: self.shape.resolve()?,
             audio: self.media.audio()?,
             video: self.media.video()?,
+            simulcast: !self.media.no_simulcast,
+            layout: self.media.layout,
+            simulate_speakers: self.media.simulate_speakers,
             pacing: self.media.pacing.into(),
             joins_per_second: self.pace.num_per_second,
             duration: self.pace.duration,
@@ -398,11 +413,15 @@ impl RunArgs {
             useless("--video-resolution", media.video_resolution.is_some(), why);
             useless("--video-bitrate", media.video_bitrate.is_some(), why);
             useless("--video-fps", media.video_fps.is_some(), why);
+            useless("--no-simulcast", media.no_simulcast, why);
+            useless("--layout", media.layout.is_some(), why);
         }
         if shape.is_given() && shape.publishers.unwrap_or(0) == 0 {
             let why = "nobody publishes audio (--publishers)";
             useless("--audio-bitrate", media.audio_bitrate.is_some(), why);
             useless("--audio-frame", media.audio_frame.is_some(), why);
+            useless("--audio-dtx", media.audio_dtx, why);
+            useless("--simulate-speakers", media.simulate_speakers, why);
         }
         warnings
     }
@@ -569,6 +588,7 @@ impl MediaArgs {
         Ok(AudioSpec {
             bitrate,
             frame: self.audio_frame.unwrap_or(Duration::from_millis(20)),
+            dtx: self.audio_dtx,
         })
     }
 
@@ -657,6 +677,11 @@ fn resolution(text: &str) -> Result<Resolution, String> {
         .split_once('x')
         .and_then(|(width, height)| Some(Resolution::Size(side(width)?, side(height)?)));
     sides.ok_or_else(|| "write high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096".to_owned())
+}
+
+fn layout(text: &str) -> Result<Layout, String> {
+    let known = Layout::ALL.into_iter().find(|layout| layout.name() == text);
+    known.ok_or_else(|| "write speaker, 3x3, 4x4 or 5x5".to_owned())
 }
 
 /// What an Opus packet can hold (RFC 6716, section 2.1.4, and several frames in one packet).

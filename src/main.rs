@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::io::{IsTerminal, stderr, stdout};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use throng::cli::{self, Command, UsageError};
@@ -89,9 +89,20 @@ fn load_test(run: &cli::Run) -> Result<u8> {
     none_of(&findings.refusals)?;
     findings.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
     let sinks = Sinks::open(&run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
-    let clips = Clips::generate(&run.plan, resources.threads).map_err(|error| UsageError::new(&format_args!("{error:#}")))?;
+    let clips = generate(run, &resources)?;
     let outcome = measure(run, &resources, clips)?;
     write_report(run, &outcome, sinks)
+}
+
+/// Says what is being made only where that takes its time: several layers of video do.
+fn generate(run: &cli::Run, resources: &Resources) -> Result<Clips> {
+    let started = Instant::now();
+    let clips = Clips::generate(&run.plan, resources.threads, |what| {
+        if !run.quiet && started.elapsed() >= Duration::from_secs(1) {
+            say(&format_args!("making {what}"));
+        }
+    });
+    Ok(clips.map_err(|error| UsageError::new(&format_args!("{error:#}")))?)
 }
 
 fn none_of(refusals: &[String]) -> Result<()> {

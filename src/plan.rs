@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use crate::measure::Kind;
 use crate::media::packetize::PAYLOAD_BYTES_MAX;
+use crate::media::vp8::MIN_SIZE;
 use crate::seeded::scatter;
-use crate::units::Bitrate;
+use crate::units::{Bitrate, Time};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
 pub const PARTICIPANTS_MAX: u64 = 1_000_000;
@@ -39,6 +40,12 @@ pub struct Plan {
     pub shape: Shape,
     pub audio: AudioSpec,
     pub video: VideoSpec,
+    /// Video is sent in smaller sizes, too, where it is large enough.
+    pub simulcast: bool,
+    /// How subscribers lay out what they see; `None`: each track as large as it comes.
+    pub layout: Option<Layout>,
+    /// The audio publishers of a room take turns in speaking.
+    pub simulate_speakers: bool,
     pub pacing: Pacing,
     /// Joins are started at this rate whatever becomes of earlier ones (open loop).
     pub joins_per_second: f64,
@@ -118,15 +125,59 @@ pub struct AudioSpec {
     pub bitrate: Bitrate,
     /// The time that one packet holds.
     pub frame: Duration,
+    /// Discontinuous transmission: pauses are not sent.
+    pub dtx: bool,
 }
 
-/// VP8 as it is sent: one layer.
+/// VP8 as it is sent: one layer, or the highest of several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VideoSpec {
     pub width: u16,
     pub height: u16,
     pub frames_per_second: u32,
     pub bitrate: Bitrate,
+}
+
+/// What a subscriber sees of a room, as in `lk`. Tracks beyond it are switched off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// One large picture of the one who speaks, and five small ones.
+    Speaker,
+    Grid3x3,
+    Grid4x4,
+    Grid5x5,
+}
+
+impl Layout {
+    pub const ALL: [Layout; 4] = [Layout::Speaker, Layout::Grid3x3, Layout::Grid4x4, Layout::Grid5x5];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Layout::Speaker => "speaker",
+            Layout::Grid3x3 => "3x3",
+            Layout::Grid4x4 => "4x4",
+            Layout::Grid5x5 => "5x5",
+        }
+    }
+
+    /// Pictures that are seen at once.
+    pub const fn tiles(self) -> u32 {
+        match self {
+            Layout::Speaker => 6,
+            Layout::Grid3x3 => 9,
+            Layout::Grid4x4 => 16,
+            Layout::Grid5x5 => 25,
+        }
+    }
+
+    /// Pixels of one picture; `large`: of the one who speaks, where the layout tells him apart.
+    pub const fn tile_size(self, large: bool) -> (u32, u32) {
+        match self {
+            Layout::Speaker if large => (1280, 720),
+            Layout::Grid3x3 => (640, 360),
+            Layout::Speaker | Layout::Grid4x4 | Layout::Grid5x5 => (320, 180),
+        }
+    }
 }
 
 /// When the packets of a video frame leave.
@@ -147,6 +198,47 @@ impl Pacing {
     }
 }
 
+/// Whose turn it is to speak in a room: one after the other, in an order and from a place that a seed chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpeakerTurns {
+    speakers: u32,
+    first: u32,
+    /// From one speaker to the next; has no factor in common with their number, so that everybody's turn comes.
+    stride: u32,
+}
+
+impl SpeakerTurns {
+    /// How long one speaks: two or three sentences.
+    pub const TURN: Duration = Duration::from_secs(3);
+    /// At the end of each turn nobody speaks, for long enough that an SFU notices: LiveKit looks every 400 ms.
+    pub const PAUSE: Duration = Duration::from_millis(500);
+
+    /// Of room `room`, with so many speakers.
+    pub fn new(seed: u64, room: u32, speakers: u32) -> SpeakerTurns {
+        let speakers = speakers.max(1);
+        let drawn = mixed(seed, room);
+        let stride = (1..=speakers)
+            .map(|add| ((drawn >> 32) as u32 % speakers + add) % speakers)
+            .find(|stride| greatest_common_divisor(*stride, speakers) == 1);
+        SpeakerTurns {
+            speakers,
+            first: drawn as u32 % speakers,
+            stride: stride.unwrap_or(1),
+        }
+    }
+
+    /// The place in the room of the one who speaks at `time` of the run.
+    pub fn speaker_at(&self, time: Time) -> Option<u32> {
+        let (turn, pause, nanos) = (Self::TURN.as_nanos() as u64, Self::PAUSE.as_nanos() as u64, time.as_nanos());
+        let speaker = (u64::from(self.first) + nanos / turn * u64::from(self.stride)) % u64::from(self.speakers);
+        (nanos % turn < turn - pause).then_some(speaker as u32)
+    }
+}
+
+fn greatest_common_divisor(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
+}
+
 /// One participant of the plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParticipantPlan {
@@ -154,6 +246,8 @@ pub struct ParticipantPlan {
     pub index: u32,
     /// Index of the room, from 0; its name is [`Plan::room_name`].
     pub room: u32,
+    /// In joining order within its room: publishers of audio are the first, so that this is also their number.
+    pub place: u32,
     pub identity: String,
     pub publishes_audio: bool,
     pub publishes_video: bool,
@@ -225,6 +319,55 @@ impl VideoSpec {
     }
 }
 
+/// The ladder that lk and LiveKit's clients publish: 180p, 360p and 720p at so many bits and frames a second.
+const LADDER: [(u64, u32); 3] = [(150_000, 15), (600_000, 20), (2_000_000, 30)];
+
+impl VideoSpec {
+    fn rates(&self) -> (f64, f64) {
+        with_overhead(self.packets_per_second(), self.bitrate)
+    }
+
+    /// What is sent of it, the lowest layer first: three layers from 960 pixels on, two from 480, as livekit-client has it.
+    ///
+    /// Each layer has half the width and height of the one above it, no more frames than its rung of the ladder, and that rung's share of the bits.
+    pub fn layers(self, simulcast: bool) -> Vec<VideoSpec> {
+        let count = match self.width.max(self.height) {
+            _ if !simulcast => 1,
+            960.. => 3,
+            480.. => 2,
+            _ => 1,
+        };
+        let (top_bps, _) = LADDER[count - 1];
+        let layer = |index: usize| {
+            let below = count - 1 - index;
+            let even = |side: u16| if below == 0 { side } else { (side >> below) & !1 };
+            let (bps, frames_per_second) = LADDER[index];
+            VideoSpec {
+                width: even(self.width),
+                height: even(self.height),
+                frames_per_second: if below == 0 {
+                    self.frames_per_second
+                } else {
+                    self.frames_per_second.min(frames_per_second)
+                },
+                bitrate: if below == 0 {
+                    self.bitrate
+                } else {
+                    Bitrate::from_bps(self.bitrate.bps() * bps / top_bps)
+                },
+            }
+        };
+        let large_enough = |spec: &VideoSpec| u32::from(spec.width) >= MIN_SIZE.0 && u32::from(spec.height) >= MIN_SIZE.1;
+        (0..count).map(layer).filter(|spec| *spec == self || large_enough(spec)).collect()
+    }
+}
+
+/// The layer that a picture of `size` pixels asks for: the lowest that is at least 9/10 as high, or the highest of all. As LiveKit chooses.
+pub fn layer_for(layers: &[VideoSpec], size: (u32, u32)) -> usize {
+    let high_enough = |layer: &VideoSpec| u32::from(layer.height) * 10 >= size.1 * 9;
+    layers.iter().position(high_enough).unwrap_or(layers.len().saturating_sub(1))
+}
+
 impl Shape {
     /// Publishers per room: audio and video publishers overlap.
     pub fn publishers(&self) -> u32 {
@@ -276,6 +419,7 @@ impl Plan {
         ParticipantPlan {
             index,
             room,
+            place,
             identity: format!("{}{index}", self.identity_stem()),
             publishes_audio: place < self.shape.audio_publishers,
             publishes_video: place < self.shape.video_publishers,
@@ -319,30 +463,50 @@ impl Plan {
         parts
     }
 
-    /// Tracks that `participant` ought to receive: those of its room without its own; none for one who does not subscribe.
-    pub fn expected_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
-        if !participant.subscribes {
-            return 0;
+    /// Tracks that `participant` subscribes to: those of its room without its own; none for one who does not subscribe.
+    fn subscribed_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
+        match participant.subscribes {
+            true => self.shape.publishers_of(kind) - u32::from(participant.publishes(kind)),
+            false => 0,
         }
-        self.shape.publishers_of(kind) - u32::from(participant.publishes(kind))
     }
 
-    /// Of those, the tracks whose publishers come before `participant`: they ought to be there when it joins.
+    /// Tracks that `participant` ought to receive: those that it subscribes to and that its layout has room for.
+    pub fn expected_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
+        self.seen(kind, self.subscribed_tracks(participant, kind))
+    }
+
+    /// How many of so many tracks a layout has room for.
+    fn seen(&self, kind: Kind, tracks: u32) -> u32 {
+        match (kind, self.layout) {
+            (Kind::Video, Some(layout)) => tracks.min(layout.tiles()),
+            _ => tracks,
+        }
+    }
+
+    /// Of the tracks that `participant` subscribes to, those whose publishers come before it: they ought to be there when it joins.
     pub fn tracks_ahead(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
-        let (_, place) = self.place(participant.index);
-        self.expected_tracks(participant, kind).min(place)
+        self.subscribed_tracks(participant, kind).min(participant.place)
     }
 
     /// Subscriptions of one kind that ought to go live, over all rooms.
     pub fn total_expected_tracks(&self, kind: Kind) -> u64 {
+        self.audience(kind)
+            .into_iter()
+            .map(|(participants, tracks)| participants * u64::from(tracks))
+            .sum()
+    }
+
+    /// Over all rooms: how many participants see how many tracks of one kind.
+    fn audience(&self, kind: Kind) -> [(u64, u32); 3] {
         let shape = &self.shape;
-        let tracks = u64::from(shape.publishers_of(kind));
-        let among_publishers = if shape.meeting {
-            u64::from(shape.publishers()) * tracks - tracks
-        } else {
-            0
-        };
-        u64::from(shape.room_count) * (u64::from(shape.subscribers) * tracks + among_publishers)
+        let (rooms, tracks) = (u64::from(shape.room_count), shape.publishers_of(kind));
+        let members = |count: u32| if shape.meeting { rooms * u64::from(count) } else { 0 };
+        [
+            (rooms * u64::from(shape.subscribers), self.seen(kind, tracks)),
+            (members(tracks), self.seen(kind, tracks.saturating_sub(1))),
+            (members(shape.publishers() - tracks), self.seen(kind, tracks)),
+        ]
     }
 
     /// Tracks of one kind that are published, over all rooms.
@@ -363,23 +527,51 @@ impl Plan {
     pub fn load(&self) -> Load {
         let mut load = Load::default();
         for kind in [Kind::Audio, Kind::Video] {
-            let (packets, bits) = self.track_rates(kind);
-            let (published, subscribed) = (self.total_published_tracks(kind) as f64, self.total_expected_tracks(kind) as f64);
-            load.packets_sent_per_second += published * packets;
-            load.packets_received_per_second += subscribed * packets;
-            load.bits_sent_per_second += published * bits;
-            load.bits_received_per_second += subscribed * bits;
+            let published = self.total_published_tracks(kind) as f64;
+            for (packets, bits) in self.published_rates(kind) {
+                load.packets_sent_per_second += published * packets;
+                load.bits_sent_per_second += published * bits;
+            }
+            for (participants, tracks) in self.audience(kind) {
+                let (packets, bits) = self.received_rates(kind, tracks);
+                load.packets_received_per_second += participants as f64 * packets;
+                load.bits_received_per_second += participants as f64 * bits;
+            }
         }
         load
     }
 
-    /// Packets and wire bits per second of one track.
+    /// The layers of video tracks, the lowest first.
+    pub fn video_layers(&self) -> Vec<VideoSpec> {
+        self.video.layers(self.simulcast)
+    }
+
+    /// Packets and wire bits per second of one track where it is received whole: of its highest layer.
     pub fn track_rates(&self, kind: Kind) -> (f64, f64) {
-        let (packets, bitrate) = match kind {
-            Kind::Audio => (self.audio.packets_per_second(), self.audio.bitrate),
-            Kind::Video => (self.video.packets_per_second(), self.video.bitrate),
+        match kind {
+            Kind::Audio => with_overhead(self.audio.packets_per_second(), self.audio.bitrate),
+            Kind::Video => with_overhead(self.video.packets_per_second(), self.video.bitrate),
+        }
+    }
+
+    /// The same of everything that one track sends, layer by layer.
+    fn published_rates(&self, kind: Kind) -> Vec<(f64, f64)> {
+        match kind {
+            Kind::Audio => vec![self.track_rates(kind)],
+            Kind::Video => self.video_layers().iter().map(VideoSpec::rates).collect(),
+        }
+    }
+
+    /// The same of so many tracks as one participant sees them.
+    fn received_rates(&self, kind: Kind, tracks: u32) -> (f64, f64) {
+        let layers = self.video_layers();
+        let of_track = |index: u32| match (kind, self.layout) {
+            (Kind::Video, Some(layout)) => layers[layer_for(&layers, layout.tile_size(index == 0))].rates(),
+            _ => self.track_rates(kind),
         };
-        (packets, bitrate.bps() as f64 + packets * WIRE_OVERHEAD_BYTES * 8.0)
+        (0..tracks)
+            .map(of_track)
+            .fold((0.0, 0.0), |sum, rates| (sum.0 + rates.0, sum.1 + rates.1))
     }
 
     pub fn estimate(&self) -> Estimate {
@@ -393,6 +585,10 @@ impl Plan {
             cores: steady.max(joining),
         }
     }
+}
+
+fn with_overhead(packets_per_second: f64, bitrate: Bitrate) -> (f64, f64) {
+    (packets_per_second, bitrate.bps() as f64 + packets_per_second * WIRE_OVERHEAD_BYTES * 8.0)
 }
 
 /// A seed of its own for every participant.
@@ -489,6 +685,13 @@ impl FromStr for ServerUrl {
 pub(crate) mod tests {
     use super::*;
 
+    const HIGH: VideoSpec = VideoSpec {
+        width: 1280,
+        height: 720,
+        frames_per_second: 30,
+        bitrate: Bitrate::from_bps(2_000_000),
+    };
+
     /// Two rooms of three audio and two video publishers and four subscribers.
     pub(crate) fn plan() -> Plan {
         Plan {
@@ -509,13 +712,12 @@ pub(crate) mod tests {
             audio: AudioSpec {
                 bitrate: Bitrate::from_bps(24_000),
                 frame: Duration::from_millis(20),
+                dtx: false,
             },
-            video: VideoSpec {
-                width: 1280,
-                height: 720,
-                frames_per_second: 30,
-                bitrate: Bitrate::from_bps(2_000_000),
-            },
+            video: HIGH,
+            simulcast: false,
+            layout: None,
+            simulate_speakers: false,
             pacing: Pacing::Paced,
             joins_per_second: 50.0,
             duration: Duration::from_secs(15),
@@ -563,9 +765,10 @@ pub(crate) mod tests {
 
     #[test]
     fn totals_agree_with_the_sum_over_participants() {
-        for meeting in [false, true] {
-            for (audio, video, subscribers, rooms) in [(3, 2, 4, 2), (0, 2, 4, 3), (5, 0, 0, 1), (1, 1, 0, 4), (2, 7, 1, 5)] {
+        for (meeting, layout) in [(false, None), (true, None), (false, Some(Layout::Speaker)), (true, Some(Layout::Speaker))] {
+            for (audio, video, subscribers, rooms) in [(3, 2, 4, 2), (0, 2, 4, 3), (5, 0, 0, 1), (1, 1, 0, 4), (2, 8, 1, 5)] {
                 let mut plan = plan();
+                plan.layout = layout;
                 plan.shape = Shape {
                     room_count: rooms,
                     audio_publishers: audio,
@@ -651,6 +854,76 @@ pub(crate) mod tests {
         assert!((load.packets_sent_per_second - (6.0 * 50.0 + 4.0 * 240.0)).abs() < 1e-6);
         assert!((load.packets_received_per_second - (24.0 * 50.0 + 16.0 * 240.0)).abs() < 1e-6);
         assert!(load.bits_received_per_second > 24.0 * 24e3 + 16.0 * 2e6);
+    }
+
+    #[test]
+    fn layers_are_those_of_livekit_s_clients() {
+        let layers = |width, height, fps, bps, simulcast| -> Vec<_> {
+            let spec = VideoSpec {
+                width,
+                height,
+                frames_per_second: fps,
+                bitrate: Bitrate::from_bps(bps),
+            };
+            let layers = spec.layers(simulcast).into_iter();
+            layers
+                .map(|layer| (layer.width, layer.height, layer.frames_per_second, layer.bitrate.bps()))
+                .collect()
+        };
+        assert_eq!(
+            layers(1280, 720, 30, 2_000_000, true),
+            [(320, 180, 15, 150_000), (640, 360, 20, 600_000), (1280, 720, 30, 2_000_000)]
+        );
+        assert_eq!(layers(640, 360, 20, 600_000, true), [(320, 180, 15, 150_000), (640, 360, 20, 600_000)]);
+        assert_eq!(layers(320, 180, 15, 150_000, true), [(320, 180, 15, 150_000)]);
+        assert_eq!(layers(1280, 720, 30, 2_000_000, false), [(1280, 720, 30, 2_000_000)]);
+        // Half the bits, a slow camera, odd sides; portrait counts by its longer side.
+        assert_eq!(
+            layers(541, 961, 10, 1_000_000, true),
+            [(134, 240, 10, 75_000), (270, 480, 10, 300_000), (541, 961, 10, 1_000_000)]
+        );
+        // A quarter of 150 lines has no room for the frame counter. What is asked for is never left out.
+        assert_eq!(layers(1000, 150, 30, 1_000_000, true).len(), 2);
+        assert_eq!(layers(32, 32, 30, 1_000_000, true), [(32, 32, 30, 1_000_000)]);
+    }
+
+    #[test]
+    fn a_picture_asks_for_the_lowest_layer_that_is_large_enough() {
+        let layers = HIGH.layers(true);
+        for (height, layer) in [(1, 0), (180, 0), (200, 0), (201, 1), (360, 1), (720, 2), (2160, 2)] {
+            assert_eq!(layer_for(&layers, (height * 16 / 9, height)), layer, "{height}");
+        }
+    }
+
+    #[test]
+    fn a_layout_lessens_what_is_received_and_simulcast_adds_to_what_is_sent() {
+        let mut plan = plan();
+        let plain = plan.load();
+        plan.simulcast = true;
+        // 240 packets a second of 720p, 80 of 360p, 30 of 180p; 4 video tracks.
+        let sent = plan.load().packets_sent_per_second - plain.packets_sent_per_second;
+        assert!((sent - 4.0 * 110.0).abs() < 1e-6, "{sent}");
+        assert_eq!(plan.load().packets_received_per_second, plain.packets_received_per_second);
+        plan.layout = Some(Layout::Speaker);
+        // Eight subscribers see two tracks each: the second one is small.
+        let saved = plain.packets_received_per_second - plan.load().packets_received_per_second;
+        assert!((saved - 8.0 * (240.0 - 30.0)).abs() < 1e-6, "{saved}");
+    }
+
+    #[test]
+    fn everybody_s_turn_to_speak_comes_and_nobody_s_twice_in_a_row() {
+        for (room, speakers) in [(0, 1), (0, 2), (1, 6), (2, 7), (3, 150)] {
+            let turns = SpeakerTurns::new(7, room, speakers);
+            let at = |turn: u32| turns.speaker_at(Time::ZERO + SpeakerTurns::TURN * turn);
+            let mut round: Vec<u32> = (0..speakers).filter_map(at).collect();
+            assert!(round.windows(2).all(|pair| pair[0] != pair[1]));
+            round.sort_unstable();
+            assert_eq!(round, (0..speakers).collect::<Vec<_>>(), "{speakers}");
+            let end = Time::ZERO + SpeakerTurns::TURN;
+            assert_eq!(turns.speaker_at(end - SpeakerTurns::PAUSE), None);
+            assert_eq!(turns.speaker_at(end - SpeakerTurns::PAUSE - Duration::from_millis(1)), at(0));
+        }
+        assert!((0..50).any(|room| SpeakerTurns::new(7, room, 9) != SpeakerTurns::new(8, room, 9)));
     }
 
     #[test]

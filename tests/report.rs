@@ -32,6 +32,7 @@ fn plan() -> Plan {
         audio: AudioSpec {
             bitrate: Bitrate::from_bps(24_000),
             frame: Duration::from_millis(20),
+            dtx: false,
         },
         video: VideoSpec {
             width: 1280,
@@ -39,6 +40,9 @@ fn plan() -> Plan {
             frames_per_second: 30,
             bitrate: Bitrate::from_bps(2_000_000),
         },
+        simulcast: false,
+        layout: None,
+        simulate_speakers: false,
         pacing: Pacing::Paced,
         joins_per_second: 50.0,
         duration: Duration::from_secs(30),

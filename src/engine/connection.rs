@@ -134,8 +134,15 @@ impl Connection {
     }
 
     /// The publishers stop now: a picture that stands still at this moment is a freeze, although no frame will end it.
-    pub fn settle_freezes(&mut self, record: &mut Record, now: Time) {
-        self.streams.iter_mut().for_each(|stream| stream.settle_freeze(record, now));
+    pub fn settle(&mut self, roster: &Roster, record: &mut Record, now: Time) {
+        self.streams.iter_mut().for_each(|stream| stream.settle(roster, record, now));
+    }
+
+    /// The server was asked at `at` for another layer of a stream, or for nothing.
+    pub fn watch(&mut self, ssrc: u32, layer: Option<u8>, at: Time) {
+        if let Some((stream, false)) = self.find_stream(ssrc) {
+            self.streams[stream].watch(layer, at);
+        }
     }
 
     /// The stream of an SSRC, and whether it is its retransmission SSRC.

@@ -4,6 +4,7 @@
 
 mod connection;
 pub mod health;
+mod ledger;
 pub mod publisher;
 pub mod shard;
 pub mod subscriber;
@@ -12,6 +13,8 @@ pub mod worker;
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use crate::measure::Kind;
@@ -75,6 +78,25 @@ pub enum Command {
     Unsubscribe {
         key: usize,
         ssrcs: Vec<u32>,
+    },
+    /// Which layers of a track somebody watches, one bit each, the lowest layer first. The others rest, and start again with a key frame.
+    SetLayers {
+        key: usize,
+        track: u8,
+        layers: u8,
+    },
+    /// A muted track sends nothing, whoever watches.
+    SetMuted {
+        key: usize,
+        track: u8,
+        muted: bool,
+    },
+    /// Which layer the server was asked for at `at`, by media SSRC; `None`: none at all for now.
+    Watch {
+        key: usize,
+        ssrc: u32,
+        layer: Option<u8>,
+        at: Time,
     },
     /// Every track of every peer stops at its next frame; repair goes on.
     StopPublishing,
@@ -163,68 +185,112 @@ pub struct IoCounts {
 
 /// What all participants of a run know of one another: who publishes what, since when, and how far they are.
 ///
-/// Written by the publisher's shard, read by subscribers' shards: plain relaxed atomics, one cell a track.
+/// Written by the publisher's shard, read by subscribers' shards: plain relaxed atomics, one cell for each layer of each track.
 pub struct Roster {
-    cells: Vec<TrackCell>,
+    cells: Vec<LayerCell>,
     pub run: u32,
 }
 
 #[derive(Default)]
-struct TrackCell {
+struct LayerCell {
     room: u32,
-    frames: std::sync::atomic::AtomicU32,
-    /// Nanoseconds on the run's clock; 0 while not published.
-    published_at: std::sync::atomic::AtomicU64,
+    frames: AtomicU32,
+    /// From one frame to the next.
+    interval_us: AtomicU32,
+    /// How often the track was muted and unmuted: odd while it is muted. Kept for the lowest layer.
+    mute_changes: AtomicU32,
+    /// Nanoseconds on the run's clock; 0 while not published. Kept for the lowest layer.
+    published_at: AtomicU64,
 }
 
-/// Tracks of one participant: 0 is audio, 1 is video.
-pub const TRACKS_PER_PARTICIPANT: usize = 2;
+/// The number of a participant's audio track in frame identities; its video track has the next one.
+pub const AUDIO_TRACK: u8 = 0;
+pub const VIDEO_TRACK: u8 = 1;
+/// Simulcast layers of a video track, at most.
+pub const LAYERS_MAX: usize = 3;
+const CELLS_PER_PARTICIPANT: usize = 1 + LAYERS_MAX;
+
+/// The number of a participant's track of one kind.
+pub const fn track_number(kind: Kind) -> u8 {
+    match kind {
+        Kind::Audio => AUDIO_TRACK,
+        Kind::Video => VIDEO_TRACK,
+    }
+}
 
 impl Roster {
     /// `rooms` gives each participant's room.
     pub fn new(run: u32, rooms: impl Iterator<Item = u32>) -> Roster {
         let cells = rooms
-            .flat_map(|room| [room; TRACKS_PER_PARTICIPANT])
-            .map(|room| TrackCell {
+            .flat_map(|room| [room; CELLS_PER_PARTICIPANT])
+            .map(|room| LayerCell {
                 room,
-                ..TrackCell::default()
+                ..LayerCell::default()
             })
             .collect();
         Roster { cells, run }
     }
 
-    pub fn set_published(&self, origin: u32, track: u8, at: Time) {
-        if let Some(cell) = self.cell(origin, track) {
-            cell.published_at.store(at.as_nanos().max(1), std::sync::atomic::Ordering::Relaxed);
+    /// A layer begins at `at`, with a frame every `interval`.
+    pub fn set_published(&self, identity: &FrameIdentity, at: Time, interval: Duration) {
+        if let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) {
+            cell.published_at.store(at.as_nanos().max(1), Relaxed);
+            cell.interval_us.store(u32::try_from(interval.as_micros()).unwrap_or(u32::MAX), Relaxed);
         }
     }
 
     fn set_frames(&self, identity: &FrameIdentity, frames: u32) {
-        if let Some(cell) = self.cell(identity.origin, identity.track) {
-            cell.frames.store(frames, std::sync::atomic::Ordering::Relaxed);
+        if let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) {
+            cell.frames.store(frames, Relaxed);
         }
     }
 
-    /// How many frames the track has sent so far.
-    pub fn frames(&self, origin: u32, track: u8) -> u32 {
-        self.cell(origin, track)
-            .map_or(0, |cell| cell.frames.load(std::sync::atomic::Ordering::Relaxed))
+    fn set_muted(&self, origin: u32, track: u8, muted: bool) {
+        if let Some(cell) = self
+            .cell(origin, track, 0)
+            .filter(|cell| is_muted(cell.mute_changes.load(Relaxed)) != muted)
+        {
+            cell.mute_changes.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// How many frames a layer has sent so far.
+    pub fn frames(&self, origin: u32, track: u8, layer: u8) -> u32 {
+        self.cell(origin, track, layer).map_or(0, |cell| cell.frames.load(Relaxed))
+    }
+
+    /// From one frame of a layer to the next; zero while it is not published.
+    pub fn frame_interval(&self, origin: u32, track: u8, layer: u8) -> Duration {
+        let micros = self.cell(origin, track, layer).map_or(0, |cell| cell.interval_us.load(Relaxed));
+        Duration::from_micros(micros.into())
     }
 
     pub fn published_at(&self, origin: u32, track: u8) -> Option<Time> {
-        let at = self.cell(origin, track)?.published_at.load(std::sync::atomic::Ordering::Relaxed);
+        let at = self.cell(origin, track, 0)?.published_at.load(Relaxed);
         (at > 0).then(|| Time::from_nanos(at))
+    }
+
+    /// Grows by one whenever the track is muted or unmuted; see [`is_muted`].
+    fn mute_changes(&self, origin: u32, track: u8) -> u32 {
+        self.cell(origin, track, 0).map_or(0, |cell| cell.mute_changes.load(Relaxed))
     }
 
     /// The room that a track belongs to; `None` where the identity names nobody of this run.
     pub fn room(&self, origin: u32, track: u8) -> Option<u32> {
-        self.cell(origin, track).map(|cell| cell.room)
+        self.cell(origin, track, 0).map(|cell| cell.room)
     }
 
-    fn cell(&self, origin: u32, track: u8) -> Option<&TrackCell> {
-        if usize::from(track) >= TRACKS_PER_PARTICIPANT {
-            return None;
-        }
-        self.cells.get(origin as usize * TRACKS_PER_PARTICIPANT + usize::from(track))
+    fn cell(&self, origin: u32, track: u8, layer: u8) -> Option<&LayerCell> {
+        let place = match track {
+            AUDIO_TRACK if layer == 0 => 0,
+            VIDEO_TRACK if usize::from(layer) < LAYERS_MAX => 1 + usize::from(layer),
+            _ => return None,
+        };
+        self.cells.get(origin as usize * CELLS_PER_PARTICIPANT + place)
     }
+}
+
+/// Whether a track that was muted and unmuted so often is muted.
+const fn is_muted(mute_changes: u32) -> bool {
+    mute_changes % 2 == 1
 }

@@ -1,6 +1,8 @@
 //! One published track: takes frames from shared media, gives them identity, cuts, paces and seals them, and repairs what is asked for.
 //!
 //! Per packet: no allocation, no clock. A participant holds an index into the media, never the media itself.
+//!
+//! A simulcast track is one [`SendTrack`] a layer. All of them begin at the same moment, as a camera's one picture is coded in several sizes.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -29,6 +31,10 @@ const PACING_FACTOR_PERCENT: u64 = 250;
 const PACING_BURST: Duration = Duration::from_millis(5);
 /// Frames that may wait in the pacer: a second of 30 fps. Beyond, they leave at once, as libwebrtc's queue-time limit has it.
 const PACER_FRAMES_MAX: usize = 32;
+/// LiveKit drops a layer's first key frame while it sets the layer up: the same again, this many frames later, spares subscribers a request.
+const SIMULCAST_KEY_FRAME_AGAIN: u32 = 2;
+/// RFC 6464: digital silence.
+const SILENCE_DBOV: u8 = 127;
 /// A key frame that was lost whole may be repaired at once; beyond, resends share the track's own rate.
 const RESEND_BURST_BYTES: u32 = 256 * 1024;
 /// What one resend is charged with.
@@ -76,7 +82,7 @@ impl Source {
     }
 }
 
-pub use crate::plan::Pacing;
+pub use crate::plan::{Pacing, SpeakerTurns};
 
 /// What a negotiated track needs to start.
 pub struct SendParameters {
@@ -87,6 +93,10 @@ pub struct SendParameters {
     pub rtx_payload_type: Option<u8>,
     /// The id of RFC 6464's header extension, where negotiated.
     pub audio_level_extension: Option<u8>,
+    /// Set for the layers of a simulcast track.
+    pub simulcast: Option<SimulcastLayer>,
+    /// Set where publishers take turns in speaking.
+    pub talk: Option<Talk>,
     pub pacing: Pacing,
     /// Identity of all frames: run, origin, track, layer. Its frame number and time are filled in per frame.
     pub identity: FrameIdentity,
@@ -94,6 +104,29 @@ pub struct SendParameters {
     pub seed: u64,
     /// The first frame's intended time; the following ones are whole frame intervals later.
     pub first_frame_at: Time,
+}
+
+/// How the packets of one simulcast layer say which one it is: no description names its SSRC.
+#[derive(Clone, Debug)]
+pub struct SimulcastLayer {
+    pub mid: Box<str>,
+    pub rid: Box<str>,
+    pub mid_extension: u8,
+    pub rid_extension: u8,
+    /// Names the layer on its retransmissions (RFC 8852, section 3.2).
+    pub repaired_rid_extension: Option<u8>,
+    /// Of all layers together: libwebrtc has one pacer for all of them.
+    pub track_bitrate: Bitrate,
+}
+
+/// One who speaks when it is his turn, and is silent for the rest.
+#[derive(Clone)]
+pub struct Talk {
+    pub turns: SpeakerTurns,
+    /// Who this is among those who take turns.
+    pub place: u32,
+    /// As long as the track's own media.
+    pub silence: Arc<AudioClip>,
 }
 
 /// What a track needs from around it for one call.
@@ -124,6 +157,8 @@ pub struct SendTrack {
     parameters: SendParameters,
     timing: FrameTiming,
     header: HeaderTemplate,
+    /// What replaces the header, once the other side has shown that it knows the SSRC.
+    bare_header: Option<HeaderTemplate>,
     rtx_header: Option<HeaderTemplate>,
     audio_level: Option<ExtensionSlot>,
     /// Slots since `first_frame_at`, skipped ones included.
@@ -138,6 +173,10 @@ pub struct SendTrack {
     ring: ResendRing,
     limiter: ResendLimiter,
     pacer: Pacer,
+    /// The next frame begins something: a video track (anew), or a talkspurt.
+    fresh: bool,
+    /// The number of the frame that is to repeat the first key frame.
+    key_again_at: Option<u32>,
     key_requested_at: Option<Time>,
     last_key_at: Option<Time>,
     packets: u32,
@@ -145,6 +184,9 @@ pub struct SendTrack {
     /// The highest cumulative loss that a receiver report has stated.
     reported_lost: i32,
     stopped: bool,
+    muted: bool,
+    /// Nobody watches this layer.
+    unwatched: bool,
 }
 
 /// Where a track's frames lie in time, exactly: no rounding adds up.
@@ -195,7 +237,17 @@ impl SendTrack {
         let mut header = HeaderTemplate::new(parameters.payload_type, parameters.ssrc)?;
         let audio_level = parameters.audio_level_extension.map(|id| header.push_extension(id, &[127])).transpose()?;
         let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
-        let rtx_header = rtx.map(|(ssrc, payload_type)| HeaderTemplate::new(payload_type, ssrc)).transpose()?;
+        let mut rtx_header = rtx.map(|(ssrc, payload_type)| HeaderTemplate::new(payload_type, ssrc)).transpose()?;
+        let mut bare_header = None;
+        if let Some(layer) = &parameters.simulcast {
+            bare_header = Some(header.clone());
+            header.push_extension(layer.mid_extension, layer.mid.as_bytes())?;
+            header.push_extension(layer.rid_extension, layer.rid.as_bytes())?;
+            if let (Some(rtx_header), Some(id)) = (&mut rtx_header, layer.repaired_rid_extension) {
+                rtx_header.push_extension(layer.mid_extension, layer.mid.as_bytes())?;
+                rtx_header.push_extension(id, layer.rid.as_bytes())?;
+            }
+        }
         let timing = FrameTiming::of(&parameters.source);
         let kind = parameters.source.kind();
         let bits = scatter(parameters.seed);
@@ -203,6 +255,7 @@ impl SendTrack {
         Ok(SendTrack {
             timing,
             header,
+            bare_header,
             rtx_header,
             audio_level,
             slot: 0,
@@ -217,12 +270,16 @@ impl SendTrack {
             limiter: ResendLimiter::new(parameters.source.bitrate(), RESEND_BURST_BYTES),
             pacer: Pacer::new(&parameters),
             // The first frame of a video track is a key frame, whoever asks.
+            fresh: true,
+            key_again_at: None,
             key_requested_at: None,
             last_key_at: None,
             packets: 0,
             octets: 0,
             reported_lost: 0,
             stopped: false,
+            muted: false,
+            unwatched: false,
             parameters,
         })
     }
@@ -257,9 +314,38 @@ impl SendTrack {
         self.stopped = true;
     }
 
+    /// A muted track sends nothing, as if its slots were not there.
+    pub fn set_muted(&mut self, muted: bool, now: Time) {
+        let was_at_rest = self.is_at_rest();
+        self.muted = muted;
+        self.resume_after(was_at_rest, now);
+    }
+
+    /// A layer that nobody watches rests.
+    pub fn set_watched(&mut self, watched: bool, now: Time) {
+        let was_at_rest = self.is_at_rest();
+        self.unwatched = !watched;
+        self.resume_after(was_at_rest, now);
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.stopped || self.muted || self.unwatched
+    }
+
+    /// Goes on in the plan's next slot. Those that passed meanwhile were not missed.
+    fn resume_after(&mut self, was_at_rest: bool, now: Time) {
+        if !was_at_rest || self.is_at_rest() {
+            return;
+        }
+        self.fresh = true;
+        if now >= self.parameters.first_frame_at {
+            self.slot = self.slot.max(self.timing.slot_at(now.since(self.parameters.first_frame_at)) + 1);
+        }
+    }
+
     /// When [`SendTrack::handle_timeout`] is next due.
     pub fn next_at(&self) -> Time {
-        let frame = if self.stopped { Time::MAX } else { self.slot_time(self.slot) };
+        let frame = if self.is_at_rest() { Time::MAX } else { self.slot_time(self.slot) };
         frame.min(self.pacer.next_at())
     }
 
@@ -269,7 +355,7 @@ impl SendTrack {
         if self.pacer.next_at() <= now {
             self.send_paced(now, wire);
         }
-        if !self.stopped && self.slot_time(self.slot) <= now {
+        if !self.is_at_rest() && self.slot_time(self.slot) <= now {
             let skipped = self.skip_missed_slots(now);
             turn.slots_skipped = skipped;
             let intended = self.slot_time(self.slot);
@@ -307,28 +393,33 @@ impl SendTrack {
     /// Nothing is sent in a slot of DTX.
     fn emit_frame<I: Io>(&mut self, intended: Time, now: Time, wire: &mut Wire<'_, I>) {
         let key = self.wants_key_frame(now, wire);
-        let Some(bytes) = self.media_bytes(self.position, key) else {
-            self.advance();
+        let media = self.media_at(intended);
+        self.position = (self.position + 1) % self.parameters.source.len() as u32;
+        let Some(bytes) = self.media_bytes(media, key) else {
+            self.fresh = true;
             return;
         };
         let layout = layout(self.kind(), bytes.len());
         let record = FrameRecord {
             first_seq: self.index as u16,
             packets: layout.packets as u16,
-            media: self.position,
-            key,
+            media,
+            key: key || (self.fresh && self.kind() == Kind::Audio),
             rtp_time: self.rtp_offset.wrapping_add(self.timing.rtp_ticks(self.slot)),
             frame: self.frames,
             picture_id: self.picture_id,
             intended,
         };
         self.ring.push(record);
-        self.frames += 1;
-        // Before the frame leaves: a subscriber on another core must find it counted when it arrives.
-        wire.roster.set_frames(&self.parameters.identity, self.frames);
+        self.fresh = false;
         self.picture_id = (self.picture_id + 1) & 0x7FFF;
-        self.advance();
-        wire.media.frames_sent += 1;
+        // DTX's comfort noise cannot say whose it is: nobody could miss it.
+        if self.has_identity(media) {
+            self.frames += 1;
+            // Before the frame leaves: a subscriber on another core must find it counted when it arrives.
+            wire.roster.set_frames(&self.parameters.identity, self.frames);
+            wire.media.frames_sent += 1;
+        }
         let first_index = self.index;
         self.index += layout.packets as u64;
         if self.pacer.enqueue(record, first_index, now) {
@@ -346,9 +437,13 @@ impl SendTrack {
             return false;
         }
         let requested = self.key_requested_at.take();
-        let key = requested.is_some() || self.last_key_at.is_none();
+        let again = self.key_again_at == Some(self.frames);
+        let key = requested.is_some() || self.fresh || again;
         if let Some(at) = requested {
             wire.media.pli_received_to_key_sent.record(now.since(at));
+        }
+        if self.last_key_at.is_none() && self.parameters.simulcast.is_some() {
+            self.key_again_at = Some(self.frames + SIMULCAST_KEY_FRAME_AGAIN);
         }
         if key {
             self.last_key_at = Some(now);
@@ -357,15 +452,41 @@ impl SendTrack {
         key
     }
 
-    fn advance(&mut self) {
-        self.position = (self.position + 1) % self.parameters.source.len() as u32;
+    /// What is played in the slot of `intended`: an index into the track's own media or, beyond its end, into the silence of one whose turn it is not.
+    fn media_at(&self, intended: Time) -> u32 {
+        match &self.parameters.talk {
+            Some(talk) if talk.turns.speaker_at(intended) != Some(talk.place) => self.position + self.parameters.source.len() as u32,
+            _ => self.position,
+        }
     }
 
-    fn media_bytes(&self, position: u32, key: bool) -> Option<&[u8]> {
+    /// The audio clip and the place in it that `media` stands for.
+    fn audio_at<'a>(&'a self, clip: &'a AudioClip, media: u32) -> (&'a AudioClip, usize) {
+        let media = media as usize;
+        match &self.parameters.talk {
+            Some(talk) if media >= clip.len() => (&talk.silence, media - clip.len()),
+            _ => (clip, media),
+        }
+    }
+
+    fn has_identity(&self, media: u32) -> bool {
         match &self.parameters.source {
-            Source::Audio(clip) => clip.packet(position as usize),
-            Source::Video(clip) if key => Some(clip.key_frame(position as usize)),
-            Source::Video(clip) => Some(clip.inter_frame(position as usize)),
+            Source::Audio(clip) => {
+                let (clip, at) = self.audio_at(clip, media);
+                clip.has_identity(at)
+            }
+            Source::Video(_) => true,
+        }
+    }
+
+    fn media_bytes(&self, media: u32, key: bool) -> Option<&[u8]> {
+        match &self.parameters.source {
+            Source::Audio(clip) => {
+                let (clip, at) = self.audio_at(clip, media);
+                clip.packet(at)
+            }
+            Source::Video(clip) if key => Some(clip.key_frame(media as usize)),
+            Source::Video(clip) => Some(clip.inter_frame(media as usize)),
         }
     }
 
@@ -439,7 +560,7 @@ impl SendTrack {
         let layout = layout(self.kind(), bytes.len());
         let video = self.kind() == Kind::Video;
         // RFC 3551, section 4.1: on audio the marker begins a talkspurt; on video it ends a frame (RFC 7741).
-        let marker = if video { index + 1 == layout.packets } else { record.frame == 0 };
+        let marker = if video { index + 1 == layout.packets } else { record.key };
         let header = match (rtx, &self.rtx_header) {
             (Some(rtx_seq), Some(template)) => template.write(out, marker, rtx_seq, record.rtp_time)?,
             _ => self.header.write(out, marker, seq, record.rtp_time)?,
@@ -448,7 +569,9 @@ impl SendTrack {
         if rtx.is_some() {
             at += write_rtx_osn(out.get_mut(at..)?, seq)?;
         } else if let (Some(slot), Source::Audio(clip)) = (self.audio_level, &self.parameters.source) {
-            slot.patch(out, &audio_level(true, clip.level_dbov(record.media as usize))?);
+            let (clip, at) = self.audio_at(clip, record.media);
+            let level = clip.level_dbov(at);
+            slot.patch(out, &audio_level(level < SILENCE_DBOV, level)?);
         }
         if video {
             let descriptor = Descriptor {
@@ -469,10 +592,10 @@ impl SendTrack {
             ..self.parameters.identity
         };
         match &self.parameters.source {
-            Source::Audio(clip) => {
+            Source::Audio(_) => {
                 out[..bytes.len()].copy_from_slice(bytes);
                 let place = out[..bytes.len()].last_chunk_mut::<AUDIO_IDENTITY_LEN>();
-                if let Some(place) = place.filter(|_| clip.has_identity(record.media as usize)) {
+                if let Some(place) = place.filter(|_| self.has_identity(record.media)) {
                     identity.write_audio(place);
                 }
                 bytes.len()
@@ -522,8 +645,11 @@ impl SendTrack {
         Some((epoch.ntp(now), self.rtp_offset.wrapping_add(ticks), self.packets, self.octets))
     }
 
-    /// Takes a report block's cumulative loss; returns by how much the known uplink loss grew.
+    /// Takes a report block's cumulative loss; returns by how much the known uplink loss grew. Whoever reports on an SSRC knows what it is: mid and rid go.
     pub fn handle_reported_loss(&mut self, cumulative_lost: i32) -> u64 {
+        if let Some(bare) = self.bare_header.take() {
+            self.header = bare;
+        }
         let grown = cumulative_lost.saturating_sub(self.reported_lost).max(0);
         self.reported_lost = self.reported_lost.max(cumulative_lost);
         grown as u64
@@ -565,11 +691,11 @@ struct Pacer {
 impl Pacer {
     fn new(parameters: &SendParameters) -> Pacer {
         let paced = parameters.pacing == Pacing::Paced && parameters.source.kind() == Kind::Video;
-        let bits_per_second = if paced {
-            parameters.source.bitrate().bps() * PACING_FACTOR_PERCENT / 100
-        } else {
-            u64::MAX
-        };
+        let bitrate = parameters
+            .simulcast
+            .as_ref()
+            .map_or_else(|| parameters.source.bitrate(), |layer| layer.track_bitrate);
+        let bits_per_second = if paced { bitrate.bps() * PACING_FACTOR_PERCENT / 100 } else { u64::MAX };
         let burst_bytes = if paced {
             (bits_per_second / 8 * PACING_BURST.as_millis() as u64 / 1_000) as usize
         } else {

@@ -9,6 +9,7 @@ use super::publisher::{SendParameters, SendTrack};
 use super::timers::Timers;
 use super::{Command, Event, Io, IoCounts, NewPeer, PeerOutcome, ShardConfig, StreamParameters};
 use crate::measure::Record;
+use crate::media::identity::FrameIdentity;
 use crate::net;
 use crate::transport::peer::PeerEvent;
 use crate::transport::rtcp;
@@ -136,6 +137,20 @@ impl Shard {
             Command::Publish { key, tracks } => self.publish(key, tracks),
             Command::Subscribe { key, streams } => self.subscribe(key, streams, now),
             Command::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
+            Command::SetLayers { key, track, layers } => {
+                self.change_tracks(key, track, |layer| layer.set_watched(layers >> layer.identity().layer & 1 == 1, now));
+            }
+            Command::SetMuted { key, track, muted } => {
+                if let Some(peer) = &self.peers[key] {
+                    self.config.roster.set_muted(peer.participant, track, muted);
+                }
+                self.change_tracks(key, track, |layer| layer.set_muted(muted, now));
+            }
+            Command::Watch { key, ssrc, layer, at } => {
+                if let Some(peer) = self.peers[key].as_mut() {
+                    peer.watch(ssrc, layer, at);
+                }
+            }
             Command::StopPublishing => self.stop_publishing(now),
             Command::AddPeer { .. } | Command::RemovePeer { .. } | Command::Report | Command::Stop => unreachable!("the worker handles these"),
         }
@@ -145,9 +160,16 @@ impl Shard {
         let Some(peer) = self.peers[key].as_mut() else { return };
         for parameters in tracks.into_iter().take(TRACKS_MAX as usize) {
             let timer = key as u32 * TRACKS_MAX + peer.tracks.len() as u32;
-            let kind = parameters.source.kind();
+            let (kind, interval) = (parameters.source.kind(), parameters.source.frame_interval());
+            let first_frame_at = parameters.first_frame_at;
             // A payload type or extension id that cannot be: the track stays silent, and is missed.
-            let sent_before = self.config.roster.frames(parameters.identity.origin, parameters.identity.track);
+            let FrameIdentity {
+                origin,
+                track: number,
+                layer,
+                ..
+            } = parameters.identity;
+            let sent_before = self.config.roster.frames(origin, number, layer);
             let Ok(mut track) = SendTrack::new(parameters) else {
                 self.record.session.packets_rejected += 1;
                 continue;
@@ -155,8 +177,23 @@ impl Shard {
             // One that came back numbers its frames on: who heard it before must find none twice, and none missing.
             track.number_from(sent_before);
             self.media_timers.set(timer, track.next_at());
-            self.record.media(kind).tracks_published += u64::from(sent_before == 0);
+            self.config.roster.set_published(track.identity(), first_frame_at, interval);
+            // One track, however many layers it has.
+            self.record.media(kind).tracks_published += u64::from(sent_before == 0 && track.identity().layer == 0);
             peer.tracks.push(track);
+        }
+    }
+
+    /// Changes every layer of one track of a peer, and when each is due.
+    fn change_tracks(&mut self, key: usize, number: u8, change: impl Fn(&mut SendTrack)) {
+        let Some(peer) = self.peers[key].as_mut().filter(|peer| !peer.is_closed()) else {
+            return;
+        };
+        for (timer, track) in (key as u32 * TRACKS_MAX..).zip(&mut peer.tracks) {
+            if track.identity().track == number {
+                change(track);
+                self.media_timers.set(timer, track.next_at());
+            }
         }
     }
 
@@ -170,7 +207,7 @@ impl Shard {
     fn stop_publishing(&mut self, now: Time) {
         for peer in self.peers.iter_mut().flatten() {
             peer.tracks.iter_mut().for_each(SendTrack::stop);
-            peer.settle_freezes(&mut self.record, now);
+            peer.settle(&self.config.roster, &mut self.record, now);
         }
     }
 

@@ -4,9 +4,10 @@
 
 use std::time::Duration;
 
-use super::{Roster, StreamParameters};
+use super::ledger::Ledger;
+use super::{Roster, StreamParameters, is_muted};
 use crate::measure::{Kind, Record};
-use crate::media::assemble::{Assembler, DeliveredWindow, Delivery, FrameEvent, PacketInfo};
+use crate::media::assemble::{Assembler, Delivery, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
 use crate::transport::receive::{Arrival, NackPoll, ReceiveCounts, ReceiveStream, ReportNumbers};
 use crate::transport::rtp::vp8::Descriptor;
@@ -17,6 +18,9 @@ use crate::units::{Epoch, Time};
 
 /// ITU-T G.114: beyond this one-way delay a conversation is unacceptable for most. Such frames are delivered, and late.
 pub const LATE_AFTER: Duration = Duration::from_millis(400);
+
+/// A layer that was asked for so shortly before the publishers stopped may be missing for want of time.
+const SWITCH_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a stream needs from around it for one packet.
 pub struct StreamContext<'a> {
@@ -59,11 +63,13 @@ pub struct RecvStream {
     extender: SeqExtender,
     replay: ReplayWindow,
     receive: ReceiveStream,
-    delivered: DeliveredWindow,
+    ledger: Ledger,
     origin: Option<(u32, u8)>,
     first_packet_at: Option<Time>,
     live: bool,
-    ended: Option<u32>,
+    ended: bool,
+    /// The server was asked to send nothing for now.
+    unwatched: bool,
     freezes: u64,
     /// The freeze that was going on when the publishers stopped has been counted.
     freeze_settled: bool,
@@ -79,6 +85,18 @@ struct VideoState {
     rtx_replay: ReplayWindow,
     pli_sent_at: Option<Time>,
     first_decoded: bool,
+    /// Of the frame decoded last.
+    layer: Option<u8>,
+    switch: Option<Switch>,
+    /// As the roster had it when the stream last went on.
+    mute_changes: u32,
+}
+
+/// A layer that was asked for and has not come yet.
+#[derive(Clone, Copy)]
+struct Switch {
+    layer: u8,
+    asked_at: Time,
 }
 
 /// A mean and a maximum, in 16 bytes: a histogram for each subscription would be 140 KiB.
@@ -107,17 +125,21 @@ impl RecvStream {
                 rtx_replay: ReplayWindow::default(),
                 pli_sent_at: None,
                 first_decoded: false,
+                layer: None,
+                switch: None,
+                mute_changes: 0,
             })
         });
         RecvStream {
             extender: SeqExtender::default(),
             replay: ReplayWindow::default(),
             receive,
-            delivered: DeliveredWindow::default(),
+            ledger: Ledger::default(),
             origin: None,
             first_packet_at: None,
             live: false,
-            ended: None,
+            ended: false,
+            unwatched: false,
             freezes: 0,
             freeze_settled: false,
             latency: LatencySum::default(),
@@ -140,7 +162,24 @@ impl RecvStream {
     }
 
     pub fn has_ended(&self) -> bool {
-        self.ended.is_some()
+        self.ended
+    }
+
+    /// The server was asked at `at` for this layer from now on, or for nothing.
+    pub fn watch(&mut self, layer: Option<u8>, at: Time) {
+        let was_watched = !std::mem::replace(&mut self.unwatched, layer.is_none());
+        match layer {
+            None => self.ledger.pause(),
+            Some(_) => self.ledger.resume(),
+        }
+        let Some(video) = self.video.as_mut() else { return };
+        if !was_watched {
+            video.assembler.handle_pause();
+        }
+        // What comes after nothing, or first of all, is no switch.
+        video.switch = layer
+            .filter(|layer| was_watched && video.layer.is_some_and(|current| current != *layer))
+            .map(|layer| Switch { layer, asked_at: at });
     }
 
     /// Opens one datagram in place and takes what is in it.
@@ -227,6 +266,9 @@ impl RecvStream {
 
     fn handle_video(&mut self, header: &Header, payload: &[u8], arrival: Time, context: &mut StreamContext<'_>) {
         let Some(video) = self.video.as_mut() else { return };
+        if let Some((origin, track)) = self.origin {
+            video.handle_mute_changes(context.roster.mute_changes(origin, track));
+        }
         let ext_seq = self.receive.ext_seq();
         let mut events = [None; EVENTS_MAX];
         let mut count = 0;
@@ -270,6 +312,11 @@ impl RecvStream {
                     video.pli_sent_at = None;
                     media.pli_sent_to_key_received.record(frame.decoded_at.since(sent_at));
                 }
+                video.layer = frame.layer.or(video.layer);
+                if let Some(switch) = video.switch.take_if(|switch| Some(switch.layer) == frame.layer) {
+                    media.layer_switch.expect(1);
+                    media.layer_switch.record(frame.decoded_at.since(switch.asked_at));
+                }
                 if let Some(interval) = frame.interval {
                     media.frame_interval.record(interval);
                 }
@@ -293,15 +340,20 @@ impl RecvStream {
         }
         let origin = (identity.origin, identity.track);
         let here = context.roster.room(identity.origin, identity.track) == Some(context.room);
-        if !here || *self.origin.get_or_insert(origin) != origin || identity.frame >= context.roster.frames(identity.origin, identity.track) {
+        let is_made = identity.frame < context.roster.frames(identity.origin, identity.track, identity.layer);
+        if !here || !is_made || *self.origin.get_or_insert(origin) != origin {
             context.record.session.frames_misrouted += 1;
+            return;
+        }
+        if self.unwatched && self.ledger.is_empty() {
+            // Under way before the server heard that nobody wants it: it makes no track live.
             return;
         }
         if !self.live && (self.parameters.kind == Kind::Audio || decodable) {
             self.go_live(at, context);
         }
         let media = context.record.media(self.parameters.kind);
-        match self.delivered.deliver(identity.frame) {
+        match self.ledger.deliver(identity, context.roster) {
             Delivery::First => media.frames_delivered += 1,
             Delivery::Duplicate | Delivery::TooOld => {
                 media.frames_duplicate += 1;
@@ -341,17 +393,27 @@ impl RecvStream {
         published.map_or(context.intended_at, |at| at.max(context.intended_at))
     }
 
-    /// Counts the freeze that is going on at `now`, if one is.
-    pub fn settle_freeze(&mut self, record: &mut Record, now: Time) {
-        let Some(video) = self.video.as_ref().filter(|_| self.ended.is_none()) else {
+    /// The publishers stop now: counts the freeze that is going on, and a layer that was asked for in vain.
+    pub fn settle(&mut self, roster: &Roster, record: &mut Record, now: Time) {
+        let muted = self.is_muted(roster);
+        let Some(video) = self.video.as_mut().filter(|_| !self.ended && !self.unwatched && !muted) else {
             return;
         };
+        let waited = |switch: &Switch| now.since(switch.asked_at) >= SWITCH_PATIENCE;
+        record
+            .video
+            .layer_switch
+            .expect(u64::from(video.switch.take().as_ref().is_some_and(waited)));
         if let Some(freeze) = video.assembler.open_freeze(now) {
             record.video.freeze.record(freeze);
             record.video.freezes += 1;
             self.freezes += 1;
             self.freeze_settled = true;
         }
+    }
+
+    fn is_muted(&self, roster: &Roster) -> bool {
+        self.origin.is_some_and(|(origin, track)| is_muted(roster.mute_changes(origin, track)))
     }
 
     pub fn handle_sender_report(&mut self, ntp: u64, arrival: Time) {
@@ -374,9 +436,9 @@ impl RecvStream {
 
     /// Whether to ask for a key frame now; asking is noted.
     pub fn poll_pli(&mut self, now: Time) -> bool {
-        let ended = self.has_ended();
+        let at_rest = self.ended || self.unwatched;
         let Some(video) = self.video.as_mut() else { return false };
-        let due = !ended && video.assembler.poll_pli(now);
+        let due = !at_rest && video.assembler.poll_pli(now);
         if due {
             video.pli_sent_at.get_or_insert(now);
         }
@@ -385,21 +447,22 @@ impl RecvStream {
 
     /// Whether a key frame is waited for, so that [`RecvStream::poll_pli`] wants another look soon.
     pub fn waits_for_key_frame(&self) -> bool {
-        !self.has_ended() && self.video.as_ref().is_some_and(|video| video.assembler.needs_key_frame())
+        !self.ended && !self.unwatched && self.video.as_ref().is_some_and(|video| video.assembler.needs_key_frame())
     }
 
     /// The server withdrew the stream, or the peer is gone: what is sent later is not expected here.
     pub fn end(&mut self, roster: &Roster, record: &mut Record) {
-        if self.ended.is_none() {
+        if !self.ended {
             self.account(roster, record);
-            self.ended = Some(self.origin.map_or(0, |(origin, track)| roster.frames(origin, track)));
+            self.ledger.end(self.origin, roster);
+            self.ended = true;
         }
     }
 
     /// Brings the shard's record up to date with what this stream has counted.
     pub fn account(&mut self, roster: &Roster, record: &mut Record) {
         let counts = self.receive.counts();
-        let frames_expected = self.frames_expected(roster);
+        let frames_expected = self.ledger.expected(self.origin, roster);
         let media = record.media(self.parameters.kind);
         let told = &mut self.accounted;
         add_difference(&mut media.packets_lost_network, counts.lost_network, told.counts.lost_network);
@@ -409,18 +472,9 @@ impl RecvStream {
         add_difference(&mut media.packets_reordered, counts.reordered, told.counts.reordered);
         add_difference(&mut media.frames_expected, frames_expected, told.frames_expected);
         *told = Accounted { counts, frames_expected };
-        if counts.received > 0 && self.ended.is_none() {
+        if counts.received > 0 && !self.ended {
             media.jitter.record(self.receive.jitter());
         }
-    }
-
-    /// Frames that the publisher has sent since the first one that arrived here.
-    fn frames_expected(&self, roster: &Roster) -> u64 {
-        let (Some((origin, track)), Some((first, _))) = (self.origin, self.delivered.range()) else {
-            return 0;
-        };
-        let sent = self.ended.unwrap_or_else(|| roster.frames(origin, track));
-        u64::from(sent.saturating_sub(first))
     }
 
     pub fn outcome(&self, roster: &Roster) -> StreamOutcome {
@@ -430,12 +484,22 @@ impl RecvStream {
             origin: self.origin,
             live: self.live,
             counts: self.receive.counts(),
-            frames_expected: self.frames_expected(roster),
-            frames_delivered: self.delivered.delivered(),
+            frames_expected: self.ledger.expected(self.origin, roster),
+            frames_delivered: self.ledger.delivered(),
             freezes: self.freezes,
             jitter: self.receive.jitter(),
             latency_us_mean: self.latency.mean_us(),
             latency_us_max: (self.latency.count > 0).then(|| self.latency.max_us.into()),
+        }
+    }
+}
+
+impl VideoState {
+    /// The pause of a muted track is no freeze.
+    fn handle_mute_changes(&mut self, mute_changes: u32) {
+        if mute_changes != self.mute_changes && !is_muted(mute_changes) {
+            self.mute_changes = mute_changes;
+            self.assembler.handle_pause();
         }
     }
 }

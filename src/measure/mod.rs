@@ -64,6 +64,8 @@ stats! {
             disconnects, reconnects_ok, reconnects_failed,
             nacks_sent, nacks_received, plis_sent, plis_received,
             wire_bytes_sent, wire_bytes_received, host_drops, frames_misrouted,
+            /// The server's messages that say who speaks.
+            speaker_updates,
             /// Datagrams that no parser took: unknown SSRC, broken header, failed authentication, replay.
             packets_rejected,
         }

@@ -3,7 +3,8 @@
 //! Works on unwrapped sequence numbers and the few facts that a VP8 packet shows (RFC 7741: start, end, key). Nothing here allocates; frames under way are
 //! bounded, and the oldest is given up for the newest.
 //!
-//! The decoding rule is that of a stream without temporal layers: a key frame stands alone, an inter frame needs the frame right before it.
+//! The decoding rule is that of a stream without temporal layers: a key frame stands alone, an inter frame needs the frame right before it. Where frames say
+//! who they are, that is the publisher's frame before it, of the same layer: an SFU that leaves frames out closes the gap in the sequence numbers.
 
 use std::time::Duration;
 
@@ -62,6 +63,8 @@ pub struct CompleteFrame {
 pub struct DecodedFrame {
     pub rtp_time: u32,
     pub key: bool,
+    /// Where its identity says it.
+    pub layer: Option<u8>,
     pub decoded_at: Time,
     /// Since the frame decoded before; `None` for the first, and after a pause.
     pub interval: Option<Duration>,
@@ -114,11 +117,31 @@ impl Slot {
     }
 }
 
+/// A frame's place in the publisher's chain of frames.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Link {
+    origin: u32,
+    frame: u32,
+    track: u8,
+    layer: u8,
+}
+
+impl Link {
+    fn next(self) -> Link {
+        Link {
+            frame: self.frame.wrapping_add(1),
+            ..self
+        }
+    }
+}
+
 /// The video frames of one received stream.
 pub struct Assembler {
     newest: u64,
     /// The last packet of the frame decoded last.
     tail: u64,
+    /// Who that was, where it said so.
+    tail_link: Option<Link>,
     /// Packets up to here are of no use any more.
     floor: u64,
     /// Inter frames after `tail` can be decoded.
@@ -154,6 +177,7 @@ impl Assembler {
         Assembler {
             newest: 0,
             tail: 0,
+            tail_link: None,
             floor: 0,
             intact: false,
             key_wanted: false,
@@ -391,11 +415,31 @@ impl Assembler {
         if decodable {
             self.decode(at, now, on_event);
             self.decode_waiting(now, on_event);
+        } else if self.intact && self.follows_tail(self.low(at)) {
+            // Next in the sequence, but coded against something that never came: nothing will fill that gap.
+            self.intact = false;
+            self.inter_seen = true;
         }
     }
 
     fn is_decodable(&self, at: usize) -> bool {
-        self.slots[at].has(KEY) || (self.intact && self.follows_tail(self.low(at)))
+        self.slots[at].has(KEY) || (self.intact && self.follows_tail(self.low(at)) && self.continues_tail(at))
+    }
+
+    /// Was it coded against the frame decoded last? What neither says is taken for granted.
+    fn continues_tail(&self, at: usize) -> bool {
+        match (self.tail_link, self.link(at)) {
+            (Some(tail), Some(this)) => tail.next() == this,
+            _ => true,
+        }
+    }
+
+    fn link(&self, at: usize) -> Option<Link> {
+        let FrameIdentity {
+            origin, frame, track, layer, ..
+        } = self.identities[at];
+        let link = Link { origin, frame, track, layer };
+        self.slots[at].has(IDENTIFIED).then_some(link)
     }
 
     /// Does nothing but padding lie between the frame decoded last and `low`? What was received and belongs to no frame is padding.
@@ -417,6 +461,7 @@ impl Assembler {
     fn decode(&mut self, at: usize, now: Time, on_event: &mut impl FnMut(FrameEvent)) {
         let Slot { rtp_time, .. } = self.slots[at];
         let key = self.slots[at].has(KEY);
+        self.tail_link = self.link(at);
         self.tail = self.high(at);
         self.floor = self.floor.max(self.tail);
         self.intact = true;
@@ -432,6 +477,7 @@ impl Assembler {
         on_event(FrameEvent::Decoded(DecodedFrame {
             rtp_time,
             key,
+            layer: self.tail_link.map(|link| link.layer),
             decoded_at: now,
             interval,
             freeze,
@@ -823,6 +869,42 @@ mod tests {
     }
 
     #[test]
+    fn an_inter_frame_whose_predecessor_an_sfu_left_out_is_not_decodable() {
+        let identity = |layer, frame| FrameIdentity {
+            layer,
+            frame,
+            ..FrameIdentity::default()
+        };
+        // Sequence numbers never show it: layer 0, then layer 2 without a key frame; one frame left out; then from no one knows where.
+        for (before, after, intact) in [
+            (Some(identity(0, 4)), Some(identity(0, 5)), true),
+            (Some(identity(0, 4)), Some(identity(2, 5)), false),
+            (Some(identity(0, 4)), Some(identity(0, 6)), false),
+            (Some(identity(0, 4)), None, true),
+            (None, Some(identity(0, 6)), true),
+        ] {
+            let mut assembler = Assembler::new();
+            let mut decoded = Vec::new();
+            for (ext_seq, key, identity) in [(100, true, before), (101, false, after), (102, true, Some(identity(1, 9)))] {
+                let packet = PacketInfo {
+                    ext_seq,
+                    rtp_time: ext_seq as u32,
+                    start: true,
+                    end: true,
+                    key,
+                    identity,
+                };
+                assembler.handle_packet(&packet, Time::from_millis(ext_seq * 40), |event| {
+                    decoded.extend(matches!(event, FrameEvent::Decoded(_)).then_some(ext_seq));
+                });
+                assert_eq!(assembler.needs_key_frame(), ext_seq == 101 && !intact, "{before:?} {after:?}");
+            }
+            let expected: &[u64] = if intact { &[100, 101, 102] } else { &[100, 102] };
+            assert_eq!(decoded, expected, "{before:?} {after:?}");
+        }
+    }
+
+    #[test]
     fn a_frame_that_never_comes_costs_a_pli_and_a_key_frame_mends_it() {
         let mut assembler = Assembler::new();
         whole_frame(&mut assembler, 100, true, Time::from_millis(0));
@@ -940,7 +1022,7 @@ mod tests {
 
     #[test]
     fn the_state_stays_small() {
-        assert!(size_of::<Assembler>() <= 960, "{}", size_of::<Assembler>());
+        assert!(size_of::<Assembler>() <= 976, "{}", size_of::<Assembler>());
         assert!(size_of::<DeliveredWindow>() <= 96, "{}", size_of::<DeliveredWindow>());
     }
 }

@@ -8,7 +8,7 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::{EngineHealth, Judgement, Outcome, Sample, Step, VERSION, judge, judge::judge_step};
 use crate::measure::{Engine, Histogram, Kind, Media, Session, is_measured, serial};
-use crate::plan::Plan;
+use crate::plan::{Layout, Plan, VideoSpec};
 
 pub const SCHEMA: &str = "throng-report/1";
 
@@ -85,6 +85,8 @@ struct PlanView {
     run_tag: String,
     joins_per_second: f64,
     duration_seconds: f64,
+    layout: Option<&'static str>,
+    simulate_speakers: bool,
     pacing: &'static str,
     audio: AudioView,
     video: VideoView,
@@ -96,6 +98,7 @@ struct AudioView {
     codec: &'static str,
     bitrate: u64,
     frame_ms: f64,
+    dtx: bool,
 }
 
 #[derive(serde::Serialize)]
@@ -105,6 +108,27 @@ struct VideoView {
     width: u16,
     height: u16,
     frames_per_second: u32,
+    /// What is sent, the lowest layer first.
+    layers: Vec<LayerView>,
+}
+
+#[derive(serde::Serialize)]
+struct LayerView {
+    width: u16,
+    height: u16,
+    frames_per_second: u32,
+    bitrate: u64,
+}
+
+impl From<VideoSpec> for LayerView {
+    fn from(spec: VideoSpec) -> LayerView {
+        LayerView {
+            width: spec.width,
+            height: spec.height,
+            frames_per_second: spec.frames_per_second,
+            bitrate: spec.bitrate.bps(),
+        }
+    }
 }
 
 #[derive(serde::Serialize)]
@@ -133,11 +157,14 @@ impl PlanView {
             run_tag: format!("{:08x}", plan.run_tag),
             joins_per_second: plan.joins_per_second,
             duration_seconds: plan.duration.as_secs_f64(),
+            layout: plan.layout.map(Layout::name),
+            simulate_speakers: plan.simulate_speakers,
             pacing: plan.pacing.name(),
             audio: AudioView {
                 codec: "opus",
                 bitrate: plan.audio.bitrate.bps(),
                 frame_ms: plan.audio.frame.as_secs_f64() * 1e3,
+                dtx: plan.audio.dtx,
             },
             video: VideoView {
                 codec: "vp8",
@@ -145,6 +172,7 @@ impl PlanView {
                 width: plan.video.width,
                 height: plan.video.height,
                 frames_per_second: plan.video.frames_per_second,
+                layers: plan.video_layers().into_iter().map(LayerView::from).collect(),
             },
             judging: JudgingView {
                 max_loss_pct: judging.max_loss_pct,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::judge::Loss;
 use super::{Judgement, Judging, Outcome, VERSION, Verdict, judge};
 use crate::measure::{Histogram, Kind, Media};
-use crate::plan::{Plan, Resources, Shape};
+use crate::plan::{Plan, Resources, Shape, VideoSpec};
 
 const WIDTH: usize = 80;
 const REASONS_MAX: usize = 6;
@@ -83,6 +83,13 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
     };
     row("Rooms", rooms);
     row("Media", media_line(plan));
+    let layers = plan.video_layers();
+    if plan.shape.video_publishers > 0 && layers.len() > 1 {
+        for (at, layer) in layers.iter().enumerate() {
+            row(if at == 0 { "Layers" } else { "" }, layer_line(layer));
+        }
+    }
+    habits_line(plan).into_iter().for_each(|habits| row("Habits", habits));
     row(
         "Joining",
         format!(
@@ -140,8 +147,9 @@ fn head(outcome: &Outcome, style: Style) -> String {
         .map(|version| format!(", LiveKit {version}"))
         .unwrap_or_default();
     let title = format!("{}{server}, {} connection", plan.target.url, plan.connection.name());
+    let habits = habits_line(plan).map(|habits| format!("  {habits}\n")).unwrap_or_default();
     format!(
-        "{}\n  {}\n  {}\n  {}\n\n",
+        "{}\n  {}\n  {}\n{habits}  {}\n\n",
         style.bold(&title),
         shape_line(plan),
         media_line(plan),
@@ -191,20 +199,31 @@ fn media_line(plan: &Plan) -> String {
         parts.push(format!("Opus {} in {} frames", audio.bitrate, duration(audio.frame)));
     }
     if plan.shape.video_publishers > 0 {
-        parts.push(format!(
-            "VP8 {}x{} {} fps {} {}",
-            video.width,
-            video.height,
-            video.frames_per_second,
-            video.bitrate,
-            plan.pacing.name()
-        ));
+        let layers = match plan.video_layers().len() {
+            1 => String::new(),
+            layers => format!("in {layers} layers "),
+        };
+        parts.push(format!("VP8 {} {layers}{}", layer_line(video), plan.pacing.name()));
     }
     if parts.is_empty() {
         "no media: nobody publishes".to_owned()
     } else {
         parts.join(", ")
     }
+}
+
+fn layer_line(layer: &VideoSpec) -> String {
+    format!("{}x{} {} fps {}", layer.width, layer.height, layer.frames_per_second, layer.bitrate)
+}
+
+/// What people do beyond sending and watching all the time, where they do.
+fn habits_line(plan: &Plan) -> Option<String> {
+    let (audio, video) = (plan.shape.audio_publishers > 0, plan.shape.video_publishers > 0);
+    let layout = plan.layout.filter(|_| video).map(|layout| format!("{} layout", layout.name()));
+    let turns = (plan.simulate_speakers && audio).then(|| "one speaks at a time".to_owned());
+    let dtx = (plan.audio.dtx && audio).then(|| "pauses are not sent (DTX)".to_owned());
+    let parts: Vec<String> = [layout, turns, dtx].into_iter().flatten().collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
 }
 
 fn judging_line(judging: &Judging) -> String {
@@ -348,13 +367,18 @@ fn media(outcome: &Outcome, style: Style) -> String {
         .collect();
     let _ = writeln!(
         text,
-        "  Track Subscribe Time 50/90/99 %  {}\n",
+        "  Track Subscribe Time 50/90/99 %  {}",
         if subscribed.is_empty() {
             "n/a".to_owned()
         } else {
             subscribed.join("   ")
         }
     );
+    let speaker_updates = step.record.session.speaker_updates;
+    if speaker_updates > 0 {
+        let _ = writeln!(text, "  Speaker updates received         {}", number(speaker_updates));
+    }
+    text.push('\n');
     text
 }
 
@@ -415,6 +439,7 @@ fn times(outcome: &Outcome, style: Style) -> String {
         for (label, histogram) in [
             ("  loss to repair", &media.loss_to_repair),
             ("  PLI to key frame sent", &media.pli_received_to_key_sent),
+            ("  layer switch", &media.layer_switch),
         ] {
             if histogram.expected() > 0 {
                 text.push_str(&times_row(label, histogram));

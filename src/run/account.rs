@@ -1,14 +1,15 @@
 //! What a run's record says once it is over: how much there ought to have been, and how each participant fared.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::engine::PeerOutcome;
 use crate::measure::{Kind, Media, Record, is_measured};
-use crate::plan::Plan;
+use crate::plan::{ParticipantPlan, Plan};
 use crate::report::{ParticipantOutcome, Quality};
+use crate::signal::session::Ended;
 
 /// How many tracks there ought to be, and how many went live: a track that came twice, on another SSRC, does not stand for one that never came.
-pub(super) fn state_tracks(record: &mut Record, plan: &Plan, outcomes: &[PeerOutcome]) {
+pub(super) fn state_tracks(record: &mut Record, plan: &Plan, outcomes: &[PeerOutcome], ended: &BTreeMap<u32, Ended>) {
     for kind in [Kind::Audio, Kind::Video] {
         let streams = outcomes
             .iter()
@@ -16,9 +17,18 @@ pub(super) fn state_tracks(record: &mut Record, plan: &Plan, outcomes: &[PeerOut
         let live = streams.filter(|(_, stream)| stream.kind == kind && stream.live);
         let distinct: BTreeSet<_> = live.map(|(participant, stream)| (participant, stream.origin)).collect();
         let media = record.media(kind);
-        media.tracks_expected = plan.total_expected_tracks(kind);
+        let expected = plan
+            .participants()
+            .map(|participant| expected_tracks(plan, &participant, kind, ended.get(&participant.index)));
+        media.tracks_expected = expected.map(u64::from).sum();
         media.tracks_live = distinct.len() as u64;
     }
+}
+
+/// Tracks that a participant ought to have received: those of the plan, and more where its layout had room for others later.
+pub(super) fn expected_tracks(plan: &Plan, participant: &ParticipantPlan, kind: Kind, ended: Option<&Ended>) -> u32 {
+    let shown = ended.filter(|_| kind == Kind::Video).map_or(0, |ended| ended.video_shown);
+    plan.expected_tracks(participant, kind).max(shown)
 }
 
 /// States how many frames ought to have been timed, so that those that never came count as later than everything.

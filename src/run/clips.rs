@@ -12,53 +12,71 @@ use crate::plan::{self, Plan};
 /// The shared media that the plan asks for.
 pub struct Clips {
     pub(super) audio: Option<Source>,
-    pub(super) video: Option<Source>,
+    /// What those whose turn it is not to speak send.
+    pub(super) silence: Option<Arc<AudioClip>>,
+    /// The layers of video tracks, the lowest first.
+    pub(super) video: Vec<Source>,
 }
 
 impl Clips {
-    /// Takes a second or so of every thread. Nothing is connected to, so a plan that no clip can fulfil is refused before any server hears of it.
+    /// Takes a second or so of every thread for each layer; `progress` hears what is being made. Nothing is connected to, so a plan that no clip can fulfil is
+    /// refused before any server hears of it.
     ///
     /// # Errors
     /// The flags that cannot be fulfilled, and what to ask instead.
-    pub fn generate(plan: &Plan, threads: usize) -> Result<Clips> {
-        let shape = &plan.shape;
-        let audio = (shape.audio_publishers > 0)
-            .then(|| AudioClip::generate(&audio_spec(plan)))
-            .transpose()
-            .context("--audio-bitrate, --audio-frame")?;
-        let video = (shape.video_publishers > 0)
-            .then(|| VideoClip::generate(&video_spec(plan), threads))
-            .transpose()
-            .context("--video-resolution, --video-bitrate, --video-fps")?;
-        Ok(Clips {
-            audio: audio.map(|clip| Source::Audio(Arc::new(clip))),
-            video: video.map(|clip| Source::Video(Arc::new(clip))),
-        })
+    pub fn generate(plan: &Plan, threads: usize, mut progress: impl FnMut(&str)) -> Result<Clips> {
+        let mut clips = Clips {
+            audio: None,
+            silence: None,
+            video: Vec::new(),
+        };
+        if plan.shape.audio_publishers > 0 {
+            progress("speech");
+            let speech = audio_clip(plan, AudioContent::Speech)?;
+            clips.audio = Some(Source::Audio(Arc::new(speech)));
+            clips.silence = plan
+                .simulate_speakers
+                .then(|| audio_clip(plan, AudioContent::Silence))
+                .transpose()?
+                .map(Arc::new);
+        }
+        if plan.shape.video_publishers > 0 {
+            let layers = plan.video_layers();
+            for layer in &layers {
+                progress(&format!("video of {}x{} at {} fps", layer.width, layer.height, layer.frames_per_second));
+                let clip = VideoClip::generate(&video_spec(plan, layer), threads).context(video_flags(layers.len()))?;
+                clips.video.push(Source::Video(Arc::new(clip)));
+            }
+        }
+        Ok(clips)
     }
 }
 
-fn audio_spec(plan: &Plan) -> AudioSpec {
-    AudioSpec {
+fn audio_clip(plan: &Plan, content: AudioContent) -> Result<AudioClip> {
+    let spec = AudioSpec {
         bitrate: plan.audio.bitrate,
         frame: plan.audio.frame,
-        content: AudioContent::Speech,
-        dtx: false,
+        content,
+        dtx: plan.audio.dtx,
+        seed: plan.seed,
+    };
+    AudioClip::generate(&spec).context("--audio-bitrate, --audio-frame")
+}
+
+fn video_spec(plan: &Plan, layer: &plan::VideoSpec) -> VideoSpec {
+    VideoSpec {
+        width: layer.width.into(),
+        height: layer.height.into(),
+        fps: layer.frames_per_second,
+        bitrate: layer.bitrate,
         seed: plan.seed,
     }
 }
 
-fn video_spec(plan: &Plan) -> VideoSpec {
-    let plan::VideoSpec {
-        width,
-        height,
-        frames_per_second,
-        bitrate,
-    } = plan.video;
-    VideoSpec {
-        width: width.into(),
-        height: height.into(),
-        fps: frames_per_second,
-        bitrate,
-        seed: plan.seed,
+/// What to change where a layer cannot be made.
+fn video_flags(layers: usize) -> &'static str {
+    match layers {
+        1 => "--video-resolution, --video-bitrate, --video-fps",
+        _ => "--video-resolution, --video-bitrate, --video-fps, or --no-simulcast",
     }
 }

@@ -18,8 +18,8 @@ use tokio::sync::{mpsc, watch};
 
 pub use clips::Clips;
 pub use interrupts::Interrupts;
-
-use account::{expect_frames, expect_joins, is_healthy, quality, state_of_all, state_tracks};
+pub 
+use account::{expect_frames, expect_joins, expected_tracks, is_healthy, quality, state_of_all, state_tracks};
 use rooms::Rooms;
 
 use crate::cli;
@@ -32,7 +32,7 @@ use crate::plan::{Connection, Plan, Resources};
 use crate::preflight;
 use crate::report::progress::Snapshot;
 use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Step, TargetInfo, TargetKind};
-use crate::signal::session::{self, Ended, Notice, Phase, Place, Sections, SessionContext};
+use crate::signal::session::{self, Ended, Media, Notice, Phase, Place, Sections, SessionContext, TakingTurns};
 use crate::signal::{ApiKey, Endpoint};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
@@ -167,9 +167,18 @@ impl<'a> Test<'a> {
             epoch,
             roster,
             fingerprint: identity.fingerprint(),
-            audio: clips.audio,
-            video: clips.video,
-            pacing: plan.pacing,
+            media: Media {
+                audio: clips.audio,
+                video: clips.video,
+                taking_turns: clips.silence.map(|silence| TakingTurns {
+                    seed: plan.seed,
+                    speakers: plan.shape.audio_publishers,
+                    silence,
+                }),
+                pacing: plan.pacing,
+            },
+            layout: plan.layout,
+            video_layers: plan.video_layers(),
             single_connection: plan.connection == Connection::Single,
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
             shards: workers.iter().map(|worker| worker.commands.clone()).collect(),
@@ -271,7 +280,9 @@ impl<'a> Test<'a> {
                     () = session::leaving(&mut leave) => return,
                 }
                 let place = places[participant.index as usize];
-                tokio::spawn(session::run(context.clone(), participant, room, place, intended, tracks_ahead));
+                // Nobody asks anything of them after they have joined.
+                let (_, requests) = mpsc::unbounded_channel();
+                tokio::spawn(session::run(context.clone(), participant, room, place, intended, tracks_ahead, requests));
             }
         });
     }
@@ -349,6 +360,7 @@ impl<'a> Test<'a> {
                 *self.sessions.failures.entry(format!("disconnected: {reason}")).or_default() += 1;
             }
             Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
+            Notice::SpeakersChanged => session.speaker_updates += 1,
             Notice::Server { version } => self.sessions.server_version = Some(version).filter(|version| !version.is_empty()),
             Notice::Ended(ended) => drop(self.sessions.ended.insert(ended.index, *ended)),
         }
@@ -497,7 +509,7 @@ impl<'a> Test<'a> {
             .iter()
             .filter(|participant| is_healthy(participant, run.judging.max_loss_pct))
             .count() as u64;
-        state_tracks(&mut self.record, self.plan, &self.outcomes);
+        state_tracks(&mut self.record, self.plan, &self.outcomes, &self.sessions.ended);
         if let Some((before, at)) = self.hold.take() {
             let mut record = self.record.since(&before);
             state_of_all(&mut record, &self.record);
@@ -608,8 +620,8 @@ impl<'a> Test<'a> {
                     failure: ended.map_or_else(|| Some("did not start".to_owned()), |ended| ended.failure.clone()),
                     disconnects: ended.map_or(0, |ended| ended.disconnects),
                     rtt_us: peers.iter().find_map(|peer| peer.rtt_rtcp).map(|rtt| rtt.as_micros() as u64),
-                    audio: quality(peers, Kind::Audio, self.plan.expected_tracks(&plan, Kind::Audio)),
-                    video: quality(peers, Kind::Video, self.plan.expected_tracks(&plan, Kind::Video)),
+                    audio: quality(peers, Kind::Audio, expected_tracks(self.plan, &plan, Kind::Audio, ended)),
+                    video: quality(peers, Kind::Video, expected_tracks(self.plan, &plan, Kind::Video, ended)),
                     publishes_audio: plan.publishes_audio,
                     publishes_video: plan.publishes_video,
                     subscribes: plan.subscribes,

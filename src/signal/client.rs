@@ -582,10 +582,8 @@ pub enum Event {
         audio: u32,
         video: u32,
     },
-    /// So many entries of the list of speakers changed.
-    SpeakersChanged {
-        count: usize,
-    },
+    /// Who began to speak, became louder or stopped.
+    SpeakersChanged(Vec<proto::SpeakerInfo>),
     /// A kind that a participant does not act on, unread: `SignalResponse`'s field number, and the length in bytes.
     Ignored {
         kind: u32,
@@ -747,9 +745,7 @@ impl Event {
                 track_sid: proto::TrackUnpublishedResponse::decode(body).ok()?.track_sid,
             },
             response::LEAVE => Event::Leave(Leave::decode(body)?),
-            response::SPEAKERS_CHANGED => Event::SpeakersChanged {
-                count: Fields(body).map_while(Result::ok).count(),
-            },
+            response::SPEAKERS_CHANGED => Event::SpeakersChanged(proto::SpeakersChanged::decode(body).ok()?.speakers),
             response::SUBSCRIBED_QUALITY_UPDATE => Event::SubscribedQuality(Box::new(proto::SubscribedQualityUpdate::decode(body).ok()?)),
             response::REFRESH_TOKEN => Event::RefreshToken(Secret::new(std::str::from_utf8(body).ok()?)),
             response::RECONNECT => Event::Reconnect {
@@ -1243,7 +1239,7 @@ mod tests {
                 }),
                 Event::Pong { timestamp_us: 7 },
             ),
-            (Response::SpeakersChanged(speakers), Event::SpeakersChanged { count: 2 }),
+            (Response::SpeakersChanged(speakers.clone()), Event::SpeakersChanged(speakers.speakers)),
             (
                 Response::MediaSectionsRequirement(proto::MediaSectionsRequirement {
                     num_audios: 1,

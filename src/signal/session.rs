@@ -7,13 +7,14 @@
 
 mod peers;
 mod tracks;
+mod viewer;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use livekit_protocol as proto;
+use livekit_protocol::{self as proto, signal_request::Message as SignalRequest};
 use tokio::sync::{mpsc, watch};
 
 use super::Endpoint;
@@ -21,15 +22,17 @@ use super::client::{
     Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, Leave, SignalError, SignalReceiver, SignalSender, Trickle,
 };
 use super::token::{ApiKey, Permissions};
-use crate::engine::publisher::Source;
-use crate::engine::{Command, Event as EngineEvent, NewPeer, Roster, StreamParameters};
+use crate::engine::{Command, Event as EngineEvent, NewPeer, Roster, StreamParameters, track_number};
 use crate::measure::{Kind, Timeline};
-use crate::plan::{Pacing, ParticipantPlan};
+use crate::plan::{Layout, ParticipantPlan, VideoSpec};
 use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::{Answerer, Capabilities, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Setup, Trickled};
 use crate::units::{Epoch, Time};
 use peers::{Half, Role, udp_address};
-use tracks::{Track, add_track_request, stream_parameters, track_number};
+pub use tracks::{Media, TakingTurns};
+use tracks::{Track, add_track_request, stream_parameters};
+pub use viewer::Size;
+use viewer::Viewer;
 
 /// A join that takes longer than this has failed: LiveKit itself gives a primary connection 60 s, a person far less.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -49,9 +52,11 @@ pub struct SessionContext {
     pub epoch: Epoch,
     pub roster: Arc<Roster>,
     pub fingerprint: Fingerprint,
-    pub audio: Option<Source>,
-    pub video: Option<Source>,
-    pub pacing: Pacing,
+    pub media: Media,
+    /// What everybody looks at.
+    pub layout: Option<Layout>,
+    /// What video tracks of this run consist of, the lowest layer first.
+    pub video_layers: Vec<VideoSpec>,
     pub receive_buffer_bytes: usize,
     /// One peer connection a participant (`/rtc/v1`) instead of two.
     pub single_connection: bool,
@@ -101,6 +106,8 @@ pub enum Notice {
         reason: String,
     },
     SignalRtt(Duration),
+    /// The server said who speaks.
+    SpeakersChanged,
     Server {
         version: String,
     },
@@ -125,13 +132,34 @@ pub struct Ended {
     pub timeline: Timeline,
     pub failure: Option<String>,
     pub disconnects: u32,
+    /// Video tracks that had a place in its layout at one time or another; 0 without a layout.
+    pub video_shown: u32,
+}
+
+/// What a participant may be asked to do while it is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Mutes one of its tracks, or unmutes it.
+    SetMuted { kind: Kind, muted: bool },
+    /// Looks at every video track in this size from now on, whatever the layout; `None`: at none of them.
+    Show(Option<Size>),
 }
 
 /// Runs one participant from its intended moment until the run tells everybody to leave, or the server does. `tracks_ahead` are those that ought to be
 /// there when it joins: with one connection it offers sections for them.
-pub async fn run(context: Arc<SessionContext>, plan: ParticipantPlan, room: String, place: Place, intended: Time, tracks_ahead: Sections) {
+///
+/// What comes in by `requests` is done in its order; where nothing ever will, its sender may be gone from the start.
+pub async fn run(
+    context: Arc<SessionContext>,
+    plan: ParticipantPlan,
+    room: String,
+    place: Place,
+    intended: Time,
+    tracks_ahead: Sections,
+    mut requests: mpsc::UnboundedReceiver<Request>,
+) {
     let mut session = Session::new(context, plan, room, place, intended, tracks_ahead);
-    let failure = session.live().await.err();
+    let failure = session.live(&mut requests).await.err();
     session.end(failure);
 }
 
@@ -150,6 +178,7 @@ struct Session {
     /// For the subscriber connection.
     answerer: Answerer,
     tracks: Vec<Track>,
+    viewer: Viewer,
     local_ip: Option<IpAddr>,
 }
 
@@ -225,7 +254,7 @@ impl Signal {
 
 impl Session {
     fn new(context: Arc<SessionContext>, plan: ParticipantPlan, room: String, place: Place, intended: Time, tracks_ahead: Sections) -> Session {
-        let tracks = Track::of(&plan, context.audio.as_ref(), context.video.as_ref());
+        let tracks = Track::of(&plan, &context.media);
         Session {
             timeline: Timeline {
                 intended,
@@ -241,6 +270,7 @@ impl Session {
             },
             answerer: Answerer::new(Capabilities::SUBSCRIBER),
             tracks,
+            viewer: Viewer::new(context.layout, context.video_layers.clone()),
             local_ip: None,
             context,
             plan,
@@ -250,16 +280,21 @@ impl Session {
     }
 
     /// Joins and stays. `Ok` when the run tells everybody to leave.
-    async fn live(&mut self) -> Result<(), Failure> {
+    async fn live(&mut self, requests: &mut mpsc::UnboundedReceiver<Request>) -> Result<(), Failure> {
         self.timeline.started = Some(self.context.epoch.now());
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut engine = EngineEvents { sender, receiver };
         let mut signal = self.open_signal().await?;
-        self.attend(&mut signal, &mut engine).await
+        self.attend(&mut signal, &mut engine, requests).await
     }
 
     /// Does what server and shard ask for, until the run tells everybody to leave.
-    async fn attend(&mut self, signal: &mut Signal, engine: &mut EngineEvents) -> Result<(), Failure> {
+    async fn attend(
+        &mut self,
+        signal: &mut Signal,
+        engine: &mut EngineEvents,
+        requests: &mut mpsc::UnboundedReceiver<Request>,
+    ) -> Result<(), Failure> {
         let deadline = tokio::time::sleep_until(tokio::time::Instant::from_std(
             self.context.epoch.instant(self.timeline.intended + JOIN_TIMEOUT),
         ));
@@ -276,6 +311,7 @@ impl Session {
                     }
                 }
                 event = signal.receiver.next() => self.handle_signal(event?, signal, &engine.sender).await?,
+                Some(request) = requests.recv() => self.handle_request(request, &mut signal.sender).await?,
                 () = leaving(&mut leave) => {
                     // The server sees a participant who says goodbye at once; one who is silent it keeps for 20 s.
                     let _ = tokio::time::timeout(Duration::from_secs(2), signal.sender.leave()).await;
@@ -324,7 +360,7 @@ impl Session {
     async fn handle_signal(&mut self, event: SignalEvent, signal: &mut Signal, engine: &mpsc::UnboundedSender<EngineEvent>) -> Result<(), Failure> {
         match event {
             SignalEvent::Join(join) => self.handle_join(&join, signal).await,
-            SignalEvent::TrackPublished { cid, .. } => self.handle_track_published(&cid, &mut signal.sender).await,
+            SignalEvent::TrackPublished { cid, track } => self.handle_track_published(&cid, track.sid, &mut signal.sender).await,
             SignalEvent::Offer(offer) => self.handle_offer(&offer, &mut signal.sender, engine).await,
             SignalEvent::Answer(answer) => self.handle_answer(&answer, &mut signal.sender, engine).await,
             SignalEvent::MediaSections { audio, video } => {
@@ -334,6 +370,15 @@ impl Session {
             SignalEvent::Trickle(trickle) => {
                 self.handle_trickle(&trickle);
                 Ok(())
+            }
+            SignalEvent::SubscribedQuality(update) => {
+                self.handle_subscribed_quality(&update);
+                Ok(())
+            }
+            SignalEvent::SpeakersChanged(speakers) => {
+                self.notify(Notice::SpeakersChanged);
+                self.viewer.handle_speakers(&speakers);
+                self.tell_what_is_watched(&mut signal.sender).await
             }
             SignalEvent::Pong { timestamp_us } => {
                 signal.rtt = self.handle_pong(timestamp_us);
@@ -361,11 +406,11 @@ impl Session {
     }
 
     /// With two connections our offer follows when the server knows every track.
-    async fn handle_track_published(&mut self, cid: &str, sender: &mut SignalSender) -> Result<(), Failure> {
+    async fn handle_track_published(&mut self, cid: &str, sid: String, sender: &mut SignalSender) -> Result<(), Failure> {
         if let Some(track) = self.tracks.iter_mut().find(|track| track.local.cid == cid) {
-            track.added = true;
+            track.sid = Some(sid);
         }
-        if self.offering.id > 0 || !self.tracks.iter().all(|track| track.added) {
+        if self.offering.id > 0 || self.tracks.iter().any(|track| track.sid.is_none()) {
             return Ok(());
         }
         let (offer, id) = self.next_offer()?;
@@ -440,6 +485,7 @@ impl Session {
         }
         self.add_peer(Role::Publisher, &negotiated.remote, true, Setup::Active, engine);
         self.take_streams(Role::Publisher, &negotiated.removed, negotiated.added.iter().chain(&negotiated.updated));
+        self.tell_what_is_watched(sender).await?;
         self.offering.is_open = false;
         if self.context.single_connection {
             self.offer_if_wanted(sender).await
@@ -463,12 +509,15 @@ impl Session {
         // The shard first: the server's checks may come as soon as it has the answer.
         self.add_peer(Role::Subscriber, &answered.remote, answered.remote.ice_lite, answered.setup, engine);
         self.take_streams(Role::Subscriber, &answered.removed, answered.added.iter().chain(&answered.updated));
+        // Before the answer: so nothing comes that nobody looks at.
+        self.tell_what_is_watched(sender).await?;
         Ok(sender.answer(answered.sdp, offer.id).await?)
     }
 
     /// Tells the shard which streams came and went. An updated track is the same stream with other details: the shard adds what is new to it.
-    fn take_streams<'a>(&self, role: Role, removed: &[RemoteTrack], added: impl Iterator<Item = &'a RemoteTrack>) {
+    fn take_streams<'a>(&mut self, role: Role, removed: &[RemoteTrack], added: impl Iterator<Item = &'a RemoteTrack>) {
         let key = self.key(role);
+        removed.iter().for_each(|track| self.viewer.remove(track.ssrc));
         if !removed.is_empty() {
             self.command(Command::Unsubscribe {
                 key,
@@ -476,9 +525,67 @@ impl Session {
             });
         }
         let announced_at = self.context.epoch.now();
-        let streams: Vec<StreamParameters> = added.map(|track| stream_parameters(track, announced_at)).collect();
+        let mut streams: Vec<StreamParameters> = Vec::new();
+        for track in added {
+            if track.kind == Kind::Video {
+                self.viewer.add(track);
+            }
+            streams.push(stream_parameters(track, announced_at));
+        }
         if !streams.is_empty() {
             self.command(Command::Subscribe { key, streams });
+        }
+    }
+
+    /// Asks the server for what is looked at, where it does not know.
+    async fn tell_what_is_watched(&mut self, sender: &mut SignalSender) -> Result<(), Failure> {
+        let key = self.key(if self.context.single_connection {
+            Role::Publisher
+        } else {
+            Role::Subscriber
+        });
+        for change in self.viewer.poll_changes() {
+            let at = self.context.epoch.now();
+            self.command(Command::Watch {
+                key,
+                ssrc: change.ssrc,
+                layer: change.layer,
+                at,
+            });
+            sender.send(SignalRequest::TrackSetting(change.settings())).await?;
+        }
+        Ok(())
+    }
+
+    /// Layers that nobody watches rest (dynacast).
+    fn handle_subscribed_quality(&self, update: &proto::SubscribedQualityUpdate) {
+        let track = self.tracks.iter().find(|track| track.sid.as_deref() == Some(&update.track_sid));
+        if let Some((track, layers)) = track.and_then(|track| Some((track, track.watched_layers(update)?))) {
+            self.command(Command::SetLayers {
+                key: self.place.key,
+                track: track_number(track.kind()),
+                layers,
+            });
+        }
+    }
+
+    async fn handle_request(&mut self, request: Request, sender: &mut SignalSender) -> Result<(), Failure> {
+        match request {
+            Request::SetMuted { kind, muted } => {
+                let Some(sid) = self.tracks.iter().find(|track| track.kind() == kind).and_then(|track| track.sid.clone()) else {
+                    return Ok(());
+                };
+                self.command(Command::SetMuted {
+                    key: self.place.key,
+                    track: track_number(kind),
+                    muted,
+                });
+                Ok(sender.send(SignalRequest::Mute(proto::MuteTrackRequest { sid, muted })).await?)
+            }
+            Request::Show(size) => {
+                self.viewer.show_all(size);
+                self.tell_what_is_watched(sender).await
+            }
         }
     }
 
@@ -539,12 +646,7 @@ impl Session {
         let mut parameters = Vec::new();
         for track in &self.tracks {
             let first_frame_at = start + track.slot_offset(&self.plan);
-            let Some(wanted) = track.send_parameters(&self.plan, self.context.roster.run, self.context.pacing, first_frame_at) else {
-                continue;
-            };
-            let number = track_number(track.source.kind());
-            self.context.roster.set_published(self.plan.index, number, first_frame_at);
-            parameters.push(wanted);
+            parameters.extend(track.send_parameters(&self.plan, self.context.roster.run, first_frame_at));
         }
         if !parameters.is_empty() {
             self.command(Command::Publish {
@@ -627,6 +729,7 @@ impl Session {
             timeline: self.timeline,
             failure,
             disconnects,
+            video_shown: self.viewer.shown_ever(),
         })));
     }
 

@@ -28,7 +28,7 @@ pub struct FrameRecord {
     /// At least 1.
     pub packets: u16,
     pub picture_id: u16,
-    /// The key frame of `media`, not its inter frame.
+    /// The key frame of `media`, not its inter frame. On audio: begins a talkspurt.
     pub key: bool,
 }
 

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use throng::engine::ShardConfig;
-use throng::engine::publisher::{Pacing, SendParameters, Source};
+use throng::engine::publisher::{Pacing, SendParameters, SimulcastLayer, Source};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Event, NewPeer, Roster, StreamParameters};
+use throng::engine::{Command, Event, NewPeer, Roster, StreamParameters, track_number};
 use throng::measure::{Kind, Record};
 use throng::media::identity::FrameIdentity;
 use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
@@ -21,6 +21,11 @@ use crate::link::{Conditions, Datagram, Link, Outlet, under_test};
 pub const AUDIO_SSRC: u32 = 0x1000_0001;
 pub const VIDEO_SSRC: u32 = 0x1000_0002;
 pub const VIDEO_RTX_SSRC: u32 = 0x1000_0003;
+pub const AUDIO_LEVEL_EXTENSION: u8 = 1;
+pub const MID_EXTENSION: u8 = 2;
+pub const RID_EXTENSION: u8 = 3;
+pub const REPAIRED_RID_EXTENSION: u8 = 4;
+pub const RIDS: [&str; 3] = ["q", "h", "f"];
 const TICK: Duration = Duration::from_millis(1);
 
 pub fn audio() -> Source {
@@ -43,6 +48,26 @@ pub fn video() -> Source {
         seed: 1,
     };
     Source::Video(Arc::new(VideoClip::generate(&spec, 2).unwrap()))
+}
+
+/// Three layers, as small as they can be made.
+pub fn layers() -> [Source; 3] {
+    let layer = |width, height, fps, bps| {
+        let spec = VideoSpec {
+            width,
+            height,
+            fps,
+            bitrate: Bitrate::from_bps(bps),
+            seed: 1,
+        };
+        Source::Video(Arc::new(VideoClip::generate(&spec, 2).unwrap()))
+    };
+    [layer(96, 54, 15, 60_000), layer(160, 90, 20, 150_000), layer(320, 180, 30, 400_000)]
+}
+
+/// Its RTX stream has the next one.
+pub const fn layer_ssrc(layer: u8) -> u32 {
+    VIDEO_SSRC + 2 * layer as u32
 }
 
 /// What one RTP datagram on the link was: SSRC and sequence number are in the clear.
@@ -130,41 +155,72 @@ impl Pair {
 
     /// End 0 publishes these to end 1, from the next tick on.
     pub fn publish(&mut self, sources: &[Source], pacing: Pacing) {
-        let (mut tracks, mut streams) = (Vec::new(), Vec::new());
-        for source in sources {
-            let (ssrc, rtx_ssrc, track, clock_rate) = match source.kind() {
-                Kind::Audio => (AUDIO_SSRC, None, 0, 48_000),
-                Kind::Video => (VIDEO_SSRC, Some(VIDEO_RTX_SSRC), 1, 90_000),
-            };
-            let first_frame_at = self.now + TICK;
-            self.roster.set_published(0, track, first_frame_at);
-            tracks.push(SendParameters {
-                source: source.clone(),
-                ssrc,
-                rtx_ssrc,
-                payload_type: 96 + track,
-                rtx_payload_type: rtx_ssrc.map(|_| 100),
-                audio_level_extension: (track == 0).then_some(1),
-                pacing,
-                identity: FrameIdentity {
-                    run: 77,
-                    origin: 0,
-                    track,
-                    ..FrameIdentity::default()
-                },
-                seed: 5,
-                first_frame_at,
-            });
-            streams.push(StreamParameters {
-                kind: source.kind(),
-                ssrc,
-                rtx_ssrc,
-                clock_rate,
-                announced_at: self.now,
-            });
-        }
+        let tracks = sources.iter().map(|source| self.track(source, 0, pacing)).collect();
+        self.publish_tracks(tracks);
+    }
+
+    /// End 0 publishes these layers of one video track, the lowest first. End 1 gets each as a stream of its own.
+    pub fn publish_layers(&mut self, layers: &[Source], pacing: Pacing) {
+        let simulcast = |layer: usize| SimulcastLayer {
+            mid: "1".into(),
+            rid: RIDS[layer].into(),
+            mid_extension: MID_EXTENSION,
+            rid_extension: RID_EXTENSION,
+            repaired_rid_extension: Some(REPAIRED_RID_EXTENSION),
+            track_bitrate: Bitrate::from_bps(layers.iter().map(|layer| layer.bitrate().bps()).sum()),
+        };
+        let tracks = layers.iter().enumerate().map(|(layer, source)| SendParameters {
+            simulcast: Some(simulcast(layer)),
+            ..self.track(source, layer as u8, pacing)
+        });
+        let tracks = tracks.collect();
+        self.publish_tracks(tracks);
+    }
+
+    pub fn publish_tracks(&mut self, tracks: Vec<SendParameters>) {
+        let streams = tracks.iter().map(|track| StreamParameters {
+            kind: track.source.kind(),
+            ssrc: track.ssrc,
+            rtx_ssrc: track.rtx_ssrc,
+            clock_rate: if track.source.kind() == Kind::Audio { 48_000 } else { 90_000 },
+            announced_at: self.now,
+        });
+        let streams = streams.collect();
         self.shards[1].handle_command(Command::Subscribe { key: 0, streams }, self.now, &mut self.outlets[1]);
         self.shards[0].handle_command(Command::Publish { key: 0, tracks }, self.now, &mut self.outlets[0]);
+    }
+
+    /// A track that begins with the next tick.
+    pub fn track(&self, source: &Source, layer: u8, pacing: Pacing) -> SendParameters {
+        let (ssrc, rtx_ssrc) = match source.kind() {
+            Kind::Audio => (AUDIO_SSRC, None),
+            Kind::Video => (layer_ssrc(layer), Some(layer_ssrc(layer) + 1)),
+        };
+        let track = track_number(source.kind());
+        SendParameters {
+            source: source.clone(),
+            ssrc,
+            rtx_ssrc,
+            payload_type: 96 + track,
+            rtx_payload_type: rtx_ssrc.map(|_| 100),
+            audio_level_extension: (source.kind() == Kind::Audio).then_some(AUDIO_LEVEL_EXTENSION),
+            simulcast: None,
+            talk: None,
+            pacing,
+            identity: FrameIdentity {
+                run: 77,
+                track,
+                layer,
+                ..FrameIdentity::default()
+            },
+            seed: 5 + u64::from(layer),
+            first_frame_at: self.now + TICK,
+        }
+    }
+
+    /// A command for the publishing end.
+    pub fn command(&mut self, command: Command) {
+        self.shards[0].handle_command(command, self.now, &mut self.outlets[0]);
     }
 
     pub fn run_for(&mut self, time: Duration) {

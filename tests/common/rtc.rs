@@ -590,7 +590,6 @@ impl World {
             .enumerate()
             .map(|(track, (source, media))| {
                 assert!(media.accepted);
-                self.roster.set_published(0, track as u8, first_frame_at);
                 SendParameters {
                     source: source.clone(),
                     ssrc: [AUDIO_SSRC, VIDEO_SSRC][track],
@@ -598,6 +597,8 @@ impl World {
                     payload_type: media.payload_type,
                     rtx_payload_type: media.rtx_payload_type,
                     audio_level_extension: media.extensions.id(Extension::AudioLevel).filter(|_| track == 0),
+                    simulcast: None,
+                    talk: None,
                     pacing,
                     identity: FrameIdentity {
                         run: RUN,

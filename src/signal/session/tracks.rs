@@ -1,78 +1,182 @@
 //! A participant's tracks: what is said of them in AddTrack and in descriptions, and what the shard gets once they are agreed.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use livekit_protocol as proto;
 
-use crate::engine::StreamParameters;
-use crate::engine::publisher::{SendParameters, Source};
+use crate::engine::publisher::{SendParameters, SimulcastLayer, Source, Talk};
+use crate::engine::{LAYERS_MAX, StreamParameters, track_number};
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
-use crate::plan::{Pacing, ParticipantPlan};
+use crate::media::opus::AudioClip;
+use crate::plan::{Pacing, ParticipantPlan, SpeakerTurns};
 use crate::transport::sdp::{Extension, LocalTrack, NegotiatedMedia, RemoteTrack};
-use crate::units::Time;
+use crate::units::{Bitrate, Time};
+
+/// The names of a simulcast track's layers, the lowest first, as LiveKit knows them.
+const RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
+
+/// What all participants of a run may send.
+pub struct Media {
+    pub audio: Option<Source>,
+    /// The layers of video tracks, the lowest first.
+    pub video: Vec<Source>,
+    /// Set where publishers take turns in speaking.
+    pub taking_turns: Option<TakingTurns>,
+    pub pacing: Pacing,
+}
+
+/// What those who take turns in speaking have to know.
+pub struct TakingTurns {
+    pub seed: u64,
+    /// In each room.
+    pub speakers: u32,
+    pub silence: Arc<AudioClip>,
+}
+
+impl TakingTurns {
+    fn talk(&self, plan: &ParticipantPlan) -> Talk {
+        Talk {
+            turns: SpeakerTurns::new(self.seed, plan.room, self.speakers),
+            place: plan.place,
+            silence: self.silence.clone(),
+        }
+    }
+}
 
 /// A track to publish.
 pub(super) struct Track {
     pub(super) local: LocalTrack,
-    pub(super) source: Source,
-    /// What the server took of it, once it has answered.
+    /// As the server names it, once it has answered AddTrack.
+    pub(super) sid: Option<String>,
+    /// What the server took of it, once it has answered the offer.
     pub(super) negotiated: Option<NegotiatedMedia>,
-    /// The server has answered AddTrack.
-    pub(super) added: bool,
+    layers: Vec<Layer>,
+    talk: Option<Talk>,
+    pacing: Pacing,
+}
+
+/// One encoding of a track. A track of a single layer has one, too.
+struct Layer {
+    source: Source,
+    ssrc: u32,
+    rtx_ssrc: Option<u32>,
 }
 
 impl Track {
     /// The tracks of one participant: its number in the plan and everything that is drawn for them come from there.
-    pub(super) fn of(plan: &ParticipantPlan, audio: Option<&Source>, video: Option<&Source>) -> Vec<Track> {
-        let wanted = [audio.filter(|_| plan.publishes_audio), video.filter(|_| plan.publishes_video)];
-        wanted
-            .into_iter()
-            .flatten()
-            .map(|source| Track {
-                local: local_track(plan, source.kind()),
-                source: source.clone(),
-                negotiated: None,
-                added: false,
-            })
+    pub(super) fn of(plan: &ParticipantPlan, media: &Media) -> Vec<Track> {
+        let audio = media.audio.iter().filter(|_| plan.publishes_audio).map(|source| {
+            let talk = media.taking_turns.as_ref().map(|turns| turns.talk(plan));
+            Track::new(plan, Kind::Audio, std::slice::from_ref(source), talk, media.pacing)
+        });
+        let video = Some(&media.video[..]).filter(|layers| plan.publishes_video && !layers.is_empty());
+        audio
+            .chain(video.map(|layers| Track::new(plan, Kind::Video, layers, None, media.pacing)))
             .collect()
     }
 
-    /// Where in its frame interval the track's slots lie.
-    pub(super) fn slot_offset(&self, plan: &ParticipantPlan) -> Duration {
-        slot_offset(plan.index, track_number(self.source.kind()), self.source.frame_interval())
+    fn new(plan: &ParticipantPlan, kind: Kind, sources: &[Source], talk: Option<Talk>, pacing: Pacing) -> Track {
+        let name = match kind {
+            Kind::Audio => "audio",
+            Kind::Video => "video",
+        };
+        // Distinct for the participant's few SSRCs by the low bits, and unguessable enough to be distinct in a room.
+        let base = (plan.seed >> 16) as u32 & !0xF;
+        let layers: Vec<Layer> = (0..)
+            .zip(sources)
+            .map(|(layer, source)| {
+                let ssrc = base | (u32::from(track_number(kind)) * 4 + 2 * layer + 2);
+                Layer {
+                    source: source.clone(),
+                    ssrc,
+                    rtx_ssrc: (kind == Kind::Video).then_some(ssrc + 1),
+                }
+            })
+            .collect();
+        Track {
+            local: LocalTrack {
+                kind,
+                cid: format!("{}-{name}", plan.identity),
+                stream_id: plan.identity.clone(),
+                ssrc: layers[0].ssrc,
+                rtx_ssrc: layers[0].rtx_ssrc,
+                rids: if layers.len() > 1 {
+                    RIDS[..layers.len()].iter().map(|rid| (*rid).to_owned()).collect()
+                } else {
+                    Vec::new()
+                },
+            },
+            sid: None,
+            negotiated: None,
+            layers,
+            talk,
+            pacing,
+        }
     }
 
-    /// For the shard, which starts it with the frame of `first_frame_at`; `None` until the server has taken it.
-    pub(super) fn send_parameters(&self, plan: &ParticipantPlan, run: u32, pacing: Pacing, first_frame_at: Time) -> Option<SendParameters> {
-        let negotiated = self.negotiated.as_ref()?;
-        let kind = self.source.kind();
+    pub(super) fn kind(&self) -> Kind {
+        self.local.kind
+    }
+
+    /// Where in the highest layer's frame interval the track's slots lie.
+    pub(super) fn slot_offset(&self, plan: &ParticipantPlan) -> Duration {
+        let interval = self.layers.iter().map(|layer| layer.source.frame_interval()).min().unwrap_or_default();
+        slot_offset(plan.index, track_number(self.kind()), interval)
+    }
+
+    /// For the shard, which starts all layers with the frame of `first_frame_at`; none until the server has taken the track.
+    pub(super) fn send_parameters(&self, plan: &ParticipantPlan, run: u32, first_frame_at: Time) -> Vec<SendParameters> {
+        let Some(negotiated) = &self.negotiated else { return Vec::new() };
+        let kind = self.kind();
         let number = track_number(kind);
-        Some(SendParameters {
-            source: self.source.clone(),
-            ssrc: self.local.ssrc,
-            rtx_ssrc: self.local.rtx_ssrc,
+        let layers = (0..).zip(&self.layers).map(|(layer, encoding)| SendParameters {
+            source: encoding.source.clone(),
+            ssrc: encoding.ssrc,
+            rtx_ssrc: encoding.rtx_ssrc,
             payload_type: negotiated.payload_type,
             rtx_payload_type: negotiated.rtx_payload_type,
             audio_level_extension: negotiated.extensions.id(Extension::AudioLevel).filter(|_| kind == Kind::Audio),
-            pacing,
+            simulcast: self.local.rids.get(usize::from(layer)).map(|rid| self.simulcast_layer(negotiated, rid)),
+            talk: self.talk.clone(),
+            pacing: self.pacing,
             identity: FrameIdentity {
                 run,
                 origin: plan.index,
                 track: number,
+                layer,
                 ..FrameIdentity::default()
             },
-            seed: plan.seed ^ u64::from(number),
+            seed: plan.seed ^ u64::from(number) ^ u64::from(layer) << 8,
             first_frame_at,
-        })
+        });
+        layers.collect()
     }
-}
 
-/// The number of a track in frame identities and in the [`crate::engine::Roster`].
-pub(super) fn track_number(kind: Kind) -> u8 {
-    match kind {
-        Kind::Audio => 0,
-        Kind::Video => 1,
+    fn simulcast_layer(&self, negotiated: &NegotiatedMedia, rid: &str) -> SimulcastLayer {
+        // An id of 0 is none: the shard refuses it, and the track is missed. Without mid and rid the server could not tell layers apart.
+        let id = |extension| negotiated.extensions.id(extension);
+        SimulcastLayer {
+            mid: negotiated.mid.clone(),
+            rid: rid.into(),
+            mid_extension: id(Extension::Mid).unwrap_or(0),
+            rid_extension: id(Extension::Rid).unwrap_or(0),
+            repaired_rid_extension: id(Extension::RepairedRid),
+            track_bitrate: Bitrate::from_bps(self.layers.iter().map(|layer| layer.source.bitrate().bps()).sum()),
+        }
+    }
+
+    /// The layers that somebody watches, one bit each; of a track with one layer that is the one, whatever it is called.
+    pub(super) fn watched_layers(&self, update: &proto::SubscribedQualityUpdate) -> Option<u8> {
+        // We publish one codec.
+        let codec = update.subscribed_codecs.first()?;
+        let bit = |quality: &proto::SubscribedQuality| match self.layers.len() {
+            1 => 1,
+            _ => 1u8.checked_shl(quality.quality.unsigned_abs()).unwrap_or(0),
+        };
+        let watched = codec.qualities.iter().filter(|quality| quality.enabled).map(bit);
+        Some(watched.fold(0, |layers, bit| layers | bit))
     }
 }
 
@@ -82,50 +186,25 @@ fn slot_offset(index: u32, track: u8, interval: Duration) -> Duration {
     Duration::from_nanos(((interval.as_nanos() * u128::from(turn)) >> 32) as u64)
 }
 
-fn local_track(plan: &ParticipantPlan, kind: Kind) -> LocalTrack {
-    let name = match kind {
-        Kind::Audio => "audio",
-        Kind::Video => "video",
-    };
-    // Distinct for the participant's few SSRCs by the low bits, and unguessable enough to be distinct in a room.
-    let base = (plan.seed >> 16) as u32 & !0xF;
-    let number = u32::from(track_number(kind)) * 4;
-    LocalTrack {
-        kind,
-        cid: format!("{}-{name}", plan.identity),
-        stream_id: plan.identity.clone(),
-        ssrc: base | number | 2,
-        rtx_ssrc: (kind == Kind::Video).then_some(base | number | 3),
-        rids: Vec::new(),
-    }
-}
-
 pub(super) fn add_track_request(track: &Track) -> proto::AddTrackRequest {
     let mut request = proto::AddTrackRequest {
         cid: track.local.cid.clone(),
         name: track.local.cid.clone(),
         ..Default::default()
     };
-    match &track.source {
-        Source::Audio(_) => {
+    match track.kind() {
+        Kind::Audio => {
             request.r#type = proto::TrackType::Audio.into();
             request.source = proto::TrackSource::Microphone.into();
             request.disable_red = true;
         }
-        Source::Video(clip) => {
-            let spec = clip.spec();
+        Kind::Video => {
             request.r#type = proto::TrackType::Video.into();
             request.source = proto::TrackSource::Camera.into();
-            (request.width, request.height) = (spec.width, spec.height);
-            let layer = proto::VideoLayer {
-                quality: proto::VideoQuality::High.into(),
-                width: spec.width,
-                height: spec.height,
-                bitrate: u32::try_from(spec.bitrate.bps()).unwrap_or(u32::MAX),
-                ssrc: track.local.ssrc,
-                ..Default::default()
-            };
-            request.layers = vec![layer];
+            request.layers = video_layers(track);
+            if let Some(top) = request.layers.last() {
+                (request.width, request.height) = (top.width, top.height);
+            }
             let features = [
                 proto::PacketTrailerFeature::PtfUserTimestamp,
                 proto::PacketTrailerFeature::PtfFrameId,
@@ -134,7 +213,39 @@ pub(super) fn add_track_request(track: &Track) -> proto::AddTrackRequest {
             request.packet_trailer_features = features.into_iter().map(Into::into).collect();
         }
     }
+    if track.layers.len() > 1 {
+        // What makes the server call the track simulcast.
+        request.simulcast_codecs = vec![proto::SimulcastCodec {
+            codec: "vp8".into(),
+            cid: track.local.cid.clone(),
+            layers: request.layers.clone(),
+            ..Default::default()
+        }];
+    }
     request
+}
+
+/// Without them the server says that nobody watches anything. A single layer counts as high, several from low on.
+fn video_layers(track: &Track) -> Vec<proto::VideoLayer> {
+    let mut layers = Vec::new();
+    for (at, layer) in track.layers.iter().enumerate() {
+        let Source::Video(clip) = &layer.source else { continue };
+        let spec = clip.spec();
+        let quality = match track.layers.len() {
+            1 => proto::VideoQuality::High,
+            _ => [proto::VideoQuality::Low, proto::VideoQuality::Medium, proto::VideoQuality::High][at],
+        };
+        layers.push(proto::VideoLayer {
+            quality: quality.into(),
+            width: spec.width,
+            height: spec.height,
+            bitrate: u32::try_from(spec.bitrate.bps()).unwrap_or(u32::MAX),
+            ssrc: layer.ssrc,
+            rid: track.local.rids.get(at).cloned().unwrap_or_default(),
+            ..Default::default()
+        });
+    }
+    layers
 }
 
 pub(super) fn stream_parameters(track: &RemoteTrack, announced_at: Time) -> StreamParameters {

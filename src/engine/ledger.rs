@@ -1,0 +1,342 @@
+//! What one subscription ought to have received of a track, whichever layers it was given, and what of it arrived.
+//!
+//! The truth is the publisher's: frame numbers and intended moments are read from the frames, and how many there are from the [`Roster`]. A subscription is
+//! a row of *stretches*, each on one layer. Of a stretch every frame from its first to its last is expected; between two stretches, those of the earlier
+//! layer whose turn came before the later one began.
+
+use std::time::Duration;
+
+use super::Roster;
+use crate::media::assemble::{DeliveredWindow, Delivery};
+use crate::media::identity::FrameIdentity;
+
+/// Intended moments are rounded up to whole milliseconds: two of them lie up to this much closer together or further apart than their slots.
+const SLOT_ROUNDING_US: u64 = 1_000;
+
+#[derive(Default)]
+pub struct Ledger {
+    current: Stretch,
+    /// The one before: what is repaired late may still be of it.
+    previous: Stretch,
+    /// Expected of all before those.
+    settled_expected: u64,
+    settled_delivered: u64,
+    /// Nothing was asked for: what comes still belongs to the current stretch, and what does not come is not missed.
+    paused: bool,
+    /// Asked for again; the next new frame begins a stretch.
+    resumed: bool,
+    /// How far the current layer was when the subscription ended.
+    ended_at: Option<u32>,
+}
+
+/// Frames of one layer, without a break.
+#[derive(Default)]
+struct Stretch {
+    layer: u8,
+    /// No frames in between are missed: nobody had asked for them.
+    after_pause: bool,
+    /// How many frames the layer had sent when the next stretch began.
+    sent: u32,
+    /// Intended moments of its first frame and its last.
+    first_at: u64,
+    last_at: u64,
+    window: DeliveredWindow,
+}
+
+impl Stretch {
+    fn deliver(&mut self, identity: &FrameIdentity) -> Delivery {
+        let delivery = self.window.deliver(identity.frame);
+        if self.window.range().is_some_and(|(first, _)| first == identity.frame) {
+            self.first_at = identity.intended_unix_us;
+        }
+        if self.window.range().is_some_and(|(_, last)| last == identity.frame) {
+            self.last_at = identity.intended_unix_us;
+        }
+        delivery
+    }
+
+    fn first(&self) -> Option<u32> {
+        self.window.range().map(|(first, _)| first)
+    }
+
+    fn last(&self) -> Option<u32> {
+        self.window.range().map(|(_, last)| last)
+    }
+
+    /// Frames from the first to the last.
+    fn len(&self) -> u64 {
+        self.window.range().map_or(0, |(first, last)| u64::from(last - first) + 1)
+    }
+
+    /// Frames of this layer that were due, and sent, before `next` began.
+    fn missed_before(&self, next: &Stretch, interval: Duration) -> u64 {
+        let (Some(last), false, interval_us) = (self.last(), next.after_pause, interval.as_micros() as u64) else {
+            return 0;
+        };
+        let apart = next.first_at.saturating_sub(self.last_at).saturating_sub(SLOT_ROUNDING_US);
+        let slots = apart.div_ceil(interval_us.max(1)).saturating_sub(1);
+        // A layer that rested had fewer frames than slots.
+        slots.min(u64::from(self.sent.saturating_sub(last + 1)))
+    }
+}
+
+impl Ledger {
+    /// Takes a whole frame of the track. Only the first delivery of an expected frame is [`Delivery::First`].
+    pub fn deliver(&mut self, identity: &FrameIdentity, roster: &Roster) -> Delivery {
+        let Some(last) = self.current.last() else {
+            self.current.layer = identity.layer;
+            return self.current.deliver(identity);
+        };
+        if identity.layer == self.current.layer {
+            if self.resumed && identity.frame > last {
+                self.begin_stretch(identity, roster);
+            }
+            return match self.is_of_an_older_stretch(identity) {
+                true => self.deliver_late(identity),
+                false => self.current.deliver(identity),
+            };
+        }
+        if self.is_late(identity) {
+            return self.deliver_late(identity);
+        }
+        self.begin_stretch(identity, roster);
+        self.current.deliver(identity)
+    }
+
+    /// A frame of the current layer from before the last switch to it.
+    fn is_of_an_older_stretch(&self, identity: &FrameIdentity) -> bool {
+        self.previous.last().is_some()
+            && self.current.first().is_some_and(|first| identity.frame < first)
+            && identity.intended_unix_us <= self.previous.last_at
+    }
+
+    /// A frame of another layer than the current one that was due before the switch.
+    fn is_late(&self, identity: &FrameIdentity) -> bool {
+        let of_previous = self.is_of_previous(identity);
+        let known = of_previous && self.previous.last().is_some_and(|last| identity.frame <= last);
+        let due_before = match of_previous {
+            // Both layers' frames of one moment may come: the earlier layer's ends its stretch.
+            true => identity.intended_unix_us <= self.current.first_at,
+            false => identity.intended_unix_us < self.current.first_at,
+        };
+        known || due_before
+    }
+
+    fn is_of_previous(&self, identity: &FrameIdentity) -> bool {
+        self.previous.last().is_some() && identity.layer == self.previous.layer
+    }
+
+    /// What is older than the previous stretch cannot be told from what was counted.
+    fn deliver_late(&mut self, identity: &FrameIdentity) -> Delivery {
+        let in_previous = self.is_of_previous(identity) && self.previous.first().is_some_and(|first| identity.frame >= first);
+        match in_previous {
+            true => self.previous.deliver(identity),
+            false => Delivery::TooOld,
+        }
+    }
+
+    fn begin_stretch(&mut self, identity: &FrameIdentity, roster: &Roster) {
+        let (origin, track) = (identity.origin, identity.track);
+        let interval = roster.frame_interval(origin, track, self.previous.layer);
+        self.settled_expected += self.previous.len() + self.previous.missed_before(&self.current, interval);
+        self.settled_delivered += self.previous.window.delivered();
+        self.current.sent = roster.frames(origin, track, self.current.layer);
+        let next = Stretch {
+            layer: identity.layer,
+            after_pause: self.resumed,
+            ..Stretch::default()
+        };
+        self.resumed = false;
+        self.previous = std::mem::replace(&mut self.current, next);
+    }
+
+    /// The subscriber wants nothing for now.
+    pub fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    pub fn resume(&mut self) {
+        self.resumed = self.resumed || self.paused && !self.is_empty();
+        self.paused = false;
+    }
+
+    /// Nothing more is expected than what was sent by now.
+    pub fn end(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
+        let sent = origin.map_or(0, |(origin, track)| roster.frames(origin, track, self.current.layer));
+        self.ended_at.get_or_insert(sent);
+    }
+
+    /// No frame has come yet.
+    pub fn is_empty(&self) -> bool {
+        self.current.last().is_none()
+    }
+
+    pub fn delivered(&self) -> u64 {
+        self.settled_delivered + self.previous.window.delivered() + self.current.window.delivered()
+    }
+
+    /// Frames that ought to have arrived by now.
+    pub fn expected(&self, origin: Option<(u32, u8)>, roster: &Roster) -> u64 {
+        let (Some((origin, track)), Some(first)) = (origin, self.current.first()) else {
+            return 0;
+        };
+        let interval = roster.frame_interval(origin, track, self.previous.layer);
+        let sent = self.ended_at.unwrap_or_else(|| roster.frames(origin, track, self.current.layer));
+        let of_current = match self.paused || self.resumed {
+            true => self.current.len(),
+            false => u64::from(sent.saturating_sub(first)),
+        };
+        self.settled_expected + self.previous.len() + self.previous.missed_before(&self.current, interval) + of_current
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Time;
+
+    const MS: u64 = 1_000;
+    /// Frames a second of each layer.
+    const RATES: [u64; 3] = [15, 20, 30];
+
+    /// A publisher of three layers from time 0 on, each at its own pace, and what a subscriber makes of it.
+    struct World {
+        roster: Roster,
+        ledger: Ledger,
+    }
+
+    fn frame(layer: u8, number: u32) -> FrameIdentity {
+        let slot = u64::from(number) * 1_000_000 / RATES[usize::from(layer)];
+        FrameIdentity {
+            intended_unix_us: slot.div_ceil(MS) * MS,
+            track: 1,
+            layer,
+            frame: number,
+            ..FrameIdentity::default()
+        }
+    }
+
+    impl World {
+        /// All layers have sent what was due by `until`, in microseconds.
+        fn new(until: u64) -> World {
+            let roster = Roster::new(0, [0].into_iter());
+            for layer in 0..3 {
+                let rate = RATES[usize::from(layer)];
+                roster.set_published(&frame(layer, 0), Time::from_millis(1), Duration::from_micros(1_000_000 / rate));
+                roster.set_frames(&frame(layer, 0), (until * rate / 1_000_000) as u32 + 1);
+            }
+            World {
+                roster,
+                ledger: Ledger::default(),
+            }
+        }
+
+        fn deliver(&mut self, layer: u8, frames: impl IntoIterator<Item = u32>) -> Vec<Delivery> {
+            frames
+                .into_iter()
+                .map(|number| self.ledger.deliver(&frame(layer, number), &self.roster))
+                .collect()
+        }
+
+        fn expected(&self) -> u64 {
+            self.ledger.expected(Some((0, 1)), &self.roster)
+        }
+    }
+
+    #[test]
+    fn on_one_layer_all_frames_from_the_first_that_came_are_expected() {
+        let mut world = World::new(1_000 * MS);
+        world.deliver(2, [5, 6, 8, 9]);
+        assert_eq!((world.ledger.delivered(), world.expected()), (4, 31 - 5));
+        world.ledger.end(Some((0, 1)), &world.roster);
+        world.roster.set_frames(&frame(2, 0), 1_000);
+        assert_eq!(world.expected(), 31 - 5);
+    }
+
+    #[test]
+    fn a_switch_that_loses_nothing_expects_nothing_more_whatever_the_phases() {
+        for from in 0..3u8 {
+            for to in (0..3u8).filter(|to| *to != from) {
+                // With the earlier layer's picture of the moment of the switch, and without: it is the same picture.
+                for (first, both) in (7..40).flat_map(|first| [(first, true), (first, false)]) {
+                    let mut world = World::new(10_000 * MS);
+                    let switch_at = frame(to, first).intended_unix_us;
+                    let due = |number: &u32| frame(from, *number).intended_unix_us < switch_at + u64::from(both);
+                    world.deliver(from, (3..).take_while(due));
+                    world.deliver(to, first..first + 10);
+                    world.roster.set_frames(&frame(to, 0), first + 10);
+                    assert_eq!(world.expected(), world.ledger.delivered(), "from {from} to {to} at {first}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_earlier_layer_sent_before_the_later_one_began_is_missed() {
+        let mut world = World::new(2_000 * MS);
+        world.deliver(0, 0..=3);
+        // The lowest layer's last frame was meant for 200 ms, the highest one's first for 500: 267, 334, 400 and 467 ms are missing.
+        world.deliver(2, 15..=60);
+        assert_eq!(world.expected(), 4 + 4 + 46);
+        // One of them is repaired late; the count of those expected does not change.
+        assert_eq!(world.deliver(0, [5]), [Delivery::First]);
+        assert_eq!((world.expected(), world.ledger.delivered()), (54, 51));
+        assert_eq!(world.deliver(0, [5, 3]), [Delivery::Duplicate, Delivery::Duplicate]);
+        // Back again, at once: 61 frames of the highest layer were sent, the last for 2.0 s.
+        world.roster.set_frames(&frame(0, 0), 32);
+        world.deliver(0, [31]);
+        assert_eq!((world.expected(), world.ledger.delivered()), (55, 52));
+    }
+
+    #[test]
+    fn a_layer_that_rested_is_not_missed() {
+        let mut world = World::new(2_000 * MS);
+        world.roster.set_frames(&frame(2, 0), 10);
+        world.deliver(2, 0..10);
+        world.deliver(0, 15..=30);
+        assert_eq!((world.expected(), world.ledger.delivered()), (10 + 16, 26));
+    }
+
+    #[test]
+    fn frames_from_before_the_previous_stretch_count_neither_way() {
+        let mut world = World::new(3_000 * MS);
+        world.deliver(0, [0, 1, 3]);
+        world.deliver(1, 5..=20);
+        world.deliver(0, 15..=45);
+        let (expected, delivered) = (world.expected(), world.ledger.delivered());
+        assert_eq!(expected, 4 + 16 + 31);
+        assert_eq!(world.deliver(0, [2]), [Delivery::TooOld]);
+        assert_eq!((world.expected(), world.ledger.delivered()), (expected, delivered));
+        assert_eq!(world.deliver(1, [20, 4]), [Delivery::Duplicate, Delivery::TooOld]);
+        assert_eq!(world.deliver(0, [14]), [Delivery::TooOld]);
+    }
+
+    #[test]
+    fn layers_of_one_moment_count_once_each() {
+        let mut world = World::new(2_000 * MS);
+        world.deliver(0, [6]);
+        world.deliver(1, [8]);
+        world.deliver(2, 12..=60);
+        assert_eq!((world.expected(), world.ledger.delivered()), (1 + 1 + 49, 51));
+        assert_eq!(world.deliver(1, [8]), [Delivery::Duplicate]);
+    }
+
+    #[test]
+    fn what_nobody_asked_for_is_not_expected() {
+        let mut world = World::new(3_000 * MS);
+        world.deliver(2, 0..=20);
+        world.ledger.pause();
+        assert_eq!(world.expected(), 21);
+        // Under way when the server heard of it.
+        world.deliver(2, [22]);
+        assert_eq!(world.expected(), 23);
+        world.ledger.resume();
+        assert_eq!(world.expected(), 23, "not before the first frame comes");
+        world.deliver(2, 70..=90);
+        assert_eq!((world.expected(), world.ledger.delivered()), (23 + 21, 22 + 21));
+        world.ledger.pause();
+        world.ledger.resume();
+        world.deliver(0, 44..=45);
+        assert_eq!((world.expected(), world.ledger.delivered()), (44 + 2, 43 + 2));
+    }
+}
