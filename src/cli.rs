@@ -270,6 +270,9 @@ struct PaceArgs {
     /// Joins per second, whatever becomes of earlier ones
     #[arg(long, value_name = "R", default_value = "50", value_parser = join_rate)]
     num_per_second: f64,
+    /// Try a failed join again so often; its times count from when the first try was intended
+    #[arg(long, value_name = "N", default_value = "0", value_parser = whole_number)]
+    join_retries: u32,
     /// From the end of joining: 20, 20s, 30m or 1h
     #[arg(long, value_name = "TIME", default_value = "15s", value_parser = run_duration)]
     duration: Duration,
@@ -377,6 +380,7 @@ impl RunArgs {
             simulate_speakers: self.media.simulate_speakers,
             pacing: self.media.pacing.into(),
             joins_per_second: self.pace.num_per_second,
+            join_retries: self.pace.join_retries,
             duration: self.pace.duration,
             seed: self.engine.seed.unwrap_or(fresh & 0xFFFF_FFFF),
             run_tag: (fresh >> 32) as u32,

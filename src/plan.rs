@@ -49,6 +49,8 @@ pub struct Plan {
     pub pacing: Pacing,
     /// Joins are started at this rate whatever becomes of earlier ones (open loop).
     pub joins_per_second: f64,
+    /// How often a join that failed is tried again.
+    pub join_retries: u32,
     /// From the end of joining to the end of measuring.
     pub duration: Duration,
     /// Everything that is random below the plan comes from here.
@@ -720,6 +722,7 @@ pub(crate) mod tests {
             simulate_speakers: false,
             pacing: Pacing::Paced,
             joins_per_second: 50.0,
+            join_retries: 0,
             duration: Duration::from_secs(15),
             seed: 7,
             run_tag: 0xC0FF_EE01,

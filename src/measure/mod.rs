@@ -148,8 +148,7 @@ impl Record {
 /// Whether this version fills a counter of the session (`None`) or of one kind of media. One that it does not fill is unknown, which is not 0.
 pub fn is_measured(kind: Option<Kind>, counter: &str) -> bool {
     match kind {
-        // Nobody tries a failed join again, or resumes a lost session, yet.
-        None => !matches!(counter, "joins_retried" | "reconnects_ok" | "reconnects_failed"),
+        None => true,
         // What a listener would hear as a gap needs a model of the jitter buffer.
         Some(Kind::Audio) => counter != "freezes",
         Some(Kind::Video) => true,

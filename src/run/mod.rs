@@ -122,7 +122,8 @@ struct Worker {
 struct SessionBook {
     joined: u32,
     failed: u32,
-    disconnected: u32,
+    /// Were in, and are not now.
+    gone: u32,
     server_version: Option<String>,
     failures: BTreeMap<String, u64>,
     ended: BTreeMap<u32, Ended>,
@@ -180,6 +181,7 @@ impl<'a> Test<'a> {
             layout: plan.layout,
             video_layers: plan.video_layers(),
             single_connection: plan.connection == Connection::Single,
+            join_retries: plan.join_retries,
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
             shards: workers.iter().map(|worker| worker.commands.clone()).collect(),
             notices: notice_sender,
@@ -296,10 +298,7 @@ impl<'a> Test<'a> {
             if let Some(until) = done(self) {
                 return until;
             }
-            if self.sessions.joined > 0
-                && self.sessions.disconnected == self.sessions.joined
-                && self.sessions.joined + self.sessions.failed == self.plan.total_participants()
-            {
+            if self.sessions.joined > 0 && self.sessions.ended.len() == self.plan.total_participants() as usize {
                 return Until::Abandoned;
             }
             tokio::select! {
@@ -354,8 +353,15 @@ impl<'a> Test<'a> {
                 session.joins_failed += 1;
                 *self.sessions.failures.entry(format!("join: {reason}")).or_default() += 1;
             }
+            Notice::JoinRetried => session.joins_retried += 1,
+            Notice::Reconnected { after, resumed, .. } => {
+                self.sessions.gone -= u32::from(!resumed);
+                session.reconnects_ok += 1;
+                session.reconnect.record(after);
+            }
+            Notice::ReconnectFailed { .. } => session.reconnects_failed += 1,
             Notice::Disconnected { reason, .. } => {
-                self.sessions.disconnected += 1;
+                self.sessions.gone += 1;
                 session.disconnects += 1;
                 *self.sessions.failures.entry(format!("disconnected: {reason}")).or_default() += 1;
             }
@@ -432,8 +438,8 @@ impl<'a> Test<'a> {
         let deadline = tokio::time::Instant::now() + LEAVE_TIMEOUT;
         // The channel closes with the last session, those that were still joining included.
         while let Ok(Some(notice)) = tokio::time::timeout_at(deadline, self.notices.recv()).await {
-            // What else happens to those who are leaving is no news.
-            if matches!(notice, Notice::Ended(_)) {
+            // Who was still on its way back says so now; what else happens to those who are leaving is no news.
+            if matches!(notice, Notice::Ended(_) | Notice::Disconnected { .. }) {
                 self.take_notice(notice);
             }
         }
@@ -480,7 +486,7 @@ impl<'a> Test<'a> {
     }
 
     fn present(&self) -> u32 {
-        self.sessions.joined - self.sessions.disconnected
+        self.sessions.joined - self.sessions.gone
     }
 
     fn snapshot(&self, now: Time) -> Snapshot {

@@ -71,6 +71,14 @@ pub enum Connection {
     },
 }
 
+impl Connection {
+    /// One connection, with nothing to say on it yet.
+    pub const SINGLE: Connection = Connection::Single {
+        add_tracks: Vec::new(),
+        publisher_offer: None,
+    };
+}
+
 /// What a participant says of itself when it joins.
 #[derive(Clone, Debug)]
 pub struct JoinOptions {
@@ -459,6 +467,11 @@ impl SignalSender {
             rtt: i64::try_from(rtt.as_millis()).unwrap_or(i64::MAX),
         }))
         .await
+    }
+
+    /// After a resume: what we believe to be so.
+    pub async fn sync_state(&mut self, state: proto::SyncState) -> Result<(), SignalError> {
+        self.send(Request::SyncState(state)).await
     }
 
     /// Ends the session at once for everybody; dropping the connection instead leaves a ghost for some 20 seconds.

@@ -5,7 +5,9 @@
 //! With *two* connections (`/rtc`) the participant offers its tracks on the one, and the server everybody else's on the other. With *one* (`/rtc/v1`) all offers
 //! are ours: the first one travels with the join, has sections for the tracks that are known to be there, and the server says when it lacks more.
 
+mod failure;
 mod peers;
+mod reconnect;
 mod tracks;
 mod viewer;
 
@@ -18,9 +20,7 @@ use livekit_protocol::{self as proto, signal_request::Message as SignalRequest};
 use tokio::sync::{mpsc, watch};
 
 use super::Endpoint;
-use super::client::{
-    Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, Leave, SignalError, SignalReceiver, SignalSender, Trickle,
-};
+use super::client::{Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, SignalError, SignalReceiver, SignalSender, Trickle};
 use super::token::{ApiKey, Permissions};
 use crate::engine::{Command, Event as EngineEvent, NewPeer, Roster, StreamParameters, track_number};
 use crate::measure::{Kind, Timeline};
@@ -28,7 +28,9 @@ use crate::plan::{Layout, ParticipantPlan, VideoSpec};
 use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::{Answerer, Capabilities, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Setup, Trickled};
 use crate::units::{Epoch, Time};
-use peers::{Half, Role, udp_address};
+use failure::{Cure, Failure};
+use peers::{Change, Half, Role, udp_address};
+use reconnect::{Lost, RESUME_TIMEOUT};
 pub use tracks::{Media, TakingTurns};
 use tracks::{Track, add_track_request, stream_parameters};
 pub use viewer::Size;
@@ -40,6 +42,8 @@ pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Until the server names its own interval.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// A server that says nothing for so long is gone, until it names its own limit.
+const PING_TIMEOUT: Duration = Duration::from_secs(15);
 /// Where the server ends the DTLS session, its reason may still be on its way over the signalling connection: so long it is waited for.
 const LEAVE_WAIT: Duration = Duration::from_millis(500);
 /// Between the connection's first moment and the first frame: at least this, so that the slot lies ahead.
@@ -60,6 +64,8 @@ pub struct SessionContext {
     pub receive_buffer_bytes: usize,
     /// One peer connection a participant (`/rtc/v1`) instead of two.
     pub single_connection: bool,
+    /// How often a join that failed is tried again.
+    pub join_retries: u32,
     pub shards: Vec<Sender<Command>>,
     pub notices: mpsc::UnboundedSender<Notice>,
     /// Turns true when everybody is to leave.
@@ -100,10 +106,22 @@ pub enum Notice {
         index: u32,
         reason: String,
     },
-    /// Was in, and was thrown out or lost its connection.
+    /// A failed join is tried again.
+    JoinRetried,
+    /// Was in, and was thrown out or lost its connection for good; it may come back by joining anew.
     Disconnected {
         index: u32,
         reason: String,
+    },
+    /// Was in, lost its connection and has it again, so long after: the old session, or a new one after [`Notice::Disconnected`].
+    Reconnected {
+        index: u32,
+        after: Duration,
+        resumed: bool,
+    },
+    /// Has tried to come back, and given up.
+    ReconnectFailed {
+        index: u32,
     },
     SignalRtt(Duration),
     /// The server said who speaks.
@@ -168,8 +186,16 @@ struct Session {
     plan: ParticipantPlan,
     room: String,
     place: Place,
+    /// Of this attempt to join.
     timeline: Timeline,
+    /// Of the attempt that succeeded first.
+    first_timeline: Option<Timeline>,
+    /// This attempt has succeeded.
     joined: bool,
+    /// What the server calls this session, to resume it.
+    sid: String,
+    join_retries: u32,
+    lost: Option<Lost>,
     disconnects: u32,
     publisher: Half,
     subscriber: Half,
@@ -192,6 +218,8 @@ struct Offering {
     is_open: bool,
     /// The server asked for another offer, with so many more sections.
     wanted: Option<Sections>,
+    /// The receiving sections so far.
+    sections: Sections,
 }
 
 /// The signalling connection, and what is kept for it.
@@ -199,6 +227,9 @@ struct Signal {
     sender: SignalSender,
     receiver: SignalReceiver,
     ping: tokio::time::Interval,
+    /// So long the server may be silent.
+    ping_timeout: Duration,
+    heard_at: Time,
     rtt: Duration,
 }
 
@@ -208,47 +239,41 @@ struct EngineEvents {
     receiver: mpsc::UnboundedReceiver<EngineEvent>,
 }
 
-/// Why a session ended before the run did.
-#[derive(Debug)]
-struct Failure {
-    reason: String,
-}
-
-impl Failure {
-    fn of(reason: impl Into<String>) -> Failure {
-        Failure { reason: reason.into() }
-    }
-}
-
-impl From<&Leave> for Failure {
-    fn from(leave: &Leave) -> Failure {
-        Failure::of(format!("the server ended the session: {}", leave.reason.as_str_name().to_lowercase()))
-    }
-}
-
-impl From<SignalError> for Failure {
-    fn from(error: SignalError) -> Failure {
-        Failure::of(error.to_string())
-    }
-}
-
 impl Signal {
-    fn new(sender: SignalSender, receiver: SignalReceiver) -> Signal {
+    fn new(sender: SignalSender, receiver: SignalReceiver, now: Time) -> Signal {
         let mut signal = Signal {
             sender,
             receiver,
             ping: tokio::time::interval(PING_INTERVAL),
+            ping_timeout: PING_TIMEOUT,
+            heard_at: now,
             rtt: Duration::ZERO,
         };
-        signal.set_ping_interval(PING_INTERVAL);
+        signal.set_ping(PING_INTERVAL, PING_TIMEOUT);
         signal
     }
 
-    fn set_ping_interval(&mut self, interval: Duration) {
-        if !interval.is_zero() {
+    fn set_ping(&mut self, interval: Duration, timeout: Duration) {
+        if !interval.is_zero() && !timeout.is_zero() {
+            self.ping_timeout = timeout;
             self.ping = tokio::time::interval_at(tokio::time::Instant::now() + interval, interval);
             self.ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         }
+    }
+
+    /// Asks for a sign of life, unless there has been none for too long.
+    async fn ping(&mut self, now: Time) -> Result<(), Failure> {
+        if now.since(self.heard_at) > self.ping_timeout {
+            return Err(Failure::lost(format!("the server was silent for {:?}", self.ping_timeout)));
+        }
+        Ok(self.sender.ping(now.as_micros() as i64, self.rtt).await?)
+    }
+}
+
+impl EngineEvents {
+    fn new() -> EngineEvents {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        EngineEvents { sender, receiver }
     }
 }
 
@@ -260,12 +285,16 @@ impl Session {
                 intended,
                 ..Timeline::default()
             },
+            first_timeline: None,
             joined: false,
+            sid: String::new(),
+            join_retries: 0,
+            lost: None,
             disconnects: 0,
             publisher: Half::new(context.single_connection || !tracks.is_empty()),
             subscriber: Half::new(!context.single_connection && plan.subscribes),
             offering: Offering {
-                wanted: context.single_connection.then_some(tracks_ahead),
+                wanted: Some(tracks_ahead),
                 ..Offering::default()
             },
             answerer: Answerer::new(Capabilities::SUBSCRIBER),
@@ -279,13 +308,39 @@ impl Session {
         }
     }
 
-    /// Joins and stays. `Ok` when the run tells everybody to leave.
+    /// Joins and stays, whatever it takes. `Ok` when the run tells everybody to leave.
     async fn live(&mut self, requests: &mut mpsc::UnboundedReceiver<Request>) -> Result<(), Failure> {
+        let mut leave = self.context.leave.clone();
+        loop {
+            let Err(failure) = self.visit(requests).await else { return Ok(()) };
+            let Some(pause) = self.pause_after(&failure) else { return Err(failure) };
+            self.start_over();
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = leaving(&mut leave) => return Ok(()),
+            }
+        }
+    }
+
+    /// One session, from the join until it is gone or everybody is to leave. Where only signalling is lost, it is resumed.
+    async fn visit(&mut self, requests: &mut mpsc::UnboundedReceiver<Request>) -> Result<(), Failure> {
         self.timeline.started = Some(self.context.epoch.now());
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let mut engine = EngineEvents { sender, receiver };
-        let mut signal = self.open_signal().await?;
-        self.attend(&mut signal, &mut engine, requests).await
+        let mut leave = self.context.leave.clone();
+        let mut engine = EngineEvents::new();
+        let mut signal = self.open_signal(false).await?;
+        loop {
+            let Err(failure) = self.attend(&mut signal, &mut engine, requests).await else {
+                return Ok(());
+            };
+            let (Cure::Resume { restart_ice }, true) = (failure.cure, self.joined) else {
+                return Err(failure);
+            };
+            self.lost = Some(Lost::at(self.context.epoch.now()));
+            signal = tokio::select! {
+                resumed = self.resume(failure, restart_ice) => resumed?,
+                () = leaving(&mut leave) => return Ok(()),
+            };
+        }
     }
 
     /// Does what server and shard ask for, until the run tells everybody to leave.
@@ -295,9 +350,7 @@ impl Session {
         engine: &mut EngineEvents,
         requests: &mut mpsc::UnboundedReceiver<Request>,
     ) -> Result<(), Failure> {
-        let deadline = tokio::time::sleep_until(tokio::time::Instant::from_std(
-            self.context.epoch.instant(self.timeline.intended + JOIN_TIMEOUT),
-        ));
+        let deadline = tokio::time::sleep_until(tokio::time::Instant::from_std(self.context.epoch.instant(self.join_deadline())));
         tokio::pin!(deadline);
         let mut leave = self.context.leave.clone();
         loop {
@@ -310,20 +363,30 @@ impl Session {
                         return Err(reason.unwrap_or(failure));
                     }
                 }
-                event = signal.receiver.next() => self.handle_signal(event?, signal, &engine.sender).await?,
+                event = signal.receiver.next() => {
+                    signal.heard_at = self.context.epoch.now();
+                    self.handle_signal(event?, signal, &engine.sender).await?;
+                }
                 Some(request) = requests.recv() => self.handle_request(request, &mut signal.sender).await?,
                 () = leaving(&mut leave) => {
                     // The server sees a participant who says goodbye at once; one who is silent it keeps for 20 s.
                     let _ = tokio::time::timeout(Duration::from_secs(2), signal.sender.leave()).await;
                     return Ok(());
                 }
-                _ = signal.ping.tick() => signal.sender.ping(self.context.epoch.now().as_micros() as i64, signal.rtt).await?,
-                () = &mut deadline, if !self.joined => return Err(Failure::of(self.timeout_reason())),
+                _ = signal.ping.tick() => signal.ping(self.context.epoch.now()).await?,
+                () = &mut deadline, if !self.joined => return Err(Failure::lost(self.timeout_reason())),
             }
         }
     }
 
-    async fn open_signal(&mut self) -> Result<Signal, Failure> {
+    /// The first attempt is judged from when it was intended, a later one from when it began.
+    fn join_deadline(&self) -> Time {
+        let is_first = self.join_retries == 0 && self.first_timeline.is_none();
+        let began = self.timeline.started.filter(|_| !is_first);
+        began.unwrap_or(self.timeline.intended) + JOIN_TIMEOUT
+    }
+
+    async fn open_signal(&mut self, resume: bool) -> Result<Signal, Failure> {
         let permissions = Permissions {
             publish: !self.tracks.is_empty(),
             subscribe: self.plan.subscribes,
@@ -335,32 +398,41 @@ impl Session {
             .context
             .api_key
             .join_token(&self.room, identity, identity, permissions, TOKEN_LIFETIME)
-            .map_err(|error| Failure::of(error.to_string()))?;
+            .map_err(|error| Failure::lasting(error.to_string()))?;
+        let timeout = if resume { RESUME_TIMEOUT } else { JOIN_TIMEOUT };
         let mut options = JoinOptions {
             auto_subscribe: self.plan.subscribes,
-            timeout: JOIN_TIMEOUT,
+            resume: resume.then(|| self.sid.clone()),
+            timeout,
             ..JoinOptions::default()
         };
         let context = self.context.clone();
         let opening = async {
             let dialled = Dialled::dial(&context.endpoint).await?;
-            self.local_ip = Some(dialled.local_ip);
-            if context.single_connection {
-                options.connection = self.first_offer()?;
+            if !resume {
+                self.local_ip = Some(dialled.local_ip);
             }
+            options.connection = match (context.single_connection, resume) {
+                (true, true) => Connection::SINGLE,
+                (true, false) => self.first_offer()?,
+                (false, _) => Connection::Dual,
+            };
             Ok::<_, Failure>(dialled.join(&token, &options).await?)
         };
-        let (sender, receiver, _) = tokio::time::timeout(JOIN_TIMEOUT, opening)
+        let (sender, receiver, _) = tokio::time::timeout(timeout, opening)
             .await
-            .map_err(|_| SignalError::Timeout { after: JOIN_TIMEOUT })??;
-        self.timeline.signal_connected = Some(self.phase(Phase::SignalConnect));
-        Ok(Signal::new(sender, receiver))
+            .map_err(|_| SignalError::Timeout { after: timeout })??;
+        let now = self.context.epoch.now();
+        if !resume {
+            self.timeline.signal_connected = Some(now);
+        }
+        Ok(Signal::new(sender, receiver, now))
     }
 
     async fn handle_signal(&mut self, event: SignalEvent, signal: &mut Signal, engine: &mpsc::UnboundedSender<EngineEvent>) -> Result<(), Failure> {
         match event {
             SignalEvent::Join(join) => self.handle_join(&join, signal).await,
-            SignalEvent::TrackPublished { cid, track } => self.handle_track_published(&cid, track.sid, &mut signal.sender).await,
+            SignalEvent::TrackPublished { cid, track } => self.handle_track_published(&cid, track, &mut signal.sender).await,
             SignalEvent::Offer(offer) => self.handle_offer(&offer, &mut signal.sender, engine).await,
             SignalEvent::Answer(answer) => self.handle_answer(&answer, &mut signal.sender, engine).await,
             SignalEvent::MediaSections { audio, video } => {
@@ -385,18 +457,19 @@ impl Session {
                 Ok(())
             }
             SignalEvent::Leave(leave) => Err(Failure::from(&leave)),
-            SignalEvent::Closed { reason, .. } if reason.is_empty() => Err(Failure::of("the server closed the signalling connection")),
-            SignalEvent::Closed { reason, .. } => Err(Failure::of(format!("the server closed the signalling connection: {reason}"))),
+            SignalEvent::Closed { reason, .. } if reason.is_empty() => Err(Failure::lost("the server closed the signalling connection")),
+            SignalEvent::Closed { reason, .. } => Err(Failure::lost(format!("the server closed the signalling connection: {reason}"))),
             _ => Ok(()),
         }
     }
 
     async fn handle_join(&mut self, join: &Join, signal: &mut Signal) -> Result<(), Failure> {
-        self.timeline.signal_joined = Some(self.phase(Phase::SignalJoin));
+        self.timeline.signal_joined = Some(self.context.epoch.now());
+        self.sid.clone_from(&join.participant_sid);
         self.notify(Notice::Server {
             version: join.server_version.clone(),
         });
-        signal.set_ping_interval(join.ping_interval);
+        signal.set_ping(join.ping_interval, join.ping_timeout);
         if !self.context.single_connection {
             for track in &self.tracks {
                 signal.sender.add_track(add_track_request(track)).await?;
@@ -406,11 +479,11 @@ impl Session {
     }
 
     /// With two connections our offer follows when the server knows every track.
-    async fn handle_track_published(&mut self, cid: &str, sid: String, sender: &mut SignalSender) -> Result<(), Failure> {
+    async fn handle_track_published(&mut self, cid: &str, info: Box<proto::TrackInfo>, sender: &mut SignalSender) -> Result<(), Failure> {
         if let Some(track) = self.tracks.iter_mut().find(|track| track.local.cid == cid) {
-            track.sid = Some(sid);
+            track.info = Some(info);
         }
-        if self.offering.id > 0 || self.tracks.iter().any(|track| track.sid.is_none()) {
+        if self.offering.id > 0 || !self.tracks.iter().all(|track| track.info.is_some()) {
             return Ok(());
         }
         let (offer, id) = self.next_offer()?;
@@ -432,10 +505,12 @@ impl Session {
             id,
             is_open,
             wanted,
+            sections,
         } = &mut self.offering;
-        let refused = |error| Failure::of(format!("our offer: {error}"));
+        let refused = |error| Failure::lasting(format!("our offer: {error}"));
+        let wanted = wanted.take().unwrap_or_default();
         if self.context.single_connection {
-            let wanted = wanted.take().unwrap_or_default();
+            sections.add(wanted);
             // A connection needs a section to come up with, even where nothing is to be sent or received yet.
             let nothing = wanted == Sections::default() && offerer.is_empty() && self.tracks.is_empty();
             offerer
@@ -448,7 +523,7 @@ impl Session {
         }
         *id += 1;
         *is_open = true;
-        let ip = self.local_ip.ok_or_else(|| Failure::of("no local address"))?;
+        let ip = self.local_ip.ok_or_else(|| Failure::lasting("no local address"))?;
         let local = self.publisher.open(ip, &self.context, self.plan.seed >> 1)?;
         Ok((offerer.offer(local), *id))
     }
@@ -476,22 +551,20 @@ impl Session {
             .offering
             .offerer
             .handle_answer(&answer.sdp)
-            .map_err(|error| Failure::of(format!("the server's answer: {error}")))?;
+            .map_err(|error| Failure::lasting(format!("the server's answer: {error}")))?;
         for (track, media) in self.tracks.iter_mut().zip(&negotiated.media) {
             track.negotiated = Some(media.clone()).filter(|media| media.accepted);
         }
         if self.tracks.iter().any(|track| track.negotiated.is_none()) {
-            return Err(Failure::of("the server did not accept a track that we publish (is its codec enabled?)"));
+            return Err(Failure::lasting(
+                "the server did not accept a track that we publish (is its codec enabled?)",
+            ));
         }
-        self.add_peer(Role::Publisher, &negotiated.remote, true, Setup::Active, engine);
+        self.take_remote(Role::Publisher, &negotiated.remote, true, Setup::Active, engine);
         self.take_streams(Role::Publisher, &negotiated.removed, negotiated.added.iter().chain(&negotiated.updated));
         self.tell_what_is_watched(sender).await?;
         self.offering.is_open = false;
-        if self.context.single_connection {
-            self.offer_if_wanted(sender).await
-        } else {
-            Ok(())
-        }
+        self.offer_if_wanted(sender).await
     }
 
     async fn handle_offer(
@@ -500,14 +573,17 @@ impl Session {
         sender: &mut SignalSender,
         engine: &mpsc::UnboundedSender<EngineEvent>,
     ) -> Result<(), Failure> {
-        let ip = self.local_ip.ok_or_else(|| Failure::of("no local address"))?;
+        let ip = self.local_ip.ok_or_else(|| Failure::lasting("no local address"))?;
+        if self.subscriber.is_restarted_by(&offer.sdp) {
+            self.subscriber.draw_credentials();
+        }
         let local = self.subscriber.open(ip, &self.context, self.plan.seed >> 1)?;
         let answered = self
             .answerer
             .answer(&offer.sdp, local)
-            .map_err(|error| Failure::of(format!("the server's offer: {error}")))?;
+            .map_err(|error| Failure::lasting(format!("the server's offer: {error}")))?;
         // The shard first: the server's checks may come as soon as it has the answer.
-        self.add_peer(Role::Subscriber, &answered.remote, answered.remote.ice_lite, answered.setup, engine);
+        self.take_remote(Role::Subscriber, &answered.remote, answered.remote.ice_lite, answered.setup, engine);
         self.take_streams(Role::Subscriber, &answered.removed, answered.added.iter().chain(&answered.updated));
         // Before the answer: so nothing comes that nobody looks at.
         self.tell_what_is_watched(sender).await?;
@@ -559,7 +635,7 @@ impl Session {
 
     /// Layers that nobody watches rest (dynacast).
     fn handle_subscribed_quality(&self, update: &proto::SubscribedQualityUpdate) {
-        let track = self.tracks.iter().find(|track| track.sid.as_deref() == Some(&update.track_sid));
+        let track = self.tracks.iter().find(|track| track.sid() == Some(&update.track_sid));
         if let Some((track, layers)) = track.and_then(|track| Some((track, track.watched_layers(update)?))) {
             self.command(Command::SetLayers {
                 key: self.place.key,
@@ -572,7 +648,12 @@ impl Session {
     async fn handle_request(&mut self, request: Request, sender: &mut SignalSender) -> Result<(), Failure> {
         match request {
             Request::SetMuted { kind, muted } => {
-                let Some(sid) = self.tracks.iter().find(|track| track.kind() == kind).and_then(|track| track.sid.clone()) else {
+                let Some(sid) = self
+                    .tracks
+                    .iter()
+                    .find(|track| track.kind() == kind)
+                    .and_then(|track| track.sid().map(str::to_owned))
+                else {
                     return Ok(());
                 };
                 self.command(Command::SetMuted {
@@ -621,7 +702,10 @@ impl Session {
 
     fn handle_engine(&mut self, event: EngineEvent) -> Result<(), Failure> {
         match event {
-            EngineEvent::IceConnected { key, at } => self.half_of(key).ice_at = Some(at),
+            // Comes again after an ICE restart.
+            EngineEvent::IceConnected { key, at } => {
+                self.half_of(key).ice_at.get_or_insert(at);
+            }
             EngineEvent::Connected { key, at } => {
                 self.half_of(key).connected_at = Some(at);
                 if key == self.place.key {
@@ -630,12 +714,14 @@ impl Session {
                 return self.check_joined();
             }
             EngineEvent::FirstMedia { at, .. } => {
-                if self.timeline.first_media.is_none() {
-                    self.timeline.first_media = Some(at);
-                    self.notify(Notice::Phase(Phase::FirstMedia, at.since(self.timeline.intended)));
+                let timeline = self.first_timeline.as_mut().unwrap_or(&mut self.timeline);
+                if timeline.first_media.is_none() {
+                    timeline.first_media = Some(at);
+                    let after = at.since(timeline.intended);
+                    self.notify(Notice::Phase(Phase::FirstMedia, after));
                 }
             }
-            EngineEvent::Failed { failure, .. } => return Err(Failure::of(failure.describe())),
+            EngineEvent::Failed { failure, .. } => return Err(Failure::of(failure.describe(), Cure::Rejoin)),
         }
         Ok(())
     }
@@ -665,70 +751,109 @@ impl Session {
         let latest = |moment: fn(&Half) -> Option<Time>| moment(&self.publisher).max(moment(&self.subscriber));
         (self.timeline.ice_connected, self.timeline.dtls_connected) = (latest(|half| half.ice_at), latest(|half| half.connected_at));
         self.timeline.joined = self.timeline.dtls_connected.max(self.timeline.signal_joined);
-        for (phase, at) in [
-            (Phase::Ice, self.timeline.ice_connected),
-            (Phase::Dtls, self.timeline.dtls_connected),
-            (Phase::Join, self.timeline.joined),
-        ] {
-            if let Some(at) = at {
-                self.notify(Notice::Phase(phase, at.since(self.timeline.intended)));
-            }
+        if self.first_timeline.is_some() {
+            self.tell_reconnected();
+        } else {
+            self.first_timeline = Some(self.timeline);
+            self.tell_phases();
+            self.notify(Notice::Joined { index: self.plan.index });
         }
-        self.notify(Notice::Joined { index: self.plan.index });
         Ok(())
     }
 
-    /// Hands a connection to the shard, unless it has it already.
-    fn add_peer(&mut self, role: Role, remote: &RemoteTransport, ice_controlling: bool, setup: Setup, engine: &mpsc::UnboundedSender<EngineEvent>) {
-        let Some((socket, parameters)) = self.half_mut(role).take_parameters(remote, ice_controlling, setup) else {
-            return;
-        };
-        let peer = NewPeer {
-            participant: self.plan.index,
-            room: self.plan.room,
-            parameters,
-            rtcp_ssrc: self.plan.seed as u32 | 1,
-            cname: self.plan.identity.clone(),
-            intended_at: self.timeline.intended,
-        };
-        self.command(Command::AddPeer {
-            key: self.key(role),
-            socket: Some(socket),
-            peer: Box::new(peer),
-            events: engine.clone(),
-        });
-    }
-
-    fn end(self, failure: Option<Failure>) {
-        let index = self.plan.index;
-        if failure.is_some() {
-            // The server no longer knows this participant: its media must not go on.
-            for role in Role::BOTH {
-                self.command(Command::RemovePeer { key: self.key(role) });
+    /// The phases of the join that were reached in the attempt that counts: the one that succeeded, or the last one.
+    fn tell_phases(&self) {
+        let timeline = &self.timeline;
+        for (phase, at) in [
+            (Phase::SignalConnect, timeline.signal_connected),
+            (Phase::SignalJoin, timeline.signal_joined),
+            (Phase::Ice, timeline.ice_connected),
+            (Phase::Dtls, timeline.dtls_connected),
+            (Phase::Join, timeline.joined),
+        ] {
+            if let Some(at) = at {
+                self.notify(Notice::Phase(phase, at.since(timeline.intended)));
             }
         }
-        let mut disconnects = self.disconnects;
-        let failure = failure.map(|failure| failure.reason);
-        match (&failure, self.joined) {
-            (Some(reason), true) => {
-                disconnects += 1;
-                self.notify(Notice::Disconnected {
+    }
+
+    /// Takes the other end of a connection from a description: the shard gets a new connection, or one that it has restarts ICE.
+    fn take_remote(
+        &mut self,
+        role: Role,
+        remote: &RemoteTransport,
+        ice_controlling: bool,
+        setup: Setup,
+        engine: &mpsc::UnboundedSender<EngineEvent>,
+    ) {
+        let key = self.key(role);
+        let command = match self.half_mut(role).take_remote(remote, ice_controlling, setup) {
+            None => return,
+            Some(Change::Restart {
+                local,
+                remote,
+                remote_candidates,
+            }) => Command::RestartIce {
+                key,
+                local,
+                remote,
+                remote_candidates,
+            },
+            Some(Change::New { socket, parameters }) => {
+                let peer = NewPeer {
+                    participant: self.plan.index,
+                    room: self.plan.room,
+                    parameters,
+                    rtcp_ssrc: self.plan.seed as u32 | 1,
+                    cname: self.plan.identity.clone(),
+                    // Media is waited for from when the participant ought to have joined, or was lost.
+                    intended_at: self.lost.map_or(self.timeline.intended, |lost| lost.at),
+                };
+                Command::AddPeer {
+                    key,
+                    socket: Some(socket),
+                    peer: Box::new(peer),
+                    events: engine.clone(),
+                }
+            }
+        };
+        self.command(command);
+    }
+
+    fn remove_peers(&self) {
+        for role in Role::BOTH {
+            self.command(Command::RemovePeer { key: self.key(role) });
+        }
+    }
+
+    fn end(mut self, failure: Option<Failure>) {
+        let index = self.plan.index;
+        if failure.is_some() {
+            self.remove_peers();
+        }
+        match (&failure, self.lost) {
+            (Some(failure), _) if self.first_timeline.is_none() => {
+                self.tell_phases();
+                self.notify(Notice::JoinFailed {
                     index,
-                    reason: reason.clone(),
+                    reason: failure.reason.clone(),
                 });
             }
-            (Some(reason), false) => self.notify(Notice::JoinFailed {
-                index,
-                reason: reason.clone(),
-            }),
-            // Told to leave before it was in: neither a success nor a failure of the server's.
-            (None, _) => {}
+            (None, Some(lost)) if !lost.is_gone => {
+                self.disconnects += 1;
+                self.notify(Notice::Disconnected {
+                    index,
+                    reason: "not resumed before the end of the run".into(),
+                });
+            }
+            // Told to leave, in or on its way in; or gone, as has been told.
+            _ => {}
         }
         self.notify(Notice::Ended(Box::new(Ended {
             index,
-            timeline: self.timeline,
-            failure,
-            disconnects,
+            timeline: self.first_timeline.unwrap_or(self.timeline),
+            failure: failure.map(|failure| failure.reason),
+            disconnects: self.disconnects,
             video_shown: self.viewer.shown_ever(),
         })));
     }
@@ -743,12 +868,6 @@ impl Session {
             () => "ICE and DTLS of the subscriber connection (is the server's UDP port reachable?)",
         };
         format!("no join within {} s: waiting for {waiting_for}", JOIN_TIMEOUT.as_secs())
-    }
-
-    fn phase(&self, phase: Phase) -> Time {
-        let now = self.context.epoch.now();
-        self.notify(Notice::Phase(phase, now.since(self.timeline.intended)));
-        now
     }
 
     fn notify(&self, notice: Notice) {

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use super::{Failure, SessionContext};
 use crate::net;
 use crate::transport::peer::{IceCredentials, PeerParameters};
-use crate::transport::sdp::{Candidate, CandidateTransport, LocalTransport, RemoteTransport, Setup};
+use crate::transport::sdp::{Candidate, CandidateTransport, LocalTransport, RemoteTransport, Setup, ice_ufrag};
 use crate::units::Time;
 
 /// Candidates that may come before the description they belong to.
@@ -33,6 +33,21 @@ pub(super) struct Half {
     pub(super) ice_at: Option<Time>,
     pub(super) connected_at: Option<Time>,
     early_candidates: Vec<SocketAddr>,
+    remote_ufrag: Option<String>,
+}
+
+/// What a description changes for the shard.
+pub(super) enum Change {
+    New {
+        socket: UdpSocket,
+        parameters: PeerParameters,
+    },
+    /// The connection stays, its ICE credentials do not.
+    Restart {
+        local: IceCredentials,
+        remote: IceCredentials,
+        remote_candidates: Vec<SocketAddr>,
+    },
 }
 
 impl Half {
@@ -45,6 +60,7 @@ impl Half {
             ice_at: None,
             connected_at: None,
             early_candidates: Vec::new(),
+            remote_ufrag: None,
         }
     }
 
@@ -57,7 +73,7 @@ impl Half {
         let local = match self.local.take() {
             Some(local) => local,
             None => {
-                let failed = |error: &dyn std::fmt::Display| Failure::of(format!("no UDP socket on {local_ip}: {error}"));
+                let failed = |error: &dyn std::fmt::Display| Failure::lasting(format!("no UDP socket on {local_ip}: {error}"));
                 let socket = net::open_media_socket(local_ip, context.receive_buffer_bytes).map_err(|error| failed(&error))?;
                 let address = socket.local_addr().map_err(|error| failed(&error))?;
                 let IceCredentials { ufrag, password } = IceCredentials::random();
@@ -75,29 +91,50 @@ impl Half {
         Ok(self.local.insert(local))
     }
 
-    /// What the shard needs of this connection, with its socket; `None` if that was taken before or there is no socket yet.
-    pub(super) fn take_parameters(&mut self, remote: &RemoteTransport, ice_controlling: bool, setup: Setup) -> Option<(UdpSocket, PeerParameters)> {
-        let (local, socket) = (self.local.as_ref()?, self.socket.take()?);
-        let local_address = local.candidates.first()?.address;
+    /// For an ICE restart (RFC 8839, section 4.4.1.1.1): our next description has new credentials. Our address stays.
+    pub(super) fn draw_credentials(&mut self) {
+        if let Some(local) = self.local.as_mut() {
+            let IceCredentials { ufrag, password } = IceCredentials::random();
+            (local.ufrag, local.pwd) = (ufrag, password);
+        }
+    }
+
+    /// Whether a description of the server restarts ICE.
+    pub(super) fn is_restarted_by(&self, description: &str) -> bool {
+        let known = self.remote_ufrag.as_deref();
+        known.is_some_and(|known| ice_ufrag(description).is_some_and(|ufrag| ufrag != known))
+    }
+
+    /// Takes the other end from a description, and says what that changes for the shard.
+    pub(super) fn take_remote(&mut self, remote: &RemoteTransport, ice_controlling: bool, setup: Setup) -> Option<Change> {
+        let local = self.local.as_ref()?;
+        let credentials = |ufrag: &str, password: &str| IceCredentials {
+            ufrag: ufrag.to_owned(),
+            password: password.to_owned(),
+        };
+        let local_credentials = credentials(&local.ufrag, &local.pwd);
+        let remote_credentials = credentials(&remote.ufrag, &remote.pwd);
         let mut remote_candidates: Vec<SocketAddr> = remote.candidates.iter().filter_map(udp_address).collect();
+        let is_other = self.remote_ufrag.replace(remote.ufrag.clone()).as_ref() != Some(&remote.ufrag);
+        let Some(socket) = self.socket.take() else {
+            return is_other.then_some(Change::Restart {
+                local: local_credentials,
+                remote: remote_credentials,
+                remote_candidates,
+            });
+        };
         remote_candidates.append(&mut self.early_candidates);
         self.added = true;
         let parameters = PeerParameters {
-            local_address,
-            local: IceCredentials {
-                ufrag: local.ufrag.clone(),
-                password: local.pwd.clone(),
-            },
-            remote: IceCredentials {
-                ufrag: remote.ufrag.clone(),
-                password: remote.pwd.clone(),
-            },
+            local_address: local.candidates.first()?.address,
+            local: local_credentials,
+            remote: remote_credentials,
             remote_fingerprint: remote.fingerprint,
             remote_candidates,
             ice_controlling,
             dtls_active: setup == Setup::Active,
         };
-        Some((socket, parameters))
+        Some(Change::New { socket, parameters })
     }
 
     /// Keeps a candidate that came before the shard knows the connection.

@@ -48,8 +48,8 @@ impl TakingTurns {
 /// A track to publish.
 pub(super) struct Track {
     pub(super) local: LocalTrack,
-    /// As the server names it, once it has answered AddTrack.
-    pub(super) sid: Option<String>,
+    /// The server's answer to AddTrack.
+    pub(super) info: Option<Box<proto::TrackInfo>>,
     /// What the server took of it, once it has answered the offer.
     pub(super) negotiated: Option<NegotiatedMedia>,
     layers: Vec<Layer>,
@@ -108,12 +108,21 @@ impl Track {
                     Vec::new()
                 },
             },
-            sid: None,
+            info: None,
             negotiated: None,
             layers,
             talk,
             pacing,
         }
+    }
+
+    /// As the server names it, once it has answered AddTrack.
+    pub(super) fn sid(&self) -> Option<&str> {
+        self.info.as_ref().map(|info| info.sid.as_str())
+    }
+
+    pub(super) fn forget_negotiation(&mut self) {
+        (self.negotiated, self.info) = (None, None);
     }
 
     pub(super) fn kind(&self) -> Kind {
@@ -246,6 +255,20 @@ fn video_layers(track: &Track) -> Vec<proto::VideoLayer> {
         });
     }
     layers
+}
+
+/// What a participant that resumes believes to be so: a server that knows better has it join anew.
+pub(super) fn sync_state(tracks: &[Track]) -> proto::SyncState {
+    let published = tracks.iter().map(|track| proto::TrackPublishedResponse {
+        cid: track.local.cid.clone(),
+        track: track.info.as_deref().cloned(),
+    });
+    proto::SyncState {
+        // Everything is subscribed to, with no exception.
+        subscription: Some(proto::UpdateSubscription::default()),
+        publish_tracks: published.collect(),
+        ..Default::default()
+    }
 }
 
 pub(super) fn stream_parameters(track: &RemoteTrack, announced_at: Time) -> StreamParameters {

@@ -84,6 +84,11 @@ impl Viewer {
         }
     }
 
+    /// The session is gone, and with it all tracks and what the server was told.
+    pub(super) fn start_over(&mut self) {
+        self.tiles.clear();
+    }
+
     pub(super) fn remove(&mut self, ssrc: u32) {
         self.tiles.retain(|tile| tile.ssrc != ssrc);
     }

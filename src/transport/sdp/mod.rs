@@ -24,6 +24,7 @@ use std::str::FromStr;
 use crate::measure::Kind;
 pub use answer::{Answered, Answerer};
 pub use offer::{LocalTrack, Negotiated, NegotiatedMedia, Offerer};
+pub use scan::ice_ufrag;
 
 /// An offer of 3,000 tracks takes 5.5 MB.
 pub const SDP_BYTES_MAX: usize = 16 << 20;

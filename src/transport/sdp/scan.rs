@@ -84,6 +84,11 @@ pub(super) fn attributes(text: &str) -> impl Iterator<Item = (&str, &str)> {
         .map(|attribute| attribute.split_once(':').unwrap_or((attribute, "")))
 }
 
+/// The user name fragment of a description. One that differs from the last description's restarts ICE (RFC 8839, section 4.4.1.1.1).
+pub fn ice_ufrag(description: &str) -> Option<&str> {
+    attributes(description).find_map(|(name, value)| (name == "ice-ufrag").then_some(value))
+}
+
 /// Collects ICE and DTLS attributes; later ones win, so the media section is scanned after the session.
 #[derive(Default)]
 pub(super) struct TransportScan {

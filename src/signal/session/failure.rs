@@ -1,0 +1,102 @@
+//! Why a session, or an attempt at one, came to an end before the run did, and what a participant does about it.
+
+use std::time::Duration;
+
+use livekit_protocol::leave_request::Action;
+
+use crate::seeded::scatter;
+use crate::signal::client::{Leave, SignalError};
+
+/// Between attempts: this times the square of their number, as `livekit-client` waits, ..
+const RETRY_PAUSE: Duration = Duration::from_millis(300);
+/// .. up to this, and up to a third more, so that not all come at once.
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(7);
+
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) reason: String,
+    pub(super) cure: Cure,
+}
+
+/// What a participant that was in does about a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cure {
+    /// The server wants it gone, or nothing would be different the next time.
+    None,
+    /// Only signalling is lost, as far as is known: it goes on where it was. With `restart_ice` the server has lost sight of the media connections, too.
+    Resume { restart_ice: bool },
+    /// It joins anew under the same identity.
+    Rejoin,
+}
+
+impl Failure {
+    pub(super) fn of(reason: impl Into<String>, cure: Cure) -> Failure {
+        Failure { reason: reason.into(), cure }
+    }
+
+    /// It would be the same again.
+    pub(super) fn lasting(reason: impl Into<String>) -> Failure {
+        Failure::of(reason, Cure::None)
+    }
+
+    pub(super) fn lost(reason: impl Into<String>) -> Failure {
+        Failure::of(reason, Cure::Resume { restart_ice: false })
+    }
+}
+
+impl From<&Leave> for Failure {
+    fn from(leave: &Leave) -> Failure {
+        let cure = match leave.action {
+            Action::Disconnect => Cure::None,
+            Action::Resume => Cure::Resume { restart_ice: true },
+            Action::Reconnect => Cure::Rejoin,
+        };
+        let reason = leave.reason.as_str_name().to_lowercase();
+        Failure::of(format!("the server ended the session: {reason}"), cure)
+    }
+}
+
+impl From<SignalError> for Failure {
+    fn from(error: SignalError) -> Failure {
+        match error {
+            SignalError::Unauthorized { .. }
+            | SignalError::NotFound { .. }
+            | SignalError::Http { .. }
+            | SignalError::Tls { .. }
+            | SignalError::TlsMismatch { .. }
+            | SignalError::TooLarge { .. }
+            | SignalError::Protocol { .. } => Failure::lasting(error.to_string()),
+            SignalError::Refused { .. }
+            | SignalError::Unreachable { .. }
+            | SignalError::Resolve { .. }
+            | SignalError::Server { .. }
+            | SignalError::Timeout { .. }
+            | SignalError::Lost { .. }
+            | SignalError::Closed => Failure::lost(error.to_string()),
+        }
+    }
+}
+
+/// How long to wait before attempt number `tries`: number 0 comes at once.
+pub(super) fn retry_pause(tries: u32, seed: u64) -> Duration {
+    let pause = RETRY_PAUSE.saturating_mul(tries.saturating_mul(tries)).min(RETRY_PAUSE_MAX);
+    let share = u128::from(scatter(seed ^ u64::from(tries)) >> 32);
+    pause + Duration::from_nanos(((pause.as_nanos() / 3 * share) >> 32) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attempts_come_at_once_then_ever_later_and_not_all_together() {
+        let floor = [0, 300, 1_200, 2_700, 4_800, 7_000, 7_000];
+        for (tries, floor) in floor.into_iter().enumerate() {
+            let pauses: Vec<Duration> = (0..50).map(|seed| retry_pause(tries as u32, seed)).collect();
+            let (from, to) = (Duration::from_millis(floor), Duration::from_millis(floor * 4 / 3));
+            assert!(pauses.iter().all(|pause| (from..=to).contains(pause)), "{tries}: {pauses:?}");
+            assert_eq!(pauses.iter().all(|pause| *pause == pauses[0]), tries == 0);
+        }
+        assert!(retry_pause(u32::MAX, 7) >= RETRY_PAUSE_MAX);
+    }
+}

@@ -1,0 +1,166 @@
+//! What becomes of a participant that has lost its connection: it resumes its session, joins anew, or gives up.
+//!
+//! As real clients do: where only signalling is lost, the media connections go on while the WebSocket is opened again. Where the server has forgotten the
+//! session, or a media connection has failed, everything is made anew under the same identity, and what was missed meanwhile stays missed.
+
+use std::time::Duration;
+
+use super::failure::retry_pause;
+use super::tracks::sync_state;
+use super::*;
+
+/// One attempt to resume: a server answers from memory.
+pub(super) const RESUME_TIMEOUT: Duration = Duration::from_secs(5);
+/// So long a participant tries to come back: LiveKit forgets one whose media has stopped after some 20 s.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A participant that was in has lost its connection, and is on its way back.
+#[derive(Clone, Copy)]
+pub(super) struct Lost {
+    pub(super) at: Time,
+    tries: u32,
+    /// The session is gone: only joining anew helps.
+    pub(super) is_gone: bool,
+}
+
+impl Lost {
+    pub(super) fn at(at: Time) -> Lost {
+        Lost {
+            at,
+            tries: 0,
+            is_gone: false,
+        }
+    }
+}
+
+impl Session {
+    /// Opens the signalling connection again while the media connections go on.
+    pub(super) async fn resume(&mut self, mut failure: Failure, restart_ice: bool) -> Result<Signal, Failure> {
+        while let Some(pause) = self.next_try() {
+            tokio::time::sleep(pause).await;
+            match self.try_to_resume(restart_ice).await {
+                Ok(signal) => {
+                    self.tell_reconnected();
+                    return Ok(signal);
+                }
+                Err(again) if matches!(again.cure, Cure::Resume { .. }) => failure = again,
+                Err(other) => return Err(other),
+            }
+        }
+        failure.cure = Cure::None;
+        Err(failure)
+    }
+
+    async fn try_to_resume(&mut self, restart_ice: bool) -> Result<Signal, Failure> {
+        let mut signal = self.open_signal(true).await?;
+        tokio::time::timeout(RESUME_TIMEOUT, resumption(&mut signal.receiver))
+            .await
+            .map_err(|_| SignalError::Timeout { after: RESUME_TIMEOUT })??;
+        signal.sender.sync_state(sync_state(&self.tracks)).await?;
+        self.offer_again(restart_ice, &mut signal.sender).await?;
+        Ok(signal)
+    }
+
+    /// What was said while nobody listened is said again: our last offer, and with one connection also the server's wish for another.
+    async fn offer_again(&mut self, restart_ice: bool, sender: &mut SignalSender) -> Result<(), Failure> {
+        if !self.publisher.wanted || !(self.context.single_connection || restart_ice || self.offering.is_open) {
+            return Ok(());
+        }
+        if restart_ice {
+            self.publisher.draw_credentials();
+        }
+        self.offering.is_open = false;
+        self.offering.wanted.get_or_insert_default();
+        self.offer_if_wanted(sender).await
+    }
+
+    /// When to try again to come back, counted from now; `None` when it has taken too long.
+    fn next_try(&mut self) -> Option<Duration> {
+        let now = self.context.epoch.now();
+        let lost = self.lost.as_mut()?;
+        let pause = retry_pause(lost.tries, self.plan.seed);
+        lost.tries += 1;
+        Some(pause).filter(|pause| now.since(lost.at) + *pause <= RECONNECT_TIMEOUT)
+    }
+
+    /// How long to wait before joining (again) after an attempt that failed or a session that is gone; `None`: not at all.
+    pub(super) fn pause_after(&mut self, failure: &Failure) -> Option<Duration> {
+        if self.first_timeline.is_none() {
+            return self.pause_after_join();
+        }
+        let (index, now) = (self.plan.index, self.context.epoch.now());
+        let has_tried = self.lost.is_some();
+        let lost = self.lost.get_or_insert(Lost::at(now));
+        if !std::mem::replace(&mut lost.is_gone, true) {
+            self.disconnects += 1;
+            self.notify(Notice::Disconnected {
+                index,
+                reason: failure.reason.clone(),
+            });
+        }
+        let pause = match failure.cure {
+            Cure::None => None,
+            Cure::Resume { .. } | Cure::Rejoin => self.next_try(),
+        };
+        if pause.is_none() && (has_tried || failure.cure != Cure::None) {
+            self.notify(Notice::ReconnectFailed { index });
+        }
+        pause
+    }
+
+    fn pause_after_join(&mut self) -> Option<Duration> {
+        if self.join_retries == self.context.join_retries {
+            return None;
+        }
+        self.join_retries += 1;
+        self.notify(Notice::JoinRetried);
+        Some(retry_pause(self.join_retries, self.plan.seed))
+    }
+
+    /// The server no longer knows this participant: its media must not go on, and the next attempt begins with nothing.
+    pub(super) fn start_over(&mut self) {
+        self.remove_peers();
+        self.joined = false;
+        self.timeline = Timeline {
+            intended: self.timeline.intended,
+            ..Timeline::default()
+        };
+        self.offering = Offering {
+            wanted: Some(self.offering.sections),
+            ..Offering::default()
+        };
+        self.answerer = Answerer::new(Capabilities::SUBSCRIBER);
+        self.publisher = Half::new(self.publisher.wanted);
+        self.subscriber = Half::new(self.subscriber.wanted);
+        self.tracks.iter_mut().for_each(Track::forget_negotiation);
+        self.viewer.start_over();
+    }
+
+    pub(super) fn tell_reconnected(&mut self) {
+        if let Some(lost) = self.lost.take() {
+            self.notify(Notice::Reconnected {
+                index: self.plan.index,
+                after: self.context.epoch.now().since(lost.at),
+                resumed: !lost.is_gone,
+            });
+        }
+    }
+}
+
+/// The server's word on a resume, which is the first thing that it says.
+async fn resumption(receiver: &mut SignalReceiver) -> Result<(), Failure> {
+    loop {
+        match receiver.next().await? {
+            SignalEvent::Reconnect { .. } => return Ok(()),
+            SignalEvent::Leave(leave) => return Err(Failure::from(&leave)),
+            SignalEvent::Join(_) => {
+                return Err(Failure::of(
+                    "the server began a new session instead of resuming the old one",
+                    Cure::Rejoin,
+                ));
+            }
+            SignalEvent::Closed { .. } => return Err(SignalError::Closed.into()),
+            _ => {}
+        }
+    }
+}
