@@ -142,6 +142,10 @@ pub enum Event {
         key: usize,
         at: Time,
     },
+    /// [`Command::RestartIce`] is done: the other side's checks will be understood.
+    IceRestarted {
+        key: usize,
+    },
     /// DTLS is done: media may flow.
     Connected {
         key: usize,

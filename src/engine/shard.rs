@@ -131,6 +131,7 @@ impl Shard {
                         .into_iter()
                         .for_each(|address| peer.transport.add_remote_candidate(address, now));
                     io.disconnect(key);
+                    self.events.push_back((key, Event::IceRestarted { key }));
                     self.advance_setup(key, now, io);
                 }
             }

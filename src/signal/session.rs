@@ -203,6 +203,8 @@ struct Session {
     offering: Offering,
     /// For the subscriber connection.
     answerer: Answerer,
+    /// An answer and its number, until the shard has restarted ICE.
+    held_answer: Option<(String, u32)>,
     tracks: Vec<Track>,
     viewer: Viewer,
     local_ip: Option<IpAddr>,
@@ -298,6 +300,7 @@ impl Session {
                 ..Offering::default()
             },
             answerer: Answerer::new(Capabilities::SUBSCRIBER),
+            held_answer: None,
             tracks,
             viewer: Viewer::new(context.layout, context.video_layers.clone()),
             local_ip: None,
@@ -357,7 +360,7 @@ impl Session {
             tokio::select! {
                 biased;
                 Some(event) = engine.receiver.recv() => {
-                    if let Err(failure) = self.handle_engine(event) {
+                    if let Err(failure) = self.handle_engine(event, &mut signal.sender).await {
                         let closed = matches!(event, EngineEvent::Failed { failure: PeerFailure::ClosedByRemote, .. });
                         let reason = if closed { leave_reason(&mut signal.receiver).await } else { None };
                         return Err(reason.unwrap_or(failure));
@@ -574,7 +577,8 @@ impl Session {
         engine: &mpsc::UnboundedSender<EngineEvent>,
     ) -> Result<(), Failure> {
         let ip = self.local_ip.ok_or_else(|| Failure::lasting("no local address"))?;
-        if self.subscriber.is_restarted_by(&offer.sdp) {
+        let restarts = self.subscriber.is_restarted_by(&offer.sdp);
+        if restarts {
             self.subscriber.draw_credentials();
         }
         let local = self.subscriber.open(ip, &self.context, self.plan.seed >> 1)?;
@@ -587,6 +591,11 @@ impl Session {
         self.take_streams(Role::Subscriber, &answered.removed, answered.added.iter().chain(&answered.updated));
         // Before the answer: so nothing comes that nobody looks at.
         self.tell_what_is_watched(sender).await?;
+        if restarts {
+            // The server repeats a check that was not understood only 200 ms later, and sends no media meanwhile: the shard has to be ready for the first.
+            self.held_answer = Some((answered.sdp, offer.id));
+            return Ok(());
+        }
         Ok(sender.answer(answered.sdp, offer.id).await?)
     }
 
@@ -700,8 +709,13 @@ impl Session {
         rtt
     }
 
-    fn handle_engine(&mut self, event: EngineEvent) -> Result<(), Failure> {
+    async fn handle_engine(&mut self, event: EngineEvent, sender: &mut SignalSender) -> Result<(), Failure> {
         match event {
+            EngineEvent::IceRestarted { .. } => {
+                if let Some((answer, id)) = self.held_answer.take() {
+                    sender.answer(answer, id).await?;
+                }
+            }
             // Comes again after an ICE restart.
             EngineEvent::IceConnected { key, at } => {
                 self.half_of(key).ice_at.get_or_insert(at);

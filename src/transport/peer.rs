@@ -17,6 +17,8 @@ use crate::units::{Epoch, Time};
 
 /// A check that met a role conflict is retried after this; `is` would wait 250 ms.
 const STUN_RTO: Duration = Duration::from_millis(100);
+/// Restarts retry no sooner than this: it is what another tick or two on either side may take.
+const RESTART_RTO_MIN: Duration = Duration::from_millis(20);
 /// LiveKit's own DTLS interval; `dimpl` would wait 1 s.
 const DTLS_RTO: Duration = Duration::from_millis(200);
 /// Doubling from 200 ms, eight repeats of a flight span the whole of [`DTLS_TIMEOUT`].
@@ -209,6 +211,10 @@ impl Peer {
 
     /// New credentials on both sides (RFC 8445, section 9). The DTLS session stays, and datagrams go where they went until a new path is nominated.
     pub fn restart_ice(&mut self, local: &IceCredentials, remote: &IceCredentials, now: Time) {
+        // Nothing flows until a check succeeds, and the first may come before the other side knows of the restart. The round trip is known by now.
+        if let Some(rtt) = self.setup.ice.nominated_pair_rtt() {
+            self.setup.ice.set_initial_stun_rto((rtt * 2).clamp(RESTART_RTO_MIN, STUN_RTO));
+        }
         self.setup.ice.ice_restart(creds(local), true);
         self.setup.ice.set_remote_credentials(creds(remote));
         if self.setup.ice.ice_lite() {

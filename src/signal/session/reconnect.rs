@@ -52,6 +52,7 @@ impl Session {
     }
 
     async fn try_to_resume(&mut self, restart_ice: bool) -> Result<Signal, Failure> {
+        self.held_answer = None;
         let mut signal = self.open_signal(true).await?;
         tokio::time::timeout(RESUME_TIMEOUT, resumption(&mut signal.receiver))
             .await
@@ -130,6 +131,7 @@ impl Session {
             ..Offering::default()
         };
         self.answerer = Answerer::new(Capabilities::SUBSCRIBER);
+        self.held_answer = None;
         self.publisher = Half::new(self.publisher.wanted);
         self.subscriber = Half::new(self.subscriber.wanted);
         self.tracks.iter_mut().for_each(Track::forget_negotiation);
