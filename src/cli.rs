@@ -372,6 +372,7 @@ impl RunArgs {
         let credentials = self.target.credentials(env);
         let plan = Plan {
             connection: self.engine.connection.into(),
+            connection_reason: None,
             shape: self.shape.resolve()?,
             audio: self.media.audio()?,
             video: self.media.video()?,

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
 fn throng() -> Result<u8> {
     match cli::parse(std::env::args_os(), &|name| std::env::var(name).ok())? {
         Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
-        Command::Run(run) => load_test(&run),
+        Command::Run(run) => load_test(*run),
         Command::Sfu(sfu) => serve(&sfu),
     }
 }
@@ -76,22 +76,26 @@ fn say(line: &impl Display) {
     let _ = emit(&mut stderr(), &format!("{line}\n"));
 }
 
-fn load_test(run: &cli::Run) -> Result<u8> {
+fn load_test(mut run: cli::Run) -> Result<u8> {
     let host = Host::read();
     let resources = preflight::resources(&run.plan, &host, run.threads);
     let findings = preflight::check(&run.plan, &host, &resources);
     if run.dry_run {
-        return dry_run(run, &resources, &findings);
+        return dry_run(&run, &resources, &findings);
     }
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(run::settle_connection(&mut run.plan));
     if !run.quiet {
         say(&text::first_line(&run.plan).trim_end());
     }
     none_of(&findings.refusals)?;
     findings.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
     let sinks = Sinks::open(&run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
-    let clips = generate(run, &resources)?;
-    let outcome = measure(run, &resources, clips)?;
-    write_report(run, &outcome, sinks)
+    let clips = generate(&run, &resources)?;
+    let outcome = measure(&run, &resources, clips)?;
+    write_report(&run, &outcome, sinks)
 }
 
 /// Says what is being made only where that takes its time: several layers of video do.

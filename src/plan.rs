@@ -37,6 +37,8 @@ const MEMORY_PER_SIGNAL_BYTES: u64 = 96 << 10;
 pub struct Plan {
     pub target: Target,
     pub connection: Connection,
+    /// Why it is this one, where the server decided that.
+    pub connection_reason: Option<String>,
     pub shape: Shape,
     pub audio: AudioSpec,
     pub video: VideoSpec,
@@ -394,6 +396,12 @@ impl Shape {
 }
 
 impl Plan {
+    /// What [`Connection::Auto`] comes to, and why.
+    pub fn settle_connection(&mut self, connection: Connection, reason: impl Into<String>) {
+        self.connection = connection;
+        self.connection_reason = Some(reason.into());
+    }
+
     /// The name of room `room` (index from 0): the given name as it is for one room, `NAME-1`.. for several; made from the run's tag when none was given.
     pub fn room_name(&self, room: u32) -> String {
         let name = self.shape.room_name.clone().unwrap_or_else(|| format!("throng-{:08x}", self.run_tag));
@@ -422,7 +430,7 @@ impl Plan {
             index,
             room,
             place,
-            identity: format!("{}{index}", self.identity_stem()),
+            identity: self.identity(&index.to_string()),
             publishes_audio: place < self.shape.audio_publishers,
             publishes_video: place < self.shape.video_publishers,
             subscribes: !is_publisher || self.shape.meeting,
@@ -434,6 +442,11 @@ impl Plan {
     /// Whether an identity belongs to this run.
     pub fn is_ours(&self, identity: &str) -> bool {
         identity.starts_with(&self.identity_stem())
+    }
+
+    /// An identity of this run.
+    pub fn identity(&self, end: &str) -> String {
+        format!("{}{end}", self.identity_stem())
     }
 
     fn identity_stem(&self) -> String {
@@ -702,6 +715,7 @@ pub(crate) mod tests {
                 origin: Origin::Flag,
             },
             connection: Connection::Dual,
+            connection_reason: None,
             shape: Shape {
                 room_name: None,
                 room_count: 2,

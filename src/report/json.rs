@@ -189,6 +189,7 @@ struct TargetView<'a> {
     url: String,
     server_version: Option<&'a str>,
     connection: &'static str,
+    connection_reason: Option<&'a str>,
 }
 
 impl<'a> TargetView<'a> {
@@ -198,6 +199,7 @@ impl<'a> TargetView<'a> {
             url: outcome.plan.target.url.to_string(),
             server_version: outcome.target.server_version.as_deref(),
             connection: outcome.plan.connection.name(),
+            connection_reason: outcome.plan.connection_reason.as_deref(),
         }
     }
 }

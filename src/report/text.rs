@@ -58,11 +58,20 @@ pub fn first_line(plan: &Plan) -> String {
     let target = &plan.target;
     let (shape, pace) = (shape_line(plan), pace_line(plan));
     format!(
-        "throng {VERSION}: {} ({}), {} connection; {shape}, {pace}\n",
+        "throng {VERSION}: {} ({}), {}; {shape}, {pace}\n",
         target.url,
         target.origin,
-        plan.connection.name()
+        connection(plan)
     )
+}
+
+fn connection(plan: &Plan) -> String {
+    let reason = plan
+        .connection_reason
+        .as_ref()
+        .map(|reason| format!(" (auto: {reason})"))
+        .unwrap_or_default();
+    format!("{} connection{reason}", plan.connection.name())
 }
 
 /// What a run would do; nothing was connected to.
@@ -146,7 +155,7 @@ fn head(outcome: &Outcome, style: Style) -> String {
         .as_deref()
         .map(|version| format!(", LiveKit {version}"))
         .unwrap_or_default();
-    let title = format!("{}{server}, {} connection", plan.target.url, plan.connection.name());
+    let title = format!("{}{server}, {}", plan.target.url, connection(plan));
     let habits = habits_line(plan).map(|habits| format!("  {habits}\n")).unwrap_or_default();
     format!(
         "{}\n  {}\n  {}\n{habits}  {}\n\n",

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use clips::Clips;
 pub use interrupts::Interrupts;
-pub 
+
 use account::{expect_frames, expect_joins, expected_tracks, is_healthy, quality, state_of_all, state_tracks};
 use rooms::Rooms;
 
@@ -33,7 +33,7 @@ use crate::preflight;
 use crate::report::progress::Snapshot;
 use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Step, TargetInfo, TargetKind};
 use crate::signal::session::{self, Ended, Media, Notice, Phase, Place, Sections, SessionContext, TakingTurns};
-use crate::signal::{ApiKey, Endpoint};
+use crate::signal::{ApiKey, Endpoint, probe};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
 
@@ -57,21 +57,50 @@ pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, mut progre
         .context("no API key and secret: give --api-key and --api-secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET")?;
     let api_key = ApiKey::new(&credentials.api_key, &credentials.api_secret);
     let endpoint = Endpoint::from(run.plan.target.url.clone()).resolve().await?;
-    let rooms = Rooms::create(&run.plan, &endpoint, &api_key, &mut interrupts).await?;
-    let mut outcome = match Test::start(&run.plan, resources, endpoint, api_key, clips) {
+    let mut plan = run.plan.clone();
+    let rooms = Rooms::create(&plan, &endpoint, &api_key, &mut interrupts).await?;
+    distrust_old_servers(&mut plan, &endpoint, &api_key).await;
+    let mut outcome = match Test::start(&plan, resources, endpoint, api_key, clips) {
         Ok(mut test) => {
             test.notes.clone_from(&rooms.notes);
             test.go(&mut interrupts, &mut progress).await;
             test.finish(run, started)
         }
         Err(error) => {
-            rooms.delete(&run.plan).await;
+            rooms.delete(&plan).await;
             return Err(error);
         }
     };
-    outcome.notes.extend(rooms.delete(&run.plan).await);
+    outcome.notes.extend(rooms.delete(&plan).await);
     outcome.finished = unix_now();
     Ok(outcome)
+}
+
+/// Settles [`Connection::Auto`] by what the server has. Asked once, so that all participants do the same.
+pub async fn settle_connection(plan: &mut Plan) {
+    if plan.connection != Connection::Auto {
+        return;
+    }
+    let (connection, reason) = match probe::has_single_connection(&Endpoint::from(plan.target.url.clone())).await {
+        Some(true) => (Connection::Single, "the server has /rtc/v1"),
+        Some(false) => (Connection::Dual, "the server has no /rtc/v1"),
+        None => (Connection::Dual, "the server did not say whether it has /rtc/v1"),
+    };
+    plan.settle_connection(connection, reason);
+}
+
+/// Only a join tells a server's version. A single connection that nobody asked for is given up where the server is too old for it.
+async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, api_key: &ApiKey) {
+    if plan.connection != Connection::Single || plan.connection_reason.is_none() {
+        return;
+    }
+    let version = probe::server_version(endpoint, api_key, &plan.room_name(0), &plan.identity("probe")).await;
+    if let Some(version) = version.filter(|version| probe::is_unsolid(version)) {
+        plan.settle_connection(
+            Connection::Dual,
+            format!("the single one of LiveKit {version} is not solid, from 1.13.2 on it is"),
+        );
+    }
 }
 
 fn unix_now() -> Duration {
@@ -543,7 +572,7 @@ impl<'a> Test<'a> {
         Outcome {
             started,
             finished: unix_now(),
-            plan: run.plan.clone(),
+            plan: self.plan.clone(),
             judging: run.judging.clone(),
             target: TargetInfo {
                 kind: TargetKind::LiveKit,

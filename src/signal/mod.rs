@@ -3,6 +3,7 @@
 //! Runs on tokio, beside the media threads. Nothing in here touches a media packet; clocks are read here, for the phases of a join.
 
 pub mod client;
+pub mod probe;
 pub mod rooms;
 pub mod session;
 pub mod token;

@@ -59,13 +59,11 @@ impl RoomError {
 
 impl RoomService {
     pub fn new(endpoint: Endpoint, api_key: ApiKey) -> RoomService {
-        let http = reqwest::Client::builder()
-            .tls_backend_preconfigured((*tls_config()).clone())
-            .timeout(REQUEST_TIMEOUT)
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .expect("a client with a given TLS configuration needs nothing from its host");
-        RoomService { http, endpoint, api_key }
+        RoomService {
+            http: http_client(REQUEST_TIMEOUT),
+            endpoint,
+            api_key,
+        }
     }
 
     /// Makes the room, or finds it. It is closed when nobody was in it for `empty_timeout` (whole seconds; at least one).
@@ -156,6 +154,15 @@ impl RoomService {
             server_speaks_tls,
         }
     }
+}
+
+pub(super) fn http_client(timeout: Duration) -> reqwest::Client {
+    reqwest::Client::builder()
+        .tls_backend_preconfigured((*tls_config()).clone())
+        .timeout(timeout)
+        .redirect(reqwest::redirect::Policy::none())
+        .build()
+        .expect("a client with a given TLS configuration needs nothing from its host")
 }
 
 /// The chain of causes below `error`. An `io::Error` hides the error that it wraps from `source`, so that one is looked into.

@@ -1,0 +1,89 @@
+//! What a server can do, asked once before a run.
+
+use std::time::Duration;
+
+use super::client::{Connection, Dialled, Event, JoinOptions, SignalError};
+use super::rooms::http_client;
+use super::token::Permissions;
+use super::{ApiKey, Endpoint};
+
+/// An answer that takes longer is none.
+const TIMEOUT: Duration = Duration::from_secs(5);
+const TOKEN_LIFETIME: Duration = Duration::from_secs(60);
+/// The first LiveKit whose single connection holds up when tracks come and go.
+const SINGLE_CONNECTION_SINCE: [u32; 3] = [1, 13, 2];
+const FIRST_LIVEKIT: [u32; 3] = [1, 0, 0];
+
+/// Whether the server has `/rtc/v1`, one connection for everything; `None` where its answer does not tell.
+///
+/// Without a token: a server that has it refuses, one that does not has never heard of it.
+pub async fn has_single_connection(endpoint: &Endpoint) -> Option<bool> {
+    let response = http_client(TIMEOUT).get(endpoint.http_url("/rtc/v1/validate")).send().await.ok()?;
+    match response.status().as_u16() {
+        404 => Some(false),
+        200..500 => Some(true),
+        _ => None,
+    }
+}
+
+/// The server's version, from a join to `room` that nobody there sees and that is left at once; `None` where it does not tell.
+pub async fn server_version(endpoint: &Endpoint, api_key: &ApiKey, room: &str, identity: &str) -> Option<String> {
+    let permissions = Permissions {
+        publish: false,
+        subscribe: false,
+        publish_data: false,
+        hidden: true,
+    };
+    let token = api_key.join_token(room, identity, identity, permissions, TOKEN_LIFETIME).ok()?;
+    let options = JoinOptions {
+        auto_subscribe: false,
+        connection: Connection::SINGLE,
+        timeout: TIMEOUT,
+        ..JoinOptions::default()
+    };
+    let asking = async {
+        let (mut sender, mut receiver, _) = Dialled::dial(endpoint).await?.join(&token, &options).await?;
+        let version = match receiver.next().await? {
+            Event::Join(join) => Some(join.server_version).filter(|version| !version.is_empty()),
+            _ => None,
+        };
+        // Should it not get through: the server sees the connection end.
+        let _ = sender.leave().await;
+        Ok::<_, SignalError>(version)
+    };
+    tokio::time::timeout(TIMEOUT, asking).await.ok()?.ok()?
+}
+
+/// Whether a LiveKit of this version has a single connection, but not a solid one. Other servers number their versions as they like.
+pub fn is_unsolid(version: &str) -> bool {
+    let mut numbers = version
+        .trim_start_matches('v')
+        .split(['.', '-', '+'])
+        .map_while(|part| part.parse::<u32>().ok());
+    let version = [numbers.next(), numbers.next(), numbers.next()].map(Option::unwrap_or_default);
+    (FIRST_LIVEKIT..SINGLE_CONNECTION_SINCE).contains(&version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_before_1_13_2_are_not_trusted_with_a_single_connection() {
+        for (version, unsolid) in [
+            ("1.13.5", false),
+            ("1.13.2", false),
+            ("v1.13.2-rc1", false),
+            ("1.13.1", true),
+            ("1.13", true),
+            ("1.9.12", true),
+            ("2.0.0", false),
+            // Not LiveKit's: the embedded SFU has throng's own.
+            ("0.1.0", false),
+            ("unknown", false),
+            ("", false),
+        ] {
+            assert_eq!(is_unsolid(version), unsolid, "{version}");
+        }
+    }
+}
