@@ -1,5 +1,6 @@
 //! One peer connection at work: its tracks, its streams, and the RTCP between them and the server.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -24,6 +25,11 @@ const RTT_UNKNOWN: Duration = Duration::from_millis(100);
 const RTCP_BYTES_MAX: usize = 1_200;
 /// RFC 3550: the count of report blocks is five bits.
 const REPORT_BLOCKS_MAX: usize = 31;
+
+/// Media of streams that are not announced yet: some ms of all streams of a large room.
+const EARLY_PACKETS_MAX: usize = 128;
+/// An answer is no more than a few ms behind the media. What waits longer belongs to nothing.
+const EARLY_AGE_MAX: Duration = Duration::from_secs(1);
 
 /// What a connection needs from around it for one call.
 pub struct Surroundings<'a, I> {
@@ -55,6 +61,13 @@ pub struct Connection {
     /// The other side's reference time, to be answered with a DLRR (RFC 3611, section 4.5).
     reference_time: Option<ReferenceTime>,
     closed: bool,
+    early: VecDeque<EarlyPacket>,
+}
+
+/// Media whose SSRC no description has named yet. Where offers are ours, the server sends as soon as it has written its answer.
+pub struct EarlyPacket {
+    pub arrival: Time,
+    pub datagram: Box<[u8]>,
 }
 
 #[derive(Clone, Copy)]
@@ -84,6 +97,7 @@ impl Connection {
             rtt_rtcp: None,
             reference_time: None,
             closed: false,
+            early: VecDeque::new(),
         }
     }
 
@@ -155,7 +169,9 @@ impl Connection {
     /// One RTP datagram. Returns when the stream wants NACKs to be sent; `None` where no parser took the datagram.
     pub fn handle_rtp(&mut self, datagram: &mut [u8], arrival: Time, config: &ShardConfig, record: &mut Record) -> Option<Time> {
         let header = Header::parse(datagram)?;
-        let (at, is_rtx) = self.find_stream(header.ssrc)?;
+        let Some((at, is_rtx)) = self.find_stream(header.ssrc) else {
+            return self.keep_early(datagram, arrival, record).then_some(Time::MAX);
+        };
         let opener = self.transport.opener()?;
         let mut context = StreamContext {
             roster: &config.roster,
@@ -173,6 +189,27 @@ impl Connection {
             }
             Err(Refused::Broken) => None,
         }
+    }
+
+    /// Keeps a packet until its stream is announced; false where too many wait.
+    fn keep_early(&mut self, datagram: &[u8], arrival: Time, record: &mut Record) -> bool {
+        while self.early.front().is_some_and(|packet| arrival.since(packet.arrival) > EARLY_AGE_MAX) {
+            self.early.pop_front();
+            record.session.packets_rejected += 1;
+        }
+        if self.early.len() == EARLY_PACKETS_MAX {
+            return false;
+        }
+        self.early.push_back(EarlyPacket {
+            arrival,
+            datagram: datagram.into(),
+        });
+        true
+    }
+
+    /// What came before its stream was announced: to be handled (again) when streams were added, or to be given up.
+    pub fn take_early(&mut self) -> VecDeque<EarlyPacket> {
+        std::mem::take(&mut self.early)
     }
 
     /// Sends what is due on one track. Returns when it is due again.

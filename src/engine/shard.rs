@@ -203,6 +203,9 @@ impl Shard {
         streams.into_iter().for_each(|parameters| peer.add_stream(parameters));
         peer.repair_at = now + KEY_FRAME_CHECK;
         self.control_timers.set(control(key, Control::Repair), peer.repair_at);
+        for mut early in peer.take_early() {
+            self.take_rtp(key, &mut early.datagram, early.arrival);
+        }
     }
 
     fn stop_publishing(&mut self, now: Time) {
@@ -292,9 +295,16 @@ impl Shard {
 
     /// One RTP datagram, opened in place.
     pub fn handle_rtp(&mut self, key: usize, datagram: &mut [u8], arrival: Time) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+        if self.peers[key].is_none() {
+            return;
+        }
         self.record.session.wire_bytes_received += datagram.len() as u64;
         self.record.engine.packets_processed += 1;
+        self.take_rtp(key, datagram, arrival);
+    }
+
+    fn take_rtp(&mut self, key: usize, datagram: &mut [u8], arrival: Time) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
         let Some(next_nack_at) = peer.handle_rtp(datagram, arrival, &self.config, &mut self.record) else {
             self.record.session.packets_rejected += 1;
             return;
@@ -415,6 +425,8 @@ impl Shard {
 
     /// Settles all accounts at the end of the run.
     pub fn finish(&mut self) -> Vec<PeerOutcome> {
+        let never_announced: usize = self.peers.iter_mut().flatten().map(|peer| peer.take_early().len()).sum();
+        self.record.session.packets_rejected += never_announced as u64;
         self.account();
         let mut outcomes = std::mem::take(&mut self.former);
         outcomes.extend(self.peers.iter().flatten().map(|peer| peer.outcome(&self.config.roster)));
