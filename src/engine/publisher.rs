@@ -23,8 +23,8 @@ use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
 use crate::units::{Bitrate, Epoch, Time};
 
-/// libwebrtc answers at most one key frame request in this time (`kMinKeyframeSendInterval`).
-const KEY_FRAME_INTERVAL_MIN: Duration = Duration::from_millis(300);
+/// libwebrtc takes at most one key frame request in this time (`kMinKeyframeSendInterval`), whatever key frames it sent unasked.
+const KEY_REQUEST_INTERVAL_MIN: Duration = Duration::from_millis(300);
 /// libwebrtc's pacer: this many times the target rate ..
 const PACING_FACTOR_PERCENT: u64 = 250;
 /// .. in bursts of this length.
@@ -178,7 +178,7 @@ pub struct SendTrack {
     /// The number of the frame that is to repeat the first key frame.
     key_again_at: Option<u32>,
     key_requested_at: Option<Time>,
-    last_key_at: Option<Time>,
+    key_request_taken_at: Option<Time>,
     packets: u32,
     octets: u32,
     /// The highest cumulative loss that a receiver report has stated.
@@ -273,7 +273,7 @@ impl SendTrack {
             fresh: true,
             key_again_at: None,
             key_requested_at: None,
-            last_key_at: None,
+            key_request_taken_at: None,
             packets: 0,
             octets: 0,
             reported_lost: 0,
@@ -382,11 +382,11 @@ impl SendTrack {
 
     /// Asks for a key frame at the next slot. Returns whether the request was taken; libwebrtc drops those that come too soon.
     pub fn request_key_frame(&mut self, now: Time) -> bool {
-        let too_soon = self.last_key_at.is_some_and(|at| now.since(at) < KEY_FRAME_INTERVAL_MIN);
+        let too_soon = self.key_request_taken_at.is_some_and(|at| now.since(at) < KEY_REQUEST_INTERVAL_MIN);
         if self.kind() == Kind::Audio || too_soon || self.key_requested_at.is_some() {
             return false;
         }
-        self.key_requested_at = Some(now);
+        (self.key_requested_at, self.key_request_taken_at) = (Some(now), Some(now));
         true
     }
 
@@ -442,12 +442,11 @@ impl SendTrack {
         if let Some(at) = requested {
             wire.media.pli_received_to_key_sent.record(now.since(at));
         }
-        if self.last_key_at.is_none() && self.parameters.simulcast.is_some() {
-            self.key_again_at = Some(self.frames + SIMULCAST_KEY_FRAME_AGAIN);
-        }
         if key {
-            self.last_key_at = Some(now);
             wire.media.key_frames_sent += 1;
+            if self.parameters.simulcast.is_some() {
+                self.key_again_at.get_or_insert(self.frames + SIMULCAST_KEY_FRAME_AGAIN);
+            }
         }
         key
     }

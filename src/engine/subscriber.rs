@@ -49,6 +49,8 @@ pub struct StreamOutcome {
     /// The publisher and its track, once a frame has told.
     pub origin: Option<(u32, u8)>,
     pub live: bool,
+    /// The simulcast layer that was decoded last.
+    pub layer: Option<u8>,
     pub counts: ReceiveCounts,
     pub frames_expected: u64,
     pub frames_delivered: u64,
@@ -483,6 +485,7 @@ impl RecvStream {
             ssrc: self.parameters.ssrc,
             origin: self.origin,
             live: self.live,
+            layer: self.video.as_ref().and_then(|video| video.layer),
             counts: self.receive.counts(),
             frames_expected: self.ledger.expected(self.origin, roster),
             frames_delivered: self.ledger.delivered(),

@@ -1,0 +1,213 @@
+//! Participants in a room of a real server, each of whom can be asked to do things while it is in: a run without a plan.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use throng::engine::publisher::Pacing;
+use throng::engine::worker::{self, Report, WorkerConfig};
+use throng::engine::{Command, PeerOutcome, Roster, ShardConfig};
+use throng::measure::Record;
+use throng::plan::{ParticipantPlan, VideoSpec};
+use throng::signal::session::{self, Media, Notice, Place, Request, Sections, SessionContext};
+use throng::transport::peer::Identity;
+use throng::units::Epoch;
+use tokio::sync::{mpsc, watch};
+
+use crate::common::livekit::LiveKit;
+use crate::pair::{audio, layers};
+
+/// Whoever is not where he ought to be by then never will be.
+const PATIENCE: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(20);
+const RUN: u32 = 0x1A7E_2500;
+
+/// The first one publishes audio and three layers of video, and sees nobody.
+pub struct People {
+    pub roster: Arc<Roster>,
+    requests: Vec<mpsc::UnboundedSender<Request>>,
+    commands: Sender<Command>,
+    reports: mpsc::UnboundedReceiver<Report>,
+    notices: mpsc::UnboundedReceiver<Notice>,
+    leave: watch::Sender<bool>,
+    worker: JoinHandle<std::io::Result<()>>,
+    record: Record,
+    // Last: everything above may still speak to it.
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl People {
+    /// A publisher and so many subscribers, once all of them are in.
+    pub fn join(server: &LiveKit, subscribers: u32, single_connection: bool) -> People {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (epoch, identity, count) = (Epoch::read(), Identity::generate().unwrap(), subscribers + 1);
+        let roster = Arc::new(Roster::new(RUN, (0..count).map(|_| 0)));
+        let (command_sender, commands) = channel();
+        let (report_sender, reports) = mpsc::unbounded_channel();
+        let (notice_sender, notices) = mpsc::unbounded_channel();
+        let (leave, leaving) = watch::channel(false);
+        let config = WorkerConfig {
+            index: 0,
+            cpu: None,
+            capacity: 2 * count as usize,
+            shard: ShardConfig {
+                identity: identity.clone(),
+                roster: roster.clone(),
+                epoch,
+            },
+            commands,
+            reports: report_sender,
+            spare_records: channel().1,
+        };
+        let layers = layers();
+        let context = Arc::new(SessionContext {
+            endpoint: server.endpoint(),
+            api_key: server.api_key(),
+            epoch,
+            roster: roster.clone(),
+            fingerprint: identity.fingerprint(),
+            video_layers: layers.iter().map(video_spec).collect(),
+            media: Media {
+                audio: Some(audio()),
+                video: layers.to_vec(),
+                taking_turns: None,
+                pacing: Pacing::Paced,
+            },
+            layout: None,
+            receive_buffer_bytes: 1 << 20,
+            single_connection,
+            shards: vec![command_sender.clone()],
+            notices: notice_sender,
+            leave: leaving,
+        });
+        let worker = std::thread::spawn(move || worker::run(config));
+        let requests = (0..count).map(|index| {
+            let (sender, receiver) = mpsc::unbounded_channel();
+            let place = Place {
+                shard: 0,
+                key: 2 * index as usize,
+            };
+            let ahead = Sections {
+                audio: u32::from(index > 0),
+                video: u32::from(index > 0),
+            };
+            runtime.spawn(session::run(
+                context.clone(),
+                participant(index),
+                "people".into(),
+                place,
+                epoch.now(),
+                ahead,
+                receiver,
+            ));
+            sender
+        });
+        let mut people = People {
+            requests: requests.collect(),
+            roster,
+            commands: command_sender,
+            reports,
+            notices,
+            leave,
+            worker,
+            record: Record::default(),
+            _runtime: runtime,
+        };
+        people.wait_until("all are in and see the publisher", |record| {
+            record.session.joins_ok == u64::from(count) && record.video.tracks_live == u64::from(subscribers)
+        });
+        people
+    }
+
+    pub fn ask(&self, index: usize, request: Request) {
+        self.requests[index].send(request).unwrap();
+    }
+
+    /// What has been counted so far.
+    pub fn record(&mut self) -> &Record {
+        self.commands.send(Command::Report).unwrap();
+        std::thread::sleep(POLL);
+        while let Ok(report) = self.reports.try_recv() {
+            self.record.merge(&report.record);
+        }
+        while let Ok(notice) = self.notices.try_recv() {
+            match notice {
+                Notice::Joined { .. } => self.record.session.joins_ok += 1,
+                Notice::SpeakersChanged => self.record.session.speaker_updates += 1,
+                Notice::JoinFailed { reason, .. } | Notice::Disconnected { reason, .. } => panic!("{reason}"),
+                _ => {}
+            }
+        }
+        &self.record
+    }
+
+    /// Waits for what must come; how long it takes decides nothing.
+    pub fn wait_until(&mut self, what: &str, done: impl Fn(&Record) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done(self.record()) {
+            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        }
+    }
+
+    /// Frames that the publisher has sent, by layer.
+    pub fn frames(&self) -> [u32; 3] {
+        [0, 1, 2].map(|layer| self.roster.frames(0, throng::engine::VIDEO_TRACK, layer))
+    }
+
+    /// Waits for what the publisher is to do.
+    pub fn wait_for_frames(&mut self, what: &str, done: impl Fn([u32; 3]) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done(self.frames()) {
+            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}, {:?}", self.frames());
+            self.record();
+        }
+    }
+
+    /// Stops the media, lets what is under way arrive, and hands out the account.
+    pub fn finish(mut self) -> (Record, Vec<PeerOutcome>) {
+        self.commands.send(Command::StopPublishing).unwrap();
+        std::thread::sleep(Duration::from_millis(1_000));
+        self.record();
+        self.commands.send(Command::Stop).unwrap();
+        self.worker.join().unwrap().unwrap();
+        let mut outcomes = Vec::new();
+        while let Ok(report) = self.reports.try_recv() {
+            self.record.merge(&report.record);
+            outcomes.extend(report.outcomes.into_iter().flatten());
+        }
+        self.leave.send(true).unwrap();
+        (self.record, outcomes)
+    }
+}
+
+fn video_spec(source: &throng::engine::publisher::Source) -> VideoSpec {
+    let throng::engine::publisher::Source::Video(clip) = source else {
+        panic!("no video")
+    };
+    let spec = clip.spec();
+    VideoSpec {
+        width: spec.width as u16,
+        height: spec.height as u16,
+        frames_per_second: spec.fps,
+        bitrate: spec.bitrate,
+    }
+}
+
+fn participant(index: u32) -> ParticipantPlan {
+    ParticipantPlan {
+        index,
+        room: 0,
+        place: index,
+        identity: format!("person-{index}"),
+        publishes_audio: index == 0,
+        publishes_video: index == 0,
+        subscribes: index > 0,
+        join_offset: Duration::ZERO,
+        seed: 0x5EED_0000_0000 + 0x1_0000_0000 * u64::from(index),
+    }
+}
