@@ -39,24 +39,23 @@ fn subscribers_get_the_layer_that_they_ask_for_within_a_second() {
     let _alone = alone();
     for single_connection in [false, true] {
         let mut people = People::join(&server, 3, single_connection);
-        // Everybody begins with the highest layer. One always stays on it, so that all layers are sent all the time.
+        // Everybody comes to the highest layer. One always stays on it, so that all layers are sent all the time.
         for (round, layers) in [[2, 0, 1], [2, 1, 0], [2, 0, 2]].into_iter().enumerate() {
+            // The server passes on a request for a key frame of the highest layer once a second: a switch after that does not wait for it.
+            std::thread::sleep(Duration::from_millis(1_500));
             for (subscriber, layer) in (1..).zip(layers) {
                 people.ask(subscriber, Request::Show(SIZES[layer]));
             }
             people.wait_until("the switches of a round", |record| {
-                record.video.layer_switch.count() == 2 * (round as u64 + 1)
+                record.video.layer_switch.count() >= 2 * (round as u64 + 1)
             });
         }
         let (record, outcomes) = people.finish();
         let switch = &record.video.layer_switch;
-        eprintln!(
-            "layer switch: {:?} .. {:?} us, median {:?}",
-            switch.min(),
-            switch.max(),
-            switch.quantile(0.5)
-        );
         assert_eq!((switch.count(), switch.expected()), (6, 6));
+        // What the host of the tests was late is no fault of the server's.
+        let late = record.engine.tick_late.max().unwrap();
+        assert!(switch.max().unwrap() <= 1_000_000 + late, "{:?} us", switch.max());
         let in_the_end = |participant| {
             let streams = outcomes
                 .iter()

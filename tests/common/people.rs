@@ -81,6 +81,7 @@ impl People {
             layout: None,
             receive_buffer_bytes: 1 << 20,
             single_connection,
+            join_retries: 0,
             shards: vec![command_sender.clone()],
             notices: notice_sender,
             leave: leaving,
