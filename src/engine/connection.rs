@@ -64,7 +64,8 @@ pub struct Connection {
     early: VecDeque<EarlyPacket>,
 }
 
-/// Media whose SSRC no description has named yet. Where offers are ours, the server sends as soon as it has written its answer.
+/// Media whose SSRC no description has named yet, or whose keys are still on their way. Where offers are ours, the server sends as soon as it has written
+/// its answer and its side of the DTLS handshake is done.
 pub struct EarlyPacket {
     pub arrival: Time,
     pub datagram: Box<[u8]>,
@@ -169,10 +170,10 @@ impl Connection {
     /// One RTP datagram. Returns when the stream wants NACKs to be sent; `None` where no parser took the datagram.
     pub fn handle_rtp(&mut self, datagram: &mut [u8], arrival: Time, config: &ShardConfig, record: &mut Record) -> Option<Time> {
         let header = Header::parse(datagram)?;
-        let Some((at, is_rtx)) = self.find_stream(header.ssrc) else {
+        let stream = self.find_stream(header.ssrc);
+        let (Some((at, is_rtx)), Some(opener)) = (stream, self.transport.opener()) else {
             return self.keep_early(datagram, arrival, record).then_some(Time::MAX);
         };
-        let opener = self.transport.opener()?;
         let mut context = StreamContext {
             roster: &config.roster,
             epoch: config.epoch,
@@ -191,7 +192,7 @@ impl Connection {
         }
     }
 
-    /// Keeps a packet until its stream is announced; false where too many wait.
+    /// Keeps a packet until it can be read; false where too many wait.
     fn keep_early(&mut self, datagram: &[u8], arrival: Time, record: &mut Record) -> bool {
         while self.early.front().is_some_and(|packet| arrival.since(packet.arrival) > EARLY_AGE_MAX) {
             self.early.pop_front();
@@ -207,7 +208,7 @@ impl Connection {
         true
     }
 
-    /// What came before its stream was announced: to be handled (again) when streams were added, or to be given up.
+    /// What could not be read when it came: to be handled again when that may have changed, or to be given up.
     pub fn take_early(&mut self) -> VecDeque<EarlyPacket> {
         std::mem::take(&mut self.early)
     }

@@ -203,6 +203,12 @@ impl Shard {
         streams.into_iter().for_each(|parameters| peer.add_stream(parameters));
         peer.repair_at = now + KEY_FRAME_CHECK;
         self.control_timers.set(control(key, Control::Repair), peer.repair_at);
+        self.take_early(key);
+    }
+
+    /// Another look at media that could not be read when it came.
+    fn take_early(&mut self, key: usize) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
         for mut early in peer.take_early() {
             self.take_rtp(key, &mut early.datagram, early.arrival);
         }
@@ -283,6 +289,7 @@ impl Shard {
                 let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);
                 self.control_timers.set(control(key, Control::Rtcp), now + phase);
                 self.events.push_back((key, Event::Connected { key, at: now }));
+                self.take_early(key);
             }
             PeerEvent::Failed(failure) => {
                 self.in_setup -= usize::from(peer.is_in_setup());
