@@ -31,13 +31,15 @@ pub enum Command {
 #[derive(Debug)]
 pub struct Run {
     pub plan: Plan,
-    /// `None` only in a dry run.
+    /// `None` for the embedded SFU, which gets fresh ones, and in a dry run.
     pub credentials: Option<Credentials>,
     pub judging: Judging,
     pub destinations: Destinations,
     /// Engine threads; `None`: as many as the host bears.
     pub threads: Option<usize>,
     pub dry_run: bool,
+    /// Nothing was asked for: what this run shows is what throng can do.
+    pub is_tour: bool,
     /// No progress and no text beyond the report.
     pub quiet: bool,
     /// Progress as plain lines, never redrawn.
@@ -92,36 +94,43 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
-/// Reads arguments (the program's name first) and the environment; draws what makes this run unlike every other.
+/// Reads arguments (the program's name first) and the environment; draws what makes this run unlike every other. `cpus`: how many this process may keep busy,
+/// which sizes a run that asks for nothing.
 ///
 /// # Errors
 /// With a text for the user, which ends without a newline.
-pub fn parse(args: impl IntoIterator<Item = OsString>, env: &dyn Fn(&str) -> Option<String>) -> Result<Command, UsageError> {
+pub fn parse(args: impl IntoIterator<Item = OsString>, env: &dyn Fn(&str) -> Option<String>, cpus: usize) -> Result<Command, UsageError> {
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());
-    parse_with(args, env, hasher.finish())
+    parse_with(args, env, cpus, hasher.finish())
 }
 
 /// [`parse`] without chance: `fresh` gives the run's tag (upper half) and the seed where none is asked for (lower half).
 ///
 /// # Errors
 /// As [`parse`].
-pub fn parse_with(args: impl IntoIterator<Item = OsString>, env: &dyn Fn(&str) -> Option<String>, fresh: u64) -> Result<Command, UsageError> {
+pub fn parse_with(
+    args: impl IntoIterator<Item = OsString>,
+    env: &dyn Fn(&str) -> Option<String>,
+    cpus: usize,
+    fresh: u64,
+) -> Result<Command, UsageError> {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => return Ok(Command::Show(error.to_string())),
         Err(error) => return Err(UsageError(error.to_string().trim_end().to_owned())),
     };
     let command = match cli.command {
-        Some(Sub::Run(args)) => args.into_run(env, fresh).map(|run| Command::Run(Box::new(run))),
+        Some(Sub::Run(args)) => args.into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run))),
         Some(Sub::Sfu(args)) => args.into_sfu(fresh).map(|sfu| Command::Sfu(Box::new(sfu))),
-        None => cli.run.into_run(env, fresh).map(|run| Command::Run(Box::new(run))),
+        None => cli.run.into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run))),
     };
     command.map_err(|why| UsageError::new(&why))
 }
 
 const EXAMPLES: &str = "\
 Examples:
+  throng                                  nothing to install: 15 s against the embedded SFU
   throng --url ws://127.0.0.1:7880 --api-key devkey --api-secret ... --publishers 2 --subscribers 50
   throng --room-count 10 --publishers 1 --video-publishers 1 --subscribers 100 --duration 5m \\
          --threshold 'audio.one_way_latency.p95<150ms' --json run.json
@@ -199,6 +208,9 @@ struct TargetArgs {
     /// [env: LIVEKIT_API_SECRET]
     #[arg(long, value_name = "SECRET")]
     api_secret: Option<String>,
+    /// How the embedded SFU sends: a call a packet, as real ones do, or segmented by the kernel [default: plain]
+    #[arg(long, value_name = "HOW")]
+    sfu_send: Option<SendArg>,
 }
 
 #[derive(Debug, Args)]
@@ -267,15 +279,15 @@ struct MediaArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Pace")]
 struct PaceArgs {
-    /// Joins per second, whatever becomes of earlier ones
-    #[arg(long, value_name = "R", default_value = "50", value_parser = join_rate)]
-    num_per_second: f64,
+    /// Joins per second, whatever becomes of earlier ones [default: 50]
+    #[arg(long, value_name = "R", value_parser = join_rate)]
+    num_per_second: Option<f64>,
     /// Try a failed join again so often; its times count from when the first try was intended
     #[arg(long, value_name = "N", default_value = "0", value_parser = whole_number)]
     join_retries: u32,
-    /// From the end of joining: 20, 20s, 30m or 1h
-    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = run_duration)]
-    duration: Duration,
+    /// From the end of joining: 20, 20s, 30m or 1h [default: 15s]
+    #[arg(long, value_name = "TIME", value_parser = run_duration)]
+    duration: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -338,15 +350,15 @@ enum VideoCodec {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum SendArg {
-    Plain,
-    Gso,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum PacingArg {
     Paced,
     Burst,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum SendArg {
+    Plain,
+    Gso,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -365,31 +377,37 @@ enum Resolution {
 }
 
 impl RunArgs {
-    fn into_run(self, env: &dyn Fn(&str) -> Option<String>, fresh: u64) -> Result<Run, String> {
+    fn into_run(self, env: &dyn Fn(&str) -> Option<String>, cpus: usize, fresh: u64) -> Result<Run, String> {
         let target = self.target.resolve(env)?;
         self.shape.must_be_asked_for(&target)?;
         let warnings = self.warnings();
-        let credentials = self.target.credentials(env);
+        let credentials = self.target.credentials(env).map(Some);
+        let credentials = if target.is_embedded() { Ok(None) } else { credentials };
+        let is_tour = target.is_embedded() && !self.shape.is_given();
+        let shape = self.shape.resolve(if is_tour { tour_shape(cpus) } else { DEFAULT_SHAPE })?;
         let plan = Plan {
             connection: self.engine.connection.into(),
             connection_reason: None,
-            shape: self.shape.resolve()?,
             audio: self.media.audio()?,
             video: self.media.video()?,
             simulcast: !self.media.no_simulcast,
             layout: self.media.layout,
             simulate_speakers: self.media.simulate_speakers,
             pacing: self.media.pacing.into(),
-            joins_per_second: self.pace.num_per_second,
+            joins_per_second: self
+                .pace
+                .num_per_second
+                .unwrap_or(if is_tour { tour_join_rate(&shape) } else { DEFAULT_JOIN_RATE }),
             join_retries: self.pace.join_retries,
-            duration: self.pace.duration,
+            duration: self.pace.duration.unwrap_or(if is_tour { TOUR_DURATION } else { DEFAULT_DURATION }),
+            shape,
             seed: self.engine.seed.unwrap_or(fresh & 0xFFFF_FFFF),
             run_tag: (fresh >> 32) as u32,
             target,
         };
         Ok(Run {
             plan,
-            credentials: if self.engine.dry_run { credentials.ok() } else { Some(credentials?) },
+            credentials: if self.engine.dry_run { credentials.ok().flatten() } else { credentials? },
             judging: Judging {
                 max_loss_pct: self.judging.max_loss,
                 target_rtt: self.judging.target_rtt_ms,
@@ -398,6 +416,7 @@ impl RunArgs {
             destinations: self.output.destinations()?,
             threads: self.engine.threads.map(usize::from),
             dry_run: self.engine.dry_run,
+            is_tour,
             quiet: self.output.quiet,
             no_live: self.output.no_live,
             warnings,
@@ -457,10 +476,7 @@ impl SfuArgs {
         }
         Ok(Sfu {
             listen: self.listen,
-            send: match self.send {
-                SendArg::Plain => SendMode::Plain,
-                SendArg::Gso => SendMode::Gso,
-            },
+            send: self.send.into(),
             threads: self.threads.map(usize::from),
             credentials,
             seed: self.seed.unwrap_or(fresh),
@@ -470,16 +486,27 @@ impl SfuArgs {
 
 impl TargetArgs {
     fn resolve(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Target, String> {
-        let given = self.url.clone().map(|url| (url, Origin::Flag));
-        let (url, origin) = given
-            .or_else(|| set(env, "LIVEKIT_URL").map(|url| (url, Origin::Environment)))
-            .ok_or(NO_TARGET)?;
-        let name = match origin {
-            Origin::Flag => "--url",
-            Origin::Environment => "LIVEKIT_URL",
-        };
+        let given = self.url.clone().map(|url| (url, Origin::Flag, "--url"));
+        let given = given.or_else(|| set(env, "LIVEKIT_URL").map(|url| (url, Origin::Environment, "LIVEKIT_URL")));
+        let Some((url, origin, name)) = given else { return self.embedded() };
+        if self.sfu_send.is_some() {
+            return Err(format!(
+                "--sfu-send is for the embedded SFU, but {name} names another server: leave one of them out"
+            ));
+        }
         let url: ServerUrl = url.trim().parse().map_err(|why| format!("{name} {why}"))?;
         Ok(Target { url, origin })
+    }
+
+    fn embedded(&self) -> Result<Target, String> {
+        for (flag, given) in [("--api-key", self.api_key.is_some()), ("--api-secret", self.api_secret.is_some())] {
+            if given {
+                return Err(format!(
+                    "{flag} is for a server, and none is named: add --url (or leave it out to test the embedded SFU)"
+                ));
+            }
+        }
+        Ok(Target::embedded(self.sfu_send.unwrap_or(SendArg::Plain).into()))
     }
 
     fn credentials(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Credentials, String> {
@@ -492,12 +519,25 @@ impl TargetArgs {
     }
 }
 
-const NO_TARGET: &str = "no target. The embedded SFU, which a throng without a target is going to start, is not in this version yet.
-Give a LiveKit server:
+/// Audio publishers, video publishers and subscribers where a server is named and nothing is said about people: enough to see that everything works.
+const DEFAULT_SHAPE: (u32, u32, u32) = (1, 1, 10);
+const DEFAULT_JOIN_RATE: f64 = 50.0;
+const DEFAULT_DURATION: Duration = Duration::from_secs(15);
 
-  throng --url ws://127.0.0.1:7880 --api-key KEY --api-secret SECRET
+/// A throng with no flags shows what this host can do in about 15 seconds: joining takes 3 of them.
+const TOUR_JOINING_SECONDS: f64 = 3.0;
+const TOUR_DURATION: Duration = Duration::from_secs(10);
 
-or set LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET.";
+/// A meeting's worth of publishers, and as many subscribers as leave a host of that size at ease.
+fn tour_shape(cpus: usize) -> (u32, u32, u32) {
+    const SUBSCRIBERS_PER_CPU: usize = 100;
+    const SUBSCRIBERS_MAX: usize = 600;
+    (3, 1, (SUBSCRIBERS_PER_CPU * cpus).min(SUBSCRIBERS_MAX) as u32)
+}
+
+fn tour_join_rate(shape: &Shape) -> f64 {
+    (shape.participants() as f64 / TOUR_JOINING_SECONDS).ceil()
+}
 
 /// A variable that is set to something; an empty one counts as unset.
 fn set(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Option<String> {
@@ -505,9 +545,6 @@ fn set(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Option<String> {
 }
 
 impl ShapeArgs {
-    /// What runs where a target is named and nothing is said about people: enough to see that everything works.
-    const DEFAULT: (u32, u32, u32) = (1, 1, 10);
-
     /// Whether any flag says how many people there are.
     fn is_given(&self) -> bool {
         self.publishers.is_some() || self.video_publishers.is_some() || self.subscribers.is_some()
@@ -525,14 +562,15 @@ impl ShapeArgs {
         ))
     }
 
-    fn resolve(&self) -> Result<Shape, String> {
+    /// `unasked`: audio publishers, video publishers and subscribers where no flag says how many.
+    fn resolve(&self, unasked: (u32, u32, u32)) -> Result<Shape, String> {
         let (audio_publishers, video_publishers, subscribers) = match self.is_given() {
             true => (
                 self.publishers.unwrap_or(0),
                 self.video_publishers.unwrap_or(0),
                 self.subscribers.unwrap_or(0),
             ),
-            false => ShapeArgs::DEFAULT,
+            false => unasked,
         };
         let shape = Shape {
             room_name: self.room.clone(),
@@ -629,6 +667,15 @@ impl Resolution {
             height,
             frames_per_second,
             bitrate: Bitrate::from_bps(bps),
+        }
+    }
+}
+
+impl From<SendArg> for SendMode {
+    fn from(send: SendArg) -> SendMode {
+        match send {
+            SendArg::Plain => SendMode::Plain,
+            SendArg::Gso => SendMode::Gso,
         }
     }
 }

@@ -12,7 +12,7 @@ use throng::preflight::{self, Findings, Host};
 use throng::report::progress::Progress;
 use throng::report::text::{self, Style};
 use throng::report::{self, Outcome, Sinks, Verdict, emit, judge};
-use throng::run::{self, Clips, Interrupts};
+use throng::run::{self, Clips, Embedded, Interrupts};
 use throng::sfu::server::{self, Server, ServerConfig};
 use throng::signal::Secret;
 
@@ -31,17 +31,17 @@ fn main() -> ExitCode {
 }
 
 fn throng() -> Result<u8> {
-    match cli::parse(std::env::args_os(), &|name| std::env::var(name).ok())? {
+    let host = Host::read();
+    match cli::parse(std::env::args_os(), &|name| std::env::var(name).ok(), host.usable_cpus())? {
         Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
-        Command::Run(run) => load_test(*run),
-        Command::Sfu(sfu) => serve(&sfu),
+        Command::Run(run) => load_test(*run, &host),
+        Command::Sfu(sfu) => serve(&sfu, &host),
     }
 }
 
 /// The embedded SFU, until it is told to stop.
-fn serve(sfu: &cli::Sfu) -> Result<u8> {
-    let host = Host::read();
-    if let Some(warning) = preflight::server_files(&host) {
+fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
+    if let Some(warning) = preflight::server_files(host) {
         say(&format_args!("warning: {warning}"));
     }
     let (api_key, api_secret) = match &sfu.credentials {
@@ -76,17 +76,17 @@ fn say(line: &impl Display) {
     let _ = emit(&mut stderr(), &format!("{line}\n"));
 }
 
-fn load_test(mut run: cli::Run) -> Result<u8> {
-    let host = Host::read();
-    let resources = preflight::resources(&run.plan, &host, run.threads);
-    let findings = preflight::check(&run.plan, &host, &resources);
+fn load_test(mut run: cli::Run, host: &Host) -> Result<u8> {
+    let resources = preflight::resources(&run.plan, host, run.threads);
+    let findings = preflight::check(&run.plan, host, &resources);
     if run.dry_run {
         return dry_run(&run, &resources, &findings);
     }
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(run::settle_connection(&mut run.plan));
+    let embedded = if findings.refusals.is_empty() {
+        prepare_target(&mut run, &resources)?
+    } else {
+        None
+    };
     if !run.quiet {
         say(&text::first_line(&run.plan).trim_end());
     }
@@ -94,8 +94,23 @@ fn load_test(mut run: cli::Run) -> Result<u8> {
     findings.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
     let sinks = Sinks::open(&run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let clips = generate(&run, &resources)?;
-    let outcome = measure(&run, &resources, clips)?;
-    write_report(&run, &outcome, sinks)
+    let mut outcome = measure(&run, &resources, clips)?;
+    outcome.sfu = embedded.map(Embedded::stop);
+    let code = write_report(&run, &outcome, sinks)?;
+    if run.is_tour && !run.quiet {
+        say(&text::WHAT_NEXT);
+    }
+    Ok(code)
+}
+
+/// Starts the embedded SFU where that is the target, and finds out which connection mode the target wants.
+fn prepare_target(run: &mut cli::Run, resources: &Resources) -> Result<Option<Embedded>> {
+    let embedded = Embedded::start_for(run, resources)?;
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(run::settle_connection(&mut run.plan));
+    Ok(embedded)
 }
 
 /// Says what is being made only where that takes its time: several layers of video do.

@@ -12,6 +12,7 @@ use crate::measure::Kind;
 use crate::media::packetize::PAYLOAD_BYTES_MAX;
 use crate::media::vp8::MIN_SIZE;
 use crate::seeded::scatter;
+use crate::sfu::SendMode;
 use crate::units::{Bitrate, Time};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
@@ -68,11 +69,37 @@ pub struct Target {
     pub origin: Origin,
 }
 
+impl Target {
+    /// The SFU that the run starts itself; its address is known when it listens.
+    pub fn embedded(send: SendMode) -> Target {
+        Target {
+            url: ServerUrl::loopback(0),
+            origin: Origin::Embedded(send),
+        }
+    }
+
+    pub fn is_embedded(&self) -> bool {
+        matches!(self.origin, Origin::Embedded(_))
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.origin {
+            Origin::Embedded(_) if self.url.port() == 0 => f.write_str("embedded SFU"),
+            Origin::Embedded(_) => write!(f, "embedded SFU at {}", self.url),
+            Origin::Flag | Origin::Environment => write!(f, "{}", self.url),
+        }
+    }
+}
+
 /// Where the target came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
     Flag,
     Environment,
+    /// No server was named.
+    Embedded(SendMode),
 }
 
 impl fmt::Display for Origin {
@@ -80,6 +107,8 @@ impl fmt::Display for Origin {
         f.write_str(match self {
             Origin::Flag => "from --url",
             Origin::Environment => "from LIVEKIT_URL",
+            Origin::Embedded(SendMode::Plain) => "no --url, no LIVEKIT_URL",
+            Origin::Embedded(SendMode::Gso) => "no --url, no LIVEKIT_URL; segmented sends",
         })
     }
 }
@@ -300,6 +329,8 @@ pub struct Estimate {
 pub struct Resources {
     /// Engine threads.
     pub threads: usize,
+    /// Media threads of the embedded SFU; 0 without it.
+    pub sfu_routers: usize,
     /// CPUs that the process may use, affinity and quota considered.
     pub cpus: usize,
     /// UDP sockets.
@@ -624,6 +655,17 @@ pub struct ServerUrl {
 }
 
 impl ServerUrl {
+    /// A server on this host.
+    pub fn loopback(port: u16) -> ServerUrl {
+        ServerUrl {
+            secure: false,
+            authority: format!("127.0.0.1:{port}"),
+            host: "127.0.0.1".to_owned(),
+            port,
+            path: String::new(),
+        }
+    }
+
     /// For signalling: `ws://` or `wss://`, with no slash at the end.
     pub fn websocket(&self) -> String {
         format!("{}://{}{}", if self.secure { "wss" } else { "ws" }, self.authority, self.path)

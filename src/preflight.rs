@@ -98,11 +98,18 @@ pub fn resources(plan: &Plan, host: &Host, threads: Option<usize>) -> Resources 
     let threads = threads.unwrap_or(share).max(1);
     let sockets = plan.total_sockets();
     let websockets = u64::from(plan.total_participants());
+    let embedded = plan.target.is_embedded();
+    // A room lives on one router.
+    let rooms = plan.shape.room_count as usize;
+    let sfu_routers = if embedded { (cpus / 4).clamp(1, rooms.max(1)) } else { 0 };
+    // Of the embedded SFU's WebSockets both ends are ours.
+    let ends = if embedded { 2 } else { 1 };
     Resources {
         threads,
+        sfu_routers,
         cpus,
         sockets,
-        files: sockets + websockets + FILES_SLACK + FILES_PER_THREAD * threads as u64,
+        files: sockets + ends * websockets + FILES_SLACK + FILES_PER_THREAD * (threads + sfu_routers) as u64,
     }
 }
 

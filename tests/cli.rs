@@ -6,13 +6,20 @@ use std::time::Duration;
 use throng::cli::{Command, Run, UsageError, parse, parse_with};
 use throng::measure::Kind;
 use throng::plan::{Connection, Origin, Pacing};
+use throng::sfu::SendMode;
 
+const CPUS: usize = 2;
 const FRESH: u64 = 0xC0FF_EE01_0000_0007;
 const TARGET: &[&str] = &["--url", "ws://127.0.0.1:7880", "--api-key", "devkey", "--api-secret", "hunter2"];
 
 fn command(args: &[&str], env: &[(&str, &str)]) -> Result<Command, UsageError> {
     let lookup = |name: &str| env.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
-    parse_with(std::iter::once("throng").chain(args.iter().copied()).map(OsString::from), &lookup, FRESH)
+    parse_with(
+        std::iter::once("throng").chain(args.iter().copied()).map(OsString::from),
+        &lookup,
+        CPUS,
+        FRESH,
+    )
 }
 
 fn run(args: &[&str], env: &[(&str, &str)]) -> Run {
@@ -191,14 +198,50 @@ fn resolutions_carry_their_frame_rate_and_bitrate() {
 }
 
 #[test]
-fn a_bare_throng_says_that_there_is_no_embedded_sfu_yet_and_how_to_go_on() {
-    let text = refusal(&[], &[]);
-    assert!(
-        text.contains("embedded SFU") && text.contains("not in this version yet") && text.contains("--url ws://"),
-        "{text}"
+fn a_bare_throng_tests_the_embedded_sfu_with_as_many_as_the_host_bears() {
+    for (args, env) in [(&[][..], &[][..]), (&["run"], &[("LIVEKIT_URL", "")])] {
+        let run = run(args, env);
+        let plan = &run.plan;
+        assert_eq!(plan.target.origin, Origin::Embedded(SendMode::Plain));
+        assert_eq!(plan.target.to_string(), "embedded SFU");
+        assert!(run.credentials.is_none());
+        assert_eq!(
+            (plan.shape.publishers(), plan.shape.video_publishers, plan.shape.subscribers),
+            (3, 1, 200)
+        );
+        assert_eq!(plan.duration, Duration::from_secs(10));
+        assert!(plan.joining() <= Duration::from_secs(3));
+    }
+    let with_cpus = |cpus| match parse_with([OsString::from("throng")], &|_| None, cpus, FRESH) {
+        Ok(Command::Run(run)) => run.plan.shape.subscribers,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!([with_cpus(1), with_cpus(4), with_cpus(64)], [100, 400, 600]);
+}
+
+#[test]
+fn a_shape_without_a_target_is_a_test_of_the_embedded_sfu_with_the_usual_pace() {
+    let plan = run(&["--publishers", "1", "--subscribers", "7", "--sfu-send", "gso"], &[]).plan;
+    assert_eq!(plan.target.origin, Origin::Embedded(SendMode::Gso));
+    assert_eq!(
+        (plan.shape.subscribers, plan.joins_per_second, plan.duration),
+        (7, 50.0, Duration::from_secs(15))
     );
-    assert_eq!(refusal(&["run"], &[("LIVEKIT_URL", "")]), text);
-    assert_eq!(UsageError::EXIT_CODE, 2);
+}
+
+#[test]
+fn what_belongs_to_a_server_is_refused_without_one_and_the_other_way_round() {
+    assert!(refusal(&["--api-key", "k"], &[]).contains("add --url"));
+    assert!(refusal(&["--api-secret", "hunter2"], &[]).contains("add --url"));
+    let both = [TARGET, &["--sfu-send", "plain"]].concat();
+    assert!(refusal(&both, &[]).contains("--url names another server"));
+    // Credentials that lie about in the environment choose no target.
+    assert!(
+        run(&[], &[("LIVEKIT_API_KEY", "k"), ("LIVEKIT_API_SECRET", "s")])
+            .plan
+            .target
+            .is_embedded()
+    );
 }
 
 #[test]
@@ -343,7 +386,11 @@ fn help_and_version_go_to_standard_output() {
 
 #[test]
 fn two_runs_are_told_apart() {
-    let draw = || match parse(std::iter::once("throng").chain(TARGET.iter().copied()).map(OsString::from), &|_| None) {
+    let draw = || match parse(
+        std::iter::once("throng").chain(TARGET.iter().copied()).map(OsString::from),
+        &|_| None,
+        CPUS,
+    ) {
         Ok(Command::Run(run)) => (run.plan.run_tag, run.plan.seed),
         other => panic!("{other:?}"),
     };

@@ -157,7 +157,7 @@ fn outcome() -> Outcome {
         }],
         engine: EngineHealth {
             threads: 2,
-            cpu_seconds: 13.4,
+            cpu_seconds: Some(13.4),
             us_per_packet: Some(2.31),
             bytes_per_participant: Some(61_000),
             rss_peak_bytes: Some(104_000_000),
@@ -166,6 +166,7 @@ fn outcome() -> Outcome {
             valid: true,
             reasons: vec![],
         },
+        sfu: None,
         partial: None,
         notes: vec![],
         failures: vec![],
@@ -523,6 +524,7 @@ fn a_dry_run_shows_what_would_happen() {
         &Judging::default(),
         &Resources {
             threads: 2,
+            sfu_routers: 0,
             cpus: 4,
             sockets: 100,
             files: 272,

@@ -6,7 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::{EngineHealth, Judgement, Outcome, Sample, Step, VERSION, judge, judge::judge_step};
+use super::{EmbeddedSfu, EngineHealth, Judgement, Outcome, Sample, Step, VERSION, judge, judge::judge_step};
 use crate::measure::{Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::{Layout, Plan, VideoSpec};
 
@@ -36,7 +36,7 @@ struct Report<'a> {
     join_failures: Vec<FailureView<'a>>,
     series: &'a [Sample],
     engine: EngineView<'a>,
-    server: Option<()>,
+    server: Option<ServerView>,
     vantages: Option<()>,
     missing: Option<()>,
 }
@@ -64,7 +64,7 @@ impl<'a> Report<'a> {
                 .collect(),
             series: &outcome.series,
             engine: EngineView::new(outcome),
-            server: None,
+            server: outcome.sfu.as_ref().map(ServerView::new),
             vantages: None,
             missing: None,
         }
@@ -204,6 +204,45 @@ impl<'a> TargetView<'a> {
     }
 }
 
+/// What the embedded SFU says of itself: RTP media of all rooms, and what it cost.
+#[derive(serde::Serialize)]
+struct ServerView {
+    routers: usize,
+    send: &'static str,
+    cpu_seconds: Option<f64>,
+    us_per_packet_sent: Option<f64>,
+    packets_received: u64,
+    packets_sent: u64,
+    packets_resent: u64,
+    nacks_received: u64,
+    nacks_sent: u64,
+    plis_received: u64,
+    plis_sent: u64,
+    socket_drops: u64,
+    send_errors: u64,
+}
+
+impl ServerView {
+    fn new(sfu: &EmbeddedSfu) -> ServerView {
+        let media = &sfu.statistics.media;
+        ServerView {
+            routers: sfu.routers,
+            send: sfu.send.name(),
+            cpu_seconds: sfu.cpu_seconds,
+            us_per_packet_sent: sfu.us_per_packet_sent(),
+            packets_received: media.media_in + media.repairs_in,
+            packets_sent: media.media_out,
+            packets_resent: media.resends_out,
+            nacks_received: media.nacks_in,
+            nacks_sent: media.nacks_out,
+            plis_received: media.plis_in,
+            plis_sent: media.plis_out,
+            socket_drops: media.socket_drops,
+            send_errors: media.send_errors,
+        }
+    }
+}
+
 #[derive(serde::Serialize)]
 struct StepView<'a> {
     name: &'a str,
@@ -335,7 +374,7 @@ struct FailureView<'a> {
 #[derive(serde::Serialize)]
 struct EngineView<'a> {
     threads: usize,
-    cpu_seconds: f64,
+    cpu_seconds: Option<f64>,
     us_per_packet: Option<f64>,
     bytes_per_participant: Option<u64>,
     rss_peak_bytes: Option<u64>,

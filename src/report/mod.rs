@@ -21,6 +21,8 @@ pub use sinks::{Destinations, Sinks};
 pub use crate::measure::Timeline;
 use crate::measure::{Histogram, Kind, Media, Record};
 use crate::plan::Plan;
+use crate::sfu::SendMode;
+use crate::sfu::server::ServerStatistics;
 
 /// The version that reports carry.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -41,6 +43,8 @@ pub struct Outcome {
     /// One row a second.
     pub series: Vec<Sample>,
     pub engine: EngineHealth,
+    /// What the embedded SFU says of itself; `None` where the target was another.
+    pub sfu: Option<EmbeddedSfu>,
     /// Why the run ended before its time; `None` if it did not.
     pub partial: Option<String>,
     /// What the reader should know and the verdict does not say.
@@ -61,6 +65,7 @@ pub struct TargetInfo {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TargetKind {
     LiveKit,
+    Embedded,
 }
 
 impl TargetKind {
@@ -68,6 +73,7 @@ impl TargetKind {
     pub const fn name(self) -> &'static str {
         match self {
             TargetKind::LiveKit => "livekit",
+            TargetKind::Embedded => "embedded",
         }
     }
 }
@@ -103,12 +109,31 @@ pub struct Sample {
     pub cpu_cores: Option<f64>,
 }
 
+/// The embedded SFU's own account of the run.
+#[derive(Clone, Debug)]
+pub struct EmbeddedSfu {
+    pub send: SendMode,
+    pub routers: usize,
+    /// Of all its threads, signalling included; `None` where the kernel does not say.
+    pub cpu_seconds: Option<f64>,
+    pub statistics: ServerStatistics,
+}
+
+impl EmbeddedSfu {
+    /// CPU for each media packet that it sent.
+    pub fn us_per_packet_sent(&self) -> Option<f64> {
+        let media = &self.statistics.media;
+        let sent = media.media_out + media.resends_out;
+        self.cpu_seconds.filter(|_| sent > 0).map(|seconds| seconds * 1e6 / sent as f64)
+    }
+}
+
 /// How well the generator did. `tick_late` and `send_lag` are in the totals' record.
 #[derive(Clone, Default)]
 pub struct EngineHealth {
     pub threads: usize,
-    /// User and system time of the whole process since its media was made.
-    pub cpu_seconds: f64,
+    /// User and system time of the process since its media was made, without the embedded SFU's threads; `None` where the kernel does not tell them apart.
+    pub cpu_seconds: Option<f64>,
     pub us_per_packet: Option<f64>,
     pub bytes_per_participant: Option<u64>,
     pub rss_peak_bytes: Option<u64>,

@@ -10,6 +10,7 @@ use super::judge::Loss;
 use super::{Judgement, Judging, Outcome, VERSION, Verdict, judge};
 use crate::measure::{Histogram, Kind, Media};
 use crate::plan::{Plan, Resources, Shape, VideoSpec};
+use crate::sfu::SendMode;
 
 const WIDTH: usize = 80;
 const REASONS_MAX: usize = 6;
@@ -53,16 +54,18 @@ impl Style {
     }
 }
 
+/// After a run that asked for nothing.
+pub const WHAT_NEXT: &str = "
+Next: throng --subscribers 1000             more of it, on this host alone
+      throng --url ws://HOST:7880 --api-key KEY --api-secret SECRET
+                                            the same against your own server
+      throng --help                         everything else";
+
 /// Target, where it came from, connection mode and plan, on one line.
 pub fn first_line(plan: &Plan) -> String {
     let target = &plan.target;
     let (shape, pace) = (shape_line(plan), pace_line(plan));
-    format!(
-        "throng {VERSION}: {} ({}), {}; {shape}, {pace}\n",
-        target.url,
-        target.origin,
-        connection(plan)
-    )
+    format!("throng {VERSION}: {target} ({}), {}; {shape}, {pace}\n", target.origin, connection(plan))
 }
 
 fn connection(plan: &Plan) -> String {
@@ -142,6 +145,7 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
     text.push_str(&media(outcome, style));
     text.push_str(&times(outcome, style));
     text.push_str(&generator(outcome, style));
+    text.push_str(&embedded_sfu(outcome, style));
     text.push_str(&notes(outcome, style));
     text.push_str(&result(&judgement, style));
     text
@@ -149,13 +153,9 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
 
 fn head(outcome: &Outcome, style: Style) -> String {
     let plan = &outcome.plan;
-    let server = outcome
-        .target
-        .server_version
-        .as_deref()
-        .map(|version| format!(", LiveKit {version}"))
-        .unwrap_or_default();
-    let title = format!("{}{server}, {}", plan.target.url, connection(plan));
+    let version = outcome.target.server_version.as_deref().filter(|_| !plan.target.is_embedded());
+    let server = version.map(|version| format!(", LiveKit {version}")).unwrap_or_default();
+    let title = format!("{}{server}, {}", plan.target, connection(plan));
     let habits = habits_line(plan).map(|habits| format!("  {habits}\n")).unwrap_or_default();
     format!(
         "{}\n  {}\n  {}\n{habits}  {}\n\n",
@@ -480,7 +480,7 @@ fn generator(outcome: &Outcome, style: Style) -> String {
     let (health, counted) = (&outcome.engine, &outcome.totals.record.engine);
     let wall = outcome.finished.saturating_sub(outcome.started).as_secs_f64();
     let cores = if wall > 0.0 {
-        format!("{:.2}", health.cpu_seconds / wall)
+        maybe(health.cpu_seconds, |seconds| format!("{:.2}", seconds / wall))
     } else {
         "n/a".to_owned()
     };
@@ -512,6 +512,33 @@ fn generator(outcome: &Outcome, style: Style) -> String {
         number(counted.send_slots_skipped)
     );
     let _ = writeln!(text, "  host drops   {}\n", drops(outcome));
+    text
+}
+
+/// What the embedded SFU says of itself, where it was the target.
+fn embedded_sfu(outcome: &Outcome, style: Style) -> String {
+    let Some(sfu) = &outcome.sfu else { return String::new() };
+    let wall = outcome.finished.saturating_sub(outcome.started).as_secs_f64();
+    let cores = sfu.cpu_seconds.filter(|_| wall > 0.0).map(|seconds| seconds / wall);
+    let sends = match sfu.send {
+        SendMode::Plain => "one call a packet",
+        SendMode::Gso => "segmented sends",
+    };
+    let media = &sfu.statistics.media;
+    let mut text = format!(
+        "{} {}, {} cores, {}/packet sent, {sends}\n",
+        style.bold("Embedded SFU"),
+        count(sfu.routers as u64, "router"),
+        maybe(cores, |cores| format!("{cores:.2}")),
+        maybe(sfu.us_per_packet_sent(), |us| format!("{us:.2} us")),
+    );
+    let _ = writeln!(
+        text,
+        "  packets      {} received, {} sent, {} sent again\n",
+        number(media.media_in),
+        number(media.media_out),
+        number(media.resends_out)
+    );
     text
 }
 

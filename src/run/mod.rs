@@ -4,6 +4,7 @@
 
 mod account;
 mod clips;
+mod embedded;
 mod interrupts;
 mod rooms;
 
@@ -17,6 +18,7 @@ use anyhow::{Context, Result, anyhow};
 use tokio::sync::{mpsc, watch};
 
 pub use clips::Clips;
+pub use embedded::Embedded;
 pub use interrupts::Interrupts;
 
 use account::{expect_frames, expect_joins, expected_tracks, is_healthy, quality, state_of_all, state_tracks};
@@ -32,6 +34,7 @@ use crate::plan::{Connection, Plan, Resources};
 use crate::preflight;
 use crate::report::progress::Snapshot;
 use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Step, TargetInfo, TargetKind};
+use crate::sfu;
 use crate::signal::session::{self, Ended, Media, Notice, Phase, Place, Sections, SessionContext, TakingTurns};
 use crate::signal::{ApiKey, Endpoint, probe};
 use crate::transport::peer::Identity;
@@ -125,7 +128,7 @@ struct Test<'a> {
     sessions: SessionBook,
     outcomes: Vec<PeerOutcome>,
     host_drops_before: Option<u64>,
-    cpu_before: Duration,
+    cpu_before: Option<Duration>,
     resident_before: Option<u64>,
     resident_hold: Option<u64>,
     hold: Option<(Record, Time)>,
@@ -161,7 +164,7 @@ struct SessionBook {
 /// What the rows of the series are differences of.
 struct SecondBook {
     at: Time,
-    cpu: Duration,
+    cpu: Option<Duration>,
     joined: u32,
     record: Record,
     last: Sample,
@@ -231,7 +234,7 @@ impl<'a> Test<'a> {
             series: Vec::new(),
             second: SecondBook {
                 at: now,
-                cpu: net::process_cpu(),
+                cpu: generator_cpu(),
                 joined: 0,
                 record: Record::default(),
                 last: Sample::default(),
@@ -239,7 +242,7 @@ impl<'a> Test<'a> {
             sessions: SessionBook::default(),
             outcomes: Vec::new(),
             host_drops_before: net::udp_receive_buffer_errors(),
-            cpu_before: net::process_cpu(),
+            cpu_before: generator_cpu(),
             resident_before,
             resident_hold: None,
             hold: None,
@@ -482,7 +485,7 @@ impl<'a> Test<'a> {
     }
 
     fn close_second(&mut self, now: Time) {
-        let cpu = net::process_cpu();
+        let cpu = generator_cpu();
         let seconds = now.since(self.second.at).as_secs_f64();
         let delta = self.record.since(&self.second.record);
         let per_second = |count: u64| count as f64 / seconds;
@@ -502,7 +505,7 @@ impl<'a> Test<'a> {
             one_way_us_p50: latency.quantile(0.5),
             one_way_us_p99: latency.quantile(0.99),
             tick_late_us_p99: delta.engine.tick_late.quantile(0.99),
-            cpu_cores: Some(cpu.saturating_sub(self.second.cpu).as_secs_f64() / seconds),
+            cpu_cores: cpu_between(self.second.cpu, cpu).map(|used| used.as_secs_f64() / seconds),
         };
         self.series.push(sample.clone());
         self.second = SecondBook {
@@ -575,13 +578,18 @@ impl<'a> Test<'a> {
             plan: self.plan.clone(),
             judging: run.judging.clone(),
             target: TargetInfo {
-                kind: TargetKind::LiveKit,
+                kind: if run.plan.target.is_embedded() {
+                    TargetKind::Embedded
+                } else {
+                    TargetKind::LiveKit
+                },
                 server_version: self.sessions.server_version.clone(),
             },
             steps: self.steps,
             totals,
             series: self.series,
             engine,
+            sfu: None,
             partial: self.partial,
             notes: self.notes,
             failures: self.sessions.failures.into_iter().collect(),
@@ -612,13 +620,15 @@ impl<'a> Test<'a> {
         });
         let packets = self.record.engine.packets_processed;
         let engine_cpu: Duration = self.workers.iter().map(|worker| worker.cpu).sum();
+        // What the embedded SFU keeps of every participant lies in the same memory.
         let grown = self
             .resident_hold
             .zip(self.resident_before)
+            .filter(|_| !self.plan.target.is_embedded())
             .map(|(hold, before)| hold.saturating_sub(before));
         EngineHealth {
             threads: self.workers.len(),
-            cpu_seconds: net::process_cpu().saturating_sub(self.cpu_before).as_secs_f64(),
+            cpu_seconds: cpu_between(self.cpu_before, generator_cpu()).map(|cpu| cpu.as_secs_f64()),
             us_per_packet: (packets > 0).then(|| engine_cpu.as_secs_f64() * 1e6 / packets as f64),
             bytes_per_participant: grown
                 .zip(u64::from(self.sessions.joined).checked_sub(1))
@@ -665,6 +675,16 @@ impl<'a> Test<'a> {
             })
             .collect()
     }
+}
+
+/// CPU time of this process without the embedded SFU's threads. The floor thread and `main` are part of what a run costs.
+fn generator_cpu() -> Option<Duration> {
+    let sfu = net::threads_cpu(sfu::THREAD_PREFIX)?;
+    Some(net::process_cpu().saturating_sub(sfu))
+}
+
+fn cpu_between(before: Option<Duration>, after: Option<Duration>) -> Option<Duration> {
+    Some(after?.saturating_sub(before?))
 }
 
 fn start_workers(parts: &[Vec<u32>], shard: &ShardConfig, reports: &mpsc::UnboundedSender<Report>) -> Result<Vec<Worker>> {

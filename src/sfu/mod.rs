@@ -28,6 +28,9 @@ use crate::transport::peer::{IceCredentials, PeerFailure};
 use crate::transport::sdp::{ExtensionIds, Fingerprint};
 use crate::units::Time;
 
+/// What the names of the embedded SFU's threads start with.
+pub const THREAD_PREFIX: &str = "sfu-";
+
 /// One peer connection. Given out by the lobby, never twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TransportId(pub u32);
@@ -55,6 +58,15 @@ pub trait Outgoing {
 
     /// Sends the first `len` bytes of the lent buffer as datagrams of `segment` bytes (the last may be shorter).
     fn send(&mut self, to: SocketAddr, len: usize, segment: usize);
+}
+
+impl SendMode {
+    pub const fn name(self) -> &'static str {
+        match self {
+            SendMode::Plain => "plain",
+            SendMode::Gso => "gso",
+        }
+    }
 }
 
 /// What the lobby asks of a router.

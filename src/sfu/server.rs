@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, LobbyStatistics, Output};
 use super::statistics::RouterStatistics;
 use super::worker::{Worker, WorkerConfig};
-use super::{MediaEvent, SendMode};
+use super::{MediaEvent, SendMode, THREAD_PREFIX};
 use crate::seeded::scatter;
 use crate::signal::Secret;
 use crate::transport::peer::Identity;
@@ -157,7 +157,7 @@ impl Server {
         };
         let (shutdown, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new()
-            .name("sfu-signal".to_owned())
+            .name(format!("{THREAD_PREFIX}signal"))
             .spawn(move || signalling(listener, state, desk, (requests, media), stopped))
             .map_err(StartError::Thread)?;
         Ok(Server {
@@ -261,7 +261,7 @@ fn start_workers(config: &ServerConfig, identity: &Identity, epoch: Epoch) -> Re
             epoch,
             send: config.send,
             seed: scatter(config.seed ^ index as u64),
-            name: format!("sfu-{index}"),
+            name: format!("{THREAD_PREFIX}{index}"),
         };
         workers.push(Worker::start(worker, told).map_err(|cause| StartError::Media { ip, cause })?);
         events.push(heard);

@@ -83,6 +83,9 @@ mod tests {
                 .all(|line| line.rsplit(' ').next().is_some_and(|value| value.parse::<u64>().is_ok()))
         );
         let own = samples.clone().filter(|line| line.starts_with("throng_sfu_"));
-        assert_eq!((samples.count() - own.clone().count(), own.count()), (19, statistics.media.counters().count()));
+        assert_eq!(
+            (samples.count() - own.clone().count(), own.count()),
+            (19, statistics.media.counters().count())
+        );
     }
 }

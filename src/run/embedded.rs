@@ -1,0 +1,70 @@
+//! The SFU that a run starts for itself where no server was named.
+
+use anyhow::{Context, Result, anyhow};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ring::rand::{SecureRandom, SystemRandom};
+
+use crate::cli::{self, Credentials};
+use crate::net;
+use crate::plan::{Origin, Resources};
+use crate::report::EmbeddedSfu;
+use crate::sfu::server::{DEV_KEY, Server, ServerConfig};
+use crate::sfu::{self, SendMode};
+use crate::signal::Secret;
+
+/// An embedded SFU at work. Dropping it ends it.
+pub struct Embedded {
+    server: Server,
+    send: SendMode,
+    routers: usize,
+}
+
+impl Embedded {
+    /// Starts the SFU if that is what `run` is to test, and puts its address and a key pair that nobody else knows into `run`.
+    ///
+    /// # Errors
+    /// Where this host lets no server start.
+    pub fn start_for(run: &mut cli::Run, resources: &Resources) -> Result<Option<Embedded>> {
+        let Origin::Embedded(send) = run.plan.target.origin else {
+            return Ok(None);
+        };
+        let secret = fresh_secret()?;
+        let server = Server::start(ServerConfig {
+            send,
+            routers: resources.sfu_routers,
+            api_secret: Secret::new(secret.clone()),
+            ..ServerConfig::loopback(run.plan.seed)
+        })
+        .context("the embedded SFU does not start")?;
+        run.plan.target.url = server.url().parse().map_err(anyhow::Error::msg)?;
+        run.credentials = Some(Credentials {
+            api_key: DEV_KEY.to_owned(),
+            api_secret: secret,
+        });
+        Ok(Some(Embedded {
+            server,
+            send,
+            routers: resources.sfu_routers,
+        }))
+    }
+
+    /// Ends it, and says what it did.
+    pub fn stop(self) -> EmbeddedSfu {
+        let cpu = net::threads_cpu(sfu::THREAD_PREFIX);
+        EmbeddedSfu {
+            send: self.send,
+            routers: self.routers,
+            cpu_seconds: cpu.map(|cpu| cpu.as_secs_f64()),
+            statistics: self.server.stop(),
+        }
+    }
+}
+
+fn fresh_secret() -> Result<String> {
+    let mut bytes = [0; 32];
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| anyhow!("this host gives no random bytes"))?;
+    Ok(URL_SAFE_NO_PAD.encode(bytes))
+}
