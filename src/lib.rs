@@ -7,6 +7,7 @@ pub mod media;
 pub mod net;
 pub mod plan;
 pub mod preflight;
+pub mod recording;
 pub mod report;
 pub mod run;
 pub mod seeded;

@@ -1,0 +1,324 @@
+//! All streams of a recording and their files, and the account of it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::SyncSender;
+
+use super::ivf;
+use super::ogg::OpusFile;
+use super::output::{Output, safe_name};
+use super::stream::{AudioStream, Frame, VideoStream};
+use super::tap::{Page, TappedPacket};
+use crate::measure::Kind;
+use crate::media::identity::FrameIdentity;
+use crate::plan::Plan;
+
+pub struct Book {
+    dir: PathBuf,
+    plan: Plan,
+    rooms: BTreeMap<u32, Room>,
+    /// By room and the connection's own number of the stream.
+    streams: BTreeMap<(u32, u32), Stream>,
+}
+
+struct Room {
+    give_back: SyncSender<Page>,
+    dropped: Arc<AtomicU64>,
+}
+
+struct Stream {
+    source: Source,
+    track: Track,
+}
+
+enum Source {
+    Audio(AudioStream),
+    Video(Box<VideoStream>),
+}
+
+/// One stream's way into its file.
+struct Track {
+    kind: Kind,
+    ssrc: u32,
+    dir: PathBuf,
+    file: File,
+    is_named: bool,
+    frames: u64,
+    unreadable: u64,
+}
+
+enum File {
+    /// Until there is something to put in.
+    None,
+    Ivf(Output),
+    Ogg(Output, Box<OpusFile>),
+    /// Where it was, and why it ended early.
+    Failed(PathBuf, io::Error),
+}
+
+impl Book {
+    pub fn new(dir: PathBuf, plan: Plan) -> Book {
+        Book {
+            dir,
+            plan,
+            rooms: BTreeMap::new(),
+            streams: BTreeMap::new(),
+        }
+    }
+
+    /// A room that is recorded: where its emptied pages go, and where its tap counts what it drops.
+    pub fn expect_room(&mut self, room: u32, give_back: SyncSender<Page>, dropped: Arc<AtomicU64>) {
+        self.rooms.insert(room, Room { give_back, dropped });
+    }
+
+    pub fn take(&mut self, mut page: Page) {
+        for (packet, payload) in page.packets() {
+            self.handle_packet(page.room, packet, payload);
+        }
+        page.clear();
+        if let Some(room) = self.rooms.get(&page.room) {
+            // A tap that is gone needs no page.
+            let _ = room.give_back.try_send(page);
+        }
+    }
+
+    fn handle_packet(&mut self, room: u32, packet: &TappedPacket, payload: &[u8]) {
+        let (dir, plan) = (&self.dir, &self.plan);
+        let stream = self
+            .streams
+            .entry((room, packet.stream))
+            .or_insert_with(|| Stream::new(packet, dir.join(safe_name(&plan.room_name(room)))));
+        stream.handle_packet(packet, payload, plan);
+    }
+
+    /// Ends all files. Returns the account.
+    pub fn finish(mut self) -> Vec<String> {
+        for stream in self.streams.values_mut() {
+            stream.finish(&self.plan);
+        }
+        self.account()
+    }
+
+    fn account(&self) -> Vec<String> {
+        let tracks = || self.streams.values().map(|stream| &stream.track);
+        let frames = |kind| tracks().filter(|track| track.kind == kind).map(|track| track.frames).sum::<u64>();
+        let files = tracks().filter(|track| !matches!(track.file, File::None)).count();
+        let mut notes = vec![format!(
+            "recorded {} frames of video and {} packets of audio in {files} files below {}",
+            frames(Kind::Video),
+            frames(Kind::Audio),
+            self.dir.display()
+        )];
+        let dropped = self.rooms.values().map(|room| room.dropped.load(Ordering::Relaxed)).sum();
+        let sum = |of: fn(&Stream) -> u64| self.streams.values().map(of).sum::<u64>();
+        for (count, what) in [
+            (dropped, "packets: they could not be written as fast as they came"),
+            (sum(Stream::undecodable), "whole frames of video: what they build on never came"),
+            (sum(Stream::late), "packets of audio that came after those that follow them"),
+            (sum(|stream| stream.track.unreadable), "frames that are no Opus, or no VP8"),
+        ] {
+            if count > 0 {
+                notes.push(format!("recording dropped {count} {what}"));
+            }
+        }
+        notes.extend(self.failures());
+        notes
+    }
+
+    /// One note for each reason: a full disk ends all files at once.
+    fn failures(&self) -> Vec<String> {
+        let mut reasons: BTreeMap<String, Vec<&Path>> = BTreeMap::new();
+        for stream in self.streams.values() {
+            if let File::Failed(path, error) = &stream.track.file {
+                reasons.entry(error.to_string()).or_default().push(path);
+            }
+        }
+        let note = |(reason, paths): (String, Vec<&Path>)| {
+            let others = match paths.len() {
+                1 => String::new(),
+                count => format!(" and {} more files", count - 1),
+            };
+            format!("recording of {}{others} ended early: {reason}", paths[0].display())
+        };
+        reasons.into_iter().map(note).collect()
+    }
+}
+
+impl Stream {
+    fn new(packet: &TappedPacket, dir: PathBuf) -> Stream {
+        Stream {
+            source: match packet.kind {
+                Kind::Audio => Source::Audio(AudioStream::new()),
+                Kind::Video => Source::Video(Box::new(VideoStream::new())),
+            },
+            track: Track {
+                kind: packet.kind,
+                ssrc: packet.ssrc,
+                dir,
+                file: File::None,
+                is_named: false,
+                frames: 0,
+                unreadable: 0,
+            },
+        }
+    }
+
+    fn handle_packet(&mut self, packet: &TappedPacket, payload: &[u8], plan: &Plan) {
+        let track = &mut self.track;
+        match &mut self.source {
+            Source::Audio(audio) => audio.handle_packet(packet, payload, |frame| track.write(&frame, plan)),
+            Source::Video(video) => video.handle_packet(packet, payload, |frame| track.write(&frame, plan)),
+        }
+    }
+
+    fn finish(&mut self, plan: &Plan) {
+        let track = &mut self.track;
+        if let Source::Audio(audio) = &mut self.source {
+            audio.finish(|frame| track.write(&frame, plan));
+        }
+        track.finish();
+    }
+
+    fn undecodable(&self) -> u64 {
+        match &self.source {
+            Source::Audio(_) => 0,
+            Source::Video(video) => video.undecodable(),
+        }
+    }
+
+    fn late(&self) -> u64 {
+        match &self.source {
+            Source::Audio(audio) => audio.late(),
+            Source::Video(_) => 0,
+        }
+    }
+}
+
+impl Track {
+    fn write(&mut self, frame: &Frame<'_>, plan: &Plan) {
+        let publisher = frame.identity.and_then(|identity| publisher(&identity, plan));
+        if let File::None = self.file {
+            self.file = match self.open(frame, publisher.as_deref()) {
+                Ok(Some(file)) => file,
+                Ok(None) => {
+                    self.unreadable += 1;
+                    return;
+                }
+                Err(error) => File::Failed(self.dir.clone(), error),
+            };
+            self.is_named = publisher.is_some();
+        } else if let Some(publisher) = publisher.filter(|_| !self.is_named) {
+            self.rename(&publisher);
+        }
+        match self.file.append(frame) {
+            Ok(true) => self.frames += 1,
+            Ok(false) => self.unreadable += u64::from(!matches!(self.file, File::Failed(..))),
+            Err(error) => self.fail(error),
+        }
+    }
+
+    /// `None` where the frame is none that a file could start with.
+    fn open(&self, frame: &Frame<'_>, publisher: Option<&str>) -> io::Result<Option<File>> {
+        let name = self.name(publisher);
+        match self.kind {
+            Kind::Video => {
+                let Some(size) = ivf::key_frame_size(frame.bytes) else { return Ok(None) };
+                let mut output = Output::create(&self.dir, &name, self.extension())?;
+                output.append(&ivf::header(size))?;
+                Ok(Some(File::Ivf(output)))
+            }
+            Kind::Audio => {
+                let output = Output::create(&self.dir, &name, self.extension())?;
+                Ok(Some(File::Ogg(output, Box::new(OpusFile::new(self.ssrc)))))
+            }
+        }
+    }
+
+    /// A publisher that is not of this run has no name that we know: its file has the stream's number.
+    fn name(&self, publisher: Option<&str>) -> String {
+        let kind = match self.kind {
+            Kind::Audio => "audio",
+            Kind::Video => "video",
+        };
+        match publisher {
+            Some(publisher) => format!("{}-{kind}", safe_name(publisher)),
+            None => format!("ssrc-{}-{kind}", self.ssrc),
+        }
+    }
+
+    const fn extension(&self) -> &'static str {
+        match self.kind {
+            Kind::Audio => "ogg",
+            Kind::Video => "ivf",
+        }
+    }
+
+    fn rename(&mut self, publisher: &str) {
+        let (name, extension) = (self.name(Some(publisher)), self.extension());
+        if let File::Ivf(output) | File::Ogg(output, _) = &mut self.file {
+            output.rename(&name, extension);
+        }
+        self.is_named = true;
+    }
+
+    fn finish(&mut self) {
+        let done = match &mut self.file {
+            File::Ivf(output) => state_frame_count(output, self.frames),
+            File::Ogg(output, opus) => {
+                opus.finish();
+                output.append(&opus.take_pages())
+            }
+            File::None | File::Failed(..) => Ok(()),
+        };
+        if let Err(error) = done {
+            self.fail(error);
+        }
+    }
+
+    /// The file stays as it is: whole records up to here.
+    fn fail(&mut self, error: io::Error) {
+        if let File::Ivf(output) = &mut self.file {
+            // The first error is the one to tell.
+            let _ = state_frame_count(output, self.frames);
+        }
+        if let File::Ivf(output) | File::Ogg(output, _) = &self.file {
+            self.file = File::Failed(output.path().to_owned(), error);
+        }
+    }
+}
+
+impl File {
+    /// False where the frame was not taken.
+    fn append(&mut self, frame: &Frame<'_>) -> io::Result<bool> {
+        match self {
+            File::Ivf(output) => {
+                let mut record = Vec::with_capacity(frame.bytes.len() + ivf::HEADER_LEN);
+                ivf::write_frame(frame.at, frame.bytes, &mut record);
+                output.append(&record)?;
+                Ok(true)
+            }
+            File::Ogg(output, opus) => {
+                let taken = opus.push(frame.at, frame.bytes).is_ok();
+                let pages = opus.take_pages();
+                if !pages.is_empty() {
+                    output.append(&pages)?;
+                }
+                Ok(taken)
+            }
+            File::None | File::Failed(..) => Ok(false),
+        }
+    }
+}
+
+fn state_frame_count(output: &mut Output, frames: u64) -> io::Result<()> {
+    output.replace(ivf::FRAME_COUNT_AT, &(frames as u32).to_le_bytes())
+}
+
+/// Who made a frame, if it is of this run.
+fn publisher(identity: &FrameIdentity, plan: &Plan) -> Option<String> {
+    let ours = identity.run == plan.run_tag && identity.origin < plan.total_participants();
+    ours.then(|| plan.participant(identity.origin).identity)
+}

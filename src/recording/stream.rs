@@ -1,0 +1,235 @@
+//! From packets to frames in order: what one received stream puts into its file, and when.
+//!
+//! Takes packets in any order, each once; gives video frames as a decoder would get them and Opus packets in sequence, with timestamps that count from the
+//! first. Bounded in what it keeps; the clock is the packets' arrival.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::tap::TappedPacket;
+use crate::media::assemble::{Assembler, FrameEvent, PacketInfo};
+use crate::media::identity::FrameIdentity;
+use crate::media::opus::CLOCK_RATE;
+use crate::transport::rtp::vp8::Descriptor;
+use crate::units::Time;
+
+/// RFC 7741.
+const VIDEO_CLOCK_RATE: u32 = 90_000;
+/// Repair goes on for a second after a loss was noticed: what has not come by then does not come.
+const REORDER_WAIT: Duration = Duration::from_millis(1_500);
+/// Packets kept of a stream: as far back as the engine itself tells late from doubled.
+const KEPT_MAX: u64 = 1_024;
+/// Where RTP time and arrival disagree by more, the sender has started its clock anew.
+const STEP_MAX: Duration = Duration::from_secs(5);
+
+/// A frame for the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame<'a> {
+    /// Since the first frame, in units of the RTP clock.
+    pub at: u64,
+    pub bytes: &'a [u8],
+    pub identity: Option<FrameIdentity>,
+}
+
+/// RTP time without its wraps and restarts.
+struct Timeline {
+    clock_rate: u32,
+    last: Option<(u32, Time)>,
+    at: u64,
+}
+
+impl Timeline {
+    fn new(clock_rate: u32) -> Timeline {
+        Timeline {
+            clock_rate,
+            last: None,
+            at: 0,
+        }
+    }
+
+    fn place(&mut self, rtp_time: u32, arrival: Time) -> u64 {
+        if let Some((last, last_arrival)) = self.last.replace((rtp_time, arrival)) {
+            let step = rtp_time.wrapping_sub(last).cast_signed();
+            let elapsed = self.ticks(arrival.since(last_arrival));
+            let plausible = u64::try_from(step)
+                .ok()
+                .filter(|step| *step > 0 && step.abs_diff(elapsed) <= self.ticks(STEP_MAX));
+            // Two frames never share a moment.
+            self.at += plausible.unwrap_or(elapsed.max(1));
+        }
+        self.at
+    }
+
+    fn ticks(&self, time: Duration) -> u64 {
+        (time.as_nanos() * u128::from(self.clock_rate) / 1_000_000_000) as u64
+    }
+}
+
+/// The frames that a decoder would get, by the same rule that the report counts them by.
+pub struct VideoStream {
+    assembler: Assembler,
+    newest: u64,
+    /// Packets by number: RTP time, and VP8 data without the payload descriptor.
+    packets: BTreeMap<u64, (u32, Box<[u8]>)>,
+    /// Frames that are whole, by the number of their last packet, until they can be decoded.
+    whole: BTreeMap<u64, (u32, Vec<u8>)>,
+    timeline: Timeline,
+}
+
+impl VideoStream {
+    pub fn new() -> VideoStream {
+        VideoStream {
+            assembler: Assembler::new(),
+            newest: 0,
+            packets: BTreeMap::new(),
+            whole: BTreeMap::new(),
+            timeline: Timeline::new(VIDEO_CLOCK_RATE),
+        }
+    }
+
+    pub fn handle_packet(&mut self, packet: &TappedPacket, payload: &[u8], mut on_frame: impl FnMut(Frame<'_>)) {
+        self.newest = self.newest.max(packet.ext_seq);
+        let mut events = Vec::new();
+        match Descriptor::parse(payload) {
+            Some((descriptor, len)) => {
+                let vp8 = payload.get(len..).unwrap_or_default();
+                let info = PacketInfo {
+                    ext_seq: packet.ext_seq,
+                    rtp_time: packet.rtp_time,
+                    start: descriptor.starts_frame(),
+                    end: packet.marker,
+                    key: descriptor.starts_key_frame(vp8),
+                    identity: None,
+                };
+                self.packets.insert(packet.ext_seq, (packet.rtp_time, vp8.into()));
+                self.assembler.handle_packet(&info, packet.arrival, |event| events.push(event));
+            }
+            None => self.assembler.handle_padding(packet.ext_seq, packet.arrival, |event| events.push(event)),
+        }
+        for event in events {
+            match event {
+                FrameEvent::Complete(frame) => self.gather(frame.rtp_time),
+                FrameEvent::Decoded(frame) => self.give(frame.rtp_time, frame.decoded_at, &mut on_frame),
+            }
+        }
+        self.forget(self.newest.saturating_sub(KEPT_MAX));
+    }
+
+    /// Whole frames that no decoder could have shown.
+    pub fn undecodable(&self) -> u64 {
+        let counts = self.assembler.counts();
+        counts.complete - counts.decoded
+    }
+
+    fn gather(&mut self, rtp_time: u32) {
+        let (mut last, mut bytes) = (0, Vec::new());
+        for (seq, (_, vp8)) in self.packets.extract_if(.., |_, (time, _)| *time == rtp_time) {
+            last = seq;
+            bytes.extend_from_slice(&vp8);
+        }
+        self.whole.insert(last, (rtp_time, bytes));
+    }
+
+    fn give(&mut self, rtp_time: u32, decoded_at: Time, on_frame: &mut impl FnMut(Frame<'_>)) {
+        let Some((&last, _)) = self.whole.iter().find(|(_, (time, _))| *time == rtp_time) else {
+            return;
+        };
+        let (_, bytes) = self.whole.remove(&last).unwrap_or_default();
+        on_frame(Frame {
+            at: self.timeline.place(rtp_time, decoded_at),
+            identity: FrameIdentity::parse_video(&bytes),
+            bytes: &bytes,
+        });
+        self.forget(last);
+    }
+
+    /// Packets and frames up to here come too late for anything.
+    fn forget(&mut self, seq: u64) {
+        drop_up_to(&mut self.packets, seq);
+        drop_up_to(&mut self.whole, seq);
+    }
+}
+
+fn drop_up_to<T>(map: &mut BTreeMap<u64, T>, key: u64) {
+    while map.first_key_value().is_some_and(|(first, _)| *first <= key) {
+        map.pop_first();
+    }
+}
+
+/// Opus packets in sequence.
+pub struct AudioStream {
+    /// The number that the next packet ought to have.
+    next: Option<u64>,
+    newest_arrival: Time,
+    waiting: BTreeMap<u64, Waiting>,
+    timeline: Timeline,
+    late: u64,
+}
+
+struct Waiting {
+    rtp_time: u32,
+    arrival: Time,
+    payload: Box<[u8]>,
+}
+
+impl AudioStream {
+    pub fn new() -> AudioStream {
+        AudioStream {
+            next: None,
+            newest_arrival: Time::ZERO,
+            waiting: BTreeMap::new(),
+            timeline: Timeline::new(CLOCK_RATE),
+            late: 0,
+        }
+    }
+
+    pub fn handle_packet(&mut self, packet: &TappedPacket, payload: &[u8], mut on_frame: impl FnMut(Frame<'_>)) {
+        if self.next.is_some_and(|next| packet.ext_seq < next) {
+            self.late += 1;
+            return;
+        }
+        self.newest_arrival = self.newest_arrival.max(packet.arrival);
+        let waiting = Waiting {
+            rtp_time: packet.rtp_time,
+            arrival: packet.arrival,
+            payload: payload.into(),
+        };
+        self.waiting.insert(packet.ext_seq, waiting);
+        while let Some((&seq, first)) = self.waiting.first_key_value() {
+            let follows = self.next.is_none_or(|next| next == seq);
+            let waited = self.newest_arrival.since(first.arrival) >= REORDER_WAIT;
+            if !follows && !waited && (self.waiting.len() as u64) < KEPT_MAX {
+                return;
+            }
+            self.give_first(&mut on_frame);
+        }
+    }
+
+    /// Gives what still waits for something before it.
+    pub fn finish(&mut self, mut on_frame: impl FnMut(Frame<'_>)) {
+        while !self.waiting.is_empty() {
+            self.give_first(&mut on_frame);
+        }
+    }
+
+    /// Packets that came when what follows them was in the file.
+    pub fn late(&self) -> u64 {
+        self.late
+    }
+
+    fn give_first(&mut self, on_frame: &mut impl FnMut(Frame<'_>)) {
+        let Some((seq, Waiting { rtp_time, arrival, payload })) = self.waiting.pop_first() else {
+            return;
+        };
+        self.next = Some(seq + 1);
+        // Without payload it only holds its place in the sequence.
+        if !payload.is_empty() {
+            let at = self.timeline.place(rtp_time, arrival);
+            on_frame(Frame {
+                at,
+                bytes: &payload,
+                identity: FrameIdentity::parse_audio(&payload),
+            });
+        }
+    }
+}
