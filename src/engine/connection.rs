@@ -9,6 +9,7 @@ use super::subscriber::{RecvStream, Refused, StreamContext};
 use super::{Io, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
 use crate::measure::{Kind, Record};
 use crate::net;
+use crate::recording::Tap;
 use crate::transport::peer::Peer;
 use crate::transport::receive::MISSING_MAX;
 use crate::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report};
@@ -48,6 +49,8 @@ pub struct Connection {
     pub saw_media: bool,
     pub failed: bool,
     pub rtt_stun: Option<Duration>,
+    /// Set where this connection's media is recorded.
+    pub tap: Option<Box<Tap>>,
     streams: Vec<RecvStream>,
     /// `(ssrc, stream, is_rtx)`, by ssrc.
     ssrcs: Vec<(u32, u32, bool)>,
@@ -87,6 +90,7 @@ impl Connection {
             saw_media: false,
             failed: false,
             rtt_stun: None,
+            tap: None,
             streams: Vec::new(),
             ssrcs: Vec::new(),
             key,
@@ -180,6 +184,7 @@ impl Connection {
             record,
             room: self.room,
             intended_at: self.intended_at,
+            tap: self.tap.as_deref_mut().map(|tap| (tap, at as u32)),
         };
         let stream = &mut self.streams[at];
         match stream.handle_rtp(datagram, &header, is_rtx, opener, arrival, &mut context) {

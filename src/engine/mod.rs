@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
+use crate::recording::Tap;
 use crate::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use crate::units::{Epoch, Time};
 use publisher::SendParameters;
@@ -97,6 +98,11 @@ pub enum Command {
         ssrc: u32,
         layer: Option<u8>,
         at: Time,
+    },
+    /// What this participant receives, from its first subscription on, is copied to the tap.
+    Record {
+        participant: u32,
+        tap: Box<Tap>,
     },
     /// Every track of every peer stops at its next frame; repair goes on.
     StopPublishing,

@@ -11,6 +11,7 @@ use super::{Command, Event, Io, IoCounts, NewPeer, PeerOutcome, ShardConfig, Str
 use crate::measure::Record;
 use crate::media::identity::FrameIdentity;
 use crate::net;
+use crate::recording::Tap;
 use crate::transport::peer::PeerEvent;
 use crate::transport::rtcp;
 use crate::units::Time;
@@ -29,6 +30,8 @@ pub struct Shard {
     record: Box<Record>,
     /// What became of connections whose participants have come back on others.
     former: Vec<PeerOutcome>,
+    /// Of recorded participants that have subscribed to nothing yet, or lost the connection that did.
+    taps: Vec<(u32, Box<Tap>)>,
     /// Connections that are neither up nor given up.
     in_setup: usize,
 }
@@ -58,6 +61,7 @@ impl Shard {
             events: VecDeque::new(),
             record: Box::default(),
             former: Vec::new(),
+            taps: Vec::new(),
             in_setup: 0,
         }
     }
@@ -108,6 +112,7 @@ impl Shard {
         if let Some(peer) = self.peers[key].as_mut() {
             self.in_setup -= usize::from(peer.is_in_setup());
             peer.close();
+            self.taps.extend(peer.tap.take().map(|tap| (peer.participant, tap)));
         }
     }
 
@@ -152,6 +157,7 @@ impl Shard {
                     peer.watch(ssrc, layer, at);
                 }
             }
+            Command::Record { participant, tap } => self.taps.push((participant, tap)),
             Command::StopPublishing => self.stop_publishing(now),
             Command::AddPeer { .. } | Command::RemovePeer { .. } | Command::Report | Command::Stop => unreachable!("the worker handles these"),
         }
@@ -201,6 +207,9 @@ impl Shard {
     fn subscribe(&mut self, key: usize, streams: Vec<StreamParameters>, now: Time) {
         let Some(peer) = self.peers[key].as_mut() else { return };
         streams.into_iter().for_each(|parameters| peer.add_stream(parameters));
+        if let Some(at) = self.taps.iter().position(|(participant, _)| *participant == peer.participant) {
+            peer.tap = Some(self.taps.swap_remove(at).1);
+        }
         peer.repair_at = now + KEY_FRAME_CHECK;
         self.control_timers.set(control(key, Control::Repair), peer.repair_at);
         self.take_early(key);

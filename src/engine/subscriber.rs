@@ -9,6 +9,7 @@ use super::{Roster, StreamParameters, is_muted};
 use crate::measure::{Kind, Record};
 use crate::media::assemble::{Assembler, Delivery, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
+use crate::recording::{Tap, TappedPacket};
 use crate::transport::receive::{Arrival, NackPoll, ReceiveCounts, ReceiveStream, ReportNumbers};
 use crate::transport::rtp::vp8::Descriptor;
 use crate::transport::rtp::{Header, split_rtx};
@@ -30,6 +31,8 @@ pub struct StreamContext<'a> {
     /// The subscriber's room, and when it ought to have joined.
     pub room: u32,
     pub intended_at: Time,
+    /// Where packets are copied to, and the stream's number there.
+    pub tap: Option<(&'a mut Tap, u32)>,
 }
 
 /// Why a packet was not taken.
@@ -253,6 +256,18 @@ impl RecvStream {
                 }
             }
             Arrival::Duplicate | Arrival::TooOld => return,
+        }
+        if let Some((tap, stream)) = &mut context.tap {
+            let packet = TappedPacket {
+                stream: *stream,
+                ssrc: self.parameters.ssrc,
+                kind: self.parameters.kind,
+                ext_seq: self.receive.ext_seq(),
+                rtp_time: header.rtp_time,
+                marker: header.marker,
+                arrival,
+            };
+            tap.take(&packet, payload);
         }
         match self.parameters.kind {
             Kind::Audio => self.handle_audio(payload, arrival, context),
