@@ -316,6 +316,9 @@ struct OutputArgs {
     /// Percentile files, one a histogram
     #[arg(long, value_name = "DIR")]
     hgrm: Option<PathBuf>,
+    /// What the first subscriber of each room receives: Ogg and IVF files, one a track
+    #[arg(long, value_name = "DIR")]
+    record: Option<PathBuf>,
     /// No progress
     #[arg(long)]
     quiet: bool,
@@ -385,6 +388,7 @@ impl RunArgs {
         let credentials = if target.is_embedded() { Ok(None) } else { credentials };
         let is_tour = target.is_embedded() && !self.shape.is_given();
         let shape = self.shape.resolve(if is_tour { tour_shape(cpus) } else { DEFAULT_SHAPE })?;
+        self.output.must_have_subscribers(&shape)?;
         let plan = Plan {
             connection: self.engine.connection.into(),
             connection_reason: None,
@@ -702,7 +706,7 @@ impl From<ConnectionArg> for Connection {
 impl OutputArgs {
     fn destinations(&self) -> Result<Destinations, String> {
         let dash = |path: &Option<PathBuf>| path.as_deref().is_some_and(|path| path.as_os_str() == "-");
-        if dash(&self.participants) || dash(&self.hgrm) {
+        if dash(&self.participants) || dash(&self.hgrm) || dash(&self.record) {
             return Err("only --json takes - for standard output".to_owned());
         }
         if self.json.is_some() && self.json == self.participants {
@@ -712,7 +716,18 @@ impl OutputArgs {
             json: self.json.clone(),
             participants: self.participants.clone(),
             hgrm: self.hgrm.clone(),
+            record: self.record.clone(),
         })
+    }
+
+    fn must_have_subscribers(&self, shape: &Shape) -> Result<(), String> {
+        if self.record.is_some() && shape.subscribers == 0 && !shape.meeting {
+            return Err(
+                "--record writes what a subscriber receives, and nobody subscribes: add --subscribers 1, or --meeting for publishers who do"
+                    .to_owned(),
+            );
+        }
+        Ok(())
     }
 }
 

@@ -9,6 +9,7 @@ use anyhow::{Result, anyhow};
 use throng::cli::{self, Command, UsageError};
 use throng::plan::Resources;
 use throng::preflight::{self, Findings, Host};
+use throng::recording;
 use throng::report::progress::Progress;
 use throng::report::text::{self, Style};
 use throng::report::{self, Outcome, Sinks, Verdict, emit, judge};
@@ -77,7 +78,10 @@ fn say(line: &impl Display) {
 }
 
 fn load_test(mut run: cli::Run, host: &Host) -> Result<u8> {
-    let resources = preflight::resources(&run.plan, host, run.threads);
+    let mut resources = preflight::resources(&run.plan, host, run.threads);
+    if run.destinations.record.is_some() {
+        resources.files += recording::files(&run.plan);
+    }
     let findings = preflight::check(&run.plan, host, &resources);
     if run.dry_run {
         return dry_run(&run, &resources, &findings);

@@ -14,6 +14,8 @@ pub struct Destinations {
     pub participants: Option<PathBuf>,
     /// A directory, made if it is absent.
     pub hgrm: Option<PathBuf>,
+    /// Recordings; a directory, made if it is absent. They are written during the run, by [`crate::recording`].
+    pub record: Option<PathBuf>,
 }
 
 impl Destinations {
@@ -67,7 +69,8 @@ impl Sinks {
             participants: open(&destinations.participants),
             hgrm: destinations.hgrm.clone(),
         };
-        refusals.extend(destinations.hgrm.as_deref().and_then(|dir| writable_directory(dir).err()));
+        let dirs = [&destinations.hgrm, &destinations.record];
+        refusals.extend(dirs.into_iter().flatten().filter_map(|dir| writable_directory(dir).err()));
         if refusals.is_empty() { Ok(sinks) } else { Err(refusals) }
     }
 

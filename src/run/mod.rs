@@ -9,6 +9,7 @@ mod interrupts;
 mod rooms;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
@@ -32,6 +33,7 @@ use crate::measure::{Kind, Record, Timeline};
 use crate::net;
 use crate::plan::{Connection, Plan, Resources};
 use crate::preflight;
+use crate::recording::{Recorder, Recording};
 use crate::report::progress::Snapshot;
 use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Step, TargetInfo, TargetKind};
 use crate::sfu;
@@ -63,7 +65,7 @@ pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, mut progre
     let mut plan = run.plan.clone();
     let rooms = Rooms::create(&plan, &endpoint, &api_key, &mut interrupts).await?;
     distrust_old_servers(&mut plan, &endpoint, &api_key).await;
-    let mut outcome = match Test::start(&plan, resources, endpoint, api_key, clips) {
+    let mut outcome = match Test::start(&plan, run.destinations.record.clone(), resources, endpoint, api_key, clips) {
         Ok(mut test) => {
             test.notes.clone_from(&rooms.notes);
             test.go(&mut interrupts, &mut progress).await;
@@ -118,6 +120,7 @@ struct Test<'a> {
     context: Option<Arc<SessionContext>>,
     places: Vec<Place>,
     workers: Vec<Worker>,
+    recorder: Option<Recorder>,
     floor: FloorThread,
     reports: mpsc::UnboundedReceiver<Report>,
     notices: mpsc::UnboundedReceiver<Notice>,
@@ -178,7 +181,14 @@ enum Until {
 }
 
 impl<'a> Test<'a> {
-    fn start(plan: &'a Plan, resources: &Resources, endpoint: Endpoint, api_key: ApiKey, clips: Clips) -> Result<Test<'a>> {
+    fn start(
+        plan: &'a Plan,
+        record_to: Option<PathBuf>,
+        resources: &Resources,
+        endpoint: Endpoint,
+        api_key: ApiKey,
+        clips: Clips,
+    ) -> Result<Test<'a>> {
         let epoch = Epoch::read();
         let identity = Identity::generate().map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
         let rooms = plan.participants().map(|participant| participant.room);
@@ -219,13 +229,16 @@ impl<'a> Test<'a> {
             notices: notice_sender,
             leave: leaving,
         };
+        let places = places(&parts);
+        let recorder = record_to.map(|dir| start_recorder(dir, plan, &workers, &places)).transpose()?;
         let now = epoch.now();
         Ok(Test {
             plan,
             epoch,
             context: Some(Arc::new(context)),
-            places: places(&parts),
+            places,
             workers,
+            recorder,
             floor: FloorThread::start(epoch).context("no thread for the timer floor")?,
             reports,
             notices,
@@ -278,6 +291,7 @@ impl<'a> Test<'a> {
         self.stop_media(interrupts, progress).await;
         self.stop_workers().await;
         self.join_workers();
+        self.finish_recording();
         self.say_goodbye().await;
     }
 
@@ -461,6 +475,13 @@ impl<'a> Test<'a> {
                 Some(Err(_)) => self.notes.push(format!("engine thread {index} panicked")),
                 Some(Ok(Ok(()))) | None => {}
             }
+        }
+    }
+
+    /// The workers are gone, and with them the taps: what they copied is in files now or on its way.
+    fn finish_recording(&mut self) {
+        if let Some(recorder) = self.recorder.take() {
+            self.notes.extend(recorder.finish());
         }
     }
 
@@ -718,6 +739,18 @@ fn start_workers(parts: &[Vec<u32>], shard: &ShardConfig, reports: &mpsc::Unboun
         });
     }
     Ok(workers)
+}
+
+/// Records below `dir`: each tap goes to the worker that its participant lives on.
+fn start_recorder(dir: PathBuf, plan: &Plan, workers: &[Worker], places: &[Place]) -> Result<Recorder> {
+    let (recording, taps) = Recording::new(dir, plan);
+    for (participant, tap) in taps {
+        // A worker that is gone is missed when its account is.
+        let _ = workers[places[participant as usize].shard]
+            .commands
+            .send(Command::Record { participant, tap });
+    }
+    Recorder::start(recording).context("no thread for recording")
 }
 
 /// Which shard and which keys each participant has, by its index.
