@@ -15,7 +15,9 @@ use std::time::Duration;
 
 use link::{Conditions, UNDER_TEST};
 use pair::{Pair, audio, video};
+use throng::cli::{Command, parse_with};
 use throng::engine::publisher::Pacing;
+use throng::recording::Recording;
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -43,7 +45,11 @@ static ALLOCATOR: Counting = Counting;
 
 /// Allocations of ten seconds of audio and video, after two seconds to settle; those of milliseconds with ICE traffic apart.
 fn allocations(conditions: Conditions) -> (u64, u64, [throng::measure::Record; 2]) {
-    let mut pair = Pair::connected(6);
+    allocations_of(Pair::connected(6), conditions, || {})
+}
+
+/// The same of a pair, with other work after each millisecond.
+fn allocations_of(mut pair: Pair, conditions: Conditions, mut after_tick: impl FnMut()) -> (u64, u64, [throng::measure::Record; 2]) {
     pair.set_conditions(conditions);
     pair.publish(&[audio(), video()], Pacing::Paced);
     pair.run_for(Duration::from_secs(2));
@@ -54,6 +60,7 @@ fn allocations(conditions: Conditions) -> (u64, u64, [throng::measure::Record; 2
         pair.tick();
         let count = if pair.ice_datagrams > ice_before { &mut of_ice } else { &mut of_media };
         *count += ALLOCATIONS.get();
+        after_tick();
     }
     (of_media, of_ice, pair.finish())
 }
@@ -98,5 +105,28 @@ fn media_under_60_percent_loss_where_repair_gives_up_allocates_nothing() {
         ..Conditions::default()
     });
     assert!(receiver.session.plis_sent > 3 && sender.video.key_frames_sent > 3);
+    assert_eq!(of_media, 0);
+}
+
+#[test]
+fn a_recorded_subscriber_allocates_no_more_than_others() {
+    let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --publishers 1 --video-publishers 1 --subscribers 1";
+    let Ok(Command::Run(run)) = parse_with(line.split(' ').map(Into::into), &|_| None, u64::from(pair::RUN) << 32) else {
+        panic!("a good command line")
+    };
+    let dir = std::env::temp_dir().join(format!("throng-alloc-{}", std::process::id()));
+    let (mut recording, mut taps) = Recording::new(dir.clone(), &run.plan);
+    let mut pair = Pair::connected(6);
+    pair.record(taps.remove(0).1);
+    let conditions = Conditions {
+        loss: 0.05,
+        delay: Duration::from_millis(20),
+        ..Conditions::default()
+    };
+    // The recorder allocates as it likes: on a thread of its own, or here between two ticks.
+    let (of_media, _, [_, receiver]) = allocations_of(pair, conditions, || assert!(recording.drain()));
+    let notes = recording.finish();
+    std::fs::remove_dir_all(dir).unwrap();
+    assert!(receiver.video.frames_delivered > 100 && notes[0].contains("in 2 files"), "{notes:?}");
     assert_eq!(of_media, 0);
 }

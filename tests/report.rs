@@ -458,6 +458,7 @@ fn files_are_opened_before_the_run_and_replaced_after_it() {
         json: Some(dir.join("run.json")),
         participants: Some(dir.join("who.ndjson")),
         hgrm: Some(dir.join("deep/hgrm")),
+        record: Some(dir.join("deep/recordings")),
     };
     std::fs::write(dir.join("run.json"), "x".repeat(1 << 20)).unwrap();
     let sinks = Sinks::open(&destinations).unwrap();
@@ -466,6 +467,7 @@ fn files_are_opened_before_the_run_and_replaced_after_it() {
         1 << 20,
         "an older report stays until there is a new one"
     );
+    assert!(dir.join("deep/recordings").is_dir());
     sinks.write(&outcome()).unwrap();
     assert_eq!(std::fs::read_to_string(dir.join("run.json")).unwrap(), json::render(&outcome()));
     let curve = std::fs::read_to_string(dir.join("deep/hgrm/audio.one_way_latency.hgrm")).unwrap();
@@ -481,6 +483,7 @@ fn a_run_that_comes_to_nothing_leaves_no_empty_report_and_no_older_one_is_touche
         json: Some(dir.join("new.json")),
         participants: Some(dir.join("old.ndjson")),
         hgrm: None,
+        record: None,
     };
     std::fs::write(dir.join("old.ndjson"), "older").unwrap();
     let sinks = Sinks::open(&destinations).unwrap();
@@ -499,10 +502,11 @@ fn a_destination_that_cannot_be_written_is_refused_with_the_fix() {
     let destinations = Destinations {
         json: Some(dir.join("none/run.json")),
         participants: Some(dir.clone()),
-        hgrm: Some(file),
+        hgrm: Some(file.clone()),
+        record: Some(file.join("below")),
     };
     let refusals = Sinks::open(&destinations).unwrap_err();
-    assert_eq!(refusals.len(), 3, "{refusals:?}");
+    assert_eq!(refusals.len(), 4, "{refusals:?}");
     assert!(refusals[0].contains("mkdir -p") && refusals[0].contains("none"), "{refusals:?}");
     std::fs::remove_dir_all(dir).unwrap();
 }

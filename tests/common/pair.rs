@@ -12,6 +12,7 @@ use throng::measure::{Kind, Record};
 use throng::media::identity::FrameIdentity;
 use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
 use throng::media::vp8::{VideoClip, VideoSpec};
+use throng::recording::Tap;
 use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
 use throng::units::{Bitrate, Epoch, Time};
@@ -26,6 +27,8 @@ pub const MID_EXTENSION: u8 = 2;
 pub const RID_EXTENSION: u8 = 3;
 pub const REPAIRED_RID_EXTENSION: u8 = 4;
 pub const RIDS: [&str; 3] = ["q", "h", "f"];
+/// The tag in every frame's identity.
+pub const RUN: u32 = 77;
 const TICK: Duration = Duration::from_millis(1);
 
 pub fn audio() -> Source {
@@ -102,7 +105,7 @@ impl Pair {
     pub fn connected(seed: u64) -> Pair {
         let addresses: [SocketAddr; 2] = ["192.0.2.1:1000".parse().unwrap(), "192.0.2.2:2000".parse().unwrap()];
         let (identity, epoch) = (Identity::generate().unwrap(), Epoch::read());
-        let roster = Arc::new(Roster::new(77, [0, 0].into_iter()));
+        let roster = Arc::new(Roster::new(RUN, [0, 0].into_iter()));
         let config = ShardConfig {
             identity: identity.clone(),
             roster: roster.clone(),
@@ -151,6 +154,11 @@ impl Pair {
 
     pub fn set_conditions(&mut self, conditions: Conditions) {
         self.link.conditions = conditions;
+    }
+
+    /// What end 1 receives goes to `tap` as well.
+    pub fn record(&mut self, tap: Box<Tap>) {
+        self.shards[1].handle_command(Command::Record { participant: 1, tap }, self.now, &mut self.outlets[1]);
     }
 
     /// End 0 publishes these to end 1, from the next tick on.
@@ -208,7 +216,7 @@ impl Pair {
             talk: None,
             pacing,
             identity: FrameIdentity {
-                run: 77,
+                run: RUN,
                 track,
                 layer,
                 ..FrameIdentity::default()
