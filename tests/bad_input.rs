@@ -5,6 +5,9 @@ mod common;
 #[path = "common/program.rs"]
 #[allow(dead_code)]
 mod program;
+#[path = "common/recorded.rs"]
+#[allow(dead_code)]
+mod recorded;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpListener;
@@ -14,6 +17,7 @@ use std::time::{Duration, Instant};
 use common::livekit::LiveKit;
 use livekit_protocol as proto;
 use program::{Finished, PATIENCE, Report, Running, Scratch, against, alone, run, shell, throng};
+use recorded::{only_file, read_ivf, read_opus};
 use rustix::process::Signal;
 use throng::signal::rooms::RoomService;
 
@@ -323,6 +327,74 @@ fn a_disk_that_is_full_after_the_run_is_told_and_the_other_reports_are_written()
     );
     assert!(finished.stdout.contains("RESULT: "), "{}", finished.stdout);
     assert_eq!(std::fs::read_to_string(scratch.path("who.ndjson")).unwrap().lines().count(), 2);
+}
+
+/// What ends a recording early leaves whole frames and pages.
+const RECORDED: &str = "--room rec --publishers 1 --video-publishers 1 --video-resolution low --subscribers 1 --record";
+
+#[test]
+fn a_disk_that_fills_up_ends_recordings_and_not_the_run() {
+    let Some(server) = LiveKit::start() else { return };
+    let _alone = alone();
+    let scratch = Scratch::new();
+    // 20 KiB a file: enough for four seconds of audio, and for half a second of video.
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 40; exec \"$THRONG\" --duration 4 {RECORDED} {}",
+        scratch.path("out").display()
+    );
+    let finished = run(against(&server, &mut shell(&script)), &server.secret);
+    assert!(matches!(finished.code, Some(0 | 98)), "{}{}", finished.stdout, finished.stderr);
+    let video = only_file(&scratch.path("out/rec"), "-video.ivf");
+    let note = format!("recording of {} ended early: File too large", video.display());
+    // The text breaks its lines.
+    let said = finished.stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(said.contains(&note) && said.matches(" ended early: ").count() == 1, "{said}");
+    let (stated, pictures) = read_ivf(&video);
+    assert!(stated == pictures.len() && stated > 5, "{stated} of {}", pictures.len());
+    let (sounds, ..) = read_opus(&only_file(&scratch.path("out/rec"), "-audio.ogg"));
+    assert!(sounds.len() > 20, "{}", sounds.len());
+}
+
+#[test]
+fn a_process_that_is_killed_leaves_recordings_that_can_be_read() {
+    let Some(server) = LiveKit::start() else { return };
+    let _alone = alone();
+    let scratch = Scratch::new();
+    let mut command = throng();
+    against(&server, &mut command)
+        .args(RECORDED.split(' '))
+        .arg(scratch.path("out"))
+        .args(["--duration", "10m"]);
+    let running = Running::start(&mut command, &server.secret);
+    let room = scratch.path("out/rec");
+    let deadline = Instant::now() + PATIENCE;
+    let size = |ending: &str| {
+        let files = std::fs::read_dir(&room).into_iter().flatten().flatten();
+        let named = files.filter(|file| file.file_name().to_string_lossy().ends_with(ending));
+        named.map(|file| file.metadata().map_or(0, |metadata| metadata.len())).sum::<u64>()
+    };
+    while size("-video.ivf") < 40_000 || size("-audio.ogg") < 4_000 {
+        assert!(Instant::now() < deadline, "nothing is recorded");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // SIGKILL.
+    drop(running);
+    let (stated, pictures) = read_ivf(&only_file(&room, "-video.ivf"));
+    assert!(stated == 0 && pictures.len() > 10, "{stated}, {}", pictures.len());
+    let (sounds, samples, granule) = read_opus(&only_file(&room, "-audio.ogg"));
+    assert!(sounds.len() > 30 && samples == granule, "{}", sounds.len());
+}
+
+#[test]
+fn recordings_that_could_not_be_written_are_refused_before_anybody_joins() {
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("file"), "").unwrap();
+    let mut command = with_credentials("ws://127.0.0.1:9");
+    command.args(RECORDED.split(' ')).arg(scratch.path("file"));
+    let finished = run(&mut command, SECRET);
+    assert_eq!(finished.code, Some(1));
+    let refusal = format!("cannot write {}: ", scratch.path("file").display());
+    assert!(finished.stderr.contains(&refusal), "{}", finished.stderr);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The command line as users type it, up to the plan that comes out. Nothing is connected to.
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::time::Duration;
 
 use throng::cli::{Command, Run, UsageError, parse, parse_with};
@@ -122,6 +123,7 @@ fn shape_flags_mean_what_they_mean_in_lk() {
 fn every_value_reaches_the_plan() {
     let run = local(&[
         "--publishers=1",
+        "--subscribers=1",
         "--video-publishers=1",
         "--video-resolution=855x481",
         "--video-bitrate=1.5M",
@@ -142,6 +144,7 @@ fn every_value_reaches_the_plan() {
         "--json=-",
         "--participants=p.ndjson",
         "--hgrm=out",
+        "--record=recordings",
         "--dry-run",
         "--threshold",
         "audio.one_way_latency.p95<150ms",
@@ -172,6 +175,7 @@ fn every_value_reaches_the_plan() {
         (run.threads, run.dry_run, run.quiet, run.no_live, run.destinations.json_on_stdout()),
         (Some(3), true, true, true, true)
     );
+    assert_eq!(run.destinations.record.as_deref(), Some(Path::new("recordings")));
 }
 
 #[test]
@@ -316,6 +320,8 @@ fn nonsense_is_refused_with_what_to_write_instead() {
         (&["--room", ""], "without spaces"),
         (&["--json", "a", "--participants", "a"], "the same file"),
         (&["--participants", "-"], "only --json"),
+        (&["--subscribers", "1", "--record", "-"], "only --json"),
+        (&["--publishers", "2", "--record", "out"], "nobody subscribes: add --subscribers 1"),
     ] {
         let text = local_refusal(args);
         assert!(text.contains(expected), "{args:?}: {text}");
@@ -333,7 +339,6 @@ fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
         "--coordinator",
         "--report-to=http://h",
         "--html=f",
-        "--record=d",
         "--obey-bwe",
         "--token=t",
     ] {

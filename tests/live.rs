@@ -4,13 +4,18 @@ mod common;
 #[path = "common/program.rs"]
 #[allow(dead_code)]
 mod program;
+#[path = "common/recorded.rs"]
+#[allow(dead_code)]
+mod recorded;
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::livekit::LiveKit;
 use livekit_protocol as proto;
 use program::{Finished, PATIENCE, Report, Running, Scratch, against, alone, throng};
+use recorded::{has_ffmpeg, only_file, play, read_ivf, read_opus};
 use throng::signal::rooms::RoomService;
 
 /// The server flushes its packet counters every 5 s.
@@ -285,4 +290,53 @@ fn active_with_tracks(participants: &[proto::ParticipantInfo]) -> (usize, usize,
         tracks.filter(|track| track.r#type == i32::from(kind) && !track.muted).count()
     };
     (active.len(), publishing(proto::TrackType::Audio), publishing(proto::TrackType::Video))
+}
+
+#[test]
+fn what_the_first_subscriber_of_each_room_received_is_recorded_and_plays() {
+    let Some(server) = LiveKit::start() else { return };
+    let _alone = alone();
+    let scratch = Scratch::new();
+    let (recordings, participants) = (scratch.path("recordings"), scratch.path("who.ndjson"));
+    let args = "--room rec --room-count 2 --publishers 1 --video-publishers 1 --video-resolution low --subscribers 2 --duration 4 --record";
+    let args: Vec<&str> = args
+        .split(' ')
+        .chain([recordings.to_str().unwrap(), "--participants", participants.to_str().unwrap()])
+        .collect();
+    let report = run(&server, &args);
+    everything_arrived(&report, 6, tracks(2, 4), tracks(2, 4));
+    assert!(
+        report.notes().contains("in 4 files below ") && !report.notes().contains("recording dropped"),
+        "{}",
+        report.notes()
+    );
+    let lines = std::fs::read_to_string(&participants).unwrap();
+    let lines: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for room in ["rec-1", "rec-2"] {
+        let first = lines.iter().find(|line| line["room"] == room && line["subscribes"] == true).unwrap();
+        assert_recorded(&recordings.join(room), first);
+    }
+}
+
+/// A room's two files hold what its first subscriber had delivered, each frame at its time, and play from end to end.
+fn assert_recorded(dir: &Path, subscriber: &serde_json::Value) {
+    let delivered = |kind: &str| subscriber[kind]["frames_delivered"].as_u64().unwrap();
+    let (video, audio) = (only_file(dir, "-video.ivf"), only_file(dir, "-audio.ogg"));
+    let (stated, pictures) = read_ivf(&video);
+    assert_eq!((stated as u64, pictures.len() as u64), (delivered("video"), delivered("video")));
+    let number = |at: usize| u64::from(pictures[at].identity().frame);
+    for (at, picture) in pictures.iter().enumerate() {
+        // 15 frames a second.
+        assert_eq!(picture.timestamp, (number(at) - number(0)) * 6_000);
+    }
+    assert!(pictures[0].is_key() && number(pictures.len() - 1) + 1 - number(0) == delivered("video"));
+    let (sounds, samples, granule) = read_opus(&audio);
+    assert_eq!(
+        (sounds.len() as u64, samples, granule),
+        (delivered("audio"), delivered("audio") * 960, samples)
+    );
+    if has_ffmpeg() {
+        assert_eq!(play(&video), [pictures.len() * 320 * 180 * 3 / 2; 2]);
+        assert_eq!(play(&audio), [(samples as usize - 312) * 4; 2]);
+    }
 }

@@ -70,13 +70,11 @@ pub fn read_opus(path: &Path) -> (Vec<Sound>, u64, u64) {
     (sounds, position, granule)
 }
 
-/// The only file below `dir` whose name ends so.
+/// The only file in `dir` whose name ends so.
 pub fn only_file(dir: &Path, ending: &str) -> PathBuf {
-    let mut found = Vec::new();
-    for room in fs::read_dir(dir).unwrap() {
-        let files = fs::read_dir(room.unwrap().path()).unwrap().map(|file| file.unwrap().path());
-        found.extend(files.filter(|path| path.to_string_lossy().ends_with(ending)));
-    }
+    let files = fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+    let paths = files.map(|file| file.unwrap().path());
+    let mut found: Vec<PathBuf> = paths.filter(|path| path.to_string_lossy().ends_with(ending)).collect();
     assert_eq!(found.len(), 1, "{found:?}");
     found.remove(0)
 }
