@@ -18,9 +18,10 @@ use pair::{Pair, audio, video};
 use recorded::{Picture, has_ffmpeg, only_file, play, read_ivf, read_opus};
 use throng::cli::{Command, parse_with};
 use throng::engine::publisher::Pacing;
-use throng::measure::Record;
+use throng::measure::{Kind, Record};
 use throng::plan::Plan;
-use throng::recording::Recording;
+use throng::recording::{Recording, TappedPacket};
+use throng::units::Time;
 
 /// One publisher of both and one subscriber, as the pair's ends are.
 fn plan() -> Plan {
@@ -156,4 +157,35 @@ fn what_was_lost_is_a_hole_and_nothing_undecodable_is_kept() {
             assert_eq!(play(&audio), [(samples as usize - 312) * 4; 2], "seed {seed}");
         }
     }
+}
+
+#[test]
+fn a_participant_who_comes_back_on_another_connection_gets_files_of_its_own() {
+    let dir = std::env::temp_dir().join(format!("throng-recording-{}-again", std::process::id()));
+    let (mut recording, mut taps) = Recording::new(dir.clone(), &plan());
+    let (_, mut tap) = taps.remove(0);
+    let opus = [31 << 3, 1, 2, 3];
+    for connection in 0..2u32 {
+        tap.begin_connection();
+        // The same stream number and the same sequence numbers, on both connections.
+        for at in 0..10 + connection {
+            let packet = TappedPacket {
+                stream: 0,
+                ssrc: 5 + connection,
+                kind: Kind::Audio,
+                ext_seq: 70_000 + u64::from(at),
+                rtp_time: at * 960,
+                marker: false,
+                arrival: Time::from_millis(u64::from(at) * 20),
+            };
+            tap.take(&packet, &opus);
+        }
+    }
+    drop(tap);
+    assert!(!recording.drain());
+    recording.finish();
+    for (name, packets) in [("ssrc-5-audio.ogg", 10), ("ssrc-6-audio.ogg", 11)] {
+        assert_eq!(read_opus(&dir.join("a_room").join(name)).0.len(), packets, "{name}");
+    }
+    fs::remove_dir_all(dir).unwrap();
 }

@@ -20,8 +20,8 @@ pub struct Book {
     dir: PathBuf,
     plan: Plan,
     rooms: BTreeMap<u32, Room>,
-    /// By room and the connection's own number of the stream.
-    streams: BTreeMap<(u32, u32), Stream>,
+    /// By room, the participant's connection, and that one's number of the stream.
+    streams: BTreeMap<(u32, u32, u32), Stream>,
 }
 
 struct Room {
@@ -76,7 +76,7 @@ impl Book {
 
     pub fn take(&mut self, mut page: Page) {
         for (packet, payload) in page.packets() {
-            self.handle_packet(page.room, packet, payload);
+            self.handle_packet(page.room, page.connection, packet, payload);
         }
         page.clear();
         if let Some(room) = self.rooms.get(&page.room) {
@@ -85,11 +85,11 @@ impl Book {
         }
     }
 
-    fn handle_packet(&mut self, room: u32, packet: &TappedPacket, payload: &[u8]) {
+    fn handle_packet(&mut self, room: u32, connection: u32, packet: &TappedPacket, payload: &[u8]) {
         let (dir, plan) = (&self.dir, &self.plan);
         let stream = self
             .streams
-            .entry((room, packet.stream))
+            .entry((room, connection, packet.stream))
             .or_insert_with(|| Stream::new(packet, dir.join(safe_name(&plan.room_name(room)))));
         stream.handle_packet(packet, payload, plan);
     }

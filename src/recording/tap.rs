@@ -20,7 +20,7 @@ const PAGE_AGE_MAX: Duration = Duration::from_millis(100);
 /// The facts of one opened packet; its payload follows those before it in the page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TappedPacket {
-    /// Which of the connection's streams; never given out twice, as an SSRC may be.
+    /// Which of the connection's streams; never given out twice in it, as an SSRC may be.
     pub stream: u32,
     pub ssrc: u32,
     pub kind: Kind,
@@ -34,6 +34,7 @@ pub struct TappedPacket {
 /// A batch of packets on its way to the recorder; empty on its way back.
 pub(super) struct Page {
     pub room: u32,
+    pub connection: u32,
     packets: Vec<(TappedPacket, usize)>,
     payloads: Vec<u8>,
     opened_at: Time,
@@ -43,6 +44,7 @@ impl Page {
     fn new(room: u32) -> Page {
         Page {
             room,
+            connection: 0,
             packets: Vec::with_capacity(PAGE_PACKETS),
             payloads: Vec::with_capacity(PAGE_BYTES),
             opened_at: Time::ZERO,
@@ -75,6 +77,7 @@ pub struct Tap {
     spare: Vec<Page>,
     returned: Receiver<Page>,
     full: SyncSender<Page>,
+    connection: u32,
     dropped: Arc<AtomicU64>,
 }
 
@@ -86,6 +89,7 @@ impl Tap {
             spare: (0..PAGES).map(|_| Page::new(room)).collect(),
             returned,
             full,
+            connection: 0,
             dropped: Arc::default(),
         }
     }
@@ -93,6 +97,12 @@ impl Tap {
     /// Packets for which there was no room.
     pub(super) fn dropped(&self) -> Arc<AtomicU64> {
         self.dropped.clone()
+    }
+
+    /// From now on another connection of the participant is recorded: its streams are others, whatever their numbers.
+    pub fn begin_connection(&mut self) {
+        self.hand_over();
+        self.connection += 1;
     }
 
     /// Copies one packet; `payload` is what follows the RTP header.
@@ -113,7 +123,9 @@ impl Tap {
         if self.page.is_none() {
             self.spare.extend(self.returned.try_iter());
             self.page = self.spare.pop();
-            self.page.iter_mut().for_each(|page| page.opened_at = now);
+            if let Some(page) = &mut self.page {
+                (page.connection, page.opened_at) = (self.connection, now);
+            }
         }
         self.page.as_mut()
     }
