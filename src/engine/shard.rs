@@ -208,7 +208,9 @@ impl Shard {
         let Some(peer) = self.peers[key].as_mut() else { return };
         streams.into_iter().for_each(|parameters| peer.add_stream(parameters));
         if let Some(at) = self.taps.iter().position(|(participant, _)| *participant == peer.participant) {
-            peer.tap = Some(self.taps.swap_remove(at).1);
+            let (_, mut tap) = self.taps.swap_remove(at);
+            tap.begin_connection();
+            peer.tap = Some(tap);
         }
         peer.repair_at = now + KEY_FRAME_CHECK;
         self.control_timers.set(control(key, Control::Repair), peer.repair_at);
