@@ -2,7 +2,7 @@
 
 /// Where the number of frames stands. It is 0 until the file is ended, which readers take for unknown.
 ///
-/// ffmpeg before 7 reads this field as a duration, and prints a wrong one; it plays all frames in any case.
+/// ffmpeg 5 reads this field as a duration, and prints a wrong one; it plays all frames in any case.
 pub const FRAME_COUNT_AT: u64 = 24;
 
 pub const HEADER_LEN: usize = 32;
