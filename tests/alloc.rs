@@ -111,7 +111,7 @@ fn media_under_60_percent_loss_where_repair_gives_up_allocates_nothing() {
 #[test]
 fn a_recorded_subscriber_allocates_no_more_than_others() {
     let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --publishers 1 --video-publishers 1 --subscribers 1";
-    let Ok(Command::Run(run)) = parse_with(line.split(' ').map(Into::into), &|_| None, u64::from(pair::RUN) << 32) else {
+    let Ok(Command::Run(run)) = parse_with(line.split(' ').map(Into::into), &|_| None, 1, u64::from(pair::RUN) << 32) else {
         panic!("a good command line")
     };
     let dir = std::env::temp_dir().join(format!("throng-alloc-{}", std::process::id()));

@@ -27,7 +27,7 @@ use throng::units::Time;
 fn plan() -> Plan {
     let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --room a/room --publishers 1 --video-publishers 1 --subscribers 1";
     let args = line.split(' ').map(Into::into);
-    match parse_with(args, &|_| None, u64::from(pair::RUN) << 32) {
+    match parse_with(args, &|_| None, 1, u64::from(pair::RUN) << 32) {
         Ok(Command::Run(run)) => run.plan,
         other => panic!("{other:?}"),
     }

@@ -20,6 +20,7 @@ fn plan() -> Plan {
             origin: Origin::Environment,
         },
         connection: Connection::Dual,
+        connection_reason: None,
         shape: Shape {
             room_name: None,
             room_count: 2,
@@ -45,6 +46,7 @@ fn plan() -> Plan {
         simulate_speakers: false,
         pacing: Pacing::Paced,
         joins_per_second: 50.0,
+        join_retries: 0,
         duration: Duration::from_secs(30),
         seed: 7,
         run_tag: 0xC0FF_EE01,

@@ -217,7 +217,13 @@ impl Relay {
             }),
         });
         let first_frame_at = self.now + TICK;
-        self.roster.set_published(client as u32, index as u8, first_frame_at);
+        let identity = FrameIdentity {
+            run: 77,
+            origin: client as u32,
+            track: index as u8,
+            ..FrameIdentity::default()
+        };
+        self.roster.set_published(&identity, first_frame_at, source.frame_interval());
         let tracks = vec![SendParameters {
             source: source.clone(),
             ssrc,
@@ -225,13 +231,10 @@ impl Relay {
             payload_type: 96 + index as u8,
             rtx_payload_type: rtx_ssrc.map(|_| 100),
             audio_level_extension: (index == 0).then_some(AUDIO_LEVEL_ID),
+            simulcast: None,
+            talk: None,
             pacing,
-            identity: FrameIdentity {
-                run: 77,
-                origin: client as u32,
-                track: index as u8,
-                ..FrameIdentity::default()
-            },
+            identity,
             seed: 5 + u64::from(track.0),
             first_frame_at,
         }];

@@ -249,6 +249,7 @@ impl World {
             roster: &self.roster,
             epoch: self.epoch,
             record: &mut self.record,
+            tap: None,
             room: 0,
             intended_at: Time::ZERO,
         };
