@@ -127,6 +127,14 @@ impl Offerer {
     }
 }
 
+#[cfg(test)]
+impl Offerer {
+    /// The server's tracks that are active after the last answer.
+    pub(super) fn tracks(&self) -> impl Iterator<Item = &RemoteTrack> {
+        self.theirs.as_slice().iter().filter_map(Section::active_track)
+    }
+}
+
 fn push_receiver(sdp: &mut String, local: &LocalTransport, kind: Kind, mid: &str, tagged: bool) {
     let codec = offered_codec(kind, true, &Capabilities::SUBSCRIBER);
     push_media_line(sdp, kind, &[Some(codec.payload_type), codec.rtx_payload_type]);

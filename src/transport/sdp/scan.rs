@@ -4,7 +4,9 @@ use std::hash::{DefaultHasher, Hasher};
 
 use super::*;
 
-/// What stands for a section's text until the next offer: 64 bits of SipHash and the length. A server that makes them collide only hides its own track.
+/// What stands for a section's text until the next description: 64 bits of SipHash and the length. A server that makes them collide only hides its own track.
+///
+/// The order of header extensions and of candidates does not count: LiveKit writes both in another order each time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
     pub(super) hash: u64,
@@ -13,10 +15,23 @@ pub(super) struct Stamp {
 
 impl Stamp {
     pub(super) fn of(text: &str) -> Stamp {
-        let mut hasher = DefaultHasher::new();
-        hasher.write(text.as_bytes());
+        let (mut in_order, mut in_any_order) = (DefaultHasher::new(), 0u64);
+        let (mut written, mut at) = (0, 0);
+        for line in text.split_inclusive('\n') {
+            let next = at + line.len();
+            if line.starts_with("a=extmap:") || line.starts_with("a=candidate:") {
+                in_order.write(text.as_bytes().get(written..at).unwrap_or_default());
+                let mut hasher = DefaultHasher::new();
+                hasher.write(line.as_bytes());
+                in_any_order = in_any_order.wrapping_add(hasher.finish());
+                written = next;
+            }
+            at = next;
+        }
+        in_order.write(text.as_bytes().get(written..).unwrap_or_default());
+        in_order.write_u64(in_any_order);
         Stamp {
-            hash: hasher.finish(),
+            hash: in_order.finish(),
             len: u32::try_from(text.len()).unwrap_or(u32::MAX),
         }
     }
