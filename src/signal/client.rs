@@ -8,7 +8,7 @@
 //! it: [`FrameReads`] hands it one frame at a time, and the receiver holds a large message for as long as the library could take its memory over.
 
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -40,6 +40,8 @@ pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 pub const READ_BUFFER_BYTES: usize = 4 << 10;
 /// Longer requests go out as several frames: the library's write buffer never shrinks, so one answer of 101 sections would stay in memory for good.
 pub const FRAGMENT_BYTES: usize = 8 << 10;
+/// A join request is part of the request line: proxies take 8 KiB, and an offer of 150 sections has 65.
+const PLAIN_JOIN_REQUEST_BYTES_MAX: usize = 3 << 10;
 /// Text of a server that is kept in an error.
 const ERROR_TEXT_BYTES_MAX: usize = 300;
 
@@ -120,11 +122,7 @@ impl JoinOptions {
         match &self.connection {
             Connection::Dual => format!("/rtc?{}", self.dual_query()),
             Connection::Single { add_tracks, publisher_offer } => {
-                let request = self.join_request(add_tracks, publisher_offer.as_ref());
-                let wrapped = proto::WrappedJoinRequest {
-                    join_request: request.encode_to_vec(),
-                    ..Default::default()
-                };
+                let wrapped = wrapped(&self.join_request(add_tracks, publisher_offer.as_ref()));
                 format!(
                     "/rtc/v1?join_request={}",
                     base64::engine::general_purpose::URL_SAFE
@@ -181,6 +179,28 @@ impl JoinOptions {
             ..Default::default()
         }
     }
+}
+
+/// A join request as it travels in a URL, zipped where it is long: sections of an offer are much alike.
+fn wrapped(request: &proto::JoinRequest) -> proto::WrappedJoinRequest {
+    let plain = request.encode_to_vec();
+    let is_long = plain.len() > PLAIN_JOIN_REQUEST_BYTES_MAX;
+    // Writing to memory does not fail.
+    let zipped = is_long.then(|| zipped(&plain).ok()).flatten();
+    let (compression, join_request) = match zipped {
+        Some(zipped) => (proto::wrapped_join_request::Compression::Gzip, zipped),
+        None => (proto::wrapped_join_request::Compression::None, plain),
+    };
+    proto::WrappedJoinRequest {
+        compression: compression.into(),
+        join_request,
+    }
+}
+
+fn zipped(bytes: &[u8]) -> io::Result<Vec<u8>> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes)?;
+    encoder.finish()
 }
 
 /// Why there is no signalling connection, or no longer one. Each message says what to do; none repeats a token.
@@ -1316,19 +1336,39 @@ mod tests {
         assert_eq!(options.path(), expected);
 
         let publisher_offer = Some(("v=0".to_owned(), 1));
-        let path = JoinOptions {
+        let path = joining_with(publisher_offer).path();
+        let parameter = path.strip_prefix("/rtc/v1?join_request=").unwrap().replace("%3D", "=");
+        let wrapped = base64::engine::general_purpose::URL_SAFE.decode(parameter).unwrap();
+        let request = proto::JoinRequest::decode(proto::WrappedJoinRequest::decode(&*wrapped).unwrap().join_request.as_slice()).unwrap();
+        assert!(request.connection_settings.unwrap().auto_subscribe && !request.reconnect);
+        assert_eq!(request.publisher_offer.unwrap().sdp, "v=0");
+    }
+
+    fn joining_with(publisher_offer: Option<(String, u32)>) -> JoinOptions {
+        JoinOptions {
             connection: Connection::Single {
                 add_tracks: Vec::new(),
                 publisher_offer,
             },
             ..Default::default()
         }
-        .path();
+    }
+
+    #[test]
+    fn a_long_join_request_is_zipped_so_that_it_fits_a_request_line() {
+        use std::io::Read as _;
+        let sections: String = (0..150)
+            .map(|mid| format!("m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:{mid}\r\n{}", "a=rtcp-rsize\r\n".repeat(30)))
+            .collect();
+        let path = joining_with(Some((sections.clone(), 1))).path();
+        assert!(path.len() < 8 << 10, "{}", path.len());
         let parameter = path.strip_prefix("/rtc/v1?join_request=").unwrap().replace("%3D", "=");
         let wrapped = base64::engine::general_purpose::URL_SAFE.decode(parameter).unwrap();
-        let request = proto::JoinRequest::decode(proto::WrappedJoinRequest::decode(&*wrapped).unwrap().join_request.as_slice()).unwrap();
-        assert!(request.connection_settings.unwrap().auto_subscribe && !request.reconnect);
-        assert_eq!(request.publisher_offer.unwrap().sdp, "v=0");
+        let wrapped = proto::WrappedJoinRequest::decode(&*wrapped).unwrap();
+        assert_eq!(wrapped.compression(), proto::wrapped_join_request::Compression::Gzip);
+        let mut plain = Vec::new();
+        flate2::read::GzDecoder::new(&*wrapped.join_request).read_to_end(&mut plain).unwrap();
+        assert_eq!(proto::JoinRequest::decode(&*plain).unwrap().publisher_offer.unwrap().sdp, sections);
     }
 
     #[test]
