@@ -8,15 +8,20 @@ mod link;
 #[path = "common/pair.rs"]
 #[allow(dead_code)]
 mod pair;
+#[path = "common/switcher.rs"]
+#[allow(dead_code)]
+mod switcher;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Duration;
 
 use link::{Conditions, UNDER_TEST};
-use pair::{Pair, audio, video};
-use throng::cli::{Command, parse_with};
+use pair::{Pair, audio, layers, video};
+use switcher::{Downlink, World};
+use throng::cli;
 use throng::engine::publisher::Pacing;
+use throng::engine::{Command, VIDEO_TRACK};
 use throng::recording::Recording;
 
 thread_local! {
@@ -111,7 +116,7 @@ fn media_under_60_percent_loss_where_repair_gives_up_allocates_nothing() {
 #[test]
 fn a_recorded_subscriber_allocates_no_more_than_others() {
     let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --publishers 1 --video-publishers 1 --subscribers 1";
-    let Ok(Command::Run(run)) = parse_with(line.split(' ').map(Into::into), &|_| None, 1, u64::from(pair::RUN) << 32) else {
+    let Ok(cli::Command::Run(run)) = cli::parse_with(line.split(' ').map(Into::into), &|_| None, 1, u64::from(pair::RUN) << 32) else {
         panic!("a good command line")
     };
     let dir = std::env::temp_dir().join(format!("throng-alloc-{}", std::process::id()));
@@ -129,4 +134,58 @@ fn a_recorded_subscriber_allocates_no_more_than_others() {
     std::fs::remove_dir_all(dir).unwrap();
     assert!(receiver.video.frames_delivered > 100 && notes[0].contains("in 2 files"), "{notes:?}");
     assert_eq!(of_media, 0);
+}
+
+#[test]
+fn layers_that_rest_and_start_again_allocate_nothing() {
+    let mut pair = Pair::connected(7);
+    pair.set_conditions(Conditions {
+        loss: 0.05,
+        delay: Duration::from_millis(20),
+        ..Conditions::default()
+    });
+    pair.publish_layers(&layers(), Pacing::Paced);
+    pair.run_for(Duration::from_secs(2));
+    let mut of_media = 0;
+    for watched in [0b001, 0b111, 0b011, 0b000, 0b111] {
+        ALLOCATIONS.set(0);
+        link::under_test(true, || {
+            pair.command(Command::SetLayers {
+                key: 0,
+                track: VIDEO_TRACK,
+                layers: watched,
+            });
+        });
+        of_media += ALLOCATIONS.get();
+        for _ in 0..700 {
+            ALLOCATIONS.set(0);
+            let ice_before = pair.ice_datagrams;
+            pair.tick();
+            of_media += if pair.ice_datagrams > ice_before { 0 } else { ALLOCATIONS.get() };
+        }
+    }
+    let [sender, receiver] = pair.finish();
+    assert!(sender.video.rtx_sent > 0 && receiver.video.frames_delivered > 200);
+    assert_eq!(of_media, 0);
+}
+
+#[test]
+fn a_subscriber_who_is_switched_between_layers_allocates_nothing() {
+    let mut world = World::new(
+        1,
+        Downlink {
+            loss: 0.02,
+            ..Downlink::default()
+        },
+    );
+    world.run_for(Duration::from_secs(1));
+    ALLOCATIONS.set(0);
+    for layer in [2, 0, 1, 2, 1, 0] {
+        world.ask(layer);
+        world.run_for(Duration::from_millis(800));
+    }
+    let allocations = ALLOCATIONS.get();
+    let (log, record) = world.finish();
+    assert!(log.switches >= 5 && record.video.frames_delivered > 80);
+    assert_eq!(allocations, 0);
 }

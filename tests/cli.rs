@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use throng::cli::{Command, Run, UsageError, parse, parse_with};
 use throng::measure::Kind;
-use throng::plan::{Connection, Origin, Pacing};
+use throng::plan::{Connection, Layout, Origin, Pacing};
 use throng::sfu::SendMode;
 
 const CPUS: usize = 2;
@@ -333,9 +333,6 @@ fn nonsense_is_refused_with_what_to_write_instead() {
 fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
     for flag in [
         "--ramp=2,10",
-        "--layout=3x3",
-        "--no-simulcast",
-        "--simulate-speakers",
         "--coordinator",
         "--report-to=http://h",
         "--html=f",
@@ -346,6 +343,37 @@ fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
     }
     assert!(local_refusal(&["--subscriber", "3"]).contains("'--subscribers'"));
     assert!(refusal(&["calibrate"], &[]).starts_with("error: "));
+}
+
+#[test]
+fn layers_layouts_and_speakers_are_as_asked() {
+    let plan = local(&["--publishers=2", "--video-publishers=2"]).plan;
+    assert_eq!(
+        (plan.video_layers().len(), plan.layout, plan.simulate_speakers, plan.audio.dtx),
+        (3, None, false, false)
+    );
+    let all = [
+        "--publishers=2",
+        "--video-publishers=2",
+        "--no-simulcast",
+        "--simulate-speakers",
+        "--audio-dtx",
+    ];
+    for layout in Layout::ALL {
+        let plan = local(&[&all[..], &["--layout", layout.name()]].concat()).plan;
+        assert_eq!(
+            (plan.video_layers().len(), plan.layout, plan.simulate_speakers, plan.audio.dtx),
+            (1, Some(layout), true, true)
+        );
+    }
+    assert!(local_refusal(&["--layout=2x2"]).contains("write speaker, 3x3, 4x4 or 5x5"));
+    assert_eq!(
+        local(&["--subscribers=2", "--layout=3x3", "--audio-dtx"]).warnings,
+        [
+            "--layout has no effect: nobody publishes video (--video-publishers)",
+            "--audio-dtx has no effect: nobody publishes audio (--publishers)"
+        ]
+    );
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use throng::measure::{Engine, Histogram, Media, Record, Session, serial};
-use throng::plan::{AudioSpec, Connection, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
+use throng::plan::{AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
 use throng::report::text::{Style, dry_run, first_line, render};
 use throng::report::{
     Destinations, EngineHealth, Judging, Outcome, ParticipantOutcome, Quality, Sample, Sinks, Step, TargetInfo, TargetKind, Timeline, Verdict, json,
@@ -50,6 +50,16 @@ fn plan() -> Plan {
         duration: Duration::from_secs(30),
         seed: 7,
         run_tag: 0xC0FF_EE01,
+    }
+}
+
+fn resources() -> Resources {
+    Resources {
+        threads: 2,
+        sfu_routers: 0,
+        cpus: 4,
+        sockets: 100,
+        files: 272,
     }
 }
 
@@ -194,6 +204,49 @@ fn listener() -> ParticipantOutcome {
         },
         ..ParticipantOutcome::default()
     }
+}
+
+#[test]
+fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
+    let mut outcome = outcome();
+    let words = [
+        "in 3 layers",
+        "speaker layout",
+        "one speaks at a time",
+        "DTX",
+        "Speaker updates",
+        "layer switch",
+    ];
+    let plain = render(&outcome, Style::default());
+    assert!(words.iter().all(|word| !plain.contains(word)), "{plain}");
+    let plan = &mut outcome.plan;
+    (plan.simulcast, plan.layout, plan.simulate_speakers, plan.audio.dtx) = (true, Some(Layout::Speaker), true, true);
+    outcome.totals.record.session.speaker_updates = 1_234;
+    outcome.totals.record.video.layer_switch = spread(40, 130_000);
+    outcome.totals.record.video.layer_switch.expect(41);
+    let text = render(&outcome, Style::default());
+    assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    assert!(text.contains("1,234") && text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    let report: Value = serde_json::from_str(&json::render(&outcome)).unwrap();
+    let validator = jsonschema::draft202012::new(&schema()).unwrap();
+    assert!(
+        validator.is_valid(&report),
+        "{:?}",
+        validator.iter_errors(&report).map(|error| error.to_string()).collect::<Vec<_>>()
+    );
+    let layers = report["plan"]["video"]["layers"].as_array().unwrap();
+    assert_eq!(
+        (layers.len(), &layers[0]["height"], &layers[2]["bitrate"]),
+        (3, &Value::from(180), &Value::from(2_000_000))
+    );
+    assert_eq!(report["plan"]["layout"], "speaker");
+    assert_eq!(report["totals"]["session"]["speaker_updates"], 1_234);
+    let switch = &report["totals"]["video"]["layer_switch"];
+    assert!(switch["p50"].is_u64() && switch["max"].is_null() && switch["expected"] == 41);
+    assert!(report["totals"]["audio"]["layer_switch"].is_null());
+    let planned = dry_run(&outcome.plan, &outcome.judging, &resources());
+    assert!(planned.contains("320x180 15 fps 150 kbps") && planned.contains("Habits"), "{planned}");
+    assert!(planned.lines().skip(1).all(|line| line.chars().count() <= 80), "{planned}");
 }
 
 /// A run in which nearly everything that can go wrong did.
@@ -525,17 +578,7 @@ fn the_first_line_says_where_the_load_goes() {
 
 #[test]
 fn a_dry_run_shows_what_would_happen() {
-    let text = dry_run(
-        &plan(),
-        &Judging::default(),
-        &Resources {
-            threads: 2,
-            sfu_routers: 0,
-            cpus: 4,
-            sockets: 100,
-            files: 272,
-        },
-    );
+    let text = dry_run(&plan(), &Judging::default(), &resources());
     assert_eq!(text.split_once('\n').unwrap().1, include_str!("golden/dry_run.txt"));
 }
 

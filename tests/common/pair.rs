@@ -1,7 +1,7 @@
 //! Two shards, one peer connection between them, over a seeded link in virtual time: a publisher on one side, its subscriber on the other.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use throng::engine::ShardConfig;
@@ -53,8 +53,9 @@ pub fn video() -> Source {
     Source::Video(Arc::new(VideoClip::generate(&spec, 2).unwrap()))
 }
 
-/// Three layers, as small as they can be made.
+/// Three layers, as small as they can be made, and made once.
 pub fn layers() -> [Source; 3] {
+    static LAYERS: OnceLock<[Arc<VideoClip>; 3]> = OnceLock::new();
     let layer = |width, height, fps, bps| {
         let spec = VideoSpec {
             width,
@@ -63,9 +64,10 @@ pub fn layers() -> [Source; 3] {
             bitrate: Bitrate::from_bps(bps),
             seed: 1,
         };
-        Source::Video(Arc::new(VideoClip::generate(&spec, 2).unwrap()))
+        Arc::new(VideoClip::generate(&spec, 2).unwrap())
     };
-    [layer(96, 54, 15, 60_000), layer(160, 90, 20, 150_000), layer(320, 180, 30, 400_000)]
+    let layers = LAYERS.get_or_init(|| [layer(96, 54, 15, 60_000), layer(160, 90, 20, 150_000), layer(320, 180, 30, 400_000)]);
+    layers.clone().map(Source::Video)
 }
 
 /// Its RTX stream has the next one.

@@ -15,7 +15,7 @@ use throng::transport::sequence::{Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Opener, Profile, Sealer, session};
 use throng::units::{Epoch, Time};
 
-use crate::link::{Outlet, Random};
+use crate::link::{Outlet, Random, under_test};
 use crate::pair::{layer_ssrc, layers};
 
 const TICK: Duration = Duration::from_millis(1);
@@ -145,7 +145,7 @@ impl World {
 
     /// The subscriber asks for a layer, and the SFU hears it.
     pub fn ask(&mut self, layer: usize) {
-        self.stream.watch(Some(layer as u8), self.now);
+        under_test(true, || self.stream.watch(Some(layer as u8), self.now));
         if self.downlink.stuck || self.current == Some(layer) {
             return;
         }
@@ -253,9 +253,10 @@ impl World {
             room: 0,
             intended_at: Time::ZERO,
         };
-        let taken = self
-            .stream
-            .handle_rtp(&mut bytes[..sealed], &header, false, &self.to_subscriber.1, self.now, &mut context);
+        let (stream, opener, now) = (&mut self.stream, &self.to_subscriber.1, self.now);
+        let taken = under_test(true, || {
+            stream.handle_rtp(&mut bytes[..sealed], &header, false, opener, now, &mut context)
+        });
         taken.unwrap();
     }
 
