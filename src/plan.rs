@@ -20,6 +20,10 @@ pub const PARTICIPANTS_MAX: u64 = 1_000_000;
 
 /// IPv4 and UDP headers, RTP header, header extensions, AEAD tag.
 const WIRE_OVERHEAD_BYTES: f64 = 20.0 + 8.0 + 12.0 + 8.0 + 16.0;
+/// libopus refreshes its comfort noise every 400 ms.
+const DTX_PACKETS_PER_SECOND: f64 = 2.5;
+/// Digital silence in 20 ms frames, with the identity.
+const SILENCE_PACKET_BYTES: f64 = 30.0;
 /// Cost of a packet on the engine, kernel included, at a 1 ms tick: 2.3 us measured, rounded up.
 const CPU_SECONDS_PER_PACKET: f64 = 3e-6;
 /// Cost of a connected participant that moves no media.
@@ -260,6 +264,11 @@ impl SpeakerTurns {
         }
     }
 
+    /// Of the time, that one of so many speaks.
+    fn share(speakers: u32) -> f64 {
+        (1.0 - Self::PAUSE.as_secs_f64() / Self::TURN.as_secs_f64()) / f64::from(speakers.max(1))
+    }
+
     /// The place in the room of the one who speaks at `time` of the run.
     pub fn speaker_at(&self, time: Time) -> Option<u32> {
         let (turn, pause, nanos) = (Self::TURN.as_nanos() as u64, Self::PAUSE.as_nanos() as u64, time.as_nanos());
@@ -342,6 +351,16 @@ pub struct Resources {
 impl AudioSpec {
     pub fn packets_per_second(&self) -> f64 {
         1.0 / self.frame.as_secs_f64()
+    }
+
+    /// Packets and wire bits per second of one who says nothing: of DTX its refreshes, else packets that hold little but the frame's identity.
+    fn silence_rates(&self) -> (f64, f64) {
+        let (packets, bytes) = if self.dtx {
+            (DTX_PACKETS_PER_SECOND, 2.0)
+        } else {
+            (self.packets_per_second(), SILENCE_PACKET_BYTES)
+        };
+        (packets, packets * (bytes + WIRE_OVERHEAD_BYTES) * 8.0)
     }
 }
 
@@ -592,11 +611,17 @@ impl Plan {
         self.video.layers(self.simulcast)
     }
 
-    /// Packets and wire bits per second of one track where it is received whole: of its highest layer.
+    /// Packets and wire bits per second of one track where it is received whole: of its highest layer; of one who does not always speak, the mean.
     pub fn track_rates(&self, kind: Kind) -> (f64, f64) {
+        let speech = with_overhead(self.audio.packets_per_second(), self.audio.bitrate);
         match kind {
-            Kind::Audio => with_overhead(self.audio.packets_per_second(), self.audio.bitrate),
-            Kind::Video => with_overhead(self.video.packets_per_second(), self.video.bitrate),
+            Kind::Audio if self.simulate_speakers => {
+                let (share, silence) = (SpeakerTurns::share(self.shape.audio_publishers), self.audio.silence_rates());
+                let mean = |speech: f64, silence: f64| speech * share + silence * (1.0 - share);
+                (mean(speech.0, silence.0), mean(speech.1, silence.1))
+            }
+            Kind::Audio => speech,
+            Kind::Video => self.video.rates(),
         }
     }
 
@@ -967,6 +992,24 @@ pub(crate) mod tests {
         // Eight subscribers see two tracks each: the second one is small.
         let saved = plain.packets_received_per_second - plan.load().packets_received_per_second;
         assert!((saved - 8.0 * (240.0 - 30.0)).abs() < 1e-6, "{saved}");
+    }
+
+    #[test]
+    fn those_who_are_silent_send_little() {
+        let mut plan = plan();
+        plan.shape = Shape {
+            video_publishers: 0,
+            audio_publishers: 10,
+            subscribers: 0,
+            room_count: 1,
+            ..plan.shape
+        };
+        assert_eq!(plan.load().packets_sent_per_second, 500.0);
+        plan.simulate_speakers = true;
+        assert!((plan.load().packets_sent_per_second - 500.0).abs() < 1e-6, "silence is sent");
+        plan.audio.dtx = true;
+        let (speech, silence) = (50.0 * 5.0 / 6.0, 2.5 * (10.0 - 5.0 / 6.0));
+        assert!((plan.load().packets_sent_per_second - speech - silence).abs() < 1e-6);
     }
 
     #[test]

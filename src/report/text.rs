@@ -101,7 +101,10 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
             row(if at == 0 { "Layers" } else { "" }, layer_line(layer));
         }
     }
-    habits_line(plan).into_iter().for_each(|habits| row("Habits", habits));
+    let habits = habits(plan);
+    if !habits.is_empty() {
+        row("Habits", habits.join(", "));
+    }
     row(
         "Joining",
         format!(
@@ -156,7 +159,14 @@ fn head(outcome: &Outcome, style: Style) -> String {
     let version = outcome.target.server_version.as_deref().filter(|_| !plan.target.is_embedded());
     let server = version.map(|version| format!(", LiveKit {version}")).unwrap_or_default();
     let title = format!("{}{server}, {}", plan.target, connection(plan));
-    let habits = habits_line(plan).map(|habits| format!("  {habits}\n")).unwrap_or_default();
+    let layers = plan.video_layers().len();
+    let layers = (plan.shape.video_publishers > 0 && layers > 1).then(|| format!("{layers} layers"));
+    let habits: Vec<String> = layers.into_iter().chain(habits(plan)).collect();
+    let habits = if habits.is_empty() {
+        String::new()
+    } else {
+        format!("  {}\n", habits.join(", "))
+    };
     format!(
         "{}\n  {}\n  {}\n{habits}  {}\n\n",
         style.bold(&title),
@@ -208,11 +218,7 @@ fn media_line(plan: &Plan) -> String {
         parts.push(format!("Opus {} in {} frames", audio.bitrate, duration(audio.frame)));
     }
     if plan.shape.video_publishers > 0 {
-        let layers = match plan.video_layers().len() {
-            1 => String::new(),
-            layers => format!("in {layers} layers "),
-        };
-        parts.push(format!("VP8 {} {layers}{}", layer_line(video), plan.pacing.name()));
+        parts.push(format!("VP8 {} {}", layer_line(video), plan.pacing.name()));
     }
     if parts.is_empty() {
         "no media: nobody publishes".to_owned()
@@ -225,14 +231,13 @@ fn layer_line(layer: &VideoSpec) -> String {
     format!("{}x{} {} fps {}", layer.width, layer.height, layer.frames_per_second, layer.bitrate)
 }
 
-/// What people do beyond sending and watching all the time, where they do.
-fn habits_line(plan: &Plan) -> Option<String> {
+/// What people do beyond sending and watching all the time.
+fn habits(plan: &Plan) -> Vec<String> {
     let (audio, video) = (plan.shape.audio_publishers > 0, plan.shape.video_publishers > 0);
     let layout = plan.layout.filter(|_| video).map(|layout| format!("{} layout", layout.name()));
     let turns = (plan.simulate_speakers && audio).then(|| "one speaks at a time".to_owned());
     let dtx = (plan.audio.dtx && audio).then(|| "pauses are not sent (DTX)".to_owned());
-    let parts: Vec<String> = [layout, turns, dtx].into_iter().flatten().collect();
-    (!parts.is_empty()).then(|| parts.join(", "))
+    [layout, turns, dtx].into_iter().flatten().collect()
 }
 
 fn judging_line(judging: &Judging) -> String {
