@@ -4,6 +4,9 @@
 //! `handle_*` takes input, [`Lobby::poll_output`] gives output, [`Lobby::next_timeout`] says when [`Lobby::handle_timeout`] is due. Everything that comes from
 //! a client is hostile: bounded, checked, never a reason to panic. What a participant gets is bounded by the edge, which closes slow readers.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
 

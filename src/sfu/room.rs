@@ -225,7 +225,7 @@ impl Room {
             self.handle_offer(shared, session, &offer, now);
         }
         // The subscriber connection comes up at once, with tracks or without.
-        self.negotiate(shared, session, now);
+        self.offer(shared, session, now);
     }
 
     fn new_participant(&mut self, shared: &mut Shared, connection: ConnectionId, entry: Entry, now: Time) -> Participant {

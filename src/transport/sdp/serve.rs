@@ -109,7 +109,14 @@ impl ClientSection {
                 ..Capabilities::SERVER_SENDS
             },
         };
-        let codec = kind.and_then(|kind| scan.choose_codec(&media, capabilities.codecs(kind), capabilities.feedback));
+        let extensions = fitting_extensions(scan.accepted_extensions(&capabilities), kind);
+        let feedback: Vec<Feedback> = capabilities
+            .feedback
+            .iter()
+            .copied()
+            .filter(|feedback| fits(*feedback, kind, &extensions))
+            .collect();
+        let codec = kind.and_then(|kind| scan.choose_codec(&media, capabilities.codecs(kind), &feedback));
         let understood = codec.is_some() || matches!(content, Content::Application(_));
         let (ssrc, rtx_ssrc) = scan.fid.map_or((scan.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)));
         let (stream_id, track_id) = scan.msid.or(scan.ssrc_msid).map(split_msid).unwrap_or_default();
@@ -122,7 +129,7 @@ impl ClientSection {
             payload_type: codec.as_ref().map_or(0, |codec| codec.payload_type),
             rtx_payload_type,
             clock_rate: codec.as_ref().map_or(0, |codec| codec.clock_rate),
-            extensions: fitting_extensions(scan.accepted_extensions(&capabilities), kind),
+            extensions,
             feedback: codec.as_ref().map_or(FeedbackSet::default(), |codec| codec.feedback),
             stream_id: stream_id.into(),
             track_id: track_id.into(),
@@ -141,13 +148,23 @@ impl ClientSection {
     }
 }
 
-/// Loudness is of audio, layers are of video: a client that offers more is not taken at its word.
+/// Transport-wide feedback is on packets that carry their number, and as in LiveKit on video alone: libwebrtc's estimate stays at the bottom where audio is in
+/// it by its description and not by its packets, which is what SDKs offer.
+fn fits(feedback: Feedback, kind: Option<Kind>, extensions: &ExtensionIds) -> bool {
+    match feedback {
+        Feedback::Nack => true,
+        Feedback::TransportCc => kind == Some(Kind::Video) && extensions.id(Extension::TransportCc).is_some(),
+        Feedback::NackPli | Feedback::CcmFir | Feedback::GoogRemb => kind == Some(Kind::Video),
+    }
+}
+
+/// Loudness is of audio, layers and the rate of video: a client that offers more is not taken at its word.
 fn fitting_extensions(offered: ExtensionIds, kind: Option<Kind>) -> ExtensionIds {
     let mut fitting = ExtensionIds::default();
     for extension in Extension::ALL {
         let fits = match extension {
             Extension::AudioLevel => kind == Some(Kind::Audio),
-            Extension::Rid | Extension::RepairedRid => kind == Some(Kind::Video),
+            Extension::Rid | Extension::RepairedRid | Extension::TransportCc => kind == Some(Kind::Video),
             _ => kind.is_some(),
         };
         if let (true, Some(id)) = (fits, offered.id(extension)) {
