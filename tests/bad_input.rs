@@ -14,12 +14,21 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::livekit::LiveKit;
+use common::on_both_servers;
+use common::server::Server;
 use livekit_protocol as proto;
 use program::{Finished, PATIENCE, Report, Running, Scratch, against, alone, run, shell, throng};
 use recorded::{only_file, read_ivf, read_opus};
 use rustix::process::Signal;
 use throng::signal::rooms::RoomService;
+
+on_both_servers!(
+    a_wrong_secret_and_a_wrong_scheme_are_told_by_the_server,
+    a_server_that_dies_ends_the_run_and_what_was_measured_is_reported,
+    a_room_that_is_deleted_ends_the_run_with_the_servers_reason,
+    a_signal_ends_the_run_early_and_everything_is_written_and_cleaned_up,
+    two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own,
+);
 
 const SECRET: &str = "not-a-secret-that-anybody-may-ever-see";
 /// Far longer than any test lets it last.
@@ -42,7 +51,7 @@ struct Admin {
 }
 
 impl Admin {
-    fn of(server: &LiveKit) -> Admin {
+    fn of(server: &Server) -> Admin {
         Admin {
             rooms: RoomService::new(server.endpoint(), server.api_key()),
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
@@ -84,7 +93,7 @@ struct Endless {
 }
 
 impl Endless {
-    fn in_room(server: &LiveKit, room: &str) -> Endless {
+    fn in_room(server: &Server, room: &str) -> Endless {
         let scratch = Scratch::new();
         let mut command = throng();
         let json = scratch.path("run.json");
@@ -104,7 +113,7 @@ impl Endless {
     }
 
     /// How it ended, and the time that it took to see its end.
-    fn finish(self, server: &LiveKit) -> (Finished, Report, Scratch, Duration) {
+    fn finish(self, server: &Server) -> (Finished, Report, Scratch, Duration) {
         let since = Instant::now();
         let finished = self.running.finish();
         let report = Report::read(&self.scratch.path("run.json"), &server.secret);
@@ -163,10 +172,7 @@ fn what_the_flags_cannot_have_is_refused_before_anything_is_connected_to() {
 }
 
 #[test]
-fn no_target_and_no_credentials_are_usage_errors_that_say_what_to_add() {
-    let finished = run(&mut throng(), SECRET);
-    assert_eq!(finished.code, Some(2));
-    assert!(finished.stderr.contains("LIVEKIT_URL"), "{}", finished.stderr);
+fn a_server_without_credentials_is_a_usage_error_that_says_what_to_add() {
     let finished = run(throng().args(["--url", "ws://127.0.0.1:9"]), SECRET);
     assert_eq!(finished.code, Some(2));
     assert!(finished.stderr.contains("--api-key or set LIVEKIT_API_KEY"), "{}", finished.stderr);
@@ -249,9 +255,7 @@ fn a_run_that_nobody_can_join_fails_without_holding_an_empty_room() {
     assert!(finished.stdout.contains("6 x join: the server failed (503: full)"), "{}", finished.stdout);
 }
 
-#[test]
-fn a_wrong_secret_and_a_wrong_scheme_are_told_by_the_server() {
-    let Some(server) = LiveKit::start() else { return };
+fn a_wrong_secret_and_a_wrong_scheme_are_told_by_the_server(server: &Server) {
     let finished = run(with_credentials(&server.url).args(ENDLESS), SECRET);
     assert_eq!(finished.code, Some(1));
     assert!(finished.stderr.contains("check API key and secret"), "{}", finished.stderr);
@@ -263,7 +267,7 @@ fn a_wrong_secret_and_a_wrong_scheme_are_told_by_the_server() {
         "{}",
         finished.stderr
     );
-    assert!(Admin::of(&server).room_names().is_empty());
+    assert!(Admin::of(server).room_names().is_empty());
 }
 
 #[test]
@@ -301,7 +305,7 @@ fn a_report_that_cannot_be_written_is_refused_before_the_run() {
 
 #[test]
 fn a_disk_that_is_full_after_the_run_is_told_and_the_other_reports_are_written() {
-    let Some(server) = LiveKit::start() else { return };
+    let server = Server::embedded();
     let _alone = alone();
     let scratch = Scratch::new();
     let mut command = throng();
@@ -334,7 +338,7 @@ const RECORDED: &str = "--room rec --publishers 1 --video-publishers 1 --video-r
 
 #[test]
 fn a_disk_that_fills_up_ends_recordings_and_not_the_run() {
-    let Some(server) = LiveKit::start() else { return };
+    let server = Server::embedded();
     let _alone = alone();
     let scratch = Scratch::new();
     // 20 KiB a file: enough for four seconds of audio, and for half a second of video.
@@ -357,7 +361,7 @@ fn a_disk_that_fills_up_ends_recordings_and_not_the_run() {
 
 #[test]
 fn a_process_that_is_killed_leaves_recordings_that_can_be_read() {
-    let Some(server) = LiveKit::start() else { return };
+    let server = Server::embedded();
     let _alone = alone();
     let scratch = Scratch::new();
     let mut command = throng();
@@ -397,13 +401,11 @@ fn recordings_that_could_not_be_written_are_refused_before_anybody_joins() {
     assert!(finished.stderr.contains(&refusal), "{}", finished.stderr);
 }
 
-#[test]
-fn a_server_that_dies_ends_the_run_and_what_was_measured_is_reported() {
-    let Some(server) = LiveKit::start() else { return };
+fn a_server_that_dies_ends_the_run_and_what_was_measured_is_reported(server: &Server) {
     let _alone = alone();
-    let endless = Endless::in_room(&server, "dies");
+    let endless = Endless::in_room(server, "dies");
     kill(server.pid());
-    let (finished, report, scratch, took) = endless.finish(&server);
+    let (finished, report, scratch, took) = endless.finish(server);
     eprintln!("ended {took:?} after the server");
     nothing_is_lost(&finished, &report, &scratch);
     assert!(report.reasons().contains("all participants were gone"), "{}", report.reasons());
@@ -417,40 +419,36 @@ fn kill(pid: u32) {
     rustix::process::kill_process(pid, Signal::KILL).unwrap();
 }
 
-#[test]
-fn a_room_that_is_deleted_ends_the_run_with_the_servers_reason() {
-    let Some(server) = LiveKit::start() else { return };
+fn a_room_that_is_deleted_ends_the_run_with_the_servers_reason(server: &Server) {
     let _alone = alone();
-    let endless = Endless::in_room(&server, "deleted");
+    let endless = Endless::in_room(server, "deleted");
     endless.admin.delete("deleted");
-    let (finished, report, scratch, took) = endless.finish(&server);
+    let (finished, report, scratch, took) = endless.finish(server);
     eprintln!("ended {took:?} after the room");
     nothing_is_lost(&finished, &report, &scratch);
     let failures = report.0["join_failures"].to_string();
     assert!(failures.contains("room_deleted"), "{failures}");
 }
 
-#[test]
-fn a_signal_ends_the_run_early_and_everything_is_written_and_cleaned_up() {
-    let Some(server) = LiveKit::start() else { return };
+fn a_signal_ends_the_run_early_and_everything_is_written_and_cleaned_up(server: &Server) {
     let _alone = alone();
     for (signal, name) in [(Signal::INT, "SIGINT"), (Signal::TERM, "SIGTERM")] {
-        let endless = Endless::in_room(&server, name);
+        let endless = Endless::in_room(server, name);
         endless.running.signal(signal);
-        let (finished, report, scratch, took) = endless.finish(&server);
+        let (finished, report, scratch, took) = endless.finish(server);
         eprintln!("ended {took:?} after {name}");
         nothing_is_lost(&finished, &report, &scratch);
         assert!(report.reasons().contains(name), "{}", report.reasons());
         assert_eq!(report.counter("session", "disconnects"), 0);
         let (expected, delivered) = (report.counter("audio", "frames_expected"), report.counter("audio", "frames_delivered"));
         assert_eq!(expected, delivered, "the last frames were awaited");
-        assert!(Admin::of(&server).room_names().is_empty());
+        assert!(Admin::of(server).room_names().is_empty());
     }
 }
 
 #[test]
 fn a_signal_while_participants_join_takes_those_out_who_are_in_and_those_who_are_about_to_be() {
-    let Some(server) = LiveKit::start() else { return };
+    let server = Server::embedded();
     let _alone = alone();
     let admin = Admin::of(&server);
     // A room that is not ours: nobody is thrown out by its end.
@@ -480,7 +478,7 @@ fn a_signal_while_participants_join_takes_those_out_who_are_in_and_those_who_are
 
 #[test]
 fn a_second_signal_ends_the_program_at_once() {
-    let Some(server) = LiveKit::start() else { return };
+    let server = Server::embedded();
     let _alone = alone();
     let mut endless = Endless::in_room(&server, "twice");
     // Signals that come together count as one, so that on a busy host it may take a third.
@@ -498,7 +496,7 @@ fn a_second_signal_ends_the_program_at_once() {
 
 #[test]
 fn a_signal_before_the_first_join_leaves_no_room_behind() {
-    let Some(server) = LiveKit::start() else { return };
+    let server = Server::embedded();
     let _alone = alone();
     let mut command = throng();
     against(&server, &mut command).args(["--room-count", "2000", "--subscribers", "1"]);
@@ -515,14 +513,12 @@ fn a_signal_before_the_first_join_leaves_no_room_behind() {
     assert!(admin.room_names().is_empty());
 }
 
-#[test]
-fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own() {
-    let Some(server) = LiveKit::start() else { return };
+fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own(server: &Server) {
     let _alone = alone();
     let scratch = Scratch::new();
     let start = |name: &str, seconds: &str| {
         let mut command = throng();
-        against(&server, &mut command)
+        against(server, &mut command)
             .args([
                 "--room",
                 "shared",
@@ -539,7 +535,7 @@ fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own() {
             .arg(scratch.path(name));
         Running::start(&mut command, &server.secret)
     };
-    let admin = Admin::of(&server);
+    let admin = Admin::of(server);
     let first = start("first.json", "6");
     admin.wait_for("shared", 3);
     // It is there when the first one ends.
@@ -585,7 +581,7 @@ fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own() {
 
 #[test]
 fn outputs_that_nobody_reads_stop_nothing() {
-    let Some(server) = LiveKit::start() else { return };
+    let server = Server::embedded();
     let _alone = alone();
     for redirection in ["| head -1", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full", "2>&1 | head -1"] {
         let scratch = Scratch::new();
@@ -608,7 +604,7 @@ fn outputs_that_nobody_reads_stop_nothing() {
 
 #[test]
 fn a_standard_output_that_is_full_is_an_error() {
-    let Some(server) = LiveKit::start() else { return };
+    let server = Server::embedded();
     let _alone = alone();
     let mut command = shell("exec \"$THRONG\" --publishers 1 --subscribers 1 --duration 1 >/dev/full");
     let finished = run(against(&server, &mut command), &server.secret);
@@ -622,7 +618,7 @@ fn a_standard_output_that_is_full_is_an_error() {
 
 #[test]
 fn json_on_standard_output_has_it_for_itself() {
-    let Some(server) = LiveKit::start() else { return };
+    let server = Server::embedded();
     let _alone = alone();
     let mut command = throng();
     against(&server, &mut command).args(["--publishers", "1", "--subscribers", "1", "--duration", "1", "--json", "-"]);

@@ -1,4 +1,4 @@
-//! Small runs against a real LiveKit server: what the report says must be so, and the server's own figures must agree.
+//! Small runs against a real LiveKit server and against the embedded SFU: what the report says must be so, and the server's own figures must agree.
 
 mod common;
 #[path = "common/program.rs"]
@@ -12,11 +12,22 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::livekit::LiveKit;
+use common::on_both_servers;
+use common::server::Server;
 use livekit_protocol as proto;
 use program::{Finished, PATIENCE, Report, Running, Scratch, against, alone, throng};
 use recorded::{has_ffmpeg, only_file, play, read_ivf, read_opus};
 use throng::signal::rooms::RoomService;
+
+on_both_servers!(
+    a_small_room_gets_every_frame_and_the_server_counts_the_same,
+    frames_stay_in_their_own_room,
+    in_a_meeting_everybody_sees_and_hears_the_others,
+    a_key_frame_follows_a_request_within_a_frame_interval,
+    forty_joins_at_two_hundred_a_second_all_succeed,
+    the_server_sees_everybody_with_their_tracks_and_afterwards_no_room,
+    what_the_first_subscriber_of_each_room_received_is_recorded_and_plays,
+);
 
 /// The server flushes its packet counters every 5 s.
 const FLUSH: Duration = Duration::from_secs(8);
@@ -29,7 +40,7 @@ struct Run {
 }
 
 impl Run {
-    fn start(server: &LiveKit, args: &[&str]) -> Run {
+    fn start(server: &Server, args: &[&str]) -> Run {
         let scratch = Scratch::new();
         let mut command = throng();
         against(server, &mut command).args(args).arg("--json").arg(scratch.path("run.json"));
@@ -48,7 +59,7 @@ impl Run {
 }
 
 /// A whole run. It passes, or the host of the tests was too slow for a verdict; what arrived is the same either way.
-fn run(server: &LiveKit, args: &[&str]) -> Report {
+fn run(server: &Server, args: &[&str]) -> Report {
     let (finished, report) = Run::start(server, args).finish();
     let expected = match report.result() {
         "INVALID" => 98,
@@ -123,7 +134,7 @@ fn sample(metrics: &HashMap<String, f64>, name: &str, labels: &[&str]) -> f64 {
 }
 
 /// The metrics once the server has flushed them: when `enough` says so, or after [`FLUSH`].
-fn flushed(server: &LiveKit, enough: impl Fn(&HashMap<String, f64>) -> bool) -> HashMap<String, f64> {
+fn flushed(server: &Server, enough: impl Fn(&HashMap<String, f64>) -> bool) -> HashMap<String, f64> {
     let deadline = Instant::now() + FLUSH;
     loop {
         let metrics = server.metrics();
@@ -134,12 +145,10 @@ fn flushed(server: &LiveKit, enough: impl Fn(&HashMap<String, f64>) -> bool) -> 
     }
 }
 
-#[test]
-fn a_small_room_gets_every_frame_and_the_server_counts_the_same() {
-    let Some(server) = LiveKit::start() else { return };
+fn a_small_room_gets_every_frame_and_the_server_counts_the_same(server: &Server) {
     let _alone = alone();
     let args = "--publishers 2 --video-publishers 1 --video-resolution medium --subscribers 8 --duration 6 --threads 1";
-    let report = run(&server, &args.split(' ').collect::<Vec<_>>());
+    let report = run(server, &args.split(' ').collect::<Vec<_>>());
     everything_arrived(&report, 10, tracks(2, 16), tracks(1, 8));
     // 6 s of 50 packets a second and 20 frames a second, and as much again for a host that is late.
     let range = |kind, name, from, to| {
@@ -148,12 +157,12 @@ fn a_small_room_gets_every_frame_and_the_server_counts_the_same() {
     };
     range("audio", "packets_sent", 600, 1_200);
     range("video", "frames_sent", 120, 240);
-    the_server_agrees(&server, &report);
+    the_server_agrees(server, &report);
 }
 
 /// What the server counted of the same run. Its packets are RTP (padding included) *and* signalling messages, so that its figures are never below ours,
 /// and above them by no more than those and what it made up itself.
-fn the_server_agrees(server: &LiveKit, report: &Report) {
+fn the_server_agrees(server: &Server, report: &Report) {
     let both = |name: &str| (report.counter("audio", name) + report.counter("video", name)) as f64;
     let packets = |metrics: &HashMap<String, f64>, direction: &str, transmission: &str| {
         let labels = [&format!("direction=\"{direction}\"") as &str, &format!("transmission=\"{transmission}\"")];
@@ -192,12 +201,10 @@ fn the_server_agrees(server: &LiveKit, report: &Report) {
     assert_eq!(count("livekit_pli_total", &["outgoing"]), ours("plis_sent"));
 }
 
-#[test]
-fn frames_stay_in_their_own_room() {
-    let Some(server) = LiveKit::start() else { return };
+fn frames_stay_in_their_own_room(server: &Server) {
     let _alone = alone();
     let report = run(
-        &server,
+        server,
         &[
             "--room-count",
             "5",
@@ -215,22 +222,22 @@ fn frames_stay_in_their_own_room() {
     assert_eq!(report.0["plan"]["room_names"].as_array().unwrap().len(), 5);
 }
 
-#[test]
-fn in_a_meeting_everybody_sees_and_hears_the_others() {
-    let Some(server) = LiveKit::start() else { return };
+fn in_a_meeting_everybody_sees_and_hears_the_others(server: &Server) {
     let _alone = alone();
-    let args = "--meeting --publishers 4 --video-publishers 4 --video-resolution low --duration 4";
-    let report = run(&server, &args.split(' ').collect::<Vec<_>>());
-    everything_arrived(&report, 4, tracks(4, 12), tracks(4, 12));
+    for connection in ["single", "dual"] {
+        let args = "--meeting --publishers 4 --video-publishers 4 --video-resolution low --duration 4";
+        let args: Vec<&str> = args.split(' ').chain(["--connection", connection]).collect();
+        let report = run(server, &args);
+        everything_arrived(&report, 4, tracks(4, 12), tracks(4, 12));
+        assert_eq!(report.0["target"]["connection"], connection);
+    }
 }
 
-#[test]
-fn a_key_frame_follows_a_request_within_a_frame_interval() {
-    let Some(server) = LiveKit::start() else { return };
+fn a_key_frame_follows_a_request_within_a_frame_interval(server: &Server) {
     let _alone = alone();
     // Joins are slow enough that the later subscribers find a stream that is under way: only a requested key frame lets them in.
     let args = "--video-publishers 1 --video-resolution low --subscribers 4 --num-per-second 1 --duration 3";
-    let report = run(&server, &args.split(' ').collect::<Vec<_>>());
+    let report = run(server, &args.split(' ').collect::<Vec<_>>());
     everything_arrived(&report, 5, tracks(0, 0), tracks(1, 4));
     let plis = report.counter("session", "plis_received");
     assert!(plis > 0, "no subscriber's request came to the publisher");
@@ -242,24 +249,20 @@ fn a_key_frame_follows_a_request_within_a_frame_interval() {
     assert!(p99.is_some_and(|p99| p99 <= within), "{p99:?} us, and {within} us are allowed");
 }
 
-#[test]
-fn forty_joins_at_two_hundred_a_second_all_succeed() {
-    let Some(server) = LiveKit::start() else { return };
+fn forty_joins_at_two_hundred_a_second_all_succeed(server: &Server) {
     let _alone = alone();
     let args = "--publishers 1 --subscribers 39 --num-per-second 200 --duration 2";
-    let report = run(&server, &args.split(' ').collect::<Vec<_>>());
+    let report = run(server, &args.split(' ').collect::<Vec<_>>());
     everything_arrived(&report, 40, tracks(1, 39), tracks(0, 0));
     let join = |stat| report.micros("session", "join", stat);
     assert_eq!((join("expected"), join("count")), (Some(40), Some(40)));
     assert!(join("max").is_some_and(|max| max < 30_000_000));
 }
 
-#[test]
-fn the_server_sees_everybody_with_their_tracks_and_afterwards_no_room() {
-    let Some(server) = LiveKit::start() else { return };
+fn the_server_sees_everybody_with_their_tracks_and_afterwards_no_room(server: &Server) {
     let _alone = alone();
     let args = "--room seen --room-count 2 --publishers 2 --video-publishers 1 --video-resolution low --subscribers 3 --duration 5";
-    let mut under_way = Run::start(&server, &args.split(' ').collect::<Vec<_>>());
+    let mut under_way = Run::start(server, &args.split(' ').collect::<Vec<_>>());
     let rooms = RoomService::new(server.endpoint(), server.api_key());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let deadline = Instant::now() + PATIENCE;
@@ -292,9 +295,7 @@ fn active_with_tracks(participants: &[proto::ParticipantInfo]) -> (usize, usize,
     (active.len(), publishing(proto::TrackType::Audio), publishing(proto::TrackType::Video))
 }
 
-#[test]
-fn what_the_first_subscriber_of_each_room_received_is_recorded_and_plays() {
-    let Some(server) = LiveKit::start() else { return };
+fn what_the_first_subscriber_of_each_room_received_is_recorded_and_plays(server: &Server) {
     let _alone = alone();
     let scratch = Scratch::new();
     let (recordings, participants) = (scratch.path("recordings"), scratch.path("who.ndjson"));
@@ -303,7 +304,7 @@ fn what_the_first_subscriber_of_each_room_received_is_recorded_and_plays() {
         .split(' ')
         .chain([recordings.to_str().unwrap(), "--participants", participants.to_str().unwrap()])
         .collect();
-    let report = run(&server, &args);
+    let report = run(server, &args);
     everything_arrived(&report, 6, tracks(2, 4), tracks(2, 4));
     assert!(
         report.notes().contains("in 4 files below ") && !report.notes().contains("recording dropped"),

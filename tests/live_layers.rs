@@ -1,4 +1,4 @@
-//! Layers, mutes and speakers on a real LiveKit server.
+//! Layers, mutes and speakers, on a real LiveKit server and on the embedded SFU.
 
 mod common;
 #[path = "common/link.rs"]
@@ -15,11 +15,19 @@ mod program;
 
 use std::time::Duration;
 
-use common::livekit::LiveKit;
+use common::on_both_servers;
+use common::server::Server;
 use people::People;
 use program::{Report, Scratch, against, alone, throng};
 use throng::measure::Kind;
 use throng::signal::session::Request;
+
+on_both_servers!(
+    subscribers_get_the_layer_that_they_ask_for_within_a_second,
+    layers_that_nobody_watches_rest_until_somebody_does,
+    a_muted_track_is_silent_and_comes_back_with_a_key_frame,
+    the_large_picture_follows_the_speakers,
+);
 
 /// What asks for each layer of `pair::layers`.
 const SIZES: [Option<(u32, u32)>; 3] = [Some((96, 54)), Some((160, 90)), Some((320, 180))];
@@ -33,12 +41,10 @@ fn every_expected_frame_came(record: &throng::measure::Record, but: u64) {
     assert_eq!((record.session.frames_misrouted, record.session.packets_rejected), (0, 0));
 }
 
-#[test]
-fn subscribers_get_the_layer_that_they_ask_for_within_a_second() {
-    let Some(server) = LiveKit::start() else { return };
+fn subscribers_get_the_layer_that_they_ask_for_within_a_second(server: &Server) {
     let _alone = alone();
     for single_connection in [false, true] {
-        let mut people = People::join(&server, 3, single_connection);
+        let mut people = People::join(server, 3, single_connection);
         // Everybody comes to the highest layer. One always stays on it, so that all layers are sent all the time.
         for (round, layers) in [[2, 0, 1], [2, 1, 0], [2, 0, 2]].into_iter().enumerate() {
             // The server passes on a request for a key frame of the highest layer once a second: a switch after that does not wait for it.
@@ -69,11 +75,9 @@ fn subscribers_get_the_layer_that_they_ask_for_within_a_second() {
     }
 }
 
-#[test]
-fn layers_that_nobody_watches_rest_until_somebody_does() {
-    let Some(server) = LiveKit::start() else { return };
+fn layers_that_nobody_watches_rest_until_somebody_does(server: &Server) {
     let _alone = alone();
-    let mut people = People::join(&server, 2, true);
+    let mut people = People::join(server, 2, true);
     (1..=2).for_each(|subscriber| people.ask(subscriber, Request::Show(SIZES[0])));
     people.wait_until("both switch down", |record| record.video.layer_switch.count() == 2);
     // The server says so after five seconds. Then the lowest layer goes on alone.
@@ -100,11 +104,9 @@ fn layers_that_nobody_watches_rest_until_somebody_does() {
     every_expected_frame_came(&record, 4);
 }
 
-#[test]
-fn a_muted_track_is_silent_and_comes_back_with_a_key_frame() {
-    let Some(server) = LiveKit::start() else { return };
+fn a_muted_track_is_silent_and_comes_back_with_a_key_frame(server: &Server) {
     let _alone = alone();
-    let mut people = People::join(&server, 2, false);
+    let mut people = People::join(server, 2, false);
     let mute = |kind, muted| Request::SetMuted { kind, muted };
     people.ask(0, mute(Kind::Audio, true));
     people.ask(0, mute(Kind::Video, true));
@@ -126,15 +128,13 @@ fn a_muted_track_is_silent_and_comes_back_with_a_key_frame() {
     every_expected_frame_came(&record, 8);
 }
 
-#[test]
-fn the_large_picture_follows_the_speakers() {
-    let Some(server) = LiveKit::start() else { return };
+fn the_large_picture_follows_the_speakers(server: &Server) {
     let _alone = alone();
     let scratch = Scratch::new();
     let args = "--publishers 3 --video-publishers 3 --subscribers 2 --layout speaker --simulate-speakers --audio-dtx --duration 9 --threads 1";
     let args = format!("{args} --video-resolution medium --seed 3");
     let mut command = throng();
-    against(&server, &mut command)
+    against(server, &mut command)
         .args(args.split(' '))
         .arg("--json")
         .arg(scratch.path("run.json"));

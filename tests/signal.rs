@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::livekit::{LiveKit, Options};
+use common::server::{Options, Server};
 use livekit_protocol as proto;
 use throng::measure::Kind;
 use throng::signal::client::{self, Connection, Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect};
@@ -34,7 +34,7 @@ struct Session {
 }
 
 impl Session {
-    async fn open(server: &LiveKit, room: &str, identity: &str, permissions: Permissions) -> Session {
+    async fn open(server: &Server, room: &str, identity: &str, permissions: Permissions) -> Session {
         let token = token(&server.api_key(), room, identity, permissions);
         let (sender, receiver, _) = connect(&server.endpoint(), &token, &JoinOptions::default()).await.unwrap();
         Session::from_parts(sender, receiver).await
@@ -81,7 +81,7 @@ fn local_transport() -> LocalTransport {
 
 #[test]
 fn a_token_signed_with_the_wrong_secret_is_refused_in_the_servers_words_but_without_the_token() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     run(async {
         let forger = ApiKey::new(&server.key, "another-secret-of-thirty-two-or-more-chars");
         let token = token(&forger, "hall", "p", Permissions::BOTH);
@@ -257,7 +257,7 @@ async fn connect_to_tls_server(directory: &Path) -> Result<(SignalSender, Signal
 
 #[test]
 fn rooms_are_made_listed_and_deleted() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     run(async {
         let rooms = RoomService::new(server.endpoint(), server.api_key());
         let room = rooms.create_room("hall", Duration::from_secs(60)).await.unwrap();
@@ -295,7 +295,7 @@ fn a_room_service_that_is_not_there_is_unreachable() {
 
 #[test]
 fn a_server_that_makes_no_rooms_says_that_there_is_none() {
-    let Some(server) = LiveKit::start_with(&Options {
+    let Some(server) = Server::livekit_with(&Options {
         auto_create: false,
         ..Options::default()
     }) else {
@@ -311,7 +311,7 @@ fn a_server_that_makes_no_rooms_says_that_there_is_none() {
 
 #[test]
 fn a_subscriber_gets_join_and_an_offer_that_we_can_answer() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     run(async {
         let mut session = Session::open(&server, "hall", "listener", Permissions::SUBSCRIBER).await;
         let join = session.join.clone();
@@ -433,7 +433,7 @@ async fn publish(session: &mut Session, tracks: Vec<(proto::AddTrackRequest, Loc
 
 #[test]
 fn a_publishers_offer_is_answered_with_the_codecs_extensions_and_feedback_that_it_asked_for() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     run(async {
         let rids = ["q", "h", "f"];
         for (identity, rids, application) in [("plain", &rids[..0], true), ("simulcast", &rids[..], false)] {
@@ -468,7 +468,7 @@ fn a_publishers_offer_is_answered_with_the_codecs_extensions_and_feedback_that_i
 
 #[test]
 fn a_ping_comes_back_with_its_own_time() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     run(async {
         let mut session = Session::open(&server, "hall", "p", Permissions::SUBSCRIBER).await;
         let started = Instant::now();
@@ -496,7 +496,7 @@ fn a_ping_comes_back_with_its_own_time() {
 
 #[test]
 fn leaving_is_seen_at_once() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     run(async {
         let rooms = RoomService::new(server.endpoint(), server.api_key());
         let mut session = Session::open(&server, "hall", "p", Permissions::SUBSCRIBER).await;
@@ -515,7 +515,7 @@ fn leaving_is_seen_at_once() {
 
 #[test]
 fn a_second_participant_of_the_same_identity_evicts_the_first() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     run(async {
         let mut first = Session::open(&server, "hall", "twin", Permissions::SUBSCRIBER).await;
         let _second = Session::open(&server, "hall", "twin", Permissions::SUBSCRIBER).await;
@@ -529,7 +529,7 @@ fn a_second_participant_of_the_same_identity_evicts_the_first() {
 
 #[test]
 fn deleting_a_room_sends_everybody_away() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     run(async {
         let rooms = RoomService::new(server.endpoint(), server.api_key());
         let mut session = Session::open(&server, "hall", "p", Permissions::SUBSCRIBER).await;
@@ -543,7 +543,7 @@ fn deleting_a_room_sends_everybody_away() {
 
 #[test]
 fn one_connection_takes_tracks_and_offer_with_the_join() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     run(async {
         let (request, local) = audio_track("mic");
         let mut offerer = Offerer::default();
@@ -577,7 +577,7 @@ fn one_connection_takes_tracks_and_offer_with_the_join() {
 
 #[test]
 fn a_hundred_participants_join_at_once_and_cost_little_memory() {
-    let Some(server) = LiveKit::start() else { return };
+    let Some(server) = Server::livekit() else { return };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let before = resident_bytes();
     let (endpoint, api_key) = (server.endpoint(), server.api_key());

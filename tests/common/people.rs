@@ -15,7 +15,7 @@ use throng::transport::peer::Identity;
 use throng::units::Epoch;
 use tokio::sync::{mpsc, watch};
 
-use crate::common::livekit::LiveKit;
+use crate::common::server::Server;
 use crate::pair::{audio, layers};
 
 /// Whoever is not where he ought to be by then never will be.
@@ -39,7 +39,7 @@ pub struct People {
 
 impl People {
     /// A publisher and so many subscribers, once all of them are in.
-    pub fn join(server: &LiveKit, subscribers: u32, single_connection: bool) -> People {
+    pub fn join(server: &Server, subscribers: u32, single_connection: bool) -> People {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()

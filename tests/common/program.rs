@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::common::livekit::LiveKit;
+use crate::common::server::Server;
 
 /// No run here is planned to take half as long: what does hangs.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -47,7 +47,7 @@ fn clean(command: &mut Command) {
 }
 
 /// Adds the server as the target, by environment: what is on a command line, others on the host see.
-pub fn against<'a>(server: &LiveKit, command: &'a mut Command) -> &'a mut Command {
+pub fn against<'a>(server: &Server, command: &'a mut Command) -> &'a mut Command {
     command
         .env("LIVEKIT_URL", &server.url)
         .env("LIVEKIT_API_KEY", &server.key)

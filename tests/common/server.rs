@@ -1,6 +1,6 @@
-//! A real LiveKit server on loopback, started for one test and stopped with it.
+//! A server on loopback, started for one test and stopped with it: a real LiveKit server, or the embedded SFU in a process of its own.
 //!
-//! The binary is `THRONG_LIVEKIT_SERVER`, or `livekit-server` on the PATH or in `~/go/bin` (`go install github.com/livekit/livekit-server/cmd/server@latest`
+//! LiveKit's binary is `THRONG_LIVEKIT_SERVER`, or `livekit-server` on the PATH or in `~/go/bin` (`go install github.com/livekit/livekit-server/cmd/server@latest`
 //! names it `server`). Where there is none a test says so and passes, except under `CI`.
 
 use std::collections::HashMap;
@@ -54,7 +54,7 @@ impl Default for Options {
 }
 
 /// A running server; dropping it stops the process and removes its directory.
-pub struct LiveKit {
+pub struct Server {
     pub url: String,
     pub key: String,
     pub secret: String,
@@ -64,13 +64,20 @@ pub struct LiveKit {
     process: Child,
 }
 
-impl LiveKit {
-    /// A server with default options; `None` if there is no binary.
-    pub fn start() -> Option<LiveKit> {
-        LiveKit::start_with(&Options::default())
+impl Server {
+    /// A LiveKit server with default options; `None` if there is no binary.
+    pub fn livekit() -> Option<Server> {
+        Server::livekit_with(&Options::default())
     }
 
-    pub fn start_with(options: &Options) -> Option<LiveKit> {
+    /// The embedded SFU.
+    pub fn embedded() -> Server {
+        (0..3)
+            .find_map(|_| launch_embedded())
+            .unwrap_or_else(|| panic!("throng sfu did not start three times"))
+    }
+
+    pub fn livekit_with(options: &Options) -> Option<Server> {
         let Some(binary) = find_binary() else {
             assert!(
                 std::env::var_os("CI").is_none(),
@@ -81,7 +88,7 @@ impl LiveKit {
         };
         // Between looking for free ports and the server's use of them another process may take one.
         (0..3)
-            .find_map(|_| launch(&binary, options))
+            .find_map(|_| launch_livekit(&binary, options))
             .or_else(|| panic!("{} did not start three times", binary.display()))
     }
 
@@ -121,7 +128,7 @@ impl LiveKit {
     }
 }
 
-impl Drop for LiveKit {
+impl Drop for Server {
     fn drop(&mut self) {
         stop(&mut self.process);
         if std::thread::panicking() {
@@ -150,47 +157,58 @@ fn find_binary() -> Option<PathBuf> {
 }
 
 /// One attempt; `None` if the process ended at once.
-fn launch(binary: &Path, options: &Options) -> Option<LiveKit> {
+fn launch_embedded() -> Option<Server> {
+    let port = Ports::find(UdpPorts::Mux).signal;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
+    command.args(["sfu", "--listen"]).arg(format!("127.0.0.1:{port}"));
+    command.args(["--api-key", KEY, "--api-secret", SECRET]);
+    spawn(command, make_directory(), port, port)
+}
+
+/// One attempt; `None` if the process ended at once.
+fn launch_livekit(binary: &Path, options: &Options) -> Option<Server> {
     let directory = make_directory();
     let ports = Ports::find(options.udp);
-    let (config_path, log_path) = (directory.join("livekit.yaml"), directory.join("livekit.log"));
+    let config_path = directory.join("livekit.yaml");
     fs::write(&config_path, config(&ports, options)).expect("a temporary file can be written");
-    let log = File::create(&log_path).expect("a temporary file can be written");
     let mut command = Command::new(binary);
+    command.arg("--config").arg(&config_path);
+    spawn(command, directory, ports.signal, ports.prometheus)
+}
+
+fn spawn(mut command: Command, directory: PathBuf, signal: u16, prometheus: u16) -> Option<Server> {
+    let log_path = directory.join("server.log");
+    let log = File::create(&log_path).expect("a temporary file can be written");
     command
-        .arg("--config")
-        .arg(&config_path)
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a file can be cloned"))
         .stderr(log);
-    let process = command
-        .spawn()
-        .unwrap_or_else(|error| panic!("{} cannot be run: {error}", binary.display()));
-    let mut server = LiveKit {
-        url: format!("ws://127.0.0.1:{}", ports.signal),
+    let process = command.spawn().unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"));
+    let mut server = Server {
+        url: format!("ws://127.0.0.1:{signal}"),
         key: KEY.into(),
         secret: SECRET.into(),
-        prometheus_url: format!("http://127.0.0.1:{}/metrics", ports.prometheus),
+        prometheus_url: format!("http://127.0.0.1:{prometheus}/metrics"),
         log_path,
         directory,
         process,
     };
-    wait_until_ready(&mut server, ports.signal).then_some(server)
+    wait_until_ready(&mut server, signal).then_some(server)
 }
 
 fn make_directory() -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("throng-livekit-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    let name = format!("throng-server-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let directory = std::env::temp_dir().join(name);
     fs::create_dir_all(&directory).expect("a temporary directory can be made");
     directory
 }
 
-fn wait_until_ready(server: &mut LiveKit, port: u16) -> bool {
+fn wait_until_ready(server: &mut Server, port: u16) -> bool {
     let deadline = Instant::now() + START_WAIT;
     while Instant::now() < deadline {
         if let Ok(Some(status)) = server.process.try_wait() {
-            eprintln!("livekit-server ended with {status}: {}", server.log());
+            eprintln!("the server ended with {status}: {}", server.log());
             return false;
         }
         if http_ok(&format!("http://127.0.0.1:{port}/")).is_ok() && http_ok(&server.prometheus_url).is_ok() {
@@ -198,7 +216,7 @@ fn wait_until_ready(server: &mut LiveKit, port: u16) -> bool {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    panic!("livekit-server is not ready after {START_WAIT:?}: {}", server.log());
+    panic!("the server is not ready after {START_WAIT:?}: {}", server.log());
 }
 
 /// SIGTERM, once more for a server that waits for its participants to leave, and SIGKILL if neither helps.
