@@ -285,7 +285,7 @@ impl Camera {
 
     /// The bytes behind the descriptor say layer, frame and packet.
     fn shoot(&mut self, hands: &mut Hands) {
-        for layer in 0..3 {
+        for (layer, rid) in RIDS.into_iter().enumerate() {
             if !self.on[layer] {
                 continue;
             }
@@ -317,7 +317,7 @@ impl Camera {
                     seq,
                     rtp_time,
                     marker,
-                    extensions: &[(MID_ID, b"0"), (RID_ID, RIDS[layer])],
+                    extensions: &[(MID_ID, b"0"), (RID_ID, rid)],
                     padding: 0,
                 };
                 hands.send(0, &out, &payload);
@@ -1181,7 +1181,7 @@ fn no_number_is_ever_given_to_two_packets() {
                 3..8 => hands.command(MediaCommand::SetSelection {
                     subscription: SubscriptionId(subscriptions),
                     selection: Selection {
-                        enabled: random.next() % 4 != 0,
+                        enabled: !random.next().is_multiple_of(4),
                         layer: (random.next() % 3) as u8,
                     },
                 }),
@@ -1204,8 +1204,8 @@ fn no_number_is_ever_given_to_two_packets() {
                 }
                 _ => {}
             }
-            let key = random.next() % 12 == 0;
-            let padding = if random.next() % 10 == 0 { 20 } else { 0 };
+            let key = random.next().is_multiple_of(12);
+            let padding = if random.next().is_multiple_of(10) { 20 } else { 0 };
             let mut payload = vec![0x90, 0x80, 0x80 | (step >> 8) as u8, step as u8, u8::from(!key), layer as u8];
             payload.extend(step.to_be_bytes());
             let out = Out {
@@ -1227,7 +1227,7 @@ fn no_number_is_ever_given_to_two_packets() {
                     hands.router.handle_datagram(&mut bytes, from, now, now, &mut hands.outlet);
                 }
             }
-            if random.next() % 4 == 0 {
+            if random.next().is_multiple_of(4) {
                 hands.flush();
             }
             for got in hands.hands[1].got.drain(..) {

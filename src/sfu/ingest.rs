@@ -36,6 +36,14 @@ pub struct Format {
     pub audio_level_id: Option<u8>,
 }
 
+/// What an encoding needs from around it for one packet.
+pub struct Surroundings<'a> {
+    pub format: &'a Format,
+    pub opener: &'a Opener,
+    pub arrival: Time,
+    pub statistics: &'a mut RouterStatistics,
+}
+
 /// Why a packet was not taken; each has a counter of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
@@ -188,21 +196,13 @@ impl Ingest {
     }
 
     /// Opens one datagram in place, and keeps what is new.
-    pub fn handle_rtp(
-        &mut self,
-        datagram: &mut [u8],
-        header: &Header,
-        is_rtx: bool,
-        format: &Format,
-        opener: &Opener,
-        arrival: Time,
-        statistics: &mut RouterStatistics,
-    ) -> Result<Taken, Refused> {
+    pub fn handle_rtp(&mut self, datagram: &mut [u8], header: &Header, is_rtx: bool, around: &mut Surroundings<'_>) -> Result<Taken, Refused> {
+        let opener = around.opener;
         let moved = !is_rtx && self.media.ssrc.is_some_and(|ssrc| ssrc != header.ssrc);
         let len = if moved {
             let mut next = Source::default();
             let len = next.open(datagram, header, opener)?;
-            self.follow(next, format);
+            self.follow(next, around.format);
             len
         } else {
             let source = if is_rtx { &mut self.rtx } else { &mut self.media };
@@ -217,9 +217,9 @@ impl Ingest {
             let Some((original, payload)) = split_rtx(payload) else {
                 return Ok(Taken::Probe);
             };
-            self.keep(original.0, header, packet, payload, true, format, arrival, statistics)
+            self.keep(original.0, header, packet, payload, true, around)
         } else {
-            self.keep(header.seq.0, header, packet, payload, false, format, arrival, statistics)
+            self.keep(header.seq.0, header, packet, payload, false, around)
         }
     }
 
@@ -234,7 +234,6 @@ impl Ingest {
         self.last_picture_id = None;
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a packet's parts, looked at once")]
     fn keep(
         &mut self,
         seq: u16,
@@ -242,10 +241,9 @@ impl Ingest {
         packet: &[u8],
         payload: &[u8],
         repaired: bool,
-        format: &Format,
-        arrival: Time,
-        statistics: &mut RouterStatistics,
+        around: &mut Surroundings<'_>,
     ) -> Result<Taken, Refused> {
+        let (format, arrival) = (around.format, around.arrival);
         match self.receive.handle_packet(seq, header.rtp_time, arrival, repaired) {
             Arrival::New { .. } | Arrival::Reordered | Arrival::Repaired { .. } => {}
             Arrival::Duplicate => return Err(Refused::Duplicate),
@@ -260,12 +258,12 @@ impl Ingest {
         let bytes = (header.header_len + payload.len()) as u64;
         self.bytes += bytes;
         if repaired {
-            statistics.repairs_in += 1;
-            statistics.repair_bytes_in += bytes;
+            around.statistics.repairs_in += 1;
+            around.statistics.repair_bytes_in += bytes;
         } else {
-            statistics.media_in += 1;
-            statistics.media_bytes_in += bytes;
-            statistics.media_in_empty += u64::from(content == Content::Empty);
+            around.statistics.media_in += 1;
+            around.statistics.media_bytes_in += bytes;
+            around.statistics.media_in_empty += u64::from(content == Content::Empty);
         }
         let ext = self.ext_base + self.receive.ext_seq();
         self.highest = self.highest.max(Some(ext));

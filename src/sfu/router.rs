@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::forward::{EndedStream, Subscription, Wire};
-use super::ingest::{Format, Ingest, Refused, Taken, ntp_nanos};
+use super::ingest::{self, Format, Ingest, Refused, Taken, ntp_nanos};
 use super::select;
 use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
 use super::{
@@ -855,7 +855,13 @@ impl Router {
         };
         let Some(track) = self.tracks.get_mut(incoming.track) else { return };
         let (format, layer) = (track.format, usize::from(incoming.encoding));
-        let taken = track.encodings[layer].handle_rtp(datagram, &header, incoming.is_rtx, &format, opener, arrival, &mut self.statistics);
+        let mut around = ingest::Surroundings {
+            format: &format,
+            opener,
+            arrival,
+            statistics: &mut self.statistics,
+        };
+        let taken = track.encodings[layer].handle_rtp(datagram, &header, incoming.is_rtx, &mut around);
         match taken {
             Ok(taken) => {
                 if known.is_none() {
