@@ -1,6 +1,7 @@
 //! Who may do what: tokens, and what a join's query says. The texts of refusals are LiveKit's, except that no token is repeated.
 
 use std::collections::HashMap;
+use std::error::Error;
 use std::io::Read;
 
 use axum::http::{HeaderMap, StatusCode, header};
@@ -56,9 +57,11 @@ impl Access {
         if unverified.iss != self.api_key {
             return Err((StatusCode::UNAUTHORIZED, format!("invalid API key: {}", short(&unverified.iss))));
         }
-        self.verifier
-            .verify(&token)
-            .map_err(|error| (StatusCode::UNAUTHORIZED, format!("invalid token, error: {error}")))
+        self.verifier.verify(&token).map_err(|error| {
+            // Its own words are of making tokens; what it found is below.
+            let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            (StatusCode::UNAUTHORIZED, format!("invalid token, error: {cause}"))
+        })
     }
 
     /// What a join asks for, as far as its token allows it.

@@ -608,3 +608,159 @@ fn sent_extensions(kind: Kind) -> ExtensionIds {
     supported.for_each(|extension| offered.set(*extension, extension.offered_id()));
     fitting_extensions(offered, Some(kind))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BROWSER: [&str; 3] = [
+        include_str!("../../../fixtures/sdp/browser-single-1-join.sdp"),
+        include_str!("../../../fixtures/sdp/browser-single-2-audio.sdp"),
+        include_str!("../../../fixtures/sdp/browser-single-3-simulcast.sdp"),
+    ];
+
+    fn local() -> LocalTransport {
+        LocalTransport {
+            ufrag: "theserver".into(),
+            pwd: "0123456789abcdefghijklmn".into(),
+            fingerprint: Fingerprint([7; 32]),
+            setup: Setup::Active,
+            candidates: vec![Candidate::host("127.0.0.1:7882".parse().unwrap())],
+            session_id: 1,
+        }
+    }
+
+    fn track(number: u32) -> SentTrack {
+        SentTrack {
+            stream_id: format!("PA_{number}|TR_{number}"),
+            track_id: format!("TR_{number}"),
+            ssrc: number * 2 + 1,
+            rtx_ssrc: Some(number * 2),
+        }
+    }
+
+    fn oracle(sdp: &str) -> rtc_sdp::description::session::SessionDescription {
+        rtc_sdp::description::session::SessionDescription::unmarshal(&mut std::io::Cursor::new(sdp)).unwrap_or_else(|error| panic!("{error}: {sdp}"))
+    }
+
+    fn sections(sdp: &str) -> Vec<&str> {
+        SplitDescription::new(sdp).unwrap().sections
+    }
+
+    #[test]
+    fn a_new_track_changes_no_section_but_its_own_and_only_that_is_read() {
+        let (mut offers, mut answerer) = (SubscriberOffer::default(), Answerer::new(Capabilities::SUBSCRIBER));
+        let mut before: Vec<String> = Vec::new();
+        for number in 1..=150 {
+            let kind = if number % 3 == 0 { Kind::Video } else { Kind::Audio };
+            assert_eq!(offers.add(kind, track(number)), number as usize);
+            let offer = offers.offer(&local());
+            let now = sections(&offer);
+            assert_eq!(now.len(), number as usize + 1);
+            assert!(before.iter().zip(&now).all(|(before, now)| before == now));
+            before = now.into_iter().map(str::to_owned).collect();
+            let answered = answerer.answer(&offer, &local()).unwrap();
+            assert_eq!(answered.sections_read, if number == 1 { 2 } else { 1 });
+            let (_, agreed) = offers.answered(&answered.sdp).unwrap();
+            let media = agreed[0].media.unwrap();
+            assert_eq!((agreed.len(), agreed[0].section), (1, number as usize));
+            assert_eq!(media.rtx_payload_type.is_some(), kind == Kind::Video);
+        }
+        let whole = oracle(&offers.offer(&local()));
+        assert_eq!(whole.media_descriptions.len(), 151);
+        assert!(whole.attributes.iter().any(|attribute| attribute.key == "ice-lite"));
+    }
+
+    #[test]
+    fn new_credentials_are_in_every_section() {
+        let mut offers = SubscriberOffer::default();
+        offers.add(Kind::Audio, track(1));
+        offers.offer(&local());
+        offers.rewrite();
+        let restarted = LocalTransport {
+            ufrag: "afresh".into(),
+            ..local()
+        };
+        let offer = offers.offer(&restarted);
+        assert_eq!((offer.matches("ufrag:afresh").count(), offer.contains("theserver")), (2, false));
+    }
+
+    #[test]
+    fn an_answer_must_fit_its_offer() {
+        let mut offers = SubscriberOffer::default();
+        offers.add(Kind::Audio, track(1));
+        let (first, mut answerer) = (offers.offer(&local()), Answerer::new(Capabilities::SUBSCRIBER));
+        let answer = answerer.answer(&first, &local()).unwrap().sdp;
+        let shorter = answer.split("m=audio").next().unwrap();
+        assert!(offers.answered(shorter).is_err() && offers.is_waiting_for_answer());
+        // A track that went meanwhile is not agreed on by an answer from before.
+        offers.remove(1);
+        assert_eq!(offers.answered(&answer).unwrap().1, []);
+        assert!(offers.answered(&answer).is_err(), "nothing to answer");
+        // A codec that the client does not have is rejected by it.
+        offers.add(Kind::Audio, track(2));
+        let offer = offers.offer(&local());
+        let answer = answerer.answer(&offer, &local()).unwrap().sdp;
+        let (before, after) = answer.rsplit_once("m=audio 9 ").unwrap();
+        let (_, agreed) = offers.answered(&format!("{before}m=audio 0 {after}")).unwrap();
+        assert_eq!(agreed.iter().map(|agreed| agreed.media).collect::<Vec<_>>(), [None]);
+    }
+
+    #[test]
+    fn a_browsers_offers_are_read_as_far_as_they_changed_and_answered_as_they_are_meant() {
+        let mut offers = ClientDescriptions::default();
+        let mut read = Vec::new();
+        for offer in BROWSER {
+            read.push(offers.read(offer).unwrap().changed.len());
+        }
+        assert_eq!(offers.read(BROWSER[2]).unwrap().changed, [0; 0]);
+        let kinds: Vec<Option<Kind>> = offers.sections().map(|section| section.kind).collect();
+        assert_eq!(kinds.iter().filter(|kind| **kind == Some(Kind::Video)).count(), 4);
+        // All of the first; of the later ones what their addresses and tracks changed.
+        assert_eq!(read, [7, 7, 5]);
+        let publishes = |section: &ClientSection| section.sends && section.kind.is_some();
+        let (sent, unused) = (track(1), track(2));
+        let answer = write_answer(&offers, &local(), 1, |index, section| match publishes(section) {
+            true => SectionUse::Receive { dtx: true },
+            false if index == 0 => SectionUse::Send(&sent),
+            false => SectionUse::Idle,
+        });
+        let oracle = oracle(&answer);
+        assert_eq!(oracle.media_descriptions.len(), kinds.len());
+        for (index, (section, media)) in offers.sections().zip(&oracle.media_descriptions).enumerate() {
+            let has = |key: &str| media.attributes.iter().any(|attribute| attribute.key == key);
+            assert_eq!(has("recvonly"), publishes(section), "section {index}");
+            assert_eq!(has("simulcast"), section.rids.len() == 3, "section {index}");
+            assert_eq!(has("candidate"), index == 0);
+            let codecs = media.attributes.iter().filter(|attribute| attribute.key == "rtpmap").count();
+            assert_eq!(
+                codecs,
+                if section.kind == Some(Kind::Video) {
+                    2
+                } else {
+                    usize::from(section.kind.is_some())
+                }
+            );
+        }
+        assert!(answer.contains("a=msid:PA_1|TR_1 TR_1\r\n") && !answer.contains(&unused.track_id));
+    }
+
+    #[test]
+    fn layers_are_ordered_from_low_to_high_whatever_their_order_in_the_offer() {
+        for (offered, expected) in [
+            ("send q;h;f", &["q", "h", "f"][..]),
+            ("send f;h;q", &["q", "h", "f"]),
+            ("recv x send ~h,l;q", &["q", "h"]),
+            ("send 1;2;3;4", &["1", "2", "3"]),
+            ("send q;q;q", &["q"]),
+            ("send ;;a b", &["a"]),
+            ("send q\u{1};thisridislongerthananyheaderextensionmaybe", &[]),
+            ("recv q;h", &[]),
+        ] {
+            let mut scan = LayerScan::default();
+            scan.attribute("simulcast", offered);
+            let layers = scan.finish();
+            assert_eq!(layers.iter().map(|rid| &**rid).collect::<Vec<_>>(), expected, "{offered}");
+        }
+    }
+}
