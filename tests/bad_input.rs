@@ -625,7 +625,7 @@ fn json_on_standard_output_has_it_for_itself() {
     let finished = run(&mut command, &server.secret);
     let report = Report::parse(&finished.stdout);
     assert!(
-        finished.stderr.contains(&format!("RESULT: {}", report.result())) && finished.stderr.contains("dual connection"),
+        finished.stderr.contains(&format!("RESULT: {}", report.result())) && finished.stderr.contains("single connection (auto: "),
         "{}",
         finished.stderr
     );

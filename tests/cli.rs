@@ -68,7 +68,7 @@ fn a_named_target_and_nothing_else_gives_a_small_run() {
         );
         assert_eq!(
             (plan.connection, plan.target.origin, plan.seed, plan.run_tag),
-            (Connection::Dual, Origin::Flag, 7, 0xC0FF_EE01)
+            (Connection::Auto, Origin::Flag, 7, 0xC0FF_EE01)
         );
         assert_eq!(
             (
@@ -300,7 +300,7 @@ fn nonsense_is_refused_with_what_to_write_instead() {
         (&["--subscribers", "1000", "--room-count", "4000000"], "more than 1000000 participants"),
         (&["--subscribers", "-1"], "unexpected argument"),
         (&["--subscribers", "ten"], "write a whole number"),
-        (&["--connection", "single"], "not in this version yet"),
+        (&["--connection", "triple"], "auto, single, dual"),
         (&["--video-codec", "h264"], "possible values: vp8"),
         (&["--pacing", "smooth"], "paced, burst"),
         (&["--video-resolution", "8x8"], "high, medium, low or WIDTHxHEIGHT"),
