@@ -1,4 +1,4 @@
-//! Participants whose signalling breaks under way, on a real LiveKit server: media goes on, they come back, and the report says so.
+//! Participants whose signalling breaks under way, on a real LiveKit server and on the embedded SFU: media goes on, they come back, and the report says so.
 
 mod common;
 #[path = "common/program.rs"]
@@ -11,10 +11,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use common::on_both_servers;
 use common::server::Server;
 use livekit_protocol as proto;
 use program::{PATIENCE, Report, Running, Scratch, against, alone, throng};
 use throng::signal::rooms::RoomService;
+
+on_both_servers!(
+    a_session_whose_signalling_breaks_is_resumed_and_media_goes_on,
+    a_session_that_the_server_has_forgotten_is_joined_anew,
+    who_cannot_come_back_gives_up_after_a_while,
+);
 
 const ARGS: &str = "--publishers 2 --video-publishers 1 --video-resolution low --no-simulcast --subscribers 4 --max-loss 100";
 const PARTICIPANTS: u64 = 6;
@@ -131,12 +138,10 @@ fn counts<const N: usize>(report: &Report, names: [&str; N]) -> [u64; N] {
 /// Joins, and what became of losses.
 const FATE: [&str; 4] = ["joins_ok", "reconnects_ok", "reconnects_failed", "disconnects"];
 
-#[test]
-fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on() {
-    let Some(server) = Server::livekit() else { return };
+fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on(server: &Server) {
     let _alone = alone();
     for connection in ["single", "dual"] {
-        let broken = Broken::start(&server, connection, "6");
+        let broken = Broken::start(server, connection, "6");
         let sids = |broken: &Broken| {
             let mut sids: Vec<String> = broken.active().into_iter().map(|participant| participant.sid).collect();
             sids.sort();
@@ -146,7 +151,7 @@ fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on() {
         broken.relay.cut();
         std::thread::sleep(Duration::from_secs(1));
         assert_eq!(sids(&broken), before, "{connection}: the same sessions");
-        let report = broken.finish(&server);
+        let report = broken.finish(server);
         assert_eq!(counts(&report, FATE), [PARTICIPANTS, PARTICIPANTS, 0, 0], "{connection}");
         assert_eq!(report.micros("session", "reconnect", "count"), Some(PARTICIPANTS));
         assert_eq!(
@@ -167,25 +172,23 @@ fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on() {
     }
 }
 
-#[test]
-fn a_session_that_the_server_has_forgotten_is_joined_anew() {
-    let Some(server) = Server::livekit() else { return };
+fn a_session_that_the_server_has_forgotten_is_joined_anew(server: &Server) {
     let _alone = alone();
     for connection in ["single", "dual"] {
-        let broken = Broken::start(&server, connection, "8");
+        let broken = Broken::start(server, connection, "8");
         let publishers = 2;
         let (removed, kept): (Vec<_>, Vec<_>) = broken.active().into_iter().partition(|participant| !participant.tracks.is_empty());
         assert_eq!((removed.len(), kept.len()), (publishers, PARTICIPANTS as usize - publishers));
         broken.relay.refuse(true);
         broken.relay.cut();
-        removed.iter().for_each(|participant| remove(&server, &participant.identity));
+        removed.iter().for_each(|participant| remove(server, &participant.identity));
         broken.relay.refuse(false);
         let deadline = Instant::now() + PATIENCE;
         while broken.active().len() < PARTICIPANTS as usize {
             assert!(Instant::now() < deadline, "{:#?}", broken.active());
             std::thread::sleep(Duration::from_millis(50));
         }
-        let report = broken.finish(&server);
+        let report = broken.finish(server);
         assert_eq!(counts(&report, FATE), [PARTICIPANTS, PARTICIPANTS, 0, publishers as u64], "{connection}");
         assert_eq!(
             counts(&report, ["participants_healthy", "frames_misrouted"]),
@@ -222,11 +225,9 @@ fn remove(server: &Server, identity: &str) {
     assert!(answer.contains(" 200 "), "{answer}");
 }
 
-#[test]
-fn who_cannot_come_back_gives_up_after_a_while() {
-    let Some(server) = Server::livekit() else { return };
+fn who_cannot_come_back_gives_up_after_a_while(server: &Server) {
     let _alone = alone();
-    let broken = Broken::start(&server, "auto", "10m");
+    let broken = Broken::start(server, "auto", "10m");
     broken.relay.refuse(true);
     broken.relay.cut();
     let finished = broken.running.finish();
