@@ -210,7 +210,7 @@ fn listener() -> ParticipantOutcome {
 fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
     let mut outcome = outcome();
     let words = [
-        "in 3 layers",
+        "3 layers, ",
         "speaker layout",
         "one speaks at a time",
         "DTX",
