@@ -466,7 +466,6 @@ pub struct World {
     pub agreed: Vec<Agreed>,
     pub now: Time,
     pub epoch: Epoch,
-    pub roster: Arc<Roster>,
     pub sources: [Source; 2],
     /// Jitter of RTP from `rtc`; everything else takes [`DELAY`].
     pub jitter: Duration,
@@ -501,7 +500,7 @@ impl World {
         let roster = Arc::new(Roster::new(RUN, legs.iter().map(|_| 0)));
         let config = ShardConfig {
             identity: identity.clone(),
-            roster: roster.clone(),
+            roster,
             epoch,
         };
         let addresses = (0..legs.len()).map(our_address).collect();
@@ -515,7 +514,6 @@ impl World {
             agreed: Vec::new(),
             now: Time::ZERO,
             epoch,
-            roster,
             sources: SOURCES.clone(),
             jitter: Duration::ZERO,
             loses: Box::new(|_, _| false),
