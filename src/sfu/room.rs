@@ -723,6 +723,7 @@ impl Room {
             info,
             layers,
             subscribers: BTreeSet::new(),
+            was_subscribed: false,
             dynacast: Dynacast::new(now),
             loudness: Loudness::default(),
         };
@@ -921,6 +922,11 @@ impl Room {
             },
         );
         track.dynacast.handle_wish(0, wish);
+        let first = !std::mem::replace(&mut track.was_subscribed, true);
+        let (publisher, track_sid) = (track.publisher, track.info.sid.clone());
+        if first {
+            self.respond(shared, publisher, Response::TrackSubscribed(proto::TrackSubscribed { track_sid }));
+        }
         self.poll_dynacast(shared, id, now);
     }
 

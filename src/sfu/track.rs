@@ -37,6 +37,8 @@ pub(super) struct Track {
     /// Encodings of different size; 1 without simulcast.
     pub layers: u8,
     pub subscribers: BTreeSet<SessionId>,
+    /// Its publisher has been told that somebody gets it.
+    pub was_subscribed: bool,
     pub dynacast: Dynacast,
     pub loudness: Loudness,
 }
@@ -259,6 +261,7 @@ mod tests {
             },
             layers,
             subscribers: BTreeSet::new(),
+            was_subscribed: false,
             dynacast: Dynacast::new(Time::ZERO),
             loudness: Loudness::default(),
         }

@@ -412,6 +412,13 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
         [tracks[0].0, tracks[1].0]
     );
 
+    let told = |message: &Message| match message {
+        Message::TrackSubscribed(told) => Some(told.track_sid.clone()),
+        _ => None,
+    };
+    let told: Vec<String> = std::iter::from_fn(|| world.take(ann.connection, told)).collect();
+    assert_eq!(told, sids);
+
     // Who comes later finds all in the first offer.
     let connection = world.enter(entry("carl", false, true));
     let join = world.join_response(connection);
