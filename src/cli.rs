@@ -121,7 +121,7 @@ pub fn parse_with(
         Err(error) => return Err(UsageError(error.to_string().trim_end().to_owned())),
     };
     let command = match cli.command {
-        Some(Sub::Run(args)) => args.into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run))),
+        Some(Sub::Run(args)) => (*args).into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run))),
         Some(Sub::Sfu(args)) => args.into_sfu(fresh).map(|sfu| Command::Sfu(Box::new(sfu))),
         None => cli.run.into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run))),
     };
@@ -151,7 +151,7 @@ struct Cli {
 enum Sub {
     /// A load test; what throng does without a subcommand
     #[command(after_help = EXAMPLES)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// The embedded SFU alone: LiveKit's signalling, for real clients and for a second throng
     Sfu(SfuArgs),
 }

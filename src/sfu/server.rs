@@ -320,8 +320,11 @@ enum Input {
     Disconnect {
         connection: ConnectionId,
     },
-    Call(Box<dyn FnOnce(&mut Desk, Time) + Send>),
+    Call(Call),
 }
+
+/// What somebody wants to know of the lobby, or to change in it.
+type Call = Box<dyn FnOnce(&mut Desk, Time) + Send>;
 
 /// The signalling thread: one thread serves some thousand WebSockets.
 fn signalling(
