@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use throng::cli::{self, Command, UsageError};
-use throng::plan::Resources;
+use throng::plan::{Plan, Resources};
 use throng::preflight::{self, Findings, Host};
 use throng::recording;
 use throng::report::progress::Progress;
@@ -86,18 +86,16 @@ fn load_test(mut run: cli::Run, host: &Host) -> Result<u8> {
     if run.dry_run {
         return dry_run(&run, &resources, &findings);
     }
-    let embedded = if findings.refusals.is_empty() {
-        prepare_target(&mut run, &resources)?
-    } else {
-        None
-    };
+    none_of(&findings.refusals)?;
+    let sinks = Sinks::open(&run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
+    let clips = generate(&run, &resources)?;
+    // Not before it is clear that there can be a run: until then nothing is started or connected to.
+    let embedded = Embedded::start_for(&mut run, &resources)?;
+    settle_connection(&mut run.plan)?;
     if !run.quiet {
         say(&text::first_line(&run.plan).trim_end());
     }
-    none_of(&findings.refusals)?;
     findings.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
-    let sinks = Sinks::open(&run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
-    let clips = generate(&run, &resources)?;
     let mut outcome = measure(&run, &resources, clips)?;
     outcome.sfu = embedded.map(Embedded::stop);
     let code = write_report(&run, &outcome, sinks)?;
@@ -107,14 +105,11 @@ fn load_test(mut run: cli::Run, host: &Host) -> Result<u8> {
     Ok(code)
 }
 
-/// Starts the embedded SFU where that is the target, and finds out which connection mode the target wants.
-fn prepare_target(run: &mut cli::Run, resources: &Resources) -> Result<Option<Embedded>> {
-    let embedded = Embedded::start_for(run, resources)?;
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(run::settle_connection(&mut run.plan));
-    Ok(embedded)
+/// What `--connection auto` comes to.
+fn settle_connection(plan: &mut Plan) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(run::settle_connection(plan));
+    Ok(())
 }
 
 /// Says what is being made only where that takes its time: several layers of video do.
