@@ -450,7 +450,7 @@ fn a_server_lives_and_ends_within_another_runtime() {
 
 fn parsed(args: &[&str]) -> Result<cli::Sfu, String> {
     let args = ["throng", "sfu"].iter().chain(args).map(Into::into);
-    match cli::parse_with(args, &|_| None, 0x0123_4567_89AB_CDEF) {
+    match cli::parse_with(args, &|_| None, 1, 0x0123_4567_89AB_CDEF) {
         Ok(Command::Sfu(sfu)) => Ok(*sfu),
         Ok(_) => panic!("not the SFU"),
         Err(error) => Err(error.to_string()),
