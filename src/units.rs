@@ -98,6 +98,14 @@ impl Epoch {
         }
     }
 
+    /// A simulation's: its clock starts at `unix` (since 1970), whatever the host's clocks say, so that all that is derived from it is the same every time.
+    pub fn simulated(unix: Duration) -> Epoch {
+        Epoch {
+            instant: Instant::now(),
+            unix,
+        }
+    }
+
     /// Reads the monotonic clock. Only the edge (worker loop, signalling tasks) calls this.
     pub fn now(&self) -> Time {
         self.time(Instant::now())
