@@ -379,6 +379,7 @@ impl Subscription {
                     let newest = encoding.highest().unwrap_or(*ext);
                     for (entry, payload) in (*ext..=newest).filter_map(|ext| encoding.find(ext)) {
                         if entry.content != Content::Empty || self.skip(entry.ext, layer, wire.statistics) == Admission::Placed {
+                            wire.statistics.media_out_recalled += u64::from(!run[at..].contains(&entry.ext));
                             self.send(entry, payload, layer, &mut burst, wire);
                         }
                     }
