@@ -114,6 +114,11 @@ impl Link {
         Some((at, datagram))
     }
 
+    /// Datagrams that have neither arrived nor been lost yet.
+    pub fn under_way(&self) -> u64 {
+        self.under_way.len() as u64
+    }
+
     pub fn next_at(&self) -> Time {
         self.under_way.first_key_value().map_or(Time::MAX, |((at, _), _)| *at)
     }

@@ -1,0 +1,172 @@
+//! The seeded world: participants and the embedded SFU over emulated links in virtual time, in one process.
+//!
+//! A seed draws rooms, participants, what each of them does, and the weather on every link (`world/plan.rs`); `world/simulation.rs` lives it; `world/verdict.rs`
+//! says what must hold afterwards. One seed is one run: a failing one is printed, kept under `target/`, and worth a line in [`PAST_FAILURES`].
+//!
+//! `WORLD_SEEDS=1000..20000 cargo test --test world seeds` is a longer hunt; `WORLD_SEEDS=17` runs one.
+
+#[path = "world/client.rs"]
+mod client;
+#[path = "common/link.rs"]
+#[allow(dead_code)]
+mod link;
+#[path = "world/media.rs"]
+mod media;
+#[path = "world/plan.rs"]
+mod plan;
+#[path = "world/simulation.rs"]
+mod simulation;
+#[path = "world/verdict.rs"]
+mod verdict;
+#[path = "world/witness.rs"]
+mod witness;
+
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use plan::Plan;
+use simulation::{Defect, World};
+use throng::transport::peer::Identity;
+use verdict::Account;
+
+/// Seeds that have found something.
+const PAST_FAILURES: &[u64] = &[];
+/// Run with every test.
+const SEEDS: Range<u64> = 1..301;
+
+struct Outcome {
+    account: Account,
+    violations: Vec<String>,
+    defects_done: u64,
+}
+
+fn live(seed: u64, defect: Option<Defect>) -> Outcome {
+    // The certificate is no part of a seed: nothing that is compared depends on it.
+    static IDENTITY: OnceLock<Identity> = OnceLock::new();
+    let identity = IDENTITY.get_or_init(|| Identity::generate().unwrap());
+    let mut world = World::new(Plan::draw(seed), identity, defect);
+    world.run();
+    let account = verdict::check_drained(&mut world);
+    world.empty();
+    verdict::check_empty(&mut world);
+    Outcome {
+        account,
+        violations: world.violations,
+        defects_done: world.defects_done,
+    }
+}
+
+/// What is wrong with a seed's world, if anything is.
+fn verdict_on(seed: u64) -> Option<String> {
+    match catch_unwind(AssertUnwindSafe(|| live(seed, None))) {
+        Ok(outcome) if outcome.violations.is_empty() => None,
+        Ok(outcome) => Some(outcome.violations.join("\n  ")),
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().cloned();
+            Some(
+                said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned()))
+                    .unwrap_or_default(),
+            )
+        }
+    }
+}
+
+/// Runs worlds on as many threads as there are cores, each world on one.
+fn run_all(seeds: Vec<u64>) {
+    let (next, failures) = (AtomicU64::new(0), std::sync::Mutex::new(Vec::new()));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+                    if let Some(wrong) = verdict_on(*seed) {
+                        keep(*seed, &wrong);
+                        failures.lock().unwrap().push((*seed, wrong));
+                    }
+                }
+            });
+        }
+    });
+    let mut failures = failures.into_inner().unwrap();
+    failures.sort();
+    let told: Vec<String> = failures.iter().map(|(seed, wrong)| format!("seed {seed}:\n  {wrong}")).collect();
+    assert!(
+        failures.is_empty(),
+        "{} of {} worlds failed; WORLD_SEEDS=<seed> runs one again\n{}",
+        failures.len(),
+        seeds.len(),
+        told.join("\n")
+    );
+}
+
+/// A failing seed is kept where the next run of a developer finds it.
+fn keep(seed: u64, wrong: &str) {
+    let directory = concat!(env!("CARGO_TARGET_TMPDIR"), "/failing-worlds");
+    // The seed is printed all the same.
+    let _ = std::fs::create_dir_all(directory);
+    let _ = std::fs::write(format!("{directory}/{seed}.txt"), wrong);
+}
+
+fn asked_for() -> Option<Range<u64>> {
+    let text = std::env::var("WORLD_SEEDS").ok()?;
+    let number = |text: &str| text.parse().unwrap_or_else(|_| panic!("WORLD_SEEDS is a seed or from..to, not '{text}'"));
+    match text.split_once("..") {
+        Some((from, to)) => Some(number(from)..number(to)),
+        None => Some(number(&text)..number(&text) + 1),
+    }
+}
+
+#[test]
+fn three_hundred_seeds_hold() {
+    run_all(asked_for().unwrap_or(SEEDS).collect());
+}
+
+#[test]
+fn seeds_that_failed_once_hold() {
+    run_all(PAST_FAILURES.to_vec());
+}
+
+#[test]
+fn two_runs_of_a_seed_are_identical_and_two_seeds_are_not() {
+    let mut digests = std::collections::BTreeSet::new();
+    for seed in [1, 2, 3, 4, 5, 6] {
+        let [first, second] = [live(seed, None).account, live(seed, None).account];
+        let differ = first.numbers.iter().zip(&second.numbers).find(|(first, second)| first != second);
+        assert_eq!(differ, None, "seed {seed}");
+        assert_eq!(first, second, "seed {seed}");
+        digests.insert(first.digest);
+    }
+    assert_eq!(digests.len(), 6);
+}
+
+#[test]
+fn what_is_wrong_on_purpose_is_noticed() {
+    for (defect, notice) in [
+        (Defect::LinkSwallows, "links delivered"),
+        (Defect::LinkCorrupts, "became Some(\"refused_unauthentic\")"),
+        (Defect::RemovalForgotten, "routers keep what is gone"),
+        (Defect::SubscribeForgotten, "the lobby asked for"),
+        (Defect::RoomsMixed, "frames in rooms that they do not belong to"),
+        (Defect::TimerForgotten, "is overdue"),
+    ] {
+        // Two rooms on one router at least, so that everything can go wrong.
+        let seed = (1..).find(|seed| Plan::draw(*seed).rooms > Plan::draw(*seed).routers).unwrap();
+        let outcome = live(seed, Some(defect));
+        assert!(outcome.defects_done > 0 || defect == Defect::TimerForgotten, "{defect:?}");
+        let noticed = outcome.violations.iter().any(|violation| violation.contains(notice));
+        assert!(noticed, "{defect:?}: {:#?}", outcome.violations);
+    }
+}
+
+#[test]
+fn dump() {
+    let seed = std::env::var("DUMP").map_or(1, |seed| seed.parse().unwrap());
+    let outcome = live(seed, None);
+    eprintln!("{:#?}", Plan::draw(seed));
+    for (name, number) in outcome.account.numbers {
+        eprintln!("{name} {number}");
+    }
+    eprintln!("{:#?}", outcome.violations);
+}

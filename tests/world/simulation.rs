@@ -1,0 +1,1083 @@
+//! One world: sessions with their links, the lobby and its routers, all in one process and in virtual time.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use livekit_protocol as proto;
+use prost::Message as _;
+use proto::signal_request::Message as Request;
+use throng::engine::publisher::SendParameters;
+use throng::engine::shard::Shard;
+use throng::engine::{Command, Event, NewPeer, Roster, ShardConfig, StreamParameters};
+use throng::measure::Kind;
+use throng::media::identity::FrameIdentity;
+use throng::sfu::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, Output};
+use throng::sfu::router::{Router, RouterConfig};
+use throng::sfu::statistics::RouterStatistics;
+use throng::sfu::{MediaCommand, MediaEvent, Outgoing, SubscriptionId, TrackId, TransportId};
+use throng::transport::peer::{Identity, PeerParameters};
+use throng::transport::rtp::{Datagram as Class, Header, classify};
+use throng::transport::sdp::{Extension, RemoteTrack};
+use throng::units::{Epoch, Time};
+
+use crate::client::{Client, Half, Todo};
+use crate::link::{Datagram, Link, Outlet};
+use crate::media::clips;
+use crate::plan::{ACTIVE, DRAIN, Person, Plan, Role};
+use crate::witness::Witness;
+
+pub const TICK: Duration = Duration::from_millis(1);
+pub const RUN: u32 = 77;
+/// After the last goodbye: what is under way still arrives.
+const GOODBYE: Duration = Duration::from_millis(500);
+/// Rooms and silent participants are gone after this, by the lobby's own limits (20 s each, and 15 s for a silent connection).
+const FORGOTTEN: Duration = Duration::from_secs(60);
+
+/// Something that is wrong on purpose: the invariants must notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Defect {
+    /// A link drops datagrams and does not say so.
+    LinkSwallows,
+    /// A byte changes under way.
+    LinkCorrupts,
+    /// The lobby's wish to end a subscription, or a connection, never reaches its router.
+    RemovalForgotten,
+    SubscribeForgotten,
+    /// A router gives a subscriber a track of another room.
+    RoomsMixed,
+    /// A router is not told that time has passed.
+    TimerForgotten,
+}
+
+/// A reliable connection that keeps order: what WebSockets are.
+pub struct Pipe<T> {
+    queue: VecDeque<(Time, T)>,
+    last: Time,
+}
+
+impl<T> Pipe<T> {
+    fn new() -> Pipe<T> {
+        Pipe {
+            queue: VecDeque::new(),
+            last: Time::ZERO,
+        }
+    }
+
+    fn push(&mut self, at: Time, item: T) {
+        self.last = self.last.max(at);
+        self.queue.push_back((self.last, item));
+    }
+
+    fn pop(&mut self, now: Time) -> Option<T> {
+        self.queue.front().filter(|(at, _)| *at <= now)?;
+        self.queue.pop_front().map(|(_, item)| item)
+    }
+}
+
+pub enum ToServer {
+    Entry(Box<Entry>),
+    Request(Request),
+    Lost,
+}
+
+pub enum ToClient {
+    Message(Vec<u8>),
+    Closed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    NotYet,
+    In,
+    Gone,
+}
+
+pub enum Receiver {
+    /// The shard, and the key of the publisher connection; the subscriber connection has the next one.
+    Engine {
+        shard: usize,
+        key: usize,
+    },
+    Witness(Box<Witness>),
+}
+
+/// What became of RTP datagrams that reached an engine participant, by what the world knows.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineArrivals {
+    /// For a stream that it expects, on a connection that is up.
+    pub expected: u64,
+    pub of_unknown_ssrc: u64,
+    pub unkeyed: u64,
+}
+
+pub struct Session {
+    pub person: Person,
+    pub client: Client,
+    pub stage: Stage,
+    pub left_at: Option<Time>,
+    pub receiver: Receiver,
+    pub up: Link,
+    pub down: Link,
+    pub to_server: Pipe<ToServer>,
+    pub to_client: Pipe<ToClient>,
+    connection: Option<ConnectionId>,
+    pub addresses: [SocketAddr; 2],
+    /// The socket is open.
+    open: [bool; 2],
+    pub connected: [Option<Time>; 2],
+    /// SSRCs that each half expects now.
+    expects: [BTreeSet<u32>; 2],
+    /// Every stream that was ever announced: its track's sid, by media SSRC.
+    pub announced: BTreeMap<u32, String>,
+    pub arrivals: EngineArrivals,
+    acts_done: usize,
+    signal_chance: throng::seeded::Seeded,
+}
+
+/// Counts of the world's own, to hold against those of everybody else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Datagrams that came out of uplinks at a router, and their bytes.
+    pub at_routers: u64,
+    pub at_routers_bytes: u64,
+    /// .. and that routers sent.
+    pub by_routers: u64,
+    pub by_routers_bytes: u64,
+    /// Came out of a downlink, and nobody had its socket open any more.
+    pub to_closed: u64,
+    pub to_engines: u64,
+    pub to_engines_bytes: u64,
+    pub rtp_to_engines: u64,
+    pub to_witnesses: u64,
+    pub rtp_to_witnesses: u64,
+    /// What engine participants sent.
+    pub by_engines_bytes: u64,
+    pub rtp_by_engines: u64,
+    /// Packets that a router took, times the subscribers of their track.
+    pub fan_out: u64,
+}
+
+/// Where a track came from, by the lobby's commands.
+pub struct KnownTrack {
+    pub session: usize,
+    pub transport: TransportId,
+    pub router: usize,
+    pub subscribers: BTreeSet<SubscriptionId>,
+}
+
+pub struct World {
+    pub plan: Plan,
+    pub now: Time,
+    pub epoch: Epoch,
+    pub sessions: Vec<Session>,
+    pub shards: Vec<Shard>,
+    outlets: Vec<Outlet>,
+    pub lobby: Lobby,
+    pub routers: Vec<Router>,
+    router_outlets: Vec<RouterOutlet>,
+    pub roster: Arc<Roster>,
+    identity: Identity,
+    connections: BTreeMap<ConnectionId, usize>,
+    /// Which session a connection belongs to, by the lobby's commands.
+    transports: BTreeMap<TransportId, (usize, usize)>,
+    pub tracks: BTreeMap<TrackId, KnownTrack>,
+    pub subscriptions: BTreeMap<SubscriptionId, (TrackId, TransportId)>,
+    pub tally: Tally,
+    pub violations: Vec<String>,
+    /// A digest of everything that happened, keys and their lengths apart.
+    pub digest: u64,
+    defect: Option<Defect>,
+    draining: bool,
+    defect_chance: throng::seeded::Seeded,
+    pub defects_done: u64,
+}
+
+struct RouterOutlet {
+    address: SocketAddr,
+    sent: Vec<Datagram>,
+    buffer: Vec<u8>,
+}
+
+impl Outgoing for RouterOutlet {
+    fn lend(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    fn send(&mut self, to: SocketAddr, len: usize, segment: usize) {
+        let datagrams = self.buffer[..len].chunks(segment).map(|bytes| Datagram {
+            from: self.address,
+            to,
+            bytes: bytes.to_vec(),
+        });
+        self.sent.extend(datagrams);
+    }
+}
+
+fn router_address(router: usize) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1 + router as u8), 7_882))
+}
+
+fn addresses(person: &Person) -> [SocketAddr; 2] {
+    [0, 1].map(|half| SocketAddr::from((Ipv4Addr::new(198, 51, 100, 1 + person.index as u8), 1_000 + half)))
+}
+
+impl World {
+    pub fn new(plan: Plan, identity: &Identity, defect: Option<Defect>) -> World {
+        let epoch = Epoch::simulated(Duration::from_secs(1_700_000_000));
+        let roster = Arc::new(Roster::new(RUN, plan.people.iter().map(|person| person.room)));
+        let config = ShardConfig {
+            identity: identity.clone(),
+            roster: roster.clone(),
+            epoch,
+        };
+        let mut keys = vec![Vec::new(); plan.shards];
+        let sessions = plan
+            .people
+            .iter()
+            .map(|person| new_session(person, plan.seed, identity, &mut keys))
+            .collect();
+        let router = |index: usize| {
+            let config = RouterConfig {
+                identity: identity.clone(),
+                epoch,
+                local_address: router_address(index),
+                send: plan.send,
+                seed: plan.seed + index as u64,
+            };
+            Router::new(config, Time::ZERO)
+        };
+        World {
+            now: Time::ZERO,
+            epoch,
+            sessions,
+            shards: keys.iter().map(|keys| Shard::new(config.clone(), keys.len(), Time::ZERO)).collect(),
+            outlets: keys.into_iter().map(Outlet::new).collect(),
+            lobby: Lobby::new(LobbyConfig {
+                seed: plan.seed,
+                epoch,
+                fingerprint: identity.fingerprint(),
+                routers: (0..plan.routers).map(router_address).collect(),
+            }),
+            routers: (0..plan.routers).map(router).collect(),
+            router_outlets: (0..plan.routers)
+                .map(|index| RouterOutlet {
+                    address: router_address(index),
+                    sent: Vec::new(),
+                    buffer: vec![0; throng::net::SEND_BYTES_MAX],
+                })
+                .collect(),
+            roster,
+            identity: identity.clone(),
+            connections: BTreeMap::new(),
+            transports: BTreeMap::new(),
+            tracks: BTreeMap::new(),
+            subscriptions: BTreeMap::new(),
+            tally: Tally::default(),
+            violations: Vec::new(),
+            digest: 0,
+            defect,
+            draining: false,
+            defect_chance: throng::seeded::Seeded::new(plan.seed),
+            defects_done: 0,
+            plan,
+        }
+    }
+
+    /// Up to the moment when everything that could arrive has arrived, and everybody is still there.
+    pub fn run(&mut self) {
+        self.run_until(Time::ZERO + ACTIVE);
+        self.draining = true;
+        for (shard, outlet) in self.shards.iter_mut().zip(&mut self.outlets) {
+            shard.handle_command(Command::StopPublishing, self.now, outlet);
+        }
+        self.run_until(Time::ZERO + ACTIVE + DRAIN);
+    }
+
+    /// Everybody leaves, and the server forgets them.
+    pub fn empty(&mut self) {
+        for index in 0..self.sessions.len() {
+            if self.sessions[index].stage == Stage::In {
+                self.leave(index, true);
+            }
+        }
+        self.run_until(self.now + GOODBYE);
+        let end = self.now + FORGOTTEN;
+        loop {
+            let next = self.routers.iter().map(Router::next_timeout).fold(self.lobby.next_timeout(), Time::min);
+            if next > end {
+                break;
+            }
+            self.now = self.now.max(next);
+            self.server_turn();
+        }
+    }
+
+    fn run_until(&mut self, end: Time) {
+        while self.now < end {
+            self.tick();
+        }
+    }
+
+    pub fn check(&mut self, holds: bool, what: impl FnOnce() -> String) {
+        // The first few say enough.
+        if !holds && self.violations.len() < 20 {
+            let said = format!("{} ms: {}", self.now.as_millis(), what());
+            self.violations.push(said);
+        }
+    }
+
+    fn note(&mut self, word: u64) {
+        self.digest = throng::seeded::mixed(self.digest.rotate_left(7) ^ word.wrapping_add(0x9E37_79B9));
+    }
+
+    /// One millisecond.
+    fn tick(&mut self) {
+        self.now += TICK;
+        self.set_weather();
+        self.play_scripts();
+        self.carry_signals();
+        self.deliver_to_routers();
+        self.server_turn();
+        self.deliver_to_clients();
+        self.clients_turn();
+        self.send_off();
+        self.check_timers();
+    }
+
+    fn set_weather(&mut self) {
+        for session in &mut self.sessions {
+            let person = &session.person;
+            (session.up.conditions, session.down.conditions) = match self.draining {
+                false => (person.up.at(self.now), person.down.at(self.now)),
+                true => (person.up.calm(), person.down.calm()),
+            };
+        }
+    }
+
+    // What participants do by themselves.
+
+    fn play_scripts(&mut self) {
+        for index in 0..self.sessions.len() {
+            let session = &mut self.sessions[index];
+            if session.stage == Stage::NotYet && session.person.joins_at <= self.now {
+                session.stage = Stage::In;
+                let entry = session.client.entry();
+                self.send_signal(index, ToServer::Entry(Box::new(entry)));
+            }
+            let session = &mut self.sessions[index];
+            if session.stage != Stage::In || self.draining {
+                continue;
+            }
+            if let Some(leave) = session.person.leaves.filter(|leave| leave.at <= self.now) {
+                self.leave(index, leave.polite);
+                continue;
+            }
+            let mut todo = Vec::new();
+            while let Some((_, act)) = session.person.acts.get(session.acts_done).filter(|(at, _)| *at <= self.now) {
+                session.acts_done += 1;
+                session.client.act(*act, &mut todo);
+            }
+            self.carry_out(index, todo);
+        }
+    }
+
+    fn leave(&mut self, index: usize, polite: bool) {
+        let word = if polite {
+            ToServer::Request(Request::Leave(proto::LeaveRequest::default()))
+        } else {
+            ToServer::Lost
+        };
+        self.send_signal(index, word);
+        self.close(index);
+    }
+
+    /// The participant's sockets are closed.
+    fn close(&mut self, index: usize) {
+        let session = &mut self.sessions[index];
+        session.stage = Stage::Gone;
+        session.left_at = Some(self.now);
+        let was_open = std::mem::take(&mut session.open);
+        if let Receiver::Engine { shard, key } = session.receiver {
+            for half in Half::BOTH.into_iter().filter(|half| was_open[*half as usize]) {
+                let ssrcs = session.expects[half as usize].iter().copied().collect();
+                let key = key + half as usize;
+                self.shards[shard].handle_command(Command::Unsubscribe { key, ssrcs }, self.now, &mut self.outlets[shard]);
+                self.shards[shard].remove_peer(key);
+            }
+        }
+    }
+
+    // Signalling.
+
+    fn send_signal(&mut self, index: usize, word: ToServer) {
+        let now = self.now;
+        let session = &mut self.sessions[index];
+        let at = now + session.signal_delay();
+        session.to_server.push(at, word);
+    }
+
+    fn carry_signals(&mut self) {
+        for index in 0..self.sessions.len() {
+            while let Some(word) = self.sessions[index].to_server.pop(self.now) {
+                self.handle_at_server(index, word);
+            }
+            while let Some(word) = self.sessions[index].to_client.pop(self.now) {
+                self.handle_at_client(index, word);
+            }
+        }
+    }
+
+    fn handle_at_server(&mut self, index: usize, word: ToServer) {
+        let connection = self.sessions[index].connection;
+        match (word, connection) {
+            (ToServer::Entry(entry), _) => {
+                let connection = self.lobby.handle_entry(*entry, self.now);
+                self.sessions[index].connection = Some(connection);
+                self.connections.insert(connection, index);
+            }
+            (ToServer::Request(request), Some(connection)) => {
+                self.note(request.encoded_len() as u64);
+                let request = proto::SignalRequest { message: Some(request) };
+                self.lobby.handle_request(connection, request, self.now);
+            }
+            (ToServer::Lost, Some(connection)) => self.lobby.handle_disconnect(connection, self.now),
+            (_, None) => {}
+        }
+        self.server_outputs();
+    }
+
+    fn handle_at_client(&mut self, index: usize, word: ToClient) {
+        if self.sessions[index].stage != Stage::In {
+            return;
+        }
+        let mut todo = Vec::new();
+        match word {
+            ToClient::Message(bytes) => {
+                self.note(bytes.len() as u64);
+                let message = proto::SignalResponse::decode(bytes.as_slice()).expect("a message of the lobby").message;
+                let client = &mut self.sessions[index].client;
+                message.into_iter().for_each(|message| client.handle(message, &mut todo));
+            }
+            ToClient::Closed => todo.push(Todo::Gone("closed".into())),
+        }
+        self.carry_out(index, todo);
+    }
+
+    fn carry_out(&mut self, index: usize, todo: Vec<Todo>) {
+        for step in todo {
+            if self.sessions[index].stage != Stage::In {
+                return;
+            }
+            match step {
+                Todo::Send(request) => self.send_signal(index, ToServer::Request(request)),
+                Todo::AddPeer { half, parameters } => self.add_peer(index, half, parameters),
+                Todo::Streams { half, removed, added } => self.take_streams(index, half, &removed, &added),
+                Todo::SetLayers { .. } => {}
+                Todo::Gone(reason) => self.handle_end(index, &reason),
+            }
+        }
+    }
+
+    /// The server ends a session that is replaced by another of the same identity, and no other.
+    fn handle_end(&mut self, index: usize, reason: &str) {
+        self.close(index);
+        let identity = &self.sessions[index].person.identity;
+        let is_replaced = self.sessions[index + 1..]
+            .iter()
+            .any(|later| later.stage == Stage::In && later.person.identity == *identity);
+        self.check(is_replaced, || format!("the server ended session {index}: {reason}"));
+    }
+
+    fn add_peer(&mut self, index: usize, half: Half, parameters: PeerParameters) {
+        let session = &mut self.sessions[index];
+        session.open[half as usize] = true;
+        match &mut session.receiver {
+            Receiver::Witness(witness) => witness.add_peer(half, &parameters, &self.identity, self.epoch, self.now),
+            Receiver::Engine { shard, key } => {
+                let peer = NewPeer {
+                    participant: session.person.index,
+                    room: session.person.room,
+                    parameters,
+                    rtcp_ssrc: 1_000 + session.person.index * 2 + half as u32,
+                    cname: session.person.identity.clone(),
+                    intended_at: session.person.joins_at,
+                };
+                let (shard, key) = (*shard, *key + half as usize);
+                self.shards[shard].add_peer(key, peer, self.now, &mut self.outlets[shard]);
+            }
+        }
+    }
+
+    fn take_streams(&mut self, index: usize, half: Half, removed: &[RemoteTrack], added: &[RemoteTrack]) {
+        let session = &mut self.sessions[index];
+        let expects = &mut session.expects[half as usize];
+        for track in removed {
+            expects.remove(&track.ssrc);
+            track.rtx_ssrc.iter().for_each(|rtx| {
+                expects.remove(rtx);
+            });
+        }
+        for track in added {
+            expects.extend([Some(track.ssrc), track.rtx_ssrc].into_iter().flatten());
+            session.announced.insert(track.ssrc, track.track_id.to_string());
+        }
+        match &mut session.receiver {
+            Receiver::Witness(witness) => witness.handle_streams(half, removed, added),
+            Receiver::Engine { shard, key } => {
+                let (shard, key) = (*shard, *key + half as usize);
+                let ssrcs = removed.iter().map(|track| track.ssrc).collect();
+                let streams = added.iter().map(|track| StreamParameters {
+                    kind: track.kind,
+                    ssrc: track.ssrc,
+                    rtx_ssrc: track.rtx_ssrc,
+                    clock_rate: track.clock_rate,
+                    announced_at: self.now,
+                });
+                let (io, now) = (&mut self.outlets[shard], self.now);
+                self.shards[shard].handle_command(Command::Unsubscribe { key, ssrcs }, now, io);
+                self.shards[shard].handle_command(
+                    Command::Subscribe {
+                        key,
+                        streams: streams.collect(),
+                    },
+                    now,
+                    io,
+                );
+            }
+        }
+    }
+
+    // The server.
+
+    /// Time, for the routers and the lobby, and what they have to say to each other.
+    fn server_turn(&mut self) {
+        for index in 0..self.routers.len() {
+            let (router, outlet) = (&mut self.routers[index], &mut self.router_outlets[index]);
+            if router.next_timeout() <= self.now && self.defect != Some(Defect::TimerForgotten) {
+                router.handle_timeout(self.now, outlet);
+            }
+        }
+        self.server_outputs();
+        if self.lobby.next_timeout() <= self.now {
+            self.lobby.handle_timeout(self.now);
+            self.server_outputs();
+        }
+    }
+
+    fn server_outputs(&mut self) {
+        loop {
+            let mut happened = false;
+            for index in 0..self.routers.len() {
+                while let Some(event) = self.routers[index].poll_event() {
+                    happened = true;
+                    self.take_event(index, event);
+                }
+            }
+            while let Some(output) = self.lobby.poll_output() {
+                happened = true;
+                self.take_output(output);
+            }
+            if !happened {
+                return;
+            }
+        }
+    }
+
+    fn take_event(&mut self, router: usize, event: MediaEvent) {
+        match &event {
+            MediaEvent::Connected { transport, at } => self.note(u64::from(transport.0) ^ at.as_nanos()),
+            MediaEvent::Failed { transport, .. } => {
+                self.note(u64::from(transport.0) << 32);
+                self.forget_transport(*transport);
+            }
+            MediaEvent::TrackStarted { track, at } => self.note(u64::from(track.0) << 16 ^ at.as_nanos()),
+            MediaEvent::AudioLevels { levels } => levels
+                .iter()
+                .for_each(|(track, level)| self.note(u64::from(track.0) << 8 | u64::from(*level))),
+        }
+        self.lobby.handle_media(router, event, self.now);
+    }
+
+    fn take_output(&mut self, output: Output) {
+        match output {
+            Output::Send { connection, message } => self.tell(connection, ToClient::Message(message.to_vec())),
+            Output::Close { connection } => self.tell(connection, ToClient::Closed),
+            Output::Media { router, command } => self.take_command(router, command),
+        }
+    }
+
+    fn tell(&mut self, connection: ConnectionId, word: ToClient) {
+        let index = self.connections[&connection];
+        let now = self.now;
+        let session = &mut self.sessions[index];
+        let at = now + session.signal_delay();
+        session.to_client.push(at, word);
+    }
+
+    fn take_command(&mut self, router: usize, mut command: MediaCommand) {
+        self.learn(router, &command);
+        if let (Some(Defect::RoomsMixed), MediaCommand::Subscribe { track, .. }) = (self.defect, &mut command) {
+            let room = |known: &KnownTrack| self.sessions[known.session].person.room;
+            let here = room(&self.tracks[track]);
+            let elsewhere = self.tracks.iter().find(|(_, known)| known.router == router && room(known) != here);
+            if let Some((other, _)) = elsewhere {
+                *track = *other;
+                self.defects_done += 1;
+            }
+        }
+        let forgotten = match command {
+            MediaCommand::Unsubscribe { .. } | MediaCommand::RemoveTransport { .. } => self.defect == Some(Defect::RemovalForgotten),
+            MediaCommand::Subscribe { .. } => self.defect == Some(Defect::SubscribeForgotten),
+            _ => false,
+        };
+        if forgotten {
+            self.defects_done += 1;
+            return;
+        }
+        let refused = self.routers[router].statistics().commands_refused;
+        let what = format!("{command:?}");
+        self.routers[router].handle_command(command, self.now, &mut self.router_outlets[router]);
+        let refused = self.routers[router].statistics().commands_refused - refused;
+        self.check(refused == 0, || format!("router {router} refused {what}"));
+    }
+
+    /// Keeps account of what the lobby has asked for, and sees to it that it asks for nothing across rooms.
+    fn learn(&mut self, router: usize, command: &MediaCommand) {
+        match command {
+            MediaCommand::AddTransport { transport, parameters } => {
+                let ufrag = parameters.remote.ufrag.strip_prefix("client").and_then(|rest| rest.split_once("half"));
+                let session = ufrag.and_then(|(index, _)| index.parse().ok()).expect("a client's own user name");
+                self.transports.insert(*transport, (router, session));
+            }
+            MediaCommand::RestartIce { .. } => {}
+            MediaCommand::RemoveTransport { transport } => self.forget_transport(*transport),
+            MediaCommand::AddTrack { transport, track, .. } => {
+                let (at, session) = self.transports[transport];
+                self.check(at == router, || format!("{track:?} is not where its connection is"));
+                let known = KnownTrack {
+                    session,
+                    transport: *transport,
+                    router,
+                    subscribers: BTreeSet::new(),
+                };
+                self.tracks.insert(*track, known);
+            }
+            MediaCommand::RemoveTrack { track } => self.forget_track(*track),
+            MediaCommand::Subscribe {
+                subscription,
+                transport,
+                track,
+                ..
+            } => {
+                let (at, session) = self.transports[transport];
+                let known = self.tracks.get_mut(track).expect("a track that the router was told of");
+                let publisher = known.session;
+                known.subscribers.insert(*subscription);
+                let here = (known.router, self.sessions[publisher].person.room) == (router, self.sessions[session].person.room) && at == router;
+                self.subscriptions.insert(*subscription, (*track, *transport));
+                self.check(here && publisher != session, || {
+                    format!("session {session} is given a track of session {publisher}")
+                });
+            }
+            MediaCommand::SetSelection { .. } => {}
+            MediaCommand::Unsubscribe { subscription } => self.forget_subscription(*subscription),
+        }
+    }
+
+    fn forget_transport(&mut self, transport: TransportId) {
+        let tracks: Vec<TrackId> = self
+            .tracks
+            .iter()
+            .filter(|(_, track)| track.transport == transport)
+            .map(|(id, _)| *id)
+            .collect();
+        tracks.into_iter().for_each(|track| self.forget_track(track));
+        let carried: Vec<SubscriptionId> = self
+            .subscriptions
+            .iter()
+            .filter(|(_, (_, over))| *over == transport)
+            .map(|(id, _)| *id)
+            .collect();
+        carried.into_iter().for_each(|subscription| self.forget_subscription(subscription));
+        self.transports.remove(&transport);
+    }
+
+    fn forget_track(&mut self, track: TrackId) {
+        let subscribers = self.tracks.get(&track).map(|known| known.subscribers.clone());
+        subscribers
+            .into_iter()
+            .flatten()
+            .for_each(|subscription| self.forget_subscription(subscription));
+        self.tracks.remove(&track);
+    }
+
+    fn forget_subscription(&mut self, subscription: SubscriptionId) {
+        if let Some((track, _)) = self.subscriptions.remove(&subscription)
+            && let Some(known) = self.tracks.get_mut(&track)
+        {
+            known.subscribers.remove(&subscription);
+        }
+    }
+
+    /// What the routers ought to have: connections, tracks and subscriptions, by the lobby's commands and their own failures.
+    pub fn expected_in_routers(&self) -> (u64, u64, u64) {
+        (self.transports.len() as u64, self.tracks.len() as u64, self.subscriptions.len() as u64)
+    }
+
+    fn deliver_to_routers(&mut self) {
+        let mut arrived = Vec::new();
+        for (index, session) in self.sessions.iter_mut().enumerate() {
+            while let Some((at, datagram)) = session.up.poll(self.now) {
+                arrived.push((at, index, datagram));
+            }
+        }
+        arrived.sort_by_key(|(at, index, _)| (*at, *index));
+        let before: Vec<RouterStatistics> = self.routers.iter().map(Router::statistics).collect();
+        let mut fan_out = vec![0; self.routers.len()];
+        for (at, index, mut datagram) in arrived {
+            if self.is_struck(&mut datagram) {
+                continue;
+            }
+            let router = (0..self.routers.len())
+                .find(|router| router_address(*router) == datagram.to)
+                .expect("a router's address");
+            fan_out[router] += self.hand_to_router(router, index, datagram, at);
+        }
+        for (index, before) in before.into_iter().enumerate() {
+            self.routers[index].end_batch(self.now, &mut self.router_outlets[index]);
+            let after = self.routers[index].statistics();
+            self.tally.fan_out += fan_out[index];
+            // A connection that fails meanwhile takes subscribers away from packets that wait.
+            if after.subscriptions == before.subscriptions {
+                let (done, expected) = (forwarded(&after) - forwarded(&before), fan_out[index]);
+                self.check(done == expected, || {
+                    format!("router {index} took packets for {expected} subscribers, and did something with {done}: {before:?} {after:?}")
+                });
+            }
+        }
+    }
+
+    /// Applies the link's defect, if one is planted. Returns whether the datagram is gone.
+    fn is_struck(&mut self, datagram: &mut Datagram) -> bool {
+        let is_media = classify(&datagram.bytes) == Class::Rtp;
+        match self.defect {
+            Some(Defect::LinkSwallows) if is_media && self.defect_chance.below(200) == 0 => {
+                self.defects_done += 1;
+                true
+            }
+            Some(Defect::LinkCorrupts) if is_media && self.defect_chance.below(200) == 0 => {
+                self.defects_done += 1;
+                let middle = datagram.bytes.len() / 2;
+                datagram.bytes[middle] ^= 1;
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// Returns how many subscribers are to get something of it.
+    fn hand_to_router(&mut self, router: usize, index: usize, mut datagram: Datagram, at: Time) -> u64 {
+        self.tally.at_routers += 1;
+        self.tally.at_routers_bytes += datagram.bytes.len() as u64;
+        let class = classify(&datagram.bytes);
+        let ssrc = Header::parse(&datagram.bytes).map_or(0, |header| header.ssrc);
+        self.note_datagram(&datagram, class, at);
+        let before = self.routers[router].statistics();
+        self.routers[router].handle_datagram(&mut datagram.bytes, datagram.from, at, self.now, &mut self.router_outlets[router]);
+        let after = self.routers[router].statistics();
+        let fate = fate(&before, &after);
+        let fits = matches!(
+            (class, fate),
+            (Class::Stun, Some("setup_in" | "refused_setup" | "refused_unknown_ufrag"))
+                | (Class::Dtls, Some("setup_in" | "refused_setup" | "refused_unknown_address"))
+                | (
+                    Class::Rtcp,
+                    Some("rtcp_in" | "refused_unknown_address" | "refused_unkeyed" | "refused_unauthentic")
+                )
+                | (
+                    Class::Rtp,
+                    Some(
+                        "media_in"
+                            | "repairs_in"
+                            | "probes_in"
+                            | "refused_unknown_address"
+                            | "refused_unknown_ssrc"
+                            | "refused_unkeyed"
+                            | "refused_replayed"
+                            | "refused_duplicate"
+                            | "refused_too_old"
+                    )
+                )
+        );
+        self.check(fits, || format!("{class:?} from session {index}, SSRC {ssrc:#x}, became {fate:?}"));
+        if !matches!(fate, Some("media_in" | "repairs_in")) {
+            return 0;
+        }
+        let track = self.track_of(index, ssrc);
+        self.check(track.is_some(), || {
+            format!("router {router} took SSRC {ssrc:#x} of session {index}, which has no such track")
+        });
+        track.map_or(0, |track| self.tracks[&track].subscribers.len() as u64)
+    }
+
+    /// The track that a session sends under an SSRC.
+    fn track_of(&self, index: usize, ssrc: u32) -> Option<TrackId> {
+        let tracks = &self.sessions[index].client.tracks;
+        let place = tracks
+            .iter()
+            .position(|track| track.ssrcs.iter().any(|(media, rtx)| *media == ssrc || *rtx == Some(ssrc)))?;
+        // The lobby numbers a participant's tracks in the order of its offer.
+        self.tracks
+            .iter()
+            .filter(|(_, known)| known.session == index)
+            .map(|(id, _)| *id)
+            .nth(place)
+    }
+
+    fn note_datagram(&mut self, datagram: &Datagram, class: Class, at: Time) {
+        let facts = match (class, Header::parse(&datagram.bytes)) {
+            (Class::Rtp, Some(header)) => {
+                let length = datagram.bytes.len() as u64;
+                u64::from(header.ssrc) << 32 | u64::from(header.seq.0) << 16 | length
+            }
+            // Lengths of set-up datagrams vary with the keys, by a byte.
+            (Class::Rtcp, _) => datagram.bytes.len() as u64,
+            _ => 0,
+        };
+        self.note(facts ^ at.as_nanos());
+    }
+
+    // Participants.
+
+    fn deliver_to_clients(&mut self) {
+        for index in 0..self.sessions.len() {
+            while let Some((at, datagram)) = self.sessions[index].down.poll(self.now) {
+                self.hand_to_client(index, datagram, at);
+            }
+        }
+    }
+
+    fn hand_to_client(&mut self, index: usize, mut datagram: Datagram, at: Time) {
+        let session = &mut self.sessions[index];
+        let half = if datagram.to == session.addresses[0] {
+            Half::Publisher
+        } else {
+            Half::Subscriber
+        };
+        let class = classify(&datagram.bytes);
+        if !session.open[half as usize] {
+            self.tally.to_closed += 1;
+            return;
+        }
+        let is_rtp = u64::from(class == Class::Rtp);
+        let (shard, key) = match &mut session.receiver {
+            Receiver::Witness(witness) => {
+                self.tally.to_witnesses += 1;
+                self.tally.rtp_to_witnesses += is_rtp;
+                witness.handle_datagram(half, &mut datagram, at);
+                self.note_datagram(&datagram, class, at);
+                return;
+            }
+            Receiver::Engine { shard, key } => (*shard, *key + half as usize),
+        };
+        self.tally.to_engines += 1;
+        self.tally.to_engines_bytes += datagram.bytes.len() as u64;
+        self.tally.rtp_to_engines += is_rtp;
+        if let (Class::Rtp, Some(header)) = (class, Header::parse(&datagram.bytes)) {
+            let fate = match session.expects[half as usize].contains(&header.ssrc) {
+                false => &mut session.arrivals.of_unknown_ssrc,
+                true if session.connected[half as usize].is_none() => &mut session.arrivals.unkeyed,
+                true => &mut session.arrivals.expected,
+            };
+            *fate += 1;
+        }
+        self.note_datagram(&datagram, class, at);
+        let (shard, io) = (&mut self.shards[shard], &mut self.outlets[shard]);
+        match class {
+            Class::Rtp => shard.handle_rtp(key, &mut datagram.bytes, at),
+            Class::Rtcp => shard.handle_rtcp(key, &mut datagram.bytes, at, self.now, io),
+            _ => shard.handle_setup_datagram(key, &datagram.bytes, datagram.from, at, self.now, io),
+        }
+        self.take_engine_events();
+    }
+
+    fn clients_turn(&mut self) {
+        for (shard, outlet) in self.shards.iter_mut().zip(&mut self.outlets) {
+            shard.handle_media_timers(self.now, outlet);
+            shard.handle_control_timers(self.now, outlet);
+        }
+        self.take_engine_events();
+        let now = self.now;
+        for session in &mut self.sessions {
+            if let (Receiver::Witness(witness), Stage::In) = (&mut session.receiver, session.stage) {
+                let mut sent = Vec::new();
+                witness.handle_time(now, &mut sent);
+                sent.into_iter().for_each(|datagram| session.up.send(datagram, now));
+            }
+        }
+    }
+
+    fn take_engine_events(&mut self) {
+        for shard in 0..self.shards.len() {
+            while let Some((key, event)) = self.shards[shard].poll_event() {
+                let place =
+                    |session: &Session| matches!(session.receiver, Receiver::Engine { shard: at, key: first } if at == shard && first == key & !1);
+                let index = self.sessions.iter().position(place).expect("a key that was given out");
+                let half = if key & 1 == 0 { Half::Publisher } else { Half::Subscriber };
+                match event {
+                    Event::Connected { at, .. } => {
+                        self.note(at.as_nanos());
+                        self.sessions[index].connected[half as usize] = Some(at);
+                        if half == Half::Publisher {
+                            self.publish(index);
+                        }
+                    }
+                    Event::Failed { failure, .. } => {
+                        let left = self.sessions[index].stage == Stage::Gone;
+                        self.check(left, || format!("session {index} lost its {half:?} connection: {failure:?}"));
+                    }
+                    Event::IceConnected { .. } | Event::FirstMedia { .. } => {}
+                }
+            }
+        }
+    }
+
+    fn publish(&mut self, index: usize) {
+        let session = &self.sessions[index];
+        let Receiver::Engine { shard, key } = session.receiver else { return };
+        let mut parameters = Vec::new();
+        for track in &session.client.tracks {
+            let Some(negotiated) = &track.negotiated else { continue };
+            let number = u8::from(track.local.kind == Kind::Video);
+            let first_frame_at = self.now + Duration::from_millis(2 + u64::from(session.person.index * 7 % 20));
+            self.roster.set_published(session.person.index, number, first_frame_at);
+            for (layer, (ssrc, rtx_ssrc)) in track.ssrcs.iter().enumerate() {
+                parameters.push(SendParameters {
+                    source: clips().source(track.local.kind, track.ssrcs.len() > 1, layer),
+                    ssrc: *ssrc,
+                    rtx_ssrc: *rtx_ssrc,
+                    payload_type: negotiated.payload_type,
+                    rtx_payload_type: negotiated.rtx_payload_type,
+                    audio_level_extension: negotiated
+                        .extensions
+                        .id(Extension::AudioLevel)
+                        .filter(|_| track.local.kind == Kind::Audio),
+                    pacing: session.person.pacing,
+                    identity: FrameIdentity {
+                        run: RUN,
+                        origin: session.person.index,
+                        track: number,
+                        layer: layer as u8,
+                        ..FrameIdentity::default()
+                    },
+                    seed: self.plan.seed ^ u64::from(*ssrc),
+                    first_frame_at,
+                });
+            }
+        }
+        let command = Command::Publish { key, tracks: parameters };
+        self.shards[shard].handle_command(command, self.now, &mut self.outlets[shard]);
+    }
+
+    /// What was sent in this turn goes on its way.
+    fn send_off(&mut self) {
+        let now = self.now;
+        for shard in 0..self.outlets.len() {
+            for datagram in std::mem::take(&mut self.outlets[shard].sent) {
+                self.tally.by_engines_bytes += datagram.bytes.len() as u64;
+                self.tally.rtp_by_engines += u64::from(classify(&datagram.bytes) == Class::Rtp);
+                let session = self.sessions.iter_mut().find(|session| session.addresses.contains(&datagram.from));
+                session.expect("a participant's address").up.send(datagram, now);
+            }
+        }
+        for router in 0..self.router_outlets.len() {
+            for datagram in std::mem::take(&mut self.router_outlets[router].sent) {
+                self.tally.by_routers += 1;
+                self.tally.by_routers_bytes += datagram.bytes.len() as u64;
+                let session = self.sessions.iter_mut().find(|session| session.addresses.contains(&datagram.to));
+                session.expect("a participant's address").down.send(datagram, now);
+            }
+        }
+    }
+
+    /// After a turn nothing that was due is still due.
+    fn check_timers(&mut self) {
+        let now = self.now;
+        for index in 0..self.routers.len() {
+            let next = self.routers[index].next_timeout();
+            self.check(next > now, || format!("router {index} is overdue: {next:?}"));
+        }
+        let next = self.lobby.next_timeout();
+        self.check(next > now, || format!("the lobby is overdue: {next:?}"));
+        let in_setup = |session: &Session| (0..2).any(|half| session.open[half] && session.connected[half].is_none());
+        if !self.sessions.iter().any(in_setup) {
+            for index in 0..self.shards.len() {
+                let overdue = self.shards[index].is_waited_for_by(now);
+                self.check(!overdue, || format!("media of shard {index} is overdue"));
+            }
+        }
+    }
+}
+
+impl Session {
+    fn signal_delay(&mut self) -> Duration {
+        let jitter = self.signal_chance.below(self.person.signal_jitter.as_nanos() as u64 + 1);
+        self.person.signal_delay + Duration::from_nanos(jitter)
+    }
+}
+
+fn new_session(person: &Person, seed: u64, identity: &Identity, keys: &mut [Vec<SocketAddr>]) -> Session {
+    let addresses = addresses(person);
+    let shard = person.index as usize % keys.len();
+    let receiver = match person.role {
+        Role::Witness => Receiver::Witness(Box::default()),
+        Role::Engine => {
+            let key = keys[shard].len();
+            keys[shard].extend(addresses);
+            Receiver::Engine { shard, key }
+        }
+    };
+    let seed = throng::seeded::scatter(seed ^ u64::from(person.index) << 32);
+    Session {
+        client: Client::new(person, addresses, identity.fingerprint()),
+        stage: Stage::NotYet,
+        left_at: None,
+        receiver,
+        up: Link::new(person.up.usual, seed),
+        down: Link::new(person.down.usual, seed + 1),
+        to_server: Pipe::new(),
+        to_client: Pipe::new(),
+        connection: None,
+        addresses,
+        open: [false; 2],
+        connected: [None; 2],
+        expects: [BTreeSet::new(), BTreeSet::new()],
+        announced: BTreeMap::new(),
+        arrivals: EngineArrivals::default(),
+        acts_done: 0,
+        signal_chance: throng::seeded::Seeded::new(seed + 2),
+        person: person.clone(),
+    }
+}
+
+/// What became of one datagram: the one counter of fates that has grown by one; `None` where it was another number of them.
+fn fate(before: &RouterStatistics, after: &RouterStatistics) -> Option<&'static str> {
+    let is_fate = |name: &str| matches!(name, "setup_in" | "rtcp_in" | "media_in" | "repairs_in" | "probes_in") || name.starts_with("refused_");
+    let grown = before
+        .counters()
+        .zip(after.counters())
+        .filter(|((name, before), (_, after))| is_fate(name) && before != after);
+    let mut grown = grown.map(|((name, before), (_, after))| (name, after - before));
+    match (grown.next(), grown.next()) {
+        (Some((name, 1)), None) => Some(name),
+        _ => None,
+    }
+}
+
+/// What was done with packets for subscribers when they came: sent, or withheld for a stated reason.
+fn forwarded(statistics: &RouterStatistics) -> u64 {
+    let withheld = statistics.counters().filter(|(name, _)| name.starts_with("withheld_"));
+    statistics.media_out - statistics.media_out_recalled + withheld.map(|(_, count)| count).sum::<u64>()
+}

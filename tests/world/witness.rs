@@ -1,0 +1,323 @@
+//! A receiver of the test's own, independent of the engine: it keeps every packet that it opens, asks for what is missing, and in the end tells what a decoder
+//! would have made of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use throng::measure::Kind;
+use throng::transport::peer::{Identity, Peer, PeerEvent, PeerParameters};
+use throng::transport::rtcp::Writer;
+use throng::transport::rtp::{Datagram as Class, Header, classify, split_rtx};
+use throng::transport::sdp::RemoteTrack;
+use throng::transport::sequence::{Seq, SeqExtender};
+use throng::units::{Epoch, Time};
+
+use crate::client::Half;
+use crate::link::Datagram;
+
+/// What merely comes out of order is not asked for.
+const PATIENCE: Duration = Duration::from_millis(20);
+/// The router answers no second request for a packet before this.
+const ASK_AGAIN: Duration = Duration::from_millis(130);
+const TRIES_MAX: u32 = 8;
+const KEY_FRAME_RETRY: Duration = Duration::from_millis(500);
+
+/// What became of the RTP datagrams that reached a witness: each is counted once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fates {
+    pub taken: u64,
+    pub repeated: u64,
+    pub of_unknown_ssrc: u64,
+    pub unkeyed: u64,
+    pub broken: u64,
+}
+
+/// One packet, opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    pub rtp_time: u32,
+    pub marker: bool,
+    pub payload: Vec<u8>,
+}
+
+/// One stream that a witness gets.
+pub struct Stream {
+    pub kind: Kind,
+    pub ssrc: u32,
+    pub track_sid: String,
+    pub packets: BTreeMap<u64, Kept>,
+    pub ended: bool,
+    /// Two packets came under one number, and differed.
+    pub contradictions: u64,
+    media: SeqExtender,
+    rtx: SeqExtender,
+    seen: BTreeSet<(bool, u64)>,
+    missing: BTreeMap<u64, Missing>,
+    /// A key frame must begin above this number.
+    key_frame_above: Option<u64>,
+    key_frame_asked_at: Option<Time>,
+}
+
+struct Missing {
+    noticed_at: Time,
+    asked_at: Option<Time>,
+    tries: u32,
+}
+
+struct Connection {
+    peer: Peer,
+    address: SocketAddr,
+    connected: bool,
+    streams: BTreeMap<u32, Stream>,
+    /// Streams that ended.
+    former: Vec<Stream>,
+    /// Retransmission SSRCs, and the media's.
+    rtx: BTreeMap<u32, u32>,
+}
+
+#[derive(Default)]
+pub struct Witness {
+    connections: BTreeMap<Half, Connection>,
+    pub fates: Fates,
+    pub failed: bool,
+}
+
+impl Witness {
+    pub fn add_peer(&mut self, half: Half, parameters: &PeerParameters, identity: &Identity, epoch: Epoch, now: Time) {
+        let connection = Connection {
+            peer: Peer::new(identity, parameters, epoch, now),
+            address: parameters.local_address,
+            connected: false,
+            streams: BTreeMap::new(),
+            former: Vec::new(),
+            rtx: BTreeMap::new(),
+        };
+        self.connections.insert(half, connection);
+    }
+
+    pub fn handle_streams(&mut self, half: Half, removed: &[RemoteTrack], added: &[RemoteTrack]) {
+        let Some(connection) = self.connections.get_mut(&half) else { return };
+        for track in removed {
+            connection.end(track.ssrc);
+        }
+        for track in added {
+            connection.rtx.extend(track.rtx_ssrc.map(|rtx| (rtx, track.ssrc)));
+            connection.streams.entry(track.ssrc).or_insert_with(|| Stream::new(track));
+        }
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.connections.values().any(|connection| connection.connected)
+    }
+
+    /// Every stream that there was.
+    pub fn streams(&self) -> impl Iterator<Item = &Stream> {
+        let connections = self.connections.values();
+        connections.flat_map(|connection| connection.former.iter().chain(connection.streams.values()))
+    }
+
+    pub fn handle_datagram(&mut self, half: Half, datagram: &mut Datagram, now: Time) {
+        let Some(connection) = self.connections.get_mut(&half) else { return };
+        match classify(&datagram.bytes) {
+            Class::Rtp => connection.handle_rtp(&mut datagram.bytes, now, &mut self.fates),
+            // What reports say concerns nobody here.
+            Class::Rtcp => {}
+            _ => {
+                connection.peer.handle_setup_datagram(&datagram.bytes, datagram.from, now);
+            }
+        }
+    }
+
+    /// Does what is due and puts what is to be sent into `out`.
+    pub fn handle_time(&mut self, now: Time, out: &mut Vec<Datagram>) {
+        for connection in self.connections.values_mut() {
+            if connection.peer.next_timeout() <= now {
+                self.failed |= connection.advance(now, out);
+            }
+            connection.ask(now, out);
+        }
+    }
+}
+
+impl Connection {
+    fn end(&mut self, ssrc: u32) {
+        if let Some(mut stream) = self.streams.remove(&ssrc) {
+            stream.ended = true;
+            self.former.push(stream);
+            self.rtx.retain(|_, media| *media != ssrc);
+        }
+    }
+
+    /// Returns whether the connection has failed.
+    fn advance(&mut self, now: Time, out: &mut Vec<Datagram>) -> bool {
+        let from = self.address;
+        let (mut connected, mut failed) = (false, false);
+        self.peer.handle_timeout(now);
+        let send = |bytes: &[u8], to| {
+            out.push(Datagram {
+                from,
+                to,
+                bytes: bytes.to_vec(),
+            });
+        };
+        self.peer.poll(now, send, |event| match event {
+            PeerEvent::Nominated(_) => {}
+            PeerEvent::Connected => connected = true,
+            PeerEvent::Failed(_) => failed = true,
+        });
+        self.connected |= connected;
+        failed
+    }
+
+    fn handle_rtp(&mut self, bytes: &mut [u8], now: Time, fates: &mut Fates) {
+        let Some(header) = Header::parse(bytes) else {
+            fates.broken += 1;
+            return;
+        };
+        let media = self.rtx.get(&header.ssrc).copied();
+        let Some(stream) = self.streams.get_mut(&media.unwrap_or(header.ssrc)) else {
+            fates.of_unknown_ssrc += 1;
+            return;
+        };
+        let Some(opener) = self.peer.opener() else {
+            fates.unkeyed += 1;
+            return;
+        };
+        let is_rtx = media.is_some();
+        let extender = if is_rtx { &mut stream.rtx } else { &mut stream.media };
+        let index = extender.guess(header.seq.0);
+        let Ok(len) = opener.open_rtp(bytes, header.header_len, index) else {
+            fates.broken += 1;
+            return;
+        };
+        extender.commit(index);
+        // A link may repeat a datagram. A resend without RTX is the same datagram again, too.
+        if !stream.seen.insert((is_rtx, index)) {
+            fates.repeated += 1;
+            return;
+        }
+        fates.taken += 1;
+        let Some(payload) = header.payload(&bytes[..len]) else {
+            stream.contradictions += 1;
+            return;
+        };
+        let (number, payload) = match (is_rtx, split_rtx(payload)) {
+            (false, _) => (index, payload),
+            (true, Some((original, payload))) => (stream.media.guess(original.0), payload),
+            (true, None) => return,
+        };
+        let kept = Kept {
+            rtp_time: header.rtp_time,
+            marker: header.marker,
+            payload: payload.to_vec(),
+        };
+        stream.keep(number, kept, now);
+    }
+
+    fn ask(&mut self, now: Time, out: &mut Vec<Datagram>) {
+        let (Some(to), from) = (self.peer.remote(), self.address) else { return };
+        for stream in self.streams.values_mut() {
+            let seqs = stream.poll_missing(now);
+            let wants_key_frame = stream.poll_key_frame(now);
+            if seqs.is_empty() && !wants_key_frame {
+                continue;
+            }
+            let Some(sealer) = self.peer.sealer_mut() else { return };
+            let mut buffer = vec![0; 1_400];
+            let mut writer = Writer::new(&mut buffer[..1_200]);
+            if !seqs.is_empty() {
+                writer.nack(1, stream.ssrc, seqs).unwrap();
+            }
+            if wants_key_frame {
+                writer.pli(1, stream.ssrc).unwrap();
+            }
+            let len = writer.len();
+            let sealed = sealer.seal_rtcp(&mut buffer, len).unwrap();
+            buffer.truncate(sealed);
+            out.push(Datagram { from, to, bytes: buffer });
+        }
+    }
+}
+
+impl Stream {
+    fn new(track: &RemoteTrack) -> Stream {
+        Stream {
+            kind: track.kind,
+            ssrc: track.ssrc,
+            track_sid: track.track_id.to_string(),
+            packets: BTreeMap::new(),
+            ended: false,
+            contradictions: 0,
+            media: SeqExtender::default(),
+            rtx: SeqExtender::default(),
+            seen: BTreeSet::new(),
+            missing: BTreeMap::new(),
+            key_frame_above: None,
+            key_frame_asked_at: None,
+        }
+    }
+
+    fn keep(&mut self, number: u64, kept: Kept, now: Time) {
+        self.missing.remove(&number);
+        if let Some((highest, _)) = self.packets.last_key_value() {
+            for gap in highest + 1..number {
+                let missing = Missing {
+                    noticed_at: now,
+                    asked_at: None,
+                    tries: 0,
+                };
+                self.missing.insert(gap, missing);
+            }
+        }
+        if starts_key_frame(&kept.payload) && self.kind == Kind::Video && self.key_frame_above.is_some_and(|above| number > above) {
+            self.key_frame_above = None;
+        }
+        // One outgoing number is one packet for ever: a retransmission is what the original was.
+        match self.packets.get(&number) {
+            Some(known) => self.contradictions += u64::from(*known != kept),
+            None => {
+                self.packets.insert(number, kept);
+            }
+        }
+    }
+
+    fn poll_missing(&mut self, now: Time) -> Vec<Seq> {
+        let mut due = Vec::new();
+        let mut given_up = None;
+        self.missing.retain(|number, missing| {
+            let waits = missing.asked_at.map_or(missing.noticed_at + PATIENCE, |at| at + ASK_AGAIN);
+            if now < waits {
+                return true;
+            }
+            if missing.tries == TRIES_MAX {
+                given_up = Some(*number);
+                return false;
+            }
+            if due.len() < 64 {
+                missing.tries += 1;
+                missing.asked_at = Some(now);
+                due.push(Seq(*number as u16));
+            }
+            true
+        });
+        if self.kind == Kind::Video {
+            self.key_frame_above = self.key_frame_above.max(given_up);
+        }
+        due
+    }
+
+    fn poll_key_frame(&mut self, now: Time) -> bool {
+        let due = self.key_frame_asked_at.is_none_or(|at| at + KEY_FRAME_RETRY <= now);
+        let asks = self.key_frame_above.is_some() && due;
+        if asks {
+            self.key_frame_asked_at = Some(now);
+        }
+        asks
+    }
+}
+
+fn starts_key_frame(payload: &[u8]) -> bool {
+    use throng::transport::rtp::vp8::Descriptor;
+    Descriptor::parse(payload).is_some_and(|(descriptor, len)| payload.len() > len && descriptor.starts_key_frame(&payload[len..]))
+}
