@@ -28,6 +28,7 @@ use crate::transport::rtcp::{self, DlrrBlock, Packet, ReportBlock, SenderInfo, W
 use crate::transport::rtp::{Datagram, Header, classify};
 use crate::transport::sdp::{Extension, ExtensionIds};
 use crate::transport::sequence::Seq;
+use crate::transport::srtp::Rejected;
 use crate::units::{Epoch, Time, ntp_middle};
 
 /// Reports to publishers, as LiveKit has it.
@@ -979,9 +980,16 @@ impl Router {
             self.statistics.refused_unkeyed += 1;
             return;
         };
-        let Ok(len) = opener.open_rtcp(datagram) else {
-            self.statistics.refused_unauthentic += 1;
-            return;
+        let len = match opener.open_rtcp(datagram) {
+            Ok(len) => len,
+            Err(Rejected::Replay) => {
+                self.statistics.refused_replayed += 1;
+                return;
+            }
+            Err(_) => {
+                self.statistics.refused_unauthentic += 1;
+                return;
+            }
         };
         self.statistics.rtcp_in += 1;
         for packet in rtcp::packets(&datagram[..len]) {
