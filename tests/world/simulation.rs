@@ -112,6 +112,13 @@ pub struct EngineArrivals {
     pub unkeyed: u64,
 }
 
+/// What a description said of one stream.
+pub struct Announced {
+    pub track_sid: String,
+    pub at: Time,
+    pub half: Half,
+}
+
 pub struct Session {
     pub person: Person,
     pub client: Client,
@@ -129,8 +136,8 @@ pub struct Session {
     pub connected: [Option<Time>; 2],
     /// SSRCs that each half expects now.
     expects: [BTreeSet<u32>; 2],
-    /// Every stream that was ever announced: its track's sid, by media SSRC.
-    pub announced: BTreeMap<u32, String>,
+    /// Every stream that was ever announced, by media SSRC.
+    pub announced: BTreeMap<u32, Announced>,
     pub arrivals: EngineArrivals,
     acts_done: usize,
     signal_chance: throng::seeded::Seeded,
@@ -521,7 +528,11 @@ impl World {
         }
         for track in added {
             expects.extend([Some(track.ssrc), track.rtx_ssrc].into_iter().flatten());
-            session.announced.insert(track.ssrc, track.track_id.to_string());
+            session.announced.entry(track.ssrc).or_insert_with(|| Announced {
+                track_sid: track.track_id.to_string(),
+                at: self.now,
+                half,
+            });
         }
         match &mut session.receiver {
             Receiver::Witness(witness) => witness.handle_streams(half, removed, added),
@@ -794,7 +805,7 @@ impl World {
                 | (Class::Dtls, Some("setup_in" | "refused_setup" | "refused_unknown_address"))
                 | (
                     Class::Rtcp,
-                    Some("rtcp_in" | "refused_unknown_address" | "refused_unkeyed" | "refused_unauthentic")
+                    Some("rtcp_in" | "refused_unknown_address" | "refused_unkeyed" | "refused_replayed")
                 )
                 | (
                     Class::Rtp,
@@ -914,6 +925,9 @@ impl World {
             if let (Receiver::Witness(witness), Stage::In) = (&mut session.receiver, session.stage) {
                 let mut sent = Vec::new();
                 witness.handle_time(now, &mut sent);
+                for half in Half::BOTH.into_iter().filter(|half| witness.is_connected(*half)) {
+                    session.connected[half as usize].get_or_insert(now);
+                }
                 sent.into_iter().for_each(|datagram| session.up.send(datagram, now));
             }
         }

@@ -1,13 +1,17 @@
 //! What must hold after a run, whatever the seed: the sums of all accounts, and what every receiver was able to do with what it got.
 
+use std::time::Duration;
+
 use throng::engine::PeerOutcome;
 use throng::measure::{Kind, Media, Record};
 use throng::media::identity::{FrameIdentity, VIDEO_TRAILER_LEN};
 use throng::sfu::statistics::RouterStatistics;
 use throng::transport::rtp::vp8::{Descriptor, PictureId};
 
+use throng::units::Time;
+
 use crate::media::{Place, clips};
-use crate::plan::Act;
+use crate::plan::{ACTIVE, Act};
 use crate::simulation::{RUN, Receiver, Session, Stage, World};
 use crate::witness::{Fates, Kept, Stream};
 
@@ -29,6 +33,9 @@ const HARM: [&str; 7] = [
     "send_errors",
     "socket_drops",
 ];
+
+/// From the moment that a stream could flow to its first frame, where the link is not dead.
+const PATIENCE: Duration = Duration::from_millis(600);
 
 /// What a run comes to, for the comparison of two.
 #[derive(Clone, Debug, PartialEq)]
@@ -234,12 +241,10 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
             let (delivered, expected) = (stream.frames_delivered, stream.frames_expected);
             let receiver = &world.sessions[index];
             let Some((origin, number)) = stream.origin else {
-                let undisturbed = is_undisturbed(receiver, stream.ssrc);
-                let publisher = world
-                    .publisher_of(index, stream.ssrc)
-                    .filter(|publisher| is_steady(publisher, stream.kind));
-                let missing = undisturbed && publisher.is_some();
-                world.check(!missing, || format!("session {index} never got anything of SSRC {:#x}", stream.ssrc));
+                let missing = is_awaited(world, receiver, stream.ssrc, stream.kind);
+                world.check(!missing, || {
+                    format!("session {index} never got anything of {:?} {:#x}", stream.kind, stream.ssrc)
+                });
                 continue;
             };
             let publisher = &world.sessions[origin as usize];
@@ -253,9 +258,27 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
     }
 }
 
+/// Whether something of a stream ought to have come by now: all that it takes has been there for longer than links can be dead.
+fn is_awaited(world: &World, receiver: &Session, ssrc: u32, kind: Kind) -> bool {
+    let Some(announced) = receiver.announced.get(&ssrc) else { return false };
+    let Some(publisher) = world.publisher_of(receiver.person.index as usize, ssrc) else {
+        return false;
+    };
+    let (Some(up), Some(sends)) = (receiver.connected[announced.half as usize], publisher.connected[0]) else {
+        return false;
+    };
+    let spells = publisher.person.up.spells.iter().chain(&receiver.person.down.spells);
+    let dead = spells.fold(Duration::ZERO, |sum, (from, to, _)| sum + to.since(*from));
+    let ready = announced.at.max(up).max(sends) + dead + PATIENCE;
+    ready <= Time::ZERO + ACTIVE && is_undisturbed(receiver, ssrc) && is_steady(publisher, kind)
+}
+
 /// It was there to the end, and asked for nothing about this stream.
 fn is_undisturbed(session: &Session, ssrc: u32) -> bool {
-    let touched = session.announced.get(&ssrc).is_none_or(|sid| session.client.touched.contains(sid));
+    let touched = session
+        .announced
+        .get(&ssrc)
+        .is_none_or(|announced| session.client.touched.contains(&announced.track_sid));
     !touched && session.stage == Stage::In
 }
 
@@ -280,12 +303,8 @@ fn check_presence(world: &mut World) {
             continue;
         }
         let (single, publishes, subscribes) = (session.person.single, !session.client.tracks.is_empty(), session.person.subscribes);
-        let up = match &session.receiver {
-            Receiver::Witness(witness) => witness.is_connected() && !witness.failed,
-            Receiver::Engine { .. } => {
-                (!(single || publishes) || session.connected[0].is_some()) && (single || !subscribes || session.connected[1].is_some())
-            }
-        };
+        let needed = [single || publishes, !single && subscribes];
+        let up = needed.iter().zip(&session.connected).all(|(needed, at)| !needed || at.is_some());
         world.check(up, || format!("session {index} is not connected"));
     }
 }
@@ -470,10 +489,7 @@ impl Reader<'_> {
     }
 
     fn check_silence(&self) -> Result<(), String> {
-        let publisher = self.world.publisher_of(self.session.person.index as usize, self.stream.ssrc);
-        let expected = !self.stream.ended
-            && is_undisturbed(self.session, self.stream.ssrc)
-            && publisher.is_some_and(|publisher| is_steady(publisher, self.stream.kind));
+        let expected = !self.stream.ended && is_awaited(self.world, self.session, self.stream.ssrc, self.stream.kind);
         if expected { Err("nothing ever came".into()) } else { Ok(()) }
     }
 
@@ -602,7 +618,7 @@ impl Frame<'_> {
 impl World {
     /// Who publishes the track of a stream that was announced to session `index`.
     pub fn publisher_of(&self, index: usize, ssrc: u32) -> Option<&Session> {
-        let sid = self.sessions[index].announced.get(&ssrc)?;
+        let sid = &self.sessions[index].announced.get(&ssrc)?.track_sid;
         let publishes = |session: &&Session| session.client.tracks.iter().any(|track| track.sid.as_ref() == Some(sid));
         self.sessions.iter().find(publishes)
     }

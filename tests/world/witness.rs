@@ -107,8 +107,8 @@ impl Witness {
         }
     }
 
-    pub fn is_connected(&self) -> bool {
-        self.connections.values().any(|connection| connection.connected)
+    pub fn is_connected(&self, half: Half) -> bool {
+        self.connections.get(&half).is_some_and(|connection| connection.connected)
     }
 
     /// Every stream that there was.
