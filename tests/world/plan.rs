@@ -94,6 +94,11 @@ impl Weather {
         self.spells.is_empty() && is_perfect(&self.usual)
     }
 
+    /// For how long something is wrong with it, all in all.
+    pub fn worse_for(&self) -> Duration {
+        self.spells.iter().map(|(from, to, _)| to.since(*from)).sum()
+    }
+
     pub fn at(&self, now: Time) -> Conditions {
         let spell = self.spells.iter().find(|(from, to, _)| (*from..*to).contains(&now));
         spell.map_or(self.usual, |(.., conditions)| *conditions)

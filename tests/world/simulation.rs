@@ -51,6 +51,37 @@ pub enum Defect {
     TimerForgotten,
 }
 
+/// What must hold in every world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rule {
+    /// What enters a link comes out, is lost by its log, or is under way.
+    LinksConserve,
+    /// Each datagram that reaches a router has one fate, and one that befits it.
+    RoutersAccount,
+    /// Each packet that a router takes is sent to each subscriber of its track, or withheld for a stated reason.
+    RoutersForwardAll,
+    /// What publishers and subscribers count is what links carried.
+    EnginesAccount,
+    WitnessesAccount,
+    NobodyForges,
+    CommandsAreTaken,
+    /// Routers have what the lobby asked for, and everybody is connected.
+    AllArePresent,
+    /// No session is ended by the server, and no connection fails, but for a reason.
+    SessionsLast,
+    RoomsAreApart,
+    /// What a description announces comes.
+    StreamsFlow,
+    /// Where nothing is lost, every frame arrives.
+    PerfectLinksDeliver,
+    /// Bytes are those that were published, and everything needed before them is there; numbers, picture ids and timestamps go on.
+    FramesDecode,
+    HistogramsCount,
+    NothingIsOverdue,
+    /// Of those who have gone nothing is left.
+    AllIsForgotten,
+}
+
 /// A reliable connection that keeps order: what WebSockets are.
 pub struct Pipe<T> {
     queue: VecDeque<(Time, T)>,
@@ -192,7 +223,7 @@ pub struct World {
     pub tracks: BTreeMap<TrackId, KnownTrack>,
     pub subscriptions: BTreeMap<SubscriptionId, (TrackId, TransportId)>,
     pub tally: Tally,
-    pub violations: Vec<String>,
+    pub violations: BTreeMap<Rule, String>,
     /// A digest of everything that happened, keys and their lengths apart.
     pub digest: u64,
     defect: Option<Defect>,
@@ -231,7 +262,8 @@ fn addresses(person: &Person) -> [SocketAddr; 2] {
 }
 
 impl World {
-    pub fn new(plan: Plan, identity: &Identity, defect: Option<Defect>) -> World {
+    pub fn new(plan: Plan, defect: Option<Defect>) -> World {
+        let identity = &Identity::simulated(plan.seed).unwrap();
         let epoch = Epoch::simulated(Duration::from_secs(1_700_000_000));
         let roster = Arc::new(Roster::new(RUN, plan.people.iter().map(|person| person.room)));
         let config = ShardConfig {
@@ -282,7 +314,7 @@ impl World {
             tracks: BTreeMap::new(),
             subscriptions: BTreeMap::new(),
             tally: Tally::default(),
-            violations: Vec::new(),
+            violations: BTreeMap::new(),
             digest: 0,
             defect,
             draining: false,
@@ -316,7 +348,8 @@ impl World {
             if next > end {
                 break;
             }
-            self.now = self.now.max(next);
+            // Never twice at one moment: a timer that stays due is told of, and not waited for.
+            self.now = next.max(self.now + TICK);
             self.server_turn();
         }
     }
@@ -327,11 +360,13 @@ impl World {
         }
     }
 
-    pub fn check(&mut self, holds: bool, what: impl FnOnce() -> String) {
-        // The first few say enough.
-        if !holds && self.violations.len() < 20 {
-            let said = format!("{} ms: {}", self.now.as_millis(), what());
-            self.violations.push(said);
+    /// Something that must hold. Of each kind that does not, the first case is kept.
+    pub fn check(&mut self, rule: Rule, holds: bool, what: impl FnOnce() -> String) {
+        if !holds {
+            let now = self.now;
+            self.violations
+                .entry(rule)
+                .or_insert_with(|| format!("at {} ms: {}", now.as_millis(), what()));
         }
     }
 
@@ -494,7 +529,7 @@ impl World {
         let is_replaced = self.sessions[index + 1..]
             .iter()
             .any(|later| later.stage == Stage::In && later.person.identity == *identity);
-        self.check(is_replaced, || format!("the server ended session {index}: {reason}"));
+        self.check(Rule::SessionsLast, is_replaced, || format!("the server ended session {index}: {reason}"));
     }
 
     fn add_peer(&mut self, index: usize, half: Half, parameters: PeerParameters) {
@@ -566,8 +601,11 @@ impl World {
     fn server_turn(&mut self) {
         for index in 0..self.routers.len() {
             let (router, outlet) = (&mut self.routers[index], &mut self.router_outlets[index]);
-            if router.next_timeout() <= self.now && self.defect != Some(Defect::TimerForgotten) {
-                router.handle_timeout(self.now, outlet);
+            if router.next_timeout() <= self.now {
+                match self.defect {
+                    Some(Defect::TimerForgotten) => self.defects_done += 1,
+                    _ => router.handle_timeout(self.now, outlet),
+                }
             }
         }
         self.server_outputs();
@@ -651,7 +689,7 @@ impl World {
         let what = format!("{command:?}");
         self.routers[router].handle_command(command, self.now, &mut self.router_outlets[router]);
         let refused = self.routers[router].statistics().commands_refused - refused;
-        self.check(refused == 0, || format!("router {router} refused {what}"));
+        self.check(Rule::CommandsAreTaken, refused == 0, || format!("router {router} refused {what}"));
     }
 
     /// Keeps account of what the lobby has asked for, and sees to it that it asks for nothing across rooms.
@@ -666,7 +704,7 @@ impl World {
             MediaCommand::RemoveTransport { transport } => self.forget_transport(*transport),
             MediaCommand::AddTrack { transport, track, .. } => {
                 let (at, session) = self.transports[transport];
-                self.check(at == router, || format!("{track:?} is not where its connection is"));
+                self.check(Rule::RoomsAreApart, at == router, || format!("{track:?} is not where its connection is"));
                 let known = KnownTrack {
                     session,
                     transport: *transport,
@@ -688,7 +726,7 @@ impl World {
                 known.subscribers.insert(*subscription);
                 let here = (known.router, self.sessions[publisher].person.room) == (router, self.sessions[session].person.room) && at == router;
                 self.subscriptions.insert(*subscription, (*track, *transport));
-                self.check(here && publisher != session, || {
+                self.check(Rule::RoomsAreApart, here && publisher != session, || {
                     format!("session {session} is given a track of session {publisher}")
                 });
             }
@@ -763,7 +801,7 @@ impl World {
             // A connection that fails meanwhile takes subscribers away from packets that wait.
             if after.subscriptions == before.subscriptions {
                 let (done, expected) = (forwarded(&after) - forwarded(&before), fan_out[index]);
-                self.check(done == expected, || {
+                self.check(Rule::RoutersForwardAll, done == expected, || {
                     format!("router {index} took packets for {expected} subscribers, and did something with {done}: {before:?} {after:?}")
                 });
             }
@@ -822,12 +860,14 @@ impl World {
                     )
                 )
         );
-        self.check(fits, || format!("{class:?} from session {index}, SSRC {ssrc:#x}, became {fate:?}"));
+        self.check(Rule::RoutersAccount, fits, || {
+            format!("{class:?} from session {index}, SSRC {ssrc:#x}, became {fate:?}")
+        });
         if !matches!(fate, Some("media_in" | "repairs_in")) {
             return 0;
         }
         let track = self.track_of(index, ssrc);
-        self.check(track.is_some(), || {
+        self.check(Rule::RoutersAccount, track.is_some(), || {
             format!("router {router} took SSRC {ssrc:#x} of session {index}, which has no such track")
         });
         track.map_or(0, |track| self.tracks[&track].subscribers.len() as u64)
@@ -882,13 +922,21 @@ impl World {
             self.tally.to_closed += 1;
             return;
         }
+        if self.is_struck(&mut datagram) {
+            return;
+        }
+        let session = &mut self.sessions[index];
         let is_rtp = u64::from(class == Class::Rtp);
         let (shard, key) = match &mut session.receiver {
-            Receiver::Witness(witness) => {
+            Receiver::Witness(_) => {
                 self.tally.to_witnesses += 1;
                 self.tally.rtp_to_witnesses += is_rtp;
-                witness.handle_datagram(half, &mut datagram, at);
                 self.note_datagram(&datagram, class, at);
+                let mut sent = Vec::new();
+                let session = &mut self.sessions[index];
+                let Receiver::Witness(witness) = &mut session.receiver else { return };
+                witness.handle_datagram(half, &mut datagram, at, &mut sent);
+                sent.into_iter().for_each(|datagram| session.up.send(datagram, self.now));
                 return;
             }
             Receiver::Engine { shard, key } => (*shard, *key + half as usize),
@@ -950,7 +998,9 @@ impl World {
                     }
                     Event::Failed { failure, .. } => {
                         let left = self.sessions[index].stage == Stage::Gone;
-                        self.check(left, || format!("session {index} lost its {half:?} connection: {failure:?}"));
+                        self.check(Rule::SessionsLast, left, || {
+                            format!("session {index} lost its {half:?} connection: {failure:?}")
+                        });
                     }
                     Event::IceConnected { .. } | Event::FirstMedia { .. } => {}
                 }
@@ -1021,15 +1071,15 @@ impl World {
         let now = self.now;
         for index in 0..self.routers.len() {
             let next = self.routers[index].next_timeout();
-            self.check(next > now, || format!("router {index} is overdue: {next:?}"));
+            self.check(Rule::NothingIsOverdue, next > now, || format!("router {index} is overdue: {next:?}"));
         }
         let next = self.lobby.next_timeout();
-        self.check(next > now, || format!("the lobby is overdue: {next:?}"));
+        self.check(Rule::NothingIsOverdue, next > now, || format!("the lobby is overdue: {next:?}"));
         let in_setup = |session: &Session| (0..2).any(|half| session.open[half] && session.connected[half].is_none());
         if !self.sessions.iter().any(in_setup) {
             for index in 0..self.shards.len() {
                 let overdue = self.shards[index].is_waited_for_by(now);
-                self.check(!overdue, || format!("media of shard {index} is overdue"));
+                self.check(Rule::NothingIsOverdue, !overdue, || format!("media of shard {index} is overdue"));
             }
         }
     }

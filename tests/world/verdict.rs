@@ -12,7 +12,7 @@ use throng::units::Time;
 
 use crate::media::{Place, clips};
 use crate::plan::{ACTIVE, Act};
-use crate::simulation::{RUN, Receiver, Session, Stage, World};
+use crate::simulation::{RUN, Receiver, Rule, Session, Stage, World};
 use crate::witness::{Fates, Kept, Stream};
 
 /// RTP ticks of video and audio in a millisecond.
@@ -35,7 +35,12 @@ const HARM: [&str; 7] = [
 ];
 
 /// From the moment that a stream could flow to its first frame, where the link is not dead.
-const PATIENCE: Duration = Duration::from_millis(600);
+///
+/// A publisher drops requests for key frames that come within 300 ms of the last one, and a router repeats them after 500 ms: one loss may cost a second.
+const PATIENCE: Duration = Duration::from_millis(2_000);
+
+/// From a join to its connections. Checks and handshakes are repeated ever more rarely, so that a dead link costs up to thrice its time.
+const CONNECT_PATIENCE: Duration = Duration::from_millis(2_500);
 
 /// What a run comes to, for the comparison of two.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,30 +74,33 @@ pub fn check_empty(world: &mut World) {
         .iter()
         .map(|left| left.transports + left.transports_connected + left.tracks + left.subscriptions)
         .sum();
-    world.check(left == 0, || format!("routers keep what is gone: {routers:?}"));
+    world.check(Rule::AllIsForgotten, left == 0, || format!("routers keep what is gone: {routers:?}"));
     let statistics = world.lobby.statistics();
     let left = statistics.rooms + statistics.participants + statistics.published_audio + statistics.published_video;
     let left = left + statistics.subscribed_audio + statistics.subscribed_video;
-    world.check(left == 0, || format!("the lobby keeps what is gone: {statistics:?}"));
+    world.check(Rule::AllIsForgotten, left == 0, || {
+        format!("the lobby keeps what is gone: {statistics:?}")
+    });
     let entered = world.sessions.iter().filter(|session| session.stage != Stage::NotYet).count() as u64;
-    world.check(statistics.joins == entered, || {
+    world.check(Rule::AllIsForgotten, statistics.joins == entered, || {
         format!("{} joins, and {entered} entered", statistics.joins)
     });
 }
 
 /// Datagrams between the links and the routers: none is lost without a reason.
 fn check_links(world: &mut World) {
-    let (mut out_of_uplinks, mut into_downlinks) = (0, 0);
+    let (mut out_of_uplinks, mut into_downlinks, mut out_of_downlinks) = (0, 0, 0);
     for index in 0..world.sessions.len() {
         let session = &world.sessions[index];
         out_of_uplinks += session.up.log.delivered;
         into_downlinks += session.down.log.sent;
+        out_of_downlinks += session.down.log.delivered;
         for (way, log, under_way) in [
             ("up", session.up.log, session.up.under_way()),
             ("down", session.down.log, session.down.under_way()),
         ] {
             let (came, went) = (log.sent + log.duplicated, log.lost + log.delivered);
-            world.check(came == went + under_way, || {
+            world.check(Rule::LinksConserve, came == went + under_way, || {
                 format!("session {index} {way}: {log:?}, {under_way} under way")
             });
         }
@@ -100,31 +108,39 @@ fn check_links(world: &mut World) {
     let mut total = RouterStatistics::default();
     world.routers.iter().for_each(|router| total.merge(&router.statistics()));
     let tally = world.tally;
-    world.check(total.datagrams_in == out_of_uplinks, || {
+    world.check(Rule::RoutersAccount, total.datagrams_in == out_of_uplinks, || {
         format!("links delivered {out_of_uplinks} datagrams, routers took {}", total.datagrams_in)
     });
-    world.check((total.datagrams_in, total.bytes_in) == (tally.at_routers, tally.at_routers_bytes), || {
-        format!("routers heard {} datagrams, {} bytes: {tally:?}", total.datagrams_in, total.bytes_in)
-    });
+    world.check(
+        Rule::RoutersAccount,
+        (total.datagrams_in, total.bytes_in) == (tally.at_routers, tally.at_routers_bytes),
+        || format!("routers heard {} datagrams, {} bytes: {tally:?}", total.datagrams_in, total.bytes_in),
+    );
     let refused: u64 = total
         .counters()
         .filter(|(name, _)| name.starts_with("refused_"))
         .map(|(_, count)| count)
         .sum();
     let taken = total.setup_in + total.rtcp_in + total.media_in + total.repairs_in + total.probes_in;
-    world.check(total.datagrams_in == taken + refused, || {
+    world.check(Rule::RoutersAccount, total.datagrams_in == taken + refused, || {
         format!("not every datagram has one fate: {total:?}")
     });
     let sent = total.setup_out + total.rtcp_out + total.media_out + total.resends_out;
-    world.check(total.datagrams_out == sent, || {
+    world.check(Rule::RoutersAccount, total.datagrams_out == sent, || {
         format!("{} sent, by kind {sent}: {total:?}", total.datagrams_out)
     });
+    let taken = tally.to_closed + tally.to_engines + tally.to_witnesses;
+    world.check(Rule::EnginesAccount, out_of_downlinks == taken, || {
+        format!("links delivered {out_of_downlinks} datagrams to participants: {tally:?}")
+    });
     // What was sent after everybody had left is in the routers' account only.
-    world.check(tally.by_routers == into_downlinks, || {
+    world.check(Rule::RoutersAccount, tally.by_routers == into_downlinks, || {
         format!("{into_downlinks} datagrams entered downlinks: {tally:?}")
     });
     let harmed: Vec<_> = total.counters().filter(|(name, count)| HARM.contains(name) && *count > 0).collect();
-    world.check(harmed.is_empty(), || format!("nobody forges anything here: {harmed:?}"));
+    world.check(Rule::NobodyForges, harmed.is_empty(), || {
+        format!("nobody forges anything here: {harmed:?}")
+    });
 }
 
 fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
@@ -132,15 +148,17 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
     let (audio, video, session) = (&record.audio, &record.video, &record.session);
     let sum = |counter: fn(&Media) -> u64| counter(audio) + counter(video);
     let sent = sum(|media| media.packets_sent + media.rtx_sent);
-    world.check(sent == tally.rtp_by_engines, || format!("publishers sent {sent} packets: {tally:?}"));
-    world.check(session.wire_bytes_sent == tally.by_engines_bytes, || {
+    world.check(Rule::EnginesAccount, sent == tally.rtp_by_engines, || {
+        format!("publishers sent {sent} packets: {tally:?}")
+    });
+    world.check(Rule::EnginesAccount, session.wire_bytes_sent == tally.by_engines_bytes, || {
         format!("publishers sent {} bytes: {tally:?}", session.wire_bytes_sent)
     });
-    world.check(session.wire_bytes_received == tally.to_engines_bytes, || {
+    world.check(Rule::EnginesAccount, session.wire_bytes_received == tally.to_engines_bytes, || {
         format!("subscribers took {} bytes: {tally:?}", session.wire_bytes_received)
     });
     let processed = record.engine.packets_processed;
-    world.check(processed == tally.rtp_to_engines + tally.rtp_by_engines, || {
+    world.check(Rule::EnginesAccount, processed == tally.rtp_to_engines + tally.rtp_by_engines, || {
         format!("{processed} packets processed: {tally:?}")
     });
     // A replay is told from a repair that was not needed by what the streams themselves have counted.
@@ -148,7 +166,7 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
     let replayed = sum(|media| media.packets_duplicate) - needless;
     let taken = sum(|media| media.packets_received + media.rtx_received) + replayed;
     let expected: u64 = world.sessions.iter().map(|session| session.arrivals.expected).sum();
-    world.check(taken == expected, || {
+    world.check(Rule::EnginesAccount, taken == expected, || {
         format!("{expected} packets of streams that were announced arrived, {taken} were taken ({replayed} repeated)")
     });
     let unwanted: u64 = world
@@ -156,21 +174,23 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
         .iter()
         .map(|session| session.arrivals.of_unknown_ssrc + session.arrivals.unkeyed)
         .sum();
-    world.check(session.packets_rejected >= unwanted, || {
+    world.check(Rule::EnginesAccount, session.packets_rejected >= unwanted, || {
         format!("{unwanted} packets of no stream, {} rejected", session.packets_rejected)
     });
-    world.check(session.frames_misrouted == 0, || {
+    world.check(Rule::RoomsAreApart, session.frames_misrouted == 0, || {
         format!("{} frames in rooms that they do not belong to", session.frames_misrouted)
     });
-    world.check(record.engine.send_slots_skipped == 0, || {
+    world.check(Rule::EnginesAccount, record.engine.send_slots_skipped == 0, || {
         "a world has no stalls, and slots were skipped".into()
     });
     for kind in [Kind::Audio, Kind::Video] {
         let (of_streams, counted) = streams_and_record(outcomes, record, kind);
-        world.check(of_streams == counted, || format!("{kind:?}: streams {of_streams:?}, record {counted:?}"));
+        world.check(Rule::EnginesAccount, of_streams == counted, || {
+            format!("{kind:?}: streams {of_streams:?}, record {counted:?}")
+        });
         let media = if kind == Kind::Audio { audio } else { video };
         let (network, told) = (media.packets_lost_network, media.packets_repaired + media.packets_lost);
-        world.check(network == told, || {
+        world.check(Rule::EnginesAccount, network == told, || {
             format!("{kind:?}: {network} lost on the network, {told} repaired or lost")
         });
     }
@@ -211,25 +231,29 @@ fn check_histograms(world: &mut World, record: &Record) {
             ("first packets", media.first_packet.count(), media.tracks_live),
             ("freezes", media.freeze.count(), media.freezes),
         ] {
-            world.check(histogram == counter, || format!("{name}: {histogram} {what} timed, {counter} counted"));
+            world.check(Rule::HistogramsCount, histogram == counter, || {
+                format!("{name}: {histogram} {what} timed, {counter} counted")
+            });
         }
         let late = media.frames_late;
-        world.check(late <= media.frames_delivered, || format!("{name}: {late} frames late, more than came"));
+        world.check(Rule::HistogramsCount, late <= media.frames_delivered, || {
+            format!("{name}: {late} frames late, more than came")
+        });
         let first = media.first_frame.count();
-        world.check(first <= media.tracks_live, || {
+        world.check(Rule::HistogramsCount, first <= media.tracks_live, || {
             format!("{name}: {first} first frames of {} tracks", media.tracks_live)
         });
         let answered = media.pli_received_to_key_sent.count();
-        world.check(answered <= media.key_frames_sent, || {
+        world.check(Rule::HistogramsCount, answered <= media.key_frames_sent, || {
             format!("{name}: {answered} requests answered by {} key frames", media.key_frames_sent)
         });
     }
-    world.check(audio.first_frame.count() == audio.tracks_live, || {
+    world.check(Rule::HistogramsCount, audio.first_frame.count() == audio.tracks_live, || {
         "every live audio track has a first frame".into()
     });
     let frames = audio.frames_sent + video.frames_sent;
     let lags = record.engine.send_lag.count();
-    world.check(lags == frames, || format!("{lags} send lags of {frames} frames"));
+    world.check(Rule::HistogramsCount, lags == frames, || format!("{lags} send lags of {frames} frames"));
     let _ = session;
 }
 
@@ -242,7 +266,7 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
             let receiver = &world.sessions[index];
             let Some((origin, number)) = stream.origin else {
                 let missing = is_awaited(world, receiver, stream.ssrc, stream.kind);
-                world.check(!missing, || {
+                world.check(Rule::StreamsFlow, !missing, || {
                     format!("session {index} never got anything of {:?} {:#x}", stream.kind, stream.ssrc)
                 });
                 continue;
@@ -250,7 +274,7 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
             let publisher = &world.sessions[origin as usize];
             let perfect = receiver.person.down.is_perfect() && publisher.person.up.is_perfect();
             if perfect && is_undisturbed(receiver, stream.ssrc) && is_steady(publisher, stream.kind) {
-                world.check(delivered == expected && expected > 0, || {
+                world.check(Rule::PerfectLinksDeliver, delivered == expected && expected > 0, || {
                     format!("session {index} got {delivered} of {expected} frames of track {number} of session {origin}")
                 });
             }
@@ -267,9 +291,8 @@ fn is_awaited(world: &World, receiver: &Session, ssrc: u32, kind: Kind) -> bool 
     let (Some(up), Some(sends)) = (receiver.connected[announced.half as usize], publisher.connected[0]) else {
         return false;
     };
-    let spells = publisher.person.up.spells.iter().chain(&receiver.person.down.spells);
-    let dead = spells.fold(Duration::ZERO, |sum, (from, to, _)| sum + to.since(*from));
-    let ready = announced.at.max(up).max(sends) + dead + PATIENCE;
+    let worse_for = publisher.person.up.worse_for() + receiver.person.down.worse_for();
+    let ready = announced.at.max(up).max(sends) + worse_for + PATIENCE;
     ready <= Time::ZERO + ACTIVE && is_undisturbed(receiver, ssrc) && is_steady(publisher, kind)
 }
 
@@ -294,7 +317,7 @@ fn check_presence(world: &mut World) {
     let mut total = RouterStatistics::default();
     world.routers.iter().for_each(|router| total.merge(&router.statistics()));
     let found = (total.transports, total.tracks, total.subscriptions);
-    world.check(found == expected, || {
+    world.check(Rule::AllArePresent, found == expected, || {
         format!("connections, tracks and subscriptions: routers have {found:?}, the lobby asked for {expected:?}")
     });
     for index in 0..world.sessions.len() {
@@ -305,7 +328,9 @@ fn check_presence(world: &mut World) {
         let (single, publishes, subscribes) = (session.person.single, !session.client.tracks.is_empty(), session.person.subscribes);
         let needed = [single || publishes, !single && subscribes];
         let up = needed.iter().zip(&session.connected).all(|(needed, at)| !needed || at.is_some());
-        world.check(up, || format!("session {index} is not connected"));
+        let worse_for = session.person.up.worse_for() + session.person.down.worse_for();
+        let is_late = session.person.joins_at + CONNECT_PATIENCE + worse_for * 3 <= world.now;
+        world.check(Rule::AllArePresent, up || !is_late, || format!("session {index} is not connected"));
     }
 }
 
@@ -341,12 +366,12 @@ fn check_witnesses(world: &mut World) {
             );
         }
         for complaint in said {
-            world.check(false, || complaint);
+            world.check(Rule::FramesDecode, false, || complaint);
         }
     }
     let came = world.tally.rtp_to_witnesses;
     let sum = fates.taken + fates.repeated + fates.of_unknown_ssrc + fates.unkeyed + fates.broken;
-    world.check(came == sum && fates.broken == 0, || {
+    world.check(Rule::WitnessesAccount, came == sum && fates.broken == 0, || {
         format!("{came} packets came to witnesses: {fates:?}")
     });
 }

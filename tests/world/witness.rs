@@ -117,7 +117,7 @@ impl Witness {
         connections.flat_map(|connection| connection.former.iter().chain(connection.streams.values()))
     }
 
-    pub fn handle_datagram(&mut self, half: Half, datagram: &mut Datagram, now: Time) {
+    pub fn handle_datagram(&mut self, half: Half, datagram: &mut Datagram, now: Time, out: &mut Vec<Datagram>) {
         let Some(connection) = self.connections.get_mut(&half) else { return };
         match classify(&datagram.bytes) {
             Class::Rtp => connection.handle_rtp(&mut datagram.bytes, now, &mut self.fates),
@@ -125,6 +125,7 @@ impl Witness {
             Class::Rtcp => {}
             _ => {
                 connection.peer.handle_setup_datagram(&datagram.bytes, datagram.from, now);
+                self.failed |= connection.advance(now, out);
             }
         }
     }
