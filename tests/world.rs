@@ -149,7 +149,7 @@ fn what_is_wrong_on_purpose_is_noticed() {
     for (defect, rules) in [
         (Defect::LinkSwallows, &[Rule::RoutersAccount, Rule::EnginesAccount][..]),
         (Defect::LinkCorrupts, &[Rule::RoutersAccount, Rule::NobodyForges, Rule::EnginesAccount]),
-        (Defect::RemovalForgotten, &[Rule::AllIsForgotten]),
+        (Defect::RemovalForgotten, &[Rule::RoutersForwardAll, Rule::AllArePresent]),
         (
             Defect::SubscribeForgotten,
             &[Rule::RoutersForwardAll, Rule::AllArePresent, Rule::StreamsFlow],

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use livekit_protocol as proto;
 use proto::signal_request::Message as Request;
@@ -42,11 +43,28 @@ pub enum Todo {
         removed: Vec<RemoteTrack>,
         added: Vec<RemoteTrack>,
     },
+    RestartIce {
+        half: Half,
+        local: IceCredentials,
+        remote: IceCredentials,
+        remote_candidates: Vec<SocketAddr>,
+    },
     /// The server wants these layers of a track, one bit each.
     SetLayers {
         kind: Kind,
         layers: u8,
     },
+    SetMuted {
+        kind: Kind,
+        muted: bool,
+    },
+    /// The server was asked for this layer of a track, or for nothing.
+    Watch {
+        track_sid: String,
+        layer: Option<u8>,
+    },
+    /// The signalling connection breaks, and is opened again after this.
+    LoseSignal(Duration),
     /// The server has ended the session, for this reason.
     Gone(String),
 }
@@ -59,21 +77,32 @@ pub struct Track {
     pub negotiated: Option<NegotiatedMedia>,
 }
 
+/// A track of another participant.
+#[derive(Clone)]
+struct Other {
+    sid: String,
+    kind: Kind,
+    heights: Vec<u32>,
+}
+
 pub struct Client {
     pub person: Person,
     pub tracks: Vec<Track>,
     /// Sids of tracks for which it asked something: what comes of them is not what came by itself.
     pub touched: BTreeSet<String>,
+    sid: String,
     locals: [LocalTransport; 2],
     addresses: [SocketAddr; 2],
-    added: [bool; 2],
+    /// The other side's ICE credentials, once a connection is there.
+    remotes: [Option<IceCredentials>; 2],
+    ice_generation: u32,
     offerer: Offerer,
     offers: u32,
     offer_is_open: bool,
     wanted: Option<(u32, u32)>,
     answerer: Answerer,
     /// Tracks of each other participant, by its sid.
-    others: BTreeMap<String, Vec<(String, Kind)>>,
+    others: BTreeMap<String, Vec<Other>>,
 }
 
 impl Client {
@@ -91,9 +120,11 @@ impl Client {
             tracks: kinds.into_iter().flatten().map(|kind| track(person, kind)).collect(),
             touched: BTreeSet::new(),
             person: person.clone(),
+            sid: String::new(),
             locals,
             addresses,
-            added: [false; 2],
+            remotes: [None, None],
+            ice_generation: 0,
             offerer: Offerer::default(),
             offers: 0,
             offer_is_open: false,
@@ -105,8 +136,25 @@ impl Client {
 
     /// What the server learns from its token and from the first request.
     pub fn entry(&mut self) -> Entry {
+        let mut entry = self.token();
+        if self.person.single {
+            entry.add_tracks = self.tracks.iter().map(|track| add_track_request(track, &self.person)).collect();
+            entry.publisher_offer = Some(self.next_offer());
+        }
+        entry
+    }
+
+    /// The same with a new signalling connection in the broken one's place.
+    pub fn resume(&self) -> Entry {
+        Entry {
+            resume: Some(self.sid.clone()),
+            ..self.token()
+        }
+    }
+
+    fn token(&self) -> Entry {
         let person = &self.person;
-        let mut entry = Entry {
+        Entry {
             room: format!("room-{}", person.room),
             identity: person.identity.clone(),
             name: person.identity.clone(),
@@ -118,12 +166,7 @@ impl Client {
             auto_subscribe: person.subscribes,
             single: person.single,
             ..Entry::default()
-        };
-        if self.person.single {
-            entry.add_tracks = self.tracks.iter().map(|track| add_track_request(track, &self.person)).collect();
-            entry.publisher_offer = Some(self.next_offer());
         }
-        entry
     }
 
     fn next_offer(&mut self) -> proto::SessionDescription {
@@ -150,6 +193,7 @@ impl Client {
     pub fn handle(&mut self, message: Response, todo: &mut Vec<Todo>) {
         match message {
             Response::Join(join) => {
+                self.sid = join.participant.unwrap_or_default().sid;
                 join.other_participants.iter().for_each(|other| self.handle_participant(other));
                 if !self.person.single {
                     let requests = self.tracks.iter().map(|track| add_track_request(track, &self.person));
@@ -166,8 +210,20 @@ impl Client {
                 self.offer_if_wanted(todo);
             }
             Response::SubscribedQualityUpdate(update) => self.handle_qualities(&update, todo),
+            Response::Reconnect(_) => self.handle_reconnect(todo),
             Response::Leave(leave) => todo.push(Todo::Gone(leave.reason().as_str_name().to_owned())),
             _ => {}
+        }
+    }
+
+    /// What was under way when the signalling broke is lost: it is said again.
+    fn handle_reconnect(&mut self, todo: &mut Vec<Todo>) {
+        todo.push(Todo::Send(Request::SyncState(proto::SyncState::default())));
+        let unknown = self.tracks.iter().filter(|track| track.sid.is_none());
+        todo.extend(unknown.map(|track| Todo::Send(Request::AddTrack(add_track_request(track, &self.person)))));
+        if self.offer_is_open {
+            let offer = self.next_offer();
+            todo.push(Todo::Send(Request::Offer(offer)));
         }
     }
 
@@ -179,11 +235,14 @@ impl Client {
             self.others.remove(&info.sid);
             return;
         }
-        let kind = |track: &proto::TrackInfo| match track.r#type() {
-            proto::TrackType::Audio => Kind::Audio,
-            _ => Kind::Video,
-        };
-        let tracks = info.tracks.iter().map(|track| (track.sid.clone(), kind(track)));
+        let tracks = info.tracks.iter().map(|track| Other {
+            sid: track.sid.clone(),
+            kind: match track.r#type() {
+                proto::TrackType::Audio => Kind::Audio,
+                _ => Kind::Video,
+            },
+            heights: track.layers.iter().map(|layer| layer.height).collect(),
+        });
         self.others.insert(info.sid.clone(), tracks.collect());
     }
 
@@ -224,6 +283,12 @@ impl Client {
     }
 
     fn handle_offer(&mut self, offer: &proto::SessionDescription, todo: &mut Vec<Todo>) {
+        let restarts = self.remotes[1].as_ref().is_some_and(|known| !offer.sdp.contains(&known.ufrag));
+        if restarts {
+            self.ice_generation += 1;
+            let local = &mut self.locals[1];
+            local.ufrag = format!("client{}half1generation{}", self.person.index, self.ice_generation);
+        }
         let answered = self.answerer.answer(&offer.sdp, &self.locals[1]).expect("the server's offer");
         self.add_peer(Half::Subscriber, &answered.remote, answered.remote.ice_lite, answered.setup, todo);
         let added = answered.added.into_iter().chain(answered.updated).collect();
@@ -237,7 +302,25 @@ impl Client {
     }
 
     fn add_peer(&mut self, half: Half, remote: &RemoteTransport, ice_controlling: bool, setup: Setup, todo: &mut Vec<Todo>) {
-        if std::mem::replace(&mut self.added[half as usize], true) {
+        let credentials = IceCredentials {
+            ufrag: remote.ufrag.clone(),
+            password: remote.pwd.clone(),
+        };
+        let known = self.remotes[half as usize].replace(credentials.clone());
+        if known.as_ref() == Some(&credentials) {
+            return;
+        }
+        if known.is_some() {
+            let local = &self.locals[half as usize];
+            todo.push(Todo::RestartIce {
+                half,
+                local: IceCredentials {
+                    ufrag: local.ufrag.clone(),
+                    password: local.pwd.clone(),
+                },
+                remote: credentials,
+                remote_candidates: remote.candidates.iter().map(|candidate| candidate.address).collect(),
+            });
             return;
         }
         let local = &self.locals[half as usize];
@@ -279,7 +362,7 @@ impl Client {
     pub fn act(&mut self, act: Act, todo: &mut Vec<Todo>) {
         match act {
             Act::Subscribe { choice, on } => {
-                let Some((participant_sid, sid, _)) = self.choose(choice, |_| true) else {
+                let Some((participant_sid, Other { sid, .. })) = self.choose(choice, |_| true) else {
                     return;
                 };
                 todo.push(Todo::Send(Request::Subscription(proto::UpdateSubscription {
@@ -292,9 +375,13 @@ impl Client {
                 })));
             }
             Act::Settings { choice, settings } => {
-                let Some((_, sid, _)) = self.choose(choice, |kind| kind == Kind::Video) else {
+                let Some((_, Other { sid, heights, .. })) = self.choose(choice, |kind| kind == Kind::Video) else {
                     return;
                 };
+                todo.push(Todo::Watch {
+                    track_sid: sid.clone(),
+                    layer: layer(settings, &heights),
+                });
                 let mut request = proto::UpdateTrackSettings {
                     track_sids: vec![sid],
                     ..Default::default()
@@ -314,23 +401,37 @@ impl Client {
                     .find(|track| track.local.kind == kind)
                     .and_then(|track| track.sid.clone());
                 if let Some(sid) = sid {
+                    todo.push(Todo::SetMuted { kind, muted: on });
                     todo.push(Todo::Send(Request::Mute(proto::MuteTrackRequest { sid, muted: on })));
                 }
             }
+            Act::LoseSignal { away } => todo.push(Todo::LoseSignal(away)),
         }
     }
 
-    fn choose(&mut self, choice: u64, fits: impl Fn(Kind) -> bool) -> Option<(String, String, Kind)> {
-        let known = self
-            .others
-            .iter()
-            .flat_map(|(participant, tracks)| tracks.iter().map(move |track| (participant, track)));
-        let known: Vec<_> = known.filter(|(_, (_, kind))| fits(*kind)).collect();
-        let (participant, (sid, kind)) = known.get((choice % known.len().max(1) as u64) as usize)?;
-        let chosen = ((*participant).clone(), sid.clone(), *kind);
-        self.touched.insert(chosen.1.clone());
+    /// One of the tracks that it knows of, and its participant's sid.
+    fn choose(&mut self, choice: u64, fits: impl Fn(Kind) -> bool) -> Option<(String, Other)> {
+        let tracks = |(participant, tracks): (&String, &Vec<Other>)| -> Vec<(String, Other)> {
+            let fitting = tracks.iter().filter(|track| fits(track.kind));
+            fitting.map(|track| (participant.clone(), track.clone())).collect()
+        };
+        let known: Vec<_> = self.others.iter().flat_map(tracks).collect();
+        let chosen = known.get((choice % known.len().max(1) as u64) as usize)?.clone();
+        self.touched.insert(chosen.1.sid.clone());
         Some(chosen)
     }
+}
+
+/// The layer that settings ask for, of layers of these heights.
+fn layer(settings: Settings, heights: &[u32]) -> Option<u8> {
+    let highest = heights.len().saturating_sub(1);
+    let layer = match settings {
+        Settings::Disabled => return None,
+        Settings::Quality(quality) => usize::from(quality),
+        // The server takes a layer that is a tenth too small.
+        Settings::Height(asked) => heights.iter().position(|height| *height as f32 >= asked as f32 * 0.9).unwrap_or(highest),
+    };
+    Some(layer.min(highest) as u8)
 }
 
 fn push_streams(half: Half, removed: Vec<RemoteTrack>, added: Vec<RemoteTrack>, todo: &mut Vec<Todo>) {

@@ -68,9 +68,22 @@ pub struct Leave {
 /// What a participant does in between. Tracks are chosen by a draw from those that it then knows of.
 #[derive(Clone, Copy, Debug)]
 pub enum Act {
-    Subscribe { choice: u64, on: bool },
-    Settings { choice: u64, settings: Settings },
-    Mute { video: bool, on: bool },
+    Subscribe {
+        choice: u64,
+        on: bool,
+    },
+    Settings {
+        choice: u64,
+        settings: Settings,
+    },
+    Mute {
+        video: bool,
+        on: bool,
+    },
+    /// Its signalling connection breaks; it resumes after so long.
+    LoseSignal {
+        away: Duration,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -134,7 +147,7 @@ impl Plan {
         for room in 0..rooms as u32 {
             let publishers = 1 + chance.below(2);
             let audience = 1 + chance.below(if rooms == 1 { 4 } else { 2 });
-            let simulcast = chance.chance(50) && cfg!(any());
+            let simulcast = chance.chance(50);
             for _ in 0..publishers {
                 plan.add_publisher(room, simulcast, calm, &mut chance);
             }
@@ -164,6 +177,7 @@ impl Plan {
                 person.acts.push((back, Act::Mute { video, on: false }));
             }
         }
+        draw_loss_of_signal(&mut person, calm, chance);
         self.add(person, calm, chance);
     }
 
@@ -184,8 +198,8 @@ impl Plan {
                 let act = draw_act(chance);
                 person.acts.push((moment(chance, 1_000, 5_500), act));
             }
-            person.acts.sort_by_key(|(at, _)| *at);
         }
+        draw_loss_of_signal(&mut person, calm, chance);
         self.add(person, calm, chance);
     }
 
@@ -239,6 +253,16 @@ impl Plan {
 
 fn moment(chance: &mut Seeded, from_ms: u64, to_ms: u64) -> Time {
     Time::from_micros(from_ms * 1_000 + chance.below((to_ms - from_ms) * 1_000))
+}
+
+/// Not before it is in: who loses its signalling earlier joins anew.
+fn draw_loss_of_signal(person: &mut Person, calm: bool, chance: &mut Seeded) {
+    if !calm && chance.chance(20) {
+        let at = moment(chance, 1_500, 4_500).max(person.joins_at + SETTLED);
+        let away = Duration::from_millis(50 + chance.below(1_000));
+        person.acts.push((at, Act::LoseSignal { away }));
+    }
+    person.acts.sort_by_key(|(at, _)| *at);
 }
 
 fn draw_act(chance: &mut Seeded) -> Act {

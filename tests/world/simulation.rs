@@ -8,19 +8,19 @@ use std::time::Duration;
 use livekit_protocol as proto;
 use prost::Message as _;
 use proto::signal_request::Message as Request;
-use throng::engine::publisher::SendParameters;
+use throng::engine::publisher::{SendParameters, SimulcastLayer};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Event, NewPeer, Roster, ShardConfig, StreamParameters};
+use throng::engine::{Command, Event, NewPeer, Roster, ShardConfig, StreamParameters, track_number};
 use throng::measure::Kind;
 use throng::media::identity::FrameIdentity;
 use throng::sfu::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, Output};
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::statistics::RouterStatistics;
 use throng::sfu::{MediaCommand, MediaEvent, Outgoing, SubscriptionId, TrackId, TransportId};
-use throng::transport::peer::{Identity, PeerParameters};
+use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, Header, classify};
 use throng::transport::sdp::{Extension, RemoteTrack};
-use throng::units::{Epoch, Time};
+use throng::units::{Bitrate, Epoch, Time};
 
 use crate::client::{Client, Half, Todo};
 use crate::link::{Datagram, Link, Outlet};
@@ -139,8 +139,8 @@ pub enum Receiver {
 pub struct EngineArrivals {
     /// For a stream that it expects, on a connection that is up.
     pub expected: u64,
-    pub of_unknown_ssrc: u64,
-    pub unkeyed: u64,
+    /// Before either was so, or after.
+    pub early: u64,
 }
 
 /// What a description said of one stream.
@@ -484,7 +484,10 @@ impl World {
                 let request = proto::SignalRequest { message: Some(request) };
                 self.lobby.handle_request(connection, request, self.now);
             }
-            (ToServer::Lost, Some(connection)) => self.lobby.handle_disconnect(connection, self.now),
+            (ToServer::Lost, Some(connection)) => {
+                self.sessions[index].connection = None;
+                self.lobby.handle_disconnect(connection, self.now);
+            }
             (_, None) => {}
         }
         self.server_outputs();
@@ -516,10 +519,69 @@ impl World {
                 Todo::Send(request) => self.send_signal(index, ToServer::Request(request)),
                 Todo::AddPeer { half, parameters } => self.add_peer(index, half, parameters),
                 Todo::Streams { half, removed, added } => self.take_streams(index, half, &removed, &added),
-                Todo::SetLayers { .. } => {}
+                Todo::RestartIce {
+                    half,
+                    local,
+                    remote,
+                    remote_candidates,
+                } => self.restart_ice(index, half, local, remote, remote_candidates),
+                Todo::SetLayers { kind, layers } => {
+                    let track = track_number(kind);
+                    self.command(index, Half::Publisher, |key| Command::SetLayers { key, track, layers });
+                }
+                Todo::SetMuted { kind, muted } => {
+                    let track = track_number(kind);
+                    self.command(index, Half::Publisher, |key| Command::SetMuted { key, track, muted });
+                }
+                Todo::Watch { track_sid, layer } => self.watch(index, &track_sid, layer),
+                Todo::LoseSignal(away) => self.lose_signal(index, away),
                 Todo::Gone(reason) => self.handle_end(index, &reason),
             }
         }
+    }
+
+    /// Tells the shard of an engine participant.
+    fn command(&mut self, index: usize, half: Half, command: impl FnOnce(usize) -> Command) {
+        if let Receiver::Engine { shard, key } = self.sessions[index].receiver {
+            let command = command(key + half as usize);
+            self.shards[shard].handle_command(command, self.now, &mut self.outlets[shard]);
+        }
+    }
+
+    fn restart_ice(&mut self, index: usize, half: Half, local: IceCredentials, remote: IceCredentials, remote_candidates: Vec<SocketAddr>) {
+        if let Receiver::Witness(witness) = &mut self.sessions[index].receiver {
+            return witness.restart_ice(half, &local, &remote, &remote_candidates, self.now);
+        }
+        self.command(index, half, |key| Command::RestartIce {
+            key,
+            local,
+            remote,
+            remote_candidates,
+        });
+    }
+
+    fn watch(&mut self, index: usize, track_sid: &str, layer: Option<u8>) {
+        let announced = self.sessions[index].announced.iter();
+        // A track that was given up and asked for again has come on more than one SSRC: the latest counts.
+        let latest = announced
+            .filter(|(_, stream)| stream.track_sid == track_sid)
+            .max_by_key(|(_, stream)| stream.at);
+        let Some((ssrc, half)) = latest.map(|(ssrc, stream)| (*ssrc, stream.half)) else {
+            return;
+        };
+        let at = self.now;
+        self.command(index, half, |key| Command::Watch { key, ssrc, layer, at });
+    }
+
+    /// What is under way in either direction is lost with the connection.
+    fn lose_signal(&mut self, index: usize, away: Duration) {
+        let session = &mut self.sessions[index];
+        session.to_server.queue.clear();
+        session.to_client.queue.clear();
+        let resume = session.client.resume();
+        let at = self.now + session.signal_delay();
+        session.to_server.push(at, ToServer::Lost);
+        session.to_server.push(at + away, ToServer::Entry(Box::new(resume)));
     }
 
     /// The server ends a session that is replaced by another of the same identity, and no other.
@@ -661,11 +723,17 @@ impl World {
         let index = self.connections[&connection];
         let now = self.now;
         let session = &mut self.sessions[index];
+        if session.connection != Some(connection) {
+            // Its client knows nothing of this connection any more.
+            return;
+        }
         let at = now + session.signal_delay();
         session.to_client.push(at, word);
     }
 
     fn take_command(&mut self, router: usize, mut command: MediaCommand) {
+        // A connection that has failed is gone with all that it carried: what the lobby says of it then comes too late.
+        let expected = u64::from(!self.is_about_something(&command));
         self.learn(router, &command);
         if let (Some(Defect::RoomsMixed), MediaCommand::Subscribe { track, .. }) = (self.defect, &mut command) {
             let room = |known: &KnownTrack| self.sessions[known.session].person.room;
@@ -689,7 +757,23 @@ impl World {
         let what = format!("{command:?}");
         self.routers[router].handle_command(command, self.now, &mut self.router_outlets[router]);
         let refused = self.routers[router].statistics().commands_refused - refused;
-        self.check(Rule::CommandsAreTaken, refused == 0, || format!("router {router} refused {what}"));
+        self.check(Rule::CommandsAreTaken, refused == expected, || {
+            format!("router {router} refused {refused}: {what}")
+        });
+    }
+
+    fn is_about_something(&self, command: &MediaCommand) -> bool {
+        match command {
+            MediaCommand::AddTransport { .. } => true,
+            MediaCommand::RestartIce { transport, .. } | MediaCommand::RemoveTransport { transport } | MediaCommand::AddTrack { transport, .. } => {
+                self.transports.contains_key(transport)
+            }
+            MediaCommand::RemoveTrack { track } => self.tracks.contains_key(track),
+            MediaCommand::Subscribe { transport, track, .. } => self.transports.contains_key(transport) && self.tracks.contains_key(track),
+            MediaCommand::SetSelection { subscription, .. } | MediaCommand::Unsubscribe { subscription } => {
+                self.subscriptions.contains_key(subscription)
+            }
+        }
     }
 
     /// Keeps account of what the lobby has asked for, and sees to it that it asks for nothing across rooms.
@@ -945,10 +1029,11 @@ impl World {
         self.tally.to_engines_bytes += datagram.bytes.len() as u64;
         self.tally.rtp_to_engines += is_rtp;
         if let (Class::Rtp, Some(header)) = (class, Header::parse(&datagram.bytes)) {
-            let fate = match session.expects[half as usize].contains(&header.ssrc) {
-                false => &mut session.arrivals.of_unknown_ssrc,
-                true if session.connected[half as usize].is_none() => &mut session.arrivals.unkeyed,
-                true => &mut session.arrivals.expected,
+            let is_expected = session.expects[half as usize].contains(&header.ssrc) && session.connected[half as usize].is_some();
+            let fate = if is_expected {
+                &mut session.arrivals.expected
+            } else {
+                &mut session.arrivals.early
             };
             *fate += 1;
         }
@@ -1002,7 +1087,7 @@ impl World {
                             format!("session {index} lost its {half:?} connection: {failure:?}")
                         });
                     }
-                    Event::IceConnected { .. } | Event::FirstMedia { .. } => {}
+                    Event::IceConnected { .. } | Event::IceRestarted { .. } | Event::FirstMedia { .. } => {}
                 }
             }
         }
@@ -1014,25 +1099,33 @@ impl World {
         let mut parameters = Vec::new();
         for track in &session.client.tracks {
             let Some(negotiated) = &track.negotiated else { continue };
-            let number = u8::from(track.local.kind == Kind::Video);
+            let kind = track.local.kind;
             let first_frame_at = self.now + Duration::from_millis(2 + u64::from(session.person.index * 7 % 20));
-            self.roster.set_published(session.person.index, number, first_frame_at);
+            let source = |layer| clips().source(kind, track.ssrcs.len() > 1, layer);
+            let bitrate = (0..track.ssrcs.len()).map(|layer| source(layer).bitrate().bps()).sum();
+            let id = |extension| negotiated.extensions.id(extension);
             for (layer, (ssrc, rtx_ssrc)) in track.ssrcs.iter().enumerate() {
                 parameters.push(SendParameters {
-                    source: clips().source(track.local.kind, track.ssrcs.len() > 1, layer),
+                    source: source(layer),
                     ssrc: *ssrc,
                     rtx_ssrc: *rtx_ssrc,
                     payload_type: negotiated.payload_type,
                     rtx_payload_type: negotiated.rtx_payload_type,
-                    audio_level_extension: negotiated
-                        .extensions
-                        .id(Extension::AudioLevel)
-                        .filter(|_| track.local.kind == Kind::Audio),
+                    audio_level_extension: id(Extension::AudioLevel).filter(|_| kind == Kind::Audio),
+                    simulcast: track.local.rids.get(layer).map(|rid| SimulcastLayer {
+                        mid: negotiated.mid.clone(),
+                        rid: rid.as_str().into(),
+                        mid_extension: id(Extension::Mid).expect("mid"),
+                        rid_extension: id(Extension::Rid).expect("rid"),
+                        repaired_rid_extension: id(Extension::RepairedRid),
+                        track_bitrate: Bitrate::from_bps(bitrate),
+                    }),
+                    talk: None,
                     pacing: session.person.pacing,
                     identity: FrameIdentity {
                         run: RUN,
                         origin: session.person.index,
-                        track: number,
+                        track: track_number(kind),
                         layer: layer as u8,
                         ..FrameIdentity::default()
                     },

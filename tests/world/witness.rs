@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use throng::measure::Kind;
-use throng::transport::peer::{Identity, Peer, PeerEvent, PeerParameters};
+use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
 use throng::transport::rtcp::Writer;
 use throng::transport::rtp::{Datagram as Class, Header, classify, split_rtx};
 use throng::transport::sdp::RemoteTrack;
@@ -28,8 +28,8 @@ const KEY_FRAME_RETRY: Duration = Duration::from_millis(500);
 pub struct Fates {
     pub taken: u64,
     pub repeated: u64,
-    pub of_unknown_ssrc: u64,
-    pub unkeyed: u64,
+    /// Of no stream that was ever announced.
+    pub unread: u64,
     pub broken: u64,
 }
 
@@ -74,12 +74,14 @@ struct Connection {
     former: Vec<Stream>,
     /// Retransmission SSRCs, and the media's.
     rtx: BTreeMap<u32, u32>,
+    /// Packets that came before what names their SSRC, or before the keys.
+    early: Vec<(Vec<u8>, Time)>,
 }
 
 #[derive(Default)]
 pub struct Witness {
     connections: BTreeMap<Half, Connection>,
-    pub fates: Fates,
+    fates: Fates,
     pub failed: bool,
 }
 
@@ -92,8 +94,15 @@ impl Witness {
             streams: BTreeMap::new(),
             former: Vec::new(),
             rtx: BTreeMap::new(),
+            early: Vec::new(),
         };
         self.connections.insert(half, connection);
+    }
+
+    pub fn restart_ice(&mut self, half: Half, local: &IceCredentials, remote: &IceCredentials, candidates: &[SocketAddr], now: Time) {
+        let Some(connection) = self.connections.get_mut(&half) else { return };
+        connection.peer.restart_ice(local, remote, now);
+        candidates.iter().for_each(|address| connection.peer.add_remote_candidate(*address, now));
     }
 
     pub fn handle_streams(&mut self, half: Half, removed: &[RemoteTrack], added: &[RemoteTrack]) {
@@ -105,10 +114,19 @@ impl Witness {
             connection.rtx.extend(track.rtx_ssrc.map(|rtx| (rtx, track.ssrc)));
             connection.streams.entry(track.ssrc).or_insert_with(|| Stream::new(track));
         }
+        connection.take_early(&mut self.fates);
     }
 
     pub fn is_connected(&self, half: Half) -> bool {
         self.connections.get(&half).is_some_and(|connection| connection.connected)
+    }
+
+    pub fn fates(&self) -> Fates {
+        let early = self.connections.values().map(|connection| connection.early.len() as u64);
+        Fates {
+            unread: early.sum(),
+            ..self.fates
+        }
     }
 
     /// Every stream that there was.
@@ -126,6 +144,7 @@ impl Witness {
             _ => {
                 connection.peer.handle_setup_datagram(&datagram.bytes, datagram.from, now);
                 self.failed |= connection.advance(now, out);
+                connection.take_early(&mut self.fates);
             }
         }
     }
@@ -171,18 +190,21 @@ impl Connection {
         failed
     }
 
+    fn take_early(&mut self, fates: &mut Fates) {
+        for (mut bytes, arrival) in std::mem::take(&mut self.early) {
+            self.handle_rtp(&mut bytes, arrival, fates);
+        }
+    }
+
     fn handle_rtp(&mut self, bytes: &mut [u8], now: Time, fates: &mut Fates) {
         let Some(header) = Header::parse(bytes) else {
             fates.broken += 1;
             return;
         };
         let media = self.rtx.get(&header.ssrc).copied();
-        let Some(stream) = self.streams.get_mut(&media.unwrap_or(header.ssrc)) else {
-            fates.of_unknown_ssrc += 1;
-            return;
-        };
-        let Some(opener) = self.peer.opener() else {
-            fates.unkeyed += 1;
+        let stream = self.streams.get_mut(&media.unwrap_or(header.ssrc));
+        let (Some(stream), Some(opener)) = (stream, self.peer.opener()) else {
+            self.early.push((bytes.to_vec(), now));
             return;
         };
         let is_rtx = media.is_some();
