@@ -40,6 +40,9 @@ const RESTART: u64 = 3_000;
 /// So many packets may have come before the one that a subscriber can begin with, where that was late. They are half of what is kept: nothing that the
 /// subscriber gets from then on is beyond repair.
 const CATCH_UP_MAX: u64 = 256;
+/// So old may that packet be, by the publisher's clock. A repair takes a few round trips; a picture that was missing for longer is worth no step back in time,
+/// and the next key frame is on its way.
+const CATCH_UP_TIME_MAX: Duration = Duration::from_millis(500);
 /// Clocks that disagree by more than this are not believed: the arrival times say how far apart two packets are.
 const CLOCK_ERROR_MAX: Duration = Duration::from_secs(5);
 /// Bytes of padding in a packet that only holds a place.
@@ -403,8 +406,7 @@ impl Subscription {
             self.wants_key_frame = self.kind == Kind::Video;
         }
         let starts_key_frame = matches!(entry.content, Content::Video { starts_key_frame: true, .. });
-        let newest = encodings[usize::from(layer)].highest().unwrap_or(entry.ext);
-        let is_recent = newest.saturating_sub(entry.ext) <= CATCH_UP_MAX;
+        let is_recent = is_recent(&encodings[usize::from(layer)], entry, format);
         let may_begin = self.target == Some(layer) && is_recent && (starts_key_frame || self.kind == Kind::Audio) && entry.content != Content::Empty;
         if self.current != Some(layer) && may_begin {
             self.begin(encodings, layer, entry, format);
@@ -691,6 +693,16 @@ enum Admission {
     Placed,
     /// A segment begins with it.
     Begins,
+}
+
+/// Whether a subscriber may begin with a packet: what came before it is soon caught up with.
+fn is_recent(encoding: &Ingest, entry: &Entry, format: &Format) -> bool {
+    let Some((newest, _)) = encoding.highest().and_then(|newest| encoding.find(newest)) else {
+        return true;
+    };
+    let behind = newest.rtp_time.wrapping_sub(entry.rtp_time) as i32;
+    let limit = CATCH_UP_TIME_MAX.as_millis() as i64 * i64::from(format.clock_rate) / 1_000;
+    newest.ext.saturating_sub(entry.ext) <= CATCH_UP_MAX && i64::from(behind) <= limit
 }
 
 /// What to add to timestamps of layer `to` beyond what layer `from` has: both are stamps of one clock, by the sender reports of each.

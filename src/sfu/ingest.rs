@@ -293,7 +293,6 @@ impl Ingest {
         descriptor.picture_id = descriptor.picture_id.map(|id| PictureId::Long(self.unwrapped(id)));
         if starts_key_frame {
             self.key_frames += 1;
-            self.key_frame_wanted = false;
         }
         Content::Video {
             descriptor,
