@@ -342,9 +342,8 @@ impl RecvStream {
                     media.freezes += 1;
                     self.freezes += 1;
                 }
-                if !video.first_decoded && self.origin.is_some() {
-                    video.first_decoded = true;
-                    self.record_first_frame(frame.decoded_at, context);
+                if !video.first_decoded && self.origin.is_some() && !self.is_unwanted() {
+                    self.take_first_frame(frame.decoded_at, context);
                 }
             }
         }
@@ -362,8 +361,7 @@ impl RecvStream {
             context.record.session.frames_misrouted += 1;
             return;
         }
-        if self.unwatched && self.ledger.is_empty() {
-            // Under way before the server heard that nobody wants it: it makes no track live.
+        if self.is_unwanted() {
             return;
         }
         if !self.live && (self.parameters.kind == Kind::Audio || decodable) {
@@ -385,6 +383,11 @@ impl RecvStream {
         }
     }
 
+    /// What comes was under way before the server heard that nobody wants it: it makes no track live.
+    fn is_unwanted(&self) -> bool {
+        self.unwatched && self.ledger.is_empty()
+    }
+
     fn go_live(&mut self, at: Time, context: &mut StreamContext<'_>) {
         self.live = true;
         let since = self.subscription_start(context);
@@ -399,7 +402,14 @@ impl RecvStream {
         }
     }
 
-    fn record_first_frame(&mut self, at: Time, context: &mut StreamContext<'_>) {
+    /// The first picture that a decoder has made of this stream.
+    fn take_first_frame(&mut self, at: Time, context: &mut StreamContext<'_>) {
+        if !self.live {
+            self.go_live(at, context);
+        }
+        if let Some(video) = &mut self.video {
+            video.first_decoded = true;
+        }
         let since = self.subscription_start(context);
         context.record.video.first_frame.record(at.since(since));
     }
