@@ -148,7 +148,7 @@ fn what_is_wrong_on_purpose_is_noticed() {
     let seed = (1..).find(|seed| Plan::draw(*seed).rooms > Plan::draw(*seed).routers).unwrap();
     for (defect, rules) in [
         (Defect::LinkSwallows, &[Rule::RoutersAccount, Rule::EnginesAccount][..]),
-        (Defect::LinkCorrupts, &[Rule::RoutersAccount, Rule::NobodyForges, Rule::EnginesAccount]),
+        (Defect::LinkCorrupts, &[Rule::RoutersAccount, Rule::NobodyForges, Rule::WitnessesAccount]),
         (Defect::RemovalForgotten, &[Rule::RoutersForwardAll, Rule::AllArePresent]),
         (
             Defect::SubscribeForgotten,

@@ -1,5 +1,8 @@
 //! A participant's signalling, sans-IO: what `signal::session` does in a real run. Messages go in; requests, and what is to be done with its media, come out.
 
+// LiveKit calls the layers of a track's description deprecated, and fills them all the same.
+#![allow(deprecated)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;

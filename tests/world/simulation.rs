@@ -215,7 +215,6 @@ pub struct World {
     pub lobby: Lobby,
     pub routers: Vec<Router>,
     router_outlets: Vec<RouterOutlet>,
-    pub roster: Arc<Roster>,
     identity: Identity,
     connections: BTreeMap<ConnectionId, usize>,
     /// Which session a connection belongs to, by the lobby's commands.
@@ -268,7 +267,7 @@ impl World {
         let roster = Arc::new(Roster::new(RUN, plan.people.iter().map(|person| person.room)));
         let config = ShardConfig {
             identity: identity.clone(),
-            roster: roster.clone(),
+            roster,
             epoch,
         };
         let mut keys = vec![Vec::new(); plan.shards];
@@ -307,7 +306,6 @@ impl World {
                     buffer: vec![0; throng::net::SEND_BYTES_MAX],
                 })
                 .collect(),
-            roster,
             identity: identity.clone(),
             connections: BTreeMap::new(),
             transports: BTreeMap::new(),

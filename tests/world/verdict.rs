@@ -20,8 +20,9 @@ const VIDEO_TICKS_PER_MS: i64 = 90;
 const AUDIO_TICKS_PER_MS: i64 = 48;
 /// A frame's slot is rounded up to the engine's beat; its timestamp is not.
 const SLOT_ROUNDING_MS: i64 = 1;
-/// Over a switch the clocks of two layers meet by way of their sender reports, or of arrival times before there are any.
-const SWITCH_ERROR_MS: i64 = 400;
+/// Over a switch the clocks of two layers meet by way of their sender reports, or of arrival times before there are any. A router may begin with a key frame
+/// that is half a second old.
+const SWITCH_ERROR_MS: i64 = 600;
 
 /// Counters of a router that stay at 0 where everybody is honest and links lose, repeat and delay.
 const HARM: [&str; 6] = [
