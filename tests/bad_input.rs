@@ -150,7 +150,10 @@ fn what_the_flags_cannot_have_is_refused_before_anything_is_connected_to() {
             &["--video-publishers", "1", "--video-resolution", "low", "--video-bitrate", "100M"],
             "cannot fill 100 Mbps: ask for",
         ),
-        (&["--video-publishers", "1", "--video-bitrate", "10k"], "does not fit 10 kbps: ask for"),
+        (
+            &["--video-publishers", "1", "--no-simulcast", "--video-bitrate", "10k"],
+            "does not fit 10 kbps: ask for",
+        ),
         (
             &["--publishers", "1", "--audio-frame", "60ms", "--audio-bitrate", "500k"],
             "500 kbps is too high for audio frames of 60ms: ask for",
