@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use super::judge::Loss;
-use super::{Judgement, Judging, Outcome, VERSION, Verdict, judge};
+use super::{Judgement, Judging, Outcome, TargetKind, VERSION, Verdict, judge};
 use crate::measure::{Histogram, Kind, Media};
 use crate::plan::{Plan, Resources, Shape, VideoSpec};
 use crate::sfu::SendMode;
@@ -156,8 +156,13 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
 
 fn head(outcome: &Outcome, style: Style) -> String {
     let plan = &outcome.plan;
+    // Our own SFU is named already where we started it.
     let version = outcome.target.server_version.as_deref().filter(|_| !plan.target.is_embedded());
-    let server = version.map(|version| format!(", LiveKit {version}")).unwrap_or_default();
+    let product = match outcome.target.kind {
+        TargetKind::LiveKit => "LiveKit",
+        TargetKind::Embedded => "throng sfu",
+    };
+    let server = version.map(|version| format!(", {product} {version}")).unwrap_or_default();
     let title = format!("{}{server}, {}", plan.target, connection(plan));
     let layers = plan.video_layers().len();
     let layers = (plan.shape.video_publishers > 0 && layers > 1).then(|| format!("{layers} layers"));

@@ -160,6 +160,7 @@ struct SessionBook {
     /// Were in, and are not now.
     gone: u32,
     server_version: Option<String>,
+    embedded_sfu: bool,
     failures: BTreeMap<String, u64>,
     ended: BTreeMap<u32, Ended>,
 }
@@ -413,7 +414,10 @@ impl<'a> Test<'a> {
             }
             Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
             Notice::SpeakersChanged => session.speaker_updates += 1,
-            Notice::Server { version } => self.sessions.server_version = Some(version).filter(|version| !version.is_empty()),
+            Notice::Server { version, embedded_sfu } => {
+                self.sessions.server_version = Some(version).filter(|version| !version.is_empty());
+                self.sessions.embedded_sfu = embedded_sfu;
+            }
             Notice::Ended(ended) => drop(self.sessions.ended.insert(ended.index, *ended)),
         }
     }
@@ -599,7 +603,7 @@ impl<'a> Test<'a> {
             plan: self.plan.clone(),
             judging: run.judging.clone(),
             target: TargetInfo {
-                kind: if run.plan.target.is_embedded() {
+                kind: if run.plan.target.is_embedded() || self.sessions.embedded_sfu {
                     TargetKind::Embedded
                 } else {
                     TargetKind::LiveKit

@@ -28,6 +28,9 @@ use crate::transport::peer::{IceCredentials, PeerFailure};
 use crate::transport::sdp::{ExtensionIds, Fingerprint};
 use crate::units::Time;
 
+/// What the embedded SFU calls itself towards clients (`server_info.node_id`), so that nobody takes its version for one of LiveKit's.
+pub const NODE_ID: &str = "throng";
+
 /// What the names of the embedded SFU's threads start with.
 pub const THREAD_PREFIX: &str = "sfu-";
 

@@ -677,6 +677,8 @@ pub struct Join {
     pub participant_sid: String,
     pub identity: String,
     pub server_version: String,
+    /// The server is throng's embedded SFU, and its version throng's own.
+    pub embedded_sfu: bool,
     pub server_protocol: i32,
     pub server_region: String,
     /// Whether the subscriber connection must be up for the session to count as connected.
@@ -867,6 +869,7 @@ impl Join {
             } else {
                 server.version
             },
+            embedded_sfu: server.node_id == crate::sfu::NODE_ID,
             server_protocol: server.protocol,
             server_region: server.region,
             subscriber_primary: join.subscriber_primary,

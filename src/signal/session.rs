@@ -128,6 +128,7 @@ pub enum Notice {
     SpeakersChanged,
     Server {
         version: String,
+        embedded_sfu: bool,
     },
     /// The last one.
     Ended(Box<Ended>),
@@ -471,6 +472,7 @@ impl Session {
         self.sid.clone_from(&join.participant_sid);
         self.notify(Notice::Server {
             version: join.server_version.clone(),
+            embedded_sfu: join.embedded_sfu,
         });
         signal.set_ping(join.ping_interval, join.ping_timeout);
         if !self.context.single_connection {
