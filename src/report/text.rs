@@ -163,7 +163,7 @@ fn head(outcome: &Outcome, style: Style) -> String {
         TargetKind::Embedded => "throng sfu",
     };
     let server = version.map(|version| format!(", {product} {version}")).unwrap_or_default();
-    let title = format!("{}{server}, {}", plan.target, connection(plan));
+    let title = format!("{}{server}, {} connection", plan.target, plan.connection.name());
     let layers = plan.video_layers().len();
     let layers = (plan.shape.video_publishers > 0 && layers > 1).then(|| format!("{layers} layers"));
     let habits: Vec<String> = layers.into_iter().chain(habits(plan)).collect();
@@ -495,12 +495,15 @@ fn generator(outcome: &Outcome, style: Style) -> String {
         "n/a".to_owned()
     };
     let mut text = format!(
-        "{} {}, {}, {cores} cores, {}/packet, {}/participant\n",
+        "{} {}, {}, {cores} cores, {}/packet{}\n",
         style.bold("Generator "),
         if health.valid { "valid" } else { "INVALID" },
         count(health.threads as u64, "thread"),
         maybe(health.us_per_packet, |us| format!("{us:.2} us")),
-        maybe(health.bytes_per_participant, |bytes| scaled(bytes as f64, "B")),
+        health
+            .bytes_per_participant
+            .map(|bytes| format!(", {}/participant", scaled(bytes as f64, "B")))
+            .unwrap_or_default(),
     );
     let pair = |histogram: &Histogram| {
         format!(
