@@ -93,8 +93,18 @@ pub struct LobbyStatistics {
     pub published_video: usize,
     pub subscribed_audio: usize,
     pub subscribed_video: usize,
-    /// Participants since the start.
+    pub since_start: LobbyTotals,
+}
+
+/// What there has been since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LobbyTotals {
+    /// Participants whose WebSocket opened; one who comes back counts again.
     pub joins: u64,
+    /// Of those, the ones whose media connection came up.
+    pub active: u64,
+    pub published: u64,
+    pub subscribed: u64,
 }
 
 pub struct Lobby {
@@ -102,7 +112,6 @@ pub struct Lobby {
     rooms: BTreeMap<RoomId, Room>,
     /// Looked up, never iterated.
     names: HashMap<String, RoomId>,
-    joins: u64,
 }
 
 impl Lobby {
@@ -114,6 +123,7 @@ impl Lobby {
                 fingerprint: config.fingerprint,
                 loads: vec![0; config.routers.len()],
                 routers: config.routers,
+                totals: LobbyTotals::default(),
                 outputs: VecDeque::new(),
                 timers: BTreeSet::new(),
                 connections: HashMap::new(),
@@ -122,7 +132,6 @@ impl Lobby {
             },
             rooms: BTreeMap::new(),
             names: HashMap::new(),
-            joins: 0,
         }
     }
 
@@ -131,7 +140,7 @@ impl Lobby {
         let connection = self.shared.ids.connection();
         match &entry.resume {
             None => {
-                self.joins += 1;
+                self.shared.totals.joins += 1;
                 let room = self.find_or_open(&entry.room, now);
                 if let Some(room) = self.rooms.get_mut(&room) {
                     room.handle_join(&mut self.shared, connection, entry, now);
@@ -265,7 +274,7 @@ impl Lobby {
     pub fn statistics(&self) -> LobbyStatistics {
         let mut statistics = LobbyStatistics {
             rooms: self.rooms.len(),
-            joins: self.joins,
+            since_start: self.shared.totals,
             ..LobbyStatistics::default()
         };
         self.rooms.values().for_each(|room| room.count(&mut statistics));
@@ -328,6 +337,7 @@ pub(super) struct Shared {
     routers: Vec<SocketAddr>,
     /// Participants on each router.
     loads: Vec<usize>,
+    pub totals: LobbyTotals,
     outputs: VecDeque<Output>,
     timers: BTreeSet<(Time, Timer)>,
     // Looked up, never iterated.

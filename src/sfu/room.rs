@@ -325,6 +325,7 @@ impl Room {
     pub fn handle_connected(&mut self, shared: &mut Shared, session: SessionId, transport: TransportId, now: Time) {
         let primary = self.participants.get(&session).filter(|participant| participant.primary() == transport);
         if primary.is_some_and(|participant| !participant.is_active()) {
+            shared.totals.active += 1;
             self.change_state(shared, session, State::Active, now);
         }
     }
@@ -703,6 +704,7 @@ impl Room {
             }
         }
         let id = shared.ids.track();
+        shared.totals.published += 1;
         let command = MediaCommand::AddTrack {
             transport: participant.answering.transport,
             track: id,
@@ -912,6 +914,7 @@ impl Room {
         };
         let (selection, wish) = (track.selection(&subscription.settings), track.wish(&subscription.settings));
         subscription.live = Some(Live { selection, wish });
+        shared.totals.subscribed += 1;
         shared.command(
             self.router,
             MediaCommand::Subscribe {

@@ -27,13 +27,20 @@ fn page(statistics: &ServerStatistics) -> String {
     };
     family("gauge", "room_total", &[("", lobby.rooms as u64)]);
     family("gauge", "participant_total", &[("", lobby.participants as u64)]);
-    family("counter", "participant_join_total", &[(r#"{state="signal_connected"}"#, lobby.joins)]);
+    let totals = &lobby.since_start;
+    let states = [
+        (r#"{state="signal_connected"}"#, totals.joins),
+        (r#"{state="rtc_active"}"#, totals.active),
+    ];
+    family("counter", "participant_join_total", &states);
+    family("counter", "track_publish_counter", &[(r#"{state="success"}"#, totals.published)]);
+    family("counter", "track_subscribe_counter", &[(r#"{state="success"}"#, totals.subscribed)]);
     let kinds = |audio: usize, video: usize| [(r#"{kind="AUDIO"}"#, audio as u64), (r#"{kind="VIDEO"}"#, video as u64)];
     family("gauge", "track_published_total", &kinds(lobby.published_audio, lobby.published_video));
     family("gauge", "track_subscribed_total", &kinds(lobby.subscribed_audio, lobby.subscribed_video));
-    const IN: &str = r#"{direction="incoming",transmission="primary"}"#;
+    const IN: &str = r#"{direction="incoming",transmission="initial"}"#;
     const IN_AGAIN: &str = r#"{direction="incoming",transmission="retransmit"}"#;
-    const OUT: &str = r#"{direction="outgoing",transmission="primary"}"#;
+    const OUT: &str = r#"{direction="outgoing",transmission="initial"}"#;
     const OUT_AGAIN: &str = r#"{direction="outgoing",transmission="retransmit"}"#;
     let packets = [
         (IN, media.media_in),
@@ -73,7 +80,7 @@ mod tests {
             "{page}"
         );
         assert!(
-            page.contains("livekit_packet_total{direction=\"outgoing\",transmission=\"primary\"} 70\n"),
+            page.contains("livekit_packet_total{direction=\"outgoing\",transmission=\"initial\"} 70\n"),
             "{page}"
         );
         let samples = page.lines().filter(|line| !line.starts_with('#'));
@@ -85,7 +92,7 @@ mod tests {
         let own = samples.clone().filter(|line| line.starts_with("throng_sfu_"));
         assert_eq!(
             (samples.count() - own.clone().count(), own.count()),
-            (19, statistics.media.counters().count())
+            (22, statistics.media.counters().count())
         );
     }
 }
