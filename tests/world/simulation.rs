@@ -343,10 +343,10 @@ impl World {
         let end = self.now + FORGOTTEN;
         loop {
             let next = self.routers.iter().map(Router::next_timeout).fold(self.lobby.next_timeout(), Time::min);
-            if next > end {
+            if next.max(self.now) > end {
                 break;
             }
-            // Never twice at one moment: a timer that stays due is told of, and not waited for.
+            // A timer that stays due is told of, and not waited for.
             self.now = next.max(self.now + TICK);
             self.server_turn();
         }
@@ -1075,7 +1075,7 @@ impl World {
                     Event::Connected { at, .. } => {
                         self.note(at.as_nanos());
                         self.sessions[index].connected[half as usize] = Some(at);
-                        if half == Half::Publisher {
+                        if half == Half::Publisher && !self.draining {
                             self.publish(index);
                         }
                     }
