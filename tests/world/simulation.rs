@@ -26,7 +26,7 @@ use crate::client::{Client, Half, Todo};
 use crate::link::{Datagram, Link, Outlet};
 use crate::media::clips;
 use crate::plan::{ACTIVE, DRAIN, Person, Plan, Role};
-use crate::witness::Witness;
+use crate::witness::{Tampering, Witness};
 
 pub const TICK: Duration = Duration::from_millis(1);
 pub const RUN: u32 = 77;
@@ -49,6 +49,8 @@ pub enum Defect {
     RoomsMixed,
     /// A router is not told that time has passed.
     TimerForgotten,
+    /// What a router might do to the media that a witness gets.
+    Media(Tampering),
 }
 
 /// What must hold in every world.
@@ -349,6 +351,16 @@ impl World {
             // A timer that stays due is told of, and not waited for.
             self.now = next.max(self.now + TICK);
             self.server_turn();
+        }
+    }
+
+    /// Applies a defect of the media, if one is planted.
+    pub fn tamper(&mut self) {
+        let Some(Defect::Media(tampering)) = self.defect else { return };
+        for session in &mut self.sessions {
+            if let Receiver::Witness(witness) = &mut session.receiver {
+                self.defects_done += witness.tamper(tampering);
+            }
         }
     }
 

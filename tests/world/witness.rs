@@ -8,6 +8,7 @@ use std::time::Duration;
 use throng::measure::Kind;
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
 use throng::transport::rtcp::Writer;
+use throng::transport::rtp::vp8::Descriptor;
 use throng::transport::rtp::{Datagram as Class, Header, classify, split_rtx};
 use throng::transport::sdp::RemoteTrack;
 use throng::transport::sequence::{Seq, SeqExtender};
@@ -31,6 +32,19 @@ pub struct Fates {
     /// Of no stream that was ever announced.
     pub unread: u64,
     pub broken: u64,
+}
+
+/// What may be wrong with a stream although every packet of it is authentic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tampering {
+    /// One byte of one frame is another.
+    Byte,
+    /// A frame is left out without a hole in the numbers.
+    Frame,
+    /// From one frame on timestamps are a second ahead.
+    Time,
+    /// From one frame on picture ids are one ahead.
+    Picture,
 }
 
 /// One packet, opened.
@@ -127,6 +141,13 @@ impl Witness {
             unread: early.sum(),
             ..self.fates
         }
+    }
+
+    /// Spoils what it has kept of video. Returns how many streams it was.
+    pub fn tamper(&mut self, tampering: Tampering) -> u64 {
+        let connections = self.connections.values_mut();
+        let streams = connections.flat_map(|connection| connection.former.iter_mut().chain(connection.streams.values_mut()));
+        streams.filter_map(|stream| stream.tamper(tampering)).count() as u64
     }
 
     /// Every stream that there was.
@@ -305,6 +326,27 @@ impl Stream {
         }
     }
 
+    /// From the third frame on that is no key frame, so that there is something to go on from.
+    fn tamper(&mut self, tampering: Tampering) -> Option<()> {
+        let starts = |kept: &Kept| Descriptor::parse(&kept.payload).is_some_and(|(descriptor, _)| descriptor.starts_frame());
+        let inter_frames = self.packets.iter().filter(|(_, kept)| starts(kept) && !starts_key_frame(&kept.payload));
+        let (from, rtp_time) = inter_frames.map(|(number, kept)| (*number, kept.rtp_time)).nth(2)?;
+        let later = self.packets.split_off(&from);
+        let in_frame = later.values().take_while(|kept| kept.rtp_time == rtp_time).count() as u64;
+        for (number, mut kept) in later {
+            match tampering {
+                Tampering::Byte if number == from => *kept.payload.get_mut(20)? ^= 1,
+                Tampering::Frame if kept.rtp_time == rtp_time => continue,
+                Tampering::Time => kept.rtp_time = kept.rtp_time.wrapping_add(90_000),
+                Tampering::Picture => kept.payload[3] = kept.payload[3].wrapping_add(1),
+                Tampering::Byte | Tampering::Frame => {}
+            }
+            let number = if tampering == Tampering::Frame { number - in_frame } else { number };
+            self.packets.insert(number, kept);
+        }
+        Some(())
+    }
+
     fn poll_missing(&mut self, now: Time) -> Vec<Seq> {
         let mut due = Vec::new();
         let mut given_up = None;
@@ -341,6 +383,5 @@ impl Stream {
 }
 
 fn starts_key_frame(payload: &[u8]) -> bool {
-    use throng::transport::rtp::vp8::Descriptor;
     Descriptor::parse(payload).is_some_and(|(descriptor, len)| payload.len() > len && descriptor.starts_key_frame(&payload[len..]))
 }
