@@ -174,3 +174,47 @@ fn what_is_wrong_on_purpose_is_noticed() {
         }
     }
 }
+
+/// What a world is for: all of this happens in some of them.
+const EXPECTED: &[&str] = &[
+    "world.sessions resumed",
+    "world.sessions replaced",
+    "world.ICE restarts",
+    "audio.packets_repaired",
+    "audio.packets_lost",
+    "video.packets_repaired",
+    "video.packets_lost",
+    "video.packets_reordered",
+    "video.frames_late",
+    "video.freezes",
+    "video.layer_switch count",
+    "video.pli_received_to_key_sent count",
+    "session.plis_sent",
+    "router 0.repairs_in",
+    "router 0.resends_out",
+    "router 0.resends_exhausted",
+    "router 0.plis_out",
+    "router 0.media_out_recalled",
+    "router 0.refused_replayed",
+    "router 0.refused_duplicate",
+    "router 0.refused_unknown_address",
+    "router 0.refused_unknown_ufrag",
+    "router 0.withheld_disabled",
+    "router 0.withheld_unconnected",
+    "router 0.withheld_layer",
+    "router 0.withheld_key_frame",
+    "router 0.withheld_late",
+    "router 1.media_out",
+];
+
+#[test]
+fn worlds_see_everything_that_they_are_for() {
+    let mut sums = BTreeMap::new();
+    for seed in 1..61 {
+        for (name, number) in live(seed, None).account.numbers {
+            *sums.entry(name).or_insert(0) += number;
+        }
+    }
+    let missing: Vec<_> = EXPECTED.iter().filter(|name| sums.get(**name).is_none_or(|sum| *sum == 0)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}

@@ -197,6 +197,9 @@ pub struct Tally {
     pub rtp_by_engines: u64,
     /// Packets that a router took, times the subscribers of their track.
     pub fan_out: u64,
+    pub sessions_resumed: u64,
+    pub sessions_replaced: u64,
+    pub ice_restarts: u64,
 }
 
 /// Where a track came from, by the lobby's commands.
@@ -485,6 +488,7 @@ impl World {
         let connection = self.sessions[index].connection;
         match (word, connection) {
             (ToServer::Entry(entry), _) => {
+                self.tally.sessions_resumed += u64::from(entry.resume.is_some());
                 let connection = self.lobby.handle_entry(*entry, self.now);
                 self.sessions[index].connection = Some(connection);
                 self.connections.insert(connection, index);
@@ -559,6 +563,7 @@ impl World {
     }
 
     fn restart_ice(&mut self, index: usize, half: Half, local: IceCredentials, remote: IceCredentials, remote_candidates: Vec<SocketAddr>) {
+        self.tally.ice_restarts += 1;
         if let Receiver::Witness(witness) = &mut self.sessions[index].receiver {
             return witness.restart_ice(half, &local, &remote, &remote_candidates, self.now);
         }
@@ -601,6 +606,7 @@ impl World {
         let is_replaced = self.sessions[index + 1..]
             .iter()
             .any(|later| later.stage == Stage::In && later.person.identity == *identity);
+        self.tally.sessions_replaced += u64::from(is_replaced);
         self.check(Rule::SessionsLast, is_replaced, || format!("the server ended session {index}: {reason}"));
     }
 

@@ -225,7 +225,7 @@ fn streams_and_record(outcomes: &[PeerOutcome], record: &Record, kind: Kind) -> 
 
 /// What is timed is timed once each time that it is counted.
 fn check_histograms(world: &mut World, record: &Record) {
-    let (audio, video, session) = (&record.audio, &record.video, &record.session);
+    let (audio, video) = (&record.audio, &record.video);
     for (name, media) in [("audio", audio), ("video", video)] {
         for (what, histogram, counter) in [
             ("one-way latencies", media.one_way_latency.count(), media.frames_delivered),
@@ -256,7 +256,6 @@ fn check_histograms(world: &mut World, record: &Record) {
     let frames = audio.frames_sent + video.frames_sent;
     let lags = record.engine.send_lag.count();
     world.check(Rule::HistogramsCount, lags == frames, || format!("{lags} send lags of {frames} frames"));
-    let _ = session;
 }
 
 /// Where nothing was lost and nobody intervened, every frame has arrived.
@@ -665,6 +664,14 @@ fn account(world: &World, record: &Record) -> Account {
         numbers.extend(digest_of(&format!("session.{histogram}"), values));
     }
     numbers.extend(record.engine.counters().map(|(counter, count)| (format!("engine.{counter}"), count)));
+    for (what, count) in [
+        ("sessions resumed", world.tally.sessions_resumed),
+        ("sessions replaced", world.tally.sessions_replaced),
+        ("ICE restarts", world.tally.ice_restarts),
+        ("packets for subscribers", world.tally.fan_out),
+    ] {
+        numbers.push((format!("world.{what}"), count));
+    }
     for (index, router) in world.routers.iter().enumerate() {
         let statistics = router.statistics();
         let counters = statistics.counters().filter(|(name, _)| !matches!(*name, "bytes_in" | "bytes_out"));
