@@ -35,7 +35,7 @@ impl Half {
 
 /// What a message brought about.
 pub enum Todo {
-    Send(Request),
+    Send(Box<Request>),
     AddPeer {
         half: Half,
         parameters: PeerParameters,
@@ -70,6 +70,12 @@ pub enum Todo {
     LoseSignal(Duration),
     /// The server has ended the session, for this reason.
     Gone(String),
+}
+
+impl Todo {
+    fn send(request: Request) -> Todo {
+        Todo::Send(Box::new(request))
+    }
 }
 
 pub struct Track {
@@ -200,7 +206,7 @@ impl Client {
                 join.other_participants.iter().for_each(|other| self.handle_participant(other));
                 if !self.person.single {
                     let requests = self.tracks.iter().map(|track| add_track_request(track, &self.person));
-                    todo.extend(requests.map(|request| Todo::Send(Request::AddTrack(request))));
+                    todo.extend(requests.map(|request| Todo::send(Request::AddTrack(request))));
                 }
             }
             Response::Update(update) => update.participants.iter().for_each(|other| self.handle_participant(other)),
@@ -221,12 +227,12 @@ impl Client {
 
     /// What was under way when the signalling broke is lost: it is said again.
     fn handle_reconnect(&mut self, todo: &mut Vec<Todo>) {
-        todo.push(Todo::Send(Request::SyncState(proto::SyncState::default())));
+        todo.push(Todo::send(Request::SyncState(proto::SyncState::default())));
         let unknown = self.tracks.iter().filter(|track| track.sid.is_none());
-        todo.extend(unknown.map(|track| Todo::Send(Request::AddTrack(add_track_request(track, &self.person)))));
+        todo.extend(unknown.map(|track| Todo::send(Request::AddTrack(add_track_request(track, &self.person)))));
         if self.offer_is_open {
             let offer = self.next_offer();
-            todo.push(Todo::Send(Request::Offer(offer)));
+            todo.push(Todo::send(Request::Offer(offer)));
         }
     }
 
@@ -255,7 +261,7 @@ impl Client {
         }
         if !self.person.single && self.offers == 0 && self.tracks.iter().all(|track| track.sid.is_some()) {
             let offer = self.next_offer();
-            todo.push(Todo::Send(Request::Offer(offer)));
+            todo.push(Todo::send(Request::Offer(offer)));
         }
     }
 
@@ -281,7 +287,7 @@ impl Client {
     fn offer_if_wanted(&mut self, todo: &mut Vec<Todo>) {
         if !self.offer_is_open && self.wanted.is_some() {
             let offer = self.next_offer();
-            todo.push(Todo::Send(Request::Offer(offer)));
+            todo.push(Todo::send(Request::Offer(offer)));
         }
     }
 
@@ -296,7 +302,7 @@ impl Client {
         self.add_peer(Half::Subscriber, &answered.remote, answered.remote.ice_lite, answered.setup, todo);
         let added = answered.added.into_iter().chain(answered.updated).collect();
         push_streams(Half::Subscriber, answered.removed, added, todo);
-        todo.push(Todo::Send(Request::Answer(proto::SessionDescription {
+        todo.push(Todo::send(Request::Answer(proto::SessionDescription {
             r#type: "answer".into(),
             sdp: answered.sdp,
             id: offer.id,
@@ -368,7 +374,7 @@ impl Client {
                 let Some((participant_sid, Other { sid, .. })) = self.choose(choice, |_| true) else {
                     return;
                 };
-                todo.push(Todo::Send(Request::Subscription(proto::UpdateSubscription {
+                todo.push(Todo::send(Request::Subscription(proto::UpdateSubscription {
                     track_sids: vec![sid.clone()],
                     subscribe: on,
                     participant_tracks: vec![proto::ParticipantTracks {
@@ -394,7 +400,7 @@ impl Client {
                     Settings::Quality(quality) => request.quality = quality.into(),
                     Settings::Height(height) => (request.width, request.height) = (height * 16 / 9, height),
                 }
-                todo.push(Todo::Send(Request::TrackSetting(request)));
+                todo.push(Todo::send(Request::TrackSetting(request)));
             }
             Act::Mute { video, on } => {
                 let kind = if video { Kind::Video } else { Kind::Audio };
@@ -405,7 +411,7 @@ impl Client {
                     .and_then(|track| track.sid.clone());
                 if let Some(sid) = sid {
                     todo.push(Todo::SetMuted { kind, muted: on });
-                    todo.push(Todo::Send(Request::Mute(proto::MuteTrackRequest { sid, muted: on })));
+                    todo.push(Todo::send(Request::Mute(proto::MuteTrackRequest { sid, muted: on })));
                 }
             }
             Act::LoseSignal { away } => todo.push(Todo::LoseSignal(away)),

@@ -111,7 +111,7 @@ impl<T> Pipe<T> {
 
 pub enum ToServer {
     Entry(Box<Entry>),
-    Request(Request),
+    Request(Box<Request>),
     Lost,
 }
 
@@ -440,7 +440,7 @@ impl World {
 
     fn leave(&mut self, index: usize, polite: bool) {
         let word = if polite {
-            ToServer::Request(Request::Leave(proto::LeaveRequest::default()))
+            ToServer::Request(Box::new(Request::Leave(proto::LeaveRequest::default())))
         } else {
             ToServer::Lost
         };
@@ -495,7 +495,7 @@ impl World {
             }
             (ToServer::Request(request), Some(connection)) => {
                 self.note(request.encoded_len() as u64);
-                let request = proto::SignalRequest { message: Some(request) };
+                let request = proto::SignalRequest { message: Some(*request) };
                 self.lobby.handle_request(connection, request, self.now);
             }
             (ToServer::Lost, Some(connection)) => {
