@@ -82,8 +82,8 @@ pub fn check_empty(world: &mut World) {
         format!("the lobby keeps what is gone: {statistics:?}")
     });
     let entered = world.sessions.iter().filter(|session| session.stage != Stage::NotYet).count() as u64;
-    world.check(Rule::AllIsForgotten, statistics.joins == entered, || {
-        format!("{} joins, and {entered} entered", statistics.joins)
+    world.check(Rule::AllIsForgotten, statistics.since_start.joins == entered, || {
+        format!("{} joins, and {entered} entered", statistics.since_start.joins)
     });
 }
 
