@@ -40,7 +40,7 @@ const RESTART: u64 = 3_000;
 /// So many packets may have come before the one that a subscriber can begin with, where that was late. They are half of what is kept: nothing that the
 /// subscriber gets from then on is beyond repair.
 const CATCH_UP_MAX: u64 = 256;
-/// So old may that packet be, by the publisher's clock. A repair takes a few round trips; a picture that was missing for longer is worth no step back in time,
+/// So old may that packet be where it starts a picture, by the publisher's clock. A repair takes a few round trips; a picture that was missing for longer is worth no step back in time,
 /// and the next key frame is on its way.
 const CATCH_UP_TIME_MAX: Duration = Duration::from_millis(500);
 /// Clocks that disagree by more than this are not believed: the arrival times say how far apart two packets are.
@@ -702,7 +702,7 @@ fn is_recent(encoding: &Ingest, entry: &Entry, format: &Format) -> bool {
     };
     let behind = newest.rtp_time.wrapping_sub(entry.rtp_time) as i32;
     let limit = CATCH_UP_TIME_MAX.as_millis() as i64 * i64::from(format.clock_rate) / 1_000;
-    newest.ext.saturating_sub(entry.ext) <= CATCH_UP_MAX && i64::from(behind) <= limit
+    newest.ext.saturating_sub(entry.ext) <= CATCH_UP_MAX && (format.kind == Kind::Audio || i64::from(behind) <= limit)
 }
 
 /// What to add to timestamps of layer `to` beyond what layer `from` has: both are stamps of one clock, by the sender reports of each.
