@@ -40,8 +40,8 @@ const RESTART: u64 = 3_000;
 /// So many packets may have come before the one that a subscriber can begin with, where that was late. They are half of what is kept: nothing that the
 /// subscriber gets from then on is beyond repair.
 const CATCH_UP_MAX: u64 = 256;
-/// So old may that packet be where it starts a picture, by the publisher's clock. A repair takes a few round trips; a picture that was missing for longer is worth no step back in time,
-/// and the next key frame is on its way.
+/// So old may that packet be where it starts a picture, by the publisher's clock. A repair takes a few round trips; a picture that was missing for longer is
+/// worth no step back in time, and the next key frame is on its way.
 const CATCH_UP_TIME_MAX: Duration = Duration::from_millis(500);
 /// Clocks that disagree by more than this are not believed: the arrival times say how far apart two packets are.
 const CLOCK_ERROR_MAX: Duration = Duration::from_secs(5);
