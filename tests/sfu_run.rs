@@ -65,7 +65,7 @@ fn what_a_run_sends_and_gets_is_what_the_sfu_says_of_it() {
     let both = |name| report.counter("audio", name) + report.counter("video", name);
     let end = server.stop();
     assert_eq!(
-        (end.lobby.since_start.joins, end.lobby.participants, end.lobby.rooms, end.slow_readers),
+        (end.lobby.since_start.active, end.lobby.participants, end.lobby.rooms, end.slow_readers),
         (6, 0, 0, 0)
     );
     assert_eq!(end.media.media_in, both("packets_sent"));

@@ -23,7 +23,7 @@ pub fn summary(statistics: &ServerStatistics, lived: Duration) -> String {
     let (lobby, media) = (&statistics.lobby, &statistics.media);
     let mut text = format!(
         "\nServed {} in {} s, {} of them to the end.\n",
-        count(lobby.since_start.joins, "participant"),
+        count(lobby.since_start.active, "participant"),
         number(lived.as_secs()),
         number(lobby.participants as u64)
     );
@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn the_summary_mentions_trouble_only_where_there_was_some() {
         let mut statistics = ServerStatistics::default();
-        statistics.lobby.since_start.joins = 1;
+        statistics.lobby.since_start.active = 1;
         statistics.media.media_out = 1_234_567;
         let quiet = summary(&statistics, Duration::from_secs(60));
         assert!(

@@ -96,7 +96,7 @@ pub async fn settle_connection(plan: &mut Plan) {
 
 /// Only a join tells a server's version. A single connection that nobody asked for is given up where the server is too old for it.
 async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, api_key: &ApiKey) {
-    if plan.connection != Connection::Single || plan.connection_reason.is_none() {
+    if plan.connection != Connection::Single || plan.connection_reason.is_none() || plan.target.is_embedded() {
         return;
     }
     let version = probe::server_version(endpoint, api_key, &plan.room_name(0), &plan.identity("probe")).await;
