@@ -135,7 +135,7 @@ mod tests {
             ext,
             arrival: Time::from_millis(ext),
             rtp_time: ext as u32,
-            marker: ext % 2 == 0,
+            marker: ext.is_multiple_of(2),
             content: Content::Audio { level: Some(ext as u8) },
             payload,
         }
