@@ -2,6 +2,8 @@
 //!
 //! ICE's keep-alives are a library's and do allocate, once in some seconds, and so do events: milliseconds with either are counted apart, and bounded.
 
+#[path = "common/counting.rs"]
+mod counting;
 #[path = "common/link.rs"]
 #[allow(dead_code)]
 mod link;
@@ -12,41 +14,16 @@ mod pair;
 #[allow(dead_code)]
 mod relay;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::time::Duration;
 
-use link::{Conditions, UNDER_TEST};
+use counting::ALLOCATIONS;
+use link::Conditions;
 use pair::{audio, video};
 use relay::Relay;
 use throng::engine::publisher::Pacing;
 use throng::measure::Kind;
 use throng::sfu::SendMode;
 use throng::sfu::statistics::RouterStatistics;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every call goes to the system's allocator unchanged; the counter is a plain thread-local cell.
-#[allow(unsafe_code)]
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if UNDER_TEST.try_with(Cell::get).unwrap_or(false) {
-            ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        }
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// Allocations of ten seconds of audio and video to two subscribers, after two seconds to settle; those of milliseconds with ICE or events apart.
 fn allocations(conditions: Conditions, send: SendMode) -> (u64, u64, RouterStatistics) {

@@ -56,7 +56,8 @@ impl Style {
 
 /// After a run that asked for nothing.
 pub const WHAT_NEXT: &str = "
-Next: throng --subscribers 1000             more of it, on this host alone
+Next: throng --publishers 1 --subscribers 1000
+                                            more people, on this host alone
       throng --url ws://HOST:7880 --api-key KEY --api-secret SECRET
                                             the same against your own server
       throng --help                         everything else";
@@ -126,6 +127,10 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
             estimate.cores
         ),
     );
+    if resources.sfu_routers > 0 {
+        let routers = count(resources.sfu_routers as u64, "router");
+        row("Embedded SFU", format!("{routers} and a thread for signalling, on the same CPUs"));
+    }
     row(
         "Needs",
         format!(

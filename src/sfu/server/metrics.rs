@@ -57,8 +57,9 @@ fn page(statistics: &ServerStatistics) -> String {
     family("counter", "packet_total", &packets);
     family("counter", "packet_bytes", &bytes);
     let directions = |incoming: u64, outgoing: u64| [(r#"{direction="incoming"}"#, incoming), (r#"{direction="outgoing"}"#, outgoing)];
-    family("counter", "nack_total", &directions(media.nacks_in, media.nacks_out));
-    family("counter", "pli_total", &directions(media.plis_in, media.plis_out));
+    // LiveKit's direction is that of the media: what is asked of publishers concerns what comes in.
+    family("counter", "nack_total", &directions(media.nacks_out, media.nacks_in));
+    family("counter", "pli_total", &directions(media.plis_out, media.plis_in));
     for (name, value) in media.counters() {
         let _ = writeln!(page, "# TYPE throng_sfu_{name} untyped\nthrong_sfu_{name} {value}");
     }
