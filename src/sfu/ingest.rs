@@ -13,10 +13,10 @@ use crate::transport::sequence::{ReplayWindow, SeqExtender};
 use crate::transport::srtp::Opener;
 use crate::units::Time;
 
-/// Packets kept: 2.5 s of audio at 20 ms, and over a second of 4 Mb/s video.
+/// Packets kept, as far as the bytes below allow: 2.5 s of audio at 20 ms.
 const AUDIO_PACKETS: usize = 128;
 const VIDEO_PACKETS: usize = 512;
-/// Bytes kept: 2 s of audio at 64 kb/s, and 2 s of video at 1 Mb/s.
+/// Bytes kept: 2 s of audio at 64 kb/s, and 2 s of video at 1 Mb/s, or half a second at 4.
 const AUDIO_BYTES: usize = 16 * 1024;
 const VIDEO_BYTES: usize = 256 * 1024;
 
