@@ -247,11 +247,7 @@ impl Section {
         let mut scan = SectionScan::default();
         attributes(text).for_each(|(name, value)| scan.attribute(name, value));
 
-        let mid = match scan.mid {
-            Some(mid) if is_token(mid) && mid.len() <= MID_BYTES_MAX => mid,
-            None if media.port == 0 => "",
-            _ => return Err("it has no usable mid"),
-        };
+        let mid = scan.usable_mid(&media)?;
         let content = media.content(scan.sctp_port);
         let codec = match content {
             Content::Rtp(kind) => scan.choose_codec(&media, capabilities.codecs(kind), capabilities.feedback),
@@ -384,6 +380,15 @@ pub(super) struct SectionScan<'a> {
 }
 
 impl<'a> SectionScan<'a> {
+    /// Empty for a rejected section that names none.
+    pub(super) fn usable_mid(&self, media: &MediaLine<'_>) -> Result<&'a str, &'static str> {
+        match self.mid {
+            Some(mid) if is_token(mid) && mid.len() <= MID_BYTES_MAX => Ok(mid),
+            None if media.port == 0 => Ok(""),
+            _ => Err("it has no usable mid"),
+        }
+    }
+
     pub(super) fn attribute(&mut self, name: &'a str, value: &'a str) {
         match name {
             "mid" => self.mid = Some(value),

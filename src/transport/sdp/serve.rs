@@ -89,11 +89,7 @@ impl ClientSection {
             scan.attribute(name, value);
             layers.attribute(name, value);
         }
-        let mid = match scan.mid {
-            Some(mid) if is_token(mid) && mid.len() <= MID_BYTES_MAX => mid,
-            None if media.port == 0 => "",
-            _ => return Err("it has no usable mid"),
-        };
+        let mid = scan.usable_mid(&media)?;
         let content = media.content(scan.sctp_port);
         let kind = match content {
             Content::Rtp(kind) => Some(kind),
