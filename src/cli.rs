@@ -23,6 +23,7 @@ use crate::units::Bitrate;
 pub enum Command {
     Run(Box<Run>),
     Sfu(Box<Sfu>),
+    Calibrate(Calibrate),
     /// Help or version: for standard output, exit code 0.
     Show(String),
 }
@@ -58,6 +59,25 @@ pub struct Sfu {
     /// `None`: the well-known pair, on loopback only.
     pub credentials: Option<Credentials>,
     pub seed: u64,
+}
+
+/// This host's own ceiling.
+#[derive(Debug)]
+pub struct Calibrate {
+    /// Engine threads; `None`: as in a run.
+    pub threads: Option<usize>,
+    /// `-` is standard output.
+    pub json: Option<PathBuf>,
+    pub quiet: bool,
+}
+
+impl Calibrate {
+    pub fn destinations(&self) -> Destinations {
+        Destinations {
+            json: self.json.clone(),
+            ..Destinations::default()
+        }
+    }
 }
 
 /// The API key and secret of the server under test.
@@ -122,6 +142,11 @@ pub fn parse_with(
     };
     let command = match cli.command {
         Some(Sub::Run(args)) => (*args).into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run))),
+        Some(Sub::Calibrate(args)) => Ok(Command::Calibrate(Calibrate {
+            threads: args.threads.map(usize::from),
+            json: args.json,
+            quiet: args.quiet,
+        })),
         Some(Sub::Sfu(args)) => args.into_sfu(fresh).map(|sfu| Command::Sfu(Box::new(sfu))),
         None => cli.run.into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run))),
     };
@@ -154,6 +179,21 @@ enum Sub {
     Run(Box<RunArgs>),
     /// The embedded SFU alone: LiveKit's signalling, for real clients and for a second throng
     Sfu(SfuArgs),
+    /// What this host can generate, in under two minutes; later runs say how near they come to it
+    Calibrate(CalibrateArgs),
+}
+
+#[derive(Debug, Args)]
+struct CalibrateArgs {
+    /// Engine threads [default: as in a run]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// The result as JSON; - is standard output
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// No progress
+    #[arg(long)]
+    quiet: bool,
 }
 
 #[derive(Debug, Args)]

@@ -1,5 +1,6 @@
 //! throng: a load engine for WebRTC SFUs. See `docs/architecture.md` for the way a packet takes through these modules.
 
+pub mod calibrate;
 pub mod cli;
 pub mod engine;
 pub mod measure;

@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
+use throng::calibrate::cache::{self, HostId};
+use throng::calibrate::{self, Calibration};
 use throng::cli::{self, Command, UsageError};
 use throng::plan::{Plan, Resources};
 use throng::preflight::{self, Findings, Host};
@@ -37,6 +39,7 @@ fn throng() -> Result<u8> {
         Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
         Command::Run(run) => load_test(*run, &host),
         Command::Sfu(sfu) => serve(&sfu, &host),
+        Command::Calibrate(calibrate) => measure_host(&calibrate, &host),
     }
 }
 
@@ -72,6 +75,29 @@ fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
     Ok(0)
 }
 
+/// This host's own ceiling, for people, scripts and later runs.
+fn measure_host(asked: &cli::Calibrate, host: &Host) -> Result<u8> {
+    let sinks = Sinks::open(&asked.destinations()).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
+    if !asked.quiet {
+        say(&calibrate::GREETING);
+    }
+    let calibration = calibrate::calibrate(host, asked.threads, calibrate::PATIENCE, |line| {
+        if !asked.quiet {
+            say(&line);
+        }
+    })?;
+    let text = calibrate::text(&calibration);
+    if asked.destinations().json_on_stdout() {
+        say(&text.trim_end());
+    } else {
+        emit(&mut stdout(), &text)?;
+    }
+    sinks.write_json(&calibrate::json(&calibration)).map_err(|error| anyhow!(error))?;
+    let kept = calibrate::keep(&calibration, &|name| std::env::var(name).ok())?;
+    say(&format_args!("Kept in {kept}: later runs say how near they come to it."));
+    Ok(0)
+}
+
 /// A line on standard error. That nobody can read it is no reason to stop.
 fn say(line: &impl Display) {
     let _ = emit(&mut stderr(), &format!("{line}\n"));
@@ -98,11 +124,17 @@ fn load_test(mut run: cli::Run, host: &Host) -> Result<u8> {
     findings.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
     let mut outcome = measure(&run, &resources, clips)?;
     outcome.sfu = embedded.map(Embedded::stop);
+    outcome.nearness = last_calibration(host).and_then(|calibration| calibration.nearness(&outcome));
     let code = write_report(&run, &outcome, sinks)?;
     if run.is_tour && !run.quiet {
         say(&text::WHAT_NEXT);
     }
     Ok(code)
+}
+
+fn last_calibration(host: &Host) -> Option<Calibration> {
+    let path = cache::path(&|name| std::env::var(name).ok())?;
+    cache::read(&path, &HostId::read(host.usable_cpus()))
 }
 
 /// What `--connection auto` comes to.
@@ -141,7 +173,7 @@ fn dry_run(run: &cli::Run, resources: &Resources, findings: &Findings) -> Result
 fn measure(run: &cli::Run, resources: &Resources, clips: Clips) -> Result<Outcome> {
     let mut progress = Progress::new(stderr().is_terminal() && !run.no_live);
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(signalling_threads(resources))
+        .worker_threads(resources.signalling_threads())
         .enable_all()
         .build()?;
     let outcome = runtime.block_on(run::run(run, resources, clips, |snapshot| {
@@ -166,9 +198,4 @@ fn write_report(run: &cli::Run, outcome: &Outcome, sinks: Sinks) -> Result<u8> {
     sinks.write(outcome).map_err(|error| anyhow!(error))?;
     shown.map_err(|error| anyhow!("cannot write standard output: {error}"))?;
     Ok(judge(outcome).verdict.exit_code())
-}
-
-/// One thread serves some thousand WebSockets; a second one where cores allow.
-fn signalling_threads(resources: &Resources) -> usize {
-    (resources.cpus / 4).clamp(1, 4)
 }

@@ -348,6 +348,13 @@ pub struct Resources {
     pub files: u64,
 }
 
+impl Resources {
+    /// One thread serves some thousand WebSockets; a second one where cores allow.
+    pub fn signalling_threads(&self) -> usize {
+        (self.cpus / 4).clamp(1, 4)
+    }
+}
+
 impl AudioSpec {
     pub fn packets_per_second(&self) -> f64 {
         1.0 / self.frame.as_secs_f64()

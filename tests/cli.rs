@@ -342,7 +342,7 @@ fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
         assert!(local_refusal(&[flag]).contains("unexpected argument"), "{flag}");
     }
     assert!(local_refusal(&["--subscriber", "3"]).contains("'--subscribers'"));
-    assert!(refusal(&["calibrate"], &[]).starts_with("error: "));
+    assert!(refusal(&["compare"], &[]).starts_with("error: "));
 }
 
 #[test]
@@ -415,6 +415,19 @@ fn help_and_version_go_to_standard_output() {
             other => panic!("{other:?}"),
         }
     }
+}
+
+#[test]
+fn a_calibration_takes_little_and_is_refused_what_it_does_not_know() {
+    let Ok(Command::Calibrate(calibrate)) = command(&["calibrate", "--threads", "3", "--json", "-", "--quiet"], &[]) else {
+        panic!("no calibration");
+    };
+    assert_eq!((calibrate.threads, calibrate.quiet), (Some(3), true));
+    assert!(calibrate.destinations().json_on_stdout());
+    // Whatever server the environment names, it is not the one that is calibrated against.
+    assert!(command(&["calibrate"], &[("LIVEKIT_URL", "wss://example.com")]).is_ok());
+    assert!(command(&["calibrate", "--threads", "0"], &[]).is_err());
+    assert!(command(&["calibrate", "--url", "ws://127.0.0.1:7880"], &[]).is_err());
 }
 
 #[test]

@@ -8,8 +8,8 @@ use throng::measure::{Engine, Histogram, Media, Record, Session, serial};
 use throng::plan::{AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
 use throng::report::text::{Style, dry_run, first_line, render};
 use throng::report::{
-    Destinations, EngineHealth, Judging, Outcome, ParticipantOutcome, Quality, Sample, Sinks, Step, TargetInfo, TargetKind, Timeline, Verdict, json,
-    judge, participants,
+    Destinations, EngineHealth, Judging, Nearness, Outcome, ParticipantOutcome, Quality, Sample, Sinks, Step, TargetInfo, TargetKind, Timeline,
+    Verdict, json, judge, participants,
 };
 use throng::units::{Bitrate, Time};
 
@@ -178,6 +178,7 @@ fn outcome() -> Outcome {
             valid: true,
             reasons: vec![],
         },
+        nearness: None,
         sfu: None,
         partial: None,
         notes: vec![],
@@ -204,6 +205,22 @@ fn listener() -> ParticipantOutcome {
         },
         ..ParticipantOutcome::default()
     }
+}
+
+#[test]
+fn a_run_says_how_near_it_came_to_what_the_host_was_calibrated_for() {
+    let mut outcome = outcome();
+    assert!(!render(&outcome, Style::default()).contains("calibrated"));
+    outcome.nearness = Some(Nearness {
+        calibrated_at: Duration::from_secs(1_790_000_000),
+        packets_per_second_peak: 57_400.0,
+        packets_per_second_ceiling: 574_000.0,
+    });
+    let text = render(&outcome, Style::default());
+    assert!(text.contains("57,400 of 574,000 packets/s: 10"), "{text}");
+    let report: Value = serde_json::from_str(&json::render(&outcome)).unwrap();
+    assert_eq!(report["engine"]["calibration"]["share"], Value::from(0.1));
+    assert!(jsonschema::draft202012::new(&schema()).unwrap().is_valid(&report));
 }
 
 #[test]

@@ -21,7 +21,7 @@ const SLOTS_SKIPPED_SHARE_MAX: f64 = 0.001;
 /// Packets that arrived at this host and were dropped by it.
 const HOST_DROPS_SHARE_MAX: f64 = 0.0005;
 /// A worker this busy has no room for a burst.
-const WORKER_BUSY_MAX: f64 = 0.9;
+pub const WORKER_BUSY_MAX: f64 = 0.9;
 
 /// A wake-up costs some 30 us: a hundred a second tell enough and take nothing worth mention.
 const FLOOR_TICKS: u32 = 10;

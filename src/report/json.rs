@@ -6,7 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::{EmbeddedSfu, EngineHealth, Judgement, Outcome, Sample, Step, VERSION, judge, judge::judge_step};
+use super::{EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Sample, Step, VERSION, judge, judge::judge_step};
 use crate::measure::{Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::{Layout, Plan, VideoSpec};
 
@@ -385,8 +385,28 @@ struct EngineView<'a> {
     tick_late_us: Option<HistogramView>,
     floor_tick_late_us: Option<HistogramView>,
     send_lag_us: Option<HistogramView>,
+    calibration: Option<CalibrationView>,
     valid: bool,
     reasons: &'a [String],
+}
+
+#[derive(serde::Serialize)]
+struct CalibrationView {
+    calibrated_at: String,
+    packets_per_second_peak: f64,
+    packets_per_second_ceiling: f64,
+    share: f64,
+}
+
+impl From<Nearness> for CalibrationView {
+    fn from(nearness: Nearness) -> CalibrationView {
+        CalibrationView {
+            calibrated_at: rfc_3339(nearness.calibrated_at),
+            packets_per_second_peak: nearness.packets_per_second_peak,
+            packets_per_second_ceiling: nearness.packets_per_second_ceiling,
+            share: nearness.share(),
+        }
+    }
 }
 
 #[derive(serde::Serialize)]
@@ -413,6 +433,7 @@ impl<'a> EngineView<'a> {
             tick_late_us: HistogramView::new(&counted.tick_late),
             floor_tick_late_us: health.floor_tick_late.as_ref().and_then(HistogramView::new),
             send_lag_us: HistogramView::new(&counted.send_lag),
+            calibration: outcome.nearness.map(CalibrationView::from),
             valid: health.valid,
             reasons: &health.reasons,
         }

@@ -43,6 +43,8 @@ pub struct Outcome {
     /// One row a second.
     pub series: Vec<Sample>,
     pub engine: EngineHealth,
+    /// How near it came to what this host was calibrated for; `None` where it was not.
+    pub nearness: Option<Nearness>,
     /// What the embedded SFU says of itself; `None` where the target was another.
     pub sfu: Option<EmbeddedSfu>,
     /// Why the run ended before its time; `None` if it did not.
@@ -144,6 +146,23 @@ pub struct EngineHealth {
     pub valid: bool,
     /// Why the generator was the limit; empty where `valid`.
     pub reasons: Vec<String>,
+}
+
+/// A run beside this host's calibration.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Nearness {
+    /// Since 1970, by this host's clock.
+    pub calibrated_at: Duration,
+    /// RTP packets sent and received, of the busiest second.
+    pub packets_per_second_peak: f64,
+    /// What the run's engine threads bear, by the CPU time that a packet took in the calibration.
+    pub packets_per_second_ceiling: f64,
+}
+
+impl Nearness {
+    pub fn share(&self) -> f64 {
+        self.packets_per_second_peak / self.packets_per_second_ceiling
+    }
 }
 
 /// What became of one participant.

@@ -74,6 +74,14 @@ impl Sinks {
         if refusals.is_empty() { Ok(sinks) } else { Err(refusals) }
     }
 
+    /// Writes a JSON document that is no report of a run.
+    ///
+    /// # Errors
+    /// Where it cannot be written, by name.
+    pub fn write_json(self, text: &str) -> Result<(), String> {
+        self.json.map_or(Ok(()), |sink| sink.write(text))
+    }
+
     /// Writes every report.
     ///
     /// # Errors

@@ -529,7 +529,17 @@ fn generator(outcome: &Outcome, style: Style) -> String {
         pair(&counted.send_lag),
         number(counted.send_slots_skipped)
     );
-    let _ = writeln!(text, "  host drops   {}\n", drops(outcome));
+    let _ = writeln!(text, "  host drops   {}", drops(outcome));
+    if let Some(nearness) = outcome.nearness {
+        let _ = writeln!(
+            text,
+            "  calibrated   busiest second {} of {} packets/s: {}",
+            number(nearness.packets_per_second_peak as u64),
+            number(nearness.packets_per_second_ceiling as u64),
+            percent(nearness.share())
+        );
+    }
+    text.push('\n');
     text
 }
 
@@ -604,7 +614,7 @@ fn result(judgement: &Judgement, style: Style) -> String {
 }
 
 /// `text` in lines of at most 80 columns, each after `indent` spaces. Words are never broken.
-fn wrapped(text: &str, indent: usize) -> String {
+pub(crate) fn wrapped(text: &str, indent: usize) -> String {
     let mut lines = String::new();
     let mut line = String::new();
     for word in text.split_whitespace() {

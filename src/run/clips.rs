@@ -9,7 +9,8 @@ use crate::media::opus::{AudioClip, AudioContent, AudioSpec};
 use crate::media::vp8::{VideoClip, VideoSpec};
 use crate::plan::{self, Plan};
 
-/// The shared media that the plan asks for.
+/// The shared media that the plan asks for. A clone shares it, too.
+#[derive(Clone)]
 pub struct Clips {
     pub(super) audio: Option<Source>,
     /// What those whose turn it is not to speak send.

@@ -614,6 +614,7 @@ impl<'a> Test<'a> {
             totals,
             series: self.series,
             engine,
+            nearness: None,
             sfu: None,
             partial: self.partial,
             notes: self.notes,

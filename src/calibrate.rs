@@ -1,0 +1,421 @@
+//! `throng calibrate`: what this host can generate, found out against the embedded SFU with plain sends, in under two minutes.
+//!
+//! Three numbers are raised until something breaks: packets received, joins a second, participants. Every point is an ordinary run with an ordinary verdict,
+//! and its command line is part of the result. Generator and SFU share the host, so what held is a lower bound of what the generator bears where the SFU
+//! is elsewhere; what it would bear there is said by its CPU time, and labelled so.
+
+pub mod cache;
+mod search;
+
+use std::fmt::Write;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::cli;
+use crate::engine::health::WORKER_BUSY_MAX;
+use crate::preflight::{self, Host};
+use crate::report::text::{number, wrapped};
+use crate::report::{Nearness, Outcome, VERSION, Verdict, judge};
+use crate::run::{self, Clips, Embedded};
+use cache::HostId;
+use search::{Held, Search};
+
+pub const SCHEMA: &str = "throng-calibration/1";
+
+pub const GREETING: &str =
+    "throng calibrate: this host against its own embedded SFU, one call a packet;\nunder two minutes, and the truer the less else runs here";
+
+/// What this host bears.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Calibration {
+    pub schema: String,
+    pub version: String,
+    /// Since 1970, by this host's clock.
+    pub calibrated_at_unix: u64,
+    pub host: HostId,
+    pub engine_threads: usize,
+    pub sfu_routers: usize,
+    /// What a packet costs an engine thread, for whatever it does, at the largest point of `packets` that held.
+    pub us_per_packet: Option<f64>,
+    /// What one engine thread would bear by that, as busy as a valid run allows. Not tried: the SFU shares the host.
+    pub packets_per_second_per_thread: Option<f64>,
+    /// RTP packets received a second, by all engine threads.
+    pub packets: Ceiling,
+    pub joins: Ceiling,
+    /// Participants that are in at once, each receiving one audio track.
+    pub participants: Ceiling,
+}
+
+/// How far one number went.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Ceiling {
+    /// The largest that held; `None` where nothing did.
+    pub held: Option<f64>,
+    /// The command line of that point.
+    pub command: Option<String>,
+    pub limit: Limit,
+    /// Why it did not go further.
+    pub reasons: Vec<String>,
+}
+
+/// What broke first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Limit {
+    /// The run was INVALID.
+    Generator,
+    /// The run failed, and was VALID: the embedded SFU, on the CPUs that the generator left it.
+    Sfu,
+    /// A limit of the host that is known before a run: files, ports, memory.
+    Host,
+    /// Nothing: the time was over.
+    #[default]
+    Time,
+}
+
+/// A number that is raised.
+struct Question {
+    name: &'static str,
+    unit: &'static str,
+    start: u32,
+    /// Its part of the time that there is.
+    share: f64,
+    /// Joins a second and participants of a point, by which its length is known in advance.
+    size: fn(u32) -> (f64, f64),
+    hold: Duration,
+    arguments: fn(u32, u32) -> Vec<String>,
+    figure: fn(u32, &Outcome) -> f64,
+}
+
+/// What a calibration takes at most. No point is begun that would go beyond it.
+pub const PATIENCE: Duration = Duration::from_secs(112);
+
+/// As fast as a small host lets people in without being disturbed; what a point tells is measured after they are in.
+const JOINS_PER_SECOND: f64 = 400.0;
+/// What a run takes besides joining and holding: the drain, the goodbyes, the start of the SFU.
+const AROUND: Duration = Duration::from_millis(2_300);
+/// Joins last so long, and then what is in must hold.
+const JOINING_SECONDS: u32 = 2;
+
+const PACKETS: Question = Question {
+    name: "packets",
+    unit: "packets/s",
+    start: 100,
+    share: 0.4,
+    size: |subscribers| (JOINS_PER_SECOND, f64::from(subscribers)),
+    hold: Duration::from_secs(2),
+    arguments: |subscribers, rooms| {
+        arguments(&[
+            ("--room-count", &rooms.to_string()),
+            ("--publishers", "0"),
+            ("--video-publishers", "1"),
+            ("--subscribers", &subscribers.to_string()),
+            ("--num-per-second", &(JOINS_PER_SECOND * f64::from(rooms)).to_string()),
+            ("--duration", "2s"),
+        ])
+        .into_iter()
+        .chain(["--no-simulcast".to_owned()])
+        .collect()
+    },
+    figure: |_, outcome| {
+        let step = outcome.steps.first().unwrap_or(&outcome.totals);
+        let packets = step.record.audio.packets_received + step.record.video.packets_received;
+        (packets as f64 / step.seconds.max(0.001)).round()
+    },
+};
+
+const JOINS: Question = Question {
+    name: "joins",
+    unit: "joins/s",
+    start: 100,
+    share: 0.27,
+    size: |rate| (f64::from(rate), f64::from(rate * JOINING_SECONDS)),
+    hold: Duration::from_secs(1),
+    arguments: |rate, rooms| {
+        arguments(&[
+            ("--room-count", &rooms.to_string()),
+            ("--publishers", "1"),
+            ("--subscribers", &(rate * JOINING_SECONDS / rooms).max(1).to_string()),
+            ("--num-per-second", &rate.to_string()),
+            ("--duration", "1s"),
+            // More than that, and joins pile up.
+            ("--threshold", "session.join.p99<1s"),
+        ])
+    },
+    figure: |rate, _| f64::from(rate),
+};
+
+const PARTICIPANTS: Question = Question {
+    name: "participants",
+    unit: "participants",
+    start: 500,
+    share: 0.33,
+    size: |subscribers| (JOINS_PER_SECOND, f64::from(subscribers)),
+    hold: Duration::from_secs(2),
+    arguments: |subscribers, rooms| {
+        arguments(&[
+            ("--room-count", &rooms.to_string()),
+            ("--publishers", "1"),
+            ("--subscribers", &subscribers.to_string()),
+            ("--num-per-second", &(JOINS_PER_SECOND * f64::from(rooms)).to_string()),
+            ("--duration", "2s"),
+        ])
+    },
+    figure: |_, outcome| f64::from(outcome.totals.participants),
+};
+
+fn arguments(flags: &[(&str, &str)]) -> Vec<String> {
+    flags
+        .iter()
+        .filter(|flag| **flag != ("--room-count", "1"))
+        .flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()])
+        .collect()
+}
+
+/// As a shell takes it.
+fn command_line(arguments: &[String]) -> String {
+    let quoted = arguments.iter().map(|argument| match argument.contains('<') {
+        true => format!("'{argument}'"),
+        false => argument.clone(),
+    });
+    format!("throng {}", quoted.collect::<Vec<_>>().join(" "))
+}
+
+/// Finds out what this host bears, within `patience`. `progress` hears a line for each point.
+///
+/// # Errors
+/// Where a run does not start, or is interrupted: half a calibration is none.
+pub fn calibrate(host: &Host, threads: Option<usize>, patience: Duration, mut progress: impl FnMut(&str)) -> Result<Calibration> {
+    let mut bench = Bench {
+        host,
+        threads,
+        patience,
+        // A room lives on one router: as many as there may be routers.
+        rooms: (host.usable_cpus() / 4).max(1) as u32,
+        progress: &mut progress,
+    };
+    let (joins, _) = bench.ask(&JOINS)?;
+    let (packets, largest) = bench.ask(&PACKETS)?;
+    let (participants, _) = bench.ask(&PARTICIPANTS)?;
+    let us_per_packet = largest.as_ref().and_then(|outcome| outcome.engine.us_per_packet);
+    Ok(Calibration {
+        schema: SCHEMA.to_owned(),
+        version: VERSION.to_owned(),
+        calibrated_at_unix: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        host: HostId::read(host.usable_cpus()),
+        engine_threads: largest.as_ref().map_or(0, |outcome| outcome.engine.threads),
+        sfu_routers: largest.as_ref().and_then(|outcome| outcome.sfu.as_ref()).map_or(0, |sfu| sfu.routers),
+        us_per_packet,
+        packets_per_second_per_thread: us_per_packet.map(|us| (WORKER_BUSY_MAX * 1e6 / us).round()),
+        packets,
+        joins,
+        participants,
+    })
+}
+
+struct Bench<'a> {
+    host: &'a Host,
+    threads: Option<usize>,
+    patience: Duration,
+    rooms: u32,
+    progress: &'a mut dyn FnMut(&str),
+}
+
+/// What came of one point.
+enum Point {
+    Ran(Box<Outcome>),
+    /// The host is too small for it, as is known before it starts.
+    Refused(Vec<String>),
+}
+
+impl Bench<'_> {
+    fn ask(&mut self, question: &Question) -> Result<(Ceiling, Option<Box<Outcome>>)> {
+        let started = Instant::now();
+        let (mut ceiling, mut largest, mut clips) = (Ceiling::default(), None, None);
+        let mut search = Search::from(question.start);
+        while let Some(point) = search.next() {
+            if started.elapsed() + question.length(point) > self.patience.mul_f64(question.share) {
+                break;
+            }
+            let arguments = (question.arguments)(point, self.rooms);
+            let command = command_line(&arguments);
+            let outcome = match self.run(arguments, &mut clips)? {
+                Point::Ran(outcome) => outcome,
+                Point::Refused(reasons) => {
+                    (ceiling.limit, ceiling.reasons) = (Limit::Host, reasons);
+                    break;
+                }
+            };
+            let (judgement, figure) = (judge(&outcome), (question.figure)(point, &outcome));
+            let (held, limit) = match judgement.verdict {
+                Verdict::Pass => (Held::Yes, ceiling.limit),
+                Verdict::Invalid => (Held::No, Limit::Generator),
+                Verdict::Fail => (Held::No, Limit::Sfu),
+                Verdict::Partial => bail!("interrupted: nothing is kept of this calibration"),
+            };
+            let word = if held == Held::Yes { "held" } else { judgement.verdict.name() };
+            (self.progress)(&format!(
+                "  {:<13}{:>9} {:<13}{word}",
+                question.name,
+                number(figure as u64),
+                question.unit
+            ));
+            search.take(point, held);
+            match held {
+                Held::Yes => {
+                    (ceiling.held, ceiling.command) = (Some(figure), Some(command));
+                    largest = Some(outcome);
+                    // What it was suspected of a moment ago has not come again.
+                    if !search.has_broken() {
+                        (ceiling.limit, ceiling.reasons) = (Limit::Time, Vec::new());
+                    }
+                }
+                Held::No => (ceiling.limit, ceiling.reasons) = (limit, judgement.reasons),
+            }
+        }
+        Ok((ceiling, largest))
+    }
+
+    fn run(&self, arguments: Vec<String>, clips: &mut Option<Clips>) -> Result<Point> {
+        let line = std::iter::once("throng".to_owned()).chain(arguments).map(Into::into);
+        // Nothing from the environment: the target is the embedded SFU, whatever the user tests otherwise.
+        let cli::Command::Run(mut run) = cli::parse(line, &|_| None, self.host.usable_cpus())? else {
+            bail!("a calibration is made of runs");
+        };
+        let resources = preflight::resources(&run.plan, self.host, self.threads);
+        let findings = preflight::check(&run.plan, self.host, &resources);
+        if !findings.refusals.is_empty() {
+            return Ok(Point::Refused(findings.refusals));
+        }
+        // The same media at every point of a question.
+        let clips = match clips {
+            Some(clips) => clips.clone(),
+            None => clips.insert(Clips::generate(&run.plan, resources.threads, |_| {})?).clone(),
+        };
+        let embedded = Embedded::start_for(&mut run, &resources)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(resources.signalling_threads())
+            .enable_all()
+            .build()?;
+        let outcome = runtime.block_on(async {
+            run::settle_connection(&mut run.plan).await;
+            run::run(&run, &resources, clips, |_| {}).await
+        });
+        let sfu = embedded.map(Embedded::stop);
+        let mut outcome = outcome?;
+        outcome.sfu = sfu;
+        Ok(Point::Ran(Box::new(outcome)))
+    }
+}
+
+impl Question {
+    fn length(&self, point: u32) -> Duration {
+        let (rate, participants) = (self.size)(point);
+        Duration::from_secs_f64(participants / rate) + self.hold + AROUND
+    }
+}
+
+impl Calibration {
+    /// How near a run on this host came to it, by the packets of its busiest second; `None` where packets are not what was calibrated or measured.
+    pub fn nearness(&self, outcome: &Outcome) -> Option<Nearness> {
+        let ceiling = self.packets_per_second_per_thread? * outcome.engine.threads as f64;
+        let per_second = outcome
+            .series
+            .iter()
+            .map(|second| second.packets_sent_per_second + second.packets_received_per_second);
+        let peak = per_second.fold(None, |peak: Option<f64>, rate| Some(peak.map_or(rate, |peak| peak.max(rate))))?;
+        Some(Nearness {
+            calibrated_at: Duration::from_secs(self.calibrated_at_unix),
+            packets_per_second_peak: peak,
+            packets_per_second_ceiling: ceiling,
+        })
+    }
+}
+
+/// The calibration as JSON, indented, with a newline at its end.
+pub fn json(calibration: &Calibration) -> String {
+    let mut text = serde_json::to_string_pretty(calibration).expect("plain data serialises");
+    text.push('\n');
+    text
+}
+
+/// The calibration for people, for 80 columns.
+pub fn text(calibration: &Calibration) -> String {
+    let mut text = String::new();
+    let host = &calibration.host;
+    let row = |text: &mut String, label: &str, value: &str| {
+        let _ = writeln!(text, "{label:<13}{value}");
+    };
+    let processor = if host.processor.is_empty() {
+        "unknown processor"
+    } else {
+        &host.processor
+    };
+    row(&mut text, "Host", &format!("{processor}, {} CPUs, Linux {}", host.cpus, host.kernel));
+    row(
+        &mut text,
+        "",
+        &format!(
+            "engine threads: {}, embedded SFU's routers: {}",
+            calibration.engine_threads, calibration.sfu_routers
+        ),
+    );
+    for (label, unit, ceiling) in [
+        ("Packets", " packets/s received", &calibration.packets),
+        ("Joins", " joins/s", &calibration.joins),
+        ("Participants", " at once, one audio track each", &calibration.participants),
+    ] {
+        let held = ceiling
+            .held
+            .map_or_else(|| "nothing held".to_owned(), |held| format!("{}{unit}", number(held as u64)));
+        row(&mut text, label, &held);
+        text.push_str(&wrapped(&ceiling.what_broke(), 13));
+        if label == "Packets"
+            && let Some((us, bears)) = calibration.us_per_packet.zip(calibration.packets_per_second_per_thread)
+        {
+            let by_cpu = format!(
+                "by its CPU time an engine thread bears {} packets/s where the SFU is elsewhere ({us:.2} us each, {:.0} % busy)",
+                number(bears as u64),
+                WORKER_BUSY_MAX * 1e2
+            );
+            text.push_str(&wrapped(&by_cpu, 13));
+        }
+    }
+    text.push_str("Again, the largest that held:\n");
+    for ceiling in [&calibration.packets, &calibration.joins, &calibration.participants] {
+        ceiling.command.iter().for_each(|command| text.push_str(&pasteable(command)));
+    }
+    text
+}
+
+/// A command in lines of at most 80 columns that a shell takes for one.
+fn pasteable(command: &str) -> String {
+    const DEEPER: &str = "  ";
+    let lines = wrapped(command, 2 + DEEPER.len());
+    let lines: Vec<&str> = lines.lines().map(|line| line.strip_prefix(DEEPER).unwrap_or(line)).collect();
+    format!("{}\n", lines.join(" \\\n"))
+}
+
+impl Ceiling {
+    fn what_broke(&self) -> String {
+        let reason = self.reasons.first().map(|reason| format!(": {reason}")).unwrap_or_default();
+        match self.limit {
+            Limit::Generator => format!("then the generator was the limit{reason}"),
+            Limit::Sfu => format!("then the embedded SFU was the limit{reason}"),
+            Limit::Host => format!("then this host has no room{reason}"),
+            Limit::Time => "more was not tried, for want of time".to_owned(),
+        }
+    }
+}
+
+/// Keeps the calibration for later runs; where, for people.
+///
+/// # Errors
+/// Where there is no place for it.
+pub fn keep(calibration: &Calibration, env: &dyn Fn(&str) -> Option<String>) -> Result<String> {
+    let path = cache::path(env).ok_or_else(|| anyhow!("no place to keep the calibration: set HOME or XDG_CACHE_HOME"))?;
+    cache::write(&path, calibration).map_err(|error| anyhow!("cannot keep the calibration in {}: {error}", path.display()))?;
+    Ok(path.display().to_string())
+}
