@@ -1,4 +1,4 @@
-//! A server on loopback, started for one test and stopped with it: a real LiveKit server, or the embedded SFU in a process of its own.
+//! A server on loopback, or in a network namespace, started for one test and stopped with it: a real LiveKit server, or the embedded SFU in a process of its own.
 //!
 //! LiveKit's binary is `THRONG_LIVEKIT_SERVER`, or `livekit-server` on the PATH or in `~/go/bin` (`go install github.com/livekit/livekit-server/cmd/server@latest`
 //! names it `server`). Where there is none a test says so and passes, except under `CI`.
@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -40,6 +40,21 @@ pub struct Options {
     pub ice_lite: bool,
     pub udp: UdpPorts,
     pub log_level: &'static str,
+    pub site: Site,
+}
+
+/// Where a server listens and has its media.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    pub address: Ipv4Addr,
+    pub device: &'static str,
+}
+
+impl Site {
+    pub const LOOPBACK: Site = Site {
+        address: Ipv4Addr::LOCALHOST,
+        device: "lo",
+    };
 }
 
 impl Default for Options {
@@ -49,6 +64,7 @@ impl Default for Options {
             ice_lite: false,
             udp: UdpPorts::Range,
             log_level: "warn",
+            site: Site::LOOPBACK,
         }
     }
 }
@@ -72,8 +88,12 @@ impl Server {
 
     /// The embedded SFU.
     pub fn embedded() -> Server {
+        Server::embedded_at(Site::LOOPBACK)
+    }
+
+    pub fn embedded_at(site: Site) -> Server {
         (0..3)
-            .find_map(|_| launch_embedded())
+            .find_map(|_| launch_embedded(site))
             .unwrap_or_else(|| panic!("throng sfu did not start three times"))
     }
 
@@ -157,12 +177,12 @@ fn find_binary() -> Option<PathBuf> {
 }
 
 /// One attempt; `None` if the process ended at once.
-fn launch_embedded() -> Option<Server> {
+fn launch_embedded(site: Site) -> Option<Server> {
     let port = Ports::find(UdpPorts::Mux).signal;
     let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
-    command.args(["sfu", "--listen"]).arg(format!("127.0.0.1:{port}"));
+    command.args(["sfu", "--listen"]).arg(format!("{}:{port}", site.address));
     command.args(["--api-key", KEY, "--api-secret", SECRET]);
-    spawn(command, make_directory(), port, port)
+    spawn(command, make_directory(), site, port, port)
 }
 
 /// One attempt; `None` if the process ended at once.
@@ -173,10 +193,10 @@ fn launch_livekit(binary: &Path, options: &Options) -> Option<Server> {
     fs::write(&config_path, config(&ports, options)).expect("a temporary file can be written");
     let mut command = Command::new(binary);
     command.arg("--config").arg(&config_path);
-    spawn(command, directory, ports.signal, ports.prometheus)
+    spawn(command, directory, options.site, ports.signal, ports.prometheus)
 }
 
-fn spawn(mut command: Command, directory: PathBuf, signal: u16, prometheus: u16) -> Option<Server> {
+fn spawn(mut command: Command, directory: PathBuf, site: Site, signal: u16, prometheus: u16) -> Option<Server> {
     let log_path = directory.join("server.log");
     let log = File::create(&log_path).expect("a temporary file can be written");
     command
@@ -185,15 +205,15 @@ fn spawn(mut command: Command, directory: PathBuf, signal: u16, prometheus: u16)
         .stderr(log);
     let process = command.spawn().unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"));
     let mut server = Server {
-        url: format!("ws://127.0.0.1:{signal}"),
+        url: format!("ws://{}:{signal}", site.address),
         key: KEY.into(),
         secret: SECRET.into(),
-        prometheus_url: format!("http://127.0.0.1:{prometheus}/metrics"),
+        prometheus_url: format!("http://{}:{prometheus}/metrics", site.address),
         log_path,
         directory,
         process,
     };
-    wait_until_ready(&mut server, signal).then_some(server)
+    wait_until_ready(&mut server).then_some(server)
 }
 
 fn make_directory() -> PathBuf {
@@ -204,14 +224,15 @@ fn make_directory() -> PathBuf {
     directory
 }
 
-fn wait_until_ready(server: &mut Server, port: u16) -> bool {
+fn wait_until_ready(server: &mut Server) -> bool {
+    let front = server.url.replacen("ws", "http", 1) + "/";
     let deadline = Instant::now() + START_WAIT;
     while Instant::now() < deadline {
         if let Ok(Some(status)) = server.process.try_wait() {
             eprintln!("the server ended with {status}: {}", server.log());
             return false;
         }
-        if http_ok(&format!("http://127.0.0.1:{port}/")).is_ok() && http_ok(&server.prometheus_url).is_ok() {
+        if http_ok(&front).is_ok() && http_ok(&server.prometheus_url).is_ok() {
             return true;
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -251,11 +272,18 @@ fn config(ports: &Ports, options: &Options) -> String {
         UdpPorts::Range => format!("port_range_start: {}\n  port_range_end: {}", ports.udp, ports.udp + PORT_RANGE - 1),
         UdpPorts::Mux => format!("udp_port: {}", ports.udp),
     };
+    let Site { address, device } = options.site;
     format!(
-        "port: {}\nbind_addresses: [\"127.0.0.1\"]\nkeys: {{{KEY}: {SECRET}}}\n\
-         rtc:\n  node_ip: 127.0.0.1\n  enable_loopback_candidate: true\n  interfaces: {{includes: [lo]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n\
+        "port: {}\nbind_addresses: [\"{address}\"]\nkeys: {{{KEY}: {SECRET}}}\n\
+         rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n\
          room: {{auto_create: {}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
-        ports.signal, ports.tcp, options.ice_lite, options.auto_create, ports.prometheus, options.log_level
+        ports.signal,
+        address.is_loopback(),
+        ports.tcp,
+        options.ice_lite,
+        options.auto_create,
+        ports.prometheus,
+        options.log_level
     )
 }
 

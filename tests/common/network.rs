@@ -1,0 +1,388 @@
+//! A bad network of real kernel sockets: two network namespaces with a TUN device each, and between them a relay that loses, delays, duplicates and reorders
+//! by a seed, and writes down what became of each packet. That log is the ground truth of the tests that use it: RTP's header is readable although its payload is sealed.
+//!
+//! It needs the right to make network namespaces: root, or an ordinary user to whom the kernel gives user namespaces (the test then runs itself again in one). Where neither
+//! is to be had a test says so and passes, except under `CI`.
+
+#[path = "namespace.rs"]
+mod namespace;
+#[path = "path.rs"]
+pub mod path;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::process::Command;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+#[allow(unused_imports)]
+pub use namespace::{DEVICE, DeviceCounts, Namespace};
+use path::{Conditions, Fate as PathFate, Path};
+
+pub const CLIENTS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+/// Set for a test that was started again in a user namespace.
+const IN_USER_NAMESPACE: &str = "THRONG_TEST_IN_USER_NAMESPACE";
+const MTU: usize = 1_500;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Direction {
+    /// From the clients to the server.
+    Up,
+    Down,
+}
+
+/// What a packet was, by what is readable of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    Rtp(Rtp),
+    /// The type of the first packet and the sender's SSRC; the rest is sealed.
+    Rtcp {
+        packet_type: u8,
+        ssrc: u32,
+    },
+    Stun,
+    Dtls,
+    OtherUdp,
+    /// Signalling.
+    Tcp,
+    Other,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rtp {
+    pub ssrc: u32,
+    pub seq: u16,
+    pub payload_type: u8,
+    pub marker: bool,
+    pub rtp_time: u32,
+    /// RTP padding: what a server makes up to probe or to fill.
+    pub padded: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Given to the other namespace's kernel at this time.
+    Delivered(Duration),
+    UnderWay,
+    Lost,
+    Overflowed,
+    Cut,
+}
+
+/// One copy of a packet. Times are since the network was made.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet {
+    pub at: Duration,
+    pub fate: Fate,
+    /// The second copy of a packet that was duplicated.
+    pub duplicate: bool,
+    pub direction: Direction,
+    pub from: SocketAddrV4,
+    pub to: SocketAddrV4,
+    /// The payload of UDP; of everything else the whole packet.
+    pub bytes: usize,
+    pub content: Content,
+}
+
+impl Packet {
+    pub fn rtp(&self) -> Option<Rtp> {
+        match self.content {
+            Content::Rtp(rtp) => Some(rtp),
+            _ => None,
+        }
+    }
+
+    pub fn delivered_at(&self) -> Option<Duration> {
+        match self.fate {
+            Fate::Delivered(at) => Some(at),
+            _ => None,
+        }
+    }
+
+    /// How long it was under way, if it came.
+    pub fn delay(&self) -> Option<Duration> {
+        self.delivered_at().map(|at| at - self.at)
+    }
+
+    pub fn is_tcp(&self) -> bool {
+        self.content == Content::Tcp
+    }
+}
+
+pub struct Network {
+    pub clients: Namespace,
+    pub server: Namespace,
+    relay: Arc<Relay>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Network {
+    /// A perfect one, whose later chances are those of `seed`.
+    pub fn new(seed: u64) -> io::Result<Network> {
+        let (clients, from_clients) = Namespace::new(CLIENTS)?;
+        let (server, from_server) = Namespace::new(SERVER)?;
+        let direction = |device: &File, seed| -> io::Result<OneWay> {
+            Ok(OneWay {
+                out: device.try_clone()?,
+                path: Path::new(Conditions::default(), seed),
+                tcp_too: false,
+            })
+        };
+        let state = State {
+            ways: [direction(&from_server, seed)?, direction(&from_clients, seed.wrapping_add(1))?],
+            under_way: BTreeMap::new(),
+            log: Vec::new(),
+            count: 0,
+            ended: false,
+        };
+        let relay = Arc::new(Relay {
+            began: Instant::now(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        });
+        let start = |work: Box<dyn FnOnce(&Relay) + Send>| {
+            let relay = relay.clone();
+            std::thread::spawn(move || work(&relay))
+        };
+        let threads = vec![
+            start(Box::new(|relay| relay.read_from(from_clients, Direction::Up))),
+            start(Box::new(|relay| relay.read_from(from_server, Direction::Down))),
+            start(Box::new(Relay::release_in_time)),
+        ];
+        Ok(Network {
+            clients,
+            server,
+            relay,
+            threads,
+        })
+    }
+
+    /// The network for the test of this name (as `cargo test` prints it). `None` where the test has been run in a user namespace instead and has passed there, or, not
+    /// under `CI`, where no network can be made.
+    pub fn for_test(name: &str, seed: u64) -> Option<Network> {
+        let error = match Network::new(seed) {
+            Ok(network) => return Some(network),
+            Err(error) => error,
+        };
+        let again = std::env::var_os(IN_USER_NAMESPACE).is_none() && error.kind() == io::ErrorKind::PermissionDenied;
+        if again && namespace::user_namespaces_work() {
+            let mut command = Command::new("unshare");
+            command
+                .args(["--user", "--map-root-user", "--"])
+                .arg(std::env::current_exe().expect("our own path"));
+            command
+                .args(["--exact", name, "--include-ignored", "--nocapture"])
+                .env(IN_USER_NAMESPACE, "1");
+            let output = command.output().expect("it ran a moment ago");
+            let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() && said.contains("1 passed"), "in a user namespace: {said}");
+            eprintln!("{said}");
+            return None;
+        }
+        assert!(std::env::var_os("CI").is_none(), "no network namespaces under CI: {error}");
+        eprintln!("SKIPPED {name}: no network namespace can be made here ({error}); run it as root");
+        None
+    }
+
+    /// From now on. Signalling (TCP) is spared, unless [`Network::touch_tcp`] says otherwise.
+    pub fn set(&self, direction: Direction, conditions: Conditions) {
+        self.relay.lock().ways[direction as usize].path.conditions = conditions;
+    }
+
+    pub fn set_both(&self, conditions: Conditions) {
+        for direction in [Direction::Up, Direction::Down] {
+            self.set(direction, conditions);
+        }
+    }
+
+    /// Whether the conditions are for signalling, too.
+    pub fn touch_tcp(&self, too: bool) {
+        self.relay.lock().ways.iter_mut().for_each(|way| way.tcp_too = too);
+    }
+
+    /// Since the network was made, as times in the log are.
+    pub fn now(&self) -> Duration {
+        self.relay.began.elapsed()
+    }
+
+    /// What happened so far, in the order in which packets came to the relay.
+    pub fn log(&self) -> Vec<Packet> {
+        self.relay.lock().log.clone()
+    }
+
+    /// Packets that have neither left nor been lost.
+    pub fn under_way(&self) -> usize {
+        self.relay.lock().under_way.len()
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.relay.lock().ended = true;
+        self.relay.changed.notify_all();
+        for (from, to) in [(&self.clients, SERVER), (&self.server, CLIENTS)] {
+            // Wakes the thread that reads there; the packet itself goes nowhere.
+            let poke = || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| socket.send_to(&[0], (to, 9)));
+            from.run(poke).expect("the network's own device takes a packet");
+        }
+        for thread in self.threads.drain(..) {
+            let ended = thread.join();
+            assert!(ended.is_ok() || std::thread::panicking(), "a thread of the relay panicked");
+        }
+    }
+}
+
+struct Relay {
+    began: Instant,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    /// By [`Direction`].
+    ways: [OneWay; 2],
+    /// By the time at which they leave, then in the order in which they came: direction, place in the log, and the packet.
+    under_way: BTreeMap<(Duration, u64), (Direction, usize, Vec<u8>)>,
+    log: Vec<Packet>,
+    count: u64,
+    ended: bool,
+}
+
+struct OneWay {
+    out: File,
+    path: Path,
+    tcp_too: bool,
+}
+
+impl Relay {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A thread that panicked while it held the lock is heard of when it is joined.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_from(&self, mut device: File, direction: Direction) {
+        let mut buffer = [0; MTU];
+        loop {
+            let len = device.read(&mut buffer).expect("an open TUN device can be read");
+            let now = self.began.elapsed();
+            let mut state = self.lock();
+            if state.ended {
+                return;
+            }
+            state.take(&buffer[..len], direction, now);
+            // What is due at once leaves from here, without another thread's waking.
+            state.release(self.began);
+            self.changed.notify_one();
+        }
+    }
+
+    fn release_in_time(&self) {
+        let mut state = self.lock();
+        while !state.ended {
+            state.release(self.began);
+            let wait = state
+                .under_way
+                .first_key_value()
+                .map(|((leaves, _), _)| leaves.saturating_sub(self.began.elapsed()));
+            state = match wait {
+                Some(wait) => self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0,
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+impl State {
+    fn take(&mut self, bytes: &[u8], direction: Direction, now: Duration) {
+        // The kernel's own IPv6 chatter has nobody to talk to.
+        let Some(mut packet) = describe(bytes, direction, now) else { return };
+        let way = &mut self.ways[direction as usize];
+        let (first, second) = match packet.is_tcp() && !way.tcp_too {
+            true => (PathFate::Leaves(now), None),
+            false => way.path.take(bytes.len(), now),
+        };
+        for (fate, duplicate) in [(Some(first), false), (second, true)] {
+            let Some(fate) = fate else { continue };
+            (packet.fate, packet.duplicate) = (Fate::UnderWay, duplicate);
+            match fate {
+                PathFate::Leaves(at) => {
+                    self.count += 1;
+                    self.under_way.insert((at, self.count), (direction, self.log.len(), bytes.to_vec()));
+                }
+                PathFate::Lost => packet.fate = Fate::Lost,
+                PathFate::Overflowed => packet.fate = Fate::Overflowed,
+                PathFate::Cut => packet.fate = Fate::Cut,
+            }
+            self.log.push(packet);
+        }
+    }
+
+    fn release(&mut self, began: Instant) {
+        while let Some(entry) = self.under_way.first_entry() {
+            let now = began.elapsed();
+            if entry.key().0 > now {
+                return;
+            }
+            let (direction, at, bytes) = entry.remove();
+            self.ways[direction as usize]
+                .out
+                .write_all(&bytes)
+                .expect("an open TUN device takes a packet");
+            self.log[at].fate = Fate::Delivered(now);
+        }
+    }
+}
+
+/// `None` for what is no IPv4.
+fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Packet> {
+    const TCP: u8 = 6;
+    const UDP: u8 = 17;
+    let first = *bytes.first()?;
+    if first >> 4 != 4 || bytes.len() < 20 {
+        return None;
+    }
+    let body = bytes.get(usize::from(first & 0x0F) * 4..)?;
+    let address = |at: usize| Ipv4Addr::new(bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]);
+    let port = |at: usize| body.get(at..at + 2).map_or(0, |port| u16::from_be_bytes([port[0], port[1]]));
+    let (content, bytes_counted) = match (bytes[9], body.get(8..)) {
+        (UDP, Some(payload)) => (describe_udp(payload), payload.len()),
+        (TCP, _) => (Content::Tcp, bytes.len()),
+        _ => (Content::Other, bytes.len()),
+    };
+    Some(Packet {
+        at,
+        fate: Fate::UnderWay,
+        duplicate: false,
+        direction,
+        from: SocketAddrV4::new(address(12), port(0)),
+        to: SocketAddrV4::new(address(16), port(2)),
+        bytes: bytes_counted,
+        content,
+    })
+}
+
+/// RFC 7983 by the first byte, RFC 5761 between RTP and RTCP.
+fn describe_udp(payload: &[u8]) -> Content {
+    let word = |at: usize| u32::from_be_bytes([payload[at], payload[at + 1], payload[at + 2], payload[at + 3]]);
+    match payload {
+        [0..=3, ..] => Content::Stun,
+        [20..=63, ..] => Content::Dtls,
+        [128..=191, packet_type @ 192..=223, ..] if payload.len() >= 8 => Content::Rtcp {
+            packet_type: *packet_type,
+            ssrc: word(4),
+        },
+        [128..=191, second, ..] if payload.len() >= 12 => Content::Rtp(Rtp {
+            ssrc: word(8),
+            seq: u16::from_be_bytes([payload[2], payload[3]]),
+            payload_type: second & 0x7F,
+            marker: second & 0x80 != 0,
+            rtp_time: word(4),
+            padded: payload[0] & 0x20 != 0,
+        }),
+        _ => Content::OtherUdp,
+    }
+}
