@@ -267,7 +267,8 @@ impl Connection {
         let Some(track) = self.tracks.iter_mut().find(|track| track.ssrc() == block.ssrc) else {
             return;
         };
-        around.record.media(track.kind()).uplink_packets_lost += track.handle_reported_loss(block.cumulative_lost);
+        let lost = &mut around.record.media(track.kind()).uplink_packets_lost;
+        *lost = lost.wrapping_add_signed(track.handle_reported_loss(block.cumulative_lost));
         self.handle_rtt(block.lsr, block.dlsr, arrival, around);
     }
 

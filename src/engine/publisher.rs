@@ -181,7 +181,7 @@ pub struct SendTrack {
     key_request_taken_at: Option<Time>,
     packets: u32,
     octets: u32,
-    /// The highest cumulative loss that a receiver report has stated.
+    /// The cumulative loss that the last receiver report has stated.
     reported_lost: i32,
     stopped: bool,
     muted: bool,
@@ -644,14 +644,14 @@ impl SendTrack {
         Some((epoch.ntp(now), self.rtp_offset.wrapping_add(ticks), self.packets, self.octets))
     }
 
-    /// Takes a report block's cumulative loss; returns by how much the known uplink loss grew. Whoever reports on an SSRC knows what it is: mid and rid go.
-    pub fn handle_reported_loss(&mut self, cumulative_lost: i32) -> u64 {
+    /// Takes a report block's cumulative loss; returns by how much the known uplink loss changed. It shrinks where a packet that was merely late had been taken
+    /// for lost. More copies than losses are no loss. Whoever reports on an SSRC knows what it is: mid and rid go.
+    pub fn handle_reported_loss(&mut self, cumulative_lost: i32) -> i64 {
         if let Some(bare) = self.bare_header.take() {
             self.header = bare;
         }
-        let grown = cumulative_lost.saturating_sub(self.reported_lost).max(0);
-        self.reported_lost = self.reported_lost.max(cumulative_lost);
-        grown as u64
+        let lost = cumulative_lost.max(0);
+        i64::from(lost) - i64::from(std::mem::replace(&mut self.reported_lost, lost))
     }
 }
 
