@@ -24,7 +24,7 @@ use crate::seeded::{mixed, scatter};
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
 use crate::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check};
 use crate::transport::receive::MISSING_MAX;
-use crate::transport::rtcp::{self, DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, rtt_from_report};
+use crate::transport::rtcp::{self, DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report};
 use crate::transport::rtp::{Datagram, Header, classify};
 use crate::transport::sdp::{Extension, ExtensionIds};
 use crate::transport::sequence::Seq;
@@ -1018,7 +1018,7 @@ impl Router {
             }
             Packet::Xr { ssrc, rrtr, dlrr } => {
                 if let Some(ntp) = rrtr {
-                    self.answer_reference_time(slot, *ssrc, *ntp, io);
+                    self.answer_reference_time(slot, (*ssrc, *ntp), arrival, now, io);
                 }
                 let now_ntp = ntp_middle(self.config.epoch.ntp(arrival));
                 let rtts = dlrr.clone().filter(|block| block.ssrc == self.rtcp_ssrc);
@@ -1087,12 +1087,12 @@ impl Router {
         self.want_key_frame(track, layer, now);
     }
 
-    /// A receiver without media learns its round trip from the answer (RFC 3611). It is given at once, so the delay in it is zero, as LiveKit's.
-    fn answer_reference_time(&mut self, slot: u32, ssrc: u32, ntp: u64, io: &mut impl Outgoing) {
+    /// A receiver without media learns its round trip from the answer (RFC 3611). It is given at once; what the question waited for its turn is stated.
+    fn answer_reference_time(&mut self, slot: u32, (ssrc, ntp): (u32, u64), arrival: Time, now: Time, io: &mut impl Outgoing) {
         let answer = DlrrBlock {
             ssrc,
             last_rr: ntp_middle(ntp),
-            delay_since_last_rr: 0,
+            delay_since_last_rr: dlsr_units(now.since(arrival)),
         };
         let ours = self.rtcp_ssrc;
         if let Some(transport) = self.transports.get_mut(slot) {
