@@ -30,7 +30,7 @@ pub fn router_address() -> SocketAddr {
     "192.0.2.100:7882".parse().unwrap()
 }
 
-fn client_address(client: usize) -> SocketAddr {
+pub fn client_address(client: usize) -> SocketAddr {
     format!("198.51.100.{}:{}", client + 1, 1_000 + client).parse().unwrap()
 }
 
@@ -74,6 +74,38 @@ impl Outgoing for RouterOutlet {
     }
 }
 
+/// What carries datagrams between the clients and the router.
+pub trait Wire {
+    /// A client's connection is about to be made.
+    fn add(&mut self, _end: &WireEnd<'_>, _now: Time) {}
+
+    fn send(&mut self, datagram: Datagram, now: Time);
+
+    /// The next datagram that has arrived by `now`.
+    fn poll(&mut self, now: Time) -> Option<(Time, Datagram)>;
+}
+
+/// What the two ends of a connection know of each other.
+pub struct WireEnd<'a> {
+    pub identity: &'a Identity,
+    pub epoch: Epoch,
+    pub client: SocketAddr,
+    pub client_credentials: &'a IceCredentials,
+    pub router_credentials: &'a IceCredentials,
+    /// The router opens DTLS.
+    pub router_active: bool,
+}
+
+impl Wire for Link {
+    fn send(&mut self, datagram: Datagram, now: Time) {
+        Link::send(self, datagram, now);
+    }
+
+    fn poll(&mut self, now: Time) -> Option<(Time, Datagram)> {
+        Link::poll(self, now)
+    }
+}
+
 pub struct Client {
     pub shard: Shard,
     pub outlet: Outlet,
@@ -88,11 +120,11 @@ pub struct LegCount {
     pub arrived: u64,
 }
 
-pub struct Relay {
+pub struct Relay<W = Link> {
     pub router: Router,
     pub outlet: RouterOutlet,
     pub clients: Vec<Client>,
-    pub link: Link,
+    pub link: W,
     pub now: Time,
     pub roster: Arc<Roster>,
     pub events: Vec<MediaEvent>,
@@ -111,6 +143,13 @@ pub struct Relay {
 impl Relay {
     /// `clients` of them, each with one connection, up. The link is perfect until its conditions are changed. With `active` the router opens DTLS.
     pub fn connected(clients: usize, send: SendMode, active: bool, seed: u64) -> Relay {
+        Relay::over(Link::new(Conditions::default(), seed), clients, send, active, seed)
+    }
+}
+
+impl<W: Wire> Relay<W> {
+    /// The same over any wire.
+    pub fn over(wire: W, clients: usize, send: SendMode, active: bool, seed: u64) -> Relay<W> {
         let (identity, epoch) = (Identity::generate().unwrap(), Epoch::read());
         let roster = Arc::new(Roster::new(77, (0..clients).map(|_| 0)));
         let config = ShardConfig {
@@ -132,7 +171,7 @@ impl Relay {
             router,
             outlet: RouterOutlet::new(),
             clients: Vec::new(),
-            link: Link::new(Conditions::default(), seed),
+            link: wire,
             now: Time::ZERO,
             roster,
             events: Vec::new(),
@@ -145,6 +184,15 @@ impl Relay {
         };
         for client in 0..clients {
             let (ours, theirs) = (IceCredentials::random(), IceCredentials::random());
+            let end = WireEnd {
+                identity: &identity,
+                epoch,
+                client: client_address(client),
+                client_credentials: &theirs,
+                router_credentials: &ours,
+                router_active: active,
+            };
+            relay.link.add(&end, Time::ZERO);
             let mut outlet = Outlet::new(vec![client_address(client)]);
             let mut shard = Shard::new(config.clone(), 1, Time::ZERO);
             let peer = NewPeer {
