@@ -427,6 +427,11 @@ impl Connection {
         self.rtt_rtcp.or(self.rtt_stun).unwrap_or(RTT_UNKNOWN)
     }
 
+    /// Closes the account of every stream.
+    pub fn finish(&mut self, roster: &Roster, record: &mut Record) {
+        self.streams.iter_mut().for_each(|stream| stream.finish(roster, record));
+    }
+
     /// Brings the record up to date with what the streams counted.
     pub fn account(&mut self, roster: &Roster, record: &mut Record) {
         self.streams.iter_mut().for_each(|stream| stream.account(roster, record));

@@ -160,6 +160,17 @@ impl Ledger {
         self.paused = false;
     }
 
+    /// The next new frame begins a stretch before which nothing is missing.
+    pub fn is_resuming(&self) -> bool {
+        self.resumed
+    }
+
+    /// Frames of the stretch before that were due before the current one began, and did not come.
+    pub fn withheld(&self, (origin, track): (u32, u8), roster: &Roster) -> u64 {
+        self.previous
+            .missed_before(&self.current, roster.frame_interval(origin, track, self.previous.layer))
+    }
+
     /// Nothing more is expected than what was sent by now.
     pub fn end(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
         let sent = origin.map_or(0, |(origin, track)| roster.frames(origin, track, self.current.layer));

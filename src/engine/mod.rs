@@ -2,6 +2,7 @@
 //!
 //! A [`shard::Shard`] is sans-IO: time, datagrams and commands go in; datagrams, events and counts come out. A [`worker`] owns the sockets and the clock around it.
 
+mod attribution;
 mod connection;
 pub mod health;
 mod ledger;
@@ -9,12 +10,13 @@ pub mod publisher;
 pub mod shard;
 pub mod subscriber;
 mod timers;
+mod uplink;
 pub mod worker;
 
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::measure::Kind;
@@ -24,6 +26,7 @@ use crate::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParamete
 use crate::units::{Epoch, Time};
 use publisher::SendParameters;
 use subscriber::StreamOutcome;
+use uplink::Lacking;
 
 /// The engine's heartbeat.
 pub const TICK: Duration = Duration::from_millis(1);
@@ -211,6 +214,8 @@ struct LayerCell {
     mute_changes: AtomicU32,
     /// Nanoseconds on the run's clock; 0 while not published. Kept for the lowest layer.
     published_at: AtomicU64,
+    /// Made when the layer is first published: most participants publish nothing.
+    lacking: OnceLock<Box<Lacking>>,
 }
 
 /// The number of a participant's audio track in frame identities; its video track has the next one.
@@ -246,13 +251,39 @@ impl Roster {
         if let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) {
             cell.published_at.store(at.as_nanos().max(1), Relaxed);
             cell.interval_us.store(u32::try_from(interval.as_micros()).unwrap_or(u32::MAX), Relaxed);
+            cell.lacking.get_or_init(Box::default);
         }
     }
 
     fn set_frames(&self, identity: &FrameIdentity, frames: u32) {
         if let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) {
+            if let (Some(lacking), Some(newest)) = (cell.lacking.get(), frames.checked_sub(1)) {
+                lacking.begin(newest);
+            }
             cell.frames.store(frames, Relaxed);
         }
+    }
+
+    /// The server has asked in vain for this frame.
+    fn set_asked(&self, identity: &FrameIdentity, frame: u32) {
+        let cell = self.cell(identity.origin, identity.track, identity.layer);
+        if let Some((cell, lacking)) = cell.and_then(|cell| Some((cell, cell.lacking.get()?))) {
+            lacking.set_asked(frame, cell.frames.load(Relaxed));
+        }
+    }
+
+    /// Somebody has received this frame, so the server had it.
+    fn set_received(&self, identity: &FrameIdentity) {
+        let cell = self.cell(identity.origin, identity.track, identity.layer);
+        if let Some(lacking) = cell.and_then(|cell| cell.lacking.get()) {
+            lacking.set_received(identity.frame);
+        }
+    }
+
+    /// Whether the server never had a frame, by its NACKs; `None` where that cannot be told any more.
+    fn is_lacking(&self, origin: u32, track: u8, layer: u8, frame: u32) -> Option<bool> {
+        let cell = self.cell(origin, track, layer)?;
+        cell.lacking.get()?.is_lacking(frame, cell.frames.load(Relaxed))
     }
 
     fn set_muted(&self, origin: u32, track: u8, muted: bool) {

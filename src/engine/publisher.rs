@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::uplink::Requests;
 use super::{Io, Roster, TICK};
 use crate::measure::{Kind, Media};
 use crate::media::identity::{AUDIO_IDENTITY_LEN, FrameIdentity, VIDEO_TRAILER_LEN};
@@ -172,6 +173,7 @@ pub struct SendTrack {
     rtx_index: u64,
     ring: ResendRing,
     limiter: ResendLimiter,
+    requests: Requests,
     pacer: Pacer,
     /// The next frame begins something: a video track (anew), or a talkspurt.
     fresh: bool,
@@ -268,6 +270,7 @@ impl SendTrack {
             rtx_index: (bits >> 17) & 0x7FFF,
             ring: ResendRing::new(if kind == Kind::Audio { AUDIO_FRAMES } else { VIDEO_FRAMES }),
             limiter: ResendLimiter::new(parameters.source.bitrate(), RESEND_BURST_BYTES),
+            requests: Requests::default(),
             pacer: Pacer::new(&parameters),
             // The first frame of a video track is a key frame, whoever asks.
             fresh: true,
@@ -612,7 +615,13 @@ impl SendTrack {
     pub fn resend<I: Io>(&mut self, seq: u16, now: Time, rtt: Duration, wire: &mut Wire<'_, I>) -> bool {
         let Some((record, packet)) = self.ring.find(seq) else { return false };
         let record = *record;
-        if self.pacer.holds(seq) || self.limiter.allow(seq, RESEND_BYTES, now, rtt) != Resend::Allowed {
+        if self.pacer.holds(seq) {
+            return false;
+        }
+        if self.requests.is_again(record.frame, now, rtt) {
+            wire.roster.set_asked(&self.parameters.identity, record.frame);
+        }
+        if self.limiter.allow(seq, RESEND_BYTES, now, rtt) != Resend::Allowed {
             return false;
         }
         let rtx = self.rtx_header.is_some().then_some(Seq(self.rtx_index as u16));

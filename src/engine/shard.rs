@@ -94,6 +94,7 @@ impl Shard {
     pub fn add_peer(&mut self, key: usize, new: NewPeer, now: Time, io: &mut impl Io) {
         if let Some(mut former) = self.peers[key].take() {
             former.end_all_streams(&self.config.roster, &mut self.record);
+            former.finish(&self.config.roster, &mut self.record);
             self.former.push(former.outcome(&self.config.roster));
         }
         self.peers[key] = Some(Box::new(Connection::new(key, new, &self.config, now)));
@@ -445,7 +446,9 @@ impl Shard {
     pub fn finish(&mut self) -> Vec<PeerOutcome> {
         let never_announced: usize = self.peers.iter_mut().flatten().map(|peer| peer.take_early().len()).sum();
         self.record.session.packets_rejected += never_announced as u64;
-        self.account();
+        for peer in self.peers.iter_mut().flatten() {
+            peer.finish(&self.config.roster, &mut self.record);
+        }
         let mut outcomes = std::mem::take(&mut self.former);
         outcomes.extend(self.peers.iter().flatten().map(|peer| peer.outcome(&self.config.roster)));
         outcomes

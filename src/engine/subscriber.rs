@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use super::attribution::{Attribution, Losses, Origin, Placed};
 use super::ledger::Ledger;
 use super::{Roster, StreamParameters, is_muted};
 use crate::measure::{Kind, Record};
@@ -57,6 +58,8 @@ pub struct StreamOutcome {
     pub counts: ReceiveCounts,
     pub frames_expected: u64,
     pub frames_delivered: u64,
+    /// Where the others were lost; complete after [`RecvStream::finish`].
+    pub losses: Losses,
     pub freezes: u64,
     pub jitter: Duration,
     pub latency_us_mean: Option<u64>,
@@ -69,10 +72,13 @@ pub struct RecvStream {
     replay: ReplayWindow,
     receive: ReceiveStream,
     ledger: Ledger,
+    attribution: Attribution,
+    losses: Losses,
     origin: Option<(u32, u8)>,
     first_packet_at: Option<Time>,
     live: bool,
     ended: bool,
+    finished: bool,
     /// The server was asked to send nothing for now.
     unwatched: bool,
     freezes: u64,
@@ -117,6 +123,7 @@ struct LatencySum {
 struct Accounted {
     counts: ReceiveCounts,
     frames_expected: u64,
+    losses: Losses,
 }
 
 impl RecvStream {
@@ -140,10 +147,13 @@ impl RecvStream {
             replay: ReplayWindow::default(),
             receive,
             ledger: Ledger::default(),
+            attribution: Attribution::default(),
+            losses: Losses::default(),
             origin: None,
             first_packet_at: None,
             live: false,
             ended: false,
+            finished: false,
             unwatched: false,
             freezes: 0,
             freeze_settled: false,
@@ -277,7 +287,8 @@ impl RecvStream {
 
     fn handle_audio(&mut self, payload: &[u8], arrival: Time, context: &mut StreamContext<'_>) {
         if let Some(identity) = FrameIdentity::parse_audio(payload) {
-            self.deliver(&identity, arrival, true, context);
+            let seq = self.receive.ext_seq();
+            self.deliver(&identity, (seq, seq), arrival, true, context);
         }
     }
 
@@ -319,7 +330,8 @@ impl RecvStream {
         match event {
             FrameEvent::Complete(frame) => {
                 if let Some(identity) = frame.identity {
-                    self.deliver(&identity, frame.completed_at, frame.decodable, context);
+                    let first_seq = frame.last_seq + 1 - u64::from(frame.packets);
+                    self.deliver(&identity, (first_seq, frame.last_seq), frame.completed_at, frame.decodable, context);
                 }
             }
             FrameEvent::Decoded(frame) => {
@@ -349,8 +361,8 @@ impl RecvStream {
         }
     }
 
-    /// A whole frame with our identity on it: whose, whether for the first time, and how long it took.
-    fn deliver(&mut self, identity: &FrameIdentity, at: Time, decodable: bool, context: &mut StreamContext<'_>) {
+    /// A whole frame with our identity on it, in packets `first_seq..=last_seq`: whose, whether for the first time, and how long it took.
+    fn deliver(&mut self, identity: &FrameIdentity, (first_seq, last_seq): (u64, u64), at: Time, decodable: bool, context: &mut StreamContext<'_>) {
         if identity.run != context.roster.run {
             return;
         }
@@ -368,6 +380,7 @@ impl RecvStream {
             self.go_live(at, context);
         }
         let media = context.record.media(self.parameters.kind);
+        let was_resuming = self.ledger.is_resuming();
         match self.ledger.deliver(identity, context.roster) {
             Delivery::First => media.frames_delivered += 1,
             Delivery::Duplicate | Delivery::TooOld => {
@@ -375,11 +388,31 @@ impl RecvStream {
                 return;
             }
         }
+        context.roster.set_received(identity);
+        let resumes = was_resuming && !self.ledger.is_resuming();
+        let frame = Placed {
+            layer: identity.layer,
+            frame: identity.frame,
+            first_seq,
+            last_seq,
+        };
+        self.place(frame, resumes, origin, at, context.roster);
         if let Some(intended) = context.epoch.time_of_unix_micros(identity.intended_unix_us) {
             let latency_us = at.micros_since(intended);
             media.one_way_latency.record_micros(latency_us);
             media.frames_late += u64::from(latency_us > LATE_AFTER.as_micros() as u64);
             self.latency.add(latency_us);
+        }
+    }
+
+    /// Whatever is missing between this frame and the others was lost somewhere.
+    fn place(&mut self, frame: Placed, resumes: bool, (origin, track): (u32, u8), now: Time, roster: &Roster) {
+        let whose = Origin { roster, origin, track };
+        if resumes {
+            self.attribution.resume_with(frame, &self.receive, whose, now);
+        } else {
+            let withheld = || self.ledger.withheld((origin, track), roster);
+            self.attribution.deliver(frame, withheld, &self.receive, whose, now);
         }
     }
 
@@ -490,6 +523,9 @@ impl RecvStream {
     pub fn account(&mut self, roster: &Roster, record: &mut Record) {
         let counts = self.receive.counts();
         let frames_expected = self.ledger.expected(self.origin, roster);
+        if !self.finished {
+            self.losses = self.attribution.losses();
+        }
         let media = record.media(self.parameters.kind);
         let told = &mut self.accounted;
         add_difference(&mut media.packets_lost_network, counts.lost_network, told.counts.lost_network);
@@ -498,10 +534,30 @@ impl RecvStream {
         add_difference(&mut media.packets_duplicate, counts.duplicate, told.counts.duplicate);
         add_difference(&mut media.packets_reordered, counts.reordered, told.counts.reordered);
         add_difference(&mut media.frames_expected, frames_expected, told.frames_expected);
-        *told = Accounted { counts, frames_expected };
+        let losses = self.losses;
+        add_difference(&mut media.frames_lost_uplink, losses.uplink, told.losses.uplink);
+        add_difference(&mut media.frames_lost_sfu, losses.sfu, told.losses.sfu);
+        add_difference(&mut media.frames_lost_downlink, losses.downlink, told.losses.downlink);
+        add_difference(&mut media.frames_lost_unattributed, losses.unattributed, told.losses.unattributed);
+        *told = Accounted {
+            counts,
+            frames_expected,
+            losses,
+        };
         if counts.received > 0 && !self.ended {
             media.jitter.record(self.receive.jitter());
         }
+    }
+
+    /// The account is closed: nothing comes any more, and what is missing is lost.
+    pub fn finish(&mut self, roster: &Roster, record: &mut Record) {
+        if let Some((origin, track)) = self.origin.filter(|_| !self.finished) {
+            let missing = self.ledger.expected(self.origin, roster).saturating_sub(self.ledger.delivered());
+            let whose = Origin { roster, origin, track };
+            self.losses = self.attribution.finish(missing, &self.receive, whose);
+            self.finished = true;
+        }
+        self.account(roster, record);
     }
 
     pub fn outcome(&self, roster: &Roster) -> StreamOutcome {
@@ -514,6 +570,7 @@ impl RecvStream {
             counts: self.receive.counts(),
             frames_expected: self.ledger.expected(self.origin, roster),
             frames_delivered: self.ledger.delivered(),
+            losses: self.losses,
             freezes: self.freezes,
             jitter: self.receive.jitter(),
             latency_us_mean: self.latency.mean_us(),

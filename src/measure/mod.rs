@@ -82,7 +82,10 @@ stats! {
             tracks_published, tracks_expected, tracks_live,
             packets_sent, packets_received, bytes_sent, bytes_received, rtx_sent, rtx_received,
             packets_lost_network, packets_repaired, packets_lost, packets_duplicate, packets_reordered, uplink_packets_lost,
-            frames_sent, frames_expected, frames_delivered, frames_late, frames_duplicate, key_frames_sent, freezes,
+            frames_sent, frames_expected, frames_delivered, frames_late, frames_duplicate,
+            /// Where those were lost that were expected and not delivered.
+            frames_lost_uplink, frames_lost_sfu, frames_lost_downlink, frames_lost_unattributed,
+            key_frames_sent, freezes,
         }
         histograms {
             track_subscribe, first_packet, first_frame, one_way_latency, jitter, frame_interval, freeze, loss_to_repair,

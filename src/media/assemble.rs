@@ -53,6 +53,8 @@ pub struct CompleteFrame {
     pub rtp_time: u32,
     pub key: bool,
     pub packets: u16,
+    /// Of the last packet, unwrapped.
+    pub last_seq: u64,
     pub first_arrival: Time,
     pub completed_at: Time,
     pub decodable: bool,
@@ -399,6 +401,7 @@ impl Assembler {
 
     fn complete(&mut self, at: usize, now: Time, on_event: &mut impl FnMut(FrameEvent)) {
         let decodable = self.is_decodable(at);
+        let last_seq = self.high(at);
         let slot = &mut self.slots[at];
         slot.set(COMPLETE, true);
         let frame = CompleteFrame {
@@ -406,6 +409,7 @@ impl Assembler {
             rtp_time: slot.rtp_time,
             key: slot.has(KEY),
             packets: slot.span.saturating_add(1),
+            last_seq,
             first_arrival: now - Duration::from_micros(u64::from(micros(now).wrapping_sub(slot.first_arrival))),
             completed_at: now,
             decodable,

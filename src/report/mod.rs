@@ -194,6 +194,10 @@ pub struct Quality {
     pub packets_lost: u64,
     pub frames_expected: u64,
     pub frames_delivered: u64,
+    pub frames_lost_uplink: u64,
+    pub frames_lost_sfu: u64,
+    pub frames_lost_downlink: u64,
+    pub frames_lost_unattributed: u64,
     /// `None` for audio, where they are not measured.
     pub freezes: Option<u64>,
     /// Of the track that fared worst; a histogram for every subscription would not fit in memory.

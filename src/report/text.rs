@@ -312,6 +312,19 @@ impl Columns<'_> {
         )
     }
 
+    /// Where frames were lost, as far as any were there.
+    fn loss_places(&self) -> String {
+        let places: [(&str, fn(&Media) -> u64); 4] = [
+            ("    on the uplink", |m| m.frames_lost_uplink),
+            ("    in the SFU", |m| m.frames_lost_sfu),
+            ("    on the downlink", |m| m.frames_lost_downlink),
+            ("    cannot be told where", |m| m.frames_lost_unattributed),
+        ];
+        let lost_there = |counter: fn(&Media) -> u64| self.media.iter().any(|media| counter(media) > 0);
+        let places = places.into_iter().filter(|(_, counter)| lost_there(*counter));
+        places.map(|(label, counter)| self.sum(label, counter, number)).collect()
+    }
+
     /// A row of one counter by another: `part/whole`, or the share of it.
     fn ratio(&self, label: &str, part: fn(&Media) -> u64, whole: fn(&Media) -> u64, print: impl Fn(u64, u64) -> String) -> String {
         let (parts, wholes) = (self.media.map(part), self.media.map(whole));
@@ -377,6 +390,7 @@ fn media(outcome: &Outcome, style: Style) -> String {
     text.push_str(&columns.sum("Frames expected", |m| m.frames_expected, number));
     text.push_str(&columns.sum("Frames delivered", |m| m.frames_delivered, number));
     text.push_str(&columns.loss("  undelivered", |loss| maybe(loss.undelivered, percent)));
+    text.push_str(&columns.loss_places());
     text.push_str(&columns.sum("  late", |m| m.frames_late, number));
     if columns.shown[1] {
         let freezes = number(step.record.video.freezes);

@@ -98,6 +98,10 @@ pub(super) fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) 
         quality.packets_lost += stream.counts.lost;
         quality.frames_expected += stream.frames_expected;
         quality.frames_delivered += stream.frames_delivered;
+        quality.frames_lost_uplink += stream.losses.uplink;
+        quality.frames_lost_sfu += stream.losses.sfu;
+        quality.frames_lost_downlink += stream.losses.downlink;
+        quality.frames_lost_unattributed += stream.losses.unattributed;
         quality.freezes = quality.freezes.map(|freezes| freezes + stream.freezes);
         quality.one_way_us_mean = quality.one_way_us_mean.max(stream.latency_us_mean);
         quality.one_way_us_max = quality.one_way_us_max.max(stream.latency_us_max);

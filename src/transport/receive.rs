@@ -327,6 +327,18 @@ impl ReceiveStream {
         }
     }
 
+    /// Whether it is still known of this packet, and of all after it, which of them came. `ext_seq` is unwrapped.
+    pub fn remembers(&self, ext_seq: u64) -> bool {
+        ext_seq >= self.base && self.highest < ext_seq + WINDOW
+    }
+
+    /// How many packets after `before` and ahead of `after`, both unwrapped, did not come by themselves: missing, or only resent. `None` where it is
+    /// not known any more.
+    pub fn holes_between(&self, before: u64, after: u64) -> Option<u64> {
+        let is_hole = |ext: &u64| self.state(*ext) != (true, false);
+        self.remembers(before).then(|| (before + 1..after).filter(is_hole).count() as u64)
+    }
+
     fn has_started(&self) -> bool {
         self.highest != 0
     }

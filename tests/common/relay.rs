@@ -120,6 +120,16 @@ pub struct LegCount {
     pub arrived: u64,
 }
 
+/// Which way an RTP datagram goes: from or to which client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leg {
+    Up(usize),
+    Down(usize),
+}
+
+/// Says of an RTP datagram, by its SSRC and its number, whether it is lost on a leg.
+pub type Loss = Box<dyn FnMut(Leg, u32, u16) -> bool>;
+
 pub struct Relay<W = Link> {
     pub router: Router,
     pub outlet: RouterOutlet,
@@ -135,6 +145,8 @@ pub struct Relay<W = Link> {
     pub router_out: u64,
     /// Set-up datagrams in either direction: ICE and DTLS libraries allocate.
     pub setup_datagrams: u64,
+    /// On top of what the link does.
+    pub loss: Loss,
     pub keep: bool,
     /// While `keep`: what reached clients.
     pub kept: Vec<(Time, usize, Vec<u8>)>,
@@ -179,6 +191,7 @@ impl<W: Wire> Relay<W> {
             router_in: 0,
             router_out: 0,
             setup_datagrams: 0,
+            loss: Box::new(|_, _, _| false),
             keep: false,
             kept: Vec::new(),
         };
@@ -370,17 +383,26 @@ impl<W: Wire> Relay<W> {
             }
             for datagram in std::mem::take(&mut client.outlet.sent) {
                 self.count(index, true, &datagram.bytes, false);
-                self.link.send(datagram, now);
+                if !self.is_lost(Leg::Up(index), &datagram.bytes) {
+                    self.link.send(datagram, now);
+                }
             }
         }
         for datagram in std::mem::take(&mut self.outlet.sent) {
             self.router_out += 1;
             self.count_setup(&datagram.bytes);
-            if let Some(client) = self.client_at(datagram.to) {
+            let client = self.client_at(datagram.to);
+            if let Some(client) = client {
                 self.count(client, false, &datagram.bytes, false);
             }
-            self.link.send(datagram, now);
+            if !client.is_some_and(|client| self.is_lost(Leg::Down(client), &datagram.bytes)) {
+                self.link.send(datagram, now);
+            }
         }
+    }
+
+    fn is_lost(&mut self, leg: Leg, bytes: &[u8]) -> bool {
+        crate::pair::ssrc_and_seq(bytes).is_some_and(|(ssrc, seq)| (self.loss)(leg, ssrc, seq))
     }
 
     fn client_at(&self, address: SocketAddr) -> Option<usize> {

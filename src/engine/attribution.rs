@@ -1,0 +1,267 @@
+//! Where the frames were lost that a subscription ought to have received and did not.
+//!
+//! Two witnesses. The subscriber sees whether sequence numbers are missing where the missing frames should have been: where none is, the SFU never sent
+//! them. The publisher has heard which frames the server never had ([`super::uplink`]): those are the uplink's, whether or not the SFU lets the hole show.
+//! What neither can tell stays unattributed. Flat, bounded state; nothing here allocates.
+
+use std::time::Duration;
+
+use super::Roster;
+use crate::transport::receive::{ReceiveStream, WINDOW};
+use crate::units::Time;
+
+/// Gaps that wait for repair at a time; in worse loss the oldest is settled early, and what still comes of it is taken back.
+const GAPS_MAX: usize = 12;
+
+/// After this nothing is repaired any more: NACKs end a second after the loss was noticed, and resends take a round trip.
+const SETTLE_AFTER: Duration = Duration::from_secs(2);
+
+/// Gaps are settled when their sequence numbers come this close to the end of what is remembered: a frame has fewer packets.
+const WINDOW_MARGIN: u64 = 256;
+
+/// Frames by where they were lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Losses {
+    pub uplink: u64,
+    pub sfu: u64,
+    pub downlink: u64,
+    /// Known at the end only.
+    pub unattributed: u64,
+}
+
+/// A delivered frame's place among the publisher's frames, and among the stream's packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    pub layer: u8,
+    pub frame: u32,
+    /// Unwrapped.
+    pub first_seq: u64,
+    pub last_seq: u64,
+}
+
+/// Whose frames these are.
+#[derive(Clone, Copy)]
+pub struct Origin<'a> {
+    pub roster: &'a Roster,
+    pub origin: u32,
+    pub track: u8,
+}
+
+/// Missing frames between two that were delivered.
+#[derive(Clone, Copy, Default)]
+struct Gap {
+    first_frame: u32,
+    missing: u32,
+    /// The low halves of the unwrapped numbers of the last packet before it and the first one after it.
+    before: u32,
+    after: u32,
+    noticed_ms: u32,
+    layer: u8,
+}
+
+impl Gap {
+    fn age(&self, now: Time) -> Duration {
+        Duration::from_millis((now.as_millis() as u32).wrapping_sub(self.noticed_ms).into())
+    }
+
+    /// The sequence numbers between the two frames, unwrapped by one that is newer.
+    fn between(&self, newest: u64) -> (u64, u64) {
+        let unwrap = |low: u32| newest - u64::from((newest as u32).wrapping_sub(low));
+        (unwrap(self.before), unwrap(self.after))
+    }
+
+    fn holds(&self, frame: &Placed, newest: u64) -> bool {
+        let (before, after) = self.between(newest);
+        let number = frame.frame.wrapping_sub(self.first_frame);
+        frame.layer == self.layer && number < self.missing && frame.first_seq > before && frame.last_seq < after
+    }
+}
+
+/// The missing frames of one received stream.
+#[derive(Default)]
+pub struct Attribution {
+    /// Oldest first.
+    gaps: [Gap; GAPS_MAX],
+    len: u8,
+    /// Of the frame delivered first.
+    oldest_seq: u64,
+    /// By sequence number, which is by time.
+    newest: Option<Placed>,
+    uplink: u32,
+    sfu: u32,
+    downlink: u32,
+}
+
+impl Attribution {
+    /// Takes a frame that was delivered for the first time. `withheld` says how many frames of the layer before are missing where it is of another.
+    pub fn deliver(&mut self, frame: Placed, withheld: impl FnOnce() -> u64, stream: &ReceiveStream, origin: Origin<'_>, now: Time) {
+        self.settle_due(stream, origin, now);
+        let Some(newest) = self.newest else {
+            (self.oldest_seq, self.newest) = (frame.first_seq, Some(frame));
+            return;
+        };
+        if frame.first_seq <= newest.last_seq {
+            self.deliver_late(&frame, newest.last_seq, stream, origin);
+            return;
+        }
+        let missing = match frame.layer == newest.layer {
+            true => u64::from(frame.frame.saturating_sub(newest.frame + 1)),
+            false => withheld(),
+        };
+        self.newest = Some(frame);
+        if missing > 0 {
+            let gap = Gap {
+                first_frame: newest.frame + 1,
+                missing: u32::try_from(missing).unwrap_or(u32::MAX),
+                before: newest.last_seq as u32,
+                after: frame.first_seq as u32,
+                noticed_ms: now.as_millis() as u32,
+                layer: newest.layer,
+            };
+            if usize::from(self.len) == GAPS_MAX {
+                self.settle_oldest(stream, origin);
+            }
+            self.open(usize::from(self.len), gap);
+        }
+    }
+
+    /// The stream goes on after a pause that was asked for: what was not sent meanwhile is not missing.
+    pub fn resume_with(&mut self, frame: Placed, stream: &ReceiveStream, origin: Origin<'_>, now: Time) {
+        self.settle_due(stream, origin, now);
+        self.newest = Some(frame);
+    }
+
+    /// Settles what has waited long enough.
+    pub fn settle_due(&mut self, stream: &ReceiveStream, origin: Origin<'_>, now: Time) {
+        while self.len > 0 {
+            let gap = self.gaps[0];
+            let (before, _) = gap.between(self.newest_seq());
+            if gap.age(now) < SETTLE_AFTER && self.newest_seq() - before < WINDOW - WINDOW_MARGIN {
+                return;
+            }
+            self.settle_oldest(stream, origin);
+        }
+    }
+
+    /// All that is missing, at the end: `missing` frames.
+    pub fn finish(&mut self, missing: u64, stream: &ReceiveStream, origin: Origin<'_>) -> Losses {
+        while self.len > 0 {
+            self.settle_oldest(stream, origin);
+        }
+        let losses = self.losses();
+        let attributed = losses.uplink + losses.sfu + losses.downlink;
+        // What is expected over a switch of layers may still shrink when a frame comes late: never more causes than losses.
+        let mut excess = attributed.saturating_sub(missing);
+        for count in [&mut self.downlink, &mut self.sfu, &mut self.uplink] {
+            let taken = excess.min(u64::from(*count));
+            *count -= taken as u32;
+            excess -= taken;
+        }
+        Losses {
+            unattributed: missing.saturating_sub(attributed),
+            ..self.losses()
+        }
+    }
+
+    /// What has been attributed so far.
+    pub fn losses(&self) -> Losses {
+        Losses {
+            uplink: self.uplink.into(),
+            sfu: self.sfu.into(),
+            downlink: self.downlink.into(),
+            unattributed: 0,
+        }
+    }
+
+    fn newest_seq(&self) -> u64 {
+        self.newest.map_or(0, |newest| newest.last_seq)
+    }
+
+    /// A frame between two that were delivered before.
+    fn deliver_late(&mut self, frame: &Placed, newest: u64, stream: &ReceiveStream, origin: Origin<'_>) {
+        if frame.first_seq < self.oldest_seq {
+            self.oldest_seq = frame.first_seq;
+            return;
+        }
+        let Some(at) = (0..usize::from(self.len)).find(|at| self.gaps[*at].holds(frame, newest)) else {
+            self.take_back();
+            return;
+        };
+        let gap = self.gaps[at];
+        let before = frame.frame.wrapping_sub(gap.first_frame);
+        let (left, right) = (
+            Gap {
+                missing: before,
+                after: frame.first_seq as u32,
+                ..gap
+            },
+            Gap {
+                first_frame: frame.frame.wrapping_add(1),
+                missing: gap.missing - before - 1,
+                before: frame.last_seq as u32,
+                ..gap
+            },
+        );
+        match (left.missing > 0, right.missing > 0) {
+            (true, true) => self.split(at, left, right, stream, origin),
+            (true, false) => self.gaps[at] = left,
+            (false, true) => self.gaps[at] = right,
+            (false, false) => self.remove(at),
+        }
+    }
+
+    /// Puts two gaps in the place of one; the oldest of all makes room.
+    fn split(&mut self, at: usize, left: Gap, right: Gap, stream: &ReceiveStream, origin: Origin<'_>) {
+        self.gaps[at] = left;
+        let mut at = at + 1;
+        if usize::from(self.len) == GAPS_MAX {
+            self.settle_oldest(stream, origin);
+            at -= 1;
+        }
+        self.open(at, right);
+    }
+
+    /// A frame that was given up came after all. It was sent, so its lateness is a link's: the downlink's, where any loss was.
+    fn take_back(&mut self) {
+        for count in [&mut self.downlink, &mut self.uplink, &mut self.sfu] {
+            if *count > 0 {
+                *count -= 1;
+                return;
+            }
+        }
+    }
+
+    fn open(&mut self, at: usize, gap: Gap) {
+        self.gaps.copy_within(at..usize::from(self.len), at + 1);
+        self.gaps[at] = gap;
+        self.len += 1;
+    }
+
+    fn remove(&mut self, at: usize) {
+        self.gaps.copy_within(at + 1..usize::from(self.len), at);
+        self.len -= 1;
+    }
+
+    fn settle_oldest(&mut self, stream: &ReceiveStream, Origin { roster, origin, track }: Origin<'_>) {
+        let gap = self.gaps[0];
+        self.remove(0);
+        let sent = roster.frames(origin, track, gap.layer);
+        let (mut lacking, mut unknown) = (0, 0);
+        for frame in gap.first_frame..gap.first_frame.saturating_add(gap.missing).min(sent) {
+            match roster.is_lacking(origin, track, gap.layer, frame) {
+                Some(true) => lacking += 1,
+                Some(false) => {}
+                None => unknown += 1,
+            }
+        }
+        self.uplink += lacking;
+        let rest = gap.missing - lacking - unknown;
+        let (before, after) = gap.between(self.newest_seq());
+        if let Some(holes) = stream.holes_between(before, after) {
+            // A hole of the uplink shows here too, unless the SFU closes it. Every other frame that was sent and lost has left one at least.
+            let downlink = rest.min(u32::try_from(holes).unwrap_or(u32::MAX).saturating_sub(lacking));
+            self.downlink += downlink;
+            self.sfu += rest - downlink;
+        }
+    }
+}
