@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
-use throng::measure::{Engine, Histogram, Media, Record, Session, serial};
+use throng::measure::{Bandwidth, Engine, Histogram, Media, Record, Session, serial};
 use throng::plan::{AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
 use throng::report::text::{Style, dry_run, first_line, render};
 use throng::report::{
@@ -133,6 +133,7 @@ fn outcome() -> Outcome {
             freezes: 3,
             ..media(3_240_000, 3_375_000_000, 405_000, 2_600)
         },
+        bandwidth: Bandwidth::default(),
         engine: Engine {
             packets_processed: 4_100_000,
             tick_late: spread(30_000, 60),
@@ -302,6 +303,23 @@ fn scratch(name: &str) -> PathBuf {
 }
 
 #[test]
+fn what_congestion_control_did_is_shown_where_it_did_anything() {
+    let mut outcome = outcome();
+    assert!(!render(&outcome, Style::default()).contains("Bandwidth"));
+    outcome.totals.record.bandwidth = Bandwidth {
+        transport_cc_sent: 27_000,
+        remb_sent: 200,
+        remb_sent_kbps: 200_000,
+        ..Bandwidth::default()
+    };
+    let text = render(&outcome, Style::default());
+    for words in ["27,000 transport-cc sent, 0 received", "200 REMB sent (mean 1 Mbps), 0 received"] {
+        assert!(text.contains(words), "{text}");
+    }
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+}
+
+#[test]
 fn every_report_obeys_the_schema() {
     let validator = jsonschema::draft202012::new(&schema()).unwrap();
     let empty = Outcome {
@@ -335,6 +353,7 @@ fn the_schema_is_strict_enough_to_notice_what_is_missing() {
         "/engine",
         "/plan",
         "/totals/video/jitter",
+        "/totals/bandwidth",
         "/series/0",
     ] {
         for key in good.pointer(pointer).unwrap().as_object().unwrap().keys() {
@@ -354,6 +373,7 @@ fn the_schema_describes_every_counter_and_histogram_and_no_other() {
     for (scope, counters, histograms) in [
         ("session", Session::COUNTERS, Session::HISTOGRAMS),
         ("media", Media::COUNTERS, Media::HISTOGRAMS),
+        ("bandwidth", Bandwidth::COUNTERS, Bandwidth::HISTOGRAMS),
     ] {
         let properties = schema["$defs"][scope]["properties"].as_object().unwrap();
         let mut described: Vec<&str> = properties.keys().map(String::as_str).collect();

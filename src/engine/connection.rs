@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::feedback::{Feedback, Sent};
 use super::publisher::{SendTrack, Wire};
 use super::subscriber::{RecvStream, Refused, StreamContext};
 use super::{Io, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
@@ -65,6 +66,8 @@ pub struct Connection {
     reference_time: Option<ReferenceTime>,
     closed: bool,
     early: VecDeque<EarlyPacket>,
+    /// Where any was agreed on.
+    feedback: Option<Box<Feedback>>,
 }
 
 /// Media whose SSRC no description has named yet, or whose keys are still on their way. Where offers are ours, the server sends as soon as it has written
@@ -72,6 +75,20 @@ pub struct Connection {
 pub struct EarlyPacket {
     pub arrival: Time,
     pub datagram: Box<[u8]>,
+}
+
+/// When what a packet brought about wants to be sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    pub nack_at: Time,
+    pub feedback_at: Time,
+}
+
+impl Wanted {
+    const NOTHING: Wanted = Wanted {
+        nack_at: Time::MAX,
+        feedback_at: Time::MAX,
+    };
 }
 
 #[derive(Clone, Copy)]
@@ -103,6 +120,7 @@ impl Connection {
             reference_time: None,
             closed: false,
             early: VecDeque::new(),
+            feedback: None,
         }
     }
 
@@ -112,11 +130,25 @@ impl Connection {
         let at = known.unwrap_or(self.streams.len());
         let new_rtx = parameters.rtx_ssrc.filter(|rtx| self.find_stream(*rtx).is_none());
         self.ssrcs.extend(new_rtx.map(|rtx| (rtx, at as u32, true)));
+        Feedback::add_stream(&mut self.feedback, &parameters);
         if known.is_none() {
             self.ssrcs.push((parameters.ssrc, at as u32, false));
             self.streams.push(RecvStream::new(parameters));
         }
         self.ssrcs.sort_unstable();
+        self.note_send_rate();
+    }
+
+    /// Takes one more track to send.
+    pub fn add_track(&mut self, track: SendTrack) {
+        self.tracks.push(track);
+        self.note_send_rate();
+    }
+
+    fn note_send_rate(&mut self) {
+        if let Some(feedback) = &mut self.feedback {
+            feedback.set_send_rate(self.tracks.iter().map(|track| track.bitrate().bps()).sum());
+        }
     }
 
     pub fn end_streams(&mut self, ssrcs: &[u32], roster: &Roster, record: &mut Record) {
@@ -171,12 +203,15 @@ impl Connection {
         (known == ssrc).then_some((stream as usize, is_rtx))
     }
 
-    /// One RTP datagram. Returns when the stream wants NACKs to be sent; `None` where no parser took the datagram.
-    pub fn handle_rtp(&mut self, datagram: &mut [u8], arrival: Time, config: &ShardConfig, record: &mut Record) -> Option<Time> {
+    /// One RTP datagram; `None` where no parser took it.
+    pub fn handle_rtp(&mut self, datagram: &mut [u8], arrival: Time, config: &ShardConfig, record: &mut Record) -> Option<Wanted> {
         let header = Header::parse(datagram)?;
         let stream = self.find_stream(header.ssrc);
         let (Some((at, is_rtx)), Some(opener)) = (stream, self.transport.opener()) else {
-            return self.keep_early(datagram, arrival, record).then_some(Time::MAX);
+            if let Some(feedback) = &mut self.feedback {
+                feedback.handle_early_packet(&header, datagram, arrival);
+            }
+            return self.keep_early(datagram, arrival, record).then_some(Wanted::NOTHING);
         };
         let mut context = StreamContext {
             roster: &config.roster,
@@ -188,10 +223,19 @@ impl Connection {
         };
         let stream = &mut self.streams[at];
         match stream.handle_rtp(datagram, &header, is_rtx, opener, arrival, &mut context) {
-            Ok(()) => Some(stream.next_nack_at()),
+            Ok(()) => {
+                let feedback = self.feedback.as_mut();
+                Some(Wanted {
+                    nack_at: stream.next_nack_at(),
+                    feedback_at: feedback.map_or(Time::MAX, |feedback| feedback.handle_packet(&header, datagram, stream.ssrc(), arrival)),
+                })
+            }
             Err(Refused::Replayed) => {
                 record.media(stream.kind()).packets_duplicate += 1;
-                Some(stream.next_nack_at())
+                Some(Wanted {
+                    nack_at: stream.next_nack_at(),
+                    ..Wanted::NOTHING
+                })
             }
             Err(Refused::Broken) => None,
         }
@@ -423,6 +467,49 @@ impl Connection {
         next_at
     }
 
+    /// When the feedback's timer is due; [`Time::MAX`] where none was agreed on.
+    pub fn feedback_timer_at(&self) -> Time {
+        self.feedback.as_ref().map_or(Time::MAX, |feedback| feedback.timer_at)
+    }
+
+    pub fn set_feedback_timer(&mut self, at: Time) {
+        if let Some(feedback) = &mut self.feedback {
+            feedback.timer_at = at;
+        }
+    }
+
+    /// Tells the server of its path what is due. Returns when to look again.
+    pub fn send_feedback<I: Io>(&mut self, around: &mut Surroundings<'_, I>) -> Time {
+        let (now, rtt) = (around.now, self.rtt());
+        let Connection {
+            transport,
+            feedback,
+            rtcp_ssrc,
+            key,
+            closed,
+            ..
+        } = self;
+        let Some(feedback) = feedback.as_mut().filter(|_| !*closed) else {
+            return Time::MAX;
+        };
+        loop {
+            let mut sent = None;
+            send_compound(transport, *key, around, |writer| {
+                sent = feedback.write(writer, *rtcp_ssrc, now, rtt)?;
+                Ok(())
+            });
+            let counted = &mut around.record.bandwidth;
+            match sent {
+                Some(Sent::TransportCc) => counted.transport_cc_sent += 1,
+                Some(Sent::Remb(bitrate)) => {
+                    counted.remb_sent += 1;
+                    counted.remb_sent_kbps += bitrate.bps() / 1_000;
+                }
+                None => return feedback.settle(now),
+            }
+        }
+    }
+
     fn rtt(&self) -> Duration {
         self.rtt_rtcp.or(self.rtt_stun).unwrap_or(RTT_UNKNOWN)
     }
@@ -453,6 +540,7 @@ fn wire<'a, I: Io>(key: usize, to: SocketAddr, sealer: &'a Sealer, kind: Kind, a
         audio,
         video,
         engine,
+        ..
     } = &mut *around.record;
     Wire {
         io: around.io,

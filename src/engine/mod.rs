@@ -4,6 +4,7 @@
 
 mod attribution;
 mod connection;
+mod feedback;
 pub mod health;
 mod ledger;
 pub mod publisher;
@@ -139,6 +140,10 @@ pub struct StreamParameters {
     pub ssrc: u32,
     pub rtx_ssrc: Option<u32>,
     pub clock_rate: u32,
+    /// The id of the transport-wide sequence number, where feedback about it was agreed on.
+    pub transport_cc_extension: Option<u8>,
+    /// The id of abs-send-time, where REMB was agreed on.
+    pub abs_send_time_extension: Option<u8>,
     /// When the description that names it was applied.
     pub announced_at: Time,
 }

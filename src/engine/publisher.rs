@@ -291,6 +291,10 @@ impl SendTrack {
         self.parameters.source.kind()
     }
 
+    pub fn bitrate(&self) -> Bitrate {
+        self.parameters.source.bitrate()
+    }
+
     pub fn ssrc(&self) -> u32 {
         self.parameters.ssrc
     }

@@ -42,9 +42,10 @@ enum Control {
     Setup,
     Rtcp,
     Repair,
+    Feedback,
 }
 
-const CONTROLS: u32 = 3;
+const CONTROLS: u32 = 4;
 
 fn control(key: usize, kind: Control) -> u32 {
     key as u32 * CONTROLS + kind as u32
@@ -107,7 +108,7 @@ impl Shard {
         for track in 0..TRACKS_MAX {
             self.media_timers.set(key as u32 * TRACKS_MAX + track, Time::MAX);
         }
-        for kind in [Control::Setup, Control::Rtcp, Control::Repair] {
+        for kind in [Control::Setup, Control::Rtcp, Control::Repair, Control::Feedback] {
             self.control_timers.set(control(key, kind), Time::MAX);
         }
         if let Some(peer) = self.peers[key].as_mut() {
@@ -188,7 +189,7 @@ impl Shard {
             self.config.roster.set_published(track.identity(), first_frame_at, interval);
             // One track, however many layers it has.
             self.record.media(kind).tracks_published += u64::from(sent_before == 0 && track.identity().layer == 0);
-            peer.tracks.push(track);
+            peer.add_track(track);
         }
     }
 
@@ -324,7 +325,7 @@ impl Shard {
 
     fn take_rtp(&mut self, key: usize, datagram: &mut [u8], arrival: Time) {
         let Some(peer) = self.peers[key].as_mut() else { return };
-        let Some(next_nack_at) = peer.handle_rtp(datagram, arrival, &self.config, &mut self.record) else {
+        let Some(wanted) = peer.handle_rtp(datagram, arrival, &self.config, &mut self.record) else {
             self.record.session.packets_rejected += 1;
             return;
         };
@@ -332,9 +333,13 @@ impl Shard {
             peer.saw_media = true;
             self.events.push_back((key, Event::FirstMedia { key, at: arrival }));
         }
-        if next_nack_at < peer.repair_at {
-            peer.repair_at = next_nack_at;
-            self.control_timers.set(control(key, Control::Repair), next_nack_at);
+        if wanted.nack_at < peer.repair_at {
+            peer.repair_at = wanted.nack_at;
+            self.control_timers.set(control(key, Control::Repair), wanted.nack_at);
+        }
+        if wanted.feedback_at < peer.feedback_timer_at() {
+            peer.set_feedback_timer(wanted.feedback_at);
+            self.control_timers.set(control(key, Control::Feedback), wanted.feedback_at);
         }
     }
 
@@ -407,6 +412,7 @@ impl Shard {
             match timer % CONTROLS {
                 kind if kind == Control::Setup as u32 => self.advance_setup(key, now, io),
                 kind if kind == Control::Rtcp as u32 => self.send_reports(key, now, io),
+                kind if kind == Control::Feedback as u32 => self.send_feedback(key, now, io),
                 _ => self.repair(key, now, io),
             }
         }
@@ -422,6 +428,17 @@ impl Shard {
             now,
         });
         self.control_timers.set(control(key, Control::Rtcp), now + RTCP_INTERVAL);
+    }
+
+    fn send_feedback(&mut self, key: usize, now: Time, io: &mut impl Io) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        let next_at = peer.send_feedback(&mut Surroundings {
+            config: &self.config,
+            record: &mut self.record,
+            io,
+            now,
+        });
+        self.control_timers.set(control(key, Control::Feedback), next_at);
     }
 
     fn repair(&mut self, key: usize, now: Time, io: &mut impl Io) {

@@ -95,6 +95,18 @@ stats! {
 }
 
 stats! {
+    /// What congestion control said and did: about what comes to us and about what we send.
+    Bandwidth {
+        counters {
+            transport_cc_sent, transport_cc_received, remb_sent, remb_received,
+            /// The sum of the estimates in `remb_sent`, in kbit/s.
+            remb_sent_kbps,
+        }
+        histograms {}
+    }
+}
+
+stats! {
     /// What the generator observed of itself.
     Engine {
         counters {
@@ -112,6 +124,7 @@ pub struct Record {
     pub session: Session,
     pub audio: Media,
     pub video: Media,
+    pub bandwidth: Bandwidth,
     pub engine: Engine,
 }
 
@@ -120,6 +133,7 @@ impl Record {
         self.session.merge(&other.session);
         self.audio.merge(&other.audio);
         self.video.merge(&other.video);
+        self.bandwidth.merge(&other.bandwidth);
         self.engine.merge(&other.engine);
     }
 
@@ -128,6 +142,7 @@ impl Record {
         self.session.clear();
         self.audio.clear();
         self.video.clear();
+        self.bandwidth.clear();
         self.engine.clear();
     }
 
@@ -136,6 +151,7 @@ impl Record {
             session: self.session.since(&earlier.session),
             audio: self.audio.since(&earlier.audio),
             video: self.video.since(&earlier.video),
+            bandwidth: self.bandwidth.since(&earlier.bandwidth),
             engine: self.engine.since(&earlier.engine),
         }
     }

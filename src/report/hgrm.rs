@@ -14,8 +14,9 @@ pub fn write(dir: &Path, record: &Record) -> io::Result<()> {
     let session = record.session.histograms().map(|(name, histogram)| ("session", name, histogram));
     let audio = record.audio.histograms().map(|(name, histogram)| ("audio", name, histogram));
     let video = record.video.histograms().map(|(name, histogram)| ("video", name, histogram));
+    let bandwidth = record.bandwidth.histograms().map(|(name, histogram)| ("bandwidth", name, histogram));
     let engine = record.engine.histograms().map(|(name, histogram)| ("engine", name, histogram));
-    for (scope, name, histogram) in session.chain(audio).chain(video).chain(engine) {
+    for (scope, name, histogram) in session.chain(audio).chain(video).chain(bandwidth).chain(engine) {
         if histogram.expected() > 0 {
             std::fs::write(dir.join(format!("{scope}.{name}.hgrm")), render(histogram))?;
         }

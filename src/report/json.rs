@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::{EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Sample, Step, VERSION, judge, judge::judge_step};
-use crate::measure::{Engine, Histogram, Kind, Media, Session, is_measured, serial};
+use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::{Layout, Plan, VideoSpec};
 
 pub const SCHEMA: &str = "throng-report/1";
@@ -272,6 +272,7 @@ struct TotalsView<'a> {
     session: SessionView<'a>,
     audio: MediaView<'a>,
     video: MediaView<'a>,
+    bandwidth: BandwidthView<'a>,
 }
 
 impl<'a> TotalsView<'a> {
@@ -281,6 +282,7 @@ impl<'a> TotalsView<'a> {
             session: SessionView(&step.record.session),
             audio: MediaView(step.media(Kind::Audio), Kind::Audio),
             video: MediaView(step.media(Kind::Video), Kind::Video),
+            bandwidth: BandwidthView(&step.record.bandwidth),
         }
     }
 }
@@ -298,6 +300,18 @@ struct MediaView<'a>(&'a Media, Kind);
 impl Serialize for MediaView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         stats(serializer, measured(Some(self.1), self.0.counters()), self.0.histograms())
+    }
+}
+
+struct BandwidthView<'a>(&'a Bandwidth);
+
+impl Serialize for BandwidthView<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        stats(
+            serializer,
+            self.0.counters().map(|(name, value)| (name, Some(value))),
+            self.0.histograms(),
+        )
     }
 }
 

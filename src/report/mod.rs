@@ -109,6 +109,8 @@ pub struct Sample {
     pub tick_late_us_p99: Option<u64>,
     /// Cores that the process kept busy.
     pub cpu_cores: Option<f64>,
+    /// The mean of what receivers told the server by REMB; `None` where none did.
+    pub downlink_estimate_bps: Option<u64>,
 }
 
 /// The embedded SFU's own account of the run.

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use super::judge::Loss;
 use super::{Judgement, Judging, Outcome, TargetKind, VERSION, Verdict, judge};
-use crate::measure::{Histogram, Kind, Media};
+use crate::measure::{Bandwidth, Histogram, Kind, Media};
 use crate::plan::{Plan, Resources, Shape, VideoSpec};
 use crate::sfu::SendMode;
+use crate::units::Bitrate;
 
 const WIDTH: usize = 80;
 const REASONS_MAX: usize = 6;
@@ -152,6 +153,7 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
     text.push_str(&joins(outcome, style));
     text.push_str(&media(outcome, style));
     text.push_str(&times(outcome, style));
+    text.push_str(&bandwidth(&outcome.totals.record.bandwidth, style));
     text.push_str(&generator(outcome, style));
     text.push_str(&embedded_sfu(outcome, style));
     text.push_str(&notes(outcome, style));
@@ -503,6 +505,41 @@ fn quantile(histogram: &Histogram, value: Option<u64>) -> String {
         None if histogram.expected() == 0 => "n/a".to_owned(),
         None => "never".to_owned(),
     }
+}
+
+/// What congestion control said and did; nothing where it did neither.
+fn bandwidth(counted: &Bandwidth, style: Style) -> String {
+    let mut lines = Vec::new();
+    if counted.transport_cc_sent + counted.transport_cc_received > 0 {
+        lines.push(format!(
+            "{} transport-cc sent, {} received",
+            number(counted.transport_cc_sent),
+            number(counted.transport_cc_received)
+        ));
+    }
+    if counted.remb_sent + counted.remb_received > 0 {
+        lines.push(format!(
+            "{} REMB sent{}, {} received",
+            number(counted.remb_sent),
+            mean_kbps(counted.remb_sent_kbps, counted.remb_sent),
+            number(counted.remb_received)
+        ));
+    }
+    let Some((first, others)) = lines.split_first() else {
+        return String::new();
+    };
+    let mut text = format!("{} {first}\n", style.bold("Bandwidth "));
+    for line in others {
+        let _ = writeln!(text, "{:11}{line}", "");
+    }
+    text.push('\n');
+    text
+}
+
+/// ` (mean 1.2 Mbps)`; nothing where there is none.
+fn mean_kbps(sum: u64, count: u64) -> String {
+    let mean = (sum * 1_000).checked_div(count).map(Bitrate::from_bps);
+    mean.map(|mean| format!(" (mean {mean})")).unwrap_or_default()
 }
 
 fn generator(outcome: &Outcome, style: Style) -> String {

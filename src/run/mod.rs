@@ -531,6 +531,7 @@ impl<'a> Test<'a> {
             one_way_us_p99: latency.quantile(0.99),
             tick_late_us_p99: delta.engine.tick_late.quantile(0.99),
             cpu_cores: cpu_between(self.second.cpu, cpu).map(|used| used.as_secs_f64() / seconds),
+            downlink_estimate_bps: mean_bps(delta.bandwidth.remb_sent_kbps, delta.bandwidth.remb_sent),
         };
         self.series.push(sample.clone());
         self.second = SecondBook {
@@ -707,6 +708,11 @@ impl<'a> Test<'a> {
 fn generator_cpu() -> Option<Duration> {
     let sfu = net::threads_cpu(sfu::THREAD_PREFIX)?;
     Some(net::process_cpu().saturating_sub(sfu))
+}
+
+/// The mean of estimates of which the sum is known, in kbit/s.
+fn mean_bps(sum_kbps: u64, count: u64) -> Option<u64> {
+    (sum_kbps * 1_000).checked_div(count)
 }
 
 fn cpu_between(before: Option<Duration>, after: Option<Duration>) -> Option<Duration> {

@@ -1,5 +1,6 @@
 //! One peer connection, without sockets or clocks: ICE and DTLS set it up, then SRTP, RTP and RTCP carry media in place.
 
+pub mod bandwidth;
 pub mod feedback;
 pub mod peer;
 pub mod receive;

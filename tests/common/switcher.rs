@@ -136,6 +136,8 @@ impl World {
                 ssrc: DOWNLINK_SSRC,
                 rtx_ssrc: None,
                 clock_rate: 90_000,
+                transport_cc_extension: None,
+                abs_send_time_extension: None,
                 announced_at: now,
             }),
             record: Record::default(),

@@ -11,7 +11,7 @@ use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
 use crate::media::opus::AudioClip;
 use crate::plan::{Pacing, ParticipantPlan, SpeakerTurns};
-use crate::transport::sdp::{Extension, LocalTrack, NegotiatedMedia, RemoteTrack};
+use crate::transport::sdp::{Extension, Feedback, LocalTrack, NegotiatedMedia, RemoteTrack};
 use crate::units::{Bitrate, Time};
 
 /// The names of a simulcast track's layers, the lowest first, as LiveKit knows them.
@@ -277,6 +277,14 @@ pub(super) fn stream_parameters(track: &RemoteTrack, announced_at: Time) -> Stre
         ssrc: track.ssrc,
         rtx_ssrc: track.rtx_ssrc,
         clock_rate: track.clock_rate,
+        transport_cc_extension: track
+            .extensions
+            .id(Extension::TransportCc)
+            .filter(|_| track.feedback.contains(Feedback::TransportCc)),
+        abs_send_time_extension: track
+            .extensions
+            .id(Extension::AbsSendTime)
+            .filter(|_| track.feedback.contains(Feedback::GoogRemb)),
         announced_at,
     }
 }

@@ -175,6 +175,7 @@ mod tests {
             track_id: format!("TR_{number}").into(),
             active: true,
             extensions: Default::default(),
+            feedback: Default::default(),
         }
     }
 

@@ -430,12 +430,19 @@ impl Capabilities {
     pub const SUBSCRIBER: Capabilities = Capabilities {
         audio_codecs: &["opus"],
         video_codecs: &["VP8"],
-        extensions: &[Extension::Mid, Extension::AudioLevel, Extension::AbsSendTime],
-        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir],
+        extensions: &[Extension::Mid, Extension::AudioLevel, Extension::AbsSendTime, Extension::TransportCc],
+        feedback: &[
+            Feedback::Nack,
+            Feedback::NackPli,
+            Feedback::CcmFir,
+            Feedback::GoogRemb,
+            Feedback::TransportCc,
+        ],
     };
     /// Sending to an SFU. The rid extensions are offered with simulcast only.
     pub const PUBLISHER: Capabilities = Capabilities {
         extensions: &[Extension::Mid, Extension::Rid, Extension::RepairedRid, Extension::AudioLevel],
+        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir],
         ..Capabilities::SUBSCRIBER
     };
 
@@ -493,6 +500,8 @@ pub struct RemoteTrack {
     pub active: bool,
     /// Only those that the answer accepts.
     pub extensions: ExtensionIds,
+    /// What we may send about it: what its codec was offered with, as far as the answer accepts it.
+    pub feedback: FeedbackSet,
 }
 
 impl RemoteTrack {

@@ -292,6 +292,7 @@ impl Section {
             track_id: track_id.into(),
             active: false,
             extensions: self.extensions,
+            feedback: codec.feedback,
         })
     }
 
