@@ -3,7 +3,7 @@
 //!
 //! [`Server::start`] and the rest may be called from anywhere, within another runtime too: the server brings its own.
 
-mod access;
+pub mod access;
 mod metrics;
 mod rooms;
 mod websocket;

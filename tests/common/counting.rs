@@ -7,23 +7,36 @@ use crate::link::UNDER_TEST;
 
 thread_local! {
     pub static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+    /// Bytes that are held of what was allocated under test, less what was freed under test; and the most there have been.
+    pub static HELD: Cell<i64> = const { Cell::new(0) };
+    pub static HELD_MAX: Cell<i64> = const { Cell::new(0) };
 }
 
 struct Counting;
 
-// SAFETY: every call goes to the system's allocator unchanged; the counter is a plain thread-local cell.
+// SAFETY: every call goes to the system's allocator unchanged; the counters are plain thread-local cells.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if UNDER_TEST.try_with(Cell::get).unwrap_or(false) {
             ALLOCATIONS.with(|count| count.set(count.get() + 1));
+            hold(layout.size() as i64);
         }
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        if UNDER_TEST.try_with(Cell::get).unwrap_or(false) {
+            hold(-(layout.size() as i64));
+        }
         unsafe { System.dealloc(pointer, layout) }
     }
+}
+
+fn hold(bytes: i64) {
+    let held = HELD.get() + bytes;
+    HELD.set(held);
+    HELD_MAX.set(HELD_MAX.get().max(held));
 }
 
 #[global_allocator]

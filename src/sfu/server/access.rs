@@ -26,16 +26,16 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 );
 
 /// Status and text of a refusal.
-pub(super) type Refusal = (StatusCode, String);
+pub type Refusal = (StatusCode, String);
 
 /// Checks tokens of the one key pair.
-pub(super) struct Access {
+pub struct Access {
     api_key: String,
     verifier: TokenVerifier,
 }
 
 impl Access {
-    pub(super) fn new(api_key: &str, api_secret: &str) -> Access {
+    pub fn new(api_key: &str, api_secret: &str) -> Access {
         Access {
             api_key: api_key.to_owned(),
             verifier: TokenVerifier::with_api_key(api_key, api_secret),
@@ -43,7 +43,7 @@ impl Access {
     }
 
     /// The claims of a request's token: signature, `exp` and `nbf` are fine.
-    pub(super) fn claims(&self, headers: &HeaderMap, query: &str) -> Result<Claims, Refusal> {
+    pub fn claims(&self, headers: &HeaderMap, query: &str) -> Result<Claims, Refusal> {
         let unauthorized = |text: &str| (StatusCode::UNAUTHORIZED, text.to_owned());
         let token = match headers.get(header::AUTHORIZATION) {
             Some(value) => {
@@ -65,7 +65,7 @@ impl Access {
     }
 
     /// What a join asks for, as far as its token allows it.
-    pub(super) fn entry(&self, headers: &HeaderMap, query: &str, single: bool) -> Result<Entry, Refusal> {
+    pub fn entry(&self, headers: &HeaderMap, query: &str, single: bool) -> Result<Entry, Refusal> {
         let claims = self.claims(headers, query)?;
         let mut entry = admitted(claims)?;
         match parameter(query, "join_request").filter(|request| !request.is_empty()) {

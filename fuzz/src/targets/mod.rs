@@ -1,0 +1,104 @@
+//! The fuzz targets: what each takes from the network, and what must hold whatever that is.
+//!
+//! A target is a function of bytes that panics where something does not hold. Targets with a state read their input as a script, see [`Script`].
+
+mod dtls;
+mod identity;
+mod lobby;
+mod receive;
+mod router;
+mod rtcp;
+mod rtp;
+mod sdp;
+mod shard;
+mod signal;
+mod srtp;
+mod stun;
+mod vp8;
+
+pub struct Target {
+    pub name: &'static str,
+    pub run: fn(&[u8]),
+    /// Inputs to begin with, from our own writers: the same every time as far as keys allow.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+    /// How many mutations of its corpus a test run tries: as many as take a second without optimisation.
+    pub mutations: usize,
+    /// What our code may hold at a time for an input: so many bytes, and so many for each byte of input. `None`: what it holds does not depend on the input alone.
+    pub memory: Option<(usize, usize)>,
+}
+
+pub const ALL: &[Target] = &[
+    stun::TARGET,
+    dtls::TARGET,
+    rtp::TARGET,
+    rtcp::TARGET,
+    srtp::TARGET,
+    sdp::ANSWER,
+    sdp::OFFER,
+    sdp::SERVE,
+    signal::RESPONSE,
+    signal::ACCESS,
+    identity::TARGET,
+    vp8::DESCRIPTOR,
+    vp8::ASSEMBLER,
+    receive::TARGET,
+    shard::TARGET,
+    router::TARGET,
+    lobby::TARGET,
+];
+
+pub fn named(name: &str) -> &'static Target {
+    ALL.iter().find(|target| target.name == name).expect("a target of this name")
+}
+
+/// An input read as a script: numbers, and chunks of bytes behind their length. One that ends early goes on with zeros, so every input means something.
+pub struct Script<'a>(&'a [u8]);
+
+impl<'a> Script<'a> {
+    pub fn new(input: &'a [u8]) -> Script<'a> {
+        Script(input)
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn u8(&mut self) -> u8 {
+        self.take(1).first().copied().unwrap_or_default()
+    }
+
+    pub fn u16(&mut self) -> u16 {
+        u16::from_be_bytes([self.u8(), self.u8()])
+    }
+
+    pub fn u32(&mut self) -> u32 {
+        u32::from(self.u16()) << 16 | u32::from(self.u16())
+    }
+
+    /// Up to 65,535 bytes behind a length of two.
+    pub fn chunk(&mut self) -> &'a [u8] {
+        let len = usize::from(self.u16());
+        self.take(len)
+    }
+
+    pub fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+
+    fn take(&mut self, len: usize) -> &'a [u8] {
+        let (taken, rest) = self.0.split_at(len.min(self.0.len()));
+        self.0 = rest;
+        taken
+    }
+}
+
+/// Writes what [`Script::chunk`] reads.
+pub fn chunk(bytes: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(bytes.len()).expect("a chunk's length fits its field");
+    [&len.to_be_bytes(), bytes].concat()
+}
+
+/// Runs what is under test, and not the test's own readers, with its allocations counted.
+pub fn ours<R>(work: impl FnOnce() -> R) -> R {
+    crate::link::under_test(true, work)
+}
