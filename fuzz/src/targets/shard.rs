@@ -131,6 +131,8 @@ impl Liar {
             rtx_ssrc,
             clock_rate: if kind == Kind::Audio { 48_000 } else { 90_000 },
             announced_at: self.now,
+            transport_cc_extension: Some(3),
+            abs_send_time_extension: Some(4),
         };
         let streams = vec![stream(Kind::Audio, SSRCS[3], None), stream(Kind::Video, SSRCS[4], Some(SSRCS[5]))];
         self.command(Command::Publish {
