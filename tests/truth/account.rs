@@ -47,12 +47,12 @@ pub struct Received {
     pub lost: u64,
     pub duplicate: u64,
     pub reordered: u64,
-    /// Of what came before its tenth request had gone unanswered, and within a second.
+    /// Of what came before its tenth request was given up, and within a second.
     pub loss_to_repair: Vec<Duration>,
     /// As it stood when the subscriber reported, and at the end.
     pub jitter: Vec<Duration>,
-    /// When each packet came first, by its index.
-    came: BTreeMap<u64, Time>,
+    /// When each packet came first, by its index, and as the how manieth of all.
+    came: BTreeMap<u64, (Time, usize)>,
 }
 
 /// What a subscriber got of a publisher's frames.
@@ -63,6 +63,7 @@ pub struct Delivered {
     pub frames: Vec<(usize, Time)>,
 }
 
+const TICK: Duration = Duration::from_millis(1);
 /// A packet is asked for so often, and waited for so long.
 const REQUESTS_MAX: usize = 10;
 const REPAIR_MAX: Duration = Duration::from_secs(1);
@@ -124,7 +125,7 @@ fn starts_key_frame(payload: &[u8]) -> bool {
     first & 0x17 == 0x10 && payload[at] & 1 == 0
 }
 
-/// One copy of a packet that reached the subscriber.
+/// One copy of a packet that reached its receiver.
 struct Came<'a> {
     at: Time,
     entry: &'a Entry,
@@ -132,6 +133,14 @@ struct Came<'a> {
     /// A second copy of the same datagram.
     copy: bool,
     is_rtx: bool,
+}
+
+impl Came<'_> {
+    /// When the receiver looked at it: ends have their turn each millisecond, first for what has come, then for what they send; what they send is under way for a tick at
+    /// least, however short the wire.
+    fn taken_at(&self) -> Time {
+        self.at.next_whole(TICK).max(self.entry.at + TICK)
+    }
 }
 
 fn arrivals(log: &[Entry], stream: Stream) -> Vec<Came<'_>> {
@@ -154,11 +163,26 @@ fn arrivals(log: &[Entry], stream: Stream) -> Vec<Came<'_>> {
 }
 
 pub fn received(log: &[Entry], stream: Stream) -> Received {
-    let came = arrivals(log, stream);
+    received_until(log, stream, Time::MAX)
+}
+
+/// What the receiver knew to be lost when it wrote the last report that the sender got.
+pub fn reported_lost(log: &[Entry], stream: Stream) -> u64 {
+    let is_about = |control: &Control| matches!(control, Control::Block(block) if block.ssrc == stream.ssrc);
+    let mut reports = log
+        .iter()
+        .filter(|entry| is_from_receiver(entry, stream) && entry.control().iter().any(is_about));
+    let last = reports.rfind(|entry| !entry.arrived.is_empty());
+    last.map_or(0, |report| received_until(log, stream, report.at).lost_network)
+}
+
+fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
+    let mut came = arrivals(log, stream);
+    came.retain(|came| came.taken_at() <= end);
     let mut account = Received::default();
     let asked = asked_for(log, stream);
-    // How each packet came first: as an original, or only as a resend.
-    let mut first_came: BTreeMap<u64, (Time, bool)> = BTreeMap::new();
+    // How each packet came: as an original (false), or only as a resend.
+    let mut first_came: BTreeMap<u64, bool> = BTreeMap::new();
     let mut rtx_seen = BTreeSet::new();
     let mut jitter = Jitter::new(stream.clock_rate);
     let Some(lowest) = came.iter().filter(|came| !came.is_rtx).map(|came| came.rtp.index).min() else {
@@ -167,8 +191,10 @@ pub fn received(log: &[Entry], stream: Stream) -> Received {
     let mut noticed: BTreeMap<u64, Time> = BTreeMap::new();
     let mut highest = None;
     let mut reports = reports_about(log, stream).into_iter().peekable();
-    for Came { at, rtp, is_rtx, .. } in came {
-        while reports.next_if(|report| *report < at).is_some() {
+    for (ordinal, packet) in came.into_iter().enumerate() {
+        let taken_at = packet.taken_at();
+        let Came { at, rtp, is_rtx, .. } = packet;
+        while reports.next_if(|report| *report < taken_at).is_some() {
             account.jitter.push(jitter.value());
         }
         let index = match is_rtx {
@@ -196,7 +222,7 @@ pub fn received(log: &[Entry], stream: Stream) -> Received {
         highest = highest.max(Some(index));
         match first_came.get_mut(&index) {
             // The original after its resend: the network did not lose it, and the resend was the superfluous one.
-            Some((_, repaired @ true)) if stream.rtx_ssrc.is_some() && !is_rtx => {
+            Some(repaired @ true) if stream.rtx_ssrc.is_some() && !is_rtx => {
                 *repaired = false;
                 account.duplicate += 1;
                 account.packets += 1;
@@ -207,16 +233,17 @@ pub fn received(log: &[Entry], stream: Stream) -> Received {
             None => {
                 let requests = asked
                     .get(&(index as u16))
-                    .map_or(0, |asked| asked.iter().filter(|asked| **asked < at).count());
-                let was_asked_for = requests > 0;
+                    .map_or(&[][..], |asked| &asked[..asked.partition_point(|asked| *asked < taken_at)]);
+                let was_asked_for = !requests.is_empty();
                 let repaired = is_rtx || after_a_higher && stream.rtx_ssrc.is_none() && was_asked_for;
-                first_came.insert(index, (at, repaired));
+                first_came.insert(index, repaired);
+                account.came.insert(index, (at, ordinal));
                 if repaired {
                     account.rtx += u64::from(!is_rtx);
                     let took = noticed.get(&index).map(|noticed| at.since(*noticed));
                     account
                         .loss_to_repair
-                        .extend(took.filter(|took| requests < REQUESTS_MAX && *took < REPAIR_MAX));
+                        .extend(took.filter(|took| *took < REPAIR_MAX && !is_given_up(requests, taken_at)));
                 } else {
                     account.packets += 1;
                     account.bytes += rtp.bytes;
@@ -230,11 +257,18 @@ pub fn received(log: &[Entry], stream: Stream) -> Received {
     }
     let reports_left = reports.count();
     account.jitter.extend(std::iter::repeat_n(jitter.value(), reports_left + 1));
-    account.repaired = first_came.values().filter(|(_, repaired)| *repaired).count() as u64;
+    account.repaired = first_came.values().filter(|repaired| **repaired).count() as u64;
     account.lost_network = highest.map_or(0, |highest| highest - lowest + 1) - account.packets;
     account.lost = account.lost_network - account.repaired;
-    account.came = first_came.into_iter().map(|(index, (at, _))| (index, at)).collect();
     account
+}
+
+/// After its last request a packet is waited for as long as between the two before.
+fn is_given_up(requests: &[Time], now: Time) -> bool {
+    match requests {
+        [.., before, last] if requests.len() == REQUESTS_MAX => now > *last + last.since(*before),
+        _ => false,
+    }
 }
 
 fn is_from_receiver(entry: &Entry, stream: Stream) -> bool {
@@ -286,7 +320,7 @@ pub fn delivered(log: &[Entry], stream: Stream, published: &Sent, received: &Rec
             "the server keeps order, gaps and payload"
         );
     }
-    let came: Vec<Vec<Option<Time>>> = published
+    let came: Vec<Vec<Option<(Time, usize)>>> = published
         .frames
         .iter()
         .map(|frame| {
@@ -297,14 +331,14 @@ pub fn delivered(log: &[Entry], stream: Stream, published: &Sent, received: &Rec
                 .collect()
         })
         .collect();
-    let whole_at = |place: usize| came[place].iter().copied().collect::<Option<Vec<Time>>>()?.into_iter().max();
+    let whole_at = |place: usize| came[place].iter().copied().collect::<Option<Vec<_>>>()?.into_iter().max();
     for place in 0..came.len() {
         let Some(at) = whole_at(place) else { continue };
         let newer = || place + 1..came.len();
         let begun = newer().filter(|newer| came[*newer].iter().flatten().any(|came| *came < at)).count();
         let replaced = newer().any(|newer| published.frames[newer].key && whole_at(newer).is_some_and(|key_at| key_at < at));
         if stream.rtx_ssrc.is_none() || begun < FRAMES_WAITING_MAX && !replaced {
-            account.frames.push((place, at));
+            account.frames.push((place, at.0));
         }
     }
     let first = account.frames.iter().map(|(place, _)| *place).min();
@@ -358,7 +392,7 @@ pub struct Feedback {
     pub replayed: u64,
     /// Round trips that reports allow: what was under way both ways, without what the other end kept it.
     pub round_trips: Vec<Duration>,
-    /// STUN checks that were answered.
+    /// From STUN checks to their answers, each copy of one.
     pub checks: Vec<Duration>,
     pub wire_bytes_sent: u64,
     pub wire_bytes_received: u64,
@@ -393,8 +427,10 @@ pub fn feedback(log: &[Entry], client: usize) -> Feedback {
         .collect();
     down.sort_by_key(|(_, at)| *at);
     for (entry, at) in down {
-        if let Content::Stun { answers: true, transaction } = entry.content {
-            account.checks.extend(asked.remove(&transaction).map(|asked| at.since(asked)));
+        if let Content::Stun { answers: true, transaction } = entry.content
+            && let Some(asked) = asked.get(&transaction)
+        {
+            account.checks.extend(entry.arrived.iter().map(|at| at.since(*asked)));
         }
         if matches!(entry.content, Content::Rtcp(_)) {
             account.replayed += entry.arrived.len() as u64 - 1;
