@@ -33,9 +33,15 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
 use super::{Endpoint, Secret, tls_config};
+use crate::transport::sdp::SECTIONS_MAX;
 
 /// Largest response that is read. A Join lists every participant at up to ~1.5 KB and an offer takes ~1.8 KB a track, so 3,000 participants stay below 6 MB.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Largest response whose lists are decoded. Two bytes may be an empty entry that takes a hundred in memory, and of what a participant acts on only
+/// descriptions and the list of the others in a Join grow with the room: a thousand speakers take 30 KB.
+pub const LISTS_BYTES_MAX: usize = 256 << 10;
+/// A server that takes nothing for so long is gone.
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Offers and candidates aside, responses are below this.
 pub const READ_BUFFER_BYTES: usize = 4 << 10;
 /// Longer requests go out as several frames: the library's write buffer never shrinks, so one answer of 101 sections would stay in memory for good.
@@ -504,8 +510,16 @@ impl SignalSender {
         .await
     }
 
-    /// Any other request.
+    /// Any other request. A server that does not read is lost after [`SEND_TIMEOUT`].
     pub async fn send(&mut self, message: Request) -> Result<(), SignalError> {
+        tokio::time::timeout(SEND_TIMEOUT, self.send_whole(message))
+            .await
+            .map_err(|_| SignalError::Lost {
+                cause: format!("the server read nothing for {SEND_TIMEOUT:?}"),
+            })?
+    }
+
+    async fn send_whole(&mut self, message: Request) -> Result<(), SignalError> {
         let bytes = Bytes::from(proto::SignalRequest { message: Some(message) }.encode_to_vec());
         if bytes.len() <= FRAGMENT_BYTES {
             return self.sink.send(Message::Binary(bytes)).await.map_err(lost);
@@ -730,6 +744,8 @@ impl std::fmt::Debug for OtherParticipants {
 
 /// `JoinResponse.other_participants`.
 const JOIN_OTHER_PARTICIPANTS: u32 = 3;
+/// `SessionDescription.mid_to_track_id`.
+const DESCRIPTION_MID_TO_TRACK_ID: u32 = 4;
 /// `ParticipantInfo.identity`.
 const PARTICIPANT_IDENTITY: u32 = 2;
 
@@ -748,6 +764,24 @@ mod response {
     pub const RECONNECT: u32 = 19;
     pub const PONG_RESP: u32 = 20;
     pub const MEDIA_SECTIONS_REQUIREMENT: u32 = 25;
+
+    pub const fn is_decoded(kind: u32) -> bool {
+        matches!(
+            kind,
+            JOIN | ANSWER
+                | OFFER
+                | TRICKLE
+                | TRACK_PUBLISHED
+                | LEAVE
+                | SPEAKERS_CHANGED
+                | SUBSCRIBED_QUALITY_UPDATE
+                | REFRESH_TOKEN
+                | TRACK_UNPUBLISHED
+                | RECONNECT
+                | PONG_RESP
+                | MEDIA_SECTIONS_REQUIREMENT
+        )
+    }
 }
 
 impl Event {
@@ -760,6 +794,10 @@ impl Event {
         let Some(body) = field.bytes else {
             return Event::Ignored { kind, len: message.len() };
         };
+        let grows = matches!(kind, response::JOIN | response::ANSWER | response::OFFER);
+        if body.len() > LISTS_BYTES_MAX && !grows && response::is_decoded(kind) {
+            return Event::Malformed { kind, len: message.len() };
+        }
         Event::decode_kind(kind, body, message).unwrap_or(Event::Malformed { kind, len: message.len() })
     }
 
@@ -808,6 +846,10 @@ impl Event {
 
 impl Description {
     fn decode(body: &[u8]) -> Option<Description> {
+        let named = |field: &Result<Field<'_>, ()>| field.as_ref().is_ok_and(|field| field.number == DESCRIPTION_MID_TO_TRACK_ID);
+        if Fields(body).filter(named).count() > SECTIONS_MAX {
+            return None;
+        }
         let description = proto::SessionDescription::decode(body).ok()?;
         Some(Description {
             sdp: description.sdp,
@@ -851,7 +893,7 @@ impl From<proto::IceServer> for IceServer {
 
 impl Join {
     fn decode(body: Bytes) -> Option<Join> {
-        let (rest, count) = without_other_participants(&body)?;
+        let (rest, count) = without_other_participants(&body).filter(|(rest, _)| rest.len() <= LISTS_BYTES_MAX)?;
         let join = proto::JoinResponse::decode(rest.as_slice()).ok()?;
         let (room, me, server) = (
             join.room.unwrap_or_default(),

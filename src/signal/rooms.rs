@@ -13,6 +13,9 @@ use super::{ApiKey, Endpoint, Secret, tls_config};
 /// A request that takes longer has failed: the server answers from memory or from Redis.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Largest answer that is read: some ten thousand rooms or participants.
+const BODY_BYTES_MAX: usize = 4 << 20;
+
 /// A server's room service. Cheap to clone; connections are pooled.
 #[derive(Clone)]
 pub struct RoomService {
@@ -119,11 +122,25 @@ impl RoomService {
             .await
             .map_err(|error| self.transport_error(&error))?;
         let status = response.status().as_u16();
-        let body = response.bytes().await.map_err(|error| self.transport_error(&error))?;
+        let body = self.body(response).await?;
         match status {
-            200 => R::decode(body).map_err(|error| RoomError::Malformed { cause: error.to_string() }),
+            200 => R::decode(&*body).map_err(|error| RoomError::Malformed { cause: error.to_string() }),
             _ => Err(self.status_error(status, &body, &token)),
         }
+    }
+
+    /// The whole of it, unless it is more than any server has to say.
+    async fn body(&self, mut response: reqwest::Response) -> Result<Vec<u8>, RoomError> {
+        let mut body = Vec::new();
+        while let Some(part) = response.chunk().await.map_err(|error| self.transport_error(&error))? {
+            if body.len() + part.len() > BODY_BYTES_MAX {
+                return Err(RoomError::Malformed {
+                    cause: format!("more than {BODY_BYTES_MAX} bytes"),
+                });
+            }
+            body.extend_from_slice(&part);
+        }
+        Ok(body)
     }
 
     fn status_error(&self, status: u16, body: &[u8], token: &Secret) -> RoomError {

@@ -6,11 +6,13 @@
 //! are ours: the first one travels with the join, has sections for the tracks that are known to be there, and the server says when it lacks more.
 
 mod failure;
+mod pace;
 mod peers;
 mod reconnect;
 mod tracks;
 mod viewer;
 
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -29,6 +31,7 @@ use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::{Answerer, Capabilities, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Setup, Trickled};
 use crate::units::{Epoch, Time};
 use failure::{Cure, Failure};
+use pace::Pace;
 use peers::{Change, Half, Role, udp_address};
 use reconnect::{Lost, RESUME_TIMEOUT};
 pub use tracks::{Media, TakingTurns};
@@ -46,6 +49,13 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 const PING_TIMEOUT: Duration = Duration::from_secs(15);
 /// Where the server ends the DTLS session, its reason may still be on its way over the signalling connection: so long it is waited for.
 const LEAVE_WAIT: Duration = Duration::from_millis(500);
+/// Tracks that a server may announce to one participant in one session: a room of three thousand, every one of whom comes and goes several times. Each is
+/// accounted for until the end.
+const TRACKS_EVER_MAX: usize = 20_000;
+/// Pings whose answers are waited for.
+const PINGS_MAX: usize = 8;
+/// Candidates that a server may trickle for one connection: it has a few per interface.
+const TRICKLED_MAX: u32 = 64;
 /// Between the connection's first moment and the first frame: at least this, so that the slot lies ahead.
 const FIRST_FRAME_DELAY: Duration = Duration::from_millis(2);
 
@@ -197,6 +207,8 @@ struct Session {
     sid: String,
     join_retries: u32,
     lost: Option<Lost>,
+    /// When it came back last, and after how many tries.
+    back: Option<(Time, u32)>,
     disconnects: u32,
     publisher: Half,
     subscriber: Half,
@@ -207,6 +219,8 @@ struct Session {
     /// An answer and its number, until the shard has restarted ICE.
     held_answer: Option<(String, u32)>,
     tracks: Vec<Track>,
+    /// Of the server's, in this session.
+    tracks_ever: usize,
     viewer: Viewer,
     local_ip: Option<IpAddr>,
 }
@@ -234,6 +248,9 @@ struct Signal {
     ping_timeout: Duration,
     heard_at: Time,
     rtt: Duration,
+    /// When those pings left that have no answer yet.
+    pings: VecDeque<Time>,
+    pace: Pace,
 }
 
 /// Where the shard's events about this participant's connections come in.
@@ -251,6 +268,8 @@ impl Signal {
             ping_timeout: PING_TIMEOUT,
             heard_at: now,
             rtt: Duration::ZERO,
+            pings: VecDeque::new(),
+            pace: Pace::new(now),
         };
         signal.set_ping(PING_INTERVAL, PING_TIMEOUT);
         signal
@@ -269,7 +288,22 @@ impl Signal {
         if now.since(self.heard_at) > self.ping_timeout {
             return Err(Failure::lost(format!("the server was silent for {:?}", self.ping_timeout)));
         }
+        if self.pings.len() == PINGS_MAX {
+            self.pings.pop_front();
+        }
+        // As its answer will name it.
+        self.pings.push_back(Time::from_micros(now.as_micros()));
         Ok(self.sender.ping(now.as_micros() as i64, self.rtt).await?)
+    }
+
+    /// The round trip that an answer shows; `None` where nothing was asked.
+    fn handle_pong(&mut self, timestamp_us: i64, now: Time) -> Option<Duration> {
+        let sent = Time::from_micros(u64::try_from(timestamp_us).ok()?);
+        let at = self.pings.iter().position(|ping| *ping == sent)?;
+        // Answers come in the order of their questions.
+        self.pings.drain(..=at);
+        self.rtt = now.since(sent);
+        Some(self.rtt)
     }
 }
 
@@ -293,6 +327,7 @@ impl Session {
             sid: String::new(),
             join_retries: 0,
             lost: None,
+            back: None,
             disconnects: 0,
             publisher: Half::new(context.single_connection || !tracks.is_empty()),
             subscriber: Half::new(!context.single_connection && plan.subscribes),
@@ -303,6 +338,7 @@ impl Session {
             answerer: Answerer::new(Capabilities::SUBSCRIBER),
             held_answer: None,
             tracks,
+            tracks_ever: 0,
             viewer: Viewer::new(context.layout, context.video_layers.clone()),
             local_ip: None,
             context,
@@ -339,7 +375,7 @@ impl Session {
             let (Cure::Resume { restart_ice }, true) = (failure.cure, self.joined) else {
                 return Err(failure);
             };
-            self.lost = Some(Lost::at(self.context.epoch.now()));
+            self.lost = Some(Lost::at(self.context.epoch.now(), self.back));
             signal = tokio::select! {
                 resumed = self.resume(failure, restart_ice) => resumed?,
                 () = leaving(&mut leave) => return Ok(()),
@@ -368,8 +404,12 @@ impl Session {
                     }
                 }
                 event = signal.receiver.next() => {
-                    signal.heard_at = self.context.epoch.now();
-                    self.handle_signal(event?, signal, &engine.sender).await?;
+                    let (now, event) = (self.context.epoch.now(), event?);
+                    signal.heard_at = now;
+                    if let Some(pause) = signal.pace.pause_before(&event, now) {
+                        tokio::time::sleep(pause).await;
+                    }
+                    self.handle_signal(event, signal, &engine.sender).await?;
                 }
                 Some(request) = requests.recv() => self.handle_request(request, &mut signal.sender).await?,
                 () = leaving(&mut leave) => {
@@ -457,7 +497,8 @@ impl Session {
                 self.tell_what_is_watched(&mut signal.sender).await
             }
             SignalEvent::Pong { timestamp_us } => {
-                signal.rtt = self.handle_pong(timestamp_us);
+                let rtt = signal.handle_pong(timestamp_us, self.context.epoch.now());
+                rtt.into_iter().for_each(|rtt| self.notify(Notice::SignalRtt(rtt)));
                 Ok(())
             }
             SignalEvent::Leave(leave) => Err(Failure::from(&leave)),
@@ -566,6 +607,7 @@ impl Session {
             ));
         }
         self.take_remote(Role::Publisher, &negotiated.remote, true, Setup::Active, engine);
+        self.count_tracks(negotiated.added.len())?;
         self.take_streams(Role::Publisher, &negotiated.removed, negotiated.added.iter().chain(&negotiated.updated));
         self.tell_what_is_watched(sender).await?;
         self.offering.is_open = false;
@@ -590,6 +632,7 @@ impl Session {
             .map_err(|error| Failure::lasting(format!("the server's offer: {error}")))?;
         // The shard first: the server's checks may come as soon as it has the answer.
         self.take_remote(Role::Subscriber, &answered.remote, answered.remote.ice_lite, answered.setup, engine);
+        self.count_tracks(answered.added.len())?;
         self.take_streams(Role::Subscriber, &answered.removed, answered.added.iter().chain(&answered.updated));
         // Before the answer: so nothing comes that nobody looks at.
         self.tell_what_is_watched(sender).await?;
@@ -599,6 +642,16 @@ impl Session {
             return Ok(());
         }
         Ok(sender.answer(answered.sdp, offer.id).await?)
+    }
+
+    fn count_tracks(&mut self, added: usize) -> Result<(), Failure> {
+        self.tracks_ever += added;
+        match self.tracks_ever {
+            0..=TRACKS_EVER_MAX => Ok(()),
+            _ => Err(Failure::lasting(format!(
+                "the server has announced more than {TRACKS_EVER_MAX} tracks to one participant"
+            ))),
+        }
     }
 
     /// Tells the shard which streams came and went. An updated track is the same stream with other details: the shard adds what is new to it.
@@ -700,15 +753,12 @@ impl Session {
             half.keep_candidate(address);
             return;
         }
+        half.trickled += 1;
+        if half.trickled > TRICKLED_MAX {
+            return;
+        }
         let key = self.key(role);
         self.command(Command::AddRemoteCandidate { key, address });
-    }
-
-    fn handle_pong(&self, timestamp_us: i64) -> Duration {
-        let sent = Time::from_micros(u64::try_from(timestamp_us).unwrap_or(0));
-        let rtt = self.context.epoch.now().since(sent);
-        self.notify(Notice::SignalRtt(rtt));
-        rtt
     }
 
     async fn handle_engine(&mut self, event: EngineEvent, sender: &mut SignalSender) -> Result<(), Failure> {

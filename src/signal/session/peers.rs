@@ -33,6 +33,8 @@ pub(super) struct Half {
     pub(super) ice_at: Option<Time>,
     pub(super) connected_at: Option<Time>,
     early_candidates: Vec<SocketAddr>,
+    /// Candidates that came on their own since the description.
+    pub(super) trickled: u32,
     remote_ufrag: Option<String>,
 }
 
@@ -60,6 +62,7 @@ impl Half {
             ice_at: None,
             connected_at: None,
             early_candidates: Vec::new(),
+            trickled: 0,
             remote_ufrag: None,
         }
     }
@@ -115,6 +118,7 @@ impl Half {
         let local_credentials = credentials(&local.ufrag, &local.pwd);
         let remote_credentials = credentials(&remote.ufrag, &remote.pwd);
         let mut remote_candidates: Vec<SocketAddr> = remote.candidates.iter().filter_map(udp_address).collect();
+        self.trickled = 0;
         let is_other = self.remote_ufrag.replace(remote.ufrag.clone()).as_ref() != Some(&remote.ufrag);
         let Some(socket) = self.socket.take() else {
             return is_other.then_some(Change::Restart {

@@ -24,10 +24,11 @@ pub(super) struct Lost {
 }
 
 impl Lost {
-    pub(super) fn at(at: Time) -> Lost {
+    /// `back` is when it came back from its last loss, and how many tries that took: one who is thrown out again at once does not come back ever faster.
+    pub(super) fn at(at: Time, back: Option<(Time, u32)>) -> Lost {
         Lost {
             at,
-            tries: 0,
+            tries: back.filter(|(back, _)| at.since(*back) < RECONNECT_TIMEOUT).map_or(0, |(_, tries)| tries),
             is_gone: false,
         }
     }
@@ -91,7 +92,7 @@ impl Session {
         }
         let (index, now) = (self.plan.index, self.context.epoch.now());
         let has_tried = self.lost.is_some();
-        let lost = self.lost.get_or_insert(Lost::at(now));
+        let lost = self.lost.get_or_insert(Lost::at(now, self.back));
         if !std::mem::replace(&mut lost.is_gone, true) {
             self.disconnects += 1;
             self.notify(Notice::Disconnected {
@@ -135,11 +136,13 @@ impl Session {
         self.publisher = Half::new(self.publisher.wanted);
         self.subscriber = Half::new(self.subscriber.wanted);
         self.tracks.iter_mut().for_each(Track::forget_negotiation);
+        self.tracks_ever = 0;
         self.viewer.start_over();
     }
 
     pub(super) fn tell_reconnected(&mut self) {
         if let Some(lost) = self.lost.take() {
+            self.back = Some((self.context.epoch.now(), lost.tries));
             self.notify(Notice::Reconnected {
                 index: self.plan.index,
                 after: self.context.epoch.now().since(lost.at),
