@@ -60,6 +60,7 @@ fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
         listen: sfu.listen,
         media_ip: None,
         send: sfu.send,
+        connections: server::CONNECTIONS_MAX,
         routers: sfu.threads.unwrap_or_else(|| host.usable_cpus().saturating_sub(1).max(1)),
         api_key: api_key.clone(),
         api_secret: Secret::new(api_secret),

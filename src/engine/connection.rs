@@ -70,6 +70,9 @@ pub struct Connection {
     feedback: Option<Box<Feedback>>,
 }
 
+/// Numbers of one NACK that are looked at: libwebrtc's receiver never misses more at a time.
+const NACKED_MAX: usize = 1_000;
+
 /// Media whose SSRC no description has named yet, or whose keys are still on their way. Where offers are ours, the server sends as soon as it has written
 /// its answer and its side of the DTLS handshake is done.
 pub struct EarlyPacket {
@@ -334,7 +337,7 @@ impl Connection {
         around.record.session.nacks_received += 1;
         let now = around.now;
         let mut wire = wire(self.key, to, sealer, track.kind(), around);
-        for seq in seqs {
+        for seq in seqs.take(NACKED_MAX) {
             track.resend(seq.0, now, rtt, &mut wire);
         }
     }

@@ -45,6 +45,7 @@ pub fn summary(statistics: &ServerStatistics, lived: Duration) -> String {
         (media.socket_drops, "datagrams dropped by the socket: this host was too busy to read them"),
         (media.send_errors, "datagrams that the kernel did not take"),
         (statistics.slow_readers, "WebSockets closed because their client did not read"),
+        (statistics.refused_connections, "connections refused because as many as may be were open"),
     ] {
         if lost > 0 {
             let _ = writeln!(text, "  {} {what}", number(lost));

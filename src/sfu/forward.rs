@@ -32,9 +32,14 @@ const RESENDS_MAX: u8 = 3;
 const RESEND_DEAF: Duration = Duration::from_millis(100);
 /// LiveKit's guess until a round trip has been measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(70);
-/// Resent packets whose count is remembered. Two whose numbers are so far apart share a place: the older one may then be resent more often.
+/// Resent packets whose last time is remembered. Two whose numbers are so far apart share a place: the older one may then be resent sooner, not more often.
 const AUDIO_RESENDS: usize = 16;
 const VIDEO_RESENDS: usize = 128;
+/// Packets whose resends are counted: all that the cache holds. One that lies further back is not resent.
+const AUDIO_COUNTED: u64 = 128;
+const VIDEO_COUNTED: u64 = 512;
+/// Numbers of one NACK that are looked at: libwebrtc's receiver never misses more at a time.
+const NACKED_MAX: usize = 1_000;
 /// A step ahead of the publisher's numbers beyond this is a restart of its stream (RFC 3550, A.1), and not a loss to show the subscriber.
 const RESTART: u64 = 3_000;
 /// So many packets may have come before the one that a subscriber can begin with, where that was late. They are half of what is kept: nothing that the
@@ -138,15 +143,21 @@ struct LastPicture {
     key_idx: u8,
 }
 
-/// How often packets were resent lately, by their number.
-struct Resends(Box<[Resent]>);
+/// How often packets were resent lately, by their number: strictly, since a subscriber may ask for anything as often as it likes.
+struct Resends {
+    recent: Box<[Resent]>,
+    /// Two bits for each of the last numbers.
+    counts: Box<[u8]>,
+    /// The number behind the last one that has a place in `counts`.
+    counted_to: u64,
+}
 
 #[derive(Clone, Copy, Default)]
 struct Resent {
     /// Milliseconds, modulo 2^32.
     at: u32,
     seq: u16,
-    count: u8,
+    known: bool,
 }
 
 enum Resend {
@@ -156,13 +167,27 @@ enum Resend {
 }
 
 impl Resends {
-    /// `sent_at` is when the packet first left. What is allowed is counted as resent.
-    fn allow(&mut self, seq: u16, sent_at: Time, now: Time, rtt: Duration) -> Resend {
-        let room = self.0.len();
-        let place = &mut self.0[usize::from(seq) % room];
+    fn new(kind: Kind, next_out: u64) -> Resends {
+        let (recent, counted) = match kind {
+            Kind::Audio => (AUDIO_RESENDS, AUDIO_COUNTED),
+            Kind::Video => (VIDEO_RESENDS, VIDEO_COUNTED),
+        };
+        Resends {
+            recent: vec![Resent::default(); recent].into_boxed_slice(),
+            counts: vec![0; counted as usize / 4].into_boxed_slice(),
+            counted_to: next_out,
+        }
+    }
+
+    /// `out` is the packet's number and `next_out` the one behind the last that was sent; `sent_at` is when the packet first left. What is allowed is
+    /// counted as resent.
+    fn allow(&mut self, out: u64, next_out: u64, sent_at: Time, now: Time, rtt: Duration) -> Resend {
+        self.count_to(next_out);
+        let room = self.recent.len();
+        let seq = out as u16;
+        let place = &mut self.recent[usize::from(seq) % room];
         let millis = now.as_millis() as u32;
-        let known = place.count > 0 && place.seq == seq;
-        let since = if known {
+        let since = if place.known && place.seq == seq {
             Duration::from_millis(u64::from(millis.wrapping_sub(place.at)))
         } else {
             now.since(sent_at)
@@ -170,12 +195,34 @@ impl Resends {
         if since < RESEND_DEAF.min(rtt * 2) {
             return Resend::TooSoon;
         }
-        if known && place.count >= RESENDS_MAX {
+        *place = Resent {
+            at: millis,
+            seq,
+            known: true,
+        };
+        let counted = self.counts.len() as u64 * 4;
+        let (byte, shift) = self.place_of(out);
+        let count = self.counts[byte] >> shift & 3;
+        if next_out - out > counted || count >= RESENDS_MAX {
             return Resend::Exhausted;
         }
-        let count = if known { place.count + 1 } else { 1 };
-        *place = Resent { at: millis, seq, count };
+        self.counts[byte] += 1 << shift;
         Resend::Allowed
+    }
+
+    /// Numbers up to `next_out` have been sent: each begins with none.
+    fn count_to(&mut self, next_out: u64) {
+        let counted = self.counts.len() as u64 * 4;
+        for out in self.counted_to.max(next_out.saturating_sub(counted))..next_out {
+            let (byte, shift) = self.place_of(out);
+            self.counts[byte] &= !(3 << shift);
+        }
+        self.counted_to = self.counted_to.max(next_out);
+    }
+
+    fn place_of(&self, out: u64) -> (usize, u64) {
+        let place = out % (self.counts.len() as u64 * 4);
+        ((place / 4) as usize, place % 4 * 2)
     }
 }
 
@@ -274,7 +321,7 @@ impl Subscription {
                 }))
             })
             .transpose()?;
-        let resends = if kind == Kind::Audio { AUDIO_RESENDS } else { VIDEO_RESENDS };
+        let next_out = first_index(parameters.ssrc);
         Ok(Subscription {
             id,
             transport,
@@ -289,11 +336,11 @@ impl Subscription {
             target: None,
             wants_key_frame: false,
             segments: Segments::default(),
-            next_out: first_index(parameters.ssrc),
+            next_out,
             origin,
             last: None,
             last_picture: None,
-            resends: Resends(vec![Resent::default(); resends].into_boxed_slice()),
+            resends: Resends::new(kind, next_out),
             rtt: None,
             sender_report_at: Time::ZERO,
             packets: 0,
@@ -592,7 +639,7 @@ impl Subscription {
     pub fn handle_nack<I: Outgoing>(&mut self, encodings: &[Ingest], seqs: impl Iterator<Item = Seq>, wire: &mut Wire<'_, I>) {
         self.nacks += 1;
         wire.statistics.nacks_in += 1;
-        for seq in seqs {
+        for seq in seqs.take(NACKED_MAX) {
             wire.statistics.nacked_in += 1;
             self.resend(encodings, seq, wire);
         }
@@ -611,7 +658,7 @@ impl Subscription {
             return;
         };
         let rtt = self.rtt.unwrap_or(RTT_UNKNOWN);
-        match self.resends.allow(seq.0, entry.arrival, wire.now, rtt) {
+        match self.resends.allow(out, self.next_out, entry.arrival, wire.now, rtt) {
             Resend::TooSoon => wire.statistics.resends_too_soon += 1,
             Resend::Exhausted => wire.statistics.resends_exhausted += 1,
             Resend::Allowed => {
@@ -877,8 +924,28 @@ mod tests {
     }
 
     #[test]
+    fn no_packet_is_resent_more_than_three_times_however_it_is_asked_for() {
+        let mut resends = Resends::new(Kind::Video, 1_000);
+        let mut counts = std::collections::BTreeMap::new();
+        let mut chance = crate::seeded::Seeded::new(3);
+        let (mut next_out, mut exhausted) = (1_000u64, 0);
+        for round in 0..200_000u64 {
+            next_out += u64::from(round % 50 == 0) * (1 + chance.below(3));
+            // Numbers that share places are asked for one behind the other, and neither rest nor round trip holds a subscriber back that says it is near.
+            let out = next_out - 1 - (chance.below(12) * 64).min(next_out - 1_001).min(600);
+            match resends.allow(out, next_out, Time::ZERO, Time::from_millis(round), Duration::ZERO) {
+                Resend::Allowed => *counts.entry(out).or_insert(0) += 1,
+                Resend::Exhausted => exhausted += 1,
+                Resend::TooSoon => panic!("there is no rest"),
+            }
+        }
+        assert!(counts.values().all(|count| *count <= RESENDS_MAX) && exhausted > 0);
+        assert!(counts.values().filter(|count| **count == RESENDS_MAX).count() > 1_000);
+    }
+
+    #[test]
     fn a_subscription_to_audio_is_small() {
-        let bytes = size_of::<Subscription>() + AUDIO_RESENDS * size_of::<Resent>();
+        let bytes = size_of::<Subscription>() + AUDIO_RESENDS * size_of::<Resent>() + AUDIO_COUNTED as usize / 4;
         assert!(bytes < 1_024, "{bytes}");
     }
 }

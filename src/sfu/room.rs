@@ -45,6 +45,8 @@ const PENDING_TRACKS_MAX: usize = 64;
 const PUBLISHED_TRACKS_MAX: usize = 256;
 /// Texts of a client that are repeated to everybody.
 const TEXT_BYTES_MAX: usize = 4096;
+/// Attributes that a participant has altogether, those of its token included (LiveKit's limit): everybody is told all of them each time.
+const ATTRIBUTES_BYTES_MAX: usize = 64 << 10;
 /// Layers that an announcement describes: three, unless somebody plays.
 const DESCRIBED_LAYERS_MAX: usize = 8;
 
@@ -536,9 +538,15 @@ impl Room {
             return;
         };
         let attributes: usize = update.attributes.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let kept = participant
+            .info
+            .attributes
+            .iter()
+            .filter(|(key, _)| !update.attributes.contains_key(*key));
+        let kept: usize = kept.map(|(key, value)| key.len() + value.len()).sum();
         let reason = if !participant.permission.can_update_metadata {
             proto::request_response::Reason::NotAllowed
-        } else if update.name.len() + update.metadata.len() + attributes > TEXT_BYTES_MAX {
+        } else if update.name.len() + update.metadata.len() + attributes > TEXT_BYTES_MAX || kept + attributes > ATTRIBUTES_BYTES_MAX {
             proto::request_response::Reason::LimitExceeded
         } else {
             let info = &mut participant.info;
@@ -585,9 +593,11 @@ impl Room {
             None
         };
         if let Some(reason) = reason {
+            // What was refused is repeated, so that the client knows which request this answers, unless it is long.
+            let repeated = (request.encoded_len() <= TEXT_BYTES_MAX).then_some(proto::request_response::Request::AddTrack(request));
             let response = proto::RequestResponse {
                 reason: reason.into(),
-                request: Some(proto::request_response::Request::AddTrack(request)),
+                request: repeated,
                 ..Default::default()
             };
             return self.respond(shared, session, Response::RequestResponse(response));

@@ -4,6 +4,7 @@
 //! [`Server::start`] and the rest may be called from anywhere, within another runtime too: the server brings its own.
 
 pub mod access;
+mod listener;
 mod metrics;
 mod rooms;
 mod websocket;
@@ -12,17 +13,17 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
-use axum::serve::ListenerExt;
 use bytes::Bytes;
 use livekit_protocol as proto;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, LobbyStatistics, Output};
 use super::statistics::RouterStatistics;
@@ -33,6 +34,9 @@ use crate::signal::Secret;
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
 use access::Access;
+pub use listener::CONNECTIONS_MAX;
+use listener::Listener;
+use websocket::{Outbox, Unsent};
 
 /// What `lk` and LiveKit's own `--dev` use, with a secret that is long enough for everybody's JWT library.
 pub const DEV_KEY: &str = "devkey";
@@ -41,6 +45,8 @@ pub const DEV_SECRET: &str = "devsecretdevsecretdevsecretdevsecret";
 const LISTEN_BACKLOG: i32 = 4096;
 /// Requests of sockets that wait for the lobby; beyond, sockets are not read.
 const INPUTS_MAX: usize = 4096;
+/// .. and so many bytes of them.
+const REQUESTS_BYTES_MAX: usize = 32 << 20;
 /// Room service's requests are names and a few numbers.
 const BODY_BYTES_MAX: usize = 64 << 10;
 /// For an answer from the signalling thread: it is busy for milliseconds, never for this.
@@ -55,6 +61,8 @@ pub struct ServerConfig {
     pub send: SendMode,
     /// Threads for media. A room lives on one.
     pub routers: usize,
+    /// Connections that may be open at a time; more are closed at once. Where this process may open fewer files, that is the bound.
+    pub connections: usize,
     pub api_key: String,
     pub api_secret: Secret,
     /// Sids, ICE credentials and SSRCs come from it. Where strangers can reach the server it must not be guessable.
@@ -69,6 +77,7 @@ impl ServerConfig {
             media_ip: None,
             send: SendMode::Plain,
             routers: 1,
+            connections: CONNECTIONS_MAX,
             api_key: DEV_KEY.to_owned(),
             api_secret: Secret::new(DEV_SECRET),
             seed,
@@ -109,6 +118,8 @@ pub struct ServerStatistics {
     pub media: RouterStatistics,
     /// WebSockets that were closed because their client did not read.
     pub slow_readers: u64,
+    /// TCP connections that were closed at once, because so many were open.
+    pub refused_connections: u64,
 }
 
 /// A running SFU. Dropping it stops it.
@@ -144,21 +155,24 @@ impl Server {
         });
         let (inputs, requests) = mpsc::channel(INPUTS_MAX);
         let workers = Arc::new(workers);
+        let refused = Arc::new(AtomicU64::new(0));
         let desk = Desk {
             lobby,
             epoch,
             workers: workers.clone(),
             clients: HashMap::new(),
             slow_readers: 0,
+            refused_connections: refused.clone(),
         };
         let state = State {
             access: Arc::new(Access::new(&config.api_key, config.api_secret.expose())),
             inputs: inputs.clone(),
+            requests: Arc::new(Semaphore::new(REQUESTS_BYTES_MAX)),
         };
         let (shutdown, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new()
             .name(format!("{THREAD_PREFIX}signal"))
-            .spawn(move || signalling(listener, state, desk, (requests, media), stopped))
+            .spawn(move || signalling((listener, config.connections, refused), state, desk, (requests, media), stopped))
             .map_err(StartError::Thread)?;
         Ok(Server {
             address,
@@ -292,6 +306,8 @@ fn media_statistics(workers: &[Worker]) -> RouterStatistics {
 struct State {
     access: Arc<Access>,
     inputs: mpsc::Sender<Input>,
+    /// One permit for each byte of a request that may wait for the lobby.
+    requests: Arc<Semaphore>,
 }
 
 impl State {
@@ -310,12 +326,14 @@ impl State {
 enum Input {
     Enter {
         entry: Box<Entry>,
-        messages: mpsc::Sender<Bytes>,
+        messages: Outbox,
         reply: oneshot::Sender<ConnectionId>,
     },
     Request {
         connection: ConnectionId,
         request: Box<proto::SignalRequest>,
+        /// Its bytes' share of what may wait; given back when it has been handled.
+        room: OwnedSemaphorePermit,
     },
     Disconnect {
         connection: ConnectionId,
@@ -328,7 +346,7 @@ type Call = Box<dyn FnOnce(&mut Desk, Time) + Send>;
 
 /// The signalling thread: one thread serves some thousand WebSockets.
 fn signalling(
-    listener: std::net::TcpListener,
+    (listener, connections, refused): (std::net::TcpListener, usize, Arc<AtomicU64>),
     state: State,
     desk: Desk,
     (requests, media): (mpsc::Receiver<Input>, MediaEvents),
@@ -341,10 +359,7 @@ fn signalling(
         let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
             return;
         };
-        let listener = listener.tap_io(|stream| {
-            // A kernel that cannot switch Nagle off is slower, not wrong.
-            let _ = stream.set_nodelay(true);
-        });
+        let listener = Listener::new(listener, connections, refused);
         let (events, heard) = mpsc::unbounded_channel();
         for (router, mut of_router) in media.into_iter().enumerate() {
             let events = events.clone();
@@ -381,8 +396,9 @@ struct Desk {
     epoch: Epoch,
     workers: Arc<Vec<Worker>>,
     /// Looked up, never iterated.
-    clients: HashMap<ConnectionId, mpsc::Sender<Bytes>>,
+    clients: HashMap<ConnectionId, Outbox>,
     slow_readers: u64,
+    refused_connections: Arc<AtomicU64>,
 }
 
 impl Desk {
@@ -420,7 +436,10 @@ impl Desk {
                 self.clients.insert(connection, messages);
                 let _ = reply.send(connection);
             }
-            Input::Request { connection, request } => self.lobby.handle_request(connection, *request, now),
+            Input::Request { connection, request, room } => {
+                self.lobby.handle_request(connection, *request, now);
+                drop(room);
+            }
             Input::Disconnect { connection } => {
                 self.clients.remove(&connection);
                 self.lobby.handle_disconnect(connection, now);
@@ -448,15 +467,15 @@ impl Desk {
 
     fn send(&mut self, connection: ConnectionId, message: Bytes, now: Time) {
         let Some(client) = self.clients.get(&connection) else { return };
-        match client.try_send(message) {
+        match client.send(message) {
             Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
+            Err(Unsent::Full) => {
                 self.slow_readers += 1;
                 self.clients.remove(&connection);
                 self.lobby.handle_disconnect(connection, now);
             }
             // Its task is gone and says so itself.
-            Err(mpsc::error::TrySendError::Closed(_)) => {}
+            Err(Unsent::Closed) => {}
         }
     }
 
@@ -465,6 +484,7 @@ impl Desk {
             lobby: self.lobby.statistics(),
             media: media_statistics(&self.workers),
             slow_readers: self.slow_readers,
+            refused_connections: self.refused_connections.load(Relaxed),
         }
     }
 }

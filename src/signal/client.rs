@@ -765,22 +765,9 @@ mod response {
     pub const PONG_RESP: u32 = 20;
     pub const MEDIA_SECTIONS_REQUIREMENT: u32 = 25;
 
-    pub const fn is_decoded(kind: u32) -> bool {
-        matches!(
-            kind,
-            JOIN | ANSWER
-                | OFFER
-                | TRICKLE
-                | TRACK_PUBLISHED
-                | LEAVE
-                | SPEAKERS_CHANGED
-                | SUBSCRIBED_QUALITY_UPDATE
-                | REFRESH_TOKEN
-                | TRACK_UNPUBLISHED
-                | RECONNECT
-                | PONG_RESP
-                | MEDIA_SECTIONS_REQUIREMENT
-        )
+    /// What is decoded whole and may hold lists of messages.
+    pub const fn has_lists(kind: u32) -> bool {
+        matches!(kind, TRACK_PUBLISHED | LEAVE | SPEAKERS_CHANGED | SUBSCRIBED_QUALITY_UPDATE | RECONNECT)
     }
 }
 
@@ -794,8 +781,7 @@ impl Event {
         let Some(body) = field.bytes else {
             return Event::Ignored { kind, len: message.len() };
         };
-        let grows = matches!(kind, response::JOIN | response::ANSWER | response::OFFER);
-        if body.len() > LISTS_BYTES_MAX && !grows && response::is_decoded(kind) {
+        if body.len() > LISTS_BYTES_MAX && response::has_lists(kind) {
             return Event::Malformed { kind, len: message.len() };
         }
         Event::decode_kind(kind, body, message).unwrap_or(Event::Malformed { kind, len: message.len() })

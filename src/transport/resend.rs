@@ -132,16 +132,21 @@ fn end_of(record: &FrameRecord) -> u16 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resend {
     Allowed,
-    /// The same packet was resent less than an RTT ago; that one may still be under way.
+    /// The same packet was resent less than an RTT, and a margin, ago; that one may still be under way.
     TooSoon,
     /// Resends have used up their share of the rate.
     OverBudget,
 }
 
+/// Beyond the round trip, as libwebrtc has it: a server whose reports say that it is near may not have a packet again and again in one breath.
+const REPEAT_MARGIN: Duration = Duration::from_millis(5);
+
 /// Recent resends remembered. Two packets this far apart share a place: then one resend more may pass, within the budget.
 const RECENT: usize = 64;
 
 /// A token bucket over the bytes of resends, and a guard against resending the same packet within an RTT (as libwebrtc has it).
+///
+/// So whatever a server asks for, it gets its burst once, and then no more than the rate: with the media itself, twice the track's bitrate.
 pub struct ResendLimiter {
     rate: Bitrate,
     /// In bits times 10^9, so that a refill of any length is exact.
@@ -180,7 +185,7 @@ impl ResendLimiter {
         let stamp = ((now.as_micros() / 100) as u32).wrapping_add(1).max(1);
         let recent = &mut self.recent[usize::from(seq) % RECENT];
         let since = Duration::from_micros(u64::from(stamp.wrapping_sub(recent.at)) * 100);
-        if recent.at != 0 && recent.seq == seq && since < rtt {
+        if recent.at != 0 && recent.seq == seq && since < rtt + REPEAT_MARGIN {
             return Resend::TooSoon;
         }
         let cost = (bytes as u64).saturating_mul(8 * BITS);
@@ -288,7 +293,12 @@ mod tests {
         assert_eq!(limiter.allow(7, 1_000, start, rtt), Resend::Allowed);
         assert_eq!(limiter.allow(7, 1_000, start + rtt / 2, rtt), Resend::TooSoon);
         assert_eq!(limiter.allow(8, 1_000, start + rtt / 2, rtt), Resend::Allowed);
-        assert_eq!(limiter.allow(7, 1_000, start + rtt, rtt), Resend::Allowed);
+        assert_eq!(limiter.allow(7, 1_000, start + rtt, rtt), Resend::TooSoon);
+        assert_eq!(limiter.allow(7, 1_000, start + rtt + REPEAT_MARGIN, rtt), Resend::Allowed);
+        assert_eq!(
+            limiter.allow(7, 1_000, start + rtt + REPEAT_MARGIN * 3 / 2, Duration::ZERO),
+            Resend::TooSoon
+        );
         assert_eq!(limiter.allow(0, 1_000, Time::ZERO, rtt), Resend::Allowed, "nothing was sent at time zero");
     }
 

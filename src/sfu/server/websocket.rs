@@ -1,5 +1,7 @@
 //! One WebSocket: a participant's requests in, its messages out. Protobuf in binary frames, or JSON in text frames: a client gets what it sent last.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
@@ -14,16 +16,25 @@ use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 
 use super::super::lobby::{ConnectionId, Entry};
-use super::{Input, State};
+use super::{Input, REQUESTS_BYTES_MAX, State};
 
 /// Messages for a client that does not read: it is disconnected beyond. A participant of a meeting of a thousand gets some hundred at once.
 const QUEUE_MAX: usize = 2048;
+/// And so many bytes: a Join and an offer of a room of ten thousand, twice over.
+const QUEUE_BYTES_MAX: usize = 64 << 20;
 /// A write that takes longer is to a client that is gone.
 const SEND_TIMEOUT: Duration = Duration::from_secs(20);
 /// LiveKit's own interval.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// An answer to an offer of ten thousand tracks.
 const MESSAGE_BYTES_MAX: usize = 8 << 20;
+/// Any other request: two bytes may be an empty entry of a list that takes hundreds in memory. Three thousand subscriptions by their sids take 50 KB.
+const LISTS_BYTES_MAX: usize = 64 << 10;
+/// In JSON, which hardly anyone speaks: an answer to an offer of some hundred tracks.
+const JSON_BYTES_MAX: usize = 256 << 10;
+/// `SignalRequest`'s fields that carry descriptions.
+const REQUEST_OFFER: u64 = 1;
+const REQUEST_ANSWER: u64 = 2;
 /// Most requests fit; the library's own 128 KiB would be most of what a participant costs.
 const BUFFER_BYTES: usize = 4 << 10;
 /// Messages that leave together.
@@ -89,11 +100,12 @@ fn join(
         .max_frame_size(MESSAGE_BYTES_MAX)
         .read_buffer_size(BUFFER_BYTES)
         .write_buffer_size(BUFFER_BYTES)
-        .on_upgrade(move |socket| serve(socket, state.inputs, entry))
+        .on_upgrade(move |socket| serve(socket, state, entry))
 }
 
-async fn serve(socket: WebSocket, inputs: mpsc::Sender<Input>, entry: Entry) {
-    let (messages, mut queue) = mpsc::channel(QUEUE_MAX);
+async fn serve(socket: WebSocket, state: State, entry: Entry) {
+    let inputs = &state.inputs;
+    let (messages, mut queue) = outbox();
     let (reply, connection) = oneshot::channel();
     let enter = Input::Enter {
         entry: Box::new(entry),
@@ -105,8 +117,83 @@ async fn serve(socket: WebSocket, inputs: mpsc::Sender<Input>, entry: Entry) {
     }
     let Ok(connection) = connection.await else { return };
     let mut client = Client { socket, json: false };
-    client.converse(connection, &mut queue, &inputs).await;
+    client.converse(connection, &mut queue, &state).await;
     let _ = inputs.send(Input::Disconnect { connection }).await;
+}
+
+/// Whether a request is an offer or an answer, by the key of its first field (protobuf encoding: number << 3 | 2).
+fn is_description(request: &[u8]) -> bool {
+    let keys = [REQUEST_OFFER, REQUEST_ANSWER].map(|number| number << 3 | 2);
+    request.first().is_some_and(|key| keys.contains(&u64::from(*key)))
+}
+
+fn message_len(message: &Message) -> usize {
+    match message {
+        Message::Binary(bytes) => bytes.len(),
+        Message::Text(text) => text.len(),
+        Message::Ping(_) | Message::Pong(_) | Message::Close(_) => 0,
+    }
+}
+
+/// What waits for one client, bounded by messages and by bytes.
+fn outbox() -> (Outbox, Queue) {
+    let (messages, queue) = mpsc::channel(QUEUE_MAX);
+    let waiting = Arc::new(AtomicUsize::new(0));
+    let outbox = Outbox {
+        messages,
+        waiting: waiting.clone(),
+    };
+    (outbox, Queue { messages: queue, waiting })
+}
+
+/// The lobby's end of [`outbox`].
+pub(super) struct Outbox {
+    messages: mpsc::Sender<Bytes>,
+    waiting: Arc<AtomicUsize>,
+}
+
+/// Why a message did not go out.
+pub(super) enum Unsent {
+    /// The client does not read.
+    Full,
+    /// Its task is gone.
+    Closed,
+}
+
+impl Outbox {
+    pub(super) fn send(&self, message: Bytes) -> Result<(), Unsent> {
+        let len = message.len();
+        if self.waiting.load(Relaxed) + len > QUEUE_BYTES_MAX {
+            return Err(Unsent::Full);
+        }
+        self.messages.try_send(message).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Unsent::Full,
+            mpsc::error::TrySendError::Closed(_) => Unsent::Closed,
+        })?;
+        self.waiting.fetch_add(len, Relaxed);
+        Ok(())
+    }
+}
+
+/// The client's end of [`outbox`].
+struct Queue {
+    messages: mpsc::Receiver<Bytes>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Queue {
+    async fn recv(&mut self) -> Option<Bytes> {
+        self.messages.recv().await.inspect(|message| self.taken(message))
+    }
+
+    fn try_recv(&mut self) -> Option<Bytes> {
+        self.messages.try_recv().ok().inspect(|message| self.taken(message))
+    }
+
+    /// Both ends live on one thread, where nothing comes between a message and its count.
+    fn taken(&self, message: &Bytes) {
+        self.waiting.fetch_sub(message.len(), Relaxed);
+    }
 }
 
 struct Client {
@@ -116,7 +203,7 @@ struct Client {
 
 impl Client {
     /// Ends when either side does.
-    async fn converse(&mut self, connection: ConnectionId, queue: &mut mpsc::Receiver<Bytes>, inputs: &mpsc::Sender<Input>) {
+    async fn converse(&mut self, connection: ConnectionId, queue: &mut Queue, state: &State) {
         let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING_INTERVAL, PING_INTERVAL);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -130,7 +217,10 @@ impl Client {
                 received = self.socket.recv() => match received {
                     Some(Ok(message)) => match self.read(&message) {
                         Ok(Some(request)) => {
-                            if inputs.send(Input::Request { connection, request }).await.is_err() {
+                            // Waits for its share of what may wait for the lobby.
+                            let bytes = message_len(&message).min(REQUESTS_BYTES_MAX) as u32;
+                            let Ok(room) = state.requests.clone().acquire_many_owned(bytes).await else { return };
+                            if state.inputs.send(Input::Request { connection, request, room }).await.is_err() {
                                 return;
                             }
                         }
@@ -152,10 +242,16 @@ impl Client {
         let request = match message {
             Message::Binary(bytes) => {
                 self.json = false;
+                if bytes.len() > LISTS_BYTES_MAX && !is_description(bytes) {
+                    return Err(());
+                }
                 proto::SignalRequest::decode(bytes.as_ref()).map_err(drop)?
             }
             Message::Text(text) => {
                 self.json = true;
+                if text.len() > JSON_BYTES_MAX {
+                    return Err(());
+                }
                 serde_json::from_str(text).map_err(drop)?
             }
             Message::Ping(_) | Message::Pong(_) | Message::Close(_) => return Ok(None),
@@ -164,11 +260,11 @@ impl Client {
     }
 
     /// What is queued goes out in one go.
-    async fn write(&mut self, first: Bytes, queue: &mut mpsc::Receiver<Bytes>) -> bool {
+    async fn write(&mut self, first: Bytes, queue: &mut Queue) -> bool {
         let all = async {
             self.socket.feed(self.encoded(first)).await?;
             for _ in 1..BATCH_MAX {
-                let Ok(message) = queue.try_recv() else { break };
+                let Some(message) = queue.try_recv() else { break };
                 self.socket.feed(self.encoded(message)).await?;
             }
             self.socket.flush().await
