@@ -12,7 +12,7 @@ use crate::measure::{Kind, Record};
 use crate::net;
 use crate::recording::Tap;
 use crate::transport::peer::Peer;
-use crate::transport::receive::MISSING_MAX;
+use crate::transport::receive::{MISSING_MAX, NACK_SEQS_MAX, RoundTrip};
 use crate::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report};
 use crate::transport::rtp::Header;
 use crate::transport::sequence::Seq;
@@ -49,7 +49,9 @@ pub struct Connection {
     pub repair_at: Time,
     pub saw_media: bool,
     pub failed: bool,
-    pub rtt_stun: Option<Duration>,
+    rtt_stun: Option<Duration>,
+    /// The shortest one that anything has measured.
+    rtt_least: Option<Duration>,
     /// Set where this connection's media is recorded.
     pub tap: Option<Box<Tap>>,
     streams: Vec<RecvStream>,
@@ -110,6 +112,7 @@ impl Connection {
             saw_media: false,
             failed: false,
             rtt_stun: None,
+            rtt_least: None,
             tap: None,
             streams: Vec::new(),
             ssrcs: Vec::new(),
@@ -322,8 +325,19 @@ impl Connection {
     fn handle_rtt<I: Io>(&mut self, last_report: u32, delay: u32, arrival: Time, around: &mut Surroundings<'_, I>) {
         if let Some(rtt) = rtt_from_report(ntp_middle(around.config.epoch.ntp(arrival)), last_report, delay) {
             self.rtt_rtcp = Some(rtt);
+            self.note_rtt(rtt);
             around.record.session.rtt_rtcp.record(rtt);
         }
+    }
+
+    /// A STUN check was answered.
+    pub fn handle_stun_rtt(&mut self, rtt: Duration) {
+        self.rtt_stun = Some(rtt);
+        self.note_rtt(rtt);
+    }
+
+    fn note_rtt(&mut self, rtt: Duration) {
+        self.rtt_least = Some(self.rtt_least.map_or(rtt, |least| least.min(rtt)));
     }
 
     fn handle_nack<I: Io>(&mut self, media_ssrc: u32, seqs: impl Iterator<Item = Seq>, around: &mut Surroundings<'_, I>) {
@@ -437,7 +451,7 @@ impl Connection {
 
     /// Sends the NACKs and PLIs that are due. Returns when to look again.
     pub fn repair<I: Io>(&mut self, around: &mut Surroundings<'_, I>) -> Time {
-        let (now, rtt) = (around.now, self.rtt());
+        let (now, rtt) = (around.now, self.round_trip());
         let Connection {
             transport,
             streams,
@@ -446,15 +460,15 @@ impl Connection {
             ..
         } = self;
         let mut next_at = Time::MAX;
+        let mut missing = [0; MISSING_MAX];
         for stream in streams {
-            let mut missing = [0; MISSING_MAX];
             let count = if stream.next_nack_at() <= now {
                 stream.poll_nack(now, rtt, &mut missing)
             } else {
                 0
             };
-            if count > 0 {
-                let seqs = missing[..count].iter().map(|seq| Seq(*seq));
+            for missing in missing[..count].chunks(NACK_SEQS_MAX) {
+                let seqs = missing.iter().map(|seq| Seq(*seq));
                 send_compound(transport, *key, around, |writer| writer.nack(*rtcp_ssrc, stream.ssrc(), seqs));
                 around.record.session.nacks_sent += 1;
             }
@@ -510,6 +524,13 @@ impl Connection {
                 }
                 None => return feedback.settle(now),
             }
+        }
+    }
+
+    fn round_trip(&self) -> RoundTrip {
+        RoundTrip {
+            last: self.rtt(),
+            least: self.rtt_least,
         }
     }
 

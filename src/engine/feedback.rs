@@ -187,6 +187,7 @@ mod tests {
             ssrc,
             rtx_ssrc: None,
             clock_rate: 90_000,
+            nack: true,
             transport_cc_extension: transport_cc.then_some(TRANSPORT_CC),
             abs_send_time_extension: remb.then_some(ABS_SEND_TIME),
             announced_at: Time::ZERO,

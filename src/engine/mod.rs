@@ -140,6 +140,8 @@ pub struct StreamParameters {
     pub ssrc: u32,
     pub rtx_ssrc: Option<u32>,
     pub clock_rate: u32,
+    /// Whether NACKs were agreed on.
+    pub nack: bool,
     /// The id of the transport-wide sequence number, where feedback about it was agreed on.
     pub transport_cc_extension: Option<u8>,
     /// The id of abs-send-time, where REMB was agreed on.

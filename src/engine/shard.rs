@@ -253,7 +253,7 @@ impl Shard {
             self.record.session.packets_rejected += 1;
         }
         if let Some(rtt) = peer.transport.poll_stun_rtt() {
-            peer.rtt_stun = Some(rtt);
+            peer.handle_stun_rtt(rtt);
             self.record.session.rtt_stun.record(rtt);
         }
         self.advance_setup(key, now, io);

@@ -11,7 +11,7 @@ use crate::measure::{Kind, Record};
 use crate::media::assemble::{Assembler, Delivery, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
 use crate::recording::{Tap, TappedPacket};
-use crate::transport::receive::{Arrival, NackPoll, ReceiveCounts, ReceiveStream, ReportNumbers};
+use crate::transport::receive::{Arrival, NackPoll, NackRule, ReceiveCounts, ReceiveStream, ReportNumbers, RoundTrip};
 use crate::transport::rtp::vp8::Descriptor;
 use crate::transport::rtp::{Header, split_rtx};
 use crate::transport::sequence::{ReplayWindow, SeqExtender};
@@ -130,6 +130,7 @@ impl RecvStream {
     pub fn new(parameters: StreamParameters) -> RecvStream {
         let mut receive = ReceiveStream::new(parameters.clock_rate);
         receive.set_rtx(parameters.rtx_ssrc.is_some());
+        receive.set_nack(nack_rule(parameters.kind, parameters.nack));
         let video = (parameters.kind == Kind::Video).then(|| {
             Box::new(VideoState {
                 assembler: Assembler::new(),
@@ -486,7 +487,7 @@ impl RecvStream {
     }
 
     /// What to ask for again now. Returns what was written to `out`.
-    pub fn poll_nack(&mut self, now: Time, rtt: Duration, out: &mut [u16]) -> usize {
+    pub fn poll_nack(&mut self, now: Time, rtt: RoundTrip, out: &mut [u16]) -> usize {
         let NackPoll { count, gave_up } = self.receive.poll_nack(now, rtt, out);
         if let (Some(video), true) = (self.video.as_mut(), gave_up > 0) {
             video.assembler.handle_gave_up();
@@ -586,6 +587,14 @@ impl VideoState {
             self.mute_changes = mute_changes;
             self.assembler.handle_pause();
         }
+    }
+}
+
+fn nack_rule(kind: Kind, agreed_on: bool) -> NackRule {
+    match (agreed_on, kind) {
+        (false, _) => NackRule::Never,
+        (true, Kind::Audio) => NackRule::Audio,
+        (true, Kind::Video) => NackRule::Video,
     }
 }
 

@@ -6,7 +6,7 @@ use super::cache::{Cache, Content, Entry, Packet};
 use super::select::Activity;
 use super::statistics::{EncodingStatistics, RouterStatistics};
 use crate::measure::Kind;
-use crate::transport::receive::{Arrival, NackPoll, ReceiveStream, ReportNumbers};
+use crate::transport::receive::{Arrival, NackPoll, ReceiveStream, ReportNumbers, RoundTrip};
 use crate::transport::rtp::vp8::{Descriptor, PictureId};
 use crate::transport::rtp::{Header, split_rtx};
 use crate::transport::sequence::{ReplayWindow, SeqExtender};
@@ -333,7 +333,7 @@ impl Ingest {
     }
 
     /// Writes the numbers to ask the publisher for now; see [`ReceiveStream::poll_nack`].
-    pub fn poll_nack(&mut self, now: Time, rtt: Duration, out: &mut [u16]) -> usize {
+    pub fn poll_nack(&mut self, now: Time, rtt: RoundTrip, out: &mut [u16]) -> usize {
         let NackPoll { count, .. } = self.receive.poll_nack(now, rtt, out);
         count
     }

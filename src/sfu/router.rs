@@ -23,7 +23,7 @@ use crate::net;
 use crate::seeded::{mixed, scatter};
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
 use crate::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check};
-use crate::transport::receive::MISSING_MAX;
+use crate::transport::receive::{MISSING_MAX, NACK_SEQS_MAX, RoundTrip};
 use crate::transport::rtcp::{self, DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report};
 use crate::transport::rtp::{Datagram, Header, classify};
 use crate::transport::sdp::{Extension, ExtensionIds};
@@ -1171,20 +1171,23 @@ impl Router {
         let (Some(transport), Some(track)) = (self.transports.get_mut(slot), self.tracks.get_mut(track)) else {
             return;
         };
-        let rtt = transport.rtt.unwrap_or(RTT_UNKNOWN);
+        let rtt = RoundTrip {
+            last: transport.rtt.unwrap_or(RTT_UNKNOWN),
+            least: None,
+        };
         for (layer, encoding) in track.encodings.iter_mut().enumerate() {
             let Some(media_ssrc) = encoding.ssrc() else { continue };
             if encoding.next_nack_at() <= now {
                 let mut missing = [0; MISSING_MAX];
                 let count = encoding.poll_nack(now, rtt, &mut missing);
-                if track.nack && count > 0 {
-                    let seqs = missing[..count].iter().map(|seq| Seq(*seq));
+                for missing in missing[..count].chunks(NACK_SEQS_MAX).filter(|_| track.nack) {
+                    let seqs = missing.iter().map(|seq| Seq(*seq));
                     send_compound(transport, &mut self.statistics, io, |writer| {
                         writer.nack(self.rtcp_ssrc, media_ssrc, seqs)
                     });
                     encoding.count_nack();
                     self.statistics.nacks_out += 1;
-                    self.statistics.nacked_out += count as u64;
+                    self.statistics.nacked_out += missing.len() as u64;
                 }
             }
             if encoding.key_frame_request_at() <= now {

@@ -193,6 +193,7 @@ impl Pair {
             ssrc: track.ssrc,
             rtx_ssrc: track.rtx_ssrc,
             clock_rate: if track.source.kind() == Kind::Audio { 48_000 } else { 90_000 },
+            nack: true,
             transport_cc_extension: None,
             abs_send_time_extension: None,
             announced_at: self.now,

@@ -329,6 +329,7 @@ impl<W: Wire> Relay<W> {
             ssrc,
             rtx_ssrc,
             clock_rate: if kind == Kind::Audio { 48_000 } else { 90_000 },
+            nack: true,
             transport_cc_extension: None,
             abs_send_time_extension: None,
             announced_at: self.now,

@@ -732,6 +732,7 @@ fn subscribe_leg(end: &mut RtcEnd, local: &LocalTransport, rtx: bool) -> Agreed 
         ssrc: track.ssrc,
         rtx_ssrc: track.rtx_ssrc,
         clock_rate: track.clock_rate,
+        nack: true,
         transport_cc_extension: None,
         abs_send_time_extension: None,
         announced_at: Time::ZERO,

@@ -136,6 +136,7 @@ impl World {
                 ssrc: DOWNLINK_SSRC,
                 rtx_ssrc: None,
                 clock_rate: 90_000,
+                nack: true,
                 transport_cc_extension: None,
                 abs_send_time_extension: None,
                 announced_at: now,

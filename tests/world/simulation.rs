@@ -657,6 +657,7 @@ impl World {
                     ssrc: track.ssrc,
                     rtx_ssrc: track.rtx_ssrc,
                     clock_rate: track.clock_rate,
+                    nack: true,
                     transport_cc_extension: None,
                     abs_send_time_extension: None,
                     announced_at: self.now,

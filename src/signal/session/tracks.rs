@@ -277,6 +277,7 @@ pub(super) fn stream_parameters(track: &RemoteTrack, announced_at: Time) -> Stre
         ssrc: track.ssrc,
         rtx_ssrc: track.rtx_ssrc,
         clock_rate: track.clock_rate,
+        nack: track.feedback.contains(Feedback::Nack),
         transport_cc_extension: track
             .extensions
             .id(Extension::TransportCc)
