@@ -113,6 +113,7 @@ fn media(packets: u64, bytes: u64, frames: u64, latency_us: u64) -> Media {
         frames_sent: frames / 45,
         frames_expected: frames,
         frames_delivered: frames - frames / 6_000,
+        frames_lost_downlink: frames / 6_000,
         track_subscribe: spread(450, 41_000),
         first_packet: spread(450, 300_000),
         first_frame: spread(450, 420_000),
@@ -123,10 +124,24 @@ fn media(packets: u64, bytes: u64, frames: u64, latency_us: u64) -> Media {
     }
 }
 
+/// One for each of 450 streams, the best of them `best`.
+fn scores(best: u64) -> Histogram {
+    let mut histogram = Histogram::default();
+    (0..450).for_each(|n| histogram.record_micros(best - n / 5));
+    histogram.expect(450);
+    histogram
+}
+
 fn outcome() -> Outcome {
     let record = Record {
         session: session(),
-        audio: media(675_000, 40_500_000, 675_000, 1_900),
+        audio: Media {
+            played_us: 13_497_760_000,
+            concealed_us: 2_240_000,
+            playout_delay: spread(5_000, 21_000),
+            mos: scores(4_409),
+            ..media(675_000, 40_500_000, 675_000, 1_900)
+        },
         video: Media {
             loss_to_repair: spread(300, 64_000),
             key_frames_sent: 24,
@@ -197,14 +212,56 @@ fn listener() -> ParticipantOutcome {
         timeline: Timeline {
             intended: Time::from_millis(340),
             started: Some(Time::from_millis(341)),
+            joined: Some(Time::from_millis(580)),
             ..Timeline::default()
+        },
+        audio: Quality {
+            tracks_expected: 5,
+            tracks_live: 5,
+            frames_expected: 7_500,
+            frames_delivered: 7_500,
+            played_us: Some(150_000_000),
+            concealed_us: Some(0),
+            one_way_us_mean: Some(1_900),
+            mos: Some(4.41),
+            ..Quality::default()
+        },
+        ..ParticipantOutcome::default()
+    }
+}
+
+/// One who was not let in.
+fn refused() -> ParticipantOutcome {
+    ParticipantOutcome {
+        timeline: Timeline {
+            joined: None,
+            ..listener().timeline
         },
         failure: Some("signalling: 401 Unauthorized".into()),
         audio: Quality {
             tracks_expected: 5,
             ..Quality::default()
         },
-        ..ParticipantOutcome::default()
+        ..listener()
+    }
+}
+
+/// One whose link lost nearly a third.
+fn ruined() -> ParticipantOutcome {
+    let heard = listener().audio;
+    ParticipantOutcome {
+        identity: "throng-c0ffee01-31".into(),
+        index: 31,
+        audio: Quality {
+            frames_delivered: 5_300,
+            frames_lost_downlink: 2_180,
+            frames_lost_uplink: 20,
+            played_us: Some(104_000_000),
+            concealed_us: Some(46_000_000),
+            mos: Some(1.2),
+            ..heard
+        },
+        ..listener()
     }
 }
 
@@ -281,6 +338,14 @@ fn troubled() -> Outcome {
     record.video.tracks_live = 440;
     record.video.track_subscribe.expect(460);
     record.video.frames_delivered -= 16_000;
+    (record.video.frames_lost_sfu, record.video.frames_lost_unattributed) = (15_000, 1_000);
+    record.session.participants_healthy = 96;
+    (record.audio.frames_late_for_playout, record.audio.freezes) = (120, 14);
+    record.audio.concealed_us = 400_000_000;
+    record.audio.mos = scores(4_190);
+    record.audio.mos.record_micros(1_200);
+    record.audio.mos.expect(10);
+    outcome.participants = [vec![listener(); 148], vec![ruined(), refused()]].concat();
     outcome.failures = vec![
         ("signalling: 401 Unauthorized".into(), 2),
         ("ICE: no candidate pair answered within 10 s".into(), 1),
@@ -370,18 +435,18 @@ fn the_schema_is_strict_enough_to_notice_what_is_missing() {
 #[test]
 fn the_schema_describes_every_counter_and_histogram_and_no_other() {
     let schema = schema();
-    for (scope, counters, histograms) in [
-        ("session", Session::COUNTERS, Session::HISTOGRAMS),
-        ("media", Media::COUNTERS, Media::HISTOGRAMS),
-        ("bandwidth", Bandwidth::COUNTERS, Bandwidth::HISTOGRAMS),
+    for (scope, counters, histograms, scores) in [
+        ("session", Session::COUNTERS, Session::HISTOGRAMS, Session::SCORES),
+        ("media", Media::COUNTERS, Media::HISTOGRAMS, Media::SCORES),
+        ("bandwidth", Bandwidth::COUNTERS, Bandwidth::HISTOGRAMS, Bandwidth::SCORES),
     ] {
         let properties = schema["$defs"][scope]["properties"].as_object().unwrap();
         let mut described: Vec<&str> = properties.keys().map(String::as_str).collect();
-        let mut declared: Vec<&str> = counters.iter().chain(histograms).copied().collect();
+        let mut declared: Vec<&str> = counters.iter().chain(histograms).chain(scores).copied().collect();
         described.sort_unstable();
         declared.sort_unstable();
         assert_eq!(described, declared, "{scope}");
-        for name in counters.iter().chain(histograms) {
+        for name in counters.iter().chain(histograms).chain(scores) {
             let sentence = properties[*name]["description"].as_str().unwrap();
             assert!(sentence.ends_with('.') && sentence.len() > 15, "{name}: {sentence}");
         }
@@ -408,6 +473,25 @@ fn histograms_survive_the_report() {
     assert!(join["p95"].is_u64() && join["p99"].is_null() && join["max"].is_null() && join["min"].is_u64());
     assert!(report["totals"]["audio"]["one_way_latency"].is_null(), "what does not apply is null");
     assert!(report["totals"]["session"]["reconnect"].is_null());
+}
+
+#[test]
+fn scores_count_from_the_worst_and_the_worst_participants_are_named() {
+    let report: Value = serde_json::from_str(&json::render(&troubled())).unwrap();
+    let mos = &report["totals"]["audio"]["mos"];
+    assert_eq!((&mos["expected"], &mos["count"]), (&Value::from(460), &Value::from(451)));
+    assert!(mos["p1"].is_null() && mos["min"].is_null(), "nine streams were never heard");
+    assert!((mos["p50"].as_f64().unwrap() - 4.15).abs() < 0.02 && mos["p5"].as_f64().unwrap() < mos["p10"].as_f64().unwrap());
+    assert!(report["totals"]["video"]["mos"].is_null() && report["totals"]["video"]["concealed_us"].is_null());
+    let worst = report["worst"].as_array().unwrap();
+    assert_eq!(worst.len(), 2, "1 % of 150, rounded up");
+    assert_eq!((&worst[0]["joined"], &worst[0]["tracks_missing"]), (&Value::from(false), &Value::from(5)));
+    assert_eq!(worst[1]["identity"], "throng-c0ffee01-31");
+    assert_eq!(
+        (&worst[1]["healthy"], &worst[1]["audio"]["mos"]),
+        (&Value::from(false), &Value::from(1.2))
+    );
+    assert!(worst[1]["video"]["undelivered"].is_null());
 }
 
 #[test]
@@ -529,7 +613,11 @@ fn a_run_without_media_is_judged_by_its_joins() {
 
 #[test]
 fn a_participant_is_one_line_of_json() {
-    let text = participants::render(&outcome());
+    let outcome = Outcome {
+        participants: vec![refused()],
+        ..outcome()
+    };
+    let text = participants::render(&outcome);
     assert_eq!(text.lines().count(), 1);
     let line: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(
@@ -621,12 +709,12 @@ fn a_dry_run_shows_what_would_happen() {
 
 #[test]
 fn a_good_run_reads_well_on_one_screen() {
-    same_screen(&render(&outcome(), Style::default()), "pass.txt", 50);
+    same_screen(&render(&outcome(), Style::default()), "pass.txt", 51);
 }
 
 #[test]
 fn a_bad_run_tells_what_went_wrong_and_prints_no_unknown_as_zero() {
-    same_screen(&render(&troubled(), Style::default()), "fail.txt", 64);
+    same_screen(&render(&troubled(), Style::default()), "fail.txt", 74);
 }
 
 /// Compares with the text kept in `tests/golden`. With THRONG_BLESS set, keeps this one instead: read it before you commit it.

@@ -171,6 +171,15 @@ impl Ledger {
             .missed_before(&self.current, roster.frame_interval(origin, track, self.previous.layer))
     }
 
+    /// Frames that ought to have come after the last one that did.
+    pub fn missing_at_the_end(&self, (origin, track): (u32, u8), roster: &Roster) -> u64 {
+        let sent = self.ended_at.unwrap_or_else(|| roster.frames(origin, track, self.current.layer));
+        match (self.current.last(), self.paused || self.resumed) {
+            (Some(last), false) => sent.saturating_sub(last + 1).into(),
+            _ => 0,
+        }
+    }
+
     /// Nothing more is expected than what was sent by now.
     pub fn end(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
         let sent = origin.map_or(0, |(origin, track)| roster.frames(origin, track, self.current.layer));

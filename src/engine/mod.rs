@@ -4,9 +4,11 @@
 
 mod attribution;
 mod connection;
+mod emodel;
 mod feedback;
 pub mod health;
 mod ledger;
+pub mod playout;
 pub mod publisher;
 pub mod shard;
 pub mod subscriber;

@@ -5,9 +5,11 @@
 use std::time::Duration;
 
 use super::attribution::{Attribution, Losses, Origin, Placed};
+use super::emodel::opus_mos_thousandths;
 use super::ledger::Ledger;
+use super::playout::{AudioPlayout, Played, VideoPlayout};
 use super::{Roster, StreamParameters, is_muted};
-use crate::measure::{Kind, Record};
+use crate::measure::{Kind, Media, Record};
 use crate::media::assemble::{Assembler, Delivery, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
 use crate::recording::{Tap, TappedPacket};
@@ -60,7 +62,14 @@ pub struct StreamOutcome {
     pub frames_delivered: u64,
     /// Where the others were lost; complete after [`RecvStream::finish`].
     pub losses: Losses,
+    pub frames_late: u64,
+    /// Of audio, by the playout model.
     pub freezes: u64,
+    pub frames_late_for_playout: u64,
+    pub played_us: u64,
+    pub concealed_us: u64,
+    /// By the E-model, in thousandths; complete after [`RecvStream::finish`].
+    pub mos_thousandths: Option<u64>,
     pub jitter: Duration,
     pub latency_us_mean: Option<u64>,
     pub latency_us_max: Option<u64>,
@@ -86,12 +95,17 @@ pub struct RecvStream {
     freeze_settled: bool,
     latency: LatencySum,
     accounted: Accounted,
+    frames_late_for_playout: u32,
+    mos_thousandths: Option<u16>,
     video: Option<Box<VideoState>>,
+    /// For audio only.
+    playout: Option<Box<AudioPlayout>>,
 }
 
 /// What only video needs: reassembly, and the retransmission stream beside the media.
 struct VideoState {
     assembler: Assembler,
+    playout: VideoPlayout,
     rtx_extender: SeqExtender,
     rtx_replay: ReplayWindow,
     pli_sent_at: Option<Time>,
@@ -110,12 +124,13 @@ struct Switch {
     asked_at: Time,
 }
 
-/// A mean and a maximum, in 16 bytes: a histogram for each subscription would be 140 KiB.
+/// A mean, a maximum and what was too late, in 24 bytes: a histogram for each subscription would be 140 KiB.
 #[derive(Clone, Copy, Default)]
 struct LatencySum {
     sum_us: u64,
     max_us: u32,
     count: u32,
+    late: u32,
 }
 
 /// What of this stream the shard's record has been told already.
@@ -124,6 +139,8 @@ struct Accounted {
     counts: ReceiveCounts,
     frames_expected: u64,
     losses: Losses,
+    played_us: u64,
+    concealed_us: u64,
 }
 
 impl RecvStream {
@@ -134,6 +151,7 @@ impl RecvStream {
         let video = (parameters.kind == Kind::Video).then(|| {
             Box::new(VideoState {
                 assembler: Assembler::new(),
+                playout: VideoPlayout::default(),
                 rtx_extender: SeqExtender::default(),
                 rtx_replay: ReplayWindow::default(),
                 pli_sent_at: None,
@@ -160,7 +178,10 @@ impl RecvStream {
             freeze_settled: false,
             latency: LatencySum::default(),
             accounted: Accounted::default(),
+            frames_late_for_playout: 0,
+            mos_thousandths: None,
             video,
+            playout: (parameters.kind == Kind::Audio).then(Box::default),
             parameters,
         }
     }
@@ -347,6 +368,11 @@ impl RecvStream {
                     media.layer_switch.expect(1);
                     media.layer_switch.record(frame.decoded_at.since(switch.asked_at));
                 }
+                let intended = frame.intended_unix_us.and_then(|at| context.epoch.time_of_unix_micros(at));
+                if let Some(intended) = intended {
+                    let played = video.playout.handle_frame(frame.decoded_at.since(intended), frame.decoded_at);
+                    self.frames_late_for_playout += note_playout(media, played);
+                }
                 if let Some(interval) = frame.interval {
                     media.frame_interval.record(interval);
                 }
@@ -401,9 +427,28 @@ impl RecvStream {
         if let Some(intended) = context.epoch.time_of_unix_micros(identity.intended_unix_us) {
             let latency_us = at.micros_since(intended);
             media.one_way_latency.record_micros(latency_us);
-            media.frames_late += u64::from(latency_us > LATE_AFTER.as_micros() as u64);
-            self.latency.add(latency_us);
+            let is_late = latency_us > LATE_AFTER.as_micros() as u64;
+            media.frames_late += u64::from(is_late);
+            self.latency.add(latency_us, is_late);
+            self.play_audio(identity, Duration::from_micros(latency_us), resumes, at, context);
         }
+    }
+
+    /// What a listener's jitter buffer makes of a frame that took `transit`.
+    fn play_audio(&mut self, identity: &FrameIdentity, transit: Duration, resumes: bool, now: Time, context: &mut StreamContext<'_>) {
+        let Some(playout) = self.playout.as_mut() else { return };
+        let media = &mut context.record.audio;
+        let length = context.roster.frame_interval(identity.origin, identity.track, identity.layer);
+        let mut interrupted = |for_so_long| {
+            media.freeze.record(for_so_long);
+            media.freezes += 1;
+            self.freezes += 1;
+        };
+        if resumes {
+            playout.resume(length, &mut interrupted);
+        }
+        let played = playout.handle_frame(identity.frame, transit, length, now, &mut interrupted);
+        self.frames_late_for_playout += note_playout(media, played);
     }
 
     /// Whatever is missing between this frame and the others was lost somewhere.
@@ -540,10 +585,15 @@ impl RecvStream {
         add_difference(&mut media.frames_lost_sfu, losses.sfu, told.losses.sfu);
         add_difference(&mut media.frames_lost_downlink, losses.downlink, told.losses.downlink);
         add_difference(&mut media.frames_lost_unattributed, losses.unattributed, told.losses.unattributed);
+        let (played_us, concealed_us) = self.playout.as_ref().map_or((0, 0), |playout| playout.times_us());
+        add_difference(&mut media.played_us, played_us, told.played_us);
+        add_difference(&mut media.concealed_us, concealed_us, told.concealed_us);
         *told = Accounted {
             counts,
             frames_expected,
             losses,
+            played_us,
+            concealed_us,
         };
         if counts.received > 0 && !self.ended {
             media.jitter.record(self.receive.jitter());
@@ -557,11 +607,33 @@ impl RecvStream {
             let whose = Origin { roster, origin, track };
             self.losses = self.attribution.finish(missing, &self.receive, whose);
             self.finished = true;
+            self.finish_playout((origin, track), roster, record);
         }
         self.account(roster, record);
     }
 
+    /// What was expected after the last frame that came was never heard, and the listener has made up his mind.
+    fn finish_playout(&mut self, (origin, track): (u32, u8), roster: &Roster, record: &mut Record) {
+        let Some(playout) = self.playout.as_mut() else { return };
+        let length = roster.frame_interval(origin, track, 0);
+        let missing = self.ledger.missing_at_the_end((origin, track), roster);
+        let media = &mut record.audio;
+        playout.finish(missing, length, |for_so_long| {
+            media.freeze.record(for_so_long);
+            media.freezes += 1;
+            self.freezes += 1;
+        });
+        let (played_us, concealed_us) = playout.times_us();
+        if let Some(delay) = playout.mouth_to_ear() {
+            let concealed = concealed_us as f64 / (played_us + concealed_us).max(1) as f64;
+            let mos = opus_mos_thousandths(delay, length, concealed);
+            media.mos.record_micros(mos);
+            self.mos_thousandths = Some(mos as u16);
+        }
+    }
+
     pub fn outcome(&self, roster: &Roster) -> StreamOutcome {
+        let (played_us, concealed_us) = self.playout.as_ref().map_or((0, 0), |playout| playout.times_us());
         StreamOutcome {
             kind: self.parameters.kind,
             ssrc: self.parameters.ssrc,
@@ -572,7 +644,12 @@ impl RecvStream {
             frames_expected: self.ledger.expected(self.origin, roster),
             frames_delivered: self.ledger.delivered(),
             losses: self.losses,
+            frames_late: self.latency.late.into(),
             freezes: self.freezes,
+            frames_late_for_playout: self.frames_late_for_playout.into(),
+            played_us,
+            concealed_us,
+            mos_thousandths: self.mos_thousandths.map(u64::from),
             jitter: self.receive.jitter(),
             latency_us_mean: self.latency.mean_us(),
             latency_us_max: (self.latency.count > 0).then(|| self.latency.max_us.into()),
@@ -602,7 +679,8 @@ fn nack_rule(kind: Kind, agreed_on: bool) -> NackRule {
 const EVENTS_MAX: usize = 20;
 
 impl LatencySum {
-    fn add(&mut self, us: u64) {
+    fn add(&mut self, us: u64, is_late: bool) {
+        self.late += u32::from(is_late);
         self.sum_us += us;
         self.max_us = self.max_us.max(u32::try_from(us).unwrap_or(u32::MAX));
         self.count += 1;
@@ -611,6 +689,15 @@ impl LatencySum {
     fn mean_us(&self) -> Option<u64> {
         self.sum_us.checked_div(self.count.into())
     }
+}
+
+/// Counts a frame that the playout model took; 1 if it was too late.
+fn note_playout(media: &mut Media, played: Played) -> u32 {
+    match played {
+        Played::After(wait) => media.playout_delay.record(wait),
+        Played::TooLate => media.frames_late_for_playout += 1,
+    }
+    u32::from(played == Played::TooLate)
 }
 
 /// Adds `now - told`, which may run backwards (a packet thought lost arrives after all); sums over a run do not.

@@ -69,6 +69,13 @@ impl Histogram {
         Some(self.hdr.value_at_quantile(rank as f64 / self.count() as f64))
     }
 
+    /// The value at or below which `share` (0..=1) of what was *expected* lies, where less is worse and what never came is worst; `None` among that.
+    pub fn low_quantile(&self, share: f64) -> Option<u64> {
+        let rank = (share * self.expected() as f64).ceil().max(1.0) as u64;
+        let rank = rank.checked_sub(self.expected() - self.count()).filter(|rank| *rank > 0)?;
+        Some(self.hdr.value_at_quantile(rank as f64 / self.count() as f64))
+    }
+
     /// Of what came.
     pub fn min(&self) -> Option<u64> {
         (self.count() > 0).then(|| self.hdr.min())
@@ -131,6 +138,17 @@ mod tests {
         assert_eq!(histogram.quantile(0.95), None);
         assert_eq!(histogram.max(), None);
         assert_eq!(Histogram::default().quantile(0.5), None);
+    }
+
+    #[test]
+    fn where_less_is_worse_what_never_came_is_worst() {
+        let mut scores = Histogram::default();
+        (1..=90).for_each(|score| scores.record_micros(score * 20));
+        assert_eq!((scores.low_quantile(0.01), scores.low_quantile(0.5)), (Some(20), Some(45 * 20)));
+        scores.expect(100);
+        assert_eq!((scores.low_quantile(0.01), scores.low_quantile(0.1)), (None, None));
+        assert_eq!((scores.low_quantile(0.11), scores.low_quantile(1.0)), (Some(20), Some(90 * 20)));
+        assert_eq!(Histogram::default().low_quantile(0.5), None);
     }
 
     #[test]

@@ -12,29 +12,35 @@ macro_rules! stats {
     ($(#[$doc:meta])* $name:ident {
         counters { $($(#[$cdoc:meta])* $counter:ident),* $(,)? }
         histograms { $($(#[$hdoc:meta])* $histogram:ident),* $(,)? }
+        $(scores { $($(#[$sdoc:meta])* $score:ident),* $(,)? })?
     }) => {
         $(#[$doc])*
         #[derive(Clone, Default)]
         pub struct $name {
             $($(#[$cdoc])* pub $counter: u64,)*
             $($(#[$hdoc])* pub $histogram: Histogram,)*
+            $($($(#[$sdoc])* pub $score: Histogram,)*)?
         }
 
         impl $name {
             pub const COUNTERS: &'static [&'static str] = &[$(stringify!($counter)),*];
             pub const HISTOGRAMS: &'static [&'static str] = &[$(stringify!($histogram)),*];
+            /// Histograms in thousandths of a score, of which less is worse.
+            pub const SCORES: &'static [&'static str] = &[$($(stringify!($score)),*)?];
 
             /// Adds what `other` counted.
             pub fn merge(&mut self, other: &$name) {
                 // A delta may run backwards (a packet thought lost arrives), so sums wrap until they are complete.
                 $(self.$counter = self.$counter.wrapping_add(other.$counter);)*
                 $(self.$histogram.merge(&other.$histogram);)*
+                $($(self.$score.merge(&other.$score);)*)?
             }
 
             /// Makes the record empty again and keeps its memory.
             pub fn clear(&mut self) {
                 $(self.$counter = 0;)*
                 $(self.$histogram.clear();)*
+                $($(self.$score.clear();)*)?
             }
 
             /// What was counted since `earlier`, an older value of the same cumulative record.
@@ -42,6 +48,7 @@ macro_rules! stats {
                 $name {
                     $($counter: self.$counter.saturating_sub(earlier.$counter),)*
                     $($histogram: self.$histogram.since(&earlier.$histogram),)*
+                    $($($score: self.$score.since(&earlier.$score),)*)?
                 }
             }
 
@@ -51,6 +58,10 @@ macro_rules! stats {
 
             pub fn histograms(&self) -> impl Iterator<Item = (&'static str, &Histogram)> {
                 [$((stringify!($histogram), &self.$histogram)),*].into_iter()
+            }
+
+            pub fn scores(&self) -> impl Iterator<Item = (&'static str, &Histogram)> {
+                [$($((stringify!($score), &self.$score)),*)?].into_iter()
             }
         }
     };
@@ -86,10 +97,18 @@ stats! {
             /// Where those were lost that were expected and not delivered.
             frames_lost_uplink, frames_lost_sfu, frames_lost_downlink, frames_lost_unattributed,
             key_frames_sent, freezes,
+            /// By the playout model.
+            frames_late_for_playout, played_us, concealed_us,
         }
         histograms {
             track_subscribe, first_packet, first_frame, one_way_latency, jitter, frame_interval, freeze, loss_to_repair,
             pli_received_to_key_sent, pli_sent_to_key_received, layer_switch,
+            /// By the playout model.
+            playout_delay,
+        }
+        scores {
+            /// By the E-model, one for each stream.
+            mos,
         }
     }
 }
@@ -167,10 +186,9 @@ impl Record {
 /// Whether this version fills a counter of the session (`None`) or of one kind of media. One that it does not fill is unknown, which is not 0.
 pub fn is_measured(kind: Option<Kind>, counter: &str) -> bool {
     match kind {
-        None => true,
-        // What a listener would hear as a gap needs a model of the jitter buffer.
-        Some(Kind::Audio) => counter != "freezes",
-        Some(Kind::Video) => true,
+        // A late picture is shown late: nothing is concealed.
+        Some(Kind::Video) => !matches!(counter, "played_us" | "concealed_us"),
+        None | Some(Kind::Audio) => true,
     }
 }
 

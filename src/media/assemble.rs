@@ -67,6 +67,8 @@ pub struct DecodedFrame {
     pub key: bool,
     /// Where its identity says it.
     pub layer: Option<u8>,
+    /// As its identity says it.
+    pub intended_unix_us: Option<u64>,
     pub decoded_at: Time,
     /// Since the frame decoded before; `None` for the first, and after a pause.
     pub interval: Option<Duration>,
@@ -466,6 +468,7 @@ impl Assembler {
         let Slot { rtp_time, .. } = self.slots[at];
         let key = self.slots[at].has(KEY);
         self.tail_link = self.link(at);
+        let intended_unix_us = self.slots[at].has(IDENTIFIED).then_some(self.identities[at].intended_unix_us);
         self.tail = self.high(at);
         self.floor = self.floor.max(self.tail);
         self.intact = true;
@@ -482,6 +485,7 @@ impl Assembler {
             rtp_time,
             key,
             layer: self.tail_link.map(|link| link.layer),
+            intended_unix_us,
             decoded_at: now,
             interval,
             freeze,

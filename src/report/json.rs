@@ -6,7 +6,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::{EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Sample, Step, VERSION, judge, judge::judge_step};
+use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
+use super::{EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Sample, Step, VERSION, judge, judge::judge_step};
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::{Layout, Plan, VideoSpec};
 
@@ -34,6 +35,7 @@ struct Report<'a> {
     steps: Vec<StepView<'a>>,
     totals: TotalsView<'a>,
     join_failures: Vec<FailureView<'a>>,
+    worst: Vec<WorstView<'a>>,
     series: &'a [Sample],
     engine: EngineView<'a>,
     server: Option<ServerView>,
@@ -61,6 +63,10 @@ impl<'a> Report<'a> {
                 .failures
                 .iter()
                 .map(|(reason, count)| FailureView { reason, count: *count })
+                .collect(),
+            worst: worst(&outcome.participants, outcome.judging.max_loss_pct)
+                .into_iter()
+                .map(WorstView::new)
                 .collect(),
             series: &outcome.series,
             engine: EngineView::new(outcome),
@@ -291,7 +297,7 @@ struct SessionView<'a>(&'a Session);
 
 impl Serialize for SessionView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        stats(serializer, measured(None, self.0.counters()), self.0.histograms())
+        stats(serializer, measured(None, self.0.counters()), self.0.histograms(), self.0.scores())
     }
 }
 
@@ -299,7 +305,12 @@ struct MediaView<'a>(&'a Media, Kind);
 
 impl Serialize for MediaView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        stats(serializer, measured(Some(self.1), self.0.counters()), self.0.histograms())
+        stats(
+            serializer,
+            measured(Some(self.1), self.0.counters()),
+            self.0.histograms(),
+            self.0.scores(),
+        )
     }
 }
 
@@ -311,6 +322,7 @@ impl Serialize for BandwidthView<'_> {
             serializer,
             self.0.counters().map(|(name, value)| (name, Some(value))),
             self.0.histograms(),
+            self.0.scores(),
         )
     }
 }
@@ -319,7 +331,8 @@ struct CountersView<'a>(&'a Engine);
 
 impl Serialize for CountersView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        stats(serializer, self.0.counters().map(|(name, value)| (name, Some(value))), std::iter::empty())
+        let counters = self.0.counters().map(|(name, value)| (name, Some(value)));
+        stats(serializer, counters, std::iter::empty(), std::iter::empty())
     }
 }
 
@@ -333,6 +346,7 @@ fn stats<'a, S: Serializer>(
     serializer: S,
     counters: impl Iterator<Item = (&'static str, Option<u64>)>,
     histograms: impl Iterator<Item = (&'static str, &'a Histogram)>,
+    scores: impl Iterator<Item = (&'static str, &'a Histogram)>,
 ) -> Result<S::Ok, S::Error> {
     let mut map = serializer.serialize_map(None)?;
     for (name, value) in counters {
@@ -340,6 +354,9 @@ fn stats<'a, S: Serializer>(
     }
     for (name, histogram) in histograms {
         map.serialize_entry(name, &HistogramView::new(histogram))?;
+    }
+    for (name, scores) in scores {
+        map.serialize_entry(name, &ScoresView::new(scores))?;
     }
     map.end()
 }
@@ -376,6 +393,97 @@ impl HistogramView {
             max: histogram.max(),
             hdr: serial::to_base64(histogram),
         })
+    }
+}
+
+/// Scores, of which less is worse: percentiles count from the worst, and what is missing is worst.
+#[derive(serde::Serialize)]
+struct ScoresView {
+    expected: u64,
+    count: u64,
+    min: Option<f64>,
+    mean: Option<f64>,
+    p1: Option<f64>,
+    p5: Option<f64>,
+    p10: Option<f64>,
+    p50: Option<f64>,
+    max: Option<f64>,
+    hdr: String,
+}
+
+impl ScoresView {
+    fn new(scores: &Histogram) -> Option<ScoresView> {
+        let score = |thousandths: Option<u64>| thousandths.map(|value| value as f64 / 1e3);
+        let low = |share: f64| score(scores.low_quantile(share));
+        let complete = scores.count() == scores.expected();
+        (scores.expected() > 0).then(|| ScoresView {
+            expected: scores.expected(),
+            count: scores.count(),
+            min: score(scores.min().filter(|_| complete)),
+            mean: scores.mean().map(|mean| mean / 1e3),
+            p1: low(0.01),
+            p5: low(0.05),
+            p10: low(0.1),
+            p50: low(0.5),
+            max: low(1.0),
+            hdr: serial::to_base64(scores),
+        })
+    }
+}
+
+/// One of the participants that fared worst.
+#[derive(serde::Serialize)]
+struct WorstView<'a> {
+    index: u32,
+    room: &'a str,
+    identity: &'a str,
+    healthy: bool,
+    wrong: Vec<String>,
+    joined: bool,
+    disconnects: u32,
+    tracks_missing: u64,
+    audio: WorstMediaView,
+    video: WorstMediaView,
+}
+
+/// Shares; `null` where nothing was expected.
+#[derive(serde::Serialize)]
+struct WorstMediaView {
+    undelivered: Option<f64>,
+    concealed: Option<f64>,
+    late: Option<f64>,
+    one_way_us_mean: Option<u64>,
+    mos: Option<f64>,
+}
+
+impl<'a> WorstView<'a> {
+    fn new(ranked: Ranked<'a>) -> WorstView<'a> {
+        let who = ranked.participant;
+        WorstView {
+            index: who.index,
+            room: &who.room,
+            identity: &who.identity,
+            healthy: ranked.healthy,
+            wrong: ranked.wrong,
+            joined: who.timeline.joined.is_some(),
+            disconnects: who.disconnects,
+            tracks_missing: tracks_missing(&who.audio) + tracks_missing(&who.video),
+            audio: WorstMediaView::new(&who.audio),
+            video: WorstMediaView::new(&who.video),
+        }
+    }
+}
+
+impl WorstMediaView {
+    fn new(quality: &Quality) -> WorstMediaView {
+        let share = |part: u64| (quality.frames_expected > 0).then(|| part as f64 / quality.frames_expected as f64);
+        WorstMediaView {
+            undelivered: share(undelivered(quality)),
+            concealed: concealed_share(quality),
+            late: share(quality.frames_late),
+            one_way_us_mean: quality.one_way_us_mean,
+            mos: quality.mos,
+        }
     }
 }
 

@@ -271,7 +271,7 @@ pub struct Threshold {
     scope: Scope,
     figure: Figure,
     comparison: Comparison,
-    /// Microseconds, or a count.
+    /// Microseconds, a count, or a score.
     limit: f64,
 }
 
@@ -286,6 +286,7 @@ enum Scope {
 enum Figure {
     Counter(&'static str),
     Histogram(&'static str, Stat),
+    Score(&'static str, ScoreStat),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -294,6 +295,13 @@ enum Stat {
     Min,
     Mean,
     Max,
+}
+
+/// Of scores: quantiles count from the worst, and what is missing is worst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ScoreStat {
+    Quantile(u16),
+    Mean,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -326,6 +334,15 @@ const STATS: &[(&str, Stat)] = &[
     ("mean", Stat::Mean),
     ("max", Stat::Max),
 ];
+/// Quantiles are in thousandths: the least score lies at the first one of all.
+const SCORE_STATS: &[(&str, ScoreStat)] = &[
+    ("p1", ScoreStat::Quantile(10)),
+    ("p5", ScoreStat::Quantile(50)),
+    ("p10", ScoreStat::Quantile(100)),
+    ("p50", ScoreStat::Quantile(500)),
+    ("min", ScoreStat::Quantile(0)),
+    ("mean", ScoreStat::Mean),
+];
 /// Longer before shorter, so that `<=` is not read as `<`.
 const COMPARISONS: &[(&str, Comparison)] = &[
     ("<=", Comparison::AtMost),
@@ -345,6 +362,14 @@ impl Threshold {
                 }
                 let value = self.counter(record, name)?;
                 (!self.comparison.holds(value as f64, self.limit)).then(|| format!("{} does not hold: it is {}", self.text, text::number(value)))
+            }
+            Figure::Score(name, stat) => {
+                let scores = self.scores(record, name)?;
+                match stat.of(scores) {
+                    Some(value) if self.comparison.holds(value, self.limit) => None,
+                    Some(value) => Some(format!("{} does not hold: it is {value:.2}", self.text)),
+                    None => Some(format!("{} does not hold: it {}", self.text, absence(scores))),
+                }
             }
             Figure::Histogram(name, stat) => {
                 let histogram = self.histogram(record, name)?;
@@ -374,6 +399,25 @@ impl Threshold {
             Scope::Video => record.video.histograms().find(|(n, _)| *n == name),
         };
         found.map(|(_, histogram)| histogram)
+    }
+
+    fn scores<'a>(&self, record: &'a Record, name: &str) -> Option<&'a Histogram> {
+        let found = match self.scope {
+            Scope::Session => record.session.scores().find(|(n, _)| *n == name),
+            Scope::Audio => record.audio.scores().find(|(n, _)| *n == name),
+            Scope::Video => record.video.scores().find(|(n, _)| *n == name),
+        };
+        found.map(|(_, scores)| scores)
+    }
+}
+
+impl ScoreStat {
+    /// Missing scores leave no mean.
+    fn of(self, scores: &Histogram) -> Option<f64> {
+        match self {
+            ScoreStat::Quantile(thousandths) => scores.low_quantile(f64::from(thousandths) / 1e3).map(|score| score as f64 / 1e3),
+            ScoreStat::Mean => scores.mean().filter(|_| scores.count() == scores.expected()).map(|mean| mean / 1e3),
+        }
     }
 }
 
@@ -424,6 +468,7 @@ impl FromStr for Threshold {
         let limit = match figure {
             Figure::Counter(_) => count(value)?,
             Figure::Histogram(..) => micros(value)?,
+            Figure::Score(..) => score(value)?,
         };
         Ok(Threshold {
             text: compact,
@@ -440,11 +485,13 @@ fn find<T: Copy>(table: &[(&str, T)], name: &str) -> Option<T> {
 }
 
 fn figure(scope: Scope, metric: &str, stat: Option<&str>) -> Result<Figure, String> {
-    let (counters, histograms) = match scope {
-        Scope::Session => (Session::COUNTERS, Session::HISTOGRAMS),
-        Scope::Audio | Scope::Video => (Media::COUNTERS, Media::HISTOGRAMS),
+    let (counters, histograms, scores) = match scope {
+        Scope::Session => (Session::COUNTERS, Session::HISTOGRAMS, Session::SCORES),
+        Scope::Audio | Scope::Video => (Media::COUNTERS, Media::HISTOGRAMS, Media::SCORES),
     };
-    let stats = || STATS.iter().map(|(name, _)| *name);
+    if let Some(name) = scores.iter().find(|name| **name == metric) {
+        return statistic(metric, stat, SCORE_STATS).map(|stat| Figure::Score(name, stat));
+    }
     if let Some(name) = counters.iter().find(|name| **name == metric) {
         return match stat {
             None => Ok(Figure::Counter(name)),
@@ -452,16 +499,21 @@ fn figure(scope: Scope, metric: &str, stat: Option<&str>) -> Result<Figure, Stri
         };
     }
     let Some(name) = histograms.iter().find(|name| **name == metric) else {
-        return Err(unknown("metric", metric, counters.iter().chain(histograms).copied()));
+        return Err(unknown("metric", metric, counters.iter().chain(histograms).chain(scores).copied()));
     };
+    statistic(metric, stat, STATS).map(|stat| Figure::Histogram(name, stat))
+}
+
+fn statistic<T: Copy>(metric: &str, stat: Option<&str>, known: &[(&str, T)]) -> Result<T, String> {
+    let names = || known.iter().map(|(name, _)| *name);
+    let example = if names().any(|name| name == "p95") { "p95" } else { "p1" };
     let stat = stat.ok_or_else(|| {
         format!(
-            "{metric} needs a statistic, as in {metric}.p95 (one of {})",
-            stats().collect::<Vec<_>>().join(", ")
+            "{metric} needs a statistic, as in {metric}.{example} (one of {})",
+            names().collect::<Vec<_>>().join(", ")
         )
     })?;
-    let stat = find(STATS, stat).ok_or_else(|| unknown("statistic", stat, stats()))?;
-    Ok(Figure::Histogram(name, stat))
+    find(known, stat).ok_or_else(|| unknown("statistic", stat, names()))
 }
 
 fn number(digits: &str) -> Option<f64> {
@@ -471,6 +523,10 @@ fn number(digits: &str) -> Option<f64> {
 
 fn count(value: &str) -> Result<f64, String> {
     number(value).ok_or_else(|| format!("'{value}' is no count: a counter is compared with a bare number"))
+}
+
+fn score(value: &str) -> Result<f64, String> {
+    number(value).ok_or_else(|| format!("'{value}' is no score: write it bare, as in audio.mos.p1>3.5"))
 }
 
 fn micros(value: &str) -> Result<f64, String> {
@@ -534,6 +590,24 @@ mod tests {
     }
 
     #[test]
+    fn of_scores_the_worst_are_judged() {
+        let mut record = Record::default();
+        assert!(violation("audio.mos.p1>1", &record).unwrap().contains("was not measured"));
+        (0..100).for_each(|n| record.audio.mos.record_micros(4_400 - n));
+        assert_eq!(violation("audio.mos.p1>=4.29", &record), None);
+        assert_eq!(
+            violation("audio.mos.min > 4.3", &record).unwrap(),
+            "audio.mos.min>4.3 does not hold: it is 4.30"
+        );
+        assert_eq!(violation("audio.mos.p50>4.3", &record), None);
+        record.audio.mos.expect(110);
+        for stat in ["p1", "p5", "min", "mean"] {
+            assert!(violation(&format!("audio.mos.{stat}>1"), &record).unwrap().contains("never"), "{stat}");
+        }
+        assert_eq!(violation("audio.mos.p10>4.29", &record), None);
+    }
+
+    #[test]
     fn an_unknown_never_holds() {
         let mut record = Record::default();
         for stat in STATS {
@@ -571,6 +645,10 @@ mod tests {
             ("audio.packets_lost.p50<1", "takes no statistic"),
             ("audio.packets_lost<1ms", "bare number"),
             ("session.zzzz<1", "there are joins_planned"),
+            ("audio.mos>4", "needs a statistic, as in mos.p1"),
+            ("audio.mos.p99>4", "statistic"),
+            ("audio.mos.p1>4ms", "no score"),
+            ("session.mos.p1>4", "there are joins_planned"),
             ("audio.jitter.p95=1ms", "write SCOPE.METRIC.STAT"),
             ("audio<1", "write SCOPE.METRIC.STAT"),
             ("", "write SCOPE.METRIC.STAT"),

@@ -11,6 +11,7 @@ pub mod progress;
 pub mod server;
 mod sinks;
 pub mod text;
+pub mod worst;
 
 use std::io::{self, ErrorKind, Write};
 use std::time::Duration;
@@ -200,8 +201,17 @@ pub struct Quality {
     pub frames_lost_sfu: u64,
     pub frames_lost_downlink: u64,
     pub frames_lost_unattributed: u64,
-    /// `None` for audio, where they are not measured.
-    pub freezes: Option<u64>,
+    /// Delivered, and too late for a conversation.
+    pub frames_late: u64,
+    /// Of audio, by the playout model.
+    pub freezes: u64,
+    /// By the playout model.
+    pub frames_late_for_playout: u64,
+    /// By the playout model; `None` for video, where nothing is concealed.
+    pub played_us: Option<u64>,
+    pub concealed_us: Option<u64>,
+    /// By the E-model, of the audio track that fared worst; `None` where nothing was heard.
+    pub mos: Option<f64>,
     /// Of the track that fared worst; a histogram for every subscription would not fit in memory.
     pub one_way_us_mean: Option<u64>,
     pub one_way_us_max: Option<u64>,

@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use super::judge::Loss;
-use super::{Judgement, Judging, Outcome, TargetKind, VERSION, Verdict, judge};
+use super::{Judgement, Judging, Outcome, TargetKind, VERSION, Verdict, judge, worst};
 use crate::measure::{Bandwidth, Histogram, Kind, Media};
 use crate::plan::{Plan, Resources, Shape, VideoSpec};
 use crate::sfu::SendMode;
@@ -17,6 +17,12 @@ const WIDTH: usize = 80;
 const REASONS_MAX: usize = 6;
 const NOTES_MAX: usize = 4;
 const FAILURES_MAX: usize = 3;
+/// ITU-T G.107, Annex B: from R = 80 on users are satisfied. In thousandths.
+const MOS_SATISFIED: u64 = 4_024;
+/// A share of concealed audio that is worth a line.
+const CONCEALED_NOTABLE: f64 = 0.001;
+/// Of the worst, by name.
+const WORST_MAX: usize = 10;
 const QUANTILES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99), ("p99.9", 0.999)];
 
 /// Whether to use colour.
@@ -156,6 +162,7 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
     text.push_str(&bandwidth(&outcome.totals.record.bandwidth, style));
     text.push_str(&generator(outcome, style));
     text.push_str(&embedded_sfu(outcome, style));
+    text.push_str(&worst(outcome, style));
     text.push_str(&notes(outcome, style));
     text.push_str(&result(&judgement, style));
     text
@@ -327,6 +334,27 @@ impl Columns<'_> {
         places.map(|(label, counter)| self.sum(label, counter, number)).collect()
     }
 
+    /// What the models say, where it is worth saying.
+    fn playout(&self) -> String {
+        let [audio, video] = self.media;
+        let mut text = String::new();
+        if audio.frames_late_for_playout + video.frames_late_for_playout > 0 {
+            text.push_str(&self.sum("  late for playout (model)", |m| m.frames_late_for_playout, number));
+        }
+        let to_play = audio.played_us + audio.concealed_us;
+        let concealed = (to_play > 0).then(|| audio.concealed_us as f64 / to_play as f64);
+        if let Some(concealed) = concealed.filter(|share| *share >= CONCEALED_NOTABLE) {
+            text.push_str(&self.row("Concealed (model)", [percent(concealed), "n/a".to_owned(), "n/a".to_owned()]));
+        }
+        let poor = audio.mos.low_quantile(0.01).is_none_or(|thousandths| thousandths < MOS_SATISFIED);
+        if audio.mos.expected() > 0 && poor {
+            let print = |thousandths: u64| format!("{:.2}", thousandths as f64 / 1e3);
+            let score = |share: f64| audio.mos.low_quantile(share).map_or_else(|| "never".to_owned(), print);
+            let _ = writeln!(text, "  MOS (E-model) 50/5/1 %/worst     {}", [0.5, 0.05, 0.01, 0.0].map(score).join("/"));
+        }
+        text
+    }
+
     /// A row of one counter by another: `part/whole`, or the share of it.
     fn ratio(&self, label: &str, part: fn(&Media) -> u64, whole: fn(&Media) -> u64, print: impl Fn(u64, u64) -> String) -> String {
         let (parts, wholes) = (self.media.map(part), self.media.map(whole));
@@ -394,10 +422,9 @@ fn media(outcome: &Outcome, style: Style) -> String {
     text.push_str(&columns.loss("  undelivered", |loss| maybe(loss.undelivered, percent)));
     text.push_str(&columns.loss_places());
     text.push_str(&columns.sum("  late", |m| m.frames_late, number));
-    if columns.shown[1] {
-        let freezes = number(step.record.video.freezes);
-        text.push_str(&columns.row("Freezes", ["n/a".to_owned(), freezes.clone(), freezes]));
-    }
+    let label = if columns.shown[0] { "Freezes (audio: a model's)" } else { "Freezes" };
+    text.push_str(&columns.sum(label, |m| m.freezes, number));
+    text.push_str(&columns.playout());
     let subscribed = [("audio", columns.media[0]), ("video", columns.media[1])]
         .into_iter()
         .zip(columns.shown)
@@ -635,6 +662,30 @@ fn drops(outcome: &Outcome) -> String {
     } else {
         format!("{total} ({})", places.join(", "))
     }
+}
+
+/// Those of the worst one per cent with whom something was wrong.
+fn worst(outcome: &Outcome, style: Style) -> String {
+    let ranked = worst::worst(&outcome.participants, outcome.judging.max_loss_pct);
+    let unlucky: Vec<_> = ranked.iter().filter(|ranked| !ranked.wrong.is_empty()).collect();
+    if unlucky.is_empty() {
+        return String::new();
+    }
+    let session = &outcome.totals.record.session;
+    let mut text = format!(
+        "{} {} of {} participants; the worst 1 %:\n",
+        style.bold("Healthy   "),
+        number(session.participants_healthy),
+        number(session.participants_total)
+    );
+    for ranked in unlucky.iter().take(WORST_MAX) {
+        text.push_str(&wrapped(&format!("{}: {}", ranked.participant.identity, ranked.wrong.join("; ")), 2));
+    }
+    if unlucky.len() > WORST_MAX {
+        let _ = writeln!(text, "  and {} more in the JSON report", number((unlucky.len() - WORST_MAX) as u64));
+    }
+    text.push('\n');
+    text
 }
 
 fn notes(outcome: &Outcome, style: Style) -> String {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::engine::PeerOutcome;
 use crate::measure::{Kind, Media, Record, is_measured};
 use crate::plan::{ParticipantPlan, Plan};
-use crate::report::{ParticipantOutcome, Quality};
+use crate::report::Quality;
 use crate::signal::session::Ended;
 
 /// How many tracks there ought to be, and how many went live: a track that came twice, on another SSRC, does not stand for one that never came.
@@ -31,11 +31,12 @@ pub(super) fn expected_tracks(plan: &Plan, participant: &ParticipantPlan, kind: 
     plan.expected_tracks(participant, kind).max(shown)
 }
 
-/// States how many frames ought to have been timed, so that those that never came count as later than everything.
+/// States how many frames ought to have been timed and how many streams heard, so that those that never came count as worse than everything.
 pub(super) fn expect_frames(record: &mut Record) {
     for media in [&mut record.audio, &mut record.video] {
         media.one_way_latency.expect(media.frames_expected);
     }
+    record.audio.mos.expect(record.audio.tracks_expected);
 }
 
 /// The same for what happens once for each participant and each subscription: joining belongs to the whole run, not to a step.
@@ -82,7 +83,8 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
 pub(super) fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Quality {
     let mut quality = Quality {
         tracks_expected: tracks_expected.into(),
-        freezes: is_measured(Some(kind), "freezes").then_some(0),
+        played_us: is_measured(Some(kind), "played_us").then_some(0),
+        concealed_us: is_measured(Some(kind), "concealed_us").then_some(0),
         ..Quality::default()
     };
     let streams = peers
@@ -102,20 +104,19 @@ pub(super) fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) 
         quality.frames_lost_sfu += stream.losses.sfu;
         quality.frames_lost_downlink += stream.losses.downlink;
         quality.frames_lost_unattributed += stream.losses.unattributed;
-        quality.freezes = quality.freezes.map(|freezes| freezes + stream.freezes);
+        quality.frames_late += stream.frames_late;
+        quality.freezes += stream.freezes;
+        quality.frames_late_for_playout += stream.frames_late_for_playout;
+        quality.played_us = quality.played_us.map(|us| us + stream.played_us);
+        quality.concealed_us = quality.concealed_us.map(|us| us + stream.concealed_us);
+        quality.mos = [quality.mos, stream.mos_thousandths.map(|mos| mos as f64 / 1e3)]
+            .into_iter()
+            .flatten()
+            .reduce(f64::min);
         quality.one_way_us_mean = quality.one_way_us_mean.max(stream.latency_us_mean);
         quality.one_way_us_max = quality.one_way_us_max.max(stream.latency_us_max);
         quality.jitter_us = quality.jitter_us.max(Some(stream.jitter.as_micros() as u64));
     }
     quality.tracks_live = live.len() as u64;
     quality
-}
-
-/// The stated rule: joined, never thrown out, every expected track live, and no more of its frames missing than `--max-loss` allows.
-pub(super) fn is_healthy(participant: &ParticipantOutcome, max_loss_pct: f64) -> bool {
-    let kept = participant.timeline.joined.is_some() && participant.failure.is_none() && participant.disconnects == 0;
-    kept && [&participant.audio, &participant.video].into_iter().all(|quality| {
-        let missing = quality.frames_expected.saturating_sub(quality.frames_delivered);
-        quality.tracks_live >= quality.tracks_expected && missing as f64 <= quality.frames_expected as f64 * max_loss_pct / 1e2
-    })
 }

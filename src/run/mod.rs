@@ -22,7 +22,7 @@ pub use clips::Clips;
 pub use embedded::Embedded;
 pub use interrupts::Interrupts;
 
-use account::{expect_frames, expect_joins, expected_tracks, is_healthy, quality, state_of_all, state_tracks};
+use account::{expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks};
 use rooms::Rooms;
 
 use crate::cli;
@@ -35,6 +35,7 @@ use crate::plan::{Connection, Plan, Resources};
 use crate::preflight;
 use crate::recording::{Recorder, Recording};
 use crate::report::progress::Snapshot;
+use crate::report::worst::is_healthy;
 use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Step, TargetInfo, TargetKind};
 use crate::sfu;
 use crate::signal::session::{self, Ended, Media, Notice, Phase, Place, Sections, SessionContext, TakingTurns};

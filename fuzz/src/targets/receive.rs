@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use throng::transport::receive::{Arrival, MISSING_MAX, ReceiveStream};
+use throng::transport::receive::{Arrival, MISSING_MAX, NackRule, ReceiveStream, RoundTrip};
 use throng::units::Time;
 
 use super::{Script, Target, ours};
@@ -31,7 +31,14 @@ fn run(input: &[u8]) {
     let setup = script.u8();
     let mut stream = ours(|| ReceiveStream::new(if setup & 1 == 0 { 48_000 } else { 90_000 }));
     stream.set_rtx(setup & 2 != 0);
-    let rtt = Duration::from_millis(u64::from(setup >> 2) * 8);
+    if setup & 1 == 0 {
+        stream.set_nack(NackRule::Audio);
+    }
+    let last = Duration::from_millis(u64::from(setup >> 2) * 8);
+    let rtt = RoundTrip {
+        last,
+        least: (setup & 4 != 0).then_some(last / 2),
+    };
     let (mut now, mut seq, mut last_ext) = (Time::from_micros(u64::from(script.u32())), script.u16(), 0);
     let mut asked: HashMap<u64, u32> = HashMap::new();
     let (mut noticed, mut requests) = (0u64, 0u64);

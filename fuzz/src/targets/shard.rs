@@ -133,6 +133,7 @@ impl Liar {
             announced_at: self.now,
             transport_cc_extension: Some(3),
             abs_send_time_extension: Some(4),
+            nack: true,
         };
         let streams = vec![stream(Kind::Audio, SSRCS[3], None), stream(Kind::Video, SSRCS[4], Some(SSRCS[5]))];
         self.command(Command::Publish {
