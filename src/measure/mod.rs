@@ -3,7 +3,9 @@
 //! Names are those of the report (`throng-report/1`); intervals are differences of cumulative values.
 
 mod histogram;
+pub mod presence;
 pub mod serial;
+pub mod stalls;
 
 pub use histogram::Histogram;
 

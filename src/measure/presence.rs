@@ -1,0 +1,125 @@
+//! When something happened at all, in steps of 4 ms: which moments of a run had an arrival, and which a send.
+//!
+//! A mark is a comparison and a store, so every packet can make one. Silence is what is left between the marks.
+
+use crate::units::Time;
+
+/// A step is 2^22 ns, 4.19 ms: finding it from a time is a shift.
+const STEP_SHIFT: u32 = 22;
+/// Words of 64 steps, 268 ms each, that wait to be taken: 17 s, more than any stall that a run survives.
+const WORDS: usize = 64;
+
+/// The step that a moment lies in.
+pub const fn step_of(at: Time) -> u64 {
+    at.as_nanos() >> STEP_SHIFT
+}
+
+/// When a step begins.
+pub const fn step_start(step: u64) -> Time {
+    Time::from_nanos(step << STEP_SHIFT)
+}
+
+/// Marks of one thread since they were last taken. Allocated once.
+pub struct Marks {
+    /// By its number modulo [`WORDS`]: the word's number, and a bit a step.
+    words: [(u64, u64); WORDS],
+}
+
+impl Default for Marks {
+    fn default() -> Marks {
+        Marks { words: [(0, 0); WORDS] }
+    }
+}
+
+impl Marks {
+    /// Arrivals may lie in the past: the kernel stamps what waits.
+    #[inline]
+    pub fn mark(&mut self, at: Time) {
+        let step = step_of(at);
+        let number = step / 64;
+        let word = &mut self.words[number as usize % WORDS];
+        if word.0 != number {
+            *word = (number, 0);
+        }
+        word.1 |= 1 << (step % 64);
+    }
+
+    /// What was marked since the last call, as words with their numbers.
+    pub fn take(&mut self) -> Vec<(u64, u64)> {
+        let marked = self.words.iter_mut().filter(|word| word.1 != 0);
+        marked.map(|word| (word.0, std::mem::take(&mut word.1))).collect()
+    }
+}
+
+/// The marks of all threads over a whole run: 30 bytes a second.
+#[derive(Clone, Debug, Default)]
+pub struct Presence {
+    words: Vec<u64>,
+}
+
+/// A stamp that lies this far ahead of a run of weeks is none.
+const WORDS_MAX: u64 = 1 << 24;
+
+impl Presence {
+    pub fn merge(&mut self, marks: &[(u64, u64)]) {
+        for (number, bits) in marks.iter().filter(|(number, _)| *number < WORDS_MAX) {
+            let at = *number as usize;
+            if self.words.len() <= at {
+                self.words.resize(at + 1, 0);
+            }
+            self.words[at] |= bits;
+        }
+    }
+
+    pub fn has(&self, step: u64) -> bool {
+        let word = usize::try_from(step / 64).ok().and_then(|at| self.words.get(at));
+        word.is_some_and(|word| word >> (step % 64) & 1 == 1)
+    }
+
+    /// The first marked step from `step` on, below `end`.
+    pub fn next(&self, step: u64, end: u64) -> Option<u64> {
+        (step..end).find(|step| self.has(*step))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|word| *word == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_kept_by_their_moment_whenever_they_are_made() {
+        let (mut marks, mut all) = (Marks::default(), Presence::default());
+        for ms in [0, 4_000, 4_001, 1_000, 9_999] {
+            marks.mark(Time::from_millis(ms));
+        }
+        all.merge(&marks.take());
+        assert!(marks.take().is_empty(), "what was taken is not told again");
+        let steps: Vec<u64> = (0..step_of(Time::from_millis(11_000))).filter(|step| all.has(*step)).collect();
+        let expected = [0, 1_000, 4_000, 9_999].map(|ms| step_of(Time::from_millis(ms)));
+        assert_eq!(steps, expected);
+        assert_eq!(all.next(1, 5_000), Some(expected[1]));
+        assert_eq!(all.next(expected[3] + 1, 5_000), None);
+    }
+
+    #[test]
+    fn a_mark_a_round_later_does_not_pass_for_an_older_one() {
+        let mut marks = Marks::default();
+        let (early, late) = (Time::from_millis(5), Time::from_nanos(5_000_000 + ((WORDS as u64 * 64) << STEP_SHIFT)));
+        marks.mark(early);
+        marks.mark(late);
+        let mut all = Presence::default();
+        all.merge(&marks.take());
+        assert!(!all.has(step_of(early)) && all.has(step_of(late)));
+    }
+
+    #[test]
+    fn an_absurd_moment_takes_no_memory() {
+        let mut all = Presence::default();
+        all.merge(&[(u64::MAX / 64, 1)]);
+        assert!(all.is_empty());
+    }
+}

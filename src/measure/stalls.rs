@@ -1,0 +1,255 @@
+//! Who stood still, and when: the generator, by beats that came late, or the server, by a silence while we sent.
+//!
+//! Publishers live in the generator, so a generator that stands still makes the server fall silent too. Therefore only a silence that falls into time in which every
+//! engine thread was awake, after something was sent, is the server's.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::presence::{Presence, step_of, step_start};
+use crate::units::Time;
+
+/// A beat that comes this late is a stall: an audio frame's place has passed.
+pub const STALL_MIN: Duration = Duration::from_millis(20);
+/// A silence this long is the server's stall. Below it lies what a busy host does to a server that is well.
+pub const SILENCE_MIN: Duration = Duration::from_millis(40);
+/// A silence is measured by what was usual before it: this many times the wait for the next datagram, at the 90th percentile of the last [`ANSWERS_MAX`] sends.
+const SILENCE_FACTOR: u64 = 3;
+const ANSWERS_MAX: usize = 256;
+/// With fewer answers than this nothing is usual yet: a second of sending, or less.
+const ANSWERS_MIN: usize = 50;
+/// After a stall of the generator its first frames need their way to the server and back before a silence means anything.
+const GRACE: Duration = Duration::from_millis(50);
+/// Pieces with less than this between them are one stall: a starved thread runs a little now and then.
+const JOIN: Duration = Duration::from_millis(250);
+
+/// From when to when something stood still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Gap {
+    pub from: Time,
+    pub to: Time,
+}
+
+impl Gap {
+    pub fn length(&self) -> Duration {
+        self.to.since(self.from)
+    }
+
+    /// How much of this gap lies between two moments.
+    pub fn within(&self, from: Time, to: Time) -> Duration {
+        self.to.min(to).since(self.from.max(from))
+    }
+}
+
+/// Gaps of all threads, in order and without overlaps.
+pub fn union(mut gaps: Vec<Gap>) -> Vec<Gap> {
+    gaps.sort_unstable();
+    let mut apart: Vec<Gap> = Vec::with_capacity(gaps.len());
+    for gap in gaps {
+        match apart.last_mut().filter(|last| gap.from <= last.to) {
+            Some(last) => last.to = last.to.max(gap.to),
+            None => apart.push(gap),
+        }
+    }
+    apart
+}
+
+/// Gaps with little between them, as one stall each.
+pub fn gathered(gaps: &[Gap]) -> Vec<&[Gap]> {
+    gaps.chunk_by(|one, next| next.from.since(one.to) < JOIN).collect()
+}
+
+/// When nothing came although we sent and were awake, between `from` and `until`.
+///
+/// `asleep` are the generator's own gaps, as [`union`] gives them.
+pub fn silences(sends: &Presence, arrivals: &Presence, asleep: &[Gap], from: Time, until: Time) -> Vec<Gap> {
+    let end = step_of(until);
+    let (mut usual, mut silences) = (VecDeque::with_capacity(ANSWERS_MAX), Vec::new());
+    let mut asleep = asleep.iter().peekable();
+    let mut step = step_of(from);
+    while step < end {
+        // A step belongs to a gap as soon as they touch.
+        while asleep.peek().is_some_and(|gap| step_of(gap.to + GRACE) < step) {
+            asleep.next();
+        }
+        let doze = asleep.peek().map_or(end, |gap| step_of(gap.from).min(end));
+        if doze <= step || !sends.has(step) {
+            step += 1;
+            continue;
+        }
+        let answer = arrivals.next(step, doze);
+        let waited = answer.unwrap_or(doze) - step;
+        if is_silence(waited, &mut usual) {
+            silences.push(Gap {
+                from: step_start(step),
+                to: step_start(step + waited),
+            });
+            step += waited;
+            continue;
+        }
+        if answer.is_some() {
+            if usual.len() == ANSWERS_MAX {
+                usual.pop_front();
+            }
+            usual.push_back(waited);
+        }
+        step += 1;
+    }
+    silences
+}
+
+/// Whether waiting for so many steps is out of the usual.
+fn is_silence(waited: u64, usual: &mut VecDeque<u64>) -> bool {
+    if usual.len() < ANSWERS_MIN || step_start(waited).since(Time::ZERO) < SILENCE_MIN {
+        return false;
+    }
+    let mut sorted: Vec<u64> = usual.iter().copied().collect();
+    sorted.sort_unstable();
+    waited >= SILENCE_FACTOR * sorted[sorted.len() * 9 / 10]
+}
+
+/// One stall, as the report tells it.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Stall {
+    pub side: Side,
+    pub cause: Cause,
+    /// Seconds since the start of the run.
+    pub at: f64,
+    pub until: f64,
+    /// Of the time between, what was stood still.
+    pub seconds: f64,
+    pub evidence: String,
+}
+
+/// Where a stall's cause lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// This program had the CPU, and was late.
+    Generator,
+    /// The host that this program runs on did not let it run.
+    Host,
+    /// The server, or the way to it.
+    Server,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// All threads of the process, without a wait for a CPU.
+    Stopped,
+    /// The process's control group had used up its share.
+    Throttled,
+    /// The hypervisor ran something else.
+    Stolen,
+    /// Other threads of this host had the CPU.
+    RunQueue,
+    /// The engine thread's own work, or a call that kept it.
+    Engine,
+    /// Nothing came from the server.
+    Silence,
+}
+
+impl Cause {
+    pub const fn side(self) -> Side {
+        match self {
+            Cause::Stopped | Cause::Throttled | Cause::Stolen | Cause::RunQueue => Side::Host,
+            Cause::Engine => Side::Generator,
+            Cause::Silence => Side::Server,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::measure::presence::Marks;
+
+    const fn gap(from_ms: u64, to_ms: u64) -> Gap {
+        Gap {
+            from: Time::from_millis(from_ms),
+            to: Time::from_millis(to_ms),
+        }
+    }
+
+    /// Marks every `interval_ms` from 0 to `end_ms`, but not within `pauses`.
+    fn every(interval_ms: u64, end_ms: u64, pauses: &[(u64, u64)]) -> Presence {
+        let mut all = Presence::default();
+        for ms in (0..end_ms).step_by(interval_ms as usize) {
+            if pauses.iter().any(|(from, to)| (*from..*to).contains(&ms)) {
+                continue;
+            }
+            let mut marks = Marks::default();
+            marks.mark(Time::from_millis(ms));
+            all.merge(&marks.take());
+        }
+        all
+    }
+
+    fn found(sends: &Presence, arrivals: &Presence, asleep: &[Gap]) -> Vec<(u64, u64)> {
+        silences(sends, arrivals, asleep, Time::ZERO, Time::from_millis(20_000))
+            .iter()
+            .map(|gap| (gap.from.as_millis(), gap.to.as_millis()))
+            .collect()
+    }
+
+    fn about(found: &[(u64, u64)], expected: &[(u64, u64)]) -> bool {
+        found.len() == expected.len()
+            && found
+                .iter()
+                .zip(expected)
+                .all(|(a, b)| a.0.abs_diff(b.0) <= 12 && a.1.abs_diff(b.1) <= 12)
+    }
+
+    #[test]
+    fn a_server_that_falls_silent_while_we_send_is_found_to_a_few_milliseconds() {
+        let sends = every(3, 20_000, &[]);
+        for pauses in [&[][..], &[(7_000, 7_060)], &[(7_000, 9_000), (9_500, 9_900)], &[(18_000, 20_000)]] {
+            let silent = found(&sends, &every(3, 20_000, pauses), &[]);
+            assert!(about(&silent, pauses), "{pauses:?}: {silent:?}");
+        }
+    }
+
+    #[test]
+    fn a_silence_during_our_own_stall_or_right_after_it_is_not_the_servers() {
+        let pause = [(7_000, 9_000)];
+        let (sends, arrivals) = (every(3, 20_000, &pause), every(3, 20_000, &[(7_010, 9_030)]));
+        assert_eq!(found(&sends, &arrivals, &[gap(7_000, 9_000)]), []);
+        // The server stalls while we do, and for a second more.
+        let arrivals = every(3, 20_000, &[(7_010, 10_000)]);
+        assert!(about(&found(&sends, &arrivals, &[gap(7_000, 9_000)]), &[(9_050, 10_000)]));
+        // Ours comes in the middle of its.
+        let arrivals = every(3, 20_000, &[(6_000, 10_000)]);
+        assert!(about(&found(&sends, &arrivals, &[gap(7_000, 9_000)]), &[(6_000, 7_000), (9_050, 10_000)]));
+    }
+
+    #[test]
+    fn who_sends_nothing_waits_for_nothing() {
+        let pauses = [(5_000, 5_400), (8_000, 12_000)];
+        let (sends, arrivals) = (every(3, 20_000, &pauses), every(3, 20_000, &pauses));
+        assert_eq!(found(&sends, &arrivals, &[]), []);
+    }
+
+    #[test]
+    fn what_is_usual_is_no_stall() {
+        let sends = every(3, 20_000, &[]);
+        // Publishers alone: a report now and then is all that comes.
+        assert_eq!(found(&sends, &every(450, 20_000, &[]), &[]), []);
+        assert!(about(&found(&sends, &every(100, 20_000, &[(9_000, 10_300)]), &[]), &[(8_903, 10_300)]));
+        // Before anything has ever come there is nothing to compare with.
+        assert_eq!(found(&sends, &every(3, 20_000, &[(0, 4_000)]), &[]), []);
+    }
+
+    #[test]
+    fn gaps_of_several_threads_become_one_stall() {
+        let all = union(vec![gap(100, 200), gap(150, 300), gap(450, 500), gap(900, 950)]);
+        assert_eq!(all, [gap(100, 300), gap(450, 500), gap(900, 950)]);
+        let stalls: Vec<usize> = gathered(&all).iter().map(|pieces| pieces.len()).collect();
+        assert_eq!(stalls, [2, 1]);
+        assert_eq!(
+            gap(100, 300).within(Time::from_millis(250), Time::from_millis(900)),
+            Duration::from_millis(50)
+        );
+        assert_eq!(gap(100, 300).within(Time::from_millis(400), Time::from_millis(900)), Duration::ZERO);
+    }
+}
