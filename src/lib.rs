@@ -3,6 +3,7 @@
 pub mod calibrate;
 pub mod cli;
 pub mod engine;
+pub mod host;
 pub mod measure;
 pub mod media;
 pub mod net;

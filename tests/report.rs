@@ -8,8 +8,8 @@ use throng::measure::{Bandwidth, Engine, Histogram, Media, Record, Session, seri
 use throng::plan::{AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
 use throng::report::text::{Style, dry_run, first_line, render};
 use throng::report::{
-    Destinations, EngineHealth, Judging, Nearness, Outcome, ParticipantOutcome, Quality, Sample, Sinks, Step, TargetInfo, TargetKind, Timeline,
-    Verdict, json, judge, participants,
+    Cause, Destinations, EngineHealth, HostDrops, Judging, Nearness, Outcome, ParticipantOutcome, Quality, Sample, Second, Side, Sinks, Stall, Step,
+    TargetInfo, TargetKind, ThreadTime, Timeline, Verdict, json, judge, participants,
 };
 use throng::units::{Bitrate, Time};
 
@@ -181,6 +181,10 @@ fn outcome() -> Outcome {
             participants: 50,
             joins_per_second: 50.0,
             rtt_us_p50: Some(410),
+            generator: Second {
+                tick_late_us_max: Some(900),
+                ..Second::default()
+            },
             ..Sample::default()
         }],
         engine: EngineHealth {
@@ -190,9 +194,17 @@ fn outcome() -> Outcome {
             bytes_per_participant: Some(61_000),
             rss_peak_bytes: Some(104_000_000),
             floor_tick_late: Some(spread(30_000, 52)),
-            host_drops: vec![("socket".into(), 0)],
+            host_drops: HostDrops {
+                sockets: Some(0),
+                ..HostDrops::default()
+            },
+            thread_times: vec![ThreadTime {
+                name: "engine-0".into(),
+                cpu_seconds: 6.1,
+                run_queue_seconds: 0.05,
+            }],
             valid: true,
-            reasons: vec![],
+            ..EngineHealth::default()
         },
         nearness: None,
         sfu: None,
@@ -324,6 +336,17 @@ fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
     assert!(planned.lines().skip(1).all(|line| line.chars().count() <= 80), "{planned}");
 }
 
+fn stall(side: Side, cause: Cause, at: f64, seconds: f64) -> Stall {
+    Stall {
+        side,
+        cause,
+        at,
+        until: at + seconds,
+        seconds,
+        evidence: "made up".into(),
+    }
+}
+
 /// A run in which nearly everything that can go wrong did.
 fn troubled() -> Outcome {
     let mut outcome = outcome();
@@ -352,7 +375,19 @@ fn troubled() -> Outcome {
     ];
     outcome.notes =
         vec!["2 participants lost their connection during the run; that alone is not judged: add --threshold 'session.disconnects<1'".into()];
-    outcome.engine.host_drops = vec![("socket".into(), 12), ("interface".into(), 0)];
+    outcome.engine.host_drops = HostDrops {
+        sockets: Some(12),
+        udp_receive_buffer: Some(1_215),
+        interfaces_receive: Some(0),
+        ..HostDrops::default()
+    };
+    outcome.engine.stolen_seconds = Some(0.31);
+    outcome.engine.thread_times[0].run_queue_seconds = 1.5;
+    outcome.engine.stalls = vec![
+        stall(Side::Host, Cause::Stopped, 3.2, 0.064),
+        stall(Side::Server, Cause::Silence, 7.1, 1.2),
+        stall(Side::Server, Cause::Silence, 9.4, 0.08),
+    ];
     outcome
 }
 
@@ -420,9 +455,11 @@ fn the_schema_is_strict_enough_to_notice_what_is_missing() {
         "/totals/video/jitter",
         "/totals/bandwidth",
         "/series/0",
+        "/series/0/drops",
+        "/engine/thread_times/0",
     ] {
         for key in good.pointer(pointer).unwrap().as_object().unwrap().keys() {
-            if pointer == "/engine" && !["threads", "valid", "tick_late_us"].contains(&key.as_str()) {
+            if pointer == "/engine" && !["threads", "valid", "tick_late_us", "stalls", "host_drops", "stolen_seconds"].contains(&key.as_str()) {
                 continue;
             }
             let mut report = good.clone();
@@ -714,7 +751,7 @@ fn a_good_run_reads_well_on_one_screen() {
 
 #[test]
 fn a_bad_run_tells_what_went_wrong_and_prints_no_unknown_as_zero() {
-    same_screen(&render(&troubled(), Style::default()), "fail.txt", 74);
+    same_screen(&render(&troubled(), Style::default()), "fail.txt", 80);
 }
 
 /// Compares with the text kept in `tests/golden`. With THRONG_BLESS set, keeps this one instead: read it before you commit it.

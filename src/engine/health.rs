@@ -1,14 +1,19 @@
 //! Was the generator the limit? The host's own floor, what the engine saw of itself, and the limits past which a run is INVALID.
+//!
+//! Limits hold over the whole run, relative to the floor where the host may be noisy; and second by second, absolutely: a stall of the whole process stops the floor
+//! thread too, and a percentile over a long run hides it.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::worker::Beat;
+use crate::measure::second::Second;
+use crate::measure::stalls::{Cause, Gap, STALL_MIN, Stall, union};
 use crate::measure::{Histogram, Record};
-use crate::units::Epoch;
+use crate::units::{Epoch, Time};
 
 /// Ticks this late at the 99th percentile, and well above the host's floor, show in every latency that we report.
 const TICK_LATE_P99_MAX: Duration = Duration::from_millis(10);
@@ -16,12 +21,15 @@ const TICK_LATE_P99_MAX: Duration = Duration::from_millis(10);
 const FLOOR_FACTOR: u64 = 3;
 /// Media that left this late was not the load that the plan describes.
 const SEND_LAG_P99_MAX: Duration = Duration::from_millis(20);
-/// Frames that were never sent because their slot had passed.
-const SLOTS_SKIPPED_SHARE_MAX: f64 = 0.001;
+/// Frames that were never sent because their slot had passed: the load was less than the plan's by this. One hiccup of 50 ms in ten seconds is below it.
+const SLOTS_SKIPPED_SHARE_MAX: f64 = 0.005;
 /// Packets that arrived at this host and were dropped by it.
 const HOST_DROPS_SHARE_MAX: f64 = 0.0005;
 /// A worker this busy has no room for a burst.
 pub const WORKER_BUSY_MAX: f64 = 0.9;
+/// Of any second of the run, what an engine thread may stand still in stalls of [`STALL_MIN`] and more. A tenth: then one frame in ten of that second left late because of
+/// us. Virtual machines that are well are stopped for some ten ms now and then; that is named, and is no reason.
+const STILL_MAX: Duration = Duration::from_millis(100);
 
 /// A wake-up costs some 30 us: a hundred a second tell enough and take nothing worth mention.
 const FLOOR_TICKS: u32 = 10;
@@ -29,30 +37,54 @@ const FLOOR_TICKS: u32 = 10;
 /// A bare thread that does nothing but wake up: how late this host wakes anyone.
 pub struct FloorThread {
     stop: Arc<AtomicBool>,
+    since: Arc<Mutex<FloorSince>>,
     thread: Option<JoinHandle<Histogram>>,
+}
+
+/// What the floor thread saw since it was last asked.
+#[derive(Default)]
+pub struct FloorSince {
+    /// `None` where it has not woken.
+    pub late_max: Option<Duration>,
+    /// Wake-ups that were late by [`STALL_MIN`] or more.
+    pub gaps: Vec<Gap>,
 }
 
 impl FloorThread {
     pub fn start(epoch: Epoch) -> io::Result<FloorThread> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
+        let (stop, since) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(FloorSince::default())));
+        let (stopped, seen) = (stop.clone(), since.clone());
         let thread = std::thread::Builder::new().name("floor".into()).spawn(move || {
             let (mut beat, mut floor) = (Beat::start(epoch), Histogram::default());
             while !stopped.load(Ordering::Relaxed) {
-                let (_, late, _) = beat.wait(FLOOR_TICKS);
+                let (now, late, _) = beat.wait(FLOOR_TICKS);
                 floor.record(late);
+                let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+                seen.late_max = seen.late_max.max(Some(late));
+                if late >= STALL_MIN {
+                    seen.gaps.push(Gap { from: now - late, to: now });
+                }
             }
             floor
         })?;
-        Ok(FloorThread { stop, thread: Some(thread) })
+        Ok(FloorThread {
+            stop,
+            since,
+            thread: Some(thread),
+        })
     }
 
     /// One that measures nothing.
     pub fn idle() -> FloorThread {
         FloorThread {
             stop: Arc::default(),
+            since: Arc::default(),
             thread: None,
         }
+    }
+
+    pub fn take(&self) -> FloorSince {
+        std::mem::take(&mut self.since.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub fn finish(self) -> Histogram {
@@ -65,42 +97,47 @@ impl FloorThread {
 pub struct Evidence<'a> {
     pub record: &'a Record,
     pub floor: &'a Histogram,
-    /// Datagrams that this host dropped, wherever it did.
+    /// Datagrams that our own sockets dropped.
     pub host_drops: u64,
     /// The busiest worker's share of its core while media flowed.
     pub busiest_worker: f64,
+    /// One row a second; none where nobody kept them: then only the run as a whole is judged.
+    pub seconds: &'a [Second],
+    /// Late beats of all engine threads.
+    pub gaps: &'a [Gap],
+    /// What [`super::blame::stalls`] made of them.
+    pub stalls: &'a [Stall],
 }
 
-/// Why the generator was the limit; empty where it was not.
+/// Why the generator was the limit, each with what to do; empty where it was not.
 pub fn reasons(evidence: &Evidence<'_>) -> Vec<String> {
     let engine = &evidence.record.engine;
     let frames = evidence.record.audio.frames_sent + evidence.record.video.frames_sent;
     let packets = evidence.record.audio.packets_received + evidence.record.video.packets_received;
-    let checks = [
-        late_ticks(engine.tick_late.quantile(0.99), evidence.floor.quantile(0.99)),
-        engine
-            .send_lag
-            .quantile(0.99)
-            .filter(|us| *us > SEND_LAG_P99_MAX.as_micros() as u64)
-            .map(|us| {
-                format!(
-                    "media left late: p99 {:.1} ms behind its slot (limit {} ms)",
-                    us as f64 / 1e3,
-                    SEND_LAG_P99_MAX.as_millis()
-                )
-            }),
+    let mut reasons = still_seconds(evidence);
+    let overall = [
+        late_ticks(evidence),
+        late_sends(evidence),
         above(engine.send_slots_skipped, frames + engine.send_slots_skipped, SLOTS_SKIPPED_SHARE_MAX).map(|share| {
             format!(
-                "{} frames ({share:.2} %) were never sent: their slot had passed",
-                engine.send_slots_skipped
+                "{} frames ({share:.2} %) were never sent: their slot had passed (limit {:.1} %{}); fewer participants a host, or more cores",
+                engine.send_slots_skipped,
+                SLOTS_SKIPPED_SHARE_MAX * 1e2,
+                rows_where(evidence.seconds, |second| second.frames_skipped > 0)
             )
         }),
-        above(engine.send_errors, engine.packets_processed, HOST_DROPS_SHARE_MAX)
-            .map(|share| format!("the kernel refused {} of our datagrams ({share:.2} %)", engine.send_errors)),
+        above(engine.send_errors, engine.packets_processed, HOST_DROPS_SHARE_MAX).map(|share| {
+            format!(
+                "the kernel refused {} of our datagrams ({share:.2} %, limit {:.2} %): raise net.core.wmem_default, or use more hosts",
+                engine.send_errors,
+                HOST_DROPS_SHARE_MAX * 1e2
+            )
+        }),
         above(evidence.host_drops, packets + evidence.host_drops, HOST_DROPS_SHARE_MAX).map(|share| {
             format!(
-                "this host dropped {} datagrams ({share:.2} %) that had arrived: raise net.core.rmem_max or use more hosts",
-                evidence.host_drops
+                "this host dropped {} datagrams ({share:.2} %) that had arrived{}: raise net.core.rmem_max or use more hosts",
+                evidence.host_drops,
+                rows_where(evidence.seconds, |second| second.drops.sockets > Some(0))
             )
         }),
         (evidence.busiest_worker > WORKER_BUSY_MAX).then(|| {
@@ -111,21 +148,160 @@ pub fn reasons(evidence: &Evidence<'_>) -> Vec<String> {
             )
         }),
     ];
-    checks.into_iter().flatten().collect()
+    reasons.extend(overall.into_iter().flatten());
+    reasons
 }
 
-fn late_ticks(p99: Option<u64>, floor_p99: Option<u64>) -> Option<String> {
-    let p99 = p99?;
-    let floor = floor_p99.unwrap_or(0);
-    let limit = (TICK_LATE_P99_MAX.as_micros() as u64).max(floor * FLOOR_FACTOR);
+/// Seconds in which the engine stood still for too long, a reason for each cause. The floor excuses nothing here.
+fn still_seconds(evidence: &Evidence<'_>) -> Vec<String> {
+    let mut by_cause: Vec<(Cause, Vec<u64>, Duration)> = Vec::new();
+    for (second, still) in stillness(evidence.gaps) {
+        if still < STILL_MAX {
+            continue;
+        }
+        let (from, to) = (second as f64, (second + 1) as f64);
+        let overlap = |stall: &Stall| stall.until.min(to) - stall.at.max(from);
+        let ours = evidence
+            .stalls
+            .iter()
+            .filter(|stall| stall.cause != Cause::Silence && overlap(stall) > 0.0);
+        let cause = ours
+            .max_by(|a, b| overlap(a).total_cmp(&overlap(b)))
+            .map_or(Cause::Engine, |stall| stall.cause);
+        match by_cause.iter_mut().find(|(known, ..)| *known == cause) {
+            Some((_, seconds, worst)) => {
+                seconds.push(second);
+                *worst = (*worst).max(still);
+            }
+            None => by_cause.push((cause, vec![second], still)),
+        }
+    }
+    let sfu = evidence.seconds.iter().any(|second| second.embedded_sfu_cores > Some(0.0));
+    by_cause
+        .iter()
+        .map(|(cause, seconds, worst)| {
+            let (why, what_to_do) = explanation(*cause, sfu);
+            format!(
+                "{}: the generator stood still for {}{:.2} s of a second (limit {:.2} s): {why}; {what_to_do}",
+                names(seconds),
+                if seconds.len() > 1 { "up to " } else { "" },
+                worst.as_secs_f64(),
+                STILL_MAX.as_secs_f64()
+            )
+        })
+        .collect()
+}
+
+/// How long any engine thread stood still in each second of the run; seconds without any are left out.
+fn stillness(gaps: &[Gap]) -> Vec<(u64, Duration)> {
+    const SECOND: Duration = Duration::from_secs(1);
+    let mut seconds: Vec<(u64, Duration)> = Vec::new();
+    for gap in union(gaps.to_vec()) {
+        for second in gap.from.as_millis() / 1_000..=gap.to.as_millis() / 1_000 {
+            let start = Time::from_millis(second * 1_000);
+            let still = gap.within(start, start + SECOND);
+            match seconds.last_mut().filter(|(last, _)| *last == second) {
+                Some((_, sum)) => *sum += still,
+                None => seconds.push((second, still)),
+            }
+        }
+    }
+    seconds
+}
+
+/// Why, and what to do.
+const fn explanation(cause: Cause, embedded_sfu: bool) -> (&'static str, &'static str) {
+    match cause {
+        Cause::Stopped => (
+            "the process, or the machine under it, was stopped",
+            "run it again where nothing suspends it",
+        ),
+        Cause::Throttled => (
+            "its control group had used up its CPU quota",
+            "raise the container's CPU limit (cpu.max), or use more hosts",
+        ),
+        Cause::Stolen => ("the hypervisor gave the CPU to others", "use a machine with CPUs of its own"),
+        Cause::RunQueue if embedded_sfu => (
+            "other threads had the CPU, the embedded SFU's among them",
+            "take other load off this host, or fewer subscribers, or a server elsewhere",
+        ),
+        Cause::RunQueue => (
+            "other work of this host had the CPU",
+            "take it off this host, or give the generator cores of its own",
+        ),
+        Cause::Engine | Cause::Silence => ("the engine had more to do than time", "fewer participants a host, or more cores"),
+    }
+}
+
+fn late_ticks(evidence: &Evidence<'_>) -> Option<String> {
+    let p99 = evidence.record.engine.tick_late.quantile(0.99)?;
+    let floor = evidence.floor.quantile(0.99);
+    let limit = (TICK_LATE_P99_MAX.as_micros() as u64).max(floor.unwrap_or(0) * FLOOR_FACTOR);
     (p99 > limit).then(|| {
         format!(
-            "the engine's tick was late: p99 {:.1} ms (a bare timer here: {:.1} ms; limit {:.1} ms)",
+            "the engine's tick was late: p99 {:.1} ms (a bare timer here: {}; limit {:.1} ms{}); fewer participants a host, or more cores",
             p99 as f64 / 1e3,
-            floor as f64 / 1e3,
-            limit as f64 / 1e3
+            floor.map_or_else(|| "not known".to_owned(), |floor| format!("{:.1} ms", floor as f64 / 1e3)),
+            limit as f64 / 1e3,
+            rows_where(evidence.seconds, |second| second.tick_late_us_max > Some(limit))
         )
     })
+}
+
+fn late_sends(evidence: &Evidence<'_>) -> Option<String> {
+    let p99 = evidence.record.engine.send_lag.quantile(0.99)?;
+    let limit = SEND_LAG_P99_MAX.as_micros() as u64;
+    (p99 > limit).then(|| {
+        format!(
+            "media left late: p99 {:.1} ms behind its slot (limit {} ms{}); fewer publishers a host, or more cores",
+            p99 as f64 / 1e3,
+            SEND_LAG_P99_MAX.as_millis(),
+            rows_where(evidence.seconds, |second| second.send_lag_us_max > Some(limit))
+        )
+    })
+}
+
+/// `, seconds 3-5 and 9`: the rows that something is true of.
+fn rows_where(seconds: &[Second], is_so: impl Fn(&Second) -> bool) -> String {
+    // A row begins and ends some ms behind whole seconds.
+    const SLACK: Duration = Duration::from_millis(200);
+    let rows = seconds.iter().filter(|second| is_so(second));
+    let mut found: Vec<u64> = rows
+        .flat_map(|row| (row.from + SLACK).as_millis() / 1_000..=(row.to - SLACK).as_millis() / 1_000)
+        .collect();
+    found.dedup();
+    if found.is_empty() {
+        String::new()
+    } else {
+        format!(", {}", names(&found))
+    }
+}
+
+/// How many ranges are named: the others are counted.
+const RANGES_MAX: usize = 4;
+
+/// `second 7`, `seconds 3-5, 9 and 12`; of ascending seconds, counted from 0 at the start of the run.
+fn names(seconds: &[u64]) -> String {
+    let ranges: Vec<&[u64]> = seconds.chunk_by(|one, next| one + 1 == *next).collect();
+    let mut names: Vec<String> = ranges
+        .iter()
+        .take(RANGES_MAX)
+        .map(|range| match range {
+            [first, .., last] => format!("{first}-{last}"),
+            _ => range[0].to_string(),
+        })
+        .collect();
+    let unnamed: usize = ranges.iter().skip(RANGES_MAX).map(|range| range.len()).sum();
+    if unnamed > 0 {
+        names.push(format!("{unnamed} more"));
+    }
+    let last = names.pop().unwrap_or_default();
+    let list = if names.is_empty() {
+        last
+    } else {
+        format!("{} and {last}", names.join(", "))
+    };
+    format!("second{} {list}", if seconds.len() == 1 { "" } else { "s" })
 }
 
 /// The share in percent, where it exceeds `limit`.
@@ -138,7 +314,14 @@ fn above(count: u64, of: u64, limit: f64) -> Option<f64> {
 mod tests {
     use super::*;
 
-    fn judged(change: impl Fn(&mut Record), host_drops: u64, busiest_worker: f64) -> Vec<String> {
+    fn judged_with(
+        change: impl Fn(&mut Record),
+        host_drops: u64,
+        busiest_worker: f64,
+        seconds: &[Second],
+        gaps: &[Gap],
+        stalls: &[Stall],
+    ) -> Vec<String> {
         let mut record = Record::default();
         record.audio.packets_received = 100_000;
         record.audio.frames_sent = 100_000;
@@ -152,7 +335,32 @@ mod tests {
             floor: &floor,
             host_drops,
             busiest_worker,
+            seconds,
+            gaps,
+            stalls,
         })
+    }
+
+    fn judged(change: impl Fn(&mut Record), host_drops: u64, busiest_worker: f64) -> Vec<String> {
+        judged_with(change, host_drops, busiest_worker, &[], &[], &[])
+    }
+
+    const fn gap(from_ms: u64, to_ms: u64) -> Gap {
+        Gap {
+            from: Time::from_millis(from_ms),
+            to: Time::from_millis(to_ms),
+        }
+    }
+
+    fn stall(cause: Cause, at: f64, until: f64) -> Stall {
+        Stall {
+            side: cause.side(),
+            cause,
+            at,
+            until,
+            seconds: until - at,
+            evidence: String::new(),
+        }
     }
 
     #[test]
@@ -160,8 +368,66 @@ mod tests {
         assert_eq!(judged(|_| {}, 0, 0.5), Vec::<String>::new());
         assert!(judged(|r| (0..50).for_each(|_| r.engine.tick_late.record_micros(30_000)), 0, 0.5)[0].contains("tick was late"));
         assert!(judged(|r| (0..50).for_each(|_| r.engine.send_lag.record_micros(30_000)), 0, 0.5)[0].contains("left late"));
-        assert!(judged(|r| r.engine.send_slots_skipped = 500, 0, 0.5)[0].contains("never sent"));
+        assert!(judged(|r| r.engine.send_slots_skipped = 600, 0, 0.5)[0].contains("never sent"));
         assert!(judged(|_| {}, 200, 0.5)[0].contains("dropped 200"));
         assert!(judged(|_| {}, 0, 0.95)[0].contains("busy 95 %"));
+    }
+
+    #[test]
+    fn a_stall_that_no_percentile_shows_makes_its_seconds_invalid() {
+        let gaps = [gap(3_000, 3_060), gap(12_300, 14_100), gap(20_950, 21_120), gap(30_000, 30_030)];
+        let stalls = [stall(Cause::Stopped, 12.3, 14.1), stall(Cause::RunQueue, 20.95, 21.12)];
+        let reasons = judged_with(|_| {}, 0, 0.1, &[], &gaps, &stalls);
+        assert_eq!(
+            reasons,
+            [
+                "seconds 12-14: the generator stood still for up to 1.00 s of a second (limit 0.10 s): the process, or the machine under it, was stopped; run it \
+                 again where nothing suspends it",
+                "second 21: the generator stood still for 0.12 s of a second (limit 0.10 s): other work of this host had the CPU; take it off this host, or give the \
+                 generator cores of its own",
+            ]
+        );
+        // The same stillness in short pieces is as bad; the server's silence is not ours.
+        let pieces: Vec<Gap> = (0..5).map(|n| gap(5_000 + n * 100, 5_021 + n * 100)).collect();
+        let reasons = judged_with(
+            |_| {},
+            0,
+            0.1,
+            &[],
+            &pieces,
+            &[stall(Cause::Throttled, 5.0, 5.5), stall(Cause::Silence, 5.0, 6.0)],
+        );
+        assert!(
+            matches!(&reasons[..], [one] if one.starts_with("second 5: ") && one.contains("cpu.max")),
+            "{reasons:?}"
+        );
+        assert!(judged_with(|_| {}, 0, 0.1, &[], &pieces[..4], &[]).is_empty());
+    }
+
+    #[test]
+    fn limits_of_the_whole_run_name_the_seconds_that_broke_them() {
+        let row = |second: u64, skipped| Second {
+            from: Time::from_millis(second * 1_000 + 7),
+            to: Time::from_millis(second * 1_000 + 1_012),
+            frames_skipped: skipped,
+            ..Second::default()
+        };
+        let seconds: Vec<Second> = (0..20).map(|n| row(n, u64::from([4, 5, 9].contains(&n)) * 300)).collect();
+        let reasons = judged_with(|r| r.engine.send_slots_skipped = 900, 0, 0.1, &seconds, &[], &[]);
+        assert!(
+            reasons[0].contains("900 frames") && reasons[0].contains(", seconds 4-5 and 9)"),
+            "{reasons:?}"
+        );
+    }
+
+    #[test]
+    fn seconds_are_named_as_people_name_them() {
+        for (seconds, expected) in [
+            (&[7][..], "second 7"),
+            (&[3, 4, 5, 9], "seconds 3-5 and 9"),
+            (&[1, 3, 5, 7, 9, 10], "seconds 1, 3, 5, 7 and 2 more"),
+        ] {
+            assert_eq!(names(seconds), expected);
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! A [`shard::Shard`] is sans-IO: time, datagrams and commands go in; datagrams, events and counts come out. A [`worker`] owns the sockets and the clock around it.
 
 mod attribution;
+pub mod blame;
 mod connection;
 mod emodel;
 mod feedback;

@@ -16,6 +16,8 @@ use std::os::fd::AsRawFd;
 use super::shard::Shard;
 use super::{Command, Event, Io, IoCounts, PeerOutcome, ShardConfig, TICK};
 use crate::measure::Record;
+use crate::measure::presence::Marks;
+use crate::measure::stalls::{Gap, STALL_MIN};
 use crate::net;
 use crate::transport::rtp::{Datagram, classify};
 use crate::units::{Epoch, Time};
@@ -37,8 +39,20 @@ pub struct Report {
     /// What was counted since the previous report.
     pub record: Box<Record>,
     pub cpu: Duration,
+    pub activity: Activity,
     /// Set on the last one: what became of each participant's streams.
     pub outcomes: Option<Vec<PeerOutcome>>,
+}
+
+/// When a worker's sockets and its thread were at work, since the previous report: what tells who stood still.
+#[derive(Default)]
+pub struct Activity {
+    /// By the kernel's stamps, of datagrams of any kind, as [`Marks::take`] gives them.
+    pub arrivals: Vec<(u64, u64)>,
+    /// Media alone.
+    pub sends: Vec<(u64, u64)>,
+    /// Beats that came late by [`STALL_MIN`] or more: at most 50 a second.
+    pub gaps: Vec<Gap>,
 }
 
 /// Why a worker reports.
@@ -76,6 +90,9 @@ pub fn run(config: WorkerConfig) -> io::Result<()> {
         let ticks = if worker.shard.is_waited_for_by(beat.planned + TICK) { 1 } else { 2 };
         let (now, late, missed) = beat.wait(ticks);
         worker.shard.record_tick(late, missed);
+        if late >= STALL_MIN {
+            worker.gaps.push(Gap { from: now - late, to: now });
+        }
         if !worker.turn(now)? {
             worker.report(Occasion::Last);
             return Ok(());
@@ -134,6 +151,9 @@ struct Worker {
     spare_records: Receiver<Box<Record>>,
     next_report_at: Time,
     batch: net::Batch,
+    arrivals: Marks,
+    sends: Marks,
+    gaps: Vec<Gap>,
 }
 
 struct SetupDatagram {
@@ -163,13 +183,21 @@ impl Worker {
             spare_records: config.spare_records,
             next_report_at: now + RECORD_PERIOD,
             batch: net::Batch::default(),
+            arrivals: Marks::default(),
+            sends: Marks::default(),
+            gaps: Vec::new(),
         })
     }
 
     /// One tick. Returns false when the worker is told to stop.
     fn turn(&mut self, now: Time) -> io::Result<bool> {
         self.drain(now)?;
-        self.shard.handle_media_timers(self.epoch.now(), &mut self.io);
+        let media_turn = self.epoch.now();
+        self.io.has_sent = false;
+        self.shard.handle_media_timers(media_turn, &mut self.io);
+        if self.io.has_sent {
+            self.sends.mark(media_turn);
+        }
         // Control packets carry time stamps of their own: they get the time at which they are written.
         self.shard.handle_control_timers(self.epoch.now(), &mut self.io);
         let alive = self.spend_setup_share()?;
@@ -229,6 +257,7 @@ impl Worker {
             slot.drops = drops;
         }
         let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
+        self.arrivals.mark(arrival);
         match classify(datagram) {
             Datagram::Rtp => self.shard.handle_rtp(key, datagram, arrival),
             Datagram::Rtcp => self.shard.handle_rtcp(key, datagram, arrival, now, &mut self.io),
@@ -295,6 +324,7 @@ impl Worker {
                 self.shard.remove_peer(key);
                 self.subscribers[key] = None;
                 if let Some(slot) = self.io.slots[key].take() {
+                    self.io.counts.socket_drops += slot.untold_drops();
                     self.poll.registry().deregister(&mut SourceFd(&slot.socket.as_raw_fd()))?;
                 }
             }
@@ -317,7 +347,12 @@ impl Worker {
     }
 
     fn report(&mut self, occasion: Occasion) {
-        let outcomes = (occasion == Occasion::Last).then(|| self.shard.finish());
+        let is_last = occasion == Occasion::Last;
+        if is_last {
+            self.io.counts.socket_drops += self.io.slots.iter().flatten().map(Slot::untold_drops).sum::<u64>();
+            self.shard.take_io_counts(&mut self.io.counts);
+        }
+        let outcomes = is_last.then(|| self.shard.finish());
         let fresh = self.spare_records.try_recv().unwrap_or_default();
         let record = self.shard.swap_record(fresh);
         let report = Report {
@@ -325,6 +360,11 @@ impl Worker {
             occasion,
             record,
             cpu: net::thread_cpu(),
+            activity: Activity {
+                arrivals: self.arrivals.take(),
+                sends: self.sends.take(),
+                gaps: std::mem::take(&mut self.gaps),
+            },
             outcomes,
         };
         // Nobody listens any more only when the run itself is gone.
@@ -353,12 +393,21 @@ struct SocketIo {
     /// Cleared at the first path that cannot segment.
     segmentation: bool,
     counts: IoCounts,
+    /// Something was sent since this was last cleared.
+    has_sent: bool,
 }
 
 struct Slot {
     socket: UdpSocket,
     connected: bool,
     drops: u32,
+}
+
+impl Slot {
+    /// Drops that no datagram has told of, because none came after them. Where the kernel does not say, there are none that we know of.
+    fn untold_drops(&self) -> u64 {
+        net::socket_drops(&self.socket).map_or(0, |drops| drops.wrapping_sub(self.drops).into())
+    }
 }
 
 impl SocketIo {
@@ -369,6 +418,7 @@ impl SocketIo {
             buffer: vec![0; net::SEND_BYTES_MAX].into_boxed_slice(),
             segmentation: true,
             counts: IoCounts::default(),
+            has_sent: false,
         }
     }
 }
@@ -380,6 +430,7 @@ impl Io for SocketIo {
 
     fn send(&mut self, key: usize, to: SocketAddr, len: usize, segment: usize) {
         let Some(slot) = self.slots[key].as_ref() else { return };
+        self.has_sent = true;
         let to = (!slot.connected).then_some(to);
         let bytes = &self.buffer[..len];
         if len > segment && self.segmentation {

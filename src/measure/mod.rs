@@ -4,6 +4,7 @@
 
 mod histogram;
 pub mod presence;
+pub mod second;
 pub mod serial;
 pub mod stalls;
 

@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
-use super::{EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Sample, Step, VERSION, judge, judge::judge_step};
+use super::{EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Sample, Stall, Step, ThreadTime, VERSION, judge, judge::judge_step};
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::{Layout, Plan, VideoSpec};
 
@@ -503,11 +503,17 @@ struct EngineView<'a> {
     /// What the engine counted, directly by name.
     #[serde(flatten)]
     counters: CountersView<'a>,
-    host_drops: Vec<DropsView<'a>>,
+    host_drops: Vec<DropsView>,
+    softnet_squeezed: Option<u64>,
+    stolen_seconds: Option<f64>,
+    throttled_times: Option<u64>,
+    throttled_seconds: Option<f64>,
+    thread_times: &'a [ThreadTime],
     tick_late_us: Option<HistogramView>,
     floor_tick_late_us: Option<HistogramView>,
     send_lag_us: Option<HistogramView>,
     calibration: Option<CalibrationView>,
+    stalls: &'a [Stall],
     valid: bool,
     reasons: &'a [String],
 }
@@ -532,9 +538,9 @@ impl From<Nearness> for CalibrationView {
 }
 
 #[derive(serde::Serialize)]
-struct DropsView<'a> {
-    place: &'a str,
-    packets: u64,
+struct DropsView {
+    place: &'static str,
+    packets: Option<u64>,
 }
 
 impl<'a> EngineView<'a> {
@@ -547,15 +553,17 @@ impl<'a> EngineView<'a> {
             bytes_per_participant: health.bytes_per_participant,
             rss_peak_bytes: health.rss_peak_bytes,
             counters: CountersView(counted),
-            host_drops: health
-                .host_drops
-                .iter()
-                .map(|(place, packets)| DropsView { place, packets: *packets })
-                .collect(),
+            host_drops: health.host_drops.places().map(|(place, packets)| DropsView { place, packets }).into(),
+            softnet_squeezed: health.softnet_squeezed,
+            stolen_seconds: health.stolen_seconds,
+            throttled_times: health.throttled_times,
+            throttled_seconds: health.throttled_seconds,
+            thread_times: &health.thread_times,
             tick_late_us: HistogramView::new(&counted.tick_late),
             floor_tick_late_us: health.floor_tick_late.as_ref().and_then(HistogramView::new),
             send_lag_us: HistogramView::new(&counted.send_lag),
             calibration: outcome.nearness.map(CalibrationView::from),
+            stalls: &health.stalls,
             valid: health.valid,
             reasons: &health.reasons,
         }

@@ -20,6 +20,8 @@ pub use judge::{Judgement, Judging, Threshold, Verdict, judge};
 pub use sinks::{Destinations, Sinks};
 
 pub use crate::measure::Timeline;
+pub use crate::measure::second::{HostDrops, Second};
+pub use crate::measure::stalls::{Cause, Side, Stall};
 use crate::measure::{Histogram, Kind, Media, Record};
 use crate::plan::Plan;
 use crate::sfu::SendMode;
@@ -112,6 +114,8 @@ pub struct Sample {
     pub cpu_cores: Option<f64>,
     /// The mean of what receivers told the server by REMB; `None` where none did.
     pub downlink_estimate_bps: Option<u64>,
+    #[serde(flatten)]
+    pub generator: Second,
 }
 
 /// The embedded SFU's own account of the run.
@@ -144,8 +148,19 @@ pub struct EngineHealth {
     pub rss_peak_bytes: Option<u64>,
     /// Lateness of a bare timer thread in the same run: the host's own floor.
     pub floor_tick_late: Option<Histogram>,
-    /// Packets dropped on this host, by place.
-    pub host_drops: Vec<(String, u64)>,
+    /// Datagrams dropped on this host, by place.
+    pub host_drops: HostDrops,
+    /// How often a CPU left received packets for later.
+    pub softnet_squeezed: Option<u64>,
+    /// Taken by the hypervisor, over all CPUs.
+    pub stolen_seconds: Option<f64>,
+    /// How often and how long this process's control group was kept from running.
+    pub throttled_times: Option<u64>,
+    pub throttled_seconds: Option<f64>,
+    /// What every thread used, and how long it waited for a CPU; empty where the kernel does not say.
+    pub thread_times: Vec<ThreadTime>,
+    /// Who stood still, and when.
+    pub stalls: Vec<Stall>,
     pub valid: bool,
     /// Why the generator was the limit; empty where `valid`.
     pub reasons: Vec<String>,
@@ -166,6 +181,15 @@ impl Nearness {
     pub fn share(&self) -> f64 {
         self.packets_per_second_peak / self.packets_per_second_ceiling
     }
+}
+
+/// The threads of one name, over the whole run. One that ended within a second is not in it.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct ThreadTime {
+    pub name: String,
+    pub cpu_seconds: f64,
+    /// Ready to run, and waiting for a CPU.
+    pub run_queue_seconds: f64,
 }
 
 /// What became of one participant.

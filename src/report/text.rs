@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use super::judge::Loss;
-use super::{Judgement, Judging, Outcome, TargetKind, VERSION, Verdict, judge, worst};
+use super::{EngineHealth, Judgement, Judging, Outcome, Side, TargetKind, VERSION, Verdict, judge, worst};
 use crate::measure::{Bandwidth, Histogram, Kind, Media};
 use crate::plan::{Plan, Resources, Shape, VideoSpec};
 use crate::sfu::SendMode;
@@ -607,7 +607,12 @@ fn generator(outcome: &Outcome, style: Style) -> String {
         pair(&counted.send_lag),
         number(counted.send_slots_skipped)
     );
-    let _ = writeln!(text, "  host drops   {}", drops(outcome));
+    text.push_str(&labelled("host drops", &drops(outcome)));
+    for (label, line) in [("waits", waits(health)), ("stalls", stalls(health))] {
+        if let Some(line) = line {
+            text.push_str(&labelled(label, &line));
+        }
+    }
     if let Some(nearness) = outcome.nearness {
         let _ = writeln!(
             text,
@@ -619,6 +624,52 @@ fn generator(outcome: &Outcome, style: Style) -> String {
     }
     text.push('\n');
     text
+}
+
+/// How long the engine was kept from a CPU, where it is worth a word.
+fn waits(health: &EngineHealth) -> Option<String> {
+    const WORTH_A_WORD: f64 = 0.1;
+    let engine = health.thread_times.iter().filter(|thread| thread.name.starts_with("engine-"));
+    let queued = engine.map(|thread| thread.run_queue_seconds).reduce(f64::max);
+    let parts = [
+        (queued, "in the run queue (worst engine thread)"),
+        (health.throttled_seconds, "throttled by a CPU quota"),
+        (health.stolen_seconds, "taken by the hypervisor"),
+    ];
+    let parts: Vec<String> = parts
+        .into_iter()
+        .filter_map(|(seconds, what)| Some(format!("{:.2} s {what}", seconds.filter(|seconds| *seconds >= WORTH_A_WORD)?)))
+        .collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
+/// How often whose side stood still, how long, and the worst of each.
+fn stalls(health: &EngineHealth) -> Option<String> {
+    let of = |side: Side, name: &str| {
+        let stalls: Vec<_> = health.stalls.iter().filter(|stall| stall.side == side).collect();
+        let worst = stalls.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds))?;
+        let all: f64 = stalls.iter().map(|stall| stall.seconds).sum();
+        let worst = format!("{} at {:.1} s", micros(worst.seconds * 1e6), worst.at);
+        Some(if stalls.len() == 1 {
+            format!("1 of {name}: {worst}")
+        } else {
+            format!("{} of {name}: {} in all, worst {worst}", number(stalls.len() as u64), micros(all * 1e6))
+        })
+    };
+    let sides = [
+        (Side::Generator, "the generator"),
+        (Side::Host, "this host"),
+        (Side::Server, "the server"),
+    ];
+    let parts: Vec<String> = sides.into_iter().filter_map(|(side, name)| of(side, name)).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
+}
+
+/// A row of the generator's section, on as many lines as it takes.
+fn labelled(label: &str, line: &str) -> String {
+    const INDENT: usize = 15;
+    let lines = wrapped(line, INDENT);
+    format!("  {label:<13}{}", lines.trim_start())
 }
 
 /// What the embedded SFU says of itself, where it was the target.
@@ -649,19 +700,12 @@ fn embedded_sfu(outcome: &Outcome, style: Style) -> String {
 }
 
 fn drops(outcome: &Outcome) -> String {
-    let places: Vec<String> = outcome
-        .engine
-        .host_drops
+    let places = outcome.engine.host_drops.places();
+    let places: Vec<String> = places
         .iter()
-        .filter(|(_, n)| *n > 0)
-        .map(|(place, n)| format!("{} {place}", number(*n)))
+        .filter_map(|(place, packets)| Some(format!("{} in {place}", number(packets.filter(|packets| *packets > 0)?))))
         .collect();
-    let total = number(outcome.totals.record.session.host_drops);
-    if places.is_empty() {
-        total
-    } else {
-        format!("{total} ({})", places.join(", "))
-    }
+    if places.is_empty() { "0".to_owned() } else { places.join(", ") }
 }
 
 /// Those of the worst one per cent with whom something was wrong.

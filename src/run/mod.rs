@@ -6,6 +6,7 @@ mod account;
 mod clips;
 mod embedded;
 mod interrupts;
+mod observer;
 mod rooms;
 
 use std::collections::BTreeMap;
@@ -23,12 +24,14 @@ pub use embedded::Embedded;
 pub use interrupts::Interrupts;
 
 use account::{expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks};
+use observer::Observer;
 use rooms::Rooms;
 
 use crate::cli;
 use crate::engine::health::{self, FloorThread};
 use crate::engine::worker::{self, Occasion, Report, WorkerConfig};
 use crate::engine::{Command, PeerOutcome, Roster, ShardConfig};
+use crate::measure::second::HostDrops;
 use crate::measure::{Kind, Record, Timeline};
 use crate::net;
 use crate::plan::{Connection, Plan, Resources};
@@ -36,7 +39,7 @@ use crate::preflight;
 use crate::recording::{Recorder, Recording};
 use crate::report::progress::Snapshot;
 use crate::report::worst::is_healthy;
-use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Step, TargetInfo, TargetKind};
+use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo, TargetKind};
 use crate::sfu;
 use crate::signal::session::{self, Ended, Media, Notice, Phase, Place, Sections, SessionContext, TakingTurns};
 use crate::signal::{ApiKey, Endpoint, probe};
@@ -122,7 +125,7 @@ struct Test<'a> {
     places: Vec<Place>,
     workers: Vec<Worker>,
     recorder: Option<Recorder>,
-    floor: FloorThread,
+    observer: Observer,
     reports: mpsc::UnboundedReceiver<Report>,
     notices: mpsc::UnboundedReceiver<Notice>,
     leave: watch::Sender<bool>,
@@ -131,7 +134,6 @@ struct Test<'a> {
     second: SecondBook,
     sessions: SessionBook,
     outcomes: Vec<PeerOutcome>,
-    host_drops_before: Option<u64>,
     cpu_before: Option<Duration>,
     resident_before: Option<u64>,
     resident_hold: Option<u64>,
@@ -169,6 +171,8 @@ struct SessionBook {
 /// What the rows of the series are differences of.
 struct SecondBook {
     at: Time,
+    /// Rows end with whole seconds of the run's clock; one that a stall makes late is longer.
+    due: Time,
     cpu: Option<Duration>,
     joined: u32,
     record: Record,
@@ -241,7 +245,7 @@ impl<'a> Test<'a> {
             places,
             workers,
             recorder,
-            floor: FloorThread::start(epoch).context("no thread for the timer floor")?,
+            observer: Observer::start(FloorThread::start(epoch).context("no thread for the timer floor")?),
             reports,
             notices,
             leave,
@@ -249,6 +253,7 @@ impl<'a> Test<'a> {
             series: Vec::new(),
             second: SecondBook {
                 at: now,
+                due: next_second(now),
                 cpu: generator_cpu(),
                 joined: 0,
                 record: Record::default(),
@@ -256,7 +261,6 @@ impl<'a> Test<'a> {
             },
             sessions: SessionBook::default(),
             outcomes: Vec::new(),
-            host_drops_before: net::udp_receive_buffer_errors(),
             cpu_before: generator_cpu(),
             resident_before,
             resident_hold: None,
@@ -356,7 +360,7 @@ impl<'a> Test<'a> {
                 _ = beat.tick() => {}
             }
             let now = self.epoch.now();
-            if now.since(self.second.at) >= Duration::from_secs(1) {
+            if now >= self.second.due {
                 self.close_second(now);
             }
             if now.since(shown_at) >= PROGRESS_INTERVAL {
@@ -369,6 +373,7 @@ impl<'a> Test<'a> {
     fn take_report(&mut self, report: Report) {
         let worker = &mut self.workers[report.worker];
         worker.cpu = report.cpu;
+        self.observer.take_activity(report.activity);
         worker.answers += u64::from(report.occasion == Occasion::Asked);
         let mut record = report.record;
         self.record.merge(&record);
@@ -459,6 +464,7 @@ impl<'a> Test<'a> {
 
     /// Ends the workers and takes their last accounts.
     async fn stop_workers(&mut self) {
+        self.observer.look_at_threads();
         self.command_all(|| Command::Stop);
         let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
         while self.workers.iter().any(|worker| !worker.ended) {
@@ -533,10 +539,12 @@ impl<'a> Test<'a> {
             tick_late_us_p99: delta.engine.tick_late.quantile(0.99),
             cpu_cores: cpu_between(self.second.cpu, cpu).map(|used| used.as_secs_f64() / seconds),
             downlink_estimate_bps: mean_bps(delta.bandwidth.remb_sent_kbps, delta.bandwidth.remb_sent),
+            generator: self.observer.close_second(self.second.at, now, &delta),
         };
         self.series.push(sample.clone());
         self.second = SecondBook {
             at: now,
+            due: next_second(now),
             cpu,
             joined: self.sessions.joined,
             record: self.record.clone(),
@@ -589,6 +597,7 @@ impl<'a> Test<'a> {
         expect_frames(&mut self.record);
         expect_joins(&mut self.record, self.plan);
         let engine = self.engine_health(end);
+        self.notes.extend(silence_note(&engine.stalls));
         let totals = Step {
             name: "total".into(),
             participants: self.plan.total_participants(),
@@ -626,10 +635,7 @@ impl<'a> Test<'a> {
     }
 
     fn engine_health(&mut self, end: Time) -> EngineHealth {
-        let floor = std::mem::replace(&mut self.floor, FloorThread::idle()).finish();
-        let kernel_drops = net::udp_receive_buffer_errors()
-            .zip(self.host_drops_before)
-            .map_or(0, |(after, before)| after.saturating_sub(before));
+        let seen = self.observer.finish(end);
         let socket_drops = self.record.session.host_drops;
         let hold_seconds = self
             .steps
@@ -642,9 +648,12 @@ impl<'a> Test<'a> {
             .fold(0.0, f64::max);
         let reasons = health::reasons(&health::Evidence {
             record: &self.record,
-            floor: &floor,
+            floor: &seen.floor,
             host_drops: socket_drops,
             busiest_worker: busiest,
+            seconds: &seen.seconds,
+            gaps: &seen.gaps,
+            stalls: &seen.stalls,
         });
         let packets = self.record.engine.packets_processed;
         let engine_cpu: Duration = self.workers.iter().map(|worker| worker.cpu).sum();
@@ -662,15 +671,17 @@ impl<'a> Test<'a> {
                 .zip(u64::from(self.sessions.joined).checked_sub(1))
                 .and_then(|(grown, rest)| grown.checked_div(rest + 1)),
             rss_peak_bytes: net::resident_bytes().map(|(_, peak)| peak),
-            floor_tick_late: Some(floor),
-            host_drops: [
-                ("our sockets", socket_drops),
-                ("all UDP sockets of this host (RcvbufErrors)", kernel_drops),
-            ]
-            .into_iter()
-            .filter(|(_, count)| *count > 0)
-            .map(|(place, count)| (place.to_owned(), count))
-            .collect(),
+            floor_tick_late: Some(seen.floor),
+            host_drops: HostDrops {
+                sockets: Some(socket_drops),
+                ..seen.drops
+            },
+            softnet_squeezed: seen.softnet_squeezed,
+            stolen_seconds: seen.stolen.map(|time| time.as_secs_f64()),
+            throttled_times: seen.throttled.map(|(times, _)| times),
+            throttled_seconds: seen.throttled.map(|(_, time)| time.as_secs_f64()),
+            thread_times: seen.threads,
+            stalls: seen.stalls,
             valid: reasons.is_empty(),
             reasons,
         }
@@ -703,6 +714,26 @@ impl<'a> Test<'a> {
             })
             .collect()
     }
+}
+
+/// `the server was silent for 1.20 s at second 7`: the generator was awake, so its latencies and losses of that time are the server's.
+fn silence_note(stalls: &[Stall]) -> Option<String> {
+    let silences: Vec<&Stall> = stalls.iter().filter(|stall| stall.side == Side::Server).collect();
+    let worst = silences.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds))?;
+    let all: f64 = silences.iter().map(|stall| stall.seconds).sum();
+    let others = match silences.len() {
+        1 => String::new(),
+        count => format!(" ({count} times, {all:.2} s in all)"),
+    };
+    Some(format!(
+        "the server was silent for {:.2} s at second {}{others}: nothing came while the generator was awake and sent; look at the server, or at the way to it",
+        worst.seconds, worst.at as u64
+    ))
+}
+
+/// The first whole second after `now`.
+fn next_second(now: Time) -> Time {
+    (now + Duration::from_nanos(1)).next_whole(Duration::from_secs(1))
 }
 
 /// CPU time of this process without the embedded SFU's threads. The floor thread and `main` are part of what a run costs.

@@ -1,0 +1,209 @@
+//! Which stalls there were, whose they were, and what the kernel says of their cause.
+
+use std::time::Duration;
+
+use crate::measure::presence::Presence;
+use crate::measure::second::Second;
+use crate::measure::stalls::{Cause, Gap, Stall, gathered, silences, union};
+use crate::units::Time;
+
+/// So much of a stall must be accounted for by one cause.
+const SHARE_MIN: f64 = 0.5;
+
+/// What a run saw of itself and of the server.
+pub struct Observed<'a> {
+    /// When media left, and when anything came.
+    pub sends: &'a Presence,
+    pub arrivals: &'a Presence,
+    /// Late beats of all engine threads, and of the bare timer thread.
+    pub engine_gaps: &'a [Gap],
+    pub floor_gaps: &'a [Gap],
+    pub seconds: &'a [Second],
+    /// When publishers stopped: after that nothing is owed.
+    pub until: Time,
+}
+
+/// All stalls, in order.
+pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
+    let asleep = union(observed.engine_gaps.to_vec());
+    let ours = gathered(&asleep).into_iter().map(|pieces| {
+        let cause = cause(pieces, observed);
+        told(cause, pieces, evidence(cause, pieces, observed))
+    });
+    let silent = silences(observed.sends, observed.arrivals, &asleep, Time::ZERO, observed.until);
+    let theirs = gathered(&silent)
+        .into_iter()
+        .map(|pieces| told(Cause::Silence, pieces, evidence(Cause::Silence, pieces, observed)));
+    let mut stalls: Vec<Stall> = ours.chain(theirs).collect();
+    stalls.sort_by(|a, b| a.at.total_cmp(&b.at));
+    stalls
+}
+
+fn told(cause: Cause, pieces: &[Gap], evidence: String) -> Stall {
+    let seconds = |time: Option<Time>| time.map_or(0.0, |time| time.as_micros() as f64 / 1e6);
+    Stall {
+        side: cause.side(),
+        cause,
+        at: seconds(pieces.first().map(|gap| gap.from)),
+        until: seconds(pieces.last().map(|gap| gap.to)),
+        seconds: length(pieces).as_secs_f64(),
+        evidence,
+    }
+}
+
+fn length(pieces: &[Gap]) -> Duration {
+    pieces.iter().map(Gap::length).sum()
+}
+
+/// Throttled and stolen time are the kernel's word. A wait in the run queue is so too, but some of it is found in every busy second. A process that was stopped leaves no
+/// trace but that the bare timer thread, which has nothing to do, was late as well.
+fn cause(pieces: &[Gap], observed: &Observed<'_>) -> Cause {
+    let enough = |time: Option<Duration>| time.is_some_and(|time| time.as_secs_f64() >= length(pieces).as_secs_f64() * SHARE_MIN);
+    let kernel = |figure: fn(&Second) -> Option<u64>| enough(around(pieces, observed.seconds, figure));
+    if kernel(|second| second.throttled_us) {
+        Cause::Throttled
+    } else if kernel(|second| second.steal_us) {
+        Cause::Stolen
+    } else if kernel(|second| second.run_queue_us_max) {
+        Cause::RunQueue
+    } else if enough(Some(floor_asleep(pieces, observed.floor_gaps))) {
+        Cause::Stopped
+    } else {
+        Cause::Engine
+    }
+}
+
+/// A figure's sum over the rows that a stall touches; `None` where none of them knows.
+fn around(pieces: &[Gap], seconds: &[Second], figure: fn(&Second) -> Option<u64>) -> Option<Duration> {
+    let micros = touched(pieces, seconds).filter_map(figure);
+    micros.reduce(|sum, micros| sum + micros).map(Duration::from_micros)
+}
+
+fn touched<'a>(pieces: &[Gap], seconds: &'a [Second]) -> impl Iterator<Item = &'a Second> {
+    let span = pieces.first().zip(pieces.last()).map(|(first, last)| (first.from, last.to));
+    seconds
+        .iter()
+        .filter(move |second| span.is_some_and(|(from, to)| second.from < to && second.to > from))
+}
+
+/// How much of a stall the bare timer thread was late, too.
+fn floor_asleep(pieces: &[Gap], floor_gaps: &[Gap]) -> Duration {
+    let within = |gap: &Gap| floor_gaps.iter().map(|floor| floor.within(gap.from, gap.to)).sum::<Duration>();
+    pieces.iter().map(within).sum()
+}
+
+fn evidence(cause: Cause, pieces: &[Gap], observed: &Observed<'_>) -> String {
+    let time = |figure: fn(&Second) -> Option<u64>| around(pieces, observed.seconds, figure).map_or(0.0, |time| time.as_secs_f64());
+    let most = |figure: fn(&Second) -> Option<f64>| touched(pieces, observed.seconds).filter_map(figure).fold(0.0, f64::max);
+    let sfu = most(|second| second.embedded_sfu_cores);
+    match cause {
+        Cause::Stopped => "no thread of this process ran, and none waited for a CPU: the process or its machine was stopped".to_owned(),
+        Cause::Throttled => format!(
+            "the process's control group was throttled for {:.2} s",
+            time(|second| second.throttled_us)
+        ),
+        Cause::Stolen => format!("the hypervisor took {:.2} s of CPU time", time(|second| second.steal_us)),
+        Cause::RunQueue if sfu > 0.0 => format!(
+            "an engine thread waited {:.2} s for a CPU, while the embedded SFU kept {sfu:.2} cores busy",
+            time(|second| second.run_queue_us_max)
+        ),
+        Cause::RunQueue => format!("an engine thread waited {:.2} s for a CPU", time(|second| second.run_queue_us_max)),
+        Cause::Engine => format!(
+            "a bare timer thread was on time; an engine thread was busy {:.0} % of the second",
+            most(|second| second.engine_busy) * 1e2
+        ),
+        Cause::Silence => {
+            let stolen = time(|second| second.steal_us);
+            let stolen = if stolen >= length(pieces).as_secs_f64() * SHARE_MIN {
+                format!("; this host lost {stolen:.2} s to its hypervisor meanwhile")
+            } else {
+                String::new()
+            };
+            format!("nothing came, by the kernel's stamps, while every engine thread was awake and media was sent{stolen}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::measure::presence::Marks;
+    use crate::measure::stalls::Side;
+
+    const fn gap(from_ms: u64, to_ms: u64) -> Gap {
+        Gap {
+            from: Time::from_millis(from_ms),
+            to: Time::from_millis(to_ms),
+        }
+    }
+
+    /// Rows of 20 s, with one of them changed.
+    fn rows(at: u64, change: impl Fn(&mut Second)) -> Vec<Second> {
+        let row = |second: u64| Second {
+            from: Time::from_millis(second * 1_000),
+            to: Time::from_millis(second * 1_000 + 1_000),
+            engine_busy: Some(0.2),
+            run_queue_us_max: Some(4_000),
+            steal_us: Some(0),
+            ..Second::default()
+        };
+        let mut rows: Vec<Second> = (0..20).map(row).collect();
+        change(&mut rows[at as usize]);
+        rows
+    }
+
+    fn every(interval_ms: u64, pause: (u64, u64)) -> Presence {
+        let mut all = Presence::default();
+        for ms in (0..20_000).step_by(interval_ms as usize).filter(|ms| !(pause.0..pause.1).contains(ms)) {
+            let mut marks = Marks::default();
+            marks.mark(Time::from_millis(ms));
+            all.merge(&marks.take());
+        }
+        all
+    }
+
+    fn found(pause: (u64, u64), server_pause: (u64, u64), engine: &[Gap], floor: &[Gap], seconds: &[Second]) -> Vec<(Side, Cause, u64)> {
+        stalls(&Observed {
+            sends: &every(3, pause),
+            arrivals: &every(3, server_pause),
+            engine_gaps: engine,
+            floor_gaps: floor,
+            seconds,
+            until: Time::from_millis(20_000),
+        })
+        .iter()
+        .map(|stall| (stall.side, stall.cause, (stall.seconds * 1e3).round() as u64))
+        .collect()
+    }
+
+    #[test]
+    fn each_cause_is_told_by_what_the_kernel_counted_while_it_lasted() {
+        let pause = (7_100, 7_500);
+        let (engine, floor) = ([gap(7_100, 7_500)], [gap(7_103, 7_500)]);
+        let calm = rows(7, |_| {});
+        for (expected, floor, seconds) in [
+            (Cause::Stopped, &floor[..], calm.clone()),
+            (Cause::Engine, &[], calm),
+            (Cause::Throttled, &floor, rows(7, |row| row.throttled_us = Some(390_000))),
+            (Cause::Stolen, &floor, rows(7, |row| row.steal_us = Some(300_000))),
+            (Cause::RunQueue, &[], rows(7, |row| row.run_queue_us_max = Some(380_000))),
+            // What happened in another second explains nothing.
+            (Cause::Stopped, &floor, rows(9, |row| row.run_queue_us_max = Some(900_000))),
+        ] {
+            assert_eq!(found(pause, pause, &engine, floor, &seconds), [(expected.side(), expected, 400)]);
+        }
+    }
+
+    #[test]
+    fn a_silent_server_is_blamed_and_a_generator_that_stood_still_is_not_covered_by_it() {
+        let seconds = rows(7, |_| {});
+        let silent = found((0, 0), (7_000, 8_200), &[], &[], &seconds);
+        assert!(
+            matches!(silent[..], [(Side::Server, Cause::Silence, length)] if length.abs_diff(1_200) < 15),
+            "{silent:?}"
+        );
+        // Everything stands still, as when the whole machine is stopped: that is this host's.
+        let both = found((7_000, 8_200), (7_000, 8_205), &[gap(7_000, 8_200)], &[gap(7_001, 8_200)], &seconds);
+        assert_eq!(both, [(Side::Host, Cause::Stopped, 1_200)]);
+    }
+}

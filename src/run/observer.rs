@@ -1,0 +1,162 @@
+//! The run's eye on its own process and host: read once a second, away from the engine's threads.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::engine::blame::{self, Observed};
+use crate::engine::health::FloorThread;
+use crate::engine::worker::Activity;
+use crate::host::{Snapshot, Thread};
+use crate::measure::presence::Presence;
+use crate::measure::second::{HostDrops, Second};
+use crate::measure::stalls::{Gap, Stall};
+use crate::measure::{Histogram, Record};
+use crate::report::ThreadTime;
+use crate::sfu;
+use crate::units::Time;
+
+const ENGINE_PREFIX: &str = "engine-";
+/// As tokio names its threads.
+const SIGNALLING_PREFIX: &str = "tokio-";
+
+pub(super) struct Observer {
+    floor: FloorThread,
+    start: Snapshot,
+    last: Snapshot,
+    /// Every thread that was ever seen, as it was last: one that has ended tells nothing any more.
+    threads: BTreeMap<u32, Thread>,
+    sends: Presence,
+    arrivals: Presence,
+    engine_gaps: Vec<Gap>,
+    floor_gaps: Vec<Gap>,
+    seconds: Vec<Second>,
+}
+
+/// What there was to see, at the end.
+pub(super) struct Seen {
+    pub floor: Histogram,
+    pub seconds: Vec<Second>,
+    pub gaps: Vec<Gap>,
+    pub stalls: Vec<Stall>,
+    /// Without `sockets`, which the engine counts.
+    pub drops: HostDrops,
+    pub softnet_squeezed: Option<u64>,
+    pub stolen: Option<Duration>,
+    pub throttled: Option<(u64, Duration)>,
+    pub threads: Vec<ThreadTime>,
+}
+
+impl Observer {
+    /// `floor` is the bare timer thread of this run.
+    pub fn start(floor: FloorThread) -> Observer {
+        let start = Snapshot::read();
+        Observer {
+            floor,
+            last: start.clone(),
+            threads: start.threads.clone(),
+            start,
+            sends: Presence::default(),
+            arrivals: Presence::default(),
+            engine_gaps: Vec::new(),
+            floor_gaps: Vec::new(),
+            seconds: Vec::new(),
+        }
+    }
+
+    pub fn take_activity(&mut self, activity: Activity) {
+        self.sends.merge(&activity.sends);
+        self.arrivals.merge(&activity.arrivals);
+        self.engine_gaps.extend(activity.gaps);
+    }
+
+    /// Closes a row. `counted` is what the engine counted in it.
+    pub fn close_second(&mut self, from: Time, to: Time, counted: &Record) -> Second {
+        let now = Snapshot::read();
+        let floor = self.floor.take();
+        self.floor_gaps.extend(floor.gaps);
+        self.threads.extend(now.threads.clone());
+        let threads = now.threads_since(&self.last);
+        let named = |prefix: &'static str| threads.iter().filter(move |thread| thread.name.starts_with(prefix));
+        let seconds = to.since(from).as_secs_f64();
+        let sfu_cpu = named(sfu::THREAD_PREFIX).map(|thread| thread.cpu).reduce(|sum, cpu| sum + cpu);
+        let micros = |time: Duration| time.as_micros() as u64;
+        let second = Second {
+            from,
+            to,
+            tick_late_us_max: counted.engine.tick_late.max(),
+            send_lag_us_max: counted.engine.send_lag.max(),
+            floor_late_us_max: floor.late_max.map(micros),
+            frames_skipped: counted.engine.send_slots_skipped,
+            engine_busy: named(ENGINE_PREFIX).map(|thread| thread.cpu).max().map(|cpu| cpu.as_secs_f64() / seconds),
+            run_queue_us_max: named(ENGINE_PREFIX).map(|thread| micros(thread.run_queue)).max(),
+            embedded_sfu_cores: sfu_cpu.map(|cpu| cpu.as_secs_f64() / seconds),
+            steal_us: now.stolen_since(&self.last).map(micros),
+            throttled_us: now.throttled_since(&self.last).map(|throttling| micros(throttling.time)),
+            drops: HostDrops {
+                sockets: Some(counted.session.host_drops),
+                ..now.drops.since(&self.last.drops)
+            },
+            softnet_squeezed: grown(now.softnet_squeezed, self.last.softnet_squeezed),
+        };
+        self.last = now;
+        self.seconds.push(second.clone());
+        second
+    }
+
+    /// Another look at the threads, before some of them end.
+    pub fn look_at_threads(&mut self) {
+        self.threads.extend(Snapshot::read().threads);
+    }
+
+    /// `media_stopped_at`: what falls silent later owes nothing.
+    pub fn finish(&mut self, media_stopped_at: Time) -> Seen {
+        let end = Snapshot::read();
+        self.floor_gaps.extend(self.floor.take().gaps);
+        let floor = std::mem::replace(&mut self.floor, FloorThread::idle()).finish();
+        let stalls = blame::stalls(&Observed {
+            sends: &self.sends,
+            arrivals: &self.arrivals,
+            engine_gaps: &self.engine_gaps,
+            floor_gaps: &self.floor_gaps,
+            seconds: &self.seconds,
+            until: media_stopped_at,
+        });
+        Seen {
+            floor,
+            seconds: std::mem::take(&mut self.seconds),
+            gaps: std::mem::take(&mut self.engine_gaps),
+            stalls,
+            drops: end.drops.since(&self.start.drops),
+            softnet_squeezed: grown(end.softnet_squeezed, self.start.softnet_squeezed),
+            stolen: end.stolen_since(&self.start),
+            throttled: end.throttled_since(&self.start).map(|throttling| (throttling.times, throttling.time)),
+            threads: thread_times(&self.threads, &self.start.threads),
+        }
+    }
+}
+
+fn grown(now: Option<u64>, before: Option<u64>) -> Option<u64> {
+    now?.checked_sub(before?)
+}
+
+/// Engine threads each by itself, the others by what they do.
+fn thread_times(threads: &BTreeMap<u32, Thread>, start: &BTreeMap<u32, Thread>) -> Vec<ThreadTime> {
+    let mut times: BTreeMap<String, ThreadTime> = BTreeMap::new();
+    for (id, thread) in threads {
+        let before = start.get(id).cloned().unwrap_or_default();
+        let name = match &thread.name {
+            name if name.starts_with(sfu::THREAD_PREFIX) => "embedded SFU".to_owned(),
+            name if name.starts_with(SIGNALLING_PREFIX) => "signalling".to_owned(),
+            name if name.starts_with(ENGINE_PREFIX) || name == "floor" || name == "recorder" => name.clone(),
+            _ => "main".to_owned(),
+        };
+        let time = times.entry(name.clone()).or_insert(ThreadTime {
+            name,
+            cpu_seconds: 0.0,
+            run_queue_seconds: 0.0,
+        });
+        time.cpu_seconds += thread.cpu.saturating_sub(before.cpu).as_secs_f64();
+        time.run_queue_seconds += thread.run_queue.saturating_sub(before.run_queue).as_secs_f64();
+    }
+    times.into_values().collect()
+}
