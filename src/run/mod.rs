@@ -58,7 +58,6 @@ const PEERS_PER_PARTICIPANT: usize = 2;
 /// # Errors
 /// What kept the run from starting; once it has started there is an outcome.
 pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, mut progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
-    let started = unix_now();
     let mut interrupts = Interrupts::listen();
     let credentials = run
         .credentials
@@ -73,7 +72,7 @@ pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, mut progre
         Ok(mut test) => {
             test.notes.clone_from(&rooms.notes);
             test.go(&mut interrupts, &mut progress).await;
-            test.finish(run, started)
+            test.finish(run)
         }
         Err(error) => {
             rooms.delete(&plan).await;
@@ -573,7 +572,7 @@ impl<'a> Test<'a> {
         }
     }
 
-    fn finish(mut self, run: &cli::Run, started: Duration) -> Outcome {
+    fn finish(mut self, run: &cli::Run) -> Outcome {
         let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
         let participants = self.participant_outcomes();
         self.record.session.participants_total = self.plan.total_participants().into();
@@ -609,7 +608,7 @@ impl<'a> Test<'a> {
         }
         self.notes.extend(run.warnings.iter().cloned());
         Outcome {
-            started,
+            started: Duration::from_micros(self.epoch.unix_micros(Time::ZERO)),
             finished: unix_now(),
             plan: self.plan.clone(),
             judging: run.judging.clone(),

@@ -91,6 +91,10 @@ impl Running {
         let _ = kill_process(Pid::from_child(&self.child), signal);
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().expect("our own child").is_some()
     }
