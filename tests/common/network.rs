@@ -44,7 +44,11 @@ pub enum Content {
         packet_type: u8,
         ssrc: u32,
     },
-    Stun,
+    /// Whether it answers one, and the transaction's number.
+    Stun {
+        answers: bool,
+        transaction: [u8; 12],
+    },
     Dtls,
     OtherUdp,
     /// Signalling.
@@ -106,6 +110,10 @@ impl Packet {
     /// How long it was under way, if it came.
     pub fn delay(&self) -> Option<Duration> {
         self.delivered_at().map(|at| at - self.at)
+    }
+
+    pub fn is_udp(&self) -> bool {
+        !matches!(self.content, Content::Tcp | Content::Other)
     }
 
     pub fn is_tcp(&self) -> bool {
@@ -338,7 +346,7 @@ impl State {
 }
 
 /// `None` for what is no IPv4.
-fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Packet> {
+pub fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Packet> {
     const TCP: u8 = 6;
     const UDP: u8 = 17;
     let first = *bytes.first()?;
@@ -369,7 +377,11 @@ fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Packet> 
 fn describe_udp(payload: &[u8]) -> Content {
     let word = |at: usize| u32::from_be_bytes([payload[at], payload[at + 1], payload[at + 2], payload[at + 3]]);
     match payload {
-        [0..=3, ..] => Content::Stun,
+        [class @ 0..=3, ..] if payload.len() >= 20 => Content::Stun {
+            // RFC 8489, section 5: the upper bit of the class is in every response.
+            answers: class & 1 != 0,
+            transaction: payload[8..20].try_into().expect("12 bytes"),
+        },
         [20..=63, ..] => Content::Dtls,
         [128..=191, packet_type @ 192..=223, ..] if payload.len() >= 8 => Content::Rtcp {
             packet_type: *packet_type,
