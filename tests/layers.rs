@@ -293,6 +293,10 @@ fn frames_that_an_sfu_withholds_while_it_switches_are_expected_and_missing() {
         assert!(log.switches >= 6 && log.withheld > 20);
         assert_eq!(record.video.frames_delivered, log.forwarded, "seed {seed}");
         assert_eq!(record.video.frames_expected - record.video.frames_delivered, log.withheld, "seed {seed}");
+        assert_eq!(
+            record.video.frames_lost_sfu, log.withheld,
+            "seed {seed}: no number is missing, so it never sent them"
+        );
         assert_eq!(record.video.layer_switch.count(), log.switches);
     }
 }

@@ -80,7 +80,8 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
     }
 }
 
-pub(super) fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Quality {
+/// What a participant received of one kind of media, over all its connections.
+pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Quality {
     let mut quality = Quality {
         tracks_expected: tracks_expected.into(),
         played_us: is_measured(Some(kind), "played_us").then_some(0),

@@ -2,7 +2,7 @@
 //!
 //! Everything measured flows into one cumulative [`Record`]; whatever ends the run early, what was measured until then is reported.
 
-mod account;
+pub mod account;
 mod clips;
 mod embedded;
 mod interrupts;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use throng::engine::publisher::{Pacing, SendParameters, Source};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Event, NewPeer, Roster, ShardConfig, StreamParameters};
+use throng::engine::{Command, Event, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
 use throng::measure::{Kind, Record};
 use throng::media::identity::FrameIdentity;
 use throng::sfu::router::{Router, RouterConfig};
@@ -145,6 +145,8 @@ pub struct Relay<W = Link> {
     pub router_out: u64,
     /// Set-up datagrams in either direction: ICE and DTLS libraries allocate.
     pub setup_datagrams: u64,
+    /// What became of every client, after [`Relay::finish`].
+    pub outcomes: Vec<PeerOutcome>,
     /// On top of what the link does.
     pub loss: Loss,
     pub keep: bool,
@@ -191,6 +193,7 @@ impl<W: Wire> Relay<W> {
             router_in: 0,
             router_out: 0,
             setup_datagrams: 0,
+            outcomes: Vec::new(),
             loss: Box::new(|_, _, _| false),
             keep: false,
             kept: Vec::new(),
@@ -354,8 +357,9 @@ impl<W: Wire> Relay<W> {
             client.shard.handle_command(Command::StopPublishing, self.now, &mut client.outlet);
         }
         self.run_for(Duration::from_millis(2_500));
+        let outcomes = &mut self.outcomes;
         let settle = |client: &mut Client| {
-            client.shard.finish();
+            outcomes.extend(client.shard.finish());
             *client.shard.swap_record(Box::default())
         };
         self.clients.iter_mut().map(settle).collect()

@@ -171,7 +171,7 @@ impl World {
     /// Stops the publisher, and hands out both accounts.
     pub fn finish(mut self) -> (Log, Record) {
         self.stream.settle(&self.roster, &mut self.record, self.now);
-        self.stream.account(&self.roster, &mut self.record);
+        self.stream.finish(&self.roster, &mut self.record);
         (self.log, self.record)
     }
 

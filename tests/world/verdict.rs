@@ -195,7 +195,21 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
         world.check(Rule::EnginesAccount, network == told, || {
             format!("{kind:?}: {network} lost on the network, {told} repaired or lost")
         });
+        let (missing, places) = (media.frames_expected - media.frames_delivered, places_of_loss(media));
+        world.check(Rule::EnginesAccount, places.iter().sum::<u64>() == missing, || {
+            format!("{kind:?}: {missing} frames missing, lost {places:?}")
+        });
     }
+}
+
+/// Uplink, SFU, downlink, unattributed.
+fn places_of_loss(media: &Media) -> [u64; 4] {
+    [
+        media.frames_lost_uplink,
+        media.frames_lost_sfu,
+        media.frames_lost_downlink,
+        media.frames_lost_unattributed,
+    ]
 }
 
 /// The same sums over the streams and in the record: frames delivered, frames expected, packets lost, repaired.
@@ -273,8 +287,14 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
                 continue;
             };
             let publisher = &world.sessions[origin as usize];
-            let perfect = receiver.person.down.is_perfect() && publisher.person.up.is_perfect();
-            if perfect && is_undisturbed(receiver, stream.ssrc) && is_steady(publisher, stream.kind) {
+            let [up, down] = [publisher.person.up.is_perfect(), receiver.person.down.is_perfect()];
+            let all_must_come = up && down && is_undisturbed(receiver, stream.ssrc) && is_steady(publisher, stream.kind);
+            let losses = stream.losses;
+            let fits = (!up || losses.uplink == 0) && (!(up && down) || losses.downlink == 0);
+            world.check(Rule::EnginesAccount, fits, || {
+                format!("session {index} says {losses:?} of {origin}; perfect uplink {up}, downlink {down}")
+            });
+            if all_must_come {
                 world.check(Rule::PerfectLinksDeliver, delivered == expected && expected > 0, || {
                     format!("session {index} got {delivered} of {expected} frames of track {number} of session {origin}")
                 });
