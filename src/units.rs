@@ -46,6 +46,12 @@ impl Time {
         Time(self.0.next_multiple_of(step.as_nanos() as u64))
     }
 
+    /// The first whole second after this time.
+    #[must_use]
+    pub const fn next_second(self) -> Time {
+        Time(self.0 + 1).next_whole(Duration::from_secs(1))
+    }
+
     /// The time that has passed since `earlier`; zero if `earlier` lies ahead.
     pub const fn since(self, earlier: Time) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))

@@ -103,7 +103,7 @@ fn evidence(cause: Cause, pieces: &[Gap], observed: &Observed<'_>) -> String {
             time(|second| second.throttled_us)
         ),
         Cause::Stolen => format!("the hypervisor took {:.2} s of CPU time", time(|second| second.steal_us)),
-        Cause::RunQueue if sfu > 0.0 => format!(
+        Cause::RunQueue if sfu >= 0.3 => format!(
             "an engine thread waited {:.2} s for a CPU, while the embedded SFU kept {sfu:.2} cores busy",
             time(|second| second.run_queue_us_max)
         ),
@@ -191,6 +191,25 @@ mod tests {
             (Cause::Stopped, &floor, rows(9, |row| row.run_queue_us_max = Some(900_000))),
         ] {
             assert_eq!(found(pause, pause, &engine, floor, &seconds), [(expected.side(), expected, 400)]);
+        }
+    }
+
+    #[test]
+    fn an_embedded_sfu_that_took_the_cpu_is_named_and_an_idle_one_is_not() {
+        for (cores, named) in [(0.93, true), (0.01, false)] {
+            let seconds = rows(7, |row| {
+                row.run_queue_us_max = Some(380_000);
+                row.embedded_sfu_cores = Some(cores);
+            });
+            let stalls = stalls(&Observed {
+                sends: &every(3, (7_100, 7_500)),
+                arrivals: &every(3, (7_100, 7_500)),
+                engine_gaps: &[gap(7_100, 7_500)],
+                floor_gaps: &[],
+                seconds: &seconds,
+                until: Time::from_millis(20_000),
+            });
+            assert_eq!(stalls[0].evidence.contains("embedded SFU kept 0.93 cores busy"), named, "{stalls:?}");
         }
     }
 

@@ -176,11 +176,13 @@ fn still_seconds(evidence: &Evidence<'_>) -> Vec<String> {
             None => by_cause.push((cause, vec![second], still)),
         }
     }
-    let sfu = evidence.seconds.iter().any(|second| second.embedded_sfu_cores > Some(0.0));
+    // A server in the same process that kept a good part of a core busy is worth a word.
+    let busy_sfu = |second: &Second| second.embedded_sfu_cores > Some(0.3);
     by_cause
         .iter()
         .map(|(cause, seconds, worst)| {
-            let (why, what_to_do) = explanation(*cause, sfu);
+            let touched = |row: &&Second| seconds.iter().any(|second| row.covers(*second));
+            let (why, what_to_do) = explanation(*cause, evidence.seconds.iter().filter(touched).any(busy_sfu));
             format!(
                 "{}: the generator stood still for {}{:.2} s of a second (limit {:.2} s): {why}; {what_to_do}",
                 names(seconds),
@@ -263,12 +265,8 @@ fn late_sends(evidence: &Evidence<'_>) -> Option<String> {
 
 /// `, seconds 3-5 and 9`: the rows that something is true of.
 fn rows_where(seconds: &[Second], is_so: impl Fn(&Second) -> bool) -> String {
-    // A row begins and ends some ms behind whole seconds.
-    const SLACK: Duration = Duration::from_millis(200);
     let rows = seconds.iter().filter(|second| is_so(second));
-    let mut found: Vec<u64> = rows
-        .flat_map(|row| (row.from + SLACK).as_millis() / 1_000..=(row.to - SLACK).as_millis() / 1_000)
-        .collect();
+    let mut found: Vec<u64> = rows.flat_map(Second::whole_seconds).collect();
     found.dedup();
     if found.is_empty() {
         String::new()
@@ -407,8 +405,8 @@ mod tests {
     #[test]
     fn limits_of_the_whole_run_name_the_seconds_that_broke_them() {
         let row = |second: u64, skipped| Second {
-            from: Time::from_millis(second * 1_000 + 7),
-            to: Time::from_millis(second * 1_000 + 1_012),
+            from: Time::from_millis(second * 1_000 + 50),
+            to: Time::from_millis(second * 1_000 + 1_052),
             frames_skipped: skipped,
             ..Second::default()
         };

@@ -30,7 +30,6 @@ const SETUP_QUEUE_MAX: usize = 2_048;
 const DRAIN_BATCHES: usize = 32;
 /// Sockets that get a turn in one tick: far more than a thread can serve in time, so only an overload meets it.
 const DRAIN_TURNS_MAX: usize = 4_096;
-const RECORD_PERIOD: Duration = Duration::from_secs(1);
 
 /// What a worker hands out once a second, and for the last time when it ends.
 pub struct Report {
@@ -58,7 +57,7 @@ pub struct Activity {
 /// Why a worker reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Occasion {
-    /// A second has passed.
+    /// A whole second of the run's clock has come, so that what is told of a second is of that second.
     Second,
     /// [`Command::Report`].
     Asked,
@@ -181,7 +180,7 @@ impl Worker {
             commands: config.commands,
             reports: config.reports,
             spare_records: config.spare_records,
-            next_report_at: now + RECORD_PERIOD,
+            next_report_at: now.next_second(),
             batch: net::Batch::default(),
             arrivals: Marks::default(),
             sends: Marks::default(),
@@ -204,7 +203,7 @@ impl Worker {
         self.forward_events();
         self.shard.take_io_counts(&mut self.io.counts);
         if now >= self.next_report_at {
-            self.next_report_at += RECORD_PERIOD;
+            self.next_report_at = now.next_second();
             self.report(Occasion::Second);
         }
         Ok(alive)

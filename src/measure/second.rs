@@ -31,6 +31,19 @@ pub struct Second {
     pub softnet_squeezed: Option<u64>,
 }
 
+impl Second {
+    /// The seconds of the run, counted from 0, that this row is about: engine threads report each at its end, and the row has those that came while it was open.
+    pub fn whole_seconds(&self) -> impl Iterator<Item = u64> + use<> {
+        let ended_by = |time: Time| time.as_millis() / 1_000;
+        let before = self.from.as_millis().div_ceil(1_000).saturating_sub(1);
+        before..ended_by(self.to)
+    }
+
+    pub fn covers(&self, second: u64) -> bool {
+        self.whole_seconds().any(|covered| covered == second)
+    }
+}
+
 /// Datagrams that this host dropped, by place. All but `sockets` count whatever else the host does, too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct HostDrops {
@@ -86,6 +99,26 @@ impl HostDrops {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_row_is_about_the_seconds_that_ended_while_it_was_open() {
+        for (from_ms, to_ms, expected) in [
+            (0, 1_050, &[0][..]),
+            (12_050, 13_051, &[12]),
+            // A stall of two seconds, and what comes after it.
+            (12_050, 14_990, &[12, 13]),
+            (14_990, 16_050, &[14, 15]),
+            (3_050, 3_700, &[]),
+        ] {
+            let row = Second {
+                from: Time::from_millis(from_ms),
+                to: Time::from_millis(to_ms),
+                ..Second::default()
+            };
+            assert_eq!(row.whole_seconds().collect::<Vec<_>>(), expected, "{from_ms}-{to_ms}");
+            assert!(expected.iter().all(|second| row.covers(*second)) && !row.covers(99));
+        }
+    }
 
     #[test]
     fn a_difference_of_the_unknown_is_unknown_and_so_is_one_that_runs_backwards() {

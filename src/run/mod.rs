@@ -50,6 +50,8 @@ use crate::units::{Epoch, Time};
 const DRAIN: Duration = Duration::from_millis(1_500);
 /// How long the participants may take to say goodbye.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Engine threads report at whole seconds; so long a row waits for them.
+const REPORTS_TAKE: Duration = Duration::from_millis(50);
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 const PEERS_PER_PARTICIPANT: usize = 2;
 
@@ -170,7 +172,7 @@ struct SessionBook {
 /// What the rows of the series are differences of.
 struct SecondBook {
     at: Time,
-    /// Rows end with whole seconds of the run's clock; one that a stall makes late is longer.
+    /// Just after a whole second of the run's clock. A row that a stall makes late is longer.
     due: Time,
     cpu: Option<Duration>,
     joined: u32,
@@ -252,7 +254,7 @@ impl<'a> Test<'a> {
             series: Vec::new(),
             second: SecondBook {
                 at: now,
-                due: next_second(now),
+                due: now.next_second() + REPORTS_TAKE,
                 cpu: generator_cpu(),
                 joined: 0,
                 record: Record::default(),
@@ -543,7 +545,7 @@ impl<'a> Test<'a> {
         self.series.push(sample.clone());
         self.second = SecondBook {
             at: now,
-            due: next_second(now),
+            due: now.next_second() + REPORTS_TAKE,
             cpu,
             joined: self.sessions.joined,
             record: self.record.clone(),
@@ -728,11 +730,6 @@ fn silence_note(stalls: &[Stall]) -> Option<String> {
         "the server was silent for {:.2} s at second {}{others}: nothing came while the generator was awake and sent; look at the server, or at the way to it",
         worst.seconds, worst.at as u64
     ))
-}
-
-/// The first whole second after `now`.
-fn next_second(now: Time) -> Time {
-    (now + Duration::from_nanos(1)).next_whole(Duration::from_secs(1))
 }
 
 /// CPU time of this process without the embedded SFU's threads. The floor thread and `main` are part of what a run costs.
