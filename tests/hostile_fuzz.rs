@@ -1,5 +1,6 @@
 //! The fuzz targets on stable: each replays its seeds and its corpus (`fixtures/fuzz`), and a fixed number of mutations of them, the same ones every time.
-//! What the fuzzers of `fuzz/` found once is among them. `FUZZ_MUTATIONS=1000` in the environment tries so many times as many.
+//! What the fuzzers of `fuzz/` found once is among them. `FUZZ_MUTATIONS=1000` in the environment tries so many times as many; `FUZZ_SEEDS=folder` writes the
+//! seeds there, for a fuzzer to begin with.
 
 #[path = "common/counting.rs"]
 #[allow(dead_code)]
@@ -68,6 +69,13 @@ replayed! {
 
 fn replay(target: &'static Target) {
     let mut inputs = (target.seeds)();
+    if let Some(folder) = std::env::var_os("FUZZ_SEEDS") {
+        let folder = Path::new(&folder).join(target.name);
+        std::fs::create_dir_all(&folder).unwrap();
+        for (number, seed) in inputs.iter().enumerate() {
+            std::fs::write(folder.join(format!("seed-{number:02}")), seed).unwrap();
+        }
+    }
     for file in corpus(target) {
         inputs.push(std::fs::read(&file).unwrap());
     }

@@ -20,12 +20,3 @@ mod targets;
 pub fn run(target: &str, input: &[u8]) {
     (targets::named(target).run)(input);
 }
-
-/// Writes a target's seeds, one file each.
-pub fn write_seeds(target: &str, folder: &std::path::Path) -> std::io::Result<()> {
-    std::fs::create_dir_all(folder)?;
-    for (number, seed) in (targets::named(target).seeds)().iter().enumerate() {
-        std::fs::write(folder.join(format!("seed-{number:02}")), seed)?;
-    }
-    Ok(())
-}

@@ -396,6 +396,13 @@ impl Session {
         loop {
             tokio::select! {
                 biased;
+                // First what ends it: a server that never stops talking must not keep a participant in.
+                () = leaving(&mut leave) => {
+                    // The server sees a participant who says goodbye at once; one who is silent it keeps for 20 s.
+                    let _ = tokio::time::timeout(Duration::from_secs(2), signal.sender.leave()).await;
+                    return Ok(());
+                }
+                () = &mut deadline, if !self.joined => return Err(Failure::lost(self.timeout_reason())),
                 Some(event) = engine.receiver.recv() => {
                     if let Err(failure) = self.handle_engine(event, &mut signal.sender).await {
                         let closed = matches!(event, EngineEvent::Failed { failure: PeerFailure::ClosedByRemote, .. });
@@ -412,13 +419,7 @@ impl Session {
                     self.handle_signal(event, signal, &engine.sender).await?;
                 }
                 Some(request) = requests.recv() => self.handle_request(request, &mut signal.sender).await?,
-                () = leaving(&mut leave) => {
-                    // The server sees a participant who says goodbye at once; one who is silent it keeps for 20 s.
-                    let _ = tokio::time::timeout(Duration::from_secs(2), signal.sender.leave()).await;
-                    return Ok(());
-                }
                 _ = signal.ping.tick() => signal.ping(self.context.epoch.now()).await?,
-                () = &mut deadline, if !self.joined => return Err(Failure::lost(self.timeout_reason())),
             }
         }
     }

@@ -169,3 +169,26 @@ async fn resumption(receiver: &mut SignalReceiver) -> Result<(), Failure> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_thrown_out_as_soon_as_it_is_back_waits_ever_longer() {
+        let (mut now, mut back, mut pauses) = (Time::from_millis(1_000), None, Vec::new());
+        for _ in 0..8 {
+            let mut lost = Lost::at(now, back);
+            let pause = retry_pause(lost.tries, 7);
+            lost.tries += 1;
+            pauses.push(pause);
+            now += pause;
+            back = Some((now, lost.tries));
+        }
+        assert!(
+            pauses[0].is_zero() && pauses.windows(2).all(|pair| pair[0] < pair[1] || pair[1] > Duration::from_secs(5)),
+            "{pauses:?}"
+        );
+        assert_eq!(Lost::at(now + RECONNECT_TIMEOUT, back).tries, 0, "who stayed for long begins anew");
+    }
+}
