@@ -83,6 +83,11 @@ impl Shard {
         self.record.engine.setup_datagrams_dropped += setup_dropped;
     }
 
+    /// What was counted since the last swap.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
     /// Hands out what was counted since the last swap.
     pub fn swap_record(&mut self, fresh: Box<Record>) -> Box<Record> {
         std::mem::replace(&mut self.record, fresh)
