@@ -1,0 +1,258 @@
+//! The named floor: what no receiver of this traffic can do without. The same sockets, options and tick as an engine worker's; each datagram is taken by
+//! `recvmmsg` with the kernel's stamp and opened with its connection's key. Nothing is parsed, counted, put in order or answered.
+//!
+//! And the sender that drives it and a real worker alike: one socket, one burst after the other to everybody, as an SFU forwards one publisher.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use throng::engine::worker::Beat;
+use throng::engine::{ShardConfig, TICK};
+use throng::measure::Kind;
+use throng::net;
+use throng::transport::rtp::{Datagram, classify};
+use throng::transport::srtp::{DtlsRole, Opener, Profile, Sealer, session};
+use throng::units::{Epoch, Time};
+
+use super::origin::{Origin, Plain};
+use super::remote::Remote;
+
+pub const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+/// As a run asks for where the host grants it.
+pub const RECEIVE_BUFFER_BYTES: usize = 1 << 20;
+/// An RTP header without extensions: what the sender's packets have.
+const HEADER_LEN: usize = 12;
+/// Ends and consents are looked at this often: it is no part of what is measured.
+const UPKEEP: Duration = Duration::from_millis(20);
+
+/// What one program took, and what it got for it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Taken {
+    pub packets: u64,
+    pub cpu: Duration,
+}
+
+impl Taken {
+    pub fn nanos_a_packet(&self) -> f64 {
+        self.cpu.as_nanos() as f64 / self.packets.max(1) as f64
+    }
+}
+
+/// One connection's receiving end without anything around it.
+pub struct BareEnd {
+    pub socket: UdpSocket,
+    pub opener: Opener,
+}
+
+/// A receiving end, and what its sender has to know.
+pub fn bare_end(index: usize, sender: SocketAddr, profile: Profile) -> (BareEnd, Target) {
+    let mut material = vec![0x35; profile.keying_material_len()];
+    material[..8].copy_from_slice(&(index as u64).to_be_bytes());
+    let (sealer, _) = session(profile, &material, DtlsRole::Client).expect("its length");
+    let (_, opener) = session(profile, &material, DtlsRole::Server).expect("its length");
+    let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
+    socket.connect(sender).expect("loopback");
+    let to = socket.local_addr().expect("bound");
+    let target = Target {
+        to,
+        keys: Keys::Bare(Box::new(sealer)),
+    };
+    (BareEnd { socket, opener }, target)
+}
+
+/// The floor program on a thread of its own, until it is stopped.
+pub struct Floor {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<(Vec<BareEnd>, Taken)>,
+}
+
+impl Floor {
+    pub fn start(ends: Vec<BareEnd>, epoch: Epoch) -> Floor {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let run = move || receive_until(ends, epoch, &stopped);
+        let thread = std::thread::Builder::new().name("bare".into()).spawn(run).expect("a thread");
+        Floor { stop, thread }
+    }
+
+    pub fn stop(self) -> (Vec<BareEnd>, Taken) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the floor program does not fail")
+    }
+}
+
+fn receive_until(mut ends: Vec<BareEnd>, epoch: Epoch, stop: &AtomicBool) -> (Vec<BareEnd>, Taken) {
+    let mut poll = Poll::new().expect("epoll");
+    for (key, end) in ends.iter().enumerate() {
+        let fd = end.socket.as_raw_fd();
+        poll.registry()
+            .register(&mut SourceFd(&fd), Token(key), Interest::READABLE)
+            .expect("a socket");
+    }
+    let (mut events, mut batch, mut packets) = (Events::with_capacity(4_096), net::Batch::default(), 0);
+    let mut beat = Beat::start(epoch);
+    let started = net::thread_cpu();
+    while !stop.load(Ordering::Relaxed) {
+        // As a worker that sends no media and has nobody joining.
+        beat.wait(2);
+        poll.poll(&mut events, Some(Duration::ZERO)).expect("epoll");
+        for event in &events {
+            packets += drain(&mut ends[event.token().0], &mut batch);
+        }
+    }
+    let cpu = net::thread_cpu() - started;
+    for end in &ends {
+        let fd = end.socket.as_raw_fd();
+        poll.registry().deregister(&mut SourceFd(&fd)).expect("registered");
+    }
+    (ends, Taken { packets, cpu })
+}
+
+fn drain(end: &mut BareEnd, batch: &mut net::Batch) -> u64 {
+    let mut opened = 0;
+    while let Ok(count) = batch.receive(&end.socket) {
+        for index in 0..count {
+            let Some((datagram, received)) = batch.datagram(index) else { continue };
+            std::hint::black_box(received.stamp_unix_nanos);
+            // The sender's windows are far shorter than a wrap, and begin at the numbers' own low half.
+            let seq = u64::from(u16::from_be_bytes([datagram[2], datagram[3]]));
+            opened += u64::from(end.opener.open_rtp(datagram, HEADER_LEN, seq).is_ok());
+        }
+        if count < net::BATCH {
+            break;
+        }
+    }
+    opened
+}
+
+/// Where the sender sends to.
+pub struct Target {
+    pub to: SocketAddr,
+    pub keys: Keys,
+}
+
+pub enum Keys {
+    Bare(Box<Sealer>),
+    /// A whole connection: ICE and DTLS have been, and consent is kept up.
+    Peer(Box<Remote>),
+}
+
+impl Target {
+    fn sealer(&self) -> &Sealer {
+        match &self.keys {
+            Keys::Bare(sealer) => sealer,
+            Keys::Peer(remote) => remote.peer.sealer().expect("connected"),
+        }
+    }
+}
+
+pub struct Sender {
+    pub socket: UdpSocket,
+    pub targets: Vec<Target>,
+    by_address: HashMap<SocketAddr, usize>,
+    origin: Origin,
+    epoch: Epoch,
+    batch: net::SendBatch,
+    burst: Vec<Plain>,
+    next_upkeep: Time,
+    pub sent: u64,
+    pub sent_bytes: u64,
+}
+
+impl Sender {
+    /// With a publisher of its own, which is participant `origin` of `config`.
+    pub fn new(socket: UdpSocket, targets: Vec<Target>, config: &ShardConfig, origin: usize) -> Sender {
+        let by_address = targets.iter().enumerate().map(|(index, target)| (target.to, index)).collect();
+        Sender {
+            socket,
+            targets,
+            by_address,
+            origin: Origin::publishing(Kind::Video, origin, config, config.epoch.now()),
+            epoch: config.epoch,
+            batch: net::SendBatch::default(),
+            burst: Vec::new(),
+            next_upkeep: Time::ZERO,
+            sent: 0,
+            sent_bytes: 0,
+        }
+    }
+
+    /// Sends what the publisher has for so long, in time.
+    pub fn run_for(&mut self, time: Duration) {
+        let mut beat = Beat::start(self.epoch);
+        let end = self.epoch.now() + time;
+        loop {
+            let (now, ..) = beat.wait(1);
+            if now >= end {
+                return;
+            }
+            self.forward(now);
+            self.keep_up(now);
+        }
+    }
+
+    /// Until every connection is up.
+    pub fn connect(&mut self, patience: Duration) {
+        let end = self.epoch.now() + patience;
+        let is_up = |target: &Target| match &target.keys {
+            Keys::Bare(_) => true,
+            Keys::Peer(remote) => remote.connected,
+        };
+        while !self.targets.iter().all(is_up) {
+            let now = self.epoch.now();
+            assert!(now < end, "not connected within {patience:?}");
+            self.next_upkeep = now;
+            self.keep_up(now);
+            std::thread::sleep(TICK);
+        }
+    }
+
+    fn forward(&mut self, now: Time) {
+        let burst = &mut self.burst;
+        self.origin.send(now, |plain| burst.push(plain.clone()));
+        for target in &self.targets {
+            let sealer = target.sealer();
+            for plain in &self.burst {
+                assert_eq!(plain.header_len, HEADER_LEN);
+                let room = self.batch.lend();
+                room[..plain.bytes.len()].copy_from_slice(&plain.bytes);
+                let sealed = sealer.seal_rtp(room, plain.header_len, plain.bytes.len(), plain.index);
+                let len = sealed.expect("a packet of ours");
+                self.batch.push(&self.socket, target.to, len, len);
+                self.sent += 1;
+                self.sent_bytes += len as u64;
+            }
+        }
+        self.batch.flush(&self.socket);
+        self.burst.clear();
+    }
+
+    /// Answers checks, and does what else connections need.
+    fn keep_up(&mut self, now: Time) {
+        if now < self.next_upkeep {
+            return;
+        }
+        self.next_upkeep = now + UPKEEP;
+        let mut bytes = [0; 2_048];
+        while let Ok((len, from)) = self.socket.recv_from(&mut bytes) {
+            let target = self.by_address.get(&from).map(|index| &mut self.targets[*index].keys);
+            if let (Some(Keys::Peer(remote)), Datagram::Stun | Datagram::Dtls) = (target, classify(&bytes[..len])) {
+                remote.peer.handle_setup_datagram(&bytes[..len], from, now);
+            }
+        }
+        for target in &mut self.targets {
+            let (socket, to) = (&self.socket, target.to);
+            if let Keys::Peer(remote) = &mut target.keys {
+                // What is not sent is sent again.
+                remote.turn(now, |datagram| drop(socket.send_to(datagram, to)));
+            }
+        }
+    }
+}

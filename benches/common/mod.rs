@@ -1,0 +1,43 @@
+//! What several benches share: a publisher whose packets they all get, the other end of every connection, and the stacks that are compared.
+#![allow(dead_code)]
+
+pub mod fixture;
+pub mod floor;
+pub mod origin;
+pub mod remote;
+pub mod rtc;
+pub mod str0m;
+pub mod table;
+pub mod throng;
+
+use ::throng::measure::Kind;
+
+/// Whether the whole size is asked for: `cargo bench` says so. Among the tests everything runs once, in small, so that it does not rot.
+pub fn is_full() -> bool {
+    std::env::args().any(|argument| argument == "--bench")
+}
+
+/// The SSRC of the one track of a connection.
+pub const SSRC: u32 = 0x1000_0001;
+
+pub const fn payload_type(kind: Kind) -> u8 {
+    match kind {
+        Kind::Audio => 111,
+        Kind::Video => 96,
+    }
+}
+
+pub const fn clock_rate(kind: Kind) -> u32 {
+    match kind {
+        Kind::Audio => 48_000,
+        Kind::Video => 90_000,
+    }
+}
+
+/// How rows are called.
+pub const fn media(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Audio => "audio",
+        Kind::Video => "video",
+    }
+}

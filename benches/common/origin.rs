@@ -1,0 +1,245 @@
+//! One publisher of ours whose packets are handed out opened: real frames with real identities, cut and paced as a run's are.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use throng::engine::publisher::{Pacing, SendParameters, Source};
+use throng::engine::shard::Shard;
+use throng::engine::{Command, Io, NewPeer, Roster, ShardConfig, track_number};
+use throng::measure::Kind;
+use throng::media::identity::FrameIdentity;
+use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
+use throng::media::vp8::{VideoClip, VideoSpec};
+use throng::net;
+use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
+use throng::transport::rtp::{Datagram, Header, classify};
+use throng::transport::sequence::SeqExtender;
+use throng::transport::srtp::Profile;
+use throng::units::{Bitrate, Epoch, Time};
+
+use super::remote::{Remote, Side, address};
+use super::{SSRC, is_full, payload_type};
+
+const RUN: u32 = 77;
+const TICK: Duration = Duration::from_millis(1);
+
+/// What all participants of a bench share. The publisher is the one after the `receivers`.
+pub fn shard_config(receivers: usize) -> ShardConfig {
+    ShardConfig {
+        identity: Identity::generate().expect("a certificate"),
+        roster: Arc::new(Roster::new(RUN, (0..=receivers).map(|_| 0))),
+        epoch: Epoch::read(),
+    }
+}
+
+/// The media: packets of about 1,100 bytes of video, or of about 100 of audio. In the small size the video is a small one, too: a packet a frame.
+pub fn source(kind: Kind) -> Source {
+    static VIDEO: OnceLock<Arc<VideoClip>> = OnceLock::new();
+    static AUDIO: OnceLock<Arc<AudioClip>> = OnceLock::new();
+    let video = || {
+        let (width, height, bps) = if is_full() { (320, 180, 780_000) } else { (96, 54, 60_000) };
+        let spec = VideoSpec {
+            width,
+            height,
+            fps: 30,
+            bitrate: Bitrate::from_bps(bps),
+            seed: 1,
+        };
+        Arc::new(VideoClip::generate(&spec, 2).expect("a spec that can be"))
+    };
+    let audio = || {
+        let spec = AudioSpec {
+            bitrate: Bitrate::from_bps(32_000),
+            frame: Duration::from_millis(20),
+            content: AudioContent::Speech,
+            dtx: false,
+            seed: 1,
+        };
+        Arc::new(AudioClip::generate(&spec).expect("a spec that can be"))
+    };
+    match kind {
+        Kind::Video => Source::Video(VIDEO.get_or_init(video).clone()),
+        Kind::Audio => Source::Audio(AUDIO.get_or_init(audio).clone()),
+    }
+}
+
+/// What is agreed for a track of participant `origin`.
+pub fn track(kind: Kind, origin: u32, first_frame_at: Time) -> SendParameters {
+    SendParameters {
+        source: source(kind),
+        ssrc: SSRC,
+        rtx_ssrc: None,
+        payload_type: payload_type(kind),
+        rtx_payload_type: None,
+        audio_level_extension: None,
+        simulcast: None,
+        talk: None,
+        pacing: Pacing::Paced,
+        identity: FrameIdentity {
+            run: RUN,
+            origin,
+            track: track_number(kind),
+            ..FrameIdentity::default()
+        },
+        seed: 5,
+        first_frame_at,
+    }
+}
+
+/// An RTP packet before it is sealed.
+#[derive(Clone)]
+pub struct Plain {
+    pub bytes: Vec<u8>,
+    pub header_len: usize,
+    /// ROC << 16 | SEQ.
+    pub index: u64,
+    /// When the publisher sent it.
+    pub at: Time,
+}
+
+pub struct Origin {
+    shard: Shard,
+    remote: Remote,
+    extender: SeqExtender,
+    io: Capture,
+    pub now: Time,
+    packets: VecDeque<Plain>,
+}
+
+impl Origin {
+    /// Publishes from `now` on.
+    pub fn publishing(kind: Kind, participant: usize, config: &ShardConfig, now: Time) -> Origin {
+        let ours = Side {
+            address: address(3, 0),
+            credentials: IceCredentials::random(),
+            fingerprint: config.identity.fingerprint(),
+        };
+        let theirs = Remote::side(0, config);
+        let mut shard = Shard::new(config.clone(), 1, now);
+        let mut io = Capture::default();
+        shard.add_peer(0, new_peer(participant, &ours, &theirs), now, &mut io);
+        let mut origin = Origin {
+            shard,
+            remote: Remote::new(theirs, &ours, config, now),
+            extender: SeqExtender::default(),
+            io,
+            now,
+            packets: VecDeque::new(),
+        };
+        while !origin.remote.connected {
+            origin.connect(ours.address);
+        }
+        // The last flight is still to be taken.
+        origin.connect(ours.address);
+        let tracks = vec![track(kind, participant as u32, origin.now + TICK)];
+        origin
+            .shard
+            .handle_command(Command::Publish { key: 0, tracks }, origin.now, &mut origin.io);
+        origin
+    }
+
+    /// The next packet, however long that takes in virtual time.
+    pub fn next(&mut self) -> Plain {
+        loop {
+            if let Some(packet) = self.packets.pop_front() {
+                return packet;
+            }
+            self.send_until(self.now + TICK);
+        }
+    }
+
+    /// The packets that are due by `now`, each handed to `take`.
+    pub fn send(&mut self, now: Time, mut take: impl FnMut(&Plain)) {
+        self.send_until(now);
+        self.packets.drain(..).for_each(|packet| take(&packet));
+    }
+
+    /// What its connection, and so every connection to an end of ours, has agreed on.
+    pub fn profile(&self) -> Profile {
+        self.remote.peer.sealer().expect("connected").profile()
+    }
+
+    fn send_until(&mut self, now: Time) {
+        self.now = now;
+        self.shard.handle_media_timers(now, &mut self.io);
+        for mut bytes in self.io.sent.drain(..) {
+            let header = Header::parse(&bytes).expect("RTP");
+            let index = self.extender.guess(header.seq.0);
+            let opener = self.remote.peer.opener().expect("connected");
+            let len = opener.open_rtp(&mut bytes, header.header_len, index).expect("our own packet");
+            self.extender.commit(index);
+            bytes.truncate(len);
+            self.packets.push_back(Plain {
+                bytes,
+                header_len: header.header_len,
+                index,
+                at: now,
+            });
+        }
+    }
+
+    fn connect(&mut self, ours: SocketAddr) {
+        self.now += TICK;
+        let now = self.now;
+        for datagram in std::mem::take(&mut self.io.sent) {
+            assert!(matches!(classify(&datagram), Datagram::Stun | Datagram::Dtls));
+            self.remote.peer.handle_setup_datagram(&datagram, ours, now);
+        }
+        let mut back = Vec::new();
+        self.remote.turn(now, |datagram| back.push(datagram.to_vec()));
+        let from = self.remote.side.address;
+        for datagram in back {
+            self.shard.handle_setup_datagram(0, &datagram, from, now, now, &mut self.io);
+        }
+        self.shard.handle_control_timers(now, &mut self.io);
+    }
+}
+
+/// A participant of ours as signalling describes it to a shard.
+pub fn new_peer(participant: usize, ours: &Side, theirs: &Side) -> NewPeer {
+    NewPeer {
+        participant: participant as u32,
+        room: 0,
+        parameters: PeerParameters {
+            local_address: ours.address,
+            local: ours.credentials.clone(),
+            remote: theirs.credentials.clone(),
+            remote_fingerprint: theirs.fingerprint,
+            remote_candidates: vec![theirs.address],
+            ice_controlling: true,
+            dtls_active: true,
+        },
+        rtcp_ssrc: 9,
+        cname: format!("participant-{participant}"),
+        intended_at: Time::ZERO,
+    }
+}
+
+/// Keeps every datagram.
+struct Capture {
+    buffer: Vec<u8>,
+    sent: Vec<Vec<u8>>,
+}
+
+impl Default for Capture {
+    fn default() -> Capture {
+        Capture {
+            buffer: vec![0; net::SEND_BYTES_MAX],
+            sent: Vec::new(),
+        }
+    }
+}
+
+impl Io for Capture {
+    fn lend(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    fn send(&mut self, _key: usize, _to: SocketAddr, len: usize, segment: usize) {
+        self.sent.extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
+    }
+
+    fn connect(&mut self, _key: usize, _to: SocketAddr) {}
+}

@@ -1,0 +1,80 @@
+//! The other end of a connection under test: ours for every stack, so that all of them get the same datagrams.
+
+use std::net::SocketAddr;
+
+use throng::engine::ShardConfig;
+use throng::transport::peer::{IceCredentials, Peer, PeerEvent, PeerParameters};
+use throng::transport::sdp::Fingerprint;
+use throng::units::Time;
+
+use super::origin::Plain;
+
+/// What one end's description says of its transport.
+#[derive(Clone)]
+pub struct Side {
+    pub address: SocketAddr,
+    pub credentials: IceCredentials,
+    pub fingerprint: Fingerprint,
+}
+
+/// An ICE-lite end and DTLS server, as an SFU is. It has no media of its own: it seals what an [`super::origin::Origin`] has made.
+pub struct Remote {
+    pub side: Side,
+    pub peer: Peer,
+    pub connected: bool,
+}
+
+impl Remote {
+    /// What the stack under test is to know before this end knows of it.
+    pub fn side(key: usize, config: &ShardConfig) -> Side {
+        Side {
+            address: address(2, key),
+            credentials: IceCredentials::random(),
+            fingerprint: config.identity.fingerprint(),
+        }
+    }
+
+    pub fn new(side: Side, theirs: &Side, config: &ShardConfig, now: Time) -> Remote {
+        let parameters = PeerParameters {
+            local_address: side.address,
+            local: side.credentials.clone(),
+            remote: theirs.credentials.clone(),
+            remote_fingerprint: theirs.fingerprint,
+            remote_candidates: Vec::new(),
+            ice_controlling: false,
+            dtls_active: false,
+        };
+        let mut peer = Peer::lite(&config.identity, &parameters, config.epoch, now);
+        peer.handle_timeout(now);
+        Remote {
+            side,
+            peer,
+            connected: false,
+        }
+    }
+
+    /// Handles what is due, and hands out what is to be sent.
+    pub fn turn(&mut self, now: Time, send: impl FnMut(&[u8])) {
+        if self.peer.next_timeout() <= now {
+            self.peer.handle_timeout(now);
+        }
+        let (mut send, connected) = (send, &mut self.connected);
+        self.peer
+            .poll(now, |datagram, _| send(datagram), |event| *connected |= event == PeerEvent::Connected);
+    }
+
+    /// Seals a packet for this connection into `out`.
+    pub fn seal(&self, plain: &Plain, out: &mut Vec<u8>) {
+        let sealer = self.peer.sealer().expect("connected");
+        out.clear();
+        out.extend_from_slice(&plain.bytes);
+        out.resize(plain.bytes.len() + sealer.profile().rtp_overhead(), 0);
+        let sealed = sealer.seal_rtp(out, plain.header_len, plain.bytes.len(), plain.index);
+        assert_eq!(sealed, Ok(out.len()));
+    }
+}
+
+/// Where the end `host` of connection `key` is, in a network that exists in memory only.
+pub fn address(host: u8, key: usize) -> SocketAddr {
+    SocketAddr::from(([192, 0, 2, host], 10_000 + key as u16))
+}

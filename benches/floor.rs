@@ -1,0 +1,217 @@
+//! What a received packet costs a whole engine worker, kernel included, as a multiple of the named floor program (`common::floor`): both get the same
+//! trace from the same sender, turn by turn, in one run.
+//!
+//! `cargo bench --bench floor`
+
+mod common;
+#[path = "../tests/common/link.rs"]
+#[allow(dead_code)]
+mod link;
+
+use std::sync::mpsc::{Sender as Commands, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use common::floor::{BareEnd, Floor, Keys, LOOPBACK, RECEIVE_BUFFER_BYTES, Sender, Taken, Target, bare_end};
+use common::origin::{new_peer, shard_config};
+use common::remote::{Remote, Side};
+use common::{SSRC, clock_rate, is_full};
+use throng::engine::worker::{self, Occasion, Report, WorkerConfig};
+use throng::engine::{Command, ShardConfig, StreamParameters};
+use throng::measure::{Kind, Record};
+use throng::net;
+use throng::transport::peer::IceCredentials;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+/// Connections come up at some thousands a second; beyond this something hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// What is under way when the sender pauses has arrived by then.
+const SETTLE: Duration = Duration::from_millis(60);
+
+fn main() {
+    let (connections, window, rounds) = match is_full() {
+        true => (1_000, Duration::from_secs(3), 5),
+        false => (8, Duration::from_millis(200), 1),
+    };
+    let mut engine = Engine::connected(connections);
+    let (mut ends, mut bare) = bare(connections, &engine);
+    let mut pairs = Vec::new();
+    for _ in 0..rounds {
+        let (taken, sent) = engine.window(window);
+        let floor = Floor::start(ends, engine.config.epoch);
+        let before = bare.sent;
+        bare.run_for(window);
+        std::thread::sleep(SETTLE);
+        let (back, floor) = floor.stop();
+        ends = back;
+        pairs.push([Row::new(taken, sent), Row::new(floor, bare.sent - before)]);
+    }
+    engine.stop();
+    print(connections, &bare, &pairs);
+}
+
+struct Row {
+    taken: Taken,
+    sent: u64,
+}
+
+impl Row {
+    fn new(taken: Taken, sent: u64) -> Row {
+        assert!(taken.packets > 0, "nothing has arrived");
+        Row { taken, sent }
+    }
+}
+
+fn print(connections: usize, sender: &Sender, pairs: &[[Row; 2]]) {
+    let bytes = sender.sent_bytes / sender.sent.max(1);
+    println!("\nA received packet of {bytes} bytes, kernel included, {connections} connections on one thread");
+    println!(
+        "  {:>14} {:>14} {:>7}   arrived, of those sent",
+        "engine worker", "floor program", "ratio"
+    );
+    let mut ratios = Vec::new();
+    for [engine, floor] in pairs {
+        let [of_engine, of_floor] = [engine, floor].map(|row| row.taken.nanos_a_packet());
+        ratios.push(of_engine / of_floor);
+        let arrived = |row: &Row| 100.0 * row.taken.packets as f64 / row.sent.max(1) as f64;
+        println!(
+            "  {of_engine:>11.0} ns {of_floor:>11.0} ns {:>6.2}x   {:.2} % of {}, {:.2} % of {}",
+            of_engine / of_floor,
+            arrived(engine),
+            engine.sent,
+            arrived(floor),
+            floor.sent
+        );
+    }
+    ratios.sort_by(f64::total_cmp);
+    println!("  generator CPU / floor CPU a received packet: {:.2}x (median)", ratios[ratios.len() / 2]);
+}
+
+fn bare(connections: usize, engine: &Engine) -> (Vec<BareEnd>, Sender) {
+    let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
+    let address = socket.local_addr().expect("bound");
+    let profile = engine.profile();
+    let (ends, targets) = (0..connections).map(|index| bare_end(index, address, profile)).unzip();
+    // A publisher of its own: what one program's misses must not be counted as the other's.
+    let config = ShardConfig {
+        epoch: engine.config.epoch,
+        ..shard_config(connections)
+    };
+    (ends, Sender::new(socket, targets, &config, connections))
+}
+
+/// A real worker on its thread, and the sender of its packets.
+struct Engine {
+    config: ShardConfig,
+    sender: Sender,
+    commands: Commands<Command>,
+    reports: UnboundedReceiver<Report>,
+    thread: JoinHandle<std::io::Result<()>>,
+}
+
+impl Engine {
+    fn connected(connections: usize) -> Engine {
+        let config = shard_config(connections);
+        let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
+        let (commands, receiver) = channel();
+        let (report_sender, reports) = unbounded_channel();
+        let worker = WorkerConfig {
+            index: 0,
+            cpu: None,
+            capacity: connections,
+            shard: config.clone(),
+            commands: receiver,
+            reports: report_sender,
+            spare_records: channel().1,
+        };
+        let thread = std::thread::Builder::new().name("engine-0".into());
+        let thread = thread.spawn(move || worker::run(worker)).expect("a thread");
+        let address = socket.local_addr().expect("bound");
+        let targets = (0..connections).map(|key| add(key, address, &config, &commands)).collect();
+        let mut sender = Sender::new(socket, targets, &config, connections);
+        sender.connect(PATIENCE);
+        Engine {
+            config,
+            sender,
+            commands,
+            reports,
+            thread,
+        }
+    }
+
+    fn profile(&self) -> throng::transport::srtp::Profile {
+        match &self.sender.targets[0].keys {
+            Keys::Peer(remote) => remote.peer.sealer().expect("connected").profile(),
+            Keys::Bare(sealer) => sealer.profile(),
+        }
+    }
+
+    /// One turn: what the worker took for what it received, and how much was sent to it.
+    fn window(&mut self, time: Duration) -> (Taken, u64) {
+        let (cpu_before, _) = self.report();
+        let sent_before = self.sender.sent;
+        self.sender.run_for(time);
+        std::thread::sleep(SETTLE);
+        let (cpu, record) = self.report();
+        let taken = Taken {
+            packets: record.video.packets_received,
+            cpu: cpu - cpu_before,
+        };
+        (taken, self.sender.sent - sent_before)
+    }
+
+    /// What was counted since the last call, and the thread's CPU time so far.
+    fn report(&mut self) -> (Duration, Record) {
+        self.commands.send(Command::Report).expect("a worker that lives");
+        let mut record = Record::default();
+        loop {
+            let report = self.reports.blocking_recv().expect("a worker that lives");
+            record.merge(&report.record);
+            if report.occasion == Occasion::Asked {
+                return (report.cpu, record);
+            }
+        }
+    }
+
+    fn stop(self) {
+        self.commands.send(Command::Stop).expect("a worker that lives");
+        self.thread.join().expect("no panic").expect("no failure");
+    }
+}
+
+/// A subscriber of the worker's; what the sender has to know of it.
+fn add(key: usize, sender: std::net::SocketAddr, config: &ShardConfig, commands: &Commands<Command>) -> Target {
+    let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
+    let side = |address| Side {
+        address,
+        credentials: IceCredentials::random(),
+        fingerprint: config.identity.fingerprint(),
+    };
+    let to = socket.local_addr().expect("bound");
+    let (ours, theirs) = (side(to), side(sender));
+    let now = config.epoch.now();
+    let remote = Remote::new(theirs.clone(), &ours, config, now);
+    let peer = Box::new(new_peer(key, &ours, &theirs));
+    let streams = vec![StreamParameters {
+        kind: Kind::Video,
+        ssrc: SSRC,
+        rtx_ssrc: None,
+        clock_rate: clock_rate(Kind::Video),
+        announced_at: now,
+    }];
+    // Nobody listens to what becomes of it: the other end knows.
+    let events = unbounded_channel().0;
+    let add = Command::AddPeer {
+        key,
+        socket: Some(socket),
+        peer,
+        events,
+    };
+    for command in [add, Command::Subscribe { key, streams }] {
+        commands.send(command).expect("a worker that lives");
+    }
+    Target {
+        to,
+        keys: Keys::Peer(Box::new(remote)),
+    }
+}

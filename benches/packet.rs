@@ -1,0 +1,177 @@
+//! What a packet costs in user space alone: received, and sent; with few connections, whose state stays in the cache, and with many, each of which has gone
+//! cold by its next packet. Beside it the floor, AES-GCM with as many keys and nothing else, and other stacks that do the same work.
+//!
+//! `cargo bench --bench packet`
+
+mod common;
+#[path = "../tests/common/link.rs"]
+#[allow(dead_code)]
+mod link;
+
+use std::time::{Duration, Instant};
+
+use common::fixture::{Fixture, Role, Setting, Stack};
+use common::origin::{Origin, shard_config};
+use common::rtc::Rtc;
+use common::str0m::Str0m;
+use common::table::{self, Table};
+use common::throng::Throng;
+use criterion::Criterion;
+use ring::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use throng::measure::Kind;
+use throng::transport::srtp::Profile;
+use throng::units::Time;
+
+const TAG_LEN: usize = 16;
+/// As the fixture has it.
+const BATCH: usize = 8;
+
+fn main() {
+    let mut criterion = table::criterion();
+    let mut table = Table::new("A packet in user space (median, its 95 % interval, times the floor: AES-GCM alone)");
+    let cold = if common::is_full() { 1_000 } else { 24 };
+    for role in [Role::Receives, Role::Sends] {
+        for kind in [Kind::Video, Kind::Audio] {
+            for connections in [16, cold] {
+                let setting = Setting { role, kind };
+                compare(&mut criterion, &mut table, setting, connections);
+            }
+        }
+    }
+    criterion.final_summary();
+    table.print();
+}
+
+fn compare(criterion: &mut Criterion, table: &mut Table, setting: Setting, connections: usize) {
+    let facts = Facts::of(setting.kind);
+    let verb = match setting.role {
+        Role::Receives => "receive",
+        Role::Sends => "send",
+    };
+    let group = format!("{verb} {}, {} bytes, {connections} connections", common::media(setting.kind), facts.len);
+    // What is built for one row would fill the cache of the next: each is gone before the next one is made.
+    {
+        let mut floor = Floor::new(&facts, connections);
+        row(criterion, table, &group, "floor", |packets| floor.run(setting.role, packets));
+    }
+    stack::<Throng>(criterion, table, &group, setting, connections);
+    stack::<Str0m>(criterion, table, &group, setting, connections);
+    stack::<Rtc<false>>(criterion, table, &group, setting, connections);
+    stack::<Rtc<true>>(criterion, table, &group, setting, connections);
+}
+
+fn stack<S: Stack>(criterion: &mut Criterion, table: &mut Table, group: &str, setting: Setting, connections: usize) {
+    // Connected when the row runs, and not where a filter leaves it out.
+    let mut fixture: Option<Fixture<S>> = None;
+    row(criterion, table, group, S::NAME, |packets| {
+        let fixture = fixture.get_or_insert_with(|| Fixture::connected(connections, setting));
+        match setting.role {
+            Role::Receives => fixture.receive(packets),
+            Role::Sends => fixture.send(packets),
+        }
+    });
+}
+
+/// Times `work`, which takes a number of packets.
+fn row(criterion: &mut Criterion, table: &mut Table, group: &str, name: &'static str, mut work: impl FnMut(u64) -> Duration) {
+    let mut benches = criterion.benchmark_group(group);
+    benches.bench_function(name, |bencher| bencher.iter_custom(&mut work));
+    benches.finish();
+    table.add(group, name);
+}
+
+/// What the floor has to know of the packets that the stacks handle.
+struct Facts {
+    /// The mean, as it is on the wire.
+    len: usize,
+    header_len: usize,
+    profile: Profile,
+}
+
+impl Facts {
+    fn of(kind: Kind) -> Facts {
+        const SAMPLE: usize = 600;
+        let config = shard_config(1);
+        let mut origin = Origin::publishing(kind, 1, &config, Time::ZERO);
+        let packets: Vec<_> = (0..SAMPLE).map(|_| origin.next()).collect();
+        let bytes: usize = packets.iter().map(|packet| packet.bytes.len()).sum();
+        Facts {
+            len: bytes / SAMPLE + TAG_LEN,
+            header_len: packets[0].header_len,
+            profile: origin.profile(),
+        }
+    }
+}
+
+/// The keys of so many connections, each used for one packet in turn.
+struct Floor {
+    keys: Vec<Box<LessSafeKey>>,
+    packets: Vec<Vec<u8>>,
+    header_len: usize,
+    next: usize,
+    count: u64,
+}
+
+impl Floor {
+    fn new(facts: &Facts, connections: usize) -> Floor {
+        let algorithm = match facts.profile {
+            Profile::AeadAes256Gcm => &AES_256_GCM,
+            _ => &AES_128_GCM,
+        };
+        let key = |index: usize| {
+            let bytes = vec![index as u8; algorithm.key_len()];
+            Box::new(LessSafeKey::new(UnboundKey::new(algorithm, &bytes).expect("its length")))
+        };
+        Floor {
+            keys: (0..connections).map(key).collect(),
+            packets: vec![vec![0x5a; facts.len]; BATCH],
+            header_len: facts.header_len,
+            next: 0,
+            count: 0,
+        }
+    }
+
+    fn run(&mut self, role: Role, packets: u64) -> Duration {
+        let (mut left, mut spent) = (packets, Duration::ZERO);
+        while left > 0 {
+            let count = left.min(BATCH as u64) as usize;
+            let (first, keys) = (self.next, self.keys.len());
+            if role == Role::Receives {
+                (0..count).for_each(|place| self.seal((first + place) % keys, place));
+            }
+            let started = Instant::now();
+            for place in 0..count {
+                let key = (first + place) % keys;
+                match role {
+                    Role::Receives => self.open(key, place),
+                    Role::Sends => self.seal(key, place),
+                }
+            }
+            spent += started.elapsed();
+            self.next = (first + count) % keys;
+            self.count += BATCH as u64;
+            left -= count as u64;
+        }
+        spent
+    }
+
+    fn seal(&mut self, key: usize, place: usize) {
+        let (nonce, packet) = (nonce(self.count + place as u64), &mut self.packets[place]);
+        let (header, payload) = packet.split_at_mut(self.header_len);
+        let (payload, tag) = payload.split_at_mut(payload.len() - TAG_LEN);
+        let sealed = self.keys[key].seal_in_place_separate_tag(nonce, Aad::from(header), payload);
+        tag.copy_from_slice(sealed.expect("a short packet").as_ref());
+    }
+
+    fn open(&mut self, key: usize, place: usize) {
+        let (nonce, packet) = (nonce(self.count + place as u64), &mut self.packets[place]);
+        let (header, sealed) = packet.split_at_mut(self.header_len);
+        self.keys[key].open_in_place(nonce, Aad::from(header), sealed).expect("just sealed");
+    }
+}
+
+fn nonce(count: u64) -> Nonce {
+    let mut bytes = [0; 12];
+    bytes[4..].copy_from_slice(&count.to_be_bytes());
+    Nonce::assume_unique_for_key(bytes)
+}
