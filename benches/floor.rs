@@ -198,6 +198,9 @@ fn add(key: usize, sender: std::net::SocketAddr, config: &ShardConfig, commands:
         rtx_ssrc: None,
         clock_rate: clock_rate(Kind::Video),
         announced_at: now,
+        transport_cc_extension: None,
+        abs_send_time_extension: None,
+        nack: true,
     }];
     // Nobody listens to what becomes of it: the other end knows.
     let events = unbounded_channel().0;

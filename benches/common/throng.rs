@@ -55,6 +55,9 @@ impl Stack for Throng {
                 rtx_ssrc: None,
                 clock_rate: clock_rate(self.setting.kind),
                 announced_at: now,
+                transport_cc_extension: None,
+                abs_send_time_extension: None,
+                nack: true,
             };
             let streams = vec![stream];
             self.shard.handle_command(Command::Subscribe { key, streams }, now, &mut self.io);
