@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use super::Roster;
+use super::uplink::Lacks;
 use crate::transport::receive::{ReceiveStream, WINDOW};
 use crate::units::Time;
 
@@ -246,22 +247,26 @@ impl Attribution {
         let gap = self.gaps[0];
         self.remove(0);
         let sent = roster.frames(origin, track, gap.layer);
-        let (mut lacking, mut unknown) = (0, 0);
+        let (mut lacking, mut probable, mut unknown) = (0, 0, 0);
         for frame in gap.first_frame..gap.first_frame.saturating_add(gap.missing).min(sent) {
-            match roster.is_lacking(origin, track, gap.layer, frame) {
-                Some(true) => lacking += 1,
-                Some(false) => {}
+            match roster.lacks(origin, track, gap.layer, frame) {
+                Some(Lacks::Yes) => lacking += 1,
+                Some(Lacks::Probably) => probable += 1,
+                Some(Lacks::No) => {}
                 None => unknown += 1,
             }
         }
         self.uplink += lacking;
-        let rest = gap.missing - lacking - unknown;
         let (before, after) = gap.between(self.newest_seq());
-        if let Some(holes) = stream.holes_between(before, after) {
-            // A hole of the uplink shows here too, unless the SFU closes it. Every other frame that was sent and lost has left one at least.
-            let downlink = rest.min(u32::try_from(holes).unwrap_or(u32::MAX).saturating_sub(lacking));
-            self.downlink += downlink;
-            self.sfu += rest - downlink;
-        }
+        let Some(holes) = stream.holes_between(before, after) else { return };
+        // A hole of the uplink shows here too, unless the SFU closes it; so one that does not show is probable no more. Every other frame that was sent and
+        // lost has left a hole at least.
+        let holes = u32::try_from(holes).unwrap_or(u32::MAX).saturating_sub(lacking);
+        let probable = probable.min(holes);
+        let rest = gap.missing - lacking - probable - unknown;
+        let downlink = rest.min(holes - probable);
+        self.uplink += probable;
+        self.downlink += downlink;
+        self.sfu += rest - downlink;
     }
 }

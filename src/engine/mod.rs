@@ -30,7 +30,7 @@ use crate::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParamete
 use crate::units::{Epoch, Time};
 use publisher::SendParameters;
 use subscriber::StreamOutcome;
-use uplink::Lacking;
+use uplink::{Asked, Lacking, Lacks};
 
 /// The engine's heartbeat.
 pub const TICK: Duration = Duration::from_millis(1);
@@ -274,11 +274,19 @@ impl Roster {
         }
     }
 
-    /// The server has asked in vain for this frame.
-    fn set_asked(&self, identity: &FrameIdentity, frame: u32) {
+    /// The server has asked for a packet of this frame.
+    fn set_asked(&self, identity: &FrameIdentity, frame: u32, asked: Asked) {
         let cell = self.cell(identity.origin, identity.track, identity.layer);
         if let Some((cell, lacking)) = cell.and_then(|cell| Some((cell, cell.lacking.get()?))) {
-            lacking.set_asked(frame, cell.frames.load(Relaxed));
+            lacking.set_asked(frame, asked, cell.frames.load(Relaxed));
+        }
+    }
+
+    /// The layer of this frame comes on one stream more.
+    fn add_listener(&self, identity: &FrameIdentity) {
+        let cell = self.cell(identity.origin, identity.track, identity.layer);
+        if let Some(lacking) = cell.and_then(|cell| cell.lacking.get()) {
+            lacking.add_listener();
         }
     }
 
@@ -291,9 +299,9 @@ impl Roster {
     }
 
     /// Whether the server never had a frame, by its NACKs; `None` where that cannot be told any more.
-    fn is_lacking(&self, origin: u32, track: u8, layer: u8, frame: u32) -> Option<bool> {
+    fn lacks(&self, origin: u32, track: u8, layer: u8, frame: u32) -> Option<Lacks> {
         let cell = self.cell(origin, track, layer)?;
-        cell.lacking.get()?.is_lacking(frame, cell.frames.load(Relaxed))
+        cell.lacking.get()?.lacks(frame, cell.frames.load(Relaxed))
     }
 
     fn set_muted(&self, origin: u32, track: u8, muted: bool) {

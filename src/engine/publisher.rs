@@ -622,9 +622,8 @@ impl SendTrack {
         if self.pacer.holds(seq) {
             return false;
         }
-        if self.requests.is_again(record.frame, now, rtt) {
-            wire.roster.set_asked(&self.parameters.identity, record.frame);
-        }
+        let asked = self.requests.note(record.frame, now, rtt);
+        wire.roster.set_asked(&self.parameters.identity, record.frame, asked);
         if self.limiter.allow(seq, RESEND_BYTES, now, rtt) != Resend::Allowed {
             return false;
         }

@@ -86,6 +86,8 @@ pub struct RecvStream {
     origin: Option<(u32, u8)>,
     first_packet_at: Option<Time>,
     live: bool,
+    /// One bit for each layer that ever came.
+    heard_layers: u8,
     ended: bool,
     finished: bool,
     /// The server was asked to send nothing for now.
@@ -171,6 +173,7 @@ impl RecvStream {
             origin: None,
             first_packet_at: None,
             live: false,
+            heard_layers: 0,
             ended: false,
             finished: false,
             unwatched: false,
@@ -416,6 +419,10 @@ impl RecvStream {
             }
         }
         context.roster.set_received(identity);
+        if self.heard_layers >> identity.layer & 1 == 0 {
+            self.heard_layers |= 1 << identity.layer;
+            context.roster.add_listener(identity);
+        }
         let resumes = was_resuming && !self.ledger.is_resuming();
         let frame = Placed {
             layer: identity.layer,
