@@ -240,8 +240,16 @@ impl Neighbours {
             pinned: [victim, other],
         };
         for _ in 0..2 {
-            let mut command = Command::new("nice");
-            command.args(["-n", "-20", "sh", "-c", "while :; do :; done"]);
+            // In a session of its own: kernels that group by session weigh sessions against each other, and would have the loop's neighbours pay for it on other CPUs.
+            let mut command = Command::new("setsid");
+            command.args([
+                "nice",
+                "-n",
+                "-20",
+                "sh",
+                "-c",
+                "echo -20 2>/dev/null > /proc/self/autogroup; while :; do :; done",
+            ]);
             let child = command.stdin(Stdio::null()).spawn().ok()?;
             let pid = Pid::from_child(&child);
             neighbours.loops.push(child);
@@ -305,8 +313,8 @@ fn inject(injection: Injection, generator: Target, server: Target) -> Option<Tru
         }
     };
     let to = unix_now();
-    // A little longer: what was waiting is counted when it runs.
-    std::thread::sleep(Duration::from_millis(50));
+    // Longer than the stall: a wait is counted when it is over.
+    std::thread::sleep(Duration::from_secs(1));
     let other_waited = other.waited_since(&other_before) + stolen().saturating_sub(stolen_before);
     (injection.means == Means::Stop || still >= EFFECT_MIN).then_some(Truth {
         injection,
