@@ -158,6 +158,34 @@ fn mutated(inputs: &[Vec<u8>], chance: &mut Seeded) -> Vec<u8> {
     input
 }
 
+/// Two bytes are an empty entry of a list, which takes up to some hundred in memory: a message of 16 MB would take a gigabyte.
+#[test]
+fn lists_of_nothing_are_not_decoded_however_long_they_are() {
+    // Join's and Reconnect's ICE servers, TrackPublished's codecs, Leave's regions, speakers, qualities, and the mids of an offer.
+    for path in [&[1u32, 5][..], &[19, 1], &[6, 2, 16], &[8, 4, 1], &[10, 1], &[14, 3], &[3, 4]] {
+        let (list, wraps) = path.split_last().expect("a list");
+        let mut message = field(*list, &[]).repeat(5 << 20);
+        for number in wraps.iter().rev() {
+            message = field(*number, &message);
+        }
+        let message = bytes::Bytes::from(message);
+        HELD.set(0);
+        HELD_MAX.set(0);
+        let event = targets::ours(|| throng::signal::client::Event::decode(&message));
+        assert!(matches!(event, throng::signal::client::Event::Malformed { .. }), "{path:?}");
+        assert!(HELD_MAX.get() < 24 << 20, "{path:?}: {} bytes", HELD_MAX.get());
+    }
+}
+
+/// A length-delimited field of a protobuf message.
+fn field(number: u32, body: &[u8]) -> Vec<u8> {
+    let mut field = Vec::new();
+    prost::encoding::encode_varint(u64::from(number << 3 | 2), &mut field);
+    prost::encoding::encode_varint(body.len() as u64, &mut field);
+    field.extend_from_slice(body);
+    field
+}
+
 #[test]
 fn corpora_stay_small() {
     let files = targets::ALL.iter().flat_map(corpus);
