@@ -173,7 +173,8 @@ fn lists_of_nothing_are_not_decoded_however_long_they_are() {
         HELD_MAX.set(0);
         let event = targets::ours(|| throng::signal::client::Event::decode(&message));
         assert!(matches!(event, throng::signal::client::Event::Malformed { .. }), "{path:?}");
-        assert!(HELD_MAX.get() < 24 << 20, "{path:?}: {} bytes", HELD_MAX.get());
+        // A copy at most, of a vector that grew.
+        assert!(HELD_MAX.get() < 3 * message.len() as i64, "{path:?}: {} bytes", HELD_MAX.get());
     }
 }
 
