@@ -6,9 +6,12 @@ use std::cell::Cell;
 use crate::link::UNDER_TEST;
 
 thread_local! {
+    #[allow(dead_code)]
     pub static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
     /// Bytes that are held of what was allocated under test, less what was freed under test; and the most there have been.
+    #[allow(dead_code)]
     pub static HELD: Cell<i64> = const { Cell::new(0) };
+    #[allow(dead_code)]
     pub static HELD_MAX: Cell<i64> = const { Cell::new(0) };
 }
 
