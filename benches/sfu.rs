@@ -16,15 +16,22 @@ use throng::net;
 use throng::sfu::SendMode;
 
 const SUBSCRIBERS: u32 = 100;
+/// Rounds among the tests, where only whether it works counts.
+const ROUNDS_TINY: u32 = 5;
 /// Packets of one burst, as they come from a publisher that sends frames at once.
 const BURST: u16 = 8;
 
 fn main() {
+    let rounds = if std::env::args().any(|argument| argument == "--bench") {
+        2_000
+    } else {
+        ROUNDS_TINY
+    };
     for (name, kind, payload) in [("audio", Kind::Audio, vec![1; 120]), ("video", Kind::Video, video_payload())] {
         for send in [SendMode::Plain, SendMode::Gso] {
             let burst = if kind == Kind::Audio { 1 } else { BURST };
-            let per_packet = forward(kind, &payload, burst, send);
-            let floor = floor(payload.len() + 28, usize::from(burst), send);
+            let per_packet = forward(kind, &payload, burst, send, rounds);
+            let floor = floor(payload.len() + 28, usize::from(burst), send, rounds);
             println!(
                 "{name}, {send:?}, bursts of {burst}: {per_packet:.0} ns a packet sent, {:.2} times the floor of {floor:.0} ns",
                 per_packet / floor
@@ -40,11 +47,11 @@ fn video_payload() -> Vec<u8> {
     payload
 }
 
-fn forward(kind: Kind, payload: &[u8], burst: u16, send: SendMode) -> f64 {
+fn forward(kind: Kind, payload: &[u8], burst: u16, send: SendMode, rounds: u32) -> f64 {
     let mut loopback = Loopback::connected(SUBSCRIBERS, kind, send);
     let before = (loopback.worker.cpu().unwrap(), loopback.worker.statistics().unwrap());
     let mut seq = 0u16;
-    for _ in 0..2_000 {
+    for _ in 0..rounds {
         for _ in 0..burst {
             loopback.publish(seq, payload);
             seq = seq.wrapping_add(1);
@@ -60,14 +67,13 @@ fn forward(kind: Kind, payload: &[u8], burst: u16, send: SendMode) -> f64 {
 }
 
 /// Only the sends, to as many sockets that read nothing.
-fn floor(len: usize, burst: usize, send: SendMode) -> f64 {
+fn floor(len: usize, burst: usize, send: SendMode, rounds: u32) -> f64 {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let receivers: Vec<UdpSocket> = (0..SUBSCRIBERS).map(|_| UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
     let addresses: Vec<_> = receivers.iter().map(|receiver| receiver.local_addr().unwrap()).collect();
     let mut batch = net::SendBatch::default();
     let before = net::thread_cpu();
-    const ROUNDS: usize = 1_000;
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         for to in &addresses {
             match send {
                 SendMode::Plain => (0..burst).for_each(|_| batch.push(&socket, *to, len, len)),
@@ -76,5 +82,5 @@ fn floor(len: usize, burst: usize, send: SendMode) -> f64 {
         }
         batch.flush(&socket);
     }
-    (net::thread_cpu() - before).as_nanos() as f64 / (ROUNDS * burst * addresses.len()) as f64
+    (net::thread_cpu() - before).as_nanos() as f64 / (rounds as usize * burst * addresses.len()) as f64
 }

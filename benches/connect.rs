@@ -1,0 +1,105 @@
+//! What a connection costs before any media: CPU time of its set-up (ICE and DTLS, our side only), and the memory that it then holds, without and with media
+//! that has flowed. Beside it other stacks, connected to the same ends.
+//!
+//! `cargo bench --bench connect`
+
+mod common;
+#[path = "../tests/common/counting.rs"]
+mod counting;
+#[path = "../tests/common/link.rs"]
+#[allow(dead_code)]
+mod link;
+
+use std::time::Duration;
+
+use common::fixture::{Fixture, Role, Setting, Stack};
+use common::rtc::Rtc;
+use common::str0m::Str0m;
+use common::table::{self, Table};
+use common::throng::Throng;
+use counting::{ALLOCATIONS, BYTES};
+use criterion::{Criterion, SamplingMode};
+use throng::measure::Kind;
+
+/// Connections that are set up side by side: a second's joins would be no more.
+const AT_ONCE: u64 = 32;
+const GROUP: &str = "set-up of a connection";
+const SUBSCRIBER: Setting = Setting {
+    role: Role::Receives,
+    kind: Kind::Video,
+};
+
+fn main() {
+    let mut criterion = table::criterion();
+    let mut table = Table::new("ICE and DTLS, one side, CPU time (median, its 95 % interval, times throng)");
+    set_up::<Throng>(&mut criterion, &mut table);
+    set_up::<Str0m>(&mut criterion, &mut table);
+    set_up::<Rtc<false>>(&mut criterion, &mut table);
+    criterion.final_summary();
+    table.print();
+    let connections = if common::is_full() { 1_000 } else { 8 };
+    println!("\nMemory of a connection, of {connections}: bytes on the heap once it is up, and after a second of video");
+    memory::<Throng>(connections);
+    memory::<Str0m>(connections);
+    memory::<Rtc<false>>(connections);
+    memory::<Rtc<true>>(connections);
+}
+
+fn set_up<S: Stack>(criterion: &mut Criterion, table: &mut Table) {
+    let mut benches = criterion.benchmark_group(GROUP);
+    // An iteration is a connection: a flat number of them, because one costs much.
+    benches.sampling_mode(SamplingMode::Flat);
+    benches.bench_function(S::NAME, |bencher| bencher.iter_custom(connect::<S>));
+    benches.finish();
+    table.add(GROUP, S::NAME);
+}
+
+fn connect<S: Stack>(count: u64) -> Duration {
+    let (mut left, mut spent) = (count, Duration::ZERO);
+    while left > 0 {
+        let now = left.min(AT_ONCE);
+        spent += Fixture::<S>::connected(now as usize, SUBSCRIBER).setup.spent;
+        left -= now;
+    }
+    spent
+}
+
+fn memory<S: Stack>(connections: usize) {
+    const PACKETS: u64 = 187;
+    // Whatever a stack allocates once for all, the first connection pays here.
+    drop(Fixture::<S>::connected(1, SUBSCRIBER));
+    let one = held(|| Fixture::<S>::connected(1, SUBSCRIBER), |_| {});
+    let all = held(
+        || Fixture::<S>::connected(connections, SUBSCRIBER),
+        |fixture| {
+            fixture.receive(PACKETS * connections as u64);
+        },
+    );
+    let each = |all: i64, one: i64| (all - one) as f64 / (connections - 1) as f64 / 1_024.0;
+    println!(
+        "  {:<28} {:>7.1} KiB {:>7.1} KiB   {:.1} allocations a packet",
+        S::NAME,
+        each(all.connected, one.connected),
+        each(all.with_media, one.connected),
+        all.allocations as f64 / (PACKETS * connections as u64) as f64
+    );
+}
+
+struct Held {
+    connected: i64,
+    with_media: i64,
+    allocations: u64,
+}
+
+fn held<S: Stack>(connect: impl FnOnce() -> Fixture<S>, use_it: impl FnOnce(&mut Fixture<S>)) -> Held {
+    let before = BYTES.get();
+    let mut fixture = connect();
+    let connected = BYTES.get() - before;
+    let allocations = ALLOCATIONS.get();
+    use_it(&mut fixture);
+    Held {
+        connected,
+        with_media: BYTES.get() - before,
+        allocations: ALLOCATIONS.get() - allocations,
+    }
+}
