@@ -17,7 +17,7 @@ use common::rtc::Rtc;
 use common::str0m::Str0m;
 use common::table::{self, Table};
 use common::throng::Throng;
-use counting::{ALLOCATIONS, BYTES};
+use counting::{ALLOCATIONS, HELD};
 use criterion::{Criterion, SamplingMode};
 use throng::measure::Kind;
 
@@ -92,14 +92,14 @@ struct Held {
 }
 
 fn held<S: Stack>(connect: impl FnOnce() -> Fixture<S>, use_it: impl FnOnce(&mut Fixture<S>)) -> Held {
-    let before = BYTES.get();
+    let before = HELD.get();
     let mut fixture = connect();
-    let connected = BYTES.get() - before;
+    let connected = HELD.get() - before;
     let allocations = ALLOCATIONS.get();
     use_it(&mut fixture);
     Held {
         connected,
-        with_media: BYTES.get() - before,
+        with_media: HELD.get() - before,
         allocations: ALLOCATIONS.get() - allocations,
     }
 }

@@ -314,6 +314,9 @@ struct MediaArgs {
     /// Send a video frame's packets spread, as libwebrtc does, or at once
     #[arg(long, value_name = "HOW", default_value = "paced")]
     pacing: PacingArg,
+    /// Publishers obey their bandwidth estimate: layers that do not fit are not sent until they do
+    #[arg(long)]
+    obey_bwe: bool,
 }
 
 #[derive(Debug, Args)]
@@ -438,6 +441,7 @@ impl RunArgs {
             layout: self.media.layout,
             simulate_speakers: self.media.simulate_speakers,
             pacing: self.media.pacing.into(),
+            obey_bandwidth: self.media.obey_bwe,
             joins_per_second: self
                 .pace
                 .num_per_second
@@ -483,6 +487,7 @@ impl RunArgs {
             useless("--video-fps", media.video_fps.is_some(), why);
             useless("--no-simulcast", media.no_simulcast, why);
             useless("--layout", media.layout.is_some(), why);
+            useless("--obey-bwe", media.obey_bwe, why);
         }
         if shape.is_given() && shape.publishers.unwrap_or(0) == 0 {
             let why = "nobody publishes audio (--publishers)";

@@ -54,6 +54,8 @@ pub struct Plan {
     /// The audio publishers of a room take turns in speaking.
     pub simulate_speakers: bool,
     pub pacing: Pacing,
+    /// Publishers send no more layers than their path carries.
+    pub obey_bandwidth: bool,
     /// Joins are started at this rate whatever becomes of earlier ones (open loop).
     pub joins_per_second: f64,
     /// How often a join that failed is tried again.
@@ -809,6 +811,7 @@ pub(crate) mod tests {
             layout: None,
             simulate_speakers: false,
             pacing: Pacing::Paced,
+            obey_bandwidth: false,
             joins_per_second: 50.0,
             join_retries: 0,
             duration: Duration::from_secs(15),

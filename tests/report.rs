@@ -45,6 +45,7 @@ fn plan() -> Plan {
         layout: None,
         simulate_speakers: false,
         pacing: Pacing::Paced,
+        obey_bandwidth: false,
         joins_per_second: 50.0,
         join_retries: 0,
         duration: Duration::from_secs(30),
@@ -410,10 +411,27 @@ fn what_congestion_control_did_is_shown_where_it_did_anything() {
         transport_cc_sent: 27_000,
         remb_sent: 200,
         remb_sent_kbps: 200_000,
+        tracks_paused: 3,
+        tracks_resumed: 2,
+        track_pause: spread(2, 4_000_000),
+        layers_stepped_down: 5,
+        layers_stepped_up: 4,
+        uplink_estimates: 30,
+        uplink_estimate_kbps: 30_000,
+        probes_sent: 6,
+        layers_dropped: 1,
+        layer_limited_ms: 12_340,
         ..Bandwidth::default()
     };
     let text = render(&outcome, Style::default());
-    for words in ["27,000 transport-cc sent, 0 received", "200 REMB sent (mean 1 Mbps), 0 received"] {
+    for words in [
+        "27,000 transport-cc sent, 0 received",
+        "200 REMB sent (mean 1 Mbps), 0 received",
+        "3 tracks paused by the server, 2 resumed, for ",
+        "5 layer steps down by the server, 4 up",
+        "publishers obeyed their estimate (mean 1 Mbps), 6 probes",
+        "1 layer dropped, 0 returned, limited for 12.3 s",
+    ] {
         assert!(text.contains(words), "{text}");
     }
     assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");

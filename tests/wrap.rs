@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use throng::media::assemble::{Assembler, FrameEvent, PacketInfo};
 use throng::seeded::Seeded;
-use throng::transport::receive::{Arrival, MISSING_MAX, ReceiveCounts, ReceiveStream};
+use throng::transport::receive::{Arrival, MISSING_MAX, ReceiveCounts, ReceiveStream, RoundTrip};
 use throng::transport::resend::{FrameRecord, Resend, ResendLimiter, ResendRing};
 use throng::transport::rtcp::{dlsr_units, rtt_from_report};
 use throng::transport::rtp::HeaderTemplate;
@@ -16,6 +16,11 @@ use throng::units::{Bitrate, Epoch, Time, ntp_middle};
 
 /// Where 32 bits of microseconds are used up, less a little more than half a script: in whole seconds, which all RTP clocks count alike.
 const BEFORE_MICROS_WRAP: Duration = Duration::from_secs(4_290);
+
+const ROUND_TRIP: RoundTrip = RoundTrip {
+    last: Duration::from_millis(40),
+    least: Some(Duration::from_millis(30)),
+};
 
 /// Where counters begin.
 #[derive(Clone, Copy, Default)]
@@ -102,7 +107,7 @@ fn received(steps: &[Step], origin: Origin, rtx: bool) -> Story {
         arrivals.push((arrival, ext.map(|ext| ext.wrapping_sub(base))));
         if step.poll {
             let mut out = [0; MISSING_MAX];
-            let polled = stream.poll_nack(now, Duration::from_millis(40), &mut out);
+            let polled = stream.poll_nack(now, ROUND_TRIP, &mut out);
             let asked = out[..polled.count].iter().map(|seq| seq.wrapping_sub(origin.seq)).collect();
             polls.push((polled.count, polled.gave_up, asked));
         }

@@ -74,6 +74,7 @@ pub fn track(kind: Kind, origin: u32, first_frame_at: Time) -> SendParameters {
         payload_type: payload_type(kind),
         rtx_payload_type: None,
         audio_level_extension: None,
+        transport_cc_extension: None,
         simulcast: None,
         talk: None,
         pacing: Pacing::Paced,
@@ -214,6 +215,7 @@ pub fn new_peer(participant: usize, ours: &Side, theirs: &Side) -> NewPeer {
         rtcp_ssrc: 9,
         cname: format!("participant-{participant}"),
         intended_at: Time::ZERO,
+        obeys_bandwidth: false,
     }
 }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use super::feedback::{Feedback, Sent};
 use super::publisher::{SendTrack, Wire};
+use super::sending::{LayerState, Sending, layers_to_hold_back, wanted_bps};
 use super::subscriber::{RecvStream, Refused, StreamContext};
-use super::{Io, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
+use super::{Io, LAYERS_MAX, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
 use crate::measure::{Kind, Record};
 use crate::net;
 use crate::recording::Tap;
@@ -17,7 +18,7 @@ use crate::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteEr
 use crate::transport::rtp::Header;
 use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
-use crate::units::{Time, ntp_middle};
+use crate::units::{Bitrate, Time, ntp_middle};
 
 /// How often a stream that waits for a key frame is looked at again.
 pub const KEY_FRAME_CHECK: Duration = Duration::from_millis(100);
@@ -70,6 +71,11 @@ pub struct Connection {
     early: VecDeque<EarlyPacket>,
     /// Where any was agreed on.
     feedback: Option<Box<Feedback>>,
+    /// Where our packets have transport-wide numbers.
+    sending: Option<Box<Sending>>,
+    obeys_bandwidth: bool,
+    /// When tracks are due may have changed.
+    tracks_changed: bool,
 }
 
 /// Numbers of one NACK that are looked at: libwebrtc's receiver never misses more at a time.
@@ -127,6 +133,9 @@ impl Connection {
             closed: false,
             early: VecDeque::new(),
             feedback: None,
+            sending: None,
+            obeys_bandwidth: new.obeys_bandwidth,
+            tracks_changed: false,
         }
     }
 
@@ -146,9 +155,13 @@ impl Connection {
     }
 
     /// Takes one more track to send.
-    pub fn add_track(&mut self, track: SendTrack) {
+    pub fn add_track(&mut self, track: SendTrack, now: Time, record: &mut Record) {
+        if track.has_transport_seq() && self.sending.is_none() {
+            self.sending = Some(Box::new(Sending::new(self.obeys_bandwidth, now)));
+        }
         self.tracks.push(track);
         self.note_send_rate();
+        self.allocate(now, record);
     }
 
     fn note_send_rate(&mut self) {
@@ -199,6 +212,13 @@ impl Connection {
     pub fn watch(&mut self, ssrc: u32, layer: Option<u8>, at: Time) {
         if let Some((stream, false)) = self.find_stream(ssrc) {
             self.streams[stream].watch(layer, at);
+        }
+    }
+
+    /// The server pauses a stream since `at`, or sends it again.
+    pub fn set_paused(&mut self, ssrc: u32, paused: bool, at: Time, record: &mut Record) {
+        if let Some((stream, false)) = self.find_stream(ssrc) {
+            self.streams[stream].set_paused(paused, at, record);
         }
     }
 
@@ -274,8 +294,9 @@ impl Connection {
         let (Some(to), Some(sealer)) = (self.transport.remote(), self.transport.sealer()) else {
             return Time::MAX;
         };
+        let (place, sending) = (track, self.sending.as_deref_mut());
         let Some(track) = self.tracks.get_mut(track) else { return Time::MAX };
-        let turn = track.handle_timeout(now, &mut wire(self.key, to, sealer, track.kind(), around));
+        let turn = track.handle_timeout(now, &mut wire(self.key, to, sealer, (track.kind(), place), sending, around));
         let record = &mut *around.record;
         record.engine.send_slots_skipped += turn.slots_skipped;
         if let Some(lag) = turn.send_lag {
@@ -309,8 +330,109 @@ impl Connection {
                     self.handle_rtt(block.last_rr, block.delay_since_last_rr, arrival, around);
                 }
             }
-            Packet::Sdes { .. } | Packet::Bye { .. } | Packet::TransportCc { .. } | Packet::Remb { .. } | Packet::Unknown { .. } => {}
+            Packet::TransportCc { body, .. } => self.handle_transport_cc(body, around),
+            Packet::Remb { bitrate, .. } => {
+                around.record.bandwidth.remb_received += 1;
+                if let Some(sending) = &mut self.sending {
+                    sending.handle_remb(*bitrate);
+                    self.allocate(around.now, around.record);
+                }
+            }
+            Packet::Sdes { .. } | Packet::Bye { .. } | Packet::Unknown { .. } => {}
         }
+    }
+
+    fn handle_transport_cc<I: Io>(&mut self, body: &[u8], around: &mut Surroundings<'_, I>) {
+        let counted = &mut around.record.bandwidth;
+        counted.transport_cc_received += 1;
+        let rtt = self.rtt_rtcp.or(self.rtt_stun);
+        let Some(sending) = &mut self.sending else { return };
+        if !sending.handle_feedback(body, rtt, around.now, counted) {
+            around.record.session.packets_rejected += 1;
+        }
+        self.allocate(around.now, around.record);
+    }
+
+    /// Holds back the layers that the path has no room for, and looks for more where some are; nothing where the connection does not obey.
+    fn allocate(&mut self, now: Time, record: &mut Record) {
+        let Some(sending) = &mut self.sending else { return };
+        let Some(estimate) = sending.estimate() else { return };
+        let mut layers = [LayerState {
+            bps: 0,
+            wanted: false,
+            held_back: false,
+        }; LAYERS_MAX];
+        let (mut others, mut count) = (0, 0);
+        for track in &self.tracks {
+            let bps = track.bitrate().bps();
+            match layers.get_mut(count).filter(|_| track.is_simulcast()) {
+                Some(layer) => {
+                    count += 1;
+                    *layer = LayerState {
+                        bps,
+                        wanted: track.is_wanted(),
+                        held_back: track.is_held_back(),
+                    };
+                }
+                None if track.is_wanted() => others += bps,
+                None => {}
+            }
+        }
+        let layers = &layers[..count];
+        let hold_back = layers_to_hold_back(layers, estimate.bps().saturating_sub(others));
+        let counted = &mut record.bandwidth;
+        let mut sent = others;
+        for (track, hold_back) in self.tracks.iter_mut().filter(|track| track.is_simulcast()).zip(hold_back) {
+            let began = track.frames() > 0 && track.is_wanted();
+            if track.set_held_back(hold_back, now) {
+                self.tracks_changed = true;
+                counted.layers_dropped += u64::from(began && hold_back);
+                counted.layers_returned += u64::from(began && !hold_back);
+            }
+            sent += if track.is_wanted() && !hold_back { track.bitrate().bps() } else { 0 };
+        }
+        let lacks = layers.iter().zip(hold_back).any(|(layer, hold_back)| layer.wanted && hold_back);
+        sending.count_limited(lacks || sent > estimate.bps(), now, counted);
+        sending.plan_probe(Bitrate::from_bps(wanted_bps(others, layers)), now, counted);
+    }
+
+    /// Whether tracks may be due at other times than before, since this was asked last.
+    pub fn take_tracks_changed(&mut self) -> bool {
+        std::mem::take(&mut self.tracks_changed)
+    }
+
+    /// When a packet of a probe is due.
+    pub fn probe_at(&self) -> Time {
+        self.sending.as_ref().map_or(Time::MAX, |sending| sending.probe_at())
+    }
+
+    /// Sends the packets of a probe that are due, of the highest layer that is sent. Returns when the next one is.
+    pub fn send_probe<I: Io>(&mut self, around: &mut Surroundings<'_, I>) -> Time {
+        let now = around.now;
+        let Connection {
+            transport,
+            tracks,
+            sending,
+            key,
+            closed,
+            ..
+        } = self;
+        let (Some(to), Some(sealer), Some(sending), false) = (transport.remote(), transport.sealer(), sending.as_deref_mut(), *closed) else {
+            return Time::MAX;
+        };
+        let sends = |track: &SendTrack| track.kind() == Kind::Video && track.is_wanted() && !track.is_held_back() && track.frames() > 0;
+        let place = tracks.iter().rposition(sends);
+        let mut nth = 0;
+        while let Some(cluster) = sending.due_probe(now) {
+            let bytes = place.and_then(|place| {
+                let mut wire = wire(*key, to, sealer, (Kind::Video, place), Some(&mut *sending), around);
+                tracks[place].send_probe(nth, cluster, &mut wire)
+            });
+            around.record.bandwidth.probe_packets_sent += u64::from(bytes.is_some());
+            sending.handle_probe_sent(bytes);
+            nth += 1;
+        }
+        sending.probe_at()
     }
 
     fn handle_report_block<I: Io>(&mut self, block: &ReportBlock, arrival: Time, around: &mut Surroundings<'_, I>) {
@@ -345,12 +467,13 @@ impl Connection {
         let (Some(to), Some(sealer)) = (self.transport.remote(), self.transport.sealer()) else {
             return;
         };
-        let Some(track) = self.tracks.iter_mut().find(|track| track.ssrc() == media_ssrc) else {
+        let Some((place, track)) = self.tracks.iter_mut().enumerate().find(|(_, track)| track.ssrc() == media_ssrc) else {
             return;
         };
         around.record.session.nacks_received += 1;
         let now = around.now;
-        let mut wire = wire(self.key, to, sealer, track.kind(), around);
+        let sending = self.sending.as_deref_mut();
+        let mut wire = wire(self.key, to, sealer, (track.kind(), place), sending, around);
         for seq in seqs.take(NACKED_MAX) {
             track.resend(seq.0, now, rtt, &mut wire);
         }
@@ -360,6 +483,20 @@ impl Connection {
         if let Some(track) = self.tracks.iter_mut().find(|track| track.ssrc() == media_ssrc) {
             around.record.session.plis_received += 1;
             track.request_key_frame(around.now);
+        }
+    }
+
+    /// Once a second: what the path carries, where that is obeyed.
+    pub fn count_estimate(&mut self, now: Time, record: &mut Record) {
+        let Some(sending) = self.sending.as_mut().filter(|_| !self.closed) else {
+            return;
+        };
+        if let Some(estimate) = sending.estimate() {
+            let limited = sending.is_limited();
+            let counted = &mut record.bandwidth;
+            counted.uplink_estimates += 1;
+            counted.uplink_estimate_kbps += estimate.bps() / 1_000;
+            sending.count_limited(limited, now, counted);
         }
     }
 
@@ -557,8 +694,15 @@ impl Connection {
     }
 }
 
-/// The way out of connection `key` for a track of one kind.
-fn wire<'a, I: Io>(key: usize, to: SocketAddr, sealer: &'a Sealer, kind: Kind, around: &'a mut Surroundings<'_, I>) -> Wire<'a, I> {
+/// The way out of connection `key` for the track of one kind in a place among its tracks.
+fn wire<'a, I: Io>(
+    key: usize,
+    to: SocketAddr,
+    sealer: &'a Sealer,
+    (kind, track): (Kind, usize),
+    sending: Option<&'a mut Sending>,
+    around: &'a mut Surroundings<'_, I>,
+) -> Wire<'a, I> {
     let Record {
         session,
         audio,
@@ -579,6 +723,9 @@ fn wire<'a, I: Io>(key: usize, to: SocketAddr, sealer: &'a Sealer, kind: Kind, a
         },
         wire_bytes_sent: &mut session.wire_bytes_sent,
         packets_processed: &mut engine.packets_processed,
+        now: around.now,
+        sent: sending.map(|sending| &mut sending.log),
+        track: track as u8,
     }
 }
 

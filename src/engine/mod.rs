@@ -11,6 +11,7 @@ pub mod health;
 mod ledger;
 pub mod playout;
 pub mod publisher;
+mod sending;
 pub mod shard;
 pub mod subscriber;
 mod timers;
@@ -106,6 +107,13 @@ pub enum Command {
         layer: Option<u8>,
         at: Time,
     },
+    /// The server said at `at` that it pauses a stream for want of bandwidth, or sends it again; by media SSRC.
+    SetPaused {
+        key: usize,
+        ssrc: u32,
+        paused: bool,
+        at: Time,
+    },
     /// What this participant receives, from its first subscription on, is copied to the tap.
     Record {
         participant: u32,
@@ -132,6 +140,8 @@ pub struct NewPeer {
     /// Our SSRC in RTCP where the peer sends no media.
     pub rtcp_ssrc: u32,
     pub cname: String,
+    /// It sends no more than its path carries, as transport-wide feedback and REMB show it.
+    pub obeys_bandwidth: bool,
     /// When this participant ought to have joined: latencies of its subscriptions count from here.
     pub intended_at: Time,
 }

@@ -20,6 +20,7 @@ use crate::seeded::scatter;
 use crate::transport::resend::{AUDIO_FRAMES, FrameRecord, Resend, ResendLimiter, ResendRing, VIDEO_FRAMES};
 use crate::transport::rtp::vp8::{Descriptor, PictureId};
 use crate::transport::rtp::{ExtensionSlot, HeaderTemplate, TemplateError, audio_level, write_rtx_osn};
+use crate::transport::sent::{SentKind, SentLog, SentPacket};
 use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
 use crate::units::{Bitrate, Epoch, Time};
@@ -40,6 +41,8 @@ const SILENCE_DBOV: u8 = 127;
 const RESEND_BURST_BYTES: u32 = 256 * 1024;
 /// What one resend is charged with.
 const RESEND_BYTES: usize = 1_200;
+/// The packets of the newest frames that a probe repeats.
+const PROBE_PACKETS: u32 = 8;
 /// No packet of ours is larger: an Opus packet of 120 ms is the largest.
 const PACKET_BYTES_MAX: usize = 4_096;
 
@@ -92,6 +95,8 @@ pub struct SendParameters {
     pub rtx_ssrc: Option<u32>,
     pub payload_type: u8,
     pub rtx_payload_type: Option<u8>,
+    /// The id of the transport-wide sequence number, where feedback about it was agreed on.
+    pub transport_cc_extension: Option<u8>,
     /// The id of RFC 6464's header extension, where negotiated.
     pub audio_level_extension: Option<u8>,
     /// Set for the layers of a simulcast track.
@@ -141,6 +146,10 @@ pub struct Wire<'a, I> {
     pub media: &'a mut Media,
     pub wire_bytes_sent: &'a mut u64,
     pub packets_processed: &'a mut u64,
+    pub now: Time,
+    /// Where the connection's packets have transport-wide numbers, and the track's place among its tracks.
+    pub sent: Option<&'a mut SentLog>,
+    pub track: u8,
 }
 
 /// What one turn of the track did.
@@ -161,6 +170,8 @@ pub struct SendTrack {
     /// What replaces the header, once the other side has shown that it knows the SSRC.
     bare_header: Option<HeaderTemplate>,
     rtx_header: Option<HeaderTemplate>,
+    /// Of the header and of that of retransmissions.
+    transport_seq: [Option<ExtensionSlot>; 2],
     audio_level: Option<ExtensionSlot>,
     /// Slots since `first_frame_at`, skipped ones included.
     slot: u64,
@@ -189,6 +200,8 @@ pub struct SendTrack {
     muted: bool,
     /// Nobody watches this layer.
     unwatched: bool,
+    /// The path has no room for this layer.
+    held_back: bool,
 }
 
 /// Where a track's frames lie in time, exactly: no rounding adds up.
@@ -237,9 +250,13 @@ impl SendTrack {
     /// Errors where the negotiated payload types or extension ids cannot be: the other side's description is wrong.
     pub fn new(parameters: SendParameters) -> Result<SendTrack, TemplateError> {
         let mut header = HeaderTemplate::new(parameters.payload_type, parameters.ssrc)?;
+        // First, so that it lies in the same place with mid and rid and without.
+        let transport_cc = |header: &mut HeaderTemplate| parameters.transport_cc_extension.map(|id| header.push_extension(id, &[0; 2])).transpose();
+        let transport_seq = transport_cc(&mut header)?;
         let audio_level = parameters.audio_level_extension.map(|id| header.push_extension(id, &[127])).transpose()?;
         let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
         let mut rtx_header = rtx.map(|(ssrc, payload_type)| HeaderTemplate::new(payload_type, ssrc)).transpose()?;
+        let rtx_transport_seq = rtx_header.as_mut().map(transport_cc).transpose()?.flatten();
         let mut bare_header = None;
         if let Some(layer) = &parameters.simulcast {
             bare_header = Some(header.clone());
@@ -259,6 +276,7 @@ impl SendTrack {
             header,
             bare_header,
             rtx_header,
+            transport_seq: [transport_seq, rtx_transport_seq],
             audio_level,
             slot: 0,
             position: (scatter(bits) % length) as u32,
@@ -283,6 +301,7 @@ impl SendTrack {
             stopped: false,
             muted: false,
             unwatched: false,
+            held_back: false,
             parameters,
         })
     }
@@ -335,8 +354,34 @@ impl SendTrack {
         self.resume_after(was_at_rest, now);
     }
 
+    /// A layer that the path has no room for rests. Returns whether that is new.
+    pub fn set_held_back(&mut self, held_back: bool, now: Time) -> bool {
+        let was_at_rest = self.is_at_rest();
+        let is_new = std::mem::replace(&mut self.held_back, held_back) != held_back;
+        self.resume_after(was_at_rest, now);
+        is_new
+    }
+
+    pub fn is_held_back(&self) -> bool {
+        self.held_back
+    }
+
+    /// Whether it would be sent if the path had room.
+    pub fn is_wanted(&self) -> bool {
+        !(self.stopped || self.muted || self.unwatched)
+    }
+
+    pub fn is_simulcast(&self) -> bool {
+        self.parameters.simulcast.is_some()
+    }
+
+    /// Whether its packets have transport-wide numbers.
+    pub fn has_transport_seq(&self) -> bool {
+        self.transport_seq[0].is_some()
+    }
+
     fn is_at_rest(&self) -> bool {
-        self.stopped || self.muted || self.unwatched
+        self.stopped || self.muted || self.unwatched || self.held_back
     }
 
     /// Goes on in the plan's next slot. Those that passed meanwhile were not missed.
@@ -532,6 +577,9 @@ impl SendTrack {
                 let Some(lengths) = self.write_packet(record, at, None, wire.epoch, buffer) else {
                     break;
                 };
+                let seq = record.first_seq.wrapping_add(at as u16);
+                let packet = SentPacket::new(wire.now, wire.track, seq, lengths.0 + lengths.1, SentKind::Media);
+                number(wire.sent.as_deref_mut(), self.transport_seq[0], buffer, packet);
                 let Some(sealed) = seal(wire.sealer, buffer, lengths, first_index + at as u64) else {
                     break;
                 };
@@ -617,33 +665,53 @@ impl SendTrack {
 
     /// Answers one sequence number of a NACK. Returns whether a packet was sent.
     pub fn resend<I: Io>(&mut self, seq: u16, now: Time, rtt: Duration, wire: &mut Wire<'_, I>) -> bool {
-        let Some((record, packet)) = self.ring.find(seq) else { return false };
-        let record = *record;
+        let Some((record, _)) = self.ring.find(seq) else { return false };
+        let frame = record.frame;
         if self.pacer.holds(seq) {
             return false;
         }
-        let asked = self.requests.note(record.frame, now, rtt);
-        wire.roster.set_asked(&self.parameters.identity, record.frame, asked);
+        let asked = self.requests.note(frame, now, rtt);
+        wire.roster.set_asked(&self.parameters.identity, frame, asked);
         if self.limiter.allow(seq, RESEND_BYTES, now, rtt) != Resend::Allowed {
             return false;
         }
+        let sent = self.send_again(seq, SentKind::Resend, wire).is_some();
+        wire.media.rtx_sent += u64::from(sent);
+        sent
+    }
+
+    /// Sends a packet of the newest frames once more over RTX, so that the path is busy: libwebrtc's padding of choice. `nth` tells the packets of a probe
+    /// apart. Returns the RTP packet's bytes; `None` where there is no RTX or nothing was sent yet.
+    pub fn send_probe<I: Io>(&mut self, nth: u32, cluster: u8, wire: &mut Wire<'_, I>) -> Option<usize> {
+        self.rtx_header.as_ref()?;
+        let newest = (self.index as u16).wrapping_sub(1);
+        let seq = newest.wrapping_sub((nth % PROBE_PACKETS) as u16);
+        let seq = if self.ring.find(seq).is_some() { seq } else { newest };
+        if self.pacer.holds(seq) {
+            return None;
+        }
+        self.send_again(seq, SentKind::Probe { cluster }, wire)
+    }
+
+    /// Sends a packet that was sent before. Returns the bytes of the RTP packet.
+    fn send_again<I: Io>(&mut self, seq: u16, kind: SentKind, wire: &mut Wire<'_, I>) -> Option<usize> {
+        let (record, packet) = self.ring.find(seq)?;
+        let record = *record;
         let rtx = self.rtx_header.is_some().then_some(Seq(self.rtx_index as u16));
         let index = if rtx.is_some() { self.rtx_index } else { extended(self.index, seq) };
         let buffer = wire.io.lend();
-        let Some(lengths) = self.write_packet(&record, usize::from(packet), rtx, wire.epoch, buffer) else {
-            return false;
-        };
-        let Some(sealed) = seal(wire.sealer, buffer, lengths, index) else {
-            return false;
-        };
+        let lengths = self.write_packet(&record, usize::from(packet), rtx, wire.epoch, buffer)?;
+        let slot = self.transport_seq[usize::from(rtx.is_some())];
+        let packet = SentPacket::new(wire.now, wire.track, seq, lengths.0 + lengths.1, kind);
+        number(wire.sent.as_deref_mut(), slot, buffer, packet);
+        let sealed = seal(wire.sealer, buffer, lengths, index)?;
         if rtx.is_some() {
             self.rtx_index += 1;
         }
         wire.io.send(wire.key, wire.to, sealed, sealed);
-        wire.media.rtx_sent += 1;
         *wire.packets_processed += 1;
         *wire.wire_bytes_sent += sealed as u64;
-        true
+        Some(lengths.0 + lengths.1)
     }
 
     /// The facts of a sender report at `now`: a true pair of NTP and RTP time, packets and octets so far.
@@ -664,6 +732,14 @@ impl SendTrack {
         }
         let lost = cumulative_lost.max(0);
         i64::from(lost) - i64::from(std::mem::replace(&mut self.reported_lost, lost))
+    }
+}
+
+/// Gives the packet in `buffer` the connection's next transport-wide number, where it has a place for one, and remembers it.
+fn number(sent: Option<&mut SentLog>, slot: Option<ExtensionSlot>, buffer: &mut [u8], packet: SentPacket) {
+    if let (Some(sent), Some(slot)) = (sent, slot) {
+        slot.patch(buffer, &sent.next().to_be_bytes());
+        sent.push(packet);
     }
 }
 

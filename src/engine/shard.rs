@@ -43,9 +43,10 @@ enum Control {
     Rtcp,
     Repair,
     Feedback,
+    Probe,
 }
 
-const CONTROLS: u32 = 4;
+const CONTROLS: u32 = 5;
 
 fn control(key: usize, kind: Control) -> u32 {
     key as u32 * CONTROLS + kind as u32
@@ -113,7 +114,7 @@ impl Shard {
         for track in 0..TRACKS_MAX {
             self.media_timers.set(key as u32 * TRACKS_MAX + track, Time::MAX);
         }
-        for kind in [Control::Setup, Control::Rtcp, Control::Repair, Control::Feedback] {
+        for kind in [Control::Setup, Control::Rtcp, Control::Repair, Control::Feedback, Control::Probe] {
             self.control_timers.set(control(key, kind), Time::MAX);
         }
         if let Some(peer) = self.peers[key].as_mut() {
@@ -147,7 +148,7 @@ impl Shard {
                     self.advance_setup(key, now, io);
                 }
             }
-            Command::Publish { key, tracks } => self.publish(key, tracks),
+            Command::Publish { key, tracks } => self.publish(key, tracks, now),
             Command::Subscribe { key, streams } => self.subscribe(key, streams, now),
             Command::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
             Command::SetLayers { key, track, layers } => {
@@ -164,13 +165,18 @@ impl Shard {
                     peer.watch(ssrc, layer, at);
                 }
             }
+            Command::SetPaused { key, ssrc, paused, at } => {
+                if let Some(peer) = self.peers[key].as_mut() {
+                    peer.set_paused(ssrc, paused, at, &mut self.record);
+                }
+            }
             Command::Record { participant, tap } => self.taps.push((participant, tap)),
             Command::StopPublishing => self.stop_publishing(now),
             Command::AddPeer { .. } | Command::RemovePeer { .. } | Command::Report | Command::Stop => unreachable!("the worker handles these"),
         }
     }
 
-    fn publish(&mut self, key: usize, tracks: Vec<SendParameters>) {
+    fn publish(&mut self, key: usize, tracks: Vec<SendParameters>, now: Time) {
         let Some(peer) = self.peers[key].as_mut() else { return };
         for parameters in tracks.into_iter().take(TRACKS_MAX as usize) {
             let timer = key as u32 * TRACKS_MAX + peer.tracks.len() as u32;
@@ -194,8 +200,9 @@ impl Shard {
             self.config.roster.set_published(track.identity(), first_frame_at, interval);
             // One track, however many layers it has.
             self.record.media(kind).tracks_published += u64::from(sent_before == 0 && track.identity().layer == 0);
-            peer.add_track(track);
+            peer.add_track(track, now, &mut self.record);
         }
+        self.follow_allocation(key);
     }
 
     /// Changes every layer of one track of a peer, and when each is due.
@@ -371,6 +378,34 @@ impl Shard {
                 Err(_) => self.record.session.packets_rejected += 1,
             }
         }
+        self.follow_allocation(key);
+    }
+
+    /// Sets anew when tracks and probes are due, after what a connection is told of its path.
+    fn follow_allocation(&mut self, key: usize) {
+        let Some(peer) = self.peers[key].as_mut().filter(|peer| !peer.is_closed()) else {
+            return;
+        };
+        if peer.take_tracks_changed() {
+            for (timer, track) in (key as u32 * TRACKS_MAX..).zip(&peer.tracks) {
+                self.media_timers.set(timer, track.next_at());
+            }
+        }
+        let probe_at = peer.probe_at();
+        if probe_at != Time::MAX {
+            self.control_timers.set(control(key, Control::Probe), probe_at);
+        }
+    }
+
+    fn send_probe(&mut self, key: usize, now: Time, io: &mut impl Io) {
+        let Some(peer) = self.peers[key].as_mut() else { return };
+        let next_at = peer.send_probe(&mut Surroundings {
+            config: &self.config,
+            record: &mut self.record,
+            io,
+            now,
+        });
+        self.control_timers.set(control(key, Control::Probe), next_at);
     }
 
     /// Whether media may be due by `time`, a few milliseconds ahead, or a connection is being set up, whose every step should be prompt.
@@ -418,6 +453,7 @@ impl Shard {
                 kind if kind == Control::Setup as u32 => self.advance_setup(key, now, io),
                 kind if kind == Control::Rtcp as u32 => self.send_reports(key, now, io),
                 kind if kind == Control::Feedback as u32 => self.send_feedback(key, now, io),
+                kind if kind == Control::Probe as u32 => self.send_probe(key, now, io),
                 _ => self.repair(key, now, io),
             }
         }
@@ -426,6 +462,7 @@ impl Shard {
     fn send_reports(&mut self, key: usize, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut() else { return };
         peer.account(&self.config.roster, &mut self.record);
+        peer.count_estimate(now, &mut self.record);
         peer.send_reports(&mut Surroundings {
             config: &self.config,
             record: &mut self.record,

@@ -92,6 +92,8 @@ pub struct RecvStream {
     finished: bool,
     /// The server was asked to send nothing for now.
     unwatched: bool,
+    /// The server pauses the stream for want of bandwidth, since then.
+    paused_at: Option<Time>,
     freezes: u64,
     /// The freeze that was going on when the publishers stopped has been counted.
     freeze_settled: bool,
@@ -177,6 +179,7 @@ impl RecvStream {
             ended: false,
             finished: false,
             unwatched: false,
+            paused_at: None,
             freezes: 0,
             freeze_settled: false,
             latency: LatencySum::default(),
@@ -220,6 +223,24 @@ impl RecvStream {
         video.switch = layer
             .filter(|layer| was_watched && video.layer.is_some_and(|current| current != *layer))
             .map(|layer| Switch { layer, asked_at: at });
+    }
+
+    /// The server says that it pauses the stream for want of bandwidth, or sends it again. What it withholds was asked for, and stays expected.
+    pub fn set_paused(&mut self, paused: bool, at: Time, record: &mut Record) {
+        let counted = &mut record.bandwidth;
+        match (paused, self.paused_at) {
+            (true, None) => {
+                counted.tracks_paused += 1;
+                counted.track_pause.expect(1);
+                self.paused_at = Some(at);
+            }
+            (false, Some(since)) => {
+                counted.tracks_resumed += 1;
+                counted.track_pause.record(at.since(since));
+                self.paused_at = None;
+            }
+            _ => {}
+        }
     }
 
     /// Opens one datagram in place and takes what is in it.
@@ -366,6 +387,14 @@ impl RecvStream {
                     video.pli_sent_at = None;
                     media.pli_sent_to_key_received.record(frame.decoded_at.since(sent_at));
                 }
+                // What was asked for is a switch; anything else is the server's doing, or the publisher's.
+                if let (Some(before), Some(layer)) = (video.layer, frame.layer)
+                    && video.switch.is_none_or(|switch| switch.layer != layer)
+                {
+                    context.record.bandwidth.layers_stepped_down += u64::from(layer < before);
+                    context.record.bandwidth.layers_stepped_up += u64::from(layer > before);
+                }
+                let media = context.record.media(Kind::Video);
                 video.layer = frame.layer.or(video.layer);
                 if let Some(switch) = video.switch.take_if(|switch| Some(switch.layer) == frame.layer) {
                     media.layer_switch.expect(1);
@@ -508,6 +537,9 @@ impl RecvStream {
 
     /// The publishers stop now: counts the freeze that is going on, and a layer that was asked for in vain.
     pub fn settle(&mut self, roster: &Roster, record: &mut Record, now: Time) {
+        if let Some(since) = self.paused_at.take() {
+            record.bandwidth.track_pause.record(now.since(since));
+        }
         let muted = self.is_muted(roster);
         let Some(video) = self.video.as_mut().filter(|_| !self.ended && !self.unwatched && !muted) else {
             return;

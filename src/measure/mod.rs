@@ -123,8 +123,16 @@ stats! {
             transport_cc_sent, transport_cc_received, remb_sent, remb_received,
             /// The sum of the estimates in `remb_sent`, in kbit/s.
             remb_sent_kbps,
+            /// What the server did to us.
+            tracks_paused, tracks_resumed, layers_stepped_down, layers_stepped_up,
+            /// Of our packets, those that transport-wide feedback says did not arrive.
+            uplink_packets_missing,
+            /// The estimates that publishers made, one a connection and second, and their sum in kbit/s.
+            uplink_estimates, uplink_estimate_kbps,
+            /// What publishers that obey their estimate did.
+            layers_dropped, layers_returned, layer_limited_ms, probes_sent, probe_packets_sent,
         }
-        histograms {}
+        histograms { track_pause }
     }
 }
 

@@ -94,6 +94,7 @@ struct PlanView {
     layout: Option<&'static str>,
     simulate_speakers: bool,
     pacing: &'static str,
+    obey_bwe: bool,
     audio: AudioView,
     video: VideoView,
     judging: JudgingView,
@@ -166,6 +167,7 @@ impl PlanView {
             layout: plan.layout.map(Layout::name),
             simulate_speakers: plan.simulate_speakers,
             pacing: plan.pacing.name(),
+            obey_bwe: plan.obey_bandwidth,
             audio: AudioView {
                 codec: "opus",
                 bitrate: plan.audio.bitrate.bps(),

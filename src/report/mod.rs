@@ -114,6 +114,8 @@ pub struct Sample {
     pub cpu_cores: Option<f64>,
     /// The mean of what receivers told the server by REMB; `None` where none did.
     pub downlink_estimate_bps: Option<u64>,
+    /// The mean of what publishers that obey their estimate made of their paths; `None` where none did.
+    pub uplink_estimate_bps: Option<u64>,
     #[serde(flatten)]
     pub generator: Second,
 }

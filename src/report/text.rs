@@ -256,7 +256,8 @@ fn habits(plan: &Plan) -> Vec<String> {
     let layout = plan.layout.filter(|_| video).map(|layout| format!("{} layout", layout.name()));
     let turns = (plan.simulate_speakers && audio).then(|| "one speaks at a time".to_owned());
     let dtx = (plan.audio.dtx && audio).then(|| "pauses are not sent (DTX)".to_owned());
-    [layout, turns, dtx].into_iter().flatten().collect()
+    let obeys = (plan.obey_bandwidth && video).then(|| "publishers obey their bandwidth".to_owned());
+    [layout, turns, dtx, obeys].into_iter().flatten().collect()
 }
 
 fn judging_line(judging: &Judging) -> String {
@@ -552,6 +553,35 @@ fn bandwidth(counted: &Bandwidth, style: Style) -> String {
             number(counted.remb_received)
         ));
     }
+    let paused = &counted.track_pause;
+    if paused.expected() > 0 {
+        lines.push(format!(
+            "{} paused by the server, {} resumed, for {}",
+            count(counted.tracks_paused, "track"),
+            number(counted.tracks_resumed),
+            seconds(paused.mean().unwrap_or_default() * paused.count() as f64 / 1e6)
+        ));
+    }
+    if counted.layers_stepped_down > 0 {
+        lines.push(format!(
+            "{} down by the server, {} up",
+            count(counted.layers_stepped_down, "layer step"),
+            number(counted.layers_stepped_up)
+        ));
+    }
+    if counted.uplink_estimates > 0 {
+        lines.push(format!(
+            "publishers obeyed their estimate{}, {} probes",
+            mean_kbps(counted.uplink_estimate_kbps, counted.uplink_estimates),
+            number(counted.probes_sent)
+        ));
+        lines.push(format!(
+            "{} dropped, {} returned, limited for {}",
+            count(counted.layers_dropped, "layer"),
+            number(counted.layers_returned),
+            seconds(counted.layer_limited_ms as f64 / 1e3)
+        ));
+    }
     let Some((first, others)) = lines.split_first() else {
         return String::new();
     };
@@ -561,6 +591,10 @@ fn bandwidth(counted: &Bandwidth, style: Style) -> String {
     }
     text.push('\n');
     text
+}
+
+fn seconds(seconds: f64) -> String {
+    format!("{seconds:.1} s")
 }
 
 /// ` (mean 1.2 Mbps)`; nothing where there is none.

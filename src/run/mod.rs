@@ -229,6 +229,7 @@ impl<'a> Test<'a> {
             },
             layout: plan.layout,
             video_layers: plan.video_layers(),
+            obey_bandwidth: plan.obey_bandwidth,
             single_connection: plan.connection == Connection::Single,
             join_retries: plan.join_retries,
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
@@ -539,6 +540,7 @@ impl<'a> Test<'a> {
             one_way_us_p99: latency.quantile(0.99),
             tick_late_us_p99: delta.engine.tick_late.quantile(0.99),
             cpu_cores: cpu_between(self.second.cpu, cpu).map(|used| used.as_secs_f64() / seconds),
+            uplink_estimate_bps: mean_bps(delta.bandwidth.uplink_estimate_kbps, delta.bandwidth.uplink_estimates),
             downlink_estimate_bps: mean_bps(delta.bandwidth.remb_sent_kbps, delta.bandwidth.remb_sent),
             generator: self.observer.close_second(self.second.at, now, &delta),
         };

@@ -622,6 +622,8 @@ pub enum Event {
     Reconnect {
         ice_servers: Vec<IceServer>,
     },
+    /// Tracks that the server pauses for want of bandwidth, or sends again.
+    StreamStates(Vec<proto::StreamStateInfo>),
     /// Which layers of our track somebody watches.
     SubscribedQuality(Box<proto::SubscribedQualityUpdate>),
     /// One connection: so many receiving sections are missing.
@@ -758,6 +760,7 @@ mod response {
     pub const TRACK_PUBLISHED: u32 = 6;
     pub const LEAVE: u32 = 8;
     pub const SPEAKERS_CHANGED: u32 = 10;
+    pub const STREAM_STATE_UPDATE: u32 = 13;
     pub const SUBSCRIBED_QUALITY_UPDATE: u32 = 14;
     pub const REFRESH_TOKEN: u32 = 16;
     pub const TRACK_UNPUBLISHED: u32 = 17;
@@ -805,6 +808,7 @@ impl Event {
             },
             response::LEAVE => Event::Leave(Leave::decode(body)?),
             response::SPEAKERS_CHANGED => Event::SpeakersChanged(proto::SpeakersChanged::decode(body).ok()?.speakers),
+            response::STREAM_STATE_UPDATE => Event::StreamStates(proto::StreamStateUpdate::decode(body).ok()?.stream_states),
             response::SUBSCRIBED_QUALITY_UPDATE => Event::SubscribedQuality(Box::new(proto::SubscribedQualityUpdate::decode(body).ok()?)),
             response::REFRESH_TOKEN => Event::RefreshToken(Secret::new(std::str::from_utf8(body).ok()?)),
             response::RECONNECT => Event::Reconnect {
@@ -1294,6 +1298,13 @@ mod tests {
         let speakers = proto::SpeakersChanged {
             speakers: vec![proto::SpeakerInfo::default(), proto::SpeakerInfo::default()],
         };
+        let states = proto::StreamStateUpdate {
+            stream_states: vec![proto::StreamStateInfo {
+                track_sid: "TR_1".into(),
+                state: proto::StreamState::Paused.into(),
+                ..Default::default()
+            }],
+        };
         for (message, expected) in [
             (Response::RefreshToken("t".into()), Event::RefreshToken(Secret::new("t"))),
             (
@@ -1304,6 +1315,7 @@ mod tests {
                 Event::Pong { timestamp_us: 7 },
             ),
             (Response::SpeakersChanged(speakers.clone()), Event::SpeakersChanged(speakers.speakers)),
+            (Response::StreamStateUpdate(states.clone()), Event::StreamStates(states.stream_states)),
             (
                 Response::MediaSectionsRequirement(proto::MediaSectionsRequirement {
                     num_audios: 1,

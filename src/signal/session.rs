@@ -71,6 +71,8 @@ pub struct SessionContext {
     pub layout: Option<Layout>,
     /// What video tracks of this run consist of, the lowest layer first.
     pub video_layers: Vec<VideoSpec>,
+    /// Publishers send no more than their path carries.
+    pub obey_bandwidth: bool,
     pub receive_buffer_bytes: usize,
     /// One peer connection a participant (`/rtc/v1`) instead of two.
     pub single_connection: bool,
@@ -492,6 +494,10 @@ impl Session {
                 self.handle_subscribed_quality(&update);
                 Ok(())
             }
+            SignalEvent::StreamStates(states) => {
+                self.handle_stream_states(&states);
+                Ok(())
+            }
             SignalEvent::SpeakersChanged(speakers) => {
                 self.notify(Notice::SpeakersChanged);
                 self.viewer.handle_speakers(&speakers);
@@ -680,11 +686,7 @@ impl Session {
 
     /// Asks the server for what is looked at, where it does not know.
     async fn tell_what_is_watched(&mut self, sender: &mut SignalSender) -> Result<(), Failure> {
-        let key = self.key(if self.context.single_connection {
-            Role::Publisher
-        } else {
-            Role::Subscriber
-        });
+        let key = self.receiving_key();
         for change in self.viewer.poll_changes() {
             let at = self.context.epoch.now();
             self.command(Command::Watch {
@@ -696,6 +698,30 @@ impl Session {
             sender.send(SignalRequest::TrackSetting(change.settings())).await?;
         }
         Ok(())
+    }
+
+    /// The server paused tracks for want of bandwidth, or sends them again.
+    fn handle_stream_states(&self, states: &[proto::StreamStateInfo]) {
+        let at = self.context.epoch.now();
+        for state in states {
+            if let Some(ssrc) = self.viewer.ssrc(&state.track_sid) {
+                self.command(Command::SetPaused {
+                    key: self.receiving_key(),
+                    ssrc,
+                    paused: state.state() == proto::StreamState::Paused,
+                    at,
+                });
+            }
+        }
+    }
+
+    /// The connection that the server's tracks come on.
+    fn receiving_key(&self) -> usize {
+        self.key(if self.context.single_connection {
+            Role::Publisher
+        } else {
+            Role::Subscriber
+        })
     }
 
     /// Layers that nobody watches rest (dynacast).
@@ -872,6 +898,7 @@ impl Session {
                     room: self.plan.room,
                     parameters,
                     rtcp_ssrc: self.plan.seed as u32 | 1,
+                    obeys_bandwidth: self.context.obey_bandwidth,
                     cname: self.plan.identity.clone(),
                     // Media is waited for from when the participant ought to have joined, or was lost.
                     intended_at: self.lost.map_or(self.timeline.intended, |lost| lost.at),

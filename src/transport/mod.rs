@@ -8,5 +8,6 @@ pub mod resend;
 pub mod rtcp;
 pub mod rtp;
 pub mod sdp;
+pub mod sent;
 pub mod sequence;
 pub mod srtp;

@@ -143,6 +143,7 @@ impl Pair {
                 parameters,
                 rtcp_ssrc: 9 + me as u32,
                 cname: format!("end-{me}"),
+                obeys_bandwidth: false,
                 intended_at: Time::ZERO,
             };
             pair.shards[me].add_peer(0, peer, Time::ZERO, &mut pair.outlets[me]);
@@ -216,6 +217,7 @@ impl Pair {
             rtx_ssrc,
             payload_type: 96 + track,
             rtx_payload_type: rtx_ssrc.map(|_| 100),
+            transport_cc_extension: None,
             audio_level_extension: (source.kind() == Kind::Audio).then_some(AUDIO_LEVEL_EXTENSION),
             simulcast: None,
             talk: None,

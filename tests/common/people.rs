@@ -72,6 +72,7 @@ impl People {
             roster: roster.clone(),
             fingerprint: identity.fingerprint(),
             video_layers: layers.iter().map(video_spec).collect(),
+            obey_bandwidth: false,
             media: Media {
                 audio: Some(audio()),
                 video: layers.to_vec(),

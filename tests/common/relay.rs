@@ -225,6 +225,7 @@ impl<W: Wire> Relay<W> {
                 },
                 rtcp_ssrc: 9 + client as u32,
                 cname: format!("client-{client}"),
+                obeys_bandwidth: false,
                 intended_at: Time::ZERO,
             };
             // The client may be first: its check then waits for the router to hear of it.
@@ -294,6 +295,7 @@ impl<W: Wire> Relay<W> {
             rtx_ssrc,
             payload_type: 96 + index as u8,
             rtx_payload_type: rtx_ssrc.map(|_| 100),
+            transport_cc_extension: None,
             audio_level_extension: (index == 0).then_some(AUDIO_LEVEL_ID),
             simulcast: None,
             talk: None,

@@ -569,6 +569,7 @@ impl World {
             parameters,
             rtcp_ssrc: 9 + key as u32,
             cname: format!("end-{key}"),
+            obeys_bandwidth: false,
             intended_at: Time::ZERO,
         };
         self.shard.add_peer(key, peer, Time::ZERO, &mut self.outlet);
@@ -594,6 +595,7 @@ impl World {
                     rtx_ssrc: (track == 1).then_some(VIDEO_RTX_SSRC),
                     payload_type: media.payload_type,
                     rtx_payload_type: media.rtx_payload_type,
+                    transport_cc_extension: None,
                     audio_level_extension: media.extensions.id(Extension::AudioLevel).filter(|_| track == 0),
                     simulcast: None,
                     talk: None,

@@ -101,6 +101,7 @@ impl World {
                 rtx_ssrc: None,
                 payload_type: 96,
                 rtx_payload_type: None,
+                transport_cc_extension: None,
                 audio_level_extension: None,
                 simulcast: None,
                 talk: None,
@@ -192,6 +193,9 @@ impl World {
                 media: &mut self.sent.video,
                 wire_bytes_sent: &mut self.sent.session.wire_bytes_sent,
                 packets_processed: &mut self.sent.engine.packets_processed,
+                now: self.now,
+                sent: None,
+                track: 0,
             };
             if track.next_at() <= self.now {
                 track.handle_timeout(self.now, &mut wire);

@@ -622,6 +622,7 @@ impl World {
                     parameters,
                     rtcp_ssrc: 1_000 + session.person.index * 2 + half as u32,
                     cname: session.person.identity.clone(),
+                    obeys_bandwidth: false,
                     intended_at: session.person.joins_at,
                 };
                 let (shard, key) = (*shard, *key + half as usize);
@@ -1130,6 +1131,7 @@ impl World {
                     rtx_ssrc: *rtx_ssrc,
                     payload_type: negotiated.payload_type,
                     rtx_payload_type: negotiated.rtx_payload_type,
+                    transport_cc_extension: None,
                     audio_level_extension: id(Extension::AudioLevel).filter(|_| kind == Kind::Audio),
                     simulcast: track.local.rids.get(layer).map(|rid| SimulcastLayer {
                         mid: negotiated.mid.clone(),

@@ -91,6 +91,7 @@ impl Liar {
             rtcp_ssrc: 9,
             cname: "ours".into(),
             intended_at: Time::ZERO,
+            obeys_bandwidth: true,
         };
         liar.shard.add_peer(0, peer, Time::ZERO, &mut liar.outlet);
         let mut connected = [false; 2];
@@ -112,6 +113,7 @@ impl Liar {
                 payload_type: if video { 96 } else { 111 },
                 rtx_payload_type: video.then_some(97),
                 audio_level_extension: (!video).then_some(1),
+                transport_cc_extension: Some(5),
                 simulcast: None,
                 talk: None,
                 pacing: Pacing::Paced,

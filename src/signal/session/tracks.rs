@@ -146,6 +146,10 @@ impl Track {
             rtx_ssrc: encoding.rtx_ssrc,
             payload_type: negotiated.payload_type,
             rtx_payload_type: negotiated.rtx_payload_type,
+            transport_cc_extension: negotiated
+                .extensions
+                .id(Extension::TransportCc)
+                .filter(|_| negotiated.feedback.contains(Feedback::TransportCc)),
             audio_level_extension: negotiated.extensions.id(Extension::AudioLevel).filter(|_| kind == Kind::Audio),
             simulcast: self.local.rids.get(usize::from(layer)).map(|rid| self.simulcast_layer(negotiated, rid)),
             talk: self.talk.clone(),

@@ -146,6 +146,11 @@ impl Viewer {
         self.size_of_all.or_else(|| self.layout.map(in_layout))
     }
 
+    /// The stream of a track, by the track's sid.
+    pub(super) fn ssrc(&self, track_sid: &str) -> Option<u32> {
+        self.tiles.iter().find(|tile| *tile.track_sid == *track_sid).map(|tile| tile.ssrc)
+    }
+
     /// How many tracks were looked at so far, one after another included.
     pub(super) fn shown_ever(&self) -> u32 {
         self.shown_ever.len() as u32

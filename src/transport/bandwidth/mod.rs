@@ -15,3 +15,4 @@
 pub mod delay;
 pub mod rate;
 pub mod remb;
+pub mod send;

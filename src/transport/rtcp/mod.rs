@@ -1,13 +1,15 @@
 //! RTCP without allocation: a [`Writer`] of compound packets into a lent buffer, and [`packets`], a walk over what came in.
 //!
 //! RFC 3550 (SR, RR, SDES, BYE), RFC 4585 (NACK, PLI), RFC 5104 (FIR), RFC 3611 (XR), draft-alvestrand-rmcat-remb,
-//! draft-holmer-rmcat-transport-wide-cc-extensions-01 (written only).
+//! draft-holmer-rmcat-transport-wide-cc-extensions-01.
 
+mod arrivals;
 mod read;
 mod write;
 
 use std::time::Duration;
 
+pub use arrivals::Arrivals;
 pub use read::{DlrrBlocks, FirEntries, Malformed, NackSeqs, Packet, Packets, ReportBlocks, SdesChunk, SdesChunks, Ssrcs, packets};
 pub use write::{WriteError, Writer};
 

@@ -441,8 +441,13 @@ impl Capabilities {
     };
     /// Sending to an SFU. The rid extensions are offered with simulcast only.
     pub const PUBLISHER: Capabilities = Capabilities {
-        extensions: &[Extension::Mid, Extension::Rid, Extension::RepairedRid, Extension::AudioLevel],
-        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir],
+        extensions: &[
+            Extension::Mid,
+            Extension::Rid,
+            Extension::RepairedRid,
+            Extension::AudioLevel,
+            Extension::TransportCc,
+        ],
         ..Capabilities::SUBSCRIBER
     };
 

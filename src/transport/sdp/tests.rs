@@ -225,18 +225,22 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
     }
     assert_eq!(application.attribute("sctp-port"), Some(Some("5000")));
     assert_eq!(values(audio, "rtpmap"), ["111 opus/48000/2"]);
-    assert_eq!(values(audio, "rtcp-fb"), ["111 nack"]);
+    assert_eq!(values(audio, "rtcp-fb"), ["111 nack", "111 transport-cc"]);
     assert_eq!(values(audio, "ssrc"), ["1 cname:s", "1 msid:s mic"]);
-    assert_eq!(values(video, "rtcp-fb"), ["96 nack", "96 nack pli", "96 ccm fir"]);
+    assert_eq!(
+        values(video, "rtcp-fb"),
+        ["96 nack", "96 nack pli", "96 ccm fir", "96 goog-remb", "96 transport-cc"]
+    );
     assert_eq!(values(video, "ssrc-group"), ["FID 2 3"]);
-    assert_eq!(values(video, "extmap"), ["1 urn:ietf:params:rtp-hdrext:sdes:mid"]);
+    let transport_cc = format!("6 {}", Extension::TransportCc.uri());
+    assert_eq!(values(video, "extmap"), ["1 urn:ietf:params:rtp-hdrext:sdes:mid", &transport_cc]);
     assert_eq!(
         (values(simulcast, "rid"), values(simulcast, "ssrc").len()),
         (vec!["q send".into(), "h send".into(), "f send".into()], 0)
     );
     assert_eq!(
         (values(simulcast, "simulcast"), values(simulcast, "extmap").len()),
-        (vec!["send q;h;f".to_owned()], 3)
+        (vec!["send q;h;f".to_owned()], 4)
     );
     assert_eq!(values(video, "msid"), ["s cam"]);
 }

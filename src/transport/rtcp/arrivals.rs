@@ -1,0 +1,212 @@
+//! What a message of transport-wide feedback says (draft-holmer-rmcat-transport-wide-cc-extensions-01, section 3.1): which packets came, and when.
+
+use super::FEEDBACK_TICK;
+use crate::transport::rtp::{be16, be24};
+use crate::transport::sequence::Seq;
+
+/// No sender has more packets under way: a message about more is none.
+const PACKETS_MAX: u16 = 8_192;
+/// A chunk's 14 symbols, at most, or one for its run.
+const RUN_BITS: u16 = 0x1FFF;
+/// The reference time counts in 64 ms, and wraps with 24 bits.
+const TICKS_PER_REFERENCE: i64 = 256;
+
+/// Walks the packets of one message in the order of their numbers.
+#[derive(Clone, Debug)]
+pub struct Arrivals<'a> {
+    chunks: &'a [u8],
+    chunk: Chunk,
+    steps: &'a [u8],
+    seq: u16,
+    left: u16,
+    at: i64,
+    reference: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Chunk {
+    /// The symbols that are left, the next one in the lowest place; of a run always the same.
+    symbols: [u8; 14],
+    is_run: bool,
+    next: u16,
+    len: u16,
+}
+
+impl Chunk {
+    fn of(word: u16) -> Chunk {
+        let mut symbols = [0; 14];
+        let (is_run, len) = match word >> 14 {
+            0 | 1 => {
+                symbols[0] = (word >> 13 & 3) as u8;
+                (true, word & RUN_BITS)
+            }
+            2 => {
+                (0..14).for_each(|at| symbols[at] = (word >> (13 - at) & 1) as u8);
+                (false, 14)
+            }
+            _ => {
+                (0..7).for_each(|at| symbols[at] = (word >> (12 - 2 * at) & 3) as u8);
+                (false, 7)
+            }
+        };
+        Chunk {
+            symbols,
+            is_run,
+            next: 0,
+            len,
+        }
+    }
+
+    fn next(&mut self) -> Option<u8> {
+        let at = self.next;
+        if at == self.len {
+            return None;
+        }
+        self.next += 1;
+        Some(if self.is_run { self.symbols[0] } else { self.symbols[usize::from(at)] })
+    }
+}
+
+impl<'a> Arrivals<'a> {
+    /// `body` begins with the base sequence number. `None` where it contradicts itself.
+    pub fn new(body: &'a [u8]) -> Option<Arrivals<'a>> {
+        let (seq, count, reference) = (be16(body, 0)?, be16(body, 2)?, be24(body, 4)?);
+        if count > PACKETS_MAX {
+            return None;
+        }
+        let chunks = body.get(8..)?;
+        // Behind the chunks that tell of so many packets come the steps.
+        let (mut told, mut chunks_len, mut steps_len) = (0, 0, 0);
+        while told < count {
+            let mut chunk = Chunk::of(be16(chunks, chunks_len)?);
+            chunks_len += 2;
+            if chunk.len == 0 {
+                return None;
+            }
+            while told < count
+                && let Some(symbol) = chunk.next()
+            {
+                told += 1;
+                steps_len += step_len(symbol)?;
+            }
+        }
+        let (chunks, steps) = chunks.split_at_checked(chunks_len)?;
+        Some(Arrivals {
+            chunks,
+            chunk: Chunk::default(),
+            steps: steps.get(..steps_len)?,
+            seq,
+            left: count,
+            at: i64::from(reference) * TICKS_PER_REFERENCE,
+            reference,
+        })
+    }
+
+    /// 24 bits, in 64 ms.
+    pub fn reference(&self) -> u32 {
+        self.reference
+    }
+}
+
+/// Of a time step, in bytes.
+fn step_len(symbol: u8) -> Option<usize> {
+    match symbol {
+        0 => Some(0),
+        1 => Some(1),
+        2 => Some(2),
+        _ => None,
+    }
+}
+
+/// A number, and when it came: in microseconds by the receiver's clock, which begins with its reference time's cycle. `None`: it did not.
+impl Iterator for Arrivals<'_> {
+    type Item = (Seq, Option<i64>);
+
+    fn next(&mut self) -> Option<(Seq, Option<i64>)> {
+        self.left = self.left.checked_sub(1)?;
+        let symbol = match self.chunk.next() {
+            Some(symbol) => symbol,
+            None => {
+                let (word, rest) = self.chunks.split_first_chunk()?;
+                self.chunks = rest;
+                self.chunk = Chunk::of(u16::from_be_bytes(*word));
+                self.chunk.next()?
+            }
+        };
+        let (step, rest) = self.steps.split_at_checked(step_len(symbol)?)?;
+        self.steps = rest;
+        let seq = Seq(self.seq);
+        self.seq = self.seq.wrapping_add(1);
+        let step = match *step {
+            [] => return Some((seq, None)),
+            [small] => i64::from(small),
+            [high, low, ..] => i64::from(i16::from_be_bytes([high, low])),
+        };
+        self.at += step;
+        Some((seq, Some(self.at * FEEDBACK_TICK.as_micros() as i64)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::seeded::Seeded;
+    use crate::transport::rtcp::{Packet, Writer, packets};
+    use crate::units::Time;
+
+    fn body(message: &[u8]) -> Vec<u8> {
+        let Some(Ok(Packet::TransportCc { body, .. })) = packets(message).next() else {
+            panic!("{message:?}")
+        };
+        body.to_vec()
+    }
+
+    #[test]
+    fn what_was_written_is_read_again() {
+        for seed in 0..300 {
+            let mut random = Seeded::new(seed);
+            let (base, mut now) = (Seq(random.draw() as u16), Time::from_millis(random.below(1 << 30)));
+            let arrivals: Vec<Option<Time>> = (0..random.below(300))
+                .map(|_| {
+                    let longest = [200, 4_000, 400_000][random.below(3) as usize];
+                    now += Duration::from_micros(random.below(longest));
+                    (!random.chance(20 * (seed % 5))).then_some(now)
+                })
+                .collect();
+            let mut buffer = [0; 1_500];
+            let mut writer = Writer::new(&mut buffer);
+            writer.transport_cc(1, 2, base, 3, &arrivals).unwrap();
+            let len = writer.len();
+            let body = body(&buffer[..len]);
+            let read: Vec<_> = Arrivals::new(&body).unwrap().collect();
+            assert_eq!(read.len(), arrivals.len(), "seed {seed}");
+            for (at, (arrival, (seq, told))) in arrivals.iter().zip(read).enumerate() {
+                assert_eq!((seq, told.is_some()), (base.wrapping_add(at as u16), arrival.is_some()));
+                if let (Some(arrival), Some(told)) = (arrival, told) {
+                    assert_eq!((arrival.as_micros() / 250 * 250) as i64, told, "seed {seed}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn wild_bytes_are_refused_or_read_to_their_end() {
+        let mut random = Seeded::new(7);
+        for _ in 0..20_000 {
+            let body: Vec<u8> = (0..random.below(60)).map(|_| random.draw() as u8).collect();
+            if let Some(arrivals) = Arrivals::new(&body) {
+                assert_eq!(arrivals.clone().count(), usize::from(arrivals.left));
+            }
+        }
+    }
+
+    #[test]
+    fn a_message_about_more_packets_than_anybody_sends_and_an_endless_one_are_refused() {
+        assert!(Arrivals::new(&[0, 0, 0x20, 1, 0, 0, 0, 0, 0x20, 1]).is_none(), "8,193 packets");
+        assert!(Arrivals::new(&[0, 0, 0, 5, 0, 0, 0, 0, 0, 0]).is_none(), "a run of nothing");
+        assert!(Arrivals::new(&[0, 0, 0, 1, 0, 0, 0, 0, 0x20, 1]).is_none(), "a step that is not there");
+        assert!(Arrivals::new(&[0, 0, 0, 1, 0, 0, 0, 0, 0x60, 1, 0, 0]).is_none(), "a reserved symbol");
+    }
+}
