@@ -374,7 +374,8 @@ impl Connection {
                         held_back: track.is_held_back(),
                     };
                 }
-                None if track.is_wanted() => others += bps,
+                // What has no numbers is not in the feedback, and so not in the estimate.
+                None if track.is_wanted() && track.has_transport_seq() => others += bps,
                 None => {}
             }
         }

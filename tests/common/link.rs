@@ -49,7 +49,12 @@ pub struct Conditions {
     pub delay: Duration,
     /// Added to each datagram's delay at random: more than the spacing of datagrams reorders them.
     pub jitter: Duration,
+    /// What passes to each address, in bits per second, with a queue of [`QUEUE`] before it; zero: everything.
+    pub rate: u64,
 }
+
+/// What finds a longer queue than this is lost.
+const QUEUE: Duration = Duration::from_millis(300);
 
 /// A datagram under way.
 #[derive(Clone, Debug)]
@@ -74,6 +79,8 @@ pub struct Link {
     random: Random,
     under_way: BTreeMap<(Time, u64), Datagram>,
     count: u64,
+    /// When the bottleneck before each address has passed what waits there.
+    free_at: BTreeMap<SocketAddr, Time>,
 }
 
 impl Link {
@@ -84,6 +91,7 @@ impl Link {
             random: Random(seed),
             under_way: BTreeMap::new(),
             count: 0,
+            free_at: BTreeMap::new(),
         }
     }
 
@@ -101,9 +109,27 @@ impl Link {
     }
 
     fn enqueue(&mut self, datagram: Datagram, now: Time) {
+        let Some(now) = self.pass_bottleneck(&datagram, now) else {
+            self.log.lost += 1;
+            return;
+        };
         let at = now + self.conditions.delay + self.random.up_to(self.conditions.jitter);
         self.count += 1;
         self.under_way.insert((at, self.count), datagram);
+    }
+
+    /// When it has passed; `None` where the queue is full.
+    fn pass_bottleneck(&mut self, datagram: &Datagram, now: Time) -> Option<Time> {
+        let Some(nanos) = (datagram.bytes.len() as u64 * 8_000_000_000).checked_div(self.conditions.rate) else {
+            return Some(now);
+        };
+        let free_at = self.free_at.entry(datagram.to).or_insert(now);
+        let begin = now.max(*free_at);
+        if begin.since(now) > QUEUE {
+            return None;
+        }
+        *free_at = begin + Duration::from_nanos(nanos);
+        Some(*free_at)
     }
 
     /// The next datagram that has arrived by `now`.

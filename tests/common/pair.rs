@@ -97,6 +97,8 @@ pub struct Pair {
     pub ice_datagrams: u64,
     addresses: [SocketAddr; 2],
     connected: [bool; 2],
+    /// What end 0's packets are to carry, for end 1's feedback; set before anything is published.
+    pub transport_cc_extension: Option<u8>,
     /// Hears every RTP datagram that is sent, and every one that arrives.
     pub on_sent: Box<dyn FnMut(&Datagram)>,
     pub on_arrived: Box<dyn FnMut(&Datagram)>,
@@ -105,6 +107,11 @@ pub struct Pair {
 impl Pair {
     /// Two connected peers. The link is perfect until [`Pair::set_conditions`].
     pub fn connected(seed: u64) -> Pair {
+        Pair::connected_where(seed, false)
+    }
+
+    /// The same, where end 0 obeys its bandwidth.
+    pub fn connected_where(seed: u64, obeys_bandwidth: bool) -> Pair {
         let addresses: [SocketAddr; 2] = ["192.0.2.1:1000".parse().unwrap(), "192.0.2.2:2000".parse().unwrap()];
         let (identity, epoch) = (Identity::generate().unwrap(), Epoch::read());
         let roster = Arc::new(Roster::new(RUN, [0, 0].into_iter()));
@@ -124,6 +131,7 @@ impl Pair {
             ice_datagrams: 0,
             addresses,
             connected: [false; 2],
+            transport_cc_extension: None,
             on_sent: Box::new(|_| {}),
             on_arrived: Box::new(|_| {}),
         };
@@ -143,7 +151,7 @@ impl Pair {
                 parameters,
                 rtcp_ssrc: 9 + me as u32,
                 cname: format!("end-{me}"),
-                obeys_bandwidth: false,
+                obeys_bandwidth: obeys_bandwidth && me == 0,
                 intended_at: Time::ZERO,
             };
             pair.shards[me].add_peer(0, peer, Time::ZERO, &mut pair.outlets[me]);
@@ -195,7 +203,7 @@ impl Pair {
             rtx_ssrc: track.rtx_ssrc,
             clock_rate: if track.source.kind() == Kind::Audio { 48_000 } else { 90_000 },
             nack: true,
-            transport_cc_extension: None,
+            transport_cc_extension: self.transport_cc_extension,
             abs_send_time_extension: None,
             announced_at: self.now,
         });
@@ -217,7 +225,7 @@ impl Pair {
             rtx_ssrc,
             payload_type: 96 + track,
             rtx_payload_type: rtx_ssrc.map(|_| 100),
-            transport_cc_extension: None,
+            transport_cc_extension: self.transport_cc_extension,
             audio_level_extension: (source.kind() == Kind::Audio).then_some(AUDIO_LEVEL_EXTENSION),
             simulcast: None,
             talk: None,
