@@ -23,12 +23,12 @@ const TRANSPORT_CC: u8 = 9;
 const ALL_LAYERS_BPS: u64 = 610_000;
 const RTT: Duration = Duration::from_millis(40);
 
-fn path(rate: u64) -> Conditions {
-    Conditions {
+fn set_path(pair: &mut Pair, rate: u64) {
+    pair.link.rate = rate;
+    pair.set_conditions(Conditions {
         delay: RTT / 2,
-        rate,
         ..Conditions::default()
-    }
+    });
 }
 
 /// How many packets of each layer were sent, retransmissions apart.
@@ -57,7 +57,7 @@ impl Sent {
 fn publisher(obeys: bool, rate: u64) -> (Pair, Sent) {
     let mut pair = Pair::connected_where(1, obeys);
     pair.transport_cc_extension = Some(TRANSPORT_CC);
-    pair.set_conditions(path(rate));
+    set_path(&mut pair, rate);
     let sent = Sent::listen(&mut pair);
     pair.publish_layers(&layers(), Pacing::Paced);
     (pair, sent)
@@ -72,7 +72,11 @@ fn run_seconds(pair: &mut Pair, sent: &Sent, seconds: u64) -> [bool; 3] {
 fn every_packet_of_all_streams_has_the_next_number_and_is_reported_ten_times_a_second() {
     let mut pair = Pair::connected(3);
     pair.transport_cc_extension = Some(TRANSPORT_CC);
-    pair.set_conditions(Conditions { loss: 0.05, ..path(0) });
+    pair.set_conditions(Conditions {
+        loss: 0.05,
+        delay: RTT / 2,
+        ..Conditions::default()
+    });
     let numbers: Rc<RefCell<Vec<u16>>> = Rc::default();
     let log = numbers.clone();
     pair.on_sent = Box::new(move |datagram| {
@@ -125,12 +129,12 @@ fn layers_go_when_the_path_narrows_and_return_with_a_key_frame_when_it_widens() 
         (120_000, [true, false, false]),
         (40_000, [true, false, false]),
     ] {
-        pair.set_conditions(path(rate));
+        set_path(&mut pair, rate);
         pair.run_for(Duration::from_secs(6));
         sent.layers();
         assert_eq!(run_seconds(&mut pair, &sent, 4), expected, "at {rate}");
     }
-    pair.set_conditions(path(0));
+    set_path(&mut pair, 0);
     pair.run_for(Duration::from_secs(20));
     sent.layers();
     assert_eq!(run_seconds(&mut pair, &sent, 2), [true; 3], "probes have found it again");

@@ -49,8 +49,6 @@ pub struct Conditions {
     pub delay: Duration,
     /// Added to each datagram's delay at random: more than the spacing of datagrams reorders them.
     pub jitter: Duration,
-    /// What passes to each address, in bits per second, with a queue of [`QUEUE`] before it; zero: everything.
-    pub rate: u64,
 }
 
 /// What finds a longer queue than this is lost.
@@ -75,6 +73,8 @@ pub struct LinkLog {
 /// One link between all addresses, in both directions.
 pub struct Link {
     pub conditions: Conditions,
+    /// What passes to each address, in bits per second, with a queue of [`QUEUE`] before it; zero: everything.
+    pub rate: u64,
     pub log: LinkLog,
     random: Random,
     under_way: BTreeMap<(Time, u64), Datagram>,
@@ -87,6 +87,7 @@ impl Link {
     pub fn new(conditions: Conditions, seed: u64) -> Link {
         Link {
             conditions,
+            rate: 0,
             log: LinkLog::default(),
             random: Random(seed),
             under_way: BTreeMap::new(),
@@ -120,7 +121,7 @@ impl Link {
 
     /// When it has passed; `None` where the queue is full.
     fn pass_bottleneck(&mut self, datagram: &Datagram, now: Time) -> Option<Time> {
-        let Some(nanos) = (datagram.bytes.len() as u64 * 8_000_000_000).checked_div(self.conditions.rate) else {
+        let Some(nanos) = (datagram.bytes.len() as u64 * 8_000_000_000).checked_div(self.rate) else {
             return Some(now);
         };
         let free_at = self.free_at.entry(datagram.to).or_insert(now);

@@ -41,6 +41,17 @@ pub struct Options {
     pub udp: UdpPorts,
     pub log_level: &'static str,
     pub site: Site,
+    /// Set where the server is to allocate by bandwidth, pausing tracks included.
+    pub congestion: Option<Congestion>,
+}
+
+/// Where a server has its estimate of a subscriber's path from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Congestion {
+    /// The subscriber's REMB: LiveKit's default.
+    Remote,
+    /// Its own, from transport-wide feedback.
+    SendSide,
 }
 
 /// Where a server listens and has its media.
@@ -65,6 +76,7 @@ impl Default for Options {
             udp: UdpPorts::Range,
             log_level: "warn",
             site: Site::LOOPBACK,
+            congestion: None,
         }
     }
 }
@@ -272,10 +284,14 @@ fn config(ports: &Ports, options: &Options) -> String {
         UdpPorts::Range => format!("port_range_start: {}\n  port_range_end: {}", ports.udp, ports.udp + PORT_RANGE - 1),
         UdpPorts::Mux => format!("udp_port: {}", ports.udp),
     };
+    let congestion = options.congestion.map_or(String::new(), |congestion| {
+        let send_side = congestion == Congestion::SendSide;
+        format!("  congestion_control: {{enabled: true, allow_pause: true, use_send_side_bwe: {send_side}}}\n")
+    });
     let Site { address, device } = options.site;
     format!(
         "port: {}\nbind_addresses: [\"{address}\"]\nkeys: {{{KEY}: {SECRET}}}\n\
-         rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n\
+         rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n{congestion}\
          room: {{auto_create: {}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
         ports.signal,
         address.is_loopback(),
