@@ -127,12 +127,13 @@ impl DelayTarget {
 
     /// The delay at which waiting longer for resends would cost more than the loss that it saves.
     fn for_resends(&self) -> u32 {
-        let mut later = u32::from(self.frames);
+        let (frames, mut later) = (u64::from(self.frames), u64::from(self.frames));
         let costs = self.frames_in.iter().zip(1u32..).map(|(count, class)| {
-            later -= u32::from(*count);
-            let lost = u64::from(micros(DELAY_PER_LOSS_PERCENT)) * 100 * u64::from(later) / u64::from(self.frames.max(1));
+            later -= u64::from(*count);
             let delay_us = class * micros(CLASS);
-            (u64::from(delay_us) + lost, delay_us)
+            // Times the number of frames: nothing need be divided.
+            let lost = u64::from(micros(DELAY_PER_LOSS_PERCENT)) * 100 * later;
+            (u64::from(delay_us) * frames + lost, delay_us)
         });
         costs.min().map_or(0, |(_, delay_us)| delay_us)
     }

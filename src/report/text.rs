@@ -299,6 +299,8 @@ fn joins(outcome: &Outcome, style: Style) -> String {
     text
 }
 
+type Counter = fn(&Media) -> u64;
+
 /// The columns of the media table: audio, video and both; of a kind that nobody publishes there is none.
 struct Columns<'a> {
     media: [&'a Media; 2],
@@ -324,13 +326,13 @@ impl Columns<'_> {
 
     /// Where frames were lost, as far as any were there.
     fn loss_places(&self) -> String {
-        let places: [(&str, fn(&Media) -> u64); 4] = [
+        let places: [(&str, Counter); 4] = [
             ("    on the uplink", |m| m.frames_lost_uplink),
             ("    in the SFU", |m| m.frames_lost_sfu),
             ("    on the downlink", |m| m.frames_lost_downlink),
             ("    cannot be told where", |m| m.frames_lost_unattributed),
         ];
-        let lost_there = |counter: fn(&Media) -> u64| self.media.iter().any(|media| counter(media) > 0);
+        let lost_there = |counter: Counter| self.media.iter().any(|media| counter(media) > 0);
         let places = places.into_iter().filter(|(_, counter)| lost_there(*counter));
         places.map(|(label, counter)| self.sum(label, counter, number)).collect()
     }

@@ -174,8 +174,10 @@ mod tests {
         }
     }
 
+    type Hurt = fn(&mut ParticipantOutcome);
+
     /// What can be wrong, the worst first.
-    fn sorrows() -> Vec<(&'static str, fn(&mut ParticipantOutcome))> {
+    fn sorrows() -> Vec<(&'static str, Hurt)> {
         vec![
             ("failed: refused", |who| who.failure = Some("refused".into())),
             ("disconnected 2 times", |who| who.disconnects = 2),
