@@ -63,17 +63,20 @@ impl Histogram {
     /// The value in microseconds below which `share` (0..=1) of what was *expected* lies; `None` where that falls among the missing, or nothing was expected.
     pub fn quantile(&self, share: f64) -> Option<u64> {
         let rank = (share * self.expected() as f64).ceil().max(1.0) as u64;
-        if rank > self.count() {
-            return None;
-        }
-        Some(self.hdr.value_at_quantile(rank as f64 / self.count() as f64))
+        (rank <= self.count()).then(|| self.value_at_rank(rank))
     }
 
     /// The value at or below which `share` (0..=1) of what was *expected* lies, where less is worse and what never came is worst; `None` among that.
     pub fn low_quantile(&self, share: f64) -> Option<u64> {
         let rank = (share * self.expected() as f64).ceil().max(1.0) as u64;
-        let rank = rank.checked_sub(self.expected() - self.count()).filter(|rank| *rank > 0)?;
-        Some(self.hdr.value_at_quantile(rank as f64 / self.count() as f64))
+        let rank = rank.checked_sub(self.expected() - self.count())?;
+        (1..=self.count()).contains(&rank).then(|| self.value_at_rank(rank))
+    }
+
+    /// The value that so many are not above; `rank` is 1 for the least.
+    fn value_at_rank(&self, rank: u64) -> u64 {
+        // The library takes a share, multiplies it by the count and rounds up: half a rank less keeps clear of the next one, which 15 / 29 * 29 in floating point is in.
+        self.hdr.value_at_quantile((rank as f64 - 0.5) / self.count() as f64)
     }
 
     /// Of what came.
@@ -138,6 +141,18 @@ mod tests {
         assert_eq!(histogram.quantile(0.95), None);
         assert_eq!(histogram.max(), None);
         assert_eq!(Histogram::default().quantile(0.5), None);
+    }
+
+    #[test]
+    fn a_quantile_is_the_value_of_its_rank_whatever_the_count() {
+        let mut histogram = Histogram::default();
+        for count in 1..=1_000 {
+            histogram.record_micros(count);
+            for (share, thousandths) in [(0.5, 500), (0.9, 900), (0.95, 950), (0.99, 990), (0.999, 999)] {
+                let rank = (thousandths * count).div_ceil(1_000);
+                assert_eq!(histogram.quantile(share), Some(rank), "{share} of {count}");
+            }
+        }
     }
 
     #[test]
