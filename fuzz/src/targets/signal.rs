@@ -74,7 +74,6 @@ fn response_seeds() -> Vec<Vec<u8>> {
         sdp: "v=0\r\n".into(),
         id: 3,
         mid_to_track_id: [("0".to_owned(), "TR_1".to_owned())].into(),
-        ..Default::default()
     };
     let candidate = "{\"candidate\":\"candidate:1 1 udp 1 192.0.2.1 9 typ host\",\"usernameFragment\":\"u\"}";
     let messages = [
