@@ -539,9 +539,9 @@ fn drawn(chance: &mut Seeded) -> Injection {
 #[derive(Debug)]
 struct CleanRun {
     valid: bool,
-    /// Not valid, and the kernel says why: the engine was kept waiting, or the host was.
+    /// Not valid, and the kernel says why: the engine, or the host, was kept waiting for at least half of what the report says that it stood still.
     confirmed: bool,
-    #[allow(dead_code, reason = "shown where the test fails")]
+    #[allow(dead_code, reason = "printed where it is not valid")]
     reasons: String,
 }
 
@@ -562,9 +562,14 @@ fn clean_run(server: &Server) -> CleanRun {
     let kept = waited + stolen().saturating_sub(stolen_before);
     running.finish();
     let report = Report::read(&scratch.path("run.json"), &server.secret);
+    let stood_still: f64 = told(&report)
+        .iter()
+        .filter(|stall| stall.side == Victim::Generator)
+        .map(|stall| stall.seconds)
+        .sum();
     CleanRun {
         valid: report.0["engine"]["valid"] == true,
-        confirmed: kept >= Duration::from_millis(50),
+        confirmed: kept.as_secs_f64() >= (stood_still * 0.5).max(0.05),
         reasons: report.reasons(),
     }
 }
@@ -592,6 +597,7 @@ fn print_table(outcomes: &[(&str, Injection, Outcome)], clean: &[CleanRun]) {
             }
         }
     }
+    clean.iter().filter(|run| !run.valid).for_each(|run| eprintln!("{run:?}"));
     let valid = clean.iter().filter(|run| run.valid).count();
     let confirmed = clean.iter().filter(|run| !run.valid && run.confirmed).count();
     eprintln!(

@@ -90,7 +90,6 @@ impl Liar {
             parameters: parameters(&identity, "ours", "them", [1, 2], true),
             rtcp_ssrc: 9,
             cname: "ours".into(),
-            obeys_bandwidth: true,
             intended_at: Time::ZERO,
             obeys_bandwidth: true,
         };
@@ -113,7 +112,6 @@ impl Liar {
                 rtx_ssrc: video.then_some(pair::VIDEO_RTX_SSRC),
                 payload_type: if video { 96 } else { 111 },
                 rtx_payload_type: video.then_some(97),
-                transport_cc_extension: Some(5),
                 audio_level_extension: (!video).then_some(1),
                 transport_cc_extension: Some(5),
                 simulcast: None,
