@@ -27,7 +27,8 @@ const NARROW: Conditions = Conditions {
     rate: Some(Rate {
         bits_per_second: 1_000_000,
         burst_bytes: 4_000,
-        queue_bytes: 40_000,
+        // A second: an estimate by delay sees a queue that grows, and not one that is full.
+        queue_bytes: 125_000,
     }),
     delay: Duration::from_millis(10),
     jitter: Duration::ZERO,
@@ -35,7 +36,7 @@ const NARROW: Conditions = Conditions {
     duplication: 0.0,
 };
 
-/// One run over a network that is narrow in one direction from `narrow_from` to `narrow_to`, in seconds since its start.
+/// One run over a network that is narrow in one direction for a while, in seconds since its first media.
 struct Trial {
     congestion: Congestion,
     direction: Direction,
@@ -59,8 +60,18 @@ impl Trial {
         let mut command = throng();
         against(&server, &mut command).args(self.args.split(' ')).arg(self.seconds.to_string());
         command.arg("--json").arg(scratch.path("run.json"));
-        let running = network.clients.run(|| Running::start(&mut command, &server.secret));
+        let mut running = network.clients.run(|| Running::start(&mut command, &server.secret));
         let (from, to) = self.narrow;
+        // Media has to be made before anything is sent, which takes its time.
+        let flows = || {
+            network
+                .log()
+                .iter()
+                .any(|packet| packet.direction == self.direction && packet.rtp().is_some())
+        };
+        while !flows() && !running.has_ended() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
         std::thread::sleep(Duration::from_secs(from));
         network.set(self.direction, NARROW);
         std::thread::sleep(Duration::from_secs(to - from));
@@ -94,12 +105,16 @@ fn server_reacts(name: &str, congestion: Congestion) -> Option<Report> {
     let trial = Trial {
         congestion,
         direction: Direction::Down,
-        narrow: (8, 38),
-        seconds: 32,
+        narrow: (10, 40),
+        seconds: 38,
         args: "--video-publishers 3 --video-resolution medium --video-bitrate 1M --subscribers 1 --threads 1 --max-loss 100 --duration",
     };
     let (report, log) = trial.run(name)?;
-    assert!(log.contains("congest"), "the server noticed: {log}");
+    assert!(
+        log.contains("congest"),
+        "the server noticed: {:?} {log}",
+        series(&report, "downlink_estimate_bps")
+    );
     let (paused, down) = (bandwidth(&report, "tracks_paused"), bandwidth(&report, "layers_stepped_down"));
     assert!(paused + down > 0, "and did something about it: {}", report.0["totals"]["bandwidth"]);
     Some(report)
