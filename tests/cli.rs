@@ -331,14 +331,7 @@ fn nonsense_is_refused_with_what_to_write_instead() {
 
 #[test]
 fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
-    for flag in [
-        "--ramp=2,10",
-        "--coordinator",
-        "--report-to=http://h",
-        "--html=f",
-        "--obey-bwe",
-        "--token=t",
-    ] {
+    for flag in ["--ramp=2,10", "--coordinator", "--report-to=http://h", "--html=f", "--token=t"] {
         assert!(local_refusal(&[flag]).contains("unexpected argument"), "{flag}");
     }
     assert!(local_refusal(&["--subscriber", "3"]).contains("'--subscribers'"));
@@ -347,6 +340,7 @@ fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
 
 #[test]
 fn layers_layouts_and_speakers_are_as_asked() {
+    assert!(local(&["--video-publishers=1", "--obey-bwe"]).plan.obey_bandwidth && !local(&[]).plan.obey_bandwidth);
     let plan = local(&["--publishers=2", "--video-publishers=2"]).plan;
     assert_eq!(
         (plan.video_layers().len(), plan.layout, plan.simulate_speakers, plan.audio.dtx),

@@ -71,7 +71,7 @@ impl Sending {
     /// Takes one message of feedback; false where it contradicts itself.
     pub fn handle_feedback(&mut self, body: &[u8], rtt: Option<Duration>, now: Time, counted: &mut Bandwidth) -> bool {
         let Some(arrivals) = Arrivals::new(body) else { return false };
-        let offset = self.clock.offset_us(arrivals.reference());
+        let base = self.clock.base_us(arrivals.reference());
         let (mut packets, mut lost) = (0, 0);
         for (number, arrival) in arrivals {
             let Some(packet) = self.log.find(number.0) else { continue };
@@ -94,7 +94,7 @@ impl Sending {
                     if let Some(obedience) = &mut self.obedience {
                         obedience.estimator.handle_acknowledged(&Acknowledged {
                             sent_at: packet.sent_at,
-                            arrival: Time::from_micros((offset + at) as u64),
+                            arrival: Time::from_micros((base + at).unsigned_abs()),
                             bytes: packet.bytes.into(),
                             cluster: match packet.kind {
                                 SentKind::Probe { cluster } => cluster,
@@ -164,7 +164,7 @@ impl Sending {
     }
 }
 
-/// The receiver's clock, without the wrap of its reference time.
+/// The receiver's clock, without the wrap of its reference time, and from a beginning of our own: only differences count.
 #[derive(Default)]
 struct ReferenceClock {
     last: Option<(u32, i64)>,
@@ -173,18 +173,24 @@ struct ReferenceClock {
 impl ReferenceClock {
     const CYCLE: i64 = 1 << 24;
     const UNIT_US: i64 = 64_000;
+    /// Times of a message lie less than a day from its reference. Who drives the clock to either end of a year starts over.
+    const BEGIN_US: i64 = 86_400_000_000;
+    const END_US: i64 = 365 * ReferenceClock::BEGIN_US;
 
-    /// What to add to a message's times, in microseconds.
-    fn offset_us(&mut self, reference: u32) -> i64 {
-        let (before, cycles) = self.last.unwrap_or((reference, 1));
-        let step = i64::from(reference) - i64::from(before);
-        let cycles = match step {
-            step if step < -ReferenceClock::CYCLE / 2 => cycles + 1,
-            step if step > ReferenceClock::CYCLE / 2 => (cycles - 1).max(0),
-            _ => cycles,
+    /// What a message's times count from, in microseconds.
+    fn base_us(&mut self, reference: u32) -> i64 {
+        let (before, base) = self.last.unwrap_or((reference, ReferenceClock::BEGIN_US));
+        let ahead = (i64::from(reference) - i64::from(before)).rem_euclid(ReferenceClock::CYCLE);
+        let step = if ahead < ReferenceClock::CYCLE / 2 {
+            ahead
+        } else {
+            ahead - ReferenceClock::CYCLE
         };
-        self.last = Some((reference, cycles));
-        cycles * ReferenceClock::CYCLE * ReferenceClock::UNIT_US
+        let base = base + step * ReferenceClock::UNIT_US;
+        let is_usual = (ReferenceClock::BEGIN_US..ReferenceClock::END_US).contains(&base);
+        let base = if is_usual { base } else { ReferenceClock::BEGIN_US };
+        self.last = Some((reference, base));
+        base
     }
 }
 
@@ -314,6 +320,24 @@ mod tests {
         assert!(sending.handle_feedback(&feedback(&[true; 300]), None, Time::ZERO, &mut counted));
         assert_eq!((counted.uplink_packets_missing, sending.estimate()), (0, None));
         assert!(!sending.handle_feedback(&[0, 1, 0xFF, 0xFF, 0, 0, 0, 0], None, Time::ZERO, &mut counted));
+    }
+
+    #[test]
+    fn the_receivers_clock_wraps_and_lies_and_stays_in_bounds() {
+        let mut clock = ReferenceClock::default();
+        let first = clock.base_us(0xFF_FFFE);
+        assert_eq!(clock.base_us(2) - first, 4 * 64_000, "over the wrap");
+        assert_eq!(clock.base_us(1) - first, 3 * 64_000);
+        let mut random = crate::seeded::Seeded::new(3);
+        for round in 0..200_000u32 {
+            let reference = if round % 2 == 0 {
+                random.draw() as u32 >> 8
+            } else {
+                round.wrapping_mul(0x7F_FFFF) & 0xFF_FFFF
+            };
+            let base = clock.base_us(reference);
+            assert!((ReferenceClock::BEGIN_US..ReferenceClock::END_US).contains(&base));
+        }
     }
 
     #[test]

@@ -619,7 +619,7 @@ impl ReceiveStream {
 
     fn give_up_batch(&mut self, at: usize) {
         let missing = self.batches[at].missing;
-        self.missing -= u16::from(missing);
+        self.missing -= missing;
         self.gave_up += u32::from(missing);
         self.remove_batch(at);
     }

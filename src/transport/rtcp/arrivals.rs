@@ -8,8 +8,6 @@ use crate::transport::sequence::Seq;
 const PACKETS_MAX: u16 = 8_192;
 /// A chunk's 14 symbols, at most, or one for its run.
 const RUN_BITS: u16 = 0x1FFF;
-/// The reference time counts in 64 ms, and wraps with 24 bits.
-const TICKS_PER_REFERENCE: i64 = 256;
 
 /// Walks the packets of one message in the order of their numbers.
 #[derive(Clone, Debug)]
@@ -97,12 +95,12 @@ impl<'a> Arrivals<'a> {
             steps: steps.get(..steps_len)?,
             seq,
             left: count,
-            at: i64::from(reference) * TICKS_PER_REFERENCE,
+            at: 0,
             reference,
         })
     }
 
-    /// 24 bits, in 64 ms.
+    /// What all times count from: 24 bits that wrap, in 64 ms.
     pub fn reference(&self) -> u32 {
         self.reference
     }
@@ -118,7 +116,7 @@ fn step_len(symbol: u8) -> Option<usize> {
     }
 }
 
-/// A number, and when it came: in microseconds by the receiver's clock, which begins with its reference time's cycle. `None`: it did not.
+/// A number, and when it came: in microseconds after the reference time, less than a day to either side. `None`: it did not.
 impl Iterator for Arrivals<'_> {
     type Item = (Seq, Option<i64>);
 
@@ -180,12 +178,14 @@ mod tests {
             writer.transport_cc(1, 2, base, 3, &arrivals).unwrap();
             let len = writer.len();
             let body = body(&buffer[..len]);
-            let read: Vec<_> = Arrivals::new(&body).unwrap().collect();
+            let arrivals_read = Arrivals::new(&body).unwrap();
+            let reference = i64::from(arrivals_read.reference()) * 64_000;
+            let read: Vec<_> = arrivals_read.collect();
             assert_eq!(read.len(), arrivals.len(), "seed {seed}");
             for (at, (arrival, (seq, told))) in arrivals.iter().zip(read).enumerate() {
                 assert_eq!((seq, told.is_some()), (base.wrapping_add(at as u16), arrival.is_some()));
                 if let (Some(arrival), Some(told)) = (arrival, told) {
-                    assert_eq!((arrival.as_micros() / 250 * 250) as i64, told, "seed {seed}");
+                    assert_eq!((arrival.as_micros() / 250 * 250) as i64, reference + told, "seed {seed}");
                 }
             }
         }
