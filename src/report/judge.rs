@@ -596,8 +596,8 @@ mod tests {
         (0..100).for_each(|n| record.audio.mos.record_micros(4_400 - n));
         assert_eq!(violation("audio.mos.p1>=4.29", &record), None);
         assert_eq!(
-            violation("audio.mos.min > 4.3", &record).unwrap(),
-            "audio.mos.min>4.3 does not hold: it is 4.30"
+            violation("audio.mos.min > 4.35", &record).unwrap(),
+            "audio.mos.min>4.35 does not hold: it is 4.30"
         );
         assert_eq!(violation("audio.mos.p50>4.3", &record), None);
         record.audio.mos.expect(110);
