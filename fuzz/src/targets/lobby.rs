@@ -17,7 +17,7 @@ pub const TARGET: Target = Target {
     name: "lobby",
     run,
     seeds,
-    mutations: 120,
+    mutations: 300,
     memory: None,
 };
 

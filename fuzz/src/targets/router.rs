@@ -18,7 +18,7 @@ pub const TARGET: Target = Target {
     name: "router",
     run,
     seeds,
-    mutations: 40,
+    mutations: 60,
     memory: None,
 };
 

@@ -10,6 +10,7 @@ use throng::engine::shard::Shard;
 use throng::engine::{Command, Event, NewPeer, Roster, ShardConfig, StreamParameters};
 use throng::measure::{Kind, Record};
 use throng::media::identity::{FrameIdentity, VIDEO_TRAILER_LEN};
+use throng::media::vp8::{VideoClip, VideoSpec};
 use throng::transport::peer::{Peer, PeerEvent};
 use throng::transport::rtcp::{DlrrBlock, ReportBlock, SenderInfo, Writer};
 use throng::transport::rtp::{Datagram, Header, classify};
@@ -62,7 +63,19 @@ pub struct Liar {
 /// Made once: media takes longer to make than all that is done with it here.
 fn sources() -> [Source; 2] {
     static SOURCES: OnceLock<[Source; 2]> = OnceLock::new();
-    SOURCES.get_or_init(|| [pair::audio(), pair::layers()[0].clone()]).clone()
+    SOURCES
+        .get_or_init(|| {
+            let spec = VideoSpec {
+                width: 96,
+                height: 54,
+                fps: 15,
+                bitrate: Bitrate::from_bps(60_000),
+                seed: 1,
+            };
+            let clip = VideoClip::generate(&spec, 2).expect("it can be made");
+            [pair::audio(), Source::Video(Arc::new(clip))]
+        })
+        .clone()
 }
 
 impl Liar {
