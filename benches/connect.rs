@@ -23,7 +23,10 @@ use throng::measure::Kind;
 
 /// Connections that are set up side by side: a second's joins would be no more.
 const AT_ONCE: u64 = 32;
-const GROUP: &str = "set-up of a connection";
+const SET_UP: &str = "set-up of a connection";
+const IDLE: &str = "a second of a connection without media";
+/// Connections that are idle side by side: what looks at all of them each millisecond is shared by them.
+const IDLE_CONNECTIONS: usize = 250;
 const SUBSCRIBER: Setting = Setting {
     role: Role::Receives,
     kind: Kind::Video,
@@ -31,10 +34,14 @@ const SUBSCRIBER: Setting = Setting {
 
 fn main() {
     let mut criterion = table::criterion();
-    let mut table = Table::new("ICE and DTLS, one side, CPU time (median, its 95 % interval, times throng)");
+    let mut table = Table::new("A connection, one side of it, CPU time (median, its 95 % interval, times throng)");
     set_up::<Throng>(&mut criterion, &mut table);
     set_up::<Str0m>(&mut criterion, &mut table);
     set_up::<Rtc<false>>(&mut criterion, &mut table);
+    idle::<Throng>(&mut criterion, &mut table);
+    idle::<Str0m>(&mut criterion, &mut table);
+    idle::<Rtc<false>>(&mut criterion, &mut table);
+    idle::<Rtc<true>>(&mut criterion, &mut table);
     criterion.final_summary();
     table.print();
     let connections = if common::is_full() { 1_000 } else { 8 };
@@ -46,12 +53,26 @@ fn main() {
 }
 
 fn set_up<S: Stack>(criterion: &mut Criterion, table: &mut Table) {
-    let mut benches = criterion.benchmark_group(GROUP);
+    let mut benches = criterion.benchmark_group(SET_UP);
     // An iteration is a connection: a flat number of them, because one costs much.
     benches.sampling_mode(SamplingMode::Flat);
     benches.bench_function(S::NAME, |bencher| bencher.iter_custom(connect::<S>));
     benches.finish();
-    table.add(GROUP, S::NAME);
+    table.add(SET_UP, S::NAME);
+}
+
+fn idle<S: Stack>(criterion: &mut Criterion, table: &mut Table) {
+    let connections = if common::is_full() { IDLE_CONNECTIONS } else { 2 };
+    let mut fixture: Option<Fixture<S>> = None;
+    let mut benches = criterion.benchmark_group(IDLE);
+    benches.sampling_mode(SamplingMode::Flat).sample_size(10);
+    // An iteration is a second of all connections.
+    benches.bench_function(S::NAME, |bencher| {
+        let fixture = fixture.get_or_insert_with(|| Fixture::connected(connections, SUBSCRIBER));
+        bencher.iter_custom(|seconds| fixture.idle(seconds * 1_000));
+    });
+    benches.finish();
+    table.add_per(IDLE, S::NAME, connections as f64);
 }
 
 fn connect<S: Stack>(count: u64) -> Duration {

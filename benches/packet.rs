@@ -10,7 +10,7 @@ mod link;
 
 use std::time::{Duration, Instant};
 
-use common::fixture::{Fixture, Role, Setting, Stack};
+use common::fixture::{BATCH, Fixture, Role, Setting, Stack};
 use common::origin::{Origin, shard_config};
 use common::rtc::Rtc;
 use common::str0m::Str0m;
@@ -23,8 +23,6 @@ use throng::transport::srtp::Profile;
 use throng::units::Time;
 
 const TAG_LEN: usize = 16;
-/// As the fixture has it.
-const BATCH: usize = 8;
 
 fn main() {
     let mut criterion = table::criterion();

@@ -12,8 +12,9 @@ use super::remote::{Remote, Side, address};
 use crate::link::{UNDER_TEST, under_test};
 
 const TICK: Duration = Duration::from_millis(1);
-/// Packets between two readings of the clock, each of another connection: what one reading costs is then a few nanoseconds a packet, for every stack alike.
-const BATCH: usize = 8;
+/// Packets between two readings of the clock, each of another connection: what a reading costs, and the first packets for which nothing was fetched ahead,
+/// is then little of each. More would not stay in the first-level cache, as what the kernel has just copied does.
+pub const BATCH: usize = 16;
 /// Far beyond what any stack here takes to connect, in virtual time.
 const PATIENCE: Time = Time::from_millis(20_000);
 
@@ -84,6 +85,7 @@ pub struct Fixture<S> {
     pub setup: SetupCost,
     pub remotes: Vec<Remote>,
     pub origin: Origin,
+    now: Time,
     batch: Vec<Sealed>,
     next: usize,
     plain: Option<super::origin::Plain>,
@@ -115,10 +117,22 @@ impl<S: Stack> Fixture<S> {
             setup,
             remotes,
             origin: Origin::publishing(setting.kind, connections, &config, now),
+            now,
             batch: (0..BATCH).map(|_| Sealed::default()).collect(),
             next: 0,
             plain: None,
         }
+    }
+
+    /// Time that so many milliseconds without media take of all connections together: consent, reports, timers.
+    pub fn idle(&mut self, milliseconds: u64) -> Duration {
+        let before = self.setup.spent;
+        for _ in 0..milliseconds {
+            self.now += TICK;
+            step(&mut self.stack, &mut self.remotes, &mut self.setup, self.now);
+        }
+        assert!((0..self.remotes.len()).all(|key| self.stack.is_connected(key)), "{} has hung up", S::NAME);
+        self.setup.spent - before
     }
 
     /// Time to receive so many packets, each of the next connection.
