@@ -103,7 +103,7 @@ impl Facts {
 
 /// The keys of so many connections, each used for one packet in turn.
 struct Floor {
-    keys: Vec<Box<LessSafeKey>>,
+    keys: Vec<LessSafeKey>,
     packets: Vec<Vec<u8>>,
     header_len: usize,
     next: usize,
@@ -118,7 +118,7 @@ impl Floor {
         };
         let key = |index: usize| {
             let bytes = vec![index as u8; algorithm.key_len()];
-            Box::new(LessSafeKey::new(UnboundKey::new(algorithm, &bytes).expect("its length")))
+            LessSafeKey::new(UnboundKey::new(algorithm, &bytes).expect("its length"))
         };
         Floor {
             keys: (0..connections).map(key).collect(),

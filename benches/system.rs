@@ -43,7 +43,7 @@ struct Size {
 }
 
 const TINY: Size = Size {
-    video: "--video-resolution 96x54 --no-simulcast",
+    video: "--video-resolution 96x54 --video-bitrate 60k --no-simulcast",
     few: 1,
     many: 2,
     joins_per_second: 50,
@@ -81,6 +81,9 @@ fn main() {
     runs.print_costs(&size);
     print_floor(size.many.min(1_000), Duration::from_secs(size.seconds.min(3).into()));
 }
+
+/// Something that a run has used.
+type Figure = fn(&Run) -> f64;
 
 struct Runs {
     stream_few: Run,
@@ -128,7 +131,7 @@ impl Runs {
 
     fn print_costs(&self, size: &Size) {
         let more = f64::from(size.many - size.few);
-        let per = |of: fn(&Run) -> f64, many: &Run, few: &Run, by: f64| (of(many) - of(few)) / by;
+        let per = |of: Figure, many: &Run, few: &Run, by: f64| (of(many) - of(few)) / by;
         let resident = |run: &Run| run.generator.resident_peak as f64 / 1_024.0;
         println!(
             "  {:<44} {:>8.1} KiB (subscriber) {:>8.1} KiB (silent)",
@@ -139,7 +142,7 @@ impl Runs {
         let micros = |run: &Run| run.generator.seconds("") * 1e6;
         let engine = |run: &Run| run.generator.seconds("engine-") * 1e6;
         let of_sfu = |run: &Run| run.sfu.seconds("") * 1e6;
-        let rows: [(&str, fn(&Run) -> f64); 3] = [("generator", micros), ("of that its engine threads", engine), ("SFU", of_sfu)];
+        let rows: [(&str, Figure); 3] = [("generator", micros), ("of that its engine threads", engine), ("SFU", of_sfu)];
         for (who, of) in rows {
             println!(
                 "  {:<44} {:>8.0} us a join {:>8.1} us a second idle",
