@@ -10,7 +10,7 @@ use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use network::path::{Conditions, Fate as PathFate, Loss, Path, Rate};
-use network::{CLIENTS, Content, Direction, Fate, Network, Packet, SERVER};
+use network::{CLIENTS, Direction, Fate, Network, Packet, SERVER};
 
 const MEDIA_PORT: u16 = 5_000;
 /// Far beyond what anything here takes.
@@ -151,7 +151,7 @@ fn without_reordering_jitter_keeps_the_order_and_a_cut_lets_nothing_pass_but_sig
         network
             .log()
             .iter()
-            .filter(|packet| packet.content == Content::Tcp)
+            .filter(|packet| packet.is_tcp())
             .all(|packet| packet.fate != Fate::Cut)
     );
 

@@ -25,7 +25,7 @@ use capture::Capture;
 use common::server::{Options, Server, Site};
 use headers::{Stream, streams};
 use network::path::{Conditions, Loss};
-use network::{Content, DEVICE, Direction, Network, Packet, SERVER};
+use network::{Content, DEVICE, Direction, Fate, Network, Packet, SERVER};
 use program::{Report, Running, Scratch, against, alone, throng};
 
 const AUDIO: u8 = 111;
@@ -74,15 +74,19 @@ const ACCOUNT_CLOSES: Duration = Duration::from_millis(1_490);
 /// LiveKit flushes its counters each 5 s.
 const FLUSH: Duration = Duration::from_millis(5_500);
 
-/// A publisher of audio and video, and a subscriber.
-fn live(network: &Network, trial: Trial) -> Option<Run> {
-    let server = network.server.run(|| match trial.target {
+fn start(network: &Network, target: Target) -> Option<Server> {
+    network.server.run(|| match target {
         Target::LiveKit => Server::livekit_with(&Options {
             site: SITE,
             ..Options::default()
         }),
         Target::Embedded => Some(Server::embedded_at(SITE)),
-    })?;
+    })
+}
+
+/// A publisher of audio and video, and a subscriber.
+fn live(network: &Network, trial: Trial) -> Option<Run> {
+    let server = start(network, trial.target)?;
     let (capture, before) = (Capture::start(&network.clients), network.log().len());
     let worsen = || {
         network.set(Direction::Up, trial.up);
@@ -138,11 +142,8 @@ fn live(network: &Network, trial: Trial) -> Option<Run> {
         .filter(|stream| stream.payload_type != VIDEO_RTX)
         .flat_map(|stream| stream.packets.values());
     let end = sent.map(|sendings| sendings[0].at).max().expect("media was sent") + ACCOUNT_CLOSES;
-    let log: Vec<Packet> = whole_log
-        .iter()
-        .filter(|packet| packet.direction == Direction::Up || packet.at < end)
-        .copied()
-        .collect();
+    let known = |packet: &&Packet| packet.direction == Direction::Up || packet.at < end;
+    let log: Vec<Packet> = whole_log.iter().filter(known).map(|packet| until(end, *packet)).collect();
     Some(Run {
         trial,
         report,
@@ -153,6 +154,15 @@ fn live(network: &Network, trial: Trial) -> Option<Run> {
         whole_log,
         metrics,
     })
+}
+
+/// What comes down later had not come then.
+fn until(end: Duration, packet: Packet) -> Packet {
+    let is_late = packet.direction == Direction::Down && packet.delivered_at().is_some_and(|at| at >= end);
+    Packet {
+        fate: if is_late { Fate::UnderWay } else { packet.fate },
+        ..packet
+    }
 }
 
 /// One figure, as it was said and as it ought to be.
@@ -302,8 +312,7 @@ impl Run {
         let by_stream = |packets: &[Packet]| {
             let mut counts: BTreeMap<(Direction, u32), u64> = BTreeMap::new();
             for packet in packets {
-                let seen = packet.direction == Direction::Up && !packet.duplicate
-                    || packet.direction == Direction::Down && packet.fate != network::Fate::Lost;
+                let seen = packet.direction == Direction::Up && !packet.duplicate || packet.direction == Direction::Down && packet.fate != Fate::Lost;
                 if let (Some(rtp), true) = (packet.rtp(), seen) {
                     *counts.entry((packet.direction, rtp.ssrc)).or_default() += 1;
                 }
@@ -514,6 +523,133 @@ fn millis(delay: u64) -> Conditions {
 
 fn lossy(loss: Loss, delay: u64) -> Conditions {
     Conditions { loss, ..millis(delay) }
+}
+
+/// One participant's joining as the network saw it.
+struct Joining {
+    /// The first packet of its WebSocket.
+    opened: Duration,
+    /// The server's first words there: it speaks WebSocket now.
+    answered: Duration,
+    /// When the last of the server's DTLS came, and when its first media did.
+    keyed: Duration,
+    first_media: Option<Duration>,
+}
+
+/// In the order of joining. A WebSocket is what stays: probes and requests are over when media begins.
+fn joinings(log: &[Packet]) -> Vec<Joining> {
+    let dtls = |packet: &&Packet| packet.content == Content::Dtls && packet.direction == Direction::Down;
+    let mut ports: Vec<u16> = Vec::new();
+    for packet in log
+        .iter()
+        .filter(|packet| packet.direction == Direction::Up && matches!(packet.content, Content::Stun { .. }))
+    {
+        if !ports.contains(&packet.from.port()) {
+            ports.push(packet.from.port());
+        }
+    }
+    let media_begins = log.iter().find(|packet| packet.rtp().is_some()).expect("media").at;
+    let mut opened: Vec<(u16, Duration)> = Vec::new();
+    for packet in log.iter().filter(|packet| packet.direction == Direction::Up) {
+        let later = || {
+            log.iter()
+                .any(|later| later.from == packet.from && later.at > media_begins + Duration::from_secs(1))
+        };
+        if matches!(packet.content, Content::Tcp { syn: true, .. }) && later() {
+            opened.push((packet.from.port(), packet.at));
+        }
+    }
+    assert_eq!((opened.len(), ports.len()), (2, 2), "a WebSocket and a connection for each");
+    let of = |((tcp, opened), udp): (&(u16, Duration), &u16)| {
+        let came = |packet: &&Packet| packet.direction == Direction::Down && (packet.to.port() == *udp || packet.to.port() == *tcp);
+        let words = |packet: &&Packet| matches!(packet.content, Content::Tcp { payload: 1.., .. });
+        let delivered = |packet: &Packet| packet.delivered_at();
+        Joining {
+            opened: *opened,
+            answered: log.iter().filter(came).filter(words).find_map(delivered).expect("an answer"),
+            keyed: log
+                .iter()
+                .filter(came)
+                .filter(dtls)
+                .filter_map(delivered)
+                .next_back()
+                .expect("a handshake"),
+            first_media: log.iter().filter(came).filter(|packet| packet.rtp().is_some()).find_map(delivered),
+        }
+    };
+    opened.iter().zip(&ports).map(of).collect()
+}
+
+#[test]
+fn joins_take_as_long_as_the_network_says() {
+    let name = "joins_take_as_long_as_the_network_says";
+    let _alone = alone();
+    let Some(network) = Network::for_test(name, 12) else { return };
+    network.set_both(millis(40));
+    network.touch_tcp(true);
+    for target in [Target::LiveKit, Target::Embedded] {
+        let Some(server) = start(&network, target) else { return };
+        let (before, scratch) = (network.log().len(), Scratch::new());
+        let mut command = throng();
+        let args = "--publishers 1 --subscribers 1 --threads 1 --num-per-second 2 --duration 3";
+        against(&server, &mut command).args(args.split(' '));
+        command
+            .arg("--json")
+            .arg(scratch.path("run.json"))
+            .arg("--participants")
+            .arg(scratch.path("who.ndjson"));
+        let running = network.clients.run(|| Running::start(&mut command, &server.secret));
+        let finished = running.finish();
+        assert!(matches!(finished.code, Some(0 | 98)), "{}{}", finished.stdout, finished.stderr);
+        let report = Report::read(&scratch.path("run.json"), &server.secret);
+        network.server.run(|| drop(server));
+        let lines = std::fs::read_to_string(scratch.path("who.ndjson")).expect("a line for each");
+        let lines: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        let log = network.log()[before..].to_vec();
+        let floor = Duration::from_micros(report.0["engine"]["floor_tick_late_us"]["p99"].as_u64().expect("a floor"));
+        for (line, joining) in lines.iter().zip(joinings(&log)) {
+            let moment = |name: &str| line[name].as_u64().map(Duration::from_micros);
+            let since_start = |name: &str| moment(name).zip(moment("started_us")).map(|(at, started)| at - started);
+            let compare = |name: &str, seen: Option<Duration>| {
+                let (said, seen) = (since_start(name), seen.map(|at| at - joining.opened));
+                let apart = said.zip(seen).map(|(said, seen)| said.abs_diff(seen));
+                println!("{target:?} {name}: said {said:?}, seen {seen:?}");
+                assert!(
+                    apart.is_none_or(|apart| apart < Duration::from_millis(1) + floor),
+                    "{target:?} {name}: {said:?} and not {seen:?}"
+                );
+                assert_eq!(said.is_some(), seen.is_some(), "{name}");
+            };
+            compare("signal_connected_us", Some(joining.answered));
+            compare("dtls_connected_us", Some(joining.keyed));
+            compare("first_media_us", joining.first_media);
+        }
+        histograms_are_the_participants(&report, &lines);
+    }
+}
+
+/// Each histogram of joining holds the participants' moments since they ought to have joined.
+fn histograms_are_the_participants(report: &Report, lines: &[serde_json::Value]) {
+    let moments = [
+        ("signal_connect", "signal_connected_us"),
+        ("signal_join", "signal_joined_us"),
+        ("ice", "ice_connected_us"),
+        ("dtls", "dtls_connected_us"),
+        ("join", "joined_us"),
+        ("first_media", "first_media_us"),
+    ];
+    for (histogram, moment) in moments {
+        let took = |line: &serde_json::Value| Some(line[moment].as_u64()? - line["intended_us"].as_u64()?);
+        let took: Vec<u64> = lines.iter().filter_map(took).collect();
+        for (stat, truth) in [("min", took.iter().min()), ("max", took.iter().max())] {
+            let (said, truth) = (report.micros("session", histogram, stat).expect("measured"), *truth.expect("happened"));
+            // Three significant digits.
+            assert!(
+                said.abs_diff(truth) <= truth / 500 + 1,
+                "{histogram}.{stat} is {said} and ought to be {truth}"
+            );
+        }
+    }
 }
 
 /// Tries them one after the other over one network. `None` where there is no network, or no server.

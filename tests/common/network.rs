@@ -51,8 +51,11 @@ pub enum Content {
     },
     Dtls,
     OtherUdp,
-    /// Signalling.
-    Tcp,
+    /// Signalling: whether it opens a connection, and how many bytes it brings.
+    Tcp {
+        syn: bool,
+        payload: usize,
+    },
     Other,
 }
 
@@ -113,11 +116,11 @@ impl Packet {
     }
 
     pub fn is_udp(&self) -> bool {
-        !matches!(self.content, Content::Tcp | Content::Other)
+        !matches!(self.content, Content::Tcp { .. } | Content::Other)
     }
 
     pub fn is_tcp(&self) -> bool {
-        self.content == Content::Tcp
+        matches!(self.content, Content::Tcp { .. })
     }
 }
 
@@ -358,7 +361,7 @@ pub fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Pack
     let port = |at: usize| body.get(at..at + 2).map_or(0, |port| u16::from_be_bytes([port[0], port[1]]));
     let (content, bytes_counted) = match (bytes[9], body.get(8..)) {
         (UDP, Some(payload)) => (describe_udp(payload), payload.len()),
-        (TCP, _) => (Content::Tcp, bytes.len()),
+        (TCP, _) => (describe_tcp(body), bytes.len()),
         _ => (Content::Other, bytes.len()),
     };
     Some(Packet {
@@ -371,6 +374,17 @@ pub fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Pack
         bytes: bytes_counted,
         content,
     })
+}
+
+/// RFC 9293, section 3.1: the flags, and where the data begins.
+fn describe_tcp(segment: &[u8]) -> Content {
+    let (Some(offset), Some(flags)) = (segment.get(12), segment.get(13)) else {
+        return Content::Other;
+    };
+    Content::Tcp {
+        syn: flags & 0x02 != 0,
+        payload: segment.len().saturating_sub(usize::from(offset >> 4) * 4),
+    }
 }
 
 /// RFC 7983 by the first byte, RFC 5761 between RTP and RTCP.
