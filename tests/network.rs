@@ -88,7 +88,8 @@ fn the_log_says_of_every_packet_what_became_of_it() {
     let log = network.log();
     let mut logged = delivered(&log);
     assert!(came.windows(2).any(|pair| pair[1] < pair[0]), "jitter reorders where it may");
-    (came.sort_unstable(), logged.sort_unstable());
+    came.sort_unstable();
+    logged.sort_unstable();
     assert!(came == logged, "{} came, {} did by the log", came.len(), logged.len());
 
     let rtp: Vec<&Packet> = log.iter().filter(|packet| packet.rtp().is_some()).collect();

@@ -225,7 +225,7 @@ impl Tapped {
 }
 
 impl Half {
-    fn open_rtp(&mut self, bytes: &mut Vec<u8>, to: &mut Half) -> Option<Content> {
+    fn open_rtp(&mut self, bytes: &mut [u8], to: &mut Half) -> Option<Content> {
         let sealed_len = bytes.len();
         let header = Header::parse(bytes)?;
         let extender = self.extenders.entry(header.ssrc).or_default();
@@ -246,7 +246,7 @@ impl Half {
         Some(content)
     }
 
-    fn open_rtcp(&mut self, bytes: &mut Vec<u8>, to: &mut Half) -> Option<Content> {
+    fn open_rtcp(&mut self, bytes: &mut [u8], to: &mut Half) -> Option<Content> {
         let len = self.peer.opener()?.open_rtcp(bytes).ok()?;
         let content = Content::Rtcp(read(&bytes[..len]));
         let sealed = to.peer.sealer_mut()?.seal_rtcp(bytes, len).ok()?;

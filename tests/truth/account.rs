@@ -77,7 +77,7 @@ fn tail(payload: &[u8]) -> Vec<u8> {
     payload[payload.len().saturating_sub(TAIL)..].to_vec()
 }
 
-fn rtp_of<'a>(log: &'a [Entry], client: usize, direction: Direction, ssrc: u32) -> impl Iterator<Item = (&'a Entry, &'a Rtp)> {
+fn rtp_of(log: &[Entry], client: usize, direction: Direction, ssrc: u32) -> impl Iterator<Item = (&Entry, &Rtp)> {
     log.iter()
         .filter(move |entry| entry.client == client && entry.direction == direction)
         .filter_map(move |entry| entry.rtp().filter(|rtp| rtp.ssrc == ssrc).map(|rtp| (entry, rtp)))

@@ -62,7 +62,7 @@ impl Stream {
     /// How many numbers lie between the first packet that came and the last, with both.
     pub fn span(&self) -> u64 {
         let mut came = self.packets.iter().filter(|(_, sendings)| has_come(sendings)).map(|(number, _)| *number);
-        came.next().map_or(0, |first| came.last().unwrap_or(first) - first + 1)
+        came.next().map_or(0, |first| came.next_back().unwrap_or(first) - first + 1)
     }
 
     /// RFC 3550, section 6.4.1, by the times at which the other side got the first packet of each timestamp; as it stood after each.
