@@ -130,9 +130,10 @@ impl Epoch {
         self.unix.as_micros() as u64 + time.as_micros()
     }
 
-    /// The run time of a wall-clock stamp; `None` if it lies before the epoch.
+    /// The run time of a wall-clock stamp; `None` if it lies before the epoch, or further behind than a run can last.
     pub fn time_of_unix_micros(&self, unix_micros: u64) -> Option<Time> {
-        unix_micros.checked_sub(self.unix.as_micros() as u64).map(Time::from_micros)
+        let micros = unix_micros.checked_sub(self.unix.as_micros() as u64)?;
+        micros.checked_mul(1_000).map(Time::from_nanos)
     }
 
     /// The NTP timestamp at `time` (RFC 3550, section 4): 32.32 fixed point, seconds since 1900.
