@@ -24,7 +24,7 @@ const PROGRAMS: [(&str, Setting); 4] = [
 ];
 const CONNECTIONS: usize = 16;
 const PACKETS: u64 = 2_000;
-/// Per cent. Keys, addresses and so the steps of a few searches differ from run to run: by less than a tenth of this.
+/// Per cent. Keys and addresses differ from run to run, and with them the steps of a few searches.
 const TOLERANCE: f64 = 3.0;
 
 const fn setting(role: Role, kind: Kind) -> Setting {
