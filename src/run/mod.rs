@@ -151,6 +151,8 @@ struct Worker {
     thread: Option<JoinHandle<std::io::Result<()>>>,
     cpu: Duration,
     cpu_at_hold: Duration,
+    /// When publishers stopped: what the threads do in the drain is not the load that they are judged by.
+    cpu_at_stop: Duration,
     /// Reports that we asked for.
     answers: u64,
     ended: bool,
@@ -453,6 +455,8 @@ impl<'a> Test<'a> {
         self.command_all(|| Command::StopPublishing);
         let now = self.epoch.now();
         self.media_stopped_at = Some(now);
+        self.flush().await;
+        self.workers.iter_mut().for_each(|worker| worker.cpu_at_stop = worker.cpu);
         let end = now + DRAIN;
         // Where nobody is left there is nothing to wait for.
         if let Until::Interrupted(signal) = self
@@ -647,7 +651,7 @@ impl<'a> Test<'a> {
         let busiest = self
             .workers
             .iter()
-            .map(|worker| worker.cpu.saturating_sub(worker.cpu_at_hold).as_secs_f64() / hold_seconds.max(0.001))
+            .map(|worker| worker.cpu_at_stop.saturating_sub(worker.cpu_at_hold).as_secs_f64() / hold_seconds.max(0.001))
             .fold(0.0, f64::max);
         let reasons = health::reasons(&health::Evidence {
             record: &self.record,
@@ -775,6 +779,7 @@ fn start_workers(parts: &[Vec<u32>], shard: &ShardConfig, reports: &mpsc::Unboun
             thread: Some(thread),
             cpu: Duration::ZERO,
             cpu_at_hold: Duration::ZERO,
+            cpu_at_stop: Duration::ZERO,
             answers: 0,
             ended: false,
         });
