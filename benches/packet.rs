@@ -16,7 +16,7 @@ use common::rtc::Rtc;
 use common::str0m::Str0m;
 use common::table::{self, Table};
 use common::throng::Throng;
-use criterion::Criterion;
+use criterion::{Criterion, SamplingMode};
 use ring::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use throng::measure::Kind;
 use throng::transport::srtp::Profile;
@@ -27,12 +27,12 @@ const TAG_LEN: usize = 16;
 fn main() {
     let mut criterion = table::criterion();
     let mut table = Table::new("A packet in user space (median, its 95 % interval, times the floor: AES-GCM alone)");
-    let cold = if common::is_full() { 1_000 } else { 24 };
+    let (cold, packets) = if common::is_full() { (1_000, 8_000) } else { (24, 48) };
     for role in [Role::Receives, Role::Sends] {
         for kind in [Kind::Video, Kind::Audio] {
             for connections in [16, cold] {
                 let setting = Setting { role, kind };
-                compare(&mut criterion, &mut table, setting, connections);
+                compare(&mut criterion, &mut table, setting, connections, packets);
             }
         }
     }
@@ -40,7 +40,7 @@ fn main() {
     table.print();
 }
 
-fn compare(criterion: &mut Criterion, table: &mut Table, setting: Setting, connections: usize) {
+fn compare(criterion: &mut Criterion, table: &mut Table, setting: Setting, connections: usize, packets: u64) {
     let facts = Facts::of(setting.kind);
     let verb = match setting.role {
         Role::Receives => "receive",
@@ -50,18 +50,18 @@ fn compare(criterion: &mut Criterion, table: &mut Table, setting: Setting, conne
     // What is built for one row would fill the cache of the next: each is gone before the next one is made.
     {
         let mut floor = Floor::new(&facts, connections);
-        row(criterion, table, &group, "floor", |packets| floor.run(setting.role, packets));
+        row(criterion, table, &group, "floor", packets, |packets| floor.run(setting.role, packets));
     }
-    stack::<Throng>(criterion, table, &group, setting, connections);
-    stack::<Str0m>(criterion, table, &group, setting, connections);
-    stack::<Rtc<false>>(criterion, table, &group, setting, connections);
-    stack::<Rtc<true>>(criterion, table, &group, setting, connections);
+    stack::<Throng>(criterion, table, &group, setting, (connections, packets));
+    stack::<Str0m>(criterion, table, &group, setting, (connections, packets));
+    stack::<Rtc<false>>(criterion, table, &group, setting, (connections, packets));
+    stack::<Rtc<true>>(criterion, table, &group, setting, (connections, packets));
 }
 
-fn stack<S: Stack>(criterion: &mut Criterion, table: &mut Table, group: &str, setting: Setting, connections: usize) {
+fn stack<S: Stack>(criterion: &mut Criterion, table: &mut Table, group: &str, setting: Setting, (connections, packets): (usize, u64)) {
     // Connected when the row runs, and not where a filter leaves it out.
     let mut fixture: Option<Fixture<S>> = None;
-    row(criterion, table, group, S::NAME, |packets| {
+    row(criterion, table, group, S::NAME, packets, |packets| {
         let fixture = fixture.get_or_insert_with(|| Fixture::connected(connections, setting));
         match setting.role {
             Role::Receives => fixture.receive(packets),
@@ -70,12 +70,14 @@ fn stack<S: Stack>(criterion: &mut Criterion, table: &mut Table, group: &str, se
     });
 }
 
-/// Times `work`, which takes a number of packets.
-fn row(criterion: &mut Criterion, table: &mut Table, group: &str, name: &'static str, mut work: impl FnMut(u64) -> Duration) {
+/// Times `work`, which takes a number of packets. An iteration is `packets` of them, several of each connection: the first of all, which connects and meets
+/// memory that was never touched, is criterion's warming up, and no sample is a handful of packets.
+fn row(criterion: &mut Criterion, table: &mut Table, group: &str, name: &'static str, packets: u64, mut work: impl FnMut(u64) -> Duration) {
     let mut benches = criterion.benchmark_group(group);
-    benches.bench_function(name, |bencher| bencher.iter_custom(&mut work));
+    benches.sampling_mode(SamplingMode::Flat);
+    benches.bench_function(name, |bencher| bencher.iter_custom(|iterations| work(iterations * packets)));
     benches.finish();
-    table.add(group, name);
+    table.add_per(group, name, packets as f64);
 }
 
 /// What the floor has to know of the packets that the stacks handle.

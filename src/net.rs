@@ -23,54 +23,61 @@ pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Resu
     let socket = UdpSocket::bind((local, 0))?;
     socket.set_nonblocking(true)?;
     rustix::net::sockopt::set_socket_recv_buffer_size(&socket, receive_buffer_bytes)?;
-    set_flag(&socket, libc::SO_TIMESTAMPNS)?;
-    set_flag(&socket, libc::SO_RXQ_OVFL)?;
+    set_flag(&socket, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS)?;
+    set_flag(&socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL)?;
+    // Bursts that the sender's kernel, or the network card, has kept together come as one buffer. A kernel before 5.0 cannot, and hands them over one by one.
+    let _ = set_flag(&socket, libc::SOL_UDP, libc::UDP_GRO);
     Ok(socket)
 }
 
-fn set_flag(socket: &UdpSocket, option: libc::c_int) -> io::Result<()> {
+fn set_flag(socket: &UdpSocket, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
     let on: libc::c_int = 1;
     // SAFETY: the pointer and length describe `on`, which outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            option,
-            (&raw const on).cast(),
-            size_of::<libc::c_int>() as u32,
-        )
-    };
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), size_of::<libc::c_int>() as u32) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// One datagram's facts.
 #[derive(Clone, Copy, Debug)]
 pub struct Received {
-    pub len: usize,
     pub from: SocketAddr,
     /// When the kernel took it off the wire, nanoseconds since 1970 by the wall clock.
     pub stamp_unix_nanos: Option<u64>,
-    /// Datagrams that this socket has dropped so far for want of buffer space.
+    /// Buffers that this socket has dropped so far for want of space; each held one datagram, or a burst.
     pub drops: Option<u32>,
+    /// Datagrams that the kernel kept in one buffer, this one among them.
+    pub burst: u32,
 }
 
-/// Datagrams that one call takes: a paced burst and the end of it, so that a drained socket is seen without another call.
+/// Buffers that one call takes: a burst that was sent datagram by datagram and the end of it, so that a drained socket is seen without another call.
 pub const BATCH: usize = 8;
-/// Longer than any datagram of a peer connection; what is longer still is cut by the kernel, and refused.
+/// Longer than any datagram of a peer connection; what is longer still is refused.
 const DATAGRAM_BYTES_MAX: usize = 2_048;
+/// The most that the kernel keeps in one buffer.
+const BURST_BYTES_MAX: usize = 1 << 16;
 
 /// Room for the datagrams of one call, allocated once.
 pub struct Batch {
+    bytes: Box<[u8]>,
     rooms: Box<[Room; BATCH]>,
     headers: Box<[libc::mmsghdr; BATCH]>,
     vectors: Box<[libc::iovec; BATCH]>,
-    len: usize,
+    /// Of the last call: its buffers, and the datagrams in them.
+    buffers: [Option<Received>; BATCH],
+    taken: usize,
+    datagrams: Vec<Place>,
 }
 
 struct Room {
-    bytes: [u8; DATAGRAM_BYTES_MAX],
     name: libc::sockaddr_storage,
     control: ControlBuffer,
+}
+
+/// Where a datagram lies.
+struct Place {
+    buffer: usize,
+    start: usize,
+    end: usize,
 }
 
 impl Default for Batch {
@@ -78,17 +85,21 @@ impl Default for Batch {
         // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are valid.
         let mut batch = unsafe {
             Batch {
+                bytes: vec![0; BATCH * BURST_BYTES_MAX].into_boxed_slice(),
                 rooms: Box::new(std::mem::zeroed()),
                 headers: Box::new(std::mem::zeroed()),
                 vectors: Box::new(std::mem::zeroed()),
-                len: 0,
+                buffers: [None; BATCH],
+                taken: 0,
+                datagrams: Vec::with_capacity(BATCH * SEGMENTS_MAX),
             }
         };
         // The boxes never move, so the pointers into them are set once.
-        for ((room, header), vector) in batch.rooms.iter_mut().zip(batch.headers.iter_mut()).zip(batch.vectors.iter_mut()) {
+        let rooms = batch.rooms.iter_mut().zip(batch.bytes.chunks_exact_mut(BURST_BYTES_MAX));
+        for (((room, bytes), header), vector) in rooms.zip(batch.headers.iter_mut()).zip(batch.vectors.iter_mut()) {
             *vector = libc::iovec {
-                iov_base: room.bytes.as_mut_ptr().cast(),
-                iov_len: room.bytes.len(),
+                iov_base: bytes.as_mut_ptr().cast(),
+                iov_len: bytes.len(),
             };
             header.msg_hdr.msg_name = (&raw mut room.name).cast();
             header.msg_hdr.msg_iov = vector;
@@ -100,9 +111,10 @@ impl Default for Batch {
 }
 
 impl Batch {
-    /// Takes what a socket holds, up to [`BATCH`] datagrams; fewer mean that it holds no more. `WouldBlock` when there is none.
+    /// Takes what a socket holds, up to [`BATCH`] buffers, and says how many datagrams that are. `WouldBlock` when there is none.
     pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
-        self.len = 0;
+        self.taken = 0;
+        self.datagrams.clear();
         for header in self.headers.iter_mut() {
             header.msg_hdr.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
             header.msg_hdr.msg_controllen = size_of::<ControlBuffer>();
@@ -112,50 +124,83 @@ impl Batch {
         if taken < 0 {
             return Err(io::Error::last_os_error());
         }
-        self.len = taken as usize;
-        Ok(self.len)
+        self.taken = taken as usize;
+        for buffer in 0..self.taken {
+            self.cut(buffer);
+        }
+        Ok(self.datagrams.len())
+    }
+
+    /// Whether the socket held no more than the last call took.
+    pub fn is_drained(&self) -> bool {
+        self.taken < BATCH
+    }
+
+    /// Finds the datagrams of a buffer.
+    fn cut(&mut self, buffer: usize) {
+        let header = &self.headers[buffer];
+        let len = (header.msg_len as usize).min(BURST_BYTES_MAX);
+        let control = read_control(&header.msg_hdr);
+        let segment = control.segment.filter(|segment| (1..len).contains(segment)).unwrap_or(len.max(1));
+        let is_whole = header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0;
+        self.buffers[buffer] = socket_address(&self.rooms[buffer].name).filter(|_| is_whole).map(|from| Received {
+            from,
+            stamp_unix_nanos: control.stamp_unix_nanos,
+            drops: control.drops,
+            burst: len.div_ceil(segment).max(1) as u32,
+        });
+        let base = buffer * BURST_BYTES_MAX;
+        // One without a byte is a datagram, too.
+        for start in (0..len.max(1)).step_by(segment) {
+            self.datagrams.push(Place {
+                buffer,
+                start: base + start,
+                end: base + (start + segment).min(len),
+            });
+        }
     }
 
     /// Datagram `index` of the last call; `None` where it came from no IP address or was too long.
     pub fn datagram(&mut self, index: usize) -> Option<(&mut [u8], Received)> {
-        let header = self.headers[..self.len].get(index)?;
-        let room = &mut self.rooms[index];
-        if header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0 {
-            return None;
-        }
-        let len = (header.msg_len as usize).min(DATAGRAM_BYTES_MAX);
-        let mut received = Received {
-            len,
-            from: socket_address(&room.name)?,
-            stamp_unix_nanos: None,
-            drops: None,
-        };
-        read_control(&header.msg_hdr, &mut received);
-        Some((&mut room.bytes[..len], received))
+        let place = self.datagrams.get(index)?;
+        let received = self.buffers[place.buffer]?;
+        let bytes = &mut self.bytes[place.start..place.end];
+        (bytes.len() <= DATAGRAM_BYTES_MAX).then_some((bytes, received))
     }
 }
 
 #[repr(align(8))]
 struct ControlBuffer([u8; 128]);
 
-fn read_control(header: &libc::msghdr, received: &mut Received) {
+/// What comes beside a buffer's bytes.
+#[derive(Default)]
+struct Control {
+    stamp_unix_nanos: Option<u64>,
+    drops: Option<u32>,
+    /// Bytes of each datagram but the last, where there are several.
+    segment: Option<usize>,
+}
+
+fn read_control(header: &libc::msghdr) -> Control {
+    let mut control = Control::default();
     // SAFETY: the kernel filled the control buffer that `header` points to; CMSG_* stay inside its length, and reads are unaligned-safe.
     unsafe {
         let mut message = libc::CMSG_FIRSTHDR(header);
         while !message.is_null() {
-            if (*message).cmsg_level == libc::SOL_SOCKET {
-                match (*message).cmsg_type {
-                    libc::SO_TIMESTAMPNS => {
-                        let stamp = libc::CMSG_DATA(message).cast::<libc::timespec>().read_unaligned();
-                        received.stamp_unix_nanos = Some(stamp.tv_sec as u64 * 1_000_000_000 + stamp.tv_nsec as u64);
-                    }
-                    libc::SO_RXQ_OVFL => received.drops = Some(libc::CMSG_DATA(message).cast::<u32>().read_unaligned()),
-                    _ => {}
+            let data = libc::CMSG_DATA(message);
+            match ((*message).cmsg_level, (*message).cmsg_type) {
+                (libc::SOL_SOCKET, libc::SO_TIMESTAMPNS) => {
+                    let stamp = data.cast::<libc::timespec>().read_unaligned();
+                    control.stamp_unix_nanos = Some(stamp.tv_sec as u64 * 1_000_000_000 + stamp.tv_nsec as u64);
                 }
+                (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => control.drops = Some(data.cast::<u32>().read_unaligned()),
+                (libc::SOL_UDP, libc::UDP_GRO) => control.segment = usize::try_from(data.cast::<libc::c_int>().read_unaligned()).ok(),
+                _ => {}
             }
             message = libc::CMSG_NXTHDR(header, message);
         }
     }
+    control
 }
 
 fn socket_address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
@@ -528,10 +573,11 @@ mod tests {
         send_segmented(&a, Some(b.local_addr().unwrap()), &bytes, 1_000).unwrap();
         let mut batch = Batch::default();
         assert_eq!(batch.receive(&b).unwrap(), 3);
+        assert!(batch.is_drained());
         for (index, expected) in bytes.chunks(1_000).enumerate() {
             let (datagram, received) = batch.datagram(index).unwrap();
             assert_eq!(datagram, expected);
-            assert_eq!(received.from, a.local_addr().unwrap());
+            assert_eq!((received.from, received.burst), (a.local_addr().unwrap(), 3));
             let age = unix_nanos().abs_diff(received.stamp_unix_nanos.expect("a stamp"));
             assert!(age < 5_000_000_000, "the stamp is on the wall clock: {age} ns");
         }

@@ -125,7 +125,7 @@ fn drain(end: &mut BareEnd, batch: &mut net::Batch) -> u64 {
             let seq = u64::from(u16::from_be_bytes([datagram[2], datagram[3]]));
             opened += u64::from(end.opener.open_rtp(datagram, HEADER_LEN, seq).is_ok());
         }
-        if count < net::BATCH {
+        if batch.is_drained() {
             break;
         }
     }

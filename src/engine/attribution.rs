@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::Roster;
 use super::uplink::Lacks;
+use crate::net;
 use crate::transport::receive::{ReceiveStream, WINDOW};
 use crate::units::Time;
 
@@ -78,22 +79,28 @@ impl Gap {
     }
 }
 
-/// The missing frames of one received stream.
+/// The missing frames of one received stream. What every frame needs comes first.
 #[derive(Default)]
+#[repr(C)]
 pub struct Attribution {
-    /// Oldest first.
-    gaps: [Gap; GAPS_MAX],
+    /// By sequence number, which is by time.
+    newest: Option<Placed>,
     len: u8,
     /// Of the frame delivered first.
     oldest_seq: u64,
-    /// By sequence number, which is by time.
-    newest: Option<Placed>,
     uplink: u32,
     sfu: u32,
     downlink: u32,
+    /// Oldest first.
+    gaps: [Gap; GAPS_MAX],
 }
 
 impl Attribution {
+    /// Fetches what the next frame will need.
+    pub fn prefetch(&self) {
+        net::prefetch(self, std::mem::offset_of!(Attribution, gaps));
+    }
+
     /// Takes a frame that was delivered for the first time. `withheld` says how many frames of the layer before are missing where it is of another.
     pub fn deliver(&mut self, frame: Placed, withheld: impl FnOnce() -> u64, stream: &ReceiveStream, origin: Origin<'_>, now: Time) {
         self.settle_due(stream, origin, now);

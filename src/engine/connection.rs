@@ -29,6 +29,9 @@ const RTCP_BYTES_MAX: usize = 1_200;
 /// RFC 3550: the count of report blocks is five bits.
 const REPORT_BLOCKS_MAX: usize = 31;
 
+/// Of each connection whose turn comes.
+const PREFETCHED_STREAMS: usize = 2;
+
 /// Media of streams that are not announced yet: some ms of all streams of a large room.
 const EARLY_PACKETS_MAX: usize = 128;
 /// An answer is no more than a few ms behind the media. What waits longer belongs to nothing.
@@ -190,10 +193,46 @@ impl Connection {
         self.closed
     }
 
+    /// Fetches what every packet needs. What that leads to follows, in this order, each when the one before has come: [`Connection::prefetch_streams`] and
+    /// [`Connection::prefetch_next`].
+    pub fn prefetch(&self) {
+        self.transport.prefetch_opener();
+        net::prefetch(&self.streams, usize::MAX);
+        net::prefetch(&self.ssrcs, usize::MAX);
+        net::prefetch(&self.feedback, usize::MAX);
+        net::prefetch(&self.repair_at, usize::MAX);
+        net::prefetch(&self.intended_at, usize::MAX);
+    }
+
     /// One or two streams are all that most subscribers have; with many, which one comes next is not known.
     pub fn prefetch_streams(&self) {
-        for stream in self.streams.iter().take(2) {
-            net::prefetch(stream, usize::MAX);
+        if let Some(ssrc) = self.ssrcs.first() {
+            net::prefetch(ssrc, usize::MAX);
+        }
+        if let Some(feedback) = self.feedback.as_deref() {
+            feedback.prefetch();
+        }
+        self.streams.iter().take(PREFETCHED_STREAMS).for_each(RecvStream::prefetch);
+    }
+
+    pub fn prefetch_next(&self) {
+        if let Some(feedback) = self.feedback.as_deref() {
+            feedback.prefetch_next();
+        }
+        self.streams.iter().take(PREFETCHED_STREAMS).for_each(RecvStream::prefetch_next);
+    }
+
+    /// Fetches what every turn of a track needs. What that leads to follows: [`Connection::prefetch_track`].
+    pub fn prefetch_for_sending(&self) {
+        self.transport.prefetch_sealer();
+        net::prefetch(&self.tracks, usize::MAX);
+        net::prefetch(&self.sending, usize::MAX);
+        net::prefetch(&self.key, usize::MAX);
+    }
+
+    pub fn prefetch_track(&self, track: usize) {
+        if let Some(track) = self.tracks.get(track) {
+            track.prefetch();
         }
     }
 

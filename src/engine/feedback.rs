@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use super::StreamParameters;
+use crate::net;
 use crate::transport::bandwidth::remb::ReceiveEstimator;
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
 use crate::transport::rtcp::{WriteError, Writer};
@@ -16,21 +17,23 @@ use crate::units::{Bitrate, Time};
 /// Sources that a REMB names: as many as its length field can say.
 const REMB_SOURCES_MAX: usize = 255;
 
-/// The feedback of one connection. Made when the first stream is announced that wants any.
+/// The feedback of one connection. Made when the first stream is announced that wants any. What every packet needs comes first.
+#[repr(C)]
 pub struct Feedback {
-    transport_cc: Option<TransportCc>,
-    remb: Option<Remb>,
     /// When the connection's timer is due.
     pub timer_at: Time,
+    transport_cc: Option<TransportCc>,
+    remb: Option<Remb>,
 }
 
+#[repr(C)]
 struct TransportCc {
     extension: u8,
-    log: ArrivalLog,
     /// Of the stream that spoke last: a server finds the connection by it.
     media_ssrc: u32,
     sent_at: Option<Time>,
     interval: Duration,
+    log: ArrivalLog,
 }
 
 struct Remb {
@@ -74,6 +77,20 @@ impl Feedback {
             // Room now, so that no packet has to make it.
             remb.streams = (remb.streams + 1).min(REMB_SOURCES_MAX);
             remb.sources.reserve(remb.streams - remb.sources.len());
+        }
+    }
+
+    /// Fetches what every packet needs.
+    pub fn prefetch(&self) {
+        let to_log = std::mem::offset_of!(Feedback, transport_cc) + std::mem::offset_of!(TransportCc, log);
+        net::prefetch(self, to_log + ArrivalLog::HEAD_BYTES);
+        net::prefetch(&self.remb, usize::MAX);
+    }
+
+    /// Fetches what the next packet will need, once that has come.
+    pub fn prefetch_next(&self) {
+        if let Some(cc) = &self.transport_cc {
+            cc.log.prefetch_next();
         }
     }
 

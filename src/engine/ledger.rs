@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::Roster;
 use crate::media::assemble::{DeliveredWindow, Delivery};
 use crate::media::identity::FrameIdentity;
+use crate::net;
 
 /// Intended moments are rounded up to whole milliseconds: two of them lie up to this much closer together or further apart than their slots.
 const SLOT_ROUNDING_US: u64 = 1_000;
@@ -81,6 +82,12 @@ impl Stretch {
 }
 
 impl Ledger {
+    /// Fetches what the next frame will need.
+    pub fn prefetch(&self) {
+        net::prefetch(&self.current, usize::MAX);
+        net::prefetch(&self.paused, usize::MAX);
+    }
+
     /// Takes a whole frame of the track. Only the first delivery of an expected frame is [`Delivery::First`].
     pub fn deliver(&mut self, identity: &FrameIdentity, roster: &Roster) -> Delivery {
         let Some(last) = self.current.last() else {

@@ -162,7 +162,8 @@ pub struct Turn {
     pub next_at: Time,
 }
 
-/// One published track (one encoding of it).
+/// One published track (one encoding of it). The pacer's queue, which audio and calm video leave empty, comes last.
+#[repr(C)]
 pub struct SendTrack {
     parameters: SendParameters,
     timing: FrameTiming,
@@ -175,6 +176,8 @@ pub struct SendTrack {
     audio_level: Option<ExtensionSlot>,
     /// Slots since `first_frame_at`, skipped ones included.
     slot: u64,
+    /// The time of `slot`.
+    slot_at: Time,
     position: u32,
     frames: u32,
     picture_id: u16,
@@ -185,7 +188,6 @@ pub struct SendTrack {
     ring: ResendRing,
     limiter: ResendLimiter,
     requests: Requests,
-    pacer: Pacer,
     /// The next frame begins something: a video track (anew), or a talkspurt.
     fresh: bool,
     /// The number of the frame that is to repeat the first key frame.
@@ -202,6 +204,7 @@ pub struct SendTrack {
     unwatched: bool,
     /// The path has no room for this layer.
     held_back: bool,
+    pacer: Pacer,
 }
 
 /// Where a track's frames lie in time, exactly: no rounding adds up.
@@ -229,11 +232,17 @@ impl FrameTiming {
     }
 
     fn offset(&self, slot: u64) -> Duration {
-        Duration::from_nanos((u128::from(slot) * u128::from(self.numerator) * 1_000_000_000 / u128::from(self.denominator)) as u64)
+        Duration::from_nanos(self.scaled(slot, 1_000_000_000))
     }
 
     fn rtp_ticks(&self, slot: u64) -> u32 {
-        (u128::from(slot) * u128::from(self.numerator) * u128::from(self.clock_rate) / u128::from(self.denominator)) as u32
+        self.scaled(slot, self.clock_rate) as u32
+    }
+
+    /// `slot` frames in units of which a second has `rate`, rounded down. Whole seconds apart, so that nothing overflows and nothing wants 128 bits.
+    fn scaled(&self, slot: u64, rate: u64) -> u64 {
+        let units = slot * self.numerator;
+        units / self.denominator * rate + units % self.denominator * rate / self.denominator
     }
 
     /// The latest slot that begins no later than `elapsed`.
@@ -271,6 +280,7 @@ impl SendTrack {
         let kind = parameters.source.kind();
         let bits = scatter(parameters.seed);
         let length = parameters.source.len() as u64;
+        let slot_at = slot_time(&parameters, &timing, 0);
         Ok(SendTrack {
             timing,
             header,
@@ -279,6 +289,7 @@ impl SendTrack {
             transport_seq: [transport_seq, rtx_transport_seq],
             audio_level,
             slot: 0,
+            slot_at,
             position: (scatter(bits) % length) as u32,
             frames: 0,
             picture_id: (bits >> 48) as u16 & 0x7FFF,
@@ -304,6 +315,13 @@ impl SendTrack {
             held_back: false,
             parameters,
         })
+    }
+
+    /// Fetches what every turn needs.
+    pub fn prefetch(&self) {
+        net::prefetch(self, std::mem::offset_of!(SendTrack, pacer));
+        net::prefetch(&self.pacer.next_at, usize::MAX);
+        net::prefetch(&self.pacer.len, usize::MAX);
     }
 
     pub fn kind(&self) -> Kind {
@@ -391,13 +409,13 @@ impl SendTrack {
         }
         self.fresh = true;
         if now >= self.parameters.first_frame_at {
-            self.slot = self.slot.max(self.timing.slot_at(now.since(self.parameters.first_frame_at)) + 1);
+            self.go_to_slot(self.slot.max(self.timing.slot_at(now.since(self.parameters.first_frame_at)) + 1));
         }
     }
 
     /// When [`SendTrack::handle_timeout`] is next due.
     pub fn next_at(&self) -> Time {
-        let frame = if self.is_at_rest() { Time::MAX } else { self.slot_time(self.slot) };
+        let frame = if self.is_at_rest() { Time::MAX } else { self.slot_at };
         frame.min(self.pacer.next_at())
     }
 
@@ -407,13 +425,11 @@ impl SendTrack {
         if self.pacer.next_at() <= now {
             self.send_paced(now, wire);
         }
-        if !self.is_at_rest() && self.slot_time(self.slot) <= now {
-            let skipped = self.skip_missed_slots(now);
-            turn.slots_skipped = skipped;
-            let intended = self.slot_time(self.slot);
-            turn.send_lag = Some(now.since(intended));
-            self.emit_frame(intended, now, wire);
-            self.slot += 1;
+        if !self.is_at_rest() && self.slot_at <= now {
+            turn.slots_skipped = self.skip_missed_slots(now);
+            turn.send_lag = Some(now.since(self.slot_at));
+            self.emit_frame(self.slot_at, now, wire);
+            self.go_to_slot(self.slot + 1);
         }
         turn.next_at = self.next_at();
         turn
@@ -421,15 +437,18 @@ impl SendTrack {
 
     /// After a stall the newest due slot is played and the older ones are skipped: a stalled camera does not send a burst of the past.
     fn skip_missed_slots(&mut self, now: Time) -> u64 {
+        if self.parameters.first_frame_at + self.timing.offset(self.slot + 1) > now {
+            return 0;
+        }
         let newest = self.timing.slot_at(now.since(self.parameters.first_frame_at));
         let skipped = newest.saturating_sub(self.slot);
-        self.slot += skipped;
+        self.go_to_slot(self.slot + skipped);
         skipped
     }
 
-    /// On the whole millisecond, where the engine's beat is: a camera's frames are no rounder than that.
-    fn slot_time(&self, slot: u64) -> Time {
-        (self.parameters.first_frame_at + self.timing.offset(slot)).next_whole(TICK)
+    fn go_to_slot(&mut self, slot: u64) {
+        self.slot = slot;
+        self.slot_at = slot_time(&self.parameters, &self.timing, slot);
     }
 
     /// Asks for a key frame at the next slot. Returns whether the request was taken; libwebrtc drops those that come too soon.
@@ -541,6 +560,12 @@ impl SendTrack {
         }
     }
 
+    /// A frame's bytes, and how they are cut into packets.
+    fn laid_out(&self, record: &FrameRecord) -> Option<(&[u8], Layout)> {
+        let bytes = self.media_bytes(record.media, record.key)?;
+        Some((bytes, layout(self.kind(), bytes.len())))
+    }
+
     fn send_paced<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) {
         let mut budget = self.pacer.burst_bytes as i64;
         let mut sent_bytes = 0;
@@ -565,6 +590,8 @@ impl SendTrack {
 
     /// Sends packets `range` of a frame in as few calls as the kernel allows. Returns the bytes of UDP payload.
     fn send_range<I: Io>(&mut self, record: &FrameRecord, first_index: u64, range: std::ops::Range<usize>, wire: &mut Wire<'_, I>) -> usize {
+        let Some(frame) = self.laid_out(record) else { return 0 };
+        let (mut packets, mut octets, mut media_bytes) = (0u32, 0u32, 0u64);
         let mut total = 0;
         let mut at = range.start;
         while at < range.end {
@@ -574,7 +601,7 @@ impl SendTrack {
                 if buffer.len() < PACKET_BYTES_MAX {
                     break;
                 }
-                let Some(lengths) = self.write_packet(record, at, None, wire.epoch, buffer) else {
+                let Some(lengths) = self.write_packet(record, frame, at, None, wire.epoch, buffer) else {
                     break;
                 };
                 let seq = record.first_seq.wrapping_add(at as u16);
@@ -583,7 +610,10 @@ impl SendTrack {
                 let Some(sealed) = seal(wire.sealer, buffer, lengths, first_index + at as u64) else {
                     break;
                 };
-                self.count_sent(lengths, wire.media);
+                let (header, payload) = lengths;
+                packets += 1;
+                octets += payload as u32;
+                media_bytes += (header + payload) as u64;
                 segment = segment.max(sealed);
                 len += sealed;
                 count += 1;
@@ -597,21 +627,24 @@ impl SendTrack {
             *wire.wire_bytes_sent += len as u64;
             total += len;
         }
+        self.packets = self.packets.wrapping_add(packets);
+        self.octets = self.octets.wrapping_add(octets);
+        wire.media.packets_sent += u64::from(packets);
+        wire.media.bytes_sent += media_bytes;
         total
     }
 
-    fn count_sent(&mut self, (header, payload): (usize, usize), media: &mut Media) {
-        self.packets = self.packets.wrapping_add(1);
-        self.octets = self.octets.wrapping_add(payload as u32);
-        media.packets_sent += 1;
-        media.bytes_sent += (header + payload) as u64;
-    }
-
     /// Writes packet `index` of a frame, as media or, with a sequence number for `rtx`, as a retransmission (RFC 4588). Returns header and payload length.
-    fn write_packet(&self, record: &FrameRecord, index: usize, rtx: Option<Seq>, epoch: Epoch, out: &mut [u8]) -> Option<(usize, usize)> {
-        let bytes = self.media_bytes(record.media, record.key)?;
+    fn write_packet(
+        &self,
+        record: &FrameRecord,
+        (bytes, layout): (&[u8], Layout),
+        index: usize,
+        rtx: Option<Seq>,
+        epoch: Epoch,
+        out: &mut [u8],
+    ) -> Option<(usize, usize)> {
         let seq = Seq(record.first_seq).wrapping_add(index as u16);
-        let layout = layout(self.kind(), bytes.len());
         let video = self.kind() == Kind::Video;
         // RFC 3551, section 4.1: on audio the marker begins a talkspurt; on video it ends a frame (RFC 7741).
         let marker = if video { index + 1 == layout.packets } else { record.key };
@@ -700,7 +733,7 @@ impl SendTrack {
         let rtx = self.rtx_header.is_some().then_some(Seq(self.rtx_index as u16));
         let index = if rtx.is_some() { self.rtx_index } else { extended(self.index, seq) };
         let buffer = wire.io.lend();
-        let lengths = self.write_packet(&record, usize::from(packet), rtx, wire.epoch, buffer)?;
+        let lengths = self.write_packet(&record, self.laid_out(&record)?, usize::from(packet), rtx, wire.epoch, buffer)?;
         let slot = self.transport_seq[usize::from(rtx.is_some())];
         let packet = SentPacket::new(wire.now, wire.track, seq, lengths.0 + lengths.1, kind);
         number(wire.sent.as_deref_mut(), slot, buffer, packet);
@@ -733,6 +766,11 @@ impl SendTrack {
         let lost = cumulative_lost.max(0);
         i64::from(lost) - i64::from(std::mem::replace(&mut self.reported_lost, lost))
     }
+}
+
+/// On the whole millisecond, where the engine's beat is: a camera's frames are no rounder than that.
+fn slot_time(parameters: &SendParameters, timing: &FrameTiming, slot: u64) -> Time {
+    (parameters.first_frame_at + timing.offset(slot)).next_whole(TICK)
 }
 
 /// Gives the packet in `buffer` the connection's next transport-wide number, where it has a place for one, and remembers it.

@@ -10,7 +10,6 @@ use super::timers::Timers;
 use super::{Command, Event, Io, IoCounts, NewPeer, PeerOutcome, ShardConfig, StreamParameters};
 use crate::measure::Record;
 use crate::media::identity::FrameIdentity;
-use crate::net;
 use crate::recording::Tap;
 use crate::transport::peer::PeerEvent;
 use crate::transport::rtcp;
@@ -413,23 +412,34 @@ impl Shard {
         self.in_setup > 0 || self.media_timers.any_by(time)
     }
 
-    /// Fetches what every datagram of a peer touches.
-    pub fn prefetch(&self, key: usize) {
-        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
-            net::prefetch(peer, usize::MAX);
+    /// Fetches what the datagrams of the peers whose turn comes will need, the nearest first: of each what the step before has led to.
+    pub fn prefetch(&self, upcoming: [Option<usize>; 3]) {
+        let [first, second, third] = upcoming.map(|key| self.peers.get(key?)?.as_deref());
+        first.into_iter().for_each(Connection::prefetch_next);
+        second.into_iter().for_each(Connection::prefetch_streams);
+        third.into_iter().for_each(Connection::prefetch);
+    }
+
+    /// Fetches what every turn of a peer's tracks needs ..
+    fn prefetch_sender(&self, timer: u32) {
+        if let Some(peer) = self.peers[(timer / TRACKS_MAX) as usize].as_deref() {
+            peer.prefetch_for_sending();
         }
     }
 
-    /// Fetches a peer's first streams, after [`Shard::prefetch`] has brought what leads there.
-    pub fn prefetch_streams(&self, key: usize) {
-        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
-            peer.prefetch_streams();
+    /// .. and, when that has come, what it leads to.
+    fn prefetch_track(&self, timer: u32) {
+        if let Some(peer) = self.peers[(timer / TRACKS_MAX) as usize].as_deref() {
+            peer.prefetch_track((timer % TRACKS_MAX) as usize);
         }
     }
 
     /// Sends the media that is due.
     pub fn handle_media_timers(&mut self, now: Time, io: &mut impl Io) {
         while let Some(timer) = self.media_timers.pop_due(now) {
+            let [next, after] = self.media_timers.upcoming();
+            next.into_iter().for_each(|timer| self.prefetch_track(timer));
+            after.into_iter().for_each(|timer| self.prefetch_sender(timer));
             let (key, track) = ((timer / TRACKS_MAX) as usize, (timer % TRACKS_MAX) as usize);
             let Some(peer) = self.peers[key].as_mut() else { continue };
             let next_at = peer.send_due(

@@ -12,6 +12,7 @@ use super::{Roster, StreamParameters, is_muted};
 use crate::measure::{Kind, Media, Record};
 use crate::media::assemble::{Assembler, Delivery, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
+use crate::net;
 use crate::recording::{Tap, TappedPacket};
 use crate::transport::receive::{Arrival, NackPoll, NackRule, ReceiveCounts, ReceiveStream, ReportNumbers, RoundTrip};
 use crate::transport::rtp::vp8::Descriptor;
@@ -75,35 +76,39 @@ pub struct StreamOutcome {
     pub latency_us_max: Option<u64>,
 }
 
+/// What every packet needs comes first, in whole lines of memory: with thousands of streams none of it is in the cache when a packet comes, and
+/// [`RecvStream::prefetch`] fetches what is needed and no more.
+#[repr(C, align(64))]
 pub struct RecvStream {
     parameters: StreamParameters,
     extender: SeqExtender,
-    replay: ReplayWindow,
-    receive: ReceiveStream,
-    ledger: Ledger,
-    attribution: Attribution,
-    losses: Losses,
-    origin: Option<(u32, u8)>,
+    video: Option<Box<VideoState>>,
+    /// For audio only.
+    playout: Option<Box<AudioPlayout>>,
     first_packet_at: Option<Time>,
+    origin: Option<(u32, u8)>,
     live: bool,
-    /// One bit for each layer that ever came.
-    heard_layers: u8,
     ended: bool,
     finished: bool,
     /// The server was asked to send nothing for now.
     unwatched: bool,
+    /// One bit for each layer that ever came.
+    heard_layers: u8,
+    receive: ReceiveStream,
+    replay: ReplayWindow,
+
+    latency: LatencySum,
+    ledger: Ledger,
+    attribution: Attribution,
+    losses: Losses,
     /// The server pauses the stream for want of bandwidth, since then.
     paused_at: Option<Time>,
     freezes: u64,
     /// The freeze that was going on when the publishers stopped has been counted.
     freeze_settled: bool,
-    latency: LatencySum,
     accounted: Accounted,
     frames_late_for_playout: u32,
     mos_thousandths: Option<u16>,
-    video: Option<Box<VideoState>>,
-    /// For audio only.
-    playout: Option<Box<AudioPlayout>>,
 }
 
 /// What only video needs: reassembly, and the retransmission stream beside the media.
@@ -189,6 +194,27 @@ impl RecvStream {
             video,
             playout: (parameters.kind == Kind::Audio).then(Box::default),
             parameters,
+        }
+    }
+
+    /// Fetches what every packet needs; [`RecvStream::prefetch_next`] the rest, once this has come.
+    pub fn prefetch(&self) {
+        net::prefetch(self, std::mem::offset_of!(RecvStream, receive) + ReceiveStream::HEAD_BYTES);
+    }
+
+    /// Fetches what the next packet will need by what is known of the one before.
+    pub fn prefetch_next(&self) {
+        self.receive.prefetch_next();
+        self.replay.prefetch(self.extender.highest().map_or(0, |highest| highest + 1));
+        if let Some(video) = self.video.as_deref() {
+            video.assembler.prefetch();
+        }
+        if let Some(playout) = self.playout.as_deref() {
+            // Of audio, every packet is a frame.
+            net::prefetch(playout, usize::MAX);
+            net::prefetch(&self.latency, usize::MAX);
+            self.ledger.prefetch();
+            self.attribution.prefetch();
         }
     }
 
@@ -742,4 +768,23 @@ fn note_playout(media: &mut Media, played: Played) -> u32 {
 /// Adds `now - told`, which may run backwards (a packet thought lost arrives after all); sums over a run do not.
 fn add_difference(counter: &mut u64, now: u64, told: u64) {
     *counter = counter.wrapping_add(now.wrapping_sub(told));
+}
+
+#[cfg(test)]
+#[test]
+fn sizes() {
+    eprintln!(
+        "RecvStream {} head {} receive {} ledger {} attribution {} video {} assembler {} playout {} conn {} peer {} opener {}",
+        size_of::<RecvStream>(),
+        std::mem::offset_of!(RecvStream, receive),
+        size_of::<ReceiveStream>(),
+        size_of::<Ledger>(),
+        size_of::<Attribution>(),
+        size_of::<VideoState>(),
+        size_of::<Assembler>(),
+        size_of::<AudioPlayout>(),
+        size_of::<super::connection::Connection>(),
+        size_of::<crate::transport::peer::Peer>(),
+        size_of::<Opener>()
+    );
 }

@@ -1,5 +1,6 @@
 //! Timers of a shard: a wheel of 1 ms buckets over a fixed set of timers. Setting, clearing and firing allocate nothing.
 
+use crate::net;
 use crate::units::Time;
 
 const BUCKETS: usize = 4096;
@@ -77,6 +78,17 @@ impl Timers {
             }
             self.open_bucket();
         }
+    }
+
+    /// The timers that will probably come next, the first of them first, as far as is known without opening another bucket.
+    pub fn upcoming(&self) -> [Option<u32>; 2] {
+        let known = |timer: u32| (timer != NONE).then_some(timer);
+        let Some(first) = known(self.ready) else { return [None; 2] };
+        let second = known(self.nodes[first as usize].next);
+        if let Some(third) = second.and_then(|second| known(self.nodes[second as usize].next)) {
+            net::prefetch(&self.nodes[third as usize], usize::MAX);
+        }
+        [Some(first), second]
     }
 
     /// Whether any timer may be due by `time`, which is no more than a few milliseconds ahead.

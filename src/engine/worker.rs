@@ -218,8 +218,7 @@ impl Worker {
         for _ in 0..DRAIN_TURNS_MAX.min(self.ready.len()) {
             let Some(key) = self.ready.pop_front() else { break };
             // The participants that come next are not in the cache: fetched now, they are there when this one's datagrams are done.
-            self.ready.get(1).iter().for_each(|next| self.shard.prefetch(**next));
-            self.ready.front().iter().for_each(|next| self.shard.prefetch_streams(**next));
+            self.shard.prefetch([0, 1, 2].map(|place| self.ready.get(place).copied()));
             if !self.drain_socket(key, now, unix_now) {
                 self.ready.push_back(key);
             }
@@ -240,7 +239,7 @@ impl Worker {
             for index in 0..count {
                 self.take(key, index, now, unix_now);
             }
-            if count < net::BATCH {
+            if self.batch.is_drained() {
                 return true;
             }
         }
@@ -252,7 +251,7 @@ impl Worker {
             return self.shard.reject();
         };
         if let (Some(drops), Some(slot)) = (received.drops, self.io.slots[key].as_mut()) {
-            self.io.counts.socket_drops += u64::from(drops.wrapping_sub(slot.drops));
+            self.io.counts.socket_drops += slot.dropped_datagrams(drops, received.burst);
             slot.drops = drops;
         }
         let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
@@ -314,6 +313,7 @@ impl Worker {
                         socket,
                         connected: false,
                         drops: 0,
+                        burst: 1,
                     });
                 }
                 self.subscribers[key] = Some(events);
@@ -399,13 +399,22 @@ struct SocketIo {
 struct Slot {
     socket: UdpSocket,
     connected: bool,
+    /// Buffers that the kernel has dropped so far.
     drops: u32,
+    /// Datagrams in the buffer that came last.
+    burst: u32,
 }
 
 impl Slot {
+    /// The kernel counts buffers. How many datagrams those held that it dropped, nobody knows: they are taken to have been like the one that tells of it.
+    fn dropped_datagrams(&mut self, drops: u32, burst: u32) -> u64 {
+        self.burst = burst;
+        u64::from(drops.wrapping_sub(self.drops)) * u64::from(burst)
+    }
+
     /// Drops that no datagram has told of, because none came after them. Where the kernel does not say, there are none that we know of.
     fn untold_drops(&self) -> u64 {
-        net::socket_drops(&self.socket).map_or(0, |drops| drops.wrapping_sub(self.drops).into())
+        net::socket_drops(&self.socket).map_or(0, |drops| u64::from(drops.wrapping_sub(self.drops)) * u64::from(self.burst))
     }
 }
 

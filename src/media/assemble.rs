@@ -9,10 +9,12 @@
 use std::time::Duration;
 
 use crate::media::identity::FrameIdentity;
+use crate::net;
 use crate::units::Time;
 
 /// Frames under way, or whole and waiting for one before them: half a second at 30 frames a second.
 const SLOTS: usize = 16;
+const ALL_USED: u16 = u16::MAX;
 
 /// Packets that the assembler looks back; a larger frame cannot become whole.
 const WINDOW: u64 = 1024;
@@ -102,14 +104,13 @@ struct Slot {
     flags: u8,
 }
 
-const USED: u8 = 1;
 /// The packet at `low` starts the frame.
-const START: u8 = 2;
+const START: u8 = 1;
 /// The packet at `low + span` ends it.
-const END: u8 = 4;
-const KEY: u8 = 8;
-const COMPLETE: u8 = 16;
-const IDENTIFIED: u8 = 32;
+const END: u8 = 2;
+const KEY: u8 = 4;
+const COMPLETE: u8 = 8;
+const IDENTIFIED: u8 = 16;
 
 impl Slot {
     fn has(&self, flags: u8) -> bool {
@@ -139,15 +140,15 @@ impl Link {
     }
 }
 
-/// The video frames of one received stream.
+/// The video frames of one received stream. What every packet needs comes first.
+#[repr(C)]
 pub struct Assembler {
     newest: u64,
     /// The last packet of the frame decoded last.
     tail: u64,
-    /// Who that was, where it said so.
-    tail_link: Option<Link>,
     /// Packets up to here are of no use any more.
     floor: u64,
+    first_packet_at: Option<Time>,
     /// Inter frames after `tail` can be decoded.
     intact: bool,
     /// Repair has given up on something; only a key frame makes sure.
@@ -156,15 +157,19 @@ pub struct Assembler {
     inter_seen: bool,
     /// The slot used last.
     current: u8,
-    received: [u64; WINDOW as usize / 64],
+    /// One bit for each slot that holds a frame.
+    used: u16,
     slots: [Slot; SLOTS],
-    identities: [FrameIdentity; SLOTS],
-    first_packet_at: Option<Time>,
-    key_packet_at: Option<Time>,
-    pli_at: Option<Time>,
-    freezes: FreezeDetector,
+    received: [u64; WINDOW as usize / 64],
+
+    /// Who the frame at `tail` was, where it said so.
+    tail_link: Option<Link>,
     complete: u32,
     decoded: u32,
+    freezes: FreezeDetector,
+    identities: [FrameIdentity; SLOTS],
+    key_packet_at: Option<Time>,
+    pli_at: Option<Time>,
     undecodable: u32,
     abandoned: u32,
     packets_late: u32,
@@ -187,6 +192,7 @@ impl Assembler {
             key_wanted: false,
             inter_seen: false,
             current: 0,
+            used: 0,
             received: [0; WINDOW as usize / 64],
             slots: [Slot::default(); SLOTS],
             identities: [FrameIdentity::default(); SLOTS],
@@ -200,6 +206,13 @@ impl Assembler {
             abandoned: 0,
             packets_late: 0,
         }
+    }
+
+    /// Fetches what the next packet will need.
+    pub fn prefetch(&self) {
+        // A frame under way has one of the first slots, where not many are.
+        net::prefetch(self, std::mem::offset_of!(Assembler, slots) + 3 * size_of::<Slot>());
+        net::prefetch(&self.received, usize::MAX);
     }
 
     /// Takes a packet with payload, in any order; duplicates do no harm. `on_event` hears what became of it, in order.
@@ -314,18 +327,28 @@ impl Assembler {
         self.low(at) + u64::from(self.slots[at].span)
     }
 
-    fn used(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..SLOTS).filter(|&at| self.slots[at].has(USED))
+    /// From the first to the last. What is freed meanwhile still comes.
+    fn used(&self) -> impl Iterator<Item = usize> + use<> {
+        let mut left = self.used;
+        std::iter::from_fn(move || {
+            let at = (left != 0).then(|| left.trailing_zeros() as usize)?;
+            left &= left - 1;
+            Some(at)
+        })
+    }
+
+    fn is_used(&self, at: usize) -> bool {
+        self.used >> at & 1 != 0
     }
 
     /// The packet's frame, or a slot for it; `None` if it is older than all that there is room for.
     fn slot_for(&mut self, packet: &PacketInfo, now: Time) -> Option<usize> {
-        let belongs = |slot: &Slot| slot.has(USED) && slot.rtp_time == packet.rtp_time;
+        let belongs = |at: &usize| self.slots[*at].rtp_time == packet.rtp_time;
         let current = usize::from(self.current);
-        if belongs(&self.slots[current]) {
+        if self.is_used(current) && belongs(&current) {
             return Some(current);
         }
-        let known = (0..SLOTS).find(|&at| belongs(&self.slots[at]));
+        let known = self.used().find(belongs);
         let at = match known {
             Some(at) => at,
             None => self.open_slot(packet, now)?,
@@ -335,12 +358,12 @@ impl Assembler {
     }
 
     fn open_slot(&mut self, packet: &PacketInfo, now: Time) -> Option<usize> {
-        for at in 0..SLOTS {
-            if self.slots[at].has(USED) && self.newest - self.low(at) >= WINDOW {
+        for at in self.used() {
+            if self.newest - self.low(at) >= WINDOW {
                 self.give_up(at);
             }
         }
-        let free = (0..SLOTS).find(|&at| !self.slots[at].has(USED));
+        let free = (self.used != ALL_USED).then(|| self.used.trailing_ones() as usize);
         let at = match free {
             Some(at) => at,
             None => self.crowd_out(packet.ext_seq)?,
@@ -350,8 +373,9 @@ impl Assembler {
             low: packet.ext_seq as u32,
             first_arrival: micros(now),
             span: 0,
-            flags: USED,
+            flags: 0,
         };
+        self.used |= 1 << at;
         Some(at)
     }
 
@@ -459,7 +483,7 @@ impl Assembler {
     }
 
     fn decode_waiting(&mut self, now: Time, on_event: &mut impl FnMut(FrameEvent)) {
-        while let Some(at) = (0..SLOTS).find(|&at| self.slots[at].has(USED | COMPLETE) && self.is_decodable(at)) {
+        while let Some(at) = self.used().find(|&at| self.slots[at].has(COMPLETE) && self.is_decodable(at)) {
             self.decode(at, now, on_event);
         }
     }
@@ -477,7 +501,7 @@ impl Assembler {
             self.key_wanted = false;
             self.key_packet_at = None;
         }
-        self.slots[at] = Slot::default();
+        self.used &= !(1 << at);
         self.drop_passed();
         self.decoded += 1;
         let (interval, freeze) = self.freezes.handle_frame(now);
@@ -494,8 +518,8 @@ impl Assembler {
 
     /// Frees the slots of frames before the one decoded last.
     fn drop_passed(&mut self) {
-        for at in 0..SLOTS {
-            if self.slots[at].has(USED) && self.low(at) <= self.tail {
+        for at in self.used() {
+            if self.low(at) <= self.tail {
                 self.release(at);
             }
         }
@@ -519,7 +543,7 @@ impl Assembler {
         } else {
             self.abandoned += 1;
         }
-        self.slots[at] = Slot::default();
+        self.used &= !(1 << at);
     }
 
     /// A frame has been under way for so long that its repair is hopeless.

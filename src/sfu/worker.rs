@@ -223,7 +223,7 @@ impl Loop {
                 self.take(index, now, unix_now);
             }
             self.router.end_batch(now, &mut self.io);
-            if count < net::BATCH {
+            if self.received.is_drained() {
                 return true;
             }
         }
@@ -235,7 +235,9 @@ impl Loop {
             return self.router.refuse();
         };
         if let Some(drops) = received.drops {
-            self.router.count_outlet(0, drops.wrapping_sub(self.socket_drops).into());
+            // The kernel counts buffers; those that it dropped are taken to have held as many datagrams as this one.
+            let dropped = u64::from(drops.wrapping_sub(self.socket_drops)) * u64::from(received.burst);
+            self.router.count_outlet(0, dropped);
             self.socket_drops = drops;
         }
         let arrival = arrival(now, unix_now, received.stamp_unix_nanos);

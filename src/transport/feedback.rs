@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::rtcp::{FEEDBACK_TICK, WriteError, Writer};
 use super::sequence::Seq;
+use crate::net;
 use crate::units::Time;
 
 /// libwebrtc's interval at a usual rate; its estimator asks for 50 to 250 ms.
@@ -14,29 +15,38 @@ const LOG_LEN: u64 = 1_024;
 /// Packets of one message: it stays below 1,200 bytes however they came.
 const MESSAGE_PACKETS_MAX: usize = 400;
 
-/// The arrivals that have not been reported.
+/// The arrivals that have not been reported. What every packet needs comes first.
+#[repr(C)]
 pub struct ArrivalLog {
-    /// [`Time::MAX`] where nothing came.
-    arrivals: [Time; LOG_LEN as usize],
     /// The first unwrapped number of the next message.
     next: u64,
     /// One past the highest that came; zero before the first.
     end: u64,
     messages: u8,
+    /// [`Time::MAX`] where nothing came.
+    arrivals: [Time; LOG_LEN as usize],
 }
 
 impl Default for ArrivalLog {
     fn default() -> ArrivalLog {
         ArrivalLog {
-            arrivals: [Time::MAX; LOG_LEN as usize],
             next: 0,
             end: 0,
             messages: 0,
+            arrivals: [Time::MAX; LOG_LEN as usize],
         }
     }
 }
 
 impl ArrivalLog {
+    /// What every packet needs, from the start.
+    pub const HEAD_BYTES: usize = std::mem::offset_of!(ArrivalLog, arrivals);
+
+    /// Fetches what the next packet needs beyond the head, which must have come by then.
+    pub fn prefetch_next(&self) {
+        net::prefetch(&self.arrivals[(self.end % LOG_LEN) as usize], usize::MAX);
+    }
+
     /// A packet came. One that was reported as lost before stays so.
     pub fn record(&mut self, seq: u16, arrival: Time) {
         let ext = self.unwrapped(seq);

@@ -13,6 +13,7 @@ use is::{Candidate, IceAgent, IceAgentEvent, IceCreds, Protocol};
 
 use super::sdp::Fingerprint;
 use super::srtp::{self, DtlsRole, Opener, Profile, Sealer};
+use crate::net;
 use crate::units::{Epoch, Time};
 
 /// A check that met a role conflict is retried after this; `is` would wait 250 ms.
@@ -282,6 +283,17 @@ impl Peer {
     /// For RTP; `None` until the keys are there.
     pub fn sealer(&self) -> Option<&Sealer> {
         self.sealer.as_ref()
+    }
+
+    /// Fetches what opening a packet needs.
+    pub fn prefetch_opener(&self) {
+        net::prefetch(&self.opener, usize::MAX);
+    }
+
+    /// Fetches what sealing a packet needs.
+    pub fn prefetch_sealer(&self) {
+        net::prefetch(&self.remote, usize::MAX);
+        net::prefetch(&self.sealer, usize::MAX);
     }
 
     /// For RTCP, whose packet index the sealer keeps.

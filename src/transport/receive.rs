@@ -7,6 +7,7 @@ use std::mem;
 use std::time::Duration;
 
 use super::rtcp::dlsr_units;
+use crate::net;
 use crate::units::{Time, ntp_middle};
 
 /// Packets further behind the newest than this are too old to tell a late one from a duplicate.
@@ -171,6 +172,10 @@ struct Hole {
 }
 
 /// One received SSRC.
+///
+/// In the order in which packets need it: a packet that comes in its turn meets [`ReceiveStream::HEAD_BYTES`] and one word of the window. With thousands of
+/// streams, every line of memory that it does not meet counts.
+#[repr(C)]
 pub struct ReceiveStream {
     /// The unwrapped number of the newest packet; 0 before the first.
     highest: u64,
@@ -178,42 +183,55 @@ pub struct ReceiveStream {
     base: u64,
     last_ext_seq: u64,
     next_nack_at: Time,
-    sender_report_at: Time,
-    /// Two bits a packet, `(filled, flagged)`: 00 missing; 01 missing, was asked for; 10 arrived as an original; 11 filled by a resend.
-    filled: [u64; WINDOW as usize / 64],
-    flagged: [u64; WINDOW as usize / 64],
-    /// Oldest first.
-    batches: [Batch; BATCHES_MAX],
-    batches_len: u8,
-    rtx: bool,
-    nack: NackRule,
-    /// Where in [`REPEAT_GRID`] this stream looks whether to ask again, in microseconds.
-    grid_phase: u16,
-    /// The shortest round trip, in microseconds; 0 while none is known.
-    rtt_least: u32,
-    /// The sequence number that would confirm a jump.
-    confirms_jump: Option<u16>,
-    missing: u16,
-    gave_up: u32,
-
     clock_rate: u32,
     transit: u32,
     last_rtp_time: u32,
     /// Scaled by 16.
     jitter: u32,
-    lsr: u32,
-
-    expected_before_restart: u64,
     received: u32,
+    /// The sequence number that would confirm a jump.
+    confirms_jump: Option<u16>,
+    missing: u16,
+    batches_len: u8,
+    rtx: bool,
+    nack: NackRule,
+    window: [Seen; WINDOW as usize / 64],
+
+    /// Where in [`REPEAT_GRID`] this stream looks whether to ask again, in microseconds.
+    grid_phase: u16,
+    /// The shortest round trip, in microseconds; 0 while none is known.
+    rtt_least: u32,
+    gave_up: u32,
     reordered: u32,
     repaired: u32,
     duplicate: u32,
     too_old: u32,
+    lsr: u32,
+    sender_report_at: Time,
+    expected_before_restart: u64,
     expected_prior: u64,
     received_prior: u32,
+    /// Oldest first.
+    batches: [Batch; BATCHES_MAX],
+}
+
+/// 64 packets, two bits each, `(filled, flagged)`: 00 missing; 01 missing, was asked for; 10 arrived as an original; 11 filled by a resend.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    filled: u64,
+    flagged: u64,
 }
 
 impl ReceiveStream {
+    /// What every packet needs, from the start.
+    pub const HEAD_BYTES: usize = std::mem::offset_of!(ReceiveStream, window);
+
+    /// Fetches what the next packet needs beyond the head, which must have come by then.
+    pub fn prefetch_next(&self) {
+        let (word, _) = place(self.highest + 1);
+        net::prefetch(&self.window[word], usize::MAX);
+    }
+
     /// `clock_rate` is the payload's RTP clock in Hz, above zero.
     pub fn new(clock_rate: u32) -> ReceiveStream {
         assert!(clock_rate > 0, "an RTP clock has a rate");
@@ -223,8 +241,7 @@ impl ReceiveStream {
             last_ext_seq: 0,
             next_nack_at: Time::MAX,
             sender_report_at: Time::ZERO,
-            filled: [0; WINDOW as usize / 64],
-            flagged: [0; WINDOW as usize / 64],
+            window: [Seen::default(); WINDOW as usize / 64],
             batches: [Batch::default(); BATCHES_MAX],
             batches_len: 0,
             rtx: false,
@@ -410,8 +427,7 @@ impl ReceiveStream {
         self.highest = ext;
         self.last_ext_seq = ext;
         self.grid_phase = (now.as_micros() % REPEAT_GRID.as_micros() as u64) as u16;
-        self.filled = [0; WINDOW as usize / 64];
-        self.flagged = [0; WINDOW as usize / 64];
+        self.window = [Seen::default(); WINDOW as usize / 64];
         self.set_state(ext, true, false);
         self.received += 1;
         self.transit = self.transit_of(rtp_time, now);
@@ -506,8 +522,7 @@ impl ReceiveStream {
     /// Moves the window on, and gives up what falls out of it.
     fn advance(&mut self, ahead: u64) {
         if ahead >= WINDOW {
-            self.filled = [0; WINDOW as usize / 64];
-            self.flagged = [0; WINDOW as usize / 64];
+            self.window = [Seen::default(); WINDOW as usize / 64];
         } else {
             for ext in self.highest + 1..=self.highest + ahead {
                 self.set_state(ext, false, false);
@@ -521,13 +536,15 @@ impl ReceiveStream {
 
     fn state(&self, ext: u64) -> (bool, bool) {
         let (word, bit) = place(ext);
-        (self.filled[word] & bit != 0, self.flagged[word] & bit != 0)
+        let seen = self.window[word];
+        (seen.filled & bit != 0, seen.flagged & bit != 0)
     }
 
     fn set_state(&mut self, ext: u64, filled: bool, flagged: bool) {
         let (word, bit) = place(ext);
-        self.filled[word] = if filled { self.filled[word] | bit } else { self.filled[word] & !bit };
-        self.flagged[word] = if flagged { self.flagged[word] | bit } else { self.flagged[word] & !bit };
+        let seen = &mut self.window[word];
+        seen.filled = if filled { seen.filled | bit } else { seen.filled & !bit };
+        seen.flagged = if flagged { seen.flagged | bit } else { seen.flagged & !bit };
     }
 
     /// The unwrapped number of a batch's first packet.

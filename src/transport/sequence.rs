@@ -2,6 +2,8 @@
 //!
 //! All state is per SSRC and lives with the stream that it belongs to.
 
+use crate::net;
+
 /// A 16-bit RTP sequence number. It wraps, so it has no total order: compare with [`Seq::diff`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Seq(pub u16);
@@ -92,6 +94,12 @@ pub struct ReplayWindow {
 impl ReplayWindow {
     /// In packets. Wide enough for a retransmission at a few thousand packets a second; the RFC asks for at least 64.
     pub const WIDTH: u64 = 1024;
+
+    /// Fetches what a packet with `index` will need.
+    pub fn prefetch(&self, index: u64) {
+        net::prefetch(&self.seen[place(index).0], usize::MAX);
+        net::prefetch(&self.end, usize::MAX);
+    }
 
     /// Whether `index` is neither a repetition nor older than the window. Changes nothing.
     pub fn check(&self, index: u64) -> bool {

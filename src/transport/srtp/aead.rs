@@ -8,10 +8,11 @@ use super::{E_FLAG, INDEX_WORD_LEN, Profile, RTCP_HEADER_LEN, Rejected};
 pub(super) const TAG_LEN: usize = 16;
 pub(super) const SALT_LEN: usize = 12;
 
+/// What media needs lies together, to be fetched as a whole; reports come once a second, and their half lies elsewhere.
 pub(super) struct Gcm {
     profile: Profile,
     rtp: Half,
-    rtcp: Half,
+    rtcp: Box<Half>,
 }
 
 struct Half {
@@ -24,7 +25,11 @@ impl Gcm {
         Gcm {
             profile: Profile::AeadAes128Gcm,
             rtp: Half::new(&AES_128_GCM, &master.derive::<16>(Label::RtpKey), master.derive(Label::RtpSalt)),
-            rtcp: Half::new(&AES_128_GCM, &master.derive::<16>(Label::RtcpKey), master.derive(Label::RtcpSalt)),
+            rtcp: Box::new(Half::new(
+                &AES_128_GCM,
+                &master.derive::<16>(Label::RtcpKey),
+                master.derive(Label::RtcpSalt),
+            )),
         }
     }
 
@@ -32,7 +37,11 @@ impl Gcm {
         Gcm {
             profile: Profile::AeadAes256Gcm,
             rtp: Half::new(&AES_256_GCM, &master.derive::<32>(Label::RtpKey), master.derive(Label::RtpSalt)),
-            rtcp: Half::new(&AES_256_GCM, &master.derive::<32>(Label::RtcpKey), master.derive(Label::RtcpSalt)),
+            rtcp: Box::new(Half::new(
+                &AES_256_GCM,
+                &master.derive::<32>(Label::RtcpKey),
+                master.derive(Label::RtcpSalt),
+            )),
         }
     }
 
@@ -127,7 +136,7 @@ mod tests {
         Gcm {
             profile,
             rtp: half(),
-            rtcp: half(),
+            rtcp: Box::new(half()),
         }
     }
 
