@@ -105,6 +105,8 @@ impl Default for Batch {
             header.msg_hdr.msg_iov = vector;
             header.msg_hdr.msg_iovlen = 1;
             header.msg_hdr.msg_control = room.control.0.as_mut_ptr().cast();
+            header.msg_hdr.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
+            header.msg_hdr.msg_controllen = size_of::<ControlBuffer>();
         }
         batch
     }
@@ -113,9 +115,9 @@ impl Default for Batch {
 impl Batch {
     /// Takes what a socket holds, up to [`BATCH`] buffers, and says how many datagrams that are. `WouldBlock` when there is none.
     pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
-        self.taken = 0;
         self.datagrams.clear();
-        for header in self.headers.iter_mut() {
+        // The kernel has written to those that it filled, and to no others.
+        for header in &mut self.headers[..std::mem::take(&mut self.taken)] {
             header.msg_hdr.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
             header.msg_hdr.msg_controllen = size_of::<ControlBuffer>();
         }

@@ -88,7 +88,9 @@ impl Stack for Throng {
     /// In the worker's order, with what it fetches ahead.
     fn receive(&mut self, batch: &mut [Sealed], now: Time) {
         for at in 0..batch.len() {
-            self.shard.prefetch([1, 2, 3].map(|ahead| batch.get(at + ahead).map(|next| next.key)));
+            batch.get(at + 3).iter().for_each(|next| self.shard.prefetch(next.key));
+            batch.get(at + 2).iter().for_each(|next| self.shard.prefetch_streams(next.key));
+            batch.get(at + 1).iter().for_each(|next| self.shard.prefetch_next(next.key));
             let Sealed { key, bytes } = &mut batch[at];
             match classify(bytes) {
                 Datagram::Rtp => self.shard.handle_rtp(*key, bytes, now),

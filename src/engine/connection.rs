@@ -10,6 +10,7 @@ use super::sending::{LayerState, Sending, layers_to_hold_back, wanted_bps};
 use super::subscriber::{RecvStream, Refused, StreamContext};
 use super::{Io, LAYERS_MAX, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
 use crate::measure::{Kind, Record};
+use crate::media::assemble::FrameEvent;
 use crate::net;
 use crate::recording::Tap;
 use crate::transport::peer::Peer;
@@ -269,7 +270,14 @@ impl Connection {
     }
 
     /// One RTP datagram; `None` where no parser took it.
-    pub fn handle_rtp(&mut self, datagram: &mut [u8], arrival: Time, config: &ShardConfig, record: &mut Record) -> Option<Wanted> {
+    pub fn handle_rtp(
+        &mut self,
+        datagram: &mut [u8],
+        arrival: Time,
+        config: &ShardConfig,
+        record: &mut Record,
+        events: &mut Vec<FrameEvent>,
+    ) -> Option<Wanted> {
         let header = Header::parse(datagram)?;
         let stream = self.find_stream(header.ssrc);
         let (Some((at, is_rtx)), Some(opener)) = (stream, self.transport.opener()) else {
@@ -285,6 +293,7 @@ impl Connection {
             room: self.room,
             intended_at: self.intended_at,
             tap: self.tap.as_deref_mut().map(|tap| (tap, at as u32)),
+            events,
         };
         let stream = &mut self.streams[at];
         match stream.handle_rtp(datagram, &header, is_rtx, opener, arrival, &mut context) {

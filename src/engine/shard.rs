@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use super::connection::{Connection, KEY_FRAME_CHECK, Surroundings};
 use super::publisher::{SendParameters, SendTrack};
+use super::subscriber::EVENTS_MAX;
 use super::timers::Timers;
 use super::{Command, Event, Io, IoCounts, NewPeer, PeerOutcome, ShardConfig, StreamParameters};
 use crate::measure::Record;
+use crate::media::assemble::FrameEvent;
 use crate::media::identity::FrameIdentity;
 use crate::recording::Tap;
 use crate::transport::peer::PeerEvent;
@@ -33,6 +35,8 @@ pub struct Shard {
     taps: Vec<(u32, Box<Tap>)>,
     /// Connections that are neither up nor given up.
     in_setup: usize,
+    /// What one packet has brought about, while it is handled.
+    frame_events: Vec<FrameEvent>,
 }
 
 /// The kinds of control timer of one peer.
@@ -64,6 +68,7 @@ impl Shard {
             former: Vec::new(),
             taps: Vec::new(),
             in_setup: 0,
+            frame_events: Vec::with_capacity(EVENTS_MAX),
         }
     }
 
@@ -336,7 +341,7 @@ impl Shard {
 
     fn take_rtp(&mut self, key: usize, datagram: &mut [u8], arrival: Time) {
         let Some(peer) = self.peers[key].as_mut() else { return };
-        let Some(wanted) = peer.handle_rtp(datagram, arrival, &self.config, &mut self.record) else {
+        let Some(wanted) = peer.handle_rtp(datagram, arrival, &self.config, &mut self.record, &mut self.frame_events) else {
             self.record.session.packets_rejected += 1;
             return;
         };
@@ -412,12 +417,25 @@ impl Shard {
         self.in_setup > 0 || self.media_timers.any_by(time)
     }
 
-    /// Fetches what the datagrams of the peers whose turn comes will need, the nearest first: of each what the step before has led to.
-    pub fn prefetch(&self, upcoming: [Option<usize>; 3]) {
-        let [first, second, third] = upcoming.map(|key| self.peers.get(key?)?.as_deref());
-        first.into_iter().for_each(Connection::prefetch_next);
-        second.into_iter().for_each(Connection::prefetch_streams);
-        third.into_iter().for_each(Connection::prefetch);
+    /// Fetches what every datagram of a peer touches.
+    pub fn prefetch(&self, key: usize) {
+        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
+            peer.prefetch();
+        }
+    }
+
+    /// Fetches what [`Shard::prefetch`] has led to, once that has come.
+    pub fn prefetch_streams(&self, key: usize) {
+        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
+            peer.prefetch_streams();
+        }
+    }
+
+    /// Fetches what [`Shard::prefetch_streams`] has led to, once that has come.
+    pub fn prefetch_next(&self, key: usize) {
+        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
+            peer.prefetch_next();
+        }
     }
 
     /// Fetches what every turn of a peer's tracks needs ..

@@ -37,6 +37,8 @@ pub struct StreamContext<'a> {
     pub intended_at: Time,
     /// Where packets are copied to, and the stream's number there.
     pub tap: Option<(&'a mut Tap, u32)>,
+    /// Room for what one packet brings about, kept so that no packet has to make it: [`EVENTS_MAX`].
+    pub events: &'a mut Vec<FrameEvent>,
 }
 
 /// Why a packet was not taken.
@@ -208,14 +210,16 @@ impl RecvStream {
         self.replay.prefetch(self.extender.highest().map_or(0, |highest| highest + 1));
         if let Some(video) = self.video.as_deref() {
             video.assembler.prefetch();
+            net::prefetch(&video.playout, usize::MAX);
+            net::prefetch(&video.switch, usize::MAX);
         }
         if let Some(playout) = self.playout.as_deref() {
-            // Of audio, every packet is a frame.
             net::prefetch(playout, usize::MAX);
-            net::prefetch(&self.latency, usize::MAX);
-            self.ledger.prefetch();
-            self.attribution.prefetch();
         }
+        // Most turns bring a whole frame.
+        net::prefetch(&self.latency, usize::MAX);
+        self.ledger.prefetch();
+        self.attribution.prefetch();
     }
 
     pub fn ssrc(&self) -> u32 {
@@ -370,12 +374,10 @@ impl RecvStream {
             video.handle_mute_changes(context.roster.mute_changes(origin, track));
         }
         let ext_seq = self.receive.ext_seq();
-        let mut events = [None; EVENTS_MAX];
-        let mut count = 0;
+        context.events.clear();
         let mut note = |event| {
-            if let Some(slot) = events.get_mut(count) {
-                *slot = Some(event);
-                count += 1;
+            if context.events.len() < EVENTS_MAX {
+                context.events.push(event);
             }
         };
         match Descriptor::parse(payload) {
@@ -393,8 +395,8 @@ impl RecvStream {
             // Padding alone, or a descriptor that is none: it only holds its place in the sequence.
             None => video.assembler.handle_padding(ext_seq, arrival, &mut note),
         }
-        for event in events.into_iter().flatten() {
-            self.handle_frame_event(event, context);
+        for at in 0..context.events.len() {
+            self.handle_frame_event(context.events[at], context);
         }
     }
 
@@ -741,7 +743,7 @@ fn nack_rule(kind: Kind, agreed_on: bool) -> NackRule {
 }
 
 /// A packet completes at most one frame, and lets at most the assembler's waiting frames be decoded.
-const EVENTS_MAX: usize = 20;
+pub const EVENTS_MAX: usize = 20;
 
 impl LatencySum {
     fn add(&mut self, us: u64, is_late: bool) {
@@ -768,23 +770,4 @@ fn note_playout(media: &mut Media, played: Played) -> u32 {
 /// Adds `now - told`, which may run backwards (a packet thought lost arrives after all); sums over a run do not.
 fn add_difference(counter: &mut u64, now: u64, told: u64) {
     *counter = counter.wrapping_add(now.wrapping_sub(told));
-}
-
-#[cfg(test)]
-#[test]
-fn sizes() {
-    eprintln!(
-        "RecvStream {} head {} receive {} ledger {} attribution {} video {} assembler {} playout {} conn {} peer {} opener {}",
-        size_of::<RecvStream>(),
-        std::mem::offset_of!(RecvStream, receive),
-        size_of::<ReceiveStream>(),
-        size_of::<Ledger>(),
-        size_of::<Attribution>(),
-        size_of::<VideoState>(),
-        size_of::<Assembler>(),
-        size_of::<AudioPlayout>(),
-        size_of::<super::connection::Connection>(),
-        size_of::<crate::transport::peer::Peer>(),
-        size_of::<Opener>()
-    );
 }

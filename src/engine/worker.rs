@@ -218,7 +218,9 @@ impl Worker {
         for _ in 0..DRAIN_TURNS_MAX.min(self.ready.len()) {
             let Some(key) = self.ready.pop_front() else { break };
             // The participants that come next are not in the cache: fetched now, they are there when this one's datagrams are done.
-            self.shard.prefetch([0, 1, 2].map(|place| self.ready.get(place).copied()));
+            self.ready.get(2).iter().for_each(|next| self.shard.prefetch(**next));
+            self.ready.get(1).iter().for_each(|next| self.shard.prefetch_streams(**next));
+            self.ready.front().iter().for_each(|next| self.shard.prefetch_next(**next));
             if !self.drain_socket(key, now, unix_now) {
                 self.ready.push_back(key);
             }

@@ -208,11 +208,15 @@ impl Assembler {
         }
     }
 
-    /// Fetches what the next packet will need.
+    /// Fetches what every packet needs.
     pub fn prefetch(&self) {
         // A frame under way has one of the first slots, where not many are.
         net::prefetch(self, std::mem::offset_of!(Assembler, slots) + 3 * size_of::<Slot>());
         net::prefetch(&self.received, usize::MAX);
+        net::prefetch(&self.tail_link, usize::MAX);
+        net::prefetch(&self.freezes, usize::MAX);
+        net::prefetch(&self.identities[..2], usize::MAX);
+        net::prefetch(&self.key_packet_at, usize::MAX);
     }
 
     /// Takes a packet with payload, in any order; duplicates do no harm. `on_event` hears what became of it, in order.

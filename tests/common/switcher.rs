@@ -259,6 +259,7 @@ impl World {
             tap: None,
             room: 0,
             intended_at: Time::ZERO,
+            events: &mut Vec::new(),
         };
         let (stream, opener, now) = (&mut self.stream, &self.to_subscriber.1, self.now);
         let taken = under_test(true, || {
