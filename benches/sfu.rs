@@ -1,5 +1,6 @@
-//! What a packet costs the embedded SFU's thread: from the CPU time of the thread and the packets that it sent, on loopback, to subscribers that read nothing
-//! (their sockets overflow, so the kernel's part ends at their doors). Beside it the floor: the same bytes, only sent.
+//! What a packet costs the embedded SFU's thread: from the CPU time of the thread and the packets that it sent, on loopback, to few and to many subscribers,
+//! whose sockets are the engine's. Beside it the floor: the same bytes to the same sockets, only sent. Both in turn, so that what else the host does meets both.
+//! The sockets are emptied in between, so the kernel's part ends with a datagram in its socket, and never with one that finds no room.
 //!
 //! `cargo bench --bench sfu`
 
@@ -7,7 +8,7 @@
 #[allow(dead_code)]
 mod loopback;
 
-use std::net::UdpSocket;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use loopback::Loopback;
@@ -15,72 +16,128 @@ use throng::measure::Kind;
 use throng::net;
 use throng::sfu::SendMode;
 
-const SUBSCRIBERS: u32 = 100;
-/// Rounds among the tests, where only whether it works counts.
-const ROUNDS_TINY: u32 = 5;
-/// Packets of one burst, as they come from a publisher that sends frames at once.
-const BURST: u16 = 8;
+/// Packets of a frame of 720p.
+const FRAME: u16 = 6;
+const AUDIO_BYTES: usize = 120;
+/// With header and tag, about 1,100 bytes on the wire.
+const VIDEO_BYTES: usize = 1_072;
+/// Of the fixed header and the tag.
+const OVERHEAD: usize = 28;
+/// Turns of either, and rounds of one turn: what a socket's buffer holds.
+const ROUNDS: u32 = 8;
+/// Packets that a setting sends, about.
+const PACKETS: u32 = 800_000;
 
 fn main() {
-    let rounds = if std::env::args().any(|argument| argument == "--bench") {
-        2_000
-    } else {
-        ROUNDS_TINY
-    };
-    for (name, kind, payload) in [("audio", Kind::Audio, vec![1; 120]), ("video", Kind::Video, video_payload())] {
-        for send in [SendMode::Plain, SendMode::Gso] {
-            let burst = if kind == Kind::Audio { 1 } else { BURST };
-            let per_packet = forward(kind, &payload, burst, send, rounds);
-            let floor = floor(payload.len() + 28, usize::from(burst), send, rounds);
+    // Among the tests it runs once, in small, so that it does not rot.
+    let is_full = std::env::args().any(|argument| argument == "--bench");
+    let (sizes, packets): (&[u32], _) = if is_full { (&[100, 1_000], PACKETS) } else { (&[2], 100) };
+    for subscribers in sizes {
+        for (kind, send) in [
+            (Kind::Video, SendMode::Gso),
+            (Kind::Video, SendMode::Plain),
+            (Kind::Audio, SendMode::Plain),
+        ] {
+            let mut bench = Bench::new(*subscribers, kind, send);
+            let burst = bench.payloads.len() as u32;
+            let turns = packets / (subscribers * burst * ROUNDS) + 1;
+            let (mut forwarded, mut floor) = (Duration::ZERO, Duration::ZERO);
+            // The first one meets what was never touched.
+            bench.forward();
+            bench.floor();
+            for _ in 0..turns {
+                forwarded += bench.forward();
+                floor += bench.floor();
+            }
+            let nanos = |time: Duration| time.as_nanos() as f64 / f64::from(turns * ROUNDS * burst * subscribers);
             println!(
-                "{name}, {send:?}, bursts of {burst}: {per_packet:.0} ns a packet sent, {:.2} times the floor of {floor:.0} ns",
-                per_packet / floor
+                "{kind:?}, {}, {subscribers} subscribers, bursts of {burst}: {:.0} ns a packet sent, {:.2} times the floor of {:.0} ns",
+                send.name(),
+                nanos(forwarded),
+                nanos(forwarded) / nanos(floor),
+                nanos(floor)
             );
         }
     }
 }
 
-/// A key frame's first packet every time: the bench is of bytes, not of pictures.
-fn video_payload() -> Vec<u8> {
-    let mut payload = vec![0; 1_100];
-    payload[..4].copy_from_slice(&[0x90, 0x80, 0x80, 1]);
-    payload
+struct Bench {
+    loopback: Loopback,
+    send: SendMode,
+    payloads: Vec<Vec<u8>>,
+    frame: u16,
+    floor: std::net::UdpSocket,
+    batch: net::SendBatch,
+    receivers: Vec<SocketAddr>,
 }
 
-fn forward(kind: Kind, payload: &[u8], burst: u16, send: SendMode, rounds: u32) -> f64 {
-    let mut loopback = Loopback::connected(SUBSCRIBERS, kind, send);
-    let before = (loopback.worker.cpu().unwrap(), loopback.worker.statistics().unwrap());
-    let mut seq = 0u16;
-    for _ in 0..rounds {
-        for _ in 0..burst {
-            loopback.publish(seq, payload);
-            seq = seq.wrapping_add(1);
-        }
-        let sent = u64::from(SUBSCRIBERS) * u64::from(seq);
-        while loopback.worker.statistics().unwrap().media_out < sent {
-            std::thread::sleep(Duration::from_micros(100));
+impl Bench {
+    fn new(subscribers: u32, kind: Kind, send: SendMode) -> Bench {
+        let loopback = Loopback::connected(subscribers, kind, send);
+        let addresses = loopback.ends[1..].iter().map(|end| end.socket.local_addr().expect("bound"));
+        let payloads = match kind {
+            Kind::Audio => vec![vec![1; AUDIO_BYTES]],
+            Kind::Video => vec![vec![0; VIDEO_BYTES]; usize::from(FRAME)],
+        };
+        Bench {
+            receivers: addresses.collect(),
+            loopback,
+            send,
+            payloads,
+            frame: 0,
+            floor: std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket"),
+            batch: net::SendBatch::default(),
         }
     }
-    let after = (loopback.worker.cpu().unwrap(), loopback.worker.statistics().unwrap());
-    let sent = after.1.media_out - before.1.media_out;
-    (after.0 - before.0).as_nanos() as f64 / sent as f64
-}
 
-/// Only the sends, to as many sockets that read nothing.
-fn floor(len: usize, burst: usize, send: SendMode, rounds: u32) -> f64 {
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let receivers: Vec<UdpSocket> = (0..SUBSCRIBERS).map(|_| UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
-    let addresses: Vec<_> = receivers.iter().map(|receiver| receiver.local_addr().unwrap()).collect();
-    let mut batch = net::SendBatch::default();
-    let before = net::thread_cpu();
-    for _ in 0..rounds {
-        for to in &addresses {
-            match send {
-                SendMode::Plain => (0..burst).for_each(|_| batch.push(&socket, *to, len, len)),
-                SendMode::Gso => batch.push(&socket, *to, len * burst, len),
+    /// Publishes frames, each once the last subscriber has the one before: the CPU time of the thread that forwards them.
+    fn forward(&mut self) -> Duration {
+        let before = self.loopback.worker.cpu().expect("it runs");
+        let ends = self.loopback.ends.len();
+        for _ in 0..ROUNDS {
+            self.write_descriptors();
+            let payloads: Vec<&[u8]> = self.payloads.iter().map(Vec::as_slice).collect();
+            let first_seq = self.frame.wrapping_mul(payloads.len() as u16);
+            self.loopback.publish_burst(first_seq, u32::from(self.frame) * 3_000, &payloads);
+            self.frame = self.frame.wrapping_add(1);
+            let mut arrived = 0;
+            while arrived < payloads.len() as u64 {
+                std::thread::sleep(Duration::from_micros(100));
+                arrived += self.loopback.skim(ends - 1..ends);
             }
         }
-        batch.flush(&socket);
+        let after = self.loopback.worker.cpu().expect("it runs");
+        self.loopback.skim(0..ends);
+        after - before
     }
-    (net::thread_cpu() - before).as_nanos() as f64 / (rounds as usize * burst * addresses.len()) as f64
+
+    /// A long picture id, and one frame after the other: the first of all is a key frame.
+    fn write_descriptors(&mut self) {
+        if self.payloads.len() == 1 {
+            return;
+        }
+        for (at, payload) in self.payloads.iter_mut().enumerate() {
+            let [high, low] = (self.frame & 0x7FFF | 0x8000).to_be_bytes();
+            let start_of_partition = if at == 0 { 0x10 } else { 0 };
+            payload[..5].copy_from_slice(&[0x80 | start_of_partition, 0x80, high, low, u8::from(self.frame > 0)]);
+        }
+    }
+
+    /// Only the sends, to the same sockets.
+    fn floor(&mut self) -> Duration {
+        let (len, burst) = (self.payloads[0].len() + OVERHEAD, self.payloads.len());
+        let before = net::thread_cpu();
+        for _ in 0..ROUNDS {
+            for to in &self.receivers {
+                match self.send {
+                    SendMode::Plain => (0..burst).for_each(|_| self.batch.push(&self.floor, *to, len, len)),
+                    SendMode::Gso => self.batch.push(&self.floor, *to, len * burst, len),
+                }
+            }
+            self.batch.flush(&self.floor);
+        }
+        let after = net::thread_cpu();
+        self.loopback.skim(0..self.loopback.ends.len());
+        after - before
+    }
 }

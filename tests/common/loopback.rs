@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use throng::measure::Kind;
+use throng::net;
 use throng::sfu::worker::{Worker, WorkerConfig};
 use throng::sfu::{
     Encodings, MediaCommand, MediaEvent, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId,
@@ -16,6 +17,8 @@ use throng::transport::sequence::Seq;
 use throng::units::Epoch;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+/// What the engine's sockets ask for.
+const RECEIVE_BUFFER_BYTES: usize = 1 << 20;
 /// Far beyond what anything here takes: it ends a test that hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -28,8 +31,7 @@ pub struct End {
 impl End {
     /// A connection of its own socket to the router.
     fn add(worker: &Worker, identity: &Identity, epoch: Epoch, index: u32) -> End {
-        let socket = UdpSocket::bind((LOOPBACK, 0)).unwrap();
-        socket.set_nonblocking(true).unwrap();
+        let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).unwrap();
         let (ours, theirs) = (IceCredentials::random(), IceCredentials::random());
         let parameters = PeerParameters {
             local_address: socket.local_addr().unwrap(),
@@ -58,25 +60,15 @@ impl End {
         }
     }
 
-    fn turn(&mut self, epoch: Epoch, router: SocketAddr) {
-        let mut bytes = [0; 2_048];
-        while let Ok((len, from)) = self.socket.recv_from(&mut bytes) {
-            assert_eq!(from, router);
-            match classify(&bytes[..len]) {
-                Datagram::Rtp => {
-                    let header = Header::parse(&bytes[..len]).unwrap();
-                    let plain = self
-                        .peer
-                        .opener()
-                        .unwrap()
-                        .open_rtp(&mut bytes[..len], header.header_len, header.seq.0.into())
-                        .unwrap();
-                    self.got.push((header.seq.0, bytes[header.header_len..plain].to_vec()));
+    /// Takes what has come, and keeps the connection up. Media is opened and kept, or only counted: how many packets.
+    fn turn(&mut self, epoch: Epoch, router: SocketAddr, batch: &mut net::Batch, keep: bool) -> u64 {
+        let mut packets = 0;
+        while let Ok(count) = batch.receive(&self.socket) {
+            for index in 0..count {
+                let (datagram, received) = batch.datagram(index).unwrap();
+                if received.from == router {
+                    packets += u64::from(self.take(datagram, router, epoch, keep));
                 }
-                Datagram::Stun | Datagram::Dtls => {
-                    self.peer.handle_setup_datagram(&bytes[..len], from, epoch.now());
-                }
-                _ => {}
             }
         }
         let now = epoch.now();
@@ -85,6 +77,27 @@ impl End {
         }
         let socket = &self.socket;
         self.peer.poll(now, |datagram, to| drop(socket.send_to(datagram, to)), |_| {});
+        packets
+    }
+
+    /// Whether it was media.
+    fn take(&mut self, datagram: &mut [u8], router: SocketAddr, epoch: Epoch, keep: bool) -> bool {
+        match classify(datagram) {
+            Datagram::Rtp => {
+                if keep {
+                    let header = Header::parse(datagram).unwrap();
+                    let opener = self.peer.opener().unwrap();
+                    let plain = opener.open_rtp(datagram, header.header_len, header.seq.0.into()).unwrap();
+                    self.got.push((header.seq.0, datagram[header.header_len..plain].to_vec()));
+                }
+                true
+            }
+            Datagram::Stun | Datagram::Dtls => {
+                self.peer.handle_setup_datagram(datagram, router, epoch.now());
+                false
+            }
+            _ => false,
+        }
     }
 }
 
@@ -93,6 +106,7 @@ pub struct Loopback {
     /// The publisher first.
     pub ends: Vec<End>,
     epoch: Epoch,
+    batch: net::Batch,
     template: HeaderTemplate,
     next_index: u64,
 }
@@ -146,6 +160,7 @@ impl Loopback {
             worker,
             ends,
             epoch,
+            batch: net::Batch::default(),
             template: HeaderTemplate::new(96, 1).unwrap(),
             next_index: 0,
         };
@@ -162,26 +177,42 @@ impl Loopback {
 
     /// Sends one packet to the router.
     pub fn publish(&mut self, seq: u16, payload: &[u8]) {
-        let mut bytes = [0; 2_000];
-        let header_len = self.template.write(&mut bytes, false, Seq(seq), u32::from(seq) * 960).unwrap();
-        let len = header_len + payload.len();
-        bytes[header_len..len].copy_from_slice(payload);
-        self.next_index += u64::from(seq.wrapping_sub(self.next_index as u16));
-        let publisher = &self.ends[0];
-        let sealed = publisher
-            .peer
-            .sealer()
-            .unwrap()
-            .seal_rtp(&mut bytes, header_len, len, self.next_index)
-            .unwrap();
-        publisher.socket.send_to(&bytes[..sealed], self.worker.address()).unwrap();
+        self.publish_burst(seq, u32::from(seq) * 960, &[payload]);
+    }
+
+    /// Sends the packets of a frame to the router with one call. All are as long as the first, but for the last, which may be shorter.
+    pub fn publish_burst(&mut self, first_seq: u16, rtp_time: u32, payloads: &[&[u8]]) {
+        let mut bytes = vec![0; 2_000 * payloads.len()];
+        let (mut len, mut segment) = (0, 0);
+        for (at, payload) in payloads.iter().enumerate() {
+            let (seq, packet) = (first_seq.wrapping_add(at as u16), &mut bytes[len..]);
+            let marker = payloads.len() > 1 && at + 1 == payloads.len();
+            let header_len = self.template.write(packet, marker, Seq(seq), rtp_time).unwrap();
+            let plain = header_len + payload.len();
+            packet[header_len..plain].copy_from_slice(payload);
+            self.next_index += u64::from(seq.wrapping_sub(self.next_index as u16));
+            let sealer = self.ends[0].peer.sealer().unwrap();
+            let sealed = sealer.seal_rtp(packet, header_len, plain, self.next_index).unwrap();
+            segment = segment.max(sealed);
+            len += sealed;
+        }
+        net::send_segmented(&self.ends[0].socket, Some(self.worker.address()), &bytes[..len], segment).unwrap();
     }
 
     /// Takes what has come, and keeps the connections up.
     pub fn turn(&mut self) {
-        let (epoch, router) = (self.epoch, self.worker.address());
-        self.ends.iter_mut().for_each(|end| end.turn(epoch, router));
+        let router = self.worker.address();
+        for end in &mut self.ends {
+            end.turn(self.epoch, router, &mut self.batch, true);
+        }
         std::thread::sleep(Duration::from_millis(1));
+    }
+
+    /// Takes what has come to some of the ends without opening its media: how many packets.
+    pub fn skim(&mut self, ends: std::ops::Range<usize>) -> u64 {
+        let router = self.worker.address();
+        let skimmed = self.ends[ends].iter_mut().map(|end| end.turn(self.epoch, router, &mut self.batch, false));
+        skimmed.sum()
     }
 
     pub fn turn_until(&mut self, what: &str, mut done: impl FnMut(&[End]) -> bool) {
