@@ -8,10 +8,11 @@ const CAPACITY: usize = 96;
 
 /// A stream's RTP header with its extensions in the one-byte form of RFC 8285; see [`HeaderTemplate::write`].
 ///
-/// A stream that drops mid and rid once the receiver knows it has a second template.
+/// A stream that drops mid and rid once the receiver knows it has a second template. `ROOM` is the longest header in bytes: whoever keeps thousands of them
+/// and needs less says so.
 #[derive(Clone, Debug)]
-pub struct HeaderTemplate {
-    bytes: [u8; CAPACITY],
+pub struct HeaderTemplate<const ROOM: usize = CAPACITY> {
+    bytes: [u8; ROOM],
     /// In bytes, a multiple of four.
     len: u8,
     /// Where the next extension element goes: `len` without the alignment.
@@ -50,10 +51,17 @@ impl std::error::Error for TemplateError {}
 
 impl HeaderTemplate {
     pub fn new(payload_type: u8, ssrc: u32) -> Result<HeaderTemplate, TemplateError> {
+        HeaderTemplate::with_room(payload_type, ssrc)
+    }
+}
+
+impl<const ROOM: usize> HeaderTemplate<ROOM> {
+    pub fn with_room(payload_type: u8, ssrc: u32) -> Result<HeaderTemplate<ROOM>, TemplateError> {
+        const { assert!(ROOM >= FIXED_LEN, "a template holds a whole header") };
         if !matches!(payload_type, 0..=63 | 96..=127) {
             return Err(TemplateError::PayloadType);
         }
-        let mut bytes = [0; CAPACITY];
+        let mut bytes = [0; ROOM];
         bytes[0] = 0x80;
         bytes[1] = payload_type;
         bytes[8..FIXED_LEN].copy_from_slice(&ssrc.to_be_bytes());
@@ -73,7 +81,7 @@ impl HeaderTemplate {
         let at = start + 1;
         let end = at + value.len();
         let len = end.next_multiple_of(4);
-        if !(1..=16).contains(&value.len()) || len > CAPACITY {
+        if !(1..=16).contains(&value.len()) || len > ROOM {
             return Err(TemplateError::ExtensionLength);
         }
         self.bytes[0] |= EXTENSION_FLAG;
