@@ -225,7 +225,7 @@ impl Connection {
 
     /// Fetches what every turn of a track needs. What that leads to follows: [`Connection::prefetch_track`].
     pub fn prefetch_for_sending(&self) {
-        self.transport.prefetch_sealer();
+        self.transport.prefetch_sending();
         net::prefetch(&self.tracks, usize::MAX);
         net::prefetch(&self.sending, usize::MAX);
         net::prefetch(&self.key, usize::MAX);

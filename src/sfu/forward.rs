@@ -5,6 +5,7 @@
 //! late, or is asked for again, is found by its segment, and is written again byte by byte as it was (the cache keeps what came, segments never change).
 //! So one outgoing number is one packet for ever, as SRTP's keys demand: no two packets are sealed under one index.
 
+use std::mem::offset_of;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -52,6 +53,11 @@ const CATCH_UP_TIME_MAX: Duration = Duration::from_millis(500);
 const CLOCK_ERROR_MAX: Duration = Duration::from_secs(5);
 /// Bytes of padding in a packet that only holds a place.
 const FILLER_BYTES: usize = 4;
+/// Packets of one encoding that are forwarded together.
+pub const RUN_MAX: usize = net::SEGMENTS_MAX;
+/// The fixed header, and the one extension that a packet of ours may carry: four bytes that say so, and a level in as many.
+const HEADER_LEN: usize = 12;
+const LEVELED_HEADER_LEN: usize = HEADER_LEN + 8;
 
 /// What a packet needs on its way out.
 pub struct Wire<'a, I> {
@@ -61,6 +67,53 @@ pub struct Wire<'a, I> {
     pub send: SendMode,
     pub now: Time,
     pub statistics: &'a mut RouterStatistics,
+}
+
+/// A packet and its payload, as the cache has them.
+type Found<'a> = (&'a Entry, &'a [u8]);
+
+/// Packets of one encoding that came one behind the other: found, and looked at, once for all of the track's subscribers.
+pub struct Run<'a> {
+    encodings: &'a [Ingest],
+    layer: u8,
+    format: &'a Format,
+    exts: &'a [u64],
+    /// What the cache has of them.
+    packets: [Option<Found<'a>>; RUN_MAX],
+    /// All are there, and each has something to forward.
+    is_whole: bool,
+    starts_key_frame: bool,
+    lowest: u64,
+    highest: u64,
+}
+
+impl<'a> Run<'a> {
+    /// `exts` are at most [`RUN_MAX`] packets that `layer` has taken.
+    pub fn new(encodings: &'a [Ingest], layer: u8, exts: &'a [u64], format: &'a Format) -> Run<'a> {
+        let mut run = Run {
+            encodings,
+            layer,
+            format,
+            exts,
+            packets: [None; RUN_MAX],
+            is_whole: true,
+            starts_key_frame: false,
+            lowest: u64::MAX,
+            highest: 0,
+        };
+        for (packet, ext) in run.packets.iter_mut().zip(exts) {
+            *packet = encodings[usize::from(layer)].find(*ext);
+            run.is_whole &= packet.is_some_and(|(entry, _)| entry.content != Content::Empty);
+            run.starts_key_frame |= packet.is_some_and(|(entry, _)| starts_key_frame(entry));
+            run.lowest = run.lowest.min(*ext);
+            run.highest = run.highest.max(*ext);
+        }
+        run
+    }
+
+    fn packets(&self) -> impl Iterator<Item = Option<Found<'a>>> {
+        self.packets.iter().copied().take(self.exts.len())
+    }
 }
 
 /// Packets `[start_in..]` of a layer leave as `[start_out..]`, up to the next segment's start.
@@ -81,11 +134,12 @@ impl Segment {
     }
 }
 
-/// The latest segments, oldest first. They share out the outgoing numbers without overlap.
+/// The latest segments, newest first: it is the one that most packets need. They share out the outgoing numbers without overlap.
 #[derive(Default)]
+#[repr(C)]
 struct Segments {
-    list: [Segment; SEGMENTS_MAX],
     len: u8,
+    list: [Segment; SEGMENTS_MAX],
 }
 
 impl Segments {
@@ -94,35 +148,33 @@ impl Segments {
     }
 
     fn newest(&self) -> Option<&Segment> {
-        self.as_slice().last()
+        self.as_slice().first()
     }
 
     /// A segment in whose place nothing was sent yet is replaced.
     fn push(&mut self, segment: Segment) {
         match self.newest() {
-            Some(newest) if newest.start_out == segment.start_out => self.len -= 1,
-            _ if usize::from(self.len) == SEGMENTS_MAX => {
-                self.list.copy_within(1.., 0);
-                self.len -= 1;
+            Some(newest) if newest.start_out == segment.start_out => {}
+            _ => {
+                self.list.copy_within(..SEGMENTS_MAX - 1, 1);
+                self.len = (self.len + 1).min(SEGMENTS_MAX as u8);
             }
-            _ => {}
         }
-        self.list[usize::from(self.len)] = segment;
-        self.len += 1;
+        self.list[0] = segment;
     }
 
     /// The segment and outgoing number of a published packet.
     fn of_incoming(&self, layer: u8, ext: u64) -> Option<(Segment, u64)> {
         let list = self.as_slice();
-        let at = list.iter().rposition(|segment| segment.layer == layer && segment.start_in <= ext)?;
+        let at = list.iter().position(|segment| segment.layer == layer && segment.start_in <= ext)?;
         let out = list[at].out_of(ext);
-        let ends_before = list.get(at + 1).is_some_and(|next| out >= next.start_out);
+        let ends_before = list[..at].last().is_some_and(|next| out >= next.start_out);
         (!ends_before).then_some((list[at], out))
     }
 
     /// The segment and published number of an outgoing packet.
     fn of_outgoing(&self, out: u64) -> Option<(Segment, u64)> {
-        let segment = self.as_slice().iter().rev().find(|segment| segment.start_out <= out)?;
+        let segment = self.as_slice().iter().find(|segment| segment.start_out <= out)?;
         Some((*segment, segment.start_in + (out - segment.start_out)))
     }
 }
@@ -242,22 +294,20 @@ pub struct EndedStream {
 
 /// What one packet is made of, before it is written.
 struct Parts<'a> {
+    /// As the subscriber gets it, and as it is written.
+    sent: Option<Descriptor>,
     descriptor: [u8; Descriptor::MAX_LEN],
     descriptor_len: usize,
     payload: &'a [u8],
     level: Option<u8>,
 }
 
+/// What every packet needs comes first, on as few cache lines as can be: thousands of subscriptions take their turns ([`Subscription::prefetch`]).
+#[repr(C, align(64))]
 pub struct Subscription {
-    pub id: SubscriptionId,
-    /// Where its connection and its track are kept.
-    pub transport: u32,
-    pub track: u32,
+    header: HeaderTemplate<HEADER_LEN>,
+    leveled_header: Option<(HeaderTemplate<LEVELED_HEADER_LEN>, ExtensionSlot)>,
     kind: Kind,
-    header: HeaderTemplate,
-    leveled_header: Option<(HeaderTemplate, ExtensionSlot)>,
-    rtx: Option<Box<Rtx>>,
-    rtx_ssrc: Option<u32>,
     selection: Selection,
     /// The layer that goes out.
     current: Option<u8>,
@@ -265,25 +315,35 @@ pub struct Subscription {
     target: Option<u8>,
     /// Waits for a key frame: to begin, to switch, or because the subscriber asks for one.
     wants_key_frame: bool,
-    segments: Segments,
+    last_picture: Option<LastPicture>,
+    octets: u32,
     /// ROC << 16 | sequence number of what goes out next.
     next_out: u64,
+    packets: u64,
+    bytes: u64,
+    last: Option<Last>,
+    segments: Segments,
+    // From here on nothing is read when a packet comes, but to begin with it.
+    pub id: SubscriptionId,
+    /// Where its connection and its track are kept.
+    pub transport: u32,
+    pub track: u32,
+    rtx_ssrc: Option<u32>,
+    rtx: Option<Box<Rtx>>,
     /// Chooses the first timestamp and picture id.
     origin: u64,
-    last: Option<Last>,
-    last_picture: Option<LastPicture>,
     resends: Resends,
     rtt: Option<Duration>,
     pub sender_report_at: Time,
-    packets: u64,
-    bytes: u64,
-    octets: u32,
     resent: u64,
     nacks: u64,
     plis: u64,
     switches: u64,
     reported_lost: i32,
 }
+
+/// From the start of a [`Subscription`] to the end of its newest segment.
+const HOT_BYTES: usize = offset_of!(Subscription, segments) + offset_of!(Segments, list) + size_of::<Segment>();
 
 impl Subscription {
     /// `seed` chooses the first numbers; `ended` are the streams that this connection has carried before.
@@ -297,11 +357,11 @@ impl Subscription {
         seed: u64,
         ended: &[EndedStream],
     ) -> Result<Subscription, TemplateError> {
-        let header = HeaderTemplate::new(parameters.payload_type, parameters.ssrc)?;
+        let header = HeaderTemplate::with_room(parameters.payload_type, parameters.ssrc)?;
         let level_id = parameters.extensions.id(Extension::AudioLevel).filter(|_| kind == Kind::Audio);
         let leveled_header = level_id
             .map(|id| {
-                let mut header = header.clone();
+                let mut header = HeaderTemplate::with_room(parameters.payload_type, parameters.ssrc)?;
                 let slot = header.push_extension(id, &[0])?;
                 Ok((header, slot))
             })
@@ -352,6 +412,11 @@ impl Subscription {
             switches: 0,
             reported_lost: 0,
         })
+    }
+
+    /// Fetches into the cache what a packet needs, and reads none of it: nobody waits.
+    pub fn prefetch(&self) {
+        net::prefetch(self, HOT_BYTES);
     }
 
     pub fn ssrc(&self) -> u32 {
@@ -412,38 +477,59 @@ impl Subscription {
         self.target.filter(|_| self.wants_key_frame)
     }
 
-    /// Sends what of a run of packets, just come from one encoding, is for this subscriber.
-    pub fn forward<I: Outgoing>(&mut self, encodings: &[Ingest], layer: u8, run: &[u64], format: &Format, wire: &mut Wire<'_, I>) {
-        let encoding = &encodings[usize::from(layer)];
+    /// Sends what of a run is for this subscriber.
+    pub fn forward<I: Outgoing>(&mut self, run: &Run<'_>, wire: &mut Wire<'_, I>) {
         let mut burst = Burst::default();
-        for (at, ext) in run.iter().enumerate() {
-            let Some((entry, payload)) = encoding.find(*ext) else {
+        match self.segment_of(run) {
+            Some(segment) => {
+                self.wants_key_frame &= !(run.starts_key_frame && self.target == Some(run.layer));
+                for (entry, payload) in run.packets().flatten() {
+                    self.send_as(entry, payload, &segment, segment.out_of(entry.ext), &mut burst, wire);
+                }
+            }
+            None => self.forward_each(run, &mut burst, wire),
+        }
+        burst.finish(wire);
+    }
+
+    /// The newest segment, if all of the run belongs to it: the subscriber is in the midst of this layer, and no packet is one to decide about.
+    fn segment_of(&self, run: &Run<'_>) -> Option<Segment> {
+        let goes_on = run.is_whole && self.selection.enabled && self.current == Some(run.layer) && !self.is_restart(run.layer, run.highest);
+        let newest = self.segments.newest().filter(|_| goes_on)?;
+        (newest.layer == run.layer && newest.start_in <= run.lowest).then_some(*newest)
+    }
+
+    /// Decides about each packet by itself.
+    fn forward_each<I: Outgoing>(&mut self, run: &Run<'_>, burst: &mut Burst, wire: &mut Wire<'_, I>) {
+        let (encoding, layer) = (&run.encodings[usize::from(run.layer)], run.layer);
+        for (at, (ext, found)) in run.exts.iter().zip(run.packets()).enumerate() {
+            let Some((entry, payload)) = found else {
                 wire.statistics.withheld_late += 1;
                 continue;
             };
-            match self.admit(encodings, layer, entry, format, wire.statistics) {
+            match self.admit(run, entry, wire.statistics) {
                 Admission::Withheld => {}
-                Admission::Placed => self.send(entry, payload, layer, &mut burst, wire),
+                Admission::Placed => self.send(entry, payload, layer, burst, wire),
                 Admission::Begins => {
                     // Packets behind the first one of a key frame may have come before it: they were of no use until now.
                     let newest = encoding.highest().unwrap_or(*ext);
                     for (entry, payload) in (*ext..=newest).filter_map(|ext| encoding.find(ext)) {
                         if entry.content != Content::Empty || self.skip(entry.ext, layer, wire.statistics) == Admission::Placed {
-                            wire.statistics.media_out_recalled += u64::from(!run[at..].contains(&entry.ext));
-                            self.send(entry, payload, layer, &mut burst, wire);
+                            wire.statistics.media_out_recalled += u64::from(!run.exts[at..].contains(&entry.ext));
+                            self.send(entry, payload, layer, burst, wire);
                         }
                     }
-                    let older = run[at + 1..].iter().filter(|later| *later < ext).count();
+                    let older = run.exts[at + 1..].iter().filter(|later| *later < ext).count();
                     wire.statistics.withheld_late += older as u64;
                     break;
                 }
             }
         }
-        burst.finish(wire);
     }
 
     /// Decides about one packet, and begins a segment where one is needed.
-    fn admit(&mut self, encodings: &[Ingest], layer: u8, entry: &Entry, format: &Format, statistics: &mut RouterStatistics) -> Admission {
+    fn admit(&mut self, run: &Run<'_>, entry: &Entry, statistics: &mut RouterStatistics) -> Admission {
+        let (encodings, layer, format) = (run.encodings, run.layer, run.format);
         if !self.selection.enabled {
             statistics.withheld_disabled += 1;
             return Admission::Withheld;
@@ -452,7 +538,7 @@ impl Subscription {
             self.current = None;
             self.wants_key_frame = self.kind == Kind::Video;
         }
-        let starts_key_frame = matches!(entry.content, Content::Video { starts_key_frame: true, .. });
+        let starts_key_frame = starts_key_frame(entry);
         let is_recent = is_recent(&encodings[usize::from(layer)], entry, format);
         let may_begin = self.target == Some(layer) && is_recent && (starts_key_frame || self.kind == Kind::Audio) && entry.content != Content::Empty;
         if self.current != Some(layer) && may_begin {
@@ -555,13 +641,17 @@ impl Subscription {
         Admission::Withheld
     }
 
-    /// Writes, seals and sends one packet that has its place.
+    /// Sends one packet to its place, if it still has one.
     fn send<I: Outgoing>(&mut self, entry: &Entry, payload: &[u8], layer: u8, burst: &mut Burst, wire: &mut Wire<'_, I>) {
-        let Some((segment, out)) = self.segments.of_incoming(layer, entry.ext) else {
-            wire.statistics.withheld_late += 1;
-            return;
-        };
-        let Some(parts) = parts(entry, payload, &segment) else { return };
+        match self.segments.of_incoming(layer, entry.ext) {
+            Some((segment, out)) => self.send_as(entry, payload, &segment, out, burst, wire),
+            None => wire.statistics.withheld_late += 1,
+        }
+    }
+
+    /// Writes, seals and sends one packet under the number `out`.
+    fn send_as<I: Outgoing>(&mut self, entry: &Entry, payload: &[u8], segment: &Segment, out: u64, burst: &mut Burst, wire: &mut Wire<'_, I>) {
+        let Some(parts) = parts(entry, payload, segment) else { return };
         let len = self.media_len(&parts);
         let size = len + wire.sealer.profile().rtp_overhead();
         burst.make_room(size, wire);
@@ -581,10 +671,10 @@ impl Subscription {
         self.packets += 1;
         self.bytes += len as u64;
         self.octets = self.octets.wrapping_add((len - header_len) as u32);
-        self.note_sent(entry, &segment, out, rtp_time);
+        self.note_sent(entry, segment, parts.sent, out, rtp_time);
     }
 
-    fn note_sent(&mut self, entry: &Entry, segment: &Segment, out: u64, rtp_time: u32) {
+    fn note_sent(&mut self, entry: &Entry, segment: &Segment, sent: Option<Descriptor>, out: u64, rtp_time: u32) {
         self.next_out = self.next_out.max(out + 1);
         let newer = self.last.is_none_or(|last| rtp_time.wrapping_sub(last.rtp_time) as i32 >= 0);
         if newer {
@@ -595,8 +685,7 @@ impl Subscription {
                 rtp_offset: segment.rtp_offset,
             });
         }
-        if let Content::Video { descriptor, .. } = entry.content {
-            let sent = rewritten(descriptor, segment);
+        if let Some(sent) = sent {
             let last = self.last_picture.unwrap_or_default();
             let picture_id = sent.picture_id.map_or(last.picture_id, PictureId::value);
             let newer = self.last_picture.is_none() || picture_id.wrapping_sub(last.picture_id) & 0x7FFF < 0x4000;
@@ -612,22 +701,24 @@ impl Subscription {
 
     /// Header and payload of a media packet, before it is sealed.
     fn media_len(&self, parts: &Parts<'_>) -> usize {
-        self.header_for(parts.level).len() + parts.len()
-    }
-
-    fn header_for(&self, level: Option<u8>) -> &HeaderTemplate {
-        match (&self.leveled_header, level) {
-            (Some((header, _)), Some(_)) => header,
-            _ => &self.header,
-        }
+        let header_len = match (&self.leveled_header, parts.level) {
+            (Some((header, _)), Some(_)) => header.len(),
+            _ => self.header.len(),
+        };
+        header_len + parts.len()
     }
 
     /// Writes header and payload, and returns the header's length.
     fn write_media(&self, parts: &Parts<'_>, marker: bool, out: u64, rtp_time: u32, buffer: &mut [u8]) -> Option<usize> {
-        let header_len = self.header_for(parts.level).write(buffer, marker, Seq(out as u16), rtp_time)?;
-        if let (Some((_, slot)), Some(level)) = (&self.leveled_header, parts.level) {
-            slot.patch(buffer, &[level]);
-        }
+        let seq = Seq(out as u16);
+        let header_len = match (&self.leveled_header, parts.level) {
+            (Some((header, slot)), Some(level)) => {
+                let header_len = header.write(buffer, marker, seq, rtp_time)?;
+                slot.patch(buffer, &[level]);
+                header_len
+            }
+            _ => self.header.write(buffer, marker, seq, rtp_time)?,
+        };
         if parts.is_filler() {
             buffer[0] |= PADDING_FLAG;
         }
@@ -742,6 +833,10 @@ enum Admission {
     Begins,
 }
 
+fn starts_key_frame(entry: &Entry) -> bool {
+    matches!(entry.content, Content::Video { starts_key_frame: true, .. })
+}
+
 /// Whether a subscriber may begin with a packet: what came before it is soon caught up with.
 fn is_recent(encoding: &Ingest, entry: &Entry, format: &Format) -> bool {
     let Some((newest, _)) = encoding.highest().and_then(|newest| encoding.find(newest)) else {
@@ -772,6 +867,7 @@ fn rewritten(descriptor: Descriptor, segment: &Segment) -> Descriptor {
 
 fn parts<'a>(entry: &Entry, payload: &'a [u8], segment: &Segment) -> Option<Parts<'a>> {
     let mut parts = Parts {
+        sent: None,
         descriptor: [0; Descriptor::MAX_LEN],
         descriptor_len: 0,
         payload,
@@ -782,7 +878,9 @@ fn parts<'a>(entry: &Entry, payload: &'a [u8], segment: &Segment) -> Option<Part
         Content::Video {
             descriptor, descriptor_len, ..
         } => {
-            parts.descriptor_len = rewritten(descriptor, segment).write(&mut parts.descriptor)?;
+            let sent = rewritten(descriptor, segment);
+            parts.descriptor_len = sent.write(&mut parts.descriptor)?;
+            parts.sent = Some(sent);
             parts.payload = payload.get(usize::from(descriptor_len)..)?;
         }
         Content::Empty => parts.payload = &[],
@@ -854,6 +952,7 @@ impl Burst {
     fn finish<I: Outgoing>(&mut self, wire: &mut Wire<'_, I>) {
         if self.count > 0 {
             wire.transmit(self.len, self.segment);
+            wire.statistics.media_sends_out += 1;
             *self = Burst::default();
         }
     }
@@ -941,6 +1040,11 @@ mod tests {
         }
         assert!(counts.values().all(|count| *count <= RESENDS_MAX) && exhausted > 0);
         assert!(counts.values().filter(|count| **count == RESENDS_MAX).count() > 1_000);
+    }
+
+    #[test]
+    fn what_a_packet_needs_of_a_subscription_is_three_cache_lines() {
+        assert!(HOT_BYTES <= 3 * 64 && align_of::<Subscription>() == 64, "{HOT_BYTES}");
     }
 
     #[test]

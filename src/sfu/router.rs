@@ -10,7 +10,8 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::forward::{EndedStream, Subscription, Wire};
+use super::cache::Content;
+use super::forward::{self, EndedStream, RUN_MAX, Subscription, Wire};
 use super::ingest::{self, Format, Ingest, Refused, Taken, ntp_nanos};
 use super::select;
 use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
@@ -19,7 +20,6 @@ use super::{
     TransportParameters,
 };
 use crate::measure::Kind;
-use crate::net;
 use crate::seeded::{mixed, scatter};
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
 use crate::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check};
@@ -56,8 +56,6 @@ const EARLY_CHECK_BYTES_MAX: usize = 512;
 const EARLY_CHECK_AGE_MAX: Duration = Duration::from_secs(1);
 /// Addresses that one connection may be reached from: candidates of a few interfaces. A new one takes the place of the oldest that is not in use.
 const ADDRESSES_MAX: usize = 8;
-/// Packets of one encoding that are forwarded together.
-const RUN_MAX: usize = net::SEGMENTS_MAX;
 
 /// What a router is made with.
 #[derive(Clone)]
@@ -169,10 +167,17 @@ struct Track {
     nack: bool,
     /// From low to high.
     encodings: Vec<Ingest>,
-    subscribers: Vec<u32>,
+    subscribers: Vec<Subscriber>,
     started: bool,
     window_at: Time,
     level: LevelSum,
+}
+
+/// Where the two parts of a subscriber's state are kept. Both are known without a look at either, so that they can be fetched before their turn.
+#[derive(Clone, Copy)]
+struct Subscriber {
+    subscription: u32,
+    transport: u32,
 }
 
 /// Audio levels since the last telling.
@@ -570,8 +575,8 @@ impl Router {
 
     fn remove_track(&mut self, slot: u32) {
         let subscribers = self.tracks.get_mut(slot).map(|track| std::mem::take(&mut track.subscribers));
-        for subscription in subscribers.into_iter().flatten() {
-            self.remove_subscription(subscription);
+        for subscriber in subscribers.into_iter().flatten() {
+            self.remove_subscription(subscriber.subscription);
         }
         let Some(track) = self.tracks.remove(slot) else { return };
         self.track_slots.remove(&track.id);
@@ -605,7 +610,10 @@ impl Router {
         let slot = self.subscriptions.insert(subscription);
         transport.outgoing.extend(streams.into_iter().map(|ssrc| (ssrc, slot)));
         transport.outgoing.sort_unstable();
-        track.subscribers.push(slot);
+        track.subscribers.push(Subscriber {
+            subscription: slot,
+            transport: transport_slot,
+        });
         self.subscription_slots.insert(id, slot);
         self.want_key_frame(track_slot, needs_key_frame, now);
         Some(())
@@ -624,7 +632,7 @@ impl Router {
         let Some(subscription) = self.subscriptions.remove(slot) else { return };
         self.subscription_slots.remove(&subscription.id);
         if let Some(track) = self.tracks.get_mut(subscription.track) {
-            track.subscribers.retain(|other| *other != slot);
+            track.subscribers.retain(|other| other.subscription != slot);
         }
         if let Some(transport) = self.transports.get_mut(subscription.transport) {
             transport.outgoing.retain(|(_, other)| *other != slot);
@@ -685,6 +693,14 @@ impl Router {
     /// Forwards what [`Router::handle_datagram`] held back.
     pub fn end_batch(&mut self, now: Time, io: &mut impl Outgoing) {
         self.forward_run(now, io);
+    }
+
+    /// Whether what is held back stops within a picture: what follows is then on its way, unless the publisher spreads its packets over time.
+    pub fn is_mid_frame(&self) -> bool {
+        let encodings = self.tracks.get(self.run.track).map(|track| &track.encodings);
+        let encoding = encodings.and_then(|encodings| encodings.get(usize::from(self.run.encoding)));
+        let last = encoding.zip(self.run.packets.last()).and_then(|(encoding, ext)| encoding.find(*ext));
+        last.is_some_and(|(entry, _)| !entry.marker && matches!(entry.content, Content::Video { .. }))
     }
 
     /// A datagram that the edge could not take whole.
@@ -924,7 +940,7 @@ impl Router {
         let Some(track) = self.tracks.get_mut(slot) else { return };
         let mut at = Time::MAX;
         for subscriber in &track.subscribers {
-            let Some(subscription) = self.subscriptions.get_mut(*subscriber) else {
+            let Some(subscription) = self.subscriptions.get_mut(subscriber.subscription) else {
                 continue;
             };
             if let Some(layer) = subscription.choose_layer(&track.encodings) {
@@ -943,13 +959,16 @@ impl Router {
             return;
         }
         if let Some(track) = self.tracks.get(self.run.track) {
-            for (at, slot) in track.subscribers.iter().enumerate() {
-                // The next subscribers are not in the cache: fetched now, they are there when their turn comes.
-                prefetch_subscribers(&self.subscriptions, &self.transports, &track.subscribers[at + 1..]);
-                let Some(subscription) = self.subscriptions.get_mut(*slot) else {
+            let run = forward::Run::new(&track.encodings, self.run.encoding, &self.run.packets, &track.format);
+            for (at, subscriber) in track.subscribers.iter().enumerate() {
+                // The next one's state is not in the cache: fetched now, it is there when his turn comes.
+                if let Some(next) = track.subscribers.get(at + 1) {
+                    prefetch(&self.subscriptions, &self.transports, *next);
+                }
+                let Some(subscription) = self.subscriptions.get_mut(subscriber.subscription) else {
                     continue;
                 };
-                let transport = self.transports.get(subscription.transport);
+                let transport = self.transports.get(subscriber.transport);
                 let way = transport.and_then(|transport| Some((transport.peer.remote()?, transport.peer.sealer()?)));
                 let Some((to, sealer)) = way else {
                     self.statistics.withheld_unconnected += self.run.packets.len() as u64;
@@ -963,7 +982,7 @@ impl Router {
                     now,
                     statistics: &mut self.statistics,
                 };
-                subscription.forward(&track.encodings, self.run.encoding, &self.run.packets, &track.format, &mut wire);
+                subscription.forward(&run, &mut wire);
             }
         }
         self.run.packets.clear();
@@ -1191,7 +1210,8 @@ impl Router {
                 }
             }
             if encoding.key_frame_request_at() <= now {
-                let waits = |subscriber: &u32| self.subscriptions.get(*subscriber).and_then(Subscription::key_frame_layer) == Some(layer as u8);
+                let layer_awaited = |subscriber: &Subscriber| self.subscriptions.get(subscriber.subscription).and_then(Subscription::key_frame_layer);
+                let waits = |subscriber: &Subscriber| layer_awaited(subscriber) == Some(layer as u8);
                 let still_wanted = track.subscribers.iter().any(waits);
                 if encoding.poll_key_frame_request(now, still_wanted) {
                     // Some publishers answer only what names their stream in both places, as LiveKit does.
@@ -1366,13 +1386,12 @@ fn note_arrival(transport: &mut Transport, header: &Header, datagram: &[u8], arr
     }
 }
 
-fn prefetch_subscribers(subscriptions: &Slab<Subscription>, transports: &Slab<Transport>, next: &[u32]) {
-    if let Some(subscription) = next.get(1).and_then(|slot| subscriptions.get(*slot)) {
-        net::prefetch(subscription, usize::MAX);
+fn prefetch(subscriptions: &Slab<Subscription>, transports: &Slab<Transport>, subscriber: Subscriber) {
+    if let Some(subscription) = subscriptions.get(subscriber.subscription) {
+        subscription.prefetch();
     }
-    let transport = next.first().and_then(|slot| transports.get(subscriptions.get(*slot)?.transport));
-    if let Some(sealer) = transport.and_then(|transport| transport.peer.sealer()) {
-        net::prefetch(sealer, usize::MAX);
+    if let Some(transport) = transports.get(subscriber.transport) {
+        transport.peer.prefetch_sending();
     }
 }
 

@@ -56,6 +56,8 @@ counters! {
         /// RTP sent to subscribers for the first time.
         media_out,
         media_bytes_out,
+        /// Sends that carried `media_out`: as many, or with segmentation one for a burst.
+        media_sends_out,
         /// Of `media_out`: withheld at first, and sent once the key frame that they belong to had begun.
         media_out_recalled,
         /// Packets sent again, over RTX or on the media's own SSRC.

@@ -21,7 +21,7 @@ use crate::units::{Epoch, Time};
 
 /// What the socket may hold while the thread is busy: 3,000 video packets, if the host grants it.
 const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
-/// Batches taken at a turn; then timers, commands and events get theirs. In a large room a batch is a thousand packets to send.
+/// Batches taken at a turn, and forwarded together; then timers, commands and events get theirs.
 const DRAIN_BATCHES: usize = 8;
 /// Commands taken at a turn: a join makes some, and media must not wait for a wave of them.
 const COMMANDS_MAX: usize = 16;
@@ -208,26 +208,35 @@ impl Loop {
         Ok(())
     }
 
-    /// Takes what the socket holds, up to a bound; false if there may be more.
+    /// Takes what the socket holds, up to a bound, and forwards it; false if there may be more.
     fn drain(&mut self) -> bool {
+        let mut now = self.epoch.now();
+        let mut is_empty = false;
         for _ in 0..DRAIN_BATCHES {
             // Kernel stamps are on the wall clock; read together, the two clocks' difference places them on ours.
-            let (now, unix_now) = (self.epoch.now(), net::unix_nanos());
+            let unix_now;
+            (now, unix_now) = (self.epoch.now(), net::unix_nanos());
             let count = match self.received.receive(&self.io.socket) {
                 Ok(count) => count,
                 // An ICMP answer to something that we sent: the next datagram may still be good.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
-                Err(_) => return true,
+                Err(_) => {
+                    is_empty = true;
+                    break;
+                }
             };
             for index in 0..count {
                 self.take(index, now, unix_now);
             }
-            self.router.end_batch(now, &mut self.io);
-            if self.received.is_drained() {
-                return true;
+            // The packets of a frame come one behind the other, and the first of them wakes us. To send a part of it costs each subscriber a call more than to
+            // look again.
+            is_empty = self.received.is_drained() && !self.router.is_mid_frame();
+            if is_empty {
+                break;
             }
         }
-        false
+        self.router.end_batch(now, &mut self.io);
+        is_empty
     }
 
     fn take(&mut self, index: usize, now: Time, unix_now: u64) {

@@ -291,7 +291,7 @@ impl Peer {
     }
 
     /// Fetches what sealing a packet needs.
-    pub fn prefetch_sealer(&self) {
+    pub fn prefetch_sending(&self) {
         net::prefetch(&self.remote, usize::MAX);
         net::prefetch(&self.sealer, usize::MAX);
     }
