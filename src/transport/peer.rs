@@ -7,9 +7,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dimpl::{Dtls, DtlsCertificate, Output, SrtpProfile};
+use dimpl::crypto::{Buf, HashAlgorithm, KeyProvider, SignatureAlgorithm, SigningKey};
+use dimpl::{CryptoError, CryptoOperation, Dtls, DtlsCertificate, Output, SrtpProfile};
 use is::stun::{StunMessage, StunPacket};
 use is::{Candidate, IceAgent, IceAgentEvent, IceCreds, Protocol};
+use ring::rand::SystemRandom;
+use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 
 use super::sdp::Fingerprint;
 use super::srtp::{self, DtlsRole, Opener, Profile, Sealer};
@@ -55,7 +58,10 @@ impl Identity {
 
     fn with_config(config: dimpl::ConfigBuilder) -> Result<Identity, String> {
         let certificate = dimpl::certificate::generate_self_signed_certificate().map_err(|e| e.to_string())?;
+        let mut provider = dimpl::crypto::aws_lc_rs::default_provider();
+        provider.key_provider = LoadedKey::leaked(&certificate)?;
         let config = config
+            .with_crypto_provider(provider)
             .flight_start_rto(DTLS_RTO)
             .flight_retries(DTLS_RETRIES)
             .handshake_timeout(DTLS_TIMEOUT)
@@ -72,6 +78,60 @@ impl Identity {
         let mut bytes = [0; 32];
         bytes.iter_mut().zip(self.certificate.fingerprint()).for_each(|(to, from)| *to = from);
         Fingerprint(bytes)
+    }
+}
+
+/// The one private key of an [`Identity`], read once. The library would read it again for each connection, and check it each time: a tenth of the handshake.
+#[derive(Clone, Debug)]
+struct LoadedKey {
+    der: Arc<[u8]>,
+    pair: Arc<EcdsaKeyPair>,
+}
+
+impl LoadedKey {
+    /// The library wants providers that live for ever, as the identity of a process does.
+    fn leaked(certificate: &DtlsCertificate) -> Result<&'static LoadedKey, String> {
+        let der = certificate.private_key.as_slice();
+        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, der, &SystemRandom::new()).map_err(|e| e.to_string())?;
+        Ok(Box::leak(Box::new(LoadedKey {
+            der: der.into(),
+            pair: Arc::new(pair),
+        })))
+    }
+}
+
+impl KeyProvider for LoadedKey {
+    fn load_private_key(&self, der: &[u8]) -> Result<Box<dyn SigningKey>, CryptoError> {
+        match *der == *self.der {
+            true => Ok(Box::new(self.clone())),
+            false => Err(CryptoError::InvalidPrivateKey),
+        }
+    }
+}
+
+impl SigningKey for LoadedKey {
+    fn sign(&mut self, data: &[u8], hash: HashAlgorithm, signature: &mut Buf) -> Result<(), CryptoError> {
+        let key_hash = self.hash_algorithm();
+        if hash != key_hash {
+            return Err(CryptoError::SigningKeyHashMismatch { key_hash, requested: hash });
+        }
+        let signed = self.pair.sign(&SystemRandom::new(), data);
+        let signed = signed.map_err(|_| CryptoError::OperationFailed(CryptoOperation::Sign))?;
+        signature.clear();
+        signature.extend_from_slice(signed.as_ref());
+        Ok(())
+    }
+
+    fn algorithm(&self) -> SignatureAlgorithm {
+        SignatureAlgorithm::ECDSA
+    }
+
+    fn hash_algorithm(&self) -> HashAlgorithm {
+        HashAlgorithm::SHA256
+    }
+
+    fn supported_hash_algorithms(&self) -> &[HashAlgorithm] {
+        &[HashAlgorithm::SHA256]
     }
 }
 
