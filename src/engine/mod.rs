@@ -166,11 +166,6 @@ pub struct StreamParameters {
 /// What a shard tells signalling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// ICE has a path.
-    IceConnected {
-        key: usize,
-        at: Time,
-    },
     /// [`Command::RestartIce`] is done: the other side's checks will be understood.
     IceRestarted {
         key: usize,
@@ -178,6 +173,8 @@ pub enum Event {
     /// DTLS is done: media may flow.
     Connected {
         key: usize,
+        /// When ICE had a path.
+        ice_at: Option<Time>,
         at: Time,
     },
     Failed {

@@ -308,16 +308,14 @@ impl Shard {
     fn handle_peer_event(&mut self, key: usize, event: PeerEvent, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut() else { return };
         match event {
-            PeerEvent::Nominated(address) => {
-                io.connect(key, address);
-                self.events.push_back((key, Event::IceConnected { key, at: now }));
-            }
+            PeerEvent::Nominated(address) => io.connect(key, address),
             PeerEvent::Connected => {
                 self.in_setup -= 1;
                 // Spread over the interval, so that a wave of joins is not a wave of reports for ever after.
                 let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);
                 self.control_timers.set(control(key, Control::Rtcp), now + phase);
-                self.events.push_back((key, Event::Connected { key, at: now }));
+                let ice_at = peer.transport.nominated_at();
+                self.events.push_back((key, Event::Connected { key, ice_at, at: now }));
                 self.take_early(key);
             }
             PeerEvent::Failed(failure) => {

@@ -795,12 +795,9 @@ impl Session {
                     sender.answer(answer, id).await?;
                 }
             }
-            // Comes again after an ICE restart.
-            EngineEvent::IceConnected { key, at } => {
-                self.half_of(key).ice_at.get_or_insert(at);
-            }
-            EngineEvent::Connected { key, at } => {
-                self.half_of(key).connected_at = Some(at);
+            EngineEvent::Connected { key, ice_at, at } => {
+                let half = self.half_of(key);
+                (half.ice_at, half.connected_at) = (ice_at, Some(at));
                 if key == self.place.key {
                     self.publish();
                 }
