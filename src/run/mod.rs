@@ -32,7 +32,7 @@ use crate::engine::health::{self, FloorThread};
 use crate::engine::worker::{self, Occasion, Report, WorkerConfig};
 use crate::engine::{Command, PeerOutcome, Roster, ShardConfig};
 use crate::measure::second::HostDrops;
-use crate::measure::{Kind, Record, Timeline};
+use crate::measure::{self, Kind, Record, Timeline};
 use crate::net;
 use crate::plan::{Connection, Plan, Resources};
 use crate::preflight;
@@ -50,6 +50,8 @@ use crate::units::{Epoch, Time};
 const DRAIN: Duration = Duration::from_millis(1_500);
 /// How long the participants may take to say goodbye.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often what has happened is looked at.
+const BEAT: Duration = Duration::from_millis(20);
 /// Engine threads report at whole seconds; so long a row waits for them.
 const REPORTS_TAKE: Duration = Duration::from_millis(50);
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
@@ -178,6 +180,7 @@ struct SecondBook {
     due: Time,
     cpu: Option<Duration>,
     joined: u32,
+    /// What was reported since the last row.
     record: Record,
     last: Sample,
 }
@@ -347,7 +350,7 @@ impl<'a> Test<'a> {
 
     /// Takes reports and notices until `done` says so, a signal comes, or nobody is left.
     async fn wait(&mut self, interrupts: &mut Interrupts, progress: &mut impl FnMut(&Snapshot), done: impl Fn(&Test<'_>) -> Option<Until>) -> Until {
-        let mut beat = tokio::time::interval(Duration::from_millis(20));
+        let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut shown_at = Time::ZERO;
         loop {
@@ -357,11 +360,11 @@ impl<'a> Test<'a> {
             if self.sessions.joined > 0 && self.sessions.ended.len() == self.plan.total_participants() as usize {
                 return Until::Abandoned;
             }
+            // Reports and notices wait for the beat: woken by each of them, this thread and those that tell them would do little else while a thousand a
+            // second join.
             tokio::select! {
-                Some(report) = self.reports.recv() => self.take_report(report),
-                Some(notice) = self.notices.recv() => self.take_notice(notice),
                 signal = interrupts.next() => return Until::Interrupted(signal),
-                _ = beat.tick() => {}
+                _ = beat.tick() => self.take_what_came(),
             }
             let now = self.epoch.now();
             if now >= self.second.due {
@@ -374,10 +377,20 @@ impl<'a> Test<'a> {
         }
     }
 
+    fn take_what_came(&mut self) {
+        while let Ok(report) = self.reports.try_recv() {
+            self.take_report(report);
+        }
+        while let Ok(notice) = self.notices.try_recv() {
+            self.take_notice(notice);
+        }
+    }
+
     fn take_report(&mut self, report: Report) {
         let worker = &mut self.workers[report.worker];
         worker.cpu = report.cpu;
         self.observer.take_activity(report.activity);
+        self.second.record.merge(&report.record);
         worker.answers += u64::from(report.occasion == Occasion::Asked);
         let mut record = report.record;
         self.record.merge(&record);
@@ -525,9 +538,9 @@ impl<'a> Test<'a> {
     fn close_second(&mut self, now: Time) {
         let cpu = generator_cpu();
         let seconds = now.since(self.second.at).as_secs_f64();
-        let delta = self.record.since(&self.second.record);
+        let counted = &self.second.record;
         let per_second = |count: u64| count as f64 / seconds;
-        let (audio, video) = (&delta.audio, &delta.video);
+        let (audio, video) = (&counted.audio, &counted.video);
         let mut latency = audio.one_way_latency.clone();
         latency.merge(&video.one_way_latency);
         let sample = Sample {
@@ -538,25 +551,21 @@ impl<'a> Test<'a> {
             packets_received_per_second: per_second(audio.packets_received + video.packets_received),
             bytes_sent_per_second: per_second(audio.bytes_sent + video.bytes_sent),
             bytes_received_per_second: per_second(audio.bytes_received + video.bytes_received),
-            packets_lost: audio.packets_lost + video.packets_lost,
-            rtt_us_p50: delta.session.rtt_rtcp.quantile(0.5),
+            packets_lost: lost_more(audio) + lost_more(video),
+            rtt_us_p50: counted.session.rtt_rtcp.quantile(0.5),
             one_way_us_p50: latency.quantile(0.5),
             one_way_us_p99: latency.quantile(0.99),
-            tick_late_us_p99: delta.engine.tick_late.quantile(0.99),
+            tick_late_us_p99: counted.engine.tick_late.quantile(0.99),
             cpu_cores: cpu_between(self.second.cpu, cpu).map(|used| used.as_secs_f64() / seconds),
-            uplink_estimate_bps: mean_bps(delta.bandwidth.uplink_estimate_kbps, delta.bandwidth.uplink_estimates),
-            downlink_estimate_bps: mean_bps(delta.bandwidth.remb_sent_kbps, delta.bandwidth.remb_sent),
-            generator: self.observer.close_second(self.second.at, now, &delta),
+            uplink_estimate_bps: mean_bps(counted.bandwidth.uplink_estimate_kbps, counted.bandwidth.uplink_estimates),
+            downlink_estimate_bps: mean_bps(counted.bandwidth.remb_sent_kbps, counted.bandwidth.remb_sent),
+            generator: self.observer.close_second(self.second.at, now, counted),
         };
         self.series.push(sample.clone());
-        self.second = SecondBook {
-            at: now,
-            due: now.next_second() + REPORTS_TAKE,
-            cpu,
-            joined: self.sessions.joined,
-            record: self.record.clone(),
-            last: sample,
-        };
+        let second = &mut self.second;
+        second.record.clear();
+        (second.at, second.due) = (now, now.next_second() + REPORTS_TAKE);
+        (second.cpu, second.joined, second.last) = (cpu, self.sessions.joined, sample);
     }
 
     fn present(&self) -> u32 {
@@ -742,6 +751,12 @@ fn silence_note(stalls: &[Stall]) -> Option<String> {
 fn generator_cpu() -> Option<Duration> {
     let sfu = net::threads_cpu(sfu::THREAD_PREFIX)?;
     Some(net::process_cpu().saturating_sub(sfu))
+}
+
+/// Packets that were lost since the row before. Where more of those that were thought lost have come after all, none.
+fn lost_more(counted: &measure::Media) -> u64 {
+    // Sums of differences wrap: see `Record::merge`.
+    u64::try_from(counted.packets_lost as i64).unwrap_or(0)
 }
 
 /// The mean of estimates of which the sum is known, in kbit/s.
