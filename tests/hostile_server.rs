@@ -612,7 +612,7 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
                 let update = descriptions.read(&client.sdp).unwrap();
                 let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
                 let receiving = local(udp.local_addr().unwrap().port(), Setup::Passive);
-                let answer = write_answer(&descriptions, &receiving, 1, |_, _| SectionUse::Receive { dtx: false });
+                let answer = write_answer(&mut descriptions, &receiving, 1, |_, _| SectionUse::Receive { dtx: false });
                 let sections = descriptions.sections();
                 let ssrcs: Vec<u32> = sections.filter_map(|section| section.ssrc).collect();
                 let (log, remote) = (log.clone(), update.remote);

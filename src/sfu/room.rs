@@ -1184,7 +1184,7 @@ impl Room {
                 (None, None) => SectionUse::Idle,
             }
         };
-        let sdp = write_answer(&peer.descriptions, &peer.link.local, peer.version, section_use);
+        let sdp = write_answer(&mut peer.descriptions, &peer.link.local, peer.version, section_use);
         let mid = |section: usize| peer.descriptions.section(section).map(|section| section.mid.to_string());
         let sent = peer
             .sent

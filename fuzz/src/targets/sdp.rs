@@ -158,7 +158,7 @@ fn serve(input: &[u8]) {
         assert_eq!(offers.sections().len(), sections(text));
         assert!(update.changed.iter().all(|index| *index < sections(text)));
         let answer = ours(|| {
-            write_answer(&offers, &local, version, |index, section| match (index % 3, section.sends) {
+            write_answer(&mut offers, &local, version, |index, section| match (index % 3, section.sends) {
                 (0, true) => SectionUse::Receive { dtx: true },
                 (1, false) => SectionUse::Send(&sent),
                 _ => SectionUse::Idle,

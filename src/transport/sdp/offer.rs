@@ -85,9 +85,14 @@ impl Offerer {
         let mids: Vec<String> = (0..self.ours.len()).map(|mid| mid.to_string()).collect();
         let mut sdp = String::with_capacity(512 + mids.len() * 640);
         write_session(&mut sdp, local, self.version, mids.iter().map(String::as_str));
+        let receivers = [Kind::Audio, Kind::Video].map(|kind| Receiver::of(kind, local));
         for (index, (section, mid)) in self.ours.iter().zip(&mids).enumerate() {
             let tagged = index == 0;
             match section {
+                Offered::Receive(kind) if !tagged => receivers
+                    .iter()
+                    .filter(|receiver| receiver.kind == *kind)
+                    .for_each(|receiver| receiver.push(&mut sdp, mid)),
                 Offered::Application => push_application(&mut sdp, local, local.setup, mid, tagged, 5000),
                 Offered::Receive(kind) => push_receiver(&mut sdp, local, *kind, mid, tagged),
                 Offered::Send(track) => push_local_track(&mut sdp, local, track, mid, tagged),
@@ -132,6 +137,33 @@ impl Offerer {
     /// The server's tracks that are active after the last answer.
     pub(super) fn tracks(&self) -> impl Iterator<Item = &RemoteTrack> {
         self.theirs.as_slice().iter().filter_map(Section::active_track)
+    }
+}
+
+/// Receiving sections of one kind differ in nothing but their mid: a large room's offer has hundreds of them.
+struct Receiver {
+    kind: Kind,
+    before_mid: String,
+    behind_mid: String,
+}
+
+impl Receiver {
+    fn of(kind: Kind, local: &LocalTransport) -> Receiver {
+        const MID: &str = "a=mid:";
+        let mut before_mid = String::new();
+        push_receiver(&mut before_mid, local, kind, "", false);
+        let at = before_mid.find(MID).map_or(0, |at| at + MID.len());
+        Receiver {
+            kind,
+            behind_mid: before_mid.split_off(at),
+            before_mid,
+        }
+    }
+
+    fn push(&self, sdp: &mut String, mid: &str) {
+        [self.before_mid.as_str(), mid, &self.behind_mid]
+            .into_iter()
+            .for_each(|part| sdp.push_str(part));
     }
 }
 

@@ -39,9 +39,8 @@ impl RemoteSections {
     pub(super) fn compare<'a>(&self, split: &SplitDescription<'_>, capabilities: impl Fn(usize) -> &'a Capabilities) -> Result<Change, SdpError> {
         let mut fresh = Vec::new();
         for (index, text) in split.sections.iter().enumerate() {
-            let stamp = Stamp::of(text);
-            if self.0.get(index).is_none_or(|known| known.stamp != stamp) {
-                let section = Section::parse(text, stamp, capabilities(index));
+            if !self.0.get(index).is_some_and(|known| known.stamp.is_of(text)) {
+                let section = Section::parse(text, Stamp::of(text), capabilities(index));
                 fresh.push((index, section.map_err(|what| SdpError::Section { index, what })?));
             }
         }

@@ -207,7 +207,31 @@ impl<'a> LayerScan<'a> {
 /// The descriptions of one client for one connection: its offers, or its answers to ours.
 #[derive(Default)]
 pub struct ClientDescriptions {
-    sections: Vec<(Stamp, ClientSection)>,
+    sections: Vec<KnownSection>,
+    /// Our user name fragment and role in `answered`.
+    answered_as: Option<(String, Setup)>,
+}
+
+struct KnownSection {
+    stamp: Stamp,
+    section: ClientSection,
+    /// As our last answer had it: in a large room nearly all of the next one is the same.
+    answered: Option<Answered>,
+}
+
+/// One section of our answer, and all that it depends on besides the client's own section and our end of the connection.
+struct Answered {
+    purpose: Purpose,
+    text: Box<str>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Purpose {
+    /// Receiving, with pauses or without.
+    dtx: Option<bool>,
+    /// Sending the track of this SSRC: no two have the same.
+    ssrc: Option<u32>,
+    tagged: bool,
 }
 
 /// What one description brought.
@@ -231,15 +255,14 @@ impl ClientDescriptions {
         }
         let mut fresh = Vec::new();
         for (index, text) in split.sections.iter().enumerate() {
-            let stamp = Stamp::of(text);
-            let known = self.sections.get(index).filter(|(known, _)| *known == stamp);
+            let known = self.sections.get(index).filter(|known| known.stamp.is_of(text));
             let bundled = |section: &ClientSection| session.bundle.binary_search(&&*section.mid).is_ok();
             match known {
-                Some((_, section)) if section.usable == (section.usable && bundled(section)) => {}
+                Some(KnownSection { section, .. }) if section.usable == (section.usable && bundled(section)) => {}
                 _ => {
                     let mut section = ClientSection::parse(text).map_err(|what| SdpError::Section { index, what })?;
                     section.usable = section.usable && bundled(&section);
-                    fresh.push((index, stamp, section));
+                    fresh.push((index, Stamp::of(text), section));
                 }
             }
         }
@@ -248,20 +271,25 @@ impl ClientDescriptions {
         let remote = split.remote_transport(tagged)?;
         let changed = fresh.iter().map(|(index, ..)| *index).collect();
         for (index, stamp, section) in fresh {
+            let section = KnownSection {
+                stamp,
+                section,
+                answered: None,
+            };
             match self.sections.get_mut(index) {
-                Some(slot) => *slot = (stamp, section),
-                None => self.sections.push((stamp, section)),
+                Some(slot) => *slot = section,
+                None => self.sections.push(section),
             }
         }
         Ok(ClientUpdate { remote, changed })
     }
 
     pub fn sections(&self) -> impl ExactSizeIterator<Item = &ClientSection> {
-        self.sections.iter().map(|(_, section)| section)
+        self.sections.iter().map(|known| &known.section)
     }
 
     pub fn section(&self, index: usize) -> Option<&ClientSection> {
-        self.sections.get(index).map(|(_, section)| section)
+        self.sections.get(index).map(|known| &known.section)
     }
 
     /// The section whose transport holds for all (RFC 9143): the first that we can use.
@@ -279,7 +307,7 @@ impl ClientDescriptions {
         }
         let mut replaced = fresh.iter().map(|(index, ..)| *index).peekable();
         let kept = self.sections.iter().enumerate();
-        let kept = kept.filter_map(|(index, (_, section))| replaced.next_if_eq(&index).is_none().then_some(&*section.mid));
+        let kept = kept.filter_map(|(index, known)| replaced.next_if_eq(&index).is_none().then_some(&*known.section.mid));
         refuse_duplicates(kept.chain(fresh.iter().map(|(_, _, section)| &*section.mid)).collect())
     }
 }
@@ -307,31 +335,71 @@ pub enum SectionUse<'a> {
     Idle,
 }
 
-/// Our answer to the client's last offer. `section_use` is asked for each section that can be used, by its index; data channels are always taken.
+/// Our answer to the client's last offer. `section_use` is asked for each section that can be used, by its index; data channels are always taken. Sections that
+/// stay as they were in the last answer are copied from there.
 ///
 /// `local.setup` is our role, `Active` or `Passive`.
 pub fn write_answer<'a>(
-    offer: &ClientDescriptions,
+    offer: &mut ClientDescriptions,
     local: &LocalTransport,
     version: u64,
     mut section_use: impl FnMut(usize, &ClientSection) -> SectionUse<'a>,
 ) -> String {
+    offer.answer_as(local);
     let mut sdp = String::with_capacity(512 + offer.sections.len() * 640);
     let usable = offer.sections().filter(|section| section.usable);
     write_lite_session(&mut sdp, local, version, usable.map(|section| &*section.mid));
     let mut tagged = true;
-    for (index, section) in offer.sections().enumerate() {
-        match (&section.content, &section.codec) {
-            (Content::Application(_), _) if section.usable => push_application(&mut sdp, local, local.setup, &section.mid, tagged, SCTP_PORT),
-            (Content::Rtp(kind), Some(codec)) if section.usable => {
-                let section_use = section_use(index, section);
-                push_answered(&mut sdp, local, section, (*kind, codec), section_use, tagged);
-            }
-            _ => push_rejected(&mut sdp, section),
-        }
-        tagged &= !section.usable;
+    for (index, known) in offer.sections.iter_mut().enumerate() {
+        let section_use = match known.section.usable && known.section.kind.is_some() {
+            true => section_use(index, &known.section),
+            false => SectionUse::Idle,
+        };
+        sdp.push_str(known.answer(local, section_use, tagged));
+        tagged &= !known.section.usable;
     }
     sdp
+}
+
+impl ClientDescriptions {
+    /// Forgets answers that were given as somebody else.
+    fn answer_as(&mut self, local: &LocalTransport) {
+        let known = self.answered_as.as_ref();
+        if known.is_none_or(|(ufrag, setup)| *ufrag != local.ufrag || *setup != local.setup) {
+            self.answered_as = Some((local.ufrag.clone(), local.setup));
+            self.sections.iter_mut().for_each(|known| known.answered = None);
+        }
+    }
+}
+
+impl KnownSection {
+    fn answer(&mut self, local: &LocalTransport, section_use: SectionUse<'_>, tagged: bool) -> &str {
+        let purpose = Purpose {
+            dtx: match section_use {
+                SectionUse::Receive { dtx } => Some(dtx),
+                _ => None,
+            },
+            ssrc: match section_use {
+                SectionUse::Send(track) => Some(track.ssrc),
+                _ => None,
+            },
+            tagged,
+        };
+        let section = &self.section;
+        let answered = self.answered.take().filter(|answered| answered.purpose == purpose);
+        let answered = answered.unwrap_or_else(|| {
+            let mut text = String::new();
+            match (&section.content, &section.codec) {
+                (Content::Application(_), _) if section.usable => {
+                    push_application(&mut text, local, local.setup, &section.mid, tagged, SCTP_PORT);
+                }
+                (Content::Rtp(kind), Some(codec)) if section.usable => push_answered(&mut text, local, section, (*kind, codec), section_use, tagged),
+                _ => push_rejected(&mut text, section),
+            }
+            Answered { purpose, text: text.into() }
+        });
+        &self.answered.insert(answered).text
+    }
 }
 
 fn push_answered(
@@ -716,7 +784,7 @@ mod tests {
         assert_eq!(read, [7, 7, 5]);
         let publishes = |section: &ClientSection| section.sends && section.kind.is_some();
         let (sent, unused) = (track(1), track(2));
-        let answer = write_answer(&offers, &local(), 1, |index, section| match publishes(section) {
+        let answer = write_answer(&mut offers, &local(), 1, |index, section| match publishes(section) {
             true => SectionUse::Receive { dtx: true },
             false if index == 0 => SectionUse::Send(&sent),
             false => SectionUse::Idle,
@@ -757,6 +825,33 @@ mod tests {
             scan.attribute("simulcast", offered);
             let layers = scan.finish();
             assert_eq!(layers.iter().map(|rid| &**rid).collect::<Vec<_>>(), expected, "{offered}");
+        }
+    }
+
+    #[test]
+    fn an_answer_that_is_copied_in_part_reads_as_one_that_is_written_anew() {
+        let (first, second) = (track(1), track(2));
+        let publishes = |section: &ClientSection| section.sends && section.kind.is_some();
+        let mut kept = ClientDescriptions::default();
+        let mut restarted = local();
+        restarted.ufrag = "thenextone".into();
+        let ends = [local(), local(), local(), restarted];
+        for (round, end) in ends.iter().enumerate() {
+            // Tracks come, change places and go; a pause is allowed, and no longer.
+            let section_use = |index: usize, section: &ClientSection| match (publishes(section), (index + round) % 3) {
+                (true, _) => SectionUse::Receive { dtx: round == 1 },
+                (false, 0) => SectionUse::Send(&first),
+                (false, 1) => SectionUse::Send(&second),
+                (false, _) => SectionUse::Idle,
+            };
+            let offer = BROWSER[round.min(2)];
+            let mut anew = ClientDescriptions::default();
+            kept.read(offer).unwrap();
+            anew.read(offer).unwrap();
+            let version = round as u64;
+            let answer = write_answer(&mut kept, end, version, section_use);
+            assert_eq!(answer, write_answer(&mut anew, end, version, section_use), "round {round}");
+            assert_eq!(answer, write_answer(&mut kept, end, version, section_use), "round {round}, again");
         }
     }
 }
