@@ -52,6 +52,7 @@ const DESCRIBED_LAYERS_MAX: usize = 8;
 
 pub(super) struct Room {
     id: RoomId,
+    /// With the counts of those who are seen, which are kept as they come and go: everybody who joins is told.
     info: proto::Room,
     router: usize,
     participants: BTreeMap<SessionId, Participant>,
@@ -155,13 +156,7 @@ impl Room {
     }
 
     pub fn describe(&self) -> proto::Room {
-        let visible = self.participants.values().filter(|participant| !participant.is_hidden());
-        let publishers = visible.clone().filter(|participant| participant.info.is_publisher);
-        proto::Room {
-            num_participants: u32::try_from(visible.count()).unwrap_or(u32::MAX),
-            num_publishers: u32::try_from(publishers.count()).unwrap_or(u32::MAX),
-            ..self.info.clone()
-        }
+        self.info.clone()
     }
 
     pub fn list_participants(&self) -> Vec<proto::ParticipantInfo> {
@@ -216,6 +211,7 @@ impl Room {
         shared.load(self.router).into_iter().for_each(|load| *load += 1);
         shared.set_timer(now + CONNECT_TIMEOUT, Timer::Participant(self.id, session));
         self.identities.insert(participant.info.identity.clone(), session);
+        self.info.num_participants += u32::from(!participant.is_hidden());
         self.participants.insert(session, participant);
         self.expires_at = None;
         self.change_state(shared, session, State::Joined, now);
@@ -365,6 +361,10 @@ impl Room {
         }
         shared.load(self.router).into_iter().for_each(|load| *load = load.saturating_sub(1));
         self.speakers.remove(&session);
+        if !participant.is_hidden() {
+            self.info.num_participants -= 1;
+            self.info.num_publishers -= u32::from(participant.info.is_publisher);
+        }
         participant.info.set_state(State::Disconnected);
         participant.info.set_disconnect_reason(end.reason);
         participant.encode();
@@ -382,7 +382,7 @@ impl Room {
 
     // What everybody is told.
 
-    fn visible(&self) -> impl Iterator<Item = &Participant> {
+    fn visible(&self) -> impl Iterator<Item = &Participant> + Clone {
         self.participants.values().filter(|participant| !participant.is_hidden())
     }
 
@@ -725,7 +725,8 @@ impl Room {
         let layers = section.rids.len().max(1) as u8;
         participant.answering.received.insert(index, id);
         participant.published.insert(id);
-        participant.info.is_publisher = true;
+        let first = !std::mem::replace(&mut participant.info.is_publisher, true);
+        self.info.num_publishers += u32::from(first && !participant.is_hidden());
         participant.info.tracks.push(info.clone());
         self.track_sids.insert(info.sid.clone(), id);
         let track = Track {
@@ -1076,12 +1077,9 @@ impl Room {
         peer.offer_id += 1;
         peer.offered_at = now;
         let sdp = peer.offer.offer(&peer.link.local);
-        let track_of_mid = peer
-            .offer
-            .tracks()
-            .map(|(section, track)| (section.to_string(), track.track_id.clone()))
-            .collect();
-        shared.send(participant.connection, wire::offer(sdp, peer.offer_id, &track_of_mid));
+        let tracks = peer.offer.tracks();
+        let track_of_mid: Vec<_> = tracks.map(|(section, track)| (section.to_string(), track.track_id.as_str())).collect();
+        shared.send(participant.connection, wire::offer(&sdp, peer.offer_id, &track_of_mid));
         shared.set_timer(now + ANSWER_TIMEOUT, Timer::Participant(self.id, session));
     }
 
@@ -1185,12 +1183,12 @@ impl Room {
             }
         };
         let sdp = write_answer(&mut peer.descriptions, &peer.link.local, peer.version, section_use);
-        let mid = |section: usize| peer.descriptions.section(section).map(|section| section.mid.to_string());
+        let mid = |section: usize| peer.descriptions.section(section).map(|section| &*section.mid);
         let sent = peer
             .sent
             .iter()
-            .filter_map(|(section, track)| Some((mid(*section)?, subscriptions.get(track)?.sent.track_id.clone())));
-        shared.send(*connection, wire::answer(sdp, id, &sent.collect()));
+            .filter_map(|(section, track)| Some((mid(*section)?, subscriptions.get(track)?.sent.track_id.as_str())));
+        shared.send(*connection, wire::answer(&sdp, id, &sent.collect::<Vec<_>>()));
         peer.last_sent = peer.sent.keys().copied().collect();
         peer.requested = (0, 0);
     }
