@@ -33,7 +33,6 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
 use super::{Endpoint, Secret, tls_config};
-use crate::transport::sdp::SECTIONS_MAX;
 
 /// Largest response that is read. A Join lists every participant at up to ~1.5 KB and an offer takes ~1.8 KB a track, so 3,000 participants stay below 6 MB.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
@@ -655,8 +654,6 @@ pub enum Event {
 pub struct Description {
     pub sdp: String,
     pub id: u32,
-    /// The sid of the track that the server sends in each mid: in its offers and, with one connection, in its answers.
-    pub mid_to_track_id: std::collections::HashMap<String, String>,
 }
 
 /// One of the server's candidates, as JSON (see `transport::sdp::Trickled`).
@@ -746,7 +743,8 @@ impl std::fmt::Debug for OtherParticipants {
 
 /// `JoinResponse.other_participants`.
 const JOIN_OTHER_PARTICIPANTS: u32 = 3;
-/// `SessionDescription.mid_to_track_id`.
+/// `SessionDescription.sdp` and `.mid_to_track_id`.
+const DESCRIPTION_SDP: u32 = 2;
 const DESCRIPTION_MID_TO_TRACK_ID: u32 = 4;
 /// `ParticipantInfo.identity`.
 const PARTICIPANT_IDENTITY: u32 = 2;
@@ -835,16 +833,21 @@ impl Event {
 }
 
 impl Description {
+    /// Of the map from mids to tracks, which grows with the room, nothing is read: the text says it, too.
     fn decode(body: &[u8]) -> Option<Description> {
-        let named = |field: &Result<Field<'_>, ()>| field.as_ref().is_ok_and(|field| field.number == DESCRIPTION_MID_TO_TRACK_ID);
-        if Fields(body).filter(named).count() > SECTIONS_MAX {
-            return None;
+        let (mut sdp, mut rest) = ("", Vec::new());
+        for field in Fields(body) {
+            let field = field.ok()?;
+            match (field.number, field.bytes) {
+                (DESCRIPTION_SDP, Some(text)) => sdp = std::str::from_utf8(text).ok()?,
+                (DESCRIPTION_MID_TO_TRACK_ID, _) => {}
+                _ => rest.extend_from_slice(field.raw),
+            }
         }
-        let description = proto::SessionDescription::decode(body).ok()?;
+        let rest = proto::SessionDescription::decode(rest.as_slice()).ok()?;
         Some(Description {
-            sdp: description.sdp,
-            id: description.id,
-            mid_to_track_id: description.mid_to_track_id,
+            sdp: sdp.to_owned(),
+            id: rest.id,
         })
     }
 }
