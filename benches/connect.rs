@@ -27,10 +27,7 @@ const SET_UP: &str = "set-up of a connection";
 const IDLE: &str = "a second of a connection without media";
 /// Connections that are idle side by side: what looks at all of them each millisecond is shared by them.
 const IDLE_CONNECTIONS: usize = 250;
-const SUBSCRIBER: Setting = Setting {
-    role: Role::Receives,
-    kind: Kind::Video,
-};
+const SUBSCRIBER: Setting = Setting::media_only(Role::Receives, Kind::Video);
 
 fn main() {
     let mut criterion = table::criterion();

@@ -1,5 +1,5 @@
 //! What a received packet costs a whole engine worker, kernel included, as a multiple of the named floor program (`common::floor`): both get the same
-//! trace from the same sender, turn by turn, in one run.
+//! trace from the same sender, turn by turn, in one run. A third program is the floor on sockets without the kernel's stamps and drop counts: what those cost.
 //!
 //! `cargo bench --bench floor`
 
@@ -8,11 +8,12 @@ mod common;
 #[allow(dead_code)]
 mod link;
 
+use std::fmt::{Display, Formatter};
 use std::sync::mpsc::{Sender as Commands, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use common::floor::{BareEnd, Floor, Keys, LOOPBACK, RECEIVE_BUFFER_BYTES, Sender, Taken, Target, bare_end};
+use common::floor::{BareEnd, Floor, Keys, LOOPBACK, Notes, RECEIVE_BUFFER_BYTES, Sender, Taken, Target, bare_end};
 use common::origin::{new_peer, shard_config};
 use common::remote::{Remote, Side};
 use common::{SSRC, clock_rate, is_full};
@@ -21,6 +22,7 @@ use throng::engine::{Command, ShardConfig, StreamParameters};
 use throng::measure::{Kind, Record};
 use throng::net;
 use throng::transport::peer::IceCredentials;
+use throng::units::Epoch;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 /// Connections come up at some thousands a second; beyond this something hangs.
@@ -34,20 +36,52 @@ fn main() {
         false => (8, Duration::from_millis(200), 1),
     };
     let mut engine = Engine::connected(connections);
-    let (mut ends, mut bare) = bare(connections, &engine);
-    let mut pairs = Vec::new();
+    let mut floor = Bare::new(connections, &engine, Notes::Kept);
+    let mut no_notes = Bare::new(connections, &engine, Notes::Nothing);
+    let mut turns = Vec::new();
     for _ in 0..rounds {
-        let (taken, sent) = engine.window(window);
-        let floor = Floor::start(ends, engine.config.epoch);
-        let before = bare.sent;
-        bare.run_for(window);
-        std::thread::sleep(SETTLE);
-        let (back, floor) = floor.stop();
-        ends = back;
-        pairs.push([Row::new(taken, sent), Row::new(floor, bare.sent - before)]);
+        turns.push([engine.window(window), floor.window(window), no_notes.window(window)]);
     }
     engine.stop();
-    print(connections, &bare, &pairs);
+    print(connections, &floor.sender, &turns);
+}
+
+/// The floor program, and a sender of its own: what one program misses must not be counted as another's.
+struct Bare {
+    ends: Vec<BareEnd>,
+    sender: Sender,
+    epoch: Epoch,
+}
+
+impl Bare {
+    fn new(connections: usize, engine: &Engine, notes: Notes) -> Bare {
+        let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
+        let address = socket.local_addr().expect("bound");
+        let profile = engine.profile();
+        let end = |index| bare_end(index, address, profile, notes);
+        let (ends, targets) = (0..connections).map(end).unzip();
+        let epoch = engine.config.epoch;
+        let config = ShardConfig {
+            epoch,
+            ..shard_config(connections)
+        };
+        Bare {
+            ends,
+            sender: Sender::new(socket, targets, &config, connections),
+            epoch,
+        }
+    }
+
+    /// One turn, as [`Engine::window`].
+    fn window(&mut self, time: Duration) -> Row {
+        let floor = Floor::start(std::mem::take(&mut self.ends), self.epoch);
+        let before = self.sender.sent;
+        self.sender.run_for(time);
+        std::thread::sleep(SETTLE);
+        let (ends, taken) = floor.stop();
+        self.ends = ends;
+        Row::new(taken, self.sender.sent - before)
+    }
 }
 
 struct Row {
@@ -62,42 +96,36 @@ impl Row {
     }
 }
 
-fn print(connections: usize, sender: &Sender, pairs: &[[Row; 2]]) {
+fn print(connections: usize, sender: &Sender, turns: &[[Row; 3]]) {
     let bytes = sender.sent_bytes / sender.sent.max(1);
-    println!("\nA received packet of {bytes} bytes, kernel included, {connections} connections on one thread");
     println!(
-        "  {:>14} {:>14} {:>7}   arrived, of those sent",
-        "engine worker", "floor program", "ratio"
+        "\nA received packet of {bytes} bytes, kernel included, {connections} connections on one thread; in brackets what arrived of those sent"
     );
-    let mut ratios = Vec::new();
-    for [engine, floor] in pairs {
-        let [of_engine, of_floor] = [engine, floor].map(|row| row.taken.nanos_a_packet());
-        ratios.push(of_engine / of_floor);
-        let arrived = |row: &Row| 100.0 * row.taken.packets as f64 / row.sent.max(1) as f64;
-        println!(
-            "  {of_engine:>11.0} ns {of_floor:>11.0} ns {:>6.2}x   {:.2} % of {}, {:.2} % of {}",
-            of_engine / of_floor,
-            arrived(engine),
-            engine.sent,
-            arrived(floor),
-            floor.sent
-        );
+    println!(
+        "  {:>20} {:>20} {:>22} {:>7}",
+        "engine worker", "floor program", "same without stamps", "ratio"
+    );
+    for [engine, floor, no_notes] in turns {
+        println!("  {engine:>20} {floor:>20} {no_notes:>22} {:>6.2}x", ratio(engine, floor));
     }
-    ratios.sort_by(f64::total_cmp);
-    println!("  generator CPU / floor CPU a received packet: {:.2}x (median)", ratios[ratios.len() / 2]);
+    let median = |one: usize, other: usize| {
+        let mut ratios: Vec<f64> = turns.iter().map(|turn| ratio(&turn[one], &turn[other])).collect();
+        ratios.sort_by(f64::total_cmp);
+        ratios[ratios.len() / 2]
+    };
+    println!("  generator CPU / floor CPU a received packet: {:.2}x (median)", median(0, 1));
+    println!("  floor with stamps and drop counts / without: {:.2}x (median)", median(1, 2));
 }
 
-fn bare(connections: usize, engine: &Engine) -> (Vec<BareEnd>, Sender) {
-    let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
-    let address = socket.local_addr().expect("bound");
-    let profile = engine.profile();
-    let (ends, targets) = (0..connections).map(|index| bare_end(index, address, profile)).unzip();
-    // A publisher of its own: what one program's misses must not be counted as the other's.
-    let config = ShardConfig {
-        epoch: engine.config.epoch,
-        ..shard_config(connections)
-    };
-    (ends, Sender::new(socket, targets, &config, connections))
+fn ratio(one: &Row, other: &Row) -> f64 {
+    one.taken.nanos_a_packet() / other.taken.nanos_a_packet()
+}
+
+impl Display for Row {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        let arrived = 100.0 * self.taken.packets as f64 / self.sent.max(1) as f64;
+        f.pad(&format!("{:.0} ns ({arrived:.2} %)", self.taken.nanos_a_packet()))
+    }
 }
 
 /// A real worker on its thread, and the sender of its packets.
@@ -147,7 +175,7 @@ impl Engine {
     }
 
     /// One turn: what the worker took for what it received, and how much was sent to it.
-    fn window(&mut self, time: Duration) -> (Taken, u64) {
+    fn window(&mut self, time: Duration) -> Row {
         let (cpu_before, _) = self.report();
         let sent_before = self.sender.sent;
         self.sender.run_for(time);
@@ -157,7 +185,7 @@ impl Engine {
             packets: record.video.packets_received,
             cpu: cpu - cpu_before,
         };
-        (taken, self.sender.sent - sent_before)
+        Row::new(taken, self.sender.sent - sent_before)
     }
 
     /// What was counted since the last call, and the thread's CPU time so far.

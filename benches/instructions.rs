@@ -17,19 +17,15 @@ use common::throng::Throng;
 use throng::measure::Kind;
 
 const PROGRAMS: [(&str, Setting); 4] = [
-    ("receive-video", setting(Role::Receives, Kind::Video)),
-    ("receive-audio", setting(Role::Receives, Kind::Audio)),
-    ("send-video", setting(Role::Sends, Kind::Video)),
-    ("send-audio", setting(Role::Sends, Kind::Audio)),
+    ("receive-video", Setting::media_only(Role::Receives, Kind::Video)),
+    ("receive-audio", Setting::media_only(Role::Receives, Kind::Audio)),
+    ("send-video", Setting::media_only(Role::Sends, Kind::Video)),
+    ("send-audio", Setting::media_only(Role::Sends, Kind::Audio)),
 ];
 const CONNECTIONS: usize = 16;
 const PACKETS: u64 = 2_000;
 /// Per cent. Keys and addresses differ from run to run, and with them the steps of a few searches.
 const TOLERANCE: f64 = 3.0;
-
-const fn setting(role: Role, kind: Kind) -> Setting {
-    Setting { role, kind }
-}
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::floor::{Floor, LOOPBACK, RECEIVE_BUFFER_BYTES, Sender, bare_end};
+use common::floor::{Floor, LOOPBACK, Notes, RECEIVE_BUFFER_BYTES, Sender, bare_end};
 use common::origin::shard_config;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -169,7 +169,7 @@ fn print_floor(connections: u32, time: Duration) {
     let config = shard_config(connections as usize);
     let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
     let address = socket.local_addr().expect("bound");
-    let bare = |index| bare_end(index as usize, address, Profile::AeadAes128Gcm);
+    let bare = |index| bare_end(index as usize, address, Profile::AeadAes128Gcm, Notes::Kept);
     let (ends, targets): (Vec<_>, Vec<_>) = (0..connections).map(bare).unzip();
     let mut sender = Sender::new(socket, targets, &config, connections as usize);
     let floor = Floor::start(ends, config.epoch);

@@ -1,18 +1,20 @@
 //! Connections of one stack, each to a [`Remote`] of ours, in memory and in virtual time; and the two loops that are timed.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use throng::engine::ShardConfig;
 use throng::measure::Kind;
+use throng::net;
 use throng::transport::rtp::{Datagram, classify};
 use throng::units::Time;
 
+use super::TRANSPORT_CC;
 use super::origin::{Origin, shard_config};
 use super::remote::{Remote, Side, address};
 use crate::link::{UNDER_TEST, under_test};
 
 const TICK: Duration = Duration::from_millis(1);
-/// Packets between two readings of the clock, each of another connection: what a reading costs, and the first packets for which nothing was fetched ahead,
+/// Packets between two readings of the thread's CPU clock, each of another connection: what a reading costs (a system call, a tenth of a microsecond), and the first packets for which nothing was fetched ahead,
 /// is then little of each. More would not stay in the first-level cache, as what the kernel has just copied does.
 pub const BATCH: usize = 16;
 /// Far beyond what any stack here takes to connect, in virtual time.
@@ -24,11 +26,37 @@ pub enum Role {
     Sends,
 }
 
+/// What is timed beside the packets themselves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    Nothing,
+    /// What is due as the publisher's time goes by: reports, consent.
+    Timers,
+    /// And transport-wide feedback, agreed on: packets carry its numbers, and messages tell of them.
+    TransportCc,
+}
+
 /// What a connection of a bench is for: one track, one way.
 #[derive(Clone, Copy)]
 pub struct Setting {
     pub role: Role,
     pub kind: Kind,
+    pub control: Control,
+}
+
+impl Setting {
+    pub const fn media_only(role: Role, kind: Kind) -> Setting {
+        Setting {
+            role,
+            kind,
+            control: Control::Nothing,
+        }
+    }
+
+    /// The header extension that packets carry.
+    pub fn transport_cc_extension(self) -> Option<u8> {
+        (self.control == Control::TransportCc).then_some(TRANSPORT_CC)
+    }
 }
 
 /// A sealed packet that has come for connection `key`.
@@ -64,6 +92,9 @@ pub trait Stack {
     /// Media packets that the stack has accepted so far.
     fn received(&self) -> u64;
 
+    /// RTCP datagrams that it has sent so far.
+    fn rtcp_sent(&self) -> u64;
+
     /// Begins to send, where sending goes by a timer.
     fn start_sending(&mut self, now: Time);
 
@@ -85,6 +116,7 @@ pub struct Fixture<S> {
     pub setup: SetupCost,
     pub remotes: Vec<Remote>,
     pub origin: Origin,
+    setting: Setting,
     now: Time,
     batch: Vec<Sealed>,
     next: usize,
@@ -116,7 +148,8 @@ impl<S: Stack> Fixture<S> {
             stack,
             setup,
             remotes,
-            origin: Origin::publishing(setting.kind, connections, &config, now),
+            origin: Origin::publishing(setting.kind, setting.transport_cc_extension(), connections, &config, now),
+            setting,
             now,
             batch: (0..BATCH).map(|_| Sealed::default()).collect(),
             next: 0,
@@ -135,15 +168,23 @@ impl<S: Stack> Fixture<S> {
         self.setup.spent - before
     }
 
+    fn idle_until(&mut self, at: Time) -> Duration {
+        let milliseconds = at.since(self.now).as_nanos() / TICK.as_nanos();
+        self.idle(milliseconds as u64)
+    }
+
     /// Time to receive so many packets, each of the next connection.
     pub fn receive(&mut self, packets: u64) -> Duration {
         let (mut left, mut spent, before) = (packets, Duration::ZERO, self.stack.received());
         while left > 0 {
             let count = left.min(BATCH as u64) as usize;
             let at = (0..count).map(|place| self.seal_next(place)).last().unwrap_or(self.origin.now);
-            let started = Instant::now();
+            if self.setting.control != Control::Nothing {
+                spent += self.idle_until(at);
+            }
+            let started = net::thread_cpu();
             measured_receive(&mut self.stack, &mut self.batch[..count], at);
-            spent += started.elapsed();
+            spent += net::thread_cpu() - started;
             left -= count as u64;
         }
         assert_eq!(self.stack.received() - before, packets, "{} has refused some", S::NAME);
@@ -191,9 +232,9 @@ fn measured_send<S: Stack>(stack: &mut S, origin: &mut Origin) -> Duration {
 
 /// Runs the stack's own work, timed and with its allocations counted.
 fn metered<R>(setup: &mut SetupCost, work: impl FnOnce() -> R) -> R {
-    let started = Instant::now();
+    let started = net::thread_cpu();
     let result = under_test(true, work);
-    setup.spent += started.elapsed();
+    setup.spent += net::thread_cpu() - started;
     result
 }
 
@@ -201,7 +242,7 @@ fn metered<R>(setup: &mut SetupCost, work: impl FnOnce() -> R) -> R {
 fn step<S: Stack>(stack: &mut S, remotes: &mut [Remote], setup: &mut SetupCost, now: Time) {
     for (key, datagram) in stack.take_sent() {
         assert!(matches!(classify(&datagram), Datagram::Stun | Datagram::Dtls | Datagram::Rtcp));
-        remotes[key].peer.handle_setup_datagram(&datagram, address(1, key), now);
+        remotes[key].handle_setup(&datagram, address(1, key), now);
     }
     for (key, remote) in remotes.iter_mut().enumerate() {
         let mut back = Vec::new();

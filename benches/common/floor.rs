@@ -13,11 +13,13 @@ use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
+use rustix::net::sockopt::set_socket_recv_buffer_size;
 use throng::engine::worker::Beat;
 use throng::engine::{ShardConfig, TICK};
 use throng::measure::Kind;
 use throng::net;
 use throng::transport::rtp::{Datagram, classify};
+use throng::transport::sequence::SeqExtender;
 use throng::transport::srtp::{DtlsRole, Opener, Profile, Sealer, session};
 use throng::units::{Epoch, Time};
 
@@ -29,6 +31,8 @@ pub const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 pub const RECEIVE_BUFFER_BYTES: usize = 1 << 20;
 /// An RTP header without extensions: what the sender's packets have.
 const HEADER_LEN: usize = 12;
+/// Of one call, where the sender segments: what fits is what a publisher's frame has.
+const SEGMENTS_MAX: usize = 32;
 /// Ends and consents are looked at this often: it is no part of what is measured.
 const UPKEEP: Duration = Duration::from_millis(20);
 
@@ -49,22 +53,47 @@ impl Taken {
 pub struct BareEnd {
     pub socket: UdpSocket,
     pub opener: Opener,
+    extender: SeqExtender,
+}
+
+/// What a bare end's socket tells of a datagram.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Notes {
+    /// As an engine's: when it came, and what was dropped before it.
+    Kept,
+    Nothing,
 }
 
 /// A receiving end, and what its sender has to know.
-pub fn bare_end(index: usize, sender: SocketAddr, profile: Profile) -> (BareEnd, Target) {
+pub fn bare_end(index: usize, sender: SocketAddr, profile: Profile, notes: Notes) -> (BareEnd, Target) {
     let mut material = vec![0x35; profile.keying_material_len()];
     material[..8].copy_from_slice(&(index as u64).to_be_bytes());
     let (sealer, _) = session(profile, &material, DtlsRole::Client).expect("its length");
     let (_, opener) = session(profile, &material, DtlsRole::Server).expect("its length");
-    let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
+    let socket = match notes {
+        Notes::Kept => net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES),
+        Notes::Nothing => plain_socket(),
+    };
+    let socket = socket.expect("a socket");
     socket.connect(sender).expect("loopback");
     let to = socket.local_addr().expect("bound");
     let target = Target {
         to,
         keys: Keys::Bare(Box::new(sealer)),
     };
-    (BareEnd { socket, opener }, target)
+    let end = BareEnd {
+        socket,
+        opener,
+        extender: SeqExtender::default(),
+    };
+    (end, target)
+}
+
+fn plain_socket() -> std::io::Result<UdpSocket> {
+    let socket = UdpSocket::bind((LOOPBACK, 0))?;
+    socket.set_nonblocking(true)?;
+    set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER_BYTES)?;
+    Ok(socket)
 }
 
 /// The floor program on a thread of its own, until it is stopped.
@@ -121,9 +150,11 @@ fn drain(end: &mut BareEnd, batch: &mut net::Batch) -> u64 {
         for index in 0..count {
             let Some((datagram, received)) = batch.datagram(index) else { continue };
             std::hint::black_box(received.stamp_unix_nanos);
-            // The sender's windows are far shorter than a wrap, and begin at the numbers' own low half.
-            let seq = u64::from(u16::from_be_bytes([datagram[2], datagram[3]]));
-            opened += u64::from(end.opener.open_rtp(datagram, HEADER_LEN, seq).is_ok());
+            let index = end.extender.guess(u16::from_be_bytes([datagram[2], datagram[3]]));
+            if end.opener.open_rtp(datagram, HEADER_LEN, index).is_ok() {
+                end.extender.commit(index);
+                opened += 1;
+            }
         }
         if batch.is_drained() {
             break;
@@ -161,6 +192,8 @@ pub struct Sender {
     epoch: Epoch,
     batch: net::SendBatch,
     burst: Vec<Plain>,
+    /// Packets of one size that leave together go with one call.
+    pub segmented: bool,
     next_upkeep: Time,
     pub sent: u64,
     pub sent_bytes: u64,
@@ -174,10 +207,11 @@ impl Sender {
             socket,
             targets,
             by_address,
-            origin: Origin::publishing(Kind::Video, origin, config, config.epoch.now()),
+            origin: Origin::publishing(Kind::Video, None, origin, config, config.epoch.now()),
             epoch: config.epoch,
             batch: net::SendBatch::default(),
             burst: Vec::new(),
+            segmented: false,
             next_upkeep: Time::ZERO,
             sent: 0,
             sent_bytes: 0,
@@ -219,15 +253,19 @@ impl Sender {
         self.origin.send(now, |plain| burst.push(plain.clone()));
         for target in &self.targets {
             let sealer = target.sealer();
-            for plain in &self.burst {
-                assert_eq!(plain.header_len, HEADER_LEN);
-                let room = self.batch.lend();
-                room[..plain.bytes.len()].copy_from_slice(&plain.bytes);
-                let sealed = sealer.seal_rtp(room, plain.header_len, plain.bytes.len(), plain.index);
-                let len = sealed.expect("a packet of ours");
-                self.batch.push(&self.socket, target.to, len, len);
-                self.sent += 1;
-                self.sent_bytes += len as u64;
+            let alike = |one: &Plain, next: &Plain| self.segmented && one.bytes.len() == next.bytes.len();
+            for group in self.burst.chunk_by(alike).flat_map(|group| group.chunks(SEGMENTS_MAX)) {
+                let (room, mut used) = (self.batch.lend(), 0);
+                for plain in group {
+                    assert_eq!(plain.header_len, HEADER_LEN);
+                    let packet = &mut room[used..];
+                    packet[..plain.bytes.len()].copy_from_slice(&plain.bytes);
+                    let sealed = sealer.seal_rtp(packet, plain.header_len, plain.bytes.len(), plain.index);
+                    used += sealed.expect("a packet of ours");
+                }
+                self.batch.push(&self.socket, target.to, used, used / group.len());
+                self.sent += group.len() as u64;
+                self.sent_bytes += used as u64;
             }
         }
         self.batch.flush(&self.socket);
@@ -244,7 +282,7 @@ impl Sender {
         while let Ok((len, from)) = self.socket.recv_from(&mut bytes) {
             let target = self.by_address.get(&from).map(|index| &mut self.targets[*index].keys);
             if let (Some(Keys::Peer(remote)), Datagram::Stun | Datagram::Dtls) = (target, classify(&bytes[..len])) {
-                remote.peer.handle_setup_datagram(&bytes[..len], from, now);
+                remote.handle_setup(&bytes[..len], from, now);
             }
         }
         for target in &mut self.targets {

@@ -20,6 +20,9 @@ pub fn is_full() -> bool {
 /// The SSRC of the one track of a connection.
 pub const SSRC: u32 = 0x1000_0001;
 
+/// The id of the header extension for transport-wide sequence numbers, where a bench has agreed on it: the one that `rtc` offers, for the others follow.
+pub const TRANSPORT_CC: u8 = 4;
+
 pub const fn payload_type(kind: Kind) -> u8 {
     match kind {
         Kind::Audio => 111,

@@ -34,16 +34,17 @@ pub fn shard_config(receivers: usize) -> ShardConfig {
     }
 }
 
-/// The media: packets of about 1,100 bytes of video, or of about 100 of audio. In the small size the video is a small one, too: a packet a frame.
+/// The media: packets of about 1,100 bytes of video on the wire, or of about 100 of audio. A frame is cut into equal packets, so only one of many packets
+/// fills them: the video has few frames and large ones. In the small size it is a small one, too: a packet a frame.
 pub fn source(kind: Kind) -> Source {
     static VIDEO: OnceLock<Arc<VideoClip>> = OnceLock::new();
     static AUDIO: OnceLock<Arc<AudioClip>> = OnceLock::new();
     let video = || {
-        let (width, height, bps) = if is_full() { (320, 180, 780_000) } else { (96, 54, 60_000) };
+        let (width, height, fps, bps) = if is_full() { (640, 360, 10, 900_000) } else { (96, 54, 30, 60_000) };
         let spec = VideoSpec {
             width,
             height,
-            fps: 30,
+            fps,
             bitrate: Bitrate::from_bps(bps),
             seed: 1,
         };
@@ -66,7 +67,7 @@ pub fn source(kind: Kind) -> Source {
 }
 
 /// What is agreed for a track of participant `origin`.
-pub fn track(kind: Kind, origin: u32, first_frame_at: Time) -> SendParameters {
+pub fn track(kind: Kind, transport_cc_extension: Option<u8>, origin: u32, first_frame_at: Time) -> SendParameters {
     SendParameters {
         source: source(kind),
         ssrc: SSRC,
@@ -74,7 +75,7 @@ pub fn track(kind: Kind, origin: u32, first_frame_at: Time) -> SendParameters {
         payload_type: payload_type(kind),
         rtx_payload_type: None,
         audio_level_extension: None,
-        transport_cc_extension: None,
+        transport_cc_extension,
         simulcast: None,
         talk: None,
         pacing: Pacing::Paced,
@@ -111,7 +112,7 @@ pub struct Origin {
 
 impl Origin {
     /// Publishes from `now` on.
-    pub fn publishing(kind: Kind, participant: usize, config: &ShardConfig, now: Time) -> Origin {
+    pub fn publishing(kind: Kind, transport_cc_extension: Option<u8>, participant: usize, config: &ShardConfig, now: Time) -> Origin {
         let ours = Side {
             address: address(3, 0),
             credentials: IceCredentials::random(),
@@ -134,7 +135,7 @@ impl Origin {
         }
         // The last flight is still to be taken.
         origin.connect(ours.address);
-        let tracks = vec![track(kind, participant as u32, origin.now + TICK)];
+        let tracks = vec![track(kind, transport_cc_extension, participant as u32, origin.now + TICK)];
         origin
             .shard
             .handle_command(Command::Publish { key: 0, tracks }, origin.now, &mut origin.io);
@@ -186,7 +187,7 @@ impl Origin {
         let now = self.now;
         for datagram in std::mem::take(&mut self.io.sent) {
             assert!(matches!(classify(&datagram), Datagram::Stun | Datagram::Dtls));
-            self.remote.peer.handle_setup_datagram(&datagram, ours, now);
+            self.remote.handle_setup(&datagram, ours, now);
         }
         let mut back = Vec::new();
         self.remote.turn(now, |datagram| back.push(datagram.to_vec()));

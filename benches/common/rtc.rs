@@ -1,4 +1,4 @@
-//! `rtc`, the sans-IO core of webrtc-rs, as the stack under test: bare, and with its default interceptors (NACK, reports, transport-wide feedback).
+//! `rtc`, the sans-IO core of webrtc-rs, as the stack under test: bare, and with its default interceptors (NACK, reports, transport-wide feedback): what of these it does is what the answer agrees to.
 
 use std::time::{Duration, Instant};
 
@@ -25,11 +25,12 @@ use rtc::sansio::Protocol;
 use rtc::shared::{TaggedBytesMut, TransportContext, TransportProtocol};
 use throng::engine::ShardConfig;
 use throng::measure::Kind;
+use throng::net;
 use throng::transport::peer::IceCredentials;
 use throng::transport::rtp::{Datagram, Header, classify};
 use throng::units::{Epoch, Time};
 
-use super::fixture::{Role, Sealed, Setting, Stack};
+use super::fixture::{BATCH, Role, Sealed, Setting, Stack};
 use super::origin::Origin;
 use super::remote::{Side, address};
 use super::{SSRC, media, payload_type};
@@ -42,6 +43,7 @@ pub struct Rtc<const INTERCEPTORS: bool> {
     certificate: RTCCertificate,
     setup: Vec<(usize, Vec<u8>)>,
     received: u64,
+    rtcp: u64,
     sent: u64,
     next: usize,
     packet: Option<(rtc::rtp::Packet, Time)>,
@@ -70,6 +72,7 @@ impl<const INTERCEPTORS: bool> Stack for Rtc<INTERCEPTORS> {
             certificate: certificate.expect("a certificate"),
             setup: Vec::new(),
             received: 0,
+            rtcp: 0,
             sent: 0,
             next: 0,
             packet: None,
@@ -79,7 +82,7 @@ impl<const INTERCEPTORS: bool> Stack for Rtc<INTERCEPTORS> {
     fn add(&mut self, key: usize, remote: &Side, now: Time) -> Side {
         let now = self.epoch.instant(now);
         let (mut pc, sender, offer) = self.offering(key, now);
-        let answer = answer(self.setting, remote);
+        let answer = answer(self.setting, remote, &offer);
         pc.set_remote_description(now, RTCSessionDescription::answer(answer).expect("a description"))
             .expect("a good answer");
         let transport = TransportContext {
@@ -140,23 +143,30 @@ impl<const INTERCEPTORS: bool> Stack for Rtc<INTERCEPTORS> {
         self.received
     }
 
+    fn rtcp_sent(&self) -> u64 {
+        self.rtcp
+    }
+
     fn start_sending(&mut self, _: Time) {}
 
     fn send(&mut self, origin: &mut Origin) -> Duration {
         let kind = self.setting.kind;
         let (packet, at) = self.packet.get_or_insert_with(|| next_packet(kind, origin));
-        let (mut packet, now) = (packet.clone(), self.epoch.instant(*at));
-        let started = Instant::now();
+        let (packet, now) = (packet.clone(), self.epoch.instant(*at));
+        let end = (self.next + BATCH).min(self.peers.len());
+        let started = net::thread_cpu();
         under_test(true, || {
-            let one = &mut self.peers[self.next];
-            one.seq = one.seq.wrapping_add(1);
-            packet.header.sequence_number = one.seq;
-            let sender = one.sender.expect("a track");
-            one.pc.rtp_sender(sender).expect("a track").write_rtp(now, packet).expect("connected");
-            self.poll(self.next);
+            for key in self.next..end {
+                let (one, mut packet) = (&mut self.peers[key], packet.clone());
+                one.seq = one.seq.wrapping_add(1);
+                packet.header.sequence_number = one.seq;
+                let sender = one.sender.expect("a track");
+                one.pc.rtp_sender(sender).expect("a track").write_rtp(now, packet).expect("connected");
+                self.poll(key);
+            }
         });
-        let spent = started.elapsed();
-        self.next = (self.next + 1) % self.peers.len();
+        let spent = net::thread_cpu() - started;
+        self.next = end % self.peers.len();
         if self.next == 0 {
             self.packet = None;
         }
@@ -221,7 +231,7 @@ impl<const INTERCEPTORS: bool> Rtc<INTERCEPTORS> {
         while let Some(message) = one.pc.poll_write() {
             match classify(&message.message) {
                 Datagram::Rtp => self.sent += 1,
-                Datagram::Rtcp => {}
+                Datagram::Rtcp => self.rtcp += 1,
                 _ => under_test(false, || self.setup.push((key, message.message.to_vec()))),
             }
         }
@@ -255,8 +265,18 @@ fn next_packet(kind: Kind, origin: &mut Origin) -> (rtc::rtp::Packet, Time) {
     (rtc::rtp::Packet { header, payload }, plain.at)
 }
 
+const TRANSPORT_CC_URI: &str = "http://www.ietf.org/id/draft-holmer-rmcat-transport-wide-cc-extensions-01";
+
 /// What an SFU would answer to the one section that is offered.
-fn answer(setting: Setting, remote: &Side) -> String {
+fn answer(setting: Setting, remote: &Side, offer: &str) -> String {
+    let agreed = match setting.transport_cc_extension() {
+        Some(id) => {
+            let extension = format!("extmap:{id} {TRANSPORT_CC_URI}");
+            assert!(offer.contains(&extension), "{extension} is not in its offer:\n{offer}");
+            format!("a={extension}\r\na=rtcp-fb:{} transport-cc\r\n", payload_type(setting.kind))
+        }
+        None => String::new(),
+    };
     let (kind, number) = (media(setting.kind), payload_type(setting.kind));
     let codec = match setting.kind {
         Kind::Audio => "opus/48000/2",
@@ -271,7 +291,7 @@ fn answer(setting: Setting, remote: &Side) -> String {
     format!(
         "v=0\r\no=- 1 1 IN IP4 0.0.0.0\r\ns=-\r\nt=0 0\r\na=ice-lite\r\na=group:BUNDLE 0\r\na=fingerprint:{fingerprint}\r\n\
          m={kind} 9 UDP/TLS/RTP/SAVPF {number}\r\nc=IN IP4 0.0.0.0\r\na=mid:0\r\na=ice-ufrag:{ufrag}\r\na=ice-pwd:{password}\r\na=setup:passive\r\n\
-         a=rtcp-mux\r\na=rtcp-rsize\r\na=rtpmap:{number} {codec}\r\na=rtcp-fb:{number} nack\r\n{media}\
+         a=rtcp-mux\r\na=rtcp-rsize\r\na=rtpmap:{number} {codec}\r\na=rtcp-fb:{number} nack\r\n{agreed}{media}\
          a=candidate:1 1 udp 2130706431 {ip} {port} typ host\r\n"
     )
 }

@@ -7,16 +7,17 @@ use str0m::config::{DtlsCert, DtlsVersion, Fingerprint as Str0mFingerprint};
 use str0m::crypto::{CryptoProvider, from_feature_flags};
 use str0m::media::{MediaKind, Mid};
 use str0m::net::{Protocol, Receive};
-use str0m::rtp::{RtpWrite, Ssrc};
+use str0m::rtp::{Extension, RtpWrite, Ssrc};
 use str0m::{Candidate, Event, IceCreds, Input, Output, Rtc, RtcConfig};
 use throng::engine::ShardConfig;
 use throng::measure::Kind;
+use throng::net;
 use throng::transport::peer::IceCredentials;
 use throng::transport::rtp::{Datagram, Header, classify};
 use throng::transport::sdp::Fingerprint;
 use throng::units::{Epoch, Time};
 
-use super::fixture::{Role, Sealed, Setting, Stack};
+use super::fixture::{BATCH, Role, Sealed, Setting, Stack};
 use super::origin::Origin;
 use super::remote::{Side, address};
 use super::{SSRC, payload_type};
@@ -30,6 +31,7 @@ pub struct Str0m {
     certificate: DtlsCert,
     setup: Vec<(usize, Vec<u8>)>,
     received: u64,
+    rtcp: u64,
     sent: u64,
     next: usize,
     payload: Option<Payload>,
@@ -65,6 +67,7 @@ impl Stack for Str0m {
             certificate,
             setup: Vec::new(),
             received: 0,
+            rtcp: 0,
             sent: 0,
             next: 0,
             payload: None,
@@ -73,7 +76,8 @@ impl Stack for Str0m {
 
     fn add(&mut self, key: usize, remote: &Side, now: Time) -> Side {
         let now = self.epoch.instant(now);
-        let mut rtc = RtcConfig::new()
+        let mut rtc = self
+            .config()
             .set_crypto_provider(self.provider.clone())
             .set_dtls_cert(self.certificate.clone())
             .set_dtls_version(DtlsVersion::Dtls12)
@@ -132,6 +136,10 @@ impl Stack for Str0m {
         self.received
     }
 
+    fn rtcp_sent(&self) -> u64 {
+        self.rtcp
+    }
+
     fn start_sending(&mut self, _: Time) {}
 
     fn send(&mut self, origin: &mut Origin) -> Duration {
@@ -139,17 +147,22 @@ impl Stack for Str0m {
         let (bytes, rtp_time, marker) = (payload.bytes.clone(), payload.rtp_time, payload.marker);
         let now = self.epoch.instant(payload.at);
         let pt = payload_type(self.setting.kind).into();
-        let started = Instant::now();
+        let end = (self.next + BATCH).min(self.peers.len());
+        let started = net::thread_cpu();
         under_test(true, || {
-            let one = &mut self.peers[self.next];
-            one.seq += 1;
-            let write = RtpWrite::new(pt, one.seq.into(), rtp_time, now, bytes).marker(marker).nackable(true);
-            one.rtc.direct_api().stream_tx(&Ssrc::from(SSRC)).expect("declared").write_rtp(write);
-            one.rtc.handle_input(Input::Timeout(now)).expect("alive");
-            self.poll(self.next);
+            for key in self.next..end {
+                let one = &mut self.peers[key];
+                one.seq += 1;
+                let write = RtpWrite::new(pt, one.seq.into(), rtp_time, now, bytes.clone())
+                    .marker(marker)
+                    .nackable(true);
+                one.rtc.direct_api().stream_tx(&Ssrc::from(SSRC)).expect("declared").write_rtp(write);
+                one.rtc.handle_input(Input::Timeout(now)).expect("alive");
+                self.poll(key);
+            }
         });
-        let spent = started.elapsed();
-        self.next = (self.next + 1) % self.peers.len();
+        let spent = net::thread_cpu() - started;
+        self.next = end % self.peers.len();
         if self.next == 0 {
             self.payload = None;
         }
@@ -180,6 +193,9 @@ impl Str0m {
             Kind::Video => MediaKind::Video,
         };
         api.declare_media(mid, kind);
+        if self.setting.transport_cc_extension().is_some() {
+            api.enable_twcc_feedback();
+        }
         match self.setting.role {
             Role::Receives => drop(api.expect_stream_rx(SSRC.into(), None, mid, None)),
             Role::Sends => drop(api.declare_stream_tx(SSRC.into(), None, mid, None)),
@@ -208,7 +224,7 @@ impl Str0m {
                 }
                 Output::Transmit(transmit) => match classify(&transmit.contents) {
                     Datagram::Rtp => self.sent += 1,
-                    Datagram::Rtcp => {}
+                    Datagram::Rtcp => self.rtcp += 1,
                     _ => under_test(false, || self.setup.push((key, transmit.contents.to_vec()))),
                 },
                 Output::Event(Event::Connected) => one.connected = true,
@@ -218,6 +234,17 @@ impl Str0m {
                 }
                 Output::Event(_) => {}
             }
+        }
+    }
+}
+
+impl Str0m {
+    /// Transport-wide feedback only where it is agreed on.
+    fn config(&self) -> RtcConfig {
+        let config = RtcConfig::new().clear_extension_map();
+        match self.setting.transport_cc_extension() {
+            Some(id) => config.set_extension(id, Extension::TransportSequenceNumber),
+            None => config,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Our own shard as the stack under test.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use throng::engine::shard::Shard;
 use throng::engine::{Command, Event, Io, ShardConfig, StreamParameters};
@@ -17,6 +17,8 @@ use super::{SSRC, clock_rate};
 use crate::link::under_test;
 
 const TICK: Duration = Duration::from_millis(1);
+/// Between two readings of the clock: a dozen packets even of few connections.
+const TICKS_AT_ONCE: usize = 16;
 
 pub struct Throng {
     pub shard: Shard,
@@ -55,7 +57,7 @@ impl Stack for Throng {
                 rtx_ssrc: None,
                 clock_rate: clock_rate(self.setting.kind),
                 announced_at: now,
-                transport_cc_extension: None,
+                transport_cc_extension: self.setting.transport_cc_extension(),
                 abs_send_time_extension: None,
                 nack: true,
             };
@@ -104,22 +106,30 @@ impl Stack for Throng {
         record.audio.packets_received + record.video.packets_received
     }
 
+    fn rtcp_sent(&self) -> u64 {
+        self.io.rtcp
+    }
+
     /// Spread over the milliseconds of a frame, as a plan does.
     fn start_sending(&mut self, now: Time) {
         self.now = now;
         for key in 0..self.connected.len() {
             let interval = super::origin::source(self.setting.kind).frame_interval().as_millis() as usize;
             let first_frame_at = now + TICK * (key % interval.max(1)) as u32;
-            let tracks = vec![track(self.setting.kind, key as u32, first_frame_at)];
+            let tracks = vec![track(self.setting.kind, None, key as u32, first_frame_at)];
             self.shard.handle_command(Command::Publish { key, tracks }, now, &mut self.io);
         }
     }
 
     fn send(&mut self, _: &mut Origin) -> Duration {
-        self.now += TICK;
-        let started = Instant::now();
-        under_test(true, || self.shard.handle_media_timers(self.now, &mut self.io));
-        started.elapsed()
+        let started = net::thread_cpu();
+        under_test(true, || {
+            for _ in 0..TICKS_AT_ONCE {
+                self.now += TICK;
+                self.shard.handle_media_timers(self.now, &mut self.io);
+            }
+        });
+        net::thread_cpu() - started
     }
 
     fn sent(&self) -> u64 {
@@ -133,6 +143,7 @@ pub struct Swallow {
     setup: Vec<(usize, Vec<u8>)>,
     pub media: u64,
     pub media_bytes: u64,
+    pub rtcp: u64,
 }
 
 impl Default for Swallow {
@@ -142,6 +153,7 @@ impl Default for Swallow {
             setup: Vec::new(),
             media: 0,
             media_bytes: 0,
+            rtcp: 0,
         }
     }
 }
@@ -158,7 +170,8 @@ impl Io for Swallow {
                 self.media_bytes += len as u64;
             }
             Datagram::Stun | Datagram::Dtls => under_test(false, || self.setup.push((key, self.buffer[..len].to_vec()))),
-            Datagram::Rtcp | Datagram::Unknown => {}
+            Datagram::Rtcp => self.rtcp += 1,
+            Datagram::Unknown => {}
         }
     }
 
