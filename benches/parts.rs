@@ -6,6 +6,7 @@
 #[path = "common/table.rs"]
 mod table;
 
+use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, SamplingMode};
@@ -26,6 +27,7 @@ fn main() {
     let mut table = Table::new("Done seldom (median, its 95 % interval, times the first of the group)");
     descriptions(&mut criterion, &mut table);
     records(&mut criterion, &mut table);
+    histogram(&mut criterion, &mut table);
     audio(&mut criterion, &mut table);
     criterion.final_summary();
     table.print();
@@ -80,6 +82,20 @@ fn records(criterion: &mut Criterion, table: &mut Table) {
         table.add(group, name);
     }
     benches.finish();
+}
+
+/// What each counted latency costs: a value into one of a record's histograms, with the bounds of a run.
+fn histogram(criterion: &mut Criterion, table: &mut Table) {
+    const VALUES: u64 = 1_000;
+    let group = "a histogram takes a value";
+    let mut benches = criterion.benchmark_group(group);
+    let mut record = Record::default();
+    // An iteration is many values, of the spread that latencies have.
+    benches.bench_function("recorded", |bencher| {
+        bencher.iter(|| (0..VALUES).for_each(|value| record.video.one_way_latency.record_micros(black_box(value * 7_919 % 100_000))));
+    });
+    benches.finish();
+    table.add_per(group, "recorded", VALUES as f64);
 }
 
 fn filled(values: u64) -> Record {
