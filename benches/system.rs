@@ -1,32 +1,36 @@
-//! Whole runs: `throng sfu` and `throng run` as two processes on this host, by the scenarios that the project measures itself by. Each prints its verdict and
-//! the CPU time of both processes by thread, user and system apart; the SFU is never in the generator's figures. At the end what a participant costs, as
-//! differences of two runs that differ in one thing only, and the floor program beside.
+//! Whole runs: `throng sfu` and `throng run` as two processes on this host, by the scenarios that the project measures itself by. Each prints its verdict and,
+//! of the hold alone, the CPU time of both processes by thread, user and system apart; the SFU is never in the generator's figures. The floor program runs
+//! beside each stream. Then what a participant costs, as differences of two runs that differ in one thing only; in full, at the end, each goal and whether
+//! it is met.
 //!
-//! `cargo bench --bench system` in a middling size, `cargo bench --bench system -- --full` in full: that wants ten minutes and a quiet host.
+//! `cargo bench --bench system` in a middling size, `cargo bench --bench system -- --full` in full: that wants a quarter of an hour and a quiet host.
+//! `cargo bench --bench system -- --full 'one publisher'` runs the scenarios whose names contain that.
 
 mod common;
 #[path = "../tests/common/link.rs"]
 #[allow(dead_code)]
 mod link;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::floor::{Floor, LOOPBACK, Notes, RECEIVE_BUFFER_BYTES, Sender, bare_end};
 use common::origin::shard_config;
-use rustix::process::{Pid, Signal, kill_process};
+use common::process::{Process, Sample, load_average};
 use serde_json::Value;
 use throng::net;
 use throng::sfu::server::{DEV_KEY, DEV_SECRET};
 use throng::transport::srtp::Profile;
 
-/// `USER_HZ`: what `/proc` counts CPU time in, on every Linux that there is.
-const TICKS_PER_SECOND: u64 = 100;
-const SAMPLE: Duration = Duration::from_millis(50);
+/// How often processes are looked at: so exactly is known what they had used when the hold began. Looking takes a hundredth of a core.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// Beyond its plan a run takes this long at most.
+const PATIENCE: Duration = Duration::from_secs(150);
+/// As many connections as one engine thread is to bear.
+const FLOOR_CONNECTIONS_MAX: u32 = 1_000;
 
 /// How large all of it is.
 struct Size {
@@ -35,233 +39,506 @@ struct Size {
     /// Also how many are in a room where rooms are small.
     few: u32,
     many: u32,
+    /// Of `many`, in per cent, largest first: what is tried where packets are sent one by one.
+    plain_shares: &'static [u32],
     joins_per_second: u32,
     meeting: u32,
     seconds: u32,
-    /// What the idle are watched for beyond that.
+    /// How long those who have nothing to hear are held.
     idle_seconds: u32,
+    goals: bool,
 }
 
 const TINY: Size = Size {
     video: "--video-resolution 96x54 --video-bitrate 60k --no-simulcast",
     few: 1,
     many: 2,
+    plain_shares: &[50],
     joins_per_second: 50,
     meeting: 2,
     seconds: 1,
     idle_seconds: 1,
+    goals: true,
 };
 const MIDDLING: Size = Size {
     video: "--video-resolution high",
     few: 100,
     many: 600,
+    plain_shares: &[50],
     joins_per_second: 300,
     meeting: 20,
     seconds: 4,
     idle_seconds: 6,
+    goals: false,
 };
 const FULL: Size = Size {
     video: "--video-resolution high",
     few: 100,
     many: 3_000,
+    plain_shares: &[66, 50, 33, 20, 10],
     joins_per_second: 1_000,
     meeting: 150,
     seconds: 60,
     idle_seconds: 30,
+    goals: true,
 };
 
 fn main() {
-    let size = match (std::env::args().any(|argument| argument == "--full"), common::is_full()) {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let size = match (arguments.iter().any(|argument| argument == "--full"), common::is_full()) {
         (true, _) => FULL,
         (false, true) => MIDDLING,
         (false, false) => TINY,
     };
-    let runs = Runs::of(&size);
-    println!("\nWhat one costs, from two runs");
+    let filter = arguments.iter().find(|argument| !argument.starts_with("--")).cloned().unwrap_or_default();
+    println!("load average at the start: {}", load_average());
+    let runs = Runs::of(&size, &filter);
     runs.print_costs(&size);
-    print_floor(size.many.min(1_000), Duration::from_secs(size.seconds.min(3).into()));
+    if size.goals {
+        runs.print_goals(&size);
+    }
 }
 
-/// Something that a run has used.
-type Figure = fn(&Run) -> f64;
-
+/// What has run: all scenarios, or those whose names contain the filter.
 struct Runs {
-    stream_few: Run,
-    stream_many: Run,
-    joins_few: Run,
-    joins_many: Run,
-    idle: Run,
+    stream_few: Option<Stream>,
+    stream_many: Option<Stream>,
+    /// The first that was whole; the smallest where none was.
+    stream_plain: Option<Stream>,
+    audio: Option<Run>,
+    meeting: Option<Run>,
+    silent_few: Option<Run>,
+    silent_many: Option<Run>,
+}
+
+/// One publisher of video to everybody, and the floor program for such packets.
+struct Stream {
+    run: Run,
+    subscribers: u32,
+    floor_micros: f64,
 }
 
 impl Runs {
-    fn of(size: &Size) -> Runs {
-        let (rate, video) = (size.joins_per_second, size.video);
-        let run = |name: &str, send: &str, participants: u32, seconds: u32, shape: &str| {
-            let shape = format!("{shape} --num-per-second {rate} --duration {seconds}s");
-            Run::of(name, send, participants, seconds, &shape)
+    fn of(size: &Size, filter: &str) -> Runs {
+        let run = |name: String, send: &str, participants: u32, seconds: u32, shape: String| {
+            let shape = format!("{shape} --num-per-second {} --duration {seconds}s", size.joins_per_second);
+            name.contains(filter).then(|| Run::of(name, send, participants, seconds, &shape))
         };
         let stream = |subscribers: u32, send: &str| {
-            let shape = format!("--publishers 0 --video-publishers 1 --subscribers {subscribers} {video}");
             let name = format!("one publisher of video, {subscribers} subscribers, sent {send}");
-            run(&name, send, subscribers + 1, size.seconds, &shape)
+            let shape = format!("--publishers 0 --video-publishers 1 --subscribers {subscribers} {}", size.video);
+            let run = run(name, send, subscribers + 1, size.seconds, shape)?;
+            Some(Stream::beside_the_floor(run, subscribers, send))
         };
-        let silent = |participants: u32, seconds: u32| {
-            let (each, rooms) = (size.few, participants / size.few);
-            let name = format!("{participants} join rooms of {each} and have nothing to hear, {seconds} s");
-            let shape = format!("--room-count {rooms} --subscribers {each}");
-            run(&name, "plain", participants, seconds, &shape)
+        let silent = |participants: u32| {
+            let name = format!("{participants} join rooms of {} and have nothing to hear", size.few);
+            let shape = format!("--room-count {} --subscribers {}", participants / size.few, size.few);
+            run(name, "plain", participants, size.idle_seconds, shape)
         };
-        let stream_few = stream(size.few, "gso");
-        let stream_many = stream(size.many, "gso");
-        stream(size.few, "plain");
-        let name = format!("{} publishers of audio", size.many);
-        run(&name, "plain", size.many, size.seconds, &format!("--publishers {}", size.many));
-        let meeting = size.meeting;
-        let name = format!("a meeting of {meeting}, audio and video");
-        let shape = format!("--meeting --publishers {meeting} --video-publishers {meeting} {video}");
-        run(&name, "gso", meeting, size.seconds, &shape);
+        let (many, meeting) = (size.many, size.meeting);
         Runs {
-            stream_few,
-            stream_many,
-            joins_few: silent(size.few, size.seconds),
-            joins_many: silent(size.many, size.seconds),
-            idle: silent(size.many, size.seconds + size.idle_seconds),
+            stream_few: stream(size.few, "gso"),
+            stream_many: stream(many, "gso"),
+            stream_plain: {
+                let mut last = None;
+                for share in size.plain_shares {
+                    last = stream((many * share / 100).max(1), "plain");
+                    if last.as_ref().is_none_or(|stream| stream.run.is_whole()) {
+                        break;
+                    }
+                }
+                last
+            },
+            audio: run(
+                format!("{many} publishers of audio"),
+                "plain",
+                many,
+                size.seconds,
+                format!("--publishers {many}"),
+            ),
+            meeting: run(
+                format!("a meeting of {meeting}, audio and video"),
+                "gso",
+                meeting,
+                size.seconds,
+                format!("--meeting --publishers {meeting} --video-publishers {meeting} {}", size.video),
+            ),
+            silent_few: silent(size.few),
+            silent_many: silent(many),
         }
     }
 
     fn print_costs(&self, size: &Size) {
-        let more = f64::from(size.many - size.few);
-        let per = |of: Figure, many: &Run, few: &Run, by: f64| (of(many) - of(few)) / by;
-        let resident = |run: &Run| run.generator.resident_peak as f64 / 1_024.0;
-        println!(
-            "  {:<44} {:>8.1} KiB (subscriber) {:>8.1} KiB (silent)",
-            "resident memory of the generator",
-            per(resident, &self.stream_many, &self.stream_few, more),
-            per(resident, &self.joins_many, &self.joins_few, more)
-        );
-        let micros = |run: &Run| run.generator.seconds("") * 1e6;
-        let engine = |run: &Run| run.generator.seconds("engine-") * 1e6;
-        let of_sfu = |run: &Run| run.sfu.seconds("") * 1e6;
-        let rows: [(&str, Figure); 3] = [("generator", micros), ("of that its engine threads", engine), ("SFU", of_sfu)];
-        for (who, of) in rows {
-            println!(
-                "  {:<44} {:>8.0} us a join {:>8.1} us a second idle",
-                format!("CPU of a participant: {who}"),
-                per(of, &self.joins_many, &self.joins_few, more),
-                per(of, &self.idle, &self.joins_many, f64::from(size.many) * f64::from(size.idle_seconds))
+        println!("\nWhat one costs");
+        if let Some(kib) = self.subscriber_kib(size) {
+            row("resident memory of a subscriber", &format!("{kib:.1} KiB"));
+        }
+        if let (Some(few), Some(many)) = (&self.silent_few, &self.silent_many) {
+            let more = f64::from(size.many - size.few);
+            let kib = (resident_kib(many) - resident_kib(few)) / more;
+            row("resident memory of one who hears nothing", &format!("{kib:.1} KiB"));
+            for (who, prefix) in [("generator", ""), ("of that its engine threads", "engine-")] {
+                let join = (many.generator_cpu(Part::Joining, prefix) - few.generator_cpu(Part::Joining, prefix)) / more;
+                let idle = (many.generator_cpu(Part::Hold, prefix) - few.generator_cpu(Part::Hold, prefix)) / more / many.hold_seconds();
+                row(&format!("CPU of a participant: {who}"), &join_and_idle(join, idle));
+            }
+            let join = (many.sfu_cpu(Part::Joining, "") - few.sfu_cpu(Part::Joining, "")) / more;
+            let idle = (many.sfu_cpu(Part::Hold, "") - few.sfu_cpu(Part::Hold, "")) / more / many.hold_seconds();
+            row("CPU of a participant: SFU", &join_and_idle(join, idle));
+        }
+        if let (Some(few), Some(many)) = (&self.stream_few, &self.stream_many) {
+            let (of_few, of_many) = (few.run.engine_micros(), many.run.engine_micros());
+            let figures = format!(
+                "{of_few:.2} us of {}, {of_many:.2} us of {}: {:.2}x",
+                size.few,
+                size.many,
+                of_many / of_few
+            );
+            row("CPU of the engine a packet", &figures);
+        }
+    }
+
+    fn subscriber_kib(&self, size: &Size) -> Option<f64> {
+        let (few, many) = (self.stream_few.as_ref()?, self.stream_many.as_ref()?);
+        Some((resident_kib(&many.run) - resident_kib(&few.run)) / f64::from(size.many - size.few))
+    }
+
+    fn print_goals(&self, size: &Size) {
+        println!("\nGoals, of the scenarios that have run (load average now: {})", load_average());
+        let (more, many) = (f64::from(size.many - size.few), size.many);
+        if let Some(stream) = &self.stream_plain {
+            let times_floor = stream.run.engine_micros() / stream.floor_micros;
+            at_most(
+                "engine CPU a packet of the stream sent plain, times the floor program",
+                times_floor,
+                1.5,
+                "x",
+            );
+            at_most("embedded SFU a packet, plain", stream.run.sfu_micros(), 3.0, " us");
+            let whole = format!("{} subscribers of one 720p publisher, sent plain", stream.subscribers);
+            state(&whole, &stream.run.wholeness(), "as many as fit", stream.run.is_whole());
+        }
+        if let Some(stream) = &self.stream_many {
+            let whole = format!("{} subscribers of one 720p publisher, sent gso", stream.subscribers);
+            state(&whole, &stream.run.wholeness(), "whole", stream.run.is_whole());
+            at_most("embedded SFU a packet, gso", stream.run.sfu_micros(), 1.5, " us");
+        }
+        if let Some(kib) = self.subscriber_kib(size) {
+            at_most("resident memory a subscriber", kib, 64.0, " KiB");
+        }
+        if let (Some(few), Some(many)) = (&self.stream_few, &self.stream_many) {
+            let growth = many.run.engine_micros() / few.run.engine_micros();
+            at_most(&format!("engine CPU a packet, {} to {}", size.few, size.many), growth, 1.3, "x");
+        }
+        if let Some(run) = &self.audio {
+            let name = format!("{many} publishers of audio");
+            state(&name, run.result(), "PASS", run.is_whole());
+            if let Some(ratio) = run.send_lag_ratio() {
+                at_most("send lag p99, times the bare timer thread's", ratio, 2.0, "x");
+            }
+        }
+        if let Some(run) = &self.meeting {
+            let joined = format!("{} of {} joined", run.joined(), run.participants);
+            state(
+                &format!("a meeting of {}", size.meeting),
+                &joined,
+                "all join",
+                run.joined() == f64::from(run.participants),
             );
         }
-        let packet = |run: &Run| run.generator.seconds("engine-") * 1e6 / run.packets();
-        println!(
-            "  {:<44} {:>8.2} us of {} {:>8.2} us of {} {:>8.2}x",
-            "CPU of the engine a packet",
-            packet(&self.stream_few),
-            size.few,
-            packet(&self.stream_many),
-            size.many,
-            packet(&self.stream_many) / packet(&self.stream_few)
-        );
+        if let (Some(few), Some(many)) = (&self.silent_few, &self.silent_many) {
+            let join = (many.generator_cpu(Part::Joining, "") - few.generator_cpu(Part::Joining, "")) / more;
+            let idle = (many.generator_cpu(Part::Hold, "") - few.generator_cpu(Part::Hold, "")) / more / many.hold_seconds();
+            at_most(&format!("CPU of a join, rooms of {}", size.few), join, 700.0, " us");
+            at_most("CPU of an idle participant a second", idle, 8.0, " us");
+            let (rate, planned) = (many.joins_per_second(), f64::from(size.joins_per_second));
+            // The last joins end when they end: the plan's rate is sustained where it ends no later than by a tenth.
+            state(
+                "joins a second, sustained",
+                &format!("{rate:.0}"),
+                &format!(">= {planned:.0}, less 10 %"),
+                rate >= 0.9 * planned,
+            );
+        }
+        if let Some(Lateness { joining, after, .. }) = self.stream_many.as_ref().and_then(|stream| stream.run.lateness()) {
+            at_most("tick lateness p99 while others join, times after", joining / after.max(1.0), 1.25, "x");
+        }
     }
 }
 
-/// The floor program with so many sockets, by the trace of the floor bench: about the packets of a subscriber, and what no generator could save.
-fn print_floor(connections: u32, time: Duration) {
-    let config = shard_config(connections as usize);
-    let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
-    let address = socket.local_addr().expect("bound");
-    let bare = |index| bare_end(index as usize, address, Profile::AeadAes128Gcm, Notes::Kept);
-    let (ends, targets): (Vec<_>, Vec<_>) = (0..connections).map(bare).unzip();
-    let mut sender = Sender::new(socket, targets, &config, connections as usize);
-    let floor = Floor::start(ends, config.epoch);
-    sender.run_for(time);
-    let (_, taken) = floor.stop();
-    println!(
-        "  {:<44} {:>8.2} us, {connections} connections, sent plain",
-        "CPU of the floor program a packet",
-        taken.nanos_a_packet() / 1e3
-    );
+fn row(what: &str, figures: &str) {
+    println!("  {what:<44} {figures}");
+}
+
+fn join_and_idle(join: f64, idle: f64) -> String {
+    format!("{join:>8.0} us a join {idle:>8.1} us a second idle")
+}
+
+fn at_most(what: &str, value: f64, limit: f64, unit: &str) {
+    state(what, &format!("{value:.2}{unit}"), &format!("<= {limit}{unit}"), value <= limit);
+}
+
+fn state(what: &str, value: &str, goal: &str, is_met: bool) {
+    println!("  {what}: goal {goal}: {value}, {}", if is_met { "met" } else { "MISSED" });
+}
+
+fn resident_kib(run: &Run) -> f64 {
+    run.generator.at(run.end).resident_bytes as f64 / 1_024.0
+}
+
+impl Stream {
+    /// The floor program with as many sockets, as far as one thread is to bear them; by the floor bench's trace, packets of about the same size.
+    fn beside_the_floor(run: Run, subscribers: u32, send: &str) -> Stream {
+        let connections = subscribers.min(FLOOR_CONNECTIONS_MAX);
+        let config = shard_config(connections as usize);
+        let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
+        let address = socket.local_addr().expect("bound");
+        let bare = |index| bare_end(index as usize, address, Profile::AeadAes128Gcm, Notes::Kept);
+        let (ends, targets): (Vec<_>, Vec<_>) = (0..connections).map(bare).unzip();
+        let mut sender = Sender::new(socket, targets, &config, connections as usize);
+        sender.segmented = send == "gso";
+        let floor = Floor::start(ends, config.epoch);
+        sender.run_for(Duration::from_secs_f64(run.hold_seconds().min(3.0)));
+        let (_, taken) = floor.stop();
+        let floor_micros = taken.nanos_a_packet() / 1e3;
+        println!(
+            "  floor program, {connections} connections, sent {send}: {floor_micros:.2} us a packet; the engine's {:.2} us are {:.2}x",
+            run.engine_micros(),
+            run.engine_micros() / floor_micros
+        );
+        Stream {
+            run,
+            subscribers,
+            floor_micros,
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Part {
+    /// From the first look at the process: its media is made before anybody joins, so that is in it, once a run.
+    Joining,
+    /// From when everybody is in to when media stops.
+    Hold,
+}
+
+/// Of the 99th percentiles of single seconds the median, in microseconds.
+struct Lateness {
+    joining: f64,
+    after: f64,
+    worst_joining: f64,
+    worst_after: f64,
 }
 
 /// One scenario that has run.
 struct Run {
+    name: String,
+    participants: u32,
     report: Value,
-    generator: Usage,
-    sfu: Usage,
+    generator: Process,
+    sfu: Process,
+    /// When everybody was in, and when media stopped: since 1970, by the report.
+    hold: Duration,
+    end: Duration,
 }
 
 impl Run {
-    fn of(name: &str, send: &str, participants: u32, seconds: u32, shape: &str) -> Run {
-        let mut server = Server::start(send);
+    fn of(name: String, send: &str, participants: u32, seconds: u32, shape: &str) -> Run {
+        let (mut sfu, url) = start_sfu(send);
         let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("system-{}.json", std::process::id()));
         let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
         command.args(["run", "--quiet", "--json"]).arg(&report).args(shape.split_whitespace());
         command
-            .env("LIVEKIT_URL", &server.url)
+            .env("LIVEKIT_URL", url)
             .env("LIVEKIT_API_KEY", DEV_KEY)
             .env("LIVEKIT_API_SECRET", DEV_SECRET);
         // What it says is in the report; why it could not run is not.
-        let mut process = Process(command.stdout(Stdio::null()).spawn().expect("throng"));
-        let mut usage = Usage::default();
-        let deadline = Instant::now() + Duration::from_secs(u64::from(seconds) + 120);
-        while process.0.try_wait().expect("our own child").is_none() {
+        let mut generator = Process::start(command.stdout(Stdio::null()));
+        let deadline = Instant::now() + Duration::from_secs(seconds.into()) + PATIENCE;
+        while !generator.has_ended() {
             assert!(Instant::now() < deadline, "{name}: does not end");
-            usage.sample(process.0.id());
-            server.usage.sample(server.process.0.id());
-            std::thread::sleep(SAMPLE);
+            generator.watch();
+            sfu.watch();
+            std::thread::sleep(LOOK_INTERVAL);
         }
+        sfu.stop();
         let text = fs::read_to_string(&report).unwrap_or_else(|error| panic!("{name}: no report ({error})"));
         // It is read, and nobody else looks for it.
         let _ = fs::remove_file(&report);
+        let report: Value = serde_json::from_str(&text).expect("a report");
+        let started = report["started_at"].as_str().and_then(|at| humantime::parse_rfc3339(at).ok());
+        let started = started
+            .and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok())
+            .expect("when it started");
+        let seconds = |step: &Value| Duration::from_secs_f64(step["seconds"].as_f64().expect("how long it took"));
+        let end = started + seconds(&report["totals"]);
         let run = Run {
-            report: serde_json::from_str(&text).expect("a report"),
-            generator: usage,
-            sfu: server.stop(),
+            name,
+            participants,
+            generator,
+            sfu,
+            hold: end - seconds(&report["steps"][0]),
+            end,
+            report,
         };
-        run.print(name, participants);
+        run.print();
         run
     }
 
-    fn print(&self, name: &str, participants: u32) {
-        println!("\n{name}: {}", self.report["result"].as_str().unwrap_or("?"));
+    fn print(&self) {
+        println!("\n{}: {}", self.name, self.result());
         for reason in self.report["reasons"].as_array().into_iter().flatten().take(3) {
             println!("  {}", reason.as_str().unwrap_or("?"));
         }
         let (session, engine) = (&self.report["totals"]["session"], &self.report["engine"]);
-        let fastest = self.rows("joins_per_second").fold(0.0, f64::max);
-        let busiest = self.rows("packets_received_per_second").fold(0.0, f64::max);
         println!(
-            "  {} of {participants} joined, {fastest:.0}/s in the fastest second, p99 {}; {} packets, {busiest:.0}/s received in the busiest second",
-            session["joins_ok"],
+            "  {} of {} joined, {:.0}/s, p99 {}; {:.0} media packets in {:.1} s of hold, {:.0}/s; {}",
+            self.joined(),
+            self.participants,
+            self.joins_per_second(),
             micros(&session["join"]["p99"]),
-            self.packets()
+            self.packets(),
+            self.hold_seconds(),
+            self.packets() / self.hold_seconds(),
+            self.wholeness()
         );
         println!(
-            "  frames delivered {} of {}; tick late p99 {} (bare thread {}), send lag p99 {}",
-            self.media("frames_delivered"),
-            self.media("frames_expected"),
+            "  tick late p99 {}, bare thread {}; send lag p99 {}{}",
             micros(&engine["tick_late_us"]["p99"]),
             micros(&engine["floor_tick_late_us"]["p99"]),
-            micros(&engine["send_lag_us"]["p99"])
+            micros(&engine["send_lag_us"]["p99"]),
+            self.send_lag_ratio()
+                .map_or(String::new(), |ratio| format!(", {ratio:.2}x the bare thread's"))
         );
-        let forwarded = self.media("packets_received");
-        self.generator.print("generator", "engine-", self.packets());
-        self.sfu.print("SFU", "sfu-", forwarded);
+        if let Some(lateness) = self.lateness() {
+            println!(
+                "  tick late p99 by the second: {:.0} us while joining (worst {:.0}), {:.0} us after (worst {:.0})",
+                lateness.joining, lateness.worst_joining, lateness.after, lateness.worst_after
+            );
+        }
+        print_threads("generator", &self.generator, (self.hold, self.end), "engine-", self.engine_micros());
+        print_threads("SFU", &self.sfu, (self.hold, self.end), "sfu-", self.sfu_micros());
     }
 
-    fn rows(&self, name: &str) -> impl Iterator<Item = f64> {
-        let rows = self.report["series"].as_array().into_iter().flatten();
-        rows.filter_map(move |row| row[name].as_f64())
+    fn result(&self) -> &str {
+        self.report["result"].as_str().unwrap_or("?")
+    }
+
+    /// Everything that was to arrive has, and the generator can be believed.
+    fn is_whole(&self) -> bool {
+        let frames = |counter| self.media(&self.report["totals"], counter);
+        self.result() == "PASS" && frames("frames_delivered") >= frames("frames_expected")
+    }
+
+    fn wholeness(&self) -> String {
+        let frames = |counter| self.media(&self.report["totals"], counter);
+        let undelivered = frames("frames_expected") - frames("frames_delivered");
+        format!(
+            "{}, {undelivered:.0} of {:.0} frames undelivered",
+            self.result(),
+            frames("frames_expected")
+        )
+    }
+
+    fn joined(&self) -> f64 {
+        self.report["totals"]["session"]["joins_ok"].as_f64().unwrap_or(0.0)
+    }
+
+    /// All of them, over the time until the last was in.
+    fn joins_per_second(&self) -> f64 {
+        let total = self.report["totals"]["seconds"].as_f64().unwrap_or(0.0);
+        self.joined() / (total - self.hold_seconds())
+    }
+
+    fn hold_seconds(&self) -> f64 {
+        (self.end - self.hold).as_secs_f64()
     }
 
     /// Of audio and video together.
-    fn media(&self, counter: &str) -> f64 {
-        let of = |kind: &str| self.report["totals"][kind][counter].as_f64().unwrap_or(0.0);
+    fn media(&self, step: &Value, counter: &str) -> f64 {
+        let of = |kind: &str| step[kind][counter].as_f64().unwrap_or(0.0);
         of("audio") + of("video")
     }
 
-    /// Media packets that the generator has sent or received.
+    /// Media packets that the generator has sent or received in the hold.
     fn packets(&self) -> f64 {
-        self.media("packets_sent") + self.media("packets_received")
+        let hold = &self.report["steps"][0];
+        self.media(hold, "packets_sent") + self.media(hold, "packets_received")
+    }
+
+    /// CPU of the engine threads a packet, in the hold.
+    fn engine_micros(&self) -> f64 {
+        self.generator_cpu(Part::Hold, "engine-") / self.packets()
+    }
+
+    /// CPU of the SFU's media threads a packet that it sent, in the hold.
+    fn sfu_micros(&self) -> f64 {
+        self.sfu_cpu(Part::Hold, "sfu-") / self.media(&self.report["steps"][0], "packets_received")
+    }
+
+    fn generator_cpu(&self, part: Part, prefix: &str) -> f64 {
+        self.cpu_micros(&self.generator, part, prefix)
+    }
+
+    fn sfu_cpu(&self, part: Part, prefix: &str) -> f64 {
+        self.cpu_micros(&self.sfu, part, prefix)
+    }
+
+    fn cpu_micros(&self, process: &Process, part: Part, prefix: &str) -> f64 {
+        let (from, to) = match part {
+            Part::Joining => (process.first(), process.at(self.hold)),
+            Part::Hold => (process.at(self.hold), process.at(self.end)),
+        };
+        to.cpu_since(from, prefix).total().as_secs_f64() * 1e6
+    }
+
+    fn send_lag_ratio(&self) -> Option<f64> {
+        let engine = &self.report["engine"];
+        let bare = engine["floor_tick_late_us"]["p99"].as_f64().filter(|micros| *micros > 0.0)?;
+        Some(engine["send_lag_us"]["p99"].as_f64()? / bare)
+    }
+
+    /// `None` where joining or what followed took less than a second.
+    fn lateness(&self) -> Option<Lateness> {
+        let total = self.report["totals"]["seconds"].as_f64()?;
+        let hold_at = total - self.hold_seconds();
+        let rows = || self.report["series"].as_array().into_iter().flatten();
+        let of = |wanted: fn(f64, f64) -> bool| {
+            let rows = rows().filter(|row| row["t"].as_f64().is_some_and(|t| wanted(t, hold_at)));
+            let mut p99s: Vec<f64> = rows.filter_map(|row| row["tick_late_us_p99"].as_f64()).collect();
+            p99s.sort_by(f64::total_cmp);
+            Some((*p99s.get(p99s.len() / 2)?, *p99s.last()?))
+        };
+        let (joining, worst_joining) = of(|t, hold_at| t <= hold_at)?;
+        // The second in which the last joined is of both.
+        let (after, worst_after) = of(|t, hold_at| t > hold_at + 1.0)?;
+        Some(Lateness {
+            joining,
+            after,
+            worst_joining,
+            worst_after,
+        })
+    }
+}
+
+fn print_threads(who: &str, process: &Process, (from, to): (Duration, Duration), media_threads: &str, micros_a_packet: f64) {
+    let (before, after) = (process.at(from), process.at(to));
+    let cpu = |sample: &Sample, since: &Sample| sample.cpu_since(since, "").total().as_secs_f64();
+    let of_media = match micros_a_packet.is_finite() {
+        true => format!("; {media_threads}*: {micros_a_packet:.2} us a packet"),
+        false => String::new(),
+    };
+    println!(
+        "  {who}: {:.2} s of CPU before the hold, {:.2} s in it, {:.1} MiB resident at its end{of_media}",
+        cpu(before, process.first()),
+        cpu(after, before),
+        after.resident_bytes as f64 / 1_048_576.0
+    );
+    for (name, (cpu, count)) in after.by_name_since(before) {
+        if cpu.total() >= Duration::from_millis(1) {
+            let (user, system) = (cpu.user.as_secs_f64(), cpu.system.as_secs_f64());
+            println!("    {name:<16} {count:>2}   user {user:>8.3} s   system {system:>8.3} s");
+        }
     }
 }
 
@@ -269,116 +546,18 @@ fn micros(value: &Value) -> String {
     value.as_u64().map_or("-".into(), |micros| format!("{:.2} ms", micros as f64 / 1e3))
 }
 
-/// The embedded SFU in a process of its own.
-struct Server {
-    process: Process,
-    url: String,
-    usage: Usage,
-}
-
-impl Server {
-    fn start(send: &str) -> Server {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
-        command.args(["sfu", "--listen", "127.0.0.1:0", "--send", send]);
-        let mut process = Process(command.stdout(Stdio::piped()).spawn().expect("throng"));
-        let stdout = process.0.stdout.take().expect("piped");
-        let mut lines = BufReader::new(stdout).lines();
-        let url = lines
-            .by_ref()
-            .map_while(Result::ok)
-            .find_map(|line| line.split_whitespace().find(|word| word.starts_with("ws://")).map(str::to_owned));
-        // It must not wait for somebody to read what it says at its end.
-        std::thread::spawn(move || lines.for_each(drop));
-        Server {
-            process,
-            url: url.expect("the greeting"),
-            usage: Usage::default(),
-        }
-    }
-
-    fn stop(mut self) -> Usage {
-        self.usage.sample(self.process.0.id());
-        // It may have ended by itself, as the run's figures then show.
-        let _ = kill_process(Pid::from_child(&self.process.0), Signal::TERM);
-        let _ = self.process.0.wait();
-        std::mem::take(&mut self.usage)
-    }
-}
-
-/// A child that does not outlive the bench.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// What a process has used, as last seen before it ended.
-#[derive(Default)]
-struct Usage {
-    /// Name, user and system ticks, by thread.
-    threads: BTreeMap<u32, (String, u64, u64)>,
-    resident_peak: u64,
-}
-
-impl Usage {
-    fn sample(&mut self, pid: u32) {
-        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return };
-        for task in tasks.flatten() {
-            // A thread may end meanwhile: then what was seen of it last stays.
-            let Ok(text) = fs::read_to_string(task.path().join("stat")) else {
-                continue;
-            };
-            if let Some((tid, seen)) = read_stat(&text) {
-                self.threads.insert(tid, seen);
-            }
-        }
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let peak = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse::<u64>().ok());
-        self.resident_peak = peak.map_or(self.resident_peak, |kilobytes| kilobytes * 1_024);
-    }
-
-    /// CPU time of the threads whose names begin so.
-    fn seconds(&self, prefix: &str) -> f64 {
-        let threads = self.threads.values().filter(|(name, ..)| name.starts_with(prefix));
-        threads.map(|(_, user, system)| user + system).sum::<u64>() as f64 / TICKS_PER_SECOND as f64
-    }
-
-    fn print(&self, who: &str, media_threads: &str, packets: f64) {
-        let mut by_name: BTreeMap<&str, (u64, u64, u32)> = BTreeMap::new();
-        for (name, user, system) in self.threads.values() {
-            let sums = by_name.entry(name).or_default();
-            *sums = (sums.0 + user, sums.1 + system, sums.2 + 1);
-        }
-        let seconds = |ticks: u64| ticks as f64 / TICKS_PER_SECOND as f64;
-        let of_media = match packets > 0.0 {
-            true => format!("; {media_threads}*: {:.2} us a packet", self.seconds(media_threads) * 1e6 / packets),
-            false => String::new(),
-        };
-        println!(
-            "  {who}: {:.2} s of CPU, {:.1} MiB resident at most{of_media}",
-            self.seconds(""),
-            self.resident_peak as f64 / 1_048_576.0
-        );
-        for (name, (user, system, count)) in by_name.into_iter().filter(|(_, sums)| sums.0 + sums.1 > 0) {
-            println!(
-                "    {name:<16} {count:>2}   user {:>7.2} s   system {:>7.2} s",
-                seconds(user),
-                seconds(system)
-            );
-        }
-    }
-}
-
-/// Of a line of `/proc/PID/task/TID/stat`: the thread, its name, and its ticks in user and system mode (proc(5)). The name may hold spaces and brackets.
-fn read_stat(text: &str) -> Option<(u32, (String, u64, u64))> {
-    let (tid, rest) = text.split_once(" (")?;
-    let (name, fields) = rest.rsplit_once(") ")?;
-    let mut fields = fields.split_whitespace().skip(11);
-    let mut ticks = || fields.next()?.parse::<u64>().ok();
-    Some((tid.parse().ok()?, (name.to_owned(), ticks()?, ticks()?)))
+/// The embedded SFU in a process of its own, and where it listens.
+fn start_sfu(send: &str) -> (Process, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
+    command.args(["sfu", "--listen", "127.0.0.1:0", "--send", send]);
+    let mut process = Process::start(command.stdout(Stdio::piped()));
+    let stdout = process.child.stdout.take().expect("piped");
+    let mut lines = BufReader::new(stdout).lines();
+    let url = lines
+        .by_ref()
+        .map_while(Result::ok)
+        .find_map(|line| line.split_whitespace().find(|word| word.starts_with("ws://")).map(str::to_owned));
+    // It must not wait for somebody to read what it says at its end.
+    std::thread::spawn(move || lines.for_each(drop));
+    (process, url.expect("the greeting"))
 }

@@ -4,6 +4,7 @@
 pub mod fixture;
 pub mod floor;
 pub mod origin;
+pub mod process;
 pub mod remote;
 pub mod rtc;
 pub mod str0m;
