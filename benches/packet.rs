@@ -19,7 +19,6 @@ use common::throng::Throng;
 use criterion::{Criterion, SamplingMode};
 use ring::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use throng::measure::Kind;
-use throng::net;
 use throng::transport::srtp::Profile;
 use throng::units::Time;
 
@@ -173,7 +172,7 @@ impl Floor {
             if role == Role::Receives {
                 (0..count).for_each(|place| self.seal((first + place) % keys, place));
             }
-            let started = net::thread_cpu();
+            let started = common::cpu_clock();
             for place in 0..count {
                 let key = (first + place) % keys;
                 match role {
@@ -181,7 +180,7 @@ impl Floor {
                     Role::Sends => self.seal(key, place),
                 }
             }
-            spent += net::thread_cpu() - started;
+            spent += common::cpu_clock() - started;
             self.next = (first + count) % keys;
             self.count += BATCH as u64;
             left -= count as u64;

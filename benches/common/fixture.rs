@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use throng::engine::ShardConfig;
 use throng::measure::Kind;
-use throng::net;
 use throng::transport::rtp::{Datagram, classify};
 use throng::units::Time;
 
-use super::TRANSPORT_CC;
 use super::origin::{Origin, shard_config};
 use super::remote::{Remote, Side, address};
+use super::{TRANSPORT_CC, cpu_clock};
 use crate::link::{UNDER_TEST, under_test};
 
 const TICK: Duration = Duration::from_millis(1);
@@ -182,9 +181,9 @@ impl<S: Stack> Fixture<S> {
             if self.setting.control != Control::Nothing {
                 spent += self.idle_until(at);
             }
-            let started = net::thread_cpu();
+            let started = cpu_clock();
             measured_receive(&mut self.stack, &mut self.batch[..count], at);
-            spent += net::thread_cpu() - started;
+            spent += cpu_clock() - started;
             left -= count as u64;
         }
         assert_eq!(self.stack.received() - before, packets, "{} has refused some", S::NAME);
@@ -232,9 +231,9 @@ fn measured_send<S: Stack>(stack: &mut S, origin: &mut Origin) -> Duration {
 
 /// Runs the stack's own work, timed and with its allocations counted.
 fn metered<R>(setup: &mut SetupCost, work: impl FnOnce() -> R) -> R {
-    let started = net::thread_cpu();
+    let started = cpu_clock();
     let result = under_test(true, work);
-    setup.spent += net::thread_cpu() - started;
+    setup.spent += cpu_clock() - started;
     result
 }
 

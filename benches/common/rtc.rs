@@ -25,7 +25,6 @@ use rtc::sansio::Protocol;
 use rtc::shared::{TaggedBytesMut, TransportContext, TransportProtocol};
 use throng::engine::ShardConfig;
 use throng::measure::Kind;
-use throng::net;
 use throng::transport::peer::IceCredentials;
 use throng::transport::rtp::{Datagram, Header, classify};
 use throng::units::{Epoch, Time};
@@ -33,7 +32,7 @@ use throng::units::{Epoch, Time};
 use super::fixture::{BATCH, Role, Sealed, Setting, Stack};
 use super::origin::Origin;
 use super::remote::{Side, address};
-use super::{SSRC, media, payload_type};
+use super::{SSRC, cpu_clock, media, payload_type};
 use crate::link::under_test;
 
 pub struct Rtc<const INTERCEPTORS: bool> {
@@ -154,7 +153,7 @@ impl<const INTERCEPTORS: bool> Stack for Rtc<INTERCEPTORS> {
         let (packet, at) = self.packet.get_or_insert_with(|| next_packet(kind, origin));
         let (packet, now) = (packet.clone(), self.epoch.instant(*at));
         let end = (self.next + BATCH).min(self.peers.len());
-        let started = net::thread_cpu();
+        let started = cpu_clock();
         under_test(true, || {
             for key in self.next..end {
                 let (one, mut packet) = (&mut self.peers[key], packet.clone());
@@ -165,7 +164,7 @@ impl<const INTERCEPTORS: bool> Stack for Rtc<INTERCEPTORS> {
                 self.poll(key);
             }
         });
-        let spent = net::thread_cpu() - started;
+        let spent = cpu_clock() - started;
         self.next = end % self.peers.len();
         if self.next == 0 {
             self.packet = None;

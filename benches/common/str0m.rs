@@ -11,7 +11,6 @@ use str0m::rtp::{Extension, RtpWrite, Ssrc};
 use str0m::{Candidate, Event, IceCreds, Input, Output, Rtc, RtcConfig};
 use throng::engine::ShardConfig;
 use throng::measure::Kind;
-use throng::net;
 use throng::transport::peer::IceCredentials;
 use throng::transport::rtp::{Datagram, Header, classify};
 use throng::transport::sdp::Fingerprint;
@@ -20,7 +19,7 @@ use throng::units::{Epoch, Time};
 use super::fixture::{BATCH, Role, Sealed, Setting, Stack};
 use super::origin::Origin;
 use super::remote::{Side, address};
-use super::{SSRC, payload_type};
+use super::{SSRC, cpu_clock, payload_type};
 use crate::link::under_test;
 
 pub struct Str0m {
@@ -148,7 +147,7 @@ impl Stack for Str0m {
         let now = self.epoch.instant(payload.at);
         let pt = payload_type(self.setting.kind).into();
         let end = (self.next + BATCH).min(self.peers.len());
-        let started = net::thread_cpu();
+        let started = cpu_clock();
         under_test(true, || {
             for key in self.next..end {
                 let one = &mut self.peers[key];
@@ -161,7 +160,7 @@ impl Stack for Str0m {
                 self.poll(key);
             }
         });
-        let spent = net::thread_cpu() - started;
+        let spent = cpu_clock() - started;
         self.next = end % self.peers.len();
         if self.next == 0 {
             self.payload = None;

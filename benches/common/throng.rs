@@ -13,7 +13,7 @@ use throng::units::Time;
 use super::fixture::{Role, Sealed, Setting, Stack};
 use super::origin::{Origin, new_peer, track};
 use super::remote::{Side, address};
-use super::{SSRC, clock_rate};
+use super::{SSRC, clock_rate, cpu_clock};
 use crate::link::under_test;
 
 const TICK: Duration = Duration::from_millis(1);
@@ -122,14 +122,14 @@ impl Stack for Throng {
     }
 
     fn send(&mut self, _: &mut Origin) -> Duration {
-        let started = net::thread_cpu();
+        let started = cpu_clock();
         under_test(true, || {
             for _ in 0..TICKS_AT_ONCE {
                 self.now += TICK;
                 self.shard.handle_media_timers(self.now, &mut self.io);
             }
         });
-        net::thread_cpu() - started
+        cpu_clock() - started
     }
 
     fn sent(&self) -> u64 {
