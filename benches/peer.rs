@@ -1,0 +1,330 @@
+//! What the same load on the same real server costs `lk load-test` and us: a room with one publisher of 720p video and so many subscribers, in turn. CPU of
+//! the process that has the subscribers, by `/proc`, over the packets that the server says it sent; and its resident memory a participant.
+//!
+//! `cargo bench --bench peer -- --lk PATH --livekit PATH [--subscribers 200] [--seconds 30] [--port 23100]`
+//!
+//! It wants `lk` of livekit-cli and `livekit-server`, some minutes and a quiet host; without both it says so and measures nothing. The publisher of lk's
+//! subscribers is a process of ours, and not in lk's figures; our own publisher is in ours. So what lk spends on publishing is left out, to its advantage.
+
+#[allow(dead_code)]
+#[path = "common/process.rs"]
+mod process;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use process::{Process, Sample, load_average};
+use serde_json::Value;
+
+const KEY: &str = "devkey";
+const SECRET: &str = "throng-loopback-secret-for-no-real-server";
+/// What lk joins at most, whatever it is told.
+const LK_JOINS_PER_SECOND: u64 = 10;
+/// From the last join on: tracks are subscribed and the first key frame has come.
+const SETTLE: Duration = Duration::from_secs(6);
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// A server that is not up by then has failed.
+const START_WAIT: Duration = Duration::from_secs(20);
+/// Media that is made, joins and farewells take no longer.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// The server brings its counters up to date so often.
+const FLUSH: Duration = Duration::from_secs(5);
+
+struct Options {
+    lk: PathBuf,
+    livekit: PathBuf,
+    subscribers: u64,
+    seconds: u64,
+    port: u16,
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let Some(options) = Options::of(&arguments) else {
+        return println!("SKIPPED: peer wants --lk PATH and --livekit PATH");
+    };
+    println!("load average at the start: {}", load_average());
+    let mut server = Server::start(&options);
+    let lk = against_lk(&options, &mut server);
+    let throng = against_throng(&options, &mut server);
+    drop(server);
+    print(&options, &lk, &throng);
+}
+
+impl Options {
+    fn of(arguments: &[String]) -> Option<Options> {
+        let value = |name: &str| {
+            let at = arguments.iter().position(|argument| argument == name)?;
+            Some(arguments.get(at + 1).unwrap_or_else(|| panic!("{name} wants a value")).as_str())
+        };
+        let number =
+            |name: &str, default: u64| value(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} {text}: no number")));
+        Some(Options {
+            lk: value("--lk")?.into(),
+            livekit: value("--livekit")?.into(),
+            subscribers: number("--subscribers", 200),
+            seconds: number("--seconds", 30),
+            port: number("--port", 23_100).try_into().expect("a port"),
+        })
+    }
+}
+
+/// What one of the two took, over the same time of the same load.
+struct Taken {
+    name: &'static str,
+    seconds: f64,
+    cpu: Duration,
+    packets: f64,
+    /// Of the packets: where it is more than a little, somebody had no time to receive, and the figures are of an overload.
+    resent: f64,
+    server_cpu: Duration,
+    resident: u64,
+    /// Before anybody joined.
+    resident_before: u64,
+}
+
+impl Taken {
+    fn micros_a_packet(&self) -> f64 {
+        self.cpu.as_secs_f64() * 1e6 / self.packets
+    }
+
+    fn kib_a_participant(&self, participants: u64) -> f64 {
+        (self.resident as f64 - self.resident_before as f64) / participants as f64 / 1_024.0
+    }
+}
+
+fn against_lk(options: &Options, server: &mut Server) -> Taken {
+    let room = "peer-lk";
+    let whole = options.subscribers / LK_JOINS_PER_SECOND + options.seconds + 2 * PATIENCE.as_secs();
+    let mut publisher = throng(server);
+    publisher.args([
+        "--room",
+        room,
+        "--publishers",
+        "0",
+        "--video-publishers",
+        "1",
+        "--subscribers",
+        "0",
+        "--no-simulcast",
+    ]);
+    publisher.args(["--quiet", "--duration", &format!("{whole}s")]);
+    let mut publisher = Process::start(publisher.stdout(Stdio::null()));
+    server.wait_for_participants(&mut publisher, 1);
+    let mut command = Command::new(&options.lk);
+    command.args(["load-test", "--room", room, "--subscribers", &options.subscribers.to_string()]);
+    command.args(["--num-per-second", &LK_JOINS_PER_SECOND.to_string(), "--duration", &format!("{whole}s")]);
+    command.args(["--url", &server.url, "--api-key", KEY, "--api-secret", SECRET]);
+    command.env("HOME", env!("CARGO_TARGET_TMPDIR"));
+    let mut subscribers = Process::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    let mut taken = measure("lk load-test", &mut subscribers, options, server);
+    taken.resident_before = subscribers.first().resident_bytes;
+    // It has nothing more to tell.
+    subscribers.stop();
+    publisher.stop();
+    server.wait_for_participants(&mut subscribers, 0);
+    taken
+}
+
+fn against_throng(options: &Options, server: &mut Server) -> Taken {
+    let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("peer-{}.json", std::process::id()));
+    let whole = Duration::from_secs(options.seconds) + SETTLE + 3 * FLUSH;
+    let mut command = throng(server);
+    command.args(["--room", "peer-throng", "--publishers", "0", "--video-publishers", "1", "--no-simulcast"]);
+    command.args([
+        "--subscribers",
+        &options.subscribers.to_string(),
+        "--num-per-second",
+        &LK_JOINS_PER_SECOND.to_string(),
+    ]);
+    command
+        .args(["--quiet", "--duration", &format!("{}s", whole.as_secs()), "--json"])
+        .arg(&report);
+    let mut process = Process::start(command.stdout(Stdio::null()));
+    let mut taken = measure("throng", &mut process, options, server);
+    let patience = Instant::now() + PATIENCE;
+    while !process.has_ended() {
+        assert!(Instant::now() < patience, "throng does not end");
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+    let text = fs::read_to_string(&report).expect("a report");
+    // It is read, and nobody else looks for it.
+    let _ = fs::remove_file(&report);
+    let report: Value = serde_json::from_str(&text).expect("a report");
+    // Its media is made by then, and nobody has joined.
+    let started = report["started_at"]
+        .as_str()
+        .and_then(|at| humantime::parse_rfc3339(at).ok())
+        .expect("when it started");
+    taken.resident_before = process
+        .at(started.duration_since(UNIX_EPOCH).expect("a clock that is set"))
+        .resident_bytes;
+    let hold = &report["steps"][0];
+    let received = hold["video"]["packets_received"].as_f64().expect("a count") / hold["seconds"].as_f64().expect("seconds");
+    println!(
+        "throng's own account: {}, {received:.0} packets/s received, {} of {} frames, {} bytes a participant; the server's: {:.0} packets/s sent",
+        report["result"],
+        hold["video"]["frames_delivered"],
+        hold["video"]["frames_expected"],
+        report["engine"]["bytes_per_participant"],
+        taken.packets / taken.seconds
+    );
+    taken
+}
+
+/// Lets `process` join, then looks at it and at the server from one flush of the server's counters to another.
+fn measure(name: &'static str, process: &mut Process, options: &Options, server: &mut Server) -> Taken {
+    server.wait_for_participants(process, options.subscribers + 1);
+    std::thread::sleep(SETTLE);
+    let (started, packets_before) = server.next_flush();
+    let resent_before = server.packets_resent();
+    let server_before = server.cpu();
+    process.watch();
+    let before = process.last().clone();
+    let mut server_after = server_before;
+    let end = Instant::now() + Duration::from_secs(options.seconds);
+    let mut flush = (started, packets_before);
+    while Instant::now() < end {
+        flush = server.next_flush();
+        process.watch();
+        server_after = server.cpu();
+        assert!(!process.has_ended(), "{name} ended before it was measured");
+    }
+    let after = process.last().clone();
+    Taken {
+        name,
+        seconds: (flush.0 - started).as_secs_f64(),
+        cpu: after.cpu_since(&before, "").total(),
+        packets: flush.1 - packets_before,
+        resent: server.packets_resent() - resent_before,
+        server_cpu: server_after - server_before,
+        resident: after.resident_bytes,
+        resident_before: 0,
+    }
+}
+
+fn print(options: &Options, lk: &Taken, throng: &Taken) {
+    println!(
+        "\n1 publisher of 720p, {} subscribers, on one real server (load average at the end: {})",
+        options.subscribers,
+        load_average()
+    );
+    for taken in [lk, throng] {
+        println!(
+            "  {:<14} {:>6.2} us of CPU a received packet ({:.1} s of CPU for {:.0} packets/s in {:.1} s); resident {:.1} MiB, {:.1} before joins, {:.0} KiB a participant; the server {:.2} us a packet sent, {:.1} % of them again",
+            taken.name,
+            taken.micros_a_packet(),
+            taken.cpu.as_secs_f64(),
+            taken.packets / taken.seconds,
+            taken.seconds,
+            taken.resident as f64 / 1_048_576.0,
+            taken.resident_before as f64 / 1_048_576.0,
+            taken.kib_a_participant(options.subscribers),
+            taken.server_cpu.as_secs_f64() * 1e6 / taken.packets,
+            100.0 * taken.resent / taken.packets
+        );
+    }
+    let cpu = lk.micros_a_packet() / throng.micros_a_packet();
+    println!(
+        "  CPU a received packet, lk / throng: goal >= 8x: {cpu:.1}x, {}",
+        if cpu >= 8.0 { "met" } else { "MISSED" }
+    );
+    println!(
+        "  resident growth a participant, lk / throng: {:.1}x",
+        lk.kib_a_participant(options.subscribers) / throng.kib_a_participant(options.subscribers)
+    );
+}
+
+fn throng(server: &Server) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
+    command.arg("run");
+    command
+        .env("LIVEKIT_URL", &server.url)
+        .env("LIVEKIT_API_KEY", KEY)
+        .env("LIVEKIT_API_SECRET", SECRET);
+    command
+}
+
+/// A real LiveKit server on loopback.
+struct Server {
+    process: Process,
+    url: String,
+    metrics_port: u16,
+}
+
+impl Server {
+    fn start(options: &Options) -> Server {
+        let port = options.port;
+        // Its counters come from a port of their own, and so does ICE over TCP, which neither of the two uses.
+        let (metrics_port, tcp_port) = (port + 1, port + 2);
+        let config = format!(
+            "port: {port}\nbind_addresses: [\"127.0.0.1\"]\nkeys: {{{KEY}: {SECRET}}}\nrtc:\n  node_ip: 127.0.0.1\n  enable_loopback_candidate: true\n  \
+             interfaces: {{includes: [lo]}}\n  tcp_port: {tcp_port}\n  port_range_start: 10000\n  port_range_end: 22999\nprometheus: {{port: {metrics_port}}}\n\
+             logging: {{level: warn, pion_level: error}}\n"
+        );
+        let mut command = Command::new(&options.livekit);
+        command.args(["--config-body", &config]).stdout(Stdio::null()).stderr(Stdio::null());
+        let server = Server {
+            process: Process::start(&mut command),
+            url: format!("ws://127.0.0.1:{port}"),
+            metrics_port,
+        };
+        let deadline = Instant::now() + START_WAIT;
+        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() || server.packets_sent().is_none() {
+            assert!(Instant::now() < deadline, "{} does not listen on {port}", options.livekit.display());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        server
+    }
+
+    /// Since it started.
+    fn cpu(&mut self) -> Duration {
+        self.process.watch();
+        self.process.last().cpu_since(&Sample::default(), "").total()
+    }
+
+    /// Media packets that it has sent, by its own count, which it brings up to date every [`FLUSH`].
+    fn packets_sent(&self) -> Option<f64> {
+        self.metric("livekit_packet_total", "direction=\"outgoing\"")
+    }
+
+    fn packets_resent(&self) -> f64 {
+        self.metric("livekit_packet_total", "transmission=\"retransmit\"").unwrap_or(0.0)
+    }
+
+    /// Looks at `process` until so many are in the server's rooms.
+    fn wait_for_participants(&self, process: &mut Process, count: u64) {
+        let patience = Instant::now() + PATIENCE;
+        while self.metric("livekit_participant_total", "") != Some(count as f64) {
+            assert!(Instant::now() < patience, "not {count} participants");
+            process.watch();
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+    }
+
+    /// The sum of a metric's values with such a label; zero where there is none.
+    fn metric(&self, name: &str, label: &str) -> Option<f64> {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.metrics_port)).ok()?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
+        Some(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+    }
+
+    /// Waits until the count changes: when that was, since 1970, and the count.
+    fn next_flush(&self) -> (Duration, f64) {
+        let before = self.packets_sent();
+        loop {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = self.packets_sent();
+            if let (Some(count), true) = (now, now != before) {
+                return (SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set"), count);
+            }
+        }
+    }
+}
