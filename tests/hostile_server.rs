@@ -548,7 +548,7 @@ impl MediaEnd {
                 writer.xr(1, Some(u64::MAX), [dlrr; 5])?;
                 writer.remb(1, Bitrate::from_bps(u64::from(round % 3)), &[ssrc; 20])?;
                 let arrivals: Vec<Option<Time>> = (0..20).map(|number| Some(Time::from_millis(u64::from(round) * 50 + number))).collect();
-                writer.transport_cc(1, ssrc, Seq(round as u16), round as u8, &arrivals)
+                writer.transport_cc(1, ssrc, Seq(round as u16), round as u8, arrivals.iter().copied())
             });
         }
         // Forged ones: nobody's STUN, DTLS of no session, RTP under no key.

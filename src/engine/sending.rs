@@ -288,7 +288,7 @@ mod tests {
         let arrivals: Vec<_> = (1..).zip(came).map(|(n, came)| came.then(|| Time::from_millis(1_000 + 10 * n))).collect();
         let mut buffer = [0; 1_200];
         let mut writer = Writer::new(&mut buffer);
-        writer.transport_cc(1, 2, Seq(1), 0, &arrivals).unwrap();
+        writer.transport_cc(1, 2, Seq(1), 0, arrivals.iter().copied()).unwrap();
         let len = writer.len();
         match packets(&buffer[..len]).next() {
             Some(Ok(Packet::TransportCc { body, .. })) => body.to_vec(),

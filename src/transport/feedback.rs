@@ -76,7 +76,6 @@ impl ArrivalLog {
         while self.has_news() && self.arrival(self.next).is_none() && self.end - self.next > 1 {
             self.next += 1;
         }
-        let mut arrivals = [None; MESSAGE_PACKETS_MAX];
         let mut count = 0;
         let mut before = None;
         while count < MESSAGE_PACKETS_MAX && self.next + (count as u64) < self.end {
@@ -87,10 +86,10 @@ impl ArrivalLog {
                 break;
             }
             before = arrival.or(before);
-            arrivals[count] = arrival;
             count += 1;
         }
-        writer.transport_cc(sender_ssrc, media_ssrc, Seq(self.next as u16), self.messages, &arrivals[..count])?;
+        let arrivals = (0..count).map(|place| self.arrival(self.next + place as u64));
+        writer.transport_cc(sender_ssrc, media_ssrc, Seq(self.next as u16), self.messages, arrivals)?;
         self.next += count as u64;
         self.messages = self.messages.wrapping_add(1);
         Ok(())

@@ -236,7 +236,7 @@ fn seeds() -> Vec<Vec<u8>> {
             writer.fir(1, &[(2, 3), (4, 5)])
         }),
         written(&|writer| writer.remb(1, Bitrate::from_bps(1_500_000), &[1, 2, 3])),
-        written(&|writer| writer.transport_cc(1, 2, Seq(65_520), 3, &arrivals)),
+        written(&|writer| writer.transport_cc(1, 2, Seq(65_520), 3, arrivals.iter().copied())),
         vec![0x81, 204, 0, 3, 0, 0, 0, 1, b'n', b'a', b'm', b'e', 0, 0, 0, 0],
     ]
 }

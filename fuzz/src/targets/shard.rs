@@ -370,7 +370,9 @@ fn seeds() -> Vec<Vec<u8>> {
             rtcp(&|writer| writer.bye(&[SSRCS[3], SSRCS[4]]).expect("it fits")),
             rtcp(&|writer| {
                 let arrivals: Vec<_> = (0..30).map(|n| Some(Time::from_millis(n))).collect();
-                writer.transport_cc(1, pair::VIDEO_SSRC, Seq(65_530), 1, &arrivals).expect("it fits");
+                writer
+                    .transport_cc(1, pair::VIDEO_SSRC, Seq(65_530), 1, arrivals.iter().copied())
+                    .expect("it fits");
             }),
             [
                 &[DATAGRAM][..],

@@ -175,7 +175,7 @@ mod tests {
                 .collect();
             let mut buffer = [0; 1_500];
             let mut writer = Writer::new(&mut buffer);
-            writer.transport_cc(1, 2, base, 3, &arrivals).unwrap();
+            writer.transport_cc(1, 2, base, 3, arrivals.iter().copied()).unwrap();
             let len = writer.len();
             let body = body(&buffer[..len]);
             let arrivals_read = Arrivals::new(&body).unwrap();

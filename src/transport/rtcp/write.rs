@@ -136,9 +136,16 @@ impl<'a> Writer<'a> {
     /// Transport-wide feedback: when each packet from `base` on came, if it did. `message` counts messages, so that lost ones are noticed.
     ///
     /// Times are rounded to [`FEEDBACK_TICK`]; two neighbours are less than 8 s apart, or the message cannot say it.
-    pub fn transport_cc(&mut self, sender_ssrc: u32, media_ssrc: u32, base: Seq, message: u8, arrivals: &[Option<Time>]) -> Result<(), WriteError> {
+    pub fn transport_cc(
+        &mut self,
+        sender_ssrc: u32,
+        media_ssrc: u32,
+        base: Seq,
+        message: u8,
+        arrivals: impl ExactSizeIterator<Item = Option<Time>> + Clone,
+    ) -> Result<(), WriteError> {
         let count = u16::try_from(arrivals.len()).map_err(|_| WriteError::TooLong)?;
-        let first = arrivals.iter().flatten().next().map_or(0, |first| ticks(*first));
+        let first = arrivals.clone().flatten().next().map_or(0, ticks);
         let reference = first / TICKS_PER_REFERENCE;
         self.packet(TRANSPORT_FEEDBACK, |packet| {
             packet.put_all(&[sender_ssrc, media_ssrc])?;
@@ -147,7 +154,7 @@ impl<'a> Writer<'a> {
             // 24 bits that wrap.
             packet.put_all(&[(reference as u32) << 8 | u32::from(message)])?;
             let start = reference * TICKS_PER_REFERENCE;
-            packet.statuses(arrivals, start)?;
+            packet.statuses(arrivals.clone(), start)?;
             packet.steps(arrivals, start)?;
             let whole_words = packet.len.next_multiple_of(4) - packet.len;
             packet.put(&[0; 4][..whole_words])?;
@@ -253,11 +260,11 @@ enum Status {
 }
 
 /// Walks arrivals as (status, step from the one before).
-fn steps_of(arrivals: &[Option<Time>], start: i64) -> impl Iterator<Item = (Status, i64)> {
+fn steps_of(arrivals: impl Iterator<Item = Option<Time>>, start: i64) -> impl Iterator<Item = (Status, i64)> {
     let mut before = start;
-    arrivals.iter().map(move |arrival| {
+    arrivals.map(move |arrival| {
         let Some(arrival) = arrival else { return (Status::Missing, 0) };
-        let at = ticks(*arrival);
+        let at = ticks(arrival);
         let step = at - std::mem::replace(&mut before, at);
         let small = (0..=i64::from(u8::MAX)).contains(&step);
         (if small { Status::SmallStep } else { Status::LargeStep }, step)
@@ -318,7 +325,7 @@ impl Body<'_> {
     }
 
     /// Status chunks: a run of equal ones where that says more than a vector of seven.
-    fn statuses(&mut self, arrivals: &[Option<Time>], start: i64) -> Result<(), WriteError> {
+    fn statuses(&mut self, arrivals: impl Iterator<Item = Option<Time>>, start: i64) -> Result<(), WriteError> {
         let mut statuses = steps_of(arrivals, start).map(|(status, _)| status).peekable();
         let mut vector = [Status::Missing; VECTOR_LEN];
         let mut waiting = 0;
@@ -351,7 +358,7 @@ impl Body<'_> {
         self.put(&(TWO_BITS_EACH | chunk).to_be_bytes())
     }
 
-    fn steps(&mut self, arrivals: &[Option<Time>], start: i64) -> Result<(), WriteError> {
+    fn steps(&mut self, arrivals: impl Iterator<Item = Option<Time>>, start: i64) -> Result<(), WriteError> {
         for (status, step) in steps_of(arrivals, start) {
             match status {
                 Status::Missing => {}
