@@ -33,6 +33,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
 use super::{Endpoint, Secret, tls_config};
+use crate::transport::sdp::SECTIONS_MAX;
 
 /// Largest response that is read. A Join lists every participant at up to ~1.5 KB and an offer takes ~1.8 KB a track, so 3,000 participants stay below 6 MB.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
@@ -833,14 +834,15 @@ impl Event {
 }
 
 impl Description {
-    /// Of the map from mids to tracks, which grows with the room, nothing is read: the text says it, too.
+    /// Of the map from mids to tracks, which grows with the room, nothing is read but that it is no longer than a description may be: the text says the same.
     fn decode(body: &[u8]) -> Option<Description> {
-        let (mut sdp, mut rest) = ("", Vec::new());
+        let (mut sdp, mut mids, mut rest) = ("", 0, Vec::new());
         for field in Fields(body) {
             let field = field.ok()?;
             match (field.number, field.bytes) {
                 (DESCRIPTION_SDP, Some(text)) => sdp = std::str::from_utf8(text).ok()?,
-                (DESCRIPTION_MID_TO_TRACK_ID, _) => {}
+                (DESCRIPTION_MID_TO_TRACK_ID, _) if mids == SECTIONS_MAX => return None,
+                (DESCRIPTION_MID_TO_TRACK_ID, _) => mids += 1,
                 _ => rest.extend_from_slice(field.raw),
             }
         }
