@@ -1,14 +1,16 @@
 //! What a packet costs the embedded SFU's thread: from the CPU time of the thread and the packets that it sent, on loopback, to few and to many subscribers,
-//! whose sockets are the engine's. Beside it the floor: the same bytes to the same sockets, only sent. Both in turn, so that what else the host does meets both.
-//! The sockets are emptied in between, so the kernel's part ends with a datagram in its socket, and never with one that finds no room.
+//! whose sockets are the engine's. Beside it the floor: as many bytes to the same sockets, only sent, by a thread of its own, too. Both in turn, so that what else
+//! the host does meets both. A third thread empties the sockets in between, so the kernel's part ends with a datagram in its socket, and never with one that finds
+//! no room.
 //!
-//! `cargo bench --bench sfu`
+//! `cargo bench --bench sfu`, or `cargo bench --bench sfu -- gso` for the rows whose names have that in them.
 
 #[path = "../tests/common/loopback.rs"]
 #[allow(dead_code)]
 mod loopback;
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use loopback::Loopback;
@@ -32,61 +34,67 @@ fn main() {
     // Among the tests it runs once, in small, so that it does not rot.
     let is_full = std::env::args().any(|argument| argument == "--bench");
     let (sizes, packets): (&[u32], _) = if is_full { (&[100, 1_000], PACKETS) } else { (&[2], 100) };
+    let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
     for subscribers in sizes {
         for (kind, send) in [
             (Kind::Video, SendMode::Gso),
             (Kind::Video, SendMode::Plain),
             (Kind::Audio, SendMode::Plain),
         ] {
-            let mut bench = Bench::new(*subscribers, kind, send);
-            let burst = bench.payloads.len() as u32;
-            let turns = packets / (subscribers * burst * ROUNDS) + 1;
-            let (mut forwarded, mut floor) = (Duration::ZERO, Duration::ZERO);
-            // The first one meets what was never touched.
-            bench.forward();
-            bench.floor();
-            for _ in 0..turns {
-                forwarded += bench.forward();
-                floor += bench.floor();
+            let name = format!("{kind:?}, {}, {subscribers} subscribers", send.name());
+            if name.contains(&wanted) {
+                measure(&name, &mut Bench::new(*subscribers, kind, send), packets);
             }
-            let nanos = |time: Duration| time.as_nanos() as f64 / f64::from(turns * ROUNDS * burst * subscribers);
-            println!(
-                "{kind:?}, {}, {subscribers} subscribers, bursts of {burst}: {:.0} ns a packet sent, {:.2} times the floor of {:.0} ns",
-                send.name(),
-                nanos(forwarded),
-                nanos(forwarded) / nanos(floor),
-                nanos(floor)
-            );
         }
     }
 }
 
+/// Forwards about so many packets, and sends as many without the SFU, in turn.
+fn measure(name: &str, bench: &mut Bench, packets: u32) {
+    let (subscribers, burst) = (bench.loopback.ends.len() as u32 - 1, bench.payloads.len() as u32);
+    let turns = packets / (subscribers * burst * ROUNDS) + 1;
+    let (mut forwarded, mut floor) = (Duration::ZERO, Duration::ZERO);
+    // The first one meets what was never touched.
+    bench.forward();
+    bench.floor();
+    for _ in 0..turns {
+        forwarded += bench.forward();
+        floor += bench.floor();
+    }
+    let nanos = |time: Duration| time.as_nanos() as f64 / f64::from(turns * ROUNDS * burst * subscribers);
+    println!(
+        "{name}, bursts of {burst}: {:.0} ns a packet sent, {:.2} times the floor of {:.0} ns",
+        nanos(forwarded),
+        nanos(forwarded) / nanos(floor),
+        nanos(floor)
+    );
+}
+
 struct Bench {
     loopback: Loopback,
-    send: SendMode,
     payloads: Vec<Vec<u8>>,
     frame: u16,
-    floor: std::net::UdpSocket,
-    batch: net::SendBatch,
-    receivers: Vec<SocketAddr>,
+    floor: FloorThread,
 }
 
 impl Bench {
     fn new(subscribers: u32, kind: Kind, send: SendMode) -> Bench {
         let loopback = Loopback::connected(subscribers, kind, send);
-        let addresses = loopback.ends[1..].iter().map(|end| end.socket.local_addr().expect("bound"));
+        let receivers = loopback.ends[1..].iter().map(|end| end.socket.local_addr().expect("bound"));
         let payloads = match kind {
             Kind::Audio => vec![vec![1; AUDIO_BYTES]],
             Kind::Video => vec![vec![0; VIDEO_BYTES]; usize::from(FRAME)],
         };
         Bench {
-            receivers: addresses.collect(),
+            floor: FloorThread::start(Floor {
+                receivers: receivers.collect(),
+                len: payloads[0].len() + OVERHEAD,
+                burst: payloads.len(),
+                send,
+            }),
             loopback,
-            send,
             payloads,
             frame: 0,
-            floor: std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket"),
-            batch: net::SendBatch::default(),
         }
     }
 
@@ -123,21 +131,60 @@ impl Bench {
         }
     }
 
-    /// Only the sends, to the same sockets.
     fn floor(&mut self) -> Duration {
-        let (len, burst) = (self.payloads[0].len() + OVERHEAD, self.payloads.len());
+        let time = self.floor.take_turn();
+        self.loopback.skim(0..self.loopback.ends.len());
+        time
+    }
+}
+
+/// The sends, and nothing else.
+struct Floor {
+    receivers: Vec<SocketAddr>,
+    len: usize,
+    burst: usize,
+    send: SendMode,
+}
+
+impl Floor {
+    /// CPU time of one turn.
+    fn send(&self, socket: &UdpSocket, batch: &mut net::SendBatch) -> Duration {
         let before = net::thread_cpu();
         for _ in 0..ROUNDS {
             for to in &self.receivers {
                 match self.send {
-                    SendMode::Plain => (0..burst).for_each(|_| self.batch.push(&self.floor, *to, len, len)),
-                    SendMode::Gso => self.batch.push(&self.floor, *to, len * burst, len),
+                    SendMode::Plain => (0..self.burst).for_each(|_| batch.push(socket, *to, self.len, self.len)),
+                    SendMode::Gso => batch.push(socket, *to, self.len * self.burst, self.len),
                 }
             }
-            self.batch.flush(&self.floor);
+            batch.flush(socket);
         }
-        let after = net::thread_cpu();
-        self.loopback.skim(0..self.loopback.ends.len());
-        after - before
+        net::thread_cpu() - before
+    }
+}
+
+/// What a thread sends another frees: it costs the sender more than what it receives itself.
+struct FloorThread {
+    turns: Sender<()>,
+    times: Receiver<Duration>,
+}
+
+impl FloorThread {
+    /// Ends with the handle.
+    fn start(floor: Floor) -> FloorThread {
+        let ((turns, asked), (answer, times)) = (channel(), channel());
+        std::thread::spawn(move || {
+            let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+            let mut batch = net::SendBatch::default();
+            // Memory that was never written is one page of zeros, which every cache holds.
+            batch.lend().fill(1);
+            while asked.recv().is_ok() && answer.send(floor.send(&socket, &mut batch)).is_ok() {}
+        });
+        FloorThread { turns, times }
+    }
+
+    fn take_turn(&self) -> Duration {
+        self.turns.send(()).expect("the thread waits");
+        self.times.recv().expect("the thread answers")
     }
 }

@@ -82,6 +82,11 @@ fn every_frame_reaches_every_subscriber_once_with_either_dtls_role_and_either_wa
         assert_all_accounted_for(&statistics);
         assert_eq!(statistics.media_in, records[0].audio.packets_sent + records[0].video.packets_sent);
         assert_eq!(statistics.media_out, 2 * statistics.media_in);
+        let frames = records[0].audio.frames_sent + records[0].video.frames_sent;
+        match send {
+            SendMode::Plain => assert_eq!(statistics.media_sends_out, statistics.media_out),
+            SendMode::Gso => assert_eq!(statistics.media_sends_out, 2 * frames, "a send a frame and subscriber"),
+        }
         assert_eq!(statistics.refused_unknown_ufrag, 0);
         assert_eq!((statistics.datagrams_in, statistics.datagrams_out), (relay.router_in, relay.router_out));
         let started = relay
@@ -557,6 +562,55 @@ fn a_key_frame_whose_first_packet_was_lost_begins_when_it_is_repaired() {
     camera.shoot(&mut hands);
     assert_eq!(hands.hands[1].got.len(), 9);
     assert_continuous(&hands.hands[1].got);
+}
+
+#[test]
+fn a_frame_is_known_to_be_whole_by_its_marker_and_leaves_with_one_send_however_many_reads_it_took() {
+    let mut hands = Hands::connected(2, SendMode::Gso);
+    add_track(&mut hands, VIDEO, Kind::Video, plain(0x55, false));
+    subscribe(&mut hands, VIDEO, false, wants(0));
+    assert!(!hands.router.is_mid_frame(), "there is nothing yet");
+    const PACKETS: u16 = 20;
+    for frame in 0..3 {
+        for packet in 0..PACKETS {
+            let start_of_partition = packet == 0;
+            let descriptor = Descriptor {
+                start_of_partition,
+                picture_id: Some(PictureId::Long(frame)),
+                ..Descriptor::default()
+            };
+            let mut payload = [0; 100];
+            let len = descriptor.write(&mut payload).unwrap();
+            payload[len] = u8::from(frame > 0);
+            let out = Out {
+                ssrc: 0x55,
+                payload_type: 96,
+                seq: frame * PACKETS + packet,
+                rtp_time: u32::from(frame) * 3_000,
+                marker: packet + 1 == PACKETS,
+                extensions: &[],
+                padding: 0,
+            };
+            hands.send(0, &out, &payload);
+            assert_eq!(hands.router.is_mid_frame(), !out.marker);
+        }
+        hands.flush();
+        assert!(!hands.router.is_mid_frame(), "nothing is held back");
+    }
+    let statistics = hands.router.statistics();
+    assert_eq!((statistics.media_out, statistics.media_sends_out), (3 * u64::from(PACKETS), 3));
+    assert!(hands.hands[1].got.windows(2).all(|pair| pair[1].index == pair[0].index + 1));
+    // Audio has no frame to wait for.
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x66, false));
+    hands.send(
+        0,
+        &Out {
+            ssrc: 0x66,
+            ..audio_packet(1)
+        },
+        b"opus",
+    );
+    assert!(!hands.router.is_mid_frame());
 }
 
 fn plain(track_ssrc: u32, rtx: bool) -> Encodings {
