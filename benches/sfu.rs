@@ -14,6 +14,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use loopback::Loopback;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use throng::measure::Kind;
 use throng::net;
 use throng::sfu::SendMode;
@@ -31,9 +32,18 @@ const ROUNDS: u32 = 8;
 const PACKETS: u32 = 800_000;
 
 fn main() {
+    // Thousands of sockets are more than many hosts give unless they are asked; where they refuse, the sockets do not open and say so.
+    let files = getrlimit(Resource::Nofile);
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: files.maximum,
+            ..files
+        },
+    );
     // Among the tests it runs once, in small, so that it does not rot.
     let is_full = std::env::args().any(|argument| argument == "--bench");
-    let (sizes, packets): (&[u32], _) = if is_full { (&[100, 1_000], PACKETS) } else { (&[2], 100) };
+    let (sizes, packets): (&[u32], _) = if is_full { (&[100, 1_000, 3_000], PACKETS) } else { (&[2], 100) };
     let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
     for subscribers in sizes {
         for (kind, send) in [
