@@ -83,8 +83,14 @@ struct Taken {
     resent: f64,
     server_cpu: Duration,
     resident: u64,
-    /// Before anybody joined.
-    resident_before: u64,
+    /// When the first of the participants were in: what a process has for all of them is in both.
+    early: Early,
+}
+
+#[derive(Clone, Copy)]
+struct Early {
+    participants: f64,
+    resident: u64,
 }
 
 impl Taken {
@@ -93,7 +99,7 @@ impl Taken {
     }
 
     fn kib_a_participant(&self, participants: u64) -> f64 {
-        (self.resident as f64 - self.resident_before as f64) / participants as f64 / 1_024.0
+        (self.resident as f64 - self.early.resident as f64) / (participants as f64 + 1.0 - self.early.participants) / 1_024.0
     }
 }
 
@@ -121,8 +127,7 @@ fn against_lk(options: &Options, server: &mut Server) -> Taken {
     command.args(["--url", &server.url, "--api-key", KEY, "--api-secret", SECRET]);
     command.env("HOME", env!("CARGO_TARGET_TMPDIR"));
     let mut subscribers = Process::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
-    let mut taken = measure("lk load-test", &mut subscribers, options, server);
-    taken.resident_before = subscribers.first().resident_bytes;
+    let taken = measure("lk load-test", &mut subscribers, options, server);
     // It has nothing more to tell.
     subscribers.stop();
     publisher.stop();
@@ -145,7 +150,7 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
         .args(["--quiet", "--duration", &format!("{}s", whole.as_secs()), "--json"])
         .arg(&report);
     let mut process = Process::start(command.stdout(Stdio::null()));
-    let mut taken = measure("throng", &mut process, options, server);
+    let taken = measure("throng", &mut process, options, server);
     let patience = Instant::now() + PATIENCE;
     while !process.has_ended() {
         assert!(Instant::now() < patience, "throng does not end");
@@ -155,14 +160,6 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
     // It is read, and nobody else looks for it.
     let _ = fs::remove_file(&report);
     let report: Value = serde_json::from_str(&text).expect("a report");
-    // Its media is made by then, and nobody has joined.
-    let started = report["started_at"]
-        .as_str()
-        .and_then(|at| humantime::parse_rfc3339(at).ok())
-        .expect("when it started");
-    taken.resident_before = process
-        .at(started.duration_since(UNIX_EPOCH).expect("a clock that is set"))
-        .resident_bytes;
     let hold = &report["steps"][0];
     let received = hold["video"]["packets_received"].as_f64().expect("a count") / hold["seconds"].as_f64().expect("seconds");
     println!(
@@ -178,7 +175,7 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
 
 /// Lets `process` join, then looks at it and at the server from one flush of the server's counters to another.
 fn measure(name: &'static str, process: &mut Process, options: &Options, server: &mut Server) -> Taken {
-    server.wait_for_participants(process, options.subscribers + 1);
+    let early = server.wait_for_participants(process, options.subscribers + 1);
     std::thread::sleep(SETTLE);
     let (started, packets_before) = server.next_flush();
     let resent_before = server.packets_resent();
@@ -203,7 +200,7 @@ fn measure(name: &'static str, process: &mut Process, options: &Options, server:
         resent: server.packets_resent() - resent_before,
         server_cpu: server_after - server_before,
         resident: after.resident_bytes,
-        resident_before: 0,
+        early,
     }
 }
 
@@ -215,14 +212,13 @@ fn print(options: &Options, lk: &Taken, throng: &Taken) {
     );
     for taken in [lk, throng] {
         println!(
-            "  {:<14} {:>6.2} us of CPU a received packet ({:.1} s of CPU for {:.0} packets/s in {:.1} s); resident {:.1} MiB, {:.1} before joins, {:.0} KiB a participant; the server {:.2} us a packet sent, {:.1} % of them again",
+            "  {:<14} {:>6.2} us of CPU a received packet ({:.1} s of CPU for {:.0} packets/s in {:.1} s); resident {:.1} MiB, {:.0} KiB a further participant; the server {:.2} us a packet sent, {:.1} % of them again",
             taken.name,
             taken.micros_a_packet(),
             taken.cpu.as_secs_f64(),
             taken.packets / taken.seconds,
             taken.seconds,
             taken.resident as f64 / 1_048_576.0,
-            taken.resident_before as f64 / 1_048_576.0,
             taken.kib_a_participant(options.subscribers),
             taken.server_cpu.as_secs_f64() * 1e6 / taken.packets,
             100.0 * taken.resent / taken.packets
@@ -234,7 +230,7 @@ fn print(options: &Options, lk: &Taken, throng: &Taken) {
         if cpu >= 8.0 { "met" } else { "MISSED" }
     );
     println!(
-        "  resident growth a participant, lk / throng: {:.1}x",
+        "  resident memory a further participant, lk / throng: {:.1}x",
         lk.kib_a_participant(options.subscribers) / throng.kib_a_participant(options.subscribers)
     );
 }
@@ -296,12 +292,20 @@ impl Server {
         self.metric("livekit_packet_total", "transmission=\"retransmit\"").unwrap_or(0.0)
     }
 
-    /// Looks at `process` until so many are in the server's rooms.
-    fn wait_for_participants(&self, process: &mut Process, count: u64) {
-        let patience = Instant::now() + PATIENCE;
-        while self.metric("livekit_participant_total", "") != Some(count as f64) {
-            assert!(Instant::now() < patience, "not {count} participants");
+    /// Looks at `process` until so many are in the server's rooms: how it was when a tenth of them were.
+    fn wait_for_participants(&self, process: &mut Process, count: u64) -> Early {
+        let (patience, mut early) = (Instant::now() + PATIENCE, None);
+        loop {
             process.watch();
+            let participants = self.metric("livekit_participant_total", "").unwrap_or(0.0);
+            if early.is_none() && participants >= count as f64 / 10.0 {
+                let resident = process.last().resident_bytes;
+                early = Some(Early { participants, resident });
+            }
+            if let (true, Some(early)) = (participants == count as f64, early) {
+                return early;
+            }
+            assert!(Instant::now() < patience, "{participants} participants, not {count}");
             std::thread::sleep(LOOK_INTERVAL);
         }
     }

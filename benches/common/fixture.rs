@@ -13,7 +13,7 @@ use super::{TRANSPORT_CC, cpu_clock};
 use crate::link::{UNDER_TEST, under_test};
 
 const TICK: Duration = Duration::from_millis(1);
-/// Packets between two readings of the thread's CPU clock, each of another connection: what a reading costs (a system call, a tenth of a microsecond), and the first packets for which nothing was fetched ahead,
+/// Packets between two readings of the thread's CPU clock, each of another connection: what a reading costs (a system call, a third of a microsecond), and the first packets for which nothing was fetched ahead,
 /// is then little of each. More would not stay in the first-level cache, as what the kernel has just copied does.
 pub const BATCH: usize = 16;
 /// Far beyond what any stack here takes to connect, in virtual time.
