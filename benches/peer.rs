@@ -78,6 +78,8 @@ struct Taken {
     name: &'static str,
     seconds: f64,
     cpu: Duration,
+    /// Of that the threads of our engine.
+    engine_cpu: Duration,
     packets: f64,
     /// Of the packets: where it is more than a little, somebody had no time to receive, and the figures are of an overload.
     resent: f64,
@@ -163,11 +165,12 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
     let hold = &report["steps"][0];
     let received = hold["video"]["packets_received"].as_f64().expect("a count") / hold["seconds"].as_f64().expect("seconds");
     println!(
-        "throng's own account: {}, {received:.0} packets/s received, {} of {} frames, {} bytes a participant; the server's: {:.0} packets/s sent",
+        "throng's own account: {}, {received:.0} packets/s received, {} of {} frames, {} bytes a participant, {:.0} % of its CPU in the engine; the server's: {:.0} packets/s sent",
         report["result"],
         hold["video"]["frames_delivered"],
         hold["video"]["frames_expected"],
         report["engine"]["bytes_per_participant"],
+        100.0 * taken.engine_cpu.as_secs_f64() / taken.cpu.as_secs_f64(),
         taken.packets / taken.seconds
     );
     taken
@@ -196,6 +199,7 @@ fn measure(name: &'static str, process: &mut Process, options: &Options, server:
         name,
         seconds: (flush.0 - started).as_secs_f64(),
         cpu: after.cpu_since(&before, "").total(),
+        engine_cpu: after.cpu_since(&before, "engine-").total(),
         packets: flush.1 - packets_before,
         resent: server.packets_resent() - resent_before,
         server_cpu: server_after - server_before,
