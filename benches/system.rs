@@ -126,7 +126,9 @@ impl Runs {
         };
         let stream = |subscribers: u32, send: &str| {
             let name = format!("one publisher of video, {subscribers} subscribers, sent {send}");
-            let shape = format!("--publishers 0 --video-publishers 1 --subscribers {subscribers} {}", size.video);
+            // The SFU sends on what comes together: with a pacer a frame comes in several bursts.
+            let pacing = if send == "gso" { "--pacing burst" } else { "" };
+            let shape = format!("--publishers 0 --video-publishers 1 --subscribers {subscribers} {} {pacing}", size.video);
             let run = run(name, send, subscribers + 1, size.seconds, shape)?;
             Some(Stream::beside_the_floor(run, subscribers, send))
         };
