@@ -1,5 +1,5 @@
 //! What the same load on the same real server costs `lk load-test` and us: a room with one publisher of 720p video and so many subscribers, in turn. CPU of
-//! the process that has the subscribers, by `/proc`, over the packets that the server says it sent; and its resident memory a participant.
+//! the process that has the subscribers, by `/proc`, over the packets that the server says it sent, less those dropped at its sockets; and its resident memory a participant.
 //!
 //! `cargo bench --bench peer -- --lk PATH --livekit PATH [--subscribers 200] [--seconds 30] [--port 23100]`
 //!
@@ -10,6 +10,7 @@
 #[path = "common/process.rs"]
 mod process;
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -81,6 +82,8 @@ struct Taken {
     /// Of that the threads of our engine.
     engine_cpu: Duration,
     packets: f64,
+    /// What the kernel dropped at the doors of the process: sent, and never received.
+    dropped: f64,
     /// Of the packets: where it is more than a little, somebody had no time to receive, and the figures are of an overload.
     resent: f64,
     server_cpu: Duration,
@@ -97,7 +100,7 @@ struct Early {
 
 impl Taken {
     fn micros_a_packet(&self) -> f64 {
-        self.cpu.as_secs_f64() * 1e6 / self.packets
+        self.cpu.as_secs_f64() * 1e6 / (self.packets - self.dropped)
     }
 
     fn kib_a_participant(&self, participants: u64) -> f64 {
@@ -181,7 +184,7 @@ fn measure(name: &'static str, process: &mut Process, options: &Options, server:
     let early = server.wait_for_participants(process, options.subscribers + 1);
     std::thread::sleep(SETTLE);
     let (started, packets_before) = server.next_flush();
-    let resent_before = server.packets_resent();
+    let (resent_before, dropped_before) = (server.packets_resent(), socket_drops(process.child.id()));
     let server_before = server.cpu();
     process.watch();
     let before = process.last().clone();
@@ -201,6 +204,7 @@ fn measure(name: &'static str, process: &mut Process, options: &Options, server:
         cpu: after.cpu_since(&before, "").total(),
         engine_cpu: after.cpu_since(&before, "engine-").total(),
         packets: flush.1 - packets_before,
+        dropped: socket_drops(process.child.id()) - dropped_before,
         resent: server.packets_resent() - resent_before,
         server_cpu: server_after - server_before,
         resident: after.resident_bytes,
@@ -216,7 +220,7 @@ fn print(options: &Options, lk: &Taken, throng: &Taken) {
     );
     for taken in [lk, throng] {
         println!(
-            "  {:<14} {:>6.2} us of CPU a received packet ({:.1} s of CPU for {:.0} packets/s in {:.1} s); resident {:.1} MiB, {:.0} KiB a further participant; the server {:.2} us a packet sent, {:.1} % of them again",
+            "  {:<14} {:>6.2} us of CPU a received packet ({:.1} s of CPU for {:.0} packets/s in {:.1} s); resident {:.1} MiB, {:.0} KiB a further participant; the server {:.2} us a packet sent, {:.1} % of them again, {:.1} % dropped at the receiver's sockets",
             taken.name,
             taken.micros_a_packet(),
             taken.cpu.as_secs_f64(),
@@ -225,7 +229,8 @@ fn print(options: &Options, lk: &Taken, throng: &Taken) {
             taken.resident as f64 / 1_048_576.0,
             taken.kib_a_participant(options.subscribers),
             taken.server_cpu.as_secs_f64() * 1e6 / taken.packets,
-            100.0 * taken.resent / taken.packets
+            100.0 * taken.resent / taken.packets,
+            100.0 * taken.dropped / taken.packets
         );
     }
     let cpu = lk.micros_a_packet() / throng.micros_a_packet();
@@ -237,6 +242,29 @@ fn print(options: &Options, lk: &Taken, throng: &Taken) {
         "  resident memory a further participant, lk / throng: {:.1}x",
         lk.kib_a_participant(options.subscribers) / throng.kib_a_participant(options.subscribers)
     );
+}
+
+/// Datagrams that the UDP sockets of a process have had no room for: of `/proc/net/udp` (proc(5)) the lines whose inodes are among its files.
+fn socket_drops(pid: u32) -> f64 {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let own: HashSet<String> = files
+        .filter_map(|file| {
+            Some(
+                fs::read_link(file.path())
+                    .ok()?
+                    .to_str()?
+                    .strip_prefix("socket:[")?
+                    .strip_suffix(']')?
+                    .to_owned(),
+            )
+        })
+        .collect();
+    let sockets = ["udp", "udp6"].map(|table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default());
+    let drops = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        own.contains(*fields.get(9)?).then(|| fields.last()?.parse::<f64>().ok()).flatten()
+    };
+    sockets.iter().flat_map(|table| table.lines()).filter_map(drops).sum()
 }
 
 fn throng(server: &Server) -> Command {
