@@ -26,10 +26,12 @@ use crate::units::{Epoch, Time};
 const SETUP_SHARE: Duration = Duration::from_micros(500);
 /// Set-up datagrams that wait: at 2 KiB each, 4 MiB a worker. Both protocols repeat what is lost.
 const SETUP_QUEUE_MAX: usize = 2_048;
-/// Batches taken from one socket before the next one's turn; the rest waits for the next tick.
-const DRAIN_BATCHES: usize = 32;
-/// Sockets that get a turn in one tick: far more than a thread can serve in time, so only an overload meets it.
-const DRAIN_TURNS_MAX: usize = 4_096;
+/// Datagrams taken from one socket before the next one's turn; the rest waits for the next tick.
+const SOCKET_DATAGRAMS_MAX: usize = 256;
+/// Datagrams of one tick, some 5 ms of work: what a key frame for thousands brings at once must not hold up what is to be sent.
+const TICK_DATAGRAMS_MAX: usize = 4_096;
+/// Sockets that one look at the kernel tells of.
+const POLLED_MAX: usize = 4_096;
 
 /// What a worker hands out once a second, and for the last time when it ends.
 pub struct Report {
@@ -50,7 +52,7 @@ pub struct Activity {
     pub arrivals: Vec<(u64, u64)>,
     /// Media alone.
     pub sends: Vec<(u64, u64)>,
-    /// Beats that came late by [`STALL_MIN`] or more: at most 50 a second.
+    /// Beats that came late by [`STALL_MIN`] or more, and times in which what had arrived waited as long: at most 50 a second.
     pub gaps: Vec<Gap>,
 }
 
@@ -89,9 +91,7 @@ pub fn run(config: WorkerConfig) -> io::Result<()> {
         let ticks = if worker.shard.is_waited_for_by(beat.planned + TICK) { 1 } else { 2 };
         let (now, late, missed) = beat.wait(ticks);
         worker.shard.record_tick(late, missed);
-        if late >= STALL_MIN {
-            worker.gaps.push(Gap { from: now - late, to: now });
-        }
+        worker.note_gap(now - late, now);
         if !worker.turn(now)? {
             worker.report(Occasion::Last);
             return Ok(());
@@ -153,6 +153,8 @@ struct Worker {
     arrivals: Marks,
     sends: Marks,
     gaps: Vec<Gap>,
+    /// When the datagram came that has waited longest among those of this tick.
+    oldest: Time,
 }
 
 struct SetupDatagram {
@@ -172,7 +174,7 @@ impl Worker {
             shard: Shard::new(config.shard, config.capacity, now),
             io: SocketIo::new(config.capacity),
             poll: Poll::new()?,
-            mio_events: Events::with_capacity(DRAIN_TURNS_MAX),
+            mio_events: Events::with_capacity(POLLED_MAX),
             ready: VecDeque::with_capacity(config.capacity),
             setup: VecDeque::new(),
             setup_spare: Vec::new(),
@@ -185,6 +187,7 @@ impl Worker {
             arrivals: Marks::default(),
             sends: Marks::default(),
             gaps: Vec::new(),
+            oldest: now,
         })
     }
 
@@ -214,38 +217,77 @@ impl Worker {
         // Kernel stamps are on the wall clock; read once a tick, the difference places them on ours.
         let unix_now = net::unix_nanos();
         self.poll.poll(&mut self.mio_events, Some(Duration::ZERO))?;
-        self.ready.extend(self.mio_events.iter().map(|event| event.token().0));
-        for _ in 0..DRAIN_TURNS_MAX.min(self.ready.len()) {
+        for event in &self.mio_events {
+            let Token(key) = event.token();
+            if let Some(slot) = self.io.slots[key].as_mut().filter(|slot| !slot.ready) {
+                slot.ready = true;
+                self.ready.push_back(key);
+            }
+        }
+        self.oldest = now;
+        let mut left = TICK_DATAGRAMS_MAX;
+        for _ in 0..self.ready.len() {
+            if left == 0 {
+                break;
+            }
             let Some(key) = self.ready.pop_front() else { break };
             // The participants that come next are not in the cache: fetched now, they are there when this one's datagrams are done.
             self.ready.get(2).iter().for_each(|next| self.shard.prefetch(**next));
             self.ready.get(1).iter().for_each(|next| self.shard.prefetch_streams(**next));
             self.ready.front().iter().for_each(|next| self.shard.prefetch_next(**next));
-            if !self.drain_socket(key, now, unix_now) {
+            let taken = self.drain_socket(key, now, unix_now);
+            left = left.saturating_sub(taken);
+            if self.io.slots[key].as_ref().is_some_and(|slot| slot.ready) {
                 self.ready.push_back(key);
             }
         }
+        // What waited so long was not served, however punctual the tick.
+        self.note_gap(self.oldest, now);
         Ok(())
     }
 
-    /// Takes what a socket holds; false if there may be more.
-    fn drain_socket(&mut self, key: usize, now: Time, unix_now: u64) -> bool {
-        for _ in 0..DRAIN_BATCHES {
-            let Some(slot) = self.io.slots[key].as_mut() else { return true };
+    /// Takes what a socket holds, up to a bound, and says how many datagrams that were. The slot stays ready where there may be more.
+    fn drain_socket(&mut self, key: usize, now: Time, unix_now: u64) -> usize {
+        let mut taken = 0;
+        while taken < SOCKET_DATAGRAMS_MAX {
+            let Some(slot) = self.io.slots[key].as_mut() else { break };
+            slot.ready = false;
             let count = match self.batch.receive(&slot.socket) {
                 Ok(count) => count,
                 // An ICMP answer to something that we sent: the next datagram may still be good.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
-                Err(_) => return true,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    slot.ready = true;
+                    taken += 1;
+                    continue;
+                }
+                Err(_) => break,
             };
+            slot.ready = !self.batch.is_drained();
             for index in 0..count {
                 self.take(key, index, now, unix_now);
             }
+            taken += count;
             if self.batch.is_drained() {
-                return true;
+                break;
             }
         }
-        false
+        taken
+    }
+
+    /// Notes a time in which this thread ought to have done something and did not. What overlaps is one.
+    fn note_gap(&mut self, from: Time, to: Time) {
+        if to.since(from) < STALL_MIN {
+            return;
+        }
+        match self.gaps.last_mut() {
+            Some(last) if from <= last.to => {
+                *last = Gap {
+                    from: from.min(last.from),
+                    to,
+                }
+            }
+            _ => self.gaps.push(Gap { from, to }),
+        }
     }
 
     fn take(&mut self, key: usize, index: usize, now: Time, unix_now: u64) {
@@ -258,6 +300,7 @@ impl Worker {
         }
         let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
         self.arrivals.mark(arrival);
+        self.oldest = self.oldest.min(arrival);
         match classify(datagram) {
             Datagram::Rtp => self.shard.handle_rtp(key, datagram, arrival),
             Datagram::Rtcp => self.shard.handle_rtcp(key, datagram, arrival, now, &mut self.io),
@@ -316,6 +359,7 @@ impl Worker {
                         connected: false,
                         drops: 0,
                         burst: 1,
+                        ready: false,
                     });
                 }
                 self.subscribers[key] = Some(events);
@@ -405,6 +449,8 @@ struct Slot {
     drops: u32,
     /// Datagrams in the buffer that came last.
     burst: u32,
+    /// It may hold datagrams, and stands in the queue of those that do.
+    ready: bool,
 }
 
 impl Slot {
