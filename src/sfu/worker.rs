@@ -23,6 +23,8 @@ use crate::units::{Epoch, Time};
 const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
 /// Batches taken at a turn, and forwarded together; then timers, commands and events get theirs.
 const DRAIN_BATCHES: usize = 8;
+/// Where datagrams come thick and fast, to be woken by each of them costs sender and receiver more than the datagram: then they are looked for so often.
+const WAKE_INTERVAL_MIN: Duration = Duration::from_micros(250);
 /// Commands taken at a turn: a join makes some, and media must not wait for a wave of them.
 const COMMANDS_MAX: usize = 16;
 
@@ -92,6 +94,8 @@ impl Worker {
                 socket_drops: 0,
                 readable: true,
                 more_requests: false,
+                woken_at: Time::ZERO,
+                wakes_are_dense: false,
             };
             // The poll fails only where the process is out of its means; the router is then gone, and its handle tells.
             while let Ok(true) = worker.turn() {}
@@ -171,6 +175,9 @@ struct Loop {
     readable: bool,
     /// More requests may wait.
     more_requests: bool,
+    woken_at: Time,
+    /// It had not waited for long.
+    wakes_are_dense: bool,
 }
 
 impl Loop {
@@ -195,15 +202,23 @@ impl Loop {
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        let timeout = if self.readable || self.more_requests {
+        let mut now = self.epoch.now();
+        let has_work = self.readable || self.more_requests;
+        if !has_work && self.wakes_are_dense && now.since(self.woken_at) < WAKE_INTERVAL_MIN {
+            std::thread::sleep(WAKE_INTERVAL_MIN - now.since(self.woken_at));
+            now = self.epoch.now();
+        }
+        let timeout = if has_work {
             Duration::ZERO
         } else {
-            self.router.next_timeout().since(self.epoch.now())
+            self.router.next_timeout().since(now)
         };
         match self.poll.poll(&mut self.happened, Some(timeout)) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
             _ => {}
         }
+        self.woken_at = self.epoch.now();
+        self.wakes_are_dense = self.woken_at.since(now) < WAKE_INTERVAL_MIN;
         self.readable |= self.happened.iter().any(|event| event.token() == SOCKET);
         Ok(())
     }

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use throng::engine::Roster;
 use throng::engine::publisher::{Pacing, SendParameters, SendTrack, Wire};
-use throng::engine::subscriber::{RecvStream, StreamContext};
+use throng::engine::subscriber::{EVENTS_MAX, RecvStream, StreamContext};
 use throng::engine::{StreamParameters, VIDEO_TRACK};
 use throng::measure::{Kind, Record};
+use throng::media::assemble::FrameEvent;
 use throng::media::identity::FrameIdentity;
 use throng::transport::rtp::Header;
 use throng::transport::rtp::vp8::Descriptor;
@@ -79,6 +80,7 @@ pub struct World {
     to_subscriber: (Sealer, Opener),
     stream: RecvStream,
     record: Record,
+    events: Vec<FrameEvent>,
     log: Log,
 }
 
@@ -143,6 +145,7 @@ impl World {
                 announced_at: now,
             }),
             record: Record::default(),
+            events: Vec::with_capacity(EVENTS_MAX),
             log: Log::default(),
         }
     }
@@ -259,7 +262,7 @@ impl World {
             tap: None,
             room: 0,
             intended_at: Time::ZERO,
-            events: &mut Vec::new(),
+            events: &mut self.events,
         };
         let (stream, opener, now) = (&mut self.stream, &self.to_subscriber.1, self.now);
         let taken = under_test(true, || {
