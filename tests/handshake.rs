@@ -5,9 +5,12 @@
 mod link;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use link::{Conditions, Datagram, Link};
+use throng::engine::shard::Shard;
+use throng::engine::{Event, Io, NewPeer, Roster, ShardConfig};
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
 use throng::units::{Epoch, Time};
 
@@ -194,4 +197,94 @@ fn garbage_and_foreign_datagrams_do_no_harm_to_a_peer() {
             .handle_setup_datagram(&bytes, "198.51.100.9:9".parse().unwrap(), Time::from_micros(round));
     }
     connect(&mut ends, &mut Link::new(Conditions::default(), 1)).unwrap();
+}
+
+/// What a shard sends.
+struct Outbox {
+    buffer: Vec<u8>,
+    sent: Vec<Vec<u8>>,
+}
+
+impl Io for Outbox {
+    fn lend(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    fn send(&mut self, _: usize, _: SocketAddr, len: usize, segment: usize) {
+        self.sent.extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
+    }
+
+    fn connect(&mut self, _: usize, _: SocketAddr) {}
+
+    fn disconnect(&mut self, _: usize) {}
+}
+
+/// The events of a shard's peer against another peer, which reads of DTLS what `reads` lets it. `certificate`: the one that the shard is told to expect.
+fn events_of(shard_identity: &Identity, other: &Identity, certificate: &Identity, reads_dtls: bool) -> Vec<Event> {
+    let epoch = Epoch::read();
+    let addresses: [SocketAddr; 2] = ["192.0.2.1:1000".parse().unwrap(), "192.0.2.2:2000".parse().unwrap()];
+    let credentials = [IceCredentials::random(), IceCredentials::random()];
+    let parameters = |me: usize, remote_fingerprint| PeerParameters {
+        local_address: addresses[me],
+        local: credentials[me].clone(),
+        remote: credentials[1 - me].clone(),
+        remote_fingerprint,
+        remote_candidates: vec![addresses[1 - me]],
+        ice_controlling: me == 0,
+        dtls_active: me == 0,
+    };
+    let config = ShardConfig {
+        identity: shard_identity.clone(),
+        roster: Arc::new(Roster::new(0, [0].into_iter())),
+        epoch,
+    };
+    let mut shard = Shard::new(config, 1, Time::ZERO);
+    let mut outbox = Outbox {
+        buffer: vec![0; 65_536],
+        sent: Vec::new(),
+    };
+    let peer = NewPeer {
+        participant: 0,
+        room: 0,
+        parameters: parameters(0, certificate.fingerprint()),
+        rtcp_ssrc: 1,
+        cname: "client".into(),
+        obeys_bandwidth: false,
+        intended_at: Time::ZERO,
+    };
+    shard.add_peer(0, peer, Time::ZERO, &mut outbox);
+    let mut server = Peer::new(other, &parameters(1, shard_identity.fingerprint()), epoch, Time::ZERO);
+    let mut events = Vec::new();
+    for now in (0..8_000).map(Time::from_millis) {
+        for datagram in std::mem::take(&mut outbox.sent) {
+            // STUN begins with two zero bits, DTLS with its content types (RFC 7983).
+            if reads_dtls || datagram[0] < 4 {
+                server.handle_setup_datagram(&datagram, addresses[0], now);
+            }
+        }
+        server.handle_timeout(now);
+        let mut answers = Vec::new();
+        server.poll(now, |bytes, _| answers.push(bytes.to_vec()), |_| {});
+        for answer in answers {
+            shard.handle_setup_datagram(0, &answer, addresses[1], now, now, &mut outbox);
+        }
+        shard.handle_media_timers(now, &mut outbox);
+        shard.handle_control_timers(now, &mut outbox);
+        while let Some((_, event)) = shard.poll_event() {
+            events.push(event);
+        }
+    }
+    events
+}
+
+#[test]
+fn where_dtls_fails_the_moment_of_ice_is_told_all_the_same() {
+    let [client, server, promised] = [(); 3].map(|()| Identity::generate().unwrap());
+    let prompt = events_of(&client, &server, &server, true);
+    assert!(matches!(prompt[..], [Event::Connected { ice_at: Some(_), .. }]), "{prompt:?}");
+    let refused = events_of(&client, &server, &promised, true);
+    assert!(matches!(refused[..], [Event::IceConnected { .. }, Event::Failed { .. }]), "{refused:?}");
+    let silent = events_of(&client, &server, &server, false);
+    assert!(matches!(silent[..], [Event::IceConnected { .. }, ..]), "{silent:?}");
+    assert!(!silent.iter().any(|event| matches!(event, Event::Connected { .. })), "{silent:?}");
 }

@@ -54,6 +54,8 @@ pub struct Connection {
     pub repair_at: Time,
     pub saw_media: bool,
     pub failed: bool,
+    /// Signalling knows when ICE had a path.
+    pub ice_told: bool,
     rtt_stun: Option<Duration>,
     /// The shortest one that anything has measured.
     rtt_least: Option<Duration>,
@@ -121,6 +123,7 @@ impl Connection {
             repair_at: Time::MAX,
             saw_media: false,
             failed: false,
+            ice_told: false,
             rtt_stun: None,
             rtt_least: None,
             tap: None,

@@ -170,6 +170,11 @@ pub enum Event {
     IceRestarted {
         key: usize,
     },
+    /// ICE has a path, and DTLS has not followed at once: where it never does, this is all that is known of the join.
+    IceConnected {
+        key: usize,
+        at: Time,
+    },
     /// DTLS is done: media may flow.
     Connected {
         key: usize,

@@ -319,11 +319,22 @@ impl Shard {
                 self.take_early(key);
             }
             PeerEvent::Failed(failure) => {
+                self.tell_lone_ice(key);
+                let Some(peer) = self.peers[key].as_mut() else { return };
                 self.in_setup -= usize::from(peer.is_in_setup());
                 peer.failed = true;
                 self.control_timers.set(control(key, Control::Setup), Time::MAX);
                 self.events.push_back((key, Event::Failed { key, failure }));
             }
+        }
+    }
+
+    /// Tells of an ICE path that DTLS is late on. Where both come together, one event says so.
+    fn tell_lone_ice(&mut self, key: usize) {
+        let waiting = self.peers[key].as_mut().filter(|peer| peer.is_in_setup() && !peer.ice_told);
+        if let Some((peer, at)) = waiting.and_then(|peer| peer.transport.nominated_at().map(|at| (peer, at))) {
+            peer.ice_told = true;
+            self.events.push_back((key, Event::IceConnected { key, at }));
         }
     }
 
@@ -476,7 +487,10 @@ impl Shard {
         while let Some(timer) = self.control_timers.pop_due(now) {
             let key = (timer / CONTROLS) as usize;
             match timer % CONTROLS {
-                kind if kind == Control::Setup as u32 => self.advance_setup(key, now, io),
+                kind if kind == Control::Setup as u32 => {
+                    self.advance_setup(key, now, io);
+                    self.tell_lone_ice(key);
+                }
                 kind if kind == Control::Rtcp as u32 => self.send_reports(key, now, io),
                 kind if kind == Control::Feedback as u32 => self.send_feedback(key, now, io),
                 kind if kind == Control::Probe as u32 => self.send_probe(key, now, io),

@@ -795,6 +795,10 @@ impl Session {
                     sender.answer(answer, id).await?;
                 }
             }
+            EngineEvent::IceConnected { key, at } => {
+                self.half_of(key).ice_at = Some(at);
+                self.note_phases();
+            }
             EngineEvent::Connected { key, ice_at, at } => {
                 let half = self.half_of(key);
                 (half.ice_at, half.connected_at) = (ice_at, Some(at));
@@ -818,10 +822,10 @@ impl Session {
 
     /// Media may flow: each track gets a slot of its own, spread over the frame interval by the participant's index.
     fn publish(&mut self) {
-        let start = self.context.epoch.now() + FIRST_FRAME_DELAY;
+        let ready = self.context.epoch.now() + FIRST_FRAME_DELAY;
         let mut parameters = Vec::new();
         for track in &self.tracks {
-            let first_frame_at = start + track.slot_offset(&self.plan);
+            let first_frame_at = track.first_slot(&self.plan, ready);
             parameters.extend(track.send_parameters(&self.plan, self.context.roster.run, first_frame_at));
         }
         if !parameters.is_empty() {
@@ -832,14 +836,23 @@ impl Session {
         }
     }
 
+    /// A phase is reached when every connection that the participant is to have has reached it.
+    fn note_phases(&mut self) {
+        let wanted = || [&self.publisher, &self.subscriber].into_iter().filter(|half| half.wanted);
+        let all = |moment: fn(&Half) -> Option<Time>| match wanted().all(|half| moment(half).is_some()) {
+            true => wanted().filter_map(moment).max(),
+            false => None,
+        };
+        (self.timeline.ice_connected, self.timeline.dtls_connected) = (all(|half| half.ice_at), all(|half| half.connected_at));
+    }
+
     fn check_joined(&mut self) -> Result<(), Failure> {
         let waiting = self.timeline.signal_joined.is_none() || self.publisher.is_missing() || self.subscriber.is_missing();
         if self.joined || waiting {
             return Ok(());
         }
         self.joined = true;
-        let latest = |moment: fn(&Half) -> Option<Time>| moment(&self.publisher).max(moment(&self.subscriber));
-        (self.timeline.ice_connected, self.timeline.dtls_connected) = (latest(|half| half.ice_at), latest(|half| half.connected_at));
+        self.note_phases();
         self.timeline.joined = self.timeline.dtls_connected.max(self.timeline.signal_joined);
         if self.first_timeline.is_some() {
             self.tell_reconnected();

@@ -1107,7 +1107,7 @@ impl World {
                             format!("session {index} lost its {half:?} connection: {failure:?}")
                         });
                     }
-                    Event::IceRestarted { .. } | Event::FirstMedia { .. } => {}
+                    Event::IceConnected { .. } | Event::IceRestarted { .. } | Event::FirstMedia { .. } => {}
                 }
             }
         }

@@ -129,10 +129,10 @@ impl Track {
         self.local.kind
     }
 
-    /// Where in the highest layer's frame interval the track's slots lie.
-    pub(super) fn slot_offset(&self, plan: &ParticipantPlan) -> Duration {
+    /// The first of the track's slots from `ready` on. Slots are moments of the run's clock, so that tracks stay spread however their joins are timed.
+    pub(super) fn first_slot(&self, plan: &ParticipantPlan, ready: Time) -> Time {
         let interval = self.layers.iter().map(|layer| layer.source.frame_interval()).min().unwrap_or_default();
-        slot_offset(plan.index, track_number(self.kind()), interval)
+        first_slot(slot_offset(plan.index, track_number(self.kind()), interval), interval, ready)
     }
 
     /// For the shard, which starts all layers with the frame of `first_frame_at`; none until the server has taken the track.
@@ -197,6 +197,13 @@ impl Track {
 fn slot_offset(index: u32, track: u8, interval: Duration) -> Duration {
     let turn = index.wrapping_mul(2).wrapping_add(u32::from(track)).wrapping_mul(0x9E37_79B9);
     Duration::from_nanos(((interval.as_nanos() * u128::from(turn)) >> 32) as u64)
+}
+
+/// The first moment from `ready` on that lies `offset` after a multiple of `interval`.
+fn first_slot(offset: Duration, interval: Duration, ready: Time) -> Time {
+    let interval_nanos = interval.as_nanos().max(1) as u64;
+    let slots = ready.since(Time::ZERO + offset).as_nanos().div_ceil(u128::from(interval_nanos)) as u64;
+    Time::from_nanos(slots * interval_nanos) + offset
 }
 
 pub(super) fn add_track_request(track: &Track) -> proto::AddTrackRequest {
@@ -291,5 +298,23 @@ pub(super) fn stream_parameters(track: &RemoteTrack, announced_at: Time) -> Stre
             .id(Extension::AbsSendTime)
             .filter(|_| track.feedback.contains(Feedback::GoogRemb)),
         announced_at,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_spread_evenly_whenever_their_participants_come() {
+        const INTERVAL: Duration = Duration::from_millis(20);
+        let mut in_millisecond = [0u32; 20];
+        for index in 0..3_000 {
+            let ready = Time::from_micros(u64::from(index) * 5_003);
+            let slot = first_slot(slot_offset(index, 0, INTERVAL), INTERVAL, ready);
+            assert!(slot >= ready && slot.since(ready) <= INTERVAL, "{index}: {slot:?} after {ready:?}");
+            in_millisecond[(slot.as_nanos() % INTERVAL.as_nanos() as u64 / 1_000_000) as usize] += 1;
+        }
+        assert!(in_millisecond.iter().all(|count| count.abs_diff(150) <= 3), "{in_millisecond:?}");
     }
 }
