@@ -9,6 +9,7 @@ const SIGNIFICANT_DIGITS: u8 = 3;
 /// Microseconds, three significant digits. What was `expected` and never came counts as later than everything that came.
 ///
 /// `expected` is what the recorder announced with [`Histogram::expect`], and never less than what was recorded.
+#[derive(Clone)]
 pub struct Histogram {
     hdr: hdrhistogram::Histogram<u64>,
     expected: u64,
@@ -19,22 +20,6 @@ impl Default for Histogram {
     fn default() -> Histogram {
         let hdr = hdrhistogram::Histogram::new_with_bounds(1, MICROS_MAX, SIGNIFICANT_DIGITS).expect("bounds are constants that the library accepts");
         Histogram { hdr, expected: 0 }
-    }
-}
-
-impl Clone for Histogram {
-    /// An empty histogram is made anew: its pages are then never touched, and take no memory.
-    fn clone(&self) -> Histogram {
-        match self.hdr.is_empty() {
-            true => Histogram {
-                expected: self.expected,
-                ..Histogram::default()
-            },
-            false => Histogram {
-                hdr: self.hdr.clone(),
-                expected: self.expected,
-            },
-        }
     }
 }
 
