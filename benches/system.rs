@@ -45,11 +45,15 @@ struct Size {
     plain_shares: &'static [u32],
     joins_per_second: u32,
     meeting: u32,
+    meeting_joins_per_second: u32,
     seconds: u32,
     /// How long those who have nothing to hear are held.
     idle_seconds: u32,
     goals: bool,
 }
+
+/// A picture a second, and one who speaks.
+const LEAST_MEDIA: &str = "--video-resolution 96x54 --video-bitrate 12k --video-fps 1 --no-simulcast --simulate-speakers --audio-dtx";
 
 const TINY: Size = Size {
     video: "--video-resolution 96x54 --video-bitrate 60k --no-simulcast",
@@ -58,6 +62,7 @@ const TINY: Size = Size {
     plain_shares: &[50],
     joins_per_second: 50,
     meeting: 2,
+    meeting_joins_per_second: 50,
     seconds: 1,
     idle_seconds: 1,
     goals: true,
@@ -69,6 +74,7 @@ const MIDDLING: Size = Size {
     plain_shares: &[50],
     joins_per_second: 300,
     meeting: 20,
+    meeting_joins_per_second: 20,
     seconds: 4,
     idle_seconds: 6,
     goals: false,
@@ -81,6 +87,7 @@ const FULL: Size = Size {
     plain_shares: &[66, 50, 33, 20, 10],
     joins_per_second: 1_000,
     meeting: 150,
+    meeting_joins_per_second: 5,
     seconds: 60,
     idle_seconds: 30,
     goals: true,
@@ -123,10 +130,11 @@ struct Stream {
 
 impl Runs {
     fn of(size: &Size, filter: &str) -> Runs {
-        let run = |name: String, send: &str, participants: u32, seconds: u32, shape: String| {
-            let shape = format!("{shape} --num-per-second {} --duration {seconds}s", size.joins_per_second);
+        let run_at = |rate: u32, name: String, send: &str, participants: u32, seconds: u32, shape: String| {
+            let shape = format!("{shape} --num-per-second {rate} --duration {seconds}s");
             name.contains(filter).then(|| Run::of(name, send, participants, seconds, &shape))
         };
+        let run = |name, send: &str, participants, seconds, shape| run_at(size.joins_per_second, name, send, participants, seconds, shape);
         let stream = |subscribers: u32, send: &str| {
             let name = format!("one publisher of video, {subscribers} subscribers, sent {send}");
             // The SFU sends on what comes together: with a pacer a frame comes in several bursts.
@@ -155,18 +163,20 @@ impl Runs {
                 last
             },
             audio: run(
-                format!("{many} publishers of audio, rooms of {}", size.few),
+                format!("{many} publishers of audio"),
                 "plain",
                 many,
                 size.seconds,
-                format!("--room-count {} --publishers {}", many / size.few, size.few),
+                format!("--room-count {} --publishers {}", many.div_ceil(10), many.min(10)),
             ),
-            meeting: run(
+            // What the room costs, with as little media as there can be: with 149 whole videos for each, two cores carry nothing else.
+            meeting: run_at(
+                size.meeting_joins_per_second,
                 format!("a meeting of {meeting}, audio and video"),
                 "gso",
                 meeting,
                 size.seconds,
-                format!("--meeting --publishers {meeting} --video-publishers {meeting} {}", size.video),
+                format!("--meeting --publishers {meeting} --video-publishers {meeting} {LEAST_MEDIA}"),
             ),
             silent_few: silent(size.few),
             silent_many: silent(many),
