@@ -60,8 +60,14 @@ pub struct Plan {
     pub joins_per_second: f64,
     /// How often a join that failed is tried again.
     pub join_retries: u32,
-    /// From the end of joining to the end of measuring.
+    /// From the end of joining to the end of measuring, of each tier.
     pub duration: Duration,
+    /// Tiers, one after the other: how many subscribers a room has; their largest is [`Shape::subscribers`]. Empty: all join, and that is all.
+    pub ramp: Vec<u32>,
+    /// The joins of a tier, or its leaves, are spread over this, instead of [`Plan::joins_per_second`].
+    pub ramp_time: Option<Duration>,
+    /// Between the end of joining and the beginning of measuring, of each tier.
+    pub warmup: Duration,
     /// Everything that is random below the plan comes from here.
     pub seed: u64,
     /// Tells runs apart in identities and room names. Not derived from `seed`: a repeated run must not evict the first one's participants.
@@ -156,6 +162,15 @@ pub struct Shape {
     /// Publishers subscribe to each other, too.
     pub meeting: bool,
     pub identity_prefix: String,
+}
+
+/// How many subscribers are in. They are the first ones in joining order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subscribers {
+    /// So many in each room.
+    PerRoom(u32),
+    /// So many over all rooms.
+    Total(u32),
 }
 
 /// Opus as it is sent.
@@ -474,6 +489,17 @@ impl Plan {
     /// Participants of all rooms.
     pub fn total_participants(&self) -> u32 {
         u32::try_from(self.shape.total()).unwrap_or(u32::MAX)
+    }
+
+    /// How many participants are in: all publishers, and so many subscribers. They are the first ones in joining order.
+    pub fn participants_with(&self, subscribers: Subscribers) -> u32 {
+        let shape = &self.shape;
+        let publishers = u64::from(shape.publishers()) * u64::from(shape.room_count);
+        let subscribers = match subscribers {
+            Subscribers::PerRoom(count) => u64::from(count.min(shape.subscribers)) * u64::from(shape.room_count),
+            Subscribers::Total(count) => u64::from(count).min(u64::from(shape.subscribers) * u64::from(shape.room_count)),
+        };
+        u32::try_from(publishers + subscribers).unwrap_or(u32::MAX)
     }
 
     /// All participants, in joining order.
@@ -815,6 +841,9 @@ pub(crate) mod tests {
             joins_per_second: 50.0,
             join_retries: 0,
             duration: Duration::from_secs(15),
+            ramp: Vec::new(),
+            ramp_time: None,
+            warmup: Duration::ZERO,
             seed: 7,
             run_tag: 0xC0FF_EE01,
         }

@@ -49,6 +49,9 @@ fn plan() -> Plan {
         joins_per_second: 50.0,
         join_retries: 0,
         duration: Duration::from_secs(30),
+        ramp: Vec::new(),
+        ramp_time: None,
+        warmup: Duration::ZERO,
         seed: 7,
         run_tag: 0xC0FF_EE01,
     }

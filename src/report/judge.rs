@@ -99,6 +99,15 @@ pub fn judge_step(outcome: &Outcome, step: &Step) -> Judgement {
     }
 }
 
+/// Judges a tier that has just been held, by itself: what is known of the generator then.
+pub fn judge_tier(step: &Step, judging: &Judging) -> Judgement {
+    let reasons = step_failures(step, judging);
+    Judgement {
+        verdict: if reasons.is_empty() { Verdict::Pass } else { Verdict::Fail },
+        reasons,
+    }
+}
+
 /// Loss of one kind of media, as shares (0..=1); `None` where nothing tells.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Loss {

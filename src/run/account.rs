@@ -80,6 +80,36 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
     }
 }
 
+/// What counts for a tier, of the run's record `now`, as it was when the tier `began`, and when it was first `held`.
+///
+/// What happens once to a participant or a subscription (joining, the first frame, being lost) counts from the beginning, when the first one was to join or to
+/// leave; everything else from the hold on.
+pub(super) fn of_tier(now: &Record, began: &Record, held: &Record) -> Record {
+    let mut tier = now.since(held);
+    let (from, to, once) = (&now.session, &mut tier.session, &began.session);
+    to.joins_ok = from.joins_ok - once.joins_ok;
+    to.joins_failed = from.joins_failed - once.joins_failed;
+    to.joins_retried = from.joins_retried - once.joins_retried;
+    to.joins_planned = to.joins_ok + to.joins_failed;
+    to.disconnects = from.disconnects - once.disconnects;
+    to.reconnects_ok = from.reconnects_ok - once.reconnects_ok;
+    to.reconnects_failed = from.reconnects_failed - once.reconnects_failed;
+    to.join = from.join.since(&once.join);
+    to.signal_connect = from.signal_connect.since(&once.signal_connect);
+    to.signal_join = from.signal_join.since(&once.signal_join);
+    to.ice = from.ice.since(&once.ice);
+    to.dtls = from.dtls.since(&once.dtls);
+    to.first_media = from.first_media.since(&once.first_media);
+    to.reconnect = from.reconnect.since(&once.reconnect);
+    for (from, to, once) in [(&now.audio, &mut tier.audio, &began.audio), (&now.video, &mut tier.video, &began.video)] {
+        to.track_subscribe = from.track_subscribe.since(&once.track_subscribe);
+        to.first_packet = from.first_packet.since(&once.first_packet);
+        to.first_frame = from.first_frame.since(&once.first_frame);
+    }
+    expect_frames(&mut tier);
+    tier
+}
+
 /// What a participant received of one kind of media, over all its connections.
 pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Quality {
     let mut quality = Quality {

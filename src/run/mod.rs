@@ -1,4 +1,4 @@
-//! One load test from start to finish: media, rooms, workers, joins, hold, drain, and the account of it.
+//! One load test from start to finish: media, rooms, workers, joins, tiers, drain, and the account of it.
 //!
 //! Everything measured flows into one cumulative [`Record`]; whatever ends the run early, what was measured until then is reported.
 
@@ -6,8 +6,10 @@ pub mod account;
 mod clips;
 mod embedded;
 mod interrupts;
+pub mod lead;
 mod observer;
 mod rooms;
+mod stages;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -24,8 +26,10 @@ pub use embedded::Embedded;
 pub use interrupts::Interrupts;
 
 use account::{expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks};
+use lead::{Alone, Lead, Stage, Tier};
 use observer::Observer;
 use rooms::Rooms;
+use stages::{Around, Hold, UnderWay};
 
 use crate::cli;
 use crate::engine::health::{self, FloorThread};
@@ -39,9 +43,9 @@ use crate::preflight;
 use crate::recording::{Recorder, Recording};
 use crate::report::progress::Snapshot;
 use crate::report::worst::is_healthy;
-use crate::report::{EngineHealth, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo, TargetKind};
+use crate::report::{EngineHealth, Judging, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo, TargetKind};
 use crate::sfu;
-use crate::signal::session::{self, Ended, Media, Notice, Phase, Place, Sections, SessionContext, TakingTurns};
+use crate::signal::session::{Ended, Media, Notice, Phase, Place, SessionContext, TakingTurns};
 use crate::signal::{ApiKey, Endpoint, probe};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
@@ -57,11 +61,20 @@ const REPORTS_TAKE: Duration = Duration::from_millis(50);
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 const PEERS_PER_PARTICIPANT: usize = 2;
 
-/// Runs the plan against its LiveKit server, with the media that [`Clips::generate`] made of it. `progress` hears how it goes, twice a second.
+/// Runs the plan by itself: see [`run_led`].
+///
+/// # Errors
+/// As [`run_led`].
+pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
+    run_led(run, resources, clips, &mut Alone::new(&run.plan), progress).await
+}
+
+/// Runs the plan against its LiveKit server as `lead` wants it, with the media that [`Clips::generate`] made of it. `progress` hears how it goes, twice a
+/// second.
 ///
 /// # Errors
 /// What kept the run from starting; once it has started there is an outcome.
-pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, mut progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
+pub async fn run_led(run: &cli::Run, resources: &Resources, clips: Clips, lead: &mut impl Lead, progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
     let mut interrupts = Interrupts::listen();
     let credentials = run
         .credentials
@@ -72,10 +85,15 @@ pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, mut progre
     let mut plan = run.plan.clone();
     let rooms = Rooms::create(&plan, &endpoint, &api_key, &mut interrupts).await?;
     distrust_old_servers(&mut plan, &endpoint, &api_key).await;
-    let mut outcome = match Test::start(&plan, run.destinations.record.clone(), resources, endpoint, api_key, clips) {
+    let mut outcome = match Test::start(&plan, run, resources, endpoint, api_key, clips) {
         Ok(mut test) => {
             test.notes.clone_from(&rooms.notes);
-            test.go(&mut interrupts, &mut progress).await;
+            test.go(&mut Around {
+                lead,
+                interrupts: &mut interrupts,
+                progress,
+            })
+            .await;
             test.finish(run)
         }
         Err(error) => {
@@ -122,8 +140,10 @@ fn unix_now() -> Duration {
 /// A test under way.
 struct Test<'a> {
     plan: &'a Plan,
+    judging: &'a Judging,
     epoch: Epoch,
-    /// Until the sessions are spawned, which then share it among themselves.
+    roster: Arc<Roster>,
+    /// Until nobody joins any more; then the sessions share it among themselves.
     context: Option<Arc<SessionContext>>,
     places: Vec<Place>,
     workers: Vec<Worker>,
@@ -140,10 +160,19 @@ struct Test<'a> {
     cpu_before: Option<Duration>,
     resident_before: Option<u64>,
     resident_hold: Option<u64>,
-    hold: Option<(Record, Time)>,
+    stage: Stage,
+    /// Participants who ought to be in: so many, the first ones in joining order.
+    admitted: u32,
+    joins_asked: u32,
+    /// When the next join may be intended at the earliest.
+    next_join_at: Time,
+    tier: Option<UnderWay>,
+    tiers: Vec<Tier>,
     steps: Vec<Step>,
     media_stopped_at: Option<Time>,
     partial: Option<String>,
+    was_interrupted: bool,
+    shown_at: Time,
     notes: Vec<String>,
 }
 
@@ -185,22 +214,8 @@ struct SecondBook {
     last: Sample,
 }
 
-/// Why a wait ended.
-enum Until {
-    Done,
-    Interrupted(&'static str),
-    Abandoned,
-}
-
 impl<'a> Test<'a> {
-    fn start(
-        plan: &'a Plan,
-        record_to: Option<PathBuf>,
-        resources: &Resources,
-        endpoint: Endpoint,
-        api_key: ApiKey,
-        clips: Clips,
-    ) -> Result<Test<'a>> {
+    fn start(plan: &'a Plan, run: &'a cli::Run, resources: &Resources, endpoint: Endpoint, api_key: ApiKey, clips: Clips) -> Result<Test<'a>> {
         let epoch = Epoch::read();
         let identity = Identity::generate().map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
         let rooms = plan.participants().map(|participant| participant.room);
@@ -220,7 +235,7 @@ impl<'a> Test<'a> {
             endpoint,
             api_key,
             epoch,
-            roster,
+            roster: roster.clone(),
             fingerprint: identity.fingerprint(),
             media: Media {
                 audio: clips.audio,
@@ -243,11 +258,14 @@ impl<'a> Test<'a> {
             leave: leaving,
         };
         let places = places(&parts);
+        let record_to = run.destinations.record.clone();
         let recorder = record_to.map(|dir| start_recorder(dir, plan, &workers, &places)).transpose()?;
         let now = epoch.now();
         Ok(Test {
             plan,
+            judging: &run.judging,
             epoch,
+            roster,
             context: Some(Arc::new(context)),
             places,
             workers,
@@ -271,110 +289,19 @@ impl<'a> Test<'a> {
             cpu_before: generator_cpu(),
             resident_before,
             resident_hold: None,
-            hold: None,
+            stage: Stage::Publish,
+            admitted: 0,
+            joins_asked: 0,
+            next_join_at: now,
+            tier: None,
+            tiers: Vec::new(),
             steps: Vec::new(),
             media_stopped_at: None,
             partial: None,
+            was_interrupted: false,
+            shown_at: Time::ZERO,
             notes: Vec::new(),
         })
-    }
-
-    /// Joining, hold, drain, goodbye.
-    async fn go(&mut self, interrupts: &mut Interrupts, progress: &mut impl FnMut(&Snapshot)) {
-        let planned = self.plan.total_participants();
-        self.spawn_sessions();
-        let joined = self
-            .wait(interrupts, progress, |test| {
-                (test.sessions.joined + test.sessions.failed >= planned).then_some(Until::Done)
-            })
-            .await;
-        // Where nobody got in there is nothing to hold: the joins have failed, and that is the result.
-        if self.goes_on(joined, "while participants were joining") && self.sessions.joined > 0 {
-            self.flush().await;
-            let start = self.epoch.now();
-            let end = start + self.plan.duration;
-            self.resident_hold = net::resident_bytes().map(|(now, _)| now);
-            self.workers.iter_mut().for_each(|worker| worker.cpu_at_hold = worker.cpu);
-            self.hold = Some((self.record.clone(), start));
-            let held = self
-                .wait(interrupts, progress, |test| (test.epoch.now() >= end).then_some(Until::Done))
-                .await;
-            self.goes_on(held, "before the planned duration was over");
-        }
-        self.stop_media(interrupts, progress).await;
-        self.stop_workers().await;
-        self.join_workers();
-        self.finish_recording();
-        self.say_goodbye().await;
-    }
-
-    fn goes_on(&mut self, until: Until, when: &str) -> bool {
-        let seconds = self.epoch.now().as_micros() as f64 / 1e6;
-        match until {
-            Until::Done => return true,
-            Until::Interrupted(signal) => self.partial = Some(format!("{signal} after {seconds:.1} s, {when}")),
-            Until::Abandoned => self.partial = Some(format!("all participants were gone after {seconds:.1} s, {when}")),
-        }
-        false
-    }
-
-    /// Starts every session at its intended moment, whatever became of the earlier ones.
-    fn spawn_sessions(&mut self) {
-        let Some(context) = self.context.take() else { return };
-        let participants: Vec<_> = self
-            .plan
-            .participants()
-            .map(|participant| {
-                let [audio, video] = [Kind::Audio, Kind::Video].map(|kind| self.plan.tracks_ahead(&participant, kind));
-                (self.plan.room_name(participant.room), participant, Sections { audio, video })
-            })
-            .collect();
-        let places = self.places.clone();
-        let start = self.epoch.now() + Duration::from_millis(5);
-        let mut leave = self.leave.subscribe();
-        tokio::spawn(async move {
-            for (room, participant, tracks_ahead) in participants {
-                let intended = start + participant.join_offset;
-                let at = tokio::time::Instant::from_std(context.epoch.instant(intended));
-                tokio::select! {
-                    () = tokio::time::sleep_until(at) => {}
-                    () = session::leaving(&mut leave) => return,
-                }
-                let place = places[participant.index as usize];
-                // Nobody asks anything of them after they have joined.
-                let (_, requests) = mpsc::unbounded_channel();
-                tokio::spawn(session::run(context.clone(), participant, room, place, intended, tracks_ahead, requests));
-            }
-        });
-    }
-
-    /// Takes reports and notices until `done` says so, a signal comes, or nobody is left.
-    async fn wait(&mut self, interrupts: &mut Interrupts, progress: &mut impl FnMut(&Snapshot), done: impl Fn(&Test<'_>) -> Option<Until>) -> Until {
-        let mut beat = tokio::time::interval(BEAT);
-        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut shown_at = Time::ZERO;
-        loop {
-            if let Some(until) = done(self) {
-                return until;
-            }
-            if self.sessions.joined > 0 && self.sessions.ended.len() == self.plan.total_participants() as usize {
-                return Until::Abandoned;
-            }
-            // Reports and notices wait for the beat: woken by each of them, this thread and those that tell them would do little else while a thousand a
-            // second join.
-            tokio::select! {
-                signal = interrupts.next() => return Until::Interrupted(signal),
-                _ = beat.tick() => self.take_what_came(),
-            }
-            let now = self.epoch.now();
-            if now >= self.second.due {
-                self.close_second(now);
-            }
-            if now.since(shown_at) >= PROGRESS_INTERVAL {
-                shown_at = now;
-                progress(&self.snapshot(now));
-            }
-        }
     }
 
     fn take_what_came(&mut self) {
@@ -463,24 +390,6 @@ impl<'a> Test<'a> {
         }
     }
 
-    /// The last frames leave, then what is under way or lost gets time to arrive.
-    async fn stop_media(&mut self, interrupts: &mut Interrupts, progress: &mut impl FnMut(&Snapshot)) {
-        self.command_all(|| Command::StopPublishing);
-        let now = self.epoch.now();
-        self.media_stopped_at = Some(now);
-        self.flush().await;
-        self.workers.iter_mut().for_each(|worker| worker.cpu_at_stop = worker.cpu);
-        let end = now + DRAIN;
-        // Where nobody is left there is nothing to wait for.
-        if let Until::Interrupted(signal) = self
-            .wait(interrupts, progress, |test| (test.epoch.now() >= end).then_some(Until::Done))
-            .await
-        {
-            self.partial
-                .get_or_insert_with(|| format!("{signal} while the last packets were awaited"));
-        }
-    }
-
     /// Ends the workers and takes their last accounts.
     async fn stop_workers(&mut self) {
         self.observer.look_at_threads();
@@ -516,6 +425,7 @@ impl<'a> Test<'a> {
     }
 
     async fn say_goodbye(&mut self) {
+        self.context = None;
         // Nobody listens where every session has ended already.
         let _ = self.leave.send(true);
         let deadline = tokio::time::Instant::now() + LEAVE_TIMEOUT;
@@ -599,14 +509,14 @@ impl<'a> Test<'a> {
             .filter(|participant| is_healthy(participant, run.judging.max_loss_pct))
             .count() as u64;
         state_tracks(&mut self.record, self.plan, &self.outcomes, &self.sessions.ended);
-        if let Some((before, at)) = self.hold.take() {
+        if let Some(Hold { since, before }) = self.take_whole_hold() {
             let mut record = self.record.since(&before);
             state_of_all(&mut record, &self.record);
             expect_frames(&mut record);
             self.steps.push(Step {
                 name: "hold".into(),
                 participants: self.sessions.joined,
-                seconds: end.since(at).as_secs_f64(),
+                seconds: end.since(since).as_secs_f64(),
                 record,
             });
         }

@@ -1,0 +1,182 @@
+//! Who leads a run: says what comes next, and hears how it goes.
+//!
+//! A run is a row of stages. Publishers join and publish; then come *tiers*, each of which subscribers join (or leave) until their number is reached, settle, and
+//! are held; then publishers stop, what is under way arrives, accounts are closed and everybody leaves. The run does all this; which tier comes when, and
+//! what has to be waited for before publishers stop, is the lead's to say: of one run by itself that is [`Alone`].
+
+use std::future::{Future, ready};
+use std::time::Duration;
+
+use crate::engine::Roster;
+use crate::measure::Record;
+use crate::plan::{Plan, Subscribers};
+use crate::report::{Judgement, Sample};
+use crate::units::{Epoch, Time};
+
+/// Leads a run.
+///
+/// Every method that waits is dropped and called again, many times a second, until it is ready: media flows meanwhile, rows of the series are closed, and a signal
+/// ends the wait. So what it has learnt must be kept in `self`, and nothing may be lost where it is dropped between two awaits.
+pub trait Lead: Send {
+    /// Whether [`Lead::next`] is asked for the first tier only when every publisher of this host is in, or has failed. Otherwise all join in one row.
+    fn waits_for_publishers(&self) -> bool {
+        true
+    }
+
+    /// What comes next, given the tiers that are over. It may take its time: then those who are in stay as they are.
+    fn next(&mut self, tiers: &[Tier]) -> impl Future<Output = Next>;
+
+    /// Ready when the publishers of this host may stop: others may still be measuring what they send. Not asked after a signal.
+    fn before_stop(&mut self) -> impl Future<Output = ()> {
+        ready(())
+    }
+
+    /// Publishers have stopped, and what was under way has arrived or is lost. Ready when the accounts may be closed. `roster` has how many frames each publisher
+    /// of this host has sent, for good. After a signal the run waits only so long.
+    fn before_account(&mut self, _roster: &Roster) -> impl Future<Output = ()> {
+        ready(())
+    }
+
+    /// How it goes: once a second, at each change of stage, and for the last time when the accounts are closed.
+    fn observe(&mut self, _seen: &Observation<'_>) {}
+}
+
+/// What a lead wants next.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    Tier(TierPlan),
+    /// All tiers are over.
+    Finish,
+    /// The run ends before its time, and says so: PARTIAL.
+    Abort(String),
+}
+
+/// A tier to come.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TierPlan {
+    /// As the report names it.
+    pub name: String,
+    /// How many are in: those who join first. Fewer than before: the others leave, in the reverse order.
+    pub subscribers: Subscribers,
+    /// When the first of them is to join, or to leave; `None`: now, or when the joins under way are through.
+    pub start: Option<Time>,
+    /// From when all are in, or have failed, to when the hold begins.
+    pub warmup: Duration,
+    /// How long it is measured.
+    pub hold: Duration,
+    /// The run is this tier and nothing else. Then its account is closed with the run's, and what arrives after publishers have stopped is in it.
+    pub is_whole: bool,
+}
+
+/// A tier that is over.
+#[derive(Clone, Debug)]
+pub struct Tier {
+    pub plan: TierPlan,
+    /// When its first join, or leave, was begun; behind [`TierPlan::start`] by what this host was late.
+    pub began_at: Time,
+    pub held_from: Time,
+    pub held_until: Time,
+    /// Who ought to have been in, and who was at its end.
+    pub participants: u32,
+    pub present: u32,
+    /// By what had arrived at its end.
+    pub judgement: Judgement,
+}
+
+/// Where a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Publishers join and publish.
+    Publish,
+    /// Subscribers join or leave.
+    Gather,
+    /// All are in, and settle.
+    WarmUp,
+    Hold,
+    /// A tier is over, and the next one is not known yet.
+    Between,
+    /// Publishers have stopped, and what is under way arrives.
+    Drain,
+    /// Accounts are closed; everybody leaves.
+    Leave,
+}
+
+/// A look at a run under way. Everything counted is of this host.
+pub struct Observation<'a> {
+    pub now: Time,
+    pub epoch: Epoch,
+    pub stage: Stage,
+    /// Whether everybody who ought to be in by now is, or has failed, and nobody is on the way out.
+    pub is_settled: bool,
+    /// Who ought to be in, and who is.
+    pub participants: u32,
+    pub present: u32,
+    /// All of the run so far, brought up to date at changes of stage, and at most a second old else.
+    pub record: &'a Record,
+    /// The tier under way.
+    pub tier: Option<TierSeen<'a>>,
+    /// The last row of the series.
+    pub sample: &'a Sample,
+    pub roster: &'a Roster,
+}
+
+/// The tier under way, as far as it is.
+#[derive(Clone, Copy)]
+pub struct TierSeen<'a> {
+    pub plan: &'a TierPlan,
+    pub began_at: Time,
+    /// `None` before its hold.
+    pub held_from: Option<Time>,
+    pub(super) now: &'a Record,
+    pub(super) began: &'a Record,
+    pub(super) held: Option<&'a Record>,
+}
+
+impl TierSeen<'_> {
+    /// What counts for this tier so far, as its step of the report will have it: differences of all histograms, so not for free. `None` before its hold.
+    pub fn record(&self) -> Option<Record> {
+        self.held.map(|held| super::account::of_tier(self.now, self.began, held))
+    }
+}
+
+/// The lead of a run by itself: the plan's own tiers, one after the other.
+pub struct Alone {
+    tiers: std::vec::IntoIter<TierPlan>,
+}
+
+impl Alone {
+    pub fn new(plan: &Plan) -> Alone {
+        Alone {
+            tiers: tiers(plan).into_iter(),
+        }
+    }
+}
+
+impl Lead for Alone {
+    fn waits_for_publishers(&self) -> bool {
+        false
+    }
+
+    async fn next(&mut self, _: &[Tier]) -> Next {
+        self.tiers.next().map_or(Next::Finish, Next::Tier)
+    }
+}
+
+/// The tiers of a plan: those of its ramp; without one the whole run.
+pub fn tiers(plan: &Plan) -> Vec<TierPlan> {
+    let tier = |name: String, subscribers: u32| TierPlan {
+        name,
+        subscribers: Subscribers::PerRoom(subscribers),
+        start: None,
+        warmup: plan.warmup,
+        hold: plan.duration,
+        is_whole: plan.ramp.is_empty(),
+    };
+    if plan.ramp.is_empty() {
+        return vec![tier("hold".to_owned(), plan.shape.subscribers)];
+    }
+    let numbered = (1..).zip(&plan.ramp);
+    numbered
+        .map(|(number, subscribers)| tier(format!("tier {number}"), *subscribers))
+        .collect()
+}
