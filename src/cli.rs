@@ -328,10 +328,23 @@ struct PaceArgs {
     /// Try a failed join again so often; its times count from when the first try was intended
     #[arg(long, value_name = "N", default_value = "0", value_parser = whole_number)]
     join_retries: u32,
-    /// From the end of joining: 20, 20s, 30m or 1h [default: 15s]
+    /// From the end of joining, of each tier: 20, 20s, 30m or 1h [default: 15s]
     #[arg(long, value_name = "TIME", value_parser = run_duration)]
     duration: Option<Duration>,
+    /// Tiers, one after the other: subscribers per room of this host, as 2,10,25,50; a smaller one: the last to join leave
+    #[arg(long, value_name = "LIST", value_parser = ramp)]
+    ramp: Option<Ramp>,
+    /// Spread the joins of each tier (without --ramp: all joins) over this, instead of --num-per-second
+    #[arg(long, value_name = "TIME", value_parser = ramp_time)]
+    ramp_time: Option<Duration>,
+    /// Between joining and measuring, of each tier [default: 2s with --ramp, else 0]
+    #[arg(long, value_name = "TIME", value_parser = warmup)]
+    warmup: Option<Duration>,
 }
+
+/// Subscribers per room, tier by tier.
+#[derive(Clone, Debug)]
+struct Ramp(Vec<u32>);
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Judging")]
@@ -425,12 +438,16 @@ enum Resolution {
 impl RunArgs {
     fn into_run(self, env: &dyn Fn(&str) -> Option<String>, cpus: usize, fresh: u64) -> Result<Run, String> {
         let target = self.target.resolve(env)?;
-        self.shape.must_be_asked_for(&target)?;
+        let most = self.pace.most_subscribers();
+        self.must_agree()?;
+        if most.is_none() {
+            self.shape.must_be_asked_for(&target)?;
+        }
         let warnings = self.warnings();
         let credentials = self.target.credentials(env).map(Some);
         let credentials = if target.is_embedded() { Ok(None) } else { credentials };
-        let is_tour = target.is_embedded() && !self.shape.is_given();
-        let shape = self.shape.resolve(if is_tour { tour_shape(cpus) } else { DEFAULT_SHAPE })?;
+        let is_tour = target.is_embedded() && !self.shape.is_given() && most.is_none();
+        let shape = self.shape.resolve(if is_tour { tour_shape(cpus) } else { DEFAULT_SHAPE }, most)?;
         self.output.must_have_subscribers(&shape)?;
         let plan = Plan {
             connection: self.engine.connection.into(),
@@ -442,15 +459,12 @@ impl RunArgs {
             simulate_speakers: self.media.simulate_speakers,
             pacing: self.media.pacing.into(),
             obey_bandwidth: self.media.obey_bwe,
-            joins_per_second: self
-                .pace
-                .num_per_second
-                .unwrap_or(if is_tour { tour_join_rate(&shape) } else { DEFAULT_JOIN_RATE }),
+            joins_per_second: self.pace.joins_per_second(&shape, is_tour),
             join_retries: self.pace.join_retries,
             duration: self.pace.duration.unwrap_or(if is_tour { TOUR_DURATION } else { DEFAULT_DURATION }),
-            ramp: Vec::new(),
-            ramp_time: None,
-            warmup: Duration::ZERO,
+            ramp_time: self.pace.ramp_time.filter(|_| most.is_some()),
+            warmup: self.pace.warmup.unwrap_or(if most.is_some() { TIER_WARMUP } else { Duration::ZERO }),
+            ramp: self.pace.ramp.map_or_else(Vec::new, |Ramp(tiers)| tiers),
             shape,
             seed: self.engine.seed.unwrap_or(fresh & 0xFFFF_FFFF),
             run_tag: (fresh >> 32) as u32,
@@ -472,6 +486,17 @@ impl RunArgs {
             no_live: self.output.no_live,
             warnings,
         })
+    }
+
+    /// Flags that say the same thing twice.
+    fn must_agree(&self) -> Result<(), String> {
+        if self.pace.ramp.is_some() && self.shape.subscribers.is_some() {
+            return Err("--ramp says how many subscribers there are, tier by tier: leave out --subscribers".to_owned());
+        }
+        if self.pace.ramp_time.is_some() && self.pace.num_per_second.is_some() {
+            return Err("--ramp-time and --num-per-second both say how fast people join: give one of them".to_owned());
+        }
+        Ok(())
     }
 
     /// Flags that change nothing in the run that was asked for.
@@ -575,6 +600,8 @@ impl TargetArgs {
 const DEFAULT_SHAPE: (u32, u32, u32) = (1, 1, 10);
 const DEFAULT_JOIN_RATE: f64 = 50.0;
 const DEFAULT_DURATION: Duration = Duration::from_secs(15);
+/// What is sent adapts to who is there: layers that nobody watched begin, estimates of bandwidth rise.
+const TIER_WARMUP: Duration = Duration::from_secs(2);
 
 /// A throng with no flags shows what this host can do in about 15 seconds: joining takes 3 of them.
 const TOUR_JOINING_SECONDS: f64 = 3.0;
@@ -596,6 +623,21 @@ fn set(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Option<String> {
     env(name).filter(|value| !value.is_empty())
 }
 
+impl PaceArgs {
+    /// Where subscribers come tier by tier, how many there are per room at most.
+    fn most_subscribers(&self) -> Option<u32> {
+        self.ramp.as_ref().and_then(|Ramp(tiers)| tiers.iter().max().copied())
+    }
+
+    fn joins_per_second(&self, shape: &Shape, is_tour: bool) -> f64 {
+        let unasked = if is_tour { tour_join_rate(shape) } else { DEFAULT_JOIN_RATE };
+        // Without tiers it is all joins that the time is for.
+        let spread = self.ramp_time.filter(|_| self.ramp.is_none());
+        let participants = shape.participants() as f64 * f64::from(shape.room_count);
+        spread.map_or(self.num_per_second.unwrap_or(unasked), |time| participants / time.as_secs_f64())
+    }
+}
+
 impl ShapeArgs {
     /// Whether any flag says how many people there are.
     fn is_given(&self) -> bool {
@@ -614,8 +656,8 @@ impl ShapeArgs {
         ))
     }
 
-    /// `unasked`: audio publishers, video publishers and subscribers where no flag says how many.
-    fn resolve(&self, unasked: (u32, u32, u32)) -> Result<Shape, String> {
+    /// `unasked`: audio publishers, video publishers and subscribers where no flag says how many. `most`: subscribers where other flags say how many.
+    fn resolve(&self, unasked: (u32, u32, u32), most: Option<u32>) -> Result<Shape, String> {
         let (audio_publishers, video_publishers, subscribers) = match self.is_given() {
             true => (
                 self.publishers.unwrap_or(0),
@@ -629,19 +671,19 @@ impl ShapeArgs {
             room_count: self.room_count.unwrap_or(1),
             audio_publishers,
             video_publishers,
-            subscribers,
+            subscribers: most.unwrap_or(subscribers),
             meeting: self.meeting,
             identity_prefix: self.identity_prefix.clone(),
         };
-        self.must_make_sense(&shape)?;
+        self.must_make_sense(&shape, most.is_some())?;
         Ok(shape)
     }
 
-    fn must_make_sense(&self, shape: &Shape) -> Result<(), String> {
+    fn must_make_sense(&self, shape: &Shape, has_tiers: bool) -> Result<(), String> {
         if shape.room_count == 0 {
             return Err("--room-count 0 leaves no room to test: write 1 or more".to_owned());
         }
-        if self.room_count.is_some() && !self.is_given() {
+        if self.room_count.is_some() && !self.is_given() && !has_tiers {
             return Err(
                 "--room-count says how many rooms, but not who is in them: add --publishers, --video-publishers or --subscribers (per room)"
                     .to_owned(),
@@ -808,17 +850,47 @@ fn audio_frame(text: &str) -> Result<Duration, String> {
     }
 }
 
+const DURATION_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+
 fn run_duration(text: &str) -> Result<Duration, String> {
-    const DURATION_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+    match time_span(text)? {
+        Some(Duration::ZERO) => Err("a run of no length measures nothing".to_owned()),
+        None => Err("the longest run is 30 days".to_owned()),
+        Some(duration) => Ok(duration),
+    }
+}
+
+fn ramp(text: &str) -> Result<Ramp, String> {
+    /// Each has its record and its line in the report.
+    const TIERS_MAX: usize = 200;
+    let tiers = text
+        .split(',')
+        .map(|tier| tier.trim().parse().ok().filter(|_| tier.bytes().all(|b| b.is_ascii_digit() || b == b' ')));
+    let tiers: Option<Vec<u32>> = tiers.collect();
+    match tiers.ok_or("write whole numbers with commas between them, as in 2,10,25,50")? {
+        tiers if tiers.contains(&0) => Err("a tier without subscribers measures nothing: write 1 or more".to_owned()),
+        tiers if tiers.len() > TIERS_MAX => Err(format!("at most {TIERS_MAX} tiers")),
+        tiers => Ok(Ramp(tiers)),
+    }
+}
+
+fn ramp_time(text: &str) -> Result<Duration, String> {
+    time_span(text)?
+        .filter(|time| !time.is_zero())
+        .ok_or_else(|| "write 1s to 30d; to have all join at once, give a high --num-per-second".to_owned())
+}
+
+fn warmup(text: &str) -> Result<Duration, String> {
+    time_span(text)?.ok_or_else(|| "write 0 to 30d".to_owned())
+}
+
+/// `None` where it is longer than any run.
+fn time_span(text: &str) -> Result<Option<Duration>, String> {
     let seconds = text.parse::<u64>().ok().map(Duration::from_secs);
-    let duration = seconds
+    let span = seconds
         .or_else(|| humantime::parse_duration(text).ok())
         .ok_or("write 20, 20s, 30m or 1h")?;
-    match duration {
-        Duration::ZERO => Err("a run of no length measures nothing".to_owned()),
-        duration if duration > DURATION_MAX => Err("the longest run is 30 days".to_owned()),
-        duration => Ok(duration),
-    }
+    Ok(Some(span).filter(|span| *span <= DURATION_MAX))
 }
 
 fn whole_number(text: &str) -> Result<u32, String> {

@@ -470,6 +470,11 @@ impl Shape {
 }
 
 impl Plan {
+    /// Whether subscribers come and go tier by tier, instead of all at once.
+    pub fn has_tiers(&self) -> bool {
+        !self.ramp.is_empty()
+    }
+
     /// What [`Connection::Auto`] comes to, and why.
     pub fn settle_connection(&mut self, connection: Connection, reason: impl Into<String>) {
         self.connection = connection;
@@ -541,6 +546,24 @@ impl Plan {
     /// When the last join is to start, counted from the first.
     pub fn joining(&self) -> Duration {
         Duration::from_secs_f64(f64::from(self.total_participants().saturating_sub(1)) / self.joins_per_second)
+    }
+
+    /// How long joining, settling and measuring take if all goes as intended. After each tier there is a pause of `between`.
+    pub fn length(&self, between: Duration) -> Duration {
+        let once = self.warmup + self.duration;
+        if self.ramp.is_empty() {
+            return self.joining() + once;
+        }
+        let mut before = 0;
+        let tiers = self.ramp.iter().map(|subscribers| {
+            let participants = self.participants_with(Subscribers::PerRoom(*subscribers));
+            let moves = participants.abs_diff(std::mem::replace(&mut before, participants));
+            let moving = self
+                .ramp_time
+                .unwrap_or(Duration::from_secs_f64(f64::from(moves) / self.joins_per_second));
+            moving + once + between
+        });
+        tiers.sum()
     }
 
     /// Room of a participant, and its place in that room.

@@ -165,6 +165,7 @@ fn outcome() -> Outcome {
         participants: 100,
         seconds: 30.0,
         record,
+        tier: None,
     };
     Outcome {
         started: Duration::from_millis(1_790_000_000_000),
@@ -179,6 +180,7 @@ fn outcome() -> Outcome {
             server_version: Some("1.13.5".into()),
         },
         steps: vec![totals.clone()],
+        unmeasured: vec![],
         totals,
         series: vec![Sample {
             t: 1.0,

@@ -184,6 +184,19 @@ impl Connection {
         self.ssrcs.retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
     }
 
+    /// The participant leaves: its streams owe nothing from now on, and what is under way may still come.
+    pub fn leave(&mut self, roster: &Roster, record: &mut Record, now: Time) {
+        self.streams.iter_mut().for_each(|stream| stream.leave(roster, record, now));
+    }
+
+    pub fn end_streams_of_leaver(&mut self, roster: &Roster, record: &mut Record) {
+        self.streams.iter_mut().for_each(|stream| stream.end_if_leaving(roster, record));
+    }
+
+    pub fn mark(&mut self, roster: &Roster) {
+        self.streams.iter_mut().for_each(|stream| stream.mark(roster));
+    }
+
     pub fn end_all_streams(&mut self, roster: &Roster, record: &mut Record) {
         self.streams.iter_mut().for_each(|stream| stream.end(roster, record));
     }
@@ -740,6 +753,7 @@ impl Connection {
     pub fn outcome(&self, roster: &Roster) -> PeerOutcome {
         PeerOutcome {
             participant: self.participant,
+            intended_at: self.intended_at,
             rtt_rtcp: self.rtt_rtcp,
             streams: self.streams.iter().map(|stream| stream.outcome(roster)).collect(),
         }

@@ -38,7 +38,8 @@ const FLOOR_TICKS: u32 = 10;
 pub struct FloorThread {
     stop: Arc<AtomicBool>,
     since: Arc<Mutex<FloorSince>>,
-    thread: Option<JoinHandle<Histogram>>,
+    late: Arc<Mutex<Histogram>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// What the floor thread saw since it was last asked.
@@ -53,23 +54,24 @@ pub struct FloorSince {
 impl FloorThread {
     pub fn start(epoch: Epoch) -> io::Result<FloorThread> {
         let (stop, since) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(FloorSince::default())));
-        let (stopped, seen) = (stop.clone(), since.clone());
+        let all_late = Arc::new(Mutex::new(Histogram::default()));
+        let (stopped, seen, floor) = (stop.clone(), since.clone(), all_late.clone());
         let thread = std::thread::Builder::new().name("floor".into()).spawn(move || {
-            let (mut beat, mut floor) = (Beat::start(epoch), Histogram::default());
+            let mut beat = Beat::start(epoch);
             while !stopped.load(Ordering::Relaxed) {
                 let (now, late, _) = beat.wait(FLOOR_TICKS);
-                floor.record(late);
+                floor.lock().unwrap_or_else(PoisonError::into_inner).record(late);
                 let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
                 seen.late_max = seen.late_max.max(Some(late));
                 if late >= STALL_MIN {
                     seen.gaps.push(Gap { from: now - late, to: now });
                 }
             }
-            floor
         })?;
         Ok(FloorThread {
             stop,
             since,
+            late: all_late,
             thread: Some(thread),
         })
     }
@@ -79,6 +81,7 @@ impl FloorThread {
         FloorThread {
             stop: Arc::default(),
             since: Arc::default(),
+            late: Arc::default(),
             thread: None,
         }
     }
@@ -87,9 +90,16 @@ impl FloorThread {
         std::mem::take(&mut self.since.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub fn finish(self) -> Histogram {
+    /// How late it was, since its start.
+    pub fn so_far(&self) -> Histogram {
+        self.late.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn finish(mut self) -> Histogram {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.and_then(|thread| thread.join().ok()).unwrap_or_default()
+        // One that panicked has told what it could.
+        let _ = self.thread.take().map(JoinHandle::join);
+        self.so_far()
     }
 }
 

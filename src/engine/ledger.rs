@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::Roster;
+use super::{LAYERS_MAX, Roster};
 use crate::media::assemble::{DeliveredWindow, Delivery};
 use crate::media::identity::FrameIdentity;
 use crate::net;
@@ -26,8 +26,11 @@ pub struct Ledger {
     paused: bool,
     /// Asked for again; the next new frame begins a stretch.
     resumed: bool,
-    /// How far the current layer was when the subscription ended.
-    ended_at: Option<u32>,
+    /// How far each layer was when the subscription ended.
+    ended_at: Option<[u32; LAYERS_MAX]>,
+    /// How far each layer was at the last mark, and how many frames from before it have come since.
+    mark: [u32; LAYERS_MAX],
+    overdue: u32,
 }
 
 /// Frames of one layer, without a break.
@@ -86,10 +89,18 @@ impl Ledger {
     pub fn prefetch(&self) {
         net::prefetch(&self.current, usize::MAX);
         net::prefetch(&self.paused, usize::MAX);
+        net::prefetch(&self.mark, usize::MAX);
     }
 
     /// Takes a whole frame of the track. Only the first delivery of an expected frame is [`Delivery::First`].
     pub fn deliver(&mut self, identity: &FrameIdentity, roster: &Roster) -> Delivery {
+        let delivery = self.take(identity, roster);
+        let marked = self.mark.get(usize::from(identity.layer)).copied().unwrap_or(0);
+        self.overdue += u32::from(delivery == Delivery::First && identity.frame < marked);
+        delivery
+    }
+
+    fn take(&mut self, identity: &FrameIdentity, roster: &Roster) -> Delivery {
         let Some(last) = self.current.last() else {
             self.current.layer = identity.layer;
             return self.current.deliver(identity);
@@ -147,7 +158,7 @@ impl Ledger {
         let interval = roster.frame_interval(origin, track, self.previous.layer);
         self.settled_expected += self.previous.len() + self.previous.missed_before(&self.current, interval);
         self.settled_delivered += self.previous.window.delivered();
-        self.current.sent = roster.frames(origin, track, self.current.layer);
+        self.current.sent = self.sent((origin, track), self.current.layer, roster);
         let next = Stretch {
             layer: identity.layer,
             after_pause: self.resumed,
@@ -180,7 +191,7 @@ impl Ledger {
 
     /// Frames that ought to have come after the last one that did.
     pub fn missing_at_the_end(&self, (origin, track): (u32, u8), roster: &Roster) -> u64 {
-        let sent = self.ended_at.unwrap_or_else(|| roster.frames(origin, track, self.current.layer));
+        let sent = self.sent((origin, track), self.current.layer, roster);
         match (self.current.last(), self.paused || self.resumed) {
             (Some(last), false) => sent.saturating_sub(last + 1).into(),
             _ => 0,
@@ -189,8 +200,28 @@ impl Ledger {
 
     /// Nothing more is expected than what was sent by now.
     pub fn end(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
-        let sent = origin.map_or(0, |(origin, track)| roster.frames(origin, track, self.current.layer));
-        self.ended_at.get_or_insert(sent);
+        self.ended_at.get_or_insert_with(|| all_sent(origin, roster));
+    }
+
+    /// The subscription has ended, and this frame was not made by then.
+    pub fn is_beyond_the_end(&self, identity: &FrameIdentity) -> bool {
+        let ended_at = self.ended_at.and_then(|ended_at| ended_at.get(usize::from(identity.layer)).copied());
+        ended_at.is_some_and(|sent| identity.frame >= sent)
+    }
+
+    /// From here on frames that were made by now, and come later, are counted apart.
+    pub fn mark(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
+        (self.mark, self.overdue) = (all_sent(origin, roster), 0);
+    }
+
+    /// Frames that were under way at the last mark, and have come since.
+    pub fn overdue(&self) -> u64 {
+        self.overdue.into()
+    }
+
+    fn sent(&self, (origin, track): (u32, u8), layer: u8, roster: &Roster) -> u32 {
+        let ended_at = self.ended_at.and_then(|ended_at| ended_at.get(usize::from(layer)).copied());
+        ended_at.unwrap_or_else(|| roster.frames(origin, track, layer))
     }
 
     /// No frame has come yet.
@@ -208,13 +239,18 @@ impl Ledger {
             return 0;
         };
         let interval = roster.frame_interval(origin, track, self.previous.layer);
-        let sent = self.ended_at.unwrap_or_else(|| roster.frames(origin, track, self.current.layer));
+        let sent = self.sent((origin, track), self.current.layer, roster);
         let of_current = match self.paused || self.resumed {
             true => self.current.len(),
             false => u64::from(sent.saturating_sub(first)),
         };
         self.settled_expected + self.previous.len() + self.previous.missed_before(&self.current, interval) + of_current
     }
+}
+
+/// How many frames of each layer have been made.
+fn all_sent(origin: Option<(u32, u8)>, roster: &Roster) -> [u32; LAYERS_MAX] {
+    std::array::from_fn(|layer| origin.map_or(0, |(origin, track)| roster.frames(origin, track, layer as u8)))
 }
 
 #[cfg(test)]

@@ -119,6 +119,10 @@ pub enum Command {
         participant: u32,
         tap: Box<Tap>,
     },
+    /// The participant leaves soon: what is sent to this peer from now on is not expected, and what is under way may still come. [`Command::RemovePeer`] follows.
+    Leave {
+        key: usize,
+    },
     /// Every track of every peer stops at its next frame; repair goes on.
     StopPublishing,
     /// Closes one peer for good.
@@ -127,6 +131,8 @@ pub enum Command {
     },
     /// Asks for a [`worker::Report`] now.
     Report,
+    /// The same, with what has become of every peer so far; then every stream is marked ([`subscriber::StreamOutcome::frames_overdue`]).
+    Survey,
     /// Ends the worker.
     Stop,
 }
@@ -205,6 +211,8 @@ pub struct ShardConfig {
 #[derive(Clone, Debug)]
 pub struct PeerOutcome {
     pub participant: u32,
+    /// When the participant ought to have joined, or was lost: later than all that an earlier visit of its has left behind.
+    pub intended_at: Time,
     /// The last one measured.
     pub rtt_rtcp: Option<Duration>,
     pub streams: Vec<StreamOutcome>,

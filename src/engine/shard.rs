@@ -123,6 +123,7 @@ impl Shard {
         }
         if let Some(peer) = self.peers[key].as_mut() {
             self.in_setup -= usize::from(peer.is_in_setup());
+            peer.end_streams_of_leaver(&self.config.roster, &mut self.record);
             peer.close();
             self.taps.extend(peer.tap.take().map(|tap| (peer.participant, tap)));
         }
@@ -175,8 +176,15 @@ impl Shard {
                 }
             }
             Command::Record { participant, tap } => self.taps.push((participant, tap)),
+            Command::Leave { key } => {
+                if let Some(peer) = self.peers[key].as_mut() {
+                    peer.leave(&self.config.roster, &mut self.record, now);
+                }
+            }
             Command::StopPublishing => self.stop_publishing(now),
-            Command::AddPeer { .. } | Command::RemovePeer { .. } | Command::Report | Command::Stop => unreachable!("the worker handles these"),
+            Command::AddPeer { .. } | Command::RemovePeer { .. } | Command::Report | Command::Survey | Command::Stop => {
+                unreachable!("the worker handles these")
+            }
         }
     }
 
@@ -539,6 +547,18 @@ impl Shard {
         for peer in self.peers.iter_mut().flatten() {
             peer.account(&self.config.roster, &mut self.record);
         }
+    }
+
+    /// What has become of every peer so far, the record brought up to date with it; then every stream is marked.
+    pub fn survey(&mut self) -> Vec<PeerOutcome> {
+        let roster = &self.config.roster;
+        let mut outcomes = self.former.clone();
+        for peer in self.peers.iter_mut().flatten() {
+            peer.account(roster, &mut self.record);
+            outcomes.push(peer.outcome(roster));
+            peer.mark(roster);
+        }
+        outcomes
     }
 
     /// Settles all accounts at the end of the run.

@@ -63,6 +63,8 @@ pub struct StreamOutcome {
     pub counts: ReceiveCounts,
     pub frames_expected: u64,
     pub frames_delivered: u64,
+    /// Of those, made before the last mark and delivered after it.
+    pub frames_overdue: u64,
     /// Where the others were lost; complete after [`RecvStream::finish`].
     pub losses: Losses,
     pub frames_late: u64,
@@ -91,6 +93,8 @@ pub struct RecvStream {
     origin: Option<(u32, u8)>,
     live: bool,
     ended: bool,
+    /// The participant is leaving: what was sent before may still arrive.
+    leaving: bool,
     finished: bool,
     /// The server was asked to send nothing for now.
     unwatched: bool,
@@ -184,6 +188,7 @@ impl RecvStream {
             live: false,
             heard_layers: 0,
             ended: false,
+            leaving: false,
             finished: false,
             unwatched: false,
             paused_at: None,
@@ -460,7 +465,7 @@ impl RecvStream {
             context.record.session.frames_misrouted += 1;
             return;
         }
-        if self.is_unwanted() {
+        if self.is_unwanted() || self.leaving && self.ledger.is_beyond_the_end(identity) {
             return;
         }
         if !self.live && (self.parameters.kind == Kind::Audio || decodable) {
@@ -569,7 +574,8 @@ impl RecvStream {
             record.bandwidth.track_pause.record(now.since(since));
         }
         let muted = self.is_muted(roster);
-        let Some(video) = self.video.as_mut().filter(|_| !self.ended && !self.unwatched && !muted) else {
+        let at_rest = self.ended || self.leaving || self.unwatched || muted;
+        let Some(video) = self.video.as_mut().filter(|_| !at_rest) else {
             return;
         };
         let waited = |switch: &Switch| now.since(switch.asked_at) >= SWITCH_PATIENCE;
@@ -630,6 +636,29 @@ impl RecvStream {
             self.ledger.end(self.origin, roster);
             self.ended = true;
         }
+    }
+
+    /// The participant leaves now. What was sent until now is expected, and repaired where it can be; what is sent from now on counts neither way.
+    pub fn leave(&mut self, roster: &Roster, record: &mut Record, now: Time) {
+        if self.ended || self.leaving {
+            return;
+        }
+        self.settle(roster, record, now);
+        self.account(roster, record);
+        self.ledger.end(self.origin, roster);
+        self.leaving = true;
+    }
+
+    /// It has left, and what was under way has had its time.
+    pub fn end_if_leaving(&mut self, roster: &Roster, record: &mut Record) {
+        if self.leaving {
+            self.end(roster, record);
+        }
+    }
+
+    /// From here on what was made by now, and comes later, is counted apart.
+    pub fn mark(&mut self, roster: &Roster) {
+        self.ledger.mark(self.origin, roster);
     }
 
     /// Brings the shard's record up to date with what this stream has counted.
@@ -710,6 +739,7 @@ impl RecvStream {
             counts: self.receive.counts(),
             frames_expected: self.ledger.expected(self.origin, roster),
             frames_delivered: self.ledger.delivered(),
+            frames_overdue: self.ledger.overdue(),
             losses: self.losses,
             frames_late: self.latency.late.into(),
             freezes: self.freezes,

@@ -41,7 +41,7 @@ pub struct Report {
     pub record: Box<Record>,
     pub cpu: Duration,
     pub activity: Activity,
-    /// Set on the last one: what became of each participant's streams.
+    /// Set on the last one, and where a survey was asked for: what became of each participant's streams.
     pub outcomes: Option<Vec<PeerOutcome>>,
 }
 
@@ -61,7 +61,7 @@ pub struct Activity {
 pub enum Occasion {
     /// A whole second of the run's clock has come, so that what is told of a second is of that second.
     Second,
-    /// [`Command::Report`].
+    /// [`Command::Report`] or [`Command::Survey`].
     Asked,
     Last,
 }
@@ -93,7 +93,7 @@ pub fn run(config: WorkerConfig) -> io::Result<()> {
         worker.shard.record_tick(late, missed);
         worker.note_gap(now - late, now);
         if !worker.turn(now)? {
-            worker.report(Occasion::Last);
+            worker.report_last();
             return Ok(());
         }
     }
@@ -207,7 +207,7 @@ impl Worker {
         self.shard.take_io_counts(&mut self.io.counts);
         if now >= self.next_report_at {
             self.next_report_at = now.next_second();
-            self.report(Occasion::Second);
+            self.report(Occasion::Second, None);
         }
         Ok(alive)
     }
@@ -375,7 +375,11 @@ impl Worker {
             }
             Command::Report => {
                 self.shard.account();
-                self.report(Occasion::Asked);
+                self.report(Occasion::Asked, None);
+            }
+            Command::Survey => {
+                let outcomes = self.shard.survey();
+                self.report(Occasion::Asked, Some(outcomes));
             }
             other => self.shard.handle_command(other, now, &mut self.io),
         }
@@ -391,13 +395,14 @@ impl Worker {
         }
     }
 
-    fn report(&mut self, occasion: Occasion) {
-        let is_last = occasion == Occasion::Last;
-        if is_last {
-            self.io.counts.socket_drops += self.io.slots.iter().flatten().map(Slot::untold_drops).sum::<u64>();
-            self.shard.take_io_counts(&mut self.io.counts);
-        }
-        let outcomes = is_last.then(|| self.shard.finish());
+    fn report_last(&mut self) {
+        self.io.counts.socket_drops += self.io.slots.iter().flatten().map(Slot::untold_drops).sum::<u64>();
+        self.shard.take_io_counts(&mut self.io.counts);
+        let outcomes = self.shard.finish();
+        self.report(Occasion::Last, Some(outcomes));
+    }
+
+    fn report(&mut self, occasion: Occasion, outcomes: Option<Vec<PeerOutcome>>) {
         let fresh = self.spare_records.try_recv().unwrap_or_default();
         let record = self.shard.swap_record(fresh);
         let report = Report {

@@ -6,8 +6,11 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
+use super::tiers::Knee;
 use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
-use super::{EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Sample, Stall, Step, ThreadTime, VERSION, judge, judge::judge_step};
+use super::{
+    EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Sample, Stall, Step, ThreadTime, Unmeasured, VERSION, judge, judge::judge_step,
+};
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::{Layout, Plan, VideoSpec};
 
@@ -30,9 +33,12 @@ struct Report<'a> {
     result: &'static str,
     reasons: Vec<String>,
     notes: &'a [String],
-    plan: PlanView,
+    plan: PlanView<'a>,
     target: TargetView<'a>,
+    knee: Option<KneeView<'a>>,
     steps: Vec<StepView<'a>>,
+    /// Tiers that the run did not come to; `null` without tiers.
+    unmeasured_tiers: Option<Vec<TierView<'a>>>,
     totals: TotalsView<'a>,
     join_failures: Vec<FailureView<'a>>,
     worst: Vec<WorstView<'a>>,
@@ -57,6 +63,8 @@ impl<'a> Report<'a> {
             notes: &outcome.notes,
             plan: PlanView::new(outcome),
             target: TargetView::new(outcome),
+            knee: Knee::of(outcome).map(KneeView::new),
+            unmeasured_tiers: outcome.plan.has_tiers().then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
             steps: outcome.steps.iter().map(|step| StepView::new(outcome, step)).collect(),
             totals: TotalsView::new(&outcome.totals),
             join_failures: outcome
@@ -79,7 +87,7 @@ impl<'a> Report<'a> {
 
 /// The plan and what it is judged by; durations in seconds, bitrates in bits per second.
 #[derive(serde::Serialize)]
-struct PlanView {
+struct PlanView<'a> {
     rooms: u32,
     room_names: Vec<String>,
     audio_publishers: u32,
@@ -91,6 +99,10 @@ struct PlanView {
     run_tag: String,
     joins_per_second: f64,
     duration_seconds: f64,
+    /// Subscribers per room, tier by tier; `null` without.
+    ramp: Option<&'a [u32]>,
+    ramp_time_seconds: Option<f64>,
+    warmup_seconds: f64,
     layout: Option<&'static str>,
     simulate_speakers: bool,
     pacing: &'static str,
@@ -148,8 +160,8 @@ struct JudgingView {
 /// A run of thousands of rooms need not name each: the rule is plain from the first ones.
 const ROOM_NAMES_MAX: u32 = 16;
 
-impl PlanView {
-    fn new(outcome: &Outcome) -> PlanView {
+impl<'a> PlanView<'a> {
+    fn new(outcome: &'a Outcome) -> PlanView<'a> {
         let (plan, judging): (&Plan, _) = (&outcome.plan, &outcome.judging);
         let shape = &plan.shape;
         PlanView {
@@ -164,6 +176,9 @@ impl PlanView {
             run_tag: format!("{:08x}", plan.run_tag),
             joins_per_second: plan.joins_per_second,
             duration_seconds: plan.duration.as_secs_f64(),
+            ramp: plan.has_tiers().then_some(&plan.ramp),
+            ramp_time_seconds: plan.ramp_time.map(|time| time.as_secs_f64()),
+            warmup_seconds: plan.warmup.as_secs_f64(),
             layout: plan.layout.map(Layout::name),
             simulate_speakers: plan.simulate_speakers,
             pacing: plan.pacing.name(),
@@ -255,6 +270,8 @@ impl ServerView {
 struct StepView<'a> {
     name: &'a str,
     participants: u32,
+    /// Per room; `null` where it is no tier.
+    subscribers: Option<u32>,
     #[serde(flatten)]
     totals: TotalsView<'a>,
     result: &'static str,
@@ -267,9 +284,63 @@ impl<'a> StepView<'a> {
         StepView {
             name: &step.name,
             participants: step.participants,
+            subscribers: step.tier.as_ref().and_then(|tier| tier.subscribers),
             totals: TotalsView::new(step),
             result: verdict.name(),
             reasons,
+        }
+    }
+}
+
+#[derive(serde::Serialize)]
+struct TierView<'a> {
+    tier: &'a str,
+    subscribers: Option<u32>,
+}
+
+impl<'a> From<&'a Unmeasured> for TierView<'a> {
+    fn from(tier: &'a Unmeasured) -> TierView<'a> {
+        TierView {
+            tier: &tier.name,
+            subscribers: tier.subscribers,
+        }
+    }
+}
+
+/// What a ramp found: the last tier that passed before the first one that did not.
+#[derive(serde::Serialize)]
+struct KneeView<'a> {
+    answer: &'static str,
+    tier: Option<&'a str>,
+    subscribers: Option<u32>,
+    participants: Option<u32>,
+    broke: Option<BrokeView<'a>>,
+}
+
+#[derive(serde::Serialize)]
+struct BrokeView<'a> {
+    tier: &'a str,
+    subscribers: Option<u32>,
+    participants: u32,
+    result: &'static str,
+    reasons: Vec<String>,
+}
+
+impl<'a> KneeView<'a> {
+    fn new(knee: Knee<'a>) -> KneeView<'a> {
+        let subscribers = |step: &Step| step.tier.as_ref().and_then(|tier| tier.subscribers);
+        KneeView {
+            answer: knee.answer.name(),
+            tier: knee.passed.map(|step| step.name.as_str()),
+            subscribers: knee.passed.and_then(subscribers),
+            participants: knee.passed.map(|step| step.participants),
+            broke: knee.broke.map(|(step, judgement)| BrokeView {
+                tier: &step.name,
+                subscribers: subscribers(step),
+                participants: step.participants,
+                result: judgement.verdict.name(),
+                reasons: judgement.reasons,
+            }),
         }
     }
 }

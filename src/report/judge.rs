@@ -6,7 +6,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::{Outcome, Step, text};
+use super::{Outcome, Step, TierFacts, text};
 use crate::measure::{Histogram, Kind, Media, Record, Session, is_measured};
 
 /// What a run is held to.
@@ -67,45 +67,76 @@ pub struct Judgement {
     pub reasons: Vec<String>,
 }
 
-/// Judges a whole run. PARTIAL stands before INVALID and that before FAIL: each makes the next one unknowable, but its reasons are listed too.
+impl Judgement {
+    /// PARTIAL stands before INVALID and that before FAIL: each makes the next one unknowable, but its reasons are listed too.
+    fn of(partial: Option<&String>, invalid: Vec<String>, failed: Vec<String>) -> Judgement {
+        let verdict = match (partial, invalid.is_empty(), failed.is_empty()) {
+            (Some(_), ..) => Verdict::Partial,
+            (None, false, _) => Verdict::Invalid,
+            (None, true, false) => Verdict::Fail,
+            (None, true, true) => Verdict::Pass,
+        };
+        let early = partial.map(|why| format!("ended early: {why}"));
+        Judgement {
+            verdict,
+            reasons: early.into_iter().chain(invalid).chain(failed).collect(),
+        }
+    }
+}
+
+/// Judges a whole run: where it had tiers, by those.
 pub fn judge(outcome: &Outcome) -> Judgement {
-    let failed = failures(outcome);
-    let invalid = invalidity(outcome);
-    let verdict = match (&outcome.partial, invalid.is_empty(), failed.is_empty()) {
-        (Some(_), ..) => Verdict::Partial,
-        (None, false, _) => Verdict::Invalid,
-        (None, true, false) => Verdict::Fail,
-        (None, true, true) => Verdict::Pass,
-    };
-    let early = outcome.partial.iter().map(|why| format!("ended early: {why}"));
-    Judgement {
-        verdict,
-        reasons: early.chain(invalid).chain(failed).collect(),
+    if outcome.steps.iter().any(|step| step.tier.is_some()) {
+        return judge_by_tiers(outcome);
     }
+    Judgement::of(outcome.partial.as_ref(), invalidity(outcome), failures(outcome))
 }
 
-/// Judges one tier. Whether the generator kept up is known for the run only, and decides here too.
-pub fn judge_step(outcome: &Outcome, step: &Step) -> Judgement {
-    let failed = step_failures(step, &outcome.judging);
-    let invalid = invalidity(outcome);
-    let verdict = match (invalid.is_empty(), failed.is_empty()) {
-        (false, _) => Verdict::Invalid,
-        (true, false) => Verdict::Fail,
-        (true, true) => Verdict::Pass,
-    };
-    Judgement {
-        verdict,
-        reasons: invalid.into_iter().chain(failed).collect(),
+/// One tier that failed while the generator kept up is a FAIL, whatever became of the others; one in which it did not keep up leaves only that open.
+fn judge_by_tiers(outcome: &Outcome) -> Judgement {
+    let mut reasons: Vec<String> = outcome.partial.iter().map(|why| format!("ended early: {why}")).collect();
+    let mut verdict = Verdict::Pass;
+    for step in &outcome.steps {
+        let judged = judge_step(outcome, step);
+        verdict = match (verdict, judged.verdict) {
+            (Verdict::Fail, _) | (_, Verdict::Fail) => Verdict::Fail,
+            (Verdict::Invalid, _) | (_, Verdict::Invalid) => Verdict::Invalid,
+            (verdict, Verdict::Pass | Verdict::Partial) => verdict,
+        };
+        // That it ended early has been said.
+        let ended_early = usize::from(judged.verdict == Verdict::Partial);
+        reasons.extend(judged.reasons.iter().skip(ended_early).map(|reason| format!("{}: {reason}", step.name)));
     }
-}
-
-/// Judges a tier that has just been held, by itself: what is known of the generator then.
-pub fn judge_tier(step: &Step, judging: &Judging) -> Judgement {
-    let reasons = step_failures(step, judging);
+    let at_the_end = outcome.judging.thresholds.iter().filter(|threshold| threshold.is_known_at_the_end());
+    let failed: Vec<String> = at_the_end.filter_map(|threshold| threshold.violation(&outcome.totals.record)).collect();
+    if verdict == Verdict::Pass && !failed.is_empty() {
+        verdict = Verdict::Fail;
+    }
+    reasons.extend(failed);
     Judgement {
-        verdict: if reasons.is_empty() { Verdict::Pass } else { Verdict::Fail },
+        verdict: if outcome.partial.is_some() { Verdict::Partial } else { verdict },
         reasons,
     }
+}
+
+/// Judges one tier. Where it is the only one, whether the generator kept up is known for the run, and decides here too.
+pub fn judge_step(outcome: &Outcome, step: &Step) -> Judgement {
+    match &step.tier {
+        Some(_) => judge_tier(step, &outcome.judging),
+        None => Judgement::of(None, invalidity(outcome), step_failures(step, &outcome.judging)),
+    }
+}
+
+/// Judges one of several tiers by what is known of it alone.
+pub fn judge_tier(step: &Step, judging: &Judging) -> Judgement {
+    let TierFacts {
+        invalid,
+        complaints,
+        cut_short,
+        ..
+    } = step.tier.clone().unwrap_or_default();
+    let failed = step_failures(step, judging).into_iter().chain(complaints);
+    Judgement::of(cut_short.as_ref(), invalid, failed.collect())
 }
 
 /// Loss of one kind of media, as shares (0..=1); `None` where nothing tells.
@@ -187,13 +218,19 @@ fn failures(outcome: &Outcome) -> Vec<String> {
 
 fn step_failures(step: &Step, judging: &Judging) -> Vec<String> {
     let mut reasons = Vec::new();
-    reasons.extend(joins_failed(&step.record.session));
+    let is_quiet = step.tier.is_some() && step.record.session.joins_planned == 0;
+    reasons.extend(joins_failed(&step.record.session).filter(|_| !is_quiet));
     for kind in [Kind::Audio, Kind::Video] {
         reasons.extend(tracks_dead(kind, step.media(kind)));
         reasons.extend(loss_exceeded(kind, step.media(kind), judging.max_loss_pct));
     }
     reasons.extend(judging.target_rtt.and_then(|target| rtt_exceeded(&step.record.session.rtt_rtcp, target)));
-    reasons.extend(judging.thresholds.iter().filter_map(|threshold| threshold.violation(&step.record)));
+    // Of one of several tiers some figures are never known.
+    let judged = judging
+        .thresholds
+        .iter()
+        .filter(|threshold| step.tier.is_none() || !threshold.is_known_at_the_end());
+    reasons.extend(judged.filter_map(|threshold| threshold.violation(&step.record)));
     reasons
 }
 
@@ -389,6 +426,11 @@ impl Threshold {
                 }
             }
         }
+    }
+
+    /// Scores are made up when a stream has ended: there are none of a tier while others follow.
+    fn is_known_at_the_end(&self) -> bool {
+        matches!(self.figure, Figure::Score(..))
     }
 
     /// Names were checked when the threshold was read, so this finds one.

@@ -11,6 +11,7 @@ pub mod progress;
 pub mod server;
 mod sinks;
 pub mod text;
+pub mod tiers;
 pub mod worst;
 
 use std::io::{self, ErrorKind, Write};
@@ -41,6 +42,8 @@ pub struct Outcome {
     pub target: TargetInfo,
     /// One per tier; one where there is no ramp.
     pub steps: Vec<Step>,
+    /// Tiers that it did not come to.
+    pub unmeasured: Vec<Unmeasured>,
     /// The whole run.
     pub totals: Step,
     /// One row a second.
@@ -91,6 +94,28 @@ pub struct Step {
     /// What rates are divided by: the time during which the record's media was counted.
     pub seconds: f64,
     pub record: Record,
+    /// Where it is one of several: what is known of it alone.
+    pub tier: Option<TierFacts>,
+}
+
+/// What a tier is judged by, besides its record.
+#[derive(Clone, Debug, Default)]
+pub struct TierFacts {
+    /// In each room; `None` where the number is of no room.
+    pub subscribers: Option<u32>,
+    /// Why the generator was the limit while it lasted; empty where it was not.
+    pub invalid: Vec<String>,
+    /// What else is a reason to fail.
+    pub complaints: Vec<String>,
+    /// Why it ended before its time; `None` if it did not.
+    pub cut_short: Option<String>,
+}
+
+/// A tier that was asked for, and never held.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unmeasured {
+    pub name: String,
+    pub subscribers: Option<u32>,
 }
 
 /// One second of the run. `None` is unknown, which is not zero.
@@ -243,6 +268,35 @@ pub struct Quality {
     pub one_way_us_max: Option<u64>,
     /// Of the track that fared worst, at the end.
     pub jitter_us: Option<u64>,
+}
+
+impl Quality {
+    /// What was counted since `earlier`, an older value of the same. Tracks are a state; what is no count is left out.
+    #[must_use]
+    pub fn since(&self, earlier: &Quality) -> Quality {
+        let grown = |now: Option<u64>, before: Option<u64>| Some(now?.saturating_sub(before.unwrap_or(0)));
+        // A packet thought lost may arrive, and a loss be attributed anew: differences of those stop at zero.
+        Quality {
+            tracks_expected: self.tracks_expected,
+            tracks_live: self.tracks_live,
+            packets_received: self.packets_received.saturating_sub(earlier.packets_received),
+            packets_lost_network: self.packets_lost_network.saturating_sub(earlier.packets_lost_network),
+            packets_repaired: self.packets_repaired.saturating_sub(earlier.packets_repaired),
+            packets_lost: self.packets_lost.saturating_sub(earlier.packets_lost),
+            frames_expected: self.frames_expected.saturating_sub(earlier.frames_expected),
+            frames_delivered: self.frames_delivered.saturating_sub(earlier.frames_delivered),
+            frames_lost_uplink: self.frames_lost_uplink.saturating_sub(earlier.frames_lost_uplink),
+            frames_lost_sfu: self.frames_lost_sfu.saturating_sub(earlier.frames_lost_sfu),
+            frames_lost_downlink: self.frames_lost_downlink.saturating_sub(earlier.frames_lost_downlink),
+            frames_lost_unattributed: self.frames_lost_unattributed.saturating_sub(earlier.frames_lost_unattributed),
+            frames_late: self.frames_late.saturating_sub(earlier.frames_late),
+            freezes: self.freezes.saturating_sub(earlier.freezes),
+            frames_late_for_playout: self.frames_late_for_playout.saturating_sub(earlier.frames_late_for_playout),
+            played_us: grown(self.played_us, earlier.played_us),
+            concealed_us: grown(self.concealed_us, earlier.concealed_us),
+            ..Quality::default()
+        }
+    }
 }
 
 impl Step {

@@ -19,6 +19,8 @@ pub struct Snapshot {
     pub elapsed: Duration,
     /// Joining and measuring together, as planned.
     pub total: Duration,
+    /// The tier under way, where there are several.
+    pub tier: Option<String>,
     pub joined: u32,
     pub planned: u32,
     pub failed: u32,
@@ -88,8 +90,9 @@ pub fn line(snapshot: &Snapshot) -> String {
     } else {
         String::new()
     };
+    let tier = snapshot.tier.as_ref().map(|tier| format!("{tier}  ")).unwrap_or_default();
     format!(
-        "{}/{}  {}/{} joined{failed}  out {}/s  in {}/s  loss {}  latency {}",
+        "{}/{}  {tier}{}/{} joined{failed}  out {}/s  in {}/s  loss {}  latency {}",
         text::duration(Duration::from_secs(snapshot.elapsed.as_secs())),
         text::duration(Duration::from_secs(snapshot.total.as_secs())),
         text::number(snapshot.joined.into()),
@@ -109,6 +112,7 @@ mod tests {
         Snapshot {
             elapsed: Duration::from_millis(seconds * 1_000 + 7),
             total: Duration::from_secs(45),
+            tier: None,
             joined: 98,
             planned: 1_100,
             failed: 0,

@@ -7,9 +7,9 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use super::judge::Loss;
-use super::{EngineHealth, Judgement, Judging, Outcome, Side, TargetKind, VERSION, Verdict, judge, worst};
+use super::{EngineHealth, Judgement, Judging, Outcome, Side, TargetKind, VERSION, Verdict, judge, tiers, worst};
 use crate::measure::{Bandwidth, Histogram, Kind, Media};
-use crate::plan::{Plan, Resources, Shape, VideoSpec};
+use crate::plan::{Plan, Resources, VideoSpec};
 use crate::sfu::SendMode;
 use crate::units::Bitrate;
 
@@ -113,15 +113,20 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
     if !habits.is_empty() {
         row("Habits", habits.join(", "));
     }
-    row(
-        "Joining",
-        format!(
-            "{} joins/s for {}, then {} of measuring",
-            plan.joins_per_second,
-            duration(plan.joining()),
-            duration(plan.duration)
-        ),
-    );
+    if plan.has_tiers() {
+        row("Tiers", format!("{} in each room", tiers_line(plan)));
+        row("", tier_line(plan));
+    } else {
+        row(
+            "Joining",
+            format!(
+                "{} joins/s for {}, then {} of measuring",
+                rate(plan.joins_per_second),
+                duration(plan.joining()),
+                duration(plan.duration)
+            ),
+        );
+    }
     row("Tracks", format!("{} published, {} subscriptions", number(tracks), number(subscriptions)));
     row("Sending", rate_line(load.packets_sent_per_second, load.bits_sent_per_second));
     row("Receiving", rate_line(load.packets_received_per_second, load.bits_received_per_second));
@@ -156,6 +161,7 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
 pub fn render(outcome: &Outcome, style: Style) -> String {
     let judgement = judge(outcome);
     let mut text = head(outcome, style);
+    text.push_str(&tiers(outcome, style));
     text.push_str(&joins(outcome, style));
     text.push_str(&media(outcome, style));
     text.push_str(&times(outcome, style));
@@ -199,19 +205,71 @@ fn shape_line(plan: &Plan) -> String {
     let total = u64::from(plan.total_participants());
     let rooms = u64::from(plan.shape.room_count);
     let people = if rooms == 1 {
-        people(&plan.shape)
+        people(plan)
     } else {
-        format!("{} x ({})", count(rooms, "room"), people(&plan.shape))
+        format!("{} x ({})", count(rooms, "room"), people(plan))
     };
-    format!("{people} = {}", count(total, "participant"))
+    let most = if plan.has_tiers() { "at most " } else { "" };
+    format!("{people} = {most}{}", count(total, "participant"))
 }
 
 fn pace_line(plan: &Plan) -> String {
-    format!("{} joins/s, then {}, seed {}", plan.joins_per_second, duration(plan.duration), plan.seed)
+    if plan.has_tiers() {
+        return format!("{}, {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed);
+    }
+    let warmup = if plan.warmup.is_zero() {
+        String::new()
+    } else {
+        format!(" {} of warm-up,", duration(plan.warmup))
+    };
+    format!(
+        "{} joins/s, then{warmup} {}, seed {}",
+        rate(plan.joins_per_second),
+        duration(plan.duration),
+        plan.seed
+    )
+}
+
+/// `tiers of 2, 10, 25, 50 subscribers`
+fn tiers_line(plan: &Plan) -> String {
+    const NAMED_MAX: usize = 6;
+    let tiers: Vec<String> = plan.ramp.iter().take(NAMED_MAX).map(ToString::to_string).collect();
+    let more = plan.ramp.len().saturating_sub(NAMED_MAX);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("tiers of {}{more} subscribers", tiers.join(", "))
+}
+
+/// `each 50 joins/s, 2s to settle, 20s held`
+fn tier_line(plan: &Plan) -> String {
+    let joins = match plan.ramp_time {
+        Some(time) => format!("{} of joining", duration(time)),
+        None => format!("{} joins/s", rate(plan.joins_per_second)),
+    };
+    let warmup = if plan.warmup.is_zero() {
+        String::new()
+    } else {
+        format!("{} of warm-up, ", duration(plan.warmup))
+    };
+    format!("each {joins}, {warmup}{} held", duration(plan.duration))
+}
+
+/// At most three decimals: what a time span comes to is seldom round.
+fn rate(per_second: f64) -> String {
+    let rounded = (per_second * 1e3).round() / 1e3;
+    if rounded > 0.0 { rounded.to_string() } else { per_second.to_string() }
+}
+
+fn tiers(outcome: &Outcome, style: Style) -> String {
+    let mut table = tiers::table(outcome, |text| style.bold(text), |verdict, text| style.verdict(verdict, text));
+    if !table.is_empty() {
+        let _ = write!(table, "\n{}\n\n", style.bold("All of the run"));
+    }
+    table
 }
 
 /// `5 publishers + 45 subscribers`; where audio and video publishers differ, how many of which.
-fn people(shape: &Shape) -> String {
+fn people(plan: &Plan) -> String {
+    let shape = &plan.shape;
     let (audio, video) = (shape.audio_publishers, shape.video_publishers);
     let mut parts = Vec::new();
     if shape.publishers() > 0 {
@@ -225,7 +283,8 @@ fn people(shape: &Shape) -> String {
         parts.push(format!("{}{detail}", count(shape.publishers().into(), role)));
     }
     if shape.subscribers > 0 {
-        parts.push(count(shape.subscribers.into(), "subscriber"));
+        let most = if plan.has_tiers() { "up to " } else { "" };
+        parts.push(format!("{most}{}", count(shape.subscribers.into(), "subscriber")));
     }
     parts.join(" + ")
 }

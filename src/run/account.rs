@@ -8,8 +8,12 @@ use crate::plan::{ParticipantPlan, Plan};
 use crate::report::Quality;
 use crate::signal::session::Ended;
 
+const KINDS: [Kind; 2] = [Kind::Audio, Kind::Video];
+
 /// How many tracks there ought to be, and how many went live: a track that came twice, on another SSRC, does not stand for one that never came.
-pub(super) fn state_tracks(record: &mut Record, plan: &Plan, outcomes: &[PeerOutcome], ended: &BTreeMap<u32, Ended>) {
+///
+/// `admitted`: so many participants ought to have been in, at one time or another.
+pub(super) fn state_tracks(record: &mut Record, plan: &Plan, admitted: u32, outcomes: &[PeerOutcome], ended: &BTreeMap<u32, Ended>) {
     for kind in [Kind::Audio, Kind::Video] {
         let streams = outcomes
             .iter()
@@ -17,9 +21,7 @@ pub(super) fn state_tracks(record: &mut Record, plan: &Plan, outcomes: &[PeerOut
         let live = streams.filter(|(_, stream)| stream.kind == kind && stream.live);
         let distinct: BTreeSet<_> = live.map(|(participant, stream)| (participant, stream.origin)).collect();
         let media = record.media(kind);
-        let expected = plan
-            .participants()
-            .map(|participant| expected_tracks(plan, &participant, kind, ended.get(&participant.index)));
+        let expected = (0..admitted).map(|index| expected_tracks(plan, &plan.participant(index), kind, ended.get(&index)));
         media.tracks_expected = expected.map(u64::from).sum();
         media.tracks_live = distinct.len() as u64;
     }
@@ -39,13 +41,28 @@ pub(super) fn expect_frames(record: &mut Record) {
     record.audio.mos.expect(record.audio.tracks_expected);
 }
 
-/// The same for what happens once for each participant and each subscription: joining belongs to the whole run, not to a step.
-pub(super) fn expect_joins(record: &mut Record, plan: &Plan) {
-    let joins = u64::from(plan.total_participants());
-    let receivers = plan
-        .participants()
-        .filter(|participant| [Kind::Audio, Kind::Video].iter().any(|kind| plan.expected_tracks(participant, *kind) > 0))
-        .count() as u64;
+/// Joins that were wanted, and what each of them was to bring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Joins {
+    pub count: u32,
+    /// Of those, who should receive a track.
+    pub receivers: u32,
+    /// Subscriptions of those.
+    pub tracks: [u64; 2],
+}
+
+impl Joins {
+    pub fn add(&mut self, plan: &Plan, participant: &ParticipantPlan) {
+        let tracks = KINDS.map(|kind| u64::from(plan.expected_tracks(participant, kind)));
+        self.count += 1;
+        self.receivers += u32::from(tracks != [0, 0]);
+        (0..2).for_each(|kind| self.tracks[kind] += tracks[kind]);
+    }
+}
+
+/// States how often what happens once for each join, or for each subscription of one who joined, ought to have happened.
+pub(super) fn expect_joins(record: &mut Record, joins: &Joins) {
+    let (receivers, [audio_tracks, video_tracks]) = (joins.receivers.into(), joins.tracks);
     let session = &mut record.session;
     for histogram in [
         &mut session.join,
@@ -54,12 +71,12 @@ pub(super) fn expect_joins(record: &mut Record, plan: &Plan) {
         &mut session.ice,
         &mut session.dtls,
     ] {
-        histogram.expect(joins);
+        histogram.expect(joins.count.into());
     }
     session.first_media.expect(receivers);
-    for media in [&mut record.audio, &mut record.video] {
+    for (media, tracks) in [(&mut record.audio, audio_tracks), (&mut record.video, video_tracks)] {
         for histogram in [&mut media.track_subscribe, &mut media.first_packet, &mut media.first_frame] {
-            histogram.expect(media.tracks_expected);
+            histogram.expect(tracks);
         }
     }
 }
@@ -78,36 +95,6 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
         } = from;
         (to.tracks_published, to.tracks_expected, to.tracks_live) = (*tracks_published, *tracks_expected, *tracks_live);
     }
-}
-
-/// What counts for a tier, of the run's record `now`, as it was when the tier `began`, and when it was first `held`.
-///
-/// What happens once to a participant or a subscription (joining, the first frame, being lost) counts from the beginning, when the first one was to join or to
-/// leave; everything else from the hold on.
-pub(super) fn of_tier(now: &Record, began: &Record, held: &Record) -> Record {
-    let mut tier = now.since(held);
-    let (from, to, once) = (&now.session, &mut tier.session, &began.session);
-    to.joins_ok = from.joins_ok - once.joins_ok;
-    to.joins_failed = from.joins_failed - once.joins_failed;
-    to.joins_retried = from.joins_retried - once.joins_retried;
-    to.joins_planned = to.joins_ok + to.joins_failed;
-    to.disconnects = from.disconnects - once.disconnects;
-    to.reconnects_ok = from.reconnects_ok - once.reconnects_ok;
-    to.reconnects_failed = from.reconnects_failed - once.reconnects_failed;
-    to.join = from.join.since(&once.join);
-    to.signal_connect = from.signal_connect.since(&once.signal_connect);
-    to.signal_join = from.signal_join.since(&once.signal_join);
-    to.ice = from.ice.since(&once.ice);
-    to.dtls = from.dtls.since(&once.dtls);
-    to.first_media = from.first_media.since(&once.first_media);
-    to.reconnect = from.reconnect.since(&once.reconnect);
-    for (from, to, once) in [(&now.audio, &mut tier.audio, &began.audio), (&now.video, &mut tier.video, &began.video)] {
-        to.track_subscribe = from.track_subscribe.since(&once.track_subscribe);
-        to.first_packet = from.first_packet.since(&once.first_packet);
-        to.first_frame = from.first_frame.since(&once.first_frame);
-    }
-    expect_frames(&mut tier);
-    tier
 }
 
 /// What a participant received of one kind of media, over all its connections.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::engine::Roster;
 use crate::measure::Record;
 use crate::plan::{Plan, Subscribers};
-use crate::report::{Judgement, Sample};
+use crate::report::{Judgement, Sample, Step};
 use crate::units::{Epoch, Time};
 
 /// Leads a run.
@@ -26,7 +26,7 @@ pub trait Lead: Send {
     /// What comes next, given the tiers that are over. It may take its time: then those who are in stay as they are.
     fn next(&mut self, tiers: &[Tier]) -> impl Future<Output = Next>;
 
-    /// Ready when the publishers of this host may stop: others may still be measuring what they send. Not asked after a signal.
+    /// Ready when the publishers of this host may stop: others may still be measuring what they send. Not asked where the run ends before its time.
     fn before_stop(&mut self) -> impl Future<Output = ()> {
         ready(())
     }
@@ -35,6 +35,16 @@ pub trait Lead: Send {
     /// of this host has sent, for good. After a signal the run waits only so long.
     fn before_account(&mut self, _roster: &Roster) -> impl Future<Output = ()> {
         ready(())
+    }
+
+    /// Why the run is to end at once, in the middle of whatever it does; it is then PARTIAL, and what was measured is reported. Looked at many times a second.
+    fn abort(&mut self) -> Option<String> {
+        None
+    }
+
+    /// The clock of the run.
+    fn epoch(&self) -> Epoch {
+        Epoch::read()
     }
 
     /// How it goes: once a second, at each change of stage, and for the last time when the accounts are closed.
@@ -47,8 +57,6 @@ pub enum Next {
     Tier(TierPlan),
     /// All tiers are over.
     Finish,
-    /// The run ends before its time, and says so: PARTIAL.
-    Abort(String),
 }
 
 /// A tier to come.
@@ -68,18 +76,28 @@ pub struct TierPlan {
     pub is_whole: bool,
 }
 
+impl TierPlan {
+    /// In each room; `None` where the number is of no room.
+    pub(super) fn per_room(&self) -> Option<u32> {
+        match self.subscribers {
+            Subscribers::PerRoom(count) => Some(count),
+            Subscribers::Total(_) => None,
+        }
+    }
+}
+
 /// A tier that is over.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Tier {
     pub plan: TierPlan,
     /// When its first join, or leave, was begun; behind [`TierPlan::start`] by what this host was late.
     pub began_at: Time,
     pub held_from: Time,
     pub held_until: Time,
-    /// Who ought to have been in, and who was at its end.
-    pub participants: u32,
+    /// Who was in at its end, of those who ought to have been.
     pub present: u32,
-    /// By what had arrived at its end.
+    pub step: Step,
+    /// What the step comes to by itself.
     pub judgement: Judgement,
 }
 
@@ -93,7 +111,7 @@ pub enum Stage {
     /// All are in, and settle.
     WarmUp,
     Hold,
-    /// A tier is over, and the next one is not known yet.
+    /// A tier is over: what was under way arrives, and then the next one is not known yet.
     Between,
     /// Publishers have stopped, and what is under way arrives.
     Drain,
@@ -113,7 +131,7 @@ pub struct Observation<'a> {
     pub present: u32,
     /// All of the run so far, brought up to date at changes of stage, and at most a second old else.
     pub record: &'a Record,
-    /// The tier under way.
+    /// The tier under way, until it is over.
     pub tier: Option<TierSeen<'a>>,
     /// The last row of the series.
     pub sample: &'a Sample,
@@ -133,9 +151,10 @@ pub struct TierSeen<'a> {
 }
 
 impl TierSeen<'_> {
-    /// What counts for this tier so far, as its step of the report will have it: differences of all histograms, so not for free. `None` before its hold.
+    /// What counts for this tier so far, as far as it is: differences of all histograms, so not for free. Tracks and participants are only in the step. `None` before
+    /// its hold.
     pub fn record(&self) -> Option<Record> {
-        self.held.map(|held| super::account::of_tier(self.now, self.began, held))
+        self.held.map(|held| super::tally::so_far(self.began, held, self.now))
     }
 }
 

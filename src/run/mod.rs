@@ -10,8 +10,9 @@ pub mod lead;
 mod observer;
 mod rooms;
 mod stages;
+mod tally;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -25,11 +26,12 @@ pub use clips::Clips;
 pub use embedded::Embedded;
 pub use interrupts::Interrupts;
 
-use account::{expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks};
+use account::{Joins, expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks};
 use lead::{Alone, Lead, Stage, Tier};
 use observer::Observer;
 use rooms::Rooms;
-use stages::{Around, Hold, UnderWay};
+use stages::{Around, Held, Hold, UnderWay};
+use tally::{GRACE, Survey};
 
 use crate::cli;
 use crate::engine::health::{self, FloorThread};
@@ -43,9 +45,9 @@ use crate::preflight;
 use crate::recording::{Recorder, Recording};
 use crate::report::progress::Snapshot;
 use crate::report::worst::is_healthy;
-use crate::report::{EngineHealth, Judging, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo, TargetKind};
+use crate::report::{EngineHealth, Judging, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo, TargetKind, Unmeasured};
 use crate::sfu;
-use crate::signal::session::{Ended, Media, Notice, Phase, Place, SessionContext, TakingTurns};
+use crate::signal::session::{Ended, Media, Notice, Phase, Place, Request, SessionContext, TakingTurns};
 use crate::signal::{ApiKey, Endpoint, probe};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
@@ -85,7 +87,7 @@ pub async fn run_led(run: &cli::Run, resources: &Resources, clips: Clips, lead: 
     let mut plan = run.plan.clone();
     let rooms = Rooms::create(&plan, &endpoint, &api_key, &mut interrupts).await?;
     distrust_old_servers(&mut plan, &endpoint, &api_key).await;
-    let mut outcome = match Test::start(&plan, run, resources, endpoint, api_key, clips) {
+    let mut outcome = match Test::start(&plan, run, lead.epoch(), resources, endpoint, api_key, clips) {
         Ok(mut test) => {
             test.notes.clone_from(&rooms.notes);
             test.go(&mut Around {
@@ -163,12 +165,21 @@ struct Test<'a> {
     stage: Stage,
     /// Participants who ought to be in: so many, the first ones in joining order.
     admitted: u32,
-    joins_asked: u32,
-    /// When the next join may be intended at the earliest.
+    /// When the next join may be intended at the earliest, or the next leave.
     next_join_at: Time,
+    /// Joins that were wanted, over the run, and since the tier before.
+    joins_all: Joins,
+    joins_new: Joins,
+    /// When each participant was last to join, of everybody who ever was.
+    visits: BTreeMap<u32, Time>,
+    requests: BTreeMap<u32, mpsc::UnboundedSender<Request>>,
+    /// What workers have told since they were asked for a survey.
+    surveyed: Vec<PeerOutcome>,
     tier: Option<UnderWay>,
+    held: Option<Held>,
     tiers: Vec<Tier>,
-    steps: Vec<Step>,
+    /// The busiest worker's share of its core, of all tiers.
+    busiest: f64,
     media_stopped_at: Option<Time>,
     partial: Option<String>,
     was_interrupted: bool,
@@ -192,14 +203,48 @@ struct Worker {
 /// What sessions have reported.
 #[derive(Default)]
 struct SessionBook {
+    /// Joins that succeeded, and those that failed.
     joined: u32,
     failed: u32,
-    /// Were in, and are not now.
-    gone: u32,
+    /// Who is in.
+    present: BTreeSet<u32>,
+    /// Who was told to leave, and is still here.
+    leaving: BTreeSet<u32>,
     server_version: Option<String>,
     embedded_sfu: bool,
     failures: BTreeMap<String, u64>,
     ended: BTreeMap<u32, Ended>,
+    /// Earlier visits of those who have come again.
+    earlier: BTreeMap<u32, Ended>,
+}
+
+impl SessionBook {
+    /// A participant is to join; if it was here before, that is kept.
+    fn come(&mut self, index: u32) {
+        if let Some(ended) = self.ended.remove(&index) {
+            let all = self.whole_of(ended);
+            self.earlier.insert(index, all);
+        }
+    }
+
+    /// Nobody comes any more: what is known of everybody is of all visits.
+    fn join_visits(&mut self) {
+        let ended = std::mem::take(&mut self.ended);
+        self.ended = ended.into_values().map(|ended| (ended.index, self.whole_of(ended))).collect();
+    }
+
+    /// A visit together with those before it.
+    fn whole_of(&mut self, visit: Ended) -> Ended {
+        match self.earlier.remove(&visit.index) {
+            None => visit,
+            Some(earlier) => Ended {
+                failure: visit.failure.or(earlier.failure),
+                disconnects: visit.disconnects + earlier.disconnects,
+                video_shown: visit.video_shown.max(earlier.video_shown),
+                ..visit
+            },
+        }
+    }
 }
 
 /// What the rows of the series are differences of.
@@ -215,8 +260,15 @@ struct SecondBook {
 }
 
 impl<'a> Test<'a> {
-    fn start(plan: &'a Plan, run: &'a cli::Run, resources: &Resources, endpoint: Endpoint, api_key: ApiKey, clips: Clips) -> Result<Test<'a>> {
-        let epoch = Epoch::read();
+    fn start(
+        plan: &'a Plan,
+        run: &'a cli::Run,
+        epoch: Epoch,
+        resources: &Resources,
+        endpoint: Endpoint,
+        api_key: ApiKey,
+        clips: Clips,
+    ) -> Result<Test<'a>> {
         let identity = Identity::generate().map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
         let rooms = plan.participants().map(|participant| participant.room);
         let roster = Arc::new(Roster::new(plan.run_tag, rooms));
@@ -291,11 +343,16 @@ impl<'a> Test<'a> {
             resident_hold: None,
             stage: Stage::Publish,
             admitted: 0,
-            joins_asked: 0,
             next_join_at: now,
+            joins_all: Joins::default(),
+            joins_new: Joins::default(),
+            visits: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            surveyed: Vec::new(),
             tier: None,
+            held: None,
             tiers: Vec::new(),
-            steps: Vec::new(),
+            busiest: 0.0,
             media_stopped_at: None,
             partial: None,
             was_interrupted: false,
@@ -324,9 +381,12 @@ impl<'a> Test<'a> {
         record.clear();
         // A worker that has ended needs no record any more.
         let _ = worker.spare_records.send(record);
-        if let Some(outcomes) = report.outcomes {
-            worker.ended = true;
-            self.outcomes.extend(outcomes);
+        match (report.occasion, report.outcomes) {
+            (Occasion::Last, outcomes) => {
+                worker.ended = true;
+                self.outcomes.extend(outcomes.unwrap_or_default());
+            }
+            (_, outcomes) => self.surveyed.extend(outcomes.unwrap_or_default()),
         }
     }
 
@@ -341,8 +401,9 @@ impl<'a> Test<'a> {
                 Phase::Join => session.join.record(after),
                 Phase::FirstMedia => session.first_media.record(after),
             },
-            Notice::Joined { .. } => {
+            Notice::Joined { index } => {
                 self.sessions.joined += 1;
+                self.sessions.present.insert(index);
                 session.joins_ok += 1;
             }
             Notice::JoinFailed { reason, .. } => {
@@ -351,14 +412,17 @@ impl<'a> Test<'a> {
                 *self.sessions.failures.entry(format!("join: {reason}")).or_default() += 1;
             }
             Notice::JoinRetried => session.joins_retried += 1,
-            Notice::Reconnected { after, resumed, .. } => {
-                self.sessions.gone -= u32::from(!resumed);
+            Notice::Reconnected { index, after, .. } => {
+                self.sessions.present.insert(index);
                 session.reconnects_ok += 1;
                 session.reconnect.record(after);
             }
             Notice::ReconnectFailed { .. } => session.reconnects_failed += 1,
-            Notice::Disconnected { reason, .. } => {
-                self.sessions.gone += 1;
+            Notice::Disconnected { index, reason } => {
+                self.sessions.present.remove(&index);
+                if let Some(tier) = &mut self.tier {
+                    tier.lost.insert(index);
+                }
                 session.disconnects += 1;
                 *self.sessions.failures.entry(format!("disconnected: {reason}")).or_default() += 1;
             }
@@ -368,14 +432,29 @@ impl<'a> Test<'a> {
                 self.sessions.server_version = Some(version).filter(|version| !version.is_empty());
                 self.sessions.embedded_sfu = embedded_sfu;
             }
-            Notice::Ended(ended) => drop(self.sessions.ended.insert(ended.index, *ended)),
+            Notice::Ended(ended) => {
+                self.sessions.present.remove(&ended.index);
+                self.sessions.leaving.remove(&ended.index);
+                self.sessions.ended.insert(ended.index, *ended);
+            }
         }
     }
 
     /// Asks every worker for what it has counted up to now, and takes it.
     async fn flush(&mut self) {
+        self.question(|| Command::Report).await;
+    }
+
+    /// The same, and how everybody fares.
+    async fn survey(&mut self) -> Survey {
+        self.surveyed.clear();
+        self.question(|| Command::Survey).await;
+        Survey::new(self.plan, &std::mem::take(&mut self.surveyed), &self.visits)
+    }
+
+    async fn question(&mut self, command: impl Fn() -> Command) {
         let wanted: Vec<u64> = self.workers.iter().map(|worker| worker.answers + 1).collect();
-        self.command_all(|| Command::Report);
+        self.command_all(command);
         let deadline = tokio::time::Instant::now() + Duration::from_secs(2);
         while self
             .workers
@@ -479,7 +558,7 @@ impl<'a> Test<'a> {
     }
 
     fn present(&self) -> u32 {
-        self.sessions.joined - self.sessions.gone
+        self.sessions.present.len() as u32
     }
 
     fn snapshot(&self, now: Time) -> Snapshot {
@@ -490,9 +569,14 @@ impl<'a> Test<'a> {
         let lost = self.record.audio.packets_lost + self.record.video.packets_lost;
         Snapshot {
             elapsed: now.since(Time::ZERO),
-            total: self.plan.joining() + self.plan.duration + DRAIN,
-            joined: self.sessions.joined,
-            planned: self.plan.total_participants(),
+            total: self.plan.length(GRACE) + DRAIN,
+            tier: self.tier.as_ref().filter(|tier| !tier.plan.is_whole).map(|tier| tier.plan.name.clone()),
+            joined: if self.plan.has_tiers() { self.present() } else { self.sessions.joined },
+            planned: if self.plan.has_tiers() {
+                self.admitted
+            } else {
+                self.plan.total_participants()
+            },
             failed: self.sessions.failed,
             loss: (expected > 0).then(|| lost as f64 / expected as f64),
             sample: self.second.last.clone(),
@@ -501,37 +585,54 @@ impl<'a> Test<'a> {
 
     fn finish(mut self, run: &cli::Run) -> Outcome {
         let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
+        self.sessions.join_visits();
         let participants = self.participant_outcomes();
-        self.record.session.participants_total = self.plan.total_participants().into();
-        self.record.session.joins_planned = self.plan.total_participants().into();
+        // A ramp that ended early never came to the others.
+        let admitted = self.visits.len() as u32;
+        self.record.session.participants_total = admitted.into();
+        self.record.session.joins_planned = self.joins_all.count.into();
         self.record.session.participants_healthy = participants
             .iter()
             .filter(|participant| is_healthy(participant, run.judging.max_loss_pct))
             .count() as u64;
-        state_tracks(&mut self.record, self.plan, &self.outcomes, &self.sessions.ended);
-        if let Some(Hold { since, before }) = self.take_whole_hold() {
+        state_tracks(&mut self.record, self.plan, admitted, &self.outcomes, &self.sessions.ended);
+        let mut steps: Vec<Step> = self.tiers.drain(..).map(|tier| tier.step).collect();
+        let unmeasured = lead::tiers(self.plan).into_iter().skip(steps.len()).filter(|tier| !tier.is_whole);
+        let unmeasured = unmeasured
+            .map(|tier| Unmeasured {
+                subscribers: tier.per_room(),
+                name: tier.name,
+            })
+            .collect();
+        if let Some(Hold { since, before, .. }) = self.take_whole_hold() {
             let mut record = self.record.since(&before);
             state_of_all(&mut record, &self.record);
             expect_frames(&mut record);
-            self.steps.push(Step {
+            self.busiest = self.busiest_until(end.since(since));
+            steps.push(Step {
                 name: "hold".into(),
                 participants: self.sessions.joined,
                 seconds: end.since(since).as_secs_f64(),
                 record,
+                tier: None,
             });
         }
         expect_frames(&mut self.record);
-        expect_joins(&mut self.record, self.plan);
+        self.expect_joins();
+        if steps.is_empty() {
+            self.busiest = self.busiest_until(end.since(Time::ZERO));
+        }
         let engine = self.engine_health(end);
         self.notes.extend(silence_note(&engine.stalls));
         let totals = Step {
             name: "total".into(),
-            participants: self.plan.total_participants(),
+            participants: admitted,
             seconds: end.since(Time::ZERO).as_secs_f64(),
             record: self.record,
+            tier: None,
         };
-        if self.steps.is_empty() {
-            self.steps.push(totals.clone());
+        if steps.is_empty() {
+            steps.push(totals.clone());
         }
         self.notes.extend(run.warnings.iter().cloned());
         Outcome {
@@ -547,7 +648,8 @@ impl<'a> Test<'a> {
                 },
                 server_version: self.sessions.server_version.clone(),
             },
-            steps: self.steps,
+            steps,
+            unmeasured,
             totals,
             series: self.series,
             engine,
@@ -560,23 +662,29 @@ impl<'a> Test<'a> {
         }
     }
 
+    /// The busiest worker's share of its core, in a hold of that length that ended when publishers stopped.
+    fn busiest_until(&self, hold: Duration) -> f64 {
+        let busy = |worker: &Worker| worker.cpu_at_stop.saturating_sub(worker.cpu_at_hold).as_secs_f64() / hold.as_secs_f64().max(0.001);
+        self.workers.iter().map(busy).fold(0.0, f64::max)
+    }
+
+    /// Of subscriptions, those that a layout had room for later are expected, too.
+    fn expect_joins(&mut self) {
+        let mut joins = self.joins_all;
+        for (kind, media) in [&self.record.audio, &self.record.video].into_iter().enumerate() {
+            joins.tracks[kind] = joins.tracks[kind].max(media.tracks_expected);
+        }
+        expect_joins(&mut self.record, &joins);
+    }
+
     fn engine_health(&mut self, end: Time) -> EngineHealth {
         let seen = self.observer.finish(end);
         let socket_drops = self.record.session.host_drops;
-        let hold_seconds = self
-            .steps
-            .first()
-            .map_or_else(|| end.since(Time::ZERO).as_secs_f64(), |step| step.seconds);
-        let busiest = self
-            .workers
-            .iter()
-            .map(|worker| worker.cpu_at_stop.saturating_sub(worker.cpu_at_hold).as_secs_f64() / hold_seconds.max(0.001))
-            .fold(0.0, f64::max);
         let reasons = health::reasons(&health::Evidence {
             record: &self.record,
             floor: &seen.floor,
             host_drops: socket_drops,
-            busiest_worker: busiest,
+            busiest_worker: self.busiest,
             seconds: &seen.seconds,
             gaps: &seen.gaps,
             stalls: &seen.stalls,
@@ -618,9 +726,10 @@ impl<'a> Test<'a> {
         self.outcomes
             .iter()
             .for_each(|outcome| by_participant.entry(outcome.participant).or_default().push(outcome));
-        self.plan
-            .participants()
-            .map(|plan| {
+        let admitted = self.visits.len() as u32;
+        (0..admitted)
+            .map(|position| {
+                let plan = self.plan.participant(position);
                 let ended = self.sessions.ended.get(&plan.index);
                 let peers = by_participant.get(&plan.index).map_or(&[][..], Vec::as_slice);
                 ParticipantOutcome {

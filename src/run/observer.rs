@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::engine::blame::{self, Observed};
-use crate::engine::health::FloorThread;
+use crate::engine::health::{self, FloorThread};
 use crate::engine::worker::Activity;
 use crate::host::{Snapshot, Thread};
 use crate::measure::presence::Presence;
@@ -29,6 +29,8 @@ pub(super) struct Observer {
     arrivals: Presence,
     engine_gaps: Vec<Gap>,
     floor_gaps: Vec<Gap>,
+    /// Of the row that is open, as far as it was asked for already.
+    floor_late_max: Option<Duration>,
     seconds: Vec<Second>,
 }
 
@@ -59,6 +61,7 @@ impl Observer {
             arrivals: Presence::default(),
             engine_gaps: Vec::new(),
             floor_gaps: Vec::new(),
+            floor_late_max: None,
             seconds: Vec::new(),
         }
     }
@@ -85,7 +88,7 @@ impl Observer {
             to,
             tick_late_us_max: counted.engine.tick_late.max(),
             send_lag_us_max: counted.engine.send_lag.max(),
-            floor_late_us_max: floor.late_max.map(micros),
+            floor_late_us_max: floor.late_max.max(self.floor_late_max.take()).map(micros),
             frames_skipped: counted.engine.send_slots_skipped,
             engine_busy: named(ENGINE_PREFIX).map(|thread| thread.cpu).max().map(|cpu| cpu.as_secs_f64() / seconds),
             run_queue_us_max: named(ENGINE_PREFIX).map(|thread| micros(thread.run_queue)).max(),
@@ -103,6 +106,45 @@ impl Observer {
         second
     }
 
+    /// How late the bare timer thread was, since its start.
+    pub fn floor_so_far(&self) -> Histogram {
+        self.floor.so_far()
+    }
+
+    /// Why the generator was the limit in a part of the run that ends now. `counted` is what the engine counted in it, `floor_before` is of its beginning, and
+    /// `busiest_worker` a share of a core.
+    pub fn reasons_between(&mut self, from: Time, until: Time, counted: &Record, floor_before: &Histogram, busiest_worker: f64) -> Vec<String> {
+        let floor = self.floor.take();
+        self.floor_gaps.extend(floor.gaps);
+        self.floor_late_max = self.floor_late_max.max(floor.late_max);
+        let within = |gap: &Gap| Gap {
+            from: gap.from.max(from),
+            to: gap.to.min(until),
+        };
+        let gaps: Vec<Gap> = self.engine_gaps.iter().map(within).filter(|gap| gap.from < gap.to).collect();
+        let seconds: Vec<Second> = self.seconds.iter().filter(|row| row.from < until && row.to > from).cloned().collect();
+        health::reasons(&health::Evidence {
+            record: counted,
+            floor: &self.floor.so_far().since(floor_before),
+            host_drops: counted.session.host_drops,
+            busiest_worker,
+            seconds: &seconds,
+            gaps: &gaps,
+            stalls: &self.stalls(until),
+        })
+    }
+
+    fn stalls(&self, until: Time) -> Vec<Stall> {
+        blame::stalls(&Observed {
+            sends: &self.sends,
+            arrivals: &self.arrivals,
+            engine_gaps: &self.engine_gaps,
+            floor_gaps: &self.floor_gaps,
+            seconds: &self.seconds,
+            until,
+        })
+    }
+
     /// Another look at the threads, before some of them end.
     pub fn look_at_threads(&mut self) {
         self.threads.extend(Snapshot::read().threads);
@@ -113,14 +155,7 @@ impl Observer {
         let end = Snapshot::read();
         self.floor_gaps.extend(self.floor.take().gaps);
         let floor = std::mem::replace(&mut self.floor, FloorThread::idle()).finish();
-        let stalls = blame::stalls(&Observed {
-            sends: &self.sends,
-            arrivals: &self.arrivals,
-            engine_gaps: &self.engine_gaps,
-            floor_gaps: &self.floor_gaps,
-            seconds: &self.seconds,
-            until: media_stopped_at,
-        });
+        let stalls = self.stalls(media_stopped_at);
         Seen {
             floor,
             seconds: std::mem::take(&mut self.seconds),

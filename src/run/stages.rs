@@ -1,20 +1,22 @@
 //! A test's way through its stages, as its lead wants them, and all waiting on the way.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use super::account::of_tier;
+use super::account::Joins;
 use super::interrupts::Interrupts;
 use super::lead::{Lead, Next, Observation, Stage, Tier, TierPlan, TierSeen};
+use super::tally::{GRACE, Stay, Survey, Tally};
 use super::{BEAT, DRAIN, PROGRESS_INTERVAL, Test};
 use crate::engine::Command;
-use crate::measure::{Kind, Record};
+use crate::measure::{Histogram, Kind, Record};
 use crate::net;
 use crate::plan::Subscribers;
 use crate::report::progress::Snapshot;
-use crate::report::{Step, judge};
-use crate::signal::session::{self, Sections};
+use crate::report::{Step, TierFacts, judge};
+use crate::signal::session::{self, Request, Sections};
 use crate::units::Time;
 
 /// Before the first join, so that its moment lies ahead.
@@ -31,17 +33,31 @@ pub(super) struct Around<'r, L, P> {
 
 /// The tier under way.
 pub(super) struct UnderWay {
-    plan: TierPlan,
+    pub plan: TierPlan,
     began_at: Time,
-    /// The run's record at its beginning.
+    /// The run's record at its beginning, and how late the host's bare timer had been.
     began: Record,
+    floor: Histogram,
+    joins: Joins,
+    /// Who lost its session since.
+    pub lost: BTreeSet<u32>,
+    /// Where others leave.
+    stay: Option<Stay>,
     hold: Option<Hold>,
 }
 
-/// From when on a tier is measured, and the run's record then.
+/// From when on a tier is measured, and the run's record and survey then.
 pub(super) struct Hold {
     pub since: Time,
     pub before: Record,
+    survey: Survey,
+}
+
+/// The tier that was held last.
+pub(super) struct Held {
+    seconds: f64,
+    /// At the beginning of its hold, at its end, and when its account was closed.
+    surveys: [Survey; 3],
 }
 
 /// Why a wait ended.
@@ -49,6 +65,8 @@ pub(super) enum Until {
     Done,
     Interrupted(&'static str),
     Abandoned,
+    /// By the lead.
+    Aborted(String),
 }
 
 impl Test<'_> {
@@ -73,6 +91,8 @@ impl Test<'_> {
             return true;
         }
         let settled = self.wait(around, |test| test.is_settled().then_some(Until::Done)).await;
+        // They have joined before any tier.
+        self.joins_new = Joins::default();
         self.goes_on(settled, "while publishers were joining")
     }
 
@@ -85,31 +105,17 @@ impl Test<'_> {
                     return;
                 }
             };
-            let goes_on = match next {
-                Next::Tier(plan) => self.hold_tier(plan, around).await,
-                Next::Finish => false,
-                Next::Abort(reason) => {
-                    self.partial = Some(reason);
-                    false
-                }
-            };
-            if !goes_on {
+            let Next::Tier(plan) = next else { return };
+            if !self.hold_tier(plan, around).await {
                 return;
             }
-            self.enter(Stage::Between, around);
         }
     }
 
     /// Has a tier gather and settle, and holds it. False where nothing can follow.
     async fn hold_tier<L: Lead, P: FnMut(&Snapshot)>(&mut self, plan: TierPlan, around: &mut Around<'_, L, P>) -> bool {
         let (warmup, hold, is_whole) = (plan.warmup, plan.hold, plan.is_whole);
-        self.admit(plan.subscribers, plan.start, self.plan.ramp_time.filter(|_| !is_whole));
-        self.tier = Some(UnderWay {
-            plan,
-            began_at: self.epoch.now(),
-            began: self.record.clone(),
-            hold: None,
-        });
+        self.begin_tier(plan);
         self.enter(Stage::Gather, around);
         let joined = self.wait(around, |test| test.is_settled().then_some(Until::Done)).await;
         // Where nobody got in there is nothing to hold: the joins have failed, and that is the result.
@@ -124,113 +130,211 @@ impl Test<'_> {
                 return false;
             }
         }
-        self.begin_hold().await;
+        self.begin_hold(is_whole).await;
         self.enter(Stage::Hold, around);
         let end = self.epoch.now() + hold;
         let held = self.wait(around, |test| (test.epoch.now() >= end).then_some(Until::Done)).await;
         let goes_on = self.goes_on(held, "before the planned duration was over");
-        if !is_whole {
-            self.flush().await;
-            self.close_tier();
+        if is_whole {
+            return goes_on;
         }
-        goes_on
+        self.close_tier(around).await && goes_on
     }
 
-    async fn begin_hold(&mut self) {
-        self.flush().await;
+    fn begin_tier(&mut self, plan: TierPlan) {
+        let began_at = self.epoch.now();
+        let stayers = self.plan.participants_with(plan.subscribers);
+        let stay = self.held.as_ref().filter(|_| stayers < self.admitted).map(|held| {
+            let [start, end, now] = &held.surveys;
+            Stay::begin(stayers, began_at, [start, end, now], held.seconds)
+        });
+        self.admit(plan.subscribers, plan.start, self.plan.ramp_time.filter(|_| !plan.is_whole));
+        self.tier = Some(UnderWay {
+            plan,
+            began_at,
+            began: self.record.clone(),
+            floor: self.observer.floor_so_far(),
+            joins: std::mem::take(&mut self.joins_new),
+            lost: BTreeSet::new(),
+            stay,
+            hold: None,
+        });
+    }
+
+    async fn begin_hold(&mut self, is_whole: bool) {
+        let survey = if is_whole {
+            self.flush().await;
+            Survey::default()
+        } else {
+            self.survey().await
+        };
         self.resident_hold = net::resident_bytes().map(|(now, _)| now);
         self.workers.iter_mut().for_each(|worker| worker.cpu_at_hold = worker.cpu);
         if let Some(tier) = &mut self.tier {
             tier.hold = Some(Hold {
                 since: self.epoch.now(),
                 before: self.record.clone(),
+                survey,
             });
         }
     }
 
-    /// The tier under way is over: what it came to is a step of the report.
-    fn close_tier(&mut self) {
-        let now = self.epoch.now();
+    /// The tier under way is over: what it came to, once what was under way has had its time, is a step of the report. False where that wait was cut short.
+    async fn close_tier<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) -> bool {
+        let end = self.survey().await;
+        let until = self.epoch.now();
+        let record = self.record.clone();
+        self.enter(Stage::Between, around);
+        let worker_seconds = self
+            .workers
+            .iter()
+            .map(|worker| worker.cpu.saturating_sub(worker.cpu_at_hold).as_secs_f64());
+        let busiest_seconds = worker_seconds.fold(0.0, f64::max);
+        let mut goes_on = self.partial.is_none();
+        if goes_on {
+            let over = until + GRACE;
+            let waited = self.wait(around, |test| (test.epoch.now() >= over).then_some(Until::Done)).await;
+            goes_on = self.goes_on(waited, "while the last packets of a tier were awaited");
+        }
+        let after = self.survey().await;
         let Some(UnderWay {
             plan,
             began_at,
             began,
+            floor,
+            joins,
+            lost,
+            stay,
             hold: Some(hold),
         }) = self.tier.take()
         else {
-            return;
+            return goes_on;
         };
+        let seconds = until.since(hold.since).as_secs_f64();
+        let tally = Tally {
+            max_loss_pct: self.judging.max_loss_pct,
+            participants: self.admitted,
+            present: &self.sessions.present,
+            lost: &lost,
+            joins,
+            records: [&began, &hold.before, &record],
+            surveys: [&hold.survey, &end, &after],
+        };
+        let since_beginning = record.since(&began);
+        let busiest = busiest_seconds / seconds.max(0.001);
         let step = Step {
             name: plan.name.clone(),
             participants: self.admitted,
-            seconds: now.since(hold.since).as_secs_f64(),
-            record: of_tier(&self.record, &began, &hold.before),
+            seconds,
+            record: tally.record(),
+            tier: Some(TierFacts {
+                subscribers: plan.per_room(),
+                invalid: self.observer.reasons_between(began_at, until, &since_beginning, &floor, busiest),
+                complaints: stay.map_or_else(Vec::new, |stay| stay.complaints(&lost, &end, until)),
+                cut_short: self.partial.clone(),
+            }),
         };
+        self.busiest = self.busiest.max(busiest);
         self.tiers.push(Tier {
             plan,
             began_at,
             held_from: hold.since,
-            held_until: now,
-            participants: self.admitted,
+            held_until: until,
             present: self.present(),
             judgement: judge::judge_tier(&step, self.judging),
+            step,
         });
-        self.steps.push(step);
+        self.held = Some(Held {
+            seconds,
+            surveys: [hold.survey, end, after],
+        });
+        goes_on
     }
 
     /// The hold of a tier that is the whole run: its account is closed with the run's.
     pub(super) fn take_whole_hold(&mut self) -> Option<Hold> {
-        self.tier.take().and_then(|tier| tier.hold)
+        self.tier.take().filter(|tier| tier.plan.is_whole)?.hold
     }
 
-    /// Has so many subscribers be in, and all publishers: each joins at its intended moment, whatever became of the earlier ones. The first one not before
-    /// `start`, and all of them within `ramp_time`, or at the plan's pace.
+    /// Has so many subscribers be in, and all publishers. Who joins does so at its intended moment, whatever became of the earlier ones; who leaves does so in the
+    /// reverse order. The first one not before `start`, and all of them within `ramp_time`, or at the plan's pace.
     fn admit(&mut self, subscribers: Subscribers, start: Option<Time>, ramp_time: Option<Duration>) {
-        let wanted = self.plan.participants_with(subscribers);
-        let joining = self.admitted..wanted.max(self.admitted);
-        let count = joining.len() as u32;
-        self.admitted = wanted;
-        self.joins_asked += count;
+        let (before, wanted) = (self.admitted, self.plan.participants_with(subscribers));
+        let moves = wanted.abs_diff(before);
         let interval = match ramp_time {
-            Some(ramp_time) => ramp_time.as_secs_f64() / f64::from(count.max(1)),
+            Some(ramp_time) => ramp_time.as_secs_f64() / f64::from(moves.max(1)),
             None => 1.0 / self.plan.joins_per_second,
         };
-        let first_at = self.next_join_at.max(start.unwrap_or(Time::ZERO));
-        let intended = move |place: u32| first_at + Duration::from_secs_f64(f64::from(place) * interval);
-        self.next_join_at = intended(count);
-        let sessions: Vec<_> = (0..)
-            .zip(joining)
-            .map(|(place, index)| {
-                let participant = self.plan.participant(index);
-                let [audio, video] = [Kind::Audio, Kind::Video].map(|kind| self.plan.tracks_ahead(&participant, kind));
-                let room = self.plan.room_name(participant.room);
-                (room, participant, intended(place), Sections { audio, video })
-            })
-            .collect();
+        let first_at = start.unwrap_or_else(|| self.epoch.now()).max(self.next_join_at);
+        let moments = move |place: u32| first_at + Duration::from_secs_f64(f64::from(place) * interval);
+        self.next_join_at = moments(moves);
+        self.admitted = wanted;
+        if wanted < before {
+            self.dismiss(wanted, moments);
+        } else {
+            self.invite(before..wanted, moments);
+        }
+    }
+
+    /// Starts the sessions of those who join, each at its moment.
+    fn invite(&mut self, joining: std::ops::Range<u32>, moments: impl Fn(u32) -> Time) {
         let Some(context) = self.context.clone() else { return };
-        let (places, mut leave) = (self.places.clone(), self.leave.subscribe());
+        let mut sessions = Vec::new();
+        for (place, position) in (0..).zip(joining) {
+            let participant = self.plan.participant(position);
+            let (index, intended) = (participant.index, moments(place));
+            self.joins_new.add(self.plan, &participant);
+            self.joins_all.add(self.plan, &participant);
+            self.sessions.come(index);
+            self.visits.insert(index, intended);
+            let (sender, requests) = mpsc::unbounded_channel();
+            self.requests.insert(index, sender);
+            let [audio, video] = [Kind::Audio, Kind::Video].map(|kind| self.plan.tracks_ahead(&participant, kind));
+            let (room, place) = (self.plan.room_name(participant.room), self.places[position as usize]);
+            sessions.push((intended, participant, room, place, Sections { audio, video }, requests));
+        }
+        let mut leave = self.leave.subscribe();
         tokio::spawn(async move {
-            for (room, participant, intended, tracks_ahead) in sessions {
+            for (intended, participant, room, place, tracks_ahead, requests) in sessions {
                 let at = tokio::time::Instant::from_std(context.epoch.instant(intended));
                 tokio::select! {
                     () = tokio::time::sleep_until(at) => {}
                     () = session::leaving(&mut leave) => return,
                 }
-                let place = places[participant.index as usize];
-                // Nobody asks anything of them after they have joined.
-                let (_, requests) = mpsc::unbounded_channel();
                 tokio::spawn(session::run(context.clone(), participant, room, place, intended, tracks_ahead, requests));
             }
         });
     }
 
+    /// Has all but the first so many leave, each at its moment, the last one first.
+    fn dismiss(&mut self, stayers: u32, moments: impl Fn(u32) -> Time) {
+        let first = self.plan.participant(stayers).index;
+        let leaving = self.requests.split_off(&first);
+        // Who has gone by itself is not waited for.
+        let here = leaving.keys().filter(|index| !self.sessions.ended.contains_key(index));
+        self.sessions.leaving.extend(here);
+        let leaving: Vec<_> = (0..).map(moments).zip(leaving.into_values().rev()).collect();
+        let (epoch, mut leave) = (self.epoch, self.leave.subscribe());
+        tokio::spawn(async move {
+            for (at, requests) in leaving {
+                tokio::select! {
+                    () = tokio::time::sleep_until(tokio::time::Instant::from_std(epoch.instant(at))) => {}
+                    () = session::leaving(&mut leave) => return,
+                }
+                // Nobody listens where the session has ended already.
+                let _ = requests.send(Request::Leave);
+            }
+        });
+    }
+
+    /// Whoever was to join is in, or has failed; whoever was to leave is gone.
     fn is_settled(&self) -> bool {
-        self.sessions.joined + self.sessions.failed >= self.joins_asked
+        self.sessions.joined + self.sessions.failed >= self.joins_all.count && self.sessions.leaving.is_empty()
     }
 
     /// The last frames leave, then what is under way or lost gets time to arrive.
     async fn stop_media<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
-        if !self.was_interrupted && !self.is_abandoned() {
+        if self.partial.is_none() {
             let may_stop = self.ask(around, async |lead, _| lead.before_stop().await).await;
             if let Err(until) = may_stop {
                 self.goes_on(until, "while others were measuring");
@@ -247,10 +351,14 @@ impl Test<'_> {
         if let Until::Interrupted(signal) = self.wait(around, |test| (test.epoch.now() >= end).then_some(Until::Done)).await {
             self.note_interrupt(&format!("{signal} while the last packets were awaited"));
         }
-        let limit = if self.was_interrupted {
-            self.epoch.now() + ACCOUNT_TIMEOUT
-        } else {
-            Time::MAX
+        self.settle_accounts(around).await;
+        self.enter(Stage::Leave, around);
+    }
+
+    async fn settle_accounts<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
+        let limit = match self.was_interrupted {
+            true => self.epoch.now() + ACCOUNT_TIMEOUT,
+            false => Time::MAX,
         };
         let settled = self
             .ask(around, async |lead, test| {
@@ -262,7 +370,6 @@ impl Test<'_> {
         if let Err(Until::Interrupted(signal)) = settled {
             self.note_interrupt(&format!("{signal} while the accounts were settled"));
         }
-        self.enter(Stage::Leave, around);
     }
 
     fn note_interrupt(&mut self, why: &str) {
@@ -276,6 +383,7 @@ impl Test<'_> {
         match until {
             Until::Done => return true,
             Until::Interrupted(signal) => self.note_interrupt(&format!("{signal} after {seconds:.1} s, {when}")),
+            Until::Aborted(reason) => self.partial = Some(reason),
             Until::Abandoned => self.partial = Some(format!("all participants were gone after {seconds:.1} s, {when}")),
         }
         false
@@ -285,7 +393,7 @@ impl Test<'_> {
     async fn wait<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>, done: impl Fn(&Test<'_>) -> Option<Until>) -> Until {
         let mut beat = beat();
         loop {
-            if let Some(until) = done(self).or_else(|| self.is_abandoned().then_some(Until::Abandoned)) {
+            if let Some(until) = done(self).or_else(|| self.end_of_waiting(around.lead)) {
                 return until;
             }
             tokio::select! {
@@ -303,8 +411,8 @@ impl Test<'_> {
     ) -> Result<T, Until> {
         let mut beat = beat();
         loop {
-            if self.media_stopped_at.is_none() && self.is_abandoned() {
-                return Err(Until::Abandoned);
+            if let Some(until) = self.end_of_waiting(around.lead).filter(|_| self.media_stopped_at.is_none()) {
+                return Err(until);
             }
             tokio::select! {
                 biased;
@@ -316,9 +424,16 @@ impl Test<'_> {
         }
     }
 
+    fn end_of_waiting(&self, lead: &mut impl Lead) -> Option<Until> {
+        let aborted = lead.abort().filter(|_| self.partial.is_none()).map(Until::Aborted);
+        aborted.or_else(|| self.is_abandoned().then_some(Until::Abandoned))
+    }
+
     /// Everybody who ought to be in has been, and has gone for good.
     fn is_abandoned(&self) -> bool {
-        self.sessions.joined > 0 && self.admitted > 0 && self.sessions.ended.len() == self.admitted as usize
+        let (ended, admitted) = (&self.sessions.ended, self.admitted as usize);
+        let all = self.sessions.joined > 0 && admitted > 0 && ended.len() >= admitted;
+        all && self.visits.keys().take(admitted).all(|index| ended.contains_key(index))
     }
 
     /// Takes what has come since the last beat, and shows it where that is due.
@@ -349,7 +464,7 @@ impl Test<'_> {
             participants: self.admitted,
             present: self.present(),
             record: &self.record,
-            tier: self.tier.as_ref().map(|tier| TierSeen {
+            tier: self.tier.as_ref().filter(|_| self.stage != Stage::Between).map(|tier| TierSeen {
                 plan: &tier.plan,
                 began_at: tier.began_at,
                 held_from: tier.hold.as_ref().map(|hold| hold.since),

@@ -9,6 +9,7 @@ mod failure;
 mod pace;
 mod peers;
 mod reconnect;
+mod requests;
 mod tracks;
 mod viewer;
 
@@ -34,6 +35,7 @@ use failure::{Cure, Failure};
 use pace::Pace;
 use peers::{Change, Half, Role, udp_address};
 use reconnect::{Lost, RESUME_TIMEOUT};
+use requests::Requests;
 pub use tracks::{Media, TakingTurns};
 use tracks::{Track, add_track_request, stream_parameters};
 pub use viewer::Size;
@@ -56,6 +58,8 @@ const TRACKS_EVER_MAX: usize = 20_000;
 const PINGS_MAX: usize = 8;
 /// Candidates that a server may trickle for one connection: it has a few per interface.
 const TRICKLED_MAX: u32 = 64;
+/// So long a participant that is to leave stays for what was sent before: as long as everybody does at the end of a run, when media has stopped.
+const LEAVE_DRAIN: Duration = Duration::from_millis(1_500);
 /// Between the connection's first moment and the first frame: at least this, so that the slot lies ahead.
 const FIRST_FRAME_DELAY: Duration = Duration::from_millis(2);
 
@@ -174,6 +178,8 @@ pub enum Request {
     SetMuted { kind: Kind, muted: bool },
     /// Looks at every video track in this size from now on, whatever the layout; `None`: at none of them.
     Show(Option<Size>),
+    /// Leaves before the run does. What was sent to it until now still has its time to arrive; from now on nothing is owed.
+    Leave,
 }
 
 /// Runs one participant from its intended moment until the run tells everybody to leave, or the server does. `tracks_ahead` are those that ought to be
@@ -187,9 +193,10 @@ pub async fn run(
     place: Place,
     intended: Time,
     tracks_ahead: Sections,
-    mut requests: mpsc::UnboundedReceiver<Request>,
+    requests: mpsc::UnboundedReceiver<Request>,
 ) {
     let mut session = Session::new(context, plan, room, place, intended, tracks_ahead);
+    let mut requests = Requests::new(requests);
     let failure = session.live(&mut requests).await.err();
     session.end(failure);
 }
@@ -209,6 +216,8 @@ struct Session {
     sid: String,
     join_retries: u32,
     lost: Option<Lost>,
+    /// It was asked to leave, and does at this time.
+    leaves_at: Option<Time>,
     /// When it came back last, and after how many tries.
     back: Option<(Time, u32)>,
     disconnects: u32,
@@ -329,6 +338,7 @@ impl Session {
             sid: String::new(),
             join_retries: 0,
             lost: None,
+            leaves_at: None,
             back: None,
             disconnects: 0,
             publisher: Half::new(context.single_connection || !tracks.is_empty()),
@@ -350,8 +360,8 @@ impl Session {
         }
     }
 
-    /// Joins and stays, whatever it takes. `Ok` when the run tells everybody to leave.
-    async fn live(&mut self, requests: &mut mpsc::UnboundedReceiver<Request>) -> Result<(), Failure> {
+    /// Joins and stays, whatever it takes. `Ok` when the run tells it, or everybody, to leave.
+    async fn live(&mut self, requests: &mut Requests) -> Result<(), Failure> {
         let mut leave = self.context.leave.clone();
         loop {
             let Err(failure) = self.visit(requests).await else { return Ok(()) };
@@ -360,12 +370,16 @@ impl Session {
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = leaving(&mut leave) => return Ok(()),
+                () = requests.leave() => {
+                    self.leave_at(self.context.epoch.now());
+                    return Ok(());
+                }
             }
         }
     }
 
     /// One session, from the join until it is gone or everybody is to leave. Where only signalling is lost, it is resumed.
-    async fn visit(&mut self, requests: &mut mpsc::UnboundedReceiver<Request>) -> Result<(), Failure> {
+    async fn visit(&mut self, requests: &mut Requests) -> Result<(), Failure> {
         self.timeline.started = Some(self.context.epoch.now());
         let mut leave = self.context.leave.clone();
         let mut engine = EngineEvents::new();
@@ -374,6 +388,10 @@ impl Session {
             let Err(failure) = self.attend(&mut signal, &mut engine, requests).await else {
                 return Ok(());
             };
+            if self.leaves_at.is_some() {
+                // It does not come back in order to leave.
+                return Ok(());
+            }
             let (Cure::Resume { restart_ice }, true) = (failure.cure, self.joined) else {
                 return Err(failure);
             };
@@ -381,17 +399,33 @@ impl Session {
             signal = tokio::select! {
                 resumed = self.resume(failure, restart_ice) => resumed?,
                 () = leaving(&mut leave) => return Ok(()),
+                () = requests.leave() => {
+                    self.leave_at(self.context.epoch.now());
+                    return Ok(());
+                }
             };
         }
     }
 
+    /// The run wants it gone at this time; from now on nothing is owed to it.
+    fn leave_at(&mut self, at: Time) {
+        self.leaves_at = Some(at);
+        self.command(Command::Leave { key: self.receiving_key() });
+    }
+
+    /// Ends when it is time to leave; never, where nobody has asked for it.
+    fn time_to_leave(&self) -> impl Future<Output = ()> + use<> {
+        let at = self.leaves_at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
+        async move {
+            match at {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
     /// Does what server and shard ask for, until the run tells everybody to leave.
-    async fn attend(
-        &mut self,
-        signal: &mut Signal,
-        engine: &mut EngineEvents,
-        requests: &mut mpsc::UnboundedReceiver<Request>,
-    ) -> Result<(), Failure> {
+    async fn attend(&mut self, signal: &mut Signal, engine: &mut EngineEvents, requests: &mut Requests) -> Result<(), Failure> {
         let deadline = tokio::time::sleep_until(tokio::time::Instant::from_std(self.context.epoch.instant(self.join_deadline())));
         tokio::pin!(deadline);
         let mut leave = self.context.leave.clone();
@@ -399,11 +433,8 @@ impl Session {
             tokio::select! {
                 biased;
                 // First what ends it: a server that never stops talking must not keep a participant in.
-                () = leaving(&mut leave) => {
-                    // The server sees a participant who says goodbye at once; one who is silent it keeps for 20 s.
-                    let _ = tokio::time::timeout(Duration::from_secs(2), signal.sender.leave()).await;
-                    return Ok(());
-                }
+                () = leaving(&mut leave) => break,
+                () = self.time_to_leave() => break,
                 () = &mut deadline, if !self.joined => return Err(Failure::lost(self.timeout_reason())),
                 Some(event) = engine.receiver.recv() => {
                     if let Err(failure) = self.handle_engine(event, &mut signal.sender).await {
@@ -420,10 +451,13 @@ impl Session {
                     }
                     self.handle_signal(event, signal, &engine.sender).await?;
                 }
-                Some(request) = requests.recv() => self.handle_request(request, &mut signal.sender).await?,
+                request = requests.next() => self.handle_request(request, &mut signal.sender).await?,
                 _ = signal.ping.tick() => signal.ping(self.context.epoch.now()).await?,
             }
         }
+        // The server sees a participant who says goodbye at once; one who is silent it keeps for 20 s.
+        let _ = tokio::time::timeout(Duration::from_secs(2), signal.sender.leave()).await;
+        Ok(())
     }
 
     /// The first attempt is judged from when it was intended, a later one from when it began.
@@ -758,6 +792,11 @@ impl Session {
                 self.viewer.show_all(size);
                 self.tell_what_is_watched(sender).await
             }
+            Request::Leave => {
+                let drain = if self.joined { LEAVE_DRAIN } else { Duration::ZERO };
+                self.leave_at(self.context.epoch.now() + drain);
+                Ok(())
+            }
         }
     }
 
@@ -932,7 +971,7 @@ impl Session {
 
     fn end(mut self, failure: Option<Failure>) {
         let index = self.plan.index;
-        if failure.is_some() {
+        if failure.is_some() || self.leaves_at.is_some() {
             self.remove_peers();
         }
         match (&failure, self.lost) {
@@ -947,7 +986,11 @@ impl Session {
                 self.disconnects += 1;
                 self.notify(Notice::Disconnected {
                     index,
-                    reason: "not resumed before the end of the run".into(),
+                    reason: match self.leaves_at {
+                        Some(_) => "not resumed before it was to leave",
+                        None => "not resumed before the end of the run",
+                    }
+                    .into(),
                 });
             }
             // Told to leave, in or on its way in; or gone, as has been told.

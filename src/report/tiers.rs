@@ -1,0 +1,174 @@
+//! Tiers side by side, and what they say together: the last one that passed before the first one that did not.
+
+use std::fmt::Write as _;
+
+use super::judge::{Judgement, Loss, Verdict, judge_step};
+use super::text::{count, maybe, micros, number, percent, wrapped};
+use super::{Outcome, Step};
+use crate::measure::Histogram;
+
+/// Reasons that are told of one tier.
+const REASONS_MAX: usize = 3;
+
+/// What a ramp found.
+pub struct Knee<'a> {
+    pub answer: Answer,
+    /// The last tier that passed before the first one that did not; `None` where the first one did not.
+    pub passed: Option<&'a Step>,
+    /// The first one that did not, as far as it was held.
+    pub broke: Option<(&'a Step, Judgement)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Every tier passed: the knee lies higher.
+    AllPassed,
+    Found,
+    /// The first tier failed: the knee lies lower.
+    FirstFailed,
+    /// Before any tier failed there was one of which nothing is known: the generator was the limit, or the run ended.
+    NotMeasured,
+}
+
+impl Answer {
+    /// As the JSON report has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Answer::AllPassed => "all_passed",
+            Answer::Found => "found",
+            Answer::FirstFailed => "first_failed",
+            Answer::NotMeasured => "not_measured",
+        }
+    }
+}
+
+impl<'a> Knee<'a> {
+    /// `None` for a run without tiers.
+    pub fn of(outcome: &'a Outcome) -> Option<Knee<'a>> {
+        let tiers: Vec<(&Step, Judgement)> = tiers(outcome).collect();
+        if tiers.is_empty() && outcome.unmeasured.is_empty() {
+            return None;
+        }
+        let mut passed = None;
+        for (step, judgement) in tiers {
+            if judgement.verdict == Verdict::Pass {
+                passed = Some(step);
+                continue;
+            }
+            let answer = match (judgement.verdict, passed) {
+                (Verdict::Fail, Some(_)) => Answer::Found,
+                (Verdict::Fail, None) => Answer::FirstFailed,
+                _ => Answer::NotMeasured,
+            };
+            let broke = Some((step, judgement));
+            return Some(Knee { answer, passed, broke });
+        }
+        let answer = match outcome.unmeasured.is_empty() {
+            true => Answer::AllPassed,
+            false => Answer::NotMeasured,
+        };
+        Some(Knee { answer, passed, broke: None })
+    }
+
+    /// In one sentence.
+    fn sentence(&self, outcome: &Outcome) -> String {
+        let passed = self.passed.map(size);
+        let broke = self.broke.as_ref().map(|(step, judgement)| (size(step), reason(judgement)));
+        match (self.answer, passed, broke) {
+            (Answer::AllPassed, Some(passed), _) => format!("not reached: all tiers passed, the last one with {passed}"),
+            (Answer::Found, Some(passed), Some((broke, why))) => format!("{passed}; {broke} did not pass: {why}"),
+            (Answer::FirstFailed, _, Some((broke, why))) => format!("below the first tier: {broke} did not pass: {why}"),
+            (_, passed, broke) => {
+                let why = match (broke, outcome.unmeasured.first()) {
+                    (Some((size, why)), _) => format!("{size}: {why}"),
+                    (None, Some(next)) => format!("the run did not come to {}", next.name),
+                    (None, None) => "no tier was held".to_owned(),
+                };
+                match passed {
+                    Some(passed) => format!("at least {passed}; not measured beyond: {why}"),
+                    None => format!("not measured: {why}"),
+                }
+            }
+        }
+    }
+}
+
+/// Steps that are tiers, and what each came to.
+pub fn tiers(outcome: &Outcome) -> impl Iterator<Item = (&Step, Judgement)> {
+    let tiers = outcome.steps.iter().filter(|step| step.tier.is_some());
+    tiers.map(|step| (step, judge_step(outcome, step)))
+}
+
+/// A line a tier, why those did not pass that did not, and the knee. Nothing for a run without tiers.
+pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_verdict: impl Fn(Verdict, &str) -> String) -> String {
+    let Some(knee) = Knee::of(outcome) else { return String::new() };
+    let heads = ["subscribers", "healthy", "join p95", "loss", "audio p95", "video p95", "RTT p95"];
+    let mut text = format!("{}{}\n", paint("Tiers   "), row(heads.map(str::to_owned)));
+    for (step, judgement) in tiers(outcome) {
+        let (session, audio, video) = (&step.record.session, &step.record.audio, &step.record.video);
+        let cells = [
+            step.tier
+                .as_ref()
+                .and_then(|tier| tier.subscribers)
+                .map_or_else(|| "n/a".to_owned(), |count| number(count.into())),
+            format!("{}/{}", number(session.participants_healthy), number(session.participants_total)),
+            p95(&session.join),
+            maybe(worst_loss(step), percent),
+            p95(&audio.one_way_latency),
+            p95(&video.one_way_latency),
+            p95(&session.rtt_rtcp),
+        ];
+        let verdict = paint_verdict(judgement.verdict, judgement.verdict.name());
+        let _ = writeln!(text, "{:<8}{} {verdict}", step.name, row(cells));
+    }
+    for tier in &outcome.unmeasured {
+        let subscribers = tier.subscribers.map_or_else(|| "n/a".to_owned(), |count| number(count.into()));
+        let _ = writeln!(text, "{:<8}{subscribers:>11}  not measured", tier.name);
+    }
+    for (step, judgement) in tiers(outcome).filter(|(_, judgement)| judgement.verdict != Verdict::Pass) {
+        for reason in judgement.reasons.iter().take(REASONS_MAX) {
+            text.push_str(&wrapped(&format!("{}: {reason}", step.name), 2));
+        }
+        if judgement.reasons.len() > REASONS_MAX {
+            let _ = writeln!(text, "  {}: and {} more", step.name, judgement.reasons.len() - REASONS_MAX);
+        }
+    }
+    let knee = wrapped(&knee.sentence(outcome), 11);
+    let _ = writeln!(text, "{} {}", paint("Knee      "), knee.trim_start());
+    text
+}
+
+/// 64 columns.
+fn row([subscribers, healthy, join, loss, audio, video, rtt]: [String; 7]) -> String {
+    format!("{subscribers:>11}{healthy:>10}{join:>9}{loss:>8}{audio:>10}{video:>10}{rtt:>8}")
+}
+
+fn p95(histogram: &Histogram) -> String {
+    match histogram.quantile(0.95) {
+        Some(us) => micros(us as f64),
+        None if histogram.expected() == 0 => "n/a".to_owned(),
+        None => "never".to_owned(),
+    }
+}
+
+/// Of both kinds of media, where there are both; unknown where one of them is.
+fn worst_loss(step: &Step) -> Option<f64> {
+    let kinds = [&step.record.audio, &step.record.video]
+        .into_iter()
+        .filter(|media| media.tracks_expected > 0);
+    let losses: Option<Vec<f64>> = kinds.map(|media| Loss::of(media).worse()).collect();
+    losses?.into_iter().reduce(f64::max)
+}
+
+/// `25 subscribers a room (27 participants)`
+fn size(step: &Step) -> String {
+    let participants = count(step.participants.into(), "participant");
+    match step.tier.as_ref().and_then(|tier| tier.subscribers) {
+        Some(subscribers) => format!("{} a room ({participants})", count(subscribers.into(), "subscriber")),
+        None => participants,
+    }
+}
+
+fn reason(judgement: &Judgement) -> &str {
+    judgement.reasons.first().map_or("no reason is known", String::as_str)
+}

@@ -1,0 +1,259 @@
+//! The account of one tier: what counts for it, who fared well in it, and whether those who stayed were left in peace.
+//!
+//! A tier's figures are differences of the run's, between its hold's beginning and its end. Frames are told apart by when they were made, not by when they
+//! came: what was under way at the end has until [`GRACE`] later to arrive, as it has at the end of a run, and what was under way at the beginning belongs to
+//! what was before.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::account::{Joins, expect_joins, quality};
+use crate::engine::PeerOutcome;
+use crate::measure::{Kind, Media, Record, Timeline};
+use crate::plan::Plan;
+use crate::report::worst::is_healthy;
+use crate::report::{ParticipantOutcome, Quality, text};
+use crate::units::Time;
+
+/// So long after a tier's end what was under way then may still arrive.
+pub(super) const GRACE: Duration = super::DRAIN;
+
+/// How everybody fared, from the beginning of the run to one moment.
+#[derive(Default)]
+pub(super) struct Survey {
+    /// Of everybody who was ever to be in, in joining order.
+    fares: BTreeMap<u32, Fare>,
+    /// Of audio and of video: frames that were under way at the survey before, and have come since.
+    overdue: [u64; 2],
+}
+
+/// How one participant fared.
+#[derive(Clone, Default)]
+struct Fare {
+    audio: Quality,
+    video: Quality,
+    /// Like `frames_delivered`, of both.
+    overdue: [u64; 2],
+}
+
+impl Survey {
+    /// `visits` says when each participant was last to join: what went live before that is not live.
+    pub fn new(plan: &Plan, outcomes: &[PeerOutcome], visits: &BTreeMap<u32, Time>) -> Survey {
+        let mut peers: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
+        outcomes.iter().for_each(|peer| peers.entry(peer.participant).or_default().push(peer));
+        let mut survey = Survey::default();
+        for (index, visit) in visits {
+            let all = peers.remove(index).unwrap_or_default();
+            let here: Vec<&PeerOutcome> = all.iter().copied().filter(|peer| peer.intended_at >= *visit).collect();
+            let participant = plan.participant(*index);
+            let fares = |kind| {
+                let expected = plan.expected_tracks(&participant, kind);
+                Quality {
+                    // Where a layout has room for a part of them, others than at first may have come, too.
+                    tracks_live: quality(&here, kind, expected).tracks_live.min(expected.into()),
+                    ..quality(&all, kind, expected)
+                }
+            };
+            let overdue = [Kind::Audio, Kind::Video].map(|kind| {
+                let streams = all.iter().flat_map(|peer| &peer.streams).filter(|stream| stream.kind == kind);
+                streams.map(|stream| stream.frames_overdue).sum()
+            });
+            (0..2).for_each(|kind| survey.overdue[kind] += overdue[kind]);
+            let (audio, video) = (fares(Kind::Audio), fares(Kind::Video));
+            survey.fares.insert(*index, Fare { audio, video, overdue });
+        }
+        survey
+    }
+
+    fn fare(&self, index: u32) -> Fare {
+        self.fares.get(&index).cloned().unwrap_or_default()
+    }
+
+    /// The first so many in joining order.
+    fn first(&self, participants: u32) -> impl Iterator<Item = (&u32, &Fare)> {
+        self.fares.iter().take(participants as usize)
+    }
+
+    /// Freezes of audio and of video, of the first so many participants.
+    fn freezes(&self, participants: u32) -> [u64; 2] {
+        let add = |[audio, video]: [u64; 2], (_, fare): (&u32, &Fare)| [audio + fare.audio.freezes, video + fare.video.freezes];
+        self.first(participants).fold([0, 0], add)
+    }
+}
+
+/// What a tier's account is made of.
+pub(super) struct Tally<'a> {
+    pub max_loss_pct: f64,
+    /// Who ought to have been in: so many, the first ones in joining order.
+    pub participants: u32,
+    pub present: &'a BTreeSet<u32>,
+    /// Who lost its session since the tier began.
+    pub lost: &'a BTreeSet<u32>,
+    pub joins: Joins,
+    /// The run's record when the tier began, when its hold did, and at its end.
+    pub records: [&'a Record; 3],
+    /// At the beginning of the hold, at its end, and when what was under way then had had its time.
+    pub surveys: [&'a Survey; 3],
+}
+
+impl Tally<'_> {
+    /// What happens once to a participant or to a subscription (joining, its first frame, its loss) counts from the tier's beginning, when the first one was to join
+    /// or to leave; everything else from the hold on.
+    pub fn record(&self) -> Record {
+        let [began, held, end] = self.records;
+        let mut tier = differences(began, held, end);
+        tier.session.joins_planned = self.joins.count.into();
+        tier.session.participants_total = self.participants.into();
+        tier.session.participants_healthy = self.healthy();
+        let overdue = self.overdue();
+        for (kind, overdue) in [Kind::Audio, Kind::Video].into_iter().zip(overdue) {
+            let fares = || self.surveys[2].first(self.participants).map(move |(_, fare)| fare.of(kind));
+            let published = match kind {
+                Kind::Audio => end.audio.tracks_published,
+                Kind::Video => end.video.tracks_published,
+            };
+            let media = tier.media(kind);
+            media.tracks_published = published;
+            media.tracks_expected = fares().map(|quality| quality.tracks_expected).sum();
+            media.tracks_live = fares().map(|quality| quality.tracks_live).sum();
+            media.frames_delivered = media.frames_delivered.saturating_add_signed(overdue);
+            expect_frames_of(media);
+        }
+        expect_joins(&mut tier, &self.joins);
+        tier
+    }
+
+    /// What came of what was under way at the end, less what came of what was under way at the beginning.
+    fn overdue(&self) -> [i64; 2] {
+        let [_, end, after] = self.surveys;
+        [0, 1].map(|kind| after.overdue[kind] as i64 - end.overdue[kind] as i64)
+    }
+
+    fn healthy(&self) -> u64 {
+        let fares = self.surveys[2].first(self.participants);
+        fares.filter(|(index, _)| is_healthy(&self.outcome(**index), self.max_loss_pct)).count() as u64
+    }
+
+    /// How one participant fared in this tier.
+    fn outcome(&self, index: u32) -> ParticipantOutcome {
+        let [start, end, after] = self.surveys.map(|survey| survey.fare(index));
+        let quality = |kind: Kind, at: usize| {
+            let mut quality = end.of(kind).since(start.of(kind));
+            let overdue = after.overdue[at] as i64 - end.overdue[at] as i64;
+            quality.frames_delivered = quality.frames_delivered.saturating_add_signed(overdue);
+            quality.tracks_live = after.of(kind).tracks_live;
+            quality
+        };
+        ParticipantOutcome {
+            index,
+            timeline: Timeline {
+                joined: self.present.contains(&index).then_some(Time::ZERO),
+                ..Timeline::default()
+            },
+            disconnects: self.lost.contains(&index).into(),
+            audio: quality(Kind::Audio, 0),
+            video: quality(Kind::Video, 1),
+            ..ParticipantOutcome::default()
+        }
+    }
+}
+
+impl Fare {
+    fn of(&self, kind: Kind) -> &Quality {
+        match kind {
+            Kind::Audio => &self.audio,
+            Kind::Video => &self.video,
+        }
+    }
+}
+
+/// The same without what only a complete tier can say: as far as it is.
+pub(super) fn so_far(began: &Record, held: &Record, now: &Record) -> Record {
+    let mut tier = differences(began, held, now);
+    [&mut tier.audio, &mut tier.video].into_iter().for_each(expect_frames_of);
+    tier
+}
+
+fn expect_frames_of(media: &mut Media) {
+    // Those that came may have been under way before: only what is missing is known to be of this tier.
+    let missing = media.frames_expected.saturating_sub(media.frames_delivered);
+    media.one_way_latency.expect(media.one_way_latency.count() + missing);
+}
+
+fn differences(began: &Record, held: &Record, end: &Record) -> Record {
+    let mut tier = end.since(held);
+    let (once, session) = (end.session.since(&began.session), &mut tier.session);
+    session.joins_ok = once.joins_ok;
+    session.joins_failed = once.joins_failed;
+    session.joins_retried = once.joins_retried;
+    session.disconnects = once.disconnects;
+    session.reconnects_ok = once.reconnects_ok;
+    session.reconnects_failed = once.reconnects_failed;
+    session.join = once.join;
+    session.signal_connect = once.signal_connect;
+    session.signal_join = once.signal_join;
+    session.ice = once.ice;
+    session.dtls = once.dtls;
+    session.first_media = once.first_media;
+    session.reconnect = once.reconnect;
+    for (media, began, end) in [(&mut tier.audio, &began.audio, &end.audio), (&mut tier.video, &began.video, &end.video)] {
+        media.track_subscribe = end.track_subscribe.since(&began.track_subscribe);
+        media.first_packet = end.first_packet.since(&began.first_packet);
+        media.first_frame = end.first_frame.since(&began.first_frame);
+    }
+    tier
+}
+
+/// Those who stay while others leave.
+pub(super) struct Stay {
+    /// So many, the first ones in joining order.
+    pub participants: u32,
+    pub since: Time,
+    /// Their freezes until then.
+    pub freezes: [u64; 2],
+    /// Their freezes in the hold of the tier before, and how long that was.
+    pub before: [u64; 2],
+    pub before_seconds: f64,
+}
+
+impl Stay {
+    /// `start` and `end` are of the tier before, `now` of the moment before the first one leaves.
+    pub fn begin(participants: u32, since: Time, [start, end, now]: [&Survey; 3], before_seconds: f64) -> Stay {
+        let [start, end] = [start, end].map(|survey| survey.freezes(participants));
+        Stay {
+            participants,
+            since,
+            freezes: now.freezes(participants),
+            before: [0, 1].map(|kind| end[kind] - start[kind]),
+            before_seconds,
+        }
+    }
+
+    /// Why they were not left in peace. None of them may be lost; and none may freeze, where as many did in as much time before, that is no reason.
+    pub fn complaints(&self, lost: &BTreeSet<u32>, end: &Survey, until: Time) -> Vec<String> {
+        let mut complaints = Vec::new();
+        let lost = end.first(self.participants).filter(|(index, _)| lost.contains(index)).count();
+        if lost > 0 {
+            complaints.push(format!(
+                "{} of {} who stayed lost their session when others left",
+                text::number(lost as u64),
+                text::number(self.participants.into())
+            ));
+        }
+        let seconds = until.since(self.since).as_secs_f64();
+        let freezes = end.freezes(self.participants);
+        for (at, name) in ["audio", "video"].into_iter().enumerate() {
+            let (now, before) = (freezes[at] - self.freezes[at], self.before[at]);
+            let allowed = before as f64 * seconds / self.before_seconds.max(0.001);
+            if now as f64 > allowed.ceil() {
+                complaints.push(format!(
+                    "{name} of those who stayed froze {} in {seconds:.1} s when others left, and {} in the {:.1} s before",
+                    text::count(now, "time"),
+                    text::count(before, "time"),
+                    self.before_seconds
+                ));
+            }
+        }
+        complaints
+    }
+}

@@ -1,0 +1,67 @@
+//! What a participant is asked to do while it is in, in the order in which it was asked. That it is to leave is heard at any time.
+
+use std::collections::VecDeque;
+use std::future::pending;
+
+use tokio::sync::mpsc;
+
+use super::Request;
+
+pub(super) struct Requests {
+    receiver: mpsc::UnboundedReceiver<Request>,
+    /// Came while only [`Request::Leave`] was listened for.
+    kept: VecDeque<Request>,
+}
+
+impl Requests {
+    pub(super) fn new(receiver: mpsc::UnboundedReceiver<Request>) -> Requests {
+        Requests {
+            receiver,
+            kept: VecDeque::new(),
+        }
+    }
+
+    /// The next one; never, where nobody asks any more. Cancel-safe.
+    pub(super) async fn next(&mut self) -> Request {
+        match self.kept.pop_front() {
+            Some(request) => request,
+            None => self.receive().await,
+        }
+    }
+
+    /// Ends when the participant is asked to leave; the other requests are kept. Cancel-safe.
+    pub(super) async fn leave(&mut self) {
+        while !self.kept.contains(&Request::Leave) {
+            let request = self.receive().await;
+            self.kept.push_back(request);
+        }
+    }
+
+    async fn receive(&mut self) -> Request {
+        match self.receiver.recv().await {
+            Some(request) => request,
+            None => pending().await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::measure::Kind;
+
+    #[tokio::test]
+    async fn who_listens_for_the_end_alone_does_the_rest_afterwards() {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let mut requests = Requests::new(receiver);
+        let mute = Request::SetMuted {
+            kind: Kind::Audio,
+            muted: true,
+        };
+        sender.send(mute).unwrap();
+        sender.send(Request::Leave).unwrap();
+        requests.leave().await;
+        requests.leave().await;
+        assert_eq!([requests.next().await, requests.next().await], [mute, Request::Leave]);
+    }
+}
