@@ -331,11 +331,74 @@ fn nonsense_is_refused_with_what_to_write_instead() {
 
 #[test]
 fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
-    for flag in ["--ramp=2,10", "--coordinator", "--report-to=http://h", "--html=f", "--token=t"] {
+    for flag in ["--coordinator", "--report-to=http://h", "--html=f", "--token=t"] {
         assert!(local_refusal(&[flag]).contains("unexpected argument"), "{flag}");
     }
     assert!(local_refusal(&["--subscriber", "3"]).contains("'--subscribers'"));
     assert!(refusal(&["compare"], &[]).starts_with("error: "));
+}
+
+#[test]
+fn tiers_are_as_asked_and_the_largest_counts() {
+    let run = local(&["--ramp", "2, 10,25,5", "--duration", "20", "--publishers", "1", "--room-count", "3"]);
+    let plan = &run.plan;
+    assert_eq!(
+        (&plan.ramp[..], plan.shape.subscribers, plan.total_participants()),
+        (&[2, 10, 25, 5][..], 25, 78)
+    );
+    assert_eq!((plan.warmup, plan.ramp_time, plan.joins_per_second), (Duration::from_secs(2), None, 50.0));
+    // 9 + 24 + 45 joins and 60 leaves at 50 a second, and four times 22 s and what comes between.
+    assert_eq!(
+        plan.length(Duration::from_secs(1)),
+        Duration::from_millis(2_760) + Duration::from_secs(4 * 23)
+    );
+    let spread = local(&["--ramp", "2,4", "--ramp-time", "1m", "--warmup", "0"]);
+    assert_eq!(
+        (spread.plan.ramp_time, spread.plan.warmup),
+        (Some(Duration::from_secs(60)), Duration::ZERO)
+    );
+    assert_eq!(
+        (spread.plan.shape.audio_publishers, spread.plan.shape.video_publishers),
+        (1, 1),
+        "there is something to receive"
+    );
+}
+
+#[test]
+fn without_tiers_the_time_to_ramp_is_that_of_all_joins() {
+    let plan = local(&["--publishers", "10", "--subscribers", "50", "--ramp-time", "30s", "--warmup", "5s"]).plan;
+    assert_eq!((plan.joins_per_second, plan.ramp_time, plan.warmup), (2.0, None, Duration::from_secs(5)));
+    assert!(plan.joining() < Duration::from_secs(30) && plan.joining() > Duration::from_secs(29));
+}
+
+#[test]
+fn tiers_that_make_no_sense_are_refused() {
+    for (args, expected) in [
+        (&["--ramp", "0"][..], "a tier without subscribers"),
+        (&["--ramp", "2,0,5"], "a tier without subscribers"),
+        (&["--ramp", "5,"], "as in 2,10,25,50"),
+        (&["--ramp", ""], "as in 2,10,25,50"),
+        (&["--ramp", "5;6"], "as in 2,10,25,50"),
+        (&["--ramp", "+5"], "as in 2,10,25,50"),
+        (&["--ramp=-5"], "as in 2,10,25,50"),
+        (&["--ramp", "2.5"], "as in 2,10,25,50"),
+        (&["--ramp", "99999999999"], "as in 2,10,25,50"),
+        (&["--ramp", "1000001"], "more than 1000000 participants"),
+        (&["--ramp", "4294967295"], "more than 1000000 participants"),
+        (&["--ramp", "5", "--subscribers", "5"], "leave out --subscribers"),
+        (&["--ramp", "5", "--ramp-time", "5s", "--num-per-second", "5"], "give one of them"),
+        (&["--ramp", "5", "--ramp-time", "0"], "write 1s to 30d"),
+        (&["--ramp", "5", "--ramp-time", "31d"], "write 1s to 30d"),
+        (&["--ramp", "5", "--ramp-time", "soon"], "write 20, 20s, 30m or 1h"),
+        (&["--ramp", "5", "--warmup", "-1"], "unexpected argument"),
+        (&["--ramp", "5", "--warmup", "99999999999999999999"], "write 20, 20s, 30m or 1h"),
+        (&["--ramp", "5", "--warmup", "40d"], "write 0 to 30d"),
+    ] {
+        let refusal = local_refusal(args);
+        assert!(refusal.contains(expected), "{args:?}: {refusal}");
+    }
+    let many = ["1"; 201].join(",");
+    assert!(local_refusal(&["--ramp", &many]).contains("at most 200 tiers"));
 }
 
 #[test]

@@ -192,12 +192,16 @@ fn head(outcome: &Outcome, style: Style) -> String {
     } else {
         format!("  {}\n", habits.join(", "))
     };
+    let pace = if plan.has_tiers() {
+        format!("{}\n  {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed)
+    } else {
+        pace_line(plan)
+    };
     format!(
-        "{}\n  {}\n  {}\n{habits}  {}\n\n",
+        "{}\n  {}\n  {}\n{habits}  {pace}\n\n",
         style.bold(&title),
         shape_line(plan),
         media_line(plan),
-        pace_line(plan)
     )
 }
 
@@ -262,7 +266,7 @@ fn rate(per_second: f64) -> String {
 fn tiers(outcome: &Outcome, style: Style) -> String {
     let mut table = tiers::table(outcome, |text| style.bold(text), |verdict, text| style.verdict(verdict, text));
     if !table.is_empty() {
-        let _ = write!(table, "\n{}\n\n", style.bold("All of the run"));
+        let _ = writeln!(table, "{}\n", style.bold("The whole run"));
     }
     table
 }

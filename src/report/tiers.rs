@@ -13,7 +13,7 @@ const REASONS_MAX: usize = 3;
 /// What a ramp found.
 pub struct Knee<'a> {
     pub answer: Answer,
-    /// The last tier that passed before the first one that did not; `None` where the first one did not.
+    /// The last tier that passed before the first one that did not; `None` where the first one did not. Where all passed, the largest.
     pub passed: Option<&'a Step>,
     /// The first one that did not, as far as it was held.
     pub broke: Option<(&'a Step, Judgement)>,
@@ -63,9 +63,9 @@ impl<'a> Knee<'a> {
             let broke = Some((step, judgement));
             return Some(Knee { answer, passed, broke });
         }
-        let answer = match outcome.unmeasured.is_empty() {
-            true => Answer::AllPassed,
-            false => Answer::NotMeasured,
+        let (answer, passed) = match outcome.unmeasured.is_empty() {
+            true => (Answer::AllPassed, outcome.steps.iter().max_by_key(|step| step.participants)),
+            false => (Answer::NotMeasured, passed),
         };
         Some(Knee { answer, passed, broke: None })
     }
@@ -75,7 +75,7 @@ impl<'a> Knee<'a> {
         let passed = self.passed.map(size);
         let broke = self.broke.as_ref().map(|(step, judgement)| (size(step), reason(judgement)));
         match (self.answer, passed, broke) {
-            (Answer::AllPassed, Some(passed), _) => format!("not reached: all tiers passed, the last one with {passed}"),
+            (Answer::AllPassed, Some(passed), _) => format!("not reached: all tiers passed, up to {passed}"),
             (Answer::Found, Some(passed), Some((broke, why))) => format!("{passed}; {broke} did not pass: {why}"),
             (Answer::FirstFailed, _, Some((broke, why))) => format!("below the first tier: {broke} did not pass: {why}"),
             (_, passed, broke) => {
@@ -102,7 +102,7 @@ pub fn tiers(outcome: &Outcome) -> impl Iterator<Item = (&Step, Judgement)> {
 /// A line a tier, why those did not pass that did not, and the knee. Nothing for a run without tiers.
 pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_verdict: impl Fn(Verdict, &str) -> String) -> String {
     let Some(knee) = Knee::of(outcome) else { return String::new() };
-    let heads = ["subscribers", "healthy", "join p95", "loss", "audio p95", "video p95", "RTT p95"];
+    let heads = ["subs/room", "healthy", "join p95", "loss", "audio p95", "video p95", "RTT p95"];
     let mut text = format!("{}{}\n", paint("Tiers   "), row(heads.map(str::to_owned)));
     for (step, judgement) in tiers(outcome) {
         let (session, audio, video) = (&step.record.session, &step.record.audio, &step.record.video);
@@ -123,7 +123,7 @@ pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_ver
     }
     for tier in &outcome.unmeasured {
         let subscribers = tier.subscribers.map_or_else(|| "n/a".to_owned(), |count| number(count.into()));
-        let _ = writeln!(text, "{:<8}{subscribers:>11}  not measured", tier.name);
+        let _ = writeln!(text, "{:<8}{subscribers:>10}  not measured", tier.name);
     }
     for (step, judgement) in tiers(outcome).filter(|(_, judgement)| judgement.verdict != Verdict::Pass) {
         for reason in judgement.reasons.iter().take(REASONS_MAX) {
@@ -138,9 +138,9 @@ pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_ver
     text
 }
 
-/// 64 columns.
+/// With the name before it and a verdict behind it, 80 columns.
 fn row([subscribers, healthy, join, loss, audio, video, rtt]: [String; 7]) -> String {
-    format!("{subscribers:>11}{healthy:>10}{join:>9}{loss:>8}{audio:>10}{video:>10}{rtt:>8}")
+    format!("{subscribers:>10}{healthy:>10}{join:>9}{loss:>7}{audio:>10}{video:>10}{rtt:>8}")
 }
 
 fn p95(histogram: &Histogram) -> String {
