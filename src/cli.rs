@@ -355,7 +355,8 @@ struct JudgingArgs {
     /// Most round-trip time: the 95th percentile of session.rtt_rtcp [default: not judged]
     #[arg(long, value_name = "MS", value_parser = target_rtt)]
     target_rtt_ms: Option<Duration>,
-    /// A limit on any figure of the report, as 'audio.one_way_latency.p95<150ms'; repeatable
+    /// A limit on any figure of the report, as 'audio.one_way_latency.p95<150ms'; repeatable. Behind it 'for 2m': over every stretch of that length;
+    /// ':abort': ends the run as failed as soon as it does not hold
     #[arg(long, value_name = "LIMIT")]
     threshold: Vec<Threshold>,
 }
@@ -449,6 +450,8 @@ impl RunArgs {
         let is_tour = target.is_embedded() && !self.shape.is_given() && most.is_none();
         let shape = self.shape.resolve(if is_tour { tour_shape(cpus) } else { DEFAULT_SHAPE }, most)?;
         self.output.must_have_subscribers(&shape)?;
+        let duration = self.pace.duration.unwrap_or(if is_tour { TOUR_DURATION } else { DEFAULT_DURATION });
+        self.judging.must_fit(duration)?;
         let plan = Plan {
             connection: self.engine.connection.into(),
             connection_reason: None,
@@ -461,7 +464,7 @@ impl RunArgs {
             obey_bandwidth: self.media.obey_bwe,
             joins_per_second: self.pace.joins_per_second(&shape, is_tour),
             join_retries: self.pace.join_retries,
-            duration: self.pace.duration.unwrap_or(if is_tour { TOUR_DURATION } else { DEFAULT_DURATION }),
+            duration,
             ramp_time: self.pace.ramp_time.filter(|_| most.is_some()),
             warmup: self.pace.warmup.unwrap_or(if most.is_some() { TIER_WARMUP } else { Duration::ZERO }),
             ramp: self.pace.ramp.map_or_else(Vec::new, |Ramp(tiers)| tiers),
@@ -789,6 +792,20 @@ impl From<ConnectionArg> for Connection {
             ConnectionArg::Auto => Connection::Auto,
             ConnectionArg::Single => Connection::Single,
             ConnectionArg::Dual => Connection::Dual,
+        }
+    }
+}
+
+impl JudgingArgs {
+    /// A window that never fits into what is measured says nothing.
+    fn must_fit(&self, duration: Duration) -> Result<(), String> {
+        let windows = self.threshold.iter().filter_map(|threshold| Some((threshold, threshold.window?)));
+        match windows.into_iter().find(|(_, window)| *window > duration) {
+            None => Ok(()),
+            Some((threshold, _)) => Err(format!(
+                "--threshold '{threshold}' looks at longer stretches than the {} that are measured: raise --duration",
+                humantime::format_duration(duration)
+            )),
         }
     }
 }

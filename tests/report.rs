@@ -214,6 +214,7 @@ fn outcome() -> Outcome {
         },
         nearness: None,
         sfu: None,
+        complaints: vec![],
         partial: None,
         notes: vec![],
         failures: vec![],

@@ -29,6 +29,12 @@ impl Histogram {
         self.expected += count;
     }
 
+    /// The same values, of so many that ought to have been recorded.
+    #[must_use]
+    pub fn expecting(&self, expected: u64) -> Histogram {
+        Histogram { expected, ..self.clone() }
+    }
+
     pub fn record(&mut self, value: Duration) {
         self.record_micros(value.as_micros() as u64);
     }
@@ -107,6 +113,23 @@ impl Histogram {
         difference
     }
 
+    /// Values that came, and how often each did.
+    pub fn sparse(&self) -> Vec<(u64, u64)> {
+        let values = self.hdr.iter_recorded();
+        values
+            .map(|value| (value.value_iterated_to(), value.count_since_last_iteration()))
+            .collect()
+    }
+
+    /// The histogram that [`Histogram::sparse`] was made of, but for what was expected.
+    pub fn from_sparse(values: &[(u64, u64)]) -> Histogram {
+        let mut histogram = Histogram::default();
+        for (value, count) in values {
+            histogram.hdr.saturating_record_n((*value).min(MICROS_MAX), *count);
+        }
+        histogram
+    }
+
     pub fn hdr(&self) -> &hdrhistogram::Histogram<u64> {
         &self.hdr
     }
@@ -149,6 +172,16 @@ mod tests {
         assert_eq!((scores.low_quantile(0.01), scores.low_quantile(0.1)), (None, None));
         assert_eq!((scores.low_quantile(0.11), scores.low_quantile(1.0)), (Some(20), Some(90 * 20)));
         assert_eq!(Histogram::default().low_quantile(0.5), None);
+    }
+
+    #[test]
+    fn what_is_made_of_its_values_is_the_same_histogram() {
+        let mut histogram = Histogram::default();
+        (0..3_000).for_each(|n| histogram.record_micros(n * n));
+        histogram.record_micros(u64::MAX);
+        let again = Histogram::from_sparse(&histogram.sparse());
+        assert_eq!((again.hdr(), again.quantile(0.95)), (histogram.hdr(), histogram.quantile(0.95)));
+        assert!(Histogram::default().sparse().is_empty());
     }
 
     #[test]

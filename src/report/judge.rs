@@ -123,7 +123,10 @@ fn judge_by_tiers(outcome: &Outcome) -> Judgement {
 pub fn judge_step(outcome: &Outcome, step: &Step) -> Judgement {
     match &step.tier {
         Some(_) => judge_tier(step, &outcome.judging),
-        None => Judgement::of(None, invalidity(outcome), step_failures(step, &outcome.judging)),
+        None => {
+            let failed = step_failures(step, &outcome.complaints, &outcome.judging);
+            Judgement::of(None, invalidity(outcome), failed)
+        }
     }
 }
 
@@ -135,8 +138,8 @@ pub fn judge_tier(step: &Step, judging: &Judging) -> Judgement {
         cut_short,
         ..
     } = step.tier.clone().unwrap_or_default();
-    let failed = step_failures(step, judging).into_iter().chain(complaints);
-    Judgement::of(cut_short.as_ref(), invalid, failed.collect())
+    let failed = step_failures(step, &complaints, judging);
+    Judgement::of(cut_short.as_ref(), invalid, failed)
 }
 
 /// Loss of one kind of media, as shares (0..=1); `None` where nothing tells.
@@ -212,12 +215,13 @@ fn failures(outcome: &Outcome) -> Vec<String> {
             ));
         }
     }
-    reasons.extend(step_failures(&outcome.totals, &outcome.judging));
+    reasons.extend(step_failures(&outcome.totals, &outcome.complaints, &outcome.judging));
     reasons
 }
 
-fn step_failures(step: &Step, judging: &Judging) -> Vec<String> {
-    let mut reasons = Vec::new();
+/// `complaints` are known already, and not told twice.
+fn step_failures(step: &Step, complaints: &[String], judging: &Judging) -> Vec<String> {
+    let mut reasons = complaints.to_vec();
     let is_quiet = step.tier.is_some() && step.record.session.joins_planned == 0;
     reasons.extend(joins_failed(&step.record.session).filter(|_| !is_quiet));
     for kind in [Kind::Audio, Kind::Video] {
@@ -230,7 +234,9 @@ fn step_failures(step: &Step, judging: &Judging) -> Vec<String> {
         .thresholds
         .iter()
         .filter(|threshold| step.tier.is_none() || !threshold.is_known_at_the_end());
-    reasons.extend(judged.filter_map(|threshold| threshold.violation(&step.record)));
+    let is_told = |threshold: &Threshold| complaints.iter().any(|told| told.starts_with(&threshold.to_string()));
+    let untold = judged.filter(|threshold| !is_told(threshold));
+    reasons.extend(untold.filter_map(|threshold| threshold.violation(&step.record)));
     reasons
 }
 
@@ -313,12 +319,24 @@ pub(super) const fn name(kind: Kind) -> &'static str {
 /// Histograms are judged in microseconds and need a unit; counters have none.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Threshold {
+    /// Without what follows the limit.
     text: String,
     scope: Scope,
     figure: Figure,
     comparison: Comparison,
     /// Microseconds, a count, or a score.
     limit: f64,
+    /// Has to hold over every stretch of a hold that is so long; `None`: over all of it.
+    pub window: Option<Duration>,
+    /// Ends the run as soon as it does not hold.
+    pub aborts: bool,
+}
+
+/// What a threshold is about, so far: cumulative, or a difference of such.
+pub(super) enum Value {
+    Counter(i64),
+    /// What came, and how many are missing.
+    Histogram(Histogram, i64),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -399,31 +417,75 @@ const COMPARISONS: &[(&str, Comparison)] = &[
 const UNITS: &[(&str, f64)] = &[("us", 1.0), ("ms", 1e3), ("s", 1e6)];
 
 impl Threshold {
-    /// Why `record` does not hold it; `None` if it does.
+    /// Why `record` does not hold it; `None` if it does. What has to hold over windows is not told by a record.
     fn violation(&self, record: &Record) -> Option<String> {
         match self.figure {
-            Figure::Counter(name) => {
-                if !is_measured(self.scope.kind(), name) {
-                    return Some(format!("{} does not hold: it is not measured", self.text));
-                }
-                let value = self.counter(record, name)?;
-                (!self.comparison.holds(value as f64, self.limit)).then(|| format!("{} does not hold: it is {}", self.text, text::number(value)))
-            }
+            _ if self.window.is_some() => None,
+            Figure::Counter(name) if !is_measured(self.scope.kind(), name) => Some(format!("{self} does not hold: it is not measured")),
             Figure::Score(name, stat) => {
                 let scores = self.scores(record, name)?;
                 match stat.of(scores) {
                     Some(value) if self.comparison.holds(value, self.limit) => None,
-                    Some(value) => Some(format!("{} does not hold: it is {value:.2}", self.text)),
-                    None => Some(format!("{} does not hold: it {}", self.text, absence(scores))),
+                    Some(value) => Some(format!("{self} does not hold: it is {value:.2}")),
+                    None => Some(format!("{self} does not hold: it {}", absence(scores))),
                 }
             }
-            Figure::Histogram(name, stat) => {
-                let histogram = self.histogram(record, name)?;
-                match stat.of(histogram) {
+            Figure::Counter(name) => self.violation_of(&Value::Counter(self.counter(record, name)? as i64)),
+            Figure::Histogram(name, _) => {
+                let histogram = self.histogram(record, name)?.clone();
+                let missing = histogram.expected() - histogram.count();
+                self.violation_of(&Value::Histogram(histogram, missing as i64))
+            }
+        }
+    }
+
+    /// The same of a value by itself.
+    pub(super) fn violation_of(&self, value: &Value) -> Option<String> {
+        match (self.figure, value) {
+            (Figure::Histogram(_, stat), Value::Histogram(values, missing)) => {
+                // More may have come than were known to be expected.
+                let values = values.expecting(values.count() + u64::try_from(*missing).unwrap_or(0));
+                match stat.of(&values) {
                     Some(value) if self.comparison.holds(value, self.limit) => None,
-                    Some(value) => Some(format!("{} does not hold: it is {}", self.text, text::micros(value))),
-                    None => Some(format!("{} does not hold: it {}", self.text, absence(histogram))),
+                    Some(value) => Some(format!("{self} does not hold: it is {}", text::micros(value))),
+                    None => Some(format!("{self} does not hold: it {}", absence(&values))),
                 }
+            }
+            (_, Value::Counter(value)) => {
+                // A packet thought lost before may have come.
+                let value = u64::try_from(*value).unwrap_or(0);
+                (!self.comparison.holds(value as f64, self.limit)).then(|| format!("{self} does not hold: it is {}", text::number(value)))
+            }
+            (Figure::Counter(_) | Figure::Score(..), Value::Histogram(..)) => None,
+        }
+    }
+
+    /// The same, but for what has not come yet: nothing is known of that.
+    pub(super) fn known_violation(&self, value: &Value) -> Option<String> {
+        match value {
+            Value::Histogram(values, missing) if values.count() == 0 && *missing <= 0 => None,
+            value => self.violation_of(value),
+        }
+    }
+
+    /// What it is about, as it stands in `record`. Scores have no value before the end.
+    pub(super) fn value(&self, record: &Record) -> Value {
+        match self.figure {
+            Figure::Counter(name) => Value::Counter(self.counter(record, name).unwrap_or(0) as i64),
+            Figure::Score(..) => Value::Counter(0),
+            Figure::Histogram(name, _) => {
+                let histogram = self.histogram(record, name).cloned().unwrap_or_default();
+                // Of frames it is known how many are missing; a tier's record says of other figures how many ought to have come.
+                let late = match (self.scope, name) {
+                    (Scope::Audio, "one_way_latency") => Some(&record.audio),
+                    (Scope::Video, "one_way_latency") => Some(&record.video),
+                    _ => None,
+                };
+                let missing = late.map_or_else(
+                    || (histogram.expected() - histogram.count()) as i64,
+                    |media| media.frames_expected as i64 - media.frames_delivered as i64,
+                );
+                Value::Histogram(histogram, missing)
             }
         }
     }
@@ -497,7 +559,11 @@ impl Comparison {
 
 impl fmt::Display for Threshold {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+        f.write_str(&self.text)?;
+        if let Some(window) = self.window {
+            write!(f, " for {}", text::duration(window))?;
+        }
+        f.write_str(if self.aborts { ":abort" } else { "" })
     }
 }
 
@@ -505,6 +571,7 @@ impl FromStr for Threshold {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Threshold, String> {
+        let (text, window, aborts) = conditions(text)?;
         let compact: String = text.chars().filter(|c| !c.is_whitespace()).collect();
         let shape = || "write SCOPE.METRIC.STAT<VALUE, as in audio.one_way_latency.p95<150ms, or SCOPE.COUNTER<VALUE".to_owned();
         let at = compact.find(['<', '>']).ok_or_else(shape)?;
@@ -521,7 +588,20 @@ impl FromStr for Threshold {
             Figure::Histogram(..) => micros(value)?,
             Figure::Score(..) => score(value)?,
         };
+        match figure {
+            Figure::Score(name, _) if aborts || window.is_some() => {
+                return Err(format!("{name} is known when a stream has ended: leave out :abort and 'for TIME'"));
+            }
+            Figure::Counter(name) if aborts && window.is_none() && matches!(comparison, Comparison::Above | Comparison::AtLeast) => {
+                return Err(format!(
+                    "{name} begins at 0 and grows, so it would end every run at once: leave out :abort, or say over what time, as in 'for 10s:abort'"
+                ));
+            }
+            _ => {}
+        }
         Ok(Threshold {
+            window,
+            aborts,
             text: compact,
             scope,
             figure,
@@ -529,6 +609,45 @@ impl FromStr for Threshold {
             limit,
         })
     }
+}
+
+/// What stands behind a limit, in either order: ` for TIME` and `:abort`. Gives the limit without them.
+fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), String> {
+    const WORD: &str = " for ";
+    let (mut text, mut window, mut aborts) = (text.trim(), None, false);
+    loop {
+        let (colon, word) = (text.rfind(':'), text.rfind(WORD));
+        match (colon, word) {
+            (Some(at), word) if word < Some(at) => {
+                let what = text[at + 1..].trim();
+                if what != "abort" || std::mem::replace(&mut aborts, true) {
+                    return Err(format!(
+                        "':{what}' means nothing here: write :abort, once, behind the limit, as in audio.jitter.p95<5ms:abort"
+                    ));
+                }
+                text = text[..at].trim_end();
+            }
+            (_, Some(at)) => {
+                let length = window_length(text[at + WORD.len()..].trim())?;
+                if window.replace(length).is_some() {
+                    return Err("a limit holds over windows of one length: write 'for TIME' once".to_owned());
+                }
+                text = text[..at].trim_end();
+            }
+            _ => return Ok((text, window, aborts)),
+        }
+    }
+}
+
+/// Of every second of a window what came in it is kept.
+const WINDOW_MAX: Duration = Duration::from_secs(3_600);
+
+fn window_length(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().map(Duration::from_secs);
+    seconds
+        .or_else(|| humantime::parse_duration(text).ok())
+        .filter(|length| (Duration::from_secs(1)..=WINDOW_MAX).contains(length) && length.subsec_nanos() == 0)
+        .ok_or_else(|| format!("'for {text}' is no window: write whole seconds, 1s to 1h, as in 'for 2m'"))
 }
 
 fn find<T: Copy>(table: &[(&str, T)], name: &str) -> Option<T> {
@@ -684,6 +803,22 @@ mod tests {
     }
 
     #[test]
+    fn what_stands_behind_a_limit_is_read_in_either_order() {
+        for (text, shown) in [
+            ("audio.jitter.p95 < 1ms", "audio.jitter.p95<1ms"),
+            ("audio.jitter.p95<1ms : abort", "audio.jitter.p95<1ms:abort"),
+            ("audio.jitter.p95<1ms for 120", "audio.jitter.p95<1ms for 2m"),
+            ("audio.jitter.p95<1ms for 2m:abort", "audio.jitter.p95<1ms for 2m:abort"),
+            ("audio.jitter.p95<1ms:abort for 2m", "audio.jitter.p95<1ms for 2m:abort"),
+            ("audio.packets_received>100 for 1s:abort", "audio.packets_received>100 for 1s:abort"),
+        ] {
+            let threshold: Threshold = text.parse().unwrap();
+            assert_eq!(threshold.to_string(), shown);
+            assert_eq!(threshold.to_string().parse::<Threshold>().unwrap(), threshold);
+        }
+    }
+
+    #[test]
     fn mistakes_in_thresholds_are_told_with_the_nearest_name() {
         for (text, expected) in [
             ("audio.one_way_latncy.p95<150ms", "did you mean one_way_latency"),
@@ -703,6 +838,20 @@ mod tests {
             ("audio.jitter.p95=1ms", "write SCOPE.METRIC.STAT"),
             ("audio<1", "write SCOPE.METRIC.STAT"),
             ("", "write SCOPE.METRIC.STAT"),
+            ("audio.jitter.p95<1ms:stop", "write :abort"),
+            ("audio.jitter.p95<1ms:", "write :abort"),
+            ("audio.jitter.p95<1ms:abort:abort", "write :abort, once"),
+            ("audio.jitter.p95<1ms for ever", "as in 'for 2m'"),
+            ("audio.jitter.p95<1ms for 0s", "1s to 1h"),
+            ("audio.jitter.p95<1ms for 2h", "1s to 1h"),
+            ("audio.jitter.p95<1ms for 1500ms", "whole seconds"),
+            ("audio.jitter.p95<1ms for 2m for 3m", "once"),
+            ("audio.jitter.p95<1ms for", "a unit is required"),
+            ("for 2m:abort", "write SCOPE.METRIC.STAT"),
+            (":abort", "write SCOPE.METRIC.STAT"),
+            ("audio.mos.p1>4:abort", "when a stream has ended"),
+            ("audio.mos.p1>4 for 2m", "when a stream has ended"),
+            ("audio.packets_received>=9:abort", "would end every run at once"),
         ] {
             let message = text.parse::<Threshold>().unwrap_err();
             assert!(message.contains(expected), "{text}: {message}");

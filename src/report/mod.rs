@@ -12,6 +12,7 @@ pub mod server;
 mod sinks;
 pub mod text;
 pub mod tiers;
+pub mod watch;
 pub mod worst;
 
 use std::io::{self, ErrorKind, Write};
@@ -53,6 +54,8 @@ pub struct Outcome {
     pub nearness: Option<Nearness>,
     /// What the embedded SFU says of itself; `None` where the target was another.
     pub sfu: Option<EmbeddedSfu>,
+    /// What else is a reason to fail, of a run that is one hold.
+    pub complaints: Vec<String>,
     /// Why the run ended before its time; `None` if it did not.
     pub partial: Option<String>,
     /// What the reader should know and the verdict does not say.

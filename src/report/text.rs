@@ -114,7 +114,7 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
         row("Habits", habits.join(", "));
     }
     if plan.has_tiers() {
-        row("Tiers", format!("{} in each room", tiers_line(plan)));
+        row("Tiers", tiers_line(plan));
         row("", tier_line(plan));
     } else {
         row(
@@ -193,7 +193,7 @@ fn head(outcome: &Outcome, style: Style) -> String {
         format!("  {}\n", habits.join(", "))
     };
     let pace = if plan.has_tiers() {
-        format!("{}\n  {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed)
+        format!("tiers of {}\n  {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed)
     } else {
         pace_line(plan)
     };
@@ -219,7 +219,7 @@ fn shape_line(plan: &Plan) -> String {
 
 fn pace_line(plan: &Plan) -> String {
     if plan.has_tiers() {
-        return format!("{}, {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed);
+        return format!("tiers of {}, {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed);
     }
     let warmup = if plan.warmup.is_zero() {
         String::new()
@@ -234,13 +234,13 @@ fn pace_line(plan: &Plan) -> String {
     )
 }
 
-/// `tiers of 2, 10, 25, 50 subscribers`
+/// `2, 10, 25, 50 subscribers a room`
 fn tiers_line(plan: &Plan) -> String {
     const NAMED_MAX: usize = 6;
     let tiers: Vec<String> = plan.ramp.iter().take(NAMED_MAX).map(ToString::to_string).collect();
     let more = plan.ramp.len().saturating_sub(NAMED_MAX);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    format!("tiers of {}{more} subscribers", tiers.join(", "))
+    format!("{}{more} subscribers a room", tiers.join(", "))
 }
 
 /// `each 50 joins/s, 2s to settle, 20s held`

@@ -7,6 +7,7 @@
 use std::future::{Future, ready};
 use std::time::Duration;
 
+use super::account::Joins;
 use crate::engine::Roster;
 use crate::measure::Record;
 use crate::plan::{Plan, Subscribers};
@@ -129,6 +130,8 @@ pub struct Observation<'a> {
     /// Who ought to be in, and who is.
     pub participants: u32,
     pub present: u32,
+    /// The threshold that ends the run now, as failed.
+    pub broken: Option<&'a str>,
     /// All of the run so far, brought up to date at changes of stage, and at most a second old else.
     pub record: &'a Record,
     /// The tier under way, until it is over.
@@ -147,6 +150,7 @@ pub struct TierSeen<'a> {
     pub held_from: Option<Time>,
     pub(super) now: &'a Record,
     pub(super) began: &'a Record,
+    pub(super) joins: &'a Joins,
     pub(super) held: Option<&'a Record>,
 }
 
@@ -154,7 +158,7 @@ impl TierSeen<'_> {
     /// What counts for this tier so far, as far as it is: differences of all histograms, so not for free. Tracks and participants are only in the step. `None` before
     /// its hold.
     pub fn record(&self) -> Option<Record> {
-        self.held.map(|held| super::tally::so_far(self.began, held, self.now))
+        self.held.map(|held| super::tally::so_far(self.began, held, self.now, self.joins))
     }
 }
 

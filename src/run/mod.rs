@@ -182,6 +182,8 @@ struct Test<'a> {
     busiest: f64,
     media_stopped_at: Option<Time>,
     partial: Option<String>,
+    /// A threshold that ended the run.
+    broken: Option<String>,
     was_interrupted: bool,
     shown_at: Time,
     notes: Vec<String>,
@@ -355,6 +357,7 @@ impl<'a> Test<'a> {
             busiest: 0.0,
             media_stopped_at: None,
             partial: None,
+            broken: None,
             was_interrupted: false,
             shown_at: Time::ZERO,
             notes: Vec::new(),
@@ -604,7 +607,10 @@ impl<'a> Test<'a> {
                 name: tier.name,
             })
             .collect();
-        if let Some(Hold { since, before, .. }) = self.take_whole_hold() {
+        let mut complaints = Vec::new();
+        if let Some(Hold { since, before, watch, .. }) = self.take_whole_hold() {
+            complaints.extend(self.broken.take());
+            complaints.extend(watch.complaints());
             let mut record = self.record.since(&before);
             state_of_all(&mut record, &self.record);
             expect_frames(&mut record);
@@ -655,6 +661,7 @@ impl<'a> Test<'a> {
             engine,
             nearness: None,
             sfu: None,
+            complaints,
             partial: self.partial,
             notes: self.notes,
             failures: self.sessions.failures.into_iter().collect(),

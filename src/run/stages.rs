@@ -8,13 +8,14 @@ use tokio::sync::mpsc;
 use super::account::Joins;
 use super::interrupts::Interrupts;
 use super::lead::{Lead, Next, Observation, Stage, Tier, TierPlan, TierSeen};
-use super::tally::{GRACE, Stay, Survey, Tally};
+use super::tally::{GRACE, Stay, Survey, Tally, so_far};
 use super::{BEAT, DRAIN, PROGRESS_INTERVAL, Test};
 use crate::engine::Command;
 use crate::measure::{Histogram, Kind, Record};
 use crate::net;
 use crate::plan::Subscribers;
 use crate::report::progress::Snapshot;
+use crate::report::watch::Watch;
 use crate::report::{Step, TierFacts, judge};
 use crate::signal::session::{self, Request, Sections};
 use crate::units::Time;
@@ -51,6 +52,7 @@ pub(super) struct Hold {
     pub since: Time,
     pub before: Record,
     survey: Survey,
+    pub watch: Watch,
 }
 
 /// The tier that was held last.
@@ -67,6 +69,8 @@ pub(super) enum Until {
     Abandoned,
     /// By the lead.
     Aborted(String),
+    /// By a threshold.
+    Broken,
 }
 
 impl Test<'_> {
@@ -136,6 +140,7 @@ impl Test<'_> {
         let held = self.wait(around, |test| (test.epoch.now() >= end).then_some(Until::Done)).await;
         let goes_on = self.goes_on(held, "before the planned duration was over");
         if is_whole {
+            self.watch(self.epoch.now());
             return goes_on;
         }
         self.close_tier(around).await && goes_on
@@ -175,6 +180,7 @@ impl Test<'_> {
                 since: self.epoch.now(),
                 before: self.record.clone(),
                 survey,
+                watch: Watch::begin(&self.judging.thresholds, &self.record, self.epoch.now()),
             });
         }
     }
@@ -183,6 +189,7 @@ impl Test<'_> {
     async fn close_tier<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) -> bool {
         let end = self.survey().await;
         let until = self.epoch.now();
+        self.watch(until);
         let record = self.record.clone();
         self.enter(Stage::Between, around);
         let worker_seconds = self
@@ -230,7 +237,12 @@ impl Test<'_> {
             tier: Some(TierFacts {
                 subscribers: plan.per_room(),
                 invalid: self.observer.reasons_between(began_at, until, &since_beginning, &floor, busiest),
-                complaints: stay.map_or_else(Vec::new, |stay| stay.complaints(&lost, &end, until)),
+                complaints: [
+                    stay.map_or_else(Vec::new, |stay| stay.complaints(&lost, &end, until)),
+                    self.broken.iter().cloned().collect(),
+                    hold.watch.complaints(),
+                ]
+                .concat(),
                 cut_short: self.partial.clone(),
             }),
         };
@@ -384,6 +396,8 @@ impl Test<'_> {
             Until::Done => return true,
             Until::Interrupted(signal) => self.note_interrupt(&format!("{signal} after {seconds:.1} s, {when}")),
             Until::Aborted(reason) => self.partial = Some(reason),
+            // The tier says why it failed.
+            Until::Broken => {}
             Until::Abandoned => self.partial = Some(format!("all participants were gone after {seconds:.1} s, {when}")),
         }
         false
@@ -426,7 +440,8 @@ impl Test<'_> {
 
     fn end_of_waiting(&self, lead: &mut impl Lead) -> Option<Until> {
         let aborted = lead.abort().filter(|_| self.partial.is_none()).map(Until::Aborted);
-        aborted.or_else(|| self.is_abandoned().then_some(Until::Abandoned))
+        let broken = self.broken.as_ref().filter(|_| self.stage == Stage::Hold).map(|_| Until::Broken);
+        aborted.or(broken).or_else(|| self.is_abandoned().then_some(Until::Abandoned))
     }
 
     /// Everybody who ought to be in has been, and has gone for good.
@@ -436,12 +451,30 @@ impl Test<'_> {
         all && self.visits.keys().take(admitted).all(|index| ended.contains_key(index))
     }
 
+    /// Looks at the thresholds that are looked at while a tier is held.
+    fn watch(&mut self, now: Time) {
+        let Some(UnderWay {
+            began,
+            joins,
+            hold: Some(hold),
+            ..
+        }) = self.tier.as_mut().filter(|_| self.stage == Stage::Hold)
+        else {
+            return;
+        };
+        let so_far = hold.watch.wants_hold().then(|| so_far(began, &hold.before, &self.record, joins));
+        let broken = hold.watch.take(&self.record, so_far.as_ref(), now);
+        let when = |why| format!("{why}, {:.0} s into the hold, and ended the run", now.since(hold.since).as_secs_f64());
+        self.broken = self.broken.take().or(broken.map(when));
+    }
+
     /// Takes what has come since the last beat, and shows it where that is due.
     fn turn<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
         self.take_what_came();
         let now = self.epoch.now();
         if now >= self.second.due {
             self.close_second(now);
+            self.watch(now);
             self.observe(around);
         }
         if now.since(self.shown_at) >= PROGRESS_INTERVAL {
@@ -463,6 +496,7 @@ impl Test<'_> {
             is_settled: self.is_settled(),
             participants: self.admitted,
             present: self.present(),
+            broken: self.broken.as_deref(),
             record: &self.record,
             tier: self.tier.as_ref().filter(|_| self.stage != Stage::Between).map(|tier| TierSeen {
                 plan: &tier.plan,
@@ -470,6 +504,7 @@ impl Test<'_> {
                 held_from: tier.hold.as_ref().map(|hold| hold.since),
                 now: &self.record,
                 began: &tier.began,
+                joins: &tier.joins,
                 held: tier.hold.as_ref().map(|hold| &hold.before),
             }),
             sample: &self.second.last,

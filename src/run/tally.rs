@@ -168,9 +168,11 @@ impl Fare {
 }
 
 /// The same without what only a complete tier can say: as far as it is.
-pub(super) fn so_far(began: &Record, held: &Record, now: &Record) -> Record {
+pub(super) fn so_far(began: &Record, held: &Record, now: &Record, joins: &Joins) -> Record {
     let mut tier = differences(began, held, now);
+    tier.session.joins_planned = joins.count.into();
     [&mut tier.audio, &mut tier.video].into_iter().for_each(expect_frames_of);
+    expect_joins(&mut tier, joins);
     tier
 }
 
