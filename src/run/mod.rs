@@ -6,6 +6,7 @@ pub mod account;
 mod clips;
 mod embedded;
 mod interrupts;
+pub mod knee;
 pub mod lead;
 mod observer;
 mod rooms;

@@ -1,0 +1,590 @@
+//! The search for a capacity: the most participants with which a run passes.
+//!
+//! It grows by doubling until a point does not pass. From then on every capacity that there could be is held against all verdicts so far, and weighed by how well it explains
+//! them; the next point is where a PASS and a FAIL are equally likely. Far from the edge that halves what is left, as bisection does. Near it verdicts contradict each other,
+//! and points are repeated until 95 % of the weight lies within [`RESOLUTION`] of the middle. That middle is the capacity: with so many, every other run passes.
+//!
+//! How a verdict depends on load is a logistic curve over the logarithm of the load. Its steepness is not known, so several are weighed, and one verdict in a hundred may be
+//! chance. So one wrong verdict far from the edge costs some points more, and not the answer.
+//!
+//! Nothing here measures or waits: points come out, verdicts go in.
+
+/// Where the search ends: the interval reaches this share of the capacity to either side, or is a single number.
+pub const RESOLUTION: f64 = 0.025;
+/// Of the weight, what lies within the interval.
+pub const CONFIDENCE: f64 = 0.95;
+/// A search that has not settled by then says how far it came.
+pub const POINTS_MAX: usize = 60;
+
+/// The first point, as a part of the most: four doublings lead there.
+const FIRST_PART: u32 = 16;
+/// Capacities that are weighed lie so far apart, as a share.
+const STEP: f64 = 0.005;
+/// From where it is one in two, what share of load more makes a PASS one in 3.7 (1 / (1 + e)).
+const SOFTNESS: [f64; 5] = [0.002, 0.005, 0.01, 0.02, 0.04];
+/// The share of verdicts that say nothing of the load.
+const CHANCE: f64 = 0.01;
+
+/// How many participants to try next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Point {
+    pub participants: u32,
+    pub phase: Phase,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Everything passed so far.
+    Grow,
+    /// Between what passed and what did not.
+    Bisect,
+    /// At the edge, or again because the generator may have been the limit by chance.
+    Repeat,
+}
+
+impl Phase {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Phase::Grow => "growing",
+            Phase::Bisect => "bisecting",
+            Phase::Repeat => "repeating",
+        }
+    }
+}
+
+/// What a point came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PointVerdict {
+    Pass,
+    Fail,
+    /// The generator was the limit: nothing is known about the server.
+    Invalid,
+    /// Held as long as it may be, and still neither: half a PASS and half a FAIL.
+    Unsettled,
+}
+
+/// A point that was tried.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tried {
+    pub participants: u32,
+    pub verdict: PointVerdict,
+    pub reasons: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    Try(Point),
+    Done(Answer),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// As many pass every other time; with 95 % confidence it is `low..=high`.
+    Capacity {
+        participants: u32,
+        low: u32,
+        high: u32,
+        /// Whether the interval is as narrow as it was to be; else the points ran out.
+        settled: bool,
+    },
+    /// So many pass, and more were not to be tried, or could not.
+    AtLeast { participants: u32, limit: Limit },
+    /// One participant fails.
+    None,
+    /// Even with one participant the generator was the limit.
+    NotMeasured { reasons: Vec<String> },
+}
+
+/// What kept the search from going higher.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Limit {
+    /// The most that was to be tried.
+    Max,
+    /// The generator was the limit `at` so many, twice.
+    Generator { at: u32, reasons: Vec<String> },
+}
+
+pub struct Search {
+    max: u32,
+    tried: Vec<Tried>,
+    /// The logarithms of the capacities that are weighed.
+    capacities: Vec<f64>,
+    /// For each capacity and softness, of the logarithm of the probability of all verdicts.
+    likelihood: Vec<[f64; SOFTNESS.len()]>,
+}
+
+impl Search {
+    /// Between one participant and `max`, which is at least one.
+    pub fn new(max: u32) -> Search {
+        assert!(max > 0, "a search needs something to try");
+        // From half of the least to twice the most: as far outside as one step of growth.
+        let (from, to) = (0.5f64.ln(), (2.0 * f64::from(max)).ln());
+        let cells = ((to - from) / STEP).ceil() as usize;
+        let capacities: Vec<f64> = (0..cells).map(|cell| from + STEP * cell as f64).collect();
+        Search {
+            max,
+            tried: Vec::new(),
+            likelihood: vec![[0.0; SOFTNESS.len()]; cells],
+            capacities,
+        }
+    }
+
+    /// All points so far, the first one first.
+    pub fn tried(&self) -> &[Tried] {
+        &self.tried
+    }
+
+    /// What is next; the same until a verdict is taken.
+    pub fn next(&self) -> Next {
+        if let Some(participants) = self.doubtful() {
+            return Next::Try(Point {
+                participants,
+                phase: Phase::Repeat,
+            });
+        }
+        let limit = self.generator_limit();
+        let highest = self.highest_pass();
+        if self.lowest_not_passed().is_none()
+            && let Some(next) = self.growth(highest, limit)
+        {
+            return next;
+        }
+        self.weighed(highest, limit)
+    }
+
+    /// Takes what `participants` came to. Reasons say why they did not pass.
+    pub fn take(&mut self, participants: u32, verdict: PointVerdict, reasons: Vec<String>) {
+        let weights = match verdict {
+            PointVerdict::Pass => Some((1.0, 0.0)),
+            PointVerdict::Fail => Some((0.0, 1.0)),
+            PointVerdict::Unsettled => Some((0.5, 0.5)),
+            PointVerdict::Invalid => None,
+        };
+        if let Some((pass, fail)) = weights {
+            let load = f64::from(participants).ln();
+            for (capacity, row) in self.capacities.iter().zip(&mut self.likelihood) {
+                for (softness, cell) in SOFTNESS.iter().zip(row) {
+                    let probability = probability(capacity - load, *softness);
+                    *cell += pass * probability.ln() + fail * (1.0 - probability).ln();
+                }
+            }
+        }
+        self.tried.push(Tried {
+            participants,
+            verdict,
+            reasons,
+        });
+    }
+
+    /// Why the point failed that lies nearest above the capacity, or at it: what broke first. `None` where none failed.
+    pub fn broke_first(&self) -> Option<&Tried> {
+        let low = self.weights().quantile((1.0 - CONFIDENCE) / 2.0);
+        let failed = || self.tried.iter().filter(|tried| tried.verdict == PointVerdict::Fail);
+        failed()
+            .filter(|tried| tried.participants >= low)
+            .min_by_key(|tried| tried.participants)
+            .or_else(|| failed().max_by_key(|tried| tried.participants))
+    }
+
+    /// The last point, if the generator was the limit there for the first time: once may be chance.
+    fn doubtful(&self) -> Option<u32> {
+        let last = self.tried.last().filter(|last| last.verdict == PointVerdict::Invalid)?;
+        (self.times_invalid(last.participants) == 1).then_some(last.participants)
+    }
+
+    fn times_invalid(&self, participants: u32) -> usize {
+        let invalid = |tried: &&Tried| tried.verdict == PointVerdict::Invalid && tried.participants == participants;
+        self.tried.iter().filter(invalid).count()
+    }
+
+    /// The least number at which the generator was the limit twice.
+    fn generator_limit(&self) -> Option<&Tried> {
+        let invalid = self.tried.iter().filter(|tried| tried.verdict == PointVerdict::Invalid);
+        invalid
+            .filter(|tried| self.times_invalid(tried.participants) > 1)
+            .min_by_key(|tried| tried.participants)
+    }
+
+    fn highest_pass(&self) -> Option<u32> {
+        let passed = self.tried.iter().filter(|tried| tried.verdict == PointVerdict::Pass);
+        passed.map(|tried| tried.participants).max()
+    }
+
+    fn lowest_not_passed(&self) -> Option<u32> {
+        let other = |tried: &&Tried| matches!(tried.verdict, PointVerdict::Fail | PointVerdict::Unsettled);
+        self.tried.iter().filter(other).map(|tried| tried.participants).min()
+    }
+
+    /// As long as nothing failed: twice as many, or halfway to where the generator was the limit. `None` where there is nothing higher to try.
+    fn growth(&self, highest: Option<u32>, limit: Option<&Tried>) -> Option<Next> {
+        let participants = match (highest, limit) {
+            (None, None) => (self.max / FIRST_PART).max(1),
+            (None, Some(limit)) if limit.participants == 1 => {
+                let reasons = limit.reasons.clone();
+                return Some(Next::Done(Answer::NotMeasured { reasons }));
+            }
+            (None, Some(limit)) => limit.participants / 2,
+            (Some(highest), None) if highest < self.max => highest.saturating_mul(2).min(self.max),
+            (Some(highest), Some(limit)) if !close(highest, limit.participants) => between(highest, limit.participants),
+            (Some(_), _) => return None,
+        };
+        let phase = Phase::Grow;
+        Some(Next::Try(Point { participants, phase }))
+    }
+
+    /// The answer, if the verdicts give one, or the point that tells most.
+    fn weighed(&self, highest: Option<u32>, limit: Option<&Tried>) -> Next {
+        let weights = self.weights();
+        let outside = (1.0 - CONFIDENCE) / 2.0;
+        // Just below where the generator was the limit it may well be the limit too.
+        let top = match limit {
+            None => self.max,
+            Some(limit) => ((f64::from(limit.participants) / (1.0 + RESOLUTION)) as u32).max(highest.unwrap_or(1)),
+        };
+        if weights.below(top) <= outside {
+            let limit = limit.map_or(Limit::Max, |limit| Limit::Generator {
+                at: limit.participants,
+                reasons: limit.reasons.clone(),
+            });
+            return Next::Done(Answer::AtLeast { participants: top, limit });
+        }
+        if weights.below(1) >= 1.0 - outside {
+            return Next::Done(Answer::None);
+        }
+        let [low, middle, high] = [outside, 0.5, 1.0 - outside].map(|share| weights.quantile(share));
+        let settled = f64::from(high - low) <= 2.0 * RESOLUTION * f64::from(middle);
+        if settled || self.tried.len() >= POINTS_MAX {
+            return Next::Done(Answer::Capacity {
+                participants: middle,
+                low,
+                high,
+                settled,
+            });
+        }
+        let even = |participants: &u32| (weights.pass(*participants) - 0.5).abs();
+        let candidates = [middle, middle + 1].map(|participants| participants.clamp(1, top));
+        let participants = candidates
+            .into_iter()
+            .min_by(|left, right| even(left).total_cmp(&even(right)))
+            .expect("there are two");
+        let apart = self.lowest_not_passed().is_some_and(|lowest| !close(highest.unwrap_or(0), lowest));
+        let phase = if apart && !self.tried.iter().any(|tried| tried.participants == participants) {
+            Phase::Bisect
+        } else {
+            Phase::Repeat
+        };
+        Next::Try(Point { participants, phase })
+    }
+
+    fn weights(&self) -> Weights<'_> {
+        let most = self.likelihood.iter().flatten().copied().fold(f64::NEG_INFINITY, f64::max);
+        let mut cells: Vec<[f64; SOFTNESS.len()]> = self.likelihood.iter().map(|row| row.map(|cell| (cell - most).exp())).collect();
+        let sum: f64 = cells.iter().flatten().sum();
+        cells.iter_mut().flatten().for_each(|cell| *cell /= sum);
+        Weights {
+            capacities: &self.capacities,
+            cells,
+        }
+    }
+}
+
+/// How well each capacity explains the verdicts, by softness; all together 1.
+struct Weights<'a> {
+    capacities: &'a [f64],
+    cells: Vec<[f64; SOFTNESS.len()]>,
+}
+
+impl Weights<'_> {
+    /// The whole number of participants that the capacity at `share` of the weight bears.
+    fn quantile(&self, share: f64) -> u32 {
+        let mut sum = 0.0;
+        let found = self.capacities.iter().zip(&self.cells).find(|(_, row)| {
+            sum += row.iter().sum::<f64>();
+            sum >= share
+        });
+        let capacity = found.map_or_else(|| self.capacities.last(), |(capacity, _)| Some(capacity));
+        capacity.expect("there are cells").exp() as u32
+    }
+
+    /// The weight of capacities of fewer than so many.
+    fn below(&self, participants: u32) -> f64 {
+        let load = f64::from(participants).ln();
+        let rows = self.capacities.iter().zip(&self.cells).filter(|(capacity, _)| **capacity < load);
+        rows.flat_map(|(_, row)| row).sum()
+    }
+
+    /// How probable it is that so many pass.
+    fn pass(&self, participants: u32) -> f64 {
+        let load = f64::from(participants).ln();
+        let row = |(capacity, row): (&f64, &[f64; SOFTNESS.len()])| -> f64 {
+            let each = SOFTNESS.iter().zip(row);
+            each.map(|(softness, weight)| weight * probability(capacity - load, *softness)).sum()
+        };
+        self.capacities.iter().zip(&self.cells).map(row).sum()
+    }
+}
+
+/// That a point passes whose load is `reserve` (the difference of logarithms) below the capacity.
+fn probability(reserve: f64, softness: f64) -> f64 {
+    CHANCE / 2.0 + (1.0 - CHANCE) / (1.0 + (-reserve / softness).exp())
+}
+
+fn close(low: u32, high: u32) -> bool {
+    f64::from(high) <= f64::from(low) * (1.0 + RESOLUTION) || high <= low + 1
+}
+
+/// Halfway on a logarithmic scale, and neither of the two, between which there is a number.
+fn between(low: u32, high: u32) -> u32 {
+    let middle = (f64::from(low) * f64::from(high)).sqrt() as u32;
+    middle.clamp(low + 1, high - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seeded::Seeded;
+
+    /// A server that passes half of the runs with `capacity` participants, and a generator that gives out above `generator`.
+    struct Server {
+        capacity: f64,
+        softness: f64,
+        /// Per cent of verdicts that a coin decides.
+        coin_percent: u64,
+        generator: u32,
+        seeded: Seeded,
+    }
+
+    impl Server {
+        fn hard(capacity: f64) -> Server {
+            Server {
+                capacity,
+                softness: 1e-6,
+                coin_percent: 0,
+                generator: u32::MAX,
+                seeded: Seeded::new(0),
+            }
+        }
+
+        fn verdict(&mut self, participants: u32) -> PointVerdict {
+            if participants > self.generator {
+                return PointVerdict::Invalid;
+            }
+            let reserve = self.capacity.ln() - f64::from(participants).ln();
+            let passes = match self.seeded.chance(self.coin_percent) {
+                true => self.seeded.chance(50),
+                false => self.seeded.unit() < 1.0 / (1.0 + (-reserve / self.softness).exp()),
+            };
+            if passes { PointVerdict::Pass } else { PointVerdict::Fail }
+        }
+    }
+
+    fn run(max: u32, server: &mut Server) -> (Answer, Search) {
+        let mut search = Search::new(max);
+        loop {
+            match search.next() {
+                Next::Done(answer) => return (answer, search),
+                Next::Try(point) => {
+                    assert!((1..=max).contains(&point.participants), "{point:?}");
+                    assert_eq!(search.next(), Next::Try(point), "the same until a verdict is taken");
+                    let verdict = server.verdict(point.participants);
+                    let reasons = match verdict {
+                        PointVerdict::Pass => Vec::new(),
+                        _ => vec![format!("{verdict:?} at {}", point.participants)],
+                    };
+                    search.take(point.participants, verdict, reasons);
+                    assert!(search.tried().len() <= POINTS_MAX, "it ends");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_thousand_noisy_servers_are_found_within_five_per_cent_and_the_intervals_hold() {
+        let (mut near, mut held, mut points) = (0, 0, Vec::new());
+        for seed in 0..1_000 {
+            let mut seeded = Seeded::new(seed);
+            let capacity = 20.0 * 250f64.powf(seeded.unit());
+            let max = (capacity * 1.2 * 10f64.powf(seeded.unit())) as u32;
+            let mut server = Server {
+                capacity,
+                softness: [1e-6, 0.005, 0.01, 0.02][seeded.below(4) as usize],
+                coin_percent: [0, 0, 2][seeded.below(3) as usize],
+                generator: u32::MAX,
+                seeded,
+            };
+            let (answer, search) = run(max, &mut server);
+            let Answer::Capacity { participants, low, high, .. } = answer else {
+                panic!("seed {seed}: {answer:?} for {capacity} of {max}");
+            };
+            near += usize::from((f64::from(participants) / capacity - 1.0).abs() <= 0.05);
+            held += usize::from((f64::from(low)..f64::from(high + 1)).contains(&capacity));
+            points.push(search.tried().len());
+        }
+        points.sort_unstable();
+        eprintln!("near {near}, held {held}, points {} {} {}", points[500], points[950], points[999]);
+        assert!(near >= 990, "{near} of 1,000 within 5 %");
+        assert!(held >= 950, "{held} of 1,000 intervals hold the capacity");
+        assert!(points[500] <= 20, "{} points in the middle", points[500]);
+    }
+
+    #[test]
+    fn a_hard_edge_is_found_to_the_resolution() {
+        for capacity in [1, 2, 3, 7, 31, 40, 63, 64, 65, 1_000, 4_321] {
+            let (answer, search) = run(5_000, &mut Server::hard(f64::from(capacity) + 0.5));
+            let Answer::Capacity {
+                participants,
+                low,
+                high,
+                settled,
+            } = answer
+            else {
+                panic!("{answer:?}");
+            };
+            assert!(settled && (low..=high).contains(&capacity), "{capacity}: {answer:?}");
+            let error = f64::from(participants.abs_diff(capacity));
+            assert!(error <= RESOLUTION * f64::from(capacity), "{capacity}: {answer:?}");
+            let broke = search.broke_first().unwrap();
+            assert!(
+                broke.participants > capacity && f64::from(broke.participants) <= 1.0 + 1.05 * f64::from(capacity),
+                "{broke:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn it_grows_by_doubling_and_then_halves_what_is_left() {
+        let (_, search) = run(1_600, &mut Server::hard(1_000.5));
+        let first: Vec<u32> = search.tried().iter().map(|tried| tried.participants).take(5).collect();
+        assert_eq!(first, [100, 200, 400, 800, 1_600]);
+        let next = search.tried()[5].participants;
+        assert!((1_000..1_300).contains(&next), "{next}");
+    }
+
+    #[test]
+    fn where_the_most_passes_the_answer_is_at_least_that() {
+        for max in [1, 2, 15, 1_000] {
+            let (answer, search) = run(max, &mut Server::hard(5_000.0));
+            let expected = Answer::AtLeast {
+                participants: max,
+                limit: Limit::Max,
+            };
+            assert_eq!(answer, expected);
+            assert_eq!(search.broke_first(), None);
+        }
+    }
+
+    #[test]
+    fn where_one_participant_fails_there_is_no_capacity() {
+        for max in [1, 20, 1_000] {
+            let (answer, search) = run(max, &mut Server::hard(0.3));
+            assert_eq!(answer, Answer::None, "{max}");
+            assert_eq!(search.broke_first().unwrap().reasons.len(), 1);
+        }
+    }
+
+    #[test]
+    fn where_the_generator_is_the_limit_the_answer_says_so_and_what_was_seen_below() {
+        let mut server = Server {
+            generator: 700,
+            ..Server::hard(5_000.0)
+        };
+        let (answer, _) = run(1_600, &mut server);
+        let Answer::AtLeast {
+            participants,
+            limit: Limit::Generator { at, reasons },
+        } = answer
+        else {
+            panic!("{answer:?}");
+        };
+        assert!((683..=700).contains(&participants) && (701..=718).contains(&at), "{participants} {at}");
+        assert_eq!(reasons, [format!("Invalid at {at}")]);
+    }
+
+    #[test]
+    fn a_server_that_gives_out_before_the_generator_is_found_all_the_same() {
+        let mut server = Server {
+            generator: 700,
+            ..Server::hard(500.5)
+        };
+        let (answer, _) = run(1_600, &mut server);
+        assert!(
+            matches!(
+                answer,
+                Answer::Capacity {
+                    participants: 488..=512,
+                    settled: true,
+                    ..
+                }
+            ),
+            "{answer:?}"
+        );
+    }
+
+    #[test]
+    fn a_generator_that_is_always_the_limit_measures_nothing() {
+        let mut server = Server {
+            generator: 0,
+            ..Server::hard(500.5)
+        };
+        let (answer, _) = run(1_600, &mut server);
+        let reasons = vec!["Invalid at 1".to_owned()];
+        assert_eq!(answer, Answer::NotMeasured { reasons });
+    }
+
+    #[test]
+    fn once_invalid_may_be_chance_and_is_tried_again() {
+        let mut search = Search::new(100);
+        let Next::Try(first) = search.next() else { panic!() };
+        search.take(first.participants, PointVerdict::Invalid, Vec::new());
+        let again = Point {
+            phase: Phase::Repeat,
+            ..first
+        };
+        assert_eq!(search.next(), Next::Try(again));
+        search.take(first.participants, PointVerdict::Pass, Vec::new());
+        let Next::Try(second) = search.next() else { panic!() };
+        assert_eq!(second.participants, 2 * first.participants);
+    }
+
+    #[test]
+    fn points_that_do_not_settle_end_the_search_at_them() {
+        let mut search = Search::new(1_000);
+        let answer = loop {
+            match search.next() {
+                Next::Done(answer) => break answer,
+                Next::Try(point) => {
+                    let verdict = match point.participants {
+                        ..300 => PointVerdict::Pass,
+                        300..320 => PointVerdict::Unsettled,
+                        320.. => PointVerdict::Fail,
+                    };
+                    search.take(point.participants, verdict, Vec::new());
+                }
+            }
+        };
+        assert!(
+            matches!(
+                answer,
+                Answer::Capacity {
+                    participants: 298..=322,
+                    settled: true,
+                    ..
+                }
+            ),
+            "{answer:?}"
+        );
+    }
+
+    #[test]
+    fn a_server_that_throws_coins_gets_no_narrow_interval() {
+        let mut server = Server {
+            coin_percent: 100,
+            seeded: Seeded::new(3),
+            ..Server::hard(500.5)
+        };
+        let (answer, search) = run(1_600, &mut server);
+        if let Answer::Capacity { settled, .. } = answer {
+            assert!(!settled && search.tried().len() == POINTS_MAX, "{answer:?}");
+        }
+    }
+}
