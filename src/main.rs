@@ -65,6 +65,7 @@ fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
         api_key: api_key.clone(),
         api_secret: Secret::new(api_secret),
         seed: sfu.seed,
+        limit: None,
     })?;
     emit(
         &mut stdout(),

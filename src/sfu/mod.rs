@@ -7,6 +7,7 @@
 //!
 //! A room lives on one router, so a packet that came is forwarded without leaving its thread. The types below are all that the halves know of each other.
 
+pub mod bottleneck;
 mod cache;
 mod forward;
 mod ingest;

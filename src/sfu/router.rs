@@ -400,9 +400,10 @@ impl Router {
     }
 
     /// What the outlet counted, for the statistics.
-    pub fn count_outlet(&mut self, send_errors: u64, socket_drops: u64) {
+    pub fn count_outlet(&mut self, send_errors: u64, socket_drops: u64, limit_drops: u64) {
         self.statistics.send_errors += send_errors;
         self.statistics.socket_drops += socket_drops;
+        self.statistics.limit_drops += limit_drops;
     }
 
     // Commands.

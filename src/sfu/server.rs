@@ -25,6 +25,7 @@ use livekit_protocol as proto;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
+use super::bottleneck::Limit;
 use super::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, LobbyStatistics, Output};
 use super::statistics::RouterStatistics;
 use super::worker::{Worker, WorkerConfig};
@@ -67,6 +68,8 @@ pub struct ServerConfig {
     pub api_secret: Secret,
     /// Sids, ICE credentials and SSRCs come from it. Where strangers can reach the server it must not be guessable.
     pub seed: u64,
+    /// What each router is limited to, for tests that look for it.
+    pub limit: Option<Limit>,
 }
 
 impl ServerConfig {
@@ -81,6 +84,7 @@ impl ServerConfig {
             api_key: DEV_KEY.to_owned(),
             api_secret: Secret::new(DEV_SECRET),
             seed,
+            limit: None,
         }
     }
 }
@@ -275,6 +279,7 @@ fn start_workers(config: &ServerConfig, identity: &Identity, epoch: Epoch) -> Re
             epoch,
             send: config.send,
             seed: scatter(config.seed ^ index as u64),
+            limit: config.limit,
             name: format!("{THREAD_PREFIX}{index}"),
         };
         workers.push(Worker::start(worker, told).map_err(|cause| StartError::Media { ip, cause })?);

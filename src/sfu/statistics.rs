@@ -125,6 +125,8 @@ counters! {
         send_errors,
         /// Datagrams that the socket dropped for want of buffer space.
         socket_drops,
+        /// Media packets above the limit that a test gave.
+        limit_drops,
 
         transports,
         transports_connected,

@@ -11,6 +11,7 @@ use std::time::Duration;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 
+use super::bottleneck::{Bottleneck, Limit};
 use super::router::{Router, RouterConfig};
 use super::statistics::RouterStatistics;
 use super::{MediaCommand, MediaEvent, Outgoing, SendMode};
@@ -41,6 +42,8 @@ pub struct WorkerConfig {
     pub send: SendMode,
     /// Chooses what need not be secret: first sequence numbers, timestamps, picture ids.
     pub seed: u64,
+    /// For tests that look for it.
+    pub limit: Option<Limit>,
     /// Of the thread: `sfu-N`.
     pub name: String,
 }
@@ -85,6 +88,7 @@ impl Worker {
                 io: SocketIo {
                     socket,
                     batch: net::SendBatch::default(),
+                    bottleneck: config.limit.map(|limit| Bottleneck::new(limit, epoch.now())),
                 },
                 received: net::Batch::default(),
                 poll,
@@ -189,11 +193,12 @@ impl Loop {
         }
         let alive = self.take_requests();
         let now = self.epoch.now();
+        self.io.refill(now);
         if self.router.next_timeout() <= now {
             self.router.handle_timeout(now, &mut self.io);
         }
         self.io.batch.flush(&self.io.socket);
-        self.router.count_outlet(self.io.batch.take_errors(), 0);
+        self.router.count_outlet(self.io.batch.take_errors(), 0, self.io.take_dropped());
         while let Some(event) = self.router.poll_event() {
             // The lobby is gone only when the process ends.
             let _ = self.events.send(event);
@@ -250,6 +255,7 @@ impl Loop {
                 break;
             }
         }
+        self.io.refill(now);
         self.router.end_batch(now, &mut self.io);
         is_empty
     }
@@ -261,7 +267,7 @@ impl Loop {
         if let Some(drops) = received.drops {
             // The kernel counts buffers; those that it dropped are taken to have held as many datagrams as this one.
             let dropped = u64::from(drops.wrapping_sub(self.socket_drops)) * u64::from(received.burst);
-            self.router.count_outlet(0, dropped);
+            self.router.count_outlet(0, dropped, 0);
             self.socket_drops = drops;
         }
         let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
@@ -287,6 +293,19 @@ impl Loop {
 struct SocketIo {
     socket: UdpSocket,
     batch: net::SendBatch,
+    bottleneck: Option<Bottleneck>,
+}
+
+impl SocketIo {
+    fn refill(&mut self, now: Time) {
+        if let Some(bottleneck) = &mut self.bottleneck {
+            bottleneck.refill(now);
+        }
+    }
+
+    fn take_dropped(&mut self) -> u64 {
+        self.bottleneck.as_mut().map_or(0, Bottleneck::take_dropped)
+    }
 }
 
 impl Outgoing for SocketIo {
@@ -295,6 +314,11 @@ impl Outgoing for SocketIo {
     }
 
     fn send(&mut self, to: SocketAddr, len: usize, segment: usize) {
+        if let Some(bottleneck) = &mut self.bottleneck
+            && !bottleneck.admits(&self.batch.lend()[..len.min(segment)], len.div_ceil(segment))
+        {
+            return;
+        }
         self.batch.push(&self.socket, to, len, segment);
     }
 }

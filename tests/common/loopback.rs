@@ -124,6 +124,7 @@ impl Loopback {
             epoch,
             send,
             seed: 1,
+            limit: None,
             name: "sfu-0".into(),
         };
         let worker = Worker::start(config, events).unwrap();
