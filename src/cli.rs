@@ -328,16 +328,23 @@ struct PaceArgs {
     /// Try a failed join again so often; its times count from when the first try was intended
     #[arg(long, value_name = "N", default_value = "0", value_parser = whole_number)]
     join_retries: u32,
-    /// From the end of joining, of each tier: 20, 20s, 30m or 1h [default: 15s]
+    /// From the end of joining, of each tier: 20, 20s, 30m or 1h [default: 15s, 5s with --find-knee]
     #[arg(long, value_name = "TIME", value_parser = run_duration)]
     duration: Option<Duration>,
     /// Tiers, one after the other: subscribers per room of this host, as 2,10,25,50; a smaller one: the last to join leave
     #[arg(long, value_name = "LIST", value_parser = ramp)]
     ramp: Option<Ramp>,
+    /// Look for the most subscribers per room with which the run passes: grows, then halves, each point held for --duration or longer, until its verdict is
+    /// settled
+    #[arg(long)]
+    find_knee: bool,
+    /// With --find-knee: the most subscribers per room to try
+    #[arg(long, value_name = "N", value_parser = whole_number)]
+    max: Option<u32>,
     /// Spread the joins of each tier (without --ramp: all joins) over this, instead of --num-per-second
     #[arg(long, value_name = "TIME", value_parser = ramp_time)]
     ramp_time: Option<Duration>,
-    /// Between joining and measuring, of each tier [default: 2s with --ramp, else 0]
+    /// Between joining and measuring, of each tier [default: 2s with --ramp or --find-knee, else 0]
     #[arg(long, value_name = "TIME", value_parser = warmup)]
     warmup: Option<Duration>,
 }
@@ -450,7 +457,11 @@ impl RunArgs {
         let is_tour = target.is_embedded() && !self.shape.is_given() && most.is_none();
         let shape = self.shape.resolve(if is_tour { tour_shape(cpus) } else { DEFAULT_SHAPE }, most)?;
         self.output.must_have_subscribers(&shape)?;
-        let duration = self.pace.duration.unwrap_or(if is_tour { TOUR_DURATION } else { DEFAULT_DURATION });
+        let duration = self.pace.duration.unwrap_or(match is_tour {
+            true => TOUR_DURATION,
+            false if self.pace.find_knee => POINT_DURATION,
+            false => DEFAULT_DURATION,
+        });
         self.judging.must_fit(duration)?;
         let plan = Plan {
             connection: self.engine.connection.into(),
@@ -467,6 +478,7 @@ impl RunArgs {
             duration,
             ramp_time: self.pace.ramp_time.filter(|_| most.is_some()),
             warmup: self.pace.warmup.unwrap_or(if most.is_some() { TIER_WARMUP } else { Duration::ZERO }),
+            find_knee: self.pace.find_knee,
             ramp: self.pace.ramp.map_or_else(Vec::new, |Ramp(tiers)| tiers),
             shape,
             seed: self.engine.seed.unwrap_or(fresh & 0xFFFF_FFFF),
@@ -495,6 +507,25 @@ impl RunArgs {
     fn must_agree(&self) -> Result<(), String> {
         if self.pace.ramp.is_some() && self.shape.subscribers.is_some() {
             return Err("--ramp says how many subscribers there are, tier by tier: leave out --subscribers".to_owned());
+        }
+        match (self.pace.find_knee, self.pace.max) {
+            (true, None) => return Err("--find-knee needs an end: add --max N, the most subscribers per room to try".to_owned()),
+            (true, Some(0)) => return Err("--max 0 leaves nothing to try: write 1 or more".to_owned()),
+            (false, Some(_)) => return Err("--max is for --find-knee: add that, or write --subscribers".to_owned()),
+            (true, Some(_)) if self.pace.ramp.is_some() => {
+                return Err("--find-knee chooses its own tiers: leave out --ramp".to_owned());
+            }
+            (true, Some(_)) if self.shape.subscribers.is_some() => {
+                return Err("--find-knee chooses how many subscribers there are, up to --max: leave out --subscribers".to_owned());
+            }
+            _ => {}
+        }
+        if self.pace.find_knee
+            && let Some(threshold) = self.judging.threshold.iter().find(|threshold| threshold.aborts)
+        {
+            return Err(format!(
+                "--threshold '{threshold}' would end the search at its first point that fails: leave out :abort"
+            ));
         }
         if self.pace.ramp_time.is_some() && self.pace.num_per_second.is_some() {
             return Err("--ramp-time and --num-per-second both say how fast people join: give one of them".to_owned());
@@ -603,6 +634,8 @@ impl TargetArgs {
 const DEFAULT_SHAPE: (u32, u32, u32) = (1, 1, 10);
 const DEFAULT_JOIN_RATE: f64 = 50.0;
 const DEFAULT_DURATION: Duration = Duration::from_secs(15);
+/// A search has many points, and those that are in doubt are held for longer.
+const POINT_DURATION: Duration = Duration::from_secs(5);
 /// What is sent adapts to who is there: layers that nobody watched begin, estimates of bandwidth rise.
 const TIER_WARMUP: Duration = Duration::from_secs(2);
 
@@ -629,13 +662,14 @@ fn set(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Option<String> {
 impl PaceArgs {
     /// Where subscribers come tier by tier, how many there are per room at most.
     fn most_subscribers(&self) -> Option<u32> {
-        self.ramp.as_ref().and_then(|Ramp(tiers)| tiers.iter().max().copied())
+        self.max
+            .or_else(|| self.ramp.as_ref().and_then(|Ramp(tiers)| tiers.iter().max().copied()))
     }
 
     fn joins_per_second(&self, shape: &Shape, is_tour: bool) -> f64 {
         let unasked = if is_tour { tour_join_rate(shape) } else { DEFAULT_JOIN_RATE };
         // Without tiers it is all joins that the time is for.
-        let spread = self.ramp_time.filter(|_| self.ramp.is_none());
+        let spread = self.ramp_time.filter(|_| self.most_subscribers().is_none());
         let participants = shape.participants() as f64 * f64::from(shape.room_count);
         spread.map_or(self.num_per_second.unwrap_or(unasked), |time| participants / time.as_secs_f64())
     }

@@ -64,6 +64,8 @@ pub struct Plan {
     pub duration: Duration,
     /// Tiers, one after the other: how many subscribers a room has; their largest is [`Shape::subscribers`]. Empty: all join, and that is all.
     pub ramp: Vec<u32>,
+    /// Tiers are chosen on the way, to find out with how many subscribers a room the run passes; [`Shape::subscribers`] is the most to be tried.
+    pub find_knee: bool,
     /// The joins of a tier, or its leaves, are spread over this, instead of [`Plan::joins_per_second`].
     pub ramp_time: Option<Duration>,
     /// Between the end of joining and the beginning of measuring, of each tier.
@@ -472,7 +474,7 @@ impl Shape {
 impl Plan {
     /// Whether subscribers come and go tier by tier, instead of all at once.
     pub fn has_tiers(&self) -> bool {
-        !self.ramp.is_empty()
+        self.find_knee || !self.ramp.is_empty()
     }
 
     /// What [`Connection::Auto`] comes to, and why.
@@ -548,11 +550,14 @@ impl Plan {
         Duration::from_secs_f64(f64::from(self.total_participants().saturating_sub(1)) / self.joins_per_second)
     }
 
-    /// How long joining, settling and measuring take if all goes as intended. After each tier there is a pause of `between`.
-    pub fn length(&self, between: Duration) -> Duration {
+    /// How long joining, settling and measuring take if all goes as intended. After each tier there is a pause of `between`. `None` where nobody knows.
+    pub fn length(&self, between: Duration) -> Option<Duration> {
         let once = self.warmup + self.duration;
+        if self.find_knee {
+            return None;
+        }
         if self.ramp.is_empty() {
-            return self.joining() + once;
+            return Some(self.joining() + once);
         }
         let mut before = 0;
         let tiers = self.ramp.iter().map(|subscribers| {
@@ -563,7 +568,7 @@ impl Plan {
                 .unwrap_or(Duration::from_secs_f64(f64::from(moves) / self.joins_per_second));
             moving + once + between
         });
-        tiers.sum()
+        Some(tiers.sum())
     }
 
     /// Room of a participant, and its place in that room.
@@ -865,6 +870,7 @@ pub(crate) mod tests {
             join_retries: 0,
             duration: Duration::from_secs(15),
             ramp: Vec::new(),
+            find_knee: false,
             ramp_time: None,
             warmup: Duration::ZERO,
             seed: 7,

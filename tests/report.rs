@@ -50,6 +50,7 @@ fn plan() -> Plan {
         join_retries: 0,
         duration: Duration::from_secs(30),
         ramp: Vec::new(),
+        find_knee: false,
         ramp_time: None,
         warmup: Duration::ZERO,
         seed: 7,
@@ -181,6 +182,7 @@ fn outcome() -> Outcome {
         },
         steps: vec![totals.clone()],
         unmeasured: vec![],
+        capacity: None,
         totals,
         series: vec![Sample {
             t: 1.0,

@@ -6,13 +6,15 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::tiers::Knee;
+use super::tiers::{self, Knee};
 use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
 use super::{
-    EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Sample, Stall, Step, ThreadTime, Unmeasured, VERSION, judge, judge::judge_step,
+    Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Sample, Stall, Step, ThreadTime, Unmeasured, VERSION,
+    judge, judge::judge_step,
 };
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
-use crate::plan::{Layout, Plan, VideoSpec};
+use crate::plan::{Layout, Plan, Subscribers, VideoSpec};
+use crate::run::knee::{Answer, CONFIDENCE, Limit};
 
 pub const SCHEMA: &str = "throng-report/1";
 
@@ -36,6 +38,7 @@ struct Report<'a> {
     plan: PlanView<'a>,
     target: TargetView<'a>,
     knee: Option<KneeView<'a>>,
+    capacity: Option<CapacityView<'a>>,
     steps: Vec<StepView<'a>>,
     /// Tiers that the run did not come to; `null` without tiers.
     unmeasured_tiers: Option<Vec<TierView<'a>>>,
@@ -64,7 +67,8 @@ impl<'a> Report<'a> {
             plan: PlanView::new(outcome),
             target: TargetView::new(outcome),
             knee: Knee::of(outcome).map(KneeView::new),
-            unmeasured_tiers: outcome.plan.has_tiers().then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
+            capacity: outcome.capacity.as_ref().map(|capacity| CapacityView::new(&outcome.plan, capacity)),
+            unmeasured_tiers: (!outcome.plan.ramp.is_empty()).then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
             steps: outcome.steps.iter().map(|step| StepView::new(outcome, step)).collect(),
             totals: TotalsView::new(&outcome.totals),
             join_failures: outcome
@@ -101,6 +105,7 @@ struct PlanView<'a> {
     duration_seconds: f64,
     /// Subscribers per room, tier by tier; `null` without.
     ramp: Option<&'a [u32]>,
+    find_knee: bool,
     ramp_time_seconds: Option<f64>,
     warmup_seconds: f64,
     layout: Option<&'static str>,
@@ -176,7 +181,8 @@ impl<'a> PlanView<'a> {
             run_tag: format!("{:08x}", plan.run_tag),
             joins_per_second: plan.joins_per_second,
             duration_seconds: plan.duration.as_secs_f64(),
-            ramp: plan.has_tiers().then_some(&plan.ramp),
+            ramp: (!plan.ramp.is_empty()).then_some(&plan.ramp),
+            find_knee: plan.find_knee,
             ramp_time_seconds: plan.ramp_time.map(|time| time.as_secs_f64()),
             warmup_seconds: plan.warmup.as_secs_f64(),
             layout: plan.layout.map(Layout::name),
@@ -284,7 +290,7 @@ impl<'a> StepView<'a> {
         StepView {
             name: &step.name,
             participants: step.participants,
-            subscribers: step.tier.as_ref().and_then(|tier| tier.subscribers),
+            subscribers: tiers::subscribers(step),
             totals: TotalsView::new(step),
             result: verdict.name(),
             reasons,
@@ -328,19 +334,104 @@ struct BrokeView<'a> {
 
 impl<'a> KneeView<'a> {
     fn new(knee: Knee<'a>) -> KneeView<'a> {
-        let subscribers = |step: &Step| step.tier.as_ref().and_then(|tier| tier.subscribers);
         KneeView {
             answer: knee.answer.name(),
             tier: knee.passed.map(|step| step.name.as_str()),
-            subscribers: knee.passed.and_then(subscribers),
+            subscribers: knee.passed.and_then(tiers::subscribers),
             participants: knee.passed.map(|step| step.participants),
             broke: knee.broke.map(|(step, judgement)| BrokeView {
                 tier: &step.name,
-                subscribers: subscribers(step),
+                subscribers: tiers::subscribers(step),
                 participants: step.participants,
                 result: judgement.verdict.name(),
                 reasons: judgement.reasons,
             }),
+        }
+    }
+}
+
+/// What a search for the most subscribers a room found.
+#[derive(serde::Serialize)]
+struct CapacityView<'a> {
+    answer: &'static str,
+    subscribers: Option<u32>,
+    participants: Option<u32>,
+    /// Of `subscribers`: with `confidence` it lies in between.
+    low: Option<u32>,
+    high: Option<u32>,
+    confidence: Option<f64>,
+    settled: Option<bool>,
+    limit: Option<&'static str>,
+    limit_reasons: &'a [String],
+    broke_first: Option<BrokeFirstView<'a>>,
+    points: &'a [CapacityPoint],
+}
+
+#[derive(serde::Serialize)]
+struct BrokeFirstView<'a> {
+    subscribers: u32,
+    reasons: &'a [String],
+}
+
+impl<'a> CapacityView<'a> {
+    fn new(plan: &Plan, capacity: &'a Capacity) -> CapacityView<'a> {
+        let participants = |subscribers: u32| plan.participants_with(Subscribers::PerRoom(subscribers));
+        let nothing = CapacityView {
+            answer: "none",
+            subscribers: None,
+            participants: None,
+            low: None,
+            high: None,
+            confidence: None,
+            settled: None,
+            limit: None,
+            limit_reasons: &[],
+            broke_first: capacity.broke_first.as_ref().map(|(subscribers, reasons)| BrokeFirstView {
+                subscribers: *subscribers,
+                reasons,
+            }),
+            points: &capacity.points,
+        };
+        match &capacity.answer {
+            Answer::Capacity {
+                participants: subscribers,
+                low,
+                high,
+                settled,
+            } => CapacityView {
+                answer: "capacity",
+                subscribers: Some(*subscribers),
+                participants: Some(participants(*subscribers)),
+                low: Some(*low),
+                high: Some(*high),
+                confidence: Some(CONFIDENCE),
+                settled: Some(*settled),
+                ..nothing
+            },
+            Answer::AtLeast {
+                participants: subscribers,
+                limit,
+            } => CapacityView {
+                answer: "at_least",
+                subscribers: Some(*subscribers),
+                participants: Some(participants(*subscribers)),
+                limit: Some(match limit {
+                    Limit::Max => "max",
+                    Limit::Generator { .. } => "generator",
+                }),
+                limit_reasons: match limit {
+                    Limit::Max => &[],
+                    Limit::Generator { reasons, .. } => reasons,
+                },
+                ..nothing
+            },
+            Answer::None => nothing,
+            Answer::NotMeasured { reasons } => CapacityView {
+                answer: "not_measured",
+                limit: Some("generator"),
+                limit_reasons: reasons,
+                ..nothing
+            },
         }
     }
 }

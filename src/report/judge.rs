@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::{Outcome, Step, TierFacts, text};
 use crate::measure::{Histogram, Kind, Media, Record, Session, is_measured};
+use crate::run::knee::{Answer, Limit};
 
 /// What a run is held to.
 #[derive(Clone, Debug)]
@@ -86,10 +87,33 @@ impl Judgement {
 
 /// Judges a whole run: where it had tiers, by those.
 pub fn judge(outcome: &Outcome) -> Judgement {
+    if outcome.plan.find_knee {
+        return judge_search(outcome);
+    }
     if outcome.steps.iter().any(|step| step.tier.is_some()) {
         return judge_by_tiers(outcome);
     }
     Judgement::of(outcome.partial.as_ref(), invalidity(outcome), failures(outcome))
+}
+
+/// A search passes where it has found something, whatever its points came to.
+fn judge_search(outcome: &Outcome) -> Judgement {
+    let (invalid, failed) = match outcome.capacity.as_ref().map(|capacity| &capacity.answer) {
+        Some(Answer::Capacity { .. } | Answer::AtLeast { limit: Limit::Max, .. }) => (Vec::new(), Vec::new()),
+        Some(Answer::AtLeast {
+            limit: Limit::Generator { reasons, .. },
+            ..
+        }) => (reasons.clone(), Vec::new()),
+        Some(Answer::NotMeasured { reasons }) => (reasons.clone(), Vec::new()),
+        Some(Answer::None) => (Vec::new(), vec!["not even one subscriber a room passes".to_owned()]),
+        None => (Vec::new(), vec!["nothing was found: the search did not come to its end".to_owned()]),
+    };
+    let has_points = outcome.steps.iter().any(|step| step.tier.is_some());
+    let why_not = match has_points {
+        true => Vec::new(),
+        false => step_failures(&outcome.totals, &outcome.complaints, &outcome.judging),
+    };
+    Judgement::of(outcome.partial.as_ref(), invalid, [failed, why_not].concat())
 }
 
 /// One tier that failed while the generator kept up is a FAIL, whatever became of the others; one in which it did not keep up leaves only that open.
@@ -228,7 +252,7 @@ fn step_failures(step: &Step, complaints: &[String], judging: &Judging) -> Vec<S
         reasons.extend(tracks_dead(kind, step.media(kind)));
         reasons.extend(loss_exceeded(kind, step.media(kind), judging.max_loss_pct));
     }
-    reasons.extend(judging.target_rtt.and_then(|target| rtt_exceeded(&step.record.session.rtt_rtcp, target)));
+    reasons.extend(rtt_exceeded(&step.record, judging));
     // Of one of several tiers some figures are never known.
     let judged = judging
         .thresholds
@@ -238,6 +262,17 @@ fn step_failures(step: &Step, complaints: &[String], judging: &Judging) -> Vec<S
     let untold = judged.filter(|threshold| !is_told(threshold));
     reasons.extend(untold.filter_map(|threshold| threshold.violation(&step.record)));
     reasons
+}
+
+/// Why a part of a hold does not pass, as far as a part can tell.
+pub fn media_failures(record: &Record, judging: &Judging) -> Vec<String> {
+    let media = [(Kind::Audio, &record.audio), (Kind::Video, &record.video)];
+    let loss = media
+        .into_iter()
+        .filter_map(|(kind, media)| loss_exceeded(kind, media, judging.max_loss_pct));
+    let known = judging.thresholds.iter().filter(|threshold| !threshold.is_known_at_the_end());
+    let limits = known.filter_map(|threshold| threshold.violation(record));
+    loss.chain(rtt_exceeded(record, judging)).chain(limits).collect()
 }
 
 fn joins_failed(session: &Session) -> Option<String> {
@@ -282,7 +317,8 @@ fn loss_exceeded(kind: Kind, media: &Media, max_loss_pct: f64) -> Option<String>
     (worse * 100.0 > max_loss_pct).then(|| format!("{} loss {} ({what}), more than {max_loss_pct} %", name(kind), text::percent(worse)))
 }
 
-fn rtt_exceeded(rtt: &Histogram, target: Duration) -> Option<String> {
+fn rtt_exceeded(record: &Record, judging: &Judging) -> Option<String> {
+    let (rtt, target) = (&record.session.rtt_rtcp, judging.target_rtt?);
     let limit = target.as_micros() as u64;
     match rtt.quantile(0.95) {
         Some(p95) if p95 <= limit => None,

@@ -26,6 +26,7 @@ pub use crate::measure::second::{HostDrops, Second};
 pub use crate::measure::stalls::{Cause, Side, Stall};
 use crate::measure::{Histogram, Kind, Media, Record};
 use crate::plan::Plan;
+use crate::run::knee::Answer;
 use crate::sfu::SendMode;
 use crate::sfu::server::ServerStatistics;
 
@@ -45,6 +46,8 @@ pub struct Outcome {
     pub steps: Vec<Step>,
     /// Tiers that it did not come to.
     pub unmeasured: Vec<Unmeasured>,
+    /// What a search has found; `None` without one, and where it did not come to its end.
+    pub capacity: Option<Capacity>,
     /// The whole run.
     pub totals: Step,
     /// One row a second.
@@ -112,6 +115,24 @@ pub struct TierFacts {
     pub complaints: Vec<String>,
     /// Why it ended before its time; `None` if it did not.
     pub cut_short: Option<String>,
+}
+
+/// What a search for the most subscribers per room has found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Capacity {
+    pub answer: Answer,
+    /// The number at which it broke first, and why.
+    pub broke_first: Option<(u32, Vec<String>)>,
+    pub points: Vec<CapacityPoint>,
+}
+
+/// One point of a search.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct CapacityPoint {
+    /// Per room.
+    pub subscribers: u32,
+    pub phase: &'static str,
+    pub verdict: &'static str,
 }
 
 /// A tier that was asked for, and never held.

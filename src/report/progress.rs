@@ -17,8 +17,8 @@ const WIDTH: usize = 79;
 pub struct Snapshot {
     /// Since the start of the run.
     pub elapsed: Duration,
-    /// Joining and measuring together, as planned.
-    pub total: Duration,
+    /// Joining and measuring together, as planned; `None` where nobody knows.
+    pub total: Option<Duration>,
     /// The tier under way, where there are several.
     pub tier: Option<String>,
     pub joined: u32,
@@ -90,11 +90,14 @@ pub fn line(snapshot: &Snapshot) -> String {
     } else {
         String::new()
     };
+    let total = snapshot
+        .total
+        .map(|total| format!("/{}", text::duration(Duration::from_secs(total.as_secs()))));
+    let total = total.unwrap_or_default();
     let tier = snapshot.tier.as_ref().map(|tier| format!("{tier}  ")).unwrap_or_default();
     format!(
-        "{}/{}  {tier}{}/{} joined{failed}  out {}/s  in {}/s  loss {}  latency {}",
+        "{}{total}  {tier}{}/{} joined{failed}  out {}/s  in {}/s  loss {}  latency {}",
         text::duration(Duration::from_secs(snapshot.elapsed.as_secs())),
-        text::duration(Duration::from_secs(snapshot.total.as_secs())),
         text::number(snapshot.joined.into()),
         text::number(snapshot.planned.into()),
         text::number(sample.packets_sent_per_second.round() as u64),
@@ -111,7 +114,7 @@ mod tests {
     fn at(seconds: u64) -> Snapshot {
         Snapshot {
             elapsed: Duration::from_millis(seconds * 1_000 + 7),
-            total: Duration::from_secs(45),
+            total: Some(Duration::from_secs(45)),
             tier: None,
             joined: 98,
             planned: 1_100,

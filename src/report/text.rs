@@ -193,7 +193,7 @@ fn head(outcome: &Outcome, style: Style) -> String {
         format!("  {}\n", habits.join(", "))
     };
     let pace = if plan.has_tiers() {
-        format!("tiers of {}\n  {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed)
+        format!("tiers: {}\n  {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed)
     } else {
         pace_line(plan)
     };
@@ -219,7 +219,7 @@ fn shape_line(plan: &Plan) -> String {
 
 fn pace_line(plan: &Plan) -> String {
     if plan.has_tiers() {
-        return format!("tiers of {}, {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed);
+        return format!("tiers: {}, {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed);
     }
     let warmup = if plan.warmup.is_zero() {
         String::new()
@@ -236,6 +236,9 @@ fn pace_line(plan: &Plan) -> String {
 
 /// `2, 10, 25, 50 subscribers a room`
 fn tiers_line(plan: &Plan) -> String {
+    if plan.find_knee {
+        return format!("as many as pass, up to {} a room", count(plan.shape.subscribers.into(), "subscriber"));
+    }
     const NAMED_MAX: usize = 6;
     let tiers: Vec<String> = plan.ramp.iter().take(NAMED_MAX).map(ToString::to_string).collect();
     let more = plan.ramp.len().saturating_sub(NAMED_MAX);
@@ -254,7 +257,8 @@ fn tier_line(plan: &Plan) -> String {
     } else {
         format!("{} of warm-up, ", duration(plan.warmup))
     };
-    format!("each {joins}, {warmup}{} held", duration(plan.duration))
+    let longer = if plan.find_knee { " or longer" } else { "" };
+    format!("each {joins}, {warmup}{} held{longer}", duration(plan.duration))
 }
 
 /// At most three decimals: what a time span comes to is seldom round.

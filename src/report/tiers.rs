@@ -6,6 +6,8 @@ use super::judge::{Judgement, Loss, Verdict, judge_step};
 use super::text::{count, maybe, micros, number, percent, wrapped};
 use super::{Outcome, Step};
 use crate::measure::Histogram;
+use crate::plan::Subscribers;
+use crate::run::knee::{Answer as Found, CONFIDENCE, Limit};
 
 /// Reasons that are told of one tier.
 const REASONS_MAX: usize = 3;
@@ -46,7 +48,7 @@ impl<'a> Knee<'a> {
     /// `None` for a run without tiers.
     pub fn of(outcome: &'a Outcome) -> Option<Knee<'a>> {
         let tiers: Vec<(&Step, Judgement)> = tiers(outcome).collect();
-        if tiers.is_empty() && outcome.unmeasured.is_empty() {
+        if outcome.plan.find_knee || tiers.is_empty() && outcome.unmeasured.is_empty() {
             return None;
         }
         let mut passed = None;
@@ -99,18 +101,19 @@ pub fn tiers(outcome: &Outcome) -> impl Iterator<Item = (&Step, Judgement)> {
     tiers.map(|step| (step, judge_step(outcome, step)))
 }
 
-/// A line a tier, why those did not pass that did not, and the knee. Nothing for a run without tiers.
+/// A line a tier, why those did not pass that did not, and what they say together. Nothing for a run without tiers.
 pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_verdict: impl Fn(Verdict, &str) -> String) -> String {
-    let Some(knee) = Knee::of(outcome) else { return String::new() };
+    let (title, label, found) = match Knee::of(outcome) {
+        Some(knee) => ("Tiers", "Knee", knee.sentence(outcome)),
+        None if outcome.plan.find_knee => ("Points", "Capacity", capacity_sentence(outcome)),
+        None => return String::new(),
+    };
     let heads = ["subs/room", "healthy", "join p95", "loss", "audio p95", "video p95", "RTT p95"];
-    let mut text = format!("{}{}\n", paint("Tiers   "), row(heads.map(str::to_owned)));
+    let mut text = format!("{}{}\n", paint(&format!("{title:<8}")), row(heads.map(str::to_owned)));
     for (step, judgement) in tiers(outcome) {
         let (session, audio, video) = (&step.record.session, &step.record.audio, &step.record.video);
         let cells = [
-            step.tier
-                .as_ref()
-                .and_then(|tier| tier.subscribers)
-                .map_or_else(|| "n/a".to_owned(), |count| number(count.into())),
+            per_room(subscribers(step)),
             format!("{}/{}", number(session.participants_healthy), number(session.participants_total)),
             p95(&session.join),
             maybe(worst_loss(step), percent),
@@ -122,9 +125,19 @@ pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_ver
         let _ = writeln!(text, "{:<8}{} {verdict}", step.name, row(cells));
     }
     for tier in &outcome.unmeasured {
-        let subscribers = tier.subscribers.map_or_else(|| "n/a".to_owned(), |count| number(count.into()));
-        let _ = writeln!(text, "{:<8}{subscribers:>10}  not measured", tier.name);
+        let _ = writeln!(text, "{:<8}{:>10}  not measured", tier.name, per_room(tier.subscribers));
     }
+    // Of a search's points it is enough to know why the capacity is what it is.
+    if !outcome.plan.find_knee {
+        text.push_str(&reasons(outcome));
+    }
+    let found = wrapped(&found, 11);
+    let _ = writeln!(text, "{} {}", paint(&format!("{label:<10}")), found.trim_start());
+    text
+}
+
+fn reasons(outcome: &Outcome) -> String {
+    let mut text = String::new();
     for (step, judgement) in tiers(outcome).filter(|(_, judgement)| judgement.verdict != Verdict::Pass) {
         for reason in judgement.reasons.iter().take(REASONS_MAX) {
             text.push_str(&wrapped(&format!("{}: {reason}", step.name), 2));
@@ -133,9 +146,74 @@ pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_ver
             let _ = writeln!(text, "  {}: and {} more", step.name, judgement.reasons.len() - REASONS_MAX);
         }
     }
-    let knee = wrapped(&knee.sentence(outcome), 11);
-    let _ = writeln!(text, "{} {}", paint("Knee      "), knee.trim_start());
     text
+}
+
+/// What a search found, in a sentence or two.
+fn capacity_sentence(outcome: &Outcome) -> String {
+    let Some(capacity) = &outcome.capacity else {
+        return "not found: the search did not come to its end".to_owned();
+    };
+    let size = |subscribers: u32| {
+        let participants = outcome.plan.participants_with(Subscribers::PerRoom(subscribers));
+        format!(
+            "{} a room ({})",
+            count(subscribers.into(), "subscriber"),
+            count(participants.into(), "participant")
+        )
+    };
+    let broke = capacity.broke_first.as_ref().map(|(at, reasons)| {
+        let why = reasons.first().map_or("no reason is known", String::as_str);
+        format!(". What broke first, with {}: {why}", number((*at).into()))
+    });
+    let broke = broke.unwrap_or_default();
+    match &capacity.answer {
+        Found::Capacity {
+            participants,
+            low,
+            high,
+            settled,
+        } => {
+            let settled = match settled {
+                true => String::new(),
+                false => format!(", and not settled after {}", count(capacity.points.len() as u64, "point")),
+            };
+            format!(
+                "{}: with so many every other run passes (with {:.0} % confidence it is {} to {}{settled}){broke}",
+                size(*participants),
+                CONFIDENCE * 1e2,
+                number((*low).into()),
+                number((*high).into())
+            )
+        }
+        Found::AtLeast {
+            participants,
+            limit: Limit::Max,
+        } => format!("at least {}, the most that was to be tried", size(*participants)),
+        Found::AtLeast {
+            participants,
+            limit: Limit::Generator { at, reasons },
+        } => format!(
+            "at least {}: the generator was the limit at {}: {}",
+            size(*participants),
+            number((*at).into()),
+            reasons.first().map_or("no reason is known", String::as_str)
+        ),
+        Found::None => format!("below one subscriber a room{broke}"),
+        Found::NotMeasured { reasons } => format!(
+            "not measured: the generator was the limit even with one subscriber a room: {}",
+            reasons.first().map_or("no reason is known", String::as_str)
+        ),
+    }
+}
+
+/// In each room; `None` where the number is of no room.
+pub fn subscribers(step: &Step) -> Option<u32> {
+    step.tier.as_ref().and_then(|tier| tier.subscribers)
+}
+
+fn per_room(subscribers: Option<u32>) -> String {
+    maybe(subscribers, |subscribers| number(subscribers.into()))
 }
 
 /// With the name before it and a verdict behind it, 80 columns.
@@ -163,7 +241,7 @@ fn worst_loss(step: &Step) -> Option<f64> {
 /// `25 subscribers a room (27 participants)`
 fn size(step: &Step) -> String {
     let participants = count(step.participants.into(), "participant");
-    match step.tier.as_ref().and_then(|tier| tier.subscribers) {
+    match subscribers(step) {
         Some(subscribers) => format!("{} a room ({participants})", count(subscribers.into(), "subscriber")),
         None => participants,
     }

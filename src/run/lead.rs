@@ -38,6 +38,11 @@ pub trait Lead: Send {
         ready(())
     }
 
+    /// Whether the tier under way, which has been held for as long as was planned, may end. Asked again a second later.
+    fn is_settled(&mut self, _seen: &Observation<'_>) -> bool {
+        true
+    }
+
     /// Why the run is to end at once, in the middle of whatever it does; it is then PARTIAL, and what was measured is reported. Looked at many times a second.
     fn abort(&mut self) -> Option<String> {
         None
@@ -73,6 +78,8 @@ pub struct TierPlan {
     pub warmup: Duration,
     /// How long it is measured.
     pub hold: Duration,
+    /// Whether those who stay while others leave are to be left in peace: none of them may be lost, or freeze more than before.
+    pub watches_stayers: bool,
     /// The run is this tier and nothing else. Then its account is closed with the run's, and what arrives after publishers have stopped is in it.
     pub is_whole: bool,
 }
@@ -151,6 +158,8 @@ pub struct TierSeen<'a> {
     pub(super) now: &'a Record,
     pub(super) began: &'a Record,
     pub(super) joins: &'a Joins,
+    /// Subscriptions that there ought to be, to audio and to video.
+    pub(super) subscriptions: [u64; 2],
     pub(super) held: Option<&'a Record>,
 }
 
@@ -158,7 +167,20 @@ impl TierSeen<'_> {
     /// What counts for this tier so far, as far as it is: differences of all histograms, so not for free. Tracks and participants are only in the step. `None` before
     /// its hold.
     pub fn record(&self) -> Option<Record> {
-        self.held.map(|held| super::tally::so_far(self.began, held, self.now, self.joins))
+        self.between(self.held?, self.now)
+    }
+
+    /// The same of the hold's part until `middle`, the run's record at some moment of it.
+    pub(super) fn record_until(&self, middle: &Record) -> Option<Record> {
+        self.between(self.held?, middle)
+    }
+
+    pub(super) fn record_since(&self, middle: &Record) -> Option<Record> {
+        self.between(middle, self.now)
+    }
+
+    fn between(&self, from: &Record, to: &Record) -> Option<Record> {
+        Some(super::tally::so_far(self.began, from, to, self.joins, self.subscriptions))
     }
 }
 
@@ -185,7 +207,7 @@ impl Lead for Alone {
     }
 }
 
-/// The tiers of a plan: those of its ramp; without one the whole run.
+/// The tiers of a plan: those of its ramp; without one the whole run. Those of a search are not known before.
 pub fn tiers(plan: &Plan) -> Vec<TierPlan> {
     let tier = |name: String, subscribers: u32| TierPlan {
         name,
@@ -193,6 +215,7 @@ pub fn tiers(plan: &Plan) -> Vec<TierPlan> {
         start: None,
         warmup: plan.warmup,
         hold: plan.duration,
+        watches_stayers: true,
         is_whole: plan.ramp.is_empty(),
     };
     if plan.ramp.is_empty() {

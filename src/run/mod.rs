@@ -10,6 +10,7 @@ pub mod knee;
 pub mod lead;
 mod observer;
 mod rooms;
+mod search;
 mod stages;
 mod tally;
 
@@ -31,6 +32,7 @@ use account::{Joins, expect_frames, expect_joins, expected_tracks, quality, stat
 use lead::{Alone, Lead, Stage, Tier};
 use observer::Observer;
 use rooms::Rooms;
+use search::Search;
 use stages::{Around, Held, Hold, UnderWay};
 use tally::{GRACE, Survey};
 
@@ -69,7 +71,13 @@ const PEERS_PER_PARTICIPANT: usize = 2;
 /// # Errors
 /// As [`run_led`].
 pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
-    run_led(run, resources, clips, &mut Alone::new(&run.plan), progress).await
+    if !run.plan.find_knee {
+        return run_led(run, resources, clips, &mut Alone::new(&run.plan), progress).await;
+    }
+    let mut search = Search::new(&run.plan, &run.judging);
+    let mut outcome = run_led(run, resources, clips, &mut search, progress).await?;
+    outcome.capacity = search.capacity();
+    Ok(outcome)
 }
 
 /// Runs the plan against its LiveKit server as `lead` wants it, with the media that [`Clips::generate`] made of it. `progress` hears how it goes, twice a
@@ -573,7 +581,7 @@ impl<'a> Test<'a> {
         let lost = self.record.audio.packets_lost + self.record.video.packets_lost;
         Snapshot {
             elapsed: now.since(Time::ZERO),
-            total: self.plan.length(GRACE) + DRAIN,
+            total: self.plan.length(GRACE).map(|length| length + DRAIN),
             tier: self.tier.as_ref().filter(|tier| !tier.plan.is_whole).map(|tier| tier.plan.name.clone()),
             joined: if self.plan.has_tiers() { self.present() } else { self.sessions.joined },
             planned: if self.plan.has_tiers() {
@@ -601,7 +609,8 @@ impl<'a> Test<'a> {
             .count() as u64;
         state_tracks(&mut self.record, self.plan, admitted, &self.outcomes, &self.sessions.ended);
         let mut steps: Vec<Step> = self.tiers.drain(..).map(|tier| tier.step).collect();
-        let unmeasured = lead::tiers(self.plan).into_iter().skip(steps.len()).filter(|tier| !tier.is_whole);
+        let planned = if self.plan.find_knee { Vec::new() } else { lead::tiers(self.plan) };
+        let unmeasured = planned.into_iter().skip(steps.len()).filter(|tier| !tier.is_whole);
         let unmeasured = unmeasured
             .map(|tier| Unmeasured {
                 subscribers: tier.per_room(),
@@ -657,6 +666,7 @@ impl<'a> Test<'a> {
             },
             steps,
             unmeasured,
+            capacity: None,
             totals,
             series: self.series,
             engine,

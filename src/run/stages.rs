@@ -22,6 +22,8 @@ use crate::units::Time;
 
 /// Before the first join, so that its moment lies ahead.
 const FIRST_JOIN_DELAY: Duration = Duration::from_millis(5);
+/// How often it is asked whether a hold may end that was to be over.
+const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
 /// After a signal a lead may take so long to settle the accounts with others.
 const ACCOUNT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -40,6 +42,8 @@ pub(super) struct UnderWay {
     began: Record,
     floor: Histogram,
     joins: Joins,
+    /// Of audio and of video, of all who ought to be in.
+    subscriptions: [u64; 2],
     /// Who lost its session since.
     pub lost: BTreeSet<u32>,
     /// Where others leave.
@@ -136,8 +140,14 @@ impl Test<'_> {
         }
         self.begin_hold(is_whole).await;
         self.enter(Stage::Hold, around);
-        let end = self.epoch.now() + hold;
-        let held = self.wait(around, |test| (test.epoch.now() >= end).then_some(Until::Done)).await;
+        let mut end = self.epoch.now() + hold;
+        let held = loop {
+            let held = self.wait(around, |test| (test.epoch.now() >= end).then_some(Until::Done)).await;
+            if !matches!(held, Until::Done) || around.lead.is_settled(&self.observation()) {
+                break held;
+            }
+            end += SETTLE_INTERVAL;
+        };
         let goes_on = self.goes_on(held, "before the planned duration was over");
         if is_whole {
             self.watch(self.epoch.now());
@@ -149,7 +159,8 @@ impl Test<'_> {
     fn begin_tier(&mut self, plan: TierPlan) {
         let began_at = self.epoch.now();
         let stayers = self.plan.participants_with(plan.subscribers);
-        let stay = self.held.as_ref().filter(|_| stayers < self.admitted).map(|held| {
+        let leaves = plan.watches_stayers && stayers < self.admitted;
+        let stay = self.held.as_ref().filter(|_| leaves).map(|held| {
             let [start, end, now] = &held.surveys;
             Stay::begin(stayers, began_at, [start, end, now], held.seconds)
         });
@@ -160,10 +171,18 @@ impl Test<'_> {
             began: self.record.clone(),
             floor: self.observer.floor_so_far(),
             joins: std::mem::take(&mut self.joins_new),
+            subscriptions: self.subscriptions(),
             lost: BTreeSet::new(),
             stay,
             hold: None,
         });
+    }
+
+    /// That there ought to be, to audio and to video.
+    fn subscriptions(&self) -> [u64; 2] {
+        let mut all = Joins::default();
+        (0..self.admitted).for_each(|position| all.add(self.plan, &self.plan.participant(position)));
+        all.tracks
     }
 
     async fn begin_hold(&mut self, is_whole: bool) {
@@ -213,6 +232,7 @@ impl Test<'_> {
             lost,
             stay,
             hold: Some(hold),
+            ..
         }) = self.tier.take()
         else {
             return goes_on;
@@ -456,13 +476,17 @@ impl Test<'_> {
         let Some(UnderWay {
             began,
             joins,
+            subscriptions,
             hold: Some(hold),
             ..
         }) = self.tier.as_mut().filter(|_| self.stage == Stage::Hold)
         else {
             return;
         };
-        let so_far = hold.watch.wants_hold().then(|| so_far(began, &hold.before, &self.record, joins));
+        let so_far = hold
+            .watch
+            .wants_hold()
+            .then(|| so_far(began, &hold.before, &self.record, joins, *subscriptions));
         let broken = hold.watch.take(&self.record, so_far.as_ref(), now);
         let when = |why| format!("{why}, {:.0} s into the hold, and ended the run", now.since(hold.since).as_secs_f64());
         self.broken = self.broken.take().or(broken.map(when));
@@ -489,7 +513,11 @@ impl Test<'_> {
     }
 
     fn observe<L: Lead, P>(&self, around: &mut Around<'_, L, P>) {
-        around.lead.observe(&Observation {
+        around.lead.observe(&self.observation());
+    }
+
+    fn observation(&self) -> Observation<'_> {
+        Observation {
             now: self.epoch.now(),
             epoch: self.epoch,
             stage: self.stage,
@@ -505,11 +533,12 @@ impl Test<'_> {
                 now: &self.record,
                 began: &tier.began,
                 joins: &tier.joins,
+                subscriptions: tier.subscriptions,
                 held: tier.hold.as_ref().map(|hold| &hold.before),
             }),
             sample: &self.second.last,
             roster: &self.roster,
-        });
+        }
     }
 }
 

@@ -168,8 +168,9 @@ impl Fare {
 }
 
 /// The same without what only a complete tier can say: as far as it is.
-pub(super) fn so_far(began: &Record, held: &Record, now: &Record, joins: &Joins) -> Record {
+pub(super) fn so_far(began: &Record, held: &Record, now: &Record, joins: &Joins, subscriptions: [u64; 2]) -> Record {
     let mut tier = differences(began, held, now);
+    [tier.audio.tracks_expected, tier.video.tracks_expected] = subscriptions;
     tier.session.joins_planned = joins.count.into();
     [&mut tier.audio, &mut tier.video].into_iter().for_each(expect_frames_of);
     expect_joins(&mut tier, joins);

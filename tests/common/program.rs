@@ -100,13 +100,18 @@ impl Running {
     }
 
     /// Waits until it ends.
-    pub fn finish(mut self) -> Finished {
-        let deadline = Instant::now() + PATIENCE;
+    pub fn finish(self) -> Finished {
+        self.finish_within(PATIENCE)
+    }
+
+    /// The same of one that takes its time.
+    pub fn finish_within(mut self, patience: Duration) -> Finished {
+        let deadline = Instant::now() + patience;
         while !self.has_ended() {
             if Instant::now() > deadline {
                 let _ = self.child.kill();
                 let said = self.output();
-                panic!("still running after {PATIENCE:?}: {said:#?}");
+                panic!("still running after {patience:?}: {said:#?}");
             }
             std::thread::sleep(Duration::from_millis(10));
         }

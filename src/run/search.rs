@@ -1,0 +1,142 @@
+//! A run that looks for the most subscribers with which it passes: the search says which point comes next, and each is held until its verdict is settled.
+
+use std::time::Duration;
+
+use super::knee::{self, Answer, Phase, PointVerdict, Tried};
+use super::lead::{Lead, Next, Observation, Stage, Tier, TierPlan};
+use crate::measure::Record;
+use crate::plan::{Plan, Subscribers};
+use crate::report::{Capacity, CapacityPoint, Judging, Verdict, judge};
+
+/// A point is held once, twice or four times as long as was asked for: where its halves contradict each other even then, it is neither here nor there.
+const DOUBLINGS_MAX: u32 = 2;
+
+pub struct Search {
+    knee: knee::Search,
+    judging: Judging,
+    warmup: Duration,
+    duration: Duration,
+    /// The points so far, and those phases of the search that they belong to.
+    phases: Vec<Phase>,
+    point: Point,
+}
+
+/// The point under way.
+#[derive(Default)]
+struct Point {
+    /// How often its hold was doubled.
+    doublings: u32,
+    /// The run's record in the middle of its hold.
+    middle: Option<Record>,
+    is_unsettled: bool,
+}
+
+impl Search {
+    pub fn new(plan: &Plan, judging: &Judging) -> Search {
+        Search {
+            knee: knee::Search::new(plan.shape.subscribers),
+            judging: judging.clone(),
+            warmup: plan.warmup,
+            duration: plan.duration,
+            phases: Vec::new(),
+            point: Point::default(),
+        }
+    }
+
+    /// What was found; `None` where the run ended before that.
+    pub fn capacity(&self) -> Option<Capacity> {
+        let knee::Next::Done(answer) = self.knee.next() else { return None };
+        let broke_first = match answer {
+            Answer::Capacity { .. } | Answer::None => self.knee.broke_first().map(|tried| (tried.participants, tried.reasons.clone())),
+            Answer::AtLeast { .. } | Answer::NotMeasured { .. } => None,
+        };
+        let point = |(tried, phase): (&Tried, &Phase)| CapacityPoint {
+            subscribers: tried.participants,
+            phase: phase.name(),
+            verdict: tried.verdict.name(),
+        };
+        Some(Capacity {
+            answer,
+            broke_first,
+            points: self.knee.tried().iter().zip(&self.phases).map(point).collect(),
+        })
+    }
+
+    fn take(&mut self, tier: &Tier) {
+        let Subscribers::PerRoom(subscribers) = tier.plan.subscribers else {
+            return;
+        };
+        let verdict = match tier.judgement.verdict {
+            Verdict::Invalid => PointVerdict::Invalid,
+            _ if self.point.is_unsettled => PointVerdict::Unsettled,
+            Verdict::Pass => PointVerdict::Pass,
+            Verdict::Fail | Verdict::Partial => PointVerdict::Fail,
+        };
+        self.knee.take(subscribers, verdict, tier.judgement.reasons.clone());
+        self.point = Point::default();
+    }
+
+    fn passes(&self, record: &Record) -> bool {
+        judge::media_failures(record, &self.judging).is_empty()
+    }
+}
+
+impl Lead for Search {
+    fn waits_for_publishers(&self) -> bool {
+        false
+    }
+
+    async fn next(&mut self, tiers: &[Tier]) -> Next {
+        if let Some(tier) = tiers.get(self.knee.tried().len()) {
+            self.take(tier);
+        }
+        let knee::Next::Try(point) = self.knee.next() else { return Next::Finish };
+        self.phases.push(point.phase);
+        Next::Tier(TierPlan {
+            name: format!("point {}", self.phases.len()),
+            subscribers: Subscribers::PerRoom(point.participants),
+            start: None,
+            warmup: self.warmup,
+            hold: self.duration,
+            is_whole: false,
+            // That others come and go is the search's doing.
+            watches_stayers: false,
+        })
+    }
+
+    /// The verdict is settled where both halves of the hold come to what the whole comes to.
+    fn is_settled(&mut self, seen: &Observation<'_>) -> bool {
+        let Some((tier, held_from)) = seen.tier.as_ref().and_then(|tier| Some((tier, tier.held_from?))) else {
+            return true;
+        };
+        let length = self.duration * 2u32.pow(self.point.doublings);
+        if seen.now.since(held_from) < length {
+            return false;
+        }
+        let (Some(whole), Some(middle)) = (tier.record(), &self.point.middle) else {
+            return true;
+        };
+        let halves = [tier.record_until(middle), tier.record_since(middle)];
+        let passes = self.passes(&whole);
+        if halves.iter().flatten().all(|half| self.passes(half) == passes) {
+            return true;
+        }
+        if self.point.doublings == DOUBLINGS_MAX {
+            self.point.is_unsettled = true;
+            return true;
+        }
+        // What has been is the first half of what is to come.
+        self.point.doublings += 1;
+        self.point.middle = Some(seen.record.clone());
+        false
+    }
+
+    fn observe(&mut self, seen: &Observation<'_>) {
+        let held_from = seen.tier.as_ref().and_then(|tier| tier.held_from);
+        if let Some(held_from) = held_from.filter(|_| seen.stage == Stage::Hold && self.point.middle.is_none())
+            && seen.now.since(held_from) >= self.duration / 2
+        {
+            self.point.middle = Some(seen.record.clone());
+        }
+    }
+}
