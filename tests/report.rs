@@ -8,9 +8,10 @@ use throng::measure::{Bandwidth, Engine, Histogram, Media, Record, Session, seri
 use throng::plan::{AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
 use throng::report::text::{Style, dry_run, first_line, render};
 use throng::report::{
-    Cause, Destinations, EngineHealth, HostDrops, Judging, Nearness, Outcome, ParticipantOutcome, Quality, Sample, Second, Side, Sinks, Stall, Step,
-    TargetInfo, TargetKind, ThreadTime, Timeline, Verdict, json, judge, participants,
+    Capacity, CapacityPoint, Cause, Destinations, EngineHealth, HostDrops, Judging, Nearness, Outcome, ParticipantOutcome, Quality, Sample, Second,
+    Side, Sinks, Stall, Step, TargetInfo, TargetKind, ThreadTime, TierFacts, Timeline, Unmeasured, Verdict, json, judge, participants,
 };
+use throng::run::knee::{Answer, Limit};
 use throng::units::{Bitrate, Time};
 
 fn plan() -> Plan {
@@ -343,6 +344,222 @@ fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
     let planned = dry_run(&outcome.plan, &outcome.judging, &resources());
     assert!(planned.contains("320x180 15 fps 150 kbps") && planned.contains("Habits"), "{planned}");
     assert!(planned.lines().skip(1).all(|line| line.chars().count() <= 80), "{planned}");
+}
+
+/// A tier of so many subscribers a room, and what it came to.
+fn tier(number: usize, subscribers: u32, verdict: Verdict) -> Step {
+    let mut facts = TierFacts {
+        subscribers: Some(subscribers),
+        ..TierFacts::default()
+    };
+    match verdict {
+        Verdict::Pass => {}
+        Verdict::Fail => facts.complaints = vec!["audio loss 3.00% (packets lost), more than 1 %".into()],
+        Verdict::Invalid => facts.invalid = vec!["an engine thread was busy 97 % of the time (limit 90 %): use more cores or hosts".into()],
+        Verdict::Partial => facts.cut_short = Some("SIGINT after 12.0 s, before the planned duration was over".into()),
+    }
+    Step {
+        name: format!("tier {number}"),
+        participants: 10 + 2 * subscribers,
+        tier: Some(facts),
+        ..outcome().totals
+    }
+}
+
+/// A ramp of as many tiers as there are verdicts, and as many that it did not come to.
+fn ramp(verdicts: &[Verdict], unmeasured: usize) -> Outcome {
+    let mut outcome = outcome();
+    outcome.plan.ramp = (1..=verdicts.len() + unmeasured).map(|number| 15 * number as u32).collect();
+    outcome.plan.shape.subscribers = *outcome.plan.ramp.iter().max().unwrap();
+    let numbered = || (1..).zip(outcome.plan.ramp.clone());
+    outcome.steps = numbered()
+        .zip(verdicts)
+        .map(|((number, subscribers), verdict)| tier(number, subscribers, *verdict))
+        .collect();
+    outcome.unmeasured = numbered()
+        .skip(verdicts.len())
+        .map(|(number, subscribers)| Unmeasured {
+            name: format!("tier {number}"),
+            subscribers: Some(subscribers),
+        })
+        .collect();
+    outcome
+}
+
+/// The report as text, which fits a terminal, and as JSON, which its schema allows.
+fn shown(outcome: &Outcome) -> (String, Value) {
+    let text = render(outcome, Style::default());
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    let report: Value = serde_json::from_str(&json::render(outcome)).unwrap();
+    let validator = jsonschema::draft202012::new(&schema()).unwrap();
+    let errors: Vec<_> = validator.iter_errors(&report).map(|error| error.to_string()).collect();
+    assert!(errors.is_empty(), "{errors:#?}");
+    (text, report)
+}
+
+#[test]
+fn all_healthy_first_failed_and_not_measured_are_three_answers() {
+    use Verdict::{Fail, Invalid, Partial, Pass};
+    for (verdicts, unmeasured, answer, subscribers, sentence, verdict) in [
+        (
+            &[Pass, Pass, Pass][..],
+            0,
+            "all_passed",
+            Some(45),
+            "not reached: all tiers passed, up to 45 subscribers",
+            Pass,
+        ),
+        (
+            &[Pass, Pass, Fail, Pass],
+            0,
+            "found",
+            Some(30),
+            "30 subscribers a room (70 participants); 45 subscribers",
+            Fail,
+        ),
+        (&[Fail, Pass], 0, "first_failed", None, "below the first tier: 15 subscribers", Fail),
+        (&[Invalid, Pass], 0, "not_measured", None, "not measured: 15 subscribers", Invalid),
+        (&[Pass, Invalid, Fail], 0, "not_measured", Some(15), "at least 15 subscribers", Fail),
+        (&[Pass, Invalid], 0, "not_measured", Some(15), "at least 15 subscribers", Invalid),
+        (&[Pass, Fail], 1, "found", Some(15), "15 subscribers a room", Fail),
+        (&[Pass, Partial], 1, "not_measured", Some(15), "at least 15 subscribers", Partial),
+        (
+            &[Pass],
+            2,
+            "not_measured",
+            Some(15),
+            "not measured beyond: the run did not come to tier 2",
+            Partial,
+        ),
+        (&[], 2, "not_measured", None, "the run did not come to tier 1", Partial),
+    ] {
+        let mut outcome = ramp(verdicts, unmeasured);
+        if verdict == Partial {
+            outcome.partial = Some("SIGINT after 12.0 s".into());
+        }
+        if outcome.steps.is_empty() {
+            outcome.steps.push(outcome.totals.clone());
+        }
+        let (text, report) = shown(&outcome);
+        let flat = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(
+            flat.contains(&format!("Knee {sentence}")) || flat.contains(sentence),
+            "{sentence}: {text}"
+        );
+        assert_eq!(
+            (&report["knee"]["answer"], &report["knee"]["subscribers"]),
+            (&answer.into(), &serde_json::json!(subscribers))
+        );
+        assert_eq!(
+            (report["result"].as_str(), judge(&outcome).verdict),
+            (Some(verdict.name()), verdict),
+            "{verdicts:?}"
+        );
+        assert_eq!(report["unmeasured_tiers"].as_array().unwrap().len(), unmeasured);
+        assert_eq!(
+            text.lines()
+                .filter(|line| line.starts_with("tier ") && line.ends_with("  not measured"))
+                .count(),
+            unmeasured
+        );
+    }
+    let (text, report) = shown(&outcome());
+    assert!(!text.contains("Knee") && report["knee"].is_null() && report["unmeasured_tiers"].is_null() && report["capacity"].is_null());
+}
+
+#[test]
+fn a_tier_whose_generator_gave_out_spoils_no_other_and_says_so_itself() {
+    let mut outcome = ramp(&[Verdict::Pass, Verdict::Invalid], 0);
+    // What overloads one tier shows in the run as a whole.
+    (outcome.engine.valid, outcome.engine.reasons) = (false, vec!["an engine thread was busy".into()]);
+    let (text, report) = shown(&outcome);
+    assert_eq!(
+        (&report["steps"][0]["result"], &report["steps"][1]["result"]),
+        (&"PASS".into(), &"INVALID".into())
+    );
+    assert!(text.contains("tier 2: an engine thread was busy 97 %"), "{text}");
+}
+
+#[test]
+fn scores_are_judged_over_all_of_a_ramp() {
+    let mut outcome = ramp(&[Verdict::Pass], 0);
+    outcome.judging.thresholds = vec!["audio.mos.p1>4.5".parse().unwrap()];
+    let (_, report) = shown(&outcome);
+    assert_eq!((&report["result"], &report["steps"][0]["result"]), (&"FAIL".into(), &"PASS".into()));
+}
+
+#[test]
+fn a_search_says_how_sure_it_is_and_what_broke_first() {
+    let point = |subscribers, verdict| CapacityPoint {
+        subscribers,
+        phase: "growing",
+        verdict,
+    };
+    let reasons = vec!["the generator stood still".to_owned()];
+    for (answer, verdict, sentences) in [
+        (
+            Answer::Capacity {
+                participants: 43,
+                low: 42,
+                high: 44,
+                settled: true,
+            },
+            Verdict::Pass,
+            &[
+                "43 subscribers a room (96 participants)",
+                "95 % confidence it is 42 to 44)",
+                "What broke first, with 45: audio loss",
+            ][..],
+        ),
+        (
+            Answer::Capacity {
+                participants: 43,
+                low: 30,
+                high: 60,
+                settled: false,
+            },
+            Verdict::Pass,
+            &["not settled after 2 points"],
+        ),
+        (
+            Answer::AtLeast {
+                participants: 60,
+                limit: Limit::Max,
+            },
+            Verdict::Pass,
+            &["at least 60 subscribers", "the most that was to be tried"],
+        ),
+        (
+            Answer::AtLeast {
+                participants: 60,
+                limit: Limit::Generator {
+                    at: 64,
+                    reasons: reasons.clone(),
+                },
+            },
+            Verdict::Invalid,
+            &["at least 60 subscribers", "the generator was the limit at 64: the generator stood still"],
+        ),
+        (Answer::None, Verdict::Fail, &["below one subscriber a room"]),
+        (
+            Answer::NotMeasured { reasons },
+            Verdict::Invalid,
+            &["even with one subscriber a room: the generator stood still"],
+        ),
+    ] {
+        let mut outcome = ramp(&[Verdict::Pass, Verdict::Fail], 0);
+        (outcome.plan.ramp, outcome.plan.find_knee, outcome.plan.shape.subscribers) = (vec![], true, 100);
+        outcome.capacity = Some(Capacity {
+            answer,
+            broke_first: Some((45, vec!["audio loss 1.30%".into()])),
+            points: vec![point(15, "PASS"), point(30, "UNSETTLED")],
+        });
+        let (text, report) = shown(&outcome);
+        let flat = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(sentences.iter().all(|sentence| flat.contains(sentence)), "{text}");
+        assert_eq!((&report["result"], &report["knee"]), (&verdict.name().into(), &Value::Null));
+        assert_eq!(report["capacity"]["points"][1]["verdict"], "UNSETTLED");
+    }
 }
 
 fn stall(side: Side, cause: Cause, at: f64, seconds: f64) -> Stall {

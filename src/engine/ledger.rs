@@ -385,6 +385,41 @@ mod tests {
     }
 
     #[test]
+    fn who_leaves_gets_what_was_made_before_and_owes_nothing_after() {
+        let mut world = World::new(1_000 * MS);
+        world.deliver(2, 0..=20);
+        // Thirty-one frames of it were made, and half as many of the lowest layer.
+        world.ledger.end(Some((0, 1)), &world.roster);
+        for layer in 0..3 {
+            world.roster.set_frames(&frame(layer, 0), 900);
+        }
+        assert!((21..=30).all(|number| !world.ledger.is_beyond_the_end(&frame(2, number))));
+        assert!(world.ledger.is_beyond_the_end(&frame(2, 31)) && world.ledger.is_beyond_the_end(&frame(0, 16)));
+        world.deliver(2, [22, 21]);
+        assert_eq!((world.expected(), world.ledger.delivered()), (31, 23));
+        // Under way on another layer: that one ends where it was, too.
+        world.deliver(0, [14, 15]);
+        assert_eq!((world.expected(), world.ledger.delivered()), (world.expected(), 25));
+        assert!(world.expected() <= 31 + 2, "{}", world.expected());
+    }
+
+    #[test]
+    fn frames_from_before_a_mark_that_come_after_it_are_counted_apart() {
+        let mut world = World::new(1_000 * MS);
+        world.deliver(2, 0..=25);
+        world.ledger.mark(Some((0, 1)), &world.roster);
+        assert_eq!(world.ledger.overdue(), 0);
+        world.roster.set_frames(&frame(2, 0), 61);
+        // Of 31 frames made by then, five were under way; the fifth is lost, one comes twice, and what was made later is not meant.
+        world.deliver(2, [26, 28, 27, 28, 29]);
+        world.deliver(2, 31..=60);
+        assert_eq!(world.ledger.overdue(), 4);
+        world.ledger.mark(Some((0, 1)), &world.roster);
+        world.deliver(2, [30]);
+        assert_eq!(world.ledger.overdue(), 1);
+    }
+
+    #[test]
     fn what_nobody_asked_for_is_not_expected() {
         let mut world = World::new(3_000 * MS);
         world.deliver(2, 0..=20);

@@ -174,7 +174,7 @@ struct Test<'a> {
     stage: Stage,
     /// Participants who ought to be in: so many, the first ones in joining order.
     admitted: u32,
-    /// When the next join may be intended at the earliest, or the next leave.
+    /// When the first subscribers may be intended to join at the earliest: behind the publishers.
     next_join_at: Time,
     /// Joins that were wanted, over the run, and since the tier before.
     joins_all: Joins,

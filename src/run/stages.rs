@@ -297,7 +297,9 @@ impl Test<'_> {
             Some(ramp_time) => ramp_time.as_secs_f64() / f64::from(moves.max(1)),
             None => 1.0 / self.plan.joins_per_second,
         };
-        let first_at = start.unwrap_or_else(|| self.epoch.now()).max(self.next_join_at);
+        // Only the first ones join in a row with the publishers.
+        let after = if self.tiers.is_empty() { self.next_join_at } else { Time::ZERO };
+        let first_at = start.unwrap_or_else(|| self.epoch.now()).max(after);
         let moments = move |place: u32| first_at + Duration::from_secs_f64(f64::from(place) * interval);
         self.next_join_at = moments(moves);
         self.admitted = wanted;

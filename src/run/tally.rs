@@ -260,3 +260,124 @@ impl Stay {
         complaints
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How so many participants fared, each of whom was to get one track of each kind.
+    fn survey(participants: u32, freezes: u64, expected: u64, delivered: u64, overdue: u64) -> Survey {
+        let quality = Quality {
+            tracks_expected: 1,
+            tracks_live: 1,
+            frames_expected: expected,
+            frames_delivered: delivered,
+            freezes,
+            ..Quality::default()
+        };
+        let fare = Fare {
+            audio: quality,
+            video: quality,
+            overdue: [overdue; 2],
+        };
+        let count = u64::from(participants);
+        Survey {
+            fares: (0..participants).map(|index| (index, fare.clone())).collect(),
+            overdue: [overdue * count; 2],
+        }
+    }
+
+    fn media(expected: u64, delivered: u64) -> Media {
+        let mut media = Media {
+            frames_expected: expected,
+            frames_delivered: delivered,
+            ..Media::default()
+        };
+        (0..delivered).for_each(|_| media.one_way_latency.record_micros(1_000));
+        media
+    }
+
+    fn record(expected: u64, delivered: u64) -> Record {
+        Record {
+            audio: media(expected, delivered),
+            video: media(expected, delivered),
+            ..Record::default()
+        }
+    }
+
+    /// A tier of two, each of whom expects 100 frames in it; at both ends some are under way.
+    fn tally(late_at_the_beginning: u64, late_at_the_end: u64, lost: u64) -> (Record, u64) {
+        let (before, after) = (50 - late_at_the_beginning, 150 - late_at_the_end - lost);
+        let records = [Record::default(), record(100, 2 * before), record(300, 2 * after)];
+        let surveys = [
+            survey(2, 0, 50, before, 0),
+            survey(2, 0, 150, after, late_at_the_beginning),
+            survey(2, 0, 190, 180, late_at_the_end),
+        ];
+        let tally = Tally {
+            max_loss_pct: 1.0,
+            participants: 2,
+            present: &BTreeSet::from([0, 1]),
+            lost: &BTreeSet::new(),
+            joins: Joins::default(),
+            records: [&records[0], &records[1], &records[2]],
+            surveys: [&surveys[0], &surveys[1], &surveys[2]],
+        };
+        let record = tally.record();
+        let latency = &record.audio.one_way_latency;
+        assert_eq!(latency.expected() - latency.count(), 2 * lost, "what is under way is not missing");
+        (record.clone(), record.session.participants_healthy)
+    }
+
+    #[test]
+    fn frames_belong_to_the_tier_in_which_they_were_made() {
+        for (beginning, end) in [(0, 0), (7, 0), (0, 7), (3, 9)] {
+            let (record, healthy) = tally(beginning, end, 0);
+            assert_eq!(
+                (record.audio.frames_expected, record.audio.frames_delivered),
+                (200, 200),
+                "{beginning} {end}"
+            );
+            assert_eq!((record.video.tracks_expected, record.video.tracks_live, healthy), (2, 2, 2));
+        }
+        let (record, healthy) = tally(3, 9, 5);
+        assert_eq!((record.audio.frames_delivered, healthy), (190, 0));
+    }
+
+    #[test]
+    fn one_who_was_lost_or_is_not_in_is_not_well() {
+        let (records, surveys) = ([record(0, 0), record(0, 0), record(30, 30)], [0, 10, 10].map(|n| survey(3, 0, n, n, 0)));
+        let tally = Tally {
+            max_loss_pct: 1.0,
+            participants: 3,
+            present: &BTreeSet::from([0, 1]),
+            lost: &BTreeSet::from([1]),
+            joins: Joins::default(),
+            records: [&records[0], &records[1], &records[2]],
+            surveys: [&surveys[0], &surveys[1], &surveys[2]],
+        };
+        assert_eq!(tally.record().session.participants_healthy, 1);
+    }
+
+    /// Ten stay of twenty, who froze `before` times each in the ten seconds before and `during` times in the twenty seconds in which the others left.
+    fn complaints(before: u64, during: u64, lost: &[u32]) -> Vec<String> {
+        let (start, end) = (survey(20, 1, 0, 0, 0), survey(20, 1 + before, 0, 0, 0));
+        let stay = Stay::begin(10, Time::from_millis(30_000), [&start, &end, &end], 10.0);
+        let after = survey(20, 1 + before + during, 0, 0, 0);
+        stay.complaints(&lost.iter().copied().collect(), &after, Time::from_millis(50_000))
+    }
+
+    #[test]
+    fn those_who_stay_must_not_be_lost_nor_freeze_more_than_before() {
+        assert_eq!(complaints(0, 0, &[10, 19]), Vec::<String>::new(), "those who left are none of these");
+        assert_eq!(complaints(1, 2, &[]), Vec::<String>::new());
+        assert_eq!(complaints(0, 0, &[3, 9, 10]), ["2 of 10 who stayed lost their session when others left"]);
+        let worse = complaints(1, 3, &[]);
+        assert_eq!(worse.len(), 2);
+        assert_eq!(
+            worse[1],
+            "video of those who stayed froze 30 times in 20.0 s when others left, and 10 times in the 10.0 s before"
+        );
+        assert_eq!(complaints(0, 1, &[]).len(), 2);
+    }
+}
