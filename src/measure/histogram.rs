@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 /// Values above this are recorded as this: a minute is "broken" for everything that we time.
-const MICROS_MAX: u64 = 60_000_000;
-const SIGNIFICANT_DIGITS: u8 = 3;
+pub(super) const MICROS_MAX: u64 = 60_000_000;
+pub(super) const SIGNIFICANT_DIGITS: u8 = 3;
 
 /// Microseconds, three significant digits. What was `expected` and never came counts as later than everything that came.
 ///
@@ -24,6 +24,11 @@ impl Default for Histogram {
 }
 
 impl Histogram {
+    /// What another host recorded and announced; `hdr` has our own bounds.
+    pub(super) fn from_parts(hdr: hdrhistogram::Histogram<u64>, expected: u64) -> Histogram {
+        Histogram { hdr, expected }
+    }
+
     /// Announces `count` values that ought to be recorded. Histograms whose values need no announcement never call this.
     pub fn expect(&mut self, count: u64) {
         self.expected += count;
@@ -45,6 +50,11 @@ impl Histogram {
 
     pub fn count(&self) -> u64 {
         self.hdr.len()
+    }
+
+    /// What [`Histogram::expect`] announced, whatever came.
+    pub(super) fn announced(&self) -> u64 {
+        self.expected
     }
 
     pub fn expected(&self) -> u64 {

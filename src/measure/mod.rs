@@ -7,6 +7,7 @@ pub mod presence;
 pub mod second;
 pub mod serial;
 pub mod stalls;
+pub mod wire;
 
 pub use histogram::Histogram;
 
@@ -65,6 +66,25 @@ macro_rules! stats {
 
             pub fn scores(&self) -> impl Iterator<Item = (&'static str, &Histogram)> {
                 [$($((stringify!($score), &self.$score)),*)?].into_iter()
+            }
+        }
+
+        impl wire::Named for $name {
+            fn counter_mut(&mut self, name: &str) -> Option<&mut u64> {
+                $(if name == stringify!($counter) {
+                    return Some(&mut self.$counter);
+                })*
+                None
+            }
+
+            fn histogram_mut(&mut self, name: &str) -> Option<&mut Histogram> {
+                $(if name == stringify!($histogram) {
+                    return Some(&mut self.$histogram);
+                })*
+                $($(if name == stringify!($score) {
+                    return Some(&mut self.$score);
+                })*)?
+                None
             }
         }
     };
