@@ -1,0 +1,1107 @@
+//! What coordinator and probers say to each other: JSON over HTTP, the paths and names of `voicegw livekit sfu` with ours beside them.
+//!
+//! | request | body | answer |
+//! |---|---|---|
+//! | `POST /register` | [`Register`] | [`Registered`] |
+//! | `GET /job/{prover_id}` | | [`JobReply`] |
+//! | `POST /tokens/{prover_id}` | [`TokensRequest`] | [`TokensReply`] |
+//! | `POST /beat/{prover_id}` | [`Beat`] | [`BeatReply`] |
+//! | `POST /report/{prover_id}` | [`Report`] | [`Reported`] |
+//! | `POST /cancel` | | [`Cancelled`] |
+//! | `GET /health` | | [`Health`] |
+//!
+//! What is refused is answered with a status of 4xx or 5xx and a [`Refusal`].
+//!
+//! **Versions.** A prober of ours names the version of the protocol that it speaks ([`Register::protocol`]); the coordinator refuses every other than
+//! [`VERSION`] with a text that names both, before it has handed out anything. So does a prober with the version in [`Job::protocol`]. A prober that names none is `voicegw`'s own: it
+//! is asked for nothing but its steps. Within one version fields are only added: readers leave out what they do not know, and what is absent has the meaning that its documentation
+//! states.
+//!
+//! **Clocks.** A time is in microseconds since 1970, a duration in microseconds, unless its name says otherwise. Whose clock it is stands with each: nobody's is trusted, and none is
+//! read here. A process derives all its times from one reading of the wall clock and the monotonic clock, so that they never step while it lives; the coordinator's next life
+//! ([`BeatReply::life`]) may tell other times.
+//!
+//! **Hostile input.** [`read`] is the only way in: what it returns lies within the bounds of this module. JSON knows no NaN and no infinity.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::measure::wire::RecordWire;
+use crate::plan::{AudioSpec, Connection, Layout, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, VideoSpec};
+use crate::report::{Judging, Threshold, Verdict};
+use crate::units::Bitrate;
+
+/// Of the protocol that this program speaks.
+pub const VERSION: u32 = 1;
+
+/// Where a prober finds its coordinator, and what lets it in, if no flag says so.
+pub const URL_VARIABLE: &str = "COORDINATOR_URL";
+pub const TOKEN_VARIABLE: &str = "COORDINATOR_TOKEN";
+
+/// One host more would need another design than one process that hears each of them every second.
+pub const PROBERS_MAX: usize = 1_000;
+/// A ramp of more tiers than these is no ramp.
+pub const TIERS_MAX: usize = 1_000;
+pub const STAGES_MAX: usize = TIERS_MAX + 4;
+/// Tokens in one request.
+pub const TOKENS_MAX: u32 = 1_000;
+/// Frame counts in one message: origins, tracks and layers.
+pub const FRAME_COUNTS_MAX: usize = 200_000;
+/// Of names, labels and other short texts, in bytes.
+pub const LABEL_BYTES_MAX: usize = 128;
+/// Of reasons, notes and other sentences, in bytes; and how many of them.
+pub const TEXT_BYTES_MAX: usize = 2_048;
+pub const TEXTS_MAX: usize = 1_000;
+/// Whole numbers that every reader of JSON keeps exactly.
+pub const WHOLE_MAX: u64 = (1 << 53) - 1;
+/// The longest run or part of it.
+const SECONDS_MAX: f64 = 366.0 * 24.0 * 3600.0;
+/// What a weight may be: a thousandth to a thousandfold of the usual.
+pub const WEIGHT: std::ops::RangeInclusive<f64> = 1e-3..=1e3;
+
+/// Bodies of requests, in bytes. Of a beat most is one [`RecordWire`], some 30 KiB.
+pub const REGISTER_BYTES_MAX: usize = 4 << 10;
+pub const BEAT_BYTES_MAX: usize = 8 << 20;
+pub const REPORT_BYTES_MAX: usize = 64 << 20;
+
+/// A message that comes from the other side.
+pub trait Message: DeserializeOwned {
+    /// What its fields mean together, and the bounds of each.
+    fn check(&self) -> Result<(), Malformed>;
+}
+
+/// Why a message was refused; says which field.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Malformed(String);
+
+impl Malformed {
+    pub fn new(why: impl fmt::Display) -> Malformed {
+        Malformed(why.to_string())
+    }
+}
+
+/// Reads a message, and refuses what no prober or coordinator of this version says.
+pub fn read<M: Message>(body: &[u8]) -> Result<M, Malformed> {
+    let message: M = serde_json::from_slice(body).map_err(Malformed::new)?;
+    message.check()?;
+    Ok(message)
+}
+
+/// The answer to what was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// For people: what is wrong and what to do.
+    pub error: String,
+}
+
+impl Message for Refusal {
+    fn check(&self) -> Result<(), Malformed> {
+        text("error", &self.error)
+    }
+}
+
+/// How the coordinator calls a prober. Opaque: ours are random, `voicegw`'s coordinator counts from 0.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct ProverId(String);
+
+impl ProverId {
+    /// `None`: longer than any that is given out, or not of letters, digits, `-` and `_`.
+    pub fn new(text: impl Into<String>) -> Option<ProverId> {
+        let text = text.into();
+        let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        (plain && (1..=64).contains(&text.len())).then_some(ProverId(text))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ProverId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ProverId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ProverId, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Either {
+            Number(u64),
+            Text(String),
+        }
+        let text = match Either::deserialize(deserializer)? {
+            Either::Number(number) => number.to_string(),
+            Either::Text(text) => text,
+        };
+        ProverId::new(text).ok_or_else(|| D::Error::custom("prover_id: not one that a coordinator gives out"))
+    }
+}
+
+/// What a prober's participants do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    Publish,
+    Subscribe,
+    #[default]
+    Both,
+}
+
+impl Role {
+    pub const fn publishes(self) -> bool {
+        !matches!(self, Role::Subscribe)
+    }
+
+    pub const fn subscribes(self) -> bool {
+        !matches!(self, Role::Publish)
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Publish => "publish",
+            Role::Subscribe => "subscribe",
+            Role::Both => "both",
+        }
+    }
+}
+
+/// `POST /register`: a prober wants to take part.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Register {
+    /// Where the prober stands, as the result names it; two must not share one. `voicegw` allows `null`: such a prober gets a label.
+    pub vantage: Option<String>,
+    /// [`VERSION`] of the prober; absent: it is `voicegw`'s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<u32>,
+    /// Of the program, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// Random, of this process: who registers again with it gets what it got before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
+    #[serde(default)]
+    pub role: Role,
+    /// This host's share where a total is split by weight.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// The prober has no API key and wants its room tokens from the coordinator.
+    #[serde(default)]
+    pub wants_tokens: bool,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl Message for Register {
+    fn check(&self) -> Result<(), Malformed> {
+        self.vantage.as_ref().map_or(Ok(()), |vantage| label("vantage", vantage))?;
+        self.version.as_ref().map_or(Ok(()), |version| label("version", version))?;
+        self.instance.as_ref().map_or(Ok(()), |instance| label("instance", instance))?;
+        within("weight", self.weight, &WEIGHT)?;
+        if self.protocol.is_some() && (self.instance.is_none() || self.vantage.is_none()) {
+            return Err(Malformed::new("a prober that names its protocol names its vantage and its instance too"));
+        }
+        Ok(())
+    }
+}
+
+/// The answer to [`Register`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registered {
+    pub prover_id: ProverId,
+    /// Probers that the run waits for.
+    pub expected: u32,
+    /// [`VERSION`] of the coordinator; absent: it is `voicegw`'s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<u32>,
+}
+
+impl Message for Registered {
+    fn check(&self) -> Result<(), Malformed> {
+        at_most("expected", self.expected.into(), PROBERS_MAX as u64)
+    }
+}
+
+/// `GET /job/{prover_id}`: what there is to do, once everybody is in.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct JobReply {
+    pub room: String,
+    /// Subscribers per room of this prober, tier by tier.
+    pub ramp: Vec<u32>,
+    /// Of a tier, in seconds.
+    pub duration: f64,
+    /// `voicegw`'s probers want a number: its own default where round-trip times are not judged.
+    pub target_rtt_ms: f64,
+    /// Per cent.
+    pub max_loss: f64,
+    /// In seconds since 1970 by the coordinator's clock; `null` until everybody is in. Ours wait for [`Order::Start`] instead.
+    pub start_at: Option<f64>,
+    /// Everybody is in.
+    pub ready: bool,
+    /// For probers of ours, once everybody is in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throng: Option<Job>,
+}
+
+impl Message for JobReply {
+    fn check(&self) -> Result<(), Malformed> {
+        label("room", &self.room)?;
+        few("ramp", self.ramp.len(), TIERS_MAX)?;
+        self.ramp.iter().try_for_each(|tier| at_most("ramp", (*tier).into(), PARTICIPANTS_MAX))?;
+        within("duration", self.duration, &(0.0..=SECONDS_MAX))?;
+        within("target_rtt_ms", self.target_rtt_ms, &(0.0..=1e6))?;
+        within("max_loss", self.max_loss, &(0.0..=100.0))?;
+        self.start_at.map_or(Ok(()), |at| within("start_at", at, &(0.0..=WHOLE_MAX as f64)))?;
+        self.throng.as_ref().map_or(Ok(()), Job::check)
+    }
+}
+
+/// The run as a prober of ours plays its part in it. The same for all but `me`, `part` and `stages`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Job {
+    /// [`VERSION`] of the coordinator.
+    pub protocol: u32,
+    /// Tells runs apart in identities and room names.
+    pub run_tag: u32,
+    pub seed: u64,
+    /// All vantages in the order of their registration; elsewhere a vantage is its index in here.
+    pub vantages: Vec<String>,
+    /// The index of this prober.
+    pub me: u32,
+    /// The participants of all vantages.
+    pub plan: WirePlan,
+    /// Which of them are this prober's.
+    pub part: Part,
+    /// From the first to the last, as this prober plays them.
+    pub stages: Vec<Stage>,
+    pub judging: WireJudging,
+    /// The server under test; `null`: the prober's own. One that the prober was given itself goes before it.
+    pub url: Option<String>,
+    /// The coordinator can make room tokens.
+    pub tokens: bool,
+    /// The coordinator makes the rooms and deletes them; if not, the server makes them when the first one joins.
+    pub rooms_made: bool,
+    /// How long the load may go on without an answer of the coordinator, in microseconds.
+    pub patience_us: u64,
+}
+
+impl Job {
+    fn check(&self) -> Result<(), Malformed> {
+        if self.protocol != VERSION {
+            return Err(other_version("coordinator", self.protocol, "prober"));
+        }
+        at_most("seed", self.seed, WHOLE_MAX)?;
+        few("vantages", self.vantages.len(), PROBERS_MAX)?;
+        self.vantages.iter().try_for_each(|vantage| label("vantages", vantage))?;
+        if self.me as usize >= self.vantages.len() {
+            return Err(Malformed::new("me: no index into vantages"));
+        }
+        self.plan.check()?;
+        self.part.check(&self.plan)?;
+        self.check_stages()?;
+        self.judging.to_judging()?;
+        self.url.as_ref().map_or(Ok(()), |url| {
+            url.parse::<ServerUrl>().map(drop).map_err(|why| Malformed::new(format!("url {why}")))
+        })?;
+        at_most("patience_us", self.patience_us, WHOLE_MAX)
+    }
+
+    fn check_stages(&self) -> Result<(), Malformed> {
+        few("stages", self.stages.len(), STAGES_MAX)?;
+        for stage in &self.stages {
+            label("stages.name", &stage.name)?;
+            at_most(
+                "stages.subscribers_per_room",
+                stage.subscribers_per_room.into(),
+                self.part.subscribers.count.into(),
+            )?;
+            at_most("stages.warmup_us", stage.warmup_us, WHOLE_MAX)?;
+            at_most("stages.hold_us", stage.hold_us, WHOLE_MAX)?;
+        }
+        let in_order = self.stages.is_sorted_by_key(|stage| stage.kind);
+        let ends = [StageKind::Publish, StageKind::Stop, StageKind::Leave];
+        let once = ends
+            .iter()
+            .all(|kind| self.stages.iter().filter(|stage| stage.kind == *kind).count() == 1);
+        if in_order && once {
+            Ok(())
+        } else {
+            Err(Malformed::new("stages: publish, baseline, tiers, stop and leave come in this order"))
+        }
+    }
+}
+
+/// What all hosts do at the same time, one after the other; before each there is a barrier.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    pub kind: StageKind,
+    /// As the result names it; of a tier its number from 1 and its subscribers.
+    pub name: String,
+    /// Of this host, in a baseline or a tier.
+    pub subscribers_per_room: u32,
+    /// From the end of this host's joining to its hold. A host with fewer joins than another has a longer one, so that all hold at the same time.
+    pub warmup_us: u64,
+    /// What is measured.
+    pub hold_us: u64,
+}
+
+/// In the order in which they come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StageKind {
+    /// Publishers join and publish.
+    Publish,
+    /// One subscriber of each vantage besides the publishers. At most one such stage.
+    Baseline,
+    Tier,
+    /// Publishers stop sending and stay connected; what is under way arrives.
+    Stop,
+    /// Publishers' final frame counts are known to all: accounts are closed, and everybody leaves.
+    Leave,
+}
+
+/// What makes the same [`Plan`] on every host, secrets and the target aside. Counts are per room, over all vantages.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WirePlan {
+    pub room_name: Option<String>,
+    pub room_count: u32,
+    pub audio_publishers: u32,
+    pub video_publishers: u32,
+    pub subscribers: u32,
+    pub meeting: bool,
+    pub identity_prefix: String,
+    pub audio_bps: u64,
+    pub audio_frame_us: u64,
+    pub audio_dtx: bool,
+    pub video_width: u16,
+    pub video_height: u16,
+    pub video_frames_per_second: u32,
+    pub video_bps: u64,
+    pub simulcast: bool,
+    pub layout: Option<String>,
+    pub simulate_speakers: bool,
+    pub pacing: String,
+    pub obey_bandwidth: bool,
+    /// Of each host.
+    pub joins_per_second: f64,
+    pub join_retries: u32,
+    /// Of a tier.
+    pub duration_us: u64,
+    /// `auto`: each prober asks its server.
+    pub connection: String,
+}
+
+impl WirePlan {
+    pub fn of(plan: &Plan) -> WirePlan {
+        let shape = &plan.shape;
+        WirePlan {
+            room_name: shape.room_name.clone(),
+            room_count: shape.room_count,
+            audio_publishers: shape.audio_publishers,
+            video_publishers: shape.video_publishers,
+            subscribers: shape.subscribers,
+            meeting: shape.meeting,
+            identity_prefix: shape.identity_prefix.clone(),
+            audio_bps: plan.audio.bitrate.bps(),
+            audio_frame_us: plan.audio.frame.as_micros() as u64,
+            audio_dtx: plan.audio.dtx,
+            video_width: plan.video.width,
+            video_height: plan.video.height,
+            video_frames_per_second: plan.video.frames_per_second,
+            video_bps: plan.video.bitrate.bps(),
+            simulcast: plan.simulcast,
+            layout: plan.layout.map(|layout| layout.name().to_owned()),
+            simulate_speakers: plan.simulate_speakers,
+            pacing: plan.pacing.name().to_owned(),
+            obey_bandwidth: plan.obey_bandwidth,
+            joins_per_second: plan.joins_per_second,
+            join_retries: plan.join_retries,
+            duration_us: plan.duration.as_micros() as u64,
+            connection: plan.connection.name().to_owned(),
+        }
+    }
+
+    /// Makes `plan` this one. Its target, seed and tag stay: the latter two stand in [`Job`].
+    pub fn apply_to(&self, plan: &mut Plan) -> Result<(), Malformed> {
+        self.check()?;
+        let shape = &mut plan.shape;
+        shape.room_name.clone_from(&self.room_name);
+        shape.room_count = self.room_count;
+        shape.audio_publishers = self.audio_publishers;
+        shape.video_publishers = self.video_publishers;
+        shape.subscribers = self.subscribers;
+        shape.meeting = self.meeting;
+        shape.identity_prefix.clone_from(&self.identity_prefix);
+        plan.audio = AudioSpec {
+            bitrate: Bitrate::from_bps(self.audio_bps),
+            frame: Duration::from_micros(self.audio_frame_us),
+            dtx: self.audio_dtx,
+        };
+        plan.video = VideoSpec {
+            width: self.video_width,
+            height: self.video_height,
+            frames_per_second: self.video_frames_per_second,
+            bitrate: Bitrate::from_bps(self.video_bps),
+        };
+        plan.simulcast = self.simulcast;
+        plan.layout = self.layout()?;
+        plan.simulate_speakers = self.simulate_speakers;
+        plan.pacing = self.pacing()?;
+        plan.obey_bandwidth = self.obey_bandwidth;
+        plan.joins_per_second = self.joins_per_second;
+        plan.join_retries = self.join_retries;
+        plan.duration = Duration::from_micros(self.duration_us);
+        plan.connection = self.connection()?;
+        plan.connection_reason = (plan.connection != Connection::Auto).then(|| "the coordinator says so".to_owned());
+        Ok(())
+    }
+
+    fn layout(&self) -> Result<Option<Layout>, Malformed> {
+        let Some(name) = &self.layout else { return Ok(None) };
+        let known = Layout::ALL.into_iter().find(|layout| layout.name() == name);
+        known.map(Some).ok_or_else(|| Malformed::new("plan.layout: unknown"))
+    }
+
+    fn pacing(&self) -> Result<Pacing, Malformed> {
+        let known = [Pacing::Paced, Pacing::Burst].into_iter().find(|pacing| pacing.name() == self.pacing);
+        known.ok_or_else(|| Malformed::new("plan.pacing: unknown"))
+    }
+
+    fn connection(&self) -> Result<Connection, Malformed> {
+        let all = [Connection::Auto, Connection::Single, Connection::Dual];
+        let known = all.into_iter().find(|connection| connection.name() == self.connection);
+        known.ok_or_else(|| Malformed::new("plan.connection: unknown"))
+    }
+
+    /// The bounds of the command line, which every plan of ours is within.
+    fn check(&self) -> Result<(), Malformed> {
+        self.room_name.as_ref().map_or(Ok(()), |name| label("plan.room_name", name))?;
+        label("plan.identity_prefix", &self.identity_prefix)?;
+        let publishers = u64::from(self.audio_publishers.max(self.video_publishers));
+        let participants = (publishers + u64::from(self.subscribers)).checked_mul(self.room_count.into());
+        if !participants.is_some_and(|participants| (1..=PARTICIPANTS_MAX).contains(&participants)) {
+            return Err(Malformed::new(format!("plan: 1 to {PARTICIPANTS_MAX} participants")));
+        }
+        let inside = |name, value: u64, least: u64, most: u64| match (least..=most).contains(&value) {
+            true => Ok(()),
+            false => Err(Malformed::new(format!("plan.{name}: {least} to {most}"))),
+        };
+        inside("audio_bps", self.audio_bps, 6_000, 510_000)?;
+        inside("audio_frame_us", self.audio_frame_us, 2_500, 120_000)?;
+        inside("video_width", self.video_width.into(), 16, 4_096)?;
+        inside("video_height", self.video_height.into(), 16, 4_096)?;
+        inside("video_frames_per_second", self.video_frames_per_second.into(), 1, 120)?;
+        inside("video_bps", self.video_bps, 10_000, 100_000_000)?;
+        inside("duration_us", self.duration_us, 1, WHOLE_MAX)?;
+        within("plan.joins_per_second", self.joins_per_second, &(0.001..=1e6))?;
+        self.layout()?;
+        self.pacing()?;
+        self.connection().map(drop)
+    }
+}
+
+/// So many from here on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    pub from: u32,
+    pub count: u32,
+}
+
+impl Span {
+    pub const fn contains(self, index: u32) -> bool {
+        index >= self.from && index - self.from < self.count
+    }
+}
+
+/// The participants of one vantage, of those that [`WirePlan`] enumerates: in these rooms, those at these places ([`crate::plan::ParticipantPlan::place`]).
+///
+/// A tier has the first of `subscribers`, in each room.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    pub rooms: Span,
+    /// Two: those who publish both kinds of media, and those who publish one.
+    pub publishers: Vec<Span>,
+    pub subscribers: Span,
+}
+
+impl Part {
+    pub fn contains(&self, room: u32, place: u32) -> bool {
+        self.rooms.contains(room) && (self.subscribers.contains(place) || self.publishers.iter().any(|span| span.contains(place)))
+    }
+
+    fn check(&self, plan: &WirePlan) -> Result<(), Malformed> {
+        const SPANS_MAX: usize = 16;
+        few("part.publishers", self.publishers.len(), SPANS_MAX)?;
+        let publishers = plan.audio_publishers.max(plan.video_publishers);
+        let fits =
+            |span: &Span, from: u32, to: u32| span.count == 0 || span.from >= from && span.from.checked_add(span.count).is_some_and(|end| end <= to);
+        let fit = fits(&self.rooms, 0, plan.room_count)
+            && self.publishers.iter().all(|span| fits(span, 0, publishers))
+            && fits(&self.subscribers, publishers, publishers + plan.subscribers);
+        if fit { Ok(()) } else { Err(Malformed::new("part: outside the plan")) }
+    }
+}
+
+/// What a run is held to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WireJudging {
+    /// Per cent.
+    pub max_loss_pct: f64,
+    /// `null`: not judged.
+    pub target_rtt_us: Option<u64>,
+    /// As they are written on the command line.
+    pub thresholds: Vec<String>,
+}
+
+impl WireJudging {
+    pub fn of(judging: &Judging) -> WireJudging {
+        WireJudging {
+            max_loss_pct: judging.max_loss_pct,
+            target_rtt_us: judging.target_rtt.map(|target| target.as_micros() as u64),
+            thresholds: judging.thresholds.iter().map(Threshold::to_string).collect(),
+        }
+    }
+
+    pub fn to_judging(&self) -> Result<Judging, Malformed> {
+        within("judging.max_loss_pct", self.max_loss_pct, &(0.0..=100.0))?;
+        self.target_rtt_us.map_or(Ok(()), |us| at_most("judging.target_rtt_us", us, 60_000_000))?;
+        few("judging.thresholds", self.thresholds.len(), TEXTS_MAX)?;
+        let threshold = |text: &String| Threshold::from_str(text).map_err(|why| Malformed::new(format!("judging.thresholds: {why}")));
+        Ok(Judging {
+            max_loss_pct: self.max_loss_pct,
+            target_rtt: self.target_rtt_us.map(Duration::from_micros),
+            thresholds: self.thresholds.iter().map(threshold).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// `POST /tokens/{prover_id}`: room tokens for the prober's own participants, in their joining order on that host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokensRequest {
+    /// From 0.
+    pub from: u32,
+    pub count: u32,
+}
+
+impl Message for TokensRequest {
+    fn check(&self) -> Result<(), Malformed> {
+        at_most("count", self.count.into(), TOKENS_MAX.into())
+    }
+}
+
+/// The answer to [`TokensRequest`], in the same order. Never printed.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct TokensReply {
+    pub tokens: Vec<String>,
+    /// From now on, in seconds. Reaches past the next tier's joins; who joins later asks again.
+    pub lifetime_seconds: u64,
+}
+
+impl fmt::Debug for TokensReply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TokensReply({} tokens)", self.tokens.len())
+    }
+}
+
+impl Message for TokensReply {
+    fn check(&self) -> Result<(), Malformed> {
+        few("tokens", self.tokens.len(), TOKENS_MAX as usize)?;
+        self.tokens.iter().try_for_each(|token| text("tokens", token))
+    }
+}
+
+/// `POST /beat/{prover_id}`: once a second, at each change of stage, and more often while the prober waits at a barrier.
+///
+/// Everything in it is cumulative, so that it may be lost, or come twice, or late: the highest `seq` holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Beat {
+    /// From 1, one more each time.
+    pub seq: u64,
+    /// By the prober's clock, when this left.
+    pub sent_at_us: u64,
+    /// The exchange before this one, as far as there was one. With it the coordinator knows the prober's clock.
+    #[serde(default)]
+    pub exchange: Option<Exchange>,
+    /// The stage under way, an index into [`Job::stages`]; `null` before the first.
+    pub stage: Option<u32>,
+    /// Done with all stages before this one, and ready for it.
+    pub ready_for: Option<u32>,
+    /// Those of which there is more than in the last beat that was answered.
+    #[serde(default)]
+    pub tiers: Vec<TierSoFar>,
+    pub live: Live,
+    /// Of this prober's publishers: all that changed since the last beat that was answered.
+    #[serde(default)]
+    pub frames: Vec<FrameCount>,
+    /// By how much the stages began later than ordered, on this host and by its clock.
+    #[serde(default)]
+    pub starts: Vec<Start>,
+    /// Why this generator is the limit, as far as it is known by now; empty while it keeps up.
+    #[serde(default)]
+    pub invalid: Vec<String>,
+}
+
+impl Message for Beat {
+    fn check(&self) -> Result<(), Malformed> {
+        at_most("seq", self.seq, WHOLE_MAX)?;
+        at_most("sent_at_us", self.sent_at_us, WHOLE_MAX)?;
+        self.exchange.as_ref().map_or(Ok(()), Exchange::check)?;
+        stage_index("stage", self.stage)?;
+        stage_index("ready_for", self.ready_for)?;
+        few("tiers", self.tiers.len(), STAGES_MAX)?;
+        self.tiers.iter().try_for_each(TierSoFar::check)?;
+        self.live.check()?;
+        few("frames", self.frames.len(), FRAME_COUNTS_MAX)?;
+        few("starts", self.starts.len(), STAGES_MAX)?;
+        self.starts.iter().try_for_each(Start::check)?;
+        texts("invalid", &self.invalid)
+    }
+}
+
+/// Four time stamps of one beat and its answer, as NTP has them (RFC 5905, section 8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exchange {
+    /// The coordinator's that answered.
+    pub life: u64,
+    /// By the prober's clock.
+    pub sent_at_us: u64,
+    /// By the coordinator's clock.
+    pub received_at_us: u64,
+    /// By the coordinator's clock.
+    pub replied_at_us: u64,
+    /// By the prober's clock.
+    pub heard_at_us: u64,
+}
+
+impl Exchange {
+    fn check(&self) -> Result<(), Malformed> {
+        let stamps = [self.life, self.sent_at_us, self.received_at_us, self.replied_at_us, self.heard_at_us];
+        stamps.into_iter().try_for_each(|stamp| at_most("exchange", stamp, WHOLE_MAX))?;
+        match self.heard_at_us < self.sent_at_us || self.replied_at_us < self.received_at_us {
+            true => Err(Malformed::new("exchange: an answer before its question")),
+            false => Ok(()),
+        }
+    }
+}
+
+/// What one host measured of a baseline or a tier so far.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TierSoFar {
+    /// An index into [`Job::stages`].
+    pub stage: u32,
+    /// Participants of this host that the tier has.
+    pub participants: u32,
+    /// Of its hold; of totals, of the whole run.
+    pub seconds: f64,
+    /// The hold is over: this is all.
+    #[serde(default)]
+    pub complete: bool,
+    /// Counted since the hold began.
+    pub record: RecordWire,
+}
+
+impl TierSoFar {
+    fn check(&self) -> Result<(), Malformed> {
+        stage_index("tiers.stage", Some(self.stage))?;
+        at_most("tiers.participants", self.participants.into(), PARTICIPANTS_MAX)?;
+        within("tiers.seconds", self.seconds, &(0.0..=SECONDS_MAX))
+    }
+}
+
+/// The last second of one host. `null` is unknown, which is not zero.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Live {
+    /// In their rooms now.
+    pub participants: u32,
+    pub packets_sent_per_second: Option<f64>,
+    pub packets_received_per_second: Option<f64>,
+    pub bits_sent_per_second: Option<f64>,
+    pub bits_received_per_second: Option<f64>,
+    /// Of all media of the run so far, 0 to 1.
+    pub loss: Option<f64>,
+    /// The median.
+    pub rtt_us: Option<u64>,
+    /// The 99th percentile of one-way latency.
+    pub latency_us_p99: Option<u64>,
+    /// How late the engine's beat came, the 99th percentile.
+    pub tick_late_us_p99: Option<u64>,
+}
+
+impl Live {
+    fn check(&self) -> Result<(), Malformed> {
+        at_most("live.participants", self.participants.into(), PARTICIPANTS_MAX)?;
+        let rates = [
+            self.packets_sent_per_second,
+            self.packets_received_per_second,
+            self.bits_sent_per_second,
+            self.bits_received_per_second,
+        ];
+        rates
+            .into_iter()
+            .flatten()
+            .try_for_each(|rate| within("live: a rate", rate, &(0.0..=1e15)))?;
+        self.loss.map_or(Ok(()), |loss| within("live.loss", loss, &(0.0..=1.0)))?;
+        let micros = [self.rtt_us, self.latency_us_p99, self.tick_late_us_p99];
+        micros.into_iter().flatten().try_for_each(|us| at_most("live: a time", us, WHOLE_MAX))
+    }
+}
+
+/// How many frames one layer of one track has sent since it began: origin ([`crate::plan::ParticipantPlan::index`]), track (0: audio, 1: video), layer, frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrameCount(pub u32, pub u8, pub u8, pub u64);
+
+/// When a stage began on one host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    pub stage: u32,
+    /// After the ordered time as the prober knew it; negative: before.
+    pub skew_us: i64,
+}
+
+impl Start {
+    fn check(&self) -> Result<(), Malformed> {
+        stage_index("starts.stage", Some(self.stage))?;
+        at_most("starts.skew_us", self.skew_us.unsigned_abs(), WHOLE_MAX)
+    }
+}
+
+/// The answer to [`Beat`]: what it holds is in the journal.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BeatReply {
+    /// Of the beat that is answered.
+    pub seq: u64,
+    /// Random, of this process of the coordinator. Times of different lives do not compare.
+    pub life: u64,
+    /// By the coordinator's clock.
+    pub received_at_us: u64,
+    /// By the coordinator's clock.
+    pub replied_at_us: u64,
+    pub order: Order,
+    /// Of other vantages' publishers: all, or, where the prober has heard of some, at least those that changed.
+    #[serde(default)]
+    pub frames: Vec<FrameCount>,
+    /// Of the vantages whose clock is known.
+    #[serde(default)]
+    pub clocks: Vec<VantageClock>,
+    /// Vantages without which the run goes on: their publishers' counts stay what they are.
+    #[serde(default)]
+    pub missing: Vec<u32>,
+}
+
+impl Message for BeatReply {
+    fn check(&self) -> Result<(), Malformed> {
+        for (name, value) in [
+            ("seq", self.seq),
+            ("life", self.life),
+            ("received_at_us", self.received_at_us),
+            ("replied_at_us", self.replied_at_us),
+        ] {
+            at_most(name, value, WHOLE_MAX)?;
+        }
+        self.order.check()?;
+        few("frames", self.frames.len(), FRAME_COUNTS_MAX)?;
+        few("clocks", self.clocks.len(), PROBERS_MAX)?;
+        few("missing", self.missing.len(), PROBERS_MAX)?;
+        self.clocks.iter().try_for_each(VantageClock::check)
+    }
+}
+
+/// What a prober is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "lowercase")]
+pub enum Order {
+    /// Go on with the stage under way; at its end keep what it reached, and wait.
+    Wait,
+    /// Begin this stage at this time by the coordinator's clock; at once if that has passed. Repeated until the prober is ready for the next.
+    Start { stage: u32, at_us: u64 },
+    /// End the load now, and report.
+    Stop { reason: String },
+}
+
+impl Order {
+    fn check(&self) -> Result<(), Malformed> {
+        match self {
+            Order::Wait => Ok(()),
+            Order::Start { stage, at_us } => stage_index("order.stage", Some(*stage)).and_then(|()| at_most("order.at_us", *at_us, WHOLE_MAX)),
+            Order::Stop { reason } => text("order.reason", reason),
+        }
+    }
+}
+
+/// A vantage's clock against the coordinator's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VantageClock {
+    /// An index into [`Job::vantages`].
+    pub vantage: u32,
+    /// The coordinator's clock less the vantage's.
+    pub offset_us: i64,
+    /// The true offset lies within so much on either side.
+    pub uncertainty_us: u64,
+}
+
+impl VantageClock {
+    fn check(&self) -> Result<(), Malformed> {
+        at_most("clocks.vantage", self.vantage.into(), PROBERS_MAX as u64)?;
+        at_most("clocks.offset_us", self.offset_us.unsigned_abs(), WHOLE_MAX)?;
+        at_most("clocks.uncertainty_us", self.uncertainty_us, WHOLE_MAX)
+    }
+}
+
+/// `POST /report/{prover_id}`: all that a prober has found.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
+    pub vantage: Option<String>,
+    /// As `voicegw` has them, one a tier.
+    pub steps: Vec<ClientStep>,
+    /// The same of one participant alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<ClientStep>,
+    /// Of probers of ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throng: Option<FinalReport>,
+}
+
+impl Message for Report {
+    fn check(&self) -> Result<(), Malformed> {
+        self.vantage.as_ref().map_or(Ok(()), |vantage| label("vantage", vantage))?;
+        few("steps", self.steps.len(), TIERS_MAX)?;
+        self.steps.iter().chain(&self.baseline).try_for_each(ClientStep::check)?;
+        self.throng.as_ref().map_or(Ok(()), FinalReport::check)
+    }
+}
+
+/// One tier as `voicegw` reports it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClientStep {
+    pub clients: u32,
+    /// `voicegw` writes 0 where it measured nothing: then `samples` is 0.
+    pub rtt_ms: Option<f64>,
+    /// Per cent. Of `voicegw` always 0: it does not measure loss.
+    pub loss_pct: Option<f64>,
+    /// `Excellent`, `Good`, `Unknown`, `Poor` or `Lost`.
+    #[serde(default)]
+    pub quality: Option<String>,
+    /// Round trips behind `rtt_ms`.
+    #[serde(default)]
+    pub samples: Option<u64>,
+    /// Which statistic `rtt_ms` is.
+    #[serde(default)]
+    pub rtt_stat: Option<String>,
+}
+
+impl ClientStep {
+    fn check(&self) -> Result<(), Malformed> {
+        at_most("steps.clients", self.clients.into(), PARTICIPANTS_MAX)?;
+        self.rtt_ms.map_or(Ok(()), |rtt| within("steps.rtt_ms", rtt, &(0.0..=1e9)))?;
+        self.loss_pct.map_or(Ok(()), |loss| within("steps.loss_pct", loss, &(0.0..=100.0)))?;
+        self.samples.map_or(Ok(()), |samples| at_most("steps.samples", samples, WHOLE_MAX))?;
+        self.quality.as_ref().map_or(Ok(()), |quality| label("steps.quality", quality))?;
+        self.rtt_stat.as_ref().map_or(Ok(()), |stat| label("steps.rtt_stat", stat))
+    }
+}
+
+/// A whole run on one host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FinalReport {
+    pub verdict: WireVerdict,
+    /// Empty for a PASS.
+    pub reasons: Vec<String>,
+    /// Why the run ended before its time on this host; `null` if it did not.
+    pub partial: Option<String>,
+    /// The generator kept up. If not, nothing that this host measured says anything about the server.
+    pub valid: bool,
+    pub invalid: Vec<String>,
+    /// Baseline and tiers, as far as they came.
+    pub tiers: Vec<TierReport>,
+    /// The whole run.
+    pub totals: TierSoFar,
+    pub engine: EngineShort,
+    pub notes: Vec<String>,
+    /// Why joins failed, with counts.
+    pub failures: Vec<(String, u64)>,
+}
+
+impl FinalReport {
+    fn check(&self) -> Result<(), Malformed> {
+        texts("throng.reasons", &self.reasons)?;
+        texts("throng.invalid", &self.invalid)?;
+        texts("throng.notes", &self.notes)?;
+        self.partial.as_ref().map_or(Ok(()), |why| text("throng.partial", why))?;
+        few("throng.tiers", self.tiers.len(), STAGES_MAX)?;
+        for tier in &self.tiers {
+            tier.measured.check()?;
+            texts("throng.tiers.reasons", &tier.reasons)?;
+        }
+        self.totals.check()?;
+        few("throng.failures", self.failures.len(), TEXTS_MAX)?;
+        for (why, count) in &self.failures {
+            text("throng.failures", why)?;
+            at_most("throng.failures", *count, WHOLE_MAX)?;
+        }
+        self.engine.check()
+    }
+}
+
+/// One tier of one host, judged.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TierReport {
+    pub measured: TierSoFar,
+    pub verdict: WireVerdict,
+    pub reasons: Vec<String>,
+}
+
+/// What a generator took. `null` is unknown.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EngineShort {
+    pub threads: u32,
+    pub cpu_seconds: Option<f64>,
+    pub us_per_packet: Option<f64>,
+    pub bytes_per_participant: Option<u64>,
+    pub rss_peak_bytes: Option<u64>,
+}
+
+impl EngineShort {
+    fn check(&self) -> Result<(), Malformed> {
+        let floats = [self.cpu_seconds, self.us_per_packet];
+        floats
+            .into_iter()
+            .flatten()
+            .try_for_each(|value| within("throng.engine", value, &(0.0..=1e12)))?;
+        let wholes = [self.bytes_per_participant, self.rss_peak_bytes];
+        wholes
+            .into_iter()
+            .flatten()
+            .try_for_each(|value| at_most("throng.engine", value, WHOLE_MAX))
+    }
+}
+
+/// [`Verdict`] by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WireVerdict(pub Verdict);
+
+impl Serialize for WireVerdict {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.0.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for WireVerdict {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<WireVerdict, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let all = [Verdict::Pass, Verdict::Fail, Verdict::Invalid, Verdict::Partial];
+        let known = all.into_iter().find(|verdict| verdict.name() == name);
+        known
+            .map(WireVerdict)
+            .ok_or_else(|| D::Error::custom("verdict: PASS, FAIL, INVALID or PARTIAL"))
+    }
+}
+
+/// The answer to [`Report`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reported {
+    pub ok: bool,
+    pub all_reported: bool,
+}
+
+impl Message for Reported {
+    fn check(&self) -> Result<(), Malformed> {
+        Ok(())
+    }
+}
+
+/// The answer to `POST /cancel`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cancelled {
+    /// Probers that are told to stop with their next beat.
+    pub stopping: u32,
+}
+
+impl Message for Cancelled {
+    fn check(&self) -> Result<(), Malformed> {
+        Ok(())
+    }
+}
+
+/// The answer to `GET /health`, for whoever asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// Beats and reports are being journaled. If not, the answer's status is 503.
+    pub ok: bool,
+    pub version: String,
+    pub protocol: u32,
+    /// `gathering`, `running`, `stopping` or `done`.
+    pub phase: String,
+    pub registered: u32,
+    pub expected: u32,
+    /// What is wrong; `null` if nothing is.
+    pub problem: Option<String>,
+}
+
+impl Message for Health {
+    fn check(&self) -> Result<(), Malformed> {
+        label("version", &self.version)?;
+        label("phase", &self.phase)
+    }
+}
+
+/// Why two programs of different versions do not work together.
+pub fn other_version(whose: &str, protocol: u32, other: &str) -> Malformed {
+    Malformed::new(format!(
+        "the {whose} speaks version {protocol} of the protocol, this {other} (throng {}) speaks version {VERSION}: run the same throng on all hosts",
+        crate::report::VERSION
+    ))
+}
+
+/// A short text without control characters.
+fn label(name: &str, text: &str) -> Result<(), Malformed> {
+    let fits = (1..=LABEL_BYTES_MAX).contains(&text.len()) && !text.chars().any(char::is_control);
+    if fits {
+        Ok(())
+    } else {
+        Err(Malformed::new(format!("{name}: 1 to {LABEL_BYTES_MAX} bytes without control characters")))
+    }
+}
+
+fn text(name: &str, text: &str) -> Result<(), Malformed> {
+    few(name, text.len(), TEXT_BYTES_MAX)
+}
+
+fn texts(name: &str, texts: &[String]) -> Result<(), Malformed> {
+    few(name, texts.len(), TEXTS_MAX)?;
+    texts.iter().try_for_each(|one| text(name, one))
+}
+
+fn few(name: &str, count: usize, most: usize) -> Result<(), Malformed> {
+    at_most(name, count as u64, most as u64)
+}
+
+fn at_most(name: &str, value: u64, most: u64) -> Result<(), Malformed> {
+    if value <= most {
+        Ok(())
+    } else {
+        Err(Malformed::new(format!("{name}: at most {most}")))
+    }
+}
+
+/// NaN is within nothing.
+fn within(name: &str, value: f64, range: &std::ops::RangeInclusive<f64>) -> Result<(), Malformed> {
+    if range.contains(&value) {
+        Ok(())
+    } else {
+        Err(Malformed::new(format!("{name}: {} to {}", range.start(), range.end())))
+    }
+}
+
+fn stage_index(name: &str, stage: Option<u32>) -> Result<(), Malformed> {
+    stage.map_or(Ok(()), |stage| at_most(name, stage.into(), STAGES_MAX as u64))
+}
