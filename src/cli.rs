@@ -466,6 +466,7 @@ impl RunArgs {
         let plan = Plan {
             connection: self.engine.connection.into(),
             connection_reason: None,
+            part: None,
             audio: self.media.audio()?,
             video: self.media.video()?,
             simulcast: !self.media.no_simulcast,

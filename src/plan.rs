@@ -1,7 +1,10 @@
 //! What a run is going to do, as plain data: who joins which room when, what they send, and what that adds up to.
 //!
 //! Everything here is a pure function of the [`Plan`]: no clock, no chance, no I/O. The same plan enumerates the same participants on every host.
-//! Counts are those of one room, as the flags are; [`Plan::total_participants`] and its kin multiply by the rooms.
+//! Counts are those of one room, as the flags are; [`Plan::total_participants`] and its kin multiply by the rooms. Where several hosts play the plan, the
+//! [`Shape`] is that of all of them together, and what is added up is this host's [`Part`].
+
+mod part;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -14,6 +17,9 @@ use crate::media::vp8::MIN_SIZE;
 use crate::seeded::scatter;
 use crate::sfu::SendMode;
 use crate::units::{Bitrate, Time};
+
+use part::Headcount;
+pub use part::{Part, Placement, Role, VANTAGES_MAX, Vantage, WEIGHT_MAX};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
 pub const PARTICIPANTS_MAX: u64 = 1_000_000;
@@ -45,6 +51,8 @@ pub struct Plan {
     /// Why it is this one, where the server decided that.
     pub connection_reason: Option<String>,
     pub shape: Shape,
+    /// What this host plays of it; `None`: all.
+    pub part: Option<Part>,
     pub audio: AudioSpec,
     pub video: VideoSpec,
     /// Video is sent in smaller sizes, too, where it is large enough.
@@ -169,9 +177,9 @@ pub struct Shape {
 /// How many subscribers are in. They are the first ones in joining order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subscribers {
-    /// So many in each room.
+    /// So many in each room; where several hosts play the plan, of all hosts together.
     PerRoom(u32),
-    /// So many over all rooms.
+    /// So many over all rooms, of this host.
     Total(u32),
 }
 
@@ -303,8 +311,10 @@ fn greatest_common_divisor(a: u32, b: u32) -> u32 {
 /// One participant of the plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParticipantPlan {
-    /// Position in joining order, over all rooms.
+    /// Names it among the participants of all hosts, over all rooms: identity and frames are made of it.
     pub index: u32,
+    /// Its place in this host's joining order, over all rooms. Where one host plays all, the same as `index`.
+    pub position: u32,
     /// Index of the room, from 0; its name is [`Plan::room_name`].
     pub room: u32,
     /// In joining order within its room: publishers of audio are the first, so that this is also their number.
@@ -493,41 +503,79 @@ impl Plan {
         }
     }
 
-    /// Participants of all rooms.
+    /// Participants of all rooms, as far as this host plays them.
     pub fn total_participants(&self) -> u32 {
-        u32::try_from(self.shape.total()).unwrap_or(u32::MAX)
+        u32::try_from(self.headcount().participants()).unwrap_or(u32::MAX)
     }
 
     /// How many participants are in: all publishers, and so many subscribers. They are the first ones in joining order.
     pub fn participants_with(&self, subscribers: Subscribers) -> u32 {
-        let shape = &self.shape;
-        let publishers = u64::from(shape.publishers()) * u64::from(shape.room_count);
-        let subscribers = match subscribers {
-            Subscribers::PerRoom(count) => u64::from(count.min(shape.subscribers)) * u64::from(shape.room_count),
-            Subscribers::Total(count) => u64::from(count).min(u64::from(shape.subscribers) * u64::from(shape.room_count)),
+        let people = self.headcount();
+        let participants = match (subscribers, &self.part) {
+            (Subscribers::Total(count), _) => people.publishers + u64::from(count).min(people.subscribers),
+            (Subscribers::PerRoom(count), part) => {
+                let places = u64::from(self.shape.publishers()) + u64::from(count.min(self.shape.subscribers));
+                let of_all_hosts = places * u64::from(self.shape.room_count);
+                part.as_ref().map_or(of_all_hosts, |part| part.before(of_all_hosts).into())
+            }
         };
-        u32::try_from(publishers + subscribers).unwrap_or(u32::MAX)
+        u32::try_from(participants).unwrap_or(u32::MAX)
     }
 
-    /// All participants, in joining order.
+    /// The participants that this host plays, in joining order.
     pub fn participants(&self) -> impl ExactSizeIterator<Item = ParticipantPlan> + '_ {
-        (0..self.total_participants()).map(|index| self.participant(index))
+        (0..self.total_participants()).map(|position| self.participant(position))
     }
 
-    /// Participant `index` in joining order: rooms take turns, and in each room publishers come before subscribers.
-    pub fn participant(&self, index: u32) -> ParticipantPlan {
+    /// Participant `position` in this host's joining order: rooms take turns, and in each room publishers come before subscribers.
+    pub fn participant(&self, position: u32) -> ParticipantPlan {
+        let index = self.part.as_ref().map_or(position, |part| part.index(position));
         let (room, place) = self.place(index);
         let is_publisher = place < self.shape.publishers();
         ParticipantPlan {
             index,
+            position,
             room,
             place,
-            identity: self.identity(&index.to_string()),
+            identity: self.identity_of(index),
             publishes_audio: place < self.shape.audio_publishers,
             publishes_video: place < self.shape.video_publishers,
             subscribes: !is_publisher || self.shape.meeting,
-            join_offset: Duration::from_secs_f64(f64::from(index) / self.joins_per_second),
+            join_offset: Duration::from_secs_f64(f64::from(position) / self.joins_per_second),
             seed: mixed(self.seed, index),
+        }
+    }
+
+    /// Everybody whom this host or another one plays, by global index: the room, and the host where it is another one (by its place among the vantages).
+    pub fn everybody(&self) -> impl Iterator<Item = (u32, Option<usize>)> + '_ {
+        let elsewhere = |index: u32| self.part.as_ref().and_then(|part| part.owner(index).filter(|owner| *owner != part.me()));
+        (0..self.everybody_count()).map(move |index| (self.place(index).0, elsewhere(index)))
+    }
+
+    fn everybody_count(&self) -> u32 {
+        u32::try_from(self.shape.total()).unwrap_or(u32::MAX)
+    }
+
+    /// The identity of whoever has this global index, on whichever host; `None` where the plan has nobody of that index.
+    pub fn identity_at(&self, index: u32) -> Option<String> {
+        (index < self.everybody_count()).then(|| self.identity_of(index))
+    }
+
+    fn identity_of(&self, index: u32) -> String {
+        self.identity(&index.to_string())
+    }
+
+    /// Who there is of whom this host plays, over all rooms.
+    fn headcount(&self) -> Headcount {
+        let of_all_rooms = |count: u32| u64::from(count) * u64::from(self.shape.room_count);
+        match &self.part {
+            Some(part) => part.headcount,
+            None => Headcount {
+                audio_publishers: of_all_rooms(self.shape.audio_publishers),
+                video_publishers: of_all_rooms(self.shape.video_publishers),
+                publishers: of_all_rooms(self.shape.publishers()),
+                subscribers: of_all_rooms(self.shape.subscribers),
+            },
         }
     }
 
@@ -571,22 +619,25 @@ impl Plan {
         Some(tiers.sum())
     }
 
-    /// Room of a participant, and its place in that room.
+    /// Room of a participant, by its global index, and its place in that room.
     fn place(&self, index: u32) -> (u32, u32) {
         (index % self.shape.room_count, index / self.shape.room_count)
     }
 
-    /// The shard (of `shards`, at least 1) that participant `index` runs on. A room's participants, and its publishers among them, are spread evenly.
-    pub fn shard_of(&self, index: u32, shards: usize) -> usize {
-        let (room, place) = self.place(index);
+    /// The shard (of `shards`, at least 1) that participant `position` runs on. A room's participants, and its publishers among them, are spread evenly.
+    pub fn shard_of(&self, position: u32, shards: usize) -> usize {
+        let (room, place) = match &self.part {
+            Some(part) => (self.place(part.index(position)).0, part.rank(position)),
+            None => self.place(position),
+        };
         (place as usize + room as usize) % shards.max(1)
     }
 
-    /// Indices of the participants of each shard, in joining order.
+    /// Positions of the participants of each shard, in joining order.
     pub fn split(&self, shards: usize) -> Vec<Vec<u32>> {
         let mut parts = vec![Vec::new(); shards.max(1)];
-        for index in 0..self.total_participants() {
-            parts[self.shard_of(index, shards)].push(index);
+        for position in 0..self.total_participants() {
+            parts[self.shard_of(position, shards)].push(position);
         }
         parts
     }
@@ -627,29 +678,28 @@ impl Plan {
 
     /// Over all rooms: how many participants see how many tracks of one kind.
     fn audience(&self, kind: Kind) -> [(u64, u32); 3] {
-        let shape = &self.shape;
-        let (rooms, tracks) = (u64::from(shape.room_count), shape.publishers_of(kind));
-        let members = |count: u32| if shape.meeting { rooms * u64::from(count) } else { 0 };
+        let (people, tracks) = (self.headcount(), self.shape.publishers_of(kind));
+        let members = |count: u64| if self.shape.meeting { count } else { 0 };
         [
-            (rooms * u64::from(shape.subscribers), self.seen(kind, tracks)),
-            (members(tracks), self.seen(kind, tracks.saturating_sub(1))),
-            (members(shape.publishers() - tracks), self.seen(kind, tracks)),
+            (people.subscribers, self.seen(kind, tracks)),
+            (members(people.publishers_of(kind)), self.seen(kind, tracks.saturating_sub(1))),
+            (members(people.publishers - people.publishers_of(kind)), self.seen(kind, tracks)),
         ]
     }
 
     /// Tracks of one kind that are published, over all rooms.
     pub fn total_published_tracks(&self, kind: Kind) -> u64 {
-        u64::from(self.shape.room_count) * u64::from(self.shape.publishers_of(kind))
+        self.headcount().publishers_of(kind)
     }
 
     /// UDP sockets over all participants, at most: one per peer connection.
     pub fn total_sockets(&self) -> u64 {
-        let shape = &self.shape;
         let per_publisher = match self.connection {
             Connection::Single => 1,
-            Connection::Auto | Connection::Dual => 1 + u64::from(shape.meeting),
+            Connection::Auto | Connection::Dual => 1 + u64::from(self.shape.meeting),
         };
-        u64::from(shape.room_count) * (u64::from(shape.publishers()) * per_publisher + u64::from(shape.subscribers))
+        let people = self.headcount();
+        people.publishers * per_publisher + people.subscribers
     }
 
     pub fn load(&self) -> Load {
@@ -855,6 +905,7 @@ pub(crate) mod tests {
                 meeting: false,
                 identity_prefix: "throng".into(),
             },
+            part: None,
             audio: AudioSpec {
                 bitrate: Bitrate::from_bps(24_000),
                 frame: Duration::from_millis(20),

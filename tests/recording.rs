@@ -66,7 +66,7 @@ fn record(name: &str, seed: u64, conditions: Conditions) -> Recorded {
     let (mut recording, mut taps) = Recording::new(dir.clone(), &plan());
     let mut pair = Pair::connected(seed);
     let (participant, tap) = taps.remove(0);
-    assert_eq!(participant, 1, "the one who only subscribes");
+    assert_eq!(participant.index, 1, "the one who only subscribes");
     pair.record(tap);
     pair.set_conditions(conditions);
     pair.publish(&[audio(), video()], Pacing::Paced);

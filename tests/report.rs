@@ -31,6 +31,7 @@ fn plan() -> Plan {
             meeting: false,
             identity_prefix: "throng".into(),
         },
+        part: None,
         audio: AudioSpec {
             bitrate: Bitrate::from_bps(24_000),
             frame: Duration::from_millis(20),

@@ -319,6 +319,5 @@ fn state_frame_count(output: &mut Output, frames: u64) -> io::Result<()> {
 
 /// Who made a frame, if it is of this run.
 fn publisher(identity: &FrameIdentity, plan: &Plan) -> Option<String> {
-    let ours = identity.run == plan.run_tag && identity.origin < plan.total_participants();
-    ours.then(|| plan.participant(identity.origin).identity)
+    plan.identity_at(identity.origin).filter(|_| identity.run == plan.run_tag)
 }

@@ -34,11 +34,13 @@ use crate::plan::{ParticipantPlan, Plan};
 /// How often the recorder looks for pages. It asks, instead of being woken, so that no packet costs the engine's thread a system call.
 const POLL: Duration = Duration::from_millis(20);
 
-/// The recorded participants: the first subscriber of each room. Rooms take turns in joining order, so these are the first subscribers of the plan.
+/// The recorded participants: the first subscriber of each room, of those whom this host plays.
 pub fn recorded(plan: &Plan) -> impl Iterator<Item = ParticipantPlan> + '_ {
+    let rooms = plan.shape.room_count as usize;
+    let mut is_recorded = vec![false; rooms];
     plan.participants()
-        .filter(|participant| participant.subscribes)
-        .take(plan.shape.room_count as usize)
+        .filter(move |participant| participant.subscribes && !std::mem::replace(&mut is_recorded[participant.room as usize], true))
+        .take(rooms)
 }
 
 /// The files that a recording keeps open: one for each track that a recorded participant gets.
@@ -55,18 +57,18 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// A recording below `dir`, and a tap for each recorded participant, by its index. Files appear as streams turn out to have something in them.
-    pub fn new(dir: PathBuf, plan: &Plan) -> (Recording, Vec<(u32, Box<Tap>)>) {
+    /// A recording below `dir`, and a tap for each recorded participant. Files appear as streams turn out to have something in them.
+    pub fn new(dir: PathBuf, plan: &Plan) -> (Recording, Vec<(ParticipantPlan, Box<Tap>)>) {
         let participants: Vec<ParticipantPlan> = recorded(plan).collect();
         let (full, pages) = sync_channel(participants.len() * PAGES);
         let mut book = Book::new(dir, plan.clone());
         let taps = participants
-            .iter()
+            .into_iter()
             .map(|participant| {
                 let (give_back, returned) = sync_channel(PAGES);
                 let tap = Tap::new(participant.room, full.clone(), returned);
                 book.expect_room(participant.room, give_back, tap.dropped());
-                (participant.index, Box::new(tap))
+                (participant, Box::new(tap))
             })
             .collect();
         (Recording { pages, book }, taps)

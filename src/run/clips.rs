@@ -5,6 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use crate::engine::publisher::Source;
+use crate::measure::Kind;
 use crate::media::opus::{AudioClip, AudioContent, AudioSpec};
 use crate::media::vp8::{VideoClip, VideoSpec};
 use crate::plan::{self, Plan};
@@ -31,7 +32,7 @@ impl Clips {
             silence: None,
             video: Vec::new(),
         };
-        if plan.shape.audio_publishers > 0 {
+        if plan.total_published_tracks(Kind::Audio) > 0 {
             progress("speech");
             let speech = audio_clip(plan, AudioContent::Speech)?;
             clips.audio = Some(Source::Audio(Arc::new(speech)));
@@ -41,7 +42,7 @@ impl Clips {
                 .transpose()?
                 .map(Arc::new);
         }
-        if plan.shape.video_publishers > 0 {
+        if plan.total_published_tracks(Kind::Video) > 0 {
             let layers = plan.video_layers();
             for layer in &layers {
                 progress(&format!("video of {}x{} at {} fps", layer.width, layer.height, layer.frames_per_second));

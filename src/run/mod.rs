@@ -844,19 +844,20 @@ fn start_recorder(dir: PathBuf, plan: &Plan, workers: &[Worker], places: &[Place
     let (recording, taps) = Recording::new(dir, plan);
     for (participant, tap) in taps {
         // A worker that is gone is missed when its account is.
-        let _ = workers[places[participant as usize].shard]
-            .commands
-            .send(Command::Record { participant, tap });
+        let _ = workers[places[participant.position as usize].shard].commands.send(Command::Record {
+            participant: participant.index,
+            tap,
+        });
     }
     Recorder::start(recording).context("no thread for recording")
 }
 
-/// Which shard and which keys each participant has, by its index.
+/// Which shard and which keys each participant has, by its position.
 fn places(parts: &[Vec<u32>]) -> Vec<Place> {
     let mut places = vec![Place { shard: 0, key: 0 }; parts.iter().map(Vec::len).sum()];
     for (shard, part) in parts.iter().enumerate() {
-        for (at, index) in part.iter().enumerate() {
-            places[*index as usize] = Place {
+        for (at, position) in part.iter().enumerate() {
+            places[*position as usize] = Place {
                 shard,
                 key: at * PEERS_PER_PARTICIPANT,
             };

@@ -203,6 +203,7 @@ fn video_spec(source: &throng::engine::publisher::Source) -> VideoSpec {
 fn participant(index: u32) -> ParticipantPlan {
     ParticipantPlan {
         index,
+        position: index,
         room: 0,
         place: index,
         identity: format!("person-{index}"),
