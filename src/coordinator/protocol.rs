@@ -31,7 +31,7 @@ use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::measure::wire::RecordWire;
-use crate::plan::{AudioSpec, Connection, Layout, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, VideoSpec};
+use crate::plan::{AudioSpec, Connection, Layout, PARTICIPANTS_MAX, Pacing, Placement, Plan, Role, ServerUrl, VANTAGES_MAX, VideoSpec, WEIGHT_MAX};
 use crate::report::{Judging, Threshold, Verdict};
 use crate::units::Bitrate;
 
@@ -42,8 +42,8 @@ pub const VERSION: u32 = 1;
 pub const URL_VARIABLE: &str = "COORDINATOR_URL";
 pub const TOKEN_VARIABLE: &str = "COORDINATOR_TOKEN";
 
-/// One host more would need another design than one process that hears each of them every second.
-pub const PROBERS_MAX: usize = 1_000;
+/// As many hosts as one plan is dealt to.
+pub const PROBERS_MAX: usize = VANTAGES_MAX;
 /// A ramp of more tiers than these is no ramp.
 pub const TIERS_MAX: usize = 1_000;
 pub const STAGES_MAX: usize = TIERS_MAX + 4;
@@ -60,8 +60,6 @@ pub const TEXTS_MAX: usize = 1_000;
 pub const WHOLE_MAX: u64 = (1 << 53) - 1;
 /// The longest run or part of it.
 const SECONDS_MAX: f64 = 366.0 * 24.0 * 3600.0;
-/// What a weight may be: a thousandth to a thousandfold of the usual.
-pub const WEIGHT: std::ops::RangeInclusive<f64> = 1e-3..=1e3;
 
 /// Bodies of requests, in bytes. Of a beat most is one [`RecordWire`], some 30 KiB.
 pub const REGISTER_BYTES_MAX: usize = 4 << 10;
@@ -144,34 +142,6 @@ impl<'de> Deserialize<'de> for ProverId {
     }
 }
 
-/// What a prober's participants do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    Publish,
-    Subscribe,
-    #[default]
-    Both,
-}
-
-impl Role {
-    pub const fn publishes(self) -> bool {
-        !matches!(self, Role::Subscribe)
-    }
-
-    pub const fn subscribes(self) -> bool {
-        !matches!(self, Role::Publish)
-    }
-
-    pub const fn name(self) -> &'static str {
-        match self {
-            Role::Publish => "publish",
-            Role::Subscribe => "subscribe",
-            Role::Both => "both",
-        }
-    }
-}
-
 /// `POST /register`: a prober wants to take part.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Register {
@@ -188,16 +158,16 @@ pub struct Register {
     pub instance: Option<String>,
     #[serde(default)]
     pub role: Role,
-    /// This host's share where a total is split by weight.
+    /// This host counts as so many of weight 1.
     #[serde(default = "one")]
-    pub weight: f64,
+    pub weight: u32,
     /// The prober has no API key and wants its room tokens from the coordinator.
     #[serde(default)]
     pub wants_tokens: bool,
 }
 
-fn one() -> f64 {
-    1.0
+fn one() -> u32 {
+    1
 }
 
 impl Message for Register {
@@ -205,7 +175,9 @@ impl Message for Register {
         self.vantage.as_ref().map_or(Ok(()), |vantage| label("vantage", vantage))?;
         self.version.as_ref().map_or(Ok(()), |version| label("version", version))?;
         self.instance.as_ref().map_or(Ok(()), |instance| label("instance", instance))?;
-        within("weight", self.weight, &WEIGHT)?;
+        if !(1..=WEIGHT_MAX).contains(&self.weight) {
+            return Err(Malformed::new(format!("weight: 1 to {WEIGHT_MAX}")));
+        }
         if self.protocol.is_some() && (self.instance.is_none() || self.vantage.is_none()) {
             return Err(Malformed::new("a prober that names its protocol names its vantage and its instance too"));
         }
@@ -264,7 +236,7 @@ impl Message for JobReply {
     }
 }
 
-/// The run as a prober of ours plays its part in it. The same for all but `me`, `part` and `stages`.
+/// The run as a prober of ours plays its part in it. The same for all but `me` and `stages`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Job {
     /// [`VERSION`] of the coordinator.
@@ -272,14 +244,14 @@ pub struct Job {
     /// Tells runs apart in identities and room names.
     pub run_tag: u32,
     pub seed: u64,
-    /// All vantages in the order of their registration; elsewhere a vantage is its index in here.
+    /// The labels of all that play the plan; elsewhere a vantage is its index in here.
     pub vantages: Vec<String>,
     /// The index of this prober.
     pub me: u32,
     /// The participants of all vantages.
     pub plan: WirePlan,
-    /// Which of them are this prober's.
-    pub part: Part,
+    /// Which of them are whose ([`crate::plan::Part::new`]): one entry each of `vantages`, in the same order.
+    pub placement: Placement,
     /// From the first to the last, as this prober plays them.
     pub stages: Vec<Stage>,
     pub judging: WireJudging,
@@ -301,11 +273,10 @@ impl Job {
         at_most("seed", self.seed, WHOLE_MAX)?;
         few("vantages", self.vantages.len(), PROBERS_MAX)?;
         self.vantages.iter().try_for_each(|vantage| label("vantages", vantage))?;
-        if self.me as usize >= self.vantages.len() {
-            return Err(Malformed::new("me: no index into vantages"));
+        if self.me as usize >= self.vantages.len() || self.placement.vantages.len() != self.vantages.len() {
+            return Err(Malformed::new("vantages: not those of me and of placement"));
         }
         self.plan.check()?;
-        self.part.check(&self.plan)?;
         self.check_stages()?;
         self.judging.to_judging()?;
         self.url.as_ref().map_or(Ok(()), |url| {
@@ -345,8 +316,8 @@ pub struct Stage {
     pub kind: StageKind,
     /// As the result names it; of a tier its number from 1 and its subscribers.
     pub name: String,
-    /// Of this host, in a baseline or a tier.
-    pub subscribers_per_room: u32,
+    /// Of this host, over all rooms, in a baseline or a tier: the first so many in its joining order.
+    pub subscribers: u32,
     /// From the end of this host's joining to its hold. A host with fewer joins than another has a longer one, so that all hold at the same time.
     pub warmup_us: u64,
     /// What is measured.
@@ -508,48 +479,6 @@ impl WirePlan {
     }
 }
 
-/// So many from here on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Span {
-    pub from: u32,
-    pub count: u32,
-}
-
-impl Span {
-    pub const fn contains(self, index: u32) -> bool {
-        index >= self.from && index - self.from < self.count
-    }
-}
-
-/// The participants of one vantage, of those that [`WirePlan`] enumerates: in these rooms, those at these places ([`crate::plan::ParticipantPlan::place`]).
-///
-/// A tier has the first of `subscribers`, in each room.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Part {
-    pub rooms: Span,
-    /// Two: those who publish both kinds of media, and those who publish one.
-    pub publishers: Vec<Span>,
-    pub subscribers: Span,
-}
-
-impl Part {
-    pub fn contains(&self, room: u32, place: u32) -> bool {
-        self.rooms.contains(room) && (self.subscribers.contains(place) || self.publishers.iter().any(|span| span.contains(place)))
-    }
-
-    fn check(&self, plan: &WirePlan) -> Result<(), Malformed> {
-        const SPANS_MAX: usize = 16;
-        few("part.publishers", self.publishers.len(), SPANS_MAX)?;
-        let publishers = plan.audio_publishers.max(plan.video_publishers);
-        let fits =
-            |span: &Span, from: u32, to: u32| span.count == 0 || span.from >= from && span.from.checked_add(span.count).is_some_and(|end| end <= to);
-        let fit = fits(&self.rooms, 0, plan.room_count)
-            && self.publishers.iter().all(|span| fits(span, 0, publishers))
-            && fits(&self.subscribers, publishers, publishers + plan.subscribers);
-        if fit { Ok(()) } else { Err(Malformed::new("part: outside the plan")) }
-    }
-}
-
 /// What a run is held to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WireJudging {
@@ -583,10 +512,10 @@ impl WireJudging {
     }
 }
 
-/// `POST /tokens/{prover_id}`: room tokens for the prober's own participants, in their joining order on that host.
+/// `POST /tokens/{prover_id}`: room tokens for the prober's own participants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokensRequest {
-    /// From 0.
+    /// The position in its joining order ([`crate::plan::ParticipantPlan::position`]), from 0.
     pub from: u32,
     pub count: u32,
 }
