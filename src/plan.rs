@@ -328,6 +328,16 @@ pub struct ParticipantPlan {
     pub seed: u64,
 }
 
+/// What every host knows of a participant, whoever plays it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub room: u32,
+    pub publishes_audio: bool,
+    pub publishes_video: bool,
+    /// The host that plays it, where that is another one, by its place among the hosts.
+    pub elsewhere: Option<usize>,
+}
+
 impl ParticipantPlan {
     pub const fn publishes(&self, kind: Kind) -> bool {
         match kind {
@@ -546,10 +556,17 @@ impl Plan {
         }
     }
 
-    /// Everybody whom this host or another one plays, by global index: the room, and the host where it is another one (by its place among the vantages).
-    pub fn everybody(&self) -> impl Iterator<Item = (u32, Option<usize>)> + '_ {
-        let elsewhere = |index: u32| self.part.as_ref().and_then(|part| part.owner(index).filter(|owner| *owner != part.me()));
-        (0..self.everybody_count()).map(move |index| (self.place(index).0, elsewhere(index)))
+    /// Everybody whom this host or another one plays, by global index.
+    pub fn everybody(&self) -> impl Iterator<Item = Member> + '_ {
+        (0..self.everybody_count()).map(|index| {
+            let (room, place) = self.place(index);
+            Member {
+                room,
+                publishes_audio: place < self.shape.audio_publishers,
+                publishes_video: place < self.shape.video_publishers,
+                elsewhere: self.part.as_ref().and_then(|part| part.owner(index).filter(|owner| *owner != part.me())),
+            }
+        })
     }
 
     fn everybody_count(&self) -> u32 {

@@ -20,12 +20,13 @@ pub mod worker;
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
+use crate::plan::{Member, Plan};
 use crate::recording::Tap;
 use crate::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use crate::units::{Epoch, Time};
@@ -229,31 +230,56 @@ pub struct IoCounts {
 /// What all participants of a run know of one another: who publishes what, since when, and how far they are.
 ///
 /// Written by the publisher's shard, read by subscribers' shards: plain relaxed atomics, one cell for each layer of each track.
+///
+/// Where another host plays the publisher, nobody here writes its log. Then how far it is comes from that host now and then ([`Roster::set_frames_elsewhere`]),
+/// and is never less than what was received here; what nobody told (when it began, whether it is muted, what the server lacks of it) is unknown. Its frames bear
+/// the other host's time, which is ours only as far as that clock is known ([`Roster::set_clock`]).
 pub struct Roster {
     cells: Vec<LayerCell>,
+    /// Of each host, what to add to its time to get ours, in microseconds; [`CLOCK_UNKNOWN`].
+    clocks: Vec<AtomicI64>,
     pub run: u32,
 }
 
 #[derive(Default)]
 struct LayerCell {
     room: u32,
+    /// The host that plays the publisher, where that is another one, from 1 on; else 0.
+    elsewhere: u32,
     frames: AtomicU32,
     /// From one frame to the next.
     interval_us: AtomicU32,
     /// How often the track was muted and unmuted: odd while it is muted. Kept for the lowest layer.
     mute_changes: AtomicU32,
+    /// Of another host's publisher: how many more than are known of it may have been made.
+    frames_unheard_max: u32,
     /// Nanoseconds on the run's clock; 0 while not published. Kept for the lowest layer.
     published_at: AtomicU64,
     /// Made when the layer is first published: most participants publish nothing.
     lacking: OnceLock<Box<Lacking>>,
 }
 
+/// How many frames one layer of one track has sent since it began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameCount {
+    pub origin: u32,
+    pub track: u8,
+    pub layer: u8,
+    pub frames: u32,
+}
+
+const CLOCK_UNKNOWN: i64 = i64::MIN;
+
+/// So long nothing need have been heard of another host's publisher, or from it: longer than any outage after which the run goes on. A frame number beyond that is
+/// none that it can have made.
+const UNHEARD_MAX: Duration = Duration::from_secs(120);
+
 /// The number of a participant's audio track in frame identities; its video track has the next one.
 pub const AUDIO_TRACK: u8 = 0;
 pub const VIDEO_TRACK: u8 = 1;
 /// Simulcast layers of a video track, at most.
 pub const LAYERS_MAX: usize = 3;
-const CELLS_PER_PARTICIPANT: usize = 1 + LAYERS_MAX;
+pub const CELLS_PER_PARTICIPANT: usize = 1 + LAYERS_MAX;
 
 /// The number of a participant's track of one kind.
 pub const fn track_number(kind: Kind) -> u8 {
@@ -264,23 +290,108 @@ pub const fn track_number(kind: Kind) -> u8 {
 }
 
 impl Roster {
-    /// `rooms` gives each participant's room.
+    /// All publishers are on this host. `rooms` gives each participant's room.
     pub fn new(run: u32, rooms: impl Iterator<Item = u32>) -> Roster {
-        let cells = rooms
-            .flat_map(|room| [room; CELLS_PER_PARTICIPANT])
-            .map(|room| LayerCell {
-                room,
-                ..LayerCell::default()
-            })
-            .collect();
-        Roster { cells, run }
+        let here = rooms.map(|room| Member {
+            room,
+            publishes_audio: true,
+            publishes_video: true,
+            elsewhere: None,
+        });
+        Roster::of_hosts(run, here, [Duration::ZERO; CELLS_PER_PARTICIPANT])
+    }
+
+    /// Those of the plan, on this host and on others.
+    pub fn of(plan: &Plan) -> Roster {
+        let mut intervals = [Duration::ZERO; CELLS_PER_PARTICIPANT];
+        intervals[0] = plan.audio.frame;
+        for (interval, layer) in intervals[1..].iter_mut().zip(plan.video_layers()) {
+            *interval = Duration::from_secs(1) / layer.frames_per_second;
+        }
+        Roster::of_hosts(plan.run_tag, plan.everybody(), intervals)
+    }
+
+    /// `intervals`: from one frame to the next of audio, and of each layer of video, the lowest first; zero of a layer that there is not. Used for publishers of
+    /// other hosts; those of this one say it themselves ([`Roster::set_published`]).
+    pub fn of_hosts(run: u32, members: impl Iterator<Item = Member>, intervals: [Duration; CELLS_PER_PARTICIPANT]) -> Roster {
+        let mut hosts = 0;
+        let mut cells = Vec::new();
+        for member in members {
+            let elsewhere = member.elsewhere.map_or(0, |host| host as u32 + 1);
+            hosts = hosts.max(elsewhere);
+            for (place, interval) in intervals.iter().enumerate() {
+                let publishes = if place == 0 { member.publishes_audio } else { member.publishes_video };
+                let interval = if elsewhere > 0 && publishes { *interval } else { Duration::ZERO };
+                cells.push(LayerCell {
+                    room: member.room,
+                    elsewhere,
+                    interval_us: AtomicU32::new(micros(interval)),
+                    frames_unheard_max: frames_in(UNHEARD_MAX, interval),
+                    ..LayerCell::default()
+                });
+            }
+        }
+        Roster {
+            cells,
+            clocks: (0..hosts).map(|_| AtomicI64::new(CLOCK_UNKNOWN)).collect(),
+            run,
+        }
+    }
+
+    /// How far this host's publishers are: every layer that has sent anything.
+    pub fn frame_counts(&self) -> impl Iterator<Item = FrameCount> + '_ {
+        let counts = self.cells.iter().enumerate().filter(|(_, cell)| cell.elsewhere == 0);
+        let counts = counts.map(|(at, cell)| {
+            let (origin, place) = (at / CELLS_PER_PARTICIPANT, at % CELLS_PER_PARTICIPANT);
+            FrameCount {
+                origin: origin as u32,
+                track: if place == 0 { AUDIO_TRACK } else { VIDEO_TRACK },
+                layer: place.saturating_sub(1) as u8,
+                frames: cell.frames.load(Relaxed),
+            }
+        });
+        counts.filter(|count| count.frames > 0)
+    }
+
+    /// Another host says how far a publisher of its own is. What it says of others is not believed; nor that one has made less than before.
+    pub fn set_frames_elsewhere(&self, count: FrameCount) {
+        let cell = self.cell(count.origin, count.track, count.layer).filter(|cell| cell.elsewhere > 0);
+        if let Some(cell) = cell {
+            cell.frames.fetch_max(count.frames, Relaxed);
+        }
+    }
+
+    /// What to add to another host's time to get ours, in microseconds; `None` where that is not known (any more).
+    pub fn set_clock(&self, host: usize, offset_us: Option<i64>) {
+        if let Some(clock) = self.clocks.get(host) {
+            clock.store(offset_us.unwrap_or(CLOCK_UNKNOWN), Relaxed);
+        }
+    }
+
+    /// A moment that a publisher's host wrote into a frame (microseconds since 1970), by our clock; `None` where that host's clock is not known.
+    fn unix_us_here(&self, (origin, track): (u32, u8), unix_us: u64) -> Option<u64> {
+        let Some(host) = self.cell(origin, track, 0)?.elsewhere.checked_sub(1) else {
+            return Some(unix_us);
+        };
+        let offset_us = self.clocks.get(host as usize)?.load(Relaxed);
+        Some(offset_us)
+            .filter(|offset_us| *offset_us != CLOCK_UNKNOWN)
+            .and_then(|offset_us| unix_us.checked_add_signed(offset_us))
+    }
+
+    /// Whether the publisher has made this frame. Of another host's: whether it can have.
+    fn is_made(&self, identity: &FrameIdentity) -> bool {
+        let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) else {
+            return false;
+        };
+        identity.frame < cell.frames.load(Relaxed).saturating_add(cell.frames_unheard_max)
     }
 
     /// A layer begins at `at`, with a frame every `interval`.
     pub fn set_published(&self, identity: &FrameIdentity, at: Time, interval: Duration) {
         if let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) {
             cell.published_at.store(at.as_nanos().max(1), Relaxed);
-            cell.interval_us.store(u32::try_from(interval.as_micros()).unwrap_or(u32::MAX), Relaxed);
+            cell.interval_us.store(micros(interval), Relaxed);
             cell.lacking.get_or_init(Box::default);
         }
     }
@@ -312,9 +423,14 @@ impl Roster {
 
     /// Somebody has received this frame, so the server had it.
     fn set_received(&self, identity: &FrameIdentity) {
-        let cell = self.cell(identity.origin, identity.track, identity.layer);
-        if let Some(lacking) = cell.and_then(|cell| cell.lacking.get()) {
+        let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) else {
+            return;
+        };
+        if let Some(lacking) = cell.lacking.get() {
             lacking.set_received(identity.frame);
+        } else if cell.elsewhere > 0 && cell.frames.load(Relaxed) <= identity.frame {
+            // The first of this host to get it: it was made, whatever we have been told so far.
+            cell.frames.fetch_max(identity.frame + 1, Relaxed);
         }
     }
 
@@ -333,7 +449,7 @@ impl Roster {
         }
     }
 
-    /// How many frames a layer has sent so far.
+    /// How many frames a layer has sent so far; of another host's publisher, as far as that is known here.
     pub fn frames(&self, origin: u32, track: u8, layer: u8) -> u32 {
         self.cell(origin, track, layer).map_or(0, |cell| cell.frames.load(Relaxed))
     }
@@ -369,7 +485,125 @@ impl Roster {
     }
 }
 
+fn micros(duration: Duration) -> u32 {
+    u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
+}
+
+/// None of a layer that there is not.
+fn frames_in(time: Duration, interval: Duration) -> u32 {
+    time.as_micros()
+        .checked_div(interval.as_micros())
+        .map_or(0, |frames| u32::try_from(frames).unwrap_or(u32::MAX))
+}
+
 /// Whether a track that was muted and unmuted so often is muted.
 const fn is_muted(mute_changes: u32) -> bool {
     mute_changes % 2 == 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AUDIO_EVERY: Duration = Duration::from_millis(20);
+    const INTERVALS: [Duration; CELLS_PER_PARTICIPANT] = [AUDIO_EVERY, Duration::from_millis(50), Duration::ZERO, Duration::ZERO];
+
+    /// Participant 0 is here, 1 and 2 on host 4; 2 publishes nothing.
+    fn roster() -> Roster {
+        let members = [(None, true), (Some(4), true), (Some(4), false)].map(|(elsewhere, publishes)| Member {
+            room: 3,
+            publishes_audio: publishes,
+            publishes_video: publishes,
+            elsewhere,
+        });
+        Roster::of_hosts(7, members.into_iter(), INTERVALS)
+    }
+
+    fn frame(origin: u32, track: u8, frame: u32) -> FrameIdentity {
+        FrameIdentity {
+            run: 7,
+            origin,
+            track,
+            frame,
+            ..FrameIdentity::default()
+        }
+    }
+
+    fn count(origin: u32, frames: u32) -> FrameCount {
+        FrameCount {
+            origin,
+            track: AUDIO_TRACK,
+            layer: 0,
+            frames,
+        }
+    }
+
+    #[test]
+    fn a_publisher_elsewhere_is_as_far_as_was_told_or_as_what_came_and_never_back() {
+        let roster = roster();
+        let known = |frames: u32| assert_eq!(roster.frames(1, AUDIO_TRACK, 0), frames);
+        assert!(roster.is_made(&frame(1, AUDIO_TRACK, 0)), "nothing has been told yet");
+        roster.set_received(&frame(1, AUDIO_TRACK, 9));
+        known(10);
+        for (told, then) in [(8, 10), (50, 50), (20, 50), (50, 50)] {
+            roster.set_frames_elsewhere(count(1, told));
+            known(then);
+        }
+        roster.set_received(&frame(1, AUDIO_TRACK, 30));
+        known(50);
+        assert_eq!(roster.published_at(1, AUDIO_TRACK), None);
+        assert_eq!(roster.lacks(1, AUDIO_TRACK, 0, 3), None);
+        assert_eq!(roster.frame_interval(1, AUDIO_TRACK, 0), AUDIO_EVERY);
+    }
+
+    #[test]
+    fn frames_that_nobody_can_have_made_are_none() {
+        let roster = roster();
+        let ahead = (UNHEARD_MAX.as_millis() / AUDIO_EVERY.as_millis()) as u32;
+        for (known, number, made) in [
+            (0, ahead - 1, true),
+            (0, ahead, false),
+            (100, 100 + ahead - 1, true),
+            (100, 100 + ahead, false),
+            (100, u32::MAX, false),
+        ] {
+            roster.set_frames_elsewhere(count(1, known));
+            assert_eq!(roster.is_made(&frame(1, AUDIO_TRACK, number)), made, "{number} after {known}");
+        }
+        assert!(!roster.is_made(&frame(2, AUDIO_TRACK, 0)), "who publishes nothing");
+        let layer_that_is_not = FrameIdentity {
+            layer: 2,
+            ..frame(1, VIDEO_TRACK, 0)
+        };
+        assert!(!roster.is_made(&layer_that_is_not));
+        assert!(!roster.is_made(&frame(0, AUDIO_TRACK, 0)), "whose log is here is not told of");
+    }
+
+    #[test]
+    fn a_host_speaks_for_its_own_publishers_only() {
+        let roster = roster();
+        let own = frame(0, AUDIO_TRACK, 0);
+        roster.set_published(&own, Time::from_millis(1), AUDIO_EVERY);
+        roster.set_frames(&own, 5);
+        roster.set_received(&frame(0, AUDIO_TRACK, 4));
+        roster.set_frames_elsewhere(count(0, 1_000));
+        roster.set_frames_elsewhere(count(99, 1_000));
+        roster.set_frames_elsewhere(count(1, 70));
+        assert_eq!(roster.frames(0, AUDIO_TRACK, 0), 5);
+        assert!(roster.frame_counts().eq([count(0, 5)]), "what others told is not passed on");
+    }
+
+    #[test]
+    fn moments_of_another_host_are_ours_as_far_as_its_clock_is_known() {
+        let roster = roster();
+        let here = |origin| roster.unix_us_here((origin, AUDIO_TRACK), 1_000);
+        assert_eq!((here(0), here(1), here(99)), (Some(1_000), None, None));
+        roster.set_clock(4, Some(-300));
+        assert_eq!((here(0), here(1)), (Some(1_000), Some(700)));
+        roster.set_clock(4, Some(-1_001));
+        assert_eq!(here(1), None, "before 1970");
+        roster.set_clock(4, None);
+        roster.set_clock(5, Some(1));
+        assert_eq!(here(1), None);
+    }
 }

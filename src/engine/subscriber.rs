@@ -433,7 +433,8 @@ impl RecvStream {
                     media.layer_switch.expect(1);
                     media.layer_switch.record(frame.decoded_at.since(switch.asked_at));
                 }
-                let intended = frame.intended_unix_us.and_then(|at| context.epoch.time_of_unix_micros(at));
+                let intended = frame.intended_unix_us.zip(self.origin);
+                let intended = intended.and_then(|(at, origin)| context.epoch.time_of_unix_micros(context.roster.unix_us_here(origin, at)?));
                 if let Some(intended) = intended {
                     let played = video.playout.handle_frame(frame.decoded_at.since(intended), frame.decoded_at);
                     self.frames_late_for_playout += note_playout(media, played);
@@ -460,8 +461,7 @@ impl RecvStream {
         }
         let origin = (identity.origin, identity.track);
         let here = context.roster.room(identity.origin, identity.track) == Some(context.room);
-        let is_made = identity.frame < context.roster.frames(identity.origin, identity.track, identity.layer);
-        if !here || !is_made || *self.origin.get_or_insert(origin) != origin {
+        if !here || !context.roster.is_made(identity) || *self.origin.get_or_insert(origin) != origin {
             context.record.session.frames_misrouted += 1;
             return;
         }
@@ -493,7 +493,11 @@ impl RecvStream {
             last_seq,
         };
         self.place(frame, resumes, origin, at, context.roster);
-        if let Some(intended) = context.epoch.time_of_unix_micros(identity.intended_unix_us) {
+        let Some(intended_unix_us) = context.roster.unix_us_here(origin, identity.intended_unix_us) else {
+            media.frames_untimed += 1;
+            return;
+        };
+        if let Some(intended) = context.epoch.time_of_unix_micros(intended_unix_us) {
             let latency_us = at.micros_since(intended);
             media.one_way_latency.record_micros(latency_us);
             let is_late = latency_us > LATE_AFTER.as_micros() as u64;
@@ -562,7 +566,8 @@ impl RecvStream {
         context.record.video.first_frame.record(at.since(since));
     }
 
-    /// From when a subscriber may expect the track: when it ought to have joined, or when the publisher began, whichever came later.
+    /// From when a subscriber may expect the track: when it ought to have joined, or when the publisher began, whichever came later. When another host's publisher
+    /// began is not known here: before any subscriber was to join, where hosts wait for each other's publishers first.
     fn subscription_start(&self, context: &StreamContext<'_>) -> Time {
         let published = self.origin.and_then(|(origin, track)| context.roster.published_at(origin, track));
         published.map_or(context.intended_at, |at| at.max(context.intended_at))

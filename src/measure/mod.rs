@@ -117,6 +117,8 @@ stats! {
             packets_sent, packets_received, bytes_sent, bytes_received, rtx_sent, rtx_received,
             packets_lost_network, packets_repaired, packets_lost, packets_duplicate, packets_reordered, uplink_packets_lost,
             frames_sent, frames_expected, frames_delivered, frames_late, frames_duplicate,
+            /// Delivered, and nobody can tell how long they took: another host sent them, whose clock is not known here.
+            frames_untimed,
             /// Where those were lost that were expected and not delivered.
             frames_lost_uplink, frames_lost_sfu, frames_lost_downlink, frames_lost_unattributed,
             key_frames_sent, freezes,

@@ -281,8 +281,7 @@ impl<'a> Test<'a> {
         clips: Clips,
     ) -> Result<Test<'a>> {
         let identity = Identity::generate().map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
-        let rooms = plan.participants().map(|participant| participant.room);
-        let roster = Arc::new(Roster::new(plan.run_tag, rooms));
+        let roster = Arc::new(Roster::of(plan));
         let (report_sender, reports) = mpsc::unbounded_channel();
         let (notice_sender, notices) = mpsc::unbounded_channel();
         let (leave, leaving) = watch::channel(false);

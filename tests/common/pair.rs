@@ -91,6 +91,7 @@ pub struct Pair {
     pub outlets: [Outlet; 2],
     pub link: Link,
     pub now: Time,
+    /// Of end 0.
     pub epoch: Epoch,
     pub roster: Arc<Roster>,
     /// STUN and DTLS datagrams so far, and ticks in which ICE looked at its clock.
@@ -112,17 +113,27 @@ impl Pair {
 
     /// The same, where end 0 obeys its bandwidth.
     pub fn connected_where(seed: u64, obeys_bandwidth: bool) -> Pair {
-        let addresses: [SocketAddr; 2] = ["192.0.2.1:1000".parse().unwrap(), "192.0.2.2:2000".parse().unwrap()];
-        let (identity, epoch) = (Identity::generate().unwrap(), Epoch::read());
         let roster = Arc::new(Roster::new(RUN, [0, 0].into_iter()));
-        let config = ShardConfig {
-            identity: identity.clone(),
-            roster: roster.clone(),
-            epoch,
-        };
+        let end = (roster, Epoch::read());
+        Pair::between(seed, obeys_bandwidth, [end.clone(), end])
+    }
+
+    /// The same, where each end has a list and a clock of its own: on two hosts.
+    pub fn between(seed: u64, obeys_bandwidth: bool, ends: [(Arc<Roster>, Epoch); 2]) -> Pair {
+        let addresses: [SocketAddr; 2] = ["192.0.2.1:1000".parse().unwrap(), "192.0.2.2:2000".parse().unwrap()];
+        let identity = Identity::generate().unwrap();
+        let (roster, epoch) = ends[0].clone();
+        let shards = ends.map(|(roster, epoch)| {
+            let config = ShardConfig {
+                identity: identity.clone(),
+                roster,
+                epoch,
+            };
+            Shard::new(config, 2, Time::ZERO)
+        });
         let credentials = [IceCredentials::random(), IceCredentials::random()];
         let mut pair = Pair {
-            shards: [Shard::new(config.clone(), 2, Time::ZERO), Shard::new(config, 2, Time::ZERO)],
+            shards,
             outlets: addresses.map(|address| Outlet::new(vec![address; 2])),
             link: Link::new(Conditions::default(), seed),
             now: Time::ZERO,
