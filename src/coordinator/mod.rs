@@ -1,3 +1,6 @@
 //! Many hosts, one test: a coordinator that gives out the parts, keeps the hosts in step and merges what they measured.
 
+pub mod clock;
+pub mod place;
 pub mod protocol;
+pub mod state;

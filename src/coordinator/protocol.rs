@@ -31,7 +31,9 @@ use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::measure::wire::RecordWire;
-use crate::plan::{AudioSpec, Connection, Layout, PARTICIPANTS_MAX, Pacing, Placement, Plan, Role, ServerUrl, VANTAGES_MAX, VideoSpec, WEIGHT_MAX};
+use crate::plan::{
+    AudioSpec, Connection, Layout, PARTICIPANTS_MAX, Pacing, Placement, Plan, Role, ServerUrl, Shape, VANTAGES_MAX, VideoSpec, WEIGHT_MAX,
+};
 use crate::report::{Judging, Threshold, Verdict};
 use crate::units::Bitrate;
 
@@ -45,7 +47,7 @@ pub const TOKEN_VARIABLE: &str = "COORDINATOR_TOKEN";
 /// As many hosts as one plan is dealt to.
 pub const PROBERS_MAX: usize = VANTAGES_MAX;
 /// A ramp of more tiers than these is no ramp.
-pub const TIERS_MAX: usize = 1_000;
+pub const TIERS_MAX: usize = 100;
 pub const STAGES_MAX: usize = TIERS_MAX + 4;
 /// Tokens in one request.
 pub const TOKENS_MAX: u32 = 1_000;
@@ -403,14 +405,7 @@ impl WirePlan {
     /// Makes `plan` this one. Its target, seed and tag stay: the latter two stand in [`Job`].
     pub fn apply_to(&self, plan: &mut Plan) -> Result<(), Malformed> {
         self.check()?;
-        let shape = &mut plan.shape;
-        shape.room_name.clone_from(&self.room_name);
-        shape.room_count = self.room_count;
-        shape.audio_publishers = self.audio_publishers;
-        shape.video_publishers = self.video_publishers;
-        shape.subscribers = self.subscribers;
-        shape.meeting = self.meeting;
-        shape.identity_prefix.clone_from(&self.identity_prefix);
+        plan.shape = self.shape();
         plan.audio = AudioSpec {
             bitrate: Bitrate::from_bps(self.audio_bps),
             frame: Duration::from_micros(self.audio_frame_us),
@@ -433,6 +428,19 @@ impl WirePlan {
         plan.connection = self.connection()?;
         plan.connection_reason = (plan.connection != Connection::Auto).then(|| "the coordinator says so".to_owned());
         Ok(())
+    }
+
+    /// Who is in a room, over all vantages.
+    pub fn shape(&self) -> Shape {
+        Shape {
+            room_name: self.room_name.clone(),
+            room_count: self.room_count,
+            audio_publishers: self.audio_publishers,
+            video_publishers: self.video_publishers,
+            subscribers: self.subscribers,
+            meeting: self.meeting,
+            identity_prefix: self.identity_prefix.clone(),
+        }
     }
 
     fn layout(&self) -> Result<Option<Layout>, Malformed> {
@@ -750,7 +758,7 @@ impl Message for BeatReply {
 pub enum Order {
     /// Go on with the stage under way; at its end keep what it reached, and wait.
     Wait,
-    /// Begin this stage at this time by the coordinator's clock; at once if that has passed. Repeated until the prober is ready for the next.
+    /// Begin this stage at this time by the coordinator's clock; at once if that has passed. Repeated until the prober says that it is in it.
     Start { stage: u32, at_us: u64 },
     /// End the load now, and report.
     Stop { reason: String },
@@ -968,7 +976,7 @@ pub struct Health {
     pub ok: bool,
     pub version: String,
     pub protocol: u32,
-    /// `gathering`, `running`, `stopping` or `done`.
+    /// `gathering`, `running`, `stopping` or `over`.
     pub phase: String,
     pub registered: u32,
     pub expected: u32,
