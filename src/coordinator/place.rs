@@ -49,6 +49,9 @@ impl Load {
             false => self.plan.room_count,
         };
         let largest = self.tiers.iter().copied().max().unwrap_or(0);
+        if largest > 0 && !placement.vantages.iter().any(|vantage| vantage.role.subscribes()) {
+            return Err("no host subscribes: start one without --role publish".to_owned());
+        }
         let plan = WirePlan {
             room_count: rooms,
             subscribers: self.of_room(&placement, largest),

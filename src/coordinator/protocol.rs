@@ -291,11 +291,7 @@ impl Job {
         few("stages", self.stages.len(), STAGES_MAX)?;
         for stage in &self.stages {
             label("stages.name", &stage.name)?;
-            at_most(
-                "stages.subscribers_per_room",
-                stage.subscribers_per_room.into(),
-                self.part.subscribers.count.into(),
-            )?;
+            at_most("stages.subscribers", stage.subscribers.into(), PARTICIPANTS_MAX)?;
             at_most("stages.warmup_us", stage.warmup_us, WHOLE_MAX)?;
             at_most("stages.hold_us", stage.hold_us, WHOLE_MAX)?;
         }

@@ -89,6 +89,11 @@ pub enum Entry {
     Armed {
         at_us: u64,
     },
+    /// The rooms are there; those that the coordinator made, it deletes.
+    Prepared {
+        at_us: u64,
+        rooms: Vec<String>,
+    },
     Ordered {
         at_us: u64,
         stage: u32,
@@ -174,6 +179,7 @@ pub struct Prober {
     pub id: ProverId,
     pub vantage: String,
     pub register: Register,
+    pub registered_us: u64,
     /// Its index among those who play the plan ([`Job::vantages`]); `None` before everybody is in, and for `voicegw`'s.
     pub player: Option<u32>,
     pub seq: u64,
@@ -220,6 +226,46 @@ impl Prober {
     pub fn offset(&self) -> Option<Offset> {
         self.clock.offset()
     }
+
+    /// All its beats in one.
+    fn said(&self) -> Entry {
+        let frames = self.frames.iter();
+        Entry::Beat {
+            at_us: self.heard_us,
+            prover_id: self.id.clone(),
+            seq: self.seq,
+            tiers: self.tiers.values().cloned().collect(),
+            frames: frames
+                .map(|((origin, track, layer), count)| FrameCount(*origin, *track, *layer, *count))
+                .collect(),
+            starts: self
+                .starts
+                .iter()
+                .map(|(stage, skew_us)| Start {
+                    stage: *stage,
+                    skew_us: *skew_us,
+                })
+                .collect(),
+            invalid: self.invalid.clone(),
+        }
+    }
+
+    fn went(&self) -> Option<Entry> {
+        self.gone.as_ref().map(|gone| Entry::Missing {
+            at_us: gone.at_us,
+            prover_id: self.id.clone(),
+            last_heard_us: gone.last_heard_us,
+            why: gone.why.clone(),
+        })
+    }
+
+    fn reported(&self) -> Option<Entry> {
+        self.report.as_ref().map(|report| Entry::Reported {
+            at_us: self.heard_us,
+            prover_id: self.id.clone(),
+            report: Box::new(report.clone()),
+        })
+    }
 }
 
 /// A run over many hosts.
@@ -230,7 +276,9 @@ pub struct State {
     probers: Vec<Prober>,
     phase: Phase,
     placed: Option<Placed>,
-    underway: Option<Underway>,
+    rooms: Option<Vec<String>>,
+    /// The last one is under way.
+    orders: Vec<Underway>,
     stop_reason: Option<String>,
     /// When everybody was in.
     armed_us: Option<u64>,
@@ -249,7 +297,8 @@ impl State {
             probers: Vec::new(),
             phase: Phase::Gathering,
             placed: None,
-            underway: None,
+            rooms: None,
+            orders: Vec::new(),
             stop_reason: None,
             armed_us: None,
             legacy_start_us: None,
@@ -266,7 +315,7 @@ impl State {
         if self.legacy_start_us.is_some_and(|start_us| start_us > now_us + AHEAD_US_MAX) {
             self.legacy_start_us = Some(now_us + LEGACY_LEAD_US);
         }
-        if let Some(underway) = &mut self.underway
+        if let Some(underway) = self.orders.last_mut()
             && underway.start_us > now_us + AHEAD_US_MAX
         {
             underway.start_us = now_us + LEAD_US;
@@ -292,7 +341,22 @@ impl State {
     }
 
     pub fn underway(&self) -> Option<Underway> {
-        self.underway
+        self.orders.last().copied()
+    }
+
+    /// The stages that have begun, and when.
+    pub fn orders(&self) -> &[Underway] {
+        &self.orders
+    }
+
+    /// Everybody is in, and the rooms are not there yet.
+    pub fn wants_rooms(&self) -> bool {
+        self.setup.rooms_made && self.phase == Phase::Running && self.placed.is_some() && self.rooms.is_none()
+    }
+
+    /// Those that the coordinator made.
+    pub fn rooms(&self) -> &[String] {
+        self.rooms.as_deref().unwrap_or_default()
     }
 
     /// Why the run ends before its time; `None` while it does not.
@@ -616,7 +680,10 @@ impl State {
         if let Some(over) = self.finish(now_us) {
             return Some(over);
         }
-        let stage = self.underway.map_or(0, |underway| underway.stage + 1);
+        if self.wants_rooms() {
+            return None;
+        }
+        let stage = self.underway().map_or(0, |underway| underway.stage + 1);
         let kind = self.stages().get(stage as usize)?.kind;
         let mut players = self.probers.iter().filter(|prober| prober.is_live() && !prober.is_legacy()).peekable();
         players.peek()?;
@@ -649,8 +716,9 @@ impl State {
             } => self.admit(at_us, prover_id, vantage, register),
             Entry::Left { prover_id, .. } => self.probers.retain(|prober| prober.id != prover_id),
             Entry::Armed { at_us } => self.arm(at_us),
+            Entry::Prepared { rooms, .. } => self.rooms = Some(rooms),
             Entry::Ordered { stage, start_us, .. } => {
-                self.underway = Some(Underway { stage, start_us });
+                self.orders.push(Underway { stage, start_us });
                 if self.stages().get(stage as usize).is_some_and(|stage| stage.kind == StageKind::Tier) {
                     self.legacy_start_us.get_or_insert(start_us);
                 }
@@ -711,7 +779,7 @@ impl State {
 
     /// All tiers are over for everybody.
     fn is_leaving(&self) -> bool {
-        let stage = self.underway.and_then(|underway| self.stages().get(underway.stage as usize));
+        let stage = self.underway().and_then(|underway| self.stages().get(underway.stage as usize));
         stage.is_some_and(|stage| stage.kind == StageKind::Leave)
     }
 
@@ -721,6 +789,7 @@ impl State {
             id,
             vantage,
             register,
+            registered_us: at_us,
             player: None,
             seq: 0,
             stage: None,
@@ -748,6 +817,38 @@ impl State {
             true => self.legacy_start_us = Some(at_us + LEGACY_LEAD_US),
             false => self.placed = self.setup.load.place(vantages).ok(),
         }
+    }
+
+    /// Entries that make the same state, as far as it outlives a process: all that counts of those that made it.
+    pub fn entries(&self) -> Vec<Entry> {
+        let registered = self.probers.iter().map(|prober| Entry::Registered {
+            at_us: prober.registered_us,
+            prover_id: prober.id.clone(),
+            vantage: prober.vantage.clone(),
+            register: prober.register.clone(),
+        });
+        let mut entries: Vec<Entry> = registered.collect();
+        entries.extend(self.armed_us.map(|at_us| Entry::Armed { at_us }));
+        entries.extend(self.rooms.iter().map(|rooms| Entry::Prepared {
+            at_us: self.armed_us.unwrap_or(0),
+            rooms: rooms.clone(),
+        }));
+        // What makes a report an early one is that the others went on.
+        entries.extend(self.probers.iter().filter(|prober| prober.left_early).filter_map(Prober::reported));
+        entries.extend(self.orders.iter().map(|order| Entry::Ordered {
+            at_us: order.start_us,
+            stage: order.stage,
+            start_us: order.start_us,
+        }));
+        entries.extend(self.probers.iter().filter(|prober| prober.seq > 0).map(Prober::said));
+        entries.extend(self.probers.iter().filter_map(Prober::went));
+        entries.extend(self.stop_reason.iter().map(|reason| Entry::Stopping {
+            at_us: self.looked_us,
+            reason: reason.clone(),
+        }));
+        entries.extend(self.probers.iter().filter(|prober| !prober.left_early).filter_map(Prober::reported));
+        entries.extend((self.phase == Phase::Over).then_some(Entry::Over { at_us: self.looked_us }));
+        entries
     }
 
     /// What a prober has to do, as far as it is known yet.
@@ -833,7 +934,7 @@ impl State {
                 reason: format!("{}, and the run went on without this prober", gone.why),
             };
         }
-        match (&self.phase, &self.stop_reason, self.underway) {
+        match (&self.phase, &self.stop_reason, self.underway()) {
             (Phase::Stopping | Phase::Over, Some(reason), _) => Order::Stop { reason: reason.clone() },
             (Phase::Running, _, Some(Underway { stage, start_us })) if prober.stage.is_none_or(|reached| reached < stage) => {
                 Order::Start { stage, at_us: start_us }
@@ -852,4 +953,781 @@ fn vantages<'a>(registers: impl Iterator<Item = &'a Register>) -> Vec<Vantage> {
             weight: register.weight,
         })
         .collect()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::LazyLock;
+
+    use super::*;
+    use crate::coordinator::place::tests::load;
+    use crate::coordinator::protocol::{EngineShort, FinalReport, WireVerdict};
+    use crate::measure::Record;
+    use crate::measure::wire::RecordWire;
+    use crate::plan::Role;
+    use crate::report::{Judging, Verdict};
+    use crate::seeded::Seeded;
+
+    const SECOND: u64 = 1_000_000;
+    const START: u64 = 1_700_000_000 * SECOND;
+
+    pub(crate) fn setup(expect: u32) -> Setup {
+        Setup {
+            run_tag: 0xC0FF_EE01,
+            seed: 7,
+            expect,
+            on_missing: OnMissing::Continue,
+            load: load(&[2, 5, 3]),
+            judging: WireJudging::of(&Judging::default()),
+            url: None,
+            tokens: false,
+            rooms_made: false,
+            silence_us: 30 * SECOND,
+            gather_us: 600 * SECOND,
+        }
+    }
+
+    fn prober(vantage: &str) -> Register {
+        Register {
+            vantage: Some(vantage.to_owned()),
+            protocol: Some(protocol::VERSION),
+            version: None,
+            instance: Some(format!("instance of {vantage}")),
+            role: Role::Both,
+            weight: 1,
+            wants_tokens: false,
+        }
+    }
+
+    fn legacy(vantage: &str) -> Register {
+        Register {
+            protocol: None,
+            instance: None,
+            ..prober(vantage)
+        }
+    }
+
+    fn id(number: u64) -> ProverId {
+        ProverId::new(format!("p{number}")).unwrap()
+    }
+
+    /// Of so many joins (up to 99), and as many round trips of so many microseconds.
+    fn record(joins: u64) -> RecordWire {
+        static RECORDS: LazyLock<Vec<RecordWire>> = LazyLock::new(|| {
+            let mut record = Record::default();
+            let one_more = |joins| {
+                record.session.joins_ok = joins;
+                record.session.rtt_rtcp.record_micros(joins);
+                RecordWire::from(&record)
+            };
+            (0..100).map(one_more).collect()
+        });
+        RECORDS[joins as usize].clone()
+    }
+
+    fn tier(stage: u32, joins: u64) -> TierSoFar {
+        TierSoFar {
+            stage,
+            participants: 5,
+            seconds: joins as f64,
+            complete: false,
+            record: record(joins),
+        }
+    }
+
+    fn quiet(seq: u64) -> Beat {
+        Beat {
+            seq,
+            sent_at_us: START,
+            exchange: None,
+            stage: None,
+            ready_for: None,
+            tiers: Vec::new(),
+            live: Live::default(),
+            frames: Vec::new(),
+            starts: Vec::new(),
+            invalid: Vec::new(),
+        }
+    }
+
+    fn report(partial: Option<&str>) -> Report {
+        Report {
+            vantage: None,
+            steps: Vec::new(),
+            baseline: None,
+            throng: Some(FinalReport {
+                verdict: WireVerdict(Verdict::Pass),
+                reasons: Vec::new(),
+                partial: partial.map(str::to_owned),
+                valid: true,
+                invalid: Vec::new(),
+                tiers: Vec::new(),
+                totals: tier(0, 1),
+                engine: EngineShort::default(),
+                notes: Vec::new(),
+                failures: Vec::new(),
+            }),
+        }
+    }
+
+    /// A state that does what is due, as its keeper has it do, and remembers what it was told to remember.
+    struct Kept {
+        state: State,
+        journal: Vec<Entry>,
+        now_us: u64,
+        life: u64,
+    }
+
+    impl Kept {
+        fn new(setup: Setup) -> Kept {
+            Kept {
+                state: State::new(setup, 1, START),
+                journal: Vec::new(),
+                now_us: START,
+                life: 1,
+            }
+        }
+
+        fn remember(&mut self, entry: Entry) {
+            // What is remembered has been a line of text.
+            let entry: Entry = serde_json::from_str(&serde_json::to_string(&entry).unwrap()).unwrap();
+            self.journal.push(entry.clone());
+            self.state.apply(entry);
+        }
+
+        fn settle(&mut self) {
+            self.state.look(self.now_us);
+            while let Some(entry) = self.state.due(self.now_us) {
+                self.remember(entry);
+            }
+        }
+
+        fn wait(&mut self, seconds: u64) {
+            for _ in 0..seconds {
+                self.now_us += SECOND;
+                self.settle();
+            }
+        }
+
+        fn register(&mut self, register: &Register) -> Result<ProverId, Refused> {
+            let fresh = id(self.journal.len() as u64 + 100);
+            let (answer, entries) = self.state.register(self.now_us, register, fresh)?;
+            entries.into_iter().for_each(|entry| self.remember(entry));
+            self.settle();
+            Ok(answer.prover_id)
+        }
+
+        fn beat(&mut self, id: &ProverId, beat: &Beat) -> Result<BeatReply, Refused> {
+            let who = self.state.find(id.as_str())?;
+            if let Some(entry) = self.state.beat(self.now_us, who, beat)? {
+                self.remember(entry);
+            }
+            self.state.hear(self.now_us, who, beat);
+            self.settle();
+            Ok(self.state.reply(who, beat.seq, self.now_us, self.now_us))
+        }
+
+        fn report(&mut self, id: &ProverId, report: &Report) -> Result<(), Refused> {
+            let who = self.state.find(id.as_str())?;
+            if let Some(entry) = self.state.report(self.now_us, who, report)? {
+                self.remember(entry);
+            }
+            self.settle();
+            Ok(())
+        }
+
+        /// Killed, and started again on its journal.
+        fn restart(&mut self) {
+            self.life += 1;
+            let mut state = State::new(self.state.setup.clone(), self.life, self.now_us);
+            self.journal.iter().for_each(|entry| state.apply(entry.clone()));
+            state.resume(self.now_us);
+            self.state = state;
+        }
+
+        fn prober(&self, id: &ProverId) -> &Prober {
+            &self.state.probers[self.state.find(id.as_str()).unwrap()]
+        }
+    }
+
+    /// What a run of two leaves in its journal.
+    pub(crate) fn entries_of_a_run() -> Vec<Entry> {
+        let mut kept = Kept::new(setup(2));
+        let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
+        for seq in 1..20 {
+            for (player, id) in ids.iter().enumerate() {
+                let beat = Beat {
+                    ready_for: Some(0),
+                    tiers: vec![tier(2, seq)],
+                    frames: vec![FrameCount(player as u32, 0, 0, seq)],
+                    ..quiet(seq)
+                };
+                // Who plays the first two publishers is for the deal to say.
+                let _ = kept.beat(id, &beat);
+            }
+        }
+        kept.report(&ids[0], &report(Some("left"))).unwrap();
+        kept.wait(31);
+        kept.report(&ids[1], &report(None)).unwrap();
+        kept.journal
+    }
+
+    #[test]
+    fn nobody_begins_before_all_are_in_and_ready_and_then_all_at_once() {
+        let mut kept = Kept::new(setup(2));
+        let ams = kept.register(&prober("ams")).unwrap();
+        assert!(!kept.state.job(0).ready && kept.state.job(0).throng.is_none());
+        assert!(matches!(kept.beat(&ams, &quiet(1)), Err(Refused::Conflict(_))));
+        let fra = kept.register(&prober("fra")).unwrap();
+        let jobs: Vec<Job> = (0..2).map(|who| kept.state.job(who).throng.unwrap()).collect();
+        assert_eq!((jobs[0].me, jobs[1].me, &jobs[0].vantages), (0, 1, &jobs[1].vantages));
+        assert_eq!(jobs[0].vantages, ["ams", "fra"]);
+        for stage in 0..jobs[0].stages.len() as u32 {
+            let ready = |seq: u64| Beat {
+                stage: stage.checked_sub(1),
+                ready_for: Some(stage),
+                ..quiet(seq)
+            };
+            let seq = u64::from(stage) * 10;
+            assert_eq!(kept.beat(&ams, &ready(seq + 1)).unwrap().order, Order::Wait, "{stage}");
+            kept.wait(5);
+            assert_eq!(kept.beat(&ams, &ready(seq + 2)).unwrap().order, Order::Wait, "{stage}");
+            let begin = kept.beat(&fra, &ready(seq + 1)).unwrap().order;
+            assert_eq!(kept.beat(&ams, &ready(seq + 3)).unwrap().order, begin);
+            let Order::Start { stage: ordered, at_us } = begin else {
+                panic!("{begin:?}")
+            };
+            assert_eq!(ordered, stage);
+            let is_hurried = matches!(jobs[0].stages[stage as usize].kind, StageKind::Stop | StageKind::Leave);
+            assert_eq!(at_us > kept.now_us, !is_hurried, "{stage}");
+        }
+        assert!(!kept.state.all_reported());
+        kept.report(&ams, &report(None)).unwrap();
+        kept.report(&fra, &report(None)).unwrap();
+        assert!(kept.state.all_reported() && *kept.state.phase() == Phase::Over);
+        assert!(kept.state.probers.iter().all(|prober| !prober.left_early && prober.gone.is_none()));
+    }
+
+    #[test]
+    fn a_hold_may_last_for_as_long_as_it_likes() {
+        let mut kept = Kept::new(setup(2));
+        let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
+        for seq in 1..20_000 {
+            ids.iter().for_each(|id| drop(kept.beat(id, &quiet(seq)).unwrap()));
+            kept.wait(1);
+        }
+        assert_eq!(*kept.state.phase(), Phase::Running);
+        assert!(kept.state.probers.iter().all(Prober::is_live));
+    }
+
+    #[test]
+    fn who_falls_silent_is_missing_and_leaves_what_it_sent() {
+        for on_missing in [OnMissing::Continue, OnMissing::Stop] {
+            let mut kept = Kept::new(Setup { on_missing, ..setup(2) });
+            let [ams, fra] = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
+            let measured = Beat {
+                tiers: vec![tier(2, 41)],
+                ..quiet(1)
+            };
+            kept.beat(&fra, &measured).unwrap();
+            let last_heard_us = kept.now_us;
+            let mut order = Order::Wait;
+            for seq in 1..=31 {
+                kept.wait(1);
+                order = kept
+                    .beat(
+                        &ams,
+                        &Beat {
+                            ready_for: Some(0),
+                            ..quiet(seq)
+                        },
+                    )
+                    .unwrap()
+                    .order;
+            }
+            let gone = kept.prober(&fra).gone.clone().unwrap();
+            assert_eq!((gone.last_heard_us, gone.why.as_str()), (last_heard_us, "silent for 30 s"));
+            assert_eq!(kept.prober(&fra).tiers[&2].record, record(41));
+            match on_missing {
+                OnMissing::Continue => assert!(matches!(order, Order::Start { stage: 0, .. }), "{order:?}"),
+                OnMissing::Stop => assert!(
+                    matches!(&order, Order::Stop { reason } if reason.contains("'fra' is missing")),
+                    "{order:?}"
+                ),
+            }
+            // It returns: what it brings is kept, and it is told that it is too late.
+            let late = Beat {
+                tiers: vec![tier(2, 55)],
+                ..quiet(2)
+            };
+            let told = kept.beat(&fra, &late).unwrap().order;
+            assert!(matches!(&told, Order::Stop { .. }), "{told:?}");
+            assert_eq!(kept.prober(&fra).tiers[&2].record, record(55));
+            kept.report(&ams, &report(None)).unwrap();
+            assert_eq!(*kept.state.phase(), Phase::Over);
+        }
+    }
+
+    #[test]
+    fn time_in_which_the_coordinator_did_not_listen_is_no_silence() {
+        let mut kept = Kept::new(setup(2));
+        let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
+        ids.iter().for_each(|id| drop(kept.beat(id, &quiet(1)).unwrap()));
+        // Stopped for ten minutes, and the first thing that it does is to look.
+        kept.now_us += 600 * SECOND;
+        kept.settle();
+        assert!(kept.state.probers.iter().all(Prober::is_live));
+        kept.wait(31);
+        assert!(!kept.state.probers.iter().any(Prober::is_live));
+    }
+
+    #[test]
+    fn a_prober_of_another_version_is_told_both() {
+        let mut kept = Kept::new(setup(2));
+        let mut newer = prober("ams");
+        newer.protocol = Some(protocol::VERSION + 1);
+        let Err(Refused::Conflict(why)) = kept.register(&newer) else { panic!() };
+        assert!(
+            why.contains("version 2 ") && why.contains("version 1:") && why.contains("same throng"),
+            "{why}"
+        );
+        assert!(kept.state.probers.is_empty());
+    }
+
+    #[test]
+    fn a_prober_that_registers_again_is_the_same_one() {
+        let mut kept = Kept::new(setup(2));
+        let ams = kept.register(&prober("ams")).unwrap();
+        assert_eq!(kept.register(&prober("ams")).unwrap(), ams);
+        let mut other = prober("ams");
+        other.instance = Some("another process".to_owned());
+        let Err(Refused::Conflict(why)) = kept.register(&other) else { panic!() };
+        assert!(why.contains("calls itself 'ams'") && why.contains("--vantage"), "{why}");
+        // The first one has died.
+        kept.wait(29);
+        assert!(kept.register(&other).is_err());
+        kept.wait(1);
+        let new = kept.register(&other).unwrap();
+        assert_ne!(new, ams);
+        assert!(matches!(kept.state.find(ams.as_str()), Err(Refused::Unknown(_))));
+        kept.register(&prober("fra")).unwrap();
+        assert_eq!(*kept.state.phase(), Phase::Running);
+        // During the run neither a new one comes in nor one that was started again.
+        for late in [prober("ams"), prober("sin")] {
+            assert!(matches!(kept.register(&late), Err(Refused::Conflict(_))));
+        }
+        assert_eq!(kept.register(&other).unwrap(), new);
+    }
+
+    #[test]
+    fn a_million_registrations_take_no_more_room_than_those_that_are_expected() {
+        let mut kept = Kept::new(setup(3));
+        (0..2).for_each(|number| drop(kept.register(&prober(&format!("v{number}"))).unwrap()));
+        for number in 0..1_000_000 {
+            let mut stranger = prober("v0");
+            stranger.instance = Some(format!("stranger {number}"));
+            assert!(kept.state.register(kept.now_us, &stranger, id(number)).is_err());
+        }
+        assert_eq!((kept.state.probers.len(), kept.journal.len()), (2, 2));
+    }
+
+    #[test]
+    fn the_last_one_in_must_leave_a_run_that_can_be() {
+        let mut kept = Kept::new(setup(2));
+        let viewer = |vantage: &str| Register {
+            role: Role::Subscribe,
+            ..prober(vantage)
+        };
+        kept.register(&viewer("ams")).unwrap();
+        let Err(Refused::Conflict(why)) = kept.register(&viewer("fra")) else {
+            panic!()
+        };
+        assert!(why.contains("no host publishes"), "{why}");
+        kept.register(&prober("fra")).unwrap();
+        assert_eq!(*kept.state.phase(), Phase::Running);
+    }
+
+    #[test]
+    fn nobody_is_waited_for_without_end() {
+        let mut kept = Kept::new(setup(2));
+        kept.wait(500);
+        let ams = kept.register(&prober("ams")).unwrap();
+        for _ in 0..599 {
+            kept.wait(1);
+            let who = kept.state.find(ams.as_str()).unwrap();
+            kept.state.hear_of(kept.now_us, who);
+        }
+        assert_eq!(*kept.state.phase(), Phase::Gathering);
+        kept.wait(1);
+        assert_eq!(*kept.state.phase(), Phase::Over);
+        assert_eq!(kept.state.stop_reason(), Some("1 of 2 probers came, and no other for 600 s"));
+    }
+
+    #[test]
+    fn voicegw_s_probers_get_along() {
+        let mut kept = Kept::new(setup(2));
+        let ids = ["ams", "fra"].map(|vantage| kept.register(&legacy(vantage)).unwrap());
+        assert_eq!(kept.register(&legacy("ams")).unwrap(), ids[0]);
+        let job = kept.state.job(0);
+        assert_eq!((job.ready, job.throng.is_none(), job.ramp.as_slice()), (true, true, &[2, 5, 3][..]));
+        assert_eq!(job.start_at, Some((kept.now_us + 3 * SECOND) as f64 / 1e6));
+        // They say nothing while they work.
+        kept.wait(120);
+        let report = Report {
+            throng: None,
+            ..report(None)
+        };
+        kept.report(&ids[0], &report).unwrap();
+        assert!(kept.prober(&ids[1]).is_live());
+        kept.report(&ids[1], &report).unwrap();
+        assert_eq!(*kept.state.phase(), Phase::Over);
+    }
+
+    #[test]
+    fn a_prober_of_voicegw_that_never_reports_ends_up_missing() {
+        let mut kept = Kept::new(setup(1));
+        let id = kept.register(&legacy("ams")).unwrap();
+        kept.wait(3 + 2 * 15 + 299);
+        assert!(kept.prober(&id).is_live());
+        kept.wait(1);
+        assert!(!kept.prober(&id).is_live() && *kept.state.phase() == Phase::Over);
+    }
+
+    #[test]
+    fn mixed_runs_begin_together_at_the_first_tier() {
+        let mut kept = Kept::new(setup(2));
+        let ours = kept.register(&prober("ams")).unwrap();
+        kept.register(&legacy("fra")).unwrap();
+        assert!(!kept.state.job(1).ready);
+        for stage in 0..=2 {
+            let ready = Beat {
+                ready_for: Some(stage),
+                ..quiet(u64::from(stage) + 1)
+            };
+            let order = kept.beat(&ours, &ready).unwrap().order;
+            let Order::Start { at_us, .. } = order else { panic!("{order:?}") };
+            let tier = stage == 2;
+            assert_eq!(kept.state.job(1).start_at, tier.then_some(at_us as f64 / 1e6));
+        }
+    }
+
+    #[test]
+    fn cancelling_stops_everybody_and_takes_their_reports() {
+        let mut kept = Kept::new(setup(2));
+        let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
+        let entry = kept.state.cancel(kept.now_us, "cancelled").unwrap();
+        kept.remember(entry);
+        assert!(kept.state.cancel(kept.now_us, "again").is_none());
+        for id in &ids {
+            let order = kept.beat(id, &quiet(1)).unwrap().order;
+            assert_eq!(
+                order,
+                Order::Stop {
+                    reason: "cancelled".to_owned()
+                }
+            );
+            kept.report(id, &report(Some("cancelled"))).unwrap();
+        }
+        assert_eq!(*kept.state.phase(), Phase::Over);
+        assert!(kept.state.probers.iter().all(|prober| prober.report.is_some() && !prober.left_early));
+    }
+
+    #[test]
+    fn nonsense_is_refused_and_changes_nothing() {
+        let mut kept = Kept::new(setup(2));
+        let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
+        let owner = kept.state.placed().unwrap().part.owner(0).unwrap();
+        let lines = kept.journal.len();
+        for nonsense in [
+            Beat {
+                tiers: vec![tier(0, 1)],
+                ..quiet(1)
+            },
+            Beat {
+                tiers: vec![tier(99, 1)],
+                ..quiet(1)
+            },
+            Beat {
+                ready_for: Some(7),
+                ..quiet(1)
+            },
+            Beat {
+                starts: vec![Start { stage: 80, skew_us: 0 }],
+                ..quiet(1)
+            },
+            Beat {
+                frames: vec![FrameCount(0, 0, 0, 1)],
+                ..quiet(1)
+            },
+            Beat {
+                frames: vec![FrameCount(u32::MAX, 0, 0, 1)],
+                ..quiet(1)
+            },
+        ] {
+            let refused = kept.beat(&ids[1 - owner], &nonsense);
+            assert!(matches!(refused, Err(Refused::Malformed(_))), "{nonsense:?}");
+        }
+        assert_eq!(kept.journal.len(), lines);
+        assert!(
+            kept.beat(
+                &ids[owner],
+                &Beat {
+                    frames: vec![FrameCount(0, 0, 0, 1)],
+                    ..quiet(1)
+                }
+            )
+            .is_ok()
+        );
+    }
+
+    /// A prober of the simulation: does what it is told, over a network that loses, delays, doubles and reorders.
+    struct Simulated {
+        register: Register,
+        id: Option<ProverId>,
+        seq: u64,
+        /// None: waits for stage `next`.
+        stage: Option<u32>,
+        next: u32,
+        stage_ends_us: u64,
+        begin: Option<(u32, u64)>,
+        measured: BTreeMap<u32, u64>,
+        /// By stage, what the coordinator has said that it took.
+        acknowledged: BTreeMap<u32, u64>,
+        sent: BTreeMap<u64, Vec<(u32, u64)>>,
+        exchange: Option<Exchange>,
+        clock_ahead_us: i64,
+        stopped: bool,
+        reported: bool,
+        died: bool,
+        asleep_until_us: u64,
+        cut_until_us: u64,
+    }
+
+    impl Simulated {
+        fn new(vantage: &str, clock_ahead_us: i64) -> Simulated {
+            Simulated {
+                register: prober(vantage),
+                id: None,
+                seq: 0,
+                stage: None,
+                next: 0,
+                stage_ends_us: 0,
+                begin: None,
+                measured: BTreeMap::new(),
+                acknowledged: BTreeMap::new(),
+                sent: BTreeMap::new(),
+                exchange: None,
+                clock_ahead_us,
+                stopped: false,
+                reported: false,
+                died: false,
+                asleep_until_us: 0,
+                cut_until_us: 0,
+            }
+        }
+
+        fn clock(&self, now_us: u64) -> u64 {
+            now_us.checked_add_signed(self.clock_ahead_us).unwrap()
+        }
+
+        /// Goes on with its stages, and says how it goes.
+        fn beat(&mut self, now_us: u64, stages: usize) -> Beat {
+            if let Some((stage, at_us)) = self.begin.filter(|(stage, at_us)| *stage == self.next && now_us >= *at_us) {
+                (self.stage, self.next, self.begin) = (Some(stage), stage + 1, None);
+                self.stage_ends_us = at_us.max(now_us) + 5 * SECOND;
+            }
+            let is_held = |stage: u32| (1..stages as u32 - 2).contains(&stage);
+            if let Some(stage) = self.stage.filter(|stage| is_held(*stage) && now_us < self.stage_ends_us) {
+                *self.measured.entry(stage).or_default() += 1;
+            }
+            self.seq += 1;
+            let tiers: Vec<(u32, u64)> = self.measured.iter().map(|(stage, count)| (*stage, *count)).collect();
+            let news = tiers
+                .into_iter()
+                .filter(|(stage, count)| self.acknowledged.get(stage) != Some(count))
+                .collect::<Vec<_>>();
+            self.sent.insert(self.seq, news.clone());
+            Beat {
+                sent_at_us: self.clock(now_us),
+                exchange: self.exchange,
+                stage: self.stage,
+                ready_for: (self.next < stages as u32 && now_us >= self.stage_ends_us).then_some(self.next),
+                tiers: news.into_iter().map(|(stage, count)| tier(stage, count)).collect(),
+                ..quiet(self.seq)
+            }
+        }
+
+        fn hear(&mut self, now_us: u64, beat: &Beat, reply: &BeatReply) {
+            for (stage, count) in self.sent.remove(&reply.seq).unwrap_or_default() {
+                let best = self.acknowledged.entry(stage).or_default();
+                *best = count.max(*best);
+            }
+            if beat.seq == self.seq {
+                self.exchange = Some(Exchange {
+                    life: reply.life,
+                    sent_at_us: beat.sent_at_us,
+                    received_at_us: reply.received_at_us,
+                    replied_at_us: reply.replied_at_us,
+                    heard_at_us: self.clock(now_us).max(beat.sent_at_us),
+                });
+            }
+            match &reply.order {
+                Order::Wait => {}
+                Order::Start { stage, at_us } => self.begin = Some((*stage, *at_us)),
+                Order::Stop { .. } => self.stopped = true,
+            }
+        }
+    }
+
+    /// One run with everything that a seed has go wrong. Every acknowledged record is in the state, and the run ends.
+    fn simulate(seed: u64) {
+        let mut chance = Seeded::new(seed);
+        let expect = 1 + chance.below(4) as u32;
+        let on_missing = if chance.chance(70) { OnMissing::Continue } else { OnMissing::Stop };
+        let mut kept = Kept::new(Setup { on_missing, ..setup(expect) });
+        let mut probers: Vec<Simulated> = (0..expect)
+            .map(|number| {
+                Simulated::new(
+                    &format!("v{number}"),
+                    chance.below(7_200 * SECOND).cast_signed() - 3_600 * SECOND.cast_signed(),
+                )
+            })
+            .collect();
+        let (loss, doubling, delay) = (chance.below(40), chance.below(30), chance.below(4) * SECOND);
+        let calamities = chance.below(4);
+        let stages = kept.setup_stages();
+        // What is under way: when it arrives, whose it is, and what it says.
+        let mut under_way: Vec<(u64, usize, Beat)> = Vec::new();
+        let mut ended = false;
+        for step in 0..6_000 {
+            kept.now_us += SECOND / 5;
+            let now_us = kept.now_us;
+            if chance.below(1_000) < calamities {
+                let who = chance.below(u64::from(expect)) as usize;
+                match chance.below(6) {
+                    0 => probers[who].died = true,
+                    1 => probers[who].asleep_until_us = now_us + 10 * SECOND,
+                    2 => probers[who].cut_until_us = now_us + 15 * SECOND,
+                    3 => kept.restart(),
+                    4 => {
+                        // Its clock is set, as that of a host that slept would be.
+                        probers[who].clock_ahead_us -= 3_600 * SECOND.cast_signed();
+                        probers[who].exchange = None;
+                    }
+                    _ => {
+                        // The coordinator's is set while it is down; nothing that is under way survives that.
+                        let back = chance.chance(50);
+                        kept.now_us = if back { now_us - 3_600 * SECOND } else { now_us + 3_600 * SECOND };
+                        kept.restart();
+                        under_way.clear();
+                        for prober in &mut probers {
+                            let moved = kept.now_us.cast_signed() - now_us.cast_signed();
+                            prober.clock_ahead_us -= moved;
+                            prober.exchange = None;
+                            let shift = |at_us: u64| if at_us == 0 { 0 } else { at_us.checked_add_signed(moved).unwrap() };
+                            prober.stage_ends_us = shift(prober.stage_ends_us);
+                            (prober.asleep_until_us, prober.cut_until_us) = (shift(prober.asleep_until_us), shift(prober.cut_until_us));
+                        }
+                    }
+                }
+            }
+            let now_us = kept.now_us;
+            for (who, prober) in probers.iter_mut().enumerate() {
+                if prober.died || now_us < prober.asleep_until_us || prober.reported {
+                    continue;
+                }
+                let reachable = now_us >= prober.cut_until_us;
+                let Some(id) = prober.id.clone() else {
+                    if reachable && step % 5 == 0 && !chance.chance(loss) {
+                        prober.id = kept.register(&prober.register).ok();
+                    }
+                    continue;
+                };
+                if kept.state.find(id.as_str()).is_err() {
+                    prober.id = None;
+                    continue;
+                }
+                if !kept.state.job(kept.state.find(id.as_str()).unwrap()).ready {
+                    let who = kept.state.find(id.as_str()).unwrap();
+                    kept.state.hear_of(now_us, who);
+                    continue;
+                }
+                let over = prober.stopped || prober.next as usize >= stages && now_us >= prober.stage_ends_us;
+                if over && reachable && !chance.chance(loss) {
+                    kept.report(&id, &report(None)).unwrap();
+                    // The answer may be lost: then it comes again.
+                    prober.reported = !chance.chance(loss);
+                    continue;
+                }
+                let beat = prober.beat(now_us, stages);
+                if reachable && !chance.chance(loss) {
+                    under_way.push((now_us + chance.below(delay + 1), who, beat.clone()));
+                    if chance.chance(doubling) {
+                        under_way.push((now_us + chance.below(30 * SECOND), who, beat));
+                    }
+                }
+            }
+            let mut arrived: Vec<(u64, usize, Beat)> = under_way.extract_if(.., |(at_us, ..)| *at_us <= now_us).collect();
+            arrived.sort_by_key(|(at_us, ..)| *at_us);
+            for (_, who, beat) in arrived {
+                let id = probers[who].id.clone().unwrap();
+                let Ok(reply) = kept.beat(&id, &beat) else { continue };
+                let hears = !probers[who].died && now_us >= probers[who].asleep_until_us && now_us >= probers[who].cut_until_us;
+                if hears && !chance.chance(loss) {
+                    probers[who].hear(now_us, &beat, &reply);
+                }
+            }
+            kept.settle();
+            for prober in &probers {
+                let Some(known) = prober.id.as_ref().and_then(|id| kept.state.find(id.as_str()).ok()) else {
+                    continue;
+                };
+                for (stage, count) in &prober.acknowledged {
+                    let in_state = kept.state.probers[known].tiers.get(stage).map_or(0.0, |tier| tier.seconds);
+                    assert!(in_state >= *count as f64, "seed {seed}, step {step}: {stage} {count} {in_state}");
+                }
+                if let Some(offset) = kept.state.probers[known].offset() {
+                    // Set just now: the next exchange tells.
+                    let known_since = prober.exchange.is_none();
+                    let off = offset.offset_us.abs_diff(-prober.clock_ahead_us);
+                    assert!(known_since || off <= offset.uncertainty_us, "seed {seed}, step {step}: {off} {offset:?}");
+                }
+            }
+            if *kept.state.phase() == Phase::Over {
+                ended = true;
+                break;
+            }
+        }
+        let alive = probers.iter().filter(|prober| !prober.died).count();
+        assert!(
+            ended || *kept.state.phase() == Phase::Gathering,
+            "seed {seed} does not end: {alive} of {expect} are alive"
+        );
+        let before = essence(&kept.state);
+        kept.restart();
+        assert!(before == essence(&kept.state), "seed {seed}: the journal does not make the same state");
+    }
+
+    /// All that outlives a process.
+    fn essence(state: &State) -> impl PartialEq + use<> {
+        let of_prober = |prober: &Prober| {
+            let tiers: Vec<(u32, u64)> = prober.tiers.iter().map(|(stage, tier)| (*stage, tier.seconds as u64)).collect();
+            let ends = (prober.gone.clone(), prober.report.is_some(), prober.left_early);
+            (prober.id.clone(), prober.player, tiers, ends)
+        };
+        let probers: Vec<_> = state.probers.iter().map(of_prober).collect();
+        let orders: Vec<u32> = state.orders.iter().map(|order| order.stage).collect();
+        (state.phase.clone(), state.stop_reason.clone(), probers, orders)
+    }
+
+    impl Kept {
+        fn setup_stages(&self) -> usize {
+            self.state.setup.load.tiers.len() + 4
+        }
+    }
+
+    #[test]
+    fn whatever_goes_wrong_every_acknowledged_record_is_kept_and_the_run_ends() {
+        (0..400).for_each(simulate);
+    }
 }

@@ -1,0 +1,177 @@
+//! Who is let in: whoever knows the token, by `Authorization: Bearer ..`, compared in a time that says nothing of it.
+
+use axum::http::{HeaderMap, header};
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use ring::hmac;
+use ring::rand::{SecureRandom, SystemRandom};
+use serde::{Deserialize, Serialize};
+
+use crate::signal::Secret;
+
+/// Of a token that was not made here. Shorter ones can be guessed over the network.
+pub const TOKEN_BYTES_MIN: usize = 16;
+const TOKEN_BYTES_MAX: usize = 256;
+/// Of a token that is made here.
+const TOKEN_RANDOM_BYTES: usize = 24;
+const SALT_BYTES: usize = 16;
+
+/// What recognises a token and does not tell it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seal {
+    salt: String,
+    /// HMAC-SHA-256 of the token, with the salt as its key.
+    tag: String,
+}
+
+impl std::fmt::Debug for Seal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Seal(..)")
+    }
+}
+
+/// Why a request is not let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Denied {
+    NoToken,
+    WrongToken,
+}
+
+impl Denied {
+    pub const fn text(self) -> &'static str {
+        match self {
+            Denied::NoToken => {
+                "this coordinator wants a token: set COORDINATOR_TOKEN or --coordinator-token to the one that it printed (or start it with --no-auth)"
+            }
+            Denied::WrongToken => "the token is not this coordinator's: copy the one that it printed",
+        }
+    }
+}
+
+/// Lets in whoever knows the token, or everybody.
+pub struct Access {
+    key: Option<(hmac::Key, Vec<u8>)>,
+}
+
+impl Access {
+    pub const fn open() -> Access {
+        Access { key: None }
+    }
+
+    /// `None`: a seal that nothing of ours made.
+    pub fn sealed(seal: &Seal) -> Option<Access> {
+        let (salt, tag) = (STANDARD.decode(&seal.salt).ok()?, STANDARD.decode(&seal.tag).ok()?);
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &salt);
+        (salt.len() == SALT_BYTES).then_some(Access { key: Some((key, tag)) })
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.key.is_none()
+    }
+
+    pub fn admits(&self, headers: &HeaderMap) -> Result<(), Denied> {
+        let Some((key, tag)) = &self.key else { return Ok(()) };
+        let given = headers.get(header::AUTHORIZATION).ok_or(Denied::NoToken)?.as_bytes();
+        let (scheme, token) = given.split_at_checked("Bearer ".len()).ok_or(Denied::NoToken)?;
+        if !scheme.eq_ignore_ascii_case(b"Bearer ") {
+            return Err(Denied::NoToken);
+        }
+        hmac::verify(key, token, tag).map_err(|_| Denied::WrongToken)
+    }
+
+    /// Whether this is the token.
+    pub fn knows(&self, token: &Secret) -> bool {
+        let verified = |(key, tag): &(hmac::Key, Vec<u8>)| hmac::verify(key, token.expose().as_bytes(), tag).is_ok();
+        self.key.as_ref().is_some_and(verified)
+    }
+}
+
+/// Seals a token.
+pub fn seal(token: &Secret) -> Seal {
+    let salt: [u8; SALT_BYTES] = random();
+    let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &salt), token.expose().as_bytes());
+    Seal {
+        salt: STANDARD.encode(salt),
+        tag: STANDARD.encode(tag),
+    }
+}
+
+/// A token that nobody can guess.
+pub fn fresh_token() -> Secret {
+    Secret::new(URL_SAFE_NO_PAD.encode(random::<TOKEN_RANDOM_BYTES>()))
+}
+
+/// Why a token will not do; it is not repeated.
+pub fn must_be_usable(token: &str) -> Result<(), String> {
+    let fits = (TOKEN_BYTES_MIN..=TOKEN_BYTES_MAX).contains(&token.len());
+    if fits && token.bytes().all(|b| b.is_ascii_graphic()) {
+        return Ok(());
+    }
+    Err(format!(
+        "a coordinator's token has {TOKEN_BYTES_MIN} to {TOKEN_BYTES_MAX} characters without spaces: leave it out, and one is made"
+    ))
+}
+
+/// For ids and lives: nobody can guess it, and every reader of JSON keeps it exactly.
+pub fn random_number() -> u64 {
+    u64::from_le_bytes(random()) >> 11
+}
+
+/// The kernel's randomness, without which nothing here is worth its name.
+pub fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    SystemRandom::new().fill(&mut bytes).expect("the kernel gives random numbers");
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    fn bearer(text: &str) -> HeaderMap {
+        HeaderMap::from_iter([(header::AUTHORIZATION, HeaderValue::from_str(text).unwrap())])
+    }
+
+    #[test]
+    fn only_the_token_is_let_in() {
+        let token = fresh_token();
+        let access = Access::sealed(&seal(&token)).unwrap();
+        assert_eq!(access.admits(&bearer(&format!("Bearer {}", token.expose()))), Ok(()));
+        assert_eq!(access.admits(&bearer(&format!("bearer {}", token.expose()))), Ok(()));
+        assert!(access.knows(&token) && !access.knows(&fresh_token()));
+        assert_eq!(access.admits(&HeaderMap::new()), Err(Denied::NoToken));
+        for (text, denied) in [
+            (format!("Bearer {}x", token.expose()), Denied::WrongToken),
+            (format!("Bearer {}", &token.expose()[1..]), Denied::WrongToken),
+            ("Bearer ".to_owned(), Denied::WrongToken),
+            (format!("Basic {}", token.expose()), Denied::NoToken),
+            (token.expose().to_owned(), Denied::NoToken),
+            ("B".to_owned(), Denied::NoToken),
+        ] {
+            assert_eq!(access.admits(&bearer(&text)), Err(denied), "{denied:?}");
+        }
+        assert!(Access::open().admits(&HeaderMap::new()).is_ok());
+    }
+
+    #[test]
+    fn a_seal_does_not_tell_its_token_and_no_two_are_alike() {
+        let token = Secret::new("sixteen-letters-and-more");
+        let (one, other) = (seal(&token), seal(&token));
+        assert_ne!(one, other);
+        let json = serde_json::to_string(&one).unwrap();
+        assert!(!json.contains("sixteen") && !format!("{one:?}").contains(&one.salt));
+        let read: Seal = serde_json::from_str(&json).unwrap();
+        assert!(Access::sealed(&read).unwrap().knows(&token));
+    }
+
+    #[test]
+    fn tokens_that_can_be_guessed_are_refused() {
+        assert!(must_be_usable("sixteen-letters-and-more").is_ok() && must_be_usable(fresh_token().expose()).is_ok());
+        for token in ["", "short", "sixteen letters and more", "fünfzehn-und-mehr-zeichen"] {
+            let why = must_be_usable(token).unwrap_err();
+            assert!(token.is_empty() || !why.contains(token), "{why}");
+        }
+    }
+}
