@@ -104,6 +104,16 @@ impl Epoch {
         }
     }
 
+    /// The same clock, counted from now on: moments of both are the same in microseconds since 1970, whatever has become of the wall clock meanwhile.
+    #[must_use]
+    pub fn restarted(&self) -> Epoch {
+        let instant = Instant::now();
+        Epoch {
+            instant,
+            unix: self.unix + instant.saturating_duration_since(self.instant),
+        }
+    }
+
     /// A simulation's: its clock starts at `unix` (since 1970), whatever the host's clocks say, so that all that is derived from it is the same every time.
     pub fn simulated(unix: Duration) -> Epoch {
         Epoch {

@@ -51,7 +51,7 @@ use crate::report::worst::is_healthy;
 use crate::report::{EngineHealth, Judging, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo, TargetKind, Unmeasured};
 use crate::sfu;
 use crate::signal::session::{Ended, Media, Notice, Phase, Place, Request, SessionContext, TakingTurns};
-use crate::signal::{ApiKey, Endpoint, probe};
+use crate::signal::{Access, ApiKey, Endpoint, Permissions, probe};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
 
@@ -93,28 +93,55 @@ pub async fn run_led(run: &cli::Run, resources: &Resources, clips: Clips, lead: 
         .context("no API key and secret: give --api-key and --api-secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET")?;
     let api_key = ApiKey::new(&credentials.api_key, &credentials.api_secret);
     let endpoint = Endpoint::from(run.plan.target.url.clone()).resolve().await?;
-    let mut plan = run.plan.clone();
-    let rooms = Rooms::create(&plan, &endpoint, &api_key, &mut interrupts).await?;
-    distrust_old_servers(&mut plan, &endpoint, &api_key).await;
-    let mut outcome = match Test::start(&plan, run, lead.epoch(), resources, endpoint, api_key, clips) {
-        Ok(mut test) => {
-            test.notes.clone_from(&rooms.notes);
-            test.go(&mut Around {
-                lead,
-                interrupts: &mut interrupts,
-                progress,
-            })
-            .await;
-            test.finish(run)
-        }
-        Err(error) => {
-            rooms.delete(&plan).await;
-            return Err(error);
-        }
+    let rooms = Rooms::create(&run.plan, &endpoint, &api_key, &mut interrupts).await?;
+    let mut around = Around {
+        lead,
+        interrupts: &mut interrupts,
+        progress,
     };
-    outcome.notes.extend(rooms.delete(&plan).await);
-    outcome.finished = unix_now();
-    Ok(outcome)
+    let outcome = test(run, resources, clips, (endpoint, api_key.into()), &mut around).await;
+    let left_behind = rooms.delete(&run.plan).await;
+    outcome.map(|mut outcome| {
+        outcome.notes = [rooms.notes, outcome.notes, left_behind].concat();
+        outcome.finished = unix_now();
+        outcome
+    })
+}
+
+/// As [`run_led`], in rooms that others make and delete.
+///
+/// # Errors
+/// As [`run_led`].
+pub async fn run_as_guest(
+    run: &cli::Run,
+    access: Access,
+    resources: &Resources,
+    clips: Clips,
+    lead: &mut impl Lead,
+    progress: impl FnMut(&Snapshot),
+) -> Result<Outcome> {
+    let mut interrupts = Interrupts::listen();
+    let endpoint = Endpoint::from(run.plan.target.url.clone()).resolve().await?;
+    let mut around = Around {
+        lead,
+        interrupts: &mut interrupts,
+        progress,
+    };
+    test(run, resources, clips, (endpoint, access), &mut around).await
+}
+
+async fn test<L: Lead, P: FnMut(&Snapshot)>(
+    run: &cli::Run,
+    resources: &Resources,
+    clips: Clips,
+    (endpoint, access): (Endpoint, Access),
+    around: &mut Around<'_, L, P>,
+) -> Result<Outcome> {
+    let mut plan = run.plan.clone();
+    distrust_old_servers(&mut plan, &endpoint, &access).await;
+    let mut test = Test::start(&plan, run, around.lead.epoch(), resources, (endpoint, access), clips)?;
+    test.go(around).await;
+    Ok(test.finish(run))
 }
 
 /// Settles [`Connection::Auto`] by what the server has. Asked once, so that all participants do the same.
@@ -131,11 +158,20 @@ pub async fn settle_connection(plan: &mut Plan) {
 }
 
 /// Only a join tells a server's version. A single connection that nobody asked for is given up where the server is too old for it.
-async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, api_key: &ApiKey) {
+async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, access: &Access) {
     if plan.connection != Connection::Single || plan.connection_reason.is_none() || plan.target.is_embedded() {
         return;
     }
-    let version = probe::server_version(endpoint, api_key, &plan.room_name(0), &plan.identity("probe")).await;
+    let first = plan.participant(0);
+    let room = plan.room_name(first.room);
+    let token = match access.key() {
+        // Hosts that share a room throw each other out under one identity.
+        Some(key) => probe::visitor_token(key, &room, &plan.identity(&format!("probe-{}", first.index))),
+        // Whoever it is for joins in earnest later.
+        None => access.join_token(&first, &room, Permissions::SUBSCRIBER).await.ok(),
+    };
+    let Some(token) = token else { return };
+    let version = probe::server_version(endpoint, &token).await;
     if let Some(version) = version.filter(|version| probe::is_unsolid(version)) {
         plan.settle_connection(
             Connection::Dual,
@@ -276,8 +312,7 @@ impl<'a> Test<'a> {
         run: &'a cli::Run,
         epoch: Epoch,
         resources: &Resources,
-        endpoint: Endpoint,
-        api_key: ApiKey,
+        (endpoint, access): (Endpoint, Access),
         clips: Clips,
     ) -> Result<Test<'a>> {
         let identity = Identity::generate().map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
@@ -295,7 +330,7 @@ impl<'a> Test<'a> {
         let workers = start_workers(&parts, &shard, &report_sender)?;
         let context = SessionContext {
             endpoint,
-            api_key,
+            access,
             epoch,
             roster: roster.clone(),
             fingerprint: identity.fingerprint(),

@@ -2,6 +2,7 @@
 //!
 //! Runs on tokio, beside the media threads. Nothing in here touches a media packet; clocks are read here, for the phases of a join.
 
+pub mod access;
 pub mod client;
 pub mod probe;
 pub mod rooms;
@@ -15,8 +16,10 @@ use std::sync::{Arc, OnceLock};
 
 use crate::plan::ServerUrl;
 
+pub use access::{Access, TokenIssuer, TokenRequest};
 pub use client::{ConnectTimes, Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect};
 pub use rooms::{RoomError, RoomService};
+pub(crate) use rooms::{causes, http_client};
 pub use token::{ApiKey, Permissions, Secret};
 
 /// Where a LiveKit server listens, and its addresses once they are looked up.

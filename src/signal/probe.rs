@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::client::{Connection, Dialled, Event, JoinOptions, SignalError};
 use super::rooms::http_client;
 use super::token::Permissions;
-use super::{ApiKey, Endpoint};
+use super::{ApiKey, Endpoint, Secret};
 
 /// An answer that takes longer is none.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,15 +26,19 @@ pub async fn has_single_connection(endpoint: &Endpoint) -> Option<bool> {
     }
 }
 
-/// The server's version, from a join to `room` that nobody there sees and that is left at once; `None` where it does not tell.
-pub async fn server_version(endpoint: &Endpoint, api_key: &ApiKey, room: &str, identity: &str) -> Option<String> {
+/// A token to join `room` for as long as [`server_version`] takes, which nobody there sees.
+pub fn visitor_token(api_key: &ApiKey, room: &str, identity: &str) -> Option<Secret> {
     let permissions = Permissions {
         publish: false,
         subscribe: false,
         publish_data: false,
         hidden: true,
     };
-    let token = api_key.join_token(room, identity, identity, permissions, TOKEN_LIFETIME).ok()?;
+    api_key.join_token(room, identity, identity, permissions, TOKEN_LIFETIME).ok()
+}
+
+/// The server's version, from a join with this token that is left at once; `None` where it does not tell.
+pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<String> {
     let options = JoinOptions {
         auto_subscribe: false,
         connection: Connection::SINGLE,
@@ -42,7 +46,7 @@ pub async fn server_version(endpoint: &Endpoint, api_key: &ApiKey, room: &str, i
         ..JoinOptions::default()
     };
     let asking = async {
-        let (mut sender, mut receiver, _) = Dialled::dial(endpoint).await?.join(&token, &options).await?;
+        let (mut sender, mut receiver, _) = Dialled::dial(endpoint).await?.join(token, &options).await?;
         let version = match receiver.next().await? {
             Event::Join(join) => Some(join.server_version).filter(|version| !version.is_empty()),
             _ => None,

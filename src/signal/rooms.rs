@@ -173,7 +173,8 @@ impl RoomService {
     }
 }
 
-pub(super) fn http_client(timeout: Duration) -> reqwest::Client {
+/// Of HTTP: our TLS, no redirects, and every request done within `timeout`.
+pub(crate) fn http_client(timeout: Duration) -> reqwest::Client {
     reqwest::Client::builder()
         .tls_backend_preconfigured((*tls_config()).clone())
         .timeout(timeout)
@@ -183,7 +184,7 @@ pub(super) fn http_client(timeout: Duration) -> reqwest::Client {
 }
 
 /// The chain of causes below `error`. An `io::Error` hides the error that it wraps from `source`, so that one is looked into.
-fn causes<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+pub(crate) fn causes<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
     std::iter::successors(error.source(), |cause| {
         match cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
             Some(inner) => Some(inner),

@@ -23,8 +23,9 @@ use livekit_protocol::{self as proto, signal_request::Message as SignalRequest};
 use tokio::sync::{mpsc, watch};
 
 use super::Endpoint;
+use super::access::Access;
 use super::client::{Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, SignalError, SignalReceiver, SignalSender, Trickle};
-use super::token::{ApiKey, Permissions};
+use super::token::Permissions;
 use crate::engine::{Command, Event as EngineEvent, NewPeer, Roster, StreamParameters, track_number};
 use crate::measure::{Kind, Timeline};
 use crate::plan::{Layout, ParticipantPlan, VideoSpec};
@@ -43,8 +44,6 @@ use viewer::Viewer;
 
 /// A join that takes longer than this has failed: LiveKit itself gives a primary connection 60 s, a person far less.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
-/// Tokens outlive any run.
-const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Until the server names its own interval.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// A server that says nothing for so long is gone, until it names its own limit.
@@ -66,7 +65,7 @@ const FIRST_FRAME_DELAY: Duration = Duration::from_millis(2);
 /// What all participants of a run share.
 pub struct SessionContext {
     pub endpoint: Endpoint,
-    pub api_key: ApiKey,
+    pub access: Access,
     pub epoch: Epoch,
     pub roster: Arc<Roster>,
     pub fingerprint: Fingerprint,
@@ -474,12 +473,6 @@ impl Session {
             publish_data: false,
             hidden: false,
         };
-        let identity = &self.plan.identity;
-        let token = self
-            .context
-            .api_key
-            .join_token(&self.room, identity, identity, permissions, TOKEN_LIFETIME)
-            .map_err(|error| Failure::lasting(error.to_string()))?;
         let timeout = if resume { RESUME_TIMEOUT } else { JOIN_TIMEOUT };
         let mut options = JoinOptions {
             auto_subscribe: self.plan.subscribes,
@@ -489,6 +482,7 @@ impl Session {
         };
         let context = self.context.clone();
         let opening = async {
+            let token = context.access.join_token(&self.plan, &self.room, permissions).await?;
             let dialled = Dialled::dial(&context.endpoint).await?;
             if !resume {
                 self.local_ip = Some(dialled.local_ip);

@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use livekit_token::{AccessToken, VideoGrants};
 
+/// Of a token to join: outlives any run.
+pub const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
 /// Longest lifetime of a token for the room service: each request carries a new one.
 const SERVICE_TOKEN_LIFETIME: Duration = Duration::from_secs(600);
 

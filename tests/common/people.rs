@@ -67,7 +67,7 @@ impl People {
         let layers = layers();
         let context = Arc::new(SessionContext {
             endpoint: server.endpoint(),
-            api_key: server.api_key(),
+            access: server.api_key().into(),
             epoch,
             roster: roster.clone(),
             fingerprint: identity.fingerprint(),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use livekit_protocol::leave_request::Action;
 
 use crate::seeded::scatter;
+use crate::signal::access::NoToken;
 use crate::signal::client::{Leave, SignalError};
 
 /// Between attempts: this times the square of their number, as `livekit-client` waits, ..
@@ -53,6 +54,15 @@ impl From<&Leave> for Failure {
         };
         let reason = leave.reason.as_str_name().to_lowercase();
         Failure::of(format!("the server ended the session: {reason}"), cure)
+    }
+}
+
+impl From<NoToken> for Failure {
+    fn from(error: NoToken) -> Failure {
+        match error {
+            NoToken::Unsigned(_) => Failure::lasting(error.to_string()),
+            NoToken::NotIssued(_) => Failure::lost(error.to_string()),
+        }
     }
 }
 

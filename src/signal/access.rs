@@ -1,0 +1,109 @@
+//! How participants come by their room tokens: signed here with an API key, or by somebody elsewhere who has one.
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::token::{ApiKey, Permissions, Secret, TOKEN_LIFETIME};
+use crate::plan::ParticipantPlan;
+
+/// What lets the participants of a run in.
+#[derive(Clone)]
+pub enum Access {
+    Key(ApiKey),
+    Issued(TokenIssuer),
+}
+
+/// Somebody elsewhere who makes tokens, one for each time that a participant joins or comes back: they are short-lived.
+#[derive(Clone)]
+pub struct TokenIssuer(mpsc::UnboundedSender<TokenRequest>);
+
+/// A participant wants in.
+#[derive(Debug)]
+pub struct TokenRequest {
+    /// [`ParticipantPlan::position`].
+    pub position: u32,
+    /// Why there is none, for people.
+    pub answer: oneshot::Sender<Result<Secret, String>>,
+}
+
+/// Why there is no token.
+#[derive(Debug, thiserror::Error)]
+pub enum NoToken {
+    /// It would be the same again.
+    #[error("{0}")]
+    Unsigned(#[from] super::token::TokenError),
+    #[error("no room token: {0}")]
+    NotIssued(String),
+}
+
+impl TokenIssuer {
+    /// Whoever holds the other end answers requests, in any order.
+    pub fn new() -> (TokenIssuer, mpsc::UnboundedReceiver<TokenRequest>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        (TokenIssuer(sender), receiver)
+    }
+
+    async fn token(&self, position: u32) -> Result<Secret, String> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || "whoever issues them is gone".to_owned();
+        self.0.send(TokenRequest { position, answer }).map_err(|_| gone())?;
+        answered.await.unwrap_or_else(|_| Err(gone()))
+    }
+}
+
+impl Access {
+    /// A token with which `participant` joins `room`. Whoever issues it elsewhere gives it the permissions that the plan asks for.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn join_token(&self, participant: &ParticipantPlan, room: &str, permissions: Permissions) -> Result<Secret, NoToken> {
+        let identity = &participant.identity;
+        match self {
+            Access::Key(key) => Ok(key.join_token(room, identity, identity, permissions, TOKEN_LIFETIME)?),
+            Access::Issued(issuer) => issuer.token(participant.position).await.map_err(NoToken::NotIssued),
+        }
+    }
+
+    pub fn key(&self) -> Option<&ApiKey> {
+        match self {
+            Access::Key(key) => Some(key),
+            Access::Issued(_) => None,
+        }
+    }
+}
+
+impl From<ApiKey> for Access {
+    fn from(key: ApiKey) -> Access {
+        Access::Key(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::plan;
+
+    #[tokio::test]
+    async fn tokens_come_from_whoever_issues_them_or_not_at_all() {
+        let (issuer, mut requests) = TokenIssuer::new();
+        let access = Access::Issued(issuer);
+        let participant = plan().participant(5);
+        let ask = || access.join_token(&participant, "hall", Permissions::SUBSCRIBER);
+        let issue = async {
+            for answer in [Ok(Secret::new("ey")), Err("the coordinator has no key".to_owned())] {
+                let request = requests.recv().await.unwrap();
+                assert_eq!(request.position, 5);
+                request.answer.send(answer).unwrap();
+            }
+            drop(requests.recv().await);
+            drop(requests);
+        };
+        let asking = async {
+            assert_eq!(ask().await.unwrap().expose(), "ey");
+            assert_eq!(ask().await.unwrap_err().to_string(), "no room token: the coordinator has no key");
+            for _ in 0..2 {
+                assert!(ask().await.unwrap_err().to_string().contains("is gone"));
+            }
+        };
+        tokio::join!(issue, asking);
+    }
+}
