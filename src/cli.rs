@@ -3,6 +3,8 @@
 //! Nothing is clamped or guessed: what makes no sense is refused, with what to write instead. Values that may hold secrets (`--url`, `--api-secret`)
 //! are never given to the parser to check, because its messages repeat what they refuse.
 
+mod hosts;
+
 use std::ffi::OsString;
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -14,14 +16,17 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::plan::{AudioSpec, Connection, Layout, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape, Target, VideoSpec};
+use crate::prober;
 use crate::report::{Destinations, Judging, Threshold};
 use crate::sfu::SendMode;
 use crate::units::Bitrate;
+use hosts::HostsArgs;
 
 /// What the user asked for.
 #[derive(Debug)]
 pub enum Command {
     Run(Box<Run>),
+    Probe(Box<Probe>),
     Sfu(Box<Sfu>),
     Calibrate(Calibrate),
     /// Help or version: for standard output, exit code 0.
@@ -47,6 +52,16 @@ pub struct Run {
     pub no_live: bool,
     /// What the user should know about what was asked.
     pub warnings: Vec<String>,
+}
+
+/// One host of a run that a coordinator leads.
+#[derive(Debug)]
+pub struct Probe {
+    pub config: prober::Config,
+    /// What this host was given itself. The coordinator says what is played; the embedded SFU stands for no server.
+    pub run: Run,
+    /// Flags say who publishes what, for a coordinator that leaves that to its probers.
+    pub shape_given: bool,
 }
 
 /// The embedded SFU alone, for real clients and for other processes of ours.
@@ -141,14 +156,14 @@ pub fn parse_with(
         Err(error) => return Err(UsageError(error.to_string().trim_end().to_owned())),
     };
     let command = match cli.command {
-        Some(Sub::Run(args)) => (*args).into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run))),
+        Some(Sub::Run(args)) => args.into_command(env, cpus, fresh),
         Some(Sub::Calibrate(args)) => Ok(Command::Calibrate(Calibrate {
             threads: args.threads.map(usize::from),
             json: args.json,
             quiet: args.quiet,
         })),
         Some(Sub::Sfu(args)) => args.into_sfu(fresh).map(|sfu| Command::Sfu(Box::new(sfu))),
-        None => cli.run.into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run))),
+        None => cli.run.into_command(env, cpus, fresh),
     };
     command.map_err(|why| UsageError::new(&why))
 }
@@ -232,6 +247,8 @@ struct RunArgs {
     judging: JudgingArgs,
     #[command(flatten)]
     output: OutputArgs,
+    #[command(flatten)]
+    hosts: HostsArgs,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -444,16 +461,36 @@ enum Resolution {
 }
 
 impl RunArgs {
+    fn into_command(self, env: &dyn Fn(&str) -> Option<String>, cpus: usize, fresh: u64) -> Result<Command, String> {
+        if let Some(coordinator) = self.hosts.coordinator(env) {
+            return self
+                .into_probe(coordinator, env, cpus, fresh)
+                .map(|probe| Command::Probe(Box::new(probe)));
+        }
+        self.hosts.must_have_a_coordinator()?;
+        self.into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run)))
+    }
+
     fn into_run(self, env: &dyn Fn(&str) -> Option<String>, cpus: usize, fresh: u64) -> Result<Run, String> {
         let target = self.target.resolve(env)?;
-        let most = self.pace.most_subscribers();
-        self.must_agree()?;
-        if most.is_none() {
+        if self.pace.most_subscribers().is_none() {
             self.shape.must_be_asked_for(&target)?;
         }
-        let warnings = self.warnings();
+        let is_dry = self.engine.dry_run;
         let credentials = self.target.credentials(env).map(Some);
         let credentials = if target.is_embedded() { Ok(None) } else { credentials };
+        let run = self.into_run_against(target, cpus, fresh)?;
+        Ok(Run {
+            credentials: if is_dry { credentials.ok().flatten() } else { credentials? },
+            ..run
+        })
+    }
+
+    /// Without credentials.
+    fn into_run_against(self, target: Target, cpus: usize, fresh: u64) -> Result<Run, String> {
+        let most = self.pace.most_subscribers();
+        self.must_agree()?;
+        let warnings = self.warnings();
         let is_tour = target.is_embedded() && !self.shape.is_given() && most.is_none();
         let shape = self.shape.resolve(if is_tour { tour_shape(cpus) } else { DEFAULT_SHAPE }, most)?;
         self.output.must_have_subscribers(&shape)?;
@@ -488,7 +525,7 @@ impl RunArgs {
         };
         Ok(Run {
             plan,
-            credentials: if self.engine.dry_run { credentials.ok().flatten() } else { credentials? },
+            credentials: None,
             judging: Judging {
                 max_loss_pct: self.judging.max_loss,
                 target_rtt: self.judging.target_rtt_ms,
@@ -598,16 +635,24 @@ impl SfuArgs {
 
 impl TargetArgs {
     fn resolve(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Target, String> {
+        match self.server(env)? {
+            Some(target) => Ok(target),
+            None => self.embedded(),
+        }
+    }
+
+    /// The server that is named, if one is.
+    fn server(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Target>, String> {
         let given = self.url.clone().map(|url| (url, Origin::Flag, "--url"));
         let given = given.or_else(|| set(env, "LIVEKIT_URL").map(|url| (url, Origin::Environment, "LIVEKIT_URL")));
-        let Some((url, origin, name)) = given else { return self.embedded() };
+        let Some((url, origin, name)) = given else { return Ok(None) };
         if self.sfu_send.is_some() {
             return Err(format!(
                 "--sfu-send is for the embedded SFU, but {name} names another server: leave one of them out"
             ));
         }
         let url: ServerUrl = url.trim().parse().map_err(|why| format!("{name} {why}"))?;
-        Ok(Target { url, origin })
+        Ok(Some(Target { url, origin }))
     }
 
     fn embedded(&self) -> Result<Target, String> {

@@ -10,6 +10,7 @@ pub mod media;
 pub mod net;
 pub mod plan;
 pub mod preflight;
+pub mod prober;
 pub mod recording;
 pub mod report;
 pub mod run;

@@ -11,8 +11,9 @@ use throng::calibrate::{self, Calibration};
 use throng::cli::{self, Command, UsageError};
 use throng::plan::{Plan, Resources};
 use throng::preflight::{self, Findings, Host};
+use throng::prober::Prober;
 use throng::recording;
-use throng::report::progress::Progress;
+use throng::report::progress::{Progress, Snapshot};
 use throng::report::text::{self, Style};
 use throng::report::{self, Outcome, Sinks, Verdict, emit, judge};
 use throng::run::{self, Clips, Embedded, Interrupts};
@@ -38,6 +39,7 @@ fn throng() -> Result<u8> {
     match cli::parse(std::env::args_os(), &|name| std::env::var(name).ok(), host.usable_cpus())? {
         Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
         Command::Run(run) => load_test(*run, &host),
+        Command::Probe(probe) => take_part(*probe, &host),
         Command::Sfu(sfu) => serve(&sfu, &host),
         Command::Calibrate(calibrate) => measure_host(&calibrate, &host),
     }
@@ -173,18 +175,65 @@ fn dry_run(run: &cli::Run, resources: &Resources, findings: &Findings) -> Result
 }
 
 fn measure(run: &cli::Run, resources: &Resources, clips: Clips) -> Result<Outcome> {
+    watched(run, resources, async |progress| run::run(run, resources, clips, progress).await)
+}
+
+/// On the runtime that the run's signalling lives on, with its progress shown.
+fn watched(run: &cli::Run, resources: &Resources, work: impl AsyncFnOnce(&mut dyn FnMut(&Snapshot)) -> Result<Outcome>) -> Result<Outcome> {
     let mut progress = Progress::new(stderr().is_terminal() && !run.no_live);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(resources.signalling_threads())
         .enable_all()
         .build()?;
-    let outcome = runtime.block_on(run::run(run, resources, clips, |snapshot| {
+    let outcome = runtime.block_on(work(&mut |snapshot| {
         if !run.quiet {
             let _ = progress.update(snapshot, &mut stderr());
         }
     }));
     let _ = progress.finish(&mut stderr());
     outcome
+}
+
+/// One host of a run that a coordinator leads.
+fn take_part(probe: cli::Probe, host: &Host) -> Result<u8> {
+    let cli::Probe {
+        config,
+        run: own,
+        shape_given,
+    } = probe;
+    let sinks = Sinks::open(&own.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
+    let prober = Prober::enlist(config, own.credentials.as_ref(), |line| {
+        if !own.quiet {
+            say(&line);
+        }
+    })?;
+    let played = prober
+        .run(own, shape_given)
+        .and_then(|mut run| play(&prober, &mut run, host).map(|outcome| (run, outcome)));
+    // First to the coordinator: others wait there, and nothing that goes wrong here is to keep them.
+    let told = prober.report(played.as_ref().map(|(_, outcome)| outcome));
+    let written = played.and_then(|(run, outcome)| write_report(&run, &outcome, sinks));
+    say(&told);
+    written
+}
+
+fn play(prober: &Prober, run: &mut cli::Run, host: &Host) -> Result<Outcome> {
+    let mut resources = preflight::resources(&run.plan, host, run.threads);
+    if run.destinations.record.is_some() {
+        resources.files += recording::files(&run.plan);
+    }
+    let findings = preflight::check(&run.plan, host, &resources);
+    none_of(&findings.refusals)?;
+    let clips = generate(run, &resources)?;
+    settle_connection(&mut run.plan)?;
+    if !run.quiet {
+        say(&prober.describe());
+        say(&text::first_line(&run.plan).trim_end());
+    }
+    findings.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
+    let mut outcome = watched(run, &resources, async |progress| prober.measure(run, &resources, clips, progress).await)?;
+    outcome.nearness = last_calibration(host).and_then(|calibration| calibration.nearness(&outcome));
+    Ok(outcome)
 }
 
 /// Everything is written, whatever fails on the way; then the first failure is told.

@@ -110,7 +110,7 @@ impl fmt::Display for Target {
         match self.origin {
             Origin::Embedded(_) if self.url.port() == 0 => f.write_str("embedded SFU"),
             Origin::Embedded(_) => write!(f, "embedded SFU at {}", self.url),
-            Origin::Flag | Origin::Environment => write!(f, "{}", self.url),
+            Origin::Flag | Origin::Environment | Origin::Coordinator => write!(f, "{}", self.url),
         }
     }
 }
@@ -120,6 +120,8 @@ impl fmt::Display for Target {
 pub enum Origin {
     Flag,
     Environment,
+    /// Of the run that this host takes part in.
+    Coordinator,
     /// No server was named.
     Embedded(SendMode),
 }
@@ -129,6 +131,7 @@ impl fmt::Display for Origin {
         f.write_str(match self {
             Origin::Flag => "from --url",
             Origin::Environment => "from LIVEKIT_URL",
+            Origin::Coordinator => "from the coordinator",
             Origin::Embedded(SendMode::Plain) => "no --url, no LIVEKIT_URL",
             Origin::Embedded(SendMode::Gso) => "no --url, no LIVEKIT_URL; segmented sends",
         })

@@ -214,7 +214,15 @@ fn shape_line(plan: &Plan) -> String {
         format!("{} x ({})", count(rooms, "room"), people(plan))
     };
     let most = if plan.has_tiers() { "at most " } else { "" };
-    format!("{people} = {most}{}", count(total, "participant"))
+    match &plan.part {
+        // Of rooms that it shares with other hosts.
+        Some(part) => format!(
+            "{} of {people} on {}",
+            number(total),
+            count(part.placement().vantages.len() as u64, "host")
+        ),
+        None => format!("{people} = {most}{}", count(total, "participant")),
+    }
 }
 
 fn pace_line(plan: &Plan) -> String {

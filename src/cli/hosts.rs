@@ -1,0 +1,130 @@
+//! Flags of a run that several hosts share.
+
+use clap::Args;
+
+use super::{Probe, RunArgs, name_must_be_usable, set};
+use crate::coordinator::protocol::{TOKEN_VARIABLE, URL_VARIABLE};
+use crate::plan::{Role, ServerUrl, Target, WEIGHT_MAX};
+use crate::prober;
+use crate::sfu::SendMode;
+use crate::signal::Secret;
+
+/// Where a prober's label comes from if no flag gives one: as `voicegw` has it, then as Fly does.
+const VANTAGE_VARIABLES: [&str; 2] = ["VOICEGW_REGION", "FLY_REGION"];
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Many hosts")]
+pub(super) struct HostsArgs {
+    /// Take part in the run of the coordinator at this address [env: COORDINATOR_URL]
+    #[arg(long, value_name = "URL")]
+    pub(super) report_to: Option<String>,
+    /// What the result calls this host [default: VOICEGW_REGION, FLY_REGION or the host's name]
+    #[arg(long, value_name = "LABEL")]
+    pub(super) vantage: Option<String>,
+    /// Whom this host plays: publish, subscribe or both [default: both]
+    #[arg(long, value_name = "ROLE", value_parser = role)]
+    pub(super) role: Option<Role>,
+    /// This host counts as so many of weight 1 [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=WEIGHT_MAX as i64))]
+    pub(super) weight: Option<u32>,
+    /// What lets probers in [env: COORDINATOR_TOKEN]
+    #[arg(long, value_name = "TOKEN")]
+    pub(super) coordinator_token: Option<String>,
+}
+
+fn role(text: &str) -> Result<Role, String> {
+    let known = Role::ALL.into_iter().find(|role| role.name() == text);
+    known.ok_or_else(|| "write publish, subscribe or both".to_owned())
+}
+
+impl HostsArgs {
+    /// The coordinator whose run this host is to take part in, and who says so.
+    pub(super) fn coordinator(&self, env: &dyn Fn(&str) -> Option<String>) -> Option<(String, &'static str)> {
+        let flag = self.report_to.clone().map(|url| (url, "--report-to"));
+        flag.or_else(|| set(env, URL_VARIABLE).map(|url| (url, URL_VARIABLE)))
+    }
+
+    /// Flags of probers, where there is nobody to report to.
+    pub(super) fn must_have_a_coordinator(&self) -> Result<(), String> {
+        let given = [
+            ("--vantage", self.vantage.is_some()),
+            ("--role", self.role.is_some()),
+            ("--weight", self.weight.is_some()),
+            ("--coordinator-token", self.coordinator_token.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(format!("{flag} is for a prober: add --report-to with the coordinator's address")),
+            None => Ok(()),
+        }
+    }
+
+    fn config(&self, (url, name): (String, &str), env: &dyn Fn(&str) -> Option<String>) -> Result<prober::Config, String> {
+        let coordinator: ServerUrl = url.trim().parse().map_err(|why| format!("{name} {why}"))?;
+        let vantage = self.vantage.clone().map(|vantage| (vantage, "--vantage"));
+        let vantage = vantage.or_else(|| VANTAGE_VARIABLES.iter().find_map(|name| Some((set(env, name)?, *name))));
+        if let Some((vantage, name)) = &vantage {
+            name_must_be_usable(name, vantage)?;
+        }
+        let token = self.coordinator_token.clone().or_else(|| set(env, TOKEN_VARIABLE));
+        Ok(prober::Config {
+            coordinator,
+            token: token.map(|token| Secret::new(token.trim())),
+            vantage: vantage.map_or_else(prober::host_name, |(vantage, _)| vantage),
+            role: self.role.unwrap_or_default(),
+            weight: self.weight.unwrap_or(1),
+        })
+    }
+}
+
+impl RunArgs {
+    /// One host of a run that the coordinator at this address leads. What it plays is said there; how it is connected, and what becomes of its own report, here.
+    pub(super) fn into_probe(
+        mut self,
+        coordinator: (String, &'static str),
+        env: &dyn Fn(&str) -> Option<String>,
+        cpus: usize,
+        fresh: u64,
+    ) -> Result<Probe, String> {
+        let config = self.hosts.config(coordinator, env)?;
+        self.must_be_the_coordinators()?;
+        // Where none is named, the coordinator names one.
+        let target = self.target.server(env)?.unwrap_or(Target::embedded(SendMode::Plain));
+        let credentials = match (&self.target.api_key, &self.target.api_secret) {
+            (None, None) => self.target.credentials(env).ok(),
+            _ => Some(self.target.credentials(env)?),
+        };
+        let shape_given = self.shape.is_given();
+        // What voicegw's coordinator leaves to its probers: one speaks, and all hear everybody.
+        if !shape_given {
+            self.shape.publishers = Some(1);
+        }
+        self.shape.meeting = true;
+        let mut run = self.into_run_against(target, cpus, fresh)?;
+        run.credentials = credentials;
+        run.is_tour = false;
+        Ok(Probe { config, run, shape_given })
+    }
+
+    /// A flag that a prober cannot heed is refused: it would be believed.
+    fn must_be_the_coordinators(&self) -> Result<(), String> {
+        let (shape, pace, judging) = (&self.shape, &self.pace, &self.judging);
+        let given = [
+            ("--room", shape.room.is_some()),
+            ("--room-count", shape.room_count.is_some()),
+            ("--subscribers", shape.subscribers.is_some()),
+            ("--meeting", shape.meeting),
+            ("--duration", pace.duration.is_some()),
+            ("--ramp", pace.ramp.is_some()),
+            ("--ramp-time", pace.ramp_time.is_some()),
+            ("--warmup", pace.warmup.is_some()),
+            ("--target-rtt-ms", judging.target_rtt_ms.is_some()),
+            ("--seed", self.engine.seed.is_some()),
+            ("--dry-run", self.engine.dry_run),
+            ("--sfu-send", self.target.sfu_send.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(format!("{flag} is not a prober's to say: give it to the coordinator, or leave it out")),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! HTTP to a coordinator: ours, or `voicegw`'s own.
+
+use std::fmt;
+use std::time::Duration;
+
+use reqwest::{Method, header};
+use serde::Serialize;
+
+use crate::coordinator::protocol::{self, Message};
+use crate::plan::ServerUrl;
+use crate::signal::{Secret, causes, http_client};
+
+/// An answer that takes longer is none: a coordinator answers from memory, after a write to its disk.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Largest answer that is read: the frame counts of all others.
+const ANSWER_BYTES_MAX: usize = 8 << 20;
+/// Of a refusal so much is shown.
+const REFUSAL_CHARS_MAX: usize = 400;
+
+/// A coordinator. Cheap to clone; connections are pooled.
+#[derive(Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    url: ServerUrl,
+    token: Option<Secret>,
+}
+
+/// Why there is no answer that could be used, by what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoAnswer {
+    /// Nobody there, nobody awake, or nothing that can be understood: it may be different the next time.
+    #[error("{0}")]
+    Away(String),
+    /// The coordinator does not know us (404): it forgot, or never heard of us.
+    #[error("{0}")]
+    Unknown(String),
+    /// It says no, and would say it again.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl Client {
+    /// `token` is what lets us in; `None` with a coordinator that asks for none.
+    pub fn new(url: ServerUrl, token: Option<Secret>) -> Client {
+        Client {
+            http: http_client(REQUEST_TIMEOUT),
+            url,
+            token,
+        }
+    }
+
+    /// Where the whole result is to be had once everybody has reported.
+    pub fn result_url(&self) -> String {
+        format!("{}/result", self.url.http())
+    }
+
+    pub async fn get<A: Message>(&self, path: &str) -> Result<A, NoAnswer> {
+        self.ask(Method::GET, path, None).await
+    }
+
+    pub async fn post<A: Message>(&self, path: &str, message: &impl Serialize) -> Result<A, NoAnswer> {
+        let body = serde_json::to_vec(message).expect("our messages have string keys and finite numbers");
+        self.ask(Method::POST, path, Some(body)).await
+    }
+
+    async fn ask<A: Message>(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<A, NoAnswer> {
+        let mut request = self.http.request(method, format!("{}{path}", self.url.http()));
+        if let Some(token) = &self.token {
+            request = request.header(header::AUTHORIZATION, bearer(token)?);
+        }
+        if let Some(body) = body {
+            request = request.header(header::CONTENT_TYPE, "application/json").body(body);
+        }
+        let mut response = request.send().await.map_err(|error| self.away(&error))?;
+        let status = response.status().as_u16();
+        let mut answer = Vec::new();
+        while let Some(part) = response.chunk().await.map_err(|error| self.away(&error))? {
+            if answer.len() + part.len() > ANSWER_BYTES_MAX {
+                return Err(NoAnswer::Away(format!(
+                    "{} answers with more than {ANSWER_BYTES_MAX} bytes: is it a coordinator?",
+                    self.url.http()
+                )));
+            }
+            answer.extend_from_slice(&part);
+        }
+        match status {
+            200..300 => protocol::read(&answer).map_err(|error| self.not_understood(&error)),
+            _ => Err(self.refusal(status, &answer)),
+        }
+    }
+
+    fn away(&self, error: &reqwest::Error) -> NoAnswer {
+        let cause = causes(error).last().map_or_else(|| error.to_string(), ToString::to_string);
+        NoAnswer::Away(match error.is_timeout() {
+            true => format!(
+                "the coordinator at {} did not answer within {} s",
+                self.url.http(),
+                REQUEST_TIMEOUT.as_secs()
+            ),
+            false => format!("the coordinator at {} cannot be reached ({cause})", self.url.http()),
+        })
+    }
+
+    fn not_understood(&self, error: &protocol::Malformed) -> NoAnswer {
+        NoAnswer::Away(format!(
+            "the coordinator at {} said what cannot be understood ({}): is it a coordinator?",
+            self.url.http(),
+            short(&error.to_string())
+        ))
+    }
+
+    fn refusal(&self, status: u16, body: &[u8]) -> NoAnswer {
+        let said = match protocol::read::<protocol::Refusal>(body) {
+            Ok(refusal) => short(&refusal.error),
+            Err(_) => format!("status {status}: {}", short(&String::from_utf8_lossy(body))),
+        };
+        let said = self.token.as_ref().map_or(said.clone(), |token| token.redact(&said));
+        let token = if self.token.is_some() { "the" } else { "a" };
+        match status {
+            401 | 403 => NoAnswer::Refused(format!(
+                "the coordinator at {} does not let us in ({said}): give it {token} token that it printed, by --coordinator-token or COORDINATOR_TOKEN",
+                self.url.http()
+            )),
+            404 => NoAnswer::Unknown(format!("the coordinator at {} does not know this prober ({said})", self.url.http())),
+            408 | 425 | 429 | 500.. => NoAnswer::Away(format!("the coordinator at {} cannot answer now ({said})", self.url.http())),
+            _ => NoAnswer::Refused(format!("the coordinator says no: {said}")),
+        }
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Client({})", self.url.http())
+    }
+}
+
+fn bearer(token: &Secret) -> Result<header::HeaderValue, NoAnswer> {
+    let mut value = header::HeaderValue::from_str(&format!("Bearer {}", token.expose()))
+        .map_err(|_| NoAnswer::Refused("the coordinator's token has characters that no token has: copy it again".to_owned()))?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// One line for people of what a stranger wrote.
+fn short(text: &str) -> String {
+    let line: String = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(REFUSAL_CHARS_MAX)
+        .collect();
+    line.trim().to_owned()
+}

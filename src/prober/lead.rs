@@ -1,0 +1,337 @@
+//! A run that is led by a coordinator: stages begin when it says so, and the publishers of others are told of.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::link::{Shared, Word};
+use super::outbox;
+use crate::coordinator::protocol::{Live, Stage, StageKind};
+use crate::engine::Roster;
+use crate::plan::Subscribers;
+use crate::report::{Sample, judge::Loss};
+use crate::run::lead::{Lead, Next, Observation, Tier, TierPlan};
+use crate::units::{Epoch, Time};
+
+/// Led by a coordinator.
+pub(super) struct Led {
+    shared: Arc<Shared>,
+    words: watch::Receiver<Word>,
+    stages: Vec<Stage>,
+    /// Index of the stage under way; `None` before the first.
+    stage: Option<usize>,
+    /// The clock that beats are stamped by, and the run's, which is the same from another zero.
+    clock: Epoch,
+    epoch: Epoch,
+    /// Tiers of which the final account has been told.
+    tiers_told: usize,
+}
+
+impl Led {
+    pub fn new(shared: Arc<Shared>, stages: Vec<Stage>, clock: Epoch) -> Led {
+        Led {
+            words: shared.words(),
+            shared,
+            stages,
+            stage: None,
+            epoch: clock,
+            clock,
+            tiers_told: 0,
+        }
+    }
+
+    /// Ready when everybody is to begin publishing: everything that can be made before that is made.
+    ///
+    /// # Errors
+    /// Why nothing is to begin.
+    pub async fn wait_for_start(&mut self) -> Result<(), String> {
+        let at = self.order_for(0).await?;
+        self.begin(0, at, self.epoch.now());
+        self.epoch = self.clock.restarted();
+        Ok(())
+    }
+
+    /// Waits until a stage is to begin, and gives its time. After an interruption it can be asked again.
+    async fn order_for(&mut self, stage: usize) -> Result<Time, String> {
+        let (under_way, ready_for) = (self.stage.map(|stage| stage as u32), stage as u32);
+        if self.shared.outbox().set_stage(under_way, Some(ready_for)) {
+            self.shared.hurry();
+        }
+        loop {
+            let word = self.words.borrow_and_update().clone();
+            let wait_until = match word {
+                Word::Stop { reason } => return Err(reason),
+                Word::Start { stage, at_us } if stage >= ready_for => {
+                    // What lies before the run's zero has passed.
+                    let at = self.epoch.time_of_unix_micros(at_us).unwrap_or(Time::ZERO);
+                    if at <= self.epoch.now() {
+                        return Ok(at);
+                    }
+                    Some(tokio::time::Instant::from_std(self.epoch.instant(at)))
+                }
+                Word::Wait | Word::Start { .. } => None,
+            };
+            let word = self.words.changed();
+            match wait_until {
+                // The sender is gone only with the process.
+                None => drop(word.await),
+                Some(at) => drop(tokio::time::timeout_at(at, word).await),
+            }
+        }
+    }
+
+    /// A stage began `at`, which was ordered for `ordered`.
+    fn begin(&mut self, stage: usize, ordered: Time, at: Time) {
+        self.stage = Some(stage);
+        let skew = at.as_micros().cast_signed() - ordered.as_micros().cast_signed();
+        let mut outbox = self.shared.outbox();
+        outbox.set_start(stage as u32, skew);
+        outbox.set_stage(Some(stage as u32), Some(stage as u32));
+        drop(outbox);
+        self.shared.hurry();
+    }
+
+    fn next_stage(&self) -> usize {
+        self.stage.map_or(0, |stage| stage + 1)
+    }
+
+    /// What a tier of this plan was: its index among the stages.
+    fn stage_of(&self, tier: &TierPlan) -> Option<u32> {
+        let index = self.stages.iter().position(|stage| stage.name == tier.name && is_held(stage));
+        index.map(|index| index as u32)
+    }
+}
+
+fn is_held(stage: &Stage) -> bool {
+    matches!(stage.kind, StageKind::Baseline | StageKind::Tier)
+}
+
+impl Lead for Led {
+    fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    async fn next(&mut self, tiers: &[Tier]) -> Next {
+        for tier in &tiers[self.tiers_told.min(tiers.len())..] {
+            if let Some(stage) = self.stage_of(&tier.plan) {
+                let told = outbox::Tier {
+                    participants: tier.step.participants,
+                    seconds: tier.step.seconds,
+                    complete: true,
+                    record: Arc::new(tier.step.record.clone()),
+                };
+                self.shared.outbox().set_tier(stage, told);
+            }
+        }
+        if self.tiers_told < tiers.len() {
+            self.tiers_told = tiers.len();
+            self.shared.outbox().set_invalid(invalid(tiers));
+        }
+        let index = self.next_stage();
+        let Some(stage) = self.stages.get(index).cloned() else {
+            return Next::Finish;
+        };
+        let Ok(start) = self.order_for(index).await else {
+            // The run ends: see `abort`.
+            return std::future::pending().await;
+        };
+        self.begin(index, start, self.epoch.now());
+        match is_held(&stage) {
+            true => Next::Tier(TierPlan {
+                name: stage.name,
+                subscribers: Subscribers::Total(stage.subscribers),
+                start: Some(start),
+                warmup: Duration::from_micros(stage.warmup_us),
+                hold: Duration::from_micros(stage.hold_us),
+                is_whole: false,
+            }),
+            false => Next::Finish,
+        }
+    }
+
+    fn abort(&mut self) -> Option<String> {
+        match &*self.words.borrow() {
+            Word::Stop { reason } => Some(reason.clone()),
+            Word::Wait | Word::Start { .. } => None,
+        }
+    }
+
+    /// Gives our publishers' final counts and takes those of others: they come with the order to leave.
+    async fn before_account(&mut self, roster: &Roster) {
+        self.shared.outbox().set_frames(roster.frame_counts());
+        let leave = self.stages.iter().position(|stage| stage.kind == StageKind::Leave);
+        if let Some(leave) = leave
+            && self.stage.is_none_or(|stage| stage < leave)
+            && let Ok(at) = self.order_for(leave).await
+        {
+            self.begin(leave, at, self.epoch.now());
+        }
+        self.shared.inbox().tell(roster);
+    }
+
+    fn observe(&mut self, seen: &Observation<'_>) {
+        self.shared.inbox().tell(seen.roster);
+        let tier = seen.tier.and_then(|tier| {
+            let (held_from, stage) = (tier.held_from?, self.stage_of(tier.plan)?);
+            let told = outbox::Tier {
+                participants: seen.participants,
+                seconds: seen.now.since(held_from).as_secs_f64(),
+                complete: false,
+                record: Arc::new(tier.record()?),
+            };
+            Some((stage, told))
+        });
+        let mut outbox = self.shared.outbox();
+        outbox.set_frames(seen.roster.frame_counts());
+        outbox.set_live(live(
+            seen.present,
+            seen.sample,
+            Loss::counted([&seen.record.audio, &seen.record.video]).residual,
+        ));
+        if let Some((stage, told)) = tier {
+            outbox.set_tier(stage, told);
+        }
+    }
+}
+
+/// Why the generator was the limit in the tiers so far: each reason once.
+fn invalid(tiers: &[Tier]) -> Vec<String> {
+    let mut reasons: Vec<String> = Vec::new();
+    for facts in tiers.iter().filter_map(|tier| tier.step.tier.as_ref()) {
+        let news: Vec<_> = facts.invalid.iter().filter(|reason| !reasons.contains(reason)).cloned().collect();
+        reasons.extend(news);
+    }
+    reasons
+}
+
+fn live(present: u32, sample: &Sample, loss: Option<f64>) -> Live {
+    // Before the first row of the series there is nothing to tell.
+    let known = |rate: f64| (sample.t > 0.0).then_some(rate);
+    Live {
+        participants: present,
+        packets_sent_per_second: known(sample.packets_sent_per_second),
+        packets_received_per_second: known(sample.packets_received_per_second),
+        bits_sent_per_second: known(sample.bytes_sent_per_second * 8.0),
+        bits_received_per_second: known(sample.bytes_received_per_second * 8.0),
+        loss,
+        rtt_us: sample.rtt_us_p50,
+        latency_us_p99: sample.one_way_us_p99,
+        tick_late_us_p99: sample.tick_late_us_p99,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::CELLS_PER_PARTICIPANT;
+    use crate::plan::Member;
+
+    /// Publish, baseline, one tier, stop, leave.
+    fn stages() -> Vec<Stage> {
+        let stage = |kind, name: &str, subscribers: u32| Stage {
+            kind,
+            name: name.into(),
+            subscribers,
+            warmup_us: 1_000,
+            hold_us: 2_000_000,
+        };
+        vec![
+            stage(StageKind::Publish, "publish", 0),
+            stage(StageKind::Baseline, "baseline", 1),
+            stage(StageKind::Tier, "tier 1", 7),
+            stage(StageKind::Stop, "stop", 0),
+            stage(StageKind::Leave, "leave", 0),
+        ]
+    }
+
+    fn led() -> (Led, Arc<Shared>, Epoch) {
+        let (shared, clock) = (Shared::new(), Epoch::read());
+        (Led::new(shared.clone(), stages(), clock), shared, clock)
+    }
+
+    /// What the next beat would say: the stage under way, what it is ready for, and the stages that began.
+    fn said(shared: &Shared) -> (Option<u32>, Option<u32>, Vec<u32>) {
+        let beat = shared.outbox().draft().beat(0, None);
+        (beat.stage, beat.ready_for, beat.starts.iter().map(|start| start.stage).collect())
+    }
+
+    fn start(shared: &Shared, clock: &Epoch, stage: u32) {
+        let at_us = clock.unix_micros(clock.now());
+        shared.say(Word::Start { stage, at_us });
+    }
+
+    #[tokio::test]
+    async fn stages_begin_one_after_the_other_each_when_it_was_ordered() {
+        let (mut led, shared, clock) = led();
+        start(&shared, &clock, 0);
+        led.wait_for_start().await.unwrap();
+        assert_eq!(said(&shared), (Some(0), Some(0), vec![0]));
+        for (index, subscribers) in [(1, 1), (2, 7)] {
+            start(&shared, &clock, index);
+            let Next::Tier(tier) = led.next(&[]).await else { panic!("a tier") };
+            assert_eq!((tier.subscribers, tier.hold), (Subscribers::Total(subscribers), Duration::from_secs(2)));
+            assert!(tier.start.unwrap() <= led.epoch().now());
+            assert_eq!(said(&shared), (Some(index), Some(index), (0..=index).collect()));
+        }
+        start(&shared, &clock, 3);
+        assert_eq!(led.next(&[]).await, Next::Finish);
+        assert_eq!(said(&shared).0, Some(3));
+    }
+
+    #[tokio::test]
+    async fn a_stage_that_lies_ahead_is_waited_for_and_a_word_of_another_is_not_heeded() {
+        let (mut led, shared, clock) = led();
+        start(&shared, &clock, 0);
+        led.wait_for_start().await.unwrap();
+        // The order that it has heeded is repeated until the next beat says so.
+        start(&shared, &clock, 0);
+        let wait = Duration::from_millis(50);
+        assert!(tokio::time::timeout(wait, led.next(&[])).await.is_err());
+        assert_eq!(said(&shared).1, Some(1), "ready");
+        let at_us = clock.unix_micros(clock.now() + 2 * wait);
+        shared.say(Word::Start { stage: 1, at_us });
+        // Asked again and again, as a run does.
+        let tier = loop {
+            if let Ok(Next::Tier(tier)) = tokio::time::timeout(Duration::from_millis(7), led.next(&[])).await {
+                break tier;
+            }
+        };
+        assert!(clock.unix_micros(clock.now()) >= at_us);
+        assert_eq!(led.epoch().unix_micros(tier.start.unwrap()), at_us);
+    }
+
+    #[tokio::test]
+    async fn a_stop_ends_whatever_goes_on() {
+        let (mut led, shared, clock) = led();
+        assert_eq!(led.abort(), None);
+        shared.say(Word::Stop { reason: "cancelled".into() });
+        assert_eq!(led.wait_for_start().await.unwrap_err(), "cancelled");
+        assert_eq!(led.abort().as_deref(), Some("cancelled"));
+        start(&shared, &clock, 0);
+        assert_eq!(led.abort().as_deref(), Some("cancelled"));
+        // Nobody is waited for.
+        led.before_account(&Roster::new(1, [0].into_iter())).await;
+    }
+
+    #[tokio::test]
+    async fn accounts_are_closed_when_the_final_counts_of_all_are_known() {
+        let (mut led, shared, clock) = led();
+        let members = [None, Some(1)].map(|elsewhere| Member {
+            room: 0,
+            publishes_audio: true,
+            publishes_video: false,
+            elsewhere,
+        });
+        let roster = Roster::of_hosts(1, members.into_iter(), [Duration::from_millis(20); CELLS_PER_PARTICIPANT]);
+        led.stage = Some(3);
+        let wait = Duration::from_millis(20);
+        assert!(tokio::time::timeout(wait, led.before_account(&roster)).await.is_err());
+        assert_eq!(said(&shared).1, Some(4));
+        shared.inbox().frames.insert((1, 0, 0), 500);
+        start(&shared, &clock, 4);
+        led.before_account(&roster).await;
+        assert_eq!(roster.frames(1, 0, 0), 500);
+        assert_eq!(said(&shared).0, Some(4));
+    }
+}

@@ -1,0 +1,618 @@
+//! The way to the coordinator: registering, beats in a task of their own, room tokens, the last report.
+//!
+//! It lives on a thread of its own, so that neither the run nor the making of media keeps a beat back, and no beat keeps them. What the run has to tell lies in an
+//! [`Outbox`], what it has to know in an [`Inbox`]; orders come by a channel.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, watch};
+
+use super::client::{Client, NoAnswer};
+use super::outbox::Outbox;
+use super::pulse::Pulse;
+use crate::coordinator::clock::{ClockEstimate, Offset};
+use crate::coordinator::protocol::{
+    BeatReply, Exchange, FrameCount, JobReply, Order, ProverId, Register, Registered, Report, Reported, TOKENS_MAX, TokensReply, TokensRequest,
+    VERSION, VantageClock, other_version,
+};
+use crate::engine;
+use crate::signal::{Secret, TokenRequest};
+use crate::units::{Epoch, Time};
+
+/// From one look for the job to the next, and the least pause before a coordinator that did not answer is asked again.
+const POLL: Duration = Duration::from_secs(1);
+const POLL_MAX: Duration = Duration::from_secs(10);
+/// Who hears nothing of a coordinator for so long before anything has begun gives up. `voicegw`'s probers do so, too.
+const GATHER_PATIENCE: Duration = Duration::from_secs(300);
+/// So long the last report is tried to be delivered to a coordinator that does not answer.
+const REPORT_PATIENCE: Duration = Duration::from_secs(60);
+/// A token is used up to half its lifetime: whoever joins with it has the other half to be in.
+const TOKEN_BATCH: u32 = 200;
+const TOKEN_TRIES: u32 = 4;
+
+/// What the coordinator has a prober do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) enum Word {
+    /// Go on, and wait.
+    #[default]
+    Wait,
+    /// Begin this stage at this time, in microseconds since 1970 by our clock.
+    Start { stage: u32, at_us: u64 },
+    /// End the load: it was cancelled, the coordinator goes on without us, or has not been heard of for too long.
+    Stop { reason: String },
+}
+
+/// What the run has to know of the others.
+#[derive(Default)]
+pub(super) struct Inbox {
+    /// How far other hosts' publishers are, by origin, track and layer.
+    pub frames: BTreeMap<(u32, u8, u8), u32>,
+    /// What to add to another vantage's time to get ours, in microseconds, and how far off that may be.
+    pub clocks: BTreeMap<u32, (i64, u64)>,
+    /// Vantages without which the run goes on.
+    pub missing: Vec<u32>,
+    /// Our own clock against the coordinator's.
+    pub own_clock: Option<Offset>,
+}
+
+/// What run and beats share.
+pub(super) struct Shared {
+    outbox: Mutex<Outbox>,
+    inbox: Mutex<Inbox>,
+    news: Notify,
+    word: watch::Sender<Word>,
+}
+
+impl Shared {
+    pub fn new() -> Arc<Shared> {
+        Arc::new(Shared {
+            outbox: Mutex::default(),
+            inbox: Mutex::default(),
+            news: Notify::new(),
+            word: watch::Sender::default(),
+        })
+    }
+
+    /// Held for moments only: nobody who holds it waits or works long.
+    pub fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the next beat leave at once.
+    pub fn hurry(&self) {
+        self.news.notify_one();
+    }
+
+    pub fn words(&self) -> watch::Receiver<Word> {
+        self.word.subscribe()
+    }
+
+    pub fn say(&self, word: Word) {
+        // The same again wakes nobody; after a stop nothing else counts.
+        self.word.send_if_modified(|said| {
+            let is_news = *said != word && !matches!(said, Word::Stop { .. });
+            if is_news {
+                *said = word;
+            }
+            is_news
+        });
+    }
+}
+
+/// A prober that is in.
+#[derive(Debug)]
+pub(super) struct Enlisted {
+    pub id: ProverId,
+    pub job: JobReply,
+}
+
+/// Registers, and waits until there is a job. `told` hears what there is to wait for.
+///
+/// # Errors
+/// For people: what to do.
+pub(super) async fn enlist(client: &Client, register: &Register, mut told: impl FnMut(String)) -> Result<Enlisted, String> {
+    'register: loop {
+        let registered: Registered = insist(GATHER_PATIENCE, &mut told, || client.post("/register", register)).await?;
+        if let Some(version) = registered.protocol.filter(|version| *version != VERSION) {
+            return Err(other_version("coordinator", version, "prober").to_string());
+        }
+        told(format!("in; the run begins when {} are", probers(registered.expected)));
+        loop {
+            let path = format!("/job/{}", registered.prover_id);
+            match insist(GATHER_PATIENCE, &mut told, || client.get::<JobReply>(&path)).await {
+                Ok(job) if job.ready && (registered.protocol.is_none() || job.throng.is_some()) => {
+                    return Ok(Enlisted {
+                        id: registered.prover_id,
+                        job,
+                    });
+                }
+                Ok(_) => tokio::time::sleep(POLL).await,
+                // It gives the place of one who was silent to others; until all are in there may be one again.
+                Err(Gone::Unknown(_)) => {
+                    tokio::time::sleep(POLL).await;
+                    continue 'register;
+                }
+                Err(Gone::Other(why)) => return Err(why),
+            }
+        }
+    }
+}
+
+fn probers(count: u32) -> String {
+    if count == 1 {
+        "1 prober is".to_owned()
+    } else {
+        format!("all {count} probers")
+    }
+}
+
+/// Why there will be no answer.
+#[derive(Debug)]
+enum Gone {
+    Unknown(String),
+    Other(String),
+}
+
+impl From<Gone> for String {
+    fn from(gone: Gone) -> String {
+        match gone {
+            Gone::Unknown(why) | Gone::Other(why) => why,
+        }
+    }
+}
+
+/// Asks until there is an answer, with growing pauses while there is none, for as long as `patience`.
+async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
+    patience: Duration,
+    told: &mut impl FnMut(String),
+    ask: impl Fn() -> F,
+) -> Result<A, Gone> {
+    let since = tokio::time::Instant::now();
+    let mut pause = POLL;
+    loop {
+        match ask().await {
+            Ok(answer) => return Ok(answer),
+            Err(NoAnswer::Unknown(why)) => return Err(Gone::Unknown(why)),
+            Err(NoAnswer::Refused(why)) => return Err(Gone::Other(why)),
+            Err(NoAnswer::Away(why)) if since.elapsed() + pause > patience => {
+                return Err(Gone::Other(format!("{why}; given up after {} s", patience.as_secs())));
+            }
+            Err(NoAnswer::Away(why)) => told(format!("{why}; trying again")),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(POLL_MAX);
+    }
+}
+
+/// What the beats of one prober need.
+pub(super) struct Beats {
+    pub client: Client,
+    pub id: ProverId,
+    pub shared: Arc<Shared>,
+    /// The clock that is compared with the coordinator's.
+    pub epoch: Epoch,
+    /// How long the load may go on without an answer.
+    pub patience: Duration,
+}
+
+impl Beats {
+    /// Beats for as long as the coordinator wants to hear of us.
+    pub async fn run(self) {
+        let mut pulse = Pulse::new(self.epoch.now());
+        let (mut clock, mut exchange) = (ClockEstimate::default(), None);
+        loop {
+            let at = tokio::time::Instant::from_std(self.epoch.instant(pulse.next_at()));
+            tokio::select! {
+                () = self.shared.news.notified() => pulse.hurry(self.epoch.now()),
+                () = tokio::time::sleep_until(at) => {
+                    if !self.beat(&mut pulse, &mut clock, &mut exchange).await {
+                        return;
+                    }
+                    let silence = pulse.silence(self.epoch.now());
+                    if silence >= self.patience {
+                        self.shared.say(Word::Stop { reason: format!("the coordinator has not answered for {} s", silence.as_secs()) });
+                    }
+                }
+            }
+        }
+    }
+
+    /// One beat, and what its answer says. False where the coordinator wants no more.
+    async fn beat(&self, pulse: &mut Pulse, clock: &mut ClockEstimate, exchange: &mut Option<Exchange>) -> bool {
+        let draft = self.shared.outbox().draft();
+        let mut beat = draft.beat(0, *exchange);
+        // As late as can be: what comes between this and the wire is taken for the way.
+        let sent_at = self.epoch.now();
+        beat.sent_at_us = self.epoch.unix_micros(sent_at);
+        let answer = self.client.post::<BeatReply>(&format!("/beat/{}", self.id), &beat).await;
+        let now = self.epoch.now();
+        match answer {
+            Ok(reply) if reply.seq == draft.seq() && reply.replied_at_us >= reply.received_at_us => {
+                let waits = {
+                    let mut outbox = self.shared.outbox();
+                    outbox.settle(&draft);
+                    outbox.waits()
+                };
+                pulse.handle_answer(sent_at, now, waits);
+                *exchange = Some(self.exchange(sent_at, now, &reply));
+                exchange.iter().for_each(|exchange| clock.handle(exchange));
+                self.take(reply, clock.offset());
+                true
+            }
+            Ok(_) | Err(NoAnswer::Away(_)) => {
+                pulse.handle_silence(now);
+                true
+            }
+            Err(NoAnswer::Unknown(reason) | NoAnswer::Refused(reason)) => {
+                self.shared.say(Word::Stop { reason });
+                false
+            }
+        }
+    }
+
+    fn exchange(&self, sent_at: Time, heard_at: Time, reply: &BeatReply) -> Exchange {
+        Exchange {
+            life: reply.life,
+            sent_at_us: self.epoch.unix_micros(sent_at),
+            received_at_us: reply.received_at_us,
+            replied_at_us: reply.replied_at_us,
+            heard_at_us: self.epoch.unix_micros(heard_at),
+        }
+    }
+
+    /// The order comes last: whoever it wakes finds what came with it.
+    fn take(&self, reply: BeatReply, own_clock: Option<Offset>) {
+        {
+            let mut inbox = self.shared.inbox();
+            for FrameCount(origin, track, layer, frames) in reply.frames {
+                if let Ok(frames) = u32::try_from(frames) {
+                    let known = inbox.frames.entry((origin, track, layer)).or_default();
+                    *known = frames.max(*known);
+                }
+            }
+            if let Some(own) = own_clock {
+                let clocks = reply.clocks.iter().map(|clock| (clock.vantage, between(clock, &own)));
+                inbox.clocks.extend(clocks);
+            }
+            (inbox.missing, inbox.own_clock) = (reply.missing, own_clock);
+        }
+        self.shared.say(match (reply.order, own_clock) {
+            (Order::Start { stage, at_us }, Some(own)) => Word::Start {
+                stage,
+                at_us: at_us.saturating_add_signed(own.offset_us.saturating_neg()),
+            },
+            (Order::Stop { reason }, _) => Word::Stop { reason },
+            (Order::Wait | Order::Start { .. }, _) => Word::Wait,
+        });
+    }
+}
+
+/// Gives the last report to the coordinator, however often that takes for a while.
+///
+/// # Errors
+/// Why it did not take it.
+pub(super) async fn deliver(client: &Client, id: &ProverId, report: &Report) -> Result<Reported, String> {
+    let path = format!("/report/{id}");
+    Ok(insist(REPORT_PATIENCE, &mut |_| {}, || client.post(&path, report)).await?)
+}
+
+/// What to add to a vantage's time to get ours. Both uncertainties add up.
+fn between(theirs: &VantageClock, own: &Offset) -> (i64, u64) {
+    (
+        theirs.offset_us.saturating_sub(own.offset_us),
+        theirs.uncertainty_us.saturating_add(own.uncertainty_us),
+    )
+}
+
+/// Gets room tokens from the coordinator, many at a time, and hands them out.
+pub(super) struct Tokens {
+    pub client: Client,
+    pub id: ProverId,
+    pub participants: u32,
+    kept: BTreeMap<u32, (Secret, tokio::time::Instant)>,
+}
+
+impl Tokens {
+    pub fn new(client: Client, id: ProverId, participants: u32) -> Tokens {
+        Tokens {
+            client,
+            id,
+            participants,
+            kept: BTreeMap::new(),
+        }
+    }
+
+    pub async fn run(mut self, mut requests: mpsc::UnboundedReceiver<TokenRequest>) {
+        while let Some(TokenRequest { position, answer }) = requests.recv().await {
+            let token = self.token(position).await;
+            // Who asked may have left meanwhile.
+            let _ = answer.send(token);
+        }
+    }
+
+    async fn token(&mut self, position: u32) -> Result<Secret, String> {
+        if let Some(token) = self.take(position) {
+            return Ok(token);
+        }
+        self.fetch(position).await?;
+        self.take(position)
+            .ok_or_else(|| "the coordinator gave none for this participant".to_owned())
+    }
+
+    /// Each is used once: who comes back later gets one that lasts as long.
+    fn take(&mut self, position: u32) -> Option<Secret> {
+        let (token, good_until) = self.kept.remove(&position)?;
+        (tokio::time::Instant::now() < good_until).then_some(token)
+    }
+
+    async fn fetch(&mut self, from: u32) -> Result<(), String> {
+        let count = self.participants.saturating_sub(from).min(TOKEN_BATCH).min(TOKENS_MAX);
+        let request = TokensRequest { from, count };
+        let path = format!("/tokens/{}", self.id);
+        let mut pause = POLL / 4;
+        let mut tries = 1;
+        let reply: TokensReply = loop {
+            match self.client.post(&path, &request).await {
+                Ok(reply) => break reply,
+                Err(NoAnswer::Away(_)) if tries < TOKEN_TRIES => {
+                    tokio::time::sleep(pause).await;
+                    (pause, tries) = (pause * 2, tries + 1);
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        };
+        let good_until = tokio::time::Instant::now() + Duration::from_secs(reply.lifetime_seconds) / 2;
+        let tokens = reply.tokens.into_iter().map(Secret::new);
+        self.kept.extend((from..).zip(tokens.map(|token| (token, good_until))));
+        Ok(())
+    }
+}
+
+impl Inbox {
+    /// Tells the roster what is known of the publishers of others.
+    pub fn tell(&self, roster: &engine::Roster) {
+        for ((origin, track, layer), frames) in &self.frames {
+            roster.set_frames_elsewhere(engine::FrameCount {
+                origin: *origin,
+                track: *track,
+                layer: *layer,
+                frames: *frames,
+            });
+        }
+        for (vantage, (offset_us, _)) in &self.clocks {
+            roster.set_clock(*vantage as usize, Some(*offset_us));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::scripted::{Asked, Scripted};
+    use super::*;
+    use crate::engine::FrameCount as Count;
+
+    fn register() -> Register {
+        serde_json::from_value(json!({"vantage": "fra", "protocol": VERSION, "instance": "abc"})).unwrap()
+    }
+
+    fn registered(protocol: Value) -> (u16, Value) {
+        (200, json!({"prover_id": "p1", "expected": 3, "protocol": protocol}))
+    }
+
+    /// As `voicegw`'s coordinator gives it.
+    fn job(ready: bool) -> (u16, Value) {
+        (
+            200,
+            json!({"room": "r", "ramp": [2], "duration": 20, "target_rtt_ms": 50, "max_loss": 1.0, "start_at": null, "ready": ready}),
+        )
+    }
+
+    fn refusal(status: u16) -> (u16, Value) {
+        (status, json!({"error": "not today"}))
+    }
+
+    async fn enlisted(script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static) -> (Result<Enlisted, String>, Scripted, Vec<String>) {
+        let (scripted, url) = Scripted::start(script).await;
+        let client = Client::new(url, Some(Secret::new("sesame")));
+        let mut told = Vec::new();
+        let enlisted = enlist(&client, &register(), |line| told.push(line)).await;
+        (enlisted, scripted, told)
+    }
+
+    #[tokio::test]
+    async fn a_prober_registers_with_its_token_and_waits_for_its_job() {
+        let (enlisted, scripted, told) = enlisted(|asked| match (asked.what.as_str(), asked.before) {
+            ("POST /register", 0) => refusal(503),
+            ("POST /register", _) => registered(Value::Null),
+            ("GET /job/p1", 0) => job(false),
+            ("GET /job/p1", 1) => (200, json!("<html>who are you?</html>")),
+            _ => job(true),
+        })
+        .await;
+        assert_eq!(enlisted.unwrap().job.ramp, [2]);
+        assert!(scripted.asked().iter().all(|asked| asked.token.as_deref() == Some("Bearer sesame")));
+        assert_eq!(scripted.asked()[0].body["vantage"], "fra");
+        let [unwell, waits, garbage] = &told[..] else { panic!("{told:?}") };
+        assert!(unwell.contains("not today") && unwell.contains("trying again"), "{unwell}");
+        assert!(waits.contains("all 3 probers"), "{waits}");
+        assert!(garbage.contains("cannot be understood"), "{garbage}");
+    }
+
+    #[tokio::test]
+    async fn who_was_forgotten_while_others_were_waited_for_registers_again() {
+        let (enlisted, scripted, _) = enlisted(|asked| match (asked.what.as_str(), asked.before) {
+            ("POST /register", _) => registered(Value::Null),
+            (_, 0) => refusal(404),
+            _ => job(true),
+        })
+        .await;
+        assert!(enlisted.is_ok());
+        assert_eq!(scripted.counts()["POST /register"], 2);
+    }
+
+    #[tokio::test]
+    async fn a_coordinator_that_says_no_is_not_asked_again() {
+        for (answer, says) in [
+            (refusal(401), "COORDINATOR_TOKEN"),
+            (refusal(409), "not today"),
+            (refusal(400), "not today"),
+            (registered(json!(VERSION + 1)), "run the same throng on all hosts"),
+        ] {
+            let (enlisted, scripted, _) = enlisted(move |_| answer.clone()).await;
+            let why = enlisted.unwrap_err();
+            assert!(why.contains(says) && !why.contains("sesame"), "{why}");
+            assert_eq!(scripted.asked().len(), 1);
+        }
+    }
+
+    fn beats(url: crate::plan::ServerUrl, patience: Duration) -> Beats {
+        Beats {
+            client: Client::new(url, None),
+            id: ProverId::new("p1").unwrap(),
+            shared: Shared::new(),
+            epoch: Epoch::read(),
+            patience,
+        }
+    }
+
+    /// An answer from a clock that is so much ahead of ours.
+    fn reply(asked: &Asked, ahead_us: u64, order: Value) -> (u16, Value) {
+        let at = asked.body["sent_at_us"].as_u64().unwrap() + ahead_us;
+        (
+            200,
+            json!({
+                "seq": asked.body["seq"], "life": 9, "received_at_us": at, "replied_at_us": at, "order": order,
+                "frames": [[4, 0, 0, 50], [4, 0, 0, 40], [5, 1, 2, u64::from(u32::MAX) + 1]],
+                "clocks": [{"vantage": 2, "offset_us": 1_000_000, "uncertainty_us": 300}],
+                "missing": [1],
+            }),
+        )
+    }
+
+    const HOUR_US: u64 = 3_600_000_000;
+
+    #[tokio::test]
+    async fn orders_come_by_our_clock_with_what_is_known_of_the_others() {
+        let (_, url) = Scripted::start(|asked| {
+            let at_us = asked.body["sent_at_us"].as_u64().unwrap() + HOUR_US + 2_000_000;
+            reply(asked, HOUR_US, json!({"do": "start", "stage": 3, "at_us": at_us}))
+        })
+        .await;
+        let beats = beats(url, Duration::from_secs(60));
+        let (shared, epoch) = (beats.shared.clone(), beats.epoch);
+        let mut words = shared.words();
+        let task = tokio::spawn(beats.run());
+        let word = words.wait_for(|word| *word != Word::Wait).await.unwrap().clone();
+        let now_us = epoch.unix_micros(epoch.now());
+        let Word::Start { stage: 3, at_us } = word else { panic!("{word:?}") };
+        // Of the hour nothing is left; the way takes what it takes.
+        assert!(at_us.abs_diff(now_us + 2_000_000) < 2_000_000, "{at_us} at {now_us}");
+        let inbox = shared.inbox();
+        assert_eq!(
+            inbox.frames,
+            BTreeMap::from([((4, 0, 0), 50)]),
+            "the highest count, and none that cannot be"
+        );
+        let own = inbox.own_clock.unwrap();
+        assert_eq!(inbox.clocks[&2], (1_000_000 - own.offset_us, 300 + own.uncertainty_us));
+        assert_eq!(inbox.missing, [1]);
+        drop(inbox);
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn what_a_lost_beat_carried_comes_with_the_next_and_numbers_only_grow() {
+        let (scripted, url) = Scripted::start(|asked| match asked.before {
+            0 => refusal(503),
+            1 => (200, json!({"seq": 77})),
+            _ => reply(asked, 0, json!({"do": "wait"})),
+        })
+        .await;
+        let beats = beats(url, Duration::from_secs(60));
+        let shared = beats.shared.clone();
+        shared.outbox().set_frames(
+            [Count {
+                origin: 1,
+                track: 0,
+                layer: 0,
+                frames: 9,
+            }]
+            .into_iter(),
+        );
+        let task = tokio::spawn(beats.run());
+        while scripted.asked().len() < 4 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        task.abort();
+        let asked = scripted.asked();
+        let seqs: Vec<_> = asked.iter().map(|asked| asked.body["seq"].as_u64().unwrap()).collect();
+        assert!(seqs.is_sorted_by(|a, b| a < b), "{seqs:?}");
+        let frames: Vec<_> = asked[..4].iter().map(|asked| asked.body["frames"].as_array().unwrap().len()).collect();
+        assert_eq!(frames, [1, 1, 1, 0]);
+        assert_eq!(asked[2].body["exchange"], Value::Null);
+        assert_eq!(asked[3].body["exchange"]["life"], 9);
+    }
+
+    #[tokio::test]
+    async fn a_run_ends_where_the_coordinator_wants_no_more_or_is_silent_for_too_long() {
+        for (patience, answer, says) in [
+            (60_000, refusal(409), "not today"),
+            (60_000, refusal(404), "does not know this prober"),
+            (1_500, refusal(500), "has not answered for"),
+        ] {
+            let (scripted, url) = Scripted::start(move |_| answer.clone()).await;
+            let beats = beats(url, Duration::from_millis(patience));
+            let (mut words, shared) = (beats.shared.words(), beats.shared.clone());
+            let task = tokio::spawn(beats.run());
+            let word = words.wait_for(|word| *word != Word::Wait).await.unwrap().clone();
+            assert!(matches!(&word, Word::Stop { reason } if reason.contains(says)), "{word:?}");
+            shared.say(Word::Wait);
+            assert_eq!(*words.borrow(), word, "nothing comes after a stop");
+            task.abort();
+            assert!(!scripted.asked().is_empty());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_report_is_delivered_once_somebody_takes_it() {
+        let (scripted, url) = Scripted::start(|asked| match asked.before {
+            0 => refusal(503),
+            _ => (200, json!({"ok": true, "all_reported": false})),
+        })
+        .await;
+        let (client, id) = (Client::new(url, None), ProverId::new("p1").unwrap());
+        let report = super::super::report::of_nothing("fra", "no media could be made");
+        assert!(deliver(&client, &id, &report).await.unwrap().ok);
+        let asked = scripted.asked();
+        assert_eq!((asked.len(), asked[1].what.as_str()), (2, "POST /report/p1"));
+        assert_eq!(asked[1].body["throng"]["partial"], "no media could be made");
+        assert_eq!(asked[1].token, None);
+    }
+
+    #[tokio::test]
+    async fn tokens_are_fetched_many_at_a_time_used_once_and_not_when_old() {
+        let (scripted, url) = Scripted::start(|asked| {
+            let (from, count) = (asked.body["from"].as_u64().unwrap(), asked.body["count"].as_u64().unwrap());
+            let tokens: Vec<_> = (from..from + count).map(|position| format!("t{position}-{}", asked.before)).collect();
+            let lifetime = if asked.before < 2 { 600 } else { 0 };
+            (200, json!({"tokens": tokens, "lifetime_seconds": lifetime}))
+        })
+        .await;
+        let mut tokens = Tokens::new(Client::new(url, None), ProverId::new("p1").unwrap(), 250);
+        for (position, token) in [(0, "t0-0"), (199, "t199-0"), (200, "t200-1"), (249, "t249-1")] {
+            assert_eq!(tokens.token(position).await.unwrap().expose(), token);
+        }
+        assert_eq!(scripted.asked()[1].body, json!({"from": 200, "count": 50}));
+        // It comes back: another one, which is of no use any more.
+        assert!(tokens.token(0).await.unwrap_err().contains("none for this participant"));
+        assert_eq!(scripted.asked().len(), 3);
+    }
+}

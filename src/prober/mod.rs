@@ -1,0 +1,209 @@
+//! A prober: one host of a run that a coordinator leads, from registering to the last report.
+//!
+//! It plays its part of the plan as any run does, led by [`lead`]; [`link`] keeps in touch with the coordinator meanwhile, on a thread of its own. A coordinator that
+//! is lost ends the load after a stated time, and takes nothing with it: what this host measured is reported here, and kept in a file.
+//!
+//! `voicegw`'s own coordinator is served, too: it knows nothing of media, beats or barriers, and gets its steps.
+
+mod client;
+mod job;
+mod lead;
+mod link;
+mod outbox;
+mod pulse;
+mod report;
+#[cfg(test)]
+mod scripted;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow};
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+
+use crate::cli;
+use crate::coordinator::protocol::{self, Job, Register};
+use crate::plan::{Resources, Role, ServerUrl};
+use crate::report::Outcome;
+use crate::report::progress::Snapshot;
+use crate::run::lead::Alone;
+use crate::run::{Clips, run_as_guest};
+use crate::signal::{Access, ApiKey, Secret, TokenIssuer};
+use crate::units::Epoch;
+use client::Client;
+use lead::Led;
+use link::{Beats, Enlisted, Shared, Tokens};
+
+/// How a prober finds its coordinator, and what it is there.
+#[derive(Debug)]
+pub struct Config {
+    pub coordinator: ServerUrl,
+    /// What lets it in; `None` where the coordinator asks for none.
+    pub token: Option<Secret>,
+    /// Where this host stands, as the result names it.
+    pub vantage: String,
+    pub role: Role,
+    pub weight: u32,
+}
+
+/// A prober that is in, and has its job.
+pub struct Prober {
+    config: Config,
+    client: Client,
+    enlisted: Enlisted,
+    shared: Arc<Shared>,
+    /// Beats are stamped by it, and the run's clock is the same from another zero.
+    clock: Epoch,
+    beats: Option<JoinHandle<()>>,
+    /// One thread, for the coordinator alone.
+    runtime: Runtime,
+}
+
+impl Prober {
+    /// Registers with the coordinator, and waits until everybody is in. `told` hears what there is to wait for. `credentials`: without an API key of its own a
+    /// prober wants its room tokens from the coordinator.
+    ///
+    /// # Errors
+    /// Why this host takes no part; says what to do.
+    pub fn enlist(config: Config, credentials: Option<&cli::Credentials>, mut told: impl FnMut(String)) -> Result<Prober> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("prober")
+            .enable_all()
+            .build()
+            .context("no thread for the coordinator")?;
+        let client = Client::new(config.coordinator.clone(), config.token.clone());
+        let register = Register {
+            vantage: Some(config.vantage.clone()),
+            protocol: Some(protocol::VERSION),
+            version: Some(crate::report::VERSION.to_owned()),
+            instance: Some(instance()),
+            role: config.role,
+            weight: config.weight,
+            wants_tokens: credentials.is_none(),
+        };
+        let enlisted = runtime
+            .block_on(link::enlist(&client, &register, &mut told))
+            .map_err(|why| anyhow!(why))?;
+        let mut prober = Prober {
+            config,
+            client,
+            enlisted,
+            shared: Shared::new(),
+            clock: Epoch::read(),
+            beats: None,
+            runtime,
+        };
+        prober.beats = prober.job().map(|job| prober.runtime.spawn(prober.beats(job).run()));
+        Ok(prober)
+    }
+
+    /// Of a coordinator of ours.
+    fn job(&self) -> Option<&Job> {
+        self.enlisted.job.throng.as_ref()
+    }
+
+    fn beats(&self, job: &Job) -> Beats {
+        Beats {
+            client: self.client.clone(),
+            id: self.enlisted.id.clone(),
+            shared: self.shared.clone(),
+            epoch: self.clock,
+            patience: Duration::from_micros(job.patience_us),
+        }
+    }
+
+    /// What is to be run: `own` is what this host was given itself, and whether it was given whom to play, too.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    pub fn run(&self, own: cli::Run, shape_given: bool) -> Result<cli::Run> {
+        let run = match self.job() {
+            Some(job) => job::of_ours(job, own, shape_given),
+            None => job::of_voicegw(&self.enlisted.job, own),
+        };
+        run.map_err(|why| anyhow!(why))
+    }
+
+    /// `vantage 'fra', 2 of 3, led by http://10.0.0.1:8787`
+    pub fn describe(&self) -> String {
+        format!("{}, led by {}", job::whose(&self.config, self.job()), self.config.coordinator.http())
+    }
+
+    /// Plays its part, from when the coordinator says so.
+    ///
+    /// # Errors
+    /// What kept the run from starting.
+    pub async fn measure(&self, run: &cli::Run, resources: &Resources, clips: Clips, progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
+        let access = self.access(run)?;
+        let Some(job) = self.job() else {
+            wait_for_wall_clock(self.enlisted.job.start_at).await;
+            return run_as_guest(run, access, resources, clips, &mut Alone::new(&run.plan), progress).await;
+        };
+        let mut led = Led::new(self.shared.clone(), job.stages.clone(), self.clock);
+        led.wait_for_start().await.map_err(|why| anyhow!(why))?;
+        run_as_guest(run, access, resources, clips, &mut led, progress).await
+    }
+
+    fn access(&self, run: &cli::Run) -> Result<Access> {
+        if let Some(own) = &run.credentials {
+            return Ok(ApiKey::new(&own.api_key, &own.api_secret).into());
+        }
+        if !self.job().is_some_and(|job| job.tokens) {
+            return Err(anyhow!(
+                "the server wants credentials: give --api-key and --api-secret, or set LIVEKIT_API_KEY and LIVEKIT_API_SECRET, here or where the coordinator runs"
+            ));
+        }
+        let (issuer, requests) = TokenIssuer::new();
+        let tokens = Tokens::new(self.client.clone(), self.enlisted.id.clone(), run.plan.total_participants());
+        self.runtime.spawn(tokens.run(requests));
+        Ok(Access::Issued(issuer))
+    }
+
+    /// Tells the coordinator what this host found, or why it found nothing. Returns a line for people that says where that is.
+    pub fn report(mut self, found: Result<&Outcome, &anyhow::Error>) -> String {
+        let vantage = &self.config.vantage;
+        let report = match (found, self.job()) {
+            (Ok(outcome), Some(job)) => report::of_stages(vantage, outcome, &job.stages),
+            (Ok(outcome), None) => report::of_tiers(vantage, outcome),
+            (Err(error), _) => report::of_nothing(vantage, &format!("{error:#}")),
+        };
+        // From here on the report is the sign of life.
+        self.beats.take().iter().for_each(JoinHandle::abort);
+        let delivered = self.runtime.block_on(link::deliver(&self.client, &self.enlisted.id, &report));
+        let Err(why) = delivered else {
+            return format!(
+                "The coordinator has this report. The whole result, once all have reported: {}",
+                self.client.result_url()
+            );
+        };
+        match report::keep(&report, Path::new("."), vantage, &job::run_name(&self.enlisted.job)) {
+            Ok(path) => format!("The coordinator did not take this report ({why}). It is kept in {}", path.display()),
+            Err(error) => format!("The coordinator did not take this report ({why}), and it could not be kept: {error}"),
+        }
+    }
+}
+
+/// What this host calls itself.
+pub fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    Some(name.trim()).filter(|name| !name.is_empty()).unwrap_or("unnamed").to_owned()
+}
+
+/// Names this process to the coordinator: who registers again with it is the same prober.
+fn instance() -> String {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    let word = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:016x}", word(), word() ^ u64::from(std::process::id()))
+}
+
+/// `voicegw`'s coordinator names the wall clock's time, which both hosts are to agree on. A time that has passed is now.
+async fn wait_for_wall_clock(unix_seconds: Option<f64>) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let wait = Duration::try_from_secs_f64(unix_seconds.unwrap_or(0.0))
+        .unwrap_or_default()
+        .saturating_sub(now);
+    tokio::time::sleep(wait).await;
+}

@@ -1,0 +1,102 @@
+//! When to beat next: each second, more often while an order is waited for, and ever more seldom while nobody answers.
+
+use std::time::Duration;
+
+use crate::units::Time;
+
+/// From one beat to the next.
+const BEAT: Duration = Duration::from_secs(1);
+/// While an order is waited for: so much later than the others a stage may begin here that was ordered for at once.
+const BEAT_WAITING: Duration = Duration::from_millis(200);
+/// After a beat that nobody answered, and twice as long after each further one ..
+const PAUSE_MIN: Duration = Duration::from_millis(250);
+/// .. up to this: a coordinator that comes back is found soon enough.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+pub(super) struct Pulse {
+    next_at: Time,
+    pause: Duration,
+    answered_at: Time,
+}
+
+impl Pulse {
+    /// The first beat is due at once; silence counts from here.
+    pub fn new(now: Time) -> Pulse {
+        Pulse {
+            next_at: now,
+            pause: PAUSE_MIN,
+            answered_at: now,
+        }
+    }
+
+    pub fn next_at(&self) -> Time {
+        self.next_at
+    }
+
+    /// Something is to be told at once, unless nobody has answered lately.
+    pub fn hurry(&mut self, now: Time) {
+        if self.pause == PAUSE_MIN {
+            self.next_at = self.next_at.min(now);
+        }
+    }
+
+    pub fn handle_answer(&mut self, sent_at: Time, now: Time, waits: bool) {
+        (self.answered_at, self.pause) = (now, PAUSE_MIN);
+        // From when it left, so that slow answers do not make beats rarer; but never without a pause.
+        let interval = if waits { BEAT_WAITING } else { BEAT };
+        self.next_at = (sent_at + interval).max(now + BEAT_WAITING / 4);
+    }
+
+    pub fn handle_silence(&mut self, now: Time) {
+        self.next_at = now + self.pause;
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+    }
+
+    /// How long nobody has answered.
+    pub fn silence(&self, now: Time) -> Duration {
+        now.since(self.answered_at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const START: Time = Time::from_millis(5_000);
+
+    fn millis(pulse: &Pulse) -> u64 {
+        pulse.next_at().since(START).as_millis() as u64
+    }
+
+    #[test]
+    fn it_beats_each_second_and_five_times_a_second_at_a_barrier() {
+        let mut pulse = Pulse::new(START);
+        assert_eq!(millis(&pulse), 0);
+        pulse.handle_answer(START, START + Duration::from_millis(30), false);
+        assert_eq!(millis(&pulse), 1_000);
+        pulse.handle_answer(START, START + Duration::from_millis(30), true);
+        assert_eq!(millis(&pulse), 200);
+        pulse.handle_answer(START, START + Duration::from_millis(3_000), true);
+        assert_eq!(millis(&pulse), 3_050, "a slow coordinator is not asked without a pause");
+        pulse.hurry(START + Duration::from_millis(3_010));
+        assert_eq!(millis(&pulse), 3_010);
+    }
+
+    #[test]
+    fn nobody_who_does_not_answer_is_pressed() {
+        let mut pulse = Pulse::new(START);
+        let mut now = START;
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            pulse.handle_silence(now);
+            pulse.hurry(now);
+            pauses.push(pulse.next_at().since(now).as_millis());
+            now = pulse.next_at();
+        }
+        assert_eq!(pauses, [250, 500, 1_000, 2_000, 4_000, 5_000, 5_000, 5_000]);
+        assert_eq!(pulse.silence(now), now.since(START));
+        pulse.handle_answer(now, now, false);
+        assert_eq!(pulse.silence(now), Duration::ZERO);
+        assert_eq!(pulse.next_at().since(now), BEAT);
+    }
+}
