@@ -75,7 +75,7 @@ impl Load {
         }
     }
 
-    /// Whoever has fewer joins before a hold than another waits for the others' by a longer warm-up.
+    /// Whoever has fewer joins, or leaves, before a hold than another waits for the others' by a longer warm-up.
     fn stages(&self, plan: &WirePlan, placement: &Placement, part: &Part) -> Vec<Vec<Stage>> {
         let in_room: Vec<u32> = self.tiers.iter().map(|tier| self.of_room(placement, *tier)).collect();
         let of_hosts = subscribers_of_hosts(plan, placement.vantages.len(), part, &in_room);
@@ -85,17 +85,22 @@ impl Load {
             .iter()
             .map(|tiers| std::iter::once(alone(tiers)).chain(tiers.iter().copied()).collect())
             .collect();
-        let joining_us = |host: usize, stage: usize| {
+        // Whoever leaves does so at the same pace.
+        let moving_us = |host: usize, stage: usize| {
             let before = if stage == 0 { 0 } else { held[host][stage - 1] };
-            (f64::from(held[host][stage].saturating_sub(before)) * 1e6 / plan.joins_per_second) as u64
+            match (held[host][stage].abs_diff(before), plan.ramp_time_us) {
+                (0, _) => 0,
+                (_, Some(ramp_time_us)) => ramp_time_us,
+                (moves, None) => (f64::from(moves) * 1e6 / plan.joins_per_second) as u64,
+            }
         };
         let stage = |host: usize, stage: usize| {
-            let longest = (0..held.len()).map(|other| joining_us(other, stage)).max().unwrap_or(0);
+            let longest = (0..held.len()).map(|other| moving_us(other, stage)).max().unwrap_or(0);
             Stage {
                 kind: if stage == 0 { StageKind::Baseline } else { StageKind::Tier },
                 name: if stage == 0 { "baseline".to_owned() } else { format!("tier {stage}") },
                 subscribers: held[host][stage],
-                warmup_us: self.warmup_us + (longest - joining_us(host, stage)),
+                warmup_us: self.warmup_us + (longest - moving_us(host, stage)),
                 hold_us: plan.duration_us,
             }
         };
@@ -240,7 +245,7 @@ pub(crate) mod tests {
                 .stages
                 .iter()
                 .zip(before)
-                .map(|(stages, before)| u64::from(stages[stage].subscribers.saturating_sub(before)) * 100_000 + stages[stage].warmup_us)
+                .map(|(stages, before)| u64::from(stages[stage].subscribers.abs_diff(before)) * 100_000 + stages[stage].warmup_us)
                 .collect();
             assert!(settled.windows(2).all(|pair| pair[0] == pair[1]), "{stage}: {settled:?}");
             assert!(placed.stages.iter().any(|stages| stages[stage].warmup_us == 1_000_000));

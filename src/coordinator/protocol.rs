@@ -361,6 +361,8 @@ pub struct WirePlan {
     pub obey_bandwidth: bool,
     /// Of each host.
     pub joins_per_second: f64,
+    /// The joins of each tier are spread over this instead.
+    pub ramp_time_us: Option<u64>,
     pub join_retries: u32,
     /// Of a tier.
     pub duration_us: u64,
@@ -392,6 +394,7 @@ impl WirePlan {
             pacing: plan.pacing.name().to_owned(),
             obey_bandwidth: plan.obey_bandwidth,
             joins_per_second: plan.joins_per_second,
+            ramp_time_us: plan.ramp_time.map(|time| time.as_micros() as u64),
             join_retries: plan.join_retries,
             duration_us: plan.duration.as_micros() as u64,
             connection: plan.connection.name().to_owned(),
@@ -419,6 +422,7 @@ impl WirePlan {
         plan.pacing = self.pacing()?;
         plan.obey_bandwidth = self.obey_bandwidth;
         plan.joins_per_second = self.joins_per_second;
+        plan.ramp_time = self.ramp_time_us.map(Duration::from_micros);
         plan.join_retries = self.join_retries;
         plan.duration = Duration::from_micros(self.duration_us);
         plan.connection = self.connection()?;
@@ -476,6 +480,7 @@ impl WirePlan {
         inside("video_frames_per_second", self.video_frames_per_second.into(), 1, 120)?;
         inside("video_bps", self.video_bps, 10_000, 100_000_000)?;
         inside("duration_us", self.duration_us, 1, WHOLE_MAX)?;
+        self.ramp_time_us.map_or(Ok(()), |us| at_most("plan.ramp_time_us", us, WHOLE_MAX))?;
         within("plan.joins_per_second", self.joins_per_second, &(0.001..=1e6))?;
         self.layout()?;
         self.pacing()?;

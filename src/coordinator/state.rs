@@ -1496,6 +1496,10 @@ pub(crate) mod tests {
         sent: BTreeMap<u64, Vec<(u32, u64)>>,
         exchange: Option<Exchange>,
         clock_ahead_us: i64,
+        /// What was said before its clock was set tells nothing of it: no process has two clocks.
+        set_at_seq: u64,
+        /// The first beat that told of it.
+        told_at_seq: Option<u64>,
         stopped: bool,
         reported: bool,
         died: bool,
@@ -1518,12 +1522,21 @@ pub(crate) mod tests {
                 sent: BTreeMap::new(),
                 exchange: None,
                 clock_ahead_us,
+                set_at_seq: 0,
+                told_at_seq: None,
                 stopped: false,
                 reported: false,
                 died: false,
                 asleep_until_us: 0,
                 cut_until_us: 0,
             }
+        }
+
+        /// `ahead_us` more than before.
+        fn set_clock(&mut self, ahead_us: i64) {
+            self.clock_ahead_us += ahead_us;
+            (self.exchange, self.told_at_seq) = (None, None);
+            self.set_at_seq = self.seq;
         }
 
         fn clock(&self, now_us: u64) -> u64 {
@@ -1547,6 +1560,9 @@ pub(crate) mod tests {
                 .filter(|(stage, count)| self.acknowledged.get(stage) != Some(count))
                 .collect::<Vec<_>>();
             self.sent.insert(self.seq, news.clone());
+            if self.exchange.is_some() {
+                self.told_at_seq.get_or_insert(self.seq);
+            }
             Beat {
                 sent_at_us: self.clock(now_us),
                 exchange: self.exchange,
@@ -1562,7 +1578,7 @@ pub(crate) mod tests {
                 let best = self.acknowledged.entry(stage).or_default();
                 *best = count.max(*best);
             }
-            if beat.seq == self.seq {
+            if beat.seq == self.seq && beat.seq > self.set_at_seq {
                 self.exchange = Some(Exchange {
                     life: reply.life,
                     sent_at_us: beat.sent_at_us,
@@ -1579,8 +1595,9 @@ pub(crate) mod tests {
         }
     }
 
-    /// One run with everything that a seed has go wrong. Every acknowledged record is in the state, and the run ends.
-    fn simulate(seed: u64) {
+    /// One run with everything that a seed has go wrong. Every acknowledged record is in the state, and the run ends. Returns whether all reported, and whether somebody
+    /// was missed.
+    fn simulate(seed: u64) -> (bool, bool) {
         let mut chance = Seeded::new(seed);
         let expect = 1 + chance.below(4) as u32;
         let on_missing = if chance.chance(70) { OnMissing::Continue } else { OnMissing::Stop };
@@ -1611,8 +1628,7 @@ pub(crate) mod tests {
                     3 => kept.restart(),
                     4 => {
                         // Its clock is set, as that of a host that slept would be.
-                        probers[who].clock_ahead_us -= 3_600 * SECOND.cast_signed();
-                        probers[who].exchange = None;
+                        probers[who].set_clock(-3_600 * SECOND.cast_signed());
                     }
                     _ => {
                         // The coordinator's is set while it is down; nothing that is under way survives that.
@@ -1622,8 +1638,7 @@ pub(crate) mod tests {
                         under_way.clear();
                         for prober in &mut probers {
                             let moved = kept.now_us.cast_signed() - now_us.cast_signed();
-                            prober.clock_ahead_us -= moved;
-                            prober.exchange = None;
+                            prober.set_clock(-moved);
                             let shift = |at_us: u64| if at_us == 0 { 0 } else { at_us.checked_add_signed(moved).unwrap() };
                             prober.stage_ends_us = shift(prober.stage_ends_us);
                             (prober.asleep_until_us, prober.cut_until_us) = (shift(prober.asleep_until_us), shift(prober.cut_until_us));
@@ -1686,11 +1701,10 @@ pub(crate) mod tests {
                     let in_state = kept.state.probers[known].tiers.get(stage).map_or(0.0, |tier| tier.seconds);
                     assert!(in_state >= *count as f64, "seed {seed}, step {step}: {stage} {count} {in_state}");
                 }
-                if let Some(offset) = kept.state.probers[known].offset() {
-                    // Set just now: the next exchange tells.
-                    let known_since = prober.exchange.is_none();
-                    let off = offset.offset_us.abs_diff(-prober.clock_ahead_us);
-                    assert!(known_since || off <= offset.uncertainty_us, "seed {seed}, step {step}: {off} {offset:?}");
+                let known = &kept.state.probers[known];
+                if let Some(offset) = known.offset().filter(|_| prober.told_at_seq.is_some_and(|told| known.seq >= told)) {
+                    let off_us = offset.offset_us.abs_diff(-prober.clock_ahead_us);
+                    assert!(off_us <= offset.uncertainty_us, "seed {seed}, step {step}: {off_us} {offset:?}");
                 }
             }
             if *kept.state.phase() == Phase::Over {
@@ -1706,6 +1720,7 @@ pub(crate) mod tests {
         let before = essence(&kept.state);
         kept.restart();
         assert!(before == essence(&kept.state), "seed {seed}: the journal does not make the same state");
+        (kept.state.all_reported(), kept.state.probers.iter().any(|prober| prober.gone.is_some()))
     }
 
     /// All that outlives a process.
@@ -1728,6 +1743,8 @@ pub(crate) mod tests {
 
     #[test]
     fn whatever_goes_wrong_every_acknowledged_record_is_kept_and_the_run_ends() {
-        (0..400).for_each(simulate);
+        let ends: Vec<(bool, bool)> = (0..200).map(simulate).collect();
+        let (whole, missing) = (ends.iter().filter(|end| end.0).count(), ends.iter().filter(|end| end.1).count());
+        assert!(whole >= 50 && missing >= 30, "{whole} and {missing} of 200 are too few to show anything");
     }
 }
