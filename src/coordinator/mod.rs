@@ -2,7 +2,9 @@
 
 pub mod access;
 pub mod clock;
+pub mod desk;
 pub mod journal;
 pub mod place;
 pub mod protocol;
+pub mod server;
 pub mod state;

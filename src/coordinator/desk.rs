@@ -1,0 +1,240 @@
+//! The thread on which a run's state and its journal live. Whoever wants something of them sends a call; between calls it does what time brings about.
+
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::access;
+use super::journal::{Head, Journal};
+use super::protocol::{self, Beat, BeatReply, Cancelled, Health, JobReply, ProverId, Register, Registered, Report, Reported};
+use super::state::{Entry, Phase, Refused, State};
+use crate::units::Epoch;
+
+/// Calls that wait. Each prober has one under way, so that only strangers fill it.
+const CALLS_MAX: usize = 1_024;
+/// How often time is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// How often the journal is looked after.
+const KEEP: Duration = Duration::from_secs(1);
+
+/// Why something was not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    Refused(Refused),
+    /// It could not be written down, so it did not happen.
+    NotJournaled(String),
+    /// The coordinator is going.
+    Closing,
+}
+
+impl From<Refused> for Failure {
+    fn from(refused: Refused) -> Failure {
+        Failure::Refused(refused)
+    }
+}
+
+/// State and journal of a run.
+pub struct Desk {
+    pub state: State,
+    journal: Journal,
+    head: Head,
+    epoch: Epoch,
+    /// Why the journal takes nothing; `None` while it does.
+    problem: Option<String>,
+    phase: watch::Sender<Phase>,
+}
+
+type Call = Box<dyn FnOnce(&mut Desk) + Send>;
+
+/// The way to a desk. Cheap to clone.
+#[derive(Clone)]
+pub struct DeskHandle {
+    calls: mpsc::Sender<Call>,
+    phase: watch::Receiver<Phase>,
+    epoch: Epoch,
+}
+
+/// Ends the desk when the last handle is gone, and gives its journal back.
+pub struct DeskThread(JoinHandle<Journal>);
+
+impl DeskThread {
+    /// After all handles are dropped.
+    pub fn join(self) -> std::thread::Result<Journal> {
+        self.0.join()
+    }
+}
+
+impl Desk {
+    pub fn start(state: State, journal: Journal, head: Head, epoch: Epoch) -> std::io::Result<(DeskHandle, DeskThread)> {
+        let (calls, waiting) = mpsc::channel(CALLS_MAX);
+        let (phase, heard) = watch::channel(state.phase().clone());
+        let desk = Desk {
+            state,
+            journal,
+            head,
+            epoch,
+            problem: None,
+            phase,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+        let thread = std::thread::Builder::new()
+            .name("coordinator".to_owned())
+            .spawn(move || runtime.block_on(desk.run(waiting)))?;
+        let handle = DeskHandle { calls, phase: heard, epoch };
+        Ok((handle, DeskThread(thread)))
+    }
+
+    async fn run(mut self, mut calls: mpsc::Receiver<Call>) -> Journal {
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut kept_at = Instant::now();
+        loop {
+            tokio::select! {
+                call = calls.recv() => match call {
+                    Some(call) => call(&mut self),
+                    None => return self.journal,
+                },
+                _ = look.tick() => self.settle(),
+            }
+            if kept_at.elapsed() >= KEEP {
+                kept_at = Instant::now();
+                if let Err(error) = self.journal.keep(&self.state, &self.head, self.now_us()) {
+                    // The next entry that is written, or is not, says more.
+                    let _ = self.note(Err(error));
+                }
+            }
+        }
+    }
+
+    pub fn now_us(&self) -> u64 {
+        self.epoch.unix_micros(self.epoch.now())
+    }
+
+    /// Why the journal takes nothing.
+    pub fn problem(&self) -> Option<&str> {
+        self.problem.as_deref()
+    }
+
+    /// Does what is due, as far as it can be written down; the rest is due again.
+    fn settle(&mut self) {
+        let now_us = self.now_us();
+        self.state.look(now_us);
+        while let Some(entry) = self.state.due(now_us) {
+            if self.remember(entry).is_err() {
+                break;
+            }
+        }
+        self.phase.send_if_modified(|phase| {
+            let is_new = phase != self.state.phase();
+            phase.clone_from(self.state.phase());
+            is_new
+        });
+    }
+
+    /// Writes an entry down, and lets it come true.
+    pub fn remember(&mut self, entry: Entry) -> Result<(), Failure> {
+        let written = self.journal.append(&entry, self.now_us());
+        self.note(written)?;
+        self.state.apply(entry);
+        Ok(())
+    }
+
+    fn note(&mut self, written: std::io::Result<()>) -> Result<(), Failure> {
+        self.problem = written
+            .err()
+            .map(|error| format!("the journal {} takes nothing: {error}", self.journal.path().display()));
+        match &self.problem {
+            None => Ok(()),
+            Some(problem) => Err(Failure::NotJournaled(problem.clone())),
+        }
+    }
+
+    pub fn register(&mut self, register: &Register) -> Result<Registered, Failure> {
+        let fresh = ProverId::new(format!("{:032x}", u128::from_le_bytes(access::random()))).expect("hexadecimal digits are letters and digits");
+        let (answer, entries) = self.state.register(self.now_us(), register, fresh)?;
+        entries.into_iter().try_for_each(|entry| self.remember(entry))?;
+        let who = self.state.find(answer.prover_id.as_str())?;
+        self.state.hear_of(self.now_us(), who);
+        self.settle();
+        Ok(answer)
+    }
+
+    pub fn job(&mut self, id: &str) -> Result<JobReply, Failure> {
+        let who = self.state.find(id)?;
+        self.state.hear_of(self.now_us(), who);
+        Ok(self.state.job(who))
+    }
+
+    pub fn beat(&mut self, id: &str, beat: &Beat, received_at_us: u64) -> Result<BeatReply, Failure> {
+        let who = self.state.find(id)?;
+        let entry = self.state.beat(self.now_us(), who, beat)?;
+        if let Some(Err(failure)) = entry.map(|entry| self.remember(entry)) {
+            // It lives, whatever becomes of what it says.
+            self.state.hear_of(self.now_us(), who);
+            return Err(failure);
+        }
+        self.state.hear(self.now_us(), who, beat);
+        self.settle();
+        Ok(self.state.reply(who, beat.seq, received_at_us, self.now_us()))
+    }
+
+    pub fn report(&mut self, id: &str, report: &Report) -> Result<Reported, Failure> {
+        let who = self.state.find(id)?;
+        self.state.hear_of(self.now_us(), who);
+        if let Some(entry) = self.state.report(self.now_us(), who, report)? {
+            self.remember(entry)?;
+        }
+        self.settle();
+        Ok(self.state.reported())
+    }
+
+    pub fn cancel(&mut self, reason: &str) -> Result<Cancelled, Failure> {
+        if let Some(entry) = self.state.cancel(self.now_us(), reason) {
+            self.remember(entry)?;
+        }
+        self.settle();
+        Ok(Cancelled {
+            stopping: self.state.probers().iter().filter(|prober| prober.is_live()).count() as u32,
+        })
+    }
+
+    pub fn health(&self) -> Health {
+        Health {
+            ok: self.problem.is_none(),
+            version: crate::report::VERSION.to_owned(),
+            protocol: protocol::VERSION,
+            phase: self.state.phase().name().to_owned(),
+            registered: self.state.probers().len() as u32,
+            expected: self.state.setup().expect,
+            problem: self.problem.clone(),
+        }
+    }
+}
+
+impl DeskHandle {
+    /// Has something done at the desk.
+    ///
+    /// # Errors
+    /// The desk is gone.
+    pub async fn call<R: Send + 'static>(&self, act: impl FnOnce(&mut Desk) -> R + Send + 'static) -> Result<R, Failure> {
+        let (reply, answer) = oneshot::channel();
+        let call: Call = Box::new(move |desk| {
+            // Whoever asked may have left.
+            let _ = reply.send(act(desk));
+        });
+        self.calls.send(call).await.map_err(|_| Failure::Closing)?;
+        answer.await.map_err(|_| Failure::Closing)
+    }
+
+    /// The coordinator's clock.
+    pub fn now_us(&self) -> u64 {
+        self.epoch.unix_micros(self.epoch.now())
+    }
+
+    /// When the run is over.
+    pub async fn over(&mut self) {
+        // A desk that is gone is over, too.
+        let _ = self.phase.wait_for(|phase| *phase == Phase::Over).await;
+    }
+}

@@ -1,0 +1,426 @@
+//! The coordinator's port: HTTP, with TLS where a certificate is given.
+//!
+//! A stranger costs little and bounded memory. Connections are counted, and too many are closed at once. A request has so long for its head and so long for its body, and
+//! a connection that neither takes nor gives anything ends. Whoever has no token is answered before a byte of a body is read, and a body that says how long it is, and is too long, is
+//! refused by that.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Bytes, HttpBody};
+use axum::extract::{self, Request};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use futures_util::StreamExt;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use rustix::process::{Resource, getrlimit};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use serde::Serialize;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, Sleep};
+use tokio_rustls::TlsAcceptor;
+
+use super::access::{Access, Denied};
+use super::desk::{DeskHandle, Failure};
+use super::protocol::{self, BEAT_BYTES_MAX, Beat, Malformed, Message, REGISTER_BYTES_MAX, REPORT_BYTES_MAX, Refusal, Register, Report};
+use super::state::Refused;
+
+/// Two for each prober that there can be, and as many people who look on.
+pub const CONNECTIONS_MAX: usize = 1_024;
+/// Files that are not for connections.
+const FILES_KEPT: u64 = 64;
+const LISTEN_BACKLOG: i32 = 1_024;
+/// Of all requests that are being read, together: four of the longest reports.
+const BODIES_BYTES_MAX: usize = 4 * REPORT_BYTES_MAX;
+/// For a request's head, from when the connection is ready for it.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(20);
+/// For all of a body: a report of megabytes from a host whose uplink is full of its own media.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+const TLS_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection on which nothing comes and nothing goes, although something should.
+const STANDSTILL_MAX: Duration = Duration::from_secs(60);
+/// For answers that are under way when the server stops.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why the coordinator does not listen; each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error("{0} is in use: stop what listens there, or choose another --coordinator-port (0 takes any)")]
+    InUse(SocketAddr),
+    #[error("{0} is not allowed: ports below 1024 need root, or choose another --coordinator-port")]
+    Forbidden(SocketAddr),
+    #[error("{0} is no address of this host: give --coordinator-bind one that `ip address` shows, or 0.0.0.0")]
+    NotOurs(SocketAddr),
+    #[error("cannot listen on {address}: {cause}")]
+    Other { address: SocketAddr, cause: io::Error },
+}
+
+/// Takes the port.
+pub fn listen(address: SocketAddr) -> Result<std::net::TcpListener, ListenError> {
+    let bind = || {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        // A coordinator that is started again finds the connections of the one before it still closing.
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(LISTEN_BACKLOG)?;
+        Ok(socket.into())
+    };
+    bind().map_err(|cause: io::Error| match cause.kind() {
+        io::ErrorKind::AddrInUse => ListenError::InUse(address),
+        io::ErrorKind::PermissionDenied => ListenError::Forbidden(address),
+        io::ErrorKind::AddrNotAvailable => ListenError::NotOurs(address),
+        _ => ListenError::Other { address, cause },
+    })
+}
+
+/// What TLS is spoken with.
+///
+/// # Errors
+/// A file that cannot be read, or that is not what its flag says.
+pub fn tls(certificate: &Path, key: &Path) -> Result<TlsAcceptor, String> {
+    let of = |flag: &str, path: &Path, why: &dyn std::fmt::Display| format!("{flag} {}: {why}", path.display());
+    let wrong_chain = |why: &dyn std::fmt::Display| of("--tls-cert", certificate, why);
+    let chain = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let chain = chain.map_err(|error| wrong_chain(&error))?;
+    if chain.is_empty() {
+        return Err(wrong_chain(&"no certificate in PEM is in it"));
+    }
+    let private_key = PrivateKeyDer::from_pem_file(key).map_err(|error| of("--tls-key", key, &error))?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("ring supports TLS 1.2 and 1.3")
+        .with_no_client_auth()
+        .with_single_cert(chain, private_key)
+        .map_err(|error| {
+            format!(
+                "--tls-cert {} and --tls-key {} do not go together: {error}",
+                certificate.display(),
+                key.display()
+            )
+        })?;
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+/// What request handlers need.
+#[derive(Clone)]
+pub struct Site {
+    pub desk: DeskHandle,
+    access: Arc<Access>,
+    /// A permit for each byte of a body that is being read.
+    bodies: Arc<Semaphore>,
+    refused_connections: Arc<AtomicU64>,
+}
+
+impl Site {
+    pub fn new(desk: DeskHandle, access: Access) -> Site {
+        Site {
+            desk,
+            access: Arc::new(access),
+            bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX)),
+            refused_connections: Arc::new(AtomicU64::new(0)),
+        }
+    }
+
+    /// The whole body, unless it is too long, too slow, or one too many.
+    async fn body(&self, request: Request, most: usize) -> Result<Received, Answer> {
+        let too_long = || Answer::refusal(StatusCode::PAYLOAD_TOO_LARGE, format!("a body of more than {most} bytes"));
+        if request.body().size_hint().lower() > most as u64 {
+            return Err(too_long());
+        }
+        let mut stream = request.into_body().into_data_stream();
+        let mut received = Received::default();
+        let read = async {
+            while let Some(part) = stream.next().await {
+                let part = part.map_err(|_| Answer::refusal(StatusCode::BAD_REQUEST, "the body ended too early".to_owned()))?;
+                if received.bytes.len() + part.len() > most {
+                    return Err(too_long());
+                }
+                let room = self.bodies.clone().try_acquire_many_owned(part.len() as u32);
+                let room =
+                    room.map_err(|_| Answer::refusal(StatusCode::SERVICE_UNAVAILABLE, "too much is being sent at once: try again".to_owned()))?;
+                received.room.push(room);
+                received.bytes.extend_from_slice(&part);
+            }
+            Ok(())
+        };
+        let timely = tokio::time::timeout(BODY_TIMEOUT, read).await;
+        timely.unwrap_or_else(|_| Err(Answer::refusal(StatusCode::REQUEST_TIMEOUT, "the body took too long".to_owned())))?;
+        Ok(received)
+    }
+
+    async fn read<M: Message>(&self, request: Request, most: usize) -> Result<M, Answer> {
+        let received = self.body(request, most).await?;
+        protocol::read(&received.bytes).map_err(Answer::from)
+    }
+}
+
+/// A body, and its share of what may be read at once.
+#[derive(Default)]
+struct Received {
+    bytes: Vec<u8>,
+    room: Vec<OwnedSemaphorePermit>,
+}
+
+/// An answer that is not what was asked for.
+struct Answer {
+    status: StatusCode,
+    refusal: Refusal,
+}
+
+impl Answer {
+    fn refusal(status: StatusCode, error: String) -> Answer {
+        Answer {
+            status,
+            refusal: Refusal { error },
+        }
+    }
+}
+
+impl From<Malformed> for Answer {
+    fn from(malformed: Malformed) -> Answer {
+        Answer::refusal(StatusCode::BAD_REQUEST, malformed.to_string())
+    }
+}
+
+impl From<Failure> for Answer {
+    fn from(failure: Failure) -> Answer {
+        let status = match &failure {
+            Failure::Refused(Refused::Malformed(_)) => StatusCode::BAD_REQUEST,
+            Failure::Refused(Refused::Unknown(_)) => StatusCode::NOT_FOUND,
+            Failure::Refused(Refused::Conflict(_)) => StatusCode::CONFLICT,
+            Failure::NotJournaled(_) | Failure::Closing => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        let text = match failure {
+            Failure::Refused(refused) => refused.to_string(),
+            Failure::NotJournaled(problem) => format!("{problem}: not taken, try again"),
+            Failure::Closing => "the coordinator is going".to_owned(),
+        };
+        Answer::refusal(status, text)
+    }
+}
+
+impl From<Denied> for Answer {
+    fn from(denied: Denied) -> Answer {
+        Answer::refusal(StatusCode::UNAUTHORIZED, denied.text().to_owned())
+    }
+}
+
+impl IntoResponse for Answer {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, json(&self.refusal)).into_response();
+        if self.status == StatusCode::UNAUTHORIZED {
+            response
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+fn json(message: &impl Serialize) -> Response {
+    match serde_json::to_vec(message) {
+        Ok(body) => ([(header::CONTENT_TYPE, "application/json")], Bytes::from(body)).into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+type Answered = Result<Response, Answer>;
+
+/// All that is served.
+pub fn routes(site: Site) -> Router {
+    let guarded = Router::new()
+        .route("/register", post(register))
+        .route("/job/{prover_id}", get(job))
+        .route("/beat/{prover_id}", post(beat))
+        .route("/report/{prover_id}", post(report))
+        .route("/cancel", post(cancel))
+        .layer(middleware::from_fn_with_state(site.clone(), must_be_admitted));
+    Router::new().merge(guarded).route("/health", get(health)).with_state(site)
+}
+
+async fn must_be_admitted(extract::State(site): extract::State<Site>, headers: HeaderMap, request: Request, next: Next) -> Response {
+    match site.access.admits(&headers) {
+        Ok(()) => next.run(request).await,
+        Err(denied) => Answer::from(denied).into_response(),
+    }
+}
+
+async fn register(extract::State(site): extract::State<Site>, request: Request) -> Answered {
+    let register: Register = site.read(request, REGISTER_BYTES_MAX).await?;
+    let registered = site.desk.call(move |desk| desk.register(&register)).await??;
+    Ok(json(&registered))
+}
+
+async fn job(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>) -> Answered {
+    let job = site.desk.call(move |desk| desk.job(&id)).await??;
+    Ok(json(&job))
+}
+
+async fn beat(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>, request: Request) -> Answered {
+    let received_at_us = site.desk.now_us();
+    let beat: Beat = site.read(request, BEAT_BYTES_MAX).await?;
+    let mut reply = site.desk.call(move |desk| desk.beat(&id, &beat, received_at_us)).await??;
+    reply.replied_at_us = site.desk.now_us();
+    Ok(json(&reply))
+}
+
+async fn report(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>, request: Request) -> Answered {
+    let report: Report = site.read(request, REPORT_BYTES_MAX).await?;
+    let reported = site.desk.call(move |desk| desk.report(&id, &report)).await??;
+    Ok(json(&reported))
+}
+
+async fn cancel(extract::State(site): extract::State<Site>) -> Answered {
+    let cancelled = site.desk.call(|desk| desk.cancel("cancelled by POST /cancel")).await??;
+    Ok(json(&cancelled))
+}
+
+async fn health(extract::State(site): extract::State<Site>) -> Answered {
+    let health = site.desk.call(|desk| desk.health()).await?;
+    let status = if health.ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    Ok((status, json(&health)).into_response())
+}
+
+/// Serves until `stop` says so, or its sender is gone; then ends what is under way.
+pub async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, site: Site, mut stop: watch::Receiver<bool>) {
+    let refused = site.refused_connections.clone();
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX).saturating_sub(FILES_KEPT);
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX.min(usize::try_from(files).unwrap_or(usize::MAX))));
+    let routes = routes(site);
+    let mut connections = JoinSet::new();
+    loop {
+        let stream = tokio::select! {
+            stream = accept(&listener) => stream,
+            _ = stop.changed() => break,
+            Some(_) = connections.join_next() => continue,
+        };
+        match places.clone().try_acquire_owned() {
+            Ok(place) => {
+                let (routes, tls, stop) = (routes.clone(), tls.clone(), stop.clone());
+                connections.spawn(async move {
+                    connection(stream, tls, routes, stop).await;
+                    drop(place);
+                });
+            }
+            Err(_) => {
+                refused.fetch_add(1, Relaxed);
+            }
+        }
+    }
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, async { while connections.join_next().await.is_some() {} }).await;
+}
+
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            // Out of files, for a moment.
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, tls: Option<TlsAcceptor>, routes: Router, mut stop: watch::Receiver<bool>) {
+    // A kernel that cannot switch Nagle off is slower, not wrong.
+    let _ = stream.set_nodelay(true);
+    let stream = Watched::new(stream);
+    let stream: Box<dyn Stream> = match tls {
+        None => Box::new(stream),
+        Some(tls) => match tokio::time::timeout(TLS_TIMEOUT, tls.accept(stream)).await {
+            Ok(Ok(stream)) => Box::new(stream),
+            Ok(Err(_)) | Err(_) => return,
+        },
+    };
+    let service = TowerToHyperService::new(routes);
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        // What a client did wrong is its own affair.
+        _ = connection.as_mut() => return,
+        _ = stop.changed() => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = connection.await;
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+/// A client's connection, which ends when nothing has come and nothing gone for too long.
+struct Watched {
+    stream: TcpStream,
+    until: Pin<Box<Sleep>>,
+}
+
+impl Watched {
+    fn new(stream: TcpStream) -> Watched {
+        Watched {
+            stream,
+            until: Box::pin(tokio::time::sleep(STANDSTILL_MAX)),
+        }
+    }
+
+    fn moved(&mut self) {
+        self.until.as_mut().reset(Instant::now() + STANDSTILL_MAX);
+    }
+
+    fn stood_still<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        ready!(self.until.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        match Pin::new(&mut this.stream).poll_read(cx, buf) {
+            Poll::Ready(read) => {
+                this.moved();
+                Poll::Ready(read)
+            }
+            Poll::Pending => this.stood_still(cx),
+        }
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        match Pin::new(&mut this.stream).poll_write(cx, buf) {
+            Poll::Ready(written) => {
+                this.moved();
+                Poll::Ready(written)
+            }
+            Poll::Pending => this.stood_still(cx),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
