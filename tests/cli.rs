@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use throng::cli::{Command, Run, UsageError, parse, parse_with};
 use throng::measure::Kind;
-use throng::plan::{Connection, Layout, Origin, Pacing};
+use throng::plan::{Connection, Layout, Origin, Pacing, Role};
 use throng::sfu::SendMode;
 
 const CPUS: usize = 2;
@@ -331,7 +331,7 @@ fn nonsense_is_refused_with_what_to_write_instead() {
 
 #[test]
 fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
-    for flag in ["--coordinator", "--report-to=http://h", "--html=f", "--token=t"] {
+    for flag in ["--coordinator", "--html=f", "--token=t"] {
         assert!(local_refusal(&[flag]).contains("unexpected argument"), "{flag}");
     }
     assert!(local_refusal(&["--subscriber", "3"]).contains("'--subscribers'"));
@@ -399,6 +399,80 @@ fn tiers_that_make_no_sense_are_refused() {
     }
     let many = ["1"; 201].join(",");
     assert!(local_refusal(&["--ramp", &many]).contains("at most 200 tiers"));
+}
+
+#[test]
+fn a_coordinator_s_address_makes_a_prober_by_flag_or_by_the_environment_alone() {
+    let probe = |args: &[&str], env: &'static [(&'static str, &'static str)]| match command(args, env) {
+        Ok(Command::Probe(probe)) => *probe,
+        other => panic!("a prober: {other:?}"),
+    };
+    const ALONE: &[(&str, &str)] = &[
+        ("COORDINATOR_URL", "http://10.0.0.1:8787"),
+        ("COORDINATOR_TOKEN", "hunter2"),
+        ("FLY_REGION", "fra"),
+    ];
+    let alone = probe(&[], ALONE);
+    assert_eq!(
+        (alone.config.coordinator.http().as_str(), alone.config.vantage.as_str()),
+        ("http://10.0.0.1:8787", "fra")
+    );
+    assert_eq!(
+        (
+            alone.config.role,
+            alone.config.weight,
+            alone.config.token.as_ref().map(|token| token.expose())
+        ),
+        (Role::Both, 1, Some("hunter2"))
+    );
+    assert!(alone.run.plan.target.is_embedded() && alone.run.credentials.is_none() && !alone.shape_given);
+    assert!(!format!("{alone:?}").contains("hunter2"));
+    let flags = [
+        "--report-to=http://h:1",
+        "--vantage=iad",
+        "--role=publish",
+        "--weight=3",
+        "--coordinator-token=t",
+        "--url=ws://s:7880",
+    ];
+    let flags = probe(
+        &flags,
+        &[
+            ("COORDINATOR_URL", "http://other"),
+            ("FLY_REGION", "fra"),
+            ("LIVEKIT_API_KEY", "k"),
+            ("LIVEKIT_API_SECRET", "s"),
+        ],
+    );
+    assert_eq!(
+        (flags.config.coordinator.http().as_str(), flags.config.vantage.as_str()),
+        ("http://h:1", "iad")
+    );
+    assert_eq!(
+        (flags.config.role, flags.config.weight, flags.run.plan.target.url.to_string().as_str()),
+        (Role::Publish, 3, "ws://s:7880")
+    );
+    assert!(flags.run.credentials.is_some());
+    assert_eq!(
+        probe(&["--report-to=http://h"], &[("VOICEGW_REGION", "ams"), ("FLY_REGION", "fra")])
+            .config
+            .vantage,
+        "ams"
+    );
+    for (args, says) in [
+        (&["--vantage=fra"][..], "add --report-to"),
+        (&["--report-to=http://h", "--ramp=2,10"], "--ramp is not a prober's to say"),
+        (&["--report-to=http://h", "--subscribers=2"], "--subscribers is not a prober's to say"),
+        (&["--report-to=http://h", "--dry-run"], "--dry-run is not a prober's to say"),
+        (&["--report-to=http://h", "--role=listen"], "publish, subscribe or both"),
+        (&["--report-to=http://h", "--weight=0"], "1..=100"),
+        (&["--report-to=http://h", "--vantage=a b"], "without spaces"),
+        (&["--report-to=h"], "--report-to needs a scheme"),
+        (&["--report-to=http://h", "--api-key=k"], "LIVEKIT_API_SECRET"),
+    ] {
+        let text = refusal(args, &[]);
+        assert!(text.contains(says), "{args:?}: {text}");
+    }
 }
 
 #[test]

@@ -64,7 +64,7 @@ impl World {
         Pair::between(1, false, ends)
     }
 
-    /// What the subscribing host hears of the publisher's log: `late` counts are those of an earlier second, which change nothing.
+    /// What the subscribing host hears of the publisher's log.
     fn exchange_counts(&self) {
         if let World::TwoHosts(publishing, subscribing) = self {
             publishing.frame_counts().for_each(|count| subscribing.set_frames_elsewhere(count));
@@ -72,14 +72,15 @@ impl World {
     }
 }
 
-/// Twenty seconds of audio and video. What is lost is lost at stated moments: now and then some milliseconds, once a second and a half, and the end.
+/// Twenty seconds of audio and video. What is lost is lost at stated moments: now and then some milliseconds, once nearly everything for so long that repair gives
+/// up, and the end.
 fn play(world: &World, counts_come: bool) -> [Record; 2] {
     let mut pair = world.pair();
     pair.link = Link::new(Conditions::default(), 1);
     pair.now = Time::from_millis(1_000);
     pair.publish(&[audio(), video()], Pacing::Paced);
     for millis in 0..20_000 {
-        let lost = millis % 101 < 2 || (7_000..8_500).contains(&millis) || millis >= 19_200;
+        let lost = millis > 1_000 && millis % 101 < 2 || (7_000..10_000).contains(&millis) && millis % 97 >= 3 || millis >= 19_200;
         pair.set_conditions(Conditions {
             loss: f64::from(u8::from(lost)),
             delay: Duration::from_millis(20),
@@ -133,7 +134,8 @@ fn two_hosts_account_for_what_one_host_does_that_plays_both() {
             assert_eq!(lost(one), lost(two));
         }
         for ((name, one), (_, two)) in one.session.counters().zip(two.session.counters()) {
-            assert_eq!(one, two, "{name}");
+            // Certificates and signatures are not always of the same length.
+            assert!(one == two || name.starts_with("wire_bytes"), "{name}: {one} and {two}");
         }
     }
     let [publishing, subscribing] = &two;
@@ -176,10 +178,15 @@ fn before_any_count_comes_no_frame_is_refused_and_what_came_was_sent() {
     let [_, received] = play(&World::two_hosts(), false);
     assert_eq!(received.session.frames_misrouted, 0);
     for media in [&received.audio, &received.video] {
-        // The end, which nobody told of, is not known to have been sent.
-        assert!(media.frames_delivered > 100 && media.frames_expected > media.frames_delivered);
+        assert!(
+            media.frames_delivered > 100 && lost(media) > 0,
+            "{} and {}",
+            media.frames_delivered,
+            lost(media)
+        );
     }
+    // The end, which nobody told of, is not known to have been sent: 800 ms.
     let [_, told] = play(&World::two_hosts(), true);
-    // 800 ms of it.
     assert_eq!(told.audio.frames_expected - received.audio.frames_expected, 40);
+    assert_eq!(told.video.frames_expected - received.video.frames_expected, 12);
 }
