@@ -72,15 +72,15 @@ impl World {
     }
 }
 
-/// Twenty seconds of audio and video. What is lost is lost at stated moments: now and then some milliseconds, once nearly everything for so long that repair gives
+/// Ten seconds of audio and video. What is lost is lost at stated moments: now and then some milliseconds, once nearly everything for so long that repair gives
 /// up, and the end.
 fn play(world: &World, counts_come: bool) -> [Record; 2] {
     let mut pair = world.pair();
     pair.link = Link::new(Conditions::default(), 1);
     pair.now = Time::from_millis(1_000);
     pair.publish(&[audio(), video()], Pacing::Paced);
-    for millis in 0..20_000 {
-        let lost = millis > 1_000 && millis % 101 < 2 || (7_000..10_000).contains(&millis) && millis % 97 >= 3 || millis >= 19_200;
+    for millis in 0..10_000 {
+        let lost = millis > 1_000 && millis % 101 < 2 || (4_000..7_000).contains(&millis) && millis % 97 >= 3 || millis >= 9_200;
         pair.set_conditions(Conditions {
             loss: f64::from(u8::from(lost)),
             delay: Duration::from_millis(20),
@@ -144,9 +144,9 @@ fn two_hosts_account_for_what_one_host_does_that_plays_both() {
         assert_eq!(received.frames_expected, sent.frames_sent);
         assert!(lost(received) > 0 && received.frames_delivered + lost(received) == received.frames_expected);
         assert_eq!(received.frames_lost_unattributed, lost(received), "no witness of the uplink is here");
-        // 20 ms under way, and repaired ones later.
+        // 20 ms under way, and the packets of a picture leave one after the other.
         assert!(
-            (20_000..25_000).contains(&received.one_way_latency.min().unwrap()),
+            (20_000..40_000).contains(&received.one_way_latency.min().unwrap()),
             "{:?}",
             received.one_way_latency.min()
         );

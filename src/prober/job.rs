@@ -18,7 +18,7 @@ pub(super) fn of_ours(job: &Job, own: cli::Run, shape_given: bool) -> Result<cli
     (plan.seed, plan.run_tag) = (job.seed, job.run_tag);
     plan.part = Some(Part::new(job.placement.clone(), job.me as usize, &plan.shape)?);
     // Stages say what is held, and for how long.
-    (plan.ramp, plan.ramp_time, plan.warmup) = (Vec::new(), None, Duration::ZERO);
+    (plan.ramp, plan.warmup) = (Vec::new(), Duration::ZERO);
     if plan.target.is_embedded() {
         let url = job
             .url

@@ -26,8 +26,8 @@ const POLL: Duration = Duration::from_secs(1);
 const POLL_MAX: Duration = Duration::from_secs(10);
 /// Who hears nothing of a coordinator for so long before anything has begun gives up. `voicegw`'s probers do so, too.
 const GATHER_PATIENCE: Duration = Duration::from_secs(300);
-/// So long the last report is tried to be delivered to a coordinator that does not answer.
-const REPORT_PATIENCE: Duration = Duration::from_secs(60);
+/// So long the last report is tried to be delivered to a coordinator that does not answer, and did not say how long.
+pub(super) const REPORT_PATIENCE: Duration = Duration::from_secs(60);
 /// A token is used up to half its lifetime: whoever joins with it has the other half to be in.
 const TOKEN_BATCH: u32 = 200;
 const TOKEN_TRIES: u32 = 4;
@@ -293,13 +293,13 @@ impl Beats {
     }
 }
 
-/// Gives the last report to the coordinator, however often that takes for a while.
+/// Gives the last report to the coordinator, however often that takes within `patience`.
 ///
 /// # Errors
 /// Why it did not take it.
-pub(super) async fn deliver(client: &Client, id: &ProverId, report: &Report) -> Result<Reported, String> {
+pub(super) async fn deliver(client: &Client, id: &ProverId, report: &Report, patience: Duration) -> Result<Reported, String> {
     let path = format!("/report/{id}");
-    Ok(insist(REPORT_PATIENCE, &mut |_| {}, || client.post(&path, report)).await?)
+    Ok(insist(patience, &mut |_| {}, || client.post(&path, report)).await?)
 }
 
 /// What to add to a vantage's time to get ours. Both uncertainties add up.
@@ -421,7 +421,7 @@ mod tests {
 
     async fn enlisted(script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static) -> (Result<Enlisted, String>, Scripted, Vec<String>) {
         let (scripted, url) = Scripted::start(script).await;
-        let client = Client::new(url, Some(Secret::new("sesame")));
+        let client = Client::new(url.parse().unwrap(), Some(Secret::new("sesame")));
         let mut told = Vec::new();
         let enlisted = enlist(&client, &register(), |line| told.push(line)).await;
         (enlisted, scripted, told)
@@ -473,9 +473,9 @@ mod tests {
         }
     }
 
-    fn beats(url: crate::plan::ServerUrl, patience: Duration) -> Beats {
+    fn beats(url: String, patience: Duration) -> Beats {
         Beats {
-            client: Client::new(url, None),
+            client: Client::new(url.parse().unwrap(), None),
             id: ProverId::new("p1").unwrap(),
             shared: Shared::new(),
             epoch: Epoch::read(),
@@ -588,9 +588,9 @@ mod tests {
             _ => (200, json!({"ok": true, "all_reported": false})),
         })
         .await;
-        let (client, id) = (Client::new(url, None), ProverId::new("p1").unwrap());
+        let (client, id) = (Client::new(url.parse().unwrap(), None), ProverId::new("p1").unwrap());
         let report = super::super::report::of_nothing("fra", "no media could be made");
-        assert!(deliver(&client, &id, &report).await.unwrap().ok);
+        assert!(deliver(&client, &id, &report, REPORT_PATIENCE).await.unwrap().ok);
         let asked = scripted.asked();
         assert_eq!((asked.len(), asked[1].what.as_str()), (2, "POST /report/p1"));
         assert_eq!(asked[1].body["throng"]["partial"], "no media could be made");
@@ -606,7 +606,7 @@ mod tests {
             (200, json!({"tokens": tokens, "lifetime_seconds": lifetime}))
         })
         .await;
-        let mut tokens = Tokens::new(Client::new(url, None), ProverId::new("p1").unwrap(), 250);
+        let mut tokens = Tokens::new(Client::new(url.parse().unwrap(), None), ProverId::new("p1").unwrap(), 250);
         for (position, token) in [(0, "t0-0"), (199, "t199-0"), (200, "t200-1"), (249, "t249-1")] {
             assert_eq!(tokens.token(position).await.unwrap().expose(), token);
         }

@@ -13,6 +13,7 @@ mod outbox;
 mod pulse;
 mod report;
 #[cfg(test)]
+#[path = "../../tests/common/scripted.rs"]
 mod scripted;
 
 use std::path::Path;
@@ -96,7 +97,7 @@ impl Prober {
             beats: None,
             runtime,
         };
-        prober.beats = prober.job().map(|job| prober.runtime.spawn(prober.beats(job).run()));
+        prober.beats = prober.job().is_some().then(|| prober.runtime.spawn(prober.beats().run()));
         Ok(prober)
     }
 
@@ -105,13 +106,18 @@ impl Prober {
         self.enlisted.job.throng.as_ref()
     }
 
-    fn beats(&self, job: &Job) -> Beats {
+    /// How long a coordinator may be silent, during the load and after it.
+    fn patience(&self) -> Duration {
+        self.job().map_or(link::REPORT_PATIENCE, |job| Duration::from_micros(job.patience_us))
+    }
+
+    fn beats(&self) -> Beats {
         Beats {
             client: self.client.clone(),
             id: self.enlisted.id.clone(),
             shared: self.shared.clone(),
             epoch: self.clock,
-            patience: Duration::from_micros(job.patience_us),
+            patience: self.patience(),
         }
     }
 
@@ -172,7 +178,9 @@ impl Prober {
         };
         // From here on the report is the sign of life.
         self.beats.take().iter().for_each(JoinHandle::abort);
-        let delivered = self.runtime.block_on(link::deliver(&self.client, &self.enlisted.id, &report));
+        let delivered = self
+            .runtime
+            .block_on(link::deliver(&self.client, &self.enlisted.id, &report, self.patience()));
         let Err(why) = delivered else {
             return format!(
                 "The coordinator has this report. The whole result, once all have reported: {}",

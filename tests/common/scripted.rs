@@ -8,13 +8,11 @@ use axum::extract::State;
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use serde_json::Value;
 
-use crate::plan::ServerUrl;
-
 /// The answer to each question: its status and its body. A body that is a text is sent as it is.
 type Script = Box<dyn FnMut(&Asked) -> (u16, Value) + Send>;
 
 #[derive(Clone, Debug)]
-pub(super) struct Asked {
+pub struct Asked {
     /// `POST /beat/7`
     pub what: String,
     pub token: Option<String>,
@@ -24,20 +22,20 @@ pub(super) struct Asked {
 }
 
 #[derive(Clone)]
-pub(super) struct Scripted {
+pub struct Scripted {
     log: Arc<Mutex<Vec<Asked>>>,
     script: Arc<Mutex<Script>>,
 }
 
 impl Scripted {
     /// Listens on a port of its own, within a runtime.
-    pub async fn start(script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static) -> (Scripted, ServerUrl) {
+    pub async fn start(script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static) -> (Scripted, String) {
         let scripted = Scripted {
             log: Arc::default(),
             script: Arc::new(Mutex::new(Box::new(script))),
         };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
         let app = axum::Router::new().fallback(answer).with_state(scripted.clone());
         tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
         (scripted, url)
