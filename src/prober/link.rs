@@ -14,8 +14,8 @@ use super::outbox::Outbox;
 use super::pulse::Pulse;
 use crate::coordinator::clock::{ClockEstimate, Offset};
 use crate::coordinator::protocol::{
-    BeatReply, Exchange, FrameCount, JobReply, Order, ProverId, Register, Registered, Report, Reported, TOKENS_MAX, TokensReply, TokensRequest,
-    VERSION, VantageClock, other_version,
+    BeatReply, Exchange, FRAME_COUNTS_MAX, FrameCount, JobReply, Order, ProverId, Register, Registered, Report, Reported, TOKENS_MAX, TokensReply,
+    TokensRequest, VERSION, VantageClock, other_version,
 };
 use crate::engine;
 use crate::signal::{Secret, TokenRequest};
@@ -271,10 +271,7 @@ impl Beats {
         {
             let mut inbox = self.shared.inbox();
             for FrameCount(origin, track, layer, frames) in reply.frames {
-                if let Ok(frames) = u32::try_from(frames) {
-                    let known = inbox.frames.entry((origin, track, layer)).or_default();
-                    *known = frames.max(*known);
-                }
+                inbox.take_frames((origin, track, layer), frames);
             }
             if let Some(own) = own_clock {
                 let clocks = reply.clocks.iter().map(|clock| (clock.vantage, between(clock, &own)));
@@ -368,13 +365,22 @@ impl Tokens {
             }
         };
         let good_until = tokio::time::Instant::now() + Duration::from_secs(reply.lifetime_seconds) / 2;
-        let tokens = reply.tokens.into_iter().map(Secret::new);
+        let tokens = reply.tokens.into_iter().take(count as usize).map(Secret::new);
         self.kept.extend((from..).zip(tokens.map(|token| (token, good_until))));
         Ok(())
     }
 }
 
 impl Inbox {
+    /// A count that no publisher can reach is none, and no run has more publishers than one message names.
+    fn take_frames(&mut self, layer: (u32, u8, u8), frames: u64) {
+        let Ok(frames) = u32::try_from(frames) else { return };
+        if self.frames.len() < FRAME_COUNTS_MAX || self.frames.contains_key(&layer) {
+            let known = self.frames.entry(layer).or_default();
+            *known = frames.max(*known);
+        }
+    }
+
     /// Tells the roster what is known of the publishers of others.
     pub fn tell(&self, roster: &engine::Roster) {
         for ((origin, track, layer), frames) in &self.frames {

@@ -178,9 +178,13 @@ impl Prober {
         };
         // From here on the report is the sign of life.
         self.beats.take().iter().for_each(JoinHandle::abort);
-        let delivered = self
-            .runtime
-            .block_on(link::deliver(&self.client, &self.enlisted.id, &report, self.patience()));
+        let delivered = self.runtime.block_on(async {
+            // A run that has heard signals has taken their own effect away.
+            tokio::select! {
+                delivered = link::deliver(&self.client, &self.enlisted.id, &report, self.patience()) => delivered,
+                _ = tokio::signal::ctrl_c() => Err("interrupted".to_owned()),
+            }
+        });
         let Err(why) = delivered else {
             return format!(
                 "The coordinator has this report. The whole result, once all have reported: {}",
