@@ -21,7 +21,8 @@ pub(super) fn state_tracks(record: &mut Record, plan: &Plan, admitted: u32, outc
         let live = streams.filter(|(_, stream)| stream.kind == kind && stream.live);
         let distinct: BTreeSet<_> = live.map(|(participant, stream)| (participant, stream.origin)).collect();
         let media = record.media(kind);
-        let expected = (0..admitted).map(|index| expected_tracks(plan, &plan.participant(index), kind, ended.get(&index)));
+        let participants = (0..admitted).map(|position| plan.participant(position));
+        let expected = participants.map(|participant| expected_tracks(plan, &participant, kind, ended.get(&participant.index)));
         media.tracks_expected = expected.map(u64::from).sum();
         media.tracks_live = distinct.len() as u64;
     }

@@ -42,10 +42,10 @@ impl Survey {
         let mut peers: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
         outcomes.iter().for_each(|peer| peers.entry(peer.participant).or_default().push(peer));
         let mut survey = Survey::default();
-        for (index, visit) in visits {
-            let all = peers.remove(index).unwrap_or_default();
+        for participant in plan.participants() {
+            let Some(visit) = visits.get(&participant.index) else { continue };
+            let all = peers.remove(&participant.index).unwrap_or_default();
             let here: Vec<&PeerOutcome> = all.iter().copied().filter(|peer| peer.intended_at >= *visit).collect();
-            let participant = plan.participant(*index);
             let fares = |kind| {
                 let expected = plan.expected_tracks(&participant, kind);
                 Quality {
@@ -60,7 +60,7 @@ impl Survey {
             });
             (0..2).for_each(|kind| survey.overdue[kind] += overdue[kind]);
             let (audio, video) = (fares(Kind::Audio), fares(Kind::Video));
-            survey.fares.insert(*index, Fare { audio, video, overdue });
+            survey.fares.insert(participant.index, Fare { audio, video, overdue });
         }
         survey
     }
