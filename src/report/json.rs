@@ -18,15 +18,41 @@ use crate::run::knee::{Answer, CONFIDENCE, Limit};
 
 pub const SCHEMA: &str = "throng-report/1";
 
-/// The report, indented, with a newline at its end.
+/// The report of one host.
 pub fn render(outcome: &Outcome) -> String {
-    let mut text = serde_json::to_string_pretty(&Report::new(outcome)).expect("plain data serialises");
+    let steps = outcome.steps.iter().map(|step| judge_step(outcome, step)).collect();
+    print(&Report::new(outcome, judge(outcome), steps, &OneHost::default()))
+}
+
+/// The report of a run over many hosts, which was judged as a whole and step by step. `hosts` has `vantages` and `missing`, and what else belongs beside them.
+pub fn of_many<'a, H: Serialize>(outcome: &'a Outcome, judgement: Judgement, steps: Vec<Judgement>, hosts: &'a H) -> impl Serialize + 'a {
+    Report::new(outcome, judgement, steps, hosts)
+}
+
+/// Indented, with a newline at its end.
+pub fn print(report: &impl Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(report).expect("plain data serialises");
     text.push('\n');
     text
 }
 
+fn knee<'a>(outcome: &'a Outcome, steps: &[Judgement]) -> Option<Knee<'a>> {
+    if outcome.plan.find_knee {
+        return None;
+    }
+    let judged = outcome.steps.iter().zip(steps.iter().cloned());
+    Knee::among(judged.filter(|(step, _)| step.tier.is_some()).collect(), &outcome.unmeasured)
+}
+
+/// Nothing of other hosts.
+#[derive(Default, serde::Serialize)]
+struct OneHost {
+    vantages: Option<()>,
+    missing: Option<()>,
+}
+
 #[derive(serde::Serialize)]
-struct Report<'a> {
+struct Report<'a, H> {
     schema: &'static str,
     version: &'static str,
     started_at: String,
@@ -48,13 +74,13 @@ struct Report<'a> {
     series: &'a [Sample],
     engine: EngineView<'a>,
     server: Option<ServerView>,
-    vantages: Option<()>,
-    missing: Option<()>,
+    #[serde(flatten)]
+    hosts: &'a H,
 }
 
-impl<'a> Report<'a> {
-    fn new(outcome: &'a Outcome) -> Report<'a> {
-        let Judgement { verdict, reasons } = judge(outcome);
+impl<'a, H: Serialize> Report<'a, H> {
+    fn new(outcome: &'a Outcome, judgement: Judgement, steps: Vec<Judgement>, hosts: &'a H) -> Report<'a, H> {
+        let Judgement { verdict, reasons } = judgement;
         Report {
             schema: SCHEMA,
             version: VERSION,
@@ -66,10 +92,15 @@ impl<'a> Report<'a> {
             notes: &outcome.notes,
             plan: PlanView::new(outcome),
             target: TargetView::new(outcome),
-            knee: Knee::of(outcome).map(KneeView::new),
+            knee: knee(outcome, &steps).map(KneeView::new),
             capacity: outcome.capacity.as_ref().map(|capacity| CapacityView::new(&outcome.plan, capacity)),
-            unmeasured_tiers: (!outcome.plan.ramp.is_empty()).then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
-            steps: outcome.steps.iter().map(|step| StepView::new(outcome, step)).collect(),
+            unmeasured_tiers: outcome.plan.has_tiers().then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
+            steps: outcome
+                .steps
+                .iter()
+                .zip(steps)
+                .map(|(step, judgement)| StepView::new(step, judgement))
+                .collect(),
             totals: TotalsView::new(&outcome.totals),
             join_failures: outcome
                 .failures
@@ -83,8 +114,7 @@ impl<'a> Report<'a> {
             series: &outcome.series,
             engine: EngineView::new(outcome),
             server: outcome.sfu.as_ref().map(ServerView::new),
-            vantages: None,
-            missing: None,
+            hosts,
         }
     }
 }
@@ -285,8 +315,7 @@ struct StepView<'a> {
 }
 
 impl<'a> StepView<'a> {
-    fn new(outcome: &Outcome, step: &'a Step) -> StepView<'a> {
-        let Judgement { verdict, reasons } = judge_step(outcome, step);
+    fn new(step: &'a Step, Judgement { verdict, reasons }: Judgement) -> StepView<'a> {
         StepView {
             name: &step.name,
             participants: step.participants,
@@ -734,6 +763,6 @@ impl<'a> EngineView<'a> {
     }
 }
 
-fn rfc_3339(unix: Duration) -> String {
+pub(crate) fn rfc_3339(unix: Duration) -> String {
     humantime::format_rfc3339_millis(UNIX_EPOCH + unix).to_string()
 }

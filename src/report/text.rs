@@ -912,7 +912,7 @@ pub(crate) fn count(value: u64, what: &str) -> String {
 }
 
 /// A share (0..=1) as `0.12%`; what is not zero never prints as zero.
-pub(super) fn percent(share: f64) -> String {
+pub(crate) fn percent(share: f64) -> String {
     match share * 100.0 {
         0.0 => "0%".to_owned(),
         small if small < 0.005 => "<0.01%".to_owned(),
@@ -921,7 +921,7 @@ pub(super) fn percent(share: f64) -> String {
 }
 
 /// Microseconds as `412 us`, `2.41 ms`, `1.24 s`.
-pub(super) fn micros(us: f64) -> String {
+pub(crate) fn micros(us: f64) -> String {
     match us {
         us if us < 999.5 => format!("{us:.0} us"),
         us if us < 9_995.0 => format!("{:.2} ms", us / 1e3),

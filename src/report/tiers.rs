@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::judge::{Judgement, Loss, Verdict, judge_step};
 use super::text::{count, maybe, micros, number, percent, wrapped};
-use super::{Outcome, Step};
+use super::{Outcome, Step, Unmeasured};
 use crate::measure::Histogram;
 use crate::plan::Subscribers;
 use crate::run::knee::{Answer as Found, CONFIDENCE, Limit};
@@ -47,10 +47,18 @@ impl Answer {
 impl<'a> Knee<'a> {
     /// `None` for a run without tiers.
     pub fn of(outcome: &'a Outcome) -> Option<Knee<'a>> {
-        let tiers: Vec<(&Step, Judgement)> = tiers(outcome).collect();
-        if outcome.plan.find_knee || tiers.is_empty() && outcome.unmeasured.is_empty() {
+        match outcome.plan.find_knee {
+            true => None,
+            false => Knee::among(tiers(outcome).collect(), &outcome.unmeasured),
+        }
+    }
+
+    /// Among tiers in the order in which they were held, each with what it came to.
+    pub fn among(tiers: Vec<(&'a Step, Judgement)>, unmeasured: &[Unmeasured]) -> Option<Knee<'a>> {
+        if tiers.is_empty() && unmeasured.is_empty() {
             return None;
         }
+        let largest = tiers.iter().map(|(step, _)| *step).max_by_key(|step| step.participants);
         let mut passed = None;
         for (step, judgement) in tiers {
             if judgement.verdict == Verdict::Pass {
@@ -65,15 +73,15 @@ impl<'a> Knee<'a> {
             let broke = Some((step, judgement));
             return Some(Knee { answer, passed, broke });
         }
-        let (answer, passed) = match outcome.unmeasured.is_empty() {
-            true => (Answer::AllPassed, outcome.steps.iter().max_by_key(|step| step.participants)),
+        let (answer, passed) = match unmeasured.is_empty() {
+            true => (Answer::AllPassed, largest),
             false => (Answer::NotMeasured, passed),
         };
         Some(Knee { answer, passed, broke: None })
     }
 
     /// In one sentence.
-    fn sentence(&self, outcome: &Outcome) -> String {
+    pub(crate) fn sentence(&self, unmeasured: &[Unmeasured]) -> String {
         let passed = self.passed.map(size);
         let broke = self.broke.as_ref().map(|(step, judgement)| (size(step), reason(judgement)));
         match (self.answer, passed, broke) {
@@ -81,7 +89,7 @@ impl<'a> Knee<'a> {
             (Answer::Found, Some(passed), Some((broke, why))) => format!("{passed}; {broke} did not pass: {why}"),
             (Answer::FirstFailed, _, Some((broke, why))) => format!("below the first tier: {broke} did not pass: {why}"),
             (_, passed, broke) => {
-                let why = match (broke, outcome.unmeasured.first()) {
+                let why = match (broke, unmeasured.first()) {
                     (Some((size, why)), _) => format!("{size}: {why}"),
                     (None, Some(next)) => format!("the run did not come to {}", next.name),
                     (None, None) => "no tier was held".to_owned(),
@@ -104,7 +112,7 @@ pub fn tiers(outcome: &Outcome) -> impl Iterator<Item = (&Step, Judgement)> {
 /// A line a tier, why those did not pass that did not, and what they say together. Nothing for a run without tiers.
 pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_verdict: impl Fn(Verdict, &str) -> String) -> String {
     let (title, label, found) = match Knee::of(outcome) {
-        Some(knee) => ("Tiers", "Knee", knee.sentence(outcome)),
+        Some(knee) => ("Tiers", "Knee", knee.sentence(&outcome.unmeasured)),
         None if outcome.plan.find_knee => ("Points", "Capacity", capacity_sentence(outcome)),
         None => return String::new(),
     };
