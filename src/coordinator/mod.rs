@@ -1,10 +1,13 @@
 //! Many hosts, one test: a coordinator that gives out the parts, keeps the hosts in step and merges what they measured.
 
 pub mod access;
+#[cfg(test)]
+pub(crate) mod canned;
 pub mod clock;
 pub mod desk;
 pub mod journal;
 pub mod place;
 pub mod protocol;
+pub mod result;
 pub mod server;
 pub mod state;

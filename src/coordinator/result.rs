@@ -1,0 +1,978 @@
+//! What all vantages measured together: merged tier by tier, judged, and side by side.
+//!
+//! **What counts.** Into the figures of a tier go the records of those vantages that held it to its end with a generator that kept up: the *measured* ones. What a vantage sent
+//! before it went missing, and what one measured whose generator was the limit, stands beside them under its own name, and is in the totals of the run.
+//!
+//! **The verdict of a tier**, from what makes all else unknowable to what does not:
+//! 1. PARTIAL: a vantage that plays a part in it did not hold it to its end.
+//! 2. FAIL: what was measured, merged or by one vantage alone, breaks a limit. Only if a generator that was the limit sent media into the same rooms, the others' failures may be its own,
+//!    and prove nothing: then it is INVALID.
+//! 3. INVALID: a vantage's generator was the limit.
+//! 4. PASS: every vantage measured it, and all limits hold.
+//!
+//! **The verdict of the run**: FAIL if a tier failed; else PARTIAL if something was not held that ought to have been; else INVALID, else PASS.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::clock::Offset;
+use super::protocol::{ClientStep, FinalReport, StageKind, TierReport, TierSoFar};
+use super::state::{Phase, Prober, State};
+use crate::measure::{Histogram, Media, Record};
+use crate::report::judge::{Loss, judge_tier};
+use crate::report::tiers::Knee;
+use crate::report::{Judgement, Judging, Step, TierFacts, Unmeasured, Verdict};
+
+/// A run over many hosts, as far as it is.
+pub struct Merged {
+    pub phase: Phase,
+    pub judgement: Judgement,
+    /// All that were planned, in their order.
+    pub tiers: Vec<Tier>,
+    /// Those that nobody came to.
+    pub unmeasured: Vec<Unmeasured>,
+    /// In the order of their registration.
+    pub vantages: Vec<Vantage>,
+    pub missing: Vec<Missing>,
+    /// Everything that was acknowledged, whatever it is worth.
+    pub totals: Step,
+}
+
+/// One tier over all vantages.
+pub struct Tier {
+    /// What was asked for ([`super::place::Load::tiers`]).
+    pub subscribers: u32,
+    /// Whether anybody came to it.
+    pub begun: bool,
+    /// Merged over the measured vantages; `participants` is of all that took part.
+    pub step: Step,
+    pub judgement: Judgement,
+    /// One for each vantage.
+    pub cells: Vec<Cell>,
+}
+
+/// What one vantage has of one tier, or of the baseline.
+#[derive(Clone, Debug)]
+pub struct Cell {
+    pub standing: Standing,
+    pub participants: u32,
+    pub seconds: f64,
+    /// By itself.
+    pub judgement: Judgement,
+    /// Round trips by RTCP, the 95th percentile; of `voicegw` what it says.
+    pub rtt_us: Option<f64>,
+    pub round_trips: u64,
+    /// 0 to 1: the worse of residual packet loss and undelivered frames, of the worse kind of media; `None` where that is not known, or nothing is received.
+    pub loss: Option<f64>,
+    pub quality: Quality,
+    pub join: Times,
+    pub rtt: Times,
+    pub audio_latency: Times,
+    pub video_latency: Times,
+    pub packets_sent: u64,
+    pub packets_received: u64,
+    /// How late this vantage began it, by its own clock; negative: early.
+    pub start_skew_us: Option<i64>,
+}
+
+/// What a vantage's part in a tier is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// Held to its end, and the generator kept up.
+    Measured,
+    /// The generator was the limit.
+    Invalid,
+    /// Broken off.
+    Incomplete,
+    /// Nothing came.
+    Absent,
+    /// Not over yet, or still to come.
+    Awaited,
+}
+
+/// From best to worst, as `voicegw` ranks what LiveKit's clients say of their connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Quality {
+    /// Loss is at most a tenth of what is allowed, and round trips half.
+    Excellent,
+    /// All within the limits.
+    Good,
+    Unknown,
+    /// Loss or round trips beyond the limit.
+    Poor,
+    /// Nobody got in, or nothing came.
+    Lost,
+}
+
+/// Percentiles of one histogram, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Times {
+    pub expected: u64,
+    pub count: u64,
+    pub p50: Option<u64>,
+    pub p95: Option<u64>,
+    pub p99: Option<u64>,
+}
+
+/// One host.
+pub struct Vantage {
+    pub label: String,
+    pub prober_id: String,
+    /// `voicegw`'s own prober: it reports round trips and plays no media.
+    pub is_legacy: bool,
+    pub version: Option<String>,
+    pub role: &'static str,
+    pub weight: u32,
+    /// Alone, before the first tier.
+    pub baseline: Option<Cell>,
+    pub clock: Option<Offset>,
+    /// Of all stages, the one furthest from zero.
+    pub start_skew_us: Option<i64>,
+    pub last_heard: Duration,
+    /// Why its generator was the limit; empty where it was not.
+    pub invalid: Vec<String>,
+    pub report: Option<FinalReport>,
+}
+
+/// A host that was expected, and is not there to the end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Missing {
+    /// `null`: it never came, so nobody knows its name.
+    pub vantage: Option<String>,
+    /// Since 1970, by the coordinator's clock.
+    #[serde(rename = "last_heard_at", serialize_with = "moment")]
+    pub last_heard: Option<Duration>,
+    /// The stage that it was in.
+    pub stage: Option<String>,
+    pub why: String,
+}
+
+/// Loss by host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LossByHost<'a> {
+    /// Over hosts, each counted alike.
+    pub average: f64,
+    pub maximum: (f64, &'a str),
+    pub minimum: (f64, &'a str),
+}
+
+impl Merged {
+    pub fn new(state: &State, judging: &Judging) -> Merged {
+        let stages = state.stages();
+        let stage_of = |kind: StageKind, nth: usize| {
+            let found = stages.iter().enumerate().filter(|(_, stage)| stage.kind == kind).nth(nth);
+            found.map(|(stage, _)| stage as u32)
+        };
+        let vantages: Vec<Vantage> = state
+            .probers()
+            .iter()
+            .map(|prober| Vantage::new(prober, stage_of(StageKind::Baseline, 0), state, judging))
+            .collect();
+        let tiers: Vec<Tier> = (state.setup().load.tiers.iter().enumerate())
+            .map(|(index, subscribers)| {
+                let stage = stage_of(StageKind::Tier, index);
+                let cells = state
+                    .probers()
+                    .iter()
+                    .map(|prober| Seen::tier(prober, index, stage, state, judging))
+                    .collect();
+                Tier::new(format!("tier {}", index + 1), *subscribers, cells, state, judging)
+            })
+            .collect();
+        let missing = missing(state);
+        let judgement = overall(state, &tiers, &vantages, &missing);
+        Merged {
+            phase: state.phase().clone(),
+            judgement,
+            totals: totals(state),
+            unmeasured: tiers.iter().filter(|tier| !tier.begun).map(Tier::as_unmeasured).collect(),
+            tiers,
+            vantages,
+            missing,
+        }
+    }
+
+    /// Those that somebody came to.
+    pub fn begun(&self) -> impl Iterator<Item = &Tier> {
+        self.tiers.iter().filter(|tier| tier.begun)
+    }
+
+    /// The last tier that passed before the first one that did not; `None` for a run without tiers.
+    pub fn knee(&self) -> Option<Knee<'_>> {
+        let tiers = self.begun().map(|tier| (&tier.step, tier.judgement.clone()));
+        Knee::among(tiers.collect(), &self.unmeasured)
+    }
+}
+
+/// A cell with its record.
+struct Seen {
+    label: String,
+    cell: Cell,
+    record: Option<Record>,
+}
+
+impl Seen {
+    fn tier(prober: &Prober, index: usize, stage: Option<u32>, state: &State, judging: &Judging) -> Seen {
+        if prober.is_legacy() {
+            let step = prober.report.as_ref().map(|report| report.steps.get(index));
+            return Seen::legacy(prober, step, state, judging);
+        }
+        Seen::held(prober, stage, state, judging)
+    }
+
+    /// A baseline or a tier of a prober of ours.
+    fn held(prober: &Prober, stage: Option<u32>, state: &State, judging: &Judging) -> Seen {
+        let full = prober.report.as_ref().and_then(|report| report.throng.as_ref());
+        let judged = full.and_then(|full| full.tiers.iter().find(|tier| Some(tier.measured.stage) == stage));
+        let so_far = judged.map(|tier| &tier.measured).or_else(|| prober.tiers.get(&stage?));
+        let is_coming = prober.is_live() && *state.phase() != Phase::Over;
+        let start_skew_us = stage.and_then(|stage| prober.starts.get(&stage).copied());
+        let Some(so_far) = so_far else {
+            let standing = if is_coming { Standing::Awaited } else { Standing::Absent };
+            return Seen::without_record(prober, standing, start_skew_us);
+        };
+        let invalid = invalid(prober, judged);
+        let standing = match (so_far.complete, invalid.is_empty()) {
+            (false, _) if is_coming => Standing::Awaited,
+            (false, _) => Standing::Incomplete,
+            (true, false) => Standing::Invalid,
+            (true, true) => Standing::Measured,
+        };
+        let step = step_of(so_far);
+        let mut judgement = judge_tier(&step, judging);
+        if let Some(TierReport { reasons, verdict, .. }) = judged
+            && verdict.0 == Verdict::Fail
+        {
+            // What a record does not show: who stayed and dropped out.
+            judgement.verdict = Verdict::Fail;
+            reasons
+                .iter()
+                .filter(|reason| !judgement.reasons.contains(reason))
+                .cloned()
+                .collect::<Vec<_>>()
+                .into_iter()
+                .for_each(|reason| judgement.reasons.push(reason));
+        }
+        if standing == Standing::Invalid {
+            judgement.verdict = Verdict::Invalid;
+            judgement.reasons.splice(0..0, invalid);
+        }
+        Seen {
+            label: prober.vantage.clone(),
+            cell: Cell {
+                start_skew_us,
+                ..Cell::new(standing, &step, judgement, judging)
+            },
+            record: Some(step.record),
+        }
+    }
+
+    /// A tier of `voicegw`'s prober; `Some(None)`: its report is there and the tier is not in it.
+    fn legacy(prober: &Prober, step: Option<Option<&ClientStep>>, state: &State, judging: &Judging) -> Seen {
+        let is_coming = prober.is_live() && *state.phase() != Phase::Over;
+        let Some(Some(step)) = step else {
+            let standing = if is_coming { Standing::Awaited } else { Standing::Absent };
+            return Seen::without_record(prober, standing, None);
+        };
+        // It writes 0 where no round trip came back.
+        let rtt_ms = step.rtt_ms.filter(|rtt_ms| *rtt_ms > 0.0 && step.samples != Some(0));
+        let limit_ms = judging.target_rtt.map(|target| target.as_secs_f64() * 1e3);
+        let quality = Quality::of_name(step.quality.as_deref());
+        let mut reasons = Vec::new();
+        if let (Some(rtt), Some(limit)) = (rtt_ms, limit_ms.filter(|limit| rtt_ms.is_some_and(|rtt| rtt > *limit))) {
+            reasons.push(format!("round trips take {rtt} ms, more than {limit} ms"));
+        }
+        if quality >= Quality::Poor {
+            reasons.push(format!("its clients call their connection {}", quality.name()));
+        }
+        let standing = match rtt_ms {
+            Some(_) => Standing::Measured,
+            None => Standing::Incomplete,
+        };
+        Seen {
+            label: prober.vantage.clone(),
+            cell: Cell {
+                participants: step.clients,
+                judgement: judgement(reasons),
+                rtt_us: rtt_ms.map(|ms| ms * 1e3),
+                round_trips: step.samples.unwrap_or(0),
+                quality,
+                ..Cell::empty(standing)
+            },
+            record: None,
+        }
+    }
+
+    fn without_record(prober: &Prober, standing: Standing, start_skew_us: Option<i64>) -> Seen {
+        Seen {
+            label: prober.vantage.clone(),
+            cell: Cell {
+                start_skew_us,
+                ..Cell::empty(standing)
+            },
+            record: None,
+        }
+    }
+
+    /// Media of an invalid generator comes late or not at all, and the others count it as missing.
+    fn may_spoil_others(&self) -> bool {
+        let sent = |record: &Record| record.audio.packets_sent + record.video.packets_sent > 0;
+        self.cell.standing == Standing::Invalid && self.record.as_ref().is_some_and(sent)
+    }
+}
+
+impl Cell {
+    fn empty(standing: Standing) -> Cell {
+        Cell {
+            standing,
+            participants: 0,
+            seconds: 0.0,
+            judgement: judgement(Vec::new()),
+            rtt_us: None,
+            round_trips: 0,
+            loss: None,
+            quality: Quality::Unknown,
+            join: Times::default(),
+            rtt: Times::default(),
+            audio_latency: Times::default(),
+            video_latency: Times::default(),
+            packets_sent: 0,
+            packets_received: 0,
+            start_skew_us: None,
+        }
+    }
+
+    fn new(standing: Standing, step: &Step, judgement: Judgement, judging: &Judging) -> Cell {
+        let Record { session, audio, video, .. } = &step.record;
+        let loss = worse_loss([audio, video]);
+        let rtt_us = session.rtt_rtcp.quantile(0.95);
+        Cell {
+            standing,
+            participants: step.participants,
+            seconds: step.seconds,
+            judgement,
+            rtt_us: rtt_us.map(|us| us as f64),
+            round_trips: session.rtt_rtcp.count(),
+            loss,
+            quality: Quality::of_record(&step.record, loss, judging),
+            join: Times::of(&session.join),
+            rtt: Times::of(&session.rtt_rtcp),
+            audio_latency: Times::of(&audio.one_way_latency),
+            video_latency: Times::of(&video.one_way_latency),
+            packets_sent: audio.packets_sent + video.packets_sent,
+            packets_received: audio.packets_received + video.packets_received,
+            start_skew_us: None,
+        }
+    }
+
+    /// Of the kind of media with the higher one.
+    pub fn latency(&self) -> Times {
+        match self.audio_latency.p99.unwrap_or(0) >= self.video_latency.p99.unwrap_or(0) && self.audio_latency.expected > 0 {
+            true => self.audio_latency,
+            false => self.video_latency,
+        }
+    }
+}
+
+impl Times {
+    fn of(histogram: &Histogram) -> Times {
+        Times {
+            expected: histogram.expected(),
+            count: histogram.count(),
+            p50: histogram.quantile(0.5),
+            p95: histogram.quantile(0.95),
+            p99: histogram.quantile(0.99),
+        }
+    }
+}
+
+impl Quality {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Quality::Excellent => "Excellent",
+            Quality::Good => "Good",
+            Quality::Unknown => "Unknown",
+            Quality::Poor => "Poor",
+            Quality::Lost => "Lost",
+        }
+    }
+
+    /// As `voicegw` writes it; what it does not know is unknown.
+    fn of_name(name: Option<&str>) -> Quality {
+        let all = [Quality::Excellent, Quality::Good, Quality::Poor, Quality::Lost];
+        all.into_iter().find(|quality| Some(quality.name()) == name).unwrap_or(Quality::Unknown)
+    }
+
+    /// Of what was counted in a tier.
+    pub fn of_record(record: &Record, loss: Option<f64>, judging: &Judging) -> Quality {
+        let Record { session, audio, video, .. } = record;
+        let (expected, live) = (audio.tracks_expected + video.tracks_expected, audio.tracks_live + video.tracks_live);
+        if (session.joins_planned > 0 && session.joins_ok == 0) || (expected > 0 && live == 0) {
+            return Quality::Lost;
+        }
+        let rtt = session.rtt_rtcp.quantile(0.95).map(|us| us as f64);
+        let target = judging.target_rtt.map(|target| target.as_secs_f64() * 1e6);
+        // What is judged and not known leaves the quality unknown.
+        let of_limit = |value: Option<f64>, limit: Option<f64>, applies: bool| match (value, limit) {
+            (_, None) => Some(0.0),
+            (None, Some(_)) => (!applies).then_some(0.0),
+            (Some(value), Some(limit)) if value <= limit => Some(value / limit.max(f64::MIN_POSITIVE)),
+            _ => Some(f64::INFINITY),
+        };
+        let loss = of_limit(loss, Some(judging.max_loss_pct / 100.0), expected > 0);
+        let rtt = of_limit(rtt, target, true);
+        match (loss, rtt) {
+            (Some(f64::INFINITY), _) | (_, Some(f64::INFINITY)) => Quality::Poor,
+            (None, _) | (_, None) => Quality::Unknown,
+            _ if expected == 0 && target.is_none() => Quality::Unknown,
+            (Some(loss), Some(rtt)) if loss <= 0.1 && rtt <= 0.5 => Quality::Excellent,
+            _ => Quality::Good,
+        }
+    }
+}
+
+impl Vantage {
+    fn new(prober: &Prober, baseline: Option<u32>, state: &State, judging: &Judging) -> Vantage {
+        let report = prober.report.as_ref();
+        let baseline = match prober.is_legacy() {
+            true => report
+                .and_then(|report| report.baseline.as_ref())
+                .map(|step| Seen::legacy(prober, Some(Some(step)), state, judging)),
+            false => baseline.map(|stage| Seen::held(prober, Some(stage), state, judging)),
+        };
+        Vantage {
+            label: prober.vantage.clone(),
+            prober_id: prober.id.to_string(),
+            is_legacy: prober.is_legacy(),
+            version: prober.register.version.clone(),
+            role: prober.register.role.name(),
+            weight: prober.register.weight,
+            baseline: baseline.map(|seen| seen.cell),
+            clock: prober.offset(),
+            start_skew_us: prober.starts.values().copied().max_by_key(|skew_us| skew_us.unsigned_abs()),
+            last_heard: Duration::from_micros(prober.heard_us),
+            invalid: invalid(prober, None),
+            report: report.and_then(|report| report.throng.clone()),
+        }
+    }
+}
+
+impl Tier {
+    fn new(name: String, subscribers: u32, seen: Vec<Seen>, state: &State, judging: &Judging) -> Tier {
+        let mut step = Step {
+            name,
+            tier: Some(TierFacts::default()),
+            ..Step::default()
+        };
+        for Seen { cell, record, .. } in &seen {
+            step.participants = step.participants.saturating_add(cell.participants);
+            if let (Standing::Measured, Some(record)) = (cell.standing, record) {
+                step.record.merge(record);
+                step.seconds = step.seconds.max(cell.seconds);
+            }
+        }
+        let begun = seen.iter().any(|seen| seen.cell.participants > 0 || seen.record.is_some());
+        let judgement = judge_merged(&seen, &step, state, judging);
+        Tier {
+            subscribers,
+            begun,
+            judgement,
+            cells: seen.into_iter().map(|seen| seen.cell).collect(),
+            step,
+        }
+    }
+
+    /// Whether it says something of the server.
+    pub fn is_known(&self) -> bool {
+        matches!(self.judgement.verdict, Verdict::Pass | Verdict::Fail)
+    }
+
+    fn as_unmeasured(&self) -> Unmeasured {
+        Unmeasured {
+            name: self.step.name.clone(),
+            subscribers: None,
+        }
+    }
+
+    pub fn measured(&self) -> impl Iterator<Item = (usize, &Cell)> {
+        self.cells.iter().enumerate().filter(|(_, cell)| cell.standing == Standing::Measured)
+    }
+
+    /// The slowest round trips of any vantage; `None` where none was measured.
+    pub fn worst_rtt_us(&self) -> Option<f64> {
+        self.measured().filter_map(|(_, cell)| cell.rtt_us).reduce(f64::max)
+    }
+
+    pub fn worst_loss(&self) -> Option<f64> {
+        self.measured().filter_map(|(_, cell)| cell.loss).reduce(f64::max)
+    }
+
+    pub fn worst_quality(&self) -> Quality {
+        self.measured().map(|(_, cell)| cell.quality).max().unwrap_or(Quality::Unknown)
+    }
+
+    /// Over the measured vantages whose loss is known; `None` where there is none.
+    pub fn loss_by_host<'a>(&self, vantages: &'a [Vantage]) -> Option<LossByHost<'a>> {
+        let known: Vec<(f64, &str)> = self
+            .measured()
+            .filter_map(|(at, cell)| Some((cell.loss?, vantages[at].label.as_str())))
+            .collect();
+        let by_loss = |a: &&(f64, &str), b: &&(f64, &str)| a.0.total_cmp(&b.0);
+        Some(LossByHost {
+            average: known.iter().map(|(loss, _)| loss).sum::<f64>() / known.len() as f64,
+            maximum: *known.iter().max_by(by_loss)?,
+            minimum: *known.iter().min_by(by_loss)?,
+        })
+    }
+
+    /// The vantage that fared worst, and in what: one that fails, else the one that loses most, else the one with the slowest round trips.
+    pub fn worst_vantage(&self) -> Option<(usize, String)> {
+        let fails = |cell: &Cell| cell.judgement.verdict == Verdict::Fail;
+        let key = |cell: &Cell| (fails(cell), cell.loss.unwrap_or(0.0), cell.rtt_us.unwrap_or(0.0));
+        let (at, cell) = self
+            .measured()
+            .max_by(|(_, a), (_, b)| key(a).partial_cmp(&key(b)).expect("no figure is NaN"))?;
+        let in_what = match (cell.judgement.reasons.first(), cell.loss.filter(|loss| *loss > 0.0), cell.rtt_us) {
+            (Some(reason), ..) => reason.clone(),
+            (None, Some(loss), _) => format!("loss {}", crate::report::text::percent(loss)),
+            (None, None, Some(rtt)) => format!("round trips {}", crate::report::text::micros(rtt)),
+            (None, None, None) => return None,
+        };
+        Some((at, in_what))
+    }
+}
+
+fn judge_merged(seen: &[Seen], merged: &Step, state: &State, judging: &Judging) -> Judgement {
+    let (mut broken_off, mut failed, mut invalid) = (Vec::new(), Vec::new(), Vec::new());
+    for Seen { label, cell, .. } in seen {
+        let named = |reason: &String| format!("{label}: {reason}");
+        match cell.standing {
+            Standing::Measured => failed.extend(cell.judgement.reasons.iter().map(named)),
+            Standing::Invalid => invalid.extend(cell.judgement.reasons.first().map(named)),
+            Standing::Incomplete if cell.seconds > 0.0 => broken_off.push(format!("{label} broke off after {:.0} s", cell.seconds)),
+            Standing::Incomplete => broken_off.push(format!("{label}: no round trip was measured")),
+            Standing::Absent => broken_off.push(format!("{label} did not take part")),
+            Standing::Awaited => broken_off.push(format!("{label} is not through yet")),
+        }
+    }
+    let never_came = (state.setup().expect as usize).saturating_sub(seen.len());
+    if never_came > 0 {
+        broken_off.push(format!("{never_came} of {} probers did not come", state.setup().expect));
+    }
+    let recorded = seen
+        .iter()
+        .filter(|seen| seen.cell.standing == Standing::Measured && seen.record.is_some())
+        .count();
+    // Of a single vantage it would say the same twice.
+    if recorded > 1 {
+        failed.splice(
+            0..0,
+            judge_tier(merged, judging)
+                .reasons
+                .into_iter()
+                .map(|reason| format!("together: {reason}")),
+        );
+    }
+    let spoilt = !state.setup().load.rooms_apart && seen.iter().any(Seen::may_spoil_others);
+    let verdict = match (broken_off.is_empty(), failed.is_empty(), invalid.is_empty()) {
+        (false, ..) => Verdict::Partial,
+        (true, false, _) if !spoilt => Verdict::Fail,
+        (true, _, false) => Verdict::Invalid,
+        (true, _, true) => Verdict::Pass,
+    };
+    let reasons = match verdict {
+        Verdict::Fail => failed.into_iter().chain(invalid).collect(),
+        _ => broken_off.into_iter().chain(invalid).chain(failed).collect(),
+    };
+    Judgement { verdict, reasons }
+}
+
+fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missing]) -> Judgement {
+    let mut early: Vec<String> = state.stop_reason().map(|why| format!("ended early: {why}")).into_iter().collect();
+    for missing in missing {
+        early.push(match (&missing.vantage, &missing.stage) {
+            (Some(vantage), Some(stage)) => format!("{vantage} is missing since {stage}: {}", missing.why),
+            (Some(vantage), None) => format!("{vantage} is missing: {}", missing.why),
+            (None, _) => missing.why.clone(),
+        });
+    }
+    for Vantage { label, report, .. } in vantages {
+        early.extend(
+            report
+                .iter()
+                .filter_map(|report| report.partial.as_ref())
+                .map(|why| format!("{label} ended early: {why}")),
+        );
+    }
+    if *state.phase() != Phase::Over {
+        early.push("the run is not over".to_owned());
+    }
+    let of_tiers = |verdict: Verdict| {
+        let such = tiers.iter().filter(move |tier| tier.judgement.verdict == verdict);
+        such.flat_map(|tier| tier.judgement.reasons.iter().map(|reason| format!("{}: {reason}", tier.step.name)))
+            .collect::<Vec<_>>()
+    };
+    let (failed, partial, mut invalid) = (of_tiers(Verdict::Fail), of_tiers(Verdict::Partial), of_tiers(Verdict::Invalid));
+    // What no tier shows: a generator that was the limit while people joined, a run that failed as a whole.
+    let spoilt = !state.setup().load.rooms_apart && vantages.iter().any(|vantage| !vantage.invalid.is_empty());
+    let mut failed_as_a_whole = Vec::new();
+    for Vantage {
+        label,
+        report,
+        invalid: limits,
+        ..
+    } in vantages
+    {
+        if invalid.is_empty() {
+            invalid.extend(limits.iter().map(|reason| format!("{label}: {reason}")));
+        }
+        let failed_report = report.iter().filter(|report| report.verdict.0 == Verdict::Fail);
+        failed_as_a_whole.extend(
+            failed_report
+                .flat_map(|report| &report.reasons)
+                .map(|reason| format!("{label}: {reason}")),
+        );
+    }
+    let has_failed = !failed.is_empty() || (!failed_as_a_whole.is_empty() && !spoilt);
+    let failed = if failed.is_empty() { failed_as_a_whole } else { failed };
+    let early: Vec<String> = early.into_iter().chain(partial).collect();
+    if tiers.is_empty() && early.is_empty() {
+        return Judgement {
+            verdict: Verdict::Partial,
+            reasons: vec!["nothing was measured".to_owned()],
+        };
+    }
+    let (verdict, reasons) = match (has_failed, early.is_empty(), invalid.is_empty()) {
+        (true, ..) => (Verdict::Fail, [failed, early, invalid].concat()),
+        (false, false, _) => (Verdict::Partial, [early, invalid, failed].concat()),
+        (false, true, false) => (Verdict::Invalid, [invalid, failed].concat()),
+        (false, true, true) => (Verdict::Pass, Vec::new()),
+    };
+    Judgement { verdict, reasons }
+}
+
+/// Why the generator was the limit, in the tier that was `judged`, or in the run.
+fn invalid(prober: &Prober, judged: Option<&TierReport>) -> Vec<String> {
+    let full = prober.report.as_ref().and_then(|report| report.throng.as_ref());
+    let reasons = match (judged, full) {
+        (Some(judged), _) if judged.verdict.0 == Verdict::Invalid => &judged.reasons,
+        (Some(_), _) => return Vec::new(),
+        (None, Some(full)) if full.valid => return Vec::new(),
+        (None, Some(full)) => &full.invalid,
+        (None, None) if prober.invalid.is_empty() => return Vec::new(),
+        (None, None) => &prober.invalid,
+    };
+    match reasons.is_empty() {
+        true => vec!["the generator was the limit".to_owned()],
+        false => reasons.clone(),
+    }
+}
+
+fn missing(state: &State) -> Vec<Missing> {
+    let gone = state.probers().iter().filter_map(|prober| {
+        let stage = prober.stage.and_then(|stage| state.stages().get(stage as usize));
+        let (last_heard_us, why) = match &prober.gone {
+            Some(gone) => (gone.last_heard_us, gone.why.clone()),
+            None if prober.left_early => (prober.heard_us, "it reported before the others had finished".to_owned()),
+            None if *state.phase() == Phase::Over && prober.report.is_none() => (prober.heard_us, "it never reported".to_owned()),
+            None => return None,
+        };
+        Some(Missing {
+            vantage: Some(prober.vantage.clone()),
+            last_heard: Some(Duration::from_micros(last_heard_us)),
+            stage: stage.map(|stage| stage.name.clone()),
+            why,
+        })
+    });
+    let never_came = match state.phase() {
+        Phase::Over => (state.setup().expect as usize).saturating_sub(state.probers().len()),
+        _ => 0,
+    };
+    let unnamed = std::iter::repeat_n(
+        Missing {
+            vantage: None,
+            last_heard: None,
+            stage: None,
+            why: "an expected prober never came".to_owned(),
+        },
+        never_came,
+    );
+    gone.chain(unnamed).collect()
+}
+
+/// Of those that reported, the whole run; of the others, what they had sent of baseline and tiers.
+fn totals(state: &State) -> Step {
+    let mut totals = Step {
+        name: "totals".to_owned(),
+        ..Step::default()
+    };
+    for prober in state.probers() {
+        let full = prober.report.as_ref().and_then(|report| report.throng.as_ref());
+        let parts: Vec<&TierSoFar> = match full {
+            Some(full) => vec![&full.totals],
+            None => prober.tiers.values().collect(),
+        };
+        let seconds: f64 = parts.iter().map(|part| part.seconds).sum();
+        let participants = parts.iter().map(|part| part.participants).max().unwrap_or(0);
+        parts.iter().for_each(|part| part.record.merge_into(&mut totals.record));
+        totals.seconds = totals.seconds.max(seconds);
+        totals.participants = totals.participants.saturating_add(participants);
+    }
+    totals
+}
+
+fn step_of(so_far: &TierSoFar) -> Step {
+    Step {
+        participants: so_far.participants,
+        seconds: so_far.seconds,
+        record: Record::from(&so_far.record),
+        ..Step::default()
+    }
+}
+
+fn judgement(reasons: Vec<String>) -> Judgement {
+    Judgement {
+        verdict: if reasons.is_empty() { Verdict::Pass } else { Verdict::Fail },
+        reasons,
+    }
+}
+
+/// Of the kinds of media that somebody subscribes to, the worse; `None` where nobody does, or one is not known.
+fn worse_loss(media: [&Media; 2]) -> Option<f64> {
+    let subscribed = media.into_iter().filter(|media| media.tracks_expected > 0);
+    let losses: Option<Vec<f64>> = subscribed.map(|media| Loss::of(media).worse()).collect();
+    losses?.into_iter().reduce(f64::max)
+}
+
+fn moment<S: serde::Serializer>(at: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    match at {
+        Some(at) => serializer.serialize_str(&crate::report::json::rfc_3339(*at)),
+        None => serializer.serialize_none(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::coordinator::canned::{self, Canned, Saw, TIER, WELL};
+    use crate::coordinator::protocol::Live;
+    use crate::plan::Role;
+    use crate::report::tiers::Answer;
+
+    const QUIET: Saw = Saw { publishes: false, ..WELL };
+
+    fn merged(canned: &Canned) -> Merged {
+        Merged::new(&canned.state, &canned::judging())
+    }
+
+    /// Two vantages, of which each saw these tiers; the second one's generator was the limit in those named.
+    fn of_two(first: &[Saw], second: &[Saw], invalid: &[usize]) -> Merged {
+        let tiers: Vec<u32> = first.iter().map(|_| 10).collect();
+        let mut canned = Canned::armed(&tiers, &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))]);
+        canned.ends();
+        canned.reports(0, first, &[]);
+        canned.reports(1, second, invalid);
+        canned.is_over();
+        merged(&canned)
+    }
+
+    fn verdicts(merged: &Merged) -> Vec<Verdict> {
+        merged.tiers.iter().map(|tier| tier.judgement.verdict).collect()
+    }
+
+    fn lossy(lost: u64) -> Saw {
+        Saw { lost, ..WELL }
+    }
+
+    #[test]
+    fn figures_of_a_tier_are_those_of_one_histogram_and_the_worst_of_any_vantage() {
+        let far = Saw {
+            rtt_us: 180_000,
+            lost: 6,
+            ..WELL
+        };
+        let merged = of_two(&[WELL], &[far], &[]);
+        let mut both = WELL.record();
+        both.merge(&far.record());
+        let tier = &merged.tiers[0];
+        for share in [0.5, 0.95, 0.99] {
+            assert_eq!(tier.step.record.session.rtt_rtcp.quantile(share), both.session.rtt_rtcp.quantile(share));
+            assert_eq!(
+                tier.step.record.audio.one_way_latency.quantile(share),
+                both.audio.one_way_latency.quantile(share)
+            );
+        }
+        assert_eq!(tier.step.participants, 26);
+        assert_eq!(tier.worst_rtt_us(), far.record().session.rtt_rtcp.quantile(0.95).map(|us| us as f64));
+        assert_eq!(tier.worst_loss(), Some(0.006));
+        assert_eq!(tier.worst_quality(), Quality::Good);
+        let loss = tier.loss_by_host(&merged.vantages).unwrap();
+        assert_eq!((loss.average, loss.maximum, loss.minimum), (0.003, (0.006, "sin"), (0.0, "fra")));
+        assert_eq!(tier.worst_vantage(), Some((1, "loss 0.60%".to_owned())));
+        assert_eq!((merged.judgement.verdict, &merged.judgement.reasons), (Verdict::Pass, &Vec::new()));
+    }
+
+    #[test]
+    fn all_healthy_first_failed_and_not_measured_are_three_answers() {
+        let answer = |merged: &Merged| merged.knee().map(|knee| (knee.answer, knee.passed.map(|step| step.name.clone())));
+        let healthy = of_two(&[WELL, WELL], &[WELL, WELL], &[]);
+        assert_eq!(answer(&healthy), Some((Answer::AllPassed, Some("tier 2".to_owned()))));
+        let first = of_two(&[WELL, WELL], &[lossy(50), WELL], &[]);
+        assert_eq!(answer(&first), Some((Answer::FirstFailed, None)));
+        let second = of_two(&[WELL, WELL], &[WELL, lossy(50)], &[]);
+        assert_eq!(answer(&second), Some((Answer::Found, Some("tier 1".to_owned()))));
+        let unknown = of_two(&[WELL, WELL], &[WELL, WELL], &[0]);
+        assert_eq!(answer(&unknown), Some((Answer::NotMeasured, None)));
+        let mut nobody = Canned::gathering(&[10, 25], 2);
+        nobody.is_over();
+        let nobody = merged(&nobody);
+        assert_eq!(answer(&nobody), Some((Answer::NotMeasured, None)));
+        assert_eq!(nobody.judgement.verdict, Verdict::Partial);
+        assert_eq!(nobody.missing.len(), 2);
+        assert!(nobody.missing.iter().all(|missing| missing.vantage.is_none()));
+    }
+
+    #[test]
+    fn one_vantage_that_fails_fails_the_tier_even_if_the_others_make_up_for_it() {
+        let merged = of_two(&[WELL], &[lossy(15)], &[]);
+        assert_eq!(verdicts(&merged), [Verdict::Fail]);
+        assert_eq!(
+            merged.tiers[0].judgement.reasons,
+            ["sin: audio loss 1.50% (frames undelivered), more than 1 %"]
+        );
+        assert_eq!(merged.judgement.verdict, Verdict::Fail);
+        assert_eq!(
+            merged.judgement.reasons,
+            ["tier 1: sin: audio loss 1.50% (frames undelivered), more than 1 %"]
+        );
+    }
+
+    #[test]
+    fn a_generator_that_was_the_limit_measures_nothing_and_leaves_no_pass() {
+        let merged = of_two(&[WELL, WELL], &[lossy(500), WELL], &[0]);
+        assert_eq!(verdicts(&merged), [Verdict::Invalid, Verdict::Pass]);
+        let tier = &merged.tiers[0];
+        assert_eq!(tier.cells[1].standing, Standing::Invalid);
+        assert_eq!(tier.worst_loss(), Some(0.0), "it is in none of the figures");
+        assert_eq!(tier.step.record.audio.packets_received, WELL.record().audio.packets_received);
+        assert_eq!(tier.step.participants, 26, "but its load was there");
+        assert_eq!(tier.judgement.reasons, ["sin: ticks were 40 ms late"]);
+        assert_eq!(merged.judgement.verdict, Verdict::Invalid);
+    }
+
+    #[test]
+    fn what_a_valid_vantage_saw_fail_stands_unless_the_invalid_one_sent_media_to_it() {
+        let spoilt = of_two(&[lossy(50)], &[WELL], &[0]);
+        assert_eq!(verdicts(&spoilt), [Verdict::Invalid]);
+        assert_eq!(spoilt.tiers[0].judgement.reasons.len(), 2, "the failure is told all the same");
+        assert_eq!(spoilt.judgement.verdict, Verdict::Invalid);
+        let stands = of_two(&[lossy(50)], &[QUIET], &[0]);
+        assert_eq!(verdicts(&stands), [Verdict::Fail]);
+        assert!(
+            stands.tiers[0].judgement.reasons[0].starts_with("fra: audio loss"),
+            "what decided comes first"
+        );
+        assert_eq!(stands.judgement.verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn a_vantage_that_goes_missing_is_named_and_leaves_what_it_sent() {
+        let mut canned = Canned::armed(&[10, 10], &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))]);
+        for who in 0..2 {
+            canned.beat(who, vec![WELL.so_far(TIER, true)], Live::default());
+        }
+        canned.beat(1, vec![lossy(100).so_far(TIER + 1, false)], Live::default());
+        canned.loses(1);
+        canned.ends();
+        canned.reports(0, &[WELL, WELL], &[]);
+        canned.is_over();
+        let merged = merged(&canned);
+        assert_eq!(verdicts(&merged), [Verdict::Pass, Verdict::Partial]);
+        let cell = &merged.tiers[1].cells[1];
+        assert_eq!((cell.standing, cell.seconds, cell.loss), (Standing::Incomplete, 7.0, Some(0.1)));
+        assert_eq!(merged.tiers[1].step.record.audio.packets_lost, 0, "not among what was held to the end");
+        assert_eq!(merged.totals.record.audio.packets_lost, 1_000, "but acknowledged, and in the totals");
+        assert_eq!(merged.judgement.verdict, Verdict::Partial);
+        assert_eq!(merged.judgement.reasons[0], "sin is missing since tier 2: silent for 30 s");
+        assert_eq!(merged.judgement.reasons[1], "tier 2: sin broke off after 7 s");
+        assert_eq!(merged.missing[0].vantage.as_deref(), Some("sin"));
+        let knee = merged.knee().unwrap();
+        assert_eq!((knee.answer, knee.passed.map(|step| step.participants)), (Answer::NotMeasured, Some(26)));
+    }
+
+    #[test]
+    fn a_tier_that_failed_before_somebody_went_missing_has_failed() {
+        let mut canned = Canned::armed(&[10, 10], &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))]);
+        canned.beat(1, vec![WELL.so_far(TIER, true)], Live::default());
+        canned.loses(1);
+        canned.ends();
+        canned.reports(0, &[lossy(50), WELL], &[]);
+        canned.is_over();
+        let merged = merged(&canned);
+        assert_eq!(verdicts(&merged), [Verdict::Fail, Verdict::Partial]);
+        assert_eq!(merged.judgement.verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn a_run_under_way_is_no_pass() {
+        let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both))]);
+        canned.beat(0, vec![WELL.so_far(TIER, false)], Live::default());
+        let merged = merged(&canned);
+        assert_eq!(merged.tiers[0].cells[0].standing, Standing::Awaited);
+        assert_eq!(verdicts(&merged), [Verdict::Partial]);
+        assert_eq!(merged.judgement.verdict, Verdict::Partial);
+        assert_eq!(merged.judgement.reasons[0], "the run is not over");
+    }
+
+    #[test]
+    fn voicegw_s_probers_are_judged_by_their_round_trips_and_an_unmeasured_one_is_no_fast_one() {
+        let step = |rtt_ms, samples, quality: &str| ClientStep {
+            clients: 4,
+            rtt_ms: Some(rtt_ms),
+            loss_pct: Some(0.0),
+            quality: Some(quality.to_owned()),
+            samples: Some(samples),
+            rtt_stat: Some("p95".to_owned()),
+        };
+        let mut canned = Canned::armed(&[4, 8, 16], &[("vg", None)]);
+        canned.ends();
+        canned.reports_steps(0, vec![step(20.0, 9, "Excellent"), step(0.0, 0, "Excellent"), step(30.0, 9, "Poor")]);
+        canned.is_over();
+        let merged = merged(&canned);
+        assert_eq!(verdicts(&merged), [Verdict::Pass, Verdict::Partial, Verdict::Fail]);
+        assert_eq!(merged.tiers[0].worst_rtt_us(), Some(20_000.0));
+        assert_eq!(merged.tiers[1].worst_rtt_us(), None);
+        assert_eq!(merged.tiers[0].worst_loss(), None, "it measures none");
+        let judging = Judging {
+            target_rtt: Some(Duration::from_millis(15)),
+            ..canned::judging()
+        };
+        let strict = Merged::new(&canned.state, &judging);
+        assert_eq!(verdicts(&strict)[0], Verdict::Fail);
+    }
+
+    #[test]
+    fn quality_follows_from_the_limits_and_is_unknown_where_they_cannot_be_looked_at() {
+        let judging = Judging {
+            target_rtt: Some(Duration::from_millis(50)),
+            ..canned::judging()
+        };
+        let quality = |saw: Saw, change: fn(&mut Record)| {
+            let mut record = saw.record();
+            change(&mut record);
+            let loss = worse_loss([&record.audio, &record.video]);
+            Quality::of_record(&record, loss, &judging)
+        };
+        let fast = Saw { rtt_us: 10_000, ..WELL };
+        assert_eq!(quality(fast, |_| {}), Quality::Excellent);
+        assert_eq!(quality(WELL, |_| {}), Quality::Good, "round trips of more than half of what is allowed");
+        assert_eq!(quality(Saw { lost: 5, ..fast }, |_| {}), Quality::Good);
+        assert_eq!(quality(Saw { lost: 11, ..fast }, |_| {}), Quality::Poor);
+        assert_eq!(quality(fast, |record| record.session.rtt_rtcp.clear()), Quality::Unknown);
+        assert_eq!(quality(fast, |record| record.audio.frames_expected = 0), Quality::Unknown);
+        assert_eq!(quality(fast, |record| record.audio.tracks_live = 0), Quality::Lost);
+        assert_eq!(quality(fast, |record| record.session.joins_ok = 0), Quality::Lost);
+    }
+}
