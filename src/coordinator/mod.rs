@@ -5,6 +5,7 @@ pub mod access;
 pub(crate) mod canned;
 pub mod clock;
 pub mod desk;
+pub mod document;
 pub mod journal;
 pub mod place;
 pub mod protocol;

@@ -94,7 +94,7 @@ impl<'a, H: Serialize> Report<'a, H> {
             target: TargetView::new(outcome),
             knee: knee(outcome, &steps).map(KneeView::new),
             capacity: outcome.capacity.as_ref().map(|capacity| CapacityView::new(&outcome.plan, capacity)),
-            unmeasured_tiers: outcome.plan.has_tiers().then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
+            unmeasured_tiers: (!outcome.plan.ramp.is_empty()).then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
             steps: outcome
                 .steps
                 .iter()
