@@ -15,6 +15,7 @@ pub mod recording;
 pub mod report;
 pub mod run;
 pub mod seeded;
+pub mod server_metrics;
 pub mod sfu;
 pub mod signal;
 pub mod transport;

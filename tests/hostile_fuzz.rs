@@ -65,6 +65,7 @@ replayed! {
     an_engine_shard_and_a_lying_server: "shard",
     a_router_and_lying_clients: "router",
     a_lobby_and_lying_clients: "lobby",
+    pages_of_a_server: "server_page",
 }
 
 fn replay(target: &'static Target) {

@@ -10,6 +10,7 @@ mod router;
 mod rtcp;
 mod rtp;
 mod sdp;
+mod server_page;
 mod shard;
 mod signal;
 mod srtp;
@@ -45,6 +46,7 @@ pub const ALL: &[Target] = &[
     shard::TARGET,
     router::TARGET,
     lobby::TARGET,
+    server_page::TARGET,
 ];
 
 pub fn named(name: &str) -> &'static Target {

@@ -1,0 +1,380 @@
+//! Asks for the pages: one task a node, once a second, away from the engine's threads.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use reqwest::header;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval_at, timeout_at};
+
+use super::book::{Cost, NodeBook, Row};
+use super::page::{Counter, Page};
+use super::{Account, Gap, Node, PageUrl, Stretch, StretchCost, seconds_since};
+use crate::signal::rooms::{causes, http_client};
+
+const INTERVAL: Duration = Duration::from_secs(1);
+/// A page that takes longer is not read in that second.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// LiveKit's page has some 100 KiB, and more with many countries in it.
+const PAGE_BYTES_MAX: usize = 8 << 20;
+/// Readings that wait for [`Watch::take`]; a node's task waits where they are full.
+const READINGS_WAITING: usize = 64;
+
+/// The pages of some nodes, being read.
+pub struct Watch {
+    nodes: Vec<Watched>,
+    heard: mpsc::Receiver<Heard>,
+    tell: mpsc::Sender<Heard>,
+    tasks: Vec<JoinHandle<()>>,
+    client: reqwest::Client,
+    interval: Duration,
+}
+
+struct Watched {
+    url: PageUrl,
+    book: NodeBook,
+}
+
+struct Heard {
+    node: usize,
+    at: Instant,
+    page: Result<Page, String>,
+}
+
+/// Why the pages that were named cannot be watched, a line each.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Refusal(String);
+
+impl Watch {
+    /// Reads each page for the first time: what is counted from now on is the test's.
+    ///
+    /// # Errors
+    /// Where one cannot be read, or two are the same node's.
+    pub async fn start(urls: &[PageUrl]) -> Result<Watch, Refusal> {
+        let client = http_client(TIMEOUT);
+        let (tell, heard) = mpsc::channel(READINGS_WAITING);
+        let mut watch = Watch {
+            nodes: Vec::new(),
+            heard,
+            tell,
+            tasks: Vec::new(),
+            client,
+            interval: INTERVAL,
+        };
+        let readings = join_all(urls.iter().map(|url| read(&watch.client, url))).await;
+        let mut refusals = Vec::new();
+        for (url, (at, page)) in urls.iter().zip(readings) {
+            let mut book = NodeBook::default();
+            match page {
+                Ok(page) => book.note(at, page),
+                Err(why) => refusals.push(format!(
+                    "--server-metrics {url} cannot be read ({why}): is the server's Prometheus port open (prometheus.port of LiveKit)? Or leave it out"
+                )),
+            }
+            let twin = watch
+                .nodes
+                .iter()
+                .find(|node| node.book.node_id().is_some() && node.book.node_id() == book.node_id());
+            if let Some(twin) = twin {
+                refusals.push(format!("--server-metrics {} and {url} are the same node: name each once", twin.url));
+            }
+            watch.nodes.push(Watched { url: url.clone(), book });
+        }
+        if refusals.is_empty() {
+            Ok(watch)
+        } else {
+            Err(Refusal(refusals.join("\n")))
+        }
+    }
+
+    /// What the pages do not say that the report would have shown.
+    pub fn warnings(&self) -> Vec<String> {
+        let silent = self.nodes.iter().filter(|node| node.book.whole_counters()[Counter::CpuSeconds].is_none());
+        silent
+            .map(|node| {
+                format!(
+                    "{} says nothing of CPU time (process_cpu_seconds_total): what a participant costs stays unknown",
+                    node.url
+                )
+            })
+            .collect()
+    }
+
+    /// Reads on, at `first` and each second from then on. Needs the runtime of tokio that it is called in.
+    pub fn go_on(&mut self, first: Instant) {
+        for (node, watched) in self.nodes.iter().enumerate() {
+            let (client, url, tell, interval) = (self.client.clone(), watched.url.clone(), self.tell.clone(), self.interval);
+            self.tasks.push(tokio::spawn(async move {
+                let mut beat = interval_at(first.into(), interval);
+                beat.set_missed_tick_behavior(MissedTickBehavior::Skip);
+                loop {
+                    beat.tick().await;
+                    let (at, page) = read(&client, &url).await;
+                    if tell.send(Heard { node, at, page }).await.is_err() {
+                        return;
+                    }
+                }
+            }));
+        }
+    }
+
+    /// A row of the series: what each node said since the last one, in the order in which they were named.
+    pub fn rows(&mut self) -> Vec<Option<Row>> {
+        while let Ok(heard) = self.heard.try_recv() {
+            self.note(heard);
+        }
+        self.nodes.iter_mut().map(|node| node.book.row()).collect()
+    }
+
+    /// Reads until the counters hold all that was forwarded, which they do when everybody has left, or as long as they may lag; then ends.
+    pub async fn finish(mut self, start: Instant, stretches: &[Stretch]) -> Account {
+        let left = Instant::now();
+        let lag = self.nodes.iter().map(|node| node.book.lag()).max().unwrap_or_default();
+        let deadline = left + lag + TIMEOUT;
+        while self.nodes.iter().any(|node| !node.book.is_complete(left)) {
+            match timeout_at(deadline.into(), self.heard.recv()).await {
+                Ok(Some(heard)) => self.note(heard),
+                _ => break,
+            }
+        }
+        account(&self.nodes, start, stretches)
+    }
+
+    fn note(&mut self, heard: Heard) {
+        let book = &mut self.nodes[heard.node].book;
+        match heard.page {
+            Ok(page) => book.note(heard.at, page),
+            Err(why) => book.note_failure(heard.at, why),
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// The page, and when it was true: between question and answer.
+async fn read(client: &reqwest::Client, url: &PageUrl) -> (Instant, Result<Page, String>) {
+    let asked = Instant::now();
+    let text = text(client, url).await;
+    let at = asked + asked.elapsed() / 2;
+    (at, text.and_then(|text| Page::read(&text).map_err(|error| error.to_string())))
+}
+
+async fn text(client: &reqwest::Client, url: &PageUrl) -> Result<String, String> {
+    let told = |error: reqwest::Error| {
+        if error.is_timeout() {
+            return format!("no answer within {} s", TIMEOUT.as_secs());
+        }
+        // The address may hold a password.
+        let cause = causes(&error).last().map(ToString::to_string);
+        cause.unwrap_or_else(|| error.without_url().to_string())
+    };
+    let request = client.get(url.0.clone()).header(header::ACCEPT, "text/plain; version=0.0.4");
+    let mut response = request.send().await.map_err(told)?;
+    if response.status() != reqwest::StatusCode::OK {
+        return Err(format!("it answers {}", response.status()));
+    }
+    let mut body = Vec::new();
+    while let Some(part) = response.chunk().await.map_err(told)? {
+        if body.len() + part.len() > PAGE_BYTES_MAX {
+            return Err(format!("it has more than {} MiB", PAGE_BYTES_MAX >> 20));
+        }
+        body.extend_from_slice(&part);
+    }
+    String::from_utf8(body).map_err(|_| "it is no text".to_owned())
+}
+
+fn account(nodes: &[Watched], start: Instant, stretches: &[Stretch]) -> Account {
+    let nodes: Vec<Node> = nodes.iter().map(|node| told(node, start, stretches)).collect();
+    let names = stretches.iter().map(|stretch| stretch.name.as_str()).chain(["total"]);
+    let together = names.enumerate().map(|(at, name)| StretchCost {
+        name: name.to_owned(),
+        cost: nodes
+            .iter()
+            .map(|node| node.stretches[at].cost.clone())
+            .collect::<Option<Vec<_>>>()
+            .and_then(Cost::of_all),
+    });
+    Account {
+        stretches: together.collect(),
+        nodes,
+    }
+}
+
+fn told(node: &Watched, start: Instant, stretches: &[Stretch]) -> Node {
+    let book = &node.book;
+    let between = stretches.iter().map(|stretch| StretchCost {
+        name: stretch.name.clone(),
+        cost: book.between(stretch.from, stretch.to),
+    });
+    let whole = StretchCost {
+        name: "total".to_owned(),
+        cost: book.whole(),
+    };
+    let gap = |gap: super::book::Gap| Gap {
+        from: seconds_since(start, gap.from),
+        to: gap.to.map(|to| seconds_since(start, to)),
+        why: gap.why,
+    };
+    Node {
+        url: node.url.to_string(),
+        node_id: book.node_id().map(str::to_owned),
+        readings: book.readings(),
+        failures: book.failures(),
+        restarts: book.restarts(),
+        gaps: book.gaps().into_iter().map(gap).collect(),
+        stretches: between.chain([whole]).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::Router;
+    use axum::http::StatusCode;
+    use axum::response::IntoResponse;
+    use axum::routing::get;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::server_metrics::page::tests::LIVEKIT;
+
+    /// A server with some pages, until the runtime ends.
+    async fn serve(pages: Router) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, pages).await });
+        format!("http://{address}")
+    }
+
+    fn url(text: &str) -> PageUrl {
+        text.parse().unwrap()
+    }
+
+    async fn refusal(urls: &[PageUrl]) -> String {
+        match Watch::start(urls).await {
+            Ok(_) => panic!("it starts"),
+            Err(refusal) => refusal.to_string(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_page_that_cannot_be_read_is_refused_with_what_to_do() {
+        let huge = || async { "# a comment\n".repeat(PAGE_BYTES_MAX / 10) };
+        let pages = Router::new()
+            .route("/metrics", get(|| async { LIVEKIT }))
+            .route("/again", get(|| async { LIVEKIT }))
+            .route("/other", get(|| async { "up 1\n" }))
+            .route("/html", get(|| async { "<html>hello</html>" }))
+            .route("/bytes", get(|| async { vec![0xFF, 0xFE] }))
+            .route("/closed", get(|| async { StatusCode::UNAUTHORIZED }))
+            .route("/elsewhere", get(|| async { axum::response::Redirect::permanent("/metrics") }))
+            .route("/huge", get(huge));
+        let server = serve(pages).await;
+        let cases = [
+            ("/other", "none of an SFU's figures is on it"),
+            ("/html", "line 1 does not begin with a metric's name"),
+            ("/bytes", "it is no text"),
+            ("/closed", "it answers 401 Unauthorized"),
+            ("/nothing", "it answers 404 Not Found"),
+            ("/elsewhere", "it answers 308 Permanent Redirect"),
+            ("/huge", "it has more than 8 MiB"),
+        ];
+        for (path, why) in cases {
+            let refused = refusal(&[url(&format!("{server}{path}"))]).await;
+            assert!(
+                refused.contains(why) && refused.contains("is the server's Prometheus port open"),
+                "{path}: {refused}"
+            );
+        }
+        let twice = refusal(&[url(&server), url(&format!("{server}/again"))]).await;
+        assert_eq!(
+            twice,
+            format!("--server-metrics {server}/metrics and {server}/again are the same node: name each once")
+        );
+
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let refused = refusal(&[url(&server), url(&format!("http://me:secret@{free}"))]).await;
+        assert!(
+            refused.starts_with(&format!("--server-metrics http://{free}/metrics cannot be read (")) && !refused.contains("secret"),
+            "{refused}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_password_in_the_address_opens_a_page_that_wants_one() {
+        let guarded = |headers: axum::http::HeaderMap| async move {
+            // me:secret
+            match headers.get("authorization").is_some_and(|value| value == "Basic bWU6c2VjcmV0") {
+                true => LIVEKIT.into_response(),
+                false => StatusCode::UNAUTHORIZED.into_response(),
+            }
+        };
+        let server = serve(Router::new().route("/metrics", get(guarded))).await;
+        assert!(refusal(&[url(&server)]).await.contains("401"));
+        let open = url(&server.replacen("http://", "http://me:secret@", 1));
+        assert!(Watch::start(&[open]).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn readings_become_rows_and_an_account() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counting = asked.clone();
+        let page = move || async move {
+            // Half a second of CPU and 40 packets each time; the third time it is away.
+            match counting.fetch_add(1, Ordering::Relaxed) {
+                2 => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+                n => format!(
+                    "process_cpu_seconds_total {}\nthrong_sfu_socket_drops 0\nlivekit_participant_total 4\n\
+                     livekit_packet_total{{direction=\"outgoing\",transmission=\"initial\"}} {}\n",
+                    n as f64 / 2.0,
+                    40 * n
+                )
+                .into_response(),
+            }
+        };
+        let server = serve(Router::new().route("/metrics", get(page))).await;
+        let mut watch = Watch::start(&[url(&server)]).await.unwrap();
+        watch.interval = Duration::from_millis(20);
+        assert!(watch.warnings().is_empty());
+        assert_eq!(watch.rows(), [None], "one reading is no stretch");
+        let start = Instant::now();
+        watch.go_on(start);
+        let mut rows = Vec::new();
+        while rows.len() < 3 {
+            rows.extend(watch.rows().remove(0));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(
+            rows.iter()
+                .all(|row| row.participants == Some(4.0) && row.cpu_cores.is_some() && row.resident_bytes.is_none()),
+            "{rows:?}"
+        );
+        let account = watch.finish(start, &[]).await;
+        let asked = asked.load(Ordering::Relaxed);
+        let node = &account.nodes[0];
+        assert_eq!((node.readings, node.failures, node.gaps.len()), (asked - 1, 1, 1));
+        assert_eq!(node.gaps[0].why, "it answers 503 Service Unavailable");
+        let total = account.stretches[0].cost.as_ref().unwrap();
+        let last = (asked - 1) as f64;
+        assert_eq!(
+            (total.cpu_seconds(), total.counted[Counter::PacketsSent]),
+            (Some(last / 2.0), Some(40.0 * last))
+        );
+        assert_eq!((account.stretches[0].name.as_str(), account.stretches.len()), ("total", 1));
+    }
+
+    #[tokio::test]
+    async fn a_page_that_says_nothing_of_cpu_is_watched_with_a_warning() {
+        let server = serve(Router::new().route("/metrics", get(|| async { "livekit_participant_total 0\n" }))).await;
+        let watch = Watch::start(&[url(&server)]).await.unwrap();
+        assert!(watch.warnings()[0].contains("says nothing of CPU time"), "{:?}", watch.warnings());
+    }
+}
