@@ -1,4 +1,4 @@
-//! A Prometheus page: LiveKit's names, as far as we count what they stand for, then all that the routers count under their own.
+//! A Prometheus page: what it costs and LiveKit's names, as far as we know and count what they stand for, then all that the routers count under their own.
 
 use std::fmt::Write;
 
@@ -7,12 +7,36 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use super::{ServerStatistics, State};
+use crate::net;
+use crate::sfu::THREAD_PREFIX;
 
 pub(super) async fn serve(extract::State(state): extract::State<State>) -> Response {
     match state.call(|desk, _| desk.statistics()).await {
-        Some(statistics) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], page(&statistics)).into_response(),
+        Some(statistics) => {
+            let page = costs() + &page(&statistics);
+            ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], page).into_response()
+        }
         None => StatusCode::SERVICE_UNAVAILABLE.into_response(),
     }
+}
+
+/// As Prometheus' client libraries name them. CPU time is that of the SFU's threads, which are not alone where a run has it inside; memory is the process's, as it says.
+fn costs() -> String {
+    let mut costs = String::new();
+    if let Some(cpu) = net::threads_cpu(THREAD_PREFIX) {
+        let _ = writeln!(
+            costs,
+            "# TYPE process_cpu_seconds_total counter\nprocess_cpu_seconds_total {}",
+            cpu.as_secs_f64()
+        );
+    }
+    if let Some((resident, _)) = net::resident_bytes() {
+        let _ = writeln!(
+            costs,
+            "# TYPE process_resident_memory_bytes gauge\nprocess_resident_memory_bytes {resident}"
+        );
+    }
+    costs
 }
 
 /// LiveKit's packets are RTP; what is sent again counts as a transmission of its own.
@@ -90,6 +114,7 @@ mod tests {
                 .clone()
                 .all(|line| line.rsplit(' ').next().is_some_and(|value| value.parse::<u64>().is_ok()))
         );
+        assert!(costs().contains("\nprocess_resident_memory_bytes "), "{}", costs());
         let own = samples.clone().filter(|line| line.starts_with("throng_sfu_"));
         assert_eq!(
             (samples.count() - own.clone().count(), own.count()),
