@@ -10,7 +10,7 @@ use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use network::path::{Conditions, Fate as PathFate, Loss, Path, Rate};
-use network::{CLIENTS, Direction, Fate, Network, Packet, SERVER};
+use network::{CLIENTS, Direction, Fate, Network, Packet, Places, SERVER, place};
 
 const MEDIA_PORT: u16 = 5_000;
 /// Far beyond what anything here takes.
@@ -231,4 +231,97 @@ fn a_seed_repeats_a_network_and_another_does_not() {
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));
+}
+
+#[test]
+fn each_place_has_the_delay_and_the_loss_that_were_planted_there() {
+    const PACKETS: u16 = 400;
+    let Some(network) = Places::for_test("each_place_has_the_delay_and_the_loss_that_were_planted_there", 4, 3) else {
+        return;
+    };
+    let planted = [(0, 0.0), (5, 0.02), (20, 0.1), (60, 0.3)].map(|(millis, share)| (Duration::from_millis(millis), share));
+    for (at, (delay, share)) in planted.into_iter().enumerate() {
+        let loss = Loss::Random(share);
+        network.wires.set_both(
+            at,
+            Conditions {
+                delay,
+                loss,
+                ..Conditions::default()
+            },
+        );
+    }
+    let open = |socket: std::io::Result<UdpSocket>| {
+        let socket = socket.unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket
+    };
+    let echo = open(network.server.run(|| UdpSocket::bind((SERVER, MEDIA_PORT))));
+    let sockets: Vec<UdpSocket> = network
+        .places
+        .iter()
+        .map(|at| open(at.run(|| UdpSocket::bind((at.address, MEDIA_PORT)))))
+        .collect();
+
+    // Up, and down again by the server.
+    let (mut arrived, mut returned) = ([0; 4], [0; 4]);
+    let mut bytes = [0; 2_000];
+    for seq in 0..PACKETS {
+        for socket in &sockets {
+            socket.send_to(&rtp(seq), (SERVER, MEDIA_PORT)).unwrap();
+        }
+        // In portions that fit into the sockets' buffers.
+        while seq % 25 == 24 && !all_came(&network.wires.log(), 4 * (usize::from(seq) + 1), returned.iter().sum()) {
+            assert!(network.wires.now() < PATIENCE, "packets are missing from the log");
+            while let Ok((len, from)) = echo.recv_from(&mut bytes) {
+                let from = (0..4).find(|index| from.ip() == place(*index)).expect("one of the places");
+                arrived[from] += 1;
+                echo.send_to(&bytes[..len], (place(from), MEDIA_PORT)).unwrap();
+            }
+            for (socket, returned) in sockets.iter().zip(&mut returned) {
+                while let Ok((_, from)) = socket.recv_from(&mut bytes) {
+                    assert_eq!(from.ip(), SERVER);
+                    *returned += 1;
+                }
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    }
+
+    let log = network.wires.log();
+    for (at, (delay, share)) in planted.into_iter().enumerate() {
+        let mut sent = usize::from(PACKETS);
+        for (direction, ends, came) in [
+            (Direction::Up, (place(at), SERVER), arrived[at]),
+            (Direction::Down, (SERVER, place(at)), returned[at]),
+        ] {
+            let packets: Vec<&Packet> = log
+                .iter()
+                .filter(|packet| packet.rtp().is_some() && (packet.place, packet.direction) == (at, direction))
+                .collect();
+            assert!(packets.iter().all(|packet| (*packet.from.ip(), *packet.to.ip()) == ends), "{ends:?}");
+            let lost = packets.iter().filter(|packet| packet.fate == Fate::Lost).count();
+            assert_eq!((packets.len(), came), (sent, sent - lost), "place {at}, {direction:?}");
+            let expected = share * sent as f64;
+            let chance = 4.0 * (expected * (1.0 - share)).sqrt();
+            assert!(
+                (lost as f64 - expected).abs() <= chance,
+                "place {at}, {direction:?}: {lost} lost, not about {expected}"
+            );
+            assert!(
+                packets.iter().all(|packet| packet.delay().is_none_or(|taken| taken >= delay)),
+                "place {at}, {direction:?}"
+            );
+            sent = came;
+        }
+    }
+}
+
+/// So many went up, all that arrived was sent back, and all that came back of it was read.
+fn all_came(log: &[Packet], sent: usize, returned: usize) -> bool {
+    let in_direction = |direction| log.iter().filter(move |packet| packet.rtp().is_some() && packet.direction == direction);
+    let delivered = |direction| in_direction(direction).filter(|packet| packet.delivered_at().is_some()).count();
+    let is_over = log.iter().all(|packet| packet.fate != Fate::UnderWay);
+    let sent_back = in_direction(Direction::Down).count() == delivered(Direction::Up);
+    is_over && in_direction(Direction::Up).count() == sent && sent_back && delivered(Direction::Down) == returned
 }

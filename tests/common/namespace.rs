@@ -51,6 +51,14 @@ impl Namespace {
         }
     }
 
+    /// Another handle on the same one.
+    pub fn try_clone(&self) -> io::Result<Namespace> {
+        Ok(Namespace {
+            handle: self.handle.try_clone()?,
+            address: self.address,
+        })
+    }
+
     pub fn device_counts(&self) -> DeviceCounts {
         let page = self.run(|| fs::read_to_string("/proc/thread-self/net/dev")).expect("the kernel's page");
         let line = page.lines().find_map(|line| line.trim().strip_prefix(&format!("{DEVICE}:")));

@@ -1,5 +1,8 @@
-//! A bad network of real kernel sockets: two network namespaces with a TUN device each, and between them a relay that loses, delays, duplicates and reorders
-//! by a seed, and writes down what became of each packet. That log is the ground truth of the tests that use it: RTP's header is readable although its payload is sealed.
+//! A bad network of real kernel sockets: network namespaces with a TUN device each, one with the server and one for each place that clients are at, and between them a relay
+//! that loses, delays, duplicates and reorders by a seed, and writes down what became of each packet. That log is the ground truth of the tests that use it: RTP's header is
+//! readable although its payload is sealed.
+//!
+//! [`Network`] has one place; [`Places`] has several, each with a network of its own to the server and none to the others.
 //!
 //! It needs the right to make network namespaces: root, or an ordinary user to whom the kernel gives user namespaces (the test then runs itself again in one). Where neither
 //! is to be had a test says so and passes, except under `CI`.
@@ -88,6 +91,8 @@ pub struct Packet {
     /// The second copy of a packet that was duplicated.
     pub duplicate: bool,
     pub direction: Direction,
+    /// Which place it came from or was for.
+    pub place: usize,
     pub from: SocketAddrV4,
     pub to: SocketAddrV4,
     /// The payload of UDP; of everything else the whole packet.
@@ -124,27 +129,146 @@ impl Packet {
     }
 }
 
+/// All clients at one place.
 pub struct Network {
     pub clients: Namespace,
     pub server: Namespace,
-    relay: Arc<Relay>,
-    threads: Vec<JoinHandle<()>>,
+    wires: Wires,
 }
 
 impl Network {
     /// A perfect one, whose later chances are those of `seed`.
     pub fn new(seed: u64) -> io::Result<Network> {
-        let (clients, from_clients) = Namespace::new(CLIENTS)?;
+        let (server, mut places, wires) = Wires::lay(&[CLIENTS], seed)?;
+        Ok(Network {
+            clients: places.remove(0),
+            server,
+            wires,
+        })
+    }
+
+    /// The network for the test of this name (as `cargo test` prints it). `None` where the test has been run in a user namespace instead and has passed there, or, not
+    /// under `CI`, where no network can be made.
+    pub fn for_test(name: &str, seed: u64) -> Option<Network> {
+        for_test(name, || Network::new(seed))
+    }
+
+    /// From now on. Signalling (TCP) is spared, unless [`Network::touch_tcp`] says otherwise.
+    pub fn set(&self, direction: Direction, conditions: Conditions) {
+        self.wires.set(0, direction, conditions);
+    }
+
+    pub fn set_both(&self, conditions: Conditions) {
+        self.wires.set_both(0, conditions);
+    }
+
+    /// Whether the conditions are for signalling, too.
+    pub fn touch_tcp(&self, too: bool) {
+        self.wires.touch_tcp(0, too);
+    }
+
+    /// Since the network was made, as times in the log are.
+    pub fn now(&self) -> Duration {
+        self.wires.now()
+    }
+
+    /// What happened so far, in the order in which packets came to the relay.
+    pub fn log(&self) -> Vec<Packet> {
+        self.wires.log()
+    }
+
+    /// Packets that have neither left nor been lost.
+    pub fn under_way(&self) -> usize {
+        self.wires.under_way()
+    }
+}
+
+/// A server, and clients at several places, each with a way of its own to it.
+pub struct Places {
+    /// By their index, which the methods of [`Wires`] take.
+    pub places: Vec<Namespace>,
+    pub server: Namespace,
+    pub wires: Wires,
+}
+
+impl Places {
+    /// So many, all with perfect ways, whose later chances are those of `seed`.
+    pub fn new(count: usize, seed: u64) -> io::Result<Places> {
+        let addresses: Vec<Ipv4Addr> = (0..count).map(place).collect();
+        let (server, places, wires) = Wires::lay(&addresses, seed)?;
+        Ok(Places { places, server, wires })
+    }
+
+    /// As [`Network::for_test`].
+    pub fn for_test(name: &str, count: usize, seed: u64) -> Option<Places> {
+        for_test(name, || Places::new(count, seed))
+    }
+}
+
+/// The address of a place of [`Places`].
+pub fn place(index: usize) -> Ipv4Addr {
+    Ipv4Addr::new(10, 77, 0, 11 + u8::try_from(index).expect("a handful of places"))
+}
+
+fn for_test<N>(name: &str, make: impl FnOnce() -> io::Result<N>) -> Option<N> {
+    let error = match make() {
+        Ok(network) => return Some(network),
+        Err(error) => error,
+    };
+    let again = std::env::var_os(IN_USER_NAMESPACE).is_none() && error.kind() == io::ErrorKind::PermissionDenied;
+    if again && namespace::user_namespaces_work() {
+        let mut command = Command::new("unshare");
+        command
+            .args(["--user", "--map-root-user", "--"])
+            .arg(std::env::current_exe().expect("our own path"));
+        command
+            .args(["--exact", name, "--include-ignored", "--nocapture"])
+            .env(IN_USER_NAMESPACE, "1");
+        let output = command.output().expect("it ran a moment ago");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("1 passed"), "in a user namespace: {said}");
+        eprintln!("{said}");
+        return None;
+    }
+    assert!(std::env::var_os("CI").is_none(), "no network namespaces under CI: {error}");
+    eprintln!("SKIPPED {name}: no network namespace can be made here ({error}); run it as root");
+    None
+}
+
+/// What lies between the places and the server.
+pub struct Wires {
+    relay: Arc<Relay>,
+    threads: Vec<JoinHandle<()>>,
+    /// The server's end, then those of the places, to wake the threads that read there.
+    ends: Vec<Namespace>,
+}
+
+impl Wires {
+    /// The server's namespace, those of places with these addresses, and perfect ways between them.
+    fn lay(addresses: &[Ipv4Addr], seed: u64) -> io::Result<(Namespace, Vec<Namespace>, Wires)> {
         let (server, from_server) = Namespace::new(SERVER)?;
-        let direction = |device: &File, seed| -> io::Result<OneWay> {
+        let (places, devices): (Vec<Namespace>, Vec<File>) = addresses
+            .iter()
+            .map(|address| Namespace::new(*address))
+            .collect::<io::Result<Vec<_>>>()?
+            .into_iter()
+            .unzip();
+        let one_way = |out: &File, seed: u64| -> io::Result<OneWay> {
             Ok(OneWay {
-                out: device.try_clone()?,
+                out: out.try_clone()?,
                 path: Path::new(Conditions::default(), seed),
                 tcp_too: false,
             })
         };
+        let way = |(index, (address, device)): (usize, (&Ipv4Addr, &File))| -> io::Result<Way> {
+            let seed = seed.wrapping_add(2 * index as u64);
+            Ok(Way {
+                address: *address,
+                directions: [one_way(&from_server, seed)?, one_way(device, seed.wrapping_add(1))?],
+            })
+        };
         let state = State {
-            ways: [direction(&from_server, seed)?, direction(&from_clients, seed.wrapping_add(1))?],
+            ways: addresses.iter().zip(&devices).enumerate().map(way).collect::<io::Result<_>>()?,
             under_way: BTreeMap::new(),
             log: Vec::new(),
             count: 0,
@@ -159,60 +283,37 @@ impl Network {
             let relay = relay.clone();
             std::thread::spawn(move || work(&relay))
         };
-        let threads = vec![
-            start(Box::new(|relay| relay.read_from(from_clients, Direction::Up))),
-            start(Box::new(|relay| relay.read_from(from_server, Direction::Down))),
+        let mut threads = vec![
+            start(Box::new(|relay| relay.read_from(from_server, None))),
             start(Box::new(Relay::release_in_time)),
         ];
-        Ok(Network {
-            clients,
-            server,
-            relay,
-            threads,
-        })
-    }
-
-    /// The network for the test of this name (as `cargo test` prints it). `None` where the test has been run in a user namespace instead and has passed there, or, not
-    /// under `CI`, where no network can be made.
-    pub fn for_test(name: &str, seed: u64) -> Option<Network> {
-        let error = match Network::new(seed) {
-            Ok(network) => return Some(network),
-            Err(error) => error,
-        };
-        let again = std::env::var_os(IN_USER_NAMESPACE).is_none() && error.kind() == io::ErrorKind::PermissionDenied;
-        if again && namespace::user_namespaces_work() {
-            let mut command = Command::new("unshare");
-            command
-                .args(["--user", "--map-root-user", "--"])
-                .arg(std::env::current_exe().expect("our own path"));
-            command
-                .args(["--exact", name, "--include-ignored", "--nocapture"])
-                .env(IN_USER_NAMESPACE, "1");
-            let output = command.output().expect("it ran a moment ago");
-            let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success() && said.contains("1 passed"), "in a user namespace: {said}");
-            eprintln!("{said}");
-            return None;
+        threads.extend(
+            devices
+                .into_iter()
+                .enumerate()
+                .map(|(index, device)| start(Box::new(move |relay| relay.read_from(device, Some(index))))),
+        );
+        let mut ends = vec![server.try_clone()?];
+        for place in &places {
+            ends.push(place.try_clone()?);
         }
-        assert!(std::env::var_os("CI").is_none(), "no network namespaces under CI: {error}");
-        eprintln!("SKIPPED {name}: no network namespace can be made here ({error}); run it as root");
-        None
+        Ok((server, places, Wires { relay, threads, ends }))
     }
 
-    /// From now on. Signalling (TCP) is spared, unless [`Network::touch_tcp`] says otherwise.
-    pub fn set(&self, direction: Direction, conditions: Conditions) {
-        self.relay.lock().ways[direction as usize].path.conditions = conditions;
+    /// From now on. Signalling (TCP) is spared, unless [`Wires::touch_tcp`] says otherwise.
+    pub fn set(&self, place: usize, direction: Direction, conditions: Conditions) {
+        self.relay.lock().ways[place].directions[direction as usize].path.conditions = conditions;
     }
 
-    pub fn set_both(&self, conditions: Conditions) {
+    pub fn set_both(&self, place: usize, conditions: Conditions) {
         for direction in [Direction::Up, Direction::Down] {
-            self.set(direction, conditions);
+            self.set(place, direction, conditions);
         }
     }
 
     /// Whether the conditions are for signalling, too.
-    pub fn touch_tcp(&self, too: bool) {
-        self.relay.lock().ways.iter_mut().for_each(|way| way.tcp_too = too);
+    pub fn touch_tcp(&self, place: usize, too: bool) {
+        self.relay.lock().ways[place].directions.iter_mut().for_each(|way| way.tcp_too = too);
     }
 
     /// Since the network was made, as times in the log are.
@@ -231,14 +332,15 @@ impl Network {
     }
 }
 
-impl Drop for Network {
+impl Drop for Wires {
     fn drop(&mut self) {
         self.relay.lock().ended = true;
         self.relay.changed.notify_all();
-        for (from, to) in [(&self.clients, SERVER), (&self.server, CLIENTS)] {
+        for end in &self.ends {
             // Wakes the thread that reads there; the packet itself goes nowhere.
+            let to = if end.address == SERVER { CLIENTS } else { SERVER };
             let poke = || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| socket.send_to(&[0], (to, 9)));
-            from.run(poke).expect("the network's own device takes a packet");
+            end.run(poke).expect("the network's own device takes a packet");
         }
         for thread in self.threads.drain(..) {
             let ended = thread.join();
@@ -254,13 +356,28 @@ struct Relay {
 }
 
 struct State {
-    /// By [`Direction`].
-    ways: [OneWay; 2],
-    /// By the time at which they leave, then in the order in which they came: direction, place in the log, and the packet.
-    under_way: BTreeMap<(Duration, u64), (Direction, usize, Vec<u8>)>,
+    /// By the places' indices.
+    ways: Vec<Way>,
+    /// By the time at which they leave, then in the order in which they came.
+    under_way: BTreeMap<(Duration, u64), UnderWay>,
     log: Vec<Packet>,
     count: u64,
     ended: bool,
+}
+
+struct UnderWay {
+    place: usize,
+    direction: Direction,
+    /// Where it stands in the log.
+    logged: usize,
+    bytes: Vec<u8>,
+}
+
+/// Between a place and the server.
+struct Way {
+    address: Ipv4Addr,
+    /// By [`Direction`].
+    directions: [OneWay; 2],
 }
 
 struct OneWay {
@@ -275,7 +392,8 @@ impl Relay {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read_from(&self, mut device: File, direction: Direction) {
+    /// `place` has the device; `None`: the server does.
+    fn read_from(&self, mut device: File, place: Option<usize>) {
         let mut buffer = [0; MTU];
         loop {
             let len = device.read(&mut buffer).expect("an open TUN device can be read");
@@ -284,7 +402,7 @@ impl Relay {
             if state.ended {
                 return;
             }
-            state.take(&buffer[..len], direction, now);
+            state.take(&buffer[..len], place, now);
             // What is due at once leaves from here, without another thread's waking.
             state.release(self.began);
             self.changed.notify_one();
@@ -308,10 +426,17 @@ impl Relay {
 }
 
 impl State {
-    fn take(&mut self, bytes: &[u8], direction: Direction, now: Duration) {
+    fn take(&mut self, bytes: &[u8], place: Option<usize>, now: Duration) {
+        let direction = if place.is_some() { Direction::Up } else { Direction::Down };
         // The kernel's own IPv6 chatter has nobody to talk to.
         let Some(mut packet) = describe(bytes, direction, now) else { return };
-        let way = &mut self.ways[direction as usize];
+        // What a server says to no place, a group for instance, goes to the only one there is, or nowhere.
+        let only = (self.ways.len() == 1).then_some(0);
+        let Some(place) = place.or_else(|| self.place_of(*packet.to.ip())).or(only) else {
+            return;
+        };
+        packet.place = place;
+        let way = &mut self.ways[place].directions[direction as usize];
         let (first, second) = match packet.is_tcp() && !way.tcp_too {
             true => (PathFate::Leaves(now), None),
             false => way.path.take(bytes.len(), now),
@@ -322,7 +447,13 @@ impl State {
             match fate {
                 PathFate::Leaves(at) => {
                     self.count += 1;
-                    self.under_way.insert((at, self.count), (direction, self.log.len(), bytes.to_vec()));
+                    let under_way = UnderWay {
+                        place,
+                        direction,
+                        logged: self.log.len(),
+                        bytes: bytes.to_vec(),
+                    };
+                    self.under_way.insert((at, self.count), under_way);
                 }
                 PathFate::Lost => packet.fate = Fate::Lost,
                 PathFate::Overflowed => packet.fate = Fate::Overflowed,
@@ -338,13 +469,17 @@ impl State {
             if entry.key().0 > now {
                 return;
             }
-            let (direction, at, bytes) = entry.remove();
-            self.ways[direction as usize]
+            let packet = entry.remove();
+            self.ways[packet.place].directions[packet.direction as usize]
                 .out
-                .write_all(&bytes)
+                .write_all(&packet.bytes)
                 .expect("an open TUN device takes a packet");
-            self.log[at].fate = Fate::Delivered(now);
+            self.log[packet.logged].fate = Fate::Delivered(now);
         }
+    }
+
+    fn place_of(&self, address: Ipv4Addr) -> Option<usize> {
+        self.ways.iter().position(|way| way.address == address)
     }
 }
 
@@ -369,6 +504,7 @@ pub fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Pack
         fate: Fate::UnderWay,
         duplicate: false,
         direction,
+        place: 0,
         from: SocketAddrV4::new(address(12), port(0)),
         to: SocketAddrV4::new(address(16), port(2)),
         bytes: bytes_counted,
