@@ -18,6 +18,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::plan::{AudioSpec, Connection, Layout, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape, Target, VideoSpec};
 use crate::prober;
 use crate::report::{Destinations, Judging, Threshold};
+use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
 use crate::units::Bitrate;
 use hosts::HostsArgs;
@@ -41,6 +42,8 @@ pub struct Run {
     pub credentials: Option<Credentials>,
     pub judging: Judging,
     pub destinations: Destinations,
+    /// The server's own Prometheus pages, one a node.
+    pub server_metrics: Vec<PageUrl>,
     /// Engine threads; `None`: as many as the host bears.
     pub threads: Option<usize>,
     pub dry_run: bool,
@@ -400,6 +403,9 @@ struct OutputArgs {
     /// What the first subscriber of each room receives: Ogg and IVF files, one a track
     #[arg(long, value_name = "DIR")]
     record: Option<PathBuf>,
+    /// The server's own Prometheus page, read beside ours for what a participant costs it; one a node, repeatable
+    #[arg(long, value_name = "URL")]
+    server_metrics: Vec<String>,
     /// No progress
     #[arg(long)]
     quiet: bool,
@@ -500,6 +506,7 @@ impl RunArgs {
             false => DEFAULT_DURATION,
         });
         self.judging.must_fit(duration)?;
+        let server_metrics = self.output.server_metrics(&target)?;
         let plan = Plan {
             connection: self.engine.connection.into(),
             connection_reason: None,
@@ -532,6 +539,7 @@ impl RunArgs {
                 thresholds: self.judging.threshold,
             },
             destinations: self.output.destinations()?,
+            server_metrics,
             threads: self.engine.threads.map(usize::from),
             dry_run: self.engine.dry_run,
             is_tour,
@@ -905,6 +913,17 @@ impl OutputArgs {
             hgrm: self.hgrm.clone(),
             record: self.record.clone(),
         })
+    }
+
+    fn server_metrics(&self, target: &Target) -> Result<Vec<PageUrl>, String> {
+        if target.is_embedded() && !self.server_metrics.is_empty() {
+            return Err(
+                "--server-metrics is for a server with a page of its own: the embedded SFU's account is in the report anyway. Leave it out, or name the server with --url"
+                    .to_owned(),
+            );
+        }
+        let read = |text: &String| text.parse().map_err(|why| format!("--server-metrics {why}"));
+        self.server_metrics.iter().map(read).collect()
     }
 
     fn must_have_subscribers(&self, shape: &Shape) -> Result<(), String> {

@@ -21,6 +21,9 @@ fn schema() -> Value {
 /// What the engine section says of its run rather than of a quantity.
 const ENGINE_FACTS: &[&str] = &["threads", "valid", "reasons"];
 
+/// What a step of the server's pages says of itself rather than of the server.
+const SERVER_FACTS: &[&str] = &["name", "seconds"];
+
 /// Every counter, histogram and score of the report, by its section; the engine's names as they are in the JSON.
 fn figures() -> BTreeSet<String> {
     let of = |section: &str, names: &[&str]| names.iter().map(|name| format!("{section}.{name}")).collect::<Vec<_>>();
@@ -39,6 +42,13 @@ fn figures() -> BTreeSet<String> {
             .keys()
             .filter(|name| !ENGINE_FACTS.contains(&name.as_str()))
             .map(|name| format!("engine.{name}")),
+    );
+    let server = schema["$defs"]["server"]["properties"].as_object().expect("a step of the server's pages");
+    figures.extend(
+        server
+            .keys()
+            .filter(|name| !SERVER_FACTS.contains(&name.as_str()))
+            .map(|name| format!("server.{name}")),
     );
     figures
 }

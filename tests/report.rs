@@ -219,6 +219,7 @@ fn outcome() -> Outcome {
         nearness: None,
         sfu: None,
         complaints: vec![],
+        server: None,
         partial: None,
         notes: vec![],
         failures: vec![],

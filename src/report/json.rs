@@ -6,6 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
+use super::server_cost::AccountView;
 use super::tiers::{self, Knee};
 use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
 use super::{
@@ -73,7 +74,7 @@ struct Report<'a, H> {
     worst: Vec<WorstView<'a>>,
     series: &'a [Sample],
     engine: EngineView<'a>,
-    server: Option<ServerView>,
+    server: Option<ServerView<'a>>,
     #[serde(flatten)]
     hosts: &'a H,
 }
@@ -113,7 +114,7 @@ impl<'a, H: Serialize> Report<'a, H> {
                 .collect(),
             series: &outcome.series,
             engine: EngineView::new(outcome),
-            server: outcome.sfu.as_ref().map(ServerView::new),
+            server: ServerView::new(outcome),
             hosts,
         }
     }
@@ -263,9 +264,28 @@ impl<'a> TargetView<'a> {
     }
 }
 
+/// What the server said of itself.
+#[derive(serde::Serialize)]
+struct ServerView<'a> {
+    #[serde(flatten)]
+    embedded: Option<EmbeddedView>,
+    #[serde(flatten)]
+    pages: AccountView<'a>,
+}
+
+impl<'a> ServerView<'a> {
+    fn new(outcome: &'a Outcome) -> Option<ServerView<'a>> {
+        let (embedded, account) = (outcome.sfu.as_ref(), outcome.server.as_ref());
+        (embedded.is_some() || account.is_some()).then(|| ServerView {
+            embedded: embedded.map(EmbeddedView::new),
+            pages: AccountView::new(account),
+        })
+    }
+}
+
 /// What the embedded SFU says of itself: RTP media of all rooms, and what it cost.
 #[derive(serde::Serialize)]
-struct ServerView {
+struct EmbeddedView {
     routers: usize,
     send: &'static str,
     cpu_seconds: Option<f64>,
@@ -281,10 +301,10 @@ struct ServerView {
     send_errors: u64,
 }
 
-impl ServerView {
-    fn new(sfu: &EmbeddedSfu) -> ServerView {
+impl EmbeddedView {
+    fn new(sfu: &EmbeddedSfu) -> EmbeddedView {
         let media = &sfu.statistics.media;
-        ServerView {
+        EmbeddedView {
             routers: sfu.routers,
             send: sfu.send.name(),
             cpu_seconds: sfu.cpu_seconds,

@@ -9,6 +9,7 @@ pub mod judge;
 pub mod participants;
 pub mod progress;
 pub mod server;
+pub mod server_cost;
 mod sinks;
 pub mod text;
 pub mod tiers;
@@ -27,6 +28,7 @@ pub use crate::measure::stalls::{Cause, Side, Stall};
 use crate::measure::{Histogram, Kind, Media, Record};
 use crate::plan::Plan;
 use crate::run::knee::Answer;
+use crate::server_metrics::{Account, Row};
 use crate::sfu::SendMode;
 use crate::sfu::server::ServerStatistics;
 
@@ -59,6 +61,8 @@ pub struct Outcome {
     pub sfu: Option<EmbeddedSfu>,
     /// What else is a reason to fail, of a run that is one hold.
     pub complaints: Vec<String>,
+    /// What the server's own pages said; `None` where none was asked for.
+    pub server: Option<Account>,
     /// Why the run ended before its time; `None` if it did not.
     pub partial: Option<String>,
     /// What the reader should know and the verdict does not say.
@@ -167,6 +171,8 @@ pub struct Sample {
     pub uplink_estimate_bps: Option<u64>,
     #[serde(flatten)]
     pub generator: Second,
+    /// What each of the server's pages said, in the order in which they were named: `None` for one that was not read in this second, and for all where none was asked for.
+    pub server: Option<Vec<Option<Row>>>,
 }
 
 /// The embedded SFU's own account of the run.

@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use super::judge::Loss;
-use super::{EngineHealth, Judgement, Judging, Outcome, Side, TargetKind, VERSION, Verdict, judge, tiers, worst};
+use super::{EngineHealth, Judgement, Judging, Outcome, Side, TargetKind, VERSION, Verdict, judge, server_cost, tiers, worst};
 use crate::measure::{Bandwidth, Histogram, Kind, Media};
 use crate::plan::{Plan, Resources, VideoSpec};
 use crate::sfu::SendMode;
@@ -47,7 +47,7 @@ impl Style {
         }
     }
 
-    fn bold(self, text: &str) -> String {
+    pub(super) fn bold(self, text: &str) -> String {
         self.paint("1", text)
     }
 
@@ -168,6 +168,7 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
     text.push_str(&bandwidth(&outcome.totals.record.bandwidth, style));
     text.push_str(&generator(outcome, style));
     text.push_str(&embedded_sfu(outcome, style));
+    text.push_str(&server_cost::text(outcome, style));
     text.push_str(&worst(outcome, style));
     text.push_str(&notes(outcome, style));
     text.push_str(&result(&judgement, style));

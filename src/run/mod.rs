@@ -11,6 +11,7 @@ pub mod lead;
 mod observer;
 mod rooms;
 mod search;
+mod server;
 mod stages;
 mod tally;
 
@@ -49,6 +50,7 @@ use crate::recording::{Recorder, Recording};
 use crate::report::progress::Snapshot;
 use crate::report::worst::is_healthy;
 use crate::report::{EngineHealth, Judging, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo, TargetKind, Unmeasured};
+use crate::server_metrics::{self, Watch};
 use crate::sfu;
 use crate::signal::session::{Ended, Media, Notice, Phase, Place, Request, SessionContext, TakingTurns};
 use crate::signal::{Access, ApiKey, Endpoint, Permissions, probe};
@@ -93,13 +95,18 @@ pub async fn run_led(run: &cli::Run, resources: &Resources, clips: Clips, lead: 
         .context("no API key and secret: give --api-key and --api-secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET")?;
     let api_key = ApiKey::new(&credentials.api_key, &credentials.api_secret);
     let endpoint = Endpoint::from(run.plan.target.url.clone()).resolve().await?;
+    // Before anybody is waited for or joins: what cannot be read is refused here.
+    let server = match &run.server_metrics[..] {
+        [] => None,
+        pages => Some(Watch::start(pages).await?),
+    };
     let rooms = Rooms::create(&run.plan, &endpoint, &api_key, &mut interrupts).await?;
     let mut around = Around {
         lead,
         interrupts: &mut interrupts,
         progress,
     };
-    let outcome = test(run, resources, clips, (endpoint, api_key.into()), &mut around).await;
+    let outcome = test(run, resources, clips, (endpoint, api_key.into()), server, &mut around).await;
     let left_behind = rooms.delete(&run.plan).await;
     outcome.map(|mut outcome| {
         outcome.notes = [rooms.notes, outcome.notes, left_behind].concat();
@@ -108,7 +115,7 @@ pub async fn run_led(run: &cli::Run, resources: &Resources, clips: Clips, lead: 
     })
 }
 
-/// As [`run_led`], in rooms that others make and delete.
+/// As [`run_led`], in rooms that others make and delete. Who leads the hosts reads the server's pages.
 ///
 /// # Errors
 /// As [`run_led`].
@@ -127,7 +134,7 @@ pub async fn run_as_guest(
         interrupts: &mut interrupts,
         progress,
     };
-    test(run, resources, clips, (endpoint, access), &mut around).await
+    test(run, resources, clips, (endpoint, access), None, &mut around).await
 }
 
 async fn test<L: Lead, P: FnMut(&Snapshot)>(
@@ -135,13 +142,16 @@ async fn test<L: Lead, P: FnMut(&Snapshot)>(
     resources: &Resources,
     clips: Clips,
     (endpoint, access): (Endpoint, Access),
+    server: Option<Watch>,
     around: &mut Around<'_, L, P>,
 ) -> Result<Outcome> {
     let mut plan = run.plan.clone();
     distrust_old_servers(&mut plan, &endpoint, &access).await;
     let mut test = Test::start(&plan, run, around.lead.epoch(), resources, (endpoint, access), clips)?;
+    test.watch_server(server);
     test.go(around).await;
-    Ok(test.finish(run))
+    let server = test.account_of_server().await;
+    Ok(test.finish(run, server))
 }
 
 /// Settles [`Connection::Auto`] by what the server has. Asked once, so that all participants do the same.
@@ -226,6 +236,8 @@ struct Test<'a> {
     /// The busiest worker's share of its core, of all tiers.
     busiest: f64,
     media_stopped_at: Option<Time>,
+    /// The server's own pages, where they were asked for.
+    server: Option<Watch>,
     partial: Option<String>,
     /// A threshold that ended the run.
     broken: Option<String>,
@@ -399,6 +411,7 @@ impl<'a> Test<'a> {
             tiers: Vec::new(),
             busiest: 0.0,
             media_stopped_at: None,
+            server: None,
             partial: None,
             broken: None,
             was_interrupted: false,
@@ -595,6 +608,7 @@ impl<'a> Test<'a> {
             uplink_estimate_bps: mean_bps(counted.bandwidth.uplink_estimate_kbps, counted.bandwidth.uplink_estimates),
             downlink_estimate_bps: mean_bps(counted.bandwidth.remb_sent_kbps, counted.bandwidth.remb_sent),
             generator: self.observer.close_second(self.second.at, now, counted),
+            server: self.server.as_mut().map(Watch::rows),
         };
         self.series.push(sample.clone());
         let second = &mut self.second;
@@ -629,7 +643,7 @@ impl<'a> Test<'a> {
         }
     }
 
-    fn finish(mut self, run: &cli::Run) -> Outcome {
+    fn finish(mut self, run: &cli::Run, server: Option<server_metrics::Account>) -> Outcome {
         let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
         self.sessions.join_visits();
         let participants = self.participant_outcomes();
@@ -707,6 +721,7 @@ impl<'a> Test<'a> {
             nearness: None,
             sfu: None,
             complaints,
+            server,
             partial: self.partial,
             notes: self.notes,
             failures: self.sessions.failures.into_iter().collect(),

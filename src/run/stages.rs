@@ -288,6 +288,14 @@ impl Test<'_> {
         self.tier.take().filter(|tier| tier.plan.is_whole)?.hold
     }
 
+    /// The holds by their tiers' names, from when to when, the one that is the whole run included.
+    pub(super) fn holds(&self) -> Vec<(String, Time, Time)> {
+        let over = self.tiers.iter().map(|tier| (tier.plan.name.clone(), tier.held_from, tier.held_until));
+        let whole = self.tier.as_ref().zip(self.media_stopped_at);
+        let whole = whole.and_then(|(tier, stopped)| Some((tier.plan.name.clone(), tier.hold.as_ref()?.since, stopped)));
+        over.chain(whole).collect()
+    }
+
     /// Has so many subscribers be in, and all publishers. Who joins does so at its intended moment, whatever became of the earlier ones; who leaves does so in the
     /// reverse order. The first one not before `start`, and all of them within `ramp_time`, or at the plan's pace.
     fn admit(&mut self, subscribers: Subscribers, start: Option<Time>, ramp_time: Option<Duration>) {

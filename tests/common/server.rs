@@ -43,6 +43,8 @@ pub struct Options {
     pub site: Site,
     /// Set where the server is to allocate by bandwidth, pausing tracks included.
     pub congestion: Option<Congestion>,
+    /// How long packets are in the server is measured.
+    pub forward_stats: bool,
 }
 
 /// Where a server has its estimate of a subscriber's path from.
@@ -77,6 +79,7 @@ impl Default for Options {
             log_level: "warn",
             site: Site::LOOPBACK,
             congestion: None,
+            forward_stats: false,
         }
     }
 }
@@ -288,10 +291,14 @@ fn config(ports: &Ports, options: &Options) -> String {
         let send_side = congestion == Congestion::SendSide;
         format!("  congestion_control: {{enabled: true, allow_pause: true, use_send_side_bwe: {send_side}}}\n")
     });
+    let forward_stats = match options.forward_stats {
+        true => "  forward_stats: {summary_interval: 10ms, report_interval: 1s, report_window: 1s}\n",
+        false => "",
+    };
     let Site { address, device } = options.site;
     format!(
         "port: {}\nbind_addresses: [\"{address}\"]\nkeys: {{{KEY}: {SECRET}}}\n\
-         rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n{congestion}\
+         rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n{congestion}{forward_stats}\
          room: {{auto_create: {}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
         ports.signal,
         address.is_loopback(),

@@ -1,0 +1,38 @@
+//! The server's own pages beside a run, where they were asked for.
+
+use std::time::Duration;
+
+use super::Test;
+use crate::server_metrics::{Account, Stretch, Watch};
+use crate::units::Time;
+
+/// Behind the start of each second of the run: what a page says then is there when the second's row is closed.
+const READ_AT: Duration = Duration::from_millis(500);
+
+impl Test<'_> {
+    pub(super) fn watch_server(&mut self, server: Option<Watch>) {
+        self.server = server;
+        if let Some(server) = &mut self.server {
+            self.notes.extend(server.warnings());
+            server.go_on(self.epoch.instant(self.epoch.now().next_second() + READ_AT));
+        }
+    }
+
+    /// When everybody has left. A server whose counters lag is waited for.
+    pub(super) async fn account_of_server(&mut self) -> Option<Account> {
+        let server = self.server.take()?;
+        let instant = |time: Time| self.epoch.instant(time);
+        let holds: Vec<Stretch> = self
+            .holds()
+            .into_iter()
+            .map(|(name, from, to)| Stretch {
+                name,
+                from: instant(from),
+                to: instant(to),
+            })
+            .collect();
+        let account = server.finish(instant(Time::ZERO), &holds).await;
+        self.notes.extend(account.notes());
+        Some(account)
+    }
+}
