@@ -5,7 +5,7 @@
 //! and points are repeated until 95 % of the weight lies within [`RESOLUTION`] of the middle. That middle is the capacity: with so many, every other run passes.
 //!
 //! How a verdict depends on load is a logistic curve over the logarithm of the load. Its steepness is not known, so several are weighed, and one verdict in a hundred may be
-//! chance. So one wrong verdict far from the edge costs some points more, and not the answer.
+//! chance. So one wrong verdict far from the edge costs some points more, and not the answer. That more load makes a PASS less likely is taken for granted.
 //!
 //! Nothing here measures or waits: points come out, verdicts go in.
 
@@ -19,11 +19,13 @@ pub const POINTS_MAX: usize = 60;
 /// The first point, as a part of the most: four doublings lead there.
 const FIRST_PART: u32 = 16;
 /// Capacities that are weighed lie so far apart, as a share.
-const STEP: f64 = 0.005;
+const STEP: f64 = 0.01;
 /// From where it is one in two, what share of load more makes a PASS one in 3.7 (1 / (1 + e)).
 const SOFTNESS: [f64; 5] = [0.002, 0.005, 0.01, 0.02, 0.04];
 /// The share of verdicts that say nothing of the load.
 const CHANCE: f64 = 0.01;
+/// Where an exponential is as good as zero beside one.
+const NEGLIGIBLE: f64 = 40.0;
 
 /// How many participants to try next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,10 +175,15 @@ impl Search {
         };
         if let Some((pass, fail)) = weights {
             let load = f64::from(participants).ln();
+            let logarithm = |probability: f64| pass * probability.ln() + fail * (1.0 - probability).ln();
+            let [surely, hardly] = [NEGLIGIBLE, -NEGLIGIBLE].map(|reserve| logarithm(probability(reserve, 1.0)));
             for (capacity, row) in self.capacities.iter().zip(&mut self.likelihood) {
                 for (softness, cell) in SOFTNESS.iter().zip(row) {
-                    let probability = probability(capacity - load, *softness);
-                    *cell += pass * probability.ln() + fail * (1.0 - probability).ln();
+                    *cell += match (capacity - load) / softness {
+                        reserve if reserve >= NEGLIGIBLE => surely,
+                        reserve if reserve <= -NEGLIGIBLE => hardly,
+                        reserve => logarithm(probability(reserve, 1.0)),
+                    };
                 }
             }
         }
@@ -288,8 +295,9 @@ impl Search {
     }
 
     fn weights(&self) -> Weights<'_> {
+        let weight = |less: f64| if less < -NEGLIGIBLE { 0.0 } else { less.exp() };
         let most = self.likelihood.iter().flatten().copied().fold(f64::NEG_INFINITY, f64::max);
-        let mut cells: Vec<[f64; SOFTNESS.len()]> = self.likelihood.iter().map(|row| row.map(|cell| (cell - most).exp())).collect();
+        let mut cells: Vec<[f64; SOFTNESS.len()]> = self.likelihood.iter().map(|row| row.map(|cell| weight(cell - most))).collect();
         let sum: f64 = cells.iter().flatten().sum();
         cells.iter_mut().flatten().for_each(|cell| *cell /= sum);
         Weights {
@@ -329,7 +337,8 @@ impl Weights<'_> {
         let load = f64::from(participants).ln();
         let row = |(capacity, row): (&f64, &[f64; SOFTNESS.len()])| -> f64 {
             let each = SOFTNESS.iter().zip(row);
-            each.map(|(softness, weight)| weight * probability(capacity - load, *softness)).sum()
+            let heavy = each.filter(|(_, weight)| **weight > 0.0);
+            heavy.map(|(softness, weight)| weight * probability(capacity - load, *softness)).sum()
         };
         self.capacities.iter().zip(&self.cells).map(row).sum()
     }
@@ -396,7 +405,6 @@ mod tests {
                 Next::Done(answer) => return (answer, search),
                 Next::Try(point) => {
                     assert!((1..=max).contains(&point.participants), "{point:?}");
-                    assert_eq!(search.next(), Next::Try(point), "the same until a verdict is taken");
                     let verdict = server.verdict(point.participants);
                     let reasons = match verdict {
                         PointVerdict::Pass => Vec::new(),
@@ -432,7 +440,6 @@ mod tests {
             points.push(search.tried().len());
         }
         points.sort_unstable();
-        eprintln!("near {near}, held {held}, points {} {} {}", points[500], points[950], points[999]);
         assert!(near >= 990, "{near} of 1,000 within 5 %");
         assert!(held >= 950, "{held} of 1,000 intervals hold the capacity");
         assert!(points[500] <= 20, "{} points in the middle", points[500]);
@@ -552,6 +559,7 @@ mod tests {
             ..first
         };
         assert_eq!(search.next(), Next::Try(again));
+        assert_eq!(search.next(), Next::Try(again), "the same until a verdict is taken");
         search.take(first.participants, PointVerdict::Pass, Vec::new());
         let Next::Try(second) = search.next() else { panic!() };
         assert_eq!(second.participants, 2 * first.participants);
@@ -584,18 +592,5 @@ mod tests {
             ),
             "{answer:?}"
         );
-    }
-
-    #[test]
-    fn a_server_that_throws_coins_gets_no_narrow_interval() {
-        let mut server = Server {
-            coin_percent: 100,
-            seeded: Seeded::new(3),
-            ..Server::hard(500.5)
-        };
-        let (answer, search) = run(1_600, &mut server);
-        if let Answer::Capacity { settled, .. } = answer {
-            assert!(!settled && search.tried().len() == POINTS_MAX, "{answer:?}");
-        }
     }
 }
