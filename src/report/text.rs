@@ -890,7 +890,7 @@ pub(crate) fn wrapped(text: &str, indent: usize) -> String {
 }
 
 /// `n/a` for what is unknown.
-pub(super) fn maybe<T>(value: Option<T>, print: impl FnOnce(T) -> String) -> String {
+pub(crate) fn maybe<T>(value: Option<T>, print: impl FnOnce(T) -> String) -> String {
     value.map_or_else(|| "n/a".to_owned(), print)
 }
 

@@ -9,7 +9,7 @@ mod interrupts;
 pub mod knee;
 pub mod lead;
 mod observer;
-mod rooms;
+pub(crate) mod rooms;
 mod search;
 mod server;
 mod stages;

@@ -13,7 +13,7 @@ use crate::signal::{ApiKey, Endpoint};
 const ROOM_EMPTY_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The rooms of this run, and which of them it made.
-pub(super) struct Rooms {
+pub(crate) struct Rooms {
     service: RoomService,
     made: Vec<String>,
     pub(super) notes: Vec<String>,
@@ -21,7 +21,7 @@ pub(super) struct Rooms {
 
 impl Rooms {
     /// Makes those that are not there yet; all of them or, on an error or a signal, none.
-    pub(super) async fn create(plan: &Plan, endpoint: &Endpoint, api_key: &ApiKey, interrupts: &mut Interrupts) -> Result<Rooms> {
+    pub(crate) async fn create(plan: &Plan, endpoint: &Endpoint, api_key: &ApiKey, interrupts: &mut Interrupts) -> Result<Rooms> {
         let service = RoomService::new(endpoint.clone(), api_key.clone());
         let mut rooms = Rooms {
             service,
@@ -38,6 +38,23 @@ impl Rooms {
             return Err(error);
         }
         Ok(rooms)
+    }
+
+    /// Those that somebody else of this run made, to be deleted.
+    pub(crate) fn left_by(endpoint: Endpoint, api_key: ApiKey, made: Vec<String>) -> Rooms {
+        Rooms {
+            service: RoomService::new(endpoint, api_key),
+            made,
+            notes: Vec::new(),
+        }
+    }
+
+    pub(crate) fn made(&self) -> &[String] {
+        &self.made
+    }
+
+    pub(crate) fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     async fn make(&mut self, plan: &Plan) -> Result<()> {
@@ -66,7 +83,7 @@ impl Rooms {
     }
 
     /// Deletes what we made, and says what stays behind. A room that is gone already is nothing to tell.
-    pub(super) async fn delete(&self, plan: &Plan) -> Vec<String> {
+    pub(crate) async fn delete(&self, plan: &Plan) -> Vec<String> {
         let mut notes = Vec::new();
         for (done, name) in self.made.iter().enumerate() {
             match self.delete_one(plan, name).await {
