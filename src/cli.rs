@@ -3,6 +3,7 @@
 //! Nothing is clamped or guessed: what makes no sense is refused, with what to write instead. Values that may hold secrets (`--url`, `--api-secret`)
 //! are never given to the parser to check, because its messages repeat what they refuse.
 
+mod coordinate;
 mod hosts;
 
 use std::ffi::OsString;
@@ -21,6 +22,8 @@ use crate::report::{Destinations, Judging, Threshold};
 use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
 use crate::units::Bitrate;
+pub use coordinate::Coordinate;
+use coordinate::CoordinateArgs;
 use hosts::HostsArgs;
 
 /// What the user asked for.
@@ -28,6 +31,7 @@ use hosts::HostsArgs;
 pub enum Command {
     Run(Box<Run>),
     Probe(Box<Probe>),
+    Coordinate(Box<Coordinate>),
     Sfu(Box<Sfu>),
     Calibrate(Calibrate),
     /// Help or version: for standard output, exit code 0.
@@ -251,6 +255,8 @@ struct RunArgs {
     #[command(flatten)]
     output: OutputArgs,
     #[command(flatten)]
+    coordinate: CoordinateArgs,
+    #[command(flatten)]
     hosts: HostsArgs,
     #[command(flatten)]
     engine: EngineArgs,
@@ -468,6 +474,12 @@ enum Resolution {
 
 impl RunArgs {
     fn into_command(self, env: &dyn Fn(&str) -> Option<String>, cpus: usize, fresh: u64) -> Result<Command, String> {
+        if self.coordinate.coordinator {
+            return self
+                .into_coordinate(env, cpus, fresh)
+                .map(|coordinate| Command::Coordinate(Box::new(coordinate)));
+        }
+        self.coordinate.must_have_a_coordinator()?;
         if let Some(coordinator) = self.hosts.coordinator(env) {
             return self
                 .into_probe(coordinator, env, cpus, fresh)

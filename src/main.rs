@@ -9,6 +9,7 @@ use anyhow::{Result, anyhow};
 use throng::calibrate::cache::{self, HostId};
 use throng::calibrate::{self, Calibration};
 use throng::cli::{self, Command, UsageError};
+use throng::coordinator::{self, Merged, document};
 use throng::plan::{Plan, Resources};
 use throng::preflight::{self, Findings, Host};
 use throng::prober::Prober;
@@ -40,6 +41,7 @@ fn throng() -> Result<u8> {
         Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
         Command::Run(run) => load_test(*run, &host),
         Command::Probe(probe) => take_part(*probe, &host),
+        Command::Coordinate(asked) => lead(&asked),
         Command::Sfu(sfu) => serve(&sfu, &host),
         Command::Calibrate(calibrate) => measure_host(&calibrate, &host),
     }
@@ -192,6 +194,29 @@ fn watched(run: &cli::Run, resources: &Resources, work: impl AsyncFnOnce(&mut dy
     }));
     let _ = progress.finish(&mut stderr());
     outcome
+}
+
+/// A run that other hosts play.
+fn lead(asked: &cli::Coordinate) -> Result<u8> {
+    let quiet = asked.run.quiet;
+    let sinks = Sinks::open(&asked.run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
+    let finished = coordinator::lead::lead(asked, &mut |line| say(&line), &mut |line| {
+        if !quiet {
+            say(&line);
+        }
+    })?;
+    let merged = Merged::new(&finished.state, &finished.exhibit.judging);
+    let about = finished.exhibit.about(finished.at_us, &finished.notes);
+    let written = sinks
+        .write_json(&document::report(&merged, &finished.state, &about))
+        .map_err(|error| anyhow!(error));
+    for reason in &merged.judgement.reasons {
+        say(reason);
+    }
+    finished.notes.iter().for_each(|note| say(note));
+    written?;
+    finished.told();
+    Ok(merged.judgement.verdict.exit_code())
 }
 
 /// One host of a run that a coordinator leads.

@@ -55,12 +55,12 @@ pub struct DeskHandle {
     epoch: Epoch,
 }
 
-/// Ends the desk when the last handle is gone, and gives its journal back.
-pub struct DeskThread(JoinHandle<Journal>);
+/// Ends when the last handle of its desk is gone, and gives back what was on it.
+pub struct DeskThread(JoinHandle<(State, Journal)>);
 
 impl DeskThread {
     /// After all handles are dropped.
-    pub fn join(self) -> std::thread::Result<Journal> {
+    pub fn join(self) -> std::thread::Result<(State, Journal)> {
         self.0.join()
     }
 }
@@ -85,7 +85,7 @@ impl Desk {
         Ok((handle, DeskThread(thread)))
     }
 
-    async fn run(mut self, mut calls: mpsc::Receiver<Call>) -> Journal {
+    async fn run(mut self, mut calls: mpsc::Receiver<Call>) -> (State, Journal) {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut kept_at = Instant::now();
@@ -93,7 +93,7 @@ impl Desk {
             tokio::select! {
                 call = calls.recv() => match call {
                     Some(call) => call(&mut self),
-                    None => return self.journal,
+                    None => return (self.state, self.journal),
                 },
                 _ = look.tick() => self.settle(),
             }

@@ -7,8 +7,13 @@ pub mod clock;
 pub mod desk;
 pub mod document;
 pub mod journal;
+pub mod lead;
 pub mod place;
 pub mod protocol;
 pub mod result;
 pub mod server;
 pub mod state;
+pub mod story;
+pub mod tokens;
+
+pub use result::Merged;

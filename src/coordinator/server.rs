@@ -30,15 +30,22 @@ use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 
 use super::access::{Access, Denied};
 use super::desk::{DeskHandle, Failure};
-use super::protocol::{self, BEAT_BYTES_MAX, Beat, Malformed, Message, REGISTER_BYTES_MAX, REPORT_BYTES_MAX, Refusal, Register, Report};
+use super::document::{self, About};
+use super::protocol::{
+    self, BEAT_BYTES_MAX, Beat, Malformed, Message, REGISTER_BYTES_MAX, REPORT_BYTES_MAX, Refusal, Register, Report, TokensRequest,
+};
+use super::result::Merged;
 use super::state::Refused;
+use super::tokens::Mint;
+use crate::plan::Plan;
+use crate::report::{Judging, TargetInfo};
 
 /// Two for each prober that there can be, and as many people who look on.
 pub const CONNECTIONS_MAX: usize = 1_024;
@@ -54,6 +61,8 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection on which nothing comes and nothing goes, although something should.
 const STANDSTILL_MAX: Duration = Duration::from_secs(60);
+/// A result is merged anew after so long.
+const RESULT_FRESH: Duration = Duration::from_secs(1);
 /// For answers that are under way when the server stops.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -123,19 +132,78 @@ pub fn tls(certificate: &Path, key: &Path) -> Result<TlsAcceptor, String> {
 pub struct Site {
     pub desk: DeskHandle,
     access: Arc<Access>,
+    /// `None`: there is no API key to sign with.
+    mint: Option<Arc<Mint>>,
     /// A permit for each byte of a body that is being read.
     bodies: Arc<Semaphore>,
     refused_connections: Arc<AtomicU64>,
+    exhibit: Arc<Exhibit>,
+    shown: Arc<Mutex<Option<Shown>>>,
+}
+
+/// What a result says of the run beside what the hosts measured.
+pub struct Exhibit {
+    /// Of one host, as the flags have it.
+    pub plan: Plan,
+    pub judging: Judging,
+    pub target: TargetInfo,
+    /// Since 1970.
+    pub started: Duration,
+}
+
+impl Exhibit {
+    /// `now_us`: or when the run was over.
+    pub fn about<'a>(&'a self, now_us: u64, notes: &'a [String]) -> About<'a> {
+        About {
+            plan: &self.plan,
+            judging: &self.judging,
+            target: &self.target,
+            started: self.started,
+            finished: Duration::from_micros(now_us),
+            series: &[],
+            notes,
+        }
+    }
+}
+
+/// A result that has been merged: to merge takes time, and whoever asks in the same second gets the same.
+struct Shown {
+    at: Instant,
+    body: Bytes,
 }
 
 impl Site {
-    pub fn new(desk: DeskHandle, access: Access) -> Site {
+    pub fn new(desk: DeskHandle, access: Access, mint: Option<Mint>, exhibit: Exhibit) -> Site {
         Site {
             desk,
             access: Arc::new(access),
+            mint: mint.map(Arc::new),
             bodies: Arc::new(Semaphore::new(BODIES_BYTES_MAX)),
             refused_connections: Arc::new(AtomicU64::new(0)),
+            exhibit: Arc::new(exhibit),
+            shown: Arc::new(Mutex::new(None)),
         }
+    }
+
+    /// What there is so far. One at a time merges, on a thread that may take its time.
+    async fn result(&self) -> Result<Bytes, Answer> {
+        let mut shown = self.shown.lock().await;
+        if let Some(shown) = shown.as_ref().filter(|shown| shown.at.elapsed() < RESULT_FRESH) {
+            return Ok(shown.body.clone());
+        }
+        let (state, now_us) = self.desk.call(|desk| (desk.state.clone(), desk.now_us())).await?;
+        let exhibit = self.exhibit.clone();
+        let merging = tokio::task::spawn_blocking(move || {
+            let merged = Merged::new(&state, &exhibit.judging);
+            Bytes::from(document::result(&merged, &state, &exhibit.about(now_us, &[])))
+        });
+        let failed = |_| Answer::refusal(StatusCode::INTERNAL_SERVER_ERROR, "the result cannot be merged".to_owned());
+        let body = merging.await.map_err(failed)?;
+        *shown = Some(Shown {
+            at: Instant::now(),
+            body: body.clone(),
+        });
+        Ok(body)
     }
 
     /// The whole body, unless it is too long, too slow, or one too many.
@@ -248,8 +316,10 @@ pub fn routes(site: Site) -> Router {
     let guarded = Router::new()
         .route("/register", post(register))
         .route("/job/{prover_id}", get(job))
+        .route("/tokens/{prover_id}", post(tokens))
         .route("/beat/{prover_id}", post(beat))
         .route("/report/{prover_id}", post(report))
+        .route("/result", get(result))
         .route("/cancel", post(cancel))
         .layer(middleware::from_fn_with_state(site.clone(), must_be_admitted));
     Router::new().merge(guarded).route("/health", get(health)).with_state(site)
@@ -273,6 +343,20 @@ async fn job(extract::State(site): extract::State<Site>, extract::Path(id): extr
     Ok(json(&job))
 }
 
+async fn tokens(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>, request: Request) -> Answered {
+    let request: TokensRequest = site.read(request, REGISTER_BYTES_MAX).await?;
+    let job = site.desk.call(move |desk| desk.job(&id)).await??;
+    let mint = site
+        .mint
+        .as_ref()
+        .ok_or_else(|| Refused::Conflict("this coordinator has no API key: give each prober its own".to_owned()));
+    let job = job
+        .throng
+        .ok_or_else(|| Refused::Conflict("not everybody is in yet: ask for the job until it is ready".to_owned()));
+    let (mint, job) = (mint.map_err(Failure::from)?, job.map_err(Failure::from)?);
+    Ok(json(&mint.tokens(&job, request).map_err(Failure::from)?))
+}
+
 async fn beat(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>, request: Request) -> Answered {
     let received_at_us = site.desk.now_us();
     let beat: Beat = site.read(request, BEAT_BYTES_MAX).await?;
@@ -285,6 +369,11 @@ async fn report(extract::State(site): extract::State<Site>, extract::Path(id): e
     let report: Report = site.read(request, REPORT_BYTES_MAX).await?;
     let reported = site.desk.call(move |desk| desk.report(&id, &report)).await??;
     Ok(json(&reported))
+}
+
+async fn result(extract::State(site): extract::State<Site>) -> Answered {
+    let body = site.result().await?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
 }
 
 async fn cancel(extract::State(site): extract::State<Site>) -> Answered {

@@ -269,6 +269,7 @@ impl Prober {
 }
 
 /// A run over many hosts.
+#[derive(Clone)]
 pub struct State {
     setup: Setup,
     /// Of this process.

@@ -1,0 +1,248 @@
+//! Flags of the one who leads a run over several hosts.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use super::{Credentials, Run, RunArgs, set, whole_number};
+use crate::coordinator::access::must_be_usable;
+use crate::coordinator::protocol::{PROBERS_MAX, TIERS_MAX, TOKEN_VARIABLE};
+use crate::coordinator::state::OnMissing;
+use crate::plan::{PARTICIPANTS_MAX, Target};
+use crate::sfu::SendMode;
+use crate::signal::Secret;
+
+const DEFAULT_PORT: u16 = 8787;
+const DEFAULT_MISSING_AFTER: Duration = Duration::from_secs(30);
+const DEFAULT_WAIT: Duration = Duration::from_secs(600);
+
+/// A run that other hosts play.
+#[derive(Debug)]
+pub struct Coordinate {
+    /// The load of each host, or of all; its target is the embedded SFU where no server is named.
+    pub run: Run,
+    pub expect: u32,
+    pub bind: SocketAddr,
+    /// `None`: one is made, unless `no_auth`.
+    pub token: Option<Secret>,
+    pub no_auth: bool,
+    pub on_missing: OnMissing,
+    /// `None`: one in the working directory, which goes when the result has been told.
+    pub journal: Option<PathBuf>,
+    pub rooms_per_vantage: bool,
+    pub total: bool,
+    /// Certificate and key.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    pub missing_after: Duration,
+    pub wait_for_probers: Duration,
+}
+
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Many hosts")]
+pub(super) struct CoordinateArgs {
+    /// Lead a run that other hosts play: wait for them, keep them in step, merge what they measured
+    #[arg(long)]
+    pub(super) coordinator: bool,
+    /// Hosts that the run waits for
+    #[arg(long, value_name = "N", value_parser = whole_number)]
+    expect: Option<u32>,
+    /// Where they find the coordinator [default: 8787]
+    #[arg(long, value_name = "PORT")]
+    coordinator_port: Option<u16>,
+    /// The address that it listens on [default: 0.0.0.0, all of this host]
+    #[arg(long, value_name = "ADDR")]
+    coordinator_bind: Option<IpAddr>,
+    /// Let everybody in, without a token
+    #[arg(long)]
+    no_auth: bool,
+    /// What becomes of the run when a host is lost [default: continue]
+    #[arg(long, value_name = "HOW")]
+    on_missing: Option<OnMissingArg>,
+    /// What the run is written down in, to go on after a crash [default: throng-TAG.journal]
+    #[arg(long, value_name = "FILE")]
+    journal: Option<PathBuf>,
+    /// Every host has rooms of its own, instead of all hosts being in the same
+    #[arg(long)]
+    rooms_per_vantage: bool,
+    /// Tiers (with --rooms-per-vantage: rooms) are of all hosts together, split by weight
+    #[arg(long)]
+    total: bool,
+    /// Speak TLS with this certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// A host that says nothing for so long is lost [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = missing_after)]
+    missing_after: Option<Duration>,
+    /// How long the next host is waited for before the run begins [default: 10m]
+    #[arg(long, value_name = "TIME", value_parser = wait_for_probers)]
+    wait_for_probers: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum OnMissingArg {
+    Continue,
+    Stop,
+}
+
+impl From<OnMissingArg> for OnMissing {
+    fn from(how: OnMissingArg) -> OnMissing {
+        match how {
+            OnMissingArg::Continue => OnMissing::Continue,
+            OnMissingArg::Stop => OnMissing::Stop,
+        }
+    }
+}
+
+impl CoordinateArgs {
+    /// Flags of a coordinator, where there is none.
+    pub(super) fn must_have_a_coordinator(&self) -> Result<(), String> {
+        let given = [
+            ("--expect", self.expect.is_some()),
+            ("--coordinator-port", self.coordinator_port.is_some()),
+            ("--coordinator-bind", self.coordinator_bind.is_some()),
+            ("--no-auth", self.no_auth),
+            ("--on-missing", self.on_missing.is_some()),
+            ("--journal", self.journal.is_some()),
+            ("--rooms-per-vantage", self.rooms_per_vantage),
+            ("--total", self.total),
+            ("--tls-cert", self.tls_cert.is_some()),
+            ("--missing-after", self.missing_after.is_some()),
+            ("--wait-for-probers", self.wait_for_probers.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(format!("{flag} is for the one who leads a run over several hosts: add --coordinator")),
+            None => Ok(()),
+        }
+    }
+
+    fn expect(&self) -> Result<u32, String> {
+        let expect = self.expect.ok_or("--coordinator waits for hosts: add --expect with their number")?;
+        match expect as usize {
+            0 => Err("--expect 0 waits for nobody: write how many hosts take part".to_owned()),
+            1..=PROBERS_MAX => Ok(expect),
+            _ => Err(format!("--expect {expect} is more than one coordinator leads: at most {PROBERS_MAX}")),
+        }
+    }
+}
+
+impl RunArgs {
+    pub(super) fn into_coordinate(mut self, env: &dyn Fn(&str) -> Option<String>, cpus: usize, fresh: u64) -> Result<Coordinate, String> {
+        if self.hosts.report_to.is_some() {
+            return Err("--coordinator leads a run, and --report-to takes part in one: leave one of them out".to_owned());
+        }
+        let expect = self.coordinate.expect()?;
+        let token = self.coordinator_token(env)?;
+        self.hosts.must_have_a_coordinator()?;
+        self.must_be_a_coordinators()?;
+        let target = self.target.server(env)?;
+        let credentials = self.server_credentials(target.is_some(), env)?;
+        let asked = std::mem::take(&mut self.coordinate);
+        let run = self.into_run_against(target.unwrap_or(Target::embedded(SendMode::Plain)), cpus, fresh)?;
+        must_be_possible(&run, expect, asked.total)?;
+        Ok(Coordinate {
+            run: Run {
+                credentials,
+                is_tour: false,
+                ..run
+            },
+            expect,
+            bind: SocketAddr::new(
+                asked.coordinator_bind.unwrap_or(Ipv4Addr::UNSPECIFIED.into()),
+                asked.coordinator_port.unwrap_or(DEFAULT_PORT),
+            ),
+            token,
+            no_auth: asked.no_auth,
+            on_missing: asked.on_missing.unwrap_or(OnMissingArg::Continue).into(),
+            journal: asked.journal,
+            rooms_per_vantage: asked.rooms_per_vantage,
+            total: asked.total,
+            tls: asked.tls_cert.zip(asked.tls_key),
+            missing_after: asked.missing_after.unwrap_or(DEFAULT_MISSING_AFTER),
+            wait_for_probers: asked.wait_for_probers.unwrap_or(DEFAULT_WAIT),
+        })
+    }
+
+    fn coordinator_token(&mut self, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Secret>, String> {
+        let flag = self.hosts.coordinator_token.take().map(|token| (token, "--coordinator-token"));
+        if self.coordinate.no_auth {
+            return match flag {
+                Some(_) => Err("--no-auth lets everybody in, and --coordinator-token does not: leave one of them out".to_owned()),
+                None => Ok(None),
+            };
+        }
+        let given = flag.or_else(|| set(env, TOKEN_VARIABLE).map(|token| (token, TOKEN_VARIABLE)));
+        let Some((token, name)) = given else { return Ok(None) };
+        must_be_usable(token.trim()).map_err(|why| format!("{name}: {why}"))?;
+        Ok(Some(Secret::new(token.trim())))
+    }
+
+    /// Without them probers need their own, and rooms come and go as the server has it.
+    fn server_credentials(&self, server_is_named: bool, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Credentials>, String> {
+        let given = self.target.api_key.is_some() || self.target.api_secret.is_some();
+        match (server_is_named, self.target.credentials(env)) {
+            (true, Ok(credentials)) => Ok(Some(credentials)),
+            (true, Err(why)) if given => Err(why),
+            (false, _) if given => Err("--api-key and --api-secret are for a server, and none is named: add --url".to_owned()),
+            _ => Ok(None),
+        }
+    }
+
+    /// A flag that nobody would heed is refused: it would be believed.
+    fn must_be_a_coordinators(&self) -> Result<(), String> {
+        if !self.shape.is_given() && self.pace.most_subscribers().is_none() {
+            return Err(
+                "nothing says how much load there should be: add --ramp 2,10,25 (subscribers per room of each host), or --subscribers".to_owned(),
+            );
+        }
+        let output = &self.output;
+        let of_one_host = [
+            ("--participants", output.participants.is_some()),
+            ("--hgrm", output.hgrm.is_some()),
+            ("--record", output.record.is_some()),
+            ("--threads", self.engine.threads.is_some()),
+        ];
+        if let Some((flag, _)) = of_one_host.into_iter().find(|(_, given)| *given) {
+            return Err(format!("{flag} is about one host: give it to a prober"));
+        }
+        let unknown = [("--dry-run", self.engine.dry_run), ("--sfu-send", self.target.sfu_send.is_some())];
+        match unknown.into_iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(format!("{flag} does not go with --coordinator: leave one of them out")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What can be told before anybody has come.
+fn must_be_possible(run: &Run, expect: u32, total: bool) -> Result<(), String> {
+    let plan = &run.plan;
+    if plan.ramp.len() > TIERS_MAX {
+        return Err(format!("--ramp has {} tiers: at most {TIERS_MAX} go over several hosts", plan.ramp.len()));
+    }
+    let hosts = if total { 1 } else { u64::from(expect) };
+    let subscribers = u64::from(plan.shape.subscribers) * u64::from(plan.shape.room_count);
+    match subscribers.checked_mul(hosts) {
+        Some(all) if all <= PARTICIPANTS_MAX => Ok(()),
+        _ => Err(format!(
+            "{expect} hosts would have more than {PARTICIPANTS_MAX} subscribers together: ask for less on each, or for a --total"
+        )),
+    }
+}
+
+fn missing_after(text: &str) -> Result<Duration, String> {
+    between(text, Duration::from_secs(3), Duration::from_secs(3_600)).ok_or_else(|| "write 3s to 1h".to_owned())
+}
+
+fn wait_for_probers(text: &str) -> Result<Duration, String> {
+    between(text, Duration::from_secs(1), Duration::from_secs(7 * 24 * 3_600)).ok_or_else(|| "write 1s to 7d".to_owned())
+}
+
+fn between(text: &str, least: Duration, most: Duration) -> Option<Duration> {
+    let seconds = text.parse::<u64>().ok().map(Duration::from_secs);
+    let duration = seconds.or_else(|| humantime::parse_duration(text).ok())?;
+    (least..=most).contains(&duration).then_some(duration)
+}

@@ -1,0 +1,478 @@
+//! A run over several hosts from start to finish, as the one who leads it: port, journal, rooms, what there is to tell meanwhile, and the state that it ends with.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use super::access::{self, Access, Seal};
+use super::desk::{Desk, DeskHandle, Failure};
+use super::journal::{self, Head, Journal};
+use super::place::Load;
+use super::protocol::{TOKEN_VARIABLE, URL_VARIABLE, WireJudging, WirePlan};
+use super::server::{self, Exhibit, Site};
+use super::state::{Entry, Phase, Setup, State};
+use super::story::Story;
+use super::tokens::Mint;
+use crate::cli::Coordinate;
+use crate::plan::Plan;
+use crate::report::{TargetInfo, TargetKind};
+use crate::run::Interrupts;
+use crate::run::rooms::Rooms;
+use crate::signal::{ApiKey, Endpoint, Secret};
+use crate::units::Epoch;
+
+/// How often it is looked whether there is something to tell or to do.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// A run that is over.
+pub struct Finished {
+    pub state: State,
+    pub exhibit: Exhibit,
+    /// When it was over, in microseconds since 1970.
+    pub at_us: u64,
+    /// What the reader should know and the state does not say.
+    pub notes: Vec<String>,
+    journal: Option<Journal>,
+    /// It was not asked for by name.
+    journal_is_ours: bool,
+}
+
+impl Finished {
+    /// The result has been told: the journal of a whole run has served, unless it was asked for by name.
+    pub fn told(self) {
+        let begun = self.state.all_reported();
+        if let Some(journal) = self.journal.filter(|_| self.journal_is_ours && begun) {
+            // A file that stays is litter, and nothing worse.
+            let _ = journal.remove();
+        }
+    }
+}
+
+/// Leads the run to its end. `tell` gets lines for people as things happen; `must_tell` those without which nobody can take part.
+///
+/// # Errors
+/// What kept the run from beginning; once it has begun there is a state.
+pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn FnMut(&str)) -> Result<Finished> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupts = Interrupts::listen();
+        let epoch = Epoch::read();
+        let tls = asked.tls.as_ref().map(|(certificate, key)| server::tls(certificate, key)).transpose();
+        let tls = tls.map_err(|why| anyhow!(why))?;
+        let listener = server::listen(asked.bind)?;
+        let address = listener.local_addr()?;
+        let opened = open(asked, epoch.unix_micros(epoch.now()))?;
+        if *opened.state.phase() == Phase::Over {
+            tell(&format!("The run in {} is over: this is its result.", opened.journal.path().display()));
+            return Ok(Finished {
+                exhibit: exhibit(asked, &opened.head),
+                at_us: epoch.unix_micros(epoch.now()),
+                state: opened.state,
+                notes: opened.notes,
+                journal: Some(opened.journal),
+                journal_is_ours: false,
+            });
+        }
+        let invitation = Invitation {
+            url: url(address, tls.is_some()),
+            token: opened.token.clone(),
+            is_open: opened.access.is_open(),
+        };
+        must_tell(&invitation.text(&opened, asked.journal.is_none()));
+        warnings(asked, &opened.journal).iter().for_each(|warning| must_tell(warning));
+        let api_key = api_key(asked);
+        let mint = api_key.clone().map(|api_key| Mint::new(api_key, asked.run.plan.clone()));
+        let head = opened.head.clone();
+        let (desk, thread) = Desk::start(opened.state, opened.journal, opened.head, epoch).context("no thread for the coordinator")?;
+        let (stop, stopped) = watch::channel(false);
+        let site = Site::new(desk.clone(), opened.access, mint, exhibit(asked, &head));
+        let serving = tokio::spawn(server::serve(TcpListener::from_std(listener)?, tls, site, stopped));
+        let mut watcher = Watcher {
+            asked,
+            desk,
+            api_key,
+            rooms: None,
+            story: Story::default(),
+            notes: opened.notes,
+        };
+        watcher.watch(&mut interrupts, tell).await;
+        watcher.delete_rooms().await;
+        let notes = watcher.leave();
+        // The last answers go out before the port is closed.
+        let _ = stop.send(true);
+        let _ = serving.await;
+        let (state, journal) = thread.join().map_err(|_| anyhow!("the coordinator's thread has panicked"))?;
+        Ok(Finished {
+            exhibit: exhibit(asked, &head),
+            at_us: epoch.unix_micros(epoch.now()),
+            state,
+            notes,
+            journal: Some(journal),
+            journal_is_ours: asked.journal.is_none(),
+        })
+    })
+}
+
+/// A run to begin, or to go on with.
+struct Opened {
+    journal: Journal,
+    head: Head,
+    state: State,
+    access: Access,
+    /// Where it was made just now, or given.
+    token: Option<Shown>,
+    resumed: bool,
+    notes: Vec<String>,
+}
+
+/// A token for the line to paste.
+#[derive(Clone)]
+enum Shown {
+    /// Nobody else has it.
+    Made(Secret),
+    /// The user has it.
+    Given,
+}
+
+fn open(asked: &Coordinate, now_us: u64) -> Result<Opened> {
+    let life = access::random_number();
+    let path = asked
+        .journal
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(format!("throng-{:08x}.journal", asked.run.plan.run_tag)));
+    if path.exists() {
+        return reopen(asked, &path, life, now_us);
+    }
+    let (token, seal) = match (&asked.token, asked.no_auth) {
+        (_, true) => (None, None),
+        (Some(given), false) => (Some(Shown::Given), Some(access::seal(given))),
+        (None, false) => {
+            let made = access::fresh_token();
+            let seal = access::seal(&made);
+            (Some(Shown::Made(made)), Some(seal))
+        }
+    };
+    let head = Head::new(setup(asked), seal, now_us);
+    let journal = Journal::create(&path, &head)?;
+    Ok(Opened {
+        access: access_of(head.seal.as_ref())?,
+        state: State::new(head.setup.clone(), life, now_us),
+        journal,
+        head,
+        token,
+        resumed: false,
+        notes: Vec::new(),
+    })
+}
+
+fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Opened> {
+    let state = std::cell::RefCell::new(None::<State>);
+    let replay = Journal::open(
+        path,
+        |head| *state.borrow_mut() = Some(State::new(head.setup.clone(), life, now_us)),
+        |entry| {
+            if let Some(state) = state.borrow_mut().as_mut() {
+                state.apply(entry);
+            }
+        },
+    )?;
+    let mut state = state.into_inner().context("the journal has no beginning")?;
+    let head = replay.head;
+    let shown = path.display();
+    let same = Setup {
+        run_tag: head.setup.run_tag,
+        seed: head.setup.seed,
+        ..setup(asked)
+    };
+    if same != head.setup {
+        return Err(anyhow!(
+            "the journal {shown} is of a run with other flags, or another LIVEKIT_URL or API key: give the same ones, or another --journal"
+        ));
+    }
+    let access = access_of(head.seal.as_ref())?;
+    match (&asked.token, access.is_open()) {
+        (_, true) if !asked.no_auth => {
+            return Err(anyhow!(
+                "the journal {shown} is of a run that lets everybody in: add --no-auth, or give another --journal"
+            ));
+        }
+        (_, false) if asked.no_auth => {
+            return Err(anyhow!(
+                "the journal {shown} is of a run with a token: leave out --no-auth, or give another --journal"
+            ));
+        }
+        (Some(given), false) if !access.knows(given) => {
+            return Err(anyhow!(
+                "the journal {shown} is of a run with another token: give that one or none, or another --journal"
+            ));
+        }
+        _ => {}
+    }
+    state.resume(now_us);
+    let torn = (replay.dropped_bytes > 0).then(|| {
+        format!(
+            "the journal ended in {} bytes that were cut short: nobody had been told that they were taken",
+            replay.dropped_bytes
+        )
+    });
+    Ok(Opened {
+        journal: replay.journal,
+        head,
+        state,
+        token: (!access.is_open()).then_some(Shown::Given),
+        access,
+        resumed: true,
+        notes: torn.into_iter().collect(),
+    })
+}
+
+fn access_of(seal: Option<&Seal>) -> Result<Access> {
+    match seal {
+        None => Ok(Access::open()),
+        Some(seal) => Access::sealed(seal).context("the journal's token cannot be read: give another --journal"),
+    }
+}
+
+fn setup(asked: &Coordinate) -> Setup {
+    let plan = &asked.run.plan;
+    let has_key = asked.run.credentials.is_some();
+    Setup {
+        run_tag: plan.run_tag,
+        seed: plan.seed,
+        expect: asked.expect,
+        on_missing: asked.on_missing,
+        load: Load {
+            plan: WirePlan::of(plan),
+            tiers: if plan.ramp.is_empty() {
+                vec![plan.shape.subscribers]
+            } else {
+                plan.ramp.clone()
+            },
+            rooms_apart: asked.rooms_per_vantage,
+            total: asked.total,
+            warmup_us: plan.warmup.as_micros() as u64,
+        },
+        judging: WireJudging::of(&asked.run.judging),
+        url: (!plan.target.is_embedded()).then(|| plan.target.url.websocket()),
+        tokens: has_key,
+        rooms_made: has_key,
+        silence_us: asked.missing_after.as_micros() as u64,
+        gather_us: asked.wait_for_probers.as_micros() as u64,
+    }
+}
+
+fn exhibit(asked: &Coordinate, head: &Head) -> Exhibit {
+    let mut plan = asked.run.plan.clone();
+    (plan.run_tag, plan.seed) = (head.setup.run_tag, head.setup.seed);
+    Exhibit {
+        plan,
+        judging: asked.run.judging.clone(),
+        target: TargetInfo {
+            kind: TargetKind::LiveKit,
+            server_version: None,
+        },
+        started: Duration::from_micros(head.created_us),
+    }
+}
+
+fn api_key(asked: &Coordinate) -> Option<ApiKey> {
+    let credentials = asked.run.credentials.as_ref()?;
+    Some(ApiKey::new(&credentials.api_key, &credentials.api_secret))
+}
+
+/// How others find the way.
+struct Invitation {
+    url: String,
+    token: Option<Shown>,
+    is_open: bool,
+}
+
+impl Invitation {
+    fn text(&self, opened: &Opened, journal_is_ours: bool) -> String {
+        let url = &self.url;
+        let (in_env, as_flag) = match &self.token {
+            Some(Shown::Made(token)) => (
+                format!(" \\\n  {TOKEN_VARIABLE}={}", token.expose()),
+                format!(" \\\n  --coordinator-token {}", token.expose()),
+            ),
+            Some(Shown::Given) => (
+                format!(" \\\n  {TOKEN_VARIABLE}=(the token that you have)"),
+                " \\\n  --coordinator-token (the token that you have)".to_owned(),
+            ),
+            None => (String::new(), String::new()),
+        };
+        let expect = opened.head.setup.expect;
+        let hosts = if expect == 1 { "1 host".to_owned() } else { format!("{expect} hosts") };
+        let head = match opened.resumed {
+            true => format!("Coordinator at {url}: goes on with a run of {hosts}."),
+            false => format!("Coordinator at {url}: waits for {hosts}."),
+        };
+        let journal = opened.journal.path().display();
+        let again = if journal_is_ours {
+            "after a crash, the same again with"
+        } else {
+            "after a crash, the same again; it is in"
+        };
+        format!(
+            "{head} On each of them:\n\n  {URL_VARIABLE}={url}{in_env} throng\n\nor\n\n  throng --report-to {url}{as_flag} \\\n  --vantage NAME\n\nJournal: {again}\n  --journal {journal}{}",
+            if self.is_open { "\nEverybody is let in (--no-auth)." } else { "" }
+        )
+    }
+}
+
+fn warnings(asked: &Coordinate, journal: &Journal) -> Vec<String> {
+    let is_local = asked.bind.ip().is_loopback();
+    let mut warnings = Vec::new();
+    if asked.no_auth && !is_local {
+        warnings.push(format!(
+            "warning: whoever reaches {} may take part, see the result and end the run:\n  leave out --no-auth, or add --coordinator-bind 127.0.0.1",
+            asked.bind
+        ));
+    } else if asked.tls.is_none() && !is_local {
+        warnings.push("note: without --tls-cert and --tls-key the token can be read on the way".to_owned());
+    }
+    if journal::is_open_to_others(journal.path()) {
+        warnings.push(format!("warning: others may read {}: chmod 600 it", journal.path().display()));
+    }
+    if asked.run.credentials.is_none() {
+        warnings.push(
+            "note: no API key here, so probers need their own, and rooms are made by the\n  server when the first participant joins, and go when they are empty".to_owned(),
+        );
+    }
+    warnings
+}
+
+/// What others reach this host by: where it listens, or, on all its addresses, the one that it uses towards others.
+fn url(address: SocketAddr, tls: bool) -> String {
+    let ip = match address.ip() {
+        ip if !ip.is_unspecified() => ip,
+        any => outward_address(any).unwrap_or(match any {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        }),
+    };
+    format!("{}://{}", if tls { "https" } else { "http" }, SocketAddr::new(ip, address.port()))
+}
+
+/// Connecting a UDP socket sends nothing; the addresses are for documentation (RFC 5737, RFC 3849).
+fn outward_address(any: IpAddr) -> Option<IpAddr> {
+    let far: SocketAddr = match any {
+        IpAddr::V4(_) => (Ipv4Addr::new(192, 0, 2, 1), 9).into(),
+        IpAddr::V6(_) => (Ipv6Addr::new(0x2001, 0xDB8, 0, 0, 0, 0, 0, 1), 9).into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(far).ok()?;
+    socket.local_addr().ok().map(|address| address.ip())
+}
+
+/// Follows a run, and does what is to be done outside of it.
+struct Watcher<'a> {
+    asked: &'a Coordinate,
+    desk: DeskHandle,
+    api_key: Option<ApiKey>,
+    rooms: Option<Rooms>,
+    story: Story,
+    notes: Vec<String>,
+}
+
+impl Watcher<'_> {
+    /// Until the run is over.
+    async fn watch(&mut self, interrupts: &mut Interrupts, tell: &mut dyn FnMut(&str)) {
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut desk = self.desk.clone();
+        loop {
+            tokio::select! {
+                () = desk.over() => break,
+                signal = interrupts.next() => self.cancel(signal).await,
+                _ = look.tick() => {}
+            }
+            self.tell(tell).await;
+            self.make_rooms(interrupts).await;
+        }
+        self.tell(tell).await;
+    }
+
+    async fn tell(&mut self, tell: &mut dyn FnMut(&str)) {
+        let mut story = std::mem::take(&mut self.story);
+        let told = self.desk.call(move |desk| {
+            let lines = story.lines(&desk.state, desk.problem(), desk.now_us());
+            (story, lines)
+        });
+        // A desk that is gone has nothing more to tell.
+        let Ok((story, lines)) = told.await else { return };
+        self.story = story;
+        lines.iter().for_each(|line| tell(line));
+    }
+
+    /// What cannot be written down does not happen: then the user's second signal ends the process.
+    async fn cancel(&mut self, why: &str) {
+        let why = why.to_owned();
+        let cancelled = self.desk.call(move |desk| desk.cancel(&why)).await;
+        if let Ok(Err(Failure::NotJournaled(problem))) = cancelled {
+            self.notes.push(problem);
+        }
+    }
+
+    /// Where everybody is in and there is a key.
+    async fn make_rooms(&mut self, interrupts: &mut Interrupts) {
+        let Some(api_key) = self.api_key.clone() else { return };
+        let wanted = self
+            .desk
+            .call(|desk| desk.state.placed().filter(|_| desk.state.wants_rooms()).map(|placed| placed.plan.clone()));
+        let Ok(Some(wire)) = wanted.await else { return };
+        let made = async {
+            let plan = self.plan(&wire).await?;
+            let endpoint = Endpoint::from(plan.target.url.clone()).resolve().await?;
+            Rooms::create(&plan, &endpoint, &api_key, interrupts).await
+        };
+        match made.await {
+            Ok(rooms) => {
+                self.notes.extend(rooms.notes().iter().cloned());
+                let names = rooms.made().to_vec();
+                self.rooms = Some(rooms);
+                let _ = self
+                    .desk
+                    .call(move |desk| {
+                        let at_us = desk.now_us();
+                        desk.remember(Entry::Prepared { at_us, rooms: names })
+                    })
+                    .await;
+            }
+            Err(error) => self.cancel(&format!("the rooms cannot be made: {error:#}")).await,
+        }
+    }
+
+    /// The plan of all hosts.
+    async fn plan(&self, wire: &WirePlan) -> Result<Plan> {
+        let mut plan = self.asked.run.plan.clone();
+        wire.apply_to(&mut plan)?;
+        let tags = self.desk.call(|desk| (desk.state.setup().run_tag, desk.state.setup().seed)).await;
+        (plan.run_tag, plan.seed) = tags.map_err(|_| anyhow!("the coordinator is going"))?;
+        Ok(plan)
+    }
+
+    /// Those that this run made, in this life or in an earlier one.
+    async fn delete_rooms(&mut self) {
+        let Some(api_key) = self.api_key.clone() else { return };
+        let of_state = self
+            .desk
+            .call(|desk| (desk.state.placed().map(|placed| placed.plan.clone()), desk.state.rooms().to_vec()));
+        let Ok((Some(wire), made)) = of_state.await else { return };
+        let Ok(plan) = self.plan(&wire).await else { return };
+        let rooms = match self.rooms.take() {
+            Some(rooms) => rooms,
+            None if made.is_empty() => return,
+            None => Rooms::left_by(Endpoint::from(plan.target.url.clone()), api_key, made),
+        };
+        self.notes.extend(rooms.delete(&plan).await);
+    }
+
+    fn leave(self) -> Vec<String> {
+        self.notes
+    }
+}

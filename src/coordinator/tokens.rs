@@ -1,0 +1,74 @@
+//! Room tokens for probers that have no API key: each gets those of its own participants, short-lived, and never the secret that signs them.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::protocol::{Job, TokensReply, TokensRequest};
+use super::state::Refused;
+use crate::plan::{Part, Plan};
+use crate::signal::{ApiKey, Permissions};
+
+/// A token is asked for just before a join, and LiveKit renews it for those who are in.
+const LIFETIME: Duration = Duration::from_secs(600);
+
+/// Signs tokens.
+pub struct Mint {
+    api_key: ApiKey,
+    /// Whatever the coordinator was asked for; a job says the rest.
+    base: Plan,
+    /// By player: to deal a plan takes time.
+    plans: Mutex<BTreeMap<u32, Arc<Plan>>>,
+}
+
+impl Mint {
+    pub fn new(api_key: ApiKey, base: Plan) -> Mint {
+        Mint {
+            api_key,
+            base,
+            plans: Mutex::new(BTreeMap::new()),
+        }
+    }
+
+    /// Tokens for participants of the prober whose job this is.
+    ///
+    /// # Errors
+    /// It has no such participants.
+    pub fn tokens(&self, job: &Job, request: TokensRequest) -> Result<TokensReply, Refused> {
+        let plan = self.plan(job)?;
+        let end = request.from.checked_add(request.count).filter(|end| *end <= plan.total_participants());
+        let end = end.ok_or_else(|| Refused::Malformed(format!("this prober plays {} participants", plan.total_participants())))?;
+        let token = |position: u32| {
+            let participant = plan.participant(position);
+            let permissions = Permissions {
+                publish: participant.publishes_audio || participant.publishes_video,
+                subscribe: participant.subscribes,
+                publish_data: false,
+                hidden: false,
+            };
+            let (room, identity) = (plan.room_name(participant.room), &participant.identity);
+            let token = self.api_key.join_token(&room, identity, identity, permissions, LIFETIME);
+            token.map(|token| token.expose().to_owned())
+        };
+        let tokens = (request.from..end).map(token).collect::<Result<_, _>>();
+        Ok(TokensReply {
+            tokens: tokens.map_err(|error| Refused::Conflict(error.to_string()))?,
+            lifetime_seconds: LIFETIME.as_secs(),
+        })
+    }
+
+    fn plan(&self, job: &Job) -> Result<Arc<Plan>, Refused> {
+        // A plan is put in whole or not at all.
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = plans.get(&job.me) {
+            return Ok(plan.clone());
+        }
+        let mut plan = self.base.clone();
+        job.plan.apply_to(&mut plan).map_err(|error| Refused::Conflict(error.to_string()))?;
+        (plan.seed, plan.run_tag) = (job.seed, job.run_tag);
+        plan.part = Some(Part::new(job.placement.clone(), job.me as usize, &plan.shape).map_err(Refused::Conflict)?);
+        let plan = Arc::new(plan);
+        plans.insert(job.me, plan.clone());
+        Ok(plan)
+    }
+}
