@@ -122,10 +122,12 @@ impl Test<'_> {
 
     /// Has a tier gather and settle, and holds it. False where nothing can follow.
     async fn hold_tier<L: Lead, P: FnMut(&Snapshot)>(&mut self, plan: TierPlan, around: &mut Around<'_, L, P>) -> bool {
-        let (warmup, hold, is_whole) = (plan.warmup, plan.hold, plan.is_whole);
+        let (start, warmup, hold, is_whole) = (plan.start.unwrap_or(Time::ZERO), plan.warmup, plan.hold, plan.is_whole);
         self.begin_tier(plan);
         self.enter(Stage::Gather, around);
-        let joined = self.wait(around, |test| test.is_settled().then_some(Until::Done)).await;
+        // A host where nobody comes or goes keeps to the time, too.
+        let is_gathered = |test: &Test<'_>| test.epoch.now() >= start && test.is_settled();
+        let joined = self.wait(around, |test| is_gathered(test).then_some(Until::Done)).await;
         // Where nobody got in there is nothing to hold: the joins have failed, and that is the result.
         if !self.goes_on(joined, "while participants were joining") || self.admitted > 0 && self.sessions.joined == 0 {
             return false;
@@ -157,7 +159,8 @@ impl Test<'_> {
     }
 
     fn begin_tier(&mut self, plan: TierPlan) {
-        let began_at = self.epoch.now();
+        let now = self.epoch.now();
+        let began_at = plan.start.map_or(now, |start| start.max(now));
         let stayers = self.plan.participants_with(plan.subscribers);
         let leaves = plan.watches_stayers && stayers < self.admitted;
         let stay = self.held.as_ref().filter(|_| leaves).map(|held| {
