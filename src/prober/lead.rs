@@ -144,6 +144,7 @@ impl Lead for Led {
                 start: Some(start),
                 warmup: Duration::from_micros(stage.warmup_us),
                 hold: Duration::from_micros(stage.hold_us),
+                watches_stayers: true,
                 is_whole: false,
             }),
             false => Next::Finish,

@@ -65,17 +65,6 @@ pub enum PointVerdict {
     Unsettled,
 }
 
-impl PointVerdict {
-    pub const fn name(self) -> &'static str {
-        match self {
-            PointVerdict::Pass => "PASS",
-            PointVerdict::Fail => "FAIL",
-            PointVerdict::Invalid => "INVALID",
-            PointVerdict::Unsettled => "UNSETTLED",
-        }
-    }
-}
-
 /// A point that was tried.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tried {

@@ -53,7 +53,7 @@ impl Search {
         let point = |(tried, phase): (&Tried, &Phase)| CapacityPoint {
             subscribers: tried.participants,
             phase: phase.name(),
-            verdict: tried.verdict.name(),
+            verdict: name(tried.verdict),
         };
         Some(Capacity {
             answer,
@@ -78,6 +78,16 @@ impl Search {
 
     fn passes(&self, record: &Record) -> bool {
         judge::media_failures(record, &self.judging).is_empty()
+    }
+}
+
+/// As the report has it.
+const fn name(verdict: PointVerdict) -> &'static str {
+    match verdict {
+        PointVerdict::Pass => "PASS",
+        PointVerdict::Fail => "FAIL",
+        PointVerdict::Invalid => "INVALID",
+        PointVerdict::Unsettled => "UNSETTLED",
     }
 }
 
