@@ -66,6 +66,9 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
         let listener = server::listen(asked.bind)?;
         let address = listener.local_addr()?;
         let opened = open(asked, epoch.unix_micros(epoch.now()))?;
+        if *opened.state.phase() == Phase::Over && !opened.state.has_begun() {
+            return Err(never_begun(&opened.state));
+        }
         if *opened.state.phase() == Phase::Over {
             tell(&format!("The run in {} is over: this is its result.", opened.journal.path().display()));
             return Ok(Finished {
@@ -106,6 +109,13 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
         let _ = stop.send(true);
         let _ = serving.await;
         let (state, journal) = thread.join().map_err(|_| anyhow!("the coordinator's thread has panicked"))?;
+        if !state.has_begun() {
+            if asked.journal.is_none() {
+                // Nothing is in it that anybody would miss.
+                let _ = journal.remove();
+            }
+            return Err(never_begun(&state));
+        }
         Ok(Finished {
             exhibit: exhibit(asked, &head),
             at_us: epoch.unix_micros(epoch.now()),
@@ -115,6 +125,21 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
             journal_is_ours: asked.journal.is_none(),
         })
     })
+}
+
+/// Why nothing was measured, and what to do.
+fn never_begun(state: &State) -> anyhow::Error {
+    let why = state.stop_reason().unwrap_or("ended before it began");
+    let came: Vec<&str> = state.probers().iter().map(|prober| prober.vantage.as_str()).collect();
+    let came = if came.is_empty() {
+        "nobody was in".to_owned()
+    } else {
+        format!("in were {}", came.join(", "))
+    };
+    anyhow!(
+        "the run did not begin: {why}; {came}.\nLook whether the hosts reach this one (curl URL/health), what their probers say, and whether --expect is their number; \
+         --wait-for-probers sets how long the next one is waited for"
+    )
 }
 
 /// A run to begin, or to go on with.

@@ -1043,3 +1043,96 @@ fn within(name: &str, value: f64, range: &std::ops::RangeInclusive<f64>) -> Resu
 fn stage_index(name: &str, stage: Option<u32>) -> Result<(), Malformed> {
     stage.map_or(Ok(()), |stage| at_most(name, stage.into(), STAGES_MAX as u64))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::plan;
+
+    #[test]
+    fn a_plan_survives_the_trip() {
+        let mut plan = plan();
+        plan.ramp_time = Some(Duration::from_secs(60));
+        plan.layout = Some(Layout::Speaker);
+        let wire = WirePlan::of(&plan);
+        let read: WirePlan = serde_json::from_str(&serde_json::to_string(&wire).unwrap()).unwrap();
+        let mut other = crate::plan::tests::plan();
+        (other.shape.room_count, other.joins_per_second, other.pacing) = (9, 1.0, Pacing::Burst);
+        read.apply_to(&mut other).unwrap();
+        assert_eq!(WirePlan::of(&other), wire);
+        assert!(other.participants().eq(plan.participants()));
+    }
+
+    #[test]
+    fn plans_that_no_command_line_makes_are_refused() {
+        let sound = WirePlan::of(&plan());
+        let broken: [(&str, fn(&mut WirePlan)); 8] = [
+            ("participants", |plan| plan.room_count = 0),
+            ("participants", |plan| plan.subscribers = u32::MAX),
+            ("room_name", |plan| plan.room_name = Some("x".repeat(129))),
+            ("audio_bps", |plan| plan.audio_bps = 0),
+            ("video_width", |plan| plan.video_width = 5_000),
+            ("joins_per_second", |plan| plan.joins_per_second = f64::NAN),
+            ("pacing", |plan| plan.pacing = "wild".to_owned()),
+            ("layout", |plan| plan.layout = Some("9x9".to_owned())),
+        ];
+        for (says, break_it) in broken {
+            let mut plan = sound.clone();
+            break_it(&mut plan);
+            let why = plan.apply_to(&mut crate::plan::tests::plan()).unwrap_err().to_string();
+            assert!(why.contains(says), "{says}: {why}");
+        }
+    }
+
+    #[test]
+    fn judging_survives_the_trip_and_thresholds_are_read_where_they_arrive() {
+        let wire = WireJudging {
+            max_loss_pct: 2.5,
+            target_rtt_us: Some(50_000),
+            thresholds: vec!["audio.one_way_latency.p95<150ms".to_owned()],
+        };
+        assert_eq!(WireJudging::of(&wire.to_judging().unwrap()), wire);
+        for (thresholds, max_loss_pct) in [(vec!["audio.nothing<1ms".to_owned()], 1.0), (Vec::new(), f64::NAN), (Vec::new(), -1.0)] {
+            let wire = WireJudging {
+                max_loss_pct,
+                target_rtt_us: None,
+                thresholds,
+            };
+            assert!(wire.to_judging().is_err());
+        }
+    }
+
+    #[test]
+    fn ids_are_opaque_and_harmless() {
+        assert_eq!(serde_json::from_str::<ProverId>("7").unwrap().as_str(), "7");
+        assert_eq!(serde_json::from_str::<ProverId>("\"a-B_9\"").unwrap().as_str(), "a-B_9");
+        for text in ["\"\"", "\"a/b\"", "\"a b\"", "-1", "1.5", "null", "[]"] {
+            assert!(serde_json::from_str::<ProverId>(text).is_err(), "{text}");
+        }
+        assert!(ProverId::new("x".repeat(65)).is_none());
+    }
+
+    #[test]
+    fn what_is_not_known_is_left_out_and_what_is_missing_is_said() {
+        let voicegw = read::<Register>(br#"{"vantage": null, "later": {"x": 1}}"#).unwrap();
+        assert_eq!(
+            (voicegw.vantage, voicegw.protocol, voicegw.role, voicegw.weight),
+            (None, None, Role::Both, 1)
+        );
+        let why = read::<Beat>(br#"{"seq": 1}"#).unwrap_err().to_string();
+        assert!(why.contains("sent_at_us"), "{why}");
+        let exchange = r#"{"life": 1, "sent_at_us": 5, "received_at_us": 1, "replied_at_us": 2, "heard_at_us": 4}"#;
+        let beat = format!(r#"{{"seq": 1, "sent_at_us": 1, "stage": null, "ready_for": null, "live": {{}}, "exchange": {exchange}}}"#);
+        let why = read::<Beat>(beat.as_bytes()).unwrap_err().to_string();
+        assert!(why.contains("an answer before its question"), "{why}");
+    }
+
+    #[test]
+    fn a_verdict_goes_by_its_name() {
+        for verdict in [Verdict::Pass, Verdict::Fail, Verdict::Invalid, Verdict::Partial] {
+            let text = serde_json::to_string(&WireVerdict(verdict)).unwrap();
+            assert_eq!(serde_json::from_str::<WireVerdict>(&text).unwrap(), WireVerdict(verdict));
+        }
+        assert!(serde_json::from_str::<WireVerdict>("\"pass\"").is_err());
+    }
+}

@@ -380,6 +380,11 @@ impl State {
         }
     }
 
+    /// Everybody was in: there is a run, whatever became of it.
+    pub fn has_begun(&self) -> bool {
+        self.armed_us.is_some()
+    }
+
     /// Everybody who came has reported.
     pub fn all_reported(&self) -> bool {
         self.armed_us.is_some() && self.probers.iter().all(|prober| prober.report.is_some())
@@ -1612,7 +1617,7 @@ pub(crate) mod tests {
             })
             .collect();
         let (loss, doubling, delay) = (chance.below(40), chance.below(30), chance.below(4) * SECOND);
-        let calamities = chance.below(4);
+        let calamities = chance.below(16);
         let stages = kept.setup_stages();
         // What is under way: when it arrives, whose it is, and what it says.
         let mut under_way: Vec<(u64, usize, Beat)> = Vec::new();
