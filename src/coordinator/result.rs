@@ -139,7 +139,7 @@ pub struct Vantage {
 /// A host that was expected, and is not there to the end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Missing {
-    /// `null`: it never came, so nobody knows its name.
+    /// `null`: one or several that never came, so nobody knows their names.
     pub vantage: Option<String>,
     /// Since 1970, by the coordinator's clock.
     #[serde(rename = "last_heard_at", serialize_with = "moment")]
@@ -474,7 +474,13 @@ impl Tier {
             }
         }
         let begun = seen.iter().any(|seen| seen.cell.participants > 0 || seen.record.is_some());
-        let judgement = judge_merged(&seen, &step, state, judging);
+        let judgement = match begun {
+            true => judge_merged(&seen, &step, state, judging),
+            false => Judgement {
+                verdict: Verdict::Partial,
+                reasons: vec!["it was not held".to_owned()],
+            },
+        };
         Tier {
             subscribers,
             begun,
@@ -690,15 +696,15 @@ fn missing(state: &State) -> Vec<Missing> {
         Phase::Over => (state.setup().expect as usize).saturating_sub(state.probers().len()),
         _ => 0,
     };
-    let unnamed = std::iter::repeat_n(
-        Missing {
-            vantage: None,
-            last_heard: None,
-            stage: None,
-            why: "an expected prober never came".to_owned(),
+    let unnamed = (never_came > 0).then(|| Missing {
+        vantage: None,
+        last_heard: None,
+        stage: None,
+        why: match never_came {
+            1 => "an expected prober never came".to_owned(),
+            many => format!("{many} expected probers never came"),
         },
-        never_came,
-    );
+    });
     gone.chain(unnamed).collect()
 }
 
@@ -830,8 +836,8 @@ mod tests {
         let nobody = merged(&nobody);
         assert_eq!(answer(&nobody), Some((Answer::NotMeasured, None)));
         assert_eq!(nobody.judgement.verdict, Verdict::Partial);
-        assert_eq!(nobody.missing.len(), 2);
-        assert!(nobody.missing.iter().all(|missing| missing.vantage.is_none()));
+        assert_eq!((nobody.missing.len(), &nobody.missing[0].vantage), (1, &None));
+        assert_eq!(nobody.missing[0].why, "2 expected probers never came");
     }
 
     #[test]
