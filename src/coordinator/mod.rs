@@ -14,6 +14,7 @@ pub mod result;
 pub mod server;
 pub mod state;
 pub mod story;
+pub mod text;
 pub mod tokens;
 
 pub use result::Merged;
