@@ -1,0 +1,587 @@
+//! The live page (`GET /`), what it is fed with (`GET /events`), and the page for Prometheus (`GET /metrics`).
+//!
+//! The page is one file: style and script stand in it, and it asks for nothing but its events. What probers say of themselves reaches it as JSON and is shown as text.
+
+use std::fmt::Write as _;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use ring::digest::{SHA256, digest};
+use serde::Serialize;
+
+use super::clock::Offset;
+use super::protocol::Live;
+use super::result::Merged;
+use super::state::{Phase, Prober, State};
+use crate::measure::wire::RecordWire;
+use crate::measure::{Histogram, Kind, Record, is_measured};
+use crate::report::Judging;
+
+/// `text/html; charset=utf-8`.
+pub const HTML: &str = include_str!("page/page.html");
+
+/// The page's Content-Security-Policy: its own style and script by their hashes, its own events, and nothing else from anywhere.
+pub static POLICY: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "default-src 'none'; style-src '{}'; script-src '{}'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        hash_of("style"),
+        hash_of("script")
+    )
+});
+
+/// How often an event is sent. The page takes five seconds without one for silence.
+pub const INTERVAL: Duration = Duration::from_secs(1);
+/// A live prober that has not been heard for so long is shown as silent.
+const SILENT_US: u64 = 5_000_000;
+
+/// One event of a `text/event-stream`: the run as it stands. `merged` is there once the run is over.
+pub fn event(state: &State, judging: &Judging, target: &str, started_us: u64, now_us: u64, merged: Option<&Merged>) -> String {
+    let view = StateView {
+        phase: state.phase().name(),
+        expected: state.setup().expect,
+        target,
+        started_seconds: started_us as f64 / 1e6,
+        now_seconds: now_us as f64 / 1e6,
+        max_loss_pct: judging.max_loss_pct,
+        stages: state.stages().iter().map(|stage| stage.name.as_str()).collect(),
+        stage: state.underway().map(|underway| underway.stage),
+        stopped: state.stop_reason(),
+        vantages: state.probers().iter().map(|prober| VantageView::new(prober, state, now_us)).collect(),
+        result: merged.map(ResultView::new),
+    };
+    // JSON has no raw line breaks, so that one line is the whole of it.
+    let data = serde_json::to_string(&view).expect("plain data serialises");
+    format!("data: {data}\n\n")
+}
+
+#[derive(Serialize)]
+struct StateView<'a> {
+    phase: &'static str,
+    expected: u32,
+    target: &'a str,
+    started_seconds: f64,
+    now_seconds: f64,
+    max_loss_pct: f64,
+    stages: Vec<&'a str>,
+    stage: Option<u32>,
+    stopped: Option<&'a str>,
+    vantages: Vec<VantageView<'a>>,
+    result: Option<ResultView<'a>>,
+}
+
+#[derive(Serialize)]
+struct VantageView<'a> {
+    prober_id: &'a str,
+    label: &'a str,
+    state: &'static str,
+    heard_seconds_ago: u64,
+    why: Option<&'a str>,
+    stage: Option<&'a str>,
+    /// Of one that is not live nothing is known of this second.
+    live: Option<&'a Live>,
+    clock: Option<ClockView>,
+    start_skew_us: Option<i64>,
+    invalid: &'a [String],
+}
+
+#[derive(Serialize)]
+struct ClockView {
+    offset_us: i64,
+    uncertainty_us: u64,
+}
+
+impl From<Offset> for ClockView {
+    fn from(offset: Offset) -> ClockView {
+        ClockView {
+            offset_us: offset.offset_us,
+            uncertainty_us: offset.uncertainty_us,
+        }
+    }
+}
+
+impl<'a> VantageView<'a> {
+    fn new(prober: &'a Prober, state: &'a State, now_us: u64) -> VantageView<'a> {
+        let silent_us = now_us.saturating_sub(prober.heard_us);
+        let standing = match (&prober.gone, &prober.report) {
+            (Some(_), _) => "missing",
+            (None, Some(_)) => "reported",
+            (None, None) if *state.phase() == Phase::Over => "missing",
+            // It says nothing until it is done.
+            (None, None) if prober.is_legacy() => "at work",
+            (None, None) if silent_us > SILENT_US => "silent",
+            (None, None) => "live",
+        };
+        let report = prober.report.as_ref().and_then(|report| report.throng.as_ref());
+        VantageView {
+            prober_id: prober.id.as_str(),
+            label: &prober.vantage,
+            state: standing,
+            heard_seconds_ago: silent_us / 1_000_000,
+            why: prober.gone.as_ref().map(|gone| gone.why.as_str()),
+            stage: prober
+                .stage
+                .and_then(|stage| state.stages().get(stage as usize))
+                .map(|stage| stage.name.as_str()),
+            live: (standing == "live").then_some(&prober.live),
+            clock: prober.offset().map(ClockView::from),
+            start_skew_us: prober.starts.values().copied().max_by_key(|skew_us| skew_us.unsigned_abs()),
+            invalid: report.map_or(&prober.invalid, |report| &report.invalid),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct ResultView<'a> {
+    verdict: &'static str,
+    reasons: &'a [String],
+    knee: Option<String>,
+    tiers: Vec<TierView<'a>>,
+}
+
+#[derive(Serialize)]
+struct TierView<'a> {
+    name: &'a str,
+    /// `null`: nobody came to it.
+    verdict: Option<&'static str>,
+    participants: u32,
+    vantages: usize,
+    measured: usize,
+    loss: Option<f64>,
+    rtt_us: Option<f64>,
+    quality: &'static str,
+    reasons: &'a [String],
+}
+
+impl<'a> ResultView<'a> {
+    fn new(merged: &'a Merged) -> ResultView<'a> {
+        ResultView {
+            verdict: merged.judgement.verdict.name(),
+            reasons: &merged.judgement.reasons,
+            knee: merged.knee().map(|knee| knee.sentence(&merged.unmeasured)),
+            tiers: (merged.tiers.iter())
+                .map(|tier| TierView {
+                    name: &tier.step.name,
+                    verdict: tier.begun.then(|| tier.judgement.verdict.name()),
+                    participants: tier.step.participants,
+                    vantages: tier.cells.len(),
+                    measured: tier.measured().count(),
+                    loss: tier.worst_loss(),
+                    rtt_us: tier.worst_rtt_us(),
+                    quality: tier.worst_quality().name(),
+                    reasons: if tier.begun { &tier.judgement.reasons } else { &[] },
+                })
+                .collect(),
+        }
+    }
+}
+
+/// The page for Prometheus (`text/plain; version=0.0.4`): the last second of each vantage as gauges; of the latest baseline or tier of each, counters and summaries.
+///
+/// Whatever is not known has no sample.
+pub fn metrics(state: &State, now_us: u64) -> String {
+    let mut page = Page::default();
+    let probers = state.probers();
+    page.family("throng_run_phase", "gauge", "1 for the phase that the run is in.");
+    for phase in [Phase::Gathering, Phase::Running, Phase::Stopping, Phase::Over] {
+        let value = f64::from(u8::from(phase == *state.phase()));
+        page.sample("throng_run_phase", &[("phase", phase.name())], value);
+    }
+    page.family("throng_probers_expected", "gauge", "Probers that the run waits for.");
+    page.sample("throng_probers_expected", &[], state.setup().expect.into());
+    page.family("throng_probers", "gauge", "Probers that came.");
+    page.sample("throng_probers", &[], probers.len() as f64);
+    if let Some(underway) = state.underway() {
+        page.family("throng_stage", "gauge", "Index of the stage under way.");
+        page.sample("throng_stage", &[], underway.stage.into());
+    }
+    type Gauge = (&'static str, &'static str, fn(&Prober, u64) -> Option<f64>);
+    let gauges: [Gauge; 13] = [
+        ("throng_up", "1 while the prober has a part in what is to come.", |p, _| {
+            Some(f64::from(u8::from(p.is_live())))
+        }),
+        ("throng_heard_seconds_ago", "Since the prober's last sign of life.", |p, now_us| {
+            Some(now_us.saturating_sub(p.heard_us) as f64 / 1e6)
+        }),
+        ("throng_valid", "1 while the generator keeps up.", |p, _| {
+            Some(f64::from(u8::from(p.invalid.is_empty())))
+        }),
+        ("throng_participants", "In their rooms now.", |p, _| {
+            live(p).map(|live| live.participants.into())
+        }),
+        ("throng_sent_packets_per_second", "RTP packets sent in the last second.", |p, _| {
+            live(p)?.packets_sent_per_second
+        }),
+        (
+            "throng_received_packets_per_second",
+            "RTP packets received in the last second.",
+            |p, _| live(p)?.packets_received_per_second,
+        ),
+        ("throng_sent_bits_per_second", "Sent in the last second.", |p, _| {
+            live(p)?.bits_sent_per_second
+        }),
+        ("throng_received_bits_per_second", "Received in the last second.", |p, _| {
+            live(p)?.bits_received_per_second
+        }),
+        ("throng_loss_ratio", "Loss of all media of the run so far, 0 to 1.", |p, _| live(p)?.loss),
+        ("throng_rtt_seconds", "Median round trip of the last second.", |p, _| {
+            seconds(live(p)?.rtt_us)
+        }),
+        (
+            "throng_one_way_latency_p99_seconds",
+            "One-way latency of the last second, the 99th percentile.",
+            |p, _| seconds(live(p)?.latency_us_p99),
+        ),
+        (
+            "throng_tick_late_p99_seconds",
+            "How late the engine's beat came in the last second, the 99th percentile.",
+            |p, _| seconds(live(p)?.tick_late_us_p99),
+        ),
+        ("throng_clock_offset_seconds", "The coordinator's clock less the prober's.", |p, _| {
+            p.offset().map(|offset| offset.offset_us as f64 / 1e6)
+        }),
+    ];
+    for (name, help, value) in gauges {
+        page.family(name, "gauge", help);
+        for prober in probers {
+            if let Some(value) = value(prober, now_us) {
+                page.sample(name, &[("vantage", &prober.vantage)], value);
+            }
+        }
+    }
+    page.stages(probers, state);
+    page.text
+}
+
+fn live(prober: &Prober) -> Option<&Live> {
+    prober.is_live().then_some(&prober.live)
+}
+
+fn seconds(micros: Option<u64>) -> Option<f64> {
+    micros.map(|us| us as f64 / 1e6)
+}
+
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+/// What was counted in the latest baseline or tier of one prober.
+struct Latest<'a> {
+    vantage: &'a str,
+    stage: &'a str,
+    record: Record,
+}
+
+impl Page {
+    /// Counters and summaries of the latest tier of each prober. A summary's count is of what came; a quantile that falls among what never came is `+Inf`.
+    fn stages(&mut self, probers: &[Prober], state: &State) {
+        let latest: Vec<Latest<'_>> = (probers.iter())
+            .filter_map(|prober| {
+                let (stage, so_far) = prober.tiers.last_key_value()?;
+                let record: &RecordWire = &so_far.record;
+                Some(Latest {
+                    vantage: &prober.vantage,
+                    stage: &state.stages().get(*stage as usize)?.name,
+                    record: Record::from(record),
+                })
+            })
+            .collect();
+        self.section(
+            &latest,
+            "session",
+            None,
+            |record| record.session.counters().collect(),
+            |record| record.session.histograms().collect(),
+        );
+        self.section(
+            &latest,
+            "audio",
+            Some(Kind::Audio),
+            |record| record.audio.counters().collect(),
+            |record| record.audio.histograms().collect(),
+        );
+        self.section(
+            &latest,
+            "video",
+            Some(Kind::Video),
+            |record| record.video.counters().collect(),
+            |record| record.video.histograms().collect(),
+        );
+    }
+
+    fn section<'a>(
+        &mut self,
+        latest: &'a [Latest<'a>],
+        section: &str,
+        kind: Option<Kind>,
+        counters: impl Fn(&'a Record) -> Vec<(&'static str, u64)>,
+        histograms: impl Fn(&'a Record) -> Vec<(&'static str, &'a Histogram)>,
+    ) {
+        let Some(first) = latest.first() else { return };
+        for (at, (name, _)) in counters(&first.record).iter().enumerate() {
+            if !is_measured(kind, name) {
+                continue;
+            }
+            let family = format!("throng_{section}_{name}_total");
+            self.family(
+                &family,
+                "counter",
+                &format!("{section}.{name} of the tier under way, as in the JSON report."),
+            );
+            for one in latest {
+                self.sample(
+                    &family,
+                    &[("vantage", one.vantage), ("stage", one.stage)],
+                    counters(&one.record)[at].1 as f64,
+                );
+            }
+        }
+        for (at, (name, _)) in histograms(&first.record).iter().enumerate() {
+            let known: Vec<(&Latest<'_>, &Histogram)> = (latest.iter())
+                .map(|one| (one, histograms(&one.record)[at].1))
+                .filter(|(_, histogram)| histogram.expected() > 0)
+                .collect();
+            if known.is_empty() {
+                continue;
+            }
+            let family = format!("throng_{section}_{name}_seconds");
+            self.family(
+                &family,
+                "summary",
+                &format!("{section}.{name} of the tier under way, as in the JSON report."),
+            );
+            for (one, histogram) in known {
+                self.summary(&family, one, histogram);
+            }
+        }
+    }
+
+    fn summary(&mut self, family: &str, one: &Latest<'_>, histogram: &Histogram) {
+        for (text, share) in [("0.5", 0.5), ("0.95", 0.95), ("0.99", 0.99)] {
+            let value = histogram.quantile(share).map_or(f64::INFINITY, |us| us as f64 / 1e6);
+            self.sample(family, &[("vantage", one.vantage), ("stage", one.stage), ("quantile", text)], value);
+        }
+        let labels = [("vantage", one.vantage), ("stage", one.stage)];
+        let sum = histogram.mean().unwrap_or(0.0) * histogram.count() as f64 / 1e6;
+        self.sample(&format!("{family}_sum"), &labels, sum);
+        self.sample(&format!("{family}_count"), &labels, histogram.count() as f64);
+    }
+
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
+        self.text.push_str(name);
+        for (at, (label, text)) in labels.iter().enumerate() {
+            let _ = write!(self.text, "{}{label}=\"", if at == 0 { '{' } else { ',' });
+            escape(text, &mut self.text);
+            self.text.push('"');
+        }
+        if !labels.is_empty() {
+            self.text.push('}');
+        }
+        match value {
+            f64::INFINITY => self.text.push_str(" +Inf\n"),
+            value => {
+                let _ = writeln!(self.text, " {value}");
+            }
+        }
+    }
+}
+
+/// A label's value, as the text format has it.
+fn escape(text: &str, out: &mut String) {
+    for char in text.chars() {
+        match char {
+            '\\' => out.push_str("\\\\"),
+            '"' => out.push_str("\\\""),
+            '\n' => out.push_str("\\n"),
+            char => out.push(char),
+        }
+    }
+}
+
+/// Of what stands in the page between a tag and its end.
+fn hash_of(tag: &str) -> String {
+    let (_, rest) = HTML.split_once(&format!("<{tag}>")).expect("the page has it");
+    let (inside, _) = rest.split_once(&format!("</{tag}>")).expect("the page ends it");
+    format!("sha256-{}", STANDARD.encode(digest(&SHA256, inside.as_bytes())))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::coordinator::canned::{self, Canned, TIER, WELL};
+    use crate::plan::Role;
+
+    const HOSTILE: &str = "<img src=x onerror=alert(1)>\"\\";
+
+    fn lively() -> Live {
+        Live {
+            participants: 13,
+            packets_sent_per_second: Some(150.0),
+            packets_received_per_second: Some(1_500.5),
+            loss: Some(0.02),
+            rtt_us: Some(20_000),
+            latency_us_p99: None,
+            tick_late_us_p99: Some(120),
+            ..Live::default()
+        }
+    }
+
+    /// Three of four under way; one is missing, and one has a label that is markup.
+    fn under_way() -> Canned {
+        let mut canned = Canned::armed(
+            &[10, 25],
+            &[
+                ("fra", Some(Role::Both)),
+                (HOSTILE, Some(Role::Subscribe)),
+                ("sin", Some(Role::Subscribe)),
+                ("vg", None),
+            ],
+        );
+        for who in 0..3 {
+            canned.beat(who, vec![WELL.so_far(TIER, false)], lively());
+        }
+        canned.loses(2);
+        canned
+    }
+
+    fn data(event: &str) -> Value {
+        let data = event.strip_prefix("data: ").and_then(|rest| rest.strip_suffix("\n\n")).unwrap();
+        assert!(!data.contains('\n'), "one line is one event");
+        serde_json::from_str(data).unwrap()
+    }
+
+    fn event_of(canned: &Canned, merged: Option<&Merged>) -> String {
+        event(
+            &canned.state,
+            &canned::judging(),
+            "wss://sfu.example.com",
+            canned::START_US,
+            canned.now_us,
+            merged,
+        )
+    }
+
+    #[test]
+    fn an_event_has_the_run_as_it_stands_and_figures_only_of_those_who_live() {
+        let event = data(&event_of(&under_way(), None));
+        assert_eq!(
+            (&event["phase"], &event["expected"], &event["result"]),
+            (&json!("running"), &json!(4), &json!(null))
+        );
+        let vantage = |at: usize| &event["vantages"][at];
+        assert_eq!((&vantage(0)["state"], &vantage(0)["stage"]), (&json!("live"), &json!("tier 1")));
+        assert_eq!(
+            (&vantage(0)["live"]["participants"], &vantage(0)["live"]["latency_us_p99"]),
+            (&json!(13), &json!(null))
+        );
+        assert_eq!(vantage(1)["label"], json!(HOSTILE));
+        assert_eq!((&vantage(2)["state"], &vantage(2)["live"]), (&json!("missing"), &json!(null)));
+        assert_eq!((&vantage(2)["why"], &vantage(3)["state"]), (&json!("silent for 30 s"), &json!("at work")));
+    }
+
+    #[test]
+    fn a_run_that_is_over_comes_with_its_verdict_and_tiers() {
+        let canned = canned::over();
+        let merged = Merged::new(&canned.state, &canned::judging());
+        let event = data(&event_of(&canned, Some(&merged)));
+        assert_eq!((&event["phase"], &event["result"]["verdict"]), (&json!("over"), &json!("FAIL")));
+        assert_eq!(event["result"]["tiers"][1]["participants"], json!(78));
+        assert!(event["result"]["knee"].as_str().unwrap().starts_with("33 participants"));
+        assert!(event["vantages"].as_array().unwrap().iter().all(|vantage| vantage["state"] == "reported"));
+    }
+
+    #[test]
+    fn the_page_is_whole_and_asks_nobody_else_for_anything() {
+        for word in [
+            "http://",
+            "https://",
+            "src=",
+            "@import",
+            "url(",
+            "innerHTML",
+            "insertAdjacent",
+            "document.write",
+            "eval(",
+            " style=\"",
+            " onclick",
+        ] {
+            let rest = HTML.replace("http://www.w3.org/2000/svg", "");
+            assert!(!rest.contains(word), "{word}");
+        }
+        assert_eq!((HTML.matches("<script>").count(), HTML.matches("<style>").count()), (1, 1));
+        assert!(POLICY.starts_with("default-src 'none'; style-src 'sha256-") && !POLICY.contains("unsafe"));
+    }
+
+    /// Families by name, and samples by family, name and labels.
+    fn parsed(page: &str) -> Vec<(String, String, f64)> {
+        let mut family = String::new();
+        let mut seen = std::collections::BTreeSet::new();
+        let mut samples = Vec::new();
+        for line in page.lines() {
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                family = rest.split(' ').next().unwrap().to_owned();
+                assert!(seen.insert(family.clone()), "{family} is there twice");
+            } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+                assert!(rest.starts_with(&format!("{family} ")), "{line}");
+            } else {
+                let (name, value) = line.rsplit_once(' ').unwrap();
+                assert!(name.starts_with(&family), "{line} in {family}");
+                let value = if value == "+Inf" { f64::INFINITY } else { value.parse().unwrap() };
+                samples.push((family.clone(), name.to_owned(), value));
+            }
+        }
+        samples
+    }
+
+    #[test]
+    fn prometheus_reads_every_line_and_finds_nothing_that_is_not_known() {
+        let canned = under_way();
+        let page = metrics(&canned.state, canned.now_us);
+        let samples = parsed(&page);
+        let value = |name: &str| samples.iter().find(|(_, sample, _)| sample == name).map(|(.., value)| *value);
+        assert_eq!(value("throng_up{vantage=\"fra\"}"), Some(1.0));
+        assert_eq!(value("throng_up{vantage=\"sin\"}"), Some(0.0));
+        assert_eq!(value("throng_rtt_seconds{vantage=\"fra\"}"), Some(0.02));
+        assert_eq!(value("throng_rtt_seconds{vantage=\"sin\"}"), None, "nobody knows what a missing one sees");
+        assert_eq!(value("throng_one_way_latency_p99_seconds{vantage=\"fra\"}"), None);
+        assert_eq!(value("throng_up{vantage=\"<img src=x onerror=alert(1)>\\\"\\\\\"}"), Some(1.0));
+        assert_eq!(
+            value("throng_audio_packets_received_total{vantage=\"fra\",stage=\"tier 1\"}"),
+            Some(10_000.0)
+        );
+        assert_eq!(
+            value("throng_session_rtt_rtcp_seconds_count{vantage=\"fra\",stage=\"tier 1\"}"),
+            Some(100.0)
+        );
+        let median = WELL.record().session.rtt_rtcp.quantile(0.5).unwrap() as f64 / 1e6;
+        assert_eq!(
+            value("throng_session_rtt_rtcp_seconds{vantage=\"fra\",stage=\"tier 1\",quantile=\"0.5\"}"),
+            Some(median)
+        );
+        assert!(!page.contains("throng_video_played_us_total"), "this version does not fill it");
+        assert_eq!(value("throng_run_phase{phase=\"running\"}"), Some(1.0));
+    }
+
+    #[test]
+    fn a_quantile_among_what_never_came_is_infinite() {
+        let mut record = WELL.record();
+        record.audio.one_way_latency.expect(1_000);
+        let mut so_far = WELL.so_far(TIER, false);
+        so_far.record = RecordWire::from(&record);
+        let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both))]);
+        canned.beat(0, vec![so_far], lively());
+        let samples = parsed(&metrics(&canned.state, canned.now_us));
+        let p95 = samples
+            .iter()
+            .find(|(_, name, _)| name.starts_with("throng_audio_one_way_latency_seconds{") && name.contains("0.95"));
+        assert_eq!(p95.unwrap().2, f64::INFINITY);
+    }
+}
