@@ -19,6 +19,11 @@ use throng::coordinator::state::{Phase, Prober, State};
 use throng::measure::{Kind, Record};
 use throng::report::Verdict;
 
+common::on_both_servers!(
+    what_three_hosts_account_for_adds_up_and_they_keep_step,
+    those_who_publish_here_are_judged_by_those_who_subscribe_there,
+);
+
 const TOKEN: &str = "sesame-sesame-sesame-sesame";
 
 /// A coordinator of three, with a journal that can be looked at.
@@ -161,10 +166,9 @@ fn finish(running: Vec<Running>) {
     }
 }
 
-#[test]
-fn what_three_hosts_account_for_adds_up_and_they_keep_step() {
-    let (_alone, server) = (alone(), Server::embedded());
-    let leading = Leading::start("sum", &server, "--publishers 3 --room-count 2 --ramp 1,2");
+fn what_three_hosts_account_for_adds_up_and_they_keep_step(server: &Server) {
+    let _alone = alone();
+    let leading = Leading::start("sum", server, "--publishers 3 --room-count 2 --ramp 1,2");
     finish(["ams", "fra", "iad"].map(|vantage| leading.prober(vantage, &[])).into());
     let led = leading.finish();
     assert!(matches!(led.code, Some(0 | 98)), "{}", led.stderr);
@@ -212,11 +216,10 @@ fn what_three_hosts_account_for_adds_up_and_they_keep_step() {
     assert_eq!(totals["one_way_latency"]["p99"], Value::from(merged.audio.one_way_latency.quantile(0.99)));
 }
 
-#[test]
-fn those_who_publish_here_are_judged_by_those_who_subscribe_there() {
-    let (_alone, server) = (alone(), Server::embedded());
+fn those_who_publish_here_are_judged_by_those_who_subscribe_there(server: &Server) {
+    let _alone = alone();
     let video = "--publishers 1 --video-publishers 1 --video-resolution low --subscribers 3";
-    let leading = Leading::start("roles", &server, video);
+    let leading = Leading::start("roles", server, video);
     finish(vec![
         leading.prober("talks", &["--role=publish"]),
         leading.prober("hears", &["--role=subscribe"]),
