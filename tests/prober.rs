@@ -199,8 +199,8 @@ fn a_coordinator_of_ours_hears_all_that_a_run_counts_and_what_it_says_at_the_end
     // What beats said of a tier last is what the report says of it.
     for tier in &whole.tiers {
         let stage = u64::from(tier.measured.stage);
-        let told = beats.iter().flat_map(|beat| beat.body["tiers"].as_array().unwrap());
-        let last = told.filter(|told| told["stage"] == stage).next_back().expect("told of");
+        let mut told = beats.iter().flat_map(|beat| beat.body["tiers"].as_array().unwrap());
+        let last = told.rfind(|told| told["stage"] == stage).expect("told of");
         assert_eq!(last["complete"], true);
         assert_eq!(last["record"], serde_json::to_value(&tier.measured.record).unwrap());
     }
