@@ -207,14 +207,18 @@ fn lead(asked: &cli::Coordinate) -> Result<u8> {
     })?;
     let merged = Merged::new(&finished.state, &finished.exhibit.judging);
     let about = finished.exhibit.about(finished.at_us, &finished.notes);
-    let written = sinks
+    let no_color = std::env::var("NO_COLOR").ok();
+    let text = |style: Style| coordinator::text::render(&merged, &about, style);
+    let shown = if asked.run.destinations.json_on_stdout() {
+        say(&text(Style::of(&stderr(), no_color.as_deref())).trim_end());
+        Ok(())
+    } else {
+        emit(&mut stdout(), &text(Style::of(&stdout(), no_color.as_deref())))
+    };
+    sinks
         .write_json(&document::report(&merged, &finished.state, &about))
-        .map_err(|error| anyhow!(error));
-    for reason in &merged.judgement.reasons {
-        say(reason);
-    }
-    finished.notes.iter().for_each(|note| say(note));
-    written?;
+        .map_err(|error| anyhow!(error))?;
+    shown.map_err(|error| anyhow!("cannot write standard output: {error}"))?;
     finished.told();
     Ok(merged.judgement.verdict.exit_code())
 }

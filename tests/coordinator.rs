@@ -122,10 +122,11 @@ impl Coordinator {
         }
     }
 
-    /// What it says until it has ended, and how it ended.
+    /// What it says until it has ended, the result with it, and how it ended.
     fn end(mut self) -> (String, i32) {
         let mut said = String::new();
         self.stderr.read_to_string(&mut said).unwrap();
+        self.process.stdout.take().unwrap().read_to_string(&mut said).unwrap();
         let code = self.process.wait().unwrap().code().unwrap();
         (said, code)
     }
@@ -202,6 +203,11 @@ fn nobody_is_let_in_without_the_token_and_everybody_may_ask_whether_it_is_well()
     for path in ["/job/x", "/result"] {
         assert_eq!(coordinator.request(&format!("GET {path} HTTP/1.1\r\n"), b"").0, 401, "{path}");
     }
+    for path in ["/events", "/metrics"] {
+        assert_eq!(coordinator.request(&format!("GET {path} HTTP/1.1\r\n"), b"").0, 401, "{path}");
+    }
+    assert_eq!(coordinator.request("GET / HTTP/1.1\r\n", b"").0, 200);
+    assert_eq!(coordinator.get("/metrics").0, 200);
     let health = coordinator.request("GET /health HTTP/1.1\r\n", b"");
     assert_eq!((health.0, &health.1["ok"], &health.1["phase"]), (200, &json!(true), &json!("gathering")));
     assert_eq!(coordinator.post("/register", &prober("ams")).0, 200);

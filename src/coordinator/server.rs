@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Bytes, HttpBody};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{self, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -38,11 +38,12 @@ use tokio_rustls::TlsAcceptor;
 use super::access::{Access, Denied};
 use super::desk::{DeskHandle, Failure};
 use super::document::{self, About};
+use super::page;
 use super::protocol::{
     self, BEAT_BYTES_MAX, Beat, Malformed, Message, REGISTER_BYTES_MAX, REPORT_BYTES_MAX, Refusal, Register, Report, TokensRequest,
 };
 use super::result::Merged;
-use super::state::Refused;
+use super::state::{Phase, Refused};
 use super::tokens::Mint;
 use crate::plan::Plan;
 use crate::report::{Judging, TargetInfo};
@@ -233,6 +234,19 @@ impl Site {
         Ok(received)
     }
 
+    /// What the live page shows now; `None` when the coordinator is going.
+    async fn event(&self) -> Option<Bytes> {
+        let exhibit = self.exhibit.clone();
+        let event = self.desk.call(move |desk| {
+            let is_over = *desk.state.phase() == Phase::Over;
+            let merged = is_over.then(|| Merged::new(&desk.state, &exhibit.judging));
+            let started_us = exhibit.started.as_micros() as u64;
+            let target = desk.state.setup().url.clone().unwrap_or_else(|| "each prober's own server".to_owned());
+            page::event(&desk.state, &exhibit.judging, &target, started_us, desk.now_us(), merged.as_ref())
+        });
+        event.await.ok().map(Bytes::from)
+    }
+
     async fn read<M: Message>(&self, request: Request, most: usize) -> Result<M, Answer> {
         let received = self.body(request, most).await?;
         protocol::read(&received.bytes).map_err(Answer::from)
@@ -320,9 +334,15 @@ pub fn routes(site: Site) -> Router {
         .route("/beat/{prover_id}", post(beat))
         .route("/report/{prover_id}", post(report))
         .route("/result", get(result))
+        .route("/events", get(events))
+        .route("/metrics", get(metrics))
         .route("/cancel", post(cancel))
         .layer(middleware::from_fn_with_state(site.clone(), must_be_admitted));
-    Router::new().merge(guarded).route("/health", get(health)).with_state(site)
+    Router::new()
+        .merge(guarded)
+        .route("/", get(page))
+        .route("/health", get(health))
+        .with_state(site)
 }
 
 async fn must_be_admitted(extract::State(site): extract::State<Site>, headers: HeaderMap, request: Request, next: Next) -> Response {
@@ -379,6 +399,38 @@ async fn result(extract::State(site): extract::State<Site>) -> Answered {
 async fn cancel(extract::State(site): extract::State<Site>) -> Answered {
     let cancelled = site.desk.call(|desk| desk.cancel("cancelled by POST /cancel")).await??;
     Ok(json(&cancelled))
+}
+
+/// The page itself says nothing; what it shows comes by `/events`, for those who have the token.
+async fn page() -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::CONTENT_SECURITY_POLICY, page::POLICY.as_str()),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ];
+    (headers, page::HTML).into_response()
+}
+
+/// One event a second, made when it is asked for: for one who does not read, none is.
+async fn events(extract::State(site): extract::State<Site>) -> Response {
+    let mut beat = tokio::time::interval(page::INTERVAL);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let events = futures_util::stream::unfold((site, beat), async |(site, mut beat)| {
+        beat.tick().await;
+        let event = site.event().await?;
+        Some((Ok::<_, std::convert::Infallible>(event), (site, beat)))
+    });
+    let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
+    (headers, Body::from_stream(events)).into_response()
+}
+
+async fn metrics(extract::State(site): extract::State<Site>) -> Answered {
+    let (state, now_us) = site.desk.call(|desk| (desk.state.clone(), desk.now_us())).await?;
+    let rendered = tokio::task::spawn_blocking(move || page::metrics(&state, now_us)).await;
+    let failed = |_| Answer::refusal(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be written".to_owned());
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], rendered.map_err(failed)?).into_response())
 }
 
 async fn health(extract::State(site): extract::State<Site>) -> Answered {
