@@ -734,6 +734,8 @@ fn step_of(so_far: &TierSoFar) -> Step {
         participants: so_far.participants,
         seconds: so_far.seconds,
         record: Record::from(&so_far.record),
+        // A tier that shrinks has no joins.
+        tier: Some(TierFacts::default()),
         ..Step::default()
     }
 }

@@ -4,6 +4,7 @@
 //! a connection that neither takes nor gives anything ends. Whoever has no token is answered before a byte of a body is read, and a body that says how long it is, and is too long, is
 //! refused by that.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -20,7 +21,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::process::{Resource, getrlimit};
@@ -36,14 +37,14 @@ use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 
 use super::access::{Access, Denied};
-use super::desk::{DeskHandle, Failure};
+use super::desk::{Desk, DeskHandle, Failure};
 use super::document::{self, About};
 use super::page;
 use super::protocol::{
     self, BEAT_BYTES_MAX, Beat, Malformed, Message, REGISTER_BYTES_MAX, REPORT_BYTES_MAX, Refusal, Register, Report, TokensRequest,
 };
 use super::result::Merged;
-use super::state::{Phase, Refused};
+use super::state::{Phase, Refused, State};
 use super::tokens::Mint;
 use crate::plan::Plan;
 use crate::report::{Judging, TargetInfo};
@@ -234,19 +235,6 @@ impl Site {
         Ok(received)
     }
 
-    /// What the live page shows now; `None` when the coordinator is going.
-    async fn event(&self) -> Option<Bytes> {
-        let exhibit = self.exhibit.clone();
-        let event = self.desk.call(move |desk| {
-            let is_over = *desk.state.phase() == Phase::Over;
-            let merged = is_over.then(|| Merged::new(&desk.state, &exhibit.judging));
-            let started_us = exhibit.started.as_micros() as u64;
-            let target = desk.state.setup().url.clone().unwrap_or_else(|| "each prober's own server".to_owned());
-            page::event(&desk.state, &exhibit.judging, &target, started_us, desk.now_us(), merged.as_ref())
-        });
-        event.await.ok().map(Bytes::from)
-    }
-
     async fn read<M: Message>(&self, request: Request, most: usize) -> Result<M, Answer> {
         let received = self.body(request, most).await?;
         protocol::read(&received.bytes).map_err(Answer::from)
@@ -334,14 +322,14 @@ pub fn routes(site: Site) -> Router {
         .route("/beat/{prover_id}", post(beat))
         .route("/report/{prover_id}", post(report))
         .route("/result", get(result))
+        .route("/cancel", post(cancel))
         .route("/events", get(events))
         .route("/metrics", get(metrics))
-        .route("/cancel", post(cancel))
         .layer(middleware::from_fn_with_state(site.clone(), must_be_admitted));
     Router::new()
         .merge(guarded)
-        .route("/", get(page))
         .route("/health", get(health))
+        .route("/", get(live_page))
         .with_state(site)
 }
 
@@ -350,6 +338,57 @@ async fn must_be_admitted(extract::State(site): extract::State<Site>, headers: H
         Ok(()) => next.run(request).await,
         Err(denied) => Answer::from(denied).into_response(),
     }
+}
+
+/// Nothing of the run is in it: that comes with the events, for which it asks the token.
+async fn live_page() -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, page::POLICY.as_str()),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-cache"),
+    ];
+    (headers, page::HTML).into_response()
+}
+
+/// One event a second, until the run is over.
+async fn events(extract::State(site): extract::State<Site>) -> Response {
+    let mut interval = tokio::time::interval(page::INTERVAL);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let stream = stream::unfold(Some((site, interval)), next_event);
+    let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
+    (headers, Body::from_stream(stream)).into_response()
+}
+
+type Watching = (Site, tokio::time::Interval);
+
+async fn next_event(watching: Option<Watching>) -> Option<(Result<String, Infallible>, Option<Watching>)> {
+    let (site, mut interval) = watching?;
+    interval.tick().await;
+    let show = |state: &State, now_us: u64, exhibit: &Exhibit, merged: Option<&Merged>| {
+        let target = exhibit.plan.target.to_string();
+        page::event(state, &exhibit.judging, &target, exhibit.started.as_micros() as u64, now_us, merged)
+    };
+    let exhibit = site.exhibit.clone();
+    let under_way = move |desk: &mut Desk| match desk.state.phase() {
+        Phase::Over => Err((desk.state.clone(), desk.now_us())),
+        _ => Ok(show(&desk.state, desk.now_us(), &exhibit, None)),
+    };
+    match site.desk.call(under_way).await.ok()? {
+        Ok(event) => Some((Ok(event), Some((site, interval)))),
+        Err((state, now_us)) => {
+            let exhibit = site.exhibit.clone();
+            let merging = move || show(&state, now_us, &exhibit, Some(&Merged::new(&state, &exhibit.judging)));
+            let event = tokio::task::spawn_blocking(merging).await.ok()?;
+            Some((Ok(event), None))
+        }
+    }
+}
+
+async fn metrics(extract::State(site): extract::State<Site>) -> Answered {
+    let text = site.desk.call(|desk| page::metrics(&desk.state, desk.now_us())).await?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
 async fn register(extract::State(site): extract::State<Site>, request: Request) -> Answered {
@@ -399,38 +438,6 @@ async fn result(extract::State(site): extract::State<Site>) -> Answered {
 async fn cancel(extract::State(site): extract::State<Site>) -> Answered {
     let cancelled = site.desk.call(|desk| desk.cancel("cancelled by POST /cancel")).await??;
     Ok(json(&cancelled))
-}
-
-/// The page itself says nothing; what it shows comes by `/events`, for those who have the token.
-async fn page() -> Response {
-    let headers = [
-        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
-        (header::CACHE_CONTROL, "no-store"),
-        (header::CONTENT_SECURITY_POLICY, page::POLICY.as_str()),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
-        (header::REFERRER_POLICY, "no-referrer"),
-    ];
-    (headers, page::HTML).into_response()
-}
-
-/// One event a second, made when it is asked for: for one who does not read, none is.
-async fn events(extract::State(site): extract::State<Site>) -> Response {
-    let mut beat = tokio::time::interval(page::INTERVAL);
-    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let events = futures_util::stream::unfold((site, beat), async |(site, mut beat)| {
-        beat.tick().await;
-        let event = site.event().await?;
-        Some((Ok::<_, std::convert::Infallible>(event), (site, beat)))
-    });
-    let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
-    (headers, Body::from_stream(events)).into_response()
-}
-
-async fn metrics(extract::State(site): extract::State<Site>) -> Answered {
-    let (state, now_us) = site.desk.call(|desk| (desk.state.clone(), desk.now_us())).await?;
-    let rendered = tokio::task::spawn_blocking(move || page::metrics(&state, now_us)).await;
-    let failed = |_| Answer::refusal(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be written".to_owned());
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], rendered.map_err(failed)?).into_response())
 }
 
 async fn health(extract::State(site): extract::State<Site>) -> Answered {
