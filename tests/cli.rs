@@ -365,6 +365,15 @@ fn tiers_are_as_asked_and_the_largest_counts() {
 }
 
 #[test]
+fn a_search_has_short_points_and_the_most_counts() {
+    let plan = local(&["--find-knee", "--max", "400", "--publishers", "2", "--video-publishers", "1"]).plan;
+    assert!(plan.find_knee && plan.ramp.is_empty() && plan.has_tiers());
+    assert_eq!((plan.shape.subscribers, plan.total_participants()), (400, 402));
+    assert_eq!((plan.duration, plan.warmup), (Duration::from_secs(5), Duration::from_secs(2)));
+    assert_eq!(plan.length(Duration::ZERO), None, "nobody knows how long it takes");
+}
+
+#[test]
 fn without_tiers_the_time_to_ramp_is_that_of_all_joins() {
     let plan = local(&["--publishers", "10", "--subscribers", "50", "--ramp-time", "30s", "--warmup", "5s"]).plan;
     assert_eq!((plan.joins_per_second, plan.ramp_time, plan.warmup), (2.0, None, Duration::from_secs(5)));
@@ -393,6 +402,18 @@ fn tiers_that_make_no_sense_are_refused() {
         (&["--ramp", "5", "--warmup", "-1"], "unexpected argument"),
         (&["--ramp", "5", "--warmup", "99999999999999999999"], "write 20, 20s, 30m or 1h"),
         (&["--ramp", "5", "--warmup", "40d"], "write 0 to 30d"),
+        (&["--find-knee"], "add --max N"),
+        (&["--max", "5"], "--max is for --find-knee"),
+        (&["--find-knee", "--max", "0"], "write 1 or more"),
+        (&["--find-knee", "--max", "many"], "write a whole number"),
+        (&["--find-knee", "--max", "1000000"], "more than 1000000 participants"),
+        (&["--find-knee", "--max", "5", "--ramp", "2"], "leave out --ramp"),
+        (&["--find-knee", "--max", "5", "--subscribers", "2"], "leave out --subscribers"),
+        (
+            &["--find-knee", "--max", "5", "--threshold", "session.disconnects<1:abort"],
+            "leave out :abort",
+        ),
+        (&["--duration", "30", "--threshold", "audio.jitter.p95<5ms for 1m"], "raise --duration"),
     ] {
         let refusal = local_refusal(args);
         assert!(refusal.contains(expected), "{args:?}: {refusal}");

@@ -472,7 +472,9 @@ impl Test<'_> {
     }
 
     fn end_of_waiting(&self, lead: &mut impl Lead) -> Option<Until> {
-        let aborted = lead.abort().filter(|_| self.partial.is_none()).map(Until::Aborted);
+        // Once publishers have stopped the end has come already.
+        let may_abort = self.partial.is_none() && self.media_stopped_at.is_none();
+        let aborted = lead.abort().filter(|_| may_abort).map(Until::Aborted);
         let broken = self.broken.as_ref().filter(|_| self.stage == Stage::Hold).map(|_| Until::Broken);
         aborted.or(broken).or_else(|| self.is_abandoned().then_some(Until::Abandoned))
     }
