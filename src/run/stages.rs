@@ -66,6 +66,20 @@ pub(super) struct Held {
     surveys: [Survey; 3],
 }
 
+/// When each of a row of participants is to join, or to leave.
+#[derive(Clone, Copy)]
+struct Pace {
+    first_at: Time,
+    /// Seconds.
+    interval: f64,
+}
+
+impl Pace {
+    fn moment(self, place: u32) -> Time {
+        self.first_at + Duration::from_secs_f64(f64::from(place) * self.interval)
+    }
+}
+
 /// Why a wait ended.
 pub(super) enum Until {
     Done,
@@ -311,23 +325,23 @@ impl Test<'_> {
         // Only the first ones join in a row with the publishers.
         let after = if self.tiers.is_empty() { self.next_join_at } else { Time::ZERO };
         let first_at = start.unwrap_or_else(|| self.epoch.now()).max(after);
-        let moments = move |place: u32| first_at + Duration::from_secs_f64(f64::from(place) * interval);
-        self.next_join_at = moments(moves);
+        let pace = Pace { first_at, interval };
+        self.next_join_at = pace.moment(moves);
         self.admitted = wanted;
         if wanted < before {
-            self.dismiss(wanted, moments);
+            self.dismiss(wanted, pace);
         } else {
-            self.invite(before..wanted, moments);
+            self.invite(before..wanted, pace);
         }
     }
 
     /// Starts the sessions of those who join, each at its moment.
-    fn invite(&mut self, joining: std::ops::Range<u32>, moments: impl Fn(u32) -> Time) {
+    fn invite(&mut self, joining: std::ops::Range<u32>, pace: Pace) {
         let Some(context) = self.context.clone() else { return };
         let mut sessions = Vec::new();
         for (place, position) in (0..).zip(joining) {
             let participant = self.plan.participant(position);
-            let (index, intended) = (participant.index, moments(place));
+            let (index, intended) = (participant.index, pace.moment(place));
             self.joins_new.add(self.plan, &participant);
             self.joins_all.add(self.plan, &participant);
             self.sessions.come(index);
@@ -352,13 +366,13 @@ impl Test<'_> {
     }
 
     /// Has all but the first so many leave, each at its moment, the last one first.
-    fn dismiss(&mut self, stayers: u32, moments: impl Fn(u32) -> Time) {
+    fn dismiss(&mut self, stayers: u32, pace: Pace) {
         let first = self.plan.participant(stayers).index;
         let leaving = self.requests.split_off(&first);
         // Who has gone by itself is not waited for.
         let here = leaving.keys().filter(|index| !self.sessions.ended.contains_key(index));
         self.sessions.leaving.extend(here);
-        let leaving: Vec<_> = (0..).map(moments).zip(leaving.into_values().rev()).collect();
+        let leaving: Vec<_> = (0..).map(|place| pace.moment(place)).zip(leaving.into_values().rev()).collect();
         let (epoch, mut leave) = (self.epoch, self.leave.subscribe());
         tokio::spawn(async move {
             for (at, requests) in leaving {
