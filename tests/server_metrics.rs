@@ -321,6 +321,10 @@ fn what_is_no_page_is_a_usage_error() {
             &["--server-metrics", "http://127.0.0.1:6789"][..],
             "Leave it out, or name the server with --url",
         ),
+        (
+            &["--server-metrics", "http://127.0.0.1:6789", "--report-to", "http://127.0.0.1:1"][..],
+            "--server-metrics is not a prober's to say: give it to the coordinator",
+        ),
     ] {
         let finished = run(throng().args(args), "no secret");
         assert_eq!(finished.code, Some(2), "{}", finished.stderr);

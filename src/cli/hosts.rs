@@ -120,6 +120,7 @@ impl RunArgs {
             ("--target-rtt-ms", judging.target_rtt_ms.is_some()),
             ("--seed", self.engine.seed.is_some()),
             ("--dry-run", self.engine.dry_run),
+            ("--server-metrics", !self.output.server_metrics.is_empty()),
             ("--sfu-send", self.target.sfu_send.is_some()),
         ];
         match given.into_iter().find(|(_, given)| *given) {

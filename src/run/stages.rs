@@ -308,7 +308,7 @@ impl Test<'_> {
     /// The holds by their tiers' names, from when to when, the one that is the whole run included.
     pub(super) fn holds(&self) -> Vec<(String, Time, Time)> {
         let over = self.tiers.iter().map(|tier| (tier.plan.name.clone(), tier.held_from, tier.held_until));
-        let whole = self.tier.as_ref().zip(self.media_stopped_at);
+        let whole = self.tier.as_ref().filter(|tier| tier.plan.is_whole).zip(self.media_stopped_at);
         let whole = whole.and_then(|(tier, stopped)| Some((tier.plan.name.clone(), tier.hold.as_ref()?.since, stopped)));
         over.chain(whole).collect()
     }
