@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use loopback::Loopback;
 use throng::measure::Kind;
+use throng::sfu::bottleneck::Limit;
 use throng::sfu::{SendMode, SubscriptionId};
 
 #[test]
@@ -41,5 +42,37 @@ fn media_crosses_a_worker_over_loopback_with_either_way_of_sending() {
         assert_eq!(sent, Some(u64::from(PACKETS)));
         worker.stop();
         assert!(worker.statistics().is_none(), "the thread is gone");
+    }
+}
+
+#[test]
+fn a_limited_worker_drops_what_is_above_its_limit_and_counts_it() {
+    const PACKETS: u16 = 500;
+    let limit = Limit {
+        packets_per_second: 10.0,
+        wander: 0.0,
+        seed: 1,
+    };
+    for send in [SendMode::Plain, SendMode::Gso] {
+        let mut loopback = Loopback::limited(2, Kind::Audio, send, Some(limit));
+        for seq in 0..PACKETS {
+            loopback.publish(seq, &[0; 88]);
+            if seq % 10 == 9 {
+                loopback.turn();
+            }
+        }
+        let statistics = loop {
+            loopback.turn();
+            let statistics = loopback.worker.statistics().unwrap();
+            if statistics.media_in == u64::from(PACKETS) {
+                break statistics;
+            }
+        };
+        let sent = 2 * u64::from(PACKETS);
+        let left = sent - statistics.limit_drops;
+        assert!(statistics.limit_drops > 0 && left < sent / 2, "{left} of {sent} left");
+        loopback.turn_until("what left has come", |ends| {
+            ends[1..].iter().map(|end| end.got.len() as u64).sum::<u64>() == left
+        });
     }
 }

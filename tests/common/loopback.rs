@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use throng::measure::Kind;
 use throng::net;
+use throng::sfu::bottleneck::Limit;
 use throng::sfu::worker::{Worker, WorkerConfig};
 use throng::sfu::{
     Encodings, MediaCommand, MediaEvent, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId,
@@ -116,6 +117,11 @@ pub struct Loopback {
 impl Loopback {
     /// All connections up, one track published and subscribed to.
     pub fn connected(subscribers: u32, kind: Kind, send: SendMode) -> Loopback {
+        Loopback::limited(subscribers, kind, send, None)
+    }
+
+    /// The same, with an SFU that sends no more than so much.
+    pub fn limited(subscribers: u32, kind: Kind, send: SendMode, limit: Option<Limit>) -> Loopback {
         let (identity, epoch) = (Identity::generate().unwrap(), Epoch::read());
         let (events, mut told) = tokio::sync::mpsc::unbounded_channel();
         let config = WorkerConfig {
@@ -124,7 +130,7 @@ impl Loopback {
             epoch,
             send,
             seed: 1,
-            limit: None,
+            limit,
             name: "sfu-0".into(),
         };
         let worker = Worker::start(config, events).unwrap();
