@@ -1065,8 +1065,9 @@ mod tests {
 
     #[test]
     fn plans_that_no_command_line_makes_are_refused() {
+        type Break = fn(&mut WirePlan);
         let sound = WirePlan::of(&plan());
-        let broken: [(&str, fn(&mut WirePlan)); 8] = [
+        let broken: [(&str, Break); 8] = [
             ("participants", |plan| plan.room_count = 0),
             ("participants", |plan| plan.subscribers = u32::MAX),
             ("room_name", |plan| plan.room_name = Some("x".repeat(129))),

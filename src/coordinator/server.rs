@@ -372,13 +372,13 @@ async fn next_event(watching: Option<Watching>) -> Option<(Result<String, Infall
     };
     let exhibit = site.exhibit.clone();
     let under_way = move |desk: &mut Desk| match desk.state.phase() {
-        Phase::Over => Err((desk.state.clone(), desk.now_us())),
+        Phase::Over => Err(Box::new((desk.state.clone(), desk.now_us()))),
         _ => Ok(show(&desk.state, desk.now_us(), &exhibit, None)),
     };
     match site.desk.call(under_way).await.ok()? {
         Ok(event) => Some((Ok(event), Some((site, interval)))),
-        Err((state, now_us)) => {
-            let exhibit = site.exhibit.clone();
+        Err(over) => {
+            let ((state, now_us), exhibit) = (*over, site.exhibit.clone());
             let merging = move || show(&state, now_us, &exhibit, Some(&Merged::new(&state, &exhibit.judging)));
             let event = tokio::task::spawn_blocking(merging).await.ok()?;
             Some((Ok(event), None))
