@@ -386,13 +386,16 @@ mod tests {
     use super::*;
     use crate::coordinator::canned::{self, Canned, WELL};
     use crate::coordinator::protocol::Live;
-    use crate::plan::Role;
+    use crate::plan::{Connection, Role};
     use crate::report::TargetKind;
 
     fn with_about<R>(canned: &Canned, look: impl FnOnce(&Merged, &State, &About<'_>) -> R) -> R {
         let judging = canned::judging();
         let about = About {
-            plan: &crate::plan::tests::plan(),
+            plan: &Plan {
+                connection: Connection::Auto,
+                ..crate::plan::tests::plan()
+            },
             judging: &judging,
             target: &TargetInfo {
                 kind: TargetKind::LiveKit,

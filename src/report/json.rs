@@ -14,7 +14,7 @@ use super::{
     judge, judge::judge_step,
 };
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
-use crate::plan::{Layout, Plan, Subscribers, VideoSpec};
+use crate::plan::{Connection, Layout, Plan, Subscribers, VideoSpec};
 use crate::run::knee::{Answer, CONFIDENCE, Limit};
 
 pub const SCHEMA: &str = "throng-report/1";
@@ -248,7 +248,8 @@ struct TargetView<'a> {
     kind: &'static str,
     url: String,
     server_version: Option<&'a str>,
-    connection: &'static str,
+    /// `None`: each host finds out by itself.
+    connection: Option<&'static str>,
     connection_reason: Option<&'a str>,
 }
 
@@ -258,7 +259,7 @@ impl<'a> TargetView<'a> {
             kind: outcome.target.kind.name(),
             url: outcome.plan.target.url.to_string(),
             server_version: outcome.target.server_version.as_deref(),
-            connection: outcome.plan.connection.name(),
+            connection: (outcome.plan.connection != Connection::Auto).then(|| outcome.plan.connection.name()),
             connection_reason: outcome.plan.connection_reason.as_deref(),
         }
     }
