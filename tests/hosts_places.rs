@@ -91,7 +91,7 @@ fn around(name: &str, start: impl FnOnce(&Places) -> Option<Server>) {
                      --publishers=4 --ramp=2 --duration=3s --num-per-second=20 --max-loss=100 --missing-after=20s";
         Coordinator::start(&mut command, &flags.split_whitespace().collect::<Vec<_>>())
     });
-    let url = coordinator.url();
+    let url = coordinator.url().expect("it listens");
     let probers: Vec<Running> = WAYS
         .iter()
         .zip(&network.places)

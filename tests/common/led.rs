@@ -74,26 +74,20 @@ impl Coordinator {
         i32::try_from(self.child.id()).expect("a process's number")
     }
 
-    /// Where it listens, once it does: `http://127.0.0.1:8787`.
-    pub fn url(&mut self) -> String {
-        let line = self.wait_for("Coordinator at ");
-        let (_, rest) = line.split_once("Coordinator at ").expect("what was waited for");
-        rest.split(": ").next().expect("a first part").to_owned()
-    }
-
-    /// The first line that has this in it.
-    fn wait_for(&mut self, what: &str) -> String {
+    /// Where it listens, once it does: `http://127.0.0.1:8787`. `None` where it ends without: the run was over.
+    pub fn url(&mut self) -> Option<String> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let text = self.said.lock();
-            if let Some(line) = text.lines().find(|line| line.contains(what)) {
-                return line.to_owned();
-            }
-            assert!(Instant::now() < deadline, "it never said '{what}': {text}");
-            let waited = self.said.more.wait_timeout(text, Duration::from_millis(100));
-            let text = waited.unwrap_or_else(PoisonError::into_inner).0;
             let has_ended = self.child.try_wait().expect("our own child").is_some();
-            assert!(!has_ended || text.contains(what), "it ended without '{what}': {text}");
+            let text = self.said.lock();
+            if let Some((url, _)) = text.split_once("Coordinator at ").and_then(|(_, rest)| rest.split_once(": ")) {
+                return Some(url.to_owned());
+            }
+            if has_ended {
+                return None;
+            }
+            assert!(Instant::now() < deadline, "it does not say where it listens: {text}");
+            drop(self.said.more.wait_timeout(text, Duration::from_millis(100)));
         }
     }
 
@@ -174,6 +168,13 @@ impl Account {
         }
         for (name, values) in &other.histograms {
             self.histograms.entry(name.clone()).or_default().add(values);
+        }
+    }
+
+    /// What came was expected, too: a record as it travels says only what was announced.
+    pub fn settle(&mut self) {
+        for values in self.histograms.values_mut() {
+            values.expected = values.expected.max(values.total());
         }
     }
 
