@@ -112,7 +112,6 @@ fn around(name: &str, start: impl FnOnce(&Places) -> Option<Server>) {
     let (code, said) = coordinator.finish();
     // A busy host may have been the limit: that says nothing of counts, and nothing of clocks.
     assert!(matches!(code, Some(0 | 98)), "{said}");
-    eprintln!("{said}");
     let merged = Report::read(&scratch.path("run.json"), &server.secret).0;
     let own: Vec<Value> = WAYS
         .iter()
@@ -122,7 +121,7 @@ fn around(name: &str, start: impl FnOnce(&Places) -> Option<Server>) {
     for (way, own) in WAYS.iter().zip(&own) {
         has_what_was_planted(way, own, &merged);
     }
-    names_the_worst(&merged);
+    names_the_worst(&merged, &said);
 }
 
 /// The merged figures are those of one record of everything that happened anywhere.
@@ -203,11 +202,15 @@ fn has_what_was_planted(way: &Way, own: &Value, merged: &Value) {
     assert_eq!((&here["missing"], &here["baseline"]["clients"]), (&Value::from(false), &Value::from(2)));
 }
 
-fn names_the_worst(merged: &Value) {
+fn names_the_worst(merged: &Value, said: &str) {
     let tier = &merged["combined"][0];
     let measured = |way: &&Way| vantage(merged, way.vantage)["steps"][0]["standing"] == "measured";
     let worst = WAYS.iter().rfind(measured);
     assert_eq!(tier["worst_vantage"]["vantage"].as_str(), worst.map(|way| way.vantage), "{tier}");
+    if let Some(worst) = worst {
+        assert!(said.contains(&format!("\n  worst vantage: {}: ", worst.vantage)), "{said}");
+    }
+    assert!(said.contains(" lat. p99    start\n") && said.contains("clock off by\n"), "{said}");
     assert_eq!(tier["measured_vantages"], WAYS.iter().filter(measured).count());
     let skews = WAYS.iter().map(|way| number(&vantage(merged, way.vantage)["steps"][0]["start_skew_ms"]));
     let most = skews.max_by(|a, b| a.abs().total_cmp(&b.abs()));
