@@ -58,7 +58,8 @@ const SHORT: Scale = Scale {
     stopped: Duration::from_secs(2),
     cut: Duration::from_secs(2),
     away: Duration::from_secs(1),
-    missing_after: Duration::from_secs(6),
+    // Probers whose beats get lost one after the other pause for up to 5 s.
+    missing_after: Duration::from_secs(10),
     last_answer_too: false,
 };
 
