@@ -206,7 +206,11 @@ fn lead(asked: &cli::Coordinate) -> Result<u8> {
         }
     })?;
     let merged = Merged::new(&finished.state, &finished.exhibit.judging);
-    let about = finished.exhibit.about(finished.at_us, &finished.notes);
+    let about = document::About {
+        series: &finished.series,
+        server: finished.server.as_ref(),
+        ..finished.exhibit.about(finished.at_us, &finished.notes)
+    };
     let no_color = std::env::var("NO_COLOR").ok();
     let text = |style: Style| coordinator::text::render(&merged, &about, style);
     let shown = if asked.run.destinations.json_on_stdout() {

@@ -46,6 +46,7 @@ impl Drop for Leading {
 /// What became of a run.
 struct Led {
     code: Option<i32>,
+    stdout: String,
     stderr: String,
     report: Value,
     state: State,
@@ -75,7 +76,12 @@ impl Leading {
             ])
             .args(flags.split(' '))
             .current_dir(&dir);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut said = String::new();
         let url = loop {
@@ -114,6 +120,8 @@ impl Leading {
     fn finish(mut self) -> Led {
         let mut stderr = String::new();
         self.stderr.read_to_string(&mut stderr).unwrap();
+        let mut stdout = String::new();
+        self.child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
         let code = self.child.wait().unwrap().code();
         assert_no_secret(&stderr, &self.secret);
         assert_no_secret(&stderr, TOKEN);
@@ -126,6 +134,7 @@ impl Leading {
         assert!(read.is_ok());
         Led {
             code,
+            stdout,
             stderr,
             report: serde_json::from_slice(&std::fs::read(self.dir.join("report.json")).unwrap()).unwrap(),
             state: state.into_inner().unwrap(),
@@ -168,7 +177,8 @@ fn finish(running: Vec<Running>) {
 
 fn what_three_hosts_account_for_adds_up_and_they_keep_step(server: &Server) {
     let _alone = alone();
-    let leading = Leading::start("sum", server, "--publishers 3 --room-count 2 --ramp 1,2");
+    let flags = format!("--publishers 3 --room-count 2 --ramp 1,2 --server-metrics {}", server.prometheus_url);
+    let leading = Leading::start("sum", server, &flags);
     finish(["ams", "fra", "iad"].map(|vantage| leading.prober(vantage, &[])).into());
     let led = leading.finish();
     assert!(matches!(led.code, Some(0 | 98)), "{}", led.stderr);
@@ -214,6 +224,33 @@ fn what_three_hosts_account_for_adds_up_and_they_keep_step(server: &Server) {
     let totals = &led.report["totals"]["audio"];
     assert_eq!(totals["frames_delivered"], merged.audio.frames_delivered);
     assert_eq!(totals["one_way_latency"]["p99"], Value::from(merged.audio.one_way_latency.quantile(0.99)));
+    the_servers_pages_and_the_series_are_of_all_hosts(&led, merged.audio.packets_received);
+}
+
+/// The coordinator reads the pages, and adds up what the hosts say each second.
+fn the_servers_pages_and_the_series_are_of_all_hosts(led: &Led, packets_received: u64) {
+    let server = &led.report["server"];
+    let steps = server["steps"].as_array().unwrap();
+    let names: Vec<&str> = steps.iter().map(|step| step["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["tier 1", "tier 2", "total"], "{server}");
+    let total = &steps[2];
+    assert_eq!(total["participants_peak"], 18.0, "{server}");
+    assert!(
+        total["packets_sent"].as_u64().unwrap() >= packets_received,
+        "{packets_received}: {server}"
+    );
+    assert!(server["nodes"][0]["readings"].as_u64().unwrap() > 10, "{server}");
+    assert!(led.stdout.contains("\nServer     1 page, "), "{}", led.stdout);
+    assert!(led.stdout.lines().all(|line| line.chars().count() <= 80), "{}", led.stdout);
+    let series = led.report["series"].as_array().unwrap();
+    let most = series.iter().filter_map(|row| row["participants"].as_u64()).max();
+    assert_eq!(most, Some(18), "{series:?}");
+    assert!(
+        series
+            .iter()
+            .any(|row| row["hosts"] == 3 && row["packets_received_per_second"].as_f64() > Some(0.0))
+    );
+    assert!(series.iter().any(|row| row["server"][0]["participants"] == 18.0), "{series:?}");
 }
 
 fn those_who_publish_here_are_judged_by_those_who_subscribe_there(server: &Server) {

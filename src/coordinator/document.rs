@@ -10,10 +10,12 @@ use serde::Serialize;
 use super::clock::Offset;
 use super::protocol::EngineShort;
 use super::result::{Cell, Merged, Missing, Standing, Tier, Times, Vantage};
+use super::seconds::Row;
 use super::state::State;
 use crate::plan::Plan;
 use crate::report::tiers::Answer;
-use crate::report::{EngineHealth, Judgement, Judging, Outcome, Sample, TargetInfo, json};
+use crate::report::{EngineHealth, Judgement, Judging, Outcome, TargetInfo, json};
+use crate::server_metrics::Account;
 
 /// What the coordinator itself knows of its run.
 pub struct About<'a> {
@@ -26,7 +28,9 @@ pub struct About<'a> {
     /// .. and so far, where it is not over.
     pub finished: Duration,
     /// All vantages together.
-    pub series: &'a [Sample],
+    pub series: &'a [Row],
+    /// What the server's pages said, where they were read; known when the run is over.
+    pub server: Option<&'a Account>,
     pub notes: &'a [String],
 }
 
@@ -57,21 +61,23 @@ struct Document<'a> {
     outcome: Outcome,
     judgement: Judgement,
     steps: Vec<Judgement>,
+    series: &'a [Row],
     hosts: Hosts<'a>,
 }
 
 impl<'a> Document<'a> {
-    fn new(merged: &'a Merged, state: &State, about: &About<'_>) -> Document<'a> {
+    fn new(merged: &'a Merged, state: &State, about: &About<'a>) -> Document<'a> {
         Document {
             outcome: outcome(merged, state, about),
             judgement: merged.judgement.clone(),
             steps: merged.begun().map(|tier| tier.judgement.clone()).collect(),
+            series: about.series,
             hosts: Hosts::new(merged, about.judging),
         }
     }
 
     fn view(&self) -> impl Serialize + '_ {
-        json::of_many(&self.outcome, self.judgement.clone(), self.steps.clone(), &self.hosts)
+        json::of_many(&self.outcome, self.judgement.clone(), self.steps.clone(), self.series, &self.hosts)
     }
 }
 
@@ -102,13 +108,14 @@ fn outcome(merged: &Merged, state: &State, about: &About<'_>) -> Outcome {
         steps: merged.begun().map(|tier| tier.step.clone()).collect(),
         unmeasured: merged.unmeasured.clone(),
         totals: merged.totals.clone(),
-        series: about.series.to_vec(),
+        // Rows of many hosts stand in its place.
+        series: Vec::new(),
         engine: engine(merged),
         nearness: None,
         sfu: None,
         complaints: Vec::new(),
         capacity: None,
-        server: None,
+        server: about.server.cloned(),
         partial: None,
         notes,
         failures,
@@ -404,6 +411,7 @@ mod tests {
             started: Duration::from_micros(canned::START_US),
             finished: Duration::from_micros(canned.now_us),
             series: &[],
+            server: None,
             notes: &[],
         };
         look(&Merged::new(&canned.state, &judging), &canned.state, &about)

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use tokio::net::TcpListener;
@@ -13,6 +13,7 @@ use super::desk::{Desk, DeskHandle, Failure};
 use super::journal::{self, Head, Journal};
 use super::place::Load;
 use super::protocol::{TOKEN_VARIABLE, URL_VARIABLE, WireJudging, WirePlan};
+use super::seconds::{self, Row, Seconds, Series};
 use super::server::{self, Exhibit, Site};
 use super::state::{Entry, Phase, Setup, State};
 use super::story::Story;
@@ -22,8 +23,9 @@ use crate::plan::Plan;
 use crate::report::{TargetInfo, TargetKind};
 use crate::run::Interrupts;
 use crate::run::rooms::Rooms;
+use crate::server_metrics::{Account, Stretch, Watch};
 use crate::signal::{ApiKey, Endpoint, Secret};
-use crate::units::Epoch;
+use crate::units::{Epoch, Time};
 
 /// How often it is looked whether there is something to tell or to do.
 const LOOK: Duration = Duration::from_millis(250);
@@ -36,6 +38,10 @@ pub struct Finished {
     pub at_us: u64,
     /// What the reader should know and the state does not say.
     pub notes: Vec<String>,
+    /// As far as this process saw them.
+    pub series: Vec<Row>,
+    /// What the server's pages said, where they were read.
+    pub server: Option<Account>,
     journal: Option<Journal>,
     /// It was not asked for by name.
     journal_is_ours: bool,
@@ -65,7 +71,7 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
         let tls = tls.map_err(|why| anyhow!(why))?;
         let listener = server::listen(asked.bind)?;
         let address = listener.local_addr()?;
-        let opened = open(asked, epoch.unix_micros(epoch.now()))?;
+        let mut opened = open(asked, epoch.unix_micros(epoch.now()))?;
         if *opened.state.phase() == Phase::Over && !opened.state.has_begun() {
             return Err(never_begun(&opened.state));
         }
@@ -76,10 +82,23 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
                 at_us: epoch.unix_micros(epoch.now()),
                 state: opened.state,
                 notes: opened.notes,
+                series: Vec::new(),
+                server: None,
                 journal: Some(opened.journal),
                 journal_is_ours: false,
             });
         }
+        let pages = match server_pages(asked, opened.resumed).await {
+            Ok((pages, notes)) => {
+                opened.notes.extend(notes);
+                pages
+            }
+            Err(why) => {
+                // Made just now, and nothing is in it.
+                let _ = opened.journal.remove();
+                return Err(why);
+            }
+        };
         let invitation = Invitation {
             url: url(address, tls.is_some()),
             token: opened.token.clone(),
@@ -101,10 +120,15 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
             rooms: None,
             story: Story::default(),
             notes: opened.notes,
+            epoch,
+            seconds: Seconds::default(),
+            series: Series::default(),
+            pages,
         };
         watcher.watch(&mut interrupts, tell).await;
         watcher.delete_rooms().await;
-        let notes = watcher.leave();
+        let server = watcher.account_of_server().await;
+        let (notes, series) = watcher.leave();
         // The last answers go out before the port is closed.
         let _ = stop.send(true);
         let _ = serving.await;
@@ -121,6 +145,8 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
             at_us: epoch.unix_micros(epoch.now()),
             state,
             notes,
+            series,
+            server,
             journal: Some(journal),
             journal_is_ours: asked.journal.is_none(),
         })
@@ -304,6 +330,22 @@ fn exhibit(asked: &Coordinate, head: &Head) -> Exhibit {
     }
 }
 
+/// The server's own pages, being read from now on, and what is to be said of them. A run that goes on is worth more than they are.
+async fn server_pages(asked: &Coordinate, resumed: bool) -> Result<(Option<Watch>, Vec<String>)> {
+    if asked.run.server_metrics.is_empty() {
+        return Ok((None, Vec::new()));
+    }
+    match Watch::start(&asked.run.server_metrics).await {
+        Ok(mut pages) => {
+            pages.go_on(Instant::now() + LOOK);
+            let warnings = pages.warnings();
+            Ok((Some(pages), warnings))
+        }
+        Err(refusal) if resumed => Ok((None, vec![format!("{refusal}; the run goes on without")])),
+        Err(refusal) => Err(refusal.into()),
+    }
+}
+
 fn api_key(asked: &Coordinate) -> Option<ApiKey> {
     let credentials = asked.run.credentials.as_ref()?;
     Some(ApiKey::new(&credentials.api_key, &credentials.api_secret))
@@ -402,6 +444,11 @@ struct Watcher<'a> {
     rooms: Option<Rooms>,
     story: Story,
     notes: Vec<String>,
+    epoch: Epoch,
+    seconds: Seconds,
+    series: Series,
+    /// The server's own, where they were asked for.
+    pages: Option<Watch>,
 }
 
 impl Watcher<'_> {
@@ -417,6 +464,7 @@ impl Watcher<'_> {
                 _ = look.tick() => {}
             }
             self.tell(tell).await;
+            self.note_second().await;
             self.make_rooms(interrupts).await;
         }
         self.tell(tell).await;
@@ -432,6 +480,45 @@ impl Watcher<'_> {
         let Ok((story, lines)) = told.await else { return };
         self.story = story;
         lines.iter().for_each(|line| tell(line));
+    }
+
+    async fn note_second(&mut self) {
+        let mut seconds = std::mem::take(&mut self.seconds);
+        let looked = self.desk.call(move |desk| {
+            let row = seconds.look(&desk.state, desk.now_us());
+            (seconds, row)
+        });
+        let Ok((seconds, row)) = looked.await else { return };
+        self.seconds = seconds;
+        if let Some(row) = row {
+            let server = self.pages.as_mut().map(Watch::rows);
+            self.series.offer(Row { server, ..row });
+        }
+    }
+
+    /// When everybody has left. A server whose counters lag is waited for.
+    async fn account_of_server(&mut self) -> Option<Account> {
+        let pages = self.pages.take()?;
+        let seconds = std::mem::take(&mut self.seconds);
+        let held = self
+            .desk
+            .call(move |desk| (seconds::began_us(&desk.state), seconds.held(&desk.state)))
+            .await;
+        let (began_us, held) = held.unwrap_or_default();
+        // What lay before this process, or is not known, was not read: a stretch without length has no figures.
+        let start = self.epoch.instant(Time::ZERO);
+        let instant = |us: u64| self.epoch.time_of_unix_micros(us).map(|time| self.epoch.instant(time));
+        let stretches: Vec<Stretch> = held
+            .into_iter()
+            .map(|held| {
+                let between = held.between_us.and_then(|(from_us, to_us)| instant(from_us).zip(instant(to_us)));
+                let (from, to) = between.unwrap_or((start, start));
+                Stretch { name: held.name, from, to }
+            })
+            .collect();
+        let account = pages.finish(began_us.and_then(instant).unwrap_or(start), &stretches).await;
+        self.notes.extend(account.notes());
+        Some(account)
     }
 
     /// What cannot be written down does not happen: then the user's second signal ends the process.
@@ -497,7 +584,7 @@ impl Watcher<'_> {
         self.notes.extend(rooms.delete(&plan).await);
     }
 
-    fn leave(self) -> Vec<String> {
-        self.notes
+    fn leave(self) -> (Vec<String>, Vec<Row>) {
+        (self.notes, self.series.into_rows())
     }
 }

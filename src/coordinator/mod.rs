@@ -12,6 +12,7 @@ pub mod page;
 pub mod place;
 pub mod protocol;
 pub mod result;
+pub mod seconds;
 pub mod server;
 pub mod state;
 pub mod story;

@@ -163,6 +163,7 @@ impl Exhibit {
             started: self.started,
             finished: Duration::from_micros(now_us),
             series: &[],
+            server: None,
             notes,
         }
     }

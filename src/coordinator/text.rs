@@ -6,6 +6,7 @@ use super::document::About;
 use super::result::{Cell, Merged, Standing, Tier, Times, Vantage};
 use crate::measure::Histogram;
 use crate::report::Verdict;
+use crate::report::server_cost::{self, Ours};
 use crate::report::text::{self, Style, count, maybe, micros, number, percent};
 
 /// Vantages in a table. The worst come first, so that the others are those that nothing is wrong with.
@@ -25,6 +26,7 @@ pub fn render(merged: &Merged, about: &About<'_>, style: Style) -> String {
         text.push_str(&vantages(tier, merged, style));
     }
     text.push_str(&baselines(merged, style));
+    text.push_str(&server(merged, about, style));
     text.push_str(&missing(merged, style));
     text.push_str(&notes(about, style));
     if let Some(knee) = merged.knee() {
@@ -187,6 +189,17 @@ fn baselines(merged: &Merged, style: Style) -> String {
     text
 }
 
+/// What the server's own pages said.
+fn server(merged: &Merged, about: &About<'_>, style: Style) -> String {
+    let Some(account) = about.server else { return String::new() };
+    let record = &merged.totals.record;
+    let ours = Ours {
+        packets_received: record.audio.packets_received + record.video.packets_received,
+        drops: format!("{} at our hosts' sockets", number(record.session.host_drops)),
+    };
+    server_cost::block(account, &ours, style)
+}
+
 fn missing(merged: &Merged, style: Style) -> String {
     if merged.missing.is_empty() {
         return String::new();
@@ -296,6 +309,7 @@ mod tests {
             started: Duration::ZERO,
             finished: Duration::ZERO,
             series: &[],
+            server: None,
             notes: &[],
         };
         let text = render(&Merged::new(&canned.state, &judging), &about, Style::default());

@@ -10,8 +10,8 @@ use super::server_cost::AccountView;
 use super::tiers::{self, Knee};
 use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
 use super::{
-    Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Sample, Stall, Step, ThreadTime, Unmeasured, VERSION,
-    judge, judge::judge_step,
+    Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Stall, Step, ThreadTime, Unmeasured, VERSION, judge,
+    judge::judge_step,
 };
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::{Connection, Layout, Plan, Subscribers, VideoSpec};
@@ -22,12 +22,18 @@ pub const SCHEMA: &str = "throng-report/1";
 /// The report of one host.
 pub fn render(outcome: &Outcome) -> String {
     let steps = outcome.steps.iter().map(|step| judge_step(outcome, step)).collect();
-    print(&Report::new(outcome, judge(outcome), steps, &OneHost::default()))
+    print(&Report::new(outcome, judge(outcome), steps, &outcome.series[..], &OneHost::default()))
 }
 
-/// The report of a run over many hosts, which was judged as a whole and step by step. `hosts` has `vantages` and `missing`, and what else belongs beside them.
-pub fn of_many<'a, H: Serialize>(outcome: &'a Outcome, judgement: Judgement, steps: Vec<Judgement>, hosts: &'a H) -> impl Serialize + 'a {
-    Report::new(outcome, judgement, steps, hosts)
+/// The report of a run over many hosts, which was judged as a whole and step by step. `series` has its rows, `hosts` has `vantages` and `missing`, and what else belongs beside them.
+pub fn of_many<'a, S: Serialize, H: Serialize>(
+    outcome: &'a Outcome,
+    judgement: Judgement,
+    steps: Vec<Judgement>,
+    series: &'a [S],
+    hosts: &'a H,
+) -> impl Serialize + 'a {
+    Report::new(outcome, judgement, steps, series, hosts)
 }
 
 /// Indented, with a newline at its end.
@@ -53,7 +59,7 @@ struct OneHost {
 }
 
 #[derive(serde::Serialize)]
-struct Report<'a, H> {
+struct Report<'a, S, H> {
     schema: &'static str,
     version: &'static str,
     started_at: String,
@@ -72,15 +78,15 @@ struct Report<'a, H> {
     totals: TotalsView<'a>,
     join_failures: Vec<FailureView<'a>>,
     worst: Vec<WorstView<'a>>,
-    series: &'a [Sample],
+    series: &'a [S],
     engine: EngineView<'a>,
     server: Option<ServerView<'a>>,
     #[serde(flatten)]
     hosts: &'a H,
 }
 
-impl<'a, H: Serialize> Report<'a, H> {
-    fn new(outcome: &'a Outcome, judgement: Judgement, steps: Vec<Judgement>, hosts: &'a H) -> Report<'a, H> {
+impl<'a, S: Serialize, H: Serialize> Report<'a, S, H> {
+    fn new(outcome: &'a Outcome, judgement: Judgement, steps: Vec<Judgement>, series: &'a [S], hosts: &'a H) -> Report<'a, S, H> {
         let Judgement { verdict, reasons } = judgement;
         Report {
             schema: SCHEMA,
@@ -112,7 +118,7 @@ impl<'a, H: Serialize> Report<'a, H> {
                 .into_iter()
                 .map(WorstView::new)
                 .collect(),
-            series: &outcome.series,
+            series,
             engine: EngineView::new(outcome),
             server: ServerView::new(outcome),
             hosts,

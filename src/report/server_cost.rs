@@ -122,20 +122,23 @@ impl LatencyView {
 pub(super) fn text(outcome: &Outcome, style: Style) -> String {
     let Some(account) = &outcome.server else { return String::new() };
     let media = [Kind::Audio, Kind::Video].map(|kind| outcome.totals.media(kind));
+    let drops = outcome.engine.host_drops.places().iter().filter_map(|(_, packets)| *packets).sum();
     let ours = Ours {
         packets_received: media.iter().map(|media| media.packets_received).sum(),
-        host_drops: outcome.engine.host_drops.places().iter().filter_map(|(_, packets)| *packets).sum(),
+        drops: format!("{} on this host", number(drops)),
     };
     block(account, &ours, style)
 }
 
 /// What stands beside the server's figures.
-struct Ours {
-    packets_received: u64,
-    host_drops: u64,
+pub(crate) struct Ours {
+    pub packets_received: u64,
+    /// How many datagrams were dropped, and where.
+    pub drops: String,
 }
 
-fn block(account: &Account, ours: &Ours, style: Style) -> String {
+/// A paragraph; nothing where no page was read.
+pub(crate) fn block(account: &Account, ours: &Ours, style: Style) -> String {
     let Some(stretch) = busiest(account) else { return String::new() };
     let nodes = count(account.nodes.len() as u64, "page");
     let Some(cost) = &stretch.cost else {
@@ -185,7 +188,7 @@ fn block(account: &Account, ours: &Ours, style: Style) -> String {
             number(ours.packets_received)
         ),
     );
-    row("drops", format!("{}; {} on this host", drops(&counted), number(ours.host_drops)));
+    row("drops", format!("{}; {}", drops(&counted), ours.drops));
     text.push('\n');
     text
 }
@@ -292,14 +295,16 @@ mod tests {
         }
     }
 
-    const OURS: Ours = Ours {
-        packets_received: 74_990,
-        host_drops: 0,
-    };
+    fn ours() -> Ours {
+        Ours {
+            packets_received: 74_990,
+            drops: "0 on this host".into(),
+        }
+    }
 
     #[test]
     fn people_see_what_a_participant_costs() {
-        let text = block(&account(15, true), &OURS, Style::default());
+        let text = block(&account(15, true), &ours(), Style::default());
         assert_eq!(
             text,
             "Server     1 page, hold: 0.50 cores, 90.0 MB, 4 participants
@@ -317,13 +322,13 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_said_so() {
-        let short = block(&account(6, false), &OURS, Style::default());
+        let short = block(&account(6, false), &ours(), Style::default());
         assert!(short.contains("its counters lag, so hold for 10 s or longer"), "{short}");
         assert!(short.contains("n/a (LiveKit measures it where rtc.forward_stats is set)"), "{short}");
         assert!(short.lines().all(|line| line.chars().count() <= 80), "{short}");
         let mut lost = account(15, true);
         lost.stretches[0].cost = None;
-        assert_eq!(block(&lost, &OURS, Style::default()), "Server     1 page: not known in hold\n\n");
+        assert_eq!(block(&lost, &ours(), Style::default()), "Server     1 page: not known in hold\n\n");
     }
 
     #[test]

@@ -1,0 +1,295 @@
+//! What is noted of a run over several hosts beside its state, second by second: rows of the series, and when each tier was held by the coordinator's clock.
+//!
+//! None of it is journaled: of what lay before a coordinator was started again there are no rows.
+
+use std::collections::BTreeMap;
+
+use super::protocol::{Live, ProverId, StageKind};
+use super::state::{Phase, Prober, State};
+use crate::server_metrics::book;
+
+/// Rows that are kept; beyond that every second one goes, and from then on half as many come. Two hours of a row each second.
+const ROWS_MAX: usize = 7_200;
+/// What a host said so long ago is of another second.
+const STALE_US: u64 = 3_000_000;
+
+/// One second of all hosts that are there, by what each said last. `None`: not known of all of them.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Row {
+    /// Seconds since publishers began to join.
+    pub t: f64,
+    /// Hosts that were neither lost nor done.
+    pub hosts: usize,
+    pub participants: Option<u64>,
+    pub packets_sent_per_second: Option<f64>,
+    pub packets_received_per_second: Option<f64>,
+    pub bytes_sent_per_second: Option<f64>,
+    pub bytes_received_per_second: Option<f64>,
+    /// Of all media of the run so far, 0 to 1, at the host that has most of it. Hosts that receive nothing have none.
+    pub loss_worst: Option<f64>,
+    /// As in the series of one host.
+    pub server: Option<Vec<Option<book::Row>>>,
+}
+
+/// The rows of a run, of bounded number.
+#[derive(Debug)]
+pub struct Series {
+    rows: Vec<Row>,
+    most: usize,
+    /// One of so many rows is kept.
+    stride: usize,
+    offered: usize,
+}
+
+impl Default for Series {
+    fn default() -> Series {
+        Series::of_at_most(ROWS_MAX)
+    }
+}
+
+impl Series {
+    fn of_at_most(most: usize) -> Series {
+        Series {
+            rows: Vec::new(),
+            most,
+            stride: 1,
+            offered: 0,
+        }
+    }
+
+    pub fn offer(&mut self, row: Row) {
+        let is_wanted = self.offered.is_multiple_of(self.stride);
+        self.offered += 1;
+        if !is_wanted {
+            return;
+        }
+        self.rows.push(row);
+        if self.rows.len() > self.most {
+            let mut index = 0;
+            self.rows.retain(|_| {
+                index += 1;
+                index % 2 == 1
+            });
+            self.stride *= 2;
+        }
+    }
+
+    pub fn into_rows(self) -> Vec<Row> {
+        self.rows
+    }
+}
+
+/// When one tier was held, in microseconds since 1970 by the coordinator's clock; `None` where nobody said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub name: String,
+    pub between_us: Option<(u64, u64)>,
+}
+
+/// Looks at a state several times a second.
+#[derive(Default)]
+pub struct Seconds {
+    /// Of the run; the last one that has a row.
+    second: u64,
+    /// By stage and host.
+    holds: BTreeMap<u32, BTreeMap<ProverId, Hold>>,
+}
+
+#[derive(Clone, Copy)]
+struct Hold {
+    from_us: u64,
+    held_us: u64,
+}
+
+impl Seconds {
+    /// A row, where a second has gone by.
+    pub fn look(&mut self, state: &State, now_us: u64) -> Option<Row> {
+        self.note_holds(state);
+        let began_us = began_us(state)?;
+        let since_us = now_us.checked_sub(began_us)?;
+        let second = since_us / 1_000_000;
+        let live: Vec<&Prober> = state.probers().iter().filter(|prober| prober.is_live()).collect();
+        if second <= self.second || live.is_empty() || *state.phase() == Phase::Over {
+            return None;
+        }
+        self.second = second;
+        // A host that has not told its stage has not been heard by this process.
+        let is_known = |prober: &&Prober| prober.stage.is_some() && now_us.saturating_sub(prober.heard_us) <= STALE_US;
+        let all_known = live.iter().all(is_known);
+        let sum = |of: fn(&Live) -> Option<f64>| live.iter().map(|prober| of(&prober.live)).sum::<Option<f64>>().filter(|_| all_known);
+        let losses = live.iter().filter_map(|prober| prober.live.loss);
+        Some(Row {
+            t: since_us as f64 / 1e6,
+            hosts: live.len(),
+            participants: all_known.then(|| live.iter().map(|prober| u64::from(prober.live.participants)).sum()),
+            packets_sent_per_second: sum(|live| live.packets_sent_per_second),
+            packets_received_per_second: sum(|live| live.packets_received_per_second),
+            bytes_sent_per_second: sum(|live| live.bits_sent_per_second).map(|bits| bits / 8.0),
+            bytes_received_per_second: sum(|live| live.bits_received_per_second).map(|bits| bits / 8.0),
+            loss_worst: losses.reduce(f64::max).filter(|_| all_known),
+            server: None,
+        })
+    }
+
+    /// A host says for how long it has held, some time after it looked: the earliest beginning that follows is the nearest.
+    fn note_holds(&mut self, state: &State) {
+        let under_way = state.underway().map(|underway| underway.stage);
+        for prober in state.probers() {
+            for (stage, tier) in &prober.tiers {
+                let held_us = (tier.seconds * 1e6) as u64;
+                let holds = self.holds.entry(*stage).or_default();
+                let from_us = prober.heard_us.saturating_sub(held_us);
+                if let Some(hold) = holds.get_mut(&prober.id) {
+                    hold.from_us = hold.from_us.min(from_us);
+                    hold.held_us = held_us;
+                } else if under_way == Some(*stage) {
+                    holds.insert(prober.id.clone(), Hold { from_us, held_us });
+                }
+            }
+        }
+    }
+
+    /// When all hosts held each of the tiers that began, to about a second.
+    pub fn held(&self, state: &State) -> Vec<Held> {
+        let begun = state
+            .orders()
+            .iter()
+            .filter_map(|order| Some((order.stage, state.stages().get(order.stage as usize)?)));
+        let tiers = begun.filter(|(_, stage)| stage.kind == StageKind::Tier);
+        let held = tiers.map(|(index, stage)| {
+            let holds = || self.holds.get(&index).into_iter().flat_map(BTreeMap::values);
+            let from_us = holds().map(|hold| hold.from_us).max();
+            let to_us = holds().map(|hold| hold.from_us + hold.held_us).min();
+            Held {
+                name: stage.name.clone(),
+                between_us: from_us.zip(to_us).filter(|(from_us, to_us)| from_us < to_us),
+            }
+        });
+        held.collect()
+    }
+}
+
+/// When publishers began to join, in microseconds since 1970.
+pub fn began_us(state: &State) -> Option<u64> {
+    state.orders().first().map(|order| order.start_us)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::coordinator::canned::{Canned, START_US, TIER, WELL};
+    use crate::coordinator::protocol::TierSoFar;
+    use crate::coordinator::state::Entry;
+    use crate::plan::Role;
+
+    fn live(participants: u32) -> Live {
+        Live {
+            participants,
+            packets_sent_per_second: Some(50.0),
+            packets_received_per_second: Some(500.0),
+            bits_sent_per_second: Some(8_000.0),
+            bits_received_per_second: Some(80_000.0),
+            loss: Some(f64::from(participants) / 100.0),
+            ..Live::default()
+        }
+    }
+
+    fn ordered(canned: &mut Canned, stage: u32) {
+        let at_us = canned.now_us;
+        canned.apply(Entry::Ordered {
+            at_us,
+            stage,
+            start_us: at_us,
+        });
+    }
+
+    /// Both are in, and publishers join.
+    fn two() -> Canned {
+        let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both)), ("ams", Some(Role::Both))]);
+        ordered(&mut canned, 0);
+        canned
+    }
+
+    fn tier(seconds: f64, complete: bool) -> Vec<TierSoFar> {
+        let so_far = WELL.so_far(TIER, complete);
+        vec![TierSoFar { seconds, ..so_far }]
+    }
+
+    #[test]
+    fn a_row_is_of_all_hosts_or_says_that_it_is_not_known() {
+        let (mut canned, mut seconds) = (two(), Seconds::default());
+        assert_eq!(seconds.look(&canned.state, START_US), None, "no second has gone by");
+        canned.beat(0, tier(1.0, false), live(3));
+        let row = seconds.look(&canned.state, canned.now_us).unwrap();
+        assert_eq!((row.t, row.hosts), (1.0, 2));
+        assert!(
+            row.participants.is_none() && row.packets_received_per_second.is_none() && row.loss_worst.is_none(),
+            "{row:?}"
+        );
+        assert_eq!(seconds.look(&canned.state, canned.now_us + 400_000), None, "it has its row");
+        canned.beat(1, tier(1.0, false), live(4));
+        let row = seconds.look(&canned.state, canned.now_us).unwrap();
+        assert_eq!(
+            (row.participants, row.packets_sent_per_second, row.bytes_received_per_second),
+            (Some(7), Some(100.0), Some(20_000.0))
+        );
+        assert_eq!(row.loss_worst, Some(0.04));
+        // One falls silent; then it is lost, and the others are all that there is.
+        let later = canned.now_us + STALE_US + 1;
+        assert_eq!(seconds.look(&canned.state, later).unwrap().participants, None);
+        canned.now_us = later;
+        canned.beat(1, tier(4.0, false), live(5));
+        canned.loses(0);
+        let row = seconds.look(&canned.state, canned.now_us).unwrap();
+        assert_eq!((row.hosts, row.participants), (1, Some(5)));
+        canned.is_over();
+        assert_eq!(seconds.look(&canned.state, canned.now_us + 2_000_000), None);
+    }
+
+    #[test]
+    fn a_host_that_tells_nothing_of_media_makes_the_sum_unknown() {
+        let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both)), ("vg", None)]);
+        ordered(&mut canned, 0);
+        canned.beat(0, tier(1.0, false), live(3));
+        let row = Seconds::default().look(&canned.state, canned.now_us).unwrap();
+        assert_eq!((row.hosts, row.participants), (2, None));
+    }
+
+    #[test]
+    fn a_tier_is_held_while_all_hold_it() {
+        let (mut canned, mut seconds) = (two(), Seconds::default());
+        ordered(&mut canned, TIER);
+        let mut hear = |canned: &mut Canned, who, held: f64, complete| {
+            canned.beat(who, tier(held, complete), live(3));
+            seconds.look(&canned.state, canned.now_us);
+        };
+        hear(&mut canned, 0, 0.5, false);
+        hear(&mut canned, 1, 0.2, false);
+        // It looked a tenth of a second before it said so; then it took its time over its account.
+        hear(&mut canned, 0, 2.6, false);
+        hear(&mut canned, 0, 3.0, true);
+        hear(&mut canned, 1, 3.0, true);
+        assert_eq!(
+            seconds.held(&canned.state),
+            [Held {
+                name: "tier 1".into(),
+                between_us: Some((START_US + 1_800_000, START_US + 3_400_000)),
+            }]
+        );
+        // By a process that has seen nothing of it.
+        assert_eq!(Seconds::default().held(&canned.state)[0].between_us, None);
+    }
+
+    #[test]
+    fn a_long_run_has_fewer_rows_and_each_is_still_of_its_second() {
+        let mut series = Series::of_at_most(4);
+        for second in 1..=20 {
+            series.offer(Row {
+                t: f64::from(second),
+                ..Row::default()
+            });
+        }
+        let rows: Vec<f64> = series.into_rows().iter().map(|row| row.t).collect();
+        assert_eq!(rows, [1.0, 9.0, 17.0]);
+    }
+}
