@@ -79,7 +79,7 @@ impl Coordinator {
             let read = stderr.read_line(&mut line).unwrap();
             greeting.push_str(&line);
             assert!(read > 0, "it ended: {greeting}");
-            if let Some((_, rest)) = line.split_once("--report-to http://127.0.0.1:") {
+            if let Some((_, rest)) = line.split_once("--report-to ").and_then(|(_, url)| url.split_once("://127.0.0.1:")) {
                 break rest.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
             }
         };
@@ -236,6 +236,54 @@ fn a_token_is_made_and_printed_where_none_is_given() {
         "{}",
         coordinator.greeting
     );
+}
+
+#[test]
+fn over_tls_a_prober_comes_in_that_trusts_the_certificate_and_no_other() {
+    let scratch = Scratch::new("tls");
+    let (certificate, key) = (scratch.file("certificate.pem"), scratch.file("key.pem"));
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    std::fs::write(&certificate, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let args = ["--expect", "2", "--subscribers", "1", "--tls-cert", &certificate, "--tls-key", &key];
+    let mut coordinator = Coordinator::with_token(&scratch, &args);
+    assert!(
+        coordinator.greeting.contains("COORDINATOR_URL=https://127.0.0.1:"),
+        "{}",
+        coordinator.greeting
+    );
+    let prober = |scheme: &str, vantage: &str, trusted: Option<&str>| {
+        let url = format!("{scheme}://127.0.0.1:{}", coordinator.port);
+        let args = ["--report-to", &url, "--coordinator-token", TOKEN, "--vantage", vantage];
+        let mut command = Coordinator::command(env!("CARGO_BIN_EXE_throng"), &scratch, &args);
+        Prober(command.envs(trusted.map(|file| ("SSL_CERT_FILE", file))).spawn().unwrap())
+    };
+    let mut doubts = prober("https", "ams", None);
+    assert!(doubts.says().contains("point SSL_CERT_FILE at its authority"));
+    let mut plain = prober("http", "fra", None);
+    assert!(plain.says().contains("write https://"));
+    let mut trusts = prober("https", "iad", Some(&certificate));
+    assert!(trusts.says().starts_with("in; "));
+    coordinator.hear("iad is in: 1 of 2");
+}
+
+/// A prober that waits for others.
+struct Prober(Child);
+
+impl Prober {
+    /// Its first line.
+    fn says(&mut self) -> String {
+        let mut line = String::new();
+        BufReader::new(self.0.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+        line
+    }
+}
+
+impl Drop for Prober {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 #[test]
@@ -554,6 +602,8 @@ fn what_cannot_begin_says_why_and_what_to_do() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let missing = scratch.file("missing.pem");
+    // Nobody answers there.
+    let nowhere = format!("http://{}", taken.local_addr().unwrap());
     let tls = ["--expect", "1", "--subscribers", "1", "--tls-cert", &missing, "--tls-key", &missing];
     for (args, code, says) in [
         (&["--expect", "0", "--subscribers", "1"][..], 2, "--expect 0 waits for nobody"),
@@ -576,6 +626,11 @@ fn what_cannot_begin_says_why_and_what_to_do() {
             "cannot write the journal",
         ),
         (&tls, 1, "--tls-cert"),
+        (
+            &["--expect", "1", "--subscribers", "1", "--url", &nowhere, "--server-metrics", &nowhere],
+            1,
+            "cannot be read",
+        ),
     ] {
         let first: &[&str] = if args.contains(&"--coordinator-port") {
             &[]

@@ -91,14 +91,22 @@ impl Client {
     }
 
     fn away(&self, error: &reqwest::Error) -> NoAnswer {
-        let cause = causes(error).last().map_or_else(|| error.to_string(), ToString::to_string);
+        let root = causes(error).last();
+        let cause = root.map_or_else(|| error.to_string(), ToString::to_string);
+        let hint = match root.and_then(|root| root.downcast_ref::<rustls::Error>()) {
+            Some(rustls::Error::InvalidCertificate(_)) => ": check its certificate and the name in it, or point SSL_CERT_FILE at its authority",
+            Some(rustls::Error::InvalidMessage(_)) => ": where it does not speak TLS, write http://",
+            // What a TLS alert looks like to one who expects HTTP.
+            None if !self.url.is_secure() && cause.contains("invalid HTTP version") => ": where it speaks TLS, write https://",
+            _ => "",
+        };
         NoAnswer::Away(match error.is_timeout() {
             true => format!(
                 "the coordinator at {} did not answer within {} s",
                 self.url.http(),
                 REQUEST_TIMEOUT.as_secs()
             ),
-            false => format!("the coordinator at {} cannot be reached ({cause})", self.url.http()),
+            false => format!("the coordinator at {} cannot be reached ({cause}){hint}", self.url.http()),
         })
     }
 

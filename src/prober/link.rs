@@ -24,6 +24,8 @@ use crate::units::{Epoch, Time};
 /// From one look for the job to the next, and the least pause before a coordinator that did not answer is asked again.
 const POLL: Duration = Duration::from_secs(1);
 const POLL_MAX: Duration = Duration::from_secs(10);
+/// The same trouble is told so often.
+const TELL_AGAIN: Duration = Duration::from_secs(30);
 /// Who hears nothing of a coordinator for so long before anything has begun gives up. `voicegw`'s probers do so, too.
 const GATHER_PATIENCE: Duration = Duration::from_secs(300);
 /// So long the last report is tried to be delivered to a coordinator that does not answer, and did not say how long.
@@ -175,6 +177,7 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
 ) -> Result<A, Gone> {
     let since = tokio::time::Instant::now();
     let mut pause = POLL;
+    let mut last_told = None::<(String, tokio::time::Instant)>;
     loop {
         match ask().await {
             Ok(answer) => return Ok(answer),
@@ -183,7 +186,13 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
             Err(NoAnswer::Away(why)) if since.elapsed() + pause > patience => {
                 return Err(Gone::Other(format!("{why}; given up after {} s", patience.as_secs())));
             }
-            Err(NoAnswer::Away(why)) => told(format!("{why}; trying again")),
+            Err(NoAnswer::Away(why)) => {
+                let is_known = |(last, at): &(String, tokio::time::Instant)| *last == why && at.elapsed() < TELL_AGAIN;
+                if !last_told.as_ref().is_some_and(is_known) {
+                    told(format!("{why}; trying again"));
+                    last_told = Some((why, tokio::time::Instant::now()));
+                }
+            }
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(POLL_MAX);
