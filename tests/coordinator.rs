@@ -610,6 +610,7 @@ fn what_cannot_begin_says_why_and_what_to_do() {
         (&["--subscribers", "1"], 2, "add --expect"),
         (&["--expect", "300", "--subscribers", "1"], 2, "at most 256"),
         (&["--expect", "2"], 2, "add --ramp"),
+        (&["--expect", "2", "--find-knee", "--max", "20"], 2, "with --ramp"),
         (&["--expect", "2", "--subscribers", "1", "--coordinator-token", "short"], 2, "16 to 256"),
         (
             &["--expect", "2", "--subscribers", "1", "--report-to", "http://h:1"],

@@ -209,6 +209,11 @@ impl RunArgs {
         if let Some((flag, _)) = of_one_host.into_iter().find(|(_, given)| *given) {
             return Err(format!("{flag} is about one host: give it to a prober"));
         }
+        if self.pace.find_knee {
+            return Err(
+                "--find-knee searches on one host, and --coordinator has its tiers from the start: write them down with --ramp 2,10,25".to_owned(),
+            );
+        }
         let unknown = [("--dry-run", self.engine.dry_run), ("--sfu-send", self.target.sfu_send.is_some())];
         match unknown.into_iter().find(|(_, given)| *given) {
             Some((flag, _)) => Err(format!("{flag} does not go with --coordinator: leave one of them out")),
