@@ -6,8 +6,10 @@ use super::protocol::{ProverId, StageKind};
 use super::state::{Phase, Prober, State};
 use crate::report::text;
 
-/// How it goes is told so often, where nothing else was.
+/// How it goes is told so often, where nothing else was ..
 const QUIET_US: u64 = 5_000_000;
+/// .. and while hosts are waited for, which may take long.
+const QUIET_GATHERING_US: u64 = 30_000_000;
 
 /// Knows what has been told.
 #[derive(Default)]
@@ -47,7 +49,11 @@ impl Story {
                 None => "The journal takes entries again.".to_owned(),
             });
         }
-        if lines.is_empty() && now_us.saturating_sub(self.last_us) >= QUIET_US {
+        let quiet_us = match state.phase() {
+            Phase::Gathering => QUIET_GATHERING_US,
+            _ => QUIET_US,
+        };
+        if lines.is_empty() && now_us.saturating_sub(self.last_us) >= quiet_us {
             lines.extend(status(state));
         }
         if !lines.is_empty() {

@@ -218,8 +218,8 @@ fn shape_line(plan: &Plan) -> String {
     match &plan.part {
         // Of rooms that it shares with other hosts.
         Some(part) => format!(
-            "{} of {people} on {}",
-            number(total),
+            "{} here, of {people} on {}",
+            count(total, "participant"),
             count(part.placement().vantages.len() as u64, "host")
         ),
         None => format!("{people} = {most}{}", count(total, "participant")),
