@@ -223,9 +223,10 @@ impl Test<'_> {
 
     /// The tier under way is over: what it came to, once what was under way has had its time, is a step of the report. False where that wait was cut short.
     async fn close_tier<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) -> bool {
+        // Before the survey, which brings what is expected up to date: beside a look of before it, the last second would seem lost.
+        self.watch(self.epoch.now());
         let end = self.survey().await;
         let until = self.epoch.now();
-        self.watch(until);
         let record = self.record.clone();
         self.enter(Stage::Between, around);
         let worker_seconds = self
