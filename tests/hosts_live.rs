@@ -19,10 +19,7 @@ use throng::coordinator::state::{Phase, Prober, State};
 use throng::measure::{Kind, Record};
 use throng::report::Verdict;
 
-common::on_both_servers!(
-    what_three_hosts_account_for_adds_up_and_they_keep_step,
-    those_who_publish_here_are_judged_by_those_who_subscribe_there,
-);
+common::on_both_servers!(what_three_hosts_account_for_adds_up_and_they_keep_step);
 
 const TOKEN: &str = "sesame-sesame-sesame-sesame";
 
@@ -253,10 +250,11 @@ fn the_servers_pages_and_the_series_are_of_all_hosts(led: &Led, packets_received
     assert!(series.iter().any(|row| row["server"][0]["participants"] == 18.0), "{series:?}");
 }
 
-fn those_who_publish_here_are_judged_by_those_who_subscribe_there(server: &Server) {
-    let _alone = alone();
+#[test]
+fn those_who_publish_here_are_judged_by_those_who_subscribe_there() {
+    let (_alone, server) = (alone(), Server::embedded());
     let video = "--publishers 1 --video-publishers 1 --video-resolution low --subscribers 3";
-    let leading = Leading::start("roles", server, video);
+    let leading = Leading::start("roles", &server, video);
     finish(vec![
         leading.prober("talks", &["--role=publish"]),
         leading.prober("hears", &["--role=subscribe"]),

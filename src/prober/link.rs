@@ -213,7 +213,7 @@ pub(super) struct Beats {
 impl Beats {
     /// Beats for as long as the coordinator wants to hear of us.
     pub async fn run(self) {
-        let mut pulse = Pulse::new(self.epoch.now());
+        let mut pulse = Pulse::new(self.epoch.now(), self.patience);
         let (mut clock, mut exchange) = (ClockEstimate::default(), None);
         loop {
             let at = tokio::time::Instant::from_std(self.epoch.instant(pulse.next_at()));

@@ -10,21 +10,23 @@ const BEAT: Duration = Duration::from_secs(1);
 const BEAT_WAITING: Duration = Duration::from_millis(200);
 /// After a beat that nobody answered, and twice as long after each further one ..
 const PAUSE_MIN: Duration = Duration::from_millis(250);
-/// .. up to this: a coordinator that comes back is found soon enough.
+/// .. up to this, or to a tenth of how long the run bears silence: a coordinator that comes back is found before it misses us.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct Pulse {
     next_at: Time,
     pause: Duration,
+    pause_max: Duration,
     answered_at: Time,
 }
 
 impl Pulse {
-    /// The first beat is due at once; silence counts from here.
-    pub fn new(now: Time) -> Pulse {
+    /// The first beat is due at once; silence counts from here, and is borne for as long as `patience`.
+    pub fn new(now: Time, patience: Duration) -> Pulse {
         Pulse {
             next_at: now,
             pause: PAUSE_MIN,
+            pause_max: (patience / 10).clamp(PAUSE_MIN, PAUSE_MAX),
             answered_at: now,
         }
     }
@@ -49,7 +51,7 @@ impl Pulse {
 
     pub fn handle_silence(&mut self, now: Time) {
         self.next_at = now + self.pause;
-        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        self.pause = (self.pause * 2).min(self.pause_max);
     }
 
     /// How long nobody has answered.
@@ -63,6 +65,7 @@ mod tests {
     use super::*;
 
     const START: Time = Time::from_millis(5_000);
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     fn millis(pulse: &Pulse) -> u64 {
         pulse.next_at().since(START).as_millis() as u64
@@ -70,7 +73,7 @@ mod tests {
 
     #[test]
     fn it_beats_each_second_and_five_times_a_second_at_a_barrier() {
-        let mut pulse = Pulse::new(START);
+        let mut pulse = Pulse::new(START, PATIENCE);
         assert_eq!(millis(&pulse), 0);
         pulse.handle_answer(START, START + Duration::from_millis(30), false);
         assert_eq!(millis(&pulse), 1_000);
@@ -84,7 +87,7 @@ mod tests {
 
     #[test]
     fn nobody_who_does_not_answer_is_pressed() {
-        let mut pulse = Pulse::new(START);
+        let mut pulse = Pulse::new(START, PATIENCE);
         let mut now = START;
         let mut pauses = Vec::new();
         for _ in 0..8 {
@@ -95,6 +98,9 @@ mod tests {
         }
         assert_eq!(pauses, [250, 500, 1_000, 2_000, 4_000, 5_000, 5_000, 5_000]);
         assert_eq!(pulse.silence(now), now.since(START));
+        let mut short = Pulse::new(START, Duration::from_secs(12));
+        (0..8).for_each(|_| short.handle_silence(START));
+        assert_eq!(millis(&short), 1_200, "where silence is borne for 12 s");
         pulse.handle_answer(now, now, false);
         assert_eq!(pulse.silence(now), Duration::ZERO);
         assert_eq!(pulse.next_at().since(now), BEAT);
