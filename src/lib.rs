@@ -5,6 +5,7 @@ pub mod cli;
 pub mod coordinator;
 pub mod engine;
 pub mod host;
+pub mod knee;
 pub mod measure;
 pub mod media;
 pub mod net;

@@ -41,7 +41,7 @@ fn throng() -> Result<u8> {
         Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
         Command::Run(run) => load_test(*run, &host),
         Command::Probe(probe) => take_part(*probe, &host),
-        Command::Coordinate(asked) => lead(&asked),
+        Command::Coordinate(asked) => lead(&asked, &host),
         Command::Sfu(sfu) => serve(&sfu, &host),
         Command::Calibrate(calibrate) => measure_host(&calibrate, &host),
     }
@@ -197,7 +197,10 @@ fn watched(run: &cli::Run, resources: &Resources, work: impl AsyncFnOnce(&mut dy
 }
 
 /// A run that other hosts play.
-fn lead(asked: &cli::Coordinate) -> Result<u8> {
+fn lead(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
+    if asked.run.dry_run {
+        return lead_nobody(asked, host);
+    }
     let quiet = asked.run.quiet;
     let sinks = Sinks::open(&asked.run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let finished = coordinator::lead::lead(asked, &mut |line| say(&line), &mut |line| {
@@ -227,6 +230,16 @@ fn lead(asked: &cli::Coordinate) -> Result<u8> {
     Ok(merged.judgement.verdict.exit_code())
 }
 
+/// What the hosts would play; nothing is listened on.
+fn lead_nobody(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
+    let rehearsal = coordinator::lead::rehearse(asked).map_err(|why| UsageError::new(&why))?;
+    let resources = preflight::resources(&rehearsal.first, host, None);
+    emit(&mut stdout(), &coordinator::text::rehearsal(&rehearsal))?;
+    emit(&mut stdout(), &text::dry_run(&rehearsal.first, &asked.run.judging, &resources))?;
+    asked.run.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
+    Ok(0)
+}
+
 /// One host of a run that a coordinator leads.
 fn take_part(probe: cli::Probe, host: &Host) -> Result<u8> {
     let cli::Probe {
@@ -235,22 +248,24 @@ fn take_part(probe: cli::Probe, host: &Host) -> Result<u8> {
         shape_given,
     } = probe;
     let sinks = Sinks::open(&own.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
-    let prober = Prober::enlist(config, own.credentials.as_ref(), |line| {
-        if !own.quiet {
+    let quiet = own.quiet;
+    let tell = |line: String| {
+        if !quiet {
             say(&line);
         }
-    })?;
+    };
+    let mut prober = Prober::enlist(config, own.credentials.as_ref(), tell)?;
     let played = prober
         .run(own, shape_given)
-        .and_then(|mut run| play(&prober, &mut run, host).map(|outcome| (run, outcome)));
+        .and_then(|mut run| play(&mut prober, &mut run, host).map(|outcome| (run, outcome)));
     // First to the coordinator: others wait there, and nothing that goes wrong here is to keep them.
-    let told = prober.report(played.as_ref().map(|(_, outcome)| outcome));
+    let told = prober.report(played.as_ref().map(|(_, outcome)| outcome), tell);
     let written = played.and_then(|(run, outcome)| write_report(&run, &outcome, sinks));
     say(&told);
     written
 }
 
-fn play(prober: &Prober, run: &mut cli::Run, host: &Host) -> Result<Outcome> {
+fn play(prober: &mut Prober, run: &mut cli::Run, host: &Host) -> Result<Outcome> {
     let mut resources = preflight::resources(&run.plan, host, run.threads);
     if run.destinations.record.is_some() {
         resources.files += recording::files(&run.plan);

@@ -19,7 +19,7 @@ use crate::sfu::SendMode;
 use crate::units::{Bitrate, Time};
 
 use part::Headcount;
-pub use part::{Part, Placement, Role, VANTAGES_MAX, Vantage, WEIGHT_MAX};
+pub use part::{LostPublishers, Part, Placement, Role, VANTAGES_MAX, Vantage, WEIGHT_MAX};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
 pub const PARTICIPANTS_MAX: u64 = 1_000_000;
@@ -670,9 +670,10 @@ impl Plan {
         }
     }
 
-    /// Tracks that `participant` ought to receive: those that it subscribes to and that its layout has room for.
-    pub fn expected_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
-        self.seen(kind, self.subscribed_tracks(participant, kind))
+    /// Tracks that `participant` ought to receive: those that it subscribes to, that are there, and that its layout has room for.
+    pub fn expected_tracks(&self, participant: &ParticipantPlan, kind: Kind, lost: &LostPublishers) -> u32 {
+        let subscribed = self.subscribed_tracks(participant, kind);
+        self.seen(kind, subscribed.saturating_sub(lost.of(participant.room, kind)))
     }
 
     /// How many of so many tracks a layout has room for.
@@ -1001,7 +1002,10 @@ pub(crate) mod tests {
                     ..plan.shape
                 };
                 for kind in [Kind::Audio, Kind::Video] {
-                    let expected: u64 = plan.participants().map(|p| u64::from(plan.expected_tracks(&p, kind))).sum();
+                    let expected: u64 = plan
+                        .participants()
+                        .map(|p| u64::from(plan.expected_tracks(&p, kind, &LostPublishers::default())))
+                        .sum();
                     assert_eq!(plan.total_expected_tracks(kind), expected);
                     assert_eq!(
                         plan.total_published_tracks(kind),

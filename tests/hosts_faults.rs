@@ -40,6 +40,8 @@ use tokio::sync::watch;
 const VANTAGES: [&str; 3] = ["ams", "fra", "iad"];
 /// The last one at which a fault begins: publishers stop, and reports are under way soon.
 const LAST_STAGE: u64 = 3;
+/// Of the coordinator, in one schedule.
+const OUTAGES_MAX: usize = 2;
 
 /// How long faults last, and how long the coordinator hears nothing of a prober before it goes on without it.
 #[derive(Clone, Copy)]
@@ -133,6 +135,12 @@ impl Schedule {
             })
             .collect();
         faults.sort_by_key(|(stage, into, _)| (*stage, *into));
+        // Nobody is promised that a load goes on for longer than four times `missing_after` without a coordinator: three long outages in a row are more.
+        let mut outages = 0;
+        faults.retain(|(_, _, fault)| {
+            outages += usize::from(matches!(fault, Fault::CoordinatorKilled | Fault::JournalFull));
+            outages <= OUTAGES_MAX || !matches!(fault, Fault::CoordinatorKilled | Fault::JournalFull)
+        });
         Schedule {
             faults,
             on_missing: if chance.chance(70) { "continue" } else { "stop" },

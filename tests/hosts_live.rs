@@ -279,7 +279,7 @@ fn those_who_publish_here_are_judged_by_those_who_subscribe_there() {
 #[test]
 fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
     let (_alone, server) = (alone(), Server::embedded());
-    let mut leading = Leading::start("dies", &server, "--publishers 3 --ramp 2,2");
+    let mut leading = Leading::start("dies", &server, "--publishers 3 --ramp 2,2,3");
     let [ams, fra, iad] = ["ams", "fra", "iad"].map(|vantage| leading.prober(vantage, &[]));
     // All who are to hear have heard.
     leading.wait_for("tier 2");
@@ -296,9 +296,68 @@ fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
     for prober in [&probers[0], &probers[2]] {
         let whole = prober.report.as_ref().unwrap().throng.as_ref().unwrap();
         let record = Record::from(&whole.totals.record);
-        assert_eq!(whole.tiers.len(), 3, "{:?}", whole.partial);
-        // The one who died speaks to them, too, as far as he got.
+        assert_eq!(whole.tiers.len(), 4, "{:?}", whole.partial);
+        // The one who died speaks to the first two, too, as far as he got; the third comes later, and nobody expects him any more.
         assert_eq!((record.audio.tracks_expected, record.audio.tracks_live), (6, 6));
+        let last = &whole.tiers[3];
+        let of_last = Record::from(&last.measured.record);
+        assert_eq!((of_last.audio.tracks_expected, of_last.audio.tracks_live), (6, 6));
+        assert!(matches!(last.verdict.0, Verdict::Pass | Verdict::Invalid), "{:?}", last.reasons);
+        assert!(whole.notes.iter().any(|note| note.starts_with("'fra' went missing")), "{:?}", whole.notes);
         assert!(record.audio.frames_expected - record.audio.frames_delivered <= 20, "{:?}", whole.reasons);
     }
+}
+
+#[test]
+fn a_threshold_that_ends_the_run_does_so_for_all_and_fails_it() {
+    let (_alone, server) = (alone(), Server::embedded());
+    let flags = "--publishers 3 --ramp 1,2 --threshold audio.one_way_latency.p50<1us:abort";
+    let leading = Leading::start("broken", &server, flags);
+    let probers = ["ams", "fra", "iad"].map(|vantage| leading.prober(vantage, &[]));
+    for finished in probers.map(Running::finish) {
+        assert!(finished.stderr.contains("The coordinator has this report"), "{}", finished.stderr);
+    }
+    let led = leading.finish();
+    let (who, why) = led.state.broken().expect("a threshold did not hold");
+    assert!(
+        why.starts_with("audio.one_way_latency.p50<1us:abort does not hold") && why.ends_with("and ended the run"),
+        "{why}"
+    );
+    assert!(led.stderr.contains(&format!("Stopping: '{who}': {why}")), "{}", led.stderr);
+    let names = |list: &str| -> Vec<String> {
+        let list = led.report[list].as_array().unwrap().iter();
+        list.map(|step| step["name"].as_str().unwrap_or_default().to_owned()).collect()
+    };
+    // The baseline, in which it did not hold either, is not held to it.
+    assert_eq!(names("steps"), ["tier 1"]);
+    assert!(
+        led.report["vantages"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|vantage| vantage["baseline"]["clients"] != 0)
+    );
+    let invalid = led.report["vantages"].as_array().unwrap().iter().any(|vantage| vantage["valid"] == false);
+    if !invalid {
+        assert_eq!((led.code, &led.report["result"]), (Some(99), &"FAIL".into()), "{}", led.stdout);
+        let first = led.report["reasons"][0].as_str().unwrap();
+        assert!(first.starts_with(&format!("tier 1: {who}: audio.one_way_latency")), "{first}");
+    }
+    assert_eq!(led.report["missing"], serde_json::json!([]), "{}", led.stdout);
+}
+
+#[test]
+fn a_prober_that_is_ended_while_it_waits_leaves_its_place_at_once() {
+    let (_alone, server) = (alone(), Server::embedded());
+    let mut leading = Leading::start("leaves", &server, "--subscribers 1 --publishers 1");
+    let first = leading.prober("ams", &[]);
+    leading.wait_for("ams is in");
+    first.signal(Signal::INT);
+    leading.wait_for("its place is free again");
+    let finished = first.finish();
+    assert_eq!(finished.code, Some(1));
+    assert!(finished.stderr.contains("SIGINT while the run was waited for"), "{}", finished.stderr);
+    let second = leading.prober("ams", &[]);
+    leading.wait_for("ams is in");
+    drop(second);
 }

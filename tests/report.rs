@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
+use throng::knee::{Answer, Limit};
 use throng::measure::{Bandwidth, Engine, Histogram, Media, Record, Session, serial};
 use throng::plan::{AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
 use throng::report::text::{Style, dry_run, first_line, render};
@@ -11,7 +12,6 @@ use throng::report::{
     Capacity, CapacityPoint, Cause, Destinations, EngineHealth, HostDrops, Judging, Nearness, Outcome, ParticipantOutcome, Quality, Sample, Second,
     Side, Sinks, Stall, Step, TargetInfo, TargetKind, ThreadTime, TierFacts, Timeline, Unmeasured, Verdict, json, judge, participants,
 };
-use throng::run::knee::{Answer, Limit};
 use throng::units::{Bitrate, Time};
 
 fn plan() -> Plan {

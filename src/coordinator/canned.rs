@@ -135,6 +135,7 @@ impl Canned {
             frames: Vec::new(),
             starts: starts.clone(),
             invalid: Vec::new(),
+            broken: None,
         });
         let beat = Beat {
             seq,
@@ -147,8 +148,24 @@ impl Canned {
             frames: Vec::new(),
             starts,
             invalid: Vec::new(),
+            broken: None,
         };
         self.state.hear(self.now_us, who, &beat);
+    }
+
+    /// A threshold did not hold there that ends the run.
+    pub fn breaks(&mut self, who: usize, stage: u32, threshold: &str) {
+        let prober = &self.state.probers()[who];
+        self.apply(Entry::Beat {
+            at_us: self.now_us,
+            prover_id: prober.id.clone(),
+            seq: prober.seq + 1,
+            tiers: vec![WELL.so_far(stage, false)],
+            frames: Vec::new(),
+            starts: Vec::new(),
+            invalid: Vec::new(),
+            broken: Some(threshold.to_owned()),
+        });
     }
 
     /// A prober's last word: what it saw of each tier, and in which its generator was the limit.

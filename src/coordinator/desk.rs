@@ -7,7 +7,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::access;
 use super::journal::{Head, Journal};
-use super::protocol::{self, Beat, BeatReply, Cancelled, Health, JobReply, ProverId, Register, Registered, Report, Reported};
+use super::protocol::{self, Beat, BeatReply, Cancelled, Departed, Health, JobReply, ProverId, Register, Registered, Report, Reported};
 use super::state::{Entry, Phase, Refused, State};
 use crate::units::Epoch;
 
@@ -187,6 +187,15 @@ impl Desk {
         }
         self.settle();
         Ok(self.state.reported())
+    }
+
+    pub fn leave(&mut self, id: &str) -> Result<Departed, Failure> {
+        let who = self.state.find(id)?;
+        if let Some(entry) = self.state.leave(self.now_us(), who) {
+            self.remember(entry)?;
+        }
+        self.settle();
+        Ok(Departed { ok: true })
     }
 
     pub fn cancel(&mut self, reason: &str) -> Result<Cancelled, Failure> {

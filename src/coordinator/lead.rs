@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::access::{self, Access, Seal};
 use super::desk::{Desk, DeskHandle, Failure};
 use super::journal::{self, Head, Journal};
-use super::place::Load;
+use super::place::{Load, Placed};
 use super::protocol::{TOKEN_VARIABLE, URL_VARIABLE, WireJudging, WirePlan};
 use super::seconds::{self, Row, Seconds, Series};
 use super::server::{self, Exhibit, Site};
@@ -19,7 +19,7 @@ use super::state::{Entry, Phase, Setup, State};
 use super::story::Story;
 use super::tokens::Mint;
 use crate::cli::Coordinate;
-use crate::plan::Plan;
+use crate::plan::{Part, Plan, Vantage};
 use crate::report::{TargetInfo, TargetKind};
 use crate::run::Interrupts;
 use crate::run::rooms::Rooms;
@@ -56,6 +56,26 @@ impl Finished {
             let _ = journal.remove();
         }
     }
+}
+
+/// What would be played if hosts of one kind came: each takes any role, and weighs 1.
+pub struct Rehearsal {
+    pub placed: Placed,
+    /// What the first of them plays.
+    pub first: Plan,
+}
+
+/// Looks at what a run comes to, and leads none.
+///
+/// # Errors
+/// So many hosts cannot play it.
+pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, String> {
+    let placed = setup(asked).load.place(vec![Vantage::default(); asked.expect as usize])?;
+    let mut first = asked.run.plan.clone();
+    placed.plan.apply_to(&mut first).map_err(|why| why.to_string())?;
+    first.part = Some(Part::new(placed.placement.clone(), 0, &first.shape)?);
+    first.ramp = Vec::new();
+    Ok(Rehearsal { placed, first })
 }
 
 /// Leads the run to its end. `tell` gets lines for people as things happen; `must_tell` those without which nobody can take part.

@@ -7,6 +7,7 @@
 //! | `POST /tokens/{prover_id}` | [`TokensRequest`] | [`TokensReply`] |
 //! | `POST /beat/{prover_id}` | [`Beat`] | [`BeatReply`] |
 //! | `POST /report/{prover_id}` | [`Report`] | [`Reported`] |
+//! | `POST /leave/{prover_id}` | | [`Departed`] |
 //! | `POST /cancel` | | [`Cancelled`] |
 //! | `GET /health` | | [`Health`] |
 //!
@@ -585,6 +586,9 @@ pub struct Beat {
     /// Why this generator is the limit, as far as it is known by now; empty while it keeps up.
     #[serde(default)]
     pub invalid: Vec<String>,
+    /// The threshold that ends the run for all, and what it came to: on this host it did not hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken: Option<String>,
 }
 
 impl Message for Beat {
@@ -600,7 +604,8 @@ impl Message for Beat {
         few("frames", self.frames.len(), FRAME_COUNTS_MAX)?;
         few("starts", self.starts.len(), STAGES_MAX)?;
         self.starts.iter().try_for_each(Start::check)?;
-        texts("invalid", &self.invalid)
+        texts("invalid", &self.invalid)?;
+        self.broken.as_ref().map_or(Ok(()), |broken| text("broken", broken))
     }
 }
 
@@ -952,6 +957,18 @@ pub struct Reported {
 }
 
 impl Message for Reported {
+    fn check(&self) -> Result<(), Malformed> {
+        Ok(())
+    }
+}
+
+/// The answer to `POST /leave/{prover_id}`: the prober takes no part. Before all are in its place is free again, after that it is missing from now on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Departed {
+    pub ok: bool,
+}
+
+impl Message for Departed {
     fn check(&self) -> Result<(), Malformed> {
         Ok(())
     }

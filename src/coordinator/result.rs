@@ -4,7 +4,7 @@
 //! before it went missing, and what one measured whose generator was the limit, stands beside them under its own name, and is in the totals of the run.
 //!
 //! **The verdict of a tier**, from what makes all else unknowable to what does not:
-//! 1. PARTIAL: a vantage that plays a part in it did not hold it to its end.
+//! 1. PARTIAL: a vantage that plays a part in it did not hold it to its end; unless it was a threshold that ended it, which is FAIL.
 //! 2. FAIL: what was measured, merged or by one vantage alone, breaks a limit. Only if a generator that was the limit sent media into the same rooms, the others' failures may be its own,
 //!    and prove nothing: then it is INVALID.
 //! 3. INVALID: a vantage's generator was the limit.
@@ -178,7 +178,8 @@ impl Merged {
                     .iter()
                     .map(|prober| Seen::tier(prober, index, stage, state, judging))
                     .collect();
-                Tier::new(format!("tier {}", index + 1), *subscribers, cells, state, judging)
+                let ended_by = broken_in(state, stage);
+                Tier::new(format!("tier {}", index + 1), *subscribers, cells, ended_by, state, judging)
             })
             .collect();
         let missing = missing(state);
@@ -460,7 +461,8 @@ impl Vantage {
 }
 
 impl Tier {
-    fn new(name: String, subscribers: u32, seen: Vec<Seen>, state: &State, judging: &Judging) -> Tier {
+    /// `ended_by`: the vantage that ended the run in it, and the threshold that did not hold there.
+    fn new(name: String, subscribers: u32, seen: Vec<Seen>, ended_by: Option<(&str, &str)>, state: &State, judging: &Judging) -> Tier {
         let mut step = Step {
             name,
             tier: Some(TierFacts::default()),
@@ -475,7 +477,7 @@ impl Tier {
         }
         let begun = seen.iter().any(|seen| seen.cell.participants > 0 || seen.record.is_some());
         let judgement = match begun {
-            true => judge_merged(&seen, &step, state, judging),
+            true => judge_merged(&seen, &step, ended_by, state, judging),
             false => Judgement {
                 verdict: Verdict::Partial,
                 reasons: vec!["it was not held".to_owned()],
@@ -550,7 +552,7 @@ impl Tier {
     }
 }
 
-fn judge_merged(seen: &[Seen], merged: &Step, state: &State, judging: &Judging) -> Judgement {
+fn judge_merged(seen: &[Seen], merged: &Step, ended_by: Option<(&str, &str)>, state: &State, judging: &Judging) -> Judgement {
     let (mut broken_off, mut failed, mut invalid) = (Vec::new(), Vec::new(), Vec::new());
     for Seen { label, cell, .. } in seen {
         let named = |reason: &String| format!("{label}: {reason}");
@@ -582,21 +584,37 @@ fn judge_merged(seen: &[Seen], merged: &Step, state: &State, judging: &Judging) 
         );
     }
     let spoilt = !state.setup().load.rooms_apart && seen.iter().any(Seen::may_spoil_others);
-    let verdict = match (broken_off.is_empty(), failed.is_empty(), invalid.is_empty()) {
+    // What a generator that was the limit ends proves nothing either.
+    let is_valid = |vantage: &str| seen.iter().any(|seen| seen.label == vantage && seen.cell.standing != Standing::Invalid);
+    let ended_by = ended_by.filter(|(vantage, _)| is_valid(vantage));
+    if let Some((vantage, threshold)) = ended_by {
+        let why = format!("{vantage}: {threshold}");
+        failed.retain(|known| *known != why);
+        failed.insert(0, why);
+    }
+    let verdict = match (broken_off.is_empty() || ended_by.is_some(), failed.is_empty(), invalid.is_empty()) {
         (false, ..) => Verdict::Partial,
         (true, false, _) if !spoilt => Verdict::Fail,
         (true, _, false) => Verdict::Invalid,
         (true, _, true) => Verdict::Pass,
     };
     let reasons = match verdict {
-        Verdict::Fail => failed.into_iter().chain(invalid).collect(),
+        Verdict::Fail => failed.into_iter().chain(broken_off).chain(invalid).collect(),
         _ => broken_off.into_iter().chain(invalid).chain(failed).collect(),
     };
     Judgement { verdict, reasons }
 }
 
+/// Where a threshold has ended the run, the vantage and that threshold, if it was in this stage: nothing is ordered after it.
+fn broken_in(state: &State, stage: Option<u32>) -> Option<(&str, &str)> {
+    state
+        .broken()
+        .filter(|_| stage.is_some() && state.underway().map(|underway| underway.stage) == stage)
+}
+
 fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missing]) -> Judgement {
-    let mut early: Vec<String> = state.stop_reason().map(|why| format!("ended early: {why}")).into_iter().collect();
+    let stopped = state.stop_reason().filter(|_| state.broken().is_none());
+    let mut early: Vec<String> = stopped.map(|why| format!("ended early: {why}")).into_iter().collect();
     for missing in missing {
         early.push(match (&missing.vantage, &missing.stage) {
             (Some(vantage), Some(stage)) => format!("{vantage} is missing since {stage}: {}", missing.why),
@@ -609,6 +627,8 @@ fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missi
             report
                 .iter()
                 .filter_map(|report| report.partial.as_ref())
+                // What all were told stands there already.
+                .filter(|why| Some(why.as_str()) != state.stop_reason())
                 .map(|why| format!("{label} ended early: {why}")),
         );
     }
@@ -766,6 +786,7 @@ mod tests {
     use super::*;
     use crate::coordinator::canned::{self, Canned, Saw, TIER, WELL};
     use crate::coordinator::protocol::Live;
+    use crate::coordinator::state::Entry;
     use crate::plan::Role;
     use crate::report::tiers::Answer;
 
@@ -921,6 +942,44 @@ mod tests {
         let merged = merged(&canned);
         assert_eq!(verdicts(&merged), [Verdict::Fail, Verdict::Partial]);
         assert_eq!(merged.judgement.verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn a_threshold_that_ends_the_run_fails_its_tier_although_the_others_broke_off() {
+        let broken = "audio.jitter.p95<1ms:abort does not hold: it is 4 ms, 3 s into the hold, and ended the run";
+        let ended = |invalid: &[usize]| {
+            let mut canned = Canned::armed(&[10, 10], &[("fra", Some(Role::Both)), ("sin", Some(Role::Subscribe))]);
+            canned.apply(Entry::Ordered {
+                at_us: canned.now_us,
+                stage: TIER,
+                start_us: canned.now_us,
+            });
+            canned.beat(0, vec![WELL.so_far(TIER, false)], Live::default());
+            canned.breaks(1, TIER, broken);
+            let Some(Entry::Stopping { at_us, reason }) = canned.state.due(canned.now_us) else {
+                panic!("it ends for all")
+            };
+            assert_eq!(reason, format!("'sin': {broken}"));
+            canned.apply(Entry::Stopping { at_us, reason });
+            canned.reports(1, &[QUIET], invalid);
+            canned.reports(0, &[], &[]);
+            canned.is_over();
+            merged(&canned)
+        };
+        let failed = ended(&[]);
+        assert_eq!(verdicts(&failed), [Verdict::Fail, Verdict::Partial]);
+        assert_eq!(
+            failed.tiers[0].judgement.reasons,
+            [format!("sin: {broken}"), "fra broke off after 7 s".to_owned()]
+        );
+        assert_eq!(
+            (failed.judgement.verdict, &failed.judgement.reasons[0]),
+            (Verdict::Fail, &format!("tier 1: sin: {broken}"))
+        );
+        assert!(!failed.judgement.reasons.iter().any(|reason| reason.starts_with("ended early")));
+        assert_eq!(failed.knee().unwrap().answer, Answer::FirstFailed);
+        // Of a generator that was the limit it is no news of the server.
+        assert_eq!(verdicts(&ended(&[0]))[0], Verdict::Partial);
     }
 
     #[test]

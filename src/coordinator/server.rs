@@ -322,6 +322,7 @@ pub fn routes(site: Site) -> Router {
         .route("/tokens/{prover_id}", post(tokens))
         .route("/beat/{prover_id}", post(beat))
         .route("/report/{prover_id}", post(report))
+        .route("/leave/{prover_id}", post(leave))
         .route("/result", get(result))
         .route("/cancel", post(cancel))
         .route("/events", get(events))
@@ -434,6 +435,11 @@ async fn report(extract::State(site): extract::State<Site>, extract::Path(id): e
 async fn result(extract::State(site): extract::State<Site>) -> Answered {
     let body = site.result().await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
+}
+
+async fn leave(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>) -> Answered {
+    let departed = site.desk.call(move |desk| desk.leave(&id)).await??;
+    Ok(json(&departed))
 }
 
 async fn cancel(extract::State(site): extract::State<Site>) -> Answered {

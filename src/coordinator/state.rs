@@ -108,6 +108,8 @@ pub enum Entry {
         frames: Vec<FrameCount>,
         starts: Vec<Start>,
         invalid: Vec<String>,
+        #[serde(default)]
+        broken: Option<String>,
     },
     Missing {
         at_us: u64,
@@ -192,6 +194,8 @@ pub struct Prober {
     /// By how much it began each stage late, in microseconds.
     pub starts: BTreeMap<u32, i64>,
     pub invalid: Vec<String>,
+    /// The threshold that did not hold on this host, and ends the run.
+    pub broken: Option<String>,
     pub live: Live,
     pub clock: ClockEstimate,
     /// Its last sign of life.
@@ -247,6 +251,7 @@ impl Prober {
                 })
                 .collect(),
             invalid: self.invalid.clone(),
+            broken: self.broken.clone(),
         }
     }
 
@@ -358,6 +363,15 @@ impl State {
     /// Those that the coordinator made.
     pub fn rooms(&self) -> &[String] {
         self.rooms.as_deref().unwrap_or_default()
+    }
+
+    /// The vantage on which a threshold did not hold that ends the run, and what it came to.
+    pub fn broken(&self) -> Option<(&str, &str)> {
+        let mut broken = self
+            .probers
+            .iter()
+            .filter_map(|prober| Some((prober.vantage.as_str(), prober.broken.as_deref()?)));
+        broken.next()
     }
 
     /// Why the run ends before its time; `None` while it does not.
@@ -495,7 +509,8 @@ impl State {
             return Ok(None);
         }
         self.must_make_sense(beat, placed, player)?;
-        let has_news = !beat.tiers.is_empty() || !beat.frames.is_empty() || !beat.starts.is_empty() || beat.invalid != prober.invalid;
+        let has_counts = !beat.tiers.is_empty() || !beat.frames.is_empty() || !beat.starts.is_empty();
+        let has_news = has_counts || beat.invalid != prober.invalid || beat.broken != prober.broken;
         Ok(has_news.then(|| Entry::Beat {
             at_us: now_us,
             prover_id: prober.id.clone(),
@@ -504,6 +519,7 @@ impl State {
             frames: beat.frames.clone(),
             starts: beat.starts.clone(),
             invalid: beat.invalid.clone(),
+            broken: beat.broken.clone(),
         }))
     }
 
@@ -592,6 +608,24 @@ impl State {
         }))
     }
 
+    /// A prober was ended before it had anything to report; nothing if that makes no difference any more.
+    pub fn leave(&self, now_us: u64, who: usize) -> Option<Entry> {
+        let prober = &self.probers[who];
+        match self.phase {
+            Phase::Gathering => Some(Entry::Left {
+                at_us: now_us,
+                prover_id: prober.id.clone(),
+            }),
+            Phase::Running | Phase::Stopping if prober.is_live() => Some(Entry::Missing {
+                at_us: now_us,
+                prover_id: prober.id.clone(),
+                last_heard_us: now_us,
+                why: "it was ended there".to_owned(),
+            }),
+            Phase::Running | Phase::Stopping | Phase::Over => None,
+        }
+    }
+
     pub fn reported(&self) -> Reported {
         Reported {
             ok: true,
@@ -676,6 +710,12 @@ impl State {
     }
 
     fn go_on(&self, now_us: u64) -> Option<Entry> {
+        if let Some((vantage, threshold)) = self.broken() {
+            return Some(Entry::Stopping {
+                at_us: now_us,
+                reason: format!("'{vantage}': {threshold}"),
+            });
+        }
         let missed = || self.probers.iter().find(|prober| prober.gone.is_some() || prober.left_early);
         if let (OnMissing::Stop, Some(missed)) = (self.setup.on_missing, missed()) {
             return Some(Entry::Stopping {
@@ -737,6 +777,7 @@ impl State {
                 frames,
                 starts,
                 invalid,
+                broken,
             } => {
                 let Some(prober) = self.prober(&prover_id).filter(|prober| seq > prober.seq) else {
                     return;
@@ -751,6 +792,7 @@ impl State {
                 );
                 prober.starts.extend(starts.into_iter().map(|start| (start.stage, start.skew_us)));
                 prober.invalid = invalid;
+                prober.broken = prober.broken.take().or(broken);
             }
             Entry::Missing {
                 at_us,
@@ -804,6 +846,7 @@ impl State {
             frames: BTreeMap::new(),
             starts: BTreeMap::new(),
             invalid: Vec::new(),
+            broken: None,
             live: Live::default(),
             clock: ClockEstimate::default(),
             heard_us: at_us,
@@ -1053,6 +1096,7 @@ pub(crate) mod tests {
             frames: Vec::new(),
             starts: Vec::new(),
             invalid: Vec::new(),
+            broken: None,
         }
     }
 

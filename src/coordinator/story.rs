@@ -67,7 +67,7 @@ impl Story {
         let left: Vec<ProverId> = self.told.keys().filter(|id| !there.contains(id)).cloned().collect();
         for id in left {
             self.told.remove(&id);
-            lines.push("A host fell silent before all were in; its place is free again.".to_owned());
+            lines.push("A host left, or fell silent, before all were in: its place is free again.".to_owned());
         }
         let expect = state.setup().expect;
         for (index, prober) in state.probers().iter().enumerate() {

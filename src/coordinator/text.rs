@@ -1,8 +1,11 @@
 //! The merged result on a terminal of 80 columns: tiers, vantages side by side, what one participant alone saw, who is missing, the knee, the verdict.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use super::document::About;
+use super::lead::Rehearsal;
+use super::protocol::{Stage, StageKind};
 use super::result::{Cell, Merged, Standing, Tier, Times, Vantage};
 use crate::measure::Histogram;
 use crate::report::Verdict;
@@ -34,6 +37,36 @@ pub fn render(merged: &Merged, about: &About<'_>, style: Style) -> String {
         let _ = writeln!(text, "{} {}", style.bold("Knee      "), sentence.trim_start());
     }
     text.push_str(&verdict(merged, style));
+    text
+}
+
+/// What a run would be, of lines of at most 80 columns: its stages, with the subscribers of all hosts and of each.
+pub fn rehearsal(rehearsal: &Rehearsal) -> String {
+    let hosts = &rehearsal.placed.stages;
+    let mut text = format!(
+        "{}, each for any role and of weight 1 (--role and --weight of a host say otherwise)\n  {:<10}{:>12}{:>14}{:>9}\n",
+        count(hosts.len() as u64, "host"),
+        "stage",
+        "subscribers",
+        "on each host",
+        "held"
+    );
+    let held = |stage: &Stage| matches!(stage.kind, StageKind::Baseline | StageKind::Tier);
+    for (index, stage) in hosts[0].iter().enumerate().filter(|(_, stage)| held(stage)) {
+        let each = hosts
+            .iter()
+            .filter_map(|stages| stages.get(index))
+            .map(|stage| u64::from(stage.subscribers));
+        let (least, most) = (each.clone().min().unwrap_or(0), each.clone().max().unwrap_or(0));
+        let range = if least == most {
+            number(most)
+        } else {
+            format!("{}-{}", number(least), number(most))
+        };
+        let hold = text::duration(Duration::from_micros(stage.hold_us));
+        let _ = writeln!(text, "  {:<10}{:>12}{range:>14}{hold:>9}", stage.name, number(each.sum()));
+    }
+    text.push_str("The first of them:\n");
     text
 }
 

@@ -23,6 +23,8 @@ const FLOOR_FACTOR: u64 = 3;
 const SEND_LAG_P99_MAX: Duration = Duration::from_millis(20);
 /// Frames that were never sent because their slot had passed: the load was less than the plan's by this. One hiccup of 50 ms in ten seconds is below it.
 const SLOTS_SKIPPED_SHARE_MAX: f64 = 0.005;
+/// Fewer than these are a hiccup and no lack of load, however little there was to send.
+const SLOTS_SKIPPED_MIN: u64 = 5;
 /// Packets that arrived at this host and were dropped by it.
 const HOST_DROPS_SHARE_MAX: f64 = 0.0005;
 /// A worker this busy has no room for a burst.
@@ -128,14 +130,16 @@ pub fn reasons(evidence: &Evidence<'_>) -> Vec<String> {
     let overall = [
         late_ticks(evidence),
         late_sends(evidence),
-        above(engine.send_slots_skipped, frames + engine.send_slots_skipped, SLOTS_SKIPPED_SHARE_MAX).map(|share| {
-            format!(
-                "{} frames ({share:.2} %) were never sent: their slot had passed (limit {:.1} %{}); fewer participants a host, or more cores",
-                engine.send_slots_skipped,
-                SLOTS_SKIPPED_SHARE_MAX * 1e2,
-                rows_where(evidence.seconds, |second| second.frames_skipped > 0)
-            )
-        }),
+        above(engine.send_slots_skipped, frames + engine.send_slots_skipped, SLOTS_SKIPPED_SHARE_MAX)
+            .filter(|_| engine.send_slots_skipped >= SLOTS_SKIPPED_MIN)
+            .map(|share| {
+                format!(
+                    "{} frames ({share:.2} %) were never sent: their slot had passed (limit {:.1} %{}); fewer participants a host, or more cores",
+                    engine.send_slots_skipped,
+                    SLOTS_SKIPPED_SHARE_MAX * 1e2,
+                    rows_where(evidence.seconds, |second| second.frames_skipped > 0)
+                )
+            }),
         above(engine.send_errors, engine.packets_processed, HOST_DROPS_SHARE_MAX).map(|share| {
             format!(
                 "the kernel refused {} of our datagrams ({share:.2} %, limit {:.2} %): raise net.core.wmem_default, or use more hosts",
@@ -377,6 +381,17 @@ mod tests {
         assert!(judged(|r| (0..50).for_each(|_| r.engine.tick_late.record_micros(30_000)), 0, 0.5)[0].contains("tick was late"));
         assert!(judged(|r| (0..50).for_each(|_| r.engine.send_lag.record_micros(30_000)), 0, 0.5)[0].contains("left late"));
         assert!(judged(|r| r.engine.send_slots_skipped = 600, 0, 0.5)[0].contains("never sent"));
+        let few = |skipped| {
+            judged(
+                |r| {
+                    (r.audio.frames_sent, r.video.frames_sent) = (100, 0);
+                    r.engine.send_slots_skipped = skipped;
+                },
+                0,
+                0.5,
+            )
+        };
+        assert_eq!((few(4).len(), few(5).len()), (0, 1));
         assert!(judged(|_| {}, 200, 0.5)[0].contains("dropped 200"));
         assert!(judged(|_| {}, 0, 0.95)[0].contains("busy 95 %"));
     }

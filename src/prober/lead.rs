@@ -26,6 +26,8 @@ pub(super) struct Led {
     epoch: Epoch,
     /// Tiers of which the final account has been told.
     tiers_told: usize,
+    /// This host ends the run, and the others hear of it.
+    is_broken: bool,
 }
 
 impl Led {
@@ -38,6 +40,7 @@ impl Led {
             epoch: clock,
             clock,
             tiers_told: 0,
+            is_broken: false,
         }
     }
 
@@ -145,6 +148,7 @@ impl Lead for Led {
                 warmup: Duration::from_micros(stage.warmup_us),
                 hold: Duration::from_micros(stage.hold_us),
                 watches_stayers: true,
+                watches_thresholds: stage.kind == StageKind::Tier,
                 is_whole: false,
             }),
             false => Next::Finish,
@@ -153,9 +157,15 @@ impl Lead for Led {
 
     fn abort(&mut self) -> Option<String> {
         match &*self.words.borrow() {
+            // What comes back of our own word does not cut short the tier that it is about.
+            Word::Stop { .. } if self.is_broken => None,
             Word::Stop { reason } => Some(reason.clone()),
             Word::Wait | Word::Start { .. } => None,
         }
+    }
+
+    fn missing(&self) -> Vec<u32> {
+        self.shared.inbox().missing.clone()
     }
 
     /// Gives our publishers' final counts and takes those of others: they come with the order to leave.
@@ -192,6 +202,12 @@ impl Lead for Led {
         ));
         if let Some((stage, told)) = tier {
             outbox.set_tier(stage, told);
+        }
+        let is_news = seen.broken.is_some_and(|broken| outbox.set_broken(broken));
+        drop(outbox);
+        if is_news {
+            self.is_broken = true;
+            self.shared.hurry();
         }
     }
 }

@@ -14,10 +14,11 @@ use super::outbox::Outbox;
 use super::pulse::Pulse;
 use crate::coordinator::clock::{ClockEstimate, Offset};
 use crate::coordinator::protocol::{
-    BeatReply, Exchange, FRAME_COUNTS_MAX, FrameCount, JobReply, Order, ProverId, Register, Registered, Report, Reported, TOKENS_MAX, TokensReply,
-    TokensRequest, VERSION, VantageClock, other_version,
+    BeatReply, Departed, Exchange, FRAME_COUNTS_MAX, FrameCount, JobReply, Order, ProverId, Register, Registered, Report, Reported, TOKENS_MAX,
+    TokensReply, TokensRequest, VERSION, VantageClock, other_version,
 };
 use crate::engine;
+use crate::run::Interrupts;
 use crate::signal::{Secret, TokenRequest};
 use crate::units::{Epoch, Time};
 
@@ -33,6 +34,8 @@ pub(super) const REPORT_PATIENCE: Duration = Duration::from_secs(60);
 /// A token is used up to half its lifetime: whoever joins with it has the other half to be in.
 const TOKEN_BATCH: u32 = 200;
 const TOKEN_TRIES: u32 = 4;
+/// For the word that we leave.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What the coordinator has a prober do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -114,16 +117,31 @@ pub(super) struct Enlisted {
     pub job: JobReply,
 }
 
-/// Registers, and waits until there is a job. `told` hears what there is to wait for.
+/// Registers, and waits until there is a job. `told` hears what there is to wait for. Who is interrupted meanwhile leaves its place to others.
 ///
 /// # Errors
 /// For people: what to do.
-pub(super) async fn enlist(client: &Client, register: &Register, mut told: impl FnMut(String)) -> Result<Enlisted, String> {
+pub(super) async fn enlist(client: &Client, register: &Register, interrupts: &mut Interrupts, told: impl FnMut(String)) -> Result<Enlisted, String> {
+    let mut place = None;
+    let signal = tokio::select! {
+        enlisted = wait_for_job(client, register, &mut place, told) => return enlisted,
+        signal = interrupts.next() => signal,
+    };
+    if let Some(id) = place {
+        // Where nobody answers, the place is free after a time of silence.
+        let _ = tokio::time::timeout(LEAVE_TIMEOUT, client.post::<Departed>(&format!("/leave/{id}"), &())).await;
+    }
+    Err(format!("{signal} while the run was waited for"))
+}
+
+/// `place` is where the coordinator has us, as soon as it does.
+async fn wait_for_job(client: &Client, register: &Register, place: &mut Option<ProverId>, mut told: impl FnMut(String)) -> Result<Enlisted, String> {
     'register: loop {
         let registered: Registered = insist(GATHER_PATIENCE, &mut told, || client.post("/register", register)).await?;
         if let Some(version) = registered.protocol.filter(|version| *version != VERSION) {
             return Err(other_version("coordinator", version, "prober").to_string());
         }
+        *place = Some(registered.prover_id.clone());
         told(format!("in; the run begins when {} are", probers(registered.expected)));
         loop {
             let path = format!("/job/{}", registered.prover_id);
@@ -303,9 +321,15 @@ impl Beats {
 ///
 /// # Errors
 /// Why it did not take it.
-pub(super) async fn deliver(client: &Client, id: &ProverId, report: &Report, patience: Duration) -> Result<Reported, String> {
+pub(super) async fn deliver(
+    client: &Client,
+    id: &ProverId,
+    report: &Report,
+    patience: Duration,
+    told: &mut impl FnMut(String),
+) -> Result<Reported, String> {
     let path = format!("/report/{id}");
-    Ok(insist(patience, &mut |_| {}, || client.post(&path, report)).await?)
+    Ok(insist(patience, told, || client.post(&path, report)).await?)
 }
 
 /// What to add to a vantage's time to get ours. Both uncertainties add up.
@@ -438,7 +462,7 @@ mod tests {
         let (scripted, url) = Scripted::start(script).await;
         let client = Client::new(url.parse().unwrap(), Some(Secret::new("sesame")));
         let mut told = Vec::new();
-        let enlisted = enlist(&client, &register(), |line| told.push(line)).await;
+        let enlisted = enlist(&client, &register(), &mut Interrupts::listen(), |line| told.push(line)).await;
         (enlisted, scripted, told)
     }
 
@@ -605,7 +629,7 @@ mod tests {
         .await;
         let (client, id) = (Client::new(url.parse().unwrap(), None), ProverId::new("p1").unwrap());
         let report = super::super::report::of_nothing("fra", "no media could be made");
-        assert!(deliver(&client, &id, &report, REPORT_PATIENCE).await.unwrap().ok);
+        assert!(deliver(&client, &id, &report, REPORT_PATIENCE, &mut |_| {}).await.unwrap().ok);
         let asked = scripted.asked();
         assert_eq!((asked.len(), asked[1].what.as_str()), (2, "POST /report/p1"));
         assert_eq!(asked[1].body["throng"]["partial"], "no media could be made");

@@ -30,7 +30,7 @@ use crate::plan::{Resources, Role, ServerUrl};
 use crate::report::Outcome;
 use crate::report::progress::Snapshot;
 use crate::run::lead::Alone;
-use crate::run::{Clips, run_as_guest};
+use crate::run::{Clips, Interrupts, run_as_guest};
 use crate::signal::{Access, ApiKey, Secret, TokenIssuer};
 use crate::units::Epoch;
 use client::Client;
@@ -58,6 +58,8 @@ pub struct Prober {
     /// Beats are stamped by it, and the run's clock is the same from another zero.
     clock: Epoch,
     beats: Option<JoinHandle<()>>,
+    /// From the first moment on: whoever ends this process wants the others to know.
+    interrupts: Interrupts,
     /// One thread, for the coordinator alone.
     runtime: Runtime,
 }
@@ -85,8 +87,9 @@ impl Prober {
             weight: config.weight,
             wants_tokens: credentials.is_none(),
         };
+        let mut interrupts = runtime.block_on(async { Interrupts::listen() });
         let enlisted = runtime
-            .block_on(link::enlist(&client, &register, &mut told))
+            .block_on(link::enlist(&client, &register, &mut interrupts, &mut told))
             .map_err(|why| anyhow!(why))?;
         let mut prober = Prober {
             config,
@@ -95,6 +98,7 @@ impl Prober {
             shared: Shared::new(),
             clock: Epoch::read(),
             beats: None,
+            interrupts,
             runtime,
         };
         prober.beats = prober.job().is_some().then(|| prober.runtime.spawn(prober.beats().run()));
@@ -142,15 +146,38 @@ impl Prober {
     ///
     /// # Errors
     /// What kept the run from starting.
-    pub async fn measure(&self, run: &cli::Run, resources: &Resources, clips: Clips, progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
+    pub async fn measure(&mut self, run: &cli::Run, resources: &Resources, clips: Clips, progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
         let access = self.access(run)?;
-        let Some(job) = self.job() else {
-            wait_for_wall_clock(self.enlisted.job.start_at).await;
-            return run_as_guest(run, access, resources, clips, &mut Alone::new(&run.plan), progress).await;
+        let stages = self.job().map(|job| job.stages.clone());
+        let (start_at, interrupts) = (self.enlisted.job.start_at, &mut self.interrupts);
+        let ended = |signal| anyhow!("{signal} before the run began");
+        let Some(stages) = stages else {
+            tokio::select! {
+                () = wait_for_wall_clock(start_at) => {}
+                signal = interrupts.next() => return Err(ended(signal)),
+            }
+            return run_as_guest(run, access, resources, clips, &mut Alone::new(&run.plan), interrupts, progress).await;
         };
-        let mut led = Led::new(self.shared.clone(), job.stages.clone(), self.clock);
-        led.wait_for_start().await.map_err(|why| anyhow!(why))?;
-        run_as_guest(run, access, resources, clips, &mut led, progress).await
+        let mut led = Led::new(self.shared.clone(), stages, self.clock);
+        tokio::select! {
+            started = led.wait_for_start() => started.map_err(|why| anyhow!(why))?,
+            signal = interrupts.next() => return Err(ended(signal)),
+        }
+        let mut outcome = run_as_guest(run, access, resources, clips, &mut led, interrupts, progress).await?;
+        outcome.notes.extend(self.missed());
+        Ok(outcome)
+    }
+
+    /// Who went missing meanwhile, for the reader of this host's own report.
+    fn missed(&self) -> Option<String> {
+        let missing = self.shared.inbox().missing.clone();
+        let vantages = &self.job()?.vantages;
+        let names: Vec<String> = missing
+            .iter()
+            .filter_map(|host| vantages.get(*host as usize))
+            .map(|name| format!("'{name}'"))
+            .collect();
+        (!names.is_empty()).then(|| format!("{} went missing: tracks from there were not expected any more", names.join(", ")))
     }
 
     fn access(&self, run: &cli::Run) -> Result<Access> {
@@ -168,8 +195,8 @@ impl Prober {
         Ok(Access::Issued(issuer))
     }
 
-    /// Tells the coordinator what this host found, or why it found nothing. Returns a line for people that says where that is.
-    pub fn report(mut self, found: Result<&Outcome, &anyhow::Error>) -> String {
+    /// Tells the coordinator what this host found, or why it found nothing. Returns a line for people that says where that is. `told` hears what there is to wait for.
+    pub fn report(mut self, found: Result<&Outcome, &anyhow::Error>, mut told: impl FnMut(String)) -> String {
         let vantage = &self.config.vantage;
         let report = match (found, self.job()) {
             (Ok(outcome), Some(job)) => report::of_stages(vantage, outcome, &job.stages),
@@ -178,22 +205,27 @@ impl Prober {
         };
         // From here on the report is the sign of life.
         self.beats.take().iter().for_each(JoinHandle::abort);
+        // Before anybody is waited for: a second signal, or a kill, may come at any time.
+        let kept = report::keep(&report, Path::new("."), vantage, &job::run_name(&self.enlisted.job));
+        let (patience, interrupts) = (self.patience(), &mut self.interrupts);
+        let (client, id) = (&self.client, &self.enlisted.id);
         let delivered = self.runtime.block_on(async {
-            // A run that has heard signals has taken their own effect away.
             tokio::select! {
-                delivered = link::deliver(&self.client, &self.enlisted.id, &report, self.patience()) => delivered,
-                _ = tokio::signal::ctrl_c() => Err("interrupted".to_owned()),
+                delivered = link::deliver(client, id, &report, patience, &mut told) => delivered,
+                signal = interrupts.next() => Err(signal.to_owned()),
             }
         });
-        let Err(why) = delivered else {
-            return format!(
-                "The coordinator has this report. The whole result, once all have reported: {}",
-                self.client.result_url()
-            );
-        };
-        match report::keep(&report, Path::new("."), vantage, &job::run_name(&self.enlisted.job)) {
-            Ok(path) => format!("The coordinator did not take this report ({why}). It is kept in {}", path.display()),
-            Err(error) => format!("The coordinator did not take this report ({why}), and it could not be kept: {error}"),
+        match (delivered, kept) {
+            (Ok(_), kept) => {
+                // One that stays is litter, and nothing worse.
+                kept.iter().for_each(|path| drop(std::fs::remove_file(path)));
+                format!(
+                    "The coordinator has this report. The whole result, once all have reported: {}",
+                    self.client.result_url()
+                )
+            }
+            (Err(why), Ok(path)) => format!("The coordinator did not take this report ({why}). It is kept in {}", path.display()),
+            (Err(why), Err(error)) => format!("The coordinator did not take this report ({why}), and it could not be kept: {error}"),
         }
     }
 }

@@ -23,6 +23,7 @@ pub(super) struct Outbox {
     starts: BTreeMap<u32, Changed<i64>>,
     live: Live,
     invalid: Vec<String>,
+    broken: Option<String>,
     seq: u64,
 }
 
@@ -51,6 +52,7 @@ pub(super) struct Draft {
     starts: Vec<Start>,
     live: Live,
     invalid: Vec<String>,
+    broken: Option<String>,
     seq: u64,
 }
 
@@ -115,6 +117,13 @@ impl Outbox {
         self.invalid = invalid;
     }
 
+    /// The threshold that ends the run. True where that is news.
+    pub fn set_broken(&mut self, broken: &str) -> bool {
+        let is_news = self.broken.is_none();
+        self.broken.get_or_insert_with(|| broken.to_owned());
+        is_news
+    }
+
     /// The next beat.
     pub fn draft(&mut self) -> Draft {
         self.seq += 1;
@@ -135,6 +144,7 @@ impl Outbox {
                 .collect(),
             live: self.live.clone(),
             invalid: self.invalid.clone(),
+            broken: self.broken.clone(),
             seq: self.seq,
         }
     }
@@ -165,6 +175,7 @@ impl Draft {
             frames: self.frames.clone(),
             starts: self.starts.clone(),
             invalid: self.invalid.clone(),
+            broken: self.broken.clone(),
         }
     }
 }

@@ -109,7 +109,7 @@ fn so_far(stage: u32, step: &Step) -> TierSoFar {
         stage,
         participants: step.participants,
         seconds: step.seconds,
-        complete: true,
+        complete: step.tier.as_ref().is_none_or(|tier| tier.cut_short.is_none()),
         record: (&step.record).into(),
     }
 }

@@ -29,7 +29,7 @@ use book::Book;
 use tap::{PAGES, Page};
 
 use crate::measure::Kind;
-use crate::plan::{ParticipantPlan, Plan};
+use crate::plan::{LostPublishers, ParticipantPlan, Plan};
 
 /// How often the recorder looks for pages. It asks, instead of being woken, so that no packet costs the engine's thread a system call.
 const POLL: Duration = Duration::from_millis(20);
@@ -45,8 +45,9 @@ pub fn recorded(plan: &Plan) -> impl Iterator<Item = ParticipantPlan> + '_ {
 
 /// The files that a recording keeps open: one for each track that a recorded participant gets.
 pub fn files(plan: &Plan) -> u64 {
+    let tracks = |participant: &ParticipantPlan, kind| u64::from(plan.expected_tracks(participant, kind, &LostPublishers::default()));
     recorded(plan)
-        .map(|participant| u64::from(plan.expected_tracks(&participant, Kind::Audio) + plan.expected_tracks(&participant, Kind::Video)))
+        .map(|participant| tracks(&participant, Kind::Audio) + tracks(&participant, Kind::Video))
         .sum()
 }
 

@@ -13,9 +13,9 @@ use super::{
     Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Stall, Step, ThreadTime, Unmeasured, VERSION, judge,
     judge::judge_step,
 };
+use crate::knee::{Answer, CONFIDENCE, Limit};
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::{Connection, Layout, Plan, Subscribers, VideoSpec};
-use crate::run::knee::{Answer, CONFIDENCE, Limit};
 
 pub const SCHEMA: &str = "throng-report/1";
 

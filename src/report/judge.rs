@@ -7,8 +7,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::{Outcome, Step, TierFacts, text};
+use crate::knee::{Answer, Limit};
 use crate::measure::{Histogram, Kind, Media, Record, Session, is_measured};
-use crate::run::knee::{Answer, Limit};
 
 /// What a run is held to.
 #[derive(Clone, Debug)]

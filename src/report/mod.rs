@@ -22,12 +22,12 @@ use std::time::Duration;
 pub use judge::{Judgement, Judging, Threshold, Verdict, judge};
 pub use sinks::{Destinations, Sinks};
 
+use crate::knee::Answer;
 pub use crate::measure::Timeline;
 pub use crate::measure::second::{HostDrops, Second};
 pub use crate::measure::stalls::{Cause, Side, Stall};
 use crate::measure::{Histogram, Kind, Media, Record};
 use crate::plan::Plan;
-use crate::run::knee::Answer;
 use crate::server_metrics::{Account, Row};
 use crate::sfu::SendMode;
 use crate::sfu::server::ServerStatistics;
@@ -151,6 +151,8 @@ pub struct Unmeasured {
 pub struct Sample {
     /// Seconds since the start of the run.
     pub t: f64,
+    /// The step ([`Step::name`]) in whose hold all of this second lies; `None` while people join, settle or leave.
+    pub step: Option<String>,
     pub participants: u32,
     pub joins_per_second: f64,
     pub packets_sent_per_second: f64,

@@ -116,7 +116,7 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
     if plan.has_tiers() {
         row("Tiers", tiers_line(plan));
         row("", tier_line(plan));
-    } else {
+    } else if plan.part.is_none() {
         row(
             "Joining",
             format!(
@@ -934,7 +934,7 @@ pub(crate) fn micros(us: f64) -> String {
 }
 
 /// `1h 30m`, `20ms`, `260ms`; what lies below a millisecond is left out.
-pub(super) fn duration(duration: Duration) -> String {
+pub fn duration(duration: Duration) -> String {
     let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     humantime::format_duration(Duration::from_millis(millis)).to_string()
 }

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::engine::PeerOutcome;
+use crate::engine::subscriber::StreamOutcome;
 use crate::measure::{Kind, Media, Record, is_measured};
-use crate::plan::{ParticipantPlan, Plan};
+use crate::plan::{LostPublishers, ParticipantPlan, Plan};
 use crate::report::Quality;
 use crate::signal::session::Ended;
 
@@ -13,25 +14,33 @@ const KINDS: [Kind; 2] = [Kind::Audio, Kind::Video];
 /// How many tracks there ought to be, and how many went live: a track that came twice, on another SSRC, does not stand for one that never came.
 ///
 /// `admitted`: so many participants ought to have been in, at one time or another.
-pub(super) fn state_tracks(record: &mut Record, plan: &Plan, admitted: u32, outcomes: &[PeerOutcome], ended: &BTreeMap<u32, Ended>) {
+pub(super) fn state_tracks(
+    record: &mut Record,
+    plan: &Plan,
+    lost: &LostPublishers,
+    admitted: u32,
+    outcomes: &[PeerOutcome],
+    ended: &BTreeMap<u32, Ended>,
+) {
     for kind in [Kind::Audio, Kind::Video] {
         let streams = outcomes
             .iter()
             .flat_map(|peer| peer.streams.iter().map(move |stream| (peer.participant, stream)));
-        let live = streams.filter(|(_, stream)| stream.kind == kind && stream.live);
+        let is_there = |stream: &StreamOutcome| !stream.origin.is_some_and(|(origin, _)| lost.has(plan, origin));
+        let live = streams.filter(|(_, stream)| stream.kind == kind && stream.live && is_there(stream));
         let distinct: BTreeSet<_> = live.map(|(participant, stream)| (participant, stream.origin)).collect();
         let media = record.media(kind);
         let participants = (0..admitted).map(|position| plan.participant(position));
-        let expected = participants.map(|participant| expected_tracks(plan, &participant, kind, ended.get(&participant.index)));
+        let expected = participants.map(|participant| expected_tracks(plan, lost, &participant, kind, ended.get(&participant.index)));
         media.tracks_expected = expected.map(u64::from).sum();
         media.tracks_live = distinct.len() as u64;
     }
 }
 
 /// Tracks that a participant ought to have received: those of the plan, and more where its layout had room for others later.
-pub(super) fn expected_tracks(plan: &Plan, participant: &ParticipantPlan, kind: Kind, ended: Option<&Ended>) -> u32 {
+pub(super) fn expected_tracks(plan: &Plan, lost: &LostPublishers, participant: &ParticipantPlan, kind: Kind, ended: Option<&Ended>) -> u32 {
     let shown = ended.filter(|_| kind == Kind::Video).map_or(0, |ended| ended.video_shown);
-    plan.expected_tracks(participant, kind).max(shown)
+    plan.expected_tracks(participant, kind, lost).max(shown)
 }
 
 /// States how many frames ought to have been timed and how many streams heard, so that those that never came count as worse than everything.
@@ -54,8 +63,8 @@ pub(super) struct Joins {
 }
 
 impl Joins {
-    pub fn add(&mut self, plan: &Plan, participant: &ParticipantPlan) {
-        let tracks = KINDS.map(|kind| u64::from(plan.expected_tracks(participant, kind)));
+    pub fn add(&mut self, plan: &Plan, lost: &LostPublishers, participant: &ParticipantPlan) {
+        let tracks = KINDS.map(|kind| u64::from(plan.expected_tracks(participant, kind, lost)));
         self.count += 1;
         self.receivers += u32::from(tracks != [0, 0]);
         (0..2).for_each(|kind| self.tracks[kind] += tracks[kind]);
@@ -137,6 +146,7 @@ pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Qual
         quality.one_way_us_max = quality.one_way_us_max.max(stream.latency_us_max);
         quality.jitter_us = quality.jitter_us.max(Some(stream.jitter.as_micros() as u64));
     }
-    quality.tracks_live = live.len() as u64;
+    // Where a layout has room for a part of them, others than at first may have come, too; and those of a host that was lost are not expected any more.
+    quality.tracks_live = (live.len() as u64).min(quality.tracks_expected);
     quality
 }

@@ -48,6 +48,11 @@ pub trait Lead: Send {
         None
     }
 
+    /// Hosts that play a part in the plan and went missing: their publishers are expected by nobody any more.
+    fn missing(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
     /// The clock of the run.
     fn epoch(&self) -> Epoch {
         Epoch::read()
@@ -80,6 +85,8 @@ pub struct TierPlan {
     pub hold: Duration,
     /// Whether those who stay while others leave are to be left in peace: none of them may be lost, or freeze more than before.
     pub watches_stayers: bool,
+    /// Whether thresholds are looked at while it is held: those that end the run, and those of windows.
+    pub watches_thresholds: bool,
     /// The run is this tier and nothing else. Then its account is closed with the run's, and what arrives after publishers have stopped is in it.
     pub is_whole: bool,
 }
@@ -216,6 +223,7 @@ pub fn tiers(plan: &Plan) -> Vec<TierPlan> {
         warmup: plan.warmup,
         hold: plan.duration,
         watches_stayers: true,
+        watches_thresholds: true,
         is_whole: plan.ramp.is_empty(),
     };
     if plan.ramp.is_empty() {

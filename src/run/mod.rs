@@ -6,7 +6,6 @@ pub mod account;
 mod clips;
 mod embedded;
 mod interrupts;
-pub mod knee;
 pub mod lead;
 mod observer;
 pub(crate) mod rooms;
@@ -44,7 +43,7 @@ use crate::engine::{Command, PeerOutcome, Roster, ShardConfig};
 use crate::measure::second::HostDrops;
 use crate::measure::{self, Kind, Record, Timeline};
 use crate::net;
-use crate::plan::{Connection, Plan, Resources};
+use crate::plan::{Connection, LostPublishers, Plan, Resources};
 use crate::preflight;
 use crate::recording::{Recorder, Recording};
 use crate::report::progress::Snapshot;
@@ -115,7 +114,7 @@ pub async fn run_led(run: &cli::Run, resources: &Resources, clips: Clips, lead: 
     })
 }
 
-/// As [`run_led`], in rooms that others make and delete. Who leads the hosts reads the server's pages.
+/// As [`run_led`], in rooms that others make and delete, and with signals that somebody heard before. Who leads the hosts reads the server's pages.
 ///
 /// # Errors
 /// As [`run_led`].
@@ -125,15 +124,11 @@ pub async fn run_as_guest(
     resources: &Resources,
     clips: Clips,
     lead: &mut impl Lead,
+    interrupts: &mut Interrupts,
     progress: impl FnMut(&Snapshot),
 ) -> Result<Outcome> {
-    let mut interrupts = Interrupts::listen();
     let endpoint = Endpoint::from(run.plan.target.url.clone()).resolve().await?;
-    let mut around = Around {
-        lead,
-        interrupts: &mut interrupts,
-        progress,
-    };
+    let mut around = Around { lead, interrupts, progress };
     test(run, resources, clips, (endpoint, access), None, &mut around).await
 }
 
@@ -203,6 +198,8 @@ struct Test<'a> {
     /// Until nobody joins any more; then the sessions share it among themselves.
     context: Option<Arc<SessionContext>>,
     places: Vec<Place>,
+    /// Of hosts that went missing.
+    lost: LostPublishers,
     workers: Vec<Worker>,
     recorder: Option<Recorder>,
     observer: Observer,
@@ -377,6 +374,7 @@ impl<'a> Test<'a> {
             roster,
             context: Some(Arc::new(context)),
             places,
+            lost: LostPublishers::default(),
             workers,
             recorder,
             observer: Observer::start(FloorThread::start(epoch).context("no thread for the timer floor")?),
@@ -508,7 +506,7 @@ impl<'a> Test<'a> {
     async fn survey(&mut self) -> Survey {
         self.surveyed.clear();
         self.question(|| Command::Survey).await;
-        Survey::new(self.plan, &std::mem::take(&mut self.surveyed), &self.visits)
+        Survey::new(self.plan, &self.lost, &std::mem::take(&mut self.surveyed), &self.visits)
     }
 
     async fn question(&mut self, command: impl Fn() -> Command) {
@@ -593,6 +591,7 @@ impl<'a> Test<'a> {
         latency.merge(&video.one_way_latency);
         let sample = Sample {
             t: now.as_micros() as f64 / 1e6,
+            step: self.held_since(self.second.at).map(str::to_owned),
             participants: self.present(),
             joins_per_second: per_second(u64::from(self.sessions.joined - self.second.joined)),
             packets_sent_per_second: per_second(audio.packets_sent + video.packets_sent),
@@ -655,7 +654,7 @@ impl<'a> Test<'a> {
             .iter()
             .filter(|participant| is_healthy(participant, run.judging.max_loss_pct))
             .count() as u64;
-        state_tracks(&mut self.record, self.plan, admitted, &self.outcomes, &self.sessions.ended);
+        state_tracks(&mut self.record, self.plan, &self.lost, admitted, &self.outcomes, &self.sessions.ended);
         let mut steps: Vec<Step> = self.tiers.drain(..).map(|tier| tier.step).collect();
         let planned = if self.plan.find_knee { Vec::new() } else { lead::tiers(self.plan) };
         let unmeasured = planned.into_iter().skip(steps.len()).filter(|tier| !tier.is_whole);
@@ -806,8 +805,8 @@ impl<'a> Test<'a> {
                     failure: ended.map_or_else(|| Some("did not start".to_owned()), |ended| ended.failure.clone()),
                     disconnects: ended.map_or(0, |ended| ended.disconnects),
                     rtt_us: peers.iter().find_map(|peer| peer.rtt_rtcp).map(|rtt| rtt.as_micros() as u64),
-                    audio: quality(peers, Kind::Audio, expected_tracks(self.plan, &plan, Kind::Audio, ended)),
-                    video: quality(peers, Kind::Video, expected_tracks(self.plan, &plan, Kind::Video, ended)),
+                    audio: quality(peers, Kind::Audio, expected_tracks(self.plan, &self.lost, &plan, Kind::Audio, ended)),
+                    video: quality(peers, Kind::Video, expected_tracks(self.plan, &self.lost, &plan, Kind::Video, ended)),
                     publishes_audio: plan.publishes_audio,
                     publishes_video: plan.publishes_video,
                     subscribes: plan.subscribes,

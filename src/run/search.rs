@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::knee::{self, Answer, Phase, PointVerdict, Tried};
 use super::lead::{Lead, Next, Observation, Stage, Tier, TierPlan};
+use crate::knee::{self, Answer, Phase, PointVerdict, Tried};
 use crate::measure::Record;
 use crate::plan::{Plan, Subscribers};
 use crate::report::{Capacity, CapacityPoint, Judging, Verdict, judge};
@@ -111,6 +111,7 @@ impl Lead for Search {
             is_whole: false,
             // That others come and go is the search's doing.
             watches_stayers: false,
+            watches_thresholds: true,
         })
     }
 

@@ -13,7 +13,7 @@ use super::{BEAT, DRAIN, PROGRESS_INTERVAL, Test};
 use crate::engine::Command;
 use crate::measure::{Histogram, Kind, Record};
 use crate::net;
-use crate::plan::Subscribers;
+use crate::plan::{LostPublishers, Subscribers};
 use crate::report::progress::Snapshot;
 use crate::report::watch::Watch;
 use crate::report::{Step, TierFacts, judge};
@@ -198,7 +198,7 @@ impl Test<'_> {
     /// That there ought to be, to audio and to video.
     fn subscriptions(&self) -> [u64; 2] {
         let mut all = Joins::default();
-        (0..self.admitted).for_each(|position| all.add(self.plan, &self.plan.participant(position)));
+        (0..self.admitted).for_each(|position| all.add(self.plan, &self.lost, &self.plan.participant(position)));
         all.tracks
     }
 
@@ -212,11 +212,12 @@ impl Test<'_> {
         self.resident_hold = net::resident_bytes().map(|(now, _)| now);
         self.workers.iter_mut().for_each(|worker| worker.cpu_at_hold = worker.cpu);
         if let Some(tier) = &mut self.tier {
+            let watched: &[_] = if tier.plan.watches_thresholds { &self.judging.thresholds } else { &[] };
             tier.hold = Some(Hold {
                 since: self.epoch.now(),
                 before: self.record.clone(),
                 survey,
-                watch: Watch::begin(&self.judging.thresholds, &self.record, self.epoch.now()),
+                watch: Watch::begin(watched, &self.record, self.epoch.now()),
             });
         }
     }
@@ -301,6 +302,13 @@ impl Test<'_> {
         goes_on
     }
 
+    /// The tier that is being held, and was at that time.
+    pub(super) fn held_since(&self, at: Time) -> Option<&str> {
+        let held = self.tier.as_ref().filter(|_| self.stage == Stage::Hold);
+        let held = held.filter(|tier| tier.hold.as_ref().is_some_and(|hold| hold.since <= at));
+        held.map(|tier| tier.plan.name.as_str())
+    }
+
     /// The hold of a tier that is the whole run: its account is closed with the run's.
     pub(super) fn take_whole_hold(&mut self) -> Option<Hold> {
         self.tier.take().filter(|tier| tier.plan.is_whole)?.hold
@@ -343,8 +351,8 @@ impl Test<'_> {
         for (place, position) in (0..).zip(joining) {
             let participant = self.plan.participant(position);
             let (index, intended) = (participant.index, pace.moment(place));
-            self.joins_new.add(self.plan, &participant);
-            self.joins_all.add(self.plan, &participant);
+            self.joins_new.add(self.plan, &self.lost, &participant);
+            self.joins_all.add(self.plan, &self.lost, &participant);
             self.sessions.come(index);
             self.visits.insert(index, intended);
             let (sender, requests) = mpsc::unbounded_channel();
@@ -528,6 +536,10 @@ impl Test<'_> {
         let now = self.epoch.now();
         if now >= self.second.due {
             self.close_second(now);
+            let missing = around.lead.missing();
+            if missing != self.lost.hosts() {
+                self.lost = LostPublishers::new(self.plan, missing);
+            }
             self.watch(now);
             self.observe(around);
         }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::account::{Joins, expect_joins, quality};
 use crate::engine::PeerOutcome;
 use crate::measure::{Kind, Media, Record, Timeline};
-use crate::plan::Plan;
+use crate::plan::{LostPublishers, Plan};
 use crate::report::worst::is_healthy;
 use crate::report::{ParticipantOutcome, Quality, text};
 use crate::units::Time;
@@ -38,7 +38,7 @@ struct Fare {
 
 impl Survey {
     /// `visits` says when each participant was last to join: what went live before that is not live.
-    pub fn new(plan: &Plan, outcomes: &[PeerOutcome], visits: &BTreeMap<u32, Time>) -> Survey {
+    pub fn new(plan: &Plan, lost: &LostPublishers, outcomes: &[PeerOutcome], visits: &BTreeMap<u32, Time>) -> Survey {
         let mut peers: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
         outcomes.iter().for_each(|peer| peers.entry(peer.participant).or_default().push(peer));
         let mut survey = Survey::default();
@@ -47,10 +47,9 @@ impl Survey {
             let all = peers.remove(&participant.index).unwrap_or_default();
             let here: Vec<&PeerOutcome> = all.iter().copied().filter(|peer| peer.intended_at >= *visit).collect();
             let fares = |kind| {
-                let expected = plan.expected_tracks(&participant, kind);
+                let expected = plan.expected_tracks(&participant, kind, lost);
                 Quality {
-                    // Where a layout has room for a part of them, others than at first may have come, too.
-                    tracks_live: quality(&here, kind, expected).tracks_live.min(expected.into()),
+                    tracks_live: quality(&here, kind, expected).tracks_live,
                     ..quality(&all, kind, expected)
                 }
             };
