@@ -100,8 +100,21 @@ impl Target {
         }
     }
 
+    /// Each host of a run knows its own.
+    pub fn of_hosts() -> Target {
+        Target {
+            url: ServerUrl::loopback(0),
+            origin: Origin::Hosts,
+        }
+    }
+
     pub fn is_embedded(&self) -> bool {
         matches!(self.origin, Origin::Embedded(_))
+    }
+
+    /// Where it listens, unless only others know.
+    pub fn known_url(&self) -> Option<&ServerUrl> {
+        (self.origin != Origin::Hosts).then_some(&self.url)
     }
 }
 
@@ -110,6 +123,7 @@ impl fmt::Display for Target {
         match self.origin {
             Origin::Embedded(_) if self.url.port() == 0 => f.write_str("embedded SFU"),
             Origin::Embedded(_) => write!(f, "embedded SFU at {}", self.url),
+            Origin::Hosts => f.write_str("the hosts' own server"),
             Origin::Flag | Origin::Environment | Origin::Coordinator => write!(f, "{}", self.url),
         }
     }
@@ -122,6 +136,8 @@ pub enum Origin {
     Environment,
     /// Of the run that this host takes part in.
     Coordinator,
+    /// This one leads a run, and the hosts that take part are told elsewhere.
+    Hosts,
     /// No server was named.
     Embedded(SendMode),
 }
@@ -132,6 +148,7 @@ impl fmt::Display for Origin {
             Origin::Flag => "from --url",
             Origin::Environment => "from LIVEKIT_URL",
             Origin::Coordinator => "from the coordinator",
+            Origin::Hosts => "no --url, no LIVEKIT_URL here",
             Origin::Embedded(SendMode::Plain) => "no --url, no LIVEKIT_URL",
             Origin::Embedded(SendMode::Gso) => "no --url, no LIVEKIT_URL; segmented sends",
         })

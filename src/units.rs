@@ -104,13 +104,12 @@ impl Epoch {
         }
     }
 
-    /// The same clock, counted from now on: moments of both are the same in microseconds since 1970, whatever has become of the wall clock meanwhile.
+    /// The same clock, counted from `zero` on: moments of both are the same in microseconds since 1970, whatever has become of the wall clock meanwhile.
     #[must_use]
-    pub fn restarted(&self) -> Epoch {
-        let instant = Instant::now();
+    pub fn counted_from(&self, zero: Time) -> Epoch {
         Epoch {
-            instant,
-            unix: self.unix + instant.saturating_duration_since(self.instant),
+            instant: self.instant(zero),
+            unix: self.unix + zero.since(Time::ZERO),
         }
     }
 

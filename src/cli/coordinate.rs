@@ -11,7 +11,6 @@ use crate::coordinator::access::must_be_usable;
 use crate::coordinator::protocol::{PROBERS_MAX, TIERS_MAX, TOKEN_VARIABLE};
 use crate::coordinator::state::OnMissing;
 use crate::plan::{PARTICIPANTS_MAX, Target};
-use crate::sfu::SendMode;
 use crate::signal::Secret;
 
 const DEFAULT_PORT: u16 = 8787;
@@ -21,7 +20,7 @@ const DEFAULT_WAIT: Duration = Duration::from_secs(600);
 /// A run that other hosts play.
 #[derive(Debug)]
 pub struct Coordinate {
-    /// The load of each host, or of all; its target is the embedded SFU where no server is named.
+    /// The load of each host, or of all.
     pub run: Run,
     pub expect: u32,
     pub bind: SocketAddr,
@@ -142,7 +141,7 @@ impl RunArgs {
         let target = self.target.server(env)?;
         let credentials = self.server_credentials(target.is_some(), env)?;
         let asked = std::mem::take(&mut self.coordinate);
-        let run = self.into_run_against(target.unwrap_or(Target::embedded(SendMode::Plain)), cpus, fresh)?;
+        let run = self.into_run_against(target.unwrap_or_else(Target::of_hosts), cpus, fresh)?;
         must_be_possible(&run, expect, asked.total)?;
         Ok(Coordinate {
             run: Run {

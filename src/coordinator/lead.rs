@@ -19,7 +19,7 @@ use super::state::{Entry, Phase, Setup, State};
 use super::story::Story;
 use super::tokens::Mint;
 use crate::cli::Coordinate;
-use crate::plan::{Part, Plan, Vantage};
+use crate::plan::{Part, Plan, ServerUrl, Vantage};
 use crate::report::{TargetInfo, TargetKind};
 use crate::run::Interrupts;
 use crate::run::rooms::Rooms;
@@ -328,7 +328,7 @@ fn setup(asked: &Coordinate) -> Setup {
             warmup_us: plan.warmup.as_micros() as u64,
         },
         judging: WireJudging::of(&asked.run.judging),
-        url: (!plan.target.is_embedded()).then(|| plan.target.url.websocket()),
+        url: plan.target.known_url().map(ServerUrl::websocket),
         tokens: has_key,
         rooms_made: has_key,
         silence_us: asked.missing_after.as_micros() as u64,

@@ -51,7 +51,8 @@ impl Led {
     pub async fn wait_for_start(&mut self) -> Result<(), String> {
         let at = self.order_for(0).await?;
         self.begin(0, at, self.epoch.now());
-        self.epoch = self.clock.restarted();
+        // That of all hosts, so that whatever follows from the run's time is in step: who speaks when.
+        self.epoch = self.clock.counted_from(at);
         Ok(())
     }
 
@@ -281,8 +282,15 @@ mod tests {
     #[tokio::test]
     async fn stages_begin_one_after_the_other_each_when_it_was_ordered() {
         let (mut led, shared, clock) = led();
-        start(&shared, &clock, 0);
+        let at_us = clock.unix_micros(clock.now());
+        shared.say(Word::Start { stage: 0, at_us });
+        tokio::time::sleep(Duration::from_millis(3)).await;
         led.wait_for_start().await.unwrap();
+        assert_eq!(
+            led.epoch().unix_micros(Time::ZERO),
+            at_us,
+            "the run's zero is that of all hosts, however late this one is"
+        );
         assert_eq!(said(&shared), (Some(0), Some(0), vec![0]));
         for (index, subscribers) in [(1, 1), (2, 7)] {
             start(&shared, &clock, index);

@@ -252,7 +252,7 @@ impl<'a> PlanView<'a> {
 #[derive(serde::Serialize)]
 struct TargetView<'a> {
     kind: &'static str,
-    url: String,
+    url: Option<String>,
     server_version: Option<&'a str>,
     /// `None`: each host finds out by itself.
     connection: Option<&'static str>,
@@ -263,7 +263,7 @@ impl<'a> TargetView<'a> {
     fn new(outcome: &'a Outcome) -> TargetView<'a> {
         TargetView {
             kind: outcome.target.kind.name(),
-            url: outcome.plan.target.url.to_string(),
+            url: outcome.plan.target.known_url().map(ToString::to_string),
             server_version: outcome.target.server_version.as_deref(),
             connection: (outcome.plan.connection != Connection::Auto).then(|| outcome.plan.connection.name()),
             connection_reason: outcome.plan.connection_reason.as_deref(),
