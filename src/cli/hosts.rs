@@ -59,6 +59,10 @@ impl HostsArgs {
     }
 
     fn config(&self, (url, name): (String, &str), env: &dyn Fn(&str) -> Option<String>) -> Result<prober::Config, String> {
+        let is_web = |scheme: &str| url.trim().starts_with(scheme);
+        if !["http://", "https://"].into_iter().any(is_web) {
+            return Err(format!("{name} needs a scheme: http:// or https://"));
+        }
         let coordinator: ServerUrl = url.trim().parse().map_err(|why| format!("{name} {why}"))?;
         let vantage = self.vantage.clone().map(|vantage| (vantage, "--vantage"));
         let vantage = vantage.or_else(|| VANTAGE_VARIABLES.iter().find_map(|name| Some((set(env, name)?, *name))));
