@@ -16,9 +16,9 @@ use serde::{Deserialize, Serialize};
 use crate::cli;
 use crate::engine::health::WORKER_BUSY_MAX;
 use crate::preflight::{self, Host};
-use crate::report::text::{number, wrapped};
 use crate::report::{Nearness, Outcome, VERSION, Verdict, judge};
 use crate::run::{self, Clips, Embedded};
+use crate::words::{number, wrapped};
 use cache::HostId;
 use search::{Held, Search};
 

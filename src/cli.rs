@@ -17,7 +17,6 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::plan::{AudioSpec, Connection, Layout, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape, Target, VideoSpec};
-use crate::prober;
 use crate::report::{Destinations, Judging, Threshold};
 use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
@@ -25,6 +24,7 @@ use crate::units::Bitrate;
 pub use coordinate::Coordinate;
 use coordinate::CoordinateArgs;
 use hosts::HostsArgs;
+pub use hosts::Membership;
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ pub struct Run {
 /// One host of a run that a coordinator leads.
 #[derive(Debug)]
 pub struct Probe {
-    pub config: prober::Config,
+    pub config: Membership,
     /// What this host was given itself. The coordinator says what is played; the embedded SFU stands for no server.
     pub run: Run,
     /// Flags say who publishes what, for a coordinator that leaves that to its probers.

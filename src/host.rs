@@ -333,6 +333,12 @@ fn cpu_stat(text: &str) -> Option<(u64, Duration)> {
     Some((value("nr_throttled")?, time))
 }
 
+/// What this host calls itself.
+pub fn name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    Some(name.trim()).filter(|name| !name.is_empty()).unwrap_or("unnamed").to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,3 +21,4 @@ pub mod sfu;
 pub mod signal;
 pub mod transport;
 pub mod units;
+pub mod words;

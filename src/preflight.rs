@@ -11,7 +11,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::measure::Kind;
 use crate::plan::{Plan, Resources};
-use crate::report::text::{count, number, scaled};
+use crate::words::{count, number, scaled};
 
 /// Files besides sockets: the libraries, terminals and reports of the process, and what the runtime opens.
 const FILES_SLACK: u64 = 64;

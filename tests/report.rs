@@ -7,7 +7,8 @@ use serde_json::Value;
 use throng::knee::{Answer, Limit};
 use throng::measure::{Bandwidth, Engine, Histogram, Media, Record, Session, serial};
 use throng::plan::{AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
-use throng::report::text::{Style, dry_run, first_line, render};
+use throng::report::Style;
+use throng::report::text::{dry_run, first_line, render};
 use throng::report::{
     Capacity, CapacityPoint, Cause, Destinations, EngineHealth, HostDrops, Judging, Nearness, Outcome, ParticipantOutcome, Quality, Sample, Second,
     Side, Sinks, Stall, Step, TargetInfo, TargetKind, ThreadTime, TierFacts, Timeline, Unmeasured, Verdict, json, judge, participants,

@@ -4,13 +4,25 @@ use clap::Args;
 
 use super::{Probe, RunArgs, name_must_be_usable, set};
 use crate::coordinator::protocol::{TOKEN_VARIABLE, URL_VARIABLE};
+use crate::host;
 use crate::plan::{Role, ServerUrl, Target, WEIGHT_MAX};
-use crate::prober;
 use crate::sfu::SendMode;
 use crate::signal::Secret;
 
 /// Where a prober's label comes from if no flag gives one: as `voicegw` has it, then as Fly does.
 const VANTAGE_VARIABLES: [&str; 2] = ["VOICEGW_REGION", "FLY_REGION"];
+
+/// How a prober finds its coordinator, and what it is there.
+#[derive(Debug)]
+pub struct Membership {
+    pub coordinator: ServerUrl,
+    /// What lets it in; `None` where the coordinator asks for none.
+    pub token: Option<Secret>,
+    /// Where this host stands, as the result names it.
+    pub vantage: String,
+    pub role: Role,
+    pub weight: u32,
+}
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Many hosts")]
@@ -58,7 +70,7 @@ impl HostsArgs {
         }
     }
 
-    fn config(&self, (url, name): (String, &str), env: &dyn Fn(&str) -> Option<String>) -> Result<prober::Config, String> {
+    fn config(&self, (url, name): (String, &str), env: &dyn Fn(&str) -> Option<String>) -> Result<Membership, String> {
         let is_web = |scheme: &str| url.trim().starts_with(scheme);
         if !["http://", "https://"].into_iter().any(is_web) {
             return Err(format!("{name} needs a scheme: http:// or https://"));
@@ -70,10 +82,10 @@ impl HostsArgs {
             name_must_be_usable(name, vantage)?;
         }
         let token = self.coordinator_token.clone().or_else(|| set(env, TOKEN_VARIABLE));
-        Ok(prober::Config {
+        Ok(Membership {
             coordinator,
             token: token.map(|token| Secret::new(token.trim())),
-            vantage: vantage.map_or_else(prober::host_name, |(vantage, _)| vantage),
+            vantage: vantage.map_or_else(host::name, |(vantage, _)| vantage),
             role: self.role.unwrap_or_default(),
             weight: self.weight.unwrap_or(1),
         })

@@ -544,8 +544,8 @@ impl Tier {
             .max_by(|(_, a), (_, b)| key(a).partial_cmp(&key(b)).expect("no figure is NaN"))?;
         let in_what = match (cell.judgement.reasons.first(), cell.loss.filter(|loss| *loss > 0.0), cell.rtt_us) {
             (Some(reason), ..) => reason.clone(),
-            (None, Some(loss), _) => format!("loss {}", crate::report::text::percent(loss)),
-            (None, None, Some(rtt)) => format!("round trips {}", crate::report::text::micros(rtt)),
+            (None, Some(loss), _) => format!("loss {}", crate::words::percent(loss)),
+            (None, None, Some(rtt)) => format!("round trips {}", crate::words::micros(rtt)),
             (None, None, None) => return None,
         };
         Some((at, in_what))

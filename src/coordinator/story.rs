@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::protocol::{ProverId, StageKind};
 use super::state::{Phase, Prober, State};
-use crate::report::text;
+use crate::words;
 
 /// How it goes is told so often, where nothing else was ..
 const QUIET_US: u64 = 5_000_000;
@@ -100,7 +100,7 @@ impl Story {
             let what = match stage.kind {
                 StageKind::Publish => "publishers join".to_owned(),
                 StageKind::Baseline => "baseline: one subscriber on each host".to_owned(),
-                StageKind::Tier => format!("{}: {} subscribers on all hosts", stage.name, text::number(of_all(order.stage))),
+                StageKind::Tier => format!("{}: {} subscribers on all hosts", stage.name, words::number(of_all(order.stage))),
                 StageKind::Stop => "publishers stop".to_owned(),
                 StageKind::Leave => "everybody leaves".to_owned(),
             };
@@ -157,9 +157,9 @@ fn status(state: &State) -> Option<String> {
         "{name}: {} of {} hosts, {} participants, in {}/s, out {}/s, worst loss {}",
         live().count(),
         state.probers().len(),
-        text::number(live().map(|prober| u64::from(prober.live.participants)).sum()),
-        text::number(of(|prober| prober.live.packets_received_per_second)),
-        text::number(of(|prober| prober.live.packets_sent_per_second)),
-        text::maybe(losses.reduce(f64::max), text::percent),
+        words::number(live().map(|prober| u64::from(prober.live.participants)).sum()),
+        words::number(of(|prober| prober.live.packets_received_per_second)),
+        words::number(of(|prober| prober.live.packets_sent_per_second)),
+        words::maybe(losses.reduce(f64::max), words::percent),
     ))
 }

@@ -8,9 +8,10 @@ use super::lead::Rehearsal;
 use super::protocol::{Stage, StageKind};
 use super::result::{Cell, Merged, Standing, Tier, Times, Vantage};
 use crate::measure::Histogram;
+use crate::report::Style;
 use crate::report::Verdict;
 use crate::report::server_cost::{self, Ours};
-use crate::report::text::{self, Style, count, maybe, micros, number, percent};
+use crate::words::{self, count, maybe, micros, number, percent};
 
 /// Vantages in a table. The worst come first, so that the others are those that nothing is wrong with.
 const VANTAGES_MAX: usize = 12;
@@ -63,7 +64,7 @@ pub fn rehearsal(rehearsal: &Rehearsal) -> String {
         } else {
             format!("{}-{}", number(least), number(most))
         };
-        let hold = text::duration(Duration::from_micros(stage.hold_us));
+        let hold = words::duration(Duration::from_micros(stage.hold_us));
         let _ = writeln!(text, "  {:<10}{:>12}{range:>14}{hold:>9}", stage.name, number(each.sum()));
     }
     text.push_str("The first of them:\n");
@@ -317,7 +318,7 @@ fn cut(word: &str, most: usize) -> String {
 /// In lines of at most 80 columns.
 fn wrapped(sentence: &str, indent: usize) -> String {
     let words: Vec<String> = sentence.split_whitespace().map(|word| cut(word, WORD_WIDTH)).collect();
-    text::wrapped(&words.join(" "), indent)
+    words::wrapped(&words.join(" "), indent)
 }
 
 #[cfg(test)]

@@ -50,11 +50,6 @@ impl Client {
         }
     }
 
-    /// Where the whole result is to be had once everybody has reported.
-    pub fn result_url(&self) -> String {
-        format!("{}/result", self.url.http())
-    }
-
     pub async fn get<A: Message>(&self, path: &str) -> Result<A, NoAnswer> {
         self.ask(Method::GET, path, None).await
     }

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use super::Config;
-use crate::cli;
+use crate::cli::{self, Membership};
 use crate::coordinator::protocol::{Job, JobReply};
 use crate::plan::{Origin, Part, Target};
 
@@ -75,7 +74,7 @@ pub(super) fn run_name(job: &JobReply) -> String {
 }
 
 /// `vantage 'fra', 2 of 3`
-pub(super) fn whose(config: &Config, job: Option<&Job>) -> String {
+pub(super) fn whose(config: &Membership, job: Option<&Job>) -> String {
     match job {
         Some(job) => format!("vantage '{}', {} of {}", config.vantage, job.me + 1, job.vantages.len()),
         None => format!("vantage '{}'", config.vantage),

@@ -24,34 +24,22 @@ use anyhow::{Context, Result, anyhow};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
-use crate::cli;
+use crate::cli::{self, Membership};
 use crate::coordinator::protocol::{self, Job, Register};
-use crate::plan::{Resources, Role, ServerUrl};
+use crate::plan::Resources;
 use crate::report::Outcome;
 use crate::report::progress::Snapshot;
 use crate::run::lead::Alone;
 use crate::run::{Clips, Interrupts, run_as_guest};
-use crate::signal::{Access, ApiKey, Secret, TokenIssuer};
+use crate::signal::{Access, ApiKey, TokenIssuer};
 use crate::units::Epoch;
 use client::Client;
 use lead::Led;
 use link::{Beats, Enlisted, Shared, Tokens};
 
-/// How a prober finds its coordinator, and what it is there.
-#[derive(Debug)]
-pub struct Config {
-    pub coordinator: ServerUrl,
-    /// What lets it in; `None` where the coordinator asks for none.
-    pub token: Option<Secret>,
-    /// Where this host stands, as the result names it.
-    pub vantage: String,
-    pub role: Role,
-    pub weight: u32,
-}
-
 /// A prober that is in, and has its job.
 pub struct Prober {
-    config: Config,
+    config: Membership,
     client: Client,
     enlisted: Enlisted,
     shared: Arc<Shared>,
@@ -70,7 +58,7 @@ impl Prober {
     ///
     /// # Errors
     /// Why this host takes no part; says what to do.
-    pub fn enlist(config: Config, credentials: Option<&cli::Credentials>, mut told: impl FnMut(String)) -> Result<Prober> {
+    pub fn enlist(config: Membership, credentials: Option<&cli::Credentials>, mut told: impl FnMut(String)) -> Result<Prober> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("prober")
@@ -219,21 +207,12 @@ impl Prober {
             (Ok(_), kept) => {
                 // One that stays is litter, and nothing worse.
                 kept.iter().for_each(|path| drop(std::fs::remove_file(path)));
-                format!(
-                    "The coordinator has this report. The whole result, once all have reported: {}",
-                    self.client.result_url()
-                )
+                "The coordinator has this report, and tells the whole result when all have reported.".to_owned()
             }
             (Err(why), Ok(path)) => format!("The coordinator did not take this report ({why}). It is kept in {}", path.display()),
             (Err(why), Err(error)) => format!("The coordinator did not take this report ({why}), and it could not be kept: {error}"),
         }
     }
-}
-
-/// What this host calls itself.
-pub fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    Some(name.trim()).filter(|name| !name.is_empty()).unwrap_or("unnamed").to_owned()
 }
 
 /// Names this process to the coordinator: who registers again with it is the same prober.

@@ -6,9 +6,10 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::{Outcome, Step, TierFacts, text};
+use super::{Outcome, Step, TierFacts};
 use crate::knee::{Answer, Limit};
 use crate::measure::{Histogram, Kind, Media, Record, Session, is_measured};
+use crate::words;
 
 /// What a run is held to.
 #[derive(Clone, Debug)]
@@ -224,8 +225,8 @@ fn failures(outcome: &Outcome) -> Vec<String> {
     if unplanned > 0 {
         reasons.push(format!(
             "{} of {} joins were never attempted",
-            text::number(unplanned),
-            text::number(plan.total_participants().into())
+            words::number(unplanned),
+            words::number(plan.total_participants().into())
         ));
     }
     for kind in [Kind::Audio, Kind::Video] {
@@ -233,8 +234,8 @@ fn failures(outcome: &Outcome) -> Vec<String> {
         if expected < planned {
             reasons.push(format!(
                 "only {} of {} {} subscriptions were tried",
-                text::number(expected),
-                text::number(planned),
+                words::number(expected),
+                words::number(planned),
                 name(kind)
             ));
         }
@@ -283,8 +284,8 @@ fn joins_failed(session: &Session) -> Option<String> {
     (missing > 0).then(|| {
         format!(
             "{} of {} joins did not succeed",
-            text::number(missing),
-            text::number(session.joins_planned)
+            words::number(missing),
+            words::number(session.joins_planned)
         )
     })
 }
@@ -294,8 +295,8 @@ fn tracks_dead(kind: Kind, media: &Media) -> Option<String> {
     (missing > 0).then(|| {
         format!(
             "{} of {} {} tracks never went live",
-            text::number(missing),
-            text::number(media.tracks_expected),
+            words::number(missing),
+            words::number(media.tracks_expected),
             name(kind)
         )
     })
@@ -314,7 +315,7 @@ fn loss_exceeded(kind: Kind, media: &Media, max_loss_pct: f64) -> Option<String>
     } else {
         "packets lost"
     };
-    (worse * 100.0 > max_loss_pct).then(|| format!("{} loss {} ({what}), more than {max_loss_pct} %", name(kind), text::percent(worse)))
+    (worse * 100.0 > max_loss_pct).then(|| format!("{} loss {} ({what}), more than {max_loss_pct} %", name(kind), words::percent(worse)))
 }
 
 fn rtt_exceeded(record: &Record, judging: &Judging) -> Option<String> {
@@ -324,13 +325,13 @@ fn rtt_exceeded(record: &Record, judging: &Judging) -> Option<String> {
         Some(p95) if p95 <= limit => None,
         Some(p95) => Some(format!(
             "session.rtt_rtcp.p95 is {}, more than {}",
-            text::micros(p95 as f64),
-            text::micros(limit as f64)
+            words::micros(p95 as f64),
+            words::micros(limit as f64)
         )),
         None => Some(format!(
             "session.rtt_rtcp.p95 {}, so it is not within {}",
             absence(rtt),
-            text::micros(limit as f64)
+            words::micros(limit as f64)
         )),
     }
 }
@@ -483,14 +484,14 @@ impl Threshold {
                 let values = values.expecting(values.count() + u64::try_from(*missing).unwrap_or(0));
                 match stat.of(&values) {
                     Some(value) if self.comparison.holds(value, self.limit) => None,
-                    Some(value) => Some(format!("{self} does not hold: it is {}", text::micros(value))),
+                    Some(value) => Some(format!("{self} does not hold: it is {}", words::micros(value))),
                     None => Some(format!("{self} does not hold: it {}", absence(&values))),
                 }
             }
             (_, Value::Counter(value)) => {
                 // A packet thought lost before may have come.
                 let value = u64::try_from(*value).unwrap_or(0);
-                (!self.comparison.holds(value as f64, self.limit)).then(|| format!("{self} does not hold: it is {}", text::number(value)))
+                (!self.comparison.holds(value as f64, self.limit)).then(|| format!("{self} does not hold: it is {}", words::number(value)))
             }
             (Figure::Counter(_) | Figure::Score(..), Value::Histogram(..)) => None,
         }
@@ -597,7 +598,7 @@ impl fmt::Display for Threshold {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)?;
         if let Some(window) = self.window {
-            write!(f, " for {}", text::duration(window))?;
+            write!(f, " for {}", words::duration(window))?;
         }
         f.write_str(if self.aborts { ":abort" } else { "" })
     }

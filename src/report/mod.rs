@@ -11,6 +11,7 @@ pub mod progress;
 pub mod server;
 pub mod server_cost;
 mod sinks;
+mod style;
 pub mod text;
 pub mod tiers;
 pub mod watch;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 pub use judge::{Judgement, Judging, Threshold, Verdict, judge};
 pub use sinks::{Destinations, Sinks};
+pub use style::Style;
 
 use crate::knee::Answer;
 pub use crate::measure::Timeline;

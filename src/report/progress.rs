@@ -3,7 +3,8 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
-use super::{Sample, emit, text};
+use super::{Sample, emit};
+use crate::words;
 
 /// Before that no second is complete of which the engine's threads have reported, and rates would print as zero.
 const FIRST_AFTER: Duration = Duration::from_secs(2);
@@ -86,24 +87,24 @@ impl Progress {
 pub fn line(snapshot: &Snapshot) -> String {
     let sample = &snapshot.sample;
     let failed = if snapshot.failed > 0 {
-        format!(", {} failed", text::number(snapshot.failed.into()))
+        format!(", {} failed", words::number(snapshot.failed.into()))
     } else {
         String::new()
     };
     let total = snapshot
         .total
-        .map(|total| format!("/{}", text::duration(Duration::from_secs(total.as_secs()))));
+        .map(|total| format!("/{}", words::duration(Duration::from_secs(total.as_secs()))));
     let total = total.unwrap_or_default();
     let tier = snapshot.tier.as_ref().map(|tier| format!("{tier}  ")).unwrap_or_default();
     format!(
         "{}{total}  {tier}{}/{} joined{failed}  out {}/s  in {}/s  loss {}  latency {}",
-        text::duration(Duration::from_secs(snapshot.elapsed.as_secs())),
-        text::number(snapshot.joined.into()),
-        text::number(snapshot.planned.into()),
-        text::number(sample.packets_sent_per_second.round() as u64),
-        text::number(sample.packets_received_per_second.round() as u64),
-        text::maybe(snapshot.loss, text::percent),
-        text::maybe(sample.one_way_us_p50, |us| text::micros(us as f64)),
+        words::duration(Duration::from_secs(snapshot.elapsed.as_secs())),
+        words::number(snapshot.joined.into()),
+        words::number(snapshot.planned.into()),
+        words::number(sample.packets_sent_per_second.round() as u64),
+        words::number(sample.packets_received_per_second.round() as u64),
+        words::maybe(snapshot.loss, words::percent),
+        words::maybe(sample.one_way_us_p50, |us| words::micros(us as f64)),
     )
 }
 

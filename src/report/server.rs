@@ -4,8 +4,8 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use super::VERSION;
-use super::text::{count, number, scaled};
 use crate::sfu::server::ServerStatistics;
+use crate::words::{count, number, scaled};
 
 /// `public_secret`: the well-known one, which may be printed; one's own never is.
 pub fn greeting(url: &str, api_key: &str, public_secret: Option<&str>) -> String {

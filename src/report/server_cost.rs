@@ -5,11 +5,12 @@ use std::fmt::Write as _;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::Outcome;
-use super::text::{Style, count, maybe, micros, number, scaled, wrapped};
+use super::Style;
 use crate::measure::Kind;
 use crate::server_metrics::book::{Cost, Forwarding};
 use crate::server_metrics::page::{Bracket, Counter, Counters};
 use crate::server_metrics::{Account, Gap, Node, StretchCost};
+use crate::words::{count, maybe, micros, number, scaled, wrapped};
 
 /// The fields of the JSON report's `server` that come from its pages; both `null` where none was read.
 #[derive(serde::Serialize)]

@@ -3,17 +3,15 @@
 //! What is not known prints `n/a`; a percentile that falls among what never happened prints `never`. Neither ever prints as zero.
 
 use std::fmt::Write as _;
-use std::io::IsTerminal;
-use std::time::Duration;
 
 use super::judge::Loss;
-use super::{EngineHealth, Judgement, Judging, Outcome, Side, TargetKind, VERSION, Verdict, judge, server_cost, tiers, worst};
+use super::{EngineHealth, Judgement, Judging, Outcome, Side, Style, TargetKind, VERSION, judge, server_cost, tiers, worst};
 use crate::measure::{Bandwidth, Histogram, Kind, Media};
 use crate::plan::{Plan, Resources, VideoSpec};
 use crate::sfu::SendMode;
 use crate::units::Bitrate;
+use crate::words::{count, duration, maybe, micros, number, percent, scaled, wrapped};
 
-const WIDTH: usize = 80;
 const REASONS_MAX: usize = 6;
 const NOTES_MAX: usize = 4;
 const FAILURES_MAX: usize = 3;
@@ -24,42 +22,6 @@ const CONCEALED_NOTABLE: f64 = 0.001;
 /// Of the worst, by name.
 const WORST_MAX: usize = 10;
 const QUANTILES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99), ("p99.9", 0.999)];
-
-/// Whether to use colour.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Style {
-    pub colour: bool,
-}
-
-impl Style {
-    /// Colour only on a terminal, and not where NO_COLOR is set to anything (no-color.org).
-    pub fn of(stream: &impl IsTerminal, no_color: Option<&str>) -> Style {
-        Style {
-            colour: stream.is_terminal() && no_color.is_none_or(str::is_empty),
-        }
-    }
-
-    fn paint(self, code: &str, text: &str) -> String {
-        if self.colour {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.to_owned()
-        }
-    }
-
-    pub(crate) fn bold(self, text: &str) -> String {
-        self.paint("1", text)
-    }
-
-    pub(crate) fn verdict(self, verdict: Verdict, text: &str) -> String {
-        let code = match verdict {
-            Verdict::Pass => "1;32",
-            Verdict::Fail => "1;31",
-            Verdict::Invalid | Verdict::Partial => "1;33",
-        };
-        self.paint(code, text)
-    }
-}
 
 /// After a run that asked for nothing.
 pub const WHAT_NEXT: &str = "
@@ -871,118 +833,9 @@ fn result(judgement: &Judgement, style: Style) -> String {
     text
 }
 
-/// `text` in lines of at most 80 columns, each after `indent` spaces. Words are never broken.
-pub(crate) fn wrapped(text: &str, indent: usize) -> String {
-    let mut lines = String::new();
-    let mut line = String::new();
-    for word in text.split_whitespace() {
-        if !line.is_empty() && indent + line.chars().count() + 1 + word.chars().count() > WIDTH {
-            let _ = writeln!(lines, "{:indent$}{line}", "");
-            line.clear();
-        }
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line.push_str(word);
-    }
-    let _ = writeln!(lines, "{:indent$}{line}", "");
-    lines
-}
-
-/// `n/a` for what is unknown.
-pub(crate) fn maybe<T>(value: Option<T>, print: impl FnOnce(T) -> String) -> String {
-    value.map_or_else(|| "n/a".to_owned(), print)
-}
-
-/// `12,345`
-pub(crate) fn number(value: u64) -> String {
-    let digits = value.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// `1 room`, `2 rooms`
-pub(crate) fn count(value: u64, what: &str) -> String {
-    format!("{} {what}{}", number(value), if value == 1 { "" } else { "s" })
-}
-
-/// A share (0..=1) as `0.12%`; what is not zero never prints as zero.
-pub(crate) fn percent(share: f64) -> String {
-    match share * 100.0 {
-        0.0 => "0%".to_owned(),
-        small if small < 0.005 => "<0.01%".to_owned(),
-        value => format!("{value:.2}%"),
-    }
-}
-
-/// Microseconds as `412 us`, `2.41 ms`, `1.24 s`.
-pub(crate) fn micros(us: f64) -> String {
-    match us {
-        us if us < 999.5 => format!("{us:.0} us"),
-        us if us < 9_995.0 => format!("{:.2} ms", us / 1e3),
-        us if us < 99_950.0 => format!("{:.1} ms", us / 1e3),
-        us if us < 999_500.0 => format!("{:.0} ms", us / 1e3),
-        us if us < 9_995_000.0 => format!("{:.2} s", us / 1e6),
-        us => format!("{:.1} s", us / 1e6),
-    }
-}
-
-/// `1h 30m`, `20ms`, `260ms`; what lies below a millisecond is left out.
-pub fn duration(duration: Duration) -> String {
-    let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-    humantime::format_duration(Duration::from_millis(millis)).to_string()
-}
-
-/// Three significant digits and a decimal prefix: `1.23 MB`, `512 kbps`.
-pub(crate) fn scaled(value: f64, unit: &str) -> String {
-    let mut value = value;
-    let mut prefixes = ["", "k", "M", "G", "T"].into_iter().peekable();
-    while value >= 999.5 {
-        let Some(_) = prefixes.next_if(|prefix| *prefix != "T") else { break };
-        value /= 1e3;
-    }
-    match (prefixes.next().unwrap_or("T"), value) {
-        ("", value) => format!("{value:.0} {unit}"),
-        (prefix, value) if value < 9.995 => format!("{value:.2} {prefix}{unit}"),
-        (prefix, value) if value < 99.95 => format!("{value:.1} {prefix}{unit}"),
-        (prefix, value) => format!("{value:.0} {prefix}{unit}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn figures_read_as_people_write_them() {
-        assert_eq!(
-            [0, 999, 1_000, 12_345, 1_234_567].map(number),
-            ["0", "999", "1,000", "12,345", "1,234,567"]
-        );
-        assert_eq!(
-            [0.0, 12.0, 999.0, 1_000.0, 24_000.0, 1_234_567.0, 5e15].map(|v| scaled(v, "B")),
-            ["0 B", "12 B", "999 B", "1.00 kB", "24.0 kB", "1.23 MB", "5000 TB"]
-        );
-        assert_eq!(
-            [412.0, 999.7, 2_410.0, 24_100.0, 241_000.0, 1_240_000.0, 60_000_000.0].map(micros),
-            ["412 us", "1.00 ms", "2.41 ms", "24.1 ms", "241 ms", "1.24 s", "60.0 s"]
-        );
-        assert_eq!([0.0, 0.000_001, 0.001_2, 1.0].map(percent), ["0%", "<0.01%", "0.12%", "100.00%"]);
-        assert_eq!(duration(Duration::from_secs(5_400)), "1h 30m");
-    }
-
-    #[test]
-    fn long_reasons_wrap_between_words() {
-        let text = wrapped(&"word ".repeat(40), 4);
-        assert!(text.lines().all(|line| line.len() <= WIDTH && line.starts_with("    word")));
-        assert_eq!(text.matches("word").count(), 40);
-    }
 
     #[test]
     fn subscribe_times_share_a_unit() {

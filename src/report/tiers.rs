@@ -3,11 +3,11 @@
 use std::fmt::Write as _;
 
 use super::judge::{Judgement, Loss, Verdict, judge_step};
-use super::text::{count, maybe, micros, number, percent, wrapped};
 use super::{Outcome, Step, Unmeasured};
 use crate::knee::{Answer as Found, CONFIDENCE, Limit};
 use crate::measure::Histogram;
 use crate::plan::Subscribers;
+use crate::words::{count, maybe, micros, number, percent, wrapped};
 
 /// Reasons that are told of one tier.
 const REASONS_MAX: usize = 3;

@@ -6,9 +6,9 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::judge::{Threshold, Value};
-use super::text;
 use crate::measure::{Histogram, Record};
 use crate::units::Time;
+use crate::words;
 
 /// A look is taken just after each whole second, and as late as the run is busy.
 const LOOK_TOLERANCE: Duration = Duration::from_millis(60);
@@ -136,7 +136,7 @@ impl Windows {
         self.violated += 1;
         Some(format!(
             "{why} in the {} up to {:.0} s",
-            text::duration(self.length),
+            words::duration(self.length),
             now.as_micros() as f64 / 1e6
         ))
     }

@@ -4,9 +4,9 @@
 
 use std::cmp::Reverse;
 
-use super::text::{count, micros, percent};
 use super::{ParticipantOutcome, Quality, judge};
 use crate::measure::Kind;
+use crate::words::{count, micros, percent};
 
 /// ITU-T G.114: up to here delay does not bother most people.
 const UNNOTICED_LATENCY_US: u64 = 150_000;

@@ -628,7 +628,8 @@ impl<'a> Test<'a> {
         let lost = self.record.audio.packets_lost + self.record.video.packets_lost;
         Snapshot {
             elapsed: now.since(Time::ZERO),
-            total: self.plan.length(GRACE).map(|length| length + DRAIN),
+            // How long a part takes is for its leader to say.
+            total: self.plan.length(GRACE).filter(|_| self.plan.part.is_none()).map(|length| length + DRAIN),
             tier: self.tier.as_ref().filter(|tier| !tier.plan.is_whole).map(|tier| tier.plan.name.clone()),
             joined: if self.plan.has_tiers() { self.present() } else { self.sessions.joined },
             planned: if self.plan.has_tiers() {

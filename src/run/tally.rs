@@ -12,8 +12,9 @@ use crate::engine::PeerOutcome;
 use crate::measure::{Kind, Media, Record, Timeline};
 use crate::plan::{LostPublishers, Plan};
 use crate::report::worst::is_healthy;
-use crate::report::{ParticipantOutcome, Quality, text};
+use crate::report::{ParticipantOutcome, Quality};
 use crate::units::Time;
+use crate::words;
 
 /// So long after a tier's end what was under way then may still arrive.
 pub(super) const GRACE: Duration = super::DRAIN;
@@ -238,8 +239,8 @@ impl Stay {
         if lost > 0 {
             complaints.push(format!(
                 "{} of {} who stayed lost their session when others left",
-                text::number(lost as u64),
-                text::number(self.participants.into())
+                words::number(lost as u64),
+                words::number(self.participants.into())
             ));
         }
         let seconds = until.since(self.since).as_secs_f64();
@@ -250,8 +251,8 @@ impl Stay {
             if now as f64 > allowed.ceil() {
                 complaints.push(format!(
                     "{name} of those who stayed froze {} in {seconds:.1} s when others left, and {} in the {:.1} s before",
-                    text::count(now, "time"),
-                    text::count(before, "time"),
+                    words::count(now, "time"),
+                    words::count(before, "time"),
                     self.before_seconds
                 ));
             }
