@@ -17,6 +17,7 @@ mod room;
 pub mod router;
 mod select;
 pub mod server;
+mod shared;
 pub mod statistics;
 mod track;
 mod wire;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use livekit_protocol as proto;
 use prost::Message as _;
 
-use super::lobby::{ConnectionId, SessionId, Shared};
+use super::shared::{ConnectionId, SessionId, Shared};
 use super::track::Settings;
 use super::{MediaCommand, Selection, SubscriptionId, SubscriptionParameters, TrackId, TransportId, TransportParameters};
 use crate::measure::Kind;

@@ -14,8 +14,8 @@ use livekit_protocol::signal_request::Message as Request;
 use livekit_protocol::signal_response::Message as Response;
 use prost::Message as _;
 
-use super::lobby::{ConnectionId, Entry, LobbyStatistics, RoomId, SessionId, Shared, Timer, join_response, server_info};
 use super::participant::{AnsweringPeer, Live, OfferingPeer, Participant, PendingTrack, Subscription, dtls_active_beside};
+use super::shared::{ConnectionId, Entry, LobbyStatistics, RoomId, SessionId, Shared, Timer, join_response, server_info};
 use super::track::{Dynacast, Loudness, Settings, Track, quality_update};
 use super::{Encodings, MediaCommand, TrackId, TrackParameters, TransportId, wire};
 use crate::measure::Kind;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use livekit_protocol as proto;
 
-use super::lobby::SessionId;
+use super::shared::SessionId;
 use super::{Selection, TrackId};
 use crate::measure::Kind;
 use crate::units::Time;

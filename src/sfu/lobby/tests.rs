@@ -6,11 +6,15 @@ use livekit_protocol::participant_info::State;
 use livekit_protocol::signal_request::Message as Request;
 use prost::Message as _;
 
+use livekit_protocol::signal_response::Message;
+
+use super::super::{MediaCommand, SubscriptionId};
 use super::*;
 use crate::measure::Kind;
+use crate::seeded::Seeded;
 use crate::sfu::{Encodings, Selection, SubscriptionParameters, TrackParameters};
 use crate::transport::peer::PeerFailure;
-use crate::transport::sdp::{Answered, Answerer, Capabilities};
+use crate::transport::sdp::{Answered, Answerer, Capabilities, LocalTransport, Setup};
 
 const BROWSER_AUDIO: &str = include_str!("../../../fixtures/sdp/browser-publisher-1-audio.sdp");
 const BROWSER_SIMULCAST: &str = include_str!("../../../fixtures/sdp/browser-publisher-2-simulcast.sdp");

@@ -12,7 +12,7 @@ use livekit_protocol as proto;
 use livekit_token::{Claims, TokenVerifier};
 use prost::Message;
 
-use super::super::lobby::Entry;
+use super::super::shared::Entry;
 
 /// As Go's servers limit a request's head.
 const JOIN_REQUEST_BYTES_MAX: usize = 1 << 20;

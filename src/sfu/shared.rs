@@ -1,0 +1,291 @@
+//! What the lobby and its rooms share: names, who is whose, what goes out, what is due.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use livekit_protocol as proto;
+use livekit_protocol::signal_response::Message;
+
+use super::{MediaCommand, SubscriptionId, TrackId, TransportId, wire};
+use crate::seeded::Seeded;
+use crate::transport::peer::IceCredentials;
+use crate::transport::sdp::{Candidate, Fingerprint, LocalTransport, Setup};
+use crate::units::{Epoch, Time};
+
+/// LiveKit's client protocol that we speak: the last one without data tracks.
+pub const PROTOCOL: i32 = 16;
+const PING_INTERVAL_SECONDS: i32 = 5;
+const PING_TIMEOUT_SECONDS: i32 = 15;
+
+/// One WebSocket. Given out by the lobby, never twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionId(pub u32);
+
+/// One participant from its join to its end, over several WebSockets if it resumes. Never given twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub u32);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct RoomId(pub u32);
+
+/// Somebody with a good token wants in.
+#[derive(Clone, Debug, Default)]
+pub struct Entry {
+    pub room: String,
+    pub identity: String,
+    pub name: String,
+    pub metadata: String,
+    pub attributes: HashMap<String, String>,
+    pub permission: proto::ParticipantPermission,
+    pub client: proto::ClientInfo,
+    pub auto_subscribe: bool,
+    pub adaptive_stream: bool,
+    /// One peer connection, whose offers come from the client.
+    pub single: bool,
+    /// A sid: the participant is back with a new WebSocket. Empty: whatever session has this identity.
+    pub resume: Option<String>,
+    pub add_tracks: Vec<proto::AddTrackRequest>,
+    pub publisher_offer: Option<proto::SessionDescription>,
+}
+
+#[derive(Debug)]
+pub enum Output {
+    /// An encoded `SignalResponse`. What goes to many is one buffer.
+    Send {
+        connection: ConnectionId,
+        message: Bytes,
+    },
+    /// Nothing follows for this WebSocket.
+    Close {
+        connection: ConnectionId,
+    },
+    Media {
+        router: usize,
+        command: MediaCommand,
+    },
+}
+
+/// How many there are now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LobbyStatistics {
+    pub rooms: usize,
+    pub participants: usize,
+    pub published_audio: usize,
+    pub published_video: usize,
+    pub subscribed_audio: usize,
+    pub subscribed_video: usize,
+    pub since_start: LobbyTotals,
+}
+
+/// What there has been since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LobbyTotals {
+    /// Participants whose WebSocket opened; one who comes back counts again.
+    pub joins: u64,
+    /// Of those, the ones whose media connection came up.
+    pub active: u64,
+    pub published: u64,
+    pub subscribed: u64,
+}
+
+/// What is due at a moment. The owner knows what exactly; a timer that comes too early does nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Timer {
+    Room(RoomId),
+    Participant(RoomId, SessionId),
+    Track(TrackId),
+}
+
+/// What all rooms share.
+pub(super) struct Shared {
+    pub ids: Ids,
+    pub epoch: Epoch,
+    pub fingerprint: Fingerprint,
+    pub routers: Vec<SocketAddr>,
+    /// Participants on each router.
+    pub loads: Vec<usize>,
+    pub totals: LobbyTotals,
+    pub outputs: VecDeque<Output>,
+    pub timers: BTreeSet<(Time, Timer)>,
+    // Looked up, never iterated.
+    pub connections: HashMap<ConnectionId, (RoomId, SessionId)>,
+    pub transports: HashMap<TransportId, (RoomId, SessionId)>,
+    pub tracks: HashMap<TrackId, RoomId>,
+}
+
+impl Shared {
+    pub fn send(&mut self, connection: Option<ConnectionId>, message: Bytes) {
+        if let Some(connection) = connection {
+            self.outputs.push_back(Output::Send { connection, message });
+        }
+    }
+
+    pub fn respond(&mut self, connection: Option<ConnectionId>, message: Message) {
+        if connection.is_some() {
+            self.send(connection, wire::response(message));
+        }
+    }
+
+    /// Says why, in both of the ways that clients know.
+    pub fn send_leave(&mut self, connection: ConnectionId, reason: proto::DisconnectReason, action: proto::leave_request::Action) {
+        let leave = proto::LeaveRequest {
+            can_reconnect: action == proto::leave_request::Action::Reconnect,
+            reason: reason.into(),
+            action: action.into(),
+            regions: None,
+        };
+        self.respond(Some(connection), Message::Leave(leave));
+    }
+
+    /// The WebSocket has nothing more to say or to hear.
+    pub fn close(&mut self, connection: ConnectionId) {
+        self.connections.remove(&connection);
+        self.outputs.push_back(Output::Close { connection });
+    }
+
+    pub fn command(&mut self, router: usize, command: MediaCommand) {
+        self.outputs.push_back(Output::Media { router, command });
+    }
+
+    pub fn set_timer(&mut self, at: Time, timer: Timer) {
+        self.timers.insert((at, timer));
+    }
+
+    /// Our end of a new connection on `router`.
+    pub fn local_transport(&mut self, router: usize) -> LocalTransport {
+        let IceCredentials { ufrag, password } = self.ids.ice_credentials();
+        LocalTransport {
+            ufrag,
+            pwd: password,
+            fingerprint: self.fingerprint,
+            // LiveKit's role where the client leaves it open.
+            setup: Setup::Active,
+            candidates: self.routers.get(router).copied().map(Candidate::host).into_iter().collect(),
+            session_id: self.ids.draw() >> 1,
+        }
+    }
+
+    pub fn load(&mut self, router: usize) -> Option<&mut usize> {
+        self.loads.get_mut(router)
+    }
+
+    pub fn least_loaded(&self) -> usize {
+        let routers = self.loads.iter().enumerate();
+        routers.min_by_key(|(_, load)| **load).map_or(0, |(router, _)| router)
+    }
+
+    pub fn unix_millis(&self, now: Time) -> i64 {
+        i64::try_from(self.epoch.unix_micros(now) / 1_000).unwrap_or(i64::MAX)
+    }
+}
+
+/// Everything that is drawn or counted.
+pub(super) struct Ids {
+    chance: Seeded,
+    next: u32,
+}
+
+impl Ids {
+    pub fn new(seed: u64) -> Ids {
+        Ids {
+            chance: Seeded::new(seed),
+            next: 0,
+        }
+    }
+
+    pub fn draw(&mut self) -> u64 {
+        self.chance.draw()
+    }
+
+    /// One counter for all kinds: an id of one kind is never taken for one of another in a log.
+    fn count(&mut self) -> u32 {
+        self.next += 1;
+        self.next
+    }
+
+    pub fn connection(&mut self) -> ConnectionId {
+        ConnectionId(self.count())
+    }
+
+    pub fn session(&mut self) -> SessionId {
+        SessionId(self.count())
+    }
+
+    pub fn room(&mut self) -> RoomId {
+        RoomId(self.count())
+    }
+
+    pub fn transport(&mut self) -> TransportId {
+        TransportId(self.count())
+    }
+
+    pub fn track(&mut self) -> TrackId {
+        TrackId(self.count())
+    }
+
+    pub fn subscription(&mut self) -> SubscriptionId {
+        SubscriptionId(self.count())
+    }
+
+    /// As LiveKit's: two letters for the kind, then twelve of 57.
+    pub fn sid(&mut self, kind: &str) -> String {
+        const LETTERS: &[u8] = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
+        format!("{kind}_{}", self.text(LETTERS, 12))
+    }
+
+    pub fn ice_credentials(&mut self) -> IceCredentials {
+        const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+        IceCredentials {
+            ufrag: self.text(LETTERS, 16),
+            password: self.text(LETTERS, 32),
+        }
+    }
+
+    fn text(&mut self, letters: &[u8], count: usize) -> String {
+        let letter = |_| letters.get(self.chance.below(letters.len() as u64) as usize).copied().unwrap_or(b'a');
+        (0..count).map(letter).map(char::from).collect()
+    }
+}
+
+impl SubscriptionId {
+    /// The SSRCs of its packets and of their retransmissions. Multiplying by an odd number maps 31 bits onto themselves, so that no two subscriptions share one,
+    /// and none is 0, which some readers take for none.
+    pub(super) fn ssrcs(self) -> (u32, u32) {
+        let scattered = self.0.wrapping_mul(0x9E37_79B1) << 1;
+        (scattered | 1, scattered)
+    }
+}
+
+pub(super) fn server_info() -> proto::ServerInfo {
+    proto::ServerInfo {
+        edition: proto::server_info::Edition::Standard.into(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        protocol: PROTOCOL,
+        node_id: super::NODE_ID.to_owned(),
+        debug_info: "throng's embedded SFU, not a product SFU".to_owned(),
+        ..Default::default()
+    }
+}
+
+/// The Join without the other participants.
+pub(super) fn join_response(room: proto::Room, participant: proto::ParticipantInfo, subscriber_primary: bool) -> proto::JoinResponse {
+    let codec = |mime: &str| proto::Codec {
+        mime: mime.to_owned(),
+        ..Default::default()
+    };
+    let fast_publish = participant.permission.as_ref().is_some_and(|permission| permission.can_publish);
+    let server_info = server_info();
+    proto::JoinResponse {
+        room: Some(room),
+        participant: Some(participant),
+        server_version: server_info.version.clone(),
+        server_info: Some(server_info),
+        subscriber_primary,
+        ping_interval: PING_INTERVAL_SECONDS,
+        ping_timeout: PING_TIMEOUT_SECONDS,
+        enabled_publish_codecs: vec![codec("audio/opus"), codec("video/VP8"), codec("video/rtx")],
+        fast_publish,
+        ..Default::default()
+    }
+}
