@@ -480,7 +480,7 @@ impl Watcher<'_> {
         loop {
             tokio::select! {
                 () = desk.over() => break,
-                signal = interrupts.next() => self.cancel(signal).await,
+                signal = interrupts.next() => self.cancel(&format!("{signal} at the coordinator")).await,
                 _ = look.tick() => {}
             }
             self.tell(tell).await;

@@ -114,13 +114,21 @@ impl Client {
     }
 
     fn refusal(&self, status: u16, body: &[u8]) -> NoAnswer {
-        let said = match protocol::read::<protocol::Refusal>(body) {
+        let refusal = protocol::read::<protocol::Refusal>(body);
+        let is_coordinator = refusal.is_ok();
+        let said = match refusal {
             Ok(refusal) => short(&refusal.error),
             Err(_) => format!("status {status}: {}", short(&String::from_utf8_lossy(body))),
         };
         let said = self.token.as_ref().map_or(said.clone(), |token| token.redact(&said));
         let token = if self.token.is_some() { "the" } else { "a" };
         match status {
+            // Ours says what to do.
+            401 if is_coordinator => NoAnswer::Refused(said),
+            404 if !is_coordinator => NoAnswer::Unknown(format!(
+                "{} does not answer as a coordinator does ({said}): check the address",
+                self.url.http()
+            )),
             401 | 403 => NoAnswer::Refused(format!(
                 "the coordinator at {} does not let us in ({said}): give it {token} token that it printed, by --coordinator-token or COORDINATOR_TOKEN",
                 self.url.http()
