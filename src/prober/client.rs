@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Method, header};
 use serde::Serialize;
 
-use crate::coordinator::protocol::{self, Message};
+use crate::coordinator::protocol::{self, Message, TOKEN_VARIABLE};
 use crate::plan::ServerUrl;
 use crate::signal::{Secret, causes, http_client};
 
@@ -121,18 +121,18 @@ impl Client {
             Err(_) => format!("status {status}: {}", short(&String::from_utf8_lossy(body))),
         };
         let said = self.token.as_ref().map_or(said.clone(), |token| token.redact(&said));
-        let token = if self.token.is_some() { "the" } else { "a" };
         match status {
-            // Ours says what to do.
-            401 if is_coordinator => NoAnswer::Refused(said),
             404 if !is_coordinator => NoAnswer::Unknown(format!(
                 "{} does not answer as a coordinator does ({said}): check the address",
                 self.url.http()
             )),
-            401 | 403 => NoAnswer::Refused(format!(
-                "the coordinator at {} does not let us in ({said}): give it {token} token that it printed, by --coordinator-token or COORDINATOR_TOKEN",
-                self.url.http()
-            )),
+            401 | 403 => {
+                let hint = match said.contains(TOKEN_VARIABLE) {
+                    true => String::new(),
+                    false => format!(" (--coordinator-token or {TOKEN_VARIABLE} says which is used)"),
+                };
+                NoAnswer::Refused(format!("the coordinator at {} does not let us in: {said}{hint}", self.url.http()))
+            }
             404 => NoAnswer::Unknown(format!("the coordinator at {} does not know this prober ({said})", self.url.http())),
             408 | 425 | 429 | 500.. => NoAnswer::Away(format!("the coordinator at {} cannot answer now ({said})", self.url.http())),
             _ => NoAnswer::Refused(format!("the coordinator says no: {said}")),
