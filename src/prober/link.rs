@@ -207,7 +207,10 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
             Err(NoAnswer::Away(why)) => {
                 let is_known = |(last, at): &(String, tokio::time::Instant)| *last == why && at.elapsed() < TELL_AGAIN;
                 if !last_told.as_ref().is_some_and(is_known) {
-                    told(format!("{why}; trying again"));
+                    told(format!(
+                        "{why}; trying again for {} s",
+                        patience.saturating_sub(since.elapsed()).as_secs()
+                    ));
                     last_told = Some((why, tokio::time::Instant::now()));
                 }
             }
