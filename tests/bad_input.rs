@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use common::on_both_servers;
 use common::server::Server;
 use livekit_protocol as proto;
-use program::{Finished, PATIENCE, Report, Running, Scratch, against, alone, run, shell, throng};
+use program::{Finished, PATIENCE, Report, Running, Scratch, against, beside_one_other, run, shell, throng};
 use recorded::{only_file, read_ivf, read_opus};
 use rustix::process::Signal;
 use throng::signal::rooms::RoomService;
@@ -309,7 +309,7 @@ fn a_report_that_cannot_be_written_is_refused_before_the_run() {
 #[test]
 fn a_disk_that_is_full_after_the_run_is_told_and_the_other_reports_are_written() {
     let server = Server::embedded();
-    let _alone = alone();
+    let _turn = beside_one_other();
     let scratch = Scratch::new();
     let mut command = throng();
     against(&server, &mut command)
@@ -342,7 +342,7 @@ const RECORDED: &str = "--room rec --publishers 1 --video-publishers 1 --video-r
 #[test]
 fn a_disk_that_fills_up_ends_recordings_and_not_the_run() {
     let server = Server::embedded();
-    let _alone = alone();
+    let _turn = beside_one_other();
     let scratch = Scratch::new();
     // 20 KiB a file: enough for four seconds of audio, and for half a second of video.
     let script = format!(
@@ -365,7 +365,7 @@ fn a_disk_that_fills_up_ends_recordings_and_not_the_run() {
 #[test]
 fn a_process_that_is_killed_leaves_recordings_that_can_be_read() {
     let server = Server::embedded();
-    let _alone = alone();
+    let _turn = beside_one_other();
     let scratch = Scratch::new();
     let mut command = throng();
     against(&server, &mut command)
@@ -405,7 +405,7 @@ fn recordings_that_could_not_be_written_are_refused_before_anybody_joins() {
 }
 
 fn a_server_that_dies_ends_the_run_and_what_was_measured_is_reported(server: &Server) {
-    let _alone = alone();
+    let _turn = beside_one_other();
     let endless = Endless::in_room(server, "dies");
     kill(server.pid());
     let (finished, report, scratch, took) = endless.finish(server);
@@ -423,7 +423,7 @@ fn kill(pid: u32) {
 }
 
 fn a_room_that_is_deleted_ends_the_run_with_the_servers_reason(server: &Server) {
-    let _alone = alone();
+    let _turn = beside_one_other();
     let endless = Endless::in_room(server, "deleted");
     endless.admin.delete("deleted");
     let (finished, report, scratch, took) = endless.finish(server);
@@ -434,7 +434,7 @@ fn a_room_that_is_deleted_ends_the_run_with_the_servers_reason(server: &Server) 
 }
 
 fn a_signal_ends_the_run_early_and_everything_is_written_and_cleaned_up(server: &Server) {
-    let _alone = alone();
+    let _turn = beside_one_other();
     for (signal, name) in [(Signal::INT, "SIGINT"), (Signal::TERM, "SIGTERM")] {
         let endless = Endless::in_room(server, name);
         endless.running.signal(signal);
@@ -452,7 +452,7 @@ fn a_signal_ends_the_run_early_and_everything_is_written_and_cleaned_up(server: 
 #[test]
 fn a_signal_while_participants_join_takes_those_out_who_are_in_and_those_who_are_about_to_be() {
     let server = Server::embedded();
-    let _alone = alone();
+    let _turn = beside_one_other();
     let admin = Admin::of(&server);
     // A room that is not ours: nobody is thrown out by its end.
     let room = "stays";
@@ -482,7 +482,7 @@ fn a_signal_while_participants_join_takes_those_out_who_are_in_and_those_who_are
 #[test]
 fn a_second_signal_ends_the_program_at_once() {
     let server = Server::embedded();
-    let _alone = alone();
+    let _turn = beside_one_other();
     let mut endless = Endless::in_room(&server, "twice");
     // Signals that come together count as one, so that on a busy host it may take a third.
     while !endless.running.has_ended() {
@@ -500,7 +500,7 @@ fn a_second_signal_ends_the_program_at_once() {
 #[test]
 fn a_signal_before_the_first_join_leaves_no_room_behind() {
     let server = Server::embedded();
-    let _alone = alone();
+    let _turn = beside_one_other();
     let mut command = throng();
     against(&server, &mut command).args(["--room-count", "2000", "--subscribers", "1"]);
     let mut running = Running::start(&mut command, &server.secret);
@@ -517,7 +517,7 @@ fn a_signal_before_the_first_join_leaves_no_room_behind() {
 }
 
 fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own(server: &Server) {
-    let _alone = alone();
+    let _turn = beside_one_other();
     let scratch = Scratch::new();
     let start = |name: &str, seconds: &str| {
         let mut command = throng();
@@ -585,7 +585,7 @@ fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own(server: &Se
 #[test]
 fn outputs_that_nobody_reads_stop_nothing() {
     let server = Server::embedded();
-    let _alone = alone();
+    let _turn = beside_one_other();
     for redirection in ["| head -1", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full", "2>&1 | head -1"] {
         let scratch = Scratch::new();
         let json = scratch.path("run.json");
@@ -608,7 +608,7 @@ fn outputs_that_nobody_reads_stop_nothing() {
 #[test]
 fn a_standard_output_that_is_full_is_an_error() {
     let server = Server::embedded();
-    let _alone = alone();
+    let _turn = beside_one_other();
     let mut command = shell("exec \"$THRONG\" --publishers 1 --subscribers 1 --duration 1 >/dev/full");
     let finished = run(against(&server, &mut command), &server.secret);
     assert_eq!(finished.code, Some(1));
@@ -622,7 +622,7 @@ fn a_standard_output_that_is_full_is_an_error() {
 #[test]
 fn json_on_standard_output_has_it_for_itself() {
     let server = Server::embedded();
-    let _alone = alone();
+    let _turn = beside_one_other();
     let mut command = throng();
     against(&server, &mut command).args(["--publishers", "1", "--subscribers", "1", "--duration", "1", "--json", "-"]);
     let finished = run(&mut command, &server.secret);

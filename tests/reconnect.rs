@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use common::on_both_servers;
 use common::server::Server;
 use livekit_protocol as proto;
-use program::{PATIENCE, Report, Running, Scratch, against, alone, throng};
+use program::{PATIENCE, Report, Running, Scratch, against, beside_one_other, throng};
 use throng::signal::rooms::RoomService;
 
 on_both_servers!(
@@ -139,7 +139,7 @@ fn counts<const N: usize>(report: &Report, names: [&str; N]) -> [u64; N] {
 const FATE: [&str; 4] = ["joins_ok", "reconnects_ok", "reconnects_failed", "disconnects"];
 
 fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on(server: &Server) {
-    let _alone = alone();
+    let _turn = beside_one_other();
     for connection in ["single", "dual"] {
         let broken = Broken::start(server, connection, "6");
         let sids = |broken: &Broken| {
@@ -173,7 +173,7 @@ fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on(server: &Serve
 }
 
 fn a_session_that_the_server_has_forgotten_is_joined_anew(server: &Server) {
-    let _alone = alone();
+    let _turn = beside_one_other();
     for connection in ["single", "dual"] {
         let broken = Broken::start(server, connection, "8");
         let publishers = 2;
@@ -226,7 +226,7 @@ fn remove(server: &Server, identity: &str) {
 }
 
 fn who_cannot_come_back_gives_up_after_a_while(server: &Server) {
-    let _alone = alone();
+    let _turn = beside_one_other();
     let broken = Broken::start(server, "auto", "10m");
     broken.relay.refuse(true);
     broken.relay.cut();

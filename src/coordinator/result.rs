@@ -961,6 +961,8 @@ mod tests {
             };
             assert_eq!(reason, format!("'sin': {broken}"));
             canned.apply(Entry::Stopping { at_us, reason });
+            // Another host found the same, too late to end anything.
+            canned.breaks(0, TIER, "the same");
             canned.reports(1, &[QUIET], invalid);
             canned.reports(0, &[], &[]);
             canned.is_over();

@@ -365,13 +365,16 @@ impl State {
         self.rooms.as_deref().unwrap_or_default()
     }
 
-    /// The vantage on which a threshold did not hold that ends the run, and what it came to.
+    /// The vantage on which a threshold did not hold that ends the run, and what it came to. Where the run was ended for another reason before that came, there is none.
     pub fn broken(&self) -> Option<(&str, &str)> {
         let mut broken = self
             .probers
             .iter()
             .filter_map(|prober| Some((prober.vantage.as_str(), prober.broken.as_deref()?)));
-        broken.next()
+        match &self.stop_reason {
+            None => broken.next(),
+            Some(reason) => broken.find(|(vantage, threshold)| *reason == ended_by(vantage, threshold)),
+        }
     }
 
     /// Why the run ends before its time; `None` while it does not.
@@ -713,7 +716,7 @@ impl State {
         if let Some((vantage, threshold)) = self.broken() {
             return Some(Entry::Stopping {
                 at_us: now_us,
-                reason: format!("'{vantage}': {threshold}"),
+                reason: ended_by(vantage, threshold),
             });
         }
         let missed = || self.probers.iter().find(|prober| prober.gone.is_some() || prober.left_early);
@@ -991,6 +994,11 @@ impl State {
             _ => Order::Wait,
         }
     }
+}
+
+/// Why a run ends that a threshold on this vantage ends.
+fn ended_by(vantage: &str, threshold: &str) -> String {
+    format!("'{vantage}': {threshold}")
 }
 
 /// Of those who play the plan.

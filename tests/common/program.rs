@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,6 +23,15 @@ pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     // A test that failed while it held the lock says so itself.
     ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A turn beside one other run: for tests of which nothing is asked that a neighbour would change. Most of their time is waiting.
+pub fn beside_one_other() -> MutexGuard<'static, ()> {
+    static PLACES: [Mutex<()>; 2] = [const { Mutex::new(()) }; 2];
+    static TURNS: AtomicUsize = AtomicUsize::new(0);
+    let free = PLACES.iter().find_map(|place| place.try_lock().ok());
+    let next = || &PLACES[TURNS.fetch_add(1, Ordering::Relaxed) % PLACES.len()];
+    free.unwrap_or_else(|| next().lock().unwrap_or_else(std::sync::PoisonError::into_inner))
 }
 
 /// `throng` without a target, whatever the environment of the tests has.
