@@ -649,3 +649,41 @@ fn what_cannot_begin_says_why_and_what_to_do() {
     }
     assert_eq!(std::fs::read_dir(&scratch.0).unwrap().count(), 0, "nothing is left behind");
 }
+
+#[test]
+fn a_rehearsal_shows_the_stages_and_begins_nothing() {
+    let scratch = Scratch::new("rehearsal");
+    let rehearse = |args: &str| {
+        let args: Vec<&str> = "--coordinator --dry-run".split(' ').chain(args.split(' ')).collect();
+        let output = Coordinator::command(env!("CARGO_BIN_EXE_throng"), &scratch, &args).output().unwrap();
+        let [said, told] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+        (output.status.code(), said, told)
+    };
+    for (hosts, rows) in [
+        ("3", ["3             1      15s", "6             2      15s", "30            10      15s"]),
+        (
+            "256",
+            ["256             1      15s", "512             2      15s", "2,560            10      15s"],
+        ),
+    ] {
+        let (code, said, told) = rehearse(&format!("--expect {hosts} --ramp 2,10 --publishers 2"));
+        assert_eq!(code, Some(0), "{told}");
+        let (stages, first) = said.split_once("The first of them:\n").expect("one host's part");
+        assert!(stages.lines().all(|line| line.chars().count() <= 80), "{stages}");
+        for row in rows {
+            assert!(stages.contains(row), "{row}: {stages}");
+        }
+        assert!(
+            first.contains("the hosts' own server") && first.contains("nothing was connected to"),
+            "{first}"
+        );
+    }
+    let (_, said, _) = rehearse("--expect 3 --total --subscribers 8 --publishers 1 --room-count 2");
+    assert!(said.contains("16           5-6      15s"), "{said}");
+    let (code, said, told) = rehearse("--expect 3 --total --subscribers 1 --publishers 1");
+    assert!(
+        code == Some(2) && said.is_empty() && told.contains("nothing to do"),
+        "{code:?} {said} {told}"
+    );
+    assert_eq!(std::fs::read_dir(&scratch.0).unwrap().count(), 0, "nothing is left behind");
+}

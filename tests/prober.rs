@@ -211,7 +211,8 @@ fn a_coordinator_of_ours_hears_all_that_a_run_counts_and_what_it_says_at_the_end
         assert_eq!(last["record"], serde_json::to_value(&tier.measured.record).unwrap());
     }
     let starts: Vec<&Value> = beats.iter().flat_map(|beat| beat.body["starts"].as_array().unwrap()).collect();
-    for stage in 0..5 {
+    // All but that of the last, which the report may overtake: nothing is measured in it.
+    for stage in 0..4 {
         assert!(starts.iter().any(|start| start["stage"] == stage), "{stage}");
     }
     let totals = throng::measure::Record::from(&whole.totals.record);

@@ -54,7 +54,7 @@ fn one_ruined_among_two_hundred_is_named_first() {
                 joined: Some(Time::from_millis(1)),
                 ..Timeline::default()
             },
-            audio: quality(&[peer], Kind::Audio, 1),
+            audio: quality(&[peer], Kind::Audio, 1, |_| false),
             ..ParticipantOutcome::default()
         })
         .collect();

@@ -71,11 +71,12 @@ impl HostsArgs {
     }
 
     fn config(&self, (url, name): (String, &str), env: &dyn Fn(&str) -> Option<String>) -> Result<Membership, String> {
-        let is_web = |scheme: &str| url.trim().starts_with(scheme);
-        if !["http://", "https://"].into_iter().any(is_web) {
+        let url = url.trim();
+        // ServerUrl takes LiveKit's schemes, too.
+        if !url.starts_with("http://") && !url.starts_with("https://") {
             return Err(format!("{name} needs a scheme: http:// or https://"));
         }
-        let coordinator: ServerUrl = url.trim().parse().map_err(|why| format!("{name} {why}"))?;
+        let coordinator: ServerUrl = url.parse().map_err(|why| format!("{name} {why}"))?;
         let vantage = self.vantage.clone().map(|vantage| (vantage, "--vantage"));
         let vantage = vantage.or_else(|| VANTAGE_VARIABLES.iter().find_map(|name| Some((set(env, name)?, *name))));
         if let Some((vantage, name)) = &vantage {

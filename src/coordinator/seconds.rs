@@ -120,10 +120,9 @@ impl Seconds {
         let all_known = live.iter().all(is_known);
         let sum = |of: fn(&Live) -> Option<f64>| live.iter().map(|prober| of(&prober.live)).sum::<Option<f64>>().filter(|_| all_known);
         let losses = live.iter().filter_map(|prober| prober.live.loss);
-        let stage = state.underway().and_then(|underway| state.stages().get(underway.stage as usize));
         Some(Row {
             t: since_us as f64 / 1e6,
-            stage: stage.map(|stage| stage.name.clone()),
+            stage: state.stage_underway().map(|stage| stage.name.clone()),
             hosts: live.len(),
             participants: all_known.then(|| live.iter().map(|prober| u64::from(prober.live.participants)).sum()),
             packets_sent_per_second: sum(|live| live.packets_sent_per_second),

@@ -350,6 +350,11 @@ impl State {
         self.orders.last().copied()
     }
 
+    /// The one that was ordered last, with the subscribers of the first player.
+    pub fn stage_underway(&self) -> Option<&Stage> {
+        self.stages().get(self.underway()?.stage as usize)
+    }
+
     /// The stages that have begun, and when.
     pub fn orders(&self) -> &[Underway] {
         &self.orders
@@ -830,8 +835,7 @@ impl State {
 
     /// All tiers are over for everybody.
     fn is_leaving(&self) -> bool {
-        let stage = self.underway().and_then(|underway| self.stages().get(underway.stage as usize));
-        stage.is_some_and(|stage| stage.kind == StageKind::Leave)
+        self.stage_underway().is_some_and(|stage| stage.kind == StageKind::Leave)
     }
 
     fn admit(&mut self, at_us: u64, id: ProverId, vantage: String, register: Register) {

@@ -149,8 +149,7 @@ fn status(state: &State) -> Option<String> {
         };
         return Some(format!("{there} of {expect} hosts are in{who}; {} missing.", expect - there.min(expect)));
     }
-    let stage = state.underway().and_then(|underway| state.stages().get(underway.stage as usize));
-    let name = stage.map_or("preparing", |stage| stage.name.as_str());
+    let name = state.stage_underway().map_or("preparing", |stage| stage.name.as_str());
     let of = |rate: fn(&Prober) -> Option<f64>| live().filter_map(rate).sum::<f64>().round() as u64;
     let losses = live().filter_map(|prober| prober.live.loss);
     Some(format!(

@@ -45,7 +45,7 @@ pub fn render(merged: &Merged, about: &About<'_>, style: Style) -> String {
 pub fn rehearsal(rehearsal: &Rehearsal) -> String {
     let hosts = &rehearsal.placed.stages;
     let mut text = format!(
-        "{}, each of weight 1 and for any role; their --weight and --role say otherwise\n  {:<10}{:>12}{:>14}{:>9}\n",
+        "{} of weight 1 and any role; their --weight and --role say otherwise\n  {:<10}{:>12}{:>14}{:>9}\n",
         count(hosts.len() as u64, "host"),
         "stage",
         "subscribers",

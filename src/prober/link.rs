@@ -506,6 +506,7 @@ mod tests {
             (refusal(401), "COORDINATOR_TOKEN"),
             (refusal(409), "not today"),
             (refusal(400), "not today"),
+            ((404, json!({"detail": "Not Found"})), "check the address"),
             (registered(json!(VERSION + 1)), "run the same throng on all hosts"),
         ] {
             let (enlisted, scripted, _) = enlisted(move |_| answer.clone()).await;

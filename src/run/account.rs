@@ -108,8 +108,8 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
     }
 }
 
-/// What a participant received of one kind of media, over all its connections.
-pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Quality {
+/// What a participant received of one kind of media, over all its connections. Tracks of those who are lost, by index, do not stand for others.
+pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32, is_lost: impl Fn(u32) -> bool) -> Quality {
     let mut quality = Quality {
         tracks_expected: tracks_expected.into(),
         played_us: is_measured(Some(kind), "played_us").then_some(0),
@@ -122,7 +122,7 @@ pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Qual
         .filter(|stream| stream.kind == kind && stream.origin.is_some());
     let mut live = BTreeSet::new();
     for stream in streams {
-        live.extend(stream.origin.filter(|_| stream.live));
+        live.extend(stream.origin.filter(|(origin, _)| stream.live && !is_lost(*origin)));
         quality.packets_received += stream.counts.received;
         quality.packets_lost_network += stream.counts.lost_network;
         quality.packets_repaired += stream.counts.repaired;
@@ -146,7 +146,6 @@ pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32) -> Qual
         quality.one_way_us_max = quality.one_way_us_max.max(stream.latency_us_max);
         quality.jitter_us = quality.jitter_us.max(Some(stream.jitter.as_micros() as u64));
     }
-    // Where a layout has room for a part of them, others than at first may have come, too; and those of a host that was lost are not expected any more.
-    quality.tracks_live = (live.len() as u64).min(quality.tracks_expected);
+    quality.tracks_live = live.len() as u64;
     quality
 }

@@ -799,6 +799,10 @@ impl<'a> Test<'a> {
                 let plan = self.plan.participant(position);
                 let ended = self.sessions.ended.get(&plan.index);
                 let peers = by_participant.get(&plan.index).map_or(&[][..], Vec::as_slice);
+                let fared = |kind| {
+                    let expected = expected_tracks(self.plan, &self.lost, &plan, kind, ended);
+                    quality(peers, kind, expected, |origin| self.lost.has(self.plan, origin))
+                };
                 ParticipantOutcome {
                     index: plan.index,
                     room: self.plan.room_name(plan.room),
@@ -806,8 +810,8 @@ impl<'a> Test<'a> {
                     failure: ended.map_or_else(|| Some("did not start".to_owned()), |ended| ended.failure.clone()),
                     disconnects: ended.map_or(0, |ended| ended.disconnects),
                     rtt_us: peers.iter().find_map(|peer| peer.rtt_rtcp).map(|rtt| rtt.as_micros() as u64),
-                    audio: quality(peers, Kind::Audio, expected_tracks(self.plan, &self.lost, &plan, Kind::Audio, ended)),
-                    video: quality(peers, Kind::Video, expected_tracks(self.plan, &self.lost, &plan, Kind::Video, ended)),
+                    audio: fared(Kind::Audio),
+                    video: fared(Kind::Video),
                     publishes_audio: plan.publishes_audio,
                     publishes_video: plan.publishes_video,
                     subscribes: plan.subscribes,

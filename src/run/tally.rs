@@ -47,11 +47,13 @@ impl Survey {
             let Some(visit) = visits.get(&participant.index) else { continue };
             let all = peers.remove(&participant.index).unwrap_or_default();
             let here: Vec<&PeerOutcome> = all.iter().copied().filter(|peer| peer.intended_at >= *visit).collect();
+            let is_lost = |origin| lost.has(plan, origin);
             let fares = |kind| {
                 let expected = plan.expected_tracks(&participant, kind, lost);
                 Quality {
-                    tracks_live: quality(&here, kind, expected).tracks_live,
-                    ..quality(&all, kind, expected)
+                    // Where a layout has room for a part of them, others than at first may have come, too.
+                    tracks_live: quality(&here, kind, expected, is_lost).tracks_live.min(expected.into()),
+                    ..quality(&all, kind, expected, is_lost)
                 }
             };
             let overdue = [Kind::Audio, Kind::Video].map(|kind| {
