@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::{Value, json};
 use throng::coordinator::protocol::{BEAT_BYTES_MAX, REPORT_BYTES_MAX, VERSION};
 use throng::measure::Record;
@@ -129,6 +129,10 @@ impl Coordinator {
         self.process.stdout.take().unwrap().read_to_string(&mut said).unwrap();
         let code = self.process.wait().unwrap().code().unwrap();
         (said, code)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.process), signal).unwrap();
     }
 
     /// `kill -9`.
@@ -594,6 +598,26 @@ fn whoever_is_told_to_stop_reports_and_that_ends_it() {
     assert_eq!(coordinator.post(&format!("/report/{id}"), &final_report("ams")).0, 200);
     let (said, code) = coordinator.end();
     assert!(code == 1 && said.contains("cancelled"), "{code}: {said}");
+}
+
+#[test]
+fn a_coordinator_that_stood_still_says_so_and_the_result_does() {
+    let scratch = Scratch::new("standstill");
+    let mut coordinator = Coordinator::with_token(&scratch, &["--expect", "1", "--ramp", "4", "--duration", "1h"]);
+    let id = id(&coordinator.post("/register", &prober("ams")));
+    coordinator.hear("All are in.");
+    coordinator.signal(Signal::STOP);
+    std::thread::sleep(Duration::from_secs(3));
+    coordinator.signal(Signal::CONT);
+    coordinator.hear("warning: the coordinator stood still for");
+    coordinator.post("/cancel", &Value::Null);
+    assert_eq!(coordinator.post(&format!("/report/{id}"), &final_report("ams")).0, 200);
+    let (said, _) = coordinator.end();
+    let (_, notes) = said.split_once("Notes\n").unwrap_or_else(|| panic!("{said}"));
+    assert!(
+        notes.starts_with("  the coordinator stood still for ") && notes.contains("its host was busy"),
+        "{said}"
+    );
 }
 
 #[test]

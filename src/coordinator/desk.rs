@@ -1,5 +1,6 @@
 //! The thread on which a run's state and its journal live. Whoever wants something of them sends a call; between calls it does what time brings about.
 
+use std::fmt;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,25 @@ impl From<Refused> for Failure {
     }
 }
 
+/// A time in which the desk did nothing for anybody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standstill {
+    pub whole: Duration,
+    /// Of that, for the disk that the journal is on.
+    pub on_disk: Duration,
+}
+
+impl fmt::Display for Standstill {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = |of: Duration| of.as_secs_f64().round();
+        write!(f, "the coordinator stood still for {} s and answered nobody", seconds(self.whole))?;
+        match seconds(self.on_disk) {
+            0.0 => f.write_str(": its host was busy, or it was stopped"),
+            on_disk => write!(f, ": its journal waited {on_disk} s for the disk"),
+        }
+    }
+}
+
 /// State and journal of a run.
 pub struct Desk {
     pub state: State,
@@ -42,6 +62,10 @@ pub struct Desk {
     epoch: Epoch,
     /// Why the journal takes nothing; `None` while it does.
     problem: Option<String>,
+    /// The longest, if there was any.
+    standstill: Option<Standstill>,
+    /// Since time was last looked at.
+    on_disk: Duration,
     phase: watch::Sender<Phase>,
 }
 
@@ -75,6 +99,8 @@ impl Desk {
             head,
             epoch,
             problem: None,
+            standstill: None,
+            on_disk: Duration::ZERO,
             phase,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
@@ -99,7 +125,9 @@ impl Desk {
             }
             if kept_at.elapsed() >= KEEP {
                 kept_at = Instant::now();
-                if let Err(error) = self.journal.keep(&self.state, &self.head, self.now_us()) {
+                let kept = self.journal.keep(&self.state, &self.head, self.now_us());
+                self.on_disk += kept_at.elapsed();
+                if let Err(error) = kept {
                     // The next entry that is written, or is not, says more.
                     let _ = self.note(Err(error));
                 }
@@ -116,10 +144,20 @@ impl Desk {
         self.problem.as_deref()
     }
 
+    /// The longest time so far in which nobody was answered, if it was long.
+    pub fn standstill(&self) -> Option<Standstill> {
+        self.standstill
+    }
+
     /// Does what is due, as far as it can be written down; the rest is due again.
     fn settle(&mut self) {
         let now_us = self.now_us();
-        self.state.look(now_us);
+        let on_disk = std::mem::take(&mut self.on_disk);
+        if let Some(whole) = self.state.look(now_us).map(Duration::from_micros)
+            && self.standstill.is_none_or(|longest| longest.whole < whole)
+        {
+            self.standstill = Some(Standstill { whole, on_disk });
+        }
         while let Some(entry) = self.state.due(now_us) {
             if self.remember(entry).is_err() {
                 break;
@@ -134,7 +172,9 @@ impl Desk {
 
     /// Writes an entry down, and lets it come true.
     pub fn remember(&mut self, entry: Entry) -> Result<(), Failure> {
+        let since = Instant::now();
         let written = self.journal.append(&entry, self.now_us());
+        self.on_disk += since.elapsed();
         self.note(written)?;
         self.state.apply(entry);
         Ok(())
@@ -245,5 +285,26 @@ impl DeskHandle {
     pub async fn over(&mut self) {
         // A desk that is gone is over, too.
         let _ = self.phase.wait_for(|phase| *phase == Phase::Over).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_standstill_says_what_it_was_for() {
+        let standstill = |whole, on_disk| {
+            let (whole, on_disk) = (Duration::from_millis(whole), Duration::from_millis(on_disk));
+            Standstill { whole, on_disk }.to_string()
+        };
+        assert_eq!(
+            standstill(21_100, 20_900),
+            "the coordinator stood still for 21 s and answered nobody: its journal waited 21 s for the disk"
+        );
+        assert_eq!(
+            standstill(2_100, 30),
+            "the coordinator stood still for 2 s and answered nobody: its host was busy, or it was stopped"
+        );
     }
 }

@@ -488,12 +488,15 @@ impl Watcher<'_> {
             self.make_rooms(interrupts).await;
         }
         self.tell(tell).await;
+        if let Ok(Some(standstill)) = self.desk.call(|desk| desk.standstill()).await {
+            self.notes.push(standstill.to_string());
+        }
     }
 
     async fn tell(&mut self, tell: &mut dyn FnMut(&str)) {
         let mut story = std::mem::take(&mut self.story);
         let told = self.desk.call(move |desk| {
-            let lines = story.lines(&desk.state, desk.problem(), desk.now_us());
+            let lines = story.lines(&desk.state, desk.problem(), desk.standstill(), desk.now_us());
             (story, lines)
         });
         // A desk that is gone has nothing more to tell.

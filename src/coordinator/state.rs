@@ -392,14 +392,16 @@ impl State {
         self.placed.as_ref().and_then(|placed| placed.stages.first()).map_or(&[], Vec::as_slice)
     }
 
-    /// Whoever keeps the state is awake, and hears. To be called at least once a second; time in which it was not is added to everybody's patience.
-    pub fn look(&mut self, now_us: u64) {
+    /// Whoever keeps the state is awake, and hears. To be called at least once a second; time in which it was not is added to everybody's patience, and returned.
+    pub fn look(&mut self, now_us: u64) -> Option<u64> {
         let away_us = now_us.saturating_sub(self.looked_us);
         self.looked_us = now_us;
-        if away_us > LOOK_US_MAX {
-            self.quiet_since_us += away_us;
-            self.probers.iter_mut().for_each(|prober| prober.silent_since_us += away_us);
+        if away_us <= LOOK_US_MAX {
+            return None;
         }
+        self.quiet_since_us += away_us;
+        self.probers.iter_mut().for_each(|prober| prober.silent_since_us += away_us);
+        Some(away_us)
     }
 
     /// Everybody was in: there is a run, whatever became of it.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::desk::Standstill;
 use super::protocol::{ProverId, StageKind};
 use super::state::{Phase, Prober, State};
 use crate::words;
@@ -19,6 +20,7 @@ pub struct Story {
     all_in: bool,
     stopping: bool,
     problem: Option<String>,
+    standstill: Option<Standstill>,
     last_us: u64,
 }
 
@@ -31,7 +33,7 @@ struct Told {
 
 impl Story {
     /// What is new since the last time. Lines fit 80 columns where labels do.
-    pub fn lines(&mut self, state: &State, problem: Option<&str>, now_us: u64) -> Vec<String> {
+    pub fn lines(&mut self, state: &State, problem: Option<&str>, standstill: Option<Standstill>, now_us: u64) -> Vec<String> {
         let mut lines = Vec::new();
         self.who_came(state, &mut lines);
         self.what_begins(state, now_us, &mut lines);
@@ -48,6 +50,10 @@ impl Story {
                 Some(problem) => format!("{problem}.\n  Probers keep what they measure and try again: make room, and the run goes on."),
                 None => "The journal takes entries again.".to_owned(),
             });
+        }
+        if self.standstill != standstill {
+            self.standstill = standstill;
+            lines.extend(standstill.map(|standstill| words::wrapped(&format!("warning: {standstill}."), 2).trim().to_owned()));
         }
         let quiet_us = match state.phase() {
             Phase::Gathering => QUIET_GATHERING_US,
