@@ -47,9 +47,10 @@ impl fmt::Display for Standstill {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = |of: Duration| of.as_secs_f64().round();
         write!(f, "the coordinator stood still for {} s and answered nobody", seconds(self.whole))?;
-        match seconds(self.on_disk) {
-            0.0 => f.write_str(": its host was busy, or it was stopped"),
-            on_disk => write!(f, ": its journal waited {on_disk} s for the disk"),
+        if self.on_disk * 2 > self.whole {
+            write!(f, ": its journal waited {} s for the disk", seconds(self.on_disk))
+        } else {
+            f.write_str(": its host was busy, or it was stopped")
         }
     }
 }
@@ -303,8 +304,8 @@ mod tests {
             "the coordinator stood still for 21 s and answered nobody: its journal waited 21 s for the disk"
         );
         assert_eq!(
-            standstill(2_100, 30),
-            "the coordinator stood still for 2 s and answered nobody: its host was busy, or it was stopped"
+            standstill(30_100, 1_030),
+            "the coordinator stood still for 30 s and answered nobody: its host was busy, or it was stopped"
         );
     }
 }

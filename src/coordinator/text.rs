@@ -8,9 +8,8 @@ use super::lead::Rehearsal;
 use super::protocol::{Stage, StageKind};
 use super::result::{Cell, Merged, Standing, Tier, Times, Vantage};
 use crate::measure::Histogram;
-use crate::report::Style;
-use crate::report::Verdict;
 use crate::report::server_cost::{self, Ours};
+use crate::report::{Style, Verdict};
 use crate::words::{self, count, maybe, micros, number, percent};
 
 /// Vantages in a table. The worst come first, so that the others are those that nothing is wrong with.

@@ -4,8 +4,7 @@ use std::fmt::Write as _;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::Outcome;
-use super::Style;
+use super::{Outcome, Style};
 use crate::measure::Kind;
 use crate::server_metrics::book::{Cost, Forwarding};
 use crate::server_metrics::page::{Bracket, Counter, Counters};
