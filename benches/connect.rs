@@ -31,7 +31,9 @@ const SUBSCRIBER: Setting = Setting::media_only(Role::Receives, Kind::Video);
 
 fn main() {
     let mut criterion = table::criterion();
-    let mut table = Table::new("A connection, one side of it, CPU time (median, its 95 % interval, times throng)");
+    let mut table = Table::new(
+        "A connection, one side of it, CPU time (median, its 95 % interval, times throng)",
+    );
     set_up::<Throng>(&mut criterion, &mut table);
     set_up::<Str0m>(&mut criterion, &mut table);
     set_up::<Rtc<false>>(&mut criterion, &mut table);
@@ -42,7 +44,9 @@ fn main() {
     criterion.final_summary();
     table.print();
     let connections = if common::is_full() { 1_000 } else { 8 };
-    println!("\nMemory of a connection, of {connections}: bytes on the heap once it is up, and after a second of video");
+    println!(
+        "\nMemory of a connection, of {connections}: bytes on the heap once it is up, and after a second of video"
+    );
     memory::<Throng>(connections);
     memory::<Str0m>(connections);
     memory::<Rtc<false>>(connections);
@@ -59,7 +63,11 @@ fn set_up<S: Stack>(criterion: &mut Criterion, table: &mut Table) {
 }
 
 fn idle<S: Stack>(criterion: &mut Criterion, table: &mut Table) {
-    let connections = if common::is_full() { IDLE_CONNECTIONS } else { 2 };
+    let connections = if common::is_full() {
+        IDLE_CONNECTIONS
+    } else {
+        2
+    };
     let mut fixture: Option<Fixture<S>> = None;
     let mut benches = criterion.benchmark_group(IDLE);
     benches.sampling_mode(SamplingMode::Flat).sample_size(10);
@@ -76,7 +84,9 @@ fn connect<S: Stack>(count: u64) -> Duration {
     let (mut left, mut spent) = (count, Duration::ZERO);
     while left > 0 {
         let now = left.min(AT_ONCE);
-        spent += Fixture::<S>::connected(now as usize, SUBSCRIBER).setup.spent;
+        spent += Fixture::<S>::connected(now as usize, SUBSCRIBER)
+            .setup
+            .spent;
         left -= now;
     }
     spent
@@ -109,7 +119,10 @@ struct Held {
     allocations: u64,
 }
 
-fn held<S: Stack>(connect: impl FnOnce() -> Fixture<S>, use_it: impl FnOnce(&mut Fixture<S>)) -> Held {
+fn held<S: Stack>(
+    connect: impl FnOnce() -> Fixture<S>,
+    use_it: impl FnOnce(&mut Fixture<S>),
+) -> Held {
     let before = HELD.get();
     let mut fixture = connect();
     let connected = HELD.get() - before;

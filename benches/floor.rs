@@ -13,7 +13,9 @@ use std::sync::mpsc::{Sender as Commands, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use common::floor::{BareEnd, Floor, Keys, LOOPBACK, Notes, RECEIVE_BUFFER_BYTES, Sender, Taken, Target, bare_end};
+use common::floor::{
+    BareEnd, Floor, Keys, LOOPBACK, Notes, RECEIVE_BUFFER_BYTES, Sender, Taken, Target, bare_end,
+};
 use common::origin::{new_peer, shard_config};
 use common::remote::{Remote, Side};
 use common::{SSRC, clock_rate, is_full};
@@ -40,7 +42,11 @@ fn main() {
     let mut no_notes = Bare::new(connections, &engine, Notes::Nothing);
     let mut turns = Vec::new();
     for _ in 0..rounds {
-        turns.push([engine.window(window), floor.window(window), no_notes.window(window)]);
+        turns.push([
+            engine.window(window),
+            floor.window(window),
+            no_notes.window(window),
+        ]);
     }
     engine.stop();
     print(connections, &floor.sender, &turns);
@@ -106,15 +112,27 @@ fn print(connections: usize, sender: &Sender, turns: &[[Row; 3]]) {
         "engine worker", "floor program", "same without stamps", "ratio"
     );
     for [engine, floor, no_notes] in turns {
-        println!("  {engine:>20} {floor:>20} {no_notes:>22} {:>6.2}x", ratio(engine, floor));
+        println!(
+            "  {engine:>20} {floor:>20} {no_notes:>22} {:>6.2}x",
+            ratio(engine, floor)
+        );
     }
     let median = |one: usize, other: usize| {
-        let mut ratios: Vec<f64> = turns.iter().map(|turn| ratio(&turn[one], &turn[other])).collect();
+        let mut ratios: Vec<f64> = turns
+            .iter()
+            .map(|turn| ratio(&turn[one], &turn[other]))
+            .collect();
         ratios.sort_by(f64::total_cmp);
         ratios[ratios.len() / 2]
     };
-    println!("  generator CPU / floor CPU a received packet: {:.2}x (median)", median(0, 1));
-    println!("  floor with stamps and drop counts / without: {:.2}x (median)", median(1, 2));
+    println!(
+        "  generator CPU / floor CPU a received packet: {:.2}x (median)",
+        median(0, 1)
+    );
+    println!(
+        "  floor with stamps and drop counts / without: {:.2}x (median)",
+        median(1, 2)
+    );
 }
 
 fn ratio(one: &Row, other: &Row) -> f64 {
@@ -124,7 +142,10 @@ fn ratio(one: &Row, other: &Row) -> f64 {
 impl Display for Row {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         let arrived = 100.0 * self.taken.packets as f64 / self.sent.max(1) as f64;
-        f.pad(&format!("{:.0} ns ({arrived:.2} %)", self.taken.nanos_a_packet()))
+        f.pad(&format!(
+            "{:.0} ns ({arrived:.2} %)",
+            self.taken.nanos_a_packet()
+        ))
     }
 }
 
@@ -155,7 +176,9 @@ impl Engine {
         let thread = std::thread::Builder::new().name("engine-0".into());
         let thread = thread.spawn(move || worker::run(worker)).expect("a thread");
         let address = socket.local_addr().expect("bound");
-        let targets = (0..connections).map(|key| add(key, address, &config, &commands)).collect();
+        let targets = (0..connections)
+            .map(|key| add(key, address, &config, &commands))
+            .collect();
         let mut sender = Sender::new(socket, targets, &config, connections);
         sender.connect(PATIENCE);
         Engine {
@@ -190,7 +213,9 @@ impl Engine {
 
     /// What was counted since the last call, and the thread's CPU time so far.
     fn report(&mut self) -> (Duration, Record) {
-        self.commands.send(Command::Report).expect("a worker that lives");
+        self.commands
+            .send(Command::Report)
+            .expect("a worker that lives");
         let mut record = Record::default();
         loop {
             let report = self.reports.blocking_recv().expect("a worker that lives");
@@ -202,13 +227,20 @@ impl Engine {
     }
 
     fn stop(self) {
-        self.commands.send(Command::Stop).expect("a worker that lives");
+        self.commands
+            .send(Command::Stop)
+            .expect("a worker that lives");
         self.thread.join().expect("no panic").expect("no failure");
     }
 }
 
 /// A subscriber of the worker's; what the sender has to know of it.
-fn add(key: usize, sender: std::net::SocketAddr, config: &ShardConfig, commands: &Commands<Command>) -> Target {
+fn add(
+    key: usize,
+    sender: std::net::SocketAddr,
+    config: &ShardConfig,
+    commands: &Commands<Command>,
+) -> Target {
     let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
     let side = |address| Side {
         address,

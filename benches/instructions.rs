@@ -27,8 +27,14 @@ use counting::ALLOCATIONS;
 use throng::measure::Kind;
 
 const PROGRAMS: [(&str, Setting); 4] = [
-    ("receive-video", Setting::media_only(Role::Receives, Kind::Video)),
-    ("receive-audio", Setting::media_only(Role::Receives, Kind::Audio)),
+    (
+        "receive-video",
+        Setting::media_only(Role::Receives, Kind::Video),
+    ),
+    (
+        "receive-audio",
+        Setting::media_only(Role::Receives, Kind::Audio),
+    ),
     ("send-video", Setting::media_only(Role::Sends, Kind::Video)),
     ("send-audio", Setting::media_only(Role::Sends, Kind::Audio)),
 ];
@@ -40,7 +46,10 @@ const TOLERANCE: f64 = 3.0;
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let has = |name: &str| arguments.iter().any(|argument| argument == name);
-    if let Some(at) = arguments.iter().position(|argument| argument == "--program") {
+    if let Some(at) = arguments
+        .iter()
+        .position(|argument| argument == "--program")
+    {
         common::UNTIMED.store(true, Ordering::Relaxed);
         return run(&arguments[at + 1]);
     }
@@ -57,7 +66,9 @@ fn main() {
     if has("--save") {
         let lines: String = counts
             .iter()
-            .map(|(name, counts)| format!("{name} {} {}\n", counts.instructions, counts.allocations))
+            .map(|(name, counts)| {
+                format!("{name} {} {}\n", counts.instructions, counts.allocations)
+            })
             .collect();
         return std::fs::write(figures(), lines).expect("the benches' directory");
     }
@@ -69,7 +80,10 @@ fn main() {
 
 /// What callgrind looks at: a fixed number of packets, the first of each connection among them.
 fn run(name: &str) {
-    let (_, setting) = PROGRAMS.iter().find(|(known, _)| *known == name).expect("one of the programs");
+    let (_, setting) = PROGRAMS
+        .iter()
+        .find(|(known, _)| *known == name)
+        .expect("one of the programs");
     let mut fixture = Fixture::<Throng>::connected(CONNECTIONS, *setting);
     ALLOCATIONS.set(0);
     match setting.role {
@@ -99,10 +113,20 @@ impl Counting {
     fn start(name: &str) -> Counting {
         let profile = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("callgrind-{name}"));
         let mut command = Command::new("valgrind");
-        command.args(["--quiet", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=*measured_*"]);
+        command.args([
+            "--quiet",
+            "--tool=callgrind",
+            "--collect-atstart=no",
+            "--toggle-collect=*measured_*",
+        ]);
         command.arg(format!("--callgrind-out-file={}", profile.display()));
-        command.arg(std::env::current_exe().expect("this program")).args(["--program", name]);
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        command
+            .arg(std::env::current_exe().expect("this program"))
+            .args(["--program", name]);
+        let child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
         Counting {
             child: child.expect("valgrind"),
             profile,
@@ -111,15 +135,27 @@ impl Counting {
 
     fn finish(self) -> Counts {
         let output = self.child.wait_with_output().expect("our own child");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let said = String::from_utf8_lossy(&output.stdout);
-        let allocations = said.lines().find_map(|line| line.strip_prefix(ALLOCATED)?.parse().ok());
-        let text = std::fs::read_to_string(&self.profile).expect("callgrind's output");
-        let summary = text
+        let allocations = said
             .lines()
-            .find_map(|line| line.strip_prefix("summary: ").or(line.strip_prefix("totals: ")));
-        let total: u64 = summary.and_then(|total| total.trim().parse().ok()).expect("a total");
-        assert!(total > PACKETS, "nothing was counted: is `measured_receive` still called so?");
+            .find_map(|line| line.strip_prefix(ALLOCATED)?.parse().ok());
+        let text = std::fs::read_to_string(&self.profile).expect("callgrind's output");
+        let summary = text.lines().find_map(|line| {
+            line.strip_prefix("summary: ")
+                .or(line.strip_prefix("totals: "))
+        });
+        let total: u64 = summary
+            .and_then(|total| total.trim().parse().ok())
+            .expect("a total");
+        assert!(
+            total > PACKETS,
+            "nothing was counted: is `measured_receive` still called so?"
+        );
         Counts {
             instructions: total / PACKETS,
             allocations: allocations.expect("what the program has allocated"),
@@ -130,17 +166,25 @@ impl Counting {
 fn print(counts: &[(&str, Counts)]) {
     println!("\nInstructions a packet, by callgrind; allocations of {PACKETS} packets");
     for (name, counts) in counts {
-        println!("  {name:<16} {:>7} {:>4}", counts.instructions, counts.allocations);
+        println!(
+            "  {name:<16} {:>7} {:>4}",
+            counts.instructions, counts.allocations
+        );
     }
 }
 
 fn compare(counts: &[(&str, Counts)]) {
     let text = std::fs::read_to_string(figures()).unwrap_or_default();
     let mut worse = Vec::new();
-    println!("\nInstructions a packet, by callgrind: now, and as committed; allocations of {PACKETS} packets, the same");
+    println!(
+        "\nInstructions a packet, by callgrind: now, and as committed; allocations of {PACKETS} packets, the same"
+    );
     for (name, now) in counts {
         let line = text.lines().find_map(|line| {
-            let mut numbers = line.strip_prefix(name)?.split_whitespace().map(str::parse::<u64>);
+            let mut numbers = line
+                .strip_prefix(name)?
+                .split_whitespace()
+                .map(str::parse::<u64>);
             Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
         });
         let Some((instructions, allocations)) = line else {
@@ -156,7 +200,10 @@ fn compare(counts: &[(&str, Counts)]) {
             worse.push(format!("{name}: {change:+.1} % instructions"));
         }
         if now.allocations > allocations {
-            worse.push(format!("{name}: {} allocations, not {allocations}", now.allocations));
+            worse.push(format!(
+                "{name}: {} allocations, not {allocations}",
+                now.allocations
+            ));
         }
     }
     assert!(

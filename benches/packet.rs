@@ -28,12 +28,24 @@ const SAMPLES: usize = 15;
 
 fn main() {
     let mut criterion = table::criterion();
-    let mut table = Table::new("A packet in user space (median, its 95 % interval, times the floor: AES-GCM alone)");
-    let (cold, packets) = if common::is_full() { (1_000, 8_000) } else { (24, 48) };
+    let mut table = Table::new(
+        "A packet in user space (median, its 95 % interval, times the floor: AES-GCM alone)",
+    );
+    let (cold, packets) = if common::is_full() {
+        (1_000, 8_000)
+    } else {
+        (24, 48)
+    };
     for role in [Role::Receives, Role::Sends] {
         for kind in [Kind::Video, Kind::Audio] {
             for connections in [16, cold] {
-                compare(&mut criterion, &mut table, Setting::media_only(role, kind), connections, packets);
+                compare(
+                    &mut criterion,
+                    &mut table,
+                    Setting::media_only(role, kind),
+                    connections,
+                    packets,
+                );
             }
         }
     }
@@ -49,29 +61,74 @@ fn feedback(criterion: &mut Criterion, table: &mut Table, connections: usize, pa
         ..Setting::media_only(Role::Receives, Kind::Video)
     };
     let facts = Facts::of(of(Control::TransportCc));
-    let group = format!("receive video with timers, {} bytes, {connections} connections", facts.len);
+    let group = format!(
+        "receive video with timers, {} bytes, {connections} connections",
+        facts.len
+    );
     {
         let mut floor = Floor::new(&facts, connections);
-        row(criterion, table, &group, "floor", packets, |packets| floor.run(Role::Receives, packets));
+        row(criterion, table, &group, "floor", packets, |packets| {
+            floor.run(Role::Receives, packets)
+        });
     }
     let size = (connections, packets);
-    stack::<Throng>(criterion, table, &group, "throng, no feedback", of(Control::Timers), size);
-    stack::<Throng>(criterion, table, &group, "throng, transport-cc", of(Control::TransportCc), size);
-    stack::<Str0m>(criterion, table, &group, "str0m, transport-cc", of(Control::TransportCc), size);
-    stack::<Rtc<true>>(criterion, table, &group, "rtc, default, transport-cc", of(Control::TransportCc), size);
+    stack::<Throng>(
+        criterion,
+        table,
+        &group,
+        "throng, no feedback",
+        of(Control::Timers),
+        size,
+    );
+    stack::<Throng>(
+        criterion,
+        table,
+        &group,
+        "throng, transport-cc",
+        of(Control::TransportCc),
+        size,
+    );
+    stack::<Str0m>(
+        criterion,
+        table,
+        &group,
+        "str0m, transport-cc",
+        of(Control::TransportCc),
+        size,
+    );
+    stack::<Rtc<true>>(
+        criterion,
+        table,
+        &group,
+        "rtc, default, transport-cc",
+        of(Control::TransportCc),
+        size,
+    );
 }
 
-fn compare(criterion: &mut Criterion, table: &mut Table, setting: Setting, connections: usize, packets: u64) {
+fn compare(
+    criterion: &mut Criterion,
+    table: &mut Table,
+    setting: Setting,
+    connections: usize,
+    packets: u64,
+) {
     let facts = Facts::of(setting);
     let verb = match setting.role {
         Role::Receives => "receive",
         Role::Sends => "send",
     };
-    let group = format!("{verb} {}, {} bytes, {connections} connections", common::media(setting.kind), facts.len);
+    let group = format!(
+        "{verb} {}, {} bytes, {connections} connections",
+        common::media(setting.kind),
+        facts.len
+    );
     // What is built for one row would fill the cache of the next: each is gone before the next one is made.
     {
         let mut floor = Floor::new(&facts, connections);
-        row(criterion, table, &group, "floor", packets, |packets| floor.run(setting.role, packets));
+        row(criterion, table, &group, "floor", packets, |packets| {
+            floor.run(setting.role, packets)
+        });
     }
     let size = (connections, packets);
     stack::<Throng>(criterion, table, &group, Throng::NAME, setting, size);
@@ -97,17 +154,33 @@ fn stack<S: Stack>(
             Role::Sends => fixture.send(packets),
         }
     });
-    if let (Some(fixture), Control::TransportCc, true) = (fixture, setting.control, common::is_full()) {
-        assert!(fixture.stack.rtcp_sent() > 0, "{name} tells nobody of its path");
+    if let (Some(fixture), Control::TransportCc, true) =
+        (fixture, setting.control, common::is_full())
+    {
+        assert!(
+            fixture.stack.rtcp_sent() > 0,
+            "{name} tells nobody of its path"
+        );
     }
 }
 
 /// Times `work`, which takes a number of packets. An iteration is `packets` of them, several of each connection: the first of all, which connects and meets
 /// memory that was never touched, is criterion's warming up, and no sample is a handful of packets.
-fn row(criterion: &mut Criterion, table: &mut Table, group: &str, name: &'static str, packets: u64, mut work: impl FnMut(u64) -> Duration) {
+fn row(
+    criterion: &mut Criterion,
+    table: &mut Table,
+    group: &str,
+    name: &'static str,
+    packets: u64,
+    mut work: impl FnMut(u64) -> Duration,
+) {
     let mut benches = criterion.benchmark_group(group);
-    benches.sampling_mode(SamplingMode::Flat).sample_size(SAMPLES);
-    benches.bench_function(name, |bencher| bencher.iter_custom(|iterations| work(iterations * packets)));
+    benches
+        .sampling_mode(SamplingMode::Flat)
+        .sample_size(SAMPLES);
+    benches.bench_function(name, |bencher| {
+        bencher.iter_custom(|iterations| work(iterations * packets))
+    });
     benches.finish();
     table.add_per(group, name, packets as f64);
 }
@@ -124,7 +197,13 @@ impl Facts {
     fn of(setting: Setting) -> Facts {
         const SAMPLE: usize = 600;
         let config = shard_config(1);
-        let mut origin = Origin::publishing(setting.kind, setting.transport_cc_extension(), 1, &config, Time::ZERO);
+        let mut origin = Origin::publishing(
+            setting.kind,
+            setting.transport_cc_extension(),
+            1,
+            &config,
+            Time::ZERO,
+        );
         let packets: Vec<_> = (0..SAMPLE).map(|_| origin.next()).collect();
         let bytes: usize = packets.iter().map(|packet| packet.bytes.len()).sum();
         Facts {
@@ -199,7 +278,9 @@ impl Floor {
     fn open(&mut self, key: usize, place: usize) {
         let (nonce, packet) = (nonce(self.count + place as u64), &mut self.packets[place]);
         let (header, sealed) = packet.split_at_mut(self.header_len);
-        self.keys[key].open_in_place(nonce, Aad::from(header), sealed).expect("just sealed");
+        self.keys[key]
+            .open_in_place(nonce, Aad::from(header), sealed)
+            .expect("just sealed");
     }
 }
 

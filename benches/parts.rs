@@ -16,7 +16,9 @@ use throng::measure::{Kind, Record};
 use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
 use throng::media::vp8::{VideoClip, VideoSpec};
 use throng::transport::sdp::serve::{SentTrack, SubscriberOffer};
-use throng::transport::sdp::{Answerer, Candidate, Capabilities, Fingerprint, LocalTransport, Setup};
+use throng::transport::sdp::{
+    Answerer, Candidate, Capabilities, Fingerprint, LocalTransport, Setup,
+};
 use throng::units::Bitrate;
 
 const SECTIONS: usize = 100;
@@ -24,7 +26,8 @@ const SECTIONS: usize = 100;
 fn main() {
     let is_full = std::env::args().any(|argument| argument == "--bench");
     let mut criterion = table::criterion();
-    let mut table = Table::new("Done seldom (median, its 95 % interval, times the first of the group)");
+    let mut table =
+        Table::new("Done seldom (median, its 95 % interval, times the first of the group)");
     descriptions(&mut criterion, &mut table);
     records(&mut criterion, &mut table);
     histogram(&mut criterion, &mut table);
@@ -42,7 +45,9 @@ fn descriptions(criterion: &mut Criterion, table: &mut Table) {
     }
     let before = offers.offer(&local());
     let mut answerer = Answerer::new(Capabilities::SUBSCRIBER);
-    let answered = answerer.answer(&before, &local()).expect("an offer of ours");
+    let answered = answerer
+        .answer(&before, &local())
+        .expect("an offer of ours");
     offers.answered(&answered.sdp).expect("an answer of ours");
     offers.add(Kind::Audio, sent_track(SECTIONS));
     let after = offers.offer(&local());
@@ -50,7 +55,10 @@ fn descriptions(criterion: &mut Criterion, table: &mut Table) {
     let group = format!("an offer of {SECTIONS} sections");
     let mut benches = criterion.benchmark_group(&group);
     benches.bench_function("rtc-sdp, parsed only", |bencher| {
-        bencher.iter(|| SessionDescription::unmarshal(&mut std::io::Cursor::new(&before)).expect("a description"));
+        bencher.iter(|| {
+            SessionDescription::unmarshal(&mut std::io::Cursor::new(&before))
+                .expect("a description")
+        });
     });
     benches.bench_function("answered, all new", |bencher| {
         bencher.iter(|| {
@@ -63,7 +71,9 @@ fn descriptions(criterion: &mut Criterion, table: &mut Table) {
     benches.bench_function("answered, one changed", |bencher| {
         bencher.iter(|| {
             answerer.answer(&after, &local()).expect("an offer of ours");
-            answerer.answer(&before, &local()).expect("an offer of ours");
+            answerer
+                .answer(&before, &local())
+                .expect("an offer of ours");
         });
     });
     benches.finish();
@@ -92,7 +102,14 @@ fn histogram(criterion: &mut Criterion, table: &mut Table) {
     let mut record = Record::default();
     // An iteration is many values, of the spread that latencies have.
     benches.bench_function("recorded", |bencher| {
-        bencher.iter(|| (0..VALUES).for_each(|value| record.video.one_way_latency.record_micros(black_box(value * 7_919 % 100_000))));
+        bencher.iter(|| {
+            (0..VALUES).for_each(|value| {
+                record
+                    .video
+                    .one_way_latency
+                    .record_micros(black_box(value * 7_919 % 100_000))
+            })
+        });
     });
     benches.finish();
     table.add_per(group, "recorded", VALUES as f64);
@@ -113,7 +130,12 @@ fn filled(values: u64) -> Record {
             }
         }
         let (session, engine) = (&mut record.session, &mut record.engine);
-        for histogram in [&mut session.join, &mut session.rtt_rtcp, &mut engine.tick_late, &mut engine.send_lag] {
+        for histogram in [
+            &mut session.join,
+            &mut session.rtt_rtcp,
+            &mut engine.tick_late,
+            &mut engine.send_lag,
+        ] {
             histogram.record_micros(micros);
         }
     }
@@ -124,7 +146,10 @@ fn audio(criterion: &mut Criterion, table: &mut Table) {
     let group = "audio made at the start";
     let mut benches = criterion.benchmark_group(group);
     benches.sampling_mode(SamplingMode::Flat).sample_size(10);
-    for (name, content) in [("speech", AudioContent::Speech), ("silence", AudioContent::Silence)] {
+    for (name, content) in [
+        ("speech", AudioContent::Speech),
+        ("silence", AudioContent::Silence),
+    ] {
         let spec = AudioSpec {
             bitrate: Bitrate::from_bps(24_000),
             frame: Duration::from_millis(20),
@@ -132,7 +157,9 @@ fn audio(criterion: &mut Criterion, table: &mut Table) {
             dtx: false,
             seed: 1,
         };
-        benches.bench_function(name, |bencher| bencher.iter(|| AudioClip::generate(&spec).expect("a spec that can be")));
+        benches.bench_function(name, |bencher| {
+            bencher.iter(|| AudioClip::generate(&spec).expect("a spec that can be"))
+        });
         table.add(group, name);
     }
     benches.finish();
@@ -141,7 +168,11 @@ fn audio(criterion: &mut Criterion, table: &mut Table) {
 /// Seconds each: once is enough.
 fn video(is_full: bool) {
     let sizes: &[(u32, u32, u32, u64)] = match is_full {
-        true => &[(320, 180, 15, 150_000), (640, 360, 20, 600_000), (1_280, 720, 30, 2_000_000)],
+        true => &[
+            (320, 180, 15, 150_000),
+            (640, 360, 20, 600_000),
+            (1_280, 720, 30, 2_000_000),
+        ],
         false => &[(96, 54, 15, 60_000)],
     };
     println!("\nVideo made at the start, on one thread: both frames of each index of the loop");
@@ -165,7 +196,11 @@ fn video(is_full: bool) {
 }
 
 fn kind(index: usize) -> Kind {
-    if index.is_multiple_of(2) { Kind::Audio } else { Kind::Video }
+    if index.is_multiple_of(2) {
+        Kind::Audio
+    } else {
+        Kind::Video
+    }
 }
 
 fn sent_track(index: usize) -> SentTrack {

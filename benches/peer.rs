@@ -60,10 +60,19 @@ impl Options {
     fn of(arguments: &[String]) -> Option<Options> {
         let value = |name: &str| {
             let at = arguments.iter().position(|argument| argument == name)?;
-            Some(arguments.get(at + 1).unwrap_or_else(|| panic!("{name} wants a value")).as_str())
+            Some(
+                arguments
+                    .get(at + 1)
+                    .unwrap_or_else(|| panic!("{name} wants a value"))
+                    .as_str(),
+            )
         };
-        let number =
-            |name: &str, default: u64| value(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} {text}: no number")));
+        let number = |name: &str, default: u64| {
+            value(name).map_or(default, |text| {
+                text.parse()
+                    .unwrap_or_else(|_| panic!("{name} {text}: no number"))
+            })
+        };
         Some(Options {
             lk: value("--lk")?.into(),
             livekit: value("--livekit")?.into(),
@@ -104,13 +113,16 @@ impl Taken {
     }
 
     fn kib_a_participant(&self, participants: u64) -> f64 {
-        (self.resident as f64 - self.early.resident as f64) / (participants as f64 + 1.0 - self.early.participants) / 1_024.0
+        (self.resident as f64 - self.early.resident as f64)
+            / (participants as f64 + 1.0 - self.early.participants)
+            / 1_024.0
     }
 }
 
 fn against_lk(options: &Options, server: &mut Server) -> Taken {
     let room = "peer-lk";
-    let whole = options.subscribers / LK_JOINS_PER_SECOND + options.seconds + 2 * PATIENCE.as_secs();
+    let whole =
+        options.subscribers / LK_JOINS_PER_SECOND + options.seconds + 2 * PATIENCE.as_secs();
     let mut publisher = throng(server);
     publisher.args([
         "--room",
@@ -127,9 +139,27 @@ fn against_lk(options: &Options, server: &mut Server) -> Taken {
     let mut publisher = Process::start(publisher.stdout(Stdio::null()));
     server.wait_for_participants(&mut publisher, 1);
     let mut command = Command::new(&options.lk);
-    command.args(["load-test", "--room", room, "--subscribers", &options.subscribers.to_string()]);
-    command.args(["--num-per-second", &LK_JOINS_PER_SECOND.to_string(), "--duration", &format!("{whole}s")]);
-    command.args(["--url", &server.url, "--api-key", KEY, "--api-secret", SECRET]);
+    command.args([
+        "load-test",
+        "--room",
+        room,
+        "--subscribers",
+        &options.subscribers.to_string(),
+    ]);
+    command.args([
+        "--num-per-second",
+        &LK_JOINS_PER_SECOND.to_string(),
+        "--duration",
+        &format!("{whole}s"),
+    ]);
+    command.args([
+        "--url",
+        &server.url,
+        "--api-key",
+        KEY,
+        "--api-secret",
+        SECRET,
+    ]);
     command.env("HOME", env!("CARGO_TARGET_TMPDIR"));
     let mut subscribers = Process::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
     let taken = measure("lk load-test", &mut subscribers, options, server);
@@ -141,10 +171,19 @@ fn against_lk(options: &Options, server: &mut Server) -> Taken {
 }
 
 fn against_throng(options: &Options, server: &mut Server) -> Taken {
-    let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("peer-{}.json", std::process::id()));
+    let report =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("peer-{}.json", std::process::id()));
     let whole = Duration::from_secs(options.seconds) + SETTLE + 3 * FLUSH;
     let mut command = throng(server);
-    command.args(["--room", "peer-throng", "--publishers", "0", "--video-publishers", "1", "--no-simulcast"]);
+    command.args([
+        "--room",
+        "peer-throng",
+        "--publishers",
+        "0",
+        "--video-publishers",
+        "1",
+        "--no-simulcast",
+    ]);
     command.args([
         "--subscribers",
         &options.subscribers.to_string(),
@@ -152,7 +191,12 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
         &LK_JOINS_PER_SECOND.to_string(),
     ]);
     command
-        .args(["--quiet", "--duration", &format!("{}s", whole.as_secs()), "--json"])
+        .args([
+            "--quiet",
+            "--duration",
+            &format!("{}s", whole.as_secs()),
+            "--json",
+        ])
         .arg(&report);
     let mut process = Process::start(command.stdout(Stdio::null()));
     let taken = measure("throng", &mut process, options, server);
@@ -166,7 +210,8 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
     let _ = fs::remove_file(&report);
     let report: Value = serde_json::from_str(&text).expect("a report");
     let hold = &report["steps"][0];
-    let received = hold["video"]["packets_received"].as_f64().expect("a count") / hold["seconds"].as_f64().expect("seconds");
+    let received = hold["video"]["packets_received"].as_f64().expect("a count")
+        / hold["seconds"].as_f64().expect("seconds");
     println!(
         "throng's own account: {}, {received:.0} packets/s received, {} of {} frames, {} bytes a participant, {:.0} % of its CPU in the engine; the server's: {:.0} packets/s sent",
         report["result"],
@@ -180,11 +225,17 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
 }
 
 /// Lets `process` join, then looks at it and at the server from one flush of the server's counters to another.
-fn measure(name: &'static str, process: &mut Process, options: &Options, server: &mut Server) -> Taken {
+fn measure(
+    name: &'static str,
+    process: &mut Process,
+    options: &Options,
+    server: &mut Server,
+) -> Taken {
     let early = server.wait_for_participants(process, options.subscribers + 1);
     std::thread::sleep(SETTLE);
     let (started, packets_before) = server.next_flush();
-    let (resent_before, dropped_before) = (server.packets_resent(), socket_drops(process.child.id()));
+    let (resent_before, dropped_before) =
+        (server.packets_resent(), socket_drops(process.child.id()));
     let server_before = server.cpu();
     process.watch();
     let before = process.last().clone();
@@ -246,7 +297,10 @@ fn print(options: &Options, lk: &Taken, throng: &Taken) {
 
 /// Datagrams that the UDP sockets of a process have had no room for: of `/proc/net/udp` (proc(5)) the lines whose inodes are among its files.
 fn socket_drops(pid: u32) -> f64 {
-    let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let files = fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
     let own: HashSet<String> = files
         .filter_map(|file| {
             Some(
@@ -259,12 +313,19 @@ fn socket_drops(pid: u32) -> f64 {
             )
         })
         .collect();
-    let sockets = ["udp", "udp6"].map(|table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default());
+    let sockets = ["udp", "udp6"]
+        .map(|table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default());
     let drops = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        own.contains(*fields.get(9)?).then(|| fields.last()?.parse::<f64>().ok()).flatten()
+        own.contains(*fields.get(9)?)
+            .then(|| fields.last()?.parse::<f64>().ok())
+            .flatten()
     };
-    sockets.iter().flat_map(|table| table.lines()).filter_map(drops).sum()
+    sockets
+        .iter()
+        .flat_map(|table| table.lines())
+        .filter_map(drops)
+        .sum()
 }
 
 fn throng(server: &Server) -> Command {
@@ -295,15 +356,24 @@ impl Server {
              logging: {{level: warn, pion_level: error}}\n"
         );
         let mut command = Command::new(&options.livekit);
-        command.args(["--config-body", &config]).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+            .args(["--config-body", &config])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         let server = Server {
             process: Process::start(&mut command),
             url: format!("ws://127.0.0.1:{port}"),
             metrics_port,
         };
         let deadline = Instant::now() + START_WAIT;
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() || server.packets_sent().is_none() {
-            assert!(Instant::now() < deadline, "{} does not listen on {port}", options.livekit.display());
+        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err()
+            || server.packets_sent().is_none()
+        {
+            assert!(
+                Instant::now() < deadline,
+                "{} does not listen on {port}",
+                options.livekit.display()
+            );
             std::thread::sleep(Duration::from_millis(100));
         }
         server
@@ -312,7 +382,10 @@ impl Server {
     /// Since it started.
     fn cpu(&mut self) -> Duration {
         self.process.watch();
-        self.process.last().cpu_since(&Sample::default(), "").total()
+        self.process
+            .last()
+            .cpu_since(&Sample::default(), "")
+            .total()
     }
 
     /// Media packets that it has sent, by its own count, which it brings up to date every [`FLUSH`].
@@ -321,7 +394,8 @@ impl Server {
     }
 
     fn packets_resent(&self) -> f64 {
-        self.metric("livekit_packet_total", "transmission=\"retransmit\"").unwrap_or(0.0)
+        self.metric("livekit_packet_total", "transmission=\"retransmit\"")
+            .unwrap_or(0.0)
     }
 
     /// Looks at `process` until so many are in the server's rooms: how it was when a tenth of them were.
@@ -332,12 +406,18 @@ impl Server {
             let participants = self.metric("livekit_participant_total", "").unwrap_or(0.0);
             if early.is_none() && participants >= count as f64 / 10.0 {
                 let resident = process.last().resident_bytes;
-                early = Some(Early { participants, resident });
+                early = Some(Early {
+                    participants,
+                    resident,
+                });
             }
             if let (true, Some(early)) = (participants == count as f64, early) {
                 return early;
             }
-            assert!(Instant::now() < patience, "{participants} participants, not {count}");
+            assert!(
+                Instant::now() < patience,
+                "{participants} participants, not {count}"
+            );
             std::thread::sleep(LOOK_INTERVAL);
         }
     }
@@ -348,8 +428,14 @@ impl Server {
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").ok()?;
         let mut text = String::new();
         stream.read_to_string(&mut text).ok()?;
-        let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(label));
-        Some(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+        let lines = text
+            .lines()
+            .filter(|line| line.starts_with(name) && line.contains(label));
+        Some(
+            lines
+                .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+                .sum(),
+        )
     }
 
     /// Waits until the count changes: when that was, since 1970, and the count.
@@ -359,7 +445,12 @@ impl Server {
             std::thread::sleep(Duration::from_millis(20));
             let now = self.packets_sent();
             if let (Some(count), true) = (now, now != before) {
-                return (SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set"), count);
+                return (
+                    SystemTime::now()
+                        .duration_since(UNIX_EPOCH)
+                        .expect("a clock that is set"),
+                    count,
+                );
             }
         }
     }

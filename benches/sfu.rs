@@ -43,8 +43,15 @@ fn main() {
     );
     // Among the tests it runs once, in small, so that it does not rot.
     let is_full = std::env::args().any(|argument| argument == "--bench");
-    let (sizes, packets): (&[u32], _) = if is_full { (&[100, 1_000, 3_000], PACKETS) } else { (&[2], 100) };
-    let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
+    let (sizes, packets): (&[u32], _) = if is_full {
+        (&[100, 1_000, 3_000], PACKETS)
+    } else {
+        (&[2], 100)
+    };
+    let wanted = std::env::args()
+        .skip(1)
+        .find(|argument| !argument.starts_with('-'))
+        .unwrap_or_default();
     for subscribers in sizes {
         for (kind, send) in [
             (Kind::Video, SendMode::Gso),
@@ -61,7 +68,10 @@ fn main() {
 
 /// Forwards about so many packets, and sends as many without the SFU, in turn.
 fn measure(name: &str, bench: &mut Bench, packets: u32) {
-    let (subscribers, burst) = (bench.loopback.ends.len() as u32 - 1, bench.payloads.len() as u32);
+    let (subscribers, burst) = (
+        bench.loopback.ends.len() as u32 - 1,
+        bench.payloads.len() as u32,
+    );
     let turns = packets / (subscribers * burst * ROUNDS) + 1;
     let (mut forwarded, mut floor) = (Duration::ZERO, Duration::ZERO);
     // The first one meets what was never touched.
@@ -71,7 +81,8 @@ fn measure(name: &str, bench: &mut Bench, packets: u32) {
         forwarded += bench.forward();
         floor += bench.floor();
     }
-    let nanos = |time: Duration| time.as_nanos() as f64 / f64::from(turns * ROUNDS * burst * subscribers);
+    let nanos =
+        |time: Duration| time.as_nanos() as f64 / f64::from(turns * ROUNDS * burst * subscribers);
     println!(
         "{name}, bursts of {burst}: {:.0} ns a packet sent, {:.2} times the floor of {:.0} ns",
         nanos(forwarded),
@@ -90,7 +101,9 @@ struct Bench {
 impl Bench {
     fn new(subscribers: u32, kind: Kind, send: SendMode) -> Bench {
         let loopback = Loopback::connected(subscribers, kind, send);
-        let receivers = loopback.ends[1..].iter().map(|end| end.socket.local_addr().expect("bound"));
+        let receivers = loopback.ends[1..]
+            .iter()
+            .map(|end| end.socket.local_addr().expect("bound"));
         let payloads = match kind {
             Kind::Audio => vec![vec![1; AUDIO_BYTES]],
             Kind::Video => vec![vec![0; VIDEO_BYTES]; usize::from(FRAME)],
@@ -116,7 +129,8 @@ impl Bench {
             self.write_descriptors();
             let payloads: Vec<&[u8]> = self.payloads.iter().map(Vec::as_slice).collect();
             let first_seq = self.frame.wrapping_mul(payloads.len() as u16);
-            self.loopback.publish_burst(first_seq, u32::from(self.frame) * 3_000, &payloads);
+            self.loopback
+                .publish_burst(first_seq, u32::from(self.frame) * 3_000, &payloads);
             self.frame = self.frame.wrapping_add(1);
             let mut arrived = 0;
             while arrived < payloads.len() as u64 {
@@ -137,7 +151,13 @@ impl Bench {
         for (at, payload) in self.payloads.iter_mut().enumerate() {
             let [high, low] = (self.frame & 0x7FFF | 0x8000).to_be_bytes();
             let start_of_partition = if at == 0 { 0x10 } else { 0 };
-            payload[..5].copy_from_slice(&[0x80 | start_of_partition, 0x80, high, low, u8::from(self.frame > 0)]);
+            payload[..5].copy_from_slice(&[
+                0x80 | start_of_partition,
+                0x80,
+                high,
+                low,
+                u8::from(self.frame > 0),
+            ]);
         }
     }
 
@@ -163,7 +183,9 @@ impl Floor {
         for _ in 0..ROUNDS {
             for to in &self.receivers {
                 match self.send {
-                    SendMode::Plain => (0..self.burst).for_each(|_| batch.push(socket, *to, self.len, self.len)),
+                    SendMode::Plain => {
+                        (0..self.burst).for_each(|_| batch.push(socket, *to, self.len, self.len))
+                    }
                     SendMode::Gso => batch.push(socket, *to, self.len * self.burst, self.len),
                 }
             }

@@ -95,12 +95,19 @@ const FULL: Size = Size {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let size = match (arguments.iter().any(|argument| argument == "--full"), common::is_full()) {
+    let size = match (
+        arguments.iter().any(|argument| argument == "--full"),
+        common::is_full(),
+    ) {
         (true, _) => FULL,
         (false, true) => MIDDLING,
         (false, false) => TINY,
     };
-    let filter = arguments.iter().find(|argument| !argument.starts_with("--")).cloned().unwrap_or_default();
+    let filter = arguments
+        .iter()
+        .find(|argument| !argument.starts_with("--"))
+        .cloned()
+        .unwrap_or_default();
     println!("load average at the start: {}", load_average());
     let runs = Runs::of(&size, &filter);
     runs.print_costs(&size);
@@ -130,22 +137,47 @@ struct Stream {
 
 impl Runs {
     fn of(size: &Size, filter: &str) -> Runs {
-        let run_at = |rate: u32, name: String, send: &str, participants: u32, seconds: u32, shape: String| {
+        let run_at = |rate: u32,
+                      name: String,
+                      send: &str,
+                      participants: u32,
+                      seconds: u32,
+                      shape: String| {
             let shape = format!("{shape} --num-per-second {rate} --duration {seconds}s");
-            name.contains(filter).then(|| Run::of(name, send, participants, seconds, &shape))
+            name.contains(filter)
+                .then(|| Run::of(name, send, participants, seconds, &shape))
         };
-        let run = |name, send: &str, participants, seconds, shape| run_at(size.joins_per_second, name, send, participants, seconds, shape);
+        let run = |name, send: &str, participants, seconds, shape| {
+            run_at(
+                size.joins_per_second,
+                name,
+                send,
+                participants,
+                seconds,
+                shape,
+            )
+        };
         let stream = |subscribers: u32, send: &str| {
             let name = format!("one publisher of video, {subscribers} subscribers, sent {send}");
             // The SFU sends on what comes together: with a pacer a frame comes in several bursts.
             let pacing = if send == "gso" { "--pacing burst" } else { "" };
-            let shape = format!("--publishers 0 --video-publishers 1 --subscribers {subscribers} {} {pacing}", size.video);
+            let shape = format!(
+                "--publishers 0 --video-publishers 1 --subscribers {subscribers} {} {pacing}",
+                size.video
+            );
             let run = run(name, send, subscribers + 1, size.seconds, shape)?;
             Some(Stream::beside_the_floor(run, subscribers, send))
         };
         let silent = |participants: u32| {
-            let name = format!("{participants} join rooms of {} and have nothing to hear", size.few);
-            let shape = format!("--room-count {} --subscribers {}", participants / size.few, size.few);
+            let name = format!(
+                "{participants} join rooms of {} and have nothing to hear",
+                size.few
+            );
+            let shape = format!(
+                "--room-count {} --subscribers {}",
+                participants / size.few,
+                size.few
+            );
             run(name, "plain", participants, size.idle_seconds, shape)
         };
         let (many, meeting) = (size.many, size.meeting);
@@ -167,7 +199,11 @@ impl Runs {
                 "plain",
                 many,
                 size.seconds,
-                format!("--room-count {} --publishers {}", many.div_ceil(10), many.min(10)),
+                format!(
+                    "--room-count {} --publishers {}",
+                    many.div_ceil(10),
+                    many.min(10)
+                ),
             ),
             // What the room costs, with as little media as there can be: with 149 whole videos for each, two cores carry nothing else.
             meeting: run_at(
@@ -176,7 +212,9 @@ impl Runs {
                 "gso",
                 meeting,
                 size.seconds,
-                format!("--meeting --publishers {meeting} --video-publishers {meeting} {LEAST_MEDIA}"),
+                format!(
+                    "--meeting --publishers {meeting} --video-publishers {meeting} {LEAST_MEDIA}"
+                ),
             ),
             silent_few: silent(size.few),
             silent_many: silent(many),
@@ -191,14 +229,27 @@ impl Runs {
         if let (Some(few), Some(many)) = (&self.silent_few, &self.silent_many) {
             let more = f64::from(size.many - size.few);
             let kib = (resident_kib(many) - resident_kib(few)) / more;
-            row("resident memory of one who hears nothing", &format!("{kib:.1} KiB"));
+            row(
+                "resident memory of one who hears nothing",
+                &format!("{kib:.1} KiB"),
+            );
             for (who, prefix) in [("generator", ""), ("of that its engine threads", "engine-")] {
-                let join = (many.generator_cpu(Part::Joining, prefix) - few.generator_cpu(Part::Joining, prefix)) / more;
-                let idle = (many.generator_cpu(Part::Hold, prefix) - few.generator_cpu(Part::Hold, prefix)) / more / many.hold_seconds();
-                row(&format!("CPU of a participant: {who}"), &join_and_idle(join, idle));
+                let join = (many.generator_cpu(Part::Joining, prefix)
+                    - few.generator_cpu(Part::Joining, prefix))
+                    / more;
+                let idle = (many.generator_cpu(Part::Hold, prefix)
+                    - few.generator_cpu(Part::Hold, prefix))
+                    / more
+                    / many.hold_seconds();
+                row(
+                    &format!("CPU of a participant: {who}"),
+                    &join_and_idle(join, idle),
+                );
             }
             let join = (many.sfu_cpu(Part::Joining, "") - few.sfu_cpu(Part::Joining, "")) / more;
-            let idle = (many.sfu_cpu(Part::Hold, "") - few.sfu_cpu(Part::Hold, "")) / more / many.hold_seconds();
+            let idle = (many.sfu_cpu(Part::Hold, "") - few.sfu_cpu(Part::Hold, ""))
+                / more
+                / many.hold_seconds();
             row("CPU of a participant: SFU", &join_and_idle(join, idle));
         }
         if let (Some(few), Some(many)) = (&self.stream_few, &self.stream_many) {
@@ -219,7 +270,10 @@ impl Runs {
     }
 
     fn print_goals(&self, size: &Size) {
-        println!("\nGoals, of the scenarios that have run (load average now: {})", load_average());
+        println!(
+            "\nGoals, of the scenarios that have run (load average now: {})",
+            load_average()
+        );
         let (more, many) = (f64::from(size.many - size.few), size.many);
         if let Some(stream) = &self.stream_plain {
             let times_floor = stream.run.engine_micros() / stream.floor_micros;
@@ -229,28 +283,64 @@ impl Runs {
                 1.5,
                 "x",
             );
-            at_most("embedded SFU a packet, plain", stream.run.sfu_micros(), 3.0, " us");
-            let whole = format!("{} subscribers of one 720p publisher, sent plain", stream.subscribers);
-            state(&whole, &stream.run.wholeness(), "as many as fit", stream.run.is_whole());
+            at_most(
+                "embedded SFU a packet, plain",
+                stream.run.sfu_micros(),
+                3.0,
+                " us",
+            );
+            let whole = format!(
+                "{} subscribers of one 720p publisher, sent plain",
+                stream.subscribers
+            );
+            state(
+                &whole,
+                &stream.run.wholeness(),
+                "as many as fit",
+                stream.run.is_whole(),
+            );
         }
         if let Some(stream) = &self.stream_many {
-            let whole = format!("{} subscribers of one 720p publisher, sent gso", stream.subscribers);
-            state(&whole, &stream.run.wholeness(), "whole", stream.run.is_whole());
-            at_most("embedded SFU a packet, gso", stream.run.sfu_micros(), 1.5, " us");
+            let whole = format!(
+                "{} subscribers of one 720p publisher, sent gso",
+                stream.subscribers
+            );
+            state(
+                &whole,
+                &stream.run.wholeness(),
+                "whole",
+                stream.run.is_whole(),
+            );
+            at_most(
+                "embedded SFU a packet, gso",
+                stream.run.sfu_micros(),
+                1.5,
+                " us",
+            );
         }
         if let Some(kib) = self.subscriber_kib(size) {
             at_most("resident memory a subscriber", kib, 64.0, " KiB");
         }
         if let (Some(few), Some(many)) = (&self.stream_few, &self.stream_many) {
             let growth = many.run.engine_micros() / few.run.engine_micros();
-            at_most(&format!("engine CPU a packet, {} to {}", size.few, size.many), growth, 1.3, "x");
+            at_most(
+                &format!("engine CPU a packet, {} to {}", size.few, size.many),
+                growth,
+                1.3,
+                "x",
+            );
         }
         if let Some(run) = &self.audio {
             let name = format!("{many} publishers of audio");
             let validity = if run.is_valid() { "VALID" } else { "INVALID" };
             state(&name, validity, "VALID", run.is_valid());
             if let Some(ratio) = run.send_lag_ratio() {
-                at_most("send lag p99, times the bare timer thread's", ratio, 2.0, "x");
+                at_most(
+                    "send lag p99, times the bare timer thread's",
+                    ratio,
+                    2.0,
+                    "x",
+                );
             }
         }
         if let Some(run) = &self.meeting {
@@ -263,9 +353,18 @@ impl Runs {
             );
         }
         if let (Some(few), Some(many)) = (&self.silent_few, &self.silent_many) {
-            let join = (many.generator_cpu(Part::Joining, "") - few.generator_cpu(Part::Joining, "")) / more;
-            let idle = (many.generator_cpu(Part::Hold, "") - few.generator_cpu(Part::Hold, "")) / more / many.hold_seconds();
-            at_most(&format!("CPU of a join, rooms of {}", size.few), join, 700.0, " us");
+            let join = (many.generator_cpu(Part::Joining, "")
+                - few.generator_cpu(Part::Joining, ""))
+                / more;
+            let idle = (many.generator_cpu(Part::Hold, "") - few.generator_cpu(Part::Hold, ""))
+                / more
+                / many.hold_seconds();
+            at_most(
+                &format!("CPU of a join, rooms of {}", size.few),
+                join,
+                700.0,
+                " us",
+            );
             at_most("CPU of an idle participant a second", idle, 8.0, " us");
             let (rate, planned) = (many.joins_per_second(), f64::from(size.joins_per_second));
             // The last joins end when they end: the plan's rate is sustained where it ends no later than by a tenth.
@@ -276,8 +375,17 @@ impl Runs {
                 rate >= 0.9 * planned,
             );
         }
-        if let Some(Lateness { joining, after, .. }) = self.stream_many.as_ref().and_then(|stream| stream.run.lateness()) {
-            at_most("tick lateness p99 while others join, times after", joining / after.max(1.0), 1.25, "x");
+        if let Some(Lateness { joining, after, .. }) = self
+            .stream_many
+            .as_ref()
+            .and_then(|stream| stream.run.lateness())
+        {
+            at_most(
+                "tick lateness p99 while others join, times after",
+                joining / after.max(1.0),
+                1.25,
+                "x",
+            );
         }
     }
 }
@@ -291,11 +399,19 @@ fn join_and_idle(join: f64, idle: f64) -> String {
 }
 
 fn at_most(what: &str, value: f64, limit: f64, unit: &str) {
-    state(what, &format!("{value:.2}{unit}"), &format!("<= {limit}{unit}"), value <= limit);
+    state(
+        what,
+        &format!("{value:.2}{unit}"),
+        &format!("<= {limit}{unit}"),
+        value <= limit,
+    );
 }
 
 fn state(what: &str, value: &str, goal: &str, is_met: bool) {
-    println!("  {what}: goal {goal}: {value}, {}", if is_met { "met" } else { "MISSED" });
+    println!(
+        "  {what}: goal {goal}: {value}, {}",
+        if is_met { "met" } else { "MISSED" }
+    );
 }
 
 fn resident_kib(run: &Run) -> f64 {
@@ -361,9 +477,13 @@ struct Run {
 impl Run {
     fn of(name: String, send: &str, participants: u32, seconds: u32, shape: &str) -> Run {
         let (mut sfu, url) = start_sfu(send);
-        let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("system-{}.json", std::process::id()));
+        let report = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("system-{}.json", std::process::id()));
         let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
-        command.args(["run", "--quiet", "--json"]).arg(&report).args(shape.split_whitespace());
+        command
+            .args(["run", "--quiet", "--json"])
+            .arg(&report)
+            .args(shape.split_whitespace());
         command
             .env("LIVEKIT_URL", url)
             .env("LIVEKIT_API_KEY", DEV_KEY)
@@ -378,15 +498,20 @@ impl Run {
             std::thread::sleep(LOOK_INTERVAL);
         }
         sfu.stop();
-        let text = fs::read_to_string(&report).unwrap_or_else(|error| panic!("{name}: no report ({error})"));
+        let text = fs::read_to_string(&report)
+            .unwrap_or_else(|error| panic!("{name}: no report ({error})"));
         // It is read, and nobody else looks for it.
         let _ = fs::remove_file(&report);
         let report: Value = serde_json::from_str(&text).expect("a report");
-        let started = report["started_at"].as_str().and_then(|at| humantime::parse_rfc3339(at).ok());
+        let started = report["started_at"]
+            .as_str()
+            .and_then(|at| humantime::parse_rfc3339(at).ok());
         let started = started
             .and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok())
             .expect("when it started");
-        let seconds = |step: &Value| Duration::from_secs_f64(step["seconds"].as_f64().expect("how long it took"));
+        let seconds = |step: &Value| {
+            Duration::from_secs_f64(step["seconds"].as_f64().expect("how long it took"))
+        };
         let end = started + seconds(&report["totals"]);
         let run = Run {
             name,
@@ -403,7 +528,12 @@ impl Run {
 
     fn print(&self) {
         println!("\n{}: {}", self.name, self.result());
-        for reason in self.report["reasons"].as_array().into_iter().flatten().take(3) {
+        for reason in self.report["reasons"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .take(3)
+        {
             println!("  {}", reason.as_str().unwrap_or("?"));
         }
         let (session, engine) = (&self.report["totals"]["session"], &self.report["engine"]);
@@ -423,8 +553,9 @@ impl Run {
             micros(&engine["tick_late_us"]["p99"]),
             micros(&engine["floor_tick_late_us"]["p99"]),
             micros(&engine["send_lag_us"]["p99"]),
-            self.send_lag_ratio()
-                .map_or(String::new(), |ratio| format!(", {ratio:.2}x the bare thread's"))
+            self.send_lag_ratio().map_or(String::new(), |ratio| format!(
+                ", {ratio:.2}x the bare thread's"
+            ))
         );
         if let Some(lateness) = self.lateness() {
             println!(
@@ -432,8 +563,20 @@ impl Run {
                 lateness.joining, lateness.worst_joining, lateness.after, lateness.worst_after
             );
         }
-        print_threads("generator", &self.generator, (self.hold, self.end), "engine-", self.engine_micros());
-        print_threads("SFU", &self.sfu, (self.hold, self.end), "sfu-", self.sfu_micros());
+        print_threads(
+            "generator",
+            &self.generator,
+            (self.hold, self.end),
+            "engine-",
+            self.engine_micros(),
+        );
+        print_threads(
+            "SFU",
+            &self.sfu,
+            (self.hold, self.end),
+            "sfu-",
+            self.sfu_micros(),
+        );
     }
 
     fn result(&self) -> &str {
@@ -462,7 +605,9 @@ impl Run {
     }
 
     fn joined(&self) -> f64 {
-        self.report["totals"]["session"]["joins_ok"].as_f64().unwrap_or(0.0)
+        self.report["totals"]["session"]["joins_ok"]
+            .as_f64()
+            .unwrap_or(0.0)
     }
 
     /// All of them, over the time until the last was in.
@@ -516,7 +661,9 @@ impl Run {
 
     fn send_lag_ratio(&self) -> Option<f64> {
         let engine = &self.report["engine"];
-        let bare = engine["floor_tick_late_us"]["p99"].as_f64().filter(|micros| *micros > 0.0)?;
+        let bare = engine["floor_tick_late_us"]["p99"]
+            .as_f64()
+            .filter(|micros| *micros > 0.0)?;
         Some(engine["send_lag_us"]["p99"].as_f64()? / bare)
     }
 
@@ -527,7 +674,9 @@ impl Run {
         let rows = || self.report["series"].as_array().into_iter().flatten();
         let of = |wanted: fn(f64, f64) -> bool| {
             let rows = rows().filter(|row| row["t"].as_f64().is_some_and(|t| wanted(t, hold_at)));
-            let mut p99s: Vec<f64> = rows.filter_map(|row| row["tick_late_us_p99"].as_f64()).collect();
+            let mut p99s: Vec<f64> = rows
+                .filter_map(|row| row["tick_late_us_p99"].as_f64())
+                .collect();
             p99s.sort_by(f64::total_cmp);
             Some((*p99s.get(p99s.len() / 2)?, *p99s.last()?))
         };
@@ -543,7 +692,13 @@ impl Run {
     }
 }
 
-fn print_threads(who: &str, process: &Process, (from, to): (Duration, Duration), media_threads: &str, micros_a_packet: f64) {
+fn print_threads(
+    who: &str,
+    process: &Process,
+    (from, to): (Duration, Duration),
+    media_threads: &str,
+    micros_a_packet: f64,
+) {
     let (before, after) = (process.at(from), process.at(to));
     let cpu = |sample: &Sample, since: &Sample| sample.cpu_since(since, "").total().as_secs_f64();
     let of_media = match micros_a_packet.is_finite() {
@@ -565,7 +720,9 @@ fn print_threads(who: &str, process: &Process, (from, to): (Duration, Duration),
 }
 
 fn micros(value: &Value) -> String {
-    value.as_u64().map_or("-".into(), |micros| format!("{:.2} ms", micros as f64 / 1e3))
+    value.as_u64().map_or("-".into(), |micros| {
+        format!("{:.2} ms", micros as f64 / 1e3)
+    })
 }
 
 /// The embedded SFU in a process of its own, and where it listens.
@@ -582,10 +739,11 @@ fn start_sfu(send: &str) -> (Process, String) {
     }
     let stdout = process.child.stdout.take().expect("piped");
     let mut lines = BufReader::new(stdout).lines();
-    let url = lines
-        .by_ref()
-        .map_while(Result::ok)
-        .find_map(|line| line.split_whitespace().find(|word| word.starts_with("ws://")).map(str::to_owned));
+    let url = lines.by_ref().map_while(Result::ok).find_map(|line| {
+        line.split_whitespace()
+            .find(|word| word.starts_with("ws://"))
+            .map(str::to_owned)
+    });
     // It must not wait for somebody to read what it says at its end.
     std::thread::spawn(move || lines.for_each(drop));
     (process, url.expect("the greeting"))

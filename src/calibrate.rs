@@ -24,8 +24,7 @@ use search::{Held, Search};
 
 pub const SCHEMA: &str = "throng-calibration/1";
 
-pub const GREETING: &str =
-    "throng calibrate: this host against its own embedded SFU, one call a packet;\nunder two minutes, and the truer the less else runs here";
+pub const GREETING: &str = "throng calibrate: this host against its own embedded SFU, one call a packet;\nunder two minutes, and the truer the less else runs here";
 
 /// What this host bears.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -112,7 +111,10 @@ const PACKETS: Question = Question {
             ("--publishers", "0"),
             ("--video-publishers", "1"),
             ("--subscribers", &subscribers.to_string()),
-            ("--num-per-second", &(JOINS_PER_SECOND * f64::from(rooms)).to_string()),
+            (
+                "--num-per-second",
+                &(JOINS_PER_SECOND * f64::from(rooms)).to_string(),
+            ),
             ("--duration", "2s"),
         ])
         .into_iter()
@@ -137,7 +139,10 @@ const JOINS: Question = Question {
         arguments(&[
             ("--room-count", &rooms.to_string()),
             ("--publishers", "1"),
-            ("--subscribers", &(rate * JOINING_SECONDS / rooms).max(1).to_string()),
+            (
+                "--subscribers",
+                &(rate * JOINING_SECONDS / rooms).max(1).to_string(),
+            ),
             ("--num-per-second", &rate.to_string()),
             ("--duration", "1s"),
             // More than that, and joins pile up.
@@ -159,7 +164,10 @@ const PARTICIPANTS: Question = Question {
             ("--room-count", &rooms.to_string()),
             ("--publishers", "1"),
             ("--subscribers", &subscribers.to_string()),
-            ("--num-per-second", &(JOINS_PER_SECOND * f64::from(rooms)).to_string()),
+            (
+                "--num-per-second",
+                &(JOINS_PER_SECOND * f64::from(rooms)).to_string(),
+            ),
             ("--duration", "2s"),
         ])
     },
@@ -176,10 +184,12 @@ fn arguments(flags: &[(&str, &str)]) -> Vec<String> {
 
 /// As a shell takes it.
 fn command_line(arguments: &[String]) -> String {
-    let quoted = arguments.iter().map(|argument| match argument.contains('<') {
-        true => format!("'{argument}'"),
-        false => argument.clone(),
-    });
+    let quoted = arguments
+        .iter()
+        .map(|argument| match argument.contains('<') {
+            true => format!("'{argument}'"),
+            false => argument.clone(),
+        });
     format!("throng {}", quoted.collect::<Vec<_>>().join(" "))
 }
 
@@ -187,7 +197,12 @@ fn command_line(arguments: &[String]) -> String {
 ///
 /// # Errors
 /// Where a run does not start, or is interrupted: half a calibration is none.
-pub fn calibrate(host: &Host, threads: Option<usize>, patience: Duration, mut progress: impl FnMut(&str)) -> Result<Calibration> {
+pub fn calibrate(
+    host: &Host,
+    threads: Option<usize>,
+    patience: Duration,
+    mut progress: impl FnMut(&str),
+) -> Result<Calibration> {
     let mut bench = Bench {
         host,
         threads,
@@ -199,14 +214,22 @@ pub fn calibrate(host: &Host, threads: Option<usize>, patience: Duration, mut pr
     let (joins, _) = bench.ask(&JOINS)?;
     let (packets, largest) = bench.ask(&PACKETS)?;
     let (participants, _) = bench.ask(&PARTICIPANTS)?;
-    let us_per_packet = largest.as_ref().and_then(|outcome| outcome.engine.us_per_packet);
+    let us_per_packet = largest
+        .as_ref()
+        .and_then(|outcome| outcome.engine.us_per_packet);
     Ok(Calibration {
         schema: SCHEMA.to_owned(),
         version: VERSION.to_owned(),
-        calibrated_at_unix: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        calibrated_at_unix: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs(),
         host: HostId::read(host.usable_cpus()),
         engine_threads: largest.as_ref().map_or(0, |outcome| outcome.engine.threads),
-        sfu_routers: largest.as_ref().and_then(|outcome| outcome.sfu.as_ref()).map_or(0, |sfu| sfu.routers),
+        sfu_routers: largest
+            .as_ref()
+            .and_then(|outcome| outcome.sfu.as_ref())
+            .map_or(0, |sfu| sfu.routers),
         us_per_packet,
         packets_per_second_per_thread: us_per_packet.map(|us| (WORKER_BUSY_MAX * 1e6 / us).round()),
         packets,
@@ -255,7 +278,11 @@ impl Bench<'_> {
                 Verdict::Fail => (Held::No, Limit::Sfu),
                 Verdict::Partial => bail!("interrupted: nothing is kept of this calibration"),
             };
-            let word = if held == Held::Yes { "held" } else { judgement.verdict.name() };
+            let word = if held == Held::Yes {
+                "held"
+            } else {
+                judgement.verdict.name()
+            };
             (self.progress)(&format!(
                 "  {:<13}{:>9} {:<13}{word}",
                 question.name,
@@ -279,9 +306,12 @@ impl Bench<'_> {
     }
 
     fn run(&self, arguments: Vec<String>, clips: &mut Option<Clips>) -> Result<Point> {
-        let line = std::iter::once("throng".to_owned()).chain(arguments).map(Into::into);
+        let line = std::iter::once("throng".to_owned())
+            .chain(arguments)
+            .map(Into::into);
         // Nothing from the environment: the target is the embedded SFU, whatever the user tests otherwise.
-        let cli::Command::Run(mut run) = cli::parse(line, &|_| None, self.host.usable_cpus())? else {
+        let cli::Command::Run(mut run) = cli::parse(line, &|_| None, self.host.usable_cpus())?
+        else {
             bail!("a calibration is made of runs");
         };
         let resources = preflight::resources(&run.plan, self.host, self.threads);
@@ -292,7 +322,9 @@ impl Bench<'_> {
         // The same media at every point of a question.
         let clips = match clips {
             Some(clips) => clips.clone(),
-            None => clips.insert(Clips::generate(&run.plan, resources.threads, |_| {})?).clone(),
+            None => clips
+                .insert(Clips::generate(&run.plan, resources.threads, |_| {})?)
+                .clone(),
         };
         let embedded = Embedded::start_for(&mut run, &resources)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -325,7 +357,9 @@ impl Calibration {
             .series
             .iter()
             .map(|second| second.packets_sent_per_second + second.packets_received_per_second);
-        let peak = per_second.fold(None, |peak: Option<f64>, rate| Some(peak.map_or(rate, |peak| peak.max(rate))))?;
+        let peak = per_second.fold(None, |peak: Option<f64>, rate| {
+            Some(peak.map_or(rate, |peak| peak.max(rate)))
+        })?;
         Some(Nearness {
             calibrated_at: Duration::from_secs(self.calibrated_at_unix),
             packets_per_second_peak: peak,
@@ -353,7 +387,11 @@ pub fn text(calibration: &Calibration) -> String {
     } else {
         &host.processor
     };
-    row(&mut text, "Host", &format!("{processor}, {} CPUs, Linux {}", host.cpus, host.kernel));
+    row(
+        &mut text,
+        "Host",
+        &format!("{processor}, {} CPUs, Linux {}", host.cpus, host.kernel),
+    );
     row(
         &mut text,
         "",
@@ -365,15 +403,22 @@ pub fn text(calibration: &Calibration) -> String {
     for (label, unit, ceiling) in [
         ("Packets", " packets/s received", &calibration.packets),
         ("Joins", " joins/s", &calibration.joins),
-        ("Participants", " at once, one audio track each", &calibration.participants),
+        (
+            "Participants",
+            " at once, one audio track each",
+            &calibration.participants,
+        ),
     ] {
-        let held = ceiling
-            .held
-            .map_or_else(|| "nothing held".to_owned(), |held| format!("{}{unit}", number(held as u64)));
+        let held = ceiling.held.map_or_else(
+            || "nothing held".to_owned(),
+            |held| format!("{}{unit}", number(held as u64)),
+        );
         row(&mut text, label, &held);
         text.push_str(&wrapped(&ceiling.what_broke(), 13));
         if label == "Packets"
-            && let Some((us, bears)) = calibration.us_per_packet.zip(calibration.packets_per_second_per_thread)
+            && let Some((us, bears)) = calibration
+                .us_per_packet
+                .zip(calibration.packets_per_second_per_thread)
         {
             let by_cpu = format!(
                 "by its CPU time an engine thread bears {} packets/s where the SFU is elsewhere ({us:.2} us each, {:.0} % busy)",
@@ -384,8 +429,15 @@ pub fn text(calibration: &Calibration) -> String {
         }
     }
     text.push_str("Again, the largest that held:\n");
-    for ceiling in [&calibration.packets, &calibration.joins, &calibration.participants] {
-        ceiling.command.iter().for_each(|command| text.push_str(&pasteable(command)));
+    for ceiling in [
+        &calibration.packets,
+        &calibration.joins,
+        &calibration.participants,
+    ] {
+        ceiling
+            .command
+            .iter()
+            .for_each(|command| text.push_str(&pasteable(command)));
     }
     text
 }
@@ -394,13 +446,20 @@ pub fn text(calibration: &Calibration) -> String {
 fn pasteable(command: &str) -> String {
     const DEEPER: &str = "  ";
     let lines = wrapped(command, 2 + DEEPER.len());
-    let lines: Vec<&str> = lines.lines().map(|line| line.strip_prefix(DEEPER).unwrap_or(line)).collect();
+    let lines: Vec<&str> = lines
+        .lines()
+        .map(|line| line.strip_prefix(DEEPER).unwrap_or(line))
+        .collect();
     format!("{}\n", lines.join(" \\\n"))
 }
 
 impl Ceiling {
     fn what_broke(&self) -> String {
-        let reason = self.reasons.first().map(|reason| format!(": {reason}")).unwrap_or_default();
+        let reason = self
+            .reasons
+            .first()
+            .map(|reason| format!(": {reason}"))
+            .unwrap_or_default();
         match self.limit {
             Limit::Generator => format!("then the generator was the limit{reason}"),
             Limit::Sfu => format!("then the embedded SFU was the limit{reason}"),
@@ -415,7 +474,9 @@ impl Ceiling {
 /// # Errors
 /// Where there is no place for it.
 pub fn keep(calibration: &Calibration, env: &dyn Fn(&str) -> Option<String>) -> Result<String> {
-    let path = cache::path(env).ok_or_else(|| anyhow!("no place to keep the calibration: set HOME or XDG_CACHE_HOME"))?;
-    cache::write(&path, calibration).map_err(|error| anyhow!("cannot keep the calibration in {}: {error}", path.display()))?;
+    let path = cache::path(env)
+        .ok_or_else(|| anyhow!("no place to keep the calibration: set HOME or XDG_CACHE_HOME"))?;
+    cache::write(&path, calibration)
+        .map_err(|error| anyhow!("cannot keep the calibration in {}: {error}", path.display()))?;
     Ok(path.display().to_string())
 }

@@ -16,7 +16,10 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::plan::{AudioSpec, Connection, Layout, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape, Target, VideoSpec};
+use crate::plan::{
+    AudioSpec, Connection, Layout, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape,
+    Target, VideoSpec,
+};
 use crate::report::{Destinations, Judging, Threshold};
 use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
@@ -141,7 +144,11 @@ impl std::error::Error for UsageError {}
 ///
 /// # Errors
 /// With a text for the user, which ends without a newline.
-pub fn parse(args: impl IntoIterator<Item = OsString>, env: &dyn Fn(&str) -> Option<String>, cpus: usize) -> Result<Command, UsageError> {
+pub fn parse(
+    args: impl IntoIterator<Item = OsString>,
+    env: &dyn Fn(&str) -> Option<String>,
+    cpus: usize,
+) -> Result<Command, UsageError> {
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());
     parse_with(args, env, cpus, hasher.finish())
@@ -159,7 +166,14 @@ pub fn parse_with(
 ) -> Result<Command, UsageError> {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
-        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => return Ok(Command::Show(error.to_string())),
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+            ) =>
+        {
+            return Ok(Command::Show(error.to_string()));
+        }
         Err(error) => return Err(UsageError(error.to_string().trim_end().to_owned())),
     };
     let command = match cli.command {
@@ -473,7 +487,12 @@ enum Resolution {
 }
 
 impl RunArgs {
-    fn into_command(self, env: &dyn Fn(&str) -> Option<String>, cpus: usize, fresh: u64) -> Result<Command, String> {
+    fn into_command(
+        self,
+        env: &dyn Fn(&str) -> Option<String>,
+        cpus: usize,
+        fresh: u64,
+    ) -> Result<Command, String> {
         if self.coordinate.coordinator {
             return self
                 .into_coordinate(env, cpus, fresh)
@@ -486,20 +505,34 @@ impl RunArgs {
                 .map(|probe| Command::Probe(Box::new(probe)));
         }
         self.hosts.must_have_a_coordinator()?;
-        self.into_run(env, cpus, fresh).map(|run| Command::Run(Box::new(run)))
+        self.into_run(env, cpus, fresh)
+            .map(|run| Command::Run(Box::new(run)))
     }
 
-    fn into_run(self, env: &dyn Fn(&str) -> Option<String>, cpus: usize, fresh: u64) -> Result<Run, String> {
+    fn into_run(
+        self,
+        env: &dyn Fn(&str) -> Option<String>,
+        cpus: usize,
+        fresh: u64,
+    ) -> Result<Run, String> {
         let target = self.target.resolve(env)?;
         if self.pace.most_subscribers().is_none() {
             self.shape.must_be_asked_for(&target)?;
         }
         let is_dry = self.engine.dry_run;
         let credentials = self.target.credentials(env).map(Some);
-        let credentials = if target.is_embedded() { Ok(None) } else { credentials };
+        let credentials = if target.is_embedded() {
+            Ok(None)
+        } else {
+            credentials
+        };
         let run = self.into_run_against(target, cpus, fresh)?;
         Ok(Run {
-            credentials: if is_dry { credentials.ok().flatten() } else { credentials? },
+            credentials: if is_dry {
+                credentials.ok().flatten()
+            } else {
+                credentials?
+            },
             ..run
         })
     }
@@ -510,7 +543,14 @@ impl RunArgs {
         self.must_agree()?;
         let warnings = self.warnings();
         let is_tour = target.is_embedded() && !self.shape.is_given() && most.is_none();
-        let shape = self.shape.resolve(if is_tour { tour_shape(cpus) } else { DEFAULT_SHAPE }, most)?;
+        let shape = self.shape.resolve(
+            if is_tour {
+                tour_shape(cpus)
+            } else {
+                DEFAULT_SHAPE
+            },
+            most,
+        )?;
         self.output.must_have_subscribers(&shape)?;
         let duration = self.pace.duration.unwrap_or(match is_tour {
             true => TOUR_DURATION,
@@ -534,7 +574,11 @@ impl RunArgs {
             join_retries: self.pace.join_retries,
             duration,
             ramp_time: self.pace.ramp_time.filter(|_| most.is_some()),
-            warmup: self.pace.warmup.unwrap_or(if most.is_some() { TIER_WARMUP } else { Duration::ZERO }),
+            warmup: self.pace.warmup.unwrap_or(if most.is_some() {
+                TIER_WARMUP
+            } else {
+                Duration::ZERO
+            }),
             find_knee: self.pace.find_knee,
             ramp: self.pace.ramp.map_or_else(Vec::new, |Ramp(tiers)| tiers),
             shape,
@@ -564,12 +608,24 @@ impl RunArgs {
     /// Flags that say the same thing twice.
     fn must_agree(&self) -> Result<(), String> {
         if self.pace.ramp.is_some() && self.shape.subscribers.is_some() {
-            return Err("--ramp says how many subscribers there are, tier by tier: leave out --subscribers".to_owned());
+            return Err(
+                "--ramp says how many subscribers there are, tier by tier: leave out --subscribers"
+                    .to_owned(),
+            );
         }
         match (self.pace.find_knee, self.pace.max) {
-            (true, None) => return Err("--find-knee needs an end: add --max N, the most subscribers per room to try".to_owned()),
-            (true, Some(0)) => return Err("--max 0 leaves nothing to try: write 1 or more".to_owned()),
-            (false, Some(_)) => return Err("--max is for --find-knee: add that, or write --subscribers".to_owned()),
+            (true, None) => {
+                return Err(
+                    "--find-knee needs an end: add --max N, the most subscribers per room to try"
+                        .to_owned(),
+                );
+            }
+            (true, Some(0)) => {
+                return Err("--max 0 leaves nothing to try: write 1 or more".to_owned());
+            }
+            (false, Some(_)) => {
+                return Err("--max is for --find-knee: add that, or write --subscribers".to_owned());
+            }
             (true, Some(_)) if self.pace.ramp.is_some() => {
                 return Err("--find-knee chooses its own tiers: leave out --ramp".to_owned());
             }
@@ -579,14 +635,21 @@ impl RunArgs {
             _ => {}
         }
         if self.pace.find_knee
-            && let Some(threshold) = self.judging.threshold.iter().find(|threshold| threshold.aborts)
+            && let Some(threshold) = self
+                .judging
+                .threshold
+                .iter()
+                .find(|threshold| threshold.aborts)
         {
             return Err(format!(
                 "--threshold '{threshold}' would end the search at its first point that fails: leave out :abort"
             ));
         }
         if self.pace.ramp_time.is_some() && self.pace.num_per_second.is_some() {
-            return Err("--ramp-time and --num-per-second both say how fast people join: give one of them".to_owned());
+            return Err(
+                "--ramp-time and --num-per-second both say how fast people join: give one of them"
+                    .to_owned(),
+            );
         }
         Ok(())
     }
@@ -632,15 +695,28 @@ impl SfuArgs {
                 ));
             }
             (None, None) => None,
-            (Some(api_key), Some(api_secret)) => Some(Credentials { api_key, api_secret }),
-            _ => return Err("--api-key and --api-secret belong together: give both, or neither".to_owned()),
+            (Some(api_key), Some(api_secret)) => Some(Credentials {
+                api_key,
+                api_secret,
+            }),
+            _ => {
+                return Err(
+                    "--api-key and --api-secret belong together: give both, or neither".to_owned(),
+                );
+            }
         };
-        if let Some(Credentials { api_key, api_secret }) = &credentials {
+        if let Some(Credentials {
+            api_key,
+            api_secret,
+        }) = &credentials
+        {
             if api_key.is_empty() || api_key.chars().any(|c| c.is_control() || c.is_whitespace()) {
                 return Err("--api-key takes a name without spaces".to_owned());
             }
             if api_secret.chars().count() < SECRET_CHARACTERS_MIN {
-                return Err(format!("--api-secret takes {SECRET_CHARACTERS_MIN} characters or more"));
+                return Err(format!(
+                    "--api-secret takes {SECRET_CHARACTERS_MIN} characters or more"
+                ));
             }
         }
         Ok(Sfu {
@@ -664,8 +740,12 @@ impl TargetArgs {
     /// The server that is named, if one is.
     fn server(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Target>, String> {
         let given = self.url.clone().map(|url| (url, Origin::Flag, "--url"));
-        let given = given.or_else(|| set(env, "LIVEKIT_URL").map(|url| (url, Origin::Environment, "LIVEKIT_URL")));
-        let Some((url, origin, name)) = given else { return Ok(None) };
+        let given = given.or_else(|| {
+            set(env, "LIVEKIT_URL").map(|url| (url, Origin::Environment, "LIVEKIT_URL"))
+        });
+        let Some((url, origin, name)) = given else {
+            return Ok(None);
+        };
         if self.sfu_send.is_some() {
             return Err(format!(
                 "--sfu-send is for the embedded SFU, but {name} names another server: leave one of them out"
@@ -676,22 +756,34 @@ impl TargetArgs {
     }
 
     fn embedded(&self) -> Result<Target, String> {
-        for (flag, given) in [("--api-key", self.api_key.is_some()), ("--api-secret", self.api_secret.is_some())] {
+        for (flag, given) in [
+            ("--api-key", self.api_key.is_some()),
+            ("--api-secret", self.api_secret.is_some()),
+        ] {
             if given {
                 return Err(format!(
                     "{flag} is for a server, and none is named: add --url (or leave it out to test the embedded SFU)"
                 ));
             }
         }
-        Ok(Target::embedded(self.sfu_send.unwrap_or(SendArg::Plain).into()))
+        Ok(Target::embedded(
+            self.sfu_send.unwrap_or(SendArg::Plain).into(),
+        ))
     }
 
     fn credentials(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Credentials, String> {
-        let or_env = |flag: &Option<String>, name| flag.clone().filter(|value| !value.is_empty()).or_else(|| set(env, name));
-        let missing = |flag, name| format!("the server wants credentials: give {flag} or set {name}");
+        let or_env = |flag: &Option<String>, name| {
+            flag.clone()
+                .filter(|value| !value.is_empty())
+                .or_else(|| set(env, name))
+        };
+        let missing =
+            |flag, name| format!("the server wants credentials: give {flag} or set {name}");
         Ok(Credentials {
-            api_key: or_env(&self.api_key, "LIVEKIT_API_KEY").ok_or_else(|| missing("--api-key", "LIVEKIT_API_KEY"))?,
-            api_secret: or_env(&self.api_secret, "LIVEKIT_API_SECRET").ok_or_else(|| missing("--api-secret", "LIVEKIT_API_SECRET"))?,
+            api_key: or_env(&self.api_key, "LIVEKIT_API_KEY")
+                .ok_or_else(|| missing("--api-key", "LIVEKIT_API_KEY"))?,
+            api_secret: or_env(&self.api_secret, "LIVEKIT_API_SECRET")
+                .ok_or_else(|| missing("--api-secret", "LIVEKIT_API_SECRET"))?,
         })
     }
 }
@@ -713,7 +805,11 @@ const TOUR_DURATION: Duration = Duration::from_secs(10);
 fn tour_shape(cpus: usize) -> (u32, u32, u32) {
     const SUBSCRIBERS_PER_CPU: usize = 100;
     const SUBSCRIBERS_MAX: usize = 600;
-    (3, 1, (SUBSCRIBERS_PER_CPU * cpus).min(SUBSCRIBERS_MAX) as u32)
+    (
+        3,
+        1,
+        (SUBSCRIBERS_PER_CPU * cpus).min(SUBSCRIBERS_MAX) as u32,
+    )
 }
 
 fn tour_join_rate(shape: &Shape) -> f64 {
@@ -728,16 +824,25 @@ fn set(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Option<String> {
 impl PaceArgs {
     /// Where subscribers come tier by tier, how many there are per room at most.
     fn most_subscribers(&self) -> Option<u32> {
-        self.max
-            .or_else(|| self.ramp.as_ref().and_then(|Ramp(tiers)| tiers.iter().max().copied()))
+        self.max.or_else(|| {
+            self.ramp
+                .as_ref()
+                .and_then(|Ramp(tiers)| tiers.iter().max().copied())
+        })
     }
 
     fn joins_per_second(&self, shape: &Shape, is_tour: bool) -> f64 {
-        let unasked = if is_tour { tour_join_rate(shape) } else { DEFAULT_JOIN_RATE };
+        let unasked = if is_tour {
+            tour_join_rate(shape)
+        } else {
+            DEFAULT_JOIN_RATE
+        };
         // Without tiers it is all joins that the time is for.
         let spread = self.ramp_time.filter(|_| self.most_subscribers().is_none());
         let participants = shape.participants() as f64 * f64::from(shape.room_count);
-        spread.map_or(self.num_per_second.unwrap_or(unasked), |time| participants / time.as_secs_f64())
+        spread.map_or(self.num_per_second.unwrap_or(unasked), |time| {
+            participants / time.as_secs_f64()
+        })
     }
 }
 
@@ -793,7 +898,10 @@ impl ShapeArgs {
             );
         }
         if shape.participants() == 0 {
-            return Err("nobody would join: --publishers, --video-publishers and --subscribers are all 0".to_owned());
+            return Err(
+                "nobody would join: --publishers, --video-publishers and --subscribers are all 0"
+                    .to_owned(),
+            );
         }
         if shape.meeting && shape.publishers() == 0 {
             return Err("--meeting is for publishers who subscribe to each other: add --publishers or --video-publishers".to_owned());
@@ -803,7 +911,9 @@ impl ShapeArgs {
             .checked_mul(shape.room_count.into())
             .filter(|total| *total <= PARTICIPANTS_MAX);
         if total.is_none() {
-            return Err(format!("more than {PARTICIPANTS_MAX} participants: spread them over several runs"));
+            return Err(format!(
+                "more than {PARTICIPANTS_MAX} participants: spread them over several runs"
+            ));
         }
         name_must_be_usable("--room", shape.room_name.as_deref().unwrap_or("any"))?;
         name_must_be_usable("--identity-prefix", &shape.identity_prefix)
@@ -812,8 +922,13 @@ impl ShapeArgs {
 
 fn name_must_be_usable(flag: &str, name: &str) -> Result<(), String> {
     const NAME_BYTES_MAX: usize = 128;
-    if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(|c| c.is_control() || c.is_whitespace()) {
-        return Err(format!("{flag} takes 1 to {NAME_BYTES_MAX} bytes without spaces"));
+    if name.is_empty()
+        || name.len() > NAME_BYTES_MAX
+        || name.chars().any(|c| c.is_control() || c.is_whitespace())
+    {
+        return Err(format!(
+            "{flag} takes 1 to {NAME_BYTES_MAX} bytes without spaces"
+        ));
     }
     Ok(())
 }
@@ -823,7 +938,9 @@ impl MediaArgs {
         let bitrate = self.audio_bitrate.unwrap_or(Bitrate::from_bps(24_000));
         // RFC 6716, section 2.1.1.
         if !(6_000..=510_000).contains(&bitrate.bps()) {
-            return Err(format!("--audio-bitrate {bitrate} is out of Opus's range, 6k to 510k"));
+            return Err(format!(
+                "--audio-bitrate {bitrate} is out of Opus's range, 6k to 510k"
+            ));
         }
         Ok(AudioSpec {
             bitrate,
@@ -837,10 +954,13 @@ impl MediaArgs {
         let standard = self.video_resolution.unwrap_or(Resolution::High).spec();
         let frames_per_second = self.video_fps.unwrap_or(standard.frames_per_second);
         // Another frame rate gets its share of the bits.
-        let scaled = standard.bitrate.bps() * u64::from(frames_per_second) / u64::from(standard.frames_per_second);
+        let scaled = standard.bitrate.bps() * u64::from(frames_per_second)
+            / u64::from(standard.frames_per_second);
         let bitrate = self.video_bitrate.unwrap_or(Bitrate::from_bps(scaled));
         if !(10_000..=100_000_000).contains(&bitrate.bps()) {
-            return Err(format!("a video bitrate of {bitrate} is out of range, 10k to 100M: set --video-bitrate"));
+            return Err(format!(
+                "a video bitrate of {bitrate} is out of range, 10k to 100M: set --video-bitrate"
+            ));
         }
         Ok(VideoSpec {
             frames_per_second,
@@ -857,7 +977,12 @@ impl Resolution {
             Resolution::High => (1280, 720, 30, 2_000_000),
             Resolution::Medium => (640, 360, 20, 600_000),
             Resolution::Low => (320, 180, 15, 150_000),
-            Resolution::Size(width, height) => (width, height, 30, u64::from(width) * u64::from(height) * 2_000_000 / (1280 * 720)),
+            Resolution::Size(width, height) => (
+                width,
+                height,
+                30,
+                u64::from(width) * u64::from(height) * 2_000_000 / (1280 * 720),
+            ),
         };
         VideoSpec {
             width,
@@ -899,7 +1024,10 @@ impl From<ConnectionArg> for Connection {
 impl JudgingArgs {
     /// A window that never fits into what is measured says nothing.
     fn must_fit(&self, duration: Duration) -> Result<(), String> {
-        let windows = self.threshold.iter().filter_map(|threshold| Some((threshold, threshold.window?)));
+        let windows = self
+            .threshold
+            .iter()
+            .filter_map(|threshold| Some((threshold, threshold.window?)));
         match windows.into_iter().find(|(_, window)| *window > duration) {
             None => Ok(()),
             Some((threshold, _)) => Err(format!(
@@ -912,7 +1040,8 @@ impl JudgingArgs {
 
 impl OutputArgs {
     fn destinations(&self) -> Result<Destinations, String> {
-        let dash = |path: &Option<PathBuf>| path.as_deref().is_some_and(|path| path.as_os_str() == "-");
+        let dash =
+            |path: &Option<PathBuf>| path.as_deref().is_some_and(|path| path.as_os_str() == "-");
         if dash(&self.participants) || dash(&self.hgrm) || dash(&self.record) {
             return Err("only --json takes - for standard output".to_owned());
         }
@@ -934,7 +1063,10 @@ impl OutputArgs {
                     .to_owned(),
             );
         }
-        let read = |text: &String| text.parse().map_err(|why| format!("--server-metrics {why}"));
+        let read = |text: &String| {
+            text.parse()
+                .map_err(|why| format!("--server-metrics {why}"))
+        };
         self.server_metrics.iter().map(read).collect()
     }
 
@@ -961,7 +1093,9 @@ fn resolution(text: &str) -> Result<Resolution, String> {
     let sides = text
         .split_once('x')
         .and_then(|(width, height)| Some(Resolution::Size(side(width)?, side(height)?)));
-    sides.ok_or_else(|| "write high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096".to_owned())
+    sides.ok_or_else(|| {
+        "write high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096".to_owned()
+    })
 }
 
 fn layout(text: &str) -> Result<Layout, String> {
@@ -973,7 +1107,9 @@ fn layout(text: &str) -> Result<Layout, String> {
 fn audio_frame(text: &str) -> Result<Duration, String> {
     match text.strip_suffix("ms").unwrap_or(text) {
         "2.5" => Ok(Duration::from_micros(2_500)),
-        known @ ("5" | "10" | "20" | "40" | "60" | "80" | "100" | "120") => Ok(Duration::from_millis(known.parse().map_err(|_| "no number")?)),
+        known @ ("5" | "10" | "20" | "40" | "60" | "80" | "100" | "120") => Ok(
+            Duration::from_millis(known.parse().map_err(|_| "no number")?),
+        ),
         _ => Err("write 2.5ms, 5ms, 10ms, 20ms, 40ms, 60ms, 80ms, 100ms or 120ms".to_owned()),
     }
 }
@@ -991,12 +1127,17 @@ fn run_duration(text: &str) -> Result<Duration, String> {
 fn ramp(text: &str) -> Result<Ramp, String> {
     /// Each has its record and its line in the report.
     const TIERS_MAX: usize = 200;
-    let tiers = text
-        .split(',')
-        .map(|tier| tier.trim().parse().ok().filter(|_| tier.bytes().all(|b| b.is_ascii_digit() || b == b' ')));
+    let tiers = text.split(',').map(|tier| {
+        tier.trim()
+            .parse()
+            .ok()
+            .filter(|_| tier.bytes().all(|b| b.is_ascii_digit() || b == b' '))
+    });
     let tiers: Option<Vec<u32>> = tiers.collect();
     match tiers.ok_or("write whole numbers with commas between them, as in 2,10,25,50")? {
-        tiers if tiers.contains(&0) => Err("a tier without subscribers measures nothing: write 1 or more".to_owned()),
+        tiers if tiers.contains(&0) => {
+            Err("a tier without subscribers measures nothing: write 1 or more".to_owned())
+        }
         tiers if tiers.len() > TIERS_MAX => Err(format!("at most {TIERS_MAX} tiers")),
         tiers => Ok(Ramp(tiers)),
     }
@@ -1005,7 +1146,9 @@ fn ramp(text: &str) -> Result<Ramp, String> {
 fn ramp_time(text: &str) -> Result<Duration, String> {
     time_span(text)?
         .filter(|time| !time.is_zero())
-        .ok_or_else(|| "write 1s to 30d; to have all join at once, give a high --num-per-second".to_owned())
+        .ok_or_else(|| {
+            "write 1s to 30d; to have all join at once, give a high --num-per-second".to_owned()
+        })
 }
 
 fn warmup(text: &str) -> Result<Duration, String> {
@@ -1022,12 +1165,15 @@ fn time_span(text: &str) -> Result<Option<Duration>, String> {
 }
 
 fn whole_number(text: &str) -> Result<u32, String> {
-    text.parse().map_err(|_| "write a whole number of 0 to 4294967295".to_owned())
+    text.parse()
+        .map_err(|_| "write a whole number of 0 to 4294967295".to_owned())
 }
 
 /// A plain decimal number: no sign, no exponent, no `nan`.
 fn decimal(text: &str) -> Option<f64> {
-    text.parse().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit() || b == b'.'))
+    text.parse()
+        .ok()
+        .filter(|_| text.bytes().all(|b| b.is_ascii_digit() || b == b'.'))
 }
 
 fn join_rate(text: &str) -> Result<f64, String> {
@@ -1043,7 +1189,8 @@ fn per_cent(text: &str) -> Result<f64, String> {
 }
 
 fn target_rtt(text: &str) -> Result<Duration, String> {
-    let millis = decimal(text.strip_suffix("ms").unwrap_or(text)).filter(|ms| (0.001..=60_000.0).contains(ms));
+    let millis = decimal(text.strip_suffix("ms").unwrap_or(text))
+        .filter(|ms| (0.001..=60_000.0).contains(ms));
     millis
         .map(|ms| Duration::from_secs_f64(ms / 1e3))
         .ok_or_else(|| "write milliseconds, 0.001 to 60000".to_owned())

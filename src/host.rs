@@ -46,17 +46,21 @@ impl Snapshot {
     pub fn read() -> Snapshot {
         let text = |path: &str| fs::read_to_string(path).ok();
         let softnet = text("/proc/net/softnet_stat").and_then(|text| softnet(&text));
-        let udp = text("/proc/net/snmp").and_then(|snmp| udp(&snmp, text("/proc/net/snmp6").as_deref()));
+        let udp =
+            text("/proc/net/snmp").and_then(|snmp| udp(&snmp, text("/proc/net/snmp6").as_deref()));
         let interfaces = text("/proc/net/dev").and_then(|text| interfaces(&text));
         Snapshot {
             threads: threads(Path::new("/proc/self/task")),
-            stolen: text("/proc/stat").and_then(|text| stolen(&text, net::clock_ticks_per_second())),
-            throttling: text("/proc/self/cgroup").and_then(|text| throttling(&text, Path::new("/sys/fs/cgroup"))),
+            stolen: text("/proc/stat")
+                .and_then(|text| stolen(&text, net::clock_ticks_per_second())),
+            throttling: text("/proc/self/cgroup")
+                .and_then(|text| throttling(&text, Path::new("/sys/fs/cgroup"))),
             drops: HostDrops {
                 sockets: None,
                 udp_receive_buffer: udp.map(|udp| udp.receive_buffer_errors),
                 udp_send_buffer: udp.map(|udp| udp.send_buffer_errors),
-                udp_receive_other: udp.and_then(|udp| udp.receive_errors.checked_sub(udp.receive_buffer_errors)),
+                udp_receive_other: udp
+                    .and_then(|udp| udp.receive_errors.checked_sub(udp.receive_buffer_errors)),
                 softnet: softnet.map(|softnet| softnet.dropped),
                 interfaces_receive: interfaces.map(|interfaces| interfaces.receive),
                 interfaces_send: interfaces.map(|interfaces| interfaces.send),
@@ -86,8 +90,12 @@ impl Snapshot {
             let before = earlier.threads.get(id);
             Thread {
                 name: thread.name.clone(),
-                cpu: thread.cpu.saturating_sub(before.map_or(Duration::ZERO, |before| before.cpu)),
-                run_queue: thread.run_queue.saturating_sub(before.map_or(Duration::ZERO, |before| before.run_queue)),
+                cpu: thread
+                    .cpu
+                    .saturating_sub(before.map_or(Duration::ZERO, |before| before.cpu)),
+                run_queue: thread
+                    .run_queue
+                    .saturating_sub(before.map_or(Duration::ZERO, |before| before.run_queue)),
             }
         };
         self.threads.iter().map(since).collect()
@@ -116,7 +124,9 @@ fn threads(tasks: &Path) -> BTreeMap<u32, Thread> {
 
 /// `/proc/PID/task/TID/schedstat`: time on a CPU, time waiting for one.
 fn schedstat(text: &str) -> Option<(Duration, Duration)> {
-    let mut nanos = text.split_whitespace().map(|field| field.parse().ok().map(Duration::from_nanos));
+    let mut nanos = text
+        .split_whitespace()
+        .map(|field| field.parse().ok().map(Duration::from_nanos));
     Some((nanos.next()??, nanos.next()??))
 }
 
@@ -124,7 +134,9 @@ fn schedstat(text: &str) -> Option<(Duration, Duration)> {
 fn stolen(text: &str, ticks_per_second: u64) -> Option<Duration> {
     let line = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
     let ticks: u64 = line.split_whitespace().nth(7)?.parse().ok()?;
-    Some(Duration::from_nanos(ticks * (1_000_000_000 / ticks_per_second.max(1))))
+    Some(Duration::from_nanos(
+        ticks * (1_000_000_000 / ticks_per_second.max(1)),
+    ))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,11 +147,17 @@ struct Softnet {
 
 /// `/proc/net/softnet_stat`: a line a CPU, hexadecimal; the second column counts drops, the third squeezes.
 fn softnet(text: &str) -> Option<Softnet> {
-    let mut sum = Softnet { dropped: 0, squeezed: 0 };
+    let mut sum = Softnet {
+        dropped: 0,
+        squeezed: 0,
+    };
     let mut lines = 0;
     for line in text.lines() {
-        let mut columns = line.split_whitespace().map(|column| u64::from_str_radix(column, 16).ok());
-        let (_processed, dropped, squeezed) = (columns.next()??, columns.next()??, columns.next()??);
+        let mut columns = line
+            .split_whitespace()
+            .map(|column| u64::from_str_radix(column, 16).ok());
+        let (_processed, dropped, squeezed) =
+            (columns.next()??, columns.next()??, columns.next()??);
         sum.dropped += dropped;
         sum.squeezed += squeezed;
         lines += 1;
@@ -165,7 +183,13 @@ fn udp(snmp: &str, snmp6: Option<&str>) -> Option<Udp> {
     };
     let v6 = |name: &str| {
         let mut rows = snmp6.unwrap_or_default().lines();
-        let row = rows.find_map(|line| line.strip_prefix("Udp6")?.strip_prefix(name)?.trim().parse::<u64>().ok());
+        let row = rows.find_map(|line| {
+            line.strip_prefix("Udp6")?
+                .strip_prefix(name)?
+                .trim()
+                .parse::<u64>()
+                .ok()
+        });
         row.unwrap_or(0)
     };
     let both = |name: &str| v4(name).map(|v4| v4 + v6(name));
@@ -184,10 +208,17 @@ struct Interfaces {
 
 /// `/proc/net/dev`: the drop columns of all interfaces of this network namespace.
 fn interfaces(text: &str) -> Option<Interfaces> {
-    let mut sum = Interfaces { receive: 0, send: 0 };
+    let mut sum = Interfaces {
+        receive: 0,
+        send: 0,
+    };
     for line in text.lines().skip(2) {
         let (_, columns) = line.split_once(':')?;
-        let columns: Vec<u64> = columns.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
+        let columns: Vec<u64> = columns
+            .split_whitespace()
+            .map(str::parse)
+            .collect::<Result<_, _>>()
+            .ok()?;
         sum.receive += columns.get(3)?;
         sum.send += columns.get(11)?;
     }
@@ -239,7 +270,9 @@ fn messages(mut answer: &[u8]) -> Vec<Message> {
     let mut found = Vec::new();
     while let (Some(len), Some(kind)) = (u32_at(answer, 0), u16_at(answer, 4)) {
         let len = len as usize;
-        let Some(body) = answer.get(16..len) else { break };
+        let Some(body) = answer.get(16..len) else {
+            break;
+        };
         match kind {
             NLMSG_DONE => found.push(Message::Done),
             NLMSG_ERROR => found.push(Message::Refused),
@@ -284,13 +317,19 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
     let v1 = membership.lines().find_map(|line| {
         let (controllers, group) = line.split_once(':')?.1.split_once(':')?;
-        controllers.split(',').any(|name| name == "cpu").then_some((controllers, group))
+        controllers
+            .split(',')
+            .any(|name| name == "cpu")
+            .then_some((controllers, group))
     });
     let v2 = membership.lines().find_map(|line| line.strip_prefix("0::"));
     let (root, group) = match (v1, v2) {
         // Some hosts mount all controllers of one hierarchy under their joint name, with a link for each.
         (Some((controllers, group)), _) => (
-            [controllers, "cpu"].map(|name| mount.join(name)).into_iter().find(|root| root.is_dir())?,
+            [controllers, "cpu"]
+                .map(|name| mount.join(name))
+                .into_iter()
+                .find(|root| root.is_dir())?,
             group,
         ),
         (None, Some(group)) => (mount.to_owned(), group),
@@ -304,7 +343,9 @@ fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
     }
     let leaf = path.clone();
     while path.starts_with(&root) {
-        let here = fs::read_to_string(path.join("cpu.stat")).ok().and_then(|text| cpu_stat(&text));
+        let here = fs::read_to_string(path.join("cpu.stat"))
+            .ok()
+            .and_then(|text| cpu_stat(&text));
         if let Some((times, time)) = here {
             let sum = total.get_or_insert_with(|| Throttling {
                 group: leaf.clone(),
@@ -324,7 +365,9 @@ fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
 /// `cpu.stat` of a control group: `throttled_usec` in version 2, `throttled_time` in nanoseconds in version 1.
 fn cpu_stat(text: &str) -> Option<(u64, Duration)> {
     let value = |name: &str| -> Option<u64> {
-        let line = text.lines().find(|line| line.split_whitespace().next() == Some(name))?;
+        let line = text
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(name))?;
         line.split_whitespace().nth(1)?.parse().ok()
     };
     let time = value("throttled_usec")
@@ -336,7 +379,10 @@ fn cpu_stat(text: &str) -> Option<(u64, Duration)> {
 /// What this host calls itself.
 pub fn name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    Some(name.trim()).filter(|name| !name.is_empty()).unwrap_or("unnamed").to_owned()
+    Some(name.trim())
+        .filter(|name| !name.is_empty())
+        .unwrap_or("unnamed")
+        .to_owned()
 }
 
 #[cfg(test)]
@@ -347,16 +393,26 @@ mod tests {
     fn the_kernels_tables_are_read_by_their_names_and_columns() {
         assert_eq!(
             schedstat("353187322 326678 63\n"),
-            Some((Duration::from_nanos(353_187_322), Duration::from_nanos(326_678)))
+            Some((
+                Duration::from_nanos(353_187_322),
+                Duration::from_nanos(326_678)
+            ))
         );
         let stat = "cpu  2079447 1101325 255761 1470028 23396 0 15704 6039 0 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n";
         assert_eq!(stolen(stat, 100), Some(Duration::from_millis(60_390)));
         let packets = "02cb448e 00000002 00000010 00000000\n02bc2514 0000000a 00000010 00000000\n";
-        assert_eq!(softnet(packets), Some(Softnet { dropped: 12, squeezed: 32 }));
+        assert_eq!(
+            softnet(packets),
+            Some(Softnet {
+                dropped: 12,
+                squeezed: 32
+            })
+        );
         let snmp = "Tcp: A B\nTcp: 1 2\n\
             Udp: InDatagrams NoPorts InErrors OutDatagrams RcvbufErrors SndbufErrors InCsumErrors\nUdp: 85 11 53 89 50 4 3\n\
             UdpLite: InDatagrams\nUdpLite: 7\n";
-        let snmp6 = "Udp6InDatagrams \t0\nUdp6InErrors \t4\nUdp6RcvbufErrors \t2\nUdp6SndbufErrors \t1\n";
+        let snmp6 =
+            "Udp6InDatagrams \t0\nUdp6InErrors \t4\nUdp6RcvbufErrors \t2\nUdp6SndbufErrors \t1\n";
         let expected = |receive_errors, receive_buffer_errors, send_buffer_errors| {
             Some(Udp {
                 receive_errors,
@@ -368,12 +424,25 @@ mod tests {
         assert_eq!(udp(snmp, None), expected(53, 50, 4));
         let dev = "Inter-|   Receive   |  Transmit\n face |bytes packets errs drop fifo frame compressed multicast|bytes ...\n\
                 lo: 589 927 0    3 0 0 0 0 589 927 0 0 0 0 0 0\n  eth0: 794 37 0 1 0 0 0 0 272 27 0 6 0 0 0 0\n";
-        assert_eq!(interfaces(dev), Some(Interfaces { receive: 4, send: 6 }));
+        assert_eq!(
+            interfaces(dev),
+            Some(Interfaces {
+                receive: 4,
+                send: 6
+            })
+        );
     }
 
     #[test]
     fn what_the_kernel_does_not_tell_is_unknown() {
-        for text in ["", "\n", "nonsense", "Udp: InErrors\nUdp: x", "cpu  1 2 3", "cpu.stat"] {
+        for text in [
+            "",
+            "\n",
+            "nonsense",
+            "Udp: InErrors\nUdp: x",
+            "cpu  1 2 3",
+            "cpu.stat",
+        ] {
             assert_eq!(udp(text, None), None, "{text:?}");
             assert_eq!(stolen(text, 100), None, "{text:?}");
             assert_eq!(softnet(text), None, "{text:?}");
@@ -396,9 +465,19 @@ mod tests {
     }
 
     fn discipline(parent: u32, drops: u32) -> Vec<u8> {
-        let queue: Vec<u8> = [5, 6, drops, 8, 9].iter().flat_map(|value: &u32| value.to_ne_bytes()).collect();
-        let statistics = [attribute_of(1, &[0; 16]), attribute_of(TCA_STATS_QUEUE, &queue)].concat();
-        let mut body = [0u32, 2, 0, parent, 0].iter().flat_map(|value| value.to_ne_bytes()).collect::<Vec<_>>();
+        let queue: Vec<u8> = [5, 6, drops, 8, 9]
+            .iter()
+            .flat_map(|value: &u32| value.to_ne_bytes())
+            .collect();
+        let statistics = [
+            attribute_of(1, &[0; 16]),
+            attribute_of(TCA_STATS_QUEUE, &queue),
+        ]
+        .concat();
+        let mut body = [0u32, 2, 0, parent, 0]
+            .iter()
+            .flat_map(|value| value.to_ne_bytes())
+            .collect::<Vec<_>>();
         body.extend(attribute_of(1, b"netem\0"));
         body.extend(attribute_of(TCA_STATS2, &statistics));
         message(RTM_NEWQDISC, &body)
@@ -423,12 +502,25 @@ mod tests {
         .concat();
         assert_eq!(
             messages(&answer),
-            [Message::Discipline(17), Message::Discipline(0), Message::Discipline(4), Message::Done]
+            [
+                Message::Discipline(17),
+                Message::Discipline(0),
+                Message::Discipline(4),
+                Message::Done
+            ]
         );
-        assert_eq!(messages(&message(NLMSG_ERROR, &[0; 20])), [Message::Refused]);
+        assert_eq!(
+            messages(&message(NLMSG_ERROR, &[0; 20])),
+            [Message::Refused]
+        );
         // Whatever is cut off, nothing is made up.
         for len in 0..answer.len() {
-            assert!(messages(&answer[..len]).iter().all(|found| messages(&answer).contains(found)), "{len}");
+            assert!(
+                messages(&answer[..len])
+                    .iter()
+                    .all(|found| messages(&answer).contains(found)),
+                "{len}"
+            );
         }
         assert!(queueing_drops().is_some(), "this kernel answers");
     }
@@ -440,11 +532,26 @@ mod tests {
             fs::create_dir_all(mount.join(group)).unwrap();
             fs::write(mount.join(group).join("cpu.stat"), text).unwrap();
         };
-        write("cpu/a/b", "nr_periods 9\nnr_throttled 3\nthrottled_time 2000000000\n");
-        write("cpu/a", "nr_periods 9\nnr_throttled 1\nthrottled_time 500000000\n");
-        write("c", "usage_usec 1\nnr_periods 2\nnr_throttled 2\nthrottled_usec 70000\n");
-        let found = |membership: &str| throttling(membership, &mount).map(|found| (found.times, found.time.as_millis()));
-        assert_eq!(found("3:cpuset:/\n1:cpu:/a/b\n0::/c\n"), Some((4, 2_500)), "version 1 has the controller");
+        write(
+            "cpu/a/b",
+            "nr_periods 9\nnr_throttled 3\nthrottled_time 2000000000\n",
+        );
+        write(
+            "cpu/a",
+            "nr_periods 9\nnr_throttled 1\nthrottled_time 500000000\n",
+        );
+        write(
+            "c",
+            "usage_usec 1\nnr_periods 2\nnr_throttled 2\nthrottled_usec 70000\n",
+        );
+        let found = |membership: &str| {
+            throttling(membership, &mount).map(|found| (found.times, found.time.as_millis()))
+        };
+        assert_eq!(
+            found("3:cpuset:/\n1:cpu:/a/b\n0::/c\n"),
+            Some((4, 2_500)),
+            "version 1 has the controller"
+        );
         assert_eq!(found("7:cpu,cpuacct:/a\n"), Some((1, 500)));
         assert_eq!(found("0::/c\n"), Some((2, 70)));
         assert_eq!(found("0::/\n"), None);
@@ -457,11 +564,18 @@ mod tests {
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
         loop {
             let _ = (0..100_000u64).map(std::hint::black_box).sum::<u64>();
-            let busy: Duration = Snapshot::read().threads_since(&before).iter().map(|thread| thread.cpu).sum();
+            let busy: Duration = Snapshot::read()
+                .threads_since(&before)
+                .iter()
+                .map(|thread| thread.cpu)
+                .sum();
             if busy > Duration::from_millis(20) {
                 return;
             }
-            assert!(std::time::Instant::now() < deadline, "20 ms of work in 20 s: {busy:?}");
+            assert!(
+                std::time::Instant::now() < deadline,
+                "20 ms of work in 20 s: {busy:?}"
+            );
         }
     }
 
@@ -477,6 +591,12 @@ mod tests {
         };
         let moved = reading("/b", 900).throttled_since(&reading("/a", 3));
         assert_eq!(moved, None);
-        assert_eq!(reading("/a", 9).throttled_since(&reading("/a", 3)).unwrap().times, 6);
+        assert_eq!(
+            reading("/a", 9)
+                .throttled_since(&reading("/a", 3))
+                .unwrap()
+                .times,
+            6
+        );
     }
 }

@@ -164,8 +164,10 @@ impl Search {
         };
         if let Some((pass, fail)) = weights {
             let load = f64::from(participants).ln();
-            let logarithm = |probability: f64| pass * probability.ln() + fail * (1.0 - probability).ln();
-            let [surely, hardly] = [NEGLIGIBLE, -NEGLIGIBLE].map(|reserve| logarithm(probability(reserve, 1.0)));
+            let logarithm =
+                |probability: f64| pass * probability.ln() + fail * (1.0 - probability).ln();
+            let [surely, hardly] =
+                [NEGLIGIBLE, -NEGLIGIBLE].map(|reserve| logarithm(probability(reserve, 1.0)));
             for (capacity, row) in self.capacities.iter().zip(&mut self.likelihood) {
                 for (softness, cell) in SOFTNESS.iter().zip(row) {
                     *cell += match (capacity - load) / softness {
@@ -186,7 +188,11 @@ impl Search {
     /// Why the point failed that lies nearest above the capacity, or at it: what broke first. `None` where none failed.
     pub fn broke_first(&self) -> Option<&Tried> {
         let low = self.weights().quantile((1.0 - CONFIDENCE) / 2.0);
-        let failed = || self.tried.iter().filter(|tried| tried.verdict == PointVerdict::Fail);
+        let failed = || {
+            self.tried
+                .iter()
+                .filter(|tried| tried.verdict == PointVerdict::Fail)
+        };
         failed()
             .filter(|tried| tried.participants >= low)
             .min_by_key(|tried| tried.participants)
@@ -195,31 +201,47 @@ impl Search {
 
     /// The last point, if the generator was the limit there for the first time: once may be chance.
     fn doubtful(&self) -> Option<u32> {
-        let last = self.tried.last().filter(|last| last.verdict == PointVerdict::Invalid)?;
+        let last = self
+            .tried
+            .last()
+            .filter(|last| last.verdict == PointVerdict::Invalid)?;
         (self.times_invalid(last.participants) == 1).then_some(last.participants)
     }
 
     fn times_invalid(&self, participants: u32) -> usize {
-        let invalid = |tried: &&Tried| tried.verdict == PointVerdict::Invalid && tried.participants == participants;
+        let invalid = |tried: &&Tried| {
+            tried.verdict == PointVerdict::Invalid && tried.participants == participants
+        };
         self.tried.iter().filter(invalid).count()
     }
 
     /// The least number at which the generator was the limit twice.
     fn generator_limit(&self) -> Option<&Tried> {
-        let invalid = self.tried.iter().filter(|tried| tried.verdict == PointVerdict::Invalid);
+        let invalid = self
+            .tried
+            .iter()
+            .filter(|tried| tried.verdict == PointVerdict::Invalid);
         invalid
             .filter(|tried| self.times_invalid(tried.participants) > 1)
             .min_by_key(|tried| tried.participants)
     }
 
     fn highest_pass(&self) -> Option<u32> {
-        let passed = self.tried.iter().filter(|tried| tried.verdict == PointVerdict::Pass);
+        let passed = self
+            .tried
+            .iter()
+            .filter(|tried| tried.verdict == PointVerdict::Pass);
         passed.map(|tried| tried.participants).max()
     }
 
     fn lowest_not_passed(&self) -> Option<u32> {
-        let other = |tried: &&Tried| matches!(tried.verdict, PointVerdict::Fail | PointVerdict::Unsettled);
-        self.tried.iter().filter(other).map(|tried| tried.participants).min()
+        let other =
+            |tried: &&Tried| matches!(tried.verdict, PointVerdict::Fail | PointVerdict::Unsettled);
+        self.tried
+            .iter()
+            .filter(other)
+            .map(|tried| tried.participants)
+            .min()
     }
 
     /// As long as nothing failed: twice as many, or halfway to where the generator was the limit. `None` where there is nothing higher to try.
@@ -232,11 +254,16 @@ impl Search {
             }
             (None, Some(limit)) => limit.participants / 2,
             (Some(highest), None) if highest < self.max => highest.saturating_mul(2).min(self.max),
-            (Some(highest), Some(limit)) if !close(highest, limit.participants) => between(highest, limit.participants),
+            (Some(highest), Some(limit)) if !close(highest, limit.participants) => {
+                between(highest, limit.participants)
+            }
             (Some(_), _) => return None,
         };
         let phase = Phase::Grow;
-        Some(Next::Try(Point { participants, phase }))
+        Some(Next::Try(Point {
+            participants,
+            phase,
+        }))
     }
 
     /// The answer, if the verdicts give one, or the point that tells most.
@@ -246,19 +273,24 @@ impl Search {
         // Just below where the generator was the limit it may well be the limit too.
         let top = match limit {
             None => self.max,
-            Some(limit) => ((f64::from(limit.participants) / (1.0 + RESOLUTION)) as u32).max(highest.unwrap_or(1)),
+            Some(limit) => ((f64::from(limit.participants) / (1.0 + RESOLUTION)) as u32)
+                .max(highest.unwrap_or(1)),
         };
         if weights.below(top) <= outside {
             let limit = limit.map_or(Limit::Max, |limit| Limit::Generator {
                 at: limit.participants,
                 reasons: limit.reasons.clone(),
             });
-            return Next::Done(Answer::AtLeast { participants: top, limit });
+            return Next::Done(Answer::AtLeast {
+                participants: top,
+                limit,
+            });
         }
         if weights.below(1) >= 1.0 - outside {
             return Next::Done(Answer::None);
         }
-        let [low, middle, high] = [outside, 0.5, 1.0 - outside].map(|share| weights.quantile(share));
+        let [low, middle, high] =
+            [outside, 0.5, 1.0 - outside].map(|share| weights.quantile(share));
         let settled = f64::from(high - low) <= 2.0 * RESOLUTION * f64::from(middle);
         if settled || self.tried.len() >= POINTS_MAX {
             return Next::Done(Answer::Capacity {
@@ -274,19 +306,38 @@ impl Search {
             .into_iter()
             .min_by(|left, right| even(left).total_cmp(&even(right)))
             .expect("there are two");
-        let apart = self.lowest_not_passed().is_some_and(|lowest| !close(highest.unwrap_or(0), lowest));
-        let phase = if apart && !self.tried.iter().any(|tried| tried.participants == participants) {
+        let apart = self
+            .lowest_not_passed()
+            .is_some_and(|lowest| !close(highest.unwrap_or(0), lowest));
+        let phase = if apart
+            && !self
+                .tried
+                .iter()
+                .any(|tried| tried.participants == participants)
+        {
             Phase::Bisect
         } else {
             Phase::Repeat
         };
-        Next::Try(Point { participants, phase })
+        Next::Try(Point {
+            participants,
+            phase,
+        })
     }
 
     fn weights(&self) -> Weights<'_> {
         let weight = |less: f64| if less < -NEGLIGIBLE { 0.0 } else { less.exp() };
-        let most = self.likelihood.iter().flatten().copied().fold(f64::NEG_INFINITY, f64::max);
-        let mut cells: Vec<[f64; SOFTNESS.len()]> = self.likelihood.iter().map(|row| row.map(|cell| weight(cell - most))).collect();
+        let most = self
+            .likelihood
+            .iter()
+            .flatten()
+            .copied()
+            .fold(f64::NEG_INFINITY, f64::max);
+        let mut cells: Vec<[f64; SOFTNESS.len()]> = self
+            .likelihood
+            .iter()
+            .map(|row| row.map(|cell| weight(cell - most)))
+            .collect();
         let sum: f64 = cells.iter().flatten().sum();
         cells.iter_mut().flatten().for_each(|cell| *cell /= sum);
         Weights {
@@ -317,7 +368,11 @@ impl Weights<'_> {
     /// The weight of capacities of fewer than so many.
     fn below(&self, participants: u32) -> f64 {
         let load = f64::from(participants).ln();
-        let rows = self.capacities.iter().zip(&self.cells).filter(|(capacity, _)| **capacity < load);
+        let rows = self
+            .capacities
+            .iter()
+            .zip(&self.cells)
+            .filter(|(capacity, _)| **capacity < load);
         rows.flat_map(|(_, row)| row).sum()
     }
 
@@ -327,7 +382,9 @@ impl Weights<'_> {
         let row = |(capacity, row): (&f64, &[f64; SOFTNESS.len()])| -> f64 {
             let each = SOFTNESS.iter().zip(row);
             let heavy = each.filter(|(_, weight)| **weight > 0.0);
-            heavy.map(|(softness, weight)| weight * probability(capacity - load, *softness)).sum()
+            heavy
+                .map(|(softness, weight)| weight * probability(capacity - load, *softness))
+                .sum()
         };
         self.capacities.iter().zip(&self.cells).map(row).sum()
     }
@@ -383,7 +440,11 @@ mod tests {
                 true => self.seeded.chance(50),
                 false => self.seeded.unit() < 1.0 / (1.0 + (-reserve / self.softness).exp()),
             };
-            if passes { PointVerdict::Pass } else { PointVerdict::Fail }
+            if passes {
+                PointVerdict::Pass
+            } else {
+                PointVerdict::Fail
+            }
         }
     }
 
@@ -421,7 +482,13 @@ mod tests {
                 seeded,
             };
             let (answer, search) = run(max, &mut server);
-            let Answer::Capacity { participants, low, high, .. } = answer else {
+            let Answer::Capacity {
+                participants,
+                low,
+                high,
+                ..
+            } = answer
+            else {
                 panic!("seed {seed}: {answer:?} for {capacity} of {max}");
             };
             near += usize::from((f64::from(participants) / capacity - 1.0).abs() <= 0.05);
@@ -447,12 +514,19 @@ mod tests {
             else {
                 panic!("{answer:?}");
             };
-            assert!(settled && (low..=high).contains(&capacity), "{capacity}: {answer:?}");
+            assert!(
+                settled && (low..=high).contains(&capacity),
+                "{capacity}: {answer:?}"
+            );
             let error = f64::from(participants.abs_diff(capacity));
-            assert!(error <= RESOLUTION * f64::from(capacity), "{capacity}: {answer:?}");
+            assert!(
+                error <= RESOLUTION * f64::from(capacity),
+                "{capacity}: {answer:?}"
+            );
             let broke = search.broke_first().unwrap();
             assert!(
-                broke.participants > capacity && f64::from(broke.participants) <= 1.0 + 1.05 * f64::from(capacity),
+                broke.participants > capacity
+                    && f64::from(broke.participants) <= 1.0 + 1.05 * f64::from(capacity),
                 "{broke:?}"
             );
         }
@@ -461,7 +535,12 @@ mod tests {
     #[test]
     fn it_grows_by_doubling_and_then_halves_what_is_left() {
         let (_, search) = run(1_600, &mut Server::hard(1_000.5));
-        let first: Vec<u32> = search.tried().iter().map(|tried| tried.participants).take(5).collect();
+        let first: Vec<u32> = search
+            .tried()
+            .iter()
+            .map(|tried| tried.participants)
+            .take(5)
+            .collect();
         assert_eq!(first, [100, 200, 400, 800, 1_600]);
         let next = search.tried()[5].participants;
         assert!((1_000..1_300).contains(&next), "{next}");
@@ -503,7 +582,10 @@ mod tests {
         else {
             panic!("{answer:?}");
         };
-        assert!((683..=700).contains(&participants) && (701..=718).contains(&at), "{participants} {at}");
+        assert!(
+            (683..=700).contains(&participants) && (701..=718).contains(&at),
+            "{participants} {at}"
+        );
         assert_eq!(reasons, [format!("Invalid at {at}")]);
     }
 
@@ -541,16 +623,24 @@ mod tests {
     #[test]
     fn once_invalid_may_be_chance_and_is_tried_again() {
         let mut search = Search::new(100);
-        let Next::Try(first) = search.next() else { panic!() };
+        let Next::Try(first) = search.next() else {
+            panic!()
+        };
         search.take(first.participants, PointVerdict::Invalid, Vec::new());
         let again = Point {
             phase: Phase::Repeat,
             ..first
         };
         assert_eq!(search.next(), Next::Try(again));
-        assert_eq!(search.next(), Next::Try(again), "the same until a verdict is taken");
+        assert_eq!(
+            search.next(),
+            Next::Try(again),
+            "the same until a verdict is taken"
+        );
         search.take(first.participants, PointVerdict::Pass, Vec::new());
-        let Next::Try(second) = search.next() else { panic!() };
+        let Next::Try(second) = search.next() else {
+            panic!()
+        };
         assert_eq!(second.participants, 2 * first.participants);
     }
 

@@ -37,7 +37,11 @@ fn main() -> ExitCode {
 
 fn throng() -> Result<u8> {
     let host = Host::read();
-    match cli::parse(std::env::args_os(), &|name| std::env::var(name).ok(), host.usable_cpus())? {
+    match cli::parse(
+        std::env::args_os(),
+        &|name| std::env::var(name).ok(),
+        host.usable_cpus(),
+    )? {
         Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
         Command::Run(run) => load_test(*run, &host),
         Command::Probe(probe) => take_part(*probe, &host),
@@ -56,7 +60,9 @@ fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
         Some(own) => (own.api_key.clone(), own.api_secret.clone()),
         None => (server::DEV_KEY.to_owned(), server::DEV_SECRET.to_owned()),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     // Signals first: one that comes while the server starts is heard.
     let mut interrupts = runtime.block_on(async { Interrupts::listen() });
     let started = Instant::now();
@@ -65,7 +71,9 @@ fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
         media_ip: None,
         send: sfu.send,
         connections: server::CONNECTIONS_MAX,
-        routers: sfu.threads.unwrap_or_else(|| host.usable_cpus().saturating_sub(1).max(1)),
+        routers: sfu
+            .threads
+            .unwrap_or_else(|| host.usable_cpus().saturating_sub(1).max(1)),
         api_key: api_key.clone(),
         api_secret: Secret::new(api_secret),
         seed: sfu.seed,
@@ -73,17 +81,25 @@ fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
     })?;
     emit(
         &mut stdout(),
-        &report::server::greeting(&server.url(), &api_key, sfu.credentials.is_none().then_some(server::DEV_SECRET)),
+        &report::server::greeting(
+            &server.url(),
+            &api_key,
+            sfu.credentials.is_none().then_some(server::DEV_SECRET),
+        ),
     )?;
     runtime.block_on(interrupts.next());
     let statistics = server.stop();
-    emit(&mut stdout(), &report::server::summary(&statistics, started.elapsed()))?;
+    emit(
+        &mut stdout(),
+        &report::server::summary(&statistics, started.elapsed()),
+    )?;
     Ok(0)
 }
 
 /// This host's own ceiling, for people, scripts and later runs.
 fn measure_host(asked: &cli::Calibrate, host: &Host) -> Result<u8> {
-    let sinks = Sinks::open(&asked.destinations()).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
+    let sinks = Sinks::open(&asked.destinations())
+        .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     if !asked.quiet {
         say(&calibrate::GREETING);
     }
@@ -98,9 +114,13 @@ fn measure_host(asked: &cli::Calibrate, host: &Host) -> Result<u8> {
     } else {
         emit(&mut stdout(), &text)?;
     }
-    sinks.write_json(&calibrate::json(&calibration)).map_err(|error| anyhow!(error))?;
+    sinks
+        .write_json(&calibrate::json(&calibration))
+        .map_err(|error| anyhow!(error))?;
     let kept = calibrate::keep(&calibration, &|name| std::env::var(name).ok())?;
-    say(&format_args!("Kept in {kept}: later runs say how near they come to it."));
+    say(&format_args!(
+        "Kept in {kept}: later runs say how near they come to it."
+    ));
     Ok(0)
 }
 
@@ -119,7 +139,8 @@ fn load_test(mut run: cli::Run, host: &Host) -> Result<u8> {
         return dry_run(&run, &resources, &findings);
     }
     none_of(&findings.refusals)?;
-    let sinks = Sinks::open(&run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
+    let sinks = Sinks::open(&run.destinations)
+        .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let clips = generate(&run, &resources)?;
     // Not before it is clear that there can be a run: until then nothing is started or connected to.
     let embedded = Embedded::start_for(&mut run, &resources)?;
@@ -127,10 +148,14 @@ fn load_test(mut run: cli::Run, host: &Host) -> Result<u8> {
     if !run.quiet {
         say(&text::first_line(&run.plan).trim_end());
     }
-    findings.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
+    findings
+        .warnings
+        .iter()
+        .for_each(|warning| say(&format_args!("warning: {warning}")));
     let mut outcome = measure(&run, &resources, clips)?;
     outcome.sfu = embedded.map(Embedded::stop);
-    outcome.nearness = last_calibration(host).and_then(|calibration| calibration.nearness(&outcome));
+    outcome.nearness =
+        last_calibration(host).and_then(|calibration| calibration.nearness(&outcome));
     let code = write_report(&run, &outcome, sinks)?;
     if run.is_tour && !run.quiet {
         say(&text::WHAT_NEXT);
@@ -145,7 +170,9 @@ fn last_calibration(host: &Host) -> Option<Calibration> {
 
 /// What `--connection auto` comes to.
 fn settle_connection(plan: &mut Plan) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(run::settle_connection(plan));
     Ok(())
 }
@@ -169,19 +196,31 @@ fn none_of(refusals: &[String]) -> Result<()> {
 }
 
 fn dry_run(run: &cli::Run, resources: &Resources, findings: &Findings) -> Result<u8> {
-    emit(&mut stdout(), &text::dry_run(&run.plan, &run.judging, resources))?;
+    emit(
+        &mut stdout(),
+        &text::dry_run(&run.plan, &run.judging, resources),
+    )?;
     let warnings = run.warnings.iter().chain(&findings.warnings);
     warnings.for_each(|warning| say(&format_args!("warning: {warning}")));
-    findings.refusals.iter().for_each(|refusal| say(&format_args!("would refuse: {refusal}")));
+    findings
+        .refusals
+        .iter()
+        .for_each(|refusal| say(&format_args!("would refuse: {refusal}")));
     Ok(if findings.refusals.is_empty() { 0 } else { 1 })
 }
 
 fn measure(run: &cli::Run, resources: &Resources, clips: Clips) -> Result<Outcome> {
-    watched(run, resources, async |progress| run::run(run, resources, clips, progress).await)
+    watched(run, resources, async |progress| {
+        run::run(run, resources, clips, progress).await
+    })
 }
 
 /// On the runtime that the run's signalling lives on, with its progress shown.
-fn watched(run: &cli::Run, resources: &Resources, work: impl AsyncFnOnce(&mut dyn FnMut(&Snapshot)) -> Result<Outcome>) -> Result<Outcome> {
+fn watched(
+    run: &cli::Run,
+    resources: &Resources,
+    work: impl AsyncFnOnce(&mut dyn FnMut(&Snapshot)) -> Result<Outcome>,
+) -> Result<Outcome> {
     let mut progress = Progress::new(stderr().is_terminal() && !run.no_live);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(resources.signalling_threads())
@@ -202,7 +241,8 @@ fn lead(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
         return lead_nobody(asked, host);
     }
     let quiet = asked.run.quiet;
-    let sinks = Sinks::open(&asked.run.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
+    let sinks = Sinks::open(&asked.run.destinations)
+        .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let finished = coordinator::lead::lead(asked, &mut |line| say(&line), &mut |line| {
         if !quiet {
             say(&line);
@@ -220,7 +260,10 @@ fn lead(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
         say(&text(Style::of(&stderr(), no_color.as_deref())).trim_end());
         Ok(())
     } else {
-        emit(&mut stdout(), &text(Style::of(&stdout(), no_color.as_deref())))
+        emit(
+            &mut stdout(),
+            &text(Style::of(&stdout(), no_color.as_deref())),
+        )
     };
     sinks
         .write_json(&document::report(&merged, &finished.state, &about))
@@ -235,8 +278,15 @@ fn lead_nobody(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
     let rehearsal = coordinator::lead::rehearse(asked).map_err(|why| UsageError::new(&why))?;
     let resources = preflight::resources(&rehearsal.first, host, None);
     emit(&mut stdout(), &coordinator::text::rehearsal(&rehearsal))?;
-    emit(&mut stdout(), &text::dry_run(&rehearsal.first, &asked.run.judging, &resources))?;
-    asked.run.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
+    emit(
+        &mut stdout(),
+        &text::dry_run(&rehearsal.first, &asked.run.judging, &resources),
+    )?;
+    asked
+        .run
+        .warnings
+        .iter()
+        .for_each(|warning| say(&format_args!("warning: {warning}")));
     Ok(0)
 }
 
@@ -247,7 +297,8 @@ fn take_part(probe: cli::Probe, host: &Host) -> Result<u8> {
         run: own,
         shape_given,
     } = probe;
-    let sinks = Sinks::open(&own.destinations).or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
+    let sinks = Sinks::open(&own.destinations)
+        .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let quiet = own.quiet;
     let tell = |line: String| {
         if !quiet {
@@ -278,9 +329,15 @@ fn play(prober: &mut Prober, run: &mut cli::Run, host: &Host) -> Result<Outcome>
         say(&prober.describe());
         say(&text::first_line(&run.plan).trim_end());
     }
-    findings.warnings.iter().for_each(|warning| say(&format_args!("warning: {warning}")));
-    let mut outcome = watched(run, &resources, async |progress| prober.measure(run, &resources, clips, progress).await)?;
-    outcome.nearness = last_calibration(host).and_then(|calibration| calibration.nearness(&outcome));
+    findings
+        .warnings
+        .iter()
+        .for_each(|warning| say(&format_args!("warning: {warning}")));
+    let mut outcome = watched(run, &resources, async |progress| {
+        prober.measure(run, &resources, clips, progress).await
+    })?;
+    outcome.nearness =
+        last_calibration(host).and_then(|calibration| calibration.nearness(&outcome));
     Ok(outcome)
 }
 
@@ -292,7 +349,10 @@ fn write_report(run: &cli::Run, outcome: &Outcome, sinks: Sinks) -> Result<u8> {
         say(&text(Style::of(&stderr(), no_color.as_deref())).trim_end());
         Ok(())
     } else {
-        emit(&mut stdout(), &text(Style::of(&stdout(), no_color.as_deref())))
+        emit(
+            &mut stdout(),
+            &text(Style::of(&stdout(), no_color.as_deref())),
+        )
     };
     sinks.write(outcome).map_err(|error| anyhow!(error))?;
     shown.map_err(|error| anyhow!("cannot write standard output: {error}"))?;

@@ -33,8 +33,20 @@ pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Resu
 fn set_flag(socket: &UdpSocket, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
     let on: libc::c_int = 1;
     // SAFETY: the pointer and length describe `on`, which outlives the call.
-    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), size_of::<libc::c_int>() as u32) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as u32,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// One datagram's facts.
@@ -95,8 +107,14 @@ impl Default for Batch {
             }
         };
         // The boxes never move, so the pointers into them are set once.
-        let rooms = batch.rooms.iter_mut().zip(batch.bytes.chunks_exact_mut(BURST_BYTES_MAX));
-        for (((room, bytes), header), vector) in rooms.zip(batch.headers.iter_mut()).zip(batch.vectors.iter_mut()) {
+        let rooms = batch
+            .rooms
+            .iter_mut()
+            .zip(batch.bytes.chunks_exact_mut(BURST_BYTES_MAX));
+        for (((room, bytes), header), vector) in rooms
+            .zip(batch.headers.iter_mut())
+            .zip(batch.vectors.iter_mut())
+        {
             *vector = libc::iovec {
                 iov_base: bytes.as_mut_ptr().cast(),
                 iov_len: bytes.len(),
@@ -122,7 +140,15 @@ impl Batch {
             header.msg_hdr.msg_controllen = size_of::<ControlBuffer>();
         }
         // SAFETY: every header points to rooms of this batch, with their true lengths; the borrow keeps them alive and unshared during the call.
-        let taken = unsafe { libc::recvmmsg(socket.as_raw_fd(), self.headers.as_mut_ptr(), BATCH as u32, 0, std::ptr::null_mut()) };
+        let taken = unsafe {
+            libc::recvmmsg(
+                socket.as_raw_fd(),
+                self.headers.as_mut_ptr(),
+                BATCH as u32,
+                0,
+                std::ptr::null_mut(),
+            )
+        };
         if taken < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -143,14 +169,19 @@ impl Batch {
         let header = &self.headers[buffer];
         let len = (header.msg_len as usize).min(BURST_BYTES_MAX);
         let control = read_control(&header.msg_hdr);
-        let segment = control.segment.filter(|segment| (1..len).contains(segment)).unwrap_or(len.max(1));
+        let segment = control
+            .segment
+            .filter(|segment| (1..len).contains(segment))
+            .unwrap_or(len.max(1));
         let is_whole = header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0;
-        self.buffers[buffer] = socket_address(&self.rooms[buffer].name).filter(|_| is_whole).map(|from| Received {
-            from,
-            stamp_unix_nanos: control.stamp_unix_nanos,
-            drops: control.drops,
-            burst: len.div_ceil(segment).max(1) as u32,
-        });
+        self.buffers[buffer] = socket_address(&self.rooms[buffer].name)
+            .filter(|_| is_whole)
+            .map(|from| Received {
+                from,
+                stamp_unix_nanos: control.stamp_unix_nanos,
+                drops: control.drops,
+                burst: len.div_ceil(segment).max(1) as u32,
+            });
         let base = buffer * BURST_BYTES_MAX;
         // One without a byte is a datagram, too.
         for start in (0..len.max(1)).step_by(segment) {
@@ -193,10 +224,16 @@ fn read_control(header: &libc::msghdr) -> Control {
             match ((*message).cmsg_level, (*message).cmsg_type) {
                 (libc::SOL_SOCKET, libc::SO_TIMESTAMPNS) => {
                     let stamp = data.cast::<libc::timespec>().read_unaligned();
-                    control.stamp_unix_nanos = Some(stamp.tv_sec as u64 * 1_000_000_000 + stamp.tv_nsec as u64);
+                    control.stamp_unix_nanos =
+                        Some(stamp.tv_sec as u64 * 1_000_000_000 + stamp.tv_nsec as u64);
                 }
-                (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => control.drops = Some(data.cast::<u32>().read_unaligned()),
-                (libc::SOL_UDP, libc::UDP_GRO) => control.segment = usize::try_from(data.cast::<libc::c_int>().read_unaligned()).ok(),
+                (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => {
+                    control.drops = Some(data.cast::<u32>().read_unaligned())
+                }
+                (libc::SOL_UDP, libc::UDP_GRO) => {
+                    control.segment =
+                        usize::try_from(data.cast::<libc::c_int>().read_unaligned()).ok()
+                }
                 _ => {}
             }
             message = libc::CMSG_NXTHDR(header, message);
@@ -210,7 +247,13 @@ fn socket_address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
         libc::AF_INET => {
             // SAFETY: the family says that the storage holds a sockaddr_in.
             let v4 = unsafe { &*(&raw const *storage).cast::<libc::sockaddr_in>() };
-            Some(SocketAddrV4::new(u32::from_be(v4.sin_addr.s_addr).into(), u16::from_be(v4.sin_port)).into())
+            Some(
+                SocketAddrV4::new(
+                    u32::from_be(v4.sin_addr.s_addr).into(),
+                    u16::from_be(v4.sin_port),
+                )
+                .into(),
+            )
         }
         libc::AF_INET6 => {
             // SAFETY: the family says that the storage holds a sockaddr_in6.
@@ -237,7 +280,11 @@ pub fn prefetch<T: ?Sized>(value: &T, bytes: usize) {
         let start = std::ptr::from_ref(value).cast::<i8>();
         for offset in (0..bytes.min(size_of_val(value))).step_by(64) {
             // SAFETY: a prefetch reads nothing and cannot fault; the address lies within the value.
-            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(start.add(offset)) };
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
+                    start.add(offset),
+                )
+            };
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -247,7 +294,12 @@ pub fn prefetch<T: ?Sized>(value: &T, bytes: usize) {
 /// Sends `bytes` as datagrams of `segment` bytes each (the last may be shorter) with one call.
 ///
 /// `to` is `None` on a connected socket. `EIO` and `EINVAL` mean that this path cannot segment: send them one by one.
-pub fn send_segmented(socket: &UdpSocket, to: Option<SocketAddr>, bytes: &[u8], segment: usize) -> io::Result<()> {
+pub fn send_segmented(
+    socket: &UdpSocket,
+    to: Option<SocketAddr>,
+    bytes: &[u8],
+    segment: usize,
+) -> io::Result<()> {
     let mut control = ControlBuffer([0; 128]);
     let mut vector = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -266,7 +318,11 @@ pub fn send_segmented(socket: &UdpSocket, to: Option<SocketAddr>, bytes: &[u8], 
         write_segment_size(&mut header, &mut control, segment);
         libc::sendmsg(socket.as_raw_fd(), &raw const header, 0)
     };
-    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if sent < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Datagrams that one call sends. More would not cost less, but leave later.
@@ -295,7 +351,13 @@ struct Waiting {
 impl Default for SendBatch {
     fn default() -> SendBatch {
         // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are valid.
-        let (headers, vectors, controls) = unsafe { (Box::new(std::mem::zeroed()), Box::new(std::mem::zeroed()), Box::new(std::mem::zeroed())) };
+        let (headers, vectors, controls) = unsafe {
+            (
+                Box::new(std::mem::zeroed()),
+                Box::new(std::mem::zeroed()),
+                Box::new(std::mem::zeroed()),
+            )
+        };
         SendBatch {
             bytes: vec![0; 2 * SEND_BYTES_MAX].into_boxed_slice(),
             used: 0,
@@ -382,15 +444,29 @@ impl SendBatch {
 
     fn send_headers(&mut self, socket: &UdpSocket, count: usize) -> io::Result<usize> {
         // SAFETY: the first `count` headers were filled with pointers into buffers of this batch, with their true lengths; the borrow keeps them alive.
-        let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), self.headers.as_mut_ptr(), count as u32, 0) };
-        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(sent as usize) }
+        let sent = unsafe {
+            libc::sendmmsg(
+                socket.as_raw_fd(),
+                self.headers.as_mut_ptr(),
+                count as u32,
+                0,
+            )
+        };
+        if sent < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(sent as usize)
+        }
     }
 
     /// What could not be sent as a whole: where the path cannot segment, its datagrams are sent by themselves.
     fn send_one_by_one(&mut self, socket: &UdpSocket, index: usize, error: &io::Error) {
         let entry = &self.waiting[index];
         let bytes = &self.bytes[entry.start..entry.start + entry.len];
-        let cannot_segment = matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP));
+        let cannot_segment = matches!(
+            error.raw_os_error(),
+            Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)
+        );
         if entry.len <= entry.segment || !cannot_segment {
             self.errors += entry.len.div_ceil(entry.segment) as u64;
             return;
@@ -413,7 +489,9 @@ fn write_segment_size(header: &mut libc::msghdr, control: &mut ControlBuffer, se
         (*message).cmsg_level = libc::SOL_UDP;
         (*message).cmsg_type = libc::UDP_SEGMENT;
         (*message).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as u32) as usize;
-        libc::CMSG_DATA(message).cast::<u16>().write_unaligned(segment as u16);
+        libc::CMSG_DATA(message)
+            .cast::<u16>()
+            .write_unaligned(segment as u16);
     }
 }
 
@@ -438,7 +516,9 @@ pub fn sleep_until(monotonic_nanos: u64) {
         tv_nsec: (monotonic_nanos % 1_000_000_000) as i64,
     };
     // Interrupted by a signal: what is left is slept again.
-    while rustix::thread::clock_nanosleep_absolute(rustix::thread::ClockId::Monotonic, &until) == Err(rustix::io::Errno::INTR) {}
+    while rustix::thread::clock_nanosleep_absolute(rustix::thread::ClockId::Monotonic, &until)
+        == Err(rustix::io::Errno::INTR)
+    {}
 }
 
 /// Asks the kernel not to group this thread's wake-ups with later ones: by default it may be 50 us late on purpose.
@@ -457,7 +537,11 @@ pub fn pin_to(cpu: usize) -> io::Result<()> {
 pub fn allowed_cpus() -> Vec<usize> {
     rustix::thread::sched_getaffinity(None).map_or_else(
         |_| vec![0],
-        |set| (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect(),
+        |set| {
+            (0..rustix::thread::CpuSet::MAX_CPU)
+                .filter(|cpu| set.is_set(*cpu))
+                .collect()
+        },
     )
 }
 
@@ -501,9 +585,13 @@ pub fn threads_cpu(prefix: &str) -> Option<Duration> {
 pub fn resident_bytes() -> Option<(u64, u64)> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let kilobytes = |key: &str| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(key)?.split_whitespace().next()?.parse::<u64>().ok())
+        status.lines().find_map(|line| {
+            line.strip_prefix(key)?
+                .split_whitespace()
+                .next()?
+                .parse::<u64>()
+                .ok()
+        })
     };
     Some((kilobytes("VmRSS:")? * 1024, kilobytes("VmHWM:")? * 1024))
 }
@@ -536,7 +624,10 @@ pub fn socket_drops(socket: &UdpSocket) -> io::Result<u32> {
 pub fn clock_ticks_per_second() -> u64 {
     // SAFETY: sysconf takes no pointer.
     let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    u64::try_from(ticks).ok().filter(|ticks| *ticks > 0).unwrap_or(100)
+    u64::try_from(ticks)
+        .ok()
+        .filter(|ticks| *ticks > 0)
+        .unwrap_or(100)
 }
 
 /// Sends one dump request to the kernel's routing socket and hands over each datagram of the answer, until `take` says that it was the last.
@@ -546,8 +637,17 @@ pub fn clock_ticks_per_second() -> u64 {
 pub fn dump_routing(request: &[u8], mut take: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
     use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
     // Protocol 0 is NETLINK_ROUTE.
-    let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(Duration::from_millis(100)))?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::NETLINK,
+        SocketType::RAW,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    sockopt::set_socket_timeout(
+        &socket,
+        sockopt::Timeout::Recv,
+        Some(Duration::from_millis(100)),
+    )?;
     rustix::net::send(&socket, request, SendFlags::empty())?;
     // The kernel fills its answers up to this at most (netlink(7)).
     let mut answer = vec![0; 32 << 10];
@@ -565,7 +665,10 @@ mod tests {
 
     fn pair() -> (UdpSocket, UdpSocket) {
         let local = IpAddr::from([127, 0, 0, 1]);
-        (open_media_socket(local, 1 << 20).unwrap(), open_media_socket(local, 1 << 20).unwrap())
+        (
+            open_media_socket(local, 1 << 20).unwrap(),
+            open_media_socket(local, 1 << 20).unwrap(),
+        )
     }
 
     #[test]
@@ -579,12 +682,21 @@ mod tests {
         for (index, expected) in bytes.chunks(1_000).enumerate() {
             let (datagram, received) = batch.datagram(index).unwrap();
             assert_eq!(datagram, expected);
-            assert_eq!((received.from, received.burst), (a.local_addr().unwrap(), 3));
+            assert_eq!(
+                (received.from, received.burst),
+                (a.local_addr().unwrap(), 3)
+            );
             let age = unix_nanos().abs_diff(received.stamp_unix_nanos.expect("a stamp"));
-            assert!(age < 5_000_000_000, "the stamp is on the wall clock: {age} ns");
+            assert!(
+                age < 5_000_000_000,
+                "the stamp is on the wall clock: {age} ns"
+            );
         }
         assert!(batch.datagram(3).is_none());
-        assert_eq!(batch.receive(&b).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(
+            batch.receive(&b).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
     }
 
     #[test]
@@ -609,8 +721,14 @@ mod tests {
             };
             let mut expected = Vec::new();
             for round in 0..200u8 {
-                let (len, segment) = if round % 3 == 0 { (2_500, 1_000) } else { (300, 300) };
-                let bytes: Vec<u8> = (0..len).map(|at| (at as u8).wrapping_mul(3) ^ round).collect();
+                let (len, segment) = if round % 3 == 0 {
+                    (2_500, 1_000)
+                } else {
+                    (300, 300)
+                };
+                let bytes: Vec<u8> = (0..len)
+                    .map(|at| (at as u8).wrapping_mul(3) ^ round)
+                    .collect();
                 batch.lend()[..len].copy_from_slice(&bytes);
                 batch.push(&a, to, len, segment);
                 expected.extend(bytes.chunks(segment).map(<[u8]>::to_vec));
@@ -619,7 +737,12 @@ mod tests {
             batch.flush(&a);
             drain(&mut received);
             assert_eq!(batch.take_errors(), 0);
-            assert!(received == expected, "{} of {}", received.len(), expected.len());
+            assert!(
+                received == expected,
+                "{} of {}",
+                received.len(),
+                expected.len()
+            );
         }
     }
 
@@ -633,7 +756,10 @@ mod tests {
         let (mut batch, mut taken, mut drops) = (Batch::default(), 0, 0);
         while let Ok(count) = batch.receive(&b) {
             taken += count as u32;
-            drops = batch.datagram(count - 1).and_then(|(_, received)| received.drops).unwrap_or(drops);
+            drops = batch
+                .datagram(count - 1)
+                .and_then(|(_, received)| received.drops)
+                .unwrap_or(drops);
         }
         // The count rides on datagrams that arrive: one more carries the final figure.
         send(&a, Some(b.local_addr().unwrap()), &[0]).unwrap();

@@ -233,7 +233,12 @@ pub enum Layout {
 }
 
 impl Layout {
-    pub const ALL: [Layout; 4] = [Layout::Speaker, Layout::Grid3x3, Layout::Grid4x4, Layout::Grid5x5];
+    pub const ALL: [Layout; 4] = [
+        Layout::Speaker,
+        Layout::Grid3x3,
+        Layout::Grid4x4,
+        Layout::Grid5x5,
+    ];
 
     pub const fn name(self) -> &'static str {
         match self {
@@ -318,14 +323,23 @@ impl SpeakerTurns {
 
     /// The place in the room of the one who speaks at `time` of the run.
     pub fn speaker_at(&self, time: Time) -> Option<u32> {
-        let (turn, pause, nanos) = (Self::TURN.as_nanos() as u64, Self::PAUSE.as_nanos() as u64, time.as_nanos());
-        let speaker = (u64::from(self.first) + nanos / turn * u64::from(self.stride)) % u64::from(self.speakers);
+        let (turn, pause, nanos) = (
+            Self::TURN.as_nanos() as u64,
+            Self::PAUSE.as_nanos() as u64,
+            time.as_nanos(),
+        );
+        let speaker = (u64::from(self.first) + nanos / turn * u64::from(self.stride))
+            % u64::from(self.speakers);
         (nanos % turn < turn - pause).then_some(speaker as u32)
     }
 }
 
 fn greatest_common_divisor(a: u32, b: u32) -> u32 {
-    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
+    if b == 0 {
+        a
+    } else {
+        greatest_common_divisor(b, a % b)
+    }
 }
 
 /// One participant of the plan.
@@ -370,7 +384,9 @@ impl ParticipantPlan {
     pub const fn sockets(&self, connection: Connection) -> u64 {
         match connection {
             Connection::Single => 1,
-            Connection::Auto | Connection::Dual => (self.publishes_audio || self.publishes_video) as u64 + self.subscribes as u64,
+            Connection::Auto | Connection::Dual => {
+                (self.publishes_audio || self.publishes_video) as u64 + self.subscribes as u64
+            }
         }
     }
 }
@@ -460,7 +476,13 @@ impl VideoSpec {
         let (top_bps, _) = LADDER[count - 1];
         let layer = |index: usize| {
             let below = count - 1 - index;
-            let even = |side: u16| if below == 0 { side } else { (side >> below) & !1 };
+            let even = |side: u16| {
+                if below == 0 {
+                    side
+                } else {
+                    (side >> below) & !1
+                }
+            };
             let (bps, frames_per_second) = LADDER[index];
             VideoSpec {
                 width: even(self.width),
@@ -477,15 +499,23 @@ impl VideoSpec {
                 },
             }
         };
-        let large_enough = |spec: &VideoSpec| u32::from(spec.width) >= MIN_SIZE.0 && u32::from(spec.height) >= MIN_SIZE.1;
-        (0..count).map(layer).filter(|spec| *spec == self || large_enough(spec)).collect()
+        let large_enough = |spec: &VideoSpec| {
+            u32::from(spec.width) >= MIN_SIZE.0 && u32::from(spec.height) >= MIN_SIZE.1
+        };
+        (0..count)
+            .map(layer)
+            .filter(|spec| *spec == self || large_enough(spec))
+            .collect()
     }
 }
 
 /// The layer that a picture of `size` pixels asks for: the lowest that is at least 9/10 as high, or the highest of all. As LiveKit chooses.
 pub fn layer_for(layers: &[VideoSpec], size: (u32, u32)) -> usize {
     let high_enough = |layer: &VideoSpec| u32::from(layer.height) * 10 >= size.1 * 9;
-    layers.iter().position(high_enough).unwrap_or(layers.len().saturating_sub(1))
+    layers
+        .iter()
+        .position(high_enough)
+        .unwrap_or(layers.len().saturating_sub(1))
 }
 
 impl Shape {
@@ -525,7 +555,11 @@ impl Plan {
 
     /// The name of room `room` (index from 0): the given name as it is for one room, `NAME-1`.. for several; made from the run's tag when none was given.
     pub fn room_name(&self, room: u32) -> String {
-        let name = self.shape.room_name.clone().unwrap_or_else(|| format!("throng-{:08x}", self.run_tag));
+        let name = self
+            .shape
+            .room_name
+            .clone()
+            .unwrap_or_else(|| format!("throng-{:08x}", self.run_tag));
         if self.shape.room_count == 1 {
             name
         } else {
@@ -542,11 +576,15 @@ impl Plan {
     pub fn participants_with(&self, subscribers: Subscribers) -> u32 {
         let people = self.headcount();
         let participants = match (subscribers, &self.part) {
-            (Subscribers::Total(count), _) => people.publishers + u64::from(count).min(people.subscribers),
+            (Subscribers::Total(count), _) => {
+                people.publishers + u64::from(count).min(people.subscribers)
+            }
             (Subscribers::PerRoom(count), part) => {
-                let places = u64::from(self.shape.publishers()) + u64::from(count.min(self.shape.subscribers));
+                let places = u64::from(self.shape.publishers())
+                    + u64::from(count.min(self.shape.subscribers));
                 let of_all_hosts = places * u64::from(self.shape.room_count);
-                part.as_ref().map_or(of_all_hosts, |part| part.before(of_all_hosts).into())
+                part.as_ref()
+                    .map_or(of_all_hosts, |part| part.before(of_all_hosts).into())
             }
         };
         u32::try_from(participants).unwrap_or(u32::MAX)
@@ -559,7 +597,10 @@ impl Plan {
 
     /// Participant `position` in this host's joining order: rooms take turns, and in each room publishers come before subscribers.
     pub fn participant(&self, position: u32) -> ParticipantPlan {
-        let index = self.part.as_ref().map_or(position, |part| part.index(position));
+        let index = self
+            .part
+            .as_ref()
+            .map_or(position, |part| part.index(position));
         let (room, place) = self.place(index);
         let is_publisher = place < self.shape.publishers();
         ParticipantPlan {
@@ -584,7 +625,10 @@ impl Plan {
                 room,
                 publishes_audio: place < self.shape.audio_publishers,
                 publishes_video: place < self.shape.video_publishers,
-                elsewhere: self.part.as_ref().and_then(|part| part.owner(index).filter(|owner| *owner != part.me())),
+                elsewhere: self
+                    .part
+                    .as_ref()
+                    .and_then(|part| part.owner(index).filter(|owner| *owner != part.me())),
             }
         })
     }
@@ -632,7 +676,9 @@ impl Plan {
 
     /// When the last join is to start, counted from the first.
     pub fn joining(&self) -> Duration {
-        Duration::from_secs_f64(f64::from(self.total_participants().saturating_sub(1)) / self.joins_per_second)
+        Duration::from_secs_f64(
+            f64::from(self.total_participants().saturating_sub(1)) / self.joins_per_second,
+        )
     }
 
     /// How long joining, settling and measuring take if all goes as intended. After each tier there is a pause of `between`. `None` where nobody knows.
@@ -648,9 +694,9 @@ impl Plan {
         let tiers = self.ramp.iter().map(|subscribers| {
             let participants = self.participants_with(Subscribers::PerRoom(*subscribers));
             let moves = participants.abs_diff(std::mem::replace(&mut before, participants));
-            let moving = self
-                .ramp_time
-                .unwrap_or(Duration::from_secs_f64(f64::from(moves) / self.joins_per_second));
+            let moving = self.ramp_time.unwrap_or(Duration::from_secs_f64(
+                f64::from(moves) / self.joins_per_second,
+            ));
             moving + once + between
         });
         Some(tiers.sum())
@@ -688,9 +734,17 @@ impl Plan {
     }
 
     /// Tracks that `participant` ought to receive: those that it subscribes to, that are there, and that its layout has room for.
-    pub fn expected_tracks(&self, participant: &ParticipantPlan, kind: Kind, lost: &LostPublishers) -> u32 {
+    pub fn expected_tracks(
+        &self,
+        participant: &ParticipantPlan,
+        kind: Kind,
+        lost: &LostPublishers,
+    ) -> u32 {
         let subscribed = self.subscribed_tracks(participant, kind);
-        self.seen(kind, subscribed.saturating_sub(lost.of(participant.room, kind)))
+        self.seen(
+            kind,
+            subscribed.saturating_sub(lost.of(participant.room, kind)),
+        )
     }
 
     /// How many of so many tracks a layout has room for.
@@ -703,7 +757,8 @@ impl Plan {
 
     /// Of the tracks that `participant` subscribes to, those whose publishers come before it: they ought to be there when it joins.
     pub fn tracks_ahead(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
-        self.subscribed_tracks(participant, kind).min(participant.place)
+        self.subscribed_tracks(participant, kind)
+            .min(participant.place)
     }
 
     /// Subscriptions of one kind that ought to go live, over all rooms.
@@ -720,8 +775,14 @@ impl Plan {
         let members = |count: u64| if self.shape.meeting { count } else { 0 };
         [
             (people.subscribers, self.seen(kind, tracks)),
-            (members(people.publishers_of(kind)), self.seen(kind, tracks.saturating_sub(1))),
-            (members(people.publishers - people.publishers_of(kind)), self.seen(kind, tracks)),
+            (
+                members(people.publishers_of(kind)),
+                self.seen(kind, tracks.saturating_sub(1)),
+            ),
+            (
+                members(people.publishers - people.publishers_of(kind)),
+                self.seen(kind, tracks),
+            ),
         ]
     }
 
@@ -767,7 +828,10 @@ impl Plan {
         let speech = with_overhead(self.audio.packets_per_second(), self.audio.bitrate);
         match kind {
             Kind::Audio if self.simulate_speakers => {
-                let (share, silence) = (SpeakerTurns::share(self.shape.audio_publishers), self.audio.silence_rates());
+                let (share, silence) = (
+                    SpeakerTurns::share(self.shape.audio_publishers),
+                    self.audio.silence_rates(),
+                );
                 let mean = |speech: f64, silence: f64| speech * share + silence * (1.0 - share);
                 (mean(speech.0, silence.0), mean(speech.1, silence.1))
             }
@@ -788,7 +852,9 @@ impl Plan {
     fn received_rates(&self, kind: Kind, tracks: u32) -> (f64, f64) {
         let layers = self.video_layers();
         let of_track = |index: u32| match (kind, self.layout) {
-            (Kind::Video, Some(layout)) => layers[layer_for(&layers, layout.tile_size(index == 0))].rates(),
+            (Kind::Video, Some(layout)) => {
+                layers[layer_for(&layers, layout.tile_size(index == 0))].rates()
+            }
             _ => self.track_rates(kind),
         };
         (0..tracks)
@@ -800,17 +866,23 @@ impl Plan {
         let participants = u64::from(self.total_participants());
         let load = self.load();
         let packets = load.packets_sent_per_second + load.packets_received_per_second;
-        let steady = packets * CPU_SECONDS_PER_PACKET + participants as f64 * CPU_SECONDS_PER_IDLE_SECOND;
+        let steady =
+            packets * CPU_SECONDS_PER_PACKET + participants as f64 * CPU_SECONDS_PER_IDLE_SECOND;
         let joining = self.joins_per_second.min(participants as f64) * CPU_SECONDS_PER_JOIN;
         Estimate {
-            memory_bytes: MEMORY_BASE_BYTES + self.total_sockets() * MEMORY_PER_CONNECTION_BYTES + participants * MEMORY_PER_SIGNAL_BYTES,
+            memory_bytes: MEMORY_BASE_BYTES
+                + self.total_sockets() * MEMORY_PER_CONNECTION_BYTES
+                + participants * MEMORY_PER_SIGNAL_BYTES,
             cores: steady.max(joining),
         }
     }
 }
 
 fn with_overhead(packets_per_second: f64, bitrate: Bitrate) -> (f64, f64) {
-    (packets_per_second, bitrate.bps() as f64 + packets_per_second * WIRE_OVERHEAD_BYTES * 8.0)
+    (
+        packets_per_second,
+        bitrate.bps() as f64 + packets_per_second * WIRE_OVERHEAD_BYTES * 8.0,
+    )
 }
 
 /// A seed of its own for every participant.
@@ -844,12 +916,22 @@ impl ServerUrl {
 
     /// For signalling: `ws://` or `wss://`, with no slash at the end.
     pub fn websocket(&self) -> String {
-        format!("{}://{}{}", if self.secure { "wss" } else { "ws" }, self.authority, self.path)
+        format!(
+            "{}://{}{}",
+            if self.secure { "wss" } else { "ws" },
+            self.authority,
+            self.path
+        )
     }
 
     /// For the room service: `http://` or `https://`, with no slash at the end.
     pub fn http(&self) -> String {
-        format!("{}://{}{}", if self.secure { "https" } else { "http" }, self.authority, self.path)
+        format!(
+            "{}://{}{}",
+            if self.secure { "https" } else { "http" },
+            self.authority,
+            self.path
+        )
     }
 
     /// `https` and `wss`.
@@ -870,8 +952,12 @@ impl ServerUrl {
     /// True for this very host by name or address. Names are not resolved.
     pub fn is_loopback(&self) -> bool {
         let host = self.host();
-        let by_name = host.eq_ignore_ascii_case("localhost") || host.to_ascii_lowercase().ends_with(".localhost");
-        by_name || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+        let by_name = host.eq_ignore_ascii_case("localhost")
+            || host.to_ascii_lowercase().ends_with(".localhost");
+        by_name
+            || host
+                .parse::<IpAddr>()
+                .is_ok_and(|address| address.to_canonical().is_loopback())
     }
 }
 
@@ -886,7 +972,9 @@ impl FromStr for ServerUrl {
 
     /// Messages never repeat the text: it may hold a password or a token.
     fn from_str(text: &str) -> Result<ServerUrl, String> {
-        let uri: http::Uri = text.parse().map_err(|_| "is no URL: write ws://HOST:PORT or wss://HOST".to_owned())?;
+        let uri: http::Uri = text
+            .parse()
+            .map_err(|_| "is no URL: write ws://HOST:PORT or wss://HOST".to_owned())?;
         let secure = match uri.scheme_str() {
             Some("ws" | "http") => false,
             Some("wss" | "https") => true,
@@ -894,21 +982,31 @@ impl FromStr for ServerUrl {
         };
         let authority = uri.authority().ok_or("names no host")?;
         if authority.as_str().contains('@') {
-            return Err("holds a user name or password: give --api-key and --api-secret instead".to_owned());
+            return Err(
+                "holds a user name or password: give --api-key and --api-secret instead".to_owned(),
+            );
         }
         if uri.query().is_some() || text.contains('#') {
             return Err("must end with the path: no query, no fragment".to_owned());
         }
-        if authority.host().is_empty() || authority.port().is_none() && authority.as_str() != authority.host() {
+        if authority.host().is_empty()
+            || authority.port().is_none() && authority.as_str() != authority.host()
+        {
             return Err("has no proper host and port".to_owned());
         }
         // Some write the whole address of the signalling endpoint.
-        let path = uri.path().trim_end_matches('/').trim_end_matches("/rtc").to_owned();
+        let path = uri
+            .path()
+            .trim_end_matches('/')
+            .trim_end_matches("/rtc")
+            .to_owned();
         Ok(ServerUrl {
             secure,
             authority: authority.as_str().to_owned(),
             host: authority.host().to_owned(),
-            port: authority.port_u16().unwrap_or(if secure { 443 } else { 80 }),
+            port: authority
+                .port_u16()
+                .unwrap_or(if secure { 443 } else { 80 }),
             path,
         })
     }
@@ -972,7 +1070,11 @@ pub(crate) mod tests {
         let plan = plan();
         let all: Vec<_> = plan.participants().collect();
         assert_eq!(all.len(), 14);
-        assert!(all.iter().enumerate().all(|(at, p)| p.index as usize == at && p.room as usize == at % 2));
+        assert!(
+            all.iter()
+                .enumerate()
+                .all(|(at, p)| p.index as usize == at && p.room as usize == at % 2)
+        );
         let roles: Vec<_> = all
             .iter()
             .filter(|p| p.room == 1)
@@ -980,7 +1082,18 @@ pub(crate) mod tests {
             .collect();
         let both = (true, true, false);
         let listener = (false, false, true);
-        assert_eq!(roles, [both, both, (true, false, false), listener, listener, listener, listener]);
+        assert_eq!(
+            roles,
+            [
+                both,
+                both,
+                (true, false, false),
+                listener,
+                listener,
+                listener,
+                listener
+            ]
+        );
         assert_eq!(all[5].join_offset, Duration::from_millis(100));
         assert_eq!(plan.joining(), Duration::from_millis(260));
     }
@@ -1006,8 +1119,19 @@ pub(crate) mod tests {
 
     #[test]
     fn totals_agree_with_the_sum_over_participants() {
-        for (meeting, layout) in [(false, None), (true, None), (false, Some(Layout::Speaker)), (true, Some(Layout::Speaker))] {
-            for (audio, video, subscribers, rooms) in [(3, 2, 4, 2), (0, 2, 4, 3), (5, 0, 0, 1), (1, 1, 0, 4), (2, 8, 1, 5)] {
+        for (meeting, layout) in [
+            (false, None),
+            (true, None),
+            (false, Some(Layout::Speaker)),
+            (true, Some(Layout::Speaker)),
+        ] {
+            for (audio, video, subscribers, rooms) in [
+                (3, 2, 4, 2),
+                (0, 2, 4, 3),
+                (5, 0, 0, 1),
+                (1, 1, 0, 4),
+                (2, 8, 1, 5),
+            ] {
                 let mut plan = plan();
                 plan.layout = layout;
                 plan.shape = Shape {
@@ -1021,7 +1145,9 @@ pub(crate) mod tests {
                 for kind in [Kind::Audio, Kind::Video] {
                     let expected: u64 = plan
                         .participants()
-                        .map(|p| u64::from(plan.expected_tracks(&p, kind, &LostPublishers::default())))
+                        .map(|p| {
+                            u64::from(plan.expected_tracks(&p, kind, &LostPublishers::default()))
+                        })
                         .sum();
                     assert_eq!(plan.total_expected_tracks(kind), expected);
                     assert_eq!(
@@ -1029,7 +1155,10 @@ pub(crate) mod tests {
                         plan.participants().filter(|p| p.publishes(kind)).count() as u64
                     );
                 }
-                let sockets: u64 = plan.participants().map(|p| p.sockets(plan.connection)).sum();
+                let sockets: u64 = plan
+                    .participants()
+                    .map(|p| p.sockets(plan.connection))
+                    .sum();
                 assert_eq!(plan.total_sockets(), sockets);
             }
         }
@@ -1075,9 +1204,15 @@ pub(crate) mod tests {
         for part in &parts {
             assert!((17..=20).contains(&part.len()), "{}", part.len());
             let mut in_room = [0; 5];
-            part.iter().for_each(|index| in_room[plan.participant(*index).room as usize] += 1);
+            part.iter()
+                .for_each(|index| in_room[plan.participant(*index).room as usize] += 1);
             assert!(in_room.iter().all(|n| (3..=4).contains(n)), "{in_room:?}");
-            assert_eq!(part.iter().filter(|index| plan.participant(**index).publishes_video).count(), 5);
+            assert_eq!(
+                part.iter()
+                    .filter(|index| plan.participant(**index).publishes_video)
+                    .count(),
+                5
+            );
         }
         plan.shape = Shape {
             room_count: 9,
@@ -1111,31 +1246,70 @@ pub(crate) mod tests {
             };
             let layers = spec.layers(simulcast).into_iter();
             layers
-                .map(|layer| (layer.width, layer.height, layer.frames_per_second, layer.bitrate.bps()))
+                .map(|layer| {
+                    (
+                        layer.width,
+                        layer.height,
+                        layer.frames_per_second,
+                        layer.bitrate.bps(),
+                    )
+                })
                 .collect()
         };
         assert_eq!(
             layers(1280, 720, 30, 2_000_000, true),
-            [(320, 180, 15, 150_000), (640, 360, 20, 600_000), (1280, 720, 30, 2_000_000)]
+            [
+                (320, 180, 15, 150_000),
+                (640, 360, 20, 600_000),
+                (1280, 720, 30, 2_000_000)
+            ]
         );
-        assert_eq!(layers(640, 360, 20, 600_000, true), [(320, 180, 15, 150_000), (640, 360, 20, 600_000)]);
-        assert_eq!(layers(320, 180, 15, 150_000, true), [(320, 180, 15, 150_000)]);
-        assert_eq!(layers(1280, 720, 30, 2_000_000, false), [(1280, 720, 30, 2_000_000)]);
+        assert_eq!(
+            layers(640, 360, 20, 600_000, true),
+            [(320, 180, 15, 150_000), (640, 360, 20, 600_000)]
+        );
+        assert_eq!(
+            layers(320, 180, 15, 150_000, true),
+            [(320, 180, 15, 150_000)]
+        );
+        assert_eq!(
+            layers(1280, 720, 30, 2_000_000, false),
+            [(1280, 720, 30, 2_000_000)]
+        );
         // Half the bits, a slow camera, odd sides; portrait counts by its longer side.
         assert_eq!(
             layers(541, 961, 10, 1_000_000, true),
-            [(134, 240, 10, 75_000), (270, 480, 10, 300_000), (541, 961, 10, 1_000_000)]
+            [
+                (134, 240, 10, 75_000),
+                (270, 480, 10, 300_000),
+                (541, 961, 10, 1_000_000)
+            ]
         );
         // A quarter of 150 lines has no room for the frame counter. What is asked for is never left out.
         assert_eq!(layers(1000, 150, 30, 1_000_000, true).len(), 2);
-        assert_eq!(layers(32, 32, 30, 1_000_000, true), [(32, 32, 30, 1_000_000)]);
+        assert_eq!(
+            layers(32, 32, 30, 1_000_000, true),
+            [(32, 32, 30, 1_000_000)]
+        );
     }
 
     #[test]
     fn a_picture_asks_for_the_lowest_layer_that_is_large_enough() {
         let layers = HIGH.layers(true);
-        for (height, layer) in [(1, 0), (180, 0), (200, 0), (201, 1), (360, 1), (720, 2), (2160, 2)] {
-            assert_eq!(layer_for(&layers, (height * 16 / 9, height)), layer, "{height}");
+        for (height, layer) in [
+            (1, 0),
+            (180, 0),
+            (200, 0),
+            (201, 1),
+            (360, 1),
+            (720, 2),
+            (2160, 2),
+        ] {
+            assert_eq!(
+                layer_for(&layers, (height * 16 / 9, height)),
+                layer,
+                "{height}"
+            );
         }
     }
 
@@ -1147,7 +1321,10 @@ pub(crate) mod tests {
         // 240 packets a second of 720p, 80 of 360p, 30 of 180p; 4 video tracks.
         let sent = plan.load().packets_sent_per_second - plain.packets_sent_per_second;
         assert!((sent - 4.0 * 110.0).abs() < 1e-6, "{sent}");
-        assert_eq!(plan.load().packets_received_per_second, plain.packets_received_per_second);
+        assert_eq!(
+            plan.load().packets_received_per_second,
+            plain.packets_received_per_second
+        );
         plan.layout = Some(Layout::Speaker);
         // Eight subscribers see two tracks each: the second one is small.
         let saved = plain.packets_received_per_second - plan.load().packets_received_per_second;
@@ -1166,7 +1343,10 @@ pub(crate) mod tests {
         };
         assert_eq!(plan.load().packets_sent_per_second, 500.0);
         plan.simulate_speakers = true;
-        assert!((plan.load().packets_sent_per_second - 500.0).abs() < 1e-6, "silence is sent");
+        assert!(
+            (plan.load().packets_sent_per_second - 500.0).abs() < 1e-6,
+            "silence is sent"
+        );
         plan.audio.dtx = true;
         let (speech, silence) = (50.0 * 5.0 / 6.0, 2.5 * (10.0 - 5.0 / 6.0));
         assert!((plan.load().packets_sent_per_second - speech - silence).abs() < 1e-6);
@@ -1183,7 +1363,10 @@ pub(crate) mod tests {
             assert_eq!(round, (0..speakers).collect::<Vec<_>>(), "{speakers}");
             let end = Time::ZERO + SpeakerTurns::TURN;
             assert_eq!(turns.speaker_at(end - SpeakerTurns::PAUSE), None);
-            assert_eq!(turns.speaker_at(end - SpeakerTurns::PAUSE - Duration::from_millis(1)), at(0));
+            assert_eq!(
+                turns.speaker_at(end - SpeakerTurns::PAUSE - Duration::from_millis(1)),
+                at(0)
+            );
         }
         assert!((0..50).any(|room| SpeakerTurns::new(7, room, 9) != SpeakerTurns::new(8, room, 9)));
     }
@@ -1193,7 +1376,10 @@ pub(crate) mod tests {
         let url: ServerUrl = "https://sfu.example.com/base/".parse().unwrap();
         assert_eq!(
             (url.websocket(), url.http()),
-            ("wss://sfu.example.com/base".into(), "https://sfu.example.com/base".into())
+            (
+                "wss://sfu.example.com/base".into(),
+                "https://sfu.example.com/base".into()
+            )
         );
         for (text, loopback) in [
             ("ws://127.0.0.1:7880", true),
@@ -1205,7 +1391,11 @@ pub(crate) mod tests {
             ("wss://127.example.com", false),
             ("ws://10.0.0.1:7880", false),
         ] {
-            assert_eq!(text.parse::<ServerUrl>().unwrap().is_loopback(), loopback, "{text}");
+            assert_eq!(
+                text.parse::<ServerUrl>().unwrap().is_loopback(),
+                loopback,
+                "{text}"
+            );
         }
         for text in [
             "",

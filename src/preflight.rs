@@ -80,13 +80,18 @@ impl Host {
             receive_buffer_max: number("proc/sys/net/core/rmem_max"),
             cpus: 1,
             cpu_quota: cgroup.cpu_quota(),
-            memory_available_bytes: [free, cgroup.memory_available()].into_iter().flatten().min(),
+            memory_available_bytes: [free, cgroup.memory_available()]
+                .into_iter()
+                .flatten()
+                .min(),
         }
     }
 
     /// Whole CPUs that the process may keep busy; at least one.
     pub fn usable_cpus(&self) -> usize {
-        let quota = self.cpu_quota.map_or(usize::MAX, |quota| quota.floor() as usize);
+        let quota = self
+            .cpu_quota
+            .map_or(usize::MAX, |quota| quota.floor() as usize);
         self.cpus.min(quota).max(1)
     }
 }
@@ -94,14 +99,22 @@ impl Host {
 /// What `plan` needs here. `threads`: as asked; by default one per CPU, or half of them where the server shares this host.
 pub fn resources(plan: &Plan, host: &Host, threads: Option<usize>) -> Resources {
     let cpus = host.usable_cpus();
-    let share = if plan.target.url.is_loopback() { cpus / 2 } else { cpus };
+    let share = if plan.target.url.is_loopback() {
+        cpus / 2
+    } else {
+        cpus
+    };
     let threads = threads.unwrap_or(share).max(1);
     let sockets = plan.total_sockets();
     let websockets = u64::from(plan.total_participants());
     let embedded = plan.target.is_embedded();
     // A room lives on one router.
     let rooms = plan.shape.room_count as usize;
-    let sfu_routers = if embedded { (cpus / 4).clamp(1, rooms.max(1)) } else { 0 };
+    let sfu_routers = if embedded {
+        (cpus / 4).clamp(1, rooms.max(1))
+    } else {
+        0
+    };
     // Of the embedded SFU's WebSockets both ends are ours.
     let ends = if embedded { 2 } else { 1 };
     Resources {
@@ -109,7 +122,10 @@ pub fn resources(plan: &Plan, host: &Host, threads: Option<usize>) -> Resources 
         sfu_routers,
         cpus,
         sockets,
-        files: sockets + ends * websockets + FILES_SLACK + FILES_PER_THREAD * (threads + sfu_routers) as u64,
+        files: sockets
+            + ends * websockets
+            + FILES_SLACK
+            + FILES_PER_THREAD * (threads + sfu_routers) as u64,
     }
 }
 
@@ -141,7 +157,9 @@ fn files(host: &Host, resources: &Resources) -> Option<String> {
     }
     let fix = match host.files_hard_max {
         Some(hard) if hard < needed => {
-            format!("as root: ulimit -n {needed} (or LimitNOFILE={needed}, docker run --ulimit nofile={needed}); or use more hosts")
+            format!(
+                "as root: ulimit -n {needed} (or LimitNOFILE={needed}, docker run --ulimit nofile={needed}); or use more hosts"
+            )
         }
         _ => format!("ulimit -n {needed}"),
     };
@@ -186,7 +204,9 @@ fn ports(plan: &Plan, host: &Host, resources: &Resources) -> Option<String> {
 }
 
 fn memory(plan: &Plan, host: &Host, findings: &mut Findings) {
-    let Some(available) = host.memory_available_bytes else { return };
+    let Some(available) = host.memory_available_bytes else {
+        return;
+    };
     let needed = plan.estimate().memory_bytes;
     let text = || {
         format!(
@@ -196,9 +216,10 @@ fn memory(plan: &Plan, host: &Host, findings: &mut Findings) {
         )
     };
     if needed > available {
-        findings
-            .refusals
-            .push(format!("{}: run fewer participants here, or raise the container's memory limit", text()));
+        findings.refusals.push(format!(
+            "{}: run fewer participants here, or raise the container's memory limit",
+            text()
+        ));
     } else if needed as f64 > available as f64 * MEMORY_SHARE_MAX {
         findings.warnings.push(text());
     }
@@ -256,7 +277,9 @@ fn raised_file_limit() -> Rlimit {
 }
 
 fn cpus_by_affinity() -> usize {
-    rustix::thread::sched_getaffinity(None).map_or(1, |set| set.count() as usize).max(1)
+    rustix::thread::sched_getaffinity(None)
+        .map_or(1, |set| set.count() as usize)
+        .max(1)
 }
 
 fn read_number(path: &Path) -> Option<u64> {
@@ -271,7 +294,9 @@ fn port_range(path: &Path) -> Option<RangeInclusive<u16>> {
 
 fn meminfo_available(path: &Path) -> Option<u64> {
     let text = fs::read_to_string(path).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -315,15 +340,23 @@ impl Cgroup {
             .iter()
             .filter_map(|dir| cpu_max(&fs::read_to_string(dir.join("cpu.max")).ok()?));
         let legacy = self.cpu.iter().filter_map(|dir| {
-            let (quota, period) = (read_number(&dir.join("cpu.cfs_quota_us"))?, read_number(&dir.join("cpu.cfs_period_us"))?);
+            let (quota, period) = (
+                read_number(&dir.join("cpu.cfs_quota_us"))?,
+                read_number(&dir.join("cpu.cfs_period_us"))?,
+            );
             (period > 0).then(|| quota as f64 / period as f64)
         });
         unified.chain(legacy).min_by(f64::total_cmp)
     }
 
     fn memory_available(&self) -> Option<u64> {
-        let free = |dir: &PathBuf, limit: &str, used: &str| Some(read_number(&dir.join(limit))?.saturating_sub(read_number(&dir.join(used))?));
-        let unified = self.unified.iter().filter_map(|dir| free(dir, "memory.max", "memory.current"));
+        let free = |dir: &PathBuf, limit: &str, used: &str| {
+            Some(read_number(&dir.join(limit))?.saturating_sub(read_number(&dir.join(used))?))
+        };
+        let unified = self
+            .unified
+            .iter()
+            .filter_map(|dir| free(dir, "memory.max", "memory.current"));
         let legacy = self
             .memory
             .iter()
@@ -335,7 +368,10 @@ impl Cgroup {
 /// The group's directory and its ancestors, down to the mount point.
 fn lineage(mount: &Path, group: &str) -> Vec<PathBuf> {
     let own = mount.join(group.trim_start_matches('/'));
-    own.ancestors().take_while(|dir| dir.starts_with(mount)).map(Path::to_owned).collect()
+    own.ancestors()
+        .take_while(|dir| dir.starts_with(mount))
+        .map(Path::to_owned)
+        .collect()
 }
 
 /// `max 100000` is no limit; `150000 100000` is a CPU and a half.
@@ -378,7 +414,9 @@ mod tests {
     fn too_few_files_are_refused_with_the_command_that_helps() {
         let findings = check_with(5_000, &host());
         assert!(
-            findings.refusals[0].contains("needs 20,092 open files and the limit is 20,000: as root: ulimit -n 20092"),
+            findings.refusals[0].contains(
+                "needs 20,092 open files and the limit is 20,000: as root: ulimit -n 20092"
+            ),
             "{findings:?}"
         );
         let liftable = Host {
@@ -390,9 +428,20 @@ mod tests {
 
     #[test]
     fn too_few_ports_are_refused() {
-        let host = Host { files_max: None, ..host() };
-        assert!(check_with(14_200, &host).refusals[0].contains("source ports and this host offers 28,232: sysctl -w"));
-        assert!(check_with(40_000, &host).refusals.iter().any(|text| text.contains("use more hosts")));
+        let host = Host {
+            files_max: None,
+            ..host()
+        };
+        assert!(
+            check_with(14_200, &host).refusals[0]
+                .contains("source ports and this host offers 28,232: sysctl -w")
+        );
+        assert!(
+            check_with(40_000, &host)
+                .refusals
+                .iter()
+                .any(|text| text.contains("use more hosts"))
+        );
     }
 
     #[test]
@@ -433,8 +482,15 @@ mod tests {
         };
         let findings = check(&plan, &host, &resources(&plan, &host, Some(2)));
         assert_eq!(findings.refusals, Vec::<String>::new());
-        for part in ["sysctl -w net.core.rmem_max=", "use --threads 1", "may become INVALID"] {
-            assert!(findings.warnings.iter().any(|text| text.contains(part)), "{part}: {findings:?}");
+        for part in [
+            "sysctl -w net.core.rmem_max=",
+            "use --threads 1",
+            "may become INVALID",
+        ] {
+            assert!(
+                findings.warnings.iter().any(|text| text.contains(part)),
+                "{part}: {findings:?}"
+            );
         }
     }
 
@@ -488,8 +544,14 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         };
-        write("proc/self/cgroup", "5:cpu,cpuacct:/pod\n4:memory:/pod\n0::/pod/box\n");
-        write("proc/meminfo", "MemTotal: 16 kB\nMemAvailable:    9000 kB\n");
+        write(
+            "proc/self/cgroup",
+            "5:cpu,cpuacct:/pod\n4:memory:/pod\n0::/pod/box\n",
+        );
+        write(
+            "proc/meminfo",
+            "MemTotal: 16 kB\nMemAvailable:    9000 kB\n",
+        );
         write("proc/sys/net/ipv4/ip_local_port_range", "32768\t60999\n");
         write("proc/sys/net/core/rmem_max", "212992\n");
         write("sys/fs/cgroup/pod/box/cpu.max", "max 100000\n");
@@ -497,13 +559,22 @@ mod tests {
         write("sys/fs/cgroup/pod/memory.max", "max\n");
         write("sys/fs/cgroup/cpu/pod/cpu.cfs_quota_us", "150000\n");
         write("sys/fs/cgroup/cpu/pod/cpu.cfs_period_us", "100000\n");
-        write("sys/fs/cgroup/memory/pod/memory.limit_in_bytes", "5000000\n");
-        write("sys/fs/cgroup/memory/pod/memory.usage_in_bytes", "1000000\n");
+        write(
+            "sys/fs/cgroup/memory/pod/memory.limit_in_bytes",
+            "5000000\n",
+        );
+        write(
+            "sys/fs/cgroup/memory/pod/memory.usage_in_bytes",
+            "1000000\n",
+        );
         let host = Host::read_below(&root);
         fs::remove_dir_all(&root).unwrap();
         assert_eq!(host.cpu_quota, Some(1.5));
         assert_eq!(host.memory_available_bytes, Some(4_000_000));
-        assert_eq!((host.source_ports, host.receive_buffer_max), (Some(32_768..=60_999), Some(212_992)));
+        assert_eq!(
+            (host.source_ports, host.receive_buffer_max),
+            (Some(32_768..=60_999), Some(212_992))
+        );
     }
 
     #[test]

@@ -67,7 +67,10 @@ impl Add<Duration> for Time {
     type Output = Time;
 
     fn add(self, rhs: Duration) -> Time {
-        Time(self.0.saturating_add(u64::try_from(rhs.as_nanos()).unwrap_or(u64::MAX)))
+        Time(
+            self.0
+                .saturating_add(u64::try_from(rhs.as_nanos()).unwrap_or(u64::MAX)),
+        )
     }
 }
 
@@ -81,7 +84,10 @@ impl Sub<Duration> for Time {
     type Output = Time;
 
     fn sub(self, rhs: Duration) -> Time {
-        Time(self.0.saturating_sub(u64::try_from(rhs.as_nanos()).unwrap_or(u64::MAX)))
+        Time(
+            self.0
+                .saturating_sub(u64::try_from(rhs.as_nanos()).unwrap_or(u64::MAX)),
+        )
     }
 }
 
@@ -97,7 +103,9 @@ pub struct Epoch {
 impl Epoch {
     /// Reads both clocks. Only the edge (`main`, tests) calls this.
     pub fn read() -> Epoch {
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unix = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         Epoch {
             instant: Instant::now(),
             unix,
@@ -177,7 +185,8 @@ impl FromStr for Bitrate {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Bitrate, String> {
-        let wrong = || format!("'{text}' is no bitrate: write 24k, 1.5M or bare bits per second (48000)");
+        let wrong =
+            || format!("'{text}' is no bitrate: write 24k, 1.5M or bare bits per second (48000)");
         let (digits, scale) = match text.char_indices().last() {
             Some((at, 'k' | 'K')) => (&text[..at], 1e3),
             Some((at, 'm' | 'M')) => (&text[..at], 1e6),
@@ -185,7 +194,12 @@ impl FromStr for Bitrate {
             _ => (text, 1.0),
         };
         let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit() || b == b'.');
-        let bps = digits.parse::<f64>().ok().filter(|_| plain).ok_or_else(wrong)? * scale;
+        let bps = digits
+            .parse::<f64>()
+            .ok()
+            .filter(|_| plain)
+            .ok_or_else(wrong)?
+            * scale;
         if !(1.0..=1e12).contains(&bps) {
             return Err(wrong());
         }
@@ -214,7 +228,12 @@ mod tests {
 
     #[test]
     fn bitrates_are_read_and_refused() {
-        for (text, bps) in [("24k", 24_000), ("1.5M", 1_500_000), ("48000", 48_000), ("2m", 2_000_000)] {
+        for (text, bps) in [
+            ("24k", 24_000),
+            ("1.5M", 1_500_000),
+            ("48000", 48_000),
+            ("2m", 2_000_000),
+        ] {
             assert_eq!(text.parse::<Bitrate>().unwrap().bps(), bps);
         }
         for text in ["", "k", "-1", "0", "1e3", "nan", "fast", "1.2.3", "é", "5é"] {

@@ -44,7 +44,11 @@ pub fn number(value: u64) -> String {
 
 /// `1 room`, `2 rooms`
 pub fn count(value: u64, what: &str) -> String {
-    format!("{} {what}{}", number(value), if value == 1 { "" } else { "s" })
+    format!(
+        "{} {what}{}",
+        number(value),
+        if value == 1 { "" } else { "s" }
+    )
 }
 
 /// A share (0..=1) as `0.12%`; what is not zero never prints as zero.
@@ -79,7 +83,9 @@ pub fn scaled(value: f64, unit: &str) -> String {
     let mut value = value;
     let mut prefixes = ["", "k", "M", "G", "T"].into_iter().peekable();
     while value >= 999.5 {
-        let Some(_) = prefixes.next_if(|prefix| *prefix != "T") else { break };
+        let Some(_) = prefixes.next_if(|prefix| *prefix != "T") else {
+            break;
+        };
         value /= 1e3;
     }
     match (prefixes.next().unwrap_or("T"), value) {
@@ -102,20 +108,39 @@ mod tests {
         );
         assert_eq!(
             [0.0, 12.0, 999.0, 1_000.0, 24_000.0, 1_234_567.0, 5e15].map(|v| scaled(v, "B")),
-            ["0 B", "12 B", "999 B", "1.00 kB", "24.0 kB", "1.23 MB", "5000 TB"]
+            [
+                "0 B", "12 B", "999 B", "1.00 kB", "24.0 kB", "1.23 MB", "5000 TB"
+            ]
         );
         assert_eq!(
-            [412.0, 999.7, 2_410.0, 24_100.0, 241_000.0, 1_240_000.0, 60_000_000.0].map(micros),
-            ["412 us", "1.00 ms", "2.41 ms", "24.1 ms", "241 ms", "1.24 s", "60.0 s"]
+            [
+                412.0,
+                999.7,
+                2_410.0,
+                24_100.0,
+                241_000.0,
+                1_240_000.0,
+                60_000_000.0
+            ]
+            .map(micros),
+            [
+                "412 us", "1.00 ms", "2.41 ms", "24.1 ms", "241 ms", "1.24 s", "60.0 s"
+            ]
         );
-        assert_eq!([0.0, 0.000_001, 0.001_2, 1.0].map(percent), ["0%", "<0.01%", "0.12%", "100.00%"]);
+        assert_eq!(
+            [0.0, 0.000_001, 0.001_2, 1.0].map(percent),
+            ["0%", "<0.01%", "0.12%", "100.00%"]
+        );
         assert_eq!(duration(Duration::from_secs(5_400)), "1h 30m");
     }
 
     #[test]
     fn long_reasons_wrap_between_words() {
         let text = wrapped(&"word ".repeat(40), 4);
-        assert!(text.lines().all(|line| line.len() <= WIDTH && line.starts_with("    word")));
+        assert!(
+            text.lines()
+                .all(|line| line.len() <= WIDTH && line.starts_with("    word"))
+        );
         assert_eq!(text.matches("word").count(), 40);
     }
 }

@@ -31,7 +31,11 @@ fn allocations(conditions: Conditions) -> (u64, u64, [throng::measure::Record; 2
 }
 
 /// The same of a pair, with other work after each millisecond.
-fn allocations_of(mut pair: Pair, conditions: Conditions, mut after_tick: impl FnMut()) -> (u64, u64, [throng::measure::Record; 2]) {
+fn allocations_of(
+    mut pair: Pair,
+    conditions: Conditions,
+    mut after_tick: impl FnMut(),
+) -> (u64, u64, [throng::measure::Record; 2]) {
     pair.set_conditions(conditions);
     pair.publish(&[audio(), video()], Pacing::Paced);
     pair.run_for(Duration::from_secs(2));
@@ -40,7 +44,11 @@ fn allocations_of(mut pair: Pair, conditions: Conditions, mut after_tick: impl F
         ALLOCATIONS.set(0);
         let ice_before = pair.ice_datagrams;
         pair.tick();
-        let count = if pair.ice_datagrams > ice_before { &mut of_ice } else { &mut of_media };
+        let count = if pair.ice_datagrams > ice_before {
+            &mut of_ice
+        } else {
+            &mut of_media
+        };
         *count += ALLOCATIONS.get();
         after_tick();
     }
@@ -74,7 +82,11 @@ fn media_under_5_percent_loss_with_nack_rtx_and_pli_allocates_nothing() {
         duplication: 0.01,
     };
     let (of_media, of_ice, [sender, receiver]) = allocations(conditions);
-    assert!(sender.session.nacks_received > 10 && sender.video.rtx_sent > 10 && receiver.video.packets_repaired > 10);
+    assert!(
+        sender.session.nacks_received > 10
+            && sender.video.rtx_sent > 10
+            && receiver.video.packets_repaired > 10
+    );
     assert_eq!(of_media, 0);
     assert!(of_ice < 500, "{of_ice}");
 }
@@ -93,7 +105,12 @@ fn media_under_60_percent_loss_where_repair_gives_up_allocates_nothing() {
 #[test]
 fn a_recorded_subscriber_allocates_no_more_than_others() {
     let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --publishers 1 --video-publishers 1 --subscribers 1";
-    let Ok(cli::Command::Run(run)) = cli::parse_with(line.split(' ').map(Into::into), &|_| None, 1, u64::from(pair::RUN) << 32) else {
+    let Ok(cli::Command::Run(run)) = cli::parse_with(
+        line.split(' ').map(Into::into),
+        &|_| None,
+        1,
+        u64::from(pair::RUN) << 32,
+    ) else {
         panic!("a good command line")
     };
     let dir = std::env::temp_dir().join(format!("throng-alloc-{}", std::process::id()));
@@ -106,10 +123,14 @@ fn a_recorded_subscriber_allocates_no_more_than_others() {
         ..Conditions::default()
     };
     // The recorder allocates as it likes: on a thread of its own, or here between two ticks.
-    let (of_media, _, [_, receiver]) = allocations_of(pair, conditions, || assert!(recording.drain()));
+    let (of_media, _, [_, receiver]) =
+        allocations_of(pair, conditions, || assert!(recording.drain()));
     let notes = recording.finish();
     std::fs::remove_dir_all(dir).unwrap();
-    assert!(receiver.video.frames_delivered > 100 && notes[0].contains("in 2 files"), "{notes:?}");
+    assert!(
+        receiver.video.frames_delivered > 100 && notes[0].contains("in 2 files"),
+        "{notes:?}"
+    );
     assert_eq!(of_media, 0);
 }
 
@@ -138,7 +159,11 @@ fn layers_that_rest_and_start_again_allocate_nothing() {
             ALLOCATIONS.set(0);
             let ice_before = pair.ice_datagrams;
             pair.tick();
-            of_media += if pair.ice_datagrams > ice_before { 0 } else { ALLOCATIONS.get() };
+            of_media += if pair.ice_datagrams > ice_before {
+                0
+            } else {
+                ALLOCATIONS.get()
+            };
         }
     }
     let [sender, receiver] = pair.finish();

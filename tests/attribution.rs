@@ -58,11 +58,15 @@ impl Room {
     fn new(subscribers: usize, seed: u64) -> Room {
         let mut relay = Relay::connected(1 + subscribers, SendMode::Plain, false, seed);
         relay.link.conditions = CALM;
-        let (audio_track, video_track) = (relay.publish(0, &audio(), Pacing::Paced), relay.publish(0, &video(), Pacing::Paced));
+        let (audio_track, video_track) = (
+            relay.publish(0, &audio(), Pacing::Paced),
+            relay.publish(0, &video(), Pacing::Paced),
+        );
         let (mut subscriptions, mut downstream) = (Vec::new(), Vec::new());
         for client in 1..=subscribers {
             let (of_audio, audio_ssrc, _) = relay.subscribe(client, audio_track, Kind::Audio);
-            let (of_video, video_ssrc, rtx_ssrc) = relay.subscribe(client, video_track, Kind::Video);
+            let (of_video, video_ssrc, rtx_ssrc) =
+                relay.subscribe(client, video_track, Kind::Video);
             subscriptions.push([of_audio, of_video]);
             downstream.push([audio_ssrc, video_ssrc, rtx_ssrc.unwrap()]);
         }
@@ -109,7 +113,10 @@ fn what_the_uplink_loses_for_good_is_the_uplinks() {
             assert!(missing(media) > 15, "{}", missing(media));
             assert_eq!(causes(media), [missing(media), 0, 0, 0]);
         }
-        assert!(record.audio.packets_lost > 0, "our SFU lets the uplink's holes show");
+        assert!(
+            record.audio.packets_lost > 0,
+            "our SFU lets the uplink's holes show"
+        );
     }
 }
 
@@ -139,7 +146,10 @@ fn what_the_sfu_drops_behind_rewritten_numbers_is_the_sfus() {
     let mut room = Room::new(2, 3);
     for pause in [40, 200, 700, 60, 1_500] {
         // Nobody asked for this: the subscribers know nothing of it.
-        room.select(Selection { enabled: false, ..ALL });
+        room.select(Selection {
+            enabled: false,
+            ..ALL
+        });
         room.relay.run_for(Duration::from_millis(pause));
         room.select(ALL);
         room.relay.run_for(Duration::from_millis(1_000));
@@ -165,7 +175,10 @@ fn without_loss_nothing_is_attributed_and_a_subscriber_that_is_cut_off_is_not_ex
     let cut = &records[1].audio;
     assert!(missing(cut).abs_diff(150) <= 2, "{}", missing(cut));
     assert_eq!(causes(cut), [0, 0, 0, missing(cut)]);
-    assert_eq!((missing(&records[2].audio), causes(&records[2].audio)), (0, [0; 4]));
+    assert_eq!(
+        (missing(&records[2].audio), causes(&records[2].audio)),
+        (0, [0; 4])
+    );
 }
 
 /// What a leg carried of the audio, frame by frame: a frame is a packet, and a resend has its number.
@@ -208,7 +221,10 @@ fn of_a_mixture_each_part_is_told_and_the_error_is_bounded() {
         });
         for _ in 0..20 {
             room.relay.run_for(Duration::from_secs(1));
-            room.select(Selection { enabled: false, ..ALL });
+            room.select(Selection {
+                enabled: false,
+                ..ALL
+            });
             room.relay.run_for(Duration::from_millis(100));
             room.select(ALL);
         }
@@ -216,12 +232,22 @@ fn of_a_mixture_each_part_is_told_and_the_error_is_bounded() {
         let truth = truth.borrow();
         let uplink = (truth.sent_up.len() - truth.arrived_up.len()) as u64;
         for (client, record) in records.iter().enumerate().skip(1) {
-            let downlink = (truth.sent_down[&client].len() - truth.arrived_down[&client].len()) as u64;
+            let downlink =
+                (truth.sent_down[&client].len() - truth.arrived_down[&client].len()) as u64;
             let sfu = missing(&record.audio).saturating_sub(uplink + downlink);
             let found = causes(&record.audio);
-            assert_eq!(found.iter().sum::<u64>(), missing(&record.audio), "every loss has one cause");
-            println!("seed {seed}, client {client}: up {uplink} sfu {sfu} down {downlink}, found {found:?}");
-            assert!(uplink > 100 && sfu > 50 && downlink > 0, "{uplink} {sfu} {downlink}");
+            assert_eq!(
+                found.iter().sum::<u64>(),
+                missing(&record.audio),
+                "every loss has one cause"
+            );
+            println!(
+                "seed {seed}, client {client}: up {uplink} sfu {sfu} down {downlink}, found {found:?}"
+            );
+            assert!(
+                uplink > 100 && sfu > 50 && downlink > 0,
+                "{uplink} {sfu} {downlink}"
+            );
             // A frame that was lost twice on its way and came just when the SFU forwarded nothing was received by nobody: it counts as the uplink's.
             let error = [uplink, sfu, downlink]
                 .iter()
@@ -234,6 +260,8 @@ fn of_a_mixture_each_part_is_told_and_the_error_is_bounded() {
             all += missing(&record.audio);
         }
     }
-    println!("at worst {worst} of 1,000 losses of one subscriber are told wrong; {all} losses in all");
+    println!(
+        "at worst {worst} of 1,000 losses of one subscriber are told wrong; {all} losses in all"
+    );
     assert!(worst <= 60, "{worst}");
 }

@@ -52,12 +52,30 @@ fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
     let scratch = Scratch::new();
     let mut command = throng();
     against(server, &mut command)
-        .args(["--publishers", "1", "--video-publishers", "0", "--subscribers", "2"])
-        .args(["--num-per-second", "50", "--duration", "12s", "--threads", "1", "--max-loss", "100"])
+        .args([
+            "--publishers",
+            "1",
+            "--video-publishers",
+            "0",
+            "--subscribers",
+            "2",
+        ])
+        .args([
+            "--num-per-second",
+            "50",
+            "--duration",
+            "12s",
+            "--threads",
+            "1",
+            "--max-loss",
+            "100",
+        ])
         .arg("--json")
         .arg(scratch.path("run.json"));
     network.set_both(CALM);
-    let running = network.clients.run(|| Running::start(&mut command, &server.secret));
+    let running = network
+        .clients
+        .run(|| Running::start(&mut command, &server.secret));
     std::thread::sleep(Duration::from_secs(4));
     for (direction, loss) in [(Direction::Up, bad.up), (Direction::Down, bad.down)] {
         let loss = Loss::Random(loss);
@@ -71,11 +89,15 @@ fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
     let mut arrived: BTreeMap<(Direction, u32, u16), bool> = BTreeMap::new();
     for packet in network.log() {
         if let Some(rtp) = packet.rtp().filter(|rtp| !rtp.padded) {
-            *arrived.entry((packet.direction, rtp.ssrc, rtp.seq)).or_default() |= packet.delivered_at().is_some();
+            *arrived
+                .entry((packet.direction, rtp.ssrc, rtp.seq))
+                .or_default() |= packet.delivered_at().is_some();
         }
     }
     let lost = |wanted| {
-        let lost = |((direction, ..), arrived): (&(Direction, u32, u16), &bool)| *direction == wanted && !arrived;
+        let lost = |((direction, ..), arrived): (&(Direction, u32, u16), &bool)| {
+            *direction == wanted && !arrived
+        };
         arrived.iter().filter(|entry| lost(*entry)).count() as u64
     };
     let truth = Truth {
@@ -87,7 +109,9 @@ fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
 
 /// Holds the attribution of one run to the log, to a share of all that was lost.
 fn check(name: &str, livekit: bool, bad: Bad, error_max: f64) {
-    let Some(network) = Network::for_test(name, 1) else { return };
+    let Some(network) = Network::for_test(name, 1) else {
+        return;
+    };
     let _alone = alone();
     let options = Options {
         site: SITE,
@@ -101,7 +125,8 @@ fn check(name: &str, livekit: bool, bad: Bad, error_max: f64) {
     let (report, truth) = run(&network, &server, bad);
     let count = |counter: &str| report.counter("audio", counter);
     let missing = count("frames_expected") - count("frames_delivered");
-    let found = ["uplink", "sfu", "downlink", "unattributed"].map(|place| count(&format!("frames_lost_{place}")));
+    let found = ["uplink", "sfu", "downlink", "unattributed"]
+        .map(|place| count(&format!("frames_lost_{place}")));
     eprintln!(
         "{name}: {missing} missing; by the log {} never came to the server, {} were lost behind it; told {found:?}",
         truth.uplink, truth.downlink
@@ -117,30 +142,75 @@ fn check(name: &str, livekit: bool, bad: Bad, error_max: f64) {
 
 #[test]
 fn what_the_way_to_livekit_loses() {
-    check("what_the_way_to_livekit_loses", true, Bad { up: 0.65, down: 0.0 }, 0.05);
+    check(
+        "what_the_way_to_livekit_loses",
+        true,
+        Bad {
+            up: 0.65,
+            down: 0.0,
+        },
+        0.05,
+    );
 }
 
 #[test]
 fn what_the_way_from_livekit_loses() {
-    check("what_the_way_from_livekit_loses", true, Bad { up: 0.0, down: 0.6 }, 0.05);
+    check(
+        "what_the_way_from_livekit_loses",
+        true,
+        Bad { up: 0.0, down: 0.6 },
+        0.05,
+    );
 }
 
 #[test]
 fn what_both_ways_of_livekit_lose() {
-    check("what_both_ways_of_livekit_lose", true, Bad { up: 0.65, down: 0.5 }, 0.2);
+    check(
+        "what_both_ways_of_livekit_lose",
+        true,
+        Bad {
+            up: 0.65,
+            down: 0.5,
+        },
+        0.2,
+    );
 }
 
 #[test]
 fn what_the_way_to_our_sfu_loses() {
-    check("what_the_way_to_our_sfu_loses", false, Bad { up: 0.75, down: 0.0 }, 0.05);
+    check(
+        "what_the_way_to_our_sfu_loses",
+        false,
+        Bad {
+            up: 0.75,
+            down: 0.0,
+        },
+        0.05,
+    );
 }
 
 #[test]
 fn what_the_way_from_our_sfu_loses() {
-    check("what_the_way_from_our_sfu_loses", false, Bad { up: 0.0, down: 0.75 }, 0.05);
+    check(
+        "what_the_way_from_our_sfu_loses",
+        false,
+        Bad {
+            up: 0.0,
+            down: 0.75,
+        },
+        0.05,
+    );
 }
 
 #[test]
 fn what_both_ways_of_our_sfu_lose() {
-    check("what_both_ways_of_our_sfu_lose", false, Bad { up: 0.75, down: 0.7 }, 0.2);
+    check(
+        "what_both_ways_of_our_sfu_lose",
+        false,
+        Bad {
+            up: 0.75,
+            down: 0.7,
+        },
+        0.2,
+    );
 }

@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 use common::on_both_servers;
 use common::server::Server;
 use livekit_protocol as proto;
-use program::{Finished, PATIENCE, Report, Running, Scratch, against, beside_one_other, run, shell, throng};
+use program::{
+    Finished, PATIENCE, Report, Running, Scratch, against, beside_one_other, run, shell, throng,
+};
 use recorded::{only_file, read_ivf, read_opus};
 use rustix::process::Signal;
 use throng::signal::rooms::RoomService;
@@ -32,7 +34,14 @@ on_both_servers!(
 
 const SECRET: &str = "not-a-secret-that-anybody-may-ever-see";
 /// Far longer than any test lets it last.
-const ENDLESS: &[&str] = &["--publishers", "2", "--subscribers", "4", "--duration", "10m"];
+const ENDLESS: &[&str] = &[
+    "--publishers",
+    "2",
+    "--subscribers",
+    "4",
+    "--duration",
+    "10m",
+];
 const ENDLESS_PARTICIPANTS: usize = 6;
 
 fn with_credentials(url: &str) -> Command {
@@ -54,7 +63,10 @@ impl Admin {
     fn of(server: &Server) -> Admin {
         Admin {
             rooms: RoomService::new(server.endpoint(), server.api_key()),
-            runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
+            runtime: tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap(),
         }
     }
 
@@ -65,17 +77,26 @@ impl Admin {
 
     /// Participants of the room who are connected; none where there is no room.
     fn active(&self, room: &str) -> usize {
-        let inside = self.runtime.block_on(self.rooms.list_participants(room)).unwrap_or_default();
+        let inside = self
+            .runtime
+            .block_on(self.rooms.list_participants(room))
+            .unwrap_or_default();
         inside
             .iter()
-            .filter(|participant| participant.state == i32::from(proto::participant_info::State::Active))
+            .filter(|participant| {
+                participant.state == i32::from(proto::participant_info::State::Active)
+            })
             .count()
     }
 
     fn wait_for(&self, room: &str, participants: usize) {
         let deadline = Instant::now() + PATIENCE;
         while self.active(room) < participants {
-            assert!(Instant::now() < deadline, "{} of {participants} in {room}", self.active(room));
+            assert!(
+                Instant::now() < deadline,
+                "{} of {participants} in {room}",
+                self.active(room)
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -109,7 +130,11 @@ impl Endless {
         let admin = Admin::of(server);
         admin.wait_for(room, ENDLESS_PARTICIPANTS);
         std::thread::sleep(Duration::from_secs(1));
-        Endless { running, admin, scratch }
+        Endless {
+            running,
+            admin,
+            scratch,
+        }
     }
 
     /// How it ended, and the time that it took to see its end.
@@ -123,13 +148,35 @@ impl Endless {
 
 /// Whatever ended the run, the reports hold what was measured until then, and agree with the exit code.
 fn nothing_is_lost(finished: &Finished, report: &Report, scratch: &Scratch) {
-    assert_eq!((report.result(), finished.code), ("PARTIAL", Some(1)), "{}", finished.stderr);
-    assert!(report.reasons().contains("ended early: "), "{}", report.reasons());
-    assert!(finished.stdout.contains("RESULT: PARTIAL"), "{}", finished.stdout);
-    assert_eq!(report.counter("session", "joins_ok"), ENDLESS_PARTICIPANTS as u64);
+    assert_eq!(
+        (report.result(), finished.code),
+        ("PARTIAL", Some(1)),
+        "{}",
+        finished.stderr
+    );
+    assert!(
+        report.reasons().contains("ended early: "),
+        "{}",
+        report.reasons()
+    );
+    assert!(
+        finished.stdout.contains("RESULT: PARTIAL"),
+        "{}",
+        finished.stdout
+    );
+    assert_eq!(
+        report.counter("session", "joins_ok"),
+        ENDLESS_PARTICIPANTS as u64
+    );
     assert_eq!(report.counter("audio", "tracks_live"), 8);
-    let (sent, received) = (report.counter("audio", "packets_sent"), report.counter("audio", "packets_received"));
-    assert!(sent > 25 && received > 50, "{sent} packets sent, {received} received");
+    let (sent, received) = (
+        report.counter("audio", "packets_sent"),
+        report.counter("audio", "packets_received"),
+    );
+    assert!(
+        sent > 25 && received > 50,
+        "{sent} packets sent, {received} received"
+    );
     assert!(!report.0["series"].as_array().unwrap().is_empty());
     let people = std::fs::read_to_string(scratch.path("who.ndjson")).unwrap();
     assert_eq!(people.lines().count(), ENDLESS_PARTICIPANTS, "{people}");
@@ -147,21 +194,47 @@ fn what_the_flags_cannot_have_is_refused_before_anything_is_connected_to() {
         (&["--subscriber", "3"][..], "'--subscribers'"),
         (&["--publishers", "0"], "nobody would join"),
         (
-            &["--video-publishers", "1", "--video-resolution", "low", "--video-bitrate", "100M"],
+            &[
+                "--video-publishers",
+                "1",
+                "--video-resolution",
+                "low",
+                "--video-bitrate",
+                "100M",
+            ],
             "cannot fill 100 Mbps: ask for",
         ),
         (
-            &["--video-publishers", "1", "--no-simulcast", "--video-bitrate", "10k"],
+            &[
+                "--video-publishers",
+                "1",
+                "--no-simulcast",
+                "--video-bitrate",
+                "10k",
+            ],
             "does not fit 10 kbps: ask for",
         ),
         (
-            &["--publishers", "1", "--audio-frame", "60ms", "--audio-bitrate", "500k"],
+            &[
+                "--publishers",
+                "1",
+                "--audio-frame",
+                "60ms",
+                "--audio-bitrate",
+                "500k",
+            ],
             "500 kbps is too high for audio frames of 60ms: ask for",
         ),
-        (&["--publishers", "1", "--audio-bitrate", "7k"], "7 kbps is too low"),
+        (
+            &["--publishers", "1", "--audio-bitrate", "7k"],
+            "7 kbps is too low",
+        ),
         (&["--threshold", "audio.one_way_latency.p95<150"], "unit"),
     ] {
-        let finished = run(with_credentials(&url).args(args).arg("--json").arg(&json), SECRET);
+        let finished = run(
+            with_credentials(&url).args(args).arg("--json").arg(&json),
+            SECRET,
+        );
         assert_eq!(finished.code, Some(2), "{args:?}: {}", finished.stderr);
         assert!(
             finished.stderr.contains(expected) && finished.stderr.contains("error: "),
@@ -171,23 +244,37 @@ fn what_the_flags_cannot_have_is_refused_before_anything_is_connected_to() {
         assert_eq!(finished.stdout, "", "{args:?}");
         assert!(!json.exists(), "{args:?} left an empty report");
     }
-    assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock, "something was connected to");
+    assert_eq!(
+        listener.accept().unwrap_err().kind(),
+        ErrorKind::WouldBlock,
+        "something was connected to"
+    );
 }
 
 #[test]
 fn a_server_without_credentials_is_a_usage_error_that_says_what_to_add() {
     let finished = run(throng().args(["--url", "ws://127.0.0.1:9"]), SECRET);
     assert_eq!(finished.code, Some(2));
-    assert!(finished.stderr.contains("--api-key or set LIVEKIT_API_KEY"), "{}", finished.stderr);
+    assert!(
+        finished.stderr.contains("--api-key or set LIVEKIT_API_KEY"),
+        "{}",
+        finished.stderr
+    );
 }
 
 #[test]
 fn a_server_that_is_not_there_is_named() {
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
     let scratch = Scratch::new();
     let json = scratch.path("run.json");
     let finished = run(
-        with_credentials(&format!("ws://{address}")).args(ENDLESS).arg("--json").arg(&json),
+        with_credentials(&format!("ws://{address}"))
+            .args(ENDLESS)
+            .arg("--json")
+            .arg(&json),
         SECRET,
     );
     assert_eq!(finished.code, Some(1));
@@ -209,7 +296,9 @@ fn answering(answer: impl Fn(&[u8]) -> &'static [u8] + Send + 'static) -> String
         for mut stream in listener.incoming().flatten() {
             let mut asked = [0; 4096];
             // A client that has gone has its answer.
-            let _ = stream.read(&mut asked).and_then(|len| stream.write_all(answer(&asked[..len])));
+            let _ = stream
+                .read(&mut asked)
+                .and_then(|len| stream.write_all(answer(&asked[..len])));
         }
     });
     format!("ws://{address}")
@@ -233,40 +322,83 @@ fn a_server_that_is_no_livekit_server_is_told_by_its_answer() {
             b"HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nNot Found",
             "is this a LiveKit server",
         ),
-        ("no web server", b"220 mail.example.com ESMTP\r\n", "is this a LiveKit server"),
+        (
+            "no web server",
+            b"220 mail.example.com ESMTP\r\n",
+            "is this a LiveKit server",
+        ),
         ("one that hangs up", b"", "is this a LiveKit server"),
     ] {
-        let finished = run(with_credentials(&answering(move |_| answer)).args(ENDLESS), SECRET);
+        let finished = run(
+            with_credentials(&answering(move |_| answer)).args(ENDLESS),
+            SECRET,
+        );
         assert_eq!(finished.code, Some(1), "{what}: {}", finished.stderr);
-        assert!(finished.stderr.contains(expected), "{what}: {}", finished.stderr);
+        assert!(
+            finished.stderr.contains(expected),
+            "{what}: {}",
+            finished.stderr
+        );
     }
 }
 
 #[test]
 fn a_run_that_nobody_can_join_fails_without_holding_an_empty_room() {
-    let no_joins = |asked: &[u8]| match asked.starts_with(b"POST") {
+    let no_joins = |asked: &[u8]| {
+        match asked.starts_with(b"POST") {
         // An empty message is what an empty list of rooms looks like.
         true => &b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"[..],
         false => b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\nConnection: close\r\n\r\nfull",
+    }
     };
     let scratch = Scratch::new();
     let json = scratch.path("run.json");
-    let finished = run(with_credentials(&answering(no_joins)).args(ENDLESS).arg("--json").arg(&json), SECRET);
+    let finished = run(
+        with_credentials(&answering(no_joins))
+            .args(ENDLESS)
+            .arg("--json")
+            .arg(&json),
+        SECRET,
+    );
     let report = Report::read(&json, SECRET);
-    assert_eq!((report.result(), finished.code), ("FAIL", Some(99)), "{}", finished.stderr);
-    assert!(report.reasons().contains("6 of 6 joins did not succeed"), "{}", report.reasons());
-    assert!(finished.stdout.contains("6 x join: the server failed (503: full)"), "{}", finished.stdout);
+    assert_eq!(
+        (report.result(), finished.code),
+        ("FAIL", Some(99)),
+        "{}",
+        finished.stderr
+    );
+    assert!(
+        report.reasons().contains("6 of 6 joins did not succeed"),
+        "{}",
+        report.reasons()
+    );
+    assert!(
+        finished
+            .stdout
+            .contains("6 x join: the server failed (503: full)"),
+        "{}",
+        finished.stdout
+    );
 }
 
 fn a_wrong_secret_and_a_wrong_scheme_are_told_by_the_server(server: &Server) {
     let finished = run(with_credentials(&server.url).args(ENDLESS), SECRET);
     assert_eq!(finished.code, Some(1));
-    assert!(finished.stderr.contains("check API key and secret"), "{}", finished.stderr);
+    assert!(
+        finished.stderr.contains("check API key and secret"),
+        "{}",
+        finished.stderr
+    );
 
-    let finished = run(with_credentials(&server.url.replace("ws://", "wss://")).args(ENDLESS), SECRET);
+    let finished = run(
+        with_credentials(&server.url.replace("ws://", "wss://")).args(ENDLESS),
+        SECRET,
+    );
     assert_eq!(finished.code, Some(1));
     assert!(
-        finished.stderr.contains("does not speak TLS: use ws:// or http://"),
+        finished
+            .stderr
+            .contains("does not speak TLS: use ws:// or http://"),
         "{}",
         finished.stderr
     );
@@ -275,11 +407,15 @@ fn a_wrong_secret_and_a_wrong_scheme_are_told_by_the_server(server: &Server) {
 
 #[test]
 fn too_few_files_are_refused_before_the_start_with_the_fix() {
-    let script = "ulimit -n 256; exec \"$THRONG\" --url ws://127.0.0.1:9 --api-key k --subscribers 200";
+    let script =
+        "ulimit -n 256; exec \"$THRONG\" --url ws://127.0.0.1:9 --api-key k --subscribers 200";
     let finished = run(shell(script).env("LIVEKIT_API_SECRET", SECRET), SECRET);
     assert_eq!(finished.code, Some(1));
     assert!(
-        finished.stderr.contains("open files and the limit is 256: ") && finished.stderr.contains("ulimit -n "),
+        finished
+            .stderr
+            .contains("open files and the limit is 256: ")
+            && finished.stderr.contains("ulimit -n "),
         "{}",
         finished.stderr
     );
@@ -296,10 +432,17 @@ fn a_report_that_cannot_be_written_is_refused_before_the_run() {
             "cannot write /proc/run.json: No such file or directory (os error 2)\n",
         ),
     ] {
-        let finished = run(with_credentials("ws://127.0.0.1:9").args(ENDLESS).arg("--json").arg(&path), SECRET);
+        let finished = run(
+            with_credentials("ws://127.0.0.1:9")
+                .args(ENDLESS)
+                .arg("--json")
+                .arg(&path),
+            SECRET,
+        );
         assert_eq!(finished.code, Some(1), "{}", path.display());
         assert!(
-            finished.stderr.contains(expected) && !finished.stderr.contains("ws://127.0.0.1:9 cannot"),
+            finished.stderr.contains(expected)
+                && !finished.stderr.contains("ws://127.0.0.1:9 cannot"),
             "{}",
             finished.stderr
         );
@@ -328,12 +471,20 @@ fn a_disk_that_is_full_after_the_run_is_told_and_the_other_reports_are_written()
     let finished = run(&mut command, &server.secret);
     assert_eq!(finished.code, Some(1));
     assert!(
-        finished.stderr.contains("cannot write /dev/full: No space left on device"),
+        finished
+            .stderr
+            .contains("cannot write /dev/full: No space left on device"),
         "{}",
         finished.stderr
     );
     assert!(finished.stdout.contains("RESULT: "), "{}", finished.stdout);
-    assert_eq!(std::fs::read_to_string(scratch.path("who.ndjson")).unwrap().lines().count(), 2);
+    assert_eq!(
+        std::fs::read_to_string(scratch.path("who.ndjson"))
+            .unwrap()
+            .lines()
+            .count(),
+        2
+    );
 }
 
 /// What ends a recording early leaves whole frames and pages.
@@ -350,14 +501,33 @@ fn a_disk_that_fills_up_ends_recordings_and_not_the_run() {
         scratch.path("out").display()
     );
     let finished = run(against(&server, &mut shell(&script)), &server.secret);
-    assert!(matches!(finished.code, Some(0 | 98)), "{}{}", finished.stdout, finished.stderr);
+    assert!(
+        matches!(finished.code, Some(0 | 98)),
+        "{}{}",
+        finished.stdout,
+        finished.stderr
+    );
     let video = only_file(&scratch.path("out/rec"), "-video.ivf");
-    let note = format!("recording of {} ended early: File too large", video.display());
+    let note = format!(
+        "recording of {} ended early: File too large",
+        video.display()
+    );
     // The text breaks its lines.
-    let said = finished.stdout.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(said.contains(&note) && said.matches(" ended early: ").count() == 1, "{said}");
+    let said = finished
+        .stdout
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ");
+    assert!(
+        said.contains(&note) && said.matches(" ended early: ").count() == 1,
+        "{said}"
+    );
     let (stated, pictures) = read_ivf(&video);
-    assert!(stated == pictures.len() && stated > 5, "{stated} of {}", pictures.len());
+    assert!(
+        stated == pictures.len() && stated > 5,
+        "{stated} of {}",
+        pictures.len()
+    );
     let (sounds, ..) = read_opus(&only_file(&scratch.path("out/rec"), "-audio.ogg"));
     assert!(sounds.len() > 20, "{}", sounds.len());
 }
@@ -378,7 +548,9 @@ fn a_process_that_is_killed_leaves_recordings_that_can_be_read() {
     let size = |ending: &str| {
         let files = std::fs::read_dir(&room).into_iter().flatten().flatten();
         let named = files.filter(|file| file.file_name().to_string_lossy().ends_with(ending));
-        named.map(|file| file.metadata().map_or(0, |metadata| metadata.len())).sum::<u64>()
+        named
+            .map(|file| file.metadata().map_or(0, |metadata| metadata.len()))
+            .sum::<u64>()
     };
     while size("-video.ivf") < 40_000 || size("-audio.ogg") < 4_000 {
         assert!(Instant::now() < deadline, "nothing is recorded");
@@ -387,7 +559,11 @@ fn a_process_that_is_killed_leaves_recordings_that_can_be_read() {
     // SIGKILL.
     drop(running);
     let (stated, pictures) = read_ivf(&only_file(&room, "-video.ivf"));
-    assert!(stated == 0 && pictures.len() > 10, "{stated}, {}", pictures.len());
+    assert!(
+        stated == 0 && pictures.len() > 10,
+        "{stated}, {}",
+        pictures.len()
+    );
     let (sounds, samples, granule) = read_opus(&only_file(&room, "-audio.ogg"));
     assert!(sounds.len() > 30 && samples == granule, "{}", sounds.len());
 }
@@ -411,9 +587,20 @@ fn a_server_that_dies_ends_the_run_and_what_was_measured_is_reported(server: &Se
     let (finished, report, scratch, took) = endless.finish(server);
     eprintln!("ended {took:?} after the server");
     nothing_is_lost(&finished, &report, &scratch);
-    assert!(report.reasons().contains("all participants were gone"), "{}", report.reasons());
-    assert_eq!(report.counter("session", "disconnects"), ENDLESS_PARTICIPANTS as u64);
-    assert!(report.notes().contains("may be left behind"), "{}", report.notes());
+    assert!(
+        report.reasons().contains("all participants were gone"),
+        "{}",
+        report.reasons()
+    );
+    assert_eq!(
+        report.counter("session", "disconnects"),
+        ENDLESS_PARTICIPANTS as u64
+    );
+    assert!(
+        report.notes().contains("may be left behind"),
+        "{}",
+        report.notes()
+    );
 }
 
 /// SIGKILL, for a process that is not ours to wait for.
@@ -443,7 +630,10 @@ fn a_signal_ends_the_run_early_and_everything_is_written_and_cleaned_up(server: 
         nothing_is_lost(&finished, &report, &scratch);
         assert!(report.reasons().contains(name), "{}", report.reasons());
         assert_eq!(report.counter("session", "disconnects"), 0);
-        let (expected, delivered) = (report.counter("audio", "frames_expected"), report.counter("audio", "frames_delivered"));
+        let (expected, delivered) = (
+            report.counter("audio", "frames_expected"),
+            report.counter("audio", "frames_delivered"),
+        );
         assert_eq!(expected, delivered, "the last frames were awaited");
         assert!(Admin::of(server).room_names().is_empty());
     }
@@ -456,11 +646,22 @@ fn a_signal_while_participants_join_takes_those_out_who_are_in_and_those_who_are
     let admin = Admin::of(&server);
     // A room that is not ours: nobody is thrown out by its end.
     let room = "stays";
-    admin.runtime.block_on(admin.rooms.create_room(room, Duration::from_secs(300))).unwrap();
+    admin
+        .runtime
+        .block_on(admin.rooms.create_room(room, Duration::from_secs(300)))
+        .unwrap();
     let scratch = Scratch::new();
     let mut command = throng();
     against(&server, &mut command)
-        .args(["--room", room, "--subscribers", "2000", "--num-per-second", "20", "--json"])
+        .args([
+            "--room",
+            room,
+            "--subscribers",
+            "2000",
+            "--num-per-second",
+            "20",
+            "--json",
+        ])
         .arg(scratch.path("run.json"));
     let running = Running::start(&mut command, &server.secret);
     admin.wait_for(room, 10);
@@ -469,13 +670,17 @@ fn a_signal_while_participants_join_takes_those_out_who_are_in_and_those_who_are
     assert_eq!(finished.code, Some(1), "{}", finished.stderr);
     let report = Report::read(&scratch.path("run.json"), &server.secret);
     assert!(
-        report.reasons().contains("SIGINT") && report.reasons().contains("while participants were joining"),
+        report.reasons().contains("SIGINT")
+            && report.reasons().contains("while participants were joining"),
         "{}",
         report.reasons()
     );
     assert!(report.counter("session", "joins_ok") >= 10);
     assert_eq!(admin.room_names(), [room]);
-    let inside = admin.runtime.block_on(admin.rooms.list_participants(room)).unwrap();
+    let inside = admin
+        .runtime
+        .block_on(admin.rooms.list_participants(room))
+        .unwrap();
     assert!(inside.is_empty(), "{} were left behind", inside.len());
 }
 
@@ -512,7 +717,10 @@ fn a_signal_before_the_first_join_leaves_no_room_behind() {
     let finished = running.finish();
     assert_eq!(finished.code, Some(1));
     // On a busy host the first participants may have come meanwhile.
-    assert!(finished.stderr.contains("SIGINT") || finished.stdout.contains("SIGINT"), "{finished:?}");
+    assert!(
+        finished.stderr.contains("SIGINT") || finished.stdout.contains("SIGINT"),
+        "{finished:?}"
+    );
     assert!(admin.room_names().is_empty());
 }
 
@@ -569,7 +777,8 @@ fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own(server: &Se
         );
         // Two subscribers can get no more than twice what their own publisher sent.
         assert!(
-            report.counter("audio", "frames_delivered") <= 2 * report.counter("audio", "frames_sent"),
+            report.counter("audio", "frames_delivered")
+                <= 2 * report.counter("audio", "frames_sent"),
             "{name}"
         );
         let expected = if name == "first.json" {
@@ -577,7 +786,11 @@ fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own(server: &Se
         } else {
             "room 'shared' existed already and stays: whoever else is in it is not ours and not judged"
         };
-        assert!(report.notes().contains(expected), "{name}: {}", report.notes());
+        assert!(
+            report.notes().contains(expected),
+            "{name}: {}",
+            report.notes()
+        );
     }
     assert_eq!(admin.room_names(), ["shared"]);
 }
@@ -586,7 +799,14 @@ fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own(server: &Se
 fn outputs_that_nobody_reads_stop_nothing() {
     let server = Server::embedded();
     let _turn = beside_one_other();
-    for redirection in ["| head -1", ">&-", "2>&-", ">&- 2>&-", "2>/dev/full", "2>&1 | head -1"] {
+    for redirection in [
+        "| head -1",
+        ">&-",
+        "2>&-",
+        ">&- 2>&-",
+        "2>/dev/full",
+        "2>&1 | head -1",
+    ] {
         let scratch = Scratch::new();
         let json = scratch.path("run.json");
         // The warning about the useless flag goes to standard error, too.
@@ -598,7 +818,11 @@ fn outputs_that_nobody_reads_stop_nothing() {
         let finished = run(&mut command, &server.secret);
         let report = Report::read(&json, &server.secret);
         let code = std::fs::read_to_string(scratch.path("run.json.code")).unwrap();
-        assert!(["PASS", "INVALID"].contains(&report.result()), "{redirection}: {}", report.reasons());
+        assert!(
+            ["PASS", "INVALID"].contains(&report.result()),
+            "{redirection}: {}",
+            report.reasons()
+        );
         let expected = if report.result() == "PASS" { "0" } else { "98" };
         assert_eq!(code.trim(), expected, "{redirection}: {finished:?}");
         assert!(finished.stdout.lines().count() <= 60);
@@ -609,11 +833,14 @@ fn outputs_that_nobody_reads_stop_nothing() {
 fn a_standard_output_that_is_full_is_an_error() {
     let server = Server::embedded();
     let _turn = beside_one_other();
-    let mut command = shell("exec \"$THRONG\" --publishers 1 --subscribers 1 --duration 1 >/dev/full");
+    let mut command =
+        shell("exec \"$THRONG\" --publishers 1 --subscribers 1 --duration 1 >/dev/full");
     let finished = run(against(&server, &mut command), &server.secret);
     assert_eq!(finished.code, Some(1));
     assert!(
-        finished.stderr.contains("cannot write standard output: No space left"),
+        finished
+            .stderr
+            .contains("cannot write standard output: No space left"),
         "{}",
         finished.stderr
     );
@@ -624,11 +851,23 @@ fn json_on_standard_output_has_it_for_itself() {
     let server = Server::embedded();
     let _turn = beside_one_other();
     let mut command = throng();
-    against(&server, &mut command).args(["--publishers", "1", "--subscribers", "1", "--duration", "1", "--json", "-"]);
+    against(&server, &mut command).args([
+        "--publishers",
+        "1",
+        "--subscribers",
+        "1",
+        "--duration",
+        "1",
+        "--json",
+        "-",
+    ]);
     let finished = run(&mut command, &server.secret);
     let report = Report::parse(&finished.stdout);
     assert!(
-        finished.stderr.contains(&format!("RESULT: {}", report.result())) && finished.stderr.contains("single connection (auto: "),
+        finished
+            .stderr
+            .contains(&format!("RESULT: {}", report.result()))
+            && finished.stderr.contains("single connection (auto: "),
         "{}",
         finished.stderr
     );

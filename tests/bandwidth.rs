@@ -81,8 +81,11 @@ fn every_packet_of_all_streams_has_the_next_number_and_is_reported_ten_times_a_s
     let log = numbers.clone();
     pair.on_sent = Box::new(move |datagram| {
         let header = Header::parse(&datagram.bytes).unwrap();
-        let number = header.extension(&datagram.bytes, TRANSPORT_CC).expect("a number");
-        log.borrow_mut().push(u16::from_be_bytes([number[0], number[1]]));
+        let number = header
+            .extension(&datagram.bytes, TRANSPORT_CC)
+            .expect("a number");
+        log.borrow_mut()
+            .push(u16::from_be_bytes([number[0], number[1]]));
     });
     let [low, _, high] = layers();
     pair.publish(&[audio()], Pacing::Paced);
@@ -104,7 +107,10 @@ fn every_packet_of_all_streams_has_the_next_number_and_is_reported_ten_times_a_s
     // What the receiver lacks of each stream is what its feedback says is missing: but for what was behind the last packet of a message that was lost.
     let lacking = theirs.audio.packets_lost_network + theirs.video.packets_lost_network;
     let missing = ours.bandwidth.uplink_packets_missing;
-    assert!(missing <= lacking && missing * 100 >= lacking * 85, "{missing} of {lacking}");
+    assert!(
+        missing <= lacking && missing * 100 >= lacking * 85,
+        "{missing} of {lacking}"
+    );
 }
 
 #[test]
@@ -114,7 +120,14 @@ fn a_publisher_that_does_not_obey_sends_what_was_planned() {
     assert_eq!(run_seconds(&mut pair, &sent, 5), [true; 3]);
     let bandwidth = pair.finish()[0].bandwidth.clone();
     assert!(bandwidth.transport_cc_received > 20 && bandwidth.uplink_packets_missing > 100);
-    assert_eq!((bandwidth.uplink_estimates, bandwidth.layers_dropped, bandwidth.probes_sent), (0, 0, 0));
+    assert_eq!(
+        (
+            bandwidth.uplink_estimates,
+            bandwidth.layers_dropped,
+            bandwidth.probes_sent
+        ),
+        (0, 0, 0)
+    );
 }
 
 #[test]
@@ -122,7 +135,11 @@ fn layers_go_when_the_path_narrows_and_return_with_a_key_frame_when_it_widens() 
     let (mut pair, sent) = publisher(true, 0);
     pair.run_for(Duration::from_secs(3));
     sent.layers();
-    assert_eq!(run_seconds(&mut pair, &sent, 2), [true; 3], "probes have found the whole path");
+    assert_eq!(
+        run_seconds(&mut pair, &sent, 2),
+        [true; 3],
+        "probes have found the whole path"
+    );
     // Room for the two lower layers, then for the lowest alone, then for less than that.
     for (rate, expected) in [
         (300_000, [true, true, false]),
@@ -137,7 +154,11 @@ fn layers_go_when_the_path_narrows_and_return_with_a_key_frame_when_it_widens() 
     set_path(&mut pair, 0);
     pair.run_for(Duration::from_secs(20));
     sent.layers();
-    assert_eq!(run_seconds(&mut pair, &sent, 2), [true; 3], "probes have found it again");
+    assert_eq!(
+        run_seconds(&mut pair, &sent, 2),
+        [true; 3],
+        "probes have found it again"
+    );
     let [ours, theirs] = pair.finish();
     let bandwidth = &ours.bandwidth;
     assert!(
@@ -145,8 +166,16 @@ fn layers_go_when_the_path_narrows_and_return_with_a_key_frame_when_it_widens() 
         "{}",
         describe(&ours)
     );
-    assert!(bandwidth.probes_sent >= 2 && bandwidth.probe_packets_sent >= 10, "{}", describe(&ours));
-    assert!((20_000..60_000).contains(&bandwidth.layer_limited_ms), "{}", describe(&ours));
+    assert!(
+        bandwidth.probes_sent >= 2 && bandwidth.probe_packets_sent >= 10,
+        "{}",
+        describe(&ours)
+    );
+    assert!(
+        (20_000..60_000).contains(&bandwidth.layer_limited_ms),
+        "{}",
+        describe(&ours)
+    );
     // Three when they began, three as a second first one, and one for each return; more where the receiver asked for them.
     assert!(
         ours.video.key_frames_sent >= 6 + bandwidth.layers_returned,
@@ -171,18 +200,31 @@ fn the_estimate_stays_within_the_path_and_the_receiver_loses_little_there() {
     ] {
         let (mut pair, sent) = publisher(true, rate);
         pair.run_for(Duration::from_secs(8));
-        let before = pair.shards.each_mut().map(|shard| *shard.swap_record(Box::default()));
+        let before = pair
+            .shards
+            .each_mut()
+            .map(|shard| *shard.swap_record(Box::default()));
         drop(before);
         sent.layers();
         assert_eq!(run_seconds(&mut pair, &sent, 10), layers, "at {rate}");
         let [ours, theirs] = pair.finish();
         let estimate = ours.bandwidth.uplink_estimate_kbps / ours.bandwidth.uplink_estimates;
         assert!(within.contains(&estimate), "at {rate}: {}", describe(&ours));
-        let (lost, received) = (theirs.video.packets_lost_network, theirs.video.packets_received);
-        assert!(lost * 20 <= received, "at {rate}: {lost} lost, {received} received");
+        let (lost, received) = (
+            theirs.video.packets_lost_network,
+            theirs.video.packets_received,
+        );
+        assert!(
+            lost * 20 <= received,
+            "at {rate}: {lost} lost, {received} received"
+        );
     }
 }
 
 fn describe(record: &Record) -> String {
-    record.bandwidth.counters().map(|(name, value)| format!("{name} {value}  ")).collect()
+    record
+        .bandwidth
+        .counters()
+        .map(|(name, value)| format!("{name} {value}  "))
+        .collect()
 }

@@ -58,9 +58,13 @@ impl Trial {
         let server = network.server.run(|| Server::livekit_with(&options))?;
         let scratch = Scratch::new();
         let mut command = throng();
-        against(&server, &mut command).args(self.args.split(' ')).arg(self.seconds.to_string());
+        against(&server, &mut command)
+            .args(self.args.split(' '))
+            .arg(self.seconds.to_string());
         command.arg("--json").arg(scratch.path("run.json"));
-        let mut running = network.clients.run(|| Running::start(&mut command, &server.secret));
+        let mut running = network
+            .clients
+            .run(|| Running::start(&mut command, &server.secret));
         let (from, to) = self.narrow;
         // Media has to be made before anything is sent, which takes its time.
         let flows = || {
@@ -77,7 +81,12 @@ impl Trial {
         std::thread::sleep(Duration::from_secs(to - from));
         network.set_both(Conditions::default());
         let finished = running.finish();
-        assert!(matches!(finished.code, Some(0 | 98 | 99)), "{}{}", finished.stdout, finished.stderr);
+        assert!(
+            matches!(finished.code, Some(0 | 98 | 99)),
+            "{}{}",
+            finished.stdout,
+            finished.stderr
+        );
         eprintln!("{}", finished.stdout);
         let report = Report::read(&scratch.path("run.json"), &server.secret);
         let log = server.log();
@@ -87,7 +96,9 @@ impl Trial {
 }
 
 fn bandwidth(report: &Report, name: &str) -> u64 {
-    report.0["totals"]["bandwidth"][name].as_u64().unwrap_or_else(|| panic!("{name}"))
+    report.0["totals"]["bandwidth"][name]
+        .as_u64()
+        .unwrap_or_else(|| panic!("{name}"))
 }
 
 /// A figure of the series, where it is known.
@@ -115,8 +126,15 @@ fn server_reacts(name: &str, congestion: Congestion) -> Option<Report> {
         "the server noticed: {:?} {log}",
         series(&report, "downlink_estimate_bps")
     );
-    let (paused, down) = (bandwidth(&report, "tracks_paused"), bandwidth(&report, "layers_stepped_down"));
-    assert!(paused + down > 0, "and did something about it: {}", report.0["totals"]["bandwidth"]);
+    let (paused, down) = (
+        bandwidth(&report, "tracks_paused"),
+        bandwidth(&report, "layers_stepped_down"),
+    );
+    assert!(
+        paused + down > 0,
+        "and did something about it: {}",
+        report.0["totals"]["bandwidth"]
+    );
     Some(report)
 }
 
@@ -126,19 +144,33 @@ fn a_server_with_send_side_estimation_reacts_to_our_transport_wide_feedback() {
     let Some(report) = server_reacts(name, Congestion::SendSide) else {
         return;
     };
-    assert!(bandwidth(&report, "transport_cc_sent") > 100, "{}", report.0["totals"]["bandwidth"]);
+    assert!(
+        bandwidth(&report, "transport_cc_sent") > 100,
+        "{}",
+        report.0["totals"]["bandwidth"]
+    );
     assert_eq!(bandwidth(&report, "remb_sent"), 0);
 }
 
 #[test]
 fn a_server_with_remote_estimation_reacts_to_our_remb() {
-    let Some(report) = server_reacts("a_server_with_remote_estimation_reacts_to_our_remb", Congestion::Remote) else {
+    let Some(report) = server_reacts(
+        "a_server_with_remote_estimation_reacts_to_our_remb",
+        Congestion::Remote,
+    ) else {
         return;
     };
-    assert!(bandwidth(&report, "remb_sent") > 20, "{}", report.0["totals"]["bandwidth"]);
+    assert!(
+        bandwidth(&report, "remb_sent") > 20,
+        "{}",
+        report.0["totals"]["bandwidth"]
+    );
     assert_eq!(bandwidth(&report, "transport_cc_sent"), 0);
     let estimates = series(&report, "downlink_estimate_bps");
-    assert!(estimates.iter().any(|bps| *bps < 1_100_000), "{estimates:?}");
+    assert!(
+        estimates.iter().any(|bps| *bps < 1_100_000),
+        "{estimates:?}"
+    );
 }
 
 #[test]
@@ -151,15 +183,26 @@ fn a_publisher_that_obeys_drops_layers_on_a_narrow_uplink_and_sends_them_again_w
         args: "--video-publishers 1 --video-resolution medium --video-bitrate 1.5M --subscribers 1 --threads 1 --max-loss 100 --obey-bwe --duration",
     };
     let name = "a_publisher_that_obeys_drops_layers_on_a_narrow_uplink_and_sends_them_again_when_it_is_wide";
-    let Some((report, _)) = trial.run(name) else { return };
+    let Some((report, _)) = trial.run(name) else {
+        return;
+    };
     let said = report.0["totals"]["bandwidth"].to_string();
     assert!(bandwidth(&report, "transport_cc_received") > 100, "{said}");
     assert!(
         bandwidth(&report, "layers_dropped") > 0 && bandwidth(&report, "layers_returned") > 0,
         "{said}"
     );
-    assert!((5_000..40_000).contains(&bandwidth(&report, "layer_limited_ms")), "{said}");
+    assert!(
+        (5_000..40_000).contains(&bandwidth(&report, "layer_limited_ms")),
+        "{said}"
+    );
     let estimates = series(&report, "uplink_estimate_bps");
-    assert!(estimates.iter().any(|bps| *bps < 1_200_000), "{estimates:?}");
-    assert!(estimates.iter().any(|bps| *bps > 1_500_000), "{estimates:?}");
+    assert!(
+        estimates.iter().any(|bps| *bps < 1_200_000),
+        "{estimates:?}"
+    );
+    assert!(
+        estimates.iter().any(|bps| *bps > 1_500_000),
+        "{estimates:?}"
+    );
 }

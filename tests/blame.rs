@@ -22,7 +22,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use throng::seeded::Seeded;
 
-on_both_servers!(whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the_percentiles);
+on_both_servers!(
+    whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the_percentiles
+);
 
 /// After the engine's threads have started: everybody is in, and what is usual is known.
 const SETTLING: Duration = Duration::from_secs(3);
@@ -97,13 +99,17 @@ impl Target {
     }
 
     fn tasks(&self) -> Vec<PathBuf> {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten();
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid))
+            .into_iter()
+            .flatten();
         tasks.filter_map(|task| Some(task.ok()?.path())).collect()
     }
 
     fn has_thread(&self, prefix: &str) -> bool {
         let name = |task: &PathBuf| fs::read_to_string(task.join("comm")).unwrap_or_default();
-        self.tasks().iter().any(|task| name(task).starts_with(prefix))
+        self.tasks()
+            .iter()
+            .any(|task| name(task).starts_with(prefix))
     }
 
     /// How long each of its threads has been ready and waited for a CPU so far.
@@ -112,14 +118,20 @@ impl Target {
             let name = fs::read_to_string(task.join("comm")).ok()?;
             let text = fs::read_to_string(task.join("schedstat")).ok()?;
             let nanos = text.split_whitespace().nth(1)?.parse().ok()?;
-            name.starts_with(self.threads).then_some((task, Duration::from_nanos(nanos)))
+            name.starts_with(self.threads)
+                .then_some((task, Duration::from_nanos(nanos)))
         };
         self.tasks().into_iter().filter_map(wait).collect()
     }
 
     /// Of the thread that waited longest.
     fn waited_since(&self, before: &[(PathBuf, Duration)]) -> Duration {
-        let earlier = |task: &PathBuf| before.iter().find(|(known, _)| known == task).map_or(Duration::ZERO, |(_, wait)| *wait);
+        let earlier = |task: &PathBuf| {
+            before
+                .iter()
+                .find(|(known, _)| known == task)
+                .map_or(Duration::ZERO, |(_, wait)| *wait)
+        };
         let since = |(task, wait): &(PathBuf, Duration)| wait.saturating_sub(earlier(task));
         self.waits().iter().map(since).max().unwrap_or_default()
     }
@@ -132,7 +144,10 @@ impl Target {
 
     fn pin(&self, cpus: &CpuSet) {
         for task in self.tasks() {
-            let id = task.file_name().and_then(|name| name.to_str()?.parse().ok()).and_then(Pid::from_raw);
+            let id = task
+                .file_name()
+                .and_then(|name| name.to_str()?.parse().ok())
+                .and_then(Pid::from_raw);
             // A thread may end meanwhile; one that starts inherits.
             let _ = id.map(|id| sched_setaffinity(Some(id), cpus));
         }
@@ -169,8 +184,19 @@ impl Group {
         let (root, is_v1) = [("/sys/fs/cgroup/cpu", true), ("/sys/fs/cgroup", false)]
             .into_iter()
             .map(|(root, is_v1)| (PathBuf::from(root), is_v1))
-            .find(|(root, is_v1)| root.join(if *is_v1 { "cpu.cfs_period_us" } else { "cgroup.controllers" }).is_file())?;
-        let dir = root.join(format!("throng-blame-{}-{}", std::process::id(), target.pid));
+            .find(|(root, is_v1)| {
+                root.join(if *is_v1 {
+                    "cpu.cfs_period_us"
+                } else {
+                    "cgroup.controllers"
+                })
+                .is_file()
+            })?;
+        let dir = root.join(format!(
+            "throng-blame-{}-{}",
+            std::process::id(),
+            target.pid
+        ));
         fs::create_dir(&dir).ok()?;
         let group = Group {
             dir,
@@ -190,7 +216,10 @@ impl Group {
     /// Microseconds of CPU in each 100 ms.
     fn limit(&self, quota_us: Option<u32>) -> bool {
         let (file, text) = match (self.is_v1, quota_us) {
-            (true, quota) => ("cpu.cfs_quota_us", quota.map_or("-1".to_owned(), |quota| quota.to_string())),
+            (true, quota) => (
+                "cpu.cfs_quota_us",
+                quota.map_or("-1".to_owned(), |quota| quota.to_string()),
+            ),
             (false, Some(quota)) => ("cpu.max", format!("{quota} 100000")),
             (false, None) => ("cpu.max", "max 100000".to_owned()),
         };
@@ -199,9 +228,13 @@ impl Group {
 
     fn throttled(&self) -> Duration {
         let text = fs::read_to_string(self.dir.join("cpu.stat")).unwrap_or_default();
-        let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        let value = |name: &str| {
+            text.lines()
+                .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+        };
         let v1 = value("throttled_time ").map(Duration::from_nanos);
-        v1.or_else(|| value("throttled_usec ").map(Duration::from_micros)).unwrap_or_default()
+        v1.or_else(|| value("throttled_usec ").map(Duration::from_micros))
+            .unwrap_or_default()
     }
 }
 
@@ -224,7 +257,9 @@ impl Neighbours {
     /// `None` where there are not two CPUs, or no right to the highest priority.
     fn of(victim: Target, other: Target) -> Option<Neighbours> {
         let all = sched_getaffinity(None).ok()?;
-        let cpus: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).collect();
+        let cpus: Vec<usize> = (0..CpuSet::MAX_CPU)
+            .filter(|cpu| all.is_set(*cpu))
+            .collect();
         let (first, rest) = cpus.split_first()?;
         if rest.is_empty() || !rustix::process::geteuid().is_root() {
             return None;
@@ -270,13 +305,19 @@ impl Drop for Neighbours {
 }
 
 fn unix_now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs_f64()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("after 1970")
+        .as_secs_f64()
 }
 
 /// What the hypervisor has taken so far, over all CPUs.
 fn stolen() -> Duration {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
-    let ticks: Option<u64> = text.lines().next().and_then(|line| line.split_whitespace().nth(8)?.parse().ok());
+    let ticks: Option<u64> = text
+        .lines()
+        .next()
+        .and_then(|line| line.split_whitespace().nth(8)?.parse().ok());
     Duration::from_millis(ticks.unwrap_or(0) * 10)
 }
 
@@ -326,19 +367,34 @@ fn inject(injection: Injection, generator: Target, server: Target) -> Option<Tru
 }
 
 /// A run with these injections, one after the other.
-fn run_with(server: &Server, injections: &[Injection], spacing: Duration) -> (Vec<Truth>, Report, Option<i32>) {
+fn run_with(
+    server: &Server,
+    injections: &[Injection],
+    spacing: Duration,
+) -> (Vec<Truth>, Report, Option<i32>) {
     let scratch = Scratch::new();
     let seconds = (SETTLING + spacing * injections.len() as u32).as_secs() + 1;
     let mut command = throng();
     against(server, &mut command)
-        .args(["--publishers", "4", "--subscribers", "6", "--no-live", "--max-loss", "100"])
+        .args([
+            "--publishers",
+            "4",
+            "--subscribers",
+            "6",
+            "--no-live",
+            "--max-loss",
+            "100",
+        ])
         .args(["--duration", &format!("{seconds}s"), "--json"])
         .arg(scratch.path("run.json"));
     let running = Running::start(&mut command, &server.secret);
     let (generator, target) = (Target::generator(&running), Target::server(server));
     let patience = Instant::now() + Duration::from_secs(60);
     while !generator.has_thread("engine-") {
-        assert!(Instant::now() < patience, "no engine thread within a minute");
+        assert!(
+            Instant::now() < patience,
+            "no engine thread within a minute"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
     let start = Instant::now() + SETTLING;
@@ -348,7 +404,11 @@ fn run_with(server: &Server, injections: &[Injection], spacing: Duration) -> (Ve
         truths.extend(inject(*injection, generator, target));
     }
     let finished = running.finish();
-    (truths, Report::read(&scratch.path("run.json"), &server.secret), finished.code)
+    (
+        truths,
+        Report::read(&scratch.path("run.json"), &server.secret),
+        finished.code,
+    )
 }
 
 /// A stall of the report, by the wall clock, and by the run's.
@@ -365,13 +425,20 @@ struct Told {
 fn told(report: &Report) -> Vec<Told> {
     let started = report.0["started_at"].as_str().expect("a time");
     let started = humantime::parse_rfc3339(started).expect("RFC 3339");
-    let started = started.duration_since(UNIX_EPOCH).expect("after 1970").as_secs_f64();
+    let started = started
+        .duration_since(UNIX_EPOCH)
+        .expect("after 1970")
+        .as_secs_f64();
     let stalls = report.0["engine"]["stalls"].as_array().expect("stalls");
     let number = |stall: &serde_json::Value, name: &str| stall[name].as_f64().expect("a number");
     stalls
         .iter()
         .map(|stall| Told {
-            side: if stall["side"] == "server" { Victim::Server } else { Victim::Generator },
+            side: if stall["side"] == "server" {
+                Victim::Server
+            } else {
+                Victim::Generator
+            },
             at: number(stall, "at"),
             from: started + number(stall, "at"),
             to: started + number(stall, "until"),
@@ -392,9 +459,17 @@ enum Outcome {
 
 fn judge(truth: &Truth, told: &[Told]) -> Outcome {
     let near = |stall: &&Told| stall.from < truth.to + AFTERMATH && stall.to > truth.from - 0.05;
-    let of = |side: Victim, right: bool| told.iter().filter(near).filter(move |stall| (stall.side == side) == right);
-    let wrong = of(truth.injection.victim, false).map(|stall| stall.seconds).fold(0.0, f64::max);
-    let right: f64 = of(truth.injection.victim, true).map(|stall| stall.seconds).sum();
+    let of = |side: Victim, right: bool| {
+        told.iter()
+            .filter(near)
+            .filter(move |stall| (stall.side == side) == right)
+    };
+    let wrong = of(truth.injection.victim, false)
+        .map(|stall| stall.seconds)
+        .fold(0.0, f64::max);
+    let right: f64 = of(truth.injection.victim, true)
+        .map(|stall| stall.seconds)
+        .sum();
     let other = truth.other_waited.as_secs_f64();
     // A starved victim runs a little now and then, and stands still for less than it waits.
     let owed = match truth.injection.means {
@@ -417,19 +492,31 @@ const fn stop(victim: Victim, millis: u64) -> Injection {
     }
 }
 
-fn whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the_percentiles(server: &Server) {
+fn whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the_percentiles(
+    server: &Server,
+) {
     let _alone = alone();
     let injections = [stop(Victim::Server, 2_000), stop(Victim::Generator, 600)];
     let (truths, report, code) = run_with(server, &injections, SPACING_SHORT);
     let told = told(&report);
     for truth in &truths {
         let outcome = judge(truth, &told);
-        assert!(matches!(outcome, Outcome::Found | Outcome::Unclear), "{outcome:?}: {truth:?}\n{told:#?}");
+        assert!(
+            matches!(outcome, Outcome::Found | Outcome::Unclear),
+            "{outcome:?}: {truth:?}\n{told:#?}"
+        );
     }
     // 600 ms of the generator are more than a second may have: INVALID, for the second in which it was.
-    assert_eq!((report.result(), code), ("INVALID", Some(98)), "{}", report.reasons());
+    assert_eq!(
+        (report.result(), code),
+        ("INVALID", Some(98)),
+        "{}",
+        report.reasons()
+    );
     let ours = told.iter().filter(|stall| stall.side == Victim::Generator);
-    let longest = ours.max_by(|a, b| a.seconds.total_cmp(&b.seconds)).expect("a stall of the generator");
+    let longest = ours
+        .max_by(|a, b| a.seconds.total_cmp(&b.seconds))
+        .expect("a stall of the generator");
     let mut seconds = longest.at as u64..=(longest.at + longest.to - longest.from) as u64;
     assert!(
         seconds.any(|second| names_second(&report.reasons(), second)),
@@ -437,19 +524,28 @@ fn whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the
         report.reasons()
     );
     // The server's second is a note, with how long it was; never a reason against the generator.
-    assert!(report.notes().contains("the server was silent for"), "{}", report.notes());
+    assert!(
+        report.notes().contains("the server was silent for"),
+        "{}",
+        report.notes()
+    );
     shows_in_full(&report);
 }
 
 /// Whether a reason says that the generator stood still in this second, in a list as `seconds 3-5, 9 and 12`. On a host that stalls all the time a list ends
 /// with `and 7 more`, and may mean it there.
 fn names_second(reasons: &str, second: u64) -> bool {
-    if reasons.lines().any(|line| line.contains(" more: the generator stood still")) {
+    if reasons
+        .lines()
+        .any(|line| line.contains(" more: the generator stood still"))
+    {
         return true;
     }
-    let lists = reasons
-        .lines()
-        .filter_map(|line| line.split_once(": the generator stood still")?.0.strip_prefix("second"));
+    let lists = reasons.lines().filter_map(|line| {
+        line.split_once(": the generator stood still")?
+            .0
+            .strip_prefix("second")
+    });
     lists
         .flat_map(|list| list.trim_start_matches('s').split([',', ' ']))
         .filter_map(|part| {
@@ -466,7 +562,8 @@ fn shows_in_full(report: &Report) {
     let p99 = report.micros("audio", "one_way_latency", "p99");
     assert!(p99.is_none_or(|us| us > 1_500_000), "p99 {p99:?} us");
     // 4 publishers to 6 subscribers, 50 frames a second; those of the last 0.4 s are not late by the 400 ms that count.
-    let undelivered = report.counter("audio", "frames_expected") - report.counter("audio", "frames_delivered");
+    let undelivered =
+        report.counter("audio", "frames_expected") - report.counter("audio", "frames_delivered");
     let late = report.counter("audio", "frames_late") + undelivered;
     assert!(late > 4 * 6 * 50, "{late} frames were late or never came");
 }
@@ -475,18 +572,26 @@ fn shows_in_full(report: &Report) {
 #[ignore = "100 injections and 20 clean runs: some 15 minutes; prints a table"]
 fn a_hundred_stalls_are_blamed_on_the_right_side_and_twenty_clean_runs_are_valid() {
     let _alone = alone();
-    let mut chance = Seeded::new(std::env::var("BLAME_SEED").map_or(1, |seed| seed.parse().expect("a number")));
+    let mut chance =
+        Seeded::new(std::env::var("BLAME_SEED").map_or(1, |seed| seed.parse().expect("a number")));
     let mut outcomes: Vec<(&str, Injection, Outcome)> = Vec::new();
     for turn in 0..10 {
-        let Some((name, server)) = server_for(turn) else { continue };
+        let Some((name, server)) = server_for(turn) else {
+            continue;
+        };
         let injections: Vec<Injection> = (0..10).map(|_| drawn(&mut chance)).collect();
         let (truths, report, _) = run_with(&server, &injections, SPACING);
         let told = told(&report);
         for truth in &truths {
             let outcome = judge(truth, &told);
             if outcome != Outcome::Found {
-                let near = told.iter().filter(|stall| stall.from < truth.to + 1.0 && stall.to > truth.from - 1.0);
-                eprintln!("{outcome:?}, {name}: {truth:?}\n  told: {:?}", near.collect::<Vec<_>>());
+                let near = told
+                    .iter()
+                    .filter(|stall| stall.from < truth.to + 1.0 && stall.to > truth.from - 1.0);
+                eprintln!(
+                    "{outcome:?}, {name}: {truth:?}\n  told: {:?}",
+                    near.collect::<Vec<_>>()
+                );
             }
             outcomes.push((name, truth.injection, outcome));
         }
@@ -495,7 +600,12 @@ fn a_hundred_stalls_are_blamed_on_the_right_side_and_twenty_clean_runs_are_valid
         .filter_map(|turn| server_for(turn).map(|(_, server)| clean_run(&server)))
         .collect();
     print_table(&outcomes, &clean);
-    let count = |wanted: Outcome| outcomes.iter().filter(|(.., outcome)| *outcome == wanted).count();
+    let count = |wanted: Outcome| {
+        outcomes
+            .iter()
+            .filter(|(.., outcome)| *outcome == wanted)
+            .count()
+    };
     assert_eq!(count(Outcome::Wrong), 0, "the wrong side was blamed");
     let clear = outcomes.len() - count(Outcome::Unclear);
     assert!(
@@ -508,8 +618,14 @@ fn a_hundred_stalls_are_blamed_on_the_right_side_and_twenty_clean_runs_are_valid
         "{} of {clear} were found",
         count(Outcome::Found)
     );
-    let untrue = clean.iter().filter(|run| !run.valid && !run.confirmed).count();
-    assert_eq!(untrue, 0, "INVALID although the kernel kept nobody waiting: {clean:#?}");
+    let untrue = clean
+        .iter()
+        .filter(|run| !run.valid && !run.confirmed)
+        .count();
+    assert_eq!(
+        untrue, 0,
+        "INVALID although the kernel kept nobody waiting: {clean:#?}"
+    );
 }
 
 /// The real server and the embedded one in turns; `None` where there is no real one.
@@ -521,7 +637,11 @@ fn server_for(turn: usize) -> Option<(&'static str, Server)> {
 }
 
 fn drawn(chance: &mut Seeded) -> Injection {
-    let victim = if chance.chance(50) { Victim::Generator } else { Victim::Server };
+    let victim = if chance.chance(50) {
+        Victim::Generator
+    } else {
+        Victim::Server
+    };
     let means = match chance.below(10) {
         0..6 => Means::Stop,
         6..8 => Means::Quota,
@@ -549,7 +669,16 @@ fn clean_run(server: &Server) -> CleanRun {
     let scratch = Scratch::new();
     let mut command = throng();
     against(server, &mut command)
-        .args(["--publishers", "4", "--subscribers", "6", "--no-live", "--duration", "5s", "--json"])
+        .args([
+            "--publishers",
+            "4",
+            "--subscribers",
+            "6",
+            "--no-live",
+            "--duration",
+            "5s",
+            "--json",
+        ])
         .arg(scratch.path("run.json"));
     let running = Running::start(&mut command, &server.secret);
     let generator = Target::generator(&running);
@@ -582,8 +711,13 @@ fn print_table(outcomes: &[(&str, Injection, Outcome)], clean: &[CleanRun]) {
     for name in ["throng sfu", "LiveKit"] {
         for victim in [Victim::Generator, Victim::Server] {
             for means in [Means::Stop, Means::Quota, Means::Neighbour] {
-                let row = || outcomes.iter().filter(|(n, i, _)| (*n, i.victim, i.means) == (name, victim, means));
-                let count = |wanted: Outcome| row().filter(|(.., outcome)| *outcome == wanted).count();
+                let row = || {
+                    outcomes
+                        .iter()
+                        .filter(|(n, i, _)| (*n, i.victim, i.means) == (name, victim, means))
+                };
+                let count =
+                    |wanted: Outcome| row().filter(|(.., outcome)| *outcome == wanted).count();
                 eprintln!(
                     "{name:<12} {:<10} {:<10} {:>10} {:>6} {:>7} {:>6} {:>8}",
                     format!("{victim:?}").to_lowercase(),
@@ -597,9 +731,15 @@ fn print_table(outcomes: &[(&str, Injection, Outcome)], clean: &[CleanRun]) {
             }
         }
     }
-    clean.iter().filter(|run| !run.valid).for_each(|run| eprintln!("{run:?}"));
+    clean
+        .iter()
+        .filter(|run| !run.valid)
+        .for_each(|run| eprintln!("{run:?}"));
     let valid = clean.iter().filter(|run| run.valid).count();
-    let confirmed = clean.iter().filter(|run| !run.valid && run.confirmed).count();
+    let confirmed = clean
+        .iter()
+        .filter(|run| !run.valid && run.confirmed)
+        .count();
     eprintln!(
         "clean runs: {valid} of {} VALID, {confirmed} INVALID as the kernel's counters confirm",
         clean.len()
@@ -608,7 +748,10 @@ fn print_table(outcomes: &[(&str, Injection, Outcome)], clean: &[CleanRun]) {
 
 #[test]
 fn a_control_group_is_gone_after_its_use_and_its_process_goes_on() {
-    let mut child = Command::new("sleep").arg("30").spawn().expect("sleep can be run");
+    let mut child = Command::new("sleep")
+        .arg("30")
+        .spawn()
+        .expect("sleep can be run");
     let target = Target {
         pid: child.id(),
         threads: "",

@@ -11,12 +11,25 @@ use throng::sfu::SendMode;
 
 const CPUS: usize = 2;
 const FRESH: u64 = 0xC0FF_EE01_0000_0007;
-const TARGET: &[&str] = &["--url", "ws://127.0.0.1:7880", "--api-key", "devkey", "--api-secret", "hunter2"];
+const TARGET: &[&str] = &[
+    "--url",
+    "ws://127.0.0.1:7880",
+    "--api-key",
+    "devkey",
+    "--api-secret",
+    "hunter2",
+];
 
 fn command(args: &[&str], env: &[(&str, &str)]) -> Result<Command, UsageError> {
-    let lookup = |name: &str| env.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
+    let lookup = |name: &str| {
+        env.iter()
+            .find(|(n, _)| *n == name)
+            .map(|(_, value)| (*value).to_owned())
+    };
     parse_with(
-        std::iter::once("throng").chain(args.iter().copied()).map(OsString::from),
+        std::iter::once("throng")
+            .chain(args.iter().copied())
+            .map(OsString::from),
         &lookup,
         CPUS,
         FRESH,
@@ -36,7 +49,9 @@ fn local(args: &[&str]) -> Run {
 }
 
 fn refusal(args: &[&str], env: &[(&str, &str)]) -> String {
-    command(args, env).expect_err(&format!("{args:?} should be refused")).to_string()
+    command(args, env)
+        .expect_err(&format!("{args:?} should be refused"))
+        .to_string()
 }
 
 fn local_refusal(args: &[&str]) -> String {
@@ -79,13 +94,26 @@ fn a_named_target_and_nothing_else_gives_a_small_run() {
             ),
             (1280, 720, 30, 2_000_000)
         );
-        assert_eq!((plan.audio.bitrate.bps(), plan.audio.frame), (24_000, Duration::from_millis(20)));
         assert_eq!(
-            (run.judging.max_loss_pct, run.judging.target_rtt, run.judging.thresholds.len()),
+            (plan.audio.bitrate.bps(), plan.audio.frame),
+            (24_000, Duration::from_millis(20))
+        );
+        assert_eq!(
+            (
+                run.judging.max_loss_pct,
+                run.judging.target_rtt,
+                run.judging.thresholds.len()
+            ),
             (1.0, None, 0)
         );
         assert_eq!(run.credentials.unwrap().api_secret, "hunter2");
-        assert!(!run.dry_run && !run.quiet && !run.no_live && run.threads.is_none() && run.warnings.is_empty());
+        assert!(
+            !run.dry_run
+                && !run.quiet
+                && !run.no_live
+                && run.threads.is_none()
+                && run.warnings.is_empty()
+        );
     }
 }
 
@@ -106,7 +134,12 @@ fn shape_flags_mean_what_they_mean_in_lk() {
         ])
         .plan;
         assert_eq!(plan.total_participants(), 100);
-        assert_eq!(plan.participants().filter(|p| p.publishes_audio && p.publishes_video).count(), 5);
+        assert_eq!(
+            plan.participants()
+                .filter(|p| p.publishes_audio && p.publishes_video)
+                .count(),
+            5
+        );
         assert_eq!(
             (plan.room_name(0), plan.participant(3).identity),
             ("hall".into(), "load-c0ffee01-3".into())
@@ -114,7 +147,11 @@ fn shape_flags_mean_what_they_mean_in_lk() {
     }
     let plan = local(&["--room-count", "3", "--publishers", "4", "--meeting"]).plan;
     assert_eq!(
-        (plan.total_participants(), plan.total_expected_tracks(Kind::Audio), plan.total_sockets()),
+        (
+            plan.total_participants(),
+            plan.total_expected_tracks(Kind::Audio),
+            plan.total_sockets()
+        ),
         (12, 36, 24)
     );
 }
@@ -161,27 +198,56 @@ fn every_value_reaches_the_plan() {
         ),
         (855, 481, 25, 1_500_000)
     );
-    assert_eq!((plan.audio.bitrate.bps(), plan.audio.frame), (48_000, Duration::from_millis(40)));
+    assert_eq!(
+        (plan.audio.bitrate.bps(), plan.audio.frame),
+        (48_000, Duration::from_millis(40))
+    );
     assert_eq!(
         (plan.pacing, plan.joins_per_second, plan.duration, plan.seed),
         (Pacing::Burst, 0.5, Duration::from_secs(1_800), 99)
     );
-    assert_eq!((run.judging.max_loss_pct, run.judging.target_rtt), (2.5, Some(Duration::from_millis(50))));
     assert_eq!(
-        run.judging.thresholds.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        (run.judging.max_loss_pct, run.judging.target_rtt),
+        (2.5, Some(Duration::from_millis(50)))
+    );
+    assert_eq!(
+        run.judging
+            .thresholds
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>(),
         ["audio.one_way_latency.p95<150ms", "session.disconnects<1"]
     );
     assert_eq!(
-        (run.threads, run.dry_run, run.quiet, run.no_live, run.destinations.json_on_stdout()),
+        (
+            run.threads,
+            run.dry_run,
+            run.quiet,
+            run.no_live,
+            run.destinations.json_on_stdout()
+        ),
         (Some(3), true, true, true, true)
     );
-    assert_eq!(run.destinations.record.as_deref(), Some(Path::new("recordings")));
+    assert_eq!(
+        run.destinations.record.as_deref(),
+        Some(Path::new("recordings"))
+    );
 }
 
 #[test]
 fn durations_are_read_with_and_without_a_unit() {
-    for (text, seconds) in [("20", 20), ("20s", 20), ("30m", 1_800), ("1h", 3_600), ("1h30m", 5_400)] {
-        assert_eq!(local(&["--duration", text]).plan.duration, Duration::from_secs(seconds), "{text}");
+    for (text, seconds) in [
+        ("20", 20),
+        ("20s", 20),
+        ("30m", 1_800),
+        ("1h", 3_600),
+        ("1h30m", 5_400),
+    ] {
+        assert_eq!(
+            local(&["--duration", text]).plan.duration,
+            Duration::from_secs(seconds),
+            "{text}"
+        );
     }
     for text in ["0", "0s", "", "x", "1e3", "1w2", "31d", "-5"] {
         local_refusal(&[&format!("--duration={text}")]);
@@ -195,10 +261,27 @@ fn resolutions_carry_their_frame_rate_and_bitrate() {
         ("low", (320, 180, 15, 150_000)),
         ("1920x1080", (1920, 1080, 30, 4_500_000)),
     ] {
-        let video = local(&["--video-publishers=1", "--video-resolution", size]).plan.video;
-        assert_eq!((video.width, video.height, video.frames_per_second, video.bitrate.bps()), expected);
+        let video = local(&["--video-publishers=1", "--video-resolution", size])
+            .plan
+            .video;
+        assert_eq!(
+            (
+                video.width,
+                video.height,
+                video.frames_per_second,
+                video.bitrate.bps()
+            ),
+            expected
+        );
     }
-    assert_eq!(local(&["--video-publishers=1", "--video-fps=15"]).plan.video.bitrate.bps(), 1_000_000);
+    assert_eq!(
+        local(&["--video-publishers=1", "--video-fps=15"])
+            .plan
+            .video
+            .bitrate
+            .bps(),
+        1_000_000
+    );
 }
 
 #[test]
@@ -210,7 +293,11 @@ fn a_bare_throng_tests_the_embedded_sfu_with_as_many_as_the_host_bears() {
         assert_eq!(plan.target.to_string(), "embedded SFU");
         assert!(run.credentials.is_none());
         assert_eq!(
-            (plan.shape.publishers(), plan.shape.video_publishers, plan.shape.subscribers),
+            (
+                plan.shape.publishers(),
+                plan.shape.video_publishers,
+                plan.shape.subscribers
+            ),
             (3, 1, 200)
         );
         assert_eq!(plan.duration, Duration::from_secs(10));
@@ -225,7 +312,18 @@ fn a_bare_throng_tests_the_embedded_sfu_with_as_many_as_the_host_bears() {
 
 #[test]
 fn a_shape_without_a_target_is_a_test_of_the_embedded_sfu_with_the_usual_pace() {
-    let plan = run(&["--publishers", "1", "--subscribers", "7", "--sfu-send", "gso"], &[]).plan;
+    let plan = run(
+        &[
+            "--publishers",
+            "1",
+            "--subscribers",
+            "7",
+            "--sfu-send",
+            "gso",
+        ],
+        &[],
+    )
+    .plan;
     assert_eq!(plan.target.origin, Origin::Embedded(SendMode::Gso));
     assert_eq!(
         (plan.shape.subscribers, plan.joins_per_second, plan.duration),
@@ -241,10 +339,13 @@ fn what_belongs_to_a_server_is_refused_without_one_and_the_other_way_round() {
     assert!(refusal(&both, &[]).contains("--url names another server"));
     // Credentials that lie about in the environment choose no target.
     assert!(
-        run(&[], &[("LIVEKIT_API_KEY", "k"), ("LIVEKIT_API_SECRET", "s")])
-            .plan
-            .target
-            .is_embedded()
+        run(
+            &[],
+            &[("LIVEKIT_API_KEY", "k"), ("LIVEKIT_API_SECRET", "s")]
+        )
+        .plan
+        .target
+        .is_embedded()
     );
 }
 
@@ -259,22 +360,45 @@ fn a_remote_target_from_the_environment_gets_only_load_that_was_asked_for() {
     ] {
         let text = refusal(args, REMOTE);
         assert!(
-            text.contains("wss://sfu.example.com") && text.contains("--publishers 1 --video-publishers 1 --subscribers 10"),
+            text.contains("wss://sfu.example.com")
+                && text.contains("--publishers 1 --video-publishers 1 --subscribers 10"),
             "{text}"
         );
     }
-    assert_eq!(run(&["--subscribers", "3"], REMOTE).plan.target.origin, Origin::Environment);
-    assert_eq!(run(&["--url", "wss://sfu.example.com"], REMOTE).plan.total_participants(), 11);
-    let at_home = [("LIVEKIT_URL", "http://localhost:7880"), REMOTE[1], REMOTE[2]];
-    assert_eq!(run(&[], &at_home).plan.target.url.to_string(), "ws://localhost:7880");
+    assert_eq!(
+        run(&["--subscribers", "3"], REMOTE).plan.target.origin,
+        Origin::Environment
+    );
+    assert_eq!(
+        run(&["--url", "wss://sfu.example.com"], REMOTE)
+            .plan
+            .total_participants(),
+        11
+    );
+    let at_home = [
+        ("LIVEKIT_URL", "http://localhost:7880"),
+        REMOTE[1],
+        REMOTE[2],
+    ];
+    assert_eq!(
+        run(&[], &at_home).plan.target.url.to_string(),
+        "ws://localhost:7880"
+    );
 }
 
 #[test]
 fn flags_come_before_the_environment() {
-    let run = run(&["--url", "http://127.0.0.1:1", "--api-key", "mine"], REMOTE);
+    let run = run(
+        &["--url", "http://127.0.0.1:1", "--api-key", "mine"],
+        REMOTE,
+    );
     let credentials = run.credentials.unwrap();
     assert_eq!(
-        (run.plan.target.url.to_string(), credentials.api_key, credentials.api_secret),
+        (
+            run.plan.target.url.to_string(),
+            credentials.api_key,
+            credentials.api_secret
+        ),
         ("ws://127.0.0.1:1".into(), "mine".into(), "hunter2".into())
     );
 }
@@ -282,28 +406,50 @@ fn flags_come_before_the_environment() {
 #[test]
 fn credentials_are_asked_for_except_by_a_dry_run() {
     assert!(refusal(&["--url", "ws://h"], &[]).contains("--api-key or set LIVEKIT_API_KEY"));
-    assert!(refusal(&["--url", "ws://h", "--api-key", "k", "--api-secret", ""], &[]).contains("--api-secret or set LIVEKIT_API_SECRET"));
-    assert!(run(&["--url", "ws://h", "--dry-run"], &[]).credentials.is_none());
+    assert!(
+        refusal(
+            &["--url", "ws://h", "--api-key", "k", "--api-secret", ""],
+            &[]
+        )
+        .contains("--api-secret or set LIVEKIT_API_SECRET")
+    );
+    assert!(
+        run(&["--url", "ws://h", "--dry-run"], &[])
+            .credentials
+            .is_none()
+    );
 }
 
 #[test]
 fn nonsense_is_refused_with_what_to_write_instead() {
     for (args, expected) in [
         (&["--publishers", "0"][..], "nobody would join"),
-        (&["--room-count", "0", "--subscribers", "1"], "--room-count 0"),
+        (
+            &["--room-count", "0", "--subscribers", "1"],
+            "--room-count 0",
+        ),
         (&["--room-count", "2"], "who is in them"),
-        (&["--meeting", "--subscribers", "2"], "--meeting is for publishers"),
+        (
+            &["--meeting", "--subscribers", "2"],
+            "--meeting is for publishers",
+        ),
         (
             &["--subscribers", "4000000000", "--publishers", "4000000000"],
             "more than 1000000 participants",
         ),
-        (&["--subscribers", "1000", "--room-count", "4000000"], "more than 1000000 participants"),
+        (
+            &["--subscribers", "1000", "--room-count", "4000000"],
+            "more than 1000000 participants",
+        ),
         (&["--subscribers", "-1"], "unexpected argument"),
         (&["--subscribers", "ten"], "write a whole number"),
         (&["--connection", "triple"], "auto, single, dual"),
         (&["--video-codec", "h264"], "possible values: vp8"),
         (&["--pacing", "smooth"], "paced, burst"),
-        (&["--video-resolution", "8x8"], "high, medium, low or WIDTHxHEIGHT"),
+        (
+            &["--video-resolution", "8x8"],
+            "high, medium, low or WIDTHxHEIGHT",
+        ),
         (&["--video-fps", "0"], "1..=120"),
         (&["--video-bitrate", "1"], "out of range"),
         (&["--audio-bitrate", "1M"], "6k to 510k"),
@@ -313,7 +459,10 @@ fn nonsense_is_refused_with_what_to_write_instead() {
         (&["--max-loss", "101"], "0 to 100"),
         (&["--max-loss", "NaN"], "0 to 100"),
         (&["--target-rtt-ms", "0"], "write milliseconds"),
-        (&["--threshold", "audio.one_way_latncy.p95<1ms"], "did you mean one_way_latency"),
+        (
+            &["--threshold", "audio.one_way_latncy.p95<1ms"],
+            "did you mean one_way_latency",
+        ),
         (&["--threads", "0"], "1..=1024"),
         (&["--seed", "9007199254740992"], "9007199254740992"),
         (&["--identity-prefix", "a b"], "without spaces"),
@@ -321,18 +470,27 @@ fn nonsense_is_refused_with_what_to_write_instead() {
         (&["--json", "a", "--participants", "a"], "the same file"),
         (&["--participants", "-"], "only --json"),
         (&["--subscribers", "1", "--record", "-"], "only --json"),
-        (&["--publishers", "2", "--record", "out"], "nobody subscribes: add --subscribers 1"),
+        (
+            &["--publishers", "2", "--record", "out"],
+            "nobody subscribes: add --subscribers 1",
+        ),
     ] {
         let text = local_refusal(args);
         assert!(text.contains(expected), "{args:?}: {text}");
-        assert!(text.starts_with("error: ") && !text.ends_with('\n'), "{text:?}");
+        assert!(
+            text.starts_with("error: ") && !text.ends_with('\n'),
+            "{text:?}"
+        );
     }
 }
 
 #[test]
 fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
     for flag in ["--html=f", "--token=t"] {
-        assert!(local_refusal(&[flag]).contains("unexpected argument"), "{flag}");
+        assert!(
+            local_refusal(&[flag]).contains("unexpected argument"),
+            "{flag}"
+        );
     }
     assert!(local_refusal(&["--subscriber", "3"]).contains("'--subscribers'"));
     assert!(refusal(&["compare"], &[]).starts_with("error: "));
@@ -340,13 +498,29 @@ fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
 
 #[test]
 fn tiers_are_as_asked_and_the_largest_counts() {
-    let run = local(&["--ramp", "2, 10,25,5", "--duration", "20", "--publishers", "1", "--room-count", "3"]);
+    let run = local(&[
+        "--ramp",
+        "2, 10,25,5",
+        "--duration",
+        "20",
+        "--publishers",
+        "1",
+        "--room-count",
+        "3",
+    ]);
     let plan = &run.plan;
     assert_eq!(
-        (&plan.ramp[..], plan.shape.subscribers, plan.total_participants()),
+        (
+            &plan.ramp[..],
+            plan.shape.subscribers,
+            plan.total_participants()
+        ),
         (&[2, 10, 25, 5][..], 25, 78)
     );
-    assert_eq!((plan.warmup, plan.ramp_time, plan.joins_per_second), (Duration::from_secs(2), None, 50.0));
+    assert_eq!(
+        (plan.warmup, plan.ramp_time, plan.joins_per_second),
+        (Duration::from_secs(2), None, 50.0)
+    );
     // 9 + 24 + 45 joins and 60 leaves at 50 a second, and four times 22 s and what comes between.
     assert_eq!(
         plan.length(Duration::from_secs(1)),
@@ -358,7 +532,10 @@ fn tiers_are_as_asked_and_the_largest_counts() {
         (Some(Duration::from_secs(60)), Duration::ZERO)
     );
     assert_eq!(
-        (spread.plan.shape.audio_publishers, spread.plan.shape.video_publishers),
+        (
+            spread.plan.shape.audio_publishers,
+            spread.plan.shape.video_publishers
+        ),
         (1, 1),
         "there is something to receive"
     );
@@ -366,17 +543,49 @@ fn tiers_are_as_asked_and_the_largest_counts() {
 
 #[test]
 fn a_search_has_short_points_and_the_most_counts() {
-    let plan = local(&["--find-knee", "--max", "400", "--publishers", "2", "--video-publishers", "1"]).plan;
+    let plan = local(&[
+        "--find-knee",
+        "--max",
+        "400",
+        "--publishers",
+        "2",
+        "--video-publishers",
+        "1",
+    ])
+    .plan;
     assert!(plan.find_knee && plan.ramp.is_empty() && plan.has_tiers());
-    assert_eq!((plan.shape.subscribers, plan.total_participants()), (400, 402));
-    assert_eq!((plan.duration, plan.warmup), (Duration::from_secs(5), Duration::from_secs(2)));
-    assert_eq!(plan.length(Duration::ZERO), None, "nobody knows how long it takes");
+    assert_eq!(
+        (plan.shape.subscribers, plan.total_participants()),
+        (400, 402)
+    );
+    assert_eq!(
+        (plan.duration, plan.warmup),
+        (Duration::from_secs(5), Duration::from_secs(2))
+    );
+    assert_eq!(
+        plan.length(Duration::ZERO),
+        None,
+        "nobody knows how long it takes"
+    );
 }
 
 #[test]
 fn without_tiers_the_time_to_ramp_is_that_of_all_joins() {
-    let plan = local(&["--publishers", "10", "--subscribers", "50", "--ramp-time", "30s", "--warmup", "5s"]).plan;
-    assert_eq!((plan.joins_per_second, plan.ramp_time, plan.warmup), (2.0, None, Duration::from_secs(5)));
+    let plan = local(&[
+        "--publishers",
+        "10",
+        "--subscribers",
+        "50",
+        "--ramp-time",
+        "30s",
+        "--warmup",
+        "5s",
+    ])
+    .plan;
+    assert_eq!(
+        (plan.joins_per_second, plan.ramp_time, plan.warmup),
+        (2.0, None, Duration::from_secs(5))
+    );
     assert!(plan.joining() < Duration::from_secs(30) && plan.joining() > Duration::from_secs(29));
 }
 
@@ -394,26 +603,61 @@ fn tiers_that_make_no_sense_are_refused() {
         (&["--ramp", "99999999999"], "as in 2,10,25,50"),
         (&["--ramp", "1000001"], "more than 1000000 participants"),
         (&["--ramp", "4294967295"], "more than 1000000 participants"),
-        (&["--ramp", "5", "--subscribers", "5"], "leave out --subscribers"),
-        (&["--ramp", "5", "--ramp-time", "5s", "--num-per-second", "5"], "give one of them"),
+        (
+            &["--ramp", "5", "--subscribers", "5"],
+            "leave out --subscribers",
+        ),
+        (
+            &["--ramp", "5", "--ramp-time", "5s", "--num-per-second", "5"],
+            "give one of them",
+        ),
         (&["--ramp", "5", "--ramp-time", "0"], "write 1s to 30d"),
         (&["--ramp", "5", "--ramp-time", "31d"], "write 1s to 30d"),
-        (&["--ramp", "5", "--ramp-time", "soon"], "write 20, 20s, 30m or 1h"),
+        (
+            &["--ramp", "5", "--ramp-time", "soon"],
+            "write 20, 20s, 30m or 1h",
+        ),
         (&["--ramp", "5", "--warmup", "-1"], "unexpected argument"),
-        (&["--ramp", "5", "--warmup", "99999999999999999999"], "write 20, 20s, 30m or 1h"),
+        (
+            &["--ramp", "5", "--warmup", "99999999999999999999"],
+            "write 20, 20s, 30m or 1h",
+        ),
         (&["--ramp", "5", "--warmup", "40d"], "write 0 to 30d"),
         (&["--find-knee"], "add --max N"),
         (&["--max", "5"], "--max is for --find-knee"),
         (&["--find-knee", "--max", "0"], "write 1 or more"),
         (&["--find-knee", "--max", "many"], "write a whole number"),
-        (&["--find-knee", "--max", "1000000"], "more than 1000000 participants"),
-        (&["--find-knee", "--max", "5", "--ramp", "2"], "leave out --ramp"),
-        (&["--find-knee", "--max", "5", "--subscribers", "2"], "leave out --subscribers"),
         (
-            &["--find-knee", "--max", "5", "--threshold", "session.disconnects<1:abort"],
+            &["--find-knee", "--max", "1000000"],
+            "more than 1000000 participants",
+        ),
+        (
+            &["--find-knee", "--max", "5", "--ramp", "2"],
+            "leave out --ramp",
+        ),
+        (
+            &["--find-knee", "--max", "5", "--subscribers", "2"],
+            "leave out --subscribers",
+        ),
+        (
+            &[
+                "--find-knee",
+                "--max",
+                "5",
+                "--threshold",
+                "session.disconnects<1:abort",
+            ],
             "leave out :abort",
         ),
-        (&["--duration", "30", "--threshold", "audio.jitter.p95<5ms for 1m"], "raise --duration"),
+        (
+            &[
+                "--duration",
+                "30",
+                "--threshold",
+                "audio.jitter.p95<5ms for 1m",
+            ],
+            "raise --duration",
+        ),
     ] {
         let refusal = local_refusal(args);
         assert!(refusal.contains(expected), "{args:?}: {refusal}");
@@ -424,10 +668,11 @@ fn tiers_that_make_no_sense_are_refused() {
 
 #[test]
 fn a_coordinator_s_address_makes_a_prober_by_flag_or_by_the_environment_alone() {
-    let probe = |args: &[&str], env: &'static [(&'static str, &'static str)]| match command(args, env) {
-        Ok(Command::Probe(probe)) => *probe,
-        other => panic!("a prober: {other:?}"),
-    };
+    let probe =
+        |args: &[&str], env: &'static [(&'static str, &'static str)]| match command(args, env) {
+            Ok(Command::Probe(probe)) => *probe,
+            other => panic!("a prober: {other:?}"),
+        };
     const ALONE: &[(&str, &str)] = &[
         ("COORDINATOR_URL", "http://10.0.0.1:8787"),
         ("COORDINATOR_TOKEN", "hunter2"),
@@ -435,7 +680,10 @@ fn a_coordinator_s_address_makes_a_prober_by_flag_or_by_the_environment_alone() 
     ];
     let alone = probe(&[], ALONE);
     assert_eq!(
-        (alone.config.coordinator.http().as_str(), alone.config.vantage.as_str()),
+        (
+            alone.config.coordinator.http().as_str(),
+            alone.config.vantage.as_str()
+        ),
         ("http://10.0.0.1:8787", "fra")
     );
     assert_eq!(
@@ -446,7 +694,11 @@ fn a_coordinator_s_address_makes_a_prober_by_flag_or_by_the_environment_alone() 
         ),
         (Role::Both, 1, Some("hunter2"))
     );
-    assert!(alone.run.plan.target.is_embedded() && alone.run.credentials.is_none() && !alone.shape_given);
+    assert!(
+        alone.run.plan.target.is_embedded()
+            && alone.run.credentials.is_none()
+            && !alone.shape_given
+    );
     assert!(!format!("{alone:?}").contains("hunter2"));
     let flags = [
         "--report-to=http://h:1",
@@ -466,30 +718,55 @@ fn a_coordinator_s_address_makes_a_prober_by_flag_or_by_the_environment_alone() 
         ],
     );
     assert_eq!(
-        (flags.config.coordinator.http().as_str(), flags.config.vantage.as_str()),
+        (
+            flags.config.coordinator.http().as_str(),
+            flags.config.vantage.as_str()
+        ),
         ("http://h:1", "iad")
     );
     assert_eq!(
-        (flags.config.role, flags.config.weight, flags.run.plan.target.url.to_string().as_str()),
+        (
+            flags.config.role,
+            flags.config.weight,
+            flags.run.plan.target.url.to_string().as_str()
+        ),
         (Role::Publish, 3, "ws://s:7880")
     );
     assert!(flags.run.credentials.is_some());
     assert_eq!(
-        probe(&["--report-to=http://h"], &[("VOICEGW_REGION", "ams"), ("FLY_REGION", "fra")])
-            .config
-            .vantage,
+        probe(
+            &["--report-to=http://h"],
+            &[("VOICEGW_REGION", "ams"), ("FLY_REGION", "fra")]
+        )
+        .config
+        .vantage,
         "ams"
     );
     for (args, says) in [
         (&["--vantage=fra"][..], "add --report-to"),
-        (&["--report-to=http://h", "--ramp=2,10"], "--ramp is not a prober's to say"),
-        (&["--report-to=http://h", "--subscribers=2"], "--subscribers is not a prober's to say"),
-        (&["--report-to=http://h", "--dry-run"], "--dry-run is not a prober's to say"),
-        (&["--report-to=http://h", "--role=listen"], "publish, subscribe or both"),
+        (
+            &["--report-to=http://h", "--ramp=2,10"],
+            "--ramp is not a prober's to say",
+        ),
+        (
+            &["--report-to=http://h", "--subscribers=2"],
+            "--subscribers is not a prober's to say",
+        ),
+        (
+            &["--report-to=http://h", "--dry-run"],
+            "--dry-run is not a prober's to say",
+        ),
+        (
+            &["--report-to=http://h", "--role=listen"],
+            "publish, subscribe or both",
+        ),
         (&["--report-to=http://h", "--weight=0"], "1..=100"),
         (&["--report-to=http://h", "--vantage=a b"], "without spaces"),
         (&["--report-to=h"], "--report-to needs a scheme"),
-        (&["--report-to=http://h", "--api-key=k"], "LIVEKIT_API_SECRET"),
+        (
+            &["--report-to=http://h", "--api-key=k"],
+            "LIVEKIT_API_SECRET",
+        ),
     ] {
         let text = refusal(args, &[]);
         assert!(text.contains(says), "{args:?}: {text}");
@@ -498,10 +775,20 @@ fn a_coordinator_s_address_makes_a_prober_by_flag_or_by_the_environment_alone() 
 
 #[test]
 fn layers_layouts_and_speakers_are_as_asked() {
-    assert!(local(&["--video-publishers=1", "--obey-bwe"]).plan.obey_bandwidth && !local(&[]).plan.obey_bandwidth);
+    assert!(
+        local(&["--video-publishers=1", "--obey-bwe"])
+            .plan
+            .obey_bandwidth
+            && !local(&[]).plan.obey_bandwidth
+    );
     let plan = local(&["--publishers=2", "--video-publishers=2"]).plan;
     assert_eq!(
-        (plan.video_layers().len(), plan.layout, plan.simulate_speakers, plan.audio.dtx),
+        (
+            plan.video_layers().len(),
+            plan.layout,
+            plan.simulate_speakers,
+            plan.audio.dtx
+        ),
         (3, None, false, false)
     );
     let all = [
@@ -514,7 +801,12 @@ fn layers_layouts_and_speakers_are_as_asked() {
     for layout in Layout::ALL {
         let plan = local(&[&all[..], &["--layout", layout.name()]].concat()).plan;
         assert_eq!(
-            (plan.video_layers().len(), plan.layout, plan.simulate_speakers, plan.audio.dtx),
+            (
+                plan.video_layers().len(),
+                plan.layout,
+                plan.simulate_speakers,
+                plan.audio.dtx
+            ),
             (1, Some(layout), true, true)
         );
     }
@@ -541,7 +833,17 @@ fn useless_flags_are_named_and_the_run_goes_on() {
 fn secrets_never_reach_any_output() {
     let secret = "hunter2";
     let leaks = [
-        refusal(&["--url", "wss://user:hunter2@host", "--api-key", "k", "--api-secret", secret], &[]),
+        refusal(
+            &[
+                "--url",
+                "wss://user:hunter2@host",
+                "--api-key",
+                "k",
+                "--api-secret",
+                secret,
+            ],
+            &[],
+        ),
         refusal(&["--url", "wss://host?access_token=hunter2"], &[]),
         refusal(&["--url", "hunter2"], &[]),
         refusal(&[], &[("LIVEKIT_URL", "ws://user:hunter2@h")]),
@@ -571,7 +873,10 @@ fn help_and_version_go_to_standard_output() {
 
 #[test]
 fn a_calibration_takes_little_and_is_refused_what_it_does_not_know() {
-    let Ok(Command::Calibrate(calibrate)) = command(&["calibrate", "--threads", "3", "--json", "-", "--quiet"], &[]) else {
+    let Ok(Command::Calibrate(calibrate)) = command(
+        &["calibrate", "--threads", "3", "--json", "-", "--quiet"],
+        &[],
+    ) else {
         panic!("no calibration");
     };
     assert_eq!((calibrate.threads, calibrate.quiet), (Some(3), true));
@@ -585,7 +890,9 @@ fn a_calibration_takes_little_and_is_refused_what_it_does_not_know() {
 #[test]
 fn two_runs_are_told_apart() {
     let draw = || match parse(
-        std::iter::once("throng").chain(TARGET.iter().copied()).map(OsString::from),
+        std::iter::once("throng")
+            .chain(TARGET.iter().copied())
+            .map(OsString::from),
         &|_| None,
         CPUS,
     ) {

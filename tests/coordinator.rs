@@ -21,7 +21,8 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new(name: &str) -> Scratch {
-        let path = std::env::temp_dir().join(format!("throng-coordinator-{}-{name}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("throng-coordinator-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         Scratch(path)
     }
@@ -61,9 +62,19 @@ impl Coordinator {
 
     /// On any port, with a token that the test knows unless `args` say otherwise.
     fn start(scratch: &Scratch, args: &[&str]) -> Coordinator {
-        let mut all = vec!["--coordinator", "--coordinator-port", "0", "--coordinator-bind", "127.0.0.1"];
+        let mut all = vec![
+            "--coordinator",
+            "--coordinator-port",
+            "0",
+            "--coordinator-bind",
+            "127.0.0.1",
+        ];
         all.extend(args);
-        Coordinator::spawned(Coordinator::command(env!("CARGO_BIN_EXE_throng"), scratch, &all))
+        Coordinator::spawned(Coordinator::command(
+            env!("CARGO_BIN_EXE_throng"),
+            scratch,
+            &all,
+        ))
     }
 
     fn with_token(scratch: &Scratch, args: &[&str]) -> Coordinator {
@@ -79,8 +90,16 @@ impl Coordinator {
             let read = stderr.read_line(&mut line).unwrap();
             greeting.push_str(&line);
             assert!(read > 0, "it ended: {greeting}");
-            if let Some((_, rest)) = line.split_once("--report-to ").and_then(|(_, url)| url.split_once("://127.0.0.1:")) {
-                break rest.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
+            if let Some((_, rest)) = line
+                .split_once("--report-to ")
+                .and_then(|(_, url)| url.split_once("://127.0.0.1:"))
+            {
+                break rest
+                    .split(|c: char| !c.is_ascii_digit())
+                    .next()
+                    .unwrap()
+                    .parse()
+                    .unwrap();
             }
         };
         Coordinator {
@@ -94,7 +113,10 @@ impl Coordinator {
     fn request(&self, head: &str, body: &[u8]) -> (u16, Value) {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let head = format!("{head}host: coordinator\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "{head}host: coordinator\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
         stream.write_all(head.as_bytes()).unwrap();
         // Whoever is refused by the head alone need not be heard out.
         let _ = stream.write_all(body);
@@ -102,8 +124,15 @@ impl Coordinator {
     }
 
     fn call(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        self.request(&format!("{method} {path} HTTP/1.1\r\nauthorization: Bearer {TOKEN}\r\n"), body.as_bytes())
+        let body = if body.is_null() {
+            String::new()
+        } else {
+            body.to_string()
+        };
+        self.request(
+            &format!("{method} {path} HTTP/1.1\r\nauthorization: Bearer {TOKEN}\r\n"),
+            body.as_bytes(),
+        )
     }
 
     fn post(&self, path: &str, body: &Value) -> (u16, Value) {
@@ -118,7 +147,10 @@ impl Coordinator {
     fn hear(&mut self, text: &str) {
         let mut said = String::new();
         while !said.contains(text) {
-            assert!(self.stderr.read_line(&mut said).unwrap() > 0, "it ended: {said}");
+            assert!(
+                self.stderr.read_line(&mut said).unwrap() > 0,
+                "it ended: {said}"
+            );
         }
     }
 
@@ -126,7 +158,12 @@ impl Coordinator {
     fn end(mut self) -> (String, i32) {
         let mut said = String::new();
         self.stderr.read_to_string(&mut said).unwrap();
-        self.process.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+        self.process
+            .stdout
+            .take()
+            .unwrap()
+            .read_to_string(&mut said)
+            .unwrap();
         let code = self.process.wait().unwrap().code().unwrap();
         (said, code)
     }
@@ -154,7 +191,11 @@ fn answer(stream: &mut TcpStream) -> (u16, Value) {
     // A server that refuses a long body closes on what is still coming.
     let _ = stream.read_to_end(&mut reply);
     let text = String::from_utf8_lossy(&reply);
-    let status = text.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+    let status = text
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok())
+        .unwrap_or(0);
     let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
     (status, serde_json::from_str(body).unwrap_or(Value::Null))
 }
@@ -198,26 +239,63 @@ fn nobody_is_let_in_without_the_token_and_everybody_may_ask_whether_it_is_well()
     let coordinator = Coordinator::with_token(&scratch, &["--expect", "2", "--subscribers", "4"]);
     for path in ["/register", "/beat/x", "/report/x", "/tokens/x", "/cancel"] {
         let none = coordinator.request(&format!("POST {path} HTTP/1.1\r\n"), b"{}");
-        assert!(none.0 == 401 && error(&none).contains("COORDINATOR_TOKEN"), "{path}: {none:?}");
-        for wrong in ["sixteen-letters-or-mora", "", "sixteen-letters-or-more-and-more"] {
-            let denied = coordinator.request(&format!("POST {path} HTTP/1.1\r\nauthorization: Bearer {wrong}\r\n"), b"{}");
-            assert!(denied.0 == 401 && !error(&denied).contains(TOKEN), "{path}: {denied:?}");
+        assert!(
+            none.0 == 401 && error(&none).contains("COORDINATOR_TOKEN"),
+            "{path}: {none:?}"
+        );
+        for wrong in [
+            "sixteen-letters-or-mora",
+            "",
+            "sixteen-letters-or-more-and-more",
+        ] {
+            let denied = coordinator.request(
+                &format!("POST {path} HTTP/1.1\r\nauthorization: Bearer {wrong}\r\n"),
+                b"{}",
+            );
+            assert!(
+                denied.0 == 401 && !error(&denied).contains(TOKEN),
+                "{path}: {denied:?}"
+            );
         }
     }
     for path in ["/job/x", "/result"] {
-        assert_eq!(coordinator.request(&format!("GET {path} HTTP/1.1\r\n"), b"").0, 401, "{path}");
+        assert_eq!(
+            coordinator
+                .request(&format!("GET {path} HTTP/1.1\r\n"), b"")
+                .0,
+            401,
+            "{path}"
+        );
     }
     for path in ["/events", "/metrics"] {
-        assert_eq!(coordinator.request(&format!("GET {path} HTTP/1.1\r\n"), b"").0, 401, "{path}");
+        assert_eq!(
+            coordinator
+                .request(&format!("GET {path} HTTP/1.1\r\n"), b"")
+                .0,
+            401,
+            "{path}"
+        );
     }
     assert_eq!(coordinator.request("GET / HTTP/1.1\r\n", b"").0, 200);
     assert_eq!(coordinator.get("/metrics").0, 200);
     let health = coordinator.request("GET /health HTTP/1.1\r\n", b"");
-    assert_eq!((health.0, &health.1["ok"], &health.1["phase"]), (200, &json!(true), &json!("gathering")));
+    assert_eq!(
+        (health.0, &health.1["ok"], &health.1["phase"]),
+        (200, &json!(true), &json!("gathering"))
+    );
     assert_eq!(coordinator.post("/register", &prober("ams")).0, 200);
     // The one who gave the token has it: nothing says it again.
-    assert!(!coordinator.greeting.contains(TOKEN), "{}", coordinator.greeting);
-    let journal = std::fs::read_dir(&scratch.0).unwrap().next().unwrap().unwrap().path();
+    assert!(
+        !coordinator.greeting.contains(TOKEN),
+        "{}",
+        coordinator.greeting
+    );
+    let journal = std::fs::read_dir(&scratch.0)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
     assert!(!std::fs::read_to_string(journal).unwrap().contains(TOKEN));
 }
 
@@ -225,18 +303,27 @@ fn nobody_is_let_in_without_the_token_and_everybody_may_ask_whether_it_is_well()
 fn a_token_is_made_and_printed_where_none_is_given() {
     let scratch = Scratch::new("made");
     let coordinator = Coordinator::start(&scratch, &["--expect", "1", "--subscribers", "1"]);
-    let (_, rest) = coordinator.greeting.split_once("COORDINATOR_TOKEN=").unwrap();
+    let (_, rest) = coordinator
+        .greeting
+        .split_once("COORDINATOR_TOKEN=")
+        .unwrap();
     let token = rest.split_whitespace().next().unwrap();
     assert!(token.len() >= 32, "{token}");
     let body = prober("ams").to_string();
     let register = |token: &str| {
         coordinator
-            .request(&format!("POST /register HTTP/1.1\r\nauthorization: Bearer {token}\r\n"), body.as_bytes())
+            .request(
+                &format!("POST /register HTTP/1.1\r\nauthorization: Bearer {token}\r\n"),
+                body.as_bytes(),
+            )
             .0
     };
     assert_eq!((register(TOKEN), register(token)), (401, 200));
     assert!(
-        coordinator.greeting.lines().all(|line| line.chars().count() <= 80),
+        coordinator
+            .greeting
+            .lines()
+            .all(|line| line.chars().count() <= 80),
         "{}",
         coordinator.greeting
     );
@@ -249,21 +336,48 @@ fn over_tls_a_prober_comes_in_that_trusts_the_certificate_and_no_other() {
     let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
     std::fs::write(&certificate, made.cert.pem()).unwrap();
     std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
-    let args = ["--expect", "2", "--subscribers", "1", "--tls-cert", &certificate, "--tls-key", &key];
+    let args = [
+        "--expect",
+        "2",
+        "--subscribers",
+        "1",
+        "--tls-cert",
+        &certificate,
+        "--tls-key",
+        &key,
+    ];
     let mut coordinator = Coordinator::with_token(&scratch, &args);
     assert!(
-        coordinator.greeting.contains("COORDINATOR_URL=https://127.0.0.1:"),
+        coordinator
+            .greeting
+            .contains("COORDINATOR_URL=https://127.0.0.1:"),
         "{}",
         coordinator.greeting
     );
     let prober = |scheme: &str, vantage: &str, trusted: Option<&str>| {
         let url = format!("{scheme}://127.0.0.1:{}", coordinator.port);
-        let args = ["--report-to", &url, "--coordinator-token", TOKEN, "--vantage", vantage];
+        let args = [
+            "--report-to",
+            &url,
+            "--coordinator-token",
+            TOKEN,
+            "--vantage",
+            vantage,
+        ];
         let mut command = Coordinator::command(env!("CARGO_BIN_EXE_throng"), &scratch, &args);
-        Prober(command.envs(trusted.map(|file| ("SSL_CERT_FILE", file))).spawn().unwrap())
+        Prober(
+            command
+                .envs(trusted.map(|file| ("SSL_CERT_FILE", file)))
+                .spawn()
+                .unwrap(),
+        )
     };
     let mut doubts = prober("https", "ams", None);
-    assert!(doubts.says().contains("point SSL_CERT_FILE at its authority"));
+    assert!(
+        doubts
+            .says()
+            .contains("point SSL_CERT_FILE at its authority")
+    );
     let mut plain = prober("http", "fra", None);
     assert!(plain.says().contains("write https://"));
     let mut trusts = prober("https", "iad", Some(&certificate));
@@ -278,7 +392,9 @@ impl Prober {
     /// Its first line.
     fn says(&mut self) -> String {
         let mut line = String::new();
-        BufReader::new(self.0.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+        BufReader::new(self.0.stderr.as_mut().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         line
     }
 }
@@ -298,9 +414,18 @@ fn what_makes_no_sense_is_refused_and_named() {
         (r#"{"vantage": ""}"#, "vantage"),
         (r#"{"vantage": "a\nb"}"#, "vantage"),
         (r#"{"vantage": "ams", "protocol": 1}"#, "instance"),
-        (r#"{"vantage": "ams", "protocol": 1, "instance": "i", "weight": 0}"#, "weight"),
-        (r#"{"vantage": "ams", "protocol": 1, "instance": "i", "weight": -1}"#, "-1"),
-        (r#"{"vantage": "ams", "protocol": 1, "instance": "i", "role": "king"}"#, "king"),
+        (
+            r#"{"vantage": "ams", "protocol": 1, "instance": "i", "weight": 0}"#,
+            "weight",
+        ),
+        (
+            r#"{"vantage": "ams", "protocol": 1, "instance": "i", "weight": -1}"#,
+            "-1",
+        ),
+        (
+            r#"{"vantage": "ams", "protocol": 1, "instance": "i", "role": "king"}"#,
+            "king",
+        ),
         ("NaN", "expected"),
         ("", "EOF"),
     ] {
@@ -308,42 +433,92 @@ fn what_makes_no_sense_is_refused_and_named() {
             &format!("POST /register HTTP/1.1\r\nauthorization: Bearer {TOKEN}\r\n"),
             register.as_bytes(),
         );
-        assert!(refused.0 == 400 && error(&refused).contains(says), "{register}: {refused:?}");
+        assert!(
+            refused.0 == 400 && error(&refused).contains(says),
+            "{register}: {refused:?}"
+        );
     }
-    let other = coordinator.post("/register", &json!({ "vantage": "ams", "protocol": VERSION + 1, "instance": "i" }));
+    let other = coordinator.post(
+        "/register",
+        &json!({ "vantage": "ams", "protocol": VERSION + 1, "instance": "i" }),
+    );
     assert_eq!(other.0, 409);
-    let (theirs, ours) = (format!("version {} ", VERSION + 1), format!("version {VERSION}:"));
-    assert!(error(&other).contains(&theirs) && error(&other).contains(&ours), "{other:?}");
+    let (theirs, ours) = (
+        format!("version {} ", VERSION + 1),
+        format!("version {VERSION}:"),
+    );
+    assert!(
+        error(&other).contains(&theirs) && error(&other).contains(&ours),
+        "{other:?}"
+    );
     let id = id(&coordinator.post("/register", &prober("ams")));
-    let head = |path: &str| format!("POST {path}/{id} HTTP/1.1\r\nauthorization: Bearer {TOKEN}\r\n");
+    let head =
+        |path: &str| format!("POST {path}/{id} HTTP/1.1\r\nauthorization: Bearer {TOKEN}\r\n");
     let live = r#""sent_at_us": 1, "stage": null, "ready_for": null"#;
     for (nonsense, says) in [
-        (format!(r#"{{"seq": 1, {live}, "live": {{"loss": NaN}}}}"#), "expected"),
-        (format!(r#"{{"seq": 1, {live}, "live": {{"loss": -0.5}}}}"#), "live.loss"),
-        (format!(r#"{{"seq": 1, {live}, "live": {{"loss": 1e999}}}}"#), "out of range"),
-        (format!(r#"{{"seq": -1, {live}, "live": {{}}}}"#), "-1"),
-        (format!(r#"{{"seq": 1, {live}, "live": {{}}, "frames": [[4000000, 0, 0, 1]]}}"#), "frames"),
-        (format!(r#"{{"seq": 1, {live}, "live": {{}}, "ready_for": 9}}"#), "duplicate"),
         (
-            format!(r#"{{"seq": 1, {live}, "live": {{}}, "starts": [{{"stage": 70, "skew_us": 0}}]}}"#),
+            format!(r#"{{"seq": 1, {live}, "live": {{"loss": NaN}}}}"#),
+            "expected",
+        ),
+        (
+            format!(r#"{{"seq": 1, {live}, "live": {{"loss": -0.5}}}}"#),
+            "live.loss",
+        ),
+        (
+            format!(r#"{{"seq": 1, {live}, "live": {{"loss": 1e999}}}}"#),
+            "out of range",
+        ),
+        (format!(r#"{{"seq": -1, {live}, "live": {{}}}}"#), "-1"),
+        (
+            format!(r#"{{"seq": 1, {live}, "live": {{}}, "frames": [[4000000, 0, 0, 1]]}}"#),
+            "frames",
+        ),
+        (
+            format!(r#"{{"seq": 1, {live}, "live": {{}}, "ready_for": 9}}"#),
+            "duplicate",
+        ),
+        (
+            format!(
+                r#"{{"seq": 1, {live}, "live": {{}}, "starts": [{{"stage": 70, "skew_us": 0}}]}}"#
+            ),
             "stage",
         ),
         (
-            format!(r#"{{"seq": 1, {live}, "live": {{}}, "tiers": [{{"stage": 2, "participants": 1, "seconds": -4, "record": {{}}}}]}}"#),
+            format!(
+                r#"{{"seq": 1, {live}, "live": {{}}, "tiers": [{{"stage": 2, "participants": 1, "seconds": -4, "record": {{}}}}]}}"#
+            ),
             "",
         ),
     ] {
         let refused = coordinator.request(&head("/beat"), nonsense.as_bytes());
-        assert!(refused.0 == 400 && error(&refused).contains(says), "{nonsense}: {refused:?}");
+        assert!(
+            refused.0 == 400 && error(&refused).contains(says),
+            "{nonsense}: {refused:?}"
+        );
     }
     for (nonsense, says) in [
-        (r#"{"steps": [{"clients": -2, "rtt_ms": 1, "loss_pct": 0}]}"#, "-2"),
-        (r#"{"steps": [{"clients": 2, "rtt_ms": -1, "loss_pct": 0}]}"#, "steps.rtt_ms"),
-        (r#"{"steps": [{"clients": 2, "rtt_ms": 1, "loss_pct": 101}]}"#, "steps.loss_pct"),
-        (r#"{"steps": [{"clients": 2, "rtt_ms": NaN, "loss_pct": 0}]}"#, "expected"),
+        (
+            r#"{"steps": [{"clients": -2, "rtt_ms": 1, "loss_pct": 0}]}"#,
+            "-2",
+        ),
+        (
+            r#"{"steps": [{"clients": 2, "rtt_ms": -1, "loss_pct": 0}]}"#,
+            "steps.rtt_ms",
+        ),
+        (
+            r#"{"steps": [{"clients": 2, "rtt_ms": 1, "loss_pct": 101}]}"#,
+            "steps.loss_pct",
+        ),
+        (
+            r#"{"steps": [{"clients": 2, "rtt_ms": NaN, "loss_pct": 0}]}"#,
+            "expected",
+        ),
     ] {
         let refused = coordinator.request(&head("/report"), nonsense.as_bytes());
-        assert!(refused.0 == 400 && error(&refused).contains(says), "{nonsense}: {refused:?}");
+        assert!(
+            refused.0 == 400 && error(&refused).contains(says),
+            "{nonsense}: {refused:?}"
+        );
     }
     for path in ["/beat", "/report", "/tokens"] {
         let body = if path == "/beat" {
@@ -352,11 +527,19 @@ fn what_makes_no_sense_is_refused_and_named() {
             json!({ "steps": [], "from": 0, "count": 1 })
         };
         let unknown = coordinator.post(&format!("{path}/nobody"), &body);
-        assert!(unknown.0 == 404 && error(&unknown).contains("register first"), "{path}: {unknown:?}");
+        assert!(
+            unknown.0 == 404 && error(&unknown).contains("register first"),
+            "{path}: {unknown:?}"
+        );
     }
     assert_eq!(coordinator.get("/job/nobody").0, 404);
     // It is none the worse for all this.
-    assert_eq!(coordinator.post(&format!("/beat/{id}"), &beat(1, Some(0), &json!([]))).0, 200);
+    assert_eq!(
+        coordinator
+            .post(&format!("/beat/{id}"), &beat(1, Some(0), &json!([])))
+            .0,
+        200
+    );
 }
 
 #[test]
@@ -364,25 +547,43 @@ fn a_report_of_a_gigabyte_is_refused_before_it_is_there() {
     let scratch = Scratch::new("gigabyte");
     let coordinator = Coordinator::with_token(&scratch, &["--expect", "1", "--subscribers", "1"]);
     let id = id(&coordinator.post("/register", &prober("ams")));
-    let head = format!("POST /report/{id} HTTP/1.1\r\nhost: c\r\nconnection: close\r\nauthorization: Bearer {TOKEN}\r\n");
+    let head = format!(
+        "POST /report/{id} HTTP/1.1\r\nhost: c\r\nconnection: close\r\nauthorization: Bearer {TOKEN}\r\n"
+    );
     // It says how long it is.
     let mut stream = TcpStream::connect(("127.0.0.1", coordinator.port)).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.write_all(format!("{head}content-length: 1000000000\r\n\r\n").as_bytes()).unwrap();
+    stream
+        .write_all(format!("{head}content-length: 1000000000\r\n\r\n").as_bytes())
+        .unwrap();
     let refused = answer(&mut stream);
-    assert!(refused.0 == 413 && error(&refused).contains(&REPORT_BYTES_MAX.to_string()), "{refused:?}");
+    assert!(
+        refused.0 == 413 && error(&refused).contains(&REPORT_BYTES_MAX.to_string()),
+        "{refused:?}"
+    );
     // It does not say, and goes on for as long as anybody listens.
     for (path, most) in [("report", REPORT_BYTES_MAX), ("beat", BEAT_BYTES_MAX)] {
         let mut stream = TcpStream::connect(("127.0.0.1", coordinator.port)).unwrap();
         let head = head.replace("/report/", &format!("/{path}/"));
-        stream.write_all(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes()).unwrap();
+        stream
+            .write_all(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes())
+            .unwrap();
         let part = [b"10000\r\n".as_slice(), &[b' '; 0x10000], b"\r\n"].concat();
-        let parts = (0..1_000_000_000 / 0x10000).take_while(|_| stream.write_all(&part).is_ok()).count();
+        let parts = (0..1_000_000_000 / 0x10000)
+            .take_while(|_| stream.write_all(&part).is_ok())
+            .count();
         // What is refused, and what was on its way through two socket buffers.
-        assert!(parts * 0x10000 < most + (32 << 20), "{path}: {parts} parts of 64 KiB were taken");
+        assert!(
+            parts * 0x10000 < most + (32 << 20),
+            "{path}: {parts} parts of 64 KiB were taken"
+        );
     }
-    let status = std::fs::read_to_string(format!("/proc/{}/status", coordinator.process.id())).unwrap();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let status =
+        std::fs::read_to_string(format!("/proc/{}/status", coordinator.process.id())).unwrap();
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .unwrap();
     let peak_kib: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
     assert!(peak_kib < 300 << 10, "{peak_kib} KiB");
     assert_eq!(coordinator.get("/health").0, 200);
@@ -392,7 +593,9 @@ fn a_report_of_a_gigabyte_is_refused_before_it_is_there() {
 fn clients_that_say_nothing_keep_nobody_out() {
     let scratch = Scratch::new("silent");
     let coordinator = Coordinator::with_token(&scratch, &["--expect", "1", "--subscribers", "1"]);
-    let silent: Vec<TcpStream> = (0..200).map(|_| TcpStream::connect(("127.0.0.1", coordinator.port)).unwrap()).collect();
+    let silent: Vec<TcpStream> = (0..200)
+        .map(|_| TcpStream::connect(("127.0.0.1", coordinator.port)).unwrap())
+        .collect();
     for (index, mut stream) in silent.iter().enumerate() {
         stream
             .write_all(&b"POST /register HTTP/1.1\r\ncontent-length: 40\r\n\r\n{"[..index % 48])
@@ -408,27 +611,60 @@ fn registering_again_is_no_other_prober_and_labels_are_not_shared() {
     let coordinator = Coordinator::with_token(&scratch, &["--expect", "2", "--subscribers", "4"]);
     let ams = id(&coordinator.post("/register", &prober("ams")));
     assert_eq!(id(&coordinator.post("/register", &prober("ams"))), ams);
-    let namesake = coordinator.post("/register", &json!({ "vantage": "ams", "protocol": VERSION, "instance": "another" }));
-    assert!(namesake.0 == 409 && error(&namesake).contains("'ams'"), "{namesake:?}");
-    assert_eq!(coordinator.get(&format!("/job/{ams}")).1["ready"], json!(false));
+    let namesake = coordinator.post(
+        "/register",
+        &json!({ "vantage": "ams", "protocol": VERSION, "instance": "another" }),
+    );
+    assert!(
+        namesake.0 == 409 && error(&namesake).contains("'ams'"),
+        "{namesake:?}"
+    );
+    assert_eq!(
+        coordinator.get(&format!("/job/{ams}")).1["ready"],
+        json!(false)
+    );
     id(&coordinator.post("/register", &prober("fra")));
     let full = coordinator.post("/register", &prober("sin"));
-    assert!(full.0 == 409 && error(&full).contains("--expect"), "{full:?}");
+    assert!(
+        full.0 == 409 && error(&full).contains("--expect"),
+        "{full:?}"
+    );
     let job = coordinator.get(&format!("/job/{ams}")).1;
-    assert_eq!((&job["ready"], &job["throng"]["vantages"]), (&json!(true), &json!(["ams", "fra"])));
+    assert_eq!(
+        (&job["ready"], &job["throng"]["vantages"]),
+        (&json!(true), &json!(["ams", "fra"]))
+    );
 }
 
 #[test]
 fn voicegw_s_probers_take_part_where_everybody_is_let_in() {
     let scratch = Scratch::new("voicegw");
-    let args = ["--no-auth", "--expect", "2", "--ramp", "2,5", "--duration", "1", "--room", "hall"];
-    let coordinator = Coordinator::start(&scratch, &[&args[..], &["--target-rtt-ms", "50", "--max-loss", "2"]].concat());
-    let call = |method: &str, path: &str, body: &str| coordinator.request(&format!("{method} {path} HTTP/1.1\r\n"), body.as_bytes());
+    let args = [
+        "--no-auth",
+        "--expect",
+        "2",
+        "--ramp",
+        "2,5",
+        "--duration",
+        "1",
+        "--room",
+        "hall",
+    ];
+    let coordinator = Coordinator::start(
+        &scratch,
+        &[&args[..], &["--target-rtt-ms", "50", "--max-loss", "2"]].concat(),
+    );
+    let call = |method: &str, path: &str, body: &str| {
+        coordinator.request(&format!("{method} {path} HTTP/1.1\r\n"), body.as_bytes())
+    };
     let first = call("POST", "/register", r#"{"vantage": "ams"}"#);
     assert_eq!((first.0, &first.1["expected"]), (200, &json!(2)));
     let first = id(&first);
     let waiting = call("GET", &format!("/job/{first}"), "").1;
-    assert_eq!((&waiting["ready"], &waiting["start_at"]), (&json!(false), &json!(null)));
+    assert_eq!(
+        (&waiting["ready"], &waiting["start_at"]),
+        (&json!(false), &json!(null))
+    );
     let second = id(&call("POST", "/register", r#"{"vantage": "fra"}"#));
     // The run is armed within the coordinator's next look.
     let asked = Instant::now();
@@ -441,16 +677,33 @@ fn voicegw_s_probers_take_part_where_everybody_is_let_in() {
     };
     assert!(job["start_at"].as_f64().unwrap() > 1.7e9);
     let (room, ramp, duration) = (&job["room"], &job["ramp"], job["duration"].as_f64());
-    assert_eq!((room, ramp, duration), (&json!("hall"), &json!([2, 5]), Some(1.0)));
-    assert_eq!((job["target_rtt_ms"].as_f64(), job["max_loss"].as_f64()), (Some(50.0), Some(2.0)));
+    assert_eq!(
+        (room, ramp, duration),
+        (&json!("hall"), &json!([2, 5]), Some(1.0))
+    );
+    assert_eq!(
+        (job["target_rtt_ms"].as_f64(), job["max_loss"].as_f64()),
+        (Some(50.0), Some(2.0))
+    );
     let steps = |rtt: f64| {
         let step = |clients: u32, rtt: f64| json!({ "clients": clients, "rtt_ms": rtt, "loss_pct": 0.0, "quality": "Good", "samples": 9, "rtt_stat": "mean_of_n" });
         json!({ "vantage": "x", "steps": [step(2, rtt), step(5, rtt * 2.0)] }).to_string()
     };
     let one = call("POST", &format!("/report/{first}"), &steps(12.0));
-    assert_eq!((one.0, &one.1), (200, &json!({ "ok": true, "all_reported": false })));
+    assert_eq!(
+        (one.0, &one.1),
+        (200, &json!({ "ok": true, "all_reported": false }))
+    );
     let result = call("GET", "/result", "").1;
-    for name in ["vantages", "combined", "knee", "unmeasured_tiers", "target_rtt_ms", "max_loss", "dropped"] {
+    for name in [
+        "vantages",
+        "combined",
+        "knee",
+        "unmeasured_tiers",
+        "target_rtt_ms",
+        "max_loss",
+        "dropped",
+    ] {
         assert!(result.get(name).is_some(), "{name}: {result}");
     }
     let both = call("POST", &format!("/report/{second}"), &steps(30.0));
@@ -480,43 +733,97 @@ fn killed_and_started_again_on_its_journal_it_goes_on_with_all_that_it_had_taken
     let job = coordinator.get(&format!("/job/{}", ids[0])).1;
     for (index, id) in ids.iter().enumerate() {
         for seq in 1..=10u64 {
-            let taken = coordinator.post(&format!("/beat/{id}"), &beat(seq, Some(0), &json!([tier(2, seq + index as u64 * 10)])));
+            let taken = coordinator.post(
+                &format!("/beat/{id}"),
+                &beat(seq, Some(0), &json!([tier(2, seq + index as u64 * 10)])),
+            );
             assert_eq!((taken.0, &taken.1["seq"]), (200, &json!(seq)));
         }
     }
     coordinator.kill();
     let other = Command::new(env!("CARGO_BIN_EXE_throng"))
-        .args(["--coordinator", "--coordinator-bind", "127.0.0.1", "--coordinator-port", "0"])
-        .args(["--expect", "3", "--ramp", "4,8", "--duration", "5", "--journal", &journal])
+        .args([
+            "--coordinator",
+            "--coordinator-bind",
+            "127.0.0.1",
+            "--coordinator-port",
+            "0",
+        ])
+        .args([
+            "--expect",
+            "3",
+            "--ramp",
+            "4,8",
+            "--duration",
+            "5",
+            "--journal",
+            &journal,
+        ])
         .output()
         .unwrap();
     let why = String::from_utf8_lossy(&other.stderr).into_owned();
-    assert!(other.status.code() == Some(1) && why.contains("other flags"), "{why}");
+    assert!(
+        other.status.code() == Some(1) && why.contains("other flags"),
+        "{why}"
+    );
 
     // What a crash leaves at the end of a file.
-    let mut file = std::fs::OpenOptions::new().append(true).open(&journal).unwrap();
-    file.write_all(b"0badc0de {\"entry\":\"beat\",\"at_us\":17").unwrap();
+    let mut file = std::fs::OpenOptions::new()
+        .append(true)
+        .open(&journal)
+        .unwrap();
+    file.write_all(b"0badc0de {\"entry\":\"beat\",\"at_us\":17")
+        .unwrap();
     drop(file);
     let coordinator = Coordinator::with_token(&scratch, &args);
-    assert!(coordinator.greeting.contains("goes on"), "{}", coordinator.greeting);
-    assert_eq!(coordinator.get(&format!("/job/{}", ids[0])).1, job, "the same run");
+    assert!(
+        coordinator.greeting.contains("goes on"),
+        "{}",
+        coordinator.greeting
+    );
+    assert_eq!(
+        coordinator.get(&format!("/job/{}", ids[0])).1,
+        job,
+        "the same run"
+    );
     // The same process registers again, a late beat comes, and one that is new.
     assert_eq!(id(&coordinator.post("/register", &prober("ams"))), ids[0]);
     assert_eq!(
-        coordinator.post(&format!("/beat/{}", ids[0]), &beat(3, Some(0), &json!([tier(2, 3)]))).0,
+        coordinator
+            .post(
+                &format!("/beat/{}", ids[0]),
+                &beat(3, Some(0), &json!([tier(2, 3)]))
+            )
+            .0,
         200
     );
-    let order = coordinator.post(&format!("/beat/{}", ids[0]), &beat(11, Some(0), &json!([]))).1;
+    let order = coordinator
+        .post(&format!("/beat/{}", ids[0]), &beat(11, Some(0), &json!([])))
+        .1;
     assert_eq!(order["order"]["do"], json!("start"), "{order}");
     for (vantage, id) in ["ams", "fra"].iter().zip(&ids) {
-        assert_eq!(coordinator.post(&format!("/report/{id}"), &final_report(vantage)).0, 200);
+        assert_eq!(
+            coordinator
+                .post(&format!("/report/{id}"), &final_report(vantage))
+                .0,
+            200
+        );
     }
     let (said, _) = coordinator.end();
     assert!(said.contains("cut short"), "{said}");
-    let result: Value = serde_json::from_str(&std::fs::read_to_string(&json_file).unwrap()).unwrap();
+    let result: Value =
+        serde_json::from_str(&std::fs::read_to_string(&json_file).unwrap()).unwrap();
     let first = &result["steps"][0]["session"];
-    assert_eq!(first["joins_ok"], json!(10 + 20), "what both had acknowledged: {}", result["steps"][0]);
-    assert!(std::fs::metadata(&journal).is_ok(), "it was asked for by name, and stays");
+    assert_eq!(
+        first["joins_ok"],
+        json!(10 + 20),
+        "what both had acknowledged: {}",
+        result["steps"][0]
+    );
+    assert!(
+        std::fs::metadata(&journal).is_ok(),
+        "it was asked for by name, and stays"
+    );
     // Once more on the same journal: the same result, and nobody is waited for.
     let again = Command::new(env!("CARGO_BIN_EXE_throng"))
         .args([
@@ -531,7 +838,10 @@ fn killed_and_started_again_on_its_journal_it_goes_on_with_all_that_it_had_taken
         .args(args)
         .output()
         .unwrap();
-    assert!(String::from_utf8_lossy(&again.stderr).contains("is over"), "{again:?}");
+    assert!(
+        String::from_utf8_lossy(&again.stderr).contains("is over"),
+        "{again:?}"
+    );
 }
 
 #[test]
@@ -548,8 +858,14 @@ fn a_full_disk_acknowledges_nothing_and_the_run_goes_on_when_there_is_room() {
         "--coordinator-token",
         TOKEN,
     ];
-    let mut command = Coordinator::command("bash", &scratch, &["-c", limited, env!("CARGO_BIN_EXE_throng")]);
-    command.args(args).args(["--expect", "1", "--ramp", "4", "--duration", "5"]);
+    let mut command = Coordinator::command(
+        "bash",
+        &scratch,
+        &["-c", limited, env!("CARGO_BIN_EXE_throng")],
+    );
+    command
+        .args(args)
+        .args(["--expect", "1", "--ramp", "4", "--duration", "5"]);
     let mut coordinator = Coordinator::spawned(command);
     let id = id(&coordinator.post("/register", &prober("ams")));
     let path = format!("/beat/{id}");
@@ -558,7 +874,10 @@ fn a_full_disk_acknowledges_nothing_and_the_run_goes_on_when_there_is_room() {
         .collect();
     let taken = answers.iter().filter(|answer| answer.0 == 200).count() as u64;
     assert!(
-        taken >= 2 && answers[taken as usize..].iter().all(|answer| answer.0 == 503),
+        taken >= 2
+            && answers[taken as usize..]
+                .iter()
+                .all(|answer| answer.0 == 503),
         "{taken} were taken"
     );
     let refused = answers.last().unwrap();
@@ -567,11 +886,16 @@ fn a_full_disk_acknowledges_nothing_and_the_run_goes_on_when_there_is_room() {
         "{refused:?}"
     );
     let health = coordinator.get("/health");
-    assert!(health.0 == 503 && health.1["problem"].as_str().unwrap().contains("journal"), "{health:?}");
+    assert!(
+        health.0 == 503 && health.1["problem"].as_str().unwrap().contains("journal"),
+        "{health:?}"
+    );
     // What it has taken it has, and no more.
     let joins = |coordinator: &Coordinator| {
         let result = coordinator.get("/result").1;
-        result["steps"][0]["session"]["joins_ok"].as_u64().unwrap_or_else(|| panic!("{result}"))
+        result["steps"][0]["session"]["joins_ok"]
+            .as_u64()
+            .unwrap_or_else(|| panic!("{result}"))
     };
     assert_eq!(joins(&coordinator), taken);
     coordinator.hear("takes nothing");
@@ -579,23 +903,51 @@ fn a_full_disk_acknowledges_nothing_and_the_run_goes_on_when_there_is_room() {
         current: None,
         maximum: None,
     };
-    prlimit(Pid::from_raw(coordinator.process.id() as i32), Resource::Fsize, room).unwrap();
-    assert_eq!(coordinator.post(&path, &beat(31, Some(0), &json!([tier(2, 31)]))).0, 200);
+    prlimit(
+        Pid::from_raw(coordinator.process.id() as i32),
+        Resource::Fsize,
+        room,
+    )
+    .unwrap();
+    assert_eq!(
+        coordinator
+            .post(&path, &beat(31, Some(0), &json!([tier(2, 31)])))
+            .0,
+        200
+    );
     coordinator.hear("takes entries again");
     assert_eq!(coordinator.get("/health").0, 200);
-    assert_eq!(coordinator.post(&format!("/report/{id}"), &final_report("ams")).0, 200);
+    assert_eq!(
+        coordinator
+            .post(&format!("/report/{id}"), &final_report("ams"))
+            .0,
+        200
+    );
     assert_eq!(coordinator.end().1, 1, "its prober had not finished");
 }
 
 #[test]
 fn whoever_is_told_to_stop_reports_and_that_ends_it() {
     let scratch = Scratch::new("cancel");
-    let coordinator = Coordinator::with_token(&scratch, &["--expect", "1", "--ramp", "4", "--duration", "1h"]);
+    let coordinator = Coordinator::with_token(
+        &scratch,
+        &["--expect", "1", "--ramp", "4", "--duration", "1h"],
+    );
     let id = id(&coordinator.post("/register", &prober("ams")));
-    assert_eq!(coordinator.post("/cancel", &Value::Null).1, json!({ "stopping": 1 }));
-    let told = coordinator.post(&format!("/beat/{id}"), &beat(1, None, &json!([]))).1;
+    assert_eq!(
+        coordinator.post("/cancel", &Value::Null).1,
+        json!({ "stopping": 1 })
+    );
+    let told = coordinator
+        .post(&format!("/beat/{id}"), &beat(1, None, &json!([])))
+        .1;
     assert_eq!(told["order"]["do"], json!("stop"), "{told}");
-    assert_eq!(coordinator.post(&format!("/report/{id}"), &final_report("ams")).0, 200);
+    assert_eq!(
+        coordinator
+            .post(&format!("/report/{id}"), &final_report("ams"))
+            .0,
+        200
+    );
     let (said, code) = coordinator.end();
     assert!(code == 1 && said.contains("cancelled"), "{code}: {said}");
 }
@@ -603,7 +955,10 @@ fn whoever_is_told_to_stop_reports_and_that_ends_it() {
 #[test]
 fn a_coordinator_that_stood_still_says_so_and_the_result_does() {
     let scratch = Scratch::new("standstill");
-    let mut coordinator = Coordinator::with_token(&scratch, &["--expect", "1", "--ramp", "4", "--duration", "1h"]);
+    let mut coordinator = Coordinator::with_token(
+        &scratch,
+        &["--expect", "1", "--ramp", "4", "--duration", "1h"],
+    );
     let id = id(&coordinator.post("/register", &prober("ams")));
     coordinator.hear("All are in.");
     coordinator.signal(Signal::STOP);
@@ -611,11 +966,19 @@ fn a_coordinator_that_stood_still_says_so_and_the_result_does() {
     coordinator.signal(Signal::CONT);
     coordinator.hear("warning: the coordinator stood still for");
     coordinator.post("/cancel", &Value::Null);
-    assert_eq!(coordinator.post(&format!("/report/{id}"), &final_report("ams")).0, 200);
+    assert_eq!(
+        coordinator
+            .post(&format!("/report/{id}"), &final_report("ams"))
+            .0,
+        200
+    );
     let (said, _) = coordinator.end();
-    let (_, notes) = said.split_once("Notes\n").unwrap_or_else(|| panic!("{said}"));
+    let (_, notes) = said
+        .split_once("Notes\n")
+        .unwrap_or_else(|| panic!("{said}"));
     assert!(
-        notes.starts_with("  the coordinator stood still for ") && notes.contains("its host was busy"),
+        notes.starts_with("  the coordinator stood still for ")
+            && notes.contains("its host was busy"),
         "{said}"
     );
 }
@@ -628,31 +991,112 @@ fn what_cannot_begin_says_why_and_what_to_do() {
     let missing = scratch.file("missing.pem");
     // Nobody answers there.
     let nowhere = format!("http://{}", taken.local_addr().unwrap());
-    let tls = ["--expect", "1", "--subscribers", "1", "--tls-cert", &missing, "--tls-key", &missing];
+    let tls = [
+        "--expect",
+        "1",
+        "--subscribers",
+        "1",
+        "--tls-cert",
+        &missing,
+        "--tls-key",
+        &missing,
+    ];
     for (args, code, says) in [
-        (&["--expect", "0", "--subscribers", "1"][..], 2, "--expect 0 waits for nobody"),
+        (
+            &["--expect", "0", "--subscribers", "1"][..],
+            2,
+            "--expect 0 waits for nobody",
+        ),
         (&["--subscribers", "1"], 2, "add --expect"),
         (&["--expect", "300", "--subscribers", "1"], 2, "at most 256"),
         (&["--expect", "2"], 2, "add --ramp"),
-        (&["--expect", "2", "--find-knee", "--max", "20"], 2, "with --ramp"),
-        (&["--expect", "2", "--subscribers", "1", "--coordinator-token", "short"], 2, "16 to 256"),
         (
-            &["--expect", "2", "--subscribers", "1", "--report-to", "http://h:1"],
+            &["--expect", "2", "--find-knee", "--max", "20"],
+            2,
+            "with --ramp",
+        ),
+        (
+            &[
+                "--expect",
+                "2",
+                "--subscribers",
+                "1",
+                "--coordinator-token",
+                "short",
+            ],
+            2,
+            "16 to 256",
+        ),
+        (
+            &[
+                "--expect",
+                "2",
+                "--subscribers",
+                "1",
+                "--report-to",
+                "http://h:1",
+            ],
             2,
             "leave one of them out",
         ),
-        (&["--expect", "2", "--subscribers", "600000"], 2, "more than 1000000"),
-        (&["--expect", "2", "--subscribers", "1", "--vantage", "ams"], 2, "for a prober"),
-        (&["--expect", "1", "--subscribers", "1", "--coordinator-port", &port], 1, "is in use"),
-        (&["--expect", "1", "--subscribers", "1", "--wait-for-probers", "1"], 1, "nobody was in"),
         (
-            &["--expect", "1", "--subscribers", "1", "--journal", "/proc/no/such.journal"],
+            &["--expect", "2", "--subscribers", "600000"],
+            2,
+            "more than 1000000",
+        ),
+        (
+            &["--expect", "2", "--subscribers", "1", "--vantage", "ams"],
+            2,
+            "for a prober",
+        ),
+        (
+            &[
+                "--expect",
+                "1",
+                "--subscribers",
+                "1",
+                "--coordinator-port",
+                &port,
+            ],
+            1,
+            "is in use",
+        ),
+        (
+            &[
+                "--expect",
+                "1",
+                "--subscribers",
+                "1",
+                "--wait-for-probers",
+                "1",
+            ],
+            1,
+            "nobody was in",
+        ),
+        (
+            &[
+                "--expect",
+                "1",
+                "--subscribers",
+                "1",
+                "--journal",
+                "/proc/no/such.journal",
+            ],
             1,
             "cannot write the journal",
         ),
         (&tls, 1, "--tls-cert"),
         (
-            &["--expect", "1", "--subscribers", "1", "--url", &nowhere, "--server-metrics", &nowhere],
+            &[
+                "--expect",
+                "1",
+                "--subscribers",
+                "1",
+                "--url",
+                &nowhere,
+                "--server-metrics",
+                &nowhere,
+            ],
             1,
             "cannot be read",
         ),
@@ -662,8 +1106,15 @@ fn what_cannot_begin_says_why_and_what_to_do() {
         } else {
             &["--coordinator-port", "0"]
         };
-        let all = [&["--coordinator", "--coordinator-bind", "127.0.0.1"], first, args].concat();
-        let output = Coordinator::command(env!("CARGO_BIN_EXE_throng"), &scratch, &all).output().unwrap();
+        let all = [
+            &["--coordinator", "--coordinator-bind", "127.0.0.1"],
+            first,
+            args,
+        ]
+        .concat();
+        let output = Coordinator::command(env!("CARGO_BIN_EXE_throng"), &scratch, &all)
+            .output()
+            .unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(
             output.status.code() == Some(code) && said.contains(says),
@@ -671,29 +1122,55 @@ fn what_cannot_begin_says_why_and_what_to_do() {
             output.status
         );
     }
-    assert_eq!(std::fs::read_dir(&scratch.0).unwrap().count(), 0, "nothing is left behind");
+    assert_eq!(
+        std::fs::read_dir(&scratch.0).unwrap().count(),
+        0,
+        "nothing is left behind"
+    );
 }
 
 #[test]
 fn a_rehearsal_shows_the_stages_and_begins_nothing() {
     let scratch = Scratch::new("rehearsal");
     let rehearse = |args: &str| {
-        let args: Vec<&str> = "--coordinator --dry-run".split(' ').chain(args.split(' ')).collect();
-        let output = Coordinator::command(env!("CARGO_BIN_EXE_throng"), &scratch, &args).output().unwrap();
-        let [said, told] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+        let args: Vec<&str> = "--coordinator --dry-run"
+            .split(' ')
+            .chain(args.split(' '))
+            .collect();
+        let output = Coordinator::command(env!("CARGO_BIN_EXE_throng"), &scratch, &args)
+            .output()
+            .unwrap();
+        let [said, told] =
+            [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
         (output.status.code(), said, told)
     };
     for (hosts, rows) in [
-        ("3", ["3             1      15s", "6             2      15s", "30            10      15s"]),
+        (
+            "3",
+            [
+                "3             1      15s",
+                "6             2      15s",
+                "30            10      15s",
+            ],
+        ),
         (
             "256",
-            ["256             1      15s", "512             2      15s", "2,560            10      15s"],
+            [
+                "256             1      15s",
+                "512             2      15s",
+                "2,560            10      15s",
+            ],
         ),
     ] {
         let (code, said, told) = rehearse(&format!("--expect {hosts} --ramp 2,10 --publishers 2"));
         assert_eq!(code, Some(0), "{told}");
-        let (stages, first) = said.split_once("The first of them:\n").expect("one host's part");
-        assert!(stages.lines().all(|line| line.chars().count() <= 80), "{stages}");
+        let (stages, first) = said
+            .split_once("The first of them:\n")
+            .expect("one host's part");
+        assert!(
+            stages.lines().all(|line| line.chars().count() <= 80),
+            "{stages}"
+        );
         for row in rows {
             assert!(stages.contains(row), "{row}: {stages}");
         }
@@ -709,5 +1186,9 @@ fn a_rehearsal_shows_the_stages_and_begins_nothing() {
         code == Some(2) && said.is_empty() && told.contains("nothing to do"),
         "{code:?} {said} {told}"
     );
-    assert_eq!(std::fs::read_dir(&scratch.0).unwrap().count(), 0, "nothing is left behind");
+    assert_eq!(
+        std::fs::read_dir(&scratch.0).unwrap().count(),
+        0,
+        "nothing is left behind"
+    );
 }

@@ -16,7 +16,8 @@ fn read(path: &str) -> String {
 }
 
 fn documents(path: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let text =
+        fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_saphyr::from_multiple(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
@@ -35,7 +36,9 @@ fn kubernetes() -> Vec<Value> {
 }
 
 fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
-    let found = objects.iter().find(|object| object["kind"] == kind && object["metadata"]["name"] == name);
+    let found = objects
+        .iter()
+        .find(|object| object["kind"] == kind && object["metadata"]["name"] == name);
     found.unwrap_or_else(|| panic!("no {kind} {name}"))
 }
 
@@ -48,20 +51,37 @@ fn pods(objects: &[Value]) -> Vec<(&str, &Value)> {
     };
     objects
         .iter()
-        .filter_map(|object| Some((object["metadata"]["name"].as_str()?, object.pointer(pod(object)?)?)))
+        .filter_map(|object| {
+            Some((
+                object["metadata"]["name"].as_str()?,
+                object.pointer(pod(object)?)?,
+            ))
+        })
         .collect()
 }
 
 fn texts(list: &Value) -> Vec<&str> {
-    list.as_array().into_iter().flatten().map(|text| text.as_str().expect("a text")).collect()
+    list.as_array()
+        .into_iter()
+        .flatten()
+        .map(|text| text.as_str().expect("a text"))
+        .collect()
 }
 
 fn keys(object: &Value) -> Vec<&str> {
-    object.as_object().into_iter().flatten().map(|(key, _)| key.as_str()).collect()
+    object
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(key, _)| key.as_str())
+        .collect()
 }
 
 fn help() -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_throng")).arg("--help").output().expect("throng runs");
+    let output = Command::new(env!("CARGO_BIN_EXE_throng"))
+        .arg("--help")
+        .output()
+        .expect("throng runs");
     String::from_utf8(output.stdout).expect("text")
 }
 
@@ -95,14 +115,18 @@ fn arguments() -> Vec<String> {
         );
     }
     let readme = read("deploy/README.md");
-    let commands = readme.lines().filter_map(|line| line.strip_prefix("throng "));
+    let commands = readme
+        .lines()
+        .filter_map(|line| line.strip_prefix("throng "));
     arguments.extend(commands.flat_map(str::split_whitespace).map(str::to_owned));
     arguments.retain(|argument| argument.starts_with("--"));
     arguments
 }
 
 fn expected(arguments: &Value) -> u64 {
-    let expected = texts(arguments).into_iter().find_map(|argument| argument.strip_prefix("--expect="));
+    let expected = texts(arguments)
+        .into_iter()
+        .find_map(|argument| argument.strip_prefix("--expect="));
     expected.expect("--expect").parse().expect("a number")
 }
 
@@ -130,11 +154,23 @@ fn every_variable_is_one_that_throng_reads() {
         }
     }
     let objects = kubernetes();
-    used.extend(keys(&object(&objects, "Secret", "throng")["stringData"]).into_iter().map(str::to_owned));
+    used.extend(
+        keys(&object(&objects, "Secret", "throng")["stringData"])
+            .into_iter()
+            .map(str::to_owned),
+    );
     for (_, pod) in pods(&objects) {
-        let variables = pod["containers"][0]["env"].as_array().cloned().unwrap_or_default();
-        let values: String = variables.iter().filter_map(|variable| variable["value"].as_str()).collect();
-        let names = variables.iter().map(|variable| variable["name"].as_str().expect("a name").to_owned());
+        let variables = pod["containers"][0]["env"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        let values: String = variables
+            .iter()
+            .filter_map(|variable| variable["value"].as_str())
+            .collect();
+        let names = variables
+            .iter()
+            .map(|variable| variable["name"].as_str().expect("a name").to_owned());
         // Some are only there for others to be made of.
         used.extend(names.filter(|name| !values.contains(&format!("$({name})"))));
     }
@@ -146,13 +182,21 @@ fn every_variable_is_one_that_throng_reads() {
         "{used:?}"
     );
     for name in used {
-        assert!(known.contains(name.as_str()), "{name} is not in throng --help");
+        assert!(
+            known.contains(name.as_str()),
+            "{name} is not in throng --help"
+        );
     }
 }
 
 #[test]
 fn a_prober_needs_its_environment_alone() {
-    let entry = |container: &Value, command: &str| assert!(container[command].is_null() && container["entrypoint"].is_null(), "{container}");
+    let entry = |container: &Value, command: &str| {
+        assert!(
+            container[command].is_null() && container["entrypoint"].is_null(),
+            "{container}"
+        )
+    };
     let compose = compose();
     let probers: Vec<&Value> = compose["services"]
         .as_object()
@@ -163,21 +207,36 @@ fn a_prober_needs_its_environment_alone() {
         .collect();
     let labels: BTreeSet<&str> = probers
         .iter()
-        .map(|prober| prober["environment"]["VOICEGW_REGION"].as_str().expect("a label"))
+        .map(|prober| {
+            prober["environment"]["VOICEGW_REGION"]
+                .as_str()
+                .expect("a label")
+        })
         .collect();
     assert_eq!(labels.len(), probers.len(), "no two vantages are the same");
     probers.iter().for_each(|prober| entry(prober, "command"));
-    assert_eq!(expected(&compose["services"]["coordinator"]["command"]), probers.len() as u64);
+    assert_eq!(
+        expected(&compose["services"]["coordinator"]["command"]),
+        probers.len() as u64
+    );
 
     let objects = kubernetes();
     let job = &object(&objects, "Job", "throng-prober")["spec"];
     let container = &job["template"]["spec"]["containers"][0];
     entry(container, "command");
     assert!(container["args"].is_null() && job["completionMode"] == "Indexed");
-    let coordinator = &object(&objects, "Job", "throng-coordinator")["spec"]["template"]["spec"]["containers"][0];
+    let coordinator =
+        &object(&objects, "Job", "throng-coordinator")["spec"]["template"]["spec"]["containers"][0];
     let expected = Value::from(expected(&coordinator["args"]));
-    assert_eq!((&job["completions"], &job["parallelism"]), (&expected, &expected));
-    assert!(read("deploy/prober/Dockerfile").lines().any(|line| line == "ENTRYPOINT [\"throng\"]"));
+    assert_eq!(
+        (&job["completions"], &job["parallelism"]),
+        (&expected, &expected)
+    );
+    assert!(
+        read("deploy/prober/Dockerfile")
+            .lines()
+            .any(|line| line == "ENTRYPOINT [\"throng\"]")
+    );
 }
 
 #[test]
@@ -192,35 +251,61 @@ fn all_find_the_coordinator_where_it_listens() {
     let objects = kubernetes();
     let service = object(&objects, "Service", "throng-coordinator");
     let coordinator = &object(&objects, "Job", "throng-coordinator")["spec"]["template"];
-    assert_eq!(service["spec"]["selector"]["app"], coordinator["metadata"]["labels"]["app"]);
+    assert_eq!(
+        service["spec"]["selector"]["app"],
+        coordinator["metadata"]["labels"]["app"]
+    );
     assert_eq!(service["spec"]["ports"][0]["port"], PORT);
-    assert_eq!(coordinator["spec"]["containers"][0]["ports"][0]["containerPort"], PORT);
-    let prober = &object(&objects, "Job", "throng-prober")["spec"]["template"]["spec"]["containers"][0];
+    assert_eq!(
+        coordinator["spec"]["containers"][0]["ports"][0]["containerPort"],
+        PORT
+    );
+    let prober =
+        &object(&objects, "Job", "throng-prober")["spec"]["template"]["spec"]["containers"][0];
     let url = prober["env"]
         .as_array()
         .expect("a list")
         .iter()
         .find(|variable| variable["name"] == "COORDINATOR_URL");
-    assert_eq!(url.expect("its address")["value"], format!("http://throng-coordinator:{PORT}"));
-    assert!(help().contains(&PORT.to_string()), "it is the port where nothing else is said");
+    assert_eq!(
+        url.expect("its address")["value"],
+        format!("http://throng-coordinator:{PORT}")
+    );
+    assert!(
+        help().contains(&PORT.to_string()),
+        "it is the port where nothing else is said"
+    );
 }
 
 #[test]
 fn nobody_is_root() {
     let dockerfile = read("deploy/prober/Dockerfile");
     let last_stage = dockerfile.rsplit_once("\nFROM ").expect("several stages").1;
-    let user = last_stage.lines().rev().find_map(|line| line.strip_prefix("USER ")).expect("a user");
-    let ids: Vec<u32> = user.split(':').map(|id| id.parse().expect("a number: schedulers look at it")).collect();
+    let user = last_stage
+        .lines()
+        .rev()
+        .find_map(|line| line.strip_prefix("USER "))
+        .expect("a user");
+    let ids: Vec<u32> = user
+        .split(':')
+        .map(|id| id.parse().expect("a number: schedulers look at it"))
+        .collect();
     assert!(ids.len() == 2 && ids.iter().all(|id| *id > 0), "{user}");
     let objects = kubernetes();
     let pods = pods(&objects);
     assert_eq!(pods.len(), 3);
     for (name, pod) in pods {
         assert_eq!(pod["securityContext"]["runAsNonRoot"], true, "{name}");
-        assert_eq!(pod["securityContext"]["fsGroup"], ids[1], "{name} may write into its volume");
+        assert_eq!(
+            pod["securityContext"]["fsGroup"], ids[1],
+            "{name} may write into its volume"
+        );
         let container = &pod["containers"][0]["securityContext"];
         assert_eq!(
-            (&container["allowPrivilegeEscalation"], &container["capabilities"]["drop"][0]),
+            (
+                &container["allowPrivilegeEscalation"],
+                &container["capabilities"]["drop"][0]
+            ),
             (&Value::from(false), &Value::from("ALL")),
             "{name}"
         );
@@ -233,11 +318,18 @@ fn the_image_is_built_of_what_is_here() {
         .lines()
         .filter_map(|line| line.strip_prefix('!').map(str::to_owned))
         .collect();
-    assert!(kept.iter().all(|path| root().join(path).exists()), "{kept:?}");
+    assert!(
+        kept.iter().all(|path| root().join(path).exists()),
+        "{kept:?}"
+    );
     // Cargo reads the manifest only where all that it names is there.
     let manifest: toml::Table = read("Cargo.toml").parse().expect("TOML");
     let benches = manifest["bench"].as_array().expect("benches");
     assert!(!benches.is_empty() && kept.iter().any(|path| path == "benches"));
     let included = fs::read_dir(root().join("src")).expect("the source");
-    assert!(included.count() > 0 && kept.iter().any(|path| path == "src") && kept.iter().any(|path| path == "Cargo.lock"));
+    assert!(
+        included.count() > 0
+            && kept.iter().any(|path| path == "src")
+            && kept.iter().any(|path| path == "Cargo.lock")
+    );
 }

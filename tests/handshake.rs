@@ -24,7 +24,10 @@ struct End {
 }
 
 fn ends(identities: [&Identity; 2], epoch: Epoch) -> [End; 2] {
-    let addresses: [SocketAddr; 2] = ["192.0.2.1:1000".parse().unwrap(), "192.0.2.2:2000".parse().unwrap()];
+    let addresses: [SocketAddr; 2] = [
+        "192.0.2.1:1000".parse().unwrap(),
+        "192.0.2.2:2000".parse().unwrap(),
+    ];
     let credentials = [IceCredentials::random(), IceCredentials::random()];
     [0, 1].map(|me| {
         let parameters = PeerParameters {
@@ -92,8 +95,12 @@ fn connect(ends: &mut [End; 2], link: &mut Link) -> Result<Time, String> {
             .min(link.next_at())
             .max(now + Duration::from_micros(10));
         while let Some((_, datagram)) = link.poll(now) {
-            let end = ends.iter_mut().find(|end| end.address == datagram.to).unwrap();
-            end.peer.handle_setup_datagram(&datagram.bytes, datagram.from, now);
+            let end = ends
+                .iter_mut()
+                .find(|end| end.address == datagram.to)
+                .unwrap();
+            end.peer
+                .handle_setup_datagram(&datagram.bytes, datagram.from, now);
         }
         for end in ends.iter_mut().filter(|end| end.peer.next_timeout() <= now) {
             end.peer.handle_timeout(now);
@@ -108,7 +115,10 @@ fn connect(ends: &mut [End; 2], link: &mut Link) -> Result<Time, String> {
 
 #[test]
 fn a_thousand_seeds_of_a_handshake_at_5_percent_loss_all_connect() {
-    let (identities, epoch) = ([Identity::generate().unwrap(), Identity::generate().unwrap()], Epoch::read());
+    let (identities, epoch) = (
+        [Identity::generate().unwrap(), Identity::generate().unwrap()],
+        Epoch::read(),
+    );
     let conditions = Conditions {
         loss: 0.05,
         duplication: 0.02,
@@ -136,21 +146,31 @@ fn a_thousand_seeds_of_a_handshake_at_5_percent_loss_all_connect() {
 
 #[test]
 fn a_handshake_survives_15_percent_loss() {
-    let (identities, epoch) = ([Identity::generate().unwrap(), Identity::generate().unwrap()], Epoch::read());
+    let (identities, epoch) = (
+        [Identity::generate().unwrap(), Identity::generate().unwrap()],
+        Epoch::read(),
+    );
     let conditions = Conditions {
         loss: 0.15,
         delay: Duration::from_millis(10),
         ..Conditions::default()
     };
     for seed in 0..50 {
-        connect(&mut ends([&identities[0], &identities[1]], epoch), &mut Link::new(conditions, seed))
-            .unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        connect(
+            &mut ends([&identities[0], &identities[1]], epoch),
+            &mut Link::new(conditions, seed),
+        )
+        .unwrap_or_else(|why| panic!("seed {seed}: {why}"));
     }
 }
 
 #[test]
 fn a_certificate_that_was_not_promised_is_refused() {
-    let (identity, other, epoch) = (Identity::generate().unwrap(), Identity::generate().unwrap(), Epoch::read());
+    let (identity, other, epoch) = (
+        Identity::generate().unwrap(),
+        Identity::generate().unwrap(),
+        Epoch::read(),
+    );
     // The first end expects `identity` and meets `other`.
     let mut ends = ends([&identity, &identity], epoch);
     let mut impostors = {
@@ -165,8 +185,18 @@ fn a_certificate_that_was_not_promised_is_refused() {
             dtls_active: me == 0,
         };
         [
-            Peer::new(&identity, &parameters(0, identity.fingerprint()), epoch, Time::ZERO),
-            Peer::new(&other, &parameters(1, identity.fingerprint()), epoch, Time::ZERO),
+            Peer::new(
+                &identity,
+                &parameters(0, identity.fingerprint()),
+                epoch,
+                Time::ZERO,
+            ),
+            Peer::new(
+                &other,
+                &parameters(1, identity.fingerprint()),
+                epoch,
+                Time::ZERO,
+            ),
         ]
     };
     ends.iter_mut()
@@ -192,9 +222,11 @@ fn garbage_and_foreign_datagrams_do_no_harm_to_a_peer() {
             // Half of it looks like STUN, half like DTLS.
             *first = if round % 2 == 0 { 0 } else { 22 };
         }
-        ends[0]
-            .peer
-            .handle_setup_datagram(&bytes, "198.51.100.9:9".parse().unwrap(), Time::from_micros(round));
+        ends[0].peer.handle_setup_datagram(
+            &bytes,
+            "198.51.100.9:9".parse().unwrap(),
+            Time::from_micros(round),
+        );
     }
     connect(&mut ends, &mut Link::new(Conditions::default(), 1)).unwrap();
 }
@@ -211,7 +243,8 @@ impl Io for Outbox {
     }
 
     fn send(&mut self, _: usize, _: SocketAddr, len: usize, segment: usize) {
-        self.sent.extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
+        self.sent
+            .extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
     }
 
     fn connect(&mut self, _: usize, _: SocketAddr) {}
@@ -220,9 +253,17 @@ impl Io for Outbox {
 }
 
 /// The events of a shard's peer against another peer, which reads of DTLS what `reads` lets it. `certificate`: the one that the shard is told to expect.
-fn events_of(shard_identity: &Identity, other: &Identity, certificate: &Identity, reads_dtls: bool) -> Vec<Event> {
+fn events_of(
+    shard_identity: &Identity,
+    other: &Identity,
+    certificate: &Identity,
+    reads_dtls: bool,
+) -> Vec<Event> {
     let epoch = Epoch::read();
-    let addresses: [SocketAddr; 2] = ["192.0.2.1:1000".parse().unwrap(), "192.0.2.2:2000".parse().unwrap()];
+    let addresses: [SocketAddr; 2] = [
+        "192.0.2.1:1000".parse().unwrap(),
+        "192.0.2.2:2000".parse().unwrap(),
+    ];
     let credentials = [IceCredentials::random(), IceCredentials::random()];
     let parameters = |me: usize, remote_fingerprint| PeerParameters {
         local_address: addresses[me],
@@ -253,7 +294,12 @@ fn events_of(shard_identity: &Identity, other: &Identity, certificate: &Identity
         intended_at: Time::ZERO,
     };
     shard.add_peer(0, peer, Time::ZERO, &mut outbox);
-    let mut server = Peer::new(other, &parameters(1, shard_identity.fingerprint()), epoch, Time::ZERO);
+    let mut server = Peer::new(
+        other,
+        &parameters(1, shard_identity.fingerprint()),
+        epoch,
+        Time::ZERO,
+    );
     let mut events = Vec::new();
     for now in (0..8_000).map(Time::from_millis) {
         for datagram in std::mem::take(&mut outbox.sent) {
@@ -281,10 +327,33 @@ fn events_of(shard_identity: &Identity, other: &Identity, certificate: &Identity
 fn where_dtls_fails_the_moment_of_ice_is_told_all_the_same() {
     let [client, server, promised] = [(); 3].map(|()| Identity::generate().unwrap());
     let prompt = events_of(&client, &server, &server, true);
-    assert!(matches!(prompt[..], [Event::Connected { ice_at: Some(_), .. }]), "{prompt:?}");
+    assert!(
+        matches!(
+            prompt[..],
+            [Event::Connected {
+                ice_at: Some(_),
+                ..
+            }]
+        ),
+        "{prompt:?}"
+    );
     let refused = events_of(&client, &server, &promised, true);
-    assert!(matches!(refused[..], [Event::IceConnected { .. }, Event::Failed { .. }]), "{refused:?}");
+    assert!(
+        matches!(
+            refused[..],
+            [Event::IceConnected { .. }, Event::Failed { .. }]
+        ),
+        "{refused:?}"
+    );
     let silent = events_of(&client, &server, &server, false);
-    assert!(matches!(silent[..], [Event::IceConnected { .. }, ..]), "{silent:?}");
-    assert!(!silent.iter().any(|event| matches!(event, Event::Connected { .. })), "{silent:?}");
+    assert!(
+        matches!(silent[..], [Event::IceConnected { .. }, ..]),
+        "{silent:?}"
+    );
+    assert!(
+        !silent
+            .iter()
+            .any(|event| matches!(event, Event::Connected { .. })),
+        "{silent:?}"
+    );
 }

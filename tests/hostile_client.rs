@@ -12,7 +12,9 @@ use livekit_protocol::signal_request::Message as Request;
 use prost::Message as _;
 use throng::measure::Kind;
 use throng::sfu::server::{DEV_KEY, DEV_SECRET, Server, ServerConfig};
-use throng::signal::client::{Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect};
+use throng::signal::client::{
+    Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect,
+};
 use throng::signal::{ApiKey, Endpoint, Permissions, Secret};
 use throng::transport::sdp::{Candidate, Fingerprint, LocalTransport, Offerer, Setup};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -28,8 +30,15 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const RSS_MAX: u64 = 400 << 20;
 
 fn run<T>(test: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(PATIENCE, test).await.expect("the test hangs") })
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        tokio::time::timeout(PATIENCE, test)
+            .await
+            .expect("the test hangs")
+    })
 }
 
 /// A server, as its clients see it.
@@ -41,12 +50,23 @@ struct Target {
 impl Target {
     fn token(&self, identity: &str) -> Secret {
         self.key
-            .join_token("hall", identity, identity, Permissions::BOTH, Duration::from_secs(60))
+            .join_token(
+                "hall",
+                identity,
+                identity,
+                Permissions::BOTH,
+                Duration::from_secs(60),
+            )
             .unwrap()
     }
 
     async fn join(&self, identity: &str) -> Result<(SignalSender, SignalReceiver), SignalError> {
-        let (sender, receiver, _) = connect(&self.endpoint, &self.token(identity), &JoinOptions::default()).await?;
+        let (sender, receiver, _) = connect(
+            &self.endpoint,
+            &self.token(identity),
+            &JoinOptions::default(),
+        )
+        .await?;
         Ok((sender, receiver))
     }
 
@@ -55,13 +75,20 @@ impl Target {
         let (mut sender, mut receiver) = self.join(identity).await.unwrap();
         assert!(matches!(receiver.next().await.unwrap(), Event::Join(_)));
         sender.ping(7, Duration::ZERO).await.unwrap();
-        while !matches!(receiver.next().await.unwrap(), Event::Pong { timestamp_us: 7 }) {}
+        while !matches!(
+            receiver.next().await.unwrap(),
+            Event::Pong { timestamp_us: 7 }
+        ) {}
         sender.leave().await.unwrap();
     }
 
     async fn tcp(&self) -> TcpStream {
         let address = self.endpoint.http_url("/");
-        let address = address.as_str().trim_start_matches("http://").trim_end_matches('/').to_owned();
+        let address = address
+            .as_str()
+            .trim_start_matches("http://")
+            .trim_end_matches('/')
+            .to_owned();
         TcpStream::connect(address).await.unwrap()
     }
 
@@ -70,9 +97,10 @@ impl Target {
         let url = self.endpoint.websocket_url(&JoinOptions::default().path());
         let mut request = url.as_str().into_client_request().unwrap();
         let bearer = format!("Bearer {}", self.token(identity).expose());
-        request
-            .headers_mut()
-            .insert(header::AUTHORIZATION, HeaderValue::from_str(&bearer).unwrap());
+        request.headers_mut().insert(
+            header::AUTHORIZATION,
+            HeaderValue::from_str(&bearer).unwrap(),
+        );
         client_async(request, self.tcp().await).await.unwrap().0
     }
 }
@@ -98,7 +126,9 @@ fn connections_beyond_the_bound_are_closed_and_others_are_served() {
         let mut closed = 0;
         for stream in &mut flood {
             let mut byte = [0];
-            if let Ok(Ok(0) | Err(_)) = tokio::time::timeout(Duration::from_millis(20), stream.read(&mut byte)).await {
+            if let Ok(Ok(0) | Err(_)) =
+                tokio::time::timeout(Duration::from_millis(20), stream.read(&mut byte)).await
+            {
                 closed += 1;
             }
         }
@@ -139,9 +169,13 @@ fn whatever_clients_say_an_honest_one_is_served_and_memory_is_bounded() {
         target.serves("at the end").await;
     });
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
-    let peak = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    let peak = status.lines().find_map(|line| {
+        line.strip_prefix("VmHWM:")?
+            .trim()
+            .strip_suffix(" kB")?
+            .parse::<u64>()
+            .ok()
+    });
     let peak = peak.expect("the kernel counts it") << 10;
     assert!(peak < RSS_MAX, "{peak} bytes at the peak");
     assert!(!server.log().contains("panicked"), "{}", server.log());
@@ -152,7 +186,8 @@ async fn frames_that_never_end(target: Arc<Target>) {
     for number in 0..10 {
         let mut socket = target.raw(&format!("frames-{number}")).await;
         let stream = socket.get_mut();
-        let head = |opcode: u8, len: u64| [&[opcode, 0xFF][..], &len.to_be_bytes(), &[0; 4]].concat();
+        let head =
+            |opcode: u8, len: u64| [&[opcode, 0xFF][..], &len.to_be_bytes(), &[0; 4]].concat();
         match number % 3 {
             0 => {
                 let _ = stream.write_all(&head(0x82, 1 << 30)).await;
@@ -169,7 +204,9 @@ async fn frames_that_never_end(target: Arc<Target>) {
                 }
             }
             _ => {
-                let _ = stream.write_all(&[head(0x82, 6 << 20), vec![0; 1 << 20]].concat()).await;
+                let _ = stream
+                    .write_all(&[head(0x82, 6 << 20), vec![0; 1 << 20]].concat())
+                    .await;
             }
         }
     }
@@ -184,7 +221,12 @@ async fn lists_of_nothing(target: Arc<Target>) {
         [message, body.to_vec()].concat()
     };
     // SyncState's tracks, AddTrack's codecs, UpdateSubscription's sids, and an offer's mids.
-    for (number, entry) in [(12u64, [0x1Au8, 0]), (4, [0x52, 0]), (6, [0x0A, 0]), (1, [0x22, 0])] {
+    for (number, entry) in [
+        (12u64, [0x1Au8, 0]),
+        (4, [0x52, 0]),
+        (6, [0x0A, 0]),
+        (1, [0x22, 0]),
+    ] {
         let request = field(number, &entry.repeat(3 << 20));
         let mut socket = target.raw(&format!("lists-{number}")).await;
         let _ = socket.send(Message::Binary(request.into())).await;
@@ -192,7 +234,9 @@ async fn lists_of_nothing(target: Arc<Target>) {
     let mut socket = target.raw("lists-json").await;
     let entries = "{},".repeat(2 << 20);
     let _ = socket
-        .send(Message::Text(format!("{{\"syncState\":{{\"publishTracks\":[{entries}{{}}]}}}}").into()))
+        .send(Message::Text(
+            format!("{{\"syncState\":{{\"publishTracks\":[{entries}{{}}]}}}}").into(),
+        ))
         .await;
 }
 
@@ -204,9 +248,17 @@ async fn tracks_and_subscriptions(target: Arc<Target>) {
     };
     let token = target
         .key
-        .join_token("storm", "storm", "storm", permissions, Duration::from_secs(60))
+        .join_token(
+            "storm",
+            "storm",
+            "storm",
+            permissions,
+            Duration::from_secs(60),
+        )
         .unwrap();
-    let (mut sender, mut receiver, _) = connect(&target.endpoint, &token, &JoinOptions::default()).await.unwrap();
+    let (mut sender, mut receiver, _) = connect(&target.endpoint, &token, &JoinOptions::default())
+        .await
+        .unwrap();
     let (mut published, mut refused) = (0, 0);
     for number in 0..10_000u32 {
         let track = proto::AddTrackRequest {
@@ -221,7 +273,10 @@ async fn tracks_and_subscriptions(target: Arc<Target>) {
             _ => refused += 1,
         }
     }
-    assert!(published <= 70 && refused > 9_000, "{published} published, {refused} refused");
+    assert!(
+        published <= 70 && refused > 9_000,
+        "{published} published, {refused} refused"
+    );
     for number in 0..200 {
         let storm = proto::UpdateSubscription {
             track_sids: (0..2_000).map(|sid| format!("TR_{sid}")).collect(),
@@ -239,11 +294,18 @@ async fn tracks_and_subscriptions(target: Arc<Target>) {
 async fn attributes_without_end(target: Arc<Target>) {
     let permissions = Permissions::BOTH;
     let lifetime = Duration::from_secs(60);
-    let token = target.key.join_token("hall", "attributes", "attributes", permissions, lifetime).unwrap();
-    let (mut sender, _receiver, _) = connect(&target.endpoint, &token, &JoinOptions::default()).await.unwrap();
+    let token = target
+        .key
+        .join_token("hall", "attributes", "attributes", permissions, lifetime)
+        .unwrap();
+    let (mut sender, _receiver, _) = connect(&target.endpoint, &token, &JoinOptions::default())
+        .await
+        .unwrap();
     for number in 0..2_000u32 {
         let update = proto::UpdateParticipantMetadata {
-            attributes: (0..4).map(|key| (format!("{number}-{key}"), "v".repeat(900))).collect(),
+            attributes: (0..4)
+                .map(|key| (format!("{number}-{key}"), "v".repeat(900)))
+                .collect(),
             ..Default::default()
         };
         if sender.send(Request::UpdateMetadata(update)).await.is_err() {
@@ -267,14 +329,26 @@ async fn descriptions(target: Arc<Target>) {
     let too_many = format!("{large}m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:x\r\n");
     let section = large.split("m=audio").nth(1).unwrap().len();
     assert!(large.len() > 10_000 * section / 2);
-    for (number, sdp) in [large, too_many, "v=0".into(), "m=".repeat(100_000), String::new()]
-        .into_iter()
-        .enumerate()
+    for (number, sdp) in [
+        large,
+        too_many,
+        "v=0".into(),
+        "m=".repeat(100_000),
+        String::new(),
+    ]
+    .into_iter()
+    .enumerate()
     {
-        let (mut sender, mut receiver) = target.join(&format!("descriptions-{number}")).await.unwrap();
+        let (mut sender, mut receiver) = target
+            .join(&format!("descriptions-{number}"))
+            .await
+            .unwrap();
         let _ = sender.offer(sdp, 1).await;
         // An answer, or the end.
-        while !matches!(receiver.next().await, Ok(Event::Answer(_) | Event::Leave(_)) | Err(_)) {}
+        while !matches!(
+            receiver.next().await,
+            Ok(Event::Answer(_) | Event::Leave(_)) | Err(_)
+        ) {}
     }
 }
 
@@ -286,7 +360,11 @@ async fn requests_and_no_reading(target: Arc<Target>) {
     };
     let ping = ping.encode_to_vec();
     for _ in 0..200_000 {
-        let sent = tokio::time::timeout(Duration::from_secs(5), socket.send(Message::Binary(ping.clone().into()))).await;
+        let sent = tokio::time::timeout(
+            Duration::from_secs(5),
+            socket.send(Message::Binary(ping.clone().into())),
+        )
+        .await;
         match sent {
             Ok(Ok(())) => {}
             Ok(Err(_)) | Err(_) => return,
@@ -299,10 +377,16 @@ async fn bad_tokens(target: Arc<Target>) {
     let mut answer = vec![0; 4 << 10];
     for number in 0..3_000 {
         let token = ["eyJhbGciOiJIUzI1NiJ9.e30.AAAA", "x", "", "a.b.c"][number % 4];
-        let request = format!("GET /rtc/validate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n");
+        let request = format!(
+            "GET /rtc/validate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
+        );
         stream.write_all(request.as_bytes()).await.unwrap();
         let len = stream.read(&mut answer).await.unwrap();
-        assert!(answer[..len].starts_with(b"HTTP/1.1 401"), "{}", String::from_utf8_lossy(&answer[..len]));
+        assert!(
+            answer[..len].starts_with(b"HTTP/1.1 401"),
+            "{}",
+            String::from_utf8_lossy(&answer[..len])
+        );
     }
 }
 
@@ -312,7 +396,10 @@ async fn oversize_http(target: Arc<Target>) {
     for number in 0..10 {
         let mut stream = target.tcp().await;
         let head = match number % 2 {
-            0 => format!("GET /rtc?{} HTTP/1.1\r\nHost: x\r\n\r\n", "q".repeat(4 << 20)),
+            0 => format!(
+                "GET /rtc?{} HTTP/1.1\r\nHost: x\r\n\r\n",
+                "q".repeat(4 << 20)
+            ),
             _ => format!(
                 "POST /twirp/livekit.RoomService/ListRooms HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer {}\r\nContent-Length: 100000000\r\n\r\n{}",
                 bearer.expose(),
@@ -326,6 +413,7 @@ async fn oversize_http(target: Arc<Target>) {
             assert!(len == 0 || text.starts_with("HTTP/1.1 4"), "{text}");
         }
     }
-    let refused: Result<_, tungstenite::Error> = client_async("ws://x/rtc", target.tcp().await).await;
+    let refused: Result<_, tungstenite::Error> =
+        client_async("ws://x/rtc", target.tcp().await).await;
     assert!(refused.is_err(), "there is no token");
 }

@@ -84,7 +84,9 @@ fn replay(target: &'static Target) {
     for input in &inputs {
         run(target, input);
     }
-    let factor: usize = std::env::var("FUZZ_MUTATIONS").map_or(1, |factor| factor.parse().expect("FUZZ_MUTATIONS is a number"));
+    let factor: usize = std::env::var("FUZZ_MUTATIONS").map_or(1, |factor| {
+        factor.parse().expect("FUZZ_MUTATIONS is a number")
+    });
     let mut chance = Seeded::new(1);
     for _ in 0..target.mutations * factor {
         let input = mutated(&inputs, &mut chance);
@@ -93,8 +95,14 @@ fn replay(target: &'static Target) {
 }
 
 fn corpus(target: &Target) -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/fuzz").join(target.name);
-    let mut files: Vec<PathBuf> = std::fs::read_dir(folder).into_iter().flatten().map(|file| file.unwrap().path()).collect();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures/fuzz")
+        .join(target.name);
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .map(|file| file.unwrap().path())
+        .collect();
     files.sort();
     files
 }
@@ -105,9 +113,14 @@ fn run(target: &Target, input: &[u8]) {
     impl Drop for Reproducer<'_> {
         fn drop(&mut self) {
             if std::thread::panicking() {
-                let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{}", self.0.name));
+                let path =
+                    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hostile-{}", self.0.name));
                 let written = std::fs::write(&path, self.1);
-                eprintln!("target '{}', input in {} ({written:?})", self.0.name, path.display());
+                eprintln!(
+                    "target '{}', input in {} ({written:?})",
+                    self.0.name,
+                    path.display()
+                );
             }
         }
     }
@@ -136,7 +149,8 @@ fn mutated(inputs: &[Vec<u8>], chance: &mut Seeded) -> Vec<u8> {
             0 if at < input.len() => input[at] ^= 1 << chance.below(8),
             1 if at < input.len() => input[at] = chance.draw() as u8,
             2 if at + 2 <= input.len() => {
-                let limit = [0u16, 1, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF][chance.below(9) as usize];
+                let limit = [0u16, 1, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF]
+                    [chance.below(9) as usize];
                 input[at..at + 2].copy_from_slice(&limit.to_be_bytes());
             }
             3 => drop(input.drain(at..at + len)),
@@ -163,7 +177,15 @@ fn mutated(inputs: &[Vec<u8>], chance: &mut Seeded) -> Vec<u8> {
 #[test]
 fn lists_of_nothing_are_not_decoded_however_long_they_are() {
     // Join's and Reconnect's ICE servers, TrackPublished's codecs, Leave's regions, speakers, qualities, and the mids of an offer.
-    for path in [&[1u32, 5][..], &[19, 1], &[6, 2, 16], &[8, 4, 1], &[10, 1], &[14, 3], &[3, 4]] {
+    for path in [
+        &[1u32, 5][..],
+        &[19, 1],
+        &[6, 2, 16],
+        &[8, 4, 1],
+        &[10, 1],
+        &[14, 3],
+        &[3, 4],
+    ] {
         let (list, wraps) = path.split_last().expect("a list");
         let mut message = field(*list, &[]).repeat(5 << 20);
         for number in wraps.iter().rev() {
@@ -173,9 +195,16 @@ fn lists_of_nothing_are_not_decoded_however_long_they_are() {
         HELD.set(0);
         HELD_MAX.set(0);
         let event = targets::ours(|| throng::signal::client::Event::decode(&message));
-        assert!(matches!(event, throng::signal::client::Event::Malformed { .. }), "{path:?}");
+        assert!(
+            matches!(event, throng::signal::client::Event::Malformed { .. }),
+            "{path:?}"
+        );
         // A copy at most, of a vector that grew.
-        assert!(HELD_MAX.get() < 3 * message.len() as i64, "{path:?}: {} bytes", HELD_MAX.get());
+        assert!(
+            HELD_MAX.get() < 3 * message.len() as i64,
+            "{path:?}: {} bytes",
+            HELD_MAX.get()
+        );
     }
 }
 

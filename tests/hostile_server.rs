@@ -24,7 +24,9 @@ use throng::measure::Kind;
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
 use throng::transport::rtcp::{DlrrBlock, ReportBlock, SenderInfo, Writer};
 use throng::transport::rtp::{Datagram, Header, HeaderTemplate, classify};
-use throng::transport::sdp::serve::{ClientDescriptions, SectionUse, SentTrack, SubscriberOffer, write_answer};
+use throng::transport::sdp::serve::{
+    ClientDescriptions, SectionUse, SentTrack, SubscriberOffer, write_answer,
+};
 use throng::transport::sdp::{Candidate, LocalTransport, RemoteTransport, Setup};
 use throng::transport::sequence::Seq;
 use throng::units::{Bitrate, Epoch, Time};
@@ -151,7 +153,9 @@ impl Liar {
             .args(arguments);
         let finished = run(&mut command, SECRET);
         let report = Report::read(&json, SECRET);
-        let rss = report.0["engine"]["rss_peak_bytes"].as_u64().expect("a run knows its memory");
+        let rss = report.0["engine"]["rss_peak_bytes"]
+            .as_u64()
+            .expect("a run knows its memory");
         assert!(rss < RSS_MAX, "{rss} bytes at the peak");
         let people = std::fs::read_to_string(scratch.path("who.ndjson")).unwrap();
         (finished, report, people)
@@ -176,7 +180,11 @@ async fn send(socket: &mut Socket, message: Response) -> bool {
 }
 
 fn encoded(message: Response) -> Bytes {
-    proto::SignalResponse { message: Some(message) }.encode_to_vec().into()
+    proto::SignalResponse {
+        message: Some(message),
+    }
+    .encode_to_vec()
+    .into()
 }
 
 fn join_message() -> Response {
@@ -223,7 +231,9 @@ fn local(port: u16, setup: Setup) -> LocalTransport {
 
 fn identity() -> Identity {
     static IDENTITY: std::sync::OnceLock<Identity> = std::sync::OnceLock::new();
-    IDENTITY.get_or_init(|| Identity::generate().unwrap()).clone()
+    IDENTITY
+        .get_or_init(|| Identity::generate().unwrap())
+        .clone()
 }
 
 fn sent_track(number: u32) -> SentTrack {
@@ -274,7 +284,8 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
             while let Some(Ok(_)) = socket.next().await {}
         }
         Lie::EndlessMessage => {
-            let mut fragment = [&[0x02, 127][..], &(1u64 << 20).to_be_bytes(), &[0; 1 << 20]].concat();
+            let mut fragment =
+                [&[0x02, 127][..], &(1u64 << 20).to_be_bytes(), &[0; 1 << 20]].concat();
             for _ in 0..64 {
                 if socket.get_mut().write_all(&fragment).await.is_err() {
                     return;
@@ -288,7 +299,9 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
             }
             .encode_to_vec();
             for len in 0..whole.len() {
-                let _ = socket.send(Message::Binary(whole[..len].to_vec().into())).await;
+                let _ = socket
+                    .send(Message::Binary(whole[..len].to_vec().into()))
+                    .await;
             }
             flood(socket, |number| {
                 (number < 100).then(|| {
@@ -300,15 +313,27 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
             })
             .await;
         }
-        Lie::WrongDescription => flood(socket, |number| (number == 0).then(|| encoded(offer("v=0\r\nm=audio\r\n".into(), 1)))).await,
+        Lie::WrongDescription => {
+            flood(socket, |number| {
+                (number == 0).then(|| encoded(offer("v=0\r\nm=audio\r\n".into(), 1)))
+            })
+            .await
+        }
         Lie::TenThousandSections | Lie::TooManySections => {
             let mut offers = SubscriberOffer::default();
-            let tracks = if lie == Lie::TooManySections { 10_001 } else { 9_990 };
+            let tracks = if lie == Lie::TooManySections {
+                10_001
+            } else {
+                9_990
+            };
             for number in 0..tracks {
                 offers.add(Kind::Audio, sent_track(number));
             }
             let sdp = offers.offer(&local(9, Setup::ActPass));
-            flood(socket, |number| (number < 3).then(|| encoded(offer(sdp.clone(), number + 1)))).await;
+            flood(socket, |number| {
+                (number < 3).then(|| encoded(offer(sdp.clone(), number + 1)))
+            })
+            .await;
         }
         Lie::OffersWithoutEnd => {
             let local = local(9, Setup::ActPass);
@@ -337,14 +362,18 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
         }
         Lie::Speakers => {
             let speakers = vec![proto::SpeakerInfo::default(); 1_000];
-            let changed = encoded(Response::SpeakersChanged(proto::SpeakersChanged { speakers }));
+            let changed = encoded(Response::SpeakersChanged(proto::SpeakersChanged {
+                speakers,
+            }));
             flood(socket, |_| Some(changed.clone())).await;
         }
         Lie::Candidates => {
             flood(socket, |number| {
                 let port = 1_024 + number % 60_000;
                 Some(encoded(Response::Trickle(proto::TrickleRequest {
-                    candidate_init: format!("{{\"candidate\":\"candidate:1 1 udp 1 127.0.0.1 {port} typ host\"}}"),
+                    candidate_init: format!(
+                        "{{\"candidate\":\"candidate:1 1 udp 1 127.0.0.1 {port} typ host\"}}"
+                    ),
                     target: (number % 2) as i32,
                     ..Default::default()
                 })))
@@ -361,17 +390,20 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
         Lie::EmptyLists => {
             // Field 19, `reconnect`, of 8 MiB: four million `ice_servers` of no bytes, each of which takes 72 in memory.
             let entries = [0x0A, 0].repeat(4 << 20);
-            let reconnect = Bytes::from([&[0x9A, 0x01, 0x80, 0x80, 0x80, 0x04][..], &entries].concat());
+            let reconnect =
+                Bytes::from([&[0x9A, 0x01, 0x80, 0x80, 0x80, 0x04][..], &entries].concat());
             flood(socket, |number| (number < 5).then(|| reconnect.clone())).await;
         }
         Lie::ResumeAgainAndAgain => {
             // A resume is answered as it should be, and ended in the same breath.
             let resumed = Response::Reconnect(proto::ReconnectResponse::default());
-            let _ = send(&mut socket, resumed).await && send(&mut socket, leave(proto::leave_request::Action::Resume)).await;
+            let _ = send(&mut socket, resumed).await
+                && send(&mut socket, leave(proto::leave_request::Action::Resume)).await;
             while let Some(Ok(_)) = socket.next().await {}
         }
         Lie::RejoinAgainAndAgain => {
-            let _ = send(&mut socket, join_message()).await && send(&mut socket, leave(proto::leave_request::Action::Reconnect)).await;
+            let _ = send(&mut socket, join_message()).await
+                && send(&mut socket, leave(proto::leave_request::Action::Reconnect)).await;
             while let Some(Ok(_)) = socket.next().await {}
         }
         Lie::Deaf => {
@@ -386,9 +418,27 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
 fn whatever_a_server_says_the_run_ends_on_time_and_reports() {
     let liar = Liar::start(|place, stream| tell(LIES[place % LIES.len()], stream));
     let subscribers = LIES.len().to_string();
-    let (finished, report, people) = liar.run(&["--publishers", "0", "--subscribers", &subscribers, "--duration", "2", "--layout", "3x3"]);
-    assert!(matches!(finished.code, Some(98 | 99)), "{}", finished.stdout);
-    assert_eq!(report.counter("session", "joins_failed"), LIES.len() as u64, "{}", finished.stdout);
+    let (finished, report, people) = liar.run(&[
+        "--publishers",
+        "0",
+        "--subscribers",
+        &subscribers,
+        "--duration",
+        "2",
+        "--layout",
+        "3x3",
+    ]);
+    assert!(
+        matches!(finished.code, Some(98 | 99)),
+        "{}",
+        finished.stdout
+    );
+    assert_eq!(
+        report.counter("session", "joins_failed"),
+        LIES.len() as u64,
+        "{}",
+        finished.stdout
+    );
 
     assert!(liar.told.load(Relaxed) >= LIES.len());
     for said in [
@@ -403,7 +453,11 @@ fn whatever_a_server_says_the_run_ends_on_time_and_reports() {
         assert!(people.contains(said), "nobody says '{said}': {people}");
     }
     // Joins are given up after 30 s at most; then the run holds nobody.
-    assert!(finished.took < Duration::from_secs(60), "{:?}", finished.took);
+    assert!(
+        finished.took < Duration::from_secs(60),
+        "{:?}",
+        finished.took
+    );
 }
 
 /// What the media side did, and what it got.
@@ -427,7 +481,13 @@ struct MediaEnd {
 }
 
 impl MediaEnd {
-    fn new(socket: UdpSocket, local: &LocalTransport, remote: &RemoteTransport, epoch: Epoch, publishing: bool) -> MediaEnd {
+    fn new(
+        socket: UdpSocket,
+        local: &LocalTransport,
+        remote: &RemoteTransport,
+        epoch: Epoch,
+        publishing: bool,
+    ) -> MediaEnd {
         socket.set_nonblocking(true).unwrap();
         let credentials = |ufrag: &str, password: &str| IceCredentials {
             ufrag: ufrag.to_owned(),
@@ -438,7 +498,11 @@ impl MediaEnd {
             local: credentials(&local.ufrag, &local.pwd),
             remote: credentials(&remote.ufrag, &remote.pwd),
             remote_fingerprint: remote.fingerprint,
-            remote_candidates: remote.candidates.iter().map(|candidate| candidate.address).collect(),
+            remote_candidates: remote
+                .candidates
+                .iter()
+                .map(|candidate| candidate.address)
+                .collect(),
             // As a LiveKit server: it controls the connection that it offers, and answers `passive` on the other.
             ice_controlling: !publishing,
             dtls_active: remote.setup == Setup::Passive,
@@ -510,9 +574,14 @@ impl MediaEnd {
             let seq = Seq((round * 20 + number) as u16);
             let template = HeaderTemplate::new(111, ssrc).unwrap();
             let mut packet = [0xA5; 1_200];
-            let header_len = template.write(&mut packet, true, seq, round.wrapping_mul(0x1234_5678)).unwrap();
+            let header_len = template
+                .write(&mut packet, true, seq, round.wrapping_mul(0x1234_5678))
+                .unwrap();
             let index = u64::from(seq.0);
-            let sealed = self.peer.sealer().map(|sealer| sealer.seal_rtp(&mut packet, header_len, 1_100, index));
+            let sealed = self
+                .peer
+                .sealer()
+                .map(|sealer| sealer.seal_rtp(&mut packet, header_len, 1_100, index));
             self.send(&mut packet, sealed.and_then(Result::ok), log);
         }
         let absurd = |ssrc| ReportBlock {
@@ -547,8 +616,16 @@ impl MediaEnd {
                 (0..20).try_for_each(|_| writer.pli(1, ssrc))?;
                 writer.xr(1, Some(u64::MAX), [dlrr; 5])?;
                 writer.remb(1, Bitrate::from_bps(u64::from(round % 3)), &[ssrc; 20])?;
-                let arrivals: Vec<Option<Time>> = (0..20).map(|number| Some(Time::from_millis(u64::from(round) * 50 + number))).collect();
-                writer.transport_cc(1, ssrc, Seq(round as u16), round as u8, arrivals.iter().copied())
+                let arrivals: Vec<Option<Time>> = (0..20)
+                    .map(|number| Some(Time::from_millis(u64::from(round) * 50 + number)))
+                    .collect();
+                writer.transport_cc(
+                    1,
+                    ssrc,
+                    Seq(round as u16),
+                    round as u8,
+                    arrivals.iter().copied(),
+                )
             });
         }
         // Forged ones: nobody's STUN, DTLS of no session, RTP under no key.
@@ -559,12 +636,19 @@ impl MediaEnd {
         }
     }
 
-    fn say(&mut self, log: &MediaLog, write: impl FnOnce(&mut Writer<'_>) -> Result<(), throng::transport::rtcp::WriteError>) {
+    fn say(
+        &mut self,
+        log: &MediaLog,
+        write: impl FnOnce(&mut Writer<'_>) -> Result<(), throng::transport::rtcp::WriteError>,
+    ) {
         let mut bytes = [0; 1_500];
         let mut writer = Writer::new(&mut bytes[..1_400]);
         write(&mut writer).expect("it fits");
         let len = writer.len();
-        let sealed = self.peer.sealer_mut().map(|sealer| sealer.seal_rtcp(&mut bytes, len));
+        let sealed = self
+            .peer
+            .sealer_mut()
+            .map(|sealer| sealer.seal_rtcp(&mut bytes, len));
         self.send(&mut bytes, sealed.and_then(Result::ok), log);
     }
 
@@ -589,15 +673,23 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
     };
     let epoch = Epoch::read();
     send(&mut socket, join_message()).await;
-    let (udp, mut offers) = (UdpSocket::bind("127.0.0.1:0").unwrap(), SubscriberOffer::default());
+    let (udp, mut offers) = (
+        UdpSocket::bind("127.0.0.1:0").unwrap(),
+        SubscriberOffer::default(),
+    );
     let sending = local(udp.local_addr().unwrap().port(), Setup::ActPass);
     let mut udp = Some(udp);
     offers.add(Kind::Audio, sent_track(1));
     send(&mut socket, offer(offers.offer(&sending), 1)).await;
     let mut descriptions = ClientDescriptions::default();
     while let Some(Ok(message)) = socket.next().await {
-        let Message::Binary(bytes) = message else { continue };
-        match proto::SignalRequest::decode(bytes).ok().and_then(|request| request.message) {
+        let Message::Binary(bytes) = message else {
+            continue;
+        };
+        match proto::SignalRequest::decode(bytes)
+            .ok()
+            .and_then(|request| request.message)
+        {
             Some(Request::AddTrack(request)) => {
                 let published = proto::TrackPublishedResponse {
                     cid: request.cid.clone(),
@@ -612,12 +704,16 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
                 let update = descriptions.read(&client.sdp).unwrap();
                 let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
                 let receiving = local(udp.local_addr().unwrap().port(), Setup::Passive);
-                let answer = write_answer(&mut descriptions, &receiving, 1, |_, _| SectionUse::Receive { dtx: false });
+                let answer = write_answer(&mut descriptions, &receiving, 1, |_, _| {
+                    SectionUse::Receive { dtx: false }
+                });
                 let sections = descriptions.sections();
                 let ssrcs: Vec<u32> = sections.filter_map(|section| section.ssrc).collect();
                 let (log, remote) = (log.clone(), update.remote);
                 // The answer says ice-lite, so the participant controls.
-                std::thread::spawn(move || MediaEnd::new(udp, &receiving, &active(remote), epoch, true).run(&ssrcs, &log));
+                std::thread::spawn(move || {
+                    MediaEnd::new(udp, &receiving, &active(remote), epoch, true).run(&ssrcs, &log)
+                });
                 let answer = proto::SessionDescription {
                     r#type: "answer".into(),
                     sdp: answer,
@@ -630,7 +726,9 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
                 let (remote, _) = offers.answered(&answer.sdp).unwrap();
                 if let Some(udp) = udp.take() {
                     let (log, sending) = (log.clone(), sending.clone());
-                    std::thread::spawn(move || MediaEnd::new(udp, &sending, &remote, epoch, true).run(&[], &log));
+                    std::thread::spawn(move || {
+                        MediaEnd::new(udp, &sending, &remote, epoch, true).run(&[], &log)
+                    });
                 }
             }
             Some(Request::PingReq(ping)) => {
@@ -672,12 +770,33 @@ fn media_and_feedback_of_any_content_cost_counters_and_resends_stay_within_their
         "6",
     ]);
     log.stop.store(true, Relaxed);
-    assert_eq!(report.counter("session", "joins_ok"), 2, "{}\n{}", finished.stdout, finished.stderr);
-    assert!(log.connected.load(Relaxed) >= 2 && log.sent.load(Relaxed) > 1_000, "the lies were told");
+    assert_eq!(
+        report.counter("session", "joins_ok"),
+        2,
+        "{}\n{}",
+        finished.stdout,
+        finished.stderr
+    );
+    assert!(
+        log.connected.load(Relaxed) >= 2 && log.sent.load(Relaxed) > 1_000,
+        "the lies were told"
+    );
     // FAIL, for nothing true arrived; or INVALID, where this host was too busy to read all the lies.
-    assert!(matches!(finished.code, Some(98 | 99)), "{}", finished.stdout);
-    assert!(finished.took < Duration::from_secs(60), "{:?}", finished.took);
-    assert!(report.counter("session", "packets_rejected") > 1_000, "{}", finished.stdout);
+    assert!(
+        matches!(finished.code, Some(98 | 99)),
+        "{}",
+        finished.stdout
+    );
+    assert!(
+        finished.took < Duration::from_secs(60),
+        "{:?}",
+        finished.took
+    );
+    assert!(
+        report.counter("session", "packets_rejected") > 1_000,
+        "{}",
+        finished.stdout
+    );
     // 256 KiB at once and then as much as the media itself, each resend being charged 1,200 bytes: of a hundred times as many that were asked for.
     let (nacked, resent) = (
         log.nacked.load(Relaxed),

@@ -67,7 +67,9 @@ impl World {
     /// What the subscribing host hears of the publisher's log.
     fn exchange_counts(&self) {
         if let World::TwoHosts(publishing, subscribing) = self {
-            publishing.frame_counts().for_each(|count| subscribing.set_frames_elsewhere(count));
+            publishing
+                .frame_counts()
+                .for_each(|count| subscribing.set_frames_elsewhere(count));
         }
     }
 }
@@ -80,7 +82,9 @@ fn play(world: &World, counts_come: bool) -> [Record; 2] {
     pair.now = Time::from_millis(1_000);
     pair.publish(&[audio(), video()], Pacing::Paced);
     for millis in 0..10_000 {
-        let lost = millis > 1_000 && millis % 101 < 2 || (4_000..7_000).contains(&millis) && millis % 97 >= 3 || millis >= 9_200;
+        let lost = millis > 1_000 && millis % 101 < 2
+            || (4_000..7_000).contains(&millis) && millis % 97 >= 3
+            || millis >= 9_200;
         pair.set_conditions(Conditions {
             loss: f64::from(u8::from(lost)),
             delay: Duration::from_millis(20),
@@ -100,7 +104,10 @@ fn play(world: &World, counts_come: bool) -> [Record; 2] {
 }
 
 fn lost(media: &Media) -> u64 {
-    media.frames_lost_uplink + media.frames_lost_sfu + media.frames_lost_downlink + media.frames_lost_unattributed
+    media.frames_lost_uplink
+        + media.frames_lost_sfu
+        + media.frames_lost_downlink
+        + media.frames_lost_unattributed
 }
 
 fn same_values(a: &Histogram, b: &Histogram) -> bool {
@@ -120,30 +127,55 @@ const UNKNOWN_ELSEWHERE: [&str; 6] = [
 #[test]
 fn two_hosts_account_for_what_one_host_does_that_plays_both() {
     let world = World::two_hosts();
-    let World::TwoHosts(_, subscribing) = &world else { unreachable!() };
+    let World::TwoHosts(_, subscribing) = &world else {
+        unreachable!()
+    };
     subscribing.set_clock(0, Some(HOUR.as_micros() as i64));
     let (one, two) = (play(&World::OneHost, false), play(&world, true));
     for (one, two) in one.iter().zip(&two) {
         for (one, two) in [(&one.audio, &two.audio), (&one.video, &two.video)] {
             for ((name, one), (_, two)) in one.counters().zip(two.counters()) {
-                assert!(one == two || UNKNOWN_ELSEWHERE.contains(&name), "{name}: {one} and {two}");
+                assert!(
+                    one == two || UNKNOWN_ELSEWHERE.contains(&name),
+                    "{name}: {one} and {two}"
+                );
             }
-            for ((name, one), (_, two)) in one.histograms().zip(two.histograms()).chain(one.scores().zip(two.scores())) {
-                assert!(same_values(one, two) || UNKNOWN_ELSEWHERE.contains(&name), "{name}");
+            for ((name, one), (_, two)) in one
+                .histograms()
+                .zip(two.histograms())
+                .chain(one.scores().zip(two.scores()))
+            {
+                assert!(
+                    same_values(one, two) || UNKNOWN_ELSEWHERE.contains(&name),
+                    "{name}"
+                );
             }
             assert_eq!(lost(one), lost(two));
         }
         for ((name, one), (_, two)) in one.session.counters().zip(two.session.counters()) {
             // Certificates and signatures are not always of the same length.
-            assert!(one == two || name.starts_with("wire_bytes"), "{name}: {one} and {two}");
+            assert!(
+                one == two || name.starts_with("wire_bytes"),
+                "{name}: {one} and {two}"
+            );
         }
     }
     let [publishing, subscribing] = &two;
-    for (sent, received) in [(&publishing.audio, &subscribing.audio), (&publishing.video, &subscribing.video)] {
+    for (sent, received) in [
+        (&publishing.audio, &subscribing.audio),
+        (&publishing.video, &subscribing.video),
+    ] {
         // Everything from the first frame on, and the end, of which nothing came.
         assert_eq!(received.frames_expected, sent.frames_sent);
-        assert!(lost(received) > 0 && received.frames_delivered + lost(received) == received.frames_expected);
-        assert_eq!(received.frames_lost_unattributed, lost(received), "no witness of the uplink is here");
+        assert!(
+            lost(received) > 0
+                && received.frames_delivered + lost(received) == received.frames_expected
+        );
+        assert_eq!(
+            received.frames_lost_unattributed,
+            lost(received),
+            "no witness of the uplink is here"
+        );
         // 20 ms under way, and the packets of a picture leave one after the other.
         assert!(
             (20_000..40_000).contains(&received.one_way_latency.min().unwrap()),
@@ -160,16 +192,27 @@ fn two_hosts_account_for_what_one_host_does_that_plays_both() {
 #[test]
 fn without_the_other_clock_nothing_is_said_of_latency() {
     let (known, unknown) = (World::two_hosts(), World::two_hosts());
-    let World::TwoHosts(_, subscribing) = &known else { unreachable!() };
+    let World::TwoHosts(_, subscribing) = &known else {
+        unreachable!()
+    };
     subscribing.set_clock(0, Some(HOUR.as_micros() as i64));
     let [[_, known], [_, unknown]] = [play(&known, true), play(&unknown, true)];
-    for (known, unknown) in [(&known.audio, &unknown.audio), (&known.video, &unknown.video)] {
+    for (known, unknown) in [
+        (&known.audio, &unknown.audio),
+        (&known.video, &unknown.video),
+    ] {
         assert_eq!(
             (unknown.frames_delivered, unknown.frames_expected),
             (known.frames_delivered, known.frames_expected)
         );
-        assert_eq!((unknown.frames_untimed, unknown.frames_late), (unknown.frames_delivered, 0));
-        assert!(unknown.one_way_latency.count() + unknown.playout_delay.count() + unknown.mos.count() == 0);
+        assert_eq!(
+            (unknown.frames_untimed, unknown.frames_late),
+            (unknown.frames_delivered, 0)
+        );
+        assert!(
+            unknown.one_way_latency.count() + unknown.playout_delay.count() + unknown.mos.count()
+                == 0
+        );
     }
 }
 
@@ -187,6 +230,12 @@ fn before_any_count_comes_no_frame_is_refused_and_what_came_was_sent() {
     }
     // The end, which nobody told of, is not known to have been sent: 800 ms.
     let [_, told] = play(&World::two_hosts(), true);
-    assert_eq!(told.audio.frames_expected - received.audio.frames_expected, 40);
-    assert_eq!(told.video.frames_expected - received.video.frames_expected, 12);
+    assert_eq!(
+        told.audio.frames_expected - received.audio.frames_expected,
+        40
+    );
+    assert_eq!(
+        told.video.frames_expected - received.video.frames_expected,
+        12
+    );
 }

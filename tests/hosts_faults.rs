@@ -131,19 +131,31 @@ impl Schedule {
                     3 => Fault::Cut(who),
                     _ => Fault::JournalFull,
                 };
-                (chance.below(LAST_STAGE + 1), Duration::from_millis(chance.below(2_500)), fault)
+                (
+                    chance.below(LAST_STAGE + 1),
+                    Duration::from_millis(chance.below(2_500)),
+                    fault,
+                )
             })
             .collect();
         faults.sort_by_key(|(stage, into, _)| (*stage, *into));
         // Nobody is promised that a load goes on for longer than four times `missing_after` without a coordinator: three long outages in a row are more.
         let mut outages = 0;
         faults.retain(|(_, _, fault)| {
-            outages += usize::from(matches!(fault, Fault::CoordinatorKilled | Fault::JournalFull));
-            outages <= OUTAGES_MAX || !matches!(fault, Fault::CoordinatorKilled | Fault::JournalFull)
+            outages += usize::from(matches!(
+                fault,
+                Fault::CoordinatorKilled | Fault::JournalFull
+            ));
+            outages <= OUTAGES_MAX
+                || !matches!(fault, Fault::CoordinatorKilled | Fault::JournalFull)
         });
         Schedule {
             faults,
-            on_missing: if chance.chance(70) { "continue" } else { "stop" },
+            on_missing: if chance.chance(70) {
+                "continue"
+            } else {
+                "stop"
+            },
             unanswered: chance.below(15),
             twice: chance.below(30),
             late: chance.below(15),
@@ -214,7 +226,11 @@ impl Way {
             .fallback(pass)
             .layer(axum::extract::DefaultBodyLimit::disable())
             .with_state(self);
-        tokio::spawn(async move { axum::serve(listener, app).await.expect("it serves for ever") });
+        tokio::spawn(async move {
+            axum::serve(listener, app)
+                .await
+                .expect("it serves for ever")
+        });
         url
     }
 
@@ -234,13 +250,23 @@ impl Way {
             });
             (state.to.clone(), state.log.len() - 1)
         };
-        let mut stream = TcpStream::connect(to.trim_start_matches("http://")).await.ok()?;
-        let Request { method, path, token, body } = request;
+        let mut stream = TcpStream::connect(to.trim_start_matches("http://"))
+            .await
+            .ok()?;
+        let Request {
+            method,
+            path,
+            token,
+            body,
+        } = request;
         let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: coordinator\r\nauthorization: {token}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
             body.len()
         );
-        stream.write_all(&[head.as_bytes(), body].concat()).await.ok()?;
+        stream
+            .write_all(&[head.as_bytes(), body].concat())
+            .await
+            .ok()?;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await.ok()?;
         let text = String::from_utf8_lossy(&answer);
@@ -252,7 +278,13 @@ impl Way {
     }
 }
 
-async fn pass(Shared(way): Shared<Arc<Way>>, method: Method, uri: Uri, headers: HeaderMap, body: Bytes) -> (StatusCode, Vec<u8>) {
+async fn pass(
+    Shared(way): Shared<Arc<Way>>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> (StatusCode, Vec<u8>) {
     let nobody = || (StatusCode::BAD_GATEWAY, b"{}".to_vec());
     let request = Request {
         method,
@@ -267,7 +299,11 @@ async fn pass(Shared(way): Shared<Arc<Way>>, method: Method, uri: Uri, headers: 
     let [unanswered, twice, late] = {
         let mut state = way.lock();
         let may_be_lost = state.last_answer_too || !request.path.starts_with("/report/");
-        let percents = [if may_be_lost { state.unanswered } else { 0 }, state.twice, state.late];
+        let percents = [
+            if may_be_lost { state.unanswered } else { 0 },
+            state.twice,
+            state.late,
+        ];
         percents.map(|percent| state.chance.chance(percent))
     };
     way.is_open().await;
@@ -314,13 +350,25 @@ enum Fate {
     IsLost,
 }
 
-fn coordinator(server: &Server, directory: &Path, schedule: &Schedule, scale: Scale) -> Coordinator {
+fn coordinator(
+    server: &Server,
+    directory: &Path,
+    schedule: &Schedule,
+    scale: Scale,
+) -> Coordinator {
     // A limit on the size of files will stand for a full disk. Its signal is ignored, so that a write fails as it does on one.
     let mut command = Command::new("bash");
     against(server, &mut command)
-        .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_throng")])
+        .args([
+            "-c",
+            "trap '' XFSZ; exec \"$0\" \"$@\"",
+            env!("CARGO_BIN_EXE_throng"),
+        ])
         .current_dir(directory);
-    let (on_missing, missing_after) = (schedule.on_missing, format!("{}s", scale.missing_after.as_secs()));
+    let (on_missing, missing_after) = (
+        schedule.on_missing,
+        format!("{}s", scale.missing_after.as_secs()),
+    );
     let flags = "--coordinator-bind=127.0.0.1 --expect=3 --journal=journal --json=run.json --publishers=3 --ramp=2 --duration=3s \
                  --num-per-second=20 --max-loss=100 --on-missing";
     let mut flags: Vec<&str> = flags.split_whitespace().collect();
@@ -335,7 +383,9 @@ fn go_through(seed: u64, scale: Scale, server: &Server) {
     let scratch = Scratch::new();
     let mut coordinator = coordinator(server, &scratch.path(""), &schedule, scale);
     let to = coordinator.url().expect("it listens");
-    let ways: Vec<Arc<Way>> = (0..VANTAGES.len() as u64).map(|at| Way::new(seed * 10 + at, &schedule, scale)).collect();
+    let ways: Vec<Arc<Way>> = (0..VANTAGES.len() as u64)
+        .map(|at| Way::new(seed * 10 + at, &schedule, scale))
+        .collect();
     let probers = ways.iter().zip(VANTAGES).map(|(way, vantage)| {
         way.lock().to.clone_from(&to);
         let mut command = throng();
@@ -367,7 +417,10 @@ fn go_through(seed: u64, scale: Scale, server: &Server) {
         }
     }
     run.finish();
-    eprintln!("seed {seed}: well, after {:.0} s", began.elapsed().as_secs_f64());
+    eprintln!(
+        "seed {seed}: well, after {:.0} s",
+        began.elapsed().as_secs_f64()
+    );
 }
 
 impl Run<'_> {
@@ -376,7 +429,11 @@ impl Run<'_> {
     }
 
     fn wait_for_stage(&mut self, stage: u64) {
-        let is_there = |passed: &Passed| passed.body["stage"].as_u64().is_some_and(|reached| reached >= stage);
+        let is_there = |passed: &Passed| {
+            passed.body["stage"]
+                .as_u64()
+                .is_some_and(|reached| reached >= stage)
+        };
         while !(0..VANTAGES.len()).any(|who| self.log(who, |log| log.iter().any(is_there))) {
             if self.coordinator.has_ended() || self.all_have_reported() {
                 return;
@@ -386,7 +443,9 @@ impl Run<'_> {
     }
 
     fn has_reported(&self, who: usize) -> bool {
-        self.log(who, |log| log.iter().any(|passed| passed.path.starts_with("/report/")))
+        self.log(who, |log| {
+            log.iter().any(|passed| passed.path.starts_with("/report/"))
+        })
     }
 
     fn all_have_reported(&self) -> bool {
@@ -412,11 +471,15 @@ impl Run<'_> {
             }
             Fault::ProberStopped(who) => {
                 let stopped = self.scale.stopped;
-                let Some(prober) = &self.probers[who] else { return };
+                let Some(prober) = &self.probers[who] else {
+                    return;
+                };
                 prober.signal(Signal::STOP);
                 self.is_silent(who, Some(stopped));
                 std::thread::sleep(stopped);
-                self.probers[who].iter().for_each(|prober| prober.signal(Signal::CONT));
+                self.probers[who]
+                    .iter()
+                    .for_each(|prober| prober.signal(Signal::CONT));
             }
             Fault::Cut(who) => {
                 self.ways[who].cut.send_replace(true);
@@ -427,18 +490,36 @@ impl Run<'_> {
             Fault::CoordinatorKilled => {
                 self.coordinator.kill();
                 std::thread::sleep(self.scale.away);
-                self.coordinator = coordinator(self.server, &self.scratch.path(""), &self.schedule, self.scale);
+                self.coordinator = coordinator(
+                    self.server,
+                    &self.scratch.path(""),
+                    &self.schedule,
+                    self.scale,
+                );
                 if let Some(to) = self.coordinator.url() {
-                    self.ways.iter().for_each(|way| way.lock().to.clone_from(&to));
+                    self.ways
+                        .iter()
+                        .for_each(|way| way.lock().to.clone_from(&to));
                 }
             }
             Fault::JournalFull => {
                 let pid = Pid::from_raw(self.coordinator.pid());
                 let limit = |current| {
                     // One that has ended needs no limit.
-                    let _ = prlimit(pid, Resource::Fsize, Rlimit { current, maximum: None });
+                    let _ = prlimit(
+                        pid,
+                        Resource::Fsize,
+                        Rlimit {
+                            current,
+                            maximum: None,
+                        },
+                    );
                 };
-                limit(Some(std::fs::metadata(self.scratch.path("journal")).expect("a journal").len()));
+                limit(Some(
+                    std::fs::metadata(self.scratch.path("journal"))
+                        .expect("a journal")
+                        .len(),
+                ));
                 std::thread::sleep(self.scale.away);
                 limit(None);
             }
@@ -461,7 +542,11 @@ impl Run<'_> {
         let (code, said) = coordinator.finish();
         for prober in probers.into_iter().flatten() {
             let finished = prober.finish_within(Duration::from_secs(150));
-            assert!(matches!(finished.code, Some(0 | 1 | 98 | 99)), "{about}: {}", finished.stderr);
+            assert!(
+                matches!(finished.code, Some(0 | 1 | 98 | 99)),
+                "{about}: {}",
+                finished.stderr
+            );
         }
         let state = replayed(&scratch.path("journal"));
         let report = Report::read(&scratch.path("run.json"), &server.secret).0;
@@ -469,24 +554,40 @@ impl Run<'_> {
         assert!(*state.phase() == Phase::Over, "{about}");
         let mut sum = Account::default();
         for (way, vantage) in ways.iter().zip(VANTAGES) {
-            let kept = state.probers().iter().find(|prober| prober.vantage == vantage);
+            let kept = state
+                .probers()
+                .iter()
+                .find(|prober| prober.vantage == vantage);
             let kept = kept.unwrap_or_else(|| panic!("{vantage} is not in the journal: {about}"));
             witness(&way.lock().log, kept, &format!("{vantage}: {about}"));
             let record = |record| Account::read(&serde_json::to_value(record).expect("plain data"));
-            match kept.report.as_ref().and_then(|report| report.throng.as_ref()) {
+            match kept
+                .report
+                .as_ref()
+                .and_then(|report| report.throng.as_ref())
+            {
                 Some(whole) => sum.add(&record(&whole.totals.record)),
-                None => kept.tiers.values().for_each(|tier| sum.add(&record(&tier.record))),
+                None => kept
+                    .tiers
+                    .values()
+                    .for_each(|tier| sum.add(&record(&tier.record))),
             }
         }
         sum.settle();
         let told = Account::read(&report["totals"]);
-        let differences: Vec<String> = told.differences(&sum).into_iter().filter(|line| !line.starts_with("engine.")).collect();
+        let differences: Vec<String> = told
+            .differences(&sum)
+            .into_iter()
+            .filter(|line| !line.starts_with("engine."))
+            .collect();
         assert!(differences.is_empty(), "{differences:#?} {about}");
 
         // Who is missing, and what that makes of the run.
         let names = |list: &Value, name: fn(&Value) -> &Value| -> Vec<String> {
             let entries = list.as_array().expect("a list").iter();
-            entries.map(|entry| name(entry).as_str().expect("a label").to_owned()).collect()
+            entries
+                .map(|entry| name(entry).as_str().expect("a label").to_owned())
+                .collect()
         };
         let missing = names(&report["missing"], |missing| &missing["vantage"]);
         assert_eq!(names(&report["dropped"], |label| label), missing, "{about}");
@@ -507,7 +608,12 @@ impl Run<'_> {
         };
         assert_eq!(code, Some(expected), "{result}: {about}");
         let is_whole = matches!(result, "PASS" | "INVALID");
-        assert_eq!(is_whole, missing.is_empty(), "{result}: {} {about}", report["reasons"]);
+        assert_eq!(
+            is_whole,
+            missing.is_empty(),
+            "{result}: {} {about}",
+            report["reasons"]
+        );
     }
 }
 
@@ -516,7 +622,13 @@ fn replayed(journal: &Path) -> State {
     let read = Journal::open(
         journal,
         |head| *state.borrow_mut() = Some(State::new(head.setup.clone(), 0, 0)),
-        |entry| state.borrow_mut().as_mut().expect("a head comes first").apply(entry),
+        |entry| {
+            state
+                .borrow_mut()
+                .as_mut()
+                .expect("a head comes first")
+                .apply(entry)
+        },
     );
     assert!(read.is_ok(), "the journal can be read");
     state.into_inner().expect("a head")
@@ -525,24 +637,41 @@ fn replayed(journal: &Path) -> State {
 /// All that was acknowledged is kept, or something newer that was said.
 fn witness(log: &[Passed], kept: &throng::coordinator::state::Prober, about: &str) {
     let seq = |passed: &Passed| passed.body["seq"].as_u64().expect("a number");
-    let beats = || log.iter().filter(|passed| passed.path.starts_with("/beat/"));
+    let beats = || {
+        log.iter()
+            .filter(|passed| passed.path.starts_with("/beat/"))
+    };
     let acknowledged = beats().filter(|passed| passed.acknowledged);
     let of_stage = |passed: &Passed, stage: u64| {
         let tiers = passed.body["tiers"].as_array().cloned().unwrap_or_default();
         tiers.into_iter().find(|tier| tier["stage"] == stage)
     };
     for stage in 0..=LAST_STAGE + 1 {
-        let taken = acknowledged.clone().filter(|passed| of_stage(passed, stage).is_some()).map(seq).max();
+        let taken = acknowledged
+            .clone()
+            .filter(|passed| of_stage(passed, stage).is_some())
+            .map(seq)
+            .max();
         let Some(taken) = taken else { continue };
         let tier = kept.tiers.get(&(stage as u32));
         let tier = tier.unwrap_or_else(|| panic!("nothing of stage {stage} is kept: {about}"));
         let record = serde_json::to_value(&tier.record).expect("plain data");
-        let said = beats().filter(|passed| seq(passed) >= taken).filter_map(|passed| of_stage(passed, stage));
-        assert!(said.into_iter().any(|said| said["record"] == record), "stage {stage}: {about}");
+        let said = beats()
+            .filter(|passed| seq(passed) >= taken)
+            .filter_map(|passed| of_stage(passed, stage));
+        assert!(
+            said.into_iter().any(|said| said["record"] == record),
+            "stage {stage}: {about}"
+        );
     }
-    let report = log.iter().rfind(|passed| passed.path.starts_with("/report/") && passed.acknowledged);
+    let report = log
+        .iter()
+        .rfind(|passed| passed.path.starts_with("/report/") && passed.acknowledged);
     if let Some(report) = report {
-        let whole = kept.report.as_ref().and_then(|report| report.throng.as_ref());
+        let whole = kept
+            .report
+            .as_ref()
+            .and_then(|report| report.throng.as_ref());
         let whole = whole.unwrap_or_else(|| panic!("no report: {about}"));
         let record = serde_json::to_value(&whole.totals.record).expect("plain data");
         assert_eq!(report.body["throng"]["totals"]["record"], record, "{about}");

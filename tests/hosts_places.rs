@@ -35,7 +35,12 @@ struct Way {
 }
 
 const fn way(vantage: &'static str, up: u64, down: u64, lost: f64) -> Way {
-    Way { vantage, up, down, lost }
+    Way {
+        vantage,
+        up,
+        down,
+        lost,
+    }
 }
 
 /// From the best to the worst.
@@ -69,14 +74,25 @@ fn four_places_around_the_embedded_sfu() {
 }
 
 fn around(name: &str, start: impl FnOnce(&Places) -> Option<Server>) {
-    let Some(network) = Places::for_test(name, WAYS.len(), 11) else { return };
-    let Some(server) = start(&network) else { return };
+    let Some(network) = Places::for_test(name, WAYS.len(), 11) else {
+        return;
+    };
+    let Some(server) = start(&network) else {
+        return;
+    };
     let scratch = Scratch::new();
     for (at, way) in WAYS.iter().enumerate() {
-        for (direction, millis, lost) in [(Direction::Up, way.up, 0.0), (Direction::Down, way.down, way.lost)] {
+        for (direction, millis, lost) in [
+            (Direction::Up, way.up, 0.0),
+            (Direction::Down, way.down, way.lost),
+        ] {
             let conditions = Conditions {
                 delay: Duration::from_millis(millis),
-                loss: if lost > 0.0 { Loss::Random(lost) } else { Loss::None },
+                loss: if lost > 0.0 {
+                    Loss::Random(lost)
+                } else {
+                    Loss::None
+                },
                 ..Conditions::default()
             };
             network.wires.set(at, direction, conditions);
@@ -107,7 +123,12 @@ fn around(name: &str, start: impl FnOnce(&Places) -> Option<Server>) {
         })
         .collect();
     for finished in probers.into_iter().map(Running::finish) {
-        assert!(matches!(finished.code, Some(0 | 98)), "{}\n{}", finished.stdout, finished.stderr);
+        assert!(
+            matches!(finished.code, Some(0 | 98)),
+            "{}\n{}",
+            finished.stdout,
+            finished.stderr
+        );
     }
     let (code, said) = coordinator.finish();
     // A busy host may have been the limit: that says nothing of counts, and nothing of clocks.
@@ -127,7 +148,8 @@ fn around(name: &str, start: impl FnOnce(&Places) -> Option<Server>) {
 /// The merged figures are those of one record of everything that happened anywhere.
 fn adds_up(merged: &Value, own: &[Value]) {
     let mut sum = Account::default();
-    own.iter().for_each(|own| sum.add(&Account::read(&own["totals"])));
+    own.iter()
+        .for_each(|own| sum.add(&Account::read(&own["totals"])));
     let told = Account::read(&merged["totals"]);
     assert_eq!(told, sum, "{:#?}", told.differences(&sum));
     let mut looked_at = 0;
@@ -140,7 +162,11 @@ fn adds_up(merged: &Value, own: &[Value]) {
         {
             // Scores are of less being worse, and not of these.
             if !name.contains("mos") {
-                assert_eq!(told[percentile].as_u64(), values.percentile(share), "{section}.{name} {percentile}");
+                assert_eq!(
+                    told[percentile].as_u64(),
+                    values.percentile(share),
+                    "{section}.{name} {percentile}"
+                );
                 looked_at += 1;
             }
         }
@@ -148,15 +174,35 @@ fn adds_up(merged: &Value, own: &[Value]) {
     assert!(looked_at >= 30, "{looked_at} percentiles");
     // In one room: four who speak, one on each host, and two on each who hear all of them.
     let session = |name: &str| sum.counter(&format!("session.{name}"));
-    assert_eq!((session("joins_planned"), session("joins_ok"), session("frames_misrouted")), (12, 12, 0));
+    assert_eq!(
+        (
+            session("joins_planned"),
+            session("joins_ok"),
+            session("frames_misrouted")
+        ),
+        (12, 12, 0)
+    );
     let audio = |name: &str| sum.counter(&format!("audio.{name}"));
-    assert_eq!((audio("tracks_expected"), audio("tracks_live"), audio("frames_untimed")), (32, 32, 0));
-    assert_eq!(sum.histograms["audio.one_way_latency"].total(), audio("frames_delivered"));
+    assert_eq!(
+        (
+            audio("tracks_expected"),
+            audio("tracks_live"),
+            audio("frames_untimed")
+        ),
+        (32, 32, 0)
+    );
+    assert_eq!(
+        sum.histograms["audio.one_way_latency"].total(),
+        audio("frames_delivered")
+    );
 }
 
 fn vantage<'a>(merged: &'a Value, label: &str) -> &'a Value {
     let vantages = merged["vantages"].as_array().expect("a list");
-    vantages.iter().find(|vantage| vantage["vantage"] == label).expect("it took part")
+    vantages
+        .iter()
+        .find(|vantage| vantage["vantage"] == label)
+        .expect("it took part")
 }
 
 fn number(of: &Value) -> f64 {
@@ -168,13 +214,24 @@ fn has_what_was_planted(way: &Way, own: &Value, merged: &Value) {
     let (there, here) = ((way.up + way.down) as f64, vantage(merged, label));
 
     // Round trips.
-    let millis = |name: &str, share: f64| account.histograms[name].percentile(share).expect("they came back") as f64 / 1e3;
+    let millis = |name: &str, share: f64| {
+        account.histograms[name]
+            .percentile(share)
+            .expect("they came back") as f64
+            / 1e3
+    };
     let room = ROOM.as_secs_f64() * 1e3;
     assert!(millis("session.rtt_stun", 0.0) >= there - 0.5, "{label}");
     let median = millis("session.rtt_stun", 0.5);
-    assert!((there - 0.5..there + room).contains(&median), "{label}: {median} ms of {there}");
+    assert!(
+        (there - 0.5..there + room).contains(&median),
+        "{label}: {median} ms of {there}"
+    );
     let told = number(&here["steps"][0]["rtt"]["p50"]) / 1e3;
-    assert!((there - 1.0..there + room).contains(&told), "{label}: {told} ms of {there}");
+    assert!(
+        (there - 1.0..there + room).contains(&told),
+        "{label}: {told} ms of {there}"
+    );
 
     // Loss.
     let audio = |name: &str| account.counter(&format!("audio.{name}"));
@@ -184,36 +241,75 @@ fn has_what_was_planted(way: &Way, own: &Value, merged: &Value) {
     if way.lost == 0.0 {
         assert_eq!((lost, audio("frames_delivered")), (0, expected), "{label}");
     } else {
-        let (mean, chance) = (way.lost * sent as f64, 4.0 * (sent as f64 * way.lost * (1.0 - way.lost)).sqrt());
-        assert!((lost as f64 - mean).abs() <= chance, "{label}: {lost} of {sent} lost, not about {mean}");
+        let (mean, chance) = (
+            way.lost * sent as f64,
+            4.0 * (sent as f64 * way.lost * (1.0 - way.lost)).sqrt(),
+        );
+        assert!(
+            (lost as f64 - mean).abs() <= chance,
+            "{label}: {lost} of {sent} lost, not about {mean}"
+        );
         assert!(audio("frames_delivered") <= expected);
     }
 
     // One host has one clock, whatever the ways are like.
     let clock = &here["clock"];
-    let (offset, uncertainty) = (number(&clock["offset_ms"]), number(&clock["uncertainty_ms"]));
+    let (offset, uncertainty) = (
+        number(&clock["offset_ms"]),
+        number(&clock["uncertainty_ms"]),
+    );
     assert!(offset.abs() <= uncertainty, "{label}: {clock}");
-    assert!(uncertainty >= there / 2.0 && number(&clock["round_trip_ms"]) >= there, "{label}: {clock}");
+    assert!(
+        uncertainty >= there / 2.0 && number(&clock["round_trip_ms"]) >= there,
+        "{label}: {clock}"
+    );
 
     // Two seconds before each stage are the barrier's.
     let skew = number(&here["start_skew_ms"]);
     assert!(skew.abs() < 1_000.0, "{label}: {skew} ms late");
-    assert!(here["steps"][0]["start_skew_ms"].is_number() && here["baseline"]["start_skew_ms"].is_number());
-    assert_eq!((&here["missing"], &here["baseline"]["clients"]), (&Value::from(false), &Value::from(2)));
+    assert!(
+        here["steps"][0]["start_skew_ms"].is_number()
+            && here["baseline"]["start_skew_ms"].is_number()
+    );
+    assert_eq!(
+        (&here["missing"], &here["baseline"]["clients"]),
+        (&Value::from(false), &Value::from(2))
+    );
 }
 
 fn names_the_worst(merged: &Value, said: &str) {
     let tier = &merged["combined"][0];
     let measured = |way: &&Way| vantage(merged, way.vantage)["steps"][0]["standing"] == "measured";
     let worst = WAYS.iter().rfind(measured);
-    assert_eq!(tier["worst_vantage"]["vantage"].as_str(), worst.map(|way| way.vantage), "{tier}");
+    assert_eq!(
+        tier["worst_vantage"]["vantage"].as_str(),
+        worst.map(|way| way.vantage),
+        "{tier}"
+    );
     if let Some(worst) = worst {
-        assert!(said.contains(&format!("\n  worst vantage: {}: ", worst.vantage)), "{said}");
+        assert!(
+            said.contains(&format!("\n  worst vantage: {}: ", worst.vantage)),
+            "{said}"
+        );
     }
-    assert!(said.contains(" lat. p99    start\n") && said.contains("clock off by\n"), "{said}");
-    assert_eq!(tier["measured_vantages"], WAYS.iter().filter(measured).count());
-    let skews = WAYS.iter().map(|way| number(&vantage(merged, way.vantage)["steps"][0]["start_skew_ms"]));
+    assert!(
+        said.contains(" lat. p99    start\n") && said.contains("clock off by\n"),
+        "{said}"
+    );
+    assert_eq!(
+        tier["measured_vantages"],
+        WAYS.iter().filter(measured).count()
+    );
+    let skews = WAYS
+        .iter()
+        .map(|way| number(&vantage(merged, way.vantage)["steps"][0]["start_skew_ms"]));
     let most = skews.max_by(|a, b| a.abs().total_cmp(&b.abs()));
-    assert_eq!(tier["start_skew_ms_max"].as_f64().map(f64::abs), most.map(f64::abs));
-    assert_eq!((&merged["missing"], &merged["dropped"]), (&serde_json::json!([]), &serde_json::json!([])));
+    assert_eq!(
+        tier["start_skew_ms_max"].as_f64().map(f64::abs),
+        most.map(f64::abs)
+    );
+    assert_eq!(
+        (&merged["missing"], &merged["dropped"]),
+        (&serde_json::json!([]), &serde_json::json!([]))
+    );
 }

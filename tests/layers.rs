@@ -16,7 +16,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use link::Conditions;
-use pair::{AUDIO_LEVEL_EXTENSION, AUDIO_SSRC, MID_EXTENSION, Pair, REPAIRED_RID_EXTENSION, RID_EXTENSION, RIDS, audio, layer_ssrc, layers};
+use pair::{
+    AUDIO_LEVEL_EXTENSION, AUDIO_SSRC, MID_EXTENSION, Pair, REPAIRED_RID_EXTENSION, RID_EXTENSION,
+    RIDS, audio, layer_ssrc, layers,
+};
 use switcher::{Downlink, World};
 use throng::engine::publisher::{Pacing, SendParameters, SpeakerTurns, Talk};
 use throng::engine::{AUDIO_TRACK, Command, VIDEO_TRACK};
@@ -79,7 +82,10 @@ fn packets_name_their_layer_until_the_first_receiver_report_and_retransmissions_
     // The other end's reports come once a second from 0.1 to 0.3 s on.
     let early = sent_during(&mut pair, Duration::from_millis(90));
     for (layer, rid) in (0..3).zip(RIDS) {
-        let of_layer: Vec<_> = early.iter().filter(|sent| sent.ssrc == layer_ssrc(layer)).collect();
+        let of_layer: Vec<_> = early
+            .iter()
+            .filter(|sent| sent.ssrc == layer_ssrc(layer))
+            .collect();
         assert!(of_layer.len() >= 2);
         assert!(
             of_layer
@@ -96,7 +102,11 @@ fn packets_name_their_layer_until_the_first_receiver_report_and_retransmissions_
     let later = sent_during(&mut pair, Duration::from_secs(5));
     let mut retransmissions = BTreeSet::new();
     for sent in later {
-        match RIDS.iter().zip(0..).find(|(_, layer)| sent.ssrc == layer_ssrc(*layer) + 1) {
+        match RIDS
+            .iter()
+            .zip(0..)
+            .find(|(_, layer)| sent.ssrc == layer_ssrc(*layer) + 1)
+        {
             None => assert_eq!((sent.mid, sent.rid, sent.repaired_rid), (None, None, None)),
             Some((rid, layer)) => {
                 assert_eq!(
@@ -109,8 +119,17 @@ fn packets_name_their_layer_until_the_first_receiver_report_and_retransmissions_
     }
     assert_eq!(retransmissions, BTreeSet::from([0, 1, 2]));
     let [sender, receiver] = pair.finish();
-    assert_eq!((sender.video.tracks_published, receiver.session.packets_rejected), (1, 0));
-    assert_eq!(receiver.video.frames_delivered, receiver.video.frames_expected);
+    assert_eq!(
+        (
+            sender.video.tracks_published,
+            receiver.session.packets_rejected
+        ),
+        (1, 0)
+    );
+    assert_eq!(
+        receiver.video.frames_delivered,
+        receiver.video.frames_expected
+    );
     assert_eq!(receiver.video.packets_lost, 0);
 }
 
@@ -121,16 +140,28 @@ fn each_layer_has_its_own_rate_and_its_first_key_frame_comes_twice() {
     pair.run_for(Duration::from_secs(4));
     let roster = pair.roster.clone();
     let [sender, receiver] = pair.finish();
-    let frames: Vec<u32> = (0..3).map(|layer| roster.frames(0, VIDEO_TRACK, layer)).collect();
+    let frames: Vec<u32> = (0..3)
+        .map(|layer| roster.frames(0, VIDEO_TRACK, layer))
+        .collect();
     for (frames, fps) in frames.iter().zip([15, 20, 30]) {
         assert!(frames.abs_diff(4 * fps) <= 1, "{frames} at {fps} fps");
     }
-    assert_eq!(sender.video.frames_sent, frames.iter().map(|frames| u64::from(*frames)).sum::<u64>());
-    assert_eq!((sender.video.key_frames_sent, sender.session.plis_received), (6, 0));
+    assert_eq!(
+        sender.video.frames_sent,
+        frames.iter().map(|frames| u64::from(*frames)).sum::<u64>()
+    );
+    assert_eq!(
+        (sender.video.key_frames_sent, sender.session.plis_received),
+        (6, 0)
+    );
     assert_eq!(receiver.video.frames_delivered, sender.video.frames_sent);
     assert_eq!(receiver.video.frames_expected, sender.video.frames_sent);
     // A sender report on each layer: their round trips are measured by three report blocks a second.
-    assert!(sender.session.rtt_rtcp.count() >= 9, "{}", sender.session.rtt_rtcp.count());
+    assert!(
+        sender.session.rtt_rtcp.count() >= 9,
+        "{}",
+        sender.session.rtt_rtcp.count()
+    );
 }
 
 #[test]
@@ -146,13 +177,26 @@ fn a_layer_that_nobody_watches_rests_and_starts_again_with_a_key_frame_in_its_ol
     };
     pair.command(set(0b011));
     let resting = sent_during(&mut pair, Duration::from_secs(2));
-    let count = |sent: &[Sent], layer| sent.iter().filter(|sent| sent.ssrc == layer_ssrc(layer) && sent.marker).count();
-    assert_eq!((count(&resting, 0), count(&resting, 1), count(&resting, 2)), (30, 40, 0));
-    let keys_before = pair.shards[0].swap_record(Box::default()).video.key_frames_sent;
+    let count = |sent: &[Sent], layer| {
+        sent.iter()
+            .filter(|sent| sent.ssrc == layer_ssrc(layer) && sent.marker)
+            .count()
+    };
+    assert_eq!(
+        (count(&resting, 0), count(&resting, 1), count(&resting, 2)),
+        (30, 40, 0)
+    );
+    let keys_before = pair.shards[0]
+        .swap_record(Box::default())
+        .video
+        .key_frames_sent;
     assert_eq!(keys_before, 6);
     pair.command(set(0b111));
     let awake = sent_during(&mut pair, Duration::from_secs(2));
-    assert_eq!((count(&awake, 0), count(&awake, 1), count(&awake, 2)), (30, 40, 60));
+    assert_eq!(
+        (count(&awake, 0), count(&awake, 1), count(&awake, 2)),
+        (30, 40, 60)
+    );
     for sent in awake.iter().filter(|sent| sent.ssrc == layer_ssrc(2)) {
         // Slots of 30 fps since the track began, on whole milliseconds.
         let slot = (sent.at.since(start).as_secs_f64() * 30.0).round();
@@ -162,8 +206,17 @@ fn a_layer_that_nobody_watches_rests_and_starts_again_with_a_key_frame_in_its_ol
     // Asked for twice, nothing changes.
     pair.command(set(0b111));
     let [sender, receiver] = pair.finish();
-    assert_eq!((sender.video.key_frames_sent, sender.engine.send_slots_skipped), (1, 0));
-    assert_eq!(receiver.video.frames_delivered, receiver.video.frames_expected);
+    assert_eq!(
+        (
+            sender.video.key_frames_sent,
+            sender.engine.send_slots_skipped
+        ),
+        (1, 0)
+    );
+    assert_eq!(
+        receiver.video.frames_delivered,
+        receiver.video.frames_expected
+    );
     assert_eq!(receiver.session.plis_sent, 0, "nobody had to ask");
 }
 
@@ -174,7 +227,11 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
     tracks.push(pair.track(&pair::video(), 0, Pacing::Paced));
     pair.publish_tracks(tracks);
     pair.run_for(Duration::from_secs(3));
-    let mute = |track, muted| Command::SetMuted { key: 0, track, muted };
+    let mute = |track, muted| Command::SetMuted {
+        key: 0,
+        track,
+        muted,
+    };
     pair.command(mute(AUDIO_TRACK, true));
     pair.command(mute(VIDEO_TRACK, true));
     // What waits in the pacer still leaves.
@@ -190,16 +247,31 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
     pair.command(mute(VIDEO_TRACK, true));
     pair.run_for(Duration::from_secs(2));
     let [sender, receiver] = pair.finish();
-    assert_eq!((sender.video.key_frames_sent, sender.engine.send_slots_skipped), (2, 0));
-    for (sent, received) in [(&sender.audio, &receiver.audio), (&sender.video, &receiver.video)] {
+    assert_eq!(
+        (
+            sender.video.key_frames_sent,
+            sender.engine.send_slots_skipped
+        ),
+        (2, 0)
+    );
+    for (sent, received) in [
+        (&sender.audio, &receiver.audio),
+        (&sender.video, &receiver.video),
+    ] {
         assert_eq!(
             (received.frames_delivered, received.frames_expected),
             (sent.frames_sent, sent.frames_sent)
         );
         assert_eq!((received.packets_lost_network, received.freezes), (0, 0));
     }
-    assert!(receiver.video.frame_interval.max().unwrap() < 1_000_000, "the pause is no interval");
-    assert!(sender.audio.frames_sent.abs_diff(8 * 50) <= 10 && sender.video.frames_sent.abs_diff(5 * 15) <= 3);
+    assert!(
+        receiver.video.frame_interval.max().unwrap() < 1_000_000,
+        "the pause is no interval"
+    );
+    assert!(
+        sender.audio.frames_sent.abs_diff(8 * 50) <= 10
+            && sender.video.frames_sent.abs_diff(5 * 15) <= 3
+    );
 }
 
 /// A clip as `audio()` makes it, of something else.
@@ -232,19 +304,40 @@ fn one_who_is_not_to_speak_is_silent_and_says_so() {
         let log = sent_during(&mut pair, 6 * SpeakerTurns::TURN);
         let mut levels: BTreeMap<bool, Vec<u8>> = BTreeMap::new();
         for sent in log {
-            levels.entry(turns.speaker_at(sent.at) == Some(0)).or_default().push(sent.level.unwrap());
+            levels
+                .entry(turns.speaker_at(sent.at) == Some(0))
+                .or_default()
+                .push(sent.level.unwrap());
         }
         // Three of six turns of 125 packets; the rest is silence, of which DTX sends next to nothing.
-        assert!(levels[&true].len().abs_diff(3 * 125) <= 4, "{}", levels[&true].len());
+        assert!(
+            levels[&true].len().abs_diff(3 * 125) <= 4,
+            "{}",
+            levels[&true].len()
+        );
         let silent = 900 - levels[&true].len();
         match dtx {
             false => assert_eq!(levels[&false].len(), silent),
-            true => assert!((10..silent / 10).contains(&levels[&false].len()), "{}", levels[&false].len()),
+            true => assert!(
+                (10..silent / 10).contains(&levels[&false].len()),
+                "{}",
+                levels[&false].len()
+            ),
         }
-        assert!(levels[&false].iter().all(|level| *level == 127), "digital silence, and no voice");
+        assert!(
+            levels[&false].iter().all(|level| *level == 127),
+            "digital silence, and no voice"
+        );
         // LiveKit calls somebody active who is louder than -35 dBov for 40 % of the time.
-        let loud = levels[&true].iter().filter(|level| **level & 0x80 != 0 && **level & 0x7F <= 35).count();
-        assert!(loud * 10 >= levels[&true].len() * 4, "{loud} of {}", levels[&true].len());
+        let loud = levels[&true]
+            .iter()
+            .filter(|level| **level & 0x80 != 0 && **level & 0x7F <= 35)
+            .count();
+        assert!(
+            loud * 10 >= levels[&true].len() * 4,
+            "{loud} of {}",
+            levels[&true].len()
+        );
         let [sender, receiver] = pair.finish();
         assert_eq!(receiver.audio.packets_received, sender.audio.packets_sent);
         assert_eq!(receiver.audio.frames_delivered, sender.audio.frames_sent);
@@ -266,9 +359,19 @@ fn over_switches_that_lose_nothing_every_frame_that_was_forwarded_is_expected_an
         assert!(log.switches >= 10);
         assert_eq!(record.video.frames_delivered, log.forwarded, "seed {seed}");
         assert_eq!(record.video.frames_expected, log.forwarded, "seed {seed}");
-        assert_eq!((record.video.frames_duplicate, record.session.frames_misrouted), (0, 0));
+        assert_eq!(
+            (
+                record.video.frames_duplicate,
+                record.session.frames_misrouted
+            ),
+            (0, 0)
+        );
         let switch = &record.video.layer_switch;
-        assert_eq!((switch.count(), switch.expected()), (log.switches, log.switches), "seed {seed}");
+        assert_eq!(
+            (switch.count(), switch.expected()),
+            (log.switches, log.switches),
+            "seed {seed}"
+        );
         // A key frame leaves with the layer's next frame, at most 66.7 ms away.
         assert!(switch.max().unwrap() <= 68_000, "{:?}", switch.max());
         assert_eq!((record.video.freezes, record.video.tracks_live), (0, 1));
@@ -292,7 +395,11 @@ fn frames_that_an_sfu_withholds_while_it_switches_are_expected_and_missing() {
         let (log, record) = world.finish();
         assert!(log.switches >= 6 && log.withheld > 20);
         assert_eq!(record.video.frames_delivered, log.forwarded, "seed {seed}");
-        assert_eq!(record.video.frames_expected - record.video.frames_delivered, log.withheld, "seed {seed}");
+        assert_eq!(
+            record.video.frames_expected - record.video.frames_delivered,
+            log.withheld,
+            "seed {seed}"
+        );
         assert_eq!(
             record.video.frames_lost_sfu, log.withheld,
             "seed {seed}: no number is missing, so it never sent them"
@@ -315,7 +422,10 @@ fn a_layer_that_never_comes_is_a_switch_that_never_happens() {
     world.run_for(Duration::from_secs(3));
     let (_, record) = world.finish();
     let switch = &record.video.layer_switch;
-    assert_eq!((switch.count(), switch.expected(), switch.quantile(0.5)), (0, 1, None));
+    assert_eq!(
+        (switch.count(), switch.expected(), switch.quantile(0.5)),
+        (0, 1, None)
+    );
     // Asked for just before the end, it is nobody's fault.
     let mut world = World::new(
         1,
@@ -366,7 +476,10 @@ fn under_loss_no_more_frames_are_delivered_than_expected() {
         let (log, record) = world.finish();
         let (expected, delivered) = (record.video.frames_expected, record.video.frames_delivered);
         assert_eq!(delivered, log.arrived, "seed {seed}");
-        assert!(delivered < expected, "seed {seed}: {delivered} of {expected}");
+        assert!(
+            delivered < expected,
+            "seed {seed}: {delivered} of {expected}"
+        );
         // Where the last frame before a switch or the first one after it is lost, the earlier layer's rate tells how many are missing: one off at most.
         assert!(
             expected.abs_diff(log.forwarded) <= log.switches,

@@ -35,10 +35,20 @@ const SIZES: [Option<(u32, u32)>; 3] = [Some((96, 54)), Some((160, 90)), Some((3
 fn every_expected_frame_came(record: &throng::measure::Record, but: u64) {
     for media in [&record.audio, &record.video] {
         let missing = media.frames_expected - media.frames_delivered;
-        assert!(missing <= but, "{missing} of {} frames missing", media.frames_expected);
+        assert!(
+            missing <= but,
+            "{missing} of {} frames missing",
+            media.frames_expected
+        );
         assert_eq!((media.frames_duplicate, media.packets_lost), (0, 0));
     }
-    assert_eq!((record.session.frames_misrouted, record.session.packets_rejected), (0, 0));
+    assert_eq!(
+        (
+            record.session.frames_misrouted,
+            record.session.packets_rejected
+        ),
+        (0, 0)
+    );
 }
 
 fn subscribers_get_the_layer_that_they_ask_for_within_a_second(server: &Server) {
@@ -61,13 +71,19 @@ fn subscribers_get_the_layer_that_they_ask_for_within_a_second(server: &Server) 
         assert_eq!((switch.count(), switch.expected()), (6, 6));
         // What the host of the tests was late is no fault of the server's.
         let late = record.engine.tick_late.max().unwrap();
-        assert!(switch.max().unwrap() <= 1_000_000 + late, "{:?} us", switch.max());
+        assert!(
+            switch.max().unwrap() <= 1_000_000 + late,
+            "{:?} us",
+            switch.max()
+        );
         let in_the_end = |participant| {
             let streams = outcomes
                 .iter()
                 .filter(|peer| peer.participant == participant)
                 .flat_map(|peer| &peer.streams);
-            streams.filter(|stream| stream.kind == Kind::Video).find_map(|stream| stream.layer)
+            streams
+                .filter(|stream| stream.kind == Kind::Video)
+                .find_map(|stream| stream.layer)
         };
         assert_eq!([1, 2, 3].map(in_the_end), [Some(2), Some(0), Some(2)]);
         // A switch may cut the last frame of the earlier layer off.
@@ -84,23 +100,33 @@ fn layers_that_nobody_watches_rest_until_somebody_does(server: &Server) {
     people.wait_for_frames("the higher layers rest", |_| true);
     loop {
         let start = people.frames();
-        people.wait_for_frames("half a second of the lowest layer", |frames| frames[0] >= start[0] + 8);
+        people.wait_for_frames("half a second of the lowest layer", |frames| {
+            frames[0] >= start[0] + 8
+        });
         let now = people.frames();
         if now[1] == start[1] && now[2] == start[2] {
             break;
         }
-        assert!(now[0] < before[0] + 15 * 20, "after 20 s all layers are still sent");
+        assert!(
+            now[0] < before[0] + 15 * 20,
+            "after 20 s all layers are still sent"
+        );
     }
     before = people.frames();
     // Without disabling it, one picture larger brings the middle layer back, and not the highest.
     people.ask(1, Request::Show(SIZES[1]));
-    people.wait_for_frames("the middle layer starts again", |frames| frames[1] >= before[1] + 10);
+    people.wait_for_frames("the middle layer starts again", |frames| {
+        frames[1] >= before[1] + 10
+    });
     assert_eq!(people.frames()[2], before[2]);
     people.ask(1, Request::Show(None));
     people.ask(2, Request::Show(None));
     let (record, _) = people.finish();
     // Half a second of both higher layers at least; what a slow host skips is far less.
-    assert!(record.engine.send_slots_skipped < 25, "a layer at rest misses no slots");
+    assert!(
+        record.engine.send_slots_skipped < 25,
+        "a layer at rest misses no slots"
+    );
     every_expected_frame_came(&record, 4);
 }
 
@@ -119,12 +145,24 @@ fn a_muted_track_is_silent_and_comes_back_with_a_key_frame(server: &Server) {
     let keys = people.record().video.key_frames_sent;
     people.ask(0, mute(Kind::Audio, false));
     people.ask(0, mute(Kind::Video, false));
-    people.wait_for_frames("video again", |frames| (0..3).all(|layer| frames[layer] >= at_rest.1[layer] + 20));
+    people.wait_for_frames("video again", |frames| {
+        (0..3).all(|layer| frames[layer] >= at_rest.1[layer] + 20)
+    });
     let (record, _) = people.finish();
     assert!(record.video.key_frames_sent >= keys + 3);
     // Two seconds of 50 packets and 65 frames passed; what a slow host skips is far less.
-    assert!(record.engine.send_slots_skipped < 200, "a muted track misses no slots");
-    assert_eq!((record.video.freezes, record.video.tracks_live, record.audio.tracks_live), (0, 2, 2));
+    assert!(
+        record.engine.send_slots_skipped < 200,
+        "a muted track misses no slots"
+    );
+    assert_eq!(
+        (
+            record.video.freezes,
+            record.video.tracks_live,
+            record.audio.tracks_live
+        ),
+        (0, 2, 2)
+    );
     // The moment in which the server hears of it is not ours: a frame around each change may be dropped there, at each of two subscribers.
     every_expected_frame_came(&record, 8);
 }
@@ -155,15 +193,24 @@ fn the_large_picture_follows_the_speakers(server: &Server) {
     // Two subscribers; a new speaker becomes large and the old one small.
     assert!(switch("count") >= Some(4), "{:?}", switch("count"));
     assert!(
-        finished.stdout.contains("layer switch") && finished.stdout.contains("Speaker updates received"),
+        finished.stdout.contains("layer switch")
+            && finished.stdout.contains("Speaker updates received"),
         "{}",
         finished.stdout
     );
     // The first line names the server, however long its name is.
-    let too_long: Vec<&str> = finished.stdout.lines().skip(1).filter(|line| line.chars().count() > 80).collect();
+    let too_long: Vec<&str> = finished
+        .stdout
+        .lines()
+        .skip(1)
+        .filter(|line| line.chars().count() > 80)
+        .collect();
     assert_eq!(too_long, [""; 0]);
     assert_eq!(
-        (report.counter("video", "tracks_expected"), report.counter("video", "tracks_live")),
+        (
+            report.counter("video", "tracks_expected"),
+            report.counter("video", "tracks_live")
+        ),
         (6, 6)
     );
 }

@@ -15,7 +15,8 @@ fn read(path: &str) -> String {
 }
 
 fn schema() -> Value {
-    serde_json::from_str(&read("fixtures/schema/throng-report-1.schema.json")).expect("the schema is JSON")
+    serde_json::from_str(&read("fixtures/schema/throng-report-1.schema.json"))
+        .expect("the schema is JSON")
 }
 
 /// What the engine section says of its run rather than of a quantity.
@@ -26,7 +27,12 @@ const SERVER_FACTS: &[&str] = &["name", "seconds"];
 
 /// Every counter, histogram and score of the report, by its section; the engine's names as they are in the JSON.
 fn figures() -> BTreeSet<String> {
-    let of = |section: &str, names: &[&str]| names.iter().map(|name| format!("{section}.{name}")).collect::<Vec<_>>();
+    let of = |section: &str, names: &[&str]| {
+        names
+            .iter()
+            .map(|name| format!("{section}.{name}"))
+            .collect::<Vec<_>>()
+    };
     let mut figures = BTreeSet::new();
     figures.extend(of("session", Session::COUNTERS));
     figures.extend(of("session", Session::HISTOGRAMS));
@@ -36,14 +42,18 @@ fn figures() -> BTreeSet<String> {
     figures.extend(of("bandwidth", Bandwidth::COUNTERS));
     figures.extend(of("bandwidth", Bandwidth::HISTOGRAMS));
     let schema = schema();
-    let engine = schema["$defs"]["engine"]["properties"].as_object().expect("the engine's section");
+    let engine = schema["$defs"]["engine"]["properties"]
+        .as_object()
+        .expect("the engine's section");
     figures.extend(
         engine
             .keys()
             .filter(|name| !ENGINE_FACTS.contains(&name.as_str()))
             .map(|name| format!("engine.{name}")),
     );
-    let server = schema["$defs"]["server"]["properties"].as_object().expect("a step of the server's pages");
+    let server = schema["$defs"]["server"]["properties"]
+        .as_object()
+        .expect("a step of the server's pages");
     figures.extend(
         server
             .keys()
@@ -60,13 +70,26 @@ fn rows(page: &str, heading: &str) -> Vec<Vec<String>> {
         .unwrap_or_else(|| panic!("no heading {heading}"))
         .1;
     let section = below.split("\n## ").next().unwrap_or(below);
-    let cells = |line: &str| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
-    section.lines().filter(|line| line.starts_with("| `")).map(cells).collect()
+    let cells = |line: &str| {
+        line.trim_matches('|')
+            .split('|')
+            .map(|cell| cell.trim().to_owned())
+            .collect::<Vec<_>>()
+    };
+    section
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .map(cells)
+        .collect()
 }
 
 /// What stands between backquotes.
 fn quoted(cell: &str) -> Vec<String> {
-    cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+    cell.split('`')
+        .skip(1)
+        .step_by(2)
+        .map(str::to_owned)
+        .collect()
 }
 
 #[test]
@@ -77,7 +100,10 @@ fn every_figure_has_its_row_of_truth_and_no_row_is_without_a_figure() {
         let [name, truth, error] = &row[..] else {
             panic!("three cells: {row:?}")
         };
-        assert!(!truth.is_empty() && !error.is_empty(), "an empty cell: {row:?}");
+        assert!(
+            !truth.is_empty() && !error.is_empty(),
+            "an empty cell: {row:?}"
+        );
         for name in quoted(name) {
             assert_eq!(named.insert(name.clone(), ()), None, "two rows for {name}");
         }
@@ -109,7 +135,12 @@ fn every_figure_has_its_sentence() {
 
 /// Where a test may name a figure: its own file, and those that it is made of.
 fn sources(file: &str) -> String {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join(file.trim_end_matches(".rs").split("_live").next().unwrap_or(file));
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join(
+        file.trim_end_matches(".rs")
+            .split("_live")
+            .next()
+            .unwrap_or(file),
+    );
     let parts = fs::read_dir(directory)
         .into_iter()
         .flatten()
@@ -132,9 +163,14 @@ fn every_test_that_is_named_exists_and_looks_at_the_figure() {
         let bare = name.strip_suffix("_us").unwrap_or(name);
         let mut looks = false;
         for test in quoted(&row[1]) {
-            let (file, function) = test.split_once("::").unwrap_or_else(|| panic!("{figure}: file::function, not {test}"));
+            let (file, function) = test
+                .split_once("::")
+                .unwrap_or_else(|| panic!("{figure}: file::function, not {test}"));
             let text = sources(file);
-            assert!(text.contains(&format!("fn {function}(")), "{figure}: there is no {test}");
+            assert!(
+                text.contains(&format!("fn {function}(")),
+                "{figure}: there is no {test}"
+            );
             looks |= file.starts_with("src/") || text.contains(bare);
         }
         assert!(looks, "{figure}: no test that its row names looks at it");

@@ -28,13 +28,22 @@ fn rtp(seq: u16) -> Vec<u8> {
 
 /// Sends so many packets up, and says what sequence numbers came, in their order.
 fn send_up(network: &Network, packets: u16) -> Vec<u16> {
-    let socket = network.server.run(|| UdpSocket::bind((SERVER, MEDIA_PORT))).unwrap();
+    let socket = network
+        .server
+        .run(|| UdpSocket::bind((SERVER, MEDIA_PORT)))
+        .unwrap();
     socket.set_nonblocking(true).unwrap();
-    let sender = network.clients.run(|| UdpSocket::bind((CLIENTS, MEDIA_PORT))).unwrap();
+    let sender = network
+        .clients
+        .run(|| UdpSocket::bind((CLIENTS, MEDIA_PORT)))
+        .unwrap();
     let (mut came, mut bytes) = (Vec::new(), [0; 2_000]);
     let mut take = || {
         while let Ok((len, from)) = socket.recv_from(&mut bytes) {
-            assert_eq!((len, from), (100, SocketAddrV4::new(CLIENTS, MEDIA_PORT).into()));
+            assert_eq!(
+                (len, from),
+                (100, SocketAddrV4::new(CLIENTS, MEDIA_PORT).into())
+            );
             came.push(u16::from_be_bytes([bytes[2], bytes[3]]));
         }
     };
@@ -54,7 +63,10 @@ fn send_up(network: &Network, packets: u16) -> Vec<u16> {
 }
 
 fn originals(log: &[Packet]) -> Vec<u16> {
-    let originals = log.iter().filter(|packet| !packet.duplicate).filter_map(Packet::rtp);
+    let originals = log
+        .iter()
+        .filter(|packet| !packet.duplicate)
+        .filter_map(Packet::rtp);
     originals.map(|rtp| rtp.seq).collect()
 }
 
@@ -69,10 +81,14 @@ fn delivered(log: &[Packet]) -> Vec<u16> {
 
 #[test]
 fn the_log_says_of_every_packet_what_became_of_it() {
-    let Some(network) = Network::for_test("the_log_says_of_every_packet_what_became_of_it", 1) else {
+    let Some(network) = Network::for_test("the_log_says_of_every_packet_what_became_of_it", 1)
+    else {
         return;
     };
-    let before = [network.clients.device_counts(), network.server.device_counts()];
+    let before = [
+        network.clients.device_counts(),
+        network.server.device_counts(),
+    ];
     network.set(
         Direction::Up,
         Conditions {
@@ -87,10 +103,18 @@ fn the_log_says_of_every_packet_what_became_of_it() {
     let mut came = send_up(&network, 2_000);
     let log = network.log();
     let mut logged = delivered(&log);
-    assert!(came.windows(2).any(|pair| pair[1] < pair[0]), "jitter reorders where it may");
+    assert!(
+        came.windows(2).any(|pair| pair[1] < pair[0]),
+        "jitter reorders where it may"
+    );
     came.sort_unstable();
     logged.sort_unstable();
-    assert!(came == logged, "{} came, {} did by the log", came.len(), logged.len());
+    assert!(
+        came == logged,
+        "{} came, {} did by the log",
+        came.len(),
+        logged.len()
+    );
 
     let rtp: Vec<&Packet> = log.iter().filter(|packet| packet.rtp().is_some()).collect();
     assert_eq!(
@@ -98,8 +122,12 @@ fn the_log_says_of_every_packet_what_became_of_it() {
         (0..2_000).collect::<Vec<u16>>(),
         "each was seen once, in the order of sending"
     );
-    let count = |wanted: &dyn Fn(&Packet) -> bool| rtp.iter().filter(|packet| wanted(packet)).count();
-    let (lost, twice) = (count(&|packet| packet.fate == Fate::Lost), count(&|packet| packet.duplicate));
+    let count =
+        |wanted: &dyn Fn(&Packet) -> bool| rtp.iter().filter(|packet| wanted(packet)).count();
+    let (lost, twice) = (
+        count(&|packet| packet.fate == Fate::Lost),
+        count(&|packet| packet.duplicate),
+    );
     assert!(
         (340..460).contains(&lost) && (110..210).contains(&twice),
         "{lost} of 2,000 lost and {twice} sent twice"
@@ -107,18 +135,43 @@ fn the_log_says_of_every_packet_what_became_of_it() {
     assert_eq!(came.len(), 2_000 - lost + twice);
     for packet in &rtp {
         let fields = packet.rtp().unwrap();
-        assert_eq!((fields.ssrc, fields.payload_type, fields.marker, fields.padded), (7, 111, true, false));
-        assert_eq!((fields.rtp_time, packet.bytes), (u32::from(fields.seq) * 960, 100));
+        assert_eq!(
+            (
+                fields.ssrc,
+                fields.payload_type,
+                fields.marker,
+                fields.padded
+            ),
+            (7, 111, true, false)
+        );
+        assert_eq!(
+            (fields.rtp_time, packet.bytes),
+            (u32::from(fields.seq) * 960, 100)
+        );
         assert_eq!(
             (packet.from, packet.to),
-            (SocketAddrV4::new(CLIENTS, MEDIA_PORT), SocketAddrV4::new(SERVER, MEDIA_PORT))
+            (
+                SocketAddrV4::new(CLIENTS, MEDIA_PORT),
+                SocketAddrV4::new(SERVER, MEDIA_PORT)
+            )
         );
-        assert!(packet.delay().is_none_or(|delay| delay >= Duration::from_millis(3)), "{packet:?}");
+        assert!(
+            packet
+                .delay()
+                .is_none_or(|delay| delay >= Duration::from_millis(3)),
+            "{packet:?}"
+        );
     }
 
     // The kernel's own account of both devices. It may have sent something of its own, which is in the log too, or is no IPv4.
-    let after = [network.clients.device_counts(), network.server.device_counts()];
-    assert_eq!((after[0].tx_dropped, after[1].rx_dropped), (before[0].tx_dropped, before[1].rx_dropped));
+    let after = [
+        network.clients.device_counts(),
+        network.server.device_counts(),
+    ];
+    assert_eq!(
+        (after[0].tx_dropped, after[1].rx_dropped),
+        (before[0].tx_dropped, before[1].rx_dropped)
+    );
     let received = after[1].rx_packets - before[1].rx_packets;
     let written = log
         .iter()
@@ -130,8 +183,11 @@ fn the_log_says_of_every_packet_what_became_of_it() {
 
 #[test]
 fn without_reordering_jitter_keeps_the_order_and_a_cut_lets_nothing_pass_but_signalling() {
-    let name = "without_reordering_jitter_keeps_the_order_and_a_cut_lets_nothing_pass_but_signalling";
-    let Some(network) = Network::for_test(name, 2) else { return };
+    let name =
+        "without_reordering_jitter_keeps_the_order_and_a_cut_lets_nothing_pass_but_signalling";
+    let Some(network) = Network::for_test(name, 2) else {
+        return;
+    };
     network.set_both(Conditions {
         jitter: Duration::from_millis(4),
         ..Conditions::default()
@@ -142,8 +198,14 @@ fn without_reordering_jitter_keeps_the_order_and_a_cut_lets_nothing_pass_but_sig
         cut: true,
         ..Conditions::default()
     });
-    let listener = network.server.run(|| TcpListener::bind((SERVER, 80))).unwrap();
-    let mut stream = network.clients.run(|| TcpStream::connect((SERVER, 80))).unwrap();
+    let listener = network
+        .server
+        .run(|| TcpListener::bind((SERVER, 80)))
+        .unwrap();
+    let mut stream = network
+        .clients
+        .run(|| TcpStream::connect((SERVER, 80)))
+        .unwrap();
     stream.write_all(b"through").unwrap();
     let mut said = [0; 7];
     listener.accept().unwrap().0.read_exact(&mut said).unwrap();
@@ -156,7 +218,10 @@ fn without_reordering_jitter_keeps_the_order_and_a_cut_lets_nothing_pass_but_sig
             .all(|packet| packet.fate != Fate::Cut)
     );
 
-    let socket = network.clients.run(|| UdpSocket::bind((CLIENTS, 0))).unwrap();
+    let socket = network
+        .clients
+        .run(|| UdpSocket::bind((CLIENTS, 0)))
+        .unwrap();
     socket.send_to(&rtp(9), (SERVER, MEDIA_PORT)).unwrap();
     let deadline = network.now() + PATIENCE;
     while !network.log().iter().any(|packet| packet.fate == Fate::Cut) {
@@ -169,25 +234,51 @@ fn without_reordering_jitter_keeps_the_order_and_a_cut_lets_nothing_pass_but_sig
 fn fates(conditions: Conditions, packets: u32) -> Vec<(Duration, PathFate)> {
     let mut path = Path::new(conditions, 7);
     let at = |index| Duration::from_millis(index);
-    (0..u64::from(packets)).map(|index| (at(index), path.take(1_000, at(index)).0)).collect()
+    (0..u64::from(packets))
+        .map(|index| (at(index), path.take(1_000, at(index)).0))
+        .collect()
 }
 
 #[test]
 fn losses_have_the_share_and_the_bursts_that_were_asked_for() {
     for (loss, share, mean) in [
         (Loss::Random(0.05), 0.05, 1.0 / 0.95),
-        (Loss::Bursts { share: 0.05, mean: 4.0 }, 0.05, 4.0),
-        (Loss::Bursts { share: 0.3, mean: 10.0 }, 0.3, 10.0),
+        (
+            Loss::Bursts {
+                share: 0.05,
+                mean: 4.0,
+            },
+            0.05,
+            4.0,
+        ),
+        (
+            Loss::Bursts {
+                share: 0.3,
+                mean: 10.0,
+            },
+            0.3,
+            10.0,
+        ),
     ] {
         let conditions = Conditions {
             loss,
             ..Conditions::default()
         };
-        let lost: Vec<bool> = fates(conditions, 200_000).iter().map(|(_, fate)| *fate == PathFate::Lost).collect();
+        let lost: Vec<bool> = fates(conditions, 200_000)
+            .iter()
+            .map(|(_, fate)| *fate == PathFate::Lost)
+            .collect();
         let count = lost.iter().filter(|lost| **lost).count() as f64;
         let bursts = lost.windows(2).filter(|pair| !pair[0] && pair[1]).count() as f64;
-        assert!((count / 200_000.0 - share).abs() < 0.05 * share, "{loss:?}: {count}");
-        assert!((count / bursts - mean).abs() < 0.05 * mean, "{loss:?}: {} a burst", count / bursts);
+        assert!(
+            (count / 200_000.0 - share).abs() < 0.05 * share,
+            "{loss:?}: {count}"
+        );
+        assert!(
+            (count / bursts - mean).abs() < 0.05 * mean,
+            "{loss:?}: {} a burst",
+            count / bursts
+        );
     }
 }
 
@@ -206,15 +297,29 @@ fn a_bottleneck_spaces_packets_queues_some_and_drops_the_rest() {
     let mut leaves = BTreeMap::new();
     for (at, fate) in &fates {
         if let PathFate::Leaves(out) = fate {
-            assert!((*at..=*at + Duration::from_millis(18)).contains(out), "{at:?} {out:?}");
+            assert!(
+                (*at..=*at + Duration::from_millis(18)).contains(out),
+                "{at:?} {out:?}"
+            );
             leaves.insert(*out, at);
         }
     }
-    let overflowed = fates.iter().filter(|(_, fate)| *fate == PathFate::Overflowed).count();
-    assert_eq!(leaves.len() + overflowed, 1_000, "no two leave at once once the burst is over");
+    let overflowed = fates
+        .iter()
+        .filter(|(_, fate)| *fate == PathFate::Overflowed)
+        .count();
+    assert_eq!(
+        leaves.len() + overflowed,
+        1_000,
+        "no two leave at once once the burst is over"
+    );
     assert!((485..=495).contains(&overflowed), "{overflowed}");
     let times: Vec<_> = leaves.into_keys().collect();
-    assert!(times[20..].windows(2).all(|pair| pair[1] - pair[0] == Duration::from_millis(2)));
+    assert!(
+        times[20..]
+            .windows(2)
+            .all(|pair| pair[1] - pair[0] == Duration::from_millis(2))
+    );
 }
 
 #[test]
@@ -227,7 +332,9 @@ fn a_seed_repeats_a_network_and_another_does_not() {
     };
     let run = |seed| {
         let mut path = Path::new(conditions, seed);
-        (0..100).map(|index| path.take(100, Duration::from_millis(index))).collect::<Vec<_>>()
+        (0..100)
+            .map(|index| path.take(100, Duration::from_millis(index)))
+            .collect::<Vec<_>>()
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));
@@ -236,10 +343,15 @@ fn a_seed_repeats_a_network_and_another_does_not() {
 #[test]
 fn each_place_has_the_delay_and_the_loss_that_were_planted_there() {
     const PACKETS: u16 = 400;
-    let Some(network) = Places::for_test("each_place_has_the_delay_and_the_loss_that_were_planted_there", 4, 3) else {
+    let Some(network) = Places::for_test(
+        "each_place_has_the_delay_and_the_loss_that_were_planted_there",
+        4,
+        3,
+    ) else {
         return;
     };
-    let planted = [(0, 0.0), (5, 0.02), (20, 0.1), (60, 0.3)].map(|(millis, share)| (Duration::from_millis(millis), share));
+    let planted = [(0, 0.0), (5, 0.02), (20, 0.1), (60, 0.3)]
+        .map(|(millis, share)| (Duration::from_millis(millis), share));
     for (at, (delay, share)) in planted.into_iter().enumerate() {
         let loss = Loss::Random(share);
         network.wires.set_both(
@@ -271,12 +383,24 @@ fn each_place_has_the_delay_and_the_loss_that_were_planted_there() {
             socket.send_to(&rtp(seq), (SERVER, MEDIA_PORT)).unwrap();
         }
         // In portions that fit into the sockets' buffers.
-        while seq % 25 == 24 && !all_came(&network.wires.log(), 4 * (usize::from(seq) + 1), returned.iter().sum()) {
-            assert!(network.wires.now() < PATIENCE, "packets are missing from the log");
+        while seq % 25 == 24
+            && !all_came(
+                &network.wires.log(),
+                4 * (usize::from(seq) + 1),
+                returned.iter().sum(),
+            )
+        {
+            assert!(
+                network.wires.now() < PATIENCE,
+                "packets are missing from the log"
+            );
             while let Ok((len, from)) = echo.recv_from(&mut bytes) {
-                let from = (0..4).find(|index| from.ip() == place(*index)).expect("one of the places");
+                let from = (0..4)
+                    .find(|index| from.ip() == place(*index))
+                    .expect("one of the places");
                 arrived[from] += 1;
-                echo.send_to(&bytes[..len], (place(from), MEDIA_PORT)).unwrap();
+                echo.send_to(&bytes[..len], (place(from), MEDIA_PORT))
+                    .unwrap();
             }
             for (socket, returned) in sockets.iter().zip(&mut returned) {
                 while let Ok((_, from)) = socket.recv_from(&mut bytes) {
@@ -297,11 +421,25 @@ fn each_place_has_the_delay_and_the_loss_that_were_planted_there() {
         ] {
             let packets: Vec<&Packet> = log
                 .iter()
-                .filter(|packet| packet.rtp().is_some() && (packet.place, packet.direction) == (at, direction))
+                .filter(|packet| {
+                    packet.rtp().is_some() && (packet.place, packet.direction) == (at, direction)
+                })
                 .collect();
-            assert!(packets.iter().all(|packet| (*packet.from.ip(), *packet.to.ip()) == ends), "{ends:?}");
-            let lost = packets.iter().filter(|packet| packet.fate == Fate::Lost).count();
-            assert_eq!((packets.len(), came), (sent, sent - lost), "place {at}, {direction:?}");
+            assert!(
+                packets
+                    .iter()
+                    .all(|packet| (*packet.from.ip(), *packet.to.ip()) == ends),
+                "{ends:?}"
+            );
+            let lost = packets
+                .iter()
+                .filter(|packet| packet.fate == Fate::Lost)
+                .count();
+            assert_eq!(
+                (packets.len(), came),
+                (sent, sent - lost),
+                "place {at}, {direction:?}"
+            );
             let expected = share * sent as f64;
             let chance = 4.0 * (expected * (1.0 - share)).sqrt();
             assert!(
@@ -309,7 +447,9 @@ fn each_place_has_the_delay_and_the_loss_that_were_planted_there() {
                 "place {at}, {direction:?}: {lost} lost, not about {expected}"
             );
             assert!(
-                packets.iter().all(|packet| packet.delay().is_none_or(|taken| taken >= delay)),
+                packets
+                    .iter()
+                    .all(|packet| packet.delay().is_none_or(|taken| taken >= delay)),
                 "place {at}, {direction:?}"
             );
             sent = came;
@@ -319,9 +459,19 @@ fn each_place_has_the_delay_and_the_loss_that_were_planted_there() {
 
 /// So many went up, all that arrived was sent back, and all that came back of it was read.
 fn all_came(log: &[Packet], sent: usize, returned: usize) -> bool {
-    let in_direction = |direction| log.iter().filter(move |packet| packet.rtp().is_some() && packet.direction == direction);
-    let delivered = |direction| in_direction(direction).filter(|packet| packet.delivered_at().is_some()).count();
+    let in_direction = |direction| {
+        log.iter()
+            .filter(move |packet| packet.rtp().is_some() && packet.direction == direction)
+    };
+    let delivered = |direction| {
+        in_direction(direction)
+            .filter(|packet| packet.delivered_at().is_some())
+            .count()
+    };
     let is_over = log.iter().all(|packet| packet.fate != Fate::UnderWay);
     let sent_back = in_direction(Direction::Down).count() == delivered(Direction::Up);
-    is_over && in_direction(Direction::Up).count() == sent && sent_back && delivered(Direction::Down) == returned
+    is_over
+        && in_direction(Direction::Up).count() == sent
+        && sent_back
+        && delivered(Direction::Down) == returned
 }

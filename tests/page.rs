@@ -50,7 +50,14 @@ impl Drop for Process {
 
 /// Starts a program, and reads what it says until `find` finds something.
 fn start<R>(command: &mut Command, find: impl Fn(&str) -> Option<R>) -> (Process, R) {
-    let mut process = Process(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    let mut process = Process(
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
     let mut stderr = BufReader::new(process.0.stderr.take().unwrap());
     let mut said = String::new();
     let found = loop {
@@ -89,10 +96,17 @@ fn coordinator(scratch: &Scratch, port: u16) -> (Process, u16) {
         "--no-live",
     ];
     let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
-    command.args(args).args(run).current_dir(&scratch.0).env_clear();
+    command
+        .args(args)
+        .args(run)
+        .current_dir(&scratch.0)
+        .env_clear();
     start(&mut command, |line| {
         let (_, rest) = line.split_once("http://127.0.0.1:")?;
-        rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+        rest.split(|c: char| !c.is_ascii_digit())
+            .next()?
+            .parse()
+            .ok()
     })
 }
 
@@ -100,7 +114,11 @@ fn coordinator(scratch: &Scratch, port: u16) -> (Process, u16) {
 fn call(port: u16, method: &str, path: &str, body: &Value) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).ok()?;
-    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let body = if body.is_null() {
+        String::new()
+    } else {
+        body.to_string()
+    };
     let head = format!(
         "{method} {path} HTTP/1.1\r\nhost: coordinator\r\nauthorization: Bearer {TOKEN}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
         body.len()
@@ -108,13 +126,19 @@ fn call(port: u16, method: &str, path: &str, body: &Value) -> Option<String> {
     stream.write_all((head + &body).as_bytes()).ok()?;
     let mut reply = String::new();
     stream.read_to_string(&mut reply).ok()?;
-    reply.split_once("\r\n\r\n").map(|(_, body)| body.to_owned())
+    reply
+        .split_once("\r\n\r\n")
+        .map(|(_, body)| body.to_owned())
 }
 
 fn register(port: u16, vantage: &str) -> String {
     let prober = json!({ "vantage": vantage, "protocol": VERSION, "instance": format!("process of {vantage}"), "version": "test" });
-    let answer: Value = serde_json::from_str(&call(port, "POST", "/register", &prober).unwrap()).unwrap();
-    answer["prover_id"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
+    let answer: Value =
+        serde_json::from_str(&call(port, "POST", "/register", &prober).unwrap()).unwrap();
+    answer["prover_id"]
+        .as_str()
+        .unwrap_or_else(|| panic!("{answer}"))
+        .to_owned()
 }
 
 fn beat(port: u16, id: &str, seq: u64, loss: f64) {
@@ -170,9 +194,21 @@ impl Browser {
             "--remote-debugging-port=0",
             "about:blank",
         ]);
-        command.arg(format!("--user-data-dir={}", scratch.0.join("browser").display()));
-        let (process, url) = start(&mut command, |line| Some(line.trim().strip_prefix("DevTools listening on ")?.to_owned()));
-        let address = url.strip_prefix("ws://").and_then(|rest| rest.split('/').next()).unwrap();
+        command.arg(format!(
+            "--user-data-dir={}",
+            scratch.0.join("browser").display()
+        ));
+        let (process, url) = start(&mut command, |line| {
+            Some(
+                line.trim()
+                    .strip_prefix("DevTools listening on ")?
+                    .to_owned(),
+            )
+        });
+        let address = url
+            .strip_prefix("ws://")
+            .and_then(|rest| rest.split('/').next())
+            .unwrap();
         let stream = tokio::net::TcpStream::connect(address).await.unwrap();
         let (socket, _) = tokio_tungstenite::client_async(&url, stream).await.unwrap();
         let mut browser = Browser {
@@ -182,7 +218,9 @@ impl Browser {
             session: None,
             complaints: Vec::new(),
         };
-        let target = browser.call("Target.createTarget", json!({ "url": "about:blank" })).await;
+        let target = browser
+            .call("Target.createTarget", json!({ "url": "about:blank" }))
+            .await;
         let attach = json!({ "targetId": target["targetId"], "flatten": true });
         browser.session = browser.call("Target.attachToTarget", attach).await["sessionId"]
             .as_str()
@@ -204,10 +242,19 @@ impl Browser {
         if let Some(session) = &self.session {
             call["sessionId"] = json!(session);
         }
-        self.socket.send(Message::text(call.to_string())).await.unwrap();
+        self.socket
+            .send(Message::text(call.to_string()))
+            .await
+            .unwrap();
         loop {
-            let message = tokio::time::timeout(PATIENCE, self.socket.next()).await.unwrap().unwrap().unwrap();
-            let Message::Text(text) = message else { continue };
+            let message = tokio::time::timeout(PATIENCE, self.socket.next())
+                .await
+                .unwrap()
+                .unwrap()
+                .unwrap();
+            let Message::Text(text) = message else {
+                continue;
+            };
             let message: Value = serde_json::from_str(&text).unwrap();
             if message["id"] == json!(self.calls) {
                 return match message.get("error") {
@@ -217,9 +264,13 @@ impl Browser {
             }
             let entry = &message["params"]["entry"];
             match message["method"].as_str() {
-                Some("Runtime.exceptionThrown" | "Page.javascriptDialogOpening") => self.complaints.push(message.to_string()),
+                Some("Runtime.exceptionThrown" | "Page.javascriptDialogOpening") => {
+                    self.complaints.push(message.to_string())
+                }
                 // That the coordinator is gone is told as a failed request.
-                Some("Log.entryAdded") if entry["source"] != "network" => self.complaints.push(message.to_string()),
+                Some("Log.entryAdded") if entry["source"] != "network" => {
+                    self.complaints.push(message.to_string())
+                }
                 _ => {}
             }
         }
@@ -231,7 +282,10 @@ impl Browser {
 
     async fn evaluate(&mut self, expression: &str) -> Value {
         let result = self
-            .call("Runtime.evaluate", json!({ "expression": expression, "returnByValue": true }))
+            .call(
+                "Runtime.evaluate",
+                json!({ "expression": expression, "returnByValue": true }),
+            )
             .await;
         assert!(result["exceptionDetails"].is_null(), "{result}");
         result["result"]["value"].clone()
@@ -258,8 +312,10 @@ impl Browser {
     }
 
     async fn resize(&mut self, width: u32) {
-        let metrics = json!({ "width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600 });
-        self.call("Emulation.setDeviceMetricsOverride", metrics).await;
+        let metrics =
+            json!({ "width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600 });
+        self.call("Emulation.setDeviceMetricsOverride", metrics)
+            .await;
     }
 }
 
@@ -269,7 +325,8 @@ fn shown(id: &str) -> String {
 }
 
 #[tokio::test]
-async fn the_page_shows_a_run_from_its_first_prober_to_its_verdict_through_a_coordinator_that_dies_in_between() {
+async fn the_page_shows_a_run_from_its_first_prober_to_its_verdict_through_a_coordinator_that_dies_in_between()
+ {
     let Some(program) = chromium() else { return };
     let scratch = Scratch::new("run");
     let (first_life, port) = coordinator(&scratch, 0);
@@ -278,10 +335,15 @@ async fn the_page_shows_a_run_from_its_first_prober_to_its_verdict_through_a_coo
 
     browser.go(&format!("http://127.0.0.1:{port}/")).await;
     browser.until(&shown("ask"), || {}).await;
-    let typed = format!("document.getElementById('token').value = '{TOKEN}'; document.getElementById('form').requestSubmit()");
+    let typed = format!(
+        "document.getElementById('token').value = '{TOKEN}'; document.getElementById('form').requestSubmit()"
+    );
     browser.evaluate(&typed).await;
     browser
-        .until("document.getElementById('verdict').textContent.includes('0 of 2 probers are in')", || {})
+        .until(
+            "document.getElementById('verdict').textContent.includes('0 of 2 probers are in')",
+            || {},
+        )
         .await;
 
     let ids = ["fra", HOSTILE].map(|vantage| register(port, vantage));
@@ -292,21 +354,37 @@ async fn the_page_shows_a_run_from_its_first_prober_to_its_verdict_through_a_coo
         beat(port, &ids[1], seq, 0.031);
     };
     browser
-        .until("document.getElementById('phase').textContent === 'running'", || beats(port))
+        .until(
+            "document.getElementById('phase').textContent === 'running'",
+            || beats(port),
+        )
         .await;
     browser
-        .until("document.querySelectorAll('#rows .chip.good').length === 2", || beats(port))
+        .until(
+            "document.querySelectorAll('#rows .chip.good').length === 2",
+            || beats(port),
+        )
         .await;
     let names = browser
         .evaluate("[...document.querySelectorAll('#rows .name')].map(name => name.textContent)")
         .await;
     assert_eq!(names, json!(["fra", HOSTILE]), "a label is text");
-    assert_eq!(browser.evaluate("document.querySelectorAll('img').length").await, json!(0));
+    assert_eq!(
+        browser
+            .evaluate("document.querySelectorAll('img').length")
+            .await,
+        json!(0)
+    );
     browser
-        .until("document.querySelectorAll('#rows .alarm').length === 1", || beats(port))
+        .until(
+            "document.querySelectorAll('#rows .alarm').length === 1",
+            || beats(port),
+        )
         .await;
     assert_eq!(
-        browser.evaluate("document.querySelector('#rows .alarm').textContent").await,
+        browser
+            .evaluate("document.querySelector('#rows .alarm').textContent")
+            .await,
         json!("3.10%")
     );
     let unknown = "[...document.querySelectorAll('#rows tr:first-child td')].find(cell => cell.dataset.label === 'Latency p99').textContent";
@@ -320,7 +398,11 @@ async fn the_page_shows_a_run_from_its_first_prober_to_its_verdict_through_a_coo
     let others = "performance.getEntriesByType('resource').filter(entry => !entry.name.startsWith(location.origin)).length";
     assert_eq!(browser.evaluate(others).await, json!(0));
     browser.resize(390).await;
-    browser.until("document.documentElement.scrollWidth <= 390", || beats(port)).await;
+    browser
+        .until("document.documentElement.scrollWidth <= 390", || {
+            beats(port)
+        })
+        .await;
     let metrics = call(port, "GET", "/metrics", &Value::Null).unwrap();
     assert!(
         metrics.contains("throng_received_packets_per_second{vantage=\"fra\"} 1500\n"),
@@ -329,27 +411,51 @@ async fn the_page_shows_a_run_from_its_first_prober_to_its_verdict_through_a_coo
 
     drop(first_life);
     browser.until(&shown("link"), || {}).await;
-    let word = browser.evaluate("document.getElementById('link').textContent").await;
-    assert!(word.as_str().unwrap().starts_with("No word from the coordinator"), "{word}");
+    let word = browser
+        .evaluate("document.getElementById('link').textContent")
+        .await;
+    assert!(
+        word.as_str()
+            .unwrap()
+            .starts_with("No word from the coordinator"),
+        "{word}"
+    );
     let (second_life, again) = coordinator(&scratch, port);
     assert_eq!(again, port);
-    browser.until(&format!("!({})", shown("link")), || beats(port)).await;
+    browser
+        .until(&format!("!({})", shown("link")), || beats(port))
+        .await;
     assert_eq!(
-        browser.evaluate("document.querySelectorAll('#rows tr').length").await,
+        browser
+            .evaluate("document.querySelectorAll('#rows tr').length")
+            .await,
         json!(2),
         "its journal had them"
     );
 
     call(port, "POST", "/cancel", &Value::Null);
     browser
-        .until("document.getElementById('phase').textContent === 'stopping'", || beats(port))
+        .until(
+            "document.getElementById('phase').textContent === 'stopping'",
+            || beats(port),
+        )
         .await;
     ids.iter().for_each(|id| report(port, id));
-    browser.until("document.getElementById('phase').textContent === 'over'", || {}).await;
-    let verdict = browser.evaluate("document.querySelector('#verdict strong').textContent").await;
+    browser
+        .until(
+            "document.getElementById('phase').textContent === 'over'",
+            || {},
+        )
+        .await;
+    let verdict = browser
+        .evaluate("document.querySelector('#verdict strong').textContent")
+        .await;
     assert_eq!(verdict, json!("PARTIAL"));
     browser
-        .until("document.getElementById('link').textContent.startsWith('The run is over')", || {})
+        .until(
+            "document.getElementById('link').textContent.startsWith('The run is over')",
+            || {},
+        )
         .await;
     drop(second_life);
     assert_eq!(browser.complaints, Vec::<String>::new());

@@ -47,12 +47,27 @@ fn mos(record: &Record) -> f64 {
 #[test]
 fn on_a_calm_link_everything_is_played_and_little_is_held_back() {
     let record = heard(CALM, 1);
-    assert_eq!(record.audio.played_us, record.audio.frames_expected * 20_000);
+    assert_eq!(
+        record.audio.played_us,
+        record.audio.frames_expected * 20_000
+    );
     assert_eq!((record.audio.concealed_us, record.audio.freezes), (0, 0));
-    assert_eq!(record.audio.frames_late_for_playout + record.video.frames_late_for_playout, 0);
-    assert_eq!(record.audio.playout_delay.count(), record.audio.frames_delivered);
-    assert_eq!(record.video.playout_delay.count(), record.video.frames_delivered);
-    assert!(record.audio.playout_delay.quantile(0.5).unwrap() <= 20_100, "one class");
+    assert_eq!(
+        record.audio.frames_late_for_playout + record.video.frames_late_for_playout,
+        0
+    );
+    assert_eq!(
+        record.audio.playout_delay.count(),
+        record.audio.frames_delivered
+    );
+    assert_eq!(
+        record.video.playout_delay.count(),
+        record.video.frames_delivered
+    );
+    assert!(
+        record.audio.playout_delay.quantile(0.5).unwrap() <= 20_100,
+        "one class"
+    );
     assert!(mos(&record) > 4.4, "{}", mos(&record));
     assert_eq!((record.video.played_us, record.video.mos.count()), (0, 0));
 }
@@ -69,11 +84,18 @@ fn delay_alone_lowers_the_score_and_nothing_else() {
         pair.publish(&[audio()], Pacing::Burst);
         pair.run_for(Duration::from_secs(6));
         let [_, receiver] = pair.finish();
-        assert_eq!((receiver.audio.concealed_us, receiver.audio.freezes), (0, 0), "{millis} ms");
+        assert_eq!(
+            (receiver.audio.concealed_us, receiver.audio.freezes),
+            (0, 0),
+            "{millis} ms"
+        );
         mos(&receiver)
     };
     let [near, far, moon] = [20, 200, 500].map(at);
-    assert!(near > 4.4 && (3.9..4.3).contains(&far) && moon < 3.2, "{near} {far} {moon}");
+    assert!(
+        near > 4.4 && (3.9..4.3).contains(&far) && moon < 3.2,
+        "{near} {far} {moon}"
+    );
 }
 
 #[test]
@@ -87,7 +109,11 @@ fn jitter_is_waited_for_and_an_outage_is_one_interruption() {
     );
     let held_back = record.audio.playout_delay.quantile(0.5).unwrap();
     assert!((30_000..=100_000).contains(&held_back), "{held_back}");
-    assert!(concealed_share(&record) < 0.05, "{}", concealed_share(&record));
+    assert!(
+        concealed_share(&record) < 0.05,
+        "{}",
+        concealed_share(&record)
+    );
     assert_eq!(record.audio.frames_delivered, record.audio.frames_expected);
     let mut pair = Pair::connected(3);
     pair.set_conditions(CALM);
@@ -103,7 +129,11 @@ fn jitter_is_waited_for_and_an_outage_is_one_interruption() {
     assert_eq!((audio.freezes, audio.freeze.count()), (1, 1));
     let length = audio.freeze.max().unwrap();
     assert!((400_000..=520_000).contains(&length), "{length}");
-    assert!(audio.concealed_us.abs_diff(length) < 40_000, "{} {length}", audio.concealed_us);
+    assert!(
+        audio.concealed_us.abs_diff(length) < 40_000,
+        "{} {length}",
+        audio.concealed_us
+    );
 }
 
 #[test]
@@ -119,7 +149,11 @@ fn what_is_repaired_too_late_is_delivered_and_concealed_all_the_same() {
     );
     let audio = &record.audio;
     let missing = audio.frames_expected - audio.frames_delivered;
-    assert!(audio.frames_late_for_playout > 3, "{}", audio.frames_late_for_playout);
+    assert!(
+        audio.frames_late_for_playout > 3,
+        "{}",
+        audio.frames_late_for_playout
+    );
     assert_eq!(
         audio.played_us + audio.frames_late_for_playout * 20_000 + missing * 20_000,
         audio.frames_expected * 20_000
@@ -142,6 +176,9 @@ fn the_score_falls_with_what_is_concealed() {
         (concealed_share(&record), mos(&record))
     };
     let scores: Vec<(f64, f64)> = [0.0, 0.05, 0.3].into_iter().map(at).collect();
-    assert!(scores.is_sorted_by(|a, b| a.0 < b.0 && a.1 > b.1), "{scores:?}");
+    assert!(
+        scores.is_sorted_by(|a, b| a.0 < b.0 && a.1 > b.1),
+        "{scores:?}"
+    );
     assert!(scores[2].1 < 3.0, "{scores:?}");
 }

@@ -29,7 +29,10 @@ const SEARCH_PATIENCE: Duration = Duration::from_secs(900);
 fn run(command: &mut Command, args: &str, secret: &str) -> (Finished, Report) {
     let scratch = Scratch::new();
     let report = scratch.path("run.json");
-    command.args(args.split(' ').map(|arg| arg.replace('@', " "))).arg("--json").arg(&report);
+    command
+        .args(args.split(' ').map(|arg| arg.replace('@', " ")))
+        .arg("--json")
+        .arg(&report);
     let finished = Running::start(command, secret).finish_within(SEARCH_PATIENCE);
     let report = Report::read(&report, secret);
     (finished, report)
@@ -47,7 +50,14 @@ fn passes(server: &Server, args: &str) -> Report {
         finished.stdout,
         finished.stderr
     );
-    assert!(finished.stdout.lines().all(|line| line.chars().count() <= 80), "{}", finished.stdout);
+    assert!(
+        finished
+            .stdout
+            .lines()
+            .all(|line| line.chars().count() <= 80),
+        "{}",
+        finished.stdout
+    );
     report
 }
 
@@ -56,7 +66,9 @@ fn tiers(report: &Report) -> &[Value] {
 }
 
 fn count(of: &Value, scope: &str, counter: &str) -> u64 {
-    of[scope][counter].as_u64().unwrap_or_else(|| panic!("no {scope}.{counter}"))
+    of[scope][counter]
+        .as_u64()
+        .unwrap_or_else(|| panic!("no {scope}.{counter}"))
 }
 
 /// Of each tier: who ought to be in, who is well, joins planned and timed, subscriptions to audio and video that ought to be live and are.
@@ -78,7 +90,8 @@ fn account(tier: &Value) -> [u64; 8] {
 fn every_frame_came(report: &Report) {
     for of in tiers(report).iter().chain([&report.0["totals"]]) {
         for kind in ["audio", "video"] {
-            let [expected, delivered] = ["frames_expected", "frames_delivered"].map(|counter| count(of, kind, counter));
+            let [expected, delivered] =
+                ["frames_expected", "frames_delivered"].map(|counter| count(of, kind, counter));
             assert_eq!(delivered, expected, "{kind} of {}", of["name"]);
             assert!(expected > 0, "{kind} of {}", of["name"]);
         }
@@ -90,24 +103,42 @@ fn tiers_grow_and_shrink_and_who_left_owes_nothing(server: &Server) {
     let _alone = alone();
     // Nothing is that late: what breaks it is a window that takes frames for lost that are still to be counted.
     let threshold = "--threshold audio.one_way_latency.p90<10s@for@2s";
-    let args = format!("--ramp 2,5,3 --duration 4 --warmup 1 --publishers 2 --video-publishers 1 --video-resolution low {threshold}");
+    let args = format!(
+        "--ramp 2,5,3 --duration 4 --warmup 1 --publishers 2 --video-publishers 1 --video-resolution low {threshold}"
+    );
     let report = passes(server, &args);
     let accounts: Vec<_> = tiers(&report).iter().map(account).collect();
-    assert_eq!(accounts, [[4, 4, 4, 4, 4, 4, 2, 2], [7, 7, 3, 3, 10, 10, 5, 5], [5, 5, 0, 0, 6, 6, 3, 3]]);
+    assert_eq!(
+        accounts,
+        [
+            [4, 4, 4, 4, 4, 4, 2, 2],
+            [7, 7, 3, 3, 10, 10, 5, 5],
+            [5, 5, 0, 0, 6, 6, 3, 3]
+        ]
+    );
     every_frame_came(&report);
-    let names: Vec<_> = tiers(&report).iter().map(|tier| (&tier["name"], &tier["subscribers"])).collect();
+    let names: Vec<_> = tiers(&report)
+        .iter()
+        .map(|tier| (&tier["name"], &tier["subscribers"]))
+        .collect();
     assert_eq!(
         format!("{names:?}"),
         r#"[(String("tier 1"), Number(2)), (String("tier 2"), Number(5)), (String("tier 3"), Number(3))]"#
     );
     assert_eq!(
-        (report.counter("session", "joins_ok"), report.counter("session", "participants_total")),
+        (
+            report.counter("session", "joins_ok"),
+            report.counter("session", "participants_total")
+        ),
         (7, 7)
     );
     assert_eq!(report.0["unmeasured_tiers"], Value::Array(vec![]));
     if report.result() == "PASS" {
         let knee = &report.0["knee"];
-        assert_eq!((&knee["answer"], &knee["subscribers"]), (&"all_passed".into(), &5.into()));
+        assert_eq!(
+            (&knee["answer"], &knee["subscribers"]),
+            (&"all_passed".into(), &5.into())
+        );
     }
 }
 
@@ -118,15 +149,29 @@ fn who_left_can_come_again_under_the_same_name(server: &Server) {
         "--ramp 3,1,3 --duration 3 --warmup 1 --publishers 1 --video-publishers 1 --video-resolution low",
     );
     let accounts: Vec<_> = tiers(&report).iter().map(account).collect();
-    assert_eq!(accounts, [[4, 4, 4, 4, 3, 3, 3, 3], [2, 2, 0, 0, 1, 1, 1, 1], [4, 4, 2, 2, 3, 3, 3, 3]]);
+    assert_eq!(
+        accounts,
+        [
+            [4, 4, 4, 4, 3, 3, 3, 3],
+            [2, 2, 0, 0, 1, 1, 1, 1],
+            [4, 4, 2, 2, 3, 3, 3, 3]
+        ]
+    );
     every_frame_came(&report);
     let joins = |stat| report.micros("session", "join", stat);
     assert_eq!(
-        (report.counter("session", "joins_ok"), joins("expected"), joins("count")),
+        (
+            report.counter("session", "joins_ok"),
+            joins("expected"),
+            joins("count")
+        ),
         (6, Some(6), Some(6))
     );
     assert_eq!(
-        (report.counter("session", "participants_total"), report.counter("audio", "tracks_live")),
+        (
+            report.counter("session", "participants_total"),
+            report.counter("audio", "tracks_live")
+        ),
         (4, 3)
     );
 }
@@ -137,17 +182,30 @@ fn the_knee_is_the_last_tier_that_held_and_all_tiers_are_tried() {
     // 50 packets a second to each: 200, 400 and 800 in a hold, and some more on a host that is late.
     let args = "--publishers 1 --ramp 1,2,4 --duration 4 --warmup 0 --threshold audio.packets_received<300";
     let (finished, report) = run(&mut throng(), args, NO_SECRET);
-    if tiers(&report).iter().any(|tier| tier["result"] == "INVALID") {
+    if tiers(&report)
+        .iter()
+        .any(|tier| tier["result"] == "INVALID")
+    {
         return eprintln!("the host was too slow for a verdict: {}", report.reasons());
     }
     assert_eq!(finished.code, Some(99), "{}", finished.stdout);
     let knee = &report.0["knee"];
     assert_eq!(
-        (&knee["answer"], &knee["subscribers"], &knee["broke"]["subscribers"]),
+        (
+            &knee["answer"],
+            &knee["subscribers"],
+            &knee["broke"]["subscribers"]
+        ),
         (&"found".into(), &1.into(), &2.into())
     );
     assert_eq!(tiers(&report).len(), 3);
-    assert!(report.reasons().contains("tier 2: audio.packets_received<300"), "{}", report.reasons());
+    assert!(
+        report
+            .reasons()
+            .contains("tier 2: audio.packets_received<300"),
+        "{}",
+        report.reasons()
+    );
     assert!(
         finished
             .stdout
@@ -162,14 +220,29 @@ fn a_threshold_that_aborts_ends_the_run_and_names_what_was_not_measured() {
     let _alone = alone();
     let args = "--publishers 1 --ramp 1,2,4 --duration 60 --warmup 0 --threshold audio.packets_received<100:abort";
     let (finished, report) = run(&mut throng(), args, NO_SECRET);
-    assert!(finished.took < Duration::from_secs(50), "{:?}", finished.took);
+    assert!(
+        finished.took < Duration::from_secs(50),
+        "{:?}",
+        finished.took
+    );
     if report.result() == "INVALID" {
         return eprintln!("the host was too slow for a verdict: {}", report.reasons());
     }
-    assert_eq!((finished.code, report.result()), (Some(99), "FAIL"), "{}", finished.stdout);
-    assert_eq!((tiers(&report).len(), &report.0["knee"]["answer"]), (1, &"first_failed".into()));
+    assert_eq!(
+        (finished.code, report.result()),
+        (Some(99), "FAIL"),
+        "{}",
+        finished.stdout
+    );
+    assert_eq!(
+        (tiers(&report).len(), &report.0["knee"]["answer"]),
+        (1, &"first_failed".into())
+    );
     assert!(
-        report.reasons().contains("audio.packets_received<100:abort does not hold") && report.reasons().contains("ended the run"),
+        report
+            .reasons()
+            .contains("audio.packets_received<100:abort does not hold")
+            && report.reasons().contains("ended the run"),
         "{}",
         report.reasons()
     );
@@ -189,18 +262,31 @@ fn a_run_that_is_one_hold_is_ended_by_its_threshold_too() {
     let scratch = Scratch::new();
     let report = scratch.path("run.json");
     let mut command = throng();
-    command.args(args.split(' ').map(|arg| arg.replace('@', " "))).arg("--json").arg(&report);
+    command
+        .args(args.split(' ').map(|arg| arg.replace('@', " ")))
+        .arg("--json")
+        .arg(&report);
     let finished = Running::start(&mut command, NO_SECRET).finish();
     let report = Report::read(&report, NO_SECRET);
-    assert!(finished.took < Duration::from_secs(50), "{:?}", finished.took);
+    assert!(
+        finished.took < Duration::from_secs(50),
+        "{:?}",
+        finished.took
+    );
     assert_ne!(report.result(), "PASS");
     assert!(
-        report.reasons().contains("audio.packets_received<150 for 2s:abort does not hold"),
+        report
+            .reasons()
+            .contains("audio.packets_received<150 for 2s:abort does not hold"),
         "{}",
         report.reasons()
     );
     assert_eq!(
-        (tiers(&report).len(), &tiers(&report)[0]["name"], &report.0["knee"]),
+        (
+            tiers(&report).len(),
+            &tiers(&report)[0]["name"],
+            &report.0["knee"]
+        ),
         (1, &"hold".into(), &Value::Null)
     );
 }
@@ -212,7 +298,8 @@ fn a_signal_ends_a_ramp_and_each_tier_is_either_reported_or_named() {
     let path = scratch.path("run.json");
     let mut command = throng();
     // The second tier takes ten minutes to gather.
-    let args = "--publishers 1 --ramp 1,100,200 --ramp-time 10m --duration 1 --warmup 0 --no-live --json";
+    let args =
+        "--publishers 1 --ramp 1,100,200 --ramp-time 10m --duration 1 --warmup 0 --no-live --json";
     command.args(args.split(' ')).arg(&path);
     let mut running = Running::start(&mut command, NO_SECRET);
     wait_for_engine(&mut running);
@@ -220,20 +307,40 @@ fn a_signal_ends_a_ramp_and_each_tier_is_either_reported_or_named() {
     running.signal(Signal::INT);
     let finished = running.finish();
     let report = Report::read(&path, NO_SECRET);
-    assert_eq!((finished.code, report.result()), (Some(1), "PARTIAL"), "{}", finished.stderr);
-    let (held, unmeasured) = (tiers(&report), report.0["unmeasured_tiers"].as_array().unwrap());
+    assert_eq!(
+        (finished.code, report.result()),
+        (Some(1), "PARTIAL"),
+        "{}",
+        finished.stderr
+    );
+    let (held, unmeasured) = (
+        tiers(&report),
+        report.0["unmeasured_tiers"].as_array().unwrap(),
+    );
     let names: Vec<_> = held
         .iter()
         .map(|tier| &tier["name"])
         .chain(unmeasured.iter().map(|tier| &tier["tier"]))
         .collect();
     let is_held = held[0]["name"] == "tier 1";
-    assert_eq!(names[usize::from(!is_held)..], ["tier 1", "tier 2", "tier 3"]);
+    assert_eq!(
+        names[usize::from(!is_held)..],
+        ["tier 1", "tier 2", "tier 3"]
+    );
     // Within the six seconds the first tier is over, unless the host is very slow.
     if is_held && held[0]["result"] == "PASS" {
         let knee = &report.0["knee"];
-        assert_eq!((&knee["answer"], &knee["subscribers"]), (&"not_measured".into(), &1.into()));
-        assert!(finished.stdout.contains("Knee       at least 1 subscriber a room"), "{}", finished.stdout);
+        assert_eq!(
+            (&knee["answer"], &knee["subscribers"]),
+            (&"not_measured".into(), &1.into())
+        );
+        assert!(
+            finished
+                .stdout
+                .contains("Knee       at least 1 subscriber a room"),
+            "{}",
+            finished.stdout
+        );
     }
 }
 
@@ -249,7 +356,10 @@ fn wait_for_engine(running: &mut Running) {
     };
     let deadline = Instant::now() + PATIENCE;
     while !names().any(|name| name.starts_with("engine-")) {
-        assert!(!running.has_ended() && Instant::now() < deadline, "no engine thread");
+        assert!(
+            !running.has_ended() && Instant::now() < deadline,
+            "no engine thread"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -271,7 +381,9 @@ fn search(seed: u64, hidden: f64, most: u32) -> (Finished, Report) {
         .env("LIVEKIT_URL", server.url())
         .env("LIVEKIT_API_KEY", DEV_KEY)
         .env("LIVEKIT_API_SECRET", DEV_SECRET);
-    let args = format!("--publishers 1 --find-knee --max {most} --duration 2 --warmup 1 --num-per-second 200 --seed {seed} --quiet");
+    let args = format!(
+        "--publishers 1 --find-knee --max {most} --duration 2 --warmup 1 --num-per-second 200 --seed {seed} --quiet"
+    );
     let found = run(&mut command, &args, NO_SECRET);
     server.stop();
     found
@@ -280,7 +392,10 @@ fn search(seed: u64, hidden: f64, most: u32) -> (Finished, Report) {
 fn finds(seed: u64, hidden: f64) {
     let (finished, report) = search(seed, hidden, 120);
     let capacity = &report.0["capacity"];
-    eprintln!("seed {seed}: {hidden} hidden, found {}", capacity["subscribers"]);
+    eprintln!(
+        "seed {seed}: {hidden} hidden, found {}",
+        capacity["subscribers"]
+    );
     assert_eq!(capacity["answer"], "capacity", "{}", finished.stdout);
     // One in a hundred may be lost.
     let truth = hidden / 0.99;
@@ -290,10 +405,19 @@ fn finds(seed: u64, hidden: f64) {
         "{found}, and {truth:.1} is true\n{}",
         finished.stdout
     );
-    let broke = capacity["broke_first"]["reasons"][0].as_str().unwrap_or_default();
-    assert!(broke.contains("audio loss") || broke.contains("tracks never went live"), "{broke}");
+    let broke = capacity["broke_first"]["reasons"][0]
+        .as_str()
+        .unwrap_or_default();
     assert!(
-        finished.stdout.contains("Capacity   ") && finished.stdout.lines().all(|line| line.chars().count() <= 80),
+        broke.contains("audio loss") || broke.contains("tracks never went live"),
+        "{broke}"
+    );
+    assert!(
+        finished.stdout.contains("Capacity   ")
+            && finished
+                .stdout
+                .lines()
+                .all(|line| line.chars().count() <= 80),
         "{}",
         finished.stdout
     );
@@ -327,12 +451,24 @@ fn a_search_that_meets_no_limit_says_at_least() {
     if capacity["limit"] == "generator" || capacity["answer"] != "at_least" {
         return eprintln!("the host was too slow for a verdict: {}", finished.stdout);
     }
-    assert_eq!((finished.code, report.result()), (Some(0), "PASS"), "{}", finished.stdout);
     assert_eq!(
-        (&capacity["subscribers"], &capacity["participants"], &capacity["limit"]),
+        (finished.code, report.result()),
+        (Some(0), "PASS"),
+        "{}",
+        finished.stdout
+    );
+    assert_eq!(
+        (
+            &capacity["subscribers"],
+            &capacity["participants"],
+            &capacity["limit"]
+        ),
         (&2.into(), &3.into(), &"max".into())
     );
-    assert_eq!(capacity["points"].as_array().unwrap().len(), tiers(&report).len());
+    assert_eq!(
+        capacity["points"].as_array().unwrap().len(),
+        tiers(&report).len()
+    );
     assert!(
         finished
             .stdout

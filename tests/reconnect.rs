@@ -46,13 +46,20 @@ impl Relay {
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 // One that is refused sees its connection end before it could say anything.
-                let Some(server) = (!refuses.load(Ordering::SeqCst)).then(|| TcpStream::connect(&upstream).unwrap()) else {
+                let Some(server) = (!refuses.load(Ordering::SeqCst))
+                    .then(|| TcpStream::connect(&upstream).unwrap())
+                else {
                     continue;
                 };
                 let ends = [client, server];
-                open.lock().unwrap().extend(ends.iter().map(|end| end.try_clone().unwrap()));
+                open.lock()
+                    .unwrap()
+                    .extend(ends.iter().map(|end| end.try_clone().unwrap()));
                 for (from, to) in [(0, 1), (1, 0)] {
-                    let (mut from, mut to) = (ends[from].try_clone().unwrap(), ends[to].try_clone().unwrap());
+                    let (mut from, mut to) = (
+                        ends[from].try_clone().unwrap(),
+                        ends[to].try_clone().unwrap(),
+                    );
                     std::thread::spawn(move || {
                         // However it ends, the other side hears of it.
                         let _ = std::io::copy(&mut from, &mut to);
@@ -93,14 +100,25 @@ impl Broken {
         against(server, &mut command)
             .env("LIVEKIT_URL", &relay.url)
             .args(ARGS.split(' '))
-            .args(["--connection", connection, "--duration", duration, "--room", "broken", "--json"])
+            .args([
+                "--connection",
+                connection,
+                "--duration",
+                duration,
+                "--room",
+                "broken",
+                "--json",
+            ])
             .arg(scratch.path("run.json"));
         let mut broken = Broken {
             relay,
             running: Running::start(&mut command, &server.secret),
             scratch,
             rooms: RoomService::new(server.endpoint(), server.api_key()),
-            runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
+            runtime: tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap(),
         };
         let deadline = Instant::now() + PATIENCE;
         while broken.active().len() < PARTICIPANTS as usize {
@@ -112,8 +130,13 @@ impl Broken {
     }
 
     fn active(&self) -> Vec<proto::ParticipantInfo> {
-        let mut inside = self.runtime.block_on(self.rooms.list_participants("broken")).unwrap_or_default();
-        inside.retain(|participant| participant.state == i32::from(proto::participant_info::State::Active));
+        let mut inside = self
+            .runtime
+            .block_on(self.rooms.list_participants("broken"))
+            .unwrap_or_default();
+        inside.retain(|participant| {
+            participant.state == i32::from(proto::participant_info::State::Active)
+        });
         inside
     }
 
@@ -136,14 +159,23 @@ fn counts<const N: usize>(report: &Report, names: [&str; N]) -> [u64; N] {
 }
 
 /// Joins, and what became of losses.
-const FATE: [&str; 4] = ["joins_ok", "reconnects_ok", "reconnects_failed", "disconnects"];
+const FATE: [&str; 4] = [
+    "joins_ok",
+    "reconnects_ok",
+    "reconnects_failed",
+    "disconnects",
+];
 
 fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on(server: &Server) {
     let _turn = beside_one_other();
     for connection in ["single", "dual"] {
         let broken = Broken::start(server, connection, "6");
         let sids = |broken: &Broken| {
-            let mut sids: Vec<String> = broken.active().into_iter().map(|participant| participant.sid).collect();
+            let mut sids: Vec<String> = broken
+                .active()
+                .into_iter()
+                .map(|participant| participant.sid)
+                .collect();
             sids.sort();
             sids
         };
@@ -152,21 +184,41 @@ fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on(server: &Serve
         std::thread::sleep(Duration::from_secs(1));
         assert_eq!(sids(&broken), before, "{connection}: the same sessions");
         let report = broken.finish(server);
-        assert_eq!(counts(&report, FATE), [PARTICIPANTS, PARTICIPANTS, 0, 0], "{connection}");
-        assert_eq!(report.micros("session", "reconnect", "count"), Some(PARTICIPANTS));
         assert_eq!(
-            counts(&report, ["participants_healthy", "frames_misrouted", "joins_retried"]),
+            counts(&report, FATE),
+            [PARTICIPANTS, PARTICIPANTS, 0, 0],
+            "{connection}"
+        );
+        assert_eq!(
+            report.micros("session", "reconnect", "count"),
+            Some(PARTICIPANTS)
+        );
+        assert_eq!(
+            counts(
+                &report,
+                ["participants_healthy", "frames_misrouted", "joins_retried"]
+            ),
             [PARTICIPANTS, 0, 0]
         );
         for (kind, subscribed) in [("audio", 8), ("video", 4)] {
             let count = |name| report.counter(kind, name);
-            assert_eq!((count("tracks_live"), count("tracks_expected")), (subscribed, subscribed));
+            assert_eq!(
+                (count("tracks_live"), count("tracks_expected")),
+                (subscribed, subscribed)
+            );
             let lost = count("frames_expected") - count("frames_delivered");
-            eprintln!("{connection}: {lost} of {} frames of {kind} lost", count("frames_expected"));
+            eprintln!(
+                "{connection}: {lost} of {} frames of {kind} lost",
+                count("frames_expected")
+            );
             match connection {
                 "single" => assert_eq!(lost, 0, "{kind}"),
                 // The server drops its path when it offers the ICE restart, and sends again once a check has succeeded.
-                _ => assert!(lost * 10 < count("frames_expected"), "{lost} of {} {kind}", count("frames_expected")),
+                _ => assert!(
+                    lost * 10 < count("frames_expected"),
+                    "{lost} of {} {kind}",
+                    count("frames_expected")
+                ),
             }
         }
     }
@@ -177,11 +229,19 @@ fn a_session_that_the_server_has_forgotten_is_joined_anew(server: &Server) {
     for connection in ["single", "dual"] {
         let broken = Broken::start(server, connection, "8");
         let publishers = 2;
-        let (removed, kept): (Vec<_>, Vec<_>) = broken.active().into_iter().partition(|participant| !participant.tracks.is_empty());
-        assert_eq!((removed.len(), kept.len()), (publishers, PARTICIPANTS as usize - publishers));
+        let (removed, kept): (Vec<_>, Vec<_>) = broken
+            .active()
+            .into_iter()
+            .partition(|participant| !participant.tracks.is_empty());
+        assert_eq!(
+            (removed.len(), kept.len()),
+            (publishers, PARTICIPANTS as usize - publishers)
+        );
         broken.relay.refuse(true);
         broken.relay.cut();
-        removed.iter().for_each(|participant| remove(server, &participant.identity));
+        removed
+            .iter()
+            .for_each(|participant| remove(server, &participant.identity));
         broken.relay.refuse(false);
         let deadline = Instant::now() + PATIENCE;
         while broken.active().len() < PARTICIPANTS as usize {
@@ -189,7 +249,11 @@ fn a_session_that_the_server_has_forgotten_is_joined_anew(server: &Server) {
             std::thread::sleep(Duration::from_millis(50));
         }
         let report = broken.finish(server);
-        assert_eq!(counts(&report, FATE), [PARTICIPANTS, PARTICIPANTS, 0, publishers as u64], "{connection}");
+        assert_eq!(
+            counts(&report, FATE),
+            [PARTICIPANTS, PARTICIPANTS, 0, publishers as u64],
+            "{connection}"
+        );
         assert_eq!(
             counts(&report, ["participants_healthy", "frames_misrouted"]),
             [PARTICIPANTS - publishers as u64, 0]
@@ -201,7 +265,11 @@ fn a_session_that_the_server_has_forgotten_is_joined_anew(server: &Server) {
                 (published, subscribed),
                 "{connection} {kind}"
             );
-            assert_eq!(count("frames_duplicate"), 0, "{connection} {kind}: frames are numbered on");
+            assert_eq!(
+                count("frames_duplicate"),
+                0,
+                "{connection} {kind}: frames are numbered on"
+            );
         }
     }
 }
@@ -232,9 +300,24 @@ fn who_cannot_come_back_gives_up_after_a_while(server: &Server) {
     broken.relay.cut();
     let finished = broken.running.finish();
     let report = Report::read(&broken.scratch.path("run.json"), &server.secret);
-    assert_eq!((report.result(), finished.code), ("PARTIAL", Some(1)), "{}", finished.stderr);
-    assert!(report.reasons().contains("all participants were gone"), "{}", report.reasons());
-    assert_eq!(counts(&report, FATE), [PARTICIPANTS, 0, PARTICIPANTS, PARTICIPANTS]);
+    assert_eq!(
+        (report.result(), finished.code),
+        ("PARTIAL", Some(1)),
+        "{}",
+        finished.stderr
+    );
+    assert!(
+        report.reasons().contains("all participants were gone"),
+        "{}",
+        report.reasons()
+    );
+    assert_eq!(
+        counts(&report, FATE),
+        [PARTICIPANTS, 0, PARTICIPANTS, PARTICIPANTS]
+    );
     assert_eq!(report.0["target"]["connection"], "single");
-    assert_eq!(report.0["target"]["connection_reason"], "the server has /rtc/v1");
+    assert_eq!(
+        report.0["target"]["connection_reason"],
+        "the server has /rtc/v1"
+    );
 }

@@ -54,7 +54,8 @@ impl Recorded {
     fn dropped(&self, what: &str) -> u64 {
         let counts = self.notes.iter().filter_map(|note| {
             let (count, rest) = note.strip_prefix("recording dropped ")?.split_once(' ')?;
-            rest.starts_with(what).then(|| count.parse::<u64>().unwrap())
+            rest.starts_with(what)
+                .then(|| count.parse::<u64>().unwrap())
         });
         counts.sum()
     }
@@ -77,7 +78,11 @@ fn record(name: &str, seed: u64, conditions: Conditions) -> Recorded {
     let [_, received] = pair.finish();
     assert!(!recording.drain(), "the tap ends with its shard");
     let notes = recording.finish();
-    Recorded { dir, notes, received }
+    Recorded {
+        dir,
+        notes,
+        received,
+    }
 }
 
 /// Each frame stands at its time by its own number, and follows what it builds on.
@@ -86,11 +91,17 @@ fn assert_decodable(pictures: &[Picture]) {
     assert!(pictures[0].is_key());
     for pair in pictures.windows(2) {
         let [before, after] = [0, 1].map(|at| pair[at].identity().frame);
-        assert!(after == before + 1 || (after > before && pair[1].is_key()), "{after} after {before}");
+        assert!(
+            after == before + 1 || (after > before && pair[1].is_key()),
+            "{after} after {before}"
+        );
     }
     for picture in pictures {
         // 15 frames a second.
-        assert_eq!(picture.timestamp, u64::from(picture.identity().frame - first) * 6_000);
+        assert_eq!(
+            picture.timestamp,
+            u64::from(picture.identity().frame - first) * 6_000
+        );
     }
 }
 
@@ -113,10 +124,16 @@ fn without_loss_every_frame_is_in_its_file() {
     assert_decodable(&pictures);
     assert_eq!(
         (stated as u64, pictures.len() as u64),
-        (recorded.received.video.frames_delivered, recorded.received.video.frames_delivered)
+        (
+            recorded.received.video.frames_delivered,
+            recorded.received.video.frames_delivered
+        )
     );
     let audio = recorded.file("throng-0000004d-0-audio.ogg");
-    assert_eq!(assert_in_time(&audio), recorded.received.audio.frames_delivered);
+    assert_eq!(
+        assert_in_time(&audio),
+        recorded.received.audio.frames_delivered
+    );
     let notes = format!(
         "recorded {} frames of video and {} packets of audio in 2 files below {}",
         pictures.len(),
@@ -144,17 +161,32 @@ fn what_was_lost_is_a_hole_and_nothing_undecodable_is_kept() {
         assert_eq!(stated, pictures.len());
         assert_decodable(&pictures);
         let left_out = recorded.dropped("whole frames of video");
-        assert_eq!(pictures.len() as u64 + left_out, recorded.received.video.frames_delivered, "seed {seed}");
-        assert!(loss < 0.4 || left_out > 0, "at such a loss some frames are whole and useless");
+        assert_eq!(
+            pictures.len() as u64 + left_out,
+            recorded.received.video.frames_delivered,
+            "seed {seed}"
+        );
+        assert!(
+            loss < 0.4 || left_out > 0,
+            "at such a loss some frames are whole and useless"
+        );
         let sounds = assert_in_time(&audio);
         let late = recorded.dropped("packets of audio");
-        assert_eq!(sounds + late, recorded.received.audio.frames_delivered, "seed {seed}");
+        assert_eq!(
+            sounds + late,
+            recorded.received.audio.frames_delivered,
+            "seed {seed}"
+        );
         if has_ffmpeg() {
             let picture = 320 * 180 * 3 / 2;
             assert_eq!(play(&video), [pictures.len() * picture; 2], "seed {seed}");
             let (_, samples, _) = read_opus(&audio);
             // Two channels of 16 bits, without what the codec itself delays.
-            assert_eq!(play(&audio), [(samples as usize - 312) * 4; 2], "seed {seed}");
+            assert_eq!(
+                play(&audio),
+                [(samples as usize - 312) * 4; 2],
+                "seed {seed}"
+            );
         }
     }
 }
@@ -185,7 +217,11 @@ fn a_participant_who_comes_back_on_another_connection_gets_files_of_its_own() {
     assert!(!recording.drain());
     recording.finish();
     for (name, packets) in [("ssrc-5-audio.ogg", 10), ("ssrc-6-audio.ogg", 11)] {
-        assert_eq!(read_opus(&dir.join("a_room").join(name)).0.len(), packets, "{name}");
+        assert_eq!(
+            read_opus(&dir.join("a_room").join(name)).0.len(),
+            packets,
+            "{name}"
+        );
     }
     fs::remove_dir_all(dir).unwrap();
 }

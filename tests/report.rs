@@ -6,12 +6,15 @@ use std::time::Duration;
 use serde_json::Value;
 use throng::knee::{Answer, Limit};
 use throng::measure::{Bandwidth, Engine, Histogram, Media, Record, Session, serial};
-use throng::plan::{AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec};
+use throng::plan::{
+    AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec,
+};
 use throng::report::Style;
 use throng::report::text::{dry_run, first_line, render};
 use throng::report::{
-    Capacity, CapacityPoint, Cause, Destinations, EngineHealth, HostDrops, Judging, Nearness, Outcome, ParticipantOutcome, Quality, Sample, Second,
-    Side, Sinks, Stall, Step, TargetInfo, TargetKind, ThreadTime, TierFacts, Timeline, Unmeasured, Verdict, json, judge, participants,
+    Capacity, CapacityPoint, Cause, Destinations, EngineHealth, HostDrops, Judging, Nearness,
+    Outcome, ParticipantOutcome, Quality, Sample, Second, Side, Sinks, Stall, Step, TargetInfo,
+    TargetKind, ThreadTime, TierFacts, Timeline, Unmeasured, Verdict, json, judge, participants,
 };
 use throng::units::{Bitrate, Time};
 
@@ -303,7 +306,11 @@ fn a_run_says_how_near_it_came_to_what_the_host_was_calibrated_for() {
     assert!(text.contains("57,400 of 574,000 packets/s: 10"), "{text}");
     let report: Value = serde_json::from_str(&json::render(&outcome)).unwrap();
     assert_eq!(report["engine"]["calibration"]["share"], Value::from(0.1));
-    assert!(jsonschema::draft202012::new(&schema()).unwrap().is_valid(&report));
+    assert!(
+        jsonschema::draft202012::new(&schema())
+            .unwrap()
+            .is_valid(&report)
+    );
 }
 
 #[test]
@@ -320,19 +327,30 @@ fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
     let plain = render(&outcome, Style::default());
     assert!(words.iter().all(|word| !plain.contains(word)), "{plain}");
     let plan = &mut outcome.plan;
-    (plan.simulcast, plan.layout, plan.simulate_speakers, plan.audio.dtx) = (true, Some(Layout::Speaker), true, true);
+    (
+        plan.simulcast,
+        plan.layout,
+        plan.simulate_speakers,
+        plan.audio.dtx,
+    ) = (true, Some(Layout::Speaker), true, true);
     outcome.totals.record.session.speaker_updates = 1_234;
     outcome.totals.record.video.layer_switch = spread(40, 130_000);
     outcome.totals.record.video.layer_switch.expect(41);
     let text = render(&outcome, Style::default());
     assert!(words.iter().all(|word| text.contains(word)), "{text}");
-    assert!(text.contains("1,234") && text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    assert!(
+        text.contains("1,234") && text.lines().all(|line| line.chars().count() <= 80),
+        "{text}"
+    );
     let report: Value = serde_json::from_str(&json::render(&outcome)).unwrap();
     let validator = jsonschema::draft202012::new(&schema()).unwrap();
     assert!(
         validator.is_valid(&report),
         "{:?}",
-        validator.iter_errors(&report).map(|error| error.to_string()).collect::<Vec<_>>()
+        validator
+            .iter_errors(&report)
+            .map(|error| error.to_string())
+            .collect::<Vec<_>>()
     );
     let layers = report["plan"]["video"]["layers"].as_array().unwrap();
     assert_eq!(
@@ -345,8 +363,17 @@ fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
     assert!(switch["p50"].is_u64() && switch["max"].is_null() && switch["expected"] == 41);
     assert!(report["totals"]["audio"]["layer_switch"].is_null());
     let planned = dry_run(&outcome.plan, &outcome.judging, &resources());
-    assert!(planned.contains("320x180 15 fps 150 kbps") && planned.contains("Habits"), "{planned}");
-    assert!(planned.lines().skip(1).all(|line| line.chars().count() <= 80), "{planned}");
+    assert!(
+        planned.contains("320x180 15 fps 150 kbps") && planned.contains("Habits"),
+        "{planned}"
+    );
+    assert!(
+        planned
+            .lines()
+            .skip(1)
+            .all(|line| line.chars().count() <= 80),
+        "{planned}"
+    );
 }
 
 /// A tier of so many subscribers a room, and what it came to.
@@ -357,9 +384,19 @@ fn tier(number: usize, subscribers: u32, verdict: Verdict) -> Step {
     };
     match verdict {
         Verdict::Pass => {}
-        Verdict::Fail => facts.complaints = vec!["audio loss 3.00% (packets lost), more than 1 %".into()],
-        Verdict::Invalid => facts.invalid = vec!["an engine thread was busy 97 % of the time (limit 90 %): use more cores or hosts".into()],
-        Verdict::Partial => facts.cut_short = Some("SIGINT after 12.0 s, before the planned duration was over".into()),
+        Verdict::Fail => {
+            facts.complaints = vec!["audio loss 3.00% (packets lost), more than 1 %".into()]
+        }
+        Verdict::Invalid => {
+            facts.invalid = vec![
+                "an engine thread was busy 97 % of the time (limit 90 %): use more cores or hosts"
+                    .into(),
+            ]
+        }
+        Verdict::Partial => {
+            facts.cut_short =
+                Some("SIGINT after 12.0 s, before the planned duration was over".into())
+        }
     }
     Step {
         name: format!("tier {number}"),
@@ -372,7 +409,9 @@ fn tier(number: usize, subscribers: u32, verdict: Verdict) -> Step {
 /// A ramp of as many tiers as there are verdicts, and as many that it did not come to.
 fn ramp(verdicts: &[Verdict], unmeasured: usize) -> Outcome {
     let mut outcome = outcome();
-    outcome.plan.ramp = (1..=verdicts.len() + unmeasured).map(|number| 15 * number as u32).collect();
+    outcome.plan.ramp = (1..=verdicts.len() + unmeasured)
+        .map(|number| 15 * number as u32)
+        .collect();
     outcome.plan.shape.subscribers = *outcome.plan.ramp.iter().max().unwrap();
     let numbered = || (1..).zip(outcome.plan.ramp.clone());
     outcome.steps = numbered()
@@ -392,10 +431,16 @@ fn ramp(verdicts: &[Verdict], unmeasured: usize) -> Outcome {
 /// The report as text, which fits a terminal, and as JSON, which its schema allows.
 fn shown(outcome: &Outcome) -> (String, Value) {
     let text = render(outcome, Style::default());
-    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    assert!(
+        text.lines().all(|line| line.chars().count() <= 80),
+        "{text}"
+    );
     let report: Value = serde_json::from_str(&json::render(outcome)).unwrap();
     let validator = jsonschema::draft202012::new(&schema()).unwrap();
-    let errors: Vec<_> = validator.iter_errors(&report).map(|error| error.to_string()).collect();
+    let errors: Vec<_> = validator
+        .iter_errors(&report)
+        .map(|error| error.to_string())
+        .collect();
     assert!(errors.is_empty(), "{errors:#?}");
     (text, report)
 }
@@ -420,12 +465,54 @@ fn all_healthy_first_failed_and_not_measured_are_three_answers() {
             "30 subscribers a room (70 participants); 45 subscribers",
             Fail,
         ),
-        (&[Fail, Pass], 0, "first_failed", None, "below the first tier: 15 subscribers", Fail),
-        (&[Invalid, Pass], 0, "not_measured", None, "not measured: 15 subscribers", Invalid),
-        (&[Pass, Invalid, Fail], 0, "not_measured", Some(15), "at least 15 subscribers", Fail),
-        (&[Pass, Invalid], 0, "not_measured", Some(15), "at least 15 subscribers", Invalid),
-        (&[Pass, Fail], 1, "found", Some(15), "15 subscribers a room", Fail),
-        (&[Pass, Partial], 1, "not_measured", Some(15), "at least 15 subscribers", Partial),
+        (
+            &[Fail, Pass],
+            0,
+            "first_failed",
+            None,
+            "below the first tier: 15 subscribers",
+            Fail,
+        ),
+        (
+            &[Invalid, Pass],
+            0,
+            "not_measured",
+            None,
+            "not measured: 15 subscribers",
+            Invalid,
+        ),
+        (
+            &[Pass, Invalid, Fail],
+            0,
+            "not_measured",
+            Some(15),
+            "at least 15 subscribers",
+            Fail,
+        ),
+        (
+            &[Pass, Invalid],
+            0,
+            "not_measured",
+            Some(15),
+            "at least 15 subscribers",
+            Invalid,
+        ),
+        (
+            &[Pass, Fail],
+            1,
+            "found",
+            Some(15),
+            "15 subscribers a room",
+            Fail,
+        ),
+        (
+            &[Pass, Partial],
+            1,
+            "not_measured",
+            Some(15),
+            "at least 15 subscribers",
+            Partial,
+        ),
         (
             &[Pass],
             2,
@@ -434,7 +521,14 @@ fn all_healthy_first_failed_and_not_measured_are_three_answers() {
             "not measured beyond: the run did not come to tier 2",
             Partial,
         ),
-        (&[], 2, "not_measured", None, "the run did not come to tier 1", Partial),
+        (
+            &[],
+            2,
+            "not_measured",
+            None,
+            "the run did not come to tier 1",
+            Partial,
+        ),
     ] {
         let mut outcome = ramp(verdicts, unmeasured);
         if verdict == Partial {
@@ -458,7 +552,10 @@ fn all_healthy_first_failed_and_not_measured_are_three_answers() {
             (Some(verdict.name()), verdict),
             "{verdicts:?}"
         );
-        assert_eq!(report["unmeasured_tiers"].as_array().unwrap().len(), unmeasured);
+        assert_eq!(
+            report["unmeasured_tiers"].as_array().unwrap().len(),
+            unmeasured
+        );
         assert_eq!(
             text.lines()
                 .filter(|line| line.starts_with("tier ") && line.ends_with("  not measured"))
@@ -467,20 +564,29 @@ fn all_healthy_first_failed_and_not_measured_are_three_answers() {
         );
     }
     let (text, report) = shown(&outcome());
-    assert!(!text.contains("Knee") && report["knee"].is_null() && report["unmeasured_tiers"].is_null() && report["capacity"].is_null());
+    assert!(
+        !text.contains("Knee")
+            && report["knee"].is_null()
+            && report["unmeasured_tiers"].is_null()
+            && report["capacity"].is_null()
+    );
 }
 
 #[test]
 fn a_tier_whose_generator_gave_out_spoils_no_other_and_says_so_itself() {
     let mut outcome = ramp(&[Verdict::Pass, Verdict::Invalid], 0);
     // What overloads one tier shows in the run as a whole.
-    (outcome.engine.valid, outcome.engine.reasons) = (false, vec!["an engine thread was busy".into()]);
+    (outcome.engine.valid, outcome.engine.reasons) =
+        (false, vec!["an engine thread was busy".into()]);
     let (text, report) = shown(&outcome);
     assert_eq!(
         (&report["steps"][0]["result"], &report["steps"][1]["result"]),
         (&"PASS".into(), &"INVALID".into())
     );
-    assert!(text.contains("tier 2: an engine thread was busy 97 %"), "{text}");
+    assert!(
+        text.contains("tier 2: an engine thread was busy 97 %"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -488,7 +594,10 @@ fn scores_are_judged_over_all_of_a_ramp() {
     let mut outcome = ramp(&[Verdict::Pass], 0);
     outcome.judging.thresholds = vec!["audio.mos.p1>4.5".parse().unwrap()];
     let (_, report) = shown(&outcome);
-    assert_eq!((&report["result"], &report["steps"][0]["result"]), (&"FAIL".into(), &"PASS".into()));
+    assert_eq!(
+        (&report["result"], &report["steps"][0]["result"]),
+        (&"FAIL".into(), &"PASS".into())
+    );
 }
 
 #[test]
@@ -541,9 +650,16 @@ fn a_search_says_how_sure_it_is_and_what_broke_first() {
                 },
             },
             Verdict::Invalid,
-            &["at least 60 subscribers", "the generator was the limit at 64: the generator stood still"],
+            &[
+                "at least 60 subscribers",
+                "the generator was the limit at 64: the generator stood still",
+            ],
         ),
-        (Answer::None, Verdict::Fail, &["below one subscriber a room"]),
+        (
+            Answer::None,
+            Verdict::Fail,
+            &["below one subscriber a room"],
+        ),
         (
             Answer::NotMeasured { reasons },
             Verdict::Invalid,
@@ -551,7 +667,11 @@ fn a_search_says_how_sure_it_is_and_what_broke_first() {
         ),
     ] {
         let mut outcome = ramp(&[Verdict::Pass, Verdict::Fail], 0);
-        (outcome.plan.ramp, outcome.plan.find_knee, outcome.plan.shape.subscribers) = (vec![], true, 100);
+        (
+            outcome.plan.ramp,
+            outcome.plan.find_knee,
+            outcome.plan.shape.subscribers,
+        ) = (vec![], true, 100);
         outcome.capacity = Some(Capacity {
             answer,
             broke_first: Some((45, vec!["audio loss 1.30%".into()])),
@@ -559,8 +679,14 @@ fn a_search_says_how_sure_it_is_and_what_broke_first() {
         });
         let (text, report) = shown(&outcome);
         let flat = text.split_whitespace().collect::<Vec<_>>().join(" ");
-        assert!(sentences.iter().all(|sentence| flat.contains(sentence)), "{text}");
-        assert_eq!((&report["result"], &report["knee"]), (&verdict.name().into(), &Value::Null));
+        assert!(
+            sentences.iter().all(|sentence| flat.contains(sentence)),
+            "{text}"
+        );
+        assert_eq!(
+            (&report["result"], &report["knee"]),
+            (&verdict.name().into(), &Value::Null)
+        );
         assert_eq!(report["capacity"]["points"][1]["verdict"], "UNSETTLED");
     }
 }
@@ -590,7 +716,10 @@ fn troubled() -> Outcome {
     record.video.tracks_live = 440;
     record.video.track_subscribe.expect(460);
     record.video.frames_delivered -= 16_000;
-    (record.video.frames_lost_sfu, record.video.frames_lost_unattributed) = (15_000, 1_000);
+    (
+        record.video.frames_lost_sfu,
+        record.video.frames_lost_unattributed,
+    ) = (15_000, 1_000);
     record.session.participants_healthy = 96;
     (record.audio.frames_late_for_playout, record.audio.freezes) = (120, 14);
     record.audio.concealed_us = 400_000_000;
@@ -621,7 +750,8 @@ fn troubled() -> Outcome {
 }
 
 fn schema() -> Value {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/schema/throng-report-1.schema.json");
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/schema/throng-report-1.schema.json");
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
@@ -662,7 +792,10 @@ fn what_congestion_control_did_is_shown_where_it_did_anything() {
     ] {
         assert!(text.contains(words), "{text}");
     }
-    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    assert!(
+        text.lines().all(|line| line.chars().count() <= 80),
+        "{text}"
+    );
 }
 
 #[test]
@@ -705,11 +838,26 @@ fn the_schema_is_strict_enough_to_notice_what_is_missing() {
         "/engine/thread_times/0",
     ] {
         for key in good.pointer(pointer).unwrap().as_object().unwrap().keys() {
-            if pointer == "/engine" && !["threads", "valid", "tick_late_us", "stalls", "host_drops", "stolen_seconds"].contains(&key.as_str()) {
+            if pointer == "/engine"
+                && ![
+                    "threads",
+                    "valid",
+                    "tick_late_us",
+                    "stalls",
+                    "host_drops",
+                    "stolen_seconds",
+                ]
+                .contains(&key.as_str())
+            {
                 continue;
             }
             let mut report = good.clone();
-            report.pointer_mut(pointer).unwrap().as_object_mut().unwrap().remove(key);
+            report
+                .pointer_mut(pointer)
+                .unwrap()
+                .as_object_mut()
+                .unwrap()
+                .remove(key);
             assert!(!validator.is_valid(&report), "{pointer}/{key}");
         }
     }
@@ -719,27 +867,51 @@ fn the_schema_is_strict_enough_to_notice_what_is_missing() {
 fn the_schema_describes_every_counter_and_histogram_and_no_other() {
     let schema = schema();
     for (scope, counters, histograms, scores) in [
-        ("session", Session::COUNTERS, Session::HISTOGRAMS, Session::SCORES),
+        (
+            "session",
+            Session::COUNTERS,
+            Session::HISTOGRAMS,
+            Session::SCORES,
+        ),
         ("media", Media::COUNTERS, Media::HISTOGRAMS, Media::SCORES),
-        ("bandwidth", Bandwidth::COUNTERS, Bandwidth::HISTOGRAMS, Bandwidth::SCORES),
+        (
+            "bandwidth",
+            Bandwidth::COUNTERS,
+            Bandwidth::HISTOGRAMS,
+            Bandwidth::SCORES,
+        ),
     ] {
         let properties = schema["$defs"][scope]["properties"].as_object().unwrap();
         let mut described: Vec<&str> = properties.keys().map(String::as_str).collect();
-        let mut declared: Vec<&str> = counters.iter().chain(histograms).chain(scores).copied().collect();
+        let mut declared: Vec<&str> = counters
+            .iter()
+            .chain(histograms)
+            .chain(scores)
+            .copied()
+            .collect();
         described.sort_unstable();
         declared.sort_unstable();
         assert_eq!(described, declared, "{scope}");
         for name in counters.iter().chain(histograms).chain(scores) {
             let sentence = properties[*name]["description"].as_str().unwrap();
-            assert!(sentence.ends_with('.') && sentence.len() > 15, "{name}: {sentence}");
+            assert!(
+                sentence.ends_with('.') && sentence.len() > 15,
+                "{name}: {sentence}"
+            );
         }
         for name in histograms {
             let sentence = properties[*name]["description"].as_str().unwrap();
-            assert!(sentence.contains("clock"), "{scope}.{name} does not say on whose clock: {sentence}");
+            assert!(
+                sentence.contains("clock"),
+                "{scope}.{name} does not say on whose clock: {sentence}"
+            );
         }
     }
     for name in Engine::COUNTERS {
-        assert!(schema["$defs"]["engine"]["properties"][name]["description"].is_string(), "engine.{name}");
+        assert!(
+            schema["$defs"]["engine"]["properties"][name]["description"].is_string(),
+            "engine.{name}"
+        );
     }
 }
 
@@ -752,9 +924,20 @@ fn histograms_survive_the_report() {
         &serial::from_base64(join["hdr"].as_str().unwrap()).unwrap(),
         outcome.totals.record.session.join.hdr()
     );
-    assert_eq!((join["expected"].as_u64(), join["count"].as_u64()), (Some(103), Some(100)));
-    assert!(join["p95"].is_u64() && join["p99"].is_null() && join["max"].is_null() && join["min"].is_u64());
-    assert!(report["totals"]["audio"]["one_way_latency"].is_null(), "what does not apply is null");
+    assert_eq!(
+        (join["expected"].as_u64(), join["count"].as_u64()),
+        (Some(103), Some(100))
+    );
+    assert!(
+        join["p95"].is_u64()
+            && join["p99"].is_null()
+            && join["max"].is_null()
+            && join["min"].is_u64()
+    );
+    assert!(
+        report["totals"]["audio"]["one_way_latency"].is_null(),
+        "what does not apply is null"
+    );
     assert!(report["totals"]["session"]["reconnect"].is_null());
 }
 
@@ -762,13 +945,28 @@ fn histograms_survive_the_report() {
 fn scores_count_from_the_worst_and_the_worst_participants_are_named() {
     let report: Value = serde_json::from_str(&json::render(&troubled())).unwrap();
     let mos = &report["totals"]["audio"]["mos"];
-    assert_eq!((&mos["expected"], &mos["count"]), (&Value::from(460), &Value::from(451)));
-    assert!(mos["p1"].is_null() && mos["min"].is_null(), "nine streams were never heard");
-    assert!((mos["p50"].as_f64().unwrap() - 4.15).abs() < 0.02 && mos["p5"].as_f64().unwrap() < mos["p10"].as_f64().unwrap());
-    assert!(report["totals"]["video"]["mos"].is_null() && report["totals"]["video"]["concealed_us"].is_null());
+    assert_eq!(
+        (&mos["expected"], &mos["count"]),
+        (&Value::from(460), &Value::from(451))
+    );
+    assert!(
+        mos["p1"].is_null() && mos["min"].is_null(),
+        "nine streams were never heard"
+    );
+    assert!(
+        (mos["p50"].as_f64().unwrap() - 4.15).abs() < 0.02
+            && mos["p5"].as_f64().unwrap() < mos["p10"].as_f64().unwrap()
+    );
+    assert!(
+        report["totals"]["video"]["mos"].is_null()
+            && report["totals"]["video"]["concealed_us"].is_null()
+    );
     let worst = report["worst"].as_array().unwrap();
     assert_eq!(worst.len(), 2, "1 % of 150, rounded up");
-    assert_eq!((&worst[0]["joined"], &worst[0]["tracks_missing"]), (&Value::from(false), &Value::from(5)));
+    assert_eq!(
+        (&worst[0]["joined"], &worst[0]["tracks_missing"]),
+        (&Value::from(false), &Value::from(5))
+    );
     assert_eq!(worst[1]["identity"], "throng-c0ffee01-31");
     assert_eq!(
         (&worst[1]["healthy"], &worst[1]["audio"]["mos"]),
@@ -801,7 +999,10 @@ fn the_report_names_the_run_in_the_order_readers_want() {
     ];
     let places: Vec<usize> = keys
         .iter()
-        .map(|key| text.find(&format!("\n  \"{key}\": ")).unwrap_or_else(|| panic!("{key}")))
+        .map(|key| {
+            text.find(&format!("\n  \"{key}\": "))
+                .unwrap_or_else(|| panic!("{key}"))
+        })
         .collect();
     assert!(places.is_sorted());
     assert_eq!(report["started_at"], "2026-09-21T14:13:20.000Z");
@@ -819,7 +1020,10 @@ fn the_verdict_follows_from_what_was_measured() {
         let mut outcome = outcome();
         change(&mut outcome);
         let judgement = judge(&outcome);
-        assert_eq!(judgement.verdict == Verdict::Pass, judgement.reasons.is_empty());
+        assert_eq!(
+            judgement.verdict == Verdict::Pass,
+            judgement.reasons.is_empty()
+        );
         (
             judgement.verdict,
             judgement.verdict.exit_code(),
@@ -832,9 +1036,18 @@ fn the_verdict_follows_from_what_was_measured() {
             &(|o: &mut Outcome| o.totals.record.session.joins_ok = 99) as &dyn Fn(&mut Outcome),
             "1 of 100 joins did not succeed",
         ),
-        (&|o| o.totals.record.session.joins_planned = 60, "40 of 100 joins were never attempted"),
-        (&|o| o.totals.record.session = Session::default(), "100 of 100 joins were never attempted"),
-        (&|o| o.totals.record.video.tracks_live = 449, "1 of 450 video tracks never went live"),
+        (
+            &|o| o.totals.record.session.joins_planned = 60,
+            "40 of 100 joins were never attempted",
+        ),
+        (
+            &|o| o.totals.record.session = Session::default(),
+            "100 of 100 joins were never attempted",
+        ),
+        (
+            &|o| o.totals.record.video.tracks_live = 449,
+            "1 of 450 video tracks never went live",
+        ),
         (
             &|o| o.totals.record.video.tracks_expected = 400,
             "only 400 of 450 video subscriptions were tried",
@@ -847,7 +1060,10 @@ fn the_verdict_follows_from_what_was_measured() {
             &|o| o.totals.record.audio.frames_delivered = 600_000,
             "audio loss 11.11% (frames undelivered), more than 1 %",
         ),
-        (&|o| o.totals.record.audio.frames_expected = 0, "audio loss was not measured"),
+        (
+            &|o| o.totals.record.audio.frames_expected = 0,
+            "audio loss was not measured",
+        ),
         (
             &|o| o.totals.record.audio.one_way_latency.expect(10_000),
             "audio.one_way_latency.p95<150ms does not hold: it is never (too many values are missing)",
@@ -864,7 +1080,10 @@ fn the_verdict_follows_from_what_was_measured() {
         o.engine.reasons = vec!["ticks were late".into()];
         o.totals.record.session.joins_ok = 0;
     };
-    assert_eq!(verdict(&invalid), (Verdict::Invalid, 98, "ticks were late".into()));
+    assert_eq!(
+        verdict(&invalid),
+        (Verdict::Invalid, 98, "ticks were late".into())
+    );
     assert_eq!(
         verdict(&|o| o.engine.valid = false).0,
         Verdict::Invalid,
@@ -874,7 +1093,14 @@ fn the_verdict_follows_from_what_was_measured() {
         invalid(o);
         o.partial = Some("interrupted after 12 s".into());
     };
-    assert_eq!(verdict(&partial), (Verdict::Partial, 1, "ended early: interrupted after 12 s".into()));
+    assert_eq!(
+        verdict(&partial),
+        (
+            Verdict::Partial,
+            1,
+            "ended early: interrupted after 12 s".into()
+        )
+    );
 }
 
 #[test]
@@ -910,7 +1136,10 @@ fn a_participant_is_one_line_of_json() {
     assert!(line["first_media_us"].is_null());
     assert_eq!(
         (&line["failure"], &line["audio"]["tracks_expected"]),
-        (&Value::from("signalling: 401 Unauthorized"), &Value::from(5))
+        (
+            &Value::from("signalling: 401 Unauthorized"),
+            &Value::from(5)
+        )
     );
 }
 
@@ -932,10 +1161,19 @@ fn files_are_opened_before_the_run_and_replaced_after_it() {
     );
     assert!(dir.join("deep/recordings").is_dir());
     sinks.write(&outcome()).unwrap();
-    assert_eq!(std::fs::read_to_string(dir.join("run.json")).unwrap(), json::render(&outcome()));
+    assert_eq!(
+        std::fs::read_to_string(dir.join("run.json")).unwrap(),
+        json::render(&outcome())
+    );
     let curve = std::fs::read_to_string(dir.join("deep/hgrm/audio.one_way_latency.hgrm")).unwrap();
-    assert!(curve.starts_with("       Value     Percentile TotalCount 1/(1-Percentile)"), "{curve}");
-    assert!(!dir.join("deep/hgrm/session.reconnect.hgrm").exists(), "what does not apply has no curve");
+    assert!(
+        curve.starts_with("       Value     Percentile TotalCount 1/(1-Percentile)"),
+        "{curve}"
+    );
+    assert!(
+        !dir.join("deep/hgrm/session.reconnect.hgrm").exists(),
+        "what does not apply has no curve"
+    );
     std::fs::remove_dir_all(dir).unwrap();
 }
 
@@ -953,7 +1191,10 @@ fn a_run_that_comes_to_nothing_leaves_no_empty_report_and_no_older_one_is_touche
     assert!(dir.join("new.json").exists());
     drop(sinks);
     assert!(!dir.join("new.json").exists());
-    assert_eq!(std::fs::read_to_string(dir.join("old.ndjson")).unwrap(), "older");
+    assert_eq!(
+        std::fs::read_to_string(dir.join("old.ndjson")).unwrap(),
+        "older"
+    );
     std::fs::remove_dir_all(dir).unwrap();
 }
 
@@ -970,7 +1211,10 @@ fn a_destination_that_cannot_be_written_is_refused_with_the_fix() {
     };
     let refusals = Sinks::open(&destinations).unwrap_err();
     assert_eq!(refusals.len(), 4, "{refusals:?}");
-    assert!(refusals[0].contains("mkdir -p") && refusals[0].contains("none"), "{refusals:?}");
+    assert!(
+        refusals[0].contains("mkdir -p") && refusals[0].contains("none"),
+        "{refusals:?}"
+    );
     std::fs::remove_dir_all(dir).unwrap();
 }
 
@@ -987,7 +1231,10 @@ fn the_first_line_says_where_the_load_goes() {
 #[test]
 fn a_dry_run_shows_what_would_happen() {
     let text = dry_run(&plan(), &Judging::default(), &resources());
-    assert_eq!(text.split_once('\n').unwrap().1, include_str!("golden/dry_run.txt"));
+    assert_eq!(
+        text.split_once('\n').unwrap().1,
+        include_str!("golden/dry_run.txt")
+    );
 }
 
 #[test]
@@ -1002,10 +1249,19 @@ fn a_bad_run_tells_what_went_wrong_and_prints_no_unknown_as_zero() {
 
 /// Compares with the text kept in `tests/golden`. With THRONG_BLESS set, keeps this one instead: read it before you commit it.
 fn same_screen(text: &str, golden: &str, lines_max: usize) {
-    let wide: Vec<&str> = text.lines().filter(|line| line.chars().count() > 80).collect();
+    let wide: Vec<&str> = text
+        .lines()
+        .filter(|line| line.chars().count() > 80)
+        .collect();
     assert!(wide.is_empty(), "wider than 80 columns: {wide:#?}");
-    assert!(text.lines().count() <= lines_max, "{} lines", text.lines().count());
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(golden);
+    assert!(
+        text.lines().count() <= lines_max,
+        "{} lines",
+        text.lines().count()
+    );
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(golden);
     if std::env::var_os("THRONG_BLESS").is_some() {
         std::fs::write(&path, text).unwrap();
     }

@@ -10,10 +10,14 @@ use prost::Message as _;
 use serde_json::{Value, json};
 use throng::cli::{self, Command};
 use throng::sfu::server::{DEV_KEY, DEV_SECRET, Server, ServerConfig, StartError};
-use throng::signal::client::{Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect};
+use throng::signal::client::{
+    Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect,
+};
 use throng::signal::rooms::{RoomError, RoomService};
 use throng::signal::{ApiKey, Endpoint, Permissions, Secret};
-use throng::transport::sdp::{Answerer, Candidate, Capabilities, Fingerprint, LocalTransport, Setup};
+use throng::transport::sdp::{
+    Answerer, Candidate, Capabilities, Fingerprint, LocalTransport, Setup,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::tungstenite;
 use tungstenite::client::IntoClientRequest;
@@ -22,8 +26,15 @@ use tungstenite::client::IntoClientRequest;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn run<T>(test: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(PATIENCE, test).await.expect("the test hangs") })
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        tokio::time::timeout(PATIENCE, test)
+            .await
+            .expect("the test hangs")
+    })
 }
 
 fn start() -> Server {
@@ -36,21 +47,33 @@ fn key() -> ApiKey {
 
 fn token(room: &str, identity: &str) -> Secret {
     let lifetime = Duration::from_secs(60);
-    key().join_token(room, identity, identity, Permissions::BOTH, lifetime).unwrap()
+    key()
+        .join_token(room, identity, identity, Permissions::BOTH, lifetime)
+        .unwrap()
 }
 
 fn endpoint(server: &Server) -> Endpoint {
     server.url().parse().unwrap()
 }
 
-async fn open(server: &Server, token: &Secret, options: &JoinOptions) -> Result<(SignalSender, SignalReceiver), SignalError> {
+async fn open(
+    server: &Server,
+    token: &Secret,
+    options: &JoinOptions,
+) -> Result<(SignalSender, SignalReceiver), SignalError> {
     connect(&endpoint(server), token, options)
         .await
         .map(|(sender, receiver, _)| (sender, receiver))
 }
 
-async fn join(server: &Server, room: &str, identity: &str) -> (SignalSender, SignalReceiver, String) {
-    let (sender, mut receiver) = open(server, &token(room, identity), &JoinOptions::default()).await.unwrap();
+async fn join(
+    server: &Server,
+    room: &str,
+    identity: &str,
+) -> (SignalSender, SignalReceiver, String) {
+    let (sender, mut receiver) = open(server, &token(room, identity), &JoinOptions::default())
+        .await
+        .unwrap();
     match receiver.next().await.unwrap() {
         Event::Join(join) => (sender, receiver, join.participant_sid),
         other => panic!("the first message is {other:?}"),
@@ -65,7 +88,9 @@ async fn wait<T>(receiver: &mut SignalReceiver, mut pick: impl FnMut(Event) -> O
     }
 }
 
-async fn leave(receiver: &mut SignalReceiver) -> (proto::DisconnectReason, proto::leave_request::Action) {
+async fn leave(
+    receiver: &mut SignalReceiver,
+) -> (proto::DisconnectReason, proto::leave_request::Action) {
     wait(receiver, |event| match event {
         Event::Leave(leave) => Some((leave.reason, leave.action)),
         _ => None,
@@ -74,13 +99,23 @@ async fn leave(receiver: &mut SignalReceiver) -> (proto::DisconnectReason, proto
 }
 
 /// One HTTP request on a connection of its own: status, head and body.
-async fn http(server: &Server, method: &str, target: &str, headers: &[(&str, &str)], body: &[u8]) -> (StatusCode, String, String) {
-    let mut stream = tokio::net::TcpStream::connect(server.address()).await.unwrap();
+async fn http(
+    server: &Server,
+    method: &str,
+    target: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> (StatusCode, String, String) {
+    let mut stream = tokio::net::TcpStream::connect(server.address())
+        .await
+        .unwrap();
     let mut request = format!(
         "{method} {target} HTTP/1.1\r\nhost: sfu\r\nconnection: close\r\ncontent-length: {}\r\n",
         body.len()
     );
-    headers.iter().for_each(|(name, value)| request.push_str(&format!("{name}: {value}\r\n")));
+    headers
+        .iter()
+        .for_each(|(name, value)| request.push_str(&format!("{name}: {value}\r\n")));
     request.push_str("\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     stream.write_all(body).await.unwrap();
@@ -89,7 +124,11 @@ async fn http(server: &Server, method: &str, target: &str, headers: &[(&str, &st
     let text = String::from_utf8_lossy(&response).into_owned();
     let (head, body) = text.split_once("\r\n\r\n").unwrap();
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    (StatusCode::from_u16(status).unwrap(), head.to_lowercase(), body.to_owned())
+    (
+        StatusCode::from_u16(status).unwrap(),
+        head.to_lowercase(),
+        body.to_owned(),
+    )
 }
 
 #[test]
@@ -97,11 +136,16 @@ fn the_server_says_what_it_is_and_counts() {
     run(async {
         let server = start();
         let (status, _, body) = http(&server, "GET", "/", &[], b"").await;
-        assert!(status == StatusCode::OK && body.contains("not a product SFU"), "{body}");
+        assert!(
+            status == StatusCode::OK && body.contains("not a product SFU"),
+            "{body}"
+        );
         let _ann = join(&server, "hall", "ann").await;
         let (status, _, body) = http(&server, "GET", "/metrics", &[], b"").await;
         assert!(
-            status == StatusCode::OK && body.contains("livekit_participant_total 1\n") && body.contains("livekit_room_total 1\n"),
+            status == StatusCode::OK
+                && body.contains("livekit_participant_total 1\n")
+                && body.contains("livekit_room_total 1\n"),
             "{body}"
         );
         assert_eq!(server.statistics().lobby.participants, 1);
@@ -116,14 +160,23 @@ fn a_bad_token_is_refused_with_the_words_that_livekit_has() {
         let forged = ApiKey::new(DEV_KEY, "another-secret-of-thirty-two-letters");
         let stranger = ApiKey::new("stranger", DEV_SECRET);
         let made = |key: &ApiKey, seconds| {
-            key.join_token("hall", "ann", "", Permissions::BOTH, Duration::from_secs(seconds))
-                .unwrap()
+            key.join_token(
+                "hall",
+                "ann",
+                "",
+                Permissions::BOTH,
+                Duration::from_secs(seconds),
+            )
+            .unwrap()
         };
         let service = key().service_token(None).unwrap();
         for (token, text) in [
             (made(&forged, 60), "invalid token, error: InvalidSignature"),
             (made(&stranger, 60), "invalid API key: stranger"),
-            (Secret::new("no.token.at-all"), "invalid authorization token"),
+            (
+                Secret::new("no.token.at-all"),
+                "invalid authorization token",
+            ),
             (service, "permissions denied"),
         ] {
             match open(&server, &token, &JoinOptions::default()).await.err() {
@@ -139,11 +192,18 @@ fn a_bad_token_is_refused_with_the_words_that_livekit_has() {
             );
         }
         for (target, header, expected) in [
-            ("/rtc/validate", ("x-none", ""), (StatusCode::UNAUTHORIZED, "permissions denied")),
+            (
+                "/rtc/validate",
+                ("x-none", ""),
+                (StatusCode::UNAUTHORIZED, "permissions denied"),
+            ),
             (
                 "/rtc/validate",
                 ("authorization", "Basic abc"),
-                (StatusCode::UNAUTHORIZED, "invalid authorization header. Must start with Bearer "),
+                (
+                    StatusCode::UNAUTHORIZED,
+                    "invalid authorization header. Must start with Bearer ",
+                ),
             ),
         ] {
             let (status, _, body) = http(&server, "GET", target, &[header], b"").await;
@@ -160,14 +220,23 @@ fn who_may_join_is_told_so_and_only_websockets_join() {
         let authorized = [("authorization", bearer.as_str())];
         for (target, expected) in [
             ("/rtc/validate", (StatusCode::OK, "success")),
-            ("/rtc/v1/validate", (StatusCode::BAD_REQUEST, "join_request is required")),
+            (
+                "/rtc/v1/validate",
+                (StatusCode::BAD_REQUEST, "join_request is required"),
+            ),
             (
                 "/rtc/v1/validate?join_request=%25%25",
-                (StatusCode::BAD_REQUEST, "cannot base64 decode wrapped join request"),
+                (
+                    StatusCode::BAD_REQUEST,
+                    "cannot base64 decode wrapped join request",
+                ),
             ),
             (
                 "/rtc/v1/validate?join_request=AAAA",
-                (StatusCode::BAD_REQUEST, "cannot unmarshal wrapped join request"),
+                (
+                    StatusCode::BAD_REQUEST,
+                    "cannot unmarshal wrapped join request",
+                ),
             ),
             ("/rtc", (StatusCode::NOT_FOUND, "")),
             ("/rtc/v2", (StatusCode::NOT_FOUND, "")),
@@ -197,8 +266,12 @@ fn a_participant_joins_answers_pings_and_leaves() {
             candidates: vec![Candidate::host("127.0.0.1:9".parse().unwrap())],
             session_id: 1,
         };
-        let answered = Answerer::new(Capabilities::SUBSCRIBER).answer(&offer.sdp, &local).unwrap();
-        assert!(answered.remote.ice_lite && answered.remote.candidates[0].address.ip().is_loopback());
+        let answered = Answerer::new(Capabilities::SUBSCRIBER)
+            .answer(&offer.sdp, &local)
+            .unwrap();
+        assert!(
+            answered.remote.ice_lite && answered.remote.candidates[0].address.ip().is_loopback()
+        );
         sender.answer(answered.sdp, offer.id).await.unwrap();
         sender.ping(42, Duration::ZERO).await.unwrap();
         let pong = wait(&mut receiver, |event| match event {
@@ -208,7 +281,14 @@ fn a_participant_joins_answers_pings_and_leaves() {
         assert_eq!(pong.await, 42);
         sender.leave().await.unwrap();
         wait(&mut receiver, |event| {
-            matches!(event, Event::Closed { code: Some(1000), .. }).then_some(())
+            matches!(
+                event,
+                Event::Closed {
+                    code: Some(1000),
+                    ..
+                }
+            )
+            .then_some(())
         })
         .await;
         assert_eq!(server.statistics().lobby.participants, 0);
@@ -223,26 +303,59 @@ fn a_newer_session_and_the_room_service_send_people_away() {
         let service = RoomService::new(endpoint(&server), key());
         let (_first_sender, mut first, _) = join(&server, "hall", "ann").await;
         let (_second_sender, mut second, sid) = join(&server, "hall", "ann").await;
-        assert_eq!(leave(&mut first).await, (proto::DisconnectReason::DuplicateIdentity, Disconnect));
+        assert_eq!(
+            leave(&mut first).await,
+            (proto::DisconnectReason::DuplicateIdentity, Disconnect)
+        );
         let participants = service.list_participants("hall").await.unwrap();
-        assert_eq!(participants.iter().map(|info| info.sid.as_str()).collect::<Vec<_>>(), [sid]);
+        assert_eq!(
+            participants
+                .iter()
+                .map(|info| info.sid.as_str())
+                .collect::<Vec<_>>(),
+            [sid]
+        );
 
-        let bearer = format!("Bearer {}", key().service_token(Some("hall")).unwrap().expose());
-        let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
+        let bearer = format!(
+            "Bearer {}",
+            key().service_token(Some("hall")).unwrap().expose()
+        );
+        let headers = [
+            ("authorization", bearer.as_str()),
+            ("content-type", "application/json"),
+        ];
         let remove = "/twirp/livekit.RoomService/RemoveParticipant";
         let body = br#"{"room": "hall", "identity": "ann"}"#;
-        assert_eq!(http(&server, "POST", remove, &headers, body).await.0, StatusCode::OK);
-        assert_eq!(leave(&mut second).await, (proto::DisconnectReason::ParticipantRemoved, Disconnect));
+        assert_eq!(
+            http(&server, "POST", remove, &headers, body).await.0,
+            StatusCode::OK
+        );
+        assert_eq!(
+            leave(&mut second).await,
+            (proto::DisconnectReason::ParticipantRemoved, Disconnect)
+        );
         let (status, _, said) = http(&server, "POST", remove, &headers, body).await;
         assert_eq!(
-            (status, serde_json::from_str::<Value>(&said).unwrap()["code"].clone()),
+            (
+                status,
+                serde_json::from_str::<Value>(&said).unwrap()["code"].clone()
+            ),
             (StatusCode::NOT_FOUND, json!("not_found"))
         );
 
         let (_sender, mut third, _) = join(&server, "hall", "carl").await;
         service.delete_room("hall").await.unwrap();
-        assert_eq!(leave(&mut third).await, (proto::DisconnectReason::RoomDeleted, Disconnect));
-        assert!(service.delete_room("hall").await.unwrap_err().is_not_found());
+        assert_eq!(
+            leave(&mut third).await,
+            (proto::DisconnectReason::RoomDeleted, Disconnect)
+        );
+        assert!(
+            service
+                .delete_room("hall")
+                .await
+                .unwrap_err()
+                .is_not_found()
+        );
     });
 }
 
@@ -251,28 +364,63 @@ fn the_room_service_speaks_protobuf_and_json_and_keeps_to_grants() {
     run(async {
         let server = start();
         let service = RoomService::new(endpoint(&server), key());
-        let room = service.create_room("hall", Duration::from_secs(60)).await.unwrap();
+        let room = service
+            .create_room("hall", Duration::from_secs(60))
+            .await
+            .unwrap();
         assert_eq!((room.name.as_str(), room.empty_timeout), ("hall", 60));
         assert_eq!(service.list_rooms().await.unwrap(), [room]);
         assert!(matches!(
-            RoomService::new(endpoint(&server), ApiKey::new(DEV_KEY, "wrong")).list_rooms().await,
+            RoomService::new(endpoint(&server), ApiKey::new(DEV_KEY, "wrong"))
+                .list_rooms()
+                .await,
             Err(RoomError::Unauthorized { .. })
         ));
-        let admin = format!("Bearer {}", key().service_token(Some("hall")).unwrap().expose());
+        let admin = format!(
+            "Bearer {}",
+            key().service_token(Some("hall")).unwrap().expose()
+        );
         let guest = format!("Bearer {}", token("hall", "ann").expose());
         let json = "application/json";
         for (bearer, content_type, method, body, expected) in [
-            (&admin, json, "ListRooms", "{}", (200, r#"{"rooms":[{"sid":"#)),
-            (&admin, json, "CreateRoom", r#"{"name": ""}"#, (400, "invalid_argument")),
+            (
+                &admin,
+                json,
+                "ListRooms",
+                "{}",
+                (200, r#"{"rooms":[{"sid":"#),
+            ),
+            (
+                &admin,
+                json,
+                "CreateRoom",
+                r#"{"name": ""}"#,
+                (400, "invalid_argument"),
+            ),
             (&admin, json, "CreateRoom", "{", (400, "malformed")),
             (&admin, json, "MutePublishedTrack", "{}", (404, "bad_route")),
             (&admin, "text/plain", "ListRooms", "{}", (404, "bad_route")),
-            (&admin, json, "ListParticipants", r#"{"room": "another"}"#, (401, "unauthenticated")),
+            (
+                &admin,
+                json,
+                "ListParticipants",
+                r#"{"room": "another"}"#,
+                (401, "unauthenticated"),
+            ),
             (&guest, json, "ListRooms", "{}", (401, "unauthenticated")),
-            (&guest, json, "DeleteRoom", r#"{"room": "hall"}"#, (401, "unauthenticated")),
+            (
+                &guest,
+                json,
+                "DeleteRoom",
+                r#"{"room": "hall"}"#,
+                (401, "unauthenticated"),
+            ),
         ] {
             let target = format!("/twirp/livekit.RoomService/{method}");
-            let headers = [("authorization", bearer.as_str()), ("content-type", content_type)];
+            let headers = [
+                ("authorization", bearer.as_str()),
+                ("content-type", content_type),
+            ];
             let (status, _, said) = http(&server, "POST", &target, &headers, body.as_bytes()).await;
             assert!(
                 status.as_u16() == expected.0 && said.contains(expected.1),
@@ -281,7 +429,14 @@ fn the_room_service_speaks_protobuf_and_json_and_keeps_to_grants() {
         }
         let large = vec![b' '; 100 << 10];
         let headers = [("authorization", admin.as_str()), ("content-type", json)];
-        let (status, ..) = http(&server, "POST", "/twirp/livekit.RoomService/ListRooms", &headers, &large).await;
+        let (status, ..) = http(
+            &server,
+            "POST",
+            "/twirp/livekit.RoomService/ListRooms",
+            &headers,
+            &large,
+        )
+        .await;
         assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
     });
 }
@@ -297,13 +452,29 @@ fn a_session_is_resumed_by_its_sid_alone() {
             resume: Some(sid.to_owned()),
             ..JoinOptions::default()
         };
-        let (_, mut unknown) = open(&server, &token("hall", "ann"), &resume("PA_unknown")).await.unwrap();
-        assert_eq!(leave(&mut unknown).await, (proto::DisconnectReason::StateMismatch, Action::Reconnect));
-        let (_sender, mut resumed) = open(&server, &token("hall", "ann"), &resume(&sid)).await.unwrap();
-        assert!(matches!(resumed.next().await.unwrap(), Event::Reconnect { .. }));
-        wait(&mut resumed, |event| matches!(event, Event::Offer(_)).then_some(())).await;
+        let (_, mut unknown) = open(&server, &token("hall", "ann"), &resume("PA_unknown"))
+            .await
+            .unwrap();
+        assert_eq!(
+            leave(&mut unknown).await,
+            (proto::DisconnectReason::StateMismatch, Action::Reconnect)
+        );
+        let (_sender, mut resumed) = open(&server, &token("hall", "ann"), &resume(&sid))
+            .await
+            .unwrap();
+        assert!(matches!(
+            resumed.next().await.unwrap(),
+            Event::Reconnect { .. }
+        ));
+        wait(&mut resumed, |event| {
+            matches!(event, Event::Offer(_)).then_some(())
+        })
+        .await;
         let lobby = server.statistics().lobby;
-        assert_eq!((lobby.rooms, lobby.participants, lobby.since_start.joins), (1, 1, 1));
+        assert_eq!(
+            (lobby.rooms, lobby.participants, lobby.since_start.joins),
+            (1, 1, 1)
+        );
     });
 }
 
@@ -315,9 +486,16 @@ async fn raw(server: &Server, identity: &str) -> RawSocket {
         .into_client_request()
         .unwrap();
     let bearer = format!("Bearer {}", token("hall", identity).expose());
-    request.headers_mut().insert("authorization", bearer.parse().unwrap());
-    let stream = tokio::net::TcpStream::connect(server.address()).await.unwrap();
-    tokio_tungstenite::client_async(request, stream).await.unwrap().0
+    request
+        .headers_mut()
+        .insert("authorization", bearer.parse().unwrap());
+    let stream = tokio::net::TcpStream::connect(server.address())
+        .await
+        .unwrap();
+    tokio_tungstenite::client_async(request, stream)
+        .await
+        .unwrap()
+        .0
 }
 
 /// The next message that is text, or the end.
@@ -337,26 +515,43 @@ fn a_client_that_writes_json_reads_json() {
         let server = start();
         let mut socket = raw(&server, "ann").await;
         let text = json!({"pingReq": {"timestamp": "12345", "rtt": "3"}}).to_string();
-        socket.send(tungstenite::Message::Text(text.into())).await.unwrap();
+        socket
+            .send(tungstenite::Message::Text(text.into()))
+            .await
+            .unwrap();
         let pong = next_text(&mut socket).await.unwrap();
         assert_eq!(pong["pongResp"]["lastPingTimestamp"], "12345", "{pong}");
         let add = json!({"addTrack": {"cid": "mine", "type": "VIDEO", "name": "cam"}}).to_string();
-        socket.send(tungstenite::Message::Text(add.into())).await.unwrap();
+        socket
+            .send(tungstenite::Message::Text(add.into()))
+            .await
+            .unwrap();
         let published = next_text(&mut socket).await.unwrap();
         assert_eq!(
-            (&published["trackPublished"]["cid"], &published["trackPublished"]["track"]["type"]),
+            (
+                &published["trackPublished"]["cid"],
+                &published["trackPublished"]["track"]["type"]
+            ),
             (&json!("mine"), &json!("VIDEO")),
             "{published}"
         );
 
         // And protobuf again, once it writes that.
         let ping = proto::SignalRequest {
-            message: Some(Request::PingReq(proto::Ping { timestamp: 7, rtt: 0 })),
+            message: Some(Request::PingReq(proto::Ping {
+                timestamp: 7,
+                rtt: 0,
+            })),
         };
-        socket.send(tungstenite::Message::Binary(ping.encode_to_vec().into())).await.unwrap();
+        socket
+            .send(tungstenite::Message::Binary(ping.encode_to_vec().into()))
+            .await
+            .unwrap();
         loop {
             let message = socket.next().await.unwrap().unwrap();
-            let tungstenite::Message::Binary(bytes) = message else { continue };
+            let tungstenite::Message::Binary(bytes) = message else {
+                continue;
+            };
             let response = proto::SignalResponse::decode(bytes).unwrap();
             if let Some(proto::signal_response::Message::PongResp(pong)) = response.message {
                 assert_eq!(pong.last_ping_timestamp, 7);
@@ -400,13 +595,20 @@ fn garbage_ends_its_own_connection_and_no_other() {
                 ..Default::default()
             }),
         ] {
-            let request = proto::SignalRequest { message: Some(request) };
+            let request = proto::SignalRequest {
+                message: Some(request),
+            };
             // It may have had enough before the last one.
-            let _ = socket.send(tungstenite::Message::Binary(request.encode_to_vec().into())).await;
+            let _ = socket
+                .send(tungstenite::Message::Binary(request.encode_to_vec().into()))
+                .await;
         }
         while let Some(Ok(_)) = socket.next().await {}
         sender.ping(1, Duration::ZERO).await.unwrap();
-        wait(&mut receiver, |event| matches!(event, Event::Pong { .. }).then_some(())).await;
+        wait(&mut receiver, |event| {
+            matches!(event, Event::Pong { .. }).then_some(())
+        })
+        .await;
     });
 }
 
@@ -416,10 +618,16 @@ fn a_server_that_cannot_start_says_what_to_do() {
     let config = |change: &dyn Fn(&mut ServerConfig)| {
         let mut config = ServerConfig::loopback(1);
         change(&mut config);
-        Server::start(config).err().map(|error: StartError| error.to_string()).unwrap_or_default()
+        Server::start(config)
+            .err()
+            .map(|error: StartError| error.to_string())
+            .unwrap_or_default()
     };
     let taken = config(&|config| config.listen = server.address());
-    assert!(taken.contains("is in use") && taken.contains("--listen"), "{taken}");
+    assert!(
+        taken.contains("is in use") && taken.contains("--listen"),
+        "{taken}"
+    );
     let foreign = config(&|config| config.listen = "192.0.2.1:0".parse().unwrap());
     assert!(foreign.contains("no address of this host"), "{foreign}");
     assert!(config(&|config| config.api_secret = Secret::new("")).contains("must not be empty"));
@@ -437,7 +645,13 @@ fn a_server_lives_and_ends_within_another_runtime() {
         let (first, second) = (start(), start());
         assert_ne!(first.address(), second.address());
         let _ann = join(&first, "hall", "ann").await;
-        assert_eq!((first.stop().lobby.participants, second.statistics().lobby.participants), (1, 0));
+        assert_eq!(
+            (
+                first.stop().lobby.participants,
+                second.statistics().lobby.participants
+            ),
+            (1, 0)
+        );
         drop(second);
     });
 }
@@ -455,7 +669,11 @@ fn parsed(args: &[&str]) -> Result<cli::Sfu, String> {
 fn the_command_refuses_what_would_be_unsafe_or_senseless() {
     let sfu = parsed(&[]).unwrap();
     assert_eq!(
-        (sfu.listen.to_string().as_str(), sfu.credentials.is_none(), sfu.seed),
+        (
+            sfu.listen.to_string().as_str(),
+            sfu.credentials.is_none(),
+            sfu.seed
+        ),
         ("127.0.0.1:7880", true, 0x0123_4567_89AB_CDEF)
     );
     let own = [
@@ -471,13 +689,26 @@ fn the_command_refuses_what_would_be_unsafe_or_senseless() {
         "2",
     ];
     let sfu = parsed(&own).unwrap();
-    assert!(sfu.credentials.is_some() && sfu.threads == Some(2) && sfu.send == throng::sfu::SendMode::Gso);
+    assert!(
+        sfu.credentials.is_some()
+            && sfu.threads == Some(2)
+            && sfu.send == throng::sfu::SendMode::Gso
+    );
     for (args, reason) in [
-        (&["--listen", "0.0.0.0:7880"][..], "everybody knows the default key"),
+        (
+            &["--listen", "0.0.0.0:7880"][..],
+            "everybody knows the default key",
+        ),
         (&["--listen", "7880"], "invalid"),
         (&["--api-key", "mine"], "belong together"),
-        (&["--api-key", "mine", "--api-secret", "short"], "32 characters"),
-        (&["--api-key", " ", "--api-secret", DEV_SECRET], "without spaces"),
+        (
+            &["--api-key", "mine", "--api-secret", "short"],
+            "32 characters",
+        ),
+        (
+            &["--api-key", " ", "--api-secret", DEV_SECRET],
+            "without spaces",
+        ),
         (&["--send", "fast"], "plain"),
         (&["--threads", "0"], "--threads"),
     ] {

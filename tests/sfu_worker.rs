@@ -25,20 +25,39 @@ fn media_crosses_a_worker_over_loopback_with_either_way_of_sending() {
                 loopback.turn();
             }
         }
-        loopback.turn_until("all has come", |ends| ends[1..].iter().all(|end| end.got.len() == usize::from(PACKETS)));
+        loopback.turn_until("all has come", |ends| {
+            ends[1..]
+                .iter()
+                .all(|end| end.got.len() == usize::from(PACKETS))
+        });
         for end in &loopback.ends[1..] {
-            let sent = end.got.iter().map(|(_, payload)| u16::from_be_bytes([payload[0], payload[1]]));
+            let sent = end
+                .got
+                .iter()
+                .map(|(_, payload)| u16::from_be_bytes([payload[0], payload[1]]));
             assert!(sent.eq(0..PACKETS));
-            assert!(end.got.windows(2).all(|pair| pair[1].0 == pair[0].0.wrapping_add(1)));
+            assert!(
+                end.got
+                    .windows(2)
+                    .all(|pair| pair[1].0 == pair[0].0.wrapping_add(1))
+            );
         }
         let worker = &mut loopback.worker;
         let statistics = worker.statistics().unwrap();
         assert_eq!(statistics.media_in, u64::from(PACKETS));
-        assert_eq!(statistics.media_out, u64::from(PACKETS) * u64::from(SUBSCRIBERS));
+        assert_eq!(
+            statistics.media_out,
+            u64::from(PACKETS) * u64::from(SUBSCRIBERS)
+        );
         assert_eq!((statistics.send_errors, statistics.socket_drops), (0, 0));
         assert_eq!(statistics.transports_connected, u64::from(SUBSCRIBERS) + 1);
         assert!(worker.cpu().unwrap() > Duration::ZERO);
-        let sent = worker.inspect(|router| router.subscription_statistics(SubscriptionId(1)).unwrap().packets);
+        let sent = worker.inspect(|router| {
+            router
+                .subscription_statistics(SubscriptionId(1))
+                .unwrap()
+                .packets
+        });
         assert_eq!(sent, Some(u64::from(PACKETS)));
         worker.stop();
         assert!(worker.statistics().is_none(), "the thread is gone");
@@ -70,9 +89,16 @@ fn a_limited_worker_drops_what_is_above_its_limit_and_counts_it() {
         };
         let sent = 2 * u64::from(PACKETS);
         let left = sent - statistics.limit_drops;
-        assert!(statistics.limit_drops > 0 && left < sent / 2, "{left} of {sent} left");
+        assert!(
+            statistics.limit_drops > 0 && left < sent / 2,
+            "{left} of {sent} left"
+        );
         loopback.turn_until("what left has come", |ends| {
-            ends[1..].iter().map(|end| end.got.len() as u64).sum::<u64>() == left
+            ends[1..]
+                .iter()
+                .map(|end| end.got.len() as u64)
+                .sum::<u64>()
+                == left
         });
     }
 }

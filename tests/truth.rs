@@ -96,7 +96,11 @@ impl Check {
 
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} is {} and ought to be {}", self.metric, self.said, self.truth)
+        write!(
+            f,
+            "{} is {} and ought to be {}",
+            self.metric, self.said, self.truth
+        )
     }
 }
 
@@ -125,7 +129,11 @@ fn live(point: Point, time: Duration, seed: u64) -> Outcome {
     let mut relay = Relay::over(Tapped::new(seed), 2, SendMode::Plain, false, seed);
     let began = relay.now + relay::TICK;
     let (mut up, mut down, mut tracks) = (Vec::new(), Vec::new(), Vec::new());
-    for (source, (clock_rate, rtx)) in SOURCES.get_or_init(|| [audio(), video()]).iter().zip([(48_000, false), (90_000, true)]) {
+    for (source, (clock_rate, rtx)) in SOURCES
+        .get_or_init(|| [audio(), video()])
+        .iter()
+        .zip([(48_000, false), (90_000, true)])
+    {
         let track = relay.publish(0, source, Pacing::Paced);
         let ssrc = 0x1000_0000 + track.0 * 16;
         let stream = Stream {
@@ -168,8 +176,15 @@ fn live(point: Point, time: Duration, seed: u64) -> Outcome {
     Outcome {
         uplink: [0, 1].map(|kind| account::received(log, up[kind])),
         reported_lost: [0, 1].map(|kind| account::reported_lost(log, up[kind])),
-        delivered: [0, 1].map(|kind| account::delivered(log, down[kind], &sent[kind], &received[kind])),
-        server: [0, 1].map(|kind| relay.router.track_statistics(tracks[kind]).expect("a track")[0].counts),
+        delivered: [0, 1]
+            .map(|kind| account::delivered(log, down[kind], &sent[kind], &received[kind])),
+        server: [0, 1].map(|kind| {
+            relay
+                .router
+                .track_statistics(tracks[kind])
+                .expect("a track")[0]
+                .counts
+        }),
         feedback: [0, 1].map(|client| account::feedback(log, client)),
         intended: [
             intended(0, Duration::from_millis(20)),
@@ -197,35 +212,102 @@ fn checks(outcome: &Outcome) -> Vec<Check> {
         unreachable!("two clients")
     };
     for (kind, name) in ["audio", "video"].into_iter().enumerate() {
-        let media = |record: &Record| if kind == 0 { record.audio.clone() } else { record.video.clone() };
-        checks.extend(sent_checks(name, &media(publisher), &outcome.sent[kind], outcome.reported_lost[kind]));
-        checks.extend(received_checks(name, &media(subscriber), &outcome.received[kind]));
-        checks.extend(frame_checks(name, &media(subscriber), &outcome.delivered[kind], &outcome.intended[kind]));
-        checks.extend(server_checks(name, &outcome.server[kind], &outcome.uplink[kind]));
+        let media = |record: &Record| {
+            if kind == 0 {
+                record.audio.clone()
+            } else {
+                record.video.clone()
+            }
+        };
+        checks.extend(sent_checks(
+            name,
+            &media(publisher),
+            &outcome.sent[kind],
+            outcome.reported_lost[kind],
+        ));
+        checks.extend(received_checks(
+            name,
+            &media(subscriber),
+            &outcome.received[kind],
+        ));
+        checks.extend(frame_checks(
+            name,
+            &media(subscriber),
+            &outcome.delivered[kind],
+            &outcome.intended[kind],
+        ));
+        checks.extend(server_checks(
+            name,
+            &outcome.server[kind],
+            &outcome.uplink[kind],
+        ));
     }
     for (record, feedback, who) in [
         (publisher, &outcome.feedback[0], "publisher"),
         (subscriber, &outcome.feedback[1], "subscriber"),
     ] {
         let session = &record.session;
-        let mut count = |metric: &str, said, truth| checks.push(Check::count(format_args!("session.{metric} ({who})"), said, truth));
+        let mut count = |metric: &str, said, truth| {
+            checks.push(Check::count(
+                format_args!("session.{metric} ({who})"),
+                said,
+                truth,
+            ))
+        };
         count("nacks_sent", session.nacks_sent, feedback.nacks_sent);
-        count("nacks_received", session.nacks_received, feedback.nacks_received);
+        count(
+            "nacks_received",
+            session.nacks_received,
+            feedback.nacks_received,
+        );
         count("plis_sent", session.plis_sent, feedback.plis_sent);
-        count("plis_received", session.plis_received, feedback.plis_received);
-        count("packets_rejected", session.packets_rejected, feedback.replayed);
-        count("wire_bytes_sent", session.wire_bytes_sent, feedback.wire_bytes_sent);
-        count("wire_bytes_received", session.wire_bytes_received, feedback.wire_bytes_received);
-        count("rtt_rtcp.count", session.rtt_rtcp.count(), feedback.round_trips.len() as u64);
-        count("rtt_stun.count", session.rtt_stun.count(), feedback.checks.len() as u64);
-        checks.extend(times(&format!("session.rtt_rtcp ({who})"), &session.rtt_rtcp, &feedback.round_trips));
-        checks.extend(times(&format!("session.rtt_stun ({who})"), &session.rtt_stun, &feedback.checks));
+        count(
+            "plis_received",
+            session.plis_received,
+            feedback.plis_received,
+        );
+        count(
+            "packets_rejected",
+            session.packets_rejected,
+            feedback.replayed,
+        );
+        count(
+            "wire_bytes_sent",
+            session.wire_bytes_sent,
+            feedback.wire_bytes_sent,
+        );
+        count(
+            "wire_bytes_received",
+            session.wire_bytes_received,
+            feedback.wire_bytes_received,
+        );
+        count(
+            "rtt_rtcp.count",
+            session.rtt_rtcp.count(),
+            feedback.round_trips.len() as u64,
+        );
+        count(
+            "rtt_stun.count",
+            session.rtt_stun.count(),
+            feedback.checks.len() as u64,
+        );
+        checks.extend(times(
+            &format!("session.rtt_rtcp ({who})"),
+            &session.rtt_rtcp,
+            &feedback.round_trips,
+        ));
+        checks.extend(times(
+            &format!("session.rtt_stun ({who})"),
+            &session.rtt_stun,
+            &feedback.checks,
+        ));
     }
     checks
 }
 
 fn sent_checks(kind: &str, said: &Media, sent: &Sent, reported_lost: u64) -> Vec<Check> {
-    let count = |metric: &str, said, truth| Check::count(format_args!("{kind}.{metric}"), said, truth);
+    let count =
+        |metric: &str, said, truth| Check::count(format_args!("{kind}.{metric}"), said, truth);
     vec![
         count("packets_sent", said.packets_sent, sent.packets),
         count("bytes_sent", said.bytes_sent, sent.bytes),
@@ -236,22 +318,35 @@ fn sent_checks(kind: &str, said: &Media, sent: &Sent, reported_lost: u64) -> Vec
             said.key_frames_sent,
             sent.frames.iter().filter(|frame| frame.key).count() as u64,
         ),
-        count("uplink_packets_lost", said.uplink_packets_lost, reported_lost),
+        count(
+            "uplink_packets_lost",
+            said.uplink_packets_lost,
+            reported_lost,
+        ),
     ]
 }
 
 fn received_checks(kind: &str, said: &Media, truth: &Received) -> Vec<Check> {
-    let count = |metric: &str, said, truth| Check::count(format_args!("{kind}.{metric}"), said, truth);
+    let count =
+        |metric: &str, said, truth| Check::count(format_args!("{kind}.{metric}"), said, truth);
     let mut checks = vec![
         count("packets_received", said.packets_received, truth.packets),
         count("bytes_received", said.bytes_received, truth.bytes),
         count("rtx_received", said.rtx_received, truth.rtx),
-        count("packets_lost_network", said.packets_lost_network, truth.lost_network),
+        count(
+            "packets_lost_network",
+            said.packets_lost_network,
+            truth.lost_network,
+        ),
         count("packets_repaired", said.packets_repaired, truth.repaired),
         count("packets_lost", said.packets_lost, truth.lost),
         count("packets_duplicate", said.packets_duplicate, truth.duplicate),
         count("packets_reordered", said.packets_reordered, truth.reordered),
-        count("jitter.count", said.jitter.count(), truth.jitter.len() as u64),
+        count(
+            "jitter.count",
+            said.jitter.count(),
+            truth.jitter.len() as u64,
+        ),
     ];
     // In heavy loss groups of gaps share a time and their requests, so that the last of them may be given up a request too early or too late.
     let repairs = Check::count(
@@ -263,34 +358,69 @@ fn received_checks(kind: &str, said: &Media, truth: &Received) -> Vec<Check> {
         allowed: f64::max(2.0, 0.01 * repairs.truth),
         ..repairs
     });
-    let shared = times(&format!("{kind}.loss_to_repair"), &said.loss_to_repair, &truth.loss_to_repair);
-    checks.extend(shared.into_iter().filter(|check| !check.metric.ends_with(".max")).map(|check| Check {
-        allowed: f64::max(check.allowed, 20_000.0),
-        ..check
-    }));
-    checks.extend(times(&format!("{kind}.jitter"), &said.jitter, &truth.jitter));
+    let shared = times(
+        &format!("{kind}.loss_to_repair"),
+        &said.loss_to_repair,
+        &truth.loss_to_repair,
+    );
+    checks.extend(
+        shared
+            .into_iter()
+            .filter(|check| !check.metric.ends_with(".max"))
+            .map(|check| Check {
+                allowed: f64::max(check.allowed, 20_000.0),
+                ..check
+            }),
+    );
+    checks.extend(times(
+        &format!("{kind}.jitter"),
+        &said.jitter,
+        &truth.jitter,
+    ));
     checks
 }
 
 fn frame_checks(kind: &str, said: &Media, truth: &Delivered, intended: &[Time]) -> Vec<Check> {
-    let count = |metric: &str, said, truth| Check::count(format_args!("{kind}.{metric}"), said, truth);
-    let latencies: Vec<Duration> = truth.frames.iter().map(|(frame, at)| at.since(intended[*frame])).collect();
-    let late = latencies.iter().filter(|latency| **latency > Duration::from_millis(400)).count() as u64;
+    let count =
+        |metric: &str, said, truth| Check::count(format_args!("{kind}.{metric}"), said, truth);
+    let latencies: Vec<Duration> = truth
+        .frames
+        .iter()
+        .map(|(frame, at)| at.since(intended[*frame]))
+        .collect();
+    let late = latencies
+        .iter()
+        .filter(|latency| **latency > Duration::from_millis(400))
+        .count() as u64;
     let mut checks = vec![
         count("frames_expected", said.frames_expected, truth.expected),
-        count("frames_delivered", said.frames_delivered, truth.frames.len() as u64),
+        count(
+            "frames_delivered",
+            said.frames_delivered,
+            truth.frames.len() as u64,
+        ),
         count("frames_late", said.frames_late, late),
         count("frames_duplicate", said.frames_duplicate, 0),
         count("tracks_live", said.tracks_live, 1),
-        count("one_way_latency.count", said.one_way_latency.count(), latencies.len() as u64),
+        count(
+            "one_way_latency.count",
+            said.one_way_latency.count(),
+            latencies.len() as u64,
+        ),
     ];
-    checks.extend(times(&format!("{kind}.one_way_latency"), &said.one_way_latency, &latencies));
+    checks.extend(times(
+        &format!("{kind}.one_way_latency"),
+        &said.one_way_latency,
+        &latencies,
+    ));
     checks
 }
 
 /// What the embedded SFU counts of what it got.
 fn server_checks(kind: &str, said: &ReceiveCounts, truth: &Received) -> Vec<Check> {
-    let count = |metric: &str, said, truth| Check::count(format_args!("server.{metric} ({kind})"), said, truth);
+    let count = |metric: &str, said, truth| {
+        Check::count(format_args!("server.{metric} ({kind})"), said, truth)
+    };
     vec![
         count("received", said.received, truth.packets),
         count("lost_network", said.lost_network, truth.lost_network),
@@ -302,16 +432,30 @@ fn server_checks(kind: &str, said: &ReceiveCounts, truth: &Received) -> Vec<Chec
 
 /// Least, median, mean and most.
 fn times(metric: &str, said: &Histogram, truth: &[Duration]) -> Vec<Check> {
-    let mut micros: Vec<f64> = truth.iter().map(|time| time.as_nanos() as f64 / 1e3).collect();
+    let mut micros: Vec<f64> = truth
+        .iter()
+        .map(|time| time.as_nanos() as f64 / 1e3)
+        .collect();
     micros.sort_by(f64::total_cmp);
-    let (Some(least), Some(most), Some(said_least)) = (micros.first(), micros.last(), said.min()) else {
+    let (Some(least), Some(most), Some(said_least)) = (micros.first(), micros.last(), said.min())
+    else {
         return Vec::new();
     };
-    let of = |what: &str, said: f64, truth: f64| Check::time(format_args!("{metric}.{what}"), said, truth);
+    let of = |what: &str, said: f64, truth: f64| {
+        Check::time(format_args!("{metric}.{what}"), said, truth)
+    };
     vec![
         of("min", said_least as f64, *least),
-        of("p50", said.quantile(0.5).unwrap_or(0) as f64, micros[(micros.len() - 1) / 2]),
-        of("mean", said.mean().unwrap_or(0.0), micros.iter().sum::<f64>() / micros.len() as f64),
+        of(
+            "p50",
+            said.quantile(0.5).unwrap_or(0) as f64,
+            micros[(micros.len() - 1) / 2],
+        ),
+        of(
+            "mean",
+            said.mean().unwrap_or(0.0),
+            micros.iter().sum::<f64>() / micros.len() as f64,
+        ),
         of("max", said.max().unwrap_or(0) as f64, *most),
     ]
 }
@@ -388,13 +532,24 @@ fn row(point: &Point, outcome: &Outcome, checks: &[Check]) -> String {
         both(&|kind| outcome.received[kind].lost_network),
         both(&|kind| outcome.received[kind].repaired),
         both(&|kind| outcome.received[kind].lost),
-        format_args!("{} of {}", checks.iter().filter(|check| check.holds()).count(), checks.len()),
-        worst.map_or_else(|| "-".to_owned(), |worst| format!("{:.0} us of {:.0}", worst.error(), worst.truth)),
+        format_args!(
+            "{} of {}",
+            checks.iter().filter(|check| check.holds()).count(),
+            checks.len()
+        ),
+        worst.map_or_else(
+            || "-".to_owned(),
+            |worst| format!("{:.0} us of {:.0}", worst.error(), worst.truth)
+        ),
     )
 }
 
 /// Tries points, two at a time, and says what did not hold.
-fn try_all(points: &[Point], time: Duration, mut each: impl FnMut(usize, &Outcome, &[Check])) -> Vec<String> {
+fn try_all(
+    points: &[Point],
+    time: Duration,
+    mut each: impl FnMut(usize, &Outcome, &[Check]),
+) -> Vec<String> {
     let next = AtomicUsize::new(0);
     let (done, outcomes) = mpsc::channel();
     let mut wrong = Vec::new();
@@ -402,7 +557,9 @@ fn try_all(points: &[Point], time: Duration, mut each: impl FnMut(usize, &Outcom
         for _ in 0..2 {
             let (done, next) = (done.clone(), &next);
             scope.spawn(move || {
-                while let Some((at, point)) = Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|at| Some((at, points.get(at)?))) {
+                while let Some((at, point)) = Some(next.fetch_add(1, Ordering::Relaxed))
+                    .and_then(|at| Some((at, points.get(at)?)))
+                {
                     let outcome = live(*point, time, 1 + at as u64);
                     let checks = checks(&outcome);
                     done.send((at, outcome, checks)).expect("somebody listens");
@@ -425,8 +582,26 @@ fn over_bad_networks_each_figure_is_the_logs() {
         (Side::Both, Loss::None, 0, 0, 0.0),
         (Side::Both, Loss::Random(0.05), 20, 0, 0.0),
         (Side::Up, Loss::Random(0.1), 100, 10, 0.0),
-        (Side::Down, Loss::Bursts { share: 0.1, mean: 4.0 }, 20, 50, 0.02),
-        (Side::Both, Loss::Bursts { share: 0.3, mean: 4.0 }, 20, 10, 0.05),
+        (
+            Side::Down,
+            Loss::Bursts {
+                share: 0.1,
+                mean: 4.0,
+            },
+            20,
+            50,
+            0.02,
+        ),
+        (
+            Side::Both,
+            Loss::Bursts {
+                share: 0.3,
+                mean: 4.0,
+            },
+            20,
+            10,
+            0.05,
+        ),
         (Side::Both, Loss::None, 300, 50, 0.0),
     ];
     let points = points.map(|(side, loss, delay, jitter, duplication)| Point {
@@ -441,8 +616,14 @@ fn over_bad_networks_each_figure_is_the_logs() {
         },
     });
     let mut figures = 0;
-    let wrong = try_all(&points, Duration::from_secs(4), |_, _, checks| figures += checks.len());
-    assert!(wrong.is_empty(), "{} of {figures} figures are wrong: {wrong:#?}", wrong.len());
+    let wrong = try_all(&points, Duration::from_secs(4), |_, _, checks| {
+        figures += checks.len()
+    });
+    assert!(
+        wrong.is_empty(),
+        "{} of {figures} figures are wrong: {wrong:#?}",
+        wrong.len()
+    );
     assert!(figures > 100 * points.len(), "{figures}");
 }
 
@@ -459,5 +640,9 @@ fn over_the_whole_grid_each_figure_is_the_logs() {
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
     rows.iter().for_each(|row| println!("{row}"));
-    assert!(wrong.is_empty(), "{} figures are wrong: {wrong:#?}", wrong.len());
+    assert!(
+        wrong.is_empty(),
+        "{} figures are wrong: {wrong:#?}",
+        wrong.len()
+    );
 }

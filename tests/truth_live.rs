@@ -106,9 +106,13 @@ fn live(network: &Network, trial: Trial) -> Option<Run> {
     let scratch = Scratch::new();
     let mut command = throng();
     let args = "--publishers 1 --video-publishers 1 --video-resolution low --subscribers 1 --threads 1 --max-loss 100 --duration";
-    against(&server, &mut command).args(args.split(' ')).arg(trial.seconds.to_string());
+    against(&server, &mut command)
+        .args(args.split(' '))
+        .arg(trial.seconds.to_string());
     command.arg("--json").arg(scratch.path("run.json"));
-    let mut running = network.clients.run(|| Running::start(&mut command, &server.secret));
+    let mut running = network
+        .clients
+        .run(|| Running::start(&mut command, &server.secret));
     if !trial.from_the_start {
         let flows = || {
             streams(&network.log()[before..], Direction::Down)
@@ -124,7 +128,12 @@ fn live(network: &Network, trial: Trial) -> Option<Run> {
     }
     let finished = running.finish();
     network.set_both(Conditions::default());
-    assert!(matches!(finished.code, Some(0 | 98)), "{}{}", finished.stdout, finished.stderr);
+    assert!(
+        matches!(finished.code, Some(0 | 98)),
+        "{}{}",
+        finished.stdout,
+        finished.stderr
+    );
     let report = Report::read(&scratch.path("run.json"), &server.secret);
     if trial.counters && trial.target == Target::LiveKit {
         std::thread::sleep(FLUSH);
@@ -141,9 +150,17 @@ fn live(network: &Network, trial: Trial) -> Option<Run> {
         .iter()
         .filter(|stream| stream.payload_type != VIDEO_RTX)
         .flat_map(|stream| stream.packets.values());
-    let end = sent.map(|sendings| sendings[0].at).max().expect("media was sent") + ACCOUNT_CLOSES;
+    let end = sent
+        .map(|sendings| sendings[0].at)
+        .max()
+        .expect("media was sent")
+        + ACCOUNT_CLOSES;
     let known = |packet: &&Packet| packet.direction == Direction::Up || packet.at < end;
-    let log: Vec<Packet> = whole_log.iter().filter(known).map(|packet| until(end, *packet)).collect();
+    let log: Vec<Packet> = whole_log
+        .iter()
+        .filter(known)
+        .map(|packet| until(end, *packet))
+        .collect();
     Some(Run {
         trial,
         report,
@@ -158,7 +175,8 @@ fn live(network: &Network, trial: Trial) -> Option<Run> {
 
 /// What comes down later had not come then.
 fn until(end: Duration, packet: Packet) -> Packet {
-    let is_late = packet.direction == Direction::Down && packet.delivered_at().is_some_and(|at| at >= end);
+    let is_late =
+        packet.direction == Direction::Down && packet.delivered_at().is_some_and(|at| at >= end);
     Packet {
         fate: if is_late { Fate::UnderWay } else { packet.fate },
         ..packet
@@ -191,10 +209,19 @@ impl fmt::Display for Check {
 
 impl Run {
     fn stream(&self, direction: Direction, payload_type: u8) -> Stream {
-        let streams = if direction == Direction::Up { &self.up } else { &self.down };
-        let mut of_type = streams.iter().filter(|stream| stream.payload_type == payload_type);
+        let streams = if direction == Direction::Up {
+            &self.up
+        } else {
+            &self.down
+        };
+        let mut of_type = streams
+            .iter()
+            .filter(|stream| stream.payload_type == payload_type);
         let found = of_type.next().cloned().unwrap_or_default();
-        assert!(of_type.next().is_none(), "one stream of type {payload_type}");
+        assert!(
+            of_type.next().is_none(),
+            "one stream of type {payload_type}"
+        );
         found
     }
 
@@ -226,40 +253,90 @@ impl Run {
     fn check_sent(&self, exact: &mut impl FnMut(String, u64, u64)) {
         const TAG: u64 = 16;
         for (kind, payload_type) in [("audio", AUDIO), ("video", VIDEO)] {
-            let (sent, said) = (self.stream(Direction::Up, payload_type), |name: &str| self.report.counter(kind, name));
-            exact(format!("{kind}.packets_sent"), said("packets_sent"), sent.sent());
-            exact(format!("{kind}.bytes_sent"), said("bytes_sent"), sent.wire_bytes() - TAG * sent.sent());
-            exact(format!("{kind}.frames_sent"), said("frames_sent"), sent.timestamps());
+            let (sent, said) = (self.stream(Direction::Up, payload_type), |name: &str| {
+                self.report.counter(kind, name)
+            });
+            exact(
+                format!("{kind}.packets_sent"),
+                said("packets_sent"),
+                sent.sent(),
+            );
+            exact(
+                format!("{kind}.bytes_sent"),
+                said("bytes_sent"),
+                sent.wire_bytes() - TAG * sent.sent(),
+            );
+            exact(
+                format!("{kind}.frames_sent"),
+                said("frames_sent"),
+                sent.timestamps(),
+            );
         }
-        let (audio, rtx) = (self.stream(Direction::Up, AUDIO), self.stream(Direction::Up, VIDEO_RTX));
-        exact("audio.rtx_sent".into(), self.report.counter("audio", "rtx_sent"), audio.sent_again());
-        exact("video.rtx_sent".into(), self.report.counter("video", "rtx_sent"), rtx.sent());
+        let (audio, rtx) = (
+            self.stream(Direction::Up, AUDIO),
+            self.stream(Direction::Up, VIDEO_RTX),
+        );
+        exact(
+            "audio.rtx_sent".into(),
+            self.report.counter("audio", "rtx_sent"),
+            audio.sent_again(),
+        );
+        exact(
+            "video.rtx_sent".into(),
+            self.report.counter("video", "rtx_sent"),
+            rtx.sent(),
+        );
     }
 
     /// What is sent again has the same SSRC and number, so headers say all.
     fn check_audio(&self, exact: &mut impl FnMut(String, u64, u64)) {
-        let (came, said) = (self.stream(Direction::Down, AUDIO), |name: &str| self.report.counter("audio", name));
+        let (came, said) = (self.stream(Direction::Down, AUDIO), |name: &str| {
+            self.report.counter("audio", name)
+        });
         let mut exact = |name: &str, said, truth| exact(format!("audio.{name}"), said, truth);
         exact(
             "packets_received + packets_repaired",
             said("packets_received") + said("packets_repaired"),
             came.came(),
         );
-        exact("packets_lost", said("packets_lost"), came.span() - came.came());
-        exact("packets_duplicate", said("packets_duplicate"), came.arrivals() - came.came());
+        exact(
+            "packets_lost",
+            said("packets_lost"),
+            came.span() - came.came(),
+        );
+        exact(
+            "packets_duplicate",
+            said("packets_duplicate"),
+            came.arrivals() - came.came(),
+        );
         exact("frames_delivered", said("frames_delivered"), came.came());
-        exact("rtx_received", said("rtx_received"), said("packets_repaired"));
+        exact(
+            "rtx_received",
+            said("rtx_received"),
+            said("packets_repaired"),
+        );
         // What the server lacked at first, a subscriber asks for before it comes: then nobody can tell an original that is late from a resend.
         if self.trial.up.loss == Loss::None {
-            exact("packets_received", said("packets_received"), came.came_at_first());
-            exact("packets_lost_network", said("packets_lost_network"), came.lost_at_first());
+            exact(
+                "packets_received",
+                said("packets_received"),
+                came.came_at_first(),
+            );
+            exact(
+                "packets_lost_network",
+                said("packets_lost_network"),
+                came.lost_at_first(),
+            );
             exact("packets_reordered", said("packets_reordered"), 0);
         }
     }
 
     /// Which packet a retransmission repeats is sealed; how many there are is not.
     fn check_video(&self, exact: &mut impl FnMut(String, u64, u64)) {
-        let (came, rtx) = (self.stream(Direction::Down, VIDEO), self.stream(Direction::Down, VIDEO_RTX));
+        let (came, rtx) = (
+            self.stream(Direction::Down, VIDEO),
+            self.stream(Direction::Down, VIDEO_RTX),
+        );
         let said = |name: &str| self.report.counter("video", name);
         let mut exact = |name: &str, said, truth| exact(format!("video.{name}"), said, truth);
         exact("packets_received", said("packets_received"), came.came());
@@ -272,7 +349,11 @@ impl Run {
         let superfluous = came.arrivals() + rtx.arrivals() - came.came() - said("packets_repaired");
         exact("packets_duplicate", said("packets_duplicate"), superfluous);
         // A resend of the very last packet would make the stream longer than its originals.
-        exact("packets_lost_network", said("packets_lost_network"), came.span() - came.came());
+        exact(
+            "packets_lost_network",
+            said("packets_lost_network"),
+            came.span() - came.came(),
+        );
         if self.trial.up.loss == Loss::None {
             exact("packets_reordered", said("packets_reordered"), 0);
         }
@@ -280,9 +361,20 @@ impl Run {
 
     fn check_all(&self, exact: &mut impl FnMut(String, u64, u64)) {
         let said = |name: &str| self.report.counter("session", name);
-        let udp = |direction| self.log.iter().filter(move |packet| packet.direction == direction && packet.is_udp());
-        let sent: usize = udp(Direction::Up).filter(|packet| !packet.duplicate).map(|packet| packet.bytes).sum();
-        exact("session.wire_bytes_sent".into(), said("wire_bytes_sent"), sent as u64);
+        let udp = |direction| {
+            self.log
+                .iter()
+                .filter(move |packet| packet.direction == direction && packet.is_udp())
+        };
+        let sent: usize = udp(Direction::Up)
+            .filter(|packet| !packet.duplicate)
+            .map(|packet| packet.bytes)
+            .sum();
+        exact(
+            "session.wire_bytes_sent".into(),
+            said("wire_bytes_sent"),
+            sent as u64,
+        );
         let came: usize = udp(Direction::Down)
             .filter(|packet| packet.delivered_at().is_some())
             .map(|packet| packet.bytes)
@@ -291,7 +383,11 @@ impl Run {
         let late = self.whole_log.len() - self.log.len();
         let received = said("wire_bytes_received");
         let in_time = received >= came as u64 && (late > 0 || received == came as u64);
-        exact("session.wire_bytes_received is the log's".into(), u64::from(in_time), 1);
+        exact(
+            "session.wire_bytes_received is the log's".into(),
+            u64::from(in_time),
+            1,
+        );
         for name in ["packets_rejected", "host_drops", "frames_misrouted"] {
             exact(format!("session.{name}"), said(name), 0);
         }
@@ -312,7 +408,8 @@ impl Run {
         let by_stream = |packets: &[Packet]| {
             let mut counts: BTreeMap<(Direction, u32), u64> = BTreeMap::new();
             for packet in packets {
-                let seen = packet.direction == Direction::Up && !packet.duplicate || packet.direction == Direction::Down && packet.fate != Fate::Lost;
+                let seen = packet.direction == Direction::Up && !packet.duplicate
+                    || packet.direction == Direction::Down && packet.fate != Fate::Lost;
                 if let (Some(rtp), true) = (packet.rtp(), seen) {
                     *counts.entry((packet.direction, rtp.ssrc)).or_default() += 1;
                 }
@@ -321,22 +418,28 @@ impl Run {
         };
         let (captured, logged) = (by_stream(&self.captured), by_stream(&self.whole_log));
         for (stream, count) in &logged {
-            exact(format!("captured of {stream:?}"), captured.get(stream).copied().unwrap_or(0), *count);
+            exact(
+                format!("captured of {stream:?}"),
+                captured.get(stream).copied().unwrap_or(0),
+                *count,
+            );
         }
     }
 
     fn metric(&self, name: &str, labels: &[&str]) -> u64 {
         let start = format!("{name}{{");
-        let matching = self
-            .metrics
-            .iter()
-            .filter(|(sample, _)| sample.starts_with(&start) && labels.iter().all(|label| sample.contains(label)));
+        let matching = self.metrics.iter().filter(|(sample, _)| {
+            sample.starts_with(&start) && labels.iter().all(|label| sample.contains(label))
+        });
         matching.map(|(_, value)| *value as u64).sum()
     }
 
     /// LiveKit counts what it sends again; by our reports what was lost on the way down; and on the way up what came late, which resends do.
     fn check_livekit(&self, exact: &mut impl FnMut(String, u64, u64)) {
-        let (audio, rtx) = (self.stream(Direction::Down, AUDIO), self.stream(Direction::Down, VIDEO_RTX));
+        let (audio, rtx) = (
+            self.stream(Direction::Down, AUDIO),
+            self.stream(Direction::Down, VIDEO_RTX),
+        );
         let retransmitted = self.metric("livekit_packet_total", &["outgoing", "retransmit"]);
         exact(
             "livekit_packet_total, outgoing, retransmit".into(),
@@ -357,13 +460,20 @@ impl Run {
             );
         }
         let late = |kind| self.metric("livekit_packet_out_of_order_total", &["incoming", kind]);
-        let (audio, rtx) = (self.stream(Direction::Up, AUDIO), self.stream(Direction::Up, VIDEO_RTX));
+        let (audio, rtx) = (
+            self.stream(Direction::Up, AUDIO),
+            self.stream(Direction::Up, VIDEO_RTX),
+        );
         exact(
             "livekit_packet_out_of_order_total, incoming, AUDIO".into(),
             late("AUDIO"),
             audio.arrivals() - audio.came_at_first(),
         );
-        exact("livekit_packet_out_of_order_total, incoming, VIDEO".into(), late("VIDEO"), rtx.came());
+        exact(
+            "livekit_packet_out_of_order_total, incoming, VIDEO".into(),
+            late("VIDEO"),
+            rtx.came(),
+        );
     }
 
     /// The embedded SFU's page, in messages of NACK.
@@ -379,7 +489,11 @@ impl Run {
             packets(&["incoming", "initial"]),
             audio.came() + video.came(),
         );
-        exact("embedded, incoming, retransmit".into(), packets(&["incoming", "retransmit"]), rtx.came());
+        exact(
+            "embedded, incoming, retransmit".into(),
+            packets(&["incoming", "retransmit"]),
+            rtx.came(),
+        );
         let (audio, video, rtx) = (
             self.stream(Direction::Down, AUDIO),
             self.stream(Direction::Down, VIDEO),
@@ -399,7 +513,9 @@ impl Run {
 
     /// How late the host woke a thread that did nothing else.
     fn floor_us(&self) -> f64 {
-        self.report.0["engine"]["floor_tick_late_us"]["p99"].as_f64().expect("a floor")
+        self.report.0["engine"]["floor_tick_late_us"]["p99"]
+            .as_f64()
+            .expect("a floor")
     }
 
     fn check_times(&self) -> Vec<Check> {
@@ -421,11 +537,25 @@ impl Run {
             median(self.stun_round_trips()),
         );
         let way = |direction| {
-            let control = |packet: &&Packet| packet.direction == direction && matches!(packet.content, Content::Rtcp { .. });
-            median(self.log.iter().filter(control).filter_map(Packet::delay).collect())
+            let control = |packet: &&Packet| {
+                packet.direction == direction && matches!(packet.content, Content::Rtcp { .. })
+            };
+            median(
+                self.log
+                    .iter()
+                    .filter(control)
+                    .filter_map(Packet::delay)
+                    .collect(),
+            )
         };
-        let both = way(Direction::Up).zip(way(Direction::Down)).map(|(up, down)| up + down);
-        time("session.rtt_rtcp.p50", self.report.micros("session", "rtt_rtcp", "p50"), both);
+        let both = way(Direction::Up)
+            .zip(way(Direction::Down))
+            .map(|(up, down)| up + down);
+        time(
+            "session.rtt_rtcp.p50",
+            self.report.micros("session", "rtt_rtcp", "p50"),
+            both,
+        );
         let audio = self.stream(Direction::Down, AUDIO);
         if self.trial.up.loss == Loss::None && self.trial.down.loss == Loss::None {
             let lag = self.report.0["engine"]["send_lag_us"]["p50"]
@@ -452,9 +582,22 @@ impl Run {
         let mut round_trips = Vec::new();
         for packet in &self.log {
             match packet.content {
-                Content::Stun { answers: false, transaction } if packet.direction == Direction::Up => drop(asked.insert(transaction, packet.at)),
-                Content::Stun { answers: true, transaction } if packet.direction == Direction::Down => {
-                    round_trips.extend(packet.delivered_at().zip(asked.get(&transaction)).map(|(at, asked)| at - *asked));
+                Content::Stun {
+                    answers: false,
+                    transaction,
+                } if packet.direction == Direction::Up => {
+                    drop(asked.insert(transaction, packet.at))
+                }
+                Content::Stun {
+                    answers: true,
+                    transaction,
+                } if packet.direction == Direction::Down => {
+                    round_trips.extend(
+                        packet
+                            .delivered_at()
+                            .zip(asked.get(&transaction))
+                            .map(|(at, asked)| at - *asked),
+                    );
                 }
                 _ => {}
             }
@@ -464,9 +607,14 @@ impl Run {
 
     /// From the publisher's kernel to the subscriber's: the same packet on both legs, told by its place behind the last one, since nothing is lost.
     fn transits(&self) -> Vec<Duration> {
-        let (up, down) = (self.stream(Direction::Up, AUDIO), self.stream(Direction::Down, AUDIO));
+        let (up, down) = (
+            self.stream(Direction::Up, AUDIO),
+            self.stream(Direction::Down, AUDIO),
+        );
         let pairs = up.packets.values().rev().zip(down.packets.values().rev());
-        pairs.filter_map(|(sent, came)| Some(came[0].delivered_at()? - sent[0].at)).collect()
+        pairs
+            .filter_map(|(sent, came)| Some(came[0].delivered_at()? - sent[0].at))
+            .collect()
     }
 
     fn row(&self, checks: &[Check]) -> String {
@@ -476,9 +624,20 @@ impl Run {
             Loss::Bursts { share, mean } => format!("{:.0} % in {mean}s", share * 100.0),
         };
         let (up, down) = (self.trial.up, self.trial.down);
-        let both =
-            |direction: Direction, of: fn(&Stream) -> u64| format!("{} / {}", of(&self.stream(direction, AUDIO)), of(&self.stream(direction, VIDEO)));
-        let said = |name| format!("{} / {}", self.report.counter("audio", name), self.report.counter("video", name));
+        let both = |direction: Direction, of: fn(&Stream) -> u64| {
+            format!(
+                "{} / {}",
+                of(&self.stream(direction, AUDIO)),
+                of(&self.stream(direction, VIDEO))
+            )
+        };
+        let said = |name| {
+            format!(
+                "{} / {}",
+                self.report.counter("audio", name),
+                self.report.counter("video", name)
+            )
+        };
         let error = |metric: &str| {
             let check = checks.iter().find(|check| check.metric == metric);
             check.map_or_else(
@@ -522,7 +681,10 @@ fn millis(delay: u64) -> Conditions {
 }
 
 fn lossy(loss: Loss, delay: u64) -> Conditions {
-    Conditions { loss, ..millis(delay) }
+    Conditions {
+        loss,
+        ..millis(delay)
+    }
 }
 
 /// One participant's joining as the network saw it.
@@ -538,7 +700,10 @@ struct Joining {
 
 /// In the order of joining. One's WebSocket is what was opened last before one's first check: joins lie half a second apart.
 fn joinings(log: &[Packet]) -> Vec<Joining> {
-    let up = || log.iter().filter(|packet| packet.direction == Direction::Up);
+    let up = || {
+        log.iter()
+            .filter(|packet| packet.direction == Direction::Up)
+    };
     let mut checking: Vec<&Packet> = Vec::new();
     for packet in up().filter(|packet| matches!(packet.content, Content::Stun { .. })) {
         if !checking.iter().any(|known| known.from == packet.from) {
@@ -552,20 +717,31 @@ fn joinings(log: &[Packet]) -> Vec<Joining> {
             .filter(opening)
             .last()
             .expect("a WebSocket");
-        let came = || log.iter().filter(|packet| packet.to == check.from || packet.to == opened.from);
+        let came = || {
+            log.iter()
+                .filter(|packet| packet.to == check.from || packet.to == opened.from)
+        };
         let words = |packet: &&Packet| matches!(packet.content, Content::Tcp { payload: 1.., .. });
-        let sealed = |packet: &&Packet| packet.from == check.from && matches!(packet.content, Content::Rtp(_) | Content::Rtcp { .. });
+        let sealed = |packet: &&Packet| {
+            packet.from == check.from
+                && matches!(packet.content, Content::Rtp(_) | Content::Rtcp { .. })
+        };
         let in_use = up().find(sealed).expect("what the keys are for").at;
         Joining {
             opened: opened.at,
-            answered: came().filter(words).find_map(Packet::delivered_at).expect("an answer"),
+            answered: came()
+                .filter(words)
+                .find_map(Packet::delivered_at)
+                .expect("an answer"),
             keyed: came()
                 .filter(|packet| packet.content == Content::Dtls)
                 .filter_map(Packet::delivered_at)
                 .take_while(|at| *at < in_use)
                 .last()
                 .expect("a handshake"),
-            first_media: came().filter(|packet| packet.rtp().is_some()).find_map(Packet::delivered_at),
+            first_media: came()
+                .filter(|packet| packet.rtp().is_some())
+                .find_map(Packet::delivered_at),
         }
     };
     checking.iter().map(of).collect()
@@ -575,11 +751,15 @@ fn joinings(log: &[Packet]) -> Vec<Joining> {
 fn joins_take_as_long_as_the_network_says() {
     let name = "joins_take_as_long_as_the_network_says";
     let _alone = alone();
-    let Some(network) = Network::for_test(name, 12) else { return };
+    let Some(network) = Network::for_test(name, 12) else {
+        return;
+    };
     network.set_both(millis(40));
     network.touch_tcp(true);
     for target in [Target::LiveKit, Target::Embedded] {
-        let Some(server) = start(&network, target) else { return };
+        let Some(server) = start(&network, target) else {
+            return;
+        };
         let (before, scratch) = (network.log().len(), Scratch::new());
         let mut command = throng();
         let args = "--publishers 1 --subscribers 1 --threads 1 --num-per-second 2 --duration 1";
@@ -589,25 +769,48 @@ fn joins_take_as_long_as_the_network_says() {
             .arg(scratch.path("run.json"))
             .arg("--participants")
             .arg(scratch.path("who.ndjson"));
-        let running = network.clients.run(|| Running::start(&mut command, &server.secret));
+        let running = network
+            .clients
+            .run(|| Running::start(&mut command, &server.secret));
         let finished = running.finish();
-        assert!(matches!(finished.code, Some(0 | 98)), "{}{}", finished.stdout, finished.stderr);
+        assert!(
+            matches!(finished.code, Some(0 | 98)),
+            "{}{}",
+            finished.stdout,
+            finished.stderr
+        );
         let report = Report::read(&scratch.path("run.json"), &server.secret);
         network.server.run(|| drop(server));
         let lines = std::fs::read_to_string(scratch.path("who.ndjson")).expect("a line for each");
-        let lines: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        let lines: Vec<serde_json::Value> = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("JSON"))
+            .collect();
         let log = network.log()[before..].to_vec();
-        let floor = Duration::from_micros(report.0["engine"]["floor_tick_late_us"]["p99"].as_u64().expect("a floor"));
+        let floor = Duration::from_micros(
+            report.0["engine"]["floor_tick_late_us"]["p99"]
+                .as_u64()
+                .expect("a floor"),
+        );
         let joinings = joinings(&log);
         assert_eq!((lines.len(), joinings.len()), (2, 2));
         for (line, joining) in lines.iter().zip(joinings) {
             let moment = |name: &str| line[name].as_u64().map(Duration::from_micros);
-            let since_start = |name: &str| moment(name).zip(moment("started_us")).map(|(at, started)| at - started);
+            let since_start = |name: &str| {
+                moment(name)
+                    .zip(moment("started_us"))
+                    .map(|(at, started)| at - started)
+            };
             let compare = |name: &str, seen: Option<Duration>| {
                 let (said, seen) = (since_start(name), seen.map(|at| at - joining.opened));
                 println!("{target:?} {name}: said {said:?}, seen {seen:?}");
-                let is_near = |(said, seen): (Duration, Duration)| said.abs_diff(seen) <= Duration::from_millis(1).max(seen / 100) + floor;
-                assert!(said.zip(seen).is_none_or(is_near), "{target:?} {name}: {said:?} and not {seen:?}");
+                let is_near = |(said, seen): (Duration, Duration)| {
+                    said.abs_diff(seen) <= Duration::from_millis(1).max(seen / 100) + floor
+                };
+                assert!(
+                    said.zip(seen).is_none_or(is_near),
+                    "{target:?} {name}: {said:?} and not {seen:?}"
+                );
                 assert_eq!(said.is_some(), seen.is_some(), "{name}");
             };
             compare("signal_connected_us", Some(joining.answered));
@@ -629,10 +832,14 @@ fn histograms_are_the_participants(report: &Report, lines: &[serde_json::Value])
         ("first_media", "first_media_us"),
     ];
     for (histogram, moment) in moments {
-        let took = |line: &serde_json::Value| Some(line[moment].as_u64()? - line["intended_us"].as_u64()?);
+        let took =
+            |line: &serde_json::Value| Some(line[moment].as_u64()? - line["intended_us"].as_u64()?);
         let took: Vec<u64> = lines.iter().filter_map(took).collect();
         for (stat, truth) in [("min", took.iter().min()), ("max", took.iter().max())] {
-            let (said, truth) = (report.micros("session", histogram, stat).expect("measured"), *truth.expect("happened"));
+            let (said, truth) = (
+                report.micros("session", histogram, stat).expect("measured"),
+                *truth.expect("happened"),
+            );
             // Three significant digits.
             assert!(
                 said.abs_diff(truth) <= truth / 500 + 1,
@@ -646,15 +853,26 @@ fn histograms_are_the_participants(report: &Report, lines: &[serde_json::Value])
 fn try_all(test: &str, trials: &[Trial]) -> Option<Vec<String>> {
     let _alone = alone();
     let network = Network::for_test(test, 11)?;
-    let before = [network.clients.device_counts(), network.server.device_counts()];
+    let before = [
+        network.clients.device_counts(),
+        network.server.device_counts(),
+    ];
     let (mut rows, mut wrong) = (Vec::new(), Vec::new());
     for trial in trials {
         let run = live(&network, *trial)?;
         let checks = run.checks();
         rows.push(run.row(&checks));
-        wrong.extend(checks.iter().filter(|check| !check.holds()).map(|check| format!("{trial:?}: {check}")));
+        wrong.extend(
+            checks
+                .iter()
+                .filter(|check| !check.holds())
+                .map(|check| format!("{trial:?}: {check}")),
+        );
     }
-    let after = [network.clients.device_counts(), network.server.device_counts()];
+    let after = [
+        network.clients.device_counts(),
+        network.server.device_counts(),
+    ];
     for (before, after) in before.iter().zip(&after) {
         assert_eq!(
             (before.rx_dropped, before.tx_dropped),
@@ -664,7 +882,11 @@ fn try_all(test: &str, trials: &[Trial]) -> Option<Vec<String>> {
     }
     let table = rows.join("\n");
     println!("{HEAD}\n{table}");
-    assert!(wrong.is_empty(), "{} figures are wrong: {wrong:#?}\n{table}", wrong.len());
+    assert!(
+        wrong.is_empty(),
+        "{} figures are wrong: {wrong:#?}\n{table}",
+        wrong.len()
+    );
     Some(rows)
 }
 
@@ -689,7 +911,13 @@ fn real_runs_say_what_the_network_and_the_server_say() {
         counters: false,
         ..base(Target::LiveKit, delayed, delayed)
     };
-    let bursts = lossy(Loss::Bursts { share: 0.1, mean: 3.0 }, 20);
+    let bursts = lossy(
+        Loss::Bursts {
+            share: 0.1,
+            mean: 3.0,
+        },
+        20,
+    );
     let trials = [
         quick,
         base(Target::LiveKit, millis(0), bursts),
@@ -702,7 +930,14 @@ fn real_runs_say_what_the_network_and_the_server_say() {
 #[test]
 #[ignore = "ten minutes of runs"]
 fn many_real_runs_say_what_the_network_and_the_server_say() {
-    let losses = [Loss::None, Loss::Random(0.05), Loss::Bursts { share: 0.2, mean: 4.0 }];
+    let losses = [
+        Loss::None,
+        Loss::Random(0.05),
+        Loss::Bursts {
+            share: 0.2,
+            mean: 4.0,
+        },
+    ];
     let mut trials = Vec::new();
     for target in [Target::LiveKit, Target::Embedded] {
         for delay in [0, 100, 300] {
@@ -726,5 +961,8 @@ fn many_real_runs_say_what_the_network_and_the_server_say() {
             add(lossy(losses[1], delay), lossy(losses[1], delay), true);
         }
     }
-    try_all("many_real_runs_say_what_the_network_and_the_server_say", &trials);
+    try_all(
+        "many_real_runs_say_what_the_network_and_the_server_say",
+        &trials,
+    );
 }

@@ -49,7 +49,9 @@ struct Cause {
 
 impl Cause {
     fn names(&self, list: &[&str], figure: &str) -> bool {
-        let general = figure.replacen(" audio.", " media.", 1).replacen(" video.", " media.", 1);
+        let general = figure
+            .replacen(" audio.", " media.", 1)
+            .replacen(" video.", " media.", 1);
         list.contains(&figure) || list.contains(&general.as_str())
     }
 }
@@ -90,9 +92,18 @@ fn note(record: &Record, who: &str, figures: &mut BTreeMap<String, u64>) {
     let mut counter = |scope: &str, name: &str, value| {
         figures.insert(format!("{who} {scope}.{name}"), value);
     };
-    record.session.counters().for_each(|(name, value)| counter("session", name, value));
-    record.audio.counters().for_each(|(name, value)| counter("audio", name, value));
-    record.video.counters().for_each(|(name, value)| counter("video", name, value));
+    record
+        .session
+        .counters()
+        .for_each(|(name, value)| counter("session", name, value));
+    record
+        .audio
+        .counters()
+        .for_each(|(name, value)| counter("audio", name, value));
+    record
+        .video
+        .counters()
+        .for_each(|(name, value)| counter("video", name, value));
     let mut median = |scope: &str, name: &str, histogram: &Histogram| {
         // Jitter is a running mean, calm again soon after its cause: its most is what tells.
         let (stat, value) = if name == "jitter" {
@@ -108,8 +119,14 @@ fn note(record: &Record, who: &str, figures: &mut BTreeMap<String, u64>) {
         .session
         .histograms()
         .for_each(|(name, histogram)| median("session", name, histogram));
-    record.audio.histograms().for_each(|(name, histogram)| median("audio", name, histogram));
-    record.video.histograms().for_each(|(name, histogram)| median("video", name, histogram));
+    record
+        .audio
+        .histograms()
+        .for_each(|(name, histogram)| median("audio", name, histogram));
+    record
+        .video
+        .histograms()
+        .for_each(|(name, histogram)| median("video", name, histogram));
 }
 
 /// Counts stand still where they are equal; times within a millisecond; and bytes on the wire within the few by which the signatures of two handshakes differ.
@@ -146,7 +163,9 @@ const CAUSES: &[Cause] = &[
         name: "loss on the way down",
         bring: |relay| {
             let loss = Loss::Random(0.05);
-            relay.link.set(1, Direction::Down, Conditions { loss, ..CALM });
+            relay
+                .link
+                .set(1, Direction::Down, Conditions { loss, ..CALM });
         },
         must_move: &[
             "subscriber session.nacks_sent",
@@ -165,7 +184,9 @@ const CAUSES: &[Cause] = &[
         name: "loss on the way up",
         bring: |relay| {
             let loss = Loss::Random(0.05);
-            relay.link.set(0, Direction::Up, Conditions { loss, ..CALM });
+            relay
+                .link
+                .set(0, Direction::Up, Conditions { loss, ..CALM });
         },
         must_move: &[
             "publisher session.nacks_received",
@@ -209,25 +230,45 @@ const CAUSES: &[Cause] = &[
         name: "jitter on the way down",
         bring: |relay| {
             let jitter = Duration::from_millis(50);
-            relay.link.set(1, Direction::Down, Conditions { jitter, ..CALM });
+            relay
+                .link
+                .set(1, Direction::Down, Conditions { jitter, ..CALM });
         },
-        must_move: &["subscriber media.one_way_latency p50", "subscriber media.jitter max"],
-        may_move: with_playout!["subscriber session.rtt_rtcp p50", "subscriber session.rtt_stun p50"],
+        must_move: &[
+            "subscriber media.one_way_latency p50",
+            "subscriber media.jitter max",
+        ],
+        may_move: with_playout![
+            "subscriber session.rtt_rtcp p50",
+            "subscriber session.rtt_stun p50"
+        ],
     },
     Cause {
         name: "copies on the way down",
         bring: |relay| {
             let duplication = 0.1;
-            relay.link.set(1, Direction::Down, Conditions { duplication, ..CALM });
+            relay.link.set(
+                1,
+                Direction::Down,
+                Conditions {
+                    duplication,
+                    ..CALM
+                },
+            );
         },
-        must_move: &["subscriber session.wire_bytes_received", "subscriber media.packets_duplicate"],
+        must_move: &[
+            "subscriber session.wire_bytes_received",
+            "subscriber media.packets_duplicate",
+        ],
         // Copies of control packets are replays.
         may_move: &["subscriber session.packets_rejected"],
     },
     Cause {
         name: "an outage of the way down",
         bring: |relay| {
-            relay.link.set(1, Direction::Down, Conditions { cut: true, ..CALM });
+            relay
+                .link
+                .set(1, Direction::Down, Conditions { cut: true, ..CALM });
             // After a second of it the rest of the five is calm, and brings what is asked for.
             relay.run_for(Duration::from_millis(600));
             set(relay, CALM, CALM);
@@ -261,7 +302,9 @@ const CAUSES: &[Cause] = &[
                 track: 1,
                 muted: true,
             };
-            publisher.shard.handle_command(mute, now, &mut publisher.outlet);
+            publisher
+                .shard
+                .handle_command(mute, now, &mut publisher.outlet);
         },
         must_move: &[
             "publisher session.wire_bytes_sent",
@@ -296,7 +339,10 @@ fn each_cause_moves_its_figures_and_no_others() {
             .filter(|name| has_moved(name, calm.get(*name), now.get(*name)))
             .collect();
         for figure in cause.must_move {
-            let kinds = [figure.replacen(" media.", " audio.", 1), figure.replacen(" media.", " video.", 1)];
+            let kinds = [
+                figure.replacen(" media.", " audio.", 1),
+                figure.replacen(" media.", " video.", 1),
+            ];
             let still = kinds.iter().filter(|kind| !moved.contains(kind.as_str()));
             wrong.extend(still.map(|kind| format!("{}: {kind} stands still", cause.name)));
         }

@@ -59,7 +59,12 @@ fn key(clip: &VideoClip, index: usize) -> Sent {
 }
 
 /// A join at `start` and `count` frames from there; `asks_key(turn)` tells where a key frame is sent instead.
-fn play(clip: &VideoClip, start: usize, count: usize, mut asks_key: impl FnMut(usize) -> bool) -> Vec<Sent> {
+fn play(
+    clip: &VideoClip,
+    start: usize,
+    count: usize,
+    mut asks_key: impl FnMut(usize) -> bool,
+) -> Vec<Sent> {
     let frame = |turn: usize| {
         let index = (start + turn) % clip.len();
         if turn == 0 || asks_key(turn) {
@@ -76,7 +81,10 @@ struct Lcg(u64);
 
 impl Lcg {
     fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % bound
     }
 }
@@ -95,8 +103,14 @@ const DECODERS: [Decoder; 2] = [Decoder::Native, Decoder::Libvpx];
 impl Decoder {
     fn command(self, input: &str) -> Command {
         let mut command = Command::new("ffmpeg");
-        let name = if self == Decoder::Native { "vp8" } else { "libvpx" };
-        command.args(["-nostdin", "-v", "warning", "-f", "ivf", "-c:v", name, "-i", input]);
+        let name = if self == Decoder::Native {
+            "vp8"
+        } else {
+            "libvpx"
+        };
+        command.args([
+            "-nostdin", "-v", "warning", "-f", "ivf", "-c:v", name, "-i", input,
+        ]);
         command
     }
 }
@@ -148,11 +162,20 @@ fn assert_exact(clip: &VideoClip, sent: &[Sent], what: &str) {
 fn decode(decoder: Decoder, clip: &VideoClip, sent: &[Sent]) -> Outcome {
     let file = TempFile::new();
     let mut ivf = BufWriter::new(std::fs::File::create(&file.0).unwrap());
-    write_ivf(&mut ivf, clip.spec(), sent.iter().map(|sent| sent.bytes.as_slice())).unwrap();
+    write_ivf(
+        &mut ivf,
+        clip.spec(),
+        sent.iter().map(|sent| sent.bytes.as_slice()),
+    )
+    .unwrap();
     ivf.into_inner().unwrap();
     let mut command = decoder.command(file.0.to_str().unwrap());
     command.args(["-f", "rawvideo", "-pix_fmt", "yuv420p", "pipe:1"]);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let (pixels, mut errors) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
     let mut stderr = String::new();
     let (frames, first_wrong) = std::thread::scope(|scope| {
@@ -160,7 +183,11 @@ fn decode(decoder: Decoder, clip: &VideoClip, sent: &[Sent]) -> Outcome {
         compare(pixels, clip, sent)
     });
     child.wait().unwrap();
-    Outcome { frames, first_wrong, stderr }
+    Outcome {
+        frames,
+        first_wrong,
+        stderr,
+    }
 }
 
 /// Reads pictures as they are decoded: how many there are, and the first wrong one.
@@ -168,7 +195,9 @@ fn compare(mut pixels: impl Read, clip: &VideoClip, sent: &[Sent]) -> (usize, Op
     let mut picture = vec![0; clip.reconstruction(0).data.len()];
     let (mut frames, mut first_wrong) = (0, None);
     while pixels.read_exact(&mut picture).is_ok() {
-        let right = sent.get(frames).is_some_and(|sent| clip.reconstruction(sent.shows).data == picture);
+        let right = sent
+            .get(frames)
+            .is_some_and(|sent| clip.reconstruction(sent.shows).data == picture);
         if !right && first_wrong.is_none() {
             first_wrong = Some(frames);
         }
@@ -183,7 +212,9 @@ impl TempFile {
     fn new() -> TempFile {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        TempFile(std::env::temp_dir().join(format!("throng-vp8-{}-{count}.ivf", std::process::id())))
+        TempFile(
+            std::env::temp_dir().join(format!("throng-vp8-{}-{count}.ivf", std::process::id())),
+        )
     }
 }
 
@@ -193,7 +224,11 @@ impl Drop for TempFile {
     }
 }
 
-fn write_ivf<'a>(out: &mut impl Write, spec: &VideoSpec, frames: impl Iterator<Item = &'a [u8]>) -> std::io::Result<()> {
+fn write_ivf<'a>(
+    out: &mut impl Write,
+    spec: &VideoSpec,
+    frames: impl Iterator<Item = &'a [u8]>,
+) -> std::io::Result<()> {
     out.write_all(b"DKIF\0\0\x20\0VP80")?;
     out.write_all(&(spec.width as u16).to_le_bytes())?;
     out.write_all(&(spec.height as u16).to_le_bytes())?;
@@ -223,7 +258,11 @@ fn the_loop_plays_twice_round_pixel_for_pixel() {
     ];
     let others = coarse_to_finest.map(generated);
     for clip in others.iter().chain([small_clip(), odd_clip()]) {
-        assert_exact(clip, &play(clip, 0, 2 * clip.len() + 1, |_| false), &format!("{:?}", clip.spec()));
+        assert_exact(
+            clip,
+            &play(clip, 0, 2 * clip.len() + 1, |_| false),
+            &format!("{:?}", clip.spec()),
+        );
     }
 }
 
@@ -233,7 +272,11 @@ fn a_high_definition_layer_plays_pixel_for_pixel() {
         return;
     }
     let clip = generated(spec(1280, 720, 30, "2M"));
-    assert_exact(&clip, &play(&clip, 250, 100, |turn| turn == 70), "720p over the seam");
+    assert_exact(
+        &clip,
+        &play(&clip, 250, 100, |turn| turn == 70),
+        "720p over the seam",
+    );
 }
 
 #[test]
@@ -243,7 +286,11 @@ fn key_frames_asked_at_random_and_joins_anywhere_change_no_pixel() {
     }
     for seed in 0..6 {
         let mut random = Lcg(seed);
-        let clip = if seed % 2 == 0 { small_clip() } else { odd_clip() };
+        let clip = if seed % 2 == 0 {
+            small_clip()
+        } else {
+            odd_clip()
+        };
         let start = random.below(clip.len());
         let sent = play(clip, start, 200, |_| random.below(12) == 0);
         assert_exact(clip, &sent, &format!("seed {seed}, joined at {start}"));
@@ -319,13 +366,22 @@ fn a_lost_inter_frame_or_a_wrong_key_frame_is_seen() {
 #[test]
 fn the_index_row_tells_the_frame() {
     for clip in [small_clip(), odd_clip()] {
-        assert!((0..clip.len()).all(|index| clip.read_index(&clip.reconstruction(index)) == Some(index)));
+        assert!(
+            (0..clip.len())
+                .all(|index| clip.read_index(&clip.reconstruction(index)) == Some(index))
+        );
         let blank = I420 {
             data: vec![128; clip.reconstruction(0).data.len()],
             ..clip.reconstruction(0)
         };
         assert_eq!(clip.read_index(&blank), None);
-        assert_eq!(clip.read_index(&I420 { data: Vec::new(), ..blank }), None);
+        assert_eq!(
+            clip.read_index(&I420 {
+                data: Vec::new(),
+                ..blank
+            }),
+            None
+        );
     }
 }
 
@@ -336,13 +392,20 @@ fn nearly_all_bytes_are_read_by_the_entropy_decoder() {
     for clip in [small_clip(), odd_clip()] {
         let mut least_share: f64 = 1.0;
         for index in 0..clip.len() {
-            for (frame, is_key) in [(clip.inter_frame(index), false), (clip.key_frame(index), true)] {
+            for (frame, is_key) in [
+                (clip.inter_frame(index), false),
+                (clip.key_frame(index), true),
+            ] {
                 let usage = Usage::of(frame, clip.spec());
                 assert!(usage.is_key == is_key && usage.read <= frame.len());
                 least_share = least_share.min(usage.read as f64 / frame.len() as f64);
             }
         }
-        println!("{:?}: at least {:.2} % of a frame's bytes are read", clip.spec(), 100.0 * least_share);
+        println!(
+            "{:?}: at least {:.2} % of a frame's bytes are read",
+            clip.spec(),
+            100.0 * least_share
+        );
         assert!(least_share >= 0.95);
     }
     // The parser must be able to say no.
@@ -354,7 +417,9 @@ fn nearly_all_bytes_are_read_by_the_entropy_decoder() {
 fn most_bits_are_coefficients() {
     for clip in [small_clip(), odd_clip()] {
         let usages = (0..clip.len()).map(|index| Usage::of(clip.inter_frame(index), clip.spec()));
-        let (coefficients, all) = usages.fold((0, 0), |(tokens, all), usage| (tokens + usage.token_bytes, all + usage.read));
+        let (coefficients, all) = usages.fold((0, 0), |(tokens, all), usage| {
+            (tokens + usage.token_bytes, all + usage.read)
+        });
         assert!(10 * coefficients > 8 * all, "{coefficients} of {all} bytes");
     }
 }
@@ -376,13 +441,24 @@ impl Usage {
         let start = if is_key { 10 } else { 3 };
         if is_key {
             assert_eq!(frame[3..6], [0x9D, 0x01, 0x2A]);
-            assert_eq!(frame[6..10], [spec.width as u16, spec.height as u16].map(u16::to_le_bytes).concat());
+            assert_eq!(
+                frame[6..10],
+                [spec.width as u16, spec.height as u16]
+                    .map(u16::to_le_bytes)
+                    .concat()
+            );
         }
         let mut modes = Reader::new(&frame[start..start + first_size]);
         let mut tokens = Reader::new(&frame[start + first_size..]);
         let probs = read_header(&mut modes, is_key);
         let columns = spec.width.div_ceil(16) as usize;
-        let skips = read_modes(&mut modes, is_key, probs, columns, spec.height.div_ceil(16) as usize);
+        let skips = read_modes(
+            &mut modes,
+            is_key,
+            probs,
+            columns,
+            spec.height.div_ceil(16) as usize,
+        );
         read_tokens(&mut tokens, &skips, columns);
         Usage {
             is_key,
@@ -422,7 +498,8 @@ impl<'a> Reader<'a> {
             self.range = split;
         }
         while self.range < 128 {
-            (self.value, self.range, self.shifts) = (self.value << 1, self.range << 1, self.shifts + 1);
+            (self.value, self.range, self.shifts) =
+                (self.value << 1, self.range << 1, self.shifts + 1);
             if self.shifts.is_multiple_of(8) {
                 self.value |= u32::from(self.input[self.at]);
                 self.at += 1;
@@ -456,7 +533,11 @@ fn read_header(modes: &mut Reader, is_key: bool) -> Probs {
     modes.literal(1);
     assert_eq!(modes.literal(6), 0, "no loop filter");
     modes.literal(3);
-    assert_eq!(modes.literal(1 + 2), 0, "no filter adjustments, one partition");
+    assert_eq!(
+        modes.literal(1 + 2),
+        0,
+        "no filter adjustments, one partition"
+    );
     modes.literal(7);
     for _ in 0..5 {
         if modes.bool(128) {
@@ -468,7 +549,11 @@ fn read_header(modes: &mut Reader, is_key: bool) -> Probs {
     }
     assert_eq!(modes.literal(1), 0, "probabilities last for one frame");
     assert!(is_key || modes.bool(128), "the last frame is refreshed");
-    for &prob in tables::COEFF_UPDATE_PROBS.as_flattened().as_flattened().as_flattened() {
+    for &prob in tables::COEFF_UPDATE_PROBS
+        .as_flattened()
+        .as_flattened()
+        .as_flattened()
+    {
         assert!(!modes.bool(prob), "no token probability changes");
     }
     assert!(modes.bool(128), "macroblocks may skip coefficients");
@@ -486,23 +571,41 @@ fn read_header(modes: &mut Reader, is_key: bool) -> Probs {
     for &prob in tables::MV_UPDATE_PROBS.as_flattened() {
         assert!(!modes.bool(prob), "no motion vector probability changes");
     }
-    Probs { skip_false, intra, last }
+    Probs {
+        skip_false,
+        intra,
+        last,
+    }
 }
 
 /// Which macroblocks have no coefficients.
-fn read_modes(modes: &mut Reader, is_key: bool, probs: Probs, columns: usize, rows: usize) -> Vec<bool> {
+fn read_modes(
+    modes: &mut Reader,
+    is_key: bool,
+    probs: Probs,
+    columns: usize,
+    rows: usize,
+) -> Vec<bool> {
     let mut is_inter: Vec<bool> = Vec::with_capacity(columns * rows);
     let mut skips = Vec::with_capacity(columns * rows);
     for at in 0..columns * rows {
         skips.push(modes.bool(probs.skip_false));
         is_inter.push(!is_key && modes.bool(probs.intra));
         if is_key {
-            let path = tables::KEY_Y_DC_PRED.iter().chain([&tables::KEY_UV_DC_PRED]);
+            let path = tables::KEY_Y_DC_PRED
+                .iter()
+                .chain([&tables::KEY_UV_DC_PRED]);
             path.for_each(|&(bit, prob)| assert_eq!(modes.bool(prob), bit));
         } else if is_inter[at] {
-            let weigh = |there: Option<usize>, weight: usize| there.filter(|&there| is_inter[there]).map_or(0, |_| weight);
-            let (above, left) = (at.checked_sub(columns), at.checked_sub(1).filter(|_| at % columns > 0));
-            let weight = weigh(above, 2) + weigh(left, 2) + weigh(left.and(at.checked_sub(columns + 1)), 1);
+            let weigh = |there: Option<usize>, weight: usize| {
+                there.filter(|&there| is_inter[there]).map_or(0, |_| weight)
+            };
+            let (above, left) = (
+                at.checked_sub(columns),
+                at.checked_sub(1).filter(|_| at % columns > 0),
+            );
+            let weight =
+                weigh(above, 2) + weigh(left, 2) + weigh(left.and(at.checked_sub(columns + 1)), 1);
             assert!(
                 !modes.bool(probs.last) && !modes.bool(tables::ZERO_MV_PROBS[weight]),
                 "a copy of the last frame"
@@ -533,7 +636,8 @@ fn read_tokens(tokens: &mut Reader, skips: &[bool], columns: usize) {
             for (block_type, first, side) in [(1, 0, 1), (0, 1, 4), (2, 5, 2), (2, 7, 2)] {
                 for block in 0..side * side {
                     let (across, down) = (first + block % side, first + block / side);
-                    let coded = read_block(tokens, block_type, usize::from(above[across] + left[down]));
+                    let coded =
+                        read_block(tokens, block_type, usize::from(above[across] + left[down]));
                     (above[across], left[down]) = (coded, coded);
                 }
             }
@@ -578,7 +682,10 @@ fn read_level(tokens: &mut Reader, probs: &[u8; 11]) -> u32 {
                 true => 2 + usize::from(tokens.bool(probs[9])),
             };
             let (base, extra) = tables::CATEGORIES[category];
-            u32::from(base) + extra.iter().fold(0, |value, &prob| value << 1 | u32::from(tokens.bool(prob)))
+            u32::from(base)
+                + extra
+                    .iter()
+                    .fold(0, |value, &prob| value << 1 | u32::from(tokens.bool(prob)))
         }
     };
     tokens.bool(128);
@@ -604,15 +711,26 @@ fn bitrates_hold_over_every_window() {
     ];
     for spec in specs {
         let clip = generated(spec);
-        let inter: Vec<usize> = (0..clip.len()).map(|index| clip.inter_frame(index).len()).collect();
-        let key: Vec<usize> = (0..clip.len()).map(|index| clip.key_frame(index).len()).collect();
+        let inter: Vec<usize> = (0..clip.len())
+            .map(|index| clip.inter_frame(index).len())
+            .collect();
+        let key: Vec<usize> = (0..clip.len())
+            .map(|index| clip.key_frame(index).len())
+            .collect();
         let mean_bytes = spec.bitrate.bps() as f64 / 8.0 / f64::from(spec.fps);
         // Over the whole loop, which is ten seconds from wherever one starts; shorter windows may stray further.
         for (seconds, tolerated) in [(10, 0.01), (3, 0.12), (1, 0.35)] {
             let worst = worst_window(&inter, (seconds * spec.fps) as usize, mean_bytes);
-            assert!(worst < tolerated, "{spec:?}: {seconds} s windows stray by {:.2} %", 100.0 * worst);
+            assert!(
+                worst < tolerated,
+                "{spec:?}: {seconds} s windows stray by {:.2} %",
+                100.0 * worst
+            );
         }
-        let (key_mean, key_most) = (key.iter().sum::<usize>() as f64 / key.len() as f64, *key.iter().max().unwrap());
+        let (key_mean, key_most) = (
+            key.iter().sum::<usize>() as f64 / key.len() as f64,
+            *key.iter().max().unwrap(),
+        );
         assert!(
             (3.0..9.0).contains(&(key_mean / mean_bytes)),
             "{spec:?}: key frames of {key_mean:.0} bytes, inter frames of {mean_bytes:.0}"
@@ -631,7 +749,11 @@ fn bitrates_hold_over_every_window() {
 
 /// By which share the worst window of `length` frames, round the loop, misses the mean.
 fn worst_window(sizes: &[usize], length: usize, mean_bytes: f64) -> f64 {
-    let window = |start: usize| (start..start + length).map(|at| sizes[at % sizes.len()]).sum::<usize>() as f64;
+    let window = |start: usize| {
+        (start..start + length)
+            .map(|at| sizes[at % sizes.len()])
+            .sum::<usize>() as f64
+    };
     (0..sizes.len())
         .map(|start| (window(start) / (length as f64 * mean_bytes) - 1.0).abs())
         .fold(0.0, f64::max)
@@ -639,8 +761,15 @@ fn worst_window(sizes: &[usize], length: usize, mean_bytes: f64) -> f64 {
 
 #[test]
 fn what_cannot_be_is_refused_with_what_can() {
-    let refused = |spec: VideoSpec| VideoClip::generate(&spec, 1).err().unwrap_or_else(|| panic!("{spec:?} was accepted"));
-    let large = SpecError::TooLarge { width: 4097, height: 720 };
+    let refused = |spec: VideoSpec| {
+        VideoClip::generate(&spec, 1)
+            .err()
+            .unwrap_or_else(|| panic!("{spec:?} was accepted"))
+    };
+    let large = SpecError::TooLarge {
+        width: 4097,
+        height: 720,
+    };
     assert_eq!(refused(spec(4097, 720, 30, "2M")), large);
     assert!(large.to_string().contains("at most 4096"));
     for (width, height) in [(0, 0), (0, 180), (320, 0), (95, 180), (320, 47)] {
@@ -660,19 +789,45 @@ fn what_cannot_be_is_refused_with_what_can() {
         let SpecError::BitrateTooLow { least, .. } = refused(spec) else {
             panic!("{spec:?} is not too low")
         };
-        assert!(refused(spec).to_string().contains(&format!("ask for {least} or more")));
         assert!(
-            VideoClip::generate(&VideoSpec { bitrate: least, ..spec }, 2).is_ok(),
+            refused(spec)
+                .to_string()
+                .contains(&format!("ask for {least} or more"))
+        );
+        assert!(
+            VideoClip::generate(
+                &VideoSpec {
+                    bitrate: least,
+                    ..spec
+                },
+                2
+            )
+            .is_ok(),
             "{least} was said to be enough"
         );
     }
-    for spec in [spec(320, 180, 15, "9M"), spec(160, 90, 5, "1M"), spec(96, 48, 30, "1G")] {
+    for spec in [
+        spec(320, 180, 15, "9M"),
+        spec(160, 90, 5, "1M"),
+        spec(96, 48, 30, "1G"),
+    ] {
         let SpecError::BitrateTooHigh { most, .. } = refused(spec) else {
             panic!("{spec:?} is not too high")
         };
-        assert!(refused(spec).to_string().contains(&format!("ask for {most} or less")));
         assert!(
-            VideoClip::generate(&VideoSpec { bitrate: most, ..spec }, 2).is_ok(),
+            refused(spec)
+                .to_string()
+                .contains(&format!("ask for {most} or less"))
+        );
+        assert!(
+            VideoClip::generate(
+                &VideoSpec {
+                    bitrate: most,
+                    ..spec
+                },
+                2
+            )
+            .is_ok(),
             "{most} was said to be possible"
         );
     }
@@ -692,7 +847,12 @@ fn a_spec_is_the_same_bytes_on_any_number_of_threads_and_a_seed_is_other_content
         assert!(frames(1, threads) == reference, "{threads} threads");
     }
     let other = frames(2, 2);
-    assert!(reference.iter().zip(&other).all(|(one, two)| one[0] != two[0] && one[1] != two[1]));
+    assert!(
+        reference
+            .iter()
+            .zip(&other)
+            .all(|(one, two)| one[0] != two[0] && one[1] != two[1])
+    );
 }
 
 // The long run
@@ -700,15 +860,26 @@ fn a_spec_is_the_same_bytes_on_any_number_of_threads_and_a_seed_is_other_content
 #[test]
 #[ignore = "ten minutes of video in three layers and two decoders: about a minute in a release build"]
 fn ten_minutes_of_the_default_layers_decode_without_a_word() {
-    assert!(has_ffmpeg(), "this test is asked for by name: install ffmpeg");
+    assert!(
+        has_ffmpeg(),
+        "this test is asked for by name: install ffmpeg"
+    );
     let started = Instant::now();
-    for spec in [spec(320, 180, 15, "150k"), spec(640, 360, 20, "600k"), spec(1280, 720, 30, "2M")] {
+    for spec in [
+        spec(320, 180, 15, "150k"),
+        spec(640, 360, 20, "600k"),
+        spec(1280, 720, 30, "2M"),
+    ] {
         let clip = generated(spec);
         for decoder in DECODERS {
             let layer_started = Instant::now();
             let frames = 600 * spec.fps as usize;
             let (shown, stderr) = decode_stream(decoder, &clip, frames);
-            assert_eq!((shown, stderr.as_str()), (frames, ""), "{spec:?}, {decoder:?}");
+            assert_eq!(
+                (shown, stderr.as_str()),
+                (frames, ""),
+                "{spec:?}, {decoder:?}"
+            );
             println!(
                 "{}x{}, {decoder:?}: {frames} frames in {:.1} s",
                 spec.width,
@@ -739,12 +910,21 @@ fn decode_stream(decoder: Decoder, clip: &VideoClip, count: usize) -> (usize, St
             clip.inter_frame(index)
         }
     };
-    let (mut input, mut progress, mut errors) = (child.stdin.take().unwrap(), child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let (mut input, mut progress, mut errors) = (
+        child.stdin.take().unwrap(),
+        child.stdout.take().unwrap(),
+        child.stderr.take().unwrap(),
+    );
     let (mut report, mut stderr) = (String::new(), String::new());
     std::thread::scope(|scope| {
         scope.spawn(|| progress.read_to_string(&mut report).unwrap());
         scope.spawn(|| errors.read_to_string(&mut stderr).unwrap());
-        write_ivf(&mut BufWriter::new(&mut input), clip.spec(), (0..count).map(frame)).unwrap();
+        write_ivf(
+            &mut BufWriter::new(&mut input),
+            clip.spec(),
+            (0..count).map(frame),
+        )
+        .unwrap();
         drop(input);
     });
     child.wait().unwrap();

@@ -15,8 +15,12 @@ use rtc_rtcp::payload_feedbacks::receiver_estimated_maximum_bitrate::ReceiverEst
 use rtc_rtcp::receiver_report::ReceiverReport;
 use rtc_rtcp::reception_report::ReceptionReport;
 use rtc_rtcp::sender_report::SenderReport;
-use rtc_rtcp::source_description::{SdesType, SourceDescription, SourceDescriptionChunk, SourceDescriptionItem};
-use rtc_rtcp::transport_feedbacks::transport_layer_nack::{TransportLayerNack, nack_pairs_from_sequence_numbers};
+use rtc_rtcp::source_description::{
+    SdesType, SourceDescription, SourceDescriptionChunk, SourceDescriptionItem,
+};
+use rtc_rtcp::transport_feedbacks::transport_layer_nack::{
+    TransportLayerNack, nack_pairs_from_sequence_numbers,
+};
 use rtc_rtp::codec::vp8::Vp8Packet;
 use rtc_rtp::packetizer::Depacketizer;
 use rtc_shared::marshal::{Marshal, Unmarshal};
@@ -24,7 +28,9 @@ use rtc_srtp::context::Context;
 use rtc_srtp::crypto;
 use rtc_srtp::protection_profile::ProtectionProfile;
 
-use throng::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, packets};
+use throng::transport::rtcp::{
+    DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, packets,
+};
 use throng::transport::rtp::vp8::{self, Descriptor, PictureId};
 use throng::transport::rtp::{self, Header, HeaderTemplate};
 use throng::transport::sequence::{Seq, SeqExtender};
@@ -85,7 +91,9 @@ fn peer_rtp(chance: &mut Chance) -> rtc_rtp::Packet {
         header.extension_profile = profile;
         for id in 1..=1 + chance.below(6) as u8 {
             let len = 1 + chance.below(max_len);
-            header.set_extension(id, Bytes::from(chance.bytes(len))).unwrap();
+            header
+                .set_extension(id, Bytes::from(chance.bytes(len)))
+                .unwrap();
         }
     }
     let len = chance.below(1_100);
@@ -105,14 +113,28 @@ fn rtp_packets_of_the_peer_read_the_same() {
         let header = &theirs.header;
         assert_eq!(
             (ours.marker, ours.payload_type, ours.seq),
-            (header.marker, header.payload_type, Seq(header.sequence_number)),
+            (
+                header.marker,
+                header.payload_type,
+                Seq(header.sequence_number)
+            ),
             "{round}"
         );
         assert_eq!((ours.rtp_time, ours.ssrc), (header.timestamp, header.ssrc));
         let extensions: Vec<_> = ours.extensions(&bytes).collect();
-        assert_eq!(extensions, header.extensions.iter().map(|e| (e.id, &e.payload[..])).collect::<Vec<_>>());
+        assert_eq!(
+            extensions,
+            header
+                .extensions
+                .iter()
+                .map(|e| (e.id, &e.payload[..]))
+                .collect::<Vec<_>>()
+        );
         for extension in &header.extensions {
-            assert_eq!(ours.extension(&bytes, extension.id), Some(&extension.payload[..]));
+            assert_eq!(
+                ours.extension(&bytes, extension.id),
+                Some(&extension.payload[..])
+            );
         }
         assert_eq!(ours.payload(&bytes), Some(&theirs.payload[..]));
     }
@@ -129,26 +151,46 @@ fn rtp_headers_of_ours_read_the_same_at_the_peer() {
             chance.bytes(len)
         });
         for (id, value) in (1..).zip(&values) {
-            let slot = template.push_extension(id, &vec![0xEE; value.len()]).unwrap();
+            let slot = template
+                .push_extension(id, &vec![0xEE; value.len()])
+                .unwrap();
             let mut packet = [0; 128];
             template.write(&mut packet, false, Seq(0), 0).unwrap();
             slot.patch(&mut packet, value);
-            assert_eq!(Header::parse(&packet).unwrap().extension(&packet, id), Some(&value[..]));
+            assert_eq!(
+                Header::parse(&packet).unwrap().extension(&packet, id),
+                Some(&value[..])
+            );
         }
         let (marker, seq, rtp_time) = (chance.below(2) == 0, chance.u32() as u16, chance.u32());
         let mut packet = [7; 128];
-        let len = template.write(&mut packet, marker, Seq(seq), rtp_time).unwrap();
+        let len = template
+            .write(&mut packet, marker, Seq(seq), rtp_time)
+            .unwrap();
         let theirs = rtc_rtp::Packet::unmarshal(&mut &packet[..]).unwrap();
         assert_eq!(
-            (theirs.header.marker, theirs.header.payload_type, theirs.header.sequence_number),
+            (
+                theirs.header.marker,
+                theirs.header.payload_type,
+                theirs.header.sequence_number
+            ),
             (marker, payload_type, seq)
         );
         assert_eq!(
-            (theirs.header.timestamp, theirs.header.ssrc, theirs.header.padding),
+            (
+                theirs.header.timestamp,
+                theirs.header.ssrc,
+                theirs.header.padding
+            ),
             (rtp_time, ssrc, false)
         );
         assert_eq!(
-            theirs.header.extensions.iter().map(|e| e.payload.len()).collect::<Vec<_>>(),
+            theirs
+                .header
+                .extensions
+                .iter()
+                .map(|e| e.payload.len())
+                .collect::<Vec<_>>(),
             values.iter().map(Vec::len).collect::<Vec<_>>()
         );
         assert_eq!(theirs.payload, &packet[len..]);
@@ -165,15 +207,30 @@ fn vp8_descriptors_read_the_same_at_the_peer() {
         let rest = theirs.depacketize(&Bytes::from(payload.clone()));
         let ours = Descriptor::parse(&payload).filter(|(_, len)| *len < payload.len());
         assert_eq!(rest.is_ok(), ours.is_some(), "{payload:?}");
-        let (Ok(rest), Some((ours, len))) = (rest, ours) else { continue };
+        let (Ok(rest), Some((ours, len))) = (rest, ours) else {
+            continue;
+        };
         assert_eq!(rest, &payload[len..]);
         assert_eq!(
-            (ours.non_reference, ours.start_of_partition, ours.partition_id),
+            (
+                ours.non_reference,
+                ours.start_of_partition,
+                ours.partition_id
+            ),
             (theirs.n == 1, theirs.s == 1, theirs.pid)
         );
-        assert_eq!(ours.picture_id.map(PictureId::value), (theirs.i == 1).then_some(theirs.picture_id));
-        assert_eq!(ours.tl0_pic_idx, (theirs.l == 1).then_some(theirs.tl0_pic_idx));
-        assert_eq!((ours.tid, ours.layer_sync), ((theirs.t == 1).then_some(theirs.tid), theirs.y == 1));
+        assert_eq!(
+            ours.picture_id.map(PictureId::value),
+            (theirs.i == 1).then_some(theirs.picture_id)
+        );
+        assert_eq!(
+            ours.tl0_pic_idx,
+            (theirs.l == 1).then_some(theirs.tl0_pic_idx)
+        );
+        assert_eq!(
+            (ours.tid, ours.layer_sync),
+            ((theirs.t == 1).then_some(theirs.tid), theirs.y == 1)
+        );
         assert_eq!(ours.key_idx, (theirs.k == 1).then_some(theirs.key_idx));
     }
 }
@@ -193,7 +250,9 @@ fn peer_report(chance: &mut Chance) -> ReceptionReport {
 }
 
 fn peer_cname(chance: &mut Chance) -> SourceDescriptionChunk {
-    let text = chance.list(20, |chance| b'a' + chance.below(26) as u8).into();
+    let text = chance
+        .list(20, |chance| b'a' + chance.below(26) as u8)
+        .into();
     SourceDescriptionChunk {
         source: chance.u32(),
         items: vec![SourceDescriptionItem {
@@ -222,7 +281,9 @@ fn peer_nack(chance: &mut Chance) -> TransportLayerNack {
 fn peer_xr(chance: &mut Chance) -> ExtendedReport {
     let mut reports: Vec<Peer> = Vec::new();
     if chance.below(2) == 0 {
-        reports.push(Box::new(ReceiverReferenceTimeReportBlock { ntp_timestamp: chance.u64() }));
+        reports.push(Box::new(ReceiverReferenceTimeReportBlock {
+            ntp_timestamp: chance.u64(),
+        }));
     }
     let dlrr = chance.list(5, |chance| DLRRReport {
         ssrc: chance.u32(),
@@ -231,7 +292,11 @@ fn peer_xr(chance: &mut Chance) -> ExtendedReport {
     });
     if !dlrr.is_empty() || reports.is_empty() {
         reports.push(Box::new(DLRRReportBlock {
-            reports: if dlrr.is_empty() { vec![DLRRReport::default()] } else { dlrr },
+            reports: if dlrr.is_empty() {
+                vec![DLRRReport::default()]
+            } else {
+                dlrr
+            },
         }));
     }
     ExtendedReport {
@@ -266,7 +331,10 @@ fn peer_rtcp(chance: &mut Chance, kind: usize) -> Peer {
             reason: Bytes::new(),
         }),
         4 => Box::new(peer_nack(chance)),
-        5 => Box::new(PictureLossIndication { sender_ssrc, media_ssrc }),
+        5 => Box::new(PictureLossIndication {
+            sender_ssrc,
+            media_ssrc,
+        }),
         6 => {
             let mut fir = chance.list(5, |chance| FirEntry {
                 ssrc: chance.u32(),
@@ -346,7 +414,9 @@ fn to_peer(packet: Packet<'_>) -> Peer {
                 source: c.ssrc,
                 items: c.cname.map(item).into_iter().collect(),
             });
-            Box::new(SourceDescription { chunks: chunks.collect() })
+            Box::new(SourceDescription {
+                chunks: chunks.collect(),
+            })
         }
         Packet::Bye { sources, reason } => Box::new(Goodbye {
             sources: sources.collect(),
@@ -364,9 +434,23 @@ fn to_peer(packet: Packet<'_>) -> Peer {
                 nacks: nack_pairs_from_sequence_numbers(&seqs),
             })
         }
-        Packet::Pli { sender_ssrc, media_ssrc } => Box::new(PictureLossIndication { sender_ssrc, media_ssrc }),
-        Packet::Fir { sender_ssrc, entries } => {
-            let fir = entries.map(|(ssrc, sequence_number)| FirEntry { ssrc, sequence_number }).collect();
+        Packet::Pli {
+            sender_ssrc,
+            media_ssrc,
+        } => Box::new(PictureLossIndication {
+            sender_ssrc,
+            media_ssrc,
+        }),
+        Packet::Fir {
+            sender_ssrc,
+            entries,
+        } => {
+            let fir = entries
+                .map(|(ssrc, sequence_number)| FirEntry {
+                    ssrc,
+                    sequence_number,
+                })
+                .collect();
             Box::new(FullIntraRequest {
                 sender_ssrc,
                 media_ssrc: 0,
@@ -384,7 +468,9 @@ fn to_peer(packet: Packet<'_>) -> Peer {
         }),
         Packet::Xr { ssrc, rrtr, dlrr } => {
             let mut reports: Vec<Peer> = Vec::new();
-            reports.extend(rrtr.map(|ntp_timestamp| Box::new(ReceiverReferenceTimeReportBlock { ntp_timestamp }) as Peer));
+            reports.extend(rrtr.map(|ntp_timestamp| {
+                Box::new(ReceiverReferenceTimeReportBlock { ntp_timestamp }) as Peer
+            }));
             let dlrr: Vec<_> = dlrr
                 .map(|b| DLRRReport {
                     ssrc: b.ssrc,
@@ -395,7 +481,10 @@ fn to_peer(packet: Packet<'_>) -> Peer {
             if !dlrr.is_empty() {
                 reports.push(Box::new(DLRRReportBlock { reports: dlrr }));
             }
-            Box::new(ExtendedReport { sender_ssrc: ssrc, reports })
+            Box::new(ExtendedReport {
+                sender_ssrc: ssrc,
+                reports,
+            })
         }
         other => panic!("the peer wrote nothing like {other:?}"),
     }
@@ -416,15 +505,26 @@ fn write_like(writer: &mut Writer<'_>, packet: &Peer) -> Result<(), WriteError> 
     } else if let Some(p) = any.downcast_ref::<ReceiverReport>() {
         writer.receiver_report(p.ssrc, p.reports.iter().map(report_from_peer))
     } else if let Some(p) = any.downcast_ref::<SourceDescription>() {
-        writer.sdes_cname(p.chunks[0].source, std::str::from_utf8(&p.chunks[0].items[0].text).unwrap())
+        writer.sdes_cname(
+            p.chunks[0].source,
+            std::str::from_utf8(&p.chunks[0].items[0].text).unwrap(),
+        )
     } else if let Some(p) = any.downcast_ref::<Goodbye>() {
         writer.bye(&p.sources)
     } else if let Some(p) = any.downcast_ref::<TransportLayerNack>() {
-        writer.nack(p.sender_ssrc, p.media_ssrc, p.nacks.iter().flat_map(|pair| pair.packet_list()).map(Seq))
+        writer.nack(
+            p.sender_ssrc,
+            p.media_ssrc,
+            p.nacks.iter().flat_map(|pair| pair.packet_list()).map(Seq),
+        )
     } else if let Some(p) = any.downcast_ref::<PictureLossIndication>() {
         writer.pli(p.sender_ssrc, p.media_ssrc)
     } else if let Some(p) = any.downcast_ref::<FullIntraRequest>() {
-        let entries: Vec<_> = p.fir.iter().map(|entry| (entry.ssrc, entry.sequence_number)).collect();
+        let entries: Vec<_> = p
+            .fir
+            .iter()
+            .map(|entry| (entry.ssrc, entry.sequence_number))
+            .collect();
         writer.fir(p.sender_ssrc, &entries)
     } else if let Some(p) = any.downcast_ref::<ReceiverEstimatedMaximumBitrate>() {
         writer.remb(p.sender_ssrc, Bitrate::from_bps(p.bitrate as u64), &p.ssrcs)
@@ -445,7 +545,10 @@ fn write_xr_like(writer: &mut Writer<'_>, packet: &ExtendedReport) -> Result<(),
             .downcast_ref::<ReceiverReferenceTimeReportBlock>()
             .map(|rrtr| rrtr.ntp_timestamp)
     };
-    let dlrr = packet.reports.iter().filter_map(|block| block.as_any().downcast_ref::<DLRRReportBlock>());
+    let dlrr = packet
+        .reports
+        .iter()
+        .filter_map(|block| block.as_any().downcast_ref::<DLRRReportBlock>());
     writer.xr(
         packet.sender_ssrc,
         packet.reports.iter().find_map(find),
@@ -465,7 +568,9 @@ fn rtcp_compounds_read_and_written_agree_with_the_peer() {
             .collect();
         let bytes = rtc_rtcp::packet::marshal(&theirs).unwrap();
 
-        let read: Vec<Peer> = packets(&bytes).map(|packet| to_peer(packet.unwrap())).collect();
+        let read: Vec<Peer> = packets(&bytes)
+            .map(|packet| to_peer(packet.unwrap()))
+            .collect();
         assert_eq!(read.len(), theirs.len());
         for (ours, theirs) in read.iter().zip(&theirs) {
             assert!(ours == theirs, "round {round}: {ours:?} is not {theirs:?}");
@@ -473,12 +578,22 @@ fn rtcp_compounds_read_and_written_agree_with_the_peer() {
 
         let mut out = [0xAA; 8_000];
         let mut writer = Writer::new(&mut out);
-        theirs.iter().for_each(|packet| write_like(&mut writer, packet).unwrap());
+        theirs
+            .iter()
+            .for_each(|packet| write_like(&mut writer, packet).unwrap());
         let len = writer.len();
         // Behind CNAME and BYE the peer leaves other padding than the zeros that RFC 3550 asks for.
-        let own_padding = |packet: &Peer| packet.as_any().is::<SourceDescription>() || packet.as_any().is::<Goodbye>();
-        assert!(out[..len] == bytes || theirs.iter().any(own_padding), "round {round}: {theirs:#?}");
-        assert!(rtc_rtcp::packet::unmarshal(&mut &out[..len]).unwrap() == theirs, "round {round}");
+        let own_padding = |packet: &Peer| {
+            packet.as_any().is::<SourceDescription>() || packet.as_any().is::<Goodbye>()
+        };
+        assert!(
+            out[..len] == bytes || theirs.iter().any(own_padding),
+            "round {round}: {theirs:#?}"
+        );
+        assert!(
+            rtc_rtcp::packet::unmarshal(&mut &out[..len]).unwrap() == theirs,
+            "round {round}"
+        );
     }
 }
 
@@ -493,7 +608,11 @@ fn a_remb_is_never_read_above_what_was_said() {
         let Some(Ok(Packet::Remb { bitrate, .. })) = packets(&out[..24]).next() else {
             panic!("{bps}")
         };
-        assert!(bitrate.bps() <= bps && bps - bitrate.bps() <= bps >> 17, "{bps} became {}", bitrate.bps());
+        assert!(
+            bitrate.bps() <= bps && bps - bitrate.bps() <= bps >> 17,
+            "{bps} became {}",
+            bitrate.bps()
+        );
     }
 }
 
@@ -502,11 +621,18 @@ fn a_remb_is_never_read_above_what_was_said() {
 const PROFILES: [(Profile, ProtectionProfile); 3] = [
     (Profile::AeadAes128Gcm, ProtectionProfile::AeadAes128Gcm),
     (Profile::AeadAes256Gcm, ProtectionProfile::AeadAes256Gcm),
-    (Profile::Aes128CmHmacSha1_80, ProtectionProfile::Aes128CmHmacSha1_80),
+    (
+        Profile::Aes128CmHmacSha1_80,
+        ProtectionProfile::Aes128CmHmacSha1_80,
+    ),
 ];
 
 /// Our two directions as DTLS client, and the peer's two as server, from the same keying material.
-fn facing_the_peer(chance: &mut Chance, ours: Profile, theirs: ProtectionProfile) -> (Sealer, Opener, Context, Context) {
+fn facing_the_peer(
+    chance: &mut Chance,
+    ours: Profile,
+    theirs: ProtectionProfile,
+) -> (Sealer, Opener, Context, Context) {
     let material = chance.bytes(ours.keying_material_len());
     let (sealer, opener) = session(ours, &material, DtlsRole::Client).unwrap();
     let (key_len, salt_len) = (theirs.key_len(), theirs.salt_len());
@@ -523,7 +649,8 @@ fn facing_the_peer(chance: &mut Chance, ours: Profile, theirs: ProtectionProfile
 fn srtp_works_both_ways_with_the_peer_across_the_rollover() {
     let mut chance = Chance::of(6);
     for (ours, theirs) in PROFILES {
-        let (sealer, opener, mut peer_opener, mut peer_sealer) = facing_the_peer(&mut chance, ours, theirs);
+        let (sealer, opener, mut peer_opener, mut peer_sealer) =
+            facing_the_peer(&mut chance, ours, theirs);
         let mut extender = SeqExtender::default();
         for index in 65_000..67_000u64 {
             let mut packet = peer_rtp(&mut chance);
@@ -532,12 +659,23 @@ fn srtp_works_both_ways_with_the_peer_across_the_rollover() {
             let header_len = Header::parse(&plain).unwrap().header_len;
 
             let mut sealed = [&plain[..], &[0; 16][..ours.rtp_overhead()]].concat();
-            assert_eq!(sealer.seal_rtp(&mut sealed, header_len, plain.len(), index), Ok(sealed.len()));
-            assert_eq!(peer_opener.decrypt_rtp(&sealed).unwrap(), plain, "{ours:?} {index}");
+            assert_eq!(
+                sealer.seal_rtp(&mut sealed, header_len, plain.len(), index),
+                Ok(sealed.len())
+            );
+            assert_eq!(
+                peer_opener.decrypt_rtp(&sealed).unwrap(),
+                plain,
+                "{ours:?} {index}"
+            );
 
             let mut received = peer_sealer.encrypt_rtp(&plain).unwrap();
             let guess = extender.guess(index as u16);
-            assert_eq!(opener.open_rtp(&mut received, header_len, guess), Ok(plain.len()), "{ours:?} {index}");
+            assert_eq!(
+                opener.open_rtp(&mut received, header_len, guess),
+                Ok(plain.len()),
+                "{ours:?} {index}"
+            );
             assert_eq!(received[..plain.len()], plain);
             extender.commit(guess);
         }
@@ -548,17 +686,29 @@ fn srtp_works_both_ways_with_the_peer_across_the_rollover() {
 fn srtcp_works_both_ways_with_the_peer() {
     let mut chance = Chance::of(7);
     for (ours, theirs) in PROFILES {
-        let (mut sealer, mut opener, mut peer_opener, mut peer_sealer) = facing_the_peer(&mut chance, ours, theirs);
+        let (mut sealer, mut opener, mut peer_opener, mut peer_sealer) =
+            facing_the_peer(&mut chance, ours, theirs);
         for round in 0..500 {
-            let compound = [peer_rtcp(&mut chance, round % RTCP_KINDS), peer_rtcp(&mut chance, 5)];
+            let compound = [
+                peer_rtcp(&mut chance, round % RTCP_KINDS),
+                peer_rtcp(&mut chance, 5),
+            ];
             let plain = rtc_rtcp::packet::marshal(&compound).unwrap();
 
             let mut sealed = [&plain[..], &[0; 20][..ours.rtcp_overhead()]].concat();
             assert_eq!(sealer.seal_rtcp(&mut sealed, plain.len()), Ok(sealed.len()));
-            assert_eq!(peer_opener.decrypt_rtcp(&sealed).unwrap(), plain, "{ours:?} {round}");
+            assert_eq!(
+                peer_opener.decrypt_rtcp(&sealed).unwrap(),
+                plain,
+                "{ours:?} {round}"
+            );
 
             let mut received = peer_sealer.encrypt_rtcp(&plain).unwrap();
-            assert_eq!(opener.open_rtcp(&mut received), Ok(plain.len()), "{ours:?} {round}");
+            assert_eq!(
+                opener.open_rtcp(&mut received),
+                Ok(plain.len()),
+                "{ours:?} {round}"
+            );
             assert_eq!(received[..plain.len()], plain);
         }
     }
@@ -570,21 +720,32 @@ fn srtcp_works_both_ways_with_the_peer() {
 fn read_everything(bytes: &[u8]) -> usize {
     let mut found = rtp::classify(bytes) as usize;
     if let Some(header) = Header::parse(bytes) {
-        found += header.extensions(bytes).map(|(_, value)| value.len()).sum::<usize>();
+        found += header
+            .extensions(bytes)
+            .map(|(_, value)| value.len())
+            .sum::<usize>();
         let payload = header.payload(bytes).unwrap_or_default();
         found += rtp::split_rtx(payload).map_or(0, |(_, original)| original.len());
-        found += Descriptor::parse(payload).map_or(0, |(descriptor, len)| len + usize::from(descriptor.starts_key_frame(&payload[len..])));
+        found += Descriptor::parse(payload).map_or(0, |(descriptor, len)| {
+            len + usize::from(descriptor.starts_key_frame(&payload[len..]))
+        });
     }
     found += vp8::key_frame_size(bytes).map_or(0, |(width, _)| usize::from(width));
     found
         + packets(bytes)
-            .map(|packet| packet.map_or(1, |packet| format!("{packet:?}").len() + count_lists(packet)))
+            .map(|packet| {
+                packet.map_or(1, |packet| {
+                    format!("{packet:?}").len() + count_lists(packet)
+                })
+            })
             .sum::<usize>()
 }
 
 fn count_lists(packet: Packet<'_>) -> usize {
     match packet {
-        Packet::SenderReport { reports, .. } | Packet::ReceiverReport { reports, .. } => reports.count(),
+        Packet::SenderReport { reports, .. } | Packet::ReceiverReport { reports, .. } => {
+            reports.count()
+        }
         Packet::Sdes { chunks } => chunks.count(),
         Packet::Bye { sources, .. } | Packet::Remb { sources, .. } => sources.count(),
         Packet::Nack { seqs, .. } => seqs.count(),
@@ -603,7 +764,9 @@ fn damage(chance: &mut Chance, packet: &mut Vec<u8>) {
             1 => packet.extend_from_slice(&chance.bytes(at % 9)),
             // Counts and lengths live up front.
             2 if packet.len() > 4 => packet[at % 4] = chance.u32() as u8,
-            _ if at < packet.len() => packet[at] = [0, 1, 0x7F, 0x80, 0xFF, chance.u32() as u8][chance.below(6)],
+            _ if at < packet.len() => {
+                packet[at] = [0, 1, 0x7F, 0x80, 0xFF, chance.u32() as u8][chance.below(6)]
+            }
             _ => {}
         }
     }
@@ -650,7 +813,11 @@ fn no_bytes_make_an_opener_panic_or_believe() {
             damage(&mut chance, &mut bad);
             if bad != good {
                 let (header_len, index) = (chance.below(bad.len() + 20), chance.u64() >> 16);
-                assert!(opener.open_rtp(&mut bad.clone(), header_len, index).is_err());
+                assert!(
+                    opener
+                        .open_rtp(&mut bad.clone(), header_len, index)
+                        .is_err()
+                );
                 assert!(opener.open_rtcp(&mut bad).is_err());
             }
             assert_eq!(opener.open_rtcp(&mut good), Ok(plain.len()));

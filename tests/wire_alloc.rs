@@ -49,7 +49,11 @@ fn the_counter_counts() {
 
 #[test]
 fn sealing_and_opening_allocate_nothing() {
-    for profile in [Profile::AeadAes128Gcm, Profile::AeadAes256Gcm, Profile::Aes128CmHmacSha1_80] {
+    for profile in [
+        Profile::AeadAes128Gcm,
+        Profile::AeadAes256Gcm,
+        Profile::Aes128CmHmacSha1_80,
+    ] {
         let material: Vec<u8> = (0..profile.keying_material_len() as u8).collect();
         let (mut sealer, _) = session(profile, &material, DtlsRole::Client).unwrap();
         let (_, mut opener) = session(profile, &material, DtlsRole::Server).unwrap();
@@ -57,7 +61,9 @@ fn sealing_and_opening_allocate_nothing() {
         let twcc = template.push_extension(3, &[0; 2]).unwrap();
         let (mut extender, mut replay) = (SeqExtender::default(), ReplayWindow::default());
         let mut media = |index: u64, buf: &mut [u8; 1_500]| {
-            let header_len = template.write(buf, false, Seq(index as u16), 90 * index as u32).unwrap();
+            let header_len = template
+                .write(buf, false, Seq(index as u16), 90 * index as u32)
+                .unwrap();
             twcc.patch(buf, &(index as u16).to_be_bytes());
             let len = sealer.seal_rtp(buf, header_len, 1_100, index).unwrap();
             let packet = &mut buf[..len];
@@ -68,7 +74,10 @@ fn sealing_and_opening_allocate_nothing() {
             let plain_len = opener.open_rtp(packet, header.header_len, guess).unwrap();
             extender.commit(guess);
             replay.commit(guess);
-            assert!(header.extension(packet, 3).is_some() && header.payload(&packet[..plain_len]).is_some());
+            assert!(
+                header.extension(packet, 3).is_some()
+                    && header.payload(&packet[..plain_len]).is_some()
+            );
             let len = {
                 let mut writer = Writer::new(buf);
                 writer.pli(1, 2).unwrap();
@@ -97,13 +106,17 @@ fn writing_and_reading_rtcp_allocates_nothing() {
             ssrc: 5,
             ..ReportBlock::default()
         };
-        writer.sender_report(&SenderInfo::default(), [report; 40]).unwrap();
+        writer
+            .sender_report(&SenderInfo::default(), [report; 40])
+            .unwrap();
         writer.receiver_report(1, [report]).unwrap();
         writer.sdes_cname(1, "a name").unwrap();
         writer.nack(1, 2, (0..200).map(|n| Seq(n * 3))).unwrap();
         writer.pli(1, 2).unwrap();
         writer.fir(1, &[(2, 3)]).unwrap();
-        writer.remb(1, Bitrate::from_bps(1_000_000), &[2, 3]).unwrap();
+        writer
+            .remb(1, Bitrate::from_bps(1_000_000), &[2, 3])
+            .unwrap();
         writer.xr(1, Some(7), [DlrrBlock::default(); 3]).unwrap();
         writer.bye(&[1]).unwrap();
         let len = writer.len();
@@ -111,7 +124,9 @@ fn writing_and_reading_rtcp_allocates_nothing() {
         for packet in packets(&out[..len]) {
             read += 1;
             items += match packet.unwrap() {
-                Packet::SenderReport { reports, .. } | Packet::ReceiverReport { reports, .. } => reports.count(),
+                Packet::SenderReport { reports, .. } | Packet::ReceiverReport { reports, .. } => {
+                    reports.count()
+                }
                 Packet::Sdes { chunks } => chunks.filter(|chunk| chunk.cname.is_some()).count(),
                 Packet::Nack { seqs, .. } => seqs.count(),
                 Packet::Fir { entries, .. } => entries.count(),
@@ -138,7 +153,10 @@ fn payload_descriptors_and_retransmissions_allocate_nothing() {
             };
             let len = descriptor.write(&mut payload[osn_len..]).unwrap();
             let (osn, original) = split_rtx(&payload).unwrap();
-            assert_eq!((osn, Descriptor::parse(original)), (Seq(id), Some((descriptor, len))));
+            assert_eq!(
+                (osn, Descriptor::parse(original)),
+                (Seq(id), Some((descriptor, len)))
+            );
         }
     };
     assert_eq!(allocations(work), 0);

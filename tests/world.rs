@@ -72,7 +72,10 @@ fn verdict_on(seed: u64) -> Option<String> {
 }
 
 fn told(violations: &BTreeMap<Rule, String>) -> String {
-    let lines: Vec<String> = violations.iter().map(|(rule, what)| format!("{rule:?}: {what}")).collect();
+    let lines: Vec<String> = violations
+        .iter()
+        .map(|(rule, what)| format!("{rule:?}: {what}"))
+        .collect();
     lines.join("\n  ")
 }
 
@@ -94,7 +97,10 @@ fn run_all(seeds: Vec<u64>) {
     });
     let mut failures = failures.into_inner().unwrap();
     failures.sort();
-    let told: Vec<String> = failures.iter().map(|(seed, wrong)| format!("seed {seed}:\n  {wrong}")).collect();
+    let told: Vec<String> = failures
+        .iter()
+        .map(|(seed, wrong)| format!("seed {seed}:\n  {wrong}"))
+        .collect();
     assert!(
         failures.is_empty(),
         "{} of {} worlds failed; WORLD_SEEDS=<seed> runs one again\n{}",
@@ -114,7 +120,10 @@ fn keep(seed: u64, wrong: &str) {
 
 fn asked_for() -> Option<Range<u64>> {
     let text = std::env::var("WORLD_SEEDS").ok()?;
-    let number = |text: &str| text.parse().unwrap_or_else(|_| panic!("WORLD_SEEDS is a seed or from..to, not '{text}'"));
+    let number = |text: &str| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("WORLD_SEEDS is a seed or from..to, not '{text}'"))
+    };
     match text.split_once("..") {
         Some((from, to)) => Some(number(from)..number(to)),
         None => Some(number(&text)..number(&text) + 1),
@@ -136,7 +145,11 @@ fn two_runs_of_a_seed_are_identical_and_two_seeds_are_not() {
     let mut digests = std::collections::BTreeSet::new();
     for seed in [1, 2, 3, 4, 5, 6] {
         let [first, second] = [live(seed, None).account, live(seed, None).account];
-        let differ = first.numbers.iter().zip(&second.numbers).find(|(first, second)| first != second);
+        let differ = first
+            .numbers
+            .iter()
+            .zip(&second.numbers)
+            .find(|(first, second)| first != second);
         assert_eq!(differ, None, "seed {seed}");
         assert_eq!(first, second, "seed {seed}");
         digests.insert(first.digest);
@@ -147,16 +160,38 @@ fn two_runs_of_a_seed_are_identical_and_two_seeds_are_not() {
 #[test]
 fn what_is_wrong_on_purpose_is_noticed() {
     // Two rooms on one router at least, so that everything can go wrong.
-    let seed = (1..).find(|seed| Plan::draw(*seed).rooms > Plan::draw(*seed).routers).unwrap();
+    let seed = (1..)
+        .find(|seed| Plan::draw(*seed).rooms > Plan::draw(*seed).routers)
+        .unwrap();
     for (defect, rules) in [
-        (Defect::LinkSwallows, &[Rule::RoutersAccount, Rule::EnginesAccount][..]),
-        (Defect::LinkCorrupts, &[Rule::RoutersAccount, Rule::NobodyForges, Rule::WitnessesAccount]),
-        (Defect::RemovalForgotten, &[Rule::RoutersForwardAll, Rule::AllArePresent]),
+        (
+            Defect::LinkSwallows,
+            &[Rule::RoutersAccount, Rule::EnginesAccount][..],
+        ),
+        (
+            Defect::LinkCorrupts,
+            &[
+                Rule::RoutersAccount,
+                Rule::NobodyForges,
+                Rule::WitnessesAccount,
+            ],
+        ),
+        (
+            Defect::RemovalForgotten,
+            &[Rule::RoutersForwardAll, Rule::AllArePresent],
+        ),
         (
             Defect::SubscribeForgotten,
-            &[Rule::RoutersForwardAll, Rule::AllArePresent, Rule::StreamsFlow],
+            &[
+                Rule::RoutersForwardAll,
+                Rule::AllArePresent,
+                Rule::StreamsFlow,
+            ],
         ),
-        (Defect::RoomsMixed, &[Rule::RoomsAreApart, Rule::FramesDecode]),
+        (
+            Defect::RoomsMixed,
+            &[Rule::RoomsAreApart, Rule::FramesDecode],
+        ),
         (Defect::TimerForgotten, &[Rule::NothingIsOverdue]),
         (Defect::Media(Tampering::Byte), &[Rule::FramesDecode]),
         (Defect::Media(Tampering::Frame), &[Rule::FramesDecode]),
@@ -215,6 +250,9 @@ fn worlds_see_everything_that_they_are_for() {
             *sums.entry(name).or_insert(0) += number;
         }
     }
-    let missing: Vec<_> = EXPECTED.iter().filter(|name| sums.get(**name).is_none_or(|sum| *sum == 0)).collect();
+    let missing: Vec<_> = EXPECTED
+        .iter()
+        .filter(|name| sums.get(**name).is_none_or(|sum| *sum == 0))
+        .collect();
     assert!(missing.is_empty(), "{missing:?}");
 }

@@ -70,15 +70,28 @@ fn one_ruined_among_two_hundred_is_named_first() {
     assert_eq!(ranked.len(), 2);
     assert_eq!(ranked[0].participant.identity, format!("listener-{RUINED}"));
     assert!(
-        ranked[0].wrong.iter().any(|wrong| wrong.contains("concealed (model)")),
+        ranked[0]
+            .wrong
+            .iter()
+            .any(|wrong| wrong.contains("concealed (model)")),
         "{:?}",
         ranked[0].wrong
     );
     assert!(ranked[0].participant.audio.mos.unwrap() < 4.0);
-    assert!(ranked[1].wrong.is_empty() && ranked[1].healthy, "{:?}", ranked[1].wrong);
+    assert!(
+        ranked[1].wrong.is_empty() && ranked[1].healthy,
+        "{:?}",
+        ranked[1].wrong
+    );
     // What he misses or gets after 400 ms makes him unhealthy; what is repaired too late for its playout alone is the model's word.
-    let healthy = participants.iter().filter(|participant| is_healthy(participant, 1.0)).count();
+    let healthy = participants
+        .iter()
+        .filter(|participant| is_healthy(participant, 1.0))
+        .count();
     let ruined = &participants[RUINED - 1].audio;
     let bad = ruined.frames_expected - ruined.frames_delivered + ruined.frames_late;
-    assert_eq!(healthy, SUBSCRIBERS - usize::from(bad * 100 > ruined.frames_expected));
+    assert_eq!(
+        healthy,
+        SUBSCRIBERS - usize::from(bad * 100 > ruined.frames_expected)
+    );
 }

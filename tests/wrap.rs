@@ -78,8 +78,16 @@ fn script(chance: &mut Seeded) -> Vec<Step> {
         };
         match chance.below(20) {
             0 | 1 => lost.push(number),
-            2 => steps.push(step(micros + 25_000 + chance.below(60_000), number, false, true)),
-            3 => steps.extend([step(micros, number, false, true), step(micros + 300, number, false, false)]),
+            2 => steps.push(step(
+                micros + 25_000 + chance.below(60_000),
+                number,
+                false,
+                true,
+            )),
+            3 => steps.extend([
+                step(micros, number, false, true),
+                step(micros + 300, number, false, false),
+            ]),
             _ => steps.push(step(micros, number, false, chance.chance(60))),
         }
         if let Some(repaired) = lost.pop_if(|_| chance.chance(40)) {
@@ -90,7 +98,12 @@ fn script(chance: &mut Seeded) -> Vec<Step> {
     steps
 }
 
-type Story = (Vec<(Arrival, Option<u64>)>, Vec<(usize, u32, Vec<u16>)>, ReceiveCounts, Duration);
+type Story = (
+    Vec<(Arrival, Option<u64>)>,
+    Vec<(usize, u32, Vec<u16>)>,
+    ReceiveCounts,
+    Duration,
+);
 
 fn received(steps: &[Step], origin: Origin, rtx: bool) -> Story {
     let mut stream = ReceiveStream::new(48_000);
@@ -99,7 +112,9 @@ fn received(steps: &[Step], origin: Origin, rtx: bool) -> Story {
     for step in steps {
         let now = Time::ZERO + origin.time + Duration::from_micros(step.micros);
         let seq = origin.seq.wrapping_add(step.number as u16);
-        let rtp_time = origin.rtp_time.wrapping_add((step.number as u32).wrapping_mul(960));
+        let rtp_time = origin
+            .rtp_time
+            .wrapping_add((step.number as u32).wrapping_mul(960));
         let arrival = stream.handle_packet(seq, rtp_time, now, step.retransmitted && rtx);
         let ext = (arrival != Arrival::TooOld).then(|| stream.ext_seq());
         first = first.or(ext);
@@ -108,7 +123,10 @@ fn received(steps: &[Step], origin: Origin, rtx: bool) -> Story {
         if step.poll {
             let mut out = [0; MISSING_MAX];
             let polled = stream.poll_nack(now, ROUND_TRIP, &mut out);
-            let asked = out[..polled.count].iter().map(|seq| seq.wrapping_sub(origin.seq)).collect();
+            let asked = out[..polled.count]
+                .iter()
+                .map(|seq| seq.wrapping_sub(origin.seq))
+                .collect();
             polls.push((polled.count, polled.gave_up, asked));
         }
     }
@@ -122,7 +140,11 @@ fn a_received_stream_tells_the_same_wherever_its_counters_begin() {
     for round in 0..60 {
         let (steps, rtx) = (script(&mut chance), round % 2 == 0);
         let plain = received(&steps, Origin::PLAIN, rtx);
-        assert!(plain.2.lost_network > 0 && plain.2.reordered + plain.2.repaired > 0 && !plain.1.is_empty());
+        assert!(
+            plain.2.lost_network > 0
+                && plain.2.reordered + plain.2.repaired > 0
+                && !plain.1.is_empty()
+        );
         repaired += plain.2.repaired;
         for _ in 0..6 {
             let origin = Origin::drawn(&mut chance);
@@ -155,8 +177,15 @@ fn frames_are_put_together_alike_wherever_numbers_and_clocks_begin() {
             };
             assembler.handle_packet(&packet, now, |event| {
                 events.push(match event {
-                    FrameEvent::Complete(frame) => (0, frame.key, frame.decodable, Some(frame.completed_at.since(frame.first_arrival))),
-                    FrameEvent::Decoded(frame) => (1, frame.key, frame.freeze.is_some(), frame.interval),
+                    FrameEvent::Complete(frame) => (
+                        0,
+                        frame.key,
+                        frame.decodable,
+                        Some(frame.completed_at.since(frame.first_arrival)),
+                    ),
+                    FrameEvent::Decoded(frame) => {
+                        (1, frame.key, frame.freeze.is_some(), frame.interval)
+                    }
                 });
             });
             if assembler.poll_pli(now) {
@@ -173,7 +202,8 @@ fn frames_are_put_together_alike_wherever_numbers_and_clocks_begin() {
         given_up += plain.1.abandoned + plain.1.undecodable;
         for _ in 0..6 {
             let origin = Origin::drawn(&mut chance);
-            let first_seq = [1 << 16, (1 << 32) - 200, u64::from(origin.seq) + 1][chance.below(3) as usize];
+            let first_seq =
+                [1 << 16, (1 << 32) - 200, u64::from(origin.seq) + 1][chance.below(3) as usize];
             assert!(
                 assembled(&steps, origin, first_seq) == plain,
                 "{:?} {} {first_seq}",
@@ -182,7 +212,10 @@ fn frames_are_put_together_alike_wherever_numbers_and_clocks_begin() {
             );
         }
     }
-    assert!(decoded > 500 && given_up > 10, "{decoded} decoded, {given_up} given up");
+    assert!(
+        decoded > 500 && given_up > 10,
+        "{decoded} decoded, {given_up} given up"
+    );
 }
 
 /// Sealed by one end and opened by the other as a worker does it, with only 16 bits of the index on the wire.
@@ -200,7 +233,8 @@ fn every_packet_is_opened_once_over_many_rollovers_and_whatever_its_order() {
         let (_, opener) = session(profile, &material, DtlsRole::Client).unwrap();
         let template = HeaderTemplate::new(111, 7).unwrap();
         let (mut extender, mut window) = (SeqExtender::default(), ReplayWindow::default());
-        let (mut opened, mut newest, mut sent) = (BTreeSet::new(), None, 65_000 + chance.below(500));
+        let (mut opened, mut newest, mut sent) =
+            (BTreeSet::new(), None, 65_000 + chance.below(500));
         for _ in 0..6_000 {
             // Ahead in leaps, so that four rollovers pass; and behind, within the window mostly.
             sent += 1 + chance.below(80);
@@ -210,11 +244,16 @@ fn every_packet_is_opened_once_over_many_rollovers_and_whatever_its_order() {
                 sent
             };
             let mut packet = [9; 64];
-            let header_len = template.write(&mut packet, false, Seq(index as u16), 0).unwrap();
+            let header_len = template
+                .write(&mut packet, false, Seq(index as u16), 0)
+                .unwrap();
             let len = sealer.seal_rtp(&mut packet, header_len, 40, index).unwrap();
             let guess = extender.guess(index as u16);
             let fresh = window.check(guess);
-            let is_open = fresh && opener.open_rtp(&mut packet[..len], header_len, guess).is_ok();
+            let is_open = fresh
+                && opener
+                    .open_rtp(&mut packet[..len], header_len, guess)
+                    .is_ok();
             if is_open {
                 window.commit(guess);
                 extender.commit(guess);
@@ -241,14 +280,20 @@ fn round_trips_survive_the_wrap_of_short_ntp_stamps() {
         );
         // Any moment, and above all those in which 16 bits of seconds are used up.
         let sent = (chance.draw() as u32) | if chance.chance(50) { 0xFFFF_0000 } else { 1 };
-        let back = (u64::from(sent) + u64::from(dlsr_units(rtt)) + u64::from(dlsr_units(held))) as u32;
+        let back =
+            (u64::from(sent) + u64::from(dlsr_units(rtt)) + u64::from(dlsr_units(held))) as u32;
         let told = rtt_from_report(back, sent, dlsr_units(held)).unwrap();
-        assert!(told.abs_diff(rtt) <= Duration::from_micros(31), "{told:?} of {rtt:?}");
+        assert!(
+            told.abs_diff(rtt) <= Duration::from_micros(31),
+            "{told:?} of {rtt:?}"
+        );
     }
     // Whatever is made up is below nine hours, or nothing.
     for _ in 0..20_000 {
         let [now, lsr, dlsr] = [(); 3].map(|()| chance.draw() as u32);
-        assert!(rtt_from_report(now, lsr, dlsr).is_none_or(|rtt| rtt <= Duration::from_secs(1 << 15)));
+        assert!(
+            rtt_from_report(now, lsr, dlsr).is_none_or(|rtt| rtt <= Duration::from_secs(1 << 15))
+        );
     }
     let epoch = Epoch::read();
     let stamp = ntp_middle(epoch.ntp(Time::from_millis(1_000)));
@@ -259,7 +304,9 @@ fn round_trips_survive_the_wrap_of_short_ntp_stamps() {
 fn what_may_be_resent_is_found_alike_wherever_sequence_numbers_begin() {
     let mut chance = Seeded::new(15);
     for _ in 0..200 {
-        let frames: Vec<(u16, u16)> = (0..100).map(|_| (1 + chance.below(30) as u16, chance.below(4) as u16)).collect();
+        let frames: Vec<(u16, u16)> = (0..100)
+            .map(|_| (1 + chance.below(30) as u16, chance.below(4) as u16))
+            .collect();
         let asked: Vec<u16> = (0..300).map(|_| chance.below(3_000) as u16).collect();
         let found = |origin: u16| {
             let (mut ring, mut next) = (ResendRing::new(64), origin);
@@ -273,7 +320,10 @@ fn what_may_be_resent_is_found_alike_wherever_sequence_numbers_begin() {
                 });
                 next = first_seq.wrapping_add(*packets);
             }
-            let find = |back: &u16| ring.find(next.wrapping_sub(*back)).map(|(record, packet)| (record.frame, packet));
+            let find = |back: &u16| {
+                ring.find(next.wrapping_sub(*back))
+                    .map(|(record, packet)| (record.frame, packet))
+            };
             asked.iter().map(find).collect::<Vec<_>>()
         };
         let plain = found(100);
@@ -288,9 +338,15 @@ fn resends_keep_their_distance_over_five_days() {
     let mut limiter = ResendLimiter::new(Bitrate::from_bps(1_000_000_000), 1 << 20);
     let rtt = Duration::from_millis(30);
     let wrap = Duration::from_micros((1 << 32) * 100);
-    for offset in [Duration::ZERO, wrap - Duration::from_millis(20), wrap - Duration::from_millis(1), wrap] {
+    for offset in [
+        Duration::ZERO,
+        wrap - Duration::from_millis(20),
+        wrap - Duration::from_millis(1),
+        wrap,
+    ] {
         let at = Time::from_millis(1) + offset;
-        let answers = [0, 20, 36, 60, 75].map(|millis| limiter.allow(9, 100, at + Duration::from_millis(millis), rtt));
+        let answers = [0, 20, 36, 60, 75]
+            .map(|millis| limiter.allow(9, 100, at + Duration::from_millis(millis), rtt));
         let (yes, no) = (Resend::Allowed, Resend::TooSoon);
         assert_eq!(answers, [yes, no, yes, no, yes], "{offset:?}");
         limiter.allow(9 + 64, 100, at + Duration::from_millis(200), rtt);

@@ -147,7 +147,13 @@ impl<S: Stack> Fixture<S> {
             stack,
             setup,
             remotes,
-            origin: Origin::publishing(setting.kind, setting.transport_cc_extension(), connections, &config, now),
+            origin: Origin::publishing(
+                setting.kind,
+                setting.transport_cc_extension(),
+                connections,
+                &config,
+                now,
+            ),
             setting,
             now,
             batch: (0..BATCH).map(|_| Sealed::default()).collect(),
@@ -161,9 +167,18 @@ impl<S: Stack> Fixture<S> {
         let before = self.setup.spent;
         for _ in 0..milliseconds {
             self.now += TICK;
-            step(&mut self.stack, &mut self.remotes, &mut self.setup, self.now);
+            step(
+                &mut self.stack,
+                &mut self.remotes,
+                &mut self.setup,
+                self.now,
+            );
         }
-        assert!((0..self.remotes.len()).all(|key| self.stack.is_connected(key)), "{} has hung up", S::NAME);
+        assert!(
+            (0..self.remotes.len()).all(|key| self.stack.is_connected(key)),
+            "{} has hung up",
+            S::NAME
+        );
         self.setup.spent - before
     }
 
@@ -177,7 +192,10 @@ impl<S: Stack> Fixture<S> {
         let (mut left, mut spent, before) = (packets, Duration::ZERO, self.stack.received());
         while left > 0 {
             let count = left.min(BATCH as u64) as usize;
-            let at = (0..count).map(|place| self.seal_next(place)).last().unwrap_or(self.origin.now);
+            let at = (0..count)
+                .map(|place| self.seal_next(place))
+                .last()
+                .unwrap_or(self.origin.now);
             if self.setting.control != Control::Nothing {
                 spent += self.idle_until(at);
             }
@@ -186,7 +204,12 @@ impl<S: Stack> Fixture<S> {
             spent += cpu_clock() - started;
             left -= count as u64;
         }
-        assert_eq!(self.stack.received() - before, packets, "{} has refused some", S::NAME);
+        assert_eq!(
+            self.stack.received() - before,
+            packets,
+            "{} has refused some",
+            S::NAME
+        );
         spent
     }
 
@@ -240,14 +263,19 @@ fn metered<R>(setup: &mut SetupCost, work: impl FnOnce() -> R) -> R {
 /// A millisecond passes.
 fn step<S: Stack>(stack: &mut S, remotes: &mut [Remote], setup: &mut SetupCost, now: Time) {
     for (key, datagram) in stack.take_sent() {
-        assert!(matches!(classify(&datagram), Datagram::Stun | Datagram::Dtls | Datagram::Rtcp));
+        assert!(matches!(
+            classify(&datagram),
+            Datagram::Stun | Datagram::Dtls | Datagram::Rtcp
+        ));
         remotes[key].handle_setup(&datagram, address(1, key), now);
     }
     for (key, remote) in remotes.iter_mut().enumerate() {
         let mut back = Vec::new();
         remote.turn(now, |datagram| back.push(datagram.to_vec()));
         for datagram in back {
-            metered(setup, || stack.handle_setup(key, &datagram, &remote.side, now));
+            metered(setup, || {
+                stack.handle_setup(key, &datagram, &remote.side, now)
+            });
         }
     }
     metered(setup, || stack.turn(now));

@@ -65,7 +65,12 @@ pub enum Notes {
 }
 
 /// A receiving end, and what its sender has to know.
-pub fn bare_end(index: usize, sender: SocketAddr, profile: Profile, notes: Notes) -> (BareEnd, Target) {
+pub fn bare_end(
+    index: usize,
+    sender: SocketAddr,
+    profile: Profile,
+    notes: Notes,
+) -> (BareEnd, Target) {
     let mut material = vec![0x35; profile.keying_material_len()];
     material[..8].copy_from_slice(&(index as u64).to_be_bytes());
     let (sealer, _) = session(profile, &material, DtlsRole::Client).expect("its length");
@@ -107,7 +112,10 @@ impl Floor {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let run = move || receive_until(ends, epoch, &stopped);
-        let thread = std::thread::Builder::new().name("bare".into()).spawn(run).expect("a thread");
+        let thread = std::thread::Builder::new()
+            .name("bare".into())
+            .spawn(run)
+            .expect("a thread");
         Floor { stop, thread }
     }
 
@@ -125,7 +133,8 @@ fn receive_until(mut ends: Vec<BareEnd>, epoch: Epoch, stop: &AtomicBool) -> (Ve
             .register(&mut SourceFd(&fd), Token(key), Interest::READABLE)
             .expect("a socket");
     }
-    let (mut events, mut batch, mut packets) = (Events::with_capacity(4_096), net::Batch::default(), 0);
+    let (mut events, mut batch, mut packets) =
+        (Events::with_capacity(4_096), net::Batch::default(), 0);
     let mut beat = Beat::start(epoch);
     let started = net::thread_cpu();
     while !stop.load(Ordering::Relaxed) {
@@ -139,7 +148,9 @@ fn receive_until(mut ends: Vec<BareEnd>, epoch: Epoch, stop: &AtomicBool) -> (Ve
     let cpu = net::thread_cpu() - started;
     for end in &ends {
         let fd = end.socket.as_raw_fd();
-        poll.registry().deregister(&mut SourceFd(&fd)).expect("registered");
+        poll.registry()
+            .deregister(&mut SourceFd(&fd))
+            .expect("registered");
     }
     (ends, Taken { packets, cpu })
 }
@@ -148,9 +159,13 @@ fn drain(end: &mut BareEnd, batch: &mut net::Batch) -> u64 {
     let mut opened = 0;
     while let Ok(count) = batch.receive(&end.socket) {
         for index in 0..count {
-            let Some((datagram, received)) = batch.datagram(index) else { continue };
+            let Some((datagram, received)) = batch.datagram(index) else {
+                continue;
+            };
             std::hint::black_box(received.stamp_unix_nanos);
-            let index = end.extender.guess(u16::from_be_bytes([datagram[2], datagram[3]]));
+            let index = end
+                .extender
+                .guess(u16::from_be_bytes([datagram[2], datagram[3]]));
             if end.opener.open_rtp(datagram, HEADER_LEN, index).is_ok() {
                 end.extender.commit(index);
                 opened += 1;
@@ -201,8 +216,17 @@ pub struct Sender {
 
 impl Sender {
     /// With a publisher of its own, which is participant `origin` of `config`.
-    pub fn new(socket: UdpSocket, targets: Vec<Target>, config: &ShardConfig, origin: usize) -> Sender {
-        let by_address = targets.iter().enumerate().map(|(index, target)| (target.to, index)).collect();
+    pub fn new(
+        socket: UdpSocket,
+        targets: Vec<Target>,
+        config: &ShardConfig,
+        origin: usize,
+    ) -> Sender {
+        let by_address = targets
+            .iter()
+            .enumerate()
+            .map(|(index, target)| (target.to, index))
+            .collect();
         Sender {
             socket,
             targets,
@@ -253,17 +277,24 @@ impl Sender {
         self.origin.send(now, |plain| burst.push(plain.clone()));
         for target in &self.targets {
             let sealer = target.sealer();
-            let alike = |one: &Plain, next: &Plain| self.segmented && one.bytes.len() == next.bytes.len();
-            for group in self.burst.chunk_by(alike).flat_map(|group| group.chunks(SEGMENTS_MAX)) {
+            let alike =
+                |one: &Plain, next: &Plain| self.segmented && one.bytes.len() == next.bytes.len();
+            for group in self
+                .burst
+                .chunk_by(alike)
+                .flat_map(|group| group.chunks(SEGMENTS_MAX))
+            {
                 let (room, mut used) = (self.batch.lend(), 0);
                 for plain in group {
                     assert_eq!(plain.header_len, HEADER_LEN);
                     let packet = &mut room[used..];
                     packet[..plain.bytes.len()].copy_from_slice(&plain.bytes);
-                    let sealed = sealer.seal_rtp(packet, plain.header_len, plain.bytes.len(), plain.index);
+                    let sealed =
+                        sealer.seal_rtp(packet, plain.header_len, plain.bytes.len(), plain.index);
                     used += sealed.expect("a packet of ours");
                 }
-                self.batch.push(&self.socket, target.to, used, used / group.len());
+                self.batch
+                    .push(&self.socket, target.to, used, used / group.len());
                 self.sent += group.len() as u64;
                 self.sent_bytes += used as u64;
             }
@@ -280,8 +311,13 @@ impl Sender {
         self.next_upkeep = now + UPKEEP;
         let mut bytes = [0; 2_048];
         while let Ok((len, from)) = self.socket.recv_from(&mut bytes) {
-            let target = self.by_address.get(&from).map(|index| &mut self.targets[*index].keys);
-            if let (Some(Keys::Peer(remote)), Datagram::Stun | Datagram::Dtls) = (target, classify(&bytes[..len])) {
+            let target = self
+                .by_address
+                .get(&from)
+                .map(|index| &mut self.targets[*index].keys);
+            if let (Some(Keys::Peer(remote)), Datagram::Stun | Datagram::Dtls) =
+                (target, classify(&bytes[..len]))
+            {
                 remote.handle_setup(&bytes[..len], from, now);
             }
         }

@@ -40,7 +40,11 @@ pub fn source(kind: Kind) -> Source {
     static VIDEO: OnceLock<Arc<VideoClip>> = OnceLock::new();
     static AUDIO: OnceLock<Arc<AudioClip>> = OnceLock::new();
     let video = || {
-        let (width, height, fps, bps) = if is_full() { (640, 360, 10, 900_000) } else { (96, 54, 30, 60_000) };
+        let (width, height, fps, bps) = if is_full() {
+            (640, 360, 10, 900_000)
+        } else {
+            (96, 54, 30, 60_000)
+        };
         let spec = VideoSpec {
             width,
             height,
@@ -67,7 +71,12 @@ pub fn source(kind: Kind) -> Source {
 }
 
 /// What is agreed for a track of participant `origin`.
-pub fn track(kind: Kind, transport_cc_extension: Option<u8>, origin: u32, first_frame_at: Time) -> SendParameters {
+pub fn track(
+    kind: Kind,
+    transport_cc_extension: Option<u8>,
+    origin: u32,
+    first_frame_at: Time,
+) -> SendParameters {
     SendParameters {
         source: source(kind),
         ssrc: SSRC,
@@ -112,7 +121,13 @@ pub struct Origin {
 
 impl Origin {
     /// Publishes from `now` on.
-    pub fn publishing(kind: Kind, transport_cc_extension: Option<u8>, participant: usize, config: &ShardConfig, now: Time) -> Origin {
+    pub fn publishing(
+        kind: Kind,
+        transport_cc_extension: Option<u8>,
+        participant: usize,
+        config: &ShardConfig,
+        now: Time,
+    ) -> Origin {
         let ours = Side {
             address: address(3, 0),
             credentials: IceCredentials::random(),
@@ -135,10 +150,17 @@ impl Origin {
         }
         // The last flight is still to be taken.
         origin.connect(ours.address);
-        let tracks = vec![track(kind, transport_cc_extension, participant as u32, origin.now + TICK)];
-        origin
-            .shard
-            .handle_command(Command::Publish { key: 0, tracks }, origin.now, &mut origin.io);
+        let tracks = vec![track(
+            kind,
+            transport_cc_extension,
+            participant as u32,
+            origin.now + TICK,
+        )];
+        origin.shard.handle_command(
+            Command::Publish { key: 0, tracks },
+            origin.now,
+            &mut origin.io,
+        );
         origin
     }
 
@@ -170,7 +192,9 @@ impl Origin {
             let header = Header::parse(&bytes).expect("RTP");
             let index = self.extender.guess(header.seq.0);
             let opener = self.remote.peer.opener().expect("connected");
-            let len = opener.open_rtp(&mut bytes, header.header_len, index).expect("our own packet");
+            let len = opener
+                .open_rtp(&mut bytes, header.header_len, index)
+                .expect("our own packet");
             self.extender.commit(index);
             bytes.truncate(len);
             self.packets.push_back(Plain {
@@ -186,14 +210,19 @@ impl Origin {
         self.now += TICK;
         let now = self.now;
         for datagram in std::mem::take(&mut self.io.sent) {
-            assert!(matches!(classify(&datagram), Datagram::Stun | Datagram::Dtls));
+            assert!(matches!(
+                classify(&datagram),
+                Datagram::Stun | Datagram::Dtls
+            ));
             self.remote.handle_setup(&datagram, ours, now);
         }
         let mut back = Vec::new();
-        self.remote.turn(now, |datagram| back.push(datagram.to_vec()));
+        self.remote
+            .turn(now, |datagram| back.push(datagram.to_vec()));
         let from = self.remote.side.address;
         for datagram in back {
-            self.shard.handle_setup_datagram(0, &datagram, from, now, now, &mut self.io);
+            self.shard
+                .handle_setup_datagram(0, &datagram, from, now, now, &mut self.io);
         }
         self.shard.handle_control_timers(now, &mut self.io);
     }
@@ -241,7 +270,8 @@ impl Io for Capture {
     }
 
     fn send(&mut self, _key: usize, _to: SocketAddr, len: usize, segment: usize) {
-        self.sent.extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
+        self.sent
+            .extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
     }
 
     fn connect(&mut self, _key: usize, _to: SocketAddr) {}

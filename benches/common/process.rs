@@ -49,7 +49,8 @@ impl Process {
     pub fn start(command: &mut Command) -> Process {
         let child = command.stdin(Stdio::null()).spawn();
         Process {
-            child: child.unwrap_or_else(|error| panic!("{}: {error}", command.get_program().display())),
+            child: child
+                .unwrap_or_else(|error| panic!("{}: {error}", command.get_program().display())),
             samples: Vec::new(),
         }
     }
@@ -60,7 +61,9 @@ impl Process {
 
     pub fn watch(&mut self) {
         let mut sample = self.samples.last().cloned().unwrap_or_default();
-        sample.at = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set");
+        sample.at = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("a clock that is set");
         if sample.look(self.child.id()).is_some() {
             self.samples.push(sample);
         }
@@ -72,7 +75,10 @@ impl Process {
 
     /// The look that came closest to a moment since 1970.
     pub fn at(&self, moment: Duration) -> &Sample {
-        let nearest = self.samples.iter().min_by_key(|sample| sample.at.abs_diff(moment));
+        let nearest = self
+            .samples
+            .iter()
+            .min_by_key(|sample| sample.at.abs_diff(moment));
         nearest.expect("looked at while it ran")
     }
 
@@ -110,7 +116,9 @@ impl Sample {
             }
         }
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        let resident = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))?;
         self.resident_bytes = resident.split_whitespace().next()?.parse::<u64>().ok()? * 1_024;
         Some(())
     }
@@ -164,7 +172,11 @@ impl Thread {
         let cpu = self.cpu.saturating_sub(before.cpu);
         let (user, system) = (self.ticks.0 - before.ticks.0, self.ticks.1 - before.ticks.1);
         // Without a tick nothing is known of the division: a thread that short is in its program.
-        let share = if user + system == 0 { 1.0 } else { user as f64 / (user + system) as f64 };
+        let share = if user + system == 0 {
+            1.0
+        } else {
+            user as f64 / (user + system) as f64
+        };
         let user = cpu.mul_f64(share);
         Cpu {
             user,

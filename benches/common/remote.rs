@@ -70,8 +70,11 @@ impl Remote {
             self.peer.handle_timeout(now);
         }
         let (mut send, connected) = (send, &mut self.connected);
-        self.peer
-            .poll(now, |datagram, _| send(datagram), |event| *connected |= event == PeerEvent::Connected);
+        self.peer.poll(
+            now,
+            |datagram, _| send(datagram),
+            |event| *connected |= event == PeerEvent::Connected,
+        );
         self.next_turn = self.peer.next_timeout();
     }
 

@@ -9,7 +9,9 @@ use rtc::media_stream::MediaStreamTrack;
 use rtc::peer_connection::certificate::{CertificateParams, RTCCertificate};
 use rtc::peer_connection::configuration::RTCConfigurationBuilder;
 use rtc::peer_connection::configuration::interceptor_registry::register_default_interceptors;
-use rtc::peer_connection::configuration::media_engine::{MIME_TYPE_OPUS, MIME_TYPE_VP8, MediaEngine};
+use rtc::peer_connection::configuration::media_engine::{
+    MIME_TYPE_OPUS, MIME_TYPE_VP8, MediaEngine,
+};
 use rtc::peer_connection::configuration::setting_engine::SettingEngineBuilder;
 use rtc::peer_connection::event::RTCPeerConnectionEvent;
 use rtc::peer_connection::message::{RTCMessage, TaggedRTCMessage};
@@ -18,7 +20,8 @@ use rtc::peer_connection::state::RTCPeerConnectionState;
 use rtc::peer_connection::transport::{CandidateConfig, CandidateHostConfig, RTCIceCandidate};
 use rtc::peer_connection::{RTCPeerConnection, RTCPeerConnectionBuilder};
 use rtc::rtp_transceiver::rtp_sender::{
-    RTCPFeedback, RTCRtpCodec, RTCRtpCodecParameters, RTCRtpCodingParameters, RTCRtpEncodingParameters, RtpCodecKind,
+    RTCPFeedback, RTCRtpCodec, RTCRtpCodecParameters, RTCRtpCodingParameters,
+    RTCRtpEncodingParameters, RtpCodecKind,
 };
 use rtc::rtp_transceiver::{RTCRtpSenderId, RTCRtpTransceiverDirection, RTCRtpTransceiverInit};
 use rtc::sansio::Protocol;
@@ -58,12 +61,20 @@ struct One {
 }
 
 impl<const INTERCEPTORS: bool> Stack for Rtc<INTERCEPTORS> {
-    const NAME: &'static str = if INTERCEPTORS { "rtc, default interceptors" } else { "rtc, bare" };
+    const NAME: &'static str = if INTERCEPTORS {
+        "rtc, default interceptors"
+    } else {
+        "rtc, bare"
+    };
 
     fn new(_: usize, setting: Setting, config: &ShardConfig) -> Self {
         let provider = default_provider().expect("cryptography");
         let parameters = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
-        let certificate = RTCCertificate::generate(provider.crypto(), SignatureScheme::EcdsaP256Sha256, parameters);
+        let certificate = RTCCertificate::generate(
+            provider.crypto(),
+            SignatureScheme::EcdsaP256Sha256,
+            parameters,
+        );
         Rtc {
             peers: Vec::new(),
             setting,
@@ -82,8 +93,11 @@ impl<const INTERCEPTORS: bool> Stack for Rtc<INTERCEPTORS> {
         let now = self.epoch.instant(now);
         let (mut pc, sender, offer) = self.offering(key, now);
         let answer = answer(self.setting, remote, &offer);
-        pc.set_remote_description(now, RTCSessionDescription::answer(answer).expect("a description"))
-            .expect("a good answer");
+        pc.set_remote_description(
+            now,
+            RTCSessionDescription::answer(answer).expect("a description"),
+        )
+        .expect("a good answer");
         let transport = TransportContext {
             local_addr: address(1, key),
             peer_addr: remote.address,
@@ -160,7 +174,11 @@ impl<const INTERCEPTORS: bool> Stack for Rtc<INTERCEPTORS> {
                 one.seq = one.seq.wrapping_add(1);
                 packet.header.sequence_number = one.seq;
                 let sender = one.sender.expect("a track");
-                one.pc.rtp_sender(sender).expect("a track").write_rtp(now, packet).expect("connected");
+                one.pc
+                    .rtp_sender(sender)
+                    .expect("a track")
+                    .write_rtp(now, packet)
+                    .expect("connected");
                 self.poll(key);
             }
         });
@@ -178,14 +196,21 @@ impl<const INTERCEPTORS: bool> Stack for Rtc<INTERCEPTORS> {
 }
 
 impl<const INTERCEPTORS: bool> Rtc<INTERCEPTORS> {
-    fn offering(&self, key: usize, now: Instant) -> (RTCPeerConnection, Option<RTCRtpSenderId>, String) {
+    fn offering(
+        &self,
+        key: usize,
+        now: Instant,
+    ) -> (RTCPeerConnection, Option<RTCRtpSenderId>, String) {
         let mut engine = media_engine(self.setting.kind);
         let mut interceptors = Registry::new();
         if INTERCEPTORS {
-            interceptors = register_default_interceptors(interceptors, &mut engine).expect("extensions that can be");
+            interceptors = register_default_interceptors(interceptors, &mut engine)
+                .expect("extensions that can be");
         }
         // One certificate for all saves every stack the most of a key pair's cost.
-        let configuration = RTCConfigurationBuilder::new().with_certificates(vec![self.certificate.clone()]).build();
+        let configuration = RTCConfigurationBuilder::new()
+            .with_certificates(vec![self.certificate.clone()])
+            .build();
         let mut pc = RTCPeerConnectionBuilder::new()
             .with_configuration(configuration)
             .with_setting_engine(SettingEngineBuilder::new().build())
@@ -194,16 +219,23 @@ impl<const INTERCEPTORS: bool> Rtc<INTERCEPTORS> {
             .build(now)
             .expect("a configuration that can be");
         let candidate = RTCIceCandidate::from(&host_candidate(key));
-        pc.add_local_candidate(candidate.to_json().expect("a candidate")).expect("a candidate");
+        pc.add_local_candidate(candidate.to_json().expect("a candidate"))
+            .expect("a candidate");
         let sender = match self.setting.role {
             Role::Sends => {
-                pc.add_transceiver_from_track(sent_track(self.setting.kind), Some(direction(RTCRtpTransceiverDirection::Sendonly)))
-                    .expect("a track");
+                pc.add_transceiver_from_track(
+                    sent_track(self.setting.kind),
+                    Some(direction(RTCRtpTransceiverDirection::Sendonly)),
+                )
+                .expect("a track");
                 pc.get_senders().next()
             }
             Role::Receives => {
-                pc.add_transceiver_from_kind(codec_kind(self.setting.kind), Some(direction(RTCRtpTransceiverDirection::Recvonly)))
-                    .expect("a track");
+                pc.add_transceiver_from_kind(
+                    codec_kind(self.setting.kind),
+                    Some(direction(RTCRtpTransceiverDirection::Recvonly)),
+                )
+                .expect("a track");
                 None
             }
         };
@@ -264,15 +296,22 @@ fn next_packet(kind: Kind, origin: &mut Origin) -> (rtc::rtp::Packet, Time) {
     (rtc::rtp::Packet { header, payload }, plain.at)
 }
 
-const TRANSPORT_CC_URI: &str = "http://www.ietf.org/id/draft-holmer-rmcat-transport-wide-cc-extensions-01";
+const TRANSPORT_CC_URI: &str =
+    "http://www.ietf.org/id/draft-holmer-rmcat-transport-wide-cc-extensions-01";
 
 /// What an SFU would answer to the one section that is offered.
 fn answer(setting: Setting, remote: &Side, offer: &str) -> String {
     let agreed = match setting.transport_cc_extension() {
         Some(id) => {
             let extension = format!("extmap:{id} {TRANSPORT_CC_URI}");
-            assert!(offer.contains(&extension), "{extension} is not in its offer:\n{offer}");
-            format!("a={extension}\r\na=rtcp-fb:{} transport-cc\r\n", payload_type(setting.kind))
+            assert!(
+                offer.contains(&extension),
+                "{extension} is not in its offer:\n{offer}"
+            );
+            format!(
+                "a={extension}\r\na=rtcp-fb:{} transport-cc\r\n",
+                payload_type(setting.kind)
+            )
         }
         None => String::new(),
     };
@@ -283,10 +322,16 @@ fn answer(setting: Setting, remote: &Side, offer: &str) -> String {
     };
     let media = match setting.role {
         Role::Sends => "a=recvonly\r\n".to_owned(),
-        Role::Receives => format!("a=sendonly\r\na=msid:stream track\r\na=ssrc:{SSRC} cname:origin\r\na=ssrc:{SSRC} msid:stream track\r\n"),
+        Role::Receives => format!(
+            "a=sendonly\r\na=msid:stream track\r\na=ssrc:{SSRC} cname:origin\r\na=ssrc:{SSRC} msid:stream track\r\n"
+        ),
     };
     let IceCredentials { ufrag, password } = &remote.credentials;
-    let (fingerprint, ip, port) = (remote.fingerprint, remote.address.ip(), remote.address.port());
+    let (fingerprint, ip, port) = (
+        remote.fingerprint,
+        remote.address.ip(),
+        remote.address.port(),
+    );
     format!(
         "v=0\r\no=- 1 1 IN IP4 0.0.0.0\r\ns=-\r\nt=0 0\r\na=ice-lite\r\na=group:BUNDLE 0\r\na=fingerprint:{fingerprint}\r\n\
          m={kind} 9 UDP/TLS/RTP/SAVPF {number}\r\nc=IN IP4 0.0.0.0\r\na=mid:0\r\na=ice-ufrag:{ufrag}\r\na=ice-pwd:{password}\r\na=setup:passive\r\n\
@@ -296,8 +341,16 @@ fn answer(setting: Setting, remote: &Side, offer: &str) -> String {
 }
 
 fn attribute<'a>(description: &'a str, name: &str) -> &'a str {
-    let of_line = |line: &'a str| line.strip_prefix("a=")?.strip_prefix(name)?.strip_prefix(':');
-    description.lines().find_map(of_line).expect("every offer has it").trim()
+    let of_line = |line: &'a str| {
+        line.strip_prefix("a=")?
+            .strip_prefix(name)?
+            .strip_prefix(':')
+    };
+    description
+        .lines()
+        .find_map(of_line)
+        .expect("every offer has it")
+        .trim()
 }
 
 fn host_candidate(key: usize) -> rtc::ice::candidate::Candidate {
@@ -346,7 +399,9 @@ fn media_engine(kind: Kind) -> MediaEngine {
         rtp_codec: codec(kind),
         payload_type: payload_type(kind),
     };
-    engine.register_codec(parameters, codec_kind(kind)).expect("a codec");
+    engine
+        .register_codec(parameters, codec_kind(kind))
+        .expect("a codec");
     engine
 }
 
@@ -360,7 +415,13 @@ fn sent_track(kind: Kind) -> MediaStreamTrack {
         codec: codec(kind),
         ..RTCRtpEncodingParameters::default()
     };
-    MediaStreamTrack::new("stream".into(), "track".into(), "track".into(), codec_kind(kind), vec![coding])
+    MediaStreamTrack::new(
+        "stream".into(),
+        "track".into(),
+        "track".into(),
+        codec_kind(kind),
+        vec![coding],
+    )
 }
 
 fn direction(direction: RTCRtpTransceiverDirection) -> RTCRtpTransceiverInit {

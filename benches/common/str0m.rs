@@ -57,7 +57,10 @@ impl Stack for Str0m {
 
     fn new(_: usize, setting: Setting, config: &ShardConfig) -> Str0m {
         let provider = from_feature_flags();
-        let certificate = provider.dtls_provider.generate_certificate().expect("a certificate");
+        let certificate = provider
+            .dtls_provider
+            .generate_certificate()
+            .expect("a certificate");
         Str0m {
             peers: Vec::new(),
             setting,
@@ -82,8 +85,12 @@ impl Stack for Str0m {
             .set_dtls_version(DtlsVersion::Dtls12)
             .set_rtp_mode(true)
             .build(now);
-        rtc.add_local_candidate(Candidate::host(address(1, key), Protocol::Udp).expect("an address"));
-        rtc.add_remote_candidate(Candidate::host(remote.address, Protocol::Udp).expect("an address"));
+        rtc.add_local_candidate(
+            Candidate::host(address(1, key), Protocol::Udp).expect("an address"),
+        );
+        rtc.add_remote_candidate(
+            Candidate::host(remote.address, Protocol::Udp).expect("an address"),
+        );
         let ours = self.agree(&mut rtc, key, remote);
         self.peers.push(One {
             rtc,
@@ -97,7 +104,8 @@ impl Stack for Str0m {
     }
 
     fn handle_setup(&mut self, key: usize, datagram: &[u8], from: &Side, now: Time) {
-        let input = Receive::new(Protocol::Udp, from.address, address(1, key), datagram).expect("a set-up datagram");
+        let input = Receive::new(Protocol::Udp, from.address, address(1, key), datagram)
+            .expect("a set-up datagram");
         let input = Input::Receive(self.epoch.instant(now), input);
         self.peers[key].rtc.handle_input(input).expect("alive");
         self.poll(key);
@@ -107,7 +115,10 @@ impl Stack for Str0m {
         let now = self.epoch.instant(now);
         for key in 0..self.peers.len() {
             if self.peers[key].next_timeout <= now {
-                self.peers[key].rtc.handle_input(Input::Timeout(now)).expect("alive");
+                self.peers[key]
+                    .rtc
+                    .handle_input(Input::Timeout(now))
+                    .expect("alive");
                 self.poll(key);
             }
         }
@@ -126,7 +137,10 @@ impl Stack for Str0m {
         for Sealed { key, bytes } in batch {
             let from = self.peers[*key].remote.address;
             let input = Receive::new(Protocol::Udp, from, address(1, *key), bytes).expect("RTP");
-            self.peers[*key].rtc.handle_input(Input::Receive(now, input)).expect("alive");
+            self.peers[*key]
+                .rtc
+                .handle_input(Input::Receive(now, input))
+                .expect("alive");
             self.poll(*key);
         }
     }
@@ -155,7 +169,11 @@ impl Stack for Str0m {
                 let write = RtpWrite::new(pt, one.seq.into(), rtp_time, now, bytes.clone())
                     .marker(marker)
                     .nackable(true);
-                one.rtc.direct_api().stream_tx(&Ssrc::from(SSRC)).expect("declared").write_rtp(write);
+                one.rtc
+                    .direct_api()
+                    .stream_tx(&Ssrc::from(SSRC))
+                    .expect("declared")
+                    .write_rtp(write);
                 one.rtc.handle_input(Input::Timeout(now)).expect("alive");
                 self.poll(key);
             }

@@ -59,7 +59,11 @@ impl Table {
 
     /// Prints what has been measured in this run; nothing where nothing was.
     pub fn print(&self) {
-        let measured: Vec<(&Row, Estimate)> = self.rows.iter().filter_map(|row| Some((row, self.estimate(row)?))).collect();
+        let measured: Vec<(&Row, Estimate)> = self
+            .rows
+            .iter()
+            .filter_map(|row| Some((row, self.estimate(row)?)))
+            .collect();
         if measured.is_empty() {
             return;
         }
@@ -84,12 +88,16 @@ impl Table {
 
     /// In nanoseconds a unit of work; `None` where the row did not run this time.
     fn estimate(&self, row: &Row) -> Option<Estimate> {
-        let path = directory().join(&row.group).join(row.name).join("new/estimates.json");
+        let path = directory()
+            .join(&row.group)
+            .join(row.name)
+            .join("new/estimates.json");
         let age = std::fs::metadata(&path).ok()?.modified().ok()?;
         if age < self.started {
             return None;
         }
-        let estimates: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).ok()?).ok()?;
+        let estimates: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(path).ok()?).ok()?;
         let median = &estimates["median"];
         Some(Estimate {
             median: median["point_estimate"].as_f64()? / row.per,

@@ -49,7 +49,8 @@ impl Stack for Throng {
             credentials: IceCredentials::random(),
             fingerprint: self.config.identity.fingerprint(),
         };
-        self.shard.add_peer(key, new_peer(key, &ours, remote), now, &mut self.io);
+        self.shard
+            .add_peer(key, new_peer(key, &ours, remote), now, &mut self.io);
         if self.setting.role == Role::Receives {
             let stream = StreamParameters {
                 kind: self.setting.kind,
@@ -62,13 +63,15 @@ impl Stack for Throng {
                 nack: true,
             };
             let streams = vec![stream];
-            self.shard.handle_command(Command::Subscribe { key, streams }, now, &mut self.io);
+            self.shard
+                .handle_command(Command::Subscribe { key, streams }, now, &mut self.io);
         }
         ours
     }
 
     fn handle_setup(&mut self, key: usize, datagram: &[u8], from: &Side, now: Time) {
-        self.shard.handle_setup_datagram(key, datagram, from.address, now, now, &mut self.io);
+        self.shard
+            .handle_setup_datagram(key, datagram, from.address, now, now, &mut self.io);
     }
 
     fn turn(&mut self, now: Time) {
@@ -90,9 +93,18 @@ impl Stack for Throng {
     /// In the worker's order, with what it fetches ahead.
     fn receive(&mut self, batch: &mut [Sealed], now: Time) {
         for at in 0..batch.len() {
-            batch.get(at + 3).iter().for_each(|next| self.shard.prefetch(next.key));
-            batch.get(at + 2).iter().for_each(|next| self.shard.prefetch_streams(next.key));
-            batch.get(at + 1).iter().for_each(|next| self.shard.prefetch_next(next.key));
+            batch
+                .get(at + 3)
+                .iter()
+                .for_each(|next| self.shard.prefetch(next.key));
+            batch
+                .get(at + 2)
+                .iter()
+                .for_each(|next| self.shard.prefetch_streams(next.key));
+            batch
+                .get(at + 1)
+                .iter()
+                .for_each(|next| self.shard.prefetch_next(next.key));
             let Sealed { key, bytes } = &mut batch[at];
             match classify(bytes) {
                 Datagram::Rtp => self.shard.handle_rtp(*key, bytes, now),
@@ -114,10 +126,13 @@ impl Stack for Throng {
     fn start_sending(&mut self, now: Time) {
         self.now = now;
         for key in 0..self.connected.len() {
-            let interval = super::origin::source(self.setting.kind).frame_interval().as_millis() as usize;
+            let interval = super::origin::source(self.setting.kind)
+                .frame_interval()
+                .as_millis() as usize;
             let first_frame_at = now + TICK * (key % interval.max(1)) as u32;
             let tracks = vec![track(self.setting.kind, None, key as u32, first_frame_at)];
-            self.shard.handle_command(Command::Publish { key, tracks }, now, &mut self.io);
+            self.shard
+                .handle_command(Command::Publish { key, tracks }, now, &mut self.io);
         }
     }
 
@@ -169,7 +184,9 @@ impl Io for Swallow {
                 self.media += len.div_ceil(segment) as u64;
                 self.media_bytes += len as u64;
             }
-            Datagram::Stun | Datagram::Dtls => under_test(false, || self.setup.push((key, self.buffer[..len].to_vec()))),
+            Datagram::Stun | Datagram::Dtls => under_test(false, || {
+                self.setup.push((key, self.buffer[..len].to_vec()))
+            }),
             Datagram::Rtcp => self.rtcp += 1,
             Datagram::Unknown => {}
         }

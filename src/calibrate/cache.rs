@@ -37,8 +37,13 @@ fn processor(cpuinfo: &str) -> String {
 
 /// `$XDG_CACHE_HOME/throng/calibration.json`, by default below `~/.cache`; `None` for a user without a home.
 pub fn path(env: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
-    let absolute = |name: &str| env(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
+    let absolute = |name: &str| {
+        env(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    let base =
+        absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
     Some(base.join("throng").join("calibration.json"))
 }
 
@@ -64,18 +69,45 @@ mod tests {
     #[test]
     fn the_cache_lies_where_the_user_has_his() {
         let home = |name: &str| (name == "HOME").then(|| "/home/ada".to_owned());
-        assert_eq!(path(&home), Some("/home/ada/.cache/throng/calibration.json".into()));
-        let xdg = |name: &str| Some(if name == "XDG_CACHE_HOME" { "/var/c" } else { "/home/ada" }.to_owned());
+        assert_eq!(
+            path(&home),
+            Some("/home/ada/.cache/throng/calibration.json".into())
+        );
+        let xdg = |name: &str| {
+            Some(
+                if name == "XDG_CACHE_HOME" {
+                    "/var/c"
+                } else {
+                    "/home/ada"
+                }
+                .to_owned(),
+            )
+        };
         assert_eq!(path(&xdg), Some("/var/c/throng/calibration.json".into()));
         // The specification: a relative path is to be ignored.
-        let relative = |name: &str| Some(if name == "XDG_CACHE_HOME" { "c" } else { "/home/ada" }.to_owned());
-        assert_eq!(path(&relative), Some("/home/ada/.cache/throng/calibration.json".into()));
+        let relative = |name: &str| {
+            Some(
+                if name == "XDG_CACHE_HOME" {
+                    "c"
+                } else {
+                    "/home/ada"
+                }
+                .to_owned(),
+            )
+        };
+        assert_eq!(
+            path(&relative),
+            Some("/home/ada/.cache/throng/calibration.json".into())
+        );
         assert_eq!(path(&|_| None), None);
     }
 
     #[test]
     fn the_processor_is_read_as_the_kernel_names_it() {
-        assert_eq!(processor("processor\t: 0\nmodel name\t: AMD EPYC 7B13\n"), "AMD EPYC 7B13");
+        assert_eq!(
+            processor("processor\t: 0\nmodel name\t: AMD EPYC 7B13\n"),
+            "AMD EPYC 7B13"
+        );
         assert_eq!(processor("processor\t: 0\n"), "");
     }
 }

@@ -38,7 +38,9 @@ impl Search {
             (None, None, None) => Some(self.start),
             (None, Some(held), None) => held.checked_mul(2),
             (None, None, Some(broke)) => Some(broke / 2).filter(|next| *next > self.start / 8),
-            (None, Some(held), Some(broke)) => (broke - held > held / GAP_PARTS && broke - held > 1).then(|| held + (broke - held) / 2),
+            (None, Some(held), Some(broke)) => (broke - held > held / GAP_PARTS
+                && broke - held > 1)
+                .then(|| held + (broke - held) / 2),
         }
     }
 
@@ -71,8 +73,17 @@ mod tests {
     fn searched(start: u32, held: impl Fn(u32, usize) -> bool) -> (Option<u32>, usize) {
         let mut search = Search::from(start);
         for tries in 0..100 {
-            let Some(point) = search.next() else { return (search.held, tries) };
-            search.take(point, if held(point, tries) { Held::Yes } else { Held::No });
+            let Some(point) = search.next() else {
+                return (search.held, tries);
+            };
+            search.take(
+                point,
+                if held(point, tries) {
+                    Held::Yes
+                } else {
+                    Held::No
+                },
+            );
         }
         panic!("no end");
     }
@@ -82,7 +93,10 @@ mod tests {
         for limit in [60, 99, 100, 101, 777, 5_000, 123_456] {
             let (held, tries) = searched(100, |point, _| point <= limit);
             let held = held.unwrap();
-            assert!(held <= limit && limit - held <= held / GAP_PARTS + 1, "{held} of {limit}");
+            assert!(
+                held <= limit && limit - held <= held / GAP_PARTS + 1,
+                "{held} of {limit}"
+            );
             assert!(tries < 24, "{tries} tries for {limit}");
         }
     }
@@ -91,7 +105,9 @@ mod tests {
     fn a_single_failure_is_not_believed() {
         // Each point breaks the first time, as on a host with a noisy neighbour.
         let seen = std::cell::RefCell::new(std::collections::HashSet::new());
-        let (held, _) = searched(100, |point, _| !seen.borrow_mut().insert(point) && point <= 1_000);
+        let (held, _) = searched(100, |point, _| {
+            !seen.borrow_mut().insert(point) && point <= 1_000
+        });
         assert!((800..=1_000).contains(&held.unwrap()));
     }
 

@@ -114,23 +114,34 @@ impl CoordinateArgs {
             ("--wait-for-probers", self.wait_for_probers.is_some()),
         ];
         match given.into_iter().find(|(_, given)| *given) {
-            Some((flag, _)) => Err(format!("{flag} is for the one who leads a run over several hosts: add --coordinator")),
+            Some((flag, _)) => Err(format!(
+                "{flag} is for the one who leads a run over several hosts: add --coordinator"
+            )),
             None => Ok(()),
         }
     }
 
     fn expect(&self) -> Result<u32, String> {
-        let expect = self.expect.ok_or("--coordinator waits for hosts: add --expect with their number")?;
+        let expect = self
+            .expect
+            .ok_or("--coordinator waits for hosts: add --expect with their number")?;
         match expect as usize {
             0 => Err("--expect 0 waits for nobody: write how many hosts take part".to_owned()),
             1..=PROBERS_MAX => Ok(expect),
-            _ => Err(format!("--expect {expect} is more than one coordinator leads: at most {PROBERS_MAX}")),
+            _ => Err(format!(
+                "--expect {expect} is more than one coordinator leads: at most {PROBERS_MAX}"
+            )),
         }
     }
 }
 
 impl RunArgs {
-    pub(super) fn into_coordinate(mut self, env: &dyn Fn(&str) -> Option<String>, cpus: usize, fresh: u64) -> Result<Coordinate, String> {
+    pub(super) fn into_coordinate(
+        mut self,
+        env: &dyn Fn(&str) -> Option<String>,
+        cpus: usize,
+        fresh: u64,
+    ) -> Result<Coordinate, String> {
         if self.hosts.report_to.is_some() {
             return Err("--coordinator leads a run, and --report-to takes part in one: leave one of them out".to_owned());
         }
@@ -151,7 +162,9 @@ impl RunArgs {
             },
             expect,
             bind: SocketAddr::new(
-                asked.coordinator_bind.unwrap_or(Ipv4Addr::UNSPECIFIED.into()),
+                asked
+                    .coordinator_bind
+                    .unwrap_or(Ipv4Addr::UNSPECIFIED.into()),
                 asked.coordinator_port.unwrap_or(DEFAULT_PORT),
             ),
             token,
@@ -166,8 +179,15 @@ impl RunArgs {
         })
     }
 
-    fn coordinator_token(&mut self, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Secret>, String> {
-        let flag = self.hosts.coordinator_token.take().map(|token| (token, "--coordinator-token"));
+    fn coordinator_token(
+        &mut self,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Option<Secret>, String> {
+        let flag = self
+            .hosts
+            .coordinator_token
+            .take()
+            .map(|token| (token, "--coordinator-token"));
         if self.coordinate.no_auth {
             return match flag {
                 Some(_) => Err("--no-auth lets everybody in, and --coordinator-token does not: leave one of them out".to_owned()),
@@ -175,18 +195,27 @@ impl RunArgs {
             };
         }
         let given = flag.or_else(|| set(env, TOKEN_VARIABLE).map(|token| (token, TOKEN_VARIABLE)));
-        let Some((token, name)) = given else { return Ok(None) };
+        let Some((token, name)) = given else {
+            return Ok(None);
+        };
         must_be_usable(token.trim()).map_err(|why| format!("{name}: {why}"))?;
         Ok(Some(Secret::new(token.trim())))
     }
 
     /// Without them probers need their own, and rooms come and go as the server has it.
-    fn server_credentials(&self, server_is_named: bool, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Credentials>, String> {
+    fn server_credentials(
+        &self,
+        server_is_named: bool,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Option<Credentials>, String> {
         let given = self.target.api_key.is_some() || self.target.api_secret.is_some();
         match (server_is_named, self.target.credentials(env)) {
             (true, Ok(credentials)) => Ok(Some(credentials)),
             (true, Err(why)) if given => Err(why),
-            (false, _) if given => Err("--api-key and --api-secret are for a server, and none is named: add --url".to_owned()),
+            (false, _) if given => Err(
+                "--api-key and --api-secret are for a server, and none is named: add --url"
+                    .to_owned(),
+            ),
             _ => Ok(None),
         }
     }
@@ -214,7 +243,9 @@ impl RunArgs {
             );
         }
         match self.target.sfu_send {
-            Some(_) => Err("--sfu-send does not go with --coordinator: leave one of them out".to_owned()),
+            Some(_) => {
+                Err("--sfu-send does not go with --coordinator: leave one of them out".to_owned())
+            }
             None => Ok(()),
         }
     }
@@ -224,7 +255,10 @@ impl RunArgs {
 fn must_be_possible(run: &Run, expect: u32, total: bool) -> Result<(), String> {
     let plan = &run.plan;
     if plan.ramp.len() > TIERS_MAX {
-        return Err(format!("--ramp has {} tiers: at most {TIERS_MAX} go over several hosts", plan.ramp.len()));
+        return Err(format!(
+            "--ramp has {} tiers: at most {TIERS_MAX} go over several hosts",
+            plan.ramp.len()
+        ));
     }
     let hosts = if total { 1 } else { u64::from(expect) };
     let subscribers = u64::from(plan.shape.subscribers) * u64::from(plan.shape.room_count);
@@ -237,11 +271,17 @@ fn must_be_possible(run: &Run, expect: u32, total: bool) -> Result<(), String> {
 }
 
 fn missing_after(text: &str) -> Result<Duration, String> {
-    between(text, Duration::from_secs(3), Duration::from_secs(3_600)).ok_or_else(|| "write 3s to 1h".to_owned())
+    between(text, Duration::from_secs(3), Duration::from_secs(3_600))
+        .ok_or_else(|| "write 3s to 1h".to_owned())
 }
 
 fn wait_for_probers(text: &str) -> Result<Duration, String> {
-    between(text, Duration::from_secs(1), Duration::from_secs(7 * 24 * 3_600)).ok_or_else(|| "write 1s to 7d".to_owned())
+    between(
+        text,
+        Duration::from_secs(1),
+        Duration::from_secs(7 * 24 * 3_600),
+    )
+    .ok_or_else(|| "write 1s to 7d".to_owned())
 }
 
 fn between(text: &str, least: Duration, most: Duration) -> Option<Duration> {

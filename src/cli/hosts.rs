@@ -51,7 +51,10 @@ fn role(text: &str) -> Result<Role, String> {
 
 impl HostsArgs {
     /// The coordinator whose run this host is to take part in, and who says so.
-    pub(super) fn coordinator(&self, env: &dyn Fn(&str) -> Option<String>) -> Option<(String, &'static str)> {
+    pub(super) fn coordinator(
+        &self,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Option<(String, &'static str)> {
         let flag = self.report_to.clone().map(|url| (url, "--report-to"));
         flag.or_else(|| set(env, URL_VARIABLE).map(|url| (url, URL_VARIABLE)))
     }
@@ -65,12 +68,18 @@ impl HostsArgs {
             ("--coordinator-token", self.coordinator_token.is_some()),
         ];
         match given.into_iter().find(|(_, given)| *given) {
-            Some((flag, _)) => Err(format!("{flag} is for a prober: add --report-to with the coordinator's address")),
+            Some((flag, _)) => Err(format!(
+                "{flag} is for a prober: add --report-to with the coordinator's address"
+            )),
             None => Ok(()),
         }
     }
 
-    fn config(&self, (url, name): (String, &str), env: &dyn Fn(&str) -> Option<String>) -> Result<Membership, String> {
+    fn config(
+        &self,
+        (url, name): (String, &str),
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Membership, String> {
         let url = url.trim();
         // ServerUrl takes LiveKit's schemes, too.
         if !url.starts_with("http://") && !url.starts_with("https://") {
@@ -78,11 +87,18 @@ impl HostsArgs {
         }
         let coordinator: ServerUrl = url.parse().map_err(|why| format!("{name} {why}"))?;
         let vantage = self.vantage.clone().map(|vantage| (vantage, "--vantage"));
-        let vantage = vantage.or_else(|| VANTAGE_VARIABLES.iter().find_map(|name| Some((set(env, name)?, *name))));
+        let vantage = vantage.or_else(|| {
+            VANTAGE_VARIABLES
+                .iter()
+                .find_map(|name| Some((set(env, name)?, *name)))
+        });
         if let Some((vantage, name)) = &vantage {
             name_must_be_usable(name, vantage)?;
         }
-        let token = self.coordinator_token.clone().or_else(|| set(env, TOKEN_VARIABLE));
+        let token = self
+            .coordinator_token
+            .clone()
+            .or_else(|| set(env, TOKEN_VARIABLE));
         Ok(Membership {
             coordinator,
             token: token.map(|token| Secret::new(token.trim())),
@@ -105,7 +121,10 @@ impl RunArgs {
         let config = self.hosts.config(coordinator, env)?;
         self.must_be_the_coordinators()?;
         // Where none is named, the coordinator names one.
-        let target = self.target.server(env)?.unwrap_or(Target::embedded(SendMode::Plain));
+        let target = self
+            .target
+            .server(env)?
+            .unwrap_or(Target::embedded(SendMode::Plain));
         let credentials = match (&self.target.api_key, &self.target.api_secret) {
             (None, None) => self.target.credentials(env).ok(),
             _ => Some(self.target.credentials(env)?),
@@ -119,7 +138,11 @@ impl RunArgs {
         let mut run = self.into_run_against(target, cpus, fresh)?;
         run.credentials = credentials;
         run.is_tour = false;
-        Ok(Probe { config, run, shape_given })
+        Ok(Probe {
+            config,
+            run,
+            shape_given,
+        })
     }
 
     /// A flag that a prober cannot heed is refused: it would be believed.
@@ -141,7 +164,9 @@ impl RunArgs {
             ("--sfu-send", self.target.sfu_send.is_some()),
         ];
         match given.into_iter().find(|(_, given)| *given) {
-            Some((flag, _)) => Err(format!("{flag} is not a prober's to say: give it to the coordinator, or leave it out")),
+            Some((flag, _)) => Err(format!(
+                "{flag} is not a prober's to say: give it to the coordinator, or leave it out"
+            )),
             None => Ok(()),
         }
     }

@@ -43,7 +43,9 @@ impl Denied {
             Denied::NoToken => {
                 "this coordinator wants a token: set COORDINATOR_TOKEN or --coordinator-token to the one that it printed (or start it with --no-auth)"
             }
-            Denied::WrongToken => "the token is not this coordinator's: copy the one that it printed",
+            Denied::WrongToken => {
+                "the token is not this coordinator's: copy the one that it printed"
+            }
         }
     }
 }
@@ -60,9 +62,14 @@ impl Access {
 
     /// `None`: a seal that nothing of ours made.
     pub fn sealed(seal: &Seal) -> Option<Access> {
-        let (salt, tag) = (STANDARD.decode(&seal.salt).ok()?, STANDARD.decode(&seal.tag).ok()?);
+        let (salt, tag) = (
+            STANDARD.decode(&seal.salt).ok()?,
+            STANDARD.decode(&seal.tag).ok()?,
+        );
         let key = hmac::Key::new(hmac::HMAC_SHA256, &salt);
-        (salt.len() == SALT_BYTES).then_some(Access { key: Some((key, tag)) })
+        (salt.len() == SALT_BYTES).then_some(Access {
+            key: Some((key, tag)),
+        })
     }
 
     pub fn is_open(&self) -> bool {
@@ -70,9 +77,16 @@ impl Access {
     }
 
     pub fn admits(&self, headers: &HeaderMap) -> Result<(), Denied> {
-        let Some((key, tag)) = &self.key else { return Ok(()) };
-        let given = headers.get(header::AUTHORIZATION).ok_or(Denied::NoToken)?.as_bytes();
-        let (scheme, token) = given.split_at_checked("Bearer ".len()).ok_or(Denied::NoToken)?;
+        let Some((key, tag)) = &self.key else {
+            return Ok(());
+        };
+        let given = headers
+            .get(header::AUTHORIZATION)
+            .ok_or(Denied::NoToken)?
+            .as_bytes();
+        let (scheme, token) = given
+            .split_at_checked("Bearer ".len())
+            .ok_or(Denied::NoToken)?;
         if !scheme.eq_ignore_ascii_case(b"Bearer ") {
             return Err(Denied::NoToken);
         }
@@ -81,7 +95,9 @@ impl Access {
 
     /// Whether this is the token.
     pub fn knows(&self, token: &Secret) -> bool {
-        let verified = |(key, tag): &(hmac::Key, Vec<u8>)| hmac::verify(key, token.expose().as_bytes(), tag).is_ok();
+        let verified = |(key, tag): &(hmac::Key, Vec<u8>)| {
+            hmac::verify(key, token.expose().as_bytes(), tag).is_ok()
+        };
         self.key.as_ref().is_some_and(verified)
     }
 }
@@ -89,7 +105,10 @@ impl Access {
 /// Seals a token.
 pub fn seal(token: &Secret) -> Seal {
     let salt: [u8; SALT_BYTES] = random();
-    let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &salt), token.expose().as_bytes());
+    let tag = hmac::sign(
+        &hmac::Key::new(hmac::HMAC_SHA256, &salt),
+        token.expose().as_bytes(),
+    );
     Seal {
         salt: STANDARD.encode(salt),
         tag: STANDARD.encode(tag),
@@ -120,7 +139,9 @@ pub fn random_number() -> u64 {
 /// The kernel's randomness, without which nothing here is worth its name.
 pub fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
-    SystemRandom::new().fill(&mut bytes).expect("the kernel gives random numbers");
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .expect("the kernel gives random numbers");
     bytes
 }
 
@@ -138,13 +159,22 @@ mod tests {
     fn only_the_token_is_let_in() {
         let token = fresh_token();
         let access = Access::sealed(&seal(&token)).unwrap();
-        assert_eq!(access.admits(&bearer(&format!("Bearer {}", token.expose()))), Ok(()));
-        assert_eq!(access.admits(&bearer(&format!("bearer {}", token.expose()))), Ok(()));
+        assert_eq!(
+            access.admits(&bearer(&format!("Bearer {}", token.expose()))),
+            Ok(())
+        );
+        assert_eq!(
+            access.admits(&bearer(&format!("bearer {}", token.expose()))),
+            Ok(())
+        );
         assert!(access.knows(&token) && !access.knows(&fresh_token()));
         assert_eq!(access.admits(&HeaderMap::new()), Err(Denied::NoToken));
         for (text, denied) in [
             (format!("Bearer {}x", token.expose()), Denied::WrongToken),
-            (format!("Bearer {}", &token.expose()[1..]), Denied::WrongToken),
+            (
+                format!("Bearer {}", &token.expose()[1..]),
+                Denied::WrongToken,
+            ),
             ("Bearer ".to_owned(), Denied::WrongToken),
             (format!("Basic {}", token.expose()), Denied::NoToken),
             (token.expose().to_owned(), Denied::NoToken),
@@ -168,8 +198,16 @@ mod tests {
 
     #[test]
     fn tokens_that_can_be_guessed_are_refused() {
-        assert!(must_be_usable("sixteen-letters-and-more").is_ok() && must_be_usable(fresh_token().expose()).is_ok());
-        for token in ["", "short", "sixteen letters and more", "fünfzehn-und-mehr-zeichen"] {
+        assert!(
+            must_be_usable("sixteen-letters-and-more").is_ok()
+                && must_be_usable(fresh_token().expose()).is_ok()
+        );
+        for token in [
+            "",
+            "short",
+            "sixteen letters and more",
+            "fünfzehn-und-mehr-zeichen",
+        ] {
             let why = must_be_usable(token).unwrap_err();
             assert!(token.is_empty() || !why.contains(token), "{why}");
         }

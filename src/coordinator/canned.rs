@@ -2,7 +2,8 @@
 
 use super::place::tests::load;
 use super::protocol::{
-    Beat, ClientStep, EngineShort, FinalReport, Live, ProverId, Register, Report, Start, TierReport, TierSoFar, WireJudging, WireVerdict,
+    Beat, ClientStep, EngineShort, FinalReport, Live, ProverId, Register, Report, Start,
+    TierReport, TierSoFar, WireJudging, WireVerdict,
 };
 use super::state::{Entry, Phase, State, tests::setup};
 use crate::measure::Record;
@@ -39,7 +40,8 @@ impl Saw {
         let mut record = Record::default();
         let session = &mut record.session;
         (session.joins_planned, session.joins_ok) = (self.subscribers, self.subscribers);
-        (session.participants_total, session.participants_healthy) = (self.subscribers, self.subscribers);
+        (session.participants_total, session.participants_healthy) =
+            (self.subscribers, self.subscribers);
         let audio = &mut record.audio;
         (audio.tracks_expected, audio.tracks_live) = (3 * self.subscribers, 3 * self.subscribers);
         let packets = 1_000 * self.subscribers;
@@ -50,8 +52,12 @@ impl Saw {
         audio.packets_sent = if self.publishes { 3_000 } else { 0 };
         for sample in 0..100 {
             session.join.record_micros(40_000 + sample * 500);
-            session.rtt_rtcp.record_micros(self.rtt_us * (50 + sample) / 100);
-            audio.one_way_latency.record_micros(self.latency_us * (50 + sample) / 100);
+            session
+                .rtt_rtcp
+                .record_micros(self.rtt_us * (50 + sample) / 100);
+            audio
+                .one_way_latency
+                .record_micros(self.latency_us * (50 + sample) / 100);
         }
         record
     }
@@ -172,7 +178,11 @@ impl Canned {
     pub fn reports(&mut self, who: usize, saw: &[Saw], invalid: &[usize]) {
         let tiers = saw.iter().enumerate().map(|(at, saw)| TierReport {
             measured: saw.so_far(TIER + at as u32, true),
-            verdict: WireVerdict(if invalid.contains(&at) { Verdict::Invalid } else { Verdict::Pass }),
+            verdict: WireVerdict(if invalid.contains(&at) {
+                Verdict::Invalid
+            } else {
+                Verdict::Pass
+            }),
             reasons: invalid
                 .iter()
                 .filter(|tier| **tier == at)
@@ -180,11 +190,18 @@ impl Canned {
                 .collect(),
         });
         let report = FinalReport {
-            verdict: WireVerdict(if invalid.is_empty() { Verdict::Pass } else { Verdict::Invalid }),
+            verdict: WireVerdict(if invalid.is_empty() {
+                Verdict::Pass
+            } else {
+                Verdict::Invalid
+            }),
             reasons: Vec::new(),
             partial: None,
             valid: invalid.is_empty(),
-            invalid: invalid.iter().map(|_| "ticks were 40 ms late".to_owned()).collect(),
+            invalid: invalid
+                .iter()
+                .map(|_| "ticks were 40 ms late".to_owned())
+                .collect(),
             tiers: tiers.collect(),
             totals: saw.last().copied().unwrap_or(WELL).so_far(0, true),
             engine: EngineShort {
@@ -247,7 +264,9 @@ impl Canned {
 }
 
 pub fn judging() -> Judging {
-    WireJudging::of(&Judging::default()).to_judging().expect("our own")
+    WireJudging::of(&Judging::default())
+        .to_judging()
+        .expect("our own")
 }
 
 fn id(number: usize) -> ProverId {
@@ -258,7 +277,11 @@ fn id(number: usize) -> ProverId {
 pub fn over() -> Canned {
     let mut canned = Canned::armed(
         &[10, 25],
-        &[("fra", Some(Role::Both)), ("ams", Some(Role::Subscribe)), ("sin", Some(Role::Subscribe))],
+        &[
+            ("fra", Some(Role::Both)),
+            ("ams", Some(Role::Subscribe)),
+            ("sin", Some(Role::Subscribe)),
+        ],
     );
     let far = Saw {
         rtt_us: 180_000,
@@ -266,9 +289,22 @@ pub fn over() -> Canned {
         publishes: false,
         ..WELL
     };
-    let near = Saw { publishes: false, ..WELL };
+    let near = Saw {
+        publishes: false,
+        ..WELL
+    };
     for (who, saw) in [WELL, near, far].into_iter().enumerate() {
-        canned.beat(who, vec![Saw { subscribers: 1, ..saw }.so_far(BASELINE, true)], Live::default());
+        canned.beat(
+            who,
+            vec![
+                Saw {
+                    subscribers: 1,
+                    ..saw
+                }
+                .so_far(BASELINE, true),
+            ],
+            Live::default(),
+        );
     }
     canned.ends();
     let second = |saw: Saw, lost| Saw {

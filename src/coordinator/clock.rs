@@ -55,7 +55,11 @@ impl ClockEstimate {
         let sample = Sample {
             heard_at_us: exchange.heard_at_us,
             offset_us: (there + back) / 2,
-            round_trip_us: away.saturating_sub(exchange.replied_at_us.saturating_sub(exchange.received_at_us)),
+            round_trip_us: away.saturating_sub(
+                exchange
+                    .replied_at_us
+                    .saturating_sub(exchange.received_at_us),
+            ),
         };
         if self.life != Some(exchange.life) || self.contradicts(&sample) {
             self.window.clear();
@@ -70,7 +74,10 @@ impl ClockEstimate {
     /// What is known, by the last exchange; `None` before the first.
     pub fn offset(&self) -> Option<Offset> {
         let now_us = self.window.back()?.heard_at_us;
-        let best = self.window.iter().min_by_key(|sample| sample.uncertainty_us(now_us))?;
+        let best = self
+            .window
+            .iter()
+            .min_by_key(|sample| sample.uncertainty_us(now_us))?;
         Some(Offset {
             offset_us: best.offset_us,
             uncertainty_us: best.uncertainty_us(now_us),
@@ -86,7 +93,8 @@ impl ClockEstimate {
     /// Both cannot be true: one of the clocks was stepped in between.
     fn contradicts(&self, sample: &Sample) -> bool {
         let apart = |old: &Sample| {
-            let bounds = old.uncertainty_us(sample.heard_at_us) + sample.uncertainty_us(sample.heard_at_us);
+            let bounds =
+                old.uncertainty_us(sample.heard_at_us) + sample.uncertainty_us(sample.heard_at_us);
             old.offset_us.abs_diff(sample.offset_us) > bounds
         };
         self.window.back().is_some_and(apart)
@@ -126,9 +134,21 @@ mod tests {
         /// A second later: 2 ms each way at least, and up to 300 ms more on some.
         fn exchange(&mut self) -> Exchange {
             self.now_us += 1_000_000;
-            let way = |chance: &mut Seeded| 2_000 + if chance.chance(30) { chance.below(300_000) } else { chance.below(100) };
-            let (there, stay, back) = (way(&mut self.chance), self.chance.below(5_000), way(&mut self.chance));
-            let coordinator = |prober_us: u64| prober_us.checked_add_signed(self.offset_us).unwrap();
+            let way = |chance: &mut Seeded| {
+                2_000
+                    + if chance.chance(30) {
+                        chance.below(300_000)
+                    } else {
+                        chance.below(100)
+                    }
+            };
+            let (there, stay, back) = (
+                way(&mut self.chance),
+                self.chance.below(5_000),
+                way(&mut self.chance),
+            );
+            let coordinator =
+                |prober_us: u64| prober_us.checked_add_signed(self.offset_us).unwrap();
             Exchange {
                 life: self.life,
                 sent_at_us: self.now_us,
@@ -142,7 +162,10 @@ mod tests {
     #[test]
     fn the_true_offset_always_lies_within_the_uncertainty() {
         for seed in 0..200 {
-            let mut link = Link::new(seed, Seeded::new(!seed).below(2 * HOUR_US as u64).cast_signed() - HOUR_US);
+            let mut link = Link::new(
+                seed,
+                Seeded::new(!seed).below(2 * HOUR_US as u64).cast_signed() - HOUR_US,
+            );
             let mut estimate = ClockEstimate::default();
             assert_eq!(estimate.offset(), None);
             for second in 0..200 {
@@ -153,7 +176,10 @@ mod tests {
                     "seed {seed}, second {second}"
                 );
             }
-            assert!(estimate.offset().unwrap().uncertainty_us < 10_000, "seed {seed}");
+            assert!(
+                estimate.offset().unwrap().uncertainty_us < 10_000,
+                "seed {seed}"
+            );
         }
     }
 
@@ -166,7 +192,10 @@ mod tests {
             for _ in 0..90 {
                 estimate.handle(&link.exchange());
                 let offset = estimate.offset().unwrap();
-                assert!(offset.offset_us.abs_diff(link.offset_us) <= offset.uncertainty_us, "{step_us}");
+                assert!(
+                    offset.offset_us.abs_diff(link.offset_us) <= offset.uncertainty_us,
+                    "{step_us}"
+                );
             }
         }
     }

@@ -8,7 +8,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::access;
 use super::journal::{Head, Journal};
-use super::protocol::{self, Beat, BeatReply, Cancelled, Departed, Health, JobReply, ProverId, Register, Registered, Report, Reported};
+use super::protocol::{
+    self, Beat, BeatReply, Cancelled, Departed, Health, JobReply, ProverId, Register, Registered,
+    Report, Reported,
+};
 use super::state::{Entry, Phase, Refused, State};
 use crate::units::Epoch;
 
@@ -46,9 +49,17 @@ pub struct Standstill {
 impl fmt::Display for Standstill {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = |of: Duration| of.as_secs_f64().round();
-        write!(f, "the coordinator stood still for {} s and answered nobody", seconds(self.whole))?;
+        write!(
+            f,
+            "the coordinator stood still for {} s and answered nobody",
+            seconds(self.whole)
+        )?;
         if self.on_disk * 2 > self.whole {
-            write!(f, ": its journal waited {} s for the disk", seconds(self.on_disk))
+            write!(
+                f,
+                ": its journal waited {} s for the disk",
+                seconds(self.on_disk)
+            )
         } else {
             f.write_str(": its host was busy, or it was stopped")
         }
@@ -91,7 +102,12 @@ impl DeskThread {
 }
 
 impl Desk {
-    pub fn start(state: State, journal: Journal, head: Head, epoch: Epoch) -> std::io::Result<(DeskHandle, DeskThread)> {
+    pub fn start(
+        state: State,
+        journal: Journal,
+        head: Head,
+        epoch: Epoch,
+    ) -> std::io::Result<(DeskHandle, DeskThread)> {
         let (calls, waiting) = mpsc::channel(CALLS_MAX);
         let (phase, heard) = watch::channel(state.phase().clone());
         let desk = Desk {
@@ -104,11 +120,17 @@ impl Desk {
             on_disk: Duration::ZERO,
             phase,
         };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()?;
         let thread = std::thread::Builder::new()
             .name("coordinator".to_owned())
             .spawn(move || runtime.block_on(desk.run(waiting)))?;
-        let handle = DeskHandle { calls, phase: heard, epoch };
+        let handle = DeskHandle {
+            calls,
+            phase: heard,
+            epoch,
+        };
         Ok((handle, DeskThread(thread)))
     }
 
@@ -182,9 +204,12 @@ impl Desk {
     }
 
     fn note(&mut self, written: std::io::Result<()>) -> Result<(), Failure> {
-        self.problem = written
-            .err()
-            .map(|error| format!("the journal {} takes nothing: {error}", self.journal.path().display()));
+        self.problem = written.err().map(|error| {
+            format!(
+                "the journal {} takes nothing: {error}",
+                self.journal.path().display()
+            )
+        });
         match &self.problem {
             None => Ok(()),
             Some(problem) => Err(Failure::NotJournaled(problem.clone())),
@@ -192,9 +217,12 @@ impl Desk {
     }
 
     pub fn register(&mut self, register: &Register) -> Result<Registered, Failure> {
-        let fresh = ProverId::new(format!("{:032x}", u128::from_le_bytes(access::random()))).expect("hexadecimal digits are letters and digits");
+        let fresh = ProverId::new(format!("{:032x}", u128::from_le_bytes(access::random())))
+            .expect("hexadecimal digits are letters and digits");
         let (answer, entries) = self.state.register(self.now_us(), register, fresh)?;
-        entries.into_iter().try_for_each(|entry| self.remember(entry))?;
+        entries
+            .into_iter()
+            .try_for_each(|entry| self.remember(entry))?;
         let who = self.state.find(answer.prover_id.as_str())?;
         self.state.hear_of(self.now_us(), who);
         self.settle();
@@ -207,7 +235,12 @@ impl Desk {
         Ok(self.state.job(who))
     }
 
-    pub fn beat(&mut self, id: &str, beat: &Beat, received_at_us: u64) -> Result<BeatReply, Failure> {
+    pub fn beat(
+        &mut self,
+        id: &str,
+        beat: &Beat,
+        received_at_us: u64,
+    ) -> Result<BeatReply, Failure> {
         let who = self.state.find(id)?;
         let entry = self.state.beat(self.now_us(), who, beat)?;
         if let Some(Err(failure)) = entry.map(|entry| self.remember(entry)) {
@@ -217,7 +250,9 @@ impl Desk {
         }
         self.state.hear(self.now_us(), who, beat);
         self.settle();
-        Ok(self.state.reply(who, beat.seq, received_at_us, self.now_us()))
+        Ok(self
+            .state
+            .reply(who, beat.seq, received_at_us, self.now_us()))
     }
 
     pub fn report(&mut self, id: &str, report: &Report) -> Result<Reported, Failure> {
@@ -245,7 +280,12 @@ impl Desk {
         }
         self.settle();
         Ok(Cancelled {
-            stopping: self.state.probers().iter().filter(|prober| prober.is_live()).count() as u32,
+            stopping: self
+                .state
+                .probers()
+                .iter()
+                .filter(|prober| prober.is_live())
+                .count() as u32,
         })
     }
 
@@ -267,7 +307,10 @@ impl DeskHandle {
     ///
     /// # Errors
     /// The desk is gone.
-    pub async fn call<R: Send + 'static>(&self, act: impl FnOnce(&mut Desk) -> R + Send + 'static) -> Result<R, Failure> {
+    pub async fn call<R: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut Desk) -> R + Send + 'static,
+    ) -> Result<R, Failure> {
         let (reply, answer) = oneshot::channel();
         let call: Call = Box::new(move |desk| {
             // Whoever asked may have left.

@@ -41,9 +41,13 @@ pub fn report(merged: &Merged, state: &State, about: &About<'_>) -> String {
 
 /// The answer to `GET /result`.
 pub fn result(merged: &Merged, state: &State, about: &About<'_>) -> String {
-    let mut document = serde_json::to_value(Document::new(merged, state, about).view()).expect("plain data serialises");
+    let mut document = serde_json::to_value(Document::new(merged, state, about).view())
+        .expect("plain data serialises");
     let tiers = || merged.tiers.iter().enumerate();
-    let unmeasured: Vec<usize> = tiers().filter(|(_, tier)| !tier.is_known()).map(|(at, _)| at).collect();
+    let unmeasured: Vec<usize> = tiers()
+        .filter(|(_, tier)| !tier.is_known())
+        .map(|(at, _)| at)
+        .collect();
     document["unmeasured_tiers"] = unmeasured.into();
     document["knee"] = knee(merged).into();
     json::print(&document)
@@ -53,7 +57,9 @@ pub fn result(merged: &Merged, state: &State, about: &About<'_>) -> String {
 fn knee(merged: &Merged) -> Option<u32> {
     let knee = merged.knee()?;
     let is_last = matches!(knee.answer, Answer::AllPassed);
-    knee.passed.filter(|_| !is_last).map(|step| step.participants)
+    knee.passed
+        .filter(|_| !is_last)
+        .map(|step| step.participants)
 }
 
 /// What the document is made of.
@@ -77,7 +83,13 @@ impl<'a> Document<'a> {
     }
 
     fn view(&self) -> impl Serialize + '_ {
-        json::of_many(&self.outcome, self.judgement.clone(), self.steps.clone(), self.series, &self.hosts)
+        json::of_many(
+            &self.outcome,
+            self.judgement.clone(),
+            self.steps.clone(),
+            self.series,
+            &self.hosts,
+        )
     }
 }
 
@@ -85,9 +97,17 @@ impl<'a> Document<'a> {
 fn outcome(merged: &Merged, state: &State, about: &About<'_>) -> Outcome {
     let mut plan = about.plan.clone();
     if let Some(placed) = state.placed() {
-        placed.plan.apply_to(&mut plan).expect("it was made of this plan");
+        placed
+            .plan
+            .apply_to(&mut plan)
+            .expect("it was made of this plan");
     }
-    let reports = || merged.vantages.iter().filter_map(|vantage| vantage.report.as_ref());
+    let reports = || {
+        merged
+            .vantages
+            .iter()
+            .filter_map(|vantage| vantage.report.as_ref())
+    };
     let mut failures: Vec<(String, u64)> = Vec::new();
     for (why, count) in reports().flat_map(|report| &report.failures) {
         match failures.iter_mut().find(|(known, _)| known == why) {
@@ -96,8 +116,16 @@ fn outcome(merged: &Merged, state: &State, about: &About<'_>) -> Outcome {
         }
     }
     failures.sort_by(|(_, a), (_, b)| b.cmp(a));
-    let named = merged.vantages.iter().filter_map(|vantage| Some((vantage, vantage.report.as_ref()?)));
-    let of_vantages = named.flat_map(|(vantage, report)| report.notes.iter().map(|note| format!("{}: {note}", vantage.label)));
+    let named = merged
+        .vantages
+        .iter()
+        .filter_map(|vantage| Some((vantage, vantage.report.as_ref()?)));
+    let of_vantages = named.flat_map(|(vantage, report)| {
+        report
+            .notes
+            .iter()
+            .map(|note| format!("{}: {note}", vantage.label))
+    });
     let notes = about.notes.iter().cloned().chain(of_vantages).collect();
     Outcome {
         started: about.started,
@@ -141,7 +169,11 @@ fn engine(merged: &Merged) -> EngineHealth {
     let all_known = !shorts.is_empty() && shorts.len() == merged.vantages.len();
     EngineHealth {
         threads: shorts.iter().map(|short| short.threads as usize).sum(),
-        cpu_seconds: shorts.iter().map(|short| short.cpu_seconds).sum::<Option<f64>>().filter(|_| all_known),
+        cpu_seconds: shorts
+            .iter()
+            .map(|short| short.cpu_seconds)
+            .sum::<Option<f64>>()
+            .filter(|_| all_known),
         valid: reasons.is_empty(),
         reasons,
         ..EngineHealth::default()
@@ -172,7 +204,11 @@ impl<'a> Hosts<'a> {
                 .collect(),
             target_rtt_ms: judging.target_rtt.map(|target| target.as_secs_f64() * 1e3),
             max_loss: judging.max_loss_pct,
-            dropped: merged.missing.iter().filter_map(|missing| missing.vantage.as_deref()).collect(),
+            dropped: merged
+                .missing
+                .iter()
+                .filter_map(|missing| missing.vantage.as_deref())
+                .collect(),
         }
     }
 }
@@ -231,7 +267,11 @@ impl<'a> CombinedView<'a> {
             vantages: took_part.count(),
             measured_vantages: tier.measured().count(),
             rtt_ms: rtt_us.map(|us| us / 1e3),
-            rtt_stat: if rtt_us.is_some() { "worst_of_n" } else { "not_measured" },
+            rtt_stat: if rtt_us.is_some() {
+                "worst_of_n"
+            } else {
+                "not_measured"
+            },
             loss_pct: tier.worst_loss().map(|loss| loss * 1e2),
             quality: tier.worst_quality().name(),
             result: tier.begun.then(|| tier.judgement.verdict.name()),
@@ -247,7 +287,9 @@ impl<'a> CombinedView<'a> {
                 vantage: &vantages[at].label,
                 in_what,
             }),
-            start_skew_ms_max: skews.max_by_key(|skew_us| skew_us.unsigned_abs()).map(millis),
+            start_skew_ms_max: skews
+                .max_by_key(|skew_us| skew_us.unsigned_abs())
+                .map(millis),
         }
     }
 }
@@ -298,11 +340,20 @@ impl<'a> VantageView<'a> {
     fn new(vantage: &'a Vantage, at: usize, merged: &'a Merged) -> VantageView<'a> {
         let label = vantage.label.as_str();
         let report = vantage.report.as_ref();
-        let part = |tier: &&Tier| !matches!(tier.cells[at].standing, Standing::Absent | Standing::Awaited);
+        let part = |tier: &&Tier| {
+            !matches!(
+                tier.cells[at].standing,
+                Standing::Absent | Standing::Awaited
+            )
+        };
         VantageView {
             vantage: label,
             prober_id: &vantage.prober_id,
-            kind: if vantage.is_legacy { "voicegw" } else { "throng" },
+            kind: if vantage.is_legacy {
+                "voicegw"
+            } else {
+                "throng"
+            },
             version: vantage.version.as_deref(),
             role: vantage.role,
             weight: vantage.weight,
@@ -311,10 +362,16 @@ impl<'a> VantageView<'a> {
             valid: vantage.invalid.is_empty(),
             invalid: &vantage.invalid,
             last_heard_at: json::rfc_3339(vantage.last_heard),
-            missing: merged.missing.iter().any(|missing| missing.vantage.as_deref() == Some(label)),
+            missing: merged
+                .missing
+                .iter()
+                .any(|missing| missing.vantage.as_deref() == Some(label)),
             clock: vantage.clock.map(ClockView::from),
             start_skew_ms: vantage.start_skew_us.map(millis),
-            baseline: vantage.baseline.as_ref().map(|cell| CellView::new("baseline", cell, vantage)),
+            baseline: vantage
+                .baseline
+                .as_ref()
+                .map(|cell| CellView::new("baseline", cell, vantage)),
             steps: (merged.tiers.iter().filter(part))
                 .map(|tier| CellView::new(&tier.step.name, &tier.cells[at], vantage))
                 .collect(),
@@ -426,7 +483,8 @@ mod tests {
     }
 
     fn assert_valid(report: &Value) {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/schema/throng-report-1.schema.json");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("fixtures/schema/throng-report-1.schema.json");
         let schema = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
         let validator = jsonschema::draft202012::new(&schema).unwrap();
         let errors: Vec<String> = validator
@@ -448,21 +506,42 @@ mod tests {
         canned.is_over();
         let report = report_of(&canned);
         assert_valid(&report);
-        assert_eq!((&report["result"], &report["dropped"]), (&json!("PARTIAL"), &json!(["fra", "vg"])));
+        assert_eq!(
+            (&report["result"], &report["dropped"]),
+            (&json!("PARTIAL"), &json!(["fra", "vg"]))
+        );
     }
 
     #[test]
     fn voicegw_finds_its_fields_by_their_names_and_types() {
         let result = result_of(&canned::over());
-        assert_eq!(result["knee"], json!(33), "participants of the last tier that passed");
-        assert_eq!((&result["unmeasured_tiers"], &result["dropped"]), (&json!([]), &json!([])));
-        assert_eq!((&result["max_loss"], &result["target_rtt_ms"]), (&json!(1.0), &json!(null)));
+        assert_eq!(
+            result["knee"],
+            json!(33),
+            "participants of the last tier that passed"
+        );
+        assert_eq!(
+            (&result["unmeasured_tiers"], &result["dropped"]),
+            (&json!([]), &json!([]))
+        );
+        assert_eq!(
+            (&result["max_loss"], &result["target_rtt_ms"]),
+            (&json!(1.0), &json!(null))
+        );
         let tier = &result["combined"][1];
         assert_eq!(
-            (&tier["tier"], &tier["clients"], &tier["vantages"], &tier["measured_vantages"]),
+            (
+                &tier["tier"],
+                &tier["clients"],
+                &tier["vantages"],
+                &tier["measured_vantages"]
+            ),
             (&json!(1), &json!(78), &json!(3), &json!(3))
         );
-        assert_eq!((&tier["rtt_stat"], &tier["quality"]), (&json!("worst_of_n"), &json!("Poor")));
+        assert_eq!(
+            (&tier["rtt_stat"], &tier["quality"]),
+            (&json!("worst_of_n"), &json!("Poor"))
+        );
         assert_eq!(tier["loss_pct"], json!(3.1));
         assert!(tier["rtt_ms"].as_f64().unwrap() > 250.0);
         assert_eq!(tier["loss_by_host"]["maximum_at"], "sin");
@@ -473,7 +552,11 @@ mod tests {
             (&json!(25), &json!(100), &json!("Poor"))
         );
         assert_eq!(result["vantages"][2]["vantage"], "sin");
-        assert_eq!(result["vantages"][0]["baseline"]["clients"], json!(4), "with its publishers");
+        assert_eq!(
+            result["vantages"][0]["baseline"]["clients"],
+            json!(4),
+            "with its publishers"
+        );
     }
 
     #[test]
@@ -481,13 +564,19 @@ mod tests {
         let mut canned = Canned::gathering(&[10, 25], 1);
         canned.is_over();
         let result = result_of(&canned);
-        assert_eq!((&result["knee"], &result["unmeasured_tiers"]), (&json!(null), &json!([0, 1])));
+        assert_eq!(
+            (&result["knee"], &result["unmeasured_tiers"]),
+            (&json!(null), &json!([0, 1]))
+        );
         for tier in result["combined"].as_array().unwrap() {
             assert_eq!(
                 (&tier["rtt_ms"], &tier["loss_pct"], &tier["rtt_stat"]),
                 (&json!(null), &json!(null), &json!("not_measured"))
             );
-            assert_eq!((&tier["quality"], &tier["result"]), (&json!("Unknown"), &json!(null)));
+            assert_eq!(
+                (&tier["quality"], &tier["result"]),
+                (&json!("Unknown"), &json!(null))
+            );
         }
         assert_eq!(
             result["missing"],
@@ -502,10 +591,16 @@ mod tests {
             (&report["knee"]["answer"], &report["knee"]["participants"]),
             (&json!("found"), &json!(33))
         );
-        assert_eq!(report["steps"][0]["session"]["rtt_rtcp"]["count"], json!(300));
+        assert_eq!(
+            report["steps"][0]["session"]["rtt_rtcp"]["count"],
+            json!(300)
+        );
         assert_eq!(report["steps"][1]["result"], "FAIL");
         assert_eq!(
-            (&report["engine"]["threads"], &report["engine"]["cpu_seconds"]),
+            (
+                &report["engine"]["threads"],
+                &report["engine"]["cpu_seconds"]
+            ),
             (&json!(6), &json!(37.5))
         );
     }

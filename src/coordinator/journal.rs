@@ -57,7 +57,9 @@ impl Head {
 /// Why there is no journal; each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    #[error("the journal {path} is in use by another coordinator: wait until that one has ended, or give another --journal")]
+    #[error(
+        "the journal {path} is in use by another coordinator: wait until that one has ended, or give another --journal"
+    )]
     InUse { path: String },
     #[error(
         "the journal {path} is damaged at byte {at}, and sound entries follow: give another --journal, or cut it there to lose what follows (truncate -s {at} {path})"
@@ -107,26 +109,41 @@ impl Journal {
     }
 
     /// One that is there: `entry` gets what it says, in order, after its head.
-    pub fn open(path: &Path, mut begin: impl FnMut(&Head), mut entry: impl FnMut(Entry)) -> Result<Replay, JournalError> {
-        let file = options().open(path).map_err(|cause| io_error(path, cause))?;
+    pub fn open(
+        path: &Path,
+        mut begin: impl FnMut(&Head),
+        mut entry: impl FnMut(Entry),
+    ) -> Result<Replay, JournalError> {
+        let file = options()
+            .open(path)
+            .map_err(|cause| io_error(path, cause))?;
         lock(&file, path)?;
         let mut lines = Lines::new(&file);
         let not_ours = || JournalError::NotOurs { path: shown(path) };
         let first = lines.next().map_err(|cause| io_error(path, cause))?;
-        let head = first.as_deref().and_then(|line| serde_json::from_slice::<Head>(line).ok());
-        let head = head.filter(|head| head.journal == VERSION).ok_or_else(not_ours)?;
+        let head = first
+            .as_deref()
+            .and_then(|line| serde_json::from_slice::<Head>(line).ok());
+        let head = head
+            .filter(|head| head.journal == VERSION)
+            .ok_or_else(not_ours)?;
         begin(&head);
         while let Some(json) = lines.next().map_err(|cause| io_error(path, cause))? {
             entry(serde_json::from_slice(&json).map_err(|_| not_ours())?);
         }
         let bytes = lines.sound_bytes;
-        if lines.is_sound_again().map_err(|cause| io_error(path, cause))? {
+        if lines
+            .is_sound_again()
+            .map_err(|cause| io_error(path, cause))?
+        {
             return Err(JournalError::Damaged {
                 path: shown(path),
                 at: bytes,
             });
         }
-        let length = file.metadata().and_then(|metadata| file.set_len(bytes).map(|()| metadata.len()));
+        let length = file
+            .metadata()
+            .and_then(|metadata| file.set_len(bytes).map(|()| metadata.len()));
         let dropped_bytes = length.map_err(|cause| io_error(path, cause))? - bytes;
         Ok(Replay {
             journal: Journal::new(path, file, bytes),
@@ -153,10 +170,13 @@ impl Journal {
     pub fn append(&mut self, entry: &Entry, now_us: u64) -> io::Result<()> {
         let mut line = Vec::new();
         frame(entry, &mut line)?;
-        let written = self.file.write_all_at(&line, self.bytes).and_then(|()| match entry {
-            Entry::Beat { .. } => Ok(()),
-            _ => self.file.sync_data(),
-        });
+        let written = self
+            .file
+            .write_all_at(&line, self.bytes)
+            .and_then(|()| match entry {
+                Entry::Beat { .. } => Ok(()),
+                _ => self.file.sync_data(),
+            });
         if let Err(error) = written {
             // Half a line would be taken for damage once others follow. If it stays, the next one is written over it.
             let _ = self.file.set_len(self.bytes);
@@ -174,7 +194,10 @@ impl Journal {
 
     /// Makes durable what is due, and writes the journal anew where it has grown long. To be called about once a second.
     pub fn keep(&mut self, state: &State, head: &Head, now_us: u64) -> io::Result<()> {
-        if self.unsynced_since_us.is_some_and(|since| now_us.saturating_sub(since) >= SYNC_US) {
+        if self
+            .unsynced_since_us
+            .is_some_and(|since| now_us.saturating_sub(since) >= SYNC_US)
+        {
             self.file.sync_data()?;
             self.unsynced_since_us = None;
         }
@@ -247,7 +270,10 @@ fn lock(file: &File, path: &Path) -> Result<(), JournalError> {
 
 /// A name is as durable as its directory. Some file systems cannot be asked for it, and need not be.
 fn sync_directory(path: &Path) {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let _ = File::open(directory).and_then(|directory| directory.sync_all());
 }
 
@@ -256,7 +282,10 @@ fn shown(path: &Path) -> String {
 }
 
 fn io_error(path: &Path, cause: io::Error) -> JournalError {
-    JournalError::Io { path: shown(path), cause }
+    JournalError::Io {
+        path: shown(path),
+        cause,
+    }
 }
 
 /// Appends `message` to `line` as the journal has it.
@@ -345,7 +374,8 @@ mod tests {
 
     impl Scratch {
         fn new(name: &str) -> Scratch {
-            let path = std::env::temp_dir().join(format!("throng-journal-{}-{name}", std::process::id()));
+            let path =
+                std::env::temp_dir().join(format!("throng-journal-{}-{name}", std::process::id()));
             std::fs::create_dir_all(&path).unwrap();
             Scratch(path)
         }
@@ -368,7 +398,9 @@ mod tests {
     fn written(path: &Path) -> Vec<Entry> {
         let entries = entries_of_a_run();
         let mut journal = Journal::create(path, &head()).unwrap();
-        entries.iter().for_each(|entry| journal.append(entry, 0).unwrap());
+        entries
+            .iter()
+            .for_each(|entry| journal.append(entry, 0).unwrap());
         entries
     }
 
@@ -400,11 +432,21 @@ mod tests {
         let scratch = Scratch::new("torn");
         let entries: Vec<String> = written(&scratch.file()).iter().map(json).collect();
         let whole = std::fs::read(scratch.file()).unwrap();
-        let last = whole[..whole.len() - 1].iter().rposition(|b| *b == b'\n').unwrap() + 1;
-        for length in (last..whole.len()).step_by(211).chain([last + 1, whole.len() - 1]) {
+        let last = whole[..whole.len() - 1]
+            .iter()
+            .rposition(|b| *b == b'\n')
+            .unwrap()
+            + 1;
+        for length in (last..whole.len())
+            .step_by(211)
+            .chain([last + 1, whole.len() - 1])
+        {
             std::fs::write(scratch.file(), &whole[..length]).unwrap();
             let (read, dropped) = read(&scratch.file()).unwrap();
-            assert_eq!((read.len(), dropped), (entries.len() - 1, (length - last) as u64));
+            assert_eq!(
+                (read.len(), dropped),
+                (entries.len() - 1, (length - last) as u64)
+            );
             // What follows is written where the whole lines end.
             let mut replay = Journal::open(&scratch.file(), |_| {}, |_| {}).unwrap();
             replay.journal.append(&Entry::Over { at_us: 1 }, 0).unwrap();
@@ -431,7 +473,10 @@ mod tests {
         let scratch = Scratch::new("others");
         for text in ["", "hello\n", "00000000 {}\n"] {
             std::fs::write(scratch.file(), text).unwrap();
-            assert!(matches!(read(&scratch.file()), Err(JournalError::NotOurs { .. })), "{text:?}");
+            assert!(
+                matches!(read(&scratch.file()), Err(JournalError::NotOurs { .. })),
+                "{text:?}"
+            );
             assert_eq!(std::fs::read_to_string(scratch.file()).unwrap(), text);
         }
     }
@@ -440,7 +485,10 @@ mod tests {
     fn two_coordinators_do_not_share_a_journal() {
         let scratch = Scratch::new("shared");
         let _first = Journal::create(&scratch.file(), &head()).unwrap();
-        assert!(matches!(read(&scratch.file()), Err(JournalError::InUse { .. })));
+        assert!(matches!(
+            read(&scratch.file()),
+            Err(JournalError::InUse { .. })
+        ));
     }
 
     #[test]

@@ -70,9 +70,14 @@ pub struct Rehearsal {
 /// # Errors
 /// So many hosts cannot play it.
 pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, String> {
-    let placed = setup(asked).load.place(vec![Vantage::default(); asked.expect as usize])?;
+    let placed = setup(asked)
+        .load
+        .place(vec![Vantage::default(); asked.expect as usize])?;
     let mut first = asked.run.plan.clone();
-    placed.plan.apply_to(&mut first).map_err(|why| why.to_string())?;
+    placed
+        .plan
+        .apply_to(&mut first)
+        .map_err(|why| why.to_string())?;
     first.part = Some(Part::new(placed.placement.clone(), 0, &first.shape)?);
     first.ramp = Vec::new();
     Ok(Rehearsal { placed, first })
@@ -82,12 +87,23 @@ pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, String> {
 ///
 /// # Errors
 /// What kept the run from beginning; once it has begun there is a state.
-pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn FnMut(&str)) -> Result<Finished> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+pub fn lead(
+    asked: &Coordinate,
+    must_tell: &mut dyn FnMut(&str),
+    tell: &mut dyn FnMut(&str),
+) -> Result<Finished> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         let mut interrupts = Interrupts::listen();
         let epoch = Epoch::read();
-        let tls = asked.tls.as_ref().map(|(certificate, key)| server::tls(certificate, key)).transpose();
+        let tls = asked
+            .tls
+            .as_ref()
+            .map(|(certificate, key)| server::tls(certificate, key))
+            .transpose();
         let tls = tls.map_err(|why| anyhow!(why))?;
         let listener = server::listen(asked.bind)?;
         let address = listener.local_addr()?;
@@ -96,7 +112,10 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
             return Err(never_begun(&opened.state));
         }
         if *opened.state.phase() == Phase::Over {
-            tell(&format!("The run in {} is over: this is its result.", opened.journal.path().display()));
+            tell(&format!(
+                "The run in {} is over: this is its result.",
+                opened.journal.path().display()
+            ));
             return Ok(Finished {
                 exhibit: exhibit(asked, &opened.head),
                 at_us: epoch.unix_micros(epoch.now()),
@@ -125,14 +144,24 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
             is_open: opened.access.is_open(),
         };
         must_tell(&invitation.text(&opened, asked.journal.is_none()));
-        warnings(asked, &opened.journal).iter().for_each(|warning| must_tell(warning));
+        warnings(asked, &opened.journal)
+            .iter()
+            .for_each(|warning| must_tell(warning));
         let api_key = api_key(asked);
-        let mint = api_key.clone().map(|api_key| Mint::new(api_key, asked.run.plan.clone()));
+        let mint = api_key
+            .clone()
+            .map(|api_key| Mint::new(api_key, asked.run.plan.clone()));
         let head = opened.head.clone();
-        let (desk, thread) = Desk::start(opened.state, opened.journal, opened.head, epoch).context("no thread for the coordinator")?;
+        let (desk, thread) = Desk::start(opened.state, opened.journal, opened.head, epoch)
+            .context("no thread for the coordinator")?;
         let (stop, stopped) = watch::channel(false);
         let site = Site::new(desk.clone(), opened.access, mint, exhibit(asked, &head));
-        let serving = tokio::spawn(server::serve(TcpListener::from_std(listener)?, tls, site, stopped));
+        let serving = tokio::spawn(server::serve(
+            TcpListener::from_std(listener)?,
+            tls,
+            site,
+            stopped,
+        ));
         let mut watcher = Watcher {
             asked,
             desk,
@@ -152,7 +181,9 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
         // The last answers go out before the port is closed.
         let _ = stop.send(true);
         let _ = serving.await;
-        let (state, journal) = thread.join().map_err(|_| anyhow!("the coordinator's thread has panicked"))?;
+        let (state, journal) = thread
+            .join()
+            .map_err(|_| anyhow!("the coordinator's thread has panicked"))?;
         if !state.has_begun() {
             if asked.journal.is_none() {
                 // Nothing is in it that anybody would miss.
@@ -176,7 +207,11 @@ pub fn lead(asked: &Coordinate, must_tell: &mut dyn FnMut(&str), tell: &mut dyn 
 /// Why nothing was measured, and what to do.
 fn never_begun(state: &State) -> anyhow::Error {
     let why = state.stop_reason().unwrap_or("ended before it began");
-    let came: Vec<&str> = state.probers().iter().map(|prober| prober.vantage.as_str()).collect();
+    let came: Vec<&str> = state
+        .probers()
+        .iter()
+        .map(|prober| prober.vantage.as_str())
+        .collect();
     let came = if came.is_empty() {
         "nobody was in".to_owned()
     } else {
@@ -304,7 +339,8 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
 fn access_of(seal: Option<&Seal>) -> Result<Access> {
     match seal {
         None => Ok(Access::open()),
-        Some(seal) => Access::sealed(seal).context("the journal's token cannot be read: give another --journal"),
+        Some(seal) => Access::sealed(seal)
+            .context("the journal's token cannot be read: give another --journal"),
     }
 }
 
@@ -393,7 +429,11 @@ impl Invitation {
             None => (String::new(), String::new()),
         };
         let expect = opened.head.setup.expect;
-        let hosts = if expect == 1 { "1 host".to_owned() } else { format!("{expect} hosts") };
+        let hosts = if expect == 1 {
+            "1 host".to_owned()
+        } else {
+            format!("{expect} hosts")
+        };
         let head = match opened.resumed {
             true => format!("Coordinator at {url}: goes on with a run of {hosts}."),
             false => format!("Coordinator at {url}: waits for {hosts}."),
@@ -406,7 +446,11 @@ impl Invitation {
         };
         format!(
             "{head} On each of them:\n\n  {URL_VARIABLE}={url}{in_env} throng\n\nor\n\n  throng --report-to {url}{as_flag} \\\n  --vantage NAME\n\nJournal: {again}\n  --journal {journal}{}",
-            if self.is_open { "\nEverybody is let in (--no-auth)." } else { "" }
+            if self.is_open {
+                "\nEverybody is let in (--no-auth)."
+            } else {
+                ""
+            }
         )
     }
 }
@@ -420,10 +464,15 @@ fn warnings(asked: &Coordinate, journal: &Journal) -> Vec<String> {
             asked.bind
         ));
     } else if asked.tls.is_none() && !is_local {
-        warnings.push("note: without --tls-cert and --tls-key the token can be read on the way".to_owned());
+        warnings.push(
+            "note: without --tls-cert and --tls-key the token can be read on the way".to_owned(),
+        );
     }
     if journal::is_open_to_others(journal.path()) {
-        warnings.push(format!("warning: others may read {}: chmod 600 it", journal.path().display()));
+        warnings.push(format!(
+            "warning: others may read {}: chmod 600 it",
+            journal.path().display()
+        ));
     }
     if asked.run.credentials.is_none() {
         warnings.push(
@@ -442,7 +491,11 @@ fn url(address: SocketAddr, tls: bool) -> String {
             IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
         }),
     };
-    format!("{}://{}", if tls { "https" } else { "http" }, SocketAddr::new(ip, address.port()))
+    format!(
+        "{}://{}",
+        if tls { "https" } else { "http" },
+        SocketAddr::new(ip, address.port())
+    )
 }
 
 /// Connecting a UDP socket sends nothing; the addresses are for documentation (RFC 5737, RFC 3849).
@@ -496,11 +549,18 @@ impl Watcher<'_> {
     async fn tell(&mut self, tell: &mut dyn FnMut(&str)) {
         let mut story = std::mem::take(&mut self.story);
         let told = self.desk.call(move |desk| {
-            let lines = story.lines(&desk.state, desk.problem(), desk.standstill(), desk.now_us());
+            let lines = story.lines(
+                &desk.state,
+                desk.problem(),
+                desk.standstill(),
+                desk.now_us(),
+            );
             (story, lines)
         });
         // A desk that is gone has nothing more to tell.
-        let Ok((story, lines)) = told.await else { return };
+        let Ok((story, lines)) = told.await else {
+            return;
+        };
         self.story = story;
         lines.iter().for_each(|line| tell(line));
     }
@@ -511,7 +571,9 @@ impl Watcher<'_> {
             let row = seconds.look(&desk.state, desk.now_us());
             (seconds, row)
         });
-        let Ok((seconds, row)) = looked.await else { return };
+        let Ok((seconds, row)) = looked.await else {
+            return;
+        };
         self.seconds = seconds;
         if let Some(row) = row {
             let server = self.pages.as_mut().map(Watch::rows);
@@ -530,16 +592,28 @@ impl Watcher<'_> {
         let (began_us, held) = held.unwrap_or_default();
         // What lay before this process, or is not known, was not read: a stretch without length has no figures.
         let start = self.epoch.instant(Time::ZERO);
-        let instant = |us: u64| self.epoch.time_of_unix_micros(us).map(|time| self.epoch.instant(time));
+        let instant = |us: u64| {
+            self.epoch
+                .time_of_unix_micros(us)
+                .map(|time| self.epoch.instant(time))
+        };
         let stretches: Vec<Stretch> = held
             .into_iter()
             .map(|held| {
-                let between = held.between_us.and_then(|(from_us, to_us)| instant(from_us).zip(instant(to_us)));
+                let between = held
+                    .between_us
+                    .and_then(|(from_us, to_us)| instant(from_us).zip(instant(to_us)));
                 let (from, to) = between.unwrap_or((start, start));
-                Stretch { name: held.name, from, to }
+                Stretch {
+                    name: held.name,
+                    from,
+                    to,
+                }
             })
             .collect();
-        let account = pages.finish(began_us.and_then(instant).unwrap_or(start), &stretches).await;
+        let account = pages
+            .finish(began_us.and_then(instant).unwrap_or(start), &stretches)
+            .await;
         self.notes.extend(account.notes());
         Some(account)
     }
@@ -555,10 +629,15 @@ impl Watcher<'_> {
 
     /// Where everybody is in and there is a key.
     async fn make_rooms(&mut self, interrupts: &mut Interrupts) {
-        let Some(api_key) = self.api_key.clone() else { return };
-        let wanted = self
-            .desk
-            .call(|desk| desk.state.placed().filter(|_| desk.state.wants_rooms()).map(|placed| placed.plan.clone()));
+        let Some(api_key) = self.api_key.clone() else {
+            return;
+        };
+        let wanted = self.desk.call(|desk| {
+            desk.state
+                .placed()
+                .filter(|_| desk.state.wants_rooms())
+                .map(|placed| placed.plan.clone())
+        });
         let Ok(Some(wire)) = wanted.await else { return };
         let made = async {
             let plan = self.plan(&wire).await?;
@@ -574,11 +653,17 @@ impl Watcher<'_> {
                     .desk
                     .call(move |desk| {
                         let at_us = desk.now_us();
-                        desk.remember(Entry::Prepared { at_us, rooms: names })
+                        desk.remember(Entry::Prepared {
+                            at_us,
+                            rooms: names,
+                        })
                     })
                     .await;
             }
-            Err(error) => self.cancel(&format!("the rooms cannot be made: {error:#}")).await,
+            Err(error) => {
+                self.cancel(&format!("the rooms cannot be made: {error:#}"))
+                    .await
+            }
         }
     }
 
@@ -586,19 +671,31 @@ impl Watcher<'_> {
     async fn plan(&self, wire: &WirePlan) -> Result<Plan> {
         let mut plan = self.asked.run.plan.clone();
         wire.apply_to(&mut plan)?;
-        let tags = self.desk.call(|desk| (desk.state.setup().run_tag, desk.state.setup().seed)).await;
+        let tags = self
+            .desk
+            .call(|desk| (desk.state.setup().run_tag, desk.state.setup().seed))
+            .await;
         (plan.run_tag, plan.seed) = tags.map_err(|_| anyhow!("the coordinator is going"))?;
         Ok(plan)
     }
 
     /// Those that this run made, in this life or in an earlier one.
     async fn delete_rooms(&mut self) {
-        let Some(api_key) = self.api_key.clone() else { return };
-        let of_state = self
-            .desk
-            .call(|desk| (desk.state.placed().map(|placed| placed.plan.clone()), desk.state.rooms().to_vec()));
-        let Ok((Some(wire), made)) = of_state.await else { return };
-        let Ok(plan) = self.plan(&wire).await else { return };
+        let Some(api_key) = self.api_key.clone() else {
+            return;
+        };
+        let of_state = self.desk.call(|desk| {
+            (
+                desk.state.placed().map(|placed| placed.plan.clone()),
+                desk.state.rooms().to_vec(),
+            )
+        });
+        let Ok((Some(wire), made)) = of_state.await else {
+            return;
+        };
+        let Ok(plan) = self.plan(&wire).await else {
+            return;
+        };
         let rooms = match self.rooms.take() {
             Some(rooms) => rooms,
             None if made.is_empty() => return,

@@ -37,7 +37,14 @@ pub const INTERVAL: Duration = Duration::from_secs(1);
 const SILENT_US: u64 = 5_000_000;
 
 /// One event of a `text/event-stream`: the run as it stands. `merged` is there once the run is over.
-pub fn event(state: &State, judging: &Judging, target: &str, started_us: u64, now_us: u64, merged: Option<&Merged>) -> String {
+pub fn event(
+    state: &State,
+    judging: &Judging,
+    target: &str,
+    started_us: u64,
+    now_us: u64,
+    merged: Option<&Merged>,
+) -> String {
     let view = StateView {
         phase: state.phase().name(),
         expected: state.setup().expect,
@@ -45,10 +52,18 @@ pub fn event(state: &State, judging: &Judging, target: &str, started_us: u64, no
         started_seconds: started_us as f64 / 1e6,
         now_seconds: now_us as f64 / 1e6,
         max_loss_pct: judging.max_loss_pct,
-        stages: state.stages().iter().map(|stage| stage.name.as_str()).collect(),
+        stages: state
+            .stages()
+            .iter()
+            .map(|stage| stage.name.as_str())
+            .collect(),
         stage: state.underway().map(|underway| underway.stage),
         stopped: state.stop_reason(),
-        vantages: state.probers().iter().map(|prober| VantageView::new(prober, state, now_us)).collect(),
+        vantages: state
+            .probers()
+            .iter()
+            .map(|prober| VantageView::new(prober, state, now_us))
+            .collect(),
         result: merged.map(ResultView::new),
     };
     // JSON has no raw line breaks, so that one line is the whole of it.
@@ -113,7 +128,10 @@ impl<'a> VantageView<'a> {
             (None, None) if silent_us > SILENT_US => "silent",
             (None, None) => "live",
         };
-        let report = prober.report.as_ref().and_then(|report| report.throng.as_ref());
+        let report = prober
+            .report
+            .as_ref()
+            .and_then(|report| report.throng.as_ref());
         VantageView {
             prober_id: prober.id.as_str(),
             label: &prober.vantage,
@@ -126,7 +144,11 @@ impl<'a> VantageView<'a> {
                 .map(|stage| stage.name.as_str()),
             live: (standing == "live").then_some(&prober.live),
             clock: prober.offset().map(ClockView::from),
-            start_skew_us: prober.starts.values().copied().max_by_key(|skew_us| skew_us.unsigned_abs()),
+            start_skew_us: prober
+                .starts
+                .values()
+                .copied()
+                .max_by_key(|skew_us| skew_us.unsigned_abs()),
             invalid: report.map_or(&prober.invalid, |report| &report.invalid),
         }
     }
@@ -170,7 +192,11 @@ impl<'a> ResultView<'a> {
                     loss: tier.worst_loss(),
                     rtt_us: tier.worst_rtt_us(),
                     quality: tier.worst_quality().name(),
-                    reasons: if tier.begun { &tier.judgement.reasons } else { &[] },
+                    reasons: if tier.begun {
+                        &tier.judgement.reasons
+                    } else {
+                        &[]
+                    },
                 })
                 .collect(),
         }
@@ -183,12 +209,25 @@ impl<'a> ResultView<'a> {
 pub fn metrics(state: &State, now_us: u64) -> String {
     let mut page = Page::default();
     let probers = state.probers();
-    page.family("throng_run_phase", "gauge", "1 for the phase that the run is in.");
-    for phase in [Phase::Gathering, Phase::Running, Phase::Stopping, Phase::Over] {
+    page.family(
+        "throng_run_phase",
+        "gauge",
+        "1 for the phase that the run is in.",
+    );
+    for phase in [
+        Phase::Gathering,
+        Phase::Running,
+        Phase::Stopping,
+        Phase::Over,
+    ] {
         let value = f64::from(u8::from(phase == *state.phase()));
         page.sample("throng_run_phase", &[("phase", phase.name())], value);
     }
-    page.family("throng_probers_expected", "gauge", "Probers that the run waits for.");
+    page.family(
+        "throng_probers_expected",
+        "gauge",
+        "Probers that the run waits for.",
+    );
     page.sample("throng_probers_expected", &[], state.setup().expect.into());
     page.family("throng_probers", "gauge", "Probers that came.");
     page.sample("throng_probers", &[], probers.len() as f64);
@@ -198,36 +237,52 @@ pub fn metrics(state: &State, now_us: u64) -> String {
     }
     type Gauge = (&'static str, &'static str, fn(&Prober, u64) -> Option<f64>);
     let gauges: [Gauge; 13] = [
-        ("throng_up", "1 while the prober has a part in what is to come.", |p, _| {
-            Some(f64::from(u8::from(p.is_live())))
-        }),
-        ("throng_heard_seconds_ago", "Since the prober's last sign of life.", |p, now_us| {
-            Some(now_us.saturating_sub(p.heard_us) as f64 / 1e6)
-        }),
+        (
+            "throng_up",
+            "1 while the prober has a part in what is to come.",
+            |p, _| Some(f64::from(u8::from(p.is_live()))),
+        ),
+        (
+            "throng_heard_seconds_ago",
+            "Since the prober's last sign of life.",
+            |p, now_us| Some(now_us.saturating_sub(p.heard_us) as f64 / 1e6),
+        ),
         ("throng_valid", "1 while the generator keeps up.", |p, _| {
             Some(f64::from(u8::from(p.invalid.is_empty())))
         }),
         ("throng_participants", "In their rooms now.", |p, _| {
             live(p).map(|live| live.participants.into())
         }),
-        ("throng_sent_packets_per_second", "RTP packets sent in the last second.", |p, _| {
-            live(p)?.packets_sent_per_second
-        }),
+        (
+            "throng_sent_packets_per_second",
+            "RTP packets sent in the last second.",
+            |p, _| live(p)?.packets_sent_per_second,
+        ),
         (
             "throng_received_packets_per_second",
             "RTP packets received in the last second.",
             |p, _| live(p)?.packets_received_per_second,
         ),
-        ("throng_sent_bits_per_second", "Sent in the last second.", |p, _| {
-            live(p)?.bits_sent_per_second
-        }),
-        ("throng_received_bits_per_second", "Received in the last second.", |p, _| {
-            live(p)?.bits_received_per_second
-        }),
-        ("throng_loss_ratio", "Loss of all media of the run so far, 0 to 1.", |p, _| live(p)?.loss),
-        ("throng_rtt_seconds", "Median round trip of the last second.", |p, _| {
-            seconds(live(p)?.rtt_us)
-        }),
+        (
+            "throng_sent_bits_per_second",
+            "Sent in the last second.",
+            |p, _| live(p)?.bits_sent_per_second,
+        ),
+        (
+            "throng_received_bits_per_second",
+            "Received in the last second.",
+            |p, _| live(p)?.bits_received_per_second,
+        ),
+        (
+            "throng_loss_ratio",
+            "Loss of all media of the run so far, 0 to 1.",
+            |p, _| live(p)?.loss,
+        ),
+        (
+            "throng_rtt_seconds",
+            "Median round trip of the last second.",
+            |p, _| seconds(live(p)?.rtt_us),
+        ),
         (
             "throng_one_way_latency_p99_seconds",
             "One-way latency of the last second, the 99th percentile.",
@@ -238,9 +293,11 @@ pub fn metrics(state: &State, now_us: u64) -> String {
             "How late the engine's beat came in the last second, the 99th percentile.",
             |p, _| seconds(live(p)?.tick_late_us_p99),
         ),
-        ("throng_clock_offset_seconds", "The coordinator's clock less the prober's.", |p, _| {
-            p.offset().map(|offset| offset.offset_us as f64 / 1e6)
-        }),
+        (
+            "throng_clock_offset_seconds",
+            "The coordinator's clock less the prober's.",
+            |p, _| p.offset().map(|offset| offset.offset_us as f64 / 1e6),
+        ),
     ];
     for (name, help, value) in gauges {
         page.family(name, "gauge", help);
@@ -360,13 +417,27 @@ impl Page {
 
     fn summary(&mut self, family: &str, one: &Latest<'_>, histogram: &Histogram) {
         for (text, share) in [("0.5", 0.5), ("0.95", 0.95), ("0.99", 0.99)] {
-            let value = histogram.quantile(share).map_or(f64::INFINITY, |us| us as f64 / 1e6);
-            self.sample(family, &[("vantage", one.vantage), ("stage", one.stage), ("quantile", text)], value);
+            let value = histogram
+                .quantile(share)
+                .map_or(f64::INFINITY, |us| us as f64 / 1e6);
+            self.sample(
+                family,
+                &[
+                    ("vantage", one.vantage),
+                    ("stage", one.stage),
+                    ("quantile", text),
+                ],
+                value,
+            );
         }
         let labels = [("vantage", one.vantage), ("stage", one.stage)];
         let sum = histogram.mean().unwrap_or(0.0) * histogram.count() as f64 / 1e6;
         self.sample(&format!("{family}_sum"), &labels, sum);
-        self.sample(&format!("{family}_count"), &labels, histogram.count() as f64);
+        self.sample(
+            &format!("{family}_count"),
+            &labels,
+            histogram.count() as f64,
+        );
     }
 
     fn family(&mut self, name: &str, kind: &str, help: &str) {
@@ -406,9 +477,16 @@ fn escape(text: &str, out: &mut String) {
 
 /// Of what stands in the page between a tag and its end.
 fn hash_of(tag: &str) -> String {
-    let (_, rest) = HTML.split_once(&format!("<{tag}>")).expect("the page has it");
-    let (inside, _) = rest.split_once(&format!("</{tag}>")).expect("the page ends it");
-    format!("sha256-{}", STANDARD.encode(digest(&SHA256, inside.as_bytes())))
+    let (_, rest) = HTML
+        .split_once(&format!("<{tag}>"))
+        .expect("the page has it");
+    let (inside, _) = rest
+        .split_once(&format!("</{tag}>"))
+        .expect("the page ends it");
+    format!(
+        "sha256-{}",
+        STANDARD.encode(digest(&SHA256, inside.as_bytes()))
+    )
 }
 
 #[cfg(test)]
@@ -453,7 +531,10 @@ mod tests {
     }
 
     fn data(event: &str) -> Value {
-        let data = event.strip_prefix("data: ").and_then(|rest| rest.strip_suffix("\n\n")).unwrap();
+        let data = event
+            .strip_prefix("data: ")
+            .and_then(|rest| rest.strip_suffix("\n\n"))
+            .unwrap();
         assert!(!data.contains('\n'), "one line is one event");
         serde_json::from_str(data).unwrap()
     }
@@ -477,14 +558,26 @@ mod tests {
             (&json!("running"), &json!(4), &json!(null))
         );
         let vantage = |at: usize| &event["vantages"][at];
-        assert_eq!((&vantage(0)["state"], &vantage(0)["stage"]), (&json!("live"), &json!("tier 1")));
         assert_eq!(
-            (&vantage(0)["live"]["participants"], &vantage(0)["live"]["latency_us_p99"]),
+            (&vantage(0)["state"], &vantage(0)["stage"]),
+            (&json!("live"), &json!("tier 1"))
+        );
+        assert_eq!(
+            (
+                &vantage(0)["live"]["participants"],
+                &vantage(0)["live"]["latency_us_p99"]
+            ),
             (&json!(13), &json!(null))
         );
         assert_eq!(vantage(1)["label"], json!(HOSTILE));
-        assert_eq!((&vantage(2)["state"], &vantage(2)["live"]), (&json!("missing"), &json!(null)));
-        assert_eq!((&vantage(2)["why"], &vantage(3)["state"]), (&json!("silent for 30 s"), &json!("at work")));
+        assert_eq!(
+            (&vantage(2)["state"], &vantage(2)["live"]),
+            (&json!("missing"), &json!(null))
+        );
+        assert_eq!(
+            (&vantage(2)["why"], &vantage(3)["state"]),
+            (&json!("silent for 30 s"), &json!("at work"))
+        );
     }
 
     #[test]
@@ -492,10 +585,24 @@ mod tests {
         let canned = canned::over();
         let merged = Merged::new(&canned.state, &canned::judging());
         let event = data(&event_of(&canned, Some(&merged)));
-        assert_eq!((&event["phase"], &event["result"]["verdict"]), (&json!("over"), &json!("FAIL")));
+        assert_eq!(
+            (&event["phase"], &event["result"]["verdict"]),
+            (&json!("over"), &json!("FAIL"))
+        );
         assert_eq!(event["result"]["tiers"][1]["participants"], json!(78));
-        assert!(event["result"]["knee"].as_str().unwrap().starts_with("33 participants"));
-        assert!(event["vantages"].as_array().unwrap().iter().all(|vantage| vantage["state"] == "reported"));
+        assert!(
+            event["result"]["knee"]
+                .as_str()
+                .unwrap()
+                .starts_with("33 participants")
+        );
+        assert!(
+            event["vantages"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .all(|vantage| vantage["state"] == "reported")
+        );
     }
 
     #[test]
@@ -516,8 +623,17 @@ mod tests {
             let rest = HTML.replace("http://www.w3.org/2000/svg", "");
             assert!(!rest.contains(word), "{word}");
         }
-        assert_eq!((HTML.matches("<script>").count(), HTML.matches("<style>").count()), (1, 1));
-        assert!(POLICY.starts_with("default-src 'none'; style-src 'sha256-") && !POLICY.contains("unsafe"));
+        assert_eq!(
+            (
+                HTML.matches("<script>").count(),
+                HTML.matches("<style>").count()
+            ),
+            (1, 1)
+        );
+        assert!(
+            POLICY.starts_with("default-src 'none'; style-src 'sha256-")
+                && !POLICY.contains("unsafe")
+        );
     }
 
     /// Families by name, and samples by family, name and labels.
@@ -534,7 +650,11 @@ mod tests {
             } else {
                 let (name, value) = line.rsplit_once(' ').unwrap();
                 assert!(name.starts_with(&family), "{line} in {family}");
-                let value = if value == "+Inf" { f64::INFINITY } else { value.parse().unwrap() };
+                let value = if value == "+Inf" {
+                    f64::INFINITY
+                } else {
+                    value.parse().unwrap()
+                };
                 samples.push((family.clone(), name.to_owned(), value));
             }
         }
@@ -546,13 +666,28 @@ mod tests {
         let canned = under_way();
         let page = metrics(&canned.state, canned.now_us);
         let samples = parsed(&page);
-        let value = |name: &str| samples.iter().find(|(_, sample, _)| sample == name).map(|(.., value)| *value);
+        let value = |name: &str| {
+            samples
+                .iter()
+                .find(|(_, sample, _)| sample == name)
+                .map(|(.., value)| *value)
+        };
         assert_eq!(value("throng_up{vantage=\"fra\"}"), Some(1.0));
         assert_eq!(value("throng_up{vantage=\"sin\"}"), Some(0.0));
         assert_eq!(value("throng_rtt_seconds{vantage=\"fra\"}"), Some(0.02));
-        assert_eq!(value("throng_rtt_seconds{vantage=\"sin\"}"), None, "nobody knows what a missing one sees");
-        assert_eq!(value("throng_one_way_latency_p99_seconds{vantage=\"fra\"}"), None);
-        assert_eq!(value("throng_up{vantage=\"<img src=x onerror=alert(1)>\\\"\\\\\"}"), Some(1.0));
+        assert_eq!(
+            value("throng_rtt_seconds{vantage=\"sin\"}"),
+            None,
+            "nobody knows what a missing one sees"
+        );
+        assert_eq!(
+            value("throng_one_way_latency_p99_seconds{vantage=\"fra\"}"),
+            None
+        );
+        assert_eq!(
+            value("throng_up{vantage=\"<img src=x onerror=alert(1)>\\\"\\\\\"}"),
+            Some(1.0)
+        );
         assert_eq!(
             value("throng_audio_packets_received_total{vantage=\"fra\",stage=\"tier 1\"}"),
             Some(10_000.0)
@@ -563,10 +698,15 @@ mod tests {
         );
         let median = WELL.record().session.rtt_rtcp.quantile(0.5).unwrap() as f64 / 1e6;
         assert_eq!(
-            value("throng_session_rtt_rtcp_seconds{vantage=\"fra\",stage=\"tier 1\",quantile=\"0.5\"}"),
+            value(
+                "throng_session_rtt_rtcp_seconds{vantage=\"fra\",stage=\"tier 1\",quantile=\"0.5\"}"
+            ),
             Some(median)
         );
-        assert!(!page.contains("throng_video_played_us_total"), "this version does not fill it");
+        assert!(
+            !page.contains("throng_video_played_us_total"),
+            "this version does not fill it"
+        );
         assert_eq!(value("throng_run_phase{phase=\"running\"}"), Some(1.0));
     }
 
@@ -579,9 +719,9 @@ mod tests {
         let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both))]);
         canned.beat(0, vec![so_far], lively());
         let samples = parsed(&metrics(&canned.state, canned.now_us));
-        let p95 = samples
-            .iter()
-            .find(|(_, name, _)| name.starts_with("throng_audio_one_way_latency_seconds{") && name.contains("0.95"));
+        let p95 = samples.iter().find(|(_, name, _)| {
+            name.starts_with("throng_audio_one_way_latency_seconds{") && name.contains("0.95")
+        });
         assert_eq!(p95.unwrap().2, f64::INFINITY);
     }
 }

@@ -43,13 +43,21 @@ impl Load {
             vantages,
             rooms_apart: self.rooms_apart,
         };
-        let weights = placement.vantages.iter().fold(0u32, |sum, vantage| sum.saturating_add(vantage.weight));
+        let weights = placement
+            .vantages
+            .iter()
+            .fold(0u32, |sum, vantage| sum.saturating_add(vantage.weight));
         let rooms = match self.rooms_apart && !self.total {
             true => self.plan.room_count.saturating_mul(weights),
             false => self.plan.room_count,
         };
         let largest = self.tiers.iter().copied().max().unwrap_or(0);
-        if largest > 0 && !placement.vantages.iter().any(|vantage| vantage.role.subscribes()) {
+        if largest > 0
+            && !placement
+                .vantages
+                .iter()
+                .any(|vantage| vantage.role.subscribes())
+        {
             return Err("no host subscribes: start one without --role publish".to_owned());
         }
         let plan = WirePlan {
@@ -77,13 +85,21 @@ impl Load {
 
     /// Whoever has fewer joins, or leaves, before a hold than another waits for the others' by a longer warm-up.
     fn stages(&self, plan: &WirePlan, placement: &Placement, part: &Part) -> Vec<Vec<Stage>> {
-        let in_room: Vec<u32> = self.tiers.iter().map(|tier| self.of_room(placement, *tier)).collect();
+        let in_room: Vec<u32> = self
+            .tiers
+            .iter()
+            .map(|tier| self.of_room(placement, *tier))
+            .collect();
         let of_hosts = subscribers_of_hosts(plan, placement.vantages.len(), part, &in_room);
         // The baseline is one of each host that subscribes at all.
         let alone = |tiers: &[u32]| tiers.iter().copied().max().unwrap_or(0).min(1);
         let held: Vec<Vec<u32>> = of_hosts
             .iter()
-            .map(|tiers| std::iter::once(alone(tiers)).chain(tiers.iter().copied()).collect())
+            .map(|tiers| {
+                std::iter::once(alone(tiers))
+                    .chain(tiers.iter().copied())
+                    .collect()
+            })
             .collect();
         // Whoever leaves does so at the same pace.
         let moving_us = |host: usize, stage: usize| {
@@ -95,10 +111,21 @@ impl Load {
             }
         };
         let stage = |host: usize, stage: usize| {
-            let longest = (0..held.len()).map(|other| moving_us(other, stage)).max().unwrap_or(0);
+            let longest = (0..held.len())
+                .map(|other| moving_us(other, stage))
+                .max()
+                .unwrap_or(0);
             Stage {
-                kind: if stage == 0 { StageKind::Baseline } else { StageKind::Tier },
-                name: if stage == 0 { "baseline".to_owned() } else { format!("tier {stage}") },
+                kind: if stage == 0 {
+                    StageKind::Baseline
+                } else {
+                    StageKind::Tier
+                },
+                name: if stage == 0 {
+                    "baseline".to_owned()
+                } else {
+                    format!("tier {stage}")
+                },
                 subscribers: held[host][stage],
                 warmup_us: self.warmup_us + (longest - moving_us(host, stage)),
                 hold_us: plan.duration_us,
@@ -114,15 +141,26 @@ impl Load {
         (0..held.len())
             .map(|host| {
                 let held = (0..=self.tiers.len()).map(|index| stage(host, index));
-                let ends = [bare(StageKind::Stop, "stop"), bare(StageKind::Leave, "leave")];
-                std::iter::once(bare(StageKind::Publish, "publish")).chain(held).chain(ends).collect()
+                let ends = [
+                    bare(StageKind::Stop, "stop"),
+                    bare(StageKind::Leave, "leave"),
+                ];
+                std::iter::once(bare(StageKind::Publish, "publish"))
+                    .chain(held)
+                    .chain(ends)
+                    .collect()
             })
             .collect()
     }
 }
 
 /// For each host, how many of its subscribers are among the first so many of each room.
-fn subscribers_of_hosts(plan: &WirePlan, hosts: usize, part: &Part, in_room: &[u32]) -> Vec<Vec<u32>> {
+fn subscribers_of_hosts(
+    plan: &WirePlan,
+    hosts: usize,
+    part: &Part,
+    in_room: &[u32],
+) -> Vec<Vec<u32>> {
     let mut bounds = in_room.to_vec();
     bounds.sort_unstable();
     bounds.dedup();
@@ -158,7 +196,11 @@ pub(crate) mod tests {
 
     pub(crate) fn load(tiers: &[u32]) -> Load {
         let mut plan = WirePlan::of(&plan());
-        (plan.room_count, plan.audio_publishers, plan.video_publishers) = (2, 3, 2);
+        (
+            plan.room_count,
+            plan.audio_publishers,
+            plan.video_publishers,
+        ) = (2, 3, 2);
         (plan.joins_per_second, plan.duration_us) = (10.0, 5_000_000);
         Load {
             plan,
@@ -192,10 +234,17 @@ pub(crate) mod tests {
     #[test]
     fn tiers_are_per_host_and_sum() {
         let placed = load(&[2, 10, 4])
-            .place(hosts(&[(Role::Both, 1), (Role::Subscribe, 2), (Role::Publish, 1)]))
+            .place(hosts(&[
+                (Role::Both, 1),
+                (Role::Subscribe, 2),
+                (Role::Publish, 1),
+            ]))
             .unwrap();
         assert_eq!(placed.plan.subscribers, 30);
-        assert_eq!((placed.plan.audio_publishers, placed.plan.room_count), (3, 2));
+        assert_eq!(
+            (placed.plan.audio_publishers, placed.plan.room_count),
+            (3, 2)
+        );
         assert_eq!(held(&placed), [[4, 20, 8], [8, 40, 16], [0, 0, 0]]);
     }
 
@@ -205,7 +254,12 @@ pub(crate) mod tests {
         load.total = true;
         for group in [
             &[(Role::Both, 1); 3][..],
-            &[(Role::Both, 1), (Role::Subscribe, 3), (Role::Publish, 1), (Role::Both, 2)],
+            &[
+                (Role::Both, 1),
+                (Role::Subscribe, 3),
+                (Role::Publish, 1),
+                (Role::Both, 2),
+            ],
         ] {
             let placed = load.place(hosts(group)).unwrap();
             assert_eq!(placed.plan.subscribers, 25);
@@ -220,20 +274,39 @@ pub(crate) mod tests {
     fn rooms_apart_are_per_host_or_split() {
         let mut load = load(&[4]);
         load.rooms_apart = true;
-        let placed = load.place(hosts(&[(Role::Both, 1), (Role::Both, 2)])).unwrap();
-        assert_eq!((placed.plan.room_count, held(&placed)), (6, vec![vec![8], vec![16]]));
+        let placed = load
+            .place(hosts(&[(Role::Both, 1), (Role::Both, 2)]))
+            .unwrap();
+        assert_eq!(
+            (placed.plan.room_count, held(&placed)),
+            (6, vec![vec![8], vec![16]])
+        );
         (load.total, load.plan.room_count) = (true, 5);
         let placed = load.place(hosts(&[(Role::Both, 1); 2])).unwrap();
-        assert_eq!((placed.plan.room_count, held(&placed)), (5, vec![vec![12], vec![8]]));
+        assert_eq!(
+            (placed.plan.room_count, held(&placed)),
+            (5, vec![vec![12], vec![8]])
+        );
         load.plan.room_count = 1;
-        assert!(load.place(hosts(&[(Role::Both, 1); 2])).unwrap_err().contains("nothing to do"));
-        assert!(load.place(hosts(&[(Role::Both, 1), (Role::Publish, 1)])).is_err());
+        assert!(
+            load.place(hosts(&[(Role::Both, 1); 2]))
+                .unwrap_err()
+                .contains("nothing to do")
+        );
+        assert!(
+            load.place(hosts(&[(Role::Both, 1), (Role::Publish, 1)]))
+                .is_err()
+        );
     }
 
     #[test]
     fn all_hold_at_the_same_time() {
         let placed = load(&[2, 10, 4])
-            .place(hosts(&[(Role::Both, 1), (Role::Subscribe, 2), (Role::Publish, 1)]))
+            .place(hosts(&[
+                (Role::Both, 1),
+                (Role::Subscribe, 2),
+                (Role::Publish, 1),
+            ]))
             .unwrap();
         for stage in 1..=4 {
             let mut before = [0; 3];
@@ -245,12 +318,27 @@ pub(crate) mod tests {
                 .stages
                 .iter()
                 .zip(before)
-                .map(|(stages, before)| u64::from(stages[stage].subscribers.abs_diff(before)) * 100_000 + stages[stage].warmup_us)
+                .map(|(stages, before)| {
+                    u64::from(stages[stage].subscribers.abs_diff(before)) * 100_000
+                        + stages[stage].warmup_us
+                })
                 .collect();
-            assert!(settled.windows(2).all(|pair| pair[0] == pair[1]), "{stage}: {settled:?}");
-            assert!(placed.stages.iter().any(|stages| stages[stage].warmup_us == 1_000_000));
+            assert!(
+                settled.windows(2).all(|pair| pair[0] == pair[1]),
+                "{stage}: {settled:?}"
+            );
+            assert!(
+                placed
+                    .stages
+                    .iter()
+                    .any(|stages| stages[stage].warmup_us == 1_000_000)
+            );
         }
-        let baseline: Vec<u32> = placed.stages.iter().map(|stages| stages[1].subscribers).collect();
+        let baseline: Vec<u32> = placed
+            .stages
+            .iter()
+            .map(|stages| stages[1].subscribers)
+            .collect();
         assert_eq!(baseline, [1, 1, 0]);
     }
 
@@ -258,7 +346,10 @@ pub(crate) mod tests {
     fn hosts_that_cannot_play_it_are_told_why() {
         for group in [&[(Role::Subscribe, 1); 2][..], &[(Role::Publish, 1); 2]] {
             let why = load(&[4]).place(hosts(group)).unwrap_err();
-            assert!(why.contains("no host") && why.contains("start one"), "{why}");
+            assert!(
+                why.contains("no host") && why.contains("start one"),
+                "{why}"
+            );
         }
     }
 }

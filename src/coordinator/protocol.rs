@@ -33,7 +33,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::measure::wire::RecordWire;
 use crate::plan::{
-    AudioSpec, Connection, Layout, PARTICIPANTS_MAX, Pacing, Placement, Plan, Role, ServerUrl, Shape, VANTAGES_MAX, VideoSpec, WEIGHT_MAX,
+    AudioSpec, Connection, Layout, PARTICIPANTS_MAX, Pacing, Placement, Plan, Role, ServerUrl,
+    Shape, VANTAGES_MAX, VideoSpec, WEIGHT_MAX,
 };
 use crate::report::{Judging, Threshold, Verdict};
 use crate::units::Bitrate;
@@ -114,7 +115,9 @@ impl ProverId {
     /// `None`: longer than any that is given out, or not of letters, digits, `-` and `_`.
     pub fn new(text: impl Into<String>) -> Option<ProverId> {
         let text = text.into();
-        let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        let plain = text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
         (plain && (1..=64).contains(&text.len())).then_some(ProverId(text))
     }
 
@@ -141,7 +144,8 @@ impl<'de> Deserialize<'de> for ProverId {
             Either::Number(number) => number.to_string(),
             Either::Text(text) => text,
         };
-        ProverId::new(text).ok_or_else(|| D::Error::custom("prover_id: not one that a coordinator gives out"))
+        ProverId::new(text)
+            .ok_or_else(|| D::Error::custom("prover_id: not one that a coordinator gives out"))
     }
 }
 
@@ -175,14 +179,22 @@ fn one() -> u32 {
 
 impl Message for Register {
     fn check(&self) -> Result<(), Malformed> {
-        self.vantage.as_ref().map_or(Ok(()), |vantage| label("vantage", vantage))?;
-        self.version.as_ref().map_or(Ok(()), |version| label("version", version))?;
-        self.instance.as_ref().map_or(Ok(()), |instance| label("instance", instance))?;
+        self.vantage
+            .as_ref()
+            .map_or(Ok(()), |vantage| label("vantage", vantage))?;
+        self.version
+            .as_ref()
+            .map_or(Ok(()), |version| label("version", version))?;
+        self.instance
+            .as_ref()
+            .map_or(Ok(()), |instance| label("instance", instance))?;
         if !(1..=WEIGHT_MAX).contains(&self.weight) {
             return Err(Malformed::new(format!("weight: 1 to {WEIGHT_MAX}")));
         }
         if self.protocol.is_some() && (self.instance.is_none() || self.vantage.is_none()) {
-            return Err(Malformed::new("a prober that names its protocol names its vantage and its instance too"));
+            return Err(Malformed::new(
+                "a prober that names its protocol names its vantage and its instance too",
+            ));
         }
         Ok(())
     }
@@ -230,11 +242,15 @@ impl Message for JobReply {
     fn check(&self) -> Result<(), Malformed> {
         label("room", &self.room)?;
         few("ramp", self.ramp.len(), TIERS_MAX)?;
-        self.ramp.iter().try_for_each(|tier| at_most("ramp", (*tier).into(), PARTICIPANTS_MAX))?;
+        self.ramp
+            .iter()
+            .try_for_each(|tier| at_most("ramp", (*tier).into(), PARTICIPANTS_MAX))?;
         within("duration", self.duration, &(0.0..=SECONDS_MAX))?;
         within("target_rtt_ms", self.target_rtt_ms, &(0.0..=1e6))?;
         within("max_loss", self.max_loss, &(0.0..=100.0))?;
-        self.start_at.map_or(Ok(()), |at| within("start_at", at, &(0.0..=WHOLE_MAX as f64)))?;
+        self.start_at.map_or(Ok(()), |at| {
+            within("start_at", at, &(0.0..=WHOLE_MAX as f64))
+        })?;
         self.throng.as_ref().map_or(Ok(()), Job::check)
     }
 }
@@ -275,15 +291,21 @@ impl Job {
         }
         at_most("seed", self.seed, WHOLE_MAX)?;
         few("vantages", self.vantages.len(), PROBERS_MAX)?;
-        self.vantages.iter().try_for_each(|vantage| label("vantages", vantage))?;
-        if self.me as usize >= self.vantages.len() || self.placement.vantages.len() != self.vantages.len() {
+        self.vantages
+            .iter()
+            .try_for_each(|vantage| label("vantages", vantage))?;
+        if self.me as usize >= self.vantages.len()
+            || self.placement.vantages.len() != self.vantages.len()
+        {
             return Err(Malformed::new("vantages: not those of me and of placement"));
         }
         self.plan.check()?;
         self.check_stages()?;
         self.judging.to_judging()?;
         self.url.as_ref().map_or(Ok(()), |url| {
-            url.parse::<ServerUrl>().map(drop).map_err(|why| Malformed::new(format!("url {why}")))
+            url.parse::<ServerUrl>()
+                .map(drop)
+                .map_err(|why| Malformed::new(format!("url {why}")))
         })?;
         at_most("patience_us", self.patience_us, WHOLE_MAX)
     }
@@ -292,19 +314,29 @@ impl Job {
         few("stages", self.stages.len(), STAGES_MAX)?;
         for stage in &self.stages {
             label("stages.name", &stage.name)?;
-            at_most("stages.subscribers", stage.subscribers.into(), PARTICIPANTS_MAX)?;
+            at_most(
+                "stages.subscribers",
+                stage.subscribers.into(),
+                PARTICIPANTS_MAX,
+            )?;
             at_most("stages.warmup_us", stage.warmup_us, WHOLE_MAX)?;
             at_most("stages.hold_us", stage.hold_us, WHOLE_MAX)?;
         }
         let in_order = self.stages.is_sorted_by_key(|stage| stage.kind);
         let ends = [StageKind::Publish, StageKind::Stop, StageKind::Leave];
-        let once = ends
-            .iter()
-            .all(|kind| self.stages.iter().filter(|stage| stage.kind == *kind).count() == 1);
+        let once = ends.iter().all(|kind| {
+            self.stages
+                .iter()
+                .filter(|stage| stage.kind == *kind)
+                .count()
+                == 1
+        });
         if in_order && once {
             Ok(())
         } else {
-            Err(Malformed::new("stages: publish, baseline, tiers, stop and leave come in this order"))
+            Err(Malformed::new(
+                "stages: publish, baseline, tiers, stop and leave come in this order",
+            ))
         }
     }
 }
@@ -427,7 +459,8 @@ impl WirePlan {
         plan.join_retries = self.join_retries;
         plan.duration = Duration::from_micros(self.duration_us);
         plan.connection = self.connection()?;
-        plan.connection_reason = (plan.connection != Connection::Auto).then(|| "the coordinator says so".to_owned());
+        plan.connection_reason =
+            (plan.connection != Connection::Auto).then(|| "the coordinator says so".to_owned());
         Ok(())
     }
 
@@ -445,32 +478,47 @@ impl WirePlan {
     }
 
     fn layout(&self) -> Result<Option<Layout>, Malformed> {
-        let Some(name) = &self.layout else { return Ok(None) };
+        let Some(name) = &self.layout else {
+            return Ok(None);
+        };
         let known = Layout::ALL.into_iter().find(|layout| layout.name() == name);
-        known.map(Some).ok_or_else(|| Malformed::new("plan.layout: unknown"))
+        known
+            .map(Some)
+            .ok_or_else(|| Malformed::new("plan.layout: unknown"))
     }
 
     fn pacing(&self) -> Result<Pacing, Malformed> {
-        let known = [Pacing::Paced, Pacing::Burst].into_iter().find(|pacing| pacing.name() == self.pacing);
+        let known = [Pacing::Paced, Pacing::Burst]
+            .into_iter()
+            .find(|pacing| pacing.name() == self.pacing);
         known.ok_or_else(|| Malformed::new("plan.pacing: unknown"))
     }
 
     fn connection(&self) -> Result<Connection, Malformed> {
         let all = [Connection::Auto, Connection::Single, Connection::Dual];
-        let known = all.into_iter().find(|connection| connection.name() == self.connection);
+        let known = all
+            .into_iter()
+            .find(|connection| connection.name() == self.connection);
         known.ok_or_else(|| Malformed::new("plan.connection: unknown"))
     }
 
     /// The bounds of the command line, which every plan of ours is within.
     fn check(&self) -> Result<(), Malformed> {
-        self.room_name.as_ref().map_or(Ok(()), |name| label("plan.room_name", name))?;
+        self.room_name
+            .as_ref()
+            .map_or(Ok(()), |name| label("plan.room_name", name))?;
         label("plan.identity_prefix", &self.identity_prefix)?;
         let publishers = u64::from(self.audio_publishers.max(self.video_publishers));
-        let participants = (publishers + u64::from(self.subscribers)).checked_mul(self.room_count.into());
-        if !participants.is_some_and(|participants| (1..=PARTICIPANTS_MAX).contains(&participants)) {
-            return Err(Malformed::new(format!("plan: 1 to {PARTICIPANTS_MAX} participants")));
+        let participants =
+            (publishers + u64::from(self.subscribers)).checked_mul(self.room_count.into());
+        if !participants.is_some_and(|participants| (1..=PARTICIPANTS_MAX).contains(&participants))
+        {
+            return Err(Malformed::new(format!(
+                "plan: 1 to {PARTICIPANTS_MAX} participants"
+            )));
         }
-        let inside = |name, value: u64, least: u64, most: u64| match (least..=most).contains(&value) {
+        let inside = |name, value: u64, least: u64, most: u64| match (least..=most).contains(&value)
+        {
             true => Ok(()),
             false => Err(Malformed::new(format!("plan.{name}: {least} to {most}"))),
         };
@@ -478,11 +526,21 @@ impl WirePlan {
         inside("audio_frame_us", self.audio_frame_us, 2_500, 120_000)?;
         inside("video_width", self.video_width.into(), 16, 4_096)?;
         inside("video_height", self.video_height.into(), 16, 4_096)?;
-        inside("video_frames_per_second", self.video_frames_per_second.into(), 1, 120)?;
+        inside(
+            "video_frames_per_second",
+            self.video_frames_per_second.into(),
+            1,
+            120,
+        )?;
         inside("video_bps", self.video_bps, 10_000, 100_000_000)?;
         inside("duration_us", self.duration_us, 1, WHOLE_MAX)?;
-        self.ramp_time_us.map_or(Ok(()), |us| at_most("plan.ramp_time_us", us, WHOLE_MAX))?;
-        within("plan.joins_per_second", self.joins_per_second, &(0.001..=1e6))?;
+        self.ramp_time_us
+            .map_or(Ok(()), |us| at_most("plan.ramp_time_us", us, WHOLE_MAX))?;
+        within(
+            "plan.joins_per_second",
+            self.joins_per_second,
+            &(0.001..=1e6),
+        )?;
         self.layout()?;
         self.pacing()?;
         self.connection().map(drop)
@@ -505,19 +563,32 @@ impl WireJudging {
         WireJudging {
             max_loss_pct: judging.max_loss_pct,
             target_rtt_us: judging.target_rtt.map(|target| target.as_micros() as u64),
-            thresholds: judging.thresholds.iter().map(Threshold::to_string).collect(),
+            thresholds: judging
+                .thresholds
+                .iter()
+                .map(Threshold::to_string)
+                .collect(),
         }
     }
 
     pub fn to_judging(&self) -> Result<Judging, Malformed> {
         within("judging.max_loss_pct", self.max_loss_pct, &(0.0..=100.0))?;
-        self.target_rtt_us.map_or(Ok(()), |us| at_most("judging.target_rtt_us", us, 60_000_000))?;
+        self.target_rtt_us.map_or(Ok(()), |us| {
+            at_most("judging.target_rtt_us", us, 60_000_000)
+        })?;
         few("judging.thresholds", self.thresholds.len(), TEXTS_MAX)?;
-        let threshold = |text: &String| Threshold::from_str(text).map_err(|why| Malformed::new(format!("judging.thresholds: {why}")));
+        let threshold = |text: &String| {
+            Threshold::from_str(text)
+                .map_err(|why| Malformed::new(format!("judging.thresholds: {why}")))
+        };
         Ok(Judging {
             max_loss_pct: self.max_loss_pct,
             target_rtt: self.target_rtt_us.map(Duration::from_micros),
-            thresholds: self.thresholds.iter().map(threshold).collect::<Result<_, _>>()?,
+            thresholds: self
+                .thresholds
+                .iter()
+                .map(threshold)
+                .collect::<Result<_, _>>()?,
         })
     }
 }
@@ -553,7 +624,9 @@ impl fmt::Debug for TokensReply {
 impl Message for TokensReply {
     fn check(&self) -> Result<(), Malformed> {
         few("tokens", self.tokens.len(), TOKENS_MAX as usize)?;
-        self.tokens.iter().try_for_each(|token| text("tokens", token))
+        self.tokens
+            .iter()
+            .try_for_each(|token| text("tokens", token))
     }
 }
 
@@ -605,7 +678,9 @@ impl Message for Beat {
         few("starts", self.starts.len(), STAGES_MAX)?;
         self.starts.iter().try_for_each(Start::check)?;
         texts("invalid", &self.invalid)?;
-        self.broken.as_ref().map_or(Ok(()), |broken| text("broken", broken))
+        self.broken
+            .as_ref()
+            .map_or(Ok(()), |broken| text("broken", broken))
     }
 }
 
@@ -626,8 +701,16 @@ pub struct Exchange {
 
 impl Exchange {
     fn check(&self) -> Result<(), Malformed> {
-        let stamps = [self.life, self.sent_at_us, self.received_at_us, self.replied_at_us, self.heard_at_us];
-        stamps.into_iter().try_for_each(|stamp| at_most("exchange", stamp, WHOLE_MAX))?;
+        let stamps = [
+            self.life,
+            self.sent_at_us,
+            self.received_at_us,
+            self.replied_at_us,
+            self.heard_at_us,
+        ];
+        stamps
+            .into_iter()
+            .try_for_each(|stamp| at_most("exchange", stamp, WHOLE_MAX))?;
         match self.heard_at_us < self.sent_at_us || self.replied_at_us < self.received_at_us {
             true => Err(Malformed::new("exchange: an answer before its question")),
             false => Ok(()),
@@ -654,7 +737,11 @@ pub struct TierSoFar {
 impl TierSoFar {
     fn check(&self) -> Result<(), Malformed> {
         stage_index("tiers.stage", Some(self.stage))?;
-        at_most("tiers.participants", self.participants.into(), PARTICIPANTS_MAX)?;
+        at_most(
+            "tiers.participants",
+            self.participants.into(),
+            PARTICIPANTS_MAX,
+        )?;
         within("tiers.seconds", self.seconds, &(0.0..=SECONDS_MAX))
     }
 }
@@ -681,7 +768,11 @@ pub struct Live {
 
 impl Live {
     fn check(&self) -> Result<(), Malformed> {
-        at_most("live.participants", self.participants.into(), PARTICIPANTS_MAX)?;
+        at_most(
+            "live.participants",
+            self.participants.into(),
+            PARTICIPANTS_MAX,
+        )?;
         let rates = [
             self.packets_sent_per_second,
             self.packets_received_per_second,
@@ -692,9 +783,13 @@ impl Live {
             .into_iter()
             .flatten()
             .try_for_each(|rate| within("live: a rate", rate, &(0.0..=1e15)))?;
-        self.loss.map_or(Ok(()), |loss| within("live.loss", loss, &(0.0..=1.0)))?;
+        self.loss
+            .map_or(Ok(()), |loss| within("live.loss", loss, &(0.0..=1.0)))?;
         let micros = [self.rtt_us, self.latency_us_p99, self.tick_late_us_p99];
-        micros.into_iter().flatten().try_for_each(|us| at_most("live: a time", us, WHOLE_MAX))
+        micros
+            .into_iter()
+            .flatten()
+            .try_for_each(|us| at_most("live: a time", us, WHOLE_MAX))
     }
 }
 
@@ -774,7 +869,8 @@ impl Order {
     fn check(&self) -> Result<(), Malformed> {
         match self {
             Order::Wait => Ok(()),
-            Order::Start { stage, at_us } => stage_index("order.stage", Some(*stage)).and_then(|()| at_most("order.at_us", *at_us, WHOLE_MAX)),
+            Order::Start { stage, at_us } => stage_index("order.stage", Some(*stage))
+                .and_then(|()| at_most("order.at_us", *at_us, WHOLE_MAX)),
             Order::Stop { reason } => text("order.reason", reason),
         }
     }
@@ -815,9 +911,14 @@ pub struct Report {
 
 impl Message for Report {
     fn check(&self) -> Result<(), Malformed> {
-        self.vantage.as_ref().map_or(Ok(()), |vantage| label("vantage", vantage))?;
+        self.vantage
+            .as_ref()
+            .map_or(Ok(()), |vantage| label("vantage", vantage))?;
         few("steps", self.steps.len(), TIERS_MAX)?;
-        self.steps.iter().chain(&self.baseline).try_for_each(ClientStep::check)?;
+        self.steps
+            .iter()
+            .chain(&self.baseline)
+            .try_for_each(ClientStep::check)?;
         self.throng.as_ref().map_or(Ok(()), FinalReport::check)
     }
 }
@@ -844,11 +945,20 @@ pub struct ClientStep {
 impl ClientStep {
     fn check(&self) -> Result<(), Malformed> {
         at_most("steps.clients", self.clients.into(), PARTICIPANTS_MAX)?;
-        self.rtt_ms.map_or(Ok(()), |rtt| within("steps.rtt_ms", rtt, &(0.0..=1e9)))?;
-        self.loss_pct.map_or(Ok(()), |loss| within("steps.loss_pct", loss, &(0.0..=100.0)))?;
-        self.samples.map_or(Ok(()), |samples| at_most("steps.samples", samples, WHOLE_MAX))?;
-        self.quality.as_ref().map_or(Ok(()), |quality| label("steps.quality", quality))?;
-        self.rtt_stat.as_ref().map_or(Ok(()), |stat| label("steps.rtt_stat", stat))
+        self.rtt_ms
+            .map_or(Ok(()), |rtt| within("steps.rtt_ms", rtt, &(0.0..=1e9)))?;
+        self.loss_pct.map_or(Ok(()), |loss| {
+            within("steps.loss_pct", loss, &(0.0..=100.0))
+        })?;
+        self.samples.map_or(Ok(()), |samples| {
+            at_most("steps.samples", samples, WHOLE_MAX)
+        })?;
+        self.quality
+            .as_ref()
+            .map_or(Ok(()), |quality| label("steps.quality", quality))?;
+        self.rtt_stat
+            .as_ref()
+            .map_or(Ok(()), |stat| label("steps.rtt_stat", stat))
     }
 }
 
@@ -878,7 +988,9 @@ impl FinalReport {
         texts("throng.reasons", &self.reasons)?;
         texts("throng.invalid", &self.invalid)?;
         texts("throng.notes", &self.notes)?;
-        self.partial.as_ref().map_or(Ok(()), |why| text("throng.partial", why))?;
+        self.partial
+            .as_ref()
+            .map_or(Ok(()), |why| text("throng.partial", why))?;
         few("throng.tiers", self.tiers.len(), STAGES_MAX)?;
         for tier in &self.tiers {
             tier.measured.check()?;
@@ -941,7 +1053,12 @@ impl Serialize for WireVerdict {
 impl<'de> Deserialize<'de> for WireVerdict {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<WireVerdict, D::Error> {
         let name = String::deserialize(deserializer)?;
-        let all = [Verdict::Pass, Verdict::Fail, Verdict::Invalid, Verdict::Partial];
+        let all = [
+            Verdict::Pass,
+            Verdict::Fail,
+            Verdict::Invalid,
+            Verdict::Partial,
+        ];
         let known = all.into_iter().find(|verdict| verdict.name() == name);
         known
             .map(WireVerdict)
@@ -1023,7 +1140,9 @@ fn label(name: &str, text: &str) -> Result<(), Malformed> {
     if fits {
         Ok(())
     } else {
-        Err(Malformed::new(format!("{name}: 1 to {LABEL_BYTES_MAX} bytes without control characters")))
+        Err(Malformed::new(format!(
+            "{name}: 1 to {LABEL_BYTES_MAX} bytes without control characters"
+        )))
     }
 }
 
@@ -1053,12 +1172,18 @@ fn within(name: &str, value: f64, range: &std::ops::RangeInclusive<f64>) -> Resu
     if range.contains(&value) {
         Ok(())
     } else {
-        Err(Malformed::new(format!("{name}: {} to {}", range.start(), range.end())))
+        Err(Malformed::new(format!(
+            "{name}: {} to {}",
+            range.start(),
+            range.end()
+        )))
     }
 }
 
 fn stage_index(name: &str, stage: Option<u32>) -> Result<(), Malformed> {
-    stage.map_or(Ok(()), |stage| at_most(name, stage.into(), STAGES_MAX as u64))
+    stage.map_or(Ok(()), |stage| {
+        at_most(name, stage.into(), STAGES_MAX as u64)
+    })
 }
 
 #[cfg(test)]
@@ -1097,7 +1222,10 @@ mod tests {
         for (says, break_it) in broken {
             let mut plan = sound.clone();
             break_it(&mut plan);
-            let why = plan.apply_to(&mut crate::plan::tests::plan()).unwrap_err().to_string();
+            let why = plan
+                .apply_to(&mut crate::plan::tests::plan())
+                .unwrap_err()
+                .to_string();
             assert!(why.contains(says), "{says}: {why}");
         }
     }
@@ -1110,7 +1238,11 @@ mod tests {
             thresholds: vec!["audio.one_way_latency.p95<150ms".to_owned()],
         };
         assert_eq!(WireJudging::of(&wire.to_judging().unwrap()), wire);
-        for (thresholds, max_loss_pct) in [(vec!["audio.nothing<1ms".to_owned()], 1.0), (Vec::new(), f64::NAN), (Vec::new(), -1.0)] {
+        for (thresholds, max_loss_pct) in [
+            (vec!["audio.nothing<1ms".to_owned()], 1.0),
+            (Vec::new(), f64::NAN),
+            (Vec::new(), -1.0),
+        ] {
             let wire = WireJudging {
                 max_loss_pct,
                 target_rtt_us: None,
@@ -1123,7 +1255,12 @@ mod tests {
     #[test]
     fn ids_are_opaque_and_harmless() {
         assert_eq!(serde_json::from_str::<ProverId>("7").unwrap().as_str(), "7");
-        assert_eq!(serde_json::from_str::<ProverId>("\"a-B_9\"").unwrap().as_str(), "a-B_9");
+        assert_eq!(
+            serde_json::from_str::<ProverId>("\"a-B_9\"")
+                .unwrap()
+                .as_str(),
+            "a-B_9"
+        );
         for text in ["\"\"", "\"a/b\"", "\"a b\"", "-1", "1.5", "null", "[]"] {
             assert!(serde_json::from_str::<ProverId>(text).is_err(), "{text}");
         }
@@ -1134,22 +1271,37 @@ mod tests {
     fn what_is_not_known_is_left_out_and_what_is_missing_is_said() {
         let voicegw = read::<Register>(br#"{"vantage": null, "later": {"x": 1}}"#).unwrap();
         assert_eq!(
-            (voicegw.vantage, voicegw.protocol, voicegw.role, voicegw.weight),
+            (
+                voicegw.vantage,
+                voicegw.protocol,
+                voicegw.role,
+                voicegw.weight
+            ),
             (None, None, Role::Both, 1)
         );
         let why = read::<Beat>(br#"{"seq": 1}"#).unwrap_err().to_string();
         assert!(why.contains("sent_at_us"), "{why}");
         let exchange = r#"{"life": 1, "sent_at_us": 5, "received_at_us": 1, "replied_at_us": 2, "heard_at_us": 4}"#;
-        let beat = format!(r#"{{"seq": 1, "sent_at_us": 1, "stage": null, "ready_for": null, "live": {{}}, "exchange": {exchange}}}"#);
+        let beat = format!(
+            r#"{{"seq": 1, "sent_at_us": 1, "stage": null, "ready_for": null, "live": {{}}, "exchange": {exchange}}}"#
+        );
         let why = read::<Beat>(beat.as_bytes()).unwrap_err().to_string();
         assert!(why.contains("an answer before its question"), "{why}");
     }
 
     #[test]
     fn a_verdict_goes_by_its_name() {
-        for verdict in [Verdict::Pass, Verdict::Fail, Verdict::Invalid, Verdict::Partial] {
+        for verdict in [
+            Verdict::Pass,
+            Verdict::Fail,
+            Verdict::Invalid,
+            Verdict::Partial,
+        ] {
             let text = serde_json::to_string(&WireVerdict(verdict)).unwrap();
-            assert_eq!(serde_json::from_str::<WireVerdict>(&text).unwrap(), WireVerdict(verdict));
+            assert_eq!(
+                serde_json::from_str::<WireVerdict>(&text).unwrap(),
+                WireVerdict(verdict)
+            );
         }
         assert!(serde_json::from_str::<WireVerdict>("\"pass\"").is_err());
     }

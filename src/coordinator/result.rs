@@ -162,7 +162,11 @@ impl Merged {
     pub fn new(state: &State, judging: &Judging) -> Merged {
         let stages = state.stages();
         let stage_of = |kind: StageKind, nth: usize| {
-            let found = stages.iter().enumerate().filter(|(_, stage)| stage.kind == kind).nth(nth);
+            let found = stages
+                .iter()
+                .enumerate()
+                .filter(|(_, stage)| stage.kind == kind)
+                .nth(nth);
             found.map(|(stage, _)| stage as u32)
         };
         let vantages: Vec<Vantage> = state
@@ -179,7 +183,14 @@ impl Merged {
                     .map(|prober| Seen::tier(prober, index, stage, state, judging))
                     .collect();
                 let ended_by = broken_in(state, stage);
-                Tier::new(format!("tier {}", index + 1), *subscribers, cells, ended_by, state, judging)
+                Tier::new(
+                    format!("tier {}", index + 1),
+                    *subscribers,
+                    cells,
+                    ended_by,
+                    state,
+                    judging,
+                )
             })
             .collect();
         let missing = missing(state);
@@ -188,7 +199,11 @@ impl Merged {
             phase: state.phase().clone(),
             judgement,
             totals: totals(state),
-            unmeasured: tiers.iter().filter(|tier| !tier.begun).map(Tier::as_unmeasured).collect(),
+            unmeasured: tiers
+                .iter()
+                .filter(|tier| !tier.begun)
+                .map(Tier::as_unmeasured)
+                .collect(),
             tiers,
             vantages,
             missing,
@@ -202,7 +217,9 @@ impl Merged {
 
     /// The last tier that passed before the first one that did not; `None` for a run without tiers.
     pub fn knee(&self) -> Option<Knee<'_>> {
-        let tiers = self.begun().map(|tier| (&tier.step, tier.judgement.clone()));
+        let tiers = self
+            .begun()
+            .map(|tier| (&tier.step, tier.judgement.clone()));
         Knee::among(tiers.collect(), &self.unmeasured)
     }
 }
@@ -215,7 +232,13 @@ struct Seen {
 }
 
 impl Seen {
-    fn tier(prober: &Prober, index: usize, stage: Option<u32>, state: &State, judging: &Judging) -> Seen {
+    fn tier(
+        prober: &Prober,
+        index: usize,
+        stage: Option<u32>,
+        state: &State,
+        judging: &Judging,
+    ) -> Seen {
         if prober.is_legacy() {
             let step = prober.report.as_ref().map(|report| report.steps.get(index));
             return Seen::legacy(prober, step, state, judging);
@@ -225,13 +248,26 @@ impl Seen {
 
     /// A baseline or a tier of a prober of ours.
     fn held(prober: &Prober, stage: Option<u32>, state: &State, judging: &Judging) -> Seen {
-        let full = prober.report.as_ref().and_then(|report| report.throng.as_ref());
-        let judged = full.and_then(|full| full.tiers.iter().find(|tier| Some(tier.measured.stage) == stage));
-        let so_far = judged.map(|tier| &tier.measured).or_else(|| prober.tiers.get(&stage?));
+        let full = prober
+            .report
+            .as_ref()
+            .and_then(|report| report.throng.as_ref());
+        let judged = full.and_then(|full| {
+            full.tiers
+                .iter()
+                .find(|tier| Some(tier.measured.stage) == stage)
+        });
+        let so_far = judged
+            .map(|tier| &tier.measured)
+            .or_else(|| prober.tiers.get(&stage?));
         let is_coming = prober.is_live() && *state.phase() != Phase::Over;
         let start_skew_us = stage.and_then(|stage| prober.starts.get(&stage).copied());
         let Some(so_far) = so_far else {
-            let standing = if is_coming { Standing::Awaited } else { Standing::Absent };
+            let standing = if is_coming {
+                Standing::Awaited
+            } else {
+                Standing::Absent
+            };
             return Seen::without_record(prober, standing, start_skew_us);
         };
         let invalid = invalid(prober, judged);
@@ -243,7 +279,9 @@ impl Seen {
         };
         let step = step_of(so_far);
         let mut judgement = judge_tier(&step, judging);
-        if let Some(TierReport { reasons, verdict, .. }) = judged
+        if let Some(TierReport {
+            reasons, verdict, ..
+        }) = judged
             && verdict.0 == Verdict::Fail
         {
             // What a record does not show: who stayed and dropped out.
@@ -271,22 +309,39 @@ impl Seen {
     }
 
     /// A tier of `voicegw`'s prober; `Some(None)`: its report is there and the tier is not in it.
-    fn legacy(prober: &Prober, step: Option<Option<&ClientStep>>, state: &State, judging: &Judging) -> Seen {
+    fn legacy(
+        prober: &Prober,
+        step: Option<Option<&ClientStep>>,
+        state: &State,
+        judging: &Judging,
+    ) -> Seen {
         let is_coming = prober.is_live() && *state.phase() != Phase::Over;
         let Some(Some(step)) = step else {
-            let standing = if is_coming { Standing::Awaited } else { Standing::Absent };
+            let standing = if is_coming {
+                Standing::Awaited
+            } else {
+                Standing::Absent
+            };
             return Seen::without_record(prober, standing, None);
         };
         // It writes 0 where no round trip came back.
-        let rtt_ms = step.rtt_ms.filter(|rtt_ms| *rtt_ms > 0.0 && step.samples != Some(0));
+        let rtt_ms = step
+            .rtt_ms
+            .filter(|rtt_ms| *rtt_ms > 0.0 && step.samples != Some(0));
         let limit_ms = judging.target_rtt.map(|target| target.as_secs_f64() * 1e3);
         let quality = Quality::of_name(step.quality.as_deref());
         let mut reasons = Vec::new();
-        if let (Some(rtt), Some(limit)) = (rtt_ms, limit_ms.filter(|limit| rtt_ms.is_some_and(|rtt| rtt > *limit))) {
+        if let (Some(rtt), Some(limit)) = (
+            rtt_ms,
+            limit_ms.filter(|limit| rtt_ms.is_some_and(|rtt| rtt > *limit)),
+        ) {
             reasons.push(format!("round trips take {rtt} ms, more than {limit} ms"));
         }
         if quality >= Quality::Poor {
-            reasons.push(format!("its clients call their connection {}", quality.name()));
+            reasons.push(format!(
+                "its clients call their connection {}",
+                quality.name()
+            ));
         }
         let standing = match rtt_ms {
             Some(_) => Standing::Measured,
@@ -346,7 +401,12 @@ impl Cell {
     }
 
     fn new(standing: Standing, step: &Step, judgement: Judgement, judging: &Judging) -> Cell {
-        let Record { session, audio, video, .. } = &step.record;
+        let Record {
+            session,
+            audio,
+            video,
+            ..
+        } = &step.record;
         let loss = worse_loss([audio, video]);
         let rtt_us = session.rtt_rtcp.quantile(0.95);
         Cell {
@@ -370,7 +430,9 @@ impl Cell {
 
     /// Of the kind of media with the higher one.
     pub fn latency(&self) -> Times {
-        match self.audio_latency.p99.unwrap_or(0) >= self.video_latency.p99.unwrap_or(0) && self.audio_latency.expected > 0 {
+        match self.audio_latency.p99.unwrap_or(0) >= self.video_latency.p99.unwrap_or(0)
+            && self.audio_latency.expected > 0
+        {
             true => self.audio_latency,
             false => self.video_latency,
         }
@@ -402,24 +464,42 @@ impl Quality {
 
     /// As `voicegw` writes it; what it does not know is unknown.
     fn of_name(name: Option<&str>) -> Quality {
-        let all = [Quality::Excellent, Quality::Good, Quality::Poor, Quality::Lost];
-        all.into_iter().find(|quality| Some(quality.name()) == name).unwrap_or(Quality::Unknown)
+        let all = [
+            Quality::Excellent,
+            Quality::Good,
+            Quality::Poor,
+            Quality::Lost,
+        ];
+        all.into_iter()
+            .find(|quality| Some(quality.name()) == name)
+            .unwrap_or(Quality::Unknown)
     }
 
     /// Of what was counted in a tier.
     pub fn of_record(record: &Record, loss: Option<f64>, judging: &Judging) -> Quality {
-        let Record { session, audio, video, .. } = record;
-        let (expected, live) = (audio.tracks_expected + video.tracks_expected, audio.tracks_live + video.tracks_live);
+        let Record {
+            session,
+            audio,
+            video,
+            ..
+        } = record;
+        let (expected, live) = (
+            audio.tracks_expected + video.tracks_expected,
+            audio.tracks_live + video.tracks_live,
+        );
         if (session.joins_planned > 0 && session.joins_ok == 0) || (expected > 0 && live == 0) {
             return Quality::Lost;
         }
         let rtt = session.rtt_rtcp.quantile(0.95).map(|us| us as f64);
         let target = judging.target_rtt.map(|target| target.as_secs_f64() * 1e6);
         // What is judged and not known leaves the quality unknown.
-        let of_limit = |value: Option<f64>, limit: Option<f64>, applies: bool| match (value, limit) {
+        let of_limit = |value: Option<f64>, limit: Option<f64>, applies: bool| match (value, limit)
+        {
             (_, None) => Some(0.0),
             (None, Some(_)) => (!applies).then_some(0.0),
-            (Some(value), Some(limit)) if value <= limit => Some(value / limit.max(f64::MIN_POSITIVE)),
+            (Some(value), Some(limit)) if value <= limit => {
+                Some(value / limit.max(f64::MIN_POSITIVE))
+            }
             _ => Some(f64::INFINITY),
         };
         let loss = of_limit(loss, Some(judging.max_loss_pct / 100.0), expected > 0);
@@ -452,7 +532,11 @@ impl Vantage {
             weight: prober.register.weight,
             baseline: baseline.map(|seen| seen.cell),
             clock: prober.offset(),
-            start_skew_us: prober.starts.values().copied().max_by_key(|skew_us| skew_us.unsigned_abs()),
+            start_skew_us: prober
+                .starts
+                .values()
+                .copied()
+                .max_by_key(|skew_us| skew_us.unsigned_abs()),
             last_heard: Duration::from_micros(prober.heard_us),
             invalid: invalid(prober, None),
             report: report.and_then(|report| report.throng.clone()),
@@ -462,7 +546,14 @@ impl Vantage {
 
 impl Tier {
     /// `ended_by`: the vantage that ended the run in it, and the threshold that did not hold there.
-    fn new(name: String, subscribers: u32, seen: Vec<Seen>, ended_by: Option<(&str, &str)>, state: &State, judging: &Judging) -> Tier {
+    fn new(
+        name: String,
+        subscribers: u32,
+        seen: Vec<Seen>,
+        ended_by: Option<(&str, &str)>,
+        state: &State,
+        judging: &Judging,
+    ) -> Tier {
         let mut step = Step {
             name,
             tier: Some(TierFacts::default()),
@@ -475,7 +566,9 @@ impl Tier {
                 step.seconds = step.seconds.max(cell.seconds);
             }
         }
-        let begun = seen.iter().any(|seen| seen.cell.participants > 0 || seen.record.is_some());
+        let begun = seen
+            .iter()
+            .any(|seen| seen.cell.participants > 0 || seen.record.is_some());
         let judgement = match begun {
             true => judge_merged(&seen, &step, ended_by, state, judging),
             false => Judgement {
@@ -505,20 +598,30 @@ impl Tier {
     }
 
     pub fn measured(&self) -> impl Iterator<Item = (usize, &Cell)> {
-        self.cells.iter().enumerate().filter(|(_, cell)| cell.standing == Standing::Measured)
+        self.cells
+            .iter()
+            .enumerate()
+            .filter(|(_, cell)| cell.standing == Standing::Measured)
     }
 
     /// The slowest round trips of any vantage; `None` where none was measured.
     pub fn worst_rtt_us(&self) -> Option<f64> {
-        self.measured().filter_map(|(_, cell)| cell.rtt_us).reduce(f64::max)
+        self.measured()
+            .filter_map(|(_, cell)| cell.rtt_us)
+            .reduce(f64::max)
     }
 
     pub fn worst_loss(&self) -> Option<f64> {
-        self.measured().filter_map(|(_, cell)| cell.loss).reduce(f64::max)
+        self.measured()
+            .filter_map(|(_, cell)| cell.loss)
+            .reduce(f64::max)
     }
 
     pub fn worst_quality(&self) -> Quality {
-        self.measured().map(|(_, cell)| cell.quality).max().unwrap_or(Quality::Unknown)
+        self.measured()
+            .map(|(_, cell)| cell.quality)
+            .max()
+            .unwrap_or(Quality::Unknown)
     }
 
     /// Over the measured vantages whose loss is known; `None` where there is none.
@@ -538,11 +641,21 @@ impl Tier {
     /// The vantage that fared worst, and in what: one that fails, else the one that loses most, else the one with the slowest round trips.
     pub fn worst_vantage(&self) -> Option<(usize, String)> {
         let fails = |cell: &Cell| cell.judgement.verdict == Verdict::Fail;
-        let key = |cell: &Cell| (fails(cell), cell.loss.unwrap_or(0.0), cell.rtt_us.unwrap_or(0.0));
+        let key = |cell: &Cell| {
+            (
+                fails(cell),
+                cell.loss.unwrap_or(0.0),
+                cell.rtt_us.unwrap_or(0.0),
+            )
+        };
         let (at, cell) = self
             .measured()
             .max_by(|(_, a), (_, b)| key(a).partial_cmp(&key(b)).expect("no figure is NaN"))?;
-        let in_what = match (cell.judgement.reasons.first(), cell.loss.filter(|loss| *loss > 0.0), cell.rtt_us) {
+        let in_what = match (
+            cell.judgement.reasons.first(),
+            cell.loss.filter(|loss| *loss > 0.0),
+            cell.rtt_us,
+        ) {
             (Some(reason), ..) => reason.clone(),
             (None, Some(loss), _) => format!("loss {}", crate::words::percent(loss)),
             (None, None, Some(rtt)) => format!("round trips {}", crate::words::micros(rtt)),
@@ -552,14 +665,22 @@ impl Tier {
     }
 }
 
-fn judge_merged(seen: &[Seen], merged: &Step, ended_by: Option<(&str, &str)>, state: &State, judging: &Judging) -> Judgement {
+fn judge_merged(
+    seen: &[Seen],
+    merged: &Step,
+    ended_by: Option<(&str, &str)>,
+    state: &State,
+    judging: &Judging,
+) -> Judgement {
     let (mut broken_off, mut failed, mut invalid) = (Vec::new(), Vec::new(), Vec::new());
     for Seen { label, cell, .. } in seen {
         let named = |reason: &String| format!("{label}: {reason}");
         match cell.standing {
             Standing::Measured => failed.extend(cell.judgement.reasons.iter().map(named)),
             Standing::Invalid => invalid.extend(cell.judgement.reasons.first().map(named)),
-            Standing::Incomplete if cell.seconds > 0.0 => broken_off.push(format!("{label} broke off after {:.0} s", cell.seconds)),
+            Standing::Incomplete if cell.seconds > 0.0 => {
+                broken_off.push(format!("{label} broke off after {:.0} s", cell.seconds))
+            }
             Standing::Incomplete => broken_off.push(format!("{label}: no round trip was measured")),
             Standing::Absent => broken_off.push(format!("{label} did not take part")),
             Standing::Awaited => broken_off.push(format!("{label} is not through yet")),
@@ -567,7 +688,10 @@ fn judge_merged(seen: &[Seen], merged: &Step, ended_by: Option<(&str, &str)>, st
     }
     let never_came = (state.setup().expect as usize).saturating_sub(seen.len());
     if never_came > 0 {
-        broken_off.push(format!("{never_came} of {} probers did not come", state.setup().expect));
+        broken_off.push(format!(
+            "{never_came} of {} probers did not come",
+            state.setup().expect
+        ));
     }
     let recorded = seen
         .iter()
@@ -585,22 +709,37 @@ fn judge_merged(seen: &[Seen], merged: &Step, ended_by: Option<(&str, &str)>, st
     }
     let spoilt = !state.setup().load.rooms_apart && seen.iter().any(Seen::may_spoil_others);
     // What a generator that was the limit ends proves nothing either.
-    let is_valid = |vantage: &str| seen.iter().any(|seen| seen.label == vantage && seen.cell.standing != Standing::Invalid);
+    let is_valid = |vantage: &str| {
+        seen.iter()
+            .any(|seen| seen.label == vantage && seen.cell.standing != Standing::Invalid)
+    };
     let ended_by = ended_by.filter(|(vantage, _)| is_valid(vantage));
     if let Some((vantage, threshold)) = ended_by {
         let why = format!("{vantage}: {threshold}");
         failed.retain(|known| *known != why);
         failed.insert(0, why);
     }
-    let verdict = match (broken_off.is_empty() || ended_by.is_some(), failed.is_empty(), invalid.is_empty()) {
+    let verdict = match (
+        broken_off.is_empty() || ended_by.is_some(),
+        failed.is_empty(),
+        invalid.is_empty(),
+    ) {
         (false, ..) => Verdict::Partial,
         (true, false, _) if !spoilt => Verdict::Fail,
         (true, _, false) => Verdict::Invalid,
         (true, _, true) => Verdict::Pass,
     };
     let reasons = match verdict {
-        Verdict::Fail => failed.into_iter().chain(broken_off).chain(invalid).collect(),
-        _ => broken_off.into_iter().chain(invalid).chain(failed).collect(),
+        Verdict::Fail => failed
+            .into_iter()
+            .chain(broken_off)
+            .chain(invalid)
+            .collect(),
+        _ => broken_off
+            .into_iter()
+            .chain(invalid)
+            .chain(failed)
+            .collect(),
     };
     Judgement { verdict, reasons }
 }
@@ -614,10 +753,15 @@ fn broken_in(state: &State, stage: Option<u32>) -> Option<(&str, &str)> {
 
 fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missing]) -> Judgement {
     let stopped = state.stop_reason().filter(|_| state.broken().is_none());
-    let mut early: Vec<String> = stopped.map(|why| format!("ended early: {why}")).into_iter().collect();
+    let mut early: Vec<String> = stopped
+        .map(|why| format!("ended early: {why}"))
+        .into_iter()
+        .collect();
     for missing in missing {
         early.push(match (&missing.vantage, &missing.stage) {
-            (Some(vantage), Some(stage)) => format!("{vantage} is missing since {stage}: {}", missing.why),
+            (Some(vantage), Some(stage)) => {
+                format!("{vantage} is missing since {stage}: {}", missing.why)
+            }
             (Some(vantage), None) => format!("{vantage} is missing: {}", missing.why),
             (None, _) => missing.why.clone(),
         });
@@ -636,13 +780,25 @@ fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missi
         early.push("the run is not over".to_owned());
     }
     let of_tiers = |verdict: Verdict| {
-        let such = tiers.iter().filter(move |tier| tier.judgement.verdict == verdict);
-        such.flat_map(|tier| tier.judgement.reasons.iter().map(|reason| format!("{}: {reason}", tier.step.name)))
-            .collect::<Vec<_>>()
+        let such = tiers
+            .iter()
+            .filter(move |tier| tier.judgement.verdict == verdict);
+        such.flat_map(|tier| {
+            tier.judgement
+                .reasons
+                .iter()
+                .map(|reason| format!("{}: {reason}", tier.step.name))
+        })
+        .collect::<Vec<_>>()
     };
-    let (failed, partial, mut invalid) = (of_tiers(Verdict::Fail), of_tiers(Verdict::Partial), of_tiers(Verdict::Invalid));
+    let (failed, partial, mut invalid) = (
+        of_tiers(Verdict::Fail),
+        of_tiers(Verdict::Partial),
+        of_tiers(Verdict::Invalid),
+    );
     // What no tier shows: a generator that was the limit while people joined, a run that failed as a whole.
-    let spoilt = !state.setup().load.rooms_apart && vantages.iter().any(|vantage| !vantage.invalid.is_empty());
+    let spoilt = !state.setup().load.rooms_apart
+        && vantages.iter().any(|vantage| !vantage.invalid.is_empty());
     let mut failed_as_a_whole = Vec::new();
     for Vantage {
         label,
@@ -654,7 +810,9 @@ fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missi
         if invalid.is_empty() {
             invalid.extend(limits.iter().map(|reason| format!("{label}: {reason}")));
         }
-        let failed_report = report.iter().filter(|report| report.verdict.0 == Verdict::Fail);
+        let failed_report = report
+            .iter()
+            .filter(|report| report.verdict.0 == Verdict::Fail);
         failed_as_a_whole.extend(
             failed_report
                 .flat_map(|report| &report.reasons)
@@ -662,7 +820,11 @@ fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missi
         );
     }
     let has_failed = !failed.is_empty() || (!failed_as_a_whole.is_empty() && !spoilt);
-    let failed = if failed.is_empty() { failed_as_a_whole } else { failed };
+    let failed = if failed.is_empty() {
+        failed_as_a_whole
+    } else {
+        failed
+    };
     let early: Vec<String> = early.into_iter().chain(partial).collect();
     if tiers.is_empty() && early.is_empty() {
         return Judgement {
@@ -681,7 +843,10 @@ fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missi
 
 /// Why the generator was the limit, in the tier that was `judged`, or in the run.
 fn invalid(prober: &Prober, judged: Option<&TierReport>) -> Vec<String> {
-    let full = prober.report.as_ref().and_then(|report| report.throng.as_ref());
+    let full = prober
+        .report
+        .as_ref()
+        .and_then(|report| report.throng.as_ref());
     let reasons = match (judged, full) {
         (Some(judged), _) if judged.verdict.0 == Verdict::Invalid => &judged.reasons,
         (Some(_), _) => return Vec::new(),
@@ -698,11 +863,18 @@ fn invalid(prober: &Prober, judged: Option<&TierReport>) -> Vec<String> {
 
 fn missing(state: &State) -> Vec<Missing> {
     let gone = state.probers().iter().filter_map(|prober| {
-        let stage = prober.stage.and_then(|stage| state.stages().get(stage as usize));
+        let stage = prober
+            .stage
+            .and_then(|stage| state.stages().get(stage as usize));
         let (last_heard_us, why) = match &prober.gone {
             Some(gone) => (gone.last_heard_us, gone.why.clone()),
-            None if prober.left_early => (prober.heard_us, "it reported before the others had finished".to_owned()),
-            None if *state.phase() == Phase::Over && prober.report.is_none() => (prober.heard_us, "it never reported".to_owned()),
+            None if prober.left_early => (
+                prober.heard_us,
+                "it reported before the others had finished".to_owned(),
+            ),
+            None if *state.phase() == Phase::Over && prober.report.is_none() => {
+                (prober.heard_us, "it never reported".to_owned())
+            }
             None => return None,
         };
         Some(Missing {
@@ -735,14 +907,23 @@ fn totals(state: &State) -> Step {
         ..Step::default()
     };
     for prober in state.probers() {
-        let full = prober.report.as_ref().and_then(|report| report.throng.as_ref());
+        let full = prober
+            .report
+            .as_ref()
+            .and_then(|report| report.throng.as_ref());
         let parts: Vec<&TierSoFar> = match full {
             Some(full) => vec![&full.totals],
             None => prober.tiers.values().collect(),
         };
         let seconds: f64 = parts.iter().map(|part| part.seconds).sum();
-        let participants = parts.iter().map(|part| part.participants).max().unwrap_or(0);
-        parts.iter().for_each(|part| part.record.merge_into(&mut totals.record));
+        let participants = parts
+            .iter()
+            .map(|part| part.participants)
+            .max()
+            .unwrap_or(0);
+        parts
+            .iter()
+            .for_each(|part| part.record.merge_into(&mut totals.record));
         totals.seconds = totals.seconds.max(seconds);
         totals.participants = totals.participants.saturating_add(participants);
     }
@@ -762,7 +943,11 @@ fn step_of(so_far: &TierSoFar) -> Step {
 
 fn judgement(reasons: Vec<String>) -> Judgement {
     Judgement {
-        verdict: if reasons.is_empty() { Verdict::Pass } else { Verdict::Fail },
+        verdict: if reasons.is_empty() {
+            Verdict::Pass
+        } else {
+            Verdict::Fail
+        },
         reasons,
     }
 }
@@ -790,7 +975,10 @@ mod tests {
     use crate::plan::Role;
     use crate::report::tiers::Answer;
 
-    const QUIET: Saw = Saw { publishes: false, ..WELL };
+    const QUIET: Saw = Saw {
+        publishes: false,
+        ..WELL
+    };
 
     fn merged(canned: &Canned) -> Merged {
         Merged::new(&canned.state, &canned::judging())
@@ -799,7 +987,10 @@ mod tests {
     /// Two vantages, of which each saw these tiers; the second one's generator was the limit in those named.
     fn of_two(first: &[Saw], second: &[Saw], invalid: &[usize]) -> Merged {
         let tiers: Vec<u32> = first.iter().map(|_| 10).collect();
-        let mut canned = Canned::armed(&tiers, &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))]);
+        let mut canned = Canned::armed(
+            &tiers,
+            &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))],
+        );
         canned.ends();
         canned.reports(0, first, &[]);
         canned.reports(1, second, invalid);
@@ -808,7 +999,11 @@ mod tests {
     }
 
     fn verdicts(merged: &Merged) -> Vec<Verdict> {
-        merged.tiers.iter().map(|tier| tier.judgement.verdict).collect()
+        merged
+            .tiers
+            .iter()
+            .map(|tier| tier.judgement.verdict)
+            .collect()
     }
 
     fn lossy(lost: u64) -> Saw {
@@ -827,31 +1022,57 @@ mod tests {
         both.merge(&far.record());
         let tier = &merged.tiers[0];
         for share in [0.5, 0.95, 0.99] {
-            assert_eq!(tier.step.record.session.rtt_rtcp.quantile(share), both.session.rtt_rtcp.quantile(share));
+            assert_eq!(
+                tier.step.record.session.rtt_rtcp.quantile(share),
+                both.session.rtt_rtcp.quantile(share)
+            );
             assert_eq!(
                 tier.step.record.audio.one_way_latency.quantile(share),
                 both.audio.one_way_latency.quantile(share)
             );
         }
         assert_eq!(tier.step.participants, 26);
-        assert_eq!(tier.worst_rtt_us(), far.record().session.rtt_rtcp.quantile(0.95).map(|us| us as f64));
+        assert_eq!(
+            tier.worst_rtt_us(),
+            far.record()
+                .session
+                .rtt_rtcp
+                .quantile(0.95)
+                .map(|us| us as f64)
+        );
         assert_eq!(tier.worst_loss(), Some(0.006));
         assert_eq!(tier.worst_quality(), Quality::Good);
         let loss = tier.loss_by_host(&merged.vantages).unwrap();
-        assert_eq!((loss.average, loss.maximum, loss.minimum), (0.003, (0.006, "sin"), (0.0, "fra")));
+        assert_eq!(
+            (loss.average, loss.maximum, loss.minimum),
+            (0.003, (0.006, "sin"), (0.0, "fra"))
+        );
         assert_eq!(tier.worst_vantage(), Some((1, "loss 0.60%".to_owned())));
-        assert_eq!((merged.judgement.verdict, &merged.judgement.reasons), (Verdict::Pass, &Vec::new()));
+        assert_eq!(
+            (merged.judgement.verdict, &merged.judgement.reasons),
+            (Verdict::Pass, &Vec::new())
+        );
     }
 
     #[test]
     fn all_healthy_first_failed_and_not_measured_are_three_answers() {
-        let answer = |merged: &Merged| merged.knee().map(|knee| (knee.answer, knee.passed.map(|step| step.name.clone())));
+        let answer = |merged: &Merged| {
+            merged
+                .knee()
+                .map(|knee| (knee.answer, knee.passed.map(|step| step.name.clone())))
+        };
         let healthy = of_two(&[WELL, WELL], &[WELL, WELL], &[]);
-        assert_eq!(answer(&healthy), Some((Answer::AllPassed, Some("tier 2".to_owned()))));
+        assert_eq!(
+            answer(&healthy),
+            Some((Answer::AllPassed, Some("tier 2".to_owned())))
+        );
         let first = of_two(&[WELL, WELL], &[lossy(50), WELL], &[]);
         assert_eq!(answer(&first), Some((Answer::FirstFailed, None)));
         let second = of_two(&[WELL, WELL], &[WELL, lossy(50)], &[]);
-        assert_eq!(answer(&second), Some((Answer::Found, Some("tier 1".to_owned()))));
+        assert_eq!(
+            answer(&second),
+            Some((Answer::Found, Some("tier 1".to_owned())))
+        );
         let unknown = of_two(&[WELL, WELL], &[WELL, WELL], &[0]);
         assert_eq!(answer(&unknown), Some((Answer::NotMeasured, None)));
         let mut nobody = Canned::gathering(&[10, 25], 2);
@@ -859,7 +1080,10 @@ mod tests {
         let nobody = merged(&nobody);
         assert_eq!(answer(&nobody), Some((Answer::NotMeasured, None)));
         assert_eq!(nobody.judgement.verdict, Verdict::Partial);
-        assert_eq!((nobody.missing.len(), &nobody.missing[0].vantage), (1, &None));
+        assert_eq!(
+            (nobody.missing.len(), &nobody.missing[0].vantage),
+            (1, &None)
+        );
         assert_eq!(nobody.missing[0].why, "2 expected probers never came");
     }
 
@@ -885,7 +1109,10 @@ mod tests {
         let tier = &merged.tiers[0];
         assert_eq!(tier.cells[1].standing, Standing::Invalid);
         assert_eq!(tier.worst_loss(), Some(0.0), "it is in none of the figures");
-        assert_eq!(tier.step.record.audio.packets_received, WELL.record().audio.packets_received);
+        assert_eq!(
+            tier.step.record.audio.packets_received,
+            WELL.record().audio.packets_received
+        );
         assert_eq!(tier.step.participants, 26, "but its load was there");
         assert_eq!(tier.judgement.reasons, ["sin: ticks were 40 ms late"]);
         assert_eq!(merged.judgement.verdict, Verdict::Invalid);
@@ -895,7 +1122,11 @@ mod tests {
     fn what_a_valid_vantage_saw_fail_stands_unless_the_invalid_one_sent_media_to_it() {
         let spoilt = of_two(&[lossy(50)], &[WELL], &[0]);
         assert_eq!(verdicts(&spoilt), [Verdict::Invalid]);
-        assert_eq!(spoilt.tiers[0].judgement.reasons.len(), 2, "the failure is told all the same");
+        assert_eq!(
+            spoilt.tiers[0].judgement.reasons.len(),
+            2,
+            "the failure is told all the same"
+        );
         assert_eq!(spoilt.judgement.verdict, Verdict::Invalid);
         let stands = of_two(&[lossy(50)], &[QUIET], &[0]);
         assert_eq!(verdicts(&stands), [Verdict::Fail]);
@@ -908,7 +1139,10 @@ mod tests {
 
     #[test]
     fn a_vantage_that_goes_missing_is_named_and_leaves_what_it_sent() {
-        let mut canned = Canned::armed(&[10, 10], &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))]);
+        let mut canned = Canned::armed(
+            &[10, 10],
+            &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))],
+        );
         for who in 0..2 {
             canned.beat(who, vec![WELL.so_far(TIER, true)], Live::default());
         }
@@ -920,20 +1154,41 @@ mod tests {
         let merged = merged(&canned);
         assert_eq!(verdicts(&merged), [Verdict::Pass, Verdict::Partial]);
         let cell = &merged.tiers[1].cells[1];
-        assert_eq!((cell.standing, cell.seconds, cell.loss), (Standing::Incomplete, 7.0, Some(0.1)));
-        assert_eq!(merged.tiers[1].step.record.audio.packets_lost, 0, "not among what was held to the end");
-        assert_eq!(merged.totals.record.audio.packets_lost, 1_000, "but acknowledged, and in the totals");
+        assert_eq!(
+            (cell.standing, cell.seconds, cell.loss),
+            (Standing::Incomplete, 7.0, Some(0.1))
+        );
+        assert_eq!(
+            merged.tiers[1].step.record.audio.packets_lost, 0,
+            "not among what was held to the end"
+        );
+        assert_eq!(
+            merged.totals.record.audio.packets_lost, 1_000,
+            "but acknowledged, and in the totals"
+        );
         assert_eq!(merged.judgement.verdict, Verdict::Partial);
-        assert_eq!(merged.judgement.reasons[0], "sin is missing since tier 2: silent for 30 s");
-        assert_eq!(merged.judgement.reasons[1], "tier 2: sin broke off after 7 s");
+        assert_eq!(
+            merged.judgement.reasons[0],
+            "sin is missing since tier 2: silent for 30 s"
+        );
+        assert_eq!(
+            merged.judgement.reasons[1],
+            "tier 2: sin broke off after 7 s"
+        );
         assert_eq!(merged.missing[0].vantage.as_deref(), Some("sin"));
         let knee = merged.knee().unwrap();
-        assert_eq!((knee.answer, knee.passed.map(|step| step.participants)), (Answer::NotMeasured, Some(26)));
+        assert_eq!(
+            (knee.answer, knee.passed.map(|step| step.participants)),
+            (Answer::NotMeasured, Some(26))
+        );
     }
 
     #[test]
     fn a_tier_that_failed_before_somebody_went_missing_has_failed() {
-        let mut canned = Canned::armed(&[10, 10], &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))]);
+        let mut canned = Canned::armed(
+            &[10, 10],
+            &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))],
+        );
         canned.beat(1, vec![WELL.so_far(TIER, true)], Live::default());
         canned.loses(1);
         canned.ends();
@@ -948,7 +1203,10 @@ mod tests {
     fn a_threshold_that_ends_the_run_fails_its_tier_although_the_others_broke_off() {
         let broken = "audio.jitter.p95<1ms:abort does not hold: it is 4 ms, 3 s into the hold, and ended the run";
         let ended = |invalid: &[usize]| {
-            let mut canned = Canned::armed(&[10, 10], &[("fra", Some(Role::Both)), ("sin", Some(Role::Subscribe))]);
+            let mut canned = Canned::armed(
+                &[10, 10],
+                &[("fra", Some(Role::Both)), ("sin", Some(Role::Subscribe))],
+            );
             canned.apply(Entry::Ordered {
                 at_us: canned.now_us,
                 stage: TIER,
@@ -972,13 +1230,22 @@ mod tests {
         assert_eq!(verdicts(&failed), [Verdict::Fail, Verdict::Partial]);
         assert_eq!(
             failed.tiers[0].judgement.reasons,
-            [format!("sin: {broken}"), "fra broke off after 7 s".to_owned()]
+            [
+                format!("sin: {broken}"),
+                "fra broke off after 7 s".to_owned()
+            ]
         );
         assert_eq!(
             (failed.judgement.verdict, &failed.judgement.reasons[0]),
             (Verdict::Fail, &format!("tier 1: sin: {broken}"))
         );
-        assert!(!failed.judgement.reasons.iter().any(|reason| reason.starts_with("ended early")));
+        assert!(
+            !failed
+                .judgement
+                .reasons
+                .iter()
+                .any(|reason| reason.starts_with("ended early"))
+        );
         assert_eq!(failed.knee().unwrap().answer, Answer::FirstFailed);
         // Of a generator that was the limit it is no news of the server.
         assert_eq!(verdicts(&ended(&[0]))[0], Verdict::Partial);
@@ -1007,10 +1274,20 @@ mod tests {
         };
         let mut canned = Canned::armed(&[4, 8, 16], &[("vg", None)]);
         canned.ends();
-        canned.reports_steps(0, vec![step(20.0, 9, "Excellent"), step(0.0, 0, "Excellent"), step(30.0, 9, "Poor")]);
+        canned.reports_steps(
+            0,
+            vec![
+                step(20.0, 9, "Excellent"),
+                step(0.0, 0, "Excellent"),
+                step(30.0, 9, "Poor"),
+            ],
+        );
         canned.is_over();
         let merged = merged(&canned);
-        assert_eq!(verdicts(&merged), [Verdict::Pass, Verdict::Partial, Verdict::Fail]);
+        assert_eq!(
+            verdicts(&merged),
+            [Verdict::Pass, Verdict::Partial, Verdict::Fail]
+        );
         assert_eq!(merged.tiers[0].worst_rtt_us(), Some(20_000.0));
         assert_eq!(merged.tiers[1].worst_rtt_us(), None);
         assert_eq!(merged.tiers[0].worst_loss(), None, "it measures none");
@@ -1034,14 +1311,33 @@ mod tests {
             let loss = worse_loss([&record.audio, &record.video]);
             Quality::of_record(&record, loss, &judging)
         };
-        let fast = Saw { rtt_us: 10_000, ..WELL };
+        let fast = Saw {
+            rtt_us: 10_000,
+            ..WELL
+        };
         assert_eq!(quality(fast, |_| {}), Quality::Excellent);
-        assert_eq!(quality(WELL, |_| {}), Quality::Good, "round trips of more than half of what is allowed");
+        assert_eq!(
+            quality(WELL, |_| {}),
+            Quality::Good,
+            "round trips of more than half of what is allowed"
+        );
         assert_eq!(quality(Saw { lost: 5, ..fast }, |_| {}), Quality::Good);
         assert_eq!(quality(Saw { lost: 11, ..fast }, |_| {}), Quality::Poor);
-        assert_eq!(quality(fast, |record| record.session.rtt_rtcp.clear()), Quality::Unknown);
-        assert_eq!(quality(fast, |record| record.audio.frames_expected = 0), Quality::Unknown);
-        assert_eq!(quality(fast, |record| record.audio.tracks_live = 0), Quality::Lost);
-        assert_eq!(quality(fast, |record| record.session.joins_ok = 0), Quality::Lost);
+        assert_eq!(
+            quality(fast, |record| record.session.rtt_rtcp.clear()),
+            Quality::Unknown
+        );
+        assert_eq!(
+            quality(fast, |record| record.audio.frames_expected = 0),
+            Quality::Unknown
+        );
+        assert_eq!(
+            quality(fast, |record| record.audio.tracks_live = 0),
+            Quality::Lost
+        );
+        assert_eq!(
+            quality(fast, |record| record.session.joins_ok = 0),
+            Quality::Lost
+        );
     }
 }

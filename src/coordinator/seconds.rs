@@ -110,25 +110,41 @@ impl Seconds {
         let began_us = began_us(state)?;
         let since_us = now_us.checked_sub(began_us)?;
         let second = since_us / 1_000_000;
-        let live: Vec<&Prober> = state.probers().iter().filter(|prober| prober.is_live()).collect();
+        let live: Vec<&Prober> = state
+            .probers()
+            .iter()
+            .filter(|prober| prober.is_live())
+            .collect();
         if second <= self.second || live.is_empty() || *state.phase() == Phase::Over {
             return None;
         }
         self.second = second;
         // A host that has not told its stage has not been heard by this process.
-        let is_known = |prober: &&Prober| prober.stage.is_some() && now_us.saturating_sub(prober.heard_us) <= STALE_US;
+        let is_known = |prober: &&Prober| {
+            prober.stage.is_some() && now_us.saturating_sub(prober.heard_us) <= STALE_US
+        };
         let all_known = live.iter().all(is_known);
-        let sum = |of: fn(&Live) -> Option<f64>| live.iter().map(|prober| of(&prober.live)).sum::<Option<f64>>().filter(|_| all_known);
+        let sum = |of: fn(&Live) -> Option<f64>| {
+            live.iter()
+                .map(|prober| of(&prober.live))
+                .sum::<Option<f64>>()
+                .filter(|_| all_known)
+        };
         let losses = live.iter().filter_map(|prober| prober.live.loss);
         Some(Row {
             t: since_us as f64 / 1e6,
             stage: state.stage_underway().map(|stage| stage.name.clone()),
             hosts: live.len(),
-            participants: all_known.then(|| live.iter().map(|prober| u64::from(prober.live.participants)).sum()),
+            participants: all_known.then(|| {
+                live.iter()
+                    .map(|prober| u64::from(prober.live.participants))
+                    .sum()
+            }),
             packets_sent_per_second: sum(|live| live.packets_sent_per_second),
             packets_received_per_second: sum(|live| live.packets_received_per_second),
             bytes_sent_per_second: sum(|live| live.bits_sent_per_second).map(|bits| bits / 8.0),
-            bytes_received_per_second: sum(|live| live.bits_received_per_second).map(|bits| bits / 8.0),
+            bytes_received_per_second: sum(|live| live.bits_received_per_second)
+                .map(|bits| bits / 8.0),
             loss_worst: losses.reduce(f64::max).filter(|_| all_known),
             server: None,
         })
@@ -160,12 +176,19 @@ impl Seconds {
             .filter_map(|order| Some((order.stage, state.stages().get(order.stage as usize)?)));
         let tiers = begun.filter(|(_, stage)| stage.kind == StageKind::Tier);
         let held = tiers.map(|(index, stage)| {
-            let holds = || self.holds.get(&index).into_iter().flat_map(BTreeMap::values);
+            let holds = || {
+                self.holds
+                    .get(&index)
+                    .into_iter()
+                    .flat_map(BTreeMap::values)
+            };
             let from_us = holds().map(|hold| hold.from_us).max();
             let to_us = holds().map(|hold| hold.from_us + hold.held_us).min();
             Held {
                 name: stage.name.clone(),
-                between_us: from_us.zip(to_us).filter(|(from_us, to_us)| from_us < to_us),
+                between_us: from_us
+                    .zip(to_us)
+                    .filter(|(from_us, to_us)| from_us < to_us),
             }
         });
         held.collect()
@@ -208,7 +231,10 @@ mod tests {
 
     /// Both are in, and publishers join.
     fn two() -> Canned {
-        let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both)), ("ams", Some(Role::Both))]);
+        let mut canned = Canned::armed(
+            &[10],
+            &[("fra", Some(Role::Both)), ("ams", Some(Role::Both))],
+        );
         ordered(&mut canned, 0);
         canned
     }
@@ -221,25 +247,42 @@ mod tests {
     #[test]
     fn a_row_is_of_all_hosts_or_says_that_it_is_not_known() {
         let (mut canned, mut seconds) = (two(), Seconds::default());
-        assert_eq!(seconds.look(&canned.state, START_US), None, "no second has gone by");
+        assert_eq!(
+            seconds.look(&canned.state, START_US),
+            None,
+            "no second has gone by"
+        );
         canned.beat(0, tier(1.0, false), live(3));
         let row = seconds.look(&canned.state, canned.now_us).unwrap();
         assert_eq!((row.t, row.hosts), (1.0, 2));
         assert!(
-            row.participants.is_none() && row.packets_received_per_second.is_none() && row.loss_worst.is_none(),
+            row.participants.is_none()
+                && row.packets_received_per_second.is_none()
+                && row.loss_worst.is_none(),
             "{row:?}"
         );
-        assert_eq!(seconds.look(&canned.state, canned.now_us + 400_000), None, "it has its row");
+        assert_eq!(
+            seconds.look(&canned.state, canned.now_us + 400_000),
+            None,
+            "it has its row"
+        );
         canned.beat(1, tier(1.0, false), live(4));
         let row = seconds.look(&canned.state, canned.now_us).unwrap();
         assert_eq!(
-            (row.participants, row.packets_sent_per_second, row.bytes_received_per_second),
+            (
+                row.participants,
+                row.packets_sent_per_second,
+                row.bytes_received_per_second
+            ),
             (Some(7), Some(100.0), Some(20_000.0))
         );
         assert_eq!(row.loss_worst, Some(0.04));
         // One falls silent; then it is lost, and the others are all that there is.
         let later = canned.now_us + STALE_US + 1;
-        assert_eq!(seconds.look(&canned.state, later).unwrap().participants, None);
+        assert_eq!(
+            seconds.look(&canned.state, later).unwrap().participants,
+            None
+        );
         canned.now_us = later;
         canned.beat(1, tier(4.0, false), live(5));
         canned.loses(0);
@@ -254,7 +297,9 @@ mod tests {
         let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both)), ("vg", None)]);
         ordered(&mut canned, 0);
         canned.beat(0, tier(1.0, false), live(3));
-        let row = Seconds::default().look(&canned.state, canned.now_us).unwrap();
+        let row = Seconds::default()
+            .look(&canned.state, canned.now_us)
+            .unwrap();
         assert_eq!((row.hosts, row.participants), (2, None));
     }
 

@@ -41,7 +41,8 @@ use super::desk::{Desk, DeskHandle, Failure};
 use super::document::{self, About};
 use super::page;
 use super::protocol::{
-    self, BEAT_BYTES_MAX, Beat, Malformed, Message, REGISTER_BYTES_MAX, REPORT_BYTES_MAX, Refusal, Register, Report, TokensRequest,
+    self, BEAT_BYTES_MAX, Beat, Malformed, Message, REGISTER_BYTES_MAX, REPORT_BYTES_MAX, Refusal,
+    Register, Report, TokensRequest,
 };
 use super::result::Merged;
 use super::state::{Phase, Refused, State};
@@ -71,20 +72,31 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Why the coordinator does not listen; each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    #[error("{0} is in use: stop what listens there, or choose another --coordinator-port (0 takes any)")]
+    #[error(
+        "{0} is in use: stop what listens there, or choose another --coordinator-port (0 takes any)"
+    )]
     InUse(SocketAddr),
     #[error("{0} is not allowed: ports below 1024 need root, or choose another --coordinator-port")]
     Forbidden(SocketAddr),
-    #[error("{0} is no address of this host: give --coordinator-bind one that `ip address` shows, or 0.0.0.0")]
+    #[error(
+        "{0} is no address of this host: give --coordinator-bind one that `ip address` shows, or 0.0.0.0"
+    )]
     NotOurs(SocketAddr),
     #[error("cannot listen on {address}: {cause}")]
-    Other { address: SocketAddr, cause: io::Error },
+    Other {
+        address: SocketAddr,
+        cause: io::Error,
+    },
 }
 
 /// Takes the port.
 pub fn listen(address: SocketAddr) -> Result<std::net::TcpListener, ListenError> {
     let bind = || {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        let socket = Socket::new(
+            Domain::for_address(address),
+            Type::STREAM,
+            Some(Protocol::TCP),
+        )?;
         // A coordinator that is started again finds the connections of the one before it still closing.
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
@@ -105,14 +117,18 @@ pub fn listen(address: SocketAddr) -> Result<std::net::TcpListener, ListenError>
 /// # Errors
 /// A file that cannot be read, or that is not what its flag says.
 pub fn tls(certificate: &Path, key: &Path) -> Result<TlsAcceptor, String> {
-    let of = |flag: &str, path: &Path, why: &dyn std::fmt::Display| format!("{flag} {}: {why}", path.display());
+    let of = |flag: &str, path: &Path, why: &dyn std::fmt::Display| {
+        format!("{flag} {}: {why}", path.display())
+    };
     let wrong_chain = |why: &dyn std::fmt::Display| of("--tls-cert", certificate, why);
-    let chain = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let chain =
+        CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     let chain = chain.map_err(|error| wrong_chain(&error))?;
     if chain.is_empty() {
         return Err(wrong_chain(&"no certificate in PEM is in it"));
     }
-    let private_key = PrivateKeyDer::from_pem_file(key).map_err(|error| of("--tls-key", key, &error))?;
+    let private_key =
+        PrivateKeyDer::from_pem_file(key).map_err(|error| of("--tls-key", key, &error))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -191,16 +207,31 @@ impl Site {
     /// What there is so far. One at a time merges, on a thread that may take its time.
     async fn result(&self) -> Result<Bytes, Answer> {
         let mut shown = self.shown.lock().await;
-        if let Some(shown) = shown.as_ref().filter(|shown| shown.at.elapsed() < RESULT_FRESH) {
+        if let Some(shown) = shown
+            .as_ref()
+            .filter(|shown| shown.at.elapsed() < RESULT_FRESH)
+        {
             return Ok(shown.body.clone());
         }
-        let (state, now_us) = self.desk.call(|desk| (desk.state.clone(), desk.now_us())).await?;
+        let (state, now_us) = self
+            .desk
+            .call(|desk| (desk.state.clone(), desk.now_us()))
+            .await?;
         let exhibit = self.exhibit.clone();
         let merging = tokio::task::spawn_blocking(move || {
             let merged = Merged::new(&state, &exhibit.judging);
-            Bytes::from(document::result(&merged, &state, &exhibit.about(now_us, &[])))
+            Bytes::from(document::result(
+                &merged,
+                &state,
+                &exhibit.about(now_us, &[]),
+            ))
         });
-        let failed = |_| Answer::refusal(StatusCode::INTERNAL_SERVER_ERROR, "the result cannot be merged".to_owned());
+        let failed = |_| {
+            Answer::refusal(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "the result cannot be merged".to_owned(),
+            )
+        };
         let body = merging.await.map_err(failed)?;
         *shown = Some(Shown {
             at: Instant::now(),
@@ -211,7 +242,12 @@ impl Site {
 
     /// The whole body, unless it is too long, too slow, or one too many.
     async fn body(&self, request: Request, most: usize) -> Result<Received, Answer> {
-        let too_long = || Answer::refusal(StatusCode::PAYLOAD_TOO_LARGE, format!("a body of more than {most} bytes"));
+        let too_long = || {
+            Answer::refusal(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                format!("a body of more than {most} bytes"),
+            )
+        };
         if request.body().size_hint().lower() > most as u64 {
             return Err(too_long());
         }
@@ -219,20 +255,37 @@ impl Site {
         let mut received = Received::default();
         let read = async {
             while let Some(part) = stream.next().await {
-                let part = part.map_err(|_| Answer::refusal(StatusCode::BAD_REQUEST, "the body ended too early".to_owned()))?;
+                let part = part.map_err(|_| {
+                    Answer::refusal(
+                        StatusCode::BAD_REQUEST,
+                        "the body ended too early".to_owned(),
+                    )
+                })?;
                 if received.bytes.len() + part.len() > most {
                     return Err(too_long());
                 }
-                let room = self.bodies.clone().try_acquire_many_owned(part.len() as u32);
-                let room =
-                    room.map_err(|_| Answer::refusal(StatusCode::SERVICE_UNAVAILABLE, "too much is being sent at once: try again".to_owned()))?;
+                let room = self
+                    .bodies
+                    .clone()
+                    .try_acquire_many_owned(part.len() as u32);
+                let room = room.map_err(|_| {
+                    Answer::refusal(
+                        StatusCode::SERVICE_UNAVAILABLE,
+                        "too much is being sent at once: try again".to_owned(),
+                    )
+                })?;
                 received.room.push(room);
                 received.bytes.extend_from_slice(&part);
             }
             Ok(())
         };
         let timely = tokio::time::timeout(BODY_TIMEOUT, read).await;
-        timely.unwrap_or_else(|_| Err(Answer::refusal(StatusCode::REQUEST_TIMEOUT, "the body took too long".to_owned())))?;
+        timely.unwrap_or_else(|_| {
+            Err(Answer::refusal(
+                StatusCode::REQUEST_TIMEOUT,
+                "the body took too long".to_owned(),
+            ))
+        })?;
         Ok(received)
     }
 
@@ -297,9 +350,10 @@ impl IntoResponse for Answer {
     fn into_response(self) -> Response {
         let mut response = (self.status, json(&self.refusal)).into_response();
         if self.status == StatusCode::UNAUTHORIZED {
-            response
-                .headers_mut()
-                .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+            response.headers_mut().insert(
+                header::WWW_AUTHENTICATE,
+                header::HeaderValue::from_static("Bearer"),
+            );
         }
         response
     }
@@ -307,7 +361,11 @@ impl IntoResponse for Answer {
 
 fn json(message: &impl Serialize) -> Response {
     match serde_json::to_vec(message) {
-        Ok(body) => ([(header::CONTENT_TYPE, "application/json")], Bytes::from(body)).into_response(),
+        Ok(body) => (
+            [(header::CONTENT_TYPE, "application/json")],
+            Bytes::from(body),
+        )
+            .into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
 }
@@ -327,7 +385,10 @@ pub fn routes(site: Site) -> Router {
         .route("/cancel", post(cancel))
         .route("/events", get(events))
         .route("/metrics", get(metrics))
-        .layer(middleware::from_fn_with_state(site.clone(), must_be_admitted));
+        .layer(middleware::from_fn_with_state(
+            site.clone(),
+            must_be_admitted,
+        ));
     Router::new()
         .merge(guarded)
         .route("/health", get(health))
@@ -335,7 +396,12 @@ pub fn routes(site: Site) -> Router {
         .with_state(site)
 }
 
-async fn must_be_admitted(extract::State(site): extract::State<Site>, headers: HeaderMap, request: Request, next: Next) -> Response {
+async fn must_be_admitted(
+    extract::State(site): extract::State<Site>,
+    headers: HeaderMap,
+    request: Request,
+    next: Next,
+) -> Response {
     match site.access.admits(&headers) {
         Ok(()) => next.run(request).await,
         Err(denied) => Answer::from(denied).into_response(),
@@ -359,18 +425,30 @@ async fn events(extract::State(site): extract::State<Site>) -> Response {
     let mut interval = tokio::time::interval(page::INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let stream = stream::unfold(Some((site, interval)), next_event);
-    let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
     (headers, Body::from_stream(stream)).into_response()
 }
 
 type Watching = (Site, tokio::time::Interval);
 
-async fn next_event(watching: Option<Watching>) -> Option<(Result<String, Infallible>, Option<Watching>)> {
+async fn next_event(
+    watching: Option<Watching>,
+) -> Option<(Result<String, Infallible>, Option<Watching>)> {
     let (site, mut interval) = watching?;
     interval.tick().await;
     let show = |state: &State, now_us: u64, exhibit: &Exhibit, merged: Option<&Merged>| {
         let target = exhibit.plan.target.to_string();
-        page::event(state, &exhibit.judging, &target, exhibit.started.as_micros() as u64, now_us, merged)
+        page::event(
+            state,
+            &exhibit.judging,
+            &target,
+            exhibit.started.as_micros() as u64,
+            now_us,
+            merged,
+        )
     };
     let exhibit = site.exhibit.clone();
     let under_way = move |desk: &mut Desk| match desk.state.phase() {
@@ -381,7 +459,14 @@ async fn next_event(watching: Option<Watching>) -> Option<(Result<String, Infall
         Ok(event) => Some((Ok(event), Some((site, interval)))),
         Err(over) => {
             let ((state, now_us), exhibit) = (*over, site.exhibit.clone());
-            let merging = move || show(&state, now_us, &exhibit, Some(&Merged::new(&state, &exhibit.judging)));
+            let merging = move || {
+                show(
+                    &state,
+                    now_us,
+                    &exhibit,
+                    Some(&Merged::new(&state, &exhibit.judging)),
+                )
+            };
             let event = tokio::task::spawn_blocking(merging).await.ok()?;
             Some((Ok(event), None))
         }
@@ -389,46 +474,72 @@ async fn next_event(watching: Option<Watching>) -> Option<(Result<String, Infall
 }
 
 async fn metrics(extract::State(site): extract::State<Site>) -> Answered {
-    let text = site.desk.call(|desk| page::metrics(&desk.state, desk.now_us())).await?;
+    let text = site
+        .desk
+        .call(|desk| page::metrics(&desk.state, desk.now_us()))
+        .await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
 async fn register(extract::State(site): extract::State<Site>, request: Request) -> Answered {
     let register: Register = site.read(request, REGISTER_BYTES_MAX).await?;
-    let registered = site.desk.call(move |desk| desk.register(&register)).await??;
+    let registered = site
+        .desk
+        .call(move |desk| desk.register(&register))
+        .await??;
     Ok(json(&registered))
 }
 
-async fn job(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>) -> Answered {
+async fn job(
+    extract::State(site): extract::State<Site>,
+    extract::Path(id): extract::Path<String>,
+) -> Answered {
     let job = site.desk.call(move |desk| desk.job(&id)).await??;
     Ok(json(&job))
 }
 
-async fn tokens(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>, request: Request) -> Answered {
+async fn tokens(
+    extract::State(site): extract::State<Site>,
+    extract::Path(id): extract::Path<String>,
+    request: Request,
+) -> Answered {
     let request: TokensRequest = site.read(request, REGISTER_BYTES_MAX).await?;
     let job = site.desk.call(move |desk| desk.job(&id)).await??;
-    let mint = site
-        .mint
-        .as_ref()
-        .ok_or_else(|| Refused::Conflict("this coordinator has no API key: give each prober its own".to_owned()));
-    let job = job
-        .throng
-        .ok_or_else(|| Refused::Conflict("not everybody is in yet: ask for the job until it is ready".to_owned()));
+    let mint = site.mint.as_ref().ok_or_else(|| {
+        Refused::Conflict("this coordinator has no API key: give each prober its own".to_owned())
+    });
+    let job = job.throng.ok_or_else(|| {
+        Refused::Conflict("not everybody is in yet: ask for the job until it is ready".to_owned())
+    });
     let (mint, job) = (mint.map_err(Failure::from)?, job.map_err(Failure::from)?);
     Ok(json(&mint.tokens(&job, request).map_err(Failure::from)?))
 }
 
-async fn beat(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>, request: Request) -> Answered {
+async fn beat(
+    extract::State(site): extract::State<Site>,
+    extract::Path(id): extract::Path<String>,
+    request: Request,
+) -> Answered {
     let received_at_us = site.desk.now_us();
     let beat: Beat = site.read(request, BEAT_BYTES_MAX).await?;
-    let mut reply = site.desk.call(move |desk| desk.beat(&id, &beat, received_at_us)).await??;
+    let mut reply = site
+        .desk
+        .call(move |desk| desk.beat(&id, &beat, received_at_us))
+        .await??;
     reply.replied_at_us = site.desk.now_us();
     Ok(json(&reply))
 }
 
-async fn report(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>, request: Request) -> Answered {
+async fn report(
+    extract::State(site): extract::State<Site>,
+    extract::Path(id): extract::Path<String>,
+    request: Request,
+) -> Answered {
     let report: Report = site.read(request, REPORT_BYTES_MAX).await?;
-    let reported = site.desk.call(move |desk| desk.report(&id, &report)).await??;
+    let reported = site
+        .desk
+        .call(move |desk| desk.report(&id, &report))
+        .await??;
     Ok(json(&reported))
 }
 
@@ -437,27 +548,47 @@ async fn result(extract::State(site): extract::State<Site>) -> Answered {
     Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
 }
 
-async fn leave(extract::State(site): extract::State<Site>, extract::Path(id): extract::Path<String>) -> Answered {
+async fn leave(
+    extract::State(site): extract::State<Site>,
+    extract::Path(id): extract::Path<String>,
+) -> Answered {
     let departed = site.desk.call(move |desk| desk.leave(&id)).await??;
     Ok(json(&departed))
 }
 
 async fn cancel(extract::State(site): extract::State<Site>) -> Answered {
-    let cancelled = site.desk.call(|desk| desk.cancel("cancelled by POST /cancel")).await??;
+    let cancelled = site
+        .desk
+        .call(|desk| desk.cancel("cancelled by POST /cancel"))
+        .await??;
     Ok(json(&cancelled))
 }
 
 async fn health(extract::State(site): extract::State<Site>) -> Answered {
     let health = site.desk.call(|desk| desk.health()).await?;
-    let status = if health.ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let status = if health.ok {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
     Ok((status, json(&health)).into_response())
 }
 
 /// Serves until `stop` says so, or its sender is gone; then ends what is under way.
-pub async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, site: Site, mut stop: watch::Receiver<bool>) {
+pub async fn serve(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    site: Site,
+    mut stop: watch::Receiver<bool>,
+) {
     let refused = site.refused_connections.clone();
-    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX).saturating_sub(FILES_KEPT);
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX.min(usize::try_from(files).unwrap_or(usize::MAX))));
+    let files = getrlimit(Resource::Nofile)
+        .current
+        .unwrap_or(u64::MAX)
+        .saturating_sub(FILES_KEPT);
+    let places = Arc::new(Semaphore::new(
+        CONNECTIONS_MAX.min(usize::try_from(files).unwrap_or(usize::MAX)),
+    ));
     let routes = routes(site);
     let mut connections = JoinSet::new();
     loop {
@@ -479,7 +610,10 @@ pub async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, site: Site, 
             }
         }
     }
-    let _ = tokio::time::timeout(CLOSE_TIMEOUT, async { while connections.join_next().await.is_some() {} }).await;
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, async {
+        while connections.join_next().await.is_some() {}
+    })
+    .await;
 }
 
 async fn accept(listener: &TcpListener) -> TcpStream {
@@ -492,7 +626,12 @@ async fn accept(listener: &TcpListener) -> TcpStream {
     }
 }
 
-async fn connection(stream: TcpStream, tls: Option<TlsAcceptor>, routes: Router, mut stop: watch::Receiver<bool>) {
+async fn connection(
+    stream: TcpStream,
+    tls: Option<TlsAcceptor>,
+    routes: Router,
+    mut stop: watch::Receiver<bool>,
+) {
     // A kernel that cannot switch Nagle off is slower, not wrong.
     let _ = stream.set_nodelay(true);
     let stream = Watched::new(stream);
@@ -547,7 +686,11 @@ impl Watched {
 }
 
 impl AsyncRead for Watched {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         match Pin::new(&mut this.stream).poll_read(cx, buf) {
             Poll::Ready(read) => {
@@ -560,7 +703,11 @@ impl AsyncRead for Watched {
 }
 
 impl AsyncWrite for Watched {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         match Pin::new(&mut this.stream).poll_write(cx, buf) {
             Poll::Ready(written) => {

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use super::clock::{ClockEstimate, Offset};
 use super::place::{Load, Placed};
 use super::protocol::{
-    self, Beat, BeatReply, Exchange, FrameCount, Job, JobReply, Live, Order, ProverId, Register, Registered, Report, Reported, Stage, StageKind,
-    Start, TierSoFar, VantageClock, WireJudging,
+    self, Beat, BeatReply, Exchange, FrameCount, Job, JobReply, Live, Order, ProverId, Register,
+    Registered, Report, Reported, Stage, StageKind, Start, TierSoFar, VantageClock, WireJudging,
 };
 use crate::plan::Vantage;
 
@@ -317,8 +317,13 @@ impl State {
     pub fn resume(&mut self, now_us: u64) {
         self.quiet_since_us = now_us;
         self.looked_us = now_us;
-        self.probers.iter_mut().for_each(|prober| prober.silent_since_us = now_us);
-        if self.legacy_start_us.is_some_and(|start_us| start_us > now_us + AHEAD_US_MAX) {
+        self.probers
+            .iter_mut()
+            .for_each(|prober| prober.silent_since_us = now_us);
+        if self
+            .legacy_start_us
+            .is_some_and(|start_us| start_us > now_us + AHEAD_US_MAX)
+        {
             self.legacy_start_us = Some(now_us + LEGACY_LEAD_US);
         }
         if let Some(underway) = self.orders.last_mut()
@@ -362,7 +367,10 @@ impl State {
 
     /// Everybody is in, and the rooms are not there yet.
     pub fn wants_rooms(&self) -> bool {
-        self.setup.rooms_made && self.phase == Phase::Running && self.placed.is_some() && self.rooms.is_none()
+        self.setup.rooms_made
+            && self.phase == Phase::Running
+            && self.placed.is_some()
+            && self.rooms.is_none()
     }
 
     /// Those that the coordinator made.
@@ -378,7 +386,9 @@ impl State {
             .filter_map(|prober| Some((prober.vantage.as_str(), prober.broken.as_deref()?)));
         match &self.stop_reason {
             None => broken.next(),
-            Some(reason) => broken.find(|(vantage, threshold)| *reason == ended_by(vantage, threshold)),
+            Some(reason) => {
+                broken.find(|(vantage, threshold)| *reason == ended_by(vantage, threshold))
+            }
         }
     }
 
@@ -389,7 +399,10 @@ impl State {
 
     /// The stages, with the subscribers of the first player.
     pub fn stages(&self) -> &[Stage] {
-        self.placed.as_ref().and_then(|placed| placed.stages.first()).map_or(&[], Vec::as_slice)
+        self.placed
+            .as_ref()
+            .and_then(|placed| placed.stages.first())
+            .map_or(&[], Vec::as_slice)
     }
 
     /// Whoever keeps the state is awake, and hears. To be called at least once a second; time in which it was not is added to everybody's patience, and returned.
@@ -400,7 +413,9 @@ impl State {
             return None;
         }
         self.quiet_since_us += away_us;
-        self.probers.iter_mut().for_each(|prober| prober.silent_since_us += away_us);
+        self.probers
+            .iter_mut()
+            .for_each(|prober| prober.silent_since_us += away_us);
         Some(away_us)
     }
 
@@ -415,30 +430,52 @@ impl State {
     }
 
     pub fn find(&self, id: &str) -> Result<usize, Refused> {
-        let found = self.probers.iter().position(|prober| prober.id.as_str() == id);
-        found.ok_or_else(|| Refused::Unknown("no prober of this run has this id: register first".to_owned()))
+        let found = self
+            .probers
+            .iter()
+            .position(|prober| prober.id.as_str() == id);
+        found.ok_or_else(|| {
+            Refused::Unknown("no prober of this run has this id: register first".to_owned())
+        })
     }
 
     /// Somebody wants to take part. `fresh` is the id that a new prober gets.
     ///
     /// # Errors
     /// Which leave everything as it is.
-    pub fn register(&self, now_us: u64, register: &Register, fresh: ProverId) -> Result<(Registered, Vec<Entry>), Refused> {
-        if let Some(version) = register.protocol.filter(|version| *version != protocol::VERSION) {
-            return Err(Refused::Conflict(protocol::other_version("prober", version, "coordinator").to_string()));
+    pub fn register(
+        &self,
+        now_us: u64,
+        register: &Register,
+        fresh: ProverId,
+    ) -> Result<(Registered, Vec<Entry>), Refused> {
+        if let Some(version) = register
+            .protocol
+            .filter(|version| *version != protocol::VERSION)
+        {
+            return Err(Refused::Conflict(
+                protocol::other_version("prober", version, "coordinator").to_string(),
+            ));
         }
         let answer = |id: &ProverId| Registered {
             prover_id: id.clone(),
             expected: self.setup.expect,
             protocol: Some(protocol::VERSION),
         };
-        let same_process = |prober: &&Prober| register.instance.is_some() && prober.register.instance == register.instance;
+        let same_process = |prober: &&Prober| {
+            register.instance.is_some() && prober.register.instance == register.instance
+        };
         if let Some(known) = self.probers.iter().find(same_process) {
             return Ok((answer(&known.id), Vec::new()));
         }
-        let vantage = register.vantage.clone().unwrap_or_else(|| format!("vantage-{}", self.probers.len() + 1));
+        let vantage = register
+            .vantage
+            .clone()
+            .unwrap_or_else(|| format!("vantage-{}", self.probers.len() + 1));
         let namesake = self.probers.iter().find(|prober| prober.vantage == vantage);
-        if let Some(namesake) = namesake.filter(|prober| prober.is_legacy() && register.protocol.is_none()) {
+        if let Some(namesake) =
+            namesake.filter(|prober| prober.is_legacy() && register.protocol.is_none())
+        {
             // It names no process: who comes with its label is taken for it.
             return Ok((answer(&namesake.id), Vec::new()));
         }
@@ -469,19 +506,30 @@ impl State {
     }
 
     fn full(&self) -> String {
-        let names: Vec<&str> = self.probers.iter().take(10).map(|prober| prober.vantage.as_str()).collect();
+        let names: Vec<&str> = self
+            .probers
+            .iter()
+            .take(10)
+            .map(|prober| prober.vantage.as_str())
+            .collect();
         format!(
             "{} probers were expected and are in ({}{}): start the coordinator with a higher --expect",
             self.setup.expect,
             names.join(", "),
-            if self.probers.len() > names.len() { ", .." } else { "" }
+            if self.probers.len() > names.len() {
+                ", .."
+            } else {
+                ""
+            }
         )
     }
 
     fn must_be_open(&self, vantage: &str, namesake: Option<&Prober>) -> Result<(), Refused> {
         match (&self.phase, namesake) {
             (Phase::Gathering, _) => Ok(()),
-            (Phase::Over | Phase::Stopping, _) => Err(Refused::Conflict("the run is over: start another one".to_owned())),
+            (Phase::Over | Phase::Stopping, _) => Err(Refused::Conflict(
+                "the run is over: start another one".to_owned(),
+            )),
             (Phase::Running, Some(_)) => Err(Refused::Conflict(format!(
                 "the run is under way, and '{vantage}' was in it: a prober that is started again cannot go on, the run goes on without it"
             ))),
@@ -490,19 +538,31 @@ impl State {
     }
 
     /// The last one who comes decides whether there are publishers and subscribers: nobody is let in who would leave a run that cannot be.
-    fn must_be_playable(&self, register: &Register, replaced: Option<&Prober>) -> Result<(), Refused> {
+    fn must_be_playable(
+        &self,
+        register: &Register,
+        replaced: Option<&Prober>,
+    ) -> Result<(), Refused> {
         let others = self
             .probers
             .iter()
             .filter(|prober| replaced.is_none_or(|replaced| replaced.id != prober.id));
-        let registers: Vec<&Register> = others.map(|prober| &prober.register).chain([register]).collect();
+        let registers: Vec<&Register> = others
+            .map(|prober| &prober.register)
+            .chain([register])
+            .collect();
         if registers.len() < self.setup.expect as usize {
             return Ok(());
         }
         let vantages = vantages(registers.into_iter());
         match vantages.is_empty() {
             true => Ok(()),
-            false => self.setup.load.place(vantages).map(drop).map_err(Refused::Conflict),
+            false => self
+                .setup
+                .load
+                .place(vantages)
+                .map(drop)
+                .map_err(Refused::Conflict),
         }
     }
 
@@ -513,13 +573,16 @@ impl State {
     pub fn beat(&self, now_us: u64, who: usize, beat: &Beat) -> Result<Option<Entry>, Refused> {
         let prober = &self.probers[who];
         let (Some(player), Some(placed)) = (prober.player, &self.placed) else {
-            return Err(Refused::Conflict("not everybody is in yet: ask for the job until it is ready".to_owned()));
+            return Err(Refused::Conflict(
+                "not everybody is in yet: ask for the job until it is ready".to_owned(),
+            ));
         };
         if beat.seq <= prober.seq {
             return Ok(None);
         }
         self.must_make_sense(beat, placed, player)?;
-        let has_counts = !beat.tiers.is_empty() || !beat.frames.is_empty() || !beat.starts.is_empty();
+        let has_counts =
+            !beat.tiers.is_empty() || !beat.frames.is_empty() || !beat.starts.is_empty();
         let has_news = has_counts || beat.invalid != prober.invalid || beat.broken != prober.broken;
         Ok(has_news.then(|| Entry::Beat {
             at_us: now_us,
@@ -554,10 +617,16 @@ impl State {
         if !named.into_iter().all(is_stage) {
             return malformed("a stage that this run does not have");
         }
-        let is_own =
-            |count: &FrameCount| placed.part.owner(count.0) == Some(player as usize) && count.1 <= 1 && count.2 < 8 && count.3 <= protocol::WHOLE_MAX;
+        let is_own = |count: &FrameCount| {
+            placed.part.owner(count.0) == Some(player as usize)
+                && count.1 <= 1
+                && count.2 < 8
+                && count.3 <= protocol::WHOLE_MAX
+        };
         if !beat.frames.iter().all(is_own) {
-            return malformed("frames: of a publisher that another prober plays, or of a track that there is not");
+            return malformed(
+                "frames: of a publisher that another prober plays, or of a track that there is not",
+            );
         }
         Ok(())
     }
@@ -592,23 +661,34 @@ impl State {
     ///
     /// # Errors
     /// Which leave everything as it is.
-    pub fn report(&self, now_us: u64, who: usize, report: &Report) -> Result<Option<Entry>, Refused> {
+    pub fn report(
+        &self,
+        now_us: u64,
+        who: usize,
+        report: &Report,
+    ) -> Result<Option<Entry>, Refused> {
         let prober = &self.probers[who];
         if self.armed_us.is_none() {
-            return Err(Refused::Conflict("nothing has begun that could be reported".to_owned()));
+            return Err(Refused::Conflict(
+                "nothing has begun that could be reported".to_owned(),
+            ));
         }
         if prober.report.is_some() {
             return Ok(None);
         }
-        if let (Some(player), Some(placed), Some(full)) = (prober.player, &self.placed, &report.throng) {
+        if let (Some(player), Some(placed), Some(full)) =
+            (prober.player, &self.placed, &report.throng)
+        {
             let stages = &placed.stages[player as usize];
             let is_held = |stage: u32| {
-                stages
-                    .get(stage as usize)
-                    .is_some_and(|stage| matches!(stage.kind, StageKind::Baseline | StageKind::Tier))
+                stages.get(stage as usize).is_some_and(|stage| {
+                    matches!(stage.kind, StageKind::Baseline | StageKind::Tier)
+                })
             };
             if !full.tiers.iter().all(|tier| is_held(tier.measured.stage)) {
-                return Err(Refused::Malformed("throng.tiers: a stage that is no tier of this run".to_owned()));
+                return Err(Refused::Malformed(
+                    "throng.tiers: a stage that is no tier of this run".to_owned(),
+                ));
             }
         }
         Ok(Some(Entry::Reported {
@@ -662,7 +742,9 @@ impl State {
     }
 
     fn gather(&self, now_us: u64) -> Option<Entry> {
-        let silent = |prober: &&Prober| now_us.saturating_sub(prober.silent_since_us) >= self.setup.silence_us;
+        let silent = |prober: &&Prober| {
+            now_us.saturating_sub(prober.silent_since_us) >= self.setup.silence_us
+        };
         if let Some(silent) = self.probers.iter().find(silent) {
             return Some(Entry::Left {
                 at_us: now_us,
@@ -678,34 +760,48 @@ impl State {
             };
             return Some(match playable {
                 Ok(()) => Entry::Armed { at_us: now_us },
-                Err(reason) => Entry::Stopping { at_us: now_us, reason },
+                Err(reason) => Entry::Stopping {
+                    at_us: now_us,
+                    reason,
+                },
             });
         }
-        (now_us.saturating_sub(self.quiet_since_us) >= self.setup.gather_us).then(|| Entry::Stopping {
-            at_us: now_us,
-            reason: format!(
-                "{} of {} probers came, and no other for {} s",
-                self.probers.len(),
-                self.setup.expect,
-                self.setup.gather_us / 1_000_000
-            ),
+        (now_us.saturating_sub(self.quiet_since_us) >= self.setup.gather_us).then(|| {
+            Entry::Stopping {
+                at_us: now_us,
+                reason: format!(
+                    "{} of {} probers came, and no other for {} s",
+                    self.probers.len(),
+                    self.setup.expect,
+                    self.setup.gather_us / 1_000_000
+                ),
+            }
         })
     }
 
     /// Who has been silent for too long.
     fn lose(&self, now_us: u64) -> Option<Entry> {
-        let lost = self.probers.iter().filter(|prober| prober.is_live()).find_map(|prober| {
-            let (silent_since, patience) = match prober.is_legacy() {
-                true => (self.legacy_start_us.unwrap_or(0).max(prober.silent_since_us), self.legacy_patience_us()),
-                false => (prober.silent_since_us, self.setup.silence_us),
-            };
-            let silent_us = now_us.saturating_sub(silent_since);
-            let stopped = prober.is_legacy() && self.phase == Phase::Stopping;
-            (silent_us >= patience || stopped).then(|| match stopped {
-                true => (prober, "nothing tells voicegw's probers to stop".to_owned()),
-                false => (prober, format!("silent for {} s", silent_us / 1_000_000)),
-            })
-        });
+        let lost = self
+            .probers
+            .iter()
+            .filter(|prober| prober.is_live())
+            .find_map(|prober| {
+                let (silent_since, patience) = match prober.is_legacy() {
+                    true => (
+                        self.legacy_start_us
+                            .unwrap_or(0)
+                            .max(prober.silent_since_us),
+                        self.legacy_patience_us(),
+                    ),
+                    false => (prober.silent_since_us, self.setup.silence_us),
+                };
+                let silent_us = now_us.saturating_sub(silent_since);
+                let stopped = prober.is_legacy() && self.phase == Phase::Stopping;
+                (silent_us >= patience || stopped).then(|| match stopped {
+                    true => (prober, "nothing tells voicegw's probers to stop".to_owned()),
+                    false => (prober, format!("silent for {} s", silent_us / 1_000_000)),
+                })
+            });
         lost.map(|(prober, why)| Entry::Missing {
             at_us: now_us,
             prover_id: prober.id.clone(),
@@ -715,7 +811,12 @@ impl State {
     }
 
     fn legacy_patience_us(&self) -> u64 {
-        let planned = self.setup.load.plan.duration_us.saturating_mul(self.setup.load.tiers.len() as u64);
+        let planned = self
+            .setup
+            .load
+            .plan
+            .duration_us
+            .saturating_mul(self.setup.load.tiers.len() as u64);
         planned.saturating_mul(2).saturating_add(LEGACY_SLACK_US)
     }
 
@@ -726,11 +827,18 @@ impl State {
                 reason: ended_by(vantage, threshold),
             });
         }
-        let missed = || self.probers.iter().find(|prober| prober.gone.is_some() || prober.left_early);
+        let missed = || {
+            self.probers
+                .iter()
+                .find(|prober| prober.gone.is_some() || prober.left_early)
+        };
         if let (OnMissing::Stop, Some(missed)) = (self.setup.on_missing, missed()) {
             return Some(Entry::Stopping {
                 at_us: now_us,
-                reason: format!("'{}' is missing, and the run was not to go on without it", missed.vantage),
+                reason: format!(
+                    "'{}' is missing, and the run was not to go on without it",
+                    missed.vantage
+                ),
             });
         }
         if let Some(over) = self.finish(now_us) {
@@ -741,7 +849,11 @@ impl State {
         }
         let stage = self.underway().map_or(0, |underway| underway.stage + 1);
         let kind = self.stages().get(stage as usize)?.kind;
-        let mut players = self.probers.iter().filter(|prober| prober.is_live() && !prober.is_legacy()).peekable();
+        let mut players = self
+            .probers
+            .iter()
+            .filter(|prober| prober.is_live() && !prober.is_legacy())
+            .peekable();
         players.peek()?;
         players
             .all(|prober| prober.ready_for.is_some_and(|ready_for| ready_for >= stage))
@@ -773,9 +885,15 @@ impl State {
             Entry::Left { prover_id, .. } => self.probers.retain(|prober| prober.id != prover_id),
             Entry::Armed { at_us } => self.arm(at_us),
             Entry::Prepared { rooms, .. } => self.rooms = Some(rooms),
-            Entry::Ordered { stage, start_us, .. } => {
+            Entry::Ordered {
+                stage, start_us, ..
+            } => {
                 self.orders.push(Underway { stage, start_us });
-                if self.stages().get(stage as usize).is_some_and(|stage| stage.kind == StageKind::Tier) {
+                if self
+                    .stages()
+                    .get(stage as usize)
+                    .is_some_and(|stage| stage.kind == StageKind::Tier)
+                {
                     self.legacy_start_us.get_or_insert(start_us);
                 }
             }
@@ -794,13 +912,15 @@ impl State {
                 };
                 prober.seq = seq;
                 (prober.heard_us, prober.silent_since_us) = (at_us, at_us);
-                prober.tiers.extend(tiers.into_iter().map(|tier| (tier.stage, tier)));
-                prober.frames.extend(
-                    frames
-                        .into_iter()
-                        .map(|FrameCount(origin, track, layer, count)| ((origin, track, layer), count)),
-                );
-                prober.starts.extend(starts.into_iter().map(|start| (start.stage, start.skew_us)));
+                prober
+                    .tiers
+                    .extend(tiers.into_iter().map(|tier| (tier.stage, tier)));
+                prober.frames.extend(frames.into_iter().map(
+                    |FrameCount(origin, track, layer, count)| ((origin, track, layer), count),
+                ));
+                prober
+                    .starts
+                    .extend(starts.into_iter().map(|start| (start.stage, start.skew_us)));
                 prober.invalid = invalid;
                 prober.broken = prober.broken.take().or(broken);
             }
@@ -811,17 +931,32 @@ impl State {
                 why,
             } => {
                 if let Some(prober) = self.prober(&prover_id) {
-                    prober.gone = Some(Gone { at_us, last_heard_us, why });
+                    prober.gone = Some(Gone {
+                        at_us,
+                        last_heard_us,
+                        why,
+                    });
                 }
             }
             Entry::Stopping { reason, .. } => {
                 self.stop_reason.get_or_insert(reason);
                 // Who waits for others has nothing to stop, and nothing to report.
-                self.phase = if self.phase == Phase::Gathering { Phase::Over } else { Phase::Stopping };
+                self.phase = if self.phase == Phase::Gathering {
+                    Phase::Over
+                } else {
+                    Phase::Stopping
+                };
             }
-            Entry::Reported { at_us, prover_id, report } => {
+            Entry::Reported {
+                at_us,
+                prover_id,
+                report,
+            } => {
                 let is_early = self.phase == Phase::Running && !self.is_leaving();
-                if let Some(prober) = self.prober(&prover_id).filter(|prober| prober.report.is_none()) {
+                if let Some(prober) = self
+                    .prober(&prover_id)
+                    .filter(|prober| prober.report.is_none())
+                {
                     prober.left_early = is_early && !prober.is_legacy() && prober.gone.is_none();
                     (prober.heard_us, prober.silent_since_us) = (at_us, at_us);
                     prober.report = Some(*report);
@@ -837,7 +972,8 @@ impl State {
 
     /// All tiers are over for everybody.
     fn is_leaving(&self) -> bool {
-        self.stage_underway().is_some_and(|stage| stage.kind == StageKind::Leave)
+        self.stage_underway()
+            .is_some_and(|stage| stage.kind == StageKind::Leave)
     }
 
     fn admit(&mut self, at_us: u64, id: ProverId, vantage: String, register: Register) {
@@ -869,7 +1005,9 @@ impl State {
     fn arm(&mut self, at_us: u64) {
         let vantages = vantages(self.probers.iter().map(|prober| &prober.register));
         let players = self.probers.iter_mut().filter(|prober| !prober.is_legacy());
-        players.enumerate().for_each(|(player, prober)| prober.player = Some(player as u32));
+        players
+            .enumerate()
+            .for_each(|(player, prober)| prober.player = Some(player as u32));
         (self.phase, self.armed_us) = (Phase::Running, Some(at_us));
         match vantages.is_empty() {
             true => self.legacy_start_us = Some(at_us + LEGACY_LEAD_US),
@@ -892,20 +1030,37 @@ impl State {
             rooms: rooms.clone(),
         }));
         // What makes a report an early one is that the others went on.
-        entries.extend(self.probers.iter().filter(|prober| prober.left_early).filter_map(Prober::reported));
+        entries.extend(
+            self.probers
+                .iter()
+                .filter(|prober| prober.left_early)
+                .filter_map(Prober::reported),
+        );
         entries.extend(self.orders.iter().map(|order| Entry::Ordered {
             at_us: order.start_us,
             stage: order.stage,
             start_us: order.start_us,
         }));
-        entries.extend(self.probers.iter().filter(|prober| prober.seq > 0).map(Prober::said));
+        entries.extend(
+            self.probers
+                .iter()
+                .filter(|prober| prober.seq > 0)
+                .map(Prober::said),
+        );
         entries.extend(self.probers.iter().filter_map(Prober::went));
         entries.extend(self.stop_reason.iter().map(|reason| Entry::Stopping {
             at_us: self.looked_us,
             reason: reason.clone(),
         }));
-        entries.extend(self.probers.iter().filter(|prober| !prober.left_early).filter_map(Prober::reported));
-        entries.extend((self.phase == Phase::Over).then_some(Entry::Over { at_us: self.looked_us }));
+        entries.extend(
+            self.probers
+                .iter()
+                .filter(|prober| !prober.left_early)
+                .filter_map(Prober::reported),
+        );
+        entries.extend((self.phase == Phase::Over).then_some(Entry::Over {
+            at_us: self.looked_us,
+        }));
         entries
     }
 
@@ -914,10 +1069,17 @@ impl State {
         let (prober, plan) = (&self.probers[who], &self.setup.load.plan);
         let start_us = self.legacy_start_us.filter(|_| prober.is_legacy());
         JobReply {
-            room: plan.room_name.clone().unwrap_or_else(|| format!("throng-{:08x}", self.setup.run_tag)),
+            room: plan
+                .room_name
+                .clone()
+                .unwrap_or_else(|| format!("throng-{:08x}", self.setup.run_tag)),
             ramp: self.setup.load.tiers.clone(),
             duration: plan.duration_us as f64 / 1e6,
-            target_rtt_ms: self.setup.judging.target_rtt_us.map_or(LEGACY_TARGET_RTT_MS, |us| us as f64 / 1e3),
+            target_rtt_ms: self
+                .setup
+                .judging
+                .target_rtt_us
+                .map_or(LEGACY_TARGET_RTT_MS, |us| us as f64 / 1e3),
             max_loss: self.setup.judging.max_loss_pct,
             start_at: start_us.map(|us| us as f64 / 1e6),
             ready: if prober.is_legacy() {
@@ -925,21 +1087,27 @@ impl State {
             } else {
                 self.armed_us.is_some()
             },
-            throng: prober.player.zip(self.placed.as_ref()).map(|(player, placed)| Job {
-                protocol: protocol::VERSION,
-                run_tag: self.setup.run_tag,
-                seed: self.setup.seed,
-                vantages: self.players().map(|prober| prober.vantage.clone()).collect(),
-                me: player,
-                plan: placed.plan.clone(),
-                placement: placed.placement.clone(),
-                stages: placed.stages[player as usize].clone(),
-                judging: self.setup.judging.clone(),
-                url: self.setup.url.clone(),
-                tokens: self.setup.tokens,
-                rooms_made: self.setup.rooms_made,
-                patience_us: self.setup.patience_us(),
-            }),
+            throng: prober
+                .player
+                .zip(self.placed.as_ref())
+                .map(|(player, placed)| Job {
+                    protocol: protocol::VERSION,
+                    run_tag: self.setup.run_tag,
+                    seed: self.setup.seed,
+                    vantages: self
+                        .players()
+                        .map(|prober| prober.vantage.clone())
+                        .collect(),
+                    me: player,
+                    plan: placed.plan.clone(),
+                    placement: placed.placement.clone(),
+                    stages: placed.stages[player as usize].clone(),
+                    judging: self.setup.judging.clone(),
+                    url: self.setup.url.clone(),
+                    tokens: self.setup.tokens,
+                    rooms_made: self.setup.rooms_made,
+                    patience_us: self.setup.patience_us(),
+                }),
         }
     }
 
@@ -949,7 +1117,13 @@ impl State {
     }
 
     /// The answer to a beat that has been journaled and heard.
-    pub fn reply(&self, who: usize, seq: u64, received_at_us: u64, replied_at_us: u64) -> BeatReply {
+    pub fn reply(
+        &self,
+        who: usize,
+        seq: u64,
+        received_at_us: u64,
+        replied_at_us: u64,
+    ) -> BeatReply {
         let others = || {
             self.probers
                 .iter()
@@ -993,9 +1167,16 @@ impl State {
             };
         }
         match (&self.phase, &self.stop_reason, self.underway()) {
-            (Phase::Stopping | Phase::Over, Some(reason), _) => Order::Stop { reason: reason.clone() },
-            (Phase::Running, _, Some(Underway { stage, start_us })) if prober.stage.is_none_or(|reached| reached < stage) => {
-                Order::Start { stage, at_us: start_us }
+            (Phase::Stopping | Phase::Over, Some(reason), _) => Order::Stop {
+                reason: reason.clone(),
+            },
+            (Phase::Running, _, Some(Underway { stage, start_us }))
+                if prober.stage.is_none_or(|reached| reached < stage) =>
+            {
+                Order::Start {
+                    stage,
+                    at_us: start_us,
+                }
             }
             _ => Order::Wait,
         }
@@ -1154,7 +1335,8 @@ pub(crate) mod tests {
 
         fn remember(&mut self, entry: Entry) {
             // What is remembered has been a line of text.
-            let entry: Entry = serde_json::from_str(&serde_json::to_string(&entry).unwrap()).unwrap();
+            let entry: Entry =
+                serde_json::from_str(&serde_json::to_string(&entry).unwrap()).unwrap();
             self.journal.push(entry.clone());
             self.state.apply(entry);
         }
@@ -1204,7 +1386,9 @@ pub(crate) mod tests {
         fn restart(&mut self) {
             self.life += 1;
             let mut state = State::new(self.state.setup.clone(), self.life, self.now_us);
-            self.journal.iter().for_each(|entry| state.apply(entry.clone()));
+            self.journal
+                .iter()
+                .for_each(|entry| state.apply(entry.clone()));
             state.resume(self.now_us);
             self.state = state;
         }
@@ -1241,10 +1425,18 @@ pub(crate) mod tests {
         let mut kept = Kept::new(setup(2));
         let ams = kept.register(&prober("ams")).unwrap();
         assert!(!kept.state.job(0).ready && kept.state.job(0).throng.is_none());
-        assert!(matches!(kept.beat(&ams, &quiet(1)), Err(Refused::Conflict(_))));
+        assert!(matches!(
+            kept.beat(&ams, &quiet(1)),
+            Err(Refused::Conflict(_))
+        ));
         let fra = kept.register(&prober("fra")).unwrap();
-        let jobs: Vec<Job> = (0..2).map(|who| kept.state.job(who).throng.unwrap()).collect();
-        assert_eq!((jobs[0].me, jobs[1].me, &jobs[0].vantages), (0, 1, &jobs[1].vantages));
+        let jobs: Vec<Job> = (0..2)
+            .map(|who| kept.state.job(who).throng.unwrap())
+            .collect();
+        assert_eq!(
+            (jobs[0].me, jobs[1].me, &jobs[0].vantages),
+            (0, 1, &jobs[1].vantages)
+        );
         assert_eq!(jobs[0].vantages, ["ams", "fra"]);
         for stage in 0..jobs[0].stages.len() as u32 {
             let ready = |seq: u64| Beat {
@@ -1253,23 +1445,43 @@ pub(crate) mod tests {
                 ..quiet(seq)
             };
             let seq = u64::from(stage) * 10;
-            assert_eq!(kept.beat(&ams, &ready(seq + 1)).unwrap().order, Order::Wait, "{stage}");
+            assert_eq!(
+                kept.beat(&ams, &ready(seq + 1)).unwrap().order,
+                Order::Wait,
+                "{stage}"
+            );
             kept.wait(5);
-            assert_eq!(kept.beat(&ams, &ready(seq + 2)).unwrap().order, Order::Wait, "{stage}");
+            assert_eq!(
+                kept.beat(&ams, &ready(seq + 2)).unwrap().order,
+                Order::Wait,
+                "{stage}"
+            );
             let begin = kept.beat(&fra, &ready(seq + 1)).unwrap().order;
             assert_eq!(kept.beat(&ams, &ready(seq + 3)).unwrap().order, begin);
-            let Order::Start { stage: ordered, at_us } = begin else {
+            let Order::Start {
+                stage: ordered,
+                at_us,
+            } = begin
+            else {
                 panic!("{begin:?}")
             };
             assert_eq!(ordered, stage);
-            let is_hurried = matches!(jobs[0].stages[stage as usize].kind, StageKind::Stop | StageKind::Leave);
+            let is_hurried = matches!(
+                jobs[0].stages[stage as usize].kind,
+                StageKind::Stop | StageKind::Leave
+            );
             assert_eq!(at_us > kept.now_us, !is_hurried, "{stage}");
         }
         assert!(!kept.state.all_reported());
         kept.report(&ams, &report(None)).unwrap();
         kept.report(&fra, &report(None)).unwrap();
         assert!(kept.state.all_reported() && *kept.state.phase() == Phase::Over);
-        assert!(kept.state.probers.iter().all(|prober| !prober.left_early && prober.gone.is_none()));
+        assert!(
+            kept.state
+                .probers
+                .iter()
+                .all(|prober| !prober.left_early && prober.gone.is_none())
+        );
     }
 
     #[test]
@@ -1277,7 +1489,8 @@ pub(crate) mod tests {
         let mut kept = Kept::new(setup(2));
         let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
         for seq in 1..20_000 {
-            ids.iter().for_each(|id| drop(kept.beat(id, &quiet(seq)).unwrap()));
+            ids.iter()
+                .for_each(|id| drop(kept.beat(id, &quiet(seq)).unwrap()));
             kept.wait(1);
         }
         assert_eq!(*kept.state.phase(), Phase::Running);
@@ -1287,7 +1500,10 @@ pub(crate) mod tests {
     #[test]
     fn who_falls_silent_is_missing_and_leaves_what_it_sent() {
         for on_missing in [OnMissing::Continue, OnMissing::Stop] {
-            let mut kept = Kept::new(Setup { on_missing, ..setup(2) });
+            let mut kept = Kept::new(Setup {
+                on_missing,
+                ..setup(2)
+            });
             let [ams, fra] = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
             let measured = Beat {
                 tiers: vec![tier(2, 41)],
@@ -1310,10 +1526,15 @@ pub(crate) mod tests {
                     .order;
             }
             let gone = kept.prober(&fra).gone.clone().unwrap();
-            assert_eq!((gone.last_heard_us, gone.why.as_str()), (last_heard_us, "silent for 30 s"));
+            assert_eq!(
+                (gone.last_heard_us, gone.why.as_str()),
+                (last_heard_us, "silent for 30 s")
+            );
             assert_eq!(kept.prober(&fra).tiers[&2].record, record(41));
             match on_missing {
-                OnMissing::Continue => assert!(matches!(order, Order::Start { stage: 0, .. }), "{order:?}"),
+                OnMissing::Continue => {
+                    assert!(matches!(order, Order::Start { stage: 0, .. }), "{order:?}")
+                }
                 OnMissing::Stop => assert!(
                     matches!(&order, Order::Stop { reason } if reason.contains("'fra' is missing")),
                     "{order:?}"
@@ -1336,7 +1557,8 @@ pub(crate) mod tests {
     fn time_in_which_the_coordinator_did_not_listen_is_no_silence() {
         let mut kept = Kept::new(setup(2));
         let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
-        ids.iter().for_each(|id| drop(kept.beat(id, &quiet(1)).unwrap()));
+        ids.iter()
+            .for_each(|id| drop(kept.beat(id, &quiet(1)).unwrap()));
         // Stopped for ten minutes, and the first thing that it does is to look.
         kept.now_us += 600 * SECOND;
         kept.settle();
@@ -1350,7 +1572,9 @@ pub(crate) mod tests {
         let mut kept = Kept::new(setup(2));
         let mut newer = prober("ams");
         newer.protocol = Some(protocol::VERSION + 1);
-        let Err(Refused::Conflict(why)) = kept.register(&newer) else { panic!() };
+        let Err(Refused::Conflict(why)) = kept.register(&newer) else {
+            panic!()
+        };
         assert!(
             why.contains("version 2 ") && why.contains("version 1:") && why.contains("same throng"),
             "{why}"
@@ -1365,15 +1589,23 @@ pub(crate) mod tests {
         assert_eq!(kept.register(&prober("ams")).unwrap(), ams);
         let mut other = prober("ams");
         other.instance = Some("another process".to_owned());
-        let Err(Refused::Conflict(why)) = kept.register(&other) else { panic!() };
-        assert!(why.contains("calls itself 'ams'") && why.contains("--vantage"), "{why}");
+        let Err(Refused::Conflict(why)) = kept.register(&other) else {
+            panic!()
+        };
+        assert!(
+            why.contains("calls itself 'ams'") && why.contains("--vantage"),
+            "{why}"
+        );
         // The first one has died.
         kept.wait(29);
         assert!(kept.register(&other).is_err());
         kept.wait(1);
         let new = kept.register(&other).unwrap();
         assert_ne!(new, ams);
-        assert!(matches!(kept.state.find(ams.as_str()), Err(Refused::Unknown(_))));
+        assert!(matches!(
+            kept.state.find(ams.as_str()),
+            Err(Refused::Unknown(_))
+        ));
         kept.register(&prober("fra")).unwrap();
         assert_eq!(*kept.state.phase(), Phase::Running);
         // During the run neither a new one comes in nor one that was started again.
@@ -1390,7 +1622,11 @@ pub(crate) mod tests {
         for number in 0..1_000_000 {
             let mut stranger = prober("v0");
             stranger.instance = Some(format!("stranger {number}"));
-            assert!(kept.state.register(kept.now_us, &stranger, id(number)).is_err());
+            assert!(
+                kept.state
+                    .register(kept.now_us, &stranger, id(number))
+                    .is_err()
+            );
         }
         assert_eq!((kept.state.probers.len(), kept.journal.len()), (2, 2));
     }
@@ -1424,7 +1660,10 @@ pub(crate) mod tests {
         assert_eq!(*kept.state.phase(), Phase::Gathering);
         kept.wait(1);
         assert_eq!(*kept.state.phase(), Phase::Over);
-        assert_eq!(kept.state.stop_reason(), Some("1 of 2 probers came, and no other for 600 s"));
+        assert_eq!(
+            kept.state.stop_reason(),
+            Some("1 of 2 probers came, and no other for 600 s")
+        );
     }
 
     #[test]
@@ -1433,7 +1672,10 @@ pub(crate) mod tests {
         let ids = ["ams", "fra"].map(|vantage| kept.register(&legacy(vantage)).unwrap());
         assert_eq!(kept.register(&legacy("ams")).unwrap(), ids[0]);
         let job = kept.state.job(0);
-        assert_eq!((job.ready, job.throng.is_none(), job.ramp.as_slice()), (true, true, &[2, 5, 3][..]));
+        assert_eq!(
+            (job.ready, job.throng.is_none(), job.ramp.as_slice()),
+            (true, true, &[2, 5, 3][..])
+        );
         assert_eq!(job.start_at, Some((kept.now_us + 3 * SECOND) as f64 / 1e6));
         // They say nothing while they work.
         kept.wait(120);
@@ -1469,9 +1711,14 @@ pub(crate) mod tests {
                 ..quiet(u64::from(stage) + 1)
             };
             let order = kept.beat(&ours, &ready).unwrap().order;
-            let Order::Start { at_us, .. } = order else { panic!("{order:?}") };
+            let Order::Start { at_us, .. } = order else {
+                panic!("{order:?}")
+            };
             let tier = stage == 2;
-            assert_eq!(kept.state.job(1).start_at, tier.then_some(at_us as f64 / 1e6));
+            assert_eq!(
+                kept.state.job(1).start_at,
+                tier.then_some(at_us as f64 / 1e6)
+            );
         }
     }
 
@@ -1493,7 +1740,12 @@ pub(crate) mod tests {
             kept.report(id, &report(Some("cancelled"))).unwrap();
         }
         assert_eq!(*kept.state.phase(), Phase::Over);
-        assert!(kept.state.probers.iter().all(|prober| prober.report.is_some() && !prober.left_early));
+        assert!(
+            kept.state
+                .probers
+                .iter()
+                .all(|prober| prober.report.is_some() && !prober.left_early)
+        );
     }
 
     #[test]
@@ -1516,7 +1768,10 @@ pub(crate) mod tests {
                 ..quiet(1)
             },
             Beat {
-                starts: vec![Start { stage: 80, skew_us: 0 }],
+                starts: vec![Start {
+                    stage: 80,
+                    skew_us: 0,
+                }],
                 ..quiet(1)
             },
             Beat {
@@ -1529,7 +1784,10 @@ pub(crate) mod tests {
             },
         ] {
             let refused = kept.beat(&ids[1 - owner], &nonsense);
-            assert!(matches!(refused, Err(Refused::Malformed(_))), "{nonsense:?}");
+            assert!(
+                matches!(refused, Err(Refused::Malformed(_))),
+                "{nonsense:?}"
+            );
         }
         assert_eq!(kept.journal.len(), lines);
         assert!(
@@ -1609,16 +1867,26 @@ pub(crate) mod tests {
 
         /// Goes on with its stages, and says how it goes.
         fn beat(&mut self, now_us: u64, stages: usize) -> Beat {
-            if let Some((stage, at_us)) = self.begin.filter(|(stage, at_us)| *stage == self.next && now_us >= *at_us) {
+            if let Some((stage, at_us)) = self
+                .begin
+                .filter(|(stage, at_us)| *stage == self.next && now_us >= *at_us)
+            {
                 (self.stage, self.next, self.begin) = (Some(stage), stage + 1, None);
                 self.stage_ends_us = at_us.max(now_us) + 5 * SECOND;
             }
             let is_held = |stage: u32| (1..stages as u32 - 2).contains(&stage);
-            if let Some(stage) = self.stage.filter(|stage| is_held(*stage) && now_us < self.stage_ends_us) {
+            if let Some(stage) = self
+                .stage
+                .filter(|stage| is_held(*stage) && now_us < self.stage_ends_us)
+            {
                 *self.measured.entry(stage).or_default() += 1;
             }
             self.seq += 1;
-            let tiers: Vec<(u32, u64)> = self.measured.iter().map(|(stage, count)| (*stage, *count)).collect();
+            let tiers: Vec<(u32, u64)> = self
+                .measured
+                .iter()
+                .map(|(stage, count)| (*stage, *count))
+                .collect();
             let news = tiers
                 .into_iter()
                 .filter(|(stage, count)| self.acknowledged.get(stage) != Some(count))
@@ -1631,8 +1899,12 @@ pub(crate) mod tests {
                 sent_at_us: self.clock(now_us),
                 exchange: self.exchange,
                 stage: self.stage,
-                ready_for: (self.next < stages as u32 && now_us >= self.stage_ends_us).then_some(self.next),
-                tiers: news.into_iter().map(|(stage, count)| tier(stage, count)).collect(),
+                ready_for: (self.next < stages as u32 && now_us >= self.stage_ends_us)
+                    .then_some(self.next),
+                tiers: news
+                    .into_iter()
+                    .map(|(stage, count)| tier(stage, count))
+                    .collect(),
                 ..quiet(self.seq)
             }
         }
@@ -1664,8 +1936,15 @@ pub(crate) mod tests {
     fn simulate(seed: u64) -> (bool, bool) {
         let mut chance = Seeded::new(seed);
         let expect = 1 + chance.below(4) as u32;
-        let on_missing = if chance.chance(70) { OnMissing::Continue } else { OnMissing::Stop };
-        let mut kept = Kept::new(Setup { on_missing, ..setup(expect) });
+        let on_missing = if chance.chance(70) {
+            OnMissing::Continue
+        } else {
+            OnMissing::Stop
+        };
+        let mut kept = Kept::new(Setup {
+            on_missing,
+            ..setup(expect)
+        });
         let mut probers: Vec<Simulated> = (0..expect)
             .map(|number| {
                 Simulated::new(
@@ -1674,7 +1953,8 @@ pub(crate) mod tests {
                 )
             })
             .collect();
-        let (loss, doubling, delay) = (chance.below(40), chance.below(30), chance.below(4) * SECOND);
+        let (loss, doubling, delay) =
+            (chance.below(40), chance.below(30), chance.below(4) * SECOND);
         let calamities = chance.below(16);
         let stages = kept.setup_stages();
         // What is under way: when it arrives, whose it is, and what it says.
@@ -1697,15 +1977,26 @@ pub(crate) mod tests {
                     _ => {
                         // The coordinator's is set while it is down; nothing that is under way survives that.
                         let back = chance.chance(50);
-                        kept.now_us = if back { now_us - 3_600 * SECOND } else { now_us + 3_600 * SECOND };
+                        kept.now_us = if back {
+                            now_us - 3_600 * SECOND
+                        } else {
+                            now_us + 3_600 * SECOND
+                        };
                         kept.restart();
                         under_way.clear();
                         for prober in &mut probers {
                             let moved = kept.now_us.cast_signed() - now_us.cast_signed();
                             prober.set_clock(-moved);
-                            let shift = |at_us: u64| if at_us == 0 { 0 } else { at_us.checked_add_signed(moved).unwrap() };
+                            let shift = |at_us: u64| {
+                                if at_us == 0 {
+                                    0
+                                } else {
+                                    at_us.checked_add_signed(moved).unwrap()
+                                }
+                            };
                             prober.stage_ends_us = shift(prober.stage_ends_us);
-                            (prober.asleep_until_us, prober.cut_until_us) = (shift(prober.asleep_until_us), shift(prober.cut_until_us));
+                            (prober.asleep_until_us, prober.cut_until_us) =
+                                (shift(prober.asleep_until_us), shift(prober.cut_until_us));
                         }
                     }
                 }
@@ -1731,7 +2022,8 @@ pub(crate) mod tests {
                     kept.state.hear_of(now_us, who);
                     continue;
                 }
-                let over = prober.stopped || prober.next as usize >= stages && now_us >= prober.stage_ends_us;
+                let over = prober.stopped
+                    || prober.next as usize >= stages && now_us >= prober.stage_ends_us;
                 if over && reachable && !chance.chance(loss) {
                     kept.report(&id, &report(None)).unwrap();
                     // The answer may be lost: then it comes again.
@@ -1746,29 +2038,51 @@ pub(crate) mod tests {
                     }
                 }
             }
-            let mut arrived: Vec<(u64, usize, Beat)> = under_way.extract_if(.., |(at_us, ..)| *at_us <= now_us).collect();
+            let mut arrived: Vec<(u64, usize, Beat)> = under_way
+                .extract_if(.., |(at_us, ..)| *at_us <= now_us)
+                .collect();
             arrived.sort_by_key(|(at_us, ..)| *at_us);
             for (_, who, beat) in arrived {
                 let id = probers[who].id.clone().unwrap();
-                let Ok(reply) = kept.beat(&id, &beat) else { continue };
-                let hears = !probers[who].died && now_us >= probers[who].asleep_until_us && now_us >= probers[who].cut_until_us;
+                let Ok(reply) = kept.beat(&id, &beat) else {
+                    continue;
+                };
+                let hears = !probers[who].died
+                    && now_us >= probers[who].asleep_until_us
+                    && now_us >= probers[who].cut_until_us;
                 if hears && !chance.chance(loss) {
                     probers[who].hear(now_us, &beat, &reply);
                 }
             }
             kept.settle();
             for prober in &probers {
-                let Some(known) = prober.id.as_ref().and_then(|id| kept.state.find(id.as_str()).ok()) else {
+                let Some(known) = prober
+                    .id
+                    .as_ref()
+                    .and_then(|id| kept.state.find(id.as_str()).ok())
+                else {
                     continue;
                 };
                 for (stage, count) in &prober.acknowledged {
-                    let in_state = kept.state.probers[known].tiers.get(stage).map_or(0.0, |tier| tier.seconds);
-                    assert!(in_state >= *count as f64, "seed {seed}, step {step}: {stage} {count} {in_state}");
+                    let in_state = kept.state.probers[known]
+                        .tiers
+                        .get(stage)
+                        .map_or(0.0, |tier| tier.seconds);
+                    assert!(
+                        in_state >= *count as f64,
+                        "seed {seed}, step {step}: {stage} {count} {in_state}"
+                    );
                 }
                 let known = &kept.state.probers[known];
-                if let Some(offset) = known.offset().filter(|_| prober.told_at_seq.is_some_and(|told| known.seq >= told)) {
+                if let Some(offset) = known
+                    .offset()
+                    .filter(|_| prober.told_at_seq.is_some_and(|told| known.seq >= told))
+                {
                     let off_us = offset.offset_us.abs_diff(-prober.clock_ahead_us);
-                    assert!(off_us <= offset.uncertainty_us, "seed {seed}, step {step}: {off_us} {offset:?}");
+                    assert!(
+                        off_us <= offset.uncertainty_us,
+                        "seed {seed}, step {step}: {off_us} {offset:?}"
+                    );
                 }
             }
             if *kept.state.phase() == Phase::Over {
@@ -1783,20 +2097,42 @@ pub(crate) mod tests {
         );
         let before = essence(&kept.state);
         kept.restart();
-        assert!(before == essence(&kept.state), "seed {seed}: the journal does not make the same state");
-        (kept.state.all_reported(), kept.state.probers.iter().any(|prober| prober.gone.is_some()))
+        assert!(
+            before == essence(&kept.state),
+            "seed {seed}: the journal does not make the same state"
+        );
+        (
+            kept.state.all_reported(),
+            kept.state
+                .probers
+                .iter()
+                .any(|prober| prober.gone.is_some()),
+        )
     }
 
     /// All that outlives a process.
     fn essence(state: &State) -> impl PartialEq + use<> {
         let of_prober = |prober: &Prober| {
-            let tiers: Vec<(u32, u64)> = prober.tiers.iter().map(|(stage, tier)| (*stage, tier.seconds as u64)).collect();
-            let ends = (prober.gone.clone(), prober.report.is_some(), prober.left_early);
+            let tiers: Vec<(u32, u64)> = prober
+                .tiers
+                .iter()
+                .map(|(stage, tier)| (*stage, tier.seconds as u64))
+                .collect();
+            let ends = (
+                prober.gone.clone(),
+                prober.report.is_some(),
+                prober.left_early,
+            );
             (prober.id.clone(), prober.player, tiers, ends)
         };
         let probers: Vec<_> = state.probers.iter().map(of_prober).collect();
         let orders: Vec<u32> = state.orders.iter().map(|order| order.stage).collect();
-        (state.phase.clone(), state.stop_reason.clone(), probers, orders)
+        (
+            state.phase.clone(),
+            state.stop_reason.clone(),
+            probers,
+            orders,
+        )
     }
 
     impl Kept {
@@ -1808,7 +2144,13 @@ pub(crate) mod tests {
     #[test]
     fn whatever_goes_wrong_every_acknowledged_record_is_kept_and_the_run_ends() {
         let ends: Vec<(bool, bool)> = (0..200).map(simulate).collect();
-        let (whole, missing) = (ends.iter().filter(|end| end.0).count(), ends.iter().filter(|end| end.1).count());
-        assert!(whole >= 50 && missing >= 30, "{whole} and {missing} of 200 are too few to show anything");
+        let (whole, missing) = (
+            ends.iter().filter(|end| end.0).count(),
+            ends.iter().filter(|end| end.1).count(),
+        );
+        assert!(
+            whole >= 50 && missing >= 30,
+            "{whole} and {missing} of 200 are too few to show anything"
+        );
     }
 }

@@ -33,7 +33,13 @@ struct Told {
 
 impl Story {
     /// What is new since the last time. Lines fit 80 columns where labels do.
-    pub fn lines(&mut self, state: &State, problem: Option<&str>, standstill: Option<Standstill>, now_us: u64) -> Vec<String> {
+    pub fn lines(
+        &mut self,
+        state: &State,
+        problem: Option<&str>,
+        standstill: Option<Standstill>,
+        now_us: u64,
+    ) -> Vec<String> {
         let mut lines = Vec::new();
         self.who_came(state, &mut lines);
         self.what_begins(state, now_us, &mut lines);
@@ -53,7 +59,11 @@ impl Story {
         }
         if self.standstill != standstill {
             self.standstill = standstill;
-            lines.extend(standstill.map(|standstill| words::wrapped(&format!("warning: {standstill}."), 2).trim().to_owned()));
+            lines.extend(standstill.map(|standstill| {
+                words::wrapped(&format!("warning: {standstill}."), 2)
+                    .trim()
+                    .to_owned()
+            }));
         }
         let quiet_us = match state.phase() {
             Phase::Gathering => QUIET_GATHERING_US,
@@ -70,10 +80,18 @@ impl Story {
 
     fn who_came(&mut self, state: &State, lines: &mut Vec<String>) {
         let there: Vec<&ProverId> = state.probers().iter().map(|prober| &prober.id).collect();
-        let left: Vec<ProverId> = self.told.keys().filter(|id| !there.contains(id)).cloned().collect();
+        let left: Vec<ProverId> = self
+            .told
+            .keys()
+            .filter(|id| !there.contains(id))
+            .cloned()
+            .collect();
         for id in left {
             self.told.remove(&id);
-            lines.push("A host left, or fell silent, before all were in: its place is free again.".to_owned());
+            lines.push(
+                "A host left, or fell silent, before all were in: its place is free again."
+                    .to_owned(),
+            );
         }
         let expect = state.setup().expect;
         for (index, prober) in state.probers().iter().enumerate() {
@@ -81,10 +99,21 @@ impl Story {
                 continue;
             }
             self.told.insert(prober.id.clone(), Told::default());
-            let kind = if prober.is_legacy() { " (a prober of voicegw)" } else { "" };
-            lines.push(format!("{} is in{kind}: {} of {expect}.", prober.vantage, index + 1));
+            let kind = if prober.is_legacy() {
+                " (a prober of voicegw)"
+            } else {
+                ""
+            };
+            lines.push(format!(
+                "{} is in{kind}: {} of {expect}.",
+                prober.vantage,
+                index + 1
+            ));
         }
-        if *state.phase() != Phase::Gathering && state.probers().len() == expect as usize && !self.all_in {
+        if *state.phase() != Phase::Gathering
+            && state.probers().len() == expect as usize
+            && !self.all_in
+        {
             self.all_in = true;
             lines.push("All are in.".to_owned());
         }
@@ -106,7 +135,11 @@ impl Story {
             let what = match stage.kind {
                 StageKind::Publish => "publishers join".to_owned(),
                 StageKind::Baseline => "baseline: one subscriber on each host".to_owned(),
-                StageKind::Tier => format!("{}: {} subscribers on all hosts", stage.name, words::number(of_all(order.stage))),
+                StageKind::Tier => format!(
+                    "{}: {} subscribers on all hosts",
+                    stage.name,
+                    words::number(of_all(order.stage))
+                ),
                 StageKind::Stop => "publishers stop".to_owned(),
                 StageKind::Leave => "everybody leaves".to_owned(),
             };
@@ -122,10 +155,15 @@ impl Story {
     }
 
     fn of_one(&mut self, prober: &Prober, lines: &mut Vec<String>) {
-        let Some(told) = self.told.get_mut(&prober.id) else { return };
+        let Some(told) = self.told.get_mut(&prober.id) else {
+            return;
+        };
         if let (Some(gone), false) = (&prober.gone, told.gone) {
             told.gone = true;
-            lines.push(format!("{} is missing: {}. What it sent is kept.", prober.vantage, gone.why));
+            lines.push(format!(
+                "{} is missing: {}. What it sent is kept.",
+                prober.vantage, gone.why
+            ));
         }
         if let (Some(why), false) = (prober.invalid.first(), told.invalid) {
             told.invalid = true;
@@ -136,7 +174,11 @@ impl Story {
             lines.push(format!(
                 "{} has reported{}.",
                 prober.vantage,
-                if prober.left_early { ", before the others had finished" } else { "" }
+                if prober.left_early {
+                    ", before the others had finished"
+                } else {
+                    ""
+                }
             ));
         }
     }
@@ -147,22 +189,35 @@ fn status(state: &State) -> Option<String> {
     let live = || state.probers().iter().filter(|prober| prober.is_live());
     if *state.phase() == Phase::Gathering {
         let (there, expect) = (state.probers().len(), state.setup().expect as usize);
-        let names: Vec<&str> = state.probers().iter().map(|prober| prober.vantage.as_str()).collect();
+        let names: Vec<&str> = state
+            .probers()
+            .iter()
+            .map(|prober| prober.vantage.as_str())
+            .collect();
         let who = if names.is_empty() {
             String::new()
         } else {
             format!(" ({})", names.join(", "))
         };
-        return Some(format!("{there} of {expect} hosts are in{who}; {} missing.", expect - there.min(expect)));
+        return Some(format!(
+            "{there} of {expect} hosts are in{who}; {} missing.",
+            expect - there.min(expect)
+        ));
     }
-    let name = state.stage_underway().map_or("preparing", |stage| stage.name.as_str());
+    let name = state
+        .stage_underway()
+        .map_or("preparing", |stage| stage.name.as_str());
     let of = |rate: fn(&Prober) -> Option<f64>| live().filter_map(rate).sum::<f64>().round() as u64;
     let losses = live().filter_map(|prober| prober.live.loss);
     Some(format!(
         "{name}: {} of {} hosts, {} participants, in {}/s, out {}/s, worst loss {}",
         live().count(),
         state.probers().len(),
-        words::number(live().map(|prober| u64::from(prober.live.participants)).sum()),
+        words::number(
+            live()
+                .map(|prober| u64::from(prober.live.participants))
+                .sum()
+        ),
         words::number(of(|prober| prober.live.packets_received_per_second)),
         words::number(of(|prober| prober.live.packets_sent_per_second)),
         words::maybe(losses.reduce(f64::max), words::percent),

@@ -34,7 +34,12 @@ pub fn render(merged: &Merged, about: &About<'_>, style: Style) -> String {
     text.push_str(&notes(about, style));
     if let Some(knee) = merged.knee() {
         let sentence = wrapped(&knee.sentence(&merged.unmeasured), 11);
-        let _ = writeln!(text, "{} {}", style.bold("Knee      "), sentence.trim_start());
+        let _ = writeln!(
+            text,
+            "{} {}",
+            style.bold("Knee      "),
+            sentence.trim_start()
+        );
     }
     text.push_str(&verdict(merged, style));
     text
@@ -57,22 +62,38 @@ pub fn rehearsal(rehearsal: &Rehearsal) -> String {
             .iter()
             .filter_map(|stages| stages.get(index))
             .map(|stage| u64::from(stage.subscribers));
-        let (least, most) = (each.clone().min().unwrap_or(0), each.clone().max().unwrap_or(0));
+        let (least, most) = (
+            each.clone().min().unwrap_or(0),
+            each.clone().max().unwrap_or(0),
+        );
         let range = if least == most {
             number(most)
         } else {
             format!("{}-{}", number(least), number(most))
         };
         let hold = words::duration(Duration::from_micros(stage.hold_us));
-        let _ = writeln!(text, "  {:<10}{:>12}{range:>14}{hold:>9}", stage.name, number(each.sum()));
+        let _ = writeln!(
+            text,
+            "  {:<10}{:>12}{range:>14}{hold:>9}",
+            stage.name,
+            number(each.sum())
+        );
     }
     text.push_str("The first of them:\n");
     text
 }
 
 fn head(merged: &Merged, about: &About<'_>, style: Style) -> String {
-    let labels: Vec<&str> = merged.vantages.iter().map(|vantage| vantage.label.as_str()).collect();
-    let title = format!("{}, {}", about.plan.target, count(labels.len() as u64, "vantage"));
+    let labels: Vec<&str> = merged
+        .vantages
+        .iter()
+        .map(|vantage| vantage.label.as_str())
+        .collect();
+    let title = format!(
+        "{}, {}",
+        about.plan.target,
+        count(labels.len() as u64, "vantage")
+    );
     let labels = if labels.is_empty() {
         String::new()
     } else {
@@ -85,8 +106,19 @@ fn tiers(merged: &Merged, style: Style) -> String {
     let row = |[participants, measured, loss, rtt, audio, video]: [String; 6]| {
         format!("{participants:>12}{measured:>10}{loss:>8}{rtt:>10}{audio:>11}{video:>11}")
     };
-    let heads = ["participants", "measured", "loss", "RTT p95", "audio p95", "video p95"];
-    let mut text = format!("{}{}\n", style.bold("Tiers   "), row(heads.map(str::to_owned)));
+    let heads = [
+        "participants",
+        "measured",
+        "loss",
+        "RTT p95",
+        "audio p95",
+        "video p95",
+    ];
+    let mut text = format!(
+        "{}{}\n",
+        style.bold("Tiers   "),
+        row(heads.map(str::to_owned))
+    );
     for tier in &merged.tiers {
         let name = &tier.step.name;
         if !tier.begun {
@@ -103,7 +135,12 @@ fn tiers(merged: &Merged, style: Style) -> String {
             p95(&record.video.one_way_latency),
         ];
         let verdict = tier.judgement.verdict;
-        let _ = writeln!(text, "{name:<8}{}  {}", row(cells), style.verdict(verdict, verdict.name()));
+        let _ = writeln!(
+            text,
+            "{name:<8}{}  {}",
+            row(cells),
+            style.verdict(verdict, verdict.name())
+        );
     }
     text.push_str("  loss and RTT: of the worst vantage; latency: of all together\n\n");
     text
@@ -111,7 +148,9 @@ fn tiers(merged: &Merged, style: Style) -> String {
 
 /// The one that tells most: the first that did not pass, else the last.
 fn tier_to_show(merged: &Merged) -> Option<&Tier> {
-    let failed = merged.begun().find(|tier| tier.judgement.verdict != Verdict::Pass);
+    let failed = merged
+        .begun()
+        .find(|tier| tier.judgement.verdict != Verdict::Pass);
     failed.or_else(|| merged.begun().last())
 }
 
@@ -119,16 +158,35 @@ fn vantages(tier: &Tier, merged: &Merged, style: Style) -> String {
     let row = |[participants, packets, loss, rtt, latency, late]: [String; 6]| {
         format!("{participants:>7}{packets:>12}{loss:>8}{rtt:>9}{latency:>9}{late:>9}")
     };
-    let heads = ["people", "packets in", "loss", "RTT p95", "lat. p99", "start"];
-    let title = format!("{:<LABEL_WIDTH$}", shortened(&format!("In {}", tier.step.name)));
+    let heads = [
+        "people",
+        "packets in",
+        "loss",
+        "RTT p95",
+        "lat. p99",
+        "start",
+    ];
+    let title = format!(
+        "{:<LABEL_WIDTH$}",
+        shortened(&format!("In {}", tier.step.name))
+    );
     let mut text = format!("{}{}\n", style.bold(&title), row(heads.map(str::to_owned)));
     let mut ranked: Vec<(&Vantage, &Cell)> = merged.vantages.iter().zip(&tier.cells).collect();
-    ranked.sort_by(|(_, a), (_, b)| badness(b).partial_cmp(&badness(a)).expect("no figure is NaN"));
+    ranked.sort_by(|(_, a), (_, b)| {
+        badness(b)
+            .partial_cmp(&badness(a))
+            .expect("no figure is NaN")
+    });
     for (vantage, cell) in ranked.iter().take(VANTAGES_MAX) {
         let is_there = !matches!(cell.standing, Standing::Absent);
         let cells = [
-            maybe(is_there.then_some(cell.participants), |people| number(people.into())),
-            maybe((is_there && !vantage.is_legacy).then_some(cell.packets_received), number),
+            maybe(is_there.then_some(cell.participants), |people| {
+                number(people.into())
+            }),
+            maybe(
+                (is_there && !vantage.is_legacy).then_some(cell.packets_received),
+                number,
+            ),
             maybe(cell.loss, percent),
             maybe(cell.rtt_us, micros),
             time(cell.latency(), |times| times.p99),
@@ -143,9 +201,16 @@ fn vantages(tier: &Tier, merged: &Merged, style: Style) -> String {
         );
     }
     if ranked.len() > VANTAGES_MAX {
-        let _ = writeln!(text, "  and {} more in the JSON report", number((ranked.len() - VANTAGES_MAX) as u64));
+        let _ = writeln!(
+            text,
+            "  and {} more in the JSON report",
+            number((ranked.len() - VANTAGES_MAX) as u64)
+        );
     }
-    if let Some(loss) = tier.loss_by_host(&merged.vantages).filter(|_| tier.measured().count() > 1) {
+    if let Some(loss) = tier
+        .loss_by_host(&merged.vantages)
+        .filter(|_| tier.measured().count() > 1)
+    {
         let line = format!(
             "loss by host: average {}, highest {} ({}), lowest {} ({})",
             percent(loss.average),
@@ -157,7 +222,10 @@ fn vantages(tier: &Tier, merged: &Merged, style: Style) -> String {
         text.push_str(&wrapped(&line, 2));
     }
     if let Some((at, in_what)) = tier.worst_vantage().filter(|_| tier.measured().count() > 1) {
-        text.push_str(&wrapped(&format!("worst vantage: {}: {in_what}", merged.vantages[at].label), 2));
+        text.push_str(&wrapped(
+            &format!("worst vantage: {}: {in_what}", merged.vantages[at].label),
+            2,
+        ));
     }
     text.push('\n');
     text
@@ -173,7 +241,12 @@ fn badness(cell: &Cell) -> (u8, bool, f64, f64) {
         Standing::Measured => 0,
     };
     let failed = cell.judgement.verdict == Verdict::Fail;
-    (rank, failed, cell.loss.unwrap_or(0.0), cell.rtt_us.unwrap_or(0.0))
+    (
+        rank,
+        failed,
+        cell.loss.unwrap_or(0.0),
+        cell.rtt_us.unwrap_or(0.0),
+    )
 }
 
 fn standing(cell: &Cell, style: Style) -> String {
@@ -188,28 +261,46 @@ fn standing(cell: &Cell, style: Style) -> String {
 
 /// One participant alone, and how well each clock is known.
 fn baselines(merged: &Merged, style: Style) -> String {
-    let alone = |vantage: &'_ Vantage| vantage.baseline.clone().filter(|cell| cell.standing != Standing::Absent);
+    let alone = |vantage: &'_ Vantage| {
+        vantage
+            .baseline
+            .clone()
+            .filter(|cell| cell.standing != Standing::Absent)
+    };
     let with_either: Vec<&Vantage> = (merged.vantages.iter())
         .filter(|vantage| alone(vantage).is_some() || vantage.clock.is_some())
         .collect();
     if with_either.is_empty() {
         return String::new();
     }
-    let row = |[loss, rtt, latency, clock]: [String; 4]| format!("{loss:>8}{rtt:>10}{latency:>10}{clock:>26}");
+    let row = |[loss, rtt, latency, clock]: [String; 4]| {
+        format!("{loss:>8}{rtt:>10}{latency:>10}{clock:>26}")
+    };
     let heads = ["loss", "RTT p95", "lat. p99", "clock off by"];
     let title = format!("{:<LABEL_WIDTH$}", "Alone");
     let mut text = format!("{}{}\n", style.bold(&title), row(heads.map(str::to_owned)));
     for vantage in with_either.iter().take(VANTAGES_MAX) {
         let cell = alone(vantage);
         let cell = cell.as_ref();
-        let clock = |offset: super::clock::Offset| format!("{} +-{}", signed(offset.offset_us), micros(offset.uncertainty_us as f64));
+        let clock = |offset: super::clock::Offset| {
+            format!(
+                "{} +-{}",
+                signed(offset.offset_us),
+                micros(offset.uncertainty_us as f64)
+            )
+        };
         let cells = [
             maybe(cell.and_then(|cell| cell.loss), percent),
             maybe(cell.and_then(|cell| cell.rtt_us), micros),
             maybe(cell, |cell| time(cell.latency(), |times| times.p99)),
             maybe(vantage.clock, clock),
         ];
-        let _ = writeln!(text, "{:<LABEL_WIDTH$}{}", shortened(&vantage.label), row(cells));
+        let _ = writeln!(
+            text,
+            "{:<LABEL_WIDTH$}{}",
+            shortened(&vantage.label),
+            row(cells)
+        );
     }
     if with_either.len() > VANTAGES_MAX {
         let _ = writeln!(
@@ -224,11 +315,16 @@ fn baselines(merged: &Merged, style: Style) -> String {
 
 /// What the server's own pages said.
 fn server(merged: &Merged, about: &About<'_>, style: Style) -> String {
-    let Some(account) = about.server else { return String::new() };
+    let Some(account) = about.server else {
+        return String::new();
+    };
     let record = &merged.totals.record;
     let ours = Ours {
         packets_received: record.audio.packets_received + record.video.packets_received,
-        drops: format!("{} at our hosts' sockets", number(record.session.host_drops)),
+        drops: format!(
+            "{} at our hosts' sockets",
+            number(record.session.host_drops)
+        ),
     };
     server_cost::block(account, &ours, style)
 }
@@ -240,7 +336,11 @@ fn missing(merged: &Merged, style: Style) -> String {
     let mut text = format!("{}\n", style.bold("Missing"));
     for missing in merged.missing.iter().take(VANTAGES_MAX) {
         let who = missing.vantage.as_deref().unwrap_or("unnamed");
-        let stage = missing.stage.as_ref().map(|stage| format!(", in {stage}")).unwrap_or_default();
+        let stage = missing
+            .stage
+            .as_ref()
+            .map(|stage| format!(", in {stage}"))
+            .unwrap_or_default();
         let heard = missing
             .last_heard
             .map(|at| format!(" (last heard {}{stage})", crate::report::json::rfc_3339(at)))
@@ -259,9 +359,17 @@ fn notes(about: &About<'_>, style: Style) -> String {
         return String::new();
     }
     let mut text = format!("{}\n", style.bold("Notes"));
-    about.notes.iter().take(NOTES_MAX).for_each(|note| text.push_str(&wrapped(note, 2)));
+    about
+        .notes
+        .iter()
+        .take(NOTES_MAX)
+        .for_each(|note| text.push_str(&wrapped(note, 2)));
     if about.notes.len() > NOTES_MAX {
-        let _ = writeln!(text, "  and {} more in the JSON report", about.notes.len() - NOTES_MAX);
+        let _ = writeln!(
+            text,
+            "  and {} more in the JSON report",
+            about.notes.len() - NOTES_MAX
+        );
     }
     text.push('\n');
     text
@@ -269,7 +377,13 @@ fn notes(about: &About<'_>, style: Style) -> String {
 
 fn verdict(merged: &Merged, style: Style) -> String {
     let judgement = &merged.judgement;
-    let mut text = format!("{}\n", style.verdict(judgement.verdict, &format!("RESULT: {}", judgement.verdict.name())));
+    let mut text = format!(
+        "{}\n",
+        style.verdict(
+            judgement.verdict,
+            &format!("RESULT: {}", judgement.verdict.name())
+        )
+    );
     judgement
         .reasons
         .iter()
@@ -316,7 +430,10 @@ fn cut(word: &str, most: usize) -> String {
 
 /// In lines of at most 80 columns.
 fn wrapped(sentence: &str, indent: usize) -> String {
-    let words: Vec<String> = sentence.split_whitespace().map(|word| cut(word, WORD_WIDTH)).collect();
+    let words: Vec<String> = sentence
+        .split_whitespace()
+        .map(|word| cut(word, WORD_WIDTH))
+        .collect();
     words::wrapped(&words.join(" "), indent)
 }
 
@@ -345,21 +462,31 @@ mod tests {
             server: None,
             notes: &[],
         };
-        let text = render(&Merged::new(&canned.state, &judging), &about, Style::default());
+        let text = render(
+            &Merged::new(&canned.state, &judging),
+            &about,
+            Style::default(),
+        );
         println!("{text}");
         text
     }
 
     fn assert_fits(text: &str) {
         for line in text.lines() {
-            assert!(line.chars().count() <= 80 && line == line.trim_end(), "{line:?}");
+            assert!(
+                line.chars().count() <= 80 && line == line.trim_end(),
+                "{line:?}"
+            );
         }
     }
 
     /// The words of the line that starts with `start`.
     fn line<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
         let found = text.lines().find(|line| line.starts_with(start));
-        found.unwrap_or_else(|| panic!("no line {start}")).split_whitespace().collect()
+        found
+            .unwrap_or_else(|| panic!("no line {start}"))
+            .split_whitespace()
+            .collect()
     }
 
     #[test]
@@ -368,23 +495,46 @@ mod tests {
         assert_fits(&text);
         assert_eq!(
             line(&text, "tier 2"),
-            ["tier", "2", "78", "3", "of", "3", "3.10%", "259", "ms", "282", "ms", "n/a", "FAIL"]
+            [
+                "tier", "2", "78", "3", "of", "3", "3.10%", "259", "ms", "282", "ms", "n/a", "FAIL"
+            ]
         );
-        assert_eq!(line(&text, "sin")[..4], ["sin", "25", "24,225", "3.10%"], "the worst comes first");
-        assert!(text.contains("  loss by host: average 1.23%, highest 3.10% (sin), lowest 0.20% (fra)\n"));
+        assert_eq!(
+            line(&text, "sin")[..4],
+            ["sin", "25", "24,225", "3.10%"],
+            "the worst comes first"
+        );
+        assert!(
+            text.contains(
+                "  loss by host: average 1.23%, highest 3.10% (sin), lowest 0.20% (fra)\n"
+            )
+        );
         assert!(text.contains("  worst vantage: sin: audio loss 3.10%"));
-        assert!(text.contains("Knee       33 participants; 78 participants did not pass: together: audio loss"));
+        assert!(text.contains(
+            "Knee       33 participants; 78 participants did not pass: together: audio loss"
+        ));
         assert!(text.contains("\nRESULT: FAIL\n  tier 2: together: audio loss"));
     }
 
     #[test]
     fn who_is_missing_is_named_with_the_last_moment_and_nothing_unknown_prints_as_zero() {
         let long = "a-label-that-is-far-too-long-for-any-table-and-was-typed-by-a-machine-that-does-not-care";
-        let mut canned = Canned::armed(&[10, 25, 50], &[("fra", Some(Role::Both)), (long, Some(Role::Both)), ("vg", None)]);
+        let mut canned = Canned::armed(
+            &[10, 25, 50],
+            &[
+                ("fra", Some(Role::Both)),
+                (long, Some(Role::Both)),
+                ("vg", None),
+            ],
+        );
         for who in 0..2 {
             canned.beat(who, vec![WELL.so_far(TIER, true)], Live::default());
         }
-        canned.beat(1, vec![Saw { lost: 100, ..WELL }.so_far(TIER + 1, false)], Live::default());
+        canned.beat(
+            1,
+            vec![Saw { lost: 100, ..WELL }.so_far(TIER + 1, false)],
+            Live::default(),
+        );
         canned.loses(1);
         canned.loses(2);
         canned.ends();
@@ -394,7 +544,10 @@ mod tests {
         assert_fits(&text);
         assert!(text.contains("tier 3                not measured\n"));
         assert!(text.contains("(last heard 2026-"));
-        assert_eq!(line(&text, "vg ")[1..], ["n/a", "n/a", "n/a", "n/a", "n/a", "n/a", "absent"]);
+        assert_eq!(
+            line(&text, "vg ")[1..],
+            ["n/a", "n/a", "n/a", "n/a", "n/a", "n/a", "absent"]
+        );
         assert!(text.contains("a-label-that-"));
         assert!(text.contains("RESULT: PARTIAL\n"));
     }

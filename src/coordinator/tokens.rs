@@ -36,8 +36,16 @@ impl Mint {
     /// It has no such participants.
     pub fn tokens(&self, job: &Job, request: TokensRequest) -> Result<TokensReply, Refused> {
         let plan = self.plan(job)?;
-        let end = request.from.checked_add(request.count).filter(|end| *end <= plan.total_participants());
-        let end = end.ok_or_else(|| Refused::Malformed(format!("this prober plays {} participants", plan.total_participants())))?;
+        let end = request
+            .from
+            .checked_add(request.count)
+            .filter(|end| *end <= plan.total_participants());
+        let end = end.ok_or_else(|| {
+            Refused::Malformed(format!(
+                "this prober plays {} participants",
+                plan.total_participants()
+            ))
+        })?;
         let token = |position: u32| {
             let participant = plan.participant(position);
             let permissions = Permissions {
@@ -47,7 +55,9 @@ impl Mint {
                 hidden: false,
             };
             let (room, identity) = (plan.room_name(participant.room), &participant.identity);
-            let token = self.api_key.join_token(&room, identity, identity, permissions, LIFETIME);
+            let token = self
+                .api_key
+                .join_token(&room, identity, identity, permissions, LIFETIME);
             token.map(|token| token.expose().to_owned())
         };
         let tokens = (request.from..end).map(token).collect::<Result<_, _>>();
@@ -64,9 +74,14 @@ impl Mint {
             return Ok(plan.clone());
         }
         let mut plan = self.base.clone();
-        job.plan.apply_to(&mut plan).map_err(|error| Refused::Conflict(error.to_string()))?;
+        job.plan
+            .apply_to(&mut plan)
+            .map_err(|error| Refused::Conflict(error.to_string()))?;
         (plan.seed, plan.run_tag) = (job.seed, job.run_tag);
-        plan.part = Some(Part::new(job.placement.clone(), job.me as usize, &plan.shape).map_err(Refused::Conflict)?);
+        plan.part = Some(
+            Part::new(job.placement.clone(), job.me as usize, &plan.shape)
+                .map_err(Refused::Conflict)?,
+        );
         let plan = Arc::new(plan);
         plans.insert(job.me, plan.clone());
         Ok(plan)

@@ -63,7 +63,11 @@ struct Gap {
 
 impl Gap {
     fn age(&self, now: Time) -> Duration {
-        Duration::from_millis((now.as_millis() as u32).wrapping_sub(self.noticed_ms).into())
+        Duration::from_millis(
+            (now.as_millis() as u32)
+                .wrapping_sub(self.noticed_ms)
+                .into(),
+        )
     }
 
     /// The sequence numbers between the two frames, unwrapped by one that is newer.
@@ -75,7 +79,10 @@ impl Gap {
     fn holds(&self, frame: &Placed, newest: u64) -> bool {
         let (before, after) = self.between(newest);
         let number = frame.frame.wrapping_sub(self.first_frame);
-        frame.layer == self.layer && number < self.missing && frame.first_seq > before && frame.last_seq < after
+        frame.layer == self.layer
+            && number < self.missing
+            && frame.first_seq > before
+            && frame.last_seq < after
     }
 }
 
@@ -102,7 +109,14 @@ impl Attribution {
     }
 
     /// Takes a frame that was delivered for the first time. `withheld` says how many frames of the layer before are missing where it is of another.
-    pub fn deliver(&mut self, frame: Placed, withheld: impl FnOnce() -> u64, stream: &ReceiveStream, origin: Origin<'_>, now: Time) {
+    pub fn deliver(
+        &mut self,
+        frame: Placed,
+        withheld: impl FnOnce() -> u64,
+        stream: &ReceiveStream,
+        origin: Origin<'_>,
+        now: Time,
+    ) {
         self.settle_due(stream, origin, now);
         let Some(newest) = self.newest else {
             (self.oldest_seq, self.newest) = (frame.first_seq, Some(frame));
@@ -134,7 +148,13 @@ impl Attribution {
     }
 
     /// The stream goes on after a pause that was asked for: what was not sent meanwhile is not missing.
-    pub fn resume_with(&mut self, frame: Placed, stream: &ReceiveStream, origin: Origin<'_>, now: Time) {
+    pub fn resume_with(
+        &mut self,
+        frame: Placed,
+        stream: &ReceiveStream,
+        origin: Origin<'_>,
+        now: Time,
+    ) {
         self.settle_due(stream, origin, now);
         self.newest = Some(frame);
     }
@@ -186,12 +206,19 @@ impl Attribution {
     }
 
     /// A frame between two that were delivered before.
-    fn deliver_late(&mut self, frame: &Placed, newest: u64, stream: &ReceiveStream, origin: Origin<'_>) {
+    fn deliver_late(
+        &mut self,
+        frame: &Placed,
+        newest: u64,
+        stream: &ReceiveStream,
+        origin: Origin<'_>,
+    ) {
         if frame.first_seq < self.oldest_seq {
             self.oldest_seq = frame.first_seq;
             return;
         }
-        let Some(at) = (0..usize::from(self.len)).find(|at| self.gaps[*at].holds(frame, newest)) else {
+        let Some(at) = (0..usize::from(self.len)).find(|at| self.gaps[*at].holds(frame, newest))
+        else {
             self.take_back();
             return;
         };
@@ -219,7 +246,14 @@ impl Attribution {
     }
 
     /// Puts two gaps in the place of one; the oldest of all makes room.
-    fn split(&mut self, at: usize, left: Gap, right: Gap, stream: &ReceiveStream, origin: Origin<'_>) {
+    fn split(
+        &mut self,
+        at: usize,
+        left: Gap,
+        right: Gap,
+        stream: &ReceiveStream,
+        origin: Origin<'_>,
+    ) {
         self.gaps[at] = left;
         let mut at = at + 1;
         if usize::from(self.len) == GAPS_MAX {
@@ -250,7 +284,15 @@ impl Attribution {
         self.len -= 1;
     }
 
-    fn settle_oldest(&mut self, stream: &ReceiveStream, Origin { roster, origin, track }: Origin<'_>) {
+    fn settle_oldest(
+        &mut self,
+        stream: &ReceiveStream,
+        Origin {
+            roster,
+            origin,
+            track,
+        }: Origin<'_>,
+    ) {
         let gap = self.gaps[0];
         self.remove(0);
         let sent = roster.frames(origin, track, gap.layer);
@@ -265,10 +307,14 @@ impl Attribution {
         }
         self.uplink += lacking;
         let (before, after) = gap.between(self.newest_seq());
-        let Some(holes) = stream.holes_between(before, after) else { return };
+        let Some(holes) = stream.holes_between(before, after) else {
+            return;
+        };
         // A hole of the uplink shows here too, unless the SFU closes it; so one that does not show is probable no more. Every other frame that was sent and
         // lost has left a hole at least.
-        let holes = u32::try_from(holes).unwrap_or(u32::MAX).saturating_sub(lacking);
+        let holes = u32::try_from(holes)
+            .unwrap_or(u32::MAX)
+            .saturating_sub(lacking);
         let probable = probable.min(holes);
         let rest = gap.missing - lacking - probable - unknown;
         let downlink = rest.min(holes - probable);

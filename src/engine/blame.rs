@@ -30,10 +30,20 @@ pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
         let cause = cause(pieces, observed);
         told(cause, pieces, evidence(cause, pieces, observed))
     });
-    let silent = silences(observed.sends, observed.arrivals, &asleep, Time::ZERO, observed.until);
-    let theirs = gathered(&silent)
-        .into_iter()
-        .map(|pieces| told(Cause::Silence, pieces, evidence(Cause::Silence, pieces, observed)));
+    let silent = silences(
+        observed.sends,
+        observed.arrivals,
+        &asleep,
+        Time::ZERO,
+        observed.until,
+    );
+    let theirs = gathered(&silent).into_iter().map(|pieces| {
+        told(
+            Cause::Silence,
+            pieces,
+            evidence(Cause::Silence, pieces, observed),
+        )
+    });
     let mut stalls: Vec<Stall> = ours.chain(theirs).collect();
     stalls.sort_by(|a, b| a.at.total_cmp(&b.at));
     stalls
@@ -58,8 +68,11 @@ fn length(pieces: &[Gap]) -> Duration {
 /// Throttled and stolen time are the kernel's word. A wait in the run queue is so too, but some of it is found in every busy second. A process that was stopped leaves no
 /// trace but that the bare timer thread, which has nothing to do, was late as well.
 fn cause(pieces: &[Gap], observed: &Observed<'_>) -> Cause {
-    let enough = |time: Option<Duration>| time.is_some_and(|time| time.as_secs_f64() >= length(pieces).as_secs_f64() * SHARE_MIN);
-    let kernel = |figure: fn(&Second) -> Option<u64>| enough(around(pieces, observed.seconds, figure));
+    let enough = |time: Option<Duration>| {
+        time.is_some_and(|time| time.as_secs_f64() >= length(pieces).as_secs_f64() * SHARE_MIN)
+    };
+    let kernel =
+        |figure: fn(&Second) -> Option<u64>| enough(around(pieces, observed.seconds, figure));
     if kernel(|second| second.throttled_us) {
         Cause::Throttled
     } else if kernel(|second| second.steal_us) {
@@ -74,13 +87,22 @@ fn cause(pieces: &[Gap], observed: &Observed<'_>) -> Cause {
 }
 
 /// A figure's sum over the rows that a stall touches; `None` where none of them knows.
-fn around(pieces: &[Gap], seconds: &[Second], figure: fn(&Second) -> Option<u64>) -> Option<Duration> {
+fn around(
+    pieces: &[Gap],
+    seconds: &[Second],
+    figure: fn(&Second) -> Option<u64>,
+) -> Option<Duration> {
     let micros = touched(pieces, seconds).filter_map(figure);
-    micros.reduce(|sum, micros| sum + micros).map(Duration::from_micros)
+    micros
+        .reduce(|sum, micros| sum + micros)
+        .map(Duration::from_micros)
 }
 
 fn touched<'a>(pieces: &[Gap], seconds: &'a [Second]) -> impl Iterator<Item = &'a Second> {
-    let span = pieces.first().zip(pieces.last()).map(|(first, last)| (first.from, last.to));
+    let span = pieces
+        .first()
+        .zip(pieces.last())
+        .map(|(first, last)| (first.from, last.to));
     seconds
         .iter()
         .filter(move |second| span.is_some_and(|(from, to)| second.from < to && second.to > from))
@@ -88,13 +110,24 @@ fn touched<'a>(pieces: &[Gap], seconds: &'a [Second]) -> impl Iterator<Item = &'
 
 /// How much of a stall the bare timer thread was late, too.
 fn floor_asleep(pieces: &[Gap], floor_gaps: &[Gap]) -> Duration {
-    let within = |gap: &Gap| floor_gaps.iter().map(|floor| floor.within(gap.from, gap.to)).sum::<Duration>();
+    let within = |gap: &Gap| {
+        floor_gaps
+            .iter()
+            .map(|floor| floor.within(gap.from, gap.to))
+            .sum::<Duration>()
+    };
     pieces.iter().map(within).sum()
 }
 
 fn evidence(cause: Cause, pieces: &[Gap], observed: &Observed<'_>) -> String {
-    let time = |figure: fn(&Second) -> Option<u64>| around(pieces, observed.seconds, figure).map_or(0.0, |time| time.as_secs_f64());
-    let most = |figure: fn(&Second) -> Option<f64>| touched(pieces, observed.seconds).filter_map(figure).fold(0.0, f64::max);
+    let time = |figure: fn(&Second) -> Option<u64>| {
+        around(pieces, observed.seconds, figure).map_or(0.0, |time| time.as_secs_f64())
+    };
+    let most = |figure: fn(&Second) -> Option<f64>| {
+        touched(pieces, observed.seconds)
+            .filter_map(figure)
+            .fold(0.0, f64::max)
+    };
     let sfu = most(|second| second.embedded_sfu_cores);
     match cause {
         Cause::Stopped => "no thread of this process ran, and none waited for a CPU: the process or its machine was stopped".to_owned(),
@@ -154,7 +187,10 @@ mod tests {
 
     fn every(interval_ms: u64, pause: (u64, u64)) -> Presence {
         let mut all = Presence::default();
-        for ms in (0..20_000).step_by(interval_ms as usize).filter(|ms| !(pause.0..pause.1).contains(ms)) {
+        for ms in (0..20_000)
+            .step_by(interval_ms as usize)
+            .filter(|ms| !(pause.0..pause.1).contains(ms))
+        {
             let mut marks = Marks::default();
             marks.mark(Time::from_millis(ms));
             all.merge(&marks.take());
@@ -162,7 +198,13 @@ mod tests {
         all
     }
 
-    fn found(pause: (u64, u64), server_pause: (u64, u64), engine: &[Gap], floor: &[Gap], seconds: &[Second]) -> Vec<(Side, Cause, u64)> {
+    fn found(
+        pause: (u64, u64),
+        server_pause: (u64, u64),
+        engine: &[Gap],
+        floor: &[Gap],
+        seconds: &[Second],
+    ) -> Vec<(Side, Cause, u64)> {
         stalls(&Observed {
             sends: &every(3, pause),
             arrivals: &every(3, server_pause),
@@ -172,7 +214,13 @@ mod tests {
             until: Time::from_millis(20_000),
         })
         .iter()
-        .map(|stall| (stall.side, stall.cause, (stall.seconds * 1e3).round() as u64))
+        .map(|stall| {
+            (
+                stall.side,
+                stall.cause,
+                (stall.seconds * 1e3).round() as u64,
+            )
+        })
         .collect()
     }
 
@@ -184,13 +232,32 @@ mod tests {
         for (expected, floor, seconds) in [
             (Cause::Stopped, &floor[..], calm.clone()),
             (Cause::Engine, &[], calm),
-            (Cause::Throttled, &floor, rows(7, |row| row.throttled_us = Some(390_000))),
-            (Cause::Stolen, &floor, rows(7, |row| row.steal_us = Some(300_000))),
-            (Cause::RunQueue, &[], rows(7, |row| row.run_queue_us_max = Some(380_000))),
+            (
+                Cause::Throttled,
+                &floor,
+                rows(7, |row| row.throttled_us = Some(390_000)),
+            ),
+            (
+                Cause::Stolen,
+                &floor,
+                rows(7, |row| row.steal_us = Some(300_000)),
+            ),
+            (
+                Cause::RunQueue,
+                &[],
+                rows(7, |row| row.run_queue_us_max = Some(380_000)),
+            ),
             // What happened in another second explains nothing.
-            (Cause::Stopped, &floor, rows(9, |row| row.run_queue_us_max = Some(900_000))),
+            (
+                Cause::Stopped,
+                &floor,
+                rows(9, |row| row.run_queue_us_max = Some(900_000)),
+            ),
         ] {
-            assert_eq!(found(pause, pause, &engine, floor, &seconds), [(expected.side(), expected, 400)]);
+            assert_eq!(
+                found(pause, pause, &engine, floor, &seconds),
+                [(expected.side(), expected, 400)]
+            );
         }
     }
 
@@ -209,7 +276,13 @@ mod tests {
                 seconds: &seconds,
                 until: Time::from_millis(20_000),
             });
-            assert_eq!(stalls[0].evidence.contains("embedded SFU kept 0.93 cores busy"), named, "{stalls:?}");
+            assert_eq!(
+                stalls[0]
+                    .evidence
+                    .contains("embedded SFU kept 0.93 cores busy"),
+                named,
+                "{stalls:?}"
+            );
         }
     }
 
@@ -222,7 +295,13 @@ mod tests {
             "{silent:?}"
         );
         // Everything stands still, as when the whole machine is stopped: that is this host's.
-        let both = found((7_000, 8_200), (7_000, 8_205), &[gap(7_000, 8_200)], &[gap(7_001, 8_200)], &seconds);
+        let both = found(
+            (7_000, 8_200),
+            (7_000, 8_205),
+            &[gap(7_000, 8_200)],
+            &[gap(7_001, 8_200)],
+            &seconds,
+        );
         assert_eq!(both, [(Side::Host, Cause::Stopped, 1_200)]);
     }
 }

@@ -15,7 +15,9 @@ use crate::net;
 use crate::recording::Tap;
 use crate::transport::peer::Peer;
 use crate::transport::receive::{MISSING_MAX, NACK_SEQS_MAX, RoundTrip};
-use crate::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report};
+use crate::transport::rtcp::{
+    DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report,
+};
 use crate::transport::rtp::Header;
 use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
@@ -150,7 +152,9 @@ impl Connection {
     pub fn add_stream(&mut self, parameters: StreamParameters) {
         let known = self.find_stream(parameters.ssrc).map(|(at, _)| at);
         let at = known.unwrap_or(self.streams.len());
-        let new_rtx = parameters.rtx_ssrc.filter(|rtx| self.find_stream(*rtx).is_none());
+        let new_rtx = parameters
+            .rtx_ssrc
+            .filter(|rtx| self.find_stream(*rtx).is_none());
         self.ssrcs.extend(new_rtx.map(|rtx| (rtx, at as u32, true)));
         Feedback::add_stream(&mut self.feedback, &parameters);
         if known.is_none() {
@@ -178,27 +182,40 @@ impl Connection {
     }
 
     pub fn end_streams(&mut self, ssrcs: &[u32], roster: &Roster, record: &mut Record) {
-        for stream in self.streams.iter_mut().filter(|stream| ssrcs.contains(&stream.ssrc())) {
+        for stream in self
+            .streams
+            .iter_mut()
+            .filter(|stream| ssrcs.contains(&stream.ssrc()))
+        {
             stream.end(roster, record);
         }
-        self.ssrcs.retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
+        self.ssrcs
+            .retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
     }
 
     /// The participant leaves: its streams owe nothing from now on, and what is under way may still come.
     pub fn leave(&mut self, roster: &Roster, record: &mut Record, now: Time) {
-        self.streams.iter_mut().for_each(|stream| stream.leave(roster, record, now));
+        self.streams
+            .iter_mut()
+            .for_each(|stream| stream.leave(roster, record, now));
     }
 
     pub fn end_streams_of_leaver(&mut self, roster: &Roster, record: &mut Record) {
-        self.streams.iter_mut().for_each(|stream| stream.end_if_leaving(roster, record));
+        self.streams
+            .iter_mut()
+            .for_each(|stream| stream.end_if_leaving(roster, record));
     }
 
     pub fn mark(&mut self, roster: &Roster) {
-        self.streams.iter_mut().for_each(|stream| stream.mark(roster));
+        self.streams
+            .iter_mut()
+            .for_each(|stream| stream.mark(roster));
     }
 
     pub fn end_all_streams(&mut self, roster: &Roster, record: &mut Record) {
-        self.streams.iter_mut().for_each(|stream| stream.end(roster, record));
+        self.streams
+            .iter_mut()
+            .for_each(|stream| stream.end(roster, record));
     }
 
     /// Neither up nor given up.
@@ -229,14 +246,20 @@ impl Connection {
         if let Some(feedback) = self.feedback.as_deref() {
             feedback.prefetch();
         }
-        self.streams.iter().take(PREFETCHED_STREAMS).for_each(RecvStream::prefetch);
+        self.streams
+            .iter()
+            .take(PREFETCHED_STREAMS)
+            .for_each(RecvStream::prefetch);
     }
 
     pub fn prefetch_next(&self) {
         if let Some(feedback) = self.feedback.as_deref() {
             feedback.prefetch_next();
         }
-        self.streams.iter().take(PREFETCHED_STREAMS).for_each(RecvStream::prefetch_next);
+        self.streams
+            .iter()
+            .take(PREFETCHED_STREAMS)
+            .for_each(RecvStream::prefetch_next);
     }
 
     /// Fetches what every turn of a track needs. What that leads to follows: [`Connection::prefetch_track`].
@@ -261,7 +284,9 @@ impl Connection {
 
     /// The publishers stop now: a picture that stands still at this moment is a freeze, although no frame will end it.
     pub fn settle(&mut self, roster: &Roster, record: &mut Record, now: Time) {
-        self.streams.iter_mut().for_each(|stream| stream.settle(roster, record, now));
+        self.streams
+            .iter_mut()
+            .for_each(|stream| stream.settle(roster, record, now));
     }
 
     /// The server was asked at `at` for another layer of a stream, or for nothing.
@@ -300,7 +325,9 @@ impl Connection {
             if let Some(feedback) = &mut self.feedback {
                 feedback.handle_early_packet(&header, datagram, arrival);
             }
-            return self.keep_early(datagram, arrival, record).then_some(Wanted::NOTHING);
+            return self
+                .keep_early(datagram, arrival, record)
+                .then_some(Wanted::NOTHING);
         };
         let mut context = StreamContext {
             roster: &config.roster,
@@ -317,7 +344,9 @@ impl Connection {
                 let feedback = self.feedback.as_mut();
                 Some(Wanted {
                     nack_at: stream.next_nack_at(),
-                    feedback_at: feedback.map_or(Time::MAX, |feedback| feedback.handle_packet(&header, datagram, stream.ssrc(), arrival)),
+                    feedback_at: feedback.map_or(Time::MAX, |feedback| {
+                        feedback.handle_packet(&header, datagram, stream.ssrc(), arrival)
+                    }),
                 })
             }
             Err(Refused::Replayed) => {
@@ -333,7 +362,11 @@ impl Connection {
 
     /// Keeps a packet until it can be read; false where too many wait.
     fn keep_early(&mut self, datagram: &[u8], arrival: Time, record: &mut Record) -> bool {
-        while self.early.front().is_some_and(|packet| arrival.since(packet.arrival) > EARLY_AGE_MAX) {
+        while self
+            .early
+            .front()
+            .is_some_and(|packet| arrival.since(packet.arrival) > EARLY_AGE_MAX)
+        {
             self.early.pop_front();
             record.session.packets_rejected += 1;
         }
@@ -359,8 +392,13 @@ impl Connection {
             return Time::MAX;
         };
         let (place, sending) = (track, self.sending.as_deref_mut());
-        let Some(track) = self.tracks.get_mut(track) else { return Time::MAX };
-        let turn = track.handle_timeout(now, &mut wire(self.key, to, sealer, (track.kind(), place), sending, around));
+        let Some(track) = self.tracks.get_mut(track) else {
+            return Time::MAX;
+        };
+        let turn = track.handle_timeout(
+            now,
+            &mut wire(self.key, to, sealer, (track.kind(), place), sending, around),
+        );
         let record = &mut *around.record;
         record.engine.send_slots_skipped += turn.slots_skipped;
         if let Some(lag) = turn.send_lag {
@@ -369,18 +407,31 @@ impl Connection {
         turn.next_at
     }
 
-    pub fn handle_rtcp_packet<I: Io>(&mut self, packet: &Packet<'_>, arrival: Time, around: &mut Surroundings<'_, I>) {
+    pub fn handle_rtcp_packet<I: Io>(
+        &mut self,
+        packet: &Packet<'_>,
+        arrival: Time,
+        around: &mut Surroundings<'_, I>,
+    ) {
         match packet {
             Packet::SenderReport { sender, reports } => {
                 if let Some((at, false)) = self.find_stream(sender.ssrc) {
                     self.streams[at].handle_sender_report(sender.ntp, arrival);
                 }
-                reports.clone().for_each(|block| self.handle_report_block(&block, arrival, around));
+                reports
+                    .clone()
+                    .for_each(|block| self.handle_report_block(&block, arrival, around));
             }
-            Packet::ReceiverReport { reports, .. } => reports.clone().for_each(|block| self.handle_report_block(&block, arrival, around)),
-            Packet::Nack { media_ssrc, seqs, .. } => self.handle_nack(*media_ssrc, seqs.clone(), around),
+            Packet::ReceiverReport { reports, .. } => reports
+                .clone()
+                .for_each(|block| self.handle_report_block(&block, arrival, around)),
+            Packet::Nack {
+                media_ssrc, seqs, ..
+            } => self.handle_nack(*media_ssrc, seqs.clone(), around),
             Packet::Pli { media_ssrc, .. } => self.handle_key_frame_request(*media_ssrc, around),
-            Packet::Fir { entries, .. } => entries.clone().for_each(|(ssrc, _)| self.handle_key_frame_request(ssrc, around)),
+            Packet::Fir { entries, .. } => entries
+                .clone()
+                .for_each(|(ssrc, _)| self.handle_key_frame_request(ssrc, around)),
             Packet::Xr { ssrc, rrtr, dlrr } => {
                 if let Some(ntp) = rrtr {
                     self.reference_time = Some(ReferenceTime {
@@ -410,7 +461,9 @@ impl Connection {
         let counted = &mut around.record.bandwidth;
         counted.transport_cc_received += 1;
         let rtt = self.rtt_rtcp.or(self.rtt_stun);
-        let Some(sending) = &mut self.sending else { return };
+        let Some(sending) = &mut self.sending else {
+            return;
+        };
         if !sending.handle_feedback(body, rtt, around.now, counted) {
             around.record.session.packets_rejected += 1;
         }
@@ -419,8 +472,12 @@ impl Connection {
 
     /// Holds back the layers that the path has no room for, and looks for more where some are; nothing where the connection does not obey.
     fn allocate(&mut self, now: Time, record: &mut Record) {
-        let Some(sending) = &mut self.sending else { return };
-        let Some(estimate) = sending.estimate() else { return };
+        let Some(sending) = &mut self.sending else {
+            return;
+        };
+        let Some(estimate) = sending.estimate() else {
+            return;
+        };
         let mut layers = [LayerState {
             bps: 0,
             wanted: false,
@@ -447,16 +504,28 @@ impl Connection {
         let hold_back = layers_to_hold_back(layers, estimate.bps().saturating_sub(others));
         let counted = &mut record.bandwidth;
         let mut sent = others;
-        for (track, hold_back) in self.tracks.iter_mut().filter(|track| track.is_simulcast()).zip(hold_back) {
+        for (track, hold_back) in self
+            .tracks
+            .iter_mut()
+            .filter(|track| track.is_simulcast())
+            .zip(hold_back)
+        {
             let began = track.frames() > 0 && track.is_wanted();
             if track.set_held_back(hold_back, now) {
                 self.tracks_changed = true;
                 counted.layers_dropped += u64::from(began && hold_back);
                 counted.layers_returned += u64::from(began && !hold_back);
             }
-            sent += if track.is_wanted() && !hold_back { track.bitrate().bps() } else { 0 };
+            sent += if track.is_wanted() && !hold_back {
+                track.bitrate().bps()
+            } else {
+                0
+            };
         }
-        let lacks = layers.iter().zip(hold_back).any(|(layer, hold_back)| layer.wanted && hold_back);
+        let lacks = layers
+            .iter()
+            .zip(hold_back)
+            .any(|(layer, hold_back)| layer.wanted && hold_back);
         sending.count_limited(lacks || sent > estimate.bps(), now, counted);
         sending.plan_probe(Bitrate::from_bps(wanted_bps(others, layers)), now, counted);
     }
@@ -468,7 +537,9 @@ impl Connection {
 
     /// When a packet of a probe is due.
     pub fn probe_at(&self) -> Time {
-        self.sending.as_ref().map_or(Time::MAX, |sending| sending.probe_at())
+        self.sending
+            .as_ref()
+            .map_or(Time::MAX, |sending| sending.probe_at())
     }
 
     /// Sends the packets of a probe that are due, of the highest layer that is sent. Returns when the next one is.
@@ -482,15 +553,32 @@ impl Connection {
             closed,
             ..
         } = self;
-        let (Some(to), Some(sealer), Some(sending), false) = (transport.remote(), transport.sealer(), sending.as_deref_mut(), *closed) else {
+        let (Some(to), Some(sealer), Some(sending), false) = (
+            transport.remote(),
+            transport.sealer(),
+            sending.as_deref_mut(),
+            *closed,
+        ) else {
             return Time::MAX;
         };
-        let sends = |track: &SendTrack| track.kind() == Kind::Video && track.is_wanted() && !track.is_held_back() && track.frames() > 0;
+        let sends = |track: &SendTrack| {
+            track.kind() == Kind::Video
+                && track.is_wanted()
+                && !track.is_held_back()
+                && track.frames() > 0
+        };
         let place = tracks.iter().rposition(sends);
         let mut nth = 0;
         while let Some(cluster) = sending.due_probe(now) {
             let bytes = place.and_then(|place| {
-                let mut wire = wire(*key, to, sealer, (Kind::Video, place), Some(&mut *sending), around);
+                let mut wire = wire(
+                    *key,
+                    to,
+                    sealer,
+                    (Kind::Video, place),
+                    Some(&mut *sending),
+                    around,
+                );
                 tracks[place].send_probe(nth, cluster, &mut wire)
             });
             around.record.bandwidth.probe_packets_sent += u64::from(bytes.is_some());
@@ -500,8 +588,17 @@ impl Connection {
         sending.probe_at()
     }
 
-    fn handle_report_block<I: Io>(&mut self, block: &ReportBlock, arrival: Time, around: &mut Surroundings<'_, I>) {
-        let Some(track) = self.tracks.iter_mut().find(|track| track.ssrc() == block.ssrc) else {
+    fn handle_report_block<I: Io>(
+        &mut self,
+        block: &ReportBlock,
+        arrival: Time,
+        around: &mut Surroundings<'_, I>,
+    ) {
+        let Some(track) = self
+            .tracks
+            .iter_mut()
+            .find(|track| track.ssrc() == block.ssrc)
+        else {
             return;
         };
         let lost = &mut around.record.media(track.kind()).uplink_packets_lost;
@@ -509,8 +606,18 @@ impl Connection {
         self.handle_rtt(block.lsr, block.dlsr, arrival, around);
     }
 
-    fn handle_rtt<I: Io>(&mut self, last_report: u32, delay: u32, arrival: Time, around: &mut Surroundings<'_, I>) {
-        if let Some(rtt) = rtt_from_report(ntp_middle(around.config.epoch.ntp(arrival)), last_report, delay) {
+    fn handle_rtt<I: Io>(
+        &mut self,
+        last_report: u32,
+        delay: u32,
+        arrival: Time,
+        around: &mut Surroundings<'_, I>,
+    ) {
+        if let Some(rtt) = rtt_from_report(
+            ntp_middle(around.config.epoch.ntp(arrival)),
+            last_report,
+            delay,
+        ) {
             self.rtt_rtcp = Some(rtt);
             self.note_rtt(rtt);
             around.record.session.rtt_rtcp.record(rtt);
@@ -527,12 +634,22 @@ impl Connection {
         self.rtt_least = Some(self.rtt_least.map_or(rtt, |least| least.min(rtt)));
     }
 
-    fn handle_nack<I: Io>(&mut self, media_ssrc: u32, seqs: impl Iterator<Item = Seq>, around: &mut Surroundings<'_, I>) {
+    fn handle_nack<I: Io>(
+        &mut self,
+        media_ssrc: u32,
+        seqs: impl Iterator<Item = Seq>,
+        around: &mut Surroundings<'_, I>,
+    ) {
         let rtt = self.rtt();
         let (Some(to), Some(sealer)) = (self.transport.remote(), self.transport.sealer()) else {
             return;
         };
-        let Some((place, track)) = self.tracks.iter_mut().enumerate().find(|(_, track)| track.ssrc() == media_ssrc) else {
+        let Some((place, track)) = self
+            .tracks
+            .iter_mut()
+            .enumerate()
+            .find(|(_, track)| track.ssrc() == media_ssrc)
+        else {
             return;
         };
         around.record.session.nacks_received += 1;
@@ -544,8 +661,16 @@ impl Connection {
         }
     }
 
-    fn handle_key_frame_request<I: Io>(&mut self, media_ssrc: u32, around: &mut Surroundings<'_, I>) {
-        if let Some(track) = self.tracks.iter_mut().find(|track| track.ssrc() == media_ssrc) {
+    fn handle_key_frame_request<I: Io>(
+        &mut self,
+        media_ssrc: u32,
+        around: &mut Surroundings<'_, I>,
+    ) {
+        if let Some(track) = self
+            .tracks
+            .iter_mut()
+            .find(|track| track.ssrc() == media_ssrc)
+        {
             around.record.session.plis_received += 1;
             track.request_key_frame(around.now);
         }
@@ -630,15 +755,23 @@ impl Connection {
             key,
             ..
         } = self;
-        let mut blocks = streams
-            .iter_mut()
-            .filter_map(|stream| stream.report_block(now).map(|numbers| block(stream.ssrc(), numbers)));
+        let mut blocks = streams.iter_mut().filter_map(|stream| {
+            stream
+                .report_block(now)
+                .map(|numbers| block(stream.ssrc(), numbers))
+        });
         // A receiver that has no sender report to answer learns its round trip from XR (RFC 3611): the first compound carries the question.
         let mut reference = Some(ntp);
         loop {
             let mut written = 0;
             send_compound(transport, *key, around, |writer| {
-                writer.receiver_report(*rtcp_ssrc, blocks.by_ref().take(REPORT_BLOCKS_MAX).inspect(|_| written += 1))?;
+                writer.receiver_report(
+                    *rtcp_ssrc,
+                    blocks
+                        .by_ref()
+                        .take(REPORT_BLOCKS_MAX)
+                        .inspect(|_| written += 1),
+                )?;
                 writer.sdes_cname(*rtcp_ssrc, cname)?;
                 if let Some(ntp) = reference.take() {
                     writer.xr(*rtcp_ssrc, Some(ntp), [])?;
@@ -671,11 +804,15 @@ impl Connection {
             };
             for missing in missing[..count].chunks(NACK_SEQS_MAX) {
                 let seqs = missing.iter().map(|seq| Seq(*seq));
-                send_compound(transport, *key, around, |writer| writer.nack(*rtcp_ssrc, stream.ssrc(), seqs));
+                send_compound(transport, *key, around, |writer| {
+                    writer.nack(*rtcp_ssrc, stream.ssrc(), seqs)
+                });
                 around.record.session.nacks_sent += 1;
             }
             if stream.poll_pli(now) {
-                send_compound(transport, *key, around, |writer| writer.pli(*rtcp_ssrc, stream.ssrc()));
+                send_compound(transport, *key, around, |writer| {
+                    writer.pli(*rtcp_ssrc, stream.ssrc())
+                });
                 around.record.session.plis_sent += 1;
             }
             next_at = next_at.min(stream.next_nack_at());
@@ -688,7 +825,9 @@ impl Connection {
 
     /// When the feedback's timer is due; [`Time::MAX`] where none was agreed on.
     pub fn feedback_timer_at(&self) -> Time {
-        self.feedback.as_ref().map_or(Time::MAX, |feedback| feedback.timer_at)
+        self.feedback
+            .as_ref()
+            .map_or(Time::MAX, |feedback| feedback.timer_at)
     }
 
     pub fn set_feedback_timer(&mut self, at: Time) {
@@ -742,12 +881,16 @@ impl Connection {
 
     /// Closes the account of every stream.
     pub fn finish(&mut self, roster: &Roster, record: &mut Record) {
-        self.streams.iter_mut().for_each(|stream| stream.finish(roster, record));
+        self.streams
+            .iter_mut()
+            .for_each(|stream| stream.finish(roster, record));
     }
 
     /// Brings the record up to date with what the streams counted.
     pub fn account(&mut self, roster: &Roster, record: &mut Record) {
-        self.streams.iter_mut().for_each(|stream| stream.account(roster, record));
+        self.streams
+            .iter_mut()
+            .for_each(|stream| stream.account(roster, record));
     }
 
     pub fn outcome(&self, roster: &Roster) -> PeerOutcome {
@@ -755,7 +898,11 @@ impl Connection {
             participant: self.participant,
             intended_at: self.intended_at,
             rtt_rtcp: self.rtt_rtcp,
-            streams: self.streams.iter().map(|stream| stream.outcome(roster)).collect(),
+            streams: self
+                .streams
+                .iter()
+                .map(|stream| stream.outcome(roster))
+                .collect(),
         }
     }
 }
@@ -815,14 +962,18 @@ fn send_compound<I: Io>(
     write: impl FnOnce(&mut Writer<'_>) -> Result<(), WriteError>,
 ) {
     let Some(to) = transport.remote() else { return };
-    let Some(sealer) = transport.sealer_mut() else { return };
+    let Some(sealer) = transport.sealer_mut() else {
+        return;
+    };
     let buffer = around.io.lend();
     let mut writer = Writer::new(&mut buffer[..RTCP_BYTES_MAX]);
     if write(&mut writer).is_err() || writer.is_empty() {
         return;
     }
     let len = writer.len();
-    let Ok(sealed) = sealer.seal_rtcp(buffer, len) else { return };
+    let Ok(sealed) = sealer.seal_rtcp(buffer, len) else {
+        return;
+    };
     around.io.send(key, to, sealed, sealed);
     around.record.session.wire_bytes_sent += sealed as u64;
 }

@@ -32,7 +32,8 @@ fn delay_impairment(delay: Duration) -> f64 {
         return 0.0;
     }
     let x = (delay.as_secs_f64() / HARMLESS_DELAY.as_secs_f64()).log2();
-    25.0 * ((1.0 + x.powi(6)).powf(1.0 / 6.0) - 3.0 * (1.0 + (x / 3.0).powi(6)).powf(1.0 / 6.0) + 2.0)
+    25.0 * ((1.0 + x.powi(6)).powf(1.0 / 6.0) - 3.0 * (1.0 + (x / 3.0).powi(6)).powf(1.0 / 6.0)
+        + 2.0)
 }
 
 /// Ie,eff (G.107, equation 7-29) at a burst ratio of 1.
@@ -57,17 +58,32 @@ mod tests {
     #[test]
     fn scores_are_those_of_the_recommendation() {
         // G.107, Annex B, table B.1: R of 90, 80, 70, 60, 50.
-        for (r, expected) in [(90.0, 4.34), (80.0, 4.03), (70.0, 3.60), (60.0, 3.10), (50.0, 2.58)] {
+        for (r, expected) in [
+            (90.0, 4.34),
+            (80.0, 4.03),
+            (70.0, 3.60),
+            (60.0, 3.10),
+            (50.0, 2.58),
+        ] {
             assert!((mos(r) - expected).abs() < 0.01, "{r}: {}", mos(r));
         }
         assert_eq!((mos(-5.0), mos(3.0), mos(120.0)), (1.0, 1.0, 4.5));
         // The default connection: 4.41.
-        assert_eq!(opus_mos_thousandths(Duration::from_millis(40), Duration::from_millis(20), 0.0), 4_409);
+        assert_eq!(
+            opus_mos_thousandths(Duration::from_millis(40), Duration::from_millis(20), 0.0),
+            4_409
+        );
     }
 
     #[test]
     fn delay_and_loss_each_make_it_worse() {
-        let score = |millis, share| opus_mos_thousandths(Duration::from_millis(millis), Duration::from_millis(20), share);
+        let score = |millis, share| {
+            opus_mos_thousandths(
+                Duration::from_millis(millis),
+                Duration::from_millis(20),
+                share,
+            )
+        };
         assert_eq!(score(10, 0.0), score(70, 0.0));
         for (better, worse) in [(100, 200), (200, 400), (400, 800)] {
             assert!(score(better, 0.0) > score(worse, 0.0));
@@ -77,7 +93,10 @@ mod tests {
         }
         // By hand from the equations.
         for (millis, idd) in [(100, 0.0), (250, 8.92), (400, 24.07)] {
-            assert!((delay_impairment(Duration::from_millis(millis)) - idd).abs() < 0.01, "{millis} ms");
+            assert!(
+                (delay_impairment(Duration::from_millis(millis)) - idd).abs() < 0.01,
+                "{millis} ms"
+            );
         }
         assert!((loss_impairment(10.0) - 47.5).abs() < 1e-9);
         assert!((1_000..1_700).contains(&score(50, 0.5)));

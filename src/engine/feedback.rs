@@ -82,7 +82,8 @@ impl Feedback {
 
     /// Fetches what every packet needs.
     pub fn prefetch(&self) {
-        let to_log = std::mem::offset_of!(Feedback, transport_cc) + std::mem::offset_of!(TransportCc, log);
+        let to_log =
+            std::mem::offset_of!(Feedback, transport_cc) + std::mem::offset_of!(TransportCc, log);
         net::prefetch(self, to_log + ArrivalLog::HEAD_BYTES);
         net::prefetch(&self.remb, usize::MAX);
     }
@@ -102,18 +103,31 @@ impl Feedback {
     }
 
     /// Takes an authentic packet of `bytes` behind its header, of the stream with `media_ssrc`. Returns when [`Feedback::write`] is wanted.
-    pub fn handle_packet(&mut self, header: &Header, packet: &[u8], media_ssrc: u32, arrival: Time) -> Time {
-        let transport_seq = |cc: &TransportCc| header.extension(packet, cc.extension).and_then(|value| be16(value, 0));
+    pub fn handle_packet(
+        &mut self,
+        header: &Header,
+        packet: &[u8],
+        media_ssrc: u32,
+        arrival: Time,
+    ) -> Time {
+        let transport_seq = |cc: &TransportCc| {
+            header
+                .extension(packet, cc.extension)
+                .and_then(|value| be16(value, 0))
+        };
         if let Some(cc) = &mut self.transport_cc
             && let Some(seq) = transport_seq(cc)
         {
             cc.media_ssrc = media_ssrc;
             cc.log.record(seq, arrival);
         } else if let Some(remb) = &mut self.remb
-            && let Some(sent) = header.extension(packet, remb.extension).and_then(|value| be24(value, 0))
+            && let Some(sent) = header
+                .extension(packet, remb.extension)
+                .and_then(|value| be24(value, 0))
         {
             remb.note_source(media_ssrc);
-            remb.estimator.handle_packet(sent, arrival, packet.len() - header.header_len);
+            remb.estimator
+                .handle_packet(sent, arrival, packet.len() - header.header_len);
         }
         self.next_at(arrival)
     }
@@ -121,7 +135,9 @@ impl Feedback {
     /// Notes the arrival of a packet that nobody can read yet, so that it is not reported as lost. When it can be read it comes again.
     pub fn handle_early_packet(&mut self, header: &Header, packet: &[u8], arrival: Time) {
         if let Some(cc) = &mut self.transport_cc
-            && let Some(seq) = header.extension(packet, cc.extension).and_then(|value| be16(value, 0))
+            && let Some(seq) = header
+                .extension(packet, cc.extension)
+                .and_then(|value| be16(value, 0))
         {
             cc.log.record(seq, arrival);
         }
@@ -130,16 +146,29 @@ impl Feedback {
     /// When [`Feedback::write`] is wanted; [`Time::MAX`] while there is nothing to tell.
     fn next_at(&self, now: Time) -> Time {
         let transport_cc = self.transport_cc.as_ref().filter(|cc| cc.log.has_news());
-        let transport_cc = transport_cc.map_or(Time::MAX, |cc| cc.sent_at.map_or(now + cc.interval, |at| at + cc.interval));
-        let remb = self.remb.as_ref().map_or(Time::MAX, |remb| remb.estimator.next_at());
+        let transport_cc = transport_cc.map_or(Time::MAX, |cc| {
+            cc.sent_at.map_or(now + cc.interval, |at| at + cc.interval)
+        });
+        let remb = self
+            .remb
+            .as_ref()
+            .map_or(Time::MAX, |remb| remb.estimator.next_at());
         transport_cc.min(remb)
     }
 
     /// Writes one message of what is due, if anything is. Returns whether there may be more.
-    pub fn write(&mut self, writer: &mut Writer<'_>, sender_ssrc: u32, now: Time, rtt: Duration) -> Result<Option<Sent>, WriteError> {
+    pub fn write(
+        &mut self,
+        writer: &mut Writer<'_>,
+        sender_ssrc: u32,
+        now: Time,
+        rtt: Duration,
+    ) -> Result<Option<Sent>, WriteError> {
         if let Some(cc) = &mut self.transport_cc
             && cc.log.has_news()
-            && cc.sent_at.is_none_or(|at| now == at || now.since(at) >= cc.interval)
+            && cc
+                .sent_at
+                .is_none_or(|at| now == at || now.since(at) >= cc.interval)
         {
             cc.log.write(writer, sender_ssrc, cc.media_ssrc)?;
             cc.sent_at = Some(now);
@@ -180,7 +209,9 @@ impl Remb {
 fn feedback_interval(send_bps: u64) -> Duration {
     const MESSAGE_BITS: u64 = (20 + 8 + 10 + 30) * 8;
     const SHARES: u64 = 20;
-    let share = (MESSAGE_BITS * SHARES * 1_000_000).checked_div(send_bps).map(Duration::from_micros);
+    let share = (MESSAGE_BITS * SHARES * 1_000_000)
+        .checked_div(send_bps)
+        .map(Duration::from_micros);
     share.map_or(FEEDBACK_INTERVAL, |share| {
         share.clamp(Duration::from_millis(50), Duration::from_millis(250))
     })
@@ -213,19 +244,31 @@ mod tests {
 
     fn feedback(streams: &[StreamParameters]) -> Option<Box<Feedback>> {
         let mut feedback = None;
-        streams.iter().for_each(|stream| Feedback::add_stream(&mut feedback, stream));
+        streams
+            .iter()
+            .for_each(|stream| Feedback::add_stream(&mut feedback, stream));
         feedback
     }
 
     /// A packet of 1,000 bytes with these extensions; returns when feedback is wanted.
-    fn take(feedback: &mut Feedback, ssrc: u32, seq: Option<u16>, sent: Option<Time>, arrival: Time) -> Time {
+    fn take(
+        feedback: &mut Feedback,
+        ssrc: u32,
+        seq: Option<u16>,
+        sent: Option<Time>,
+        arrival: Time,
+    ) -> Time {
         let mut template = HeaderTemplate::new(96, ssrc).unwrap();
         if let Some(seq) = seq {
-            template.push_extension(TRANSPORT_CC, &seq.to_be_bytes()).unwrap();
+            template
+                .push_extension(TRANSPORT_CC, &seq.to_be_bytes())
+                .unwrap();
         }
         if let Some(sent) = sent {
             let ntp = ((u128::from(sent.as_nanos()) << 32) / 1_000_000_000) as u64;
-            template.push_extension(ABS_SEND_TIME, &abs_send_time(ntp)).unwrap();
+            template
+                .push_extension(ABS_SEND_TIME, &abs_send_time(ntp))
+                .unwrap();
         }
         let mut packet = [0; 1_000];
         template.write(&mut packet, false, Seq(1), 0).unwrap();
@@ -273,7 +316,11 @@ mod tests {
                 else {
                     panic!("{bytes:?}")
                 };
-                assert_eq!((sender_ssrc, media_ssrc), (9, 1 + ms as u32 % 2), "the stream that spoke last");
+                assert_eq!(
+                    (sender_ssrc, media_ssrc),
+                    (9, 1 + ms as u32 % 2),
+                    "the stream that spoke last"
+                );
                 let reported = u16::from_be_bytes([body[2], body[3]]);
                 assert!((99..=101).contains(&reported), "{reported} packets");
                 messages += 1;
@@ -291,12 +338,20 @@ mod tests {
             take(&mut feedback, 1, Some(ms as u16 / 5), Some(now), now);
         }
         let (sent, _) = turn(&mut feedback, Time::from_millis(10_000));
-        assert!(!sent.is_empty() && sent.iter().all(|sent| *sent == Sent::TransportCc), "{sent:?}");
+        assert!(
+            !sent.is_empty() && sent.iter().all(|sent| *sent == Sent::TransportCc),
+            "{sent:?}"
+        );
     }
 
     #[test]
     fn remb_names_the_streams_that_carry_send_times_and_stops_with_them() {
-        let mut feedback = feedback(&[stream(1, true, true), stream(2, true, true), stream(3, false, false)]).unwrap();
+        let mut feedback = feedback(&[
+            stream(1, true, true),
+            stream(2, true, true),
+            stream(3, false, false),
+        ])
+        .unwrap();
         let mut told = Vec::new();
         for ms in (0..10_000).step_by(5) {
             let now = Time::from_millis(ms);
@@ -305,16 +360,31 @@ mod tests {
                 told.push((ms, turn(&mut feedback, now)));
             }
         }
-        let (at, (sent, bytes)) = told.iter().find(|(_, (sent, _))| !sent.is_empty()).expect("a REMB");
-        assert!((5_000..5_500).contains(at), "what arrives is watched for 5 s first: {at}");
-        let [Sent::Remb(bitrate)] = sent[..] else { panic!("{sent:?}") };
-        assert!((1_500_000..1_700_000).contains(&bitrate.bps()), "{bitrate}: 200 packets a second");
+        let (at, (sent, bytes)) = told
+            .iter()
+            .find(|(_, (sent, _))| !sent.is_empty())
+            .expect("a REMB");
+        assert!(
+            (5_000..5_500).contains(at),
+            "what arrives is watched for 5 s first: {at}"
+        );
+        let [Sent::Remb(bitrate)] = sent[..] else {
+            panic!("{sent:?}")
+        };
+        assert!(
+            (1_500_000..1_700_000).contains(&bitrate.bps()),
+            "{bitrate}: 200 packets a second"
+        );
         let Some(Ok(Packet::Remb { sources, .. })) = packets(bytes).next() else {
             panic!()
         };
         assert_eq!(sources.collect::<Vec<_>>(), [1, 2]);
         turn(&mut feedback, Time::from_millis(20_000));
-        assert_eq!(feedback.timer_at, Time::MAX, "nothing comes, nothing is told");
+        assert_eq!(
+            feedback.timer_at,
+            Time::MAX,
+            "nothing comes, nothing is told"
+        );
     }
 
     #[test]

@@ -55,21 +55,32 @@ pub struct FloorSince {
 
 impl FloorThread {
     pub fn start(epoch: Epoch) -> io::Result<FloorThread> {
-        let (stop, since) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(FloorSince::default())));
+        let (stop, since) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(Mutex::new(FloorSince::default())),
+        );
         let all_late = Arc::new(Mutex::new(Histogram::default()));
         let (stopped, seen, floor) = (stop.clone(), since.clone(), all_late.clone());
-        let thread = std::thread::Builder::new().name("floor".into()).spawn(move || {
-            let mut beat = Beat::start(epoch);
-            while !stopped.load(Ordering::Relaxed) {
-                let (now, late, _) = beat.wait(FLOOR_TICKS);
-                floor.lock().unwrap_or_else(PoisonError::into_inner).record(late);
-                let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-                seen.late_max = seen.late_max.max(Some(late));
-                if late >= STALL_MIN {
-                    seen.gaps.push(Gap { from: now - late, to: now });
+        let thread = std::thread::Builder::new()
+            .name("floor".into())
+            .spawn(move || {
+                let mut beat = Beat::start(epoch);
+                while !stopped.load(Ordering::Relaxed) {
+                    let (now, late, _) = beat.wait(FLOOR_TICKS);
+                    floor
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .record(late);
+                    let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+                    seen.late_max = seen.late_max.max(Some(late));
+                    if late >= STALL_MIN {
+                        seen.gaps.push(Gap {
+                            from: now - late,
+                            to: now,
+                        });
+                    }
                 }
-            }
-        })?;
+            })?;
         Ok(FloorThread {
             stop,
             since,
@@ -94,7 +105,10 @@ impl FloorThread {
 
     /// How late it was, since its start.
     pub fn so_far(&self) -> Histogram {
-        self.late.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.late
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub fn finish(mut self) -> Histogram {
@@ -236,7 +250,10 @@ const fn explanation(cause: Cause, embedded_sfu: bool) -> (&'static str, &'stati
             "its control group had used up its CPU quota",
             "raise the container's CPU limit (cpu.max), or use more hosts",
         ),
-        Cause::Stolen => ("the hypervisor gave the CPU to others", "use a machine with CPUs of its own"),
+        Cause::Stolen => (
+            "the hypervisor gave the CPU to others",
+            "use a machine with CPUs of its own",
+        ),
         Cause::RunQueue if embedded_sfu => (
             "other threads had the CPU, the embedded SFU's among them",
             "take other load off this host, or fewer subscribers, or a server elsewhere",
@@ -245,7 +262,10 @@ const fn explanation(cause: Cause, embedded_sfu: bool) -> (&'static str, &'stati
             "other work of this host had the CPU",
             "take it off this host, or give the generator cores of its own",
         ),
-        Cause::Engine | Cause::Silence => ("the engine had more to do than time", "fewer participants a host, or more cores"),
+        Cause::Engine | Cause::Silence => (
+            "the engine had more to do than time",
+            "fewer participants a host, or more cores",
+        ),
     }
 }
 
@@ -303,7 +323,11 @@ fn names(seconds: &[u64]) -> String {
             _ => range[0].to_string(),
         })
         .collect();
-    let unnamed: usize = ranges.iter().skip(RANGES_MAX).map(|range| range.len()).sum();
+    let unnamed: usize = ranges
+        .iter()
+        .skip(RANGES_MAX)
+        .map(|range| range.len())
+        .sum();
     if unnamed > 0 {
         names.push(format!("{unnamed} more"));
     }
@@ -378,8 +402,22 @@ mod tests {
     #[test]
     fn a_calm_generator_is_valid_and_each_cause_is_named() {
         assert_eq!(judged(|_| {}, 0, 0.5), Vec::<String>::new());
-        assert!(judged(|r| (0..50).for_each(|_| r.engine.tick_late.record_micros(30_000)), 0, 0.5)[0].contains("tick was late"));
-        assert!(judged(|r| (0..50).for_each(|_| r.engine.send_lag.record_micros(30_000)), 0, 0.5)[0].contains("left late"));
+        assert!(
+            judged(
+                |r| (0..50).for_each(|_| r.engine.tick_late.record_micros(30_000)),
+                0,
+                0.5
+            )[0]
+            .contains("tick was late")
+        );
+        assert!(
+            judged(
+                |r| (0..50).for_each(|_| r.engine.send_lag.record_micros(30_000)),
+                0,
+                0.5
+            )[0]
+            .contains("left late")
+        );
         assert!(judged(|r| r.engine.send_slots_skipped = 600, 0, 0.5)[0].contains("never sent"));
         let few = |skipped| {
             judged(
@@ -398,8 +436,16 @@ mod tests {
 
     #[test]
     fn a_stall_that_no_percentile_shows_makes_its_seconds_invalid() {
-        let gaps = [gap(3_000, 3_060), gap(12_300, 14_100), gap(20_950, 21_120), gap(30_000, 30_030)];
-        let stalls = [stall(Cause::Stopped, 12.3, 14.1), stall(Cause::RunQueue, 20.95, 21.12)];
+        let gaps = [
+            gap(3_000, 3_060),
+            gap(12_300, 14_100),
+            gap(20_950, 21_120),
+            gap(30_000, 30_030),
+        ];
+        let stalls = [
+            stall(Cause::Stopped, 12.3, 14.1),
+            stall(Cause::RunQueue, 20.95, 21.12),
+        ];
         let reasons = judged_with(|_| {}, 0, 0.1, &[], &gaps, &stalls);
         assert_eq!(
             reasons,
@@ -411,14 +457,19 @@ mod tests {
             ]
         );
         // The same stillness in short pieces is as bad; the server's silence is not ours.
-        let pieces: Vec<Gap> = (0..5).map(|n| gap(5_000 + n * 100, 5_021 + n * 100)).collect();
+        let pieces: Vec<Gap> = (0..5)
+            .map(|n| gap(5_000 + n * 100, 5_021 + n * 100))
+            .collect();
         let reasons = judged_with(
             |_| {},
             0,
             0.1,
             &[],
             &pieces,
-            &[stall(Cause::Throttled, 5.0, 5.5), stall(Cause::Silence, 5.0, 6.0)],
+            &[
+                stall(Cause::Throttled, 5.0, 5.5),
+                stall(Cause::Silence, 5.0, 6.0),
+            ],
         );
         assert!(
             matches!(&reasons[..], [one] if one.starts_with("second 5: ") && one.contains("cpu.max")),
@@ -435,8 +486,17 @@ mod tests {
             frames_skipped: skipped,
             ..Second::default()
         };
-        let seconds: Vec<Second> = (0..20).map(|n| row(n, u64::from([4, 5, 9].contains(&n)) * 300)).collect();
-        let reasons = judged_with(|r| r.engine.send_slots_skipped = 900, 0, 0.1, &seconds, &[], &[]);
+        let seconds: Vec<Second> = (0..20)
+            .map(|n| row(n, u64::from([4, 5, 9].contains(&n)) * 300))
+            .collect();
+        let reasons = judged_with(
+            |r| r.engine.send_slots_skipped = 900,
+            0,
+            0.1,
+            &seconds,
+            &[],
+            &[],
+        );
         assert!(
             reasons[0].contains("900 frames") && reasons[0].contains(", seconds 4-5 and 9)"),
             "{reasons:?}"

@@ -50,10 +50,18 @@ struct Stretch {
 impl Stretch {
     fn deliver(&mut self, identity: &FrameIdentity) -> Delivery {
         let delivery = self.window.deliver(identity.frame);
-        if self.window.range().is_some_and(|(first, _)| first == identity.frame) {
+        if self
+            .window
+            .range()
+            .is_some_and(|(first, _)| first == identity.frame)
+        {
             self.first_at = identity.intended_unix_us;
         }
-        if self.window.range().is_some_and(|(_, last)| last == identity.frame) {
+        if self
+            .window
+            .range()
+            .is_some_and(|(_, last)| last == identity.frame)
+        {
             self.last_at = identity.intended_unix_us;
         }
         delivery
@@ -69,15 +77,22 @@ impl Stretch {
 
     /// Frames from the first to the last.
     fn len(&self) -> u64 {
-        self.window.range().map_or(0, |(first, last)| u64::from(last - first) + 1)
+        self.window
+            .range()
+            .map_or(0, |(first, last)| u64::from(last - first) + 1)
     }
 
     /// Frames of this layer that were due, and sent, before `next` began.
     fn missed_before(&self, next: &Stretch, interval: Duration) -> u64 {
-        let (Some(last), false, interval_us) = (self.last(), next.after_pause, interval.as_micros() as u64) else {
+        let (Some(last), false, interval_us) =
+            (self.last(), next.after_pause, interval.as_micros() as u64)
+        else {
             return 0;
         };
-        let apart = next.first_at.saturating_sub(self.last_at).saturating_sub(SLOT_ROUNDING_US);
+        let apart = next
+            .first_at
+            .saturating_sub(self.last_at)
+            .saturating_sub(SLOT_ROUNDING_US);
         let slots = apart.div_ceil(interval_us.max(1)).saturating_sub(1);
         // A layer that rested had fewer frames than slots.
         slots.min(u64::from(self.sent.saturating_sub(last + 1)))
@@ -95,7 +110,11 @@ impl Ledger {
     /// Takes a whole frame of the track. Only the first delivery of an expected frame is [`Delivery::First`].
     pub fn deliver(&mut self, identity: &FrameIdentity, roster: &Roster) -> Delivery {
         let delivery = self.take(identity, roster);
-        let marked = self.mark.get(usize::from(identity.layer)).copied().unwrap_or(0);
+        let marked = self
+            .mark
+            .get(usize::from(identity.layer))
+            .copied()
+            .unwrap_or(0);
         self.overdue += u32::from(delivery == Delivery::First && identity.frame < marked);
         delivery
     }
@@ -124,14 +143,21 @@ impl Ledger {
     /// A frame of the current layer from before the last switch to it.
     fn is_of_an_older_stretch(&self, identity: &FrameIdentity) -> bool {
         self.previous.last().is_some()
-            && self.current.first().is_some_and(|first| identity.frame < first)
+            && self
+                .current
+                .first()
+                .is_some_and(|first| identity.frame < first)
             && identity.intended_unix_us <= self.previous.last_at
     }
 
     /// A frame of another layer than the current one that was due before the switch.
     fn is_late(&self, identity: &FrameIdentity) -> bool {
         let of_previous = self.is_of_previous(identity);
-        let known = of_previous && self.previous.last().is_some_and(|last| identity.frame <= last);
+        let known = of_previous
+            && self
+                .previous
+                .last()
+                .is_some_and(|last| identity.frame <= last);
         let due_before = match of_previous {
             // Both layers' frames of one moment may come: the earlier layer's ends its stretch.
             true => identity.intended_unix_us <= self.current.first_at,
@@ -146,7 +172,11 @@ impl Ledger {
 
     /// What is older than the previous stretch cannot be told from what was counted.
     fn deliver_late(&mut self, identity: &FrameIdentity) -> Delivery {
-        let in_previous = self.is_of_previous(identity) && self.previous.first().is_some_and(|first| identity.frame >= first);
+        let in_previous = self.is_of_previous(identity)
+            && self
+                .previous
+                .first()
+                .is_some_and(|first| identity.frame >= first);
         match in_previous {
             true => self.previous.deliver(identity),
             false => Delivery::TooOld,
@@ -156,7 +186,8 @@ impl Ledger {
     fn begin_stretch(&mut self, identity: &FrameIdentity, roster: &Roster) {
         let (origin, track) = (identity.origin, identity.track);
         let interval = roster.frame_interval(origin, track, self.previous.layer);
-        self.settled_expected += self.previous.len() + self.previous.missed_before(&self.current, interval);
+        self.settled_expected +=
+            self.previous.len() + self.previous.missed_before(&self.current, interval);
         self.settled_delivered += self.previous.window.delivered();
         self.current.sent = self.sent((origin, track), self.current.layer, roster);
         let next = Stretch {
@@ -185,8 +216,10 @@ impl Ledger {
 
     /// Frames of the stretch before that were due before the current one began, and did not come.
     pub fn withheld(&self, (origin, track): (u32, u8), roster: &Roster) -> u64 {
-        self.previous
-            .missed_before(&self.current, roster.frame_interval(origin, track, self.previous.layer))
+        self.previous.missed_before(
+            &self.current,
+            roster.frame_interval(origin, track, self.previous.layer),
+        )
     }
 
     /// Frames that ought to have come after the last one that did.
@@ -200,12 +233,15 @@ impl Ledger {
 
     /// Nothing more is expected than what was sent by now.
     pub fn end(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
-        self.ended_at.get_or_insert_with(|| all_sent(origin, roster));
+        self.ended_at
+            .get_or_insert_with(|| all_sent(origin, roster));
     }
 
     /// The subscription has ended, and this frame was not made by then.
     pub fn is_beyond_the_end(&self, identity: &FrameIdentity) -> bool {
-        let ended_at = self.ended_at.and_then(|ended_at| ended_at.get(usize::from(identity.layer)).copied());
+        let ended_at = self
+            .ended_at
+            .and_then(|ended_at| ended_at.get(usize::from(identity.layer)).copied());
         ended_at.is_some_and(|sent| identity.frame >= sent)
     }
 
@@ -220,7 +256,9 @@ impl Ledger {
     }
 
     fn sent(&self, (origin, track): (u32, u8), layer: u8, roster: &Roster) -> u32 {
-        let ended_at = self.ended_at.and_then(|ended_at| ended_at.get(usize::from(layer)).copied());
+        let ended_at = self
+            .ended_at
+            .and_then(|ended_at| ended_at.get(usize::from(layer)).copied());
         ended_at.unwrap_or_else(|| roster.frames(origin, track, layer))
     }
 
@@ -244,13 +282,20 @@ impl Ledger {
             true => self.current.len(),
             false => u64::from(sent.saturating_sub(first)),
         };
-        self.settled_expected + self.previous.len() + self.previous.missed_before(&self.current, interval) + of_current
+        self.settled_expected
+            + self.previous.len()
+            + self.previous.missed_before(&self.current, interval)
+            + of_current
     }
 }
 
 /// How many frames of each layer have been made.
 fn all_sent(origin: Option<(u32, u8)>, roster: &Roster) -> [u32; LAYERS_MAX] {
-    std::array::from_fn(|layer| origin.map_or(0, |(origin, track)| roster.frames(origin, track, layer as u8)))
+    std::array::from_fn(|layer| {
+        origin.map_or(0, |(origin, track)| {
+            roster.frames(origin, track, layer as u8)
+        })
+    })
 }
 
 #[cfg(test)]
@@ -285,7 +330,11 @@ mod tests {
             let roster = Roster::new(0, [0].into_iter());
             for layer in 0..3 {
                 let rate = RATES[usize::from(layer)];
-                roster.set_published(&frame(layer, 0), Time::from_millis(1), Duration::from_micros(1_000_000 / rate));
+                roster.set_published(
+                    &frame(layer, 0),
+                    Time::from_millis(1),
+                    Duration::from_micros(1_000_000 / rate),
+                );
                 roster.set_frames(&frame(layer, 0), (until * rate / 1_000_000) as u32 + 1);
             }
             World {
@@ -324,11 +373,17 @@ mod tests {
                 for (first, both) in (7..40).flat_map(|first| [(first, true), (first, false)]) {
                     let mut world = World::new(10_000 * MS);
                     let switch_at = frame(to, first).intended_unix_us;
-                    let due = |number: &u32| frame(from, *number).intended_unix_us < switch_at + u64::from(both);
+                    let due = |number: &u32| {
+                        frame(from, *number).intended_unix_us < switch_at + u64::from(both)
+                    };
                     world.deliver(from, (3..).take_while(due));
                     world.deliver(to, first..first + 10);
                     world.roster.set_frames(&frame(to, 0), first + 10);
-                    assert_eq!(world.expected(), world.ledger.delivered(), "from {from} to {to} at {first}");
+                    assert_eq!(
+                        world.expected(),
+                        world.ledger.delivered(),
+                        "from {from} to {to} at {first}"
+                    );
                 }
             }
         }
@@ -344,7 +399,10 @@ mod tests {
         // One of them is repaired late; the count of those expected does not change.
         assert_eq!(world.deliver(0, [5]), [Delivery::First]);
         assert_eq!((world.expected(), world.ledger.delivered()), (54, 51));
-        assert_eq!(world.deliver(0, [5, 3]), [Delivery::Duplicate, Delivery::Duplicate]);
+        assert_eq!(
+            world.deliver(0, [5, 3]),
+            [Delivery::Duplicate, Delivery::Duplicate]
+        );
         // Back again, at once: 61 frames of the highest layer were sent, the last for 2.0 s.
         world.roster.set_frames(&frame(0, 0), 32);
         world.deliver(0, [31]);
@@ -369,8 +427,14 @@ mod tests {
         let (expected, delivered) = (world.expected(), world.ledger.delivered());
         assert_eq!(expected, 4 + 16 + 31);
         assert_eq!(world.deliver(0, [2]), [Delivery::TooOld]);
-        assert_eq!((world.expected(), world.ledger.delivered()), (expected, delivered));
-        assert_eq!(world.deliver(1, [20, 4]), [Delivery::Duplicate, Delivery::TooOld]);
+        assert_eq!(
+            (world.expected(), world.ledger.delivered()),
+            (expected, delivered)
+        );
+        assert_eq!(
+            world.deliver(1, [20, 4]),
+            [Delivery::Duplicate, Delivery::TooOld]
+        );
         assert_eq!(world.deliver(0, [14]), [Delivery::TooOld]);
     }
 
@@ -380,7 +444,10 @@ mod tests {
         world.deliver(0, [6]);
         world.deliver(1, [8]);
         world.deliver(2, 12..=60);
-        assert_eq!((world.expected(), world.ledger.delivered()), (1 + 1 + 49, 51));
+        assert_eq!(
+            (world.expected(), world.ledger.delivered()),
+            (1 + 1 + 49, 51)
+        );
         assert_eq!(world.deliver(1, [8]), [Delivery::Duplicate]);
     }
 
@@ -394,12 +461,18 @@ mod tests {
             world.roster.set_frames(&frame(layer, 0), 900);
         }
         assert!((21..=30).all(|number| !world.ledger.is_beyond_the_end(&frame(2, number))));
-        assert!(world.ledger.is_beyond_the_end(&frame(2, 31)) && world.ledger.is_beyond_the_end(&frame(0, 16)));
+        assert!(
+            world.ledger.is_beyond_the_end(&frame(2, 31))
+                && world.ledger.is_beyond_the_end(&frame(0, 16))
+        );
         world.deliver(2, [22, 21]);
         assert_eq!((world.expected(), world.ledger.delivered()), (31, 23));
         // Under way on another layer: that one ends where it was, too.
         world.deliver(0, [14, 15]);
-        assert_eq!((world.expected(), world.ledger.delivered()), (world.expected(), 25));
+        assert_eq!(
+            (world.expected(), world.ledger.delivered()),
+            (world.expected(), 25)
+        );
         assert!(world.expected() <= 31 + 2, "{}", world.expected());
     }
 
@@ -431,10 +504,16 @@ mod tests {
         world.ledger.resume();
         assert_eq!(world.expected(), 23, "not before the first frame comes");
         world.deliver(2, 70..=90);
-        assert_eq!((world.expected(), world.ledger.delivered()), (23 + 21, 22 + 21));
+        assert_eq!(
+            (world.expected(), world.ledger.delivered()),
+            (23 + 21, 22 + 21)
+        );
         world.ledger.pause();
         world.ledger.resume();
         world.deliver(0, 44..=45);
-        assert_eq!((world.expected(), world.ledger.delivered()), (44 + 2, 43 + 2));
+        assert_eq!(
+            (world.expected(), world.ledger.delivered()),
+            (44 + 2, 43 + 2)
+        );
     }
 }

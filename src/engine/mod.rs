@@ -313,15 +313,27 @@ impl Roster {
 
     /// `intervals`: from one frame to the next of audio, and of each layer of video, the lowest first; zero of a layer that there is not. Used for publishers of
     /// other hosts; those of this one say it themselves ([`Roster::set_published`]).
-    pub fn of_hosts(run: u32, members: impl Iterator<Item = Member>, intervals: [Duration; CELLS_PER_PARTICIPANT]) -> Roster {
+    pub fn of_hosts(
+        run: u32,
+        members: impl Iterator<Item = Member>,
+        intervals: [Duration; CELLS_PER_PARTICIPANT],
+    ) -> Roster {
         let mut hosts = 0;
         let mut cells = Vec::new();
         for member in members {
             let elsewhere = member.elsewhere.map_or(0, |host| host as u32 + 1);
             hosts = hosts.max(elsewhere);
             for (place, interval) in intervals.iter().enumerate() {
-                let publishes = if place == 0 { member.publishes_audio } else { member.publishes_video };
-                let interval = if elsewhere > 0 && publishes { *interval } else { Duration::ZERO };
+                let publishes = if place == 0 {
+                    member.publishes_audio
+                } else {
+                    member.publishes_video
+                };
+                let interval = if elsewhere > 0 && publishes {
+                    *interval
+                } else {
+                    Duration::ZERO
+                };
                 cells.push(LayerCell {
                     room: member.room,
                     elsewhere,
@@ -340,7 +352,11 @@ impl Roster {
 
     /// How far this host's publishers are: every layer that has sent anything.
     pub fn frame_counts(&self) -> impl Iterator<Item = FrameCount> + '_ {
-        let counts = self.cells.iter().enumerate().filter(|(_, cell)| cell.elsewhere == 0);
+        let counts = self
+            .cells
+            .iter()
+            .enumerate()
+            .filter(|(_, cell)| cell.elsewhere == 0);
         let counts = counts.map(|(at, cell)| {
             let (origin, place) = (at / CELLS_PER_PARTICIPANT, at % CELLS_PER_PARTICIPANT);
             FrameCount {
@@ -355,7 +371,9 @@ impl Roster {
 
     /// Another host says how far a publisher of its own is. What it says of others is not believed; nor that one has made less than before.
     pub fn set_frames_elsewhere(&self, count: FrameCount) {
-        let cell = self.cell(count.origin, count.track, count.layer).filter(|cell| cell.elsewhere > 0);
+        let cell = self
+            .cell(count.origin, count.track, count.layer)
+            .filter(|cell| cell.elsewhere > 0);
         if let Some(cell) = cell {
             cell.frames.fetch_max(count.frames, Relaxed);
         }
@@ -384,7 +402,11 @@ impl Roster {
         let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) else {
             return false;
         };
-        identity.frame < cell.frames.load(Relaxed).saturating_add(cell.frames_unheard_max)
+        identity.frame
+            < cell
+                .frames
+                .load(Relaxed)
+                .saturating_add(cell.frames_unheard_max)
     }
 
     /// A layer begins at `at`, with a frame every `interval`.
@@ -451,12 +473,15 @@ impl Roster {
 
     /// How many frames a layer has sent so far; of another host's publisher, as far as that is known here.
     pub fn frames(&self, origin: u32, track: u8, layer: u8) -> u32 {
-        self.cell(origin, track, layer).map_or(0, |cell| cell.frames.load(Relaxed))
+        self.cell(origin, track, layer)
+            .map_or(0, |cell| cell.frames.load(Relaxed))
     }
 
     /// From one frame of a layer to the next; zero while it is not published.
     pub fn frame_interval(&self, origin: u32, track: u8, layer: u8) -> Duration {
-        let micros = self.cell(origin, track, layer).map_or(0, |cell| cell.interval_us.load(Relaxed));
+        let micros = self
+            .cell(origin, track, layer)
+            .map_or(0, |cell| cell.interval_us.load(Relaxed));
         Duration::from_micros(micros.into())
     }
 
@@ -467,7 +492,8 @@ impl Roster {
 
     /// Grows by one whenever the track is muted or unmuted; see [`is_muted`].
     fn mute_changes(&self, origin: u32, track: u8) -> u32 {
-        self.cell(origin, track, 0).map_or(0, |cell| cell.mute_changes.load(Relaxed))
+        self.cell(origin, track, 0)
+            .map_or(0, |cell| cell.mute_changes.load(Relaxed))
     }
 
     /// The room that a track belongs to; `None` where the identity names nobody of this run.
@@ -481,7 +507,8 @@ impl Roster {
             VIDEO_TRACK if usize::from(layer) < LAYERS_MAX => 1 + usize::from(layer),
             _ => return None,
         };
-        self.cells.get(origin as usize * CELLS_PER_PARTICIPANT + place)
+        self.cells
+            .get(origin as usize * CELLS_PER_PARTICIPANT + place)
     }
 }
 
@@ -506,16 +533,24 @@ mod tests {
     use super::*;
 
     const AUDIO_EVERY: Duration = Duration::from_millis(20);
-    const INTERVALS: [Duration; CELLS_PER_PARTICIPANT] = [AUDIO_EVERY, Duration::from_millis(50), Duration::ZERO, Duration::ZERO];
+    const INTERVALS: [Duration; CELLS_PER_PARTICIPANT] = [
+        AUDIO_EVERY,
+        Duration::from_millis(50),
+        Duration::ZERO,
+        Duration::ZERO,
+    ];
 
     /// Participant 0 is here, 1 and 2 on host 4; 2 publishes nothing.
     fn roster() -> Roster {
-        let members = [(None, true), (Some(4), true), (Some(4), false)].map(|(elsewhere, publishes)| Member {
-            room: 3,
-            publishes_audio: publishes,
-            publishes_video: publishes,
-            elsewhere,
-        });
+        let members =
+            [(None, true), (Some(4), true), (Some(4), false)].map(|(elsewhere, publishes)| {
+                Member {
+                    room: 3,
+                    publishes_audio: publishes,
+                    publishes_video: publishes,
+                    elsewhere,
+                }
+            });
         Roster::of_hosts(7, members.into_iter(), INTERVALS)
     }
 
@@ -542,7 +577,10 @@ mod tests {
     fn a_publisher_elsewhere_is_as_far_as_was_told_or_as_what_came_and_never_back() {
         let roster = roster();
         let known = |frames: u32| assert_eq!(roster.frames(1, AUDIO_TRACK, 0), frames);
-        assert!(roster.is_made(&frame(1, AUDIO_TRACK, 0)), "nothing has been told yet");
+        assert!(
+            roster.is_made(&frame(1, AUDIO_TRACK, 0)),
+            "nothing has been told yet"
+        );
         roster.set_received(&frame(1, AUDIO_TRACK, 9));
         known(10);
         for (told, then) in [(8, 10), (50, 50), (20, 50), (50, 50)] {
@@ -568,15 +606,25 @@ mod tests {
             (100, u32::MAX, false),
         ] {
             roster.set_frames_elsewhere(count(1, known));
-            assert_eq!(roster.is_made(&frame(1, AUDIO_TRACK, number)), made, "{number} after {known}");
+            assert_eq!(
+                roster.is_made(&frame(1, AUDIO_TRACK, number)),
+                made,
+                "{number} after {known}"
+            );
         }
-        assert!(!roster.is_made(&frame(2, AUDIO_TRACK, 0)), "who publishes nothing");
+        assert!(
+            !roster.is_made(&frame(2, AUDIO_TRACK, 0)),
+            "who publishes nothing"
+        );
         let layer_that_is_not = FrameIdentity {
             layer: 2,
             ..frame(1, VIDEO_TRACK, 0)
         };
         assert!(!roster.is_made(&layer_that_is_not));
-        assert!(!roster.is_made(&frame(0, AUDIO_TRACK, 0)), "whose log is here is not told of");
+        assert!(
+            !roster.is_made(&frame(0, AUDIO_TRACK, 0)),
+            "whose log is here is not told of"
+        );
     }
 
     #[test]
@@ -590,7 +638,10 @@ mod tests {
         roster.set_frames_elsewhere(count(99, 1_000));
         roster.set_frames_elsewhere(count(1, 70));
         assert_eq!(roster.frames(0, AUDIO_TRACK, 0), 5);
-        assert!(roster.frame_counts().eq([count(0, 5)]), "what others told is not passed on");
+        assert!(
+            roster.frame_counts().eq([count(0, 5)]),
+            "what others told is not passed on"
+        );
     }
 
     #[test]

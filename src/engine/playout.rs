@@ -200,13 +200,24 @@ impl Default for AudioPlayout {
 
 impl AudioPlayout {
     /// Takes frame number `frame`, here for the first time, which lasts `length` and was `transit` under way. `on_interruption` hears how long each was.
-    pub fn handle_frame(&mut self, frame: u32, transit: Duration, length: Duration, now: Time, mut on_interruption: impl FnMut(Duration)) -> Played {
+    pub fn handle_frame(
+        &mut self,
+        frame: u32,
+        transit: Duration,
+        length: Duration,
+        now: Time,
+        mut on_interruption: impl FnMut(Duration),
+    ) -> Played {
         let transit_us = u32::try_from(transit.as_micros()).unwrap_or(u32::MAX);
         let length_us = micros(length);
         if self.pending > 0 && frame <= self.newest {
             return self.handle_late(frame, transit_us, now);
         }
-        let skipped = if self.pending == 0 { 0 } else { frame - self.newest - 1 };
+        let skipped = if self.pending == 0 {
+            0
+        } else {
+            frame - self.newest - 1
+        };
         self.stretch(now);
         let slower_us = self.target.add(transit_us, true, now);
         if slower_us > self.delay_us && self.pending > 0 {
@@ -234,7 +245,12 @@ impl AudioPlayout {
     }
 
     /// Nothing comes any more, and the last `missing` frames never came.
-    pub fn finish(&mut self, missing: u64, length: Duration, mut on_interruption: impl FnMut(Duration)) {
+    pub fn finish(
+        &mut self,
+        missing: u64,
+        length: Duration,
+        mut on_interruption: impl FnMut(Duration),
+    ) {
         self.settle(self.pending, micros(length), &mut on_interruption);
         self.conceal(missing * length.as_micros() as u64);
         self.end_concealment(&mut on_interruption);
@@ -248,7 +264,9 @@ impl AudioPlayout {
 
     /// From a frame's intended moment to its playout, on average; `None` where nothing was played.
     pub fn mouth_to_ear(&self) -> Option<Duration> {
-        let mean = self.mouth_to_ear_us.checked_div(self.frames_played.into())?;
+        let mean = self
+            .mouth_to_ear_us
+            .checked_div(self.frames_played.into())?;
         Some(Duration::from_micros(mean))
     }
 
@@ -278,12 +296,20 @@ impl AudioPlayout {
         self.delay_us = if self.pending == 0 {
             target_us
         } else {
-            target_us.clamp(self.delay_us.saturating_sub(step_us), self.delay_us.saturating_add(step_us))
+            target_us.clamp(
+                self.delay_us.saturating_sub(step_us),
+                self.delay_us.saturating_add(step_us),
+            )
         };
     }
 
     /// Makes room for one frame and `skipped` ones before it that have not come.
-    fn advance(&mut self, skipped: u32, length_us: u32, on_interruption: &mut impl FnMut(Duration)) {
+    fn advance(
+        &mut self,
+        skipped: u32,
+        length_us: u32,
+        on_interruption: &mut impl FnMut(Duration),
+    ) {
         let room = 63;
         let beyond = (u32::from(self.pending) + skipped).saturating_sub(room);
         let settled = beyond.min(self.pending.into()) as u8;
@@ -312,7 +338,9 @@ impl AudioPlayout {
 
     fn conceal(&mut self, us: u64) {
         self.concealed_us += us;
-        self.concealing_us = self.concealing_us.saturating_add(u32::try_from(us).unwrap_or(u32::MAX));
+        self.concealing_us = self
+            .concealing_us
+            .saturating_add(u32::try_from(us).unwrap_or(u32::MAX));
     }
 
     fn end_concealment(&mut self, on_interruption: &mut impl FnMut(Duration)) {
@@ -336,7 +364,11 @@ impl VideoPlayout {
     /// Takes a frame when it can be decoded, in decoding order, `transit` after its intended moment. A late one is shown all the same.
     pub fn handle_frame(&mut self, transit: Duration, now: Time) -> Played {
         let held_back_us = self.0.target_us;
-        let slower_us = self.0.add(u32::try_from(transit.as_micros()).unwrap_or(u32::MAX), true, now);
+        let slower_us = self.0.add(
+            u32::try_from(transit.as_micros()).unwrap_or(u32::MAX),
+            true,
+            now,
+        );
         match held_back_us.checked_sub(slower_us) {
             Some(wait_us) => Played::After(Duration::from_micros(wait_us.into())),
             None => Played::TooLate,
@@ -370,8 +402,15 @@ mod tests {
             arriving.sort_unstable();
             for (at, frame, transit) in arriving {
                 let interruptions = &mut self.interruptions;
-                let (transit, now) = (Duration::from_millis(transit), Time::from_millis(1_000 + at));
-                match self.playout.handle_frame(frame, transit, FRAME, now, |length| interruptions.push(length)) {
+                let (transit, now) = (
+                    Duration::from_millis(transit),
+                    Time::from_millis(1_000 + at),
+                );
+                match self
+                    .playout
+                    .handle_frame(frame, transit, FRAME, now, |length| {
+                        interruptions.push(length)
+                    }) {
                     Played::After(wait) => self.waits.push(wait),
                     Played::TooLate => self.late += 1,
                 }
@@ -380,7 +419,8 @@ mod tests {
 
         fn finish(&mut self, missing: u64) -> (u64, u64) {
             let interruptions = &mut self.interruptions;
-            self.playout.finish(missing, FRAME, |length| interruptions.push(length));
+            self.playout
+                .finish(missing, FRAME, |length| interruptions.push(length));
             let (played, concealed) = self.playout.times_us();
             (played / 1_000, concealed / 1_000)
         }
@@ -395,7 +435,10 @@ mod tests {
         assert_eq!(listener.waits[0], START_DELAY);
         assert_eq!(listener.waits[999], CLASS);
         let mouth_to_ear = listener.playout.mouth_to_ear().unwrap();
-        assert!((50..=55).contains(&mouth_to_ear.as_millis()), "{mouth_to_ear:?}");
+        assert!(
+            (50..=55).contains(&mouth_to_ear.as_millis()),
+            "{mouth_to_ear:?}"
+        );
     }
 
     #[test]
@@ -410,14 +453,23 @@ mod tests {
         let (played, concealed) = listener.finish(0);
         assert!(concealed * 100 < played, "{concealed} ms of {played}");
         let held_back = listener.playout.delay_us / 1_000;
-        assert!((80..=120).contains(&held_back), "{held_back} ms against 100 ms of jitter");
+        assert!(
+            (80..=120).contains(&held_back),
+            "{held_back} ms against 100 ms of jitter"
+        );
     }
 
     #[test]
     fn what_never_comes_is_concealed_and_rows_of_it_are_interruptions() {
         let mut listener = Listener::default();
-        let lost = |frame: u32| frame % 50 == 10 || (200..207).contains(&frame) || (300..308).contains(&frame);
-        listener.hear((0..1_000).filter(|frame| !lost(*frame)).map(|frame| (frame, 30)));
+        let lost = |frame: u32| {
+            frame % 50 == 10 || (200..207).contains(&frame) || (300..308).contains(&frame)
+        };
+        listener.hear(
+            (0..1_000)
+                .filter(|frame| !lost(*frame))
+                .map(|frame| (frame, 30)),
+        );
         let missing = (0..1_000).filter(|frame| lost(*frame)).count() as u64;
         assert_eq!(listener.finish(0), (20_000 - missing * 20, missing * 20));
         // Seven frames last 140 ms, eight 160.
@@ -437,7 +489,11 @@ mod tests {
         // Where one in twenty is resent, waiting for it is the smaller evil.
         listener.hear((0..2_000).map(|frame| (frame, if frame % 20 == 9 { 90 } else { 30 })));
         let (_, concealed) = listener.finish(0);
-        assert!(listener.late < 5 && concealed == u64::from(listener.late) * 20, "{} late", listener.late);
+        assert!(
+            listener.late < 5 && concealed == u64::from(listener.late) * 20,
+            "{} late",
+            listener.late
+        );
         assert!(listener.playout.delay_us >= 60_000);
     }
 
@@ -478,14 +534,28 @@ mod tests {
                 .filter(|frame| *frame == 0 || !random.chance(loss))
                 .map(|frame| (frame, 10))
                 .collect();
-            let came = came
-                .into_iter()
-                .map(|(frame, transit)| (frame, if frame == 0 { 0 } else { transit + random.below(spread) }));
+            let came = came.into_iter().map(|(frame, transit)| {
+                (
+                    frame,
+                    if frame == 0 {
+                        0
+                    } else {
+                        transit + random.below(spread)
+                    },
+                )
+            });
             listener.hear(came);
             let newest = listener.playout.newest;
             let (played, concealed) = listener.finish(u64::from(1_999 - newest));
-            assert_eq!(played, u64::from(listener.playout.frames_played) * 20, "seed {seed}");
-            assert!(played + concealed >= 40_000, "seed {seed}: {played} + {concealed}");
+            assert_eq!(
+                played,
+                u64::from(listener.playout.frames_played) * 20,
+                "seed {seed}"
+            );
+            assert!(
+                played + concealed >= 40_000,
+                "seed {seed}: {played} + {concealed}"
+            );
         }
     }
 
@@ -493,7 +563,10 @@ mod tests {
     fn a_picture_is_late_where_it_comes_after_the_delay_that_was_held_for_it() {
         let mut playout = VideoPlayout::default();
         let mut play = |frame: u64, transit: u64| {
-            let (transit, now) = (Duration::from_millis(transit), Time::from_millis(1_000 + frame * 33 + transit));
+            let (transit, now) = (
+                Duration::from_millis(transit),
+                Time::from_millis(1_000 + frame * 33 + transit),
+            );
             playout.handle_frame(transit, now)
         };
         assert!((0..300).all(|frame| play(frame, 20) != Played::TooLate));
@@ -507,7 +580,15 @@ mod tests {
 
     #[test]
     fn a_stream_costs_no_more_memory_than_stated() {
-        assert!(size_of::<AudioPlayout>() <= 200, "{}", size_of::<AudioPlayout>());
-        assert!(size_of::<VideoPlayout>() <= 128, "{}", size_of::<VideoPlayout>());
+        assert!(
+            size_of::<AudioPlayout>() <= 200,
+            "{}",
+            size_of::<AudioPlayout>()
+        );
+        assert!(
+            size_of::<VideoPlayout>() <= 128,
+            "{}",
+            size_of::<VideoPlayout>()
+        );
     }
 }

@@ -17,9 +17,13 @@ use crate::media::packetize::{Layout, copy_range};
 use crate::media::vp8::VideoClip;
 use crate::net;
 use crate::seeded::scatter;
-use crate::transport::resend::{AUDIO_FRAMES, FrameRecord, Resend, ResendLimiter, ResendRing, VIDEO_FRAMES};
+use crate::transport::resend::{
+    AUDIO_FRAMES, FrameRecord, Resend, ResendLimiter, ResendRing, VIDEO_FRAMES,
+};
 use crate::transport::rtp::vp8::{Descriptor, PictureId};
-use crate::transport::rtp::{ExtensionSlot, HeaderTemplate, TemplateError, audio_level, write_rtx_osn};
+use crate::transport::rtp::{
+    ExtensionSlot, HeaderTemplate, TemplateError, audio_level, write_rtx_osn,
+};
 use crate::transport::sent::{SentKind, SentLog, SentPacket};
 use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
@@ -247,7 +251,8 @@ impl FrameTiming {
 
     /// The latest slot that begins no later than `elapsed`.
     fn slot_at(&self, elapsed: Duration) -> u64 {
-        let mut slot = (elapsed.as_nanos() * u128::from(self.denominator) / (u128::from(self.numerator) * 1_000_000_000)) as u64;
+        let mut slot = (elapsed.as_nanos() * u128::from(self.denominator)
+            / (u128::from(self.numerator) * 1_000_000_000)) as u64;
         while self.offset(slot + 1) <= elapsed {
             slot += 1;
         }
@@ -260,11 +265,21 @@ impl SendTrack {
     pub fn new(parameters: SendParameters) -> Result<SendTrack, TemplateError> {
         let mut header = HeaderTemplate::new(parameters.payload_type, parameters.ssrc)?;
         // First, so that it lies in the same place with mid and rid and without.
-        let transport_cc = |header: &mut HeaderTemplate| parameters.transport_cc_extension.map(|id| header.push_extension(id, &[0; 2])).transpose();
+        let transport_cc = |header: &mut HeaderTemplate| {
+            parameters
+                .transport_cc_extension
+                .map(|id| header.push_extension(id, &[0; 2]))
+                .transpose()
+        };
         let transport_seq = transport_cc(&mut header)?;
-        let audio_level = parameters.audio_level_extension.map(|id| header.push_extension(id, &[127])).transpose()?;
+        let audio_level = parameters
+            .audio_level_extension
+            .map(|id| header.push_extension(id, &[127]))
+            .transpose()?;
         let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
-        let mut rtx_header = rtx.map(|(ssrc, payload_type)| HeaderTemplate::new(payload_type, ssrc)).transpose()?;
+        let mut rtx_header = rtx
+            .map(|(ssrc, payload_type)| HeaderTemplate::new(payload_type, ssrc))
+            .transpose()?;
         let rtx_transport_seq = rtx_header.as_mut().map(transport_cc).transpose()?.flatten();
         let mut bare_header = None;
         if let Some(layer) = &parameters.simulcast {
@@ -297,7 +312,11 @@ impl SendTrack {
             // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost (RFC 3711, section 3.3.1).
             index: (bits >> 32) & 0x7FFF,
             rtx_index: (bits >> 17) & 0x7FFF,
-            ring: ResendRing::new(if kind == Kind::Audio { AUDIO_FRAMES } else { VIDEO_FRAMES }),
+            ring: ResendRing::new(if kind == Kind::Audio {
+                AUDIO_FRAMES
+            } else {
+                VIDEO_FRAMES
+            }),
             limiter: ResendLimiter::new(parameters.source.bitrate(), RESEND_BURST_BYTES),
             requests: Requests::default(),
             pacer: Pacer::new(&parameters),
@@ -409,13 +428,23 @@ impl SendTrack {
         }
         self.fresh = true;
         if now >= self.parameters.first_frame_at {
-            self.go_to_slot(self.slot.max(self.timing.slot_at(now.since(self.parameters.first_frame_at)) + 1));
+            self.go_to_slot(
+                self.slot.max(
+                    self.timing
+                        .slot_at(now.since(self.parameters.first_frame_at))
+                        + 1,
+                ),
+            );
         }
     }
 
     /// When [`SendTrack::handle_timeout`] is next due.
     pub fn next_at(&self) -> Time {
-        let frame = if self.is_at_rest() { Time::MAX } else { self.slot_at };
+        let frame = if self.is_at_rest() {
+            Time::MAX
+        } else {
+            self.slot_at
+        };
         frame.min(self.pacer.next_at())
     }
 
@@ -440,7 +469,9 @@ impl SendTrack {
         if self.parameters.first_frame_at + self.timing.offset(self.slot + 1) > now {
             return 0;
         }
-        let newest = self.timing.slot_at(now.since(self.parameters.first_frame_at));
+        let newest = self
+            .timing
+            .slot_at(now.since(self.parameters.first_frame_at));
         let skipped = newest.saturating_sub(self.slot);
         self.go_to_slot(self.slot + skipped);
         skipped
@@ -453,7 +484,9 @@ impl SendTrack {
 
     /// Asks for a key frame at the next slot. Returns whether the request was taken; libwebrtc drops those that come too soon.
     pub fn request_key_frame(&mut self, now: Time) -> bool {
-        let too_soon = self.key_request_taken_at.is_some_and(|at| now.since(at) < KEY_REQUEST_INTERVAL_MIN);
+        let too_soon = self
+            .key_request_taken_at
+            .is_some_and(|at| now.since(at) < KEY_REQUEST_INTERVAL_MIN);
         if self.kind() == Kind::Audio || too_soon || self.key_requested_at.is_some() {
             return false;
         }
@@ -476,7 +509,9 @@ impl SendTrack {
             packets: layout.packets as u16,
             media,
             key: key || (self.fresh && self.kind() == Kind::Audio),
-            rtp_time: self.rtp_offset.wrapping_add(self.timing.rtp_ticks(self.slot)),
+            rtp_time: self
+                .rtp_offset
+                .wrapping_add(self.timing.rtp_ticks(self.slot)),
             frame: self.frames,
             picture_id: self.picture_id,
             intended,
@@ -488,7 +523,8 @@ impl SendTrack {
         if self.has_identity(media) {
             self.frames += 1;
             // Before the frame leaves: a subscriber on another core must find it counted when it arrives.
-            wire.roster.set_frames(&self.parameters.identity, self.frames);
+            wire.roster
+                .set_frames(&self.parameters.identity, self.frames);
             wire.media.frames_sent += 1;
         }
         let first_index = self.index;
@@ -516,7 +552,8 @@ impl SendTrack {
         if key {
             wire.media.key_frames_sent += 1;
             if self.parameters.simulcast.is_some() {
-                self.key_again_at.get_or_insert(self.frames + SIMULCAST_KEY_FRAME_AGAIN);
+                self.key_again_at
+                    .get_or_insert(self.frames + SIMULCAST_KEY_FRAME_AGAIN);
             }
         }
         key
@@ -525,7 +562,9 @@ impl SendTrack {
     /// What is played in the slot of `intended`: an index into the track's own media or, beyond its end, into the silence of one whose turn it is not.
     fn media_at(&self, intended: Time) -> u32 {
         match &self.parameters.talk {
-            Some(talk) if talk.turns.speaker_at(intended) != Some(talk.place) => self.position + self.parameters.source.len() as u32,
+            Some(talk) if talk.turns.speaker_at(intended) != Some(talk.place) => {
+                self.position + self.parameters.source.len() as u32
+            }
             _ => self.position,
         }
     }
@@ -589,8 +628,16 @@ impl SendTrack {
     }
 
     /// Sends packets `range` of a frame in as few calls as the kernel allows. Returns the bytes of UDP payload.
-    fn send_range<I: Io>(&mut self, record: &FrameRecord, first_index: u64, range: std::ops::Range<usize>, wire: &mut Wire<'_, I>) -> usize {
-        let Some(frame) = self.laid_out(record) else { return 0 };
+    fn send_range<I: Io>(
+        &mut self,
+        record: &FrameRecord,
+        first_index: u64,
+        range: std::ops::Range<usize>,
+        wire: &mut Wire<'_, I>,
+    ) -> usize {
+        let Some(frame) = self.laid_out(record) else {
+            return 0;
+        };
         let (mut packets, mut octets, mut media_bytes) = (0u32, 0u32, 0u64);
         let mut total = 0;
         let mut at = range.start;
@@ -601,13 +648,26 @@ impl SendTrack {
                 if buffer.len() < PACKET_BYTES_MAX {
                     break;
                 }
-                let Some(lengths) = self.write_packet(record, frame, at, None, wire.epoch, buffer) else {
+                let Some(lengths) = self.write_packet(record, frame, at, None, wire.epoch, buffer)
+                else {
                     break;
                 };
                 let seq = record.first_seq.wrapping_add(at as u16);
-                let packet = SentPacket::new(wire.now, wire.track, seq, lengths.0 + lengths.1, SentKind::Media);
-                number(wire.sent.as_deref_mut(), self.transport_seq[0], buffer, packet);
-                let Some(sealed) = seal(wire.sealer, buffer, lengths, first_index + at as u64) else {
+                let packet = SentPacket::new(
+                    wire.now,
+                    wire.track,
+                    seq,
+                    lengths.0 + lengths.1,
+                    SentKind::Media,
+                );
+                number(
+                    wire.sent.as_deref_mut(),
+                    self.transport_seq[0],
+                    buffer,
+                    packet,
+                );
+                let Some(sealed) = seal(wire.sealer, buffer, lengths, first_index + at as u64)
+                else {
                     break;
                 };
                 let (header, payload) = lengths;
@@ -647,15 +707,23 @@ impl SendTrack {
         let seq = Seq(record.first_seq).wrapping_add(index as u16);
         let video = self.kind() == Kind::Video;
         // RFC 3551, section 4.1: on audio the marker begins a talkspurt; on video it ends a frame (RFC 7741).
-        let marker = if video { index + 1 == layout.packets } else { record.key };
+        let marker = if video {
+            index + 1 == layout.packets
+        } else {
+            record.key
+        };
         let header = match (rtx, &self.rtx_header) {
-            (Some(rtx_seq), Some(template)) => template.write(out, marker, rtx_seq, record.rtp_time)?,
+            (Some(rtx_seq), Some(template)) => {
+                template.write(out, marker, rtx_seq, record.rtp_time)?
+            }
             _ => self.header.write(out, marker, seq, record.rtp_time)?,
         };
         let mut at = header;
         if rtx.is_some() {
             at += write_rtx_osn(out.get_mut(at..)?, seq)?;
-        } else if let (Some(slot), Source::Audio(clip)) = (self.audio_level, &self.parameters.source) {
+        } else if let (Some(slot), Source::Audio(clip)) =
+            (self.audio_level, &self.parameters.source)
+        {
             let (clip, at) = self.audio_at(clip, record.media);
             let level = clip.level_dbov(at);
             slot.patch(out, &audio_level(level < SILENCE_DBOV, level)?);
@@ -668,11 +736,24 @@ impl SendTrack {
             };
             at += descriptor.write(out.get_mut(at..)?)?;
         }
-        at += self.write_payload(record, bytes, layout.range(index), epoch, out.get_mut(at..)?);
+        at += self.write_payload(
+            record,
+            bytes,
+            layout.range(index),
+            epoch,
+            out.get_mut(at..)?,
+        );
         Some((header, at - header))
     }
 
-    fn write_payload(&self, record: &FrameRecord, bytes: &[u8], range: std::ops::Range<usize>, epoch: Epoch, out: &mut [u8]) -> usize {
+    fn write_payload(
+        &self,
+        record: &FrameRecord,
+        bytes: &[u8],
+        range: std::ops::Range<usize>,
+        epoch: Epoch,
+        out: &mut [u8],
+    ) -> usize {
         let identity = FrameIdentity {
             frame: record.frame,
             intended_unix_us: epoch.unix_micros(record.intended),
@@ -697,14 +778,23 @@ impl SendTrack {
     }
 
     /// Answers one sequence number of a NACK. Returns whether a packet was sent.
-    pub fn resend<I: Io>(&mut self, seq: u16, now: Time, rtt: Duration, wire: &mut Wire<'_, I>) -> bool {
-        let Some((record, _)) = self.ring.find(seq) else { return false };
+    pub fn resend<I: Io>(
+        &mut self,
+        seq: u16,
+        now: Time,
+        rtt: Duration,
+        wire: &mut Wire<'_, I>,
+    ) -> bool {
+        let Some((record, _)) = self.ring.find(seq) else {
+            return false;
+        };
         let frame = record.frame;
         if self.pacer.holds(seq) {
             return false;
         }
         let asked = self.requests.note(frame, now, rtt);
-        wire.roster.set_asked(&self.parameters.identity, frame, asked);
+        wire.roster
+            .set_asked(&self.parameters.identity, frame, asked);
         if self.limiter.allow(seq, RESEND_BYTES, now, rtt) != Resend::Allowed {
             return false;
         }
@@ -715,11 +805,20 @@ impl SendTrack {
 
     /// Sends a packet of the newest frames once more over RTX, so that the path is busy: libwebrtc's padding of choice. `nth` tells the packets of a probe
     /// apart. Returns the RTP packet's bytes; `None` where there is no RTX or nothing was sent yet.
-    pub fn send_probe<I: Io>(&mut self, nth: u32, cluster: u8, wire: &mut Wire<'_, I>) -> Option<usize> {
+    pub fn send_probe<I: Io>(
+        &mut self,
+        nth: u32,
+        cluster: u8,
+        wire: &mut Wire<'_, I>,
+    ) -> Option<usize> {
         self.rtx_header.as_ref()?;
         let newest = (self.index as u16).wrapping_sub(1);
         let seq = newest.wrapping_sub((nth % PROBE_PACKETS) as u16);
-        let seq = if self.ring.find(seq).is_some() { seq } else { newest };
+        let seq = if self.ring.find(seq).is_some() {
+            seq
+        } else {
+            newest
+        };
         if self.pacer.holds(seq) {
             return None;
         }
@@ -727,13 +826,32 @@ impl SendTrack {
     }
 
     /// Sends a packet that was sent before. Returns the bytes of the RTP packet.
-    fn send_again<I: Io>(&mut self, seq: u16, kind: SentKind, wire: &mut Wire<'_, I>) -> Option<usize> {
+    fn send_again<I: Io>(
+        &mut self,
+        seq: u16,
+        kind: SentKind,
+        wire: &mut Wire<'_, I>,
+    ) -> Option<usize> {
         let (record, packet) = self.ring.find(seq)?;
         let record = *record;
-        let rtx = self.rtx_header.is_some().then_some(Seq(self.rtx_index as u16));
-        let index = if rtx.is_some() { self.rtx_index } else { extended(self.index, seq) };
+        let rtx = self
+            .rtx_header
+            .is_some()
+            .then_some(Seq(self.rtx_index as u16));
+        let index = if rtx.is_some() {
+            self.rtx_index
+        } else {
+            extended(self.index, seq)
+        };
         let buffer = wire.io.lend();
-        let lengths = self.write_packet(&record, self.laid_out(&record)?, usize::from(packet), rtx, wire.epoch, buffer)?;
+        let lengths = self.write_packet(
+            &record,
+            self.laid_out(&record)?,
+            usize::from(packet),
+            rtx,
+            wire.epoch,
+            buffer,
+        )?;
         let slot = self.transport_seq[usize::from(rtx.is_some())];
         let packet = SentPacket::new(wire.now, wire.track, seq, lengths.0 + lengths.1, kind);
         number(wire.sent.as_deref_mut(), slot, buffer, packet);
@@ -754,7 +872,12 @@ impl SendTrack {
         }
         let elapsed = now.since(self.parameters.first_frame_at).as_nanos();
         let ticks = (elapsed * u128::from(self.timing.clock_rate) / 1_000_000_000) as u32;
-        Some((epoch.ntp(now), self.rtp_offset.wrapping_add(ticks), self.packets, self.octets))
+        Some((
+            epoch.ntp(now),
+            self.rtp_offset.wrapping_add(ticks),
+            self.packets,
+            self.octets,
+        ))
     }
 
     /// Takes a report block's cumulative loss; returns by how much the known uplink loss changed. It shrinks where a packet that was merely late had been taken
@@ -774,7 +897,12 @@ fn slot_time(parameters: &SendParameters, timing: &FrameTiming, slot: u64) -> Ti
 }
 
 /// Gives the packet in `buffer` the connection's next transport-wide number, where it has a place for one, and remembers it.
-fn number(sent: Option<&mut SentLog>, slot: Option<ExtensionSlot>, buffer: &mut [u8], packet: SentPacket) {
+fn number(
+    sent: Option<&mut SentLog>,
+    slot: Option<ExtensionSlot>,
+    buffer: &mut [u8],
+    packet: SentPacket,
+) {
     if let (Some(sent), Some(slot)) = (sent, slot) {
         slot.patch(buffer, &sent.next().to_be_bytes());
         sent.push(packet);
@@ -792,8 +920,15 @@ fn layout(kind: Kind, bytes: usize) -> Layout {
     }
 }
 
-fn seal(sealer: &Sealer, buffer: &mut [u8], (header, payload): (usize, usize), index: u64) -> Option<usize> {
-    sealer.seal_rtp(buffer, header, header + payload, index).ok()
+fn seal(
+    sealer: &Sealer,
+    buffer: &mut [u8],
+    (header, payload): (usize, usize),
+    index: u64,
+) -> Option<usize> {
+    sealer
+        .seal_rtp(buffer, header, header + payload, index)
+        .ok()
 }
 
 /// The extended index of `seq`, which was sent no more than 2^15 packets before `next`.
@@ -820,7 +955,11 @@ impl Pacer {
             .simulcast
             .as_ref()
             .map_or_else(|| parameters.source.bitrate(), |layer| layer.track_bitrate);
-        let bits_per_second = if paced { bitrate.bps() * PACING_FACTOR_PERCENT / 100 } else { u64::MAX };
+        let bits_per_second = if paced {
+            bitrate.bps() * PACING_FACTOR_PERCENT / 100
+        } else {
+            u64::MAX
+        };
         let burst_bytes = if paced {
             (bits_per_second / 8 * PACING_BURST.as_millis() as u64 / 1_000) as usize
         } else {
@@ -838,7 +977,11 @@ impl Pacer {
     }
 
     fn next_at(&self) -> Time {
-        if self.len == 0 { Time::MAX } else { self.next_at }
+        if self.len == 0 {
+            Time::MAX
+        } else {
+            self.next_at
+        }
     }
 
     /// Returns false where there is no room: the caller flushes.
@@ -861,17 +1004,22 @@ impl Pacer {
         }
         let (record, first_index) = self.queue[self.head];
         let packets = usize::from(record.packets);
-        let count = bytes.div_ceil(crate::media::packetize::PAYLOAD_BYTES_MAX).clamp(1, packets - self.sent);
+        let count = bytes
+            .div_ceil(crate::media::packetize::PAYLOAD_BYTES_MAX)
+            .clamp(1, packets - self.sent);
         let range = self.sent..self.sent + count;
         self.sent += count;
         if self.sent == packets {
-            (self.head, self.len, self.sent) = ((self.head + 1) % PACER_FRAMES_MAX, self.len - 1, 0);
+            (self.head, self.len, self.sent) =
+                ((self.head + 1) % PACER_FRAMES_MAX, self.len - 1, 0);
         }
         Some((record, first_index, range))
     }
 
     fn settle(&mut self, now: Time, sent_bytes: usize) {
-        let pause = Duration::from_nanos((sent_bytes as u128 * 8 * 1_000_000_000 / u128::from(self.bits_per_second)) as u64);
+        let pause = Duration::from_nanos(
+            (sent_bytes as u128 * 8 * 1_000_000_000 / u128::from(self.bits_per_second)) as u64,
+        );
         self.next_at = self.next_at.max(now) + pause;
     }
 

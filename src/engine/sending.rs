@@ -59,7 +59,9 @@ impl Sending {
 
     /// Where the connection obeys: what its path carries.
     pub fn estimate(&self) -> Option<Bitrate> {
-        self.obedience.as_ref().map(|obedience| obedience.estimator.estimate())
+        self.obedience
+            .as_ref()
+            .map(|obedience| obedience.estimator.estimate())
     }
 
     pub fn handle_remb(&mut self, bitrate: Bitrate) {
@@ -69,14 +71,28 @@ impl Sending {
     }
 
     /// Takes one message of feedback; false where it contradicts itself.
-    pub fn handle_feedback(&mut self, body: &[u8], rtt: Option<Duration>, now: Time, counted: &mut Bandwidth) -> bool {
-        let Some(arrivals) = Arrivals::new(body) else { return false };
+    pub fn handle_feedback(
+        &mut self,
+        body: &[u8],
+        rtt: Option<Duration>,
+        now: Time,
+        counted: &mut Bandwidth,
+    ) -> bool {
+        let Some(arrivals) = Arrivals::new(body) else {
+            return false;
+        };
         let base = self.clock.base_us(arrivals.reference());
         let (mut packets, mut lost) = (0, 0);
         for (number, arrival) in arrivals {
-            let Some(packet) = self.log.find(number.0) else { continue };
+            let Some(packet) = self.log.find(number.0) else {
+                continue;
+            };
             let before = packet.fate;
-            packet.fate = if arrival.is_some() { Fate::Arrived } else { Fate::Missing };
+            packet.fate = if arrival.is_some() {
+                Fate::Arrived
+            } else {
+                Fate::Missing
+            };
             let is_media = u64::from(packet.kind == SentKind::Media);
             match (before, arrival) {
                 // A packet that was said to be missing may have been overtaken; what came cannot be lost any more.
@@ -89,7 +105,8 @@ impl Sending {
                 (Fate::Unknown | Fate::Missing, Some(at)) => {
                     packets += u32::from(before == Fate::Unknown);
                     if before == Fate::Missing {
-                        counted.uplink_packets_missing = counted.uplink_packets_missing.wrapping_sub(is_media);
+                        counted.uplink_packets_missing =
+                            counted.uplink_packets_missing.wrapping_sub(is_media);
                     }
                     if let Some(obedience) = &mut self.obedience {
                         obedience.estimator.handle_acknowledged(&Acknowledged {
@@ -106,7 +123,8 @@ impl Sending {
             }
         }
         if let Some(obedience) = self.obedience.as_mut().filter(|_| packets > 0) {
-            rtt.into_iter().for_each(|rtt| obedience.estimator.set_rtt(rtt));
+            rtt.into_iter()
+                .for_each(|rtt| obedience.estimator.set_rtt(rtt));
             obedience.estimator.handle_feedback(packets, lost, now);
         }
         true
@@ -114,18 +132,29 @@ impl Sending {
 
     /// Begins a probe where one is wanted to find room for `wants`.
     pub fn plan_probe(&mut self, wants: Bitrate, now: Time, counted: &mut Bandwidth) {
-        let Some(obedience) = self.obedience.as_mut().filter(|obedience| obedience.probing.is_none()) else {
+        let Some(obedience) = self
+            .obedience
+            .as_mut()
+            .filter(|obedience| obedience.probing.is_none())
+        else {
             return;
         };
         if let Some(plan) = obedience.estimator.poll_probe(wants, now) {
             counted.probes_sent += 1;
-            obedience.probing = Some(Probing { plan, sent: 0, next_at: now });
+            obedience.probing = Some(Probing {
+                plan,
+                sent: 0,
+                next_at: now,
+            });
         }
     }
 
     /// When the next packet of a probe is due.
     pub fn probe_at(&self) -> Time {
-        let probing = self.obedience.as_ref().and_then(|obedience| obedience.probing);
+        let probing = self
+            .obedience
+            .as_ref()
+            .and_then(|obedience| obedience.probing);
         probing.map_or(Time::MAX, |probing| probing.next_at)
     }
 
@@ -137,10 +166,13 @@ impl Sending {
 
     /// A packet of the probe was sent, or none could be: then the probe is over.
     pub fn handle_probe_sent(&mut self, bytes: Option<usize>) {
-        let Some(obedience) = &mut self.obedience else { return };
+        let Some(obedience) = &mut self.obedience else {
+            return;
+        };
         obedience.probing = obedience.probing.and_then(|probing| {
             let bits = bytes? as u64 * 8;
-            let pause = Duration::from_nanos(bits * 1_000_000_000 / probing.plan.bitrate.bps().max(1));
+            let pause =
+                Duration::from_nanos(bits * 1_000_000_000 / probing.plan.bitrate.bps().max(1));
             let next = Probing {
                 sent: probing.sent + 1,
                 next_at: probing.next_at + pause,
@@ -152,7 +184,9 @@ impl Sending {
 
     /// Counts how long less was sent than is watched, up to now; and whether that goes on.
     pub fn count_limited(&mut self, limited: bool, now: Time, counted: &mut Bandwidth) {
-        let Some(obedience) = &mut self.obedience else { return };
+        let Some(obedience) = &mut self.obedience else {
+            return;
+        };
         let elapsed = now.since(obedience.counted_until).as_millis() as u64;
         obedience.counted_until += Duration::from_millis(elapsed);
         counted.layer_limited_ms += if obedience.limited { elapsed } else { 0 };
@@ -160,7 +194,9 @@ impl Sending {
     }
 
     pub fn is_limited(&self) -> bool {
-        self.obedience.as_ref().is_some_and(|obedience| obedience.limited)
+        self.obedience
+            .as_ref()
+            .is_some_and(|obedience| obedience.limited)
     }
 }
 
@@ -188,7 +224,11 @@ impl ReferenceClock {
         };
         let base = base + step * ReferenceClock::UNIT_US;
         let is_usual = (ReferenceClock::BEGIN_US..ReferenceClock::END_US).contains(&base);
-        let base = if is_usual { base } else { ReferenceClock::BEGIN_US };
+        let base = if is_usual {
+            base
+        } else {
+            ReferenceClock::BEGIN_US
+        };
         self.last = Some((reference, base));
         base
     }
@@ -209,7 +249,11 @@ pub fn layers_to_hold_back(layers: &[LayerState], budget_bps: u64) -> [bool; LAY
     let (mut sum, mut is_lowest, mut full) = (0, true, false);
     for (layer, hold_back) in layers.iter().zip(&mut hold_back) {
         let with_it = sum + layer.bps;
-        let needed = if layer.held_back { with_it * RETURN_PERCENT / 100 } else { with_it };
+        let needed = if layer.held_back {
+            with_it * RETURN_PERCENT / 100
+        } else {
+            with_it
+        };
         full = full || (!is_lowest && needed > budget_bps);
         *hold_back = full;
         if layer.wanted && !full {
@@ -222,7 +266,11 @@ pub fn layers_to_hold_back(layers: &[LayerState], budget_bps: u64) -> [bool; LAY
 
 /// What a connection has to find room for: all that is wanted, and as much more as a layer needs to return.
 pub fn wanted_bps(others_bps: u64, layers: &[LayerState]) -> u64 {
-    let wanted: u64 = layers.iter().filter(|layer| layer.wanted).map(|layer| layer.bps).sum();
+    let wanted: u64 = layers
+        .iter()
+        .filter(|layer| layer.wanted)
+        .map(|layer| layer.bps)
+        .sum();
     others_bps + wanted * RETURN_PERCENT / 100
 }
 
@@ -257,7 +305,11 @@ mod tests {
             (649_999, [false, true, true]),
             (10_000, [false, true, true]),
         ] {
-            assert_eq!(layers_to_hold_back(&layers([false; 3]), budget), expected, "{budget}");
+            assert_eq!(
+                layers_to_hold_back(&layers([false; 3]), budget),
+                expected,
+                "{budget}"
+            );
         }
     }
 
@@ -280,15 +332,23 @@ mod tests {
         let mut layers = layers([false; 3]);
         layers[0].wanted = false;
         assert_eq!(layers_to_hold_back(&layers, 10_000), [false, false, true]);
-        assert_eq!(layers_to_hold_back(&layers, 2_200_000), [false, false, false]);
+        assert_eq!(
+            layers_to_hold_back(&layers, 2_200_000),
+            [false, false, false]
+        );
     }
 
     /// A message about the numbers from 1 on: which of them came.
     fn feedback(came: &[bool]) -> Vec<u8> {
-        let arrivals: Vec<_> = (1..).zip(came).map(|(n, came)| came.then(|| Time::from_millis(1_000 + 10 * n))).collect();
+        let arrivals: Vec<_> = (1..)
+            .zip(came)
+            .map(|(n, came)| came.then(|| Time::from_millis(1_000 + 10 * n)))
+            .collect();
         let mut buffer = [0; 1_200];
         let mut writer = Writer::new(&mut buffer);
-        writer.transport_cc(1, 2, Seq(1), 0, arrivals.iter().copied()).unwrap();
+        writer
+            .transport_cc(1, 2, Seq(1), 0, arrivals.iter().copied())
+            .unwrap();
         let len = writer.len();
         match packets(&buffer[..len]).next() {
             Some(Ok(Packet::TransportCc { body, .. })) => body.to_vec(),
@@ -299,8 +359,18 @@ mod tests {
     fn sending(obeys: bool, count: u64) -> Sending {
         let mut sending = Sending::new(obeys, Time::ZERO);
         for n in 0..count {
-            let kind = if n % 5 == 4 { SentKind::Resend } else { SentKind::Media };
-            sending.log.push(SentPacket::new(Time::from_millis(n * 10), 0, n as u16, 1_000, kind));
+            let kind = if n % 5 == 4 {
+                SentKind::Resend
+            } else {
+                SentKind::Media
+            };
+            sending.log.push(SentPacket::new(
+                Time::from_millis(n * 10),
+                0,
+                n as u16,
+                1_000,
+                kind,
+            ));
         }
         sending
     }
@@ -309,17 +379,35 @@ mod tests {
     fn packets_that_are_missing_are_counted_until_they_are_said_to_have_come() {
         let (mut sending, mut counted) = (sending(false, 10), Bandwidth::default());
         assert!(sending.handle_feedback(
-            &feedback(&[true, false, false, true, false, true, true, true, true, false]),
+            &feedback(&[
+                true, false, false, true, false, true, true, true, true, false
+            ]),
             None,
             Time::ZERO,
             &mut counted
         ));
         assert_eq!(counted.uplink_packets_missing, 2, "resends are not counted");
-        assert!(sending.handle_feedback(&feedback(&[false, true, false]), None, Time::ZERO, &mut counted));
-        assert_eq!(counted.uplink_packets_missing, 1, "one was overtaken, and one that came cannot be lost");
+        assert!(sending.handle_feedback(
+            &feedback(&[false, true, false]),
+            None,
+            Time::ZERO,
+            &mut counted
+        ));
+        assert_eq!(
+            counted.uplink_packets_missing, 1,
+            "one was overtaken, and one that came cannot be lost"
+        );
         assert!(sending.handle_feedback(&feedback(&[true; 300]), None, Time::ZERO, &mut counted));
-        assert_eq!((counted.uplink_packets_missing, sending.estimate()), (0, None));
-        assert!(!sending.handle_feedback(&[0, 1, 0xFF, 0xFF, 0, 0, 0, 0], None, Time::ZERO, &mut counted));
+        assert_eq!(
+            (counted.uplink_packets_missing, sending.estimate()),
+            (0, None)
+        );
+        assert!(!sending.handle_feedback(
+            &[0, 1, 0xFF, 0xFF, 0, 0, 0, 0],
+            None,
+            Time::ZERO,
+            &mut counted
+        ));
     }
 
     #[test]
@@ -343,7 +431,13 @@ mod tests {
     #[test]
     fn time_is_counted_while_less_is_sent_than_wanted() {
         let (mut sending, mut counted) = (sending(true, 0), Bandwidth::default());
-        for (ms, limited) in [(100, true), (350, true), (600, false), (900, true), (1_000, true)] {
+        for (ms, limited) in [
+            (100, true),
+            (350, true),
+            (600, false),
+            (900, true),
+            (1_000, true),
+        ] {
             sending.count_limited(limited, Time::from_millis(ms), &mut counted);
         }
         assert_eq!(counted.layer_limited_ms, 250 + 250 + 100);

@@ -116,16 +116,24 @@ impl Shard {
     /// Closes a peer for good. Its account stays open until [`Shard::finish`].
     pub fn remove_peer(&mut self, key: usize) {
         for track in 0..TRACKS_MAX {
-            self.media_timers.set(key as u32 * TRACKS_MAX + track, Time::MAX);
+            self.media_timers
+                .set(key as u32 * TRACKS_MAX + track, Time::MAX);
         }
-        for kind in [Control::Setup, Control::Rtcp, Control::Repair, Control::Feedback, Control::Probe] {
+        for kind in [
+            Control::Setup,
+            Control::Rtcp,
+            Control::Repair,
+            Control::Feedback,
+            Control::Probe,
+        ] {
             self.control_timers.set(control(key, kind), Time::MAX);
         }
         if let Some(peer) = self.peers[key].as_mut() {
             self.in_setup -= usize::from(peer.is_in_setup());
             peer.end_streams_of_leaver(&self.config.roster, &mut self.record);
             peer.close();
-            self.taps.extend(peer.tap.take().map(|tap| (peer.participant, tap)));
+            self.taps
+                .extend(peer.tap.take().map(|tap| (peer.participant, tap)));
         }
     }
 
@@ -157,7 +165,9 @@ impl Shard {
             Command::Subscribe { key, streams } => self.subscribe(key, streams, now),
             Command::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
             Command::SetLayers { key, track, layers } => {
-                self.change_tracks(key, track, |layer| layer.set_watched(layers >> layer.identity().layer & 1 == 1, now));
+                self.change_tracks(key, track, |layer| {
+                    layer.set_watched(layers >> layer.identity().layer & 1 == 1, now)
+                });
             }
             Command::SetMuted { key, track, muted } => {
                 if let Some(peer) = &self.peers[key] {
@@ -165,12 +175,22 @@ impl Shard {
                 }
                 self.change_tracks(key, track, |layer| layer.set_muted(muted, now));
             }
-            Command::Watch { key, ssrc, layer, at } => {
+            Command::Watch {
+                key,
+                ssrc,
+                layer,
+                at,
+            } => {
                 if let Some(peer) = self.peers[key].as_mut() {
                     peer.watch(ssrc, layer, at);
                 }
             }
-            Command::SetPaused { key, ssrc, paused, at } => {
+            Command::SetPaused {
+                key,
+                ssrc,
+                paused,
+                at,
+            } => {
                 if let Some(peer) = self.peers[key].as_mut() {
                     peer.set_paused(ssrc, paused, at, &mut self.record);
                 }
@@ -182,14 +202,20 @@ impl Shard {
                 }
             }
             Command::StopPublishing => self.stop_publishing(now),
-            Command::AddPeer { .. } | Command::RemovePeer { .. } | Command::Report | Command::Survey | Command::Stop => {
+            Command::AddPeer { .. }
+            | Command::RemovePeer { .. }
+            | Command::Report
+            | Command::Survey
+            | Command::Stop => {
                 unreachable!("the worker handles these")
             }
         }
     }
 
     fn publish(&mut self, key: usize, tracks: Vec<SendParameters>, now: Time) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
         for parameters in tracks.into_iter().take(TRACKS_MAX as usize) {
             let timer = key as u32 * TRACKS_MAX + peer.tracks.len() as u32;
             let (kind, interval) = (parameters.source.kind(), parameters.source.frame_interval());
@@ -209,9 +235,12 @@ impl Shard {
             // One that came back numbers its frames on: who heard it before must find none twice, and none missing.
             track.number_from(sent_before);
             self.media_timers.set(timer, track.next_at());
-            self.config.roster.set_published(track.identity(), first_frame_at, interval);
+            self.config
+                .roster
+                .set_published(track.identity(), first_frame_at, interval);
             // One track, however many layers it has.
-            self.record.media(kind).tracks_published += u64::from(sent_before == 0 && track.identity().layer == 0);
+            self.record.media(kind).tracks_published +=
+                u64::from(sent_before == 0 && track.identity().layer == 0);
             peer.add_track(track, now, &mut self.record);
         }
         self.follow_allocation(key);
@@ -231,21 +260,32 @@ impl Shard {
     }
 
     fn subscribe(&mut self, key: usize, streams: Vec<StreamParameters>, now: Time) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
-        streams.into_iter().for_each(|parameters| peer.add_stream(parameters));
-        if let Some(at) = self.taps.iter().position(|(participant, _)| *participant == peer.participant) {
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
+        streams
+            .into_iter()
+            .for_each(|parameters| peer.add_stream(parameters));
+        if let Some(at) = self
+            .taps
+            .iter()
+            .position(|(participant, _)| *participant == peer.participant)
+        {
             let (_, mut tap) = self.taps.swap_remove(at);
             tap.begin_connection();
             peer.tap = Some(tap);
         }
         peer.repair_at = now + KEY_FRAME_CHECK;
-        self.control_timers.set(control(key, Control::Repair), peer.repair_at);
+        self.control_timers
+            .set(control(key, Control::Repair), peer.repair_at);
         self.take_early(key);
     }
 
     /// Another look at media that could not be read when it came.
     fn take_early(&mut self, key: usize) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
         for mut early in peer.take_early() {
             self.take_rtp(key, &mut early.datagram, early.arrival);
         }
@@ -270,10 +310,23 @@ impl Shard {
     }
 
     /// A STUN or DTLS datagram. `arrival` is when it came, `now` when it is looked at: set-up work may have waited.
-    pub fn handle_setup_datagram(&mut self, key: usize, datagram: &[u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Io) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+    pub fn handle_setup_datagram(
+        &mut self,
+        key: usize,
+        datagram: &[u8],
+        from: SocketAddr,
+        arrival: Time,
+        now: Time,
+        io: &mut impl Io,
+    ) {
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
         self.record.session.wire_bytes_received += datagram.len() as u64;
-        if !peer.transport.handle_setup_datagram(datagram, from, arrival) {
+        if !peer
+            .transport
+            .handle_setup_datagram(datagram, from, arrival)
+        {
             self.record.session.packets_rejected += 1;
         }
         if let Some(rtt) = peer.transport.poll_stun_rtt() {
@@ -307,31 +360,45 @@ impl Shard {
             },
         );
         self.record.session.wire_bytes_sent += bytes_sent;
-        self.control_timers.set(control(key, Control::Setup), peer.transport.next_timeout());
+        self.control_timers
+            .set(control(key, Control::Setup), peer.transport.next_timeout());
         for event in happened.into_iter().flatten() {
             self.handle_peer_event(key, event, now, io);
         }
     }
 
     fn handle_peer_event(&mut self, key: usize, event: PeerEvent, now: Time, io: &mut impl Io) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
         match event {
             PeerEvent::Nominated(address) => io.connect(key, address),
             PeerEvent::Connected => {
                 self.in_setup -= 1;
                 // Spread over the interval, so that a wave of joins is not a wave of reports for ever after.
                 let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);
-                self.control_timers.set(control(key, Control::Rtcp), now + phase);
+                self.control_timers
+                    .set(control(key, Control::Rtcp), now + phase);
                 let ice_at = peer.transport.nominated_at();
-                self.events.push_back((key, Event::Connected { key, ice_at, at: now }));
+                self.events.push_back((
+                    key,
+                    Event::Connected {
+                        key,
+                        ice_at,
+                        at: now,
+                    },
+                ));
                 self.take_early(key);
             }
             PeerEvent::Failed(failure) => {
                 self.tell_lone_ice(key);
-                let Some(peer) = self.peers[key].as_mut() else { return };
+                let Some(peer) = self.peers[key].as_mut() else {
+                    return;
+                };
                 self.in_setup -= usize::from(peer.is_in_setup());
                 peer.failed = true;
-                self.control_timers.set(control(key, Control::Setup), Time::MAX);
+                self.control_timers
+                    .set(control(key, Control::Setup), Time::MAX);
                 self.events.push_back((key, Event::Failed { key, failure }));
             }
         }
@@ -339,10 +406,15 @@ impl Shard {
 
     /// Tells of an ICE path that DTLS is late on. Where both come together, one event says so.
     fn tell_lone_ice(&mut self, key: usize) {
-        let waiting = self.peers[key].as_mut().filter(|peer| peer.is_in_setup() && !peer.ice_told);
-        if let Some((peer, at)) = waiting.and_then(|peer| peer.transport.nominated_at().map(|at| (peer, at))) {
+        let waiting = self.peers[key]
+            .as_mut()
+            .filter(|peer| peer.is_in_setup() && !peer.ice_told);
+        if let Some((peer, at)) =
+            waiting.and_then(|peer| peer.transport.nominated_at().map(|at| (peer, at)))
+        {
             peer.ice_told = true;
-            self.events.push_back((key, Event::IceConnected { key, at }));
+            self.events
+                .push_back((key, Event::IceConnected { key, at }));
         }
     }
 
@@ -357,30 +429,53 @@ impl Shard {
     }
 
     fn take_rtp(&mut self, key: usize, datagram: &mut [u8], arrival: Time) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
-        let Some(wanted) = peer.handle_rtp(datagram, arrival, &self.config, &mut self.record, &mut self.frame_events) else {
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
+        let Some(wanted) = peer.handle_rtp(
+            datagram,
+            arrival,
+            &self.config,
+            &mut self.record,
+            &mut self.frame_events,
+        ) else {
             self.record.session.packets_rejected += 1;
             return;
         };
         if !peer.saw_media {
             peer.saw_media = true;
-            self.events.push_back((key, Event::FirstMedia { key, at: arrival }));
+            self.events
+                .push_back((key, Event::FirstMedia { key, at: arrival }));
         }
         if wanted.nack_at < peer.repair_at {
             peer.repair_at = wanted.nack_at;
-            self.control_timers.set(control(key, Control::Repair), wanted.nack_at);
+            self.control_timers
+                .set(control(key, Control::Repair), wanted.nack_at);
         }
         if wanted.feedback_at < peer.feedback_timer_at() {
             peer.set_feedback_timer(wanted.feedback_at);
-            self.control_timers.set(control(key, Control::Feedback), wanted.feedback_at);
+            self.control_timers
+                .set(control(key, Control::Feedback), wanted.feedback_at);
         }
     }
 
     /// One RTCP datagram: a compound, opened in place.
-    pub fn handle_rtcp(&mut self, key: usize, datagram: &mut [u8], arrival: Time, now: Time, io: &mut impl Io) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+    pub fn handle_rtcp(
+        &mut self,
+        key: usize,
+        datagram: &mut [u8],
+        arrival: Time,
+        now: Time,
+        io: &mut impl Io,
+    ) {
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
         self.record.session.wire_bytes_received += datagram.len() as u64;
-        let opened = peer.transport.opener().and_then(|opener| opener.open_rtcp(datagram).ok());
+        let opened = peer
+            .transport
+            .opener()
+            .and_then(|opener| opener.open_rtcp(datagram).ok());
         let Some(len) = opened else {
             self.record.session.packets_rejected += 1;
             return;
@@ -414,19 +509,23 @@ impl Shard {
         }
         let probe_at = peer.probe_at();
         if probe_at != Time::MAX {
-            self.control_timers.set(control(key, Control::Probe), probe_at);
+            self.control_timers
+                .set(control(key, Control::Probe), probe_at);
         }
     }
 
     fn send_probe(&mut self, key: usize, now: Time, io: &mut impl Io) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
         let next_at = peer.send_probe(&mut Surroundings {
             config: &self.config,
             record: &mut self.record,
             io,
             now,
         });
-        self.control_timers.set(control(key, Control::Probe), next_at);
+        self.control_timers
+            .set(control(key, Control::Probe), next_at);
     }
 
     /// Whether media may be due by `time`, a few milliseconds ahead, or a connection is being set up, whose every step should be prompt.
@@ -473,10 +572,15 @@ impl Shard {
     pub fn handle_media_timers(&mut self, now: Time, io: &mut impl Io) {
         while let Some(timer) = self.media_timers.pop_due(now) {
             let [next, after] = self.media_timers.upcoming();
-            next.into_iter().for_each(|timer| self.prefetch_track(timer));
-            after.into_iter().for_each(|timer| self.prefetch_sender(timer));
+            next.into_iter()
+                .for_each(|timer| self.prefetch_track(timer));
+            after
+                .into_iter()
+                .for_each(|timer| self.prefetch_sender(timer));
             let (key, track) = ((timer / TRACKS_MAX) as usize, (timer % TRACKS_MAX) as usize);
-            let Some(peer) = self.peers[key].as_mut() else { continue };
+            let Some(peer) = self.peers[key].as_mut() else {
+                continue;
+            };
             let next_at = peer.send_due(
                 track,
                 &mut Surroundings {
@@ -508,7 +612,9 @@ impl Shard {
     }
 
     fn send_reports(&mut self, key: usize, now: Time, io: &mut impl Io) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
         peer.account(&self.config.roster, &mut self.record);
         peer.count_estimate(now, &mut self.record);
         peer.send_reports(&mut Surroundings {
@@ -517,29 +623,36 @@ impl Shard {
             io,
             now,
         });
-        self.control_timers.set(control(key, Control::Rtcp), now + RTCP_INTERVAL);
+        self.control_timers
+            .set(control(key, Control::Rtcp), now + RTCP_INTERVAL);
     }
 
     fn send_feedback(&mut self, key: usize, now: Time, io: &mut impl Io) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
         let next_at = peer.send_feedback(&mut Surroundings {
             config: &self.config,
             record: &mut self.record,
             io,
             now,
         });
-        self.control_timers.set(control(key, Control::Feedback), next_at);
+        self.control_timers
+            .set(control(key, Control::Feedback), next_at);
     }
 
     fn repair(&mut self, key: usize, now: Time, io: &mut impl Io) {
-        let Some(peer) = self.peers[key].as_mut() else { return };
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
         peer.repair_at = peer.repair(&mut Surroundings {
             config: &self.config,
             record: &mut self.record,
             io,
             now,
         });
-        self.control_timers.set(control(key, Control::Repair), peer.repair_at);
+        self.control_timers
+            .set(control(key, Control::Repair), peer.repair_at);
     }
 
     /// Brings the record up to date with what every stream has counted; by itself each does so once a second.
@@ -563,13 +676,23 @@ impl Shard {
 
     /// Settles all accounts at the end of the run.
     pub fn finish(&mut self) -> Vec<PeerOutcome> {
-        let never_announced: usize = self.peers.iter_mut().flatten().map(|peer| peer.take_early().len()).sum();
+        let never_announced: usize = self
+            .peers
+            .iter_mut()
+            .flatten()
+            .map(|peer| peer.take_early().len())
+            .sum();
         self.record.session.packets_rejected += never_announced as u64;
         for peer in self.peers.iter_mut().flatten() {
             peer.finish(&self.config.roster, &mut self.record);
         }
         let mut outcomes = std::mem::take(&mut self.former);
-        outcomes.extend(self.peers.iter().flatten().map(|peer| peer.outcome(&self.config.roster)));
+        outcomes.extend(
+            self.peers
+                .iter()
+                .flatten()
+                .map(|peer| peer.outcome(&self.config.roster)),
+        );
         outcomes
     }
 }

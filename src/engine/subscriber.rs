@@ -14,7 +14,9 @@ use crate::media::assemble::{Assembler, Delivery, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
 use crate::net;
 use crate::recording::{Tap, TappedPacket};
-use crate::transport::receive::{Arrival, NackPoll, NackRule, ReceiveCounts, ReceiveStream, ReportNumbers, RoundTrip};
+use crate::transport::receive::{
+    Arrival, NackPoll, NackRule, ReceiveCounts, ReceiveStream, ReportNumbers, RoundTrip,
+};
 use crate::transport::rtp::vp8::Descriptor;
 use crate::transport::rtp::{Header, split_rtx};
 use crate::transport::sequence::{ReplayWindow, SeqExtender};
@@ -206,13 +208,17 @@ impl RecvStream {
 
     /// Fetches what every packet needs; [`RecvStream::prefetch_next`] the rest, once this has come.
     pub fn prefetch(&self) {
-        net::prefetch(self, std::mem::offset_of!(RecvStream, receive) + ReceiveStream::HEAD_BYTES);
+        net::prefetch(
+            self,
+            std::mem::offset_of!(RecvStream, receive) + ReceiveStream::HEAD_BYTES,
+        );
     }
 
     /// Fetches what the next packet will need by what is known of the one before.
     pub fn prefetch_next(&self) {
         self.receive.prefetch_next();
-        self.replay.prefetch(self.extender.highest().map_or(0, |highest| highest + 1));
+        self.replay
+            .prefetch(self.extender.highest().map_or(0, |highest| highest + 1));
         if let Some(video) = self.video.as_deref() {
             video.assembler.prefetch();
             net::prefetch(&video.playout, usize::MAX);
@@ -236,7 +242,11 @@ impl RecvStream {
     }
 
     pub fn next_nack_at(&self) -> Time {
-        if self.has_ended() { Time::MAX } else { self.receive.next_nack_at() }
+        if self.has_ended() {
+            Time::MAX
+        } else {
+            self.receive.next_nack_at()
+        }
     }
 
     pub fn has_ended(&self) -> bool {
@@ -250,14 +260,19 @@ impl RecvStream {
             None => self.ledger.pause(),
             Some(_) => self.ledger.resume(),
         }
-        let Some(video) = self.video.as_mut() else { return };
+        let Some(video) = self.video.as_mut() else {
+            return;
+        };
         if !was_watched {
             video.assembler.handle_pause();
         }
         // What comes after nothing, or first of all, is no switch.
         video.switch = layer
             .filter(|layer| was_watched && video.layer.is_some_and(|current| current != *layer))
-            .map(|layer| Switch { layer, asked_at: at });
+            .map(|layer| Switch {
+                layer,
+                asked_at: at,
+            });
     }
 
     /// The server says that it pauses the stream for want of bandwidth, or sends it again. What it withholds was asked for, and stays expected.
@@ -294,7 +309,9 @@ impl RecvStream {
         if is_rtx {
             media.rtx_received += 1;
             // RFC 4588: the original sequence number precedes the payload. A packet without payload is a probe.
-            let Some((original, payload)) = split_rtx(payload) else { return Ok(()) };
+            let Some((original, payload)) = split_rtx(payload) else {
+                return Ok(());
+            };
             self.handle_media(original.0, header, payload, true, arrival, context);
         } else {
             media.packets_received += 1;
@@ -305,7 +322,13 @@ impl RecvStream {
         Ok(())
     }
 
-    fn open(&mut self, datagram: &mut [u8], header: &Header, is_rtx: bool, opener: &Opener) -> Result<usize, Refused> {
+    fn open(
+        &mut self,
+        datagram: &mut [u8],
+        header: &Header,
+        is_rtx: bool,
+        opener: &Opener,
+    ) -> Result<usize, Refused> {
         let (extender, replay) = match (&mut self.video, is_rtx) {
             (Some(video), true) => (&mut video.rtx_extender, &mut video.rtx_replay),
             (None, true) => return Err(Refused::Broken),
@@ -331,19 +354,36 @@ impl RecvStream {
         Ok(len)
     }
 
-    fn handle_media(&mut self, seq: u16, header: &Header, payload: &[u8], is_rtx: bool, arrival: Time, context: &mut StreamContext<'_>) {
-        match self.receive.handle_packet(seq, header.rtp_time, arrival, is_rtx) {
+    fn handle_media(
+        &mut self,
+        seq: u16,
+        header: &Header,
+        payload: &[u8],
+        is_rtx: bool,
+        arrival: Time,
+        context: &mut StreamContext<'_>,
+    ) {
+        match self
+            .receive
+            .handle_packet(seq, header.rtp_time, arrival, is_rtx)
+        {
             Arrival::New { .. } | Arrival::Reordered => {}
             Arrival::Repaired { loss_to_repair } => {
                 if let Some(took) = loss_to_repair {
-                    context.record.media(self.parameters.kind).loss_to_repair.record(took);
+                    context
+                        .record
+                        .media(self.parameters.kind)
+                        .loss_to_repair
+                        .record(took);
                 }
                 if !is_rtx {
                     // A resend on the media's own SSRC was counted as media when it came.
                     let media = context.record.media(self.parameters.kind);
                     media.rtx_received += 1;
                     media.packets_received = media.packets_received.wrapping_sub(1);
-                    media.bytes_received = media.bytes_received.wrapping_sub((header.header_len + payload.len()) as u64);
+                    media.bytes_received = media
+                        .bytes_received
+                        .wrapping_sub((header.header_len + payload.len()) as u64);
                 }
             }
             Arrival::Duplicate | Arrival::TooOld => return,
@@ -373,8 +413,16 @@ impl RecvStream {
         }
     }
 
-    fn handle_video(&mut self, header: &Header, payload: &[u8], arrival: Time, context: &mut StreamContext<'_>) {
-        let Some(video) = self.video.as_mut() else { return };
+    fn handle_video(
+        &mut self,
+        header: &Header,
+        payload: &[u8],
+        arrival: Time,
+        context: &mut StreamContext<'_>,
+    ) {
+        let Some(video) = self.video.as_mut() else {
+            return;
+        };
         if let Some((origin, track)) = self.origin {
             video.handle_mute_changes(context.roster.mute_changes(origin, track));
         }
@@ -392,8 +440,14 @@ impl RecvStream {
                     rtp_time: header.rtp_time,
                     start: descriptor.starts_frame(),
                     end: header.marker,
-                    key: payload.get(len..).is_some_and(|vp8| descriptor.starts_key_frame(vp8)),
-                    identity: if header.marker { FrameIdentity::parse_video(payload) } else { None },
+                    key: payload
+                        .get(len..)
+                        .is_some_and(|vp8| descriptor.starts_key_frame(vp8)),
+                    identity: if header.marker {
+                        FrameIdentity::parse_video(payload)
+                    } else {
+                        None
+                    },
                 };
                 video.assembler.handle_packet(&packet, arrival, &mut note);
             }
@@ -410,15 +464,25 @@ impl RecvStream {
             FrameEvent::Complete(frame) => {
                 if let Some(identity) = frame.identity {
                     let first_seq = frame.last_seq + 1 - u64::from(frame.packets);
-                    self.deliver(&identity, (first_seq, frame.last_seq), frame.completed_at, frame.decodable, context);
+                    self.deliver(
+                        &identity,
+                        (first_seq, frame.last_seq),
+                        frame.completed_at,
+                        frame.decodable,
+                        context,
+                    );
                 }
             }
             FrameEvent::Decoded(frame) => {
-                let Some(video) = self.video.as_mut() else { return };
+                let Some(video) = self.video.as_mut() else {
+                    return;
+                };
                 let media = context.record.media(Kind::Video);
                 if let (true, Some(sent_at)) = (frame.key, video.pli_sent_at) {
                     video.pli_sent_at = None;
-                    media.pli_sent_to_key_received.record(frame.decoded_at.since(sent_at));
+                    media
+                        .pli_sent_to_key_received
+                        .record(frame.decoded_at.since(sent_at));
                 }
                 // What was asked for is a switch; anything else is the server's doing, or the publisher's.
                 if let (Some(before), Some(layer)) = (video.layer, frame.layer)
@@ -429,14 +493,25 @@ impl RecvStream {
                 }
                 let media = context.record.media(Kind::Video);
                 video.layer = frame.layer.or(video.layer);
-                if let Some(switch) = video.switch.take_if(|switch| Some(switch.layer) == frame.layer) {
+                if let Some(switch) = video
+                    .switch
+                    .take_if(|switch| Some(switch.layer) == frame.layer)
+                {
                     media.layer_switch.expect(1);
-                    media.layer_switch.record(frame.decoded_at.since(switch.asked_at));
+                    media
+                        .layer_switch
+                        .record(frame.decoded_at.since(switch.asked_at));
                 }
                 let intended = frame.intended_unix_us.zip(self.origin);
-                let intended = intended.and_then(|(at, origin)| context.epoch.time_of_unix_micros(context.roster.unix_us_here(origin, at)?));
+                let intended = intended.and_then(|(at, origin)| {
+                    context
+                        .epoch
+                        .time_of_unix_micros(context.roster.unix_us_here(origin, at)?)
+                });
                 if let Some(intended) = intended {
-                    let played = video.playout.handle_frame(frame.decoded_at.since(intended), frame.decoded_at);
+                    let played = video
+                        .playout
+                        .handle_frame(frame.decoded_at.since(intended), frame.decoded_at);
                     self.frames_late_for_playout += note_playout(media, played);
                 }
                 if let Some(interval) = frame.interval {
@@ -455,13 +530,23 @@ impl RecvStream {
     }
 
     /// A whole frame with our identity on it, in packets `first_seq..=last_seq`: whose, whether for the first time, and how long it took.
-    fn deliver(&mut self, identity: &FrameIdentity, (first_seq, last_seq): (u64, u64), at: Time, decodable: bool, context: &mut StreamContext<'_>) {
+    fn deliver(
+        &mut self,
+        identity: &FrameIdentity,
+        (first_seq, last_seq): (u64, u64),
+        at: Time,
+        decodable: bool,
+        context: &mut StreamContext<'_>,
+    ) {
         if identity.run != context.roster.run {
             return;
         }
         let origin = (identity.origin, identity.track);
         let here = context.roster.room(identity.origin, identity.track) == Some(context.room);
-        if !here || !context.roster.is_made(identity) || *self.origin.get_or_insert(origin) != origin {
+        if !here
+            || !context.roster.is_made(identity)
+            || *self.origin.get_or_insert(origin) != origin
+        {
             context.record.session.frames_misrouted += 1;
             return;
         }
@@ -493,7 +578,10 @@ impl RecvStream {
             last_seq,
         };
         self.place(frame, resumes, origin, at, context.roster);
-        let Some(intended_unix_us) = context.roster.unix_us_here(origin, identity.intended_unix_us) else {
+        let Some(intended_unix_us) = context
+            .roster
+            .unix_us_here(origin, identity.intended_unix_us)
+        else {
             media.frames_untimed += 1;
             return;
         };
@@ -503,15 +591,32 @@ impl RecvStream {
             let is_late = latency_us > LATE_AFTER.as_micros() as u64;
             media.frames_late += u64::from(is_late);
             self.latency.add(latency_us, is_late);
-            self.play_audio(identity, Duration::from_micros(latency_us), resumes, at, context);
+            self.play_audio(
+                identity,
+                Duration::from_micros(latency_us),
+                resumes,
+                at,
+                context,
+            );
         }
     }
 
     /// What a listener's jitter buffer makes of a frame that took `transit`.
-    fn play_audio(&mut self, identity: &FrameIdentity, transit: Duration, resumes: bool, now: Time, context: &mut StreamContext<'_>) {
-        let Some(playout) = self.playout.as_mut() else { return };
+    fn play_audio(
+        &mut self,
+        identity: &FrameIdentity,
+        transit: Duration,
+        resumes: bool,
+        now: Time,
+        context: &mut StreamContext<'_>,
+    ) {
+        let Some(playout) = self.playout.as_mut() else {
+            return;
+        };
         let media = &mut context.record.audio;
-        let length = context.roster.frame_interval(identity.origin, identity.track, identity.layer);
+        let length = context
+            .roster
+            .frame_interval(identity.origin, identity.track, identity.layer);
         let mut interrupted = |for_so_long| {
             media.freeze.record(for_so_long);
             media.freezes += 1;
@@ -525,13 +630,26 @@ impl RecvStream {
     }
 
     /// Whatever is missing between this frame and the others was lost somewhere.
-    fn place(&mut self, frame: Placed, resumes: bool, (origin, track): (u32, u8), now: Time, roster: &Roster) {
-        let whose = Origin { roster, origin, track };
+    fn place(
+        &mut self,
+        frame: Placed,
+        resumes: bool,
+        (origin, track): (u32, u8),
+        now: Time,
+        roster: &Roster,
+    ) {
+        let whose = Origin {
+            roster,
+            origin,
+            track,
+        };
         if resumes {
-            self.attribution.resume_with(frame, &self.receive, whose, now);
+            self.attribution
+                .resume_with(frame, &self.receive, whose, now);
         } else {
             let withheld = || self.ledger.withheld((origin, track), roster);
-            self.attribution.deliver(frame, withheld, &self.receive, whose, now);
+            self.attribution
+                .deliver(frame, withheld, &self.receive, whose, now);
         }
     }
 
@@ -545,7 +663,9 @@ impl RecvStream {
         let since = self.subscription_start(context);
         let media = context.record.media(self.parameters.kind);
         media.tracks_live += 1;
-        media.track_subscribe.record(self.parameters.announced_at.since(since));
+        media
+            .track_subscribe
+            .record(self.parameters.announced_at.since(since));
         if let Some(first_packet_at) = self.first_packet_at {
             media.first_packet.record(first_packet_at.since(since));
         }
@@ -569,7 +689,9 @@ impl RecvStream {
     /// From when a subscriber may expect the track: when it ought to have joined, or when the publisher began, whichever came later. When another host's publisher
     /// began is not known here: before any subscriber was to join, where hosts wait for each other's publishers first.
     fn subscription_start(&self, context: &StreamContext<'_>) -> Time {
-        let published = self.origin.and_then(|(origin, track)| context.roster.published_at(origin, track));
+        let published = self
+            .origin
+            .and_then(|(origin, track)| context.roster.published_at(origin, track));
         published.map_or(context.intended_at, |at| at.max(context.intended_at))
     }
 
@@ -597,7 +719,8 @@ impl RecvStream {
     }
 
     fn is_muted(&self, roster: &Roster) -> bool {
-        self.origin.is_some_and(|(origin, track)| is_muted(roster.mute_changes(origin, track)))
+        self.origin
+            .is_some_and(|(origin, track)| is_muted(roster.mute_changes(origin, track)))
     }
 
     pub fn handle_sender_report(&mut self, ntp: u64, arrival: Time) {
@@ -606,7 +729,11 @@ impl RecvStream {
 
     /// The numbers of a report block; `None` before the first packet.
     pub fn report_block(&mut self, now: Time) -> Option<ReportNumbers> {
-        if self.has_ended() { None } else { self.receive.report_block(now) }
+        if self.has_ended() {
+            None
+        } else {
+            self.receive.report_block(now)
+        }
     }
 
     /// What to ask for again now. Returns what was written to `out`.
@@ -621,7 +748,9 @@ impl RecvStream {
     /// Whether to ask for a key frame now; asking is noted.
     pub fn poll_pli(&mut self, now: Time) -> bool {
         let at_rest = self.ended || self.unwatched;
-        let Some(video) = self.video.as_mut() else { return false };
+        let Some(video) = self.video.as_mut() else {
+            return false;
+        };
         let due = !at_rest && video.assembler.poll_pli(now);
         if due {
             video.pli_sent_at.get_or_insert(now);
@@ -631,7 +760,12 @@ impl RecvStream {
 
     /// Whether a key frame is waited for, so that [`RecvStream::poll_pli`] wants another look soon.
     pub fn waits_for_key_frame(&self) -> bool {
-        !self.ended && !self.unwatched && self.video.as_ref().is_some_and(|video| video.assembler.needs_key_frame())
+        !self.ended
+            && !self.unwatched
+            && self
+                .video
+                .as_ref()
+                .is_some_and(|video| video.assembler.needs_key_frame())
     }
 
     /// The server withdrew the stream, or the peer is gone: what is sent later is not expected here.
@@ -675,18 +809,53 @@ impl RecvStream {
         }
         let media = record.media(self.parameters.kind);
         let told = &mut self.accounted;
-        add_difference(&mut media.packets_lost_network, counts.lost_network, told.counts.lost_network);
-        add_difference(&mut media.packets_repaired, counts.repaired, told.counts.repaired);
+        add_difference(
+            &mut media.packets_lost_network,
+            counts.lost_network,
+            told.counts.lost_network,
+        );
+        add_difference(
+            &mut media.packets_repaired,
+            counts.repaired,
+            told.counts.repaired,
+        );
         add_difference(&mut media.packets_lost, counts.lost, told.counts.lost);
-        add_difference(&mut media.packets_duplicate, counts.duplicate, told.counts.duplicate);
-        add_difference(&mut media.packets_reordered, counts.reordered, told.counts.reordered);
-        add_difference(&mut media.frames_expected, frames_expected, told.frames_expected);
+        add_difference(
+            &mut media.packets_duplicate,
+            counts.duplicate,
+            told.counts.duplicate,
+        );
+        add_difference(
+            &mut media.packets_reordered,
+            counts.reordered,
+            told.counts.reordered,
+        );
+        add_difference(
+            &mut media.frames_expected,
+            frames_expected,
+            told.frames_expected,
+        );
         let losses = self.losses;
-        add_difference(&mut media.frames_lost_uplink, losses.uplink, told.losses.uplink);
+        add_difference(
+            &mut media.frames_lost_uplink,
+            losses.uplink,
+            told.losses.uplink,
+        );
         add_difference(&mut media.frames_lost_sfu, losses.sfu, told.losses.sfu);
-        add_difference(&mut media.frames_lost_downlink, losses.downlink, told.losses.downlink);
-        add_difference(&mut media.frames_lost_unattributed, losses.unattributed, told.losses.unattributed);
-        let (played_us, concealed_us) = self.playout.as_ref().map_or((0, 0), |playout| playout.times_us());
+        add_difference(
+            &mut media.frames_lost_downlink,
+            losses.downlink,
+            told.losses.downlink,
+        );
+        add_difference(
+            &mut media.frames_lost_unattributed,
+            losses.unattributed,
+            told.losses.unattributed,
+        );
+        let (played_us, concealed_us) = self
+            .playout
+            .as_ref()
+            .map_or((0, 0), |playout| playout.times_us());
         add_difference(&mut media.played_us, played_us, told.played_us);
         add_difference(&mut media.concealed_us, concealed_us, told.concealed_us);
         *told = Accounted {
@@ -704,8 +873,15 @@ impl RecvStream {
     /// The account is closed: nothing comes any more, and what is missing is lost.
     pub fn finish(&mut self, roster: &Roster, record: &mut Record) {
         if let Some((origin, track)) = self.origin.filter(|_| !self.finished) {
-            let missing = self.ledger.expected(self.origin, roster).saturating_sub(self.ledger.delivered());
-            let whose = Origin { roster, origin, track };
+            let missing = self
+                .ledger
+                .expected(self.origin, roster)
+                .saturating_sub(self.ledger.delivered());
+            let whose = Origin {
+                roster,
+                origin,
+                track,
+            };
             self.losses = self.attribution.finish(missing, &self.receive, whose);
             self.finished = true;
             self.finish_playout((origin, track), roster, record);
@@ -715,7 +891,9 @@ impl RecvStream {
 
     /// What was expected after the last frame that came was never heard, and the listener has made up his mind.
     fn finish_playout(&mut self, (origin, track): (u32, u8), roster: &Roster, record: &mut Record) {
-        let Some(playout) = self.playout.as_mut() else { return };
+        let Some(playout) = self.playout.as_mut() else {
+            return;
+        };
         let length = roster.frame_interval(origin, track, 0);
         let missing = self.ledger.missing_at_the_end((origin, track), roster);
         let media = &mut record.audio;
@@ -734,7 +912,10 @@ impl RecvStream {
     }
 
     pub fn outcome(&self, roster: &Roster) -> StreamOutcome {
-        let (played_us, concealed_us) = self.playout.as_ref().map_or((0, 0), |playout| playout.times_us());
+        let (played_us, concealed_us) = self
+            .playout
+            .as_ref()
+            .map_or((0, 0), |playout| playout.times_us());
         StreamOutcome {
             kind: self.parameters.kind,
             ssrc: self.parameters.ssrc,

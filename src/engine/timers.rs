@@ -83,7 +83,9 @@ impl Timers {
     /// The timers that will probably come next, the first of them first, as far as is known without opening another bucket.
     pub fn upcoming(&self) -> [Option<u32>; 2] {
         let known = |timer: u32| (timer != NONE).then_some(timer);
-        let Some(first) = known(self.ready) else { return [None; 2] };
+        let Some(first) = known(self.ready) else {
+            return [None; 2];
+        };
         let second = known(self.nodes[first as usize].next);
         if let Some(third) = second.and_then(|second| known(self.nodes[second as usize].next)) {
             net::prefetch(&self.nodes[third as usize], usize::MAX);
@@ -94,7 +96,9 @@ impl Timers {
     /// Whether any timer may be due by `time`, which is no more than a few milliseconds ahead.
     pub fn any_by(&self, time: Time) -> bool {
         let last = time.as_nanos() / NANOS_PER_BUCKET;
-        self.ready != NONE || (self.cursor..=last).any(|bucket| self.heads[(bucket % BUCKETS as u64) as usize] != NONE)
+        self.ready != NONE
+            || (self.cursor..=last)
+                .any(|bucket| self.heads[(bucket % BUCKETS as u64) as usize] != NONE)
     }
 
     fn open_bucket(&mut self) {
@@ -125,7 +129,9 @@ impl Timers {
     }
 
     fn unlink(&mut self, timer: u32) {
-        let Node { next, prev, place, .. } = self.nodes[timer as usize];
+        let Node {
+            next, prev, place, ..
+        } = self.nodes[timer as usize];
         if place == Place::Idle {
             return;
         }
@@ -188,7 +194,9 @@ mod tests {
             }
             let late = plain
                 .iter()
-                .filter(|due| **due != Time::MAX && **due + std::time::Duration::from_millis(1) <= now)
+                .filter(|due| {
+                    **due != Time::MAX && **due + std::time::Duration::from_millis(1) <= now
+                })
                 .count();
             assert_eq!(late, 0, "missed");
         }

@@ -131,7 +131,9 @@ impl Requests {
             *request = Request { frame, at: millis };
             return Asked::Once;
         }
-        match Duration::from_millis(millis.wrapping_sub(request.at).into()) >= rtt.max(ASKED_AGAIN_AFTER) {
+        match Duration::from_millis(millis.wrapping_sub(request.at).into())
+            >= rtt.max(ASKED_AGAIN_AFTER)
+        {
             true => Asked::Again,
             false => Asked::Once,
         }
@@ -145,7 +147,11 @@ mod tests {
     const RTT: Duration = Duration::from_millis(50);
 
     fn ask(lacking: &Lacking, requests: &mut Requests, frame: u32, millis: u64) -> Lacks {
-        lacking.set_asked(frame, requests.note(frame, Time::from_millis(millis), RTT), 100);
+        lacking.set_asked(
+            frame,
+            requests.note(frame, Time::from_millis(millis), RTT),
+            100,
+        );
         lacking.lacks(frame, 100).unwrap()
     }
 
@@ -155,7 +161,11 @@ mod tests {
         (0..100).for_each(|frame| lacking.begin(frame));
         lacking.add_listener();
         let mut ask = |frame, millis| ask(&lacking, &mut requests, frame, millis);
-        assert_eq!([ask(7, 1_000), ask(7, 1_030), ask(8, 1_030)], [Lacks::No; 3], "still on its way");
+        assert_eq!(
+            [ask(7, 1_000), ask(7, 1_030), ask(8, 1_030)],
+            [Lacks::No; 3],
+            "still on its way"
+        );
         assert_eq!([ask(7, 1_051), ask(8, 1_200)], [Lacks::Yes; 2]);
         lacking.set_received(9);
         lacking.set_received(8);
@@ -170,7 +180,10 @@ mod tests {
         let (lacking, mut requests) = (Lacking::default(), Requests::default());
         (0..100).for_each(|frame| lacking.begin(frame));
         (0..2).for_each(|_| lacking.add_listener());
-        assert_eq!([7, 8].map(|frame| ask(&lacking, &mut requests, frame, 1_000)), [Lacks::Probably; 2]);
+        assert_eq!(
+            [7, 8].map(|frame| ask(&lacking, &mut requests, frame, 1_000)),
+            [Lacks::Probably; 2]
+        );
         lacking.set_received(8);
         assert_eq!(
             [7, 8, 9].map(|frame| lacking.lacks(frame, 100).unwrap()),
@@ -189,8 +202,16 @@ mod tests {
         }
         lacking.set_asked(3, Asked::Again, 5_000);
         for frame in 0..5_000u32 {
-            let lacks = if frame % 3 == 0 { Lacks::Yes } else { Lacks::No };
-            assert_eq!(lacking.lacks(frame, 5_000), (5_000 - frame <= FRAMES_KNOWN).then_some(lacks), "{frame}");
+            let lacks = if frame % 3 == 0 {
+                Lacks::Yes
+            } else {
+                Lacks::No
+            };
+            assert_eq!(
+                lacking.lacks(frame, 5_000),
+                (5_000 - frame <= FRAMES_KNOWN).then_some(lacks),
+                "{frame}"
+            );
         }
     }
 }

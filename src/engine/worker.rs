@@ -88,7 +88,11 @@ pub fn run(config: WorkerConfig) -> io::Result<()> {
     loop {
         // A tick costs as much as a dozen packets. Where no media is due at the next one and nobody is joining, what arrives can wait for the one after:
         // the kernel stamps it.
-        let ticks = if worker.shard.is_waited_for_by(beat.planned + TICK) { 1 } else { 2 };
+        let ticks = if worker.shard.is_waited_for_by(beat.planned + TICK) {
+            1
+        } else {
+            2
+        };
         let (now, late, missed) = beat.wait(ticks);
         worker.shard.record_tick(late, missed);
         worker.note_gap(now - late, now);
@@ -201,7 +205,8 @@ impl Worker {
             self.sends.mark(media_turn);
         }
         // Control packets carry time stamps of their own: they get the time at which they are written.
-        self.shard.handle_control_timers(self.epoch.now(), &mut self.io);
+        self.shard
+            .handle_control_timers(self.epoch.now(), &mut self.io);
         let alive = self.spend_setup_share()?;
         self.forward_events();
         self.shard.take_io_counts(&mut self.io.counts);
@@ -230,11 +235,22 @@ impl Worker {
             if left == 0 {
                 break;
             }
-            let Some(key) = self.ready.pop_front() else { break };
+            let Some(key) = self.ready.pop_front() else {
+                break;
+            };
             // The participants that come next are not in the cache: fetched now, they are there when this one's datagrams are done.
-            self.ready.get(2).iter().for_each(|next| self.shard.prefetch(**next));
-            self.ready.get(1).iter().for_each(|next| self.shard.prefetch_streams(**next));
-            self.ready.front().iter().for_each(|next| self.shard.prefetch_next(**next));
+            self.ready
+                .get(2)
+                .iter()
+                .for_each(|next| self.shard.prefetch(**next));
+            self.ready
+                .get(1)
+                .iter()
+                .for_each(|next| self.shard.prefetch_streams(**next));
+            self.ready
+                .front()
+                .iter()
+                .for_each(|next| self.shard.prefetch_next(**next));
             let taken = self.drain_socket(key, now, unix_now);
             left = left.saturating_sub(taken);
             if self.io.slots[key].as_ref().is_some_and(|slot| slot.ready) {
@@ -250,7 +266,9 @@ impl Worker {
     fn drain_socket(&mut self, key: usize, now: Time, unix_now: u64) -> usize {
         let mut taken = 0;
         while taken < SOCKET_DATAGRAMS_MAX {
-            let Some(slot) = self.io.slots[key].as_mut() else { break };
+            let Some(slot) = self.io.slots[key].as_mut() else {
+                break;
+            };
             slot.ready = false;
             let count = match self.batch.receive(&slot.socket) {
                 Ok(count) => count,
@@ -303,7 +321,9 @@ impl Worker {
         self.oldest = self.oldest.min(arrival);
         match classify(datagram) {
             Datagram::Rtp => self.shard.handle_rtp(key, datagram, arrival),
-            Datagram::Rtcp => self.shard.handle_rtcp(key, datagram, arrival, now, &mut self.io),
+            Datagram::Rtcp => self
+                .shard
+                .handle_rtcp(key, datagram, arrival, now, &mut self.io),
             Datagram::Stun | Datagram::Dtls => {
                 if self.setup.len() == SETUP_QUEUE_MAX {
                     self.io.counts.setup_dropped += 1;
@@ -330,8 +350,15 @@ impl Worker {
         loop {
             let datagram = self.setup.pop_front();
             let idle = datagram.is_none();
-            if let Some(SetupDatagram { key, from, arrival, bytes }) = datagram {
-                self.shard.handle_setup_datagram(key, &bytes, from, arrival, now, &mut self.io);
+            if let Some(SetupDatagram {
+                key,
+                from,
+                arrival,
+                bytes,
+            }) = datagram
+            {
+                self.shard
+                    .handle_setup_datagram(key, &bytes, from, arrival, now, &mut self.io);
                 self.setup_spare.push(bytes);
             }
             match self.commands.try_recv() {
@@ -349,11 +376,18 @@ impl Worker {
 
     fn handle_command(&mut self, command: Command, now: Time) -> io::Result<()> {
         match command {
-            Command::AddPeer { key, socket, peer, events } => {
+            Command::AddPeer {
+                key,
+                socket,
+                peer,
+                events,
+            } => {
                 if let Some(socket) = socket {
-                    self.poll
-                        .registry()
-                        .register(&mut SourceFd(&socket.as_raw_fd()), Token(key), Interest::READABLE)?;
+                    self.poll.registry().register(
+                        &mut SourceFd(&socket.as_raw_fd()),
+                        Token(key),
+                        Interest::READABLE,
+                    )?;
                     self.io.slots[key] = Some(Slot {
                         socket,
                         connected: false,
@@ -370,7 +404,9 @@ impl Worker {
                 self.subscribers[key] = None;
                 if let Some(slot) = self.io.slots[key].take() {
                     self.io.counts.socket_drops += slot.untold_drops();
-                    self.poll.registry().deregister(&mut SourceFd(&slot.socket.as_raw_fd()))?;
+                    self.poll
+                        .registry()
+                        .deregister(&mut SourceFd(&slot.socket.as_raw_fd()))?;
                 }
             }
             Command::Report => {
@@ -396,7 +432,13 @@ impl Worker {
     }
 
     fn report_last(&mut self) {
-        self.io.counts.socket_drops += self.io.slots.iter().flatten().map(Slot::untold_drops).sum::<u64>();
+        self.io.counts.socket_drops += self
+            .io
+            .slots
+            .iter()
+            .flatten()
+            .map(Slot::untold_drops)
+            .sum::<u64>();
         self.shard.take_io_counts(&mut self.io.counts);
         let outcomes = self.shard.finish();
         self.report(Occasion::Last, Some(outcomes));
@@ -467,7 +509,9 @@ impl Slot {
 
     /// Drops that no datagram has told of, because none came after them. Where the kernel does not say, there are none that we know of.
     fn untold_drops(&self) -> u64 {
-        net::socket_drops(&self.socket).map_or(0, |drops| u64::from(drops.wrapping_sub(self.drops)) * u64::from(self.burst))
+        net::socket_drops(&self.socket).map_or(0, |drops| {
+            u64::from(drops.wrapping_sub(self.drops)) * u64::from(self.burst)
+        })
     }
 }
 
@@ -490,14 +534,23 @@ impl Io for SocketIo {
     }
 
     fn send(&mut self, key: usize, to: SocketAddr, len: usize, segment: usize) {
-        let Some(slot) = self.slots[key].as_ref() else { return };
+        let Some(slot) = self.slots[key].as_ref() else {
+            return;
+        };
         self.has_sent = true;
         let to = (!slot.connected).then_some(to);
         let bytes = &self.buffer[..len];
         if len > segment && self.segmentation {
             match net::send_segmented(&slot.socket, to, bytes, segment) {
                 Ok(()) => return,
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)) => self.segmentation = false,
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)
+                    ) =>
+                {
+                    self.segmentation = false
+                }
                 Err(_) => {
                     self.counts.send_errors += len.div_ceil(segment) as u64;
                     return;

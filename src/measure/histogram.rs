@@ -18,7 +18,8 @@ pub struct Histogram {
 impl Default for Histogram {
     /// Allocates once, in full: recording never does.
     fn default() -> Histogram {
-        let hdr = hdrhistogram::Histogram::new_with_bounds(1, MICROS_MAX, SIGNIFICANT_DIGITS).expect("bounds are constants that the library accepts");
+        let hdr = hdrhistogram::Histogram::new_with_bounds(1, MICROS_MAX, SIGNIFICANT_DIGITS)
+            .expect("bounds are constants that the library accepts");
         Histogram { hdr, expected: 0 }
     }
 }
@@ -37,7 +38,10 @@ impl Histogram {
     /// The same values, of so many that ought to have been recorded.
     #[must_use]
     pub fn expecting(&self, expected: u64) -> Histogram {
-        Histogram { expected, ..self.clone() }
+        Histogram {
+            expected,
+            ..self.clone()
+        }
     }
 
     pub fn record(&mut self, value: Duration) {
@@ -71,13 +75,16 @@ impl Histogram {
     pub fn low_quantile(&self, share: f64) -> Option<u64> {
         let rank = (share * self.expected() as f64).ceil().max(1.0) as u64;
         let rank = rank.checked_sub(self.expected() - self.count())?;
-        (1..=self.count()).contains(&rank).then(|| self.value_at_rank(rank))
+        (1..=self.count())
+            .contains(&rank)
+            .then(|| self.value_at_rank(rank))
     }
 
     /// The value that so many are not above; `rank` is 1 for the least.
     fn value_at_rank(&self, rank: u64) -> u64 {
         // The library takes a share, multiplies it by the count and rounds up: half a rank less keeps clear of the next one, which 15 / 29 * 29 in floating point is in.
-        self.hdr.value_at_quantile((rank as f64 - 0.5) / self.count() as f64)
+        self.hdr
+            .value_at_quantile((rank as f64 - 0.5) / self.count() as f64)
     }
 
     /// Of what came.
@@ -105,7 +112,9 @@ impl Histogram {
 
     pub fn merge(&mut self, other: &Histogram) {
         if !other.hdr.is_empty() {
-            self.hdr.add(&other.hdr).expect("all histograms share their bounds");
+            self.hdr
+                .add(&other.hdr)
+                .expect("all histograms share their bounds");
         }
         self.expected += other.expected;
     }
@@ -127,7 +136,12 @@ impl Histogram {
     pub fn sparse(&self) -> Vec<(u64, u64)> {
         let values = self.hdr.iter_recorded();
         values
-            .map(|value| (value.value_iterated_to(), value.count_since_last_iteration()))
+            .map(|value| {
+                (
+                    value.value_iterated_to(),
+                    value.count_since_last_iteration(),
+                )
+            })
             .collect()
     }
 
@@ -135,7 +149,9 @@ impl Histogram {
     pub fn from_sparse(values: &[(u64, u64)]) -> Histogram {
         let mut histogram = Histogram::default();
         for (value, count) in values {
-            histogram.hdr.saturating_record_n((*value).min(MICROS_MAX), *count);
+            histogram
+                .hdr
+                .saturating_record_n((*value).min(MICROS_MAX), *count);
         }
         histogram
     }
@@ -166,7 +182,13 @@ mod tests {
         let mut histogram = Histogram::default();
         for count in 1..=1_000 {
             histogram.record_micros(count);
-            for (share, thousandths) in [(0.5, 500), (0.9, 900), (0.95, 950), (0.99, 990), (0.999, 999)] {
+            for (share, thousandths) in [
+                (0.5, 500),
+                (0.9, 900),
+                (0.95, 950),
+                (0.99, 990),
+                (0.999, 999),
+            ] {
                 let rank = (thousandths * count).div_ceil(1_000);
                 assert_eq!(histogram.quantile(share), Some(rank), "{share} of {count}");
             }
@@ -177,10 +199,19 @@ mod tests {
     fn where_less_is_worse_what_never_came_is_worst() {
         let mut scores = Histogram::default();
         (1..=90).for_each(|score| scores.record_micros(score * 20));
-        assert_eq!((scores.low_quantile(0.01), scores.low_quantile(0.5)), (Some(20), Some(45 * 20)));
+        assert_eq!(
+            (scores.low_quantile(0.01), scores.low_quantile(0.5)),
+            (Some(20), Some(45 * 20))
+        );
         scores.expect(100);
-        assert_eq!((scores.low_quantile(0.01), scores.low_quantile(0.1)), (None, None));
-        assert_eq!((scores.low_quantile(0.11), scores.low_quantile(1.0)), (Some(20), Some(90 * 20)));
+        assert_eq!(
+            (scores.low_quantile(0.01), scores.low_quantile(0.1)),
+            (None, None)
+        );
+        assert_eq!(
+            (scores.low_quantile(0.11), scores.low_quantile(1.0)),
+            (Some(20), Some(90 * 20))
+        );
         assert_eq!(Histogram::default().low_quantile(0.5), None);
     }
 
@@ -190,15 +221,26 @@ mod tests {
         (0..3_000).for_each(|n| histogram.record_micros(n * n));
         histogram.record_micros(u64::MAX);
         let again = Histogram::from_sparse(&histogram.sparse());
-        assert_eq!((again.hdr(), again.quantile(0.95)), (histogram.hdr(), histogram.quantile(0.95)));
+        assert_eq!(
+            (again.hdr(), again.quantile(0.95)),
+            (histogram.hdr(), histogram.quantile(0.95))
+        );
         assert!(Histogram::default().sparse().is_empty());
     }
 
     #[test]
     fn a_merge_equals_one_histogram_of_all_values_and_a_difference_undoes_it() {
-        let (mut left, mut right, mut both) = (Histogram::default(), Histogram::default(), Histogram::default());
+        let (mut left, mut right, mut both) = (
+            Histogram::default(),
+            Histogram::default(),
+            Histogram::default(),
+        );
         for value in 0..5_000u64 {
-            let target = if value % 3 == 0 { &mut left } else { &mut right };
+            let target = if value % 3 == 0 {
+                &mut left
+            } else {
+                &mut right
+            };
             target.record_micros(value * 37);
             both.record_micros(value * 37);
         }

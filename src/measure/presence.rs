@@ -27,7 +27,9 @@ pub struct Marks {
 
 impl Default for Marks {
     fn default() -> Marks {
-        Marks { words: [(0, 0); WORDS] }
+        Marks {
+            words: [(0, 0); WORDS],
+        }
     }
 }
 
@@ -47,7 +49,9 @@ impl Marks {
     /// What was marked since the last call, as words with their numbers.
     pub fn take(&mut self) -> Vec<(u64, u64)> {
         let marked = self.words.iter_mut().filter(|word| word.1 != 0);
-        marked.map(|word| (word.0, std::mem::take(&mut word.1))).collect()
+        marked
+            .map(|word| (word.0, std::mem::take(&mut word.1)))
+            .collect()
     }
 }
 
@@ -72,7 +76,9 @@ impl Presence {
     }
 
     pub fn has(&self, step: u64) -> bool {
-        let word = usize::try_from(step / 64).ok().and_then(|at| self.words.get(at));
+        let word = usize::try_from(step / 64)
+            .ok()
+            .and_then(|at| self.words.get(at));
         word.is_some_and(|word| word >> (step % 64) & 1 == 1)
     }
 
@@ -98,7 +104,9 @@ mod tests {
         }
         all.merge(&marks.take());
         assert!(marks.take().is_empty(), "what was taken is not told again");
-        let steps: Vec<u64> = (0..step_of(Time::from_millis(11_000))).filter(|step| all.has(*step)).collect();
+        let steps: Vec<u64> = (0..step_of(Time::from_millis(11_000)))
+            .filter(|step| all.has(*step))
+            .collect();
         let expected = [0, 1_000, 4_000, 9_999].map(|ms| step_of(Time::from_millis(ms)));
         assert_eq!(steps, expected);
         assert_eq!(all.next(1, 5_000), Some(expected[1]));
@@ -108,7 +116,10 @@ mod tests {
     #[test]
     fn a_mark_a_round_later_does_not_pass_for_an_older_one() {
         let mut marks = Marks::default();
-        let (early, late) = (Time::from_millis(5), Time::from_nanos(5_000_000 + ((WORDS as u64 * 64) << STEP_SHIFT)));
+        let (early, late) = (
+            Time::from_millis(5),
+            Time::from_nanos(5_000_000 + ((WORDS as u64 * 64) << STEP_SHIFT)),
+        );
         marks.mark(early);
         marks.mark(late);
         let mut all = Presence::default();

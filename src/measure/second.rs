@@ -68,11 +68,23 @@ impl HostDrops {
     pub fn places(&self) -> [(&'static str, Option<u64>); 8] {
         [
             ("our sockets", self.sockets),
-            ("all UDP sockets of this host (RcvbufErrors)", self.udp_receive_buffer),
-            ("UDP send buffers of this host (SndbufErrors)", self.udp_send_buffer),
-            ("UDP, for bad checksums and the like (InErrors)", self.udp_receive_other),
+            (
+                "all UDP sockets of this host (RcvbufErrors)",
+                self.udp_receive_buffer,
+            ),
+            (
+                "UDP send buffers of this host (SndbufErrors)",
+                self.udp_send_buffer,
+            ),
+            (
+                "UDP, for bad checksums and the like (InErrors)",
+                self.udp_receive_other,
+            ),
             ("the softnet queues of this host", self.softnet),
-            ("interfaces of this host, on receiving", self.interfaces_receive),
+            (
+                "interfaces of this host, on receiving",
+                self.interfaces_receive,
+            ),
             ("interfaces of this host, on sending", self.interfaces_send),
             ("queueing disciplines of this host", self.queueing),
         ]
@@ -115,7 +127,11 @@ mod tests {
                 to: Time::from_millis(to_ms),
                 ..Second::default()
             };
-            assert_eq!(row.whole_seconds().collect::<Vec<_>>(), expected, "{from_ms}-{to_ms}");
+            assert_eq!(
+                row.whole_seconds().collect::<Vec<_>>(),
+                expected,
+                "{from_ms}-{to_ms}"
+            );
             assert!(expected.iter().all(|second| row.covers(*second)) && !row.covers(99));
         }
     }
@@ -128,6 +144,9 @@ mod tests {
             ..HostDrops::default()
         };
         let grown = reading(Some(9), Some(2)).since(&reading(Some(4), Some(3)));
-        assert_eq!((grown.softnet, grown.queueing, grown.sockets), (Some(5), None, None));
+        assert_eq!(
+            (grown.softnet, grown.queueing, grown.sockets),
+            (Some(5), None, None)
+        );
     }
 }

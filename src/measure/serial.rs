@@ -36,7 +36,9 @@ pub fn to_base64(histogram: &Histogram) -> String {
 /// Reads what [`to_base64`] or another HdrHistogram library wrote.
 pub fn from_base64(text: &str) -> Result<hdrhistogram::Histogram<u64>, SerialError> {
     let bytes = STANDARD.decode(text).map_err(|_| SerialError::NotBase64)?;
-    Deserializer::new().deserialize(&mut bytes.as_slice()).map_err(|_| SerialError::NotHdr)
+    Deserializer::new()
+        .deserialize(&mut bytes.as_slice())
+        .map_err(|_| SerialError::NotHdr)
 }
 
 #[cfg(test)]
@@ -51,14 +53,23 @@ mod tests {
         }
         let back = from_base64(&to_base64(&histogram)).unwrap();
         assert_eq!(&back, histogram.hdr());
-        assert_eq!(from_base64(&to_base64(&Histogram::default())).unwrap().len(), 0);
+        assert_eq!(
+            from_base64(&to_base64(&Histogram::default()))
+                .unwrap()
+                .len(),
+            0
+        );
     }
 
     #[test]
     fn other_text_is_refused() {
         assert_eq!(from_base64("§").unwrap_err(), SerialError::NotBase64);
         for text in ["", "AAAA", "HISTFAAAAHic"] {
-            assert_eq!(from_base64(text).unwrap_err(), SerialError::NotHdr, "{text}");
+            assert_eq!(
+                from_base64(text).unwrap_err(),
+                SerialError::NotHdr,
+                "{text}"
+            );
         }
     }
 }

@@ -56,20 +56,30 @@ pub fn union(mut gaps: Vec<Gap>) -> Vec<Gap> {
 
 /// Gaps with little between them, as one stall each.
 pub fn gathered(gaps: &[Gap]) -> Vec<&[Gap]> {
-    gaps.chunk_by(|one, next| next.from.since(one.to) < JOIN).collect()
+    gaps.chunk_by(|one, next| next.from.since(one.to) < JOIN)
+        .collect()
 }
 
 /// When nothing came although we sent and were awake, between `from` and `until`.
 ///
 /// `asleep` are the generator's own gaps, as [`union`] gives them.
-pub fn silences(sends: &Presence, arrivals: &Presence, asleep: &[Gap], from: Time, until: Time) -> Vec<Gap> {
+pub fn silences(
+    sends: &Presence,
+    arrivals: &Presence,
+    asleep: &[Gap],
+    from: Time,
+    until: Time,
+) -> Vec<Gap> {
     let end = step_of(until);
     let (mut usual, mut silences) = (VecDeque::with_capacity(ANSWERS_MAX), Vec::new());
     let mut asleep = asleep.iter().peekable();
     let mut step = step_of(from);
     while step < end {
         // A step belongs to a gap as soon as they touch.
-        while asleep.peek().is_some_and(|gap| step_of(gap.to + GRACE) < step) {
+        while asleep
+            .peek()
+            .is_some_and(|gap| step_of(gap.to + GRACE) < step)
+        {
             asleep.next();
         }
         let doze = asleep.peek().map_or(end, |gap| step_of(gap.from).min(end));
@@ -187,10 +197,16 @@ mod tests {
     }
 
     fn found(sends: &Presence, arrivals: &Presence, asleep: &[Gap]) -> Vec<(u64, u64)> {
-        silences(sends, arrivals, asleep, Time::ZERO, Time::from_millis(20_000))
-            .iter()
-            .map(|gap| (gap.from.as_millis(), gap.to.as_millis()))
-            .collect()
+        silences(
+            sends,
+            arrivals,
+            asleep,
+            Time::ZERO,
+            Time::from_millis(20_000),
+        )
+        .iter()
+        .map(|gap| (gap.from.as_millis(), gap.to.as_millis()))
+        .collect()
     }
 
     fn about(found: &[(u64, u64)], expected: &[(u64, u64)]) -> bool {
@@ -204,7 +220,12 @@ mod tests {
     #[test]
     fn a_server_that_falls_silent_while_we_send_is_found_to_a_few_milliseconds() {
         let sends = every(3, 20_000, &[]);
-        for pauses in [&[][..], &[(7_000, 7_060)], &[(7_000, 9_000), (9_500, 9_900)], &[(18_000, 20_000)]] {
+        for pauses in [
+            &[][..],
+            &[(7_000, 7_060)],
+            &[(7_000, 9_000), (9_500, 9_900)],
+            &[(18_000, 20_000)],
+        ] {
             let silent = found(&sends, &every(3, 20_000, pauses), &[]);
             assert!(about(&silent, pauses), "{pauses:?}: {silent:?}");
         }
@@ -213,14 +234,23 @@ mod tests {
     #[test]
     fn a_silence_during_our_own_stall_or_right_after_it_is_not_the_servers() {
         let pause = [(7_000, 9_000)];
-        let (sends, arrivals) = (every(3, 20_000, &pause), every(3, 20_000, &[(7_010, 9_030)]));
+        let (sends, arrivals) = (
+            every(3, 20_000, &pause),
+            every(3, 20_000, &[(7_010, 9_030)]),
+        );
         assert_eq!(found(&sends, &arrivals, &[gap(7_000, 9_000)]), []);
         // The server stalls while we do, and for a second more.
         let arrivals = every(3, 20_000, &[(7_010, 10_000)]);
-        assert!(about(&found(&sends, &arrivals, &[gap(7_000, 9_000)]), &[(9_050, 10_000)]));
+        assert!(about(
+            &found(&sends, &arrivals, &[gap(7_000, 9_000)]),
+            &[(9_050, 10_000)]
+        ));
         // Ours comes in the middle of its.
         let arrivals = every(3, 20_000, &[(6_000, 10_000)]);
-        assert!(about(&found(&sends, &arrivals, &[gap(7_000, 9_000)]), &[(6_000, 7_000), (9_050, 10_000)]));
+        assert!(about(
+            &found(&sends, &arrivals, &[gap(7_000, 9_000)]),
+            &[(6_000, 7_000), (9_050, 10_000)]
+        ));
     }
 
     #[test]
@@ -235,14 +265,22 @@ mod tests {
         let sends = every(3, 20_000, &[]);
         // Publishers alone: a report now and then is all that comes.
         assert_eq!(found(&sends, &every(450, 20_000, &[]), &[]), []);
-        assert!(about(&found(&sends, &every(100, 20_000, &[(9_000, 10_300)]), &[]), &[(8_903, 10_300)]));
+        assert!(about(
+            &found(&sends, &every(100, 20_000, &[(9_000, 10_300)]), &[]),
+            &[(8_903, 10_300)]
+        ));
         // Before anything has ever come there is nothing to compare with.
         assert_eq!(found(&sends, &every(3, 20_000, &[(0, 4_000)]), &[]), []);
     }
 
     #[test]
     fn gaps_of_several_threads_become_one_stall() {
-        let all = union(vec![gap(100, 200), gap(150, 300), gap(450, 500), gap(900, 950)]);
+        let all = union(vec![
+            gap(100, 200),
+            gap(150, 300),
+            gap(450, 500),
+            gap(900, 950),
+        ]);
         assert_eq!(all, [gap(100, 300), gap(450, 500), gap(900, 950)]);
         let stalls: Vec<usize> = gathered(&all).iter().map(|pieces| pieces.len()).collect();
         assert_eq!(stalls, [2, 1]);
@@ -250,6 +288,9 @@ mod tests {
             gap(100, 300).within(Time::from_millis(250), Time::from_millis(900)),
             Duration::from_millis(50)
         );
-        assert_eq!(gap(100, 300).within(Time::from_millis(400), Time::from_millis(900)), Duration::ZERO);
+        assert_eq!(
+            gap(100, 300).within(Time::from_millis(400), Time::from_millis(900)),
+            Duration::ZERO
+        );
     }
 }

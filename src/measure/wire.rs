@@ -104,11 +104,20 @@ impl From<&Record> for RecordWire {
     fn from(record: &Record) -> RecordWire {
         macro_rules! section {
             ($name:ident) => {
-                SectionWire::new(record.$name.counters(), record.$name.histograms().chain(record.$name.scores()))
+                SectionWire::new(
+                    record.$name.counters(),
+                    record.$name.histograms().chain(record.$name.scores()),
+                )
             };
         }
         RecordWire {
-            sections: [section!(session), section!(audio), section!(video), section!(bandwidth), section!(engine)],
+            sections: [
+                section!(session),
+                section!(audio),
+                section!(video),
+                section!(bandwidth),
+                section!(engine),
+            ],
         }
     }
 }
@@ -134,7 +143,10 @@ impl RecordWire {
 }
 
 impl SectionWire {
-    fn new<'a>(counters: impl Iterator<Item = (&'static str, u64)>, histograms: impl Iterator<Item = (&'static str, &'a Histogram)>) -> SectionWire {
+    fn new<'a>(
+        counters: impl Iterator<Item = (&'static str, u64)>,
+        histograms: impl Iterator<Item = (&'static str, &'a Histogram)>,
+    ) -> SectionWire {
         SectionWire {
             counters: counters.collect(),
             histograms: histograms
@@ -146,11 +158,15 @@ impl SectionWire {
 
     fn merge_into(&self, section: &mut impl Named) {
         for (name, value) in &self.counters {
-            let counter = section.counter_mut(name).expect("names were looked up when they were read");
+            let counter = section
+                .counter_mut(name)
+                .expect("names were looked up when they were read");
             *counter = counter.wrapping_add(*value);
         }
         for (name, wire) in &self.histograms {
-            let histogram = section.histogram_mut(name).expect("names were looked up when they were read");
+            let histogram = section
+                .histogram_mut(name)
+                .expect("names were looked up when they were read");
             histogram.merge(&wire.histogram().expect("the text was read once before"));
         }
     }
@@ -198,7 +214,9 @@ fn read_hdr(text: &str) -> Result<hdrhistogram::Histogram<u64>, HdrError> {
     }
     let bytes = STANDARD.decode(text).map_err(|_| HdrError::NotBase64)?;
     let inflated = inflate(&bytes)?;
-    let (header, counts) = inflated.split_at_checked(HDR_HEADER_BYTES).ok_or(HdrError::NotHdr)?;
+    let (header, counts) = inflated
+        .split_at_checked(HDR_HEADER_BYTES)
+        .ok_or(HdrError::NotHdr)?;
     if header[8..] != own_parameters() {
         return Err(HdrError::OtherBounds);
     }
@@ -207,7 +225,10 @@ fn read_hdr(text: &str) -> Result<hdrhistogram::Histogram<u64>, HdrError> {
         return Err(HdrError::NotHdr);
     }
     // And it negates what it reads, which the least integer does not survive. A number within `COUNT_MAX` has no eighth byte that is continued.
-    if counts.windows(8).any(|bytes| bytes.iter().all(|byte| byte & 0x80 != 0)) {
+    if counts
+        .windows(8)
+        .any(|bytes| bytes.iter().all(|byte| byte & 0x80 != 0))
+    {
         return Err(HdrError::TooMany);
     }
     let hdr = HdrDeserializer::new()
@@ -225,7 +246,9 @@ fn read_hdr(text: &str) -> Result<hdrhistogram::Histogram<u64>, HdrError> {
 fn inflate(bytes: &[u8]) -> Result<Vec<u8>, HdrError> {
     let (cookie, rest) = bytes.split_first_chunk::<4>().ok_or(HdrError::NotHdr)?;
     let (length, deflated) = rest.split_first_chunk::<4>().ok_or(HdrError::NotHdr)?;
-    if u32::from_be_bytes(*cookie) != HDR_V2_DEFLATE_COOKIE || u32::from_be_bytes(*length) as usize != deflated.len() {
+    if u32::from_be_bytes(*cookie) != HDR_V2_DEFLATE_COOKIE
+        || u32::from_be_bytes(*length) as usize != deflated.len()
+    {
         return Err(HdrError::NotHdr);
     }
     let limit = HDR_HEADER_BYTES + HDR_COUNTS_BYTES_MAX;
@@ -262,7 +285,8 @@ impl Serialize for RecordWire {
 
 impl Serialize for SectionWire {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.counters.len() + self.histograms.len()))?;
+        let mut map =
+            serializer.serialize_map(Some(self.counters.len() + self.histograms.len()))?;
         for (name, value) in &self.counters {
             map.serialize_entry(name, value)?;
         }
@@ -302,7 +326,8 @@ impl<'de> Visitor<'de> for RecordVisitor {
         }
         let mut sections: [SectionWire; SECTIONS.len()] = Default::default();
         for ((section, found), wire) in SECTIONS.iter().zip(found).zip(&mut sections) {
-            *wire = found.ok_or_else(|| A::Error::custom(format_args!("{} is missing", section.name)))?;
+            *wire = found
+                .ok_or_else(|| A::Error::custom(format_args!("{} is missing", section.name)))?;
         }
         Ok(RecordWire { sections })
     }
@@ -324,19 +349,30 @@ impl<'de> Visitor<'de> for &Section {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<SectionWire, A::Error> {
-        let mut counters: Vec<(&'static str, Option<u64>)> = self.counters.iter().map(|name| (*name, None)).collect();
+        let mut counters: Vec<(&'static str, Option<u64>)> =
+            self.counters.iter().map(|name| (*name, None)).collect();
         let mut histograms: Vec<(&'static str, HistogramWire)> = Vec::new();
-        let wrong = |name: &str, what: &dyn fmt::Display| A::Error::custom(format_args!("{}.{name}: {what}", self.name));
+        let wrong = |name: &str, what: &dyn fmt::Display| {
+            A::Error::custom(format_args!("{}.{name}: {what}", self.name))
+        };
         while let Some(key) = map.next_key::<String>()? {
             if let Some((name, counter)) = counters.iter_mut().find(|(name, _)| *name == key) {
                 let value: u64 = map.next_value().map_err(|error| wrong(name, &error))?;
                 if value > COUNT_MAX {
-                    return Err(wrong(name, &format_args!("{value} is more than {COUNT_MAX}")));
+                    return Err(wrong(
+                        name,
+                        &format_args!("{value} is more than {COUNT_MAX}"),
+                    ));
                 }
                 if counter.replace(value).is_some() {
                     return Err(wrong(name, &"is there twice"));
                 }
-            } else if let Some(name) = self.histograms.iter().chain(self.scores).find(|name| **name == key) {
+            } else if let Some(name) = self
+                .histograms
+                .iter()
+                .chain(self.scores)
+                .find(|name| **name == key)
+            {
                 let wire: HistogramWire = map.next_value().map_err(|error| wrong(name, &error))?;
                 wire.histogram().map_err(|error| wrong(name, &error))?;
                 if histograms.iter().any(|(other, _)| other == name) {
@@ -349,9 +385,16 @@ impl<'de> Visitor<'de> for &Section {
         }
         let counters = counters
             .into_iter()
-            .map(|(name, value)| value.map(|value| (name, value)).ok_or_else(|| wrong(name, &"is missing")))
+            .map(|(name, value)| {
+                value
+                    .map(|value| (name, value))
+                    .ok_or_else(|| wrong(name, &"is missing"))
+            })
             .collect::<Result<_, _>>()?;
-        Ok(SectionWire { counters, histograms })
+        Ok(SectionWire {
+            counters,
+            histograms,
+        })
     }
 }
 
@@ -420,7 +463,11 @@ mod tests {
                 assert_equal(&Record::from(&wire), &own);
                 wire.merge_into(&mut merged);
             }
-            assert_eq!(merged.audio.one_way_latency.quantile(0.9), None, "what never came is still missing");
+            assert_eq!(
+                merged.audio.one_way_latency.quantile(0.9),
+                None,
+                "what never came is still missing"
+            );
             assert_equal(&merged, &everything);
         }
     }
@@ -430,12 +477,19 @@ mod tests {
         let json = serde_json::to_value(RecordWire::from(&Record::default())).unwrap();
         assert_eq!(json["audio"]["packets_sent"], json!(0));
         for section in SECTIONS {
-            assert_eq!(json[section.name].as_object().unwrap().len(), section.counters.len());
+            assert_eq!(
+                json[section.name].as_object().unwrap().len(),
+                section.counters.len()
+            );
         }
         let mut record = Record::default();
         record.session.join.expect(3);
         let json = serde_json::to_value(RecordWire::from(&record)).unwrap();
-        assert_eq!(json["session"]["join"]["expected"], json!(3), "none of three came: that is known");
+        assert_eq!(
+            json["session"]["join"]["expected"],
+            json!(3),
+            "none of three came: that is known"
+        );
         assert_equal(&Record::from(&trip(&record)), &record);
     }
 
@@ -444,7 +498,10 @@ mod tests {
         let mut json = serde_json::to_value(RecordWire::from(&Record::default())).unwrap();
         json["data"] = json!({"messages": -1});
         json["audio"]["packets_dreamt"] = json!("many");
-        assert_equal(&Record::from(&serde_json::from_value::<RecordWire>(json).unwrap()), &Record::default());
+        assert_equal(
+            &Record::from(&serde_json::from_value::<RecordWire>(json).unwrap()),
+            &Record::default(),
+        );
     }
 
     /// Any histogram in the V2 format, honest or not.
@@ -465,7 +522,9 @@ mod tests {
     fn refusal(change: impl FnOnce(&mut Value)) -> String {
         let mut json = serde_json::to_value(RecordWire::from(&Record::default())).unwrap();
         change(&mut json);
-        serde_json::from_str::<RecordWire>(&json.to_string()).unwrap_err().to_string()
+        serde_json::from_str::<RecordWire>(&json.to_string())
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
@@ -477,11 +536,24 @@ mod tests {
             hdr(&parameters, None, &[2])
         };
         let ours = hdr(&own, None, &[2, 4]);
-        assert_eq!(read_hdr(&ours).unwrap().len(), 3, "the writer of this test writes what is read");
+        assert_eq!(
+            read_hdr(&ours).unwrap().len(),
+            3,
+            "the writer of this test writes what is read"
+        );
         // Runs of zeros are negative; 17,191 is where a minute lies, and one more is above.
         let at_index = |index: u32| {
             let zeros = 2 * index - 1;
-            hdr(&own, None, &[zeros as u8 | 0x80, (zeros >> 7) as u8 | 0x80, (zeros >> 14) as u8, 2])
+            hdr(
+                &own,
+                None,
+                &[
+                    zeros as u8 | 0x80,
+                    (zeros >> 7) as u8 | 0x80,
+                    (zeros >> 14) as u8,
+                    2,
+                ],
+            )
         };
         assert_eq!(read_hdr(&at_index(17_191)).unwrap().len(), 1);
         let table = [
@@ -489,11 +561,17 @@ mod tests {
             ("§".to_owned(), HdrError::NotBase64),
             (String::new(), HdrError::NotHdr),
             ("HISTFAAAAHic".to_owned(), HdrError::NotHdr),
-            (STANDARD.encode(&STANDARD.decode(&ours).unwrap()[..20]), HdrError::NotHdr),
+            (
+                STANDARD.encode(&STANDARD.decode(&ours).unwrap()[..20]),
+                HdrError::NotHdr,
+            ),
             (hdr(&own, Some(u32::MAX), &[2]), HdrError::NotHdr),
             (hdr(&own, None, &[0x80]), HdrError::NotHdr),
             // A bomb: two hundred bytes that inflate to more than any histogram of ours.
-            (hdr(&own, None, &vec![0; HDR_COUNTS_BYTES_MAX + 1]), HdrError::InflatesTooLong),
+            (
+                hdr(&own, None, &vec![0; HDR_COUNTS_BYTES_MAX + 1]),
+                HdrError::InflatesTooLong,
+            ),
             (hdr(&own, None, &vec![2; 17_409]), HdrError::NotHdr),
             (other(7, 5), HdrError::OtherBounds),
             (other(15, 2), HdrError::OtherBounds),
@@ -502,16 +580,37 @@ mod tests {
             // The least integer, and the most.
             (hdr(&own, None, &[0xff; 9]), HdrError::TooMany),
             (
-                hdr(&own, None, &[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]),
+                hdr(
+                    &own,
+                    None,
+                    &[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff],
+                ),
                 HdrError::TooMany,
             ),
-            (hdr(&own, None, &[0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x40, 2]), HdrError::TooMany),
+            (
+                hdr(
+                    &own,
+                    None,
+                    &[0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x40, 2],
+                ),
+                HdrError::TooMany,
+            ),
             (at_index(17_192), HdrError::TooLarge),
         ];
         for (text, error) in table {
-            assert_eq!(read_hdr(&text).unwrap_err(), error, "{}", &text[..text.len().min(60)]);
-            let message = refusal(|json| json["audio"]["one_way_latency"] = json!({"expected": 1, "hdr": text}));
-            assert!(message.starts_with(&format!("audio.one_way_latency: {error}")), "{message}");
+            assert_eq!(
+                read_hdr(&text).unwrap_err(),
+                error,
+                "{}",
+                &text[..text.len().min(60)]
+            );
+            let message = refusal(|json| {
+                json["audio"]["one_way_latency"] = json!({"expected": 1, "hdr": text})
+            });
+            assert!(
+                message.starts_with(&format!("audio.one_way_latency: {error}")),
+                "{message}"
+            );
         }
     }
 
@@ -529,19 +628,31 @@ mod tests {
         ] {
             let message = refusal(|json| json["video"]["packets_sent"] = value.clone());
             assert!(message.starts_with("video.packets_sent: "), "{message}");
-            let message = refusal(|json| json["session"]["join"] = json!({"expected": value, "hdr": empty}));
+            let message =
+                refusal(|json| json["session"]["join"] = json!({"expected": value, "hdr": empty}));
             assert!(message.starts_with("session.join: "), "{message}");
         }
         for (text, expected) in [
-            (r#"{"session": 5}"#, "invalid type: integer `5`, expected session as"),
+            (
+                r#"{"session": 5}"#,
+                "invalid type: integer `5`, expected session as",
+            ),
             (r#"{"session": {}}"#, "session.joins_planned: is missing"),
             ("{}", "session is missing"),
-            (r#"{"session": {"joins_ok": 1, "joins_ok": 1}}"#, "session.joins_ok: is there twice"),
-            (r#"{"session": {"joins_ok": NaN}}"#, "session.joins_ok: expected value"),
+            (
+                r#"{"session": {"joins_ok": 1, "joins_ok": 1}}"#,
+                "session.joins_ok: is there twice",
+            ),
+            (
+                r#"{"session": {"joins_ok": NaN}}"#,
+                "session.joins_ok: expected value",
+            ),
             (r#"{"session": {"joins_ok": 1e400}}"#, "session.joins_ok: "),
             ("[]", "invalid type: sequence, expected a record"),
         ] {
-            let message = serde_json::from_str::<RecordWire>(text).unwrap_err().to_string();
+            let message = serde_json::from_str::<RecordWire>(text)
+                .unwrap_err()
+                .to_string();
             assert!(message.starts_with(expected), "{message}");
         }
     }

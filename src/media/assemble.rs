@@ -118,7 +118,11 @@ impl Slot {
     }
 
     fn set(&mut self, flag: u8, on: bool) {
-        self.flags = if on { self.flags | flag } else { self.flags & !flag };
+        self.flags = if on {
+            self.flags | flag
+        } else {
+            self.flags & !flag
+        };
     }
 }
 
@@ -211,7 +215,10 @@ impl Assembler {
     /// Fetches what every packet needs.
     pub fn prefetch(&self) {
         // A frame under way has one of the first slots, where not many are.
-        net::prefetch(self, std::mem::offset_of!(Assembler, slots) + 3 * size_of::<Slot>());
+        net::prefetch(
+            self,
+            std::mem::offset_of!(Assembler, slots) + 3 * size_of::<Slot>(),
+        );
         net::prefetch(&self.received, usize::MAX);
         net::prefetch(&self.tail_link, usize::MAX);
         net::prefetch(&self.freezes, usize::MAX);
@@ -220,12 +227,19 @@ impl Assembler {
     }
 
     /// Takes a packet with payload, in any order; duplicates do no harm. `on_event` hears what became of it, in order.
-    pub fn handle_packet(&mut self, packet: &PacketInfo, now: Time, mut on_event: impl FnMut(FrameEvent)) {
+    pub fn handle_packet(
+        &mut self,
+        packet: &PacketInfo,
+        now: Time,
+        mut on_event: impl FnMut(FrameEvent),
+    ) {
         self.first_packet_at.get_or_insert(now);
         if !self.receive(packet.ext_seq) {
             return;
         }
-        let Some(at) = self.slot_for(packet, now) else { return };
+        let Some(at) = self.slot_for(packet, now) else {
+            return;
+        };
         self.add_to_slot(at, packet, now);
         if self.slots[at].has(START | END) && !self.slots[at].has(COMPLETE) && self.is_whole(at) {
             self.complete(at, now, &mut on_event);
@@ -233,7 +247,12 @@ impl Assembler {
     }
 
     /// Takes a packet without payload: it holds a sequence number between frames.
-    pub fn handle_padding(&mut self, ext_seq: u64, now: Time, mut on_event: impl FnMut(FrameEvent)) {
+    pub fn handle_padding(
+        &mut self,
+        ext_seq: u64,
+        now: Time,
+        mut on_event: impl FnMut(FrameEvent),
+    ) {
         if self.receive(ext_seq) {
             self.decode_waiting(now, &mut on_event);
         }
@@ -258,7 +277,8 @@ impl Assembler {
     pub fn poll_pli(&mut self, now: Time) -> bool {
         let waited = |since: Option<Time>| since.is_none_or(|since| now.since(since) >= PLI_RETRY);
         let never_decoded = self.decoded == 0;
-        let too_early = never_decoded && !self.inter_seen && !self.key_wanted && !waited(self.first_packet_at);
+        let too_early =
+            never_decoded && !self.inter_seen && !self.key_wanted && !waited(self.first_packet_at);
         let wants = (self.needs_key_frame() && !too_early) || self.is_stalled(now);
         let due = wants && waited(self.key_packet_at) && waited(self.pli_at);
         if due {
@@ -440,7 +460,8 @@ impl Assembler {
             key: slot.has(KEY),
             packets: slot.span.saturating_add(1),
             last_seq,
-            first_arrival: now - Duration::from_micros(u64::from(micros(now).wrapping_sub(slot.first_arrival))),
+            first_arrival: now
+                - Duration::from_micros(u64::from(micros(now).wrapping_sub(slot.first_arrival))),
             completed_at: now,
             decodable,
         };
@@ -457,7 +478,8 @@ impl Assembler {
     }
 
     fn is_decodable(&self, at: usize) -> bool {
-        self.slots[at].has(KEY) || (self.intact && self.follows_tail(self.low(at)) && self.continues_tail(at))
+        self.slots[at].has(KEY)
+            || (self.intact && self.follows_tail(self.low(at)) && self.continues_tail(at))
     }
 
     /// Was it coded against the frame decoded last? What neither says is taken for granted.
@@ -470,9 +492,18 @@ impl Assembler {
 
     fn link(&self, at: usize) -> Option<Link> {
         let FrameIdentity {
-            origin, frame, track, layer, ..
+            origin,
+            frame,
+            track,
+            layer,
+            ..
         } = self.identities[at];
-        let link = Link { origin, frame, track, layer };
+        let link = Link {
+            origin,
+            frame,
+            track,
+            layer,
+        };
         self.slots[at].has(IDENTIFIED).then_some(link)
     }
 
@@ -487,7 +518,10 @@ impl Assembler {
     }
 
     fn decode_waiting(&mut self, now: Time, on_event: &mut impl FnMut(FrameEvent)) {
-        while let Some(at) = self.used().find(|&at| self.slots[at].has(COMPLETE) && self.is_decodable(at)) {
+        while let Some(at) = self
+            .used()
+            .find(|&at| self.slots[at].has(COMPLETE) && self.is_decodable(at))
+        {
             self.decode(at, now, on_event);
         }
     }
@@ -496,7 +530,9 @@ impl Assembler {
         let Slot { rtp_time, .. } = self.slots[at];
         let key = self.slots[at].has(KEY);
         self.tail_link = self.link(at);
-        let intended_unix_us = self.slots[at].has(IDENTIFIED).then_some(self.identities[at].intended_unix_us);
+        let intended_unix_us = self.slots[at]
+            .has(IDENTIFIED)
+            .then_some(self.identities[at].intended_unix_us);
         self.tail = self.high(at);
         self.floor = self.floor.max(self.tail);
         self.intact = true;
@@ -552,7 +588,11 @@ impl Assembler {
 
     /// A frame has been under way for so long that its repair is hopeless.
     fn is_stalled(&self, now: Time) -> bool {
-        let age = |at: usize| Duration::from_micros(u64::from(micros(now).wrapping_sub(self.slots[at].first_arrival)));
+        let age = |at: usize| {
+            Duration::from_micros(u64::from(
+                micros(now).wrapping_sub(self.slots[at].first_arrival),
+            ))
+        };
         self.used().any(|at| age(at) >= STALL_MAX)
     }
 }
@@ -596,7 +636,9 @@ impl Default for FreezeDetector {
 impl FreezeDetector {
     /// Takes a decoded frame; gives the interval to the one before, and the same as a freeze if it was one.
     pub fn handle_frame(&mut self, now: Time) -> (Option<Duration>, Option<Duration>) {
-        let Some(last) = self.last.replace(now) else { return (None, None) };
+        let Some(last) = self.last.replace(now) else {
+            return (None, None);
+        };
         let interval = now.since(last);
         let millis = u16::try_from(interval.as_millis()).unwrap_or(u16::MAX);
         self.add(millis);
@@ -647,7 +689,10 @@ pub struct DeliveredWindow {
 impl DeliveredWindow {
     pub fn deliver(&mut self, frame: u32) -> Delivery {
         let (oldest, newest) = *self.range.get_or_insert((frame, frame));
-        let (word, bit) = ((frame % DELIVERED_WINDOW / 64) as usize, 1u64 << (frame % 64));
+        let (word, bit) = (
+            (frame % DELIVERED_WINDOW / 64) as usize,
+            1u64 << (frame % 64),
+        );
         if frame > newest {
             self.forget(newest, frame);
         } else if newest - frame >= DELIVERED_WINDOW {
@@ -729,7 +774,11 @@ mod tests {
                 ));
                 ext_seq += 1;
             }
-            for _ in 0..if random.chance(5) { 1 + random.below(3) } else { 0 } {
+            for _ in 0..if random.chance(5) {
+                1 + random.below(3)
+            } else {
+                0
+            } {
                 sent.push((ext_seq, None));
                 ext_seq += 1;
             }
@@ -765,7 +814,8 @@ mod tests {
 
     impl Reference {
         fn handle(&mut self, (ext_seq, packet): Sent) {
-            if self.packets.contains_key(&ext_seq) || self.tail.is_some_and(|tail| ext_seq <= tail) {
+            if self.packets.contains_key(&ext_seq) || self.tail.is_some_and(|tail| ext_seq <= tail)
+            {
                 return;
             }
             self.packets.insert(ext_seq, packet);
@@ -775,7 +825,12 @@ mod tests {
                 self.complete.insert(packet.rtp_time);
                 self.events.push(("complete", packet.rtp_time));
             }
-            while let Some(rtp_time) = self.complete.iter().copied().find(|&rtp_time| self.decodable(rtp_time)) {
+            while let Some(rtp_time) = self
+                .complete
+                .iter()
+                .copied()
+                .find(|&rtp_time| self.decodable(rtp_time))
+            {
                 self.tail = self.whole(rtp_time).map(|(_, high, _)| high);
                 self.packets = self.packets.split_off(&(self.tail.unwrap() + 1));
                 self.complete.remove(&rtp_time);
@@ -785,23 +840,36 @@ mod tests {
 
         /// First and last packet, and whether it is a key frame, if all is here.
         fn whole(&self, rtp_time: u32) -> Option<(u64, u64, bool)> {
-            let frame: Vec<_> = self.packets.values().flatten().filter(|packet| packet.rtp_time == rtp_time).collect();
+            let frame: Vec<_> = self
+                .packets
+                .values()
+                .flatten()
+                .filter(|packet| packet.rtp_time == rtp_time)
+                .collect();
             let (first, last) = (frame.first()?, frame.last()?);
-            let whole = first.start && last.end && last.ext_seq - first.ext_seq + 1 == frame.len() as u64;
+            let whole =
+                first.start && last.end && last.ext_seq - first.ext_seq + 1 == frame.len() as u64;
             whole.then_some((first.ext_seq, last.ext_seq, first.key))
         }
 
         fn decodable(&self, rtp_time: u32) -> bool {
-            let Some((low, _, key)) = self.whole(rtp_time) else { return false };
+            let Some((low, _, key)) = self.whole(rtp_time) else {
+                return false;
+            };
             let after_tail = self.tail.is_none_or(|tail| low > tail);
-            let follows = self
-                .tail
-                .is_some_and(|tail| (tail + 1..low).all(|ext| matches!(self.packets.get(&ext), Some(None))));
+            let follows = self.tail.is_some_and(|tail| {
+                (tail + 1..low).all(|ext| matches!(self.packets.get(&ext), Some(None)))
+            });
             after_tail && (key || follows)
         }
     }
 
-    fn feed(assembler: &mut Assembler, (ext_seq, packet): Sent, now: Time, mut on_event: impl FnMut(FrameEvent)) {
+    fn feed(
+        assembler: &mut Assembler,
+        (ext_seq, packet): Sent,
+        now: Time,
+        mut on_event: impl FnMut(FrameEvent),
+    ) {
         match packet {
             Some(packet) => assembler.handle_packet(&packet, now, &mut on_event),
             None => assembler.handle_padding(ext_seq, now, &mut on_event),
@@ -812,27 +880,45 @@ mod tests {
     fn a_shuffled_lossy_stream_gives_what_the_plain_model_gives() {
         for seed in 0..150 {
             let mut random = Seeded::new(seed);
-            let (loss, depth, keys) = (random.below(12), 1 + random.below(25), 2 + random.below(20));
+            let (loss, depth, keys) =
+                (random.below(12), 1 + random.below(25), 2 + random.below(20));
             let sent = stream(&mut random, 200, keys);
-            let arriving = link(&mut random, sent, if seed % 5 == 0 { 0 } else { loss }, depth);
-            let (mut assembler, mut reference, mut events) = (Assembler::new(), Reference::default(), Vec::new());
+            let arriving = link(
+                &mut random,
+                sent,
+                if seed % 5 == 0 { 0 } else { loss },
+                depth,
+            );
+            let (mut assembler, mut reference, mut events) =
+                (Assembler::new(), Reference::default(), Vec::new());
             for (at, packet) in arriving.into_iter().enumerate() {
                 reference.handle(packet);
-                feed(&mut assembler, packet, Time::from_millis(at as u64), |event| match event {
-                    FrameEvent::Complete(frame) => {
-                        assert_eq!(
-                            frame.identity.map(|identity| identity.frame.wrapping_mul(3_000).wrapping_sub(40_000)),
-                            Some(frame.rtp_time)
-                        );
-                        assert!(frame.first_arrival <= frame.completed_at);
-                        events.push(("complete", frame.rtp_time));
-                    }
-                    FrameEvent::Decoded(frame) => events.push(("decoded", frame.rtp_time)),
-                });
+                feed(
+                    &mut assembler,
+                    packet,
+                    Time::from_millis(at as u64),
+                    |event| match event {
+                        FrameEvent::Complete(frame) => {
+                            assert_eq!(
+                                frame.identity.map(|identity| identity
+                                    .frame
+                                    .wrapping_mul(3_000)
+                                    .wrapping_sub(40_000)),
+                                Some(frame.rtp_time)
+                            );
+                            assert!(frame.first_arrival <= frame.completed_at);
+                            events.push(("complete", frame.rtp_time));
+                        }
+                        FrameEvent::Decoded(frame) => events.push(("decoded", frame.rtp_time)),
+                    },
+                );
             }
             assert_eq!(events, reference.events, "seed {seed}");
             let counts = assembler.counts();
-            assert_eq!(counts.decoded, events.iter().filter(|event| event.0 == "decoded").count() as u64);
+            assert_eq!(
+                counts.decoded,
+                events.iter().filter(|event| event.0 == "decoded").count() as u64
+            );
             if seed % 5 == 0 && depth == 1 {
                 assert_eq!(counts.decoded, 200);
             }
@@ -863,20 +949,33 @@ mod tests {
                     identity: None,
                 };
                 let sent = (ext_seq, random.chance(95).then_some(packet));
-                feed(&mut assembler, sent, Time::from_millis(step * random.below(9)), |event| match event {
-                    FrameEvent::Complete(_) => complete += 1,
-                    FrameEvent::Decoded(_) => decoded += 1,
-                });
+                feed(
+                    &mut assembler,
+                    sent,
+                    Time::from_millis(step * random.below(9)),
+                    |event| match event {
+                        FrameEvent::Complete(_) => complete += 1,
+                        FrameEvent::Decoded(_) => decoded += 1,
+                    },
+                );
                 assembler.poll_pli(Time::from_millis(step * 3));
             }
             let counts = assembler.counts();
             assert_eq!((counts.complete, counts.decoded), (complete, decoded));
-            let waiting = assembler.used().filter(|&at| assembler.slots[at].has(COMPLETE)).count() as u64;
+            let waiting = assembler
+                .used()
+                .filter(|&at| assembler.slots[at].has(COMPLETE))
+                .count() as u64;
             assert_eq!(complete, decoded + counts.undecodable + waiting);
         }
     }
 
-    fn whole_frame(assembler: &mut Assembler, ext_seq: u64, key: bool, now: Time) -> Vec<FrameEvent> {
+    fn whole_frame(
+        assembler: &mut Assembler,
+        ext_seq: u64,
+        key: bool,
+        now: Time,
+    ) -> Vec<FrameEvent> {
         let mut events = Vec::new();
         let packet = PacketInfo {
             ext_seq,
@@ -896,11 +995,23 @@ mod tests {
         whole_frame(&mut assembler, 100, true, Time::from_millis(0));
         for ext_seq in 102..110 {
             let events = whole_frame(&mut assembler, ext_seq, false, Time::from_millis(ext_seq));
-            assert!(matches!(events[..], [FrameEvent::Complete(CompleteFrame { decodable: false, .. })]));
+            assert!(matches!(
+                events[..],
+                [FrameEvent::Complete(CompleteFrame {
+                    decodable: false,
+                    ..
+                })]
+            ));
         }
         assert!(!assembler.needs_key_frame(), "repair is under way");
         let events = whole_frame(&mut assembler, 101, false, Time::from_millis(200));
-        assert!(matches!(events[0], FrameEvent::Complete(CompleteFrame { decodable: true, .. })));
+        assert!(matches!(
+            events[0],
+            FrameEvent::Complete(CompleteFrame {
+                decodable: true,
+                ..
+            })
+        ));
         assert_eq!(events.len(), 1 + 9);
     }
 
@@ -921,7 +1032,11 @@ mod tests {
         ] {
             let mut assembler = Assembler::new();
             let mut decoded = Vec::new();
-            for (ext_seq, key, identity) in [(100, true, before), (101, false, after), (102, true, Some(identity(1, 9)))] {
+            for (ext_seq, key, identity) in [
+                (100, true, before),
+                (101, false, after),
+                (102, true, Some(identity(1, 9))),
+            ] {
                 let packet = PacketInfo {
                     ext_seq,
                     rtp_time: ext_seq as u32,
@@ -933,9 +1048,17 @@ mod tests {
                 assembler.handle_packet(&packet, Time::from_millis(ext_seq * 40), |event| {
                     decoded.extend(matches!(event, FrameEvent::Decoded(_)).then_some(ext_seq));
                 });
-                assert_eq!(assembler.needs_key_frame(), ext_seq == 101 && !intact, "{before:?} {after:?}");
+                assert_eq!(
+                    assembler.needs_key_frame(),
+                    ext_seq == 101 && !intact,
+                    "{before:?} {after:?}"
+                );
             }
-            let expected: &[u64] = if intact { &[100, 101, 102] } else { &[100, 102] };
+            let expected: &[u64] = if intact {
+                &[100, 101, 102]
+            } else {
+                &[100, 102]
+            };
             assert_eq!(decoded, expected, "{before:?} {after:?}");
         }
     }
@@ -951,10 +1074,16 @@ mod tests {
         let now = Time::from_millis(frames.end);
         assert!(assembler.needs_key_frame());
         assert!(assembler.poll_pli(now));
-        assert!(!assembler.poll_pli(now + PLI_RETRY / 2), "not again so soon");
+        assert!(
+            !assembler.poll_pli(now + PLI_RETRY / 2),
+            "not again so soon"
+        );
         assert!(assembler.poll_pli(now + PLI_RETRY));
         let events = whole_frame(&mut assembler, frames.end, true, now + PLI_RETRY);
-        assert!(matches!(events[1], FrameEvent::Decoded(DecodedFrame { key: true, .. })));
+        assert!(matches!(
+            events[1],
+            FrameEvent::Decoded(DecodedFrame { key: true, .. })
+        ));
         assert!(!assembler.needs_key_frame());
         assert!(!assembler.poll_pli(now + PLI_RETRY * 3));
         assert_eq!(assembler.counts().undecodable, SLOTS as u64 + 1);
@@ -976,13 +1105,19 @@ mod tests {
             assembler.handle_packet(&packet(100 + at, at == 0), now, |_| {});
             assert!(!assembler.poll_pli(now));
         }
-        assert!(assembler.poll_pli(Time::from_millis(49 * 20) + PLI_RETRY), "it stopped half way");
+        assert!(
+            assembler.poll_pli(Time::from_millis(49 * 20) + PLI_RETRY),
+            "it stopped half way"
+        );
     }
 
     #[test]
     fn an_inter_frame_before_any_key_frame_asks_for_one_at_once() {
         let mut assembler = Assembler::new();
-        assert!(!assembler.poll_pli(Time::from_millis(900)), "nothing came yet");
+        assert!(
+            !assembler.poll_pli(Time::from_millis(900)),
+            "nothing came yet"
+        );
         whole_frame(&mut assembler, 100, false, Time::from_millis(1_000));
         assert!(assembler.poll_pli(Time::from_millis(1_000)));
     }
@@ -1018,12 +1153,18 @@ mod tests {
             let average = window.iter().sum::<u64>() / window.len() as u64;
             let expected = window.len() >= 5 && millis >= (3 * average).max(average + 150);
             let interval = Duration::from_millis(millis);
-            assert_eq!(freezes.handle_frame(now), (Some(interval), expected.then_some(interval)));
+            assert_eq!(
+                freezes.handle_frame(now),
+                (Some(interval), expected.then_some(interval))
+            );
             frozen += u32::from(expected);
         }
         assert!((20..80).contains(&frozen));
         freezes.handle_pause();
-        assert_eq!(freezes.handle_frame(now + Duration::from_secs(60)), (None, None));
+        assert_eq!(
+            freezes.handle_frame(now + Duration::from_secs(60)),
+            (None, None)
+        );
     }
 
     #[test]
@@ -1032,8 +1173,14 @@ mod tests {
         let mut window = DeliveredWindow::default();
         let (mut seen, mut newest, mut duplicates, mut too_old) = (BTreeSet::new(), 0, 0, 0);
         for step in 0..20_000u32 {
-            let ahead = if random.chance(1) { random.below(2_000) as u32 } else { 0 };
-            let frame = (step + 1_000 + ahead).max(newest).saturating_sub(random.below(700) as u32);
+            let ahead = if random.chance(1) {
+                random.below(2_000) as u32
+            } else {
+                0
+            };
+            let frame = (step + 1_000 + ahead)
+                .max(newest)
+                .saturating_sub(random.below(700) as u32);
             let expected = if newest.saturating_sub(frame) >= DELIVERED_WINDOW && !seen.is_empty() {
                 too_old += 1;
                 Delivery::TooOld
@@ -1053,12 +1200,19 @@ mod tests {
             (seen.len() as u64, duplicates, too_old)
         );
         assert_eq!(window.range(), Some((*seen.first().unwrap(), newest)));
-        assert_eq!(DeliveredWindow::default().deliver(u32::MAX), Delivery::First);
+        assert_eq!(
+            DeliveredWindow::default().deliver(u32::MAX),
+            Delivery::First
+        );
     }
 
     #[test]
     fn the_state_stays_small() {
         assert!(size_of::<Assembler>() <= 976, "{}", size_of::<Assembler>());
-        assert!(size_of::<DeliveredWindow>() <= 96, "{}", size_of::<DeliveredWindow>());
+        assert!(
+            size_of::<DeliveredWindow>() <= 96,
+            "{}",
+            size_of::<DeliveredWindow>()
+        );
     }
 }

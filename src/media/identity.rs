@@ -72,7 +72,9 @@ impl FrameIdentity {
     pub fn parse_video(payload: &[u8]) -> Option<FrameIdentity> {
         let mut facts = ForeignTrailer::default();
         let mut ours = None;
-        for (tag, value) in (Tlvs { rest: tlv_region(payload)? }) {
+        for (tag, value) in (Tlvs {
+            rest: tlv_region(payload)?,
+        }) {
             facts.take(tag, value);
             if tag == TAG_USER_DATA {
                 ours = plain::<USER_DATA_LEN>(value).or(ours);
@@ -87,7 +89,8 @@ impl FrameIdentity {
             track,
             layer,
         };
-        ([m0, m1] == USER_DATA_MAGIC && u16::from_be_bytes([c0, c1]) == identity.checksum()).then_some(identity)
+        ([m0, m1] == USER_DATA_MAGIC && u16::from_be_bytes([c0, c1]) == identity.checksum())
+            .then_some(identity)
     }
 
     /// Writes the identity into the last bytes of an Opus packet that was shaped for it.
@@ -146,11 +149,14 @@ impl FrameIdentity {
     /// Tells damage and chance from ours; no protection against intent.
     fn checksum(&self) -> u16 {
         const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
-        let places = u64::from(self.frame) << 16 | u64::from(self.track) << 8 | u64::from(self.layer);
+        let places =
+            u64::from(self.frame) << 16 | u64::from(self.track) << 8 | u64::from(self.layer);
         let source = u64::from(self.run) << 32 | u64::from(self.origin);
         let sum = [source, places, self.intended_unix_us]
             .iter()
-            .fold(ODD, |sum, word| (sum.rotate_left(29) ^ word).wrapping_mul(ODD));
+            .fold(ODD, |sum, word| {
+                (sum.rotate_left(29) ^ word).wrapping_mul(ODD)
+            });
         (sum >> 48) as u16
     }
 }
@@ -158,7 +164,9 @@ impl FrameIdentity {
 /// Reads what any LiveKit SDK would read from the payload of a video frame's last packet; `None` without a well-formed trailer.
 pub fn parse_foreign(payload: &[u8]) -> Option<ForeignTrailer> {
     let mut facts = ForeignTrailer::default();
-    for (tag, value) in (Tlvs { rest: tlv_region(payload)? }) {
+    for (tag, value) in (Tlvs {
+        rest: tlv_region(payload)?,
+    }) {
         facts.take(tag, value);
     }
     Some(facts)
@@ -174,20 +182,30 @@ pub fn video_trailer_len(payload: &[u8]) -> Option<usize> {
 /// Is this an Opus packet of code 3 whose padding ends in the identity extension (RFC 6716, section 3.2.5)?
 fn has_identity_padding(packet: &[u8]) -> bool {
     const PADDING_FLAG: u8 = 0x40;
-    let &[toc, frame_count, ref rest @ ..] = packet else { return false };
+    let &[toc, frame_count, ref rest @ ..] = packet else {
+        return false;
+    };
     if toc & 3 != 3 || frame_count & PADDING_FLAG == 0 {
         return false;
     }
     let full = rest.iter().take_while(|byte| **byte == 255).count();
-    let padding = rest.get(full).map_or(0, |last| full * 254 + usize::from(*last));
+    let padding = rest
+        .get(full)
+        .map_or(0, |last| full * 254 + usize::from(*last));
     let fits = padding > AUDIO_IDENTITY_LEN && padding + full < rest.len();
-    fits && packet.len().checked_sub(AUDIO_IDENTITY_LEN + 1).and_then(|at| packet.get(at)) == Some(&AUDIO_EXTENSION)
+    fits && packet
+        .len()
+        .checked_sub(AUDIO_IDENTITY_LEN + 1)
+        .and_then(|at| packet.get(at))
+        == Some(&AUDIO_EXTENSION)
 }
 
 impl ForeignTrailer {
     fn take(&mut self, tag: u8, value: &[u8]) {
         match tag {
-            TAG_USER_TIMESTAMP => self.user_timestamp = plain(value).map(u64::from_be_bytes).or(self.user_timestamp),
+            TAG_USER_TIMESTAMP => {
+                self.user_timestamp = plain(value).map(u64::from_be_bytes).or(self.user_timestamp)
+            }
             TAG_FRAME_ID => self.frame_id = plain(value).map(u32::from_be_bytes).or(self.frame_id),
             _ => {}
         }
@@ -250,7 +268,9 @@ mod tests {
     fn samples() -> impl Iterator<Item = FrameIdentity> {
         let mut state = 1u64;
         let mut next = move || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             state >> 16
         };
         let random = (0..500).map(move |_| FrameIdentity {
@@ -274,16 +294,35 @@ mod tests {
         let mut slot = [0; AUDIO_IDENTITY_LEN];
         identity.write_audio(&mut slot);
         let padding = idle + 1 + AUDIO_IDENTITY_LEN;
-        let lens = [vec![255; (padding - 1) / 254], vec![((padding - 1) % 254 + 1) as u8]].concat();
-        [&[0x7B, 0x41], &lens[..], &[9, 9, 9, 9], &vec![0; idle], &[AUDIO_EXTENSION], &slot].concat()
+        let lens = [
+            vec![255; (padding - 1) / 254],
+            vec![((padding - 1) % 254 + 1) as u8],
+        ]
+        .concat();
+        [
+            &[0x7B, 0x41],
+            &lens[..],
+            &[9, 9, 9, 9],
+            &vec![0; idle],
+            &[AUDIO_EXTENSION],
+            &slot,
+        ]
+        .concat()
     }
 
     #[test]
     fn what_is_written_is_read_back() {
         for identity in samples() {
-            assert_eq!(FrameIdentity::parse_video(&video_payload(&identity)), Some(identity));
+            assert_eq!(
+                FrameIdentity::parse_video(&video_payload(&identity)),
+                Some(identity)
+            );
             for idle in [0, 1, 100, 228, 229, 230, 483, 484, 900] {
-                assert_eq!(FrameIdentity::parse_audio(&audio_packet(&identity, idle)), Some(identity), "idle {idle}");
+                assert_eq!(
+                    FrameIdentity::parse_audio(&audio_packet(&identity, idle)),
+                    Some(identity),
+                    "idle {idle}"
+                );
             }
         }
     }
@@ -292,7 +331,10 @@ mod tests {
     fn the_video_trailer_is_livekit_s_envelope_byte_for_byte() {
         let payload = video_payload(&SAMPLE);
         let plain: Vec<u8> = payload[5..].iter().map(|byte| byte ^ 0xFF).collect();
-        assert_eq!(plain[..10], [&[1, 8], &1_790_000_000_123_456u64.to_be_bytes()[..]].concat());
+        assert_eq!(
+            plain[..10],
+            [&[1, 8], &1_790_000_000_123_456u64.to_be_bytes()[..]].concat()
+        );
         assert_eq!(plain[10..16], [2, 4, 1, 2, 3, 4]);
         assert_eq!(plain[16..18], [3, USER_DATA_LEN as u8]);
         assert_eq!(usize::from(plain[32]), VIDEO_TRAILER_LEN);
@@ -331,7 +373,13 @@ mod tests {
         );
         let wrong_len = foreign(&[2, 3, 0, 0, 9]);
         assert_eq!(parse_foreign(&wrong_len), Some(ForeignTrailer::default()));
-        for payload in [only_frame, unknown_first, wrong_len, foreign(&[]), foreign(&[1, 255])] {
+        for payload in [
+            only_frame,
+            unknown_first,
+            wrong_len,
+            foreign(&[]),
+            foreign(&[1, 255]),
+        ] {
             assert_eq!(FrameIdentity::parse_video(&payload), None);
         }
         assert_eq!(parse_foreign(b"no trailer at all"), None);
@@ -358,7 +406,9 @@ mod tests {
     fn hostile_bytes_never_panic_and_seldom_mean_anything() {
         let mut state = 7u64;
         let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) as u32
         };
         let mut understood = 0;
@@ -372,7 +422,8 @@ mod tests {
                 bytes[..3].copy_from_slice(&[3, 0x41, 25]);
                 bytes[len - 25] = AUDIO_EXTENSION;
             }
-            understood += u32::from(FrameIdentity::parse_video(&bytes).is_some()) + u32::from(FrameIdentity::parse_audio(&bytes).is_some());
+            understood += u32::from(FrameIdentity::parse_video(&bytes).is_some())
+                + u32::from(FrameIdentity::parse_audio(&bytes).is_some());
             parse_foreign(&bytes);
             assert!(video_trailer_len(&bytes).is_none_or(|trailer| trailer <= bytes.len()));
         }

@@ -25,7 +25,9 @@ const LOOP: Duration = Duration::from_secs(10);
 const WARM_UP: Duration = Duration::from_secs(2);
 
 /// What libopus codes, in microseconds a packet.
-const FRAMES_MICROS: [u64; 9] = [2_500, 5_000, 10_000, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000];
+const FRAMES_MICROS: [u64; 9] = [
+    2_500, 5_000, 10_000, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000,
+];
 
 /// Bytes that the identity costs: frame count, padding length, extension header and the identity itself.
 const OVERHEAD_BYTES: u64 = 3 + AUDIO_IDENTITY_LEN as u64;
@@ -94,8 +96,15 @@ pub enum SpecError {
 impl fmt::Display for SpecError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            SpecError::Frame(frame) => write!(f, "Opus has no frames of {frame:?}: ask for 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms"),
-            SpecError::TooLow { asked, least, frame } => {
+            SpecError::Frame(frame) => write!(
+                f,
+                "Opus has no frames of {frame:?}: ask for 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms"
+            ),
+            SpecError::TooLow {
+                asked,
+                least,
+                frame,
+            } => {
                 write!(
                     f,
                     "{asked} is too low for audio frames of {frame:?} that carry their identity: ask for {} bps or more",
@@ -108,7 +117,11 @@ impl fmt::Display for SpecError {
                 }
             }
             SpecError::TooHigh { asked, most, frame } => {
-                write!(f, "{asked} is too high for audio frames of {frame:?}: ask for {} bps or less", most.bps())?;
+                write!(
+                    f,
+                    "{asked} is too high for audio frames of {frame:?}: ask for {} bps or less",
+                    most.bps()
+                )?;
                 if frame.as_micros() > 20_000 {
                     write!(f, ", or for shorter frames")
                 } else {
@@ -151,8 +164,15 @@ impl AudioClip {
         let samples_per_packet = samples(spec.frame);
         let packets = (LOOP.as_secs_f64() / spec.frame.as_secs_f64()).round() as usize;
         let pcm = synthesize(spec.content, spec.seed, packets * samples_per_packet);
-        let levels: Vec<u8> = pcm.chunks_exact(samples_per_packet).map(level_dbov).collect();
-        let Calibrated { codec_bps, coded, filler } = match spec.content {
+        let levels: Vec<u8> = pcm
+            .chunks_exact(samples_per_packet)
+            .map(level_dbov)
+            .collect();
+        let Calibrated {
+            codec_bps,
+            coded,
+            filler,
+        } = match spec.content {
             AudioContent::Silence => uncalibrated(spec, &pcm)?,
             AudioContent::Speech | AudioContent::Tone => calibrate(spec, &pcm)?,
         };
@@ -205,10 +225,17 @@ impl AudioClip {
     /// Shapes the packets and lays them end to end, `filler` bytes of padding spread over all of them.
     ///
     /// In a row of DTX packets only the first is sent, as libwebrtc does it.
-    fn pack(coded: &[Vec<u8>], levels: &[u8], filler: usize, rtp_ticks: u32) -> Result<AudioClip, SpecError> {
+    fn pack(
+        coded: &[Vec<u8>],
+        levels: &[u8],
+        filler: usize,
+        rtp_ticks: u32,
+    ) -> Result<AudioClip, SpecError> {
         let mut bytes = Vec::new();
         let mut packets = Vec::new();
-        let mut in_dtx = coded.last().is_some_and(|packet| packet.len() <= DTX_BYTES_MAX);
+        let mut in_dtx = coded
+            .last()
+            .is_some_and(|packet| packet.len() <= DTX_BYTES_MAX);
         let mut owed = 0;
         for (index, (packet, level_dbov)) in coded.iter().zip(levels).enumerate() {
             let start = bytes.len();
@@ -249,16 +276,29 @@ fn rate_of(bytes: u64, frame: Duration) -> u64 {
 }
 
 fn check(spec: &AudioSpec) -> Result<(), SpecError> {
-    let AudioSpec { bitrate: asked, frame, .. } = *spec;
-    if !FRAMES_MICROS.iter().any(|micros| Duration::from_micros(*micros) == frame) {
+    let AudioSpec {
+        bitrate: asked,
+        frame,
+        ..
+    } = *spec;
+    if !FRAMES_MICROS
+        .iter()
+        .any(|micros| Duration::from_micros(*micros) == frame)
+    {
         return Err(SpecError::Frame(frame));
     }
     let overhead = rate_of(OVERHEAD_BYTES, frame);
     let least = Bitrate::from_bps(overhead + CODEC_BPS_MIN.max(rate_of(CODEC_BYTES_MIN, frame)));
     if asked < least {
-        return Err(SpecError::TooLow { asked, least, frame });
+        return Err(SpecError::TooLow {
+            asked,
+            least,
+            frame,
+        });
     }
-    let most = Bitrate::from_bps(BPS_MAX.min(PACKET_BYTES_MAX as u64 * 8 * 1_000_000 / frame.as_micros() as u64));
+    let most = Bitrate::from_bps(
+        BPS_MAX.min(PACKET_BYTES_MAX as u64 * 8 * 1_000_000 / frame.as_micros() as u64),
+    );
     if asked > most {
         return Err(SpecError::TooHigh { asked, most, frame });
     }
@@ -328,14 +368,22 @@ fn calibrate(spec: &AudioSpec, pcm: &[f32]) -> Result<Calibrated, SpecError> {
 
 /// Scales what the codec was asked for, when the loop became `ratio` times as large as it should, identity included.
 fn next_rate(spec: &AudioSpec, asked: u64, ratio: f64) -> u64 {
-    let (whole, overhead) = (spec.bitrate.bps() as f64, rate_of(OVERHEAD_BYTES, spec.frame) as f64);
+    let (whole, overhead) = (
+        spec.bitrate.bps() as f64,
+        rate_of(OVERHEAD_BYTES, spec.frame) as f64,
+    );
     let aim = whole * (1.0 - FILLER_SHARE_GOOD / 2.0) - overhead;
     let got = whole * ratio - overhead;
     ((asked as f64 * aim / got.max(1.0)) as u64).clamp(CODEC_BPS_MIN, BPS_MAX)
 }
 
 /// The packets of one turn of the loop, as libopus makes them.
-fn encode(pcm: &[f32], samples_per_packet: usize, bps: u64, dtx: bool) -> Result<Vec<Vec<u8>>, SpecError> {
+fn encode(
+    pcm: &[f32],
+    samples_per_packet: usize,
+    bps: u64,
+    dtx: bool,
+) -> Result<Vec<Vec<u8>>, SpecError> {
     let mut encoder = Encoder::new(CLOCK_RATE, Channels::Mono, Application::Voip)?;
     encoder.set_bitrate(opus::Bitrate::Bits(bps as i32))?;
     encoder.set_complexity(COMPLEXITY)?;
@@ -370,8 +418,16 @@ fn shape(coded: &[u8], filler: usize, out: &mut Vec<u8>) -> Result<usize, SpecEr
     let start = out.len();
     let packet::Packet { toc, frames, .. } = packet::parse(coded)?;
     let variable = frames.iter().any(|frame| frame.len() != frames[0].len());
-    let lens = if variable { &frames[..frames.len() - 1] } else { &[] };
-    let sound = lens.iter().map(|frame| frame_len_len(frame.len())).sum::<usize>() + frames.iter().map(|frame| frame.len()).sum::<usize>();
+    let lens = if variable {
+        &frames[..frames.len() - 1]
+    } else {
+        &[]
+    };
+    let sound = lens
+        .iter()
+        .map(|frame| frame_len_len(frame.len()))
+        .sum::<usize>()
+        + frames.iter().map(|frame| frame.len()).sum::<usize>();
     let room = PACKET_BYTES_MAX
         .saturating_sub(2 + sound)
         .min(PADDING_BYTES_MIN + filler)
@@ -381,7 +437,8 @@ fn shape(coded: &[u8], filler: usize, out: &mut Vec<u8>) -> Result<usize, SpecEr
     out.push(toc | 3);
     out.push(frames.len() as u8 | PADDED | if variable { VARIABLE } else { 0 });
     push_padding_len(padding, out);
-    lens.iter().for_each(|frame| push_frame_len(frame.len(), out));
+    lens.iter()
+        .for_each(|frame| push_frame_len(frame.len(), out));
     frames.iter().for_each(|frame| out.extend_from_slice(frame));
     out.resize(out.len() + padding - AUDIO_IDENTITY_LEN - 1, IDLE);
     out.push(AUDIO_EXTENSION);
@@ -428,7 +485,11 @@ fn push_frame_len(len: usize, out: &mut Vec<u8>) {
 
 /// RFC 6464: the RMS against that of a full-scale square wave.
 fn level_dbov(pcm: &[f32]) -> u8 {
-    let power = pcm.iter().map(|sample| f64::from(*sample).powi(2)).sum::<f64>() / pcm.len() as f64;
+    let power = pcm
+        .iter()
+        .map(|sample| f64::from(*sample).powi(2))
+        .sum::<f64>()
+        / pcm.len() as f64;
     let level = -10.0 * power.max(1e-20).log10();
     level.round().clamp(0.0, 127.0) as u8
 }
@@ -439,7 +500,9 @@ fn synthesize(content: AudioContent, seed: u64, len: usize) -> Vec<f32> {
         AudioContent::Speech => speech::synthesize(seed, len),
         AudioContent::Tone => {
             let cycles = (440.0 * len as f64 / f64::from(CLOCK_RATE)).round();
-            (0..len).map(|at| (0.25 * (TAU * cycles * at as f64 / len as f64).sin()) as f32).collect()
+            (0..len)
+                .map(|at| (0.25 * (TAU * cycles * at as f64 / len as f64).sin()) as f32)
+                .collect()
         }
         AudioContent::Silence => vec![0.0; len],
     }
@@ -481,9 +544,13 @@ mod speech {
             at = phrase(&mut random, voice_hz, at, end, &mut pcm);
             at += 0.25 + 0.55 * random.unit();
         }
-        let peak = pcm.iter().fold(1e-9, |peak: f64, sample: &f64| peak.max(sample.abs()));
+        let peak = pcm
+            .iter()
+            .fold(1e-9, |peak: f64, sample: &f64| peak.max(sample.abs()));
         // Some compression, as microphones' gain control has it: soft syllables are speech, too.
-        pcm.into_iter().map(|sample| (PEAK * (3.0 * sample / peak).tanh()) as f32).collect()
+        pcm.into_iter()
+            .map(|sample| (PEAK * (3.0 * sample / peak).tanh()) as f32)
+            .collect()
     }
 
     /// Four to nine syllables with a falling pitch; returns when they end.
@@ -504,7 +571,13 @@ mod speech {
             let stress = 0.6 + 0.4 * random.unit();
             let formants = VOWELS[(random.draw() % VOWELS.len() as u64) as usize];
             let pitch_hz = voice_hz * decline * (0.95 + 0.1 * random.unit());
-            throat.sing(random, formants, pitch_hz, stress, window(at + consonant, vowel, pcm));
+            throat.sing(
+                random,
+                formants,
+                pitch_hz,
+                stress,
+                window(at + consonant, vowel, pcm),
+            );
             at += consonant + vowel;
         }
         at
@@ -530,11 +603,20 @@ mod speech {
             let total = out.len() as f64;
             for (at, sample) in out.iter_mut().enumerate() {
                 let noise = 2.0 * random.unit() - 1.0;
-                *sample += loudness * swell(at as f64 / total) * self.hiss.filter(noise, place_hz, 1_500.0);
+                *sample += loudness
+                    * swell(at as f64 / total)
+                    * self.hiss.filter(noise, place_hz, 1_500.0);
             }
         }
 
-        fn sing(&mut self, random: &mut Seeded, target: [f64; 3], pitch_hz: f64, loudness: f64, out: &mut [f64]) {
+        fn sing(
+            &mut self,
+            random: &mut Seeded,
+            target: [f64; 3],
+            pitch_hz: f64,
+            loudness: f64,
+            out: &mut [f64],
+        ) {
             let total = out.len() as f64;
             for (at, sample) in out.iter_mut().enumerate() {
                 let progress = at as f64 / total;
@@ -542,8 +624,11 @@ mod speech {
                 self.phase = (self.phase + pitch_hz * vibrato / RATE).fract();
                 let breath = 0.03 * (2.0 * random.unit() - 1.0);
                 let mut sound = loudness * swell(progress) * (glottis(self.phase) + breath);
-                for ((formant, resonator), (target, bandwidth)) in
-                    self.formants.iter_mut().zip(&mut self.resonators).zip(target.iter().zip(BANDWIDTHS_HZ))
+                for ((formant, resonator), (target, bandwidth)) in self
+                    .formants
+                    .iter_mut()
+                    .zip(&mut self.resonators)
+                    .zip(target.iter().zip(BANDWIDTHS_HZ))
                 {
                     // About 20 ms to move; a first syllable starts in place.
                     *formant = if *formant == 0.0 {
@@ -567,7 +652,11 @@ mod speech {
     /// The derivative of the flow through the glottis: open for 60 % of the period, closing sharply.
     fn glottis(phase: f64) -> f64 {
         let open = phase / 0.6;
-        if open < 1.0 { open * (2.0 - 3.0 * open) } else { 0.0 }
+        if open < 1.0 {
+            open * (2.0 - 3.0 * open)
+        } else {
+            0.0
+        }
     }
 
     /// Two poles, unity gain at 0 Hz (Klatt, 1980).
@@ -605,7 +694,10 @@ mod tests {
     }
 
     /// A decoder's view of packets: sound and final range (the state of its range coder, which differs if it read anything else).
-    fn decoded<'a>(packets: impl Iterator<Item = &'a [u8]>, channels: Channels) -> Vec<(Vec<i16>, u32)> {
+    fn decoded<'a>(
+        packets: impl Iterator<Item = &'a [u8]>,
+        channels: Channels,
+    ) -> Vec<(Vec<i16>, u32)> {
         let mut decoder = opus::Decoder::new(CLOCK_RATE, channels).unwrap();
         let mut pcm = [0; 5_760 * 2];
         packets
@@ -642,19 +734,28 @@ mod tests {
                     encoder.set_vbr(vbr).unwrap();
                     encoder.set_dtx(dtx).unwrap();
                     encoder.set_inband_fec(fec).unwrap();
-                    encoder.set_packet_loss_perc(if fec { 20 } else { 0 }).unwrap();
+                    encoder
+                        .set_packet_loss_perc(if fec { 20 } else { 0 })
+                        .unwrap();
                     let interleaved: Vec<f32> = voice
                         .iter()
-                        .flat_map(|sample| [*sample, sample * 0.5].into_iter().take(channels as usize))
+                        .flat_map(|sample| {
+                            [*sample, sample * 0.5].into_iter().take(channels as usize)
+                        })
                         .collect();
-                    let samples = (millis * f64::from(CLOCK_RATE) / 1e3) as usize * channels as usize;
+                    let samples =
+                        (millis * f64::from(CLOCK_RATE) / 1e3) as usize * channels as usize;
                     let plain: Vec<Vec<u8>> = interleaved
                         .chunks_exact(samples)
                         .map(|frame| encoder.encode_vec_float(frame, 1_170).unwrap())
                         .collect();
                     for filler in [0, 1, 227, 228, 229, 600] {
-                        let shaped: Vec<Vec<u8>> = plain.iter().map(|packet| with_identity(packet, filler)).collect();
-                        let same = decoded(plain.iter().map(Vec::as_slice), channels) == decoded(shaped.iter().map(Vec::as_slice), channels);
+                        let shaped: Vec<Vec<u8>> = plain
+                            .iter()
+                            .map(|packet| with_identity(packet, filler))
+                            .collect();
+                        let same = decoded(plain.iter().map(Vec::as_slice), channels)
+                            == decoded(shaped.iter().map(Vec::as_slice), channels);
                         assert!(
                             same,
                             "{channels:?} {application:?} vbr {vbr} dtx {dtx} fec {fec} {millis} ms, filler {filler}"
@@ -701,13 +802,22 @@ mod tests {
             (16, 60.0),
             (24, 120.0),
         ] {
-            let clip = AudioClip::generate(&spec(kbps, millis, AudioContent::Speech, false)).unwrap();
-            let bytes: usize = (0..clip.len()).map(|at| clip.packet(at).unwrap().len()).sum();
+            let clip =
+                AudioClip::generate(&spec(kbps, millis, AudioContent::Speech, false)).unwrap();
+            let bytes: usize = (0..clip.len())
+                .map(|at| clip.packet(at).unwrap().len())
+                .sum();
             let seconds = clip.len() as f64 * clip.packet_duration().as_secs_f64();
             let off = bytes as f64 * 8.0 / seconds / (kbps * 1_000) as f64 - 1.0;
-            assert!(off.abs() < 0.01, "{kbps} kbps in {millis} ms is {off:+.3} off");
+            assert!(
+                off.abs() < 0.01,
+                "{kbps} kbps in {millis} ms is {off:+.3} off"
+            );
             assert!((9.9..10.1).contains(&seconds));
-            assert!((0..clip.len()).all(|at| clip.has_identity(at) && clip.packet(at).unwrap().len() <= PACKET_BYTES_MAX));
+            assert!(
+                (0..clip.len()).all(|at| clip.has_identity(at)
+                    && clip.packet(at).unwrap().len() <= PACKET_BYTES_MAX)
+            );
             assert_eq!(f64::from(clip.rtp_ticks()), millis * 48.0);
         }
     }
@@ -716,7 +826,8 @@ mod tests {
     fn most_of_a_loop_at_an_ordinary_rate_is_sound_not_filler() {
         for kbps in [20, 24, 32, 48, 64] {
             let pcm = synthesize(AudioContent::Speech, 7, CLOCK_RATE as usize * 10);
-            let calibrated = calibrate(&spec(kbps, 20.0, AudioContent::Speech, false), &pcm).unwrap();
+            let calibrated =
+                calibrate(&spec(kbps, 20.0, AudioContent::Speech, false), &pcm).unwrap();
             assert!(
                 calibrated.filler as u64 <= kbps * 10_000 / 8 * 6 / 100,
                 "{kbps} kbps: {} bytes",
@@ -732,11 +843,31 @@ mod tests {
                 .err()
                 .map(|error| error.to_string())
         };
-        assert!(refusal(24, 30.0).unwrap().contains("ask for 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms"));
-        assert!(refusal(16, 20.0).unwrap().contains("ask for 16800 bps or more, or for longer frames"));
-        assert!(refusal(100, 2.5).unwrap().contains("ask for 118400 bps or more"));
-        assert!(refusal(511, 10.0).unwrap().contains("ask for 510000 bps or less"));
-        assert!(refusal(100, 120.0).unwrap().contains("ask for 80000 bps or less, or for shorter frames"));
+        assert!(
+            refusal(24, 30.0)
+                .unwrap()
+                .contains("ask for 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms")
+        );
+        assert!(
+            refusal(16, 20.0)
+                .unwrap()
+                .contains("ask for 16800 bps or more, or for longer frames")
+        );
+        assert!(
+            refusal(100, 2.5)
+                .unwrap()
+                .contains("ask for 118400 bps or more")
+        );
+        assert!(
+            refusal(511, 10.0)
+                .unwrap()
+                .contains("ask for 510000 bps or less")
+        );
+        assert!(
+            refusal(100, 120.0)
+                .unwrap()
+                .contains("ask for 80000 bps or less, or for shorter frames")
+        );
         let least = AudioSpec {
             bitrate: Bitrate::from_bps(16_800),
             ..spec(0, 20.0, AudioContent::Speech, false)
@@ -747,7 +878,9 @@ mod tests {
     #[test]
     fn dtx_sends_pauses_as_one_short_packet_and_a_refresh_now_and_then() {
         let clip = AudioClip::generate(&spec(24, 20.0, AudioContent::Speech, true)).unwrap();
-        let lens: Vec<usize> = (0..clip.len()).map(|at| clip.packet(at).map_or(0, <[u8]>::len)).collect();
+        let lens: Vec<usize> = (0..clip.len())
+            .map(|at| clip.packet(at).map_or(0, <[u8]>::len))
+            .collect();
         let silent = lens.iter().filter(|len| **len == 0).count();
         assert!((40..250).contains(&silent), "{silent}");
         for at in 0..clip.len() {
@@ -760,7 +893,9 @@ mod tests {
             }
         }
         let silence = AudioClip::generate(&spec(24, 20.0, AudioContent::Silence, true)).unwrap();
-        let sent = (0..silence.len()).filter(|at| silence.has_identity(*at)).count();
+        let sent = (0..silence.len())
+            .filter(|at| silence.has_identity(*at))
+            .count();
         assert!((20..30).contains(&sent), "a refresh every 400 ms: {sent}");
         let tone = AudioClip::generate(&spec(24, 20.0, AudioContent::Tone, true)).unwrap();
         assert!((0..tone.len()).all(|at| tone.has_identity(at)));
@@ -770,10 +905,19 @@ mod tests {
     fn levels_tell_speech_from_pauses_and_silence() {
         let levels = |content| {
             let clip = AudioClip::generate(&spec(24, 20.0, content, false)).unwrap();
-            (0..clip.len()).map(|at| clip.level_dbov(at)).collect::<Vec<_>>()
+            (0..clip.len())
+                .map(|at| clip.level_dbov(at))
+                .collect::<Vec<_>>()
         };
-        assert!(levels(AudioContent::Silence).iter().all(|level| *level == 127));
-        assert!(levels(AudioContent::Tone).iter().all(|level| *level == 15), "a sine of amplitude 1/4");
+        assert!(
+            levels(AudioContent::Silence)
+                .iter()
+                .all(|level| *level == 127)
+        );
+        assert!(
+            levels(AudioContent::Tone).iter().all(|level| *level == 15),
+            "a sine of amplitude 1/4"
+        );
         let speech = levels(AudioContent::Speech);
         let (loud, quiet) = (
             speech.iter().filter(|level| **level < 35).count(),
@@ -791,7 +935,10 @@ mod tests {
         for content in [AudioContent::Speech, AudioContent::Tone] {
             let clip = AudioClip::generate(&spec(32, 20.0, content, false)).unwrap();
             let turns = (0..clip.len() * 2).map(|at| clip.packet(at % clip.len()).unwrap());
-            let pcm: Vec<i16> = decoded(turns, Channels::Mono).into_iter().flat_map(|(pcm, _)| pcm).collect();
+            let pcm: Vec<i16> = decoded(turns, Channels::Mono)
+                .into_iter()
+                .flat_map(|(pcm, _)| pcm)
+                .collect();
             let step = |range: &[i16]| {
                 range
                     .windows(2)
@@ -800,8 +947,14 @@ mod tests {
                     .unwrap()
             };
             let seam = pcm.len() / 2;
-            let (around, elsewhere) = (step(&pcm[seam - 960..seam + 4_800]), step(&pcm[seam / 4..seam - 960]));
-            assert!(around <= elsewhere + elsewhere / 10, "{content:?}: {around} {elsewhere}");
+            let (around, elsewhere) = (
+                step(&pcm[seam - 960..seam + 4_800]),
+                step(&pcm[seam / 4..seam - 960]),
+            );
+            assert!(
+                around <= elsewhere + elsewhere / 10,
+                "{content:?}: {around} {elsewhere}"
+            );
         }
     }
 
@@ -810,6 +963,11 @@ mod tests {
         let spec = spec(24, 20.0, AudioContent::Speech, false);
         let [first, second] = [&spec, &spec].map(|spec| AudioClip::generate(spec).unwrap().bytes);
         assert_eq!(first, second);
-        assert_ne!(first, AudioClip::generate(&AudioSpec { seed: 8, ..spec }).unwrap().bytes);
+        assert_ne!(
+            first,
+            AudioClip::generate(&AudioSpec { seed: 8, ..spec })
+                .unwrap()
+                .bytes
+        );
     }
 }

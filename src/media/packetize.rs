@@ -21,7 +21,11 @@ impl Layout {
             let used = total.div_ceil(chunk).max(1);
             let last = total - (used - 1) * chunk;
             if used == 1 || last >= tail {
-                return Layout { total, chunk, packets: used };
+                return Layout {
+                    total,
+                    chunk,
+                    packets: used,
+                };
             }
             packets += 1;
         }
@@ -35,7 +39,12 @@ impl Layout {
 }
 
 /// Copies bytes `range` of the frame `head ++ tail` to `out`; returns how many.
-pub fn copy_range(head: &[u8], tail: &[u8], range: std::ops::Range<usize>, out: &mut [u8]) -> usize {
+pub fn copy_range(
+    head: &[u8],
+    tail: &[u8],
+    range: std::ops::Range<usize>,
+    out: &mut [u8],
+) -> usize {
     let from_head = head.len().min(range.end).saturating_sub(range.start);
     out[..from_head].copy_from_slice(&head[range.start.min(head.len())..][..from_head]);
     let tail_start = range.start.max(head.len()) - head.len();
@@ -56,8 +65,15 @@ mod tests {
             assert!(layout.chunk <= PAYLOAD_BYTES_MAX);
             let sizes: Vec<usize> = (0..layout.packets).map(|i| layout.range(i).len()).collect();
             assert_eq!(sizes.iter().sum::<usize>(), total);
-            assert!(sizes[..sizes.len() - 1].iter().all(|size| *size == layout.chunk));
-            assert!((TAIL..=layout.chunk).contains(sizes.last().unwrap()), "{total}: {sizes:?}");
+            assert!(
+                sizes[..sizes.len() - 1]
+                    .iter()
+                    .all(|size| *size == layout.chunk)
+            );
+            assert!(
+                (TAIL..=layout.chunk).contains(sizes.last().unwrap()),
+                "{total}: {sizes:?}"
+            );
         }
     }
 
@@ -68,7 +84,12 @@ mod tests {
             for end in start..=120 {
                 let mut out = [0; 120];
                 assert_eq!(copy_range(&head, &tail, start..end, &mut out), end - start);
-                assert!(out[..end - start].iter().copied().eq(start as u8..end as u8));
+                assert!(
+                    out[..end - start]
+                        .iter()
+                        .copied()
+                        .eq(start as u8..end as u8)
+                );
             }
         }
     }

@@ -55,7 +55,10 @@ pub struct Vantage {
 
 impl Default for Vantage {
     fn default() -> Vantage {
-        Vantage { role: Role::Both, weight: 1 }
+        Vantage {
+            role: Role::Both,
+            weight: 1,
+        }
     }
 }
 
@@ -73,8 +76,13 @@ impl Placement {
         if self.rooms_apart {
             return each;
         }
-        let subscribing = self.vantages.iter().filter(|vantage| vantage.role.subscribes());
-        subscribing.fold(0, |sum: u32, vantage| sum.saturating_add(vantage.weight.saturating_mul(each)))
+        let subscribing = self
+            .vantages
+            .iter()
+            .filter(|vantage| vantage.role.subscribes());
+        subscribing.fold(0, |sum: u32, vantage| {
+            sum.saturating_add(vantage.weight.saturating_mul(each))
+        })
     }
 
     /// How many of them host `me` has in each of its rooms.
@@ -88,8 +96,15 @@ impl Placement {
 
     /// The host that plays each participant, by global index.
     fn owners(&self, shape: &Shape) -> Vec<u16> {
-        let those_who = |do_so: fn(Role) -> bool| self.vantages.iter().map(move |vantage| vantage.weight * u32::from(do_so(vantage.role)));
-        let (publishing, subscribing) = (round(those_who(Role::publishes)), round(those_who(Role::subscribes)));
+        let those_who = |do_so: fn(Role) -> bool| {
+            self.vantages
+                .iter()
+                .map(move |vantage| vantage.weight * u32::from(do_so(vantage.role)))
+        };
+        let (publishing, subscribing) = (
+            round(those_who(Role::publishes)),
+            round(those_who(Role::subscribes)),
+        );
         let dealt = |round: &[u16], at: u32| round[at as usize % round.len()];
         let owner = |index: u32| {
             let (room, place) = (index % shape.room_count, index / shape.room_count);
@@ -106,19 +121,31 @@ impl Placement {
     fn must_make_sense(&self, shape: &Shape) -> Result<(), String> {
         let hosts = self.vantages.len();
         if !(1..=VANTAGES_MAX).contains(&hosts) {
-            return Err(format!("{hosts} hosts cannot share a run: it takes 1 to {VANTAGES_MAX}"));
+            return Err(format!(
+                "{hosts} hosts cannot share a run: it takes 1 to {VANTAGES_MAX}"
+            ));
         }
         let mut weights = self.vantages.iter().map(|vantage| vantage.weight);
         if let Some(weight) = weights.find(|weight| !(1..=WEIGHT_MAX).contains(weight)) {
-            return Err(format!("a weight of {weight} is out of range: write 1 to {WEIGHT_MAX}"));
+            return Err(format!(
+                "a weight of {weight} is out of range: write 1 to {WEIGHT_MAX}"
+            ));
         }
         if !(1..=PARTICIPANTS_MAX).contains(&shape.total()) {
-            return Err(format!("a run has 1 to {PARTICIPANTS_MAX} participants, over all hosts"));
+            return Err(format!(
+                "a run has 1 to {PARTICIPANTS_MAX} participants, over all hosts"
+            ));
         }
-        if self.rooms_apart && self.vantages.iter().any(|vantage| vantage.role != Role::Both) {
+        if self.rooms_apart
+            && self
+                .vantages
+                .iter()
+                .any(|vantage| vantage.role != Role::Both)
+        {
             return Err("hosts with rooms of their own publish and subscribe there: leave out --role, or --rooms-per-vantage".to_owned());
         }
-        let nobody = |does_so: fn(Role) -> bool| !self.vantages.iter().any(|vantage| does_so(vantage.role));
+        let nobody =
+            |does_so: fn(Role) -> bool| !self.vantages.iter().any(|vantage| does_so(vantage.role));
         if shape.publishers() > 0 && nobody(Role::publishes) {
             return Err("no host publishes: start one without --role subscribe".to_owned());
         }
@@ -132,14 +159,22 @@ impl Placement {
 /// Whose turn it is when something is dealt by weight, as evenly as it goes: one round, which then begins again. Empty where all weights are 0.
 fn round(weights: impl Iterator<Item = u32>) -> Vec<u16> {
     let weights: Vec<u32> = weights.collect();
-    let divisor = weights.iter().fold(0, |divisor, weight| greatest_common_divisor(divisor, *weight)).max(1);
+    let divisor = weights
+        .iter()
+        .fold(0, |divisor, weight| {
+            greatest_common_divisor(divisor, *weight)
+        })
+        .max(1);
     let turns: u32 = weights.iter().sum::<u32>() / divisor;
     let mut credit = vec![0i64; weights.len()];
     let mut next = || {
         for (credit, weight) in credit.iter_mut().zip(&weights) {
             *credit += i64::from(weight / divisor);
         }
-        let most = (0..credit.len()).rev().max_by_key(|at| credit[*at]).unwrap_or(0);
+        let most = (0..credit.len())
+            .rev()
+            .max_by_key(|at| credit[*at])
+            .unwrap_or(0);
         credit[most] -= i64::from(turns);
         most as u16
     };
@@ -202,7 +237,9 @@ impl Part {
         }
         let owners = placement.owners(shape);
         let mut is_busy = vec![false; hosts];
-        owners.iter().for_each(|owner| is_busy[usize::from(*owner)] = true);
+        owners
+            .iter()
+            .for_each(|owner| is_busy[usize::from(*owner)] = true);
         if let Some(idle) = is_busy.iter().position(|busy| !busy) {
             let (count, what) = match placement.rooms_apart {
                 true => (u64::from(shape.room_count), "rooms"),
@@ -234,7 +271,9 @@ impl Part {
 
     /// Which host plays the participant with this global index; `None` where the plan has no such participant.
     pub fn owner(&self, index: u32) -> Option<usize> {
-        self.owners.get(index as usize).map(|owner| usize::from(*owner))
+        self.owners
+            .get(index as usize)
+            .map(|owner| usize::from(*owner))
     }
 
     /// The global index of the participant at `position` of this host.
@@ -260,7 +299,10 @@ fn own(owners: &[u16], me: u16, shape: &Shape) -> Vec<Own> {
     let mut own = |index: u32| {
         let rank = &mut ranks[(index % shape.room_count) as usize];
         *rank += 1;
-        Own { index, rank: *rank - 1 }
+        Own {
+            index,
+            rank: *rank - 1,
+        }
     };
     let mine = (0..owners.len() as u32).filter(|index| owners[*index as usize] == me);
     mine.map(&mut own).collect()
@@ -356,7 +398,13 @@ mod tests {
             .collect()
     }
 
-    fn of_shape(room_count: u32, audio_publishers: u32, video_publishers: u32, subscribers: u32, meeting: bool) -> Plan {
+    fn of_shape(
+        room_count: u32,
+        audio_publishers: u32,
+        video_publishers: u32,
+        subscribers: u32,
+        meeting: bool,
+    ) -> Plan {
         let mut plan = plan();
         plan.shape = Shape {
             room_count,
@@ -385,7 +433,12 @@ mod tests {
         ];
         let mut worlds = Vec::new();
         for group in groups {
-            for (rooms, audio, video, subscribers) in [(1, 18, 4, 24), (3, 8, 3, 12), (7, 3, 5, 26), (13, 13, 1, 26)] {
+            for (rooms, audio, video, subscribers) in [
+                (1, 18, 4, 24),
+                (3, 8, 3, 12),
+                (7, 3, 5, 26),
+                (13, 13, 1, 26),
+            ] {
                 for (meeting, rooms_apart) in [(false, false), (true, false), (false, true)] {
                     let plan = of_shape(rooms, audio, video, subscribers, meeting);
                     let placement = placement(group, rooms_apart);
@@ -404,7 +457,8 @@ mod tests {
         for (plan, placement) in worlds() {
             let hosts = hosts(&plan, &placement);
             let alone: Vec<ParticipantPlan> = plan.participants().collect();
-            let mut played: Vec<ParticipantPlan> = hosts.iter().flat_map(Plan::participants).collect();
+            let mut played: Vec<ParticipantPlan> =
+                hosts.iter().flat_map(Plan::participants).collect();
             played.sort_by_key(|participant| participant.index);
             assert_eq!(played.len(), alone.len());
             for (played, alone) in played.iter().zip(&alone) {
@@ -416,7 +470,10 @@ mod tests {
                 };
                 assert_eq!(*played, alone);
             }
-            let identities: BTreeSet<&str> = played.iter().map(|participant| participant.identity.as_str()).collect();
+            let identities: BTreeSet<&str> = played
+                .iter()
+                .map(|participant| participant.identity.as_str())
+                .collect();
             assert_eq!(identities.len(), played.len());
         }
     }
@@ -426,10 +483,21 @@ mod tests {
         for (plan, placement) in worlds() {
             let hosts = hosts(&plan, &placement);
             let (lost_host, rest) = hosts.split_first().unwrap();
-            let lost_tracks = |kind, room| lost_host.participants().filter(|of| of.room == room && of.publishes(kind)).count() as u32;
+            let lost_tracks = |kind, room| {
+                lost_host
+                    .participants()
+                    .filter(|of| of.room == room && of.publishes(kind))
+                    .count() as u32
+            };
             for host in rest {
-                let (none, lost) = (LostPublishers::default(), LostPublishers::new(host, vec![0]));
-                for participant in host.participants().filter(|participant| participant.subscribes) {
+                let (none, lost) = (
+                    LostPublishers::default(),
+                    LostPublishers::new(host, vec![0]),
+                );
+                for participant in host
+                    .participants()
+                    .filter(|participant| participant.subscribes)
+                {
                     for kind in [Kind::Audio, Kind::Video] {
                         let all = host.expected_tracks(&participant, kind, &none);
                         let left = host.expected_tracks(&participant, kind, &lost);
@@ -452,10 +520,17 @@ mod tests {
                     } else {
                         role.publishes()
                     });
-                    let owners = hosts.iter().map(|host| host.part.as_ref().and_then(|part| part.owner(participant.index)));
+                    let owners = hosts.iter().map(|host| {
+                        host.part
+                            .as_ref()
+                            .and_then(|part| part.owner(participant.index))
+                    });
                     assert!(owners.eq(hosts.iter().map(|_| Some(me))));
                 }
-                assert_eq!(host.part.as_ref().unwrap().owner(plan.total_participants()), None);
+                assert_eq!(
+                    host.part.as_ref().unwrap().owner(plan.total_participants()),
+                    None
+                );
             }
         }
     }
@@ -469,25 +544,52 @@ mod tests {
                 assert_eq!(host.total_participants() as usize, own.len());
                 assert_eq!(host.everybody().count() as u32, plan.total_participants());
                 for kind in [Kind::Audio, Kind::Video] {
-                    let expected = own
-                        .iter()
-                        .map(|participant| u64::from(host.expected_tracks(participant, kind, &LostPublishers::default())));
+                    let expected = own.iter().map(|participant| {
+                        u64::from(host.expected_tracks(
+                            participant,
+                            kind,
+                            &LostPublishers::default(),
+                        ))
+                    });
                     assert_eq!(host.total_expected_tracks(kind), expected.sum::<u64>());
-                    let published = own.iter().filter(|participant| participant.publishes(kind)).count();
+                    let published = own
+                        .iter()
+                        .filter(|participant| participant.publishes(kind))
+                        .count();
                     assert_eq!(host.total_published_tracks(kind), published as u64);
                 }
-                let sockets: u64 = own.iter().map(|participant| participant.sockets(host.connection)).sum();
+                let sockets: u64 = own
+                    .iter()
+                    .map(|participant| participant.sockets(host.connection))
+                    .sum();
                 assert_eq!(host.total_sockets(), sockets);
                 let last = Duration::from_secs_f64((own.len() - 1) as f64 / host.joins_per_second);
-                assert_eq!((host.joining(), own.last().unwrap().join_offset), (last, last));
+                assert_eq!(
+                    (host.joining(), own.last().unwrap().join_offset),
+                    (last, last)
+                );
             }
             for kind in [Kind::Audio, Kind::Video] {
-                let sum = |of: fn(&Plan, Kind) -> u64| hosts.iter().map(|host| of(host, kind)).sum::<u64>();
-                assert_eq!(sum(Plan::total_expected_tracks), plan.total_expected_tracks(kind));
-                assert_eq!(sum(Plan::total_published_tracks), plan.total_published_tracks(kind));
+                let sum = |of: fn(&Plan, Kind) -> u64| {
+                    hosts.iter().map(|host| of(host, kind)).sum::<u64>()
+                };
+                assert_eq!(
+                    sum(Plan::total_expected_tracks),
+                    plan.total_expected_tracks(kind)
+                );
+                assert_eq!(
+                    sum(Plan::total_published_tracks),
+                    plan.total_published_tracks(kind)
+                );
             }
-            let received: f64 = hosts.iter().map(|host| host.load().packets_received_per_second).sum();
-            assert!((received - plan.load().packets_received_per_second).abs() < 1e-6 * received.max(1.0));
+            let received: f64 = hosts
+                .iter()
+                .map(|host| host.load().packets_received_per_second)
+                .sum();
+            assert!(
+                (received - plan.load().packets_received_per_second).abs()
+                    < 1e-6 * received.max(1.0)
+            );
         }
     }
 
@@ -496,14 +598,26 @@ mod tests {
         for (plan, placement) in worlds() {
             for host in hosts(&plan, &placement).iter().chain([&plan]) {
                 let own: Vec<_> = host.participants().collect();
-                assert!(own.iter().zip(0..).all(|(participant, at)| participant.position == at));
+                assert!(
+                    own.iter()
+                        .zip(0..)
+                        .all(|(participant, at)| participant.position == at)
+                );
                 assert!(own.is_sorted_by_key(|participant| participant.index));
                 for each in 0..=plan.shape.subscribers + 1 {
                     let inside = host.participants_with(Subscribers::PerRoom(each)) as usize;
-                    let is_in = |participant: &ParticipantPlan| participant.place < plan.shape.publishers() + each;
+                    let is_in = |participant: &ParticipantPlan| {
+                        participant.place < plan.shape.publishers() + each
+                    };
                     assert!(own[..inside].iter().all(is_in) && !own[inside..].iter().any(is_in));
-                    let subscribers = own[..inside].iter().filter(|participant| is_subscriber(participant)).count() as u32;
-                    assert_eq!(host.participants_with(Subscribers::Total(subscribers)), inside as u32);
+                    let subscribers = own[..inside]
+                        .iter()
+                        .filter(|participant| is_subscriber(participant))
+                        .count() as u32;
+                    assert_eq!(
+                        host.participants_with(Subscribers::Total(subscribers)),
+                        inside as u32
+                    );
                 }
             }
         }
@@ -514,10 +628,21 @@ mod tests {
         for (mut plan, placement) in worlds() {
             plan.shape.subscribers = placement.subscribers_of_room(5);
             for (me, host) in hosts(&plan, &placement).iter().enumerate() {
-                let rooms: BTreeSet<u32> = host.participants().map(|participant| participant.room).collect();
+                let rooms: BTreeSet<u32> = host
+                    .participants()
+                    .map(|participant| participant.room)
+                    .collect();
                 for room in rooms {
-                    let subscribers = host.participants().filter(|p| p.room == room && is_subscriber(p)).count() as u32;
-                    assert_eq!(subscribers, placement.subscribers_of_host(me, 5), "{placement:?} {:?}", plan.shape);
+                    let subscribers = host
+                        .participants()
+                        .filter(|p| p.room == room && is_subscriber(p))
+                        .count() as u32;
+                    assert_eq!(
+                        subscribers,
+                        placement.subscribers_of_host(me, 5),
+                        "{placement:?} {:?}",
+                        plan.shape
+                    );
                 }
             }
         }
@@ -528,12 +653,20 @@ mod tests {
         let of = |plan: &Plan, weights: &[(Role, u32)], rooms_apart| -> Vec<(u64, u64)> {
             hosts(plan, &placement(weights, rooms_apart))
                 .iter()
-                .map(|host| (host.total_published_tracks(Kind::Audio), host.total_expected_tracks(Kind::Audio)))
+                .map(|host| {
+                    (
+                        host.total_published_tracks(Kind::Audio),
+                        host.total_expected_tracks(Kind::Audio),
+                    )
+                })
                 .collect()
         };
         // One publisher in each of six rooms; 12 subscribers there who each get a track.
         let few = of_shape(6, 1, 0, 12, false);
-        assert_eq!(of(&few, &[(Both, 1), (Both, 1), (Both, 1)], false), [(2, 24); 3]);
+        assert_eq!(
+            of(&few, &[(Both, 1), (Both, 1), (Both, 1)], false),
+            [(2, 24); 3]
+        );
         assert_eq!(of(&few, &[(Both, 2), (Both, 1)], false), [(4, 48), (2, 24)]);
         assert_eq!(of(&few, &[(Both, 2), (Both, 1)], true), [(4, 48), (2, 24)]);
         assert_eq!(
@@ -543,7 +676,13 @@ mod tests {
         // As many rooms as hosts: no room's publishers are all on one host.
         let many = of_shape(3, 3, 0, 0, false);
         for host in hosts(&many, &placement(&[(Both, 1); 3], false)) {
-            assert_eq!(host.participants().map(|participant| participant.room).collect::<BTreeSet<_>>().len(), 3);
+            assert_eq!(
+                host.participants()
+                    .map(|participant| participant.room)
+                    .collect::<BTreeSet<_>>()
+                    .len(),
+                3
+            );
         }
     }
 
@@ -553,8 +692,14 @@ mod tests {
         let host = &hosts(&plan, &placement(&[(Both, 7)], false))[0];
         assert!(host.participants().eq(plan.participants()));
         assert_eq!(plan.split(3), host.split(3));
-        assert_eq!((plan.load(), plan.estimate()), (host.load(), host.estimate()));
-        assert!((0..7).all(|each| plan.participants_with(Subscribers::PerRoom(each)) == host.participants_with(Subscribers::PerRoom(each))));
+        assert_eq!(
+            (plan.load(), plan.estimate()),
+            (host.load(), host.estimate())
+        );
+        assert!(
+            (0..7).all(|each| plan.participants_with(Subscribers::PerRoom(each))
+                == host.participants_with(Subscribers::PerRoom(each)))
+        );
     }
 
     #[test]
@@ -564,7 +709,10 @@ mod tests {
             let own: Vec<_> = host.participants().collect();
             let shards = host.split(2);
             for shard in &shards {
-                let publishers = shard.iter().filter(|position| own[**position as usize].publishes_video).count();
+                let publishers = shard
+                    .iter()
+                    .filter(|position| own[**position as usize].publishes_video)
+                    .count();
                 assert_eq!((shard.len(), publishers), (20, 4));
             }
             let all: BTreeSet<u32> = shards.concat().into_iter().collect();
@@ -585,9 +733,24 @@ mod tests {
         refused(&plan, &[(Subscribe, 1)], false, "no host publishes");
         refused(&plan, &[(Publish, 1)], false, "no host subscribes");
         refused(&plan, &[(Publish, 1), (Subscribe, 1)], true, "--role");
-        refused(&plan, &[(Both, 1); 3], true, "2 rooms for 3 hosts leave host 3 nothing to do");
-        refused(&of_shape(1, 1, 0, 1, false), &[(Both, 1); 3], false, "nothing to do");
-        refused(&of_shape(1, 0, 0, 0, false), &[(Both, 1)], false, "1 to 1000000");
+        refused(
+            &plan,
+            &[(Both, 1); 3],
+            true,
+            "2 rooms for 3 hosts leave host 3 nothing to do",
+        );
+        refused(
+            &of_shape(1, 1, 0, 1, false),
+            &[(Both, 1); 3],
+            false,
+            "nothing to do",
+        );
+        refused(
+            &of_shape(1, 0, 0, 0, false),
+            &[(Both, 1)],
+            false,
+            "1 to 1000000",
+        );
         assert!(
             Part::new(placement(&[(Both, 1)], false), 1, &plan.shape)
                 .unwrap_err()

@@ -54,18 +54,32 @@ impl Client {
         self.ask(Method::GET, path, None).await
     }
 
-    pub async fn post<A: Message>(&self, path: &str, message: &impl Serialize) -> Result<A, NoAnswer> {
-        let body = serde_json::to_vec(message).expect("our messages have string keys and finite numbers");
+    pub async fn post<A: Message>(
+        &self,
+        path: &str,
+        message: &impl Serialize,
+    ) -> Result<A, NoAnswer> {
+        let body =
+            serde_json::to_vec(message).expect("our messages have string keys and finite numbers");
         self.ask(Method::POST, path, Some(body)).await
     }
 
-    async fn ask<A: Message>(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<A, NoAnswer> {
-        let mut request = self.http.request(method, format!("{}{path}", self.url.http()));
+    async fn ask<A: Message>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<A, NoAnswer> {
+        let mut request = self
+            .http
+            .request(method, format!("{}{path}", self.url.http()));
         if let Some(token) = &self.token {
             request = request.header(header::AUTHORIZATION, bearer(token)?);
         }
         if let Some(body) = body {
-            request = request.header(header::CONTENT_TYPE, "application/json").body(body);
+            request = request
+                .header(header::CONTENT_TYPE, "application/json")
+                .body(body);
         }
         let mut response = request.send().await.map_err(|error| self.away(&error))?;
         let status = response.status().as_u16();
@@ -89,10 +103,16 @@ impl Client {
         let root = causes(error).last();
         let cause = root.map_or_else(|| error.to_string(), ToString::to_string);
         let hint = match root.and_then(|root| root.downcast_ref::<rustls::Error>()) {
-            Some(rustls::Error::InvalidCertificate(_)) => ": check its certificate and the name in it, or point SSL_CERT_FILE at its authority",
-            Some(rustls::Error::InvalidMessage(_)) => ": where it does not speak TLS, write http://",
+            Some(rustls::Error::InvalidCertificate(_)) => {
+                ": check its certificate and the name in it, or point SSL_CERT_FILE at its authority"
+            }
+            Some(rustls::Error::InvalidMessage(_)) => {
+                ": where it does not speak TLS, write http://"
+            }
             // What a TLS alert looks like to one who expects HTTP.
-            None if !self.url.is_secure() && cause.contains("invalid HTTP version") => ": where it speaks TLS, write https://",
+            None if !self.url.is_secure() && cause.contains("invalid HTTP version") => {
+                ": where it speaks TLS, write https://"
+            }
             _ => "",
         };
         NoAnswer::Away(match error.is_timeout() {
@@ -101,7 +121,10 @@ impl Client {
                 self.url.http(),
                 REQUEST_TIMEOUT.as_secs()
             ),
-            false => format!("the coordinator at {} cannot be reached ({cause}){hint}", self.url.http()),
+            false => format!(
+                "the coordinator at {} cannot be reached ({cause}){hint}",
+                self.url.http()
+            ),
         })
     }
 
@@ -120,7 +143,10 @@ impl Client {
             Ok(refusal) => short(&refusal.error),
             Err(_) => format!("status {status}: {}", short(&String::from_utf8_lossy(body))),
         };
-        let said = self.token.as_ref().map_or(said.clone(), |token| token.redact(&said));
+        let said = self
+            .token
+            .as_ref()
+            .map_or(said.clone(), |token| token.redact(&said));
         match status {
             404 if !is_coordinator => NoAnswer::Unknown(format!(
                 "{} does not answer as a coordinator does ({said}): check the address",
@@ -129,12 +155,23 @@ impl Client {
             401 | 403 => {
                 let hint = match said.contains(TOKEN_VARIABLE) {
                     true => String::new(),
-                    false => format!(" (--coordinator-token or {TOKEN_VARIABLE} says which is used)"),
+                    false => {
+                        format!(" (--coordinator-token or {TOKEN_VARIABLE} says which is used)")
+                    }
                 };
-                NoAnswer::Refused(format!("the coordinator at {} does not let us in: {said}{hint}", self.url.http()))
+                NoAnswer::Refused(format!(
+                    "the coordinator at {} does not let us in: {said}{hint}",
+                    self.url.http()
+                ))
             }
-            404 => NoAnswer::Unknown(format!("the coordinator at {} does not know this prober ({said})", self.url.http())),
-            408 | 425 | 429 | 500.. => NoAnswer::Away(format!("the coordinator at {} cannot answer now ({said})", self.url.http())),
+            404 => NoAnswer::Unknown(format!(
+                "the coordinator at {} does not know this prober ({said})",
+                self.url.http()
+            )),
+            408 | 425 | 429 | 500.. => NoAnswer::Away(format!(
+                "the coordinator at {} cannot answer now ({said})",
+                self.url.http()
+            )),
             _ => NoAnswer::Refused(format!("the coordinator says no: {said}")),
         }
     }
@@ -147,8 +184,13 @@ impl fmt::Debug for Client {
 }
 
 fn bearer(token: &Secret) -> Result<header::HeaderValue, NoAnswer> {
-    let mut value = header::HeaderValue::from_str(&format!("Bearer {}", token.expose()))
-        .map_err(|_| NoAnswer::Refused("the coordinator's token has characters that no token has: copy it again".to_owned()))?;
+    let mut value =
+        header::HeaderValue::from_str(&format!("Bearer {}", token.expose())).map_err(|_| {
+            NoAnswer::Refused(
+                "the coordinator's token has characters that no token has: copy it again"
+                    .to_owned(),
+            )
+        })?;
     value.set_sensitive(true);
     Ok(value)
 }

@@ -13,9 +13,15 @@ use crate::plan::{Origin, Part, Target};
 /// For people: why it cannot be played.
 pub(super) fn of_ours(job: &Job, own: cli::Run, shape_given: bool) -> Result<cli::Run, String> {
     let mut plan = own.plan;
-    job.plan.apply_to(&mut plan).map_err(|error| error.to_string())?;
+    job.plan
+        .apply_to(&mut plan)
+        .map_err(|error| error.to_string())?;
     (plan.seed, plan.run_tag) = (job.seed, job.run_tag);
-    plan.part = Some(Part::new(job.placement.clone(), job.me as usize, &plan.shape)?);
+    plan.part = Some(Part::new(
+        job.placement.clone(),
+        job.me as usize,
+        &plan.shape,
+    )?);
     // Stages say what is held, and for how long.
     (plan.ramp, plan.warmup) = (Vec::new(), Duration::ZERO);
     if plan.target.is_embedded() {
@@ -35,7 +41,10 @@ pub(super) fn of_ours(job: &Job, own: cli::Run, shape_given: bool) -> Result<cli
     Ok(cli::Run {
         plan,
         warnings,
-        judging: job.judging.to_judging().map_err(|error| error.to_string())?,
+        judging: job
+            .judging
+            .to_judging()
+            .map_err(|error| error.to_string())?,
         ..own
     })
 }
@@ -49,7 +58,10 @@ pub(super) fn of_voicegw(job: &JobReply, own: cli::Run) -> Result<cli::Run, Stri
     let mut plan = own.plan;
     let target = &plan.target;
     if target.is_embedded() {
-        return Err("voicegw's coordinator does not say which server to test: give --url, or LIVEKIT_URL".to_owned());
+        return Err(
+            "voicegw's coordinator does not say which server to test: give --url, or LIVEKIT_URL"
+                .to_owned(),
+        );
     }
     let publishers = plan.shape.publishers();
     // Of all clients the first ones publish.
@@ -57,26 +69,46 @@ pub(super) fn of_voicegw(job: &JobReply, own: cli::Run) -> Result<cli::Run, Stri
         let subscribers = clients.checked_sub(publishers);
         subscribers.ok_or_else(|| format!("a tier of {clients} has no room for the {publishers} who publish: give fewer --publishers"))
     };
-    plan.ramp = job.ramp.iter().map(subscribers).collect::<Result<Vec<u32>, String>>()?;
+    plan.ramp = job
+        .ramp
+        .iter()
+        .map(subscribers)
+        .collect::<Result<Vec<u32>, String>>()?;
     let shape = &mut plan.shape;
-    shape.subscribers = plan.ramp.iter().copied().max().ok_or("voicegw's coordinator names no tier to play")?;
+    shape.subscribers = plan
+        .ramp
+        .iter()
+        .copied()
+        .max()
+        .ok_or("voicegw's coordinator names no tier to play")?;
     (shape.room_name, shape.room_count, shape.meeting) = (Some(job.room.clone()), 1, true);
     plan.duration = Duration::from_secs_f64(job.duration);
     let mut judging = own.judging;
     judging.max_loss_pct = job.max_loss;
     judging.target_rtt = Some(Duration::from_secs_f64(job.target_rtt_ms / 1e3));
-    Ok(cli::Run { plan, judging, ..own })
+    Ok(cli::Run {
+        plan,
+        judging,
+        ..own
+    })
 }
 
 /// What a file that belongs to this run is called after: the run's tag, as identities have it, or `voicegw`'s room.
 pub(super) fn run_name(job: &JobReply) -> String {
-    job.throng.as_ref().map_or_else(|| job.room.clone(), |job| format!("{:08x}", job.run_tag))
+    job.throng
+        .as_ref()
+        .map_or_else(|| job.room.clone(), |job| format!("{:08x}", job.run_tag))
 }
 
 /// `vantage 'fra', 2 of 3`
 pub(super) fn whose(config: &Membership, job: Option<&Job>) -> String {
     match job {
-        Some(job) => format!("vantage '{}', {} of {}", config.vantage, job.me + 1, job.vantages.len()),
+        Some(job) => format!(
+            "vantage '{}', {} of {}",
+            config.vantage,
+            job.me + 1,
+            job.vantages.len()
+        ),
         None => format!("vantage '{}'", config.vantage),
     }
 }

@@ -102,7 +102,10 @@ impl Led {
 
     /// What a tier of this plan was: its index among the stages.
     fn stage_of(&self, tier: &TierPlan) -> Option<u32> {
-        let index = self.stages.iter().position(|stage| stage.name == tier.name && is_held(stage));
+        let index = self
+            .stages
+            .iter()
+            .position(|stage| stage.name == tier.name && is_held(stage));
         index.map(|index| index as u32)
     }
 }
@@ -172,7 +175,10 @@ impl Lead for Led {
     /// Gives our publishers' final counts and takes those of others: they come with the order to leave.
     async fn before_account(&mut self, roster: &Roster) {
         self.shared.outbox().set_frames(roster.frame_counts());
-        let leave = self.stages.iter().position(|stage| stage.kind == StageKind::Leave);
+        let leave = self
+            .stages
+            .iter()
+            .position(|stage| stage.kind == StageKind::Leave);
         if let Some(leave) = leave
             && self.stage.is_none_or(|stage| stage < leave)
             && let Ok(at) = self.order_for(leave).await
@@ -217,7 +223,12 @@ impl Lead for Led {
 fn invalid(tiers: &[Tier]) -> Vec<String> {
     let mut reasons: Vec<String> = Vec::new();
     for facts in tiers.iter().filter_map(|tier| tier.step.tier.as_ref()) {
-        let news: Vec<_> = facts.invalid.iter().filter(|reason| !reasons.contains(reason)).cloned().collect();
+        let news: Vec<_> = facts
+            .invalid
+            .iter()
+            .filter(|reason| !reasons.contains(reason))
+            .cloned()
+            .collect();
         reasons.extend(news);
     }
     reasons
@@ -271,7 +282,11 @@ mod tests {
     /// What the next beat would say: the stage under way, what it is ready for, and the stages that began.
     fn said(shared: &Shared) -> (Option<u32>, Option<u32>, Vec<u32>) {
         let beat = shared.outbox().draft().beat(0, None);
-        (beat.stage, beat.ready_for, beat.starts.iter().map(|start| start.stage).collect())
+        (
+            beat.stage,
+            beat.ready_for,
+            beat.starts.iter().map(|start| start.stage).collect(),
+        )
     }
 
     fn start(shared: &Shared, clock: &Epoch, stage: u32) {
@@ -294,10 +309,18 @@ mod tests {
         assert_eq!(said(&shared), (Some(0), Some(0), vec![0]));
         for (index, subscribers) in [(1, 1), (2, 7)] {
             start(&shared, &clock, index);
-            let Next::Tier(tier) = led.next(&[]).await else { panic!("a tier") };
-            assert_eq!((tier.subscribers, tier.hold), (Subscribers::Total(subscribers), Duration::from_secs(2)));
+            let Next::Tier(tier) = led.next(&[]).await else {
+                panic!("a tier")
+            };
+            assert_eq!(
+                (tier.subscribers, tier.hold),
+                (Subscribers::Total(subscribers), Duration::from_secs(2))
+            );
             assert!(tier.start.unwrap() <= led.epoch().now());
-            assert_eq!(said(&shared), (Some(index), Some(index), (0..=index).collect()));
+            assert_eq!(
+                said(&shared),
+                (Some(index), Some(index), (0..=index).collect())
+            );
         }
         start(&shared, &clock, 3);
         assert_eq!(led.next(&[]).await, Next::Finish);
@@ -318,7 +341,9 @@ mod tests {
         shared.say(Word::Start { stage: 1, at_us });
         // Asked again and again, as a run does.
         let tier = loop {
-            if let Ok(Next::Tier(tier)) = tokio::time::timeout(Duration::from_millis(7), led.next(&[])).await {
+            if let Ok(Next::Tier(tier)) =
+                tokio::time::timeout(Duration::from_millis(7), led.next(&[])).await
+            {
                 break tier;
             }
         };
@@ -330,7 +355,9 @@ mod tests {
     async fn a_stop_ends_whatever_goes_on() {
         let (mut led, shared, clock) = led();
         assert_eq!(led.abort(), None);
-        shared.say(Word::Stop { reason: "cancelled".into() });
+        shared.say(Word::Stop {
+            reason: "cancelled".into(),
+        });
         assert_eq!(led.wait_for_start().await.unwrap_err(), "cancelled");
         assert_eq!(led.abort().as_deref(), Some("cancelled"));
         start(&shared, &clock, 0);
@@ -348,10 +375,18 @@ mod tests {
             publishes_video: false,
             elsewhere,
         });
-        let roster = Roster::of_hosts(1, members.into_iter(), [Duration::from_millis(20); CELLS_PER_PARTICIPANT]);
+        let roster = Roster::of_hosts(
+            1,
+            members.into_iter(),
+            [Duration::from_millis(20); CELLS_PER_PARTICIPANT],
+        );
         led.stage = Some(3);
         let wait = Duration::from_millis(20);
-        assert!(tokio::time::timeout(wait, led.before_account(&roster)).await.is_err());
+        assert!(
+            tokio::time::timeout(wait, led.before_account(&roster))
+                .await
+                .is_err()
+        );
         assert_eq!(said(&shared).1, Some(4));
         shared.inbox().frames.insert((1, 0, 0), 500);
         start(&shared, &clock, 4);

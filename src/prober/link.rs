@@ -14,8 +14,9 @@ use super::outbox::Outbox;
 use super::pulse::Pulse;
 use crate::coordinator::clock::{ClockEstimate, Offset};
 use crate::coordinator::protocol::{
-    BeatReply, Departed, Exchange, FRAME_COUNTS_MAX, FrameCount, JobReply, Order, ProverId, Register, Registered, Report, Reported, TOKENS_MAX,
-    TokensReply, TokensRequest, VERSION, VantageClock, other_version,
+    BeatReply, Departed, Exchange, FRAME_COUNTS_MAX, FrameCount, JobReply, Order, ProverId,
+    Register, Registered, Report, Reported, TOKENS_MAX, TokensReply, TokensRequest, VERSION,
+    VantageClock, other_version,
 };
 use crate::engine;
 use crate::run::Interrupts;
@@ -121,7 +122,12 @@ pub(super) struct Enlisted {
 ///
 /// # Errors
 /// For people: what to do.
-pub(super) async fn enlist(client: &Client, register: &Register, interrupts: &mut Interrupts, told: impl FnMut(String)) -> Result<Enlisted, String> {
+pub(super) async fn enlist(
+    client: &Client,
+    register: &Register,
+    interrupts: &mut Interrupts,
+    told: impl FnMut(String),
+) -> Result<Enlisted, String> {
     let mut place = None;
     let signal = tokio::select! {
         enlisted = wait_for_job(client, register, &mut place, told) => return enlisted,
@@ -129,20 +135,35 @@ pub(super) async fn enlist(client: &Client, register: &Register, interrupts: &mu
     };
     if let Some(id) = place {
         // Where nobody answers, the place is free after a time of silence.
-        let _ = tokio::time::timeout(LEAVE_TIMEOUT, client.post::<Departed>(&format!("/leave/{id}"), &())).await;
+        let _ = tokio::time::timeout(
+            LEAVE_TIMEOUT,
+            client.post::<Departed>(&format!("/leave/{id}"), &()),
+        )
+        .await;
     }
     Err(format!("{signal} while the run was waited for"))
 }
 
 /// `place` is where the coordinator has us, as soon as it does.
-async fn wait_for_job(client: &Client, register: &Register, place: &mut Option<ProverId>, mut told: impl FnMut(String)) -> Result<Enlisted, String> {
+async fn wait_for_job(
+    client: &Client,
+    register: &Register,
+    place: &mut Option<ProverId>,
+    mut told: impl FnMut(String),
+) -> Result<Enlisted, String> {
     'register: loop {
-        let registered: Registered = insist(GATHER_PATIENCE, &mut told, || client.post("/register", register)).await?;
+        let registered: Registered = insist(GATHER_PATIENCE, &mut told, || {
+            client.post("/register", register)
+        })
+        .await?;
         if let Some(version) = registered.protocol.filter(|version| *version != VERSION) {
             return Err(other_version("coordinator", version, "prober").to_string());
         }
         *place = Some(registered.prover_id.clone());
-        told(format!("in; the run begins when {} are", probers(registered.expected)));
+        told(format!(
+            "in; the run begins when {} are",
+            probers(registered.expected)
+        ));
         loop {
             let path = format!("/job/{}", registered.prover_id);
             match insist(GATHER_PATIENCE, &mut told, || client.get::<JobReply>(&path)).await {
@@ -202,10 +223,15 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
             Err(NoAnswer::Unknown(why)) => return Err(Gone::Unknown(why)),
             Err(NoAnswer::Refused(why)) => return Err(Gone::Other(why)),
             Err(NoAnswer::Away(why)) if since.elapsed() + pause > patience => {
-                return Err(Gone::Other(format!("{why}; given up after {} s", patience.as_secs())));
+                return Err(Gone::Other(format!(
+                    "{why}; given up after {} s",
+                    patience.as_secs()
+                )));
             }
             Err(NoAnswer::Away(why)) => {
-                let is_known = |(last, at): &(String, tokio::time::Instant)| *last == why && at.elapsed() < TELL_AGAIN;
+                let is_known = |(last, at): &(String, tokio::time::Instant)| {
+                    *last == why && at.elapsed() < TELL_AGAIN
+                };
                 if !last_told.as_ref().is_some_and(is_known) {
                     told(format!(
                         "{why}; trying again for {} s",
@@ -254,16 +280,26 @@ impl Beats {
     }
 
     /// One beat, and what its answer says. False where the coordinator wants no more.
-    async fn beat(&self, pulse: &mut Pulse, clock: &mut ClockEstimate, exchange: &mut Option<Exchange>) -> bool {
+    async fn beat(
+        &self,
+        pulse: &mut Pulse,
+        clock: &mut ClockEstimate,
+        exchange: &mut Option<Exchange>,
+    ) -> bool {
         let draft = self.shared.outbox().draft();
         let mut beat = draft.beat(0, *exchange);
         // As late as can be: what comes between this and the wire is taken for the way.
         let sent_at = self.epoch.now();
         beat.sent_at_us = self.epoch.unix_micros(sent_at);
-        let answer = self.client.post::<BeatReply>(&format!("/beat/{}", self.id), &beat).await;
+        let answer = self
+            .client
+            .post::<BeatReply>(&format!("/beat/{}", self.id), &beat)
+            .await;
         let now = self.epoch.now();
         match answer {
-            Ok(reply) if reply.seq == draft.seq() && reply.replied_at_us >= reply.received_at_us => {
+            Ok(reply)
+                if reply.seq == draft.seq() && reply.replied_at_us >= reply.received_at_us =>
+            {
                 let waits = {
                     let mut outbox = self.shared.outbox();
                     outbox.settle(&draft);
@@ -304,7 +340,10 @@ impl Beats {
                 inbox.take_frames((origin, track, layer), frames);
             }
             if let Some(own) = own_clock {
-                let clocks = reply.clocks.iter().map(|clock| (clock.vantage, between(clock, &own)));
+                let clocks = reply
+                    .clocks
+                    .iter()
+                    .map(|clock| (clock.vantage, between(clock, &own)));
                 inbox.clocks.extend(clocks);
             }
             (inbox.missing, inbox.own_clock) = (reply.missing, own_clock);
@@ -385,7 +424,11 @@ impl Tokens {
     }
 
     async fn fetch(&mut self, from: u32) -> Result<(), String> {
-        let count = self.participants.saturating_sub(from).min(TOKEN_BATCH).min(TOKENS_MAX);
+        let count = self
+            .participants
+            .saturating_sub(from)
+            .min(TOKEN_BATCH)
+            .min(TOKENS_MAX);
         let request = TokensRequest { from, count };
         let path = format!("/tokens/{}", self.id);
         let mut pause = POLL / 4;
@@ -400,9 +443,15 @@ impl Tokens {
                 Err(error) => return Err(error.to_string()),
             }
         };
-        let good_until = tokio::time::Instant::now() + Duration::from_secs(reply.lifetime_seconds) / 2;
-        let tokens = reply.tokens.into_iter().take(count as usize).map(Secret::new);
-        self.kept.extend((from..).zip(tokens.map(|token| (token, good_until))));
+        let good_until =
+            tokio::time::Instant::now() + Duration::from_secs(reply.lifetime_seconds) / 2;
+        let tokens = reply
+            .tokens
+            .into_iter()
+            .take(count as usize)
+            .map(Secret::new);
+        self.kept
+            .extend((from..).zip(tokens.map(|token| (token, good_until))));
         Ok(())
     }
 }
@@ -410,7 +459,9 @@ impl Tokens {
 impl Inbox {
     /// A count that no publisher can reach is none, and no run has more publishers than one message names.
     fn take_frames(&mut self, layer: (u32, u8, u8), frames: u64) {
-        let Ok(frames) = u32::try_from(frames) else { return };
+        let Ok(frames) = u32::try_from(frames) else {
+            return;
+        };
         if self.frames.len() < FRAME_COUNTS_MAX || self.frames.contains_key(&layer) {
             let known = self.frames.entry(layer).or_default();
             *known = frames.max(*known);
@@ -442,11 +493,15 @@ mod tests {
     use crate::engine::FrameCount as Count;
 
     fn register() -> Register {
-        serde_json::from_value(json!({"vantage": "fra", "protocol": VERSION, "instance": "abc"})).unwrap()
+        serde_json::from_value(json!({"vantage": "fra", "protocol": VERSION, "instance": "abc"}))
+            .unwrap()
     }
 
     fn registered(protocol: Value) -> (u16, Value) {
-        (200, json!({"prover_id": "p1", "expected": 3, "protocol": protocol}))
+        (
+            200,
+            json!({"prover_id": "p1", "expected": 3, "protocol": protocol}),
+        )
     }
 
     /// As `voicegw`'s coordinator gives it.
@@ -461,29 +516,45 @@ mod tests {
         (status, json!({"error": "not today"}))
     }
 
-    async fn enlisted(script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static) -> (Result<Enlisted, String>, Scripted, Vec<String>) {
+    async fn enlisted(
+        script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static,
+    ) -> (Result<Enlisted, String>, Scripted, Vec<String>) {
         let (scripted, url) = Scripted::start(script).await;
         let client = Client::new(url.parse().unwrap(), Some(Secret::new("sesame")));
         let mut told = Vec::new();
-        let enlisted = enlist(&client, &register(), &mut Interrupts::listen(), |line| told.push(line)).await;
+        let enlisted = enlist(&client, &register(), &mut Interrupts::listen(), |line| {
+            told.push(line)
+        })
+        .await;
         (enlisted, scripted, told)
     }
 
     #[tokio::test]
     async fn a_prober_registers_with_its_token_and_waits_for_its_job() {
-        let (enlisted, scripted, told) = enlisted(|asked| match (asked.what.as_str(), asked.before) {
-            ("POST /register", 0) => refusal(503),
-            ("POST /register", _) => registered(Value::Null),
-            ("GET /job/p1", 0) => job(false),
-            ("GET /job/p1", 1) => (200, json!("<html>who are you?</html>")),
-            _ => job(true),
-        })
-        .await;
+        let (enlisted, scripted, told) =
+            enlisted(|asked| match (asked.what.as_str(), asked.before) {
+                ("POST /register", 0) => refusal(503),
+                ("POST /register", _) => registered(Value::Null),
+                ("GET /job/p1", 0) => job(false),
+                ("GET /job/p1", 1) => (200, json!("<html>who are you?</html>")),
+                _ => job(true),
+            })
+            .await;
         assert_eq!(enlisted.unwrap().job.ramp, [2]);
-        assert!(scripted.asked().iter().all(|asked| asked.token.as_deref() == Some("Bearer sesame")));
+        assert!(
+            scripted
+                .asked()
+                .iter()
+                .all(|asked| asked.token.as_deref() == Some("Bearer sesame"))
+        );
         assert_eq!(scripted.asked()[0].body["vantage"], "fra");
-        let [unwell, waits, garbage] = &told[..] else { panic!("{told:?}") };
-        assert!(unwell.contains("not today") && unwell.contains("trying again"), "{unwell}");
+        let [unwell, waits, garbage] = &told[..] else {
+            panic!("{told:?}")
+        };
+        assert!(
+            unwell.contains("not today") && unwell.contains("trying again"),
+            "{unwell}"
+        );
         assert!(waits.contains("all 3 probers"), "{waits}");
         assert!(garbage.contains("cannot be understood"), "{garbage}");
     }
@@ -507,7 +578,10 @@ mod tests {
             (refusal(409), "not today"),
             (refusal(400), "not today"),
             ((404, json!({"detail": "Not Found"})), "check the address"),
-            (registered(json!(VERSION + 1)), "run the same throng on all hosts"),
+            (
+                registered(json!(VERSION + 1)),
+                "run the same throng on all hosts",
+            ),
         ] {
             let (enlisted, scripted, _) = enlisted(move |_| answer.clone()).await;
             let why = enlisted.unwrap_err();
@@ -546,18 +620,31 @@ mod tests {
     async fn orders_come_by_our_clock_with_what_is_known_of_the_others() {
         let (_, url) = Scripted::start(|asked| {
             let at_us = asked.body["sent_at_us"].as_u64().unwrap() + HOUR_US + 2_000_000;
-            reply(asked, HOUR_US, json!({"do": "start", "stage": 3, "at_us": at_us}))
+            reply(
+                asked,
+                HOUR_US,
+                json!({"do": "start", "stage": 3, "at_us": at_us}),
+            )
         })
         .await;
         let beats = beats(url, Duration::from_secs(60));
         let (shared, epoch) = (beats.shared.clone(), beats.epoch);
         let mut words = shared.words();
         let task = tokio::spawn(beats.run());
-        let word = words.wait_for(|word| *word != Word::Wait).await.unwrap().clone();
+        let word = words
+            .wait_for(|word| *word != Word::Wait)
+            .await
+            .unwrap()
+            .clone();
         let now_us = epoch.unix_micros(epoch.now());
-        let Word::Start { stage: 3, at_us } = word else { panic!("{word:?}") };
+        let Word::Start { stage: 3, at_us } = word else {
+            panic!("{word:?}")
+        };
         // Of the hour nothing is left; the way takes what it takes.
-        assert!(at_us.abs_diff(now_us + 2_000_000) < 2_000_000, "{at_us} at {now_us}");
+        assert!(
+            at_us.abs_diff(now_us + 2_000_000) < 2_000_000,
+            "{at_us} at {now_us}"
+        );
         let inbox = shared.inbox();
         assert_eq!(
             inbox.frames,
@@ -565,7 +652,10 @@ mod tests {
             "the highest count, and none that cannot be"
         );
         let own = inbox.own_clock.unwrap();
-        assert_eq!(inbox.clocks[&2], (1_000_000 - own.offset_us, 300 + own.uncertainty_us));
+        assert_eq!(
+            inbox.clocks[&2],
+            (1_000_000 - own.offset_us, 300 + own.uncertainty_us)
+        );
         assert_eq!(inbox.missing, [1]);
         drop(inbox);
         task.abort();
@@ -596,9 +686,15 @@ mod tests {
         }
         task.abort();
         let asked = scripted.asked();
-        let seqs: Vec<_> = asked.iter().map(|asked| asked.body["seq"].as_u64().unwrap()).collect();
+        let seqs: Vec<_> = asked
+            .iter()
+            .map(|asked| asked.body["seq"].as_u64().unwrap())
+            .collect();
         assert!(seqs.is_sorted_by(|a, b| a < b), "{seqs:?}");
-        let frames: Vec<_> = asked[..4].iter().map(|asked| asked.body["frames"].as_array().unwrap().len()).collect();
+        let frames: Vec<_> = asked[..4]
+            .iter()
+            .map(|asked| asked.body["frames"].as_array().unwrap().len())
+            .collect();
         assert_eq!(frames, [1, 1, 1, 0]);
         assert_eq!(asked[2].body["exchange"], Value::Null);
         assert_eq!(asked[3].body["exchange"]["life"], 9);
@@ -615,8 +711,15 @@ mod tests {
             let beats = beats(url, Duration::from_millis(patience));
             let (mut words, shared) = (beats.shared.words(), beats.shared.clone());
             let task = tokio::spawn(beats.run());
-            let word = words.wait_for(|word| *word != Word::Wait).await.unwrap().clone();
-            assert!(matches!(&word, Word::Stop { reason } if reason.contains(says)), "{word:?}");
+            let word = words
+                .wait_for(|word| *word != Word::Wait)
+                .await
+                .unwrap()
+                .clone();
+            assert!(
+                matches!(&word, Word::Stop { reason } if reason.contains(says)),
+                "{word:?}"
+            );
             shared.say(Word::Wait);
             assert_eq!(*words.borrow(), word, "nothing comes after a stop");
             task.abort();
@@ -631,11 +734,22 @@ mod tests {
             _ => (200, json!({"ok": true, "all_reported": false})),
         })
         .await;
-        let (client, id) = (Client::new(url.parse().unwrap(), None), ProverId::new("p1").unwrap());
+        let (client, id) = (
+            Client::new(url.parse().unwrap(), None),
+            ProverId::new("p1").unwrap(),
+        );
         let report = super::super::report::of_nothing("fra", "no media could be made");
-        assert!(deliver(&client, &id, &report, REPORT_PATIENCE, &mut |_| {}).await.unwrap().ok);
+        assert!(
+            deliver(&client, &id, &report, REPORT_PATIENCE, &mut |_| {})
+                .await
+                .unwrap()
+                .ok
+        );
         let asked = scripted.asked();
-        assert_eq!((asked.len(), asked[1].what.as_str()), (2, "POST /report/p1"));
+        assert_eq!(
+            (asked.len(), asked[1].what.as_str()),
+            (2, "POST /report/p1")
+        );
         assert_eq!(asked[1].body["throng"]["partial"], "no media could be made");
         assert_eq!(asked[1].token, None);
     }
@@ -643,19 +757,39 @@ mod tests {
     #[tokio::test]
     async fn tokens_are_fetched_many_at_a_time_used_once_and_not_when_old() {
         let (scripted, url) = Scripted::start(|asked| {
-            let (from, count) = (asked.body["from"].as_u64().unwrap(), asked.body["count"].as_u64().unwrap());
-            let tokens: Vec<_> = (from..from + count).map(|position| format!("t{position}-{}", asked.before)).collect();
+            let (from, count) = (
+                asked.body["from"].as_u64().unwrap(),
+                asked.body["count"].as_u64().unwrap(),
+            );
+            let tokens: Vec<_> = (from..from + count)
+                .map(|position| format!("t{position}-{}", asked.before))
+                .collect();
             let lifetime = if asked.before < 2 { 600 } else { 0 };
             (200, json!({"tokens": tokens, "lifetime_seconds": lifetime}))
         })
         .await;
-        let mut tokens = Tokens::new(Client::new(url.parse().unwrap(), None), ProverId::new("p1").unwrap(), 250);
-        for (position, token) in [(0, "t0-0"), (199, "t199-0"), (200, "t200-1"), (249, "t249-1")] {
+        let mut tokens = Tokens::new(
+            Client::new(url.parse().unwrap(), None),
+            ProverId::new("p1").unwrap(),
+            250,
+        );
+        for (position, token) in [
+            (0, "t0-0"),
+            (199, "t199-0"),
+            (200, "t200-1"),
+            (249, "t249-1"),
+        ] {
             assert_eq!(tokens.token(position).await.unwrap().expose(), token);
         }
         assert_eq!(scripted.asked()[1].body, json!({"from": 200, "count": 50}));
         // It comes back: another one, which is of no use any more.
-        assert!(tokens.token(0).await.unwrap_err().contains("none for this participant"));
+        assert!(
+            tokens
+                .token(0)
+                .await
+                .unwrap_err()
+                .contains("none for this participant")
+        );
         assert_eq!(scripted.asked().len(), 3);
     }
 }

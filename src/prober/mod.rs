@@ -58,7 +58,11 @@ impl Prober {
     ///
     /// # Errors
     /// Why this host takes no part; says what to do.
-    pub fn enlist(config: Membership, credentials: Option<&cli::Credentials>, mut told: impl FnMut(String)) -> Result<Prober> {
+    pub fn enlist(
+        config: Membership,
+        credentials: Option<&cli::Credentials>,
+        mut told: impl FnMut(String),
+    ) -> Result<Prober> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("prober")
@@ -89,7 +93,10 @@ impl Prober {
             interrupts,
             runtime,
         };
-        prober.beats = prober.job().is_some().then(|| prober.runtime.spawn(prober.beats().run()));
+        prober.beats = prober
+            .job()
+            .is_some()
+            .then(|| prober.runtime.spawn(prober.beats().run()));
         Ok(prober)
     }
 
@@ -100,7 +107,9 @@ impl Prober {
 
     /// How long a coordinator may be silent, during the load and after it.
     fn patience(&self) -> Duration {
-        self.job().map_or(link::REPORT_PATIENCE, |job| Duration::from_micros(job.patience_us))
+        self.job().map_or(link::REPORT_PATIENCE, |job| {
+            Duration::from_micros(job.patience_us)
+        })
     }
 
     fn beats(&self) -> Beats {
@@ -127,14 +136,24 @@ impl Prober {
 
     /// `vantage 'fra', 2 of 3, led by http://10.0.0.1:8787`
     pub fn describe(&self) -> String {
-        format!("{}, led by {}", job::whose(&self.config, self.job()), self.config.coordinator.http())
+        format!(
+            "{}, led by {}",
+            job::whose(&self.config, self.job()),
+            self.config.coordinator.http()
+        )
     }
 
     /// Plays its part, from when the coordinator says so.
     ///
     /// # Errors
     /// What kept the run from starting.
-    pub async fn measure(&mut self, run: &cli::Run, resources: &Resources, clips: Clips, progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
+    pub async fn measure(
+        &mut self,
+        run: &cli::Run,
+        resources: &Resources,
+        clips: Clips,
+        progress: impl FnMut(&Snapshot),
+    ) -> Result<Outcome> {
         let access = self.access(run)?;
         let stages = self.job().map(|job| job.stages.clone());
         let (start_at, interrupts) = (self.enlisted.job.start_at, &mut self.interrupts);
@@ -144,14 +163,26 @@ impl Prober {
                 () = wait_for_wall_clock(start_at) => {}
                 signal = interrupts.next() => return Err(ended(signal)),
             }
-            return run_as_guest(run, access, resources, clips, &mut Alone::new(&run.plan), interrupts, progress).await;
+            return run_as_guest(
+                run,
+                access,
+                resources,
+                clips,
+                &mut Alone::new(&run.plan),
+                interrupts,
+                progress,
+            )
+            .await;
         };
         let mut led = Led::new(self.shared.clone(), stages, self.clock);
         tokio::select! {
             started = led.wait_for_start() => started.map_err(|why| anyhow!(why))?,
             signal = interrupts.next() => return Err(ended(signal)),
         }
-        let mut outcome = run_as_guest(run, access, resources, clips, &mut led, interrupts, progress).await?;
+        let mut outcome = run_as_guest(
+            run, access, resources, clips, &mut led, interrupts, progress,
+        )
+        .await?;
         outcome.notes.extend(self.missed());
         Ok(outcome)
     }
@@ -165,7 +196,12 @@ impl Prober {
             .filter_map(|host| vantages.get(*host as usize))
             .map(|name| format!("'{name}'"))
             .collect();
-        (!names.is_empty()).then(|| format!("{} went missing: tracks from there were not expected any more", names.join(", ")))
+        (!names.is_empty()).then(|| {
+            format!(
+                "{} went missing: tracks from there were not expected any more",
+                names.join(", ")
+            )
+        })
     }
 
     fn access(&self, run: &cli::Run) -> Result<Access> {
@@ -178,13 +214,21 @@ impl Prober {
             ));
         }
         let (issuer, requests) = TokenIssuer::new();
-        let tokens = Tokens::new(self.client.clone(), self.enlisted.id.clone(), run.plan.total_participants());
+        let tokens = Tokens::new(
+            self.client.clone(),
+            self.enlisted.id.clone(),
+            run.plan.total_participants(),
+        );
         self.runtime.spawn(tokens.run(requests));
         Ok(Access::Issued(issuer))
     }
 
     /// Tells the coordinator what this host found, or why it found nothing. Returns a line for people that says where that is. `told` hears what there is to wait for.
-    pub fn report(mut self, found: Result<&Outcome, &anyhow::Error>, mut told: impl FnMut(String)) -> String {
+    pub fn report(
+        mut self,
+        found: Result<&Outcome, &anyhow::Error>,
+        mut told: impl FnMut(String),
+    ) -> String {
         let vantage = &self.config.vantage;
         let report = match (found, self.job()) {
             (Ok(outcome), Some(job)) => report::of_stages(vantage, outcome, &job.stages),
@@ -194,7 +238,12 @@ impl Prober {
         // From here on the report is the sign of life.
         self.beats.take().iter().for_each(JoinHandle::abort);
         // Before anybody is waited for: a second signal, or a kill, may come at any time.
-        let kept = report::keep(&report, Path::new("."), vantage, &job::run_name(&self.enlisted.job));
+        let kept = report::keep(
+            &report,
+            Path::new("."),
+            vantage,
+            &job::run_name(&self.enlisted.job),
+        );
         let (patience, interrupts) = (self.patience(), &mut self.interrupts);
         let (client, id) = (&self.client, &self.enlisted.id);
         let delivered = self.runtime.block_on(async {
@@ -206,11 +255,17 @@ impl Prober {
         match (delivered, kept) {
             (Ok(_), kept) => {
                 // One that stays is litter, and nothing worse.
-                kept.iter().for_each(|path| drop(std::fs::remove_file(path)));
+                kept.iter()
+                    .for_each(|path| drop(std::fs::remove_file(path)));
                 "The coordinator has this report, and tells the whole result when all have reported.".to_owned()
             }
-            (Err(why), Ok(path)) => format!("The coordinator did not take this report ({why}). It is kept in {}", path.display()),
-            (Err(why), Err(error)) => format!("The coordinator did not take this report ({why}), and it could not be kept: {error}"),
+            (Err(why), Ok(path)) => format!(
+                "The coordinator did not take this report ({why}). It is kept in {}",
+                path.display()
+            ),
+            (Err(why), Err(error)) => format!(
+                "The coordinator did not take this report ({why}), and it could not be kept: {error}"
+            ),
         }
     }
 }
@@ -219,12 +274,18 @@ impl Prober {
 fn instance() -> String {
     use std::hash::{BuildHasher, Hasher, RandomState};
     let word = || RandomState::new().build_hasher().finish();
-    format!("{:016x}{:016x}", word(), word() ^ u64::from(std::process::id()))
+    format!(
+        "{:016x}{:016x}",
+        word(),
+        word() ^ u64::from(std::process::id())
+    )
 }
 
 /// `voicegw`'s coordinator names the wall clock's time, which both hosts are to agree on. A time that has passed is now.
 async fn wait_for_wall_clock(unix_seconds: Option<f64>) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     let wait = Duration::try_from_secs_f64(unix_seconds.unwrap_or(0.0))
         .unwrap_or_default()
         .saturating_sub(now);

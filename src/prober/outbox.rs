@@ -98,7 +98,11 @@ impl Outbox {
         } in counts
         {
             let key = (origin, track, layer);
-            if self.frames.get(&key).is_none_or(|known| known.value != u64::from(frames)) {
+            if self
+                .frames
+                .get(&key)
+                .is_none_or(|known| known.value != u64::from(frames))
+            {
                 put(&mut self.frames, key, frames.into(), self.version);
             }
         }
@@ -132,9 +136,13 @@ impl Outbox {
             version: self.version,
             stage: self.stage,
             ready_for: self.ready_for,
-            tiers: news(&self.tiers, answered).map(|(stage, tier)| (*stage, tier.clone())).collect(),
+            tiers: news(&self.tiers, answered)
+                .map(|(stage, tier)| (*stage, tier.clone()))
+                .collect(),
             frames: news(&self.frames, answered)
-                .map(|((origin, track, layer), frames)| FrameCount(*origin, *track, *layer, *frames))
+                .map(|((origin, track, layer), frames)| {
+                    FrameCount(*origin, *track, *layer, *frames)
+                })
                 .collect(),
             starts: news(&self.starts, answered)
                 .map(|(stage, skew_us)| Start {
@@ -153,7 +161,8 @@ impl Outbox {
     pub fn settle(&mut self, draft: &Draft) {
         self.answered = self.answered.max(draft.version);
         let answered = self.answered;
-        self.tiers.retain(|_, tier| !tier.value.complete || tier.in_version > answered);
+        self.tiers
+            .retain(|_, tier| !tier.value.complete || tier.in_version > answered);
     }
 }
 
@@ -170,7 +179,11 @@ impl Draft {
             exchange,
             stage: self.stage,
             ready_for: self.ready_for,
-            tiers: self.tiers.iter().map(|(stage, tier)| tier.so_far(*stage)).collect(),
+            tiers: self
+                .tiers
+                .iter()
+                .map(|(stage, tier)| tier.so_far(*stage))
+                .collect(),
             live: self.live.clone(),
             frames: self.frames.clone(),
             starts: self.starts.clone(),
@@ -239,11 +252,19 @@ mod tests {
         outbox.settle(&sent);
         assert_eq!(carried(&outbox.draft()), (vec![], vec![20], vec![]));
         outbox.settle(&lost);
-        assert_eq!(carried(&outbox.draft()), (vec![], vec![20], vec![]), "a late answer to an older beat");
+        assert_eq!(
+            carried(&outbox.draft()),
+            (vec![], vec![20], vec![]),
+            "a late answer to an older beat"
+        );
         let draft = outbox.draft();
         outbox.settle(&draft);
         outbox.set_frames([count(20)].into_iter());
-        assert_eq!(carried(&outbox.draft()), (vec![], vec![], vec![]), "nothing has changed");
+        assert_eq!(
+            carried(&outbox.draft()),
+            (vec![], vec![], vec![]),
+            "nothing has changed"
+        );
     }
 
     #[test]

@@ -80,7 +80,11 @@ mod tests {
         pulse.handle_answer(START, START + Duration::from_millis(30), true);
         assert_eq!(millis(&pulse), 200);
         pulse.handle_answer(START, START + Duration::from_millis(3_000), true);
-        assert_eq!(millis(&pulse), 3_050, "a slow coordinator is not asked without a pause");
+        assert_eq!(
+            millis(&pulse),
+            3_050,
+            "a slow coordinator is not asked without a pause"
+        );
         pulse.hurry(START + Duration::from_millis(3_010));
         assert_eq!(millis(&pulse), 3_010);
     }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::outbox;
 use crate::coordinator::protocol::{
-    ClientStep, EngineShort, FinalReport, LABEL_BYTES_MAX, Report, Stage, StageKind, TEXT_BYTES_MAX, TEXTS_MAX, TierReport, TierSoFar, WireVerdict,
+    ClientStep, EngineShort, FinalReport, LABEL_BYTES_MAX, Report, Stage, StageKind,
+    TEXT_BYTES_MAX, TEXTS_MAX, TierReport, TierSoFar, WireVerdict,
 };
 use crate::measure::Record;
 use crate::report::judge::{self, Loss};
@@ -100,7 +101,9 @@ fn whole(outcome: &Outcome) -> FinalReport {
             rss_peak_bytes: engine.rss_peak_bytes,
         },
         notes: texts(&outcome.notes),
-        failures: failures.map(|(why, count)| (clipped(why, TEXT_BYTES_MAX), *count)).collect(),
+        failures: failures
+            .map(|(why, count)| (clipped(why, TEXT_BYTES_MAX), *count))
+            .collect(),
     }
 }
 
@@ -109,7 +112,10 @@ fn so_far(stage: u32, step: &Step) -> TierSoFar {
         stage,
         participants: step.participants,
         seconds: step.seconds,
-        complete: step.tier.as_ref().is_none_or(|tier| tier.cut_short.is_none()),
+        complete: step
+            .tier
+            .as_ref()
+            .is_none_or(|tier| tier.cut_short.is_none()),
         record: (&step.record).into(),
     }
 }
@@ -118,9 +124,13 @@ fn so_far(stage: u32, step: &Step) -> TierSoFar {
 fn client_step(step: &Step) -> ClientStep {
     let session = &step.record.session;
     let media = [&step.record.audio, &step.record.video];
-    let expected = |of: fn(&crate::measure::Media) -> u64| media.iter().map(|media| of(media)).sum::<u64>();
-    let is_lost = session.joins_planned > 0 && session.joins_ok == 0 || expected(|m| m.tracks_expected) > 0 && expected(|m| m.tracks_live) == 0;
-    let heard = media.iter().filter(|media| media.tracks_expected > 0 || media.frames_expected > 0);
+    let expected =
+        |of: fn(&crate::measure::Media) -> u64| media.iter().map(|media| of(media)).sum::<u64>();
+    let is_lost = session.joins_planned > 0 && session.joins_ok == 0
+        || expected(|m| m.tracks_expected) > 0 && expected(|m| m.tracks_live) == 0;
+    let heard = media
+        .iter()
+        .filter(|media| media.tracks_expected > 0 || media.frames_expected > 0);
     // Where one kind is unknown, so is the worst.
     let loss = heard
         .map(|media| Loss::of(media).worse())
@@ -161,13 +171,28 @@ fn clipped(text: &str, bytes_max: usize) -> String {
 ///
 /// # Errors
 /// Why it could not be written.
-pub(super) fn keep(report: &Report, dir: &Path, vantage: &str, run: &str) -> std::io::Result<PathBuf> {
+pub(super) fn keep(
+    report: &Report,
+    dir: &Path,
+    vantage: &str,
+    run: &str,
+) -> std::io::Result<PathBuf> {
     let plain = |text: &str| -> String {
         text.chars()
-            .map(|c| if c.is_ascii_alphanumeric() || ".-_".contains(c) { c } else { '_' })
+            .map(|c| {
+                if c.is_ascii_alphanumeric() || ".-_".contains(c) {
+                    c
+                } else {
+                    '_'
+                }
+            })
             .collect()
     };
-    let stem = format!("throng-prober-{}-{}", clipped(&plain(vantage), LABEL_BYTES_MAX), plain(run));
+    let stem = format!(
+        "throng-prober-{}-{}",
+        clipped(&plain(vantage), LABEL_BYTES_MAX),
+        plain(run)
+    );
     let body = serde_json::to_vec_pretty(report)?;
     for number in 1.. {
         let path = dir.join(match number {

@@ -104,21 +104,44 @@ impl Book {
 
     fn account(&self) -> Vec<String> {
         let tracks = || self.streams.values().map(|stream| &stream.track);
-        let frames = |kind| tracks().filter(|track| track.kind == kind).map(|track| track.frames).sum::<u64>();
-        let files = tracks().filter(|track| !matches!(track.file, File::None)).count();
+        let frames = |kind| {
+            tracks()
+                .filter(|track| track.kind == kind)
+                .map(|track| track.frames)
+                .sum::<u64>()
+        };
+        let files = tracks()
+            .filter(|track| !matches!(track.file, File::None))
+            .count();
         let mut notes = vec![format!(
             "recorded {} frames of video and {} packets of audio in {files} files below {}",
             frames(Kind::Video),
             frames(Kind::Audio),
             self.dir.display()
         )];
-        let dropped = self.rooms.values().map(|room| room.dropped.load(Ordering::Relaxed)).sum();
+        let dropped = self
+            .rooms
+            .values()
+            .map(|room| room.dropped.load(Ordering::Relaxed))
+            .sum();
         let sum = |of: fn(&Stream) -> u64| self.streams.values().map(of).sum::<u64>();
         for (count, what) in [
-            (dropped, "packets: they could not be written as fast as they came"),
-            (sum(Stream::undecodable), "whole frames of video: what they build on never came"),
-            (sum(Stream::late), "packets of audio that came after those that follow them"),
-            (sum(|stream| stream.track.unreadable), "frames that are no Opus, or no VP8"),
+            (
+                dropped,
+                "packets: they could not be written as fast as they came",
+            ),
+            (
+                sum(Stream::undecodable),
+                "whole frames of video: what they build on never came",
+            ),
+            (
+                sum(Stream::late),
+                "packets of audio that came after those that follow them",
+            ),
+            (
+                sum(|stream| stream.track.unreadable),
+                "frames that are no Opus, or no VP8",
+            ),
         ] {
             if count > 0 {
                 notes.push(format!("recording dropped {count} {what}"));
@@ -141,7 +164,10 @@ impl Book {
                 1 => String::new(),
                 count => format!(" and {} more files", count - 1),
             };
-            format!("recording of {}{others} ended early: {reason}", paths[0].display())
+            format!(
+                "recording of {}{others} ended early: {reason}",
+                paths[0].display()
+            )
         };
         reasons.into_iter().map(note).collect()
     }
@@ -169,8 +195,12 @@ impl Stream {
     fn handle_packet(&mut self, packet: &TappedPacket, payload: &[u8], plan: &Plan) {
         let track = &mut self.track;
         match &mut self.source {
-            Source::Audio(audio) => audio.handle_packet(packet, payload, |frame| track.write(&frame, plan)),
-            Source::Video(video) => video.handle_packet(packet, payload, |frame| track.write(&frame, plan)),
+            Source::Audio(audio) => {
+                audio.handle_packet(packet, payload, |frame| track.write(&frame, plan))
+            }
+            Source::Video(video) => {
+                video.handle_packet(packet, payload, |frame| track.write(&frame, plan))
+            }
         }
     }
 
@@ -199,7 +229,9 @@ impl Stream {
 
 impl Track {
     fn write(&mut self, frame: &Frame<'_>, plan: &Plan) {
-        let publisher = frame.identity.and_then(|identity| publisher(&identity, plan));
+        let publisher = frame
+            .identity
+            .and_then(|identity| publisher(&identity, plan));
         if let File::None = self.file {
             self.file = match self.open(frame, publisher.as_deref()) {
                 Ok(Some(file)) => file,
@@ -225,7 +257,9 @@ impl Track {
         let name = self.name(publisher);
         match self.kind {
             Kind::Video => {
-                let Some(size) = ivf::key_frame_size(frame.bytes) else { return Ok(None) };
+                let Some(size) = ivf::key_frame_size(frame.bytes) else {
+                    return Ok(None);
+                };
                 let mut output = Output::create(&self.dir, &name, self.extension())?;
                 output.append(&ivf::header(size))?;
                 Ok(Some(File::Ivf(output)))
@@ -319,5 +353,6 @@ fn state_frame_count(output: &mut Output, frames: u64) -> io::Result<()> {
 
 /// Who made a frame, if it is of this run.
 fn publisher(identity: &FrameIdentity, plan: &Plan) -> Option<String> {
-    plan.identity_at(identity.origin).filter(|_| identity.run == plan.run_tag)
+    plan.identity_at(identity.origin)
+        .filter(|_| identity.run == plan.run_tag)
 }

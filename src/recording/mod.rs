@@ -39,13 +39,18 @@ pub fn recorded(plan: &Plan) -> impl Iterator<Item = ParticipantPlan> + '_ {
     let rooms = plan.shape.room_count as usize;
     let mut is_recorded = vec![false; rooms];
     plan.participants()
-        .filter(move |participant| participant.subscribes && !std::mem::replace(&mut is_recorded[participant.room as usize], true))
+        .filter(move |participant| {
+            participant.subscribes
+                && !std::mem::replace(&mut is_recorded[participant.room as usize], true)
+        })
         .take(rooms)
 }
 
 /// The files that a recording keeps open: one for each track that a recorded participant gets.
 pub fn files(plan: &Plan) -> u64 {
-    let tracks = |participant: &ParticipantPlan, kind| u64::from(plan.expected_tracks(participant, kind, &LostPublishers::default()));
+    let tracks = |participant: &ParticipantPlan, kind| {
+        u64::from(plan.expected_tracks(participant, kind, &LostPublishers::default()))
+    };
     recorded(plan)
         .map(|participant| tracks(&participant, Kind::Audio) + tracks(&participant, Kind::Video))
         .sum()
@@ -105,12 +110,14 @@ impl Recorder {
     pub fn start(mut recording: Recording) -> io::Result<Recorder> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        let thread = std::thread::Builder::new().name("recorder".into()).spawn(move || {
-            while recording.drain() && !stopped.load(Ordering::Acquire) {
-                std::thread::sleep(POLL);
-            }
-            recording.finish()
-        })?;
+        let thread = std::thread::Builder::new()
+            .name("recorder".into())
+            .spawn(move || {
+                while recording.drain() && !stopped.load(Ordering::Acquire) {
+                    std::thread::sleep(POLL);
+                }
+                recording.finish()
+            })?;
         Ok(Recorder { thread, stop })
     }
 

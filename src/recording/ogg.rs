@@ -53,7 +53,8 @@ impl OpusFile {
         let samples = samples(packet).ok_or(Malformed)?;
         if let Some(last) = self.held.as_ref() {
             let hole = Hole::after(last, at.saturating_sub(self.position)).ok_or(Malformed)?;
-            hole.packets().for_each(|(empty, samples)| self.append(empty, samples));
+            hole.packets()
+                .for_each(|(empty, samples)| self.append(empty, samples));
         }
         self.append(packet.to_vec(), samples);
         Ok(())
@@ -119,18 +120,30 @@ impl Hole {
     fn packets(&self) -> impl Iterator<Item = (Vec<u8>, u32)> {
         /// Any number of frames of one size (RFC 6716, section 3.2.5); the number follows.
         const CODE_3: u8 = 3;
-        let &Hole { toc, frame_samples, frames } = self;
+        let &Hole {
+            toc,
+            frame_samples,
+            frames,
+        } = self;
         let most = u64::from(PACKET_SAMPLES_MAX / frame_samples);
         let last = frames % most;
-        let counts = std::iter::repeat_n(most, (frames / most) as usize).chain((last > 0).then_some(last));
-        counts.map(move |count| (vec![toc | CODE_3, count as u8], count as u32 * frame_samples))
+        let counts =
+            std::iter::repeat_n(most, (frames / most) as usize).chain((last > 0).then_some(last));
+        counts.map(move |count| {
+            (
+                vec![toc | CODE_3, count as u8],
+                count as u32 * frame_samples,
+            )
+        })
     }
 }
 
 /// Samples per channel; `None` for what is no Opus packet.
 fn samples(packet: &[u8]) -> Option<u32> {
     let samples = packet::get_nb_samples(packet, CLOCK_RATE).ok()? as u32;
-    (1..=PACKET_SAMPLES_MAX).contains(&samples).then_some(samples)
+    (1..=PACKET_SAMPLES_MAX)
+        .contains(&samples)
+        .then_some(samples)
 }
 
 /// The identification header (section 5.1).
@@ -179,8 +192,13 @@ mod tests {
         file.finish();
         let packets = read(file.take_pages());
         assert!(packets.iter().all(|packet| packet.stream_serial() == 77));
-        assert_eq!(&packets[0].data, b"OpusHead\x01\x02\x38\x01\x80\xBB\0\0\0\0\0");
-        assert!(packets[0].first_in_stream() && packets[0].last_in_page() && packets[1].last_in_page());
+        assert_eq!(
+            &packets[0].data,
+            b"OpusHead\x01\x02\x38\x01\x80\xBB\0\0\0\0\0"
+        );
+        assert!(
+            packets[0].first_in_stream() && packets[0].last_in_page() && packets[1].last_in_page()
+        );
         assert!(packets[1].data.starts_with(b"OpusTags"));
         let audio = &packets[2..];
         assert!(
@@ -189,7 +207,10 @@ mod tests {
                 .map(|packet| &packet.data)
                 .eq(&(0..25).map(|at| vec![TOC_20_MS, at]).collect::<Vec<_>>())
         );
-        let page_ends: Vec<_> = audio.iter().filter(|packet| packet.last_in_page()).collect();
+        let page_ends: Vec<_> = audio
+            .iter()
+            .filter(|packet| packet.last_in_page())
+            .collect();
         let positions: Vec<u64> = page_ends.iter().map(|packet| packet.absgp_page()).collect();
         assert_eq!(positions, [10 * 960, 20 * 960, 25 * 960]);
         assert!(audio[24].last_in_stream() && !audio[23].last_in_stream());
@@ -211,7 +232,14 @@ mod tests {
         for (missing, marks) in [
             (1, vec![vec![TOC_20_MS | 3, 1]]),
             (6, vec![vec![TOC_20_MS | 3, 6]]),
-            (15, vec![vec![TOC_20_MS | 3, 6], vec![TOC_20_MS | 3, 6], vec![TOC_20_MS | 3, 3]]),
+            (
+                15,
+                vec![
+                    vec![TOC_20_MS | 3, 6],
+                    vec![TOC_20_MS | 3, 6],
+                    vec![TOC_20_MS | 3, 3],
+                ],
+            ),
         ] {
             let mut file = OpusFile::new(1);
             file.push(0, &[TOC_20_MS, 1]).unwrap();
@@ -224,7 +252,13 @@ mod tests {
             assert!(between.iter().map(|packet| &packet.data).eq(&marks));
             assert_eq!(last.absgp_page(), (2 + missing) * 960);
             for mark in marks {
-                assert!(opus::packet::parse(&mark).unwrap().frames.iter().all(|frame| frame.is_empty()));
+                assert!(
+                    opus::packet::parse(&mark)
+                        .unwrap()
+                        .frames
+                        .iter()
+                        .all(|frame| frame.is_empty())
+                );
             }
         }
     }
@@ -244,7 +278,12 @@ mod tests {
     fn what_is_no_opus_packet_is_refused() {
         let mut file = OpusFile::new(1);
         // Seven frames of 20 ms; none at all.
-        for packet in [&[][..], &[TOC_20_MS | 3, 7], &[TOC_20_MS | 3, 0], &[TOC_20_MS | 3]] {
+        for packet in [
+            &[][..],
+            &[TOC_20_MS | 3, 7],
+            &[TOC_20_MS | 3, 0],
+            &[TOC_20_MS | 3],
+        ] {
             assert_eq!(file.push(0, packet), Err(Malformed), "{packet:?}");
         }
         assert!(file.held.is_none());

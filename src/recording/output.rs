@@ -30,7 +30,9 @@ impl Output {
     pub fn rename(&mut self, name: &str, extension: &str) {
         let dir = self.path.parent().unwrap_or(Path::new("."));
         // An empty file of ours holds the new name, so that nothing else is replaced.
-        let Ok((path, _)) = create_new(dir, name, extension) else { return };
+        let Ok((path, _)) = create_new(dir, name, extension) else {
+            return;
+        };
         match fs::rename(&self.path, &path) {
             Ok(()) => self.path = path,
             Err(_) => drop(fs::remove_file(&path)),
@@ -62,7 +64,11 @@ impl Output {
 
 fn create_new(dir: &Path, name: &str, extension: &str) -> io::Result<(PathBuf, File)> {
     for number in 1..=NAMES_MAX {
-        let suffix = if number == 1 { String::new() } else { format!("-{number}") };
+        let suffix = if number == 1 {
+            String::new()
+        } else {
+            format!("-{number}")
+        };
         let path = dir.join(format!("{name}{suffix}.{extension}"));
         match OpenOptions::new().write(true).create_new(true).open(&path) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
@@ -74,7 +80,13 @@ fn create_new(dir: &Path, name: &str, extension: &str) -> io::Result<(PathBuf, F
 
 /// A room's name or an identity as a file name: letters, digits and `-_.` stay, all else is `_`, and no name begins with a dot.
 pub fn safe_name(name: &str) -> String {
-    let safe = |c: char| if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '_' };
+    let safe = |c: char| {
+        if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') {
+            c
+        } else {
+            '_'
+        }
+    };
     let name: String = name.chars().map(safe).collect();
     match name.strip_prefix('.') {
         Some(rest) => format!("_{rest}"),
@@ -115,7 +127,10 @@ mod tests {
         third.rename("a", "ivf");
         third.append(b"third").unwrap();
         for (name, text) in [("a", "first"), ("a-2", "second"), ("a-3", "third")] {
-            assert_eq!(fs::read_to_string(dir.join(format!("deep/{name}.ivf"))).unwrap(), text);
+            assert_eq!(
+                fs::read_to_string(dir.join(format!("deep/{name}.ivf"))).unwrap(),
+                text
+            );
         }
         assert!(!dir.join("deep/unknown.ivf").exists());
         fs::remove_dir_all(dir).unwrap();
@@ -128,7 +143,10 @@ mod tests {
         output.append(b"0000 body").unwrap();
         output.replace(0, b"1234").unwrap();
         output.append(b", more").unwrap();
-        assert_eq!(fs::read_to_string(output.path()).unwrap(), "1234 body, more");
+        assert_eq!(
+            fs::read_to_string(output.path()).unwrap(),
+            "1234 body, more"
+        );
         fs::remove_dir_all(dir).unwrap();
     }
 }

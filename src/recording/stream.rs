@@ -87,7 +87,12 @@ impl VideoStream {
         }
     }
 
-    pub fn handle_packet(&mut self, packet: &TappedPacket, payload: &[u8], mut on_frame: impl FnMut(Frame<'_>)) {
+    pub fn handle_packet(
+        &mut self,
+        packet: &TappedPacket,
+        payload: &[u8],
+        mut on_frame: impl FnMut(Frame<'_>),
+    ) {
         self.newest = self.newest.max(packet.ext_seq);
         let mut events = Vec::new();
         match Descriptor::parse(payload) {
@@ -101,15 +106,21 @@ impl VideoStream {
                     key: descriptor.starts_key_frame(vp8),
                     identity: None,
                 };
-                self.packets.insert(packet.ext_seq, (packet.rtp_time, vp8.into()));
-                self.assembler.handle_packet(&info, packet.arrival, |event| events.push(event));
+                self.packets
+                    .insert(packet.ext_seq, (packet.rtp_time, vp8.into()));
+                self.assembler
+                    .handle_packet(&info, packet.arrival, |event| events.push(event));
             }
-            None => self.assembler.handle_padding(packet.ext_seq, packet.arrival, |event| events.push(event)),
+            None => self
+                .assembler
+                .handle_padding(packet.ext_seq, packet.arrival, |event| events.push(event)),
         }
         for event in events {
             match event {
                 FrameEvent::Complete(frame) => self.gather(frame.rtp_time),
-                FrameEvent::Decoded(frame) => self.give(frame.rtp_time, frame.decoded_at, &mut on_frame),
+                FrameEvent::Decoded(frame) => {
+                    self.give(frame.rtp_time, frame.decoded_at, &mut on_frame)
+                }
             }
         }
         self.forget(self.newest.saturating_sub(KEPT_MAX));
@@ -123,7 +134,10 @@ impl VideoStream {
 
     fn gather(&mut self, rtp_time: u32) {
         let (mut last, mut bytes) = (0, Vec::new());
-        for (seq, (_, vp8)) in self.packets.extract_if(.., |_, (time, _)| *time == rtp_time) {
+        for (seq, (_, vp8)) in self
+            .packets
+            .extract_if(.., |_, (time, _)| *time == rtp_time)
+        {
             last = seq;
             bytes.extend_from_slice(&vp8);
         }
@@ -151,7 +165,10 @@ impl VideoStream {
 }
 
 fn drop_up_to<T>(map: &mut BTreeMap<u64, T>, key: u64) {
-    while map.first_key_value().is_some_and(|(first, _)| *first <= key) {
+    while map
+        .first_key_value()
+        .is_some_and(|(first, _)| *first <= key)
+    {
         map.pop_first();
     }
 }
@@ -183,7 +200,12 @@ impl AudioStream {
         }
     }
 
-    pub fn handle_packet(&mut self, packet: &TappedPacket, payload: &[u8], mut on_frame: impl FnMut(Frame<'_>)) {
+    pub fn handle_packet(
+        &mut self,
+        packet: &TappedPacket,
+        payload: &[u8],
+        mut on_frame: impl FnMut(Frame<'_>),
+    ) {
         if self.next.is_some_and(|next| packet.ext_seq < next) {
             self.late += 1;
             return;
@@ -218,7 +240,15 @@ impl AudioStream {
     }
 
     fn give_first(&mut self, on_frame: &mut impl FnMut(Frame<'_>)) {
-        let Some((seq, Waiting { rtp_time, arrival, payload })) = self.waiting.pop_first() else {
+        let Some((
+            seq,
+            Waiting {
+                rtp_time,
+                arrival,
+                payload,
+            },
+        )) = self.waiting.pop_first()
+        else {
             return;
         };
         self.next = Some(seq + 1);

@@ -107,11 +107,16 @@ impl Tap {
 
     /// Copies one packet; `payload` is what follows the RTP header.
     pub fn take(&mut self, packet: &TappedPacket, payload: &[u8]) {
-        let goes_out = |page: &Page| !page.has_room(payload.len()) || packet.arrival.since(page.opened_at) >= PAGE_AGE_MAX;
+        let goes_out = |page: &Page| {
+            !page.has_room(payload.len()) || packet.arrival.since(page.opened_at) >= PAGE_AGE_MAX
+        };
         if self.page.as_ref().is_some_and(goes_out) {
             self.hand_over();
         }
-        let Some(page) = self.open_page(packet.arrival).filter(|page| page.has_room(payload.len())) else {
+        let Some(page) = self
+            .open_page(packet.arrival)
+            .filter(|page| page.has_room(payload.len()))
+        else {
             self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
         };
@@ -169,14 +174,27 @@ mod tests {
         let mut tap = Tap::new(3, full, returned);
         let payloads: [&[u8]; 4] = [b"one", b"", b"three", b"four"];
         for (at, payload) in payloads.iter().enumerate() {
-            tap.take(&packet(at as u64, Time::from_millis(at as u64 * 40)), payload);
+            tap.take(
+                &packet(at as u64, Time::from_millis(at as u64 * 40)),
+                payload,
+            );
         }
         let page = pages.try_recv().unwrap();
-        let seen: Vec<_> = page.packets().map(|(packet, payload)| (packet.ext_seq, payload)).collect();
-        assert_eq!((page.room, seen), (3, vec![(0, &b"one"[..]), (1, b""), (2, b"three")]));
+        let seen: Vec<_> = page
+            .packets()
+            .map(|(packet, payload)| (packet.ext_seq, payload))
+            .collect();
+        assert_eq!(
+            (page.room, seen),
+            (3, vec![(0, &b"one"[..]), (1, b""), (2, b"three")])
+        );
         assert!(pages.try_recv().is_err(), "the last page is young");
         drop(tap);
-        assert_eq!(pages.try_recv().unwrap().packets().count(), 1, "the last page comes with the tap's end");
+        assert_eq!(
+            pages.try_recv().unwrap().packets().count(),
+            1,
+            "the last page comes with the tap's end"
+        );
     }
 
     #[test]
@@ -197,8 +215,16 @@ mod tests {
         page.clear();
         assert!(give_back.try_send(page).is_ok());
         tap.take(&packet(9_999, Time::ZERO), &payload);
-        assert_eq!(tap.dropped.load(Ordering::Relaxed), 500, "a page that came back takes packets again");
+        assert_eq!(
+            tap.dropped.load(Ordering::Relaxed),
+            500,
+            "a page that came back takes packets again"
+        );
         tap.take(&packet(10_000, Time::ZERO), &vec![0; PAGE_BYTES + 1]);
-        assert_eq!(tap.dropped.load(Ordering::Relaxed), 501, "no page holds this");
+        assert_eq!(
+            tap.dropped.load(Ordering::Relaxed),
+            501,
+            "no page holds this"
+        );
     }
 }

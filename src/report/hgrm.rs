@@ -11,12 +11,32 @@ const TICKS_PER_HALF_DISTANCE: u32 = 5;
 
 /// Writes `SCOPE.METRIC.hgrm` into `dir` for every histogram that applies.
 pub fn write(dir: &Path, record: &Record) -> io::Result<()> {
-    let session = record.session.histograms().map(|(name, histogram)| ("session", name, histogram));
-    let audio = record.audio.histograms().map(|(name, histogram)| ("audio", name, histogram));
-    let video = record.video.histograms().map(|(name, histogram)| ("video", name, histogram));
-    let bandwidth = record.bandwidth.histograms().map(|(name, histogram)| ("bandwidth", name, histogram));
-    let engine = record.engine.histograms().map(|(name, histogram)| ("engine", name, histogram));
-    for (scope, name, histogram) in session.chain(audio).chain(video).chain(bandwidth).chain(engine) {
+    let session = record
+        .session
+        .histograms()
+        .map(|(name, histogram)| ("session", name, histogram));
+    let audio = record
+        .audio
+        .histograms()
+        .map(|(name, histogram)| ("audio", name, histogram));
+    let video = record
+        .video
+        .histograms()
+        .map(|(name, histogram)| ("video", name, histogram));
+    let bandwidth = record
+        .bandwidth
+        .histograms()
+        .map(|(name, histogram)| ("bandwidth", name, histogram));
+    let engine = record
+        .engine
+        .histograms()
+        .map(|(name, histogram)| ("engine", name, histogram));
+    for (scope, name, histogram) in session
+        .chain(audio)
+        .chain(video)
+        .chain(bandwidth)
+        .chain(engine)
+    {
         if histogram.expected() > 0 {
             std::fs::write(dir.join(format!("{scope}.{name}.hgrm")), render(histogram))?;
         }
@@ -35,7 +55,11 @@ pub fn render(histogram: &Histogram) -> String {
         let value = step.value_iterated_to().min(hdr.max()) as f64 / 1e3;
         let _ = match total == expected {
             true => writeln!(text, "{value:12.3} {share:14.12} {total:10}"),
-            false => writeln!(text, "{value:12.3} {share:14.12} {total:10} {:14.2}", 1.0 / (1.0 - share)),
+            false => writeln!(
+                text,
+                "{value:12.3} {share:14.12} {total:10} {:14.2}",
+                1.0 / (1.0 - share)
+            ),
         };
     }
     let _ = writeln!(
@@ -44,8 +68,18 @@ pub fn render(histogram: &Histogram) -> String {
         hdr.mean() / 1e3,
         hdr.stdev() / 1e3
     );
-    let _ = writeln!(text, "#[Max     = {:12.3}, Total count    = {:12}]", hdr.max() as f64 / 1e3, hdr.len());
-    let _ = writeln!(text, "#[Missing = {:12} of {:12} expected]", expected.saturating_sub(hdr.len()), expected);
+    let _ = writeln!(
+        text,
+        "#[Max     = {:12.3}, Total count    = {:12}]",
+        hdr.max() as f64 / 1e3,
+        hdr.len()
+    );
+    let _ = writeln!(
+        text,
+        "#[Missing = {:12} of {:12} expected]",
+        expected.saturating_sub(hdr.len()),
+        expected
+    );
     text
 }
 

@@ -10,8 +10,8 @@ use super::server_cost::AccountView;
 use super::tiers::{self, Knee};
 use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
 use super::{
-    Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality, Stall, Step, ThreadTime, Unmeasured, VERSION, judge,
-    judge::judge_step,
+    Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality,
+    Stall, Step, ThreadTime, Unmeasured, VERSION, judge, judge::judge_step,
 };
 use crate::knee::{Answer, CONFIDENCE, Limit};
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
@@ -21,8 +21,18 @@ pub const SCHEMA: &str = "throng-report/1";
 
 /// The report of one host.
 pub fn render(outcome: &Outcome) -> String {
-    let steps = outcome.steps.iter().map(|step| judge_step(outcome, step)).collect();
-    print(&Report::new(outcome, judge(outcome), steps, &outcome.series[..], &OneHost::default()))
+    let steps = outcome
+        .steps
+        .iter()
+        .map(|step| judge_step(outcome, step))
+        .collect();
+    print(&Report::new(
+        outcome,
+        judge(outcome),
+        steps,
+        &outcome.series[..],
+        &OneHost::default(),
+    ))
 }
 
 /// The report of a run over many hosts, which was judged as a whole and step by step. `series` has its rows, `hosts` has `vantages` and `missing`, and what else belongs beside them.
@@ -48,7 +58,10 @@ fn knee<'a>(outcome: &'a Outcome, steps: &[Judgement]) -> Option<Knee<'a>> {
         return None;
     }
     let judged = outcome.steps.iter().zip(steps.iter().cloned());
-    Knee::among(judged.filter(|(step, _)| step.tier.is_some()).collect(), &outcome.unmeasured)
+    Knee::among(
+        judged.filter(|(step, _)| step.tier.is_some()).collect(),
+        &outcome.unmeasured,
+    )
 }
 
 /// Nothing of other hosts.
@@ -86,7 +99,13 @@ struct Report<'a, S, H> {
 }
 
 impl<'a, S: Serialize, H: Serialize> Report<'a, S, H> {
-    fn new(outcome: &'a Outcome, judgement: Judgement, steps: Vec<Judgement>, series: &'a [S], hosts: &'a H) -> Report<'a, S, H> {
+    fn new(
+        outcome: &'a Outcome,
+        judgement: Judgement,
+        steps: Vec<Judgement>,
+        series: &'a [S],
+        hosts: &'a H,
+    ) -> Report<'a, S, H> {
         let Judgement { verdict, reasons } = judgement;
         Report {
             schema: SCHEMA,
@@ -100,8 +119,12 @@ impl<'a, S: Serialize, H: Serialize> Report<'a, S, H> {
             plan: PlanView::new(outcome),
             target: TargetView::new(outcome),
             knee: knee(outcome, &steps).map(KneeView::new),
-            capacity: outcome.capacity.as_ref().map(|capacity| CapacityView::new(&outcome.plan, capacity)),
-            unmeasured_tiers: (!outcome.plan.ramp.is_empty()).then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
+            capacity: outcome
+                .capacity
+                .as_ref()
+                .map(|capacity| CapacityView::new(&outcome.plan, capacity)),
+            unmeasured_tiers: (!outcome.plan.ramp.is_empty())
+                .then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
             steps: outcome
                 .steps
                 .iter()
@@ -112,7 +135,10 @@ impl<'a, S: Serialize, H: Serialize> Report<'a, S, H> {
             join_failures: outcome
                 .failures
                 .iter()
-                .map(|(reason, count)| FailureView { reason, count: *count })
+                .map(|(reason, count)| FailureView {
+                    reason,
+                    count: *count,
+                })
                 .collect(),
             worst: worst(&outcome.participants, outcome.judging.max_loss_pct)
                 .into_iter()
@@ -208,7 +234,9 @@ impl<'a> PlanView<'a> {
         let shape = &plan.shape;
         PlanView {
             rooms: shape.room_count,
-            room_names: (0..shape.room_count.min(ROOM_NAMES_MAX)).map(|room| plan.room_name(room)).collect(),
+            room_names: (0..shape.room_count.min(ROOM_NAMES_MAX))
+                .map(|room| plan.room_name(room))
+                .collect(),
             audio_publishers: shape.audio_publishers,
             video_publishers: shape.video_publishers,
             subscribers: shape.subscribers,
@@ -238,7 +266,11 @@ impl<'a> PlanView<'a> {
                 width: plan.video.width,
                 height: plan.video.height,
                 frames_per_second: plan.video.frames_per_second,
-                layers: plan.video_layers().into_iter().map(LayerView::from).collect(),
+                layers: plan
+                    .video_layers()
+                    .into_iter()
+                    .map(LayerView::from)
+                    .collect(),
             },
             judging: JudgingView {
                 max_loss_pct: judging.max_loss_pct,
@@ -265,7 +297,8 @@ impl<'a> TargetView<'a> {
             kind: outcome.target.kind.name(),
             url: outcome.plan.target.known_url().map(ToString::to_string),
             server_version: outcome.target.server_version.as_deref(),
-            connection: (outcome.plan.connection != Connection::Auto).then(|| outcome.plan.connection.name()),
+            connection: (outcome.plan.connection != Connection::Auto)
+                .then(|| outcome.plan.connection.name()),
             connection_reason: outcome.plan.connection_reason.as_deref(),
         }
     }
@@ -431,7 +464,8 @@ struct BrokeFirstView<'a> {
 
 impl<'a> CapacityView<'a> {
     fn new(plan: &Plan, capacity: &'a Capacity) -> CapacityView<'a> {
-        let participants = |subscribers: u32| plan.participants_with(Subscribers::PerRoom(subscribers));
+        let participants =
+            |subscribers: u32| plan.participants_with(Subscribers::PerRoom(subscribers));
         let nothing = CapacityView {
             answer: "none",
             subscribers: None,
@@ -442,9 +476,11 @@ impl<'a> CapacityView<'a> {
             settled: None,
             limit: None,
             limit_reasons: &[],
-            broke_first: capacity.broke_first.as_ref().map(|(subscribers, reasons)| BrokeFirstView {
-                subscribers: *subscribers,
-                reasons,
+            broke_first: capacity.broke_first.as_ref().map(|(subscribers, reasons)| {
+                BrokeFirstView {
+                    subscribers: *subscribers,
+                    reasons,
+                }
             }),
             points: &capacity.points,
         };
@@ -517,7 +553,12 @@ struct SessionView<'a>(&'a Session);
 
 impl Serialize for SessionView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        stats(serializer, measured(None, self.0.counters()), self.0.histograms(), self.0.scores())
+        stats(
+            serializer,
+            measured(None, self.0.counters()),
+            self.0.histograms(),
+            self.0.scores(),
+        )
     }
 }
 
@@ -557,7 +598,10 @@ impl Serialize for CountersView<'_> {
 }
 
 /// Counters that this version does not fill are `None`.
-fn measured(kind: Option<Kind>, counters: impl Iterator<Item = (&'static str, u64)>) -> impl Iterator<Item = (&'static str, Option<u64>)> {
+fn measured(
+    kind: Option<Kind>,
+    counters: impl Iterator<Item = (&'static str, u64)>,
+) -> impl Iterator<Item = (&'static str, Option<u64>)> {
     counters.map(move |(name, value)| (name, is_measured(kind, name).then_some(value)))
 }
 
@@ -696,7 +740,9 @@ impl<'a> WorstView<'a> {
 
 impl WorstMediaView {
     fn new(quality: &Quality) -> WorstMediaView {
-        let share = |part: u64| (quality.frames_expected > 0).then(|| part as f64 / quality.frames_expected as f64);
+        let share = |part: u64| {
+            (quality.frames_expected > 0).then(|| part as f64 / quality.frames_expected as f64)
+        };
         WorstMediaView {
             undelivered: share(undelivered(quality)),
             concealed: concealed_share(quality),
@@ -765,7 +811,8 @@ struct DropsView {
 
 impl<'a> EngineView<'a> {
     fn new(outcome: &'a Outcome) -> EngineView<'a> {
-        let (health, counted): (&EngineHealth, _) = (&outcome.engine, &outcome.totals.record.engine);
+        let (health, counted): (&EngineHealth, _) =
+            (&outcome.engine, &outcome.totals.record.engine);
         EngineView {
             threads: health.threads,
             cpu_seconds: health.cpu_seconds,
@@ -773,7 +820,11 @@ impl<'a> EngineView<'a> {
             bytes_per_participant: health.bytes_per_participant,
             rss_peak_bytes: health.rss_peak_bytes,
             counters: CountersView(counted),
-            host_drops: health.host_drops.places().map(|(place, packets)| DropsView { place, packets }).into(),
+            host_drops: health
+                .host_drops
+                .places()
+                .map(|(place, packets)| DropsView { place, packets })
+                .into(),
             softnet_squeezed: health.softnet_squeezed,
             stolen_seconds: health.stolen_seconds,
             throttled_times: health.throttled_times,

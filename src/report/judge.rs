@@ -94,32 +94,55 @@ pub fn judge(outcome: &Outcome) -> Judgement {
     if outcome.steps.iter().any(|step| step.tier.is_some()) {
         return judge_by_tiers(outcome);
     }
-    Judgement::of(outcome.partial.as_ref(), invalidity(outcome), failures(outcome))
+    Judgement::of(
+        outcome.partial.as_ref(),
+        invalidity(outcome),
+        failures(outcome),
+    )
 }
 
 /// A search passes where it has found something, whatever its points came to.
 fn judge_search(outcome: &Outcome) -> Judgement {
     let (invalid, failed) = match outcome.capacity.as_ref().map(|capacity| &capacity.answer) {
-        Some(Answer::Capacity { .. } | Answer::AtLeast { limit: Limit::Max, .. }) => (Vec::new(), Vec::new()),
+        Some(
+            Answer::Capacity { .. }
+            | Answer::AtLeast {
+                limit: Limit::Max, ..
+            },
+        ) => (Vec::new(), Vec::new()),
         Some(Answer::AtLeast {
             limit: Limit::Generator { reasons, .. },
             ..
         }) => (reasons.clone(), Vec::new()),
         Some(Answer::NotMeasured { reasons }) => (reasons.clone(), Vec::new()),
-        Some(Answer::None) => (Vec::new(), vec!["not even one subscriber a room passes".to_owned()]),
-        None => (Vec::new(), vec!["nothing was found: the search did not come to its end".to_owned()]),
+        Some(Answer::None) => (
+            Vec::new(),
+            vec!["not even one subscriber a room passes".to_owned()],
+        ),
+        None => (
+            Vec::new(),
+            vec!["nothing was found: the search did not come to its end".to_owned()],
+        ),
     };
     let has_points = outcome.steps.iter().any(|step| step.tier.is_some());
     let why_not = match has_points {
         true => Vec::new(),
         false => step_failures(&outcome.totals, &outcome.complaints, &outcome.judging),
     };
-    Judgement::of(outcome.partial.as_ref(), invalid, [failed, why_not].concat())
+    Judgement::of(
+        outcome.partial.as_ref(),
+        invalid,
+        [failed, why_not].concat(),
+    )
 }
 
 /// One tier that failed while the generator kept up is a FAIL, whatever became of the others; one in which it did not keep up leaves only that open.
 fn judge_by_tiers(outcome: &Outcome) -> Judgement {
-    let mut reasons: Vec<String> = outcome.partial.iter().map(|why| format!("ended early: {why}")).collect();
+    let mut reasons: Vec<String> = outcome
+        .partial
+        .iter()
+        .map(|why| format!("ended early: {why}"))
+        .collect();
     let mut verdict = Verdict::Pass;
     for step in &outcome.steps {
         let judged = judge_step(outcome, step);
@@ -130,16 +153,32 @@ fn judge_by_tiers(outcome: &Outcome) -> Judgement {
         };
         // That it ended early has been said.
         let ended_early = usize::from(judged.verdict == Verdict::Partial);
-        reasons.extend(judged.reasons.iter().skip(ended_early).map(|reason| format!("{}: {reason}", step.name)));
+        reasons.extend(
+            judged
+                .reasons
+                .iter()
+                .skip(ended_early)
+                .map(|reason| format!("{}: {reason}", step.name)),
+        );
     }
-    let at_the_end = outcome.judging.thresholds.iter().filter(|threshold| threshold.is_known_at_the_end());
-    let failed: Vec<String> = at_the_end.filter_map(|threshold| threshold.violation(&outcome.totals.record)).collect();
+    let at_the_end = outcome
+        .judging
+        .thresholds
+        .iter()
+        .filter(|threshold| threshold.is_known_at_the_end());
+    let failed: Vec<String> = at_the_end
+        .filter_map(|threshold| threshold.violation(&outcome.totals.record))
+        .collect();
     if verdict == Verdict::Pass && !failed.is_empty() {
         verdict = Verdict::Fail;
     }
     reasons.extend(failed);
     Judgement {
-        verdict: if outcome.partial.is_some() { Verdict::Partial } else { verdict },
+        verdict: if outcome.partial.is_some() {
+            Verdict::Partial
+        } else {
+            verdict
+        },
         reasons,
     }
 }
@@ -230,7 +269,10 @@ fn failures(outcome: &Outcome) -> Vec<String> {
         ));
     }
     for kind in [Kind::Audio, Kind::Video] {
-        let (planned, expected) = (plan.total_expected_tracks(kind), outcome.totals.media(kind).tracks_expected);
+        let (planned, expected) = (
+            plan.total_expected_tracks(kind),
+            outcome.totals.media(kind).tracks_expected,
+        );
         if expected < planned {
             reasons.push(format!(
                 "only {} of {} {} subscriptions were tried",
@@ -240,7 +282,11 @@ fn failures(outcome: &Outcome) -> Vec<String> {
             ));
         }
     }
-    reasons.extend(step_failures(&outcome.totals, &outcome.complaints, &outcome.judging));
+    reasons.extend(step_failures(
+        &outcome.totals,
+        &outcome.complaints,
+        &outcome.judging,
+    ));
     reasons
 }
 
@@ -259,7 +305,11 @@ fn step_failures(step: &Step, complaints: &[String], judging: &Judging) -> Vec<S
         .thresholds
         .iter()
         .filter(|threshold| step.tier.is_none() || !threshold.is_known_at_the_end());
-    let is_told = |threshold: &Threshold| complaints.iter().any(|told| told.starts_with(&threshold.to_string()));
+    let is_told = |threshold: &Threshold| {
+        complaints
+            .iter()
+            .any(|told| told.starts_with(&threshold.to_string()))
+    };
     let untold = judged.filter(|threshold| !is_told(threshold));
     reasons.extend(untold.filter_map(|threshold| threshold.violation(&step.record)));
     reasons
@@ -271,9 +321,14 @@ pub fn media_failures(record: &Record, judging: &Judging) -> Vec<String> {
     let loss = media
         .into_iter()
         .filter_map(|(kind, media)| loss_exceeded(kind, media, judging.max_loss_pct));
-    let known = judging.thresholds.iter().filter(|threshold| !threshold.is_known_at_the_end());
+    let known = judging
+        .thresholds
+        .iter()
+        .filter(|threshold| !threshold.is_known_at_the_end());
     let limits = known.filter_map(|threshold| threshold.violation(record));
-    loss.chain(rtt_exceeded(record, judging)).chain(limits).collect()
+    loss.chain(rtt_exceeded(record, judging))
+        .chain(limits)
+        .collect()
 }
 
 fn joins_failed(session: &Session) -> Option<String> {
@@ -315,7 +370,13 @@ fn loss_exceeded(kind: Kind, media: &Media, max_loss_pct: f64) -> Option<String>
     } else {
         "packets lost"
     };
-    (worse * 100.0 > max_loss_pct).then(|| format!("{} loss {} ({what}), more than {max_loss_pct} %", name(kind), words::percent(worse)))
+    (worse * 100.0 > max_loss_pct).then(|| {
+        format!(
+            "{} loss {} ({what}), more than {max_loss_pct} %",
+            name(kind),
+            words::percent(worse)
+        )
+    })
 }
 
 fn rtt_exceeded(record: &Record, judging: &Judging) -> Option<String> {
@@ -423,7 +484,11 @@ impl Scope {
     }
 }
 
-const SCOPES: &[(&str, Scope)] = &[("session", Scope::Session), ("audio", Scope::Audio), ("video", Scope::Video)];
+const SCOPES: &[(&str, Scope)] = &[
+    ("session", Scope::Session),
+    ("audio", Scope::Audio),
+    ("video", Scope::Video),
+];
 /// Quantiles are in thousandths.
 const STATS: &[(&str, Stat)] = &[
     ("p50", Stat::Quantile(500)),
@@ -458,7 +523,9 @@ impl Threshold {
     fn violation(&self, record: &Record) -> Option<String> {
         match self.figure {
             _ if self.window.is_some() => None,
-            Figure::Counter(name) if !is_measured(self.scope.kind(), name) => Some(format!("{self} does not hold: it is not measured")),
+            Figure::Counter(name) if !is_measured(self.scope.kind(), name) => {
+                Some(format!("{self} does not hold: it is not measured"))
+            }
             Figure::Score(name, stat) => {
                 let scores = self.scores(record, name)?;
                 match stat.of(scores) {
@@ -467,7 +534,9 @@ impl Threshold {
                     None => Some(format!("{self} does not hold: it {}", absence(scores))),
                 }
             }
-            Figure::Counter(name) => self.violation_of(&Value::Counter(self.counter(record, name)? as i64)),
+            Figure::Counter(name) => {
+                self.violation_of(&Value::Counter(self.counter(record, name)? as i64))
+            }
             Figure::Histogram(name, _) => {
                 let histogram = self.histogram(record, name)?.clone();
                 let missing = histogram.expected() - histogram.count();
@@ -481,17 +550,22 @@ impl Threshold {
         match (self.figure, value) {
             (Figure::Histogram(_, stat), Value::Histogram(values, missing)) => {
                 // More may have come than were known to be expected.
-                let values = values.expecting(values.count() + u64::try_from(*missing).unwrap_or(0));
+                let values =
+                    values.expecting(values.count() + u64::try_from(*missing).unwrap_or(0));
                 match stat.of(&values) {
                     Some(value) if self.comparison.holds(value, self.limit) => None,
-                    Some(value) => Some(format!("{self} does not hold: it is {}", words::micros(value))),
+                    Some(value) => Some(format!(
+                        "{self} does not hold: it is {}",
+                        words::micros(value)
+                    )),
                     None => Some(format!("{self} does not hold: it {}", absence(&values))),
                 }
             }
             (_, Value::Counter(value)) => {
                 // A packet thought lost before may have come.
                 let value = u64::try_from(*value).unwrap_or(0);
-                (!self.comparison.holds(value as f64, self.limit)).then(|| format!("{self} does not hold: it is {}", words::number(value)))
+                (!self.comparison.holds(value as f64, self.limit))
+                    .then(|| format!("{self} does not hold: it is {}", words::number(value)))
             }
             (Figure::Counter(_) | Figure::Score(..), Value::Histogram(..)) => None,
         }
@@ -565,8 +639,13 @@ impl ScoreStat {
     /// Missing scores leave no mean.
     fn of(self, scores: &Histogram) -> Option<f64> {
         match self {
-            ScoreStat::Quantile(thousandths) => scores.low_quantile(f64::from(thousandths) / 1e3).map(|score| score as f64 / 1e3),
-            ScoreStat::Mean => scores.mean().filter(|_| scores.count() == scores.expected()).map(|mean| mean / 1e3),
+            ScoreStat::Quantile(thousandths) => scores
+                .low_quantile(f64::from(thousandths) / 1e3)
+                .map(|score| score as f64 / 1e3),
+            ScoreStat::Mean => scores
+                .mean()
+                .filter(|_| scores.count() == scores.expected())
+                .map(|mean| mean / 1e3),
         }
     }
 }
@@ -575,9 +654,13 @@ impl Stat {
     /// Microseconds. What was expected and never came counts as later than everything, so it leaves no mean and no maximum.
     fn of(self, histogram: &Histogram) -> Option<f64> {
         match self {
-            Stat::Quantile(thousandths) => histogram.quantile(f64::from(thousandths) / 1e3).map(|us| us as f64),
+            Stat::Quantile(thousandths) => histogram
+                .quantile(f64::from(thousandths) / 1e3)
+                .map(|us| us as f64),
             Stat::Min => histogram.min().map(|us| us as f64),
-            Stat::Mean => histogram.mean().filter(|_| histogram.count() == histogram.expected()),
+            Stat::Mean => histogram
+                .mean()
+                .filter(|_| histogram.count() == histogram.expected()),
             Stat::Max => histogram.max().map(|us| us as f64),
         }
     }
@@ -610,14 +693,20 @@ impl FromStr for Threshold {
     fn from_str(text: &str) -> Result<Threshold, String> {
         let (text, window, aborts) = conditions(text)?;
         let compact: String = text.chars().filter(|c| !c.is_whitespace()).collect();
-        let shape = || "write SCOPE.METRIC.STAT<VALUE, as in audio.one_way_latency.p95<150ms, or SCOPE.COUNTER<VALUE".to_owned();
+        let shape = || {
+            "write SCOPE.METRIC.STAT<VALUE, as in audio.one_way_latency.p95<150ms, or SCOPE.COUNTER<VALUE".to_owned()
+        };
         let at = compact.find(['<', '>']).ok_or_else(shape)?;
         let (path, rest) = compact.split_at(at);
-        let (sign, comparison) = *COMPARISONS.iter().find(|(sign, _)| rest.starts_with(sign)).ok_or_else(shape)?;
+        let (sign, comparison) = *COMPARISONS
+            .iter()
+            .find(|(sign, _)| rest.starts_with(sign))
+            .ok_or_else(shape)?;
         let value = rest.strip_prefix(sign).unwrap_or_default();
         let mut parts = path.splitn(3, '.');
         let scope_name = parts.next().unwrap_or_default();
-        let scope = find(SCOPES, scope_name).ok_or_else(|| unknown("scope", scope_name, SCOPES.iter().map(|(name, _)| *name)))?;
+        let scope = find(SCOPES, scope_name)
+            .ok_or_else(|| unknown("scope", scope_name, SCOPES.iter().map(|(name, _)| *name)))?;
         let metric = parts.next().ok_or_else(shape)?;
         let figure = figure(scope, metric, parts.next())?;
         let limit = match figure {
@@ -627,9 +716,15 @@ impl FromStr for Threshold {
         };
         match figure {
             Figure::Score(name, _) if aborts || window.is_some() => {
-                return Err(format!("{name} is known when a stream has ended: leave out :abort and 'for TIME'"));
+                return Err(format!(
+                    "{name} is known when a stream has ended: leave out :abort and 'for TIME'"
+                ));
             }
-            Figure::Counter(name) if aborts && window.is_none() && matches!(comparison, Comparison::Above | Comparison::AtLeast) => {
+            Figure::Counter(name)
+                if aborts
+                    && window.is_none()
+                    && matches!(comparison, Comparison::Above | Comparison::AtLeast) =>
+            {
                 return Err(format!(
                     "{name} begins at 0 and grows, so it would end every run at once: leave out :abort, or say over what time, as in 'for 10s:abort'"
                 ));
@@ -667,7 +762,10 @@ fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), String> {
             (_, Some(at)) => {
                 let length = window_length(text[at + WORD.len()..].trim())?;
                 if window.replace(length).is_some() {
-                    return Err("a limit holds over windows of one length: write 'for TIME' once".to_owned());
+                    return Err(
+                        "a limit holds over windows of one length: write 'for TIME' once"
+                            .to_owned(),
+                    );
                 }
                 text = text[..at].trim_end();
             }
@@ -683,12 +781,19 @@ fn window_length(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().map(Duration::from_secs);
     seconds
         .or_else(|| humantime::parse_duration(text).ok())
-        .filter(|length| (Duration::from_secs(1)..=WINDOW_MAX).contains(length) && length.subsec_nanos() == 0)
-        .ok_or_else(|| format!("'for {text}' is no window: write whole seconds, 1s to 1h, as in 'for 2m'"))
+        .filter(|length| {
+            (Duration::from_secs(1)..=WINDOW_MAX).contains(length) && length.subsec_nanos() == 0
+        })
+        .ok_or_else(|| {
+            format!("'for {text}' is no window: write whole seconds, 1s to 1h, as in 'for 2m'")
+        })
 }
 
 fn find<T: Copy>(table: &[(&str, T)], name: &str) -> Option<T> {
-    table.iter().find(|(n, _)| *n == name).map(|(_, value)| *value)
+    table
+        .iter()
+        .find(|(n, _)| *n == name)
+        .map(|(_, value)| *value)
 }
 
 fn figure(scope: Scope, metric: &str, stat: Option<&str>) -> Result<Figure, String> {
@@ -702,18 +807,28 @@ fn figure(scope: Scope, metric: &str, stat: Option<&str>) -> Result<Figure, Stri
     if let Some(name) = counters.iter().find(|name| **name == metric) {
         return match stat {
             None => Ok(Figure::Counter(name)),
-            Some(_) => Err(format!("{metric} is a counter and takes no statistic: write {metric}<VALUE")),
+            Some(_) => Err(format!(
+                "{metric} is a counter and takes no statistic: write {metric}<VALUE"
+            )),
         };
     }
     let Some(name) = histograms.iter().find(|name| **name == metric) else {
-        return Err(unknown("metric", metric, counters.iter().chain(histograms).chain(scores).copied()));
+        return Err(unknown(
+            "metric",
+            metric,
+            counters.iter().chain(histograms).chain(scores).copied(),
+        ));
     };
     statistic(metric, stat, STATS).map(|stat| Figure::Histogram(name, stat))
 }
 
 fn statistic<T: Copy>(metric: &str, stat: Option<&str>, known: &[(&str, T)]) -> Result<T, String> {
     let names = || known.iter().map(|(name, _)| *name);
-    let example = if names().any(|name| name == "p95") { "p95" } else { "p1" };
+    let example = if names().any(|name| name == "p95") {
+        "p95"
+    } else {
+        "p1"
+    };
     let stat = stat.ok_or_else(|| {
         format!(
             "{metric} needs a statistic, as in {metric}.{example} (one of {})",
@@ -729,11 +844,13 @@ fn number(digits: &str) -> Option<f64> {
 }
 
 fn count(value: &str) -> Result<f64, String> {
-    number(value).ok_or_else(|| format!("'{value}' is no count: a counter is compared with a bare number"))
+    number(value)
+        .ok_or_else(|| format!("'{value}' is no count: a counter is compared with a bare number"))
 }
 
 fn score(value: &str) -> Result<f64, String> {
-    number(value).ok_or_else(|| format!("'{value}' is no score: write it bare, as in audio.mos.p1>3.5"))
+    number(value)
+        .ok_or_else(|| format!("'{value}' is no score: write it bare, as in audio.mos.p1>3.5"))
 }
 
 fn micros(value: &str) -> Result<f64, String> {
@@ -756,7 +873,10 @@ fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> 
     near.sort_by(|a, b| b.0.total_cmp(&a.0));
     near.truncate(3);
     match near.is_empty() {
-        true => format!("there is no {what} '{name}'; there are {}", known.join(", ")),
+        true => format!(
+            "there is no {what} '{name}'; there are {}",
+            known.join(", ")
+        ),
         false => format!(
             "there is no {what} '{name}'; did you mean {}?",
             near.iter().map(|(_, k)| *k).collect::<Vec<_>>().join(", ")
@@ -799,7 +919,11 @@ mod tests {
     #[test]
     fn of_scores_the_worst_are_judged() {
         let mut record = Record::default();
-        assert!(violation("audio.mos.p1>1", &record).unwrap().contains("was not measured"));
+        assert!(
+            violation("audio.mos.p1>1", &record)
+                .unwrap()
+                .contains("was not measured")
+        );
         (0..100).for_each(|n| record.audio.mos.record_micros(4_400 - n));
         assert_eq!(violation("audio.mos.p1>=4.29", &record), None);
         assert_eq!(
@@ -809,7 +933,12 @@ mod tests {
         assert_eq!(violation("audio.mos.p50>4.3", &record), None);
         record.audio.mos.expect(110);
         for stat in ["p1", "p5", "min", "mean"] {
-            assert!(violation(&format!("audio.mos.{stat}>1"), &record).unwrap().contains("never"), "{stat}");
+            assert!(
+                violation(&format!("audio.mos.{stat}>1"), &record)
+                    .unwrap()
+                    .contains("never"),
+                "{stat}"
+            );
         }
         assert_eq!(violation("audio.mos.p10>4.29", &record), None);
     }
@@ -833,7 +962,9 @@ mod tests {
         record.video.jitter.record_micros(5);
         for stat in ["p50", "p99", "mean", "max"] {
             assert!(
-                violation(&format!("video.jitter.{stat}<60s"), &record).unwrap().contains("never"),
+                violation(&format!("video.jitter.{stat}<60s"), &record)
+                    .unwrap()
+                    .contains("never"),
                 "{stat}"
             );
         }
@@ -844,21 +975,39 @@ mod tests {
         for (text, shown) in [
             ("audio.jitter.p95 < 1ms", "audio.jitter.p95<1ms"),
             ("audio.jitter.p95<1ms : abort", "audio.jitter.p95<1ms:abort"),
-            ("audio.jitter.p95<1ms for 120", "audio.jitter.p95<1ms for 2m"),
-            ("audio.jitter.p95<1ms for 2m:abort", "audio.jitter.p95<1ms for 2m:abort"),
-            ("audio.jitter.p95<1ms:abort for 2m", "audio.jitter.p95<1ms for 2m:abort"),
-            ("audio.packets_received>100 for 1s:abort", "audio.packets_received>100 for 1s:abort"),
+            (
+                "audio.jitter.p95<1ms for 120",
+                "audio.jitter.p95<1ms for 2m",
+            ),
+            (
+                "audio.jitter.p95<1ms for 2m:abort",
+                "audio.jitter.p95<1ms for 2m:abort",
+            ),
+            (
+                "audio.jitter.p95<1ms:abort for 2m",
+                "audio.jitter.p95<1ms for 2m:abort",
+            ),
+            (
+                "audio.packets_received>100 for 1s:abort",
+                "audio.packets_received>100 for 1s:abort",
+            ),
         ] {
             let threshold: Threshold = text.parse().unwrap();
             assert_eq!(threshold.to_string(), shown);
-            assert_eq!(threshold.to_string().parse::<Threshold>().unwrap(), threshold);
+            assert_eq!(
+                threshold.to_string().parse::<Threshold>().unwrap(),
+                threshold
+            );
         }
     }
 
     #[test]
     fn mistakes_in_thresholds_are_told_with_the_nearest_name() {
         for (text, expected) in [
-            ("audio.one_way_latncy.p95<150ms", "did you mean one_way_latency"),
+            (
+                "audio.one_way_latncy.p95<150ms",
+                "did you mean one_way_latency",
+            ),
             ("audo.jitter.p95<1ms", "did you mean audio"),
             ("audio.jitter.p96<1ms", "did you mean p9"),
             ("audio.jitter.p95<150", "a unit is required"),
@@ -888,7 +1037,10 @@ mod tests {
             (":abort", "write SCOPE.METRIC.STAT"),
             ("audio.mos.p1>4:abort", "when a stream has ended"),
             ("audio.mos.p1>4 for 2m", "when a stream has ended"),
-            ("audio.packets_received>=9:abort", "would end every run at once"),
+            (
+                "audio.packets_received>=9:abort",
+                "would end every run at once",
+            ),
         ] {
             let message = text.parse::<Threshold>().unwrap_err();
             assert!(message.contains(expected), "{text}: {message}");
@@ -907,8 +1059,18 @@ mod tests {
             ..Media::default()
         };
         let loss = Loss::of(&media);
-        assert_eq!((loss.network, loss.repaired, loss.residual), (Some(0.02), Some(0.015), Some(0.005)));
+        assert_eq!(
+            (loss.network, loss.repaired, loss.residual),
+            (Some(0.02), Some(0.015), Some(0.005))
+        );
         assert_eq!(loss.worse(), Some(0.03));
-        assert_eq!(Loss::of(&Media { frames_expected: 0, ..media }).worse(), None);
+        assert_eq!(
+            Loss::of(&Media {
+                frames_expected: 0,
+                ..media
+            })
+            .worse(),
+            None
+        );
     }
 }

@@ -194,7 +194,9 @@ impl EmbeddedSfu {
     pub fn us_per_packet_sent(&self) -> Option<f64> {
         let media = &self.statistics.media;
         let sent = media.media_out + media.resends_out;
-        self.cpu_seconds.filter(|_| sent > 0).map(|seconds| seconds * 1e6 / sent as f64)
+        self.cpu_seconds
+            .filter(|_| sent > 0)
+            .map(|seconds| seconds * 1e6 / sent as f64)
     }
 }
 
@@ -308,24 +310,41 @@ impl Quality {
     /// What was counted since `earlier`, an older value of the same. Tracks are a state; what is no count is left out.
     #[must_use]
     pub fn since(&self, earlier: &Quality) -> Quality {
-        let grown = |now: Option<u64>, before: Option<u64>| Some(now?.saturating_sub(before.unwrap_or(0)));
+        let grown =
+            |now: Option<u64>, before: Option<u64>| Some(now?.saturating_sub(before.unwrap_or(0)));
         // A packet thought lost may arrive, and a loss be attributed anew: differences of those stop at zero.
         Quality {
             tracks_expected: self.tracks_expected,
             tracks_live: self.tracks_live,
-            packets_received: self.packets_received.saturating_sub(earlier.packets_received),
-            packets_lost_network: self.packets_lost_network.saturating_sub(earlier.packets_lost_network),
-            packets_repaired: self.packets_repaired.saturating_sub(earlier.packets_repaired),
+            packets_received: self
+                .packets_received
+                .saturating_sub(earlier.packets_received),
+            packets_lost_network: self
+                .packets_lost_network
+                .saturating_sub(earlier.packets_lost_network),
+            packets_repaired: self
+                .packets_repaired
+                .saturating_sub(earlier.packets_repaired),
             packets_lost: self.packets_lost.saturating_sub(earlier.packets_lost),
             frames_expected: self.frames_expected.saturating_sub(earlier.frames_expected),
-            frames_delivered: self.frames_delivered.saturating_sub(earlier.frames_delivered),
-            frames_lost_uplink: self.frames_lost_uplink.saturating_sub(earlier.frames_lost_uplink),
+            frames_delivered: self
+                .frames_delivered
+                .saturating_sub(earlier.frames_delivered),
+            frames_lost_uplink: self
+                .frames_lost_uplink
+                .saturating_sub(earlier.frames_lost_uplink),
             frames_lost_sfu: self.frames_lost_sfu.saturating_sub(earlier.frames_lost_sfu),
-            frames_lost_downlink: self.frames_lost_downlink.saturating_sub(earlier.frames_lost_downlink),
-            frames_lost_unattributed: self.frames_lost_unattributed.saturating_sub(earlier.frames_lost_unattributed),
+            frames_lost_downlink: self
+                .frames_lost_downlink
+                .saturating_sub(earlier.frames_lost_downlink),
+            frames_lost_unattributed: self
+                .frames_lost_unattributed
+                .saturating_sub(earlier.frames_lost_unattributed),
             frames_late: self.frames_late.saturating_sub(earlier.frames_late),
             freezes: self.freezes.saturating_sub(earlier.freezes),
-            frames_late_for_playout: self.frames_late_for_playout.saturating_sub(earlier.frames_late_for_playout),
+            frames_late_for_playout: self
+                .frames_late_for_playout
+                .saturating_sub(earlier.frames_late_for_playout),
             played_us: grown(self.played_us, earlier.played_us),
             concealed_us: grown(self.concealed_us, earlier.concealed_us),
             ..Quality::default()

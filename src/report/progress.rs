@@ -57,7 +57,9 @@ impl Progress {
         if self.redraw {
             return self.draw_over(&line(snapshot), out);
         }
-        let due = self.printed_at.is_none_or(|at| snapshot.elapsed.saturating_sub(at) >= PLAIN_INTERVAL);
+        let due = self
+            .printed_at
+            .is_none_or(|at| snapshot.elapsed.saturating_sub(at) >= PLAIN_INTERVAL);
         if !due {
             return Ok(());
         }
@@ -95,7 +97,11 @@ pub fn line(snapshot: &Snapshot) -> String {
         .total
         .map(|total| format!("/{}", words::duration(Duration::from_secs(total.as_secs()))));
     let total = total.unwrap_or_default();
-    let tier = snapshot.tier.as_ref().map(|tier| format!("{tier}  ")).unwrap_or_default();
+    let tier = snapshot
+        .tier
+        .as_ref()
+        .map(|tier| format!("{tier}  "))
+        .unwrap_or_default();
     format!(
         "{}{total}  {tier}{}/{} joined{failed}  out {}/s  in {}/s  loss {}  latency {}",
         words::duration(Duration::from_secs(snapshot.elapsed.as_secs())),
@@ -142,7 +148,12 @@ mod tests {
         (0..=11).for_each(|second| progress.update(&at(second), &mut out).unwrap());
         progress.finish(&mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
-        assert_eq!(text.lines().map(|line| line.split('/').next().unwrap()).collect::<Vec<_>>(), ["2s", "7s"]);
+        assert_eq!(
+            text.lines()
+                .map(|line| line.split('/').next().unwrap())
+                .collect::<Vec<_>>(),
+            ["2s", "7s"]
+        );
     }
 
     #[test]

@@ -28,11 +28,26 @@ pub fn summary(statistics: &ServerStatistics, lived: Duration) -> String {
         number(lobby.participants as u64)
     );
     let row = |text: &mut String, name: &str, packets: u64, bytes: u64| {
-        let _ = writeln!(text, "  {name:<12} {:>13} packets {:>10}", number(packets), scaled(bytes as f64, "B"));
+        let _ = writeln!(
+            text,
+            "  {name:<12} {:>13} packets {:>10}",
+            number(packets),
+            scaled(bytes as f64, "B")
+        );
     };
     row(&mut text, "received", media.media_in, media.media_bytes_in);
-    row(&mut text, "forwarded", media.media_out, media.media_bytes_out);
-    row(&mut text, "sent again", media.resends_out, media.resend_bytes_out);
+    row(
+        &mut text,
+        "forwarded",
+        media.media_out,
+        media.media_bytes_out,
+    );
+    row(
+        &mut text,
+        "sent again",
+        media.resends_out,
+        media.resend_bytes_out,
+    );
     let _ = writeln!(
         text,
         "  {} received and {} sent, {} received and {} sent",
@@ -42,10 +57,19 @@ pub fn summary(statistics: &ServerStatistics, lived: Duration) -> String {
         number(media.plis_out)
     );
     for (lost, what) in [
-        (media.socket_drops, "datagrams dropped by the socket: this host was too busy to read them"),
+        (
+            media.socket_drops,
+            "datagrams dropped by the socket: this host was too busy to read them",
+        ),
         (media.send_errors, "datagrams that the kernel did not take"),
-        (statistics.slow_readers, "WebSockets closed because their client did not read"),
-        (statistics.refused_connections, "connections refused because as many as may be were open"),
+        (
+            statistics.slow_readers,
+            "WebSockets closed because their client did not read",
+        ),
+        (
+            statistics.refused_connections,
+            "connections refused because as many as may be were open",
+        ),
     ] {
         if lost > 0 {
             let _ = writeln!(text, "  {} {what}", number(lost));
@@ -61,7 +85,10 @@ mod tests {
     #[test]
     fn only_the_well_known_secret_is_shown() {
         let own = greeting("ws://10.0.0.1:7880", "mine", None);
-        assert!(own.contains("--url ws://10.0.0.1:7880 --api-key mine --api-secret ... "), "{own}");
+        assert!(
+            own.contains("--url ws://10.0.0.1:7880 --api-key mine --api-secret ... "),
+            "{own}"
+        );
         let known = greeting("ws://127.0.0.1:7880", "devkey", Some("well-known"));
         assert!(
             known.contains("secret well-known\n") && known.contains("--api-secret well-known "),

@@ -66,20 +66,44 @@ impl Serialize for StepView<'_> {
         map.serialize_entry("cpu_seconds", &cost.and_then(Cost::cpu_seconds))?;
         map.serialize_entry("cpu_cores", &cost.and_then(Cost::cpu_cores))?;
         map.serialize_entry("participants_mean", &cost.and_then(Cost::participants_mean))?;
-        map.serialize_entry("participants_peak", &cost.and_then(|cost| cost.participants_peak))?;
+        map.serialize_entry(
+            "participants_peak",
+            &cost.and_then(|cost| cost.participants_peak),
+        )?;
         map.serialize_entry(
             "cpu_seconds_per_participant_second",
             &cost.and_then(Cost::cpu_seconds_per_participant_second),
         )?;
-        map.serialize_entry("cpu_seconds_per_gbit", &cost.and_then(Cost::cpu_seconds_per_gbit))?;
-        map.serialize_entry("cpu_seconds_per_million_packets", &cost.and_then(Cost::cpu_seconds_per_million_packets))?;
-        map.serialize_entry("forwarding_seconds", &cost.and_then(|cost| Some(cost.forwarding?.seconds)))?;
-        map.serialize_entry("resident_bytes", &whole(cost.and_then(|cost| cost.gauges.resident_bytes)))?;
-        map.serialize_entry("resident_bytes_peak", &whole(cost.and_then(|cost| cost.resident_bytes_peak)))?;
-        map.serialize_entry("bytes_per_participant", &whole(cost.and_then(Cost::bytes_per_participant)))?;
+        map.serialize_entry(
+            "cpu_seconds_per_gbit",
+            &cost.and_then(Cost::cpu_seconds_per_gbit),
+        )?;
+        map.serialize_entry(
+            "cpu_seconds_per_million_packets",
+            &cost.and_then(Cost::cpu_seconds_per_million_packets),
+        )?;
+        map.serialize_entry(
+            "forwarding_seconds",
+            &cost.and_then(|cost| Some(cost.forwarding?.seconds)),
+        )?;
+        map.serialize_entry(
+            "resident_bytes",
+            &whole(cost.and_then(|cost| cost.gauges.resident_bytes)),
+        )?;
+        map.serialize_entry(
+            "resident_bytes_peak",
+            &whole(cost.and_then(|cost| cost.resident_bytes_peak)),
+        )?;
+        map.serialize_entry(
+            "bytes_per_participant",
+            &whole(cost.and_then(Cost::bytes_per_participant)),
+        )?;
         map.serialize_entry("forward_latency", &cost.and_then(LatencyView::new))?;
         let counted = cost.map_or_else(Counters::default, |cost| cost.counted);
-        for counter in Counter::ALL.into_iter().filter(|counter| *counter != Counter::CpuSeconds) {
+        for counter in Counter::ALL
+            .into_iter()
+            .filter(|counter| *counter != Counter::CpuSeconds)
+        {
             map.serialize_entry(counter.name(), &whole(counted[counter]))?;
         }
         map.end()
@@ -120,9 +144,17 @@ impl LatencyView {
 
 /// What the step with the most participants cost, or the whole test where there was none; and the packets of all of it, because the server's counters of a part lag.
 pub(super) fn text(outcome: &Outcome, style: Style) -> String {
-    let Some(account) = &outcome.server else { return String::new() };
+    let Some(account) = &outcome.server else {
+        return String::new();
+    };
     let media = [Kind::Audio, Kind::Video].map(|kind| outcome.totals.media(kind));
-    let drops = outcome.engine.host_drops.places().iter().filter_map(|(_, packets)| *packets).sum();
+    let drops = outcome
+        .engine
+        .host_drops
+        .places()
+        .iter()
+        .filter_map(|(_, packets)| *packets)
+        .sum();
     let ours = Ours {
         packets_received: media.iter().map(|media| media.packets_received).sum(),
         drops: format!("{} on this host", number(drops)),
@@ -139,10 +171,16 @@ pub(crate) struct Ours {
 
 /// A paragraph; nothing where no page was read.
 pub(crate) fn block(account: &Account, ours: &Ours, style: Style) -> String {
-    let Some(stretch) = busiest(account) else { return String::new() };
+    let Some(stretch) = busiest(account) else {
+        return String::new();
+    };
     let nodes = count(account.nodes.len() as u64, "page");
     let Some(cost) = &stretch.cost else {
-        return format!("{} {nodes}: not known in {}\n\n", style.bold("Server    "), stretch.name);
+        return format!(
+            "{} {nodes}: not known in {}\n\n",
+            style.bold("Server    "),
+            stretch.name
+        );
     };
     let whole = |value: f64| number(value.round() as u64);
     let mut text = format!(
@@ -161,7 +199,9 @@ pub(crate) fn block(account: &Account, ours: &Ours, style: Style) -> String {
         "participant",
         format!(
             "{} of CPU a second, {}",
-            maybe(cost.cpu_seconds_per_participant_second(), |seconds| micros(seconds * 1e6)),
+            maybe(cost.cpu_seconds_per_participant_second(), |seconds| micros(
+                seconds * 1e6
+            )),
             maybe(cost.bytes_per_participant(), |bytes| scaled(bytes, "B"))
         ),
     );
@@ -175,7 +215,10 @@ pub(crate) fn block(account: &Account, ours: &Ours, style: Style) -> String {
         ),
     );
     row("forwarding", latency_line(cost));
-    let all = account.stretches.last().and_then(|total| total.cost.as_ref());
+    let all = account
+        .stretches
+        .last()
+        .and_then(|total| total.cost.as_ref());
     let counted = all.map_or_else(Counters::default, |all| all.counted);
     let packets = |counter: Counter| maybe(counted[counter], whole);
     row(
@@ -196,8 +239,17 @@ pub(crate) fn block(account: &Account, ours: &Ours, style: Style) -> String {
 /// The step with the most participants; the whole test where there are no steps.
 fn busiest(account: &Account) -> Option<&StretchCost> {
     let (total, steps) = account.stretches.split_last()?;
-    let people = |stretch: &&StretchCost| stretch.cost.as_ref().and_then(Cost::participants_mean).unwrap_or(-1.0);
-    steps.iter().max_by(|a, b| people(a).total_cmp(&people(b))).or(Some(total))
+    let people = |stretch: &&StretchCost| {
+        stretch
+            .cost
+            .as_ref()
+            .and_then(Cost::participants_mean)
+            .unwrap_or(-1.0)
+    };
+    steps
+        .iter()
+        .max_by(|a, b| people(a).total_cmp(&people(b)))
+        .or(Some(total))
 }
 
 fn forwarding_line(forwarding: Option<&Forwarding>, per_gbit: &str, per_million: &str) -> String {
@@ -230,9 +282,12 @@ fn drops(counted: &Counters) -> String {
         (Counter::SocketDrops, "by its sockets"),
         (Counter::SendErrors, "not taken by its kernel"),
     ];
-    let known = places
-        .iter()
-        .filter_map(|(counter, place)| Some(format!("{} {place}", number(counted[*counter]?.round() as u64))));
+    let known = places.iter().filter_map(|(counter, place)| {
+        Some(format!(
+            "{} {place}",
+            number(counted[*counter]?.round() as u64)
+        ))
+    });
     let known: Vec<String> = known.collect();
     if known.is_empty() {
         "n/a by the server".to_owned()
@@ -252,7 +307,13 @@ mod tests {
     /// A page of LiveKit's after so many seconds of half a core, four people, and 5,000 packets a second.
     fn page(seconds: f64, measures_latency: bool) -> Page {
         let told = (seconds / 5.0).floor() * 25_000.0;
-        let latency = |at_most: f64| if measures_latency { at_most * seconds } else { 0.0 };
+        let latency = |at_most: f64| {
+            if measures_latency {
+                at_most * seconds
+            } else {
+                0.0
+            }
+        };
         let text = format!(
             "process_cpu_seconds_total {}\nprocess_resident_memory_bytes {}\nlivekit_participant_total {}\n\
              livekit_packet_total{{direction=\"incoming\",transmission=\"initial\"}} {}\n\
@@ -277,9 +338,16 @@ mod tests {
     fn account(hold: u64, measures_latency: bool) -> Account {
         let (start, mut book) = (Instant::now(), NodeBook::default());
         let at = |seconds| start + Duration::from_secs(seconds);
-        (0..=hold + 2).for_each(|second| book.note(at(second), page(second as f64, measures_latency)));
-        let stretch = |name: &str, cost| StretchCost { name: name.into(), cost };
-        let stretches = vec![stretch("hold", book.between(at(1), at(hold + 1))), stretch("total", book.whole())];
+        (0..=hold + 2)
+            .for_each(|second| book.note(at(second), page(second as f64, measures_latency)));
+        let stretch = |name: &str, cost| StretchCost {
+            name: name.into(),
+            cost,
+        };
+        let stretches = vec![
+            stretch("hold", book.between(at(1), at(hold + 1))),
+            stretch("total", book.whole()),
+        ];
         let node = Node {
             url: "http://sfu:6789/metrics".into(),
             node_id: None,
@@ -323,12 +391,24 @@ mod tests {
     #[test]
     fn what_is_not_known_is_said_so() {
         let short = block(&account(6, false), &ours(), Style::default());
-        assert!(short.contains("its counters lag, so hold for 10 s or longer"), "{short}");
-        assert!(short.contains("n/a (LiveKit measures it where rtc.forward_stats is set)"), "{short}");
-        assert!(short.lines().all(|line| line.chars().count() <= 80), "{short}");
+        assert!(
+            short.contains("its counters lag, so hold for 10 s or longer"),
+            "{short}"
+        );
+        assert!(
+            short.contains("n/a (LiveKit measures it where rtc.forward_stats is set)"),
+            "{short}"
+        );
+        assert!(
+            short.lines().all(|line| line.chars().count() <= 80),
+            "{short}"
+        );
         let mut lost = account(15, true);
         lost.stretches[0].cost = None;
-        assert_eq!(block(&lost, &ours(), Style::default()), "Server     1 page: not known in hold\n\n");
+        assert_eq!(
+            block(&lost, &ours(), Style::default()),
+            "Server     1 page: not known in hold\n\n"
+        );
     }
 
     #[test]
@@ -336,8 +416,14 @@ mod tests {
         let account = account(15, true);
         let json = serde_json::to_value(AccountView::new(Some(&account))).unwrap();
         let hold = &json["nodes"][0]["steps"][0];
-        assert_eq!((hold["name"].as_str(), hold["cpu_seconds"].as_f64()), (Some("hold"), Some(7.5)));
-        assert_eq!((hold["packets_sent"].as_u64(), hold["nacks_sent"].is_null()), (Some(75_000), true));
+        assert_eq!(
+            (hold["name"].as_str(), hold["cpu_seconds"].as_f64()),
+            (Some("hold"), Some(7.5))
+        );
+        assert_eq!(
+            (hold["packets_sent"].as_u64(), hold["nacks_sent"].is_null()),
+            (Some(75_000), true)
+        );
         assert_eq!(hold["forward_latency"]["p99_us"]["over"], 100.0);
         assert!(hold["forward_latency"]["p99_us"]["at_most"].is_null());
         assert_eq!(json["steps"][1]["name"], "total");
@@ -350,6 +436,10 @@ mod tests {
         .unwrap();
         let fields = unknown.as_object().unwrap();
         assert_eq!(fields.len(), hold.as_object().unwrap().len());
-        assert!(fields.iter().all(|(name, value)| name == "name" || value.is_null()));
+        assert!(
+            fields
+                .iter()
+                .all(|(name, value)| name == "name" || value.is_null())
+        );
     }
 }

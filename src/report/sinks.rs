@@ -63,15 +63,26 @@ impl Sinks {
     /// One message for each destination that cannot be written.
     pub fn open(destinations: &Destinations) -> Result<Sinks, Vec<String>> {
         let mut refusals = Vec::new();
-        let mut open = |path: &Option<PathBuf>| path.as_deref().and_then(|path| Sink::open(path).map_err(|why| refusals.push(why)).ok());
+        let mut open = |path: &Option<PathBuf>| {
+            path.as_deref()
+                .and_then(|path| Sink::open(path).map_err(|why| refusals.push(why)).ok())
+        };
         let sinks = Sinks {
             json: open(&destinations.json),
             participants: open(&destinations.participants),
             hgrm: destinations.hgrm.clone(),
         };
         let dirs = [&destinations.hgrm, &destinations.record];
-        refusals.extend(dirs.into_iter().flatten().filter_map(|dir| writable_directory(dir).err()));
-        if refusals.is_empty() { Ok(sinks) } else { Err(refusals) }
+        refusals.extend(
+            dirs.into_iter()
+                .flatten()
+                .filter_map(|dir| writable_directory(dir).err()),
+        );
+        if refusals.is_empty() {
+            Ok(sinks)
+        } else {
+            Err(refusals)
+        }
     }
 
     /// Writes a JSON document that is no report of a run.
@@ -95,7 +106,9 @@ impl Sinks {
             first = first.and(sink.write(&participants::render(outcome)));
         }
         if let Some(dir) = self.hgrm {
-            first = first.and(hgrm::write(&dir, &outcome.totals.record).map_err(|error| refusal(&dir, &error)));
+            first = first.and(
+                hgrm::write(&dir, &outcome.totals.record).map_err(|error| refusal(&dir, &error)),
+            );
         }
         first
     }
@@ -114,12 +127,17 @@ impl Sink {
             .or_else(|_| options.create(true).truncate(false).open(path))
             .map_err(|error| refusal(path, &error))?;
         let path = path.to_owned();
-        Ok(Sink::File(ReportFile { path, file, is_blank }))
+        Ok(Sink::File(ReportFile {
+            path,
+            file,
+            is_blank,
+        }))
     }
 
     fn write(self, text: &str) -> Result<(), String> {
         match self {
-            Sink::Stdout => emit(&mut io::stdout().lock(), text).map_err(|error| refusal(Path::new("standard output"), &error)),
+            Sink::Stdout => emit(&mut io::stdout().lock(), text)
+                .map_err(|error| refusal(Path::new("standard output"), &error)),
             Sink::File(mut report) => {
                 report.is_blank = false;
                 replace(&mut report.file, text).map_err(|error| refusal(&report.path, &error))
@@ -150,9 +168,13 @@ fn writable_directory(dir: &Path) -> Result<(), String> {
 
 fn refusal(path: &Path, error: &io::Error) -> String {
     let fix = match error.kind() {
-        io::ErrorKind::NotFound => path.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.exists()),
+        io::ErrorKind::NotFound => path
+            .parent()
+            .filter(|dir| !dir.as_os_str().is_empty() && !dir.exists()),
         _ => None,
     };
-    let fix = fix.map(|dir| format!("; mkdir -p {}", dir.display())).unwrap_or_default();
+    let fix = fix
+        .map(|dir| format!("; mkdir -p {}", dir.display()))
+        .unwrap_or_default();
     format!("cannot write {}: {error}{fix}", path.display())
 }

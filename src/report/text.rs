@@ -5,7 +5,10 @@
 use std::fmt::Write as _;
 
 use super::judge::Loss;
-use super::{EngineHealth, Judgement, Judging, Outcome, Side, Style, TargetKind, VERSION, judge, server_cost, tiers, worst};
+use super::{
+    EngineHealth, Judgement, Judging, Outcome, Side, Style, TargetKind, VERSION, judge,
+    server_cost, tiers, worst,
+};
 use crate::measure::{Bandwidth, Histogram, Kind, Media};
 use crate::plan::{Plan, Resources, VideoSpec};
 use crate::sfu::SendMode;
@@ -21,7 +24,13 @@ const MOS_SATISFIED: u64 = 4_024;
 const CONCEALED_NOTABLE: f64 = 0.001;
 /// Of the worst, by name.
 const WORST_MAX: usize = 10;
-const QUANTILES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99), ("p99.9", 0.999)];
+const QUANTILES: [(&str, f64); 5] = [
+    ("p50", 0.5),
+    ("p90", 0.9),
+    ("p95", 0.95),
+    ("p99", 0.99),
+    ("p99.9", 0.999),
+];
 
 /// After a run that asked for nothing.
 pub const WHAT_NEXT: &str = "
@@ -35,7 +44,11 @@ Next: throng --publishers 1 --subscribers 1000
 pub fn first_line(plan: &Plan) -> String {
     let target = &plan.target;
     let (shape, pace) = (shape_line(plan), pace_line(plan));
-    format!("throng {VERSION}: {target} ({}), {}; {shape}, {pace}\n", target.origin, connection(plan))
+    format!(
+        "throng {VERSION}: {target} ({}), {}; {shape}, {pace}\n",
+        target.origin,
+        connection(plan)
+    )
 }
 
 fn connection(plan: &Plan) -> String {
@@ -57,8 +70,10 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
     } else {
         format!("{} .. {}", plan.room_name(0), plan.room_name(last))
     };
-    let tracks = plan.total_published_tracks(Kind::Audio) + plan.total_published_tracks(Kind::Video);
-    let subscriptions = plan.total_expected_tracks(Kind::Audio) + plan.total_expected_tracks(Kind::Video);
+    let tracks =
+        plan.total_published_tracks(Kind::Audio) + plan.total_published_tracks(Kind::Video);
+    let subscriptions =
+        plan.total_expected_tracks(Kind::Audio) + plan.total_expected_tracks(Kind::Video);
     let estimate = plan.estimate();
     let mut row = |label: &str, value: String| {
         let _ = writeln!(text, "  {label:<14}{value}");
@@ -89,9 +104,25 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
             ),
         );
     }
-    row("Tracks", format!("{} published, {} subscriptions", number(tracks), number(subscriptions)));
-    row("Sending", rate_line(load.packets_sent_per_second, load.bits_sent_per_second));
-    row("Receiving", rate_line(load.packets_received_per_second, load.bits_received_per_second));
+    row(
+        "Tracks",
+        format!(
+            "{} published, {} subscriptions",
+            number(tracks),
+            number(subscriptions)
+        ),
+    );
+    row(
+        "Sending",
+        rate_line(load.packets_sent_per_second, load.bits_sent_per_second),
+    );
+    row(
+        "Receiving",
+        rate_line(
+            load.packets_received_per_second,
+            load.bits_received_per_second,
+        ),
+    );
     row(
         "Generator",
         format!(
@@ -103,7 +134,10 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
     );
     if resources.sfu_routers > 0 {
         let routers = count(resources.sfu_routers as u64, "router");
-        row("Embedded SFU", format!("{routers} and a thread for signalling, on the same CPUs"));
+        row(
+            "Embedded SFU",
+            format!("{routers} and a thread for signalling, on the same CPUs"),
+        );
     }
     row(
         "Needs",
@@ -140,15 +174,26 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
 fn head(outcome: &Outcome, style: Style) -> String {
     let plan = &outcome.plan;
     // Our own SFU is named already where we started it.
-    let version = outcome.target.server_version.as_deref().filter(|_| !plan.target.is_embedded());
+    let version = outcome
+        .target
+        .server_version
+        .as_deref()
+        .filter(|_| !plan.target.is_embedded());
     let product = match outcome.target.kind {
         TargetKind::LiveKit => "LiveKit",
         TargetKind::Embedded => "throng sfu",
     };
-    let server = version.map(|version| format!(", {product} {version}")).unwrap_or_default();
-    let title = format!("{}{server}, {} connection", plan.target, plan.connection.name());
+    let server = version
+        .map(|version| format!(", {product} {version}"))
+        .unwrap_or_default();
+    let title = format!(
+        "{}{server}, {} connection",
+        plan.target,
+        plan.connection.name()
+    );
     let layers = plan.video_layers().len();
-    let layers = (plan.shape.video_publishers > 0 && layers > 1).then(|| format!("{layers} layers"));
+    let layers =
+        (plan.shape.video_publishers > 0 && layers > 1).then(|| format!("{layers} layers"));
     let habits: Vec<String> = layers.into_iter().chain(habits(plan)).collect();
     let habits = if habits.is_empty() {
         String::new()
@@ -156,7 +201,12 @@ fn head(outcome: &Outcome, style: Style) -> String {
         format!("  {}\n", habits.join(", "))
     };
     let pace = if plan.has_tiers() {
-        format!("tiers: {}\n  {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed)
+        format!(
+            "tiers: {}\n  {}, seed {}",
+            tiers_line(plan),
+            tier_line(plan),
+            plan.seed
+        )
     } else {
         pace_line(plan)
     };
@@ -190,7 +240,12 @@ fn shape_line(plan: &Plan) -> String {
 
 fn pace_line(plan: &Plan) -> String {
     if plan.has_tiers() {
-        return format!("tiers: {}, {}, seed {}", tiers_line(plan), tier_line(plan), plan.seed);
+        return format!(
+            "tiers: {}, {}, seed {}",
+            tiers_line(plan),
+            tier_line(plan),
+            plan.seed
+        );
     }
     let warmup = if plan.warmup.is_zero() {
         String::new()
@@ -208,12 +263,24 @@ fn pace_line(plan: &Plan) -> String {
 /// `2, 10, 25, 50 subscribers a room`
 fn tiers_line(plan: &Plan) -> String {
     if plan.find_knee {
-        return format!("as many as pass, up to {} a room", count(plan.shape.subscribers.into(), "subscriber"));
+        return format!(
+            "as many as pass, up to {} a room",
+            count(plan.shape.subscribers.into(), "subscriber")
+        );
     }
     const NAMED_MAX: usize = 6;
-    let tiers: Vec<String> = plan.ramp.iter().take(NAMED_MAX).map(ToString::to_string).collect();
+    let tiers: Vec<String> = plan
+        .ramp
+        .iter()
+        .take(NAMED_MAX)
+        .map(ToString::to_string)
+        .collect();
     let more = plan.ramp.len().saturating_sub(NAMED_MAX);
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let more = if more > 0 {
+        format!(" and {more} more")
+    } else {
+        String::new()
+    };
     format!("{}{more} subscribers a room", tiers.join(", "))
 }
 
@@ -229,17 +296,28 @@ fn tier_line(plan: &Plan) -> String {
         format!("{} of warm-up, ", duration(plan.warmup))
     };
     let longer = if plan.find_knee { " or longer" } else { "" };
-    format!("each {joins}, {warmup}{} held{longer}", duration(plan.duration))
+    format!(
+        "each {joins}, {warmup}{} held{longer}",
+        duration(plan.duration)
+    )
 }
 
 /// At most three decimals: what a time span comes to is seldom round.
 fn rate(per_second: f64) -> String {
     let rounded = (per_second * 1e3).round() / 1e3;
-    if rounded > 0.0 { rounded.to_string() } else { per_second.to_string() }
+    if rounded > 0.0 {
+        rounded.to_string()
+    } else {
+        per_second.to_string()
+    }
 }
 
 fn tiers(outcome: &Outcome, style: Style) -> String {
-    let mut table = tiers::table(outcome, |text| style.bold(text), |verdict, text| style.verdict(verdict, text));
+    let mut table = tiers::table(
+        outcome,
+        |text| style.bold(text),
+        |verdict, text| style.verdict(verdict, text),
+    );
     if !table.is_empty() {
         let _ = writeln!(table, "{}\n", style.bold("The whole run"));
     }
@@ -259,11 +337,17 @@ fn people(plan: &Plan) -> String {
             (audio, video) => format!(" ({audio} audio, {video} video)"),
         };
         let role = if shape.meeting { "member" } else { "publisher" };
-        parts.push(format!("{}{detail}", count(shape.publishers().into(), role)));
+        parts.push(format!(
+            "{}{detail}",
+            count(shape.publishers().into(), role)
+        ));
     }
     if shape.subscribers > 0 {
         let most = if plan.has_tiers() { "up to " } else { "" };
-        parts.push(format!("{most}{}", count(shape.subscribers.into(), "subscriber")));
+        parts.push(format!(
+            "{most}{}",
+            count(shape.subscribers.into(), "subscriber")
+        ));
     }
     parts.join(" + ")
 }
@@ -272,7 +356,11 @@ fn media_line(plan: &Plan) -> String {
     let (audio, video) = (&plan.audio, &plan.video);
     let mut parts = Vec::new();
     if plan.shape.audio_publishers > 0 {
-        parts.push(format!("Opus {} in {} frames", audio.bitrate, duration(audio.frame)));
+        parts.push(format!(
+            "Opus {} in {} frames",
+            audio.bitrate,
+            duration(audio.frame)
+        ));
     }
     if plan.shape.video_publishers > 0 {
         parts.push(format!("VP8 {} {}", layer_line(video), plan.pacing.name()));
@@ -285,22 +373,36 @@ fn media_line(plan: &Plan) -> String {
 }
 
 fn layer_line(layer: &VideoSpec) -> String {
-    format!("{}x{} {} fps {}", layer.width, layer.height, layer.frames_per_second, layer.bitrate)
+    format!(
+        "{}x{} {} fps {}",
+        layer.width, layer.height, layer.frames_per_second, layer.bitrate
+    )
 }
 
 /// What people do beyond sending and watching all the time.
 fn habits(plan: &Plan) -> Vec<String> {
-    let (audio, video) = (plan.shape.audio_publishers > 0, plan.shape.video_publishers > 0);
-    let layout = plan.layout.filter(|_| video).map(|layout| format!("{} layout", layout.name()));
+    let (audio, video) = (
+        plan.shape.audio_publishers > 0,
+        plan.shape.video_publishers > 0,
+    );
+    let layout = plan
+        .layout
+        .filter(|_| video)
+        .map(|layout| format!("{} layout", layout.name()));
     let turns = (plan.simulate_speakers && audio).then(|| "one speaks at a time".to_owned());
     let dtx = (plan.audio.dtx && audio).then(|| "pauses are not sent (DTX)".to_owned());
-    let obeys = (plan.obey_bandwidth && video).then(|| "publishers obey their bandwidth".to_owned());
+    let obeys =
+        (plan.obey_bandwidth && video).then(|| "publishers obey their bandwidth".to_owned());
     [layout, turns, dtx, obeys].into_iter().flatten().collect()
 }
 
 fn judging_line(judging: &Judging) -> String {
     let mut parts = vec![format!("loss <= {} %", judging.max_loss_pct)];
-    parts.extend(judging.target_rtt.map(|target| format!("session.rtt_rtcp.p95 <= {}", duration(target))));
+    parts.extend(
+        judging
+            .target_rtt
+            .map(|target| format!("session.rtt_rtcp.p95 <= {}", duration(target))),
+    );
     parts.extend(judging.thresholds.iter().map(ToString::to_string));
     parts.join(", ")
 }
@@ -321,7 +423,10 @@ fn joins(outcome: &Outcome, style: Style) -> String {
         number(session.joins_ok),
         number(session.joins_failed)
     );
-    for (value, what) in [(session.joins_retried, "retried"), (session.disconnects, "disconnected later")] {
+    for (value, what) in [
+        (session.joins_retried, "retried"),
+        (session.disconnects, "disconnected later"),
+    ] {
         if value > 0 {
             let _ = write!(line, ", {} {what}", number(value));
         }
@@ -331,7 +436,12 @@ fn joins(outcome: &Outcome, style: Style) -> String {
         text.push_str(&wrapped(&format!("{} x {reason}", number(*times)), 11));
     }
     if outcome.failures.len() > FAILURES_MAX {
-        let _ = writeln!(text, "{:11}and {} more kinds of failure", "", outcome.failures.len() - FAILURES_MAX);
+        let _ = writeln!(
+            text,
+            "{:11}and {} more kinds of failure",
+            "",
+            outcome.failures.len() - FAILURES_MAX
+        );
     }
     text.push('\n');
     text
@@ -348,7 +458,12 @@ struct Columns<'a> {
 
 impl Columns<'_> {
     /// A row whose total is the sum.
-    fn sum(&self, label: &str, counter: fn(&Media) -> u64, print: impl Fn(u64) -> String) -> String {
+    fn sum(
+        &self,
+        label: &str,
+        counter: fn(&Media) -> u64,
+        print: impl Fn(u64) -> String,
+    ) -> String {
         let [audio, video] = self.media.map(counter);
         self.row(label, [print(audio), print(video), print(audio + video)])
     }
@@ -358,7 +473,12 @@ impl Columns<'_> {
         let [audio, video] = self.media;
         self.row(
             label,
-            [Loss::of(audio), Loss::of(video), Loss::counted([audio, video])].map(|loss| print(&loss)),
+            [
+                Loss::of(audio),
+                Loss::of(video),
+                Loss::counted([audio, video]),
+            ]
+            .map(|loss| print(&loss)),
         )
     }
 
@@ -371,8 +491,12 @@ impl Columns<'_> {
             ("    cannot be told where", |m| m.frames_lost_unattributed),
         ];
         let lost_there = |counter: Counter| self.media.iter().any(|media| counter(media) > 0);
-        let places = places.into_iter().filter(|(_, counter)| lost_there(*counter));
-        places.map(|(label, counter)| self.sum(label, counter, number)).collect()
+        let places = places
+            .into_iter()
+            .filter(|(_, counter)| lost_there(*counter));
+        places
+            .map(|(label, counter)| self.sum(label, counter, number))
+            .collect()
     }
 
     /// What the models say, where it is worth saying.
@@ -380,24 +504,49 @@ impl Columns<'_> {
         let [audio, video] = self.media;
         let mut text = String::new();
         if audio.frames_late_for_playout + video.frames_late_for_playout > 0 {
-            text.push_str(&self.sum("  late for playout (model)", |m| m.frames_late_for_playout, number));
+            text.push_str(&self.sum(
+                "  late for playout (model)",
+                |m| m.frames_late_for_playout,
+                number,
+            ));
         }
         let to_play = audio.played_us + audio.concealed_us;
         let concealed = (to_play > 0).then(|| audio.concealed_us as f64 / to_play as f64);
         if let Some(concealed) = concealed.filter(|share| *share >= CONCEALED_NOTABLE) {
-            text.push_str(&self.row("Concealed (model)", [percent(concealed), "n/a".to_owned(), "n/a".to_owned()]));
+            text.push_str(&self.row(
+                "Concealed (model)",
+                [percent(concealed), "n/a".to_owned(), "n/a".to_owned()],
+            ));
         }
-        let poor = audio.mos.low_quantile(0.01).is_none_or(|thousandths| thousandths < MOS_SATISFIED);
+        let poor = audio
+            .mos
+            .low_quantile(0.01)
+            .is_none_or(|thousandths| thousandths < MOS_SATISFIED);
         if audio.mos.expected() > 0 && poor {
             let print = |thousandths: u64| format!("{:.2}", thousandths as f64 / 1e3);
-            let score = |share: f64| audio.mos.low_quantile(share).map_or_else(|| "never".to_owned(), print);
-            let _ = writeln!(text, "  MOS (E-model) 50/5/1 %/worst     {}", [0.5, 0.05, 0.01, 0.0].map(score).join("/"));
+            let score = |share: f64| {
+                audio
+                    .mos
+                    .low_quantile(share)
+                    .map_or_else(|| "never".to_owned(), print)
+            };
+            let _ = writeln!(
+                text,
+                "  MOS (E-model) 50/5/1 %/worst     {}",
+                [0.5, 0.05, 0.01, 0.0].map(score).join("/")
+            );
         }
         text
     }
 
     /// A row of one counter by another: `part/whole`, or the share of it.
-    fn ratio(&self, label: &str, part: fn(&Media) -> u64, whole: fn(&Media) -> u64, print: impl Fn(u64, u64) -> String) -> String {
+    fn ratio(
+        &self,
+        label: &str,
+        part: fn(&Media) -> u64,
+        whole: fn(&Media) -> u64,
+        print: impl Fn(u64, u64) -> String,
+    ) -> String {
         let (parts, wholes) = (self.media.map(part), self.media.map(whole));
         self.row(
             label,
@@ -438,7 +587,8 @@ fn media(outcome: &Outcome, style: Style) -> String {
         shown: [Kind::Audio, Kind::Video].map(|kind| outcome.plan.shape.publishers_of(kind) > 0),
         seconds: step.seconds,
     };
-    let share = |part: u64, whole: u64| maybe((whole > 0).then(|| part as f64 / whole as f64), percent);
+    let share =
+        |part: u64, whole: u64| maybe((whole > 0).then(|| part as f64 / whole as f64), percent);
     let heads = columns.cells(["audio", "video", "total"].map(str::to_owned));
     let mut text = format!("{}{heads}\n", style.bold(&format!("{:<31}", "Media")));
     text.push_str(&columns.sum("Tracks published", |m| m.tracks_published, number));
@@ -448,22 +598,47 @@ fn media(outcome: &Outcome, style: Style) -> String {
         |m| m.tracks_expected,
         |a, b| format!("{}/{}", number(a), number(b)),
     ));
-    text.push_str(&columns.sum("Bytes Published", |m| m.bytes_sent, |bytes| scaled(bytes as f64, "B")));
-    text.push_str(&columns.sum("  bit rate", |m| m.bytes_sent, |bytes| columns.bit_rate(bytes)));
-    text.push_str(&columns.sum("Bytes Received", |m| m.bytes_received, |bytes| scaled(bytes as f64, "B")));
-    text.push_str(&columns.sum("  bit rate", |m| m.bytes_received, |bytes| columns.bit_rate(bytes)));
+    text.push_str(&columns.sum(
+        "Bytes Published",
+        |m| m.bytes_sent,
+        |bytes| scaled(bytes as f64, "B"),
+    ));
+    text.push_str(&columns.sum(
+        "  bit rate",
+        |m| m.bytes_sent,
+        |bytes| columns.bit_rate(bytes),
+    ));
+    text.push_str(&columns.sum(
+        "Bytes Received",
+        |m| m.bytes_received,
+        |bytes| scaled(bytes as f64, "B"),
+    ));
+    text.push_str(&columns.sum(
+        "  bit rate",
+        |m| m.bytes_received,
+        |bytes| columns.bit_rate(bytes),
+    ));
     text.push_str(&columns.sum("Packets sent", |m| m.packets_sent, number));
     text.push_str(&columns.sum("Packets received", |m| m.packets_received, number));
     text.push_str(&columns.loss("Packet Loss", |loss| maybe(loss.residual, percent)));
     text.push_str(&columns.loss("  missing on arrival", |loss| maybe(loss.network, percent)));
     text.push_str(&columns.loss("  repaired", |loss| maybe(loss.repaired, percent)));
-    text.push_str(&columns.ratio("Packet Retransmission", |m| m.rtx_received, |m| m.packets_received, share));
+    text.push_str(&columns.ratio(
+        "Packet Retransmission",
+        |m| m.rtx_received,
+        |m| m.packets_received,
+        share,
+    ));
     text.push_str(&columns.sum("Frames expected", |m| m.frames_expected, number));
     text.push_str(&columns.sum("Frames delivered", |m| m.frames_delivered, number));
     text.push_str(&columns.loss("  undelivered", |loss| maybe(loss.undelivered, percent)));
     text.push_str(&columns.loss_places());
     text.push_str(&columns.sum("  late", |m| m.frames_late, number));
-    let label = if columns.shown[0] { "Freezes (audio: a model's)" } else { "Freezes" };
+    let label = if columns.shown[0] {
+        "Freezes (audio: a model's)"
+    } else {
+        "Freezes"
+    };
     text.push_str(&columns.sum(label, |m| m.freezes, number));
     text.push_str(&columns.playout());
     let subscribed = [("audio", columns.media[0]), ("video", columns.media[1])]
@@ -484,7 +659,11 @@ fn media(outcome: &Outcome, style: Style) -> String {
     );
     let speaker_updates = step.record.session.speaker_updates;
     if speaker_updates > 0 {
-        let _ = writeln!(text, "  Speaker updates received         {}", number(speaker_updates));
+        let _ = writeln!(
+            text,
+            "  Speaker updates received         {}",
+            number(speaker_updates)
+        );
     }
     text.push('\n');
     text
@@ -538,7 +717,10 @@ fn times(outcome: &Outcome, style: Style) -> String {
         if outcome.plan.shape.publishers_of(kind) == 0 {
             continue;
         }
-        text.push_str(&times_row(&format!("{name} one-way latency"), &media.one_way_latency));
+        text.push_str(&times_row(
+            &format!("{name} one-way latency"),
+            &media.one_way_latency,
+        ));
         text.push_str(&times_row("  jitter", &media.jitter));
         if kind == Kind::Video {
             text.push_str(&times_row("  first frame", &media.first_frame));
@@ -559,7 +741,9 @@ fn times(outcome: &Outcome, style: Style) -> String {
 }
 
 fn times_row(label: &str, histogram: &Histogram) -> String {
-    let quantiles = QUANTILES.iter().map(|(_, share)| quantile(histogram, histogram.quantile(*share)));
+    let quantiles = QUANTILES
+        .iter()
+        .map(|(_, share)| quantile(histogram, histogram.quantile(*share)));
     let columns: String = quantiles
         .chain([quantile(histogram, histogram.max())])
         .map(|value| format!("{value:>9}"))
@@ -640,14 +824,20 @@ fn seconds(seconds: f64) -> String {
 /// ` (mean 1.2 Mbps)`; nothing where there is none.
 fn mean_kbps(sum: u64, count: u64) -> String {
     let mean = (sum * 1_000).checked_div(count).map(Bitrate::from_bps);
-    mean.map(|mean| format!(" (mean {mean})")).unwrap_or_default()
+    mean.map(|mean| format!(" (mean {mean})"))
+        .unwrap_or_default()
 }
 
 fn generator(outcome: &Outcome, style: Style) -> String {
     let (health, counted) = (&outcome.engine, &outcome.totals.record.engine);
-    let wall = outcome.finished.saturating_sub(outcome.started).as_secs_f64();
+    let wall = outcome
+        .finished
+        .saturating_sub(outcome.started)
+        .as_secs_f64();
     let cores = if wall > 0.0 {
-        maybe(health.cpu_seconds, |seconds| format!("{:.2}", seconds / wall))
+        maybe(health.cpu_seconds, |seconds| {
+            format!("{:.2}", seconds / wall)
+        })
     } else {
         "n/a".to_owned()
     };
@@ -703,8 +893,13 @@ fn generator(outcome: &Outcome, style: Style) -> String {
 /// How long the engine was kept from a CPU, where it is worth a word.
 fn waits(health: &EngineHealth) -> Option<String> {
     const WORTH_A_WORD: f64 = 0.1;
-    let engine = health.thread_times.iter().filter(|thread| thread.name.starts_with("engine-"));
-    let queued = engine.map(|thread| thread.run_queue_seconds).reduce(f64::max);
+    let engine = health
+        .thread_times
+        .iter()
+        .filter(|thread| thread.name.starts_with("engine-"));
+    let queued = engine
+        .map(|thread| thread.run_queue_seconds)
+        .reduce(f64::max);
     let parts = [
         (queued, "in the run queue (worst engine thread)"),
         (health.throttled_seconds, "throttled by a CPU quota"),
@@ -712,7 +907,12 @@ fn waits(health: &EngineHealth) -> Option<String> {
     ];
     let parts: Vec<String> = parts
         .into_iter()
-        .filter_map(|(seconds, what)| Some(format!("{:.2} s {what}", seconds.filter(|seconds| *seconds >= WORTH_A_WORD)?)))
+        .filter_map(|(seconds, what)| {
+            Some(format!(
+                "{:.2} s {what}",
+                seconds.filter(|seconds| *seconds >= WORTH_A_WORD)?
+            ))
+        })
         .collect();
     (!parts.is_empty()).then(|| parts.join(", "))
 }
@@ -720,14 +920,24 @@ fn waits(health: &EngineHealth) -> Option<String> {
 /// How often whose side stood still, how long, and the worst of each.
 fn stalls(health: &EngineHealth) -> Option<String> {
     let of = |side: Side, name: &str| {
-        let stalls: Vec<_> = health.stalls.iter().filter(|stall| stall.side == side).collect();
-        let worst = stalls.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds))?;
+        let stalls: Vec<_> = health
+            .stalls
+            .iter()
+            .filter(|stall| stall.side == side)
+            .collect();
+        let worst = stalls
+            .iter()
+            .max_by(|a, b| a.seconds.total_cmp(&b.seconds))?;
         let all: f64 = stalls.iter().map(|stall| stall.seconds).sum();
         let worst = format!("{} at {:.1} s", micros(worst.seconds * 1e6), worst.at);
         Some(if stalls.len() == 1 {
             format!("1 of {name}: {worst}")
         } else {
-            format!("{} of {name}: {} in all, worst {worst}", number(stalls.len() as u64), micros(all * 1e6))
+            format!(
+                "{} of {name}: {} in all, worst {worst}",
+                number(stalls.len() as u64),
+                micros(all * 1e6)
+            )
         })
     };
     let sides = [
@@ -735,7 +945,10 @@ fn stalls(health: &EngineHealth) -> Option<String> {
         (Side::Host, "this host"),
         (Side::Server, "the server"),
     ];
-    let parts: Vec<String> = sides.into_iter().filter_map(|(side, name)| of(side, name)).collect();
+    let parts: Vec<String> = sides
+        .into_iter()
+        .filter_map(|(side, name)| of(side, name))
+        .collect();
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
@@ -748,9 +961,17 @@ fn labelled(label: &str, line: &str) -> String {
 
 /// What the embedded SFU says of itself, where it was the target.
 fn embedded_sfu(outcome: &Outcome, style: Style) -> String {
-    let Some(sfu) = &outcome.sfu else { return String::new() };
-    let wall = outcome.finished.saturating_sub(outcome.started).as_secs_f64();
-    let cores = sfu.cpu_seconds.filter(|_| wall > 0.0).map(|seconds| seconds / wall);
+    let Some(sfu) = &outcome.sfu else {
+        return String::new();
+    };
+    let wall = outcome
+        .finished
+        .saturating_sub(outcome.started)
+        .as_secs_f64();
+    let cores = sfu
+        .cpu_seconds
+        .filter(|_| wall > 0.0)
+        .map(|seconds| seconds / wall);
     let sends = match sfu.send {
         SendMode::Plain => "one call a packet",
         SendMode::Gso => "segmented sends",
@@ -777,15 +998,27 @@ fn drops(outcome: &Outcome) -> String {
     let places = outcome.engine.host_drops.places();
     let places: Vec<String> = places
         .iter()
-        .filter_map(|(place, packets)| Some(format!("{} in {place}", number(packets.filter(|packets| *packets > 0)?))))
+        .filter_map(|(place, packets)| {
+            Some(format!(
+                "{} in {place}",
+                number(packets.filter(|packets| *packets > 0)?)
+            ))
+        })
         .collect();
-    if places.is_empty() { "0".to_owned() } else { places.join(", ") }
+    if places.is_empty() {
+        "0".to_owned()
+    } else {
+        places.join(", ")
+    }
 }
 
 /// Those of the worst one per cent with whom something was wrong.
 fn worst(outcome: &Outcome, style: Style) -> String {
     let ranked = worst::worst(&outcome.participants, outcome.judging.max_loss_pct);
-    let unlucky: Vec<_> = ranked.iter().filter(|ranked| !ranked.wrong.is_empty()).collect();
+    let unlucky: Vec<_> = ranked
+        .iter()
+        .filter(|ranked| !ranked.wrong.is_empty())
+        .collect();
     if unlucky.is_empty() {
         return String::new();
     }
@@ -797,10 +1030,21 @@ fn worst(outcome: &Outcome, style: Style) -> String {
         number(session.participants_total)
     );
     for ranked in unlucky.iter().take(WORST_MAX) {
-        text.push_str(&wrapped(&format!("{}: {}", ranked.participant.identity, ranked.wrong.join("; ")), 2));
+        text.push_str(&wrapped(
+            &format!(
+                "{}: {}",
+                ranked.participant.identity,
+                ranked.wrong.join("; ")
+            ),
+            2,
+        ));
     }
     if unlucky.len() > WORST_MAX {
-        let _ = writeln!(text, "  and {} more in the JSON report", number((unlucky.len() - WORST_MAX) as u64));
+        let _ = writeln!(
+            text,
+            "  and {} more in the JSON report",
+            number((unlucky.len() - WORST_MAX) as u64)
+        );
     }
     text.push('\n');
     text
@@ -812,16 +1056,29 @@ fn notes(outcome: &Outcome, style: Style) -> String {
         return String::new();
     }
     let mut text = format!("{}\n", style.bold("Notes"));
-    notes.iter().take(NOTES_MAX).for_each(|note| text.push_str(&wrapped(note, 2)));
+    notes
+        .iter()
+        .take(NOTES_MAX)
+        .for_each(|note| text.push_str(&wrapped(note, 2)));
     if notes.len() > NOTES_MAX {
-        let _ = writeln!(text, "  and {} more in the JSON report", notes.len() - NOTES_MAX);
+        let _ = writeln!(
+            text,
+            "  and {} more in the JSON report",
+            notes.len() - NOTES_MAX
+        );
     }
     text.push('\n');
     text
 }
 
 fn result(judgement: &Judgement, style: Style) -> String {
-    let mut text = format!("{}\n", style.verdict(judgement.verdict, &format!("RESULT: {}", judgement.verdict.name())));
+    let mut text = format!(
+        "{}\n",
+        style.verdict(
+            judgement.verdict,
+            &format!("RESULT: {}", judgement.verdict.name())
+        )
+    );
     judgement
         .reasons
         .iter()

@@ -58,7 +58,10 @@ impl<'a> Knee<'a> {
         if tiers.is_empty() && unmeasured.is_empty() {
             return None;
         }
-        let largest = tiers.iter().map(|(step, _)| *step).max_by_key(|step| step.participants);
+        let largest = tiers
+            .iter()
+            .map(|(step, _)| *step)
+            .max_by_key(|step| step.participants);
         let mut passed = None;
         for (step, judgement) in tiers {
             if judgement.verdict == Verdict::Pass {
@@ -71,23 +74,40 @@ impl<'a> Knee<'a> {
                 _ => Answer::NotMeasured,
             };
             let broke = Some((step, judgement));
-            return Some(Knee { answer, passed, broke });
+            return Some(Knee {
+                answer,
+                passed,
+                broke,
+            });
         }
         let (answer, passed) = match unmeasured.is_empty() {
             true => (Answer::AllPassed, largest),
             false => (Answer::NotMeasured, passed),
         };
-        Some(Knee { answer, passed, broke: None })
+        Some(Knee {
+            answer,
+            passed,
+            broke: None,
+        })
     }
 
     /// In one sentence.
     pub(crate) fn sentence(&self, unmeasured: &[Unmeasured]) -> String {
         let passed = self.passed.map(size);
-        let broke = self.broke.as_ref().map(|(step, judgement)| (size(step), reason(judgement)));
+        let broke = self
+            .broke
+            .as_ref()
+            .map(|(step, judgement)| (size(step), reason(judgement)));
         match (self.answer, passed, broke) {
-            (Answer::AllPassed, Some(passed), _) => format!("not reached: all tiers passed, up to {passed}"),
-            (Answer::Found, Some(passed), Some((broke, why))) => format!("{passed}; {broke} did not pass: {why}"),
-            (Answer::FirstFailed, _, Some((broke, why))) => format!("below the first tier: {broke} did not pass: {why}"),
+            (Answer::AllPassed, Some(passed), _) => {
+                format!("not reached: all tiers passed, up to {passed}")
+            }
+            (Answer::Found, Some(passed), Some((broke, why))) => {
+                format!("{passed}; {broke} did not pass: {why}")
+            }
+            (Answer::FirstFailed, _, Some((broke, why))) => {
+                format!("below the first tier: {broke} did not pass: {why}")
+            }
             (_, passed, broke) => {
                 let why = match (broke, unmeasured.first()) {
                     (Some((size, why)), _) => format!("{size}: {why}"),
@@ -110,19 +130,40 @@ pub fn tiers(outcome: &Outcome) -> impl Iterator<Item = (&Step, Judgement)> {
 }
 
 /// A line a tier, why those did not pass that did not, and what they say together. Nothing for a run without tiers.
-pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_verdict: impl Fn(Verdict, &str) -> String) -> String {
+pub(super) fn table(
+    outcome: &Outcome,
+    paint: impl Fn(&str) -> String,
+    paint_verdict: impl Fn(Verdict, &str) -> String,
+) -> String {
     let (title, label, found) = match Knee::of(outcome) {
         Some(knee) => ("Tiers", "Knee", knee.sentence(&outcome.unmeasured)),
         None if outcome.plan.find_knee => ("Points", "Capacity", capacity_sentence(outcome)),
         None => return String::new(),
     };
-    let heads = ["subs/room", "healthy", "join p95", "loss", "audio p95", "video p95", "RTT p95"];
-    let mut text = format!("{}{}\n", paint(&format!("{title:<8}")), row(heads.map(str::to_owned)));
+    let heads = [
+        "subs/room",
+        "healthy",
+        "join p95",
+        "loss",
+        "audio p95",
+        "video p95",
+        "RTT p95",
+    ];
+    let mut text = format!(
+        "{}{}\n",
+        paint(&format!("{title:<8}")),
+        row(heads.map(str::to_owned))
+    );
     for (step, judgement) in tiers(outcome) {
-        let (session, audio, video) = (&step.record.session, &step.record.audio, &step.record.video);
+        let (session, audio, video) =
+            (&step.record.session, &step.record.audio, &step.record.video);
         let cells = [
             per_room(subscribers(step)),
-            format!("{}/{}", number(session.participants_healthy), number(session.participants_total)),
+            format!(
+                "{}/{}",
+                number(session.participants_healthy),
+                number(session.participants_total)
+            ),
             p95(&session.join),
             maybe(worst_loss(step), percent),
             p95(&audio.one_way_latency),
@@ -133,25 +174,42 @@ pub(super) fn table(outcome: &Outcome, paint: impl Fn(&str) -> String, paint_ver
         let _ = writeln!(text, "{:<8}{} {verdict}", step.name, row(cells));
     }
     for tier in &outcome.unmeasured {
-        let _ = writeln!(text, "{:<8}{:>10}  not measured", tier.name, per_room(tier.subscribers));
+        let _ = writeln!(
+            text,
+            "{:<8}{:>10}  not measured",
+            tier.name,
+            per_room(tier.subscribers)
+        );
     }
     // Of a search's points it is enough to know why the capacity is what it is.
     if !outcome.plan.find_knee {
         text.push_str(&reasons(outcome));
     }
     let found = wrapped(&found, 11);
-    let _ = writeln!(text, "{} {}", paint(&format!("{label:<10}")), found.trim_start());
+    let _ = writeln!(
+        text,
+        "{} {}",
+        paint(&format!("{label:<10}")),
+        found.trim_start()
+    );
     text
 }
 
 fn reasons(outcome: &Outcome) -> String {
     let mut text = String::new();
-    for (step, judgement) in tiers(outcome).filter(|(_, judgement)| judgement.verdict != Verdict::Pass) {
+    for (step, judgement) in
+        tiers(outcome).filter(|(_, judgement)| judgement.verdict != Verdict::Pass)
+    {
         for reason in judgement.reasons.iter().take(REASONS_MAX) {
             text.push_str(&wrapped(&format!("{}: {reason}", step.name), 2));
         }
         if judgement.reasons.len() > REASONS_MAX {
-            let _ = writeln!(text, "  {}: and {} more", step.name, judgement.reasons.len() - REASONS_MAX);
+            let _ = writeln!(
+                text,
+                "  {}: and {} more",
+                step.name,
+                judgement.reasons.len() - REASONS_MAX
+            );
         }
     }
     text
@@ -163,7 +221,9 @@ fn capacity_sentence(outcome: &Outcome) -> String {
         return "not found: the search did not come to its end".to_owned();
     };
     let size = |subscribers: u32| {
-        let participants = outcome.plan.participants_with(Subscribers::PerRoom(subscribers));
+        let participants = outcome
+            .plan
+            .participants_with(Subscribers::PerRoom(subscribers));
         format!(
             "{} a room ({})",
             count(subscribers.into(), "subscriber"),
@@ -184,7 +244,10 @@ fn capacity_sentence(outcome: &Outcome) -> String {
         } => {
             let settled = match settled {
                 true => String::new(),
-                false => format!(", and not settled after {}", count(capacity.points.len() as u64, "point")),
+                false => format!(
+                    ", and not settled after {}",
+                    count(capacity.points.len() as u64, "point")
+                ),
             };
             format!(
                 "{}: with so many every other run passes (with {:.0} % confidence it is {} to {}{settled}){broke}",
@@ -197,7 +260,10 @@ fn capacity_sentence(outcome: &Outcome) -> String {
         Found::AtLeast {
             participants,
             limit: Limit::Max,
-        } => format!("at least {}, the most that was to be tried", size(*participants)),
+        } => format!(
+            "at least {}, the most that was to be tried",
+            size(*participants)
+        ),
         Found::AtLeast {
             participants,
             limit: Limit::Generator { at, reasons },
@@ -250,11 +316,17 @@ fn worst_loss(step: &Step) -> Option<f64> {
 fn size(step: &Step) -> String {
     let participants = count(step.participants.into(), "participant");
     match subscribers(step) {
-        Some(subscribers) => format!("{} a room ({participants})", count(subscribers.into(), "subscriber")),
+        Some(subscribers) => format!(
+            "{} a room ({participants})",
+            count(subscribers.into(), "subscriber")
+        ),
         None => participants,
     }
 }
 
 fn reason(judgement: &Judgement) -> &str {
-    judgement.reasons.first().map_or("no reason is known", String::as_str)
+    judgement
+        .reasons
+        .first()
+        .map_or("no reason is known", String::as_str)
 }

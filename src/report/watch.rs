@@ -51,11 +51,15 @@ enum Delta {
 impl Watch {
     /// A hold begins; `record` is the run's then.
     pub fn begin(thresholds: &[Threshold], record: &Record, now: Time) -> Watch {
-        let watched = thresholds.iter().filter(|threshold| threshold.aborts || threshold.window.is_some());
+        let watched = thresholds
+            .iter()
+            .filter(|threshold| threshold.aborts || threshold.window.is_some());
         Watch {
             watched: watched
                 .map(|threshold| Watched {
-                    windows: threshold.window.map(|length| Windows::begin(length, threshold.value(record), now)),
+                    windows: threshold
+                        .window
+                        .map(|length| Windows::begin(length, threshold.value(record), now)),
                     threshold: threshold.clone(),
                     violation: None,
                 })
@@ -75,7 +79,11 @@ impl Watch {
         for (at, watched) in self.watched.iter_mut().enumerate() {
             let violation = match &mut watched.windows {
                 Some(windows) => windows.take(&watched.threshold, record, now),
-                None => hold.and_then(|hold| watched.threshold.known_violation(&watched.threshold.value(hold))),
+                None => hold.and_then(|hold| {
+                    watched
+                        .threshold
+                        .known_violation(&watched.threshold.value(hold))
+                }),
             };
             if watched.threshold.aborts && self.broken.is_none() && violation.is_some() {
                 self.broken = Some(at);
@@ -91,13 +99,25 @@ impl Watch {
         let complaint = |watched: &Watched| {
             let windows = watched.windows.as_ref()?;
             match &watched.violation {
-                Some(violation) => Some(format!("{violation} ({} of {} windows)", windows.violated, windows.count)),
-                None if windows.count == 0 => Some(format!("{} does not hold: there was no window so long", watched.threshold)),
+                Some(violation) => Some(format!(
+                    "{violation} ({} of {} windows)",
+                    windows.violated, windows.count
+                )),
+                None if windows.count == 0 => Some(format!(
+                    "{} does not hold: there was no window so long",
+                    watched.threshold
+                )),
                 None => None,
             }
         };
-        let others = self.watched.iter().enumerate().filter(|(at, _)| self.broken != Some(*at));
-        others.filter_map(|(_, watched)| complaint(watched)).collect()
+        let others = self
+            .watched
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| self.broken != Some(*at));
+        others
+            .filter_map(|(_, watched)| complaint(watched))
+            .collect()
     }
 }
 
@@ -121,7 +141,11 @@ impl Windows {
         self.looks.push_back((now, delta));
         self.last = value;
         // The shortest stretch that is long enough: the look that it begins with is the first.
-        while self.looks.get(1).is_some_and(|(at, _)| self.is_long_enough(*at, now)) {
+        while self
+            .looks
+            .get(1)
+            .is_some_and(|(at, _)| self.is_long_enough(*at, now))
+        {
             self.looks.pop_front();
             if let Some((_, delta)) = self.looks.front() {
                 self.sum.remove(delta);
@@ -192,8 +216,16 @@ mod tests {
     use super::*;
 
     /// A hold from second 10 on, in which `latency(second)` was the latency of each of 50 frames a second, and `lost` of them never came.
-    fn held(thresholds: &[&str], seconds: u64, latency: impl Fn(u64) -> u64, lost: impl Fn(u64) -> u64) -> (Option<(u64, String)>, Vec<String>) {
-        let thresholds: Vec<Threshold> = thresholds.iter().map(|text| text.parse().unwrap()).collect();
+    fn held(
+        thresholds: &[&str],
+        seconds: u64,
+        latency: impl Fn(u64) -> u64,
+        lost: impl Fn(u64) -> u64,
+    ) -> (Option<(u64, String)>, Vec<String>) {
+        let thresholds: Vec<Threshold> = thresholds
+            .iter()
+            .map(|text| text.parse().unwrap())
+            .collect();
         let mut record = Record::default();
         // What was before the hold counts for nothing.
         (0..500).for_each(|_| record.audio.one_way_latency.record_micros(900_000));
@@ -202,14 +234,21 @@ mod tests {
         let mut watch = Watch::begin(&thresholds, &record, Time::from_millis(9_700));
         for second in 0..seconds {
             let delivered = 50 - lost(second);
-            (0..delivered).for_each(|_| record.audio.one_way_latency.record_micros(latency(second)));
+            (0..delivered)
+                .for_each(|_| record.audio.one_way_latency.record_micros(latency(second)));
             record.audio.frames_expected += 50;
             record.audio.frames_delivered += delivered;
             record.audio.freezes += u64::from(latency(second) > 100_000);
             let mut hold = record.since(&before);
             let missing = hold.audio.frames_expected - hold.audio.frames_delivered;
-            hold.audio.one_way_latency.expect(hold.audio.one_way_latency.count() + missing);
-            if let Some(broken) = watch.take(&record, Some(&hold), Time::from_millis(10_750 + second * 1_000 + second % 3 * 20)) {
+            hold.audio
+                .one_way_latency
+                .expect(hold.audio.one_way_latency.count() + missing);
+            if let Some(broken) = watch.take(
+                &record,
+                Some(&hold),
+                Time::from_millis(10_750 + second * 1_000 + second % 3 * 20),
+            ) {
                 return (Some((second, broken)), watch.complaints());
             }
         }
@@ -220,16 +259,32 @@ mod tests {
 
     #[test]
     fn a_bad_stretch_that_the_whole_hides_is_found_by_its_windows() {
-        let stretch = |second| if (30..40).contains(&second) { 400_000 } else { 20_000 };
-        let (broken, complaints) = held(&["audio.one_way_latency.p50<150ms for 10s"], 100, stretch, ALL_CAME);
+        let stretch = |second| {
+            if (30..40).contains(&second) {
+                400_000
+            } else {
+                20_000
+            }
+        };
+        let (broken, complaints) = held(
+            &["audio.one_way_latency.p50<150ms for 10s"],
+            100,
+            stretch,
+            ALL_CAME,
+        );
         assert_eq!(broken, None);
         // From five bad seconds of ten on, and as long as six are: those that end with seconds 35 to 43.
         assert_eq!(
             complaints,
-            ["audio.one_way_latency.p50<150ms for 10s does not hold: it is 400 ms in the 10s up to 46 s (9 of 91 windows)"]
+            [
+                "audio.one_way_latency.p50<150ms for 10s does not hold: it is 400 ms in the 10s up to 46 s (9 of 91 windows)"
+            ]
         );
         let (_, complaints) = held(
-            &["audio.one_way_latency.p50<150ms for 30s", "audio.freezes<11 for 10s"],
+            &[
+                "audio.one_way_latency.p50<150ms for 30s",
+                "audio.freezes<11 for 10s",
+            ],
             100,
             stretch,
             ALL_CAME,
@@ -260,16 +315,27 @@ mod tests {
     fn a_threshold_that_aborts_does_so_at_the_second_that_breaks_it_and_not_for_want_of_values() {
         let worse = |second| if second < 7 { 20_000 } else { 300_000 };
         let (broken, _) = held(
-            &["audio.one_way_latency.p90<150ms:abort", "audio.jitter.p95<1ms:abort"],
+            &[
+                "audio.one_way_latency.p90<150ms:abort",
+                "audio.jitter.p95<1ms:abort",
+            ],
             60,
             worse,
             ALL_CAME,
         );
         assert_eq!(
             broken.unwrap(),
-            (7, "audio.one_way_latency.p90<150ms:abort does not hold: it is 300 ms".to_owned())
+            (
+                7,
+                "audio.one_way_latency.p90<150ms:abort does not hold: it is 300 ms".to_owned()
+            )
         );
-        let (broken, complaints) = held(&["audio.one_way_latency.p90<150ms for 4s:abort"], 60, worse, ALL_CAME);
+        let (broken, complaints) = held(
+            &["audio.one_way_latency.p90<150ms for 4s:abort"],
+            60,
+            worse,
+            ALL_CAME,
+        );
         assert_eq!((broken.unwrap().0, complaints), (7, Vec::new()));
     }
 
@@ -277,6 +343,9 @@ mod tests {
     fn a_hold_too_short_for_a_window_shows_nothing() {
         let (broken, complaints) = held(&["audio.freezes<1 for 30s"], 20, |_| 20_000, ALL_CAME);
         assert_eq!((broken, complaints.len()), (None, 1));
-        assert!(complaints[0].contains("no window so long"), "{complaints:?}");
+        assert!(
+            complaints[0].contains("no window so long"),
+            "{complaints:?}"
+        );
     }
 }

@@ -16,7 +16,8 @@ pub fn is_healthy(participant: &ParticipantOutcome, max_loss_pct: f64) -> bool {
     let kept = is_in(participant) && participant.disconnects == 0;
     kept && kinds(participant).into_iter().all(|(_, quality)| {
         let bad = undelivered(quality) + quality.frames_late;
-        tracks_missing(quality) == 0 && bad as f64 <= quality.frames_expected as f64 * max_loss_pct / 1e2
+        tracks_missing(quality) == 0
+            && bad as f64 <= quality.frames_expected as f64 * max_loss_pct / 1e2
     })
 }
 
@@ -43,7 +44,9 @@ pub fn worst(participants: &[ParticipantOutcome], max_loss_pct: f64) -> Vec<Rank
 
 /// Frames of one kind that were expected and never came.
 pub fn undelivered(quality: &Quality) -> u64 {
-    quality.frames_expected.saturating_sub(quality.frames_delivered)
+    quality
+        .frames_expected
+        .saturating_sub(quality.frames_delivered)
 }
 
 pub fn tracks_missing(quality: &Quality) -> u64 {
@@ -61,7 +64,10 @@ fn is_in(participant: &ParticipantOutcome) -> bool {
 }
 
 fn kinds(participant: &ParticipantOutcome) -> [(Kind, &Quality); 2] {
-    [(Kind::Audio, &participant.audio), (Kind::Video, &participant.video)]
+    [
+        (Kind::Audio, &participant.audio),
+        (Kind::Video, &participant.video),
+    ]
 }
 
 fn share(part: u64, whole: u64) -> Option<f64> {
@@ -72,7 +78,12 @@ fn share(part: u64, whole: u64) -> Option<f64> {
 fn severity(participant: &ParticipantOutcome) -> (bool, u32, u64, u64, u64, u64, u64) {
     let both = kinds(participant).map(|(_, quality)| quality);
     let whole_percent = |share: Option<f64>| (share.unwrap_or(0.0) * 100.0) as u64;
-    let most = |of: fn(&Quality) -> Option<f64>| both.into_iter().map(|quality| whole_percent(of(quality))).max().unwrap_or(0);
+    let most = |of: fn(&Quality) -> Option<f64>| {
+        both.into_iter()
+            .map(|quality| whole_percent(of(quality)))
+            .max()
+            .unwrap_or(0)
+    };
     (
         !is_in(participant),
         participant.disconnects,
@@ -80,7 +91,10 @@ fn severity(participant: &ParticipantOutcome) -> (bool, u32, u64, u64, u64, u64,
         most(|quality| share(undelivered(quality), quality.frames_expected)),
         most(concealed_share),
         most(|quality| share(quality.frames_late, quality.frames_expected)),
-        both.into_iter().filter_map(|quality| quality.one_way_us_mean).max().unwrap_or(0),
+        both.into_iter()
+            .filter_map(|quality| quality.one_way_us_mean)
+            .max()
+            .unwrap_or(0),
     )
 }
 
@@ -93,10 +107,16 @@ fn wrong(participant: &ParticipantOutcome) -> Vec<String> {
         said.push("never got in".to_owned());
     }
     if participant.disconnects > 0 {
-        said.push(format!("disconnected {}", count(participant.disconnects.into(), "time")));
+        said.push(format!(
+            "disconnected {}",
+            count(participant.disconnects.into(), "time")
+        ));
     }
     let both = kinds(participant);
-    for (kind, quality) in both.iter().filter(|(_, quality)| tracks_missing(quality) > 0) {
+    for (kind, quality) in both
+        .iter()
+        .filter(|(_, quality)| tracks_missing(quality) > 0)
+    {
         let (missing, expected) = (tracks_missing(quality), quality.tracks_expected);
         said.push(format!(
             "{missing} of {} never came",
@@ -110,14 +130,23 @@ fn wrong(participant: &ParticipantOutcome) -> Vec<String> {
                 format!("undelivered{}", places(quality)),
             ),
             (concealed_share(quality), "concealed (model)".to_owned()),
-            (share(quality.frames_late, quality.frames_expected), "late".to_owned()),
+            (
+                share(quality.frames_late, quality.frames_expected),
+                "late".to_owned(),
+            ),
         ];
         let noticeable = shares
             .into_iter()
             .filter_map(|(share, what)| Some((share.filter(|share| *share > 0.0)?, what)));
-        said.extend(noticeable.map(|(share, what)| format!("{} {} {what}", judge::name(kind), percent(share))));
+        said.extend(
+            noticeable
+                .map(|(share, what)| format!("{} {} {what}", judge::name(kind), percent(share))),
+        );
     }
-    let latency = both.iter().filter_map(|(_, quality)| quality.one_way_us_mean).max();
+    let latency = both
+        .iter()
+        .filter_map(|(_, quality)| quality.one_way_us_mean)
+        .max();
     if let Some(us) = latency.filter(|us| *us > UNNOTICED_LATENCY_US) {
         said.push(format!("{} late on average", micros(us as f64)));
     }
@@ -179,9 +208,13 @@ mod tests {
     /// What can be wrong, the worst first.
     fn sorrows() -> Vec<(&'static str, Hurt)> {
         vec![
-            ("failed: refused", |who| who.failure = Some("refused".into())),
+            ("failed: refused", |who| {
+                who.failure = Some("refused".into())
+            }),
             ("disconnected 2 times", |who| who.disconnects = 2),
-            ("1 of 1 video track never came", |who| who.video.tracks_live = 0),
+            ("1 of 1 video track never came", |who| {
+                who.video.tracks_live = 0
+            }),
             ("video 30.00% undelivered (SFU 300)", |who| {
                 (who.video.frames_delivered, who.video.frames_lost_sfu) = (700, 300);
             }),
@@ -189,7 +222,9 @@ mod tests {
                 (who.audio.played_us, who.audio.concealed_us) = (Some(15_000_000), Some(5_000_000));
             }),
             ("audio 40.00% late", |who| who.audio.frames_late = 400),
-            ("300 ms late on average", |who| who.audio.one_way_us_mean = Some(300_000)),
+            ("300 ms late on average", |who| {
+                who.audio.one_way_us_mean = Some(300_000)
+            }),
         ]
     }
 
@@ -209,7 +244,10 @@ mod tests {
         }
         // Concealment is a model's word and latency has no limit of its own: neither makes anybody unhealthy.
         assert_eq!(
-            ranked.iter().map(|ranked| ranked.healthy).collect::<Vec<_>>(),
+            ranked
+                .iter()
+                .map(|ranked| ranked.healthy)
+                .collect::<Vec<_>>(),
             [false, false, false, false, true, false, true]
         );
     }
@@ -220,7 +258,10 @@ mod tests {
         let ranked = worst(&participants, 1.0);
         assert!(ranked.len() == 1 && ranked[0].healthy && ranked[0].wrong.is_empty());
         assert!(worst(&[], 1.0).is_empty());
-        assert_eq!(worst(&(0..101).map(happy).collect::<Vec<_>>(), 1.0).len(), 2);
+        assert_eq!(
+            worst(&(0..101).map(happy).collect::<Vec<_>>(), 1.0).len(),
+            2
+        );
     }
 
     #[test]

@@ -23,23 +23,48 @@ pub(super) fn state_tracks(
     ended: &BTreeMap<u32, Ended>,
 ) {
     for kind in [Kind::Audio, Kind::Video] {
-        let streams = outcomes
-            .iter()
-            .flat_map(|peer| peer.streams.iter().map(move |stream| (peer.participant, stream)));
-        let is_there = |stream: &StreamOutcome| !stream.origin.is_some_and(|(origin, _)| lost.has(plan, origin));
-        let live = streams.filter(|(_, stream)| stream.kind == kind && stream.live && is_there(stream));
-        let distinct: BTreeSet<_> = live.map(|(participant, stream)| (participant, stream.origin)).collect();
+        let streams = outcomes.iter().flat_map(|peer| {
+            peer.streams
+                .iter()
+                .map(move |stream| (peer.participant, stream))
+        });
+        let is_there = |stream: &StreamOutcome| {
+            !stream
+                .origin
+                .is_some_and(|(origin, _)| lost.has(plan, origin))
+        };
+        let live =
+            streams.filter(|(_, stream)| stream.kind == kind && stream.live && is_there(stream));
+        let distinct: BTreeSet<_> = live
+            .map(|(participant, stream)| (participant, stream.origin))
+            .collect();
         let media = record.media(kind);
         let participants = (0..admitted).map(|position| plan.participant(position));
-        let expected = participants.map(|participant| expected_tracks(plan, lost, &participant, kind, ended.get(&participant.index)));
+        let expected = participants.map(|participant| {
+            expected_tracks(
+                plan,
+                lost,
+                &participant,
+                kind,
+                ended.get(&participant.index),
+            )
+        });
         media.tracks_expected = expected.map(u64::from).sum();
         media.tracks_live = distinct.len() as u64;
     }
 }
 
 /// Tracks that a participant ought to have received: those of the plan, and more where its layout had room for others later.
-pub(super) fn expected_tracks(plan: &Plan, lost: &LostPublishers, participant: &ParticipantPlan, kind: Kind, ended: Option<&Ended>) -> u32 {
-    let shown = ended.filter(|_| kind == Kind::Video).map_or(0, |ended| ended.video_shown);
+pub(super) fn expected_tracks(
+    plan: &Plan,
+    lost: &LostPublishers,
+    participant: &ParticipantPlan,
+    kind: Kind,
+    ended: Option<&Ended>,
+) -> u32 {
+    let shown = ended
+        .filter(|_| kind == Kind::Video)
+        .map_or(0, |ended| ended.video_shown);
     plan.expected_tracks(participant, kind, lost).max(shown)
 }
 
@@ -47,7 +72,9 @@ pub(super) fn expected_tracks(plan: &Plan, lost: &LostPublishers, participant: &
 pub(super) fn expect_frames(record: &mut Record) {
     for media in [&mut record.audio, &mut record.video] {
         // Of frames that came from a host of unknown clock nothing is said, not that they never came.
-        media.one_way_latency.expect(media.frames_expected.saturating_sub(media.frames_untimed));
+        media
+            .one_way_latency
+            .expect(media.frames_expected.saturating_sub(media.frames_untimed));
     }
     record.audio.mos.expect(record.audio.tracks_expected);
 }
@@ -85,8 +112,15 @@ pub(super) fn expect_joins(record: &mut Record, joins: &Joins) {
         histogram.expect(joins.count.into());
     }
     session.first_media.expect(receivers);
-    for (media, tracks) in [(&mut record.audio, audio_tracks), (&mut record.video, video_tracks)] {
-        for histogram in [&mut media.track_subscribe, &mut media.first_packet, &mut media.first_frame] {
+    for (media, tracks) in [
+        (&mut record.audio, audio_tracks),
+        (&mut record.video, video_tracks),
+    ] {
+        for histogram in [
+            &mut media.track_subscribe,
+            &mut media.first_packet,
+            &mut media.first_frame,
+        ] {
             histogram.expect(tracks);
         }
     }
@@ -95,7 +129,15 @@ pub(super) fn expect_joins(record: &mut Record, joins: &Joins) {
 /// Tracks and participants are a state, not a flow: a step shows how many there are, not how many came during it.
 pub(super) fn state_of_all(step: &mut Record, all: &Record) {
     let (from, to) = (&all.session, &mut step.session);
-    (to.participants_total, to.participants_healthy, to.joins_planned) = (from.participants_total, from.participants_healthy, from.joins_planned);
+    (
+        to.participants_total,
+        to.participants_healthy,
+        to.joins_planned,
+    ) = (
+        from.participants_total,
+        from.participants_healthy,
+        from.joins_planned,
+    );
     (to.joins_ok, to.joins_failed) = (from.joins_ok, from.joins_failed);
     for (from, to) in [(&all.audio, &mut step.audio), (&all.video, &mut step.video)] {
         let Media {
@@ -104,12 +146,18 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
             tracks_live,
             ..
         } = from;
-        (to.tracks_published, to.tracks_expected, to.tracks_live) = (*tracks_published, *tracks_expected, *tracks_live);
+        (to.tracks_published, to.tracks_expected, to.tracks_live) =
+            (*tracks_published, *tracks_expected, *tracks_live);
     }
 }
 
 /// What a participant received of one kind of media, over all its connections. Tracks of those who are lost, by index, do not stand for others.
-pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32, is_lost: impl Fn(u32) -> bool) -> Quality {
+pub fn quality(
+    peers: &[&PeerOutcome],
+    kind: Kind,
+    tracks_expected: u32,
+    is_lost: impl Fn(u32) -> bool,
+) -> Quality {
     let mut quality = Quality {
         tracks_expected: tracks_expected.into(),
         played_us: is_measured(Some(kind), "played_us").then_some(0),
@@ -122,7 +170,11 @@ pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32, is_lost
         .filter(|stream| stream.kind == kind && stream.origin.is_some());
     let mut live = BTreeSet::new();
     for stream in streams {
-        live.extend(stream.origin.filter(|(origin, _)| stream.live && !is_lost(*origin)));
+        live.extend(
+            stream
+                .origin
+                .filter(|(origin, _)| stream.live && !is_lost(*origin)),
+        );
         quality.packets_received += stream.counts.received;
         quality.packets_lost_network += stream.counts.lost_network;
         quality.packets_repaired += stream.counts.repaired;
@@ -138,13 +190,18 @@ pub fn quality(peers: &[&PeerOutcome], kind: Kind, tracks_expected: u32, is_lost
         quality.frames_late_for_playout += stream.frames_late_for_playout;
         quality.played_us = quality.played_us.map(|us| us + stream.played_us);
         quality.concealed_us = quality.concealed_us.map(|us| us + stream.concealed_us);
-        quality.mos = [quality.mos, stream.mos_thousandths.map(|mos| mos as f64 / 1e3)]
-            .into_iter()
-            .flatten()
-            .reduce(f64::min);
+        quality.mos = [
+            quality.mos,
+            stream.mos_thousandths.map(|mos| mos as f64 / 1e3),
+        ]
+        .into_iter()
+        .flatten()
+        .reduce(f64::min);
         quality.one_way_us_mean = quality.one_way_us_mean.max(stream.latency_us_mean);
         quality.one_way_us_max = quality.one_way_us_max.max(stream.latency_us_max);
-        quality.jitter_us = quality.jitter_us.max(Some(stream.jitter.as_micros() as u64));
+        quality.jitter_us = quality
+            .jitter_us
+            .max(Some(stream.jitter.as_micros() as u64));
     }
     quality.tracks_live = live.len() as u64;
     quality

@@ -45,8 +45,12 @@ impl Clips {
         if plan.total_published_tracks(Kind::Video) > 0 {
             let layers = plan.video_layers();
             for layer in &layers {
-                progress(&format!("video of {}x{} at {} fps", layer.width, layer.height, layer.frames_per_second));
-                let clip = VideoClip::generate(&video_spec(plan, layer), threads).context(video_flags(layers.len()))?;
+                progress(&format!(
+                    "video of {}x{} at {} fps",
+                    layer.width, layer.height, layer.frames_per_second
+                ));
+                let clip = VideoClip::generate(&video_spec(plan, layer), threads)
+                    .context(video_flags(layers.len()))?;
                 clips.video.push(Source::Video(Arc::new(clip)));
             }
         }

@@ -187,7 +187,13 @@ impl TierSeen<'_> {
     }
 
     fn between(&self, from: &Record, to: &Record) -> Option<Record> {
-        Some(super::tally::so_far(self.began, from, to, self.joins, self.subscriptions))
+        Some(super::tally::so_far(
+            self.began,
+            from,
+            to,
+            self.joins,
+            self.subscriptions,
+        ))
     }
 }
 

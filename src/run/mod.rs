@@ -28,7 +28,9 @@ pub use clips::Clips;
 pub use embedded::Embedded;
 pub use interrupts::Interrupts;
 
-use account::{Joins, expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks};
+use account::{
+    Joins, expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks,
+};
 use lead::{Alone, Lead, Stage, Tier};
 use observer::Observer;
 use rooms::Rooms;
@@ -48,10 +50,15 @@ use crate::preflight;
 use crate::recording::{Recorder, Recording};
 use crate::report::progress::Snapshot;
 use crate::report::worst::is_healthy;
-use crate::report::{EngineHealth, Judging, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo, TargetKind, Unmeasured};
+use crate::report::{
+    EngineHealth, Judging, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo,
+    TargetKind, Unmeasured,
+};
 use crate::server_metrics::{self, Watch};
 use crate::sfu;
-use crate::signal::session::{Ended, Media, Notice, Phase, Place, Request, SessionContext, TakingTurns};
+use crate::signal::session::{
+    Ended, Media, Notice, Phase, Place, Request, SessionContext, TakingTurns,
+};
 use crate::signal::{Access, ApiKey, Endpoint, Permissions, probe};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
@@ -71,7 +78,12 @@ const PEERS_PER_PARTICIPANT: usize = 2;
 ///
 /// # Errors
 /// As [`run_led`].
-pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
+pub async fn run(
+    run: &cli::Run,
+    resources: &Resources,
+    clips: Clips,
+    progress: impl FnMut(&Snapshot),
+) -> Result<Outcome> {
     if !run.plan.find_knee {
         return run_led(run, resources, clips, &mut Alone::new(&run.plan), progress).await;
     }
@@ -86,14 +98,22 @@ pub async fn run(run: &cli::Run, resources: &Resources, clips: Clips, progress: 
 ///
 /// # Errors
 /// What kept the run from starting; once it has started there is an outcome.
-pub async fn run_led(run: &cli::Run, resources: &Resources, clips: Clips, lead: &mut impl Lead, progress: impl FnMut(&Snapshot)) -> Result<Outcome> {
+pub async fn run_led(
+    run: &cli::Run,
+    resources: &Resources,
+    clips: Clips,
+    lead: &mut impl Lead,
+    progress: impl FnMut(&Snapshot),
+) -> Result<Outcome> {
     let mut interrupts = Interrupts::listen();
     let credentials = run
         .credentials
         .as_ref()
         .context("no API key and secret: give --api-key and --api-secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET")?;
     let api_key = ApiKey::new(&credentials.api_key, &credentials.api_secret);
-    let endpoint = Endpoint::from(run.plan.target.url.clone()).resolve().await?;
+    let endpoint = Endpoint::from(run.plan.target.url.clone())
+        .resolve()
+        .await?;
     // Before anybody is waited for or joins: what cannot be read is refused here.
     let server = match &run.server_metrics[..] {
         [] => None,
@@ -105,7 +125,15 @@ pub async fn run_led(run: &cli::Run, resources: &Resources, clips: Clips, lead: 
         interrupts: &mut interrupts,
         progress,
     };
-    let outcome = test(run, resources, clips, (endpoint, api_key.into()), server, &mut around).await;
+    let outcome = test(
+        run,
+        resources,
+        clips,
+        (endpoint, api_key.into()),
+        server,
+        &mut around,
+    )
+    .await;
     let left_behind = rooms.delete(&run.plan).await;
     outcome.map(|mut outcome| {
         outcome.notes = [rooms.notes, outcome.notes, left_behind].concat();
@@ -127,8 +155,14 @@ pub async fn run_as_guest(
     interrupts: &mut Interrupts,
     progress: impl FnMut(&Snapshot),
 ) -> Result<Outcome> {
-    let endpoint = Endpoint::from(run.plan.target.url.clone()).resolve().await?;
-    let mut around = Around { lead, interrupts, progress };
+    let endpoint = Endpoint::from(run.plan.target.url.clone())
+        .resolve()
+        .await?;
+    let mut around = Around {
+        lead,
+        interrupts,
+        progress,
+    };
     test(run, resources, clips, (endpoint, access), None, &mut around).await
 }
 
@@ -142,7 +176,14 @@ async fn test<L: Lead, P: FnMut(&Snapshot)>(
 ) -> Result<Outcome> {
     let mut plan = run.plan.clone();
     distrust_old_servers(&mut plan, &endpoint, &access).await;
-    let mut test = Test::start(&plan, run, around.lead.epoch(), resources, (endpoint, access), clips)?;
+    let mut test = Test::start(
+        &plan,
+        run,
+        around.lead.epoch(),
+        resources,
+        (endpoint, access),
+        clips,
+    )?;
     test.watch_server(server);
     test.go(around).await;
     let server = test.account_of_server().await;
@@ -154,26 +195,40 @@ pub async fn settle_connection(plan: &mut Plan) {
     if plan.connection != Connection::Auto {
         return;
     }
-    let (connection, reason) = match probe::has_single_connection(&Endpoint::from(plan.target.url.clone())).await {
-        Some(true) => (Connection::Single, "the server has /rtc/v1"),
-        Some(false) => (Connection::Dual, "the server has no /rtc/v1"),
-        None => (Connection::Dual, "the server did not say whether it has /rtc/v1"),
-    };
+    let (connection, reason) =
+        match probe::has_single_connection(&Endpoint::from(plan.target.url.clone())).await {
+            Some(true) => (Connection::Single, "the server has /rtc/v1"),
+            Some(false) => (Connection::Dual, "the server has no /rtc/v1"),
+            None => (
+                Connection::Dual,
+                "the server did not say whether it has /rtc/v1",
+            ),
+        };
     plan.settle_connection(connection, reason);
 }
 
 /// Only a join tells a server's version. A single connection that nobody asked for is given up where the server is too old for it.
 async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, access: &Access) {
-    if plan.connection != Connection::Single || plan.connection_reason.is_none() || plan.target.is_embedded() {
+    if plan.connection != Connection::Single
+        || plan.connection_reason.is_none()
+        || plan.target.is_embedded()
+    {
         return;
     }
     let first = plan.participant(0);
     let room = plan.room_name(first.room);
     let token = match access.key() {
         // Hosts that share a room throw each other out under one identity.
-        Some(key) => probe::visitor_token(key, &room, &plan.identity(&format!("probe-{}", first.index))),
+        Some(key) => probe::visitor_token(
+            key,
+            &room,
+            &plan.identity(&format!("probe-{}", first.index)),
+        ),
         // Whoever it is for joins in earnest later.
-        None => access.join_token(&first, &room, Permissions::SUBSCRIBER).await.ok(),
+        None => access
+            .join_token(&first, &room, Permissions::SUBSCRIBER)
+            .await
+            .ok(),
     };
     let Some(token) = token else { return };
     let version = probe::server_version(endpoint, &token).await;
@@ -186,7 +241,9 @@ async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, access: &Acc
 }
 
 fn unix_now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
 }
 
 /// A test under way.
@@ -286,7 +343,10 @@ impl SessionBook {
     /// Nobody comes any more: what is known of everybody is of all visits.
     fn join_visits(&mut self) {
         let ended = std::mem::take(&mut self.ended);
-        self.ended = ended.into_values().map(|ended| (ended.index, self.whole_of(ended))).collect();
+        self.ended = ended
+            .into_values()
+            .map(|ended| (ended.index, self.whole_of(ended)))
+            .collect();
     }
 
     /// A visit together with those before it.
@@ -324,7 +384,8 @@ impl<'a> Test<'a> {
         (endpoint, access): (Endpoint, Access),
         clips: Clips,
     ) -> Result<Test<'a>> {
-        let identity = Identity::generate().map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
+        let identity = Identity::generate()
+            .map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
         let roster = Arc::new(Roster::of(plan));
         let (report_sender, reports) = mpsc::unbounded_channel();
         let (notice_sender, notices) = mpsc::unbounded_channel();
@@ -359,13 +420,18 @@ impl<'a> Test<'a> {
             single_connection: plan.connection == Connection::Single,
             join_retries: plan.join_retries,
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
-            shards: workers.iter().map(|worker| worker.commands.clone()).collect(),
+            shards: workers
+                .iter()
+                .map(|worker| worker.commands.clone())
+                .collect(),
             notices: notice_sender,
             leave: leaving,
         };
         let places = places(&parts);
         let record_to = run.destinations.record.clone();
-        let recorder = record_to.map(|dir| start_recorder(dir, plan, &workers, &places)).transpose()?;
+        let recorder = record_to
+            .map(|dir| start_recorder(dir, plan, &workers, &places))
+            .transpose()?;
         let now = epoch.now();
         Ok(Test {
             plan,
@@ -377,7 +443,9 @@ impl<'a> Test<'a> {
             lost: LostPublishers::default(),
             workers,
             recorder,
-            observer: Observer::start(FloorThread::start(epoch).context("no thread for the timer floor")?),
+            observer: Observer::start(
+                FloorThread::start(epoch).context("no thread for the timer floor")?,
+            ),
             reports,
             notices,
             leave,
@@ -466,7 +534,11 @@ impl<'a> Test<'a> {
             Notice::JoinFailed { reason, .. } => {
                 self.sessions.failed += 1;
                 session.joins_failed += 1;
-                *self.sessions.failures.entry(format!("join: {reason}")).or_default() += 1;
+                *self
+                    .sessions
+                    .failures
+                    .entry(format!("join: {reason}"))
+                    .or_default() += 1;
             }
             Notice::JoinRetried => session.joins_retried += 1,
             Notice::Reconnected { index, after, .. } => {
@@ -481,11 +553,18 @@ impl<'a> Test<'a> {
                     tier.lost.insert(index);
                 }
                 session.disconnects += 1;
-                *self.sessions.failures.entry(format!("disconnected: {reason}")).or_default() += 1;
+                *self
+                    .sessions
+                    .failures
+                    .entry(format!("disconnected: {reason}"))
+                    .or_default() += 1;
             }
             Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
             Notice::SpeakersChanged => session.speaker_updates += 1,
-            Notice::Server { version, embedded_sfu } => {
+            Notice::Server {
+                version,
+                embedded_sfu,
+            } => {
                 self.sessions.server_version = Some(version).filter(|version| !version.is_empty());
                 self.sessions.embedded_sfu = embedded_sfu;
             }
@@ -506,11 +585,20 @@ impl<'a> Test<'a> {
     async fn survey(&mut self) -> Survey {
         self.surveyed.clear();
         self.question(|| Command::Survey).await;
-        Survey::new(self.plan, &self.lost, &std::mem::take(&mut self.surveyed), &self.visits)
+        Survey::new(
+            self.plan,
+            &self.lost,
+            &std::mem::take(&mut self.surveyed),
+            &self.visits,
+        )
     }
 
     async fn question(&mut self, command: impl Fn() -> Command) {
-        let wanted: Vec<u64> = self.workers.iter().map(|worker| worker.answers + 1).collect();
+        let wanted: Vec<u64> = self
+            .workers
+            .iter()
+            .map(|worker| worker.answers + 1)
+            .collect();
         self.command_all(command);
         let deadline = tokio::time::Instant::now() + Duration::from_secs(2);
         while self
@@ -535,7 +623,8 @@ impl<'a> Test<'a> {
             match tokio::time::timeout_at(deadline, self.reports.recv()).await {
                 Ok(Some(report)) => self.take_report(report),
                 _ => {
-                    self.notes.push("an engine thread did not answer: its last second is missing".into());
+                    self.notes
+                        .push("an engine thread did not answer: its last second is missing".into());
                     return;
                 }
             }
@@ -544,9 +633,16 @@ impl<'a> Test<'a> {
 
     /// Those that have given their last account are gone or about to be; one that has not is left behind.
     fn join_workers(&mut self) {
-        for (index, worker) in self.workers.iter_mut().enumerate().filter(|(_, worker)| worker.ended) {
+        for (index, worker) in self
+            .workers
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, worker)| worker.ended)
+        {
             match worker.thread.take().map(JoinHandle::join) {
-                Some(Ok(Err(error))) => self.notes.push(format!("engine thread {index} ended with an error: {error}")),
+                Some(Ok(Err(error))) => self.notes.push(format!(
+                    "engine thread {index} ended with an error: {error}"
+                )),
                 Some(Err(_)) => self.notes.push(format!("engine thread {index} panicked")),
                 Some(Ok(Ok(()))) | None => {}
             }
@@ -595,7 +691,9 @@ impl<'a> Test<'a> {
             participants: self.present(),
             joins_per_second: per_second(u64::from(self.sessions.joined - self.second.joined)),
             packets_sent_per_second: per_second(audio.packets_sent + video.packets_sent),
-            packets_received_per_second: per_second(audio.packets_received + video.packets_received),
+            packets_received_per_second: per_second(
+                audio.packets_received + video.packets_received,
+            ),
             bytes_sent_per_second: per_second(audio.bytes_sent + video.bytes_sent),
             bytes_received_per_second: per_second(audio.bytes_received + video.bytes_received),
             packets_lost: lost_more(audio) + lost_more(video),
@@ -604,8 +702,14 @@ impl<'a> Test<'a> {
             one_way_us_p99: latency.quantile(0.99),
             tick_late_us_p99: counted.engine.tick_late.quantile(0.99),
             cpu_cores: cpu_between(self.second.cpu, cpu).map(|used| used.as_secs_f64() / seconds),
-            uplink_estimate_bps: mean_bps(counted.bandwidth.uplink_estimate_kbps, counted.bandwidth.uplink_estimates),
-            downlink_estimate_bps: mean_bps(counted.bandwidth.remb_sent_kbps, counted.bandwidth.remb_sent),
+            uplink_estimate_bps: mean_bps(
+                counted.bandwidth.uplink_estimate_kbps,
+                counted.bandwidth.uplink_estimates,
+            ),
+            downlink_estimate_bps: mean_bps(
+                counted.bandwidth.remb_sent_kbps,
+                counted.bandwidth.remb_sent,
+            ),
             generator: self.observer.close_second(self.second.at, now, counted),
             server: self.server.as_mut().map(Watch::rows),
         };
@@ -629,9 +733,21 @@ impl<'a> Test<'a> {
         Snapshot {
             elapsed: now.since(Time::ZERO),
             // How long a part takes is for its leader to say.
-            total: self.plan.length(GRACE).filter(|_| self.plan.part.is_none()).map(|length| length + DRAIN),
-            tier: self.tier.as_ref().filter(|tier| !tier.plan.is_whole).map(|tier| tier.plan.name.clone()),
-            joined: if self.plan.has_tiers() { self.present() } else { self.sessions.joined },
+            total: self
+                .plan
+                .length(GRACE)
+                .filter(|_| self.plan.part.is_none())
+                .map(|length| length + DRAIN),
+            tier: self
+                .tier
+                .as_ref()
+                .filter(|tier| !tier.plan.is_whole)
+                .map(|tier| tier.plan.name.clone()),
+            joined: if self.plan.has_tiers() {
+                self.present()
+            } else {
+                self.sessions.joined
+            },
             planned: if self.plan.has_tiers() {
                 self.admitted
             } else {
@@ -655,10 +771,24 @@ impl<'a> Test<'a> {
             .iter()
             .filter(|participant| is_healthy(participant, run.judging.max_loss_pct))
             .count() as u64;
-        state_tracks(&mut self.record, self.plan, &self.lost, admitted, &self.outcomes, &self.sessions.ended);
+        state_tracks(
+            &mut self.record,
+            self.plan,
+            &self.lost,
+            admitted,
+            &self.outcomes,
+            &self.sessions.ended,
+        );
         let mut steps: Vec<Step> = self.tiers.drain(..).map(|tier| tier.step).collect();
-        let planned = if self.plan.find_knee { Vec::new() } else { lead::tiers(self.plan) };
-        let unmeasured = planned.into_iter().skip(steps.len()).filter(|tier| !tier.is_whole);
+        let planned = if self.plan.find_knee {
+            Vec::new()
+        } else {
+            lead::tiers(self.plan)
+        };
+        let unmeasured = planned
+            .into_iter()
+            .skip(steps.len())
+            .filter(|tier| !tier.is_whole);
         let unmeasured = unmeasured
             .map(|tier| Unmeasured {
                 subscribers: tier.per_room(),
@@ -666,7 +796,13 @@ impl<'a> Test<'a> {
             })
             .collect();
         let mut complaints = Vec::new();
-        if let Some(Hold { since, before, watch, .. }) = self.take_whole_hold() {
+        if let Some(Hold {
+            since,
+            before,
+            watch,
+            ..
+        }) = self.take_whole_hold()
+        {
             complaints.extend(self.broken.take());
             complaints.extend(watch.complaints());
             let mut record = self.record.since(&before);
@@ -731,14 +867,23 @@ impl<'a> Test<'a> {
 
     /// The busiest worker's share of its core, in a hold of that length that ended when publishers stopped.
     fn busiest_until(&self, hold: Duration) -> f64 {
-        let busy = |worker: &Worker| worker.cpu_at_stop.saturating_sub(worker.cpu_at_hold).as_secs_f64() / hold.as_secs_f64().max(0.001);
+        let busy = |worker: &Worker| {
+            worker
+                .cpu_at_stop
+                .saturating_sub(worker.cpu_at_hold)
+                .as_secs_f64()
+                / hold.as_secs_f64().max(0.001)
+        };
         self.workers.iter().map(busy).fold(0.0, f64::max)
     }
 
     /// Of subscriptions, those that a layout had room for later are expected, too.
     fn expect_joins(&mut self) {
         let mut joins = self.joins_all;
-        for (kind, media) in [&self.record.audio, &self.record.video].into_iter().enumerate() {
+        for (kind, media) in [&self.record.audio, &self.record.video]
+            .into_iter()
+            .enumerate()
+        {
             joins.tracks[kind] = joins.tracks[kind].max(media.tracks_expected);
         }
         expect_joins(&mut self.record, &joins);
@@ -790,26 +935,39 @@ impl<'a> Test<'a> {
 
     fn participant_outcomes(&self) -> Vec<ParticipantOutcome> {
         let mut by_participant: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
-        self.outcomes
-            .iter()
-            .for_each(|outcome| by_participant.entry(outcome.participant).or_default().push(outcome));
+        self.outcomes.iter().for_each(|outcome| {
+            by_participant
+                .entry(outcome.participant)
+                .or_default()
+                .push(outcome)
+        });
         let admitted = self.visits.len() as u32;
         (0..admitted)
             .map(|position| {
                 let plan = self.plan.participant(position);
                 let ended = self.sessions.ended.get(&plan.index);
-                let peers = by_participant.get(&plan.index).map_or(&[][..], Vec::as_slice);
+                let peers = by_participant
+                    .get(&plan.index)
+                    .map_or(&[][..], Vec::as_slice);
                 let fared = |kind| {
                     let expected = expected_tracks(self.plan, &self.lost, &plan, kind, ended);
-                    quality(peers, kind, expected, |origin| self.lost.has(self.plan, origin))
+                    quality(peers, kind, expected, |origin| {
+                        self.lost.has(self.plan, origin)
+                    })
                 };
                 ParticipantOutcome {
                     index: plan.index,
                     room: self.plan.room_name(plan.room),
                     timeline: ended.map_or_else(Timeline::default, |ended| ended.timeline),
-                    failure: ended.map_or_else(|| Some("did not start".to_owned()), |ended| ended.failure.clone()),
+                    failure: ended.map_or_else(
+                        || Some("did not start".to_owned()),
+                        |ended| ended.failure.clone(),
+                    ),
                     disconnects: ended.map_or(0, |ended| ended.disconnects),
-                    rtt_us: peers.iter().find_map(|peer| peer.rtt_rtcp).map(|rtt| rtt.as_micros() as u64),
+                    rtt_us: peers
+                        .iter()
+                        .find_map(|peer| peer.rtt_rtcp)
+                        .map(|rtt| rtt.as_micros() as u64),
                     audio: fared(Kind::Audio),
                     video: fared(Kind::Video),
                     publishes_audio: plan.publishes_audio,
@@ -824,8 +982,13 @@ impl<'a> Test<'a> {
 
 /// `the server was silent for 1.20 s at second 7`: the generator was awake, so its latencies and losses of that time are the server's.
 fn silence_note(stalls: &[Stall]) -> Option<String> {
-    let silences: Vec<&Stall> = stalls.iter().filter(|stall| stall.side == Side::Server).collect();
-    let worst = silences.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds))?;
+    let silences: Vec<&Stall> = stalls
+        .iter()
+        .filter(|stall| stall.side == Side::Server)
+        .collect();
+    let worst = silences
+        .iter()
+        .max_by(|a, b| a.seconds.total_cmp(&b.seconds))?;
     let all: f64 = silences.iter().map(|stall| stall.seconds).sum();
     let others = match silences.len() {
         1 => String::new(),
@@ -858,7 +1021,11 @@ fn cpu_between(before: Option<Duration>, after: Option<Duration>) -> Option<Dura
     Some(after?.saturating_sub(before?))
 }
 
-fn start_workers(parts: &[Vec<u32>], shard: &ShardConfig, reports: &mpsc::UnboundedSender<Report>) -> Result<Vec<Worker>> {
+fn start_workers(
+    parts: &[Vec<u32>],
+    shard: &ShardConfig,
+    reports: &mpsc::UnboundedSender<Report>,
+) -> Result<Vec<Worker>> {
     let cpus = net::allowed_cpus();
     let mut workers = Vec::new();
     for (index, part) in parts.iter().enumerate() {
@@ -893,14 +1060,21 @@ fn start_workers(parts: &[Vec<u32>], shard: &ShardConfig, reports: &mpsc::Unboun
 }
 
 /// Records below `dir`: each tap goes to the worker that its participant lives on.
-fn start_recorder(dir: PathBuf, plan: &Plan, workers: &[Worker], places: &[Place]) -> Result<Recorder> {
+fn start_recorder(
+    dir: PathBuf,
+    plan: &Plan,
+    workers: &[Worker],
+    places: &[Place],
+) -> Result<Recorder> {
     let (recording, taps) = Recording::new(dir, plan);
     for (participant, tap) in taps {
         // A worker that is gone is missed when its account is.
-        let _ = workers[places[participant.position as usize].shard].commands.send(Command::Record {
-            participant: participant.index,
-            tap,
-        });
+        let _ = workers[places[participant.position as usize].shard]
+            .commands
+            .send(Command::Record {
+                participant: participant.index,
+                tap,
+            });
     }
     Recorder::start(recording).context("no thread for recording")
 }

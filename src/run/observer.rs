@@ -79,9 +79,15 @@ impl Observer {
         self.floor_gaps.extend(floor.gaps);
         self.threads.extend(now.threads.clone());
         let threads = now.threads_since(&self.last);
-        let named = |prefix: &'static str| threads.iter().filter(move |thread| thread.name.starts_with(prefix));
+        let named = |prefix: &'static str| {
+            threads
+                .iter()
+                .filter(move |thread| thread.name.starts_with(prefix))
+        };
         let seconds = to.since(from).as_secs_f64();
-        let sfu_cpu = named(sfu::THREAD_PREFIX).map(|thread| thread.cpu).reduce(|sum, cpu| sum + cpu);
+        let sfu_cpu = named(sfu::THREAD_PREFIX)
+            .map(|thread| thread.cpu)
+            .reduce(|sum, cpu| sum + cpu);
         let micros = |time: Duration| time.as_micros() as u64;
         let second = Second {
             from,
@@ -90,11 +96,18 @@ impl Observer {
             send_lag_us_max: counted.engine.send_lag.max(),
             floor_late_us_max: floor.late_max.max(self.floor_late_max.take()).map(micros),
             frames_skipped: counted.engine.send_slots_skipped,
-            engine_busy: named(ENGINE_PREFIX).map(|thread| thread.cpu).max().map(|cpu| cpu.as_secs_f64() / seconds),
-            run_queue_us_max: named(ENGINE_PREFIX).map(|thread| micros(thread.run_queue)).max(),
+            engine_busy: named(ENGINE_PREFIX)
+                .map(|thread| thread.cpu)
+                .max()
+                .map(|cpu| cpu.as_secs_f64() / seconds),
+            run_queue_us_max: named(ENGINE_PREFIX)
+                .map(|thread| micros(thread.run_queue))
+                .max(),
             embedded_sfu_cores: sfu_cpu.map(|cpu| cpu.as_secs_f64() / seconds),
             steal_us: now.stolen_since(&self.last).map(micros),
-            throttled_us: now.throttled_since(&self.last).map(|throttling| micros(throttling.time)),
+            throttled_us: now
+                .throttled_since(&self.last)
+                .map(|throttling| micros(throttling.time)),
             drops: HostDrops {
                 sockets: Some(counted.session.host_drops),
                 ..now.drops.since(&self.last.drops)
@@ -113,7 +126,14 @@ impl Observer {
 
     /// Why the generator was the limit in a part of the run that ends now. `counted` is what the engine counted in it, `floor_before` is of its beginning, and
     /// `busiest_worker` a share of a core.
-    pub fn reasons_between(&mut self, from: Time, until: Time, counted: &Record, floor_before: &Histogram, busiest_worker: f64) -> Vec<String> {
+    pub fn reasons_between(
+        &mut self,
+        from: Time,
+        until: Time,
+        counted: &Record,
+        floor_before: &Histogram,
+        busiest_worker: f64,
+    ) -> Vec<String> {
         let floor = self.floor.take();
         self.floor_gaps.extend(floor.gaps);
         self.floor_late_max = self.floor_late_max.max(floor.late_max);
@@ -121,8 +141,18 @@ impl Observer {
             from: gap.from.max(from),
             to: gap.to.min(until),
         };
-        let gaps: Vec<Gap> = self.engine_gaps.iter().map(within).filter(|gap| gap.from < gap.to).collect();
-        let seconds: Vec<Second> = self.seconds.iter().filter(|row| row.from < until && row.to > from).cloned().collect();
+        let gaps: Vec<Gap> = self
+            .engine_gaps
+            .iter()
+            .map(within)
+            .filter(|gap| gap.from < gap.to)
+            .collect();
+        let seconds: Vec<Second> = self
+            .seconds
+            .iter()
+            .filter(|row| row.from < until && row.to > from)
+            .cloned()
+            .collect();
         health::reasons(&health::Evidence {
             record: counted,
             floor: &self.floor.so_far().since(floor_before),
@@ -164,7 +194,9 @@ impl Observer {
             drops: end.drops.since(&self.start.drops),
             softnet_squeezed: grown(end.softnet_squeezed, self.start.softnet_squeezed),
             stolen: end.stolen_since(&self.start),
-            throttled: end.throttled_since(&self.start).map(|throttling| (throttling.times, throttling.time)),
+            throttled: end
+                .throttled_since(&self.start)
+                .map(|throttling| (throttling.times, throttling.time)),
             threads: thread_times(&self.threads, &self.start.threads),
         }
     }
@@ -182,7 +214,9 @@ fn thread_times(threads: &BTreeMap<u32, Thread>, start: &BTreeMap<u32, Thread>) 
         let name = match &thread.name {
             name if name.starts_with(sfu::THREAD_PREFIX) => "embedded SFU".to_owned(),
             name if name.starts_with(SIGNALLING_PREFIX) => "signalling".to_owned(),
-            name if name.starts_with(ENGINE_PREFIX) || name == "floor" || name == "recorder" => name.clone(),
+            name if name.starts_with(ENGINE_PREFIX) || name == "floor" || name == "recorder" => {
+                name.clone()
+            }
             _ => "main".to_owned(),
         };
         let time = times.entry(name.clone()).or_insert(ThreadTime {
@@ -191,7 +225,10 @@ fn thread_times(threads: &BTreeMap<u32, Thread>, start: &BTreeMap<u32, Thread>) 
             run_queue_seconds: 0.0,
         });
         time.cpu_seconds += thread.cpu.saturating_sub(before.cpu).as_secs_f64();
-        time.run_queue_seconds += thread.run_queue.saturating_sub(before.run_queue).as_secs_f64();
+        time.run_queue_seconds += thread
+            .run_queue
+            .saturating_sub(before.run_queue)
+            .as_secs_f64();
     }
     times.into_values().collect()
 }

@@ -21,7 +21,12 @@ pub(crate) struct Rooms {
 
 impl Rooms {
     /// Makes those that are not there yet; all of them or, on an error or a signal, none.
-    pub(crate) async fn create(plan: &Plan, endpoint: &Endpoint, api_key: &ApiKey, interrupts: &mut Interrupts) -> Result<Rooms> {
+    pub(crate) async fn create(
+        plan: &Plan,
+        endpoint: &Endpoint,
+        api_key: &ApiKey,
+        interrupts: &mut Interrupts,
+    ) -> Result<Rooms> {
         let service = RoomService::new(endpoint.clone(), api_key.clone());
         let mut rooms = Rooms {
             service,
@@ -58,9 +63,13 @@ impl Rooms {
     }
 
     async fn make(&mut self, plan: &Plan) -> Result<()> {
-        let wanted: Vec<String> = (0..plan.shape.room_count).map(|room| plan.room_name(room)).collect();
+        let wanted: Vec<String> = (0..plan.shape.room_count)
+            .map(|room| plan.room_name(room))
+            .collect();
         let existing = self.service.list_rooms().await?;
-        let (ours, others): (Vec<_>, Vec<_>) = existing.iter().partition(|room| wanted.contains(&room.name));
+        let (ours, others): (Vec<_>, Vec<_>) = existing
+            .iter()
+            .partition(|room| wanted.contains(&room.name));
         if !others.is_empty() {
             self.notes.push(format!(
                 "the server carries {} that are not ours: its figures are not of this load alone",
@@ -74,7 +83,10 @@ impl Rooms {
                 room.name
             ));
         }
-        for name in wanted.into_iter().filter(|name| existing.iter().all(|room| room.name != *name)) {
+        for name in wanted
+            .into_iter()
+            .filter(|name| existing.iter().all(|room| room.name != *name))
+        {
             // Before the call: one that is given up half-way may have made the room.
             self.made.push(name.clone());
             self.service.create_room(&name, ROOM_EMPTY_TIMEOUT).await?;
@@ -99,7 +111,9 @@ impl Rooms {
                     notes.push(format!("{left} of ours may be left behind: {error}"));
                     break;
                 }
-                Err(error) => notes.push(format!("room '{name}' of ours may be left behind: {error}")),
+                Err(error) => {
+                    notes.push(format!("room '{name}' of ours may be left behind: {error}"))
+                }
             }
         }
         notes
@@ -108,7 +122,10 @@ impl Rooms {
     /// Returns how many others kept the room from being deleted.
     async fn delete_one(&self, plan: &Plan, name: &str) -> Result<usize, RoomError> {
         let inside = self.service.list_participants(name).await?;
-        let others = inside.iter().filter(|participant| !plan.is_ours(&participant.identity)).count();
+        let others = inside
+            .iter()
+            .filter(|participant| !plan.is_ours(&participant.identity))
+            .count();
         if others == 0 {
             self.service.delete_room(name).await?;
         }
@@ -117,5 +134,9 @@ impl Rooms {
 }
 
 fn plural(count: usize, noun: &str) -> String {
-    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
+    if count == 1 {
+        format!("1 {noun}")
+    } else {
+        format!("{count} {noun}s")
+    }
 }

@@ -45,9 +45,14 @@ impl Search {
 
     /// What was found; `None` where the run ended before that.
     pub fn capacity(&self) -> Option<Capacity> {
-        let knee::Next::Done(answer) = self.knee.next() else { return None };
+        let knee::Next::Done(answer) = self.knee.next() else {
+            return None;
+        };
         let broke_first = match answer {
-            Answer::Capacity { .. } | Answer::None => self.knee.broke_first().map(|tried| (tried.participants, tried.reasons.clone())),
+            Answer::Capacity { .. } | Answer::None => self
+                .knee
+                .broke_first()
+                .map(|tried| (tried.participants, tried.reasons.clone())),
             Answer::AtLeast { .. } | Answer::NotMeasured { .. } => None,
         };
         let point = |(tried, phase): (&Tried, &Phase)| CapacityPoint {
@@ -58,7 +63,13 @@ impl Search {
         Some(Capacity {
             answer,
             broke_first,
-            points: self.knee.tried().iter().zip(&self.phases).map(point).collect(),
+            points: self
+                .knee
+                .tried()
+                .iter()
+                .zip(&self.phases)
+                .map(point)
+                .collect(),
         })
     }
 
@@ -72,7 +83,8 @@ impl Search {
             Verdict::Pass => PointVerdict::Pass,
             Verdict::Fail | Verdict::Partial => PointVerdict::Fail,
         };
-        self.knee.take(subscribers, verdict, tier.judgement.reasons.clone());
+        self.knee
+            .take(subscribers, verdict, tier.judgement.reasons.clone());
         self.point = Point::default();
     }
 
@@ -100,7 +112,9 @@ impl Lead for Search {
         if let Some(tier) = tiers.get(self.knee.tried().len()) {
             self.take(tier);
         }
-        let knee::Next::Try(point) = self.knee.next() else { return Next::Finish };
+        let knee::Next::Try(point) = self.knee.next() else {
+            return Next::Finish;
+        };
         self.phases.push(point.phase);
         Next::Tier(TierPlan {
             name: format!("point {}", self.phases.len()),
@@ -117,7 +131,11 @@ impl Lead for Search {
 
     /// The verdict is settled where both halves of the hold come to what the whole comes to.
     fn is_settled(&mut self, seen: &Observation<'_>) -> bool {
-        let Some((tier, held_from)) = seen.tier.as_ref().and_then(|tier| Some((tier, tier.held_from?))) else {
+        let Some((tier, held_from)) = seen
+            .tier
+            .as_ref()
+            .and_then(|tier| Some((tier, tier.held_from?)))
+        else {
             return true;
         };
         let length = self.duration * 2u32.pow(self.point.doublings);
@@ -129,7 +147,11 @@ impl Lead for Search {
         };
         let halves = [tier.record_until(middle), tier.record_since(middle)];
         let passes = self.passes(&whole);
-        if halves.iter().flatten().all(|half| self.passes(half) == passes) {
+        if halves
+            .iter()
+            .flatten()
+            .all(|half| self.passes(half) == passes)
+        {
             return true;
         }
         if self.point.doublings == DOUBLINGS_MAX {
@@ -144,7 +166,8 @@ impl Lead for Search {
 
     fn observe(&mut self, seen: &Observation<'_>) {
         let held_from = seen.tier.as_ref().and_then(|tier| tier.held_from);
-        if let Some(held_from) = held_from.filter(|_| seen.stage == Stage::Hold && self.point.middle.is_none())
+        if let Some(held_from) =
+            held_from.filter(|_| seen.stage == Stage::Hold && self.point.middle.is_none())
             && seen.now.since(held_from) >= self.duration / 2
         {
             self.point.middle = Some(seen.record.clone());

@@ -105,14 +105,19 @@ impl Test<'_> {
     }
 
     /// Has publishers join. The lead says whether the others wait for them.
-    async fn publish<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) -> bool {
+    async fn publish<L: Lead, P: FnMut(&Snapshot)>(
+        &mut self,
+        around: &mut Around<'_, L, P>,
+    ) -> bool {
         self.next_join_at = self.epoch.now() + FIRST_JOIN_DELAY;
         self.admit(Subscribers::Total(0), None, None);
         self.observe(around);
         if !around.lead.waits_for_publishers() {
             return true;
         }
-        let settled = self.wait(around, |test| test.is_settled().then_some(Until::Done)).await;
+        let settled = self
+            .wait(around, |test| test.is_settled().then_some(Until::Done))
+            .await;
         // They have joined before any tier.
         self.joins_new = Joins::default();
         self.goes_on(settled, "while publishers were joining")
@@ -120,7 +125,10 @@ impl Test<'_> {
 
     async fn hold_tiers<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
         loop {
-            let next = match self.ask(around, async |lead, test| lead.next(&test.tiers).await).await {
+            let next = match self
+                .ask(around, async |lead, test| lead.next(&test.tiers).await)
+                .await
+            {
                 Ok(next) => next,
                 Err(until) => {
                     self.goes_on(until, "before the next tier");
@@ -135,21 +143,38 @@ impl Test<'_> {
     }
 
     /// Has a tier gather and settle, and holds it. False where nothing can follow.
-    async fn hold_tier<L: Lead, P: FnMut(&Snapshot)>(&mut self, plan: TierPlan, around: &mut Around<'_, L, P>) -> bool {
-        let (start, warmup, hold, is_whole) = (plan.start.unwrap_or(Time::ZERO), plan.warmup, plan.hold, plan.is_whole);
+    async fn hold_tier<L: Lead, P: FnMut(&Snapshot)>(
+        &mut self,
+        plan: TierPlan,
+        around: &mut Around<'_, L, P>,
+    ) -> bool {
+        let (start, warmup, hold, is_whole) = (
+            plan.start.unwrap_or(Time::ZERO),
+            plan.warmup,
+            plan.hold,
+            plan.is_whole,
+        );
         self.begin_tier(plan);
         self.enter(Stage::Gather, around);
         // A host where nobody comes or goes keeps to the time, too.
         let is_gathered = |test: &Test<'_>| test.epoch.now() >= start && test.is_settled();
-        let joined = self.wait(around, |test| is_gathered(test).then_some(Until::Done)).await;
+        let joined = self
+            .wait(around, |test| is_gathered(test).then_some(Until::Done))
+            .await;
         // Where nobody got in there is nothing to hold: the joins have failed, and that is the result.
-        if !self.goes_on(joined, "while participants were joining") || self.admitted > 0 && self.sessions.joined == 0 {
+        if !self.goes_on(joined, "while participants were joining")
+            || self.admitted > 0 && self.sessions.joined == 0
+        {
             return false;
         }
         if !warmup.is_zero() {
             self.enter(Stage::WarmUp, around);
             let end = self.epoch.now() + warmup;
-            let settled = self.wait(around, |test| (test.epoch.now() >= end).then_some(Until::Done)).await;
+            let settled = self
+                .wait(around, |test| {
+                    (test.epoch.now() >= end).then_some(Until::Done)
+                })
+                .await;
             if !self.goes_on(settled, "while participants settled") {
                 return false;
             }
@@ -158,7 +183,11 @@ impl Test<'_> {
         self.enter(Stage::Hold, around);
         let mut end = self.epoch.now() + hold;
         let held = loop {
-            let held = self.wait(around, |test| (test.epoch.now() >= end).then_some(Until::Done)).await;
+            let held = self
+                .wait(around, |test| {
+                    (test.epoch.now() >= end).then_some(Until::Done)
+                })
+                .await;
             if !matches!(held, Until::Done) || around.lead.is_settled(&self.observation()) {
                 break held;
             }
@@ -181,7 +210,11 @@ impl Test<'_> {
             let [start, end, now] = &held.surveys;
             Stay::begin(stayers, began_at, [start, end, now], held.seconds)
         });
-        self.admit(plan.subscribers, plan.start, self.plan.ramp_time.filter(|_| !plan.is_whole));
+        self.admit(
+            plan.subscribers,
+            plan.start,
+            self.plan.ramp_time.filter(|_| !plan.is_whole),
+        );
         self.tier = Some(UnderWay {
             plan,
             began_at,
@@ -198,7 +231,8 @@ impl Test<'_> {
     /// That there ought to be, to audio and to video.
     fn subscriptions(&self) -> [u64; 2] {
         let mut all = Joins::default();
-        (0..self.admitted).for_each(|position| all.add(self.plan, &self.lost, &self.plan.participant(position)));
+        (0..self.admitted)
+            .for_each(|position| all.add(self.plan, &self.lost, &self.plan.participant(position)));
         all.tracks
     }
 
@@ -210,9 +244,15 @@ impl Test<'_> {
             self.survey().await
         };
         self.resident_hold = net::resident_bytes().map(|(now, _)| now);
-        self.workers.iter_mut().for_each(|worker| worker.cpu_at_hold = worker.cpu);
+        self.workers
+            .iter_mut()
+            .for_each(|worker| worker.cpu_at_hold = worker.cpu);
         if let Some(tier) = &mut self.tier {
-            let watched: &[_] = if tier.plan.watches_thresholds { &self.judging.thresholds } else { &[] };
+            let watched: &[_] = if tier.plan.watches_thresholds {
+                &self.judging.thresholds
+            } else {
+                &[]
+            };
             tier.hold = Some(Hold {
                 since: self.epoch.now(),
                 before: self.record.clone(),
@@ -223,7 +263,10 @@ impl Test<'_> {
     }
 
     /// The tier under way is over: what it came to, once what was under way has had its time, is a step of the report. False where that wait was cut short.
-    async fn close_tier<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) -> bool {
+    async fn close_tier<L: Lead, P: FnMut(&Snapshot)>(
+        &mut self,
+        around: &mut Around<'_, L, P>,
+    ) -> bool {
         // Before the survey, which brings what is expected up to date: beside a look of before it, the last second would seem lost.
         self.watch(self.epoch.now());
         let end = self.survey().await;
@@ -238,7 +281,11 @@ impl Test<'_> {
         let mut goes_on = self.partial.is_none();
         if goes_on {
             let over = until + GRACE;
-            let waited = self.wait(around, |test| (test.epoch.now() >= over).then_some(Until::Done)).await;
+            let waited = self
+                .wait(around, |test| {
+                    (test.epoch.now() >= over).then_some(Until::Done)
+                })
+                .await;
             goes_on = self.goes_on(waited, "while the last packets of a tier were awaited");
         }
         let after = self.survey().await;
@@ -275,7 +322,13 @@ impl Test<'_> {
             record: tally.record(),
             tier: Some(TierFacts {
                 subscribers: plan.per_room(),
-                invalid: self.observer.reasons_between(began_at, until, &since_beginning, &floor, busiest),
+                invalid: self.observer.reasons_between(
+                    began_at,
+                    until,
+                    &since_beginning,
+                    &floor,
+                    busiest,
+                ),
                 complaints: [
                     stay.map_or_else(Vec::new, |stay| stay.complaints(&lost, &end, until)),
                     self.broken.iter().cloned().collect(),
@@ -316,15 +369,29 @@ impl Test<'_> {
 
     /// The holds by their tiers' names, from when to when, the one that is the whole run included.
     pub(super) fn holds(&self) -> Vec<(String, Time, Time)> {
-        let over = self.tiers.iter().map(|tier| (tier.plan.name.clone(), tier.held_from, tier.held_until));
-        let whole = self.tier.as_ref().filter(|tier| tier.plan.is_whole).zip(self.media_stopped_at);
-        let whole = whole.and_then(|(tier, stopped)| Some((tier.plan.name.clone(), tier.hold.as_ref()?.since, stopped)));
+        let over = self
+            .tiers
+            .iter()
+            .map(|tier| (tier.plan.name.clone(), tier.held_from, tier.held_until));
+        let whole = self
+            .tier
+            .as_ref()
+            .filter(|tier| tier.plan.is_whole)
+            .zip(self.media_stopped_at);
+        let whole = whole.and_then(|(tier, stopped)| {
+            Some((tier.plan.name.clone(), tier.hold.as_ref()?.since, stopped))
+        });
         over.chain(whole).collect()
     }
 
     /// Has so many subscribers be in, and all publishers. Who joins does so at its intended moment, whatever became of the earlier ones; who leaves does so in the
     /// reverse order. The first one not before `start`, and all of them within `ramp_time`, or at the plan's pace.
-    fn admit(&mut self, subscribers: Subscribers, start: Option<Time>, ramp_time: Option<Duration>) {
+    fn admit(
+        &mut self,
+        subscribers: Subscribers,
+        start: Option<Time>,
+        ramp_time: Option<Duration>,
+    ) {
         let (before, wanted) = (self.admitted, self.plan.participants_with(subscribers));
         let moves = wanted.abs_diff(before);
         let interval = match ramp_time {
@@ -332,7 +399,11 @@ impl Test<'_> {
             None => 1.0 / self.plan.joins_per_second,
         };
         // Only the first ones join in a row with the publishers.
-        let after = if self.tiers.is_empty() { self.next_join_at } else { Time::ZERO };
+        let after = if self.tiers.is_empty() {
+            self.next_join_at
+        } else {
+            Time::ZERO
+        };
         let first_at = start.unwrap_or_else(|| self.epoch.now()).max(after);
         let pace = Pace { first_at, interval };
         self.next_join_at = pace.moment(moves);
@@ -346,7 +417,9 @@ impl Test<'_> {
 
     /// Starts the sessions of those who join, each at its moment.
     fn invite(&mut self, joining: std::ops::Range<u32>, pace: Pace) {
-        let Some(context) = self.context.clone() else { return };
+        let Some(context) = self.context.clone() else {
+            return;
+        };
         let mut sessions = Vec::new();
         for (place, position) in (0..).zip(joining) {
             let participant = self.plan.participant(position);
@@ -357,9 +430,20 @@ impl Test<'_> {
             self.visits.insert(index, intended);
             let (sender, requests) = mpsc::unbounded_channel();
             self.requests.insert(index, sender);
-            let [audio, video] = [Kind::Audio, Kind::Video].map(|kind| self.plan.tracks_ahead(&participant, kind));
-            let (room, place) = (self.plan.room_name(participant.room), self.places[position as usize]);
-            sessions.push((intended, participant, room, place, Sections { audio, video }, requests));
+            let [audio, video] =
+                [Kind::Audio, Kind::Video].map(|kind| self.plan.tracks_ahead(&participant, kind));
+            let (room, place) = (
+                self.plan.room_name(participant.room),
+                self.places[position as usize],
+            );
+            sessions.push((
+                intended,
+                participant,
+                room,
+                place,
+                Sections { audio, video },
+                requests,
+            ));
         }
         let mut leave = self.leave.subscribe();
         tokio::spawn(async move {
@@ -369,7 +453,15 @@ impl Test<'_> {
                     () = tokio::time::sleep_until(at) => {}
                     () = session::leaving(&mut leave) => return,
                 }
-                tokio::spawn(session::run(context.clone(), participant, room, place, intended, tracks_ahead, requests));
+                tokio::spawn(session::run(
+                    context.clone(),
+                    participant,
+                    room,
+                    place,
+                    intended,
+                    tracks_ahead,
+                    requests,
+                ));
             }
         });
     }
@@ -379,9 +471,14 @@ impl Test<'_> {
         let first = self.plan.participant(stayers).index;
         let leaving = self.requests.split_off(&first);
         // Who has gone by itself is not waited for.
-        let here = leaving.keys().filter(|index| !self.sessions.ended.contains_key(index));
+        let here = leaving
+            .keys()
+            .filter(|index| !self.sessions.ended.contains_key(index));
         self.sessions.leaving.extend(here);
-        let leaving: Vec<_> = (0..).map(|place| pace.moment(place)).zip(leaving.into_values().rev()).collect();
+        let leaving: Vec<_> = (0..)
+            .map(|place| pace.moment(place))
+            .zip(leaving.into_values().rev())
+            .collect();
         let (epoch, mut leave) = (self.epoch, self.leave.subscribe());
         tokio::spawn(async move {
             for (at, requests) in leaving {
@@ -397,13 +494,16 @@ impl Test<'_> {
 
     /// Whoever was to join is in, or has failed; whoever was to leave is gone.
     fn is_settled(&self) -> bool {
-        self.sessions.joined + self.sessions.failed >= self.joins_all.count && self.sessions.leaving.is_empty()
+        self.sessions.joined + self.sessions.failed >= self.joins_all.count
+            && self.sessions.leaving.is_empty()
     }
 
     /// The last frames leave, then what is under way or lost gets time to arrive.
     async fn stop_media<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
         if self.partial.is_none() {
-            let may_stop = self.ask(around, async |lead, _| lead.before_stop().await).await;
+            let may_stop = self
+                .ask(around, async |lead, _| lead.before_stop().await)
+                .await;
             if let Err(until) = may_stop {
                 self.goes_on(until, "while others were measuring");
             }
@@ -412,18 +512,28 @@ impl Test<'_> {
         let now = self.epoch.now();
         self.media_stopped_at = Some(now);
         self.flush().await;
-        self.workers.iter_mut().for_each(|worker| worker.cpu_at_stop = worker.cpu);
+        self.workers
+            .iter_mut()
+            .for_each(|worker| worker.cpu_at_stop = worker.cpu);
         self.enter(Stage::Drain, around);
         let end = now + DRAIN;
         // Where nobody is left there is nothing to wait for.
-        if let Until::Interrupted(signal) = self.wait(around, |test| (test.epoch.now() >= end).then_some(Until::Done)).await {
+        if let Until::Interrupted(signal) = self
+            .wait(around, |test| {
+                (test.epoch.now() >= end).then_some(Until::Done)
+            })
+            .await
+        {
             self.note_interrupt(&format!("{signal} while the last packets were awaited"));
         }
         self.settle_accounts(around).await;
         self.enter(Stage::Leave, around);
     }
 
-    async fn settle_accounts<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
+    async fn settle_accounts<L: Lead, P: FnMut(&Snapshot)>(
+        &mut self,
+        around: &mut Around<'_, L, P>,
+    ) {
         let limit = match self.was_interrupted {
             true => self.epoch.now() + ACCOUNT_TIMEOUT,
             false => Time::MAX,
@@ -450,17 +560,27 @@ impl Test<'_> {
         let seconds = self.epoch.now().as_micros() as f64 / 1e6;
         match until {
             Until::Done => return true,
-            Until::Interrupted(signal) => self.note_interrupt(&format!("{signal} after {seconds:.1} s, {when}")),
+            Until::Interrupted(signal) => {
+                self.note_interrupt(&format!("{signal} after {seconds:.1} s, {when}"))
+            }
             Until::Aborted(reason) => self.partial = Some(reason),
             // The tier says why it failed.
             Until::Broken => {}
-            Until::Abandoned => self.partial = Some(format!("all participants were gone after {seconds:.1} s, {when}")),
+            Until::Abandoned => {
+                self.partial = Some(format!(
+                    "all participants were gone after {seconds:.1} s, {when}"
+                ))
+            }
         }
         false
     }
 
     /// Takes reports and notices until `done` says so, a signal comes, or nobody is left.
-    async fn wait<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>, done: impl Fn(&Test<'_>) -> Option<Until>) -> Until {
+    async fn wait<L: Lead, P: FnMut(&Snapshot)>(
+        &mut self,
+        around: &mut Around<'_, L, P>,
+        done: impl Fn(&Test<'_>) -> Option<Until>,
+    ) -> Until {
         let mut beat = beat();
         loop {
             if let Some(until) = done(self).or_else(|| self.end_of_waiting(around.lead)) {
@@ -481,7 +601,10 @@ impl Test<'_> {
     ) -> Result<T, Until> {
         let mut beat = beat();
         loop {
-            if let Some(until) = self.end_of_waiting(around.lead).filter(|_| self.media_stopped_at.is_none()) {
+            if let Some(until) = self
+                .end_of_waiting(around.lead)
+                .filter(|_| self.media_stopped_at.is_none())
+            {
                 return Err(until);
             }
             tokio::select! {
@@ -498,15 +621,25 @@ impl Test<'_> {
         // Once publishers have stopped the end has come already.
         let may_abort = self.partial.is_none() && self.media_stopped_at.is_none();
         let aborted = lead.abort().filter(|_| may_abort).map(Until::Aborted);
-        let broken = self.broken.as_ref().filter(|_| self.stage == Stage::Hold).map(|_| Until::Broken);
-        aborted.or(broken).or_else(|| self.is_abandoned().then_some(Until::Abandoned))
+        let broken = self
+            .broken
+            .as_ref()
+            .filter(|_| self.stage == Stage::Hold)
+            .map(|_| Until::Broken);
+        aborted
+            .or(broken)
+            .or_else(|| self.is_abandoned().then_some(Until::Abandoned))
     }
 
     /// Everybody who ought to be in has been, and has gone for good.
     fn is_abandoned(&self) -> bool {
         let (ended, admitted) = (&self.sessions.ended, self.admitted as usize);
         let all = self.sessions.joined > 0 && admitted > 0 && ended.len() >= admitted;
-        all && self.visits.keys().take(admitted).all(|index| ended.contains_key(index))
+        all && self
+            .visits
+            .keys()
+            .take(admitted)
+            .all(|index| ended.contains_key(index))
     }
 
     /// Looks at the thresholds that are looked at while a tier is held.
@@ -526,7 +659,12 @@ impl Test<'_> {
             .wants_hold()
             .then(|| so_far(began, &hold.before, &self.record, joins, *subscriptions));
         let broken = hold.watch.take(&self.record, so_far.as_ref(), now);
-        let when = |why| format!("{why}, {:.0} s into the hold, and ended the run", now.since(hold.since).as_secs_f64());
+        let when = |why| {
+            format!(
+                "{why}, {:.0} s into the hold, and ended the run",
+                now.since(hold.since).as_secs_f64()
+            )
+        };
         self.broken = self.broken.take().or(broken.map(when));
     }
 
@@ -568,16 +706,20 @@ impl Test<'_> {
             present: self.present(),
             broken: self.broken.as_deref(),
             record: &self.record,
-            tier: self.tier.as_ref().filter(|_| self.stage != Stage::Between).map(|tier| TierSeen {
-                plan: &tier.plan,
-                began_at: tier.began_at,
-                held_from: tier.hold.as_ref().map(|hold| hold.since),
-                now: &self.record,
-                began: &tier.began,
-                joins: &tier.joins,
-                subscriptions: tier.subscriptions,
-                held: tier.hold.as_ref().map(|hold| &hold.before),
-            }),
+            tier: self
+                .tier
+                .as_ref()
+                .filter(|_| self.stage != Stage::Between)
+                .map(|tier| TierSeen {
+                    plan: &tier.plan,
+                    began_at: tier.began_at,
+                    held_from: tier.hold.as_ref().map(|hold| hold.since),
+                    now: &self.record,
+                    began: &tier.began,
+                    joins: &tier.joins,
+                    subscriptions: tier.subscriptions,
+                    held: tier.hold.as_ref().map(|hold| &hold.before),
+                }),
             sample: &self.second.last,
             roster: &self.roster,
         }

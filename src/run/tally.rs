@@ -39,30 +39,55 @@ struct Fare {
 
 impl Survey {
     /// `visits` says when each participant was last to join: what went live before that is not live.
-    pub fn new(plan: &Plan, lost: &LostPublishers, outcomes: &[PeerOutcome], visits: &BTreeMap<u32, Time>) -> Survey {
+    pub fn new(
+        plan: &Plan,
+        lost: &LostPublishers,
+        outcomes: &[PeerOutcome],
+        visits: &BTreeMap<u32, Time>,
+    ) -> Survey {
         let mut peers: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
-        outcomes.iter().for_each(|peer| peers.entry(peer.participant).or_default().push(peer));
+        outcomes
+            .iter()
+            .for_each(|peer| peers.entry(peer.participant).or_default().push(peer));
         let mut survey = Survey::default();
         for participant in plan.participants() {
-            let Some(visit) = visits.get(&participant.index) else { continue };
+            let Some(visit) = visits.get(&participant.index) else {
+                continue;
+            };
             let all = peers.remove(&participant.index).unwrap_or_default();
-            let here: Vec<&PeerOutcome> = all.iter().copied().filter(|peer| peer.intended_at >= *visit).collect();
+            let here: Vec<&PeerOutcome> = all
+                .iter()
+                .copied()
+                .filter(|peer| peer.intended_at >= *visit)
+                .collect();
             let is_lost = |origin| lost.has(plan, origin);
             let fares = |kind| {
                 let expected = plan.expected_tracks(&participant, kind, lost);
                 Quality {
                     // Where a layout has room for a part of them, others than at first may have come, too.
-                    tracks_live: quality(&here, kind, expected, is_lost).tracks_live.min(expected.into()),
+                    tracks_live: quality(&here, kind, expected, is_lost)
+                        .tracks_live
+                        .min(expected.into()),
                     ..quality(&all, kind, expected, is_lost)
                 }
             };
             let overdue = [Kind::Audio, Kind::Video].map(|kind| {
-                let streams = all.iter().flat_map(|peer| &peer.streams).filter(|stream| stream.kind == kind);
+                let streams = all
+                    .iter()
+                    .flat_map(|peer| &peer.streams)
+                    .filter(|stream| stream.kind == kind);
                 streams.map(|stream| stream.frames_overdue).sum()
             });
             (0..2).for_each(|kind| survey.overdue[kind] += overdue[kind]);
             let (audio, video) = (fares(Kind::Audio), fares(Kind::Video));
-            survey.fares.insert(participant.index, Fare { audio, video, overdue });
+            survey.fares.insert(
+                participant.index,
+                Fare {
+                    audio,
+                    video,
+                    overdue,
+                },
+            );
         }
         survey
     }
@@ -78,7 +103,9 @@ impl Survey {
 
     /// Freezes of audio and of video, of the first so many participants.
     fn freezes(&self, participants: u32) -> [u64; 2] {
-        let add = |[audio, video]: [u64; 2], (_, fare): (&u32, &Fare)| [audio + fare.audio.freezes, video + fare.video.freezes];
+        let add = |[audio, video]: [u64; 2], (_, fare): (&u32, &Fare)| {
+            [audio + fare.audio.freezes, video + fare.video.freezes]
+        };
         self.first(participants).fold([0, 0], add)
     }
 }
@@ -109,7 +136,11 @@ impl Tally<'_> {
         tier.session.participants_healthy = self.healthy();
         let overdue = self.overdue();
         for (kind, overdue) in [Kind::Audio, Kind::Video].into_iter().zip(overdue) {
-            let fares = || self.surveys[2].first(self.participants).map(move |(_, fare)| fare.of(kind));
+            let fares = || {
+                self.surveys[2]
+                    .first(self.participants)
+                    .map(move |(_, fare)| fare.of(kind))
+            };
             let published = match kind {
                 Kind::Audio => end.audio.tracks_published,
                 Kind::Video => end.video.tracks_published,
@@ -133,7 +164,9 @@ impl Tally<'_> {
 
     fn healthy(&self) -> u64 {
         let fares = self.surveys[2].first(self.participants);
-        fares.filter(|(index, _)| is_healthy(&self.outcome(**index), self.max_loss_pct)).count() as u64
+        fares
+            .filter(|(index, _)| is_healthy(&self.outcome(**index), self.max_loss_pct))
+            .count() as u64
     }
 
     /// How one participant fared in this tier.
@@ -170,11 +203,19 @@ impl Fare {
 }
 
 /// The same without what only a complete tier can say: as far as it is.
-pub(super) fn so_far(began: &Record, held: &Record, now: &Record, joins: &Joins, subscriptions: [u64; 2]) -> Record {
+pub(super) fn so_far(
+    began: &Record,
+    held: &Record,
+    now: &Record,
+    joins: &Joins,
+    subscriptions: [u64; 2],
+) -> Record {
     let mut tier = differences(began, held, now);
     [tier.audio.tracks_expected, tier.video.tracks_expected] = subscriptions;
     tier.session.joins_planned = joins.count.into();
-    [&mut tier.audio, &mut tier.video].into_iter().for_each(expect_frames_of);
+    [&mut tier.audio, &mut tier.video]
+        .into_iter()
+        .for_each(expect_frames_of);
     expect_joins(&mut tier, joins);
     tier
 }
@@ -182,7 +223,9 @@ pub(super) fn so_far(began: &Record, held: &Record, now: &Record, joins: &Joins,
 fn expect_frames_of(media: &mut Media) {
     // Those that came may have been under way before: only what is missing is known to be of this tier.
     let missing = media.frames_expected.saturating_sub(media.frames_delivered);
-    media.one_way_latency.expect(media.one_way_latency.count() + missing);
+    media
+        .one_way_latency
+        .expect(media.one_way_latency.count() + missing);
 }
 
 fn differences(began: &Record, held: &Record, end: &Record) -> Record {
@@ -201,7 +244,10 @@ fn differences(began: &Record, held: &Record, end: &Record) -> Record {
     session.dtls = once.dtls;
     session.first_media = once.first_media;
     session.reconnect = once.reconnect;
-    for (media, began, end) in [(&mut tier.audio, &began.audio, &end.audio), (&mut tier.video, &began.video, &end.video)] {
+    for (media, began, end) in [
+        (&mut tier.audio, &began.audio, &end.audio),
+        (&mut tier.video, &began.video, &end.video),
+    ] {
         media.track_subscribe = end.track_subscribe.since(&began.track_subscribe);
         media.first_packet = end.first_packet.since(&began.first_packet);
         media.first_frame = end.first_frame.since(&began.first_frame);
@@ -223,7 +269,12 @@ pub(super) struct Stay {
 
 impl Stay {
     /// `start` and `end` are of the tier before, `now` of the moment before the first one leaves.
-    pub fn begin(participants: u32, since: Time, [start, end, now]: [&Survey; 3], before_seconds: f64) -> Stay {
+    pub fn begin(
+        participants: u32,
+        since: Time,
+        [start, end, now]: [&Survey; 3],
+        before_seconds: f64,
+    ) -> Stay {
         let [start, end] = [start, end].map(|survey| survey.freezes(participants));
         Stay {
             participants,
@@ -237,7 +288,10 @@ impl Stay {
     /// Why they were not left in peace. None of them may be lost; and none may freeze, where as many did in as much time before, that is no reason.
     pub fn complaints(&self, lost: &BTreeSet<u32>, end: &Survey, until: Time) -> Vec<String> {
         let mut complaints = Vec::new();
-        let lost = end.first(self.participants).filter(|(index, _)| lost.contains(index)).count();
+        let lost = end
+            .first(self.participants)
+            .filter(|(index, _)| lost.contains(index))
+            .count();
         if lost > 0 {
             complaints.push(format!(
                 "{} of {} who stayed lost their session when others left",
@@ -268,7 +322,13 @@ mod tests {
     use super::*;
 
     /// How so many participants fared, each of whom was to get one track of each kind.
-    fn survey(participants: u32, freezes: u64, expected: u64, delivered: u64, overdue: u64) -> Survey {
+    fn survey(
+        participants: u32,
+        freezes: u64,
+        expected: u64,
+        delivered: u64,
+        overdue: u64,
+    ) -> Survey {
         let quality = Quality {
             tracks_expected: 1,
             tracks_live: 1,
@@ -284,7 +344,9 @@ mod tests {
         };
         let count = u64::from(participants);
         Survey {
-            fares: (0..participants).map(|index| (index, fare.clone())).collect(),
+            fares: (0..participants)
+                .map(|index| (index, fare.clone()))
+                .collect(),
             overdue: [overdue * count; 2],
         }
     }
@@ -310,7 +372,11 @@ mod tests {
     /// A tier of two, each of whom expects 100 frames in it; at both ends some are under way.
     fn tally(late_at_the_beginning: u64, late_at_the_end: u64, lost: u64) -> (Record, u64) {
         let (before, after) = (50 - late_at_the_beginning, 150 - late_at_the_end - lost);
-        let records = [Record::default(), record(100, 2 * before), record(300, 2 * after)];
+        let records = [
+            Record::default(),
+            record(100, 2 * before),
+            record(300, 2 * after),
+        ];
         let surveys = [
             survey(2, 0, 50, before, 0),
             survey(2, 0, 150, after, late_at_the_beginning),
@@ -327,7 +393,11 @@ mod tests {
         };
         let record = tally.record();
         let latency = &record.audio.one_way_latency;
-        assert_eq!(latency.expected() - latency.count(), 2 * lost, "what is under way is not missing");
+        assert_eq!(
+            latency.expected() - latency.count(),
+            2 * lost,
+            "what is under way is not missing"
+        );
         (record.clone(), record.session.participants_healthy)
     }
 
@@ -340,7 +410,14 @@ mod tests {
                 (200, 200),
                 "{beginning} {end}"
             );
-            assert_eq!((record.video.tracks_expected, record.video.tracks_live, healthy), (2, 2, 2));
+            assert_eq!(
+                (
+                    record.video.tracks_expected,
+                    record.video.tracks_live,
+                    healthy
+                ),
+                (2, 2, 2)
+            );
         }
         let (record, healthy) = tally(3, 9, 5);
         assert_eq!((record.audio.frames_delivered, healthy), (190, 0));
@@ -348,7 +425,10 @@ mod tests {
 
     #[test]
     fn one_who_was_lost_or_is_not_in_is_not_well() {
-        let (records, surveys) = ([record(0, 0), record(0, 0), record(30, 30)], [0, 10, 10].map(|n| survey(3, 0, n, n, 0)));
+        let (records, surveys) = (
+            [record(0, 0), record(0, 0), record(30, 30)],
+            [0, 10, 10].map(|n| survey(3, 0, n, n, 0)),
+        );
         let tally = Tally {
             max_loss_pct: 1.0,
             participants: 3,
@@ -366,14 +446,25 @@ mod tests {
         let (start, end) = (survey(20, 1, 0, 0, 0), survey(20, 1 + before, 0, 0, 0));
         let stay = Stay::begin(10, Time::from_millis(30_000), [&start, &end, &end], 10.0);
         let after = survey(20, 1 + before + during, 0, 0, 0);
-        stay.complaints(&lost.iter().copied().collect(), &after, Time::from_millis(50_000))
+        stay.complaints(
+            &lost.iter().copied().collect(),
+            &after,
+            Time::from_millis(50_000),
+        )
     }
 
     #[test]
     fn those_who_stay_must_not_be_lost_nor_freeze_more_than_before() {
-        assert_eq!(complaints(0, 0, &[10, 19]), Vec::<String>::new(), "those who left are none of these");
+        assert_eq!(
+            complaints(0, 0, &[10, 19]),
+            Vec::<String>::new(),
+            "those who left are none of these"
+        );
         assert_eq!(complaints(1, 2, &[]), Vec::<String>::new());
-        assert_eq!(complaints(0, 0, &[3, 9, 10]), ["2 of 10 who stayed lost their session when others left"]);
+        assert_eq!(
+            complaints(0, 0, &[3, 9, 10]),
+            ["2 of 10 who stayed lost their session when others left"]
+        );
         let worse = complaints(1, 3, &[]);
         assert_eq!(worse.len(), 2);
         assert_eq!(

@@ -88,14 +88,19 @@ impl NodeBook {
         if let (Some(known), Some(node_id)) = (&self.said.node_id, &page.node_id)
             && known != node_id
         {
-            let why = format!("{node_id} answered instead of {known}: name each node's own page, not one that several share");
+            let why = format!(
+                "{node_id} answered instead of {known}: name each node's own page, not one that several share"
+            );
             return self.note_failure(at, why);
         }
         let Some(last) = self.points.last() else {
             self.points.push(Point {
                 at,
                 counted: page.counters.map(|said| said.map(|_| 0.0)),
-                latency: page.forward_latency.as_ref().and_then(|buckets| buckets.since(buckets)),
+                latency: page
+                    .forward_latency
+                    .as_ref()
+                    .and_then(|buckets| buckets.since(buckets)),
                 gauges: page.gauges,
             });
             self.said = page;
@@ -104,18 +109,32 @@ impl NodeBook {
         let restarted = self.said.has_restarted(&page);
         let mut counted = last.counted;
         for counter in Counter::ALL {
-            let Some(now) = page.counters[counter] else { continue };
-            let before = self.said.counters[counter].filter(|before| !restarted && *before <= now).unwrap_or(0.0);
+            let Some(now) = page.counters[counter] else {
+                continue;
+            };
+            let before = self.said.counters[counter]
+                .filter(|before| !restarted && *before <= now)
+                .unwrap_or(0.0);
             counted[counter] = Some(counted[counter].unwrap_or(0.0) + (now - before));
         }
-        let latency = match (&last.latency, &page.forward_latency, &self.said.forward_latency) {
-            (Some(sum), Some(now), Some(before)) if !restarted => now.since(before).and_then(|came| sum.plus(&came)),
+        let latency = match (
+            &last.latency,
+            &page.forward_latency,
+            &self.said.forward_latency,
+        ) {
+            (Some(sum), Some(now), Some(before)) if !restarted => {
+                now.since(before).and_then(|came| sum.plus(&came))
+            }
             (Some(sum), Some(now), _) => sum.plus(now),
             (None, Some(now), None) => Some(now.clone()),
             (sum, _, _) => sum.clone(),
         };
         if let Some((from, why)) = self.open.take() {
-            self.keep_gap(Gap { from, to: Some(at), why });
+            self.keep_gap(Gap {
+                from,
+                to: Some(at),
+                why,
+            });
         }
         self.points.push(Point {
             at,
@@ -135,7 +154,11 @@ impl NodeBook {
 
     /// What came since the last row; `None` where no reading did.
     pub fn row(&mut self) -> Option<Row> {
-        let to = self.points.len().checked_sub(1).filter(|to| *to > self.row_from)?;
+        let to = self
+            .points
+            .len()
+            .checked_sub(1)
+            .filter(|to| *to > self.row_from)?;
         let cost = self.cost(self.row_from, to);
         self.row_from = to;
         let rate = |counter: Counter| cost.counted[counter].map(|count| count / cost.seconds);
@@ -146,7 +169,10 @@ impl NodeBook {
             packets_received_per_second: rate(Counter::PacketsReceived),
             packets_sent_per_second: rate(Counter::PacketsSent),
             bytes_sent_per_second: rate(Counter::BytesSent),
-            forward_latency_us_mean: cost.latency.and_then(|came| came.mean()).map(|nanos| nanos / 1e3),
+            forward_latency_us_mean: cost
+                .latency
+                .and_then(|came| came.mean())
+                .map(|nanos| nanos / 1e3),
         })
     }
 
@@ -154,19 +180,29 @@ impl NodeBook {
     pub fn between(&self, from: Instant, to: Instant) -> Option<Cost> {
         // Readings within it: one outside would bring in what others did.
         let first = self.points.partition_point(|point| point.at < from);
-        let last = self.points.partition_point(|point| point.at <= to).checked_sub(1)?;
-        let are_near = first < last && self.distance(first, from) <= NEAR && self.distance(last, to) <= NEAR;
+        let last = self
+            .points
+            .partition_point(|point| point.at <= to)
+            .checked_sub(1)?;
+        let are_near =
+            first < last && self.distance(first, from) <= NEAR && self.distance(last, to) <= NEAR;
         if !are_near {
             return None;
         }
         let mut cost = self.cost(first, last);
-        cost.forwarding = self.settled(from, last).and_then(|first| self.forwarding(first, last));
+        cost.forwarding = self
+            .settled(from, last)
+            .and_then(|first| self.forwarding(first, last));
         Some(cost)
     }
 
     /// What all of it cost, from the first reading to the last; `None` where the node could not be read at the end.
     pub fn whole(&self) -> Option<Cost> {
-        let last = self.points.len().checked_sub(1).filter(|last| *last > 0 && self.open.is_none())?;
+        let last = self
+            .points
+            .len()
+            .checked_sub(1)
+            .filter(|last| *last > 0 && self.open.is_none())?;
         let mut cost = self.cost(0, last);
         cost.forwarding = self.forwarding(0, last);
         Some(cost)
@@ -175,21 +211,33 @@ impl NodeBook {
     /// Whether it holds all that was forwarded until `left`, when everybody had left: it was read since, or asked in vain; where counters lag, it was read twice and
     /// told nothing new of media.
     pub fn is_complete(&self, left: Instant) -> bool {
-        let since = self.points.iter().rev().take_while(|point| point.at > left).count();
+        let since = self
+            .points
+            .iter()
+            .rev()
+            .take_while(|point| point.at > left)
+            .count();
         if self.open.is_some() || self.lag().is_zero() {
             return since > 0 || self.open.is_some();
         }
         match &self.points[..] {
-            [.., before, last] if since >= 2 => [Counter::PacketsReceived, Counter::PacketsSent, Counter::PacketsResent]
-                .iter()
-                .all(|counter| before.counted[*counter] == last.counted[*counter]),
+            [.., before, last] if since >= 2 => [
+                Counter::PacketsReceived,
+                Counter::PacketsSent,
+                Counter::PacketsResent,
+            ]
+            .iter()
+            .all(|counter| before.counted[*counter] == last.counted[*counter]),
             _ => false,
         }
     }
 
     /// What was counted since the first reading; unknown what no reading told.
     pub fn whole_counters(&self) -> Counters {
-        self.points.last().map(|point| point.counted).unwrap_or_default()
+        self.points
+            .last()
+            .map(|point| point.counted)
+            .unwrap_or_default()
     }
 
     /// How far its counters may lie behind.
@@ -215,7 +263,11 @@ impl NodeBook {
 
     /// The first [`GAPS_MAX`], the one that is still open included.
     pub fn gaps(&self) -> Vec<Gap> {
-        let open = self.open.clone().map(|(from, why)| Gap { from, to: None, why });
+        let open = self.open.clone().map(|(from, why)| Gap {
+            from,
+            to: None,
+            why,
+        });
         self.gaps.iter().cloned().chain(open).collect()
     }
 
@@ -228,8 +280,14 @@ impl NodeBook {
     /// The reading nearest to `at`, if it is near.
     fn near(&self, at: Instant) -> Option<usize> {
         let behind = self.points.partition_point(|point| point.at < at);
-        let around = [behind.checked_sub(1), Some(behind).filter(|index| *index < self.points.len())];
-        let nearest = around.into_iter().flatten().min_by_key(|index| self.distance(*index, at));
+        let around = [
+            behind.checked_sub(1),
+            Some(behind).filter(|index| *index < self.points.len()),
+        ];
+        let nearest = around
+            .into_iter()
+            .flatten()
+            .min_by_key(|index| self.distance(*index, at));
         nearest.filter(|index| self.distance(*index, at) <= NEAR)
     }
 
@@ -249,7 +307,8 @@ impl NodeBook {
         let length = (end - from) + GIVE_OR_TAKE;
         let rounds = (length.as_nanos() / lag.as_nanos()) as u32;
         let begin = rounds.checked_sub(1).filter(|rounds| *rounds > 0)? * lag;
-        self.near(end.checked_sub(begin)?).filter(|begin| *begin < last)
+        self.near(end.checked_sub(begin)?)
+            .filter(|begin| *begin < last)
     }
 
     fn forwarding(&self, first: usize, last: usize) -> Option<Forwarding> {
@@ -265,7 +324,12 @@ impl NodeBook {
     fn cost(&self, first: usize, last: usize) -> Cost {
         let points = &self.points[first..=last];
         let (from, to) = (&points[0], &points[points.len() - 1]);
-        let peak = |of: fn(&Gauges) -> Option<f64>| points.iter().filter_map(|point| of(&point.gauges)).reduce(f64::max);
+        let peak = |of: fn(&Gauges) -> Option<f64>| {
+            points
+                .iter()
+                .filter_map(|point| of(&point.gauges))
+                .reduce(f64::max)
+        };
         let pairs = points.windows(2).map(|pair| {
             let seconds = (pair[1].at - pair[0].at).as_secs_f64();
             Some(seconds * (pair[0].gauges.participants? + pair[1].gauges.participants?) / 2.0)
@@ -273,7 +337,11 @@ impl NodeBook {
         Cost {
             seconds: (to.at - from.at).as_secs_f64(),
             counted: self.counted(first, last),
-            latency: to.latency.as_ref().zip(from.latency.as_ref()).and_then(|(to, from)| to.since(from)),
+            latency: to
+                .latency
+                .as_ref()
+                .zip(from.latency.as_ref())
+                .and_then(|(to, from)| to.since(from)),
             participant_seconds: pairs.sum(),
             participants_peak: peak(|gauges| gauges.participants),
             resident_bytes_peak: peak(|gauges| gauges.resident_bytes),
@@ -298,9 +366,10 @@ impl Page {
     fn has_restarted(&self, next: &Page) -> bool {
         match (self.process_start, next.process_start) {
             (Some(before), Some(now)) => (now - before).abs() > START_STEADY_SECONDS,
-            _ => Counter::ALL
-                .iter()
-                .any(|counter| next.counters[*counter] < self.counters[*counter] && next.counters[*counter].is_some()),
+            _ => Counter::ALL.iter().any(|counter| {
+                next.counters[*counter] < self.counters[*counter]
+                    && next.counters[*counter].is_some()
+            }),
         }
     }
 
@@ -311,7 +380,9 @@ impl Page {
             for counter in Counter::ALL {
                 self.counters[counter] = self.counters[counter].or(before.counters[counter]);
             }
-            self.forward_latency = self.forward_latency.or_else(|| before.forward_latency.clone());
+            self.forward_latency = self
+                .forward_latency
+                .or_else(|| before.forward_latency.clone());
         }
         self
     }
@@ -328,18 +399,24 @@ impl Cost {
         for counter in Counter::ALL {
             self.counted[counter] = sum(self.counted[counter], other.counted[counter]);
         }
-        self.latency = self.latency.zip(other.latency.as_ref()).and_then(|(one, other)| one.plus(other));
+        self.latency = self
+            .latency
+            .zip(other.latency.as_ref())
+            .and_then(|(one, other)| one.plus(other));
         self.participant_seconds = sum(self.participant_seconds, other.participant_seconds);
         // Of peaks that need not have come at once only a bound would be known.
         (self.participants_peak, self.resident_bytes_peak) = (None, None);
         self.gauges = self.gauges.beside(&other.gauges);
         self.before = self.before.beside(&other.before);
-        self.forwarding = self.forwarding.zip(other.forwarding).map(|(one, other)| Forwarding {
-            seconds: one.seconds.max(other.seconds),
-            cpu_seconds: one.cpu_seconds + other.cpu_seconds,
-            bits: one.bits + other.bits,
-            packets: one.packets + other.packets,
-        });
+        self.forwarding = self
+            .forwarding
+            .zip(other.forwarding)
+            .map(|(one, other)| Forwarding {
+                seconds: one.seconds.max(other.seconds),
+                cpu_seconds: one.cpu_seconds + other.cpu_seconds,
+                bits: one.bits + other.bits,
+                packets: one.packets + other.packets,
+            });
         self.seconds = self.seconds.max(other.seconds);
         self
     }
@@ -374,7 +451,8 @@ impl Cost {
     /// What memory grew by since the first reading, by as many as have come since.
     pub fn bytes_per_participant(&self) -> Option<f64> {
         let grown = self.gauges.resident_bytes? - self.before.resident_bytes?;
-        ratio(grown, self.gauges.participants? - self.before.participants?).filter(|bytes| *bytes >= 0.0)
+        ratio(grown, self.gauges.participants? - self.before.participants?)
+            .filter(|bytes| *bytes >= 0.0)
     }
 
     /// In microseconds; `None` where the server does not measure it.
@@ -443,23 +521,40 @@ mod tests {
                 page(
                     7.0 + 0.5 * load,
                     1e6 + 1_000.0 * load,
-                    if (6..=15).contains(&second) { 10.0 } else { 0.0 },
+                    if (6..=15).contains(&second) {
+                        10.0
+                    } else {
+                        0.0
+                    },
                 ),
             );
         }
         let cost = book.between(clock.at(6.0), clock.at(15.0)).unwrap();
-        assert_eq!((cost.seconds, cost.cpu_seconds(), cost.cpu_cores()), (9.0, Some(4.5), Some(0.5)));
         assert_eq!(
-            (cost.participants_mean(), cost.cpu_seconds_per_participant_second()),
+            (cost.seconds, cost.cpu_seconds(), cost.cpu_cores()),
+            (9.0, Some(4.5), Some(0.5))
+        );
+        assert_eq!(
+            (
+                cost.participants_mean(),
+                cost.cpu_seconds_per_participant_second()
+            ),
             (Some(10.0), Some(0.05))
         );
         // 9,000 packets are 72 Mbit.
         assert_eq!(cost.cpu_seconds_per_gbit(), Some(62.5));
         assert_eq!(cost.cpu_seconds_per_million_packets(), Some(500.0));
-        assert_eq!((cost.bytes_per_participant(), cost.participants_peak), (Some(1e6), Some(10.0)));
+        assert_eq!(
+            (cost.bytes_per_participant(), cost.participants_peak),
+            (Some(1e6), Some(10.0))
+        );
         assert_eq!(cost.forward_latency_us(0.5), None, "it says nothing of it");
         assert_eq!(book.whole().unwrap().cpu_seconds(), Some(5.0));
-        assert_eq!(book.whole().unwrap().bytes_per_participant(), None, "nobody is left to share it");
+        assert_eq!(
+            book.whole().unwrap().bytes_per_participant(),
+            None,
+            "nobody is left to share it"
+        );
     }
 
     #[test]
@@ -475,8 +570,14 @@ mod tests {
         anew.counters[Counter::CpuSeconds] = Some(0.5);
         book.note(clock.at(3.0), anew);
         let whole = book.whole().unwrap();
-        assert_eq!((whole.cpu_seconds(), whole.counted[Counter::PacketsSent]), (Some(1.5), Some(340.0)));
-        assert_eq!((book.restarts(), whole.counted[Counter::NacksSent]), (1, None));
+        assert_eq!(
+            (whole.cpu_seconds(), whole.counted[Counter::PacketsSent]),
+            (Some(1.5), Some(340.0))
+        );
+        assert_eq!(
+            (book.restarts(), whole.counted[Counter::NacksSent]),
+            (1, None)
+        );
     }
 
     #[test]
@@ -491,22 +592,34 @@ mod tests {
                 },
             );
         }
-        assert_eq!((book.restarts(), book.whole().unwrap().cpu_seconds()), (1, Some(0.75)));
+        assert_eq!(
+            (book.restarts(), book.whole().unwrap().cpu_seconds()),
+            (1, Some(0.75))
+        );
     }
 
     #[test]
     fn a_page_that_is_lost_leaves_a_gap_and_what_is_behind_it_is_unknown() {
         let (clock, mut book) = (Clock::start(), NodeBook::default());
         for second in 0..5 {
-            book.note(clock.at(f64::from(second)), page(f64::from(second), 0.0, 1.0));
+            book.note(
+                clock.at(f64::from(second)),
+                page(f64::from(second), 0.0, 1.0),
+            );
             assert_eq!(book.row().is_some(), second > 0);
         }
         for second in 5..9 {
             book.note_failure(clock.at(f64::from(second)), format!("refused {second}"));
             assert_eq!(book.row(), None);
         }
-        assert!(book.between(clock.at(0.0), clock.at(6.0)).is_some(), "a reading is near");
-        assert_eq!((book.between(clock.at(0.0), clock.at(8.0)), book.whole()), (None, None));
+        assert!(
+            book.between(clock.at(0.0), clock.at(6.0)).is_some(),
+            "a reading is near"
+        );
+        assert_eq!(
+            (book.between(clock.at(0.0), clock.at(8.0)), book.whole()),
+            (None, None)
+        );
         let lost = Gap {
             from: clock.at(4.0),
             to: None,
@@ -548,10 +661,21 @@ mod tests {
         }
         let cost = book.between(clock.at(10.0), clock.at(28.0)).unwrap();
         let forwarding = cost.forwarding.unwrap();
-        assert_eq!((forwarding.seconds, forwarding.packets, forwarding.cpu_seconds), (10.0, 10_000.0, 5.0));
+        assert_eq!(
+            (
+                forwarding.seconds,
+                forwarding.packets,
+                forwarding.cpu_seconds
+            ),
+            (10.0, 10_000.0, 5.0)
+        );
         assert_eq!(cost.cpu_seconds_per_million_packets(), Some(500.0));
         let short = book.between(clock.at(10.0), clock.at(18.0)).unwrap();
-        assert_eq!((short.forwarding, short.cpu_cores()), (None, Some(0.5)), "too short to compare");
+        assert_eq!(
+            (short.forwarding, short.cpu_cores()),
+            (None, Some(0.5)),
+            "too short to compare"
+        );
     }
 
     #[test]
@@ -565,12 +689,17 @@ mod tests {
         book.note(clock.at(1.0), of("ND_b", 900.0));
         book.note(clock.at(2.0), of("ND_a", 1.5));
         assert_eq!(book.whole().unwrap().cpu_seconds(), Some(0.5));
-        assert!(book.gaps()[0].why.contains("ND_b answered instead of ND_a"), "{:?}", book.gaps());
+        assert!(
+            book.gaps()[0].why.contains("ND_b answered instead of ND_a"),
+            "{:?}",
+            book.gaps()
+        );
     }
 
     #[test]
     fn nodes_add_up_where_all_are_known() {
-        let (clock, mut one, mut other) = (Clock::start(), NodeBook::default(), NodeBook::default());
+        let (clock, mut one, mut other) =
+            (Clock::start(), NodeBook::default(), NodeBook::default());
         for second in 0..=10 {
             let passed = f64::from(second);
             one.note(clock.at(passed), page(passed, 1_000.0 * passed, 2.0));
@@ -579,11 +708,20 @@ mod tests {
             other.note(clock.at(passed), mute);
         }
         let both = Cost::of_all([one.whole().unwrap(), other.whole().unwrap()]).unwrap();
-        assert_eq!((both.seconds, both.cpu_cores(), both.participants_mean()), (10.0, Some(4.0), Some(8.0)));
         assert_eq!(
-            (both.cpu_seconds_per_participant_second(), both.cpu_seconds_per_gbit()),
+            (both.seconds, both.cpu_cores(), both.participants_mean()),
+            (10.0, Some(4.0), Some(8.0))
+        );
+        assert_eq!(
+            (
+                both.cpu_seconds_per_participant_second(),
+                both.cpu_seconds_per_gbit()
+            ),
             (Some(0.5), Some(250.0))
         );
-        assert_eq!((both.counted[Counter::PlisSent], Cost::of_all([])), (None, None));
+        assert_eq!(
+            (both.counted[Counter::PlisSent], Cost::of_all([])),
+            (None, None)
+        );
     }
 }

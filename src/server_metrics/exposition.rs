@@ -39,12 +39,16 @@ pub fn samples(page: &str) -> impl Iterator<Item = Result<Sample<'_>, Malformed>
 
 impl<'a> Labels<'a> {
     pub fn value(&self, name: &str) -> Option<Cow<'a, str>> {
-        self.pairs().find(|pair| pair.0 == name).map(|pair| unescaped(pair.1))
+        self.pairs()
+            .find(|pair| pair.0 == name)
+            .map(|pair| unescaped(pair.1))
     }
 
     /// Whether each of these labels has this value.
     pub fn have(&self, wanted: &[(&str, &str)]) -> bool {
-        wanted.iter().all(|(name, value)| self.value(name).is_some_and(|found| found == *value))
+        wanted
+            .iter()
+            .all(|(name, value)| self.value(name).is_some_and(|found| found == *value))
     }
 
     fn pairs(&self) -> impl Iterator<Item = (&'a str, &'a str)> {
@@ -72,12 +76,19 @@ fn sample(line: &str) -> Result<Sample<'_>, &'static str> {
     let mut words = rest.split(BLANK).filter(|word| !word.is_empty());
     let value = words.next().ok_or("has no value")?;
     let value = value.parse().map_err(|_| "has a value that is no number")?;
-    if words.next().is_some_and(|timestamp| timestamp.parse::<i64>().is_err()) {
+    if words
+        .next()
+        .is_some_and(|timestamp| timestamp.parse::<i64>().is_err())
+    {
         return Err("has a time stamp that is no whole number");
     }
     match words.next() {
         Some(_) => Err("goes on behind its time stamp"),
-        None => Ok(Sample { name, labels, value }),
+        None => Ok(Sample {
+            name,
+            labels,
+            value,
+        }),
     }
 }
 
@@ -105,7 +116,10 @@ fn next_pair(text: &str) -> Result<(Option<Pair<'_>>, &str), &'static str> {
     if name.is_empty() || name.starts_with(|c: char| c.is_ascii_digit()) {
         return Err("has a label without a name");
     }
-    let rest = rest.trim_start_matches(BLANK).strip_prefix('=').ok_or("has a label without a value")?;
+    let rest = rest
+        .trim_start_matches(BLANK)
+        .strip_prefix('=')
+        .ok_or("has a label without a value")?;
     let rest = rest
         .trim_start_matches(BLANK)
         .strip_prefix('"')
@@ -165,7 +179,10 @@ mod tests {
 
     fn read(page: &str) -> Result<Vec<(String, f64)>, Malformed> {
         let samples: Result<Vec<_>, _> = samples(page).collect();
-        Ok(samples?.iter().map(|sample| (sample.name.to_owned(), sample.value)).collect())
+        Ok(samples?
+            .iter()
+            .map(|sample| (sample.name.to_owned(), sample.value))
+            .collect())
     }
 
     #[test]
@@ -176,10 +193,24 @@ mod tests {
                     a:b_total{direction=\"incoming\",country=\"\"} 1.5e+06\n\
                     tabbed\t{ le = \"+Inf\" , }\t+Inf\t1395066363000\n  \
                     odd NaN -3\r\nminus -1";
-        let names = ["process_cpu_seconds_total", "a:b_total", "tabbed", "odd", "minus"];
+        let names = [
+            "process_cpu_seconds_total",
+            "a:b_total",
+            "tabbed",
+            "odd",
+            "minus",
+        ];
         let read = read(page).unwrap();
-        assert_eq!(read.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), names);
-        assert_eq!([read[0].1, read[1].1, read[2].1, read[4].1], [12.34, 1_500_000.0, f64::INFINITY, -1.0]);
+        assert_eq!(
+            read.iter()
+                .map(|(name, _)| name.as_str())
+                .collect::<Vec<_>>(),
+            names
+        );
+        assert_eq!(
+            [read[0].1, read[1].1, read[2].1, read[4].1],
+            [12.34, 1_500_000.0, f64::INFINITY, -1.0]
+        );
         assert!(read[3].1.is_nan());
     }
 
@@ -191,11 +222,27 @@ mod tests {
         assert_eq!(value("a").as_deref(), Some("b\"}, c=\"d"));
         assert_eq!(value("path").as_deref(), Some("C:\\new\n\\q"));
         assert_eq!(
-            (value("empty").as_deref(), value("last").as_deref(), value("c")),
+            (
+                value("empty").as_deref(),
+                value("last").as_deref(),
+                value("c")
+            ),
             (Some(""), Some("ä"), None)
         );
-        assert!(sample.labels.have(&[("empty", ""), ("last", "ä")]) && !sample.labels.have(&[("empty", ""), ("last", "a")]));
-        assert!(sample.labels.have(&[]) && samples("x 1").next().unwrap().unwrap().labels.value("a").is_none());
+        assert!(
+            sample.labels.have(&[("empty", ""), ("last", "ä")])
+                && !sample.labels.have(&[("empty", ""), ("last", "a")])
+        );
+        assert!(
+            sample.labels.have(&[])
+                && samples("x 1")
+                    .next()
+                    .unwrap()
+                    .unwrap()
+                    .labels
+                    .value("a")
+                    .is_none()
+        );
     }
 
     #[test]
@@ -216,7 +263,10 @@ mod tests {
             ("up{a=b} 1", "has a label's value without quotes"),
             ("up{a=\"b} 1", "has a label's value without an end"),
             ("up{a=\"b\\\"} 1", "has a label's value without an end"),
-            ("up{a=\"b\"c=\"d\"} 1", "has labels without a comma between them"),
+            (
+                "up{a=\"b\"c=\"d\"} 1",
+                "has labels without a comma between them",
+            ),
             ("up{a=\"b\" 1", "has labels without a comma between them"),
             ("up{a=\"b\",", "has a label without a name"),
         ];
@@ -224,6 +274,9 @@ mod tests {
             let malformed = read(&format!("fine 1\n{line}\n")).unwrap_err();
             assert_eq!(malformed, Malformed { line: 2, what }, "{line}");
         }
-        assert_eq!(read("fine 1\nup{").unwrap_err().to_string(), "line 2 has a label without a name");
+        assert_eq!(
+            read("fine 1\nup{").unwrap_err().to_string(),
+            "line 2 has a label without a name"
+        );
     }
 }

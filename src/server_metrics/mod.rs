@@ -26,7 +26,8 @@ impl FromStr for PageUrl {
 
     /// Without a path it is `/metrics`, as Prometheus has it.
     fn from_str(text: &str) -> Result<PageUrl, Self::Err> {
-        const WANTED: &str = "takes the address of a Prometheus page: http://HOST:PORT/metrics, or https://..";
+        const WANTED: &str =
+            "takes the address of a Prometheus page: http://HOST:PORT/metrics, or https://..";
         let mut url: Url = text.trim().parse().map_err(|_| WANTED)?;
         if !matches!(url.scheme(), "http" | "https") || url.fragment().is_some() {
             return Err(WANTED);
@@ -40,7 +41,12 @@ impl FromStr for PageUrl {
 
 impl fmt::Display for PageUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}://{}", self.0.scheme(), self.0.host_str().unwrap_or_default())?;
+        write!(
+            f,
+            "{}://{}",
+            self.0.scheme(),
+            self.0.host_str().unwrap_or_default()
+        )?;
         if let Some(port) = self.0.port() {
             write!(f, ":{port}")?;
         }
@@ -104,13 +110,19 @@ impl Account {
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         for node in &self.nodes {
-            if let Some(gap) = node.gaps.iter().max_by(|a, b| a.length().total_cmp(&b.length())) {
+            if let Some(gap) = node
+                .gaps
+                .iter()
+                .max_by(|a, b| a.length().total_cmp(&b.length()))
+            {
                 let times = if node.gaps.len() == 1 {
                     String::new()
                 } else {
                     format!(" (the longest of {} times)", node.gaps.len())
                 };
-                let until = gap.to.map_or("to the end".to_owned(), |to| format!("to {to:.0}"));
+                let until = gap
+                    .to
+                    .map_or("to the end".to_owned(), |to| format!("to {to:.0}"));
                 notes.push(format!(
                     "{} was not read from second {:.0} {until}{times}: {}",
                     node.url, gap.from, gap.why
@@ -135,7 +147,8 @@ impl Gap {
 
 /// Seconds from `start` to `at`, negative where it lies before.
 fn seconds_since(start: Instant, at: Instant) -> f64 {
-    at.saturating_duration_since(start).as_secs_f64() - start.saturating_duration_since(at).as_secs_f64()
+    at.saturating_duration_since(start).as_secs_f64()
+        - start.saturating_duration_since(at).as_secs_f64()
 }
 
 #[cfg(test)]
@@ -144,12 +157,19 @@ mod tests {
 
     #[test]
     fn an_address_is_read_and_what_it_keeps_secret_is_not_shown() {
-        let shown = |text: &str| text.parse::<PageUrl>().map(|url| (url.to_string(), url.0.to_string()));
+        let shown = |text: &str| {
+            text.parse::<PageUrl>()
+                .map(|url| (url.to_string(), url.0.to_string()))
+        };
         assert_eq!(
             shown("http://10.0.0.1:6789"),
-            Ok(("http://10.0.0.1:6789/metrics".into(), "http://10.0.0.1:6789/metrics".into()))
+            Ok((
+                "http://10.0.0.1:6789/metrics".into(),
+                "http://10.0.0.1:6789/metrics".into()
+            ))
         );
-        let (public, whole) = shown("https://me:secret@sfu.example/some/page?token=hidden").unwrap();
+        let (public, whole) =
+            shown("https://me:secret@sfu.example/some/page?token=hidden").unwrap();
         assert_eq!(public, "https://sfu.example/some/page");
         assert!(whole.contains("me:secret@") && whole.ends_with("?token=hidden"));
         let url: PageUrl = "http://me:secret@[::1]:80/".parse().unwrap();
@@ -163,7 +183,10 @@ mod tests {
             "http://sfu/metrics#cpu",
             "/metrics",
         ] {
-            assert!(shown(wrong).is_err_and(|why| why.contains("http://HOST:PORT/metrics")), "{wrong}");
+            assert!(
+                shown(wrong).is_err_and(|why| why.contains("http://HOST:PORT/metrics")),
+                "{wrong}"
+            );
         }
     }
 
@@ -198,6 +221,9 @@ mod tests {
                 "the server of http://sfu:6789/metrics was started again 2 times during the test: up to a second of its figures is missing each time",
             ]
         );
-        assert!(notes(node(&[gap(5.0, None)], 0))[0].contains("from second 5 to the end: connection refused"));
+        assert!(
+            notes(node(&[gap(5.0, None)], 0))[0]
+                .contains("from second 5 to the end: connection refused")
+        );
     }
 }

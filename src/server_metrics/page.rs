@@ -154,11 +154,16 @@ impl Page {
             page.take_counters(&sample)?;
             page.gauges.take(&sample);
             if sample.name.starts_with("livekit_") && page.node_id.is_none() {
-                page.node_id = sample.labels.value("node_id").map(std::borrow::Cow::into_owned);
+                page.node_id = sample
+                    .labels
+                    .value("node_id")
+                    .map(std::borrow::Cow::into_owned);
             }
             is_embedded |= sample.name.starts_with("throng_sfu_");
             match sample.name.strip_prefix(LATENCY) {
-                Some("_bucket") if buckets.len() < BUCKETS_MAX => buckets.push((bound(&sample.labels), sample.value)),
+                Some("_bucket") if buckets.len() < BUCKETS_MAX => {
+                    buckets.push((bound(&sample.labels), sample.value))
+                }
                 Some("_bucket") => return Err(PageError::NoHistogram(LATENCY)),
                 Some("_sum") => sum = sample.value,
                 _ => {}
@@ -171,10 +176,15 @@ impl Page {
             return Err(PageError::Foreign);
         }
         if !buckets.is_empty() {
-            page.forward_latency = Some(Buckets::new(buckets, sum).ok_or(PageError::NoHistogram(LATENCY))?);
+            page.forward_latency =
+                Some(Buckets::new(buckets, sum).ok_or(PageError::NoHistogram(LATENCY))?);
         }
         page.gauges = page.gauges.possible();
-        page.lag = if is_embedded { Duration::ZERO } else { LIVEKIT_LAG };
+        page.lag = if is_embedded {
+            Duration::ZERO
+        } else {
+            LIVEKIT_LAG
+        };
         Ok(page)
     }
 
@@ -237,16 +247,25 @@ impl Gauges {
 
 /// Not a number where there is none, so that the histogram is refused.
 fn bound(labels: &Labels<'_>) -> f64 {
-    labels.value("le").and_then(|bound| bound.parse().ok()).unwrap_or(f64::NAN)
+    labels
+        .value("le")
+        .and_then(|bound| bound.parse().ok())
+        .unwrap_or(f64::NAN)
 }
 
 impl Buckets {
     /// `None` where the counts fall from one bound to the next, a bound comes twice, or the infinite one is missing.
     fn new(mut at_most: Vec<(f64, f64)>, sum: f64) -> Option<Buckets> {
         at_most.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let rise = at_most.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1);
-        let count = at_most.iter().all(|(_, count)| (0.0..=COUNT_MAX).contains(count));
-        let ends = at_most.last().is_some_and(|(bound, _)| *bound == f64::INFINITY);
+        let rise = at_most
+            .windows(2)
+            .all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1);
+        let count = at_most
+            .iter()
+            .all(|(_, count)| (0.0..=COUNT_MAX).contains(count));
+        let ends = at_most
+            .last()
+            .is_some_and(|(bound, _)| *bound == f64::INFINITY);
         // Nanoseconds of as many.
         let sums = (0.0..=1e9 * COUNT_MAX).contains(&sum);
         (rise && count && ends && sums).then_some(Buckets { at_most, sum })
@@ -271,10 +290,18 @@ impl Buckets {
     }
 
     fn combine(&self, other: &Buckets, of: impl Fn(f64, f64) -> f64) -> Option<Buckets> {
-        let same = self.at_most.len() == other.at_most.len() && self.at_most.iter().zip(&other.at_most).all(|(a, b)| a.0 == b.0);
+        let same = self.at_most.len() == other.at_most.len()
+            && self
+                .at_most
+                .iter()
+                .zip(&other.at_most)
+                .all(|(a, b)| a.0 == b.0);
         let pairs = self.at_most.iter().zip(&other.at_most);
-        let combined = pairs.map(|(one, other)| (one.0, of(one.1, other.1))).collect();
-        same.then(|| Buckets::new(combined, of(self.sum, other.sum))).flatten()
+        let combined = pairs
+            .map(|(one, other)| (one.0, of(one.1, other.1)))
+            .collect();
+        same.then(|| Buckets::new(combined, of(self.sum, other.sum)))
+            .flatten()
     }
 
     /// The bucket in which the value lies that `share` of all do not exceed. `None` where there are none.
@@ -324,12 +351,21 @@ process_start_time_seconds 1.7e+09
         let counter = |counter: Counter| page.counters[counter];
         assert_eq!(counter(Counter::CpuSeconds), Some(1.25));
         assert_eq!(
-            (counter(Counter::PacketsReceived), counter(Counter::PacketsSent)),
+            (
+                counter(Counter::PacketsReceived),
+                counter(Counter::PacketsSent)
+            ),
             (Some(50.0), Some(507.0))
         );
         assert_eq!(counter(Counter::HostPacketsDropped), Some(4.0));
-        assert_eq!((page.gauges.participants, page.gauges.rooms), (Some(12.0), Some(2.0)));
-        assert_eq!((page.gauges.subscriptions, page.gauges.resident_bytes), (Some(18.0), Some(6.4e7)));
+        assert_eq!(
+            (page.gauges.participants, page.gauges.rooms),
+            (Some(12.0), Some(2.0))
+        );
+        assert_eq!(
+            (page.gauges.subscriptions, page.gauges.resident_bytes),
+            (Some(18.0), Some(6.4e7))
+        );
         assert_eq!(
             (page.node_id.as_deref(), page.process_start, page.lag),
             (Some("ND_a"), Some(1.7e9), LIVEKIT_LAG)
@@ -341,25 +377,44 @@ process_start_time_seconds 1.7e+09
         let page = Page::read(LIVEKIT).unwrap();
         assert_eq!(page.counters[Counter::PacketsResent], Some(0.0));
         assert_eq!(
-            (page.counters[Counter::PlisSent], page.counters[Counter::PlisReceived]),
+            (
+                page.counters[Counter::PlisSent],
+                page.counters[Counter::PlisReceived]
+            ),
             (Some(3.0), Some(0.0))
         );
-        assert_eq!((page.counters[Counter::NacksSent], page.counters[Counter::SocketDrops]), (None, None));
+        assert_eq!(
+            (
+                page.counters[Counter::NacksSent],
+                page.counters[Counter::SocketDrops]
+            ),
+            (None, None)
+        );
     }
 
     #[test]
     fn a_quantile_of_buckets_is_known_by_its_bounds() {
         let buckets = Page::read(LIVEKIT).unwrap().forward_latency.unwrap();
-        let quantile = |share| buckets.quantile(share).map(|bracket| (bracket.over, bracket.at_most));
+        let quantile = |share| {
+            buckets
+                .quantile(share)
+                .map(|bracket| (bracket.over, bracket.at_most))
+        };
         assert_eq!((buckets.count(), buckets.mean()), (100.0, Some(80_000.0)));
         assert_eq!(quantile(0.1), Some((0.0, Some(50_000.0))));
         assert_eq!(quantile(0.5), Some((50_000.0, Some(100_000.0))));
         assert_eq!(quantile(0.95), Some((100_000.0, Some(250_000.0))));
         assert_eq!(quantile(0.99), Some((250_000.0, None)));
         let twice = buckets.plus(&buckets).unwrap();
-        assert_eq!((twice.count(), twice.since(&buckets)), (200.0, Some(buckets.clone())));
+        assert_eq!(
+            (twice.count(), twice.since(&buckets)),
+            (200.0, Some(buckets.clone()))
+        );
         let none = buckets.since(&buckets).unwrap();
-        assert_eq!((none.count(), none.mean(), none.quantile(0.5)), (0.0, None, None));
+        assert_eq!(
+            (none.count(), none.mean(), none.quantile(0.5)),
+            (0.0, None, None)
+        );
         assert_eq!(buckets.since(&twice), None, "a histogram does not shrink");
     }
 
@@ -375,11 +430,27 @@ process_start_time_seconds 1.7e+09
             "livekit_forward_latency_ns_bucket{le=\"50000\"} 10",
             "livekit_forward_latency_ns_bucket{le=\"60000\"} 9",
         ] {
-            assert_eq!(with(line).unwrap_err(), PageError::NoHistogram("livekit_forward_latency_ns"), "{line}");
+            assert_eq!(
+                with(line).unwrap_err(),
+                PageError::NoHistogram("livekit_forward_latency_ns"),
+                "{line}"
+            );
         }
-        assert!(matches!(with("<html>").unwrap_err(), PageError::Malformed(_)));
-        assert_eq!(Page::read("up 1\nprocess_cpu_seconds_total 1\n").unwrap_err(), PageError::Foreign);
+        assert!(matches!(
+            with("<html>").unwrap_err(),
+            PageError::Malformed(_)
+        ));
+        assert_eq!(
+            Page::read("up 1\nprocess_cpu_seconds_total 1\n").unwrap_err(),
+            PageError::Foreign
+        );
         assert_eq!(Page::read("").unwrap_err(), PageError::Foreign);
-        assert_eq!(with("livekit_participant_total -20").unwrap().gauges.participants, None);
+        assert_eq!(
+            with("livekit_participant_total -20")
+                .unwrap()
+                .gauges
+                .participants,
+            None
+        );
     }
 }

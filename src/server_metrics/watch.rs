@@ -73,14 +73,19 @@ impl Watch {
                     "--server-metrics {url} cannot be read ({why}): is the server's Prometheus port open (prometheus.port of LiveKit)? Or leave it out"
                 )),
             }
-            let twin = watch
-                .nodes
-                .iter()
-                .find(|node| node.book.node_id().is_some() && node.book.node_id() == book.node_id());
+            let twin = watch.nodes.iter().find(|node| {
+                node.book.node_id().is_some() && node.book.node_id() == book.node_id()
+            });
             if let Some(twin) = twin {
-                refusals.push(format!("--server-metrics {} and {url} are the same node: name each once", twin.url));
+                refusals.push(format!(
+                    "--server-metrics {} and {url} are the same node: name each once",
+                    twin.url
+                ));
             }
-            watch.nodes.push(Watched { url: url.clone(), book });
+            watch.nodes.push(Watched {
+                url: url.clone(),
+                book,
+            });
         }
         if refusals.is_empty() {
             Ok(watch)
@@ -91,7 +96,10 @@ impl Watch {
 
     /// What the pages do not say that the report would have shown.
     pub fn warnings(&self) -> Vec<String> {
-        let silent = self.nodes.iter().filter(|node| node.book.whole_counters()[Counter::CpuSeconds].is_none());
+        let silent = self
+            .nodes
+            .iter()
+            .filter(|node| node.book.whole_counters()[Counter::CpuSeconds].is_none());
         silent
             .map(|node| {
                 format!(
@@ -105,7 +113,12 @@ impl Watch {
     /// Reads on, at `first` and each second from then on. Needs the runtime of tokio that it is called in.
     pub fn go_on(&mut self, first: Instant) {
         for (node, watched) in self.nodes.iter().enumerate() {
-            let (client, url, tell, interval) = (self.client.clone(), watched.url.clone(), self.tell.clone(), self.interval);
+            let (client, url, tell, interval) = (
+                self.client.clone(),
+                watched.url.clone(),
+                self.tell.clone(),
+                self.interval,
+            );
             self.tasks.push(tokio::spawn(async move {
                 let mut beat = interval_at(first.into(), interval);
                 beat.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -131,7 +144,12 @@ impl Watch {
     /// Reads until the counters hold all that was forwarded, which they do when everybody has left, or as long as they may lag; then ends.
     pub async fn finish(mut self, start: Instant, stretches: &[Stretch]) -> Account {
         let left = Instant::now();
-        let lag = self.nodes.iter().map(|node| node.book.lag()).max().unwrap_or_default();
+        let lag = self
+            .nodes
+            .iter()
+            .map(|node| node.book.lag())
+            .max()
+            .unwrap_or_default();
         let deadline = left + lag + TIMEOUT;
         while self.nodes.iter().any(|node| !node.book.is_complete(left)) {
             match timeout_at(deadline.into(), self.heard.recv()).await {
@@ -162,7 +180,10 @@ async fn read(client: &reqwest::Client, url: &PageUrl) -> (Instant, Result<Page,
     let asked = Instant::now();
     let text = text(client, url).await;
     let at = asked + asked.elapsed() / 2;
-    (at, text.and_then(|text| Page::read(&text).map_err(|error| error.to_string())))
+    (
+        at,
+        text.and_then(|text| Page::read(&text).map_err(|error| error.to_string())),
+    )
 }
 
 async fn text(client: &reqwest::Client, url: &PageUrl) -> Result<String, String> {
@@ -174,7 +195,9 @@ async fn text(client: &reqwest::Client, url: &PageUrl) -> Result<String, String>
         let cause = causes(&error).last().map(ToString::to_string);
         cause.unwrap_or_else(|| error.without_url().to_string())
     };
-    let request = client.get(url.0.clone()).header(header::ACCEPT, "text/plain; version=0.0.4");
+    let request = client
+        .get(url.0.clone())
+        .header(header::ACCEPT, "text/plain; version=0.0.4");
     let mut response = request.send().await.map_err(told)?;
     if response.status() != reqwest::StatusCode::OK {
         return Err(format!("it answers {}", response.status()));
@@ -190,8 +213,14 @@ async fn text(client: &reqwest::Client, url: &PageUrl) -> Result<String, String>
 }
 
 fn account(nodes: &[Watched], start: Instant, stretches: &[Stretch]) -> Account {
-    let nodes: Vec<Node> = nodes.iter().map(|node| told(node, start, stretches)).collect();
-    let names = stretches.iter().map(|stretch| stretch.name.as_str()).chain(["total"]);
+    let nodes: Vec<Node> = nodes
+        .iter()
+        .map(|node| told(node, start, stretches))
+        .collect();
+    let names = stretches
+        .iter()
+        .map(|stretch| stretch.name.as_str())
+        .chain(["total"]);
     let together = names.enumerate().map(|(at, name)| StretchCost {
         name: name.to_owned(),
         cost: nodes
@@ -275,7 +304,10 @@ mod tests {
             .route("/html", get(|| async { "<html>hello</html>" }))
             .route("/bytes", get(|| async { vec![0xFF, 0xFE] }))
             .route("/closed", get(|| async { StatusCode::UNAUTHORIZED }))
-            .route("/elsewhere", get(|| async { axum::response::Redirect::permanent("/metrics") }))
+            .route(
+                "/elsewhere",
+                get(|| async { axum::response::Redirect::permanent("/metrics") }),
+            )
             .route("/huge", get(huge));
         let server = serve(pages).await;
         let cases = [
@@ -297,13 +329,20 @@ mod tests {
         let twice = refusal(&[url(&server), url(&format!("{server}/again"))]).await;
         assert_eq!(
             twice,
-            format!("--server-metrics {server}/metrics and {server}/again are the same node: name each once")
+            format!(
+                "--server-metrics {server}/metrics and {server}/again are the same node: name each once"
+            )
         );
 
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let free = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
         let refused = refusal(&[url(&server), url(&format!("http://me:secret@{free}"))]).await;
         assert!(
-            refused.starts_with(&format!("--server-metrics http://{free}/metrics cannot be read (")) && !refused.contains("secret"),
+            refused.starts_with(&format!(
+                "--server-metrics http://{free}/metrics cannot be read ("
+            )) && !refused.contains("secret"),
             "{refused}"
         );
     }
@@ -312,7 +351,10 @@ mod tests {
     async fn a_password_in_the_address_opens_a_page_that_wants_one() {
         let guarded = |headers: axum::http::HeaderMap| async move {
             // me:secret
-            match headers.get("authorization").is_some_and(|value| value == "Basic bWU6c2VjcmV0") {
+            match headers
+                .get("authorization")
+                .is_some_and(|value| value == "Basic bWU6c2VjcmV0")
+            {
                 true => LIVEKIT.into_response(),
                 false => StatusCode::UNAUTHORIZED.into_response(),
             }
@@ -353,14 +395,18 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert!(
-            rows.iter()
-                .all(|row| row.participants == Some(4.0) && row.cpu_cores.is_some() && row.resident_bytes.is_none()),
+            rows.iter().all(|row| row.participants == Some(4.0)
+                && row.cpu_cores.is_some()
+                && row.resident_bytes.is_none()),
             "{rows:?}"
         );
         let account = watch.finish(start, &[]).await;
         let asked = asked.load(Ordering::Relaxed);
         let node = &account.nodes[0];
-        assert_eq!((node.readings, node.failures, node.gaps.len()), (asked - 1, 1, 1));
+        assert_eq!(
+            (node.readings, node.failures, node.gaps.len()),
+            (asked - 1, 1, 1)
+        );
         assert_eq!(node.gaps[0].why, "it answers 503 Service Unavailable");
         let total = account.stretches[0].cost.as_ref().unwrap();
         let last = (asked - 1) as f64;
@@ -368,13 +414,24 @@ mod tests {
             (total.cpu_seconds(), total.counted[Counter::PacketsSent]),
             (Some(last / 2.0), Some(40.0 * last))
         );
-        assert_eq!((account.stretches[0].name.as_str(), account.stretches.len()), ("total", 1));
+        assert_eq!(
+            (account.stretches[0].name.as_str(), account.stretches.len()),
+            ("total", 1)
+        );
     }
 
     #[tokio::test]
     async fn a_page_that_says_nothing_of_cpu_is_watched_with_a_warning() {
-        let server = serve(Router::new().route("/metrics", get(|| async { "livekit_participant_total 0\n" }))).await;
+        let server = serve(Router::new().route(
+            "/metrics",
+            get(|| async { "livekit_participant_total 0\n" }),
+        ))
+        .await;
         let watch = Watch::start(&[url(&server)]).await.unwrap();
-        assert!(watch.warnings()[0].contains("says nothing of CPU time"), "{:?}", watch.warnings());
+        assert!(
+            watch.warnings()[0].contains("says nothing of CPU time"),
+            "{:?}",
+            watch.warnings()
+        );
     }
 }

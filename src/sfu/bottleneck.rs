@@ -109,19 +109,31 @@ mod tests {
         assert_eq!(admitted(LIMIT, 990), [990; 10]);
         for (second, admitted) in admitted(LIMIT, 2_000).into_iter().enumerate() {
             let burst = if second == 0 { 250 } else { 0 };
-            assert!(admitted.abs_diff(1_000 + burst) <= 1, "{admitted} in second {second}");
+            assert!(
+                admitted.abs_diff(1_000 + burst) <= 1,
+                "{admitted} in second {second}"
+            );
         }
     }
 
     #[test]
     fn the_edge_wanders_around_the_limit_and_a_seed_repeats_it() {
-        let limit = Limit { wander: 0.05, ..LIMIT };
+        let limit = Limit {
+            wander: 0.05,
+            ..LIMIT
+        };
         let each = admitted(limit, 2_000);
         assert_eq!(each, admitted(limit, 2_000));
         assert_ne!(each, admitted(Limit { seed: 8, ..limit }, 2_000));
-        assert!(each[1..].iter().all(|admitted| (949..=1_051).contains(admitted)), "{each:?}");
         assert!(
-            each[1..].iter().any(|admitted| *admitted < 990) && each[1..].iter().any(|admitted| *admitted > 1_010),
+            each[1..]
+                .iter()
+                .all(|admitted| (949..=1_051).contains(admitted)),
+            "{each:?}"
+        );
+        assert!(
+            each[1..].iter().any(|admitted| *admitted < 990)
+                && each[1..].iter().any(|admitted| *admitted > 1_010),
             "{each:?}"
         );
     }

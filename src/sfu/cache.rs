@@ -136,7 +136,9 @@ mod tests {
             arrival: Time::from_millis(ext),
             rtp_time: ext as u32,
             marker: ext.is_multiple_of(2),
-            content: Content::Audio { level: Some(ext as u8) },
+            content: Content::Audio {
+                level: Some(ext as u8),
+            },
             payload,
         }
     }
@@ -156,20 +158,28 @@ mod tests {
             };
             let payload = payload_of(ext);
             let taken = !known.contains(&ext) && cache.insert(&packet(ext, &payload));
-            assert!(taken || known.contains(&ext) || ext + 64 <= newest, "{ext} {newest}");
+            assert!(
+                taken || known.contains(&ext) || ext + 64 <= newest,
+                "{ext} {newest}"
+            );
             if taken {
                 known.insert(ext);
                 newest = newest.max(ext);
                 assert_eq!(cache.find(ext).unwrap().1, payload);
             }
             for back in 0..80u64 {
-                let Some(ext) = newest.checked_sub(back) else { break };
+                let Some(ext) = newest.checked_sub(back) else {
+                    break;
+                };
                 match cache.find(ext) {
                     Some((entry, found)) => {
                         assert!(known.contains(&ext));
                         assert_eq!((found, entry.rtp_time), (&payload_of(ext)[..], ext as u32));
                     }
-                    None => assert!(!known.contains(&ext) || back > 30, "{ext} of {newest} is gone"),
+                    None => assert!(
+                        !known.contains(&ext) || back > 30,
+                        "{ext} of {newest} is gone"
+                    ),
                 }
             }
         }

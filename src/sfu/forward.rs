@@ -166,7 +166,9 @@ impl Segments {
     /// The segment and outgoing number of a published packet.
     fn of_incoming(&self, layer: u8, ext: u64) -> Option<(Segment, u64)> {
         let list = self.as_slice();
-        let at = list.iter().position(|segment| segment.layer == layer && segment.start_in <= ext)?;
+        let at = list
+            .iter()
+            .position(|segment| segment.layer == layer && segment.start_in <= ext)?;
         let out = list[at].out_of(ext);
         let ends_before = list[..at].last().is_some_and(|next| out >= next.start_out);
         (!ends_before).then_some((list[at], out))
@@ -174,7 +176,10 @@ impl Segments {
 
     /// The segment and published number of an outgoing packet.
     fn of_outgoing(&self, out: u64) -> Option<(Segment, u64)> {
-        let segment = self.as_slice().iter().find(|segment| segment.start_out <= out)?;
+        let segment = self
+            .as_slice()
+            .iter()
+            .find(|segment| segment.start_out <= out)?;
         Some((*segment, segment.start_in + (out - segment.start_out)))
     }
 }
@@ -233,7 +238,14 @@ impl Resends {
 
     /// `out` is the packet's number and `next_out` the one behind the last that was sent; `sent_at` is when the packet first left. What is allowed is
     /// counted as resent.
-    fn allow(&mut self, out: u64, next_out: u64, sent_at: Time, now: Time, rtt: Duration) -> Resend {
+    fn allow(
+        &mut self,
+        out: u64,
+        next_out: u64,
+        sent_at: Time,
+        now: Time,
+        rtt: Duration,
+    ) -> Resend {
         self.count_to(next_out);
         let room = self.recent.len();
         let seq = out as u16;
@@ -343,7 +355,8 @@ pub struct Subscription {
 }
 
 /// From the start of a [`Subscription`] to the end of its newest segment.
-const HOT_BYTES: usize = offset_of!(Subscription, segments) + offset_of!(Segments, list) + size_of::<Segment>();
+const HOT_BYTES: usize =
+    offset_of!(Subscription, segments) + offset_of!(Segments, list) + size_of::<Segment>();
 
 impl Subscription {
     /// `seed` chooses the first numbers; `ended` are the streams that this connection has carried before.
@@ -358,10 +371,14 @@ impl Subscription {
         ended: &[EndedStream],
     ) -> Result<Subscription, TemplateError> {
         let header = HeaderTemplate::with_room(parameters.payload_type, parameters.ssrc)?;
-        let level_id = parameters.extensions.id(Extension::AudioLevel).filter(|_| kind == Kind::Audio);
+        let level_id = parameters
+            .extensions
+            .id(Extension::AudioLevel)
+            .filter(|_| kind == Kind::Audio);
         let leveled_header = level_id
             .map(|id| {
-                let mut header = HeaderTemplate::with_room(parameters.payload_type, parameters.ssrc)?;
+                let mut header =
+                    HeaderTemplate::with_room(parameters.payload_type, parameters.ssrc)?;
                 let slot = header.push_extension(id, &[0])?;
                 Ok((header, slot))
             })
@@ -369,7 +386,10 @@ impl Subscription {
         let origin = scatter(seed ^ u64::from(parameters.ssrc));
         // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost (RFC 3711, section 3.3.1).
         let first_index = |ssrc: u32| {
-            let ended = ended.iter().find(|ended| ended.ssrc == ssrc).map(|ended| ended.next_index);
+            let ended = ended
+                .iter()
+                .find(|ended| ended.ssrc == ssrc)
+                .map(|ended| ended.next_index);
             ended.unwrap_or(scatter(seed ^ u64::from(ssrc)) >> 49)
         };
         let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
@@ -446,7 +466,9 @@ impl Subscription {
 
     /// Chooses the layer anew. Returns the layer of which a key frame is needed now.
     pub fn choose_layer(&mut self, encodings: &[Ingest]) -> Option<u8> {
-        let chosen = select::choose(self.selection, encodings.len(), |layer| encodings[layer].activity.is_active());
+        let chosen = select::choose(self.selection, encodings.len(), |layer| {
+            encodings[layer].activity.is_active()
+        });
         if !self.selection.enabled {
             self.current = None;
             self.target = None;
@@ -458,7 +480,8 @@ impl Subscription {
         }
         // Where no layer is being sent, the one that was sent may yet go on.
         self.target = chosen.or(self.current);
-        self.wants_key_frame = self.kind == Kind::Video && self.target.is_some() && self.target != self.current;
+        self.wants_key_frame =
+            self.kind == Kind::Video && self.target.is_some() && self.target != self.current;
         self.key_frame_layer()
     }
 
@@ -484,7 +507,14 @@ impl Subscription {
             Some(segment) => {
                 self.wants_key_frame &= !(run.starts_key_frame && self.target == Some(run.layer));
                 for (entry, payload) in run.packets().flatten() {
-                    self.send_as(entry, payload, &segment, segment.out_of(entry.ext), &mut burst, wire);
+                    self.send_as(
+                        entry,
+                        payload,
+                        &segment,
+                        segment.out_of(entry.ext),
+                        &mut burst,
+                        wire,
+                    );
                 }
             }
             None => self.forward_each(run, &mut burst, wire),
@@ -494,13 +524,21 @@ impl Subscription {
 
     /// The newest segment, if all of the run belongs to it: the subscriber is in the midst of this layer, and no packet is one to decide about.
     fn segment_of(&self, run: &Run<'_>) -> Option<Segment> {
-        let goes_on = run.is_whole && self.selection.enabled && self.current == Some(run.layer) && !self.is_restart(run.layer, run.highest);
+        let goes_on = run.is_whole
+            && self.selection.enabled
+            && self.current == Some(run.layer)
+            && !self.is_restart(run.layer, run.highest);
         let newest = self.segments.newest().filter(|_| goes_on)?;
         (newest.layer == run.layer && newest.start_in <= run.lowest).then_some(*newest)
     }
 
     /// Decides about each packet by itself.
-    fn forward_each<I: Outgoing>(&mut self, run: &Run<'_>, burst: &mut Burst, wire: &mut Wire<'_, I>) {
+    fn forward_each<I: Outgoing>(
+        &mut self,
+        run: &Run<'_>,
+        burst: &mut Burst,
+        wire: &mut Wire<'_, I>,
+    ) {
         let (encoding, layer) = (&run.encodings[usize::from(run.layer)], run.layer);
         for (at, (ext, found)) in run.exts.iter().zip(run.packets()).enumerate() {
             let Some((entry, payload)) = found else {
@@ -514,12 +552,18 @@ impl Subscription {
                     // Packets behind the first one of a key frame may have come before it: they were of no use until now.
                     let newest = encoding.highest().unwrap_or(*ext);
                     for (entry, payload) in (*ext..=newest).filter_map(|ext| encoding.find(ext)) {
-                        if entry.content != Content::Empty || self.skip(entry.ext, layer, wire.statistics) == Admission::Placed {
-                            wire.statistics.media_out_recalled += u64::from(!run.exts[at..].contains(&entry.ext));
+                        if entry.content != Content::Empty
+                            || self.skip(entry.ext, layer, wire.statistics) == Admission::Placed
+                        {
+                            wire.statistics.media_out_recalled +=
+                                u64::from(!run.exts[at..].contains(&entry.ext));
                             self.send(entry, payload, layer, burst, wire);
                         }
                     }
-                    let older = run.exts[at + 1..].iter().filter(|later| *later < ext).count();
+                    let older = run.exts[at + 1..]
+                        .iter()
+                        .filter(|later| *later < ext)
+                        .count();
                     wire.statistics.withheld_late += older as u64;
                     break;
                 }
@@ -528,7 +572,12 @@ impl Subscription {
     }
 
     /// Decides about one packet, and begins a segment where one is needed.
-    fn admit(&mut self, run: &Run<'_>, entry: &Entry, statistics: &mut RouterStatistics) -> Admission {
+    fn admit(
+        &mut self,
+        run: &Run<'_>,
+        entry: &Entry,
+        statistics: &mut RouterStatistics,
+    ) -> Admission {
         let (encodings, layer, format) = (run.encodings, run.layer, run.format);
         if !self.selection.enabled {
             statistics.withheld_disabled += 1;
@@ -540,7 +589,10 @@ impl Subscription {
         }
         let starts_key_frame = starts_key_frame(entry);
         let is_recent = is_recent(&encodings[usize::from(layer)], entry, format);
-        let may_begin = self.target == Some(layer) && is_recent && (starts_key_frame || self.kind == Kind::Audio) && entry.content != Content::Empty;
+        let may_begin = self.target == Some(layer)
+            && is_recent
+            && (starts_key_frame || self.kind == Kind::Audio)
+            && entry.content != Content::Empty;
         if self.current != Some(layer) && may_begin {
             self.begin(encodings, layer, entry, format);
             return Admission::Begins;
@@ -564,7 +616,10 @@ impl Subscription {
     }
 
     fn is_restart(&self, layer: u8, ext: u64) -> bool {
-        let newest = self.segments.newest().filter(|newest| newest.layer == layer && newest.start_in <= ext);
+        let newest = self
+            .segments
+            .newest()
+            .filter(|newest| newest.layer == layer && newest.start_in <= ext);
         newest.is_some_and(|newest| newest.out_of(ext) > self.next_out + RESTART)
     }
 
@@ -591,8 +646,12 @@ impl Subscription {
                     key_idx: (self.origin >> 56) as u8,
                 },
             };
-            segment.picture_offset = next.picture_id.wrapping_sub(descriptor.picture_id.map_or(0, PictureId::value));
-            segment.tl0_offset = next.tl0_pic_idx.wrapping_sub(descriptor.tl0_pic_idx.unwrap_or(0));
+            segment.picture_offset = next
+                .picture_id
+                .wrapping_sub(descriptor.picture_id.map_or(0, PictureId::value));
+            segment.tl0_offset = next
+                .tl0_pic_idx
+                .wrapping_sub(descriptor.tl0_pic_idx.unwrap_or(0));
             segment.key_idx_offset = next.key_idx.wrapping_sub(descriptor.key_idx.unwrap_or(0));
         }
         self.switches += u64::from(self.last.is_some_and(|last| last.layer != layer));
@@ -606,19 +665,30 @@ impl Subscription {
         let Some(last) = self.last else {
             return (mixed(self.origin) as u32).wrapping_sub(entry.rtp_time);
         };
-        let ticks = |time: Duration| (time.as_nanos() * u128::from(format.clock_rate) / 1_000_000_000) as u32;
-        let by_arrival = last.rtp_time.wrapping_add(ticks(entry.arrival.since(last.arrival)));
+        let ticks = |time: Duration| {
+            (time.as_nanos() * u128::from(format.clock_rate) / 1_000_000_000) as u32
+        };
+        let by_arrival = last
+            .rtp_time
+            .wrapping_add(ticks(entry.arrival.since(last.arrival)));
         let offset = if last.layer == layer {
             Some(last.rtp_offset)
         } else {
-            offset_between(encodings, last.layer, layer, format).map(|between| last.rtp_offset.wrapping_add(between))
+            offset_between(encodings, last.layer, layer, format)
+                .map(|between| last.rtp_offset.wrapping_add(between))
         };
         let believed = offset
             .map(|offset| entry.rtp_time.wrapping_add(offset))
-            .filter(|rtp_time| (rtp_time.wrapping_sub(by_arrival) as i32).unsigned_abs() <= ticks(CLOCK_ERROR_MAX));
+            .filter(|rtp_time| {
+                (rtp_time.wrapping_sub(by_arrival) as i32).unsigned_abs() <= ticks(CLOCK_ERROR_MAX)
+            });
         let rtp_time = believed.unwrap_or(by_arrival);
         let ahead = rtp_time.wrapping_sub(last.rtp_time) as i32;
-        let rtp_time = if ahead > 0 { rtp_time } else { last.rtp_time.wrapping_add(1) };
+        let rtp_time = if ahead > 0 {
+            rtp_time
+        } else {
+            last.rtp_time.wrapping_add(1)
+        };
         rtp_time.wrapping_sub(entry.rtp_time)
     }
 
@@ -642,7 +712,14 @@ impl Subscription {
     }
 
     /// Sends one packet to its place, if it still has one.
-    fn send<I: Outgoing>(&mut self, entry: &Entry, payload: &[u8], layer: u8, burst: &mut Burst, wire: &mut Wire<'_, I>) {
+    fn send<I: Outgoing>(
+        &mut self,
+        entry: &Entry,
+        payload: &[u8],
+        layer: u8,
+        burst: &mut Burst,
+        wire: &mut Wire<'_, I>,
+    ) {
         match self.segments.of_incoming(layer, entry.ext) {
             Some((segment, out)) => self.send_as(entry, payload, &segment, out, burst, wire),
             None => wire.statistics.withheld_late += 1,
@@ -650,8 +727,18 @@ impl Subscription {
     }
 
     /// Writes, seals and sends one packet under the number `out`.
-    fn send_as<I: Outgoing>(&mut self, entry: &Entry, payload: &[u8], segment: &Segment, out: u64, burst: &mut Burst, wire: &mut Wire<'_, I>) {
-        let Some(parts) = parts(entry, payload, segment) else { return };
+    fn send_as<I: Outgoing>(
+        &mut self,
+        entry: &Entry,
+        payload: &[u8],
+        segment: &Segment,
+        out: u64,
+        burst: &mut Burst,
+        wire: &mut Wire<'_, I>,
+    ) {
+        let Some(parts) = parts(entry, payload, segment) else {
+            return;
+        };
         let len = self.media_len(&parts);
         let size = len + wire.sealer.profile().rtp_overhead();
         burst.make_room(size, wire);
@@ -674,9 +761,18 @@ impl Subscription {
         self.note_sent(entry, segment, parts.sent, out, rtp_time);
     }
 
-    fn note_sent(&mut self, entry: &Entry, segment: &Segment, sent: Option<Descriptor>, out: u64, rtp_time: u32) {
+    fn note_sent(
+        &mut self,
+        entry: &Entry,
+        segment: &Segment,
+        sent: Option<Descriptor>,
+        out: u64,
+        rtp_time: u32,
+    ) {
         self.next_out = self.next_out.max(out + 1);
-        let newer = self.last.is_none_or(|last| rtp_time.wrapping_sub(last.rtp_time) as i32 >= 0);
+        let newer = self
+            .last
+            .is_none_or(|last| rtp_time.wrapping_sub(last.rtp_time) as i32 >= 0);
         if newer {
             self.last = Some(Last {
                 rtp_time,
@@ -688,7 +784,8 @@ impl Subscription {
         if let Some(sent) = sent {
             let last = self.last_picture.unwrap_or_default();
             let picture_id = sent.picture_id.map_or(last.picture_id, PictureId::value);
-            let newer = self.last_picture.is_none() || picture_id.wrapping_sub(last.picture_id) & 0x7FFF < 0x4000;
+            let newer = self.last_picture.is_none()
+                || picture_id.wrapping_sub(last.picture_id) & 0x7FFF < 0x4000;
             if newer {
                 self.last_picture = Some(LastPicture {
                     picture_id,
@@ -709,7 +806,14 @@ impl Subscription {
     }
 
     /// Writes header and payload, and returns the header's length.
-    fn write_media(&self, parts: &Parts<'_>, marker: bool, out: u64, rtp_time: u32, buffer: &mut [u8]) -> Option<usize> {
+    fn write_media(
+        &self,
+        parts: &Parts<'_>,
+        marker: bool,
+        out: u64,
+        rtp_time: u32,
+        buffer: &mut [u8],
+    ) -> Option<usize> {
         let seq = Seq(out as u16);
         let header_len = match (&self.leveled_header, parts.level) {
             (Some((header, slot)), Some(level)) => {
@@ -727,7 +831,12 @@ impl Subscription {
     }
 
     /// Sends packets again that the subscriber misses.
-    pub fn handle_nack<I: Outgoing>(&mut self, encodings: &[Ingest], seqs: impl Iterator<Item = Seq>, wire: &mut Wire<'_, I>) {
+    pub fn handle_nack<I: Outgoing>(
+        &mut self,
+        encodings: &[Ingest],
+        seqs: impl Iterator<Item = Seq>,
+        wire: &mut Wire<'_, I>,
+    ) {
         self.nacks += 1;
         wire.statistics.nacks_in += 1;
         for seq in seqs.take(NACKED_MAX) {
@@ -738,7 +847,10 @@ impl Subscription {
 
     fn resend<I: Outgoing>(&mut self, encodings: &[Ingest], seq: Seq, wire: &mut Wire<'_, I>) {
         let back = u64::from((self.next_out as u16).wrapping_sub(seq.0));
-        let out = self.next_out.checked_sub(back).filter(|_| (1..1 << 15).contains(&back));
+        let out = self
+            .next_out
+            .checked_sub(back)
+            .filter(|_| (1..1 << 15).contains(&back));
         let found = out.and_then(|out| {
             let (segment, ext) = self.segments.of_outgoing(out)?;
             let (entry, payload) = encodings.get(usize::from(segment.layer))?.find(ext)?;
@@ -749,7 +861,10 @@ impl Subscription {
             return;
         };
         let rtt = self.rtt.unwrap_or(RTT_UNKNOWN);
-        match self.resends.allow(out, self.next_out, entry.arrival, wire.now, rtt) {
+        match self
+            .resends
+            .allow(out, self.next_out, entry.arrival, wire.now, rtt)
+        {
             Resend::TooSoon => wire.statistics.resends_too_soon += 1,
             Resend::Exhausted => wire.statistics.resends_exhausted += 1,
             Resend::Allowed => {
@@ -764,7 +879,14 @@ impl Subscription {
     }
 
     /// Over RTX where agreed; else as the very packet that it was, which SRTP seals to the very same bytes.
-    fn send_again<I: Outgoing>(&mut self, entry: &Entry, payload: &[u8], segment: &Segment, out: u64, wire: &mut Wire<'_, I>) -> Option<usize> {
+    fn send_again<I: Outgoing>(
+        &mut self,
+        entry: &Entry,
+        payload: &[u8],
+        segment: &Segment,
+        out: u64,
+        wire: &mut Wire<'_, I>,
+    ) -> Option<usize> {
         let parts = parts(entry, payload, segment)?;
         let rtp_time = entry.rtp_time.wrapping_add(segment.rtp_offset);
         let buffer = wire.io.lend();
@@ -772,7 +894,9 @@ impl Subscription {
             Some(rtx) => {
                 let index = rtx.index;
                 rtx.index += 1;
-                let header_len = rtx.header.write(buffer, entry.marker, Seq(index as u16), rtp_time)?;
+                let header_len =
+                    rtx.header
+                        .write(buffer, entry.marker, Seq(index as u16), rtp_time)?;
                 let osn = write_rtx_osn(buffer.get_mut(header_len..)?, Seq(out as u16))?;
                 let len = header_len + osn + parts.write(buffer.get_mut(header_len + osn..)?)?;
                 (header_len, len, index)
@@ -795,13 +919,21 @@ impl Subscription {
     /// What a sender report says now; `None` while nothing has been sent, or the publisher has not told its clock.
     ///
     /// `publisher_ntp` is the publisher's wall clock at this moment, nanoseconds since 1900; `ntp` is ours.
-    pub fn sender_info(&self, encodings: &[Ingest], format: &Format, publisher_ntp: i64, ntp: u64) -> Option<SenderInfo> {
+    pub fn sender_info(
+        &self,
+        encodings: &[Ingest],
+        format: &Format,
+        publisher_ntp: i64,
+        ntp: u64,
+    ) -> Option<SenderInfo> {
         let segment = self.segments.newest().filter(|_| self.packets > 0)?;
         let clock = encodings.get(usize::from(segment.layer))?.clock()?;
         Some(SenderInfo {
             ssrc: self.ssrc(),
             ntp,
-            rtp_time: clock.rtp_time_at(publisher_ntp, format.clock_rate).wrapping_add(segment.rtp_offset),
+            rtp_time: clock
+                .rtp_time_at(publisher_ntp, format.clock_rate)
+                .wrapping_add(segment.rtp_offset),
             packets: self.packets as u32,
             octets: self.octets,
         })
@@ -834,7 +966,13 @@ enum Admission {
 }
 
 fn starts_key_frame(entry: &Entry) -> bool {
-    matches!(entry.content, Content::Video { starts_key_frame: true, .. })
+    matches!(
+        entry.content,
+        Content::Video {
+            starts_key_frame: true,
+            ..
+        }
+    )
 }
 
 /// Whether a subscriber may begin with a packet: what came before it is soon caught up with.
@@ -844,14 +982,18 @@ fn is_recent(encoding: &Ingest, entry: &Entry, format: &Format) -> bool {
     };
     let behind = newest.rtp_time.wrapping_sub(entry.rtp_time) as i32;
     let limit = CATCH_UP_TIME_MAX.as_millis() as i64 * i64::from(format.clock_rate) / 1_000;
-    newest.ext.saturating_sub(entry.ext) <= CATCH_UP_MAX && (format.kind == Kind::Audio || i64::from(behind) <= limit)
+    newest.ext.saturating_sub(entry.ext) <= CATCH_UP_MAX
+        && (format.kind == Kind::Audio || i64::from(behind) <= limit)
 }
 
 /// What to add to timestamps of layer `to` beyond what layer `from` has: both are stamps of one clock, by the sender reports of each.
 fn offset_between(encodings: &[Ingest], from: u8, to: u8, format: &Format) -> Option<u32> {
     let from = encodings.get(usize::from(from))?.clock()?;
     let to = encodings.get(usize::from(to))?.clock()?;
-    Some(from.rtp_time_at(to.ntp_nanos, format.clock_rate).wrapping_sub(to.rtp_time))
+    Some(
+        from.rtp_time_at(to.ntp_nanos, format.clock_rate)
+            .wrapping_sub(to.rtp_time),
+    )
 }
 
 fn rewritten(descriptor: Descriptor, segment: &Segment) -> Descriptor {
@@ -859,8 +1001,12 @@ fn rewritten(descriptor: Descriptor, segment: &Segment) -> Descriptor {
         picture_id: descriptor
             .picture_id
             .map(|id| PictureId::Long(id.value().wrapping_add(segment.picture_offset) & 0x7FFF)),
-        tl0_pic_idx: descriptor.tl0_pic_idx.map(|idx| idx.wrapping_add(segment.tl0_offset)),
-        key_idx: descriptor.key_idx.map(|idx| idx.wrapping_add(segment.key_idx_offset) & 0x1F),
+        tl0_pic_idx: descriptor
+            .tl0_pic_idx
+            .map(|idx| idx.wrapping_add(segment.tl0_offset)),
+        key_idx: descriptor
+            .key_idx
+            .map(|idx| idx.wrapping_add(segment.key_idx_offset) & 0x1F),
         ..descriptor
     }
 }
@@ -876,7 +1022,9 @@ fn parts<'a>(entry: &Entry, payload: &'a [u8], segment: &Segment) -> Option<Part
     match entry.content {
         Content::Audio { level } => parts.level = level,
         Content::Video {
-            descriptor, descriptor_len, ..
+            descriptor,
+            descriptor_len,
+            ..
         } => {
             let sent = rewritten(descriptor, segment);
             parts.descriptor_len = sent.write(&mut parts.descriptor)?;
@@ -931,7 +1079,10 @@ struct Burst {
 impl Burst {
     /// Before a packet of `size` bytes is written behind those that wait: sends them where it cannot join them.
     fn make_room<I: Outgoing>(&mut self, size: usize, wire: &mut Wire<'_, I>) {
-        let joins = !self.closed && size <= self.segment && self.count < net::SEGMENTS_MAX && self.len + size <= net::SEND_BYTES_MAX;
+        let joins = !self.closed
+            && size <= self.segment
+            && self.count < net::SEGMENTS_MAX
+            && self.len + size <= net::SEND_BYTES_MAX;
         if !joins {
             self.finish(wire);
         }
@@ -983,8 +1134,15 @@ mod tests {
     fn every_outgoing_number_belongs_to_one_published_packet() {
         let mut segments = Segments::default();
         assert!(segments.of_incoming(0, 5).is_none() && segments.of_outgoing(5).is_none());
-        let pushed = [segment(0, 100, 10), segment(1, 500, 40), segment(0, 150, 60), segment(0, 170, 75)];
-        pushed.into_iter().for_each(|segment| segments.push(segment));
+        let pushed = [
+            segment(0, 100, 10),
+            segment(1, 500, 40),
+            segment(0, 150, 60),
+            segment(0, 170, 75),
+        ];
+        pushed
+            .into_iter()
+            .for_each(|segment| segments.push(segment));
         let incoming = |layer, ext| segments.of_incoming(layer, ext).map(|(_, out)| out);
         for (layer, ext, out) in [
             (0, 99, None),
@@ -1032,24 +1190,41 @@ mod tests {
             next_out += u64::from(round % 50 == 0) * (1 + chance.below(3));
             // Numbers that share places are asked for one behind the other, and neither rest nor round trip holds a subscriber back that says it is near.
             let out = next_out - 1 - (chance.below(12) * 64).min(next_out - 1_001).min(600);
-            match resends.allow(out, next_out, Time::ZERO, Time::from_millis(round), Duration::ZERO) {
+            match resends.allow(
+                out,
+                next_out,
+                Time::ZERO,
+                Time::from_millis(round),
+                Duration::ZERO,
+            ) {
                 Resend::Allowed => *counts.entry(out).or_insert(0) += 1,
                 Resend::Exhausted => exhausted += 1,
                 Resend::TooSoon => panic!("there is no rest"),
             }
         }
         assert!(counts.values().all(|count| *count <= RESENDS_MAX) && exhausted > 0);
-        assert!(counts.values().filter(|count| **count == RESENDS_MAX).count() > 1_000);
+        assert!(
+            counts
+                .values()
+                .filter(|count| **count == RESENDS_MAX)
+                .count()
+                > 1_000
+        );
     }
 
     #[test]
     fn what_a_packet_needs_of_a_subscription_is_three_cache_lines() {
-        assert!(HOT_BYTES <= 3 * 64 && align_of::<Subscription>() == 64, "{HOT_BYTES}");
+        assert!(
+            HOT_BYTES <= 3 * 64 && align_of::<Subscription>() == 64,
+            "{HOT_BYTES}"
+        );
     }
 
     #[test]
     fn a_subscription_to_audio_is_small() {
-        let bytes = size_of::<Subscription>() + AUDIO_RESENDS * size_of::<Resent>() + AUDIO_COUNTED as usize / 4;
+        let bytes = size_of::<Subscription>()
+            + AUDIO_RESENDS * size_of::<Resent>()
+            + AUDIO_COUNTED as usize / 4;
         assert!(bytes < 1_024, "{bytes}");
     }
 }

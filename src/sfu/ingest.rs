@@ -95,7 +95,12 @@ struct Source {
 
 impl Source {
     /// Opens one datagram in place and returns its plain length.
-    fn open(&mut self, datagram: &mut [u8], header: &Header, opener: &Opener) -> Result<usize, Refused> {
+    fn open(
+        &mut self,
+        datagram: &mut [u8],
+        header: &Header,
+        opener: &Opener,
+    ) -> Result<usize, Refused> {
         let index = self.extender.guess(header.seq.0);
         if !self.replay.check(index) {
             return Err(Refused::Replayed);
@@ -164,7 +169,11 @@ impl Ingest {
             last_level: None,
             key_frame_wanted: false,
             key_frame_asked_at: None,
-            key_frame_interval: if layer == 0 { KEY_FRAME_INTERVAL } else { KEY_FRAME_INTERVAL_HIGH },
+            key_frame_interval: if layer == 0 {
+                KEY_FRAME_INTERVAL
+            } else {
+                KEY_FRAME_INTERVAL_HIGH
+            },
             bytes: 0,
             key_frames: 0,
             nacks_sent: 0,
@@ -196,7 +205,13 @@ impl Ingest {
     }
 
     /// Opens one datagram in place, and keeps what is new.
-    pub fn handle_rtp(&mut self, datagram: &mut [u8], header: &Header, is_rtx: bool, around: &mut Surroundings<'_>) -> Result<Taken, Refused> {
+    pub fn handle_rtp(
+        &mut self,
+        datagram: &mut [u8],
+        header: &Header,
+        is_rtx: bool,
+        around: &mut Surroundings<'_>,
+    ) -> Result<Taken, Refused> {
         let opener = around.opener;
         let moved = !is_rtx && self.media.ssrc.is_some_and(|ssrc| ssrc != header.ssrc);
         let len = if moved {
@@ -205,7 +220,11 @@ impl Ingest {
             self.follow(next, around.format);
             len
         } else {
-            let source = if is_rtx { &mut self.rtx } else { &mut self.media };
+            let source = if is_rtx {
+                &mut self.rtx
+            } else {
+                &mut self.media
+            };
             if is_rtx && source.ssrc.is_some_and(|ssrc| ssrc != header.ssrc) {
                 *source = Source::default();
             }
@@ -244,7 +263,10 @@ impl Ingest {
         around: &mut Surroundings<'_>,
     ) -> Result<Taken, Refused> {
         let (format, arrival) = (around.format, around.arrival);
-        match self.receive.handle_packet(seq, header.rtp_time, arrival, repaired) {
+        match self
+            .receive
+            .handle_packet(seq, header.rtp_time, arrival, repaired)
+        {
             Arrival::New { .. } | Arrival::Reordered | Arrival::Repaired { .. } => {}
             Arrival::Duplicate => return Err(Refused::Duplicate),
             Arrival::TooOld => return Err(Refused::TooOld),
@@ -279,7 +301,9 @@ impl Ingest {
     }
 
     fn audio(&mut self, header: &Header, packet: &[u8], format: &Format) -> Content {
-        let level = format.audio_level_id.and_then(|id| header.extension(packet, id)?.first().copied());
+        let level = format
+            .audio_level_id
+            .and_then(|id| header.extension(packet, id)?.first().copied());
         self.last_level = level;
         Content::Audio { level }
     }
@@ -289,8 +313,12 @@ impl Ingest {
         let Some((mut descriptor, len)) = Descriptor::parse(payload) else {
             return Content::Empty;
         };
-        let starts_key_frame = payload.get(len..).is_some_and(|vp8| !vp8.is_empty() && descriptor.starts_key_frame(vp8));
-        descriptor.picture_id = descriptor.picture_id.map(|id| PictureId::Long(self.unwrapped(id)));
+        let starts_key_frame = payload
+            .get(len..)
+            .is_some_and(|vp8| !vp8.is_empty() && descriptor.starts_key_frame(vp8));
+        descriptor.picture_id = descriptor
+            .picture_id
+            .map(|id| PictureId::Long(self.unwrapped(id)));
         if starts_key_frame {
             self.key_frames += 1;
         }
@@ -312,7 +340,9 @@ impl Ingest {
                 last.wrapping_add_signed(step) & 0x7FFF
             }
         };
-        let newer = self.last_picture_id.is_none_or(|last| id.wrapping_sub(last) & 0x7FFF < 0x4000);
+        let newer = self
+            .last_picture_id
+            .is_none_or(|last| id.wrapping_sub(last) & 0x7FFF < 0x4000);
         if newer {
             self.last_picture_id = Some(id);
         }
@@ -349,7 +379,11 @@ impl Ingest {
 
     /// When the publisher may be asked for a key frame; [`Time::MAX`] while none is wanted.
     pub fn key_frame_request_at(&self) -> Time {
-        match (self.key_frame_wanted, self.media.ssrc, self.key_frame_asked_at) {
+        match (
+            self.key_frame_wanted,
+            self.media.ssrc,
+            self.key_frame_asked_at,
+        ) {
             (false, ..) | (_, None, _) => Time::MAX,
             (true, Some(_), None) => Time::ZERO,
             (true, Some(_), Some(asked_at)) => asked_at + self.key_frame_interval,

@@ -13,7 +13,9 @@ use std::net::SocketAddr;
 use livekit_protocol as proto;
 
 use super::room::Room;
-pub use super::shared::{ConnectionId, Entry, LobbyStatistics, LobbyTotals, Output, PROTOCOL, SessionId};
+pub use super::shared::{
+    ConnectionId, Entry, LobbyStatistics, LobbyTotals, Output, PROTOCOL, SessionId,
+};
 use super::shared::{Ids, RoomId, Shared, Timer};
 use super::{MediaEvent, TrackId, TransportId};
 use crate::transport::sdp::Fingerprint;
@@ -69,8 +71,13 @@ impl Lobby {
                 }
             }
             Some(sid) => {
-                let room = self.names.get(&entry.room).and_then(|room| self.rooms.get_mut(room));
-                let resumed = room.is_some_and(|room| room.handle_resume(&mut self.shared, connection, &entry.identity, sid, now));
+                let room = self
+                    .names
+                    .get(&entry.room)
+                    .and_then(|room| self.rooms.get_mut(room));
+                let resumed = room.is_some_and(|room| {
+                    room.handle_resume(&mut self.shared, connection, &entry.identity, sid, now)
+                });
                 if !resumed {
                     self.shared.send_leave(
                         connection,
@@ -84,9 +91,16 @@ impl Lobby {
         connection
     }
 
-    pub fn handle_request(&mut self, connection: ConnectionId, request: proto::SignalRequest, now: Time) {
-        if let (Some((room, session)), Some(message)) = (self.shared.connections.get(&connection).copied(), request.message)
-            && let Some(room) = self.rooms.get_mut(&room)
+    pub fn handle_request(
+        &mut self,
+        connection: ConnectionId,
+        request: proto::SignalRequest,
+        now: Time,
+    ) {
+        if let (Some((room, session)), Some(message)) = (
+            self.shared.connections.get(&connection).copied(),
+            request.message,
+        ) && let Some(room) = self.rooms.get_mut(&room)
         {
             room.handle_request(&mut self.shared, session, message, now);
         }
@@ -104,10 +118,14 @@ impl Lobby {
     pub fn handle_media(&mut self, router: usize, event: MediaEvent, now: Time) {
         match event {
             MediaEvent::Connected { transport, .. } => {
-                self.with_transport(transport, |room, shared, session| room.handle_connected(shared, session, transport, now));
+                self.with_transport(transport, |room, shared, session| {
+                    room.handle_connected(shared, session, transport, now)
+                });
             }
             MediaEvent::Failed { transport, .. } => {
-                self.with_transport(transport, |room, shared, session| room.handle_failed(shared, session, now));
+                self.with_transport(transport, |room, shared, session| {
+                    room.handle_failed(shared, session, now)
+                });
             }
             // A track counts as published when it is agreed, not when it is heard.
             MediaEvent::TrackStarted { .. } => {}
@@ -116,7 +134,13 @@ impl Lobby {
     }
 
     pub fn handle_timeout(&mut self, now: Time) {
-        while let Some((at, timer)) = self.shared.timers.first().copied().filter(|(at, _)| *at <= now) {
+        while let Some((at, timer)) = self
+            .shared
+            .timers
+            .first()
+            .copied()
+            .filter(|(at, _)| *at <= now)
+        {
             self.shared.timers.remove(&(at, timer));
             match timer {
                 Timer::Participant(room, session) => {
@@ -125,15 +149,22 @@ impl Lobby {
                     }
                 }
                 Timer::Room(id) => {
-                    let Some(room) = self.rooms.get_mut(&id) else { continue };
+                    let Some(room) = self.rooms.get_mut(&id) else {
+                        continue;
+                    };
                     room.handle_timeout(&mut self.shared, now);
                     if room.is_expired(now) {
                         self.close_room(id, now);
                     }
                 }
                 Timer::Track(track) => {
-                    let room = self.shared.tracks.get(&track).and_then(|room| self.rooms.get_mut(room));
-                    room.into_iter().for_each(|room| room.poll_dynacast(&mut self.shared, track, now));
+                    let room = self
+                        .shared
+                        .tracks
+                        .get(&track)
+                        .and_then(|room| self.rooms.get_mut(room));
+                    room.into_iter()
+                        .for_each(|room| room.poll_dynacast(&mut self.shared, track, now));
                 }
             }
         }
@@ -189,7 +220,10 @@ impl Lobby {
 
     /// `false`: no such participant.
     pub fn remove_participant(&mut self, room: &str, identity: &str, now: Time) -> bool {
-        let room = self.names.get(room).and_then(|room| self.rooms.get_mut(room));
+        let room = self
+            .names
+            .get(room)
+            .and_then(|room| self.rooms.get_mut(room));
         room.is_some_and(|room| room.remove_identity(&mut self.shared, identity, now))
     }
 
@@ -199,7 +233,9 @@ impl Lobby {
             since_start: self.shared.totals,
             ..LobbyStatistics::default()
         };
-        self.rooms.values().for_each(|room| room.count(&mut statistics));
+        self.rooms
+            .values()
+            .for_each(|room| room.count(&mut statistics));
         statistics
     }
 
@@ -209,7 +245,8 @@ impl Lobby {
         }
         let id = self.shared.ids.room();
         let router = self.shared.least_loaded();
-        self.rooms.insert(id, Room::new(&mut self.shared, id, name, router, now));
+        self.rooms
+            .insert(id, Room::new(&mut self.shared, id, name, router, now));
         self.names.insert(name.to_owned(), id);
         id
     }
@@ -221,7 +258,11 @@ impl Lobby {
         }
     }
 
-    fn with_transport(&mut self, transport: TransportId, act: impl FnOnce(&mut Room, &mut Shared, SessionId)) {
+    fn with_transport(
+        &mut self,
+        transport: TransportId,
+        act: impl FnOnce(&mut Room, &mut Shared, SessionId),
+    ) {
         if let Some((room, session)) = self.shared.transports.get(&transport).copied()
             && let Some(room) = self.rooms.get_mut(&room)
         {
@@ -236,7 +277,11 @@ impl Lobby {
                 by_room.entry(*room).or_default().push((*track, *level));
             }
         }
-        for (id, room) in self.rooms.iter_mut().filter(|(_, room)| room.router() == router) {
+        for (id, room) in self
+            .rooms
+            .iter_mut()
+            .filter(|(_, room)| room.router() == router)
+        {
             let levels = by_room.remove(id).unwrap_or_default();
             room.handle_levels(&mut self.shared, &levels, now);
         }

@@ -180,7 +180,10 @@ pub enum MediaEvent {
     /// DTLS is done: media may flow.
     Connected { transport: TransportId, at: Time },
     /// The connection is gone; the router has dropped it.
-    Failed { transport: TransportId, failure: PeerFailure },
+    Failed {
+        transport: TransportId,
+        failure: PeerFailure,
+    },
     /// The first packet of a track came.
     TrackStarted { track: TrackId, at: Time },
     /// Loudness of the tracks that spoke in the last interval: dBov below full scale as the audio-level extension has it (0 the loudest), averaged.

@@ -8,7 +8,10 @@ use prost::Message as _;
 
 use super::shared::{ConnectionId, SessionId, Shared};
 use super::track::Settings;
-use super::{MediaCommand, Selection, SubscriptionId, SubscriptionParameters, TrackId, TransportId, TransportParameters};
+use super::{
+    MediaCommand, Selection, SubscriptionId, SubscriptionParameters, TrackId, TransportId,
+    TransportParameters,
+};
 use crate::measure::Kind;
 use crate::transport::peer::IceCredentials;
 use crate::transport::sdp::serve::{AgreedMedia, ClientDescriptions, SentTrack, SubscriberOffer};
@@ -83,14 +86,22 @@ impl Participant {
 
     /// The connection that must be up for the participant to count as connected.
     pub fn primary(&self) -> TransportId {
-        self.offering.as_ref().map_or(self.answering.transport, |peer| peer.transport)
+        self.offering
+            .as_ref()
+            .map_or(self.answering.transport, |peer| peer.transport)
     }
 
     pub fn transports(&self) -> impl Iterator<Item = (TransportId, bool)> {
-        let offering = self.offering.as_ref().map(|peer| (peer.transport, peer.link.is_added()));
-        [Some((self.answering.transport, self.answering.link.is_added())), offering]
-            .into_iter()
-            .flatten()
+        let offering = self
+            .offering
+            .as_ref()
+            .map(|peer| (peer.transport, peer.link.is_added()));
+        [
+            Some((self.answering.transport, self.answering.link.is_added())),
+            offering,
+        ]
+        .into_iter()
+        .flatten()
     }
 
     /// The connection that carries our tracks.
@@ -110,7 +121,8 @@ impl Participant {
                 .count()
         };
         let spare = |kind| self.answering.free_sections(kind).count();
-        let of = |kind| u32::try_from(missing(kind).saturating_sub(spare(kind))).unwrap_or(u32::MAX);
+        let of =
+            |kind| u32::try_from(missing(kind).saturating_sub(spare(kind))).unwrap_or(u32::MAX);
         (of(Kind::Audio), of(Kind::Video))
     }
 }
@@ -152,12 +164,15 @@ impl Link {
 
     /// Whether a description of the client's begins a new generation of ICE.
     pub fn is_restarted_by(&self, remote: &RemoteTransport) -> bool {
-        self.known.as_ref().is_some_and(|(_, known)| *known != remote_credentials(remote))
+        self.known
+            .as_ref()
+            .is_some_and(|(_, known)| *known != remote_credentials(remote))
     }
 
     /// Whether the description is of another connection: DTLS sessions are kept, never made anew.
     pub fn is_replaced_by(&self, remote: &RemoteTransport) -> bool {
-        self.fingerprint.is_some_and(|known| known != remote.fingerprint)
+        self.fingerprint
+            .is_some_and(|known| known != remote.fingerprint)
     }
 
     pub fn restart(&mut self, shared: &mut Shared) {
@@ -166,7 +181,12 @@ impl Link {
     }
 
     /// What the router must be told now that both descriptions are known.
-    pub fn handle_remote(&mut self, transport: TransportId, remote: &RemoteTransport, dtls_active: bool) -> Option<MediaCommand> {
+    pub fn handle_remote(
+        &mut self,
+        transport: TransportId,
+        remote: &RemoteTransport,
+        dtls_active: bool,
+    ) -> Option<MediaCommand> {
         let local = IceCredentials {
             ufrag: self.local.ufrag.clone(),
             password: self.local.pwd.clone(),
@@ -236,8 +256,12 @@ impl AnsweringPeer {
     pub fn free_sections(&self, kind: Kind) -> impl Iterator<Item = usize> {
         let sections = self.descriptions.sections().enumerate();
         sections.filter_map(move |(index, section)| {
-            let fits = section.kind == Some(kind) && section.is_usable() && section.receives && !section.sends;
-            (fits && !self.sent.contains_key(&index) && !self.last_sent.contains(&index)).then_some(index)
+            let fits = section.kind == Some(kind)
+                && section.is_usable()
+                && section.receives
+                && !section.sends;
+            (fits && !self.sent.contains_key(&index) && !self.last_sent.contains(&index))
+                .then_some(index)
         })
     }
 }

@@ -14,12 +14,19 @@ use livekit_protocol::signal_request::Message as Request;
 use livekit_protocol::signal_response::Message as Response;
 use prost::Message as _;
 
-use super::participant::{AnsweringPeer, Live, OfferingPeer, Participant, PendingTrack, Subscription, dtls_active_beside};
-use super::shared::{ConnectionId, Entry, LobbyStatistics, RoomId, SessionId, Shared, Timer, join_response, server_info};
+use super::participant::{
+    AnsweringPeer, Live, OfferingPeer, Participant, PendingTrack, Subscription, dtls_active_beside,
+};
+use super::shared::{
+    ConnectionId, Entry, LobbyStatistics, RoomId, SessionId, Shared, Timer, join_response,
+    server_info,
+};
 use super::track::{Dynacast, Loudness, Settings, Track, quality_update};
 use super::{Encodings, MediaCommand, TrackId, TrackParameters, TransportId, wire};
 use crate::measure::Kind;
-use crate::transport::sdp::serve::{AgreedMedia, ClientSection, SectionUse, SentTrack, write_answer};
+use crate::transport::sdp::serve::{
+    AgreedMedia, ClientSection, SectionUse, SentTrack, write_answer,
+};
 use crate::transport::sdp::{Extension, Feedback, SdpError, Setup};
 use crate::units::Time;
 
@@ -138,13 +145,28 @@ impl Room {
         room
     }
 
-    pub fn configure(&mut self, shared: &mut Shared, request: &proto::CreateRoomRequest, now: Time) {
-        let or = |asked: u32, default: Duration| if asked == 0 { default.as_secs() as u32 } else { asked };
+    pub fn configure(
+        &mut self,
+        shared: &mut Shared,
+        request: &proto::CreateRoomRequest,
+        now: Time,
+    ) {
+        let or = |asked: u32, default: Duration| {
+            if asked == 0 {
+                default.as_secs() as u32
+            } else {
+                asked
+            }
+        };
         self.info.empty_timeout = or(request.empty_timeout, EMPTY_TIMEOUT);
         self.info.departure_timeout = or(request.departure_timeout, DEPARTURE_TIMEOUT);
         self.info.max_participants = request.max_participants;
         self.info.metadata = request.metadata.clone();
-        self.expire_after(shared, Duration::from_secs(self.info.empty_timeout.into()), now);
+        self.expire_after(
+            shared,
+            Duration::from_secs(self.info.empty_timeout.into()),
+            now,
+        );
     }
 
     pub fn name(&self) -> &str {
@@ -160,16 +182,27 @@ impl Room {
     }
 
     pub fn list_participants(&self) -> Vec<proto::ParticipantInfo> {
-        let visible = self.participants.values().filter(|participant| !participant.is_hidden());
-        visible.map(|participant| participant.info.clone()).collect()
+        let visible = self
+            .participants
+            .values()
+            .filter(|participant| !participant.is_hidden());
+        visible
+            .map(|participant| participant.info.clone())
+            .collect()
     }
 
     pub fn count(&self, statistics: &mut LobbyStatistics) {
         statistics.participants += self.participants.len();
         for track in self.tracks.values() {
             let (published, subscribed) = match track.kind {
-                Kind::Audio => (&mut statistics.published_audio, &mut statistics.subscribed_audio),
-                Kind::Video => (&mut statistics.published_video, &mut statistics.subscribed_video),
+                Kind::Audio => (
+                    &mut statistics.published_audio,
+                    &mut statistics.subscribed_audio,
+                ),
+                Kind::Video => (
+                    &mut statistics.published_video,
+                    &mut statistics.subscribed_video,
+                ),
             };
             *published += 1;
             *subscribed += track.subscribers.len();
@@ -182,35 +215,59 @@ impl Room {
 
     /// The room is no more; everybody is told.
     pub fn close(&mut self, shared: &mut Shared, now: Time) {
-        while let Some(session) = self.participants.first_key_value().map(|(session, _)| *session) {
+        while let Some(session) = self
+            .participants
+            .first_key_value()
+            .map(|(session, _)| *session)
+        {
             self.end(shared, session, End::ROOM_DELETED, now);
         }
     }
 
     // Who comes and goes.
 
-    pub fn handle_join(&mut self, shared: &mut Shared, connection: ConnectionId, entry: Entry, now: Time) {
+    pub fn handle_join(
+        &mut self,
+        shared: &mut Shared,
+        connection: ConnectionId,
+        entry: Entry,
+        now: Time,
+    ) {
         if let Some(older) = self.identities.get(&entry.identity).copied() {
             self.end(shared, older, End::REPLACED, now);
         }
-        let full = self.info.max_participants > 0 && self.participants.len() >= self.info.max_participants as usize;
+        let full = self.info.max_participants > 0
+            && self.participants.len() >= self.info.max_participants as usize;
         if full {
             shared.send_leave(connection, End::ROOM_FULL.reason, Action::Disconnect);
             return shared.close(connection);
         }
-        let (add_tracks, publisher_offer) = (entry.add_tracks.clone(), entry.publisher_offer.clone());
+        let (add_tracks, publisher_offer) =
+            (entry.add_tracks.clone(), entry.publisher_offer.clone());
         let participant = self.new_participant(shared, connection, entry, now);
         let session = participant.id;
-        let others = self.participants.values().filter(|other| !other.is_hidden()).map(|other| &other.encoded);
-        let join = join_response(self.describe(), participant.info.clone(), participant.offering.is_some());
+        let others = self
+            .participants
+            .values()
+            .filter(|other| !other.is_hidden())
+            .map(|other| &other.encoded);
+        let join = join_response(
+            self.describe(),
+            participant.info.clone(),
+            participant.offering.is_some(),
+        );
         shared.send(Some(connection), wire::join(&join, others));
         shared.connections.insert(connection, (self.id, session));
         for (transport, _) in participant.transports() {
             shared.transports.insert(transport, (self.id, session));
         }
-        shared.load(self.router).into_iter().for_each(|load| *load += 1);
+        shared
+            .load(self.router)
+            .into_iter()
+            .for_each(|load| *load += 1);
         shared.set_timer(now + CONNECT_TIMEOUT, Timer::Participant(self.id, session));
-        self.identities.insert(participant.info.identity.clone(), session);
+        self.identities
+            .insert(participant.info.identity.clone(), session);
         self.info.num_participants += u32::from(!participant.is_hidden());
         self.participants.insert(session, participant);
         self.expires_at = None;
@@ -226,7 +283,13 @@ impl Room {
         self.offer(shared, session, now);
     }
 
-    fn new_participant(&mut self, shared: &mut Shared, connection: ConnectionId, entry: Entry, now: Time) -> Participant {
+    fn new_participant(
+        &mut self,
+        shared: &mut Shared,
+        connection: ConnectionId,
+        entry: Entry,
+        now: Time,
+    ) -> Participant {
         let millis = shared.unix_millis(now);
         let info = proto::ParticipantInfo {
             sid: shared.ids.sid("PA"),
@@ -243,8 +306,11 @@ impl Room {
             ..Default::default()
         };
         let offers = !entry.single && entry.permission.can_subscribe;
-        let answering = AnsweringPeer::new(shared.ids.transport(), shared.local_transport(self.router));
-        let offering = offers.then(|| OfferingPeer::new(shared.ids.transport(), shared.local_transport(self.router)));
+        let answering =
+            AnsweringPeer::new(shared.ids.transport(), shared.local_transport(self.router));
+        let offering = offers.then(|| {
+            OfferingPeer::new(shared.ids.transport(), shared.local_transport(self.router))
+        });
         Participant {
             id: shared.ids.session(),
             encoded: info.encode_to_vec().into(),
@@ -267,7 +333,14 @@ impl Room {
     }
 
     /// The participant is back with a new WebSocket; its connections have stayed. `false`: it is not here.
-    pub fn handle_resume(&mut self, shared: &mut Shared, connection: ConnectionId, identity: &str, sid: &str, now: Time) -> bool {
+    pub fn handle_resume(
+        &mut self,
+        shared: &mut Shared,
+        connection: ConnectionId,
+        identity: &str,
+        sid: &str,
+        now: Time,
+    ) -> bool {
         let Some(session) = self.identities.get(identity).copied() else {
             return false;
         };
@@ -291,7 +364,10 @@ impl Room {
         };
         shared.respond(Some(connection), Response::Reconnect(reconnect));
         shared.send(Some(connection), everybody);
-        shared.respond(Some(connection), Response::RoomUpdate(proto::RoomUpdate { room: Some(room) }));
+        shared.respond(
+            Some(connection),
+            Response::RoomUpdate(proto::RoomUpdate { room: Some(room) }),
+        );
         if let Some(peer) = &mut participant.offering {
             // Its path may be another now. An offer that was on its way may be lost: this one stands for it.
             peer.restart(shared);
@@ -315,13 +391,24 @@ impl Room {
 
     pub fn remove_identity(&mut self, shared: &mut Shared, identity: &str, now: Time) -> bool {
         let session = self.identities.get(identity).copied();
-        session.into_iter().for_each(|session| self.end(shared, session, End::REMOVED, now));
+        session
+            .into_iter()
+            .for_each(|session| self.end(shared, session, End::REMOVED, now));
         session.is_some()
     }
 
     /// Media may flow on one of its connections.
-    pub fn handle_connected(&mut self, shared: &mut Shared, session: SessionId, transport: TransportId, now: Time) {
-        let primary = self.participants.get(&session).filter(|participant| participant.primary() == transport);
+    pub fn handle_connected(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        transport: TransportId,
+        now: Time,
+    ) {
+        let primary = self
+            .participants
+            .get(&session)
+            .filter(|participant| participant.primary() == transport);
         if primary.is_some_and(|participant| !participant.is_active()) {
             shared.totals.active += 1;
             self.change_state(shared, session, State::Active, now);
@@ -334,7 +421,9 @@ impl Room {
     }
 
     fn end(&mut self, shared: &mut Shared, session: SessionId, end: End, now: Time) {
-        let Some(participant) = self.participants.get(&session) else { return };
+        let Some(participant) = self.participants.get(&session) else {
+            return;
+        };
         for track in participant.published.clone() {
             self.unpublish(shared, track, now);
         }
@@ -359,7 +448,10 @@ impl Room {
         if self.identities.get(&participant.info.identity) == Some(&session) {
             self.identities.remove(&participant.info.identity);
         }
-        shared.load(self.router).into_iter().for_each(|load| *load = load.saturating_sub(1));
+        shared
+            .load(self.router)
+            .into_iter()
+            .for_each(|load| *load = load.saturating_sub(1));
         self.speakers.remove(&session);
         if !participant.is_hidden() {
             self.info.num_participants -= 1;
@@ -371,7 +463,11 @@ impl Room {
         // Whoever takes over an identity must not be taken for the one who went: the old one's end is told first.
         self.tell(shared, &participant, end == End::REPLACED, now);
         if self.participants.is_empty() {
-            self.expire_after(shared, Duration::from_secs(self.info.departure_timeout.into()), now);
+            self.expire_after(
+                shared,
+                Duration::from_secs(self.info.departure_timeout.into()),
+                now,
+            );
         }
     }
 
@@ -383,7 +479,9 @@ impl Room {
     // What everybody is told.
 
     fn visible(&self) -> impl Iterator<Item = &Participant> + Clone {
-        self.participants.values().filter(|participant| !participant.is_hidden())
+        self.participants
+            .values()
+            .filter(|participant| !participant.is_hidden())
     }
 
     fn change_state(&mut self, shared: &mut Shared, session: SessionId, state: State, now: Time) {
@@ -399,7 +497,9 @@ impl Room {
             return;
         };
         participant.encode();
-        let Some(participant) = self.participants.get(&session) else { return };
+        let Some(participant) = self.participants.get(&session) else {
+            return;
+        };
         let (connection, encoded) = (participant.connection, participant.encoded.clone());
         if participant.is_hidden() {
             return shared.send(connection, wire::update(std::iter::once(&encoded)));
@@ -417,7 +517,14 @@ impl Room {
     }
 
     /// Publishers' changes go out at once; those of an audience together, as LiveKit has it: each of them would be told to everybody.
-    fn queue_update(&mut self, shared: &mut Shared, session: SessionId, encoded: Bytes, urgent: bool, now: Time) {
+    fn queue_update(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        encoded: Bytes,
+        urgent: bool,
+        now: Time,
+    ) {
         if urgent {
             self.waiting_updates.remove(&session);
             return self.broadcast(shared, &wire::update(std::iter::once(&encoded)));
@@ -450,14 +557,17 @@ impl Room {
     /// How loud tracks were in the last interval; those that are missing were silent.
     pub fn handle_levels(&mut self, shared: &mut Shared, levels: &[(TrackId, u8)], now: Time) {
         let levels: BTreeMap<TrackId, u8> = levels.iter().copied().collect();
-        let concerned: BTreeSet<TrackId> = self.heard.iter().chain(levels.keys()).copied().collect();
+        let concerned: BTreeSet<TrackId> =
+            self.heard.iter().chain(levels.keys()).copied().collect();
         if concerned.is_empty() && self.speakers.is_empty() {
             return;
         }
         self.heard.clear();
         let mut speakers: BTreeMap<SessionId, f32> = BTreeMap::new();
         for id in concerned {
-            let Some(track) = self.tracks.get_mut(&id) else { continue };
+            let Some(track) = self.tracks.get_mut(&id) else {
+                continue;
+            };
             if let Some(level) = track.loudness.handle_level(levels.get(&id).copied()) {
                 self.heard.insert(id);
                 let loudest = speakers.entry(track.publisher).or_default();
@@ -473,31 +583,53 @@ impl Room {
             .keys()
             .filter(|session| !self.speakers.contains_key(session))
             .map(|session| (session, 0.0));
-        let changed = self.speakers.iter().filter(|(session, level)| before.get(session) != Some(level));
-        let changed = changed.map(|(session, level)| (session, *level)).chain(ended);
+        let changed = self
+            .speakers
+            .iter()
+            .filter(|(session, level)| before.get(session) != Some(level));
+        let changed = changed
+            .map(|(session, level)| (session, *level))
+            .chain(ended);
         let info = |(session, level): (&SessionId, f32)| {
-            self.participants.get(session).map(|participant| proto::SpeakerInfo {
-                sid: participant.info.sid.clone(),
-                level,
-                active: level > 0.0,
-            })
+            self.participants
+                .get(session)
+                .map(|participant| proto::SpeakerInfo {
+                    sid: participant.info.sid.clone(),
+                    level,
+                    active: level > 0.0,
+                })
         };
         let speakers: Vec<proto::SpeakerInfo> = changed.filter_map(info).collect();
         if !speakers.is_empty() {
-            self.broadcast(shared, &wire::response(Response::SpeakersChanged(proto::SpeakersChanged { speakers })));
+            self.broadcast(
+                shared,
+                &wire::response(Response::SpeakersChanged(proto::SpeakersChanged {
+                    speakers,
+                })),
+            );
         }
     }
 
     // What a participant asks for.
 
-    pub fn handle_request(&mut self, shared: &mut Shared, session: SessionId, request: Request, now: Time) {
+    pub fn handle_request(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        request: Request,
+        now: Time,
+    ) {
         match request {
             Request::Offer(offer) => self.handle_offer(shared, session, &offer, now),
             Request::Answer(answer) => self.handle_answer(shared, session, &answer, now),
             Request::AddTrack(request) => self.handle_add_track(shared, session, request),
             Request::Mute(mute) => self.handle_mute(shared, session, &mute, now),
-            Request::Subscription(update) => self.handle_subscription(shared, session, &update, now),
-            Request::TrackSetting(settings) => self.handle_settings(shared, session, &settings, now),
+            Request::Subscription(update) => {
+                self.handle_subscription(shared, session, &update, now)
+            }
+            Request::TrackSetting(settings) => {
+                self.handle_settings(shared, session, &settings, now)
+            }
             Request::SyncState(state) => self.handle_sync_state(shared, session, &state, now),
             Request::UpdateMetadata(update) => self.handle_metadata(shared, session, &update, now),
             Request::Leave(_) => self.end(shared, session, End::LEFT, now),
@@ -529,15 +661,28 @@ impl Room {
     }
 
     fn respond(&self, shared: &mut Shared, session: SessionId, response: Response) {
-        let connection = self.participants.get(&session).and_then(|participant| participant.connection);
+        let connection = self
+            .participants
+            .get(&session)
+            .and_then(|participant| participant.connection);
         shared.respond(connection, response);
     }
 
-    fn handle_metadata(&mut self, shared: &mut Shared, session: SessionId, update: &proto::UpdateParticipantMetadata, now: Time) {
+    fn handle_metadata(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        update: &proto::UpdateParticipantMetadata,
+        now: Time,
+    ) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
-        let attributes: usize = update.attributes.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let attributes: usize = update
+            .attributes
+            .iter()
+            .map(|(key, value)| key.len() + value.len())
+            .sum();
         let kept = participant
             .info
             .attributes
@@ -546,7 +691,9 @@ impl Room {
         let kept: usize = kept.map(|(key, value)| key.len() + value.len()).sum();
         let reason = if !participant.permission.can_update_metadata {
             proto::request_response::Reason::NotAllowed
-        } else if update.name.len() + update.metadata.len() + attributes > TEXT_BYTES_MAX || kept + attributes > ATTRIBUTES_BYTES_MAX {
+        } else if update.name.len() + update.metadata.len() + attributes > TEXT_BYTES_MAX
+            || kept + attributes > ATTRIBUTES_BYTES_MAX
+        {
             proto::request_response::Reason::LimitExceeded
         } else {
             let info = &mut participant.info;
@@ -556,7 +703,10 @@ impl Room {
             if !update.metadata.is_empty() {
                 info.metadata.clone_from(&update.metadata);
             }
-            let attributes = update.attributes.iter().map(|(key, value)| (key.clone(), value.clone()));
+            let attributes = update
+                .attributes
+                .iter()
+                .map(|(key, value)| (key.clone(), value.clone()));
             info.attributes.extend(attributes);
             // An empty value takes an attribute away.
             info.attributes.retain(|_, value| !value.is_empty());
@@ -575,26 +725,36 @@ impl Room {
 
     // Publishing.
 
-    fn handle_add_track(&mut self, shared: &mut Shared, session: SessionId, request: proto::AddTrackRequest) {
+    fn handle_add_track(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        request: proto::AddTrackRequest,
+    ) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
         let permission = &participant.permission;
-        let may_publish =
-            permission.can_publish && (permission.can_publish_sources.is_empty() || permission.can_publish_sources.contains(&request.source));
+        let may_publish = permission.can_publish
+            && (permission.can_publish_sources.is_empty()
+                || permission.can_publish_sources.contains(&request.source));
         let texts = request.cid.len() + request.name.len() + request.stream.len();
         let reason = if !may_publish {
             Some(proto::request_response::Reason::NotAllowed)
         } else if kind_of(request.r#type()).is_none() {
             Some(proto::request_response::Reason::UnsupportedType)
-        } else if texts > TEXT_BYTES_MAX || participant.pending.len() >= PENDING_TRACKS_MAX || participant.published.len() >= PUBLISHED_TRACKS_MAX {
+        } else if texts > TEXT_BYTES_MAX
+            || participant.pending.len() >= PENDING_TRACKS_MAX
+            || participant.published.len() >= PUBLISHED_TRACKS_MAX
+        {
             Some(proto::request_response::Reason::LimitExceeded)
         } else {
             None
         };
         if let Some(reason) = reason {
             // What was refused is repeated, so that the client knows which request this answers, unless it is long.
-            let repeated = (request.encoded_len() <= TEXT_BYTES_MAX).then_some(proto::request_response::Request::AddTrack(request));
+            let repeated = (request.encoded_len() <= TEXT_BYTES_MAX)
+                .then_some(proto::request_response::Request::AddTrack(request));
             let response = proto::RequestResponse {
                 reason: reason.into(),
                 request: repeated,
@@ -603,7 +763,11 @@ impl Room {
             return self.respond(shared, session, Response::RequestResponse(response));
         }
         let cid = request.cid.clone();
-        let info = match participant.pending.iter().find(|pending| pending.cid == cid) {
+        let info = match participant
+            .pending
+            .iter()
+            .find(|pending| pending.cid == cid)
+        {
             Some(known) => known.info.clone(),
             None => {
                 let info = track_info(shared.ids.sid("TR"), request);
@@ -614,12 +778,21 @@ impl Room {
                 info
             }
         };
-        let published = proto::TrackPublishedResponse { cid, track: Some(info) };
+        let published = proto::TrackPublishedResponse {
+            cid,
+            track: Some(info),
+        };
         self.respond(shared, session, Response::TrackPublished(published));
     }
 
     /// A publisher's offer, or any of a single connection.
-    fn handle_offer(&mut self, shared: &mut Shared, session: SessionId, offer: &proto::SessionDescription, now: Time) {
+    fn handle_offer(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        offer: &proto::SessionDescription,
+        now: Time,
+    ) {
         match self.answer(shared, session, offer, now) {
             Ok(published) => {
                 if !published.is_empty() {
@@ -634,7 +807,13 @@ impl Room {
     }
 
     /// Returns the tracks that it publishes.
-    fn answer(&mut self, shared: &mut Shared, session: SessionId, offer: &proto::SessionDescription, now: Time) -> Result<Vec<TrackId>, SdpError> {
+    fn answer(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        offer: &proto::SessionDescription,
+        now: Time,
+    ) -> Result<Vec<TrackId>, SdpError> {
         let router = self.router;
         let Some(participant) = self.participants.get_mut(&session) else {
             return Ok(Vec::new());
@@ -653,8 +832,12 @@ impl Room {
             peer.link.local.setup = Setup::answer(update.remote.setup, Setup::Active);
         }
         let dtls_active = peer.link.local.setup == Setup::Active;
-        let command = peer.link.handle_remote(peer.transport, &update.remote, dtls_active);
-        command.into_iter().for_each(|command| shared.command(router, command));
+        let command = peer
+            .link
+            .handle_remote(peer.transport, &update.remote, dtls_active);
+        command
+            .into_iter()
+            .for_each(|command| shared.command(router, command));
         let mut published = Vec::new();
         for section in update.changed {
             published.extend(self.handle_section(shared, session, section, now));
@@ -675,7 +858,13 @@ impl Room {
     }
 
     /// One section of a client's offer is new or has changed. Returns the track that it begins to publish.
-    fn handle_section(&mut self, shared: &mut Shared, session: SessionId, index: usize, now: Time) -> Option<TrackId> {
+    fn handle_section(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        index: usize,
+        now: Time,
+    ) -> Option<TrackId> {
         let participant = self.participants.get_mut(&session)?;
         let section = participant.answering.descriptions.section(index)?;
         let sends = section.is_usable() && section.sends && section.kind.is_some();
@@ -700,7 +889,13 @@ impl Room {
         }
     }
 
-    fn publish(&mut self, shared: &mut Shared, session: SessionId, index: usize, now: Time) -> Option<TrackId> {
+    fn publish(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        index: usize,
+        now: Time,
+    ) -> Option<TrackId> {
         let participant = self.participants.get_mut(&session)?;
         let section = participant.answering.descriptions.section(index)?;
         let kind = section.kind?;
@@ -747,7 +942,9 @@ impl Room {
 
     /// The track ends for everybody.
     fn unpublish(&mut self, shared: &mut Shared, id: TrackId, now: Time) {
-        let Some(track) = self.tracks.remove(&id) else { return };
+        let Some(track) = self.tracks.remove(&id) else {
+            return;
+        };
         shared.tracks.remove(&id);
         self.track_sids.remove(&track.info.sid);
         self.heard.remove(&id);
@@ -758,26 +955,50 @@ impl Room {
         if let Some(publisher) = self.participants.get_mut(&track.publisher) {
             publisher.published.remove(&id);
             publisher.answering.received.retain(|_, track| *track != id);
-            publisher.info.tracks.retain(|info| info.sid != track.info.sid);
+            publisher
+                .info
+                .tracks
+                .retain(|info| info.sid != track.info.sid);
             self.announce(shared, track.publisher, true, now);
         }
     }
 
-    fn handle_mute(&mut self, shared: &mut Shared, session: SessionId, mute: &proto::MuteTrackRequest, now: Time) {
+    fn handle_mute(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        mute: &proto::MuteTrackRequest,
+        now: Time,
+    ) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
-        if let Some(pending) = participant.pending.iter_mut().find(|pending| pending.info.sid == mute.sid) {
+        if let Some(pending) = participant
+            .pending
+            .iter_mut()
+            .find(|pending| pending.info.sid == mute.sid)
+        {
             pending.info.muted = mute.muted;
             return;
         }
-        let id = self.track_sids.get(&mute.sid).copied().filter(|id| participant.published.contains(id));
-        let Some(track) = id.and_then(|id| self.tracks.get_mut(&id)).filter(|track| track.info.muted != mute.muted) else {
+        let id = self
+            .track_sids
+            .get(&mute.sid)
+            .copied()
+            .filter(|id| participant.published.contains(id));
+        let Some(track) = id
+            .and_then(|id| self.tracks.get_mut(&id))
+            .filter(|track| track.info.muted != mute.muted)
+        else {
             return;
         };
         track.info.muted = mute.muted;
         let (id, subscribers) = (track.id, track.subscribers.clone());
-        let told = participant.info.tracks.iter_mut().filter(|info| info.sid == mute.sid);
+        let told = participant
+            .info
+            .tracks
+            .iter_mut()
+            .filter(|info| info.sid == mute.sid);
         told.for_each(|info| info.muted = mute.muted);
         for subscriber in subscribers {
             self.apply_settings(shared, subscriber, id, now);
@@ -787,7 +1008,11 @@ impl Room {
 
     /// Tells the publisher which of a video track's layers anybody watches, when that changes.
     pub fn poll_dynacast(&mut self, shared: &mut Shared, id: TrackId, now: Time) {
-        let Some(track) = self.tracks.get_mut(&id).filter(|track| track.kind == Kind::Video) else {
+        let Some(track) = self
+            .tracks
+            .get_mut(&id)
+            .filter(|track| track.kind == Kind::Video)
+        else {
             return;
         };
         let news = track.dynacast.poll(now);
@@ -803,20 +1028,35 @@ impl Room {
     // Subscribing.
 
     fn subscribe_to_existing(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
-        if self.participants.get(&session).is_some_and(|participant| participant.auto_subscribe) {
+        if self
+            .participants
+            .get(&session)
+            .is_some_and(|participant| participant.auto_subscribe)
+        {
             let tracks: Vec<TrackId> = self.tracks.keys().copied().collect();
-            tracks.into_iter().for_each(|track| self.subscribe(shared, session, track, now));
+            tracks
+                .into_iter()
+                .for_each(|track| self.subscribe(shared, session, track, now));
         }
     }
 
     fn subscribe_everybody(&mut self, shared: &mut Shared, track: TrackId, now: Time) {
-        let willing = self.participants.values().filter(|participant| participant.auto_subscribe);
+        let willing = self
+            .participants
+            .values()
+            .filter(|participant| participant.auto_subscribe);
         let willing: Vec<SessionId> = willing.map(|participant| participant.id).collect();
-        willing.into_iter().for_each(|session| self.subscribe(shared, session, track, now));
+        willing
+            .into_iter()
+            .for_each(|session| self.subscribe(shared, session, track, now));
     }
 
     fn subscribe(&mut self, shared: &mut Shared, session: SessionId, id: TrackId, now: Time) {
-        let Some(track) = self.tracks.get(&id).filter(|track| track.publisher != session) else {
+        let Some(track) = self
+            .tracks
+            .get(&id)
+            .filter(|track| track.publisher != session)
+        else {
             return;
         };
         let publisher = self
@@ -839,7 +1079,10 @@ impl Room {
             ssrc,
             rtx_ssrc: (track.kind == Kind::Video).then_some(rtx_ssrc),
         };
-        let section = participant.offering.as_mut().map(|peer| peer.add(track.kind, id, sent.clone()));
+        let section = participant
+            .offering
+            .as_mut()
+            .map(|peer| peer.add(track.kind, id, sent.clone()));
         participant.subscriptions.insert(
             id,
             Subscription {
@@ -858,7 +1101,13 @@ impl Room {
     }
 
     /// The subscription ends, by the subscriber's wish or with its track.
-    fn drop_subscription(&mut self, shared: &mut Shared, session: SessionId, track: TrackId, now: Time) {
+    fn drop_subscription(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        track: TrackId,
+        now: Time,
+    ) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
@@ -885,10 +1134,19 @@ impl Room {
         self.schedule_negotiation(shared, session, now);
     }
 
-    fn forget_subscriber(&mut self, shared: &mut Shared, session: SessionId, id: TrackId, subscription: &Subscription, now: Time) {
+    fn forget_subscriber(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        id: TrackId,
+        subscription: &Subscription,
+        now: Time,
+    ) {
         if let Some(track) = self.tracks.get_mut(&id) {
             track.subscribers.remove(&session);
-            track.dynacast.handle_wish(subscription.live.map_or(0, |live| live.wish), 0);
+            track
+                .dynacast
+                .handle_wish(subscription.live.map_or(0, |live| live.wish), 0);
             self.poll_dynacast(shared, id, now);
         }
     }
@@ -915,15 +1173,34 @@ impl Room {
     }
 
     /// The descriptions are agreed: the router is to send.
-    fn go_live(&mut self, shared: &mut Shared, session: SessionId, id: TrackId, media: AgreedMedia, now: Time) {
-        let (Some(participant), Some(track)) = (self.participants.get_mut(&session), self.tracks.get_mut(&id)) else {
+    fn go_live(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        id: TrackId,
+        media: AgreedMedia,
+        now: Time,
+    ) {
+        let (Some(participant), Some(track)) = (
+            self.participants.get_mut(&session),
+            self.tracks.get_mut(&id),
+        ) else {
             return;
         };
-        let Some(transport) = participant.downlink() else { return };
-        let Some(subscription) = participant.subscriptions.get_mut(&id).filter(|subscription| subscription.live.is_none()) else {
+        let Some(transport) = participant.downlink() else {
             return;
         };
-        let (selection, wish) = (track.selection(&subscription.settings), track.wish(&subscription.settings));
+        let Some(subscription) = participant
+            .subscriptions
+            .get_mut(&id)
+            .filter(|subscription| subscription.live.is_none())
+        else {
+            return;
+        };
+        let (selection, wish) = (
+            track.selection(&subscription.settings),
+            track.wish(&subscription.settings),
+        );
         subscription.live = Some(Live { selection, wish });
         shared.totals.subscribed += 1;
         shared.command(
@@ -939,20 +1216,35 @@ impl Room {
         let first = !std::mem::replace(&mut track.was_subscribed, true);
         let (publisher, track_sid) = (track.publisher, track.info.sid.clone());
         if first {
-            self.respond(shared, publisher, Response::TrackSubscribed(proto::TrackSubscribed { track_sid }));
+            self.respond(
+                shared,
+                publisher,
+                Response::TrackSubscribed(proto::TrackSubscribed { track_sid }),
+            );
         }
         self.poll_dynacast(shared, id, now);
     }
 
-    fn handle_subscription(&mut self, shared: &mut Shared, session: SessionId, update: &proto::UpdateSubscription, now: Time) {
+    fn handle_subscription(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        update: &proto::UpdateSubscription,
+        now: Time,
+    ) {
         let may_subscribe = self
             .participants
             .get(&session)
             .is_some_and(|participant| participant.permission.can_subscribe);
-        let by_participant = update.participant_tracks.iter().flat_map(|tracks| &tracks.track_sids);
+        let by_participant = update
+            .participant_tracks
+            .iter()
+            .flat_map(|tracks| &tracks.track_sids);
         for sid in update.track_sids.iter().chain(by_participant) {
             match self.track_sids.get(sid).copied() {
-                Some(track) if !update.subscribe => self.drop_subscription(shared, session, track, now),
+                Some(track) if !update.subscribe => {
+                    self.drop_subscription(shared, session, track, now)
+                }
                 Some(track) if may_subscribe => self.subscribe(shared, session, track, now),
                 None if !update.subscribe => {}
                 known => {
@@ -970,11 +1262,21 @@ impl Room {
         }
     }
 
-    fn handle_settings(&mut self, shared: &mut Shared, session: SessionId, settings: &proto::UpdateTrackSettings, now: Time) {
+    fn handle_settings(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        settings: &proto::UpdateTrackSettings,
+        now: Time,
+    ) {
         for sid in &settings.track_sids {
-            let Some(track) = self.track_sids.get(sid).copied() else { continue };
+            let Some(track) = self.track_sids.get(sid).copied() else {
+                continue;
+            };
             let participant = self.participants.get_mut(&session);
-            if let Some(subscription) = participant.and_then(|participant| participant.subscriptions.get_mut(&track)) {
+            if let Some(subscription) =
+                participant.and_then(|participant| participant.subscriptions.get_mut(&track))
+            {
                 subscription.settings = Settings::from(settings);
                 self.apply_settings(shared, session, track, now);
             }
@@ -982,11 +1284,21 @@ impl Room {
     }
 
     /// What a client says after a resume of what it had. Only what it had switched off can be news.
-    fn handle_sync_state(&mut self, shared: &mut Shared, session: SessionId, state: &proto::SyncState, now: Time) {
+    fn handle_sync_state(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        state: &proto::SyncState,
+        now: Time,
+    ) {
         for sid in &state.track_sids_disabled {
-            let Some(track) = self.track_sids.get(sid).copied() else { continue };
+            let Some(track) = self.track_sids.get(sid).copied() else {
+                continue;
+            };
             let participant = self.participants.get_mut(&session);
-            if let Some(subscription) = participant.and_then(|participant| participant.subscriptions.get_mut(&track)) {
+            if let Some(subscription) =
+                participant.and_then(|participant| participant.subscriptions.get_mut(&track))
+            {
                 subscription.settings = subscription.settings.disabled();
                 self.apply_settings(shared, session, track, now);
             }
@@ -1002,8 +1314,13 @@ impl Room {
         ) else {
             return;
         };
-        let Some(live) = &mut subscription.live else { return };
-        let (selection, wish) = (track.selection(&subscription.settings), track.wish(&subscription.settings));
+        let Some(live) = &mut subscription.live else {
+            return;
+        };
+        let (selection, wish) = (
+            track.selection(&subscription.settings),
+            track.wish(&subscription.settings),
+        );
         if selection != live.selection {
             live.selection = selection;
             shared.command(
@@ -1031,21 +1348,35 @@ impl Room {
         if participant.negotiate_at.is_some() || participant.downlink().is_none() {
             return;
         }
-        let earliest = participant.negotiated_at.map_or(Time::ZERO, |at| at + NEGOTIATION_SPACING);
+        let earliest = participant
+            .negotiated_at
+            .map_or(Time::ZERO, |at| at + NEGOTIATION_SPACING);
         let at = earliest.max(now + GATHER);
         participant.negotiate_at = Some(at);
         shared.set_timer(at, Timer::Participant(self.id, session));
     }
 
-    pub fn handle_participant_timeout(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
-        let Some(participant) = self.participants.get(&session) else { return };
-        if participant.lost_at.is_some_and(|at| at + SIGNAL_TIMEOUT <= now) {
+    pub fn handle_participant_timeout(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        now: Time,
+    ) {
+        let Some(participant) = self.participants.get(&session) else {
+            return;
+        };
+        if participant
+            .lost_at
+            .is_some_and(|at| at + SIGNAL_TIMEOUT <= now)
+        {
             return self.end(shared, session, End::SILENT, now);
         }
         if !participant.is_active() && participant.joined_at + CONNECT_TIMEOUT <= now {
             return self.end(shared, session, End::NEVER_CONNECTED, now);
         }
-        let unanswered = |peer: &OfferingPeer| peer.offer.is_waiting_for_answer() && peer.offered_at + ANSWER_TIMEOUT <= now;
+        let unanswered = |peer: &OfferingPeer| {
+            peer.offer.is_waiting_for_answer() && peer.offered_at + ANSWER_TIMEOUT <= now
+        };
         if participant.lost_at.is_none() && participant.offering.as_ref().is_some_and(unanswered) {
             return self.end(shared, session, End::MISMATCH, now);
         }
@@ -1072,14 +1403,21 @@ impl Room {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
-        let Some(peer) = &mut participant.offering else { return };
+        let Some(peer) = &mut participant.offering else {
+            return;
+        };
         (participant.negotiate_at, participant.negotiated_at) = (None, Some(now));
         peer.offer_id += 1;
         peer.offered_at = now;
         let sdp = peer.offer.offer(&peer.link.local);
         let tracks = peer.offer.tracks();
-        let track_of_mid: Vec<_> = tracks.map(|(section, track)| (section.to_string(), track.track_id.as_str())).collect();
-        shared.send(participant.connection, wire::offer(&sdp, peer.offer_id, &track_of_mid));
+        let track_of_mid: Vec<_> = tracks
+            .map(|(section, track)| (section.to_string(), track.track_id.as_str()))
+            .collect();
+        shared.send(
+            participant.connection,
+            wire::offer(&sdp, peer.offer_id, &track_of_mid),
+        );
         shared.set_timer(now + ANSWER_TIMEOUT, Timer::Participant(self.id, session));
     }
 
@@ -1096,14 +1434,25 @@ impl Room {
             num_videos: video.saturating_sub(requested.1),
         };
         *requested = (requested.0.max(audio), requested.1.max(video));
-        shared.respond(participant.connection, Response::MediaSectionsRequirement(requirement));
+        shared.respond(
+            participant.connection,
+            Response::MediaSectionsRequirement(requirement),
+        );
     }
 
-    fn handle_answer(&mut self, shared: &mut Shared, session: SessionId, answer: &proto::SessionDescription, now: Time) {
+    fn handle_answer(
+        &mut self,
+        shared: &mut Shared,
+        session: SessionId,
+        answer: &proto::SessionDescription,
+        now: Time,
+    ) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
-        let Some(peer) = &mut participant.offering else { return };
+        let Some(peer) = &mut participant.offering else {
+            return;
+        };
         // An answer to an offer that was replaced since. Old clients number nothing.
         if !peer.offer.is_waiting_for_answer() || (answer.id != 0 && answer.id != peer.offer_id) {
             return;
@@ -1114,8 +1463,12 @@ impl Room {
         if peer.link.is_replaced_by(&remote) {
             return self.end(shared, session, End::MISMATCH, now);
         }
-        let command = peer.link.handle_remote(peer.transport, &remote, dtls_active_beside(&remote));
-        command.into_iter().for_each(|command| shared.command(self.router, command));
+        let command = peer
+            .link
+            .handle_remote(peer.transport, &remote, dtls_active_beside(&remote));
+        command
+            .into_iter()
+            .for_each(|command| shared.command(self.router, command));
         let agreed: Vec<(TrackId, AgreedMedia)> = agreed
             .into_iter()
             .filter_map(|section| Some((*peer.tracks.get(&section.section)?, section.media?)))
@@ -1133,7 +1486,11 @@ impl Room {
     /// Gives subscriptions that wait the free sections of the client's offer. Returns those that were given.
     fn assign_sections(&mut self, session: SessionId) -> Vec<(usize, TrackId)> {
         let mut assigned = Vec::new();
-        let Some(participant) = self.participants.get_mut(&session).filter(|participant| participant.single) else {
+        let Some(participant) = self
+            .participants
+            .get_mut(&session)
+            .filter(|participant| participant.single)
+        else {
             return assigned;
         };
         let peer = &mut participant.answering;
@@ -1172,8 +1529,14 @@ impl Room {
         peer.version += 1;
         let tracks = &self.tracks;
         let section_use = |index: usize, _: &ClientSection| {
-            let received = peer.received.get(&index).and_then(|track| tracks.get(track));
-            let sent = peer.sent.get(&index).and_then(|track| subscriptions.get(track));
+            let received = peer
+                .received
+                .get(&index)
+                .and_then(|track| tracks.get(track));
+            let sent = peer
+                .sent
+                .get(&index)
+                .and_then(|track| subscriptions.get(track));
             match (received, sent) {
                 (Some(track), _) => SectionUse::Receive {
                     dtx: !track.info.disable_dtx,
@@ -1182,24 +1545,45 @@ impl Room {
                 (None, None) => SectionUse::Idle,
             }
         };
-        let sdp = write_answer(&mut peer.descriptions, &peer.link.local, peer.version, section_use);
-        let mid = |section: usize| peer.descriptions.section(section).map(|section| &*section.mid);
-        let sent = peer
-            .sent
-            .iter()
-            .filter_map(|(section, track)| Some((mid(*section)?, subscriptions.get(track)?.sent.track_id.as_str())));
-        shared.send(*connection, wire::answer(&sdp, id, &sent.collect::<Vec<_>>()));
+        let sdp = write_answer(
+            &mut peer.descriptions,
+            &peer.link.local,
+            peer.version,
+            section_use,
+        );
+        let mid = |section: usize| {
+            peer.descriptions
+                .section(section)
+                .map(|section| &*section.mid)
+        };
+        let sent = peer.sent.iter().filter_map(|(section, track)| {
+            Some((
+                mid(*section)?,
+                subscriptions.get(track)?.sent.track_id.as_str(),
+            ))
+        });
+        shared.send(
+            *connection,
+            wire::answer(&sdp, id, &sent.collect::<Vec<_>>()),
+        );
         peer.last_sent = peer.sent.keys().copied().collect();
         peer.requested = (0, 0);
     }
 
     /// What the offer had no room for is asked for again.
     fn after_answer(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
-        let Some(participant) = self.participants.get_mut(&session).filter(|participant| participant.single) else {
+        let Some(participant) = self
+            .participants
+            .get_mut(&session)
+            .filter(|participant| participant.single)
+        else {
             return;
         };
         participant.negotiated_at = Some(now);
-        let satisfied = participant.subscriptions.values().all(|subscription| subscription.section.is_some());
+        let satisfied = participant
+            .subscriptions
+            .values()
+            .all(|subscription| subscription.section.is_some());
         match satisfied {
             true => participant.negotiate_at = None,
             false => self.schedule_negotiation(shared, session, now),
@@ -1221,7 +1605,11 @@ fn track_info(sid: String, request: proto::AddTrackRequest) -> proto::TrackInfo 
         proto::TrackType::Video => "video/VP8",
         _ => "audio/opus",
     };
-    let layers: Vec<proto::VideoLayer> = request.layers.into_iter().take(DESCRIBED_LAYERS_MAX).collect();
+    let layers: Vec<proto::VideoLayer> = request
+        .layers
+        .into_iter()
+        .take(DESCRIBED_LAYERS_MAX)
+        .collect();
     let codec = proto::SimulcastCodecInfo {
         mime_type: mime_type.to_owned(),
         cid: request.cid,
@@ -1252,13 +1640,23 @@ fn track_info(sid: String, request: proto::AddTrackRequest) -> proto::TrackInfo 
 }
 
 fn is_cid_of(info: &proto::TrackInfo, track_id: &str) -> bool {
-    info.codecs.iter().any(|codec| codec.cid == track_id || codec.sdp_cid == track_id)
+    info.codecs
+        .iter()
+        .any(|codec| codec.cid == track_id || codec.sdp_cid == track_id)
 }
 
 /// The announced track that an offer's section carries: by its cid, or the first of its kind, because browsers may rename a track when it is added.
-fn take_pending(pending: &mut Vec<PendingTrack>, kind: Kind, track_id: &str) -> Option<proto::TrackInfo> {
+fn take_pending(
+    pending: &mut Vec<PendingTrack>,
+    kind: Kind,
+    track_id: &str,
+) -> Option<proto::TrackInfo> {
     let by_cid = pending.iter().position(|pending| pending.cid == track_id);
-    let by_kind = || pending.iter().position(|pending| kind_of(pending.info.r#type()) == Some(kind));
+    let by_kind = || {
+        pending
+            .iter()
+            .position(|pending| kind_of(pending.info.r#type()) == Some(kind))
+    };
     let index = by_cid.or_else(by_kind)?;
     Some(pending.remove(index).info)
 }
@@ -1280,7 +1678,8 @@ fn track_parameters(kind: Kind, section: &ClientSection) -> TrackParameters {
         clock_rate: section.clock_rate,
         extensions: section.extensions,
         nack: section.feedback.contains(Feedback::Nack),
-        transport_cc: section.feedback.contains(Feedback::TransportCc) && section.extensions.id(Extension::TransportCc).is_some(),
+        transport_cc: section.feedback.contains(Feedback::TransportCc)
+            && section.extensions.id(Extension::TransportCc).is_some(),
         encodings,
     }
 }

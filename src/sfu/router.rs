@@ -16,15 +16,20 @@ use super::ingest::{self, Format, Ingest, Refused, Taken, ntp_nanos};
 use super::select;
 use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
 use super::{
-    Encodings, MediaCommand, MediaEvent, Outgoing, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId,
-    TransportParameters,
+    Encodings, MediaCommand, MediaEvent, Outgoing, SendMode, SubscriptionId,
+    SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
 };
 use crate::measure::Kind;
 use crate::seeded::{mixed, scatter};
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
-use crate::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check};
+use crate::transport::peer::{
+    IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check,
+};
 use crate::transport::receive::{MISSING_MAX, NACK_SEQS_MAX, RoundTrip};
-use crate::transport::rtcp::{self, DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report};
+use crate::transport::rtcp::{
+    self, DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units,
+    rtt_from_report,
+};
 use crate::transport::rtp::{Datagram, Header, classify};
 use crate::transport::sdp::{Extension, ExtensionIds};
 use crate::transport::sequence::Seq;
@@ -128,20 +133,31 @@ impl PeerClock {
 
 impl Transport {
     fn next_at(&self) -> Time {
-        self.peer.next_timeout().min(self.report_at).min(self.repair_at).min(self.feedback_at)
+        self.peer
+            .next_timeout()
+            .min(self.report_at)
+            .min(self.repair_at)
+            .min(self.feedback_at)
     }
 
     fn find_incoming(&self, ssrc: u32) -> Option<Incoming> {
         let at = self.incoming.partition_point(|known| known.ssrc < ssrc);
-        self.incoming.get(at).copied().filter(|known| known.ssrc == ssrc)
+        self.incoming
+            .get(at)
+            .copied()
+            .filter(|known| known.ssrc == ssrc)
     }
 
     /// Says whose an SSRC is from now on.
     fn bind(&mut self, incoming: Incoming) {
         self.incoming.retain(|known| {
-            known.ssrc != incoming.ssrc && (known.track, known.encoding, known.is_rtx) != (incoming.track, incoming.encoding, incoming.is_rtx)
+            known.ssrc != incoming.ssrc
+                && (known.track, known.encoding, known.is_rtx)
+                    != (incoming.track, incoming.encoding, incoming.is_rtx)
         });
-        let at = self.incoming.partition_point(|known| known.ssrc < incoming.ssrc);
+        let at = self
+            .incoming
+            .partition_point(|known| known.ssrc < incoming.ssrc);
         self.incoming.insert(at, incoming);
     }
 
@@ -381,7 +397,11 @@ impl Router {
     pub fn statistics(&self) -> RouterStatistics {
         RouterStatistics {
             transports: self.transports.len() as u64,
-            transports_connected: self.transports.iter().filter(|transport| transport.connected).count() as u64,
+            transports_connected: self
+                .transports
+                .iter()
+                .filter(|transport| transport.connected)
+                .count() as u64,
             tracks: self.tracks.len() as u64,
             subscriptions: self.subscriptions.len() as u64,
             ..self.statistics
@@ -394,8 +414,13 @@ impl Router {
         Some(track.encodings.iter().map(Ingest::statistics).collect())
     }
 
-    pub fn subscription_statistics(&self, subscription: SubscriptionId) -> Option<SubscriptionStatistics> {
-        let subscription = self.subscriptions.get(*self.subscription_slots.get(&subscription)?)?;
+    pub fn subscription_statistics(
+        &self,
+        subscription: SubscriptionId,
+    ) -> Option<SubscriptionStatistics> {
+        let subscription = self
+            .subscriptions
+            .get(*self.subscription_slots.get(&subscription)?)?;
         Some(subscription.statistics())
     }
 
@@ -411,22 +436,40 @@ impl Router {
     pub fn handle_command(&mut self, command: MediaCommand, now: Time, io: &mut impl Outgoing) {
         self.forward_run(now, io);
         let done = match command {
-            MediaCommand::AddTransport { transport, parameters } => self.add_transport(transport, &parameters, now, io),
-            MediaCommand::RestartIce { transport, local, remote } => self.restart_ice(transport, local, &remote, now, io),
-            MediaCommand::RemoveTransport { transport } => self.transport_slots.get(&transport).copied().map(|slot| self.remove_transport(slot)),
+            MediaCommand::AddTransport {
+                transport,
+                parameters,
+            } => self.add_transport(transport, &parameters, now, io),
+            MediaCommand::RestartIce {
+                transport,
+                local,
+                remote,
+            } => self.restart_ice(transport, local, &remote, now, io),
+            MediaCommand::RemoveTransport { transport } => self
+                .transport_slots
+                .get(&transport)
+                .copied()
+                .map(|slot| self.remove_transport(slot)),
             MediaCommand::AddTrack {
                 transport,
                 track,
                 parameters,
             } => self.add_track(transport, track, *parameters, now),
-            MediaCommand::RemoveTrack { track } => self.track_slots.get(&track).copied().map(|slot| self.remove_track(slot)),
+            MediaCommand::RemoveTrack { track } => self
+                .track_slots
+                .get(&track)
+                .copied()
+                .map(|slot| self.remove_track(slot)),
             MediaCommand::Subscribe {
                 subscription,
                 transport,
                 track,
                 parameters,
             } => self.subscribe(subscription, transport, track, &parameters, now),
-            MediaCommand::SetSelection { subscription, selection } => self.set_selection(subscription, selection, now),
+            MediaCommand::SetSelection {
+                subscription,
+                selection,
+            } => self.set_selection(subscription, selection, now),
             MediaCommand::Unsubscribe { subscription } => self
                 .subscription_slots
                 .get(&subscription)
@@ -436,8 +479,16 @@ impl Router {
         self.statistics.commands_refused += u64::from(done.is_none());
     }
 
-    fn add_transport(&mut self, id: TransportId, parameters: &TransportParameters, now: Time, io: &mut impl Outgoing) -> Option<()> {
-        if self.transport_slots.contains_key(&id) || self.ufrags.contains_key(&parameters.local.ufrag) {
+    fn add_transport(
+        &mut self,
+        id: TransportId,
+        parameters: &TransportParameters,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) -> Option<()> {
+        if self.transport_slots.contains_key(&id)
+            || self.ufrags.contains_key(&parameters.local.ufrag)
+        {
             return None;
         }
         let peer = Peer::lite(
@@ -478,9 +529,20 @@ impl Router {
         Some(())
     }
 
-    fn restart_ice(&mut self, id: TransportId, local: IceCredentials, remote: &IceCredentials, now: Time, io: &mut impl Outgoing) -> Option<()> {
+    fn restart_ice(
+        &mut self,
+        id: TransportId,
+        local: IceCredentials,
+        remote: &IceCredentials,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) -> Option<()> {
         let slot = *self.transport_slots.get(&id)?;
-        if self.ufrags.get(&local.ufrag).is_some_and(|other| *other != slot) {
+        if self
+            .ufrags
+            .get(&local.ufrag)
+            .is_some_and(|other| *other != slot)
+        {
             return None;
         }
         let transport = self.transports.get_mut(slot)?;
@@ -494,13 +556,24 @@ impl Router {
     }
 
     fn remove_transport(&mut self, slot: u32) {
-        let tracks = self.transports.get_mut(slot).map(|transport| std::mem::take(&mut transport.tracks));
-        tracks.into_iter().flatten().for_each(|track| self.remove_track(track));
-        let carried = self.transports.get(slot).map(|transport| transport.outgoing.clone());
+        let tracks = self
+            .transports
+            .get_mut(slot)
+            .map(|transport| std::mem::take(&mut transport.tracks));
+        tracks
+            .into_iter()
+            .flatten()
+            .for_each(|track| self.remove_track(track));
+        let carried = self
+            .transports
+            .get(slot)
+            .map(|transport| transport.outgoing.clone());
         for (_, subscription) in carried.into_iter().flatten() {
             self.remove_subscription(subscription);
         }
-        let Some(transport) = self.transports.remove(slot) else { return };
+        let Some(transport) = self.transports.remove(slot) else {
+            return;
+        };
         self.transport_slots.remove(&transport.id);
         self.ufrags.remove(&transport.ufrag);
         for address in &transport.addresses {
@@ -510,13 +583,22 @@ impl Router {
         self.due[slot as usize] = Time::MAX;
     }
 
-    fn add_track(&mut self, transport: TransportId, id: TrackId, parameters: TrackParameters, now: Time) -> Option<()> {
+    fn add_track(
+        &mut self,
+        transport: TransportId,
+        id: TrackId,
+        parameters: TrackParameters,
+        now: Time,
+    ) -> Option<()> {
         let slot = *self.transport_slots.get(&transport)?;
         let layers = match &parameters.encodings {
             Encodings::Rids(rids) => rids.len(),
             Encodings::Ssrc { .. } | Encodings::Mid => 1,
         };
-        if self.track_slots.contains_key(&id) || parameters.clock_rate == 0 || !(1..=usize::from(u8::MAX)).contains(&layers) {
+        if self.track_slots.contains_key(&id)
+            || parameters.clock_rate == 0
+            || !(1..=usize::from(u8::MAX)).contains(&layers)
+        {
             return None;
         }
         let owner = self.transports.get_mut(slot)?;
@@ -525,7 +607,10 @@ impl Router {
             clock_rate: parameters.clock_rate,
             payload_type: parameters.payload_type,
             rtx_payload_type: parameters.rtx_payload_type,
-            audio_level_id: parameters.extensions.id(Extension::AudioLevel).filter(|_| parameters.kind == Kind::Audio),
+            audio_level_id: parameters
+                .extensions
+                .id(Extension::AudioLevel)
+                .filter(|_| parameters.kind == Kind::Audio),
         };
         let has_rtx = match parameters.encodings {
             Encodings::Ssrc { rtx_ssrc, .. } => rtx_ssrc.is_some(),
@@ -549,7 +634,9 @@ impl Router {
             cname: format!("publisher-{}", transport.0).into(),
             extensions: parameters.extensions,
             nack: parameters.nack,
-            encodings: (0..layers).map(|layer| Ingest::new(&format, layer, has_rtx)).collect(),
+            encodings: (0..layers)
+                .map(|layer| Ingest::new(&format, layer, has_rtx))
+                .collect(),
             encodings_by: parameters.encodings,
             subscribers: Vec::new(),
             started: false,
@@ -575,11 +662,16 @@ impl Router {
     }
 
     fn remove_track(&mut self, slot: u32) {
-        let subscribers = self.tracks.get_mut(slot).map(|track| std::mem::take(&mut track.subscribers));
+        let subscribers = self
+            .tracks
+            .get_mut(slot)
+            .map(|track| std::mem::take(&mut track.subscribers));
         for subscriber in subscribers.into_iter().flatten() {
             self.remove_subscription(subscriber.subscription);
         }
-        let Some(track) = self.tracks.remove(slot) else { return };
+        let Some(track) = self.tracks.remove(slot) else {
+            return;
+        };
         self.track_slots.remove(&track.id);
         if let Some(transport) = self.transports.get_mut(track.transport) {
             transport.tracks.retain(|other| *other != slot);
@@ -595,21 +687,49 @@ impl Router {
         parameters: &SubscriptionParameters,
         now: Time,
     ) -> Option<()> {
-        let (transport_slot, track_slot) = (*self.transport_slots.get(&transport)?, *self.track_slots.get(&track)?);
-        let (transport, track) = (self.transports.get_mut(transport_slot)?, self.tracks.get_mut(track_slot)?);
+        let (transport_slot, track_slot) = (
+            *self.transport_slots.get(&transport)?,
+            *self.track_slots.get(&track)?,
+        );
+        let (transport, track) = (
+            self.transports.get_mut(transport_slot)?,
+            self.tracks.get_mut(track_slot)?,
+        );
         let ssrcs = [Some(parameters.ssrc), parameters.rtx_ssrc];
         // One SSRC for two streams would seal two packets under one index.
-        let taken = ssrcs.iter().flatten().any(|ssrc| transport.find_outgoing(*ssrc).is_some()) || ssrcs[0] == ssrcs[1];
+        let taken = ssrcs
+            .iter()
+            .flatten()
+            .any(|ssrc| transport.find_outgoing(*ssrc).is_some())
+            || ssrcs[0] == ssrcs[1];
         if taken || self.subscription_slots.contains_key(&id) {
             return None;
         }
         let seed = self.config.seed ^ (u64::from(id.0) << 32);
-        let mut subscription = Subscription::new(id, transport_slot, track_slot, track.format.kind, parameters, seed, &transport.ended).ok()?;
-        transport.ended.retain(|ended| !ssrcs.contains(&Some(ended.ssrc)));
-        let needs_key_frame = subscription.choose_layer(&track.encodings).filter(|_| transport.connected);
-        let streams: Vec<u32> = [Some(subscription.ssrc()), subscription.rtx_ssrc()].into_iter().flatten().collect();
+        let mut subscription = Subscription::new(
+            id,
+            transport_slot,
+            track_slot,
+            track.format.kind,
+            parameters,
+            seed,
+            &transport.ended,
+        )
+        .ok()?;
+        transport
+            .ended
+            .retain(|ended| !ssrcs.contains(&Some(ended.ssrc)));
+        let needs_key_frame = subscription
+            .choose_layer(&track.encodings)
+            .filter(|_| transport.connected);
+        let streams: Vec<u32> = [Some(subscription.ssrc()), subscription.rtx_ssrc()]
+            .into_iter()
+            .flatten()
+            .collect();
         let slot = self.subscriptions.insert(subscription);
-        transport.outgoing.extend(streams.into_iter().map(|ssrc| (ssrc, slot)));
+        transport
+            .outgoing
+            .extend(streams.into_iter().map(|ssrc| (ssrc, slot)));
         transport.outgoing.sort_unstable();
         track.subscribers.push(Subscriber {
             subscription: slot,
@@ -620,8 +740,15 @@ impl Router {
         Some(())
     }
 
-    fn set_selection(&mut self, id: SubscriptionId, selection: super::Selection, now: Time) -> Option<()> {
-        let subscription = self.subscriptions.get_mut(*self.subscription_slots.get(&id)?)?;
+    fn set_selection(
+        &mut self,
+        id: SubscriptionId,
+        selection: super::Selection,
+        now: Time,
+    ) -> Option<()> {
+        let subscription = self
+            .subscriptions
+            .get_mut(*self.subscription_slots.get(&id)?)?;
         let track = subscription.track;
         subscription.set_selection(selection);
         let needs_key_frame = subscription.choose_layer(&self.tracks.get(track)?.encodings);
@@ -630,7 +757,9 @@ impl Router {
     }
 
     fn remove_subscription(&mut self, slot: u32) {
-        let Some(subscription) = self.subscriptions.remove(slot) else { return };
+        let Some(subscription) = self.subscriptions.remove(slot) else {
+            return;
+        };
         self.subscription_slots.remove(&subscription.id);
         if let Some(track) = self.tracks.get_mut(subscription.track) {
             track.subscribers.retain(|other| other.subscription != slot);
@@ -644,7 +773,9 @@ impl Router {
     /// A subscriber needs a key frame of one of a track's layers.
     fn want_key_frame(&mut self, track: u32, layer: Option<u8>, now: Time) {
         let Some(layer) = layer else { return };
-        let Some(found) = self.tracks.get_mut(track) else { return };
+        let Some(found) = self.tracks.get_mut(track) else {
+            return;
+        };
         let Some(encoding) = found.encodings.get_mut(usize::from(layer)) else {
             return;
         };
@@ -655,19 +786,27 @@ impl Router {
 
     /// Has a transport's repair timer look after one of its tracks.
     fn look_after(&mut self, transport: u32, track: u32) {
-        let Some(at) = self.tracks.get(track).map(Track::next_at) else { return };
+        let Some(at) = self.tracks.get(track).map(Track::next_at) else {
+            return;
+        };
         self.repair_by(transport, at);
     }
 
     fn repair_by(&mut self, slot: u32, at: Time) {
-        if let Some(transport) = self.transports.get_mut(slot).filter(|transport| at < transport.repair_at) {
+        if let Some(transport) = self
+            .transports
+            .get_mut(slot)
+            .filter(|transport| at < transport.repair_at)
+        {
             transport.repair_at = at;
             self.schedule(slot);
         }
     }
 
     fn schedule(&mut self, slot: u32) {
-        let Some(transport) = self.transports.get(slot) else { return };
+        let Some(transport) = self.transports.get(slot) else {
+            return;
+        };
         let at = transport.next_at();
         if self.due.len() <= slot as usize {
             self.due.resize(slot as usize + 1, Time::MAX);
@@ -679,7 +818,14 @@ impl Router {
     // Datagrams.
 
     /// One datagram, opened in place. Media may be held back for those that come with it: [`Router::end_batch`] follows the last datagram that is at hand.
-    pub fn handle_datagram(&mut self, datagram: &mut [u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+    pub fn handle_datagram(
+        &mut self,
+        datagram: &mut [u8],
+        from: SocketAddr,
+        arrival: Time,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
         self.statistics.datagrams_in += 1;
         self.statistics.bytes_in += datagram.len() as u64;
         match classify(datagram) {
@@ -698,10 +844,18 @@ impl Router {
 
     /// Whether what is held back stops within a picture: what follows is then on its way, unless the publisher spreads its packets over time.
     pub fn is_mid_frame(&self) -> bool {
-        let encodings = self.tracks.get(self.run.track).map(|track| &track.encodings);
-        let encoding = encodings.and_then(|encodings| encodings.get(usize::from(self.run.encoding)));
-        let last = encoding.zip(self.run.packets.last()).and_then(|(encoding, ext)| encoding.find(*ext));
-        last.is_some_and(|(entry, _)| !entry.marker && matches!(entry.content, Content::Video { .. }))
+        let encodings = self
+            .tracks
+            .get(self.run.track)
+            .map(|track| &track.encodings);
+        let encoding =
+            encodings.and_then(|encodings| encodings.get(usize::from(self.run.encoding)));
+        let last = encoding
+            .zip(self.run.packets.last())
+            .and_then(|(encoding, ext)| encoding.find(*ext));
+        last.is_some_and(|(entry, _)| {
+            !entry.marker && matches!(entry.content, Content::Video { .. })
+        })
     }
 
     /// A datagram that the edge could not take whole.
@@ -719,7 +873,14 @@ impl Router {
         Some(slot)
     }
 
-    fn handle_stun(&mut self, datagram: &[u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+    fn handle_stun(
+        &mut self,
+        datagram: &[u8],
+        from: SocketAddr,
+        arrival: Time,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
         let ufrag = local_ufrag_of_check(datagram);
         let Some(slot) = ufrag.and_then(|ufrag| self.ufrags.get(ufrag).copied()) else {
             self.statistics.refused_unknown_ufrag += 1;
@@ -728,7 +889,11 @@ impl Router {
                     self.early_checks.pop_front();
                 }
                 let bytes = datagram.to_vec();
-                self.early_checks.push_back(EarlyCheck { from, arrival, bytes });
+                self.early_checks.push_back(EarlyCheck {
+                    from,
+                    arrival,
+                    bytes,
+                });
             }
             return;
         };
@@ -739,9 +904,22 @@ impl Router {
         }
     }
 
-    fn take_check(&mut self, slot: u32, datagram: &[u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) -> bool {
-        let Some(transport) = self.transports.get_mut(slot) else { return false };
-        if !transport.peer.handle_setup_datagram(datagram, from, arrival) {
+    fn take_check(
+        &mut self,
+        slot: u32,
+        datagram: &[u8],
+        from: SocketAddr,
+        arrival: Time,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) -> bool {
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return false;
+        };
+        if !transport
+            .peer
+            .handle_setup_datagram(datagram, from, arrival)
+        {
             return false;
         }
         self.learn_address(slot, from);
@@ -751,7 +929,9 @@ impl Router {
 
     /// Checks that came just before this user name was known. They have been counted as refused, and stay so.
     fn take_early_checks(&mut self, ufrag: &str, now: Time, io: &mut impl Outgoing) {
-        let Some(slot) = self.ufrags.get(ufrag).copied() else { return };
+        let Some(slot) = self.ufrags.get(ufrag).copied() else {
+            return;
+        };
         let checks = std::mem::take(&mut self.early_checks);
         for check in checks {
             if local_ufrag_of_check(&check.bytes) != Some(ufrag) {
@@ -773,25 +953,39 @@ impl Router {
         {
             other.addresses.retain(|address| *address != from);
         }
-        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return;
+        };
         if transport.addresses.len() == ADDRESSES_MAX {
             let in_use = transport.peer.remote();
-            let oldest = transport.addresses.iter().position(|address| Some(*address) != in_use).unwrap_or(0);
+            let oldest = transport
+                .addresses
+                .iter()
+                .position(|address| Some(*address) != in_use)
+                .unwrap_or(0);
             let forgotten = transport.addresses.remove(oldest);
             self.addresses.remove(&forgotten);
         }
         transport.addresses.push(from);
     }
 
-    fn handle_dtls(&mut self, datagram: &[u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+    fn handle_dtls(
+        &mut self,
+        datagram: &[u8],
+        from: SocketAddr,
+        arrival: Time,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
         let Some(slot) = self.transport_of(from) else {
             self.statistics.refused_unknown_address += 1;
             return;
         };
-        let taken = self
-            .transports
-            .get_mut(slot)
-            .is_some_and(|transport| transport.peer.handle_setup_datagram(datagram, from, arrival));
+        let taken = self.transports.get_mut(slot).is_some_and(|transport| {
+            transport
+                .peer
+                .handle_setup_datagram(datagram, from, arrival)
+        });
         if taken {
             self.statistics.setup_in += 1;
         } else {
@@ -802,7 +996,9 @@ impl Router {
 
     /// Drives ICE and DTLS as far as they go, and sets their next timer.
     fn advance_setup(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
-        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return;
+        };
         transport.peer.handle_timeout(now);
         let statistics = &mut self.statistics;
         let (mut connected, mut failed) = (false, None);
@@ -824,7 +1020,10 @@ impl Router {
         let id = transport.id;
         if let Some(failure) = failed {
             self.remove_transport(slot);
-            self.events.push_back(MediaEvent::Failed { transport: id, failure });
+            self.events.push_back(MediaEvent::Failed {
+                transport: id,
+                failure,
+            });
             return;
         }
         if connected {
@@ -834,7 +1033,10 @@ impl Router {
             if transport.transport_cc.is_some() {
                 transport.feedback_at = now + FEEDBACK_INTERVAL;
             }
-            self.events.push_back(MediaEvent::Connected { transport: id, at: now });
+            self.events.push_back(MediaEvent::Connected {
+                transport: id,
+                at: now,
+            });
             self.begin_subscriptions(slot, now);
         }
         self.schedule(slot);
@@ -842,7 +1044,9 @@ impl Router {
 
     /// A connection is up: what it is subscribed to can begin.
     fn begin_subscriptions(&mut self, slot: u32, now: Time) {
-        let Some(transport) = self.transports.get(slot) else { return };
+        let Some(transport) = self.transports.get(slot) else {
+            return;
+        };
         for (_, subscription) in transport.outgoing.clone() {
             let Some(subscription) = self.subscriptions.get_mut(subscription) else {
                 continue;
@@ -852,7 +1056,14 @@ impl Router {
         }
     }
 
-    fn handle_rtp(&mut self, datagram: &mut [u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+    fn handle_rtp(
+        &mut self,
+        datagram: &mut [u8],
+        from: SocketAddr,
+        arrival: Time,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
         let Some(slot) = self.transport_of(from) else {
             self.statistics.refused_unknown_address += 1;
             return;
@@ -861,9 +1072,12 @@ impl Router {
             self.statistics.refused_malformed += 1;
             return;
         };
-        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return;
+        };
         let known = transport.find_incoming(header.ssrc);
-        let Some(incoming) = known.or_else(|| learn(transport, &self.tracks, &header, datagram)) else {
+        let Some(incoming) = known.or_else(|| learn(transport, &self.tracks, &header, datagram))
+        else {
             self.statistics.refused_unknown_ssrc += 1;
             return;
         };
@@ -871,7 +1085,9 @@ impl Router {
             self.statistics.refused_unkeyed += 1;
             return;
         };
-        let Some(track) = self.tracks.get_mut(incoming.track) else { return };
+        let Some(track) = self.tracks.get_mut(incoming.track) else {
+            return;
+        };
         let (format, layer) = (track.format, usize::from(incoming.encoding));
         let mut around = ingest::Surroundings {
             format: &format,
@@ -879,7 +1095,8 @@ impl Router {
             arrival,
             statistics: &mut self.statistics,
         };
-        let taken = track.encodings[layer].handle_rtp(datagram, &header, incoming.is_rtx, &mut around);
+        let taken =
+            track.encodings[layer].handle_rtp(datagram, &header, incoming.is_rtx, &mut around);
         match taken {
             Ok(taken) => {
                 if known.is_none() {
@@ -892,7 +1109,10 @@ impl Router {
                 }
             }
             Err(refused) => {
-                if matches!(refused, Refused::Duplicate | Refused::TooOld | Refused::Malformed) {
+                if matches!(
+                    refused,
+                    Refused::Duplicate | Refused::TooOld | Refused::Malformed
+                ) {
                     note_arrival(transport, &header, datagram, arrival);
                 }
                 let counter = match refused {
@@ -908,8 +1128,18 @@ impl Router {
     }
 
     /// A packet is kept: it joins the run, or begins the next one.
-    fn take_media(&mut self, slot: u32, incoming: Incoming, ext: u64, arrival: Time, now: Time, io: &mut impl Outgoing) {
-        let Some(track) = self.tracks.get_mut(incoming.track) else { return };
+    fn take_media(
+        &mut self,
+        slot: u32,
+        incoming: Incoming,
+        ext: u64,
+        arrival: Time,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
+        let Some(track) = self.tracks.get_mut(incoming.track) else {
+            return;
+        };
         let layer = usize::from(incoming.encoding);
         let encoding = &mut track.encodings[layer];
         if let Some(level) = encoding.take_level() {
@@ -928,7 +1158,8 @@ impl Router {
             self.choose_layers(incoming.track, now);
         }
         self.repair_by(slot, due);
-        let joins = (self.run.track, self.run.encoding) == (incoming.track, incoming.encoding) && self.run.packets.len() < RUN_MAX;
+        let joins = (self.run.track, self.run.encoding) == (incoming.track, incoming.encoding)
+            && self.run.packets.len() < RUN_MAX;
         if !joins {
             self.forward_run(now, io);
             (self.run.track, self.run.encoding) = (incoming.track, incoming.encoding);
@@ -938,7 +1169,9 @@ impl Router {
 
     /// Which layers of a track are being sent has changed.
     fn choose_layers(&mut self, slot: u32, now: Time) {
-        let Some(track) = self.tracks.get_mut(slot) else { return };
+        let Some(track) = self.tracks.get_mut(slot) else {
+            return;
+        };
         let mut at = Time::MAX;
         for subscriber in &track.subscribers {
             let Some(subscription) = self.subscriptions.get_mut(subscriber.subscription) else {
@@ -960,7 +1193,12 @@ impl Router {
             return;
         }
         if let Some(track) = self.tracks.get(self.run.track) {
-            let run = forward::Run::new(&track.encodings, self.run.encoding, &self.run.packets, &track.format);
+            let run = forward::Run::new(
+                &track.encodings,
+                self.run.encoding,
+                &self.run.packets,
+                &track.format,
+            );
             for (at, subscriber) in track.subscribers.iter().enumerate() {
                 // The next one's state is not in the cache: fetched now, it is there when his turn comes.
                 if let Some(next) = track.subscribers.get(at + 1) {
@@ -970,7 +1208,9 @@ impl Router {
                     continue;
                 };
                 let transport = self.transports.get(subscriber.transport);
-                let way = transport.and_then(|transport| Some((transport.peer.remote()?, transport.peer.sealer()?)));
+                let way = transport.and_then(|transport| {
+                    Some((transport.peer.remote()?, transport.peer.sealer()?))
+                });
                 let Some((to, sealer)) = way else {
                     self.statistics.withheld_unconnected += self.run.packets.len() as u64;
                     continue;
@@ -989,14 +1229,25 @@ impl Router {
         self.run.packets.clear();
     }
 
-    fn handle_rtcp(&mut self, datagram: &mut [u8], from: SocketAddr, arrival: Time, now: Time, io: &mut impl Outgoing) {
+    fn handle_rtcp(
+        &mut self,
+        datagram: &mut [u8],
+        from: SocketAddr,
+        arrival: Time,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
         // What a report or a NACK speaks of may still be in the run.
         self.forward_run(now, io);
         let Some(slot) = self.transport_of(from) else {
             self.statistics.refused_unknown_address += 1;
             return;
         };
-        let Some(opener) = self.transports.get_mut(slot).and_then(|transport| transport.peer.opener()) else {
+        let Some(opener) = self
+            .transports
+            .get_mut(slot)
+            .and_then(|transport| transport.peer.opener())
+        else {
             self.statistics.refused_unkeyed += 1;
             return;
         };
@@ -1020,21 +1271,36 @@ impl Router {
         }
     }
 
-    fn handle_rtcp_packet(&mut self, slot: u32, packet: &Packet<'_>, arrival: Time, now: Time, io: &mut impl Outgoing) {
+    fn handle_rtcp_packet(
+        &mut self,
+        slot: u32,
+        packet: &Packet<'_>,
+        arrival: Time,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
         match packet {
             Packet::SenderReport { sender, reports } => {
                 self.handle_sender_report(slot, sender.ssrc, sender.ntp, sender.rtp_time, arrival);
-                reports.clone().for_each(|block| self.handle_report_block(slot, &block, arrival));
+                reports
+                    .clone()
+                    .for_each(|block| self.handle_report_block(slot, &block, arrival));
             }
-            Packet::ReceiverReport { reports, .. } => reports.clone().for_each(|block| self.handle_report_block(slot, &block, arrival)),
-            Packet::Nack { media_ssrc, seqs, .. } => self.handle_nack(slot, *media_ssrc, seqs.clone(), now, io),
+            Packet::ReceiverReport { reports, .. } => reports
+                .clone()
+                .for_each(|block| self.handle_report_block(slot, &block, arrival)),
+            Packet::Nack {
+                media_ssrc, seqs, ..
+            } => self.handle_nack(slot, *media_ssrc, seqs.clone(), now, io),
             Packet::Pli { media_ssrc, .. } => {
                 self.statistics.plis_in += 1;
                 self.handle_key_frame_request(slot, *media_ssrc, now);
             }
             Packet::Fir { entries, .. } => {
                 self.statistics.firs_in += 1;
-                entries.clone().for_each(|(ssrc, _)| self.handle_key_frame_request(slot, ssrc, now));
+                entries
+                    .clone()
+                    .for_each(|(ssrc, _)| self.handle_key_frame_request(slot, ssrc, now));
             }
             Packet::Xr { ssrc, rrtr, dlrr } => {
                 if let Some(ntp) = rrtr {
@@ -1043,49 +1309,92 @@ impl Router {
                 let now_ntp = ntp_middle(self.config.epoch.ntp(arrival));
                 let rtts = dlrr.clone().filter(|block| block.ssrc == self.rtcp_ssrc);
                 let rtt = rtts
-                    .filter_map(|block| rtt_from_report(now_ntp, block.last_rr, block.delay_since_last_rr))
+                    .filter_map(|block| {
+                        rtt_from_report(now_ntp, block.last_rr, block.delay_since_last_rr)
+                    })
                     .last();
                 if let Some(transport) = self.transports.get_mut(slot) {
                     transport.rtt = rtt.or(transport.rtt);
                 }
             }
-            Packet::Sdes { .. } | Packet::Bye { .. } | Packet::TransportCc { .. } | Packet::Remb { .. } | Packet::Unknown { .. } => {}
+            Packet::Sdes { .. }
+            | Packet::Bye { .. }
+            | Packet::TransportCc { .. }
+            | Packet::Remb { .. }
+            | Packet::Unknown { .. } => {}
         }
     }
 
-    fn handle_sender_report(&mut self, slot: u32, ssrc: u32, ntp: u64, rtp_time: u32, arrival: Time) {
-        let Some(transport) = self.transports.get_mut(slot) else { return };
-        let Some(incoming) = transport.find_incoming(ssrc).filter(|incoming| !incoming.is_rtx) else {
+    fn handle_sender_report(
+        &mut self,
+        slot: u32,
+        ssrc: u32,
+        ntp: u64,
+        rtp_time: u32,
+        arrival: Time,
+    ) {
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return;
+        };
+        let Some(incoming) = transport
+            .find_incoming(ssrc)
+            .filter(|incoming| !incoming.is_rtx)
+        else {
             return;
         };
         transport.clock = Some(PeerClock::update(transport.clock, ntp_nanos(ntp), arrival));
         if let Some(track) = self.tracks.get_mut(incoming.track) {
-            track.encodings[usize::from(incoming.encoding)].handle_sender_report(ntp, rtp_time, arrival);
+            track.encodings[usize::from(incoming.encoding)]
+                .handle_sender_report(ntp, rtp_time, arrival);
         }
     }
 
     fn handle_report_block(&mut self, slot: u32, block: &ReportBlock, arrival: Time) {
-        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return;
+        };
         let Some(subscription) = transport.find_outgoing(block.ssrc) else {
             return;
         };
-        let rtt = rtt_from_report(ntp_middle(self.config.epoch.ntp(arrival)), block.lsr, block.dlsr);
+        let rtt = rtt_from_report(
+            ntp_middle(self.config.epoch.ntp(arrival)),
+            block.lsr,
+            block.dlsr,
+        );
         transport.rtt = rtt.or(transport.rtt);
         // Reports on retransmissions say nothing of the media's loss.
-        if let Some(subscription) = self.subscriptions.get_mut(subscription).filter(|found| found.ssrc() == block.ssrc) {
+        if let Some(subscription) = self
+            .subscriptions
+            .get_mut(subscription)
+            .filter(|found| found.ssrc() == block.ssrc)
+        {
             subscription.handle_report_block(block, rtt);
         }
     }
 
-    fn handle_nack(&mut self, slot: u32, media_ssrc: u32, seqs: impl Iterator<Item = Seq>, now: Time, io: &mut impl Outgoing) {
-        let Some(transport) = self.transports.get(slot) else { return };
+    fn handle_nack(
+        &mut self,
+        slot: u32,
+        media_ssrc: u32,
+        seqs: impl Iterator<Item = Seq>,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
+        let Some(transport) = self.transports.get(slot) else {
+            return;
+        };
         let (Some(to), Some(sealer)) = (transport.peer.remote(), transport.peer.sealer()) else {
             return;
         };
-        let Some(subscription) = transport.find_outgoing(media_ssrc).and_then(|found| self.subscriptions.get_mut(found)) else {
+        let Some(subscription) = transport
+            .find_outgoing(media_ssrc)
+            .and_then(|found| self.subscriptions.get_mut(found))
+        else {
             return;
         };
-        let Some(track) = self.tracks.get(subscription.track) else { return };
+        let Some(track) = self.tracks.get(subscription.track) else {
+            return;
+        };
         let mut wire = Wire {
             io,
             to,
@@ -1098,7 +1407,10 @@ impl Router {
     }
 
     fn handle_key_frame_request(&mut self, slot: u32, media_ssrc: u32, now: Time) {
-        let found = self.transports.get(slot).and_then(|transport| transport.find_outgoing(media_ssrc));
+        let found = self
+            .transports
+            .get(slot)
+            .and_then(|transport| transport.find_outgoing(media_ssrc));
         let Some(subscription) = found.and_then(|found| self.subscriptions.get_mut(found)) else {
             return;
         };
@@ -1108,7 +1420,14 @@ impl Router {
     }
 
     /// A receiver without media learns its round trip from the answer (RFC 3611). It is given at once; what the question waited for its turn is stated.
-    fn answer_reference_time(&mut self, slot: u32, (ssrc, ntp): (u32, u64), arrival: Time, now: Time, io: &mut impl Outgoing) {
+    fn answer_reference_time(
+        &mut self,
+        slot: u32,
+        (ssrc, ntp): (u32, u64),
+        arrival: Time,
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
         let answer = DlrrBlock {
             ssrc,
             last_rr: ntp_middle(ntp),
@@ -1116,7 +1435,9 @@ impl Router {
         };
         let ours = self.rtcp_ssrc;
         if let Some(transport) = self.transports.get_mut(slot) {
-            send_compound(transport, &mut self.statistics, io, |writer| writer.xr(ours, None, [answer]));
+            send_compound(transport, &mut self.statistics, io, |writer| {
+                writer.xr(ours, None, [answer])
+            });
         }
     }
 
@@ -1142,16 +1463,32 @@ impl Router {
 
     fn advance(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
         let due = |at: Option<Time>| at.is_some_and(|at| at <= now);
-        if due(self.transports.get(slot).map(|transport| transport.peer.next_timeout())) {
+        if due(self
+            .transports
+            .get(slot)
+            .map(|transport| transport.peer.next_timeout()))
+        {
             self.advance_setup(slot, now, io);
         }
-        if due(self.transports.get(slot).map(|transport| transport.repair_at)) {
+        if due(self
+            .transports
+            .get(slot)
+            .map(|transport| transport.repair_at))
+        {
             self.repair(slot, now, io);
         }
-        if due(self.transports.get(slot).map(|transport| transport.feedback_at)) {
+        if due(self
+            .transports
+            .get(slot)
+            .map(|transport| transport.feedback_at))
+        {
             self.send_feedback(slot, now, io);
         }
-        if due(self.transports.get(slot).map(|transport| transport.report_at)) {
+        if due(self
+            .transports
+            .get(slot)
+            .map(|transport| transport.report_at))
+        {
             self.send_reports(slot, now, io);
         }
         self.schedule(slot);
@@ -1159,7 +1496,9 @@ impl Router {
 
     /// Asks a publisher for what is missing and for key frames that are needed, and judges its layers.
     fn repair(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
-        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return;
+        };
         let tracks = std::mem::take(&mut transport.tracks);
         let mut next_at = Time::MAX;
         for track in &tracks {
@@ -1174,7 +1513,11 @@ impl Router {
     }
 
     fn judge_layers(&mut self, slot: u32, now: Time) {
-        let Some(track) = self.tracks.get_mut(slot).filter(|track| track.window_at <= now) else {
+        let Some(track) = self
+            .tracks
+            .get_mut(slot)
+            .filter(|track| track.window_at <= now)
+        else {
             return;
         };
         track.window_at = now + select::ACTIVITY_WINDOW;
@@ -1188,7 +1531,9 @@ impl Router {
     }
 
     fn repair_track(&mut self, slot: u32, track: u32, now: Time, io: &mut impl Outgoing) {
-        let (Some(transport), Some(track)) = (self.transports.get_mut(slot), self.tracks.get_mut(track)) else {
+        let (Some(transport), Some(track)) =
+            (self.transports.get_mut(slot), self.tracks.get_mut(track))
+        else {
             return;
         };
         let rtt = RoundTrip {
@@ -1196,11 +1541,16 @@ impl Router {
             least: None,
         };
         for (layer, encoding) in track.encodings.iter_mut().enumerate() {
-            let Some(media_ssrc) = encoding.ssrc() else { continue };
+            let Some(media_ssrc) = encoding.ssrc() else {
+                continue;
+            };
             if encoding.next_nack_at() <= now {
                 let mut missing = [0; MISSING_MAX];
                 let count = encoding.poll_nack(now, rtt, &mut missing);
-                for missing in missing[..count].chunks(NACK_SEQS_MAX).filter(|_| track.nack) {
+                for missing in missing[..count]
+                    .chunks(NACK_SEQS_MAX)
+                    .filter(|_| track.nack)
+                {
                     let seqs = missing.iter().map(|seq| Seq(*seq));
                     send_compound(transport, &mut self.statistics, io, |writer| {
                         writer.nack(self.rtcp_ssrc, media_ssrc, seqs)
@@ -1211,12 +1561,19 @@ impl Router {
                 }
             }
             if encoding.key_frame_request_at() <= now {
-                let layer_awaited = |subscriber: &Subscriber| self.subscriptions.get(subscriber.subscription).and_then(Subscription::key_frame_layer);
-                let waits = |subscriber: &Subscriber| layer_awaited(subscriber) == Some(layer as u8);
+                let layer_awaited = |subscriber: &Subscriber| {
+                    self.subscriptions
+                        .get(subscriber.subscription)
+                        .and_then(Subscription::key_frame_layer)
+                };
+                let waits =
+                    |subscriber: &Subscriber| layer_awaited(subscriber) == Some(layer as u8);
                 let still_wanted = track.subscribers.iter().any(waits);
                 if encoding.poll_key_frame_request(now, still_wanted) {
                     // Some publishers answer only what names their stream in both places, as LiveKit does.
-                    send_compound(transport, &mut self.statistics, io, |writer| writer.pli(media_ssrc, media_ssrc));
+                    send_compound(transport, &mut self.statistics, io, |writer| {
+                        writer.pli(media_ssrc, media_ssrc)
+                    });
                     self.statistics.plis_out += 1;
                 }
             }
@@ -1224,13 +1581,22 @@ impl Router {
     }
 
     fn send_feedback(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
-        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return;
+        };
         transport.feedback_at = now + FEEDBACK_INTERVAL;
-        let media_ssrc = transport.incoming.first().map_or(0, |incoming| incoming.ssrc);
-        let Some((id, mut log)) = transport.transport_cc.take() else { return };
+        let media_ssrc = transport
+            .incoming
+            .first()
+            .map_or(0, |incoming| incoming.ssrc);
+        let Some((id, mut log)) = transport.transport_cc.take() else {
+            return;
+        };
         while log.has_news() {
             let ours = self.rtcp_ssrc;
-            if !send_compound(transport, &mut self.statistics, io, |writer| log.write(writer, ours, media_ssrc)) {
+            if !send_compound(transport, &mut self.statistics, io, |writer| {
+                log.write(writer, ours, media_ssrc)
+            }) {
                 break;
             }
             self.statistics.transport_feedbacks_out += 1;
@@ -1248,28 +1614,37 @@ impl Router {
 
     /// RR for every published encoding, and our clock: the answer tells us the round trip (RFC 3611).
     fn send_receiver_reports(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
-        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return;
+        };
         let (ours, ntp, cname) = (self.rtcp_ssrc, self.config.epoch.ntp(now), &self.cname);
         let published = std::mem::take(&mut transport.incoming);
         let tracks = &mut self.tracks;
-        let mut blocks = published.iter().filter(|incoming| !incoming.is_rtx).filter_map(|incoming| {
-            let track = tracks.get_mut(incoming.track)?;
-            let numbers = track.encodings[usize::from(incoming.encoding)].report_block(now)?;
-            Some(ReportBlock {
-                ssrc: incoming.ssrc,
-                fraction_lost: numbers.fraction_lost,
-                cumulative_lost: numbers.cumulative_lost,
-                extended_highest_seq: numbers.extended_highest_seq,
-                jitter: numbers.jitter,
-                lsr: numbers.lsr,
-                dlsr: numbers.dlsr,
-            })
-        });
+        let mut blocks = published
+            .iter()
+            .filter(|incoming| !incoming.is_rtx)
+            .filter_map(|incoming| {
+                let track = tracks.get_mut(incoming.track)?;
+                let numbers = track.encodings[usize::from(incoming.encoding)].report_block(now)?;
+                Some(ReportBlock {
+                    ssrc: incoming.ssrc,
+                    fraction_lost: numbers.fraction_lost,
+                    cumulative_lost: numbers.cumulative_lost,
+                    extended_highest_seq: numbers.extended_highest_seq,
+                    jitter: numbers.jitter,
+                    lsr: numbers.lsr,
+                    dlsr: numbers.dlsr,
+                })
+            });
         let mut reference_time = Some(ntp);
         loop {
             let mut batch = [ReportBlock::default(); REPORT_BLOCKS_MAX];
             let mut count = 0;
-            while let Some(block) = if count < REPORT_BLOCKS_MAX { blocks.next() } else { None } {
+            while let Some(block) = if count < REPORT_BLOCKS_MAX {
+                blocks.next()
+            } else {
+                None
+            } {
                 batch[count] = block;
                 count += 1;
             }
@@ -1289,7 +1664,9 @@ impl Router {
 
     /// SR for each stream that this connection gets, in our own clock.
     fn send_sender_reports(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
-        let Some(transport) = self.transports.get_mut(slot) else { return };
+        let Some(transport) = self.transports.get_mut(slot) else {
+            return;
+        };
         let carried = std::mem::take(&mut transport.outgoing);
         for some in carried.chunks(SENDER_REPORTS_MAX) {
             self.send_some_sender_reports(slot, some, now, io);
@@ -1299,7 +1676,13 @@ impl Router {
         }
     }
 
-    fn send_some_sender_reports(&mut self, slot: u32, carried: &[(u32, u32)], now: Time, io: &mut impl Outgoing) {
+    fn send_some_sender_reports(
+        &mut self,
+        slot: u32,
+        carried: &[(u32, u32)],
+        now: Time,
+        io: &mut impl Outgoing,
+    ) {
         let ntp = self.config.epoch.ntp(now);
         let mut reports = [(SenderInfo::default(), 0); SENDER_REPORTS_MAX];
         let mut count = 0;
@@ -1310,11 +1693,22 @@ impl Router {
             if found.ssrc() != *ssrc || found.sender_report_at > now {
                 continue;
             }
-            let Some(track) = self.tracks.get(found.track) else { continue };
-            let Some(clock) = self.transports.get(track.transport).and_then(|publisher| publisher.clock) else {
+            let Some(track) = self.tracks.get(found.track) else {
                 continue;
             };
-            if let Some(info) = found.sender_info(&track.encodings, &track.format, clock.ntp_nanos_at(now), ntp) {
+            let Some(clock) = self
+                .transports
+                .get(track.transport)
+                .and_then(|publisher| publisher.clock)
+            else {
+                continue;
+            };
+            if let Some(info) = found.sender_info(
+                &track.encodings,
+                &track.format,
+                clock.ntp_nanos_at(now),
+                ntp,
+            ) {
                 found.sender_report_at = now + SENDER_REPORT_INTERVAL;
                 reports[count] = (info, found.track);
                 count += 1;
@@ -1352,7 +1746,12 @@ impl Router {
 }
 
 /// Whose a packet of an unknown SSRC is, by the mid, rid and repaired rid in its header (RFC 8843, RFC 8852). Believed only once the packet proves authentic.
-fn learn(transport: &Transport, tracks: &Slab<Track>, header: &Header, datagram: &[u8]) -> Option<Incoming> {
+fn learn(
+    transport: &Transport,
+    tracks: &Slab<Track>,
+    header: &Header,
+    datagram: &[u8],
+) -> Option<Incoming> {
     transport.tracks.iter().find_map(|slot| {
         let track = tracks.get(*slot)?;
         let text = |extension| header.extension(datagram, track.extensions.id(extension)?);
@@ -1360,10 +1759,16 @@ fn learn(transport: &Transport, tracks: &Slab<Track>, header: &Header, datagram:
         let (encoding, is_rtx) = match &track.encodings_by {
             _ if !named => return None,
             Encodings::Ssrc { .. } => return None,
-            Encodings::Mid => (0, Some(header.payload_type) == track.format.rtx_payload_type),
+            Encodings::Mid => (
+                0,
+                Some(header.payload_type) == track.format.rtx_payload_type,
+            ),
             Encodings::Rids(rids) => {
                 let layer = |rid: &[u8]| rids.iter().position(|known| known.as_bytes() == rid);
-                match (text(Extension::RepairedRid).and_then(layer), text(Extension::Rid).and_then(layer)) {
+                match (
+                    text(Extension::RepairedRid).and_then(layer),
+                    text(Extension::Rid).and_then(layer),
+                ) {
                     (Some(layer), _) => (layer, true),
                     (None, Some(layer)) => (layer, false),
                     (None, None) => return None,
@@ -1381,13 +1786,19 @@ fn learn(transport: &Transport, tracks: &Slab<Track>, header: &Header, datagram:
 
 /// For transport-wide feedback, where agreed.
 fn note_arrival(transport: &mut Transport, header: &Header, datagram: &[u8], arrival: Time) {
-    let Some((id, log)) = &mut transport.transport_cc else { return };
+    let Some((id, log)) = &mut transport.transport_cc else {
+        return;
+    };
     if let Some(&[high, low]) = header.extension(datagram, *id) {
         log.record(u16::from_be_bytes([high, low]), arrival);
     }
 }
 
-fn prefetch(subscriptions: &Slab<Subscription>, transports: &Slab<Transport>, subscriber: Subscriber) {
+fn prefetch(
+    subscriptions: &Slab<Subscription>,
+    transports: &Slab<Transport>,
+    subscriber: Subscriber,
+) {
     if let Some(subscription) = subscriptions.get(subscriber.subscription) {
         subscription.prefetch();
     }
@@ -1403,15 +1814,21 @@ fn send_compound(
     io: &mut impl Outgoing,
     write: impl FnOnce(&mut Writer<'_>) -> Result<(), WriteError>,
 ) -> bool {
-    let Some(to) = transport.peer.remote() else { return false };
-    let Some(sealer) = transport.peer.sealer_mut() else { return false };
+    let Some(to) = transport.peer.remote() else {
+        return false;
+    };
+    let Some(sealer) = transport.peer.sealer_mut() else {
+        return false;
+    };
     let buffer = io.lend();
     let mut writer = Writer::new(&mut buffer[..RTCP_BYTES_MAX]);
     if write(&mut writer).is_err() || writer.is_empty() {
         return false;
     }
     let len = writer.len();
-    let Ok(sealed) = sealer.seal_rtcp(buffer, len) else { return false };
+    let Ok(sealed) = sealer.seal_rtcp(buffer, len) else {
+        return false;
+    };
     io.send(to, sealed, sealed);
     statistics.rtcp_out += 1;
     statistics.datagrams_out += 1;

@@ -45,11 +45,19 @@ fn needed(layer: usize) -> u32 {
 
 /// When a track's layers are judged next; a track with one layer has nothing to choose.
 pub fn first_window(layers: usize, now: Time) -> Time {
-    if layers > 1 { now + ACTIVITY_WINDOW } else { Time::MAX }
+    if layers > 1 {
+        now + ACTIVITY_WINDOW
+    } else {
+        Time::MAX
+    }
 }
 
 /// The layer to send. `None` where none is wanted, or none of several is being sent.
-pub fn choose(selection: Selection, layers: usize, is_active: impl Fn(usize) -> bool) -> Option<u8> {
+pub fn choose(
+    selection: Selection,
+    layers: usize,
+    is_active: impl Fn(usize) -> bool,
+) -> Option<u8> {
     if !selection.enabled {
         return None;
     }
@@ -69,7 +77,10 @@ mod tests {
 
     #[test]
     fn the_highest_layer_up_to_the_wanted_one_is_chosen_else_the_lowest_above_it() {
-        let wants = |layer| Selection { enabled: true, layer };
+        let wants = |layer| Selection {
+            enabled: true,
+            layer,
+        };
         for (wanted, active, expected) in [
             (2, [true, true, true], Some(2)),
             (2, [true, true, false], Some(1)),
@@ -79,10 +90,21 @@ mod tests {
             (9, [true, false, false], Some(0)),
             (1, [false, false, false], None),
         ] {
-            assert_eq!(choose(wants(wanted), 3, |layer| active[layer]), expected, "{wanted} {active:?}");
+            assert_eq!(
+                choose(wants(wanted), 3, |layer| active[layer]),
+                expected,
+                "{wanted} {active:?}"
+            );
         }
-        assert_eq!(choose(wants(2), 1, |_| false), Some(0), "one layer is no choice");
-        let disabled = Selection { enabled: false, layer: 2 };
+        assert_eq!(
+            choose(wants(2), 1, |_| false),
+            Some(0),
+            "one layer is no choice"
+        );
+        let disabled = Selection {
+            enabled: false,
+            layer: 2,
+        };
         assert_eq!(choose(disabled, 3, |_| true), None);
         assert_eq!(choose(disabled, 1, |_| true), None);
     }
@@ -90,7 +112,11 @@ mod tests {
     #[test]
     fn a_layer_is_active_while_every_window_holds_enough_packets() {
         let mut high = Activity::default();
-        assert!((0..4).all(|_| !high.handle_packet(2)) && high.handle_packet(2) && !high.handle_packet(2));
+        assert!(
+            (0..4).all(|_| !high.handle_packet(2))
+                && high.handle_packet(2)
+                && !high.handle_packet(2)
+        );
         assert!(high.is_active() && !high.close_window(2));
         (0..4).for_each(|_| assert!(!high.handle_packet(2)));
         assert!(high.close_window(2) && !high.is_active() && !high.close_window(2));

@@ -92,17 +92,30 @@ impl ServerConfig {
 /// Why the server did not start; each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    #[error("{address} is in use: stop what listens there, or choose another port with --listen (port 0 takes any)")]
+    #[error(
+        "{address} is in use: stop what listens there, or choose another port with --listen (port 0 takes any)"
+    )]
     InUse { address: SocketAddr },
-    #[error("{address} is not allowed: ports below 1024 need root, or choose another with --listen")]
+    #[error(
+        "{address} is not allowed: ports below 1024 need root, or choose another with --listen"
+    )]
     Forbidden { address: SocketAddr },
-    #[error("{address} is no address of this host: listen on 127.0.0.1, on one that `ip address` shows, or on 0.0.0.0")]
+    #[error(
+        "{address} is no address of this host: listen on 127.0.0.1, on one that `ip address` shows, or on 0.0.0.0"
+    )]
     NotOurs { address: SocketAddr },
     #[error("cannot listen on {address}: {cause}")]
-    Listen { address: SocketAddr, cause: io::Error },
-    #[error("no media socket on {ip}: {cause}; raise the limit of open files, or give another address")]
+    Listen {
+        address: SocketAddr,
+        cause: io::Error,
+    },
+    #[error(
+        "no media socket on {ip}: {cause}; raise the limit of open files, or give another address"
+    )]
     Media { ip: IpAddr, cause: io::Error },
-    #[error("this host has no route to others, so media would have no address: listen on one address instead of {listen}")]
+    #[error(
+        "this host has no route to others, so media would have no address: listen on one address instead of {listen}"
+    )]
     NoRoute { listen: IpAddr },
     #[error("the DTLS certificate cannot be made: {0}")]
     Identity(String),
@@ -176,7 +189,15 @@ impl Server {
         let (shutdown, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new()
             .name(format!("{THREAD_PREFIX}signal"))
-            .spawn(move || signalling((listener, config.connections, refused), state, desk, (requests, media), stopped))
+            .spawn(move || {
+                signalling(
+                    (listener, config.connections, refused),
+                    state,
+                    desk,
+                    (requests, media),
+                    stopped,
+                )
+            })
             .map_err(StartError::Thread)?;
         Ok(Server {
             address,
@@ -209,7 +230,9 @@ impl Server {
             let _ = reply.try_send(desk.statistics());
         }));
         let asked = self.inputs.try_send(call).is_ok();
-        let answered = asked.then(|| answer.recv_timeout(REPLY_TIMEOUT).ok()).flatten();
+        let answered = asked
+            .then(|| answer.recv_timeout(REPLY_TIMEOUT).ok())
+            .flatten();
         answered.unwrap_or_else(|| ServerStatistics {
             media: media_statistics(&self.workers),
             ..ServerStatistics::default()
@@ -244,7 +267,11 @@ impl Drop for Server {
 
 fn listen(address: SocketAddr) -> Result<std::net::TcpListener, StartError> {
     let bind = || {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        let socket = Socket::new(
+            Domain::for_address(address),
+            Type::STREAM,
+            Some(Protocol::TCP),
+        )?;
         // A port whose last connections are still closing is free.
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
@@ -262,11 +289,17 @@ fn listen(address: SocketAddr) -> Result<std::net::TcpListener, StartError> {
 
 type MediaEvents = Vec<mpsc::UnboundedReceiver<MediaEvent>>;
 
-fn start_workers(config: &ServerConfig, identity: &Identity, epoch: Epoch) -> Result<(Vec<Worker>, MediaEvents), StartError> {
+fn start_workers(
+    config: &ServerConfig,
+    identity: &Identity,
+    epoch: Epoch,
+) -> Result<(Vec<Worker>, MediaEvents), StartError> {
     let listen = config.listen.ip();
     let ip = match config.media_ip {
         Some(ip) => ip,
-        None if listen.is_unspecified() => outward_address(listen).ok_or(StartError::NoRoute { listen })?,
+        None if listen.is_unspecified() => {
+            outward_address(listen).ok_or(StartError::NoRoute { listen })?
+        }
         None => listen,
     };
     let mut events = Vec::new();
@@ -317,7 +350,10 @@ struct State {
 
 impl State {
     /// Asks the lobby. `None`: the server is stopping.
-    async fn call<R: Send + 'static>(&self, act: impl FnOnce(&mut Desk, Time) -> R + Send + 'static) -> Option<R> {
+    async fn call<R: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut Desk, Time) -> R + Send + 'static,
+    ) -> Option<R> {
         let (reply, answer) = oneshot::channel();
         let call = Input::Call(Box::new(move |desk, now| {
             let _ = reply.send(act(desk, now));
@@ -357,7 +393,10 @@ fn signalling(
     (requests, media): (mpsc::Receiver<Input>, MediaEvents),
     stopped: oneshot::Receiver<()>,
 ) {
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    else {
         return;
     };
     runtime.block_on(async move {
@@ -407,10 +446,16 @@ struct Desk {
 }
 
 impl Desk {
-    async fn run(mut self, mut requests: mpsc::Receiver<Input>, mut media: mpsc::UnboundedReceiver<(usize, MediaEvent)>) {
+    async fn run(
+        mut self,
+        mut requests: mpsc::Receiver<Input>,
+        mut media: mpsc::UnboundedReceiver<(usize, MediaEvent)>,
+    ) {
         loop {
             let deadline = self.lobby.next_timeout();
-            let timer = tokio::time::sleep_until(tokio::time::Instant::from_std(self.epoch.instant(deadline.min(self.far()))));
+            let timer = tokio::time::sleep_until(tokio::time::Instant::from_std(
+                self.epoch.instant(deadline.min(self.far())),
+            ));
             tokio::select! {
                 biased;
                 Some((router, event)) = media.recv() => self.lobby.handle_media(router, event, self.epoch.now()),
@@ -436,12 +481,20 @@ impl Desk {
     fn handle_input(&mut self, input: Input) {
         let now = self.epoch.now();
         match input {
-            Input::Enter { entry, messages, reply } => {
+            Input::Enter {
+                entry,
+                messages,
+                reply,
+            } => {
                 let connection = self.lobby.handle_entry(*entry, now);
                 self.clients.insert(connection, messages);
                 let _ = reply.send(connection);
             }
-            Input::Request { connection, request, room } => {
+            Input::Request {
+                connection,
+                request,
+                room,
+            } => {
                 self.lobby.handle_request(connection, *request, now);
                 drop(room);
             }
@@ -456,7 +509,10 @@ impl Desk {
     fn drain(&mut self, now: Time) {
         while let Some(output) = self.lobby.poll_output() {
             match output {
-                Output::Send { connection, message } => self.send(connection, message, now),
+                Output::Send {
+                    connection,
+                    message,
+                } => self.send(connection, message, now),
                 Output::Close { connection } => {
                     // Its task writes what is queued, then closes.
                     self.clients.remove(&connection);
@@ -471,7 +527,9 @@ impl Desk {
     }
 
     fn send(&mut self, connection: ConnectionId, message: Bytes, now: Time) {
-        let Some(client) = self.clients.get(&connection) else { return };
+        let Some(client) = self.clients.get(&connection) else {
+            return;
+        };
         match client.send(message) {
             Ok(()) => {}
             Err(Unsent::Full) => {

@@ -57,9 +57,7 @@ pub enum Output {
         message: Bytes,
     },
     /// Nothing follows for this WebSocket.
-    Close {
-        connection: ConnectionId,
-    },
+    Close { connection: ConnectionId },
     Media {
         router: usize,
         command: MediaCommand,
@@ -117,7 +115,10 @@ pub(super) struct Shared {
 impl Shared {
     pub fn send(&mut self, connection: Option<ConnectionId>, message: Bytes) {
         if let Some(connection) = connection {
-            self.outputs.push_back(Output::Send { connection, message });
+            self.outputs.push_back(Output::Send {
+                connection,
+                message,
+            });
         }
     }
 
@@ -128,7 +129,12 @@ impl Shared {
     }
 
     /// Says why, in both of the ways that clients know.
-    pub fn send_leave(&mut self, connection: ConnectionId, reason: proto::DisconnectReason, action: proto::leave_request::Action) {
+    pub fn send_leave(
+        &mut self,
+        connection: ConnectionId,
+        reason: proto::DisconnectReason,
+        action: proto::leave_request::Action,
+    ) {
         let leave = proto::LeaveRequest {
             can_reconnect: action == proto::leave_request::Action::Reconnect,
             reason: reason.into(),
@@ -161,7 +167,13 @@ impl Shared {
             fingerprint: self.fingerprint,
             // LiveKit's role where the client leaves it open.
             setup: Setup::Active,
-            candidates: self.routers.get(router).copied().map(Candidate::host).into_iter().collect(),
+            candidates: self
+                .routers
+                .get(router)
+                .copied()
+                .map(Candidate::host)
+                .into_iter()
+                .collect(),
             session_id: self.ids.draw() >> 1,
         }
     }
@@ -172,7 +184,9 @@ impl Shared {
 
     pub fn least_loaded(&self) -> usize {
         let routers = self.loads.iter().enumerate();
-        routers.min_by_key(|(_, load)| **load).map_or(0, |(router, _)| router)
+        routers
+            .min_by_key(|(_, load)| **load)
+            .map_or(0, |(router, _)| router)
     }
 
     pub fn unix_millis(&self, now: Time) -> i64 {
@@ -243,7 +257,12 @@ impl Ids {
     }
 
     fn text(&mut self, letters: &[u8], count: usize) -> String {
-        let letter = |_| letters.get(self.chance.below(letters.len() as u64) as usize).copied().unwrap_or(b'a');
+        let letter = |_| {
+            letters
+                .get(self.chance.below(letters.len() as u64) as usize)
+                .copied()
+                .unwrap_or(b'a')
+        };
         (0..count).map(letter).map(char::from).collect()
     }
 }
@@ -269,12 +288,19 @@ pub(super) fn server_info() -> proto::ServerInfo {
 }
 
 /// The Join without the other participants.
-pub(super) fn join_response(room: proto::Room, participant: proto::ParticipantInfo, subscriber_primary: bool) -> proto::JoinResponse {
+pub(super) fn join_response(
+    room: proto::Room,
+    participant: proto::ParticipantInfo,
+    subscriber_primary: bool,
+) -> proto::JoinResponse {
     let codec = |mime: &str| proto::Codec {
         mime: mime.to_owned(),
         ..Default::default()
     };
-    let fast_publish = participant.permission.as_ref().is_some_and(|permission| permission.can_publish);
+    let fast_publish = participant
+        .permission
+        .as_ref()
+        .is_some_and(|permission| permission.can_publish);
     let server_info = server_info();
     proto::JoinResponse {
         room: Some(room),

@@ -71,23 +71,40 @@ impl Track {
         }
         // By height and the quality that it stands for.
         let declared = self.info.layers.iter().filter(|layer| layer.height > 0);
-        let mut sizes: Vec<(u32, u8)> = declared.map(|layer| (layer.height, layer.quality.clamp(0, 2) as u8)).collect();
+        let mut sizes: Vec<(u32, u8)> = declared
+            .map(|layer| (layer.height, layer.quality.clamp(0, 2) as u8))
+            .collect();
         let mut asked = settings.height;
         if sizes.is_empty() {
             let portrait = self.info.width < self.info.height;
-            let own = if portrait { self.info.width } else { self.info.height };
+            let own = if portrait {
+                self.info.width
+            } else {
+                self.info.height
+            };
             let [low, medium] = DEFAULT_HEIGHTS;
             sizes.extend([(low, 0), (medium, 1), (own, 2)]);
-            asked = if portrait { settings.width } else { settings.height };
+            asked = if portrait {
+                settings.width
+            } else {
+                settings.height
+            };
         }
         sizes.sort_unstable();
         let asked = asked as f32 * DIMENSION_TOLERANCE;
-        let Some((sufficient, _)) = sizes.iter().find(|(height, _)| *height as f32 >= asked).or(sizes.last()) else {
+        let Some((sufficient, _)) = sizes
+            .iter()
+            .find(|(height, _)| *height as f32 >= asked)
+            .or(sizes.last())
+        else {
             return settings.quality;
         };
         // Of several layers of one size the highest: it is as good, and is what others watch.
         let same_size = sizes.iter().filter(|(height, _)| height == sufficient);
-        same_size.map(|(_, quality)| *quality).max().unwrap_or(settings.quality)
+        same_size
+            .map(|(_, quality)| *quality)
+            .max()
+            .unwrap_or(settings.quality)
     }
 
     /// The layer that carries a quality: a publisher may declare which qualities its layers have.
@@ -98,7 +115,9 @@ impl Track {
         }
         let mut declared: Vec<i32> = self.info.layers.iter().map(|layer| layer.quality).collect();
         declared.sort_unstable();
-        let index = declared.iter().rposition(|of_layer| *of_layer <= i32::from(quality));
+        let index = declared
+            .iter()
+            .rposition(|of_layer| *of_layer <= i32::from(quality));
         index.unwrap_or(0).min(usize::from(highest)) as u8
     }
 }
@@ -125,7 +144,10 @@ impl Settings {
     }
 
     pub fn disabled(self) -> Settings {
-        Settings { disabled: true, ..self }
+        Settings {
+            disabled: true,
+            ..self
+        }
     }
 }
 
@@ -162,17 +184,29 @@ impl Dynacast {
 
     /// A subscriber's wish changes; 0 stands for no subscriber as well.
     pub fn handle_wish(&mut self, before: u8, after: u8) {
-        if let Some(count) = self.wishes.get_mut(usize::from(before)).filter(|_| before > 0) {
+        if let Some(count) = self
+            .wishes
+            .get_mut(usize::from(before))
+            .filter(|_| before > 0)
+        {
             *count -= 1;
         }
-        if let Some(count) = self.wishes.get_mut(usize::from(after)).filter(|_| after > 0) {
+        if let Some(count) = self
+            .wishes
+            .get_mut(usize::from(after))
+            .filter(|_| after > 0)
+        {
             *count += 1;
         }
     }
 
     /// The highest quality that the publisher is to be told now, if that is news.
     pub fn poll(&mut self, now: Time) -> Option<u8> {
-        let wanted = self.wishes.iter().rposition(|count| *count > 0).unwrap_or(0) as u8;
+        let wanted = self
+            .wishes
+            .iter()
+            .rposition(|count| *count > 0)
+            .unwrap_or(0) as u8;
         match self.committed {
             Some(committed) if wanted == committed => self.lower_at = None,
             Some(committed) if wanted < committed => {
@@ -198,7 +232,11 @@ impl Dynacast {
 
 /// For the publisher: qualities up to `highest` (counted from 1) are watched.
 pub(super) fn quality_update(track: &Track, highest: u8) -> proto::SubscribedQualityUpdate {
-    let qualities = [proto::VideoQuality::Low, proto::VideoQuality::Medium, proto::VideoQuality::High];
+    let qualities = [
+        proto::VideoQuality::Low,
+        proto::VideoQuality::Medium,
+        proto::VideoQuality::High,
+    ];
     let qualities: Vec<proto::SubscribedQuality> = qualities
         .into_iter()
         .map(|quality| proto::SubscribedQuality {
@@ -227,7 +265,9 @@ impl Loudness {
     /// The average of the last interval, in dBov below full scale; `None`: silence. Returns the level of an active speaker, in (0, 1].
     pub fn handle_level(&mut self, level: Option<u8>) -> Option<f32> {
         let level = level.filter(|level| *level <= ACTIVE_LEVEL);
-        self.smoothed = level.map_or(0.0, |level| self.smoothed + (linear(level) - self.smoothed) * SMOOTHING);
+        self.smoothed = level.map_or(0.0, |level| {
+            self.smoothed + (linear(level) - self.smoothed) * SMOOTHING
+        });
         let active = self.smoothed >= linear(ACTIVE_LEVEL);
         active.then(|| ((self.smoothed * LEVEL_STEPS).ceil() / LEVEL_STEPS) as f32)
     }
@@ -296,7 +336,11 @@ mod tests {
             (2, &three[1..], settings(Low, 1280, 720), (true, 1)),
         ] {
             let Selection { enabled, layer } = track(layers, declared).selection(&settings);
-            assert_eq!((enabled, layer), expected, "{layers} layers, {declared:?}, {settings:?}");
+            assert_eq!(
+                (enabled, layer),
+                expected,
+                "{layers} layers, {declared:?}, {settings:?}"
+            );
         }
     }
 
@@ -306,7 +350,10 @@ mod tests {
         track.info.muted = true;
         let settings = Settings::initial(false);
         assert!(!track.selection(&settings).enabled);
-        assert_eq!((track.wish(&settings), track.wish(&settings.disabled())), (3, 0));
+        assert_eq!(
+            (track.wish(&settings), track.wish(&settings.disabled())),
+            (3, 0)
+        );
     }
 
     #[test]
@@ -320,7 +367,10 @@ mod tests {
         assert_eq!(dynacast.poll(Time::ZERO + second), Some(3));
         dynacast.handle_wish(3, 2);
         assert_eq!(
-            (dynacast.poll(Time::ZERO + 2 * second), dynacast.poll(Time::ZERO + 6 * second)),
+            (
+                dynacast.poll(Time::ZERO + 2 * second),
+                dynacast.poll(Time::ZERO + 6 * second)
+            ),
             (None, None)
         );
         assert_eq!(dynacast.next_timeout(), Some(Time::ZERO + 7 * second));
@@ -330,7 +380,10 @@ mod tests {
         assert_eq!(dynacast.poll(Time::ZERO + 8 * second), None);
         dynacast.handle_wish(0, 2);
         assert_eq!(
-            (dynacast.poll(Time::ZERO + 9 * second), dynacast.poll(Time::ZERO + 20 * second)),
+            (
+                dynacast.poll(Time::ZERO + 9 * second),
+                dynacast.poll(Time::ZERO + 20 * second)
+            ),
             (None, None)
         );
     }
@@ -340,7 +393,13 @@ mod tests {
         let mut dynacast = Dynacast::new(Time::ZERO);
         assert_eq!(dynacast.poll(Time::from_millis(9_999)), None);
         assert_eq!(dynacast.poll(Time::from_millis(10_000)), Some(0));
-        assert_eq!((dynacast.poll(Time::from_millis(30_000)), dynacast.next_timeout()), (None, None));
+        assert_eq!(
+            (
+                dynacast.poll(Time::from_millis(30_000)),
+                dynacast.next_timeout()
+            ),
+            (None, None)
+        );
     }
 
     #[test]

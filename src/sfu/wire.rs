@@ -21,13 +21,24 @@ const MAP_VALUE: u32 = 2;
 
 /// An encoded `SignalResponse`.
 pub(super) fn response(message: Message) -> Bytes {
-    proto::SignalResponse { message: Some(message) }.encode_to_vec().into()
+    proto::SignalResponse {
+        message: Some(message),
+    }
+    .encode_to_vec()
+    .into()
 }
 
 /// A Join with the participants who were there before, each encoded.
-pub(super) fn join<'a>(join: &proto::JoinResponse, others: impl Iterator<Item = &'a Bytes> + Clone) -> Bytes {
+pub(super) fn join<'a>(
+    join: &proto::JoinResponse,
+    others: impl Iterator<Item = &'a Bytes> + Clone,
+) -> Bytes {
     let own = join.encode_to_vec();
-    let len = own.len() + others.clone().map(|other| field_len(JOIN_OTHER_PARTICIPANTS, other.len())).sum::<usize>();
+    let len = own.len()
+        + others
+            .clone()
+            .map(|other| field_len(JOIN_OTHER_PARTICIPANTS, other.len()))
+            .sum::<usize>();
     let mut message = begin(RESPONSE_JOIN, len);
     message.extend_from_slice(&own);
     others.for_each(|other| push_field(&mut message, JOIN_OTHER_PARTICIPANTS, other));
@@ -36,7 +47,9 @@ pub(super) fn join<'a>(join: &proto::JoinResponse, others: impl Iterator<Item = 
 
 /// A ParticipantUpdate of encoded participants.
 pub(super) fn update<'a>(participants: impl Iterator<Item = &'a Bytes> + Clone) -> Bytes {
-    let entries = participants.clone().map(|participant| field_len(UPDATE_PARTICIPANTS, participant.len()));
+    let entries = participants
+        .clone()
+        .map(|participant| field_len(UPDATE_PARTICIPANTS, participant.len()));
     let mut message = begin(RESPONSE_UPDATE, entries.sum());
     participants.for_each(|participant| push_field(&mut message, UPDATE_PARTICIPANTS, participant));
     message.into()
@@ -53,15 +66,25 @@ pub(super) fn answer(sdp: &str, id: u32, track_of_mid: &[(impl AsRef<str>, &str)
 }
 
 /// The text is copied once, whatever its length.
-fn description(field: u32, kind: &str, sdp: &str, id: u32, track_of_mid: &[(impl AsRef<str>, &str)]) -> Bytes {
+fn description(
+    field: u32,
+    kind: &str,
+    sdp: &str,
+    id: u32,
+    track_of_mid: &[(impl AsRef<str>, &str)],
+) -> Bytes {
     let rest = proto::SessionDescription {
         r#type: kind.to_owned(),
         id,
         ..Default::default()
     };
     let rest = rest.encode_to_vec();
-    let entry_len = |(mid, track): &(_, &str)| field_len(MAP_KEY, AsRef::<str>::as_ref(mid).len()) + field_len(MAP_VALUE, track.len());
-    let entries = track_of_mid.iter().map(|entry| field_len(DESCRIPTION_MID_TO_TRACK_ID, entry_len(entry)));
+    let entry_len = |(mid, track): &(_, &str)| {
+        field_len(MAP_KEY, AsRef::<str>::as_ref(mid).len()) + field_len(MAP_VALUE, track.len())
+    };
+    let entries = track_of_mid
+        .iter()
+        .map(|entry| field_len(DESCRIPTION_MID_TO_TRACK_ID, entry_len(entry)));
     let len = rest.len() + field_len(DESCRIPTION_SDP, sdp.len()) + entries.sum::<usize>();
     let mut message = begin(field, len);
     message.extend_from_slice(&rest);
@@ -131,11 +154,24 @@ mod tests {
             ping_interval: 5,
             ..Default::default()
         };
-        let decoded = |bytes: Bytes| proto::SignalResponse::decode(bytes).unwrap().message.unwrap();
-        assert_eq!(decoded(join(&start, [&encoded, &encoded].into_iter())), Message::Join(whole));
+        let decoded = |bytes: Bytes| {
+            proto::SignalResponse::decode(bytes)
+                .unwrap()
+                .message
+                .unwrap()
+        };
+        assert_eq!(
+            decoded(join(&start, [&encoded, &encoded].into_iter())),
+            Message::Join(whole)
+        );
 
-        let expected = proto::ParticipantUpdate { participants: vec![ann] };
-        assert_eq!(decoded(update(std::iter::once(&encoded))), Message::Update(expected));
+        let expected = proto::ParticipantUpdate {
+            participants: vec![ann],
+        };
+        assert_eq!(
+            decoded(update(std::iter::once(&encoded))),
+            Message::Update(expected)
+        );
         for value in [0, 1, 127, 128, 16_383, 16_384, u64::MAX] {
             let mut bytes = Vec::new();
             push_varint(&mut bytes, value);
@@ -149,7 +185,9 @@ mod tests {
             r#type: "offer".into(),
             sdp: sdp.into(),
             id: 7,
-            mid_to_track_id: mids.map(|(mid, track)| (mid.to_owned(), track.to_owned())).into(),
+            mid_to_track_id: mids
+                .map(|(mid, track)| (mid.to_owned(), track.to_owned()))
+                .into(),
         };
         assert_eq!(decoded(offer(sdp, 7, &mids)), Message::Offer(expected));
     }

@@ -64,11 +64,18 @@ enum Request {
 
 impl Worker {
     /// Binds the socket and starts the thread. What the router tells goes to `events`.
-    pub fn start(config: WorkerConfig, events: tokio::sync::mpsc::UnboundedSender<MediaEvent>) -> io::Result<Worker> {
+    pub fn start(
+        config: WorkerConfig,
+        events: tokio::sync::mpsc::UnboundedSender<MediaEvent>,
+    ) -> io::Result<Worker> {
         let socket = net::open_media_socket(config.ip, RECEIVE_BUFFER_BYTES)?;
         let address = socket.local_addr()?;
         let poll = Poll::new()?;
-        poll.registry().register(&mut SourceFd(&socket.as_raw_fd()), SOCKET, Interest::READABLE)?;
+        poll.registry().register(
+            &mut SourceFd(&socket.as_raw_fd()),
+            SOCKET,
+            Interest::READABLE,
+        )?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let (requests, inbox) = channel();
         let epoch = config.epoch;
@@ -79,31 +86,35 @@ impl Worker {
             send: config.send,
             seed: config.seed,
         };
-        let thread = std::thread::Builder::new().name(config.name).spawn(move || {
-            // Without the right to it, timers come up to 50 us late.
-            let _ = net::wake_precisely();
-            let mut worker = Loop {
-                router: Router::new(router_config, epoch.now()),
-                epoch,
-                io: SocketIo {
-                    socket,
-                    batch: net::SendBatch::default(),
-                    bottleneck: config.limit.map(|limit| Bottleneck::new(limit, epoch.now())),
-                },
-                received: net::Batch::default(),
-                poll,
-                happened: Events::with_capacity(8),
-                requests: inbox,
-                events,
-                socket_drops: 0,
-                readable: true,
-                more_requests: false,
-                woken_at: Time::ZERO,
-                wakes_are_dense: false,
-            };
-            // The poll fails only where the process is out of its means; the router is then gone, and its handle tells.
-            while let Ok(true) = worker.turn() {}
-        })?;
+        let thread = std::thread::Builder::new()
+            .name(config.name)
+            .spawn(move || {
+                // Without the right to it, timers come up to 50 us late.
+                let _ = net::wake_precisely();
+                let mut worker = Loop {
+                    router: Router::new(router_config, epoch.now()),
+                    epoch,
+                    io: SocketIo {
+                        socket,
+                        batch: net::SendBatch::default(),
+                        bottleneck: config
+                            .limit
+                            .map(|limit| Bottleneck::new(limit, epoch.now())),
+                    },
+                    received: net::Batch::default(),
+                    poll,
+                    happened: Events::with_capacity(8),
+                    requests: inbox,
+                    events,
+                    socket_drops: 0,
+                    readable: true,
+                    more_requests: false,
+                    woken_at: Time::ZERO,
+                    wakes_are_dense: false,
+                };
+                // The poll fails only where the process is out of its means; the router is then gone, and its handle tells.
+                while let Ok(true) = worker.turn() {}
+            })?;
         Ok(Worker {
             address,
             requests,
@@ -132,7 +143,10 @@ impl Worker {
     }
 
     /// Has the thread look at its router between two turns, and waits for what it saw: for tests, and for pages that are asked for now and then.
-    pub fn inspect<R: Send + 'static>(&self, look: impl FnOnce(&Router) -> R + Send + 'static) -> Option<R> {
+    pub fn inspect<R: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Router) -> R + Send + 'static,
+    ) -> Option<R> {
         let (answer, seen): (SyncSender<R>, Receiver<R>) = sync_channel(1);
         self.request(Request::Inspect(Box::new(move |router| {
             // Nobody waits any more only when the asking thread is gone.
@@ -198,7 +212,8 @@ impl Loop {
             self.router.handle_timeout(now, &mut self.io);
         }
         self.io.batch.flush(&self.io.socket);
-        self.router.count_outlet(self.io.batch.take_errors(), 0, self.io.take_dropped());
+        self.router
+            .count_outlet(self.io.batch.take_errors(), 0, self.io.take_dropped());
         while let Some(event) = self.router.poll_event() {
             // The lobby is gone only when the process ends.
             let _ = self.events.send(event);
@@ -266,19 +281,24 @@ impl Loop {
         };
         if let Some(drops) = received.drops {
             // The kernel counts buffers; those that it dropped are taken to have held as many datagrams as this one.
-            let dropped = u64::from(drops.wrapping_sub(self.socket_drops)) * u64::from(received.burst);
+            let dropped =
+                u64::from(drops.wrapping_sub(self.socket_drops)) * u64::from(received.burst);
             self.router.count_outlet(0, dropped, 0);
             self.socket_drops = drops;
         }
         let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
-        self.router.handle_datagram(datagram, received.from, arrival, now, &mut self.io);
+        self.router
+            .handle_datagram(datagram, received.from, arrival, now, &mut self.io);
     }
 
     fn take_requests(&mut self) -> bool {
         self.more_requests = false;
         for _ in 0..COMMANDS_MAX {
             match self.requests.try_recv() {
-                Ok(Request::Command(command)) => self.router.handle_command(command, self.epoch.now(), &mut self.io),
+                Ok(Request::Command(command)) => {
+                    self.router
+                        .handle_command(command, self.epoch.now(), &mut self.io)
+                }
                 Ok(Request::Inspect(look)) => look(&self.router),
                 Ok(Request::Stop) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
@@ -315,7 +335,10 @@ impl Outgoing for SocketIo {
 
     fn send(&mut self, to: SocketAddr, len: usize, segment: usize) {
         if let Some(bottleneck) = &mut self.bottleneck
-            && !bottleneck.admits(&self.batch.lend()[..len.min(segment)], len.div_ceil(segment))
+            && !bottleneck.admits(
+                &self.batch.lend()[..len.min(segment)],
+                len.div_ceil(segment),
+            )
         {
             return;
         }

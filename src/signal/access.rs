@@ -45,7 +45,9 @@ impl TokenIssuer {
     async fn token(&self, position: u32) -> Result<Secret, String> {
         let (answer, answered) = oneshot::channel();
         let gone = || "whoever issues them is gone".to_owned();
-        self.0.send(TokenRequest { position, answer }).map_err(|_| gone())?;
+        self.0
+            .send(TokenRequest { position, answer })
+            .map_err(|_| gone())?;
         answered.await.unwrap_or_else(|_| Err(gone()))
     }
 }
@@ -55,11 +57,21 @@ impl Access {
     ///
     /// # Errors
     /// Why there is none.
-    pub async fn join_token(&self, participant: &ParticipantPlan, room: &str, permissions: Permissions) -> Result<Secret, NoToken> {
+    pub async fn join_token(
+        &self,
+        participant: &ParticipantPlan,
+        room: &str,
+        permissions: Permissions,
+    ) -> Result<Secret, NoToken> {
         let identity = &participant.identity;
         match self {
-            Access::Key(key) => Ok(key.join_token(room, identity, identity, permissions, TOKEN_LIFETIME)?),
-            Access::Issued(issuer) => issuer.token(participant.position).await.map_err(NoToken::NotIssued),
+            Access::Key(key) => {
+                Ok(key.join_token(room, identity, identity, permissions, TOKEN_LIFETIME)?)
+            }
+            Access::Issued(issuer) => issuer
+                .token(participant.position)
+                .await
+                .map_err(NoToken::NotIssued),
         }
     }
 
@@ -89,7 +101,10 @@ mod tests {
         let participant = plan().participant(5);
         let ask = || access.join_token(&participant, "hall", Permissions::SUBSCRIBER);
         let issue = async {
-            for answer in [Ok(Secret::new("ey")), Err("the coordinator has no key".to_owned())] {
+            for answer in [
+                Ok(Secret::new("ey")),
+                Err("the coordinator has no key".to_owned()),
+            ] {
                 let request = requests.recv().await.unwrap();
                 assert_eq!(request.position, 5);
                 request.answer.send(answer).unwrap();
@@ -99,7 +114,10 @@ mod tests {
         };
         let asking = async {
             assert_eq!(ask().await.unwrap().expose(), "ey");
-            assert_eq!(ask().await.unwrap_err().to_string(), "no room token: the coordinator has no key");
+            assert_eq!(
+                ask().await.unwrap_err().to_string(),
+                "no room token: the coordinator has no key"
+            );
             for _ in 0..2 {
                 assert!(ask().await.unwrap_err().to_string().contains("is gone"));
             }

@@ -127,7 +127,10 @@ impl JoinOptions {
     pub fn path(&self) -> String {
         match &self.connection {
             Connection::Dual => format!("/rtc?{}", self.dual_query()),
-            Connection::Single { add_tracks, publisher_offer } => {
+            Connection::Single {
+                add_tracks,
+                publisher_offer,
+            } => {
                 let wrapped = wrapped(&self.join_request(add_tracks, publisher_offer.as_ref()));
                 format!(
                     "/rtc/v1?join_request={}",
@@ -148,7 +151,10 @@ impl JoinOptions {
         query.append_pair("auto_subscribe", flag(self.auto_subscribe));
         query.append_pair("adaptive_stream", flag(self.adaptive_stream));
         if self.packet_trailer {
-            query.append_pair("capabilities", proto::client_info::Capability::CapPacketTrailer.as_str_name());
+            query.append_pair(
+                "capabilities",
+                proto::client_info::Capability::CapPacketTrailer.as_str_name(),
+            );
         }
         if let Some(sid) = &self.resume {
             query.append_pair("reconnect", "1").append_pair("sid", sid);
@@ -156,7 +162,11 @@ impl JoinOptions {
         query.finish()
     }
 
-    fn join_request(&self, add_tracks: &[proto::AddTrackRequest], offer: Option<&(String, u32)>) -> proto::JoinRequest {
+    fn join_request(
+        &self,
+        add_tracks: &[proto::AddTrackRequest],
+        offer: Option<&(String, u32)>,
+    ) -> proto::JoinRequest {
         let capabilities = if self.packet_trailer {
             vec![proto::client_info::Capability::CapPacketTrailer.into()]
         } else {
@@ -214,31 +224,50 @@ fn zipped(bytes: &[u8]) -> io::Result<Vec<u8>> {
 pub enum SignalError {
     #[error("{endpoint} refused the connection: is the server running, and is this its port?")]
     Refused { endpoint: String },
-    #[error("{endpoint} cannot be reached ({cause}): check the address, the route and the firewall")]
+    #[error(
+        "{endpoint} cannot be reached ({cause}): check the address, the route and the firewall"
+    )]
     Unreachable { endpoint: String, cause: String },
-    #[error("the host name '{host}' cannot be resolved ({cause}): check its spelling and this host's DNS")]
+    #[error(
+        "the host name '{host}' cannot be resolved ({cause}): check its spelling and this host's DNS"
+    )]
     Resolve { host: String, cause: String },
     /// `https` to a plain port, or `http` to a TLS port.
     #[error("{endpoint} {}", if *server_speaks_tls { "speaks TLS: use wss:// or https://" } else { "does not speak TLS: use ws:// or http://" })]
-    TlsMismatch { endpoint: String, server_speaks_tls: bool },
-    #[error("TLS with {endpoint} failed ({cause}): check the certificate and its name, or point SSL_CERT_FILE at its authority")]
+    TlsMismatch {
+        endpoint: String,
+        server_speaks_tls: bool,
+    },
+    #[error(
+        "TLS with {endpoint} failed ({cause}): check the certificate and its name, or point SSL_CERT_FILE at its authority"
+    )]
     Tls { endpoint: String, cause: String },
-    #[error("the server refused the token (401: {text}): check API key and secret, and both clocks")]
+    #[error(
+        "the server refused the token (401: {text}): check API key and secret, and both clocks"
+    )]
     Unauthorized { text: String },
-    #[error("{path} is not there (404: {text}): does the room exist, and is this a LiveKit server?")]
+    #[error(
+        "{path} is not there (404: {text}): does the room exist, and is this a LiveKit server?"
+    )]
     NotFound { path: &'static str, text: String },
     #[error("the server failed ({status}: {text}): see its log")]
     Server { status: u16, text: String },
-    #[error("the server answered {status} ({text}) instead of opening a WebSocket: is this a LiveKit server?")]
+    #[error(
+        "the server answered {status} ({text}) instead of opening a WebSocket: is this a LiveKit server?"
+    )]
     Http { status: u16, text: String },
-    #[error("no signalling connection after {after:?}: the server or the network is overloaded; join more slowly or wait longer")]
+    #[error(
+        "no signalling connection after {after:?}: the server or the network is overloaded; join more slowly or wait longer"
+    )]
     Timeout { after: Duration },
     /// The connection ended without a `Leave` and without a close frame.
     #[error("the signalling connection was lost ({cause})")]
     Lost { cause: String },
     #[error("the signalling connection is closed")]
     Closed,
-    #[error("the server sent a message of {bytes} bytes, more than the {MESSAGE_BYTES_MAX} that are read: is the room too large?")]
+    #[error(
+        "the server sent a message of {bytes} bytes, more than the {MESSAGE_BYTES_MAX} that are read: is the room too large?"
+    )]
     TooLarge { bytes: usize },
     #[error("the server does not keep to the WebSocket protocol ({cause})")]
     Protocol { cause: String },
@@ -255,7 +284,9 @@ pub async fn connect(
     let connecting = async { Dialled::dial(endpoint).await?.join(token, options).await };
     tokio::time::timeout(options.timeout, connecting)
         .await
-        .map_err(|_| SignalError::Timeout { after: options.timeout })?
+        .map_err(|_| SignalError::Timeout {
+            after: options.timeout,
+        })?
 }
 
 /// A connection to the server on which nothing has been said yet. Our own address is known by now: what a join says of media can name it.
@@ -274,7 +305,9 @@ impl Dialled<'_> {
         let started = Instant::now();
         let tcp_stream = connect_tcp(endpoint).await?;
         let tcp = started.elapsed();
-        let local_address = tcp_stream.local_addr().map_err(|error| SignalError::Lost { cause: error.to_string() })?;
+        let local_address = tcp_stream.local_addr().map_err(|error| SignalError::Lost {
+            cause: error.to_string(),
+        })?;
         let (transport, tls) = match endpoint.secure() {
             false => (Transport::Plain(tcp_stream), None),
             true => {
@@ -295,11 +328,21 @@ impl Dialled<'_> {
     }
 
     /// As [`connect`], from here on. `options.timeout` is the caller's to keep.
-    pub async fn join(self, token: &Secret, options: &JoinOptions) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
+    pub async fn join(
+        self,
+        token: &Secret,
+        options: &JoinOptions,
+    ) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
         let started = Instant::now();
         let request = upgrade_request(&self.endpoint.websocket_url(&options.path()), token)?;
-        let upgraded = tokio_tungstenite::client_async_with_config(request, FrameReads::new(self.transport), Some(websocket_config())).await;
-        let (websocket, _) = upgraded.map_err(|error| upgrade_error(error, self.endpoint, token, options))?;
+        let upgraded = tokio_tungstenite::client_async_with_config(
+            request,
+            FrameReads::new(self.transport),
+            Some(websocket_config()),
+        )
+        .await;
+        let (websocket, _) =
+            upgraded.map_err(|error| upgrade_error(error, self.endpoint, token, options))?;
         let (sink, stream) = websocket.split();
         let times = ConnectTimes {
             tcp: self.tcp,
@@ -329,7 +372,9 @@ async fn connect_tcp(endpoint: &Endpoint) -> Result<TcpStream, SignalError> {
     }
     let endpoint = endpoint.to_string();
     Err(match failure {
-        Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => SignalError::Refused { endpoint },
+        Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            SignalError::Refused { endpoint }
+        }
         Some(error) => SignalError::Unreachable {
             endpoint,
             cause: error.to_string(),
@@ -347,7 +392,10 @@ async fn connect_address(address: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-async fn connect_tls(endpoint: &Endpoint, stream: TcpStream) -> Result<TlsStream<TcpStream>, SignalError> {
+async fn connect_tls(
+    endpoint: &Endpoint,
+    stream: TcpStream,
+) -> Result<TlsStream<TcpStream>, SignalError> {
     let host = endpoint.host();
     let name = host.trim_matches(['[', ']']).to_owned();
     let name = rustls::pki_types::ServerName::try_from(name).map_err(|error| SignalError::Tls {
@@ -362,7 +410,10 @@ async fn connect_tls(endpoint: &Endpoint, stream: TcpStream) -> Result<TlsStream
 
 fn tls_error(error: &io::Error, endpoint: &Endpoint) -> SignalError {
     let endpoint = endpoint.to_string();
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+    match error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
+    {
         // The first bytes are no TLS record: an HTTP server complains in plain text.
         Some(rustls::Error::InvalidMessage(_)) => SignalError::TlsMismatch {
             endpoint,
@@ -385,16 +436,26 @@ fn websocket_config() -> WebSocketConfig {
 
 fn upgrade_request(url: &str, token: &Secret) -> Result<http::Request<()>, SignalError> {
     let protocol = |cause: String| SignalError::Protocol { cause };
-    let mut request = url.into_client_request().map_err(|error| protocol(error.to_string()))?;
-    let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.expose())).map_err(|_| SignalError::Unauthorized {
-        text: "the token holds characters that no token has".into(),
-    })?;
+    let mut request = url
+        .into_client_request()
+        .map_err(|error| protocol(error.to_string()))?;
+    let mut bearer =
+        HeaderValue::from_str(&format!("Bearer {}", token.expose())).map_err(|_| {
+            SignalError::Unauthorized {
+                text: "the token holds characters that no token has".into(),
+            }
+        })?;
     bearer.set_sensitive(true);
     request.headers_mut().insert(header::AUTHORIZATION, bearer);
     Ok(request)
 }
 
-fn upgrade_error(error: WsError, endpoint: &Endpoint, token: &Secret, options: &JoinOptions) -> SignalError {
+fn upgrade_error(
+    error: WsError,
+    endpoint: &Endpoint,
+    token: &Secret,
+    options: &JoinOptions,
+) -> SignalError {
     let mismatch = || SignalError::TlsMismatch {
         endpoint: endpoint.to_string(),
         server_speaks_tls: true,
@@ -406,12 +467,21 @@ fn upgrade_error(error: WsError, endpoint: &Endpoint, token: &Secret, options: &
             http_error(response.status().as_u16(), text, endpoint, options)
         }
         // A TLS server answers plain HTTP with HTTP/1.0 (Go) or with a TLS alert.
-        WsError::Protocol(ProtocolError::WrongHttpVersion | ProtocolError::HttparseError(_)) if !endpoint.secure() => mismatch(),
+        WsError::Protocol(ProtocolError::WrongHttpVersion | ProtocolError::HttparseError(_))
+            if !endpoint.secure() =>
+        {
+            mismatch()
+        }
         other => lost(other),
     }
 }
 
-fn http_error(status: u16, text: String, endpoint: &Endpoint, options: &JoinOptions) -> SignalError {
+fn http_error(
+    status: u16,
+    text: String,
+    endpoint: &Endpoint,
+    options: &JoinOptions,
+) -> SignalError {
     match status {
         // nginx and others speak HTTP/1.1 to a client that forgot TLS.
         400 if !endpoint.secure() && text.contains("HTTPS") => SignalError::TlsMismatch {
@@ -446,12 +516,20 @@ pub(crate) fn error_text(body: &[u8], token: &Secret) -> String {
 fn lost(error: WsError) -> SignalError {
     match error {
         WsError::ConnectionClosed | WsError::AlreadyClosed => SignalError::Closed,
-        WsError::Capacity(CapacityError::MessageTooLong { size, .. }) => SignalError::TooLarge { bytes: size },
-        WsError::Io(error) => SignalError::Lost { cause: error.to_string() },
-        WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake | ProtocolError::HandshakeIncomplete) => SignalError::Lost {
+        WsError::Capacity(CapacityError::MessageTooLong { size, .. }) => {
+            SignalError::TooLarge { bytes: size }
+        }
+        WsError::Io(error) => SignalError::Lost {
+            cause: error.to_string(),
+        },
+        WsError::Protocol(
+            ProtocolError::ResetWithoutClosingHandshake | ProtocolError::HandshakeIncomplete,
+        ) => SignalError::Lost {
             cause: "the server hung up".into(),
         },
-        other => SignalError::Protocol { cause: other.to_string() },
+        other => SignalError::Protocol {
+            cause: other.to_string(),
+        },
     }
 }
 
@@ -463,16 +541,22 @@ pub struct SignalSender {
 impl SignalSender {
     /// Our offer for the publisher connection.
     pub async fn offer(&mut self, sdp: String, id: u32) -> Result<(), SignalError> {
-        self.send(Request::Offer(description("offer", sdp, id))).await
+        self.send(Request::Offer(description("offer", sdp, id)))
+            .await
     }
 
     /// Our answer to the subscriber offer with the same `id`.
     pub async fn answer(&mut self, sdp: String, id: u32) -> Result<(), SignalError> {
-        self.send(Request::Answer(description("answer", sdp, id))).await
+        self.send(Request::Answer(description("answer", sdp, id)))
+            .await
     }
 
     /// One of our candidates as `RTCIceCandidateInit` JSON, for the connection `target`.
-    pub async fn trickle(&mut self, target: proto::SignalTarget, candidate_init: String) -> Result<(), SignalError> {
+    pub async fn trickle(
+        &mut self,
+        target: proto::SignalTarget,
+        candidate_init: String,
+    ) -> Result<(), SignalError> {
         self.send(Request::Trickle(proto::TrickleRequest {
             candidate_init,
             target: target.into(),
@@ -520,7 +604,12 @@ impl SignalSender {
     }
 
     async fn send_whole(&mut self, message: Request) -> Result<(), SignalError> {
-        let bytes = Bytes::from(proto::SignalRequest { message: Some(message) }.encode_to_vec());
+        let bytes = Bytes::from(
+            proto::SignalRequest {
+                message: Some(message),
+            }
+            .encode_to_vec(),
+        );
         if bytes.len() <= FRAGMENT_BYTES {
             return self.sink.send(Message::Binary(bytes)).await.map_err(lost);
         }
@@ -528,9 +617,17 @@ impl SignalSender {
         for index in 0..fragments {
             let start = index * FRAGMENT_BYTES;
             let fragment = bytes.slice(start..bytes.len().min(start + FRAGMENT_BYTES));
-            let opcode = OpCode::Data(if index == 0 { Data::Binary } else { Data::Continue });
+            let opcode = OpCode::Data(if index == 0 {
+                Data::Binary
+            } else {
+                Data::Continue
+            });
             self.sink
-                .send(Message::Frame(Frame::message(fragment, opcode, index + 1 == fragments)))
+                .send(Message::Frame(Frame::message(
+                    fragment,
+                    opcode,
+                    index + 1 == fragments,
+                )))
                 .await
                 .map_err(lost)?;
         }
@@ -565,10 +662,17 @@ impl SignalReceiver {
             };
             match message.map_err(lost)? {
                 Message::Binary(bytes) => return Ok(self.receive(bytes)),
-                Message::Text(text) => return Ok(Event::Ignored { kind: 0, len: text.len() }),
+                Message::Text(text) => {
+                    return Ok(Event::Ignored {
+                        kind: 0,
+                        len: text.len(),
+                    });
+                }
                 Message::Close(frame) => {
                     self.closed = true;
-                    let (code, reason) = frame.map_or((None, String::new()), |frame| (Some(u16::from(frame.code)), frame.reason.to_string()));
+                    let (code, reason) = frame.map_or((None, String::new()), |frame| {
+                        (Some(u16::from(frame.code)), frame.reason.to_string())
+                    });
                     return Ok(Event::Closed { code, reason });
                 }
                 Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
@@ -769,7 +873,10 @@ mod response {
 
     /// What is decoded whole and may hold lists of messages.
     pub const fn has_lists(kind: u32) -> bool {
-        matches!(kind, TRACK_PUBLISHED | LEAVE | SPEAKERS_CHANGED | SUBSCRIBED_QUALITY_UPDATE | RECONNECT)
+        matches!(
+            kind,
+            TRACK_PUBLISHED | LEAVE | SPEAKERS_CHANGED | SUBSCRIBED_QUALITY_UPDATE | RECONNECT
+        )
     }
 }
 
@@ -777,16 +884,28 @@ impl Event {
     /// Reads one `SignalResponse`. Never fails: what is broken is [`Event::Malformed`].
     pub fn decode(message: &Bytes) -> Event {
         let Some(Ok(field)) = Fields(message).next() else {
-            return Event::Malformed { kind: 0, len: message.len() };
+            return Event::Malformed {
+                kind: 0,
+                len: message.len(),
+            };
         };
         let kind = field.number;
         let Some(body) = field.bytes else {
-            return Event::Ignored { kind, len: message.len() };
+            return Event::Ignored {
+                kind,
+                len: message.len(),
+            };
         };
         if body.len() > LISTS_BYTES_MAX && response::has_lists(kind) {
-            return Event::Malformed { kind, len: message.len() };
+            return Event::Malformed {
+                kind,
+                len: message.len(),
+            };
         }
-        Event::decode_kind(kind, body, message).unwrap_or(Event::Malformed { kind, len: message.len() })
+        Event::decode_kind(kind, body, message).unwrap_or(Event::Malformed {
+            kind,
+            len: message.len(),
+        })
     }
 
     fn decode_kind(kind: u32, body: &[u8], message: &Bytes) -> Option<Event> {
@@ -803,13 +922,23 @@ impl Event {
                 }
             }
             response::TRACK_UNPUBLISHED => Event::TrackUnpublished {
-                track_sid: proto::TrackUnpublishedResponse::decode(body).ok()?.track_sid,
+                track_sid: proto::TrackUnpublishedResponse::decode(body)
+                    .ok()?
+                    .track_sid,
             },
             response::LEAVE => Event::Leave(Leave::decode(body)?),
-            response::SPEAKERS_CHANGED => Event::SpeakersChanged(proto::SpeakersChanged::decode(body).ok()?.speakers),
-            response::STREAM_STATE_UPDATE => Event::StreamStates(proto::StreamStateUpdate::decode(body).ok()?.stream_states),
-            response::SUBSCRIBED_QUALITY_UPDATE => Event::SubscribedQuality(Box::new(proto::SubscribedQualityUpdate::decode(body).ok()?)),
-            response::REFRESH_TOKEN => Event::RefreshToken(Secret::new(std::str::from_utf8(body).ok()?)),
+            response::SPEAKERS_CHANGED => {
+                Event::SpeakersChanged(proto::SpeakersChanged::decode(body).ok()?.speakers)
+            }
+            response::STREAM_STATE_UPDATE => {
+                Event::StreamStates(proto::StreamStateUpdate::decode(body).ok()?.stream_states)
+            }
+            response::SUBSCRIBED_QUALITY_UPDATE => Event::SubscribedQuality(Box::new(
+                proto::SubscribedQualityUpdate::decode(body).ok()?,
+            )),
+            response::REFRESH_TOKEN => {
+                Event::RefreshToken(Secret::new(std::str::from_utf8(body).ok()?))
+            }
             response::RECONNECT => Event::Reconnect {
                 ice_servers: proto::ReconnectResponse::decode(body)
                     .ok()?
@@ -828,7 +957,10 @@ impl Event {
                     video: sections.num_videos,
                 }
             }
-            _ => Event::Ignored { kind, len: message.len() },
+            _ => Event::Ignored {
+                kind,
+                len: message.len(),
+            },
         })
     }
 }
@@ -869,10 +1001,18 @@ impl Leave {
     fn decode(body: &[u8]) -> Option<Leave> {
         let leave = proto::LeaveRequest::decode(body).ok()?;
         let (action, reason) = (leave.action(), leave.reason());
-        let region_urls = leave
-            .regions
-            .map_or(Vec::new(), |settings| settings.regions.into_iter().map(|region| region.url).collect());
-        Some(Leave { action, reason, region_urls })
+        let region_urls = leave.regions.map_or(Vec::new(), |settings| {
+            settings
+                .regions
+                .into_iter()
+                .map(|region| region.url)
+                .collect()
+        });
+        Some(Leave {
+            action,
+            reason,
+            region_urls,
+        })
     }
 }
 
@@ -888,7 +1028,8 @@ impl From<proto::IceServer> for IceServer {
 
 impl Join {
     fn decode(body: Bytes) -> Option<Join> {
-        let (rest, count) = without_other_participants(&body).filter(|(rest, _)| rest.len() <= LISTS_BYTES_MAX)?;
+        let (rest, count) =
+            without_other_participants(&body).filter(|(rest, _)| rest.len() <= LISTS_BYTES_MAX)?;
         let join = proto::JoinResponse::decode(rest.as_slice()).ok()?;
         let (room, me, server) = (
             join.room.unwrap_or_default(),
@@ -1053,14 +1194,21 @@ impl FrameReads {
     }
 
     /// Reads the response; what follows its header is put aside, unless it is no upgrade and the rest is a text to show.
-    fn poll_response(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_response(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         ready!(self.transport.poll_read(cx, buf))?;
         let Phase::Response(head) = &mut self.phase else {
             return Poll::Ready(Ok(()));
         };
         head.extend_from_slice(buf.filled().get(before..).unwrap_or_default());
-        let end = head.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4);
+        let end = head
+            .windows(4)
+            .position(|window| window == b"\r\n\r\n")
+            .map(|at| at + 4);
         match end.and_then(|end| head.get(end..)) {
             Some(rest) if head.starts_with(b"HTTP/1.1 101") => {
                 self.leftover = rest.to_vec();
@@ -1073,7 +1221,12 @@ impl FrameReads {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_frame(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>, limit: usize) -> Poll<io::Result<()>> {
+    fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+        limit: usize,
+    ) -> Poll<io::Result<()>> {
         let space = buf.initialize_unfilled_to(limit.min(buf.remaining()));
         let count = match self.leftover.is_empty() {
             true => {
@@ -1090,7 +1243,10 @@ impl FrameReads {
 
     fn take_leftover(&mut self, space: &mut [u8]) -> usize {
         let count = space.len().min(self.leftover.len());
-        space.iter_mut().zip(self.leftover.drain(..count)).for_each(|(slot, byte)| *slot = byte);
+        space
+            .iter_mut()
+            .zip(self.leftover.drain(..count))
+            .for_each(|(slot, byte)| *slot = byte);
         if self.leftover.is_empty() {
             self.leftover = Vec::new();
         }
@@ -1119,19 +1275,29 @@ impl Phase {
     fn advance(&mut self, read: &[u8]) {
         match self {
             Phase::Header { bytes, have } => {
-                bytes.iter_mut().skip(*have).zip(read).for_each(|(slot, byte)| *slot = *byte);
+                bytes
+                    .iter_mut()
+                    .skip(*have)
+                    .zip(read)
+                    .for_each(|(slot, byte)| *slot = *byte);
                 *have += read.len();
                 if *have == header_len(bytes, *have) {
                     *self = Phase::payload(payload_len(bytes));
                 }
             }
-            Phase::Payload { remaining } => *self = Phase::payload(remaining.saturating_sub(read.len() as u64)),
+            Phase::Payload { remaining } => {
+                *self = Phase::payload(remaining.saturating_sub(read.len() as u64))
+            }
             Phase::Response(_) | Phase::Foreign => {}
         }
     }
 
     fn payload(remaining: u64) -> Phase {
-        if remaining == 0 { Phase::header() } else { Phase::Payload { remaining } }
+        if remaining == 0 {
+            Phase::header()
+        } else {
+            Phase::Payload { remaining }
+        }
     }
 }
 
@@ -1154,7 +1320,11 @@ fn payload_len(header: &[u8; HEADER_BYTES_MAX]) -> u64 {
 }
 
 impl AsyncRead for FrameReads {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         match (this.phase.limit(), &this.phase) {
             (Some(limit), _) => this.poll_frame(cx, buf, limit),
@@ -1165,7 +1335,11 @@ impl AsyncRead for FrameReads {
 }
 
 impl AsyncWrite for FrameReads {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match &mut self.get_mut().transport {
             Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
             Transport::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
@@ -1195,25 +1369,38 @@ mod tests {
     type ServerSide = WebSocketStream<TcpStream>;
 
     fn run<T>(test: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test)
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+            .block_on(test)
     }
 
     fn response(message: proto::signal_response::Message) -> Bytes {
-        proto::SignalResponse { message: Some(message) }.encode_to_vec().into()
+        proto::SignalResponse {
+            message: Some(message),
+        }
+        .encode_to_vec()
+        .into()
     }
 
     /// A client and the server's end of its connection.
     async fn connected() -> (SignalSender, SignalReceiver, ServerSide) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let endpoint: Endpoint = format!("ws://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let endpoint: Endpoint = format!("ws://{}", listener.local_addr().unwrap())
+            .parse()
+            .unwrap();
         let accepting = async {
             let config = WebSocketConfig::default()
                 .max_message_size(None)
                 .max_frame_size(None)
                 .write_buffer_size(0);
-            tokio_tungstenite::accept_async_with_config(listener.accept().await.unwrap().0, Some(config))
-                .await
-                .unwrap()
+            tokio_tungstenite::accept_async_with_config(
+                listener.accept().await.unwrap().0,
+                Some(config),
+            )
+            .await
+            .unwrap()
         };
         let (token, options) = (Secret::new("token"), JoinOptions::default());
         let (connected, server) = tokio::join!(connect(&endpoint, &token, &options), accepting);
@@ -1269,21 +1456,46 @@ mod tests {
     #[test]
     fn a_join_to_a_room_of_three_thousand_is_read_without_its_list() {
         let message = response(proto::signal_response::Message::Join(join_to(3_000)));
-        assert!(message.len() > 3_000_000 && message.len() < MESSAGE_BYTES_MAX / 2, "{}", message.len());
+        assert!(
+            message.len() > 3_000_000 && message.len() < MESSAGE_BYTES_MAX / 2,
+            "{}",
+            message.len()
+        );
         let started = Instant::now();
-        let Event::Join(join) = Event::decode(&message) else { panic!("no join") };
-        eprintln!("a Join of {} bytes is read in {:?}", message.len(), started.elapsed());
+        let Event::Join(join) = Event::decode(&message) else {
+            panic!("no join")
+        };
+        eprintln!(
+            "a Join of {} bytes is read in {:?}",
+            message.len(),
+            started.elapsed()
+        );
         assert_eq!(
-            (join.participant_sid.as_str(), join.identity.as_str(), join.room_name.as_str()),
+            (
+                join.participant_sid.as_str(),
+                join.identity.as_str(),
+                join.room_name.as_str()
+            ),
             ("PA_me", "me", "hall")
         );
         assert_eq!(
-            (join.server_version.as_str(), join.server_protocol, join.subscriber_primary),
+            (
+                join.server_version.as_str(),
+                join.server_protocol,
+                join.subscriber_primary
+            ),
             ("1.13.5", 17, true)
         );
-        assert_eq!((join.ping_interval, join.ping_timeout), (Duration::from_secs(5), Duration::from_secs(15)));
         assert_eq!(
-            (join.others.len(), join.others.identities().count(), join.others.identities().nth(2_999)),
+            (join.ping_interval, join.ping_timeout),
+            (Duration::from_secs(5), Duration::from_secs(15))
+        );
+        assert_eq!(
+            (
+                join.others.len(),
+                join.others.identities().count(),
+                join.others.identities().nth(2_999)
+            ),
             (3_000, 3_000, Some("p-2999"))
         );
         assert!(!format!("{join:?}").contains("hunter2"));
@@ -1311,7 +1523,10 @@ mod tests {
             }],
         };
         for (message, expected) in [
-            (Response::RefreshToken("t".into()), Event::RefreshToken(Secret::new("t"))),
+            (
+                Response::RefreshToken("t".into()),
+                Event::RefreshToken(Secret::new("t")),
+            ),
             (
                 Response::PongResp(proto::Pong {
                     last_ping_timestamp: 7,
@@ -1319,8 +1534,14 @@ mod tests {
                 }),
                 Event::Pong { timestamp_us: 7 },
             ),
-            (Response::SpeakersChanged(speakers.clone()), Event::SpeakersChanged(speakers.speakers)),
-            (Response::StreamStateUpdate(states.clone()), Event::StreamStates(states.stream_states)),
+            (
+                Response::SpeakersChanged(speakers.clone()),
+                Event::SpeakersChanged(speakers.speakers),
+            ),
+            (
+                Response::StreamStateUpdate(states.clone()),
+                Event::StreamStates(states.stream_states),
+            ),
             (
                 Response::MediaSectionsRequirement(proto::MediaSectionsRequirement {
                     num_audios: 1,
@@ -1341,7 +1562,13 @@ mod tests {
             assert_eq!(Event::decode(&response(message)), expected);
         }
         let message = response(Response::Update(update));
-        assert_eq!(Event::decode(&message), Event::Ignored { kind: 5, len: message.len() });
+        assert_eq!(
+            Event::decode(&message),
+            Event::Ignored {
+                kind: 5,
+                len: message.len()
+            }
+        );
     }
 
     #[test]
@@ -1355,12 +1582,20 @@ mod tests {
             b"\x0b",
             b"\x82\x01\x01\xff",
         ] {
-            assert!(matches!(Event::decode(&Bytes::from_static(bytes)), Event::Malformed { .. }), "{bytes:?}");
+            assert!(
+                matches!(
+                    Event::decode(&Bytes::from_static(bytes)),
+                    Event::Malformed { .. }
+                ),
+                "{bytes:?}"
+            );
         }
         let whole = response(proto::signal_response::Message::Join(join_to(2)));
         let mut state = 0x5eed_u64;
         for _ in 0..20_000 {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             let (at, value) = ((state >> 33) as usize % whole.len(), (state >> 25) as u8);
             let mut bytes = whole.to_vec();
             bytes[at] = value;
@@ -1379,15 +1614,25 @@ mod tests {
             version: "1 2".into(),
             ..Default::default()
         };
-        let expected =
-            "/rtc?protocol=16&sdk=rust&version=1+2&auto_subscribe=0&adaptive_stream=0&capabilities=CAP_PACKET_TRAILER&reconnect=1&sid=PA_1%26x";
+        let expected = "/rtc?protocol=16&sdk=rust&version=1+2&auto_subscribe=0&adaptive_stream=0&capabilities=CAP_PACKET_TRAILER&reconnect=1&sid=PA_1%26x";
         assert_eq!(options.path(), expected);
 
         let publisher_offer = Some(("v=0".to_owned(), 1));
         let path = joining_with(publisher_offer).path();
-        let parameter = path.strip_prefix("/rtc/v1?join_request=").unwrap().replace("%3D", "=");
-        let wrapped = base64::engine::general_purpose::URL_SAFE.decode(parameter).unwrap();
-        let request = proto::JoinRequest::decode(proto::WrappedJoinRequest::decode(&*wrapped).unwrap().join_request.as_slice()).unwrap();
+        let parameter = path
+            .strip_prefix("/rtc/v1?join_request=")
+            .unwrap()
+            .replace("%3D", "=");
+        let wrapped = base64::engine::general_purpose::URL_SAFE
+            .decode(parameter)
+            .unwrap();
+        let request = proto::JoinRequest::decode(
+            proto::WrappedJoinRequest::decode(&*wrapped)
+                .unwrap()
+                .join_request
+                .as_slice(),
+        )
+        .unwrap();
         assert!(request.connection_settings.unwrap().auto_subscribe && !request.reconnect);
         assert_eq!(request.publisher_offer.unwrap().sdp, "v=0");
     }
@@ -1406,26 +1651,54 @@ mod tests {
     fn a_long_join_request_is_zipped_so_that_it_fits_a_request_line() {
         use std::io::Read as _;
         let sections: String = (0..150)
-            .map(|mid| format!("m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:{mid}\r\n{}", "a=rtcp-rsize\r\n".repeat(30)))
+            .map(|mid| {
+                format!(
+                    "m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:{mid}\r\n{}",
+                    "a=rtcp-rsize\r\n".repeat(30)
+                )
+            })
             .collect();
         let path = joining_with(Some((sections.clone(), 1))).path();
         assert!(path.len() < 8 << 10, "{}", path.len());
-        let parameter = path.strip_prefix("/rtc/v1?join_request=").unwrap().replace("%3D", "=");
-        let wrapped = base64::engine::general_purpose::URL_SAFE.decode(parameter).unwrap();
+        let parameter = path
+            .strip_prefix("/rtc/v1?join_request=")
+            .unwrap()
+            .replace("%3D", "=");
+        let wrapped = base64::engine::general_purpose::URL_SAFE
+            .decode(parameter)
+            .unwrap();
         let wrapped = proto::WrappedJoinRequest::decode(&*wrapped).unwrap();
-        assert_eq!(wrapped.compression(), proto::wrapped_join_request::Compression::Gzip);
+        assert_eq!(
+            wrapped.compression(),
+            proto::wrapped_join_request::Compression::Gzip
+        );
         let mut plain = Vec::new();
-        flate2::read::GzDecoder::new(&*wrapped.join_request).read_to_end(&mut plain).unwrap();
-        assert_eq!(proto::JoinRequest::decode(&*plain).unwrap().publisher_offer.unwrap().sdp, sections);
+        flate2::read::GzDecoder::new(&*wrapped.join_request)
+            .read_to_end(&mut plain)
+            .unwrap();
+        assert_eq!(
+            proto::JoinRequest::decode(&*plain)
+                .unwrap()
+                .publisher_offer
+                .unwrap()
+                .sdp,
+            sections
+        );
     }
 
     #[test]
     fn a_servers_ping_is_answered_by_reading() {
         run(async {
             let (_sender, mut receiver, mut server) = connected().await;
-            server.send(Message::Ping(Bytes::from_static(b"beat"))).await.unwrap();
+            server
+                .send(Message::Ping(Bytes::from_static(b"beat")))
+                .await
+                .unwrap();
             let reading = tokio::spawn(async move { receiver.next().await });
-            assert_eq!(server.next().await.unwrap().unwrap(), Message::Pong(Bytes::from_static(b"beat")));
+            assert_eq!(
+                server.next().await.unwrap().unwrap(),
+                Message::Pong(Bytes::from_static(b"beat"))
+            );
             reading.abort();
         });
     }
@@ -1442,7 +1715,9 @@ mod tests {
                 let mut message = vec![0x82];
                 match len {
                     0..126 => message.push(len as u8),
-                    126..65_536 => message.extend([&[126][..], &(len as u16).to_be_bytes()].concat()),
+                    126..65_536 => {
+                        message.extend([&[126][..], &(len as u16).to_be_bytes()].concat())
+                    }
                     _ => message.extend([&[127][..], &(len as u64).to_be_bytes()].concat()),
                 }
                 wire.extend(message);
@@ -1458,7 +1733,10 @@ mod tests {
                 socket
             });
             for len in lengths {
-                assert_eq!(receiver.next().await.unwrap(), Event::Malformed { kind: 0, len });
+                assert_eq!(
+                    receiver.next().await.unwrap(),
+                    Event::Malformed { kind: 0, len }
+                );
             }
             drop(writing);
         });
@@ -1468,12 +1746,21 @@ mod tests {
     fn a_long_request_arrives_whole() {
         run(async {
             let (mut sender, _receiver, mut server) = connected().await;
-            for len in [0, FRAGMENT_BYTES - 20, FRAGMENT_BYTES, 10 * FRAGMENT_BYTES + 1] {
+            for len in [
+                0,
+                FRAGMENT_BYTES - 20,
+                FRAGMENT_BYTES,
+                10 * FRAGMENT_BYTES + 1,
+            ] {
                 let sdp = "x".repeat(len);
                 let (sent, received) = tokio::join!(sender.answer(sdp.clone(), 9), server.next());
                 sent.unwrap();
-                let request = proto::SignalRequest::decode(received.unwrap().unwrap().into_data()).unwrap();
-                assert_eq!(request.message, Some(Request::Answer(description("answer", sdp, 9))));
+                let request =
+                    proto::SignalRequest::decode(received.unwrap().unwrap().into_data()).unwrap();
+                assert_eq!(
+                    request.message,
+                    Some(Request::Answer(description("answer", sdp, 9)))
+                );
             }
         });
     }
@@ -1482,7 +1769,11 @@ mod tests {
     fn a_message_of_absurd_size_is_refused() {
         run(async {
             let (_sender, mut receiver, mut server) = connected().await;
-            let sending = tokio::spawn(async move { server.send(Message::Binary(vec![0; MESSAGE_BYTES_MAX + 1].into())).await });
+            let sending = tokio::spawn(async move {
+                server
+                    .send(Message::Binary(vec![0; MESSAGE_BYTES_MAX + 1].into()))
+                    .await
+            });
             let error = receiver.next().await.unwrap_err();
             assert!(
                 matches!(error, SignalError::TooLarge { bytes } if bytes == MESSAGE_BYTES_MAX + 1),
@@ -1508,7 +1799,10 @@ mod tests {
 
             let (_sender, mut receiver, server) = connected().await;
             drop(server);
-            assert!(matches!(receiver.next().await, Err(SignalError::Lost { .. })));
+            assert!(matches!(
+                receiver.next().await,
+                Err(SignalError::Lost { .. })
+            ));
         });
     }
 
@@ -1520,15 +1814,23 @@ mod tests {
             let before = resident_bytes();
             for _ in 0..120 {
                 let (mut sender, mut receiver, mut server) = connected().await;
-                let large = response(proto::signal_response::Message::RefreshToken("x".repeat(LARGE)));
-                let (sent, received) = tokio::join!(server.send(Message::Binary(large)), receiver.next());
+                let large = response(proto::signal_response::Message::RefreshToken(
+                    "x".repeat(LARGE),
+                ));
+                let (sent, received) =
+                    tokio::join!(server.send(Message::Binary(large)), receiver.next());
                 sent.unwrap();
                 assert!(matches!(received.unwrap(), Event::RefreshToken(_)));
-                let (sent, received) = tokio::join!(sender.answer("x".repeat(LARGE), 1), server.next());
+                let (sent, received) =
+                    tokio::join!(sender.answer("x".repeat(LARGE), 1), server.next());
                 sent.unwrap();
                 received.unwrap().unwrap();
                 // Waiting for the next one is what frees it.
-                assert!(tokio::time::timeout(Duration::ZERO, receiver.next()).await.is_err());
+                assert!(
+                    tokio::time::timeout(Duration::ZERO, receiver.next())
+                        .await
+                        .is_err()
+                );
                 // The server's end would keep its own buffers: only ours are of interest, so it is closed down to its socket.
                 open.push((sender, receiver, server.into_inner()));
             }

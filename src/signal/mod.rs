@@ -17,7 +17,9 @@ use std::sync::{Arc, OnceLock};
 use crate::plan::ServerUrl;
 
 pub use access::{Access, TokenIssuer, TokenRequest};
-pub use client::{ConnectTimes, Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect};
+pub use client::{
+    ConnectTimes, Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect,
+};
 pub use rooms::{RoomError, RoomService};
 pub(crate) use rooms::{causes, http_client};
 pub use token::{ApiKey, Permissions, Secret};
@@ -66,7 +68,8 @@ impl Endpoint {
             cause,
         };
         let found = tokio::net::lookup_host((host, self.url.port())).await;
-        let addresses: Arc<[SocketAddr]> = found.map_err(|error| failed(error.to_string()))?.collect();
+        let addresses: Arc<[SocketAddr]> =
+            found.map_err(|error| failed(error.to_string()))?.collect();
         match addresses.is_empty() {
             true => Err(failed("the name has no address".into())),
             false => Ok(addresses),
@@ -76,7 +79,10 @@ impl Endpoint {
 
 impl From<ServerUrl> for Endpoint {
     fn from(url: ServerUrl) -> Endpoint {
-        Endpoint { url, addresses: None }
+        Endpoint {
+            url,
+            addresses: None,
+        }
     }
 }
 

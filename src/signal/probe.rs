@@ -18,7 +18,11 @@ const FIRST_LIVEKIT: [u32; 3] = [1, 0, 0];
 ///
 /// Without a token: a server that has it refuses, one that does not has never heard of it.
 pub async fn has_single_connection(endpoint: &Endpoint) -> Option<bool> {
-    let response = http_client(TIMEOUT).get(endpoint.http_url("/rtc/v1/validate")).send().await.ok()?;
+    let response = http_client(TIMEOUT)
+        .get(endpoint.http_url("/rtc/v1/validate"))
+        .send()
+        .await
+        .ok()?;
     match response.status().as_u16() {
         404 => Some(false),
         200..500 => Some(true),
@@ -34,7 +38,9 @@ pub fn visitor_token(api_key: &ApiKey, room: &str, identity: &str) -> Option<Sec
         publish_data: false,
         hidden: true,
     };
-    api_key.join_token(room, identity, identity, permissions, TOKEN_LIFETIME).ok()
+    api_key
+        .join_token(room, identity, identity, permissions, TOKEN_LIFETIME)
+        .ok()
 }
 
 /// The server's version, from a join with this token that is left at once; `None` where it does not tell.
@@ -46,7 +52,8 @@ pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<Strin
         ..JoinOptions::default()
     };
     let asking = async {
-        let (mut sender, mut receiver, _) = Dialled::dial(endpoint).await?.join(token, &options).await?;
+        let (mut sender, mut receiver, _) =
+            Dialled::dial(endpoint).await?.join(token, &options).await?;
         let version = match receiver.next().await? {
             Event::Join(join) => Some(join.server_version).filter(|version| !version.is_empty()),
             _ => None,

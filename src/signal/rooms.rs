@@ -27,20 +27,31 @@ pub struct RoomService {
 /// Why the room service did not do what was asked. Each message says what to do; none repeats a token.
 #[derive(Debug, thiserror::Error)]
 pub enum RoomError {
-    #[error("{endpoint} cannot be reached ({cause}): is the server running, and are address and port right?")]
+    #[error(
+        "{endpoint} cannot be reached ({cause}): is the server running, and are address and port right?"
+    )]
     Unreachable { endpoint: String, cause: String },
     /// Something listens, and hangs up or talks of other things.
     #[error(
         "{endpoint} gave no HTTP answer ({cause}): is this a LiveKit server?{}",
         if *secure { "" } else { " One that speaks TLS wants wss:// or https://" }
     )]
-    NoAnswer { endpoint: String, secure: bool, cause: String },
+    NoAnswer {
+        endpoint: String,
+        secure: bool,
+        cause: String,
+    },
     /// `https` to a plain port, or `http` to a TLS port.
     #[error("{endpoint} {}", if *server_speaks_tls { "speaks TLS: use wss:// or https://" } else { "does not speak TLS: use ws:// or http://" })]
-    TlsMismatch { endpoint: String, server_speaks_tls: bool },
+    TlsMismatch {
+        endpoint: String,
+        server_speaks_tls: bool,
+    },
     #[error("the server refused our API key ({text}): check API key and secret, and both clocks")]
     Unauthorized { text: String },
-    #[error("the room service answered {status} ({text}): is this a LiveKit server, and does the room exist?")]
+    #[error(
+        "the room service answered {status} ({text}): is this a LiveKit server, and does the room exist?"
+    )]
     Other { status: u16, text: String },
     #[error("the room service sent what cannot be read ({cause}): is this a LiveKit server?")]
     Malformed { cause: String },
@@ -56,7 +67,10 @@ impl RoomError {
 
     /// There is no server (any more), so that asking for other rooms would end the same way.
     pub fn is_without_server(&self) -> bool {
-        matches!(self, RoomError::Unreachable { .. } | RoomError::NoAnswer { .. })
+        matches!(
+            self,
+            RoomError::Unreachable { .. } | RoomError::NoAnswer { .. }
+        )
     }
 }
 
@@ -70,7 +84,11 @@ impl RoomService {
     }
 
     /// Makes the room, or finds it. It is closed when nobody was in it for `empty_timeout` (whole seconds; at least one).
-    pub async fn create_room(&self, name: &str, empty_timeout: Duration) -> Result<proto::Room, RoomError> {
+    pub async fn create_room(
+        &self,
+        name: &str,
+        empty_timeout: Duration,
+    ) -> Result<proto::Room, RoomError> {
         let empty_timeout = u32::try_from(empty_timeout.as_secs().max(1)).unwrap_or(u32::MAX);
         self.call(
             "CreateRoom",
@@ -86,30 +104,51 @@ impl RoomService {
 
     /// Closes the room: whoever is in it gets a Leave.
     pub async fn delete_room(&self, name: &str) -> Result<(), RoomError> {
-        let request = proto::DeleteRoomRequest { room: name.to_owned() };
-        self.call::<proto::DeleteRoomResponse>("DeleteRoom", None, &request).await.map(drop)
+        let request = proto::DeleteRoomRequest {
+            room: name.to_owned(),
+        };
+        self.call::<proto::DeleteRoomResponse>("DeleteRoom", None, &request)
+            .await
+            .map(drop)
     }
 
     /// All rooms of the server.
     pub async fn list_rooms(&self) -> Result<Vec<proto::Room>, RoomError> {
         let response = self
-            .call::<proto::ListRoomsResponse>("ListRooms", None, &proto::ListRoomsRequest::default())
+            .call::<proto::ListRoomsResponse>(
+                "ListRooms",
+                None,
+                &proto::ListRoomsRequest::default(),
+            )
             .await?;
         Ok(response.rooms)
     }
 
-    pub async fn list_participants(&self, room: &str) -> Result<Vec<proto::ParticipantInfo>, RoomError> {
-        let request = proto::ListParticipantsRequest { room: room.to_owned() };
+    pub async fn list_participants(
+        &self,
+        room: &str,
+    ) -> Result<Vec<proto::ParticipantInfo>, RoomError> {
+        let request = proto::ListParticipantsRequest {
+            room: room.to_owned(),
+        };
         let response = self
             .call::<proto::ListParticipantsResponse>("ListParticipants", Some(room), &request)
             .await?;
         Ok(response.participants)
     }
 
-    async fn call<R: Message + Default>(&self, method: &str, room: Option<&str>, request: &impl Message) -> Result<R, RoomError> {
+    async fn call<R: Message + Default>(
+        &self,
+        method: &str,
+        room: Option<&str>,
+        request: &impl Message,
+    ) -> Result<R, RoomError> {
         let token = self.api_key.service_token(room)?;
-        let url = self.endpoint.http_url(&format!("/twirp/livekit.RoomService/{method}"));
-        let mut bearer = header::HeaderValue::from_str(&format!("Bearer {}", token.expose())).expect("a JWT is base64url and dots");
+        let url = self
+            .endpoint
+            .http_url(&format!("/twirp/livekit.RoomService/{method}"));
+        let mut bearer = header::HeaderValue::from_str(&format!("Bearer {}", token.expose()))
+            .expect("a JWT is base64url and dots");
         bearer.set_sensitive(true);
         let post = self
             .http
@@ -124,7 +163,9 @@ impl RoomService {
         let status = response.status().as_u16();
         let body = self.body(response).await?;
         match status {
-            200 => R::decode(&*body).map_err(|error| RoomError::Malformed { cause: error.to_string() }),
+            200 => R::decode(&*body).map_err(|error| RoomError::Malformed {
+                cause: error.to_string(),
+            }),
             _ => Err(self.status_error(status, &body, &token)),
         }
     }
@@ -132,7 +173,11 @@ impl RoomService {
     /// The whole of it, unless it is more than any server has to say.
     async fn body(&self, mut response: reqwest::Response) -> Result<Vec<u8>, RoomError> {
         let mut body = Vec::new();
-        while let Some(part) = response.chunk().await.map_err(|error| self.transport_error(&error))? {
+        while let Some(part) = response
+            .chunk()
+            .await
+            .map_err(|error| self.transport_error(&error))?
+        {
             if body.len() + part.len() > BODY_BYTES_MAX {
                 return Err(RoomError::Malformed {
                     cause: format!("more than {BODY_BYTES_MAX} bytes"),
@@ -153,15 +198,23 @@ impl RoomService {
     }
 
     fn transport_error(&self, error: &reqwest::Error) -> RoomError {
-        if causes(error).any(|cause| matches!(cause.downcast_ref(), Some(rustls::Error::InvalidMessage(_)))) {
+        if causes(error)
+            .any(|cause| matches!(cause.downcast_ref(), Some(rustls::Error::InvalidMessage(_))))
+        {
             return self.mismatch(false);
         }
-        let cause = causes(error).last().map_or_else(|| error.to_string(), ToString::to_string);
+        let cause = causes(error)
+            .last()
+            .map_or_else(|| error.to_string(), ToString::to_string);
         let (endpoint, secure) = (self.endpoint.to_string(), self.endpoint.secure());
         if error.is_connect() || error.is_timeout() {
             RoomError::Unreachable { endpoint, cause }
         } else {
-            RoomError::NoAnswer { endpoint, secure, cause }
+            RoomError::NoAnswer {
+                endpoint,
+                secure,
+                cause,
+            }
         }
     }
 
@@ -184,9 +237,14 @@ pub(crate) fn http_client(timeout: Duration) -> reqwest::Client {
 }
 
 /// The chain of causes below `error`. An `io::Error` hides the error that it wraps from `source`, so that one is looked into.
-pub(crate) fn causes<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+pub(crate) fn causes<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
     std::iter::successors(error.source(), |cause| {
-        match cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+        match cause
+            .downcast_ref::<std::io::Error>()
+            .and_then(std::io::Error::get_ref)
+        {
             Some(inner) => Some(inner),
             None => cause.source(),
         }

@@ -24,13 +24,20 @@ use tokio::sync::{mpsc, watch};
 
 use super::Endpoint;
 use super::access::Access;
-use super::client::{Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, SignalError, SignalReceiver, SignalSender, Trickle};
+use super::client::{
+    Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, SignalError,
+    SignalReceiver, SignalSender, Trickle,
+};
 use super::token::Permissions;
-use crate::engine::{Command, Event as EngineEvent, NewPeer, Roster, StreamParameters, track_number};
+use crate::engine::{
+    Command, Event as EngineEvent, NewPeer, Roster, StreamParameters, track_number,
+};
 use crate::measure::{Kind, Timeline};
 use crate::plan::{Layout, ParticipantPlan, VideoSpec};
 use crate::transport::peer::PeerFailure;
-use crate::transport::sdp::{Answerer, Capabilities, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Setup, Trickled};
+use crate::transport::sdp::{
+    Answerer, Capabilities, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Setup, Trickled,
+};
 use crate::units::{Epoch, Time};
 use failure::{Cure, Failure};
 use pace::Pace;
@@ -289,14 +296,18 @@ impl Signal {
         if !interval.is_zero() && !timeout.is_zero() {
             self.ping_timeout = timeout;
             self.ping = tokio::time::interval_at(tokio::time::Instant::now() + interval, interval);
-            self.ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            self.ping
+                .set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         }
     }
 
     /// Asks for a sign of life, unless there has been none for too long.
     async fn ping(&mut self, now: Time) -> Result<(), Failure> {
         if now.since(self.heard_at) > self.ping_timeout {
-            return Err(Failure::lost(format!("the server was silent for {:?}", self.ping_timeout)));
+            return Err(Failure::lost(format!(
+                "the server was silent for {:?}",
+                self.ping_timeout
+            )));
         }
         if self.pings.len() == PINGS_MAX {
             self.pings.pop_front();
@@ -325,7 +336,14 @@ impl EngineEvents {
 }
 
 impl Session {
-    fn new(context: Arc<SessionContext>, plan: ParticipantPlan, room: String, place: Place, intended: Time, tracks_ahead: Sections) -> Session {
+    fn new(
+        context: Arc<SessionContext>,
+        plan: ParticipantPlan,
+        room: String,
+        place: Place,
+        intended: Time,
+        tracks_ahead: Sections,
+    ) -> Session {
         let tracks = Track::of(&plan, &context.media);
         Session {
             timeline: Timeline {
@@ -363,8 +381,12 @@ impl Session {
     async fn live(&mut self, requests: &mut Requests) -> Result<(), Failure> {
         let mut leave = self.context.leave.clone();
         loop {
-            let Err(failure) = self.visit(requests).await else { return Ok(()) };
-            let Some(pause) = self.pause_after(&failure) else { return Err(failure) };
+            let Err(failure) = self.visit(requests).await else {
+                return Ok(());
+            };
+            let Some(pause) = self.pause_after(&failure) else {
+                return Err(failure);
+            };
             self.start_over();
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -409,12 +431,16 @@ impl Session {
     /// The run wants it gone at this time; from now on nothing is owed to it.
     fn leave_at(&mut self, at: Time) {
         self.leaves_at = Some(at);
-        self.command(Command::Leave { key: self.receiving_key() });
+        self.command(Command::Leave {
+            key: self.receiving_key(),
+        });
     }
 
     /// Ends when it is time to leave; never, where nobody has asked for it.
     fn time_to_leave(&self) -> impl Future<Output = ()> + use<> {
-        let at = self.leaves_at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
+        let at = self
+            .leaves_at
+            .map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
         async move {
             match at {
                 Some(at) => tokio::time::sleep_until(at).await,
@@ -424,8 +450,15 @@ impl Session {
     }
 
     /// Does what server and shard ask for, until the run tells everybody to leave.
-    async fn attend(&mut self, signal: &mut Signal, engine: &mut EngineEvents, requests: &mut Requests) -> Result<(), Failure> {
-        let deadline = tokio::time::sleep_until(tokio::time::Instant::from_std(self.context.epoch.instant(self.join_deadline())));
+    async fn attend(
+        &mut self,
+        signal: &mut Signal,
+        engine: &mut EngineEvents,
+        requests: &mut Requests,
+    ) -> Result<(), Failure> {
+        let deadline = tokio::time::sleep_until(tokio::time::Instant::from_std(
+            self.context.epoch.instant(self.join_deadline()),
+        ));
         tokio::pin!(deadline);
         let mut leave = self.context.leave.clone();
         loop {
@@ -482,7 +515,10 @@ impl Session {
         };
         let context = self.context.clone();
         let opening = async {
-            let token = context.access.join_token(&self.plan, &self.room, permissions).await?;
+            let token = context
+                .access
+                .join_token(&self.plan, &self.room, permissions)
+                .await?;
             let dialled = Dialled::dial(&context.endpoint).await?;
             if !resume {
                 self.local_ip = Some(dialled.local_ip);
@@ -504,14 +540,30 @@ impl Session {
         Ok(Signal::new(sender, receiver, now))
     }
 
-    async fn handle_signal(&mut self, event: SignalEvent, signal: &mut Signal, engine: &mpsc::UnboundedSender<EngineEvent>) -> Result<(), Failure> {
+    async fn handle_signal(
+        &mut self,
+        event: SignalEvent,
+        signal: &mut Signal,
+        engine: &mpsc::UnboundedSender<EngineEvent>,
+    ) -> Result<(), Failure> {
         match event {
             SignalEvent::Join(join) => self.handle_join(&join, signal).await,
-            SignalEvent::TrackPublished { cid, track } => self.handle_track_published(&cid, track, &mut signal.sender).await,
-            SignalEvent::Offer(offer) => self.handle_offer(&offer, &mut signal.sender, engine).await,
-            SignalEvent::Answer(answer) => self.handle_answer(&answer, &mut signal.sender, engine).await,
+            SignalEvent::TrackPublished { cid, track } => {
+                self.handle_track_published(&cid, track, &mut signal.sender)
+                    .await
+            }
+            SignalEvent::Offer(offer) => {
+                self.handle_offer(&offer, &mut signal.sender, engine).await
+            }
+            SignalEvent::Answer(answer) => {
+                self.handle_answer(&answer, &mut signal.sender, engine)
+                    .await
+            }
             SignalEvent::MediaSections { audio, video } => {
-                self.offering.wanted.get_or_insert_default().add(Sections { audio, video });
+                self.offering
+                    .wanted
+                    .get_or_insert_default()
+                    .add(Sections { audio, video });
                 self.offer_if_wanted(&mut signal.sender).await
             }
             SignalEvent::Trickle(trickle) => {
@@ -533,12 +585,17 @@ impl Session {
             }
             SignalEvent::Pong { timestamp_us } => {
                 let rtt = signal.handle_pong(timestamp_us, self.context.epoch.now());
-                rtt.into_iter().for_each(|rtt| self.notify(Notice::SignalRtt(rtt)));
+                rtt.into_iter()
+                    .for_each(|rtt| self.notify(Notice::SignalRtt(rtt)));
                 Ok(())
             }
             SignalEvent::Leave(leave) => Err(Failure::from(&leave)),
-            SignalEvent::Closed { reason, .. } if reason.is_empty() => Err(Failure::lost("the server closed the signalling connection")),
-            SignalEvent::Closed { reason, .. } => Err(Failure::lost(format!("the server closed the signalling connection: {reason}"))),
+            SignalEvent::Closed { reason, .. } if reason.is_empty() => {
+                Err(Failure::lost("the server closed the signalling connection"))
+            }
+            SignalEvent::Closed { reason, .. } => Err(Failure::lost(format!(
+                "the server closed the signalling connection: {reason}"
+            ))),
             _ => Ok(()),
         }
     }
@@ -560,7 +617,12 @@ impl Session {
     }
 
     /// With two connections our offer follows when the server knows every track.
-    async fn handle_track_published(&mut self, cid: &str, info: Box<proto::TrackInfo>, sender: &mut SignalSender) -> Result<(), Failure> {
+    async fn handle_track_published(
+        &mut self,
+        cid: &str,
+        info: Box<proto::TrackInfo>,
+        sender: &mut SignalSender,
+    ) -> Result<(), Failure> {
         if let Some(track) = self.tracks.iter_mut().find(|track| track.local.cid == cid) {
             track.info = Some(info);
         }
@@ -593,19 +655,28 @@ impl Session {
         if self.context.single_connection {
             sections.add(wanted);
             // A connection needs a section to come up with, even where nothing is to be sent or received yet.
-            let nothing = wanted == Sections::default() && offerer.is_empty() && self.tracks.is_empty();
+            let nothing =
+                wanted == Sections::default() && offerer.is_empty() && self.tracks.is_empty();
             offerer
                 .receive(Kind::Audio, wanted.audio as usize + usize::from(nothing))
                 .map_err(refused)?;
-            offerer.receive(Kind::Video, wanted.video as usize).map_err(refused)?;
+            offerer
+                .receive(Kind::Video, wanted.video as usize)
+                .map_err(refused)?;
         }
         if *id == 0 {
-            self.tracks.iter().for_each(|track| offerer.send(track.local.clone()));
+            self.tracks
+                .iter()
+                .for_each(|track| offerer.send(track.local.clone()));
         }
         *id += 1;
         *is_open = true;
-        let ip = self.local_ip.ok_or_else(|| Failure::lasting("no local address"))?;
-        let local = self.publisher.open(ip, &self.context, self.plan.seed >> 1)?;
+        let ip = self
+            .local_ip
+            .ok_or_else(|| Failure::lasting("no local address"))?;
+        let local = self
+            .publisher
+            .open(ip, &self.context, self.plan.seed >> 1)?;
         Ok((offerer.offer(local), *id))
     }
 
@@ -641,9 +712,19 @@ impl Session {
                 "the server did not accept a track that we publish (is its codec enabled?)",
             ));
         }
-        self.take_remote(Role::Publisher, &negotiated.remote, true, Setup::Active, engine);
+        self.take_remote(
+            Role::Publisher,
+            &negotiated.remote,
+            true,
+            Setup::Active,
+            engine,
+        );
         self.count_tracks(negotiated.added.len())?;
-        self.take_streams(Role::Publisher, &negotiated.removed, negotiated.added.iter().chain(&negotiated.updated));
+        self.take_streams(
+            Role::Publisher,
+            &negotiated.removed,
+            negotiated.added.iter().chain(&negotiated.updated),
+        );
         self.tell_what_is_watched(sender).await?;
         self.offering.is_open = false;
         self.offer_if_wanted(sender).await
@@ -655,20 +736,34 @@ impl Session {
         sender: &mut SignalSender,
         engine: &mpsc::UnboundedSender<EngineEvent>,
     ) -> Result<(), Failure> {
-        let ip = self.local_ip.ok_or_else(|| Failure::lasting("no local address"))?;
+        let ip = self
+            .local_ip
+            .ok_or_else(|| Failure::lasting("no local address"))?;
         let restarts = self.subscriber.is_restarted_by(&offer.sdp);
         if restarts {
             self.subscriber.draw_credentials();
         }
-        let local = self.subscriber.open(ip, &self.context, self.plan.seed >> 1)?;
+        let local = self
+            .subscriber
+            .open(ip, &self.context, self.plan.seed >> 1)?;
         let answered = self
             .answerer
             .answer(&offer.sdp, local)
             .map_err(|error| Failure::lasting(format!("the server's offer: {error}")))?;
         // The shard first: the server's checks may come as soon as it has the answer.
-        self.take_remote(Role::Subscriber, &answered.remote, answered.remote.ice_lite, answered.setup, engine);
+        self.take_remote(
+            Role::Subscriber,
+            &answered.remote,
+            answered.remote.ice_lite,
+            answered.setup,
+            engine,
+        );
         self.count_tracks(answered.added.len())?;
-        self.take_streams(Role::Subscriber, &answered.removed, answered.added.iter().chain(&answered.updated));
+        self.take_streams(
+            Role::Subscriber,
+            &answered.removed,
+            answered.added.iter().chain(&answered.updated),
+        );
         // Before the answer: so nothing comes that nobody looks at.
         self.tell_what_is_watched(sender).await?;
         if restarts {
@@ -690,9 +785,16 @@ impl Session {
     }
 
     /// Tells the shard which streams came and went. An updated track is the same stream with other details: the shard adds what is new to it.
-    fn take_streams<'a>(&mut self, role: Role, removed: &[RemoteTrack], added: impl Iterator<Item = &'a RemoteTrack>) {
+    fn take_streams<'a>(
+        &mut self,
+        role: Role,
+        removed: &[RemoteTrack],
+        added: impl Iterator<Item = &'a RemoteTrack>,
+    ) {
         let key = self.key(role);
-        removed.iter().for_each(|track| self.viewer.remove(track.ssrc));
+        removed
+            .iter()
+            .for_each(|track| self.viewer.remove(track.ssrc));
         if !removed.is_empty() {
             self.command(Command::Unsubscribe {
                 key,
@@ -723,7 +825,9 @@ impl Session {
                 layer: change.layer,
                 at,
             });
-            sender.send(SignalRequest::TrackSetting(change.settings())).await?;
+            sender
+                .send(SignalRequest::TrackSetting(change.settings()))
+                .await?;
         }
         Ok(())
     }
@@ -754,8 +858,13 @@ impl Session {
 
     /// Layers that nobody watches rest (dynacast).
     fn handle_subscribed_quality(&self, update: &proto::SubscribedQualityUpdate) {
-        let track = self.tracks.iter().find(|track| track.sid() == Some(&update.track_sid));
-        if let Some((track, layers)) = track.and_then(|track| Some((track, track.watched_layers(update)?))) {
+        let track = self
+            .tracks
+            .iter()
+            .find(|track| track.sid() == Some(&update.track_sid));
+        if let Some((track, layers)) =
+            track.and_then(|track| Some((track, track.watched_layers(update)?)))
+        {
             self.command(Command::SetLayers {
                 key: self.place.key,
                 track: track_number(track.kind()),
@@ -764,7 +873,11 @@ impl Session {
         }
     }
 
-    async fn handle_request(&mut self, request: Request, sender: &mut SignalSender) -> Result<(), Failure> {
+    async fn handle_request(
+        &mut self,
+        request: Request,
+        sender: &mut SignalSender,
+    ) -> Result<(), Failure> {
         match request {
             Request::SetMuted { kind, muted } => {
                 let Some(sid) = self
@@ -780,14 +893,20 @@ impl Session {
                     track: track_number(kind),
                     muted,
                 });
-                Ok(sender.send(SignalRequest::Mute(proto::MuteTrackRequest { sid, muted })).await?)
+                Ok(sender
+                    .send(SignalRequest::Mute(proto::MuteTrackRequest { sid, muted }))
+                    .await?)
             }
             Request::Show(size) => {
                 self.viewer.show_all(size);
                 self.tell_what_is_watched(sender).await
             }
             Request::Leave => {
-                let drain = if self.joined { LEAVE_DRAIN } else { Duration::ZERO };
+                let drain = if self.joined {
+                    LEAVE_DRAIN
+                } else {
+                    Duration::ZERO
+                };
                 self.leave_at(self.context.epoch.now() + drain);
                 Ok(())
             }
@@ -802,12 +921,15 @@ impl Session {
         };
         // A candidate that cannot be read is one path less, not the end.
         let Ok(Trickled {
-            candidate: Some(candidate), ..
+            candidate: Some(candidate),
+            ..
         }) = trickle.candidate_init.parse()
         else {
             return;
         };
-        let Some(address) = udp_address(&candidate) else { return };
+        let Some(address) = udp_address(&candidate) else {
+            return;
+        };
         let half = self.half_mut(role);
         if !half.added {
             half.keep_candidate(address);
@@ -821,7 +943,11 @@ impl Session {
         self.command(Command::AddRemoteCandidate { key, address });
     }
 
-    async fn handle_engine(&mut self, event: EngineEvent, sender: &mut SignalSender) -> Result<(), Failure> {
+    async fn handle_engine(
+        &mut self,
+        event: EngineEvent,
+        sender: &mut SignalSender,
+    ) -> Result<(), Failure> {
         match event {
             EngineEvent::IceRestarted { .. } => {
                 if let Some((answer, id)) = self.held_answer.take() {
@@ -848,7 +974,9 @@ impl Session {
                     self.notify(Notice::Phase(Phase::FirstMedia, after));
                 }
             }
-            EngineEvent::Failed { failure, .. } => return Err(Failure::of(failure.describe(), Cure::Rejoin)),
+            EngineEvent::Failed { failure, .. } => {
+                return Err(Failure::of(failure.describe(), Cure::Rejoin));
+            }
         }
         Ok(())
     }
@@ -859,7 +987,11 @@ impl Session {
         let mut parameters = Vec::new();
         for track in &self.tracks {
             let first_frame_at = track.first_slot(&self.plan, ready);
-            parameters.extend(track.send_parameters(&self.plan, self.context.roster.run, first_frame_at));
+            parameters.extend(track.send_parameters(
+                &self.plan,
+                self.context.roster.run,
+                first_frame_at,
+            ));
         }
         if !parameters.is_empty() {
             self.command(Command::Publish {
@@ -871,28 +1003,41 @@ impl Session {
 
     /// A phase is reached when every connection that the participant is to have has reached it.
     fn note_phases(&mut self) {
-        let wanted = || [&self.publisher, &self.subscriber].into_iter().filter(|half| half.wanted);
-        let all = |moment: fn(&Half) -> Option<Time>| match wanted().all(|half| moment(half).is_some()) {
-            true => wanted().filter_map(moment).max(),
-            false => None,
+        let wanted = || {
+            [&self.publisher, &self.subscriber]
+                .into_iter()
+                .filter(|half| half.wanted)
         };
-        (self.timeline.ice_connected, self.timeline.dtls_connected) = (all(|half| half.ice_at), all(|half| half.connected_at));
+        let all =
+            |moment: fn(&Half) -> Option<Time>| match wanted().all(|half| moment(half).is_some()) {
+                true => wanted().filter_map(moment).max(),
+                false => None,
+            };
+        (self.timeline.ice_connected, self.timeline.dtls_connected) =
+            (all(|half| half.ice_at), all(|half| half.connected_at));
     }
 
     fn check_joined(&mut self) -> Result<(), Failure> {
-        let waiting = self.timeline.signal_joined.is_none() || self.publisher.is_missing() || self.subscriber.is_missing();
+        let waiting = self.timeline.signal_joined.is_none()
+            || self.publisher.is_missing()
+            || self.subscriber.is_missing();
         if self.joined || waiting {
             return Ok(());
         }
         self.joined = true;
         self.note_phases();
-        self.timeline.joined = self.timeline.dtls_connected.max(self.timeline.signal_joined);
+        self.timeline.joined = self
+            .timeline
+            .dtls_connected
+            .max(self.timeline.signal_joined);
         if self.first_timeline.is_some() {
             self.tell_reconnected();
         } else {
             self.first_timeline = Some(self.timeline);
             self.tell_phases();
-            self.notify(Notice::Joined { index: self.plan.index });
+            self.notify(Notice::Joined {
+                index: self.plan.index,
+            });
         }
         Ok(())
     }
@@ -923,7 +1068,10 @@ impl Session {
         engine: &mpsc::UnboundedSender<EngineEvent>,
     ) {
         let key = self.key(role);
-        let command = match self.half_mut(role).take_remote(remote, ice_controlling, setup) {
+        let command = match self
+            .half_mut(role)
+            .take_remote(remote, ice_controlling, setup)
+        {
             None => return,
             Some(Change::Restart {
                 local,
@@ -959,7 +1107,9 @@ impl Session {
 
     fn remove_peers(&self) {
         for role in Role::BOTH {
-            self.command(Command::RemovePeer { key: self.key(role) });
+            self.command(Command::RemovePeer {
+                key: self.key(role),
+            });
         }
     }
 
@@ -1002,13 +1152,22 @@ impl Session {
     fn timeout_reason(&self) -> String {
         let waiting_for = match () {
             () if self.timeline.signal_joined.is_none() => "the server's Join",
-            () if self.publisher.wanted && !self.publisher.added => "the server's answer to our offer",
+            () if self.publisher.wanted && !self.publisher.added => {
+                "the server's answer to our offer"
+            }
             () if self.subscriber.wanted && !self.subscriber.added => "the server's offer",
-            () if self.publisher.is_missing() && self.context.single_connection => "ICE and DTLS (is the server's UDP port reachable?)",
-            () if self.publisher.is_missing() => "ICE and DTLS of the publisher connection (is the server's UDP port reachable?)",
+            () if self.publisher.is_missing() && self.context.single_connection => {
+                "ICE and DTLS (is the server's UDP port reachable?)"
+            }
+            () if self.publisher.is_missing() => {
+                "ICE and DTLS of the publisher connection (is the server's UDP port reachable?)"
+            }
             () => "ICE and DTLS of the subscriber connection (is the server's UDP port reachable?)",
         };
-        format!("no join within {} s: waiting for {waiting_for}", JOIN_TIMEOUT.as_secs())
+        format!(
+            "no join within {} s: waiting for {waiting_for}",
+            JOIN_TIMEOUT.as_secs()
+        )
     }
 
     fn notify(&self, notice: Notice) {
@@ -1033,7 +1192,11 @@ impl Session {
     }
 
     fn half_of(&mut self, key: usize) -> &mut Half {
-        self.half_mut(if key == self.place.key { Role::Publisher } else { Role::Subscriber })
+        self.half_mut(if key == self.place.key {
+            Role::Publisher
+        } else {
+            Role::Subscriber
+        })
     }
 }
 

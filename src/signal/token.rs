@@ -94,7 +94,9 @@ impl Permissions {
 
 /// What the library refuses to sign: an empty key, secret, room or identity.
 #[derive(Debug, thiserror::Error)]
-#[error("no token can be made ({0}): give an API key, its secret, a room and an identity, none of them empty")]
+#[error(
+    "no token can be made ({0}): give an API key, its secret, a room and an identity, none of them empty"
+)]
 pub struct TokenError(String);
 
 impl ApiKey {
@@ -108,7 +110,14 @@ impl ApiKey {
     /// A token to join `room` as `identity` (`name` is what others see), valid from now for `lifetime`.
     ///
     /// `lifetime` must cover the whole wait until the join: an open loop of many joins makes tokens early.
-    pub fn join_token(&self, room: &str, identity: &str, name: &str, permissions: Permissions, lifetime: Duration) -> Result<Secret, TokenError> {
+    pub fn join_token(
+        &self,
+        room: &str,
+        identity: &str,
+        name: &str,
+        permissions: Permissions,
+        lifetime: Duration,
+    ) -> Result<Secret, TokenError> {
         if room.is_empty() || identity.is_empty() {
             return Err(TokenError("the room or the identity is empty".into()));
         }
@@ -121,7 +130,11 @@ impl ApiKey {
             hidden: permissions.hidden,
             ..VideoGrants::default()
         };
-        self.sign(self.token(grants, lifetime).with_identity(identity).with_name(name))
+        self.sign(
+            self.token(grants, lifetime)
+                .with_identity(identity)
+                .with_name(name),
+        )
     }
 
     /// A token to create, list and delete rooms and, where `room` is given, to look into that room.
@@ -143,7 +156,10 @@ impl ApiKey {
     }
 
     fn sign(&self, token: AccessToken) -> Result<Secret, TokenError> {
-        token.to_jwt().map(Secret).map_err(|error| TokenError(error.to_string()))
+        token
+            .to_jwt()
+            .map(Secret)
+            .map_err(|error| TokenError(error.to_string()))
     }
 }
 
@@ -159,16 +175,33 @@ mod tests {
     #[test]
     fn a_join_token_carries_identity_room_and_grants() {
         let token = key()
-            .join_token("hall", "p-1", "Ann", Permissions::SUBSCRIBER, Duration::from_secs(60))
+            .join_token(
+                "hall",
+                "p-1",
+                "Ann",
+                Permissions::SUBSCRIBER,
+                Duration::from_secs(60),
+            )
             .unwrap();
         let claims = TokenVerifier::with_api_key("devkey", key().secret.expose())
             .verify(token.expose())
             .unwrap();
-        assert_eq!((claims.iss.as_str(), claims.sub.as_str(), claims.name.as_str()), ("devkey", "p-1", "Ann"));
+        assert_eq!(
+            (
+                claims.iss.as_str(),
+                claims.sub.as_str(),
+                claims.name.as_str()
+            ),
+            ("devkey", "p-1", "Ann")
+        );
         assert!((59..=61).contains(&(claims.exp - claims.nbf)));
         assert!(claims.video.room_join && claims.video.room == "hall" && !claims.video.hidden);
         assert_eq!(
-            (claims.video.can_publish, claims.video.can_subscribe, claims.video.can_publish_data),
+            (
+                claims.video.can_publish,
+                claims.video.can_subscribe,
+                claims.video.can_publish_data
+            ),
             (Some(false), Some(true), Some(false))
         );
     }
@@ -181,7 +214,10 @@ mod tests {
                 .verify(token.expose())
                 .unwrap();
             assert!(claims.video.room_create && claims.video.room_list && !claims.video.room_join);
-            assert_eq!((claims.video.room_admin, claims.video.room.as_str()), (admin, room.unwrap_or("")));
+            assert_eq!(
+                (claims.video.room_admin, claims.video.room.as_str()),
+                (admin, room.unwrap_or(""))
+            );
         }
     }
 
@@ -194,7 +230,13 @@ mod tests {
             (key(), "r", ""),
         ] {
             let error = api_key
-                .join_token(room, identity, "", Permissions::BOTH, Duration::from_secs(1))
+                .join_token(
+                    room,
+                    identity,
+                    "",
+                    Permissions::BOTH,
+                    Duration::from_secs(1),
+                )
                 .unwrap_err();
             assert!(error.to_string().contains("give an API key"), "{error}");
         }
@@ -204,7 +246,10 @@ mod tests {
     fn secrets_never_print_themselves() {
         let token = key().service_token(None).unwrap();
         let printed = format!("{:?} {token} {token:?} {:#?}", key(), key());
-        assert!(!printed.contains("thirty-two") && !printed.contains(token.expose()), "{printed}");
+        assert!(
+            !printed.contains("thirty-two") && !printed.contains(token.expose()),
+            "{printed}"
+        );
         let echoed = format!("invalid token: {}, error: x", token.expose());
         assert_eq!(token.redact(&echoed), "invalid token: ***, error: x");
     }

@@ -71,7 +71,12 @@ impl ArrivalLog {
     }
 
     /// Appends one message with the oldest news. What it says is forgotten; more may be left.
-    pub fn write(&mut self, writer: &mut Writer<'_>, sender_ssrc: u32, media_ssrc: u32) -> Result<(), WriteError> {
+    pub fn write(
+        &mut self,
+        writer: &mut Writer<'_>,
+        sender_ssrc: u32,
+        media_ssrc: u32,
+    ) -> Result<(), WriteError> {
         // A message begins with a packet that came: its time is the reference.
         while self.has_news() && self.arrival(self.next).is_none() && self.end - self.next > 1 {
             self.next += 1;
@@ -89,7 +94,13 @@ impl ArrivalLog {
             count += 1;
         }
         let arrivals = (0..count).map(|place| self.arrival(self.next + place as u64));
-        writer.transport_cc(sender_ssrc, media_ssrc, Seq(self.next as u16), self.messages, arrivals)?;
+        writer.transport_cc(
+            sender_ssrc,
+            media_ssrc,
+            Seq(self.next as u16),
+            self.messages,
+            arrivals,
+        )?;
         self.next += count as u64;
         self.messages = self.messages.wrapping_add(1);
         Ok(())
@@ -120,7 +131,9 @@ mod tests {
     use super::*;
     use crate::seeded::Seeded;
     use crate::transport::rtcp::{Packet, packets};
-    use rtc_rtcp::transport_feedbacks::transport_layer_cc::{PacketStatusChunk, SymbolTypeTcc, TransportLayerCc};
+    use rtc_rtcp::transport_feedbacks::transport_layer_cc::{
+        PacketStatusChunk, SymbolTypeTcc, TransportLayerCc,
+    };
     use rtc_shared::marshal::Unmarshal;
 
     /// What an independent reader makes of a message: numbers that came, in units of 250 us, and the number behind the last.
@@ -129,8 +142,13 @@ mod tests {
         let mut symbols = Vec::new();
         for chunk in &parsed.packet_chunks {
             match chunk {
-                PacketStatusChunk::RunLengthChunk(run) => symbols.extend(std::iter::repeat_n(run.packet_status_symbol, usize::from(run.run_length))),
-                PacketStatusChunk::StatusVectorChunk(vector) => symbols.extend(vector.symbol_list.iter().copied()),
+                PacketStatusChunk::RunLengthChunk(run) => symbols.extend(std::iter::repeat_n(
+                    run.packet_status_symbol,
+                    usize::from(run.run_length),
+                )),
+                PacketStatusChunk::StatusVectorChunk(vector) => {
+                    symbols.extend(vector.symbol_list.iter().copied())
+                }
             }
         }
         symbols.truncate(usize::from(parsed.packet_status_count));
@@ -144,14 +162,22 @@ mod tests {
             }
         }
         assert!(deltas.next().is_none());
-        (came, parsed.base_sequence_number.wrapping_add(parsed.packet_status_count))
+        (
+            came,
+            parsed
+                .base_sequence_number
+                .wrapping_add(parsed.packet_status_count),
+        )
     }
 
     #[test]
     fn an_independent_reader_finds_every_arrival_at_its_time() {
         for seed in 0..50 {
             let (mut random, mut log) = (Seeded::new(seed), ArrivalLog::default());
-            let (mut seq, mut now) = (random.draw() as u16, Time::from_millis(random.below(100_000)));
+            let (mut seq, mut now) = (
+                random.draw() as u16,
+                Time::from_millis(random.below(100_000)),
+            );
             let mut expected = Vec::new();
             let mut told = Vec::new();
             for _ in 0..40 {
@@ -188,9 +214,16 @@ mod tests {
                     ));
                     told.extend(read(&buffer[..len]).0);
                 }
-                assert!(told.iter().map(|(seq, _)| seq).eq(expected.iter().map(|(seq, _)| seq)), "seed {seed}");
                 assert!(
-                    told.iter().zip(&expected).all(|((_, told), (_, at))| told.abs_diff(*at) <= 1),
+                    told.iter()
+                        .map(|(seq, _)| seq)
+                        .eq(expected.iter().map(|(seq, _)| seq)),
+                    "seed {seed}"
+                );
+                assert!(
+                    told.iter()
+                        .zip(&expected)
+                        .all(|((_, told), (_, at))| told.abs_diff(*at) <= 1),
                     "seed {seed}: times are rounded, and roundings do not add up"
                 );
             }
@@ -207,7 +240,10 @@ mod tests {
         let mut writer = Writer::new(&mut buffer);
         log.write(&mut writer, 1, 2).unwrap();
         let len = writer.len();
-        assert_eq!(read(&buffer[..len]), (vec![(65_535, 40), (0, 48), (1, 44), (5, 56)], 6));
+        assert_eq!(
+            read(&buffer[..len]),
+            (vec![(65_535, 40), (0, 48), (1, 44), (5, 56)], 6)
+        );
         log.record(3, Time::from_millis(20));
         assert!(!log.has_news());
         log.record(6, Time::from_millis(21));

@@ -57,7 +57,8 @@ impl Identity {
     }
 
     fn with_config(config: dimpl::ConfigBuilder) -> Result<Identity, String> {
-        let certificate = dimpl::certificate::generate_self_signed_certificate().map_err(|e| e.to_string())?;
+        let certificate =
+            dimpl::certificate::generate_self_signed_certificate().map_err(|e| e.to_string())?;
         let mut provider = dimpl::crypto::aws_lc_rs::default_provider();
         provider.key_provider = LoadedKey::leaked(&certificate)?;
         let config = config
@@ -79,7 +80,10 @@ impl Identity {
     /// For `a=fingerprint`.
     pub fn fingerprint(&self) -> Fingerprint {
         let mut bytes = [0; 32];
-        bytes.iter_mut().zip(self.certificate.fingerprint()).for_each(|(to, from)| *to = from);
+        bytes
+            .iter_mut()
+            .zip(self.certificate.fingerprint())
+            .for_each(|(to, from)| *to = from);
         Fingerprint(bytes)
     }
 }
@@ -95,7 +99,9 @@ impl LoadedKey {
     /// The library wants providers that live for ever, as the identity of a process does.
     fn leaked(certificate: &DtlsCertificate) -> Result<&'static LoadedKey, String> {
         let der = certificate.private_key.as_slice();
-        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, der, &SystemRandom::new()).map_err(|e| e.to_string())?;
+        let pair =
+            EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, der, &SystemRandom::new())
+                .map_err(|e| e.to_string())?;
         Ok(Box::leak(Box::new(LoadedKey {
             der: der.into(),
             pair: Arc::new(pair),
@@ -113,10 +119,18 @@ impl KeyProvider for LoadedKey {
 }
 
 impl SigningKey for LoadedKey {
-    fn sign(&mut self, data: &[u8], hash: HashAlgorithm, signature: &mut Buf) -> Result<(), CryptoError> {
+    fn sign(
+        &mut self,
+        data: &[u8],
+        hash: HashAlgorithm,
+        signature: &mut Buf,
+    ) -> Result<(), CryptoError> {
         let key_hash = self.hash_algorithm();
         if hash != key_hash {
-            return Err(CryptoError::SigningKeyHashMismatch { key_hash, requested: hash });
+            return Err(CryptoError::SigningKeyHashMismatch {
+                key_hash,
+                requested: hash,
+            });
         }
         let signed = self.pair.sign(&SystemRandom::new(), data);
         let signed = signed.map_err(|_| CryptoError::OperationFailed(CryptoOperation::Sign))?;
@@ -149,7 +163,10 @@ impl IceCredentials {
     /// Fresh random ones, as RFC 8445 section 5.3 asks. Only the edge (signalling, tests) calls this.
     pub fn random() -> IceCredentials {
         let IceCreds { ufrag, pass } = IceCreds::new();
-        IceCredentials { ufrag, password: pass }
+        IceCredentials {
+            ufrag,
+            password: pass,
+        }
     }
 }
 
@@ -191,8 +208,12 @@ pub enum PeerFailure {
 impl PeerFailure {
     pub fn describe(self) -> &'static str {
         match self {
-            PeerFailure::IceDisconnected => "ICE: no answer on any candidate pair (is the server's UDP port reachable?)",
-            PeerFailure::FingerprintMismatch => "DTLS: the server's certificate does not match its SDP fingerprint",
+            PeerFailure::IceDisconnected => {
+                "ICE: no answer on any candidate pair (is the server's UDP port reachable?)"
+            }
+            PeerFailure::FingerprintMismatch => {
+                "DTLS: the server's certificate does not match its SDP fingerprint"
+            }
             PeerFailure::Dtls => "DTLS: handshake failed",
             PeerFailure::ClosedByRemote => "DTLS: closed by the server",
         }
@@ -248,8 +269,18 @@ impl Peer {
         peer
     }
 
-    fn with_agent(identity: &Identity, parameters: &PeerParameters, ice: IceAgent, epoch: Epoch, now: Time) -> Peer {
-        let mut dtls = Dtls::new_12(identity.config.clone(), identity.certificate.clone(), epoch.instant(now));
+    fn with_agent(
+        identity: &Identity,
+        parameters: &PeerParameters,
+        ice: IceAgent,
+        epoch: Epoch,
+        now: Time,
+    ) -> Peer {
+        let mut dtls = Dtls::new_12(
+            identity.config.clone(),
+            identity.certificate.clone(),
+            epoch.instant(now),
+        );
         dtls.set_active(parameters.dtls_active);
         let setup = Setup {
             ice,
@@ -287,7 +318,9 @@ impl Peer {
     pub fn restart_ice(&mut self, local: &IceCredentials, remote: &IceCredentials, now: Time) {
         // Nothing flows until a check succeeds, and the first may come before the other side knows of the restart. The round trip is known by now.
         if let Some(rtt) = self.setup.ice.nominated_pair_rtt() {
-            self.setup.ice.set_initial_stun_rto((rtt * 2).clamp(RESTART_RTO_MIN, STUN_RTO));
+            self.setup
+                .ice
+                .set_initial_stun_rto((rtt * 2).clamp(RESTART_RTO_MIN, STUN_RTO));
         }
         self.setup.ice.ice_restart(creds(local), true);
         self.setup.ice.set_remote_credentials(creds(remote));
@@ -320,10 +353,19 @@ impl Peer {
     }
 
     /// Hands every pending datagram to `send` and every event to `event`, then works out the next time-out.
-    pub fn poll(&mut self, now: Time, mut send: impl FnMut(&[u8], SocketAddr), mut event: impl FnMut(PeerEvent)) {
+    pub fn poll(
+        &mut self,
+        now: Time,
+        mut send: impl FnMut(&[u8], SocketAddr),
+        mut event: impl FnMut(PeerEvent),
+    ) {
         self.poll_ice(now, &mut send, &mut event);
         let dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
-        let ice_timeout = self.setup.ice.poll_timeout().map_or(Time::MAX, |at| self.setup.epoch.time(at));
+        let ice_timeout = self
+            .setup
+            .ice
+            .poll_timeout()
+            .map_or(Time::MAX, |at| self.setup.epoch.time(at));
         self.next_timeout = ice_timeout
             .min(dtls_timeout)
             .min(self.setup.silent_until)
@@ -390,7 +432,12 @@ impl Peer {
         self.setup.ice.nominated_pair_rtt()
     }
 
-    fn poll_ice(&mut self, now: Time, send: &mut impl FnMut(&[u8], SocketAddr), event: &mut impl FnMut(PeerEvent)) {
+    fn poll_ice(
+        &mut self,
+        now: Time,
+        send: &mut impl FnMut(&[u8], SocketAddr),
+        event: &mut impl FnMut(PeerEvent),
+    ) {
         while let Some(happened) = self.setup.ice.poll_event() {
             match happened {
                 IceAgentEvent::NominatedSend { destination, .. } => {
@@ -399,7 +446,9 @@ impl Peer {
                     self.setup.start_dtls(now);
                     event(PeerEvent::Nominated(destination));
                 }
-                IceAgentEvent::IceConnectionStateChange(state) if state.is_disconnected() => self.setup.fail(PeerFailure::IceDisconnected),
+                IceAgentEvent::IceConnectionStateChange(state) if state.is_disconnected() => {
+                    self.setup.fail(PeerFailure::IceDisconnected)
+                }
                 _ => {}
             }
         }
@@ -409,7 +458,12 @@ impl Peer {
     }
 
     /// Returns when DTLS wants to be called again.
-    fn poll_dtls(&mut self, now: Time, send: &mut impl FnMut(&[u8], SocketAddr), event: &mut impl FnMut(PeerEvent)) -> Time {
+    fn poll_dtls(
+        &mut self,
+        now: Time,
+        send: &mut impl FnMut(&[u8], SocketAddr),
+        event: &mut impl FnMut(PeerEvent),
+    ) -> Time {
         if !self.setup.dtls_started {
             return Time::MAX;
         }
@@ -424,7 +478,8 @@ impl Peer {
                 Output::Timeout(at) => return self.setup.epoch.time(at),
                 Output::PeerCert(der) => self.setup.check_certificate(der),
                 Output::KeyingMaterial(material, profile) => {
-                    let keyed = self.install_keys(&material, profile) && self.setup.failure.is_none();
+                    let keyed =
+                        self.install_keys(&material, profile) && self.setup.failure.is_none();
                     self.setup.connected_at = self.setup.connected_at.or(keyed.then_some(now));
                     keyed.then(|| event(PeerEvent::Connected));
                 }
@@ -449,7 +504,11 @@ impl Peer {
                 return false;
             }
         };
-        let role = if self.setup.dtls_active { DtlsRole::Client } else { DtlsRole::Server };
+        let role = if self.setup.dtls_active {
+            DtlsRole::Client
+        } else {
+            DtlsRole::Server
+        };
         match srtp::session(profile, material, role) {
             Ok((sealer, opener)) => {
                 self.sealer = Some(sealer);
@@ -466,7 +525,9 @@ impl Peer {
 
 impl Setup {
     fn handle_stun(&mut self, datagram: &[u8], from: SocketAddr, now: Time) -> bool {
-        let Ok(message) = StunMessage::parse(datagram) else { return false };
+        let Ok(message) = StunMessage::parse(datagram) else {
+            return false;
+        };
         let packet = StunPacket {
             proto: Protocol::Udp,
             source: from,
@@ -492,7 +553,8 @@ impl Setup {
         if self.failure.is_some() {
             return false;
         }
-        let alive = self.dtls.handle_timeout(self.epoch.instant(now)).is_ok() && self.dtls.handle_packet(datagram).is_ok();
+        let alive = self.dtls.handle_timeout(self.epoch.instant(now)).is_ok()
+            && self.dtls.handle_packet(datagram).is_ok();
         if !alive {
             self.fail(PeerFailure::Dtls);
         }

@@ -280,7 +280,13 @@ impl ReceiveStream {
     }
 
     /// Takes one packet, padding included. `retransmitted`: it came over RTX, `seq` being its original number.
-    pub fn handle_packet(&mut self, seq: u16, rtp_time: u32, now: Time, retransmitted: bool) -> Arrival {
+    pub fn handle_packet(
+        &mut self,
+        seq: u16,
+        rtp_time: u32,
+        now: Time,
+        retransmitted: bool,
+    ) -> Arrival {
         self.rtx |= retransmitted;
         if !self.has_started() {
             // Without an original there is no base to count losses from.
@@ -310,7 +316,10 @@ impl ReceiveStream {
     /// A gap is asked for at once: a packet that is merely overtaken is asked for too, as libwebrtc does, whose reordering statistics are never fed. It is
     /// asked for again by the [`NackRule`], which libwebrtc looks at each 20 ms; at most 10 times, within 1 s. `out` holds [`MISSING_MAX`] numbers at least.
     pub fn poll_nack(&mut self, now: Time, rtt: RoundTrip, out: &mut [u16]) -> NackPoll {
-        assert!(out.len() >= MISSING_MAX, "the buffer holds whatever may be missing");
+        assert!(
+            out.len() >= MISSING_MAX,
+            "the buffer holds whatever may be missing"
+        );
         self.rtt_least = rtt.least.map_or(0, |least| micros(Time::ZERO + least));
         let mut count = 0;
         if now >= self.next_nack_at {
@@ -365,7 +374,10 @@ impl ReceiveStream {
         self.expected_prior = expected;
         self.received_prior = self.received;
         let lost_interval = expected_interval.saturating_sub(received_interval);
-        let fraction_lost = (lost_interval << 8).checked_div(expected_interval).unwrap_or(0).min(255) as u8;
+        let fraction_lost = (lost_interval << 8)
+            .checked_div(expected_interval)
+            .unwrap_or(0)
+            .min(255) as u8;
         let lost = expected - u64::from(self.received);
         Some(ReportNumbers {
             fraction_lost,
@@ -383,7 +395,9 @@ impl ReceiveStream {
 
     /// Interarrival jitter (RFC 3550, A.8) of originals in order, one packet a timestamp, as libwebrtc and LiveKit take it.
     pub fn jitter(&self) -> Duration {
-        Duration::from_nanos(u64::from(self.jitter) * 1_000_000_000 / 16 / u64::from(self.clock_rate))
+        Duration::from_nanos(
+            u64::from(self.jitter) * 1_000_000_000 / 16 / u64::from(self.clock_rate),
+        )
     }
 
     pub fn counts(&self) -> ReceiveCounts {
@@ -410,7 +424,8 @@ impl ReceiveStream {
     /// not known any more.
     pub fn holes_between(&self, before: u64, after: u64) -> Option<u64> {
         let is_hole = |ext: &u64| self.state(*ext) != (true, false);
-        self.remembers(before).then(|| (before + 1..after).filter(is_hole).count() as u64)
+        self.remembers(before)
+            .then(|| (before + 1..after).filter(is_hole).count() as u64)
     }
 
     fn has_started(&self) -> bool {
@@ -418,7 +433,11 @@ impl ReceiveStream {
     }
 
     fn expected(&self) -> u64 {
-        let since_restart = if self.has_started() { self.highest - self.base + 1 } else { 0 };
+        let since_restart = if self.has_started() {
+            self.highest - self.base + 1
+        } else {
+            0
+        };
         self.expected_before_restart + since_restart
     }
 
@@ -440,7 +459,13 @@ impl ReceiveStream {
         Arrival::TooOld
     }
 
-    fn handle_ahead(&mut self, ahead: u64, rtp_time: u32, now: Time, retransmitted: bool) -> Arrival {
+    fn handle_ahead(
+        &mut self,
+        ahead: u64,
+        rtp_time: u32,
+        now: Time,
+        retransmitted: bool,
+    ) -> Arrival {
         let gap = ahead - 1;
         self.advance(ahead);
         self.confirms_jump = None;
@@ -451,7 +476,9 @@ impl ReceiveStream {
         self.set_state(self.highest, true, retransmitted);
         if retransmitted {
             self.repaired += 1;
-            return Arrival::Repaired { loss_to_repair: None };
+            return Arrival::Repaired {
+                loss_to_repair: None,
+            };
         }
         self.received += 1;
         self.update_jitter(rtp_time, now);
@@ -543,8 +570,16 @@ impl ReceiveStream {
     fn set_state(&mut self, ext: u64, filled: bool, flagged: bool) {
         let (word, bit) = place(ext);
         let seen = &mut self.window[word];
-        seen.filled = if filled { seen.filled | bit } else { seen.filled & !bit };
-        seen.flagged = if flagged { seen.flagged | bit } else { seen.flagged & !bit };
+        seen.filled = if filled {
+            seen.filled | bit
+        } else {
+            seen.filled & !bit
+        };
+        seen.flagged = if flagged {
+            seen.flagged | bit
+        } else {
+            seen.flagged & !bit
+        };
     }
 
     /// The unwrapped number of a batch's first packet.
@@ -587,7 +622,11 @@ impl ReceiveStream {
         };
         let first = self.first_of(last);
         let highest = self.highest;
-        let spread = if last >= BATCHES_MAX / 2 { REPEAT_GRID } else { BATCH_SPREAD };
+        let spread = if last >= BATCHES_MAX / 2 {
+            REPEAT_GRID
+        } else {
+            BATCH_SPREAD
+        };
         let batch = &mut self.batches[last];
         if batch.age(now) > spread || batch.tries > 1 {
             return false;
@@ -611,7 +650,8 @@ impl ReceiveStream {
             tries: younger.tries,
             fresh: older.fresh || younger.fresh,
         };
-        self.batches.copy_within(1..usize::from(self.batches_len), 0);
+        self.batches
+            .copy_within(1..usize::from(self.batches_len), 0);
         self.batches_len -= 1;
     }
 
@@ -622,7 +662,9 @@ impl ReceiveStream {
             (first..first + u64::from(self.batches[at].len)).contains(&ext)
         })?;
         let batch = self.batches[at];
-        let since_asked = micros(now).wrapping_sub(batch.noticed).wrapping_sub(batch.asked_after);
+        let since_asked = micros(now)
+            .wrapping_sub(batch.noticed)
+            .wrapping_sub(batch.asked_after);
         self.batches[at].missing -= 1;
         self.missing -= 1;
         if self.batches[at].missing == 0 {
@@ -677,7 +719,10 @@ impl ReceiveStream {
 
     fn earliest_due(&self, now: Time, rtt: Duration) -> Time {
         let batches = &self.batches[..usize::from(self.batches_len)];
-        let due = |batch: &Batch| self.repeat_at(batch, now, rtt).min(now - batch.age(now) + AGE_MAX);
+        let due = |batch: &Batch| {
+            self.repeat_at(batch, now, rtt)
+                .min(now - batch.age(now) + AGE_MAX)
+        };
         batches.iter().map(due).min().unwrap_or(Time::MAX)
     }
 
@@ -690,15 +735,23 @@ impl ReceiveStream {
         self.transit = transit;
         self.last_rtp_time = rtp_time;
         if u64::from(step) < u64::from(self.clock_rate) * u64::from(JITTER_STEP_MAX_SECONDS) {
-            self.jitter = self.jitter.saturating_add(step).saturating_sub(self.jitter.saturating_add(8) >> 4);
+            self.jitter = self
+                .jitter
+                .saturating_add(step)
+                .saturating_sub(self.jitter.saturating_add(8) >> 4);
         }
     }
 
     /// Arrival minus RTP timestamp, in units of the RTP clock, modulo 2^32.
     fn transit_of(&self, rtp_time: u32, now: Time) -> u32 {
         let rate = u64::from(self.clock_rate);
-        let (seconds, nanos) = (now.as_nanos() / 1_000_000_000, now.as_nanos() % 1_000_000_000);
-        let arrival = seconds.wrapping_mul(rate).wrapping_add(nanos * rate / 1_000_000_000);
+        let (seconds, nanos) = (
+            now.as_nanos() / 1_000_000_000,
+            now.as_nanos() % 1_000_000_000,
+        );
+        let arrival = seconds
+            .wrapping_mul(rate)
+            .wrapping_add(nanos * rate / 1_000_000_000);
         (arrival as u32).wrapping_sub(rtp_time)
     }
 }
@@ -826,7 +879,10 @@ mod tests {
                 } else {
                     0
                 };
-                self.schedule(sent_at + ONE_WAY_MICROS + late, Event::Packet { index, resend });
+                self.schedule(
+                    sent_at + ONE_WAY_MICROS + late,
+                    Event::Packet { index, resend },
+                );
             }
         }
 
@@ -848,23 +904,36 @@ mod tests {
         fn poll(&mut self, at: u64) {
             let mut asked = [0; MISSING_MAX];
             let was_due = self.stream.next_nack_at() <= Time::from_micros(at);
-            let poll = self
-                .stream
-                .poll_nack(Time::from_micros(at), round_trip(Duration::from_micros(2 * ONE_WAY_MICROS)), &mut asked);
-            assert!(was_due || poll == NackPoll::default(), "what was due was announced");
+            let poll = self.stream.poll_nack(
+                Time::from_micros(at),
+                round_trip(Duration::from_micros(2 * ONE_WAY_MICROS)),
+                &mut asked,
+            );
+            assert!(
+                was_due || poll == NackPoll::default(),
+                "what was due was announced"
+            );
             let newest = self.newest.unwrap_or(0);
             let mut before = None;
             for seq in &asked[..poll.count] {
-                let index = newest - u64::from((self.first_seq.wrapping_add(newest as u16)).wrapping_sub(*seq));
+                let index = newest
+                    - u64::from((self.first_seq.wrapping_add(newest as u16)).wrapping_sub(*seq));
                 assert!(before.is_none_or(|before| before < index), "sorted");
                 before = Some(index);
                 let fate = self.fates.entry(index).or_default();
-                assert_eq!((fate.originals, fate.resends), (0, 0), "only what is missing is asked for");
+                assert_eq!(
+                    (fate.originals, fate.resends),
+                    (0, 0),
+                    "only what is missing is asked for"
+                );
                 let noticed = fate.noticed.expect("noticed before asked for");
                 match fate.asked.last() {
                     None => assert!(at - noticed < 1_000, "at once: {noticed} {at}"),
                     // In heavy loss, what was noticed within 20 ms is asked for again together.
-                    Some(last) => assert!(at - last >= 2 * ONE_WAY_MICROS - 20_000, "never in haste: {last} {at}"),
+                    Some(last) => assert!(
+                        at - last >= 2 * ONE_WAY_MICROS - 20_000,
+                        "never in haste: {last} {at}"
+                    ),
                 }
                 assert!(at - noticed <= 1_000_000 && fate.asked.len() < usize::from(TRIES_MAX));
                 fate.asked.push(at);
@@ -876,9 +945,12 @@ mod tests {
 
         fn arrive(&mut self, index: u64, resend: bool, at: u64) {
             let seq = self.first_seq.wrapping_add(index as u16);
-            let arrival = self
-                .stream
-                .handle_packet(seq, (index * 90) as u32, Time::from_micros(at), resend && self.link.rtx);
+            let arrival = self.stream.handle_packet(
+                seq,
+                (index * 90) as u32,
+                Time::from_micros(at),
+                resend && self.link.rtx,
+            );
             if self.newest.is_none() {
                 assert_eq!(arrival, Arrival::New { gap: 0 });
                 self.oldest = index;
@@ -899,7 +971,11 @@ mod tests {
             } else {
                 fate.asked.is_empty() || (asked_just_now && arrival == Arrival::Reordered)
             };
-            *(if resend { &mut fate.resends } else { &mut fate.originals }) += 1;
+            *(if resend {
+                &mut fate.resends
+            } else {
+                &mut fate.originals
+            }) += 1;
             match arrival {
                 Arrival::New { .. } => assert!(index >= newest && !known),
                 Arrival::Reordered => assert!(index < newest && !known && counts_as_original),
@@ -942,14 +1018,20 @@ mod tests {
         }
 
         fn truth(&self) -> ReceiveCounts {
-            let seen = || self.fates.values().filter(|fate| fate.originals + fate.resends > 0);
+            let seen = || {
+                self.fates
+                    .values()
+                    .filter(|fate| fate.originals + fate.resends > 0)
+            };
             let expected = self.newest.unwrap() - self.oldest + 1;
             let received = seen().filter(|fate| fate.as_original).count() as u64;
             let repaired = seen().count() as u64 - received;
             ReceiveCounts {
                 expected,
                 received,
-                reordered: seen().filter(|fate| fate.as_original && fate.reordered).count() as u64,
+                reordered: seen()
+                    .filter(|fate| fate.as_original && fate.reordered)
+                    .count() as u64,
                 repaired,
                 duplicate: self.arrivals - seen().count() as u64,
                 too_old: 0,
@@ -973,7 +1055,10 @@ mod tests {
                 repaired[usize::from(rtx)] += counts.repaired;
             }
         }
-        assert!(repaired.iter().all(|repaired| *repaired > 10_000), "{repaired:?}");
+        assert!(
+            repaired.iter().all(|repaired| *repaired > 10_000),
+            "{repaired:?}"
+        );
     }
 
     fn ms(millis: u64) -> Time {
@@ -987,7 +1072,10 @@ mod tests {
     }
 
     fn round_trip(rtt: Duration) -> RoundTrip {
-        RoundTrip { last: rtt, least: Some(rtt) }
+        RoundTrip {
+            last: rtt,
+            least: Some(rtt),
+        }
     }
 
     /// When what is missing is asked for, until it is given up: in ms.
@@ -1010,7 +1098,10 @@ mod tests {
         let mut stream = ReceiveStream::new(48_000);
         stream.handle_packet(65_534, 0, ms(0), false);
         assert_eq!(stream.next_nack_at(), Time::MAX);
-        assert_eq!(stream.handle_packet(1, 0, ms(107), false), Arrival::New { gap: 2 });
+        assert_eq!(
+            stream.handle_packet(1, 0, ms(107), false),
+            Arrival::New { gap: 2 }
+        );
         assert_eq!(stream.next_nack_at(), ms(107));
         assert_eq!(poll(&mut stream, ms(107)), (vec![65_535, 0], 0));
         assert_eq!(poll(&mut stream, ms(119)), (vec![], 0));
@@ -1027,12 +1118,32 @@ mod tests {
     fn video_is_asked_for_again_after_a_round_trip_and_audio_after_one_and_a_half() {
         for (rule, rtt_ms, expected) in [
             // Looks are at 0, 20, 40 .. ms.
-            (NackRule::Video, 1, vec![20, 40, 60, 80, 100, 120, 140, 160, 180]),
-            (NackRule::Video, 50, vec![60, 120, 180, 240, 300, 360, 420, 480, 540]),
-            (NackRule::Video, 100, vec![100, 200, 300, 400, 500, 600, 700, 800, 900]),
+            (
+                NackRule::Video,
+                1,
+                vec![20, 40, 60, 80, 100, 120, 140, 160, 180],
+            ),
+            (
+                NackRule::Video,
+                50,
+                vec![60, 120, 180, 240, 300, 360, 420, 480, 540],
+            ),
+            (
+                NackRule::Video,
+                100,
+                vec![100, 200, 300, 400, 500, 600, 700, 800, 900],
+            ),
             (NackRule::Video, 300, vec![300, 600, 900]),
-            (NackRule::Audio, 1, vec![20, 40, 60, 80, 100, 120, 140, 160, 180]),
-            (NackRule::Audio, 50, vec![80, 160, 240, 320, 400, 480, 560, 640, 720]),
+            (
+                NackRule::Audio,
+                1,
+                vec![20, 40, 60, 80, 100, 120, 140, 160, 180],
+            ),
+            (
+                NackRule::Audio,
+                50,
+                vec![80, 160, 240, 320, 400, 480, 560, 640, 720],
+            ),
             (NackRule::Audio, 400, vec![620]),
         ] {
             let mut stream = ReceiveStream::new(90_000);
@@ -1040,7 +1151,11 @@ mod tests {
             stream.handle_packet(1, 0, ms(0), false);
             stream.handle_packet(3, 0, ms(0), false);
             let (asked, gave_up) = times_asked(&mut stream, Duration::from_millis(rtt_ms));
-            assert_eq!((asked[0], &asked[1..]), (0, &expected[..]), "{rule:?} {rtt_ms}");
+            assert_eq!(
+                (asked[0], &asked[1..]),
+                (0, &expected[..]),
+                "{rule:?} {rtt_ms}"
+            );
             assert_eq!(gave_up, 1);
         }
     }
@@ -1064,9 +1179,18 @@ mod tests {
             stream.handle_packet(1, 0, ms(0), false);
             stream.handle_packet(3, 0, ms(0), false);
             let mut out = [0; MISSING_MAX];
-            assert_eq!(stream.poll_nack(ms(0), round_trip(Duration::from_millis(20)), &mut out).count, 1);
+            assert_eq!(
+                stream
+                    .poll_nack(ms(0), round_trip(Duration::from_millis(20)), &mut out)
+                    .count,
+                1
+            );
             let arrival = stream.handle_packet(2, 0, ms(after_ms), false);
-            assert_eq!(arrival == Arrival::Reordered, original, "{after_ms} ms: {arrival:?}");
+            assert_eq!(
+                arrival == Arrival::Reordered,
+                original,
+                "{after_ms} ms: {arrival:?}"
+            );
             assert_eq!(stream.counts().lost_network, u64::from(!original));
         }
     }
@@ -1078,7 +1202,11 @@ mod tests {
         stream.handle_packet(3, 0, ms(0), false);
         assert_eq!(poll(&mut stream, ms(0)).0, [2]);
         stream.handle_packet(5, 0, ms(0), false);
-        assert_eq!(poll(&mut stream, ms(0)).0, [4], "and not the older one again");
+        assert_eq!(
+            poll(&mut stream, ms(0)).0,
+            [4],
+            "and not the older one again"
+        );
         stream.handle_packet(8, 0, ms(12), false);
         assert_eq!(poll(&mut stream, ms(12)).0, [6, 7]);
         assert_eq!(poll(&mut stream, ms(20)).0, [2, 4]);
@@ -1105,7 +1233,10 @@ mod tests {
         for (seq, times) in asked {
             assert_eq!(times[0], 10 * (u64::from(seq) / 2 + 1), "at once");
             assert!((2..=4).contains(&times.len()), "{seq}: {times:?}");
-            assert!(times.windows(2).all(|pair| pair[1] - pair[0] >= 280), "{seq}: {times:?}");
+            assert!(
+                times.windows(2).all(|pair| pair[1] - pair[0] >= 280),
+                "{seq}: {times:?}"
+            );
         }
     }
 
@@ -1120,24 +1251,49 @@ mod tests {
         }
         assert_eq!(stream.next_nack_at(), Time::MAX);
         let before = stream.ext_seq();
-        assert_eq!(stream.handle_packet(45_001, 0, ms(2), false), Arrival::New { gap: 0 });
+        assert_eq!(
+            stream.handle_packet(45_001, 0, ms(2), false),
+            Arrival::New { gap: 0 }
+        );
         assert!(stream.ext_seq() > before);
-        assert_eq!(stream.handle_packet(45_003, 0, ms(2), false), Arrival::New { gap: 1 });
+        assert_eq!(
+            stream.handle_packet(45_003, 0, ms(2), false),
+            Arrival::New { gap: 1 }
+        );
         let counts = stream.counts();
-        assert_eq!((counts.expected, counts.received, counts.lost_network, counts.too_old), (13, 12, 1, 4));
+        assert_eq!(
+            (
+                counts.expected,
+                counts.received,
+                counts.lost_network,
+                counts.too_old
+            ),
+            (13, 12, 1, 4)
+        );
     }
 
     #[test]
     fn more_than_a_thousand_missing_packets_are_all_given_up_for_a_key_frame() {
         let mut stream = ReceiveStream::new(90_000);
         stream.handle_packet(0, 0, ms(0), false);
-        assert_eq!(stream.handle_packet(1_001, 0, ms(0), false), Arrival::New { gap: 1_000 });
+        assert_eq!(
+            stream.handle_packet(1_001, 0, ms(0), false),
+            Arrival::New { gap: 1_000 }
+        );
         let (seqs, gave_up) = poll(&mut stream, ms(0));
         assert_eq!((seqs.len(), gave_up), (1_000, 0));
-        assert_eq!(stream.handle_packet(1_003, 0, ms(1), false), Arrival::New { gap: 1 });
+        assert_eq!(
+            stream.handle_packet(1_003, 0, ms(1), false),
+            Arrival::New { gap: 1 }
+        );
         assert_eq!(poll(&mut stream, ms(1)), (vec![], 1_001));
         assert_eq!(stream.next_nack_at(), Time::MAX);
-        assert_eq!(stream.handle_packet(500, 0, ms(21), false), Arrival::Repaired { loss_to_repair: None });
+        assert_eq!(
+            stream.handle_packet(500, 0, ms(21), false),
+            Arrival::Repaired {
+                loss_to_repair: None
+            }
+        );
         let mut stream = ReceiveStream::new(90_000);
         stream.handle_packet(0, 0, ms(0), false);
         stream.handle_packet(2_001, 0, ms(0), false);
@@ -1147,11 +1303,21 @@ mod tests {
     #[test]
     fn the_first_packet_may_be_overtaken() {
         let mut stream = ReceiveStream::new(90_000);
-        assert_eq!(stream.handle_packet(77, 0, ms(0), true), Arrival::TooOld, "a resend alone starts nothing");
+        assert_eq!(
+            stream.handle_packet(77, 0, ms(0), true),
+            Arrival::TooOld,
+            "a resend alone starts nothing"
+        );
         stream.handle_packet(1, 0, ms(0), false);
-        assert_eq!(stream.handle_packet(65_535, 0, ms(1), false), Arrival::Reordered);
+        assert_eq!(
+            stream.handle_packet(65_535, 0, ms(1), false),
+            Arrival::Reordered
+        );
         assert_eq!(stream.handle_packet(0, 0, ms(1), false), Arrival::Reordered);
-        assert_eq!(stream.handle_packet(65_400, 0, ms(1), false), Arrival::TooOld);
+        assert_eq!(
+            stream.handle_packet(65_400, 0, ms(1), false),
+            Arrival::TooOld
+        );
         assert_eq!(
             stream.handle_packet(65_534, 0, ms(1), true),
             Arrival::TooOld,
@@ -1172,16 +1338,41 @@ mod tests {
                 loss_to_repair: Some(Duration::from_millis(30))
             }
         );
-        assert_eq!((stream.counts().lost_network, stream.counts().repaired, stream.counts().lost), (1, 1, 0));
-        assert_eq!(stream.handle_packet(6, 0, ms(40), false), Arrival::Duplicate);
-        assert_eq!((stream.counts().lost_network, stream.counts().repaired, stream.counts().lost), (0, 0, 0));
+        assert_eq!(
+            (
+                stream.counts().lost_network,
+                stream.counts().repaired,
+                stream.counts().lost
+            ),
+            (1, 1, 0)
+        );
+        assert_eq!(
+            stream.handle_packet(6, 0, ms(40), false),
+            Arrival::Duplicate
+        );
+        assert_eq!(
+            (
+                stream.counts().lost_network,
+                stream.counts().repaired,
+                stream.counts().lost
+            ),
+            (0, 0, 0)
+        );
         assert_eq!(
             stream.handle_packet(8, 0, ms(41), true),
-            Arrival::Repaired { loss_to_repair: None },
+            Arrival::Repaired {
+                loss_to_repair: None
+            },
             "a resend may run ahead"
         );
-        assert_eq!(stream.handle_packet(8, 0, ms(42), false), Arrival::Duplicate);
-        assert_eq!((stream.counts().received, stream.counts().reordered), (4, 2));
+        assert_eq!(
+            stream.handle_packet(8, 0, ms(42), false),
+            Arrival::Duplicate
+        );
+        assert_eq!(
+            (stream.counts().received, stream.counts().reordered),
+            (4, 2)
+        );
     }
 
     #[test]
@@ -1197,7 +1388,11 @@ mod tests {
         stream.handle_sender_report(0x1234_5678_9ABC_DEF0, ms(1_000));
         let report = stream.report_block(ms(1_500)).unwrap();
         assert_eq!(
-            (report.fraction_lost, report.cumulative_lost, report.extended_highest_seq),
+            (
+                report.fraction_lost,
+                report.cumulative_lost,
+                report.extended_highest_seq
+            ),
             (85, 2, 65_538)
         );
         assert_eq!((report.lsr, report.dlsr), (0x5678_9ABC, 32_768));
@@ -1230,7 +1425,11 @@ mod tests {
         assert!((jitter - expected).abs() < 40.0, "{jitter} {expected}");
         let before = stream.jitter();
         stream.handle_packet(2_000, 0x8000_0000, ms(40_000), false);
-        assert_eq!(stream.jitter(), before, "a new timestamp origin is no jitter");
+        assert_eq!(
+            stream.jitter(),
+            before,
+            "a new timestamp origin is no jitter"
+        );
     }
 
     #[test]
@@ -1253,14 +1452,24 @@ mod tests {
                 }
                 stream.report_block(now);
                 let counts = stream.counts();
-                assert_eq!(counts.expected, counts.received + counts.repaired + counts.lost);
-                assert_eq!(counts.received + counts.repaired + counts.duplicate + counts.too_old, step + 1);
+                assert_eq!(
+                    counts.expected,
+                    counts.received + counts.repaired + counts.lost
+                );
+                assert_eq!(
+                    counts.received + counts.repaired + counts.duplicate + counts.too_old,
+                    step + 1
+                );
             }
         }
     }
 
     #[test]
     fn the_state_stays_small() {
-        assert!(size_of::<ReceiveStream>() <= 800, "{}", size_of::<ReceiveStream>());
+        assert!(
+            size_of::<ReceiveStream>() <= 800,
+            "{}",
+            size_of::<ReceiveStream>()
+        );
     }
 }

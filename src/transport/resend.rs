@@ -60,7 +60,9 @@ impl ResendRing {
             record.packets > 0 && u32::from(record.packets) <= SPAN_MAX,
             "a frame has packets, and not half the sequence space of them"
         );
-        let hole = self.newest().map_or(0, |newest| u32::from(record.first_seq.wrapping_sub(end_of(newest))));
+        let hole = self.newest().map_or(0, |newest| {
+            u32::from(record.first_seq.wrapping_sub(end_of(newest)))
+        });
         if hole >= SPAN_MAX {
             self.clear();
         } else {
@@ -118,7 +120,11 @@ impl ResendRing {
     /// `next_seq` is the first of the frame about to be pushed, for when the oldest is also the newest.
     fn forget_oldest(&mut self, next_seq: u16) {
         let first = self.record(0).first_seq;
-        let second = if self.len > 1 { self.record(1).first_seq } else { next_seq };
+        let second = if self.len > 1 {
+            self.record(1).first_seq
+        } else {
+            next_seq
+        };
         self.span -= u32::from(second.wrapping_sub(first));
         self.len -= 1;
     }
@@ -200,7 +206,10 @@ impl ResendLimiter {
     fn refill(&mut self, now: Time) {
         let elapsed = now.since(self.refilled_at).as_nanos() as u64;
         self.refilled_at = self.refilled_at.max(now);
-        self.level = self.level.saturating_add(elapsed.saturating_mul(self.rate.bps())).min(self.capacity);
+        self.level = self
+            .level
+            .saturating_add(elapsed.saturating_mul(self.rate.bps()))
+            .min(self.capacity);
     }
 }
 
@@ -221,7 +230,11 @@ mod tests {
         let mut sent: Vec<FrameRecord> = Vec::new();
         let mut next_seq = 65_000u16;
         for frame in 0..3_000u32 {
-            let hole = if frame % 7 == 0 { (frame % 5) as u16 } else { 0 };
+            let hole = if frame % 7 == 0 {
+                (frame % 5) as u16
+            } else {
+                0
+            };
             let packets = 1 + (frame.wrapping_mul(2_654_435_761) >> 27) as u16;
             let record = FrameRecord {
                 frame,
@@ -235,7 +248,11 @@ mod tests {
             let found = |seq| ring.find(seq).map(|(record, packet)| (*record, packet));
             for back in 0..400 {
                 let seq = next_seq.wrapping_sub(back * 3);
-                assert_eq!(found(seq), naive(&sent, VIDEO_FRAMES, seq), "frame {frame}, seq {seq}");
+                assert_eq!(
+                    found(seq),
+                    naive(&sent, VIDEO_FRAMES, seq),
+                    "frame {frame}, seq {seq}"
+                );
             }
             assert_eq!(found(next_seq), None);
         }
@@ -252,9 +269,14 @@ mod tests {
                 ..FrameRecord::default()
             });
         }
-        assert_eq!(ring.find((70_000u32) as u16).map(|(record, packet)| (record.frame, packet)), Some((7, 0)));
         assert_eq!(
-            ring.find((59_999u32) as u16).map(|(record, packet)| (record.frame, packet)),
+            ring.find((70_000u32) as u16)
+                .map(|(record, packet)| (record.frame, packet)),
+            Some((7, 0))
+        );
+        assert_eq!(
+            ring.find((59_999u32) as u16)
+                .map(|(record, packet)| (record.frame, packet)),
             Some((5, 9_999))
         );
         assert_eq!(ring.find(49_999), None);
@@ -291,15 +313,33 @@ mod tests {
         let mut limiter = ResendLimiter::new(Bitrate::from_bps(1_000_000), 100_000);
         let (start, rtt) = (Time::from_millis(5), Duration::from_millis(40));
         assert_eq!(limiter.allow(7, 1_000, start, rtt), Resend::Allowed);
-        assert_eq!(limiter.allow(7, 1_000, start + rtt / 2, rtt), Resend::TooSoon);
-        assert_eq!(limiter.allow(8, 1_000, start + rtt / 2, rtt), Resend::Allowed);
-        assert_eq!(limiter.allow(7, 1_000, start + rtt, rtt), Resend::TooSoon);
-        assert_eq!(limiter.allow(7, 1_000, start + rtt + REPEAT_MARGIN, rtt), Resend::Allowed);
         assert_eq!(
-            limiter.allow(7, 1_000, start + rtt + REPEAT_MARGIN * 3 / 2, Duration::ZERO),
+            limiter.allow(7, 1_000, start + rtt / 2, rtt),
             Resend::TooSoon
         );
-        assert_eq!(limiter.allow(0, 1_000, Time::ZERO, rtt), Resend::Allowed, "nothing was sent at time zero");
+        assert_eq!(
+            limiter.allow(8, 1_000, start + rtt / 2, rtt),
+            Resend::Allowed
+        );
+        assert_eq!(limiter.allow(7, 1_000, start + rtt, rtt), Resend::TooSoon);
+        assert_eq!(
+            limiter.allow(7, 1_000, start + rtt + REPEAT_MARGIN, rtt),
+            Resend::Allowed
+        );
+        assert_eq!(
+            limiter.allow(
+                7,
+                1_000,
+                start + rtt + REPEAT_MARGIN * 3 / 2,
+                Duration::ZERO
+            ),
+            Resend::TooSoon
+        );
+        assert_eq!(
+            limiter.allow(0, 1_000, Time::ZERO, rtt),
+            Resend::Allowed,
+            "nothing was sent at time zero"
+        );
     }
 
     #[test]
@@ -308,7 +348,13 @@ mod tests {
         let mut bytes = 0;
         for millis in 0..10_000u64 {
             for again in 0..4u64 {
-                if limiter.allow((millis * 4 + again) as u16, 1_000, Time::from_millis(millis), Duration::ZERO) == Resend::Allowed {
+                if limiter.allow(
+                    (millis * 4 + again) as u16,
+                    1_000,
+                    Time::from_millis(millis),
+                    Duration::ZERO,
+                ) == Resend::Allowed
+                {
                     bytes += 1_000;
                 }
             }
@@ -316,6 +362,9 @@ mod tests {
                 assert_eq!(bytes, 4_000);
             }
         }
-        assert!((1_000_000 + 8_000..=1_000_000 + 10_000).contains(&bytes), "{bytes}");
+        assert!(
+            (1_000_000 + 8_000..=1_000_000 + 10_000).contains(&bytes),
+            "{bytes}"
+        );
     }
 }

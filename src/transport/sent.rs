@@ -98,11 +98,19 @@ mod tests {
         assert!(log.find(0).is_none() && log.find(1).is_none());
         for n in 1..=70_000u64 {
             assert_eq!(log.next(), n as u16);
-            log.push(SentPacket::new(Time::from_micros(n), 1, n as u16 ^ 0x55, 1_000, SentKind::Media));
+            log.push(SentPacket::new(
+                Time::from_micros(n),
+                1,
+                n as u16 ^ 0x55,
+                1_000,
+                SentKind::Media,
+            ));
         }
         for n in 70_001 - 1_024..=70_000u64 {
             assert_eq!(log.find(n as u16).unwrap().sent_at, Time::from_micros(n));
         }
-        assert!(log.find(70_001u64 as u16).is_none() && log.find((70_000u64 - 1_024) as u16).is_none());
+        assert!(
+            log.find(70_001u64 as u16).is_none() && log.find((70_000u64 - 1_024) as u16).is_none()
+        );
     }
 }

@@ -41,7 +41,11 @@ impl SeqExtender {
     /// An extender for a stream whose rollover counter is known to stand at `roc` while nothing has been received yet.
     pub const fn at_roc(roc: u32) -> SeqExtender {
         SeqExtender {
-            highest: if roc == 0 { None } else { Some((roc as u64) << 16 | HALF as u64) },
+            highest: if roc == 0 {
+                None
+            } else {
+                Some((roc as u64) << 16 | HALF as u64)
+            },
         }
     }
 
@@ -177,7 +181,11 @@ mod tests {
             (Some(0x5_FFF0), 3, 0x6_0003),
         ];
         for (highest, seq, index) in table {
-            assert_eq!(SeqExtender { highest }.guess(seq), index, "{highest:?} then {seq}");
+            assert_eq!(
+                SeqExtender { highest }.guess(seq),
+                index,
+                "{highest:?} then {seq}"
+            );
         }
     }
 
@@ -215,7 +223,10 @@ mod tests {
         window.commit(65_000 + 5_000);
         assert!(window.check(65_000 + 4_999) && !window.check(65_000));
         window.commit(3);
-        assert!(window.check(65_000 + 4_099), "an index behind the window must not mark a place inside it");
+        assert!(
+            window.check(65_000 + 4_099),
+            "an index behind the window must not mark a place inside it"
+        );
     }
 
     #[test]
@@ -232,8 +243,14 @@ mod tests {
             } else {
                 (top + 3).saturating_sub(state % 1_200)
             };
-            let expected = index > top || accepted.is_empty() || (top - index < ReplayWindow::WIDTH && !accepted.contains(&index));
-            assert_eq!(window.check(index), expected, "{index} with {top} the highest");
+            let expected = index > top
+                || accepted.is_empty()
+                || (top - index < ReplayWindow::WIDTH && !accepted.contains(&index));
+            assert_eq!(
+                window.check(index),
+                expected,
+                "{index} with {top} the highest"
+            );
             if expected {
                 window.commit(index);
                 accepted.insert(index);

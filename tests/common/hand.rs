@@ -124,7 +124,9 @@ impl Hands {
     /// One more connection; it is up some steps later.
     pub fn add(&mut self) {
         let index = self.hands.len();
-        let address = format!("203.0.113.{}:{}", index + 1, 3_000 + index).parse().unwrap();
+        let address = format!("203.0.113.{}:{}", index + 1, 3_000 + index)
+            .parse()
+            .unwrap();
         let (ours, theirs) = (IceCredentials::random(), IceCredentials::random());
         let fingerprint = self.identity.fingerprint();
         let parameters = PeerParameters {
@@ -160,7 +162,8 @@ impl Hands {
     }
 
     pub fn command(&mut self, command: MediaCommand) {
-        self.router.handle_command(command, self.now, &mut self.outlet);
+        self.router
+            .handle_command(command, self.now, &mut self.outlet);
     }
 
     pub fn run_for(&mut self, time: Duration) {
@@ -188,7 +191,8 @@ impl Hands {
             );
             let from = hand.address;
             for mut bytes in out {
-                self.router.handle_datagram(&mut bytes, from, now, now, &mut self.outlet);
+                self.router
+                    .handle_datagram(&mut bytes, from, now, now, &mut self.outlet);
             }
         }
         self.flush();
@@ -203,14 +207,19 @@ impl Hands {
     pub fn flush(&mut self) {
         self.router.end_batch(self.now, &mut self.outlet);
         for datagram in std::mem::take(&mut self.outlet.sent) {
-            let Some(hand) = self.hands.iter_mut().find(|hand| hand.address == datagram.to) else {
+            let Some(hand) = self
+                .hands
+                .iter_mut()
+                .find(|hand| hand.address == datagram.to)
+            else {
                 continue;
             };
             match classify(&datagram.bytes) {
                 Class::Rtp => hand.take_rtp(datagram.bytes, self.now),
                 Class::Rtcp => hand.take_rtcp(datagram.bytes, self.now),
                 _ => {
-                    hand.peer.handle_setup_datagram(&datagram.bytes, router_address(), self.now);
+                    hand.peer
+                        .handle_setup_datagram(&datagram.bytes, router_address(), self.now);
                 }
             }
         }
@@ -220,7 +229,8 @@ impl Hands {
     pub fn send(&mut self, index: usize, out: &Out<'_>, payload: &[u8]) {
         let mut bytes = self.seal(index, out, payload);
         let from = self.hands[index].address;
-        self.router.handle_datagram(&mut bytes, from, self.now, self.now, &mut self.outlet);
+        self.router
+            .handle_datagram(&mut bytes, from, self.now, self.now, &mut self.outlet);
     }
 
     pub fn seal(&mut self, index: usize, out: &Out<'_>, payload: &[u8]) -> Vec<u8> {
@@ -230,7 +240,9 @@ impl Hands {
             template.push_extension(*id, value).unwrap();
         }
         let mut bytes = vec![0; 2_000];
-        let header_len = template.write(&mut bytes, out.marker, Seq(out.seq), out.rtp_time).unwrap();
+        let header_len = template
+            .write(&mut bytes, out.marker, Seq(out.seq), out.rtp_time)
+            .unwrap();
         bytes[header_len..header_len + payload.len()].copy_from_slice(payload);
         let mut len = header_len + payload.len();
         if out.padding > 0 {
@@ -241,7 +253,12 @@ impl Hands {
         let last = hand.sending.entry(out.ssrc).or_insert(u64::from(out.seq));
         let sent = last.wrapping_add_signed(i64::from(Seq(out.seq).diff(Seq(*last as u16))));
         *last = sent.max(*last);
-        let sealed = hand.peer.sealer().unwrap().seal_rtp(&mut bytes, header_len, len, sent).unwrap();
+        let sealed = hand
+            .peer
+            .sealer()
+            .unwrap()
+            .seal_rtp(&mut bytes, header_len, len, sent)
+            .unwrap();
         bytes.truncate(sealed);
         bytes
     }
@@ -251,10 +268,20 @@ impl Hands {
         let mut writer = Writer::new(&mut bytes[..1_200]);
         write(&mut writer);
         let len = writer.len();
-        let sealed = self.hands[index].peer.sealer_mut().unwrap().seal_rtcp(&mut bytes, len).unwrap();
+        let sealed = self.hands[index]
+            .peer
+            .sealer_mut()
+            .unwrap()
+            .seal_rtcp(&mut bytes, len)
+            .unwrap();
         let from = self.hands[index].address;
-        self.router
-            .handle_datagram(&mut bytes[..sealed], from, self.now, self.now, &mut self.outlet);
+        self.router.handle_datagram(
+            &mut bytes[..sealed],
+            from,
+            self.now,
+            self.now,
+            &mut self.outlet,
+        );
         self.flush();
     }
 }
@@ -265,7 +292,12 @@ impl Hand {
         let header = Header::parse(&bytes).unwrap();
         let extender = self.receiving.entry(header.ssrc).or_default();
         let index = extender.guess(header.seq.0);
-        let len = self.peer.opener().unwrap().open_rtp(&mut bytes, header.header_len, index).unwrap();
+        let len = self
+            .peer
+            .opener()
+            .unwrap()
+            .open_rtp(&mut bytes, header.header_len, index)
+            .unwrap();
         extender.commit(index);
         let packet = &bytes[..len];
         self.got.push(Got {
@@ -275,7 +307,10 @@ impl Hand {
             payload_type: header.payload_type,
             rtp_time: header.rtp_time,
             marker: header.marker,
-            extensions: header.extensions(packet).map(|(id, value)| (id, value.to_vec())).collect(),
+            extensions: header
+                .extensions(packet)
+                .map(|(id, value)| (id, value.to_vec()))
+                .collect(),
             payload: header.payload(packet).unwrap().to_vec(),
             sealed,
         });
@@ -287,7 +322,9 @@ impl Hand {
         for packet in packets(&bytes[..len]) {
             let mut say = |said| self.said.push((at, said));
             match packet.unwrap() {
-                Packet::Nack { media_ssrc, seqs, .. } => say(Said::Nack {
+                Packet::Nack {
+                    media_ssrc, seqs, ..
+                } => say(Said::Nack {
                     media_ssrc,
                     seqs: seqs.map(|seq| seq.0).collect(),
                 }),
@@ -303,14 +340,22 @@ impl Hand {
                         lost: block.cumulative_lost,
                     })
                 }),
-                Packet::TransportCc { body, .. } => say(Said::TransportCc { body: body.to_vec() }),
-                Packet::Xr { dlrr, .. } => dlrr.for_each(|block| say(Said::Dlrr { ssrc: block.ssrc })),
+                Packet::TransportCc { body, .. } => say(Said::TransportCc {
+                    body: body.to_vec(),
+                }),
+                Packet::Xr { dlrr, .. } => {
+                    dlrr.for_each(|block| say(Said::Dlrr { ssrc: block.ssrc }))
+                }
                 _ => {}
             }
         }
     }
 
     pub fn heard(&self, wanted: impl Fn(&Said) -> bool) -> Vec<Time> {
-        self.said.iter().filter(|(_, said)| wanted(said)).map(|(at, _)| *at).collect()
+        self.said
+            .iter()
+            .filter(|(_, said)| wanted(said))
+            .map(|(at, _)| *at)
+            .collect()
     }
 }

@@ -49,14 +49,22 @@ impl Coordinator {
     /// The command is a shell's or the program's; the flags are added.
     pub fn start(command: &mut Command, flags: &[&str]) -> Coordinator {
         command
-            .args(["--coordinator", "--coordinator-port=0", "--coordinator-token", TOKEN])
+            .args([
+                "--coordinator",
+                "--coordinator-port=0",
+                "--coordinator-token",
+                TOKEN,
+            ])
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program can be run");
         let said = Arc::new(Said::default());
-        let (out, err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        let (out, err) = (
+            child.stdout.take().expect("piped"),
+            child.stderr.take().expect("piped"),
+        );
         let readers = vec![
             std::thread::spawn({
                 let said = said.clone();
@@ -67,7 +75,11 @@ impl Coordinator {
                 move || said.read(err)
             }),
         ];
-        Coordinator { child, said, readers }
+        Coordinator {
+            child,
+            said,
+            readers,
+        }
     }
 
     pub fn pid(&self) -> i32 {
@@ -80,14 +92,24 @@ impl Coordinator {
         loop {
             let has_ended = self.child.try_wait().expect("our own child").is_some();
             let text = self.said.lock();
-            if let Some((url, _)) = text.split_once("Coordinator at ").and_then(|(_, rest)| rest.split_once(": ")) {
+            if let Some((url, _)) = text
+                .split_once("Coordinator at ")
+                .and_then(|(_, rest)| rest.split_once(": "))
+            {
                 return Some(url.to_owned());
             }
             if has_ended {
                 return None;
             }
-            assert!(Instant::now() < deadline, "it does not say where it listens: {text}");
-            drop(self.said.more.wait_timeout(text, Duration::from_millis(100)));
+            assert!(
+                Instant::now() < deadline,
+                "it does not say where it listens: {text}"
+            );
+            drop(
+                self.said
+                    .more
+                    .wait_timeout(text, Duration::from_millis(100)),
+            );
         }
     }
 
@@ -105,7 +127,11 @@ impl Coordinator {
     pub fn finish(mut self) -> (Option<i32>, String) {
         let deadline = Instant::now() + PATIENCE;
         while !self.has_ended() {
-            assert!(Instant::now() < deadline, "it does not end: {}", self.said.lock());
+            assert!(
+                Instant::now() < deadline,
+                "it does not end: {}",
+                self.said.lock()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
         for reader in self.readers.drain(..) {
@@ -113,7 +139,10 @@ impl Coordinator {
         }
         let code = self.child.wait().expect("our own child").code();
         let said = self.said.lock().clone();
-        assert!(!said.contains("panicked") && !said.contains(TOKEN), "{said}");
+        assert!(
+            !said.contains("panicked") && !said.contains(TOKEN),
+            "{said}"
+        );
         (code, said)
     }
 }
@@ -143,7 +172,9 @@ impl Account {
     pub fn read(sections: &Value) -> Account {
         let mut account = Account::default();
         for section in ["session", "audio", "video", "bandwidth", "engine"] {
-            let Some(entries) = sections[section].as_object() else { continue };
+            let Some(entries) = sections[section].as_object() else {
+                continue;
+            };
             for (name, value) in entries {
                 let name = format!("{section}.{name}");
                 if let Some(counter) = value.as_u64().filter(|counter| *counter > 0) {
@@ -188,11 +219,22 @@ impl Account {
         let counters = counters
             .filter(|name| self.counters.get(*name) != other.counters.get(*name))
             .map(|name| format!("{name}: {} and {}", self.counter(name), other.counter(name)));
-        let brief = |account: &Account, name: &str| account.histograms.get(name).map(|values| (values.expected, values.total()));
+        let brief = |account: &Account, name: &str| {
+            account
+                .histograms
+                .get(name)
+                .map(|values| (values.expected, values.total()))
+        };
         let histograms = self.histograms.keys().chain(other.histograms.keys());
         let histograms = histograms
             .filter(|name| self.histograms.get(*name) != other.histograms.get(*name))
-            .map(|name| format!("{name}: {:?} and {:?}", brief(self, name), brief(other, name)));
+            .map(|name| {
+                format!(
+                    "{name}: {:?} and {:?}",
+                    brief(self, name),
+                    brief(other, name)
+                )
+            });
         counters.chain(histograms).collect()
     }
 }
@@ -222,7 +264,9 @@ impl Values {
 
 fn counts(hdr: &str) -> BTreeMap<u64, u64> {
     let bytes = STANDARD.decode(hdr).expect("base64");
-    let histogram: hdrhistogram::Histogram<u64> = Deserializer::new().deserialize(&mut bytes.as_slice()).expect("a histogram");
+    let histogram: hdrhistogram::Histogram<u64> = Deserializer::new()
+        .deserialize(&mut bytes.as_slice())
+        .expect("a histogram");
     histogram
         .iter_recorded()
         .map(|entry| (entry.value_iterated_to(), entry.count_at_value()))

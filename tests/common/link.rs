@@ -121,7 +121,8 @@ impl Link {
 
     /// When it has passed; `None` where the queue is full.
     fn pass_bottleneck(&mut self, datagram: &Datagram, now: Time) -> Option<Time> {
-        let Some(nanos) = (datagram.bytes.len() as u64 * 8_000_000_000).checked_div(self.rate) else {
+        let Some(nanos) = (datagram.bytes.len() as u64 * 8_000_000_000).checked_div(self.rate)
+        else {
             return Some(now);
         };
         let free_at = self.free_at.entry(datagram.to).or_insert(now);
@@ -135,7 +136,10 @@ impl Link {
 
     /// The next datagram that has arrived by `now`.
     pub fn poll(&mut self, now: Time) -> Option<(Time, Datagram)> {
-        let entry = self.under_way.first_entry().filter(|entry| entry.key().0 <= now)?;
+        let entry = self
+            .under_way
+            .first_entry()
+            .filter(|entry| entry.key().0 <= now)?;
         self.log.delivered += 1;
         let ((at, _), datagram) = entry.remove_entry();
         Some((at, datagram))
@@ -147,7 +151,9 @@ impl Link {
     }
 
     pub fn next_at(&self) -> Time {
-        self.under_way.first_key_value().map_or(Time::MAX, |((at, _), _)| *at)
+        self.under_way
+            .first_key_value()
+            .map_or(Time::MAX, |((at, _), _)| *at)
     }
 }
 

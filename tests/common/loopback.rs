@@ -8,8 +8,8 @@ use throng::net;
 use throng::sfu::bottleneck::Limit;
 use throng::sfu::worker::{Worker, WorkerConfig};
 use throng::sfu::{
-    Encodings, MediaCommand, MediaEvent, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId,
-    TransportParameters,
+    Encodings, MediaCommand, MediaEvent, Selection, SendMode, SubscriptionId,
+    SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
 };
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerParameters};
 use throng::transport::rtp::{Datagram, Header, HeaderTemplate, classify};
@@ -64,7 +64,13 @@ impl End {
     }
 
     /// Takes what has come, and keeps the connection up. Media is opened and kept, or only counted: how many packets.
-    fn turn(&mut self, epoch: Epoch, router: SocketAddr, batch: &mut net::Batch, keep: bool) -> u64 {
+    fn turn(
+        &mut self,
+        epoch: Epoch,
+        router: SocketAddr,
+        batch: &mut net::Batch,
+        keep: bool,
+    ) -> u64 {
         let mut packets = 0;
         while let Ok(count) = batch.receive(&self.socket) {
             for index in 0..count {
@@ -79,7 +85,11 @@ impl End {
             self.peer.handle_timeout(now);
         }
         let socket = &self.socket;
-        self.peer.poll(now, |datagram, to| drop(socket.send_to(datagram, to)), |_| {});
+        self.peer.poll(
+            now,
+            |datagram, to| drop(socket.send_to(datagram, to)),
+            |_| {},
+        );
         packets
     }
 
@@ -90,13 +100,17 @@ impl End {
                 if keep {
                     let header = Header::parse(datagram).unwrap();
                     let opener = self.peer.opener().unwrap();
-                    let plain = opener.open_rtp(datagram, header.header_len, header.seq.0.into()).unwrap();
-                    self.got.push((header.seq.0, datagram[header.header_len..plain].to_vec()));
+                    let plain = opener
+                        .open_rtp(datagram, header.header_len, header.seq.0.into())
+                        .unwrap();
+                    self.got
+                        .push((header.seq.0, datagram[header.header_len..plain].to_vec()));
                 }
                 true
             }
             Datagram::Stun | Datagram::Dtls => {
-                self.peer.handle_setup_datagram(datagram, router, epoch.now());
+                self.peer
+                    .handle_setup_datagram(datagram, router, epoch.now());
                 false
             }
             _ => false,
@@ -146,9 +160,13 @@ impl Loopback {
         while loopback.ends.len() <= subscribers as usize {
             let first = loopback.ends.len() as u32;
             for index in first..=subscribers.min(first + WAVE) {
-                loopback.ends.push(End::add(&loopback.worker, &identity, epoch, index));
+                loopback
+                    .ends
+                    .push(End::add(&loopback.worker, &identity, epoch, index));
             }
-            loopback.turn_until("connected", |ends| ends.iter().all(|end| end.peer.is_connected()));
+            loopback.turn_until("connected", |ends| {
+                ends.iter().all(|end| end.peer.is_connected())
+            });
         }
         let worker = &loopback.worker;
         worker.command(MediaCommand::AddTrack {
@@ -163,7 +181,10 @@ impl Loopback {
                 extensions: ExtensionIds::default(),
                 nack: true,
                 transport_cc: false,
-                encodings: Encodings::Ssrc { ssrc: 1, rtx_ssrc: None },
+                encodings: Encodings::Ssrc {
+                    ssrc: 1,
+                    rtx_ssrc: None,
+                },
             }),
         });
         for subscriber in 1..=subscribers {
@@ -177,12 +198,18 @@ impl Loopback {
                     payload_type: 110,
                     rtx_payload_type: None,
                     extensions: ExtensionIds::default(),
-                    selection: Selection { enabled: true, layer: 0 },
+                    selection: Selection {
+                        enabled: true,
+                        layer: 0,
+                    },
                 }),
             });
         }
         // Requests are taken in turn: with the answer, all that was asked before is done.
-        assert_eq!(worker.statistics().unwrap().subscriptions, u64::from(subscribers));
+        assert_eq!(
+            worker.statistics().unwrap().subscriptions,
+            u64::from(subscribers)
+        );
         let mut up = 0;
         loopback.turn_until("the router's own word", |_| {
             while let Ok(event) = told.try_recv() {
@@ -205,16 +232,27 @@ impl Loopback {
         for (at, payload) in payloads.iter().enumerate() {
             let (seq, packet) = (first_seq.wrapping_add(at as u16), &mut bytes[len..]);
             let marker = payloads.len() > 1 && at + 1 == payloads.len();
-            let header_len = self.template.write(packet, marker, Seq(seq), rtp_time).unwrap();
+            let header_len = self
+                .template
+                .write(packet, marker, Seq(seq), rtp_time)
+                .unwrap();
             let plain = header_len + payload.len();
             packet[header_len..plain].copy_from_slice(payload);
             self.next_index += u64::from(seq.wrapping_sub(self.next_index as u16));
             let sealer = self.ends[0].peer.sealer().unwrap();
-            let sealed = sealer.seal_rtp(packet, header_len, plain, self.next_index).unwrap();
+            let sealed = sealer
+                .seal_rtp(packet, header_len, plain, self.next_index)
+                .unwrap();
             segment = segment.max(sealed);
             len += sealed;
         }
-        net::send_segmented(&self.ends[0].socket, Some(self.worker.address()), &bytes[..len], segment).unwrap();
+        net::send_segmented(
+            &self.ends[0].socket,
+            Some(self.worker.address()),
+            &bytes[..len],
+            segment,
+        )
+        .unwrap();
     }
 
     /// Takes what has come, and keeps the connections up.
@@ -229,14 +267,20 @@ impl Loopback {
     /// Takes what has come to some of the ends without opening its media: how many packets.
     pub fn skim(&mut self, ends: std::ops::Range<usize>) -> u64 {
         let router = self.worker.address();
-        let skimmed = self.ends[ends].iter_mut().map(|end| end.turn(self.epoch, router, &mut self.batch, false));
+        let skimmed = self.ends[ends]
+            .iter_mut()
+            .map(|end| end.turn(self.epoch, router, &mut self.batch, false));
         skimmed.sum()
     }
 
     pub fn turn_until(&mut self, what: &str, mut done: impl FnMut(&[End]) -> bool) {
         let started = Instant::now();
         while !done(&self.ends) {
-            assert!(started.elapsed() < PATIENCE, "waited in vain for: {what}; {:?}", self.worker.statistics());
+            assert!(
+                started.elapsed() < PATIENCE,
+                "waited in vain for: {what}; {:?}",
+                self.worker.statistics()
+            );
             self.turn();
         }
     }

@@ -42,7 +42,8 @@ impl Namespace {
     /// Does `work` in a thread of this namespace: its sockets are made here, and so are those of the programs that it starts.
     pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         let entered = || {
-            move_into_link_name_space(self.handle.as_fd(), Some(LinkNameSpaceType::Network)).expect("a namespace of our own can be entered");
+            move_into_link_name_space(self.handle.as_fd(), Some(LinkNameSpaceType::Network))
+                .expect("a namespace of our own can be entered");
             work()
         };
         match std::thread::scope(|scope| scope.spawn(entered).join()) {
@@ -60,8 +61,12 @@ impl Namespace {
     }
 
     pub fn device_counts(&self) -> DeviceCounts {
-        let page = self.run(|| fs::read_to_string("/proc/thread-self/net/dev")).expect("the kernel's page");
-        let line = page.lines().find_map(|line| line.trim().strip_prefix(&format!("{DEVICE}:")));
+        let page = self
+            .run(|| fs::read_to_string("/proc/thread-self/net/dev"))
+            .expect("the kernel's page");
+        let line = page
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(&format!("{DEVICE}:")));
         let columns: Vec<u64> = line
             .expect("our device")
             .split_whitespace()
@@ -79,7 +84,10 @@ impl Namespace {
 fn make(address: Ipv4Addr) -> io::Result<(File, File)> {
     unshare_network()?;
     let handle = File::open("/proc/thread-self/ns/net")?;
-    let device = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")?;
     become_tun(&device)?;
     // Without a protocol it is NETLINK_ROUTE, number 0.
     let netlink = socket(AddressFamily::NETLINK, SocketType::RAW, None)?;
@@ -119,7 +127,12 @@ fn become_tun(device: &File) -> io::Result<()> {
     };
     request.name[..DEVICE.len()].copy_from_slice(DEVICE.as_bytes());
     // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which `Ifreq` is, and keeps no pointer to it.
-    Ok(unsafe { rustix::ioctl::ioctl(device, rustix::ioctl::Updater::<TUNSETIFF, Ifreq>::new(&mut request)) }?)
+    Ok(unsafe {
+        rustix::ioctl::ioctl(
+            device,
+            rustix::ioctl::Updater::<TUNSETIFF, Ifreq>::new(&mut request),
+        )
+    }?)
 }
 
 const RTM_NEWLINK: u16 = 16;
@@ -168,7 +181,12 @@ fn message(kind: u16, body: &[u8]) -> Vec<u8> {
 }
 
 fn ask(netlink: &OwnedFd, message: &[u8]) -> io::Result<()> {
-    sendto(netlink, message, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+    sendto(
+        netlink,
+        message,
+        SendFlags::empty(),
+        &SocketAddrNetlink::new(0, 0),
+    )?;
     let mut answer = [0; 1_024];
     let (_, len) = recv(netlink, &mut answer, RecvFlags::empty())?;
     // NLMSG_ERROR with the negative error number, 0 for success, behind the header.
@@ -185,6 +203,8 @@ fn ask(netlink: &OwnedFd, message: &[u8]) -> io::Result<()> {
 
 /// Whether `unshare` can give an ordinary user a user namespace in which this test would be root.
 pub fn user_namespaces_work() -> bool {
-    let tried = Command::new("unshare").args(["--user", "--map-root-user", "true"]).output();
+    let tried = Command::new("unshare")
+        .args(["--user", "--map-root-user", "true"])
+        .output();
     tried.is_ok_and(|output| output.status.success())
 }

@@ -196,7 +196,11 @@ impl Places {
     pub fn new(count: usize, seed: u64) -> io::Result<Places> {
         let addresses: Vec<Ipv4Addr> = (0..count).map(place).collect();
         let (server, places, wires) = Wires::lay(&addresses, seed)?;
-        Ok(Places { places, server, wires })
+        Ok(Places {
+            places,
+            server,
+            wires,
+        })
     }
 
     /// As [`Network::for_test`].
@@ -207,7 +211,12 @@ impl Places {
 
 /// The address of a place of [`Places`].
 pub fn place(index: usize) -> Ipv4Addr {
-    Ipv4Addr::new(10, 77, 0, 11 + u8::try_from(index).expect("a handful of places"))
+    Ipv4Addr::new(
+        10,
+        77,
+        0,
+        11 + u8::try_from(index).expect("a handful of places"),
+    )
 }
 
 fn for_test<N>(name: &str, make: impl FnOnce() -> io::Result<N>) -> Option<N> {
@@ -215,7 +224,8 @@ fn for_test<N>(name: &str, make: impl FnOnce() -> io::Result<N>) -> Option<N> {
         Ok(network) => return Some(network),
         Err(error) => error,
     };
-    let again = std::env::var_os(IN_USER_NAMESPACE).is_none() && error.kind() == io::ErrorKind::PermissionDenied;
+    let again = std::env::var_os(IN_USER_NAMESPACE).is_none()
+        && error.kind() == io::ErrorKind::PermissionDenied;
     if again && namespace::user_namespaces_work() {
         let mut command = Command::new("unshare");
         command
@@ -225,12 +235,19 @@ fn for_test<N>(name: &str, make: impl FnOnce() -> io::Result<N>) -> Option<N> {
             .args(["--exact", name, "--include-ignored", "--nocapture"])
             .env(IN_USER_NAMESPACE, "1");
         let output = command.output().expect("it ran a moment ago");
-        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() && said.contains("1 passed"), "in a user namespace: {said}");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success() && said.contains("1 passed"),
+            "in a user namespace: {said}"
+        );
         eprintln!("{said}");
         return None;
     }
-    assert!(std::env::var_os("CI").is_none(), "no network namespaces under CI: {error}");
+    assert!(
+        std::env::var_os("CI").is_none(),
+        "no network namespaces under CI: {error}"
+    );
     eprintln!("SKIPPED {name}: no network namespace can be made here ({error}); run it as root");
     None
 }
@@ -264,11 +281,19 @@ impl Wires {
             let seed = seed.wrapping_add(2 * index as u64);
             Ok(Way {
                 address: *address,
-                directions: [one_way(&from_server, seed)?, one_way(device, seed.wrapping_add(1))?],
+                directions: [
+                    one_way(&from_server, seed)?,
+                    one_way(device, seed.wrapping_add(1))?,
+                ],
             })
         };
         let state = State {
-            ways: addresses.iter().zip(&devices).enumerate().map(way).collect::<io::Result<_>>()?,
+            ways: addresses
+                .iter()
+                .zip(&devices)
+                .enumerate()
+                .map(way)
+                .collect::<io::Result<_>>()?,
             under_way: BTreeMap::new(),
             log: Vec::new(),
             count: 0,
@@ -287,22 +312,29 @@ impl Wires {
             start(Box::new(|relay| relay.read_from(from_server, None))),
             start(Box::new(Relay::release_in_time)),
         ];
-        threads.extend(
-            devices
-                .into_iter()
-                .enumerate()
-                .map(|(index, device)| start(Box::new(move |relay| relay.read_from(device, Some(index))))),
-        );
+        threads.extend(devices.into_iter().enumerate().map(|(index, device)| {
+            start(Box::new(move |relay| relay.read_from(device, Some(index))))
+        }));
         let mut ends = vec![server.try_clone()?];
         for place in &places {
             ends.push(place.try_clone()?);
         }
-        Ok((server, places, Wires { relay, threads, ends }))
+        Ok((
+            server,
+            places,
+            Wires {
+                relay,
+                threads,
+                ends,
+            },
+        ))
     }
 
     /// From now on. Signalling (TCP) is spared, unless [`Wires::touch_tcp`] says otherwise.
     pub fn set(&self, place: usize, direction: Direction, conditions: Conditions) {
-        self.relay.lock().ways[place].directions[direction as usize].path.conditions = conditions;
+        self.relay.lock().ways[place].directions[direction as usize]
+            .path
+            .conditions = conditions;
     }
 
     pub fn set_both(&self, place: usize, conditions: Conditions) {
@@ -313,7 +345,10 @@ impl Wires {
 
     /// Whether the conditions are for signalling, too.
     pub fn touch_tcp(&self, place: usize, too: bool) {
-        self.relay.lock().ways[place].directions.iter_mut().for_each(|way| way.tcp_too = too);
+        self.relay.lock().ways[place]
+            .directions
+            .iter_mut()
+            .for_each(|way| way.tcp_too = too);
     }
 
     /// Since the network was made, as times in the log are.
@@ -338,13 +373,24 @@ impl Drop for Wires {
         self.relay.changed.notify_all();
         for end in &self.ends {
             // Wakes the thread that reads there; the packet itself goes nowhere.
-            let to = if end.address == SERVER { CLIENTS } else { SERVER };
-            let poke = || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| socket.send_to(&[0], (to, 9)));
-            end.run(poke).expect("the network's own device takes a packet");
+            let to = if end.address == SERVER {
+                CLIENTS
+            } else {
+                SERVER
+            };
+            let poke = || {
+                UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
+                    .and_then(|socket| socket.send_to(&[0], (to, 9)))
+            };
+            end.run(poke)
+                .expect("the network's own device takes a packet");
         }
         for thread in self.threads.drain(..) {
             let ended = thread.join();
-            assert!(ended.is_ok() || std::thread::panicking(), "a thread of the relay panicked");
+            assert!(
+                ended.is_ok() || std::thread::panicking(),
+                "a thread of the relay panicked"
+            );
         }
     }
 }
@@ -396,7 +442,9 @@ impl Relay {
     fn read_from(&self, mut device: File, place: Option<usize>) {
         let mut buffer = [0; MTU];
         loop {
-            let len = device.read(&mut buffer).expect("an open TUN device can be read");
+            let len = device
+                .read(&mut buffer)
+                .expect("an open TUN device can be read");
             let now = self.began.elapsed();
             let mut state = self.lock();
             if state.ended {
@@ -418,8 +466,16 @@ impl Relay {
                 .first_key_value()
                 .map(|((leaves, _), _)| leaves.saturating_sub(self.began.elapsed()));
             state = match wait {
-                Some(wait) => self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0,
-                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(wait) => {
+                    self.changed
+                        .wait_timeout(state, wait)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
+                }
+                None => self
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
             };
         }
     }
@@ -427,9 +483,15 @@ impl Relay {
 
 impl State {
     fn take(&mut self, bytes: &[u8], place: Option<usize>, now: Duration) {
-        let direction = if place.is_some() { Direction::Up } else { Direction::Down };
+        let direction = if place.is_some() {
+            Direction::Up
+        } else {
+            Direction::Down
+        };
         // The kernel's own IPv6 chatter has nobody to talk to.
-        let Some(mut packet) = describe(bytes, direction, now) else { return };
+        let Some(mut packet) = describe(bytes, direction, now) else {
+            return;
+        };
         // What a server says to no place, a group for instance, goes to the only one there is, or nowhere.
         let only = (self.ways.len() == 1).then_some(0);
         let Some(place) = place.or_else(|| self.place_of(*packet.to.ip())).or(only) else {
@@ -493,7 +555,10 @@ pub fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Pack
     }
     let body = bytes.get(usize::from(first & 0x0F) * 4..)?;
     let address = |at: usize| Ipv4Addr::new(bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]);
-    let port = |at: usize| body.get(at..at + 2).map_or(0, |port| u16::from_be_bytes([port[0], port[1]]));
+    let port = |at: usize| {
+        body.get(at..at + 2)
+            .map_or(0, |port| u16::from_be_bytes([port[0], port[1]]))
+    };
     let (content, bytes_counted) = match (bytes[9], body.get(8..)) {
         (UDP, Some(payload)) => (describe_udp(payload), payload.len()),
         (TCP, _) => (describe_tcp(body), bytes.len()),
@@ -525,7 +590,14 @@ fn describe_tcp(segment: &[u8]) -> Content {
 
 /// RFC 7983 by the first byte, RFC 5761 between RTP and RTCP.
 fn describe_udp(payload: &[u8]) -> Content {
-    let word = |at: usize| u32::from_be_bytes([payload[at], payload[at + 1], payload[at + 2], payload[at + 3]]);
+    let word = |at: usize| {
+        u32::from_be_bytes([
+            payload[at],
+            payload[at + 1],
+            payload[at + 2],
+            payload[at + 3],
+        ])
+    };
     match payload {
         [class @ 0..=3, ..] if payload.len() >= 20 => Content::Stun {
             // RFC 8489, section 5: the upper bit of the class is in every response.

@@ -66,7 +66,13 @@ pub fn layers() -> [Source; 3] {
         };
         Arc::new(VideoClip::generate(&spec, 2).unwrap())
     };
-    let layers = LAYERS.get_or_init(|| [layer(96, 54, 15, 60_000), layer(160, 90, 20, 150_000), layer(320, 180, 30, 400_000)]);
+    let layers = LAYERS.get_or_init(|| {
+        [
+            layer(96, 54, 15, 60_000),
+            layer(160, 90, 20, 150_000),
+            layer(320, 180, 30, 400_000),
+        ]
+    });
     layers.clone().map(Source::Video)
 }
 
@@ -120,7 +126,10 @@ impl Pair {
 
     /// The same, where each end has a list and a clock of its own: on two hosts.
     pub fn between(seed: u64, obeys_bandwidth: bool, ends: [(Arc<Roster>, Epoch); 2]) -> Pair {
-        let addresses: [SocketAddr; 2] = ["192.0.2.1:1000".parse().unwrap(), "192.0.2.2:2000".parse().unwrap()];
+        let addresses: [SocketAddr; 2] = [
+            "192.0.2.1:1000".parse().unwrap(),
+            "192.0.2.2:2000".parse().unwrap(),
+        ];
         let identity = Identity::generate().unwrap();
         let (roster, epoch) = ends[0].clone();
         let shards = ends.map(|(roster, epoch)| {
@@ -180,12 +189,22 @@ impl Pair {
 
     /// What end 1 receives goes to `tap` as well.
     pub fn record(&mut self, tap: Box<Tap>) {
-        self.shards[1].handle_command(Command::Record { participant: 1, tap }, self.now, &mut self.outlets[1]);
+        self.shards[1].handle_command(
+            Command::Record {
+                participant: 1,
+                tap,
+            },
+            self.now,
+            &mut self.outlets[1],
+        );
     }
 
     /// End 0 publishes these to end 1, from the next tick on.
     pub fn publish(&mut self, sources: &[Source], pacing: Pacing) {
-        let tracks = sources.iter().map(|source| self.track(source, 0, pacing)).collect();
+        let tracks = sources
+            .iter()
+            .map(|source| self.track(source, 0, pacing))
+            .collect();
         self.publish_tracks(tracks);
     }
 
@@ -197,12 +216,17 @@ impl Pair {
             mid_extension: MID_EXTENSION,
             rid_extension: RID_EXTENSION,
             repaired_rid_extension: Some(REPAIRED_RID_EXTENSION),
-            track_bitrate: Bitrate::from_bps(layers.iter().map(|layer| layer.bitrate().bps()).sum()),
+            track_bitrate: Bitrate::from_bps(
+                layers.iter().map(|layer| layer.bitrate().bps()).sum(),
+            ),
         };
-        let tracks = layers.iter().enumerate().map(|(layer, source)| SendParameters {
-            simulcast: Some(simulcast(layer)),
-            ..self.track(source, layer as u8, pacing)
-        });
+        let tracks = layers
+            .iter()
+            .enumerate()
+            .map(|(layer, source)| SendParameters {
+                simulcast: Some(simulcast(layer)),
+                ..self.track(source, layer as u8, pacing)
+            });
         let tracks = tracks.collect();
         self.publish_tracks(tracks);
     }
@@ -212,15 +236,27 @@ impl Pair {
             kind: track.source.kind(),
             ssrc: track.ssrc,
             rtx_ssrc: track.rtx_ssrc,
-            clock_rate: if track.source.kind() == Kind::Audio { 48_000 } else { 90_000 },
+            clock_rate: if track.source.kind() == Kind::Audio {
+                48_000
+            } else {
+                90_000
+            },
             nack: true,
             transport_cc_extension: self.transport_cc_extension,
             abs_send_time_extension: None,
             announced_at: self.now,
         });
         let streams = streams.collect();
-        self.shards[1].handle_command(Command::Subscribe { key: 0, streams }, self.now, &mut self.outlets[1]);
-        self.shards[0].handle_command(Command::Publish { key: 0, tracks }, self.now, &mut self.outlets[0]);
+        self.shards[1].handle_command(
+            Command::Subscribe { key: 0, streams },
+            self.now,
+            &mut self.outlets[1],
+        );
+        self.shards[0].handle_command(
+            Command::Publish { key: 0, tracks },
+            self.now,
+            &mut self.outlets[0],
+        );
     }
 
     /// A track that begins with the next tick.
@@ -290,7 +326,10 @@ impl Pair {
                 self.connected[me] |= matches!(event, Event::Connected { .. });
             }
             for datagram in outlet.sent.drain(..) {
-                self.ice_datagrams += u64::from(matches!(classify(&datagram.bytes), Class::Stun | Class::Dtls));
+                self.ice_datagrams += u64::from(matches!(
+                    classify(&datagram.bytes),
+                    Class::Stun | Class::Dtls
+                ));
                 if ssrc_and_seq(&datagram.bytes).is_some() {
                     (self.on_sent)(&datagram);
                 }
@@ -306,8 +345,12 @@ impl Pair {
                 (self.on_arrived)(datagram);
                 under_test(true, || shard.handle_rtp(0, &mut datagram.bytes, at));
             }
-            Class::Rtcp => under_test(true, || shard.handle_rtcp(0, &mut datagram.bytes, at, self.now, outlet)),
-            _ => shard.handle_setup_datagram(0, &datagram.bytes, datagram.from, at, self.now, outlet),
+            Class::Rtcp => under_test(true, || {
+                shard.handle_rtcp(0, &mut datagram.bytes, at, self.now, outlet)
+            }),
+            _ => {
+                shard.handle_setup_datagram(0, &datagram.bytes, datagram.from, at, self.now, outlet)
+            }
         }
     }
 }

@@ -113,7 +113,8 @@ impl Path {
             return (Fate::Overflowed, None);
         };
         let first = self.after_the_wire(sent);
-        let twice = self.conditions.duplication > 0.0 && self.chance.happens(self.conditions.duplication);
+        let twice =
+            self.conditions.duplication > 0.0 && self.chance.happens(self.conditions.duplication);
         (first, twice.then(|| self.after_the_wire(sent)))
     }
 
@@ -123,7 +124,11 @@ impl Path {
             Loss::Random(share) => self.chance.happens(share),
             Loss::Bursts { share, mean } => {
                 // Bursts end with 1 in `mean` packets; they begin so often that `share` of the time is spent in them.
-                let change = if self.in_burst { 1.0 / mean } else { share / (mean * (1.0 - share)) };
+                let change = if self.in_burst {
+                    1.0 / mean
+                } else {
+                    share / (mean * (1.0 - share))
+                };
                 self.in_burst ^= self.chance.happens(change);
                 self.in_burst
             }
@@ -132,7 +137,9 @@ impl Path {
 
     /// When a packet has passed it; `None` where the queue is full.
     fn through_the_bottleneck(&mut self, bytes: usize, now: Duration) -> Option<Duration> {
-        let Some(rate) = self.conditions.rate else { return Some(now) };
+        let Some(rate) = self.conditions.rate else {
+            return Some(now);
+        };
         let idle_from = self.idle_from.max(now);
         let sent = now.max(idle_from.saturating_sub(rate.time_of(rate.burst_bytes)));
         if sent - now + rate.time_of(bytes) > rate.time_of(rate.queue_bytes) {

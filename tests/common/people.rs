@@ -45,7 +45,11 @@ impl People {
             .enable_all()
             .build()
             .unwrap();
-        let (epoch, identity, count) = (Epoch::read(), Identity::generate().unwrap(), subscribers + 1);
+        let (epoch, identity, count) = (
+            Epoch::read(),
+            Identity::generate().unwrap(),
+            subscribers + 1,
+        );
         let roster = Arc::new(Roster::new(RUN, (0..count).map(|_| 0)));
         let (command_sender, commands) = channel();
         let (report_sender, reports) = mpsc::unbounded_channel();
@@ -121,7 +125,8 @@ impl People {
             _runtime: runtime,
         };
         people.wait_until("all are in and see the publisher", |record| {
-            record.session.joins_ok == u64::from(count) && record.video.tracks_live == u64::from(subscribers)
+            record.session.joins_ok == u64::from(count)
+                && record.video.tracks_live == u64::from(subscribers)
         });
         people
     }
@@ -141,7 +146,9 @@ impl People {
             match notice {
                 Notice::Joined { .. } => self.record.session.joins_ok += 1,
                 Notice::SpeakersChanged => self.record.session.speaker_updates += 1,
-                Notice::JoinFailed { reason, .. } | Notice::Disconnected { reason, .. } => panic!("{reason}"),
+                Notice::JoinFailed { reason, .. } | Notice::Disconnected { reason, .. } => {
+                    panic!("{reason}")
+                }
                 _ => {}
             }
         }
@@ -165,7 +172,11 @@ impl People {
     pub fn wait_for_frames(&mut self, what: &str, done: impl Fn([u32; 3]) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !done(self.frames()) {
-            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}, {:?}", self.frames());
+            assert!(
+                Instant::now() < deadline,
+                "not within {PATIENCE:?}: {what}, {:?}",
+                self.frames()
+            );
             self.record();
         }
     }

@@ -22,7 +22,9 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     // A test that failed while it held the lock says so itself.
-    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    ALONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// A turn beside one other run: for tests of which nothing is asked that a neighbour would change. Most of their time is waiting.
@@ -31,7 +33,11 @@ pub fn beside_one_other() -> MutexGuard<'static, ()> {
     static TURNS: AtomicUsize = AtomicUsize::new(0);
     let free = PLACES.iter().find_map(|place| place.try_lock().ok());
     let next = || &PLACES[TURNS.fetch_add(1, Ordering::Relaxed) % PLACES.len()];
-    free.unwrap_or_else(|| next().lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    free.unwrap_or_else(|| {
+        next()
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    })
 }
 
 /// `throng` without a target, whatever the environment of the tests has.
@@ -44,13 +50,21 @@ pub fn throng() -> Command {
 /// A shell that knows the program as `$THRONG`.
 pub fn shell(script: &str) -> Command {
     let mut command = Command::new("sh");
-    command.arg("-c").arg(script).env("THRONG", env!("CARGO_BIN_EXE_throng"));
+    command
+        .arg("-c")
+        .arg(script)
+        .env("THRONG", env!("CARGO_BIN_EXE_throng"));
     clean(&mut command);
     command
 }
 
 fn clean(command: &mut Command) {
-    for name in ["LIVEKIT_URL", "LIVEKIT_API_KEY", "LIVEKIT_API_SECRET", "NO_COLOR"] {
+    for name in [
+        "LIVEKIT_URL",
+        "LIVEKIT_API_KEY",
+        "LIVEKIT_API_SECRET",
+        "NO_COLOR",
+    ] {
         command.env_remove(name);
     }
 }
@@ -84,7 +98,10 @@ pub struct Finished {
 impl Running {
     /// Starts `command`; `secret` must not be found in what it writes.
     pub fn start(command: &mut Command, secret: &str) -> Running {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program can be run");
         Running {
             stdout: child.stdout.take().map(read_all),
@@ -141,7 +158,9 @@ impl Running {
     }
 
     fn output(&mut self) -> [String; 2] {
-        [self.stdout.take(), self.stderr.take()].map(|reader| reader.map_or_else(String::new, |reader| reader.join().unwrap_or_default()))
+        [self.stdout.take(), self.stderr.take()].map(|reader| {
+            reader.map_or_else(String::new, |reader| reader.join().unwrap_or_default())
+        })
     }
 }
 
@@ -169,7 +188,8 @@ fn read_all(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
 pub fn assert_no_secret(text: &str, secret: &str) {
     assert!(!text.contains(secret), "the API secret is in: {text}");
     for (at, _) in text.match_indices("eyJ") {
-        let after = text[at..].trim_start_matches(|c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+        let after = text[at..]
+            .trim_start_matches(|c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_');
         assert!(!after.starts_with('.'), "a token is in: {text}");
     }
 }
@@ -180,7 +200,11 @@ pub struct Scratch(PathBuf);
 impl Scratch {
     pub fn new() -> Scratch {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("throng-program-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "throng-program-{}-{}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
         let dir = std::env::temp_dir().join(name);
         fs::create_dir_all(&dir).expect("a temporary directory can be made");
         Scratch(dir)
@@ -202,17 +226,24 @@ pub struct Report(pub Value);
 
 impl Report {
     pub fn read(path: &Path, secret: &str) -> Report {
-        let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let text =
+            fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         assert_no_secret(&text, secret);
         Report::parse(&text)
     }
 
     pub fn parse(text: &str) -> Report {
-        let report: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("no JSON ({error}): {text}"));
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/schema/throng-report-1.schema.json");
-        let schema: Value = serde_json::from_str(&fs::read_to_string(path).expect("the schema")).expect("the schema is JSON");
+        let report: Value =
+            serde_json::from_str(text).unwrap_or_else(|error| panic!("no JSON ({error}): {text}"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("fixtures/schema/throng-report-1.schema.json");
+        let schema: Value = serde_json::from_str(&fs::read_to_string(path).expect("the schema"))
+            .expect("the schema is JSON");
         let validator = jsonschema::draft202012::new(&schema).expect("a valid schema");
-        let errors: Vec<String> = validator.iter_errors(&report).map(|error| error.to_string()).collect();
+        let errors: Vec<String> = validator
+            .iter_errors(&report)
+            .map(|error| error.to_string())
+            .collect();
         assert!(errors.is_empty(), "{errors:#?}");
         Report(report)
     }
@@ -245,6 +276,10 @@ impl Report {
 }
 
 fn lines(list: &Value) -> String {
-    let texts = list.as_array().expect("a list").iter().map(|text| text.as_str().expect("a text"));
+    let texts = list
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|text| text.as_str().expect("a text"));
     texts.collect::<Vec<_>>().join("\n")
 }

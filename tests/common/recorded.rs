@@ -27,12 +27,21 @@ impl Picture {
 pub fn read_ivf(path: &Path) -> (usize, Vec<Picture>) {
     let file = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let (header, mut rest) = file.split_at(32);
-    assert_eq!((&header[..8], &header[8..12]), (&b"DKIF\0\0\x20\0"[..], &b"VP80"[..]));
+    assert_eq!(
+        (&header[..8], &header[8..12]),
+        (&b"DKIF\0\0\x20\0"[..], &b"VP80"[..])
+    );
     let number = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
-    assert_eq!((number(&header[16..20]), number(&header[20..24])), (90_000, 1));
+    assert_eq!(
+        (number(&header[16..20]), number(&header[20..24])),
+        (90_000, 1)
+    );
     let mut pictures = Vec::new();
     while !rest.is_empty() {
-        let (len, timestamp) = (number(&rest[..4]) as usize, u64::from_le_bytes(rest[4..12].try_into().unwrap()));
+        let (len, timestamp) = (
+            number(&rest[..4]) as usize,
+            u64::from_le_bytes(rest[4..12].try_into().unwrap()),
+        );
         let bytes = rest[12..12 + len].to_vec();
         pictures.push(Picture { timestamp, bytes });
         rest = &rest[12 + len..];
@@ -48,11 +57,28 @@ pub struct Sound {
 
 /// The packets with sound, and how long the stream is: in samples, by what its packets hold and by its last granule position.
 pub fn read_opus(path: &Path) -> (Vec<Sound>, u64, u64) {
-    let mut reader = PacketReader::new(File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())));
-    assert!(reader.read_packet_expected().unwrap().data.starts_with(b"OpusHead\x01\x02"));
-    assert!(reader.read_packet_expected().unwrap().data.starts_with(b"OpusTags"));
+    let mut reader = PacketReader::new(
+        File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())),
+    );
+    assert!(
+        reader
+            .read_packet_expected()
+            .unwrap()
+            .data
+            .starts_with(b"OpusHead\x01\x02")
+    );
+    assert!(
+        reader
+            .read_packet_expected()
+            .unwrap()
+            .data
+            .starts_with(b"OpusTags")
+    );
     let (mut sounds, mut position, mut granule) = (Vec::new(), 0, 0);
-    while let Some(packet) = reader.read_packet().expect("whole pages with right checksums") {
+    while let Some(packet) = reader
+        .read_packet()
+        .expect("whole pages with right checksums")
+    {
         let parsed = opus::packet::parse(&packet.data).expect("an Opus packet");
         if parsed.frames.iter().any(|frame| !frame.is_empty()) {
             sounds.push(Sound {
@@ -74,7 +100,9 @@ pub fn read_opus(path: &Path) -> (Vec<Sound>, u64, u64) {
 pub fn only_file(dir: &Path, ending: &str) -> PathBuf {
     let files = fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
     let paths = files.map(|file| file.unwrap().path());
-    let mut found: Vec<PathBuf> = paths.filter(|path| path.to_string_lossy().ends_with(ending)).collect();
+    let mut found: Vec<PathBuf> = paths
+        .filter(|path| path.to_string_lossy().ends_with(ending))
+        .collect();
     assert_eq!(found.len(), 1, "{found:?}");
     found.remove(0)
 }
@@ -98,14 +126,22 @@ pub fn has_ffmpeg() -> bool {
 
 /// Plays a file with ffmpeg's own decoder and with the codec's, neither of which may say a word: bytes that come out, for each.
 pub fn play(path: &Path) -> [usize; 2] {
-    let (kind, decoders, output): (_, _, &[&str]) = match path.extension().and_then(|extension| extension.to_str()) {
-        Some("ivf") => (
-            "-c:v",
-            ["vp8", "libvpx"],
-            &["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "yuv420p"],
-        ),
-        _ => ("-c:a", ["opus", "libopus"], &["-f", "s16le"]),
-    };
+    let (kind, decoders, output): (_, _, &[&str]) =
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("ivf") => (
+                "-c:v",
+                ["vp8", "libvpx"],
+                &[
+                    "-fps_mode",
+                    "passthrough",
+                    "-f",
+                    "rawvideo",
+                    "-pix_fmt",
+                    "yuv420p",
+                ],
+            ),
+            _ => ("-c:a", ["opus", "libopus"], &["-f", "s16le"]),
+        };
     decoders.map(|decoder| {
         let mut command = Command::new("ffmpeg");
         command
@@ -115,7 +151,11 @@ pub fn play(path: &Path) -> [usize; 2] {
             .arg("pipe:1");
         let played = command.output().expect("ffmpeg runs");
         let said = String::from_utf8_lossy(&played.stderr);
-        assert!(played.status.success() && said.is_empty(), "{decoder}, {}: {said}", path.display());
+        assert!(
+            played.status.success() && said.is_empty(),
+            "{decoder}, {}: {said}",
+            path.display()
+        );
         played.stdout.len()
     })
 }

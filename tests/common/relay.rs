@@ -12,8 +12,8 @@ use throng::measure::{Kind, Record};
 use throng::media::identity::FrameIdentity;
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::{
-    Encodings, MediaCommand, MediaEvent, Outgoing, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters,
-    TransportId, TransportParameters,
+    Encodings, MediaCommand, MediaEvent, Outgoing, Selection, SendMode, SubscriptionId,
+    SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
 };
 use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
@@ -23,7 +23,10 @@ use throng::units::{Epoch, Time};
 use crate::link::{Conditions, Datagram, Link, Outlet, under_test};
 
 pub const TICK: Duration = Duration::from_millis(1);
-pub const ALL: Selection = Selection { enabled: true, layer: 2 };
+pub const ALL: Selection = Selection {
+    enabled: true,
+    layer: 2,
+};
 pub const AUDIO_LEVEL_ID: u8 = 1;
 
 pub fn router_address() -> SocketAddr {
@@ -31,7 +34,9 @@ pub fn router_address() -> SocketAddr {
 }
 
 pub fn client_address(client: usize) -> SocketAddr {
-    format!("198.51.100.{}:{}", client + 1, 1_000 + client).parse().unwrap()
+    format!("198.51.100.{}:{}", client + 1, 1_000 + client)
+        .parse()
+        .unwrap()
 }
 
 pub fn level_extension(kind: Kind) -> ExtensionIds {
@@ -157,7 +162,13 @@ pub struct Relay<W = Link> {
 impl Relay {
     /// `clients` of them, each with one connection, up. The link is perfect until its conditions are changed. With `active` the router opens DTLS.
     pub fn connected(clients: usize, send: SendMode, active: bool, seed: u64) -> Relay {
-        Relay::over(Link::new(Conditions::default(), seed), clients, send, active, seed)
+        Relay::over(
+            Link::new(Conditions::default(), seed),
+            clients,
+            send,
+            active,
+            seed,
+        )
     }
 }
 
@@ -254,7 +265,8 @@ impl<W: Wire> Relay<W> {
     }
 
     pub fn command(&mut self, command: MediaCommand) {
-        self.router.handle_command(command, self.now, &mut self.outlet);
+        self.router
+            .handle_command(command, self.now, &mut self.outlet);
     }
 
     /// Client `client` publishes one source. Returns its track.
@@ -288,7 +300,8 @@ impl<W: Wire> Relay<W> {
             track: index as u8,
             ..FrameIdentity::default()
         };
-        self.roster.set_published(&identity, first_frame_at, source.frame_interval());
+        self.roster
+            .set_published(&identity, first_frame_at, source.frame_interval());
         let tracks = vec![SendParameters {
             source: source.clone(),
             ssrc,
@@ -305,14 +318,21 @@ impl<W: Wire> Relay<W> {
             first_frame_at,
         }];
         let publisher = &mut self.clients[client];
-        publisher
-            .shard
-            .handle_command(Command::Publish { key: 0, tracks }, self.now, &mut publisher.outlet);
+        publisher.shard.handle_command(
+            Command::Publish { key: 0, tracks },
+            self.now,
+            &mut publisher.outlet,
+        );
         track
     }
 
     /// Returns the subscription and the SSRCs that it comes on.
-    pub fn subscribe(&mut self, client: usize, track: TrackId, kind: Kind) -> (SubscriptionId, u32, Option<u32>) {
+    pub fn subscribe(
+        &mut self,
+        client: usize,
+        track: TrackId,
+        kind: Kind,
+    ) -> (SubscriptionId, u32, Option<u32>) {
         let subscription = SubscriptionId(client as u32 * 1_000 + track.0);
         let ssrc = 0x2000_0000 + subscription.0 * 16;
         let rtx_ssrc = (kind == Kind::Video).then_some(ssrc + 1);
@@ -340,9 +360,11 @@ impl<W: Wire> Relay<W> {
             announced_at: self.now,
         }];
         let subscriber = &mut self.clients[client];
-        subscriber
-            .shard
-            .handle_command(Command::Subscribe { key: 0, streams }, self.now, &mut subscriber.outlet);
+        subscriber.shard.handle_command(
+            Command::Subscribe { key: 0, streams },
+            self.now,
+            &mut subscriber.outlet,
+        );
         (subscription, ssrc, rtx_ssrc)
     }
 
@@ -356,7 +378,9 @@ impl<W: Wire> Relay<W> {
     /// Stops the media, lets what is under way arrive, and hands out each client's account.
     pub fn finish(&mut self) -> Vec<Record> {
         for client in &mut self.clients {
-            client.shard.handle_command(Command::StopPublishing, self.now, &mut client.outlet);
+            client
+                .shard
+                .handle_command(Command::StopPublishing, self.now, &mut client.outlet);
         }
         self.run_for(Duration::from_millis(2_500));
         let outcomes = &mut self.outcomes;
@@ -425,7 +449,11 @@ impl<W: Wire> Relay<W> {
     fn count(&mut self, client: usize, up: bool, bytes: &[u8], arrived: bool) {
         if let Some((ssrc, _)) = crate::pair::ssrc_and_seq(bytes) {
             let leg = self.legs.entry((client, up, ssrc)).or_default();
-            *(if arrived { &mut leg.arrived } else { &mut leg.sent }) += 1;
+            *(if arrived {
+                &mut leg.arrived
+            } else {
+                &mut leg.sent
+            }) += 1;
         }
     }
 
@@ -438,10 +466,14 @@ impl<W: Wire> Relay<W> {
                 self.count(client, true, &datagram.bytes, true);
             }
             let (router, outlet) = (&mut self.router, &mut self.outlet);
-            under_test(true, || router.handle_datagram(&mut datagram.bytes, datagram.from, at, now, outlet));
+            under_test(true, || {
+                router.handle_datagram(&mut datagram.bytes, datagram.from, at, now, outlet)
+            });
             return;
         }
-        let Some(index) = self.client_at(datagram.to) else { return };
+        let Some(index) = self.client_at(datagram.to) else {
+            return;
+        };
         self.count(index, false, &datagram.bytes, true);
         if self.keep {
             self.kept.push((at, index, datagram.bytes.clone()));
@@ -449,14 +481,26 @@ impl<W: Wire> Relay<W> {
         let client = &mut self.clients[index];
         match classify(&datagram.bytes) {
             Class::Rtp => client.shard.handle_rtp(0, &mut datagram.bytes, at),
-            Class::Rtcp => client.shard.handle_rtcp(0, &mut datagram.bytes, at, now, &mut client.outlet),
-            _ => client
-                .shard
-                .handle_setup_datagram(0, &datagram.bytes, datagram.from, at, now, &mut client.outlet),
+            Class::Rtcp => {
+                client
+                    .shard
+                    .handle_rtcp(0, &mut datagram.bytes, at, now, &mut client.outlet)
+            }
+            _ => client.shard.handle_setup_datagram(
+                0,
+                &datagram.bytes,
+                datagram.from,
+                at,
+                now,
+                &mut client.outlet,
+            ),
         }
     }
 
     pub fn leg(&self, client: usize, up: bool, ssrc: u32) -> LegCount {
-        self.legs.get(&(client, up, ssrc)).copied().unwrap_or_default()
+        self.legs
+            .get(&(client, up, ssrc))
+            .copied()
+            .unwrap_or_default()
     }
 }

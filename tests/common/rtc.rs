@@ -11,24 +11,28 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use rtc::dtls::extension::extension_use_srtp::SrtpProtectionProfile;
 use rtc::interceptor::{
-    Interceptor, NackGeneratorBuilder, NackResponderBuilder, Packet, ReceiverReportBuilder, Registry, SenderReportBuilder, Slot, StreamInfo,
-    TaggedPacket,
+    Interceptor, NackGeneratorBuilder, NackResponderBuilder, Packet, ReceiverReportBuilder,
+    Registry, SenderReportBuilder, Slot, StreamInfo, TaggedPacket,
 };
 use rtc::media_stream::MediaStreamTrack;
-use rtc::peer_connection::configuration::media_engine::{MIME_TYPE_OPUS, MIME_TYPE_RTX, MIME_TYPE_VP8, MediaEngine};
+use rtc::peer_connection::configuration::media_engine::{
+    MIME_TYPE_OPUS, MIME_TYPE_RTX, MIME_TYPE_VP8, MediaEngine,
+};
 use rtc::peer_connection::configuration::setting_engine::SettingEngineBuilder;
 use rtc::peer_connection::event::RTCPeerConnectionEvent;
 use rtc::peer_connection::message::{RTCMessage, TaggedRTCMessage};
 use rtc::peer_connection::sdp::RTCSessionDescription;
 use rtc::peer_connection::state::RTCPeerConnectionState;
-use rtc::peer_connection::transport::{CandidateConfig, CandidateHostConfig, RTCDtlsRole, RTCIceCandidate};
+use rtc::peer_connection::transport::{
+    CandidateConfig, CandidateHostConfig, RTCDtlsRole, RTCIceCandidate,
+};
 use rtc::peer_connection::{RTCPeerConnection, RTCPeerConnectionBuilder};
 use rtc::rtcp;
 use rtc::rtcp::payload_feedbacks::picture_loss_indication::PictureLossIndication;
 use rtc::rtp;
 use rtc::rtp_transceiver::rtp_sender::{
-    RTCPFeedback, RTCRtpCodec, RTCRtpCodecParameters, RTCRtpCodingParameters, RTCRtpEncodingParameters, RTCRtpHeaderExtensionCapability,
-    RTCRtpRtxParameters, RtpCodecKind,
+    RTCPFeedback, RTCRtpCodec, RTCRtpCodecParameters, RTCRtpCodingParameters,
+    RTCRtpEncodingParameters, RTCRtpHeaderExtensionCapability, RTCRtpRtxParameters, RtpCodecKind,
 };
 use rtc::rtp_transceiver::{RTCRtpSenderId, RTCRtpTransceiverDirection, RTCRtpTransceiverInit};
 use rtc::sansio::Protocol;
@@ -44,7 +48,8 @@ use throng::media::identity::FrameIdentity;
 use throng::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
 use throng::transport::sdp::{
-    Answerer, Candidate, Capabilities, Extension, LocalTrack, LocalTransport, NegotiatedMedia, Offerer, RemoteTransport, Setup,
+    Answerer, Candidate, Capabilities, Extension, LocalTrack, LocalTransport, NegotiatedMedia,
+    Offerer, RemoteTransport, Setup,
 };
 use throng::units::{Epoch, Time};
 
@@ -153,7 +158,8 @@ impl Protocol<TaggedPacket, TaggedPacket, ()> for Tap {
             tape.lost.push(rtp.clone());
             return Ok(());
         }
-        tape.seen.push((Way::ToRtc, packet.now, packet.message.packet.clone()));
+        tape.seen
+            .push((Way::ToRtc, packet.now, packet.message.packet.clone()));
         tape.reads.push_back(packet);
         Ok(())
     }
@@ -164,7 +170,8 @@ impl Protocol<TaggedPacket, TaggedPacket, ()> for Tap {
 
     fn handle_write(&mut self, packet: TaggedPacket) -> Result<(), Error> {
         let tape = &mut *self.0.lock().unwrap();
-        tape.seen.push((Way::FromRtc, packet.now, packet.message.packet.clone()));
+        tape.seen
+            .push((Way::FromRtc, packet.now, packet.message.packet.clone()));
         tape.writes.push_back(packet);
         Ok(())
     }
@@ -198,8 +205,14 @@ pub struct RtcEnd {
 
 impl RtcEnd {
     fn new(leg: &Leg, address: SocketAddr, epoch: Epoch) -> RtcEnd {
-        let role = if leg.dtls_active { RTCDtlsRole::Server } else { RTCDtlsRole::Client };
-        let mut settings = SettingEngineBuilder::new().with_answering_dtls_role(role).with_lite(leg.ice_lite);
+        let role = if leg.dtls_active {
+            RTCDtlsRole::Server
+        } else {
+            RTCDtlsRole::Client
+        };
+        let mut settings = SettingEngineBuilder::new()
+            .with_answering_dtls_role(role)
+            .with_lite(leg.ice_lite);
         if !leg.profiles.is_empty() {
             settings = settings.with_srtp_protection_profiles(leg.profiles.clone());
         }
@@ -208,7 +221,12 @@ impl RtcEnd {
             .with(Slot::Custom(1), tap.clone())
             .with(Slot::NackResponder, NackResponderBuilder::new().build())
             // It does not see what comes over RTX, and would ask for it for ever.
-            .with(Slot::NackGenerator, NackGeneratorBuilder::new().with_max_nacks_per_packet(1).build())
+            .with(
+                Slot::NackGenerator,
+                NackGeneratorBuilder::new()
+                    .with_max_nacks_per_packet(1)
+                    .build(),
+            )
             .with(Slot::ReceiverReport, ReceiverReportBuilder::new().build())
             .with(Slot::SenderReport, SenderReportBuilder::new().build());
         let mut pc = RTCPeerConnectionBuilder::new()
@@ -217,8 +235,12 @@ impl RtcEnd {
             .with_interceptor_registry(interceptors)
             .build(epoch.instant(Time::ZERO))
             .unwrap();
-        pc.add_local_candidate(RTCIceCandidate::from(&host_candidate(address)).to_json().unwrap())
-            .unwrap();
+        pc.add_local_candidate(
+            RTCIceCandidate::from(&host_candidate(address))
+                .to_json()
+                .unwrap(),
+        )
+        .unwrap();
         RtcEnd {
             pc,
             state: RTCPeerConnectionState::New,
@@ -236,7 +258,9 @@ impl RtcEnd {
     /// Takes our offer, gives its answer.
     fn answer(&mut self, offer: String) -> String {
         let now = self.epoch.instant(Time::ZERO);
-        self.pc.set_remote_description(now, RTCSessionDescription::offer(offer).unwrap()).unwrap();
+        self.pc
+            .set_remote_description(now, RTCSessionDescription::offer(offer).unwrap())
+            .unwrap();
         let answer = self.pc.create_answer(None).unwrap();
         self.pc.set_local_description(now, answer).unwrap();
         self.pc.local_description().unwrap().sdp
@@ -245,11 +269,15 @@ impl RtcEnd {
     /// Offers an audio and a video track.
     fn offer(&mut self, rtx: bool) -> String {
         for kind in [Kind::Audio, Kind::Video] {
-            self.pc.add_transceiver_from_track(sent_track(kind, rtx), Some(send_only())).unwrap();
+            self.pc
+                .add_transceiver_from_track(sent_track(kind, rtx), Some(send_only()))
+                .unwrap();
         }
         self.senders = self.pc.get_senders().collect();
         let offer = self.pc.create_offer(None).unwrap();
-        self.pc.set_local_description(self.epoch.instant(Time::ZERO), offer).unwrap();
+        self.pc
+            .set_local_description(self.epoch.instant(Time::ZERO), offer)
+            .unwrap();
         self.pc.local_description().unwrap().sdp
     }
 
@@ -316,17 +344,26 @@ impl RtcEnd {
         };
         let payload = packet.payload.clone();
         let mut sender = self.pc.rtp_sender(self.senders[track]).unwrap();
-        sender.write_rtp(self.epoch.instant(now), rtp::Packet { header, payload }).unwrap();
+        sender
+            .write_rtp(self.epoch.instant(now), rtp::Packet { header, payload })
+            .unwrap();
     }
 
     pub fn send_rtcp(&mut self, packet: Box<dyn rtcp::Packet>, now: Time) {
         let id = self.pc.get_receivers().next().unwrap();
         let instant = self.epoch.instant(now);
-        self.pc.rtp_receiver(id).unwrap().write_rtcp(instant, vec![packet]).unwrap();
+        self.pc
+            .rtp_receiver(id)
+            .unwrap()
+            .write_rtcp(instant, vec![packet])
+            .unwrap();
     }
 
     /// From now on `rtc` behaves as if it had not received these.
-    pub fn pretend_to_lose(&mut self, loses: impl FnMut(&rtp::Packet) -> bool + Send + Sync + 'static) {
+    pub fn pretend_to_lose(
+        &mut self,
+        loses: impl FnMut(&rtp::Packet) -> bool + Send + Sync + 'static,
+    ) {
         self.tap.0.lock().unwrap().loses = Some(Box::new(loses));
     }
 
@@ -344,17 +381,26 @@ impl RtcEnd {
     /// All RTCP packets of one type.
     pub fn rtcp<T: rtcp::Packet + Clone + 'static>(&self, way: Way) -> Vec<Seen<T>> {
         self.select(way, |packet| match packet {
-            Packet::Rtcp(packets) => packets.iter().filter_map(|packet| packet.as_any().downcast_ref::<T>().cloned()).collect(),
+            Packet::Rtcp(packets) => packets
+                .iter()
+                .filter_map(|packet| packet.as_any().downcast_ref::<T>().cloned())
+                .collect(),
             _ => Vec::new(),
         })
     }
 
     fn select<T>(&self, way: Way, pick: impl Fn(&Packet) -> Vec<T>) -> Vec<Seen<T>> {
         let tape = self.tap.0.lock().unwrap();
-        let seen = tape.seen.iter().enumerate().filter(|(_, (went, ..))| *went == way);
+        let seen = tape
+            .seen
+            .iter()
+            .enumerate()
+            .filter(|(_, (went, ..))| *went == way);
         seen.flat_map(|(order, (_, at, packet))| {
             let at = self.epoch.time(*at);
-            pick(packet).into_iter().map(move |packet| Seen { order, at, packet })
+            pick(packet)
+                .into_iter()
+                .map(move |packet| Seen { order, at, packet })
         })
         .collect()
     }
@@ -391,7 +437,11 @@ fn codec(kind: Kind) -> RTCRtpCodec {
         Kind::Video => RTCRtpCodec {
             mime_type: MIME_TYPE_VP8.into(),
             clock_rate: 90_000,
-            rtcp_feedback: vec![feedback("nack", ""), feedback("nack", "pli"), feedback("ccm", "fir")],
+            rtcp_feedback: vec![
+                feedback("nack", ""),
+                feedback("nack", "pli"),
+                feedback("ccm", "fir"),
+            ],
             ..RTCRtpCodec::default()
         },
     }
@@ -400,7 +450,15 @@ fn codec(kind: Kind) -> RTCRtpCodec {
 fn media_engine(rtx: bool) -> MediaEngine {
     let mut engine = MediaEngine::default();
     let mut register = |rtp_codec, payload_type, kind| {
-        engine.register_codec(RTCRtpCodecParameters { rtp_codec, payload_type }, kind).unwrap();
+        engine
+            .register_codec(
+                RTCRtpCodecParameters {
+                    rtp_codec,
+                    payload_type,
+                },
+                kind,
+            )
+            .unwrap();
     };
     register(codec(Kind::Audio), 111, RtpCodecKind::Audio);
     register(codec(Kind::Video), 96, RtpCodecKind::Video);
@@ -415,7 +473,11 @@ fn media_engine(rtx: bool) -> MediaEngine {
     }
     let uri = Extension::AudioLevel.uri().into();
     engine
-        .register_header_extension(RTCRtpHeaderExtensionCapability { uri }, RtpCodecKind::Audio, None)
+        .register_header_extension(
+            RTCRtpHeaderExtensionCapability { uri },
+            RtpCodecKind::Audio,
+            None,
+        )
         .unwrap();
     engine
 }
@@ -425,7 +487,9 @@ fn sent_track(kind: Kind, rtx: bool) -> MediaStreamTrack {
         Kind::Audio => ("audio", SENT_AUDIO_SSRC, RtpCodecKind::Audio),
         Kind::Video => ("video", SENT_VIDEO_SSRC, RtpCodecKind::Video),
     };
-    let repair = (rtx && kind == Kind::Video).then_some(RTCRtpRtxParameters { ssrc: SENT_VIDEO_RTX_SSRC });
+    let repair = (rtx && kind == Kind::Video).then_some(RTCRtpRtxParameters {
+        ssrc: SENT_VIDEO_RTX_SSRC,
+    });
     let coding = RTCRtpEncodingParameters {
         rtp_coding_parameters: RTCRtpCodingParameters {
             ssrc: Some(ssrc),
@@ -436,7 +500,13 @@ fn sent_track(kind: Kind, rtx: bool) -> MediaStreamTrack {
         codec: codec(kind),
         ..RTCRtpEncodingParameters::default()
     };
-    MediaStreamTrack::new("stream".into(), name.into(), name.into(), codec_kind, vec![coding])
+    MediaStreamTrack::new(
+        "stream".into(),
+        name.into(),
+        name.into(),
+        codec_kind,
+        vec![coding],
+    )
 }
 
 fn send_only() -> RTCRtpTransceiverInit {
@@ -483,7 +553,12 @@ impl World {
     /// Connects every leg.
     pub fn connected(legs: &[Leg]) -> World {
         let mut world = World::agreed(legs);
-        while world.connected.contains(&false) || world.ends.iter().any(|end| end.state != RTCPeerConnectionState::Connected) {
+        while world.connected.contains(&false)
+            || world
+                .ends
+                .iter()
+                .any(|end| end.state != RTCPeerConnectionState::Connected)
+        {
             assert!(
                 world.now < CONNECT_TIMEOUT && world.failure.is_none(),
                 "not connected: {:?}",
@@ -523,7 +598,9 @@ impl World {
             outlet: Outlet::new(addresses),
             link: Link::new(conditions, 1),
         };
-        legs.iter().enumerate().for_each(|(key, leg)| world.add_leg(key, leg, &identity));
+        legs.iter()
+            .enumerate()
+            .for_each(|(key, leg)| world.add_leg(key, leg, &identity));
         world
     }
 
@@ -559,7 +636,12 @@ impl World {
                 password: agreed.remote.pwd.clone(),
             },
             remote_fingerprint: agreed.remote.fingerprint,
-            remote_candidates: agreed.remote.candidates.iter().map(|candidate| candidate.address).collect(),
+            remote_candidates: agreed
+                .remote
+                .candidates
+                .iter()
+                .map(|candidate| candidate.address)
+                .collect(),
             ice_controlling: leg.publish || leg.ice_lite,
             dtls_active: agreed.dtls_active,
         };
@@ -574,7 +656,11 @@ impl World {
         };
         self.shard.add_peer(key, peer, Time::ZERO, &mut self.outlet);
         let streams = agreed.streams.clone();
-        self.shard.handle_command(Command::Subscribe { key, streams }, self.now, &mut self.outlet);
+        self.shard.handle_command(
+            Command::Subscribe { key, streams },
+            self.now,
+            &mut self.outlet,
+        );
         self.ends.push(end);
         self.agreed.push(agreed);
     }
@@ -596,7 +682,10 @@ impl World {
                     payload_type: media.payload_type,
                     rtx_payload_type: media.rtx_payload_type,
                     transport_cc_extension: None,
-                    audio_level_extension: media.extensions.id(Extension::AudioLevel).filter(|_| track == 0),
+                    audio_level_extension: media
+                        .extensions
+                        .id(Extension::AudioLevel)
+                        .filter(|_| track == 0),
                     simulcast: None,
                     talk: None,
                     pacing,
@@ -610,7 +699,11 @@ impl World {
                 }
             });
         let tracks = tracks.collect();
-        self.shard.handle_command(Command::Publish { key: 0, tracks }, self.now, &mut self.outlet);
+        self.shard.handle_command(
+            Command::Publish { key: 0, tracks },
+            self.now,
+            &mut self.outlet,
+        );
     }
 
     pub fn run_for(&mut self, time: Duration) {
@@ -622,7 +715,8 @@ impl World {
 
     /// Stops the media, lets what is under way arrive, and hands out our account.
     pub fn finish(&mut self) -> Record {
-        self.shard.handle_command(Command::StopPublishing, self.now, &mut self.outlet);
+        self.shard
+            .handle_command(Command::StopPublishing, self.now, &mut self.outlet);
         self.run_for(Duration::from_millis(2_500));
         self.shard.finish();
         *self.shard.swap_record(Box::default())
@@ -649,7 +743,9 @@ impl World {
         }
         self.forward();
         let mut sent = std::mem::take(&mut self.outlet.sent);
-        self.ends.iter_mut().for_each(|end| end.poll(now, |datagram| sent.push(datagram)));
+        self.ends
+            .iter_mut()
+            .for_each(|end| end.poll(now, |datagram| sent.push(datagram)));
         sent.into_iter().for_each(|datagram| self.send(datagram));
     }
 
@@ -657,28 +753,48 @@ impl World {
         if (self.loses)(&datagram, self.now) {
             return;
         }
-        let is_media = ssrc_and_seq(&datagram.bytes).is_some() && self.ends.iter().any(|end| end.address == datagram.from);
-        self.link.conditions.jitter = if is_media { self.jitter } else { Duration::ZERO };
+        let is_media = ssrc_and_seq(&datagram.bytes).is_some()
+            && self.ends.iter().any(|end| end.address == datagram.from);
+        self.link.conditions.jitter = if is_media {
+            self.jitter
+        } else {
+            Duration::ZERO
+        };
         self.link.send(datagram, self.now);
     }
 
     fn take(&mut self, mut datagram: Datagram, at: Time) {
-        let key = self.outlet.addresses.iter().position(|address| *address == datagram.to).unwrap();
+        let key = self
+            .outlet
+            .addresses
+            .iter()
+            .position(|address| *address == datagram.to)
+            .unwrap();
         match classify(&datagram.bytes) {
             Class::Rtp => {
                 (self.on_arrived)(&datagram, at);
                 self.shard.handle_rtp(key, &mut datagram.bytes, at);
             }
-            Class::Rtcp => self.shard.handle_rtcp(key, &mut datagram.bytes, at, self.now, &mut self.outlet),
-            _ => self
-                .shard
-                .handle_setup_datagram(key, &datagram.bytes, datagram.from, at, self.now, &mut self.outlet),
+            Class::Rtcp => {
+                self.shard
+                    .handle_rtcp(key, &mut datagram.bytes, at, self.now, &mut self.outlet)
+            }
+            _ => self.shard.handle_setup_datagram(
+                key,
+                &datagram.bytes,
+                datagram.from,
+                at,
+                self.now,
+                &mut self.outlet,
+            ),
         }
     }
 
     /// What an SFU does: media from leg 0 to leg 1, key frame requests back.
     fn forward(&mut self) {
-        let [publisher, subscriber] = &mut self.ends[..] else { return };
+        let [publisher, subscriber] = &mut self.ends[..] else {
+            return;
+        };
         for packet in &publisher.delivered[publisher.forwarded..] {
             subscriber.forward(packet, self.now);
         }
@@ -712,7 +828,10 @@ fn publish_leg(end: &mut RtcEnd, local: &LocalTransport) -> Agreed {
         rtx_ssrc,
         rids: Vec::new(),
     };
-    let tracks = [track(Kind::Audio, AUDIO_SSRC, None), track(Kind::Video, VIDEO_SSRC, Some(VIDEO_RTX_SSRC))];
+    let tracks = [
+        track(Kind::Audio, AUDIO_SSRC, None),
+        track(Kind::Video, VIDEO_SSRC, Some(VIDEO_RTX_SSRC)),
+    ];
     let mut offerer = Offerer::default();
     tracks.into_iter().for_each(|track| offerer.send(track));
     let answer = end.answer(offerer.offer(local));
@@ -727,7 +846,9 @@ fn publish_leg(end: &mut RtcEnd, local: &LocalTransport) -> Agreed {
 
 fn subscribe_leg(end: &mut RtcEnd, local: &LocalTransport, rtx: bool) -> Agreed {
     let offer = end.offer(rtx);
-    let answered = Answerer::new(Capabilities::SUBSCRIBER).answer(&offer, local).unwrap();
+    let answered = Answerer::new(Capabilities::SUBSCRIBER)
+        .answer(&offer, local)
+        .unwrap();
     end.take_answer(answered.sdp);
     let streams = answered.added.iter().map(|track| StreamParameters {
         kind: track.kind,

@@ -29,14 +29,18 @@ pub struct Scripted {
 
 impl Scripted {
     /// Listens on a port of its own, within a runtime.
-    pub async fn start(script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static) -> (Scripted, String) {
+    pub async fn start(
+        script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static,
+    ) -> (Scripted, String) {
         let scripted = Scripted {
             log: Arc::default(),
             script: Arc::new(Mutex::new(Box::new(script))),
         };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let app = axum::Router::new().fallback(answer).with_state(scripted.clone());
+        let app = axum::Router::new()
+            .fallback(answer)
+            .with_state(scripted.clone());
         tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
         (scripted, url)
     }
@@ -48,25 +52,37 @@ impl Scripted {
     /// How often each thing was asked.
     pub fn counts(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
-        self.asked().into_iter().for_each(|asked| *counts.entry(asked.what).or_default() += 1);
+        self.asked()
+            .into_iter()
+            .for_each(|asked| *counts.entry(asked.what).or_default() += 1);
         counts
     }
 }
 
-async fn answer(State(scripted): State<Scripted>, method: Method, uri: Uri, headers: HeaderMap, body: Bytes) -> (StatusCode, String) {
+async fn answer(
+    State(scripted): State<Scripted>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> (StatusCode, String) {
     let what = format!("{method} {}", uri.path());
     let asked = {
         let mut log = scripted.log.lock().unwrap();
         let asked = Asked {
             before: log.iter().filter(|asked| asked.what == what).count(),
             what,
-            token: headers.get(header::AUTHORIZATION).map(|value| value.to_str().unwrap().to_owned()),
+            token: headers
+                .get(header::AUTHORIZATION)
+                .map(|value| value.to_str().unwrap().to_owned()),
             body: serde_json::from_slice(&body).unwrap_or_default(),
         };
         log.push(asked.clone());
         asked
     };
     let (status, body) = (scripted.script.lock().unwrap())(&asked);
-    let text = body.as_str().map_or_else(|| body.to_string(), str::to_owned);
+    let text = body
+        .as_str()
+        .map_or_else(|| body.to_string(), str::to_owned);
     (StatusCode::from_u16(status).unwrap(), text)
 }

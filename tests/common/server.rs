@@ -118,7 +118,9 @@ impl Server {
                 std::env::var_os("CI").is_none(),
                 "no livekit-server under CI: install it or set THRONG_LIVEKIT_SERVER"
             );
-            eprintln!("SKIPPED: no livekit-server (set THRONG_LIVEKIT_SERVER, or put it on the PATH)");
+            eprintln!(
+                "SKIPPED: no livekit-server (set THRONG_LIVEKIT_SERVER, or put it on the PATH)"
+            );
             return None;
         };
         // Between looking for free ports and the server's use of them another process may take one.
@@ -176,7 +178,11 @@ impl Drop for Server {
 fn find_binary() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("THRONG_LIVEKIT_SERVER") {
         let path = PathBuf::from(path);
-        assert!(path.is_file(), "THRONG_LIVEKIT_SERVER is {}, which is no file", path.display());
+        assert!(
+            path.is_file(),
+            "THRONG_LIVEKIT_SERVER is {}, which is no file",
+            path.display()
+        );
         return Some(path);
     }
     let on_path = std::env::var_os("PATH")
@@ -185,7 +191,9 @@ fn find_binary() -> Option<PathBuf> {
     let go_bin = std::env::var_os("HOME")
         .map(|home| PathBuf::from(home).join("go/bin"))
         .unwrap_or_default();
-    let in_path = on_path.into_iter().map(|directory| directory.join("livekit-server"));
+    let in_path = on_path
+        .into_iter()
+        .map(|directory| directory.join("livekit-server"));
     in_path
         .chain([go_bin.join("livekit-server"), go_bin.join("server")])
         .find(|path| path.is_file())
@@ -195,7 +203,9 @@ fn find_binary() -> Option<PathBuf> {
 fn launch_embedded(site: Site) -> Option<Server> {
     let port = Ports::find(UdpPorts::Mux).signal;
     let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
-    command.args(["sfu", "--listen"]).arg(format!("{}:{port}", site.address));
+    command
+        .args(["sfu", "--listen"])
+        .arg(format!("{}:{port}", site.address));
     command.args(["--api-key", KEY, "--api-secret", SECRET]);
     spawn(command, make_directory(), site, port, port)
 }
@@ -208,17 +218,31 @@ fn launch_livekit(binary: &Path, options: &Options) -> Option<Server> {
     fs::write(&config_path, config(&ports, options)).expect("a temporary file can be written");
     let mut command = Command::new(binary);
     command.arg("--config").arg(&config_path);
-    spawn(command, directory, options.site, ports.signal, ports.prometheus)
+    spawn(
+        command,
+        directory,
+        options.site,
+        ports.signal,
+        ports.prometheus,
+    )
 }
 
-fn spawn(mut command: Command, directory: PathBuf, site: Site, signal: u16, prometheus: u16) -> Option<Server> {
+fn spawn(
+    mut command: Command,
+    directory: PathBuf,
+    site: Site,
+    signal: u16,
+    prometheus: u16,
+) -> Option<Server> {
     let log_path = directory.join("server.log");
     let log = File::create(&log_path).expect("a temporary file can be written");
     command
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a file can be cloned"))
         .stderr(log);
-    let process = command.spawn().unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"));
+    let process = command
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"));
     let mut server = Server {
         url: format!("ws://{}:{signal}", site.address),
         key: KEY.into(),
@@ -233,7 +257,11 @@ fn spawn(mut command: Command, directory: PathBuf, site: Site, signal: u16, prom
 
 fn make_directory() -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("throng-server-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    let name = format!(
+        "throng-server-{}-{}",
+        std::process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    );
     let directory = std::env::temp_dir().join(name);
     fs::create_dir_all(&directory).expect("a temporary directory can be made");
     directory
@@ -252,7 +280,10 @@ fn wait_until_ready(server: &mut Server) -> bool {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    panic!("the server is not ready after {START_WAIT:?}: {}", server.log());
+    panic!(
+        "the server is not ready after {START_WAIT:?}: {}",
+        server.log()
+    );
 }
 
 /// SIGTERM, once more for a server that waits for its participants to leave, and SIGKILL if neither helps.
@@ -284,7 +315,11 @@ fn ends_within(process: &mut Child, patience: Duration) -> bool {
 
 fn config(ports: &Ports, options: &Options) -> String {
     let udp = match options.udp {
-        UdpPorts::Range => format!("port_range_start: {}\n  port_range_end: {}", ports.udp, ports.udp + PORT_RANGE - 1),
+        UdpPorts::Range => format!(
+            "port_range_start: {}\n  port_range_end: {}",
+            ports.udp,
+            ports.udp + PORT_RANGE - 1
+        ),
         UdpPorts::Mux => format!("udp_port: {}", ports.udp),
     };
     let congestion = options.congestion.map_or(String::new(), |congestion| {
@@ -292,7 +327,9 @@ fn config(ports: &Ports, options: &Options) -> String {
         format!("  congestion_control: {{enabled: true, allow_pause: true, use_send_side_bwe: {send_side}}}\n")
     });
     let forward_stats = match options.forward_stats {
-        true => "  forward_stats: {summary_interval: 10ms, report_interval: 1s, report_window: 1s}\n",
+        true => {
+            "  forward_stats: {summary_interval: 10ms, report_interval: 1s, report_window: 1s}\n"
+        }
         false => "",
     };
     let Site { address, device } = options.site;
@@ -321,10 +358,15 @@ struct Ports {
 impl Ports {
     fn find(udp: UdpPorts) -> Ports {
         // All three are held until the last is known, so that they differ.
-        let held: Vec<TcpListener> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
-        let mut ports = held
-            .iter()
-            .map(|listener| listener.local_addr().expect("a bound socket has an address").port());
+        let held: Vec<TcpListener> = (0..3)
+            .map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port"))
+            .collect();
+        let mut ports = held.iter().map(|listener| {
+            listener
+                .local_addr()
+                .expect("a bound socket has an address")
+                .port()
+        });
         let mut next = || ports.next().expect("three listeners");
         let udp = match udp {
             UdpPorts::Mux => UdpSocket::bind("127.0.0.1:0")
@@ -361,7 +403,9 @@ pub fn http_ok(url: &str) -> io::Result<String> {
     write!(stream, "GET /{path} HTTP/1.0\r\nHost: {authority}\r\n\r\n")?;
     let mut response = String::new();
     stream.read_to_string(&mut response)?;
-    let (head, body) = response.split_once("\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;
+    let (head, body) = response
+        .split_once("\r\n\r\n")
+        .ok_or(io::ErrorKind::InvalidData)?;
     match head.split(' ').nth(1) {
         Some("200") => Ok(body.to_owned()),
         _ => Err(io::Error::other(head.to_owned())),

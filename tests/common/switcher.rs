@@ -181,7 +181,10 @@ impl World {
 
     fn tick(&mut self) {
         let to: SocketAddr = NOWHERE.parse().unwrap();
-        if let Some(target) = self.target.filter(|target| self.current != Some(*target) && self.now >= self.dark_until) {
+        if let Some(target) = self
+            .target
+            .filter(|target| self.current != Some(*target) && self.now >= self.dark_until)
+        {
             // Taken at most once in 300 ms: asked for until it comes.
             self.tracks[target].request_key_frame(self.now);
         }
@@ -218,15 +221,25 @@ impl World {
 
     fn receive(&mut self, mut bytes: Vec<u8>) {
         let header = Header::parse(&bytes).unwrap();
-        let layer = (0..3u8).position(|layer| layer_ssrc(layer) == header.ssrc).unwrap();
+        let layer = (0..3u8)
+            .position(|layer| layer_ssrc(layer) == header.ssrc)
+            .unwrap();
         let index = self.extenders[layer].guess(header.seq.0);
-        let len = self.uplink.1.open_rtp(&mut bytes, header.header_len, index).unwrap();
+        let len = self
+            .uplink
+            .1
+            .open_rtp(&mut bytes, header.header_len, index)
+            .unwrap();
         self.extenders[layer].commit(index);
         let payload = header.payload(&bytes[..len]).unwrap();
         let (descriptor, at) = Descriptor::parse(payload).unwrap();
-        let identity = header.marker.then(|| FrameIdentity::parse_video(payload).unwrap());
+        let identity = header
+            .marker
+            .then(|| FrameIdentity::parse_video(payload).unwrap());
         self.frames[layer].extend(identity.map(|identity| identity.intended_unix_us));
-        let may_switch = self.target == Some(layer) && self.current != self.target && self.now >= self.dark_until;
+        let may_switch = self.target == Some(layer)
+            && self.current != self.target
+            && self.now >= self.dark_until;
         if may_switch && descriptor.starts_key_frame(&payload[at..]) {
             self.log.switches += u64::from(self.current.is_some());
             self.current = self.target;
@@ -238,7 +251,14 @@ impl World {
         }
     }
 
-    fn forward(&mut self, mut bytes: Vec<u8>, len: usize, header: &Header, layer: usize, identity: Option<FrameIdentity>) {
+    fn forward(
+        &mut self,
+        mut bytes: Vec<u8>,
+        len: usize,
+        header: &Header,
+        layer: usize,
+        identity: Option<FrameIdentity>,
+    ) {
         let index = self.next_index;
         self.next_index += 1;
         let lost = self.random.chance(self.downlink.loss);
@@ -253,7 +273,11 @@ impl World {
         bytes[2..4].copy_from_slice(&Seq(index as u16).0.to_be_bytes());
         bytes[8..12].copy_from_slice(&DOWNLINK_SSRC.to_be_bytes());
         bytes.resize(len + 64, 0);
-        let sealed = self.to_subscriber.0.seal_rtp(&mut bytes, header.header_len, len, index).unwrap();
+        let sealed = self
+            .to_subscriber
+            .0
+            .seal_rtp(&mut bytes, header.header_len, len, index)
+            .unwrap();
         let header = Header::parse(&bytes[..sealed]).unwrap();
         let mut context = StreamContext {
             roster: &self.roster,
@@ -266,7 +290,14 @@ impl World {
         };
         let (stream, opener, now) = (&mut self.stream, &self.to_subscriber.1, self.now);
         let taken = under_test(true, || {
-            stream.handle_rtp(&mut bytes[..sealed], &header, false, opener, now, &mut context)
+            stream.handle_rtp(
+                &mut bytes[..sealed],
+                &header,
+                false,
+                opener,
+                now,
+                &mut context,
+            )
         });
         taken.unwrap();
     }
@@ -275,7 +306,9 @@ impl World {
     fn note(&mut self, layer: usize, intended: u64) {
         self.log.forwarded += 1;
         if let Some((before, last)) = self.last.filter(|(before, _)| *before != layer) {
-            let withheld = self.frames[before].iter().filter(|at| (last + 1..intended).contains(*at));
+            let withheld = self.frames[before]
+                .iter()
+                .filter(|at| (last + 1..intended).contains(*at));
             self.log.withheld += withheld.count() as u64;
         }
         self.last = Some((layer, intended));

@@ -165,14 +165,21 @@ impl Tapped {
         self.ends[client].paths[direction as usize].conditions = conditions;
     }
 
-    fn enqueue(&mut self, (client, direction): (usize, Direction), content: Content, datagram: Datagram, now: Time) {
+    fn enqueue(
+        &mut self,
+        (client, direction): (usize, Direction),
+        content: Content,
+        datagram: Datagram,
+        now: Time,
+    ) {
         let since_start = now.since(Time::ZERO);
         let path = &mut self.ends[client].paths[direction as usize];
         let (first, second) = path.take(datagram.bytes.len(), since_start);
         for fate in [Some(first), second].into_iter().flatten() {
             if let Fate::Leaves(at) = fate {
                 self.count += 1;
-                self.under_way.insert((at, self.count), (self.log.len(), datagram.clone()));
+                self.under_way
+                    .insert((at, self.count), (self.log.len(), datagram.clone()));
             }
         }
         self.log.push(Entry {
@@ -193,7 +200,8 @@ impl Tapped {
             half.peer.handle_timeout(now);
         }
         let (mut said, to_client) = (Vec::new(), end.client);
-        half.peer.poll(now, |bytes, _| said.push(bytes.to_vec()), |_| {});
+        half.peer
+            .poll(now, |bytes, _| said.push(bytes.to_vec()), |_| {});
         for bytes in said {
             let (from, to) = match towards {
                 Direction::Up => (to_client, router_address()),
@@ -202,7 +210,12 @@ impl Tapped {
             let datagram = Datagram { from, to, bytes };
             match towards {
                 Direction::Up => self.to_router.push_back(datagram),
-                Direction::Down => self.enqueue((client, Direction::Down), Content::of_setup(&datagram.bytes), datagram, now),
+                Direction::Down => self.enqueue(
+                    (client, Direction::Down),
+                    Content::of_setup(&datagram.bytes),
+                    datagram,
+                    now,
+                ),
             }
         }
     }
@@ -230,7 +243,11 @@ impl Half {
         let header = Header::parse(bytes)?;
         let extender = self.extenders.entry(header.ssrc).or_default();
         let index = extender.guess(header.seq.0);
-        let len = self.peer.opener()?.open_rtp(bytes, header.header_len, index).ok()?;
+        let len = self
+            .peer
+            .opener()?
+            .open_rtp(bytes, header.header_len, index)
+            .ok()?;
         extender.commit(index);
         let payload = header.payload(&bytes[..len])?.to_vec();
         let content = Content::Rtp(Rtp {
@@ -241,8 +258,15 @@ impl Half {
             bytes: (header.header_len + payload.len()) as u64,
             payload,
         });
-        let sealed = to.peer.sealer()?.seal_rtp(bytes, header.header_len, len, index).ok()?;
-        assert_eq!(sealed, sealed_len, "both connections have agreed on the same profile");
+        let sealed = to
+            .peer
+            .sealer()?
+            .seal_rtp(bytes, header.header_len, len, index)
+            .ok()?;
+        assert_eq!(
+            sealed, sealed_len,
+            "both connections have agreed on the same profile"
+        );
         Some(content)
     }
 
@@ -250,14 +274,20 @@ impl Half {
         let len = self.peer.opener()?.open_rtcp(bytes).ok()?;
         let content = Content::Rtcp(read(&bytes[..len]));
         let sealed = to.peer.sealer_mut()?.seal_rtcp(bytes, len).ok()?;
-        assert_eq!(sealed, bytes.len(), "both connections have agreed on the same profile");
+        assert_eq!(
+            sealed,
+            bytes.len(),
+            "both connections have agreed on the same profile"
+        );
         Some(content)
     }
 }
 
 fn read(compound: &[u8]) -> Vec<Control> {
     let mut said = Vec::new();
-    for packet in rtc_rtcp::packet::unmarshal(&mut &compound[..]).expect("well-formed control packets") {
+    for packet in
+        rtc_rtcp::packet::unmarshal(&mut &compound[..]).expect("well-formed control packets")
+    {
         let block = |report: &ReceptionReport| {
             // 24 bits with a sign (RFC 3550, section 6.4.1), which rtc-rtcp hands out without.
             let total_lost = ((report.total_lost << 8) as i32) >> 8;
@@ -273,12 +303,20 @@ fn read(compound: &[u8]) -> Vec<Control> {
         if let Some(nack) = packet.downcast_ref::<TransportLayerNack>() {
             said.push(Control::Nack {
                 media_ssrc: nack.media_ssrc,
-                seqs: nack.nacks.iter().flat_map(|pair| pair.packet_list()).collect(),
+                seqs: nack
+                    .nacks
+                    .iter()
+                    .flat_map(|pair| pair.packet_list())
+                    .collect(),
             });
         } else if let Some(pli) = packet.downcast_ref::<PictureLossIndication>() {
-            said.push(Control::Pli { media_ssrc: pli.media_ssrc });
+            said.push(Control::Pli {
+                media_ssrc: pli.media_ssrc,
+            });
         } else if let Some(report) = packet.downcast_ref::<SenderReport>() {
-            said.push(Control::SenderReport { ntp: report.ntp_time });
+            said.push(Control::SenderReport {
+                ntp: report.ntp_time,
+            });
             said.extend(report.reports.iter().map(block));
         } else if let Some(report) = packet.downcast_ref::<ReceiverReport>() {
             said.extend(report.reports.iter().map(block));
@@ -286,7 +324,9 @@ fn read(compound: &[u8]) -> Vec<Control> {
             for block in &report.reports {
                 let block = block.as_any();
                 if let Some(time) = block.downcast_ref::<ReceiverReferenceTimeReportBlock>() {
-                    said.push(Control::ReferenceTime { ntp: time.ntp_timestamp });
+                    said.push(Control::ReferenceTime {
+                        ntp: time.ntp_timestamp,
+                    });
                 }
                 if let Some(dlrr) = block.downcast_ref::<DLRRReportBlock>() {
                     said.extend(dlrr.reports.iter().map(|report| Control::Dlrr {
@@ -335,24 +375,41 @@ impl Wire for Tapped {
                 half(end.client, router_address(), Direction::Up),
                 half(router_address(), end.client, Direction::Down),
             ],
-            paths: [Path::new(Conditions::default(), seed), Path::new(Conditions::default(), seed + 1)],
+            paths: [
+                Path::new(Conditions::default(), seed),
+                Path::new(Conditions::default(), seed + 1),
+            ],
         });
     }
 
     fn send(&mut self, datagram: Datagram, now: Time) {
         let from_router = datagram.from == router_address();
-        let other = if from_router { datagram.to } else { datagram.from };
-        let client = self.ends.iter().position(|end| end.client == other).expect("a client of ours");
+        let other = if from_router {
+            datagram.to
+        } else {
+            datagram.from
+        };
+        let client = self
+            .ends
+            .iter()
+            .position(|end| end.client == other)
+            .expect("a client of ours");
         let is_setup = matches!(classify(&datagram.bytes), Class::Stun | Class::Dtls);
         match (from_router, is_setup) {
             // Between the router and our half of its connection nothing is ever lost.
             (true, true) => {
                 let half = &mut self.ends[client].halves[Direction::Up as usize];
-                half.peer.handle_setup_datagram(&datagram.bytes, half.remote, now);
+                half.peer
+                    .handle_setup_datagram(&datagram.bytes, half.remote, now);
                 self.speak(client, Direction::Up, now);
             }
             (true, false) => self.pass((client, Direction::Down), datagram, now),
-            (false, true) => self.enqueue((client, Direction::Up), Content::of_setup(&datagram.bytes), datagram, now),
+            (false, true) => self.enqueue(
+                (client, Direction::Up),
+                Content::of_setup(&datagram.bytes),
+                datagram,
+                now,
+            ),
             (false, false) => self.pass((client, Direction::Up), datagram, now),
         }
     }
@@ -360,7 +417,11 @@ impl Wire for Tapped {
     fn poll(&mut self, now: Time) -> Option<(Time, Datagram)> {
         for client in 0..self.ends.len() {
             for towards in [Direction::Up, Direction::Down] {
-                if self.ends[client].halves[towards as usize].peer.next_timeout() <= now {
+                if self.ends[client].halves[towards as usize]
+                    .peer
+                    .next_timeout()
+                    <= now
+                {
                     self.speak(client, towards, now);
                 }
             }
@@ -369,7 +430,10 @@ impl Wire for Tapped {
             if let Some(datagram) = self.to_router.pop_front() {
                 return Some((now, datagram));
             }
-            let entry = self.under_way.first_entry().filter(|entry| entry.key().0 <= now.since(Time::ZERO))?;
+            let entry = self
+                .under_way
+                .first_entry()
+                .filter(|entry| entry.key().0 <= now.since(Time::ZERO))?;
             let ((at, _), (place, datagram)) = entry.remove_entry();
             let at = Time::ZERO + at;
             self.log[place].arrived.push(at);
@@ -378,7 +442,8 @@ impl Wire for Tapped {
                 return Some((at, datagram));
             }
             let half = &mut self.ends[client].halves[Direction::Down as usize];
-            half.peer.handle_setup_datagram(&datagram.bytes, half.remote, at);
+            half.peer
+                .handle_setup_datagram(&datagram.bytes, half.remote, at);
             self.speak(client, Direction::Down, at);
         }
     }

@@ -77,10 +77,20 @@ fn tail(payload: &[u8]) -> Vec<u8> {
     payload[payload.len().saturating_sub(TAIL)..].to_vec()
 }
 
-fn rtp_of(log: &[Entry], client: usize, direction: Direction, ssrc: u32) -> impl Iterator<Item = (&Entry, &Rtp)> {
+fn rtp_of(
+    log: &[Entry],
+    client: usize,
+    direction: Direction,
+    ssrc: u32,
+) -> impl Iterator<Item = (&Entry, &Rtp)> {
     log.iter()
         .filter(move |entry| entry.client == client && entry.direction == direction)
-        .filter_map(move |entry| entry.rtp().filter(|rtp| rtp.ssrc == ssrc).map(|rtp| (entry, rtp)))
+        .filter_map(move |entry| {
+            entry
+                .rtp()
+                .filter(|rtp| rtp.ssrc == ssrc)
+                .map(|rtp| (entry, rtp))
+        })
 }
 
 pub fn sent(log: &[Entry], stream: Stream) -> Sent {
@@ -101,7 +111,10 @@ pub fn sent(log: &[Entry], stream: Stream) -> Sent {
                 key: stream.rtx_ssrc.is_some() && starts_key_frame(&rtp.payload),
             });
         }
-        let frame = sent.frames.last_mut().expect("pushed with its first packet");
+        let frame = sent
+            .frames
+            .last_mut()
+            .expect("pushed with its first packet");
         frame.packets.insert(rtp.index, tail(&rtp.payload));
     }
     if let Some(rtx_ssrc) = stream.rtx_ssrc {
@@ -168,12 +181,15 @@ pub fn received(log: &[Entry], stream: Stream) -> Received {
 
 /// What the receiver knew to be lost when it wrote the last report that the sender got.
 pub fn reported_lost(log: &[Entry], stream: Stream) -> u64 {
-    let is_about = |control: &Control| matches!(control, Control::Block(block) if block.ssrc == stream.ssrc);
+    let is_about =
+        |control: &Control| matches!(control, Control::Block(block) if block.ssrc == stream.ssrc);
     let mut reports = log
         .iter()
         .filter(|entry| is_from_receiver(entry, stream) && entry.control().iter().any(is_about));
     let last = reports.rfind(|entry| !entry.arrived.is_empty());
-    last.map_or(0, |report| received_until(log, stream, report.at).lost_network)
+    last.map_or(0, |report| {
+        received_until(log, stream, report.at).lost_network
+    })
 }
 
 fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
@@ -185,7 +201,12 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
     let mut first_came: BTreeMap<u64, bool> = BTreeMap::new();
     let mut rtx_seen = BTreeSet::new();
     let mut jitter = Jitter::new(stream.clock_rate);
-    let Some(lowest) = came.iter().filter(|came| !came.is_rtx).map(|came| came.rtp.index).min() else {
+    let Some(lowest) = came
+        .iter()
+        .filter(|came| !came.is_rtx)
+        .map(|came| came.rtp.index)
+        .min()
+    else {
         return account;
     };
     let mut noticed: BTreeMap<u64, Time> = BTreeMap::new();
@@ -193,7 +214,9 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
     let mut reports = reports_about(log, stream).into_iter().peekable();
     for (ordinal, packet) in came.into_iter().enumerate() {
         let taken_at = packet.taken_at();
-        let Came { at, rtp, is_rtx, .. } = packet;
+        let Came {
+            at, rtp, is_rtx, ..
+        } = packet;
         while reports.next_if(|report| *report < taken_at).is_some() {
             account.jitter.push(jitter.value());
         }
@@ -205,9 +228,14 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
                 }
                 account.rtx += 1;
                 // RFC 4588: the original number comes first. All of a test's numbers lie closer together than they wrap.
-                let Some(osn) = rtp.payload.get(..2) else { continue };
+                let Some(osn) = rtp.payload.get(..2) else {
+                    continue;
+                };
                 let near = highest.unwrap_or(lowest) as i64;
-                (near + i64::from(u16::from_be_bytes([osn[0], osn[1]]).wrapping_sub(near as u16) as i16)) as u64
+                (near
+                    + i64::from(
+                        u16::from_be_bytes([osn[0], osn[1]]).wrapping_sub(near as u16) as i16,
+                    )) as u64
             }
             false => rtp.index,
         };
@@ -231,19 +259,20 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
             }
             Some(_) => account.duplicate += 1,
             None => {
-                let requests = asked
-                    .get(&(index as u16))
-                    .map_or(&[][..], |asked| &asked[..asked.partition_point(|asked| *asked < taken_at)]);
+                let requests = asked.get(&(index as u16)).map_or(&[][..], |asked| {
+                    &asked[..asked.partition_point(|asked| *asked < taken_at)]
+                });
                 let was_asked_for = !requests.is_empty();
-                let repaired = is_rtx || after_a_higher && stream.rtx_ssrc.is_none() && was_asked_for;
+                let repaired =
+                    is_rtx || after_a_higher && stream.rtx_ssrc.is_none() && was_asked_for;
                 first_came.insert(index, repaired);
                 account.came.insert(index, (at, ordinal));
                 if repaired {
                     account.rtx += u64::from(!is_rtx);
                     let took = noticed.get(&index).map(|noticed| at.since(*noticed));
-                    account
-                        .loss_to_repair
-                        .extend(took.filter(|took| *took < REPAIR_MAX && !is_given_up(requests, taken_at)));
+                    account.loss_to_repair.extend(
+                        took.filter(|took| *took < REPAIR_MAX && !is_given_up(requests, taken_at)),
+                    );
                 } else {
                     account.packets += 1;
                     account.bytes += rtp.bytes;
@@ -256,7 +285,9 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
         }
     }
     let reports_left = reports.count();
-    account.jitter.extend(std::iter::repeat_n(jitter.value(), reports_left + 1));
+    account
+        .jitter
+        .extend(std::iter::repeat_n(jitter.value(), reports_left + 1));
     account.repaired = first_came.values().filter(|repaired| **repaired).count() as u64;
     account.lost_network = highest.map_or(0, |highest| highest - lowest + 1) - account.packets;
     account.lost = account.lost_network - account.repaired;
@@ -283,7 +314,8 @@ fn asked_for(log: &[Entry], stream: Stream) -> BTreeMap<u16, Vec<Time>> {
             if let Control::Nack { media_ssrc, seqs } = control
                 && *media_ssrc == stream.ssrc
             {
-                seqs.iter().for_each(|seq| asked.entry(*seq).or_default().push(entry.at));
+                seqs.iter()
+                    .for_each(|seq| asked.entry(*seq).or_default().push(entry.at));
             }
         }
     }
@@ -292,7 +324,8 @@ fn asked_for(log: &[Entry], stream: Stream) -> BTreeMap<u16, Vec<Time>> {
 
 /// When the subscriber reported on a stream. What arrived in the same moment is in the report.
 fn reports_about(log: &[Entry], stream: Stream) -> Vec<Time> {
-    let is_about = |control: &Control| matches!(control, Control::Block(block) if block.ssrc == stream.ssrc);
+    let is_about =
+        |control: &Control| matches!(control, Control::Block(block) if block.ssrc == stream.ssrc);
     log.iter()
         .filter(|entry| is_from_receiver(entry, stream) && entry.control().iter().any(is_about))
         .map(|entry| entry.at)
@@ -300,12 +333,18 @@ fn reports_about(log: &[Entry], stream: Stream) -> Vec<Time> {
 }
 
 /// Which of the publisher's frames came in whole. The server numbers packets anew, by one constant as long as it drops none.
-pub fn delivered(log: &[Entry], stream: Stream, published: &Sent, received: &Received) -> Delivered {
+pub fn delivered(
+    log: &[Entry],
+    stream: Stream,
+    published: &Sent,
+    received: &Received,
+) -> Delivered {
     let mut account = Delivered::default();
     let packets = || published.frames.iter().flat_map(|frame| &frame.packets);
     let of_server = || rtp_of(log, stream.client, stream.direction, stream.ssrc);
     // The end of a frame's last packet is like no other's.
-    let Some((_, last)) = of_server().find(|(_, rtp)| rtp.marker || stream.rtx_ssrc.is_none()) else {
+    let Some((_, last)) = of_server().find(|(_, rtp)| rtp.marker || stream.rtx_ssrc.is_none())
+    else {
         return account;
     };
     let (index, _) = packets()
@@ -331,12 +370,23 @@ pub fn delivered(log: &[Entry], stream: Stream, published: &Sent, received: &Rec
                 .collect()
         })
         .collect();
-    let whole_at = |place: usize| came[place].iter().copied().collect::<Option<Vec<_>>>()?.into_iter().max();
+    let whole_at = |place: usize| {
+        came[place]
+            .iter()
+            .copied()
+            .collect::<Option<Vec<_>>>()?
+            .into_iter()
+            .max()
+    };
     for place in 0..came.len() {
         let Some(at) = whole_at(place) else { continue };
         let newer = || place + 1..came.len();
-        let begun = newer().filter(|newer| came[*newer].iter().flatten().any(|came| *came < at)).count();
-        let replaced = newer().any(|newer| published.frames[newer].key && whole_at(newer).is_some_and(|key_at| key_at < at));
+        let begun = newer()
+            .filter(|newer| came[*newer].iter().flatten().any(|came| *came < at))
+            .count();
+        let replaced = newer().any(|newer| {
+            published.frames[newer].key && whole_at(newer).is_some_and(|key_at| key_at < at)
+        });
         if stream.rtx_ssrc.is_none() || begun < FRAMES_WAITING_MAX && !replaced {
             account.frames.push((place, at.0));
         }
@@ -371,7 +421,8 @@ impl Jitter {
         if rtp_time == last_time {
             return;
         }
-        let apart = (at.as_nanos() as f64 - last_at.as_nanos() as f64) / 1e9 - f64::from(rtp_time.wrapping_sub(last_time) as i32) / self.clock_rate;
+        let apart = (at.as_nanos() as f64 - last_at.as_nanos() as f64) / 1e9
+            - f64::from(rtp_time.wrapping_sub(last_time) as i32) / self.clock_rate;
         self.value += (apart.abs() - self.value) / 16.0;
         self.last = Some((rtp_time, at));
     }
@@ -403,9 +454,16 @@ pub fn feedback(log: &[Entry], client: usize) -> Feedback {
     // What we said and they answered, by the middle of its NTP stamp: how long it took to get there.
     let mut stamped: BTreeMap<u32, Duration> = BTreeMap::new();
     let mut asked: BTreeMap<[u8; 12], Time> = BTreeMap::new();
-    for entry in log.iter().filter(|entry| entry.client == client && entry.direction == Direction::Up) {
+    for entry in log
+        .iter()
+        .filter(|entry| entry.client == client && entry.direction == Direction::Up)
+    {
         account.wire_bytes_sent += entry.wire_bytes;
-        if let Content::Stun { answers: false, transaction } = entry.content {
+        if let Content::Stun {
+            answers: false,
+            transaction,
+        } = entry.content
+        {
             asked.insert(transaction, entry.at);
         }
         for control in entry.control() {
@@ -413,7 +471,12 @@ pub fn feedback(log: &[Entry], client: usize) -> Feedback {
                 Control::Nack { .. } => account.nacks_sent += 1,
                 Control::Pli { .. } => account.plis_sent += 1,
                 Control::SenderReport { ntp } | Control::ReferenceTime { ntp } => {
-                    stamped.extend(entry.arrived.first().map(|at| ((ntp >> 16) as u32, at.since(entry.at))));
+                    stamped.extend(
+                        entry
+                            .arrived
+                            .first()
+                            .map(|at| ((ntp >> 16) as u32, at.since(entry.at))),
+                    );
                 }
                 _ => {}
             }
@@ -422,15 +485,22 @@ pub fn feedback(log: &[Entry], client: usize) -> Feedback {
     let mut down: Vec<(&Entry, Time)> = log
         .iter()
         .filter(|entry| entry.client == client && entry.direction == Direction::Down)
-        .inspect(|entry| account.wire_bytes_received += entry.wire_bytes * entry.arrived.len() as u64)
+        .inspect(|entry| {
+            account.wire_bytes_received += entry.wire_bytes * entry.arrived.len() as u64
+        })
         .filter_map(|entry| Some((entry, *entry.arrived.first()?)))
         .collect();
     down.sort_by_key(|(_, at)| *at);
     for (entry, at) in down {
-        if let Content::Stun { answers: true, transaction } = entry.content
+        if let Content::Stun {
+            answers: true,
+            transaction,
+        } = entry.content
             && let Some(asked) = asked.get(&transaction)
         {
-            account.checks.extend(entry.arrived.iter().map(|at| at.since(*asked)));
+            account
+                .checks
+                .extend(entry.arrived.iter().map(|at| at.since(*asked)));
         }
         if matches!(entry.content, Content::Rtcp(_)) {
             account.replayed += entry.arrived.len() as u64 - 1;
@@ -449,7 +519,11 @@ pub fn feedback(log: &[Entry], client: usize) -> Feedback {
                 Control::Dlrr { last_rr, .. } => *last_rr,
                 _ => continue,
             };
-            account.round_trips.extend(stamped.get(&answers).map(|there| *there + at.since(entry.at)));
+            account.round_trips.extend(
+                stamped
+                    .get(&answers)
+                    .map(|there| *there + at.since(entry.at)),
+            );
         }
     }
     account

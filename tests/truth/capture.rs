@@ -24,8 +24,14 @@ impl Capture {
         let taken = namespace
             .run(|| socket(AddressFamily::PACKET, SocketType::DGRAM, Some(eth::ALL)))
             .expect("root may capture");
-        sockopt::set_socket_recv_buffer_size_force(&taken, BUFFER_BYTES).expect("root may have a large buffer");
-        sockopt::set_socket_timeout(&taken, sockopt::Timeout::Recv, Some(Duration::from_millis(20))).expect("a time-out");
+        sockopt::set_socket_recv_buffer_size_force(&taken, BUFFER_BYTES)
+            .expect("root may have a large buffer");
+        sockopt::set_socket_timeout(
+            &taken,
+            sockopt::Timeout::Recv,
+            Some(Duration::from_millis(20)),
+        )
+        .expect("a time-out");
         let ended = Arc::new(AtomicBool::new(false));
         let (end, from) = (ended.clone(), namespace.address);
         Capture {
@@ -46,10 +52,16 @@ fn take(socket: &OwnedFd, ended: &AtomicBool, clients: std::net::Ipv4Addr) -> Ve
     let mut bytes = [0; 65_536];
     loop {
         match recv(socket, &mut bytes, RecvFlags::empty()) {
-            Ok((_, len)) => packets.extend(describe(&bytes[..len], Direction::Up, Duration::ZERO).map(|packet| Packet {
-                direction: if *packet.from.ip() == clients { Direction::Up } else { Direction::Down },
-                ..packet
-            })),
+            Ok((_, len)) => packets.extend(
+                describe(&bytes[..len], Direction::Up, Duration::ZERO).map(|packet| Packet {
+                    direction: if *packet.from.ip() == clients {
+                        Direction::Up
+                    } else {
+                        Direction::Down
+                    },
+                    ..packet
+                }),
+            ),
             Err(_) if ended.load(Ordering::Relaxed) => return packets,
             Err(_) => {}
         }

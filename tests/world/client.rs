@@ -14,7 +14,8 @@ use throng::measure::Kind;
 use throng::sfu::lobby::Entry;
 use throng::transport::peer::{IceCredentials, PeerParameters};
 use throng::transport::sdp::{
-    Answerer, Candidate, Capabilities, Fingerprint, LocalTrack, LocalTransport, NegotiatedMedia, Offerer, RemoteTrack, RemoteTransport, Setup,
+    Answerer, Candidate, Capabilities, Fingerprint, LocalTrack, LocalTransport, NegotiatedMedia,
+    Offerer, RemoteTrack, RemoteTransport, Setup,
 };
 
 use crate::plan::{Act, Person, Settings};
@@ -116,7 +117,10 @@ pub struct Client {
 
 impl Client {
     pub fn new(person: &Person, addresses: [SocketAddr; 2], fingerprint: Fingerprint) -> Client {
-        let kinds = [person.audio.then_some(Kind::Audio), person.video.then_some(Kind::Video)];
+        let kinds = [
+            person.audio.then_some(Kind::Audio),
+            person.video.then_some(Kind::Video),
+        ];
         let locals = [0, 1].map(|half| LocalTransport {
             ufrag: format!("client{}half{half}", person.index),
             pwd: format!("passwordOfClient{:04}half{half}", person.index),
@@ -126,7 +130,11 @@ impl Client {
             session_id: u64::from(person.index) + 1,
         });
         Client {
-            tracks: kinds.into_iter().flatten().map(|kind| track(person, kind)).collect(),
+            tracks: kinds
+                .into_iter()
+                .flatten()
+                .map(|kind| track(person, kind))
+                .collect(),
             touched: BTreeSet::new(),
             person: person.clone(),
             sid: String::new(),
@@ -147,7 +155,11 @@ impl Client {
     pub fn entry(&mut self) -> Entry {
         let mut entry = self.token();
         if self.person.single {
-            entry.add_tracks = self.tracks.iter().map(|track| add_track_request(track, &self.person)).collect();
+            entry.add_tracks = self
+                .tracks
+                .iter()
+                .map(|track| add_track_request(track, &self.person))
+                .collect();
             entry.publisher_offer = Some(self.next_offer());
         }
         entry
@@ -182,12 +194,17 @@ impl Client {
         if self.person.single {
             let (audio, video) = self.wanted.take().unwrap_or_default();
             // A connection needs a section to come up with, even where nothing is to be sent or received yet.
-            let nothing = (audio, video) == (0, 0) && self.offerer.is_empty() && self.tracks.is_empty();
-            self.offerer.receive(Kind::Audio, audio as usize + usize::from(nothing)).unwrap();
+            let nothing =
+                (audio, video) == (0, 0) && self.offerer.is_empty() && self.tracks.is_empty();
+            self.offerer
+                .receive(Kind::Audio, audio as usize + usize::from(nothing))
+                .unwrap();
             self.offerer.receive(Kind::Video, video as usize).unwrap();
         }
         if self.offers == 0 {
-            self.tracks.iter().for_each(|track| self.offerer.send(track.local.clone()));
+            self.tracks
+                .iter()
+                .for_each(|track| self.offerer.send(track.local.clone()));
         }
         self.offers += 1;
         self.offer_is_open = true;
@@ -203,13 +220,21 @@ impl Client {
         match message {
             Response::Join(join) => {
                 self.sid = join.participant.unwrap_or_default().sid;
-                join.other_participants.iter().for_each(|other| self.handle_participant(other));
+                join.other_participants
+                    .iter()
+                    .for_each(|other| self.handle_participant(other));
                 if !self.person.single {
-                    let requests = self.tracks.iter().map(|track| add_track_request(track, &self.person));
+                    let requests = self
+                        .tracks
+                        .iter()
+                        .map(|track| add_track_request(track, &self.person));
                     todo.extend(requests.map(|request| Todo::send(Request::AddTrack(request))));
                 }
             }
-            Response::Update(update) => update.participants.iter().for_each(|other| self.handle_participant(other)),
+            Response::Update(update) => update
+                .participants
+                .iter()
+                .for_each(|other| self.handle_participant(other)),
             Response::TrackPublished(published) => self.handle_track_published(published, todo),
             Response::Offer(offer) => self.handle_offer(&offer, todo),
             Response::Answer(answer) => self.handle_answer(&answer, todo),
@@ -220,7 +245,9 @@ impl Client {
             }
             Response::SubscribedQualityUpdate(update) => self.handle_qualities(&update, todo),
             Response::Reconnect(_) => self.handle_reconnect(todo),
-            Response::Leave(leave) => todo.push(Todo::Gone(leave.reason().as_str_name().to_owned())),
+            Response::Leave(leave) => {
+                todo.push(Todo::Gone(leave.reason().as_str_name().to_owned()))
+            }
             _ => {}
         }
     }
@@ -229,7 +256,10 @@ impl Client {
     fn handle_reconnect(&mut self, todo: &mut Vec<Todo>) {
         todo.push(Todo::send(Request::SyncState(proto::SyncState::default())));
         let unknown = self.tracks.iter().filter(|track| track.sid.is_none());
-        todo.extend(unknown.map(|track| Todo::send(Request::AddTrack(add_track_request(track, &self.person)))));
+        todo.extend(
+            unknown
+                .map(|track| Todo::send(Request::AddTrack(add_track_request(track, &self.person)))),
+        );
         if self.offer_is_open {
             let offer = self.next_offer();
             todo.push(Todo::send(Request::Offer(offer)));
@@ -255,28 +285,55 @@ impl Client {
         self.others.insert(info.sid.clone(), tracks.collect());
     }
 
-    fn handle_track_published(&mut self, published: proto::TrackPublishedResponse, todo: &mut Vec<Todo>) {
-        if let Some(track) = self.tracks.iter_mut().find(|track| track.local.cid == published.cid) {
+    fn handle_track_published(
+        &mut self,
+        published: proto::TrackPublishedResponse,
+        todo: &mut Vec<Todo>,
+    ) {
+        if let Some(track) = self
+            .tracks
+            .iter_mut()
+            .find(|track| track.local.cid == published.cid)
+        {
             track.sid = published.track.map(|info| info.sid);
         }
-        if !self.person.single && self.offers == 0 && self.tracks.iter().all(|track| track.sid.is_some()) {
+        if !self.person.single
+            && self.offers == 0
+            && self.tracks.iter().all(|track| track.sid.is_some())
+        {
             let offer = self.next_offer();
             todo.push(Todo::send(Request::Offer(offer)));
         }
     }
 
     fn handle_answer(&mut self, answer: &proto::SessionDescription, todo: &mut Vec<Todo>) {
-        assert!(answer.id <= self.offers, "an answer to an offer that was never made");
+        assert!(
+            answer.id <= self.offers,
+            "an answer to an offer that was never made"
+        );
         if answer.id != self.offers {
             return;
         }
-        let negotiated = self.offerer.handle_answer(&answer.sdp).expect("the server's answer");
+        let negotiated = self
+            .offerer
+            .handle_answer(&answer.sdp)
+            .expect("the server's answer");
         for (track, media) in self.tracks.iter_mut().zip(&negotiated.media) {
             assert!(media.accepted, "{} was not accepted", track.local.cid);
             track.negotiated = Some(media.clone());
         }
-        self.add_peer(Half::Publisher, &negotiated.remote, true, Setup::Active, todo);
-        let added = negotiated.added.into_iter().chain(negotiated.updated).collect();
+        self.add_peer(
+            Half::Publisher,
+            &negotiated.remote,
+            true,
+            Setup::Active,
+            todo,
+        );
+        let added = negotiated
+            .added
+            .into_iter()
+            .chain(negotiated.updated)
+            .collect();
         push_streams(Half::Publisher, negotiated.removed, added, todo);
         self.offer_is_open = false;
         if self.person.single {
@@ -292,14 +349,28 @@ impl Client {
     }
 
     fn handle_offer(&mut self, offer: &proto::SessionDescription, todo: &mut Vec<Todo>) {
-        let restarts = self.remotes[1].as_ref().is_some_and(|known| !offer.sdp.contains(&known.ufrag));
+        let restarts = self.remotes[1]
+            .as_ref()
+            .is_some_and(|known| !offer.sdp.contains(&known.ufrag));
         if restarts {
             self.ice_generation += 1;
             let local = &mut self.locals[1];
-            local.ufrag = format!("client{}half1generation{}", self.person.index, self.ice_generation);
+            local.ufrag = format!(
+                "client{}half1generation{}",
+                self.person.index, self.ice_generation
+            );
         }
-        let answered = self.answerer.answer(&offer.sdp, &self.locals[1]).expect("the server's offer");
-        self.add_peer(Half::Subscriber, &answered.remote, answered.remote.ice_lite, answered.setup, todo);
+        let answered = self
+            .answerer
+            .answer(&offer.sdp, &self.locals[1])
+            .expect("the server's offer");
+        self.add_peer(
+            Half::Subscriber,
+            &answered.remote,
+            answered.remote.ice_lite,
+            answered.setup,
+            todo,
+        );
         let added = answered.added.into_iter().chain(answered.updated).collect();
         push_streams(Half::Subscriber, answered.removed, added, todo);
         todo.push(Todo::send(Request::Answer(proto::SessionDescription {
@@ -310,7 +381,14 @@ impl Client {
         })));
     }
 
-    fn add_peer(&mut self, half: Half, remote: &RemoteTransport, ice_controlling: bool, setup: Setup, todo: &mut Vec<Todo>) {
+    fn add_peer(
+        &mut self,
+        half: Half,
+        remote: &RemoteTransport,
+        ice_controlling: bool,
+        setup: Setup,
+        todo: &mut Vec<Todo>,
+    ) {
         let credentials = IceCredentials {
             ufrag: remote.ufrag.clone(),
             password: remote.pwd.clone(),
@@ -328,7 +406,11 @@ impl Client {
                     password: local.pwd.clone(),
                 },
                 remote: credentials,
-                remote_candidates: remote.candidates.iter().map(|candidate| candidate.address).collect(),
+                remote_candidates: remote
+                    .candidates
+                    .iter()
+                    .map(|candidate| candidate.address)
+                    .collect(),
             });
             return;
         }
@@ -346,7 +428,11 @@ impl Client {
                     password: remote.pwd.clone(),
                 },
                 remote_fingerprint: remote.fingerprint,
-                remote_candidates: remote.candidates.iter().map(|candidate| candidate.address).collect(),
+                remote_candidates: remote
+                    .candidates
+                    .iter()
+                    .map(|candidate| candidate.address)
+                    .collect(),
                 ice_controlling,
                 dtls_active: setup == Setup::Active,
             },
@@ -354,13 +440,23 @@ impl Client {
     }
 
     fn handle_qualities(&mut self, update: &proto::SubscribedQualityUpdate, todo: &mut Vec<Todo>) {
-        let Some(track) = self.tracks.iter().find(|track| track.sid.as_deref() == Some(&update.track_sid)) else {
+        let Some(track) = self
+            .tracks
+            .iter()
+            .find(|track| track.sid.as_deref() == Some(&update.track_sid))
+        else {
             return;
         };
-        let Some(codec) = update.subscribed_codecs.first() else { return };
+        let Some(codec) = update.subscribed_codecs.first() else {
+            return;
+        };
         let enabled = codec.qualities.iter().filter(|quality| quality.enabled);
         let layers = enabled.fold(0, |layers, quality| layers | 1 << quality.quality as u8);
-        let layers = if track.ssrcs.len() > 1 { layers } else { u8::from(layers > 0) };
+        let layers = if track.ssrcs.len() > 1 {
+            layers
+        } else {
+            u8::from(layers > 0)
+        };
         todo.push(Todo::SetLayers {
             kind: track.local.kind,
             layers,
@@ -371,20 +467,25 @@ impl Client {
     pub fn act(&mut self, act: Act, todo: &mut Vec<Todo>) {
         match act {
             Act::Subscribe { choice, on } => {
-                let Some((participant_sid, Other { sid, .. })) = self.choose(choice, |_| true) else {
+                let Some((participant_sid, Other { sid, .. })) = self.choose(choice, |_| true)
+                else {
                     return;
                 };
-                todo.push(Todo::send(Request::Subscription(proto::UpdateSubscription {
-                    track_sids: vec![sid.clone()],
-                    subscribe: on,
-                    participant_tracks: vec![proto::ParticipantTracks {
-                        participant_sid,
-                        track_sids: vec![sid],
-                    }],
-                })));
+                todo.push(Todo::send(Request::Subscription(
+                    proto::UpdateSubscription {
+                        track_sids: vec![sid.clone()],
+                        subscribe: on,
+                        participant_tracks: vec![proto::ParticipantTracks {
+                            participant_sid,
+                            track_sids: vec![sid],
+                        }],
+                    },
+                )));
             }
             Act::Settings { choice, settings } => {
-                let Some((_, Other { sid, heights, .. })) = self.choose(choice, |kind| kind == Kind::Video) else {
+                let Some((_, Other { sid, heights, .. })) =
+                    self.choose(choice, |kind| kind == Kind::Video)
+                else {
                     return;
                 };
                 todo.push(Todo::Watch {
@@ -398,7 +499,9 @@ impl Client {
                 match settings {
                     Settings::Disabled => request.disabled = true,
                     Settings::Quality(quality) => request.quality = quality.into(),
-                    Settings::Height(height) => (request.width, request.height) = (height * 16 / 9, height),
+                    Settings::Height(height) => {
+                        (request.width, request.height) = (height * 16 / 9, height)
+                    }
                 }
                 todo.push(Todo::send(Request::TrackSetting(request)));
             }
@@ -411,7 +514,10 @@ impl Client {
                     .and_then(|track| track.sid.clone());
                 if let Some(sid) = sid {
                     todo.push(Todo::SetMuted { kind, muted: on });
-                    todo.push(Todo::send(Request::Mute(proto::MuteTrackRequest { sid, muted: on })));
+                    todo.push(Todo::send(Request::Mute(proto::MuteTrackRequest {
+                        sid,
+                        muted: on,
+                    })));
                 }
             }
             Act::LoseSignal { away } => todo.push(Todo::LoseSignal(away)),
@@ -422,10 +528,14 @@ impl Client {
     fn choose(&mut self, choice: u64, fits: impl Fn(Kind) -> bool) -> Option<(String, Other)> {
         let tracks = |(participant, tracks): (&String, &Vec<Other>)| -> Vec<(String, Other)> {
             let fitting = tracks.iter().filter(|track| fits(track.kind));
-            fitting.map(|track| (participant.clone(), track.clone())).collect()
+            fitting
+                .map(|track| (participant.clone(), track.clone()))
+                .collect()
         };
         let known: Vec<_> = self.others.iter().flat_map(tracks).collect();
-        let chosen = known.get((choice % known.len().max(1) as u64) as usize)?.clone();
+        let chosen = known
+            .get((choice % known.len().max(1) as u64) as usize)?
+            .clone();
         self.touched.insert(chosen.1.sid.clone());
         Some(chosen)
     }
@@ -438,23 +548,48 @@ fn layer(settings: Settings, heights: &[u32]) -> Option<u8> {
         Settings::Disabled => return None,
         Settings::Quality(quality) => usize::from(quality),
         // The server takes a layer that is a tenth too small.
-        Settings::Height(asked) => heights.iter().position(|height| *height as f32 >= asked as f32 * 0.9).unwrap_or(highest),
+        Settings::Height(asked) => heights
+            .iter()
+            .position(|height| *height as f32 >= asked as f32 * 0.9)
+            .unwrap_or(highest),
     };
     Some(layer.min(highest) as u8)
 }
 
-fn push_streams(half: Half, removed: Vec<RemoteTrack>, added: Vec<RemoteTrack>, todo: &mut Vec<Todo>) {
+fn push_streams(
+    half: Half,
+    removed: Vec<RemoteTrack>,
+    added: Vec<RemoteTrack>,
+    todo: &mut Vec<Todo>,
+) {
     if !removed.is_empty() || !added.is_empty() {
-        todo.push(Todo::Streams { half, removed, added });
+        todo.push(Todo::Streams {
+            half,
+            removed,
+            added,
+        });
     }
 }
 
 fn track(person: &Person, kind: Kind) -> Track {
     let base = 0x1000_0000 + person.index * 64 + if kind == Kind::Video { 16 } else { 0 };
-    let layers = if kind == Kind::Video && person.simulcast { RIDS.len() as u32 } else { 1 };
-    let rids = if layers > 1 { RIDS.map(String::from).to_vec() } else { Vec::new() };
+    let layers = if kind == Kind::Video && person.simulcast {
+        RIDS.len() as u32
+    } else {
+        1
+    };
+    let rids = if layers > 1 {
+        RIDS.map(String::from).to_vec()
+    } else {
+        Vec::new()
+    };
     let ssrcs: Vec<_> = (0..layers)
-        .map(|layer| (base + 2 * layer, (kind == Kind::Video).then_some(base + 2 * layer + 1)))
+        .map(|layer| {
+            (
+                base + 2 * layer,
+                (kind == Kind::Video).then_some(base + 2 * layer + 1),
+            )
+        })
         .collect();
     Track {
         local: LocalTrack {
@@ -487,7 +622,11 @@ fn add_track_request(track: &Track, person: &Person) -> proto::AddTrackRequest {
             request.source = proto::TrackSource::Camera.into();
             let sizes = crate::media::sizes(person.simulcast);
             (request.width, request.height) = *sizes.last().unwrap();
-            let qualities = [proto::VideoQuality::Low, proto::VideoQuality::Medium, proto::VideoQuality::High];
+            let qualities = [
+                proto::VideoQuality::Low,
+                proto::VideoQuality::Medium,
+                proto::VideoQuality::High,
+            ];
             let layers = sizes.iter().zip(&qualities[3 - sizes.len()..]);
             request.layers = layers
                 .map(|((width, height), quality)| proto::VideoLayer {

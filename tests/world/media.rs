@@ -40,7 +40,10 @@ pub fn clips() -> &'static Clips {
 /// Sizes of a track's layers, from low to high.
 pub fn sizes(simulcast: bool) -> Vec<(u32, u32)> {
     let layers = if simulcast { &LAYERS[..] } else { &LAYERS[2..] };
-    layers.iter().map(|(width, height, _)| (*width, *height)).collect()
+    layers
+        .iter()
+        .map(|(width, height, _)| (*width, *height))
+        .collect()
 }
 
 impl Clips {
@@ -66,14 +69,20 @@ impl Clips {
         let mut frames = HashMap::new();
         for (layer, clip) in videos.iter().enumerate() {
             for position in 0..clip.len() {
-                for (bytes, key) in [(clip.inter_frame(position), false), (clip.key_frame(position), true)] {
+                for (bytes, key) in [
+                    (clip.inter_frame(position), false),
+                    (clip.key_frame(position), true),
+                ] {
                     let place = Place {
                         layer: layer as u8,
                         position,
                         key,
                     };
                     let twin = frames.insert(bytes.to_vec(), place);
-                    assert!(twin.is_none(), "two frames with the same bytes: {twin:?} {place:?}");
+                    assert!(
+                        twin.is_none(),
+                        "two frames with the same bytes: {twin:?} {place:?}"
+                    );
                 }
             }
         }

@@ -109,11 +109,17 @@ impl Weather {
 
     /// For how long something is wrong with it, all in all.
     pub fn worse_for(&self) -> Duration {
-        self.spells.iter().map(|(from, to, _)| to.since(*from)).sum()
+        self.spells
+            .iter()
+            .map(|(from, to, _)| to.since(*from))
+            .sum()
     }
 
     pub fn at(&self, now: Time) -> Conditions {
-        let spell = self.spells.iter().find(|(from, to, _)| (*from..*to).contains(&now));
+        let spell = self
+            .spells
+            .iter()
+            .find(|(from, to, _)| (*from..*to).contains(&now));
         spell.map_or(self.usual, |(.., conditions)| *conditions)
     }
 
@@ -140,7 +146,11 @@ impl Plan {
             seed,
             routers: 1 + usize::from(rooms > 1 && chance.chance(50)),
             shards: 1 + chance.below(3) as usize,
-            send: if chance.chance(50) { SendMode::Plain } else { SendMode::Gso },
+            send: if chance.chance(50) {
+                SendMode::Plain
+            } else {
+                SendMode::Gso
+            },
             rooms,
             people: Vec::new(),
         };
@@ -245,7 +255,9 @@ impl Plan {
             // A polite one may be in again before its goodbye is heard.
             again.joins_at = at + Duration::from_millis(chance.below(400));
             again.single = chance.chance(50);
-            again.acts.retain(|(act_at, _)| *act_at > again.joins_at + SETTLED);
+            again
+                .acts
+                .retain(|(act_at, _)| *act_at > again.joins_at + SETTLED);
             self.people.push(again);
         }
     }
@@ -302,7 +314,11 @@ fn draw_weather(calm: bool, chance: &mut Seeded) -> Weather {
     };
     Weather {
         usual,
-        spells: if kind < 3 { Vec::new() } else { draw_spells(usual, chance) },
+        spells: if kind < 3 {
+            Vec::new()
+        } else {
+            draw_spells(usual, chance)
+        },
     }
 }
 

@@ -10,7 +10,9 @@ use prost::Message as _;
 use proto::signal_request::Message as Request;
 use throng::engine::publisher::{SendParameters, SimulcastLayer};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Event, NewPeer, Roster, ShardConfig, StreamParameters, track_number};
+use throng::engine::{
+    Command, Event, NewPeer, Roster, ShardConfig, StreamParameters, track_number,
+};
 use throng::measure::Kind;
 use throng::media::identity::FrameIdentity;
 use throng::sfu::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, Output};
@@ -262,14 +264,22 @@ fn router_address(router: usize) -> SocketAddr {
 }
 
 fn addresses(person: &Person) -> [SocketAddr; 2] {
-    [0, 1].map(|half| SocketAddr::from((Ipv4Addr::new(198, 51, 100, 1 + person.index as u8), 1_000 + half)))
+    [0, 1].map(|half| {
+        SocketAddr::from((
+            Ipv4Addr::new(198, 51, 100, 1 + person.index as u8),
+            1_000 + half,
+        ))
+    })
 }
 
 impl World {
     pub fn new(plan: Plan, defect: Option<Defect>) -> World {
         let identity = &Identity::simulated(plan.seed).unwrap();
         let epoch = Epoch::simulated(Duration::from_secs(1_700_000_000));
-        let roster = Arc::new(Roster::new(RUN, plan.people.iter().map(|person| person.room)));
+        let roster = Arc::new(Roster::new(
+            RUN,
+            plan.people.iter().map(|person| person.room),
+        ));
         let config = ShardConfig {
             identity: identity.clone(),
             roster,
@@ -295,7 +305,10 @@ impl World {
             now: Time::ZERO,
             epoch,
             sessions,
-            shards: keys.iter().map(|keys| Shard::new(config.clone(), keys.len(), Time::ZERO)).collect(),
+            shards: keys
+                .iter()
+                .map(|keys| Shard::new(config.clone(), keys.len(), Time::ZERO))
+                .collect(),
             outlets: keys.into_iter().map(Outlet::new).collect(),
             lobby: Lobby::new(LobbyConfig {
                 seed: plan.seed,
@@ -347,7 +360,11 @@ impl World {
         self.run_until(self.now + GOODBYE);
         let end = self.now + FORGOTTEN;
         loop {
-            let next = self.routers.iter().map(Router::next_timeout).fold(self.lobby.next_timeout(), Time::min);
+            let next = self
+                .routers
+                .iter()
+                .map(Router::next_timeout)
+                .fold(self.lobby.next_timeout(), Time::min);
             if next.max(self.now) > end {
                 break;
             }
@@ -359,7 +376,9 @@ impl World {
 
     /// Applies a defect of the media, if one is planted.
     pub fn tamper(&mut self) {
-        let Some(Defect::Media(tampering)) = self.defect else { return };
+        let Some(Defect::Media(tampering)) = self.defect else {
+            return;
+        };
         for session in &mut self.sessions {
             if let Receiver::Witness(witness) = &mut session.receiver {
                 self.defects_done += witness.tamper(tampering);
@@ -384,7 +403,8 @@ impl World {
     }
 
     fn note(&mut self, word: u64) {
-        self.digest = throng::seeded::mixed(self.digest.rotate_left(7) ^ word.wrapping_add(0x9E37_79B9));
+        self.digest =
+            throng::seeded::mixed(self.digest.rotate_left(7) ^ word.wrapping_add(0x9E37_79B9));
     }
 
     /// One millisecond.
@@ -430,7 +450,12 @@ impl World {
                 continue;
             }
             let mut todo = Vec::new();
-            while let Some((_, act)) = session.person.acts.get(session.acts_done).filter(|(at, _)| *at <= self.now) {
+            while let Some((_, act)) = session
+                .person
+                .acts
+                .get(session.acts_done)
+                .filter(|(at, _)| *at <= self.now)
+            {
                 session.acts_done += 1;
                 session.client.act(*act, &mut todo);
             }
@@ -455,10 +480,17 @@ impl World {
         session.left_at = Some(self.now);
         let was_open = std::mem::take(&mut session.open);
         if let Receiver::Engine { shard, key } = session.receiver {
-            for half in Half::BOTH.into_iter().filter(|half| was_open[*half as usize]) {
+            for half in Half::BOTH
+                .into_iter()
+                .filter(|half| was_open[*half as usize])
+            {
                 let ssrcs = session.expects[half as usize].iter().copied().collect();
                 let key = key + half as usize;
-                self.shards[shard].handle_command(Command::Unsubscribe { key, ssrcs }, self.now, &mut self.outlets[shard]);
+                self.shards[shard].handle_command(
+                    Command::Unsubscribe { key, ssrcs },
+                    self.now,
+                    &mut self.outlets[shard],
+                );
                 self.shards[shard].remove_peer(key);
             }
         }
@@ -495,7 +527,9 @@ impl World {
             }
             (ToServer::Request(request), Some(connection)) => {
                 self.note(request.encoded_len() as u64);
-                let request = proto::SignalRequest { message: Some(*request) };
+                let request = proto::SignalRequest {
+                    message: Some(*request),
+                };
                 self.lobby.handle_request(connection, request, self.now);
             }
             (ToServer::Lost, Some(connection)) => {
@@ -515,9 +549,13 @@ impl World {
         match word {
             ToClient::Message(bytes) => {
                 self.note(bytes.len() as u64);
-                let message = proto::SignalResponse::decode(bytes.as_slice()).expect("a message of the lobby").message;
+                let message = proto::SignalResponse::decode(bytes.as_slice())
+                    .expect("a message of the lobby")
+                    .message;
                 let client = &mut self.sessions[index].client;
-                message.into_iter().for_each(|message| client.handle(message, &mut todo));
+                message
+                    .into_iter()
+                    .for_each(|message| client.handle(message, &mut todo));
             }
             ToClient::Closed => todo.push(Todo::Gone("closed".into())),
         }
@@ -532,7 +570,11 @@ impl World {
             match step {
                 Todo::Send(request) => self.send_signal(index, ToServer::Request(request)),
                 Todo::AddPeer { half, parameters } => self.add_peer(index, half, parameters),
-                Todo::Streams { half, removed, added } => self.take_streams(index, half, &removed, &added),
+                Todo::Streams {
+                    half,
+                    removed,
+                    added,
+                } => self.take_streams(index, half, &removed, &added),
                 Todo::RestartIce {
                     half,
                     local,
@@ -541,11 +583,19 @@ impl World {
                 } => self.restart_ice(index, half, local, remote, remote_candidates),
                 Todo::SetLayers { kind, layers } => {
                     let track = track_number(kind);
-                    self.command(index, Half::Publisher, |key| Command::SetLayers { key, track, layers });
+                    self.command(index, Half::Publisher, |key| Command::SetLayers {
+                        key,
+                        track,
+                        layers,
+                    });
                 }
                 Todo::SetMuted { kind, muted } => {
                     let track = track_number(kind);
-                    self.command(index, Half::Publisher, |key| Command::SetMuted { key, track, muted });
+                    self.command(index, Half::Publisher, |key| Command::SetMuted {
+                        key,
+                        track,
+                        muted,
+                    });
                 }
                 Todo::Watch { track_sid, layer } => self.watch(index, &track_sid, layer),
                 Todo::LoseSignal(away) => self.lose_signal(index, away),
@@ -562,7 +612,14 @@ impl World {
         }
     }
 
-    fn restart_ice(&mut self, index: usize, half: Half, local: IceCredentials, remote: IceCredentials, remote_candidates: Vec<SocketAddr>) {
+    fn restart_ice(
+        &mut self,
+        index: usize,
+        half: Half,
+        local: IceCredentials,
+        remote: IceCredentials,
+        remote_candidates: Vec<SocketAddr>,
+    ) {
         self.tally.ice_restarts += 1;
         if let Receiver::Witness(witness) = &mut self.sessions[index].receiver {
             return witness.restart_ice(half, &local, &remote, &remote_candidates, self.now);
@@ -585,7 +642,12 @@ impl World {
             return;
         };
         let at = self.now;
-        self.command(index, half, |key| Command::Watch { key, ssrc, layer, at });
+        self.command(index, half, |key| Command::Watch {
+            key,
+            ssrc,
+            layer,
+            at,
+        });
     }
 
     /// What is under way in either direction is lost with the connection.
@@ -596,7 +658,9 @@ impl World {
         let resume = session.client.resume();
         let at = self.now + session.signal_delay();
         session.to_server.push(at, ToServer::Lost);
-        session.to_server.push(at + away, ToServer::Entry(Box::new(resume)));
+        session
+            .to_server
+            .push(at + away, ToServer::Entry(Box::new(resume)));
     }
 
     /// The server ends a session that is replaced by another of the same identity, and no other.
@@ -607,14 +671,18 @@ impl World {
             .iter()
             .any(|later| later.stage == Stage::In && later.person.identity == *identity);
         self.tally.sessions_replaced += u64::from(is_replaced);
-        self.check(Rule::SessionsLast, is_replaced, || format!("the server ended session {index}: {reason}"));
+        self.check(Rule::SessionsLast, is_replaced, || {
+            format!("the server ended session {index}: {reason}")
+        });
     }
 
     fn add_peer(&mut self, index: usize, half: Half, parameters: PeerParameters) {
         let session = &mut self.sessions[index];
         session.open[half as usize] = true;
         match &mut session.receiver {
-            Receiver::Witness(witness) => witness.add_peer(half, &parameters, &self.identity, self.epoch, self.now),
+            Receiver::Witness(witness) => {
+                witness.add_peer(half, &parameters, &self.identity, self.epoch, self.now)
+            }
             Receiver::Engine { shard, key } => {
                 let peer = NewPeer {
                     participant: session.person.index,
@@ -631,7 +699,13 @@ impl World {
         }
     }
 
-    fn take_streams(&mut self, index: usize, half: Half, removed: &[RemoteTrack], added: &[RemoteTrack]) {
+    fn take_streams(
+        &mut self,
+        index: usize,
+        half: Half,
+        removed: &[RemoteTrack],
+        added: &[RemoteTrack],
+    ) {
         let session = &mut self.sessions[index];
         let expects = &mut session.expects[half as usize];
         for track in removed {
@@ -642,11 +716,14 @@ impl World {
         }
         for track in added {
             expects.extend([Some(track.ssrc), track.rtx_ssrc].into_iter().flatten());
-            session.announced.entry(track.ssrc).or_insert_with(|| Announced {
-                track_sid: track.track_id.to_string(),
-                at: self.now,
-                half,
-            });
+            session
+                .announced
+                .entry(track.ssrc)
+                .or_insert_with(|| Announced {
+                    track_sid: track.track_id.to_string(),
+                    at: self.now,
+                    half,
+                });
         }
         match &mut session.receiver {
             Receiver::Witness(witness) => witness.handle_streams(half, removed, added),
@@ -718,12 +795,16 @@ impl World {
 
     fn take_event(&mut self, router: usize, event: MediaEvent) {
         match &event {
-            MediaEvent::Connected { transport, at } => self.note(u64::from(transport.0) ^ at.as_nanos()),
+            MediaEvent::Connected { transport, at } => {
+                self.note(u64::from(transport.0) ^ at.as_nanos())
+            }
             MediaEvent::Failed { transport, .. } => {
                 self.note(u64::from(transport.0) << 32);
                 self.forget_transport(*transport);
             }
-            MediaEvent::TrackStarted { track, at } => self.note(u64::from(track.0) << 16 ^ at.as_nanos()),
+            MediaEvent::TrackStarted { track, at } => {
+                self.note(u64::from(track.0) << 16 ^ at.as_nanos())
+            }
             MediaEvent::AudioLevels { levels } => levels
                 .iter()
                 .for_each(|(track, level)| self.note(u64::from(track.0) << 8 | u64::from(*level))),
@@ -733,7 +814,10 @@ impl World {
 
     fn take_output(&mut self, output: Output) {
         match output {
-            Output::Send { connection, message } => self.tell(connection, ToClient::Message(message.to_vec())),
+            Output::Send {
+                connection,
+                message,
+            } => self.tell(connection, ToClient::Message(message.to_vec())),
             Output::Close { connection } => self.tell(connection, ToClient::Closed),
             Output::Media { router, command } => self.take_command(router, command),
         }
@@ -755,17 +839,24 @@ impl World {
         // A connection that has failed is gone with all that it carried: what the lobby says of it then comes too late.
         let expected = u64::from(!self.is_about_something(&command));
         self.learn(router, &command);
-        if let (Some(Defect::RoomsMixed), MediaCommand::Subscribe { track, .. }) = (self.defect, &mut command) {
+        if let (Some(Defect::RoomsMixed), MediaCommand::Subscribe { track, .. }) =
+            (self.defect, &mut command)
+        {
             let room = |known: &KnownTrack| self.sessions[known.session].person.room;
             let here = room(&self.tracks[track]);
-            let elsewhere = self.tracks.iter().find(|(_, known)| known.router == router && room(known) != here);
+            let elsewhere = self
+                .tracks
+                .iter()
+                .find(|(_, known)| known.router == router && room(known) != here);
             if let Some((other, _)) = elsewhere {
                 *track = *other;
                 self.defects_done += 1;
             }
         }
         let forgotten = match command {
-            MediaCommand::Unsubscribe { .. } | MediaCommand::RemoveTransport { .. } => self.defect == Some(Defect::RemovalForgotten),
+            MediaCommand::Unsubscribe { .. } | MediaCommand::RemoveTransport { .. } => {
+                self.defect == Some(Defect::RemovalForgotten)
+            }
             MediaCommand::Subscribe { .. } => self.defect == Some(Defect::SubscribeForgotten),
             _ => false,
         };
@@ -785,12 +876,15 @@ impl World {
     fn is_about_something(&self, command: &MediaCommand) -> bool {
         match command {
             MediaCommand::AddTransport { .. } => true,
-            MediaCommand::RestartIce { transport, .. } | MediaCommand::RemoveTransport { transport } | MediaCommand::AddTrack { transport, .. } => {
-                self.transports.contains_key(transport)
-            }
+            MediaCommand::RestartIce { transport, .. }
+            | MediaCommand::RemoveTransport { transport }
+            | MediaCommand::AddTrack { transport, .. } => self.transports.contains_key(transport),
             MediaCommand::RemoveTrack { track } => self.tracks.contains_key(track),
-            MediaCommand::Subscribe { transport, track, .. } => self.transports.contains_key(transport) && self.tracks.contains_key(track),
-            MediaCommand::SetSelection { subscription, .. } | MediaCommand::Unsubscribe { subscription } => {
+            MediaCommand::Subscribe {
+                transport, track, ..
+            } => self.transports.contains_key(transport) && self.tracks.contains_key(track),
+            MediaCommand::SetSelection { subscription, .. }
+            | MediaCommand::Unsubscribe { subscription } => {
                 self.subscriptions.contains_key(subscription)
             }
         }
@@ -799,16 +893,29 @@ impl World {
     /// Keeps account of what the lobby has asked for, and sees to it that it asks for nothing across rooms.
     fn learn(&mut self, router: usize, command: &MediaCommand) {
         match command {
-            MediaCommand::AddTransport { transport, parameters } => {
-                let ufrag = parameters.remote.ufrag.strip_prefix("client").and_then(|rest| rest.split_once("half"));
-                let session = ufrag.and_then(|(index, _)| index.parse().ok()).expect("a client's own user name");
+            MediaCommand::AddTransport {
+                transport,
+                parameters,
+            } => {
+                let ufrag = parameters
+                    .remote
+                    .ufrag
+                    .strip_prefix("client")
+                    .and_then(|rest| rest.split_once("half"));
+                let session = ufrag
+                    .and_then(|(index, _)| index.parse().ok())
+                    .expect("a client's own user name");
                 self.transports.insert(*transport, (router, session));
             }
             MediaCommand::RestartIce { .. } => {}
             MediaCommand::RemoveTransport { transport } => self.forget_transport(*transport),
-            MediaCommand::AddTrack { transport, track, .. } => {
+            MediaCommand::AddTrack {
+                transport, track, ..
+            } => {
                 let (at, session) = self.transports[transport];
-                self.check(Rule::RoomsAreApart, at == router, || format!("{track:?} is not where its connection is"));
+                self.check(Rule::RoomsAreApart, at == router, || {
+                    format!("{track:?} is not where its connection is")
+                });
                 let known = KnownTrack {
                     session,
                     transport: *transport,
@@ -825,11 +932,17 @@ impl World {
                 ..
             } => {
                 let (at, session) = self.transports[transport];
-                let known = self.tracks.get_mut(track).expect("a track that the router was told of");
+                let known = self
+                    .tracks
+                    .get_mut(track)
+                    .expect("a track that the router was told of");
                 let publisher = known.session;
                 known.subscribers.insert(*subscription);
-                let here = (known.router, self.sessions[publisher].person.room) == (router, self.sessions[session].person.room) && at == router;
-                self.subscriptions.insert(*subscription, (*track, *transport));
+                let here = (known.router, self.sessions[publisher].person.room)
+                    == (router, self.sessions[session].person.room)
+                    && at == router;
+                self.subscriptions
+                    .insert(*subscription, (*track, *transport));
                 self.check(Rule::RoomsAreApart, here && publisher != session, || {
                     format!("session {session} is given a track of session {publisher}")
                 });
@@ -846,19 +959,26 @@ impl World {
             .filter(|(_, track)| track.transport == transport)
             .map(|(id, _)| *id)
             .collect();
-        tracks.into_iter().for_each(|track| self.forget_track(track));
+        tracks
+            .into_iter()
+            .for_each(|track| self.forget_track(track));
         let carried: Vec<SubscriptionId> = self
             .subscriptions
             .iter()
             .filter(|(_, (_, over))| *over == transport)
             .map(|(id, _)| *id)
             .collect();
-        carried.into_iter().for_each(|subscription| self.forget_subscription(subscription));
+        carried
+            .into_iter()
+            .for_each(|subscription| self.forget_subscription(subscription));
         self.transports.remove(&transport);
     }
 
     fn forget_track(&mut self, track: TrackId) {
-        let subscribers = self.tracks.get(&track).map(|known| known.subscribers.clone());
+        let subscribers = self
+            .tracks
+            .get(&track)
+            .map(|known| known.subscribers.clone());
         subscribers
             .into_iter()
             .flatten()
@@ -876,7 +996,11 @@ impl World {
 
     /// What the routers ought to have: connections, tracks and subscriptions, by the lobby's commands and their own failures.
     pub fn expected_in_routers(&self) -> (u64, u64, u64) {
-        (self.transports.len() as u64, self.tracks.len() as u64, self.subscriptions.len() as u64)
+        (
+            self.transports.len() as u64,
+            self.tracks.len() as u64,
+            self.subscriptions.len() as u64,
+        )
     }
 
     fn deliver_to_routers(&mut self) {
@@ -931,38 +1055,55 @@ impl World {
     }
 
     /// Returns how many subscribers are to get something of it.
-    fn hand_to_router(&mut self, router: usize, index: usize, mut datagram: Datagram, at: Time) -> u64 {
+    fn hand_to_router(
+        &mut self,
+        router: usize,
+        index: usize,
+        mut datagram: Datagram,
+        at: Time,
+    ) -> u64 {
         self.tally.at_routers += 1;
         self.tally.at_routers_bytes += datagram.bytes.len() as u64;
         let class = classify(&datagram.bytes);
         let ssrc = Header::parse(&datagram.bytes).map_or(0, |header| header.ssrc);
         self.note_datagram(&datagram, class, at);
         let before = self.routers[router].statistics();
-        self.routers[router].handle_datagram(&mut datagram.bytes, datagram.from, at, self.now, &mut self.router_outlets[router]);
+        self.routers[router].handle_datagram(
+            &mut datagram.bytes,
+            datagram.from,
+            at,
+            self.now,
+            &mut self.router_outlets[router],
+        );
         let after = self.routers[router].statistics();
         let fate = fate(&before, &after);
         let fits = matches!(
             (class, fate),
-            (Class::Stun, Some("setup_in" | "refused_setup" | "refused_unknown_ufrag"))
-                | (Class::Dtls, Some("setup_in" | "refused_setup" | "refused_unknown_address"))
-                | (
-                    Class::Rtcp,
-                    Some("rtcp_in" | "refused_unknown_address" | "refused_unkeyed" | "refused_replayed")
+            (
+                Class::Stun,
+                Some("setup_in" | "refused_setup" | "refused_unknown_ufrag")
+            ) | (
+                Class::Dtls,
+                Some("setup_in" | "refused_setup" | "refused_unknown_address")
+            ) | (
+                Class::Rtcp,
+                Some(
+                    "rtcp_in" | "refused_unknown_address" | "refused_unkeyed" | "refused_replayed"
                 )
-                | (
-                    Class::Rtp,
-                    Some(
-                        "media_in"
-                            | "repairs_in"
-                            | "probes_in"
-                            | "refused_unknown_address"
-                            | "refused_unknown_ssrc"
-                            | "refused_unkeyed"
-                            | "refused_replayed"
-                            | "refused_duplicate"
-                            | "refused_too_old"
-                    )
+            ) | (
+                Class::Rtp,
+                Some(
+                    "media_in"
+                        | "repairs_in"
+                        | "probes_in"
+                        | "refused_unknown_address"
+                        | "refused_unknown_ssrc"
+                        | "refused_unkeyed"
+                        | "refused_replayed"
+                        | "refused_duplicate"
+                        | "refused_too_old"
                 )
+            )
         );
         self.check(Rule::RoutersAccount, fits, || {
             format!("{class:?} from session {index}, SSRC {ssrc:#x}, became {fate:?}")
@@ -972,7 +1113,9 @@ impl World {
         }
         let track = self.track_of(index, ssrc);
         self.check(Rule::RoutersAccount, track.is_some(), || {
-            format!("router {router} took SSRC {ssrc:#x} of session {index}, which has no such track")
+            format!(
+                "router {router} took SSRC {ssrc:#x} of session {index}, which has no such track"
+            )
         });
         track.map_or(0, |track| self.tracks[&track].subscribers.len() as u64)
     }
@@ -980,9 +1123,12 @@ impl World {
     /// The track that a session sends under an SSRC.
     fn track_of(&self, index: usize, ssrc: u32) -> Option<TrackId> {
         let tracks = &self.sessions[index].client.tracks;
-        let place = tracks
-            .iter()
-            .position(|track| track.ssrcs.iter().any(|(media, rtx)| *media == ssrc || *rtx == Some(ssrc)))?;
+        let place = tracks.iter().position(|track| {
+            track
+                .ssrcs
+                .iter()
+                .any(|(media, rtx)| *media == ssrc || *rtx == Some(ssrc))
+        })?;
         // The lobby numbers a participant's tracks in the order of its offer.
         self.tracks
             .iter()
@@ -1038,9 +1184,12 @@ impl World {
                 self.note_datagram(&datagram, class, at);
                 let mut sent = Vec::new();
                 let session = &mut self.sessions[index];
-                let Receiver::Witness(witness) = &mut session.receiver else { return };
+                let Receiver::Witness(witness) = &mut session.receiver else {
+                    return;
+                };
                 witness.handle_datagram(half, &mut datagram, at, &mut sent);
-                sent.into_iter().for_each(|datagram| session.up.send(datagram, self.now));
+                sent.into_iter()
+                    .for_each(|datagram| session.up.send(datagram, self.now));
                 return;
             }
             Receiver::Engine { shard, key } => (*shard, *key + half as usize),
@@ -1049,7 +1198,8 @@ impl World {
         self.tally.to_engines_bytes += datagram.bytes.len() as u64;
         self.tally.rtp_to_engines += is_rtp;
         if let (Class::Rtp, Some(header)) = (class, Header::parse(&datagram.bytes)) {
-            let is_expected = session.expects[half as usize].contains(&header.ssrc) && session.connected[half as usize].is_some();
+            let is_expected = session.expects[half as usize].contains(&header.ssrc)
+                && session.connected[half as usize].is_some();
             let fate = if is_expected {
                 &mut session.arrivals.expected
             } else {
@@ -1075,13 +1225,18 @@ impl World {
         self.take_engine_events();
         let now = self.now;
         for session in &mut self.sessions {
-            if let (Receiver::Witness(witness), Stage::In) = (&mut session.receiver, session.stage) {
+            if let (Receiver::Witness(witness), Stage::In) = (&mut session.receiver, session.stage)
+            {
                 let mut sent = Vec::new();
                 witness.handle_time(now, &mut sent);
-                for half in Half::BOTH.into_iter().filter(|half| witness.is_connected(*half)) {
+                for half in Half::BOTH
+                    .into_iter()
+                    .filter(|half| witness.is_connected(*half))
+                {
                     session.connected[half as usize].get_or_insert(now);
                 }
-                sent.into_iter().for_each(|datagram| session.up.send(datagram, now));
+                sent.into_iter()
+                    .for_each(|datagram| session.up.send(datagram, now));
             }
         }
     }
@@ -1089,10 +1244,17 @@ impl World {
     fn take_engine_events(&mut self) {
         for shard in 0..self.shards.len() {
             while let Some((key, event)) = self.shards[shard].poll_event() {
-                let place =
-                    |session: &Session| matches!(session.receiver, Receiver::Engine { shard: at, key: first } if at == shard && first == key & !1);
-                let index = self.sessions.iter().position(place).expect("a key that was given out");
-                let half = if key & 1 == 0 { Half::Publisher } else { Half::Subscriber };
+                let place = |session: &Session| matches!(session.receiver, Receiver::Engine { shard: at, key: first } if at == shard && first == key & !1);
+                let index = self
+                    .sessions
+                    .iter()
+                    .position(place)
+                    .expect("a key that was given out");
+                let half = if key & 1 == 0 {
+                    Half::Publisher
+                } else {
+                    Half::Subscriber
+                };
                 match event {
                     Event::Connected { at, .. } => {
                         self.note(at.as_nanos());
@@ -1107,7 +1269,9 @@ impl World {
                             format!("session {index} lost its {half:?} connection: {failure:?}")
                         });
                     }
-                    Event::IceConnected { .. } | Event::IceRestarted { .. } | Event::FirstMedia { .. } => {}
+                    Event::IceConnected { .. }
+                    | Event::IceRestarted { .. }
+                    | Event::FirstMedia { .. } => {}
                 }
             }
         }
@@ -1115,14 +1279,21 @@ impl World {
 
     fn publish(&mut self, index: usize) {
         let session = &self.sessions[index];
-        let Receiver::Engine { shard, key } = session.receiver else { return };
+        let Receiver::Engine { shard, key } = session.receiver else {
+            return;
+        };
         let mut parameters = Vec::new();
         for track in &session.client.tracks {
-            let Some(negotiated) = &track.negotiated else { continue };
+            let Some(negotiated) = &track.negotiated else {
+                continue;
+            };
             let kind = track.local.kind;
-            let first_frame_at = self.now + Duration::from_millis(2 + u64::from(session.person.index * 7 % 20));
+            let first_frame_at =
+                self.now + Duration::from_millis(2 + u64::from(session.person.index * 7 % 20));
             let source = |layer| clips().source(kind, track.ssrcs.len() > 1, layer);
-            let bitrate = (0..track.ssrcs.len()).map(|layer| source(layer).bitrate().bps()).sum();
+            let bitrate = (0..track.ssrcs.len())
+                .map(|layer| source(layer).bitrate().bps())
+                .sum();
             let id = |extension| negotiated.extensions.id(extension);
             for (layer, (ssrc, rtx_ssrc)) in track.ssrcs.iter().enumerate() {
                 parameters.push(SendParameters {
@@ -1132,7 +1303,8 @@ impl World {
                     payload_type: negotiated.payload_type,
                     rtx_payload_type: negotiated.rtx_payload_type,
                     transport_cc_extension: None,
-                    audio_level_extension: id(Extension::AudioLevel).filter(|_| kind == Kind::Audio),
+                    audio_level_extension: id(Extension::AudioLevel)
+                        .filter(|_| kind == Kind::Audio),
                     simulcast: track.local.rids.get(layer).map(|rid| SimulcastLayer {
                         mid: negotiated.mid.clone(),
                         rid: rid.as_str().into(),
@@ -1155,7 +1327,10 @@ impl World {
                 });
             }
         }
-        let command = Command::Publish { key, tracks: parameters };
+        let command = Command::Publish {
+            key,
+            tracks: parameters,
+        };
         self.shards[shard].handle_command(command, self.now, &mut self.outlets[shard]);
     }
 
@@ -1166,16 +1341,28 @@ impl World {
             for datagram in std::mem::take(&mut self.outlets[shard].sent) {
                 self.tally.by_engines_bytes += datagram.bytes.len() as u64;
                 self.tally.rtp_by_engines += u64::from(classify(&datagram.bytes) == Class::Rtp);
-                let session = self.sessions.iter_mut().find(|session| session.addresses.contains(&datagram.from));
-                session.expect("a participant's address").up.send(datagram, now);
+                let session = self
+                    .sessions
+                    .iter_mut()
+                    .find(|session| session.addresses.contains(&datagram.from));
+                session
+                    .expect("a participant's address")
+                    .up
+                    .send(datagram, now);
             }
         }
         for router in 0..self.router_outlets.len() {
             for datagram in std::mem::take(&mut self.router_outlets[router].sent) {
                 self.tally.by_routers += 1;
                 self.tally.by_routers_bytes += datagram.bytes.len() as u64;
-                let session = self.sessions.iter_mut().find(|session| session.addresses.contains(&datagram.to));
-                session.expect("a participant's address").down.send(datagram, now);
+                let session = self
+                    .sessions
+                    .iter_mut()
+                    .find(|session| session.addresses.contains(&datagram.to));
+                session
+                    .expect("a participant's address")
+                    .down
+                    .send(datagram, now);
             }
         }
     }
@@ -1185,15 +1372,23 @@ impl World {
         let now = self.now;
         for index in 0..self.routers.len() {
             let next = self.routers[index].next_timeout();
-            self.check(Rule::NothingIsOverdue, next > now, || format!("router {index} is overdue: {next:?}"));
+            self.check(Rule::NothingIsOverdue, next > now, || {
+                format!("router {index} is overdue: {next:?}")
+            });
         }
         let next = self.lobby.next_timeout();
-        self.check(Rule::NothingIsOverdue, next > now, || format!("the lobby is overdue: {next:?}"));
-        let in_setup = |session: &Session| (0..2).any(|half| session.open[half] && session.connected[half].is_none());
+        self.check(Rule::NothingIsOverdue, next > now, || {
+            format!("the lobby is overdue: {next:?}")
+        });
+        let in_setup = |session: &Session| {
+            (0..2).any(|half| session.open[half] && session.connected[half].is_none())
+        };
         if !self.sessions.iter().any(in_setup) {
             for index in 0..self.shards.len() {
                 let overdue = self.shards[index].is_waited_for_by(now);
-                self.check(Rule::NothingIsOverdue, !overdue, || format!("media of shard {index} is overdue"));
+                self.check(Rule::NothingIsOverdue, !overdue, || {
+                    format!("media of shard {index} is overdue")
+                });
             }
         }
     }
@@ -1201,12 +1396,19 @@ impl World {
 
 impl Session {
     fn signal_delay(&mut self) -> Duration {
-        let jitter = self.signal_chance.below(self.person.signal_jitter.as_nanos() as u64 + 1);
+        let jitter = self
+            .signal_chance
+            .below(self.person.signal_jitter.as_nanos() as u64 + 1);
         self.person.signal_delay + Duration::from_nanos(jitter)
     }
 }
 
-fn new_session(person: &Person, seed: u64, identity: &Identity, keys: &mut [Vec<SocketAddr>]) -> Session {
+fn new_session(
+    person: &Person,
+    seed: u64,
+    identity: &Identity,
+    keys: &mut [Vec<SocketAddr>],
+) -> Session {
     let addresses = addresses(person);
     let shard = person.index as usize % keys.len();
     let receiver = match person.role {
@@ -1242,7 +1444,12 @@ fn new_session(person: &Person, seed: u64, identity: &Identity, keys: &mut [Vec<
 
 /// What became of one datagram: the one counter of fates that has grown by one; `None` where it was another number of them.
 fn fate(before: &RouterStatistics, after: &RouterStatistics) -> Option<&'static str> {
-    let is_fate = |name: &str| matches!(name, "setup_in" | "rtcp_in" | "media_in" | "repairs_in" | "probes_in") || name.starts_with("refused_");
+    let is_fate = |name: &str| {
+        matches!(
+            name,
+            "setup_in" | "rtcp_in" | "media_in" | "repairs_in" | "probes_in"
+        ) || name.starts_with("refused_")
+    };
     let grown = before
         .counters()
         .zip(after.counters())
@@ -1256,6 +1463,9 @@ fn fate(before: &RouterStatistics, after: &RouterStatistics) -> Option<&'static 
 
 /// What was done with packets for subscribers when they came: sent, or withheld for a stated reason.
 fn forwarded(statistics: &RouterStatistics) -> u64 {
-    let withheld = statistics.counters().filter(|(name, _)| name.starts_with("withheld_"));
-    statistics.media_out - statistics.media_out_recalled + withheld.map(|(_, count)| count).sum::<u64>()
+    let withheld = statistics
+        .counters()
+        .filter(|(name, _)| name.starts_with("withheld_"));
+    statistics.media_out - statistics.media_out_recalled
+        + withheld.map(|(_, count)| count).sum::<u64>()
 }

@@ -69,22 +69,42 @@ pub fn check_drained(world: &mut World) -> Account {
 /// Checks a world that everybody has left.
 pub fn check_empty(world: &mut World) {
     check_links(world);
-    let routers: Vec<RouterStatistics> = world.routers.iter().map(|router| router.statistics()).collect();
+    let routers: Vec<RouterStatistics> = world
+        .routers
+        .iter()
+        .map(|router| router.statistics())
+        .collect();
     let left: u64 = routers
         .iter()
         .map(|left| left.transports + left.transports_connected + left.tracks + left.subscriptions)
         .sum();
-    world.check(Rule::AllIsForgotten, left == 0, || format!("routers keep what is gone: {routers:?}"));
+    world.check(Rule::AllIsForgotten, left == 0, || {
+        format!("routers keep what is gone: {routers:?}")
+    });
     let statistics = world.lobby.statistics();
-    let left = statistics.rooms + statistics.participants + statistics.published_audio + statistics.published_video;
+    let left = statistics.rooms
+        + statistics.participants
+        + statistics.published_audio
+        + statistics.published_video;
     let left = left + statistics.subscribed_audio + statistics.subscribed_video;
     world.check(Rule::AllIsForgotten, left == 0, || {
         format!("the lobby keeps what is gone: {statistics:?}")
     });
-    let entered = world.sessions.iter().filter(|session| session.stage != Stage::NotYet).count() as u64;
-    world.check(Rule::AllIsForgotten, statistics.since_start.joins == entered, || {
-        format!("{} joins, and {entered} entered", statistics.since_start.joins)
-    });
+    let entered = world
+        .sessions
+        .iter()
+        .filter(|session| session.stage != Stage::NotYet)
+        .count() as u64;
+    world.check(
+        Rule::AllIsForgotten,
+        statistics.since_start.joins == entered,
+        || {
+            format!(
+                "{} joins, and {entered} entered",
+                statistics.since_start.joins
+            )
+        },
+    );
 }
 
 /// Datagrams between the links and the routers: none is lost without a reason.
@@ -106,25 +126,43 @@ fn check_links(world: &mut World) {
         }
     }
     let mut total = RouterStatistics::default();
-    world.routers.iter().for_each(|router| total.merge(&router.statistics()));
+    world
+        .routers
+        .iter()
+        .for_each(|router| total.merge(&router.statistics()));
     let tally = world.tally;
-    world.check(Rule::RoutersAccount, total.datagrams_in == out_of_uplinks, || {
-        format!("links delivered {out_of_uplinks} datagrams, routers took {}", total.datagrams_in)
-    });
+    world.check(
+        Rule::RoutersAccount,
+        total.datagrams_in == out_of_uplinks,
+        || {
+            format!(
+                "links delivered {out_of_uplinks} datagrams, routers took {}",
+                total.datagrams_in
+            )
+        },
+    );
     world.check(
         Rule::RoutersAccount,
         (total.datagrams_in, total.bytes_in) == (tally.at_routers, tally.at_routers_bytes),
-        || format!("routers heard {} datagrams, {} bytes: {tally:?}", total.datagrams_in, total.bytes_in),
+        || {
+            format!(
+                "routers heard {} datagrams, {} bytes: {tally:?}",
+                total.datagrams_in, total.bytes_in
+            )
+        },
     );
     let refused: u64 = total
         .counters()
         .filter(|(name, _)| name.starts_with("refused_"))
         .map(|(_, count)| count)
         .sum();
-    let taken = total.setup_in + total.rtcp_in + total.media_in + total.repairs_in + total.probes_in;
-    world.check(Rule::RoutersAccount, total.datagrams_in == taken + refused, || {
-        format!("not every datagram has one fate: {total:?}")
-    });
+    let taken =
+        total.setup_in + total.rtcp_in + total.media_in + total.repairs_in + total.probes_in;
+    world.check(
+        Rule::RoutersAccount,
+        total.datagrams_in == taken + refused,
+        || format!("not every datagram has one fate: {total:?}"),
+    );
     let sent = total.setup_out + total.rtcp_out + total.media_out + total.resends_out;
     world.check(Rule::RoutersAccount, total.datagrams_out == sent, || {
         format!("{} sent, by kind {sent}: {total:?}", total.datagrams_out)
@@ -134,10 +172,15 @@ fn check_links(world: &mut World) {
         format!("links delivered {out_of_downlinks} datagrams to participants: {tally:?}")
     });
     // What was sent after everybody had left is in the routers' account only.
-    world.check(Rule::RoutersAccount, tally.by_routers == into_downlinks, || {
-        format!("{into_downlinks} datagrams entered downlinks: {tally:?}")
-    });
-    let harmed: Vec<_> = total.counters().filter(|(name, count)| HARM.contains(name) && *count > 0).collect();
+    world.check(
+        Rule::RoutersAccount,
+        tally.by_routers == into_downlinks,
+        || format!("{into_downlinks} datagrams entered downlinks: {tally:?}"),
+    );
+    let harmed: Vec<_> = total
+        .counters()
+        .filter(|(name, count)| HARM.contains(name) && *count > 0)
+        .collect();
     world.check(Rule::NobodyForges, harmed.is_empty(), || {
         format!("nobody forges anything here: {harmed:?}")
     });
@@ -151,18 +194,38 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
     world.check(Rule::EnginesAccount, sent == tally.rtp_by_engines, || {
         format!("publishers sent {sent} packets: {tally:?}")
     });
-    world.check(Rule::EnginesAccount, session.wire_bytes_sent == tally.by_engines_bytes, || {
-        format!("publishers sent {} bytes: {tally:?}", session.wire_bytes_sent)
-    });
-    world.check(Rule::EnginesAccount, session.wire_bytes_received == tally.to_engines_bytes, || {
-        format!("subscribers took {} bytes: {tally:?}", session.wire_bytes_received)
-    });
+    world.check(
+        Rule::EnginesAccount,
+        session.wire_bytes_sent == tally.by_engines_bytes,
+        || {
+            format!(
+                "publishers sent {} bytes: {tally:?}",
+                session.wire_bytes_sent
+            )
+        },
+    );
+    world.check(
+        Rule::EnginesAccount,
+        session.wire_bytes_received == tally.to_engines_bytes,
+        || {
+            format!(
+                "subscribers took {} bytes: {tally:?}",
+                session.wire_bytes_received
+            )
+        },
+    );
     let processed = record.engine.packets_processed;
-    world.check(Rule::EnginesAccount, processed == tally.rtp_to_engines + tally.rtp_by_engines, || {
-        format!("{processed} packets processed: {tally:?}")
-    });
+    world.check(
+        Rule::EnginesAccount,
+        processed == tally.rtp_to_engines + tally.rtp_by_engines,
+        || format!("{processed} packets processed: {tally:?}"),
+    );
     // A replay is told from a repair that was not needed by what the streams themselves have counted.
-    let needless: u64 = outcomes.iter().flat_map(|peer| &peer.streams).map(|stream| stream.counts.duplicate).sum();
+    let needless: u64 = outcomes
+        .iter()
+        .flat_map(|peer| &peer.streams)
+        .map(|stream| stream.counts.duplicate)
+        .sum();
     let replayed = sum(|media| media.packets_duplicate) - needless;
     let taken = sum(|media| media.packets_received + media.rtx_received) + replayed;
     let mut arrivals = EngineArrivals::default();
@@ -172,7 +235,8 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
     }
     // What comes before its announcement, or before the keys, may be kept until then; what is not is refused.
     let arrived = arrivals.expected + arrivals.early;
-    let fits = (arrivals.expected..=arrived).contains(&taken) && arrived - taken <= session.packets_rejected;
+    let fits = (arrivals.expected..=arrived).contains(&taken)
+        && arrived - taken <= session.packets_rejected;
     world.check(Rule::EnginesAccount, fits, || {
         format!(
             "{taken} packets were taken ({replayed} repeated), {} rejected: {arrivals:?}",
@@ -180,25 +244,38 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
         )
     });
     world.check(Rule::RoomsAreApart, session.frames_misrouted == 0, || {
-        format!("{} frames in rooms that they do not belong to", session.frames_misrouted)
+        format!(
+            "{} frames in rooms that they do not belong to",
+            session.frames_misrouted
+        )
     });
-    world.check(Rule::EnginesAccount, record.engine.send_slots_skipped == 0, || {
-        "a world has no stalls, and slots were skipped".into()
-    });
+    world.check(
+        Rule::EnginesAccount,
+        record.engine.send_slots_skipped == 0,
+        || "a world has no stalls, and slots were skipped".into(),
+    );
     for kind in [Kind::Audio, Kind::Video] {
         let (of_streams, counted) = streams_and_record(outcomes, record, kind);
         world.check(Rule::EnginesAccount, of_streams == counted, || {
             format!("{kind:?}: streams {of_streams:?}, record {counted:?}")
         });
         let media = if kind == Kind::Audio { audio } else { video };
-        let (network, told) = (media.packets_lost_network, media.packets_repaired + media.packets_lost);
+        let (network, told) = (
+            media.packets_lost_network,
+            media.packets_repaired + media.packets_lost,
+        );
         world.check(Rule::EnginesAccount, network == told, || {
             format!("{kind:?}: {network} lost on the network, {told} repaired or lost")
         });
-        let (missing, places) = (media.frames_expected - media.frames_delivered, places_of_loss(media));
-        world.check(Rule::EnginesAccount, places.iter().sum::<u64>() == missing, || {
-            format!("{kind:?}: {missing} frames missing, lost {places:?}")
-        });
+        let (missing, places) = (
+            media.frames_expected - media.frames_delivered,
+            places_of_loss(media),
+        );
+        world.check(
+            Rule::EnginesAccount,
+            places.iter().sum::<u64>() == missing,
+            || format!("{kind:?}: {missing} frames missing, lost {places:?}"),
+        );
     }
 }
 
@@ -213,8 +290,15 @@ fn places_of_loss(media: &Media) -> [u64; 4] {
 }
 
 /// The same sums over the streams and in the record: frames delivered, frames expected, packets lost, repaired.
-fn streams_and_record(outcomes: &[PeerOutcome], record: &Record, kind: Kind) -> ([u64; 5], [u64; 5]) {
-    let streams = outcomes.iter().flat_map(|peer| &peer.streams).filter(|stream| stream.kind == kind);
+fn streams_and_record(
+    outcomes: &[PeerOutcome],
+    record: &Record,
+    kind: Kind,
+) -> ([u64; 5], [u64; 5]) {
+    let streams = outcomes
+        .iter()
+        .flat_map(|peer| &peer.streams)
+        .filter(|stream| stream.kind == kind);
     let mut sums = [0; 5];
     for stream in streams {
         let numbers = [
@@ -224,9 +308,15 @@ fn streams_and_record(outcomes: &[PeerOutcome], record: &Record, kind: Kind) -> 
             stream.counts.repaired,
             u64::from(stream.live),
         ];
-        sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
+        sums.iter_mut()
+            .zip(numbers)
+            .for_each(|(sum, number)| *sum += number);
     }
-    let media = if kind == Kind::Audio { &record.audio } else { &record.video };
+    let media = if kind == Kind::Audio {
+        &record.audio
+    } else {
+        &record.video
+    };
     let counted = [
         media.frames_delivered,
         media.frames_expected,
@@ -242,9 +332,21 @@ fn check_histograms(world: &mut World, record: &Record) {
     let (audio, video) = (&record.audio, &record.video);
     for (name, media) in [("audio", audio), ("video", video)] {
         for (what, histogram, counter) in [
-            ("one-way latencies", media.one_way_latency.count(), media.frames_delivered),
-            ("subscriptions", media.track_subscribe.count(), media.tracks_live),
-            ("first packets", media.first_packet.count(), media.tracks_live),
+            (
+                "one-way latencies",
+                media.one_way_latency.count(),
+                media.frames_delivered,
+            ),
+            (
+                "subscriptions",
+                media.track_subscribe.count(),
+                media.tracks_live,
+            ),
+            (
+                "first packets",
+                media.first_packet.count(),
+                media.tracks_live,
+            ),
             ("freezes", media.freeze.count(), media.freezes),
         ] {
             world.check(Rule::HistogramsCount, histogram == counter, || {
@@ -252,24 +354,40 @@ fn check_histograms(world: &mut World, record: &Record) {
             });
         }
         let late = media.frames_late;
-        world.check(Rule::HistogramsCount, late <= media.frames_delivered, || {
-            format!("{name}: {late} frames late, more than came")
-        });
+        world.check(
+            Rule::HistogramsCount,
+            late <= media.frames_delivered,
+            || format!("{name}: {late} frames late, more than came"),
+        );
         let first = media.first_frame.count();
         world.check(Rule::HistogramsCount, first <= media.tracks_live, || {
-            format!("{name}: {first} first frames of {} tracks", media.tracks_live)
+            format!(
+                "{name}: {first} first frames of {} tracks",
+                media.tracks_live
+            )
         });
         let answered = media.pli_received_to_key_sent.count();
-        world.check(Rule::HistogramsCount, answered <= media.key_frames_sent, || {
-            format!("{name}: {answered} requests answered by {} key frames", media.key_frames_sent)
-        });
+        world.check(
+            Rule::HistogramsCount,
+            answered <= media.key_frames_sent,
+            || {
+                format!(
+                    "{name}: {answered} requests answered by {} key frames",
+                    media.key_frames_sent
+                )
+            },
+        );
     }
-    world.check(Rule::HistogramsCount, audio.first_frame.count() == audio.tracks_live, || {
-        "every live audio track has a first frame".into()
-    });
+    world.check(
+        Rule::HistogramsCount,
+        audio.first_frame.count() == audio.tracks_live,
+        || "every live audio track has a first frame".into(),
+    );
     let frames = audio.frames_sent + video.frames_sent;
     let lags = record.engine.send_lag.count();
-    world.check(Rule::HistogramsCount, lags == frames, || format!("{lags} send lags of {frames} frames"));
+    world.check(Rule::HistogramsCount, lags == frames, || {
+        format!("{lags} send lags of {frames} frames")
+    });
 }
 
 /// Where nothing was lost and nobody intervened, every frame has arrived.
@@ -282,13 +400,22 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
             let Some((origin, number)) = stream.origin else {
                 let missing = is_awaited(world, receiver, stream.ssrc, stream.kind);
                 world.check(Rule::StreamsFlow, !missing, || {
-                    format!("session {index} never got anything of {:?} {:#x}", stream.kind, stream.ssrc)
+                    format!(
+                        "session {index} never got anything of {:?} {:#x}",
+                        stream.kind, stream.ssrc
+                    )
                 });
                 continue;
             };
             let publisher = &world.sessions[origin as usize];
-            let [up, down] = [publisher.person.up.is_perfect(), receiver.person.down.is_perfect()];
-            let all_must_come = up && down && is_undisturbed(receiver, stream.ssrc) && is_steady(publisher, stream.kind);
+            let [up, down] = [
+                publisher.person.up.is_perfect(),
+                receiver.person.down.is_perfect(),
+            ];
+            let all_must_come = up
+                && down
+                && is_undisturbed(receiver, stream.ssrc)
+                && is_steady(publisher, stream.kind);
             let losses = stream.losses;
             let fits = (!up || losses.uplink == 0) && (!(up && down) || losses.downlink == 0);
             world.check(Rule::EnginesAccount, fits, || {
@@ -305,11 +432,16 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
 
 /// Whether something of a stream ought to have come by now: all that it takes has been there for longer than links can be dead.
 fn is_awaited(world: &World, receiver: &Session, ssrc: u32, kind: Kind) -> bool {
-    let Some(announced) = receiver.announced.get(&ssrc) else { return false };
+    let Some(announced) = receiver.announced.get(&ssrc) else {
+        return false;
+    };
     let Some(publisher) = world.publisher_of(receiver.person.index as usize, ssrc) else {
         return false;
     };
-    let (Some(up), Some(sends)) = (receiver.connected[announced.half as usize], publisher.connected[0]) else {
+    let (Some(up), Some(sends)) = (
+        receiver.connected[announced.half as usize],
+        publisher.connected[0],
+    ) else {
         return false;
     };
     let worse_for = publisher.person.up.worse_for() + receiver.person.down.worse_for();
@@ -328,7 +460,8 @@ fn is_undisturbed(session: &Session, ssrc: u32) -> bool {
 
 /// It was there to the end, and muted nothing of this kind.
 fn is_steady(session: &Session, kind: Kind) -> bool {
-    let mutes = |act: &Act| matches!(act, Act::Mute { video, .. } if *video == (kind == Kind::Video));
+    let mutes =
+        |act: &Act| matches!(act, Act::Mute { video, .. } if *video == (kind == Kind::Video));
     session.stage == Stage::In && !session.person.acts.iter().any(|(_, act)| mutes(act))
 }
 
@@ -336,7 +469,10 @@ fn is_steady(session: &Session, kind: Kind) -> bool {
 fn check_presence(world: &mut World) {
     let expected = world.expected_in_routers();
     let mut total = RouterStatistics::default();
-    world.routers.iter().for_each(|router| total.merge(&router.statistics()));
+    world
+        .routers
+        .iter()
+        .for_each(|router| total.merge(&router.statistics()));
     let found = (total.transports, total.tracks, total.subscriptions);
     world.check(Rule::AllArePresent, found == expected, || {
         format!("connections, tracks and subscriptions: routers have {found:?}, the lobby asked for {expected:?}")
@@ -346,12 +482,21 @@ fn check_presence(world: &mut World) {
         if session.stage != Stage::In {
             continue;
         }
-        let (single, publishes, subscribes) = (session.person.single, !session.client.tracks.is_empty(), session.person.subscribes);
+        let (single, publishes, subscribes) = (
+            session.person.single,
+            !session.client.tracks.is_empty(),
+            session.person.subscribes,
+        );
         let needed = [single || publishes, !single && subscribes];
-        let up = needed.iter().zip(&session.connected).all(|(needed, at)| !needed || at.is_some());
+        let up = needed
+            .iter()
+            .zip(&session.connected)
+            .all(|(needed, at)| !needed || at.is_some());
         let worse_for = session.person.up.worse_for() + session.person.down.worse_for();
         let is_late = session.person.joins_at + CONNECT_PATIENCE + worse_for * 3 <= world.now;
-        world.check(Rule::AllArePresent, up || !is_late, || format!("session {index} is not connected"));
+        world.check(Rule::AllArePresent, up || !is_late, || {
+            format!("session {index} is not connected")
+        });
     }
 }
 
@@ -379,11 +524,12 @@ fn check_witnesses(world: &mut World) {
                 Kind::Audio => reader.check_audio(),
                 Kind::Video => reader.check_video(),
             };
-            said.extend(
-                complaint
-                    .err()
-                    .map(|complaint| format!("witness {index}, {:?} {:#x}: {complaint}", stream.kind, stream.ssrc)),
-            );
+            said.extend(complaint.err().map(|complaint| {
+                format!(
+                    "witness {index}, {:?} {:#x}: {complaint}",
+                    stream.kind, stream.ssrc
+                )
+            }));
         }
         for complaint in said {
             world.check(Rule::FramesDecode, false, || complaint);
@@ -391,9 +537,11 @@ fn check_witnesses(world: &mut World) {
     }
     let came = world.tally.rtp_to_witnesses;
     let sum = fates.taken + fates.repeated + fates.unread + fates.broken;
-    world.check(Rule::WitnessesAccount, came == sum && fates.broken == 0, || {
-        format!("{came} packets came to witnesses: {fates:?}")
-    });
+    world.check(
+        Rule::WitnessesAccount,
+        came == sum && fates.broken == 0,
+        || format!("{came} packets came to witnesses: {fates:?}"),
+    );
 }
 
 /// Reads one stream of a witness as a decoder would.
@@ -429,12 +577,16 @@ impl Reader<'_> {
             if !clips().has_audio(&kept.payload) {
                 return Err(format!("packet {number} is none that anybody published"));
             }
-            let identity = FrameIdentity::parse_audio(&kept.payload).ok_or("a packet without identity")?;
+            let identity =
+                FrameIdentity::parse_audio(&kept.payload).ok_or("a packet without identity")?;
             self.check_origin(&identity)?;
             if let Some((last, rtp_time, last_identity)) = before {
                 let frames = i64::from(identity.frame) - i64::from(last_identity.frame);
                 if frames <= 0 || identity.origin != last_identity.origin {
-                    return Err(format!("frame {} of {} follows {last_identity:?}", identity.frame, identity.origin));
+                    return Err(format!(
+                        "frame {} of {} follows {last_identity:?}",
+                        identity.frame, identity.origin
+                    ));
                 }
                 self.check_time(
                     kept.rtp_time.wrapping_sub(rtp_time),
@@ -446,7 +598,9 @@ impl Reader<'_> {
                 // Without a pause one number stands for one frame.
                 let steady = self.is_steady(&identity);
                 if steady && (number - last) as i64 != frames {
-                    return Err(format!("packets {last} and {number} are {frames} frames apart"));
+                    return Err(format!(
+                        "packets {last} and {number} are {frames} frames apart"
+                    ));
                 }
             }
             before = Some((*number, kept.rtp_time, identity));
@@ -461,34 +615,52 @@ impl Reader<'_> {
         let mut decoder: Option<Known> = None;
         let mut before: Option<&Frame<'_>> = None;
         for frame in &frames {
-            let adjoins = before.is_some_and(|before| (before.last + 1..frame.first).all(|number| fillers.contains(&number)));
-            let picture = frame
-                .picture_id()
-                .ok_or_else(|| format!("packets of {}.. differ in their picture ids", frame.first))?;
+            let adjoins = before.is_some_and(|before| {
+                (before.last + 1..frame.first).all(|number| fillers.contains(&number))
+            });
+            let picture = frame.picture_id().ok_or_else(|| {
+                format!("packets of {}.. differ in their picture ids", frame.first)
+            })?;
             if let Some(before) = before {
                 let ahead = frame.rtp_time.wrapping_sub(before.rtp_time) as i32;
                 let pictures = picture.wrapping_sub(before.picture_id().unwrap_or(0)) & 0x7FFF;
                 if ahead <= 0 || (adjoins && pictures != 1) || !(1..0x4000).contains(&pictures) {
-                    return Err(format!("at {} time goes on by {ahead} and pictures by {pictures}", frame.first));
+                    return Err(format!(
+                        "at {} time goes on by {ahead} and pictures by {pictures}",
+                        frame.first
+                    ));
                 }
             }
             let known = self.recognize(frame)?;
             let starts = frame.packets[0].0.starts_frame();
             if adjoins && !starts {
-                return Err(format!("what follows at {} is no frame's begin", frame.first));
+                return Err(format!(
+                    "what follows at {} is no frame's begin",
+                    frame.first
+                ));
             }
-            let key = starts && frame.packets[0].1.first().is_some_and(|first| first & 1 == 0);
+            let key = starts
+                && frame.packets[0]
+                    .1
+                    .first()
+                    .is_some_and(|first| first & 1 == 0);
             if before.is_none() && !key && self.is_whole_link() {
                 return Err("the first frame is no key frame".into());
             }
             let continues = adjoins && !key;
             if continues && before.is_some_and(|before| !before.ends()) {
-                return Err(format!("the frame at {} follows one that was cut off, and is no key frame", frame.first));
+                return Err(format!(
+                    "the frame at {} follows one that was cut off, and is no key frame",
+                    frame.first
+                ));
             }
             if let (true, Some(known), Some(last)) = (continues, &known, &decoder) {
                 let next = (last.place.position + 1) % clips().video_len(last.place.layer);
                 if (known.place.layer, known.place.position) != (last.place.layer, next) {
-                    return Err(format!("{:?} follows {:?} without a hole", known.place, last.place));
+                    return Err(format!(
+                        "{:?} follows {:?} without a hole",
+                        known.place, last.place
+                    ));
                 }
             }
             if let (Some(known), Some(last), Some(before)) = (&known, &decoder, before) {
@@ -517,25 +689,42 @@ impl Reader<'_> {
     /// On a link that loses nothing, all numbers are there but those that the publisher's link lost.
     fn check_numbers(&self) -> Result<(), String> {
         if self.stream.contradictions > 0 {
-            return Err(format!("{} numbers were given to two packets", self.stream.contradictions));
+            return Err(format!(
+                "{} numbers were given to two packets",
+                self.stream.contradictions
+            ));
         }
         let numbers = self.stream.packets.keys();
         let (Some(first), Some(last)) = (numbers.clone().next(), numbers.clone().last()) else {
             return self.check_silence();
         };
         let holes = last - first + 1 - self.stream.packets.len() as u64;
-        let origin = self.stream.packets.values().find_map(|kept| self.identity(kept));
-        let publisher = origin.and_then(|identity| self.world.sessions.get(identity.origin as usize));
-        let lossless = self.is_whole_link() && publisher.is_some_and(|publisher| publisher.person.up.is_perfect());
+        let origin = self
+            .stream
+            .packets
+            .values()
+            .find_map(|kept| self.identity(kept));
+        let publisher =
+            origin.and_then(|identity| self.world.sessions.get(identity.origin as usize));
+        let lossless = self.is_whole_link()
+            && publisher.is_some_and(|publisher| publisher.person.up.is_perfect());
         if lossless && holes > 0 {
-            return Err(format!("{holes} of {} numbers are missing, and nothing was lost", last - first + 1));
+            return Err(format!(
+                "{holes} of {} numbers are missing, and nothing was lost",
+                last - first + 1
+            ));
         }
         Ok(())
     }
 
     fn check_silence(&self) -> Result<(), String> {
-        let expected = !self.stream.ended && is_awaited(self.world, self.session, self.stream.ssrc, self.stream.kind);
-        if expected { Err("nothing ever came".into()) } else { Ok(()) }
+        let expected = !self.stream.ended
+            && is_awaited(self.world, self.session, self.stream.ssrc, self.stream.kind);
+        if expected {
+            Err("nothing ever came".into())
+        } else {
+            Ok(())
+        }
     }
 
     fn is_whole_link(&self) -> bool {
@@ -545,19 +734,30 @@ impl Reader<'_> {
     fn identity(&self, kept: &Kept) -> Option<FrameIdentity> {
         match self.stream.kind {
             Kind::Audio => FrameIdentity::parse_audio(&kept.payload),
-            Kind::Video => kept.marker.then(|| FrameIdentity::parse_video(&kept.payload)).flatten(),
+            Kind::Video => kept
+                .marker
+                .then(|| FrameIdentity::parse_video(&kept.payload))
+                .flatten(),
         }
     }
 
     fn is_steady(&self, identity: &FrameIdentity) -> bool {
         let publisher = &self.world.sessions[identity.origin as usize];
-        let mutes = publisher.person.acts.iter().any(|(_, act)| matches!(act, Act::Mute { .. }));
+        let mutes = publisher
+            .person
+            .acts
+            .iter()
+            .any(|(_, act)| matches!(act, Act::Mute { .. }));
         !mutes && !self.session.client.touched.contains(&self.stream.track_sid)
     }
 
     /// The frame is of this run, of this room, and of the publisher of the track that the description named.
     fn check_origin(&self, identity: &FrameIdentity) -> Result<(), String> {
-        let origin = self.world.sessions.get(identity.origin as usize).filter(|_| identity.run == RUN);
+        let origin = self
+            .world
+            .sessions
+            .get(identity.origin as usize)
+            .filter(|_| identity.run == RUN);
         let origin = origin.ok_or_else(|| format!("a frame of nobody: {identity:?}"))?;
         let of_track = origin
             .client
@@ -572,7 +772,14 @@ impl Reader<'_> {
     }
 
     /// Between two frames timestamps go on as the moments do for which the frames were meant.
-    fn check_time(&self, ticks: u32, from: &FrameIdentity, to: &FrameIdentity, ticks_per_ms: i64, error_ms: i64) -> Result<(), String> {
+    fn check_time(
+        &self,
+        ticks: u32,
+        from: &FrameIdentity,
+        to: &FrameIdentity,
+        ticks_per_ms: i64,
+        error_ms: i64,
+    ) -> Result<(), String> {
         let meant_us = to.intended_unix_us as i64 - from.intended_unix_us as i64;
         let error = i64::from(ticks as i32) * 1_000 - meant_us * ticks_per_ms;
         if error.abs() <= error_ms * ticks_per_ms * 1_000 + 1_000 {
@@ -621,13 +828,21 @@ impl Reader<'_> {
         if !frame.is_whole() {
             return Ok(None);
         }
-        let mut bytes: Vec<u8> = frame.packets.iter().flat_map(|(_, payload, _)| payload.iter().copied()).collect();
-        let identity = FrameIdentity::parse_video(&bytes).ok_or_else(|| format!("the frame at {} has no identity", frame.first))?;
+        let mut bytes: Vec<u8> = frame
+            .packets
+            .iter()
+            .flat_map(|(_, payload, _)| payload.iter().copied())
+            .collect();
+        let identity = FrameIdentity::parse_video(&bytes)
+            .ok_or_else(|| format!("the frame at {} has no identity", frame.first))?;
         self.check_origin(&identity)?;
         bytes.truncate(bytes.len() - VIDEO_TRAILER_LEN);
-        let place = clips()
-            .find_video(&bytes)
-            .ok_or_else(|| format!("the frame at {} is none that anybody published", frame.first))?;
+        let place = clips().find_video(&bytes).ok_or_else(|| {
+            format!(
+                "the frame at {} is none that anybody published",
+                frame.first
+            )
+        })?;
         let simulcast = self.world.sessions[identity.origin as usize]
             .client
             .tracks
@@ -635,7 +850,10 @@ impl Reader<'_> {
             .any(|track| track.ssrcs.len() > 1);
         let layer = if simulcast { identity.layer } else { 2 };
         if place.layer != layer {
-            return Err(format!("the frame at {} is of layer {}, and says {layer}", frame.first, place.layer));
+            return Err(format!(
+                "the frame at {} is of layer {}, and says {layer}",
+                frame.first, place.layer
+            ));
         }
         Ok(Some(Known { place, identity }))
     }
@@ -656,7 +874,10 @@ impl Frame<'_> {
     fn picture_id(&self) -> Option<u16> {
         let id = |descriptor: &Descriptor| descriptor.picture_id.map(PictureId::value);
         let first = id(&self.packets[0].0)?;
-        self.packets.iter().all(|(descriptor, ..)| id(descriptor) == Some(first)).then_some(first)
+        self.packets
+            .iter()
+            .all(|(descriptor, ..)| id(descriptor) == Some(first))
+            .then_some(first)
     }
 }
 
@@ -664,7 +885,13 @@ impl World {
     /// Who publishes the track of a stream that was announced to session `index`.
     pub fn publisher_of(&self, index: usize, ssrc: u32) -> Option<&Session> {
         let sid = &self.sessions[index].announced.get(&ssrc)?.track_sid;
-        let publishes = |session: &&Session| session.client.tracks.iter().any(|track| track.sid.as_ref() == Some(sid));
+        let publishes = |session: &&Session| {
+            session
+                .client
+                .tracks
+                .iter()
+                .any(|track| track.sid.as_ref() == Some(sid))
+        };
         self.sessions.iter().find(publishes)
     }
 }
@@ -672,18 +899,30 @@ impl World {
 fn account(world: &World, record: &Record) -> Account {
     let mut numbers = Vec::new();
     for (name, media) in [("audio", &record.audio), ("video", &record.video)] {
-        numbers.extend(media.counters().map(|(counter, count)| (format!("{name}.{counter}"), count)));
+        numbers.extend(
+            media
+                .counters()
+                .map(|(counter, count)| (format!("{name}.{counter}"), count)),
+        );
         for (histogram, values) in media.histograms() {
             numbers.extend(digest_of(&format!("{name}.{histogram}"), values));
         }
     }
     // Keys make DTLS records a byte longer or shorter.
-    let counters = record.session.counters().filter(|(name, _)| !name.starts_with("wire_bytes"));
+    let counters = record
+        .session
+        .counters()
+        .filter(|(name, _)| !name.starts_with("wire_bytes"));
     numbers.extend(counters.map(|(counter, count)| (format!("session.{counter}"), count)));
     for (histogram, values) in record.session.histograms() {
         numbers.extend(digest_of(&format!("session.{histogram}"), values));
     }
-    numbers.extend(record.engine.counters().map(|(counter, count)| (format!("engine.{counter}"), count)));
+    numbers.extend(
+        record
+            .engine
+            .counters()
+            .map(|(counter, count)| (format!("engine.{counter}"), count)),
+    );
     for (what, count) in [
         ("sessions resumed", world.tally.sessions_resumed),
         ("sessions replaced", world.tally.sessions_replaced),
@@ -694,8 +933,11 @@ fn account(world: &World, record: &Record) -> Account {
     }
     for (index, router) in world.routers.iter().enumerate() {
         let statistics = router.statistics();
-        let counters = statistics.counters().filter(|(name, _)| !matches!(*name, "bytes_in" | "bytes_out"));
-        numbers.extend(counters.map(|(counter, count)| (format!("router {index}.{counter}"), count)));
+        let counters = statistics
+            .counters()
+            .filter(|(name, _)| !matches!(*name, "bytes_in" | "bytes_out"));
+        numbers
+            .extend(counters.map(|(counter, count)| (format!("router {index}.{counter}"), count)));
     }
     Account {
         digest: world.digest,
@@ -709,8 +951,15 @@ fn digest_of(name: &str, histogram: &throng::measure::Histogram) -> Vec<(String,
         ("min", histogram.min()),
         ("median", histogram.quantile(0.5)),
         ("max", histogram.max()),
-        ("mean in ns", histogram.mean().map(|mean| (mean * 1_000.0) as u64)),
+        (
+            "mean in ns",
+            histogram.mean().map(|mean| (mean * 1_000.0) as u64),
+        ),
     ];
-    let known = values.into_iter().filter_map(|(what, value)| Some((what, value?)));
-    known.map(|(what, value)| (format!("{name} {what}"), value)).collect()
+    let known = values
+        .into_iter()
+        .filter_map(|(what, value)| Some((what, value?)));
+    known
+        .map(|(what, value)| (format!("{name} {what}"), value))
+        .collect()
 }

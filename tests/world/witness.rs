@@ -100,7 +100,14 @@ pub struct Witness {
 }
 
 impl Witness {
-    pub fn add_peer(&mut self, half: Half, parameters: &PeerParameters, identity: &Identity, epoch: Epoch, now: Time) {
+    pub fn add_peer(
+        &mut self,
+        half: Half,
+        parameters: &PeerParameters,
+        identity: &Identity,
+        epoch: Epoch,
+        now: Time,
+    ) {
         let connection = Connection {
             peer: Peer::new(identity, parameters, epoch, now),
             address: parameters.local_address,
@@ -113,30 +120,53 @@ impl Witness {
         self.connections.insert(half, connection);
     }
 
-    pub fn restart_ice(&mut self, half: Half, local: &IceCredentials, remote: &IceCredentials, candidates: &[SocketAddr], now: Time) {
-        let Some(connection) = self.connections.get_mut(&half) else { return };
+    pub fn restart_ice(
+        &mut self,
+        half: Half,
+        local: &IceCredentials,
+        remote: &IceCredentials,
+        candidates: &[SocketAddr],
+        now: Time,
+    ) {
+        let Some(connection) = self.connections.get_mut(&half) else {
+            return;
+        };
         connection.peer.restart_ice(local, remote, now);
-        candidates.iter().for_each(|address| connection.peer.add_remote_candidate(*address, now));
+        candidates
+            .iter()
+            .for_each(|address| connection.peer.add_remote_candidate(*address, now));
     }
 
     pub fn handle_streams(&mut self, half: Half, removed: &[RemoteTrack], added: &[RemoteTrack]) {
-        let Some(connection) = self.connections.get_mut(&half) else { return };
+        let Some(connection) = self.connections.get_mut(&half) else {
+            return;
+        };
         for track in removed {
             connection.end(track.ssrc);
         }
         for track in added {
-            connection.rtx.extend(track.rtx_ssrc.map(|rtx| (rtx, track.ssrc)));
-            connection.streams.entry(track.ssrc).or_insert_with(|| Stream::new(track));
+            connection
+                .rtx
+                .extend(track.rtx_ssrc.map(|rtx| (rtx, track.ssrc)));
+            connection
+                .streams
+                .entry(track.ssrc)
+                .or_insert_with(|| Stream::new(track));
         }
         connection.take_early(&mut self.fates);
     }
 
     pub fn is_connected(&self, half: Half) -> bool {
-        self.connections.get(&half).is_some_and(|connection| connection.connected)
+        self.connections
+            .get(&half)
+            .is_some_and(|connection| connection.connected)
     }
 
     pub fn fates(&self) -> Fates {
-        let early = self.connections.values().map(|connection| connection.early.len() as u64);
+        let early = self
+            .connections
+            .values()
+            .map(|connection| connection.early.len() as u64);
         Fates {
             unread: early.sum(),
             ..self.fates
@@ -146,24 +176,42 @@ impl Witness {
     /// Spoils what it has kept of video. Returns how many streams it was.
     pub fn tamper(&mut self, tampering: Tampering) -> u64 {
         let connections = self.connections.values_mut();
-        let streams = connections.flat_map(|connection| connection.former.iter_mut().chain(connection.streams.values_mut()));
-        streams.filter_map(|stream| stream.tamper(tampering)).count() as u64
+        let streams = connections.flat_map(|connection| {
+            connection
+                .former
+                .iter_mut()
+                .chain(connection.streams.values_mut())
+        });
+        streams
+            .filter_map(|stream| stream.tamper(tampering))
+            .count() as u64
     }
 
     /// Every stream that there was.
     pub fn streams(&self) -> impl Iterator<Item = &Stream> {
         let connections = self.connections.values();
-        connections.flat_map(|connection| connection.former.iter().chain(connection.streams.values()))
+        connections
+            .flat_map(|connection| connection.former.iter().chain(connection.streams.values()))
     }
 
-    pub fn handle_datagram(&mut self, half: Half, datagram: &mut Datagram, now: Time, out: &mut Vec<Datagram>) {
-        let Some(connection) = self.connections.get_mut(&half) else { return };
+    pub fn handle_datagram(
+        &mut self,
+        half: Half,
+        datagram: &mut Datagram,
+        now: Time,
+        out: &mut Vec<Datagram>,
+    ) {
+        let Some(connection) = self.connections.get_mut(&half) else {
+            return;
+        };
         match classify(&datagram.bytes) {
             Class::Rtp => connection.handle_rtp(&mut datagram.bytes, now, &mut self.fates),
             // What reports say concerns nobody here.
             Class::Rtcp => {}
             _ => {
-                connection.peer.handle_setup_datagram(&datagram.bytes, datagram.from, now);
+                connection
+                    .peer
+                    .handle_setup_datagram(&datagram.bytes, datagram.from, now);
                 self.failed |= connection.advance(now, out);
                 connection.take_early(&mut self.fates);
             }
@@ -229,7 +277,11 @@ impl Connection {
             return;
         };
         let is_rtx = media.is_some();
-        let extender = if is_rtx { &mut stream.rtx } else { &mut stream.media };
+        let extender = if is_rtx {
+            &mut stream.rtx
+        } else {
+            &mut stream.media
+        };
         let index = extender.guess(header.seq.0);
         let Ok(len) = opener.open_rtp(bytes, header.header_len, index) else {
             fates.broken += 1;
@@ -260,14 +312,18 @@ impl Connection {
     }
 
     fn ask(&mut self, now: Time, out: &mut Vec<Datagram>) {
-        let (Some(to), from) = (self.peer.remote(), self.address) else { return };
+        let (Some(to), from) = (self.peer.remote(), self.address) else {
+            return;
+        };
         for stream in self.streams.values_mut() {
             let seqs = stream.poll_missing(now);
             let wants_key_frame = stream.poll_key_frame(now);
             if seqs.is_empty() && !wants_key_frame {
                 continue;
             }
-            let Some(sealer) = self.peer.sealer_mut() else { return };
+            let Some(sealer) = self.peer.sealer_mut() else {
+                return;
+            };
             let mut buffer = vec![0; 1_400];
             let mut writer = Writer::new(&mut buffer[..1_200]);
             if !seqs.is_empty() {
@@ -279,7 +335,11 @@ impl Connection {
             let len = writer.len();
             let sealed = sealer.seal_rtcp(&mut buffer, len).unwrap();
             buffer.truncate(sealed);
-            out.push(Datagram { from, to, bytes: buffer });
+            out.push(Datagram {
+                from,
+                to,
+                bytes: buffer,
+            });
         }
     }
 }
@@ -314,7 +374,10 @@ impl Stream {
                 self.missing.insert(gap, missing);
             }
         }
-        if starts_key_frame(&kept.payload) && self.kind == Kind::Video && self.key_frame_above.is_some_and(|above| number > above) {
+        if starts_key_frame(&kept.payload)
+            && self.kind == Kind::Video
+            && self.key_frame_above.is_some_and(|above| number > above)
+        {
             self.key_frame_above = None;
         }
         // One outgoing number is one packet for ever: a retransmission is what the original was.
@@ -328,11 +391,22 @@ impl Stream {
 
     /// From the third frame on that is no key frame, so that there is something to go on from.
     fn tamper(&mut self, tampering: Tampering) -> Option<()> {
-        let starts = |kept: &Kept| Descriptor::parse(&kept.payload).is_some_and(|(descriptor, _)| descriptor.starts_frame());
-        let inter_frames = self.packets.iter().filter(|(_, kept)| starts(kept) && !starts_key_frame(&kept.payload));
-        let (from, rtp_time) = inter_frames.map(|(number, kept)| (*number, kept.rtp_time)).nth(2)?;
+        let starts = |kept: &Kept| {
+            Descriptor::parse(&kept.payload)
+                .is_some_and(|(descriptor, _)| descriptor.starts_frame())
+        };
+        let inter_frames = self
+            .packets
+            .iter()
+            .filter(|(_, kept)| starts(kept) && !starts_key_frame(&kept.payload));
+        let (from, rtp_time) = inter_frames
+            .map(|(number, kept)| (*number, kept.rtp_time))
+            .nth(2)?;
         let later = self.packets.split_off(&from);
-        let in_frame = later.values().take_while(|kept| kept.rtp_time == rtp_time).count() as u64;
+        let in_frame = later
+            .values()
+            .take_while(|kept| kept.rtp_time == rtp_time)
+            .count() as u64;
         for (number, mut kept) in later {
             match tampering {
                 Tampering::Byte if number == from => *kept.payload.get_mut(20)? ^= 1,
@@ -341,7 +415,11 @@ impl Stream {
                 Tampering::Picture => kept.payload[3] = kept.payload[3].wrapping_add(1),
                 Tampering::Byte | Tampering::Frame => {}
             }
-            let number = if tampering == Tampering::Frame { number - in_frame } else { number };
+            let number = if tampering == Tampering::Frame {
+                number - in_frame
+            } else {
+                number
+            };
             self.packets.insert(number, kept);
         }
         Some(())
@@ -351,7 +429,9 @@ impl Stream {
         let mut due = Vec::new();
         let mut given_up = None;
         self.missing.retain(|number, missing| {
-            let waits = missing.asked_at.map_or(missing.noticed_at + PATIENCE, |at| at + ASK_AGAIN);
+            let waits = missing
+                .asked_at
+                .map_or(missing.noticed_at + PATIENCE, |at| at + ASK_AGAIN);
             if now < waits {
                 return true;
             }
@@ -373,7 +453,9 @@ impl Stream {
     }
 
     fn poll_key_frame(&mut self, now: Time) -> bool {
-        let due = self.key_frame_asked_at.is_none_or(|at| at + KEY_FRAME_RETRY <= now);
+        let due = self
+            .key_frame_asked_at
+            .is_none_or(|at| at + KEY_FRAME_RETRY <= now);
         let asks = self.key_frame_above.is_some() && due;
         if asks {
             self.key_frame_asked_at = Some(now);
@@ -383,5 +465,7 @@ impl Stream {
 }
 
 fn starts_key_frame(payload: &[u8]) -> bool {
-    Descriptor::parse(payload).is_some_and(|(descriptor, len)| payload.len() > len && descriptor.starts_key_frame(&payload[len..]))
+    Descriptor::parse(payload).is_some_and(|(descriptor, len)| {
+        payload.len() > len && descriptor.starts_key_frame(&payload[len..])
+    })
 }

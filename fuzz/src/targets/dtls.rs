@@ -37,7 +37,11 @@ fn run(input: &[u8]) {
     let (identity, epoch) = (identity(), Epoch::read());
     let active = script.u8() & 1 == 0;
     let mut now = Time::ZERO;
-    let mut ends = [("ours", "them", [1, 2], active), ("them", "ours", [2, 1], !active)].map(|(me, other, at, controlling)| {
+    let mut ends = [
+        ("ours", "them", [1, 2], active),
+        ("them", "ours", [2, 1], !active),
+    ]
+    .map(|(me, other, at, controlling)| {
         let parameters = parameters(&identity, me, other, at, controlling);
         Peer::new(&identity, &parameters, epoch, now)
     });
@@ -61,7 +65,8 @@ fn run(input: &[u8]) {
         });
         ends[1].handle_timeout(now);
         ends[1].poll(now, |bytes, _| to_us.push(bytes.to_vec()), |_| {});
-        let from: [SocketAddr; 2] = [1, 2].map(|of: u8| SocketAddr::from(([192, 0, 2, of], 5_000 + u16::from(of))));
+        let from: [SocketAddr; 2] =
+            [1, 2].map(|of: u8| SocketAddr::from(([192, 0, 2, of], 5_000 + u16::from(of))));
         sent += to_them.len();
         for datagram in to_them {
             ends[1].handle_setup_datagram(&datagram, from[0], now);
@@ -121,9 +126,18 @@ fn seeds() -> Vec<Vec<u8>> {
     for role in [0u8, 1] {
         seeds.push(vec![role, PASSED]);
         seeds.push(vec![role, PASSED, LOST, PASSED, REPEATED, 3, PASSED]);
-        seeds.push(vec![role, KEPT_BACK, KEPT_BACK, PASSED, CHANGED, 0, 14, 0xFF]);
+        seeds.push(vec![
+            role, KEPT_BACK, KEPT_BACK, PASSED, CHANGED, 0, 14, 0xFF,
+        ]);
         seeds.push([&[role, PASSED, REPLACED][..], &chunk(&alert), &[CUT, 0, 40]].concat());
-        seeds.push([&[role, JOINED, 0, 0][..], &chunk(&alert), &[CHANGED, 0, 25, 1]].concat());
+        seeds.push(
+            [
+                &[role, JOINED, 0, 0][..],
+                &chunk(&alert),
+                &[CHANGED, 0, 25, 1],
+            ]
+            .concat(),
+        );
     }
     seeds
 }

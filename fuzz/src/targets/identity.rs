@@ -1,6 +1,9 @@
 //! Frame identities: the trailer of video (`LKTS`) and the padding of Opus.
 
-use throng::media::identity::{AUDIO_EXTENSION, AUDIO_IDENTITY_LEN, FrameIdentity, VIDEO_TRAILER_LEN, parse_foreign, video_trailer_len};
+use throng::media::identity::{
+    AUDIO_EXTENSION, AUDIO_IDENTITY_LEN, FrameIdentity, VIDEO_TRAILER_LEN, parse_foreign,
+    video_trailer_len,
+};
 
 use super::{Target, ours};
 
@@ -47,11 +50,20 @@ fn seeds() -> Vec<Vec<u8>> {
     identity.write_video(&mut trailer);
     let mut slot = [0; AUDIO_IDENTITY_LEN];
     identity.write_audio(&mut slot);
-    let foreign: Vec<u8> = [200, 2, 1, 1, 2, 4, 0, 0, 0, 9, 15].iter().map(|byte| byte ^ 0xFF).collect();
+    let foreign: Vec<u8> = [200, 2, 1, 1, 2, 4, 0, 0, 0, 9, 15]
+        .iter()
+        .map(|byte| byte ^ 0xFF)
+        .collect();
     vec![
         [&[0x90, 0x80, 1, 2, 3], &trailer[..]].concat(),
         [&[0x7B, 0x41, 25, 9, 9, 9, 9, AUDIO_EXTENSION][..], &slot].concat(),
-        [&[0x7B, 0x41, 255, 25, 9, 9][..], &[0; 254], &[AUDIO_EXTENSION], &slot].concat(),
+        [
+            &[0x7B, 0x41, 255, 25, 9, 9][..],
+            &[0; 254],
+            &[AUDIO_EXTENSION],
+            &slot,
+        ]
+        .concat(),
         [&[1, 2, 3][..], &foreign, b"LKTS"].concat(),
         b"no trailer at all".to_vec(),
     ]

@@ -8,7 +8,9 @@ use livekit_protocol::signal_request::Message as Request;
 use prost::Message;
 use throng::sfu::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, Output};
 use throng::sfu::{MediaCommand, MediaEvent, TransportId};
-use throng::transport::sdp::{Answerer, Candidate, Capabilities, Fingerprint, LocalTransport, Setup};
+use throng::transport::sdp::{
+    Answerer, Candidate, Capabilities, Fingerprint, LocalTransport, Setup,
+};
 use throng::units::{Epoch, Time};
 
 use super::{Script, Target, chunk, ours};
@@ -98,7 +100,11 @@ fn run(input: &[u8]) {
         world.bytes_out,
         world.messages_out
     );
-    assert_eq!(world.lobby.statistics().participants, 0, "without WebSockets and media nobody stays");
+    assert_eq!(
+        world.lobby.statistics().participants,
+        0,
+        "without WebSockets and media nobody stays"
+    );
 }
 
 impl World {
@@ -178,12 +184,21 @@ impl World {
     fn drain(&mut self) {
         while let Some(output) = self.lobby.poll_output() {
             match output {
-                Output::Send { connection, message } => {
+                Output::Send {
+                    connection,
+                    message,
+                } => {
                     self.bytes_out += message.len();
                     self.messages_out += 1;
-                    let response = proto::SignalResponse::decode(message).expect("what we write can be read");
-                    let client = self.clients.iter_mut().find(|client| client.connection == Some(connection));
-                    if let (Some(client), Some(proto::signal_response::Message::Offer(offer))) = (client, response.message) {
+                    let response =
+                        proto::SignalResponse::decode(message).expect("what we write can be read");
+                    let client = self
+                        .clients
+                        .iter_mut()
+                        .find(|client| client.connection == Some(connection));
+                    if let (Some(client), Some(proto::signal_response::Message::Offer(offer))) =
+                        (client, response.message)
+                    {
                         client.offer = Some(offer);
                     }
                 }
@@ -194,7 +209,9 @@ impl World {
                 }
                 Output::Media { command, .. } => match command {
                     MediaCommand::AddTransport { transport, .. } => self.transports.push(transport),
-                    MediaCommand::RemoveTransport { transport } => self.transports.retain(|known| *known != transport),
+                    MediaCommand::RemoveTransport { transport } => {
+                        self.transports.retain(|known| *known != transport)
+                    }
                     _ => {}
                 },
             }
@@ -231,9 +248,13 @@ fn entry(who: usize, script: &mut Script<'_>) -> Entry {
 fn seeds() -> Vec<Vec<u8>> {
     const AUDIO: &str = include_str!("../../../fixtures/sdp/browser-publisher-1-audio.sdp");
     const SINGLE: &str = include_str!("../../../fixtures/sdp/browser-single-1-join.sdp");
-    let join = |who: u8, flags: u8, offer: &str| [&[JOIN, who, flags][..], &chunk(offer.as_bytes())].concat();
+    let join = |who: u8, flags: u8, offer: &str| {
+        [&[JOIN, who, flags][..], &chunk(offer.as_bytes())].concat()
+    };
     let say = |who: u8, message: Request| {
-        let request = proto::SignalRequest { message: Some(message) };
+        let request = proto::SignalRequest {
+            message: Some(message),
+        };
         [&[PROTOBUF, who][..], &chunk(&request.encode_to_vec())].concat()
     };
     let cid = AUDIO
@@ -278,7 +299,13 @@ fn seeds() -> Vec<Vec<u8>> {
             join(0, 64 | 7, ""),
         ]
         .concat(),
-        [join(2, 32 | 3, SINGLE), vec![TIME, 30], say(2, subscription.clone()), say(2, add)].concat(),
+        [
+            join(2, 32 | 3, SINGLE),
+            vec![TIME, 30],
+            say(2, subscription.clone()),
+            say(2, add),
+        ]
+        .concat(),
         [
             join(3, 3, ""),
             [&[JSON, 3][..], &chunk(json)].concat(),
@@ -287,6 +314,12 @@ fn seeds() -> Vec<Vec<u8>> {
             vec![TIME, 255],
         ]
         .concat(),
-        [join(0, 3, "v=0"), join(0, 3, ""), join(0, 3, ""), join(1, 8 | 3, "")].concat(),
+        [
+            join(0, 3, "v=0"),
+            join(0, 3, ""),
+            join(0, 3, ""),
+            join(1, 8 | 3, ""),
+        ]
+        .concat(),
     ]
 }

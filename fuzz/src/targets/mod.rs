@@ -50,7 +50,9 @@ pub const ALL: &[Target] = &[
 ];
 
 pub fn named(name: &str) -> &'static Target {
-    ALL.iter().find(|target| target.name == name).expect("a target of this name")
+    ALL.iter()
+        .find(|target| target.name == name)
+        .expect("a target of this name")
 }
 
 /// An input read as a script: numbers, and chunks of bytes behind their length. One that ends early goes on with zeros, so every input means something.

@@ -39,7 +39,8 @@ fn run(input: &[u8]) {
         last,
         least: (setup & 4 != 0).then_some(last / 2),
     };
-    let (mut now, mut seq, mut last_ext) = (Time::from_micros(u64::from(script.u32())), script.u16(), 0);
+    let (mut now, mut seq, mut last_ext) =
+        (Time::from_micros(u64::from(script.u32())), script.u16(), 0);
     let mut asked: HashMap<u64, u32> = HashMap::new();
     let (mut noticed, mut requests) = (0u64, 0u64);
     while !script.is_over() {
@@ -49,7 +50,14 @@ fn run(input: &[u8]) {
         let step = i32::from(step) * if flags & FAR != 0 { 257 } else { 1 };
         seq = seq.wrapping_add(step as u16);
         let before = stream.counts();
-        let arrival = ours(|| stream.handle_packet(seq, u32::from(seq).wrapping_mul(960), now, flags & RETRANSMITTED != 0));
+        let arrival = ours(|| {
+            stream.handle_packet(
+                seq,
+                u32::from(seq).wrapping_mul(960),
+                now,
+                flags & RETRANSMITTED != 0,
+            )
+        });
         check(&stream, arrival, before);
         if let Arrival::New { gap } = arrival {
             noticed += u64::from(gap);
@@ -86,10 +94,22 @@ fn run(input: &[u8]) {
     }
 }
 
-fn check(stream: &ReceiveStream, arrival: Arrival, before: throng::transport::receive::ReceiveCounts) {
+fn check(
+    stream: &ReceiveStream,
+    arrival: Arrival,
+    before: throng::transport::receive::ReceiveCounts,
+) {
     let counts = stream.counts();
-    assert_eq!(counts.expected, counts.received + counts.lost_network, "{counts:?}");
-    assert_eq!(counts.lost_network, counts.repaired + counts.lost, "{counts:?}");
+    assert_eq!(
+        counts.expected,
+        counts.received + counts.lost_network,
+        "{counts:?}"
+    );
+    assert_eq!(
+        counts.lost_network,
+        counts.repaired + counts.lost,
+        "{counts:?}"
+    );
     let grew = |after: u64, before: u64| after == before + 1;
     match arrival {
         Arrival::New { .. } | Arrival::Reordered => assert!(grew(counts.received, before.received)),
@@ -101,25 +121,57 @@ fn check(stream: &ReceiveStream, arrival: Arrival, before: throng::transport::re
 }
 
 fn seeds() -> Vec<Vec<u8>> {
-    let start = |setup: u8, micros: u32, seq: u16| [&[setup][..], &micros.to_be_bytes(), &seq.to_be_bytes()].concat();
-    let steps = |steps: &[(u8, i8)]| steps.iter().flat_map(|(flags, step)| [*flags, *step as u8]).collect::<Vec<u8>>();
+    let start = |setup: u8, micros: u32, seq: u16| {
+        [&[setup][..], &micros.to_be_bytes(), &seq.to_be_bytes()].concat()
+    };
+    let steps = |steps: &[(u8, i8)]| {
+        steps
+            .iter()
+            .flat_map(|(flags, step)| [*flags, *step as u8])
+            .collect::<Vec<u8>>()
+    };
     vec![
         [
             start(0, 0, 65_533),
-            steps(&[(0, 1), (0, 1), (POLL, 3), (LATER | POLL, 1), (RETRANSMITTED, -2), (REPORT, 3)]),
+            steps(&[
+                (0, 1),
+                (0, 1),
+                (POLL, 3),
+                (LATER | POLL, 1),
+                (RETRANSMITTED, -2),
+                (REPORT, 3),
+            ]),
         ]
         .concat(),
         // The clock's 32 bits of microseconds wrap between the gap and its repair.
         [
             start(7, u32::MAX - 900, 10),
-            steps(&[(0, 1), (POLL, 5), (LATER | POLL, 1), (LATER | POLL, 1), (RETRANSMITTED, -4)]),
+            steps(&[
+                (0, 1),
+                (POLL, 5),
+                (LATER | POLL, 1),
+                (LATER | POLL, 1),
+                (RETRANSMITTED, -4),
+            ]),
         ]
         .concat(),
         [
             start(2, 0, 0),
-            steps(&[(0, 0), (FAR, 40), (FAR, 0), (0, 1), (FAR | REPORT, -40), (FAR, 100), (0, 1)]),
+            steps(&[
+                (0, 0),
+                (FAR, 40),
+                (FAR, 0),
+                (0, 1),
+                (FAR | REPORT, -40),
+                (FAR, 100),
+                (0, 1),
+            ]),
         ]
         .concat(),
-        [start(1, 5, 9), [SENDER_REPORT, 1, 1, 2, 3, 4, REPORT, 1].to_vec()].concat(),
+        [
+            start(1, 5, 9),
+            [SENDER_REPORT, 1, 1, 2, 3, 4, REPORT, 1].to_vec(),
+        ]
+        .concat(),
     ]
 }

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use throng::measure::Kind;
-use throng::sfu::{Encodings, MediaCommand, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId};
+use throng::sfu::{
+    Encodings, MediaCommand, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId,
+    TrackParameters, TransportId,
+};
 use throng::transport::rtcp::{ReportBlock, Writer};
 use throng::transport::rtp::{Header, classify};
 use throng::transport::sdp::{Extension, ExtensionIds};
@@ -77,7 +80,10 @@ fn room() -> Hands {
                     payload_type: 110,
                     rtx_payload_type: video.then_some(112),
                     extensions: ExtensionIds::default(),
-                    selection: Selection { enabled: true, layer: 2 },
+                    selection: Selection {
+                        enabled: true,
+                        layer: 2,
+                    },
                 }),
             });
         }
@@ -88,7 +94,8 @@ fn room() -> Hands {
 fn run(input: &[u8]) {
     let mut script = Script::new(input);
     let mut hands = room();
-    let (mut sending, mut seqs): (BTreeMap<u32, SeqExtender>, BTreeMap<u32, u16>) = Default::default();
+    let (mut sending, mut seqs): (BTreeMap<u32, SeqExtender>, BTreeMap<u32, u16>) =
+        Default::default();
     while !script.is_over() {
         let op = script.u8();
         let from = usize::from(op >> 7);
@@ -118,15 +125,27 @@ fn run(input: &[u8]) {
     // Each subscriber gets a packet once, and again three times at most. Fillers hold the places of what came before a layer's start: they are bounded by
     // what came, too.
     let may_go = 2 * statistics.media_in * (1 + RESENDS_MAX);
-    assert!(statistics.media_out <= 2 * statistics.media_in + 64, "{statistics:?}");
-    assert!(statistics.media_out + statistics.resends_out <= may_go + 64, "{statistics:?}");
+    assert!(
+        statistics.media_out <= 2 * statistics.media_in + 64,
+        "{statistics:?}"
+    );
+    assert!(
+        statistics.media_out + statistics.resends_out <= may_go + 64,
+        "{statistics:?}"
+    );
     for subscription in [11, 12, 21, 22] {
-        assert!(hands.router.subscription_statistics(SubscriptionId(subscription)).is_some());
+        assert!(
+            hands
+                .router
+                .subscription_statistics(SubscriptionId(subscription))
+                .is_some()
+        );
     }
 }
 
 fn rtp(script: &mut Script<'_>, seqs: &mut BTreeMap<u32, u16>) -> Vec<u8> {
-    let (which, step, flags, marker_and_type) = (script.u8(), script.u8() as i8, script.u8(), script.u8());
+    let (which, step, flags, marker_and_type) =
+        (script.u8(), script.u8() as i8, script.u8(), script.u8());
     let ssrc = AUDIO_SSRC + u32::from(which);
     let seq = seqs.entry(ssrc).or_insert(65_530);
     *seq = seq.wrapping_add(step as u16);
@@ -139,7 +158,9 @@ fn rtp(script: &mut Script<'_>, seqs: &mut BTreeMap<u32, u16>) -> Vec<u8> {
 }
 
 fn say_rtp(hands: &mut Hands, from: usize, plain: &[u8], sending: &mut BTreeMap<u32, SeqExtender>) {
-    let Some(header) = Header::parse(plain) else { return };
+    let Some(header) = Header::parse(plain) else {
+        return;
+    };
     let extender = sending.entry(header.ssrc).or_default();
     let index = extender.guess(header.seq.0);
     extender.commit(index);
@@ -153,7 +174,10 @@ fn say_rtp(hands: &mut Hands, from: usize, plain: &[u8], sending: &mut BTreeMap<
 
 fn say_rtcp(hands: &mut Hands, from: usize, plain: &[u8]) {
     let mut bytes = [plain, &[0; 32]].concat();
-    let sealer = hands.hands[from].peer.sealer_mut().expect("it is connected");
+    let sealer = hands.hands[from]
+        .peer
+        .sealer_mut()
+        .expect("it is connected");
     if let Ok(sealed) = sealer.seal_rtcp(&mut bytes, plain.len()) {
         bytes.truncate(sealed);
         deliver(hands, from, &mut bytes);
@@ -171,7 +195,13 @@ fn deliver(hands: &mut Hands, from: usize, bytes: &mut [u8]) {
 fn seeds() -> Vec<Vec<u8>> {
     let say = |which: u8, step: i8, flags: u8, marker: bool, rtp_time: u32, payload: &[u8]| {
         let payload_type = if which == 0 { 111 } else { 96 };
-        let head = [RTP, which, step as u8, flags, u8::from(marker) << 7 | payload_type];
+        let head = [
+            RTP,
+            which,
+            step as u8,
+            flags,
+            u8::from(marker) << 7 | payload_type,
+        ];
         [&head[..], &rtp_time.to_be_bytes(), &chunk(payload)].concat()
     };
     // Extensions mid 2 and rid, then a key frame or an inter frame.
@@ -195,15 +225,32 @@ fn seeds() -> Vec<Vec<u8>> {
         ];
         [&extensions[..], &frame].concat()
     };
-    let rtcp = |from: u8, write: &dyn Fn(&mut Writer<'_>)| [&[from << 7 | RTCP][..], &chunk(&compound(write))].concat();
+    let rtcp = |from: u8, write: &dyn Fn(&mut Writer<'_>)| {
+        [&[from << 7 | RTCP][..], &chunk(&compound(write))].concat()
+    };
     let pictures = |which: u8, rid: u8| -> Vec<u8> {
         (0..6u8)
-            .flat_map(|n| [say(which, 1, 0x10, true, u32::from(n) * 3_000, &layer(rid, n, n == 0)), vec![TIME, 30]].concat())
+            .flat_map(|n| {
+                [
+                    say(
+                        which,
+                        1,
+                        0x10,
+                        true,
+                        u32::from(n) * 3_000,
+                        &layer(rid, n, n == 0),
+                    ),
+                    vec![TIME, 30],
+                ]
+                .concat()
+            })
             .collect()
     };
     let nack = |ssrc: u32| {
         rtcp(1, &|writer: &mut Writer<'_>| {
-            writer.nack(1, ssrc, (0..250).map(|n| Seq(n * 65))).expect("it fits")
+            writer
+                .nack(1, ssrc, (0..250).map(|n| Seq(n * 65)))
+                .expect("it fits")
         })
     };
     let block = ReportBlock {
@@ -223,7 +270,13 @@ fn seeds() -> Vec<Vec<u8>> {
             vec![TIME, 30],
         ]
         .concat(),
-        [pictures(1, b'q'), nack(SENT_SSRC + 21), vec![TIME, 50], nack(SENT_SSRC + 21)].concat(),
+        [
+            pictures(1, b'q'),
+            nack(SENT_SSRC + 21),
+            vec![TIME, 50],
+            nack(SENT_SSRC + 21),
+        ]
+        .concat(),
         [
             pictures(1, b'q'),
             pictures(2, b'f'),
@@ -232,9 +285,15 @@ fn seeds() -> Vec<Vec<u8>> {
         ]
         .concat(),
         [
-            rtcp(1, &|writer| (0..60).for_each(|_| writer.pli(1, SENT_SSRC + 21).expect("it fits"))),
-            rtcp(1, &|writer| writer.receiver_report(1, [block; 31]).expect("it fits")),
-            rtcp(0, &|writer| writer.xr(1, Some(u64::MAX), []).expect("it fits")),
+            rtcp(1, &|writer| {
+                (0..60).for_each(|_| writer.pli(1, SENT_SSRC + 21).expect("it fits"))
+            }),
+            rtcp(1, &|writer| {
+                writer.receiver_report(1, [block; 31]).expect("it fits")
+            }),
+            rtcp(0, &|writer| {
+                writer.xr(1, Some(u64::MAX), []).expect("it fits")
+            }),
             [&[DATAGRAM][..], &chunk(&[0; 60])].concat(),
             say(0, 1, 0x20, true, 960, &[0, 0, 3]),
         ]

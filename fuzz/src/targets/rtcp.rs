@@ -8,7 +8,10 @@ use rtc_rtcp::receiver_report::ReceiverReport;
 use rtc_rtcp::reception_report::ReceptionReport;
 use rtc_rtcp::sender_report::SenderReport;
 use rtc_rtcp::transport_feedbacks::transport_layer_nack::TransportLayerNack;
-use throng::transport::rtcp::{DlrrBlock, Malformed, Packet, ReportBlock, SenderInfo, WriteError, Writer, packets, rtt_from_report};
+use throng::transport::rtcp::{
+    DlrrBlock, Malformed, Packet, ReportBlock, SenderInfo, WriteError, Writer, packets,
+    rtt_from_report,
+};
 use throng::transport::sequence::Seq;
 use throng::units::{Bitrate, Time};
 
@@ -26,14 +29,23 @@ fn run(input: &[u8]) {
     let mut walked = 0;
     for packet in ours(|| packets(input)) {
         walked += 1;
-        assert!(walked <= 1 + input.len() / 4, "each packet takes four bytes at least");
+        assert!(
+            walked <= 1 + input.len() / 4,
+            "each packet takes four bytes at least"
+        );
         match packet {
             Ok(packet) => {
                 let items = ours(|| items(&packet));
-                assert!(items <= 17 * input.len() / 4, "{items} items in {} bytes", input.len());
+                assert!(
+                    items <= 17 * input.len() / 4,
+                    "{items} items in {} bytes",
+                    input.len()
+                );
                 read_again(&packet, input.len());
             }
-            Err(Malformed::Framing) => assert_eq!(ours(|| packets(input)).count(), walked, "the walk ends"),
+            Err(Malformed::Framing) => {
+                assert_eq!(ours(|| packets(input)).count(), walked, "the walk ends")
+            }
             Err(Malformed::Contents) => {}
         }
     }
@@ -42,7 +54,8 @@ fn run(input: &[u8]) {
 
 /// Walks all that a packet lists, and counts it.
 fn items(packet: &Packet<'_>) -> usize {
-    let nothing_wrong = |rtt: Option<Duration>| assert!(rtt.is_none_or(|rtt| rtt <= Duration::from_secs(1 << 15)));
+    let nothing_wrong =
+        |rtt: Option<Duration>| assert!(rtt.is_none_or(|rtt| rtt <= Duration::from_secs(1 << 15)));
     match packet {
         Packet::SenderReport { reports, .. } | Packet::ReceiverReport { reports, .. } => {
             for block in reports.clone() {
@@ -60,7 +73,13 @@ fn items(packet: &Packet<'_>) -> usize {
         Packet::Fir { entries, .. } => entries.clone().count(),
         Packet::Xr { dlrr, .. } => dlrr
             .clone()
-            .inspect(|block| nothing_wrong(rtt_from_report(0x8000_0000, block.last_rr, block.delay_since_last_rr)))
+            .inspect(|block| {
+                nothing_wrong(rtt_from_report(
+                    0x8000_0000,
+                    block.last_rr,
+                    block.delay_since_last_rr,
+                ))
+            })
             .count(),
         Packet::Pli { .. } | Packet::TransportCc { .. } | Packet::Unknown { .. } => 0,
     }
@@ -78,7 +97,10 @@ fn read_again(packet: &Packet<'_>, input_len: usize) {
     }
     let len = writer.len();
     let mut again = packets(&buffer[..len]);
-    let same = again.next().expect("something was written").expect("ours is well-formed");
+    let same = again
+        .next()
+        .expect("something was written")
+        .expect("ours is well-formed");
     assert_eq!(facts(&same), facts(packet));
     assert!(again.next().is_none());
 }
@@ -92,8 +114,13 @@ fn write(writer: &mut Writer<'_>, packet: &Packet<'_>) -> Option<Result<(), Writ
             media_ssrc,
             seqs,
         } if seqs.clone().next().is_some() => writer.nack(*sender_ssrc, *media_ssrc, seqs.clone()),
-        Packet::Pli { sender_ssrc, media_ssrc } => writer.pli(*sender_ssrc, *media_ssrc),
-        Packet::Xr { ssrc, rrtr, dlrr } if rrtr.is_some() || dlrr.clone().next().is_some() => writer.xr(*ssrc, *rrtr, dlrr.clone()),
+        Packet::Pli {
+            sender_ssrc,
+            media_ssrc,
+        } => writer.pli(*sender_ssrc, *media_ssrc),
+        Packet::Xr { ssrc, rrtr, dlrr } if rrtr.is_some() || dlrr.clone().next().is_some() => {
+            writer.xr(*ssrc, *rrtr, dlrr.clone())
+        }
         _ => return None,
     })
 }
@@ -110,8 +137,12 @@ enum Facts {
 
 fn facts(packet: &Packet<'_>) -> Facts {
     match packet {
-        Packet::SenderReport { sender, reports } => Facts::Sender(*sender, reports.clone().collect()),
-        Packet::ReceiverReport { ssrc, reports } => Facts::Receiver(*ssrc, reports.clone().collect()),
+        Packet::SenderReport { sender, reports } => {
+            Facts::Sender(*sender, reports.clone().collect())
+        }
+        Packet::ReceiverReport { ssrc, reports } => {
+            Facts::Receiver(*ssrc, reports.clone().collect())
+        }
         Packet::Nack {
             sender_ssrc,
             media_ssrc,
@@ -123,7 +154,10 @@ fn facts(packet: &Packet<'_>) -> Facts {
             seqs.dedup();
             Facts::Nack(*sender_ssrc, *media_ssrc, seqs)
         }
-        Packet::Pli { sender_ssrc, media_ssrc } => Facts::Pli(*sender_ssrc, *media_ssrc),
+        Packet::Pli {
+            sender_ssrc,
+            media_ssrc,
+        } => Facts::Pli(*sender_ssrc, *media_ssrc),
         Packet::Xr { ssrc, rrtr, dlrr } => Facts::Xr(*ssrc, *rrtr, dlrr.clone().collect()),
         _ => Facts::Other,
     }
@@ -138,13 +172,27 @@ fn agree(input: &[u8]) {
         return;
     }
     for (ours, theirs) in ours.into_iter().zip(&theirs) {
-        let (Ok(ours), theirs) = (ours, theirs.as_any()) else { continue };
+        let (Ok(ours), theirs) = (ours, theirs.as_any()) else {
+            continue;
+        };
         match ours {
             Packet::SenderReport { sender, reports } => {
                 if let Some(theirs) = theirs.downcast_ref::<SenderReport>() {
                     assert_eq!(
-                        (sender.ssrc, sender.ntp, sender.rtp_time, sender.packets, sender.octets),
-                        (theirs.ssrc, theirs.ntp_time, theirs.rtp_time, theirs.packet_count, theirs.octet_count)
+                        (
+                            sender.ssrc,
+                            sender.ntp,
+                            sender.rtp_time,
+                            sender.packets,
+                            sender.octets
+                        ),
+                        (
+                            theirs.ssrc,
+                            theirs.ntp_time,
+                            theirs.rtp_time,
+                            theirs.packet_count,
+                            theirs.octet_count
+                        )
                     );
                     same_reports(reports, &theirs.reports);
                 }
@@ -155,10 +203,16 @@ fn agree(input: &[u8]) {
                     same_reports(reports, &theirs.reports);
                 }
             }
-            Packet::Nack { media_ssrc, seqs, .. } => {
+            Packet::Nack {
+                media_ssrc, seqs, ..
+            } => {
                 if let Some(theirs) = theirs.downcast_ref::<TransportLayerNack>() {
                     assert_eq!(media_ssrc, theirs.media_ssrc);
-                    let expected: Vec<u16> = theirs.nacks.iter().flat_map(|pair| pair.packet_list()).collect();
+                    let expected: Vec<u16> = theirs
+                        .nacks
+                        .iter()
+                        .flat_map(|pair| pair.packet_list())
+                        .collect();
                     assert_eq!(seqs.map(|seq| seq.0).collect::<Vec<_>>(), expected);
                 }
             }
@@ -169,7 +223,11 @@ fn agree(input: &[u8]) {
             }
             Packet::Fir { entries, .. } => {
                 if let Some(theirs) = theirs.downcast_ref::<FullIntraRequest>() {
-                    let expected: Vec<_> = theirs.fir.iter().map(|entry| (entry.ssrc, entry.sequence_number)).collect();
+                    let expected: Vec<_> = theirs
+                        .fir
+                        .iter()
+                        .map(|entry| (entry.ssrc, entry.sequence_number))
+                        .collect();
                     assert_eq!(entries.collect::<Vec<_>>(), expected);
                 }
             }
@@ -180,11 +238,25 @@ fn agree(input: &[u8]) {
 
 fn same_reports(ours: impl Iterator<Item = ReportBlock>, theirs: &[ReceptionReport]) {
     let ours: Vec<_> = ours
-        .map(|block| (block.ssrc, block.fraction_lost, block.cumulative_lost as u32 & 0xFF_FFFF, block.jitter))
+        .map(|block| {
+            (
+                block.ssrc,
+                block.fraction_lost,
+                block.cumulative_lost as u32 & 0xFF_FFFF,
+                block.jitter,
+            )
+        })
         .collect();
     let theirs: Vec<_> = theirs
         .iter()
-        .map(|block| (block.ssrc, block.fraction_lost, block.total_lost, block.jitter))
+        .map(|block| {
+            (
+                block.ssrc,
+                block.fraction_lost,
+                block.total_lost,
+                block.jitter,
+            )
+        })
         .collect();
     assert_eq!(ours, theirs);
 }
@@ -219,7 +291,9 @@ fn seeds() -> Vec<Vec<u8>> {
         buffer.truncate(len);
         buffer
     };
-    let arrivals: Vec<Option<Time>> = (0..40).map(|n| (n % 5 != 0).then(|| Time::from_micros(1_000_000 + n * 700))).collect();
+    let arrivals: Vec<Option<Time>> = (0..40)
+        .map(|n| (n % 5 != 0).then(|| Time::from_micros(1_000_000 + n * 700)))
+        .collect();
     vec![
         written(&|writer| {
             writer.sender_report(&sender, [block; 3])?;
@@ -237,6 +311,8 @@ fn seeds() -> Vec<Vec<u8>> {
         }),
         written(&|writer| writer.remb(1, Bitrate::from_bps(1_500_000), &[1, 2, 3])),
         written(&|writer| writer.transport_cc(1, 2, Seq(65_520), 3, arrivals.iter().copied())),
-        vec![0x81, 204, 0, 3, 0, 0, 0, 1, b'n', b'a', b'm', b'e', 0, 0, 0, 0],
+        vec![
+            0x81, 204, 0, 3, 0, 0, 0, 1, b'n', b'a', b'm', b'e', 0, 0, 0, 0,
+        ],
     ]
 }

@@ -16,15 +16,25 @@ pub const TARGET: Target = Target {
 
 fn run(input: &[u8]) {
     let class = ours(|| rtp::classify(input));
-    let Some(header) = ours(|| Header::parse(input)) else { return };
+    let Some(header) = ours(|| Header::parse(input)) else {
+        return;
+    };
     assert!((12..=input.len()).contains(&header.header_len));
     if class == Datagram::Rtcp {
         assert!(rtp::is_rtcp(input));
     }
-    let extensions = ours(|| header.extensions(input).map(|(_, value)| value.len() + 1).sum::<usize>());
+    let extensions = ours(|| {
+        header
+            .extensions(input)
+            .map(|(_, value)| value.len() + 1)
+            .sum::<usize>()
+    });
     assert!(extensions <= header.header_len, "elements do not overlap");
     for id in 0..=255 {
-        let first = header.extensions(input).find(|(found, _)| *found == id).map(|(_, value)| value);
+        let first = header
+            .extensions(input)
+            .find(|(found, _)| *found == id)
+            .map(|(_, value)| value);
         assert_eq!(ours(|| header.extension(input, id)), first);
     }
     let payload = ours(|| header.payload(input));
@@ -41,21 +51,43 @@ fn agree(input: &[u8], header: &Header, payload: Option<&[u8]>) {
     };
     let facts = &theirs.header;
     assert_eq!(
-        (header.marker, header.payload_type, header.seq.0, header.rtp_time, header.ssrc),
-        (facts.marker, facts.payload_type, facts.sequence_number, facts.timestamp, facts.ssrc)
+        (
+            header.marker,
+            header.payload_type,
+            header.seq.0,
+            header.rtp_time,
+            header.ssrc
+        ),
+        (
+            facts.marker,
+            facts.payload_type,
+            facts.sequence_number,
+            facts.timestamp,
+            facts.ssrc
+        )
     );
     // Behind an element that is reserved, or runs past the extension's end, theirs loses its place.
     let region = header.header_len - 12 - 4 * facts.csrc.len();
     let elements: usize = header
         .extensions(input)
-        .map(|(_, value)| value.len() + if facts.extension_profile == 0xBEDE { 1 } else { 2 })
+        .map(|(_, value)| {
+            value.len()
+                + if facts.extension_profile == 0xBEDE {
+                    1
+                } else {
+                    2
+                }
+        })
         .sum();
-    if let Some(payload) = payload.filter(|_| region == if facts.extension { 4 + elements } else { 0 }) {
+    if let Some(payload) =
+        payload.filter(|_| region == if facts.extension { 4 + elements } else { 0 })
+    {
         // Of the two-byte form's sixteen profiles theirs knows one; what it does not know is one element to it.
         let same = || {
-            header
-                .extensions(input)
-                .eq(facts.extensions.iter().map(|element| (element.id, &element.payload[..])))
+            header.extensions(input).eq(facts
+                .extensions
+                .iter()
+                .map(|element| (element.id, &element.payload[..])))
         };
         assert!(!matches!(facts.extension_profile, 0xBEDE | 0x1000) || same());
         assert_eq!(payload, &theirs.payload[..]);
@@ -77,7 +109,9 @@ fn seeds() -> Vec<Vec<u8>> {
             let _ = template.push_extension(*id, value);
         }
         let mut packet = vec![0; 128];
-        let len = template.write(&mut packet, true, Seq(65_535), 0xFFFF_FF00).expect("there is room");
+        let len = template
+            .write(&mut packet, true, Seq(65_535), 0xFFFF_FF00)
+            .expect("there is room");
         packet.truncate(len);
         packet.extend_from_slice(payload);
         if padding > 0 {

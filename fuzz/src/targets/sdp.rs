@@ -5,8 +5,13 @@ use std::io::Cursor;
 
 use rtc_sdp::description::session::SessionDescription;
 use throng::measure::Kind;
-use throng::transport::sdp::serve::{ClientDescriptions, SectionUse, SentTrack, SubscriberOffer, write_answer};
-use throng::transport::sdp::{Answerer, Candidate, Capabilities, Fingerprint, LocalTrack, LocalTransport, Offerer, SECTIONS_MAX, Setup, ice_ufrag};
+use throng::transport::sdp::serve::{
+    ClientDescriptions, SectionUse, SentTrack, SubscriberOffer, write_answer,
+};
+use throng::transport::sdp::{
+    Answerer, Candidate, Capabilities, Fingerprint, LocalTrack, LocalTransport, Offerer,
+    SECTIONS_MAX, Setup, ice_ufrag,
+};
 
 use super::{Script, Target, chunk, ours};
 
@@ -44,7 +49,10 @@ fn local() -> LocalTransport {
         pwd: "0123456789abcdefghijklmn".into(),
         fingerprint: Fingerprint([7; 32]),
         setup: Setup::Active,
-        candidates: vec![Candidate::host(std::net::SocketAddr::from(([192, 0, 2, 1], 7_882)))],
+        candidates: vec![Candidate::host(std::net::SocketAddr::from((
+            [192, 0, 2, 1],
+            7_882,
+        )))],
         session_id: 1,
     }
 }
@@ -52,7 +60,8 @@ fn local() -> LocalTransport {
 /// The texts of a script, in their order.
 fn texts(input: &[u8]) -> impl Iterator<Item = &str> {
     let mut script = Script::new(input);
-    std::iter::from_fn(move || (!script.is_over()).then(|| script.chunk())).filter_map(|chunk| std::str::from_utf8(chunk).ok())
+    std::iter::from_fn(move || (!script.is_over()).then(|| script.chunk()))
+        .filter_map(|chunk| std::str::from_utf8(chunk).ok())
 }
 
 fn sections(text: &str) -> usize {
@@ -64,25 +73,41 @@ fn is_well_formed(written: &str, expected_sections: usize) {
     assert!(written.ends_with("\r\n"));
     for line in written.split_terminator("\r\n") {
         let bytes = line.as_bytes();
-        assert!(bytes.len() > 2 && bytes[0].is_ascii_lowercase() && bytes[1] == b'=', "{line:?}");
+        assert!(
+            bytes.len() > 2 && bytes[0].is_ascii_lowercase() && bytes[1] == b'=',
+            "{line:?}"
+        );
         assert!(!line.chars().any(char::is_control), "{line:?}");
     }
     assert_eq!(sections(written), expected_sections);
     // A kind of media that nobody knows is rejected under its own name, which theirs refuses to read.
-    let known = |line: &str| ["m=audio ", "m=video ", "m=application "].iter().any(|kind| line.starts_with(kind));
-    let named = written
-        .split_inclusive("\r\n")
-        .map(|line| match line.strip_prefix("m=").and_then(|rest| rest.split_once(' ')) {
+    let known = |line: &str| {
+        ["m=audio ", "m=video ", "m=application "]
+            .iter()
+            .any(|kind| line.starts_with(kind))
+    };
+    let named = written.split_inclusive("\r\n").map(|line| {
+        match line
+            .strip_prefix("m=")
+            .and_then(|rest| rest.split_once(' '))
+        {
             Some((_, rest)) if !known(line) => format!("m=text {rest}"),
             _ => line.to_owned(),
-        });
+        }
+    });
     let named: String = named.collect();
-    let theirs = SessionDescription::unmarshal(&mut Cursor::new(&named)).unwrap_or_else(|error| panic!("{error}: {written}"));
+    let theirs = SessionDescription::unmarshal(&mut Cursor::new(&named))
+        .unwrap_or_else(|error| panic!("{error}: {written}"));
     assert_eq!(theirs.media_descriptions.len(), expected_sections);
 }
 
 fn is_bounded(written: &str, read: &str) {
-    assert!(written.len() <= 2_048 + 24 * read.len(), "{} bytes make {}", read.len(), written.len());
+    assert!(
+        written.len() <= 2_048 + 24 * read.len(),
+        "{} bytes make {}",
+        read.len(),
+        written.len()
+    );
 }
 
 fn answer(input: &[u8]) {
@@ -93,7 +118,10 @@ fn answer(input: &[u8]) {
         let before: Vec<_> = answerer.tracks().cloned().collect();
         longest = longest.max(text.len());
         let Ok(answered) = ours(|| answerer.answer(text, &local)) else {
-            assert!(answerer.tracks().eq(&before), "an offer that is refused changes nothing");
+            assert!(
+                answerer.tracks().eq(&before),
+                "an offer that is refused changes nothing"
+            );
             continue;
         };
         is_well_formed(&answered.sdp, sections(text));
@@ -101,7 +129,12 @@ fn answer(input: &[u8]) {
         assert!(answerer.tracks().count() <= sections(text) && sections(text) <= SECTIONS_MAX);
         let same = ours(|| answerer.answer(text, &local)).expect("it was fine a moment ago");
         assert_eq!(
-            (same.sections_read, same.added.len(), same.removed.len(), same.updated.len()),
+            (
+                same.sections_read,
+                same.added.len(),
+                same.removed.len(),
+                same.updated.len()
+            ),
             (0, 0, 0, 0)
         );
         assert_eq!(sections(&same.sdp), sections(text));
@@ -129,12 +162,19 @@ fn offer(input: &[u8]) {
         };
         assert!(negotiated.media.len() <= 2);
         let same = ours(|| offerer.handle_answer(text)).expect("it was fine a moment ago");
-        assert_eq!((same.sections_read, same.added.len(), same.removed.len()), (0, 0, 0));
+        assert_eq!(
+            (same.sections_read, same.added.len(), same.removed.len()),
+            (0, 0, 0)
+        );
     }
 }
 
 fn serve(input: &[u8]) {
-    let (local, mut offers, mut subscriber) = (local(), ClientDescriptions::default(), SubscriberOffer::default());
+    let (local, mut offers, mut subscriber) = (
+        local(),
+        ClientDescriptions::default(),
+        SubscriberOffer::default(),
+    );
     let sent = SentTrack {
         stream_id: "PA_1|TR_1".into(),
         track_id: "TR_1".into(),
@@ -158,15 +198,22 @@ fn serve(input: &[u8]) {
         assert_eq!(offers.sections().len(), sections(text));
         assert!(update.changed.iter().all(|index| *index < sections(text)));
         let answer = ours(|| {
-            write_answer(&mut offers, &local, version, |index, section| match (index % 3, section.sends) {
-                (0, true) => SectionUse::Receive { dtx: true },
-                (1, false) => SectionUse::Send(&sent),
-                _ => SectionUse::Idle,
+            write_answer(&mut offers, &local, version, |index, section| {
+                match (index % 3, section.sends) {
+                    (0, true) => SectionUse::Receive { dtx: true },
+                    (1, false) => SectionUse::Send(&sent),
+                    _ => SectionUse::Idle,
+                }
             })
         });
         is_well_formed(&answer, sections(text));
         is_bounded(&answer, text);
-        assert_eq!(ours(|| offers.read(text)).expect("it was fine a moment ago").changed, [0; 0]);
+        assert_eq!(
+            ours(|| offers.read(text))
+                .expect("it was fine a moment ago")
+                .changed,
+            [0; 0]
+        );
     }
 }
 
@@ -192,7 +239,10 @@ const BROWSER: [&str; 5] = recorded!(
 );
 
 fn script(texts: &[&str]) -> Vec<u8> {
-    texts.iter().flat_map(|text| chunk(text.as_bytes())).collect()
+    texts
+        .iter()
+        .flat_map(|text| chunk(text.as_bytes()))
+        .collect()
 }
 
 /// Small enough to be mutated to some effect, with one of everything that is read.
@@ -216,7 +266,9 @@ fn answer_seeds() -> Vec<Vec<u8>> {
 fn offer_seeds() -> Vec<Vec<u8>> {
     let (local, mut offerer) = (local(), Offerer::default());
     offerer.open_data();
-    offerer.receive(Kind::Audio, 2).expect("two are not too many");
+    offerer
+        .receive(Kind::Audio, 2)
+        .expect("two are not too many");
     offerer.receive(Kind::Audio, 1).expect("nor is one");
     offerer.receive(Kind::Video, 1).expect("nor is one");
     // Our own offer of the same shape is answered by our own answerer.
@@ -224,8 +276,15 @@ fn offer_seeds() -> Vec<Vec<u8>> {
         .answer(&offerer.offer(&local), &local)
         .expect("an answer")
         .sdp;
-    let sending = answer.replace("a=inactive", "a=sendonly\r\na=msid:PA_1|TR_1 TR_1\r\na=ssrc:77 cname:x");
-    vec![script(&[&answer]), script(&[&answer, &sending, &answer]), script(&[SMALL])]
+    let sending = answer.replace(
+        "a=inactive",
+        "a=sendonly\r\na=msid:PA_1|TR_1 TR_1\r\na=ssrc:77 cname:x",
+    );
+    vec![
+        script(&[&answer]),
+        script(&[&answer, &sending, &answer]),
+        script(&[SMALL]),
+    ]
 }
 
 fn serve_seeds() -> Vec<Vec<u8>> {

@@ -19,7 +19,9 @@ fn run(input: &[u8]) {
     let (mut script, mut book, start) = (Script::new(input), NodeBook::default(), Instant::now());
     let mut at = start;
     while !script.is_over() {
-        let Ok(text) = str::from_utf8(script.chunk()) else { continue };
+        let Ok(text) = str::from_utf8(script.chunk()) else {
+            continue;
+        };
         at += Duration::from_secs(1);
         match ours(|| Page::read(text)) {
             Ok(page) => ours(|| book.note(at, page)),
@@ -31,9 +33,16 @@ fn run(input: &[u8]) {
         }
         ours(|| book.row());
     }
-    for cost in ours(|| [book.whole(), book.between(start, at)]).into_iter().flatten() {
+    for cost in ours(|| [book.whole(), book.between(start, at)])
+        .into_iter()
+        .flatten()
+    {
         for counter in Counter::ALL {
-            assert!(cost.counted[counter].is_none_or(|count| count >= 0.0), "{counter:?}: {:?}", cost.counted);
+            assert!(
+                cost.counted[counter].is_none_or(|count| count >= 0.0),
+                "{counter:?}: {:?}",
+                cost.counted
+            );
         }
         let figures = [
             cost.cpu_cores(),
@@ -41,7 +50,10 @@ fn run(input: &[u8]) {
             cost.participants_mean(),
             cost.bytes_per_participant(),
         ];
-        assert!(figures.into_iter().flatten().all(|figure| figure >= 0.0), "{figures:?}");
+        assert!(
+            figures.into_iter().flatten().all(|figure| figure >= 0.0),
+            "{figures:?}"
+        );
         assert!(
             cost.forward_latency_us(0.5)
                 .is_none_or(|bracket| bracket.at_most.is_none_or(|at_most| at_most > bracket.over))
@@ -62,10 +74,21 @@ fn page(cpu: f64, packets: u64) -> Vec<u8> {
 }
 
 fn seeds() -> Vec<Vec<u8>> {
-    let script = |pages: &[Vec<u8>]| pages.iter().map(|page| chunk(page)).collect::<Vec<_>>().concat();
+    let script = |pages: &[Vec<u8>]| {
+        pages
+            .iter()
+            .map(|page| chunk(page))
+            .collect::<Vec<_>>()
+            .concat()
+    };
     vec![
         script(&[page(1.0, 100)]),
         script(&[page(1.0, 100), page(1.5, 250), page(2.25, 400)]),
-        script(&[page(9.0, 5_000), page(0.5, 20), b"<html>".to_vec(), page(0.75, 60)]),
+        script(&[
+            page(9.0, 5_000),
+            page(0.5, 20),
+            b"<html>".to_vec(),
+            page(0.75, 60),
+        ]),
     ]
 }

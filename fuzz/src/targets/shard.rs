@@ -87,12 +87,18 @@ impl Liar {
             roster: Arc::new(Roster::new(pair::RUN, [0, 0].into_iter())),
             epoch,
         };
-        let addresses = [1, 2].map(|of: u8| SocketAddr::from(([192, 0, 2, of], 5_000 + u16::from(of))));
+        let addresses =
+            [1, 2].map(|of: u8| SocketAddr::from(([192, 0, 2, of], 5_000 + u16::from(of))));
         let mut liar = Liar {
             shard: Shard::new(config, 1, Time::ZERO),
             outlet: Outlet::new(vec![addresses[0]]),
             now: Time::ZERO,
-            peer: Peer::new(&identity, &parameters(&identity, "them", "ours", [2, 1], false), epoch, Time::ZERO),
+            peer: Peer::new(
+                &identity,
+                &parameters(&identity, "them", "ours", [2, 1], false),
+                epoch,
+                Time::ZERO,
+            ),
             address: addresses[1],
             sending: BTreeMap::new(),
             sent: 0,
@@ -121,7 +127,11 @@ impl Liar {
         let tracks = sources().map(|source| {
             let video = source.kind() == Kind::Video;
             SendParameters {
-                ssrc: if video { pair::VIDEO_SSRC } else { pair::AUDIO_SSRC },
+                ssrc: if video {
+                    pair::VIDEO_SSRC
+                } else {
+                    pair::AUDIO_SSRC
+                },
                 rtx_ssrc: video.then_some(pair::VIDEO_RTX_SSRC),
                 payload_type: if video { 96 } else { 111 },
                 rtx_payload_type: video.then_some(97),
@@ -150,7 +160,10 @@ impl Liar {
             abs_send_time_extension: Some(4),
             nack: true,
         };
-        let streams = vec![stream(Kind::Audio, SSRCS[3], None), stream(Kind::Video, SSRCS[4], Some(SSRCS[5]))];
+        let streams = vec![
+            stream(Kind::Audio, SSRCS[3], None),
+            stream(Kind::Video, SSRCS[4], Some(SSRCS[5])),
+        ];
         self.command(Command::Publish {
             key: 0,
             tracks: tracks.into(),
@@ -159,7 +172,8 @@ impl Liar {
     }
 
     fn command(&mut self, command: Command) {
-        self.shard.handle_command(command, self.now, &mut self.outlet);
+        self.shard
+            .handle_command(command, self.now, &mut self.outlet);
     }
 
     /// A millisecond passes at both ends. Returns who came up in it.
@@ -183,7 +197,8 @@ impl Liar {
         for datagram in std::mem::take(&mut self.outlet.sent) {
             self.sent += 1;
             if matches!(classify(&datagram.bytes), Datagram::Stun | Datagram::Dtls) {
-                self.peer.handle_setup_datagram(&datagram.bytes, datagram.from, now);
+                self.peer
+                    .handle_setup_datagram(&datagram.bytes, datagram.from, now);
             }
         }
         connected
@@ -195,14 +210,20 @@ impl Liar {
         ours(|| match classify(bytes) {
             Datagram::Rtp => shard.handle_rtp(0, bytes, now),
             Datagram::Rtcp => shard.handle_rtcp(0, bytes, now, now, outlet),
-            Datagram::Stun | Datagram::Dtls => shard.handle_setup_datagram(0, bytes, self.address, now, now, outlet),
+            Datagram::Stun | Datagram::Dtls => {
+                shard.handle_setup_datagram(0, bytes, self.address, now, now, outlet)
+            }
             Datagram::Unknown => shard.reject(),
         });
     }
 
     pub fn say_rtp(&mut self, plain: &[u8]) {
-        let Some(header) = Header::parse(plain) else { return };
-        let Some(sealer) = self.peer.sealer() else { return };
+        let Some(header) = Header::parse(plain) else {
+            return;
+        };
+        let Some(sealer) = self.peer.sealer() else {
+            return;
+        };
         let extender = self.sending.entry(header.ssrc).or_default();
         let index = extender.guess(header.seq.0);
         extender.commit(index);
@@ -214,7 +235,9 @@ impl Liar {
 
     pub fn say_rtcp(&mut self, plain: &[u8]) {
         let mut bytes = [plain, &[0; 32]].concat();
-        let Some(sealer) = self.peer.sealer_mut() else { return };
+        let Some(sealer) = self.peer.sealer_mut() else {
+            return;
+        };
         if let Ok(sealed) = sealer.seal_rtcp(&mut bytes, plain.len()) {
             self.deliver(&mut bytes[..sealed]);
         }
@@ -232,7 +255,10 @@ impl Liar {
                 "{} resent in {elapsed} ms, where {again} are allowed",
                 media.rtx_sent
             );
-            assert_eq!(media.packets_lost_network, media.packets_repaired + media.packets_lost);
+            assert_eq!(
+                media.packets_lost_network,
+                media.packets_repaired + media.packets_lost
+            );
         }
         // A stream asks for a key frame each 200 ms at most, and for a round of packets each 10 ms.
         assert!(
@@ -276,8 +302,12 @@ fn run(input: &[u8]) {
 
 /// A packet of one of the known SSRCs, near the last one of it, with whatever behind the fixed header.
 pub fn rtp(script: &mut Script<'_>, seqs: &mut BTreeMap<u32, u16>) -> Vec<u8> {
-    let (which, step, flags, marker_and_type) = (script.u8(), script.u8() as i8, script.u8(), script.u8());
-    let ssrc = SSRCS.get(usize::from(which)).copied().unwrap_or(u32::from(which));
+    let (which, step, flags, marker_and_type) =
+        (script.u8(), script.u8() as i8, script.u8(), script.u8());
+    let ssrc = SSRCS
+        .get(usize::from(which))
+        .copied()
+        .unwrap_or(u32::from(which));
     let seq = seqs.entry(ssrc).or_insert(65_530);
     *seq = seq.wrapping_add(step as u16);
     let mut packet = vec![0x80 | flags & 0x3F, marker_and_type];
@@ -314,7 +344,11 @@ fn seeds() -> Vec<Vec<u8>> {
         ..FrameIdentity::default()
     }
     .write_video(&mut trailer);
-    let key: Vec<u8> = [&[0x90, 0x80, 0x80, 1, 0x10, 0, 0, 0x9D, 1, 0x2A, 96, 0, 54, 0][..], &trailer].concat();
+    let key: Vec<u8> = [
+        &[0x90, 0x80, 0x80, 1, 0x10, 0, 0, 0x9D, 1, 0x2A, 96, 0, 54, 0][..],
+        &trailer,
+    ]
+    .concat();
     let inter: Vec<u8> = [&[0x90, 0x80, 0x80, 2, 0x11, 0, 0][..], &trailer].concat();
     let block = |ssrc| ReportBlock {
         ssrc,
@@ -332,7 +366,11 @@ fn seeds() -> Vec<Vec<u8>> {
         packets: u32::MAX,
         octets: u32::MAX,
     };
-    let nack_all = rtcp(&|writer| writer.nack(1, pair::VIDEO_SSRC, (0..250).map(|n| Seq(n * 17))).expect("it fits"));
+    let nack_all = rtcp(&|writer| {
+        writer
+            .nack(1, pair::VIDEO_SSRC, (0..250).map(|n| Seq(n * 17)))
+            .expect("it fits")
+    });
     vec![
         [
             say(4, 1, true, 3_000, &key),
@@ -344,7 +382,14 @@ fn seeds() -> Vec<Vec<u8>> {
             say(5, 1, true, 9_000, &[&[0xFF, 0xFD][..], &inter].concat()),
         ]
         .concat(),
-        [wait(60), nack_all.clone(), wait(10), nack_all.clone(), nack_all].concat(),
+        [
+            wait(60),
+            nack_all.clone(),
+            wait(10),
+            nack_all.clone(),
+            nack_all,
+        ]
+        .concat(),
         [
             wait(50),
             rtcp(&|writer| {
@@ -361,17 +406,31 @@ fn seeds() -> Vec<Vec<u8>> {
                 writer.xr(5, Some(u64::MAX), [dlrr; 4]).expect("it fits");
             }),
             rtcp(&|writer| (0..40).for_each(|_| writer.pli(1, pair::VIDEO_SSRC).expect("it fits"))),
-            rtcp(&|writer| writer.fir(1, &[(pair::VIDEO_SSRC, 1); 30]).expect("it fits")),
+            rtcp(&|writer| {
+                writer
+                    .fir(1, &[(pair::VIDEO_SSRC, 1); 30])
+                    .expect("it fits")
+            }),
             wait(60),
         ]
         .concat(),
         [
-            rtcp(&|writer| writer.remb(1, Bitrate::from_bps(1), &[pair::VIDEO_SSRC]).expect("it fits")),
+            rtcp(&|writer| {
+                writer
+                    .remb(1, Bitrate::from_bps(1), &[pair::VIDEO_SSRC])
+                    .expect("it fits")
+            }),
             rtcp(&|writer| writer.bye(&[SSRCS[3], SSRCS[4]]).expect("it fits")),
             rtcp(&|writer| {
                 let arrivals: Vec<_> = (0..30).map(|n| Some(Time::from_millis(n))).collect();
                 writer
-                    .transport_cc(1, pair::VIDEO_SSRC, Seq(65_530), 1, arrivals.iter().copied())
+                    .transport_cc(
+                        1,
+                        pair::VIDEO_SSRC,
+                        Seq(65_530),
+                        1,
+                        arrivals.iter().copied(),
+                    )
                     .expect("it fits");
             }),
             [

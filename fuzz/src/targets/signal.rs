@@ -42,11 +42,19 @@ fn response(input: &[u8]) {
             let identities = ours(|| join.others.identities().map(str::len).sum::<usize>());
             assert!(join.others.len() <= input.len() / 2 && identities <= input.len());
         }
-        Event::Offer(description) | Event::Answer(description) => assert!(description.sdp.len() <= input.len()),
+        Event::Offer(description) | Event::Answer(description) => {
+            assert!(description.sdp.len() <= input.len())
+        }
         Event::Trickle(trickle) => {
             let read = ours(|| trickle.candidate_init.parse::<Trickled>());
             if let Ok(Some(candidate)) = read.map(|trickled| trickled.candidate) {
-                assert_eq!(candidate.to_init().parse::<Trickled>().map(|again| again.candidate), Ok(Some(candidate)));
+                assert_eq!(
+                    candidate
+                        .to_init()
+                        .parse::<Trickled>()
+                        .map(|again| again.candidate),
+                    Ok(Some(candidate))
+                );
             }
         }
         Event::Ignored { len, .. } | Event::Malformed { len, .. } => assert_eq!(*len, input.len()),
@@ -56,7 +64,11 @@ fn response(input: &[u8]) {
         && let Some(Response::Offer(theirs)) = theirs.message
         && theirs.encoded_len() + 8 >= input.len()
     {
-        assert_eq!((&theirs.sdp, theirs.id), (&ours.sdp, ours.id), "a message of one field has one meaning");
+        assert_eq!(
+            (&theirs.sdp, theirs.id),
+            (&ours.sdp, ours.id),
+            "a message of one field has one meaning"
+        );
     }
     if let Ok(text) = std::str::from_utf8(input) {
         let _ = ours(|| text.parse::<Trickled>());
@@ -75,7 +87,8 @@ fn response_seeds() -> Vec<Vec<u8>> {
         id: 3,
         mid_to_track_id: [("0".to_owned(), "TR_1".to_owned())].into(),
     };
-    let candidate = "{\"candidate\":\"candidate:1 1 udp 1 192.0.2.1 9 typ host\",\"usernameFragment\":\"u\"}";
+    let candidate =
+        "{\"candidate\":\"candidate:1 1 udp 1 192.0.2.1 9 typ host\",\"usernameFragment\":\"u\"}";
     let messages = [
         Response::Join(proto::JoinResponse {
             room: Some(proto::Room::default()),
@@ -121,8 +134,16 @@ fn response_seeds() -> Vec<Vec<u8>> {
         }),
         Response::RefreshToken("token".into()),
     ];
-    let encoded = messages.map(|message| proto::SignalResponse { message: Some(message) }.encode_to_vec());
-    encoded.into_iter().chain([candidate.as_bytes().to_vec()]).collect()
+    let encoded = messages.map(|message| {
+        proto::SignalResponse {
+            message: Some(message),
+        }
+        .encode_to_vec()
+    });
+    encoded
+        .into_iter()
+        .chain([candidate.as_bytes().to_vec()])
+        .collect()
 }
 
 /// How the bytes behind the first reach the server.
@@ -134,10 +155,14 @@ const ZIPPED: u8 = 3;
 const INNER: u8 = 4;
 
 fn access(input: &[u8]) {
-    let Some((kind, bytes)) = input.split_first() else { return };
+    let Some((kind, bytes)) = input.split_first() else {
+        return;
+    };
     let access = Access::new(KEY, SECRET);
     let single = kind & 0x10 != 0;
-    let base64 = |message: &proto::WrappedJoinRequest| base64::engine::general_purpose::URL_SAFE.encode(message.encode_to_vec());
+    let base64 = |message: &proto::WrappedJoinRequest| {
+        base64::engine::general_purpose::URL_SAFE.encode(message.encode_to_vec())
+    };
     let wrapped = |zipped: bool| proto::WrappedJoinRequest {
         compression: i32::from(zipped),
         join_request: bytes.to_vec(),
@@ -147,7 +172,10 @@ fn access(input: &[u8]) {
         QUERY => (Vec::new(), String::from_utf8_lossy(bytes).into_owned()),
         WRAPPED => (
             good(),
-            format!("join_request={}", base64::engine::general_purpose::URL_SAFE.encode(bytes)),
+            format!(
+                "join_request={}",
+                base64::engine::general_purpose::URL_SAFE.encode(bytes)
+            ),
         ),
         ZIPPED => (good(), format!("join_request={}", base64(&wrapped(true)))),
         INNER => (good(), format!("join_request={}", base64(&wrapped(false)))),
@@ -160,9 +188,16 @@ fn access(input: &[u8]) {
         headers.insert(header::AUTHORIZATION, value);
     }
     match ours(|| access.entry(&headers, &query, single)) {
-        Ok(entry) => assert_eq!((&*entry.room, &*entry.identity), ("hall", "somebody"), "only our token lets anybody in"),
+        Ok(entry) => assert_eq!(
+            (&*entry.room, &*entry.identity),
+            ("hall", "somebody"),
+            "only our token lets anybody in"
+        ),
         Err((status, text)) => {
-            assert!(status.is_client_error() && text.len() <= 1_024, "{status}: {text}");
+            assert!(
+                status.is_client_error() && text.len() <= 1_024,
+                "{status}: {text}"
+            );
             assert!(!text.contains(SECRET));
         }
     }
@@ -171,7 +206,8 @@ fn access(input: &[u8]) {
 /// A header with a token that is fine.
 fn good() -> Vec<u8> {
     static GOOD: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
-    GOOD.get_or_init(|| format!("Bearer {}", token()).into_bytes()).clone()
+    GOOD.get_or_init(|| format!("Bearer {}", token()).into_bytes())
+        .clone()
 }
 
 fn token() -> String {
@@ -198,7 +234,9 @@ fn access_seeds() -> Vec<Vec<u8>> {
     let wrapped = base64::engine::general_purpose::URL_SAFE
         .decode(encoded.replace("%3D", "="))
         .expect("our own encoding");
-    let inner = proto::WrappedJoinRequest::decode(&*wrapped).expect("our own encoding").join_request;
+    let inner = proto::WrappedJoinRequest::decode(&*wrapped)
+        .expect("our own encoding")
+        .join_request;
     let mut zip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     std::io::Write::write_all(&mut zip, &inner).expect("memory");
     let zipped = zip.finish().expect("memory");

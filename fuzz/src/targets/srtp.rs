@@ -14,7 +14,11 @@ pub const TARGET: Target = Target {
     memory: Some((64 << 10, 24)),
 };
 
-const PROFILES: [Profile; 3] = [Profile::AeadAes128Gcm, Profile::AeadAes256Gcm, Profile::Aes128CmHmacSha1_80];
+const PROFILES: [Profile; 3] = [
+    Profile::AeadAes128Gcm,
+    Profile::AeadAes256Gcm,
+    Profile::Aes128CmHmacSha1_80,
+];
 
 /// What happens to a packet on its way.
 const AS_IT_IS: u8 = 0;
@@ -42,7 +46,10 @@ fn run(input: &[u8]) {
             let header_len = ours(|| Header::parse(plain)).map_or(12, |header| header.header_len);
             let opened = ours(|| opener.open_rtp(&mut bytes, header_len, u64::from(place)));
             assert!(opened.is_err(), "nobody sealed this");
-            assert!(ours(|| opener.open_rtcp(&mut plain.to_vec())).is_err(), "nor this");
+            assert!(
+                ours(|| opener.open_rtcp(&mut plain.to_vec())).is_err(),
+                "nor this"
+            );
             continue;
         }
         rtp(&sealer, &opener, plain, (way, place, bits));
@@ -51,10 +58,13 @@ fn run(input: &[u8]) {
 }
 
 fn rtp(sealer: &Sealer, opener: &Opener, plain: &[u8], harm: (u8, u16, u8)) {
-    let Some(header) = ours(|| Header::parse(plain)) else { return };
+    let Some(header) = ours(|| Header::parse(plain)) else {
+        return;
+    };
     let index = 5 << 16 | u64::from(header.seq.0);
     let mut bytes = [plain, &[0; 32]].concat();
-    let sealed = ours(|| sealer.seal_rtp(&mut bytes, header.header_len, plain.len(), index)).expect("header and index fit");
+    let sealed = ours(|| sealer.seal_rtp(&mut bytes, header.header_len, plain.len(), index))
+        .expect("header and index fit");
     bytes.truncate(sealed);
     let harmed = spoil(&mut bytes, harm);
     let opened = ours(|| opener.open_rtp(&mut bytes, header.header_len, index));
@@ -107,12 +117,22 @@ fn spoil(bytes: &mut Vec<u8>, (way, place, bits): (u8, u16, u8)) -> bool {
 }
 
 fn seeds() -> Vec<Vec<u8>> {
-    let rtp = [&[0x80, 111, 0xFF, 0xFF, 0, 0, 0, 1, 0, 0, 0, 2][..], b"a payload"].concat();
+    let rtp = [
+        &[0x80, 111, 0xFF, 0xFF, 0, 0, 0, 1, 0, 0, 0, 2][..],
+        b"a payload",
+    ]
+    .concat();
     let rtcp = [0x80, 201, 0, 1, 0, 0, 0, 9];
     let mut seeds = Vec::new();
     for profile in 0..PROFILES.len() as u8 {
         let mut seed = vec![profile];
-        for (way, place, bits) in [(AS_IT_IS, 0u16, 0u8), (CHANGED, 14, 1), (CUT, 20, 0), (LONGER, 3, 9), (RAW, 7, 0)] {
+        for (way, place, bits) in [
+            (AS_IT_IS, 0u16, 0u8),
+            (CHANGED, 14, 1),
+            (CUT, 20, 0),
+            (LONGER, 3, 9),
+            (RAW, 7, 0),
+        ] {
             for plain in [&rtp[..], &rtcp[..]] {
                 seed.extend([way, (place >> 8) as u8, place as u8, bits]);
                 seed.extend(chunk(plain));

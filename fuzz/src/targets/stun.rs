@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha1::Sha1;
-use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check};
+use throng::transport::peer::{
+    IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check,
+};
 use throng::units::{Epoch, Time};
 
 use super::{Script, Target, chunk, ours};
@@ -27,7 +29,9 @@ const LATER: u8 = 8;
 
 pub fn identity() -> Identity {
     static IDENTITY: OnceLock<Identity> = OnceLock::new();
-    IDENTITY.get_or_init(|| Identity::generate().expect("a key pair")).clone()
+    IDENTITY
+        .get_or_init(|| Identity::generate().expect("a key pair"))
+        .clone()
 }
 
 fn credentials(name: &str) -> IceCredentials {
@@ -41,7 +45,13 @@ fn address(of: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, of], 5_000 + u16::from(of)))
 }
 
-pub fn parameters(identity: &Identity, me: &str, other: &str, at: [u8; 2], controlling: bool) -> PeerParameters {
+pub fn parameters(
+    identity: &Identity,
+    me: &str,
+    other: &str,
+    at: [u8; 2],
+    controlling: bool,
+) -> PeerParameters {
     PeerParameters {
         local_address: address(at[0]),
         local: credentials(me),
@@ -71,7 +81,15 @@ fn run(input: &[u8]) {
             message[8..20].copy_from_slice(&last_transaction);
         }
         if flags & SIGNED != 0 {
-            sign(&mut message, &credentials(if flags & AS_REQUEST != 0 { "ours" } else { "them" }).password);
+            sign(
+                &mut message,
+                &credentials(if flags & AS_REQUEST != 0 {
+                    "ours"
+                } else {
+                    "them"
+                })
+                .password,
+            );
         }
         came += 1;
         ours(|| peer.handle_setup_datagram(&message, from, now));
@@ -92,10 +110,16 @@ fn run(input: &[u8]) {
             },
             |event| connected |= event == PeerEvent::Connected,
         );
-        assert!(!connected && !peer.is_connected(), "STUN alone makes no keys");
+        assert!(
+            !connected && !peer.is_connected(),
+            "STUN alone makes no keys"
+        );
         assert!(peer.next_timeout() > now);
         // An answer and a triggered check for each, the checks of 100 pairs at a turn, and what DTLS repeats.
-        assert!(went <= 16 + 2 * came + 100 * timeouts, "{went} datagrams for {came}");
+        assert!(
+            went <= 16 + 2 * came + 100 * timeouts,
+            "{went} datagrams for {came}"
+        );
     }
 }
 
@@ -123,7 +147,9 @@ fn set_length(message: &mut [u8], more: usize) {
 
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0u32, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xEDB8_8320 & (crc & 1).wrapping_neg()))
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (0xEDB8_8320 & (crc & 1).wrapping_neg())
+        })
     })
 }
 
@@ -139,7 +165,11 @@ fn check(controlling: bool) -> Vec<u8> {
     let mut sent = Vec::new();
     for millis in 1..200 {
         other.handle_timeout(now + Duration::from_millis(millis));
-        other.poll(now + Duration::from_millis(millis), |datagram, _| sent.push(datagram.to_vec()), |_| {});
+        other.poll(
+            now + Duration::from_millis(millis),
+            |datagram, _| sent.push(datagram.to_vec()),
+            |_| {},
+        );
     }
     let mut check = sent.swap_remove(0);
     check.truncate(check.len() - 32);
@@ -154,7 +184,12 @@ fn seeds() -> Vec<Vec<u8>> {
         &[0, 0x20, 0, 8, 0, 1, 0x32, 0x9B, 0xE1, 0x12, 0xA6, 0x43],
     ]
     .concat();
-    let conflict = [&[1, 0x11, 0, 8, 0x21, 0x12, 0xA4, 0x42][..], &[0; 12], &[0, 9, 0, 4, 0, 0, 4, 87]].concat();
+    let conflict = [
+        &[1, 0x11, 0, 8, 0x21, 0x12, 0xA4, 0x42][..],
+        &[0; 12],
+        &[0, 9, 0, 4, 0, 0, 4, 87],
+    ]
+    .concat();
     [0u8, 1, 2, 3]
         .into_iter()
         .map(|kind| {

@@ -33,8 +33,14 @@ fn descriptor(input: &[u8]) {
     if let Some((read, len)) = ours {
         assert!((1..=Descriptor::MAX_LEN).contains(&len) && len <= input.len());
         let mut written = [0; Descriptor::MAX_LEN];
-        let again = read.write(&mut written).expect("there is room for the longest");
-        assert_eq!(Descriptor::parse(&written[..again]), Some((read, again)), "{read:?}");
+        let again = read
+            .write(&mut written)
+            .expect("there is room for the longest");
+        assert_eq!(
+            Descriptor::parse(&written[..again]),
+            Some((read, again)),
+            "{read:?}"
+        );
     }
     let mut theirs = Vp8Packet::default();
     let Ok(rest) = theirs.depacketize(&Bytes::copy_from_slice(input)) else {
@@ -45,10 +51,17 @@ fn descriptor(input: &[u8]) {
     };
     assert_eq!(rest, &input[len..]);
     assert_eq!(
-        (ours.non_reference, ours.start_of_partition, ours.partition_id),
+        (
+            ours.non_reference,
+            ours.start_of_partition,
+            ours.partition_id
+        ),
         (theirs.n == 1, theirs.s == 1, theirs.pid)
     );
-    assert_eq!(ours.picture_id.map(PictureId::value), (theirs.i == 1).then_some(theirs.picture_id));
+    assert_eq!(
+        ours.picture_id.map(PictureId::value),
+        (theirs.i == 1).then_some(theirs.picture_id)
+    );
 }
 
 fn descriptor_seeds() -> Vec<Vec<u8>> {
@@ -75,7 +88,9 @@ fn assembler(input: &[u8]) {
         let (flags, step, media) = (script.u8(), script.u8(), script.u8());
         now += Duration::from_millis(u64::from(step >> 6) * 40);
         let step = i64::from(step & 0x3F) - 16;
-        let ext_seq = newest.saturating_add_signed(if flags & 16 != 0 { step * 700 } else { step }).max(1);
+        let ext_seq = newest
+            .saturating_add_signed(if flags & 16 != 0 { step * 700 } else { step })
+            .max(1);
         newest = newest.max(ext_seq);
         packets += 1;
         let mut on_event = |event| match event {
@@ -85,13 +100,19 @@ fn assembler(input: &[u8]) {
             }
             FrameEvent::Decoded(frame) => {
                 decoded += 1;
-                assert!(frame.freeze.is_none_or(|freeze| Some(freeze) == frame.interval));
+                assert!(
+                    frame
+                        .freeze
+                        .is_none_or(|freeze| Some(freeze) == frame.interval)
+                );
             }
         };
         match flags {
             flags if flags & PAUSE != 0 => ours(|| assembler.handle_pause()),
             flags if flags & GAVE_UP != 0 => ours(|| assembler.handle_gave_up()),
-            flags if flags & PADDING != 0 => ours(|| assembler.handle_padding(ext_seq, now, &mut on_event)),
+            flags if flags & PADDING != 0 => {
+                ours(|| assembler.handle_padding(ext_seq, now, &mut on_event))
+            }
             flags => {
                 let identity = (flags & 8 != 0).then(|| FrameIdentity {
                     frame: u32::from(media),
@@ -100,7 +121,11 @@ fn assembler(input: &[u8]) {
                 });
                 let packet = PacketInfo {
                     ext_seq,
-                    rtp_time: u32::from(media).wrapping_mul(if media & 1 == 0 { 3_000 } else { 0x4000_0001 }),
+                    rtp_time: u32::from(media).wrapping_mul(if media & 1 == 0 {
+                        3_000
+                    } else {
+                        0x4000_0001
+                    }),
                     start: flags & 1 != 0,
                     end: flags & 2 != 0,
                     key: flags & 4 != 0,
@@ -120,8 +145,14 @@ fn assembler(input: &[u8]) {
     }
     let counts = assembler.counts();
     assert_eq!((counts.complete, counts.decoded), (complete, decoded));
-    assert!(counts.decoded <= counts.complete && counts.complete <= packets, "{counts:?} of {packets}");
-    assert!(counts.decoded + counts.undecodable <= counts.complete, "{counts:?}");
+    assert!(
+        counts.decoded <= counts.complete && counts.complete <= packets,
+        "{counts:?} of {packets}"
+    );
+    assert!(
+        counts.decoded + counts.undecodable <= counts.complete,
+        "{counts:?}"
+    );
 }
 
 fn assembler_seeds() -> Vec<Vec<u8>> {
@@ -132,6 +163,14 @@ fn assembler_seeds() -> Vec<Vec<u8>> {
     vec![
         [&key[..], &inter(4), &inter(6), &inter(8)].concat(),
         [&key[..], &lost, &[GAVE_UP, NEXT, 0], &inter(10), &key].concat(),
-        [&key[..], &[PADDING, NEXT, 0], &inter(4), &[PAUSE, NEXT, 0], &key, &[7, 60, 9]].concat(),
+        [
+            &key[..],
+            &[PADDING, NEXT, 0],
+            &inter(4),
+            &[PAUSE, NEXT, 0],
+            &key,
+            &[7, 60, 9],
+        ]
+        .concat(),
     ]
 }

@@ -38,7 +38,11 @@ impl Interval {
     #[inline]
     fn narrowed(self, bit: bool, prob: u8) -> Interval {
         let split = 1 + (((self.range - 1) * u32::from(prob)) >> 8);
-        let (skipped, range) = if bit { (split, self.range - split) } else { (0, split) };
+        let (skipped, range) = if bit {
+            (split, self.range - split)
+        } else {
+            (0, split)
+        };
         // The range is never zero; setting its lowest bit tells the compiler so and does not move the highest.
         let shift = (range | 1).leading_zeros() - 24;
         Interval {
@@ -72,7 +76,8 @@ impl<'a> BoolEncoder<'a> {
             mut shifts,
         } = self.interval;
         for &decision in decisions {
-            Interval { low, range, shifts } = Interval { low, range, shifts }.narrowed(decision & 1 == 1, (decision >> 1) as u8);
+            Interval { low, range, shifts } =
+                Interval { low, range, shifts }.narrowed(decision & 1 == 1, (decision >> 1) as u8);
             if shifts >= Interval::FULL {
                 low = self.write_top(low, shifts + 8, Interval::FULL / 8);
                 shifts -= Interval::FULL;
@@ -102,7 +107,8 @@ impl<'a> BoolEncoder<'a> {
             self.carry();
         }
         let big_endian = top.to_be_bytes();
-        self.out.extend_from_slice(&big_endian[8 - bytes as usize..]);
+        self.out
+            .extend_from_slice(&big_endian[8 - bytes as usize..]);
         low & ((1 << kept) - 1)
     }
 
@@ -163,7 +169,11 @@ impl CostMeter {
 
 impl BoolSink for CostMeter {
     fn put(&mut self, bit: bool, prob: u8) {
-        let chance = if bit { 256 - usize::from(prob) } else { usize::from(prob) };
+        let chance = if bit {
+            256 - usize::from(prob)
+        } else {
+            usize::from(prob)
+        };
         self.total += u64::from(self.table[chance]);
     }
 }
@@ -262,7 +272,9 @@ mod tests {
     fn unlikely_decisions_carry_into_bytes_already_written() {
         let mut bytes = Vec::new();
         let mut encoder = BoolEncoder::new(&mut bytes);
-        let put: Vec<(bool, u8)> = (0..4_000).map(|at| (at % 97 != 0, if at % 97 == 0 { 1 } else { 255 })).collect();
+        let put: Vec<(bool, u8)> = (0..4_000)
+            .map(|at| (at % 97 != 0, if at % 97 == 0 { 1 } else { 255 }))
+            .collect();
         put.iter().for_each(|&(bit, prob)| encoder.put(bit, prob));
         encoder.finish();
         let mut decoder = Decoder::new(&bytes, 0);

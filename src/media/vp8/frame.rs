@@ -5,7 +5,10 @@
 
 use super::bool_coder::{BoolEncoder, BoolSink};
 use super::scene::Descriptor;
-use super::tables::{COEFF_UPDATE_PROBS, INTER_UV_DC_PRED, INTER_Y_DC_PRED, KEY_UV_DC_PRED, KEY_Y_DC_PRED, MV_UPDATE_PROBS, ZERO_MV_PROBS};
+use super::tables::{
+    COEFF_UPDATE_PROBS, INTER_UV_DC_PRED, INTER_Y_DC_PRED, KEY_UV_DC_PRED, KEY_Y_DC_PRED,
+    MV_UPDATE_PROBS, ZERO_MV_PROBS,
+};
 use super::texture::{Palette, Quantizers};
 use super::tokens::{Plane, put_block, put_dc_block};
 
@@ -127,12 +130,24 @@ impl<'a> FrameCoder<'a> {
 
     /// DC_PRED of luma and chroma (section 12): the mean of the pixels that adjoin, 128 where there are none.
     fn prediction(&self, above: Option<Descriptor>, left: Option<Descriptor>) -> [i16; 3] {
-        let bottom = |shown: Descriptor| 16 * i32::from(shown.luma) + self.palette.texture(shown.texture).bottom;
-        let right = |shown: Descriptor| 16 * i32::from(shown.luma) + self.palette.texture(shown.texture).right;
+        let bottom = |shown: Descriptor| {
+            16 * i32::from(shown.luma) + self.palette.texture(shown.texture).bottom
+        };
+        let right = |shown: Descriptor| {
+            16 * i32::from(shown.luma) + self.palette.texture(shown.texture).right
+        };
         match (above, left) {
             (None, None) => [128; 3],
-            (Some(above), None) => [((bottom(above) + 8) >> 4) as i16, above.u.into(), above.v.into()],
-            (None, Some(left)) => [((right(left) + 8) >> 4) as i16, left.u.into(), left.v.into()],
+            (Some(above), None) => [
+                ((bottom(above) + 8) >> 4) as i16,
+                above.u.into(),
+                above.v.into(),
+            ],
+            (None, Some(left)) => [
+                ((right(left) + 8) >> 4) as i16,
+                left.u.into(),
+                left.v.into(),
+            ],
             (Some(above), Some(left)) => {
                 let half = |a: u8, b: u8| (i16::from(a) + i16::from(b) + 1) >> 1;
                 [
@@ -148,7 +163,11 @@ impl<'a> FrameCoder<'a> {
         self.tokens.clear();
         self.above.fill(Edge::default());
         let mut encoder = BoolEncoder::new(&mut self.tokens);
-        for (actions, shown) in self.actions.chunks(self.columns).zip(picture.chunks(self.columns)) {
+        for (actions, shown) in self
+            .actions
+            .chunks(self.columns)
+            .zip(picture.chunks(self.columns))
+        {
             let mut left = Edge::default();
             for ((&action, shown), above) in actions.iter().zip(shown).zip(&mut self.above) {
                 if let Action::Code { y2, u, v } = action {
@@ -168,8 +187,18 @@ impl<'a> FrameCoder<'a> {
         self.modes.clear();
         let mut encoder = BoolEncoder::new(&mut self.modes);
         let prob_of = |count: usize| (256 * count / self.actions.len()).clamp(1, 255) as u8;
-        let prob_skip_false = prob_of(self.actions.iter().filter(|action| !action.skips_coefficients()).count());
-        let prob_intra = prob_of(self.actions.iter().filter(|action| **action != Action::Copy).count());
+        let prob_skip_false = prob_of(
+            self.actions
+                .iter()
+                .filter(|action| !action.skips_coefficients())
+                .count(),
+        );
+        let prob_intra = prob_of(
+            self.actions
+                .iter()
+                .filter(|action| **action != Action::Copy)
+                .count(),
+        );
         put_header(&mut encoder, is_key, &self.palette.quantizers);
         encoder.put(true, 128); // mb_no_coeff_skip: macroblocks may say that they have no coefficients.
         encoder.literal(prob_skip_false.into(), 8);
@@ -187,7 +216,10 @@ impl<'a> FrameCoder<'a> {
             } else if action == Action::Copy {
                 encoder.put(true, prob_intra);
                 encoder.put(false, PROB_LAST);
-                encoder.put(false, ZERO_MV_PROBS[inter_weight(&self.actions, self.columns, at)]);
+                encoder.put(
+                    false,
+                    ZERO_MV_PROBS[inter_weight(&self.actions, self.columns, at)],
+                );
             } else {
                 encoder.put(false, prob_intra);
                 encoder.put(INTER_Y_DC_PRED.0, INTER_Y_DC_PRED.1);
@@ -238,20 +270,38 @@ fn put_inter_probs(encoder: &mut BoolEncoder) {
     encoder.literal(PROB_LAST.into(), 8);
     encoder.literal(128, 8); // Golden against altref: never asked.
     encoder.literal(0, 2);
-    MV_UPDATE_PROBS.as_flattened().iter().for_each(|&prob| encoder.put(false, prob));
+    MV_UPDATE_PROBS
+        .as_flattened()
+        .iter()
+        .for_each(|&prob| encoder.put(false, prob));
 }
 
 /// The weight of the neighbours with a zero motion vector, which is what all inter macroblocks have.
 fn inter_weight(actions: &[Action], columns: usize, at: usize) -> usize {
     let is_inter = |at: usize| usize::from(actions[at] == Action::Copy);
     let (has_above, has_left) = (at >= columns, !at.is_multiple_of(columns));
-    let above = if has_above { 2 * is_inter(at - columns) } else { 0 };
+    let above = if has_above {
+        2 * is_inter(at - columns)
+    } else {
+        0
+    };
     let left = if has_left { 2 * is_inter(at - 1) } else { 0 };
-    let above_left = if has_above && has_left { is_inter(at - columns - 1) } else { 0 };
+    let above_left = if has_above && has_left {
+        is_inter(at - columns - 1)
+    } else {
+        0
+    };
     above + left + above_left
 }
 
-fn put_y2(encoder: &mut BoolEncoder, palette: &Palette, shown: &Descriptor, dc: i16, above: &mut Edge, left: &mut Edge) {
+fn put_y2(
+    encoder: &mut BoolEncoder,
+    palette: &Palette,
+    shown: &Descriptor,
+    dc: i16,
+    above: &mut Edge,
+    left: &mut Edge,
+) {
     let texture = palette.texture(shown.texture);
     let context = usize::from(above.y2 + left.y2);
     let coded = if texture.plain_y2 {
@@ -267,7 +317,13 @@ fn put_y2(encoder: &mut BoolEncoder, palette: &Palette, shown: &Descriptor, dc: 
     (above.y2, left.y2) = (coded.into(), coded.into());
 }
 
-fn put_luma(encoder: &mut BoolEncoder, palette: &Palette, shown: &Descriptor, above: &mut Edge, left: &mut Edge) {
+fn put_luma(
+    encoder: &mut BoolEncoder,
+    palette: &Palette,
+    shown: &Descriptor,
+    above: &mut Edge,
+    left: &mut Edge,
+) {
     let texture = palette.texture(shown.texture);
     for (row, left) in left.y.iter_mut().enumerate() {
         for (column, above) in above.y.iter_mut().enumerate() {

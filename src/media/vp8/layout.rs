@@ -22,7 +22,9 @@ pub struct Area {
 impl Area {
     pub fn cells(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         let area = *self;
-        (area.top..area.top + area.rows).flat_map(move |row| (area.left..area.left + area.columns).map(move |column| (column, row)))
+        (area.top..area.top + area.rows).flat_map(move |row| {
+            (area.left..area.left + area.columns).map(move |column| (column, row))
+        })
     }
 }
 
@@ -79,7 +81,9 @@ impl Layout {
             .rev()
             .filter(|scale| *scale < 4 || scale.is_multiple_of(4))
             .chain((height < 90).then_some(1));
-        scales.filter_map(|scale| Layout::new(width, height, scale)).collect()
+        scales
+            .filter_map(|scale| Layout::new(width, height, scale))
+            .collect()
     }
 
     fn new(width: usize, height: usize, scale: usize) -> Option<Layout> {
@@ -94,12 +98,15 @@ impl Layout {
             columns: (glyphs::PITCH * scale).div_ceil(4),
             rows: 2 * scale,
         };
-        let (panel_columns, panel_rows) = (COUNTER_DIGITS * digit.columns + 2 * margin, digit.rows + 2 * margin);
+        let (panel_columns, panel_rows) = (
+            COUNTER_DIGITS * digit.columns + 2 * margin,
+            digit.rows + 2 * margin,
+        );
         if panel_columns > full_columns || panel_rows > free_rows {
             return None;
         }
-        let label =
-            Some(label(width, height, (scale / 4).max(1))).filter(|label| label.columns <= full_columns && label.rows + panel_rows <= free_rows);
+        let label = Some(label(width, height, (scale / 4).max(1)))
+            .filter(|label| label.columns <= full_columns && label.rows + panel_rows <= free_rows);
         let above = label.map_or(0, |label| label.rows);
         let panel = Area {
             left: (full_columns - panel_columns) / 2,
@@ -128,15 +135,28 @@ impl Layout {
         let area = self.digits[0];
         let offset = |room: usize, glyph: usize| {
             let margin = (4 * room - glyph * self.scale) / 2;
-            if self.scale.is_multiple_of(4) { margin / 4 * 4 } else { margin }
+            if self.scale.is_multiple_of(4) {
+                margin / 4 * 4
+            } else {
+                margin
+            }
         };
-        let corner = (offset(area.columns, glyphs::WIDTH), offset(area.rows, glyphs::HEIGHT));
+        let corner = (
+            offset(area.columns, glyphs::WIDTH),
+            offset(area.rows, glyphs::HEIGHT),
+        );
         text_pattern(&[b'0' + digit], self.scale, corner, column, row)
     }
 
     /// The same for the label; `text` is [`label_text`].
     pub fn label_pattern(&self, text: &str, column: usize, row: usize) -> u16 {
-        text_pattern(text.as_bytes(), (self.scale / 4).max(1), (2, 1), column, row)
+        text_pattern(
+            text.as_bytes(),
+            (self.scale / 4).max(1),
+            (2, 1),
+            column,
+            row,
+        )
     }
 }
 
@@ -154,9 +174,17 @@ fn label(width: usize, height: usize, scale: usize) -> Area {
     }
 }
 
-fn strip(full_columns: usize, full_rows: usize, columns: usize, rows: usize, cell: usize) -> Option<Strip> {
+fn strip(
+    full_columns: usize,
+    full_rows: usize,
+    columns: usize,
+    rows: usize,
+    cell: usize,
+) -> Option<Strip> {
     let top = full_rows.checked_sub(2 * cell).filter(|top| *top >= 3)?;
-    let pitch = [2 * cell, cell].into_iter().find(|pitch| pitch * INDEX_BITS <= full_columns)?;
+    let pitch = [2 * cell, cell]
+        .into_iter()
+        .find(|pitch| pitch * INDEX_BITS <= full_columns)?;
     Some(Strip {
         area: Area {
             left: 0,
@@ -170,11 +198,18 @@ fn strip(full_columns: usize, full_rows: usize, columns: usize, rows: usize, cel
 }
 
 /// Which blocks of macroblock `column`, `row` have ink if `text` starts at block `corner` and each font pixel is `scale` blocks a side.
-fn text_pattern(text: &[u8], scale: usize, corner: (usize, usize), column: usize, row: usize) -> u16 {
+fn text_pattern(
+    text: &[u8],
+    scale: usize,
+    corner: (usize, usize),
+    column: usize,
+    row: usize,
+) -> u16 {
     let inked = |block: usize| {
         let x = (4 * column + block % 4).checked_sub(corner.0);
         let y = (4 * row + block / 4).checked_sub(corner.1);
-        x.zip(y).is_some_and(|(x, y)| glyphs::ink(text, x / scale, y / scale))
+        x.zip(y)
+            .is_some_and(|(x, y)| glyphs::ink(text, x / scale, y / scale))
     };
     (0..16).map(|block| u16::from(inked(block)) << block).sum()
 }
@@ -200,16 +235,19 @@ mod tests {
             let layouts = Layout::all(width, height);
             assert!(!layouts.is_empty(), "{width}x{height}");
             for layout in layouts {
-                let inside = |area: &Area| 16 * (area.left + area.columns) <= width && 16 * (area.top + area.rows) <= height;
+                let inside = |area: &Area| {
+                    16 * (area.left + area.columns) <= width
+                        && 16 * (area.top + area.rows) <= height
+                };
                 assert!(inside(&layout.panel) && layout.digits.iter().all(inside));
-                assert!(
-                    layout
-                        .label
-                        .as_ref()
-                        .is_none_or(|label| inside(label) && label.top + label.rows <= layout.panel.top)
-                );
+                assert!(layout.label.as_ref().is_none_or(
+                    |label| inside(label) && label.top + label.rows <= layout.panel.top
+                ));
                 if let Some(strip) = layout.strip {
-                    assert!((0..INDEX_BITS).all(|bit| inside(&strip.square(bit))) && layout.panel.top + layout.panel.rows <= strip.area.top);
+                    assert!(
+                        (0..INDEX_BITS).all(|bit| inside(&strip.square(bit)))
+                            && layout.panel.top + layout.panel.rows <= strip.area.top
+                    );
                 }
             }
         }

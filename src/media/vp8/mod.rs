@@ -63,7 +63,12 @@ pub enum SpecError {
 
 impl fmt::Display for SpecError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let video = |spec: &VideoSpec| format!("video of {}x{} at {} fps", spec.width, spec.height, spec.fps);
+        let video = |spec: &VideoSpec| {
+            format!(
+                "video of {}x{} at {} fps",
+                spec.width, spec.height, spec.fps
+            )
+        };
         match self {
             SpecError::TooSmall { width, height } => {
                 write!(
@@ -73,7 +78,10 @@ impl fmt::Display for SpecError {
                 )
             }
             SpecError::TooLarge { width, height } => {
-                write!(f, "a picture of {width}x{height} is too large: ask for at most {MAX_SIDE} pixels a side")
+                write!(
+                    f,
+                    "a picture of {width}x{height} is too large: ask for at most {MAX_SIDE} pixels a side"
+                )
             }
             SpecError::Fps(fps) => write!(
                 f,
@@ -171,7 +179,9 @@ impl VideoClip {
 }
 
 fn check(spec: &VideoSpec) -> Result<(), SpecError> {
-    let VideoSpec { width, height, fps, .. } = *spec;
+    let VideoSpec {
+        width, height, fps, ..
+    } = *spec;
     if width > MAX_SIDE || height > MAX_SIDE {
         return Err(SpecError::TooLarge { width, height });
     }
@@ -264,7 +274,14 @@ impl<'a> Draft<'a> {
         let mut random = Seeded::new(spec.seed ^ 0x7465_7874_7572_6573);
         let classes = design.classes(&mut scene.palette, &mut random);
         scene.animate(design.count, design.period, classes.clone());
-        let mut control = RateControl::new(mean_bits(spec), &self.fixed_bits, &classes, overhead_bits, &mut scene, &mut random);
+        let mut control = RateControl::new(
+            mean_bits(spec),
+            &self.fixed_bits,
+            &classes,
+            overhead_bits,
+            &mut scene,
+            &mut random,
+        );
         let mut inter = code_loop(&scene, spec, FrameKind::Inter, threads);
         for _ in 0..MAX_CORRECTIONS {
             if control.error(&inter.bits()).abs() < CLOSE_ENOUGH {
@@ -325,7 +342,14 @@ const TOLERATED: f64 = 0.01;
 
 fn still_scene(spec: &VideoSpec, layout: &Layout, quantizers: Quantizers) -> Scene {
     let frames = (LOOP_SECONDS * spec.fps) as usize;
-    Scene::still(spec.width as usize, spec.height as usize, frames, spec.seed, layout.clone(), quantizers)
+    Scene::still(
+        spec.width as usize,
+        spec.height as usize,
+        frames,
+        spec.seed,
+        layout.clone(),
+        quantizers,
+    )
 }
 
 fn mean_bits(spec: &VideoSpec) -> f64 {
@@ -364,7 +388,10 @@ impl Frames {
     }
 
     fn bits(&self) -> Vec<f64> {
-        self.bounds.windows(2).map(|bounds| 8.0 * (bounds[1] - bounds[0]) as f64).collect()
+        self.bounds
+            .windows(2)
+            .map(|bounds| 8.0 * (bounds[1] - bounds[0]) as f64)
+            .collect()
     }
 
     fn join(parts: Vec<Frames>) -> Frames {
@@ -375,7 +402,9 @@ impl Frames {
         for part in parts {
             let start = joined.bytes.len();
             joined.bytes.extend_from_slice(&part.bytes);
-            joined.bounds.extend(part.bounds[1..].iter().map(|bound| start + bound));
+            joined
+                .bounds
+                .extend(part.bounds[1..].iter().map(|bound| start + bound));
         }
         joined
     }
@@ -383,13 +412,16 @@ impl Frames {
 
 fn code_loop(scene: &Scene, spec: &VideoSpec, kind: FrameKind, threads: usize) -> Frames {
     let threads = threads.clamp(1, scene.frames);
-    let part = |thread: usize| scene.frames * thread / threads..scene.frames * (thread + 1) / threads;
+    let part =
+        |thread: usize| scene.frames * thread / threads..scene.frames * (thread + 1) / threads;
     std::thread::scope(|scope| {
         let workers: Vec<_> = (1..threads)
             .map(|thread| scope.spawn(move || code_part(scene, spec, kind, part(thread))))
             .collect();
         let first = code_part(scene, spec, kind, part(0));
-        let others = workers.into_iter().map(|worker| worker.join().expect("coding does not panic"));
+        let others = workers
+            .into_iter()
+            .map(|worker| worker.join().expect("coding does not panic"));
         Frames::join(std::iter::once(first).chain(others).collect())
     })
 }

@@ -99,12 +99,24 @@ pub struct Scene {
 
 impl Scene {
     /// A scene without any texture yet.
-    pub fn still(width: usize, height: usize, frames: usize, seed: u64, layout: Layout, quantizers: Quantizers) -> Scene {
+    pub fn still(
+        width: usize,
+        height: usize,
+        frames: usize,
+        seed: u64,
+        layout: Layout,
+        quantizers: Quantizers,
+    ) -> Scene {
         let mut palette = Palette::new(quantizers);
         let area = layout.digits[0];
         let digit_cells = |digit: u8, palette: &mut Palette| {
             (0..area.rows * area.columns)
-                .map(|cell| mosaic(palette, layout.digit_pattern(digit, cell % area.columns, cell / area.columns)))
+                .map(|cell| {
+                    mosaic(
+                        palette,
+                        layout.digit_pattern(digit, cell % area.columns, cell / area.columns),
+                    )
+                })
                 .collect()
         };
         let digits = std::array::from_fn(|digit| digit_cells(digit as u8, &mut palette));
@@ -112,9 +124,16 @@ impl Scene {
         let salt = random.draw();
         let mut landscape = landscape(&layout, &mut random);
         let mut roles = vec![None; layout.columns * layout.rows];
-        overlay(&mut roles, &layout, &mut palette, &label_text(width, height));
+        overlay(
+            &mut roles,
+            &layout,
+            &mut palette,
+            &label_text(width, height),
+        );
         landscape.retain(|&(at, _)| roles[at as usize].is_none());
-        landscape.iter().for_each(|&(at, colour)| roles[at as usize] = Some(Role::Still(colour)));
+        landscape
+            .iter()
+            .for_each(|&(at, colour)| roles[at as usize] = Some(Role::Still(colour)));
         let roles = roles
             .into_iter()
             .map(|role| role.expect("landscape and overlay cover the picture"))
@@ -166,7 +185,14 @@ impl Scene {
         self.motion = Motion {
             classes,
             groups,
-            levels: vec![Level { class: 0, more: 0, turn: 0 }; self.frames],
+            levels: vec![
+                Level {
+                    class: 0,
+                    more: 0,
+                    turn: 0
+                };
+                self.frames
+            ],
         };
     }
 
@@ -187,19 +213,35 @@ impl Scene {
 
     /// The picture at `index`, in raster order.
     pub fn picture(&self, index: usize, picture: &mut Vec<Descriptor>) {
-        let refreshed: Vec<usize> = (0..self.motion.groups.len()).map(|phase| self.last_refresh(index, phase)).collect();
+        let refreshed: Vec<usize> = (0..self.motion.groups.len())
+            .map(|phase| self.last_refresh(index, phase))
+            .collect();
         let values = [index / 100, index / 10 % 10, index % 10];
         let lit_columns = (index + 1) * self.layout.columns / self.frames;
         picture.clear();
         picture.extend(self.roles.iter().enumerate().map(|(at, role)| match *role {
             Role::Still(descriptor) => descriptor,
-            Role::Textured { phase, rank, colour } => Descriptor {
+            Role::Textured {
+                phase,
+                rank,
+                colour,
+            } => Descriptor {
                 texture: self.texture(at, rank, refreshed[usize::from(phase)]),
                 ..colour
             },
-            Role::Digit { place, cell } => self.digits[values[usize::from(place)]][usize::from(cell)],
-            Role::IndexBit(bit) => Descriptor::grey(if index >> bit & 1 == 1 { INK } else { SQUARE_OFF }),
-            Role::Bar { column } => Descriptor::grey(if usize::from(column) < lit_columns { BAR_ON } else { BAR_OFF }),
+            Role::Digit { place, cell } => {
+                self.digits[values[usize::from(place)]][usize::from(cell)]
+            }
+            Role::IndexBit(bit) => Descriptor::grey(if index >> bit & 1 == 1 {
+                INK
+            } else {
+                SQUARE_OFF
+            }),
+            Role::Bar { column } => Descriptor::grey(if usize::from(column) < lit_columns {
+                BAR_ON
+            } else {
+                BAR_OFF
+            }),
         }));
     }
 
@@ -207,14 +249,20 @@ impl Scene {
     fn last_refresh(&self, index: usize, phase: usize) -> usize {
         let period = self.motion.groups.len();
         let last_until = |end: usize| (end >= phase).then(|| end - (end - phase) % period);
-        last_until(index).or_else(|| last_until(self.frames - 1)).unwrap_or(0)
+        last_until(index)
+            .or_else(|| last_until(self.frames - 1))
+            .unwrap_or(0)
     }
 
     fn texture(&self, at: usize, rank: u32, refreshed: usize) -> TextureId {
         let level = self.motion.levels[refreshed];
         let group = self.refreshed(refreshed);
         let turned = rank + level.turn;
-        let place = if turned >= group { turned - group } else { turned };
+        let place = if turned >= group {
+            turned - group
+        } else {
+            turned
+        };
         let class = usize::from(level.class) + usize::from(place < level.more);
         let chosen = mixed(self.salt ^ (at as u64) << 20 ^ refreshed as u64);
         self.motion.classes[class].first + (chosen % u64::from(CLASS_SIZE)) as u16
@@ -225,14 +273,25 @@ impl Scene {
         let mut picture = Vec::new();
         self.picture(index, &mut picture);
         let (chroma_width, chroma_height) = (self.width.div_ceil(2), self.height.div_ceil(2));
-        let mut data = Vec::with_capacity(self.width * self.height + 2 * chroma_width * chroma_height);
+        let mut data =
+            Vec::with_capacity(self.width * self.height + 2 * chroma_width * chroma_height);
         let luma = |shown: &Descriptor, y: usize| {
             let residual = &self.palette.texture(shown.texture).residual[y % 16 * 16..][..16];
             std::array::from_fn::<u8, 16, _>(|x| (i16::from(shown.luma) + residual[x]) as u8)
         };
         self.push_plane(&picture, (self.width, self.height), luma, &mut data);
-        self.push_plane(&picture, (chroma_width, chroma_height), |shown, _| [shown.u; 8], &mut data);
-        self.push_plane(&picture, (chroma_width, chroma_height), |shown, _| [shown.v; 8], &mut data);
+        self.push_plane(
+            &picture,
+            (chroma_width, chroma_height),
+            |shown, _| [shown.u; 8],
+            &mut data,
+        );
+        self.push_plane(
+            &picture,
+            (chroma_width, chroma_height),
+            |shown, _| [shown.v; 8],
+            &mut data,
+        );
         I420 {
             width: self.width,
             height: self.height,
@@ -251,7 +310,8 @@ impl Scene {
         for y in 0..height {
             let row = &picture[y / SIDE * self.layout.columns..][..self.layout.columns];
             let end = data.len() + width;
-            row.iter().for_each(|shown| data.extend_from_slice(&row_of(shown, y)));
+            row.iter()
+                .for_each(|shown| data.extend_from_slice(&row_of(shown, y)));
             data.truncate(end);
         }
     }
@@ -261,7 +321,12 @@ impl Scene {
         let strip = self.layout.strip?;
         let mut index = 0;
         for bit in (0..INDEX_BITS).rev() {
-            let Area { left, top, columns, rows } = strip.square(bit);
+            let Area {
+                left,
+                top,
+                columns,
+                rows,
+            } = strip.square(bit);
             let (x, y) = (16 * left + 8 * columns, 16 * top + 8 * rows);
             let luma = *frame.data.get(y * frame.width + x)?;
             // Half way between off and on, with a third of the distance left out as undecided.
@@ -295,7 +360,8 @@ fn landscape(layout: &Layout, random: &mut Seeded) -> Vec<(u32, Descriptor)> {
         for column in 0..layout.columns {
             let (x, y) = (column as f64 / unit, row as f64 / unit);
             let height = row as f64 / layout.rows as f64;
-            let band = usize::from(height > 0.36 + 0.12 * horizon.at(x, 0.0)) + usize::from(height > 0.62 + 0.10 * horizon.at(x, 3.0));
+            let band = usize::from(height > 0.36 + 0.12 * horizon.at(x, 0.0))
+                + usize::from(height > 0.62 + 0.10 * horizon.at(x, 3.0));
             // Few steps, because each costs bits: neighbours mostly share a shade.
             let luma = BRIGHTNESS[band] + 6.0 * (2.5 * shade.at(x, y)).round();
             let (u, v) = hues[band];
@@ -306,16 +372,24 @@ fn landscape(layout: &Layout, random: &mut Seeded) -> Vec<(u32, Descriptor)> {
                 v,
             };
             assert!(MEAN_RANGE.contains(&colour.luma), "a shade would saturate");
-            order.push((activity.at(x, y), (row * layout.columns + column) as u32, colour));
+            order.push((
+                activity.at(x, y),
+                (row * layout.columns + column) as u32,
+                colour,
+            ));
         }
     }
     order.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    order.into_iter().map(|(_, at, colour)| (at, colour)).collect()
+    order
+        .into_iter()
+        .map(|(_, at, colour)| (at, colour))
+        .collect()
 }
 
 /// Puts counter, label, index row and bar over the landscape.
 fn overlay(roles: &mut [Option<Role>], layout: &Layout, palette: &mut Palette, text: &str) {
-    let mut set = |column: usize, row: usize, role: Role| roles[row * layout.columns + column] = Some(role);
+    let mut set =
+        |column: usize, row: usize, role: Role| roles[row * layout.columns + column] = Some(role);
     let paper = Role::Still(Descriptor::grey(PAPER));
     layout
         .panel
@@ -335,13 +409,22 @@ fn overlay(roles: &mut [Option<Role>], layout: &Layout, palette: &mut Palette, t
         }
     }
     for (column, row) in layout.label.iter().flat_map(Area::cells) {
-        set(column, row, Role::Still(mosaic(palette, layout.label_pattern(text, column, row))));
+        set(
+            column,
+            row,
+            Role::Still(mosaic(palette, layout.label_pattern(text, column, row))),
+        );
     }
     if let Some(strip) = layout.strip {
-        strip
-            .bar()
-            .cells()
-            .for_each(|(column, row)| set(column, row, Role::Bar { column: column as u16 }));
+        strip.bar().cells().for_each(|(column, row)| {
+            set(
+                column,
+                row,
+                Role::Bar {
+                    column: column as u16,
+                },
+            )
+        });
         for bit in 0..INDEX_BITS {
             strip
                 .square(bit)

@@ -37,13 +37,20 @@ impl Quantizers {
     const fn new(index: u8, y2_dc_delta: i8, uv_dc_delta: i8) -> Quantizers {
         let y2_dc = 2 * DC_QLOOKUP[(index as i8 + y2_dc_delta) as usize] as i16;
         let uv_dc = DC_QLOOKUP[(index as i8 + uv_dc_delta) as usize] as i16;
-        assert!(64 % y2_dc == 0 && 8 % uv_dc == 0, "the DC levels would not be exact");
+        assert!(
+            64 % y2_dc == 0 && 8 % uv_dc == 0,
+            "the DC levels would not be exact"
+        );
         assert!(
             y2_dc_delta.unsigned_abs() < 16 && uv_dc_delta.unsigned_abs() < 16,
             "a delta has four bits"
         );
         let y_ac = AC_QLOOKUP[index as usize] as i32;
-        let y2_ac = if y_ac * 155 / 100 < 8 { 8 } else { y_ac * 155 / 100 };
+        let y2_ac = if y_ac * 155 / 100 < 8 {
+            8
+        } else {
+            y_ac * 155 / 100
+        };
         Quantizers {
             index,
             y2_dc_delta,
@@ -139,9 +146,18 @@ impl Palette {
         if let Some(&known) = self.mosaics.get(&pattern) {
             return known;
         }
-        let tone = |block: usize| f64::from(if pattern >> block & 1 == 1 { ink } else { paper });
+        let tone = |block: usize| {
+            f64::from(if pattern >> block & 1 == 1 {
+                ink
+            } else {
+                paper
+            })
+        };
         let mean = (0..16).map(tone).sum::<f64>() / 16.0;
-        let y2 = walsh_levels(&std::array::from_fn(|block| tone(block) - mean), self.quantizers.y2_ac);
+        let y2 = walsh_levels(
+            &std::array::from_fn(|block| tone(block) - mean),
+            self.quantizers.y2_ac,
+        );
         let mean = mean.round() as u8;
         let id = self.add(y2, &[[0; 16]; 16]);
         let (least, greatest) = self.texture(id).extent;
@@ -155,7 +171,8 @@ impl Palette {
 
     /// Adds textures whose luma blocks cost about `bits` each, or `None` if detail of that cost does not fit [`MAX_RESIDUAL`].
     pub fn add_class(&mut self, bits: f64, random: &mut Seeded) -> Option<Class> {
-        let first = TextureId::try_from(self.textures.len()).expect("a palette holds a few thousand textures");
+        let first = TextureId::try_from(self.textures.len())
+            .expect("a palette holds a few thousand textures");
         let mut total = 0.0;
         for _ in 0..CLASS_SIZE {
             let (blocks, cost) = detail(bits, self.quantizers.y_ac, random, &mut self.meter)?;
@@ -169,14 +186,16 @@ impl Palette {
     }
 
     fn add(&mut self, y2: Levels, luma: &[Levels; 16]) -> TextureId {
-        let id = TextureId::try_from(self.textures.len()).expect("a palette holds a few thousand textures");
+        let id = TextureId::try_from(self.textures.len())
+            .expect("a palette holds a few thousand textures");
         let mut starts = [0; 49];
         let mut coded_blocks = 0;
         let mut recorder = Recorder(std::mem::take(&mut self.decisions));
         for (block, levels) in luma.iter().enumerate() {
             for context in 0..3 {
                 starts[3 * block + context] = recorder.0.len() as u32;
-                coded_blocks |= u16::from(put_block(&mut recorder, Plane::Luma, context, levels)) << block;
+                coded_blocks |=
+                    u16::from(put_block(&mut recorder, Plane::Luma, context, levels)) << block;
             }
         }
         starts[48] = recorder.0.len() as u32;
@@ -186,9 +205,17 @@ impl Palette {
             y2,
             plain_y2: y2 == [0; 16],
             bottom: residual[240..].iter().map(|&r| i32::from(r)).sum(),
-            right: residual.iter().skip(15).step_by(16).map(|&r| i32::from(r)).sum(),
+            right: residual
+                .iter()
+                .skip(15)
+                .step_by(16)
+                .map(|&r| i32::from(r))
+                .sum(),
             coded_blocks,
-            extent: (*residual.iter().min().expect("256 pixels"), *residual.iter().max().expect("256 pixels")),
+            extent: (
+                *residual.iter().min().expect("256 pixels"),
+                *residual.iter().max().expect("256 pixels"),
+            ),
             residual: Box::new(residual),
             starts,
         };
@@ -198,7 +225,12 @@ impl Palette {
 }
 
 /// Random detail that costs `bits` or slightly more: mostly low frequencies, so that it looks like cloth rather than noise.
-fn detail(bits: f64, y_ac: i32, random: &mut Seeded, meter: &mut CostMeter) -> Option<([Levels; 16], f64)> {
+fn detail(
+    bits: f64,
+    y_ac: i32,
+    random: &mut Seeded,
+    meter: &mut CostMeter,
+) -> Option<([Levels; 16], f64)> {
     // The more bits a block has to carry, the further up its frequencies reach.
     let reach = (3.0 + bits / 16.0 / 4.0).min(15.0) as u64;
     let mut blocks = [[0; 16]; 16];
@@ -256,7 +288,10 @@ fn residual(y2: &Levels, luma: &[Levels; 16], quantizers: &Quantizers) -> [i16; 
     let mut pixels = [0; 256];
     for (block, levels) in luma.iter().enumerate() {
         let corner = block / 4 * 64 + block % 4 * 4;
-        for (at, &r) in inverse_dct(&dequantized(levels, quantizers.y_ac, block_dcs[block])).iter().enumerate() {
+        for (at, &r) in inverse_dct(&dequantized(levels, quantizers.y_ac, block_dcs[block]))
+            .iter()
+            .enumerate()
+        {
             pixels[corner + at / 4 * 16 + at % 4] = r as i16;
         }
     }
@@ -271,7 +306,13 @@ fn walsh_levels(offsets: &[f64; 16], y2_ac: i32) -> Levels {
         unit[raster] = 8;
         let basis = inverse_walsh(&unit);
         // A pixel is an eighth of its block's DC, that an eighth of the WHT's sum; the basis has sixteen entries of +-1.
-        let coefficient = offsets.iter().zip(basis).map(|(offset, sign)| offset * f64::from(sign)).sum::<f64>() * 64.0 / 16.0;
+        let coefficient = offsets
+            .iter()
+            .zip(basis)
+            .map(|(offset, sign)| offset * f64::from(sign))
+            .sum::<f64>()
+            * 64.0
+            / 16.0;
         levels[at] = (coefficient / f64::from(y2_ac)).round() as i16;
     }
     levels
@@ -279,7 +320,8 @@ fn walsh_levels(offsets: &[f64; 16], y2_ac: i32) -> Levels {
 
 /// RFC 6386, section 14.3.
 fn inverse_walsh(input: &[i32; 16]) -> [i32; 16] {
-    let butterfly = |[a, b, c, d]: [i32; 4]| [a + d + b + c, b - c + a - d, a + d - b - c, a - d - b + c];
+    let butterfly =
+        |[a, b, c, d]: [i32; 4]| [a + d + b + c, b - c + a - d, a + d - b - c, a - d - b + c];
     let mut columns = [0; 16];
     for i in 0..4 {
         let out = butterfly([input[i], input[4 + i], input[8 + i], input[12 + i]]);
@@ -287,7 +329,12 @@ fn inverse_walsh(input: &[i32; 16]) -> [i32; 16] {
     }
     let mut output = [0; 16];
     for row in 0..4 {
-        let out = butterfly([columns[4 * row], columns[4 * row + 1], columns[4 * row + 2], columns[4 * row + 3]]);
+        let out = butterfly([
+            columns[4 * row],
+            columns[4 * row + 1],
+            columns[4 * row + 2],
+            columns[4 * row + 3],
+        ]);
         (0..4).for_each(|i| output[4 * row + i] = (out[i] + 3) >> 3);
     }
     output
@@ -309,7 +356,12 @@ fn inverse_dct(input: &[i32; 16]) -> [i32; 16] {
     }
     let mut output = [0; 16];
     for row in 0..4 {
-        let out = butterfly([columns[4 * row], columns[4 * row + 1], columns[4 * row + 2], columns[4 * row + 3]]);
+        let out = butterfly([
+            columns[4 * row],
+            columns[4 * row + 1],
+            columns[4 * row + 2],
+            columns[4 * row + 3],
+        ]);
         (0..4).for_each(|i| output[4 * row + i] = (out[i] + 4) >> 3);
     }
     output
@@ -325,8 +377,20 @@ mod tests {
         for quantizers in [Quantizers::COARSE, Quantizers::FINE, Quantizers::FINEST] {
             let y2_dc = 64 / i32::from(quantizers.y2_levels_per_step);
             for mean in [-255, -77, -1, 0, 1, 32, 255] {
-                let y2: Levels = std::array::from_fn(|at| if at == 0 { 0 } else { random.below(9) as i16 - 4 });
-                let luma: Levels = std::array::from_fn(|at| if at == 0 { 0 } else { random.below(7) as i16 - 3 });
+                let y2: Levels = std::array::from_fn(|at| {
+                    if at == 0 {
+                        0
+                    } else {
+                        random.below(9) as i16 - 4
+                    }
+                });
+                let luma: Levels = std::array::from_fn(|at| {
+                    if at == 0 {
+                        0
+                    } else {
+                        random.below(7) as i16 - 3
+                    }
+                });
                 let without = inverse_walsh(&dequantized(&y2, quantizers.y2_ac, 0));
                 let with = inverse_walsh(&dequantized(
                     &y2,
@@ -351,7 +415,10 @@ mod tests {
                 for (at, r) in palette.texture(id).residual.iter().enumerate() {
                     let block = at / 64 * 4 + at % 16 / 4;
                     let asked = if pattern >> block & 1 == 1 { 215 } else { 40 };
-                    assert!((i16::from(mean) + r - asked).abs() <= 6, "{pattern:x} {at}: {mean} + {r}");
+                    assert!(
+                        (i16::from(mean) + r - asked).abs() <= 6,
+                        "{pattern:x} {at}: {mean} + {r}"
+                    );
                 }
             }
         }
@@ -363,7 +430,11 @@ mod tests {
         let mut palette = Palette::new(Quantizers::COARSE);
         for bits in [24.0, 90.0, 140.0, 400.0, 700.0] {
             let class = palette.add_class(bits, &mut random).unwrap();
-            assert!((bits..bits * 1.05 + 8.0).contains(&class.bits), "{bits}: {}", class.bits);
+            assert!(
+                (bits..bits * 1.05 + 8.0).contains(&class.bits),
+                "{bits}: {}",
+                class.bits
+            );
             for id in class.first..class.first + CLASS_SIZE {
                 let (least, greatest) = palette.texture(id).extent;
                 assert!(least >= -MAX_RESIDUAL && greatest <= MAX_RESIDUAL);

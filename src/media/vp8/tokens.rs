@@ -21,7 +21,10 @@ pub type Levels = [i16; 16];
 #[inline]
 pub fn put_block(sink: &mut impl BoolSink, plane: Plane, context: usize, levels: &Levels) -> bool {
     let first = usize::from(plane == Plane::Luma);
-    let end = levels.iter().rposition(|&level| level != 0).map_or(first, |last| last + 1);
+    let end = levels
+        .iter()
+        .rposition(|&level| level != 0)
+        .map_or(first, |last| last + 1);
     put_coefficients(sink, plane, context, &levels[..end]);
     end > first
 }

@@ -17,7 +17,8 @@ use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::{Answered, Answerer, Capabilities, LocalTransport, Setup};
 
 const BROWSER_AUDIO: &str = include_str!("../../../fixtures/sdp/browser-publisher-1-audio.sdp");
-const BROWSER_SIMULCAST: &str = include_str!("../../../fixtures/sdp/browser-publisher-2-simulcast.sdp");
+const BROWSER_SIMULCAST: &str =
+    include_str!("../../../fixtures/sdp/browser-publisher-2-simulcast.sdp");
 const SINGLE_JOIN: &str = include_str!("../../../fixtures/sdp/browser-single-1-join.sdp");
 const SINGLE_AUDIO: &str = include_str!("../../../fixtures/sdp/browser-single-2-audio.sdp");
 const SINGLE_SIMULCAST: &str = include_str!("../../../fixtures/sdp/browser-single-3-simulcast.sdp");
@@ -57,10 +58,19 @@ impl World {
     fn drain(&mut self) {
         while let Some(output) = self.lobby.poll_output() {
             match output {
-                Output::Send { connection, message } => {
-                    assert!(!self.closed.contains(&connection), "something follows the end");
+                Output::Send {
+                    connection,
+                    message,
+                } => {
+                    assert!(
+                        !self.closed.contains(&connection),
+                        "something follows the end"
+                    );
                     let response = proto::SignalResponse::decode(message).unwrap();
-                    self.inbox.entry(connection).or_default().push_back(response.message.unwrap());
+                    self.inbox
+                        .entry(connection)
+                        .or_default()
+                        .push_back(response.message.unwrap());
                 }
                 Output::Close { connection } => assert!(self.closed.insert(connection)),
                 Output::Media { router, command } => {
@@ -88,7 +98,9 @@ impl World {
     }
 
     fn request(&mut self, connection: ConnectionId, message: Request) {
-        let request = proto::SignalRequest { message: Some(message) };
+        let request = proto::SignalRequest {
+            message: Some(message),
+        };
         self.lobby.handle_request(connection, request, self.now);
         self.drain();
     }
@@ -98,15 +110,29 @@ impl World {
         self.drain();
     }
 
-    fn take<T>(&mut self, connection: ConnectionId, pick: impl Fn(&Message) -> Option<T>) -> Option<T> {
+    fn take<T>(
+        &mut self,
+        connection: ConnectionId,
+        pick: impl Fn(&Message) -> Option<T>,
+    ) -> Option<T> {
         let inbox = self.inbox.get_mut(&connection)?;
         let at = inbox.iter().position(|message| pick(message).is_some())?;
         inbox.remove(at).as_ref().and_then(pick)
     }
 
-    fn expect<T>(&mut self, connection: ConnectionId, what: &str, pick: impl Fn(&Message) -> Option<T>) -> T {
+    fn expect<T>(
+        &mut self,
+        connection: ConnectionId,
+        what: &str,
+        pick: impl Fn(&Message) -> Option<T>,
+    ) -> T {
         let found = self.take(connection, pick);
-        found.unwrap_or_else(|| panic!("no {what} for {connection:?}: {:?}", self.inbox.get(&connection)))
+        found.unwrap_or_else(|| {
+            panic!(
+                "no {what} for {connection:?}: {:?}",
+                self.inbox.get(&connection)
+            )
+        })
     }
 
     fn join_response(&mut self, connection: ConnectionId) -> proto::JoinResponse {
@@ -167,7 +193,13 @@ impl World {
         self.join_with(identity, publish, subscribe, |_| {})
     }
 
-    fn join_with(&mut self, identity: &str, publish: bool, subscribe: bool, change: impl Fn(&mut Entry)) -> Client {
+    fn join_with(
+        &mut self,
+        identity: &str,
+        publish: bool,
+        subscribe: bool,
+        change: impl Fn(&mut Entry),
+    ) -> Client {
         let mut entry = entry(identity, publish, subscribe);
         change(&mut entry);
         let connection = self.enter(entry);
@@ -194,7 +226,10 @@ impl World {
     /// Announces a camera with three layers and a microphone, as a browser does, and offers both.
     fn publish(&mut self, client: &Client) -> Vec<(TrackId, TrackParameters)> {
         self.announce(client, BROWSER_SIMULCAST);
-        self.request(client.connection, Request::Offer(description("offer", BROWSER_SIMULCAST, 1)));
+        self.request(
+            client.connection,
+            Request::Offer(description("offer", BROWSER_SIMULCAST, 1)),
+        );
         self.added_tracks()
     }
 
@@ -207,7 +242,9 @@ impl World {
     fn added_tracks(&mut self) -> Vec<(TrackId, TrackParameters)> {
         let commands = self.commands.iter();
         let added = commands.filter_map(|command| match command {
-            MediaCommand::AddTrack { track, parameters, .. } => Some((*track, (**parameters).clone())),
+            MediaCommand::AddTrack {
+                track, parameters, ..
+            } => Some((*track, (**parameters).clone())),
             _ => None,
         });
         added.collect()
@@ -225,7 +262,10 @@ struct Client {
 impl Client {
     fn answer(&mut self, world: &mut World, offer: &proto::SessionDescription) -> Answered {
         let answered = self.answerer.answer(&offer.sdp, &self.local).unwrap();
-        world.request(self.connection, Request::Answer(description("answer", &answered.sdp, offer.id)));
+        world.request(
+            self.connection,
+            Request::Answer(description("answer", &answered.sdp, offer.id)),
+        );
         answered
     }
 
@@ -287,13 +327,24 @@ fn description(kind: &str, sdp: &str, id: u32) -> proto::SessionDescription {
 
 /// The tracks that an offer sends, by what its AddTracks must have called them.
 fn cids(offer: &str) -> Vec<(Kind, String)> {
-    let sections = offer.split("\r\nm=").skip(1).filter(|section| section.contains("\r\na=sendonly"));
+    let sections = offer
+        .split("\r\nm=")
+        .skip(1)
+        .filter(|section| section.contains("\r\na=sendonly"));
     let cid = |section: &str| {
         let msid = section.split("\r\na=msid:").nth(1)?.lines().next()?;
         Some(msid.split(' ').nth(1)?.to_owned())
     };
-    let kind = |section: &str| if section.starts_with("audio") { Kind::Audio } else { Kind::Video };
-    sections.map(|section| (kind(section), cid(section).unwrap())).collect()
+    let kind = |section: &str| {
+        if section.starts_with("audio") {
+            Kind::Audio
+        } else {
+            Kind::Video
+        }
+    };
+    sections
+        .map(|section| (kind(section), cid(section).unwrap()))
+        .collect()
 }
 
 fn add_track(kind: Kind, cid: &str) -> proto::AddTrackRequest {
@@ -336,22 +387,49 @@ fn a_join_comes_first_and_an_empty_offer_at_once() {
     let join = world.join_response(ann.connection);
     let me = join.participant.unwrap();
     assert_eq!((me.identity.as_str(), me.state()), ("ann", State::Joining));
-    assert!(me.sid.starts_with("PA_") && me.sid.len() == 15 && join.room.unwrap().sid.starts_with("RM_"));
+    assert!(
+        me.sid.starts_with("PA_")
+            && me.sid.len() == 15
+            && join.room.unwrap().sid.starts_with("RM_")
+    );
     let server = join.server_info.unwrap();
-    assert!(join.subscriber_primary && join.ping_interval > 0 && join.ping_timeout > 0 && !server.version.is_empty() && server.protocol <= 17);
+    assert!(
+        join.subscriber_primary
+            && join.ping_interval > 0
+            && join.ping_timeout > 0
+            && !server.version.is_empty()
+            && server.protocol <= 17
+    );
 
     let answered = ann.renegotiate(&mut world);
-    assert!(answered.remote.ice_lite && answered.added.is_empty() && answered.remote.candidates[0].address.to_string() == ROUTER);
-    let [MediaCommand::AddTransport { transport, parameters }] = &world.commands()[..] else {
+    assert!(
+        answered.remote.ice_lite
+            && answered.added.is_empty()
+            && answered.remote.candidates[0].address.to_string() == ROUTER
+    );
+    let [
+        MediaCommand::AddTransport {
+            transport,
+            parameters,
+        },
+    ] = &world.commands()[..]
+    else {
         panic!("not one new connection")
     };
     assert_eq!(
-        (parameters.remote.ufrag.as_str(), parameters.local.ufrag.as_str(), parameters.dtls_active),
+        (
+            parameters.remote.ufrag.as_str(),
+            parameters.local.ufrag.as_str(),
+            parameters.dtls_active
+        ),
         ("ann", answered.remote.ufrag.as_str(), false)
     );
     let (transport, at) = (*transport, world.now);
     world.media(MediaEvent::Connected { transport, at });
-    assert_eq!(world.lobby.list_participants("hall")[0].state(), State::Active);
+    assert_eq!(
+        world.lobby.list_participants("hall")[0].state(),
+        State::Active
+    );
 }
 
 #[test]
@@ -362,13 +440,24 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
     let tracks = world.publish(&ann);
     assert_eq!(tracks.len(), 2);
     let (audio, video) = (&tracks[0].1, &tracks[1].1);
-    assert_eq!((audio.kind, &*audio.mid, audio.payload_type), (Kind::Audio, "1", 111));
+    assert_eq!(
+        (audio.kind, &*audio.mid, audio.payload_type),
+        (Kind::Audio, "1", 111)
+    );
     assert!(!audio.transport_cc, "libwebrtc's estimate suffers");
     assert_eq!(
-        (video.kind, &*video.mid, video.payload_type, video.rtx_payload_type),
+        (
+            video.kind,
+            &*video.mid,
+            video.payload_type,
+            video.rtx_payload_type
+        ),
         (Kind::Video, "2", 96, Some(97))
     );
-    assert_eq!(video.encodings, Encodings::Rids(vec!["q".into(), "h".into(), "f".into()]));
+    assert_eq!(
+        video.encodings,
+        Encodings::Rids(vec!["q".into(), "h".into(), "f".into()])
+    );
     assert!(video.nack && video.transport_cc);
 
     let sdp = world.answer(ann.connection).sdp;
@@ -380,29 +469,56 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
         "a=setup:active",
         "a=fmtp:111 minptime=10;stereo=1;useinbandfec=1;usedtx=1",
     ] {
-        assert!(sdp.lines().any(|of_answer| of_answer == line), "{line} is not in\n{sdp}");
+        assert!(
+            sdp.lines().any(|of_answer| of_answer == line),
+            "{line} is not in\n{sdp}"
+        );
     }
     assert!(
-        !sdp.contains("red/48000") && !sdp.contains("H264") && sdp.contains("m=audio 9 UDP/TLS/RTP/SAVPF 111\r\n"),
+        !sdp.contains("red/48000")
+            && !sdp.contains("H264")
+            && sdp.contains("m=audio 9 UDP/TLS/RTP/SAVPF 111\r\n"),
         "{sdp}"
     );
 
     // Announced before it is offered.
     let update = world.update(bob.connection).unwrap();
     assert_eq!(
-        (update.len(), update[0].sid.as_str(), update[0].tracks.len(), update[0].is_publisher),
+        (
+            update.len(),
+            update[0].sid.as_str(),
+            update[0].tracks.len(),
+            update[0].is_publisher
+        ),
         (1, ann.sid.as_str(), 2, true)
     );
     assert!(world.offer(bob.connection).is_none());
     world.wait(Duration::from_millis(200));
     world.commands();
     let offered = bob.renegotiate(&mut world).added;
-    let sids: Vec<&str> = update[0].tracks.iter().map(|track| track.sid.as_str()).collect();
-    assert_eq!(offered.iter().map(|track| &*track.track_id).collect::<Vec<_>>(), sids);
-    assert!(offered.iter().all(|track| *track.stream_id == *format!("{}|{}", ann.sid, track.track_id)));
+    let sids: Vec<&str> = update[0]
+        .tracks
+        .iter()
+        .map(|track| track.sid.as_str())
+        .collect();
+    assert_eq!(
+        offered
+            .iter()
+            .map(|track| &*track.track_id)
+            .collect::<Vec<_>>(),
+        sids
+    );
+    assert!(
+        offered
+            .iter()
+            .all(|track| *track.stream_id == *format!("{}|{}", ann.sid, track.track_id))
+    );
     let subscribed = world.subscribes();
     for ((_, track, parameters), offered) in subscribed.iter().zip(&offered) {
-        assert_eq!((parameters.ssrc, parameters.rtx_ssrc), (offered.ssrc, offered.rtx_ssrc));
+        assert_eq!(
+            (parameters.ssrc, parameters.rtx_ssrc),
+            (offered.ssrc, offered.rtx_ssrc)
+        );
         assert_eq!(
             parameters.selection,
             Selection {
@@ -412,7 +528,10 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
         );
     }
     assert_eq!(
-        subscribed.iter().map(|(_, track, _)| *track).collect::<Vec<_>>(),
+        subscribed
+            .iter()
+            .map(|(_, track, _)| *track)
+            .collect::<Vec<_>>(),
         [tracks[0].0, tracks[1].0]
     );
 
@@ -426,9 +545,21 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
     // Who comes later finds all in the first offer.
     let connection = world.enter(entry("carl", false, true));
     let join = world.join_response(connection);
-    assert_eq!(join.other_participants.iter().map(|other| other.tracks.len()).collect::<Vec<_>>(), [0, 2]);
+    assert_eq!(
+        join.other_participants
+            .iter()
+            .map(|other| other.tracks.len())
+            .collect::<Vec<_>>(),
+        [0, 2]
+    );
     let offer = world.offer(connection).unwrap();
-    assert_eq!((offer.sdp.matches("a=sendonly").count(), offer.mid_to_track_id.len()), (2, 2));
+    assert_eq!(
+        (
+            offer.sdp.matches("a=sendonly").count(),
+            offer.mid_to_track_id.len()
+        ),
+        (2, 2)
+    );
     assert_eq!(offer.mid_to_track_id["1"], sids[0]);
 }
 
@@ -439,26 +570,42 @@ fn tracks_that_come_together_share_an_offer_and_offers_keep_their_distance() {
     world.wait(Duration::from_secs(1));
     let ann = world.join("ann", true, false);
     world.announce(&ann, BROWSER_SIMULCAST);
-    world.request(ann.connection, Request::Offer(description("offer", BROWSER_AUDIO, 1)));
+    world.request(
+        ann.connection,
+        Request::Offer(description("offer", BROWSER_AUDIO, 1)),
+    );
     world.wait(Duration::from_millis(5));
-    world.request(ann.connection, Request::Offer(description("offer", BROWSER_SIMULCAST, 2)));
+    world.request(
+        ann.connection,
+        Request::Offer(description("offer", BROWSER_SIMULCAST, 2)),
+    );
     world.wait(Duration::from_millis(6));
-    let first = world.offer(bob.connection).expect("10 ms after the first track");
+    let first = world
+        .offer(bob.connection)
+        .expect("10 ms after the first track");
     assert_eq!(first.sdp.matches("a=sendonly").count(), 2);
 
     // Another publisher: not before the answer, and not at once after it.
     let carl = world.join("carl", true, false);
     world.publish(&carl);
     world.wait(Duration::from_secs(1));
-    assert!(world.offer(bob.connection).is_none(), "two offers at a time");
+    assert!(
+        world.offer(bob.connection).is_none(),
+        "two offers at a time"
+    );
     bob.answer(&mut world, &first);
     world.wait(Duration::from_millis(1));
-    let second = world.offer(bob.connection).expect("long after the first offer");
+    let second = world
+        .offer(bob.connection)
+        .expect("long after the first offer");
     bob.answer(&mut world, &second);
     let dora = world.join("dora", true, false);
     world.publish(&dora);
     world.wait(Duration::from_millis(90));
-    assert!(world.offer(bob.connection).is_none(), "too soon after the last");
+    assert!(
+        world.offer(bob.connection).is_none(),
+        "too soon after the last"
+    );
     world.wait(Duration::from_millis(20));
     assert!(world.offer(bob.connection).is_some());
 }
@@ -479,9 +626,14 @@ fn the_section_of_a_track_that_went_is_idle_once_before_another_takes_it() {
         "a=mid:2\r\na=inactive",
     );
     assert_ne!(idle, BROWSER_SIMULCAST);
-    world.request(ann.connection, Request::Offer(description("offer", &idle, 2)));
+    world.request(
+        ann.connection,
+        Request::Offer(description("offer", &idle, 2)),
+    );
     let commands = world.commands();
-    assert!(matches!(commands[..], [MediaCommand::Unsubscribe { .. }, MediaCommand::RemoveTrack { track }] if track == tracks[1].0));
+    assert!(
+        matches!(commands[..], [MediaCommand::Unsubscribe { .. }, MediaCommand::RemoveTrack { track }] if track == tracks[1].0)
+    );
     let carl = world.join("carl", true, false);
     world.publish(&carl);
     world.wait(Duration::from_millis(200));
@@ -514,11 +666,22 @@ fn mutes_reach_everybody_and_stop_the_flow() {
     world.wait(Duration::from_millis(200));
     bob.renegotiate(&mut world);
     world.commands();
-    let sid = world.lobby.list_participants("hall")[1].tracks[0].sid.clone();
+    let sid = world.lobby.list_participants("hall")[1].tracks[0]
+        .sid
+        .clone();
     world.inbox.clear();
     for muted in [true, false] {
-        world.request(ann.connection, Request::Mute(proto::MuteTrackRequest { sid: sid.clone(), muted }));
-        assert_eq!(world.update(bob.connection).unwrap()[0].tracks[0].muted, muted);
+        world.request(
+            ann.connection,
+            Request::Mute(proto::MuteTrackRequest {
+                sid: sid.clone(),
+                muted,
+            }),
+        );
+        assert_eq!(
+            world.update(bob.connection).unwrap()[0].tracks[0].muted,
+            muted
+        );
         let commands = world.commands();
         assert!(
             matches!(commands[..], [MediaCommand::SetSelection { selection: Selection { enabled, .. }, .. }] if enabled != muted),
@@ -526,8 +689,16 @@ fn mutes_reach_everybody_and_stop_the_flow() {
         );
     }
     // Nobody mutes another's track.
-    world.request(bob.connection, Request::Mute(proto::MuteTrackRequest { sid, muted: true }));
-    assert!(world.commands().is_empty() && world.update(ann.connection).is_none_or(|update| update[0].sid == ann.sid));
+    world.request(
+        bob.connection,
+        Request::Mute(proto::MuteTrackRequest { sid, muted: true }),
+    );
+    assert!(
+        world.commands().is_empty()
+            && world
+                .update(ann.connection)
+                .is_none_or(|update| update[0].sid == ann.sid)
+    );
 }
 
 #[test]
@@ -539,10 +710,18 @@ fn a_subscribers_settings_choose_the_layer_and_let_the_publisher_rest() {
     world.wait(Duration::from_millis(200));
     bob.renegotiate(&mut world);
     world.commands();
-    let video = world.lobby.list_participants("hall")[1].tracks[1].sid.clone();
+    let video = world.lobby.list_participants("hall")[1].tracks[1]
+        .sid
+        .clone();
     let qualities = |world: &mut World| {
         world.take(ann.connection, |message| match message {
-            Message::SubscribedQualityUpdate(update) => Some(update.subscribed_codecs[0].qualities.iter().filter(|quality| quality.enabled).count()),
+            Message::SubscribedQualityUpdate(update) => Some(
+                update.subscribed_codecs[0]
+                    .qualities
+                    .iter()
+                    .filter(|quality| quality.enabled)
+                    .count(),
+            ),
             _ => None,
         })
     };
@@ -558,7 +737,9 @@ fn a_subscribers_settings_choose_the_layer_and_let_the_publisher_rest() {
     };
     world.request(bob.connection, settings(320, 180, false));
     let selected = |world: &mut World| match world.commands()[..] {
-        [MediaCommand::SetSelection { selection, .. }] => Some((selection.enabled, selection.layer)),
+        [MediaCommand::SetSelection { selection, .. }] => {
+            Some((selection.enabled, selection.layer))
+        }
         _ => None,
     };
     assert_eq!(selected(&mut world), Some((true, 0)));
@@ -567,7 +748,10 @@ fn a_subscribers_settings_choose_the_layer_and_let_the_publisher_rest() {
     world.wait(Duration::from_millis(200));
     assert_eq!(qualities(&mut world), Some(1));
     world.request(bob.connection, settings(640, 360, false));
-    assert_eq!((selected(&mut world), qualities(&mut world)), (Some((true, 1)), Some(2)));
+    assert_eq!(
+        (selected(&mut world), qualities(&mut world)),
+        (Some((true, 1)), Some(2))
+    );
     world.request(bob.connection, settings(640, 360, true));
     assert_eq!(selected(&mut world), Some((false, 1)));
     world.wait(Duration::from_secs(6));
@@ -582,7 +766,9 @@ fn subscriptions_go_by_wish_where_they_are_not_automatic() {
     world.publish(&ann);
     world.wait(Duration::from_secs(1));
     assert!(world.offer(bob.connection).is_none());
-    let video = world.lobby.list_participants("hall")[1].tracks[1].sid.clone();
+    let video = world.lobby.list_participants("hall")[1].tracks[1]
+        .sid
+        .clone();
     let wish = |sids: &[&str], subscribe| {
         Request::Subscription(proto::UpdateSubscription {
             track_sids: sids.iter().map(|sid| (*sid).to_owned()).collect(),
@@ -595,7 +781,10 @@ fn subscriptions_go_by_wish_where_they_are_not_automatic() {
         Message::SubscriptionResponse(response) => Some(response.track_sid.clone()),
         _ => None,
     };
-    assert_eq!(world.take(bob.connection, refused).as_deref(), Some("TR_none"));
+    assert_eq!(
+        world.take(bob.connection, refused).as_deref(),
+        Some("TR_none")
+    );
     world.wait(Duration::from_secs(1));
     assert_eq!(bob.renegotiate(&mut world).added.len(), 1);
     world.request(bob.connection, wish(&[&video], false));
@@ -617,7 +806,10 @@ fn a_second_join_under_an_identity_ends_the_first() {
     let second = world.join("ann", true, true);
     assert_eq!(
         world.leave(first.connection),
-        (proto::DisconnectReason::DuplicateIdentity, Action::Disconnect)
+        (
+            proto::DisconnectReason::DuplicateIdentity,
+            Action::Disconnect
+        )
     );
     assert!(world.closed.contains(&first.connection) && !world.closed.contains(&second.connection));
     let removed = world
@@ -631,7 +823,10 @@ fn a_second_join_under_an_identity_ends_the_first() {
         .collect();
     assert_eq!(states.last(), Some(&(first.sid, State::Disconnected)));
     // What the first one's socket still has to say concerns nobody.
-    world.request(first.connection, Request::Leave(proto::LeaveRequest::default()));
+    world.request(
+        first.connection,
+        Request::Leave(proto::LeaveRequest::default()),
+    );
     assert_eq!(world.lobby.list_participants("hall").len(), 2);
 }
 
@@ -702,7 +897,10 @@ fn nobody_stays_without_a_websocket_or_a_connection() {
     world.commands();
     world.wait(Duration::from_millis(1));
     assert_eq!(world.lobby.statistics().participants, 0);
-    assert!(matches!(world.commands()[..], [MediaCommand::RemoveTransport { .. }]));
+    assert!(matches!(
+        world.commands()[..],
+        [MediaCommand::RemoveTransport { .. }]
+    ));
 
     let bob = world.join("bob", true, true);
     let transport = bob.transport.unwrap();
@@ -710,16 +908,25 @@ fn nobody_stays_without_a_websocket_or_a_connection() {
     world.media(MediaEvent::Failed { transport, failure });
     assert_eq!(
         world.leave(bob.connection),
-        (proto::DisconnectReason::ConnectionTimeout, Action::Reconnect)
+        (
+            proto::DisconnectReason::ConnectionTimeout,
+            Action::Reconnect
+        )
     );
     // Never answered its first offer.
     let carl = world.enter(entry("carl", false, true));
     world.wait(Duration::from_secs(15));
-    assert_eq!(world.leave(carl), (proto::DisconnectReason::StateMismatch, Action::Reconnect));
+    assert_eq!(
+        world.leave(carl),
+        (proto::DisconnectReason::StateMismatch, Action::Reconnect)
+    );
     // Answered, and no media connection came.
     let dora = world.join("dora", false, true);
     world.wait(Duration::from_secs(60));
-    assert_eq!(world.leave(dora.connection), (proto::DisconnectReason::JoinFailure, Action::Reconnect));
+    assert_eq!(
+        world.leave(dora.connection),
+        (proto::DisconnectReason::JoinFailure, Action::Reconnect)
+    );
 }
 
 #[test]
@@ -735,7 +942,12 @@ fn rooms_end_by_request_or_when_they_have_been_empty_long_enough() {
     );
     assert!(room.sid.starts_with("RM_") && room.empty_timeout == 60);
     let ann = world.join("ann", false, true);
-    let sizes: Vec<u32> = world.lobby.list_rooms(&[]).iter().map(|room| room.num_participants).collect();
+    let sizes: Vec<u32> = world
+        .lobby
+        .list_rooms(&[])
+        .iter()
+        .map(|room| room.num_participants)
+        .collect();
     assert_eq!(sizes, [0, 1]);
     world.wait(Duration::from_secs(59));
     assert_eq!(world.lobby.list_rooms(&["made".into()]).len(), 1);
@@ -743,25 +955,40 @@ fn rooms_end_by_request_or_when_they_have_been_empty_long_enough() {
     assert!(world.lobby.list_rooms(&["made".into()]).is_empty());
 
     let bob = world.join("bob", false, true);
-    assert!(world.lobby.delete_room("hall", world.now) && !world.lobby.delete_room("hall", world.now));
+    assert!(
+        world.lobby.delete_room("hall", world.now) && !world.lobby.delete_room("hall", world.now)
+    );
     world.drain();
-    assert_eq!(world.leave(bob.connection), (proto::DisconnectReason::RoomDeleted, Action::Disconnect));
+    assert_eq!(
+        world.leave(bob.connection),
+        (proto::DisconnectReason::RoomDeleted, Action::Disconnect)
+    );
     assert!(world.closed.contains(&ann.connection) && world.lobby.statistics().rooms == 0);
 
     // Left by the last, a room stays for a while.
     let carl = world.join("carl", false, true);
-    world.request(carl.connection, Request::Leave(proto::LeaveRequest::default()));
+    world.request(
+        carl.connection,
+        Request::Leave(proto::LeaveRequest::default()),
+    );
     assert!(
         world.closed.contains(&carl.connection)
             && world
-                .take(carl.connection, |message| matches!(message, Message::Leave(_)).then_some(()))
+                .take(carl.connection, |message| matches!(
+                    message,
+                    Message::Leave(_)
+                )
+                .then_some(()))
                 .is_none()
     );
     world.wait(Duration::from_millis(19_999));
     assert_eq!(world.lobby.statistics().rooms, 1);
     world.wait(Duration::from_millis(1));
     assert_eq!(world.lobby.statistics().rooms, 0);
-    assert_eq!(world.lobby.next_timeout(), Time::MAX.min(world.lobby.next_timeout()));
+    assert_eq!(
+        world.lobby.next_timeout(),
+        Time::MAX.min(world.lobby.next_timeout())
+    );
 }
 
 #[test]
@@ -775,13 +1002,27 @@ fn an_audience_is_announced_together_every_three_seconds() {
         world.join(identity, false, true);
     }
     let left = world.join("gone", false, true);
-    world.request(left.connection, Request::Leave(proto::LeaveRequest::default()));
+    world.request(
+        left.connection,
+        Request::Leave(proto::LeaveRequest::default()),
+    );
     assert!(world.update(ann.connection).is_none());
     world.wait(Duration::from_secs(3));
     let update = world.update(ann.connection).unwrap();
-    let told: Vec<(&str, State)> = update.iter().map(|info| (info.identity.as_str(), info.state())).collect();
+    let told: Vec<(&str, State)> = update
+        .iter()
+        .map(|info| (info.identity.as_str(), info.state()))
+        .collect();
     let joined = State::Joined;
-    assert_eq!(told, [("bob", joined), ("carl", joined), ("dora", joined), ("gone", State::Disconnected)]);
+    assert_eq!(
+        told,
+        [
+            ("bob", joined),
+            ("carl", joined),
+            ("dora", joined),
+            ("gone", State::Disconnected)
+        ]
+    );
     // A hidden one is nobody's business.
     let spy = world.join_with("spy", false, true, |entry| entry.permission.hidden = true);
     world.wait(Duration::from_secs(3));
@@ -806,16 +1047,27 @@ fn speakers_are_told_when_they_change() {
             _ => None,
         })
     };
-    let levels = |levels: &[(TrackId, u8)]| MediaEvent::AudioLevels { levels: levels.to_vec() };
+    let levels = |levels: &[(TrackId, u8)]| MediaEvent::AudioLevels {
+        levels: levels.to_vec(),
+    };
     world.media(levels(&[(audio, 0)]));
-    assert_eq!(speakers(&mut world).unwrap(), [(ann.sid.clone(), 0.75, true)]);
+    assert_eq!(
+        speakers(&mut world).unwrap(),
+        [(ann.sid.clone(), 0.75, true)]
+    );
     world.media(levels(&[(audio, 0)]));
-    assert_eq!(speakers(&mut world).unwrap(), [(ann.sid.clone(), 1.0, true)]);
+    assert_eq!(
+        speakers(&mut world).unwrap(),
+        [(ann.sid.clone(), 1.0, true)]
+    );
     world.media(levels(&[(audio, 0)]));
     assert_eq!(speakers(&mut world), None);
     // The router has nothing more to say: she has gone quiet.
     world.wait(Duration::from_secs(1));
-    assert_eq!(speakers(&mut world).unwrap(), [(ann.sid.clone(), 0.0, false)]);
+    assert_eq!(
+        speakers(&mut world).unwrap(),
+        [(ann.sid.clone(), 0.0, false)]
+    );
     world.media(levels(&[(TrackId(9_999), 0)]));
     assert_eq!(speakers(&mut world), None);
 }
@@ -839,16 +1091,31 @@ fn a_single_connection_gets_what_is_there_in_the_first_answer() {
     assert!(!join.subscriber_primary);
     let answer = world.answer(bob);
     assert_eq!(answer.id, 1);
-    let sids: Vec<String> = join.other_participants[0].tracks.iter().map(|track| track.sid.clone()).collect();
+    let sids: Vec<String> = join.other_participants[0]
+        .tracks
+        .iter()
+        .map(|track| track.sid.clone())
+        .collect();
     let sent = sent_sections(&answer);
-    assert_eq!(sent.iter().map(|(_, sid)| sid).collect::<Vec<_>>(), [&sids[0], &sids[1]]);
+    assert_eq!(
+        sent.iter().map(|(_, sid)| sid).collect::<Vec<_>>(),
+        [&sids[0], &sids[1]]
+    );
     let subscribed = world.subscribes();
     assert_eq!(subscribed.len(), 2);
     for (_, _, parameters) in &subscribed {
-        assert!(answer.sdp.contains(&format!("a=ssrc:{} cname:", parameters.ssrc)));
+        assert!(
+            answer
+                .sdp
+                .contains(&format!("a=ssrc:{} cname:", parameters.ssrc))
+        );
     }
     assert_eq!(
-        world.take(bob, |message| matches!(message, Message::MediaSectionsRequirement(_)).then_some(())),
+        world.take(bob, |message| matches!(
+            message,
+            Message::MediaSectionsRequirement(_)
+        )
+        .then_some(())),
         None
     );
 }
@@ -865,7 +1132,9 @@ fn a_single_connections_client_is_asked_for_the_offer_that_a_new_track_needs() {
     ];
     let required = |world: &mut World| {
         world.take(bob, |message| match message {
-            Message::MediaSectionsRequirement(requirement) => Some((requirement.num_audios, requirement.num_videos)),
+            Message::MediaSectionsRequirement(requirement) => {
+                Some((requirement.num_audios, requirement.num_videos))
+            }
             _ => None,
         })
     };
@@ -874,7 +1143,11 @@ fn a_single_connections_client_is_asked_for_the_offer_that_a_new_track_needs() {
     for (index, publisher) in publishers.iter().enumerate() {
         world.publish(publisher);
         world.wait(Duration::from_millis(200));
-        assert_eq!(required(&mut world), Some((0, 0)), "there are free sections");
+        assert_eq!(
+            required(&mut world),
+            Some((0, 0)),
+            "there are free sections"
+        );
         world.request(bob, again(index as u32 + 2));
         assert_eq!(sent_sections(&world.answer(bob)).len(), 2 * (index + 1));
     }
@@ -884,9 +1157,16 @@ fn a_single_connections_client_is_asked_for_the_offer_that_a_new_track_needs() {
     assert_eq!(required(&mut world), Some((1, 1)));
 
     // One goes: her section is idle in the next answer, and only the one after it may carry another's track.
-    world.request(publishers[0].connection, Request::Leave(proto::LeaveRequest::default()));
+    world.request(
+        publishers[0].connection,
+        Request::Leave(proto::LeaveRequest::default()),
+    );
     world.wait(Duration::from_millis(200));
-    assert_eq!(required(&mut world), Some((0, 0)), "those that are missing were asked for");
+    assert_eq!(
+        required(&mut world),
+        Some((0, 0)),
+        "those that are missing were asked for"
+    );
     world.request(bob, again(6));
     assert_eq!(sent_sections(&world.answer(bob)).len(), 4);
     world.wait(Duration::from_millis(200));
@@ -910,22 +1190,48 @@ fn a_single_connection_publishes_on_what_it_receives_on() {
     world.answer(bob);
     world.announce(&client, SINGLE_SIMULCAST);
     world.request(bob, Request::Offer(description("offer", SINGLE_AUDIO, 2)));
-    world.request(bob, Request::Offer(description("offer", SINGLE_SIMULCAST, 3)));
+    world.request(
+        bob,
+        Request::Offer(description("offer", SINGLE_SIMULCAST, 3)),
+    );
     let tracks = world.added_tracks();
-    assert_eq!(tracks.iter().map(|(_, track)| track.kind).collect::<Vec<_>>(), [Kind::Audio, Kind::Video]);
+    assert_eq!(
+        tracks
+            .iter()
+            .map(|(_, track)| track.kind)
+            .collect::<Vec<_>>(),
+        [Kind::Audio, Kind::Video]
+    );
     assert!(matches!(&tracks[1].1.encodings, Encodings::Rids(rids) if rids.len() == 3));
     let added = world
         .commands()
         .into_iter()
         .filter(|command| matches!(command, MediaCommand::AddTransport { .. }));
-    assert_eq!(added.count(), 2, "one for the watcher, one for the single connection");
+    assert_eq!(
+        added.count(),
+        2,
+        "one for the watcher, one for the single connection"
+    );
     world.wait(Duration::from_millis(200));
-    assert_eq!(world.offer(watcher.connection).unwrap().mid_to_track_id.len(), 2);
+    assert_eq!(
+        world
+            .offer(watcher.connection)
+            .unwrap()
+            .mid_to_track_id
+            .len(),
+        2
+    );
     // A browser cannot offer simulcast where an answer took the rid extension from any section.
     let sdp = world.answer(bob).sdp;
-    let video = sdp.split("\r\nm=").skip(1).filter(|section| section.starts_with("video"));
+    let video = sdp
+        .split("\r\nm=")
+        .skip(1)
+        .filter(|section| section.starts_with("video"));
     assert!(
-        video.clone().all(|section| section.contains("sdes:rtp-stream-id")) && video.count() > 1,
+        video
+            .clone()
+            .all(|section| section.contains("sdes:rtp-stream-id"))
+            && video.count() > 1,
         "{sdp}"
     );
 }
@@ -937,7 +1243,10 @@ fn a_new_certificate_is_a_new_session() {
     let (before, after) = SINGLE_JOIN.split_once("a=fingerprint:sha-256 ").unwrap();
     let other = format!("{before}a=fingerprint:sha-256 FF{}", &after[2..]);
     world.request(bob, Request::Offer(description("offer", &other, 2)));
-    assert_eq!(world.leave(bob), (proto::DisconnectReason::StateMismatch, Action::Reconnect));
+    assert_eq!(
+        world.leave(bob),
+        (proto::DisconnectReason::StateMismatch, Action::Reconnect)
+    );
 }
 
 #[test]
@@ -950,18 +1259,30 @@ fn permissions_and_bounds_hold() {
             _ => None,
         })
     };
-    world.request(listener.connection, Request::AddTrack(add_track(Kind::Audio, "mine")));
+    world.request(
+        listener.connection,
+        Request::AddTrack(add_track(Kind::Audio, "mine")),
+    );
     assert_eq!(
         refused(&mut world, listener.connection),
         Some(proto::request_response::Reason::NotAllowed)
     );
     let ann = world.join("ann", true, false);
     for index in 0..64 {
-        world.request(ann.connection, Request::AddTrack(add_track(Kind::Audio, &index.to_string())));
+        world.request(
+            ann.connection,
+            Request::AddTrack(add_track(Kind::Audio, &index.to_string())),
+        );
         assert_eq!(refused(&mut world, ann.connection), None);
     }
-    world.request(ann.connection, Request::AddTrack(add_track(Kind::Audio, "one more")));
-    assert_eq!(refused(&mut world, ann.connection), Some(proto::request_response::Reason::LimitExceeded));
+    world.request(
+        ann.connection,
+        Request::AddTrack(add_track(Kind::Audio, "one more")),
+    );
+    assert_eq!(
+        refused(&mut world, ann.connection),
+        Some(proto::request_response::Reason::LimitExceeded)
+    );
     world.request(
         ann.connection,
         Request::UpdateMetadata(proto::UpdateParticipantMetadata {
@@ -970,8 +1291,17 @@ fn permissions_and_bounds_hold() {
             ..Default::default()
         }),
     );
-    assert_eq!(refused(&mut world, ann.connection), Some(proto::request_response::Reason::NotAllowed));
-    world.request(ann.connection, Request::PingReq(proto::Ping { timestamp: 42, rtt: 0 }));
+    assert_eq!(
+        refused(&mut world, ann.connection),
+        Some(proto::request_response::Reason::NotAllowed)
+    );
+    world.request(
+        ann.connection,
+        Request::PingReq(proto::Ping {
+            timestamp: 42,
+            rtt: 0,
+        }),
+    );
     let pong = |message: &Message| match message {
         Message::PongResp(pong) => Some(pong.last_ping_timestamp),
         _ => None,
@@ -1001,12 +1331,18 @@ fn broken_descriptions_end_their_session_and_nothing_else() {
             bytes.truncate(chance.below(bytes.len() as u64 + 1) as usize);
             for _ in 0..chance.below(20) {
                 let at = chance.below(bytes.len().max(1) as u64) as usize;
-                bytes.get_mut(at).into_iter().for_each(|byte| *byte = chance.draw() as u8 & 0x7F);
+                bytes
+                    .get_mut(at)
+                    .into_iter()
+                    .for_each(|byte| *byte = chance.draw() as u8 & 0x7F);
             }
             watched(&String::from_utf8(bytes).unwrap(), round % 2 == 0);
         }
     }
-    watched(&"m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:0\r\n".repeat(20_000), true);
+    watched(
+        &"m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:0\r\n".repeat(20_000),
+        true,
+    );
 }
 
 #[test]

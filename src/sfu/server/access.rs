@@ -47,11 +47,16 @@ impl Access {
         let unauthorized = |text: &str| (StatusCode::UNAUTHORIZED, text.to_owned());
         let token = match headers.get(header::AUTHORIZATION) {
             Some(value) => {
-                let bearer = value.to_str().ok().and_then(|value| value.strip_prefix("Bearer "));
-                let missing = || unauthorized("invalid authorization header. Must start with Bearer ");
+                let bearer = value
+                    .to_str()
+                    .ok()
+                    .and_then(|value| value.strip_prefix("Bearer "));
+                let missing =
+                    || unauthorized("invalid authorization header. Must start with Bearer ");
                 bearer.ok_or_else(missing)?.to_owned()
             }
-            None => parameter(query, "access_token").ok_or_else(|| unauthorized("permissions denied"))?,
+            None => parameter(query, "access_token")
+                .ok_or_else(|| unauthorized("permissions denied"))?,
         };
         self.verifier.verify(&token).map_err(|error| {
             // A token of another key is told by its issuer, as LiveKit tells it.
@@ -59,11 +64,19 @@ impl Access {
                 return unauthorized("invalid authorization token");
             };
             if unverified.iss != self.api_key {
-                return (StatusCode::UNAUTHORIZED, format!("invalid API key: {}", short(&unverified.iss)));
+                return (
+                    StatusCode::UNAUTHORIZED,
+                    format!("invalid API key: {}", short(&unverified.iss)),
+                );
             }
             // Its own words are of making tokens; what it found is below.
-            let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-            (StatusCode::UNAUTHORIZED, format!("invalid token, error: {cause}"))
+            let cause = error
+                .source()
+                .map_or_else(|| error.to_string(), ToString::to_string);
+            (
+                StatusCode::UNAUTHORIZED,
+                format!("invalid token, error: {cause}"),
+            )
         })
     }
 
@@ -89,7 +102,11 @@ fn admitted(claims: Claims) -> Result<Entry, Refusal> {
     if !claims.video.room_join {
         return Err((StatusCode::UNAUTHORIZED, "permissions denied".to_owned()));
     }
-    let too_long = |what: &str| bad_request(format!("{what} length exceeds limits: max length {NAME_BYTES_MAX}"));
+    let too_long = |what: &str| {
+        bad_request(format!(
+            "{what} length exceeds limits: max length {NAME_BYTES_MAX}"
+        ))
+    };
     match (claims.sub.len(), claims.video.room.len()) {
         (0, _) => return Err(bad_request("identity cannot be empty")),
         (_, 0) => return Err(bad_request("no room name")),
@@ -97,7 +114,11 @@ fn admitted(claims: Claims) -> Result<Entry, Refusal> {
         (_, room) if room > NAME_BYTES_MAX => return Err(too_long("room name")),
         _ => {}
     }
-    let attributes: usize = claims.attributes.iter().map(|(key, value)| key.len() + value.len()).sum();
+    let attributes: usize = claims
+        .attributes
+        .iter()
+        .map(|(key, value)| key.len() + value.len())
+        .sum();
     if claims.name.len() + claims.metadata.len() + attributes > METADATA_BYTES_MAX {
         return Err(bad_request("metadata size exceeds limits"));
     }
@@ -114,12 +135,18 @@ fn admitted(claims: Claims) -> Result<Entry, Refusal> {
 
 fn permission(claims: &Claims) -> proto::ParticipantPermission {
     let video = &claims.video;
-    let source = |name: &String| proto::TrackSource::from_str_name(&name.to_ascii_uppercase()).map(i32::from);
+    let source = |name: &String| {
+        proto::TrackSource::from_str_name(&name.to_ascii_uppercase()).map(i32::from)
+    };
     proto::ParticipantPermission {
         can_subscribe: video.can_subscribe(),
         can_publish: video.can_publish(),
         can_publish_data: video.can_publish_data(),
-        can_publish_sources: video.can_publish_sources.iter().filter_map(source).collect(),
+        can_publish_sources: video
+            .can_publish_sources
+            .iter()
+            .filter_map(source)
+            .collect(),
         hidden: video.hidden,
         can_update_metadata: video.can_update_own_metadata(),
         ..Default::default()
@@ -130,14 +157,21 @@ fn permission(claims: &Claims) -> proto::ParticipantPermission {
 fn read_query(entry: &mut Entry, query: &str) {
     let text = |name| parameter(query, name).unwrap_or_default();
     let flag = |name| matches!(text(name).as_str(), "1" | "true");
-    let capability = |name: &str| proto::client_info::Capability::from_str_name(name.trim()).map(i32::from);
+    let capability =
+        |name: &str| proto::client_info::Capability::from_str_name(name.trim()).map(i32::from);
     entry.client = proto::ClientInfo {
         protocol: text("protocol").parse().unwrap_or_default(),
         client_protocol: text("client_protocol").parse().unwrap_or_default(),
-        capabilities: text("capabilities").split(',').filter_map(capability).collect(),
+        capabilities: text("capabilities")
+            .split(',')
+            .filter_map(capability)
+            .collect(),
         ..Default::default()
     };
-    entry.auto_subscribe = parameter(query, "auto_subscribe").filter(|value| !value.is_empty()).is_none() || flag("auto_subscribe");
+    entry.auto_subscribe = parameter(query, "auto_subscribe")
+        .filter(|value| !value.is_empty())
+        .is_none()
+        || flag("auto_subscribe");
     entry.adaptive_stream = flag("adaptive_stream");
     entry.resume = flag("reconnect").then(|| text("sid"));
 }
@@ -147,7 +181,8 @@ fn read_join_request(entry: &mut Entry, encoded: &str) -> Result<(), Refusal> {
     let bytes = BASE64
         .decode(encoded)
         .map_err(|_| bad_request("cannot base64 decode wrapped join request"))?;
-    let wrapped = proto::WrappedJoinRequest::decode(bytes.as_slice()).map_err(|_| bad_request("cannot unmarshal wrapped join request"))?;
+    let wrapped = proto::WrappedJoinRequest::decode(bytes.as_slice())
+        .map_err(|_| bad_request("cannot unmarshal wrapped join request"))?;
     let request = match wrapped.compression() {
         proto::wrapped_join_request::Compression::None => wrapped.join_request,
         proto::wrapped_join_request::Compression::Gzip => unzipped(&wrapped.join_request)?,
@@ -155,7 +190,8 @@ fn read_join_request(entry: &mut Entry, encoded: &str) -> Result<(), Refusal> {
     if request.len() > JOIN_REQUEST_BYTES_MAX {
         return Err(bad_request("join request too large"));
     }
-    let request = proto::JoinRequest::decode(request.as_slice()).map_err(|_| bad_request("cannot unmarshal join request"))?;
+    let request = proto::JoinRequest::decode(request.as_slice())
+        .map_err(|_| bad_request("cannot unmarshal join request"))?;
     let settings = request.connection_settings.unwrap_or_default();
     merge_own_words(entry, request.metadata, request.participant_attributes)?;
     entry.single = true;
@@ -169,21 +205,30 @@ fn read_join_request(entry: &mut Entry, encoded: &str) -> Result<(), Refusal> {
 }
 
 /// What a participant says of itself beyond its token needs a grant.
-fn merge_own_words(entry: &mut Entry, metadata: String, attributes: HashMap<String, String>) -> Result<(), Refusal> {
+fn merge_own_words(
+    entry: &mut Entry,
+    metadata: String,
+    attributes: HashMap<String, String>,
+) -> Result<(), Refusal> {
     if metadata.is_empty() && attributes.is_empty() {
         return Ok(());
     }
     if !entry.permission.can_update_metadata {
         return Err((StatusCode::UNAUTHORIZED, "permissions denied".to_owned()));
     }
-    let bytes: usize = attributes.iter().map(|(key, value)| key.len() + value.len()).sum();
+    let bytes: usize = attributes
+        .iter()
+        .map(|(key, value)| key.len() + value.len())
+        .sum();
     if metadata.len() + bytes > METADATA_BYTES_MAX {
         return Err(bad_request("metadata size exceeds limits"));
     }
     if !metadata.is_empty() {
         entry.metadata = metadata;
     }
-    let said = attributes.into_iter().filter(|(_, value)| !value.is_empty());
+    let said = attributes
+        .into_iter()
+        .filter(|(_, value)| !value.is_empty());
     entry.attributes.extend(said);
     Ok(())
 }
@@ -192,7 +237,9 @@ fn merge_own_words(entry: &mut Entry, metadata: String, attributes: HashMap<Stri
 fn unzipped(bytes: &[u8]) -> Result<Vec<u8>, Refusal> {
     let mut unzipped = Vec::new();
     let limit = JOIN_REQUEST_BYTES_MAX as u64 + 1;
-    let read = flate2::read::GzDecoder::new(bytes).take(limit).read_to_end(&mut unzipped);
+    let read = flate2::read::GzDecoder::new(bytes)
+        .take(limit)
+        .read_to_end(&mut unzipped);
     read.map_err(|_| bad_request("cannot read decompressed join request"))?;
     Ok(unzipped)
 }
@@ -200,7 +247,9 @@ fn unzipped(bytes: &[u8]) -> Result<Vec<u8>, Refusal> {
 /// The first value of a query's parameter.
 fn parameter(query: &str, name: &str) -> Option<String> {
     let mut pairs = url::form_urlencoded::parse(query.as_bytes());
-    pairs.find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
+    pairs
+        .find(|(key, _)| key == name)
+        .map(|(_, value)| value.into_owned())
 }
 
 /// For a refusal that repeats what a stranger wrote.

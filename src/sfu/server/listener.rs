@@ -32,7 +32,10 @@ impl Listener {
     ///
     /// The bound is `most`, or what this process may open of files where that is less.
     pub(super) fn new(listener: TcpListener, most: usize, refused: Arc<AtomicU64>) -> Listener {
-        let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX).saturating_sub(FILES_KEPT);
+        let files = getrlimit(Resource::Nofile)
+            .current
+            .unwrap_or(u64::MAX)
+            .saturating_sub(FILES_KEPT);
         let most = usize::try_from(files).map_or(most, |files| most.min(files));
         Listener {
             listener,
@@ -77,10 +80,16 @@ pub(super) struct Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if let Poll::Ready(read) = Pin::new(&mut this.stream).poll_read(cx, buf) {
-            this.silent_until.as_mut().reset(Instant::now() + SILENCE_MAX);
+            this.silent_until
+                .as_mut()
+                .reset(Instant::now() + SILENCE_MAX);
             return Poll::Ready(read);
         }
         ready!(this.silent_until.as_mut().poll(cx));
@@ -89,11 +98,19 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
     }
 
-    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, bufs)
     }
 

@@ -50,18 +50,43 @@ fn page(statistics: &ServerStatistics) -> String {
         }
     };
     family("gauge", "room_total", &[("", lobby.rooms as u64)]);
-    family("gauge", "participant_total", &[("", lobby.participants as u64)]);
+    family(
+        "gauge",
+        "participant_total",
+        &[("", lobby.participants as u64)],
+    );
     let totals = &lobby.since_start;
     let states = [
         (r#"{state="signal_connected"}"#, totals.joins),
         (r#"{state="rtc_active"}"#, totals.active),
     ];
     family("counter", "participant_join_total", &states);
-    family("counter", "track_publish_counter", &[(r#"{state="success"}"#, totals.published)]);
-    family("counter", "track_subscribe_counter", &[(r#"{state="success"}"#, totals.subscribed)]);
-    let kinds = |audio: usize, video: usize| [(r#"{kind="AUDIO"}"#, audio as u64), (r#"{kind="VIDEO"}"#, video as u64)];
-    family("gauge", "track_published_total", &kinds(lobby.published_audio, lobby.published_video));
-    family("gauge", "track_subscribed_total", &kinds(lobby.subscribed_audio, lobby.subscribed_video));
+    family(
+        "counter",
+        "track_publish_counter",
+        &[(r#"{state="success"}"#, totals.published)],
+    );
+    family(
+        "counter",
+        "track_subscribe_counter",
+        &[(r#"{state="success"}"#, totals.subscribed)],
+    );
+    let kinds = |audio: usize, video: usize| {
+        [
+            (r#"{kind="AUDIO"}"#, audio as u64),
+            (r#"{kind="VIDEO"}"#, video as u64),
+        ]
+    };
+    family(
+        "gauge",
+        "track_published_total",
+        &kinds(lobby.published_audio, lobby.published_video),
+    );
+    family(
+        "gauge",
+        "track_subscribed_total",
+        &kinds(lobby.subscribed_audio, lobby.subscribed_video),
+    );
     const IN: &str = r#"{direction="incoming",transmission="initial"}"#;
     const IN_AGAIN: &str = r#"{direction="incoming",transmission="retransmit"}"#;
     const OUT: &str = r#"{direction="outgoing",transmission="initial"}"#;
@@ -80,12 +105,28 @@ fn page(statistics: &ServerStatistics) -> String {
     ];
     family("counter", "packet_total", &packets);
     family("counter", "packet_bytes", &bytes);
-    let directions = |incoming: u64, outgoing: u64| [(r#"{direction="incoming"}"#, incoming), (r#"{direction="outgoing"}"#, outgoing)];
+    let directions = |incoming: u64, outgoing: u64| {
+        [
+            (r#"{direction="incoming"}"#, incoming),
+            (r#"{direction="outgoing"}"#, outgoing),
+        ]
+    };
     // LiveKit's direction is that of the media: what is asked of publishers concerns what comes in.
-    family("counter", "nack_total", &directions(media.nacks_out, media.nacks_in));
-    family("counter", "pli_total", &directions(media.plis_out, media.plis_in));
+    family(
+        "counter",
+        "nack_total",
+        &directions(media.nacks_out, media.nacks_in),
+    );
+    family(
+        "counter",
+        "pli_total",
+        &directions(media.plis_out, media.plis_in),
+    );
     for (name, value) in media.counters() {
-        let _ = writeln!(page, "# TYPE throng_sfu_{name} untyped\nthrong_sfu_{name} {value}");
+        let _ = writeln!(
+            page,
+            "# TYPE throng_sfu_{name} untyped\nthrong_sfu_{name} {value}"
+        );
     }
     page
 }
@@ -105,17 +146,25 @@ mod tests {
             "{page}"
         );
         assert!(
-            page.contains("livekit_packet_total{direction=\"outgoing\",transmission=\"initial\"} 70\n"),
+            page.contains(
+                "livekit_packet_total{direction=\"outgoing\",transmission=\"initial\"} 70\n"
+            ),
             "{page}"
         );
         let samples = page.lines().filter(|line| !line.starts_with('#'));
+        assert!(samples.clone().all(|line| {
+            line.rsplit(' ')
+                .next()
+                .is_some_and(|value| value.parse::<u64>().is_ok())
+        }));
         assert!(
-            samples
-                .clone()
-                .all(|line| line.rsplit(' ').next().is_some_and(|value| value.parse::<u64>().is_ok()))
+            costs().contains("\nprocess_resident_memory_bytes "),
+            "{}",
+            costs()
         );
-        assert!(costs().contains("\nprocess_resident_memory_bytes "), "{}", costs());
-        let own = samples.clone().filter(|line| line.starts_with("throng_sfu_"));
+        let own = samples
+            .clone()
+            .filter(|line| line.starts_with("throng_sfu_"));
         assert_eq!(
             (samples.count() - own.clone().count(), own.count()),
             (22, statistics.media.counters().count())

@@ -66,7 +66,12 @@ impl TwirpError {
 impl IntoResponse for TwirpError {
     fn into_response(self) -> Response {
         let body = serde_json::json!({ "code": self.code, "msg": self.text });
-        (self.status, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
+        (
+            self.status,
+            [(header::CONTENT_TYPE, "application/json")],
+            body.to_string(),
+        )
+            .into_response()
     }
 }
 
@@ -86,7 +91,10 @@ impl Encoding {
         }
     }
 
-    fn decode<M: Message + Default + DeserializeOwned>(self, body: &Bytes) -> Result<M, TwirpError> {
+    fn decode<M: Message + Default + DeserializeOwned>(
+        self,
+        body: &Bytes,
+    ) -> Result<M, TwirpError> {
         match self {
             Encoding::Protobuf => M::decode(body.as_ref()).map_err(|_| TwirpError::MALFORMED),
             Encoding::Json => serde_json::from_slice(body).map_err(|_| TwirpError::MALFORMED),
@@ -95,8 +103,14 @@ impl Encoding {
 
     fn encode<M: Message + Serialize>(self, message: &M) -> Response {
         match (self, serde_json::to_string(message)) {
-            (Encoding::Json, Ok(json)) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
-            _ => ([(header::CONTENT_TYPE, "application/protobuf")], message.encode_to_vec()).into_response(),
+            (Encoding::Json, Ok(json)) => {
+                ([(header::CONTENT_TYPE, "application/json")], json).into_response()
+            }
+            _ => (
+                [(header::CONTENT_TYPE, "application/protobuf")],
+                message.encode_to_vec(),
+            )
+                .into_response(),
         }
     }
 }
@@ -134,47 +148,83 @@ fn claims(state: &State, headers: &HeaderMap, query: &str) -> Result<Claims, Ref
     }
 }
 
-async fn create_room(state: &State, claims: &Claims, encoding: Encoding, body: &Bytes) -> Result<Response, TwirpError> {
+async fn create_room(
+    state: &State,
+    claims: &Claims,
+    encoding: Encoding,
+    body: &Bytes,
+) -> Result<Response, TwirpError> {
     allowed(claims.video.room_create)?;
     let request: proto::CreateRoomRequest = encoding.decode(body)?;
     if request.name.is_empty() || request.name.len() > 256 {
         return Err(TwirpError::NO_NAME);
     }
-    let created = state.call(move |desk, now| desk.lobby.create_room(&request, now)).await;
+    let created = state
+        .call(move |desk, now| desk.lobby.create_room(&request, now))
+        .await;
     Ok(encoding.encode(&created.ok_or(TwirpError::STOPPING)?))
 }
 
-async fn delete_room(state: &State, claims: &Claims, encoding: Encoding, body: &Bytes) -> Result<Response, TwirpError> {
+async fn delete_room(
+    state: &State,
+    claims: &Claims,
+    encoding: Encoding,
+    body: &Bytes,
+) -> Result<Response, TwirpError> {
     allowed(claims.video.room_create)?;
     let request: proto::DeleteRoomRequest = encoding.decode(body)?;
-    let deleted = state.call(move |desk, now| desk.lobby.delete_room(&request.room, now)).await;
+    let deleted = state
+        .call(move |desk, now| desk.lobby.delete_room(&request.room, now))
+        .await;
     match deleted.ok_or(TwirpError::STOPPING)? {
         true => Ok(encoding.encode(&proto::DeleteRoomResponse {})),
         false => Err(TwirpError::NO_ROOM),
     }
 }
 
-async fn list_rooms(state: &State, claims: &Claims, encoding: Encoding, body: &Bytes) -> Result<Response, TwirpError> {
+async fn list_rooms(
+    state: &State,
+    claims: &Claims,
+    encoding: Encoding,
+    body: &Bytes,
+) -> Result<Response, TwirpError> {
     allowed(claims.video.room_list)?;
     let request: proto::ListRoomsRequest = encoding.decode(body)?;
-    let rooms = state.call(move |desk, _| desk.lobby.list_rooms(&request.names)).await;
+    let rooms = state
+        .call(move |desk, _| desk.lobby.list_rooms(&request.names))
+        .await;
     let rooms = rooms.ok_or(TwirpError::STOPPING)?;
     Ok(encoding.encode(&proto::ListRoomsResponse { rooms }))
 }
 
-async fn list_participants(state: &State, claims: &Claims, encoding: Encoding, body: &Bytes) -> Result<Response, TwirpError> {
+async fn list_participants(
+    state: &State,
+    claims: &Claims,
+    encoding: Encoding,
+    body: &Bytes,
+) -> Result<Response, TwirpError> {
     let request: proto::ListParticipantsRequest = encoding.decode(body)?;
     allowed(administers(claims, &request.room))?;
-    let participants = state.call(move |desk, _| desk.lobby.list_participants(&request.room)).await;
+    let participants = state
+        .call(move |desk, _| desk.lobby.list_participants(&request.room))
+        .await;
     let participants = participants.ok_or(TwirpError::STOPPING)?;
     Ok(encoding.encode(&proto::ListParticipantsResponse { participants }))
 }
 
-async fn remove_participant(state: &State, claims: &Claims, encoding: Encoding, body: &Bytes) -> Result<Response, TwirpError> {
+async fn remove_participant(
+    state: &State,
+    claims: &Claims,
+    encoding: Encoding,
+    body: &Bytes,
+) -> Result<Response, TwirpError> {
     let request: proto::RoomParticipantIdentity = encoding.decode(body)?;
     allowed(administers(claims, &request.room))?;
     let removed = state
-        .call(move |desk, now| desk.lobby.remove_participant(&request.room, &request.identity, now))
+        .call(move |desk, now| {
+            desk.lobby
+                .remove_participant(&request.room, &request.identity, now)
+        })
         .await;
     match removed.ok_or(TwirpError::STOPPING)? {
         true => Ok(encoding.encode(&proto::RemoveParticipantResponse {})),
@@ -183,7 +233,11 @@ async fn remove_participant(state: &State, claims: &Claims, encoding: Encoding, 
 }
 
 fn allowed(granted: bool) -> Result<(), TwirpError> {
-    if granted { Ok(()) } else { Err(TwirpError::DENIED) }
+    if granted {
+        Ok(())
+    } else {
+        Err(TwirpError::DENIED)
+    }
 }
 
 fn administers(claims: &Claims, room: &str) -> bool {

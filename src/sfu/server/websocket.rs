@@ -62,23 +62,40 @@ pub(super) async fn single(
     join(state.0, &headers, query, upgrade, true)
 }
 
-pub(super) async fn validate_dual(state: extract::State<State>, headers: HeaderMap, query: RawQuery) -> Response {
+pub(super) async fn validate_dual(
+    state: extract::State<State>,
+    headers: HeaderMap,
+    query: RawQuery,
+) -> Response {
     validate(&state, &headers, query, false)
 }
 
-pub(super) async fn validate_single(state: extract::State<State>, headers: HeaderMap, query: RawQuery) -> Response {
+pub(super) async fn validate_single(
+    state: extract::State<State>,
+    headers: HeaderMap,
+    query: RawQuery,
+) -> Response {
     validate(&state, &headers, query, true)
 }
 
 /// Browsers see no status of a WebSocket that fails: they ask here why.
-fn validate(state: &State, headers: &HeaderMap, RawQuery(query): RawQuery, single: bool) -> Response {
-    let entry = state.access.entry(headers, &query.unwrap_or_default(), single);
+fn validate(
+    state: &State,
+    headers: &HeaderMap,
+    RawQuery(query): RawQuery,
+    single: bool,
+) -> Response {
+    let entry = state
+        .access
+        .entry(headers, &query.unwrap_or_default(), single);
     let mut response = match entry {
         Ok(_) => "success".into_response(),
         Err(refusal) => refusal.into_response(),
     };
     let anyone = HeaderValue::from_static("*");
-    response.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, anyone);
+    response
+        .headers_mut()
+        .insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, anyone);
     response
 }
 
@@ -89,7 +106,9 @@ fn join(
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
     single: bool,
 ) -> Response {
-    let entry = state.access.entry(headers, &query.unwrap_or_default(), single);
+    let entry = state
+        .access
+        .entry(headers, &query.unwrap_or_default(), single);
     let (entry, upgrade) = match (entry, upgrade) {
         (Err(refusal), _) => return refusal.into_response(),
         (_, Err(_)) => return StatusCode::NOT_FOUND.into_response(),
@@ -115,8 +134,13 @@ async fn serve(socket: WebSocket, state: State, entry: Entry) {
     if inputs.send(enter).await.is_err() {
         return;
     }
-    let Ok(connection) = connection.await else { return };
-    let mut client = Client { socket, json: false };
+    let Ok(connection) = connection.await else {
+        return;
+    };
+    let mut client = Client {
+        socket,
+        json: false,
+    };
     client.converse(connection, &mut queue, &state).await;
     let _ = inputs.send(Input::Disconnect { connection }).await;
 }
@@ -124,7 +148,9 @@ async fn serve(socket: WebSocket, state: State, entry: Entry) {
 /// Whether a request is an offer or an answer, by the key of its first field (protobuf encoding: number << 3 | 2).
 fn is_description(request: &[u8]) -> bool {
     let keys = [REQUEST_OFFER, REQUEST_ANSWER].map(|number| number << 3 | 2);
-    request.first().is_some_and(|key| keys.contains(&u64::from(*key)))
+    request
+        .first()
+        .is_some_and(|key| keys.contains(&u64::from(*key)))
 }
 
 fn message_len(message: &Message) -> usize {
@@ -143,7 +169,13 @@ fn outbox() -> (Outbox, Queue) {
         messages,
         waiting: waiting.clone(),
     };
-    (outbox, Queue { messages: queue, waiting })
+    (
+        outbox,
+        Queue {
+            messages: queue,
+            waiting,
+        },
+    )
 }
 
 /// The lobby's end of [`outbox`].
@@ -166,10 +198,12 @@ impl Outbox {
         if self.waiting.load(Relaxed) + len > QUEUE_BYTES_MAX {
             return Err(Unsent::Full);
         }
-        self.messages.try_send(message).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => Unsent::Full,
-            mpsc::error::TrySendError::Closed(_) => Unsent::Closed,
-        })?;
+        self.messages
+            .try_send(message)
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => Unsent::Full,
+                mpsc::error::TrySendError::Closed(_) => Unsent::Closed,
+            })?;
         self.waiting.fetch_add(len, Relaxed);
         Ok(())
     }
@@ -183,11 +217,17 @@ struct Queue {
 
 impl Queue {
     async fn recv(&mut self) -> Option<Bytes> {
-        self.messages.recv().await.inspect(|message| self.taken(message))
+        self.messages
+            .recv()
+            .await
+            .inspect(|message| self.taken(message))
     }
 
     fn try_recv(&mut self) -> Option<Bytes> {
-        self.messages.try_recv().ok().inspect(|message| self.taken(message))
+        self.messages
+            .try_recv()
+            .ok()
+            .inspect(|message| self.taken(message))
     }
 
     /// Both ends live on one thread, where nothing comes between a message and its count.
@@ -204,7 +244,8 @@ struct Client {
 impl Client {
     /// Ends when either side does.
     async fn converse(&mut self, connection: ConnectionId, queue: &mut Queue, state: &State) {
-        let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING_INTERVAL, PING_INTERVAL);
+        let mut ping =
+            tokio::time::interval_at(tokio::time::Instant::now() + PING_INTERVAL, PING_INTERVAL);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -264,7 +305,9 @@ impl Client {
         let all = async {
             self.socket.feed(self.encoded(first)).await?;
             for _ in 1..BATCH_MAX {
-                let Some(message) = queue.try_recv() else { break };
+                let Some(message) = queue.try_recv() else {
+                    break;
+                };
                 self.socket.feed(self.encoded(message)).await?;
             }
             self.socket.flush().await
@@ -274,7 +317,8 @@ impl Client {
 
     /// Messages are made as protobuf. Hardly anyone wants JSON, and who does pays for both.
     fn encoded(&self, message: Bytes) -> Message {
-        let json = || serde_json::to_string(&proto::SignalResponse::decode(message.clone()).ok()?).ok();
+        let json =
+            || serde_json::to_string(&proto::SignalResponse::decode(message.clone()).ok()?).ok();
         match self.json.then(json).flatten() {
             Some(json) => Message::Text(json.into()),
             None => Message::Binary(message),
@@ -282,11 +326,17 @@ impl Client {
     }
 
     async fn close(&mut self, code: u16, reason: &'static str) {
-        let frame = CloseFrame { code, reason: reason.into() };
+        let frame = CloseFrame {
+            code,
+            reason: reason.into(),
+        };
         self.within_time(Message::Close(Some(frame))).await;
     }
 
     async fn within_time(&mut self, message: Message) -> bool {
-        matches!(tokio::time::timeout(SEND_TIMEOUT, self.socket.send(message)).await, Ok(Ok(())))
+        matches!(
+            tokio::time::timeout(SEND_TIMEOUT, self.socket.send(message)).await,
+            Ok(Ok(()))
+        )
     }
 }

@@ -32,7 +32,10 @@ pub(super) enum Cure {
 
 impl Failure {
     pub(super) fn of(reason: impl Into<String>, cure: Cure) -> Failure {
-        Failure { reason: reason.into(), cure }
+        Failure {
+            reason: reason.into(),
+            cure,
+        }
     }
 
     /// It would be the same again.
@@ -89,7 +92,9 @@ impl From<SignalError> for Failure {
 
 /// How long to wait before attempt number `tries`: number 0 comes at once.
 pub(super) fn retry_pause(tries: u32, seed: u64) -> Duration {
-    let pause = RETRY_PAUSE.saturating_mul(tries.saturating_mul(tries)).min(RETRY_PAUSE_MAX);
+    let pause = RETRY_PAUSE
+        .saturating_mul(tries.saturating_mul(tries))
+        .min(RETRY_PAUSE_MAX);
     let share = u128::from(scatter(seed ^ u64::from(tries)) >> 32);
     pause + Duration::from_nanos(((pause.as_nanos() / 3 * share) >> 32) as u64)
 }
@@ -102,9 +107,17 @@ mod tests {
     fn attempts_come_at_once_then_ever_later_and_not_all_together() {
         let floor = [0, 300, 1_200, 2_700, 4_800, 7_000, 7_000];
         for (tries, floor) in floor.into_iter().enumerate() {
-            let pauses: Vec<Duration> = (0..50).map(|seed| retry_pause(tries as u32, seed)).collect();
-            let (from, to) = (Duration::from_millis(floor), Duration::from_millis(floor * 4 / 3));
-            assert!(pauses.iter().all(|pause| (from..=to).contains(pause)), "{tries}: {pauses:?}");
+            let pauses: Vec<Duration> = (0..50)
+                .map(|seed| retry_pause(tries as u32, seed))
+                .collect();
+            let (from, to) = (
+                Duration::from_millis(floor),
+                Duration::from_millis(floor * 4 / 3),
+            );
+            assert!(
+                pauses.iter().all(|pause| (from..=to).contains(pause)),
+                "{tries}: {pauses:?}"
+            );
             assert_eq!(pauses.iter().all(|pause| *pause == pauses[0]), tries == 0);
         }
         assert!(retry_pause(u32::MAX, 7) >= RETRY_PAUSE_MAX);

@@ -59,7 +59,8 @@ mod tests {
 
     /// How many of these are handled in the first second, by a server that never stops talking.
     fn handled(event: &SignalEvent) -> u32 {
-        let (mut now, mut pace, mut count) = (Time::from_millis(5), Pace::new(Time::from_millis(5)), 0);
+        let (mut now, mut pace, mut count) =
+            (Time::from_millis(5), Pace::new(Time::from_millis(5)), 0);
         loop {
             now += pace.pause_before(event, now).unwrap_or_default();
             if now > Time::from_millis(1_005) {
@@ -79,7 +80,9 @@ mod tests {
     fn who_was_silent_may_burst_again_and_no_more() {
         let mut pace = Pace::new(Time::ZERO);
         let late = Time::from_millis(60_000);
-        let waits = (0..=BURST).filter(|_| pace.pause_before(&other(), late).is_some()).count();
+        let waits = (0..=BURST)
+            .filter(|_| pace.pause_before(&other(), late).is_some())
+            .count();
         assert_eq!(waits, 1);
     }
 }

@@ -5,7 +5,9 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use super::{Failure, SessionContext};
 use crate::net;
 use crate::transport::peer::{IceCredentials, PeerParameters};
-use crate::transport::sdp::{Candidate, CandidateTransport, LocalTransport, RemoteTransport, Setup, ice_ufrag};
+use crate::transport::sdp::{
+    Candidate, CandidateTransport, LocalTransport, RemoteTransport, Setup, ice_ufrag,
+};
 use crate::units::Time;
 
 /// Candidates that may come before the description they belong to.
@@ -72,12 +74,20 @@ impl Half {
     }
 
     /// Opens the socket and draws the credentials, where that has not been done: our end, as descriptions give it.
-    pub(super) fn open(&mut self, local_ip: IpAddr, context: &SessionContext, session_id: u64) -> Result<&LocalTransport, Failure> {
+    pub(super) fn open(
+        &mut self,
+        local_ip: IpAddr,
+        context: &SessionContext,
+        session_id: u64,
+    ) -> Result<&LocalTransport, Failure> {
         let local = match self.local.take() {
             Some(local) => local,
             None => {
-                let failed = |error: &dyn std::fmt::Display| Failure::lasting(format!("no UDP socket on {local_ip}: {error}"));
-                let socket = net::open_media_socket(local_ip, context.receive_buffer_bytes).map_err(|error| failed(&error))?;
+                let failed = |error: &dyn std::fmt::Display| {
+                    Failure::lasting(format!("no UDP socket on {local_ip}: {error}"))
+                };
+                let socket = net::open_media_socket(local_ip, context.receive_buffer_bytes)
+                    .map_err(|error| failed(&error))?;
                 let address = socket.local_addr().map_err(|error| failed(&error))?;
                 let IceCredentials { ufrag, password } = IceCredentials::random();
                 self.socket = Some(socket);
@@ -109,7 +119,12 @@ impl Half {
     }
 
     /// Takes the other end from a description, and says what that changes for the shard.
-    pub(super) fn take_remote(&mut self, remote: &RemoteTransport, ice_controlling: bool, setup: Setup) -> Option<Change> {
+    pub(super) fn take_remote(
+        &mut self,
+        remote: &RemoteTransport,
+        ice_controlling: bool,
+        setup: Setup,
+    ) -> Option<Change> {
         let local = self.local.as_ref()?;
         let credentials = |ufrag: &str, password: &str| IceCredentials {
             ufrag: ufrag.to_owned(),
@@ -117,9 +132,11 @@ impl Half {
         };
         let local_credentials = credentials(&local.ufrag, &local.pwd);
         let remote_credentials = credentials(&remote.ufrag, &remote.pwd);
-        let mut remote_candidates: Vec<SocketAddr> = remote.candidates.iter().filter_map(udp_address).collect();
+        let mut remote_candidates: Vec<SocketAddr> =
+            remote.candidates.iter().filter_map(udp_address).collect();
         self.trickled = 0;
-        let is_other = self.remote_ufrag.replace(remote.ufrag.clone()).as_ref() != Some(&remote.ufrag);
+        let is_other =
+            self.remote_ufrag.replace(remote.ufrag.clone()).as_ref() != Some(&remote.ufrag);
         let Some(socket) = self.socket.take() else {
             return is_other.then_some(Change::Restart {
                 local: local_credentials,

@@ -28,7 +28,9 @@ impl Lost {
     pub(super) fn at(at: Time, back: Option<(Time, u32)>) -> Lost {
         Lost {
             at,
-            tries: back.filter(|(back, _)| at.since(*back) < RECONNECT_TIMEOUT).map_or(0, |(_, tries)| tries),
+            tries: back
+                .filter(|(back, _)| at.since(*back) < RECONNECT_TIMEOUT)
+                .map_or(0, |(_, tries)| tries),
             is_gone: false,
         }
     }
@@ -36,7 +38,11 @@ impl Lost {
 
 impl Session {
     /// Opens the signalling connection again while the media connections go on.
-    pub(super) async fn resume(&mut self, mut failure: Failure, restart_ice: bool) -> Result<Signal, Failure> {
+    pub(super) async fn resume(
+        &mut self,
+        mut failure: Failure,
+        restart_ice: bool,
+    ) -> Result<Signal, Failure> {
         while let Some(pause) = self.next_try() {
             tokio::time::sleep(pause).await;
             match self.try_to_resume(restart_ice).await {
@@ -57,15 +63,23 @@ impl Session {
         let mut signal = self.open_signal(true).await?;
         tokio::time::timeout(RESUME_TIMEOUT, resumption(&mut signal.receiver))
             .await
-            .map_err(|_| SignalError::Timeout { after: RESUME_TIMEOUT })??;
+            .map_err(|_| SignalError::Timeout {
+                after: RESUME_TIMEOUT,
+            })??;
         signal.sender.sync_state(sync_state(&self.tracks)).await?;
         self.offer_again(restart_ice, &mut signal.sender).await?;
         Ok(signal)
     }
 
     /// What was said while nobody listened is said again: our last offer, and with one connection also the server's wish for another.
-    async fn offer_again(&mut self, restart_ice: bool, sender: &mut SignalSender) -> Result<(), Failure> {
-        if !self.publisher.wanted || !(self.context.single_connection || restart_ice || self.offering.is_open) {
+    async fn offer_again(
+        &mut self,
+        restart_ice: bool,
+        sender: &mut SignalSender,
+    ) -> Result<(), Failure> {
+        if !self.publisher.wanted
+            || !(self.context.single_connection || restart_ice || self.offering.is_open)
+        {
             return Ok(());
         }
         if restart_ice {
@@ -186,9 +200,16 @@ mod tests {
             back = Some((now, lost.tries));
         }
         assert!(
-            pauses[0].is_zero() && pauses.windows(2).all(|pair| pair[0] < pair[1] || pair[1] > Duration::from_secs(5)),
+            pauses[0].is_zero()
+                && pauses
+                    .windows(2)
+                    .all(|pair| pair[0] < pair[1] || pair[1] > Duration::from_secs(5)),
             "{pauses:?}"
         );
-        assert_eq!(Lost::at(now + RECONNECT_TIMEOUT, back).tries, 0, "who stayed for long begins anew");
+        assert_eq!(
+            Lost::at(now + RECONNECT_TIMEOUT, back).tries,
+            0,
+            "who stayed for long begins anew"
+        );
     }
 }

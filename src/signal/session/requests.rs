@@ -62,6 +62,9 @@ mod tests {
         sender.send(Request::Leave).unwrap();
         requests.leave().await;
         requests.leave().await;
-        assert_eq!([requests.next().await, requests.next().await], [mute, Request::Leave]);
+        assert_eq!(
+            [requests.next().await, requests.next().await],
+            [mute, Request::Leave]
+        );
     }
 }

@@ -67,17 +67,34 @@ struct Layer {
 impl Track {
     /// The tracks of one participant: its number in the plan and everything that is drawn for them come from there.
     pub(super) fn of(plan: &ParticipantPlan, media: &Media) -> Vec<Track> {
-        let audio = media.audio.iter().filter(|_| plan.publishes_audio).map(|source| {
-            let talk = media.taking_turns.as_ref().map(|turns| turns.talk(plan));
-            Track::new(plan, Kind::Audio, std::slice::from_ref(source), talk, media.pacing)
-        });
-        let video = Some(&media.video[..]).filter(|layers| plan.publishes_video && !layers.is_empty());
+        let audio = media
+            .audio
+            .iter()
+            .filter(|_| plan.publishes_audio)
+            .map(|source| {
+                let talk = media.taking_turns.as_ref().map(|turns| turns.talk(plan));
+                Track::new(
+                    plan,
+                    Kind::Audio,
+                    std::slice::from_ref(source),
+                    talk,
+                    media.pacing,
+                )
+            });
+        let video =
+            Some(&media.video[..]).filter(|layers| plan.publishes_video && !layers.is_empty());
         audio
             .chain(video.map(|layers| Track::new(plan, Kind::Video, layers, None, media.pacing)))
             .collect()
     }
 
-    fn new(plan: &ParticipantPlan, kind: Kind, sources: &[Source], talk: Option<Talk>, pacing: Pacing) -> Track {
+    fn new(
+        plan: &ParticipantPlan,
+        kind: Kind,
+        sources: &[Source],
+        talk: Option<Talk>,
+        pacing: Pacing,
+    ) -> Track {
         let name = match kind {
             Kind::Audio => "audio",
             Kind::Video => "video",
@@ -103,7 +120,10 @@ impl Track {
                 ssrc: layers[0].ssrc,
                 rtx_ssrc: layers[0].rtx_ssrc,
                 rids: if layers.len() > 1 {
-                    RIDS[..layers.len()].iter().map(|rid| (*rid).to_owned()).collect()
+                    RIDS[..layers.len()]
+                        .iter()
+                        .map(|rid| (*rid).to_owned())
+                        .collect()
                 } else {
                     Vec::new()
                 },
@@ -131,39 +151,64 @@ impl Track {
 
     /// The first of the track's slots from `ready` on. Slots are moments of the run's clock, so that tracks stay spread however their joins are timed.
     pub(super) fn first_slot(&self, plan: &ParticipantPlan, ready: Time) -> Time {
-        let interval = self.layers.iter().map(|layer| layer.source.frame_interval()).min().unwrap_or_default();
-        first_slot(slot_offset(plan.index, track_number(self.kind()), interval), interval, ready)
+        let interval = self
+            .layers
+            .iter()
+            .map(|layer| layer.source.frame_interval())
+            .min()
+            .unwrap_or_default();
+        first_slot(
+            slot_offset(plan.index, track_number(self.kind()), interval),
+            interval,
+            ready,
+        )
     }
 
     /// For the shard, which starts all layers with the frame of `first_frame_at`; none until the server has taken the track.
-    pub(super) fn send_parameters(&self, plan: &ParticipantPlan, run: u32, first_frame_at: Time) -> Vec<SendParameters> {
-        let Some(negotiated) = &self.negotiated else { return Vec::new() };
+    pub(super) fn send_parameters(
+        &self,
+        plan: &ParticipantPlan,
+        run: u32,
+        first_frame_at: Time,
+    ) -> Vec<SendParameters> {
+        let Some(negotiated) = &self.negotiated else {
+            return Vec::new();
+        };
         let kind = self.kind();
         let number = track_number(kind);
-        let layers = (0..).zip(&self.layers).map(|(layer, encoding)| SendParameters {
-            source: encoding.source.clone(),
-            ssrc: encoding.ssrc,
-            rtx_ssrc: encoding.rtx_ssrc,
-            payload_type: negotiated.payload_type,
-            rtx_payload_type: negotiated.rtx_payload_type,
-            transport_cc_extension: negotiated
-                .extensions
-                .id(Extension::TransportCc)
-                .filter(|_| negotiated.feedback.contains(Feedback::TransportCc)),
-            audio_level_extension: negotiated.extensions.id(Extension::AudioLevel).filter(|_| kind == Kind::Audio),
-            simulcast: self.local.rids.get(usize::from(layer)).map(|rid| self.simulcast_layer(negotiated, rid)),
-            talk: self.talk.clone(),
-            pacing: self.pacing,
-            identity: FrameIdentity {
-                run,
-                origin: plan.index,
-                track: number,
-                layer,
-                ..FrameIdentity::default()
-            },
-            seed: plan.seed ^ u64::from(number) ^ u64::from(layer) << 8,
-            first_frame_at,
-        });
+        let layers = (0..)
+            .zip(&self.layers)
+            .map(|(layer, encoding)| SendParameters {
+                source: encoding.source.clone(),
+                ssrc: encoding.ssrc,
+                rtx_ssrc: encoding.rtx_ssrc,
+                payload_type: negotiated.payload_type,
+                rtx_payload_type: negotiated.rtx_payload_type,
+                transport_cc_extension: negotiated
+                    .extensions
+                    .id(Extension::TransportCc)
+                    .filter(|_| negotiated.feedback.contains(Feedback::TransportCc)),
+                audio_level_extension: negotiated
+                    .extensions
+                    .id(Extension::AudioLevel)
+                    .filter(|_| kind == Kind::Audio),
+                simulcast: self
+                    .local
+                    .rids
+                    .get(usize::from(layer))
+                    .map(|rid| self.simulcast_layer(negotiated, rid)),
+                talk: self.talk.clone(),
+                pacing: self.pacing,
+                identity: FrameIdentity {
+                    run,
+                    origin: plan.index,
+                    track: number,
+                    layer,
+                    ..FrameIdentity::default()
+                },
+                seed: plan.seed ^ u64::from(number) ^ u64::from(layer) << 8,
+                first_frame_at,
+            });
         layers.collect()
     }
 
@@ -176,7 +221,12 @@ impl Track {
             mid_extension: id(Extension::Mid).unwrap_or(0),
             rid_extension: id(Extension::Rid).unwrap_or(0),
             repaired_rid_extension: id(Extension::RepairedRid),
-            track_bitrate: Bitrate::from_bps(self.layers.iter().map(|layer| layer.source.bitrate().bps()).sum()),
+            track_bitrate: Bitrate::from_bps(
+                self.layers
+                    .iter()
+                    .map(|layer| layer.source.bitrate().bps())
+                    .sum(),
+            ),
         }
     }
 
@@ -188,21 +238,31 @@ impl Track {
             1 => 1,
             _ => 1u8.checked_shl(quality.quality.unsigned_abs()).unwrap_or(0),
         };
-        let watched = codec.qualities.iter().filter(|quality| quality.enabled).map(bit);
+        let watched = codec
+            .qualities
+            .iter()
+            .filter(|quality| quality.enabled)
+            .map(bit);
         Some(watched.fold(0, |layers, bit| layers | bit))
     }
 }
 
 /// Where in the frame interval a track's slots lie: multiples of the golden ratio, so that any number of tracks is spread evenly.
 fn slot_offset(index: u32, track: u8, interval: Duration) -> Duration {
-    let turn = index.wrapping_mul(2).wrapping_add(u32::from(track)).wrapping_mul(0x9E37_79B9);
+    let turn = index
+        .wrapping_mul(2)
+        .wrapping_add(u32::from(track))
+        .wrapping_mul(0x9E37_79B9);
     Duration::from_nanos(((interval.as_nanos() * u128::from(turn)) >> 32) as u64)
 }
 
 /// The first moment from `ready` on that lies `offset` after a multiple of `interval`.
 fn first_slot(offset: Duration, interval: Duration, ready: Time) -> Time {
     let interval_nanos = interval.as_nanos().max(1) as u64;
-    let slots = ready.since(Time::ZERO + offset).as_nanos().div_ceil(u128::from(interval_nanos)) as u64;
+    let slots = ready
+        .since(Time::ZERO + offset)
+        .as_nanos()
+        .div_ceil(u128::from(interval_nanos)) as u64;
     Time::from_nanos(slots * interval_nanos) + offset
 }
 
@@ -249,11 +309,17 @@ pub(super) fn add_track_request(track: &Track) -> proto::AddTrackRequest {
 fn video_layers(track: &Track) -> Vec<proto::VideoLayer> {
     let mut layers = Vec::new();
     for (at, layer) in track.layers.iter().enumerate() {
-        let Source::Video(clip) = &layer.source else { continue };
+        let Source::Video(clip) = &layer.source else {
+            continue;
+        };
         let spec = clip.spec();
         let quality = match track.layers.len() {
             1 => proto::VideoQuality::High,
-            _ => [proto::VideoQuality::Low, proto::VideoQuality::Medium, proto::VideoQuality::High][at],
+            _ => [
+                proto::VideoQuality::Low,
+                proto::VideoQuality::Medium,
+                proto::VideoQuality::High,
+            ][at],
         };
         layers.push(proto::VideoLayer {
             quality: quality.into(),
@@ -312,9 +378,16 @@ mod tests {
         for index in 0..3_000 {
             let ready = Time::from_micros(u64::from(index) * 5_003);
             let slot = first_slot(slot_offset(index, 0, INTERVAL), INTERVAL, ready);
-            assert!(slot >= ready && slot.since(ready) <= INTERVAL, "{index}: {slot:?} after {ready:?}");
-            in_millisecond[(slot.as_nanos() % INTERVAL.as_nanos() as u64 / 1_000_000) as usize] += 1;
+            assert!(
+                slot >= ready && slot.since(ready) <= INTERVAL,
+                "{index}: {slot:?} after {ready:?}"
+            );
+            in_millisecond[(slot.as_nanos() % INTERVAL.as_nanos() as u64 / 1_000_000) as usize] +=
+                1;
         }
-        assert!(in_millisecond.iter().all(|count| count.abs_diff(150) <= 3), "{in_millisecond:?}");
+        assert!(
+            in_millisecond.iter().all(|count| count.abs_diff(150) <= 3),
+            "{in_millisecond:?}"
+        );
     }
 }

@@ -68,7 +68,10 @@ impl Viewer {
 
     /// A video track that the server sends, or sends with other details now.
     pub(super) fn add(&mut self, track: &RemoteTrack) {
-        let known = self.tiles.iter_mut().find(|tile| tile.track_sid == track.track_id);
+        let known = self
+            .tiles
+            .iter_mut()
+            .find(|tile| tile.track_sid == track.track_id);
         match known {
             Some(tile) if tile.ssrc == track.ssrc => {}
             // Another stream of the same track starts without settings.
@@ -96,16 +99,28 @@ impl Viewer {
     /// Takes what has changed among the speakers. The loudest new one comes first, unless the one who is first still speaks.
     pub(super) fn handle_speakers(&mut self, speakers: &[proto::SpeakerInfo]) {
         for speaker in speakers {
-            let tiles = self.tiles.iter_mut().filter(|tile| *tile.participant_sid == *speaker.sid);
+            let tiles = self
+                .tiles
+                .iter_mut()
+                .filter(|tile| *tile.participant_sid == *speaker.sid);
             tiles.for_each(|tile| tile.speaks = speaker.active);
         }
-        if self.layout != Some(Layout::Speaker) || self.tiles.first().is_none_or(|first| first.speaks) {
+        if self.layout != Some(Layout::Speaker)
+            || self.tiles.first().is_none_or(|first| first.speaks)
+        {
             return;
         }
         let loudest = speakers
             .iter()
             .filter(|speaker| speaker.active)
-            .filter_map(|speaker| Some((speaker.level, self.tiles.iter().position(|tile| *tile.participant_sid == *speaker.sid)?)))
+            .filter_map(|speaker| {
+                Some((
+                    speaker.level,
+                    self.tiles
+                        .iter()
+                        .position(|tile| *tile.participant_sid == *speaker.sid)?,
+                ))
+            })
             .max_by(|(one, _), (other, _)| one.total_cmp(other));
         if let Some((_, at)) = loudest {
             self.tiles[..=at].rotate_right(1);
@@ -121,7 +136,9 @@ impl Viewer {
     pub(super) fn poll_changes(&mut self) -> Vec<Change> {
         let mut changes = Vec::new();
         for at in 0..self.tiles.len() {
-            let Some(wanted) = self.wanted(at) else { continue };
+            let Some(wanted) = self.wanted(at) else {
+                continue;
+            };
             let layer = wanted.map(|size| layer_for(&self.layers, size) as u8);
             let tile = &mut self.tiles[at];
             if tile.told.replace(wanted) == Some(wanted) {
@@ -142,13 +159,17 @@ impl Viewer {
 
     /// `None`: the server need not be told anything.
     fn wanted(&self, at: usize) -> Option<Option<Size>> {
-        let in_layout = |layout: Layout| (at < layout.tiles() as usize).then(|| layout.tile_size(at == 0));
+        let in_layout =
+            |layout: Layout| (at < layout.tiles() as usize).then(|| layout.tile_size(at == 0));
         self.size_of_all.or_else(|| self.layout.map(in_layout))
     }
 
     /// The stream of a track, by the track's sid.
     pub(super) fn ssrc(&self, track_sid: &str) -> Option<u32> {
-        self.tiles.iter().find(|tile| *tile.track_sid == *track_sid).map(|tile| tile.ssrc)
+        self.tiles
+            .iter()
+            .find(|tile| *tile.track_sid == *track_sid)
+            .map(|tile| tile.ssrc)
     }
 
     /// How many tracks were looked at so far, one after another included.
@@ -207,7 +228,9 @@ mod tests {
     /// Track number, size, layer.
     fn changes(viewer: &mut Viewer) -> Vec<(u32, Option<Size>, Option<u8>)> {
         let changes = viewer.poll_changes().into_iter();
-        changes.map(|change| (change.ssrc - 1_000, change.size, change.layer)).collect()
+        changes
+            .map(|change| (change.ssrc - 1_000, change.size, change.layer))
+            .collect()
     }
 
     #[test]
@@ -216,10 +239,20 @@ mod tests {
         viewer.handle_speakers(&[speaker(1, 0.5)]);
         assert_eq!((changes(&mut viewer), viewer.shown_ever()), (vec![], 0));
         viewer.show_all(MEDIUM);
-        assert_eq!(changes(&mut viewer), [(0, MEDIUM, Some(1)), (1, MEDIUM, Some(1)), (2, MEDIUM, Some(1))]);
+        assert_eq!(
+            changes(&mut viewer),
+            [
+                (0, MEDIUM, Some(1)),
+                (1, MEDIUM, Some(1)),
+                (2, MEDIUM, Some(1))
+            ]
+        );
         viewer.show_all(None);
         let off = viewer.poll_changes();
-        assert!(off.iter().all(|change| change.settings().disabled && change.layer.is_none()));
+        assert!(
+            off.iter()
+                .all(|change| change.settings().disabled && change.layer.is_none())
+        );
         assert_eq!(off[2].settings().track_sids, ["TR_2"]);
     }
 
@@ -227,7 +260,11 @@ mod tests {
     fn a_grid_shows_those_who_came_first_and_switches_the_others_off() {
         let mut viewer = viewer(Some(Layout::Grid3x3), 11);
         let all = changes(&mut viewer);
-        assert!(all[..9].iter().all(|(_, size, layer)| (*size, *layer) == (MEDIUM, Some(1))));
+        assert!(
+            all[..9]
+                .iter()
+                .all(|(_, size, layer)| (*size, *layer) == (MEDIUM, Some(1)))
+        );
         assert_eq!(all[9..], [(9, None, None), (10, None, None)]);
         viewer.handle_speakers(&[speaker(10, 0.9)]);
         assert_eq!(changes(&mut viewer), []);
@@ -238,7 +275,10 @@ mod tests {
         for (layout, size) in [(Layout::Grid4x4, 16), (Layout::Grid5x5, 25)] {
             let shown = changes(&mut self::viewer(Some(layout), 30));
             assert_eq!(
-                shown.iter().filter(|(_, shown, layer)| (*shown, *layer) == (SMALL, Some(0))).count(),
+                shown
+                    .iter()
+                    .filter(|(_, shown, layer)| (*shown, *layer) == (SMALL, Some(0)))
+                    .count(),
                 size
             );
         }
@@ -252,13 +292,19 @@ mod tests {
         assert_eq!(all.iter().filter(|(_, size, _)| *size == SMALL).count(), 5);
         assert_eq!(all[6..], [(6, None, None), (7, None, None)]);
         viewer.handle_speakers(&[speaker(2, 0.3), speaker(3, 0.6), speaker(99, 0.9)]);
-        assert_eq!(changes(&mut viewer), [(3, LARGE, Some(2)), (0, SMALL, Some(0))]);
+        assert_eq!(
+            changes(&mut viewer),
+            [(3, LARGE, Some(2)), (0, SMALL, Some(0))]
+        );
         // Others may be louder for a moment.
         viewer.handle_speakers(&[speaker(2, 0.9)]);
         assert_eq!(changes(&mut viewer), []);
         // One who was not to be seen; the last of the small ones makes room.
         viewer.handle_speakers(&[speaker(3, 0.0), speaker(7, 0.5), speaker(2, 0.1)]);
-        assert_eq!(changes(&mut viewer), [(7, LARGE, Some(2)), (3, SMALL, Some(0)), (5, None, None)]);
+        assert_eq!(
+            changes(&mut viewer),
+            [(7, LARGE, Some(2)), (3, SMALL, Some(0)), (5, None, None)]
+        );
         assert_eq!(viewer.shown_ever(), 7);
     }
 
@@ -268,7 +314,10 @@ mod tests {
         assert_eq!(changes(&mut viewer).len(), 1);
         viewer.add(&track(0));
         assert_eq!(changes(&mut viewer), []);
-        viewer.add(&RemoteTrack { ssrc: 1_005, ..track(0) });
+        viewer.add(&RemoteTrack {
+            ssrc: 1_005,
+            ..track(0)
+        });
         assert_eq!(changes(&mut viewer), [(5, MEDIUM, Some(1))]);
         assert_eq!(viewer.shown_ever(), 1);
     }

@@ -75,7 +75,9 @@ impl Group {
     /// Sent with the rest, or held up with it: come close behind, and sooner behind than it was sent.
     fn takes(&self, sent: Time, arrival: Time) -> bool {
         let apart = arrival.since(self.last_arrival);
-        let caught_up = apart <= GROUP && arrival.since(self.first_arrival) < BURST_MAX && apart < sent.since(self.last_sent);
+        let caught_up = apart <= GROUP
+            && arrival.since(self.first_arrival) < BURST_MAX
+            && apart < sent.since(self.last_sent);
         sent == self.last_sent || caught_up || sent.since(self.first_sent) <= GROUP
     }
 }
@@ -125,7 +127,8 @@ impl DelayTrend {
         }
         let (arrival_ms, sent_ms) = (millis(arrival_apart), millis(sent_apart));
         let slope = self.line.add(arrival_ms - sent_ms, group.last_arrival);
-        self.detector.handle_slope(slope, self.line.groups, sent_ms, group.last_arrival);
+        self.detector
+            .handle_slope(slope, self.line.groups, sent_ms, group.last_arrival);
     }
 
     /// The groups only: what is known of the queue stays.
@@ -166,7 +169,9 @@ impl Line {
 
     fn fit(&self) -> Option<f64> {
         let oldest = self.points[self.next].0;
-        let points = self.points.map(|(at, delay)| (millis(at.since(oldest)), delay));
+        let points = self
+            .points
+            .map(|(at, delay)| (millis(at.since(oldest)), delay));
         let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / WINDOW as f64;
         let (x_mean, y_mean) = (mean(|point| point.0), mean(|point| point.1));
         let (mut above, mut below) = (0.0, 0.0);
@@ -211,7 +216,9 @@ impl Detector {
         let weighed = f64::from(groups.min(GROUPS_MAX)) * slope * GAIN;
         if weighed > self.threshold {
             // The first time, growth may have begun anywhere in the step.
-            let over_ms = self.over_ms.map_or(sent_apart_ms / 2.0, |over_ms| over_ms + sent_apart_ms);
+            let over_ms = self
+                .over_ms
+                .map_or(sent_apart_ms / 2.0, |over_ms| over_ms + sent_apart_ms);
             self.over_ms = Some(over_ms);
             self.times_over += 1;
             if over_ms > OVERUSE_MS && self.times_over > 1 && slope >= self.slope_before {
@@ -220,7 +227,11 @@ impl Detector {
             }
         } else {
             (self.over_ms, self.times_over) = (None, 0);
-            self.usage = if weighed < -self.threshold { Usage::Under } else { Usage::Normal };
+            self.usage = if weighed < -self.threshold {
+                Usage::Under
+            } else {
+                Usage::Normal
+            };
         }
         self.slope_before = slope;
         self.adapt(weighed.abs(), now);
@@ -231,10 +242,15 @@ impl Detector {
         if weighed > self.threshold + ADAPT_MAX {
             return;
         }
-        let gain = if weighed < self.threshold { THRESHOLD_DOWN } else { THRESHOLD_UP };
+        let gain = if weighed < self.threshold {
+            THRESHOLD_DOWN
+        } else {
+            THRESHOLD_UP
+        };
         let elapsed = millis(now.since(before)).min(ADAPT_MS_MAX);
         // The draft's bounds of a control loop, not of a figure.
-        self.threshold = (self.threshold + gain * (weighed - self.threshold) * elapsed).clamp(THRESHOLD_MIN, THRESHOLD_MAX);
+        self.threshold = (self.threshold + gain * (weighed - self.threshold) * elapsed)
+            .clamp(THRESHOLD_MIN, THRESHOLD_MAX);
     }
 }
 
@@ -244,7 +260,11 @@ mod tests {
     use crate::seeded::Seeded;
 
     /// Packets every 10 ms by the sender's clock, each `delay(n)` us later at the receiver's.
-    fn run(trend: &mut DelayTrend, packets: std::ops::Range<u64>, mut delay: impl FnMut(u64) -> u64) -> Vec<Usage> {
+    fn run(
+        trend: &mut DelayTrend,
+        packets: std::ops::Range<u64>,
+        mut delay: impl FnMut(u64) -> u64,
+    ) -> Vec<Usage> {
         packets
             .map(|n| {
                 let sent = Time::from_millis(1_000 + 10 * n);
@@ -257,14 +277,29 @@ mod tests {
     #[test]
     fn a_queue_that_grows_is_overuse_and_one_that_empties_is_underuse() {
         let mut trend = DelayTrend::default();
-        assert!(run(&mut trend, 0..100, |_| 0).iter().all(|usage| *usage == Usage::Normal));
+        assert!(
+            run(&mut trend, 0..100, |_| 0)
+                .iter()
+                .all(|usage| *usage == Usage::Normal)
+        );
         // Each 10 ms the queue grows by 1 ms.
         let growing = run(&mut trend, 100..140, |n| (n - 100) * 1_000);
-        let noticed = growing.iter().position(|usage| *usage == Usage::Over).expect("noticed");
-        assert!((3..30).contains(&noticed), "after some groups, not the first: {noticed}");
-        let emptying = run(&mut trend, 140..200, |n| 40_000 - ((n - 140) * 2_000).min(40_000));
+        let noticed = growing
+            .iter()
+            .position(|usage| *usage == Usage::Over)
+            .expect("noticed");
+        assert!(
+            (3..30).contains(&noticed),
+            "after some groups, not the first: {noticed}"
+        );
+        let emptying = run(&mut trend, 140..200, |n| {
+            40_000 - ((n - 140) * 2_000).min(40_000)
+        });
         assert!(emptying.contains(&Usage::Under), "{emptying:?}");
-        assert_eq!(run(&mut trend, 200..300, |_| 0).last(), Some(&Usage::Normal));
+        assert_eq!(
+            run(&mut trend, 200..300, |_| 0).last(),
+            Some(&Usage::Normal)
+        );
     }
 
     #[test]
@@ -275,7 +310,11 @@ mod tests {
             let over = usages.iter().filter(|usage| **usage == Usage::Over).count();
             assert!(over < 20, "seed {seed}: {over} of 2,000");
             let mut constant = DelayTrend::default();
-            assert!(run(&mut constant, 0..500, |_| 300_000).iter().all(|usage| *usage == Usage::Normal));
+            assert!(
+                run(&mut constant, 0..500, |_| 300_000)
+                    .iter()
+                    .all(|usage| *usage == Usage::Normal)
+            );
         }
     }
 
@@ -296,7 +335,10 @@ mod tests {
     fn jumps_and_disorder_do_no_harm() {
         let (mut trend, mut random) = (DelayTrend::default(), Seeded::new(4));
         for _ in 0..20_000 {
-            trend.handle_packet(Time::from_nanos(random.draw() >> 24), Time::from_nanos(random.draw() >> 24));
+            trend.handle_packet(
+                Time::from_nanos(random.draw() >> 24),
+                Time::from_nanos(random.draw() >> 24),
+            );
         }
         assert!(trend.line.smoothed_ms.is_finite() && trend.detector.threshold.is_finite());
     }

@@ -133,8 +133,13 @@ impl RateControl {
 
     /// Whether a further step down may follow: after a round trip, or at once where half of the estimate arrives.
     pub fn may_reduce(&self, throughput: f64, now: Time) -> bool {
-        let waited = self.changed_at.is_none_or(|at| now.since(at) >= self.rtt.clamp(REDUCE_MIN, REDUCE_MAX));
-        waited || self.estimate.is_some_and(|estimate| throughput < estimate / 2.0)
+        let waited = self
+            .changed_at
+            .is_none_or(|at| now.since(at) >= self.rtt.clamp(REDUCE_MIN, REDUCE_MAX));
+        waited
+            || self
+                .estimate
+                .is_some_and(|estimate| throughput < estimate / 2.0)
     }
 
     /// Takes what the queue does and what arrives, in bits per second.
@@ -160,13 +165,22 @@ impl RateControl {
     }
 
     fn increase(&mut self, now: Time) {
-        let Some(estimate) = self.estimate else { return };
-        if self.limit.upper().is_some_and(|upper| self.throughput > upper) {
+        let Some(estimate) = self.estimate else {
+            return;
+        };
+        if self
+            .limit
+            .upper()
+            .is_some_and(|upper| self.throughput > upper)
+        {
             self.limit = Limit::default();
         }
         let most = HEADROOM * self.throughput + HEADROOM_BPS;
         if estimate < most {
-            let elapsed = self.changed_at.map_or(Duration::ZERO, |at| now.since(at)).as_secs_f64();
+            let elapsed = self
+                .changed_at
+                .map_or(Duration::ZERO, |at| now.since(at))
+                .as_secs_f64();
             let growth = match self.limit.mean {
                 Some(_) => self.near_growth() * elapsed,
                 None => (estimate * (GROWTH.powf(elapsed.min(1.0)) - 1.0)).max(GROWTH_MIN_BPS),
@@ -192,7 +206,11 @@ impl RateControl {
         }
         // Overuse raises nothing.
         self.estimate = Some(less.min(estimate).max(MIN_BPS));
-        if self.limit.lower().is_some_and(|lower| self.throughput < lower) {
+        if self
+            .limit
+            .lower()
+            .is_some_and(|lower| self.throughput < lower)
+        {
             self.limit = Limit::default();
         }
         self.limit.add(self.throughput);
@@ -212,7 +230,10 @@ struct Limit {
 
 impl Default for Limit {
     fn default() -> Limit {
-        Limit { mean: None, variance: 0.4 }
+        Limit {
+            mean: None,
+            variance: 0.4,
+        }
     }
 }
 
@@ -220,11 +241,14 @@ impl Limit {
     const WEIGHT: f64 = 0.05;
 
     fn add(&mut self, bps: f64) {
-        let mean = self.mean.map_or(bps, |mean| mean + Limit::WEIGHT * (bps - mean));
+        let mean = self
+            .mean
+            .map_or(bps, |mean| mean + Limit::WEIGHT * (bps - mean));
         let error_kbps = (bps - mean) / 1e3;
         let sample = error_kbps * error_kbps / (mean / 1e3).max(1.0);
         self.mean = Some(mean);
-        self.variance = ((1.0 - Limit::WEIGHT) * self.variance + Limit::WEIGHT * sample).clamp(0.4, 2.5);
+        self.variance =
+            ((1.0 - Limit::WEIGHT) * self.variance + Limit::WEIGHT * sample).clamp(0.4, 2.5);
     }
 
     fn spread(&self, mean: f64) -> f64 {
@@ -259,15 +283,27 @@ mod tests {
         }
         let rate = window.rate(Time::from_millis(10_495)).unwrap();
         assert!((rate - 1.5e6).abs() < 5e4, "{rate}");
-        assert_eq!(window.rate(Time::from_millis(20_000)), None, "nothing came any more");
+        assert_eq!(
+            window.rate(Time::from_millis(20_000)),
+            None,
+            "nothing came any more"
+        );
         window.add(1_250, Time::from_millis(20_000));
-        assert_eq!(window.rate(Time::from_millis(20_020)), None, "too soon to say");
+        assert_eq!(
+            window.rate(Time::from_millis(20_020)),
+            None,
+            "too soon to say"
+        );
     }
 
     /// Updates each 100 ms with what a usage is at.
     fn updates(control: &mut RateControl, from_ms: u64, count: u64, usage: Usage, throughput: f64) {
         for n in 0..count {
-            control.update(usage, Some(throughput), Time::from_millis(from_ms + n * 100));
+            control.update(
+                usage,
+                Some(throughput),
+                Time::from_millis(from_ms + n * 100),
+            );
         }
     }
 
@@ -276,12 +312,18 @@ mod tests {
         let mut control = RateControl::new(Some(Bitrate::from_bps(1_000_000)));
         updates(&mut control, 0, 100, Usage::Normal, 5e6);
         let grown = control.estimate().unwrap().bps();
-        assert!((2_000_000..2_300_000).contains(&grown), "8 % a second for 10 s: {grown}");
+        assert!(
+            (2_000_000..2_300_000).contains(&grown),
+            "8 % a second for 10 s: {grown}"
+        );
         updates(&mut control, 10_000, 1, Usage::Over, 1e6);
         assert_eq!(control.estimate().unwrap().bps(), 850_000);
         updates(&mut control, 10_100, 100, Usage::Normal, 850_000.0);
         let near = control.estimate().unwrap().bps() - 850_000;
-        assert!((40_000..400_000).contains(&near), "slower than 8 % a second: {near}");
+        assert!(
+            (40_000..400_000).contains(&near),
+            "slower than 8 % a second: {near}"
+        );
         // More arrives than the limit allowed for: it is a new path.
         updates(&mut control, 20_100, 50, Usage::Normal, 4e6);
         assert!(control.estimate().unwrap().bps() > 1_150_000);

@@ -56,9 +56,12 @@ impl ReceiveEstimator {
     pub fn handle_packet(&mut self, abs_send_time: u32, arrival: Time, bytes: usize) {
         self.first_at.get_or_insert(arrival);
         self.received.add(bytes, arrival);
-        self.delay.handle_packet(self.clock.unwrapped(abs_send_time), arrival);
+        self.delay
+            .handle_packet(self.clock.unwrapped(abs_send_time), arrival);
         let interval = self.interval();
-        let regular = self.updated_at.map_or(arrival + interval, |at| at + interval);
+        let regular = self
+            .updated_at
+            .map_or(arrival + interval, |at| at + interval);
         self.next_at = self.next_at.min(regular);
         if self.delay.usage() == Usage::Over {
             let throughput = self.received.rate(arrival).unwrap_or(f64::INFINITY);
@@ -82,19 +85,21 @@ impl ReceiveEstimator {
         self.updated_at = Some(now);
         self.control.set_rtt(rtt);
         let received = self.received.rate(now);
-        let waited = self.first_at.is_some_and(|first| now.since(first) >= FIRST_ESTIMATE);
+        let waited = self
+            .first_at
+            .is_some_and(|first| now.since(first) >= FIRST_ESTIMATE);
         if let (None, true, Some(bps)) = (self.control.estimate(), waited, received) {
-            self.control.set_estimate(Bitrate::from_bps(bps as u64), now);
+            self.control
+                .set_estimate(Bitrate::from_bps(bps as u64), now);
         }
         self.control.update(self.delay.usage(), received, now);
         self.control.estimate()
     }
 
     fn interval(&self) -> Duration {
-        let share = self
-            .control
-            .estimate()
-            .map_or(f64::INFINITY, |estimate| estimate.bps() as f64 * MESSAGE_SHARE);
+        let share = self.control.estimate().map_or(f64::INFINITY, |estimate| {
+            estimate.bps() as f64 * MESSAGE_SHARE
+        });
         Duration::from_secs_f64((MESSAGE_BITS / share).min(1e3)).clamp(INTERVAL_MIN, INTERVAL_MAX)
     }
 }
@@ -112,7 +117,12 @@ impl SendClock {
             self.newest = 4 * CYCLE + bits;
         }
         let ahead = (bits - self.newest).rem_euclid(CYCLE);
-        let at = self.newest + if ahead < CYCLE / 2 { ahead } else { ahead - CYCLE };
+        let at = self.newest
+            + if ahead < CYCLE / 2 {
+                ahead
+            } else {
+                ahead - CYCLE
+            };
         self.newest = self.newest.max(at);
         Time::from_nanos(((i128::from(at) * 1_000_000_000) >> FRACTION_BITS) as u64)
     }
@@ -123,7 +133,11 @@ mod tests {
     use super::*;
 
     /// A sender of `kbps(t)` at time t, in ms, over a bottleneck of `capacity(t)` kbit/s with a queue of half a second: what the receiver said, and when.
-    fn watch(seconds: u64, kbps: impl Fn(u64) -> u64, capacity: impl Fn(u64) -> u64) -> Vec<(u64, u64)> {
+    fn watch(
+        seconds: u64,
+        kbps: impl Fn(u64) -> u64,
+        capacity: impl Fn(u64) -> u64,
+    ) -> Vec<(u64, u64)> {
         let mut estimator = ReceiveEstimator::default();
         let (mut told, mut free_at_us, mut credit) = (Vec::new(), 0u64, 0u64);
         let mut arrivals = std::collections::VecDeque::new();
@@ -137,7 +151,9 @@ mod tests {
                     arrivals.push_back((free_at_us, ms));
                 }
             }
-            while let Some((at_us, sent_ms)) = arrivals.pop_front_if(|(at_us, _)| *at_us <= ms * 1_000) {
+            while let Some((at_us, sent_ms)) =
+                arrivals.pop_front_if(|(at_us, _)| *at_us <= ms * 1_000)
+            {
                 let sent = ((u128::from(sent_ms) + 60_000) << FRACTION_BITS) / 1_000;
                 estimator.handle_packet(sent as u32 & 0xFF_FFFF, Time::from_micros(at_us), 1_000);
             }
@@ -152,7 +168,10 @@ mod tests {
     }
 
     fn at(told: &[(u64, u64)], ms: u64) -> u64 {
-        told.iter().take_while(|(at, _)| *at <= ms).last().map_or(0, |(_, kbps)| *kbps)
+        told.iter()
+            .take_while(|(at, _)| *at <= ms)
+            .last()
+            .map_or(0, |(_, kbps)| *kbps)
     }
 
     #[test]
@@ -165,14 +184,24 @@ mod tests {
             at(&told, 30_000)
         );
         let apart: Vec<u64> = told.windows(2).map(|pair| pair[1].0 - pair[0].0).collect();
-        assert!(apart.iter().all(|ms| (200..300).contains(ms)), "each 200 ms: {apart:?}");
+        assert!(
+            apart.iter().all(|ms| (200..300).contains(ms)),
+            "each 200 ms: {apart:?}"
+        );
     }
 
     #[test]
     fn a_bottleneck_is_found_within_a_second_and_told_at_once() {
-        let told = watch(20, |_| 2_000, |ms| if ms < 10_000 { 100_000 } else { 1_000 });
+        let told = watch(
+            20,
+            |_| 2_000,
+            |ms| if ms < 10_000 { 100_000 } else { 1_000 },
+        );
         assert!(at(&told, 9_900) > 2_000);
-        let below = told.iter().find(|(ms, kbps)| *ms > 10_000 && *kbps <= 1_000).expect("noticed");
+        let below = told
+            .iter()
+            .find(|(ms, kbps)| *ms > 10_000 && *kbps <= 1_000)
+            .expect("noticed");
         assert!(below.0 < 11_500, "{below:?}");
         assert!(
             told.iter()
@@ -189,7 +218,13 @@ mod tests {
             10_000..20_000 => 600,
             _ => 2_000,
         };
-        let told = watch(40, sender, |ms| if (8_000..20_000).contains(&ms) { 1_000 } else { 100_000 });
+        let told = watch(40, sender, |ms| {
+            if (8_000..20_000).contains(&ms) {
+                1_000
+            } else {
+                100_000
+            }
+        });
         assert!(at(&told, 11_000) < 1_000);
         assert!(at(&told, 40_000) > 1_800, "{}", at(&told, 40_000));
     }
@@ -198,10 +233,18 @@ mod tests {
     fn the_senders_clock_wraps_and_packets_overtake_each_other() {
         let mut clock = SendClock::default();
         let start = clock.unwrapped(0xFF_FF00);
-        let second = |units: i64| Duration::from_nanos(((i128::from(units) * 1_000_000_000) >> FRACTION_BITS) as u64);
-        assert_eq!(clock.unwrapped(0x00_0100).since(start).as_micros(), second(0x200).as_micros());
+        let second = |units: i64| {
+            Duration::from_nanos(((i128::from(units) * 1_000_000_000) >> FRACTION_BITS) as u64)
+        };
+        assert_eq!(
+            clock.unwrapped(0x00_0100).since(start).as_micros(),
+            second(0x200).as_micros()
+        );
         let before = clock.unwrapped(0xFF_FE00);
         assert_eq!(start.since(before).as_micros(), second(0x100).as_micros());
-        assert_eq!(clock.unwrapped(0x00_0100).since(start).as_micros(), second(0x200).as_micros());
+        assert_eq!(
+            clock.unwrapped(0x00_0100).since(start).as_micros(),
+            second(0x200).as_micros()
+        );
     }
 }

@@ -137,14 +137,20 @@ impl SendEstimator {
                 self.prober.reduced_at = Some(now);
             }
         } else if let Some(probed) = probed.filter(|probed| *probed > self.target) {
-            self.control.set_estimate(Bitrate::from_bps(probed as u64), now);
+            self.control
+                .set_estimate(Bitrate::from_bps(probed as u64), now);
             self.target = probed;
         } else {
             self.control.update(usage, throughput, now);
         }
         let starting = now.since(started_at) < START_PHASE;
-        self.target = self.loss.update(self.target, packets, lost, starting, self.rtt, now);
-        let by_delay = self.control.estimate().map_or(f64::INFINITY, |estimate| estimate.bps() as f64);
+        self.target = self
+            .loss
+            .update(self.target, packets, lost, starting, self.rtt, now);
+        let by_delay = self
+            .control
+            .estimate()
+            .map_or(f64::INFINITY, |estimate| estimate.bps() as f64);
         if starting && !self.loss.was_high {
             self.target = self.target.max(by_delay);
         }
@@ -170,7 +176,15 @@ struct Loss {
 }
 
 impl Loss {
-    fn update(&mut self, target: f64, packets: u32, lost: u32, starting: bool, rtt: Duration, now: Time) -> f64 {
+    fn update(
+        &mut self,
+        target: f64,
+        packets: u32,
+        lost: u32,
+        starting: bool,
+        rtt: Duration,
+        now: Time,
+    ) -> f64 {
         self.packets += packets;
         self.lost += lost;
         if self.packets < LOSS_PACKETS_MIN {
@@ -178,12 +192,17 @@ impl Loss {
         }
         let share = f64::from(self.lost) / f64::from(self.packets);
         (self.packets, self.lost) = (0, 0);
-        let elapsed = self.grown_at.replace(now).map_or(Duration::ZERO, |at| now.since(at));
+        let elapsed = self
+            .grown_at
+            .replace(now)
+            .map_or(Duration::ZERO, |at| now.since(at));
         self.was_high = share > LOSS_HIGH;
         if share <= LOSS_LOW && !starting {
             return target * LOSS_GROWTH.powf(elapsed.as_secs_f64().min(1.0));
         }
-        let waited = self.reduced_at.is_none_or(|at| now.since(at) >= LOSS_PAUSE + rtt);
+        let waited = self
+            .reduced_at
+            .is_none_or(|at| now.since(at) >= LOSS_PAUSE + rtt);
         if self.was_high && waited {
             self.reduced_at = Some(now);
             return target * (1.0 - 0.5 * share);
@@ -218,7 +237,13 @@ struct Cluster {
 }
 
 impl Prober {
-    fn poll(&mut self, estimate: Bitrate, wants: Bitrate, usable: bool, now: Time) -> Option<ProbePlan> {
+    fn poll(
+        &mut self,
+        estimate: Bitrate,
+        wants: Bitrate,
+        usable: bool,
+        now: Time,
+    ) -> Option<ProbePlan> {
         if let Some(cluster) = self.current {
             if now.since(cluster.begun_at) < PROBE_PATIENCE {
                 return None;
@@ -237,7 +262,8 @@ impl Prober {
         }
         let quiet = |at: Option<Time>| at.is_none_or(|at| now.since(at) >= PROBE_INTERVAL);
         if self.planned.is_empty() && quiet(self.probed_at) && quiet(self.reduced_at) {
-            self.planned.push_back(Bitrate::from_bps(estimate.bps() * PROBE_FACTOR));
+            self.planned
+                .push_back(Bitrate::from_bps(estimate.bps() * PROBE_FACTOR));
         }
         let bitrate = self.planned.pop_front()?.min(wants);
         let bytes = bitrate.bps() as f64 / 8.0 * PROBE_TIME_MIN.as_secs_f64();
@@ -263,7 +289,11 @@ impl Prober {
     }
 
     fn handle_acknowledged(&mut self, packet: &Acknowledged) {
-        let Some(cluster) = self.current.as_mut().filter(|cluster| cluster.plan.cluster == packet.cluster) else {
+        let Some(cluster) = self
+            .current
+            .as_mut()
+            .filter(|cluster| cluster.plan.cluster == packet.cluster)
+        else {
             return;
         };
         cluster.arrived += 1;
@@ -291,7 +321,8 @@ impl Prober {
         let planned = cluster.plan.bitrate;
         if let Some(seen) = seen.filter(|seen| *seen >= planned.bps() as f64 * FOLLOW_SHARE) {
             if self.planned.is_empty() {
-                self.planned.push_back(Bitrate::from_bps(seen as u64 * PROBE_FACTOR));
+                self.planned
+                    .push_back(Bitrate::from_bps(seen as u64 * PROBE_FACTOR));
             }
         } else {
             self.planned.clear();
@@ -307,13 +338,25 @@ impl Cluster {
             (seconds > 0.0).then(|| bytes as f64 * 8.0 / seconds)
         };
         // Of what was sent, the last packet's own time is not in the interval; of what arrived, the first one's.
-        let sent = rate(self.bytes - self.last_sent.1, self.first_sent.0, self.last_sent.0)?;
-        let arrived = rate(self.bytes - self.first_arrival.1, self.first_arrival.0, self.last_arrival)?;
+        let sent = rate(
+            self.bytes - self.last_sent.1,
+            self.first_sent.0,
+            self.last_sent.0,
+        )?;
+        let arrived = rate(
+            self.bytes - self.first_arrival.1,
+            self.first_arrival.0,
+            self.last_arrival,
+        )?;
         if arrived / sent > PROBE_RATIO_MAX {
             return None;
         }
         let saturated = arrived < sent * PROBE_SATURATED;
-        Some(if saturated { arrived * PROBE_SATURATED_USE } else { arrived.min(sent) })
+        Some(if saturated {
+            arrived * PROBE_SATURATED_USE
+        } else {
+            arrived.min(sent)
+        })
     }
 }
 
@@ -354,7 +397,8 @@ mod tests {
             let full = start - self.now_ms * 1_000 > 300_000;
             let sent_at = Time::from_millis(self.now_ms);
             if full || self.random.chance(self.loss_percent) {
-                self.under_way.push_back((sent_at + Duration::from_millis(50), None));
+                self.under_way
+                    .push_back((sent_at + Duration::from_millis(50), None));
                 return;
             }
             self.free_at_us = start + bytes as u64 * 8_000 / capacity_kbps;
@@ -365,10 +409,17 @@ mod tests {
                 bytes,
                 cluster,
             };
-            self.under_way.push_back((arrival + Duration::from_millis(10), Some(packet)));
+            self.under_way
+                .push_back((arrival + Duration::from_millis(10), Some(packet)));
         }
 
-        fn run(&mut self, seconds: u64, capacity_kbps: u64, wants_kbps: u64, rate_kbps: impl Fn(u64) -> u64) {
+        fn run(
+            &mut self,
+            seconds: u64,
+            capacity_kbps: u64,
+            wants_kbps: u64,
+            rate_kbps: impl Fn(u64) -> u64,
+        ) {
             for _ in 0..seconds * 1_000 {
                 self.credit += rate_kbps(self.estimator.estimate().bps() / 1_000) as f64;
                 while self.credit >= 8_000.0 {
@@ -377,8 +428,11 @@ mod tests {
                 }
                 let now = Time::from_millis(self.now_ms);
                 if self.probe.is_none() {
-                    let plan = self.estimator.poll_probe(Bitrate::from_bps(wants_kbps * 1_000), now);
-                    self.probes.extend(plan.map(|plan| (self.now_ms, plan.bitrate.bps() / 1_000)));
+                    let plan = self
+                        .estimator
+                        .poll_probe(Bitrate::from_bps(wants_kbps * 1_000), now);
+                    self.probes
+                        .extend(plan.map(|plan| (self.now_ms, plan.bitrate.bps() / 1_000)));
                     self.probe = plan.map(|plan| (plan, 0, 8_800.0));
                 }
                 if let Some((plan, mut sent, mut credit)) = self.probe.take() {
@@ -424,7 +478,11 @@ mod tests {
         assert_eq!(link.probes[0].1, 900, "three times the first guess");
         let count = link.probes.len();
         link.run(20, 20_000, 2_500, |_| 2_400);
-        assert_eq!(link.probes.len(), count, "one that has what it wants probes no more");
+        assert_eq!(
+            link.probes.len(),
+            count,
+            "one that has what it wants probes no more"
+        );
     }
 
     #[test]

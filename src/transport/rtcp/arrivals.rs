@@ -61,7 +61,11 @@ impl Chunk {
             return None;
         }
         self.next += 1;
-        Some(if self.is_run { self.symbols[0] } else { self.symbols[usize::from(at)] })
+        Some(if self.is_run {
+            self.symbols[0]
+        } else {
+            self.symbols[usize::from(at)]
+        })
     }
 }
 
@@ -165,7 +169,10 @@ mod tests {
     fn what_was_written_is_read_again() {
         for seed in 0..300 {
             let mut random = Seeded::new(seed);
-            let (base, mut now) = (Seq(random.draw() as u16), Time::from_millis(random.below(1 << 30)));
+            let (base, mut now) = (
+                Seq(random.draw() as u16),
+                Time::from_millis(random.below(1 << 30)),
+            );
             let arrivals: Vec<Option<Time>> = (0..random.below(300))
                 .map(|_| {
                     let longest = [200, 4_000, 400_000][random.below(3) as usize];
@@ -175,7 +182,9 @@ mod tests {
                 .collect();
             let mut buffer = [0; 1_500];
             let mut writer = Writer::new(&mut buffer);
-            writer.transport_cc(1, 2, base, 3, arrivals.iter().copied()).unwrap();
+            writer
+                .transport_cc(1, 2, base, 3, arrivals.iter().copied())
+                .unwrap();
             let len = writer.len();
             let body = body(&buffer[..len]);
             let arrivals_read = Arrivals::new(&body).unwrap();
@@ -183,9 +192,16 @@ mod tests {
             let read: Vec<_> = arrivals_read.collect();
             assert_eq!(read.len(), arrivals.len(), "seed {seed}");
             for (at, (arrival, (seq, told))) in arrivals.iter().zip(read).enumerate() {
-                assert_eq!((seq, told.is_some()), (base.wrapping_add(at as u16), arrival.is_some()));
+                assert_eq!(
+                    (seq, told.is_some()),
+                    (base.wrapping_add(at as u16), arrival.is_some())
+                );
                 if let (Some(arrival), Some(told)) = (arrival, told) {
-                    assert_eq!((arrival.as_micros() / 250 * 250) as i64, reference + told, "seed {seed}");
+                    assert_eq!(
+                        (arrival.as_micros() / 250 * 250) as i64,
+                        reference + told,
+                        "seed {seed}"
+                    );
                 }
             }
         }
@@ -204,9 +220,21 @@ mod tests {
 
     #[test]
     fn a_message_about_more_packets_than_anybody_sends_and_an_endless_one_are_refused() {
-        assert!(Arrivals::new(&[0, 0, 0x20, 1, 0, 0, 0, 0, 0x20, 1]).is_none(), "8,193 packets");
-        assert!(Arrivals::new(&[0, 0, 0, 5, 0, 0, 0, 0, 0, 0]).is_none(), "a run of nothing");
-        assert!(Arrivals::new(&[0, 0, 0, 1, 0, 0, 0, 0, 0x20, 1]).is_none(), "a step that is not there");
-        assert!(Arrivals::new(&[0, 0, 0, 1, 0, 0, 0, 0, 0x60, 1, 0, 0]).is_none(), "a reserved symbol");
+        assert!(
+            Arrivals::new(&[0, 0, 0x20, 1, 0, 0, 0, 0, 0x20, 1]).is_none(),
+            "8,193 packets"
+        );
+        assert!(
+            Arrivals::new(&[0, 0, 0, 5, 0, 0, 0, 0, 0, 0]).is_none(),
+            "a run of nothing"
+        );
+        assert!(
+            Arrivals::new(&[0, 0, 0, 1, 0, 0, 0, 0, 0x20, 1]).is_none(),
+            "a step that is not there"
+        );
+        assert!(
+            Arrivals::new(&[0, 0, 0, 1, 0, 0, 0, 0, 0x60, 1, 0, 0]).is_none(),
+            "a reserved symbol"
+        );
     }
 }

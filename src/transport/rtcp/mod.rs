@@ -10,7 +10,10 @@ mod write;
 use std::time::Duration;
 
 pub use arrivals::Arrivals;
-pub use read::{DlrrBlocks, FirEntries, Malformed, NackSeqs, Packet, Packets, ReportBlocks, SdesChunk, SdesChunks, Ssrcs, packets};
+pub use read::{
+    DlrrBlocks, FirEntries, Malformed, NackSeqs, Packet, Packets, ReportBlocks, SdesChunk,
+    SdesChunks, Ssrcs, packets,
+};
 pub use write::{WriteError, Writer};
 
 /// A sender report's own part (RFC 3550, section 6.4.1).
@@ -107,16 +110,37 @@ mod tests {
     fn the_round_trip_time_survives_a_wrapping_clock_and_refuses_nonsense() {
         const SECOND: u32 = 1 << 16;
         for (now, lsr, dlsr, expected) in [
-            (10 * SECOND, 5 * SECOND, 2 * SECOND, Some(Duration::from_secs(3))),
-            (SECOND, 0u32.wrapping_sub(SECOND), SECOND / 2, Some(Duration::from_millis(1_500))),
+            (
+                10 * SECOND,
+                5 * SECOND,
+                2 * SECOND,
+                Some(Duration::from_secs(3)),
+            ),
+            (
+                SECOND,
+                0u32.wrapping_sub(SECOND),
+                SECOND / 2,
+                Some(Duration::from_millis(1_500)),
+            ),
             (10 * SECOND, 10 * SECOND, 0, Some(Duration::ZERO)),
             (10 * SECOND, 0, 0, None),
             (10 * SECOND, 9 * SECOND, SECOND + 1, None),
             (10 * SECOND, 11 * SECOND, 0, None),
             (10 * SECOND, 9 * SECOND, u32::MAX, None),
-            (0x8000_0000, 1, 0, Some(Duration::from_nanos((((1u64 << 31) - 1) * 1_000_000_000) >> 16))),
+            (
+                0x8000_0000,
+                1,
+                0,
+                Some(Duration::from_nanos(
+                    (((1u64 << 31) - 1) * 1_000_000_000) >> 16,
+                )),
+            ),
         ] {
-            assert_eq!(rtt_from_report(now, lsr, dlsr), expected, "{now} {lsr} {dlsr}");
+            assert_eq!(
+                rtt_from_report(now, lsr, dlsr),
+                expected,
+                "{now} {lsr} {dlsr}"
+            );
         }
     }
 

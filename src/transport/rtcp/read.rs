@@ -3,9 +3,10 @@
 use std::slice;
 
 use super::{
-    BLOCK_DLRR, BLOCK_RRTR, DLRR_BLOCK_LEN, DlrrBlock, EXTENDED_REPORT, FMT_APPLICATION_LAYER, FMT_FIR, FMT_NACK, FMT_PLI, FMT_TRANSPORT_CC, GOODBYE,
-    PAYLOAD_FEEDBACK, RECEIVER_REPORT, REMB_NAME, REPORT_BLOCK_LEN, ReportBlock, SDES_CNAME, SENDER_REPORT, SOURCE_DESCRIPTION, SenderInfo,
-    TRANSPORT_FEEDBACK, VERSION,
+    BLOCK_DLRR, BLOCK_RRTR, DLRR_BLOCK_LEN, DlrrBlock, EXTENDED_REPORT, FMT_APPLICATION_LAYER,
+    FMT_FIR, FMT_NACK, FMT_PLI, FMT_TRANSPORT_CC, GOODBYE, PAYLOAD_FEEDBACK, RECEIVER_REPORT,
+    REMB_NAME, REPORT_BLOCK_LEN, ReportBlock, SDES_CNAME, SENDER_REPORT, SOURCE_DESCRIPTION,
+    SenderInfo, TRANSPORT_FEEDBACK, VERSION,
 };
 use crate::transport::rtp::be32;
 use crate::transport::sequence::Seq;
@@ -119,8 +120,13 @@ impl<'a> Frame<'a> {
         if flags >> 6 != VERSION {
             return None;
         }
-        let (padded, rest) = behind.split_at_checked(4 * usize::from(u16::from_be_bytes([l0, l1])))?;
-        let body = if flags & 0x20 == 0 { padded } else { without_padding(padded)? };
+        let (padded, rest) =
+            behind.split_at_checked(4 * usize::from(u16::from_be_bytes([l0, l1])))?;
+        let body = if flags & 0x20 == 0 {
+            padded
+        } else {
+            without_padding(padded)?
+        };
         Some(Frame {
             payload_type,
             count: flags & 0x1F,
@@ -223,7 +229,10 @@ impl<'a> Frame<'a> {
 
     fn pli(&self) -> Option<Packet<'a>> {
         let (sender_ssrc, media_ssrc, _) = self.feedback()?;
-        Some(Packet::Pli { sender_ssrc, media_ssrc })
+        Some(Packet::Pli {
+            sender_ssrc,
+            media_ssrc,
+        })
     }
 
     fn fir(&self) -> Option<Packet<'a>> {
@@ -233,13 +242,16 @@ impl<'a> Frame<'a> {
         };
         Some(Packet::Fir {
             sender_ssrc,
-            entries: FirEntries { entries: entries.iter() },
+            entries: FirEntries {
+                entries: entries.iter(),
+            },
         })
     }
 
     fn remb(&self) -> Option<Packet<'a>> {
         let (sender_ssrc, _, body) = self.feedback()?;
-        let Some((&[r, e, m, b, count, head, middle, low], sources)) = body.split_first_chunk() else {
+        let Some((&[r, e, m, b, count, head, middle, low], sources)) = body.split_first_chunk()
+        else {
             return Some(self.unknown());
         };
         if [r, e, m, b] != REMB_NAME {
@@ -285,7 +297,11 @@ impl<'a> Frame<'a> {
 
     /// Sender, media source and feedback control information (RFC 4585, section 6.1).
     fn feedback(&self) -> Option<(u32, u32, &'a [u8])> {
-        Some((be32(self.body, 0)?, be32(self.body, 4)?, self.body.get(8..)?))
+        Some((
+            be32(self.body, 0)?,
+            be32(self.body, 4)?,
+            self.body.get(8..)?,
+        ))
     }
 }
 
@@ -450,7 +466,8 @@ impl<'a> Iterator for XrBlocks<'a> {
 
     fn next(&mut self) -> Option<(u8, &'a [u8])> {
         let (&[kind, _, l0, l1], behind) = self.rest.split_first_chunk()?;
-        let (contents, rest) = behind.split_at_checked(4 * usize::from(u16::from_be_bytes([l0, l1])))?;
+        let (contents, rest) =
+            behind.split_at_checked(4 * usize::from(u16::from_be_bytes([l0, l1])))?;
         self.rest = rest;
         Some((kind, contents))
     }
@@ -517,7 +534,9 @@ mod tests {
             let packet = [0xA0, 201, 0, 3, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, padding];
             let parsed = packets(&packet).next().unwrap();
             assert_eq!(parsed.as_ref().err(), expected.as_ref(), "{padding}");
-            assert!(parsed.is_err() || matches!(parsed, Ok(Packet::ReceiverReport { ssrc: 7, .. })));
+            assert!(
+                parsed.is_err() || matches!(parsed, Ok(Packet::ReceiverReport { ssrc: 7, .. }))
+            );
         }
     }
 
@@ -532,7 +551,8 @@ mod tests {
             let mut packet = [0; 32];
             packet[..8].copy_from_slice(&[0x81, 201, 0, 7, 0, 0, 0, 1]);
             packet[13..16].copy_from_slice(&wire);
-            let Some(Ok(Packet::ReceiverReport { mut reports, .. })) = packets(&packet).next() else {
+            let Some(Ok(Packet::ReceiverReport { mut reports, .. })) = packets(&packet).next()
+            else {
                 panic!()
             };
             assert_eq!(reports.next().unwrap().cumulative_lost, expected);
@@ -541,7 +561,9 @@ mod tests {
 
     #[test]
     fn a_nack_unfolds_across_the_wrap() {
-        let packet = [0x81, 205, 0, 4, 0, 0, 0, 1, 0, 0, 0, 2, 0xFF, 0xFE, 0x80, 0x05, 0, 100, 0, 0];
+        let packet = [
+            0x81, 205, 0, 4, 0, 0, 0, 1, 0, 0, 0, 2, 0xFF, 0xFE, 0x80, 0x05, 0, 100, 0, 0,
+        ];
         let Some(Ok(Packet::Nack {
             sender_ssrc: 1,
             media_ssrc: 2,
@@ -550,12 +572,17 @@ mod tests {
         else {
             panic!()
         };
-        assert_eq!(seqs.map(|seq| seq.0).collect::<Vec<_>>(), [65_534, 65_535, 1, 14, 100]);
+        assert_eq!(
+            seqs.map(|seq| seq.0).collect::<Vec<_>>(),
+            [65_534, 65_535, 1, 14, 100]
+        );
     }
 
     #[test]
     fn an_absurd_remb_saturates() {
-        let packet = [0x8F, 206, 0, 4, 0, 0, 0, 1, 0, 0, 0, 0, b'R', b'E', b'M', b'B', 0, 0xFF, 0xFF, 0xFF];
+        let packet = [
+            0x8F, 206, 0, 4, 0, 0, 0, 1, 0, 0, 0, 0, b'R', b'E', b'M', b'B', 0, 0xFF, 0xFF, 0xFF,
+        ];
         let Some(Ok(Packet::Remb { bitrate, .. })) = packets(&packet).next() else {
             panic!()
         };
@@ -564,7 +591,9 @@ mod tests {
 
     #[test]
     fn application_feedback_that_is_no_remb_is_unknown() {
-        let packet = [0x8F, 206, 0, 4, 0, 0, 0, 1, 0, 0, 0, 0, b'G', b'O', b'O', b'G', 0, 0xFF, 0xFF, 0xFF];
+        let packet = [
+            0x8F, 206, 0, 4, 0, 0, 0, 1, 0, 0, 0, 0, b'G', b'O', b'O', b'G', 0, 0xFF, 0xFF, 0xFF,
+        ];
         assert!(matches!(
             packets(&packet).next(),
             Some(Ok(Packet::Unknown {

@@ -3,9 +3,10 @@
 use std::fmt;
 
 use super::{
-    BLOCK_DLRR, BLOCK_RRTR, DLRR_BLOCK_LEN, DlrrBlock, EXTENDED_REPORT, FEEDBACK_TICK, FMT_APPLICATION_LAYER, FMT_FIR, FMT_NACK, FMT_PLI,
-    FMT_TRANSPORT_CC, GOODBYE, PAYLOAD_FEEDBACK, RECEIVER_REPORT, REMB_NAME, ReportBlock, SDES_CNAME, SENDER_REPORT, SOURCE_DESCRIPTION, SenderInfo,
-    TRANSPORT_FEEDBACK, VERSION,
+    BLOCK_DLRR, BLOCK_RRTR, DLRR_BLOCK_LEN, DlrrBlock, EXTENDED_REPORT, FEEDBACK_TICK,
+    FMT_APPLICATION_LAYER, FMT_FIR, FMT_NACK, FMT_PLI, FMT_TRANSPORT_CC, GOODBYE, PAYLOAD_FEEDBACK,
+    RECEIVER_REPORT, REMB_NAME, ReportBlock, SDES_CNAME, SENDER_REPORT, SOURCE_DESCRIPTION,
+    SenderInfo, TRANSPORT_FEEDBACK, VERSION,
 };
 use crate::transport::sequence::Seq;
 use crate::units::{Bitrate, Time};
@@ -54,7 +55,11 @@ impl<'a> Writer<'a> {
     }
 
     /// SR. Beyond 31 reports, receiver reports follow it (RFC 3550, section 6.1).
-    pub fn sender_report(&mut self, sender: &SenderInfo, reports: impl IntoIterator<Item = ReportBlock>) -> Result<(), WriteError> {
+    pub fn sender_report(
+        &mut self,
+        sender: &SenderInfo,
+        reports: impl IntoIterator<Item = ReportBlock>,
+    ) -> Result<(), WriteError> {
         let mut reports = reports.into_iter().peekable();
         self.all_or_nothing(|writer| {
             writer.packet(SENDER_REPORT, |packet| {
@@ -73,7 +78,11 @@ impl<'a> Writer<'a> {
     }
 
     /// RR; an empty one if there is nothing to report. Beyond 31 reports, further packets follow it.
-    pub fn receiver_report(&mut self, ssrc: u32, reports: impl IntoIterator<Item = ReportBlock>) -> Result<(), WriteError> {
+    pub fn receiver_report(
+        &mut self,
+        ssrc: u32,
+        reports: impl IntoIterator<Item = ReportBlock>,
+    ) -> Result<(), WriteError> {
         let mut reports = reports.into_iter().peekable();
         self.all_or_nothing(|writer| {
             writer.receiver_report_part(ssrc, &mut reports)?;
@@ -110,7 +119,12 @@ impl<'a> Writer<'a> {
     }
 
     /// Generic NACK. `lost` in sending order packs best: up to 17 numbers in four bytes. Nothing is written if it is empty.
-    pub fn nack(&mut self, sender_ssrc: u32, media_ssrc: u32, lost: impl IntoIterator<Item = Seq>) -> Result<(), WriteError> {
+    pub fn nack(
+        &mut self,
+        sender_ssrc: u32,
+        media_ssrc: u32,
+        lost: impl IntoIterator<Item = Seq>,
+    ) -> Result<(), WriteError> {
         let mut lost = lost.into_iter();
         let Some(first) = lost.next() else {
             return Ok(());
@@ -181,7 +195,12 @@ impl<'a> Writer<'a> {
     }
 
     /// REMB for at most 255 sources. The wire keeps 18 significant bits; the rest is cut, so the peer never reads more than was said.
-    pub fn remb(&mut self, sender_ssrc: u32, bitrate: Bitrate, sources: &[u32]) -> Result<(), WriteError> {
+    pub fn remb(
+        &mut self,
+        sender_ssrc: u32,
+        bitrate: Bitrate,
+        sources: &[u32],
+    ) -> Result<(), WriteError> {
         let count = u8::try_from(sources.len()).map_err(|_| WriteError::TooLong)?;
         let exponent = (64 - bitrate.bps().leading_zeros()).saturating_sub(18);
         let mantissa = (bitrate.bps() >> exponent) as u32;
@@ -196,7 +215,12 @@ impl<'a> Writer<'a> {
 
     /// XR with our clock (RRTR, an NTP stamp) and our answers to the clocks of others (DLRR), either of which may be absent.
     /// Nothing is written if both are.
-    pub fn xr(&mut self, ssrc: u32, rrtr: Option<u64>, dlrr: impl IntoIterator<Item = DlrrBlock>) -> Result<(), WriteError> {
+    pub fn xr(
+        &mut self,
+        ssrc: u32,
+        rrtr: Option<u64>,
+        dlrr: impl IntoIterator<Item = DlrrBlock>,
+    ) -> Result<(), WriteError> {
         let mut dlrr = dlrr.into_iter().peekable();
         if rrtr.is_none() && dlrr.peek().is_none() {
             return Ok(());
@@ -214,14 +238,21 @@ impl<'a> Writer<'a> {
         })
     }
 
-    fn receiver_report_part(&mut self, ssrc: u32, reports: &mut impl Iterator<Item = ReportBlock>) -> Result<(), WriteError> {
+    fn receiver_report_part(
+        &mut self,
+        ssrc: u32,
+        reports: &mut impl Iterator<Item = ReportBlock>,
+    ) -> Result<(), WriteError> {
         self.packet(RECEIVER_REPORT, |packet| {
             packet.put(&ssrc.to_be_bytes())?;
             packet.report_blocks(reports)
         })
     }
 
-    fn all_or_nothing(&mut self, write: impl FnOnce(&mut Self) -> Result<(), WriteError>) -> Result<(), WriteError> {
+    fn all_or_nothing(
+        &mut self,
+        write: impl FnOnce(&mut Self) -> Result<(), WriteError>,
+    ) -> Result<(), WriteError> {
         let before = self.len;
         let result = write(self);
         if result.is_err() {
@@ -231,10 +262,17 @@ impl<'a> Writer<'a> {
     }
 
     /// Appends one packet: `fill` writes whole words behind the header and returns the header's five-bit count.
-    fn packet(&mut self, payload_type: u8, fill: impl FnOnce(&mut Body<'_>) -> Result<u8, WriteError>) -> Result<(), WriteError> {
+    fn packet(
+        &mut self,
+        payload_type: u8,
+        fill: impl FnOnce(&mut Body<'_>) -> Result<u8, WriteError>,
+    ) -> Result<(), WriteError> {
         let free = self.out.get_mut(self.len..).ok_or(WriteError::Full)?;
         let (header, behind) = free.split_first_chunk_mut().ok_or(WriteError::Full)?;
-        let mut body = Body { out: behind, len: 0 };
+        let mut body = Body {
+            out: behind,
+            len: 0,
+        };
         let count = fill(&mut body)?;
         debug_assert!(body.len.is_multiple_of(4) && usize::from(count) <= MAX_COUNT);
         let [l0, l1] = words(body.len)?;
@@ -260,14 +298,26 @@ enum Status {
 }
 
 /// Walks arrivals as (status, step from the one before).
-fn steps_of(arrivals: impl Iterator<Item = Option<Time>>, start: i64) -> impl Iterator<Item = (Status, i64)> {
+fn steps_of(
+    arrivals: impl Iterator<Item = Option<Time>>,
+    start: i64,
+) -> impl Iterator<Item = (Status, i64)> {
     let mut before = start;
     arrivals.map(move |arrival| {
-        let Some(arrival) = arrival else { return (Status::Missing, 0) };
+        let Some(arrival) = arrival else {
+            return (Status::Missing, 0);
+        };
         let at = ticks(arrival);
         let step = at - std::mem::replace(&mut before, at);
         let small = (0..=i64::from(u8::MAX)).contains(&step);
-        (if small { Status::SmallStep } else { Status::LargeStep }, step)
+        (
+            if small {
+                Status::SmallStep
+            } else {
+                Status::LargeStep
+            },
+            step,
+        )
     })
 }
 
@@ -280,7 +330,9 @@ const RUN_MAX: usize = (1 << 13) - 1;
 const MAX_COUNT: usize = 31;
 
 fn words(len: usize) -> Result<[u8; 2], WriteError> {
-    u16::try_from(len / 4).map(u16::to_be_bytes).map_err(|_| WriteError::TooLong)
+    u16::try_from(len / 4)
+        .map(u16::to_be_bytes)
+        .map_err(|_| WriteError::TooLong)
 }
 
 /// What is behind a packet's header.
@@ -302,11 +354,16 @@ impl Body<'_> {
     }
 
     fn put_all(&mut self, words: &[u32]) -> Result<(), WriteError> {
-        words.iter().try_for_each(|word| self.put(&word.to_be_bytes()))
+        words
+            .iter()
+            .try_for_each(|word| self.put(&word.to_be_bytes()))
     }
 
     /// As many as one packet holds; returns their number.
-    fn report_blocks(&mut self, reports: &mut impl Iterator<Item = ReportBlock>) -> Result<u8, WriteError> {
+    fn report_blocks(
+        &mut self,
+        reports: &mut impl Iterator<Item = ReportBlock>,
+    ) -> Result<u8, WriteError> {
         let mut count = 0;
         for block in reports.by_ref().take(MAX_COUNT) {
             let lost = block.cumulative_lost.clamp(-0x80_0000, 0x7F_FFFF) as u32 & 0xFF_FFFF;
@@ -325,8 +382,14 @@ impl Body<'_> {
     }
 
     /// Status chunks: a run of equal ones where that says more than a vector of seven.
-    fn statuses(&mut self, arrivals: impl Iterator<Item = Option<Time>>, start: i64) -> Result<(), WriteError> {
-        let mut statuses = steps_of(arrivals, start).map(|(status, _)| status).peekable();
+    fn statuses(
+        &mut self,
+        arrivals: impl Iterator<Item = Option<Time>>,
+        start: i64,
+    ) -> Result<(), WriteError> {
+        let mut statuses = steps_of(arrivals, start)
+            .map(|(status, _)| status)
+            .peekable();
         let mut vector = [Status::Missing; VECTOR_LEN];
         let mut waiting = 0;
         while let Some(status) = statuses.next() {
@@ -354,16 +417,26 @@ impl Body<'_> {
 
     fn vector(&mut self, vector: &[Status; VECTOR_LEN]) -> Result<(), WriteError> {
         const TWO_BITS_EACH: u16 = 0b11 << 14;
-        let chunk = vector.iter().fold(0, |chunk, status| chunk << 2 | *status as u16);
+        let chunk = vector
+            .iter()
+            .fold(0, |chunk, status| chunk << 2 | *status as u16);
         self.put(&(TWO_BITS_EACH | chunk).to_be_bytes())
     }
 
-    fn steps(&mut self, arrivals: impl Iterator<Item = Option<Time>>, start: i64) -> Result<(), WriteError> {
+    fn steps(
+        &mut self,
+        arrivals: impl Iterator<Item = Option<Time>>,
+        start: i64,
+    ) -> Result<(), WriteError> {
         for (status, step) in steps_of(arrivals, start) {
             match status {
                 Status::Missing => {}
                 Status::SmallStep => self.put(&[step as u8])?,
-                Status::LargeStep => self.put(&i16::try_from(step).map_err(|_| WriteError::TooLong)?.to_be_bytes())?,
+                Status::LargeStep => self.put(
+                    &i16::try_from(step)
+                        .map_err(|_| WriteError::TooLong)?
+                        .to_be_bytes(),
+                )?,
             }
         }
         Ok(())
@@ -425,7 +498,12 @@ mod tests {
 
     #[test]
     fn more_than_31_reports_flow_into_further_packets() {
-        for (reports, expected) in [(0, &[0][..]), (31, &[31]), (32, &[31, 1]), (75, &[31, 31, 13])] {
+        for (reports, expected) in [
+            (0, &[0][..]),
+            (31, &[31]),
+            (32, &[31, 1]),
+            (75, &[31, 31, 13]),
+        ] {
             let mut out = [0; 4_000];
             let mut writer = Writer::new(&mut out);
             writer
@@ -437,7 +515,9 @@ mod tests {
                     vec![ReportBlock::default(); reports],
                 )
                 .unwrap();
-            writer.receiver_report(9, vec![ReportBlock::default(); reports]).unwrap();
+            writer
+                .receiver_report(9, vec![ReportBlock::default(); reports])
+                .unwrap();
             let len = writer.len();
             let counts: Vec<usize> = packets(&out[..len])
                 .map(|packet| match packet.unwrap() {
@@ -492,8 +572,14 @@ mod tests {
         let mut out = [0; 4_000];
         let mut writer = Writer::new(&mut out);
         assert_eq!(writer.bye(&[0; 32]), Err(WriteError::TooLong));
-        assert_eq!(writer.sdes_cname(1, &"x".repeat(256)), Err(WriteError::TooLong));
-        assert_eq!(writer.remb(1, Bitrate::from_bps(1), &[0; 256]), Err(WriteError::TooLong));
+        assert_eq!(
+            writer.sdes_cname(1, &"x".repeat(256)),
+            Err(WriteError::TooLong)
+        );
+        assert_eq!(
+            writer.remb(1, Bitrate::from_bps(1), &[0; 256]),
+            Err(WriteError::TooLong)
+        );
         assert!(writer.is_empty());
     }
 

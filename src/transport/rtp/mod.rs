@@ -71,7 +71,11 @@ impl Header {
         let csrcs_end = FIXED_LEN + 4 * usize::from(flags & 0x0F);
         let (extension_form, extensions_at, header_len) = if flags & EXTENSION_FLAG != 0 {
             let words = usize::from(be16(packet, csrcs_end + 2)?);
-            (ExtensionForm::of(be16(packet, csrcs_end)?), csrcs_end + 4, csrcs_end + 4 + 4 * words)
+            (
+                ExtensionForm::of(be16(packet, csrcs_end)?),
+                csrcs_end + 4,
+                csrcs_end + 4 + 4 * words,
+            )
         } else {
             (ExtensionForm::None, csrcs_end, csrcs_end)
         };
@@ -93,12 +97,16 @@ impl Header {
 
     /// The first extension element of `packet` under `id`, as negotiated in SDP.
     pub fn extension<'a>(&self, packet: &'a [u8], id: u8) -> Option<&'a [u8]> {
-        self.extensions(packet).find(|(found, _)| *found == id).map(|(_, value)| value)
+        self.extensions(packet)
+            .find(|(found, _)| *found == id)
+            .map(|(_, value)| value)
     }
 
     /// All extension elements of `packet` in order, (id, value), up to the first that is malformed (RFC 8285, section 4).
     pub fn extensions<'a>(&self, packet: &'a [u8]) -> Extensions<'a> {
-        let rest = packet.get(self.extensions_at..self.header_len).unwrap_or_default();
+        let rest = packet
+            .get(self.extensions_at..self.header_len)
+            .unwrap_or_default();
         Extensions {
             rest,
             form: self.extension_form,
@@ -247,8 +255,14 @@ mod tests {
             assert_eq!(classify(&long(first, second)), expected, "{first} {second}");
         }
         for (first, second, shortest) in [(0, 1, 20), (22, 254, 13), (128, 96, 12), (128, 200, 8)] {
-            assert_eq!(classify(&long(first, second)[..shortest - 1]), Datagram::Unknown);
-            assert_ne!(classify(&long(first, second)[..shortest]), Datagram::Unknown);
+            assert_eq!(
+                classify(&long(first, second)[..shortest - 1]),
+                Datagram::Unknown
+            );
+            assert_ne!(
+                classify(&long(first, second)[..shortest]),
+                Datagram::Unknown
+            );
         }
         assert_eq!(classify(&[]), Datagram::Unknown);
     }
@@ -262,31 +276,78 @@ mod tests {
 
     #[test]
     fn one_byte_elements_are_found_around_padding_and_until_a_reserved_id() {
-        let bytes = packet(0x90, &[0xBEDE_0004, 0x10AA_0000, 0x31BB_BB22, 0xCCCC_CCF0, 0x50DD_0000], b"payload");
+        let bytes = packet(
+            0x90,
+            &[
+                0xBEDE_0004,
+                0x10AA_0000,
+                0x31BB_BB22,
+                0xCCCC_CCF0,
+                0x50DD_0000,
+            ],
+            b"payload",
+        );
         let header = Header::parse(&bytes).unwrap();
         let elements: Vec<_> = header.extensions(&bytes).collect();
-        assert_eq!(elements, [(1, &[0xAA][..]), (3, &[0xBB, 0xBB][..]), (2, &[0xCC, 0xCC, 0xCC][..])]);
+        assert_eq!(
+            elements,
+            [
+                (1, &[0xAA][..]),
+                (3, &[0xBB, 0xBB][..]),
+                (2, &[0xCC, 0xCC, 0xCC][..])
+            ]
+        );
         assert_eq!(header.extension(&bytes, 2), Some(&[0xCC; 3][..]));
-        assert_eq!(header.extension(&bytes, 5), None, "behind id 15 nothing counts");
+        assert_eq!(
+            header.extension(&bytes, 5),
+            None,
+            "behind id 15 nothing counts"
+        );
         assert_eq!(header.payload(&bytes), Some(&b"payload"[..]));
         let zero_with_length = packet(0x90, &[0xBEDE_0002, 0x10AA_01BB, 0xBB20_CC00], b"");
-        assert_eq!(Header::parse(&zero_with_length).unwrap().extensions(&zero_with_length).count(), 1);
+        assert_eq!(
+            Header::parse(&zero_with_length)
+                .unwrap()
+                .extensions(&zero_with_length)
+                .count(),
+            1
+        );
     }
 
     #[test]
     fn two_byte_elements_may_be_empty_and_have_any_id() {
-        let bytes = packet(0x91, &[0x1111_1111, 0x1005_0003, 0x0100_00FF, 0x02BB_BB07, 0x0900_0000], b"p");
+        let bytes = packet(
+            0x91,
+            &[
+                0x1111_1111,
+                0x1005_0003,
+                0x0100_00FF,
+                0x02BB_BB07,
+                0x0900_0000,
+            ],
+            b"p",
+        );
         let header = Header::parse(&bytes).unwrap();
         let elements: Vec<_> = header.extensions(&bytes).collect();
-        assert_eq!(elements, [(1, &[][..]), (255, &[0xBB, 0xBB][..])], "the last one runs past the end");
-        assert_eq!((header.header_len, header.payload(&bytes)), (32, Some(&b"p"[..])));
+        assert_eq!(
+            elements,
+            [(1, &[][..]), (255, &[0xBB, 0xBB][..])],
+            "the last one runs past the end"
+        );
+        assert_eq!(
+            (header.header_len, header.payload(&bytes)),
+            (32, Some(&b"p"[..]))
+        );
     }
 
     #[test]
     fn an_unknown_extension_profile_is_skipped_whole() {
         let bytes = packet(0x90, &[0xABCD_0001, 0x10AA_0000], b"p");
         let header = Header::parse(&bytes).unwrap();
-        assert_eq!((header.extensions(&bytes).count(), header.payload(&bytes)), (0, Some(&b"p"[..])));
+        assert_eq!(
+            (header.extensions(&bytes).count(), header.payload(&bytes)),
+            (0, Some(&b"p"[..]))
+        );
     }
 
     #[test]
@@ -297,7 +358,10 @@ mod tests {
             assert_eq!(Header::parse(&good[..len]), None, "{len}");
         }
         for version in [0x12, 0x52, 0xD2] {
-            assert_eq!(Header::parse(&packet(version, &[1, 2, 0xBEDE_0001, 0x1011_0000], b"")), None);
+            assert_eq!(
+                Header::parse(&packet(version, &[1, 2, 0xBEDE_0001, 0x1011_0000], b"")),
+                None
+            );
         }
     }
 
@@ -312,7 +376,11 @@ mod tests {
             (b"", None),
         ] {
             let bytes = packet(0xA0, &[], tail);
-            assert_eq!(Header::parse(&bytes).unwrap().payload(&bytes), expected, "{tail:?}");
+            assert_eq!(
+                Header::parse(&bytes).unwrap().payload(&bytes),
+                expected,
+                "{tail:?}"
+            );
         }
     }
 
@@ -331,6 +399,9 @@ mod tests {
         let mut payload = *b"..payload";
         assert_eq!(write_rtx_osn(&mut payload, Seq(0xABCD)), Some(2));
         assert_eq!(split_rtx(&payload), Some((Seq(0xABCD), &b"payload"[..])));
-        assert_eq!((split_rtx(&[1]), write_rtx_osn(&mut [0], Seq(1))), (None, None));
+        assert_eq!(
+            (split_rtx(&[1]), write_rtx_osn(&mut [0], Seq(1))),
+            (None, None)
+        );
     }
 }

@@ -42,7 +42,9 @@ impl std::fmt::Display for TemplateError {
         f.write_str(match self {
             TemplateError::PayloadType => "no RTP payload type: use 0..=63 or 96..=127",
             TemplateError::ExtensionId => "no one-byte extension id: use 1..=14",
-            TemplateError::ExtensionLength => "an extension value needs 1..=16 bytes, all of them together at most 76",
+            TemplateError::ExtensionLength => {
+                "an extension value needs 1..=16 bytes, all of them together at most 76"
+            }
         })
     }
 }
@@ -77,7 +79,11 @@ impl<const ROOM: usize> HeaderTemplate<ROOM> {
         if !(1..=14).contains(&id) {
             return Err(TemplateError::ExtensionId);
         }
-        let start = if self.len() == FIXED_LEN { FIXED_LEN + 4 } else { usize::from(self.end) };
+        let start = if self.len() == FIXED_LEN {
+            FIXED_LEN + 4
+        } else {
+            usize::from(self.end)
+        };
         let at = start + 1;
         let end = at + value.len();
         let len = end.next_multiple_of(4);
@@ -86,7 +92,8 @@ impl<const ROOM: usize> HeaderTemplate<ROOM> {
         }
         self.bytes[0] |= EXTENSION_FLAG;
         self.bytes[FIXED_LEN..FIXED_LEN + 2].copy_from_slice(&ONE_BYTE_PROFILE.to_be_bytes());
-        self.bytes[FIXED_LEN + 2..FIXED_LEN + 4].copy_from_slice(&(((len - FIXED_LEN) / 4 - 1) as u16).to_be_bytes());
+        self.bytes[FIXED_LEN + 2..FIXED_LEN + 4]
+            .copy_from_slice(&(((len - FIXED_LEN) / 4 - 1) as u16).to_be_bytes());
         self.bytes[start] = id << 4 | (value.len() - 1) as u8;
         self.bytes[at..end].copy_from_slice(value);
         (self.len, self.end) = (len as u8, end as u8);
@@ -107,7 +114,10 @@ impl<const ROOM: usize> HeaderTemplate<ROOM> {
     }
 
     pub fn ssrc(&self) -> u32 {
-        let [.., a, b, c, d] = *self.bytes.first_chunk::<FIXED_LEN>().expect("a template holds a whole header");
+        let [.., a, b, c, d] = *self
+            .bytes
+            .first_chunk::<FIXED_LEN>()
+            .expect("a template holds a whole header");
         u32::from_be_bytes([a, b, c, d])
     }
 
@@ -166,12 +176,24 @@ mod tests {
         let header = Header::parse(&packet).unwrap();
         assert_eq!((len, header.header_len, template.len()), (40, 40, 40));
         assert_eq!(
-            (header.marker, header.payload_type, header.seq, header.rtp_time),
+            (
+                header.marker,
+                header.payload_type,
+                header.seq,
+                header.rtp_time
+            ),
             (true, 111, Seq(0xFFFE), 77)
         );
         assert_eq!((header.ssrc, template.ssrc()), (0xCAFE_BABE, 0xCAFE_BABE));
         let elements: Vec<_> = header.extensions(&packet).collect();
-        assert_eq!(elements, [(4, &b"7"[..]), (2, &[1, 2, 3][..]), (10, &b"rid-sixteen-long"[..])]);
+        assert_eq!(
+            elements,
+            [
+                (4, &b"7"[..]),
+                (2, &[1, 2, 3][..]),
+                (10, &b"rid-sixteen-long"[..])
+            ]
+        );
         assert_eq!(template.write(&mut packet[..39], true, Seq(0), 0), None);
     }
 
@@ -187,7 +209,10 @@ mod tests {
     #[test]
     fn templates_refuse_what_the_one_byte_form_cannot_say() {
         for payload_type in [64, 95, 128, 255] {
-            assert_eq!(HeaderTemplate::new(payload_type, 1).err(), Some(TemplateError::PayloadType));
+            assert_eq!(
+                HeaderTemplate::new(payload_type, 1).err(),
+                Some(TemplateError::PayloadType)
+            );
         }
         let mut template = HeaderTemplate::new(96, 1).unwrap();
         for (id, len, error) in [
@@ -200,16 +225,27 @@ mod tests {
         }
         assert_eq!(template.len(), 12, "a refused extension leaves no trace");
         assert!((1..=4).all(|id| template.push_extension(id, &[0; 16]).is_ok()));
-        assert_eq!(template.push_extension(5, &[0; 12]), Err(TemplateError::ExtensionLength));
+        assert_eq!(
+            template.push_extension(5, &[0; 12]),
+            Err(TemplateError::ExtensionLength)
+        );
         assert!(template.push_extension(5, &[0; 11]).is_ok());
         assert_eq!(template.len(), CAPACITY);
     }
 
     #[test]
     fn per_packet_values_have_their_documented_form() {
-        assert_eq!(abs_send_time(0x0000_0041_8000_0000), [0x06, 0x00, 0x00], "65.5 s is 1.5 s modulo 64 s");
         assert_eq!(
-            (audio_level(true, 30), audio_level(false, 127), audio_level(true, 128)),
+            abs_send_time(0x0000_0041_8000_0000),
+            [0x06, 0x00, 0x00],
+            "65.5 s is 1.5 s modulo 64 s"
+        );
+        assert_eq!(
+            (
+                audio_level(true, 30),
+                audio_level(false, 127),
+                audio_level(true, 128)
+            ),
             (Some([0x9E]), Some([127]), None)
         );
     }

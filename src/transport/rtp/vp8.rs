@@ -86,13 +86,18 @@ impl Descriptor {
     }
 
     fn encode(&self, form: &mut [u8; Descriptor::MAX_LEN]) -> Option<usize> {
-        let fits = self.partition_id < 8 && self.tid.is_none_or(|tid| tid < 4) && self.key_idx.is_none_or(|idx| idx < 32);
+        let fits = self.partition_id < 8
+            && self.tid.is_none_or(|tid| tid < 4)
+            && self.key_idx.is_none_or(|idx| idx < 32);
         if !fits {
             return None;
         }
-        form[0] = flag(self.non_reference, N) | flag(self.start_of_partition, S) | self.partition_id;
-        form[1] =
-            flag(self.picture_id.is_some(), I) | flag(self.tl0_pic_idx.is_some(), L) | flag(self.tid.is_some(), T) | flag(self.key_idx.is_some(), K);
+        form[0] =
+            flag(self.non_reference, N) | flag(self.start_of_partition, S) | self.partition_id;
+        form[1] = flag(self.picture_id.is_some(), I)
+            | flag(self.tl0_pic_idx.is_some(), L)
+            | flag(self.tid.is_some(), T)
+            | flag(self.key_idx.is_some(), K);
         if form[1] == 0 {
             return Some(1);
         }
@@ -101,7 +106,9 @@ impl Descriptor {
         match self.picture_id {
             None => {}
             Some(PictureId::Short(id)) if id < 1 << 7 => len = put(form, len, &[id]),
-            Some(PictureId::Long(id)) if id < 1 << 15 => len = put(form, len, &(id | 1 << 15).to_be_bytes()),
+            Some(PictureId::Long(id)) if id < 1 << 15 => {
+                len = put(form, len, &(id | 1 << 15).to_be_bytes())
+            }
             Some(_) => return None,
         }
         if let Some(idx) = self.tl0_pic_idx {
@@ -111,7 +118,9 @@ impl Descriptor {
             len = put(
                 form,
                 len,
-                &[self.tid.unwrap_or(0) << 6 | flag(self.layer_sync, Y) | self.key_idx.unwrap_or(0)],
+                &[self.tid.unwrap_or(0) << 6
+                    | flag(self.layer_sync, Y)
+                    | self.key_idx.unwrap_or(0)],
             );
         }
         Some(len)
@@ -162,7 +171,10 @@ impl Reader<'_> {
         if high & 0x80 == 0 {
             return Some(PictureId::Short(high));
         }
-        Some(PictureId::Long(u16::from_be_bytes([high & 0x7F, self.byte()?])))
+        Some(PictureId::Long(u16::from_be_bytes([
+            high & 0x7F,
+            self.byte()?,
+        ])))
     }
 }
 
@@ -181,7 +193,12 @@ mod tests {
 
     #[test]
     fn every_combination_of_fields_reads_back() {
-        let picture_ids = [None, Some(PictureId::Short(127)), Some(PictureId::Long(5)), Some(PictureId::Long(32_767))];
+        let picture_ids = [
+            None,
+            Some(PictureId::Short(127)),
+            Some(PictureId::Long(5)),
+            Some(PictureId::Long(32_767)),
+        ];
         for bits in 0..256u32 {
             for picture_id in picture_ids {
                 let bit = |n: u32| bits >> n & 1 != 0;
@@ -222,9 +239,18 @@ mod tests {
     fn fields_beyond_their_width_are_refused() {
         let none = Descriptor::default();
         for wide in [
-            Descriptor { partition_id: 8, ..none },
-            Descriptor { tid: Some(4), ..none },
-            Descriptor { key_idx: Some(32), ..none },
+            Descriptor {
+                partition_id: 8,
+                ..none
+            },
+            Descriptor {
+                tid: Some(4),
+                ..none
+            },
+            Descriptor {
+                key_idx: Some(32),
+                ..none
+            },
             Descriptor {
                 picture_id: Some(PictureId::Short(128)),
                 ..none
@@ -247,7 +273,13 @@ mod tests {
         };
         assert!(first.starts_key_frame(&frame));
         assert!(!first.starts_key_frame(&[0x11]) && !first.starts_key_frame(&[]));
-        assert!(!Descriptor { partition_id: 1, ..first }.starts_key_frame(&frame));
+        assert!(
+            !Descriptor {
+                partition_id: 1,
+                ..first
+            }
+            .starts_key_frame(&frame)
+        );
         assert!(
             !Descriptor {
                 start_of_partition: false,
@@ -256,6 +288,9 @@ mod tests {
             .starts_key_frame(&frame)
         );
         assert_eq!(key_frame_size(&frame), Some((640, 360)));
-        assert_eq!((key_frame_size(&frame[..9]), key_frame_size(&[0x11; 10])), (None, None));
+        assert_eq!(
+            (key_frame_size(&frame[..9]), key_frame_size(&[0x11; 10])),
+            (None, None)
+        );
     }
 }

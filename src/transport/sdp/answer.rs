@@ -48,7 +48,11 @@ impl Answerer {
         let (tagged, sections_read) = (change.tagged, change.sections_read());
         let remote = split.remote_transport(tagged)?;
 
-        let Diff { added, removed, updated } = self.sections.apply(change);
+        let Diff {
+            added,
+            removed,
+            updated,
+        } = self.sections.apply(change);
         let sections = self.sections.as_slice();
         let unusable = sections
             .iter()
@@ -56,7 +60,12 @@ impl Answerer {
             .count();
         self.version += 1;
         let setup = Setup::answer(remote.setup, local.setup);
-        let sdp = AnswerWriter { local, setup, tagged }.write(sections, self.version);
+        let sdp = AnswerWriter {
+            local,
+            setup,
+            tagged,
+        }
+        .write(sections, self.version);
         Ok(Answered {
             sdp,
             remote,
@@ -71,7 +80,10 @@ impl Answerer {
 
     /// The tracks that are active after the last offer, in the order of its sections.
     pub fn tracks(&self) -> impl Iterator<Item = &RemoteTrack> {
-        self.sections.as_slice().iter().filter_map(Section::active_track)
+        self.sections
+            .as_slice()
+            .iter()
+            .filter_map(Section::active_track)
     }
 }
 
@@ -89,7 +101,10 @@ impl AnswerWriter<'_> {
             &mut sdp,
             self.local,
             version,
-            sections.iter().filter(|section| section.accepted).map(|section| &*section.mid),
+            sections
+                .iter()
+                .filter(|section| section.accepted)
+                .map(|section| &*section.mid),
         );
         for (index, section) in sections.iter().enumerate() {
             match section.accepted {
@@ -103,17 +118,40 @@ impl AnswerWriter<'_> {
     fn write_accepted(&self, sdp: &mut String, section: &Section, tagged: bool) {
         match (&section.content, &section.codec) {
             (Content::Rtp(kind), Some(codec)) => {
-                push_media_line(sdp, *kind, &[Some(codec.payload_type), codec.rtx_payload_type]);
+                push_media_line(
+                    sdp,
+                    *kind,
+                    &[Some(codec.payload_type), codec.rtx_payload_type],
+                );
                 push_transport(sdp, self.local, self.setup, &section.mid, tagged);
                 push_extensions(sdp, &section.extensions);
-                push(sdp, format_args!("a={}\r\n", if section.sends() { "recvonly" } else { "inactive" }));
                 push(
                     sdp,
-                    format_args!("a=rtcp-mux\r\n{}", if section.reduced_size { "a=rtcp-rsize\r\n" } else { "" }),
+                    format_args!(
+                        "a={}\r\n",
+                        if section.sends() {
+                            "recvonly"
+                        } else {
+                            "inactive"
+                        }
+                    ),
+                );
+                push(
+                    sdp,
+                    format_args!(
+                        "a=rtcp-mux\r\n{}",
+                        if section.reduced_size {
+                            "a=rtcp-rsize\r\n"
+                        } else {
+                            ""
+                        }
+                    ),
                 );
                 push_codec(sdp, codec);
             }
-            (Content::Application(port), _) => push_application(sdp, self.local, self.setup, &section.mid, tagged, *port),
+            (Content::Application(port), _) => {
+                push_application(sdp, self.local, self.setup, &section.mid, tagged, *port)
+            }
             _ => write_rejected(sdp, section),
         }
     }
@@ -123,10 +161,20 @@ fn write_rejected(sdp: &mut String, section: &Section) {
     match &section.content {
         Content::Rtp(kind) => push(
             sdp,
-            format_args!("m={} 0 UDP/TLS/RTP/SAVPF {}\r\n", kind_name(*kind), section.first_format),
+            format_args!(
+                "m={} 0 UDP/TLS/RTP/SAVPF {}\r\n",
+                kind_name(*kind),
+                section.first_format
+            ),
         ),
-        Content::Application(_) => push(sdp, format_args!("m=application 0 UDP/DTLS/SCTP webrtc-datachannel\r\n")),
-        Content::Other(name) => push(sdp, format_args!("m={name} 0 UDP/TLS/RTP/SAVPF {}\r\n", section.first_format)),
+        Content::Application(_) => push(
+            sdp,
+            format_args!("m=application 0 UDP/DTLS/SCTP webrtc-datachannel\r\n"),
+        ),
+        Content::Other(name) => push(
+            sdp,
+            format_args!("m={name} 0 UDP/TLS/RTP/SAVPF {}\r\n", section.first_format),
+        ),
     }
     push(sdp, format_args!("c=IN IP4 0.0.0.0\r\na=inactive\r\n"));
     if !section.mid.is_empty() {

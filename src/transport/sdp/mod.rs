@@ -206,7 +206,10 @@ impl FromStr for Candidate {
     /// Reads `candidate:..`, with or without `a=` before it. Names instead of addresses (mDNS) and other components are refused.
     fn from_str(text: &str) -> Result<Candidate, &'static str> {
         let text = text.strip_prefix("a=").unwrap_or(text);
-        let mut words = text.strip_prefix("candidate:").ok_or("no candidate")?.split_ascii_whitespace();
+        let mut words = text
+            .strip_prefix("candidate:")
+            .ok_or("no candidate")?
+            .split_ascii_whitespace();
         let mut word = || words.next().ok_or("the candidate ends early");
         let foundation = word()?;
         if foundation.len() > MID_BYTES_MAX
@@ -247,7 +250,11 @@ impl FromStr for Candidate {
 
 impl fmt::Display for Candidate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let transport = if self.transport == CandidateTransport::Udp { "udp" } else { "tcp" };
+        let transport = if self.transport == CandidateTransport::Udp {
+            "udp"
+        } else {
+            "tcp"
+        };
         let (ip, port) = (self.address.ip(), self.address.port());
         write!(
             f,
@@ -327,10 +334,16 @@ impl Extension {
             Extension::RepairedRid => "urn:ietf:params:rtp-hdrext:sdes:repaired-rtp-stream-id",
             Extension::AudioLevel => "urn:ietf:params:rtp-hdrext:ssrc-audio-level",
             Extension::AbsSendTime => "http://www.webrtc.org/experiments/rtp-hdrext/abs-send-time",
-            Extension::TransportCc => "http://www.ietf.org/id/draft-holmer-rmcat-transport-wide-cc-extensions-01",
-            Extension::AbsCaptureTime => "http://www.webrtc.org/experiments/rtp-hdrext/abs-capture-time",
+            Extension::TransportCc => {
+                "http://www.ietf.org/id/draft-holmer-rmcat-transport-wide-cc-extensions-01"
+            }
+            Extension::AbsCaptureTime => {
+                "http://www.webrtc.org/experiments/rtp-hdrext/abs-capture-time"
+            }
             Extension::PlayoutDelay => "http://www.webrtc.org/experiments/rtp-hdrext/playout-delay",
-            Extension::DependencyDescriptor => "https://aomediacodec.github.io/av1-rtp-spec/#dependency-descriptor-rtp-header-extension",
+            Extension::DependencyDescriptor => {
+                "https://aomediacodec.github.io/av1-rtp-spec/#dependency-descriptor-rtp-header-extension"
+            }
         }
     }
 
@@ -340,7 +353,9 @@ impl Extension {
     }
 
     fn from_uri(uri: &str) -> Option<Extension> {
-        Extension::ALL.into_iter().find(|extension| extension.uri() == uri)
+        Extension::ALL
+            .into_iter()
+            .find(|extension| extension.uri() == uri)
     }
 }
 
@@ -350,7 +365,10 @@ pub struct ExtensionIds([u8; Extension::ALL.len()]);
 
 impl ExtensionIds {
     pub fn id(&self, extension: Extension) -> Option<u8> {
-        self.0.get(extension as usize).copied().filter(|id| *id != 0)
+        self.0
+            .get(extension as usize)
+            .copied()
+            .filter(|id| *id != 0)
     }
 
     fn set(&mut self, extension: Extension, id: u8) {
@@ -363,7 +381,8 @@ impl ExtensionIds {
 impl FromIterator<(Extension, u8)> for ExtensionIds {
     fn from_iter<I: IntoIterator<Item = (Extension, u8)>>(ids: I) -> ExtensionIds {
         let mut all = ExtensionIds::default();
-        ids.into_iter().for_each(|(extension, id)| all.set(extension, id));
+        ids.into_iter()
+            .for_each(|(extension, id)| all.set(extension, id));
         all
     }
 }
@@ -399,7 +418,9 @@ impl Feedback {
 
     /// Bit `1 << self as u8` of a [`FeedbackSet`].
     fn from_text(text: &str) -> Option<Feedback> {
-        Feedback::ALL.into_iter().find(|feedback| feedback.as_str() == text.trim())
+        Feedback::ALL
+            .into_iter()
+            .find(|feedback| feedback.as_str() == text.trim())
     }
 }
 
@@ -430,7 +451,12 @@ impl Capabilities {
     pub const SUBSCRIBER: Capabilities = Capabilities {
         audio_codecs: &["opus"],
         video_codecs: &["VP8"],
-        extensions: &[Extension::Mid, Extension::AudioLevel, Extension::AbsSendTime, Extension::TransportCc],
+        extensions: &[
+            Extension::Mid,
+            Extension::AudioLevel,
+            Extension::AbsSendTime,
+            Extension::TransportCc,
+        ],
         feedback: &[
             Feedback::Nack,
             Feedback::NackPli,
@@ -512,6 +538,9 @@ pub struct RemoteTrack {
 impl RemoteTrack {
     fn is_same_source(&self, other: &RemoteTrack) -> bool {
         let source = |track: &RemoteTrack| (track.kind, track.ssrc);
-        source(self) == source(other) && self.mid == other.mid && self.stream_id == other.stream_id && self.track_id == other.track_id
+        source(self) == source(other)
+            && self.mid == other.mid
+            && self.stream_id == other.stream_id
+            && self.track_id == other.track_id
     }
 }

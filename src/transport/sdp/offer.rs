@@ -84,7 +84,12 @@ impl Offerer {
         self.version += 1;
         let mids: Vec<String> = (0..self.ours.len()).map(|mid| mid.to_string()).collect();
         let mut sdp = String::with_capacity(512 + mids.len() * 640);
-        write_session(&mut sdp, local, self.version, mids.iter().map(String::as_str));
+        write_session(
+            &mut sdp,
+            local,
+            self.version,
+            mids.iter().map(String::as_str),
+        );
         let receivers = [Kind::Audio, Kind::Video].map(|kind| Receiver::of(kind, local));
         for (index, (section, mid)) in self.ours.iter().zip(&mids).enumerate() {
             let tagged = index == 0;
@@ -93,7 +98,9 @@ impl Offerer {
                     .iter()
                     .filter(|receiver| receiver.kind == *kind)
                     .for_each(|receiver| receiver.push(&mut sdp, mid)),
-                Offered::Application => push_application(&mut sdp, local, local.setup, mid, tagged, 5000),
+                Offered::Application => {
+                    push_application(&mut sdp, local, local.setup, mid, tagged, 5000)
+                }
                 Offered::Receive(kind) => push_receiver(&mut sdp, local, *kind, mid, tagged),
                 Offered::Send(track) => push_local_track(&mut sdp, local, track, mid, tagged),
             }
@@ -110,13 +117,19 @@ impl Offerer {
                 offered: self.ours.len(),
             });
         }
-        let change = self.theirs.compare(&split, |index| match self.ours.get(index) {
-            Some(Offered::Send(_)) => &Capabilities::PUBLISHER,
-            _ => &Capabilities::SUBSCRIBER,
-        })?;
+        let change = self
+            .theirs
+            .compare(&split, |index| match self.ours.get(index) {
+                Some(Offered::Send(_)) => &Capabilities::PUBLISHER,
+                _ => &Capabilities::SUBSCRIBER,
+            })?;
         let sections_read = change.sections_read();
         let remote = split.remote_transport(change.tagged)?;
-        let Diff { added, removed, updated } = self.theirs.apply(change);
+        let Diff {
+            added,
+            removed,
+            updated,
+        } = self.theirs.apply(change);
         let answered = self.ours.iter().zip(self.theirs.as_slice());
         Ok(Negotiated {
             remote,
@@ -136,7 +149,10 @@ impl Offerer {
 impl Offerer {
     /// The server's tracks that are active after the last answer.
     pub(super) fn tracks(&self) -> impl Iterator<Item = &RemoteTrack> {
-        self.theirs.as_slice().iter().filter_map(Section::active_track)
+        self.theirs
+            .as_slice()
+            .iter()
+            .filter_map(Section::active_track)
     }
 }
 
@@ -169,22 +185,52 @@ impl Receiver {
 
 fn push_receiver(sdp: &mut String, local: &LocalTransport, kind: Kind, mid: &str, tagged: bool) {
     let codec = offered_codec(kind, true, &Capabilities::SUBSCRIBER);
-    push_media_line(sdp, kind, &[Some(codec.payload_type), codec.rtx_payload_type]);
+    push_media_line(
+        sdp,
+        kind,
+        &[Some(codec.payload_type), codec.rtx_payload_type],
+    );
     push_transport(sdp, local, local.setup, mid, tagged);
-    push_extensions(sdp, &offered_extensions(kind, false, &Capabilities::SUBSCRIBER));
-    push(sdp, format_args!("a=recvonly\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"));
+    push_extensions(
+        sdp,
+        &offered_extensions(kind, false, &Capabilities::SUBSCRIBER),
+    );
+    push(
+        sdp,
+        format_args!("a=recvonly\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"),
+    );
     push_codec(sdp, &codec);
 }
 
-fn push_local_track(sdp: &mut String, local: &LocalTransport, track: &LocalTrack, mid: &str, tagged: bool) {
+fn push_local_track(
+    sdp: &mut String,
+    local: &LocalTransport,
+    track: &LocalTrack,
+    mid: &str,
+    tagged: bool,
+) {
     let has_rids = !track.rids.is_empty();
-    let codec = offered_codec(track.kind, track.rtx_ssrc.is_some() || has_rids, &Capabilities::PUBLISHER);
-    push_media_line(sdp, track.kind, &[Some(codec.payload_type), codec.rtx_payload_type]);
+    let codec = offered_codec(
+        track.kind,
+        track.rtx_ssrc.is_some() || has_rids,
+        &Capabilities::PUBLISHER,
+    );
+    push_media_line(
+        sdp,
+        track.kind,
+        &[Some(codec.payload_type), codec.rtx_payload_type],
+    );
     push_transport(sdp, local, local.setup, mid, tagged);
-    push_extensions(sdp, &offered_extensions(track.kind, has_rids, &Capabilities::PUBLISHER));
+    push_extensions(
+        sdp,
+        &offered_extensions(track.kind, has_rids, &Capabilities::PUBLISHER),
+    );
     push(
         sdp,
-        format_args!("a=sendonly\r\na=msid:{} {}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n", track.stream_id, track.cid),
+        format_args!(
+            "a=sendonly\r\na=msid:{} {}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n",
+            track.stream_id, track.cid
+        ),
     );
     push_codec(sdp, &codec);
     match has_rids {
@@ -195,7 +241,9 @@ fn push_local_track(sdp: &mut String, local: &LocalTransport, track: &LocalTrack
 
 fn offered_codec(kind: Kind, rtx: bool, capabilities: &Capabilities) -> Codec {
     let mut feedback = FeedbackSet::default();
-    let of_kind = |feedback: &Feedback| kind == Kind::Video || matches!(feedback, Feedback::Nack | Feedback::TransportCc);
+    let of_kind = |feedback: &Feedback| {
+        kind == Kind::Video || matches!(feedback, Feedback::Nack | Feedback::TransportCc)
+    };
     capabilities
         .feedback
         .iter()
@@ -239,7 +287,10 @@ fn offered_extensions(kind: Kind, has_rids: bool, capabilities: &Capabilities) -
 fn push_sources(sdp: &mut String, track: &LocalTrack) {
     let rtx = track.rtx_ssrc.filter(|_| track.kind == Kind::Video);
     if let Some(rtx) = rtx {
-        push(sdp, format_args!("a=ssrc-group:FID {} {rtx}\r\n", track.ssrc));
+        push(
+            sdp,
+            format_args!("a=ssrc-group:FID {} {rtx}\r\n", track.ssrc),
+        );
     }
     for ssrc in [Some(track.ssrc), rtx].into_iter().flatten() {
         push(
@@ -274,7 +325,9 @@ pub struct NegotiatedMedia {
 
 impl NegotiatedMedia {
     fn of(section: &Section) -> Option<NegotiatedMedia> {
-        let Content::Rtp(kind) = section.content else { return None };
+        let Content::Rtp(kind) = section.content else {
+            return None;
+        };
         let receives = matches!(section.direction, Direction::RecvOnly | Direction::SendRecv);
         let codec = section.codec.as_ref();
         Some(NegotiatedMedia {

@@ -28,7 +28,8 @@ impl Stamp {
 
     /// Whether `text` says what this is the stamp of.
     pub(super) fn is_of(&self, text: &str) -> bool {
-        self.len == stamped_len(text) && (self.exact == hash_exactly(text) || self.any_order == hash_in_any_order(text))
+        self.len == stamped_len(text)
+            && (self.exact == hash_exactly(text) || self.any_order == hash_in_any_order(text))
     }
 }
 
@@ -82,15 +83,21 @@ impl<'a> SplitDescription<'a> {
             return Err(SdpError::TooLarge { bytes: text.len() });
         }
         let mut starts = media_starts(text).peekable();
-        let session = text.get(..starts.peek().copied().unwrap_or(text.len())).unwrap_or_default();
+        let session = text
+            .get(..starts.peek().copied().unwrap_or(text.len()))
+            .unwrap_or_default();
         let mut sections = Vec::new();
         while let Some(start) = starts.next() {
             if sections.len() == SECTIONS_MAX {
                 return Err(SdpError::TooManySections);
             }
-            let section = text.get(start..starts.peek().copied().unwrap_or(text.len())).unwrap_or_default();
+            let section = text
+                .get(start..starts.peek().copied().unwrap_or(text.len()))
+                .unwrap_or_default();
             if section.len() > SECTION_BYTES_MAX {
-                return Err(SdpError::SectionTooLarge { index: sections.len() });
+                return Err(SdpError::SectionTooLarge {
+                    index: sections.len(),
+                });
             }
             sections.push(section);
         }
@@ -100,7 +107,10 @@ impl<'a> SplitDescription<'a> {
     /// ICE and DTLS parameters: those of the section that carries the bundle, the session's where it has none.
     pub(super) fn remote_transport(&self, tagged: usize) -> Result<RemoteTransport, SdpError> {
         let mut scan = TransportScan::default();
-        for text in [Some(&self.session), self.sections.get(tagged)].into_iter().flatten() {
+        for text in [Some(&self.session), self.sections.get(tagged)]
+            .into_iter()
+            .flatten()
+        {
             attributes(text).for_each(|(name, value)| scan.attribute(name, value));
         }
         scan.finish()
@@ -116,7 +126,8 @@ fn media_starts(text: &str) -> impl Iterator<Item = usize> {
 }
 
 pub(super) fn lines(text: &str) -> impl Iterator<Item = &str> {
-    text.split('\n').map(|line| line.strip_suffix('\r').unwrap_or(line))
+    text.split('\n')
+        .map(|line| line.strip_suffix('\r').unwrap_or(line))
 }
 
 /// The `a=` lines as name and value; the value is empty for a flag.
@@ -172,12 +183,16 @@ impl TransportScan {
 
     pub(super) fn finish(self) -> Result<RemoteTransport, SdpError> {
         Ok(RemoteTransport {
-            ufrag: self.ufrag.ok_or(SdpError::Missing { what: "an ice-ufrag" })?,
+            ufrag: self.ufrag.ok_or(SdpError::Missing {
+                what: "an ice-ufrag",
+            })?,
             pwd: self.pwd.ok_or(SdpError::Missing { what: "an ice-pwd" })?,
             fingerprint: self.fingerprint.ok_or(SdpError::Missing {
                 what: "a sha-256 fingerprint",
             })?,
-            setup: self.setup.ok_or(SdpError::Missing { what: "a DTLS setup role" })?,
+            setup: self.setup.ok_or(SdpError::Missing {
+                what: "a DTLS setup role",
+            })?,
             ice_lite: self.ice_lite,
             candidates: self.candidates,
             tcp_candidates: self.tcp_candidates,
@@ -188,7 +203,11 @@ impl TransportScan {
 
 /// `ice-char`s only (RFC 8839, section 5.4), at most 256.
 pub(super) fn ice_text(value: &str) -> Option<String> {
-    let fine = !value.is_empty() && value.len() <= TEXT_BYTES_MAX && value.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'+' || b == b'/');
+    let fine = !value.is_empty()
+        && value.len() <= TEXT_BYTES_MAX
+        && value
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'+' || b == b'/');
     fine.then(|| value.to_owned())
 }
 
@@ -200,7 +219,8 @@ pub(super) struct SessionPart<'a> {
 
 impl<'a> SessionPart<'a> {
     pub(super) fn parse(text: &'a str) -> SessionPart<'a> {
-        let group = attributes(text).find_map(|(name, value)| value.strip_prefix("BUNDLE").filter(|_| name == "group"));
+        let group = attributes(text)
+            .find_map(|(name, value)| value.strip_prefix("BUNDLE").filter(|_| name == "group"));
         let mut bundle: Vec<&str> = group.unwrap_or_default().split_ascii_whitespace().collect();
         bundle.sort_unstable();
         SessionPart { bundle }
@@ -210,7 +230,10 @@ impl<'a> SessionPart<'a> {
 /// Rejected sections may go without a mid, all others have different ones.
 pub(super) fn refuse_duplicates(mut mids: Vec<&str>) -> Result<(), SdpError> {
     mids.sort_unstable();
-    match mids.windows(2).find(|pair| matches!(pair, [a, b] if a == b && !a.is_empty())) {
+    match mids
+        .windows(2)
+        .find(|pair| matches!(pair, [a, b] if a == b && !a.is_empty()))
+    {
         Some(pair) => Err(SdpError::DuplicateMid {
             mid: pair.first().copied().unwrap_or_default().to_owned(),
         }),
@@ -269,15 +292,24 @@ pub(super) struct Section {
 }
 
 impl Section {
-    pub(super) fn parse(text: &str, stamp: Stamp, capabilities: &Capabilities) -> Result<Section, &'static str> {
-        let media = lines(text).next().and_then(MediaLine::parse).ok_or("its m-line cannot be read")?;
+    pub(super) fn parse(
+        text: &str,
+        stamp: Stamp,
+        capabilities: &Capabilities,
+    ) -> Result<Section, &'static str> {
+        let media = lines(text)
+            .next()
+            .and_then(MediaLine::parse)
+            .ok_or("its m-line cannot be read")?;
         let mut scan = SectionScan::default();
         attributes(text).for_each(|(name, value)| scan.attribute(name, value));
 
         let mid = scan.usable_mid(&media)?;
         let content = media.content(scan.sctp_port);
         let codec = match content {
-            Content::Rtp(kind) => scan.choose_codec(&media, capabilities.codecs(kind), capabilities.feedback),
+            Content::Rtp(kind) => {
+                scan.choose_codec(&media, capabilities.codecs(kind), capabilities.feedback)
+            }
             _ => None,
         };
         let direction = scan.direction.unwrap_or(Direction::SendRecv);
@@ -290,7 +322,12 @@ impl Section {
             direction,
             reduced_size: scan.reduced_size,
             codec,
-            first_format: media.formats().next().filter(|format| is_token(format)).unwrap_or("0").into(),
+            first_format: media
+                .formats()
+                .next()
+                .filter(|format| is_token(format))
+                .unwrap_or("0")
+                .into(),
             extensions: scan.accepted_extensions(capabilities),
             track: None,
         };
@@ -306,7 +343,11 @@ impl Section {
             Some((ssrc, rtx)) => (ssrc, Some(rtx)),
             None => (scan.ssrc?, None),
         };
-        let (stream_id, track_id) = scan.msid.or(scan.ssrc_msid).map(split_msid).unwrap_or_default();
+        let (stream_id, track_id) = scan
+            .msid
+            .or(scan.ssrc_msid)
+            .map(split_msid)
+            .unwrap_or_default();
         Some(RemoteTrack {
             mid: self.mid.clone(),
             kind: *kind,
@@ -324,7 +365,9 @@ impl Section {
     }
 
     pub(super) fn sends(&self) -> bool {
-        !self.rejected && matches!(self.content, Content::Rtp(_)) && matches!(self.direction, Direction::SendOnly | Direction::SendRecv)
+        !self.rejected
+            && matches!(self.content, Content::Rtp(_))
+            && matches!(self.direction, Direction::SendOnly | Direction::SendRecv)
     }
 
     /// Whether our answer takes the section, provided that it is bundled.
@@ -340,7 +383,9 @@ impl Section {
     pub(super) fn accept(mut self, accepted: bool) -> Section {
         self.accepted = accepted;
         let active = accepted && self.sends();
-        self.track.iter_mut().for_each(|track| track.active = active);
+        self.track
+            .iter_mut()
+            .for_each(|track| track.active = active);
         self
     }
 
@@ -375,7 +420,9 @@ impl<'a> MediaLine<'a> {
     }
 
     pub(super) fn formats(&self) -> impl Iterator<Item = &'a str> {
-        self.formats.split_ascii_whitespace().take(PAYLOAD_TYPES_MAX)
+        self.formats
+            .split_ascii_whitespace()
+            .take(PAYLOAD_TYPES_MAX)
     }
 
     pub(super) fn content(&self, sctp_port: Option<u16>) -> Content {
@@ -426,9 +473,15 @@ impl<'a> SectionScan<'a> {
             "inactive" => self.direction = Some(Direction::Inactive),
             "sctp-port" => self.sctp_port = value.parse().ok(),
             "rtcp-rsize" => self.reduced_size = true,
-            "rtpmap" if self.maps.len() < PAYLOAD_TYPES_MAX => self.maps.extend(payload_type_and_text(value)),
-            "fmtp" if self.parameters.len() < PAYLOAD_TYPES_MAX => self.parameters.extend(payload_type_and_text(value)),
-            "rtcp-fb" if self.feedback.len() < PAYLOAD_TYPES_MAX * Feedback::ALL.len() => self.feedback.extend(payload_type_and_feedback(value)),
+            "rtpmap" if self.maps.len() < PAYLOAD_TYPES_MAX => {
+                self.maps.extend(payload_type_and_text(value))
+            }
+            "fmtp" if self.parameters.len() < PAYLOAD_TYPES_MAX => {
+                self.parameters.extend(payload_type_and_text(value))
+            }
+            "rtcp-fb" if self.feedback.len() < PAYLOAD_TYPES_MAX * Feedback::ALL.len() => {
+                self.feedback.extend(payload_type_and_feedback(value))
+            }
             "extmap" => self.extension(value),
             "ssrc" => self.source(value),
             "ssrc-group" => self.fid = self.fid.or_else(|| fid(value)),
@@ -440,7 +493,9 @@ impl<'a> SectionScan<'a> {
     /// `ID[/DIRECTION] URI [..]`
     pub(super) fn extension(&mut self, value: &str) {
         let mut words = value.split_ascii_whitespace();
-        let (Some(id), Some(extension)) = (words.next(), words.next().and_then(Extension::from_uri)) else {
+        let (Some(id), Some(extension)) =
+            (words.next(), words.next().and_then(Extension::from_uri))
+        else {
             return;
         };
         let id = id.split('/').next().and_then(|id| id.parse::<u8>().ok());
@@ -458,7 +513,12 @@ impl<'a> SectionScan<'a> {
     }
 
     /// The first payload type of the m-line whose codec is in `names`.
-    pub(super) fn choose_codec(&self, media: &MediaLine<'_>, names: &[&str], supported: &[Feedback]) -> Option<Codec> {
+    pub(super) fn choose_codec(
+        &self,
+        media: &MediaLine<'_>,
+        names: &[&str],
+        supported: &[Feedback],
+    ) -> Option<Codec> {
         let mut offered = media
             .formats()
             .filter_map(|format| format.parse::<u8>().ok())
@@ -475,14 +535,15 @@ impl<'a> SectionScan<'a> {
             .filter(|text| is_harmless(text))
             .unwrap_or_default();
         let rtx = self.parameters.iter().find(|(rtx, parameters)| {
-            apt(parameters) == Some(payload_type) && self.map(*rtx).is_some_and(|map| codec_name(map).eq_ignore_ascii_case("rtx"))
+            apt(parameters) == Some(payload_type)
+                && self
+                    .map(*rtx)
+                    .is_some_and(|map| codec_name(map).eq_ignore_ascii_case("rtx"))
         });
         let mut feedback = FeedbackSet::default();
-        for (_, found) in self
-            .feedback
-            .iter()
-            .filter(|(target, found)| target.is_none_or(|target| target == payload_type) && supported.contains(found))
-        {
+        for (_, found) in self.feedback.iter().filter(|(target, found)| {
+            target.is_none_or(|target| target == payload_type) && supported.contains(found)
+        }) {
             feedback.insert(*found);
         }
         let rtx_payload_type = rtx.map(|(rtx, _)| *rtx);
@@ -512,18 +573,31 @@ impl<'a> SectionScan<'a> {
 }
 
 pub(super) fn text_of<'a>(entries: &[(u8, &'a str)], payload_type: u8) -> Option<&'a str> {
-    entries.iter().find(|(of, _)| *of == payload_type).map(|(_, text)| *text)
+    entries
+        .iter()
+        .find(|(of, _)| *of == payload_type)
+        .map(|(_, text)| *text)
 }
 
 /// `PT TEXT`; payload types have 7 bits.
 pub(super) fn payload_type_and_text(value: &str) -> Option<(u8, &str)> {
     let (payload_type, text) = value.split_once(' ')?;
-    Some((payload_type.parse().ok().filter(|payload_type| *payload_type < 128)?, text))
+    Some((
+        payload_type
+            .parse()
+            .ok()
+            .filter(|payload_type| *payload_type < 128)?,
+        text,
+    ))
 }
 
 pub(super) fn payload_type_and_feedback(value: &str) -> Option<(Option<u8>, Feedback)> {
     let (target, text) = value.split_once(' ')?;
-    let target = if target == "*" { None } else { Some(target.parse().ok()?) };
+    let target = if target == "*" {
+        None
+    } else {
+        Some(target.parse().ok()?)
+    };
     Some((target, Feedback::from_text(text)?))
 }
 
@@ -557,7 +631,10 @@ pub(super) fn split_msid(msid: &str) -> (&str, &str) {
 
 /// RFC 8866's `token`.
 pub(super) fn is_token(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic() && !br#""(),/:;<=>?@[\]"#.contains(&b))
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_graphic() && !br#""(),/:;<=>?@[\]"#.contains(&b))
 }
 
 /// May be repeated in an answer: printable, on one line, short.
@@ -574,13 +651,21 @@ mod tests {
         let text = "m=audio 9 UDP/TLS/RTP/SAVPF 111\r\na=mid:0\r\na=extmap:1 urn:a\r\na=extmap:2 urn:b\r\na=sendrecv\r\n";
         let stamp = Stamp::of(text);
         assert!(stamp.is_of(text));
-        assert!(stamp.is_of(&text.replace("1 urn:a\r\na=extmap:2 urn:b", "2 urn:b\r\na=extmap:1 urn:a")));
-        let swapped = text.replace("a=mid:0", "a=other").replace("a=sendrecv", "a=mid:0");
+        assert!(
+            stamp
+                .is_of(&text.replace("1 urn:a\r\na=extmap:2 urn:b", "2 urn:b\r\na=extmap:1 urn:a"))
+        );
+        let swapped = text
+            .replace("a=mid:0", "a=other")
+            .replace("a=sendrecv", "a=mid:0");
         assert!(!stamp.is_of(&swapped.replace("a=other", "a=sendrecv")));
         for at in 0..text.len() {
             let mut other = text.as_bytes().to_vec();
             other[at] ^= 1;
-            assert!(!stamp.is_of(std::str::from_utf8(&other).unwrap()), "byte {at}");
+            assert!(
+                !stamp.is_of(std::str::from_utf8(&other).unwrap()),
+                "byte {at}"
+            );
             assert!(!stamp.is_of(&text[..at]), "the first {at} bytes");
         }
     }
@@ -588,7 +673,9 @@ mod tests {
     #[test]
     fn exact_hashes_of_texts_that_differ_in_their_last_bytes_differ() {
         let text = |number: u32| format!("a=ssrc:{number}\r\n");
-        let hashes: std::collections::BTreeSet<u64> = (0..10_000).map(|number| hash_exactly(&text(number))).collect();
+        let hashes: std::collections::BTreeSet<u64> = (0..10_000)
+            .map(|number| hash_exactly(&text(number)))
+            .collect();
         assert_eq!(hashes.len(), 10_000);
     }
 }

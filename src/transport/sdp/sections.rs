@@ -36,20 +36,44 @@ impl RemoteSections {
     }
 
     /// Reads what differs from the last description; `capabilities` are ours in the section of an index.
-    pub(super) fn compare<'a>(&self, split: &SplitDescription<'_>, capabilities: impl Fn(usize) -> &'a Capabilities) -> Result<Change, SdpError> {
+    pub(super) fn compare<'a>(
+        &self,
+        split: &SplitDescription<'_>,
+        capabilities: impl Fn(usize) -> &'a Capabilities,
+    ) -> Result<Change, SdpError> {
         let mut fresh = Vec::new();
         for (index, text) in split.sections.iter().enumerate() {
-            if !self.0.get(index).is_some_and(|known| known.stamp.is_of(text)) {
+            if !self
+                .0
+                .get(index)
+                .is_some_and(|known| known.stamp.is_of(text))
+            {
                 let section = Section::parse(text, Stamp::of(text), capabilities(index));
-                fresh.push((index, section.map_err(|what| SdpError::Section { index, what })?));
+                fresh.push((
+                    index,
+                    section.map_err(|what| SdpError::Section { index, what })?,
+                ));
             }
         }
-        let (accepted, tagged) = self.choose(&fresh, split.sections.len(), &SessionPart::parse(split.session))?;
-        Ok(Change { fresh, accepted, tagged })
+        let (accepted, tagged) = self.choose(
+            &fresh,
+            split.sections.len(),
+            &SessionPart::parse(split.session),
+        )?;
+        Ok(Change {
+            fresh,
+            accepted,
+            tagged,
+        })
     }
 
     /// Which sections are accepted, and the first of them: decided before any state changes.
-    fn choose(&self, fresh: &[(usize, Section)], count: usize, session: &SessionPart<'_>) -> Result<(Vec<bool>, usize), SdpError> {
+    fn choose(
+        &self,
+        fresh: &[(usize, Section)],
+        count: usize,
+        session: &SessionPart<'_>,
+    ) -> Result<(Vec<bool>, usize), SdpError> {
         let mut fresh = fresh.iter().peekable();
         let (mut accepted, mut mids) = (Vec::with_capacity(count), Vec::with_capacity(count));
         for index in 0..count {
@@ -57,24 +81,33 @@ impl RemoteSections {
                 Some((_, section)) => section,
                 None => self.0.get(index).ok_or(SdpError::NoSections)?,
             };
-            accepted.push(section.acceptable() && session.bundle.binary_search(&&*section.mid).is_ok());
+            accepted
+                .push(section.acceptable() && session.bundle.binary_search(&&*section.mid).is_ok());
             mids.push(&*section.mid);
         }
         refuse_duplicates(mids)?;
-        let tagged = accepted.iter().position(|accepted| *accepted).ok_or(SdpError::NoSections)?;
+        let tagged = accepted
+            .iter()
+            .position(|accepted| *accepted)
+            .ok_or(SdpError::NoSections)?;
         Ok((accepted, tagged))
     }
 
     /// Takes the changed sections over and says which tracks came and went.
     pub(super) fn apply(&mut self, change: Change) -> Diff {
-        let Change { fresh, accepted, .. } = change;
+        let Change {
+            fresh, accepted, ..
+        } = change;
         let mut diff = Diff::default();
         // Descriptions never lose sections (RFC 9429, section 5.2.2); if one does, their tracks are gone.
         let lost = self.0.split_off(accepted.len().min(self.0.len()));
-        lost.into_iter().for_each(|section| diff.note(section.into_active_track(), None));
+        lost.into_iter()
+            .for_each(|section| diff.note(section.into_active_track(), None));
         let mut fresh = fresh.into_iter().peekable();
         for (index, accepted) in accepted.iter().enumerate() {
-            let fresh = fresh.next_if(|(at, _)| *at == index).map(|(_, section)| section.accept(*accepted));
+            let fresh = fresh
+                .next_if(|(at, _)| *at == index)
+                .map(|(_, section)| section.accept(*accepted));
             match (self.0.get_mut(index), fresh) {
                 (Some(slot), None) if slot.accepted == *accepted => {}
                 (Some(slot), fresh) => {
@@ -83,7 +116,10 @@ impl RemoteSections {
                     diff.note(std::mem::replace(slot, new).into_active_track(), new_track);
                 }
                 (None, fresh) => {
-                    diff.note(None, fresh.as_ref().and_then(Section::active_track).cloned());
+                    diff.note(
+                        None,
+                        fresh.as_ref().and_then(Section::active_track).cloned(),
+                    );
                     self.0.extend(fresh);
                 }
             }

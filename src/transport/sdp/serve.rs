@@ -20,7 +20,12 @@ const RID_BYTES_MAX: usize = 16;
 const SENT_EXTENSIONS: [Extension; 1] = [Extension::AudioLevel];
 /// What it agrees to in sections on which a single connection's client only receives. libwebrtc never offers again what an answer left out, not even in other
 /// sections, and a simulcast section must have mid and rid.
-const AGREED_EXTENSIONS: [Extension; 4] = [Extension::AudioLevel, Extension::Mid, Extension::Rid, Extension::RepairedRid];
+const AGREED_EXTENSIONS: [Extension; 4] = [
+    Extension::AudioLevel,
+    Extension::Mid,
+    Extension::Rid,
+    Extension::RepairedRid,
+];
 /// What clients call their layers, from low to high.
 const KNOWN_RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
 
@@ -36,7 +41,12 @@ impl Capabilities {
             Extension::AudioLevel,
             Extension::TransportCc,
         ],
-        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir, Feedback::TransportCc],
+        feedback: &[
+            Feedback::Nack,
+            Feedback::NackPli,
+            Feedback::CcmFir,
+            Feedback::TransportCc,
+        ],
     };
     /// What the server sends to subscribers, and what it does with their feedback.
     pub const SERVER_SENDS: Capabilities = Capabilities {
@@ -82,7 +92,10 @@ impl ClientSection {
     }
 
     fn parse(text: &str) -> Result<ClientSection, &'static str> {
-        let media = lines(text).next().and_then(MediaLine::parse).ok_or("its m-line cannot be read")?;
+        let media = lines(text)
+            .next()
+            .and_then(MediaLine::parse)
+            .ok_or("its m-line cannot be read")?;
         let mut scan = SectionScan::default();
         let mut layers = LayerScan::default();
         for (name, value) in attributes(text) {
@@ -112,10 +125,17 @@ impl ClientSection {
             .copied()
             .filter(|feedback| fits(*feedback, kind, &extensions))
             .collect();
-        let codec = kind.and_then(|kind| scan.choose_codec(&media, capabilities.codecs(kind), &feedback));
+        let codec =
+            kind.and_then(|kind| scan.choose_codec(&media, capabilities.codecs(kind), &feedback));
         let understood = codec.is_some() || matches!(content, Content::Application(_));
-        let (ssrc, rtx_ssrc) = scan.fid.map_or((scan.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)));
-        let (stream_id, track_id) = scan.msid.or(scan.ssrc_msid).map(split_msid).unwrap_or_default();
+        let (ssrc, rtx_ssrc) = scan
+            .fid
+            .map_or((scan.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)));
+        let (stream_id, track_id) = scan
+            .msid
+            .or(scan.ssrc_msid)
+            .map(split_msid)
+            .unwrap_or_default();
         let rtx_payload_type = codec.as_ref().and_then(|codec| codec.rtx_payload_type);
         Ok(ClientSection {
             mid: mid.into(),
@@ -126,7 +146,9 @@ impl ClientSection {
             rtx_payload_type,
             clock_rate: codec.as_ref().map_or(0, |codec| codec.clock_rate),
             extensions,
-            feedback: codec.as_ref().map_or(FeedbackSet::default(), |codec| codec.feedback),
+            feedback: codec
+                .as_ref()
+                .map_or(FeedbackSet::default(), |codec| codec.feedback),
             stream_id: stream_id.into(),
             track_id: track_id.into(),
             ssrc,
@@ -137,7 +159,12 @@ impl ClientSection {
                 Vec::new()
             },
             usable: understood && media.port != 0 && !mid.is_empty(),
-            first_format: media.formats().next().filter(|format| is_token(format)).unwrap_or("0").into(),
+            first_format: media
+                .formats()
+                .next()
+                .filter(|format| is_token(format))
+                .unwrap_or("0")
+                .into(),
             content,
             codec,
         })
@@ -149,7 +176,9 @@ impl ClientSection {
 fn fits(feedback: Feedback, kind: Option<Kind>, extensions: &ExtensionIds) -> bool {
     match feedback {
         Feedback::Nack => true,
-        Feedback::TransportCc => kind == Some(Kind::Video) && extensions.id(Extension::TransportCc).is_some(),
+        Feedback::TransportCc => {
+            kind == Some(Kind::Video) && extensions.id(Extension::TransportCc).is_some()
+        }
         Feedback::NackPli | Feedback::CcmFir | Feedback::GoogRemb => kind == Some(Kind::Video),
     }
 }
@@ -160,7 +189,9 @@ fn fitting_extensions(offered: ExtensionIds, kind: Option<Kind>) -> ExtensionIds
     for extension in Extension::ALL {
         let fits = match extension {
             Extension::AudioLevel => kind == Some(Kind::Audio),
-            Extension::Rid | Extension::RepairedRid | Extension::TransportCc => kind == Some(Kind::Video),
+            Extension::Rid | Extension::RepairedRid | Extension::TransportCc => {
+                kind == Some(Kind::Video)
+            }
             _ => kind.is_some(),
         };
         if let (true, Some(id)) = (fits, offered.id(extension)) {
@@ -179,7 +210,10 @@ struct LayerScan<'a> {
 impl<'a> LayerScan<'a> {
     fn attribute(&mut self, name: &str, value: &'a str) {
         if name == "simulcast" {
-            let mut words = value.split_ascii_whitespace().skip_while(|word| *word != "send").skip(1);
+            let mut words = value
+                .split_ascii_whitespace()
+                .skip_while(|word| *word != "send")
+                .skip(1);
             self.send = self.send.or(words.next());
         }
     }
@@ -187,9 +221,20 @@ impl<'a> LayerScan<'a> {
     /// Known names in their order, others as they come: senders list low layers first.
     fn finish(&self) -> Vec<Box<str>> {
         let names = self.send.unwrap_or_default().split(';');
-        let first_alternative = |stream: &'a str| stream.split(',').next().unwrap_or_default().trim_start_matches('~');
-        let fine =
-            |rid: &&str| !rid.is_empty() && rid.len() <= RID_BYTES_MAX && rid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        let first_alternative = |stream: &'a str| {
+            stream
+                .split(',')
+                .next()
+                .unwrap_or_default()
+                .trim_start_matches('~')
+        };
+        let fine = |rid: &&str| {
+            !rid.is_empty()
+                && rid.len() <= RID_BYTES_MAX
+                && rid
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+        };
         let mut rids: Vec<&str> = Vec::new();
         for rid in names.map(first_alternative).filter(fine) {
             if rids.len() < LAYERS_MAX && !rids.contains(&rid) {
@@ -255,18 +300,26 @@ impl ClientDescriptions {
         }
         let mut fresh = Vec::new();
         for (index, text) in split.sections.iter().enumerate() {
-            let known = self.sections.get(index).filter(|known| known.stamp.is_of(text));
-            let bundled = |section: &ClientSection| session.bundle.binary_search(&&*section.mid).is_ok();
+            let known = self
+                .sections
+                .get(index)
+                .filter(|known| known.stamp.is_of(text));
+            let bundled =
+                |section: &ClientSection| session.bundle.binary_search(&&*section.mid).is_ok();
             match known {
-                Some(KnownSection { section, .. }) if section.usable == (section.usable && bundled(section)) => {}
+                Some(KnownSection { section, .. })
+                    if section.usable == (section.usable && bundled(section)) => {}
                 _ => {
-                    let mut section = ClientSection::parse(text).map_err(|what| SdpError::Section { index, what })?;
+                    let mut section = ClientSection::parse(text)
+                        .map_err(|what| SdpError::Section { index, what })?;
                     section.usable = section.usable && bundled(&section);
                     fresh.push((index, Stamp::of(text), section));
                 }
             }
         }
-        let tagged = self.first_usable(&fresh, split.sections.len()).ok_or(SdpError::NoSections)?;
+        let tagged = self
+            .first_usable(&fresh, split.sections.len())
+            .ok_or(SdpError::NoSections)?;
         self.refuse_duplicate_mids(&fresh)?;
         let remote = split.remote_transport(tagged)?;
         let changed = fresh.iter().map(|(index, ..)| *index).collect();
@@ -301,14 +354,25 @@ impl ClientDescriptions {
         })
     }
 
-    fn refuse_duplicate_mids(&self, fresh: &[(usize, Stamp, ClientSection)]) -> Result<(), SdpError> {
+    fn refuse_duplicate_mids(
+        &self,
+        fresh: &[(usize, Stamp, ClientSection)],
+    ) -> Result<(), SdpError> {
         if fresh.is_empty() {
             return Ok(());
         }
         let mut replaced = fresh.iter().map(|(index, ..)| *index).peekable();
         let kept = self.sections.iter().enumerate();
-        let kept = kept.filter_map(|(index, known)| replaced.next_if_eq(&index).is_none().then_some(&*known.section.mid));
-        refuse_duplicates(kept.chain(fresh.iter().map(|(_, _, section)| &*section.mid)).collect())
+        let kept = kept.filter_map(|(index, known)| {
+            replaced
+                .next_if_eq(&index)
+                .is_none()
+                .then_some(&*known.section.mid)
+        });
+        refuse_duplicates(
+            kept.chain(fresh.iter().map(|(_, _, section)| &*section.mid))
+                .collect(),
+        )
     }
 }
 
@@ -348,7 +412,12 @@ pub fn write_answer<'a>(
     offer.answer_as(local);
     let mut sdp = String::with_capacity(512 + offer.sections.len() * 640);
     let usable = offer.sections().filter(|section| section.usable);
-    write_lite_session(&mut sdp, local, version, usable.map(|section| &*section.mid));
+    write_lite_session(
+        &mut sdp,
+        local,
+        version,
+        usable.map(|section| &*section.mid),
+    );
     let mut tagged = true;
     for (index, known) in offer.sections.iter_mut().enumerate() {
         let section_use = match known.section.usable && known.section.kind.is_some() {
@@ -367,13 +436,20 @@ impl ClientDescriptions {
         let known = self.answered_as.as_ref();
         if known.is_none_or(|(ufrag, setup)| *ufrag != local.ufrag || *setup != local.setup) {
             self.answered_as = Some((local.ufrag.clone(), local.setup));
-            self.sections.iter_mut().for_each(|known| known.answered = None);
+            self.sections
+                .iter_mut()
+                .for_each(|known| known.answered = None);
         }
     }
 }
 
 impl KnownSection {
-    fn answer(&mut self, local: &LocalTransport, section_use: SectionUse<'_>, tagged: bool) -> &str {
+    fn answer(
+        &mut self,
+        local: &LocalTransport,
+        section_use: SectionUse<'_>,
+        tagged: bool,
+    ) -> &str {
         let purpose = Purpose {
             dtx: match section_use {
                 SectionUse::Receive { dtx } => Some(dtx),
@@ -386,17 +462,37 @@ impl KnownSection {
             tagged,
         };
         let section = &self.section;
-        let answered = self.answered.take().filter(|answered| answered.purpose == purpose);
+        let answered = self
+            .answered
+            .take()
+            .filter(|answered| answered.purpose == purpose);
         let answered = answered.unwrap_or_else(|| {
             let mut text = String::new();
             match (&section.content, &section.codec) {
                 (Content::Application(_), _) if section.usable => {
-                    push_application(&mut text, local, local.setup, &section.mid, tagged, SCTP_PORT);
+                    push_application(
+                        &mut text,
+                        local,
+                        local.setup,
+                        &section.mid,
+                        tagged,
+                        SCTP_PORT,
+                    );
                 }
-                (Content::Rtp(kind), Some(codec)) if section.usable => push_answered(&mut text, local, section, (*kind, codec), section_use, tagged),
+                (Content::Rtp(kind), Some(codec)) if section.usable => push_answered(
+                    &mut text,
+                    local,
+                    section,
+                    (*kind, codec),
+                    section_use,
+                    tagged,
+                ),
                 _ => push_rejected(&mut text, section),
             }
-            Answered { purpose, text: text.into() }
+            Answered {
+                purpose,
+                text: text.into(),
+            }
         });
         &self.answered.insert(answered).text
     }
@@ -410,7 +506,11 @@ fn push_answered(
     section_use: SectionUse<'_>,
     tagged: bool,
 ) {
-    push_media_line(sdp, kind, &[Some(codec.payload_type), codec.rtx_payload_type]);
+    push_media_line(
+        sdp,
+        kind,
+        &[Some(codec.payload_type), codec.rtx_payload_type],
+    );
     push_transport(sdp, local, local.setup, &section.mid, tagged);
     push_extensions(sdp, &section.extensions);
     let direction = match section_use {
@@ -418,13 +518,20 @@ fn push_answered(
         SectionUse::Send(_) => "sendonly",
         SectionUse::Idle => "inactive",
     };
-    push(sdp, format_args!("a={direction}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"));
+    push(
+        sdp,
+        format_args!("a={direction}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"),
+    );
     match section_use {
-        SectionUse::Receive { dtx: true } if kind == Kind::Audio => push_codec(sdp, &with_dtx(codec)),
+        SectionUse::Receive { dtx: true } if kind == Kind::Audio => {
+            push_codec(sdp, &with_dtx(codec))
+        }
         _ => push_codec(sdp, codec),
     }
     match section_use {
-        SectionUse::Receive { .. } if !section.rids.is_empty() => push_received_rids(sdp, &section.rids),
+        SectionUse::Receive { .. } if !section.rids.is_empty() => {
+            push_received_rids(sdp, &section.rids)
+        }
         SectionUse::Send(track) => push_sent_track(sdp, track, section.rtx_payload_type.is_some()),
         _ => {}
     }
@@ -449,7 +556,10 @@ fn push_received_rids(sdp: &mut String, rids: &[Box<str>]) {
 
 fn push_sent_track(sdp: &mut String, track: &SentTrack, rtx: bool) {
     let SentTrack {
-        stream_id, track_id, ssrc, ..
+        stream_id,
+        track_id,
+        ssrc,
+        ..
     } = track;
     let rtx_ssrc = track.rtx_ssrc.filter(|_| rtx);
     push(sdp, format_args!("a=msid:{stream_id} {track_id}\r\n"));
@@ -459,7 +569,9 @@ fn push_sent_track(sdp: &mut String, track: &SentTrack, rtx: bool) {
     for ssrc in [Some(*ssrc), rtx_ssrc].into_iter().flatten() {
         push(
             sdp,
-            format_args!("a=ssrc:{ssrc} cname:{stream_id}\r\na=ssrc:{ssrc} msid:{stream_id} {track_id}\r\n"),
+            format_args!(
+                "a=ssrc:{ssrc} cname:{stream_id}\r\na=ssrc:{ssrc} msid:{stream_id} {track_id}\r\n"
+            ),
         );
     }
 }
@@ -467,9 +579,21 @@ fn push_sent_track(sdp: &mut String, track: &SentTrack, rtx: bool) {
 fn push_rejected(sdp: &mut String, section: &ClientSection) {
     let first_format = &section.first_format;
     match &section.content {
-        Content::Rtp(kind) => push(sdp, format_args!("m={} 0 UDP/TLS/RTP/SAVPF {first_format}\r\n", kind_name(*kind))),
-        Content::Application(_) => push(sdp, format_args!("m=application 0 UDP/DTLS/SCTP webrtc-datachannel\r\n")),
-        Content::Other(name) => push(sdp, format_args!("m={name} 0 UDP/TLS/RTP/SAVPF {first_format}\r\n")),
+        Content::Rtp(kind) => push(
+            sdp,
+            format_args!(
+                "m={} 0 UDP/TLS/RTP/SAVPF {first_format}\r\n",
+                kind_name(*kind)
+            ),
+        ),
+        Content::Application(_) => push(
+            sdp,
+            format_args!("m=application 0 UDP/DTLS/SCTP webrtc-datachannel\r\n"),
+        ),
+        Content::Other(name) => push(
+            sdp,
+            format_args!("m={name} 0 UDP/TLS/RTP/SAVPF {first_format}\r\n"),
+        ),
     }
     push(sdp, format_args!("c=IN IP4 0.0.0.0\r\na=inactive\r\n"));
     if !section.mid.is_empty() {
@@ -477,7 +601,12 @@ fn push_rejected(sdp: &mut String, section: &ClientSection) {
     }
 }
 
-fn write_lite_session<'a>(sdp: &mut String, local: &LocalTransport, version: u64, bundle: impl Iterator<Item = &'a str>) {
+fn write_lite_session<'a>(
+    sdp: &mut String,
+    local: &LocalTransport,
+    version: u64,
+    bundle: impl Iterator<Item = &'a str>,
+) {
     write_session(sdp, local, version, bundle);
     sdp.push_str("a=ice-lite\r\n");
 }
@@ -547,7 +676,11 @@ impl SubscriberOffer {
             free: false,
             agreed: false,
         };
-        match self.tracks.iter().position(|section| section.free && section.kind == kind) {
+        match self
+            .tracks
+            .iter()
+            .position(|section| section.free && section.kind == kind)
+        {
             Some(index) => {
                 if let Some(slot) = self.tracks.get_mut(index) {
                     *slot = fresh;
@@ -563,7 +696,10 @@ impl SubscriberOffer {
 
     /// Takes the track of a section out of the next offer.
     pub fn remove(&mut self, section: usize) {
-        if let Some(section) = section.checked_sub(1).and_then(|index| self.tracks.get_mut(index)) {
+        if let Some(section) = section
+            .checked_sub(1)
+            .and_then(|index| self.tracks.get_mut(index))
+        {
             section.track = None;
             section.agreed = false;
             section.text.clear();
@@ -578,7 +714,9 @@ impl SubscriberOffer {
 
     /// New credentials: every section names them.
     pub fn rewrite(&mut self) {
-        self.tracks.iter_mut().for_each(|section| section.text.clear());
+        self.tracks
+            .iter_mut()
+            .for_each(|section| section.text.clear());
     }
 
     pub fn is_waiting_for_answer(&self) -> bool {
@@ -589,22 +727,43 @@ impl SubscriberOffer {
     pub fn offer(&mut self, local: &LocalTransport) -> String {
         self.version += 1;
         self.offered = Some(self.tracks.len());
-        for (index, section) in self.tracks.iter_mut().enumerate().filter(|(_, section)| section.text.is_empty()) {
+        for (index, section) in self
+            .tracks
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, section)| section.text.is_empty())
+        {
             section.write(index + 1, local);
         }
-        let bytes: usize = self.tracks.iter().map(|section| section.text.len() + 6).sum();
+        let bytes: usize = self
+            .tracks
+            .iter()
+            .map(|section| section.text.len() + 6)
+            .sum();
         let mut sdp = String::with_capacity(bytes + 1024);
         let mids: Vec<String> = (0..=self.tracks.len()).map(|mid| mid.to_string()).collect();
-        write_lite_session(&mut sdp, local, self.version, mids.iter().map(String::as_str));
+        write_lite_session(
+            &mut sdp,
+            local,
+            self.version,
+            mids.iter().map(String::as_str),
+        );
         push_application(&mut sdp, local, Setup::ActPass, "0", true, SCTP_PORT);
-        self.tracks.iter().for_each(|section| sdp.push_str(&section.text));
+        self.tracks
+            .iter()
+            .for_each(|section| sdp.push_str(&section.text));
         sdp
     }
 
     /// Takes the client's answer to the last offer: the other end, and what was agreed for sections that were not agreed before.
-    pub fn answered(&mut self, answer: &str) -> Result<(RemoteTransport, Vec<AgreedSection>), SdpError> {
+    pub fn answered(
+        &mut self,
+        answer: &str,
+    ) -> Result<(RemoteTransport, Vec<AgreedSection>), SdpError> {
         let Some(count) = self.offered else {
-            return Err(SdpError::Missing { what: "an offer to answer" });
+            return Err(SdpError::Missing {
+                what: "an offer to answer",
+            });
         };
         let update = self.answers.read(answer)?;
         if self.answers.sections().len() != count + 1 {
@@ -635,11 +794,22 @@ impl OfferedSection {
     fn write(&mut self, index: usize, local: &LocalTransport) {
         let codec = sent_codec(self.kind);
         let sdp = &mut self.text;
-        push_media_line(sdp, self.kind, &[Some(codec.payload_type), codec.rtx_payload_type]);
+        push_media_line(
+            sdp,
+            self.kind,
+            &[Some(codec.payload_type), codec.rtx_payload_type],
+        );
         push_transport(sdp, local, Setup::ActPass, &index.to_string(), false);
         push_extensions(sdp, &sent_extensions(self.kind));
-        let direction = if self.track.is_some() { "sendonly" } else { "inactive" };
-        push(sdp, format_args!("a={direction}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"));
+        let direction = if self.track.is_some() {
+            "sendonly"
+        } else {
+            "inactive"
+        };
+        push(
+            sdp,
+            format_args!("a={direction}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"),
+        );
         push_codec(sdp, &codec);
         if let Some(track) = &self.track {
             push_sent_track(sdp, track, codec.rtx_payload_type.is_some());
@@ -651,10 +821,24 @@ fn sent_codec(kind: Kind) -> Codec {
     let mut feedback = FeedbackSet::default();
     let of_kind = |feedback: &Feedback| kind == Kind::Video || *feedback == Feedback::Nack;
     let supported = Capabilities::SERVER_SENDS.feedback.iter();
-    supported.filter(|feedback| of_kind(feedback)).for_each(|found| feedback.insert(*found));
+    supported
+        .filter(|feedback| of_kind(feedback))
+        .for_each(|found| feedback.insert(*found));
     let (payload_type, rtx_payload_type, map, clock_rate, parameters) = match kind {
-        Kind::Audio => (OPUS_PAYLOAD_TYPE, None, "opus/48000/2", 48_000, "minptime=10;useinbandfec=1"),
-        Kind::Video => (VP8_PAYLOAD_TYPE, Some(VP8_RTX_PAYLOAD_TYPE), "VP8/90000", 90_000, ""),
+        Kind::Audio => (
+            OPUS_PAYLOAD_TYPE,
+            None,
+            "opus/48000/2",
+            48_000,
+            "minptime=10;useinbandfec=1",
+        ),
+        Kind::Video => (
+            VP8_PAYLOAD_TYPE,
+            Some(VP8_RTX_PAYLOAD_TYPE),
+            "VP8/90000",
+            90_000,
+            "",
+        ),
     };
     Codec {
         payload_type,
@@ -704,7 +888,8 @@ mod tests {
     }
 
     fn oracle(sdp: &str) -> rtc_sdp::description::session::SessionDescription {
-        rtc_sdp::description::session::SessionDescription::unmarshal(&mut std::io::Cursor::new(sdp)).unwrap_or_else(|error| panic!("{error}: {sdp}"))
+        rtc_sdp::description::session::SessionDescription::unmarshal(&mut std::io::Cursor::new(sdp))
+            .unwrap_or_else(|error| panic!("{error}: {sdp}"))
     }
 
     fn sections(sdp: &str) -> Vec<&str> {
@@ -713,10 +898,17 @@ mod tests {
 
     #[test]
     fn a_new_track_changes_no_section_but_its_own_and_only_that_is_read() {
-        let (mut offers, mut answerer) = (SubscriberOffer::default(), Answerer::new(Capabilities::SUBSCRIBER));
+        let (mut offers, mut answerer) = (
+            SubscriberOffer::default(),
+            Answerer::new(Capabilities::SUBSCRIBER),
+        );
         let mut before: Vec<String> = Vec::new();
         for number in 1..=150 {
-            let kind = if number % 3 == 0 { Kind::Video } else { Kind::Audio };
+            let kind = if number % 3 == 0 {
+                Kind::Video
+            } else {
+                Kind::Audio
+            };
             assert_eq!(offers.add(kind, track(number)), number as usize);
             let offer = offers.offer(&local());
             let now = sections(&offer);
@@ -732,7 +924,12 @@ mod tests {
         }
         let whole = oracle(&offers.offer(&local()));
         assert_eq!(whole.media_descriptions.len(), 151);
-        assert!(whole.attributes.iter().any(|attribute| attribute.key == "ice-lite"));
+        assert!(
+            whole
+                .attributes
+                .iter()
+                .any(|attribute| attribute.key == "ice-lite")
+        );
     }
 
     #[test]
@@ -746,14 +943,23 @@ mod tests {
             ..local()
         };
         let offer = offers.offer(&restarted);
-        assert_eq!((offer.matches("ufrag:afresh").count(), offer.contains("theserver")), (2, false));
+        assert_eq!(
+            (
+                offer.matches("ufrag:afresh").count(),
+                offer.contains("theserver")
+            ),
+            (2, false)
+        );
     }
 
     #[test]
     fn an_answer_must_fit_its_offer() {
         let mut offers = SubscriberOffer::default();
         offers.add(Kind::Audio, track(1));
-        let (first, mut answerer) = (offers.offer(&local()), Answerer::new(Capabilities::SUBSCRIBER));
+        let (first, mut answerer) = (
+            offers.offer(&local()),
+            Answerer::new(Capabilities::SUBSCRIBER),
+        );
         let answer = answerer.answer(&first, &local()).unwrap().sdp;
         let shorter = answer.split("m=audio").next().unwrap();
         assert!(offers.answered(shorter).is_err() && offers.is_waiting_for_answer());
@@ -766,8 +972,13 @@ mod tests {
         let offer = offers.offer(&local());
         let answer = answerer.answer(&offer, &local()).unwrap().sdp;
         let (before, after) = answer.rsplit_once("m=audio 9 ").unwrap();
-        let (_, agreed) = offers.answered(&format!("{before}m=audio 0 {after}")).unwrap();
-        assert_eq!(agreed.iter().map(|agreed| agreed.media).collect::<Vec<_>>(), [None]);
+        let (_, agreed) = offers
+            .answered(&format!("{before}m=audio 0 {after}"))
+            .unwrap();
+        assert_eq!(
+            agreed.iter().map(|agreed| agreed.media).collect::<Vec<_>>(),
+            [None]
+        );
     }
 
     #[test]
@@ -779,24 +990,45 @@ mod tests {
         }
         assert_eq!(offers.read(BROWSER[2]).unwrap().changed, [0; 0]);
         let kinds: Vec<Option<Kind>> = offers.sections().map(|section| section.kind).collect();
-        assert_eq!(kinds.iter().filter(|kind| **kind == Some(Kind::Video)).count(), 4);
+        assert_eq!(
+            kinds
+                .iter()
+                .filter(|kind| **kind == Some(Kind::Video))
+                .count(),
+            4
+        );
         // All of the first; of the later ones what their addresses and tracks changed.
         assert_eq!(read, [7, 7, 5]);
         let publishes = |section: &ClientSection| section.sends && section.kind.is_some();
         let (sent, unused) = (track(1), track(2));
-        let answer = write_answer(&mut offers, &local(), 1, |index, section| match publishes(section) {
-            true => SectionUse::Receive { dtx: true },
-            false if index == 0 => SectionUse::Send(&sent),
-            false => SectionUse::Idle,
+        let answer = write_answer(&mut offers, &local(), 1, |index, section| {
+            match publishes(section) {
+                true => SectionUse::Receive { dtx: true },
+                false if index == 0 => SectionUse::Send(&sent),
+                false => SectionUse::Idle,
+            }
         });
         let oracle = oracle(&answer);
         assert_eq!(oracle.media_descriptions.len(), kinds.len());
-        for (index, (section, media)) in offers.sections().zip(&oracle.media_descriptions).enumerate() {
-            let has = |key: &str| media.attributes.iter().any(|attribute| attribute.key == key);
+        for (index, (section, media)) in offers
+            .sections()
+            .zip(&oracle.media_descriptions)
+            .enumerate()
+        {
+            let has = |key: &str| {
+                media
+                    .attributes
+                    .iter()
+                    .any(|attribute| attribute.key == key)
+            };
             assert_eq!(has("recvonly"), publishes(section), "section {index}");
             assert_eq!(has("simulcast"), section.rids.len() == 3, "section {index}");
             assert_eq!(has("candidate"), index == 0);
-            let codecs = media.attributes.iter().filter(|attribute| attribute.key == "rtpmap").count();
+            let codecs = media
+                .attributes
+                .iter()
+                .filter(|attribute| attribute.key == "rtpmap")
+                .count();
             assert_eq!(
                 codecs,
                 if section.kind == Some(Kind::Video) {
@@ -818,13 +1050,20 @@ mod tests {
             ("send 1;2;3;4", &["1", "2", "3"]),
             ("send q;q;q", &["q"]),
             ("send ;;a b", &["a"]),
-            ("send q\u{1};thisridislongerthananyheaderextensionmaybe", &[]),
+            (
+                "send q\u{1};thisridislongerthananyheaderextensionmaybe",
+                &[],
+            ),
             ("recv q;h", &[]),
         ] {
             let mut scan = LayerScan::default();
             scan.attribute("simulcast", offered);
             let layers = scan.finish();
-            assert_eq!(layers.iter().map(|rid| &**rid).collect::<Vec<_>>(), expected, "{offered}");
+            assert_eq!(
+                layers.iter().map(|rid| &**rid).collect::<Vec<_>>(),
+                expected,
+                "{offered}"
+            );
         }
     }
 
@@ -838,7 +1077,10 @@ mod tests {
         let ends = [local(), local(), local(), restarted];
         for (round, end) in ends.iter().enumerate() {
             // Tracks come, change places and go; a pause is allowed, and no longer.
-            let section_use = |index: usize, section: &ClientSection| match (publishes(section), (index + round) % 3) {
+            let section_use = |index: usize, section: &ClientSection| match (
+                publishes(section),
+                (index + round) % 3,
+            ) {
                 (true, _) => SectionUse::Receive { dtx: round == 1 },
                 (false, 0) => SectionUse::Send(&first),
                 (false, 1) => SectionUse::Send(&second),
@@ -850,8 +1092,16 @@ mod tests {
             anew.read(offer).unwrap();
             let version = round as u64;
             let answer = write_answer(&mut kept, end, version, section_use);
-            assert_eq!(answer, write_answer(&mut anew, end, version, section_use), "round {round}");
-            assert_eq!(answer, write_answer(&mut kept, end, version, section_use), "round {round}, again");
+            assert_eq!(
+                answer,
+                write_answer(&mut anew, end, version, section_use),
+                "round {round}"
+            );
+            assert_eq!(
+                answer,
+                write_answer(&mut kept, end, version, section_use),
+                "round {round}, again"
+            );
         }
     }
 }

@@ -70,7 +70,12 @@ fn recorded_offers_get_the_recorded_answers() {
             std::fs::write(format!("fixtures/sdp/answer-{}.sdp", index + 1), &answer).unwrap();
             continue;
         }
-        assert_eq!(answer, golden, "answer {} (THRONG_BLESS=1 writes the new one)", index + 1);
+        assert_eq!(
+            answer,
+            golden,
+            "answer {} (THRONG_BLESS=1 writes the new one)",
+            index + 1
+        );
     }
 }
 
@@ -88,13 +93,23 @@ fn a_room_fills_and_empties_and_only_what_changed_is_read() {
     ] {
         let answered = answerer.answer(offer, &local()).unwrap();
         assert_eq!(
-            (mids(&answered.added), mids(&answered.removed), mids(&answered.updated)),
+            (
+                mids(&answered.added),
+                mids(&answered.removed),
+                mids(&answered.updated)
+            ),
             (added, removed, updated)
         );
         assert_eq!(answered.unusable, 0);
         assert_eq!(answered.sections_read, read);
     }
-    assert_eq!(answerer.tracks().map(|track| &*track.mid).collect::<Vec<_>>(), ["1", "2", "3", "5", "6"]);
+    assert_eq!(
+        answerer
+            .tracks()
+            .map(|track| &*track.mid)
+            .collect::<Vec<_>>(),
+        ["1", "2", "3", "5", "6"]
+    );
 }
 
 #[test]
@@ -106,10 +121,20 @@ fn a_recorded_offer_names_transport_and_tracks() {
         ("qbDCvLwFbZDqebWM", "XfcIfwRYkzocWBecseuadOwNGsCKgfIj")
     );
     assert_eq!(
-        (remote.setup, answered.setup, remote.ice_lite, remote.end_of_candidates),
+        (
+            remote.setup,
+            answered.setup,
+            remote.ice_lite,
+            remote.end_of_candidates
+        ),
         (Setup::ActPass, Setup::Active, false, true)
     );
-    assert!(remote.fingerprint.to_string().starts_with("sha-256 44:35:6F:5A:"));
+    assert!(
+        remote
+            .fingerprint
+            .to_string()
+            .starts_with("sha-256 44:35:6F:5A:")
+    );
     assert_eq!(remote.candidates.len(), 1, "component 2 is left out");
     assert_eq!(
         (remote.candidates[0].address, remote.candidates[0].priority),
@@ -121,15 +146,26 @@ fn a_recorded_offer_names_transport_and_tracks() {
         panic!("{:?}", answered.added)
     };
     assert_eq!(
-        (audio.kind, audio.payload_type, audio.rtx_payload_type, audio.rtx_ssrc),
+        (
+            audio.kind,
+            audio.payload_type,
+            audio.rtx_payload_type,
+            audio.rtx_ssrc
+        ),
         (Kind::Audio, 111, None, None)
     );
     assert_eq!(
         (audio.ssrc, audio.clock_rate, &*audio.track_id),
         (359_536_568, 48_000, "TR_AteYg99Z6BqU3")
     );
-    assert_eq!((video.kind, video.payload_type, video.rtx_payload_type), (Kind::Video, 96, Some(97)));
-    assert_eq!((video.ssrc, video.rtx_ssrc, video.clock_rate), (631_379_334, Some(2_598_880_657), 90_000));
+    assert_eq!(
+        (video.kind, video.payload_type, video.rtx_payload_type),
+        (Kind::Video, 96, Some(97))
+    );
+    assert_eq!(
+        (video.ssrc, video.rtx_ssrc, video.clock_rate),
+        (631_379_334, Some(2_598_880_657), 90_000)
+    );
     assert_eq!(
         (&*video.stream_id, &*video.track_id),
         ("PA_gqKSsAd8SZ6Q|TR_V54ByyhYHjTUB", "TR_V54ByyhYHjTUB")
@@ -145,7 +181,8 @@ fn a_recorded_offer_names_transport_and_tracks() {
 
 /// What the library that is the oracle reads: `m=` and attributes of each section.
 fn oracle(sdp: &str) -> rtc_sdp::description::session::SessionDescription {
-    rtc_sdp::description::session::SessionDescription::unmarshal(&mut std::io::Cursor::new(sdp)).unwrap_or_else(|error| panic!("{error}: {sdp}"))
+    rtc_sdp::description::session::SessionDescription::unmarshal(&mut std::io::Cursor::new(sdp))
+        .unwrap_or_else(|error| panic!("{error}: {sdp}"))
 }
 
 fn values(media: &rtc_sdp::description::media::MediaDescription, key: &str) -> Vec<String> {
@@ -163,18 +200,38 @@ fn an_independent_parser_reads_our_answers_as_they_are_meant() {
     for offer in OFFERS {
         let answer = oracle(&answerer.answer(offer, &local()).unwrap().sdp);
         let offer = oracle(offer);
-        assert_eq!(answer.media_descriptions.len(), offer.media_descriptions.len());
-        assert_eq!(answer.attribute("group").unwrap(), offer.attribute("group").unwrap());
-        assert!(answer.attribute("fingerprint").unwrap().starts_with("sha-256 A5:A5"));
-        for (ours, theirs) in answer.media_descriptions.iter().zip(&offer.media_descriptions) {
+        assert_eq!(
+            answer.media_descriptions.len(),
+            offer.media_descriptions.len()
+        );
+        assert_eq!(
+            answer.attribute("group").unwrap(),
+            offer.attribute("group").unwrap()
+        );
+        assert!(
+            answer
+                .attribute("fingerprint")
+                .unwrap()
+                .starts_with("sha-256 A5:A5")
+        );
+        for (ours, theirs) in answer
+            .media_descriptions
+            .iter()
+            .zip(&offer.media_descriptions)
+        {
             assert_eq!(ours.media_name.media, theirs.media_name.media);
             assert_eq!(ours.attribute("mid"), theirs.attribute("mid"));
             assert_eq!(
                 (ours.attribute("setup"), ours.attribute("ice-ufrag")),
                 (Some(Some("active")), Some(Some("ours")))
             );
-            assert!(values(ours, "rtpmap").iter().all(|map| values(theirs, "rtpmap").contains(map)));
-            let sends = theirs.has_attribute("sendrecv") && theirs.media_name.media != "application";
+            assert!(
+                values(ours, "rtpmap")
+                    .iter()
+                    .all(|map| values(theirs, "rtpmap").contains(map))
+            );
+            let sends =
+                theirs.has_attribute("sendrecv") && theirs.media_name.media != "application";
             assert_eq!(ours.has_attribute("recvonly"), sends);
         }
         assert!(answer.media_descriptions[0].has_attribute("candidate"));
@@ -205,23 +262,41 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
     };
     let mut offerer = Offerer::default();
     offerer.open_data();
-    [audio, video, simulcast].into_iter().for_each(|track| offerer.send(track));
+    [audio, video, simulcast]
+        .into_iter()
+        .for_each(|track| offerer.send(track));
     offerer.offer(&local());
     offerer.receive(Kind::Audio, 1).unwrap();
     offerer.receive(Kind::Video, 1).unwrap();
     let offer = offerer.offer(&local());
     let parsed = oracle(&offer);
     assert_eq!(
-        (parsed.origin.session_version, parsed.attribute("group").unwrap().as_str()),
+        (
+            parsed.origin.session_version,
+            parsed.attribute("group").unwrap().as_str()
+        ),
         (2, "BUNDLE 0 1 2 3 4 5")
     );
-    let [application, audio, video, simulcast, free_audio, free_video] = parsed.media_descriptions.as_slice() else {
+    let [application, audio, video, simulcast, free_audio, free_video] =
+        parsed.media_descriptions.as_slice()
+    else {
         panic!("{offer}")
     };
-    for (free, maps) in [(free_audio, vec!["111 opus/48000/2"]), (free_video, vec!["96 VP8/90000", "97 rtx/90000"])] {
-        assert!(free.has_attribute("recvonly") && values(free, "ssrc").is_empty() && values(free, "msid").is_empty());
+    for (free, maps) in [
+        (free_audio, vec!["111 opus/48000/2"]),
+        (free_video, vec!["96 VP8/90000", "97 rtx/90000"]),
+    ] {
+        assert!(
+            free.has_attribute("recvonly")
+                && values(free, "ssrc").is_empty()
+                && values(free, "msid").is_empty()
+        );
         assert_eq!(values(free, "rtpmap"), maps);
-        assert!(values(free, "extmap").contains(&"5 http://www.webrtc.org/experiments/rtp-hdrext/abs-send-time".to_owned()));
+        assert!(
+            values(free, "extmap").contains(
+                &"5 http://www.webrtc.org/experiments/rtp-hdrext/abs-send-time".to_owned()
+            )
+        );
     }
     assert_eq!(application.attribute("sctp-port"), Some(Some("5000")));
     assert_eq!(values(audio, "rtpmap"), ["111 opus/48000/2"]);
@@ -229,17 +304,29 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
     assert_eq!(values(audio, "ssrc"), ["1 cname:s", "1 msid:s mic"]);
     assert_eq!(
         values(video, "rtcp-fb"),
-        ["96 nack", "96 nack pli", "96 ccm fir", "96 goog-remb", "96 transport-cc"]
+        [
+            "96 nack",
+            "96 nack pli",
+            "96 ccm fir",
+            "96 goog-remb",
+            "96 transport-cc"
+        ]
     );
     assert_eq!(values(video, "ssrc-group"), ["FID 2 3"]);
     let transport_cc = format!("6 {}", Extension::TransportCc.uri());
-    assert_eq!(values(video, "extmap"), ["1 urn:ietf:params:rtp-hdrext:sdes:mid", &transport_cc]);
+    assert_eq!(
+        values(video, "extmap"),
+        ["1 urn:ietf:params:rtp-hdrext:sdes:mid", &transport_cc]
+    );
     assert_eq!(
         (values(simulcast, "rid"), values(simulcast, "ssrc").len()),
         (vec!["q send".into(), "h send".into(), "f send".into()], 0)
     );
     assert_eq!(
-        (values(simulcast, "simulcast"), values(simulcast, "extmap").len()),
+        (
+            values(simulcast, "simulcast"),
+            values(simulcast, "extmap").len()
+        ),
         (vec!["send q;h;f".to_owned()], 4)
     );
     assert_eq!(values(video, "msid"), ["s cam"]);
@@ -248,16 +335,41 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
 #[test]
 fn recorded_answers_to_our_offers_are_read() {
     for (answer, data, rid) in [
-        (include_str!("../../../fixtures/sdp/publisher-answer-plain.sdp"), true, None),
-        (include_str!("../../../fixtures/sdp/publisher-answer-simulcast.sdp"), false, Some(2)),
+        (
+            include_str!("../../../fixtures/sdp/publisher-answer-plain.sdp"),
+            true,
+            None,
+        ),
+        (
+            include_str!("../../../fixtures/sdp/publisher-answer-simulcast.sdp"),
+            false,
+            Some(2),
+        ),
     ] {
         let parsed = publisher(data, false).handle_answer(answer).unwrap();
         assert_eq!(parsed.remote.setup, Setup::Passive);
-        let [audio, video] = parsed.media.as_slice() else { panic!("{parsed:?}") };
+        let [audio, video] = parsed.media.as_slice() else {
+            panic!("{parsed:?}")
+        };
         assert!(audio.accepted && video.accepted);
-        assert_eq!((audio.payload_type, video.payload_type, video.rtx_payload_type), (111, 96, Some(97)));
-        assert_eq!((video.extensions.id(Extension::Mid), video.extensions.id(Extension::Rid)), (Some(1), rid));
-        assert!(audio.feedback.contains(Feedback::Nack) && video.feedback.contains(Feedback::CcmFir));
+        assert_eq!(
+            (
+                audio.payload_type,
+                video.payload_type,
+                video.rtx_payload_type
+            ),
+            (111, 96, Some(97))
+        );
+        assert_eq!(
+            (
+                video.extensions.id(Extension::Mid),
+                video.extensions.id(Extension::Rid)
+            ),
+            (Some(1), rid)
+        );
+        assert!(
+            audio.feedback.contains(Feedback::Nack) && video.feedback.contains(Feedback::CcmFir)
+        );
         assert!(!video.feedback.contains(Feedback::GoogRemb));
     }
 }
@@ -276,7 +388,8 @@ fn offer_of(sections: &[&str]) -> String {
     sdp
 }
 
-const APPLICATION: &str = "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\na=mid:{}\na=sctp-port:5000\n";
+const APPLICATION: &str =
+    "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\na=mid:{}\na=sctp-port:5000\n";
 const VP8: &str = "m=video 9 UDP/TLS/RTP/SAVPF 100\na=mid:{}\na=rtpmap:100 VP8/90000\na=ssrc:7 cname:x\na=msid:s t\na=sendonly\n";
 
 #[test]
@@ -292,7 +405,10 @@ fn what_cannot_be_used_is_answered_in_its_place() {
         "m=video 9 UDP/TLS/RTP/SAVPF 100\na=mid:stray\na=rtpmap:100 VP8/90000\na=ssrc:8 cname:x\na=sendonly\n",
     ];
     let answered = answerer().answer(&offer_of(&sections), &local()).unwrap();
-    assert_eq!((answered.remote.setup, answered.setup), (Setup::Passive, Setup::Active));
+    assert_eq!(
+        (answered.remote.setup, answered.setup),
+        (Setup::Passive, Setup::Active)
+    );
     let answer = oracle(&answered.sdp);
     let seen: Vec<(String, isize, bool)> = answer
         .media_descriptions
@@ -315,7 +431,10 @@ fn what_cannot_be_used_is_answered_in_its_place() {
         ("video", 9, true),
         ("video", 0, true),
     ];
-    assert_eq!(seen, expected.map(|(media, port, inactive)| (media.to_owned(), port, inactive)));
+    assert_eq!(
+        seen,
+        expected.map(|(media, port, inactive)| (media.to_owned(), port, inactive))
+    );
     assert_eq!(answer.attribute("group").unwrap(), "BUNDLE 0 1 6");
     assert_eq!((mids(&answered.added), answered.unusable), (vec!["1"], 3));
 }
@@ -323,13 +442,28 @@ fn what_cannot_be_used_is_answered_in_its_place() {
 #[test]
 fn a_changed_ssrc_or_msid_is_a_removed_and_an_added_track() {
     let mut answerer = answerer();
-    answerer.answer(&offer_of(&[APPLICATION, VP8]), &local()).unwrap();
-    for changed in [VP8.replace("ssrc:7", "ssrc:8"), VP8.replace("msid:s t", "msid:s u")] {
-        let answered = answerer.answer(&offer_of(&[APPLICATION, &changed]), &local()).unwrap();
-        assert_eq!((mids(&answered.added), mids(&answered.removed)), (vec!["1"], vec!["1"]));
+    answerer
+        .answer(&offer_of(&[APPLICATION, VP8]), &local())
+        .unwrap();
+    for changed in [
+        VP8.replace("ssrc:7", "ssrc:8"),
+        VP8.replace("msid:s t", "msid:s u"),
+    ] {
+        let answered = answerer
+            .answer(&offer_of(&[APPLICATION, &changed]), &local())
+            .unwrap();
+        assert_eq!(
+            (mids(&answered.added), mids(&answered.removed)),
+            (vec!["1"], vec!["1"])
+        );
     }
-    let answered = answerer.answer(&offer_of(&[APPLICATION]), &local()).unwrap();
-    assert_eq!((mids(&answered.removed), answerer.tracks().count()), (vec!["1"], 0));
+    let answered = answerer
+        .answer(&offer_of(&[APPLICATION]), &local())
+        .unwrap();
+    assert_eq!(
+        (mids(&answered.removed), answerer.tracks().count()),
+        (vec!["1"], 0)
+    );
 }
 
 #[test]
@@ -339,7 +473,11 @@ fn an_ice_restart_changes_the_transport_and_no_track() {
     let restarted = OFFERS[2].replace("qbDCvLwFbZDqebWM", "newufrag");
     let answered = answerer.answer(&restarted, &local()).unwrap();
     assert_eq!(
-        (answered.remote.ufrag.as_str(), answered.added.len(), answered.removed.len()),
+        (
+            answered.remote.ufrag.as_str(),
+            answered.added.len(),
+            answered.removed.len()
+        ),
         ("newufrag", 0, 0)
     );
 }
@@ -378,16 +516,30 @@ fn broken_offers_are_refused_and_leave_the_state_as_it_was() {
             },
         ),
         (
-            &offer_of(&[&format!("m=video 9 x\n{}", "a=x\n".repeat(SECTION_BYTES_MAX / 4))]),
+            &offer_of(&[&format!(
+                "m=video 9 x\n{}",
+                "a=x\n".repeat(SECTION_BYTES_MAX / 4)
+            )]),
             SdpError::SectionTooLarge { index: 0 },
         ),
-        (&"m=a 0 b\n".repeat(SECTIONS_MAX + 1), SdpError::TooManySections),
-        (&" ".repeat(SDP_BYTES_MAX + 1), SdpError::TooLarge { bytes: SDP_BYTES_MAX + 1 }),
+        (
+            &"m=a 0 b\n".repeat(SECTIONS_MAX + 1),
+            SdpError::TooManySections,
+        ),
+        (
+            &" ".repeat(SDP_BYTES_MAX + 1),
+            SdpError::TooLarge {
+                bytes: SDP_BYTES_MAX + 1,
+            },
+        ),
     ] {
         assert_eq!(answerer.answer(offer, &local()).unwrap_err(), error);
     }
     assert_eq!(answerer.tracks().count(), 6);
-    assert_eq!(answerer.answer(OFFERS[2], &local()).unwrap().sections_read, 0);
+    assert_eq!(
+        answerer.answer(OFFERS[2], &local()).unwrap().sections_read,
+        0
+    );
 }
 
 /// A small generator for tests (xorshift64*): the seed is the run.
@@ -405,7 +557,10 @@ impl Random {
 #[test]
 fn mutated_offers_and_answers_never_panic_and_answers_keep_their_form() {
     let mut random = Random(0x5eed);
-    let answers = [ANSWERS[2], include_str!("../../../fixtures/sdp/publisher-answer-simulcast.sdp")];
+    let answers = [
+        ANSWERS[2],
+        include_str!("../../../fixtures/sdp/publisher-answer-simulcast.sdp"),
+    ];
     let mut accepted = 0;
     for _ in 0..3_000 {
         let text = mutated(OFFERS[random.below(OFFERS.len())], &mut random);
@@ -414,7 +569,10 @@ fn mutated_offers_and_answers_never_panic_and_answers_keep_their_form() {
         if let Ok(answered) = answerer.answer(&text, &local()) {
             accepted += 1;
             let sections = |sdp: &str| sdp.lines().filter(|line| line.starts_with("m=")).count();
-            assert_eq!(sections(&answered.sdp), SplitDescription::new(&text).unwrap().sections.len());
+            assert_eq!(
+                sections(&answered.sdp),
+                SplitDescription::new(&text).unwrap().sections.len()
+            );
             assert!(
                 answered
                     .sdp
@@ -432,16 +590,31 @@ fn mutated_offers_and_answers_never_panic_and_answers_keep_their_form() {
                 answered.sdp
             );
         }
-        let _ = publisher(false, random.below(2) == 0).handle_answer(&mutated(answers[random.below(2)], &mut random));
-        let _ = mutated(r#"{"candidate":"candidate:1 1 udp 5 1.2.3.4 5 typ host","sdpMid":"0"}"#, &mut random).parse::<Trickled>();
-        let _ = mutated("sha-256 44:35:6F:5A:5A:9B:96:26:AC:E4:81:D0:0C:7D:EC:56", &mut random).parse::<Fingerprint>();
+        let _ = publisher(false, random.below(2) == 0)
+            .handle_answer(&mutated(answers[random.below(2)], &mut random));
+        let _ = mutated(
+            r#"{"candidate":"candidate:1 1 udp 5 1.2.3.4 5 typ host","sdpMid":"0"}"#,
+            &mut random,
+        )
+        .parse::<Trickled>();
+        let _ = mutated(
+            "sha-256 44:35:6F:5A:5A:9B:96:26:AC:E4:81:D0:0C:7D:EC:56",
+            &mut random,
+        )
+        .parse::<Fingerprint>();
     }
-    assert!(accepted > 300, "{accepted}: the mutations are too crude to test anything");
+    assert!(
+        accepted > 300,
+        "{accepted}: the mutations are too crude to test anything"
+    );
 }
 
 /// A few bytes changed, a line dropped or doubled, or the end cut off.
 fn mutated(text: &str, random: &mut Random) -> String {
-    let mut lines: Vec<Vec<u8>> = text.split_inclusive('\n').map(|line| line.as_bytes().to_vec()).collect();
+    let mut lines: Vec<Vec<u8>> = text
+        .split_inclusive('\n')
+        .map(|line| line.as_bytes().to_vec())
+        .collect();
     for _ in 0..=random.below(4) {
         let at = random.below(lines.len());
         match random.below(6) {
@@ -491,11 +664,14 @@ impl Room {
     }
 
     fn push(&mut self, template: usize, ssrc: usize) {
-        self.sections.push(self.section(self.sections.len() + 1, template, ssrc));
+        self.sections
+            .push(self.section(self.sections.len() + 1, template, ssrc));
     }
 
     fn offer(&self) -> String {
-        let mids: Vec<String> = (0..=self.sections.len()).map(|mid| mid.to_string()).collect();
+        let mids: Vec<String> = (0..=self.sections.len())
+            .map(|mid| mid.to_string())
+            .collect();
         format!(
             "{}{}{}",
             self.session.replace("{mids}", &mids.join(" ")),
@@ -510,8 +686,12 @@ impl Room {
         let at = random.below(self.sections.len().max(1));
         match random.below(8) {
             0..=3 => self.push(random.below(2), ssrc),
-            4 if at < self.sections.len() => self.sections[at] = self.section(at + 1, random.below(2), ssrc),
-            5 | 6 if at < self.sections.len() => self.sections[at] = self.sections[at].replace("a=sendrecv", "a=inactive"),
+            4 if at < self.sections.len() => {
+                self.sections[at] = self.section(at + 1, random.below(2), ssrc)
+            }
+            5 | 6 if at < self.sections.len() => {
+                self.sections[at] = self.sections[at].replace("a=sendrecv", "a=inactive")
+            }
             7 => self.application = self.application.replace("a=ice-ufrag:", "a=ice-ufrag:x"),
             _ => {}
         }
@@ -528,19 +708,32 @@ fn answering_by_increments_is_answering_in_full() {
             let offer = room.offer();
             let mut full = answerer();
             full.version = version - 1;
-            let (step, whole) = (incremental.answer(&offer, &local()).unwrap(), full.answer(&offer, &local()).unwrap());
+            let (step, whole) = (
+                incremental.answer(&offer, &local()).unwrap(),
+                full.answer(&offer, &local()).unwrap(),
+            );
             assert_eq!(
                 (&step.sdp, &step.remote, step.unusable),
                 (&whole.sdp, &whole.remote, whole.unusable),
                 "seed {seed}"
             );
             assert!(step.sections_read <= whole.sections_read);
-            assert!(step.removed.iter().all(|track| alive.contains(track)), "seed {seed}");
-            alive.retain(|track| !step.removed.contains(track) && !step.updated.iter().any(|new| new.mid == track.mid));
+            assert!(
+                step.removed.iter().all(|track| alive.contains(track)),
+                "seed {seed}"
+            );
+            alive.retain(|track| {
+                !step.removed.contains(track)
+                    && !step.updated.iter().any(|new| new.mid == track.mid)
+            });
             alive.extend(step.updated);
             alive.extend(step.added);
             alive.sort_by_key(|track| track.mid.parse::<u32>().unwrap());
-            assert_eq!(alive.iter().collect::<Vec<_>>(), full.tracks().collect::<Vec<_>>(), "seed {seed}");
+            assert_eq!(
+                alive.iter().collect::<Vec<_>>(),
+                full.tracks().collect::<Vec<_>>(),
+                "seed {seed}"
+            );
         }
     }
 }
@@ -551,7 +744,10 @@ fn a_hundred_tracks_cost_little_and_the_next_one_less() {
     (0..100).for_each(|index| room.push(index % 2, 1_000 + index));
     let (first, mut answerer) = (room.offer(), answerer());
     let started = Instant::now();
-    assert_eq!(answerer.answer(&first, &local()).unwrap().sections_read, 101);
+    assert_eq!(
+        answerer.answer(&first, &local()).unwrap().sections_read,
+        101
+    );
     let full = started.elapsed();
     room.push(0, 5_000);
     let second = room.offer();
@@ -596,12 +792,22 @@ fn over_one_connection_a_room_fills_and_empties_and_only_what_changed_is_read() 
         offerer.receive(Kind::Video, video).unwrap();
         let offered = oracle(&offerer.offer(&local())).media_descriptions.len();
         let negotiated = offerer.handle_answer(answer).unwrap();
-        assert_eq!((mids(&negotiated.added), mids(&negotiated.removed)), (added, removed));
         assert_eq!(
-            (negotiated.updated.len(), negotiated.media.len(), negotiated.remote.setup),
+            (mids(&negotiated.added), mids(&negotiated.removed)),
+            (added, removed)
+        );
+        assert_eq!(
+            (
+                negotiated.updated.len(),
+                negotiated.media.len(),
+                negotiated.remote.setup
+            ),
             (0, 0, Setup::Passive)
         );
-        assert_eq!((offerer.tracks().count(), offered), (tracks, oracle(answer).media_descriptions.len()));
+        assert_eq!(
+            (offerer.tracks().count(), offered),
+            (tracks, oracle(answer).media_descriptions.len())
+        );
         assert_eq!(negotiated.sections_read, read);
         assert!(
             negotiated
@@ -611,7 +817,10 @@ fn over_one_connection_a_room_fills_and_empties_and_only_what_changed_is_read() 
         );
         // The same again changes nothing.
         let again = offerer.handle_answer(answer).unwrap();
-        assert_eq!((again.sections_read, again.added.len(), again.removed.len()), (0, 0, 0));
+        assert_eq!(
+            (again.sections_read, again.added.len(), again.removed.len()),
+            (0, 0, 0)
+        );
     }
 }
 
@@ -622,12 +831,25 @@ fn an_answer_to_another_offer_is_refused_and_changes_nothing() {
     offerer.receive(Kind::Video, 1).unwrap();
     offerer.handle_answer(SINGLE_ANSWERS[1]).unwrap();
     for answer in [SINGLE_ANSWERS[0], SINGLE_ANSWERS[2], "", OFFERS[0]] {
-        assert!(matches!(offerer.handle_answer(answer), Err(SdpError::SectionCount { offered: 2, .. })));
+        assert!(matches!(
+            offerer.handle_answer(answer),
+            Err(SdpError::SectionCount { offered: 2, .. })
+        ));
     }
-    assert!(offerer.handle_answer(&SINGLE_ANSWERS[1].replace("a=ice-pwd", "a=no-pwd")).is_err());
+    assert!(
+        offerer
+            .handle_answer(&SINGLE_ANSWERS[1].replace("a=ice-pwd", "a=no-pwd"))
+            .is_err()
+    );
     assert_eq!(offerer.tracks().count(), 2);
-    assert_eq!(offerer.receive(Kind::Video, SECTIONS_MAX - 1), Err(SdpError::TooManySections));
-    assert_eq!(offerer.receive(Kind::Video, usize::MAX), Err(SdpError::TooManySections));
+    assert_eq!(
+        offerer.receive(Kind::Video, SECTIONS_MAX - 1),
+        Err(SdpError::TooManySections)
+    );
+    assert_eq!(
+        offerer.receive(Kind::Video, usize::MAX),
+        Err(SdpError::TooManySections)
+    );
 }
 
 /// An offerer with as many sections as `room` offers: a room's offer reads like an answer.
@@ -646,15 +868,25 @@ fn reading_answers_by_increments_is_reading_them_in_full() {
         for _ in 1..=40 {
             let before = room.sections.len();
             (0..random.below(4)).for_each(|_| room.change(&mut random));
-            incremental.receive(Kind::Audio, room.sections.len() - before).unwrap();
+            incremental
+                .receive(Kind::Audio, room.sections.len() - before)
+                .unwrap();
             let mut full = offerer_for(&room);
             let (step, whole) = (
                 incremental.handle_answer(&room.offer()).unwrap(),
                 full.handle_answer(&room.offer()).unwrap(),
             );
-            assert_eq!((step.remote, step.media), (whole.remote, whole.media), "seed {seed}");
+            assert_eq!(
+                (step.remote, step.media),
+                (whole.remote, whole.media),
+                "seed {seed}"
+            );
             assert!(step.sections_read <= whole.sections_read);
-            assert_eq!(incremental.tracks().collect::<Vec<_>>(), full.tracks().collect::<Vec<_>>(), "seed {seed}");
+            assert_eq!(
+                incremental.tracks().collect::<Vec<_>>(),
+                full.tracks().collect::<Vec<_>>(),
+                "seed {seed}"
+            );
         }
     }
 }
@@ -693,18 +925,27 @@ fn ten_thousand_sections_are_answered_in_bounded_time() {
     let started = Instant::now();
     let answered = answerer().answer(&offer, &local()).unwrap();
     assert_eq!(answered.added.len(), SECTIONS_MAX - 1);
-    eprintln!("{SECTIONS_MAX} sections, {} bytes: {:?}", offer.len(), started.elapsed());
+    eprintln!(
+        "{SECTIONS_MAX} sections, {} bytes: {:?}",
+        offer.len(),
+        started.elapsed()
+    );
     assert!(started.elapsed().as_secs() < 5);
 }
 
 #[test]
 fn candidates_are_read_written_and_refused() {
-    let udp: Candidate = "candidate:2878742611 1 udp 2130706431 127.0.0.1 33170 typ host ufrag qbDCvLwFbZDqebWM"
-        .parse()
-        .unwrap();
+    let udp: Candidate =
+        "candidate:2878742611 1 udp 2130706431 127.0.0.1 33170 typ host ufrag qbDCvLwFbZDqebWM"
+            .parse()
+            .unwrap();
     assert_eq!(
         (udp.transport, udp.kind, udp.address),
-        (CandidateTransport::Udp, CandidateKind::Host, "127.0.0.1:33170".parse().unwrap())
+        (
+            CandidateTransport::Udp,
+            CandidateKind::Host,
+            "127.0.0.1:33170".parse().unwrap()
+        )
     );
     assert_eq!(udp.to_string().parse::<Candidate>().unwrap(), udp);
     assert_eq!(
@@ -714,8 +955,13 @@ fn candidates_are_read_written_and_refused() {
             ufrag: None
         }
     );
-    let six: Candidate = "a=candidate:1 1 UDP 5 ::1 9 typ relay raddr 0.0.0.0 rport 9".parse().unwrap();
-    assert_eq!((six.address.to_string().as_str(), six.kind), ("[::1]:9", CandidateKind::Relayed));
+    let six: Candidate = "a=candidate:1 1 UDP 5 ::1 9 typ relay raddr 0.0.0.0 rport 9"
+        .parse()
+        .unwrap();
+    assert_eq!(
+        (six.address.to_string().as_str(), six.kind),
+        ("[::1]:9", CandidateKind::Relayed)
+    );
     for text in [
         "",
         "candidate:",
@@ -736,7 +982,13 @@ fn trickled_json_is_read_and_refused() {
     let trickled: Trickled = r#"{"candidate":"candidate:1 1 udp 5 1.2.3.4 5 typ host","sdpMid":"","sdpMLineIndex":0,"usernameFragment":"abc"}"#
         .parse()
         .unwrap();
-    assert_eq!((trickled.candidate.unwrap().address.port(), trickled.ufrag.as_deref()), (5, Some("abc")));
+    assert_eq!(
+        (
+            trickled.candidate.unwrap().address.port(),
+            trickled.ufrag.as_deref()
+        ),
+        (5, Some("abc"))
+    );
     assert_eq!(
         r#"{"candidate":"","usernameFragment":null}"#.parse::<Trickled>().unwrap(),
         Trickled {
@@ -759,7 +1011,13 @@ fn trickled_json_is_read_and_refused() {
 fn fingerprints_are_read_written_and_refused() {
     let text = Fingerprint(std::array::from_fn(|index| index as u8 * 7)).to_string();
     assert_eq!(text.parse::<Fingerprint>().unwrap().to_string(), text);
-    assert_eq!(text.to_lowercase().parse::<Fingerprint>().unwrap().to_string(), text);
+    assert_eq!(
+        text.to_lowercase()
+            .parse::<Fingerprint>()
+            .unwrap()
+            .to_string(),
+        text
+    );
     let short = text.rsplit_once(':').unwrap().0;
     for text in [
         "",

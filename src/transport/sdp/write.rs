@@ -17,7 +17,12 @@ pub(super) fn push(sdp: &mut String, text: fmt::Arguments<'_>) {
     let _ = sdp.write_fmt(text);
 }
 
-pub(super) fn write_session<'a>(sdp: &mut String, local: &LocalTransport, version: u64, bundle: impl Iterator<Item = &'a str>) {
+pub(super) fn write_session<'a>(
+    sdp: &mut String,
+    local: &LocalTransport,
+    version: u64,
+    bundle: impl Iterator<Item = &'a str>,
+) {
     push(
         sdp,
         format_args!(
@@ -28,27 +33,61 @@ pub(super) fn write_session<'a>(sdp: &mut String, local: &LocalTransport, versio
     for mid in bundle {
         push(sdp, format_args!(" {mid}"));
     }
-    push(sdp, format_args!("\r\na=msid-semantic: WMS *\r\na=fingerprint:{}\r\n", local.fingerprint));
+    push(
+        sdp,
+        format_args!(
+            "\r\na=msid-semantic: WMS *\r\na=fingerprint:{}\r\n",
+            local.fingerprint
+        ),
+    );
 }
 
 pub(super) fn push_media_line(sdp: &mut String, kind: Kind, payload_types: &[Option<u8>]) {
-    push(sdp, format_args!("m={} 9 UDP/TLS/RTP/SAVPF", kind_name(kind)));
+    push(
+        sdp,
+        format_args!("m={} 9 UDP/TLS/RTP/SAVPF", kind_name(kind)),
+    );
     for payload_type in payload_types.iter().flatten() {
         push(sdp, format_args!(" {payload_type}"));
     }
     sdp.push_str("\r\n");
 }
 
-pub(super) fn push_transport(sdp: &mut String, local: &LocalTransport, setup: Setup, mid: &str, tagged: bool) {
-    push(sdp, format_args!("c=IN IP4 0.0.0.0\r\na=mid:{mid}\r\na=setup:{}\r\n", setup.as_str()));
-    push(sdp, format_args!("a=ice-ufrag:{}\r\na=ice-pwd:{}\r\n", local.ufrag, local.pwd));
+pub(super) fn push_transport(
+    sdp: &mut String,
+    local: &LocalTransport,
+    setup: Setup,
+    mid: &str,
+    tagged: bool,
+) {
+    push(
+        sdp,
+        format_args!(
+            "c=IN IP4 0.0.0.0\r\na=mid:{mid}\r\na=setup:{}\r\n",
+            setup.as_str()
+        ),
+    );
+    push(
+        sdp,
+        format_args!("a=ice-ufrag:{}\r\na=ice-pwd:{}\r\n", local.ufrag, local.pwd),
+    );
     for candidate in local.candidates.iter().filter(|_| tagged) {
         push(sdp, format_args!("a={candidate}\r\n"));
     }
 }
 
-pub(super) fn push_application(sdp: &mut String, local: &LocalTransport, setup: Setup, mid: &str, tagged: bool, sctp_port: u16) {
-    push(sdp, format_args!("m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\n"));
+pub(super) fn push_application(
+    sdp: &mut String,
+    local: &LocalTransport,
+    setup: Setup,
+    mid: &str,
+    tagged: bool,
+    sctp_port: u16,
+) {
+    push(
+        sdp,
+        format_args!("m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\n"),
+    );
     push_transport(sdp, local, setup, mid, tagged);
     push(sdp, format_args!("a=sctp-port:{sctp_port}\r\n"));
 }
@@ -63,17 +102,32 @@ pub(super) fn push_extensions(sdp: &mut String, extensions: &ExtensionIds) {
 
 pub(super) fn push_codec(sdp: &mut String, codec: &Codec) {
     let payload_type = codec.payload_type;
-    push(sdp, format_args!("a=rtpmap:{payload_type} {}\r\n", codec.map));
+    push(
+        sdp,
+        format_args!("a=rtpmap:{payload_type} {}\r\n", codec.map),
+    );
     if !codec.parameters.is_empty() {
-        push(sdp, format_args!("a=fmtp:{payload_type} {}\r\n", codec.parameters));
+        push(
+            sdp,
+            format_args!("a=fmtp:{payload_type} {}\r\n", codec.parameters),
+        );
     }
-    for feedback in Feedback::ALL.into_iter().filter(|feedback| codec.feedback.contains(*feedback)) {
-        push(sdp, format_args!("a=rtcp-fb:{payload_type} {}\r\n", feedback.as_str()));
+    for feedback in Feedback::ALL
+        .into_iter()
+        .filter(|feedback| codec.feedback.contains(*feedback))
+    {
+        push(
+            sdp,
+            format_args!("a=rtcp-fb:{payload_type} {}\r\n", feedback.as_str()),
+        );
     }
     if let Some(rtx) = codec.rtx_payload_type {
         push(
             sdp,
-            format_args!("a=rtpmap:{rtx} rtx/{}\r\na=fmtp:{rtx} apt={payload_type}\r\n", codec.clock_rate),
+            format_args!(
+                "a=rtpmap:{rtx} rtx/{}\r\na=fmtp:{rtx} apt={payload_type}\r\n",
+                codec.clock_rate
+            ),
         );
     }
 }

@@ -24,7 +24,11 @@ impl Gcm {
     pub(super) fn aes_128(master: &MasterKey<'_>) -> Gcm {
         Gcm {
             profile: Profile::AeadAes128Gcm,
-            rtp: Half::new(&AES_128_GCM, &master.derive::<16>(Label::RtpKey), master.derive(Label::RtpSalt)),
+            rtp: Half::new(
+                &AES_128_GCM,
+                &master.derive::<16>(Label::RtpKey),
+                master.derive(Label::RtpSalt),
+            ),
             rtcp: Box::new(Half::new(
                 &AES_128_GCM,
                 &master.derive::<16>(Label::RtcpKey),
@@ -36,7 +40,11 @@ impl Gcm {
     pub(super) fn aes_256(master: &MasterKey<'_>) -> Gcm {
         Gcm {
             profile: Profile::AeadAes256Gcm,
-            rtp: Half::new(&AES_256_GCM, &master.derive::<32>(Label::RtpKey), master.derive(Label::RtpSalt)),
+            rtp: Half::new(
+                &AES_256_GCM,
+                &master.derive::<32>(Label::RtpKey),
+                master.derive(Label::RtpSalt),
+            ),
             rtcp: Box::new(Half::new(
                 &AES_256_GCM,
                 &master.derive::<32>(Label::RtcpKey),
@@ -49,24 +57,66 @@ impl Gcm {
         self.profile
     }
 
-    pub(super) fn seal_rtp(&self, header: &[u8], payload: &mut [u8], tag: &mut [u8], ssrc: u32, index: u64) {
+    pub(super) fn seal_rtp(
+        &self,
+        header: &[u8],
+        payload: &mut [u8],
+        tag: &mut [u8],
+        ssrc: u32,
+        index: u64,
+    ) {
         self.rtp.seal(header, payload, tag, ssrc, index);
     }
 
-    pub(super) fn open_rtp(&self, header: &[u8], payload: &mut [u8], tag: &[u8], ssrc: u32, index: u64) -> Result<(), Rejected> {
+    pub(super) fn open_rtp(
+        &self,
+        header: &[u8],
+        payload: &mut [u8],
+        tag: &[u8],
+        ssrc: u32,
+        index: u64,
+    ) -> Result<(), Rejected> {
         self.rtp.open(header, payload, tag, ssrc, index)
     }
 
     /// `trailer` becomes the tag and behind it the index word.
-    pub(super) fn seal_rtcp(&self, header: &[u8], payload: &mut [u8], trailer: &mut [u8], ssrc: u32, index: u32) {
+    pub(super) fn seal_rtcp(
+        &self,
+        header: &[u8],
+        payload: &mut [u8],
+        trailer: &mut [u8],
+        ssrc: u32,
+        index: u32,
+    ) {
         let (tag, word) = trailer.split_at_mut(TAG_LEN);
         word.copy_from_slice(&(E_FLAG | index).to_be_bytes());
-        self.rtcp.seal(&rtcp_associated_data(header, word), payload, tag, ssrc, u64::from(index));
+        self.rtcp.seal(
+            &rtcp_associated_data(header, word),
+            payload,
+            tag,
+            ssrc,
+            u64::from(index),
+        );
     }
 
-    pub(super) fn open_rtcp(&self, header: &[u8], payload: &mut [u8], trailer: &[u8], ssrc: u32, index: u32) -> Result<(), Rejected> {
-        let (tag, word) = trailer.split_at_checked(TAG_LEN).ok_or(Rejected::TooShort)?;
-        self.rtcp.open(&rtcp_associated_data(header, word), payload, tag, ssrc, u64::from(index))
+    pub(super) fn open_rtcp(
+        &self,
+        header: &[u8],
+        payload: &mut [u8],
+        trailer: &[u8],
+        ssrc: u32,
+        index: u32,
+    ) -> Result<(), Rejected> {
+        let (tag, word) = trailer
+            .split_at_checked(TAG_LEN)
+            .ok_or(Rejected::TooShort)?;
+        self.rtcp.open(
+            &rtcp_associated_data(header, word),
+            payload,
+            tag,
+            ssrc,
+            u64::from(index),
+        )
     }
 }
 
@@ -79,7 +129,14 @@ impl Half {
         }
     }
 
-    fn seal(&self, associated: &[u8], payload: &mut [u8], tag_out: &mut [u8], ssrc: u32, index: u64) {
+    fn seal(
+        &self,
+        associated: &[u8],
+        payload: &mut [u8],
+        tag_out: &mut [u8],
+        ssrc: u32,
+        index: u64,
+    ) {
         let nonce = self.nonce(ssrc, index);
         let tag = self
             .key
@@ -88,10 +145,20 @@ impl Half {
         tag_out.copy_from_slice(tag.as_ref());
     }
 
-    fn open(&self, associated: &[u8], payload: &mut [u8], tag: &[u8], ssrc: u32, index: u64) -> Result<(), Rejected> {
+    fn open(
+        &self,
+        associated: &[u8],
+        payload: &mut [u8],
+        tag: &[u8],
+        ssrc: u32,
+        index: u64,
+    ) -> Result<(), Rejected> {
         let tag = Tag::try_from(tag).map_err(|_| Rejected::TooShort)?;
         let nonce = self.nonce(ssrc, index);
-        match self.key.open_in_place_separate_tag(nonce, Aad::from(associated), tag, payload, 0..) {
+        match self
+            .key
+            .open_in_place_separate_tag(nonce, Aad::from(associated), tag, payload, 0..)
+        {
             Ok(_) => Ok(()),
             Err(ring::error::Unspecified) => Err(Rejected::Authentication),
         }
@@ -158,8 +225,15 @@ mod tests {
             let mut tag = [0; TAG_LEN];
             let (header, payload) = packet.split_at_mut(12);
             gcm.seal_rtp(header, payload, &mut tag, 0x5501_a0b2, 0xf17b);
-            assert_eq!([&*header, payload, &tag].concat(), hex(expected), "{profile:?}");
-            assert_eq!(gcm.open_rtp(header, payload, &tag, 0x5501_a0b2, 0xf17b), Ok(()));
+            assert_eq!(
+                [&*header, payload, &tag].concat(),
+                hex(expected),
+                "{profile:?}"
+            );
+            assert_eq!(
+                gcm.open_rtp(header, payload, &tag, 0x5501_a0b2, 0xf17b),
+                Ok(())
+            );
             assert_eq!(packet, hex(RTP));
         }
     }
@@ -182,8 +256,15 @@ mod tests {
             let mut trailer = [0; TAG_LEN + INDEX_WORD_LEN];
             let (header, payload) = packet.split_at_mut(RTCP_HEADER_LEN);
             gcm.seal_rtcp(header, payload, &mut trailer, 0x4d61_7273, INDEX);
-            assert_eq!([&*header, payload, &trailer].concat(), hex(expected), "{profile:?}");
-            assert_eq!(gcm.open_rtcp(header, payload, &trailer, 0x4d61_7273, INDEX), Ok(()));
+            assert_eq!(
+                [&*header, payload, &trailer].concat(),
+                hex(expected),
+                "{profile:?}"
+            );
+            assert_eq!(
+                gcm.open_rtcp(header, payload, &trailer, 0x4d61_7273, INDEX),
+                Ok(())
+            );
             assert_eq!(packet, hex(RTCP));
         }
     }

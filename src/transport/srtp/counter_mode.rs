@@ -40,21 +40,43 @@ impl CounterMode {
         }
     }
 
-    pub(super) fn seal_rtp(&self, header: &[u8], payload: &mut [u8], tag: &mut [u8], ssrc: u32, index: u64) {
+    pub(super) fn seal_rtp(
+        &self,
+        header: &[u8],
+        payload: &mut [u8],
+        tag: &mut [u8],
+        ssrc: u32,
+        index: u64,
+    ) {
         self.rtp.apply_keystream(payload, ssrc, index);
         let mac = self.rtp.authenticate([header, payload, &roc(index)]);
         tag.copy_from_slice(&mac.finalize().as_bytes()[..TAG_LEN]);
     }
 
-    pub(super) fn open_rtp(&self, header: &[u8], payload: &mut [u8], tag: &[u8], ssrc: u32, index: u64) -> Result<(), Rejected> {
+    pub(super) fn open_rtp(
+        &self,
+        header: &[u8],
+        payload: &mut [u8],
+        tag: &[u8],
+        ssrc: u32,
+        index: u64,
+    ) -> Result<(), Rejected> {
         let mac = self.rtp.authenticate([header, payload, &roc(index)]);
-        mac.verify_truncated_left(tag).map_err(|_| Rejected::Authentication)?;
+        mac.verify_truncated_left(tag)
+            .map_err(|_| Rejected::Authentication)?;
         self.rtp.apply_keystream(payload, ssrc, index);
         Ok(())
     }
 
     /// `trailer` becomes the index word and behind it the tag.
-    pub(super) fn seal_rtcp(&self, header: &[u8], payload: &mut [u8], trailer: &mut [u8], ssrc: u32, index: u32) {
+    pub(super) fn seal_rtcp(
+        &self,
+        header: &[u8],
+        payload: &mut [u8],
+        trailer: &mut [u8],
+        ssrc: u32,
+        index: u32,
+    ) {
         let (word, tag) = trailer.split_at_mut(INDEX_WORD_LEN);
         word.copy_from_slice(&(E_FLAG | index).to_be_bytes());
         self.rtcp.apply_keystream(payload, ssrc, u64::from(index));
@@ -62,10 +84,20 @@ impl CounterMode {
         tag.copy_from_slice(&mac.finalize().as_bytes()[..TAG_LEN]);
     }
 
-    pub(super) fn open_rtcp(&self, header: &[u8], payload: &mut [u8], trailer: &[u8], ssrc: u32, index: u32) -> Result<(), Rejected> {
-        let (word, tag) = trailer.split_at_checked(INDEX_WORD_LEN).ok_or(Rejected::TooShort)?;
+    pub(super) fn open_rtcp(
+        &self,
+        header: &[u8],
+        payload: &mut [u8],
+        trailer: &[u8],
+        ssrc: u32,
+        index: u32,
+    ) -> Result<(), Rejected> {
+        let (word, tag) = trailer
+            .split_at_checked(INDEX_WORD_LEN)
+            .ok_or(Rejected::TooShort)?;
         let mac = self.rtcp.authenticate([header, payload, word]);
-        mac.verify_truncated_left(tag).map_err(|_| Rejected::Authentication)?;
+        mac.verify_truncated_left(tag)
+            .map_err(|_| Rejected::Authentication)?;
         self.rtcp.apply_keystream(payload, ssrc, u64::from(index));
         Ok(())
     }
@@ -82,7 +114,9 @@ impl Half {
     }
 
     fn authenticate(&self, parts: [&[u8]; 3]) -> Hmac<Sha1> {
-        parts.iter().fold(self.mac.clone(), |mac, part| mac.chain_update(part))
+        parts
+            .iter()
+            .fold(self.mac.clone(), |mac, part| mac.chain_update(part))
     }
 
     /// The counter starts at (salt << 16) XOR (SSRC << 64) XOR (index << 16).
@@ -91,7 +125,8 @@ impl Half {
         for (byte, salt) in start.iter_mut().zip(&self.salt) {
             *byte ^= salt;
         }
-        let counter: CtrCore<&Aes128Enc, flavors::Ctr128BE> = CtrCore::inner_iv_init(&self.cipher, &start.into());
+        let counter: CtrCore<&Aes128Enc, flavors::Ctr128BE> =
+            CtrCore::inner_iv_init(&self.cipher, &start.into());
         StreamCipherCoreWrapper::from_core(counter).apply_keystream(payload);
     }
 }
@@ -120,7 +155,11 @@ mod tests {
             (0xFF01, "6A2CC3787889374FBEB4C81B17BA6C44"),
         ];
         for (block, expected) in table {
-            assert_eq!(stream[block * 16..][..16], hex(expected), "block {block:#x}");
+            assert_eq!(
+                stream[block * 16..][..16],
+                hex(expected),
+                "block {block:#x}"
+            );
         }
     }
 }

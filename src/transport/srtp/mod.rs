@@ -136,7 +136,11 @@ impl std::error::Error for Rejected {}
 
 /// Derives both directions from the keying material that DTLS exported under `EXTRACTOR-dtls_srtp`:
 /// client key, server key, client salt, server salt (RFC 5764, section 4.2). `role` is ours.
-pub fn session(profile: Profile, keying_material: &[u8], role: DtlsRole) -> Result<(Sealer, Opener), KeyingMaterialLength> {
+pub fn session(
+    profile: Profile,
+    keying_material: &[u8],
+    role: DtlsRole,
+) -> Result<(Sealer, Opener), KeyingMaterialLength> {
     let expected = profile.keying_material_len();
     if keying_material.len() != expected {
         return Err(KeyingMaterialLength {
@@ -191,14 +195,24 @@ impl Sealer {
     /// Seals `buf[..len]`, header and payload, in place and returns the protected length.
     ///
     /// `index` is ROC << 16 | SEQ and must never repeat for an SSRC: with GCM a repetition gives the key away.
-    pub fn seal_rtp(&self, buf: &mut [u8], header_len: usize, len: usize, index: u64) -> Result<usize, SealError> {
-        let sealed_len = len.checked_add(self.profile().rtp_overhead()).ok_or(SealError::Length)?;
+    pub fn seal_rtp(
+        &self,
+        buf: &mut [u8],
+        header_len: usize,
+        len: usize,
+        index: u64,
+    ) -> Result<usize, SealError> {
+        let sealed_len = len
+            .checked_add(self.profile().rtp_overhead())
+            .ok_or(SealError::Length)?;
         let packet = buf.get_mut(..sealed_len).ok_or(SealError::Length)?;
         if header_len < RTP_HEADER_LEN {
             return Err(SealError::Length);
         }
         let (plain, tag) = packet.split_at_mut(len);
-        let (header, payload) = plain.split_at_mut_checked(header_len).ok_or(SealError::Length)?;
+        let (header, payload) = plain
+            .split_at_mut_checked(header_len)
+            .ok_or(SealError::Length)?;
         let (Some(seq), Some(ssrc)) = (be16(header, 2), be32(header, 8)) else {
             return Err(SealError::Length);
         };
@@ -216,14 +230,18 @@ impl Sealer {
     ///
     /// One index serves all our SSRCs: it only has to be unique for each, and receivers accept gaps.
     pub fn seal_rtcp(&mut self, buf: &mut [u8], len: usize) -> Result<usize, SealError> {
-        let sealed_len = len.checked_add(self.profile().rtcp_overhead()).ok_or(SealError::Length)?;
+        let sealed_len = len
+            .checked_add(self.profile().rtcp_overhead())
+            .ok_or(SealError::Length)?;
         let packet = buf.get_mut(..sealed_len).ok_or(SealError::Length)?;
         let index = self.next_rtcp_index;
         if index > MAX_RTCP_INDEX {
             return Err(SealError::KeyExhausted);
         }
         let (plain, trailer) = packet.split_at_mut(len);
-        let (header, payload) = plain.split_at_mut_checked(RTCP_HEADER_LEN).ok_or(SealError::Length)?;
+        let (header, payload) = plain
+            .split_at_mut_checked(RTCP_HEADER_LEN)
+            .ok_or(SealError::Length)?;
         let ssrc = be32(header, 4).ok_or(SealError::Length)?;
         match &self.suite {
             Suite::Gcm(gcm) => gcm.seal_rtcp(header, payload, trailer, ssrc, index),
@@ -248,13 +266,23 @@ impl Opener {
     /// Opens the packet `buf` in place and returns the plain length, header included.
     ///
     /// The caller guesses `index` ([`super::sequence::SeqExtender`]), checks it against the stream's replay window before and commits it to both after.
-    pub fn open_rtp(&self, buf: &mut [u8], header_len: usize, index: u64) -> Result<usize, Rejected> {
-        let plain_len = buf.len().checked_sub(self.profile().rtp_overhead()).ok_or(Rejected::TooShort)?;
+    pub fn open_rtp(
+        &self,
+        buf: &mut [u8],
+        header_len: usize,
+        index: u64,
+    ) -> Result<usize, Rejected> {
+        let plain_len = buf
+            .len()
+            .checked_sub(self.profile().rtp_overhead())
+            .ok_or(Rejected::TooShort)?;
         if header_len < RTP_HEADER_LEN {
             return Err(Rejected::TooShort);
         }
         let (plain, tag) = buf.split_at_mut(plain_len);
-        let (header, payload) = plain.split_at_mut_checked(header_len).ok_or(Rejected::TooShort)?;
+        let (header, payload) = plain
+            .split_at_mut_checked(header_len)
+            .ok_or(Rejected::TooShort)?;
         let ssrc = be32(header, 8).ok_or(Rejected::TooShort)?;
         match &self.suite {
             Suite::Gcm(gcm) => gcm.open_rtp(header, payload, tag, ssrc, index)?,
@@ -265,9 +293,14 @@ impl Opener {
 
     /// Opens the SRTCP packet `buf` in place and returns the length of the compound packet. Replays are refused here.
     pub fn open_rtcp(&mut self, buf: &mut [u8]) -> Result<usize, Rejected> {
-        let plain_len = buf.len().checked_sub(self.profile().rtcp_overhead()).ok_or(Rejected::TooShort)?;
+        let plain_len = buf
+            .len()
+            .checked_sub(self.profile().rtcp_overhead())
+            .ok_or(Rejected::TooShort)?;
         let (plain, trailer) = buf.split_at_mut(plain_len);
-        let (header, payload) = plain.split_at_mut_checked(RTCP_HEADER_LEN).ok_or(Rejected::TooShort)?;
+        let (header, payload) = plain
+            .split_at_mut_checked(RTCP_HEADER_LEN)
+            .ok_or(Rejected::TooShort)?;
         let ssrc = be32(header, 4).ok_or(Rejected::TooShort)?;
         let word_at = match self.suite {
             Suite::Gcm(_) => aead::TAG_LEN,
@@ -299,7 +332,10 @@ const E_FLAG: u32 = 1 << 31;
 const MAX_RTCP_INDEX: u32 = E_FLAG - 1;
 
 /// Counter mode is boxed: only browsers use it, and it must not enlarge every connection.
-#[expect(clippy::large_enum_variant, reason = "the large variant is the usual one")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large variant is the usual one"
+)]
 enum Suite {
     Gcm(Gcm),
     CounterMode(Box<CounterMode>),
@@ -327,11 +363,21 @@ mod tests {
     use super::*;
 
     pub(super) fn hex(text: &str) -> Vec<u8> {
-        let digits: Vec<u8> = text.chars().map(|c| c.to_digit(16).unwrap() as u8).collect();
-        digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+        let digits: Vec<u8> = text
+            .chars()
+            .map(|c| c.to_digit(16).unwrap() as u8)
+            .collect();
+        digits
+            .chunks_exact(2)
+            .map(|pair| pair[0] << 4 | pair[1])
+            .collect()
     }
 
-    const PROFILES: [Profile; 3] = [Profile::AeadAes128Gcm, Profile::AeadAes256Gcm, Profile::Aes128CmHmacSha1_80];
+    const PROFILES: [Profile; 3] = [
+        Profile::AeadAes128Gcm,
+        Profile::AeadAes256Gcm,
+        Profile::Aes128CmHmacSha1_80,
+    ];
 
     fn pair(profile: Profile) -> (Sealer, Opener) {
         let material: Vec<u8> = (0..profile.keying_material_len() as u8).collect();
@@ -341,7 +387,20 @@ mod tests {
     }
 
     fn rtp(seq: u16, payload: &[u8]) -> Vec<u8> {
-        let mut packet = vec![0x80, 96, (seq >> 8) as u8, seq as u8, 0, 0, 0, 9, 0xCA, 0xFE, 0xBA, 0xBE];
+        let mut packet = vec![
+            0x80,
+            96,
+            (seq >> 8) as u8,
+            seq as u8,
+            0,
+            0,
+            0,
+            9,
+            0xCA,
+            0xFE,
+            0xBA,
+            0xBE,
+        ];
         packet.extend_from_slice(payload);
         packet
     }
@@ -350,7 +409,10 @@ mod tests {
         let plain = rtp(index as u16, b"a payload");
         let mut packet = plain.clone();
         packet.resize(plain.len() + sealer.profile().rtp_overhead(), 0);
-        assert_eq!(sealer.seal_rtp(&mut packet, 12, plain.len(), index), Ok(packet.len()));
+        assert_eq!(
+            sealer.seal_rtp(&mut packet, 12, plain.len(), index),
+            Ok(packet.len())
+        );
         packet
     }
 
@@ -366,7 +428,10 @@ mod tests {
         for profile in PROFILES {
             let material: Vec<u8> = (0..profile.keying_material_len() as u8).collect();
             let (sealer, _) = session(profile, &material, DtlsRole::Client).unwrap();
-            for (role, expected) in [(DtlsRole::Server, Ok(21)), (DtlsRole::Client, Err(Rejected::Authentication))] {
+            for (role, expected) in [
+                (DtlsRole::Server, Ok(21)),
+                (DtlsRole::Client, Err(Rejected::Authentication)),
+            ] {
                 let (_, opener) = session(profile, &material, role).unwrap();
                 assert_eq!(
                     opener.open_rtp(&mut sealed_rtp(&sealer, 0x3_0001), 12, 0x3_0001),
@@ -395,14 +460,21 @@ mod tests {
             for bit in 0..control.len() * 8 {
                 let mut damaged = control.clone();
                 damaged[bit / 8] ^= 1 << (bit % 8);
-                assert!(opener.open_rtcp(&mut damaged).is_err(), "{profile:?} bit {bit}");
+                assert!(
+                    opener.open_rtcp(&mut damaged).is_err(),
+                    "{profile:?} bit {bit}"
+                );
             }
             assert_eq!(
                 opener.open_rtp(&mut sealed_rtp(&sealer, 77), 12, 77 | 1 << 16),
                 Err(Rejected::Authentication),
                 "wrong rollover counter"
             );
-            assert_eq!(opener.open_rtcp(&mut control.clone()), Ok(16), "refused packets leave no trace");
+            assert_eq!(
+                opener.open_rtcp(&mut control.clone()),
+                Ok(16),
+                "refused packets leave no trace"
+            );
         }
     }
 
@@ -410,11 +482,20 @@ mod tests {
     fn an_srtcp_packet_is_opened_once() {
         for profile in PROFILES {
             let (mut sealer, mut opener) = pair(profile);
-            let packets: Vec<Vec<u8>> = (0..70).map(|_| sealed_rtcp(&mut sealer, &rtp(1, b"more"))).collect();
+            let packets: Vec<Vec<u8>> = (0..70)
+                .map(|_| sealed_rtcp(&mut sealer, &rtp(1, b"more")))
+                .collect();
             assert_eq!(opener.open_rtcp(&mut packets[69].clone()), Ok(16));
-            assert_eq!(opener.open_rtcp(&mut packets[69].clone()), Err(Rejected::Replay));
+            assert_eq!(
+                opener.open_rtcp(&mut packets[69].clone()),
+                Err(Rejected::Replay)
+            );
             assert_eq!(opener.open_rtcp(&mut packets[6].clone()), Ok(16));
-            assert_eq!(opener.open_rtcp(&mut packets[5].clone()), Err(Rejected::Replay), "older than the window");
+            assert_eq!(
+                opener.open_rtcp(&mut packets[5].clone()),
+                Err(Rejected::Replay),
+                "older than the window"
+            );
         }
     }
 
@@ -424,7 +505,10 @@ mod tests {
         let packet = "81c8000d4d6172734e5450314e545032525450200000042a0000e9304c756e61deadbeefdeadbeefdeadbeefdeadbeefdeadbeef\
                       841dd9683dd78ec92ae58790125f62b3000005d4";
         let (_, mut opener) = pair(Profile::AeadAes128Gcm);
-        assert_eq!(opener.open_rtcp(&mut hex(packet)), Err(Rejected::NotEncrypted));
+        assert_eq!(
+            opener.open_rtcp(&mut hex(packet)),
+            Err(Rejected::NotEncrypted)
+        );
     }
 
     #[test]
@@ -434,7 +518,11 @@ mod tests {
             let packet = sealed_rtp(&sealer, 5);
             for len in 0..packet.len() {
                 for header_len in [0, 11, 12, 13, len, usize::MAX] {
-                    assert!(opener.open_rtp(&mut packet[..len].to_vec(), header_len, 5).is_err());
+                    assert!(
+                        opener
+                            .open_rtp(&mut packet[..len].to_vec(), header_len, 5)
+                            .is_err()
+                    );
                 }
                 assert!(opener.open_rtcp(&mut packet[..len].to_vec()).is_err());
             }

@@ -23,7 +23,10 @@ struct Source {
 
 impl RtcpReplay {
     pub(super) fn check(&self, ssrc: u32, index: u32) -> bool {
-        match self.sources.binary_search_by_key(&ssrc, |source| source.ssrc) {
+        match self
+            .sources
+            .binary_search_by_key(&ssrc, |source| source.ssrc)
+        {
             Ok(at) => self.sources[at].check(index),
             Err(_) => true,
         }
@@ -31,7 +34,10 @@ impl RtcpReplay {
 
     pub(super) fn commit(&mut self, ssrc: u32, index: u32) {
         self.accepted = self.accepted.wrapping_add(1);
-        match self.sources.binary_search_by_key(&ssrc, |source| source.ssrc) {
+        match self
+            .sources
+            .binary_search_by_key(&ssrc, |source| source.ssrc)
+        {
             Ok(at) => self.sources[at].commit(index, self.accepted),
             Err(_) => self.insert(Source {
                 ssrc,
@@ -45,11 +51,18 @@ impl RtcpReplay {
     fn insert(&mut self, source: Source) {
         if self.sources.len() >= MAX_SOURCES {
             let silence = |source: &Source| self.accepted.wrapping_sub(source.last_accepted);
-            if let Some((longest, _)) = self.sources.iter().enumerate().max_by_key(|(_, source)| silence(source)) {
+            if let Some((longest, _)) = self
+                .sources
+                .iter()
+                .enumerate()
+                .max_by_key(|(_, source)| silence(source))
+            {
                 self.sources.remove(longest);
             }
         }
-        let at = self.sources.partition_point(|other| other.ssrc < source.ssrc);
+        let at = self
+            .sources
+            .partition_point(|other| other.ssrc < source.ssrc);
         self.sources.insert(at, source);
     }
 }
@@ -102,7 +115,10 @@ mod tests {
         replay.commit(9_999, 1);
         assert_eq!(replay.sources.len(), MAX_SOURCES);
         assert!(!replay.check(0, 2) && !replay.check(9_999, 1));
-        assert!(replay.check(1, 1), "the sender that was silent longest is forgotten");
+        assert!(
+            replay.check(1, 1),
+            "the sender that was silent longest is forgotten"
+        );
         assert!(replay.sources.is_sorted_by_key(|source| source.ssrc));
     }
 }
