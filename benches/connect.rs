@@ -21,6 +21,9 @@ use counting::{ALLOCATIONS, HELD};
 use criterion::{Criterion, SamplingMode};
 use throng::measure::Kind;
 
+#[global_allocator]
+static ALLOCATOR: counting::Counting = counting::Counting;
+
 /// Connections that are set up side by side: a second's joins would be no more.
 const AT_ONCE: u64 = 32;
 const SET_UP: &str = "set-up of a connection";

@@ -26,6 +26,9 @@ use common::throng::Throng;
 use counting::ALLOCATIONS;
 use throng::measure::Kind;
 
+#[global_allocator]
+static ALLOCATOR: counting::Counting = counting::Counting;
+
 const PROGRAMS: [(&str, Setting); 4] = [
     (
         "receive-video",

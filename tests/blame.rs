@@ -6,18 +6,15 @@
 //! `cargo test --test blame -- --ignored --nocapture` is the whole of it: 100 injections from seeds and 20 runs without any, in some 15 minutes, with a table.
 
 mod common;
-#[path = "common/program.rs"]
-#[allow(dead_code)]
-mod program;
 
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use crate::common::program::{Report, Running, Scratch, against, alone, throng};
 use common::on_both_servers;
 use common::server::Server;
-use program::{Report, Running, Scratch, against, alone, throng};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use throng::seeded::Seeded;

@@ -3,7 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use crate::link::UNDER_TEST;
+use super::link::UNDER_TEST;
 
 thread_local! {
     #[allow(dead_code)]
@@ -15,7 +15,8 @@ thread_local! {
     pub static HELD_MAX: Cell<i64> = const { Cell::new(0) };
 }
 
-struct Counting;
+/// For `#[global_allocator]`.
+pub struct Counting;
 
 // SAFETY: every call goes to the system's allocator unchanged; the counters are plain thread-local cells.
 #[allow(unsafe_code)]
@@ -41,6 +42,3 @@ fn hold(bytes: i64) {
     HELD.set(held);
     HELD_MAX.set(HELD_MAX.get().max(held));
 }
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;

@@ -13,7 +13,7 @@ use throng::transport::rtp::{Datagram as Class, Header, HeaderTemplate, classify
 use throng::transport::sequence::{Seq, SeqExtender};
 use throng::units::{Epoch, Time};
 
-use crate::relay::{RouterOutlet, router_address};
+use super::relay::{RouterOutlet, router_address};
 
 pub const MID_ID: u8 = 2;
 pub const RID_ID: u8 = 3;

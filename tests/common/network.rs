@@ -7,11 +7,6 @@
 //! It needs the right to make network namespaces: root, or an ordinary user to whom the kernel gives user namespaces (the test then runs itself again in one). Where neither
 //! is to be had a test says so and passes, except under `CI`.
 
-#[path = "namespace.rs"]
-mod namespace;
-#[path = "path.rs"]
-pub mod path;
-
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -22,8 +17,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 #[allow(unused_imports)]
-pub use namespace::{DEVICE, DeviceCounts, Namespace};
-use path::{Conditions, Fate as PathFate, Path};
+pub use super::namespace::{DEVICE, DeviceCounts, Namespace};
+use super::path::{Conditions, Fate as PathFate, Path};
 
 pub const CLIENTS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
@@ -147,10 +142,10 @@ impl Network {
         })
     }
 
-    /// The network for the test of this name (as `cargo test` prints it). `None` where the test has been run in a user namespace instead and has passed there, or, not
+    /// The network for the test of this name in the caller's module (`module_path!()`). `None` where the test has been run in a user namespace instead and has passed there, or, not
     /// under `CI`, where no network can be made.
-    pub fn for_test(name: &str, seed: u64) -> Option<Network> {
-        for_test(name, || Network::new(seed))
+    pub fn for_test(module: &str, name: &str, seed: u64) -> Option<Network> {
+        for_test(module, name, || Network::new(seed))
     }
 
     /// From now on. Signalling (TCP) is spared, unless [`Network::touch_tcp`] says otherwise.
@@ -204,8 +199,8 @@ impl Places {
     }
 
     /// As [`Network::for_test`].
-    pub fn for_test(name: &str, count: usize, seed: u64) -> Option<Places> {
-        for_test(name, || Places::new(count, seed))
+    pub fn for_test(module: &str, name: &str, count: usize, seed: u64) -> Option<Places> {
+        for_test(module, name, || Places::new(count, seed))
     }
 }
 
@@ -219,14 +214,15 @@ pub fn place(index: usize) -> Ipv4Addr {
     )
 }
 
-fn for_test<N>(name: &str, make: impl FnOnce() -> io::Result<N>) -> Option<N> {
+fn for_test<N>(module: &str, name: &str, make: impl FnOnce() -> io::Result<N>) -> Option<N> {
+    let name = &super::test_name(module, name);
     let error = match make() {
         Ok(network) => return Some(network),
         Err(error) => error,
     };
     let again = std::env::var_os(IN_USER_NAMESPACE).is_none()
         && error.kind() == io::ErrorKind::PermissionDenied;
-    if again && namespace::user_namespaces_work() {
+    if again && super::namespace::user_namespaces_work() {
         let mut command = Command::new("unshare");
         command
             .args(["--user", "--map-root-user", "--"])

@@ -17,7 +17,7 @@ use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
 use throng::units::{Bitrate, Epoch, Time};
 
-use crate::link::{Conditions, Datagram, Link, Outlet, under_test};
+use super::link::{Conditions, Datagram, Link, Outlet, under_test};
 
 pub const AUDIO_SSRC: u32 = 0x1000_0001;
 pub const VIDEO_SSRC: u32 = 0x1000_0002;

@@ -15,8 +15,8 @@ use throng::transport::peer::Identity;
 use throng::units::Epoch;
 use tokio::sync::{mpsc, watch};
 
-use crate::common::server::Server;
-use crate::pair::{audio, layers};
+use super::pair::{audio, layers};
+use super::server::Server;
 
 /// Whoever is not where he ought to be by then never will be.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -5,39 +5,62 @@ use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::common::server::Server;
+use super::server::Server;
 
 /// No run here is planned to take half as long: what does hangs.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
+/// How many runs may go on beside each other where nothing is asked of them that a neighbour would change.
+const PLACES: usize = 2;
+
+/// Who takes a turn: so many places are taken, and so many tests wait for all of them.
+static TURNS: (Mutex<(usize, usize)>, Condvar) = (Mutex::new((0, 0)), Condvar::new());
+
+/// Held for as long as a test's run goes on.
+pub struct Turn {
+    places: usize,
+}
+
+impl Turn {
+    fn wait(places: usize) -> Turn {
+        let (turns, changed) = &TURNS;
+        let all = usize::from(places == PLACES);
+        let mut state = turns.lock().unwrap_or_else(PoisonError::into_inner);
+        state.1 += all;
+        // Who needs all places would wait for ever if others went in one after the other.
+        while state.0 + places > PLACES || (all == 0 && state.1 > 0) {
+            state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.0 += places;
+        state.1 -= all;
+        Turn { places }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let (turns, changed) = &TURNS;
+        turns.lock().unwrap_or_else(PoisonError::into_inner).0 -= self.places;
+        changed.notify_all();
+    }
+}
+
 /// Runs that move media take turns: two of them on a small host would measure each other.
-pub fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    // A test that failed while it held the lock says so itself.
-    ALONE
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+pub fn alone() -> Turn {
+    Turn::wait(PLACES)
 }
 
 /// A turn beside one other run: for tests of which nothing is asked that a neighbour would change. Most of their time is waiting.
-pub fn beside_one_other() -> MutexGuard<'static, ()> {
-    static PLACES: [Mutex<()>; 2] = [const { Mutex::new(()) }; 2];
-    static TURNS: AtomicUsize = AtomicUsize::new(0);
-    let free = PLACES.iter().find_map(|place| place.try_lock().ok());
-    let next = || &PLACES[TURNS.fetch_add(1, Ordering::Relaxed) % PLACES.len()];
-    free.unwrap_or_else(|| {
-        next()
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-    })
+pub fn beside_one_other() -> Turn {
+    Turn::wait(1)
 }
 
 /// `throng` without a target, whatever the environment of the tests has.

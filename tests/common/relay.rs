@@ -20,7 +20,7 @@ use throng::transport::rtp::{Datagram as Class, classify};
 use throng::transport::sdp::{Extension, ExtensionIds};
 use throng::units::{Epoch, Time};
 
-use crate::link::{Conditions, Datagram, Link, Outlet, under_test};
+use super::link::{Conditions, Datagram, Link, Outlet, under_test};
 
 pub const TICK: Duration = Duration::from_millis(1);
 pub const ALL: Selection = Selection {
@@ -435,7 +435,7 @@ impl<W: Wire> Relay<W> {
     }
 
     fn is_lost(&mut self, leg: Leg, bytes: &[u8]) -> bool {
-        crate::pair::ssrc_and_seq(bytes).is_some_and(|(ssrc, seq)| (self.loss)(leg, ssrc, seq))
+        super::pair::ssrc_and_seq(bytes).is_some_and(|(ssrc, seq)| (self.loss)(leg, ssrc, seq))
     }
 
     fn client_at(&self, address: SocketAddr) -> Option<usize> {
@@ -447,7 +447,7 @@ impl<W: Wire> Relay<W> {
     }
 
     fn count(&mut self, client: usize, up: bool, bytes: &[u8], arrived: bool) {
-        if let Some((ssrc, _)) = crate::pair::ssrc_and_seq(bytes) {
+        if let Some((ssrc, _)) = super::pair::ssrc_and_seq(bytes) {
             let leg = self.legs.entry((client, up, ssrc)).or_default();
             *(if arrived {
                 &mut leg.arrived

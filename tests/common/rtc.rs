@@ -53,8 +53,8 @@ use throng::transport::sdp::{
 };
 use throng::units::{Epoch, Time};
 
-use crate::link::{Conditions, Datagram, Link, Outlet};
-use crate::pair::{AUDIO_SSRC, VIDEO_RTX_SSRC, VIDEO_SSRC, audio, ssrc_and_seq, video};
+use super::link::{Conditions, Datagram, Link, Outlet};
+use super::pair::{AUDIO_SSRC, VIDEO_RTX_SSRC, VIDEO_SSRC, audio, ssrc_and_seq, video};
 
 /// What `rtc` sends on, under its own names.
 pub const SENT_AUDIO_SSRC: u32 = 0x2000_0001;

@@ -16,8 +16,8 @@ use throng::transport::sequence::{Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Opener, Profile, Sealer, session};
 use throng::units::{Epoch, Time};
 
-use crate::link::{Outlet, Random, under_test};
-use crate::pair::{layer_ssrc, layers};
+use super::link::{Outlet, Random, under_test};
+use super::pair::{layer_ssrc, layers};
 
 const TICK: Duration = Duration::from_millis(1);
 const RUN: u32 = 77;

@@ -21,9 +21,9 @@ use throng::transport::rtp::{Datagram as Class, Header, classify};
 use throng::transport::sequence::SeqExtender;
 use throng::units::Time;
 
-use crate::link::Datagram;
-use crate::path::{Conditions, Fate, Path};
-use crate::relay::{Wire, WireEnd, router_address};
+use super::link::Datagram;
+use super::path::{Conditions, Fate, Path};
+use super::relay::{Wire, WireEnd, router_address};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Direction {

@@ -7,7 +7,7 @@ use throng::seeded::Seeded;
 use throng::sfu::SendMode;
 use throng::units::Time;
 
-use crate::link::Conditions;
+use crate::common::link::Conditions;
 
 /// Participants join, act and leave in this time; then the publishers stop.
 pub const ACTIVE: Duration = Duration::from_millis(6_000);

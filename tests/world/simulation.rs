@@ -25,7 +25,7 @@ use throng::transport::sdp::{Extension, RemoteTrack};
 use throng::units::{Bitrate, Epoch, Time};
 
 use crate::client::{Client, Half, Todo};
-use crate::link::{Datagram, Link, Outlet};
+use crate::common::link::{Datagram, Link, Outlet};
 use crate::media::clips;
 use crate::plan::{ACTIVE, DRAIN, Person, Plan, Role};
 use crate::witness::{Tampering, Witness};

@@ -15,7 +15,7 @@ use throng::transport::sequence::{Seq, SeqExtender};
 use throng::units::{Epoch, Time};
 
 use crate::client::Half;
-use crate::link::Datagram;
+use crate::common::link::Datagram;
 
 /// What merely comes out of order is not asked for.
 const PATIENCE: Duration = Duration::from_millis(20);

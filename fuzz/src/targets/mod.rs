@@ -104,5 +104,5 @@ pub fn chunk(bytes: &[u8]) -> Vec<u8> {
 
 /// Runs what is under test, and not the test's own readers, with its allocations counted.
 pub fn ours<R>(work: impl FnOnce() -> R) -> R {
-    crate::link::under_test(true, work)
+    crate::common::link::under_test(true, work)
 }

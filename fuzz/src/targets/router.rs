@@ -15,7 +15,7 @@ use throng::transport::sequence::{Seq, SeqExtender};
 
 use super::shard::compound;
 use super::{Script, Target, chunk, ours};
-use crate::hand::{Hands, MID_ID, REPAIRED_RID_ID, RID_ID};
+use crate::common::hand::{Hands, MID_ID, REPAIRED_RID_ID, RID_ID};
 
 pub const TARGET: Target = Target {
     name: "router",

@@ -19,8 +19,8 @@ use throng::units::{Bitrate, Epoch, Time};
 
 use super::stun::{identity, parameters};
 use super::{Script, Target, chunk, ours};
-use crate::link::Outlet;
-use crate::pair;
+use crate::common::link::Outlet;
+use crate::common::pair;
 
 pub const TARGET: Target = Target {
     name: "shard",

@@ -1,0 +1,11 @@
+//! The harnesses of `tests/common` that the targets stand on.
+#![allow(dead_code)]
+
+#[path = "../../tests/common/hand.rs"]
+pub mod hand;
+#[path = "../../tests/common/link.rs"]
+pub mod link;
+#[path = "../../tests/common/pair.rs"]
+pub mod pair;
+#[path = "../../tests/common/relay.rs"]
+pub mod relay;

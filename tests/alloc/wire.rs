@@ -1,0 +1,139 @@
+//! Nothing on the per-packet paths of the wire code allocates.
+
+use std::hint::black_box;
+
+use crate::common::counting::ALLOCATIONS;
+use crate::common::link::under_test;
+use throng::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, Writer, packets};
+use throng::transport::rtp::vp8::{Descriptor, PictureId};
+use throng::transport::rtp::{Header, HeaderTemplate, classify, split_rtx, write_rtx_osn};
+use throng::transport::sequence::{ReplayWindow, Seq, SeqExtender};
+use throng::transport::srtp::{DtlsRole, Profile, session};
+use throng::units::Bitrate;
+
+/// How often this thread allocates while `work` runs.
+fn allocations(work: impl FnOnce()) -> u64 {
+    let before = ALLOCATIONS.get();
+    under_test(true, work);
+    ALLOCATIONS.get() - before
+}
+
+#[test]
+fn the_counter_counts() {
+    assert_eq!(allocations(|| drop(black_box(vec![1, 2, 3]))), 1);
+}
+
+#[test]
+fn sealing_and_opening_allocate_nothing() {
+    for profile in [
+        Profile::AeadAes128Gcm,
+        Profile::AeadAes256Gcm,
+        Profile::Aes128CmHmacSha1_80,
+    ] {
+        let material: Vec<u8> = (0..profile.keying_material_len() as u8).collect();
+        let (mut sealer, _) = session(profile, &material, DtlsRole::Client).unwrap();
+        let (_, mut opener) = session(profile, &material, DtlsRole::Server).unwrap();
+        let mut template = HeaderTemplate::new(96, 0xCAFE_BABE).unwrap();
+        let twcc = template.push_extension(3, &[0; 2]).unwrap();
+        let (mut extender, mut replay) = (SeqExtender::default(), ReplayWindow::default());
+        let mut media = |index: u64, buf: &mut [u8; 1_500]| {
+            let header_len = template
+                .write(buf, false, Seq(index as u16), 90 * index as u32)
+                .unwrap();
+            twcc.patch(buf, &(index as u16).to_be_bytes());
+            let len = sealer.seal_rtp(buf, header_len, 1_100, index).unwrap();
+            let packet = &mut buf[..len];
+            black_box(classify(packet));
+            let header = Header::parse(packet).unwrap();
+            let guess = extender.guess(header.seq.0);
+            assert!(guess == index && replay.check(guess));
+            let plain_len = opener.open_rtp(packet, header.header_len, guess).unwrap();
+            extender.commit(guess);
+            replay.commit(guess);
+            assert!(
+                header.extension(packet, 3).is_some()
+                    && header.payload(&packet[..plain_len]).is_some()
+            );
+            let len = {
+                let mut writer = Writer::new(buf);
+                writer.pli(1, 2).unwrap();
+                writer.len()
+            };
+            let len = sealer.seal_rtcp(buf, len).unwrap();
+            assert_eq!(opener.open_rtcp(&mut buf[..len]), Ok(12));
+        };
+        let mut buf = [0; 1_500];
+        // The first SRTCP packet of a sender makes its replay window.
+        media(65_000, &mut buf);
+        assert_eq!(
+            allocations(|| (65_001..68_000).for_each(|index| media(index, &mut buf))),
+            0,
+            "{profile:?}"
+        );
+    }
+}
+
+#[test]
+fn writing_and_reading_rtcp_allocates_nothing() {
+    let mut out = [0; 4_000];
+    let work = || {
+        let mut writer = Writer::new(&mut out);
+        let report = ReportBlock {
+            ssrc: 5,
+            ..ReportBlock::default()
+        };
+        writer
+            .sender_report(&SenderInfo::default(), [report; 40])
+            .unwrap();
+        writer.receiver_report(1, [report]).unwrap();
+        writer.sdes_cname(1, "a name").unwrap();
+        writer.nack(1, 2, (0..200).map(|n| Seq(n * 3))).unwrap();
+        writer.pli(1, 2).unwrap();
+        writer.fir(1, &[(2, 3)]).unwrap();
+        writer
+            .remb(1, Bitrate::from_bps(1_000_000), &[2, 3])
+            .unwrap();
+        writer.xr(1, Some(7), [DlrrBlock::default(); 3]).unwrap();
+        writer.bye(&[1]).unwrap();
+        let len = writer.len();
+        let (mut read, mut items) = (0, 0);
+        for packet in packets(&out[..len]) {
+            read += 1;
+            items += match packet.unwrap() {
+                Packet::SenderReport { reports, .. } | Packet::ReceiverReport { reports, .. } => {
+                    reports.count()
+                }
+                Packet::Sdes { chunks } => chunks.filter(|chunk| chunk.cname.is_some()).count(),
+                Packet::Nack { seqs, .. } => seqs.count(),
+                Packet::Fir { entries, .. } => entries.count(),
+                Packet::Bye { sources, .. } | Packet::Remb { sources, .. } => sources.count(),
+                Packet::Xr { dlrr, .. } => dlrr.count(),
+                _ => 0,
+            };
+        }
+        assert_eq!((read, items), (10, 31 + 9 + 1 + 1 + 200 + 1 + 2 + 3 + 1));
+    };
+    assert_eq!(allocations(work), 0);
+}
+
+#[test]
+fn payload_descriptors_and_retransmissions_allocate_nothing() {
+    let work = || {
+        for id in 0..1_000 {
+            let mut payload = [0; 32];
+            let osn_len = write_rtx_osn(&mut payload, Seq(id)).unwrap();
+            let descriptor = Descriptor {
+                start_of_partition: true,
+                picture_id: Some(PictureId::Long(id)),
+                ..Descriptor::default()
+            };
+            let len = descriptor.write(&mut payload[osn_len..]).unwrap();
+            let (osn, original) = split_rtx(&payload).unwrap();
+            assert_eq!(
+                (osn, Descriptor::parse(original)),
+                (Seq(id), Some((descriptor, len)))
+            );
+        }
+    };
+    assert_eq!(allocations(work), 0);
+}

@@ -1,0 +1,806 @@
+//! A server that lies, and the real program run against it: it costs counters and one participant's join, never a panic, never memory or time without end.
+//!
+//! The server is LiveKit-like as far as a participant can tell: room service, WebSockets, descriptions, and where a lie needs it a media side with true ICE,
+//! DTLS and keys.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crate::common::program::{Finished, Report, Scratch, run, throng};
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt};
+use livekit_protocol as proto;
+use livekit_protocol::signal_request::Message as Request;
+use livekit_protocol::signal_response::Message as Response;
+use prost::Message as _;
+use throng::measure::Kind;
+use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
+use throng::transport::rtcp::{DlrrBlock, ReportBlock, SenderInfo, Writer};
+use throng::transport::rtp::{Datagram, Header, HeaderTemplate, classify};
+use throng::transport::sdp::serve::{
+    ClientDescriptions, SectionUse, SentTrack, SubscriberOffer, write_answer,
+};
+use throng::transport::sdp::{Candidate, LocalTransport, RemoteTransport, Setup};
+use throng::transport::sequence::Seq;
+use throng::units::{Bitrate, Epoch, Time};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+
+const KEY: &str = "devkey";
+const SECRET: &str = "a-secret-for-tests-of-thirty-two-or-more-characters";
+/// What a run of so few may hold at its peak, media included: a run against an honest server takes some 60 MB.
+const RSS_MAX: u64 = 400 << 20;
+/// A lie that never ends ends here: the run's own bounds are shorter or equal, and this host has other things to do.
+const FLOOD: Duration = Duration::from_secs(4);
+
+/// One way to treat a participant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lie {
+    /// The head of the HTTP answer comes a byte at a time, for ever.
+    SlowHandshake,
+    NoJoin,
+    GarbageFrames,
+    /// A frame says that it is 1 GB long.
+    AnnouncedGigabyte,
+    /// Fragments of one message, without end.
+    EndlessMessage,
+    TruncatedMessages,
+    WrongDescription,
+    TenThousandSections,
+    TooManySections,
+    OffersWithoutEnd,
+    /// A hundred thousand updates about participants.
+    Updates,
+    Speakers,
+    Candidates,
+    /// Nobody asked.
+    Pongs,
+    /// Lists of messages of no bytes.
+    EmptyLists,
+    ResumeAgainAndAgain,
+    RejoinAgainAndAgain,
+    /// Never reads, and pings.
+    Deaf,
+}
+
+const LIES: [Lie; 18] = [
+    Lie::SlowHandshake,
+    Lie::NoJoin,
+    Lie::GarbageFrames,
+    Lie::AnnouncedGigabyte,
+    Lie::EndlessMessage,
+    Lie::TruncatedMessages,
+    Lie::WrongDescription,
+    Lie::TenThousandSections,
+    Lie::TooManySections,
+    Lie::OffersWithoutEnd,
+    Lie::Updates,
+    Lie::Speakers,
+    Lie::Candidates,
+    Lie::Pongs,
+    Lie::EmptyLists,
+    Lie::ResumeAgainAndAgain,
+    Lie::RejoinAgainAndAgain,
+    Lie::Deaf,
+];
+
+/// A server on a thread of its own, gone when it is dropped.
+struct Liar {
+    url: String,
+    told: Arc<AtomicUsize>,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Liar {
+    /// `treat` serves each WebSocket, by its place in the order of their coming.
+    fn start<F>(treat: impl Fn(usize, TcpStream) -> F + Send + Sync + 'static) -> Liar
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = listener.local_addr().unwrap();
+        let told = Arc::new(AtomicUsize::new(0));
+        let count = told.clone();
+        runtime.spawn(async move {
+            let treat = Arc::new(treat);
+            while let Ok((stream, _)) = listener.accept().await {
+                let (treat, count) = (treat.clone(), count.clone());
+                tokio::spawn(async move {
+                    let mut head = [0; 64];
+                    let len = stream.peek(&mut head).await.unwrap_or_default();
+                    if head[..len].starts_with(b"GET /rtc?") {
+                        treat(count.fetch_add(1, Relaxed), stream).await;
+                    } else {
+                        room_service(stream).await;
+                    }
+                });
+            }
+        });
+        Liar {
+            url: format!("ws://{address}"),
+            told,
+            _runtime: runtime,
+        }
+    }
+
+    /// How the run ended, its report, and a line on each participant.
+    fn run(&self, arguments: &[&str]) -> (Finished, Report, String) {
+        let scratch = Scratch::new();
+        let json = scratch.path("run.json");
+        let mut command = throng();
+        command
+            .env("LIVEKIT_URL", &self.url)
+            .env("LIVEKIT_API_KEY", KEY)
+            .env("LIVEKIT_API_SECRET", SECRET)
+            .args(["--connection", "dual", "--json"])
+            .arg(&json)
+            .arg("--participants")
+            .arg(scratch.path("who.ndjson"))
+            .args(arguments);
+        let finished = run(&mut command, SECRET);
+        let report = Report::read(&json, SECRET);
+        let rss = report.0["engine"]["rss_peak_bytes"]
+            .as_u64()
+            .expect("a run knows its memory");
+        assert!(rss < RSS_MAX, "{rss} bytes at the peak");
+        let people = std::fs::read_to_string(scratch.path("who.ndjson")).unwrap();
+        (finished, report, people)
+    }
+}
+
+/// An empty message is an empty room, an empty list, and whatever else is asked for.
+async fn room_service(mut stream: TcpStream) {
+    let mut request = [0; 8 << 10];
+    while stream.read(&mut request).await.is_ok_and(|len| len > 0) {
+        let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+        if stream.write_all(answer).await.is_err() {
+            return;
+        }
+    }
+}
+
+type Socket = WebSocketStream<TcpStream>;
+
+async fn send(socket: &mut Socket, message: Response) -> bool {
+    socket.send(Message::Binary(encoded(message))).await.is_ok()
+}
+
+fn encoded(message: Response) -> Bytes {
+    proto::SignalResponse {
+        message: Some(message),
+    }
+    .encode_to_vec()
+    .into()
+}
+
+fn join_message() -> Response {
+    Response::Join(proto::JoinResponse {
+        room: Some(proto::Room::default()),
+        participant: Some(proto::ParticipantInfo {
+            sid: "PA_x".into(),
+            ..Default::default()
+        }),
+        subscriber_primary: true,
+        ping_interval: 1,
+        ping_timeout: 3,
+        ..Default::default()
+    })
+}
+
+fn leave(action: proto::leave_request::Action) -> Response {
+    Response::Leave(proto::LeaveRequest {
+        action: action.into(),
+        ..Default::default()
+    })
+}
+
+fn offer(sdp: String, id: u32) -> Response {
+    Response::Offer(proto::SessionDescription {
+        r#type: "offer".into(),
+        sdp,
+        id,
+        ..Default::default()
+    })
+}
+
+fn local(port: u16, setup: Setup) -> LocalTransport {
+    let IceCredentials { ufrag, password } = IceCredentials::random();
+    LocalTransport {
+        ufrag,
+        pwd: password,
+        fingerprint: identity().fingerprint(),
+        setup,
+        candidates: vec![Candidate::host(SocketAddr::from(([127, 0, 0, 1], port)))],
+        session_id: 1,
+    }
+}
+
+fn identity() -> Identity {
+    static IDENTITY: std::sync::OnceLock<Identity> = std::sync::OnceLock::new();
+    IDENTITY
+        .get_or_init(|| Identity::generate().unwrap())
+        .clone()
+}
+
+fn sent_track(number: u32) -> SentTrack {
+    SentTrack {
+        stream_id: format!("PA_{number}|TR_{number}"),
+        track_id: format!("TR_{number}"),
+        ssrc: number * 2 + 1_000,
+        rtx_ssrc: None,
+    }
+}
+
+/// Joins, then says these things until it has said them all, nobody listens or it has taken [`FLOOD`]; then waits for the end.
+async fn flood(mut socket: Socket, mut say: impl FnMut(u32) -> Option<Bytes>) {
+    let started = Instant::now();
+    send(&mut socket, join_message()).await;
+    for number in 0.. {
+        let Some(message) = say(number).filter(|_| started.elapsed() < FLOOD) else {
+            break;
+        };
+        if socket.send(Message::Binary(message)).await.is_err() {
+            return;
+        }
+        tokio::task::yield_now().await;
+    }
+    while let Some(Ok(_)) = socket.next().await {}
+}
+
+async fn tell(lie: Lie, mut stream: TcpStream) {
+    if lie == Lie::SlowHandshake {
+        while stream.write_all(b"H").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        return;
+    }
+    let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else {
+        return;
+    };
+    match lie {
+        Lie::SlowHandshake => unreachable!("told above"),
+        Lie::NoJoin => while let Some(Ok(_)) = socket.next().await {},
+        Lie::GarbageFrames => {
+            let _ = socket.get_mut().write_all(&[0xFF; 4_096]).await;
+            while let Some(Ok(_)) = socket.next().await {}
+        }
+        Lie::AnnouncedGigabyte => {
+            let head = [&[0x82, 127][..], &(1u64 << 30).to_be_bytes()].concat();
+            let _ = socket.get_mut().write_all(&head).await;
+            while let Some(Ok(_)) = socket.next().await {}
+        }
+        Lie::EndlessMessage => {
+            let mut fragment =
+                [&[0x02, 127][..], &(1u64 << 20).to_be_bytes(), &[0; 1 << 20]].concat();
+            for _ in 0..64 {
+                if socket.get_mut().write_all(&fragment).await.is_err() {
+                    return;
+                }
+                fragment[0] = 0;
+            }
+        }
+        Lie::TruncatedMessages => {
+            let whole = proto::SignalResponse {
+                message: Some(join_message()),
+            }
+            .encode_to_vec();
+            for len in 0..whole.len() {
+                let _ = socket
+                    .send(Message::Binary(whole[..len].to_vec().into()))
+                    .await;
+            }
+            flood(socket, |number| {
+                (number < 100).then(|| {
+                    encoded(Response::Trickle(proto::TrickleRequest {
+                        candidate_init: "{\"candidate\":\"candidate:1 1 udp".into(),
+                        ..Default::default()
+                    }))
+                })
+            })
+            .await;
+        }
+        Lie::WrongDescription => {
+            flood(socket, |number| {
+                (number == 0).then(|| encoded(offer("v=0\r\nm=audio\r\n".into(), 1)))
+            })
+            .await
+        }
+        Lie::TenThousandSections | Lie::TooManySections => {
+            let mut offers = SubscriberOffer::default();
+            let tracks = if lie == Lie::TooManySections {
+                10_001
+            } else {
+                9_990
+            };
+            for number in 0..tracks {
+                offers.add(Kind::Audio, sent_track(number));
+            }
+            let sdp = offers.offer(&local(9, Setup::ActPass));
+            flood(socket, |number| {
+                (number < 3).then(|| encoded(offer(sdp.clone(), number + 1)))
+            })
+            .await;
+        }
+        Lie::OffersWithoutEnd => {
+            let local = local(9, Setup::ActPass);
+            flood(socket, |number| {
+                // Each restarts ICE, and all tracks are other ones.
+                let mut offers = SubscriberOffer::default();
+                for track in 0..500 {
+                    offers.add(Kind::Audio, sent_track(number * 500 + track));
+                }
+                let local = LocalTransport {
+                    ufrag: format!("again{number}"),
+                    ..local.clone()
+                };
+                Some(encoded(offer(offers.offer(&local), number + 1)))
+            })
+            .await;
+        }
+        Lie::Updates => {
+            let update = encoded(Response::Update(proto::ParticipantUpdate {
+                participants: vec![proto::ParticipantInfo {
+                    metadata: "m".repeat(1_000),
+                    ..Default::default()
+                }],
+            }));
+            flood(socket, |number| (number < 100_000).then(|| update.clone())).await;
+        }
+        Lie::Speakers => {
+            let speakers = vec![proto::SpeakerInfo::default(); 1_000];
+            let changed = encoded(Response::SpeakersChanged(proto::SpeakersChanged {
+                speakers,
+            }));
+            flood(socket, |_| Some(changed.clone())).await;
+        }
+        Lie::Candidates => {
+            flood(socket, |number| {
+                let port = 1_024 + number % 60_000;
+                Some(encoded(Response::Trickle(proto::TrickleRequest {
+                    candidate_init: format!(
+                        "{{\"candidate\":\"candidate:1 1 udp 1 127.0.0.1 {port} typ host\"}}"
+                    ),
+                    target: (number % 2) as i32,
+                    ..Default::default()
+                })))
+            })
+            .await;
+        }
+        Lie::Pongs => {
+            let pong = encoded(Response::PongResp(proto::Pong {
+                last_ping_timestamp: 1,
+                timestamp: i64::MAX,
+            }));
+            flood(socket, |_| Some(pong.clone())).await;
+        }
+        Lie::EmptyLists => {
+            // Field 19, `reconnect`, of 8 MiB: four million `ice_servers` of no bytes, each of which takes 72 in memory.
+            let entries = [0x0A, 0].repeat(4 << 20);
+            let reconnect =
+                Bytes::from([&[0x9A, 0x01, 0x80, 0x80, 0x80, 0x04][..], &entries].concat());
+            flood(socket, |number| (number < 5).then(|| reconnect.clone())).await;
+        }
+        Lie::ResumeAgainAndAgain => {
+            // A resume is answered as it should be, and ended in the same breath.
+            let resumed = Response::Reconnect(proto::ReconnectResponse::default());
+            let _ = send(&mut socket, resumed).await
+                && send(&mut socket, leave(proto::leave_request::Action::Resume)).await;
+            while let Some(Ok(_)) = socket.next().await {}
+        }
+        Lie::RejoinAgainAndAgain => {
+            let _ = send(&mut socket, join_message()).await
+                && send(&mut socket, leave(proto::leave_request::Action::Reconnect)).await;
+            while let Some(Ok(_)) = socket.next().await {}
+        }
+        Lie::Deaf => {
+            send(&mut socket, join_message()).await;
+            let _ = socket.get_mut().write_all(&[0x89, 0].repeat(10_000)).await;
+            tokio::time::sleep(Duration::from_secs(60)).await;
+        }
+    }
+}
+
+#[test]
+fn whatever_a_server_says_the_run_ends_on_time_and_reports() {
+    let liar = Liar::start(|place, stream| tell(LIES[place % LIES.len()], stream));
+    let subscribers = LIES.len().to_string();
+    let (finished, report, people) = liar.run(&[
+        "--publishers",
+        "0",
+        "--subscribers",
+        &subscribers,
+        "--duration",
+        "2",
+        "--layout",
+        "3x3",
+    ]);
+    assert!(
+        matches!(finished.code, Some(98 | 99)),
+        "{}",
+        finished.stdout
+    );
+    assert_eq!(
+        report.counter("session", "joins_failed"),
+        LIES.len() as u64,
+        "{}",
+        finished.stdout
+    );
+
+    assert!(liar.told.load(Relaxed) >= LIES.len());
+    for said in [
+        "no join within 30 s",
+        "was silent for",
+        "does not keep to the WebSocket protocol",
+        "sent a message of 1073741824 bytes",
+        "media section 0 is broken",
+        "more than 10000 media sections",
+        "announced more than 20000 tracks",
+    ] {
+        assert!(people.contains(said), "nobody says '{said}': {people}");
+    }
+    // Joins are given up after 30 s at most; then the run holds nobody.
+    assert!(
+        finished.took < Duration::from_secs(60),
+        "{:?}",
+        finished.took
+    );
+}
+
+/// What the media side did, and what it got.
+#[derive(Default)]
+struct MediaLog {
+    connected: AtomicU64,
+    sent: AtomicU64,
+    /// RTP on the publisher's media SSRCs, and on those of its retransmissions.
+    media: AtomicU64,
+    resent: AtomicU64,
+    nacked: AtomicU64,
+    stop: AtomicBool,
+}
+
+/// One connection's media side: a peer of ours as the server, on a socket of its own.
+struct MediaEnd {
+    socket: UdpSocket,
+    peer: Peer,
+    epoch: Epoch,
+    publishing: bool,
+}
+
+impl MediaEnd {
+    fn new(
+        socket: UdpSocket,
+        local: &LocalTransport,
+        remote: &RemoteTransport,
+        epoch: Epoch,
+        publishing: bool,
+    ) -> MediaEnd {
+        socket.set_nonblocking(true).unwrap();
+        let credentials = |ufrag: &str, password: &str| IceCredentials {
+            ufrag: ufrag.to_owned(),
+            password: password.to_owned(),
+        };
+        let parameters = PeerParameters {
+            local_address: socket.local_addr().unwrap(),
+            local: credentials(&local.ufrag, &local.pwd),
+            remote: credentials(&remote.ufrag, &remote.pwd),
+            remote_fingerprint: remote.fingerprint,
+            remote_candidates: remote
+                .candidates
+                .iter()
+                .map(|candidate| candidate.address)
+                .collect(),
+            // As a LiveKit server: it controls the connection that it offers, and answers `passive` on the other.
+            ice_controlling: !publishing,
+            dtls_active: remote.setup == Setup::Passive,
+        };
+        MediaEnd {
+            peer: Peer::new(&identity(), &parameters, epoch, epoch.now()),
+            socket,
+            epoch,
+            publishing,
+        }
+    }
+
+    /// Comes up, lies for some seconds, and then only keeps the connection up.
+    fn run(mut self, ssrcs: &[u32], log: &MediaLog) {
+        let mut connected_at = None;
+        let mut round = 0u32;
+        while !log.stop.load(Relaxed) {
+            let now = self.epoch.now();
+            self.peer.handle_timeout(now);
+            let (socket, mut up) = (&self.socket, false);
+            self.peer.poll(
+                now,
+                |datagram, to| drop(socket.send_to(datagram, to)),
+                |event| up |= event == PeerEvent::Connected,
+            );
+            if up {
+                log.connected.fetch_add(1, Relaxed);
+                connected_at = Some(now);
+            }
+            self.read(ssrcs, now, log);
+            if connected_at.is_some_and(|at| now.since(at) < FLOOD) {
+                round += 1;
+                self.lie(ssrcs, round, log);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn read(&mut self, ssrcs: &[u32], now: Time, log: &MediaLog) {
+        let mut bytes = [0; 2_048];
+        while let Ok((len, from)) = self.socket.recv_from(&mut bytes) {
+            match classify(&bytes[..len]) {
+                Datagram::Stun | Datagram::Dtls => {
+                    self.peer.handle_setup_datagram(&bytes[..len], from, now);
+                }
+                Datagram::Rtp => {
+                    let ssrc = Header::parse(&bytes[..len]).map(|header| header.ssrc);
+                    let counter = if ssrc.is_some_and(|ssrc| ssrcs.contains(&ssrc)) {
+                        &log.media
+                    } else {
+                        &log.resent
+                    };
+                    counter.fetch_add(1, Relaxed);
+                }
+                Datagram::Rtcp | Datagram::Unknown => {}
+            }
+        }
+    }
+
+    /// All at once, every millisecond.
+    fn lie(&mut self, ssrcs: &[u32], round: u32, log: &MediaLog) {
+        for number in 0..20 {
+            // Mostly of SSRCs that nobody announced; some of one that was, with nonsense behind the header.
+            let ssrc = if self.publishing || number > 2 {
+                0x7000_0000 + round % 5_000
+            } else {
+                sent_track(1).ssrc
+            };
+            let seq = Seq((round * 20 + number) as u16);
+            let template = HeaderTemplate::new(111, ssrc).unwrap();
+            let mut packet = [0xA5; 1_200];
+            let header_len = template
+                .write(&mut packet, true, seq, round.wrapping_mul(0x1234_5678))
+                .unwrap();
+            let index = u64::from(seq.0);
+            let sealed = self
+                .peer
+                .sealer()
+                .map(|sealer| sealer.seal_rtp(&mut packet, header_len, 1_100, index));
+            self.send(&mut packet, sealed.and_then(Result::ok), log);
+        }
+        let absurd = |ssrc| ReportBlock {
+            ssrc,
+            fraction_lost: 255,
+            cumulative_lost: -1,
+            extended_highest_seq: u32::MAX,
+            jitter: u32::MAX,
+            lsr: round,
+            dlsr: u32::MAX - round,
+        };
+        let clock = SenderInfo {
+            ssrc: sent_track(1).ssrc,
+            ntp: u64::from(round) << 40,
+            rtp_time: round << 20,
+            packets: 0,
+            octets: u32::MAX,
+        };
+        let dlrr = DlrrBlock {
+            ssrc: 1,
+            last_rr: round,
+            delay_since_last_rr: 0,
+        };
+        for ssrc in ssrcs.iter().copied().chain([5]) {
+            self.say(log, |writer| {
+                let all = (0..200).map(|number| Seq((round * 200 + number) as u16));
+                log.nacked.fetch_add(200, Relaxed);
+                writer.nack(1, ssrc, all)
+            });
+            self.say(log, |writer| {
+                writer.sender_report(&clock, [absurd(ssrc); 3])?;
+                (0..20).try_for_each(|_| writer.pli(1, ssrc))?;
+                writer.xr(1, Some(u64::MAX), [dlrr; 5])?;
+                writer.remb(1, Bitrate::from_bps(u64::from(round % 3)), &[ssrc; 20])?;
+                let arrivals: Vec<Option<Time>> = (0..20)
+                    .map(|number| Some(Time::from_millis(u64::from(round) * 50 + number)))
+                    .collect();
+                writer.transport_cc(
+                    1,
+                    ssrc,
+                    Seq(round as u16),
+                    round as u8,
+                    arrivals.iter().copied(),
+                )
+            });
+        }
+        // Forged ones: nobody's STUN, DTLS of no session, RTP under no key.
+        for mut forged in [[0; 64], [22; 64], [0x80; 64]] {
+            forged[4..8].copy_from_slice(&[0x21, 0x12, 0xA4, 0x42]);
+            forged[63] = round as u8;
+            self.send(&mut forged, Some(64), log);
+        }
+    }
+
+    fn say(
+        &mut self,
+        log: &MediaLog,
+        write: impl FnOnce(&mut Writer<'_>) -> Result<(), throng::transport::rtcp::WriteError>,
+    ) {
+        let mut bytes = [0; 1_500];
+        let mut writer = Writer::new(&mut bytes[..1_400]);
+        write(&mut writer).expect("it fits");
+        let len = writer.len();
+        let sealed = self
+            .peer
+            .sealer_mut()
+            .map(|sealer| sealer.seal_rtcp(&mut bytes, len));
+        self.send(&mut bytes, sealed.and_then(Result::ok), log);
+    }
+
+    fn send(&self, bytes: &mut [u8], len: Option<usize>, log: &MediaLog) {
+        if let (Some(len), Some(to)) = (len, self.peer.remote()) {
+            // Where the other's buffer is full, it is as full as it can be.
+            let _ = self.socket.send_to(&bytes[..len], to);
+            log.sent.fetch_add(1, Relaxed);
+            if len == 64 && bytes[0] == 0x80 {
+                // The same from a port that nobody knows: the kernel keeps it away from a connected socket.
+                let stranger = UdpSocket::bind("127.0.0.1:0").unwrap();
+                let _ = stranger.send_to(&bytes[..len], to);
+            }
+        }
+    }
+}
+
+/// Signals as it should, so that media flows, and hands the connections to the lying media side.
+async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
+    let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else {
+        return;
+    };
+    let epoch = Epoch::read();
+    send(&mut socket, join_message()).await;
+    let (udp, mut offers) = (
+        UdpSocket::bind("127.0.0.1:0").unwrap(),
+        SubscriberOffer::default(),
+    );
+    let sending = local(udp.local_addr().unwrap().port(), Setup::ActPass);
+    let mut udp = Some(udp);
+    offers.add(Kind::Audio, sent_track(1));
+    send(&mut socket, offer(offers.offer(&sending), 1)).await;
+    let mut descriptions = ClientDescriptions::default();
+    while let Some(Ok(message)) = socket.next().await {
+        let Message::Binary(bytes) = message else {
+            continue;
+        };
+        match proto::SignalRequest::decode(bytes)
+            .ok()
+            .and_then(|request| request.message)
+        {
+            Some(Request::AddTrack(request)) => {
+                let published = proto::TrackPublishedResponse {
+                    cid: request.cid.clone(),
+                    track: Some(proto::TrackInfo {
+                        sid: format!("TR_{}", request.cid),
+                        ..Default::default()
+                    }),
+                };
+                send(&mut socket, Response::TrackPublished(published)).await;
+            }
+            Some(Request::Offer(client)) => {
+                let update = descriptions.read(&client.sdp).unwrap();
+                let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+                let receiving = local(udp.local_addr().unwrap().port(), Setup::Passive);
+                let answer = write_answer(&mut descriptions, &receiving, 1, |_, _| {
+                    SectionUse::Receive { dtx: false }
+                });
+                let sections = descriptions.sections();
+                let ssrcs: Vec<u32> = sections.filter_map(|section| section.ssrc).collect();
+                let (log, remote) = (log.clone(), update.remote);
+                // The answer says ice-lite, so the participant controls.
+                std::thread::spawn(move || {
+                    MediaEnd::new(udp, &receiving, &active(remote), epoch, true).run(&ssrcs, &log)
+                });
+                let answer = proto::SessionDescription {
+                    r#type: "answer".into(),
+                    sdp: answer,
+                    id: client.id,
+                    ..Default::default()
+                };
+                send(&mut socket, Response::Answer(answer)).await;
+            }
+            Some(Request::Answer(answer)) => {
+                let (remote, _) = offers.answered(&answer.sdp).unwrap();
+                if let Some(udp) = udp.take() {
+                    let (log, sending) = (log.clone(), sending.clone());
+                    std::thread::spawn(move || {
+                        MediaEnd::new(udp, &sending, &remote, epoch, true).run(&[], &log)
+                    });
+                }
+            }
+            Some(Request::PingReq(ping)) => {
+                let pong = proto::Pong {
+                    last_ping_timestamp: ping.timestamp,
+                    timestamp: 0,
+                };
+                send(&mut socket, Response::PongResp(pong)).await;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A client that offers `active` or `actpass` and is answered `passive` opens DTLS.
+fn active(remote: RemoteTransport) -> RemoteTransport {
+    RemoteTransport {
+        setup: Setup::Active,
+        ..remote
+    }
+}
+
+#[test]
+fn media_and_feedback_of_any_content_cost_counters_and_resends_stay_within_their_rate() {
+    let log = Arc::new(MediaLog::default());
+    let shared = log.clone();
+    let liar = Liar::start(move |_, stream| serve(stream, shared.clone()));
+    let (finished, report, _) = liar.run(&[
+        "--publishers",
+        "1",
+        "--video-publishers",
+        "1",
+        "--no-simulcast",
+        "--video-resolution",
+        "low",
+        "--subscribers",
+        "1",
+        "--duration",
+        "6",
+    ]);
+    log.stop.store(true, Relaxed);
+    assert_eq!(
+        report.counter("session", "joins_ok"),
+        2,
+        "{}\n{}",
+        finished.stdout,
+        finished.stderr
+    );
+    assert!(
+        log.connected.load(Relaxed) >= 2 && log.sent.load(Relaxed) > 1_000,
+        "the lies were told"
+    );
+    // FAIL, for nothing true arrived; or INVALID, where this host was too busy to read all the lies.
+    assert!(
+        matches!(finished.code, Some(98 | 99)),
+        "{}",
+        finished.stdout
+    );
+    assert!(
+        finished.took < Duration::from_secs(60),
+        "{:?}",
+        finished.took
+    );
+    assert!(
+        report.counter("session", "packets_rejected") > 1_000,
+        "{}",
+        finished.stdout
+    );
+    // 256 KiB at once and then as much as the media itself, each resend being charged 1,200 bytes: of a hundred times as many that were asked for.
+    let (nacked, resent) = (
+        log.nacked.load(Relaxed),
+        report.counter("video", "rtx_sent") + report.counter("audio", "rtx_sent"),
+    );
+    let media = report.counter("video", "bytes_sent") + report.counter("audio", "bytes_sent");
+    let allowed = 2 * (256 * 1024 / 1_200) + 2 * media / 1_200;
+    assert!(
+        resent > 0 && resent <= allowed,
+        "{resent} resent of {nacked} asked for, {allowed} allowed"
+    );
+}

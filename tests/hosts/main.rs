@@ -1,0 +1,9 @@
+//! Runs over several hosts: the coordinator, its probers, and what may go wrong between them.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod coordinator;
+mod faults;
+mod prober;
+mod runs;

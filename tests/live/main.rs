@@ -1,0 +1,16 @@
+//! Whole runs against a real LiveKit server and the embedded SFU on loopback. Those that measure take turns (`common::program::alone`).
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bad_input;
+mod calibrate;
+mod layers;
+mod page;
+mod ramp;
+mod reconnect;
+mod rooms;
+mod sfu_run;
+mod sfu_signal;
+mod sfu_worker;
+mod signal;

@@ -1,0 +1,320 @@
+//! Participants whose signalling breaks under way, on a real LiveKit server and on the embedded SFU: media goes on, they come back, and the report says so.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::common::on_both_servers;
+use crate::common::program::{
+    PATIENCE, Report, Running, Scratch, against, beside_one_other, throng,
+};
+use crate::common::server::Server;
+use livekit_protocol as proto;
+use throng::signal::rooms::RoomService;
+
+on_both_servers!(
+    a_session_whose_signalling_breaks_is_resumed_and_media_goes_on,
+    a_session_that_the_server_has_forgotten_is_joined_anew,
+    who_cannot_come_back_gives_up_after_a_while,
+);
+
+const ARGS: &str = "--publishers 2 --video-publishers 1 --video-resolution low --no-simulcast --subscribers 4 --max-loss 100";
+const PARTICIPANTS: u64 = 6;
+
+/// Between participants and the server's signalling: passes on what comes, until it is told to break.
+struct Relay {
+    url: String,
+    open: Arc<Mutex<Vec<TcpStream>>>,
+    refuses: Arc<AtomicBool>,
+}
+
+impl Relay {
+    fn to(server: &Server) -> Relay {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let relay = Relay {
+            url: format!("ws://{}", listener.local_addr().unwrap()),
+            open: Arc::default(),
+            refuses: Arc::default(),
+        };
+        let (open, refuses) = (relay.open.clone(), relay.refuses.clone());
+        let upstream = server.url.strip_prefix("ws://").unwrap().to_owned();
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                // One that is refused sees its connection end before it could say anything.
+                let Some(server) = (!refuses.load(Ordering::SeqCst))
+                    .then(|| TcpStream::connect(&upstream).unwrap())
+                else {
+                    continue;
+                };
+                let ends = [client, server];
+                open.lock()
+                    .unwrap()
+                    .extend(ends.iter().map(|end| end.try_clone().unwrap()));
+                for (from, to) in [(0, 1), (1, 0)] {
+                    let (mut from, mut to) = (
+                        ends[from].try_clone().unwrap(),
+                        ends[to].try_clone().unwrap(),
+                    );
+                    std::thread::spawn(move || {
+                        // However it ends, the other side hears of it.
+                        let _ = std::io::copy(&mut from, &mut to);
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+            }
+        });
+        relay
+    }
+
+    /// Breaks all connections at once.
+    fn cut(&self) {
+        for end in self.open.lock().unwrap().drain(..) {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn refuse(&self, refuses: bool) {
+        self.refuses.store(refuses, Ordering::SeqCst);
+    }
+}
+
+/// A run by way of a relay, and the server's own view of its room.
+struct Broken {
+    relay: Relay,
+    running: Running,
+    scratch: Scratch,
+    rooms: RoomService,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Broken {
+    /// Everybody is in, and media has flowed for a second.
+    fn start(server: &Server, connection: &str, duration: &str) -> Broken {
+        let (relay, scratch) = (Relay::to(server), Scratch::new());
+        let mut command = throng();
+        against(server, &mut command)
+            .env("LIVEKIT_URL", &relay.url)
+            .args(ARGS.split(' '))
+            .args([
+                "--connection",
+                connection,
+                "--duration",
+                duration,
+                "--room",
+                "broken",
+                "--json",
+            ])
+            .arg(scratch.path("run.json"));
+        let mut broken = Broken {
+            relay,
+            running: Running::start(&mut command, &server.secret),
+            scratch,
+            rooms: RoomService::new(server.endpoint(), server.api_key()),
+            runtime: tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap(),
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while broken.active().len() < PARTICIPANTS as usize {
+            assert!(Instant::now() < deadline && !broken.running.has_ended());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        broken
+    }
+
+    fn active(&self) -> Vec<proto::ParticipantInfo> {
+        let mut inside = self
+            .runtime
+            .block_on(self.rooms.list_participants("broken"))
+            .unwrap_or_default();
+        inside.retain(|participant| {
+            participant.state == i32::from(proto::participant_info::State::Active)
+        });
+        inside
+    }
+
+    fn finish(self, server: &Server) -> Report {
+        let finished = self.running.finish();
+        let report = Report::read(&self.scratch.path("run.json"), &server.secret);
+        assert!(
+            matches!(finished.code, Some(0 | 98)),
+            "{}\n{}{}",
+            report.reasons(),
+            finished.stdout,
+            finished.stderr
+        );
+        report
+    }
+}
+
+fn counts<const N: usize>(report: &Report, names: [&str; N]) -> [u64; N] {
+    names.map(|name| report.counter("session", name))
+}
+
+/// Joins, and what became of losses.
+const FATE: [&str; 4] = [
+    "joins_ok",
+    "reconnects_ok",
+    "reconnects_failed",
+    "disconnects",
+];
+
+fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on(server: &Server) {
+    let _turn = beside_one_other();
+    for connection in ["single", "dual"] {
+        let broken = Broken::start(server, connection, "6");
+        let sids = |broken: &Broken| {
+            let mut sids: Vec<String> = broken
+                .active()
+                .into_iter()
+                .map(|participant| participant.sid)
+                .collect();
+            sids.sort();
+            sids
+        };
+        let before = sids(&broken);
+        broken.relay.cut();
+        std::thread::sleep(Duration::from_secs(1));
+        assert_eq!(sids(&broken), before, "{connection}: the same sessions");
+        let report = broken.finish(server);
+        assert_eq!(
+            counts(&report, FATE),
+            [PARTICIPANTS, PARTICIPANTS, 0, 0],
+            "{connection}"
+        );
+        assert_eq!(
+            report.micros("session", "reconnect", "count"),
+            Some(PARTICIPANTS)
+        );
+        assert_eq!(
+            counts(
+                &report,
+                ["participants_healthy", "frames_misrouted", "joins_retried"]
+            ),
+            [PARTICIPANTS, 0, 0]
+        );
+        for (kind, subscribed) in [("audio", 8), ("video", 4)] {
+            let count = |name| report.counter(kind, name);
+            assert_eq!(
+                (count("tracks_live"), count("tracks_expected")),
+                (subscribed, subscribed)
+            );
+            let lost = count("frames_expected") - count("frames_delivered");
+            eprintln!(
+                "{connection}: {lost} of {} frames of {kind} lost",
+                count("frames_expected")
+            );
+            match connection {
+                "single" => assert_eq!(lost, 0, "{kind}"),
+                // The server drops its path when it offers the ICE restart, and sends again once a check has succeeded.
+                _ => assert!(
+                    lost * 10 < count("frames_expected"),
+                    "{lost} of {} {kind}",
+                    count("frames_expected")
+                ),
+            }
+        }
+    }
+}
+
+fn a_session_that_the_server_has_forgotten_is_joined_anew(server: &Server) {
+    let _turn = beside_one_other();
+    for connection in ["single", "dual"] {
+        let broken = Broken::start(server, connection, "8");
+        let publishers = 2;
+        let (removed, kept): (Vec<_>, Vec<_>) = broken
+            .active()
+            .into_iter()
+            .partition(|participant| !participant.tracks.is_empty());
+        assert_eq!(
+            (removed.len(), kept.len()),
+            (publishers, PARTICIPANTS as usize - publishers)
+        );
+        broken.relay.refuse(true);
+        broken.relay.cut();
+        removed
+            .iter()
+            .for_each(|participant| remove(server, &participant.identity));
+        broken.relay.refuse(false);
+        let deadline = Instant::now() + PATIENCE;
+        while broken.active().len() < PARTICIPANTS as usize {
+            assert!(Instant::now() < deadline, "{:#?}", broken.active());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let report = broken.finish(server);
+        assert_eq!(
+            counts(&report, FATE),
+            [PARTICIPANTS, PARTICIPANTS, 0, publishers as u64],
+            "{connection}"
+        );
+        assert_eq!(
+            counts(&report, ["participants_healthy", "frames_misrouted"]),
+            [PARTICIPANTS - publishers as u64, 0]
+        );
+        for (kind, published, subscribed) in [("audio", 2, 8), ("video", 1, 4)] {
+            let count = |name| report.counter(kind, name);
+            assert_eq!(
+                (count("tracks_published"), count("tracks_live")),
+                (published, subscribed),
+                "{connection} {kind}"
+            );
+            assert_eq!(
+                count("frames_duplicate"),
+                0,
+                "{connection} {kind}: frames are numbered on"
+            );
+        }
+    }
+}
+
+/// The server forgets a participant. It is not in our room service, because no run ever asks for it.
+fn remove(server: &Server, identity: &str) {
+    let authority = server.url.strip_prefix("ws://").unwrap();
+    let token = server.api_key().service_token(Some("broken")).unwrap();
+    let body = format!(r#"{{"room":"broken","identity":"{identity}"}}"#);
+    let mut stream = TcpStream::connect(authority).unwrap();
+    write!(
+        stream,
+        "POST /twirp/livekit.RoomService/RemoveParticipant HTTP/1.0\r\nHost: {authority}\r\nAuthorization: Bearer {}\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        token.expose(),
+        body.len()
+    )
+    .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(" 200 "), "{answer}");
+}
+
+fn who_cannot_come_back_gives_up_after_a_while(server: &Server) {
+    let _turn = beside_one_other();
+    let broken = Broken::start(server, "auto", "10m");
+    broken.relay.refuse(true);
+    broken.relay.cut();
+    let finished = broken.running.finish();
+    let report = Report::read(&broken.scratch.path("run.json"), &server.secret);
+    assert_eq!(
+        (report.result(), finished.code),
+        ("PARTIAL", Some(1)),
+        "{}",
+        finished.stderr
+    );
+    assert!(
+        report.reasons().contains("all participants were gone"),
+        "{}",
+        report.reasons()
+    );
+    assert_eq!(
+        counts(&report, FATE),
+        [PARTICIPANTS, 0, PARTICIPANTS, PARTICIPANTS]
+    );
+    assert_eq!(report.0["target"]["connection"], "single");
+    assert_eq!(
+        report.0["target"]["connection_reason"],
+        "the server has /rtc/v1"
+    );
+}

@@ -1,0 +1,208 @@
+//! Where frames were lost, told by whole runs against a real LiveKit server and the embedded SFU over a bad network: its log is the truth.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::common::network::{DEVICE, Direction, Network, SERVER};
+use crate::common::path::{Conditions, Loss};
+use crate::common::program::{Report, Running, Scratch, against, alone, throng};
+use crate::common::server::{Options, Server, Site};
+
+const SITE: Site = Site {
+    address: SERVER,
+    device: DEVICE,
+};
+const SUBSCRIBERS: u64 = 2;
+
+const CALM: Conditions = Conditions {
+    cut: false,
+    loss: Loss::None,
+    rate: None,
+    delay: Duration::from_millis(10),
+    jitter: Duration::ZERO,
+    reorder: false,
+    duplication: 0.0,
+};
+
+/// How much each direction loses: so much that some frames outlive no resend. LiveKit asks five times and resends three times, our SFU and our own subscribers ten times each.
+#[derive(Clone, Copy)]
+struct Bad {
+    up: f64,
+    down: f64,
+}
+
+/// Audio frames by the log.
+struct Truth {
+    /// Never came to the server, times the subscribers.
+    uplink: u64,
+    /// Sent to a subscriber, and never came.
+    downlink: u64,
+}
+
+/// A run of audio alone: there a packet is a frame, and a resend has its number. The network is bad for five seconds, some seconds after everybody has joined.
+fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
+    let scratch = Scratch::new();
+    let mut command = throng();
+    against(server, &mut command)
+        .args([
+            "--publishers",
+            "1",
+            "--video-publishers",
+            "0",
+            "--subscribers",
+            "2",
+        ])
+        .args([
+            "--num-per-second",
+            "50",
+            "--duration",
+            "12s",
+            "--threads",
+            "1",
+            "--max-loss",
+            "100",
+        ])
+        .arg("--json")
+        .arg(scratch.path("run.json"));
+    network.set_both(CALM);
+    let running = network
+        .clients
+        .run(|| Running::start(&mut command, &server.secret));
+    std::thread::sleep(Duration::from_secs(4));
+    for (direction, loss) in [(Direction::Up, bad.up), (Direction::Down, bad.down)] {
+        let loss = Loss::Random(loss);
+        network.set(direction, Conditions { loss, ..CALM });
+    }
+    std::thread::sleep(Duration::from_secs(5));
+    network.set_both(CALM);
+    let finished = running.finish();
+    eprintln!("{}", finished.stdout);
+    let report = Report::read(&scratch.path("run.json"), &server.secret);
+    let mut arrived: BTreeMap<(Direction, u32, u16), bool> = BTreeMap::new();
+    for packet in network.log() {
+        if let Some(rtp) = packet.rtp().filter(|rtp| !rtp.padded) {
+            *arrived
+                .entry((packet.direction, rtp.ssrc, rtp.seq))
+                .or_default() |= packet.delivered_at().is_some();
+        }
+    }
+    let lost = |wanted| {
+        let lost = |((direction, ..), arrived): (&(Direction, u32, u16), &bool)| {
+            *direction == wanted && !arrived
+        };
+        arrived.iter().filter(|entry| lost(*entry)).count() as u64
+    };
+    let truth = Truth {
+        uplink: lost(Direction::Up) * SUBSCRIBERS,
+        downlink: lost(Direction::Down),
+    };
+    (report, truth)
+}
+
+/// Holds the attribution of one run to the log, to a share of all that was lost.
+fn check(name: &str, livekit: bool, bad: Bad, error_max: f64) {
+    let Some(network) = Network::for_test(module_path!(), name, 1) else {
+        return;
+    };
+    let _alone = alone();
+    let options = Options {
+        site: SITE,
+        ..Options::default()
+    };
+    let server = network.server.run(|| match livekit {
+        true => Server::livekit_with(&options),
+        false => Some(Server::embedded_at(SITE)),
+    });
+    let Some(server) = server else { return };
+    let (report, truth) = run(&network, &server, bad);
+    let count = |counter: &str| report.counter("audio", counter);
+    let missing = count("frames_expected") - count("frames_delivered");
+    let found = ["uplink", "sfu", "downlink", "unattributed"]
+        .map(|place| count(&format!("frames_lost_{place}")));
+    eprintln!(
+        "{name}: {missing} missing; by the log {} never came to the server, {} were lost behind it; told {found:?}",
+        truth.uplink, truth.downlink
+    );
+    assert_eq!(found.iter().sum::<u64>(), missing);
+    assert!(missing > 10, "{missing}");
+    // What came to the server so late that it did not send it any more is the uplink's too.
+    let never_sent = missing.saturating_sub(truth.downlink);
+    let off = |told: u64, truth: u64| told.abs_diff(truth) as f64 / missing as f64;
+    let errors = [off(found[0], never_sent), off(found[2], truth.downlink)];
+    assert!(errors.iter().all(|error| *error <= error_max), "{errors:?}");
+}
+
+#[test]
+fn what_the_way_to_livekit_loses() {
+    check(
+        "what_the_way_to_livekit_loses",
+        true,
+        Bad {
+            up: 0.65,
+            down: 0.0,
+        },
+        0.05,
+    );
+}
+
+#[test]
+fn what_the_way_from_livekit_loses() {
+    check(
+        "what_the_way_from_livekit_loses",
+        true,
+        Bad { up: 0.0, down: 0.6 },
+        0.05,
+    );
+}
+
+#[test]
+fn what_both_ways_of_livekit_lose() {
+    check(
+        "what_both_ways_of_livekit_lose",
+        true,
+        Bad {
+            up: 0.65,
+            down: 0.5,
+        },
+        0.2,
+    );
+}
+
+#[test]
+fn what_the_way_to_our_sfu_loses() {
+    check(
+        "what_the_way_to_our_sfu_loses",
+        false,
+        Bad {
+            up: 0.75,
+            down: 0.0,
+        },
+        0.05,
+    );
+}
+
+#[test]
+fn what_the_way_from_our_sfu_loses() {
+    check(
+        "what_the_way_from_our_sfu_loses",
+        false,
+        Bad {
+            up: 0.0,
+            down: 0.75,
+        },
+        0.05,
+    );
+}
+
+#[test]
+fn what_both_ways_of_our_sfu_lose() {
+    check(
+        "what_both_ways_of_our_sfu_lose",
+        false,
+        Bad {
+            up: 0.75,
+            down: 0.7,
+        },
+        0.2,
+    );
+}

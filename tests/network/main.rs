@@ -1,0 +1,11 @@
+//! Whole runs over a bad network between namespaces. Those that measure take turns (`common::program::alone`).
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod attribution;
+mod bad_network;
+mod bandwidth;
+mod places;
+mod server_metrics;
+mod truth;

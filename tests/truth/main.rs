@@ -1,0 +1,7 @@
+//! What is reported against what went over the wire, in virtual time.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod figures;
+mod moves;
