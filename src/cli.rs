@@ -183,7 +183,9 @@ pub fn parse_with(
             json: args.json,
             quiet: args.quiet,
         })),
-        Some(Sub::Sfu(args)) => args.into_sfu(fresh).map(|sfu| Command::Sfu(Box::new(sfu))),
+        Some(Sub::Sfu(args)) => args
+            .into_sfu(env, fresh)
+            .map(|sfu| Command::Sfu(Box::new(sfu))),
         None => cli.run.into_command(env, cpus, fresh),
     };
     command.map_err(|why| UsageError::new(&why))
@@ -243,13 +245,13 @@ struct SfuArgs {
     /// Media threads; a room lives on one [default: one a CPU, less one for signalling]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
-    /// [default: devkey, on loopback only]
+    /// [env: LIVEKIT_API_KEY; default: devkey, on loopback only]
     #[arg(long, value_name = "KEY")]
     api_key: Option<String>,
-    /// 32 characters or more
+    /// 32 characters or more [env: LIVEKIT_API_SECRET]
     #[arg(long, value_name = "SECRET")]
     api_secret: Option<String>,
-    /// Ids and ICE credentials come from this number [default: drawn]
+    /// Ids and first sequence numbers come from this number, secrets never do; on loopback only [default: drawn]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=SEED_MAX))]
     seed: Option<u64>,
 }
@@ -684,40 +686,20 @@ impl RunArgs {
 }
 
 impl SfuArgs {
-    fn into_sfu(self, fresh: u64) -> Result<Sfu, String> {
-        /// What HS256 is worth its name with; many JWT libraries refuse less.
-        const SECRET_CHARACTERS_MIN: usize = 32;
-        let credentials = match (self.api_key, self.api_secret) {
-            (None, None) if !self.listen.ip().is_loopback() => {
-                return Err(format!(
-                    "everybody knows the default key: to listen on {}, give --api-key and --api-secret",
-                    self.listen
-                ));
-            }
-            (None, None) => None,
-            (Some(api_key), Some(api_secret)) => Some(Credentials {
-                api_key,
-                api_secret,
-            }),
-            _ => {
-                return Err(
-                    "--api-key and --api-secret belong together: give both, or neither".to_owned(),
-                );
-            }
-        };
-        if let Some(Credentials {
-            api_key,
-            api_secret,
-        }) = &credentials
-        {
-            if api_key.is_empty() || api_key.chars().any(|c| c.is_control() || c.is_whitespace()) {
-                return Err("--api-key takes a name without spaces".to_owned());
-            }
-            if api_secret.chars().count() < SECRET_CHARACTERS_MIN {
-                return Err(format!(
-                    "--api-secret takes {SECRET_CHARACTERS_MIN} characters or more"
-                ));
-            }
+    fn into_sfu(self, env: &dyn Fn(&str) -> Option<String>, fresh: u64) -> Result<Sfu, String> {
+        let is_local = self.listen.ip().is_loopback();
+        if self.seed.is_some() && !is_local {
+            return Err(format!(
+                "--seed is for tests on this host: leave it out to listen on {}",
+                self.listen
+            ));
+        }
+        let credentials = self.credentials(env)?;
+        if credentials.is_none() && !is_local {
+            return Err(format!(
+                "everybody knows the default key: to listen on {}, give --api-key and --api-secret, or set LIVEKIT_API_KEY and LIVEKIT_API_SECRET",
+                self.listen
+            ));
         }
         Ok(Sfu {
             listen: self.listen,
@@ -726,6 +708,48 @@ impl SfuArgs {
             credentials,
             seed: self.seed.unwrap_or(fresh),
         })
+    }
+
+    /// The flags, or the environment where a flag is not given; `None` where neither names a pair.
+    fn credentials(
+        &self,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Option<Credentials>, String> {
+        /// What HS256 is worth its name with; many JWT libraries refuse less.
+        const SECRET_CHARACTERS_MIN: usize = 32;
+        let given = |value: &Option<String>, flag, name| match value {
+            Some(value) => Some((value.clone(), flag)),
+            None => set(env, name).map(|value| (value, name)),
+        };
+        let key = given(&self.api_key, "--api-key", "LIVEKIT_API_KEY");
+        let secret = given(&self.api_secret, "--api-secret", "LIVEKIT_API_SECRET");
+        let lonely = |there: &str, flag: &str, name: &str| {
+            format!(
+                "an API key and its secret belong together, and only {there} is given: add {flag} or set {name}, or leave both out"
+            )
+        };
+        let ((api_key, key_name), (api_secret, secret_name)) = match (key, secret) {
+            (Some(key), Some(secret)) => (key, secret),
+            (None, None) => return Ok(None),
+            (Some((_, there)), None) => {
+                return Err(lonely(there, "--api-secret", "LIVEKIT_API_SECRET"));
+            }
+            (None, Some((_, there))) => {
+                return Err(lonely(there, "--api-key", "LIVEKIT_API_KEY"));
+            }
+        };
+        if api_key.is_empty() || api_key.chars().any(|c| c.is_control() || c.is_whitespace()) {
+            return Err(format!("{key_name} takes a name without spaces"));
+        }
+        if api_secret.chars().count() < SECRET_CHARACTERS_MIN {
+            return Err(format!(
+                "{secret_name} takes {SECRET_CHARACTERS_MIN} characters or more"
+            ));
+        }
+        Ok(Some(Credentials {
+            api_key,
+            api_secret,
+        }))
     }
 }
 

@@ -15,6 +15,7 @@ pub mod prober;
 pub mod recording;
 pub mod report;
 pub mod run;
+pub mod secrets;
 pub mod seeded;
 pub mod server_metrics;
 pub mod sfu;

@@ -4,9 +4,9 @@ use axum::http::{HeaderMap, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use ring::hmac;
-use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
+use crate::secrets::Secrets;
 use crate::signal::Secret;
 
 /// Of a token that was not made here. Shorter ones can be guessed over the network.
@@ -104,7 +104,7 @@ impl Access {
 
 /// Seals a token.
 pub fn seal(token: &Secret) -> Seal {
-    let salt: [u8; SALT_BYTES] = random();
+    let salt: [u8; SALT_BYTES] = Secrets::system().bytes();
     let tag = hmac::sign(
         &hmac::Key::new(hmac::HMAC_SHA256, &salt),
         token.expose().as_bytes(),
@@ -117,7 +117,7 @@ pub fn seal(token: &Secret) -> Seal {
 
 /// A token that nobody can guess.
 pub fn fresh_token() -> Secret {
-    Secret::new(URL_SAFE_NO_PAD.encode(random::<TOKEN_RANDOM_BYTES>()))
+    Secret::new(URL_SAFE_NO_PAD.encode(Secrets::system().bytes::<TOKEN_RANDOM_BYTES>()))
 }
 
 /// Why a token will not do; it is not repeated.
@@ -133,16 +133,7 @@ pub fn must_be_usable(token: &str) -> Result<(), String> {
 
 /// For ids and lives: nobody can guess it, and every reader of JSON keeps it exactly.
 pub fn random_number() -> u64 {
-    u64::from_le_bytes(random()) >> 11
-}
-
-/// The kernel's randomness, without which nothing here is worth its name.
-pub fn random<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    SystemRandom::new()
-        .fill(&mut bytes)
-        .expect("the kernel gives random numbers");
-    bytes
+    u64::from_le_bytes(Secrets::system().bytes()) >> 11
 }
 
 #[cfg(test)]

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::access;
 use super::journal::{Head, Journal};
 use super::protocol::{
     self, Beat, BeatReply, Cancelled, Departed, Health, JobReply, ProverId, Register, Registered,
     Report, Reported,
 };
 use super::state::{Entry, Phase, Refused, State};
+use crate::secrets::Secrets;
 use crate::units::Epoch;
 
 /// Calls that wait. Each prober has one under way, so that only strangers fill it.
@@ -217,8 +217,11 @@ impl Desk {
     }
 
     pub fn register(&mut self, register: &Register) -> Result<Registered, Failure> {
-        let fresh = ProverId::new(format!("{:032x}", u128::from_le_bytes(access::random())))
-            .expect("hexadecimal digits are letters and digits");
+        let fresh = ProverId::new(format!(
+            "{:032x}",
+            u128::from_le_bytes(Secrets::system().bytes())
+        ))
+        .expect("hexadecimal digits are letters and digits");
         let (answer, entries) = self.state.register(self.now_us(), register, fresh)?;
         entries
             .into_iter()

@@ -1,14 +1,14 @@
 //! The SFU that a run starts for itself where no server was named.
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::cli::{self, Credentials};
 use crate::net;
 use crate::plan::{Origin, Resources};
 use crate::report::EmbeddedSfu;
+use crate::secrets::Secrets;
 use crate::sfu::server::{DEV_KEY, Server, ServerConfig};
 use crate::sfu::{self, SendMode};
 use crate::signal::Secret;
@@ -29,7 +29,7 @@ impl Embedded {
         let Origin::Embedded(send) = run.plan.target.origin else {
             return Ok(None);
         };
-        let secret = fresh_secret()?;
+        let secret = fresh_secret();
         let server = Server::start(ServerConfig {
             send,
             routers: resources.sfu_routers,
@@ -61,10 +61,6 @@ impl Embedded {
     }
 }
 
-fn fresh_secret() -> Result<String> {
-    let mut bytes = [0; 32];
-    SystemRandom::new()
-        .fill(&mut bytes)
-        .map_err(|_| anyhow!("this host gives no random bytes"))?;
-    Ok(URL_SAFE_NO_PAD.encode(bytes))
+fn fresh_secret() -> String {
+    URL_SAFE_NO_PAD.encode(Secrets::system().bytes::<32>())
 }

@@ -18,12 +18,15 @@ pub use super::shared::{
 };
 use super::shared::{Ids, RoomId, Shared, Timer};
 use super::{MediaEvent, TrackId, TransportId};
+use crate::secrets::Secrets;
 use crate::transport::sdp::Fingerprint;
 use crate::units::{Epoch, Time};
 
 pub struct LobbyConfig {
-    /// All names, credentials and SSRCs come from it. It must not be guessable where strangers can reach the server.
+    /// What is shown to everybody comes from it: sids and the session ids of descriptions.
     pub seed: u64,
+    /// ICE credentials come from here.
+    pub secrets: Secrets,
     pub epoch: Epoch,
     /// Of the one certificate that all routers have.
     pub fingerprint: Fingerprint,
@@ -43,6 +46,7 @@ impl Lobby {
         Lobby {
             shared: Shared {
                 ids: Ids::new(config.seed),
+                secrets: config.secrets,
                 epoch: config.epoch,
                 fingerprint: config.fingerprint,
                 loads: vec![0; config.routers.len()],

@@ -176,7 +176,7 @@ impl Link {
     }
 
     pub fn restart(&mut self, shared: &mut Shared) {
-        let IceCredentials { ufrag, password } = shared.ids.ice_credentials();
+        let IceCredentials { ufrag, password } = IceCredentials::draw(&mut shared.secrets);
         (self.local.ufrag, self.local.pwd) = (ufrag, password);
     }
 

@@ -30,6 +30,7 @@ use super::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, LobbyStatistics, Out
 use super::statistics::RouterStatistics;
 use super::worker::{Worker, WorkerConfig};
 use super::{MediaEvent, SendMode, THREAD_PREFIX};
+use crate::secrets::Secrets;
 use crate::seeded::scatter;
 use crate::signal::Secret;
 use crate::transport::peer::Identity;
@@ -66,7 +67,7 @@ pub struct ServerConfig {
     pub connections: usize,
     pub api_key: String,
     pub api_secret: Secret,
-    /// Sids, ICE credentials and SSRCs come from it. Where strangers can reach the server it must not be guessable.
+    /// What is no secret comes from it: sids, first sequence numbers and timestamps.
     pub seed: u64,
     /// What each router is limited to, for tests that look for it.
     pub limit: Option<Limit>,
@@ -166,6 +167,7 @@ impl Server {
         let (workers, media) = start_workers(&config, &identity, epoch)?;
         let lobby = Lobby::new(LobbyConfig {
             seed: config.seed,
+            secrets: Secrets::system(),
             epoch,
             fingerprint: identity.fingerprint(),
             routers: workers.iter().map(Worker::address).collect(),

@@ -8,6 +8,7 @@ use livekit_protocol as proto;
 use livekit_protocol::signal_response::Message;
 
 use super::{MediaCommand, SubscriptionId, TrackId, TransportId, wire};
+use crate::secrets::Secrets;
 use crate::seeded::Seeded;
 use crate::transport::peer::IceCredentials;
 use crate::transport::sdp::{Candidate, Fingerprint, LocalTransport, Setup};
@@ -98,6 +99,7 @@ pub(super) enum Timer {
 /// What all rooms share.
 pub(super) struct Shared {
     pub ids: Ids,
+    pub secrets: Secrets,
     pub epoch: Epoch,
     pub fingerprint: Fingerprint,
     pub routers: Vec<SocketAddr>,
@@ -160,7 +162,7 @@ impl Shared {
 
     /// Our end of a new connection on `router`.
     pub fn local_transport(&mut self, router: usize) -> LocalTransport {
-        let IceCredentials { ufrag, password } = self.ids.ice_credentials();
+        let IceCredentials { ufrag, password } = IceCredentials::draw(&mut self.secrets);
         LocalTransport {
             ufrag,
             pwd: password,
@@ -174,7 +176,7 @@ impl Shared {
                 .map(Candidate::host)
                 .into_iter()
                 .collect(),
-            session_id: self.ids.draw() >> 1,
+            session_id: self.ids.session_id(),
         }
     }
 
@@ -194,7 +196,7 @@ impl Shared {
     }
 }
 
-/// Everything that is drawn or counted.
+/// Everything that is drawn or counted and that everybody may know. Secrets are not drawn here.
 pub(super) struct Ids {
     chance: Seeded,
     next: u32,
@@ -208,8 +210,9 @@ impl Ids {
         }
     }
 
-    pub fn draw(&mut self) -> u64 {
-        self.chance.draw()
+    /// Of a description: 63 bits (RFC 8829, section 5.2.1).
+    pub fn session_id(&mut self) -> u64 {
+        self.chance.draw() >> 1
     }
 
     /// One counter for all kinds: an id of one kind is never taken for one of another in a log.
@@ -245,25 +248,9 @@ impl Ids {
     /// As LiveKit's: two letters for the kind, then twelve of 57.
     pub fn sid(&mut self, kind: &str) -> String {
         const LETTERS: &[u8] = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
-        format!("{kind}_{}", self.text(LETTERS, 12))
-    }
-
-    pub fn ice_credentials(&mut self) -> IceCredentials {
-        const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-        IceCredentials {
-            ufrag: self.text(LETTERS, 16),
-            password: self.text(LETTERS, 32),
-        }
-    }
-
-    fn text(&mut self, letters: &[u8], count: usize) -> String {
-        let letter = |_| {
-            letters
-                .get(self.chance.below(letters.len() as u64) as usize)
-                .copied()
-                .unwrap_or(b'a')
-        };
-        (0..count).map(letter).map(char::from).collect()
+        let letter = |_| char::from(LETTERS[self.chance.below(LETTERS.len() as u64) as usize]);
+        let text: String = (0..12).map(letter).collect();
+        format!("{kind}_{text}")
     }
 }
 

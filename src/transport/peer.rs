@@ -17,6 +17,7 @@ use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 use super::sdp::Fingerprint;
 use super::srtp::{self, DtlsRole, Opener, Profile, Sealer};
 use crate::net;
+use crate::secrets::Secrets;
 use crate::units::{Epoch, Time};
 
 /// A check that met a role conflict is retried after this; `is` would wait 250 ms.
@@ -160,12 +161,16 @@ pub struct IceCredentials {
 }
 
 impl IceCredentials {
-    /// Fresh random ones, as RFC 8445 section 5.3 asks. Only the edge (signalling, tests) calls this.
+    /// From the system's generator. Only the edge (signalling, tests) calls this. (`IceCreds::new` draws from a generator that is not for secrets.)
     pub fn random() -> IceCredentials {
-        let IceCreds { ufrag, pass } = IceCreds::new();
+        IceCredentials::draw(&mut Secrets::system())
+    }
+
+    /// Fresh ones, for a new connection or an ICE restart. RFC 8445, section 5.3 asks for 24 and 128 bits at least: these have 91 and 182.
+    pub fn draw(secrets: &mut Secrets) -> IceCredentials {
         IceCredentials {
-            ufrag,
-            password: pass,
+            ufrag: secrets.letters(16),
+            password: secrets.letters(32),
         }
     }
 }

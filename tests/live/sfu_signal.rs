@@ -657,8 +657,16 @@ fn a_server_lives_and_ends_within_another_runtime() {
 }
 
 fn parsed(args: &[&str]) -> Result<cli::Sfu, String> {
+    parsed_in(&[], args)
+}
+
+fn parsed_in(environment: &[(&str, &str)], args: &[&str]) -> Result<cli::Sfu, String> {
     let args = ["throng", "sfu"].iter().chain(args).map(Into::into);
-    match cli::parse_with(args, &|_| None, 1, 0x0123_4567_89AB_CDEF) {
+    let env = |name: &str| {
+        let mut found = environment.iter().filter(|(known, _)| *known == name);
+        found.next().map(|(_, value)| (*value).to_owned())
+    };
+    match cli::parse_with(args, &env, 1, 0x0123_4567_89AB_CDEF) {
         Ok(Command::Sfu(sfu)) => Ok(*sfu),
         Ok(_) => panic!("not the SFU"),
         Err(error) => Err(error.to_string()),
@@ -711,8 +719,55 @@ fn the_command_refuses_what_would_be_unsafe_or_senseless() {
         ),
         (&["--send", "fast"], "plain"),
         (&["--threads", "0"], "--threads"),
+        (
+            &[&own[..], &["--seed", "1"][..]].concat(),
+            "--seed is for tests on this host",
+        ),
     ] {
         let refused = parsed(args).unwrap_err();
         assert!(refused.contains(reason), "{args:?}: {refused}");
+    }
+    assert_eq!(parsed(&["--seed", "1"]).unwrap().seed, 1);
+}
+
+#[test]
+fn the_command_takes_its_key_pair_from_the_environment_as_the_others_do() {
+    const KEY: (&str, &str) = ("LIVEKIT_API_KEY", "theirs");
+    const SECRET: (&str, &str) = ("LIVEKIT_API_SECRET", "12345678901234567890123456789012");
+    let pair = |sfu: cli::Sfu| sfu.credentials.map(|own| (own.api_key, own.api_secret));
+    let owned = |key: &str, secret: &str| Some((key.to_owned(), secret.to_owned()));
+    let open = ["--listen", "0.0.0.0:7880"];
+    for args in [&[][..], &open] {
+        let sfu = parsed_in(&[KEY, SECRET], args).unwrap();
+        assert_eq!(pair(sfu), owned(KEY.1, SECRET.1));
+    }
+    let sfu = parsed_in(&[KEY, SECRET], &["--api-key", "mine"]).unwrap();
+    assert_eq!(pair(sfu), owned("mine", SECRET.1));
+    let flags = ["--api-key", "mine", "--api-secret", DEV_SECRET];
+    let sfu = parsed_in(&[KEY, SECRET], &flags).unwrap();
+    assert_eq!(pair(sfu), owned("mine", DEV_SECRET));
+    let unset = [(KEY.0, ""), (SECRET.0, "")];
+    assert_eq!(pair(parsed_in(&unset, &[]).unwrap()), None);
+
+    for (environment, reason) in [
+        (
+            &[KEY][..],
+            "only LIVEKIT_API_KEY is given: add --api-secret or set LIVEKIT_API_SECRET",
+        ),
+        (
+            &[SECRET],
+            "only LIVEKIT_API_SECRET is given: add --api-key or set LIVEKIT_API_KEY",
+        ),
+        (
+            &[KEY, (SECRET.0, "short")],
+            "LIVEKIT_API_SECRET takes 32 characters",
+        ),
+        (
+            &[(KEY.0, "a key"), SECRET],
+            "LIVEKIT_API_KEY takes a name without spaces",
+        ),
+    ] {
+        let refused = parsed_in(environment, &[]).unwrap_err();
+        assert!(refused.contains(reason), "{environment:?}: {refused}");
     }
 }

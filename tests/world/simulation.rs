@@ -15,6 +15,7 @@ use throng::engine::{
 };
 use throng::measure::Kind;
 use throng::media::identity::FrameIdentity;
+use throng::secrets::Secrets;
 use throng::sfu::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, Output};
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::statistics::RouterStatistics;
@@ -312,6 +313,7 @@ impl World {
             outlets: keys.into_iter().map(Outlet::new).collect(),
             lobby: Lobby::new(LobbyConfig {
                 seed: plan.seed,
+                secrets: Secrets::keyed_for_tests(plan.seed),
                 epoch,
                 fingerprint: identity.fingerprint(),
                 routers: (0..plan.routers).map(router_address).collect(),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use livekit_protocol as proto;
 use livekit_protocol::signal_request::Message as Request;
 use prost::Message;
+use throng::secrets::Secrets;
 use throng::sfu::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, Output};
 use throng::sfu::{MediaCommand, MediaEvent, TransportId};
 use throng::transport::sdp::{
@@ -66,6 +67,7 @@ fn run(input: &[u8]) {
     let mut world = World {
         lobby: Lobby::new(LobbyConfig {
             seed: 1,
+            secrets: Secrets::keyed_for_tests(1),
             epoch: Epoch::read(),
             fingerprint: Fingerprint([7; 32]),
             routers: vec![SocketAddr::from(([192, 0, 2, 100], 7_882))],

@@ -11,9 +11,10 @@ use livekit_protocol::signal_response::Message;
 use super::super::{MediaCommand, SubscriptionId};
 use super::*;
 use crate::measure::Kind;
+use crate::secrets::Secrets;
 use crate::seeded::Seeded;
 use crate::sfu::{Encodings, Selection, SubscriptionParameters, TrackParameters};
-use crate::transport::peer::PeerFailure;
+use crate::transport::peer::{IceCredentials, PeerFailure};
 use crate::transport::sdp::{Answered, Answerer, Capabilities, LocalTransport, Setup};
 
 const BROWSER_AUDIO: &str = include_str!("../../../fixtures/sdp/browser-publisher-1-audio.sdp");
@@ -44,6 +45,7 @@ impl World {
         World {
             lobby: Lobby::new(LobbyConfig {
                 seed,
+                secrets: Secrets::keyed_for_tests(seed),
                 epoch: Epoch::read(),
                 fingerprint: Fingerprint([7; 32]),
                 routers,
@@ -1367,5 +1369,81 @@ fn no_two_subscriptions_share_an_ssrc() {
     for id in 1..50_000 {
         let (ssrc, rtx) = SubscriptionId(id).ssrcs();
         assert!(ssrc != 0 && rtx != 0 && seen.insert(ssrc) && seen.insert(rtx));
+    }
+}
+
+/// What the generator of ids has drawn and will draw, computed from one session id that it showed.
+fn ids_around(session_id: u64) -> impl Iterator<Item = Seeded> {
+    const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
+    let inverse = |odd: u64| {
+        (0..6).fold(odd, |inverse, _| {
+            inverse.wrapping_mul(2u64.wrapping_sub(odd.wrapping_mul(inverse)))
+        })
+    };
+    let unmixed = move |drawn: u64| {
+        let value = drawn ^ (drawn >> 31) ^ (drawn >> 62);
+        let value = value.wrapping_mul(inverse(0x94D0_49BB_1331_11EB));
+        let value = value ^ (value >> 27) ^ (value >> 54);
+        let value = value.wrapping_mul(inverse(0xBF58_476D_1CE4_E5B9));
+        value ^ (value >> 30) ^ (value >> 60)
+    };
+    // A session id lacks the lowest bit of what was drawn.
+    let shown = [session_id << 1, session_id << 1 | 1].map(unmixed);
+    shown.into_iter().flat_map(|state| {
+        (-300..300i64)
+            .map(move |turns| Seeded::new(state.wrapping_add(STEP.wrapping_mul(turns as u64))))
+    })
+}
+
+fn text_of(mut chance: Seeded, letters: &[u8], count: usize) -> String {
+    let letter = |_| char::from(letters[chance.below(letters.len() as u64) as usize]);
+    (0..count).map(letter).collect()
+}
+
+#[test]
+fn nothing_that_a_description_shows_tells_of_anybodys_credentials() {
+    const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    const SID_LETTERS: &[u8] = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
+    let mut world = World::new();
+    world.join("before", true, true);
+    let attacker = world.enter(entry("attacker", true, true));
+    let shown = world.offer(attacker).unwrap().sdp;
+    let next = world.join("next", true, true);
+    let mut elsewhere = entry("elsewhere", true, true);
+    elsewhere.room = "another".into();
+    world.enter(elsewhere);
+
+    let session_id = shown
+        .split_once("o=- ")
+        .unwrap()
+        .1
+        .split(' ')
+        .next()
+        .unwrap();
+    let ids: Vec<Seeded> = ids_around(session_id.parse().unwrap()).collect();
+    // Ids may be computed: this is how they would be, and shows that the rest of the test has teeth.
+    let sid = next.sid.strip_prefix("PA_").unwrap();
+    let is_sid = |chance: &&Seeded| text_of((*chance).clone(), SID_LETTERS, 12) == sid;
+    assert!(ids.iter().any(|chance| is_sid(&chance)));
+
+    let transports = world
+        .commands()
+        .into_iter()
+        .filter_map(|command| match command {
+            MediaCommand::AddTransport { parameters, .. } => Some(parameters.local),
+            _ => None,
+        });
+    let victims: Vec<IceCredentials> = transports.collect();
+    assert!(!victims.is_empty());
+    let guessed: BTreeSet<String> = [16, 32]
+        .into_iter()
+        .flat_map(|count| {
+            ids.iter()
+                .map(move |chance| text_of(chance.clone(), LETTERS, count))
+        })
+        .collect();
+    for victim in victims {
+        assert!(!guessed.contains(&victim.ufrag), "{}", victim.ufrag);
+        assert!(!guessed.contains(&victim.password), "{}", victim.password);
     }
 }

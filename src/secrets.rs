@@ -1,0 +1,142 @@
+//! Secrets: ICE credentials, API secrets, tokens. Whoever guesses one takes somebody's place.
+//!
+//! A process has them from the system's generator. A simulation hands in a keyed generator instead, so that its runs repeat. What is not secret (ids, SSRCs,
+//! first sequence numbers, the chances of a scenario) comes from [`crate::seeded`], and no seed reaches a secret.
+
+use std::fmt;
+
+use ring::hmac;
+use ring::rand::{SecureRandom, SystemRandom};
+
+/// They need no quoting in any protocol, and all are ice-chars (RFC 8839, section 5.4).
+const LETTERS: &[u8; 52] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+
+/// A generator whose past and future draws cannot be computed from those that were shown.
+pub struct Secrets(Source);
+
+enum Source {
+    System(SystemRandom),
+    /// HMAC-SHA256 of a counter.
+    Keyed {
+        key: hmac::Key,
+        drawn: u64,
+    },
+}
+
+impl Secrets {
+    /// The system's generator: the only one for a process that others can reach.
+    pub fn system() -> Secrets {
+        Secrets(Source::System(SystemRandom::new()))
+    }
+
+    /// For simulations, never for a network: one seed, one sequence. It does not show its seed, but seeds are few and can be tried.
+    pub fn keyed_for_tests(seed: u64) -> Secrets {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &seed.to_be_bytes());
+        Secrets(Source::Keyed { key, drawn: 0 })
+    }
+
+    /// # Panics
+    /// Where the system has no random numbers, without which no secret is worth its name.
+    pub fn bytes<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
+        match &mut self.0 {
+            Source::System(system) => system
+                .fill(&mut bytes)
+                .expect("the system gives random numbers"),
+            Source::Keyed { key, drawn } => {
+                for block in bytes.chunks_mut(32) {
+                    *drawn += 1;
+                    let tag = hmac::sign(key, &drawn.to_be_bytes());
+                    block
+                        .iter_mut()
+                        .zip(tag.as_ref())
+                        .for_each(|(byte, from)| *byte = *from);
+                }
+            }
+        }
+        bytes
+    }
+
+    /// Text of `count` letters, 5.7 bits each: no letter is more likely than the others.
+    pub fn letters(&mut self, count: usize) -> String {
+        /// The largest multiple of the letters that a byte holds: bytes from there on would favour the first letters.
+        const EVEN: u8 = (256 / LETTERS.len() * LETTERS.len()) as u8;
+        let mut text = String::with_capacity(count);
+        while text.len() < count {
+            let bytes = self.bytes::<32>();
+            let even = bytes.iter().filter(|byte| **byte < EVEN);
+            let letters = even.map(|byte| char::from(LETTERS[usize::from(*byte) % LETTERS.len()]));
+            text.extend(letters.take(count - text.len()));
+        }
+        text
+    }
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secrets(..)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_repeats_its_secrets_and_the_system_does_not() {
+        let drawn = |mut secrets: Secrets| (secrets.letters(40), secrets.bytes::<70>());
+        assert_eq!(
+            drawn(Secrets::keyed_for_tests(1)),
+            drawn(Secrets::keyed_for_tests(1))
+        );
+        assert_ne!(
+            drawn(Secrets::keyed_for_tests(1)),
+            drawn(Secrets::keyed_for_tests(2))
+        );
+        assert_ne!(drawn(Secrets::system()), drawn(Secrets::system()));
+    }
+
+    #[test]
+    fn every_letter_comes_as_often_as_the_others() {
+        let mut secrets = Secrets::keyed_for_tests(7);
+        let text = secrets.letters(52 * 1_000);
+        assert_eq!(text.len(), 52_000);
+        for letter in LETTERS {
+            let times = text.bytes().filter(|byte| byte == letter).count();
+            // Five standard deviations of 1,000.
+            assert!((840..=1_160).contains(&times), "{letter}: {times}");
+        }
+    }
+
+    #[test]
+    fn what_is_drawn_is_not_printed() {
+        assert_eq!(format!("{:?}", Secrets::keyed_for_tests(3)), "Secrets(..)");
+    }
+
+    /// Outside tests the keyed generator would be a door: nothing in the program may make one.
+    #[test]
+    fn only_tests_have_a_keyed_generator() {
+        let name = concat!("keyed_for", "_tests");
+        let mut directories = vec![std::path::PathBuf::from(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/src"
+        ))];
+        let mut seen = 0;
+        while let Some(directory) = directories.pop() {
+            for entry in std::fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    directories.push(path);
+                    continue;
+                }
+                let text = std::fs::read_to_string(&path).unwrap();
+                let program = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+                let calls = program.matches(name).count();
+                seen += usize::from(calls > 0);
+                let allowed = path.ends_with("tests.rs") || path.ends_with("src/secrets.rs");
+                assert!(calls == 0 || allowed, "{}: {name}", path.display());
+            }
+        }
+        assert!(seen > 0, "the place that makes it is seen");
+    }
+}
