@@ -9,7 +9,7 @@
 //!
 //! Time-outs count silence. How long a run takes is nobody's business but the user's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -190,7 +190,11 @@ pub struct Prober {
     /// By stage.
     pub tiers: BTreeMap<u32, TierSoFar>,
     /// By origin, track and layer.
-    pub frames: BTreeMap<(u32, u8, u8), u64>,
+    pub frames: BTreeMap<(u32, u8, u8), Counted>,
+    /// Answers that it may yet say it heard, the latest last.
+    answers: VecDeque<Answer>,
+    /// The state of all frame counts that it is known to have heard.
+    frames_heard: u64,
     /// By how much it began each stage late, in microseconds.
     pub starts: BTreeMap<u32, i64>,
     pub invalid: Vec<String>,
@@ -216,6 +220,27 @@ pub struct Gone {
     pub why: String,
 }
 
+/// How many frames a layer has sent, and since which version of all counts that is known.
+#[derive(Clone, Copy, Debug)]
+pub struct Counted {
+    pub count: u64,
+    version: u64,
+}
+
+/// One answer to a beat: its time is how the prober names it, in the next beat's exchange.
+#[derive(Clone, Copy, Debug)]
+struct Answer {
+    replied_at_us: u64,
+    frames_version: u64,
+}
+
+/// Answers under way to one prober. It waits for one before it asks again, so one is enough where none is lost.
+const ANSWERS_MAX: usize = 8;
+
+fn frame_count((origin, track, layer): &(u32, u8, u8), counted: &Counted) -> FrameCount {
+    FrameCount(*origin, *track, *layer, counted.count)
+}
+
 impl Prober {
     /// `voicegw`'s: it is told where and when, and reports.
     pub fn is_legacy(&self) -> bool {
@@ -231,6 +256,24 @@ impl Prober {
         self.clock.offset()
     }
 
+    /// What its beat says of our answers. One that was lost, or that another life gave, is none: then it hears again what may have been in that.
+    fn take_heard(&mut self, life: u64, exchange: Option<&Exchange>) {
+        let heard = exchange
+            .filter(|exchange| exchange.life == life)
+            .and_then(|exchange| {
+                let mut answers = self.answers.iter();
+                answers.find(|answer| answer.replied_at_us == exchange.replied_at_us)
+            });
+        self.frames_heard = heard.map_or(0, |answer| answer.frames_version);
+    }
+
+    fn note_answer(&mut self, answer: Answer) {
+        if self.answers.len() == ANSWERS_MAX {
+            self.answers.pop_front();
+        }
+        self.answers.push_back(answer);
+    }
+
     /// All its beats in one.
     fn said(&self) -> Entry {
         let frames = self.frames.iter();
@@ -240,7 +283,7 @@ impl Prober {
             seq: self.seq,
             tiers: self.tiers.values().cloned().collect(),
             frames: frames
-                .map(|((origin, track, layer), count)| FrameCount(*origin, *track, *layer, *count))
+                .map(|(key, counted)| frame_count(key, counted))
                 .collect(),
             starts: self
                 .starts
@@ -279,6 +322,8 @@ pub struct State {
     setup: Setup,
     /// Of this process.
     life: u64,
+    /// Goes up with every change of any frame count, in this process.
+    frames_version: u64,
     probers: Vec<Prober>,
     phase: Phase,
     placed: Option<Placed>,
@@ -300,6 +345,7 @@ impl State {
         State {
             setup,
             life,
+            frames_version: 0,
             probers: Vec::new(),
             phase: Phase::Gathering,
             placed: None,
@@ -636,6 +682,7 @@ impl State {
         let life = self.life;
         let prober = &mut self.probers[who];
         (prober.heard_us, prober.silent_since_us) = (now_us, now_us);
+        prober.take_heard(life, beat.exchange.as_ref());
         // Of an older life's clock nothing follows.
         if let Some(exchange) = beat
             .exchange
@@ -907,6 +954,7 @@ impl State {
                 invalid,
                 broken,
             } => {
+                let version = self.frames_version + 1;
                 let Some(prober) = self.prober(&prover_id).filter(|prober| seq > prober.seq) else {
                     return;
                 };
@@ -915,14 +963,18 @@ impl State {
                 prober
                     .tiers
                     .extend(tiers.into_iter().map(|tier| (tier.stage, tier)));
-                prober.frames.extend(frames.into_iter().map(
-                    |FrameCount(origin, track, layer, count)| ((origin, track, layer), count),
-                ));
+                for FrameCount(origin, track, layer, count) in frames {
+                    let key = (origin, track, layer);
+                    if prober.frames.get(&key).is_none_or(|known| known.count != count) {
+                        prober.frames.insert(key, Counted { count, version });
+                    }
+                }
                 prober
                     .starts
                     .extend(starts.into_iter().map(|start| (start.stage, start.skew_us)));
                 prober.invalid = invalid;
                 prober.broken = prober.broken.take().or(broken);
+                self.frames_version = version;
             }
             Entry::Missing {
                 at_us,
@@ -989,6 +1041,8 @@ impl State {
             ready_for: None,
             tiers: BTreeMap::new(),
             frames: BTreeMap::new(),
+            answers: VecDeque::new(),
+            frames_heard: 0,
             starts: BTreeMap::new(),
             invalid: Vec::new(),
             broken: None,
@@ -1118,12 +1172,17 @@ impl State {
 
     /// The answer to a beat that has been journaled and heard.
     pub fn reply(
-        &self,
+        &mut self,
         who: usize,
         seq: u64,
         received_at_us: u64,
         replied_at_us: u64,
     ) -> BeatReply {
+        let heard = self.probers[who].frames_heard;
+        self.probers[who].note_answer(Answer {
+            replied_at_us,
+            frames_version: self.frames_version,
+        });
         let others = || {
             self.probers
                 .iter()
@@ -1147,7 +1206,8 @@ impl State {
             replied_at_us,
             order: self.order(&self.probers[who]),
             frames: frames
-                .map(|((origin, track, layer), count)| FrameCount(*origin, *track, *layer, *count))
+                .filter(|(_, counted)| counted.version > heard)
+                .map(|(key, counted)| frame_count(key, counted))
                 .collect(),
             clocks: self.probers.iter().filter_map(clock).collect(),
             missing: others()
@@ -1418,6 +1478,72 @@ pub(crate) mod tests {
         kept.wait(31);
         kept.report(&ids[1], &report(None)).unwrap();
         kept.journal
+    }
+
+    #[test]
+    fn an_answer_brings_the_frame_counts_that_changed_since_the_last_one_that_was_heard() {
+        let mut kept = Kept::new(setup(2));
+        let [ams, fra] = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
+        let part = &kept.state.placed.as_ref().unwrap().part;
+        let ours: Vec<u32> = (0..1_000).filter(|origin| part.owner(*origin) == Some(0)).collect();
+        let (first, second) = (ours[0], ours[1]);
+        let mut seq = 0;
+        let mut publish = |kept: &mut Kept, counts: &[(u32, u64)]| {
+            seq += 1;
+            let frames = counts.iter().map(|(origin, count)| FrameCount(*origin, 0, 0, *count));
+            let beat = Beat {
+                frames: frames.collect(),
+                ..quiet(seq)
+            };
+            kept.wait(1);
+            kept.beat(&ams, &beat).unwrap();
+        };
+        // What fra hears, given the last answer that reached it.
+        let mut asked = 0;
+        let mut ask = |kept: &mut Kept, heard: Option<&BeatReply>| {
+            asked += 1;
+            kept.wait(1);
+            let exchange = heard.map(|reply| Exchange {
+                life: reply.life,
+                sent_at_us: 0,
+                received_at_us: reply.received_at_us,
+                replied_at_us: reply.replied_at_us,
+                heard_at_us: 0,
+            });
+            let beat = Beat {
+                exchange,
+                ..quiet(asked)
+            };
+            kept.beat(&fra, &beat).unwrap()
+        };
+        let all: Vec<(u32, u64)> = ours.iter().map(|origin| (*origin, 5)).collect();
+        publish(&mut kept, &all);
+        let heard = ask(&mut kept, None);
+        assert_eq!(heard.frames.len(), ours.len());
+        assert_eq!(ask(&mut kept, Some(&heard)).frames, [], "nothing is new");
+        publish(&mut kept, &[(first, 6)]);
+        let lost = ask(&mut kept, Some(&heard));
+        assert_eq!(lost.frames, [FrameCount(first, 0, 0, 6)]);
+        publish(&mut kept, &[(second, 7)]);
+        let heard = ask(&mut kept, Some(&heard));
+        assert_eq!(
+            heard.frames,
+            [FrameCount(first, 0, 0, 6), FrameCount(second, 0, 0, 7)],
+            "what a lost answer brought comes again"
+        );
+        publish(&mut kept, &[(second, 7)]);
+        let mut heard = ask(&mut kept, Some(&heard));
+        assert_eq!(heard.frames, [], "the same count again is no news");
+        for count in 8..40 {
+            publish(&mut kept, &[(first, count)]);
+            heard = ask(&mut kept, Some(&heard));
+            assert_eq!(heard.frames, [FrameCount(first, 0, 0, count)]);
+        }
+        assert_eq!(kept.prober(&fra).answers.len(), ANSWERS_MAX);
+        // Neither a prober nor a coordinator that has begun anew takes anything for heard.
+        assert_eq!(ask(&mut kept, None).frames.len(), ours.len());
+        kept.restart();
+        assert_eq!(ask(&mut kept, Some(&heard)).frames.len(), ours.len());
     }
 
     #[test]

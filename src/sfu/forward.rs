@@ -5,6 +5,7 @@
 //! late, or is asked for again, is found by its segment, and is written again byte by byte as it was (the cache keeps what came, segments never change).
 //! So one outgoing number is one packet for ever, as SRTP's keys demand: no two packets are sealed under one index.
 
+use std::collections::VecDeque;
 use std::mem::offset_of;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -304,6 +305,41 @@ pub struct EndedStream {
     pub next_index: u64,
 }
 
+/// Streams of one connection that have ended, the latest last. The lobby never names an SSRC
+/// again ([`super::MediaCommand::Unsubscribe`]), so this only guards against one that comes again
+/// soon; older ones are forgotten.
+#[derive(Default)]
+pub struct EndedStreams(VecDeque<EndedStream>);
+
+/// More than one exchange of descriptions ends and begins again.
+pub const ENDED_STREAMS_MAX: usize = 64;
+
+impl EndedStreams {
+    pub fn push(&mut self, ended: EndedStream) {
+        if self.0.len() == ENDED_STREAMS_MAX {
+            self.0.pop_front();
+        }
+        self.0.push_back(ended);
+    }
+
+    pub fn next_index(&self, ssrc: u32) -> Option<u64> {
+        self.0
+            .iter()
+            .find(|ended| ended.ssrc == ssrc)
+            .map(|ended| ended.next_index)
+    }
+
+    /// The stream goes on: where it stopped no longer matters.
+    pub fn forget(&mut self, ssrc: u32) {
+        self.0.retain(|ended| ended.ssrc != ssrc);
+    }
+
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
 /// What one packet is made of, before it is written.
 struct Parts<'a> {
     /// As the subscriber gets it, and as it is written.
@@ -368,7 +404,7 @@ impl Subscription {
         kind: Kind,
         parameters: &SubscriptionParameters,
         seed: u64,
-        ended: &[EndedStream],
+        ended: &EndedStreams,
     ) -> Result<Subscription, TemplateError> {
         let header = HeaderTemplate::with_room(parameters.payload_type, parameters.ssrc)?;
         let level_id = parameters
@@ -386,11 +422,8 @@ impl Subscription {
         let origin = scatter(seed ^ u64::from(parameters.ssrc));
         // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost (RFC 3711, section 3.3.1).
         let first_index = |ssrc: u32| {
-            let ended = ended
-                .iter()
-                .find(|ended| ended.ssrc == ssrc)
-                .map(|ended| ended.next_index);
-            ended.unwrap_or(scatter(seed ^ u64::from(ssrc)) >> 49)
+            let fresh = scatter(seed ^ u64::from(ssrc)) >> 49;
+            ended.next_index(ssrc).unwrap_or(fresh)
         };
         let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
         let rtx = rtx

@@ -9,6 +9,7 @@
 
 pub mod bottleneck;
 mod cache;
+mod due;
 mod forward;
 mod ingest;
 pub mod lobby;
@@ -112,6 +113,7 @@ pub enum MediaCommand {
         subscription: SubscriptionId,
         selection: Selection,
     },
+    /// For good: neither the subscription nor its SSRCs come again. Under SRTP's keys an SSRC that began anew would seal two packets under one number.
     Unsubscribe {
         subscription: SubscriptionId,
     },

@@ -128,6 +128,14 @@ impl Participant {
 }
 
 impl Subscription {
+    /// What comes of it from now on has another name and other SSRCs: the router forgets those of before.
+    pub fn renew(&mut self, id: SubscriptionId) {
+        let (ssrc, rtx_ssrc) = id.ssrcs();
+        self.id = id;
+        self.sent.ssrc = ssrc;
+        self.sent.rtx_ssrc = self.sent.rtx_ssrc.map(|_| rtx_ssrc);
+    }
+
     pub fn parameters(&self, media: AgreedMedia, selection: Selection) -> SubscriptionParameters {
         let rtx = self.sent.rtx_ssrc.zip(media.rtx_payload_type);
         SubscriptionParameters {

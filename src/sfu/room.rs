@@ -1163,8 +1163,14 @@ impl Room {
             participant.answering.sent.remove(&section);
         }
         if let Some(live) = subscription.live.take() {
-            let subscription = subscription.id;
-            shared.command(self.router, MediaCommand::Unsubscribe { subscription });
+            let ended = subscription.id;
+            subscription.renew(shared.ids.subscription());
+            shared.command(
+                self.router,
+                MediaCommand::Unsubscribe {
+                    subscription: ended,
+                },
+            );
             if let Some(track) = self.tracks.get_mut(&id) {
                 track.dynacast.handle_wish(live.wish, 0);
                 self.poll_dynacast(shared, id, now);

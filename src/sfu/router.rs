@@ -11,7 +11,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::cache::Content;
-use super::forward::{self, EndedStream, RUN_MAX, Subscription, Wire};
+use super::due::DueQueue;
+use super::forward::{self, EndedStreams, RUN_MAX, Subscription, Wire};
 use super::ingest::{self, Format, Ingest, Refused, Taken, ntp_nanos};
 use super::select;
 use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
@@ -86,8 +87,8 @@ struct Transport {
     /// `(ssrc, subscription)` of what it gets, retransmissions included, by SSRC.
     outgoing: Vec<(u32, u32)>,
     tracks: Vec<u32>,
-    /// Streams that it has got before and that have ended: 16 bytes each.
-    ended: Vec<EndedStream>,
+    /// Streams that it has got before and that have ended.
+    ended: EndedStreams,
     transport_cc: Option<(u8, Box<ArrivalLog>)>,
     rtt: Option<Duration>,
     /// The publisher's wall clock: nanoseconds since 1900 at [`Time::ZERO`], later by what a packet takes at the fastest.
@@ -345,8 +346,9 @@ pub struct Router {
     events: VecDeque<MediaEvent>,
     statistics: RouterStatistics,
     /// When each transport is due, by its slot.
-    due: Vec<Time>,
-    next_timeout: Time,
+    due: DueQueue,
+    /// The slots that are due, while they are looked after.
+    due_now: Vec<u32>,
     levels_at: Time,
     somebody_spoke: bool,
     /// Ours, in what we say of published media.
@@ -375,8 +377,8 @@ impl Router {
             },
             events: VecDeque::new(),
             statistics: RouterStatistics::default(),
-            due: Vec::new(),
-            next_timeout: now + LEVEL_INTERVAL,
+            due: DueQueue::default(),
+            due_now: Vec::new(),
             levels_at: now + LEVEL_INTERVAL,
             somebody_spoke: false,
             rtcp_ssrc: bits as u32 | 1,
@@ -391,7 +393,7 @@ impl Router {
 
     /// When [`Router::handle_timeout`] is due.
     pub fn next_timeout(&self) -> Time {
-        self.next_timeout
+        self.due.next_at().min(self.levels_at)
     }
 
     pub fn statistics(&self) -> RouterStatistics {
@@ -513,7 +515,7 @@ impl Router {
             incoming: Vec::new(),
             outgoing: Vec::new(),
             tracks: Vec::new(),
-            ended: Vec::new(),
+            ended: EndedStreams::default(),
             transport_cc: None,
             rtt: None,
             clock: None,
@@ -580,7 +582,7 @@ impl Router {
             self.addresses.remove(address);
         }
         self.last_from = None;
-        self.due[slot as usize] = Time::MAX;
+        self.due.set(slot, Time::MAX);
     }
 
     fn add_track(
@@ -716,9 +718,9 @@ impl Router {
             &transport.ended,
         )
         .ok()?;
-        transport
-            .ended
-            .retain(|ended| !ssrcs.contains(&Some(ended.ssrc)));
+        for ssrc in ssrcs.into_iter().flatten() {
+            transport.ended.forget(ssrc);
+        }
         let needs_key_frame = subscription
             .choose_layer(&track.encodings)
             .filter(|_| transport.connected);
@@ -766,7 +768,9 @@ impl Router {
         }
         if let Some(transport) = self.transports.get_mut(subscription.transport) {
             transport.outgoing.retain(|(_, other)| *other != slot);
-            transport.ended.extend(subscription.ended_streams());
+            for ended in subscription.ended_streams() {
+                transport.ended.push(ended);
+            }
         }
     }
 
@@ -807,12 +811,7 @@ impl Router {
         let Some(transport) = self.transports.get(slot) else {
             return;
         };
-        let at = transport.next_at();
-        if self.due.len() <= slot as usize {
-            self.due.resize(slot as usize + 1, Time::MAX);
-        }
-        self.due[slot as usize] = at;
-        self.next_timeout = self.next_timeout.min(at);
+        self.due.set(slot, transport.next_at());
     }
 
     // Datagrams.
@@ -1446,19 +1445,19 @@ impl Router {
     /// Sends what is due: NACKs, key frame requests, reports, feedback, set-up.
     pub fn handle_timeout(&mut self, now: Time, io: &mut impl Outgoing) {
         self.forward_run(now, io);
-        if now < self.next_timeout {
-            return;
+        // What is due again at once waits for the next call: one call always ends.
+        let mut due_now = std::mem::take(&mut self.due_now);
+        while let Some(slot) = self.due.pop_due(now) {
+            due_now.push(slot);
         }
-        for slot in 0..self.due.len() {
-            if self.due[slot] <= now {
-                self.advance(slot as u32, now, io);
-            }
+        for slot in due_now.drain(..) {
+            self.advance(slot, now, io);
         }
+        self.due_now = due_now;
         if now >= self.levels_at {
             self.tell_levels();
             self.levels_at = now + LEVEL_INTERVAL;
         }
-        self.next_timeout = self.due.iter().copied().fold(self.levels_at, Time::min);
     }
 
     fn advance(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
@@ -1834,4 +1833,123 @@ fn send_compound(
     statistics.datagrams_out += 1;
     statistics.bytes_out += sealed as u64;
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sfu::Selection;
+    use crate::transport::sdp::Fingerprint;
+
+    /// Datagrams that nobody reads.
+    struct Nowhere(Vec<u8>);
+
+    impl Outgoing for Nowhere {
+        fn lend(&mut self) -> &mut [u8] {
+            &mut self.0
+        }
+
+        fn send(&mut self, _: SocketAddr, _: usize, _: usize) {}
+    }
+
+    fn credentials(name: &str) -> IceCredentials {
+        IceCredentials {
+            ufrag: name.to_owned(),
+            password: "0123456789abcdef0123456789abcdef".to_owned(),
+        }
+    }
+
+    fn router_with_a_track(io: &mut Nowhere) -> Router {
+        let config = RouterConfig {
+            identity: Identity::generate().unwrap(),
+            epoch: Epoch::read(),
+            local_address: "127.0.0.1:9".parse().unwrap(),
+            send: SendMode::Plain,
+            seed: 1,
+        };
+        let mut router = Router::new(config, Time::ZERO);
+        for id in [1, 2] {
+            let parameters = TransportParameters {
+                local: credentials(&format!("router{id}")),
+                remote: credentials(&format!("client{id}")),
+                remote_fingerprint: Fingerprint([0; 32]),
+                dtls_active: false,
+            };
+            router.handle_command(
+                MediaCommand::AddTransport {
+                    transport: TransportId(id),
+                    parameters: Box::new(parameters),
+                },
+                Time::ZERO,
+                io,
+            );
+        }
+        let parameters = TrackParameters {
+            kind: Kind::Audio,
+            mid: "0".into(),
+            payload_type: 111,
+            rtx_payload_type: None,
+            clock_rate: 48_000,
+            extensions: ExtensionIds::default(),
+            nack: true,
+            transport_cc: false,
+            encodings: Encodings::Mid,
+        };
+        router.handle_command(
+            MediaCommand::AddTrack {
+                transport: TransportId(1),
+                track: TrackId(1),
+                parameters: Box::new(parameters),
+            },
+            Time::ZERO,
+            io,
+        );
+        router
+    }
+
+    #[test]
+    fn ten_thousand_subscriptions_that_ended_leave_a_bounded_trace() {
+        let mut io = Nowhere(vec![0; crate::net::SEND_BYTES_MAX]);
+        let mut router = router_with_a_track(&mut io);
+        for id in 0..10_000 {
+            let parameters = SubscriptionParameters {
+                ssrc: 2 * id + 1,
+                rtx_ssrc: Some(2 * id + 2),
+                payload_type: 111,
+                rtx_payload_type: Some(112),
+                extensions: ExtensionIds::default(),
+                selection: Selection {
+                    enabled: true,
+                    layer: 0,
+                },
+            };
+            router.handle_command(
+                MediaCommand::Subscribe {
+                    subscription: SubscriptionId(id),
+                    transport: TransportId(2),
+                    track: TrackId(1),
+                    parameters: Box::new(parameters),
+                },
+                Time::ZERO,
+                &mut io,
+            );
+            router.handle_command(
+                MediaCommand::Unsubscribe {
+                    subscription: SubscriptionId(id),
+                },
+                Time::ZERO,
+                &mut io,
+            );
+        }
+        assert_eq!(router.statistics.commands_refused, 0);
+        let slot = router.transport_slots[&TransportId(2)];
+        let transport = router.transports.get(slot).unwrap();
+        assert_eq!(transport.ended.len(), forward::ENDED_STREAMS_MAX);
+        assert!(transport.outgoing.is_empty() && router.subscription_slots.is_empty());
+        assert_eq!(
+            router.subscriptions.entries.len(),
+            1,
+            "one slot, used again and again"
+        );
+    }
 }

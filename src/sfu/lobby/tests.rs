@@ -1123,6 +1123,33 @@ fn a_single_connection_gets_what_is_there_in_the_first_answer() {
 }
 
 #[test]
+fn a_section_that_a_client_takes_away_and_gives_again_carries_other_ssrcs() {
+    let mut world = World::new();
+    let ann = world.join("ann", true, false);
+    world.publish(&ann);
+    world.commands();
+    let bob = world.enter(single_entry("bob"));
+    world.answer(bob);
+    let mut seen = BTreeSet::new();
+    for round in 0..4 {
+        let subscribed = world.subscribes();
+        assert_eq!(subscribed.len(), 2, "round {round}");
+        for (_, _, parameters) in &subscribed {
+            let ssrcs = [Some(parameters.ssrc), parameters.rtx_ssrc];
+            assert!(ssrcs.into_iter().flatten().all(|ssrc| seen.insert(ssrc)));
+        }
+        let inactive = SINGLE_JOIN.replace("a=recvonly", "a=inactive");
+        let mut id = 2 + 2 * round;
+        for sdp in [inactive.as_str(), SINGLE_JOIN] {
+            world.request(bob, Request::Offer(description("offer", sdp, id)));
+            world.answer(bob);
+            world.wait(Duration::from_millis(200));
+            id += 1;
+        }
+    }
+}
+
+#[test]
 fn a_single_connections_client_is_asked_for_the_offer_that_a_new_track_needs() {
     let mut world = World::new();
     let bob = world.enter(single_entry("bob"));
