@@ -68,6 +68,9 @@ const DATAGRAM_BYTES_MAX: usize = 2_048;
 /// The most that the kernel keeps in one buffer.
 const BURST_BYTES_MAX: usize = 1 << 16;
 
+/// Errors that one call gets out of the way. A socket keeps one at a time.
+const PENDING_ERRORS_MAX: usize = 8;
+
 /// Room for the datagrams of one call, allocated once.
 pub struct Batch {
     bytes: Box<[u8]>,
@@ -78,6 +81,7 @@ pub struct Batch {
     buffers: [Option<Received>; BATCH],
     taken: usize,
     datagrams: Vec<Place>,
+    errors: u64,
 }
 
 struct Room {
@@ -95,7 +99,7 @@ struct Place {
 impl Default for Batch {
     fn default() -> Batch {
         // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are valid.
-        let mut batch = unsafe {
+        unsafe {
             Batch {
                 bytes: vec![0; BATCH * BURST_BYTES_MAX].into_boxed_slice(),
                 rooms: Box::new(std::mem::zeroed()),
@@ -104,41 +108,33 @@ impl Default for Batch {
                 buffers: [None; BATCH],
                 taken: 0,
                 datagrams: Vec::with_capacity(BATCH * SEGMENTS_MAX),
+                errors: 0,
             }
-        };
-        // The boxes never move, so the pointers into them are set once.
-        let rooms = batch
-            .rooms
-            .iter_mut()
-            .zip(batch.bytes.chunks_exact_mut(BURST_BYTES_MAX));
-        for (((room, bytes), header), vector) in rooms
-            .zip(batch.headers.iter_mut())
-            .zip(batch.vectors.iter_mut())
-        {
-            *vector = libc::iovec {
-                iov_base: bytes.as_mut_ptr().cast(),
-                iov_len: bytes.len(),
-            };
-            header.msg_hdr.msg_name = (&raw mut room.name).cast();
-            header.msg_hdr.msg_iov = vector;
-            header.msg_hdr.msg_iovlen = 1;
-            header.msg_hdr.msg_control = room.control.0.as_mut_ptr().cast();
-            header.msg_hdr.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
-            header.msg_hdr.msg_controllen = size_of::<ControlBuffer>();
         }
-        batch
     }
 }
 
 impl Batch {
-    /// Takes what a socket holds, up to [`BATCH`] buffers, and says how many datagrams that are. `WouldBlock` when there is none.
+    /// Takes what a socket holds, up to [`BATCH`] buffers, and says how many datagrams that are.
+    ///
+    /// What ICMP said of something that was sent waits in the socket as an error, before all datagrams. It is counted ([`Batch::take_errors`]) and passed over.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is nothing. Any other says that the socket goes on failing: there may be more to read.
     pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
         self.datagrams.clear();
-        // The kernel has written to those that it filled, and to no others.
-        for header in &mut self.headers[..std::mem::take(&mut self.taken)] {
-            header.msg_hdr.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
-            header.msg_hdr.msg_controllen = size_of::<ControlBuffer>();
+        self.taken = 0;
+        for _ in 1..PENDING_ERRORS_MAX {
+            match self.receive_once(socket) {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => self.count_error(&error),
+                taken => return taken,
+            }
         }
+        self.receive_once(socket)
+    }
+
+    fn receive_once(&mut self, socket: &UdpSocket) -> io::Result<usize> {
+        self.prepare();
         // SAFETY: every header points to rooms of this batch, with their true lengths; the borrow keeps them alive and unshared during the call.
         let taken = unsafe {
             libc::recvmmsg(
@@ -152,11 +148,48 @@ impl Batch {
         if taken < 0 {
             return Err(io::Error::last_os_error());
         }
-        self.taken = taken as usize;
-        for buffer in 0..self.taken {
+        Ok(self.take(taken as usize))
+    }
+
+    /// A server that is gone refuses every datagram: that is no fault of the path, and shows elsewhere.
+    fn count_error(&mut self, error: &io::Error) {
+        let is_usual = matches!(
+            error.kind(),
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::Interrupted
+        );
+        self.errors += u64::from(!is_usual);
+    }
+
+    /// Errors other than a refused connection that came in place of datagrams since the last call.
+    pub fn take_errors(&mut self) -> u64 {
+        std::mem::take(&mut self.errors)
+    }
+
+    /// Points the headers at this batch's rooms. For each call anew: what they lie in may have been lent, or moved, since the last one.
+    fn prepare(&mut self) {
+        let bytes = self.bytes.chunks_exact_mut(BURST_BYTES_MAX);
+        let rooms = self.rooms.iter_mut().zip(bytes);
+        let headers = self.headers.iter_mut().zip(self.vectors.iter_mut());
+        for ((room, bytes), (header, vector)) in rooms.zip(headers) {
+            vector.iov_base = bytes.as_mut_ptr().cast();
+            vector.iov_len = bytes.len();
+            let header = &mut header.msg_hdr;
+            header.msg_name = (&raw mut room.name).cast();
+            header.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
+            header.msg_iov = vector;
+            header.msg_iovlen = 1;
+            header.msg_control = room.control.0.as_mut_ptr().cast();
+            header.msg_controllen = size_of::<ControlBuffer>() as _;
+        }
+    }
+
+    /// The kernel has filled so many buffers.
+    fn take(&mut self, taken: usize) -> usize {
+        self.taken = taken;
+        for buffer in 0..taken {
             self.cut(buffer);
         }
-        Ok(self.datagrams.len())
+        self.datagrams.len()
     }
 
     /// Whether the socket held no more than the last call took.
@@ -166,22 +199,27 @@ impl Batch {
 
     /// Finds the datagrams of a buffer.
     fn cut(&mut self, buffer: usize) {
-        let header = &self.headers[buffer];
+        let (header, room) = (&self.headers[buffer], &self.rooms[buffer]);
         let len = (header.msg_len as usize).min(BURST_BYTES_MAX);
-        let control = read_control(&header.msg_hdr);
+        let control_len = header
+            .msg_hdr
+            .msg_controllen
+            .min(size_of::<ControlBuffer>());
+        let control = read_control(&room.control.0[..control_len]);
         let segment = control
             .segment
             .filter(|segment| (1..len).contains(segment))
             .unwrap_or(len.max(1));
         let is_whole = header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0;
-        self.buffers[buffer] = socket_address(&self.rooms[buffer].name)
-            .filter(|_| is_whole)
-            .map(|from| Received {
-                from,
-                stamp_unix_nanos: control.stamp_unix_nanos,
-                drops: control.drops,
-                burst: len.div_ceil(segment).max(1) as u32,
-            });
+        self.buffers[buffer] =
+            socket_address(&room.name)
+                .filter(|_| is_whole)
+                .map(|from| Received {
+                    from,
+                    stamp_unix_nanos: control.stamp_unix_nanos,
+                    drops: control.drops,
+                    burst: len.div_ceil(segment).max(1) as u32,
+                });
         let base = buffer * BURST_BYTES_MAX;
         // One without a byte is a datagram, too.
         for start in (0..len.max(1)).step_by(segment) {
@@ -205,8 +243,12 @@ impl Batch {
 #[repr(align(8))]
 struct ControlBuffer([u8; 128]);
 
+/// Control messages begin at multiples of this, and so does what they carry (`CMSG_ALIGN`).
+const CONTROL_ALIGN: usize = size_of::<usize>();
+const CONTROL_HEADER_LEN: usize = size_of::<libc::cmsghdr>().next_multiple_of(CONTROL_ALIGN);
+
 /// What comes beside a buffer's bytes.
-#[derive(Default)]
+#[derive(Debug, Default, PartialEq)]
 struct Control {
     stamp_unix_nanos: Option<u64>,
     drops: Option<u32>,
@@ -214,30 +256,42 @@ struct Control {
     segment: Option<usize>,
 }
 
-fn read_control(header: &libc::msghdr) -> Control {
+/// A plain C structure at the start of some bytes; `None` where they are too few.
+fn read_plain<T: Plain>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: as many bytes are there, they need no alignment to be read so, and any bytes make one.
+    (bytes.len() >= size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
+/// Integers, and C structures of nothing else: any bytes make one.
+trait Plain {}
+impl Plain for libc::cmsghdr {}
+impl Plain for libc::timespec {}
+impl Plain for u32 {}
+impl Plain for libc::c_int {}
+
+fn read_control(mut bytes: &[u8]) -> Control {
     let mut control = Control::default();
-    // SAFETY: the kernel filled the control buffer that `header` points to; CMSG_* stay inside its length, and reads are unaligned-safe.
-    unsafe {
-        let mut message = libc::CMSG_FIRSTHDR(header);
-        while !message.is_null() {
-            let data = libc::CMSG_DATA(message);
-            match ((*message).cmsg_level, (*message).cmsg_type) {
-                (libc::SOL_SOCKET, libc::SO_TIMESTAMPNS) => {
-                    let stamp = data.cast::<libc::timespec>().read_unaligned();
-                    control.stamp_unix_nanos =
-                        Some(stamp.tv_sec as u64 * 1_000_000_000 + stamp.tv_nsec as u64);
-                }
-                (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => {
-                    control.drops = Some(data.cast::<u32>().read_unaligned())
-                }
-                (libc::SOL_UDP, libc::UDP_GRO) => {
-                    control.segment =
-                        usize::try_from(data.cast::<libc::c_int>().read_unaligned()).ok()
-                }
-                _ => {}
+    while let Some(header) = read_plain::<libc::cmsghdr>(bytes) {
+        let len = header.cmsg_len;
+        let Some(data) = bytes.get(CONTROL_HEADER_LEN..len) else {
+            break;
+        };
+        match (header.cmsg_level, header.cmsg_type) {
+            (libc::SOL_SOCKET, libc::SO_TIMESTAMPNS) => {
+                control.stamp_unix_nanos = read_plain::<libc::timespec>(data)
+                    .map(|stamp| stamp.tv_sec as u64 * 1_000_000_000 + stamp.tv_nsec as u64);
             }
-            message = libc::CMSG_NXTHDR(header, message);
+            (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) => control.drops = read_plain(data),
+            (libc::SOL_UDP, libc::UDP_GRO) => {
+                control.segment = read_plain::<libc::c_int>(data)
+                    .and_then(|segment| usize::try_from(segment).ok());
+            }
+            _ => {}
         }
+        let Some(rest) = bytes.get(len.next_multiple_of(CONTROL_ALIGN)..) else {
+            break;
+        };
+        bytes = rest;
     }
     control
 }
@@ -413,37 +467,44 @@ impl SendBatch {
 
     /// Sends what waits from `first` on, until something cannot be sent: how many entries were, or why not even the first.
     fn send_from(&mut self, socket: &UdpSocket, first: usize) -> io::Result<usize> {
+        match self.prepare(first) {
+            // Everything before what cannot be segmented leaves with this call, and it by itself with the next.
+            0 => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+            count => self.send_headers(socket, count),
+        }
+    }
+
+    /// Points headers at what waits from `first` on, up to what cannot leave as it is. Says how many.
+    fn prepare(&mut self, first: usize) -> usize {
         let waiting = &self.waiting[first..];
-        for (index, entry) in waiting.iter().enumerate() {
-            let (header, control) = (&mut self.headers[index].msg_hdr, &mut self.controls[index]);
-            self.vectors[index] = libc::iovec {
-                iov_base: self.bytes[entry.start..].as_mut_ptr().cast(),
-                iov_len: entry.len,
-            };
+        let slots = self.vectors.iter_mut().zip(self.controls.iter_mut());
+        let slots = self.headers.iter_mut().zip(slots);
+        let mut count = 0;
+        for (entry, (header, (vector, control))) in waiting.iter().zip(slots) {
+            if entry.len > entry.segment && !self.segmentation {
+                break;
+            }
+            let header = &mut header.msg_hdr;
+            let bytes = &self.bytes[entry.start..entry.start + entry.len];
+            vector.iov_base = bytes.as_ptr().cast_mut().cast();
+            vector.iov_len = bytes.len();
             header.msg_name = entry.to.as_ptr().cast_mut().cast();
             header.msg_namelen = entry.to.len();
-            header.msg_iov = &raw mut self.vectors[index];
+            header.msg_iov = vector;
             header.msg_iovlen = 1;
             header.msg_control = std::ptr::null_mut();
             header.msg_controllen = 0;
             if entry.len > entry.segment {
-                if !self.segmentation {
-                    // Everything before it leaves with this call, and it by itself with the next.
-                    return if index == 0 {
-                        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
-                    } else {
-                        self.send_headers(socket, index)
-                    };
-                }
                 write_segment_size(header, control, entry.segment);
             }
+            count += 1;
         }
-        let count = waiting.len();
-        self.send_headers(socket, count)
+        count
     }
 
     fn send_headers(&mut self, socket: &UdpSocket, count: usize) -> io::Result<usize> {
         // SAFETY: the first `count` headers were filled with pointers into buffers of this batch, with their true lengths; the borrow keeps them alive.
+        // The kernel reads what they point to and writes none of it.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
@@ -481,18 +542,22 @@ impl SendBatch {
 
 /// Adds the control message that has the kernel cut a send into datagrams of `segment` bytes.
 fn write_segment_size(header: &mut libc::msghdr, control: &mut ControlBuffer, segment: usize) {
-    header.msg_control = control.0.as_mut_ptr().cast();
-    // SAFETY: the control buffer is larger than one message of two bytes, and outlives the header's use.
+    const LEN: usize = CONTROL_HEADER_LEN + size_of::<u16>();
+    // SAFETY: zeros are a valid header; on some systems it has padding, which cannot be named.
+    let mut message: libc::cmsghdr = unsafe { std::mem::zeroed() };
+    message.cmsg_level = libc::SOL_UDP;
+    message.cmsg_type = libc::UDP_SEGMENT;
+    message.cmsg_len = LEN as _;
+    let (head, data) = control.0.split_at_mut(CONTROL_HEADER_LEN);
+    // SAFETY: the head is as long as the header, and needs no alignment to be written so.
     unsafe {
-        header.msg_controllen = libc::CMSG_SPACE(size_of::<u16>() as u32) as usize;
-        let message = libc::CMSG_FIRSTHDR(&raw const *header);
-        (*message).cmsg_level = libc::SOL_UDP;
-        (*message).cmsg_type = libc::UDP_SEGMENT;
-        (*message).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as u32) as usize;
-        libc::CMSG_DATA(message)
-            .cast::<u16>()
-            .write_unaligned(segment as u16);
-    }
+        head.as_mut_ptr()
+            .cast::<libc::cmsghdr>()
+            .write_unaligned(message)
+    };
+    data[..size_of::<u16>()].copy_from_slice(&(segment as u16).to_ne_bytes());
+    header.msg_control = control.0.as_mut_ptr().cast();
+    header.msg_controllen = LEN.next_multiple_of(CONTROL_ALIGN) as _;
 }
 
 /// Sends one datagram. `to` is `None` on a connected socket.
@@ -669,6 +734,158 @@ mod tests {
             open_media_socket(local, 1 << 20).unwrap(),
             open_media_socket(local, 1 << 20).unwrap(),
         )
+    }
+
+    /// Does what `recvmmsg` does with a prepared header, by its pointers alone.
+    fn fill(header: &mut libc::mmsghdr, from: SocketAddrV4, bytes: &[u8], control: &[u8]) {
+        let message = &mut header.msg_hdr;
+        // SAFETY: a prepared header points to rooms of at least this much.
+        unsafe {
+            let mut name: libc::sockaddr_in = std::mem::zeroed();
+            name.sin_family = libc::AF_INET as u16;
+            name.sin_port = from.port().to_be();
+            name.sin_addr.s_addr = u32::from(*from.ip()).to_be();
+            message.msg_name.cast::<libc::sockaddr_in>().write(name);
+            assert!(bytes.len() <= (*message.msg_iov).iov_len);
+            let room = (*message.msg_iov).iov_base.cast::<u8>();
+            room.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            let room = message.msg_control.cast::<u8>();
+            room.copy_from_nonoverlapping(control.as_ptr(), control.len());
+        }
+        message.msg_controllen = control.len() as _;
+        message.msg_flags = 0;
+        header.msg_len = bytes.len() as u32;
+    }
+
+    /// A control message as the kernel writes it, with the gap to the next one.
+    fn control_message(level: i32, kind: i32, data: &[u8]) -> Vec<u8> {
+        let len = CONTROL_HEADER_LEN + data.len();
+        let mut bytes = len.to_ne_bytes().to_vec();
+        bytes.extend(level.to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(data);
+        bytes.resize(len.next_multiple_of(CONTROL_ALIGN), 0);
+        bytes
+    }
+
+    /// No system call: Miri runs this one (`cargo miri test net::`).
+    #[test]
+    fn what_the_kernel_writes_by_the_headers_is_cut_into_datagrams_wherever_the_batch_has_moved() {
+        let from = SocketAddrV4::new([10, 0, 0, 1].into(), 4_000);
+        let stamp = [3u64.to_ne_bytes(), 7u64.to_ne_bytes()].concat();
+        let mut control = control_message(libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, &stamp);
+        control.extend(control_message(
+            libc::SOL_SOCKET,
+            libc::SO_RXQ_OVFL,
+            &9u32.to_ne_bytes(),
+        ));
+        control.extend(control_message(
+            libc::SOL_UDP,
+            libc::UDP_GRO,
+            &100i32.to_ne_bytes(),
+        ));
+        let mut batch = Batch::default();
+        for round in 0..3u8 {
+            batch.prepare();
+            let burst = [round; 250];
+            fill(&mut batch.headers[0], from, &burst, &control);
+            fill(&mut batch.headers[1], from, &[round; 40], &[]);
+            batch.datagrams.clear();
+            assert_eq!(batch.take(2), 4);
+            assert!(batch.is_drained());
+            for (index, len) in [100, 100, 50, 40].into_iter().enumerate() {
+                let (datagram, received) = batch.datagram(index).unwrap();
+                assert_eq!(
+                    (&*datagram, received.from),
+                    (&vec![round; len][..], from.into())
+                );
+                let facts = (received.burst, received.drops, received.stamp_unix_nanos);
+                if index < 3 {
+                    assert_eq!(facts, (3, Some(9), Some(3_000_000_007)));
+                } else {
+                    assert_eq!(facts, (1, None, None));
+                }
+                datagram.fill(0xEE);
+            }
+            // Moved as a value: its boxes stay where they are, their owner does not.
+            batch = std::hint::black_box(Box::new(batch)).take_out();
+        }
+    }
+
+    trait TakeOut<T> {
+        fn take_out(self) -> T;
+    }
+
+    impl<T> TakeOut<T> for Box<T> {
+        fn take_out(self) -> T {
+            *self
+        }
+    }
+
+    #[test]
+    fn broken_control_messages_end_the_list_and_no_more() {
+        let whole = control_message(libc::SOL_SOCKET, libc::SO_RXQ_OVFL, &9u32.to_ne_bytes());
+        for len in [
+            0,
+            1,
+            CONTROL_HEADER_LEN - 1,
+            CONTROL_HEADER_LEN,
+            usize::MAX,
+            usize::MAX - 6,
+        ] {
+            let mut broken = whole.clone();
+            broken.extend(len.to_ne_bytes());
+            broken.extend([0xFF; 8]);
+            assert_eq!(read_control(&broken).drops, Some(9), "{len}");
+        }
+        assert_eq!(read_control(&whole[..whole.len() - 5]), Control::default());
+    }
+
+    /// No system call: Miri runs this one, too.
+    #[test]
+    fn prepared_headers_show_what_waits_and_stop_before_what_cannot_be_segmented() {
+        let to: SocketAddr = "10.0.0.1:4000".parse().unwrap();
+        let mut batch = SendBatch::default();
+        for (len, segment) in [(300, 300), (250, 100), (40, 40)] {
+            batch.lend()[..len].fill(segment as u8);
+            let (start, to) = (batch.used, to.into());
+            let entry = Waiting {
+                to,
+                start,
+                len,
+                segment,
+            };
+            batch.waiting.push(entry);
+            batch.used += len;
+        }
+        for (segmentation, first, count) in
+            [(true, 0, 3), (false, 0, 1), (false, 1, 0), (true, 1, 2)]
+        {
+            batch.segmentation = segmentation;
+            assert_eq!(batch.prepare(first), count);
+            for index in 0..count {
+                let header = &batch.headers[index].msg_hdr;
+                let entry = &batch.waiting[first + index];
+                // SAFETY: prepared headers point to what waits.
+                let (bytes, control) = unsafe {
+                    let vector = &*header.msg_iov;
+                    let control = match header.msg_controllen {
+                        0 => &[][..],
+                        len => std::slice::from_raw_parts(header.msg_control.cast::<u8>(), len),
+                    };
+                    let base = vector.iov_base.cast::<u8>();
+                    (std::slice::from_raw_parts(base, vector.iov_len), control)
+                };
+                assert_eq!(bytes, vec![entry.segment as u8; entry.len]);
+                let expected = if entry.len > entry.segment {
+                    let segment = (entry.segment as u16).to_ne_bytes();
+                    control_message(libc::SOL_UDP, libc::UDP_SEGMENT, &segment)
+                } else {
+                    Vec::new()
+                };
+                assert_eq!(control, expected);
+            }
+        }
     }
 
     #[test]

@@ -965,7 +965,11 @@ impl State {
                     .extend(tiers.into_iter().map(|tier| (tier.stage, tier)));
                 for FrameCount(origin, track, layer, count) in frames {
                     let key = (origin, track, layer);
-                    if prober.frames.get(&key).is_none_or(|known| known.count != count) {
+                    if prober
+                        .frames
+                        .get(&key)
+                        .is_none_or(|known| known.count != count)
+                    {
                         prober.frames.insert(key, Counted { count, version });
                     }
                 }
@@ -1485,12 +1489,16 @@ pub(crate) mod tests {
         let mut kept = Kept::new(setup(2));
         let [ams, fra] = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
         let part = &kept.state.placed.as_ref().unwrap().part;
-        let ours: Vec<u32> = (0..1_000).filter(|origin| part.owner(*origin) == Some(0)).collect();
+        let ours: Vec<u32> = (0..1_000)
+            .filter(|origin| part.owner(*origin) == Some(0))
+            .collect();
         let (first, second) = (ours[0], ours[1]);
         let mut seq = 0;
         let mut publish = |kept: &mut Kept, counts: &[(u32, u64)]| {
             seq += 1;
-            let frames = counts.iter().map(|(origin, count)| FrameCount(*origin, 0, 0, *count));
+            let frames = counts
+                .iter()
+                .map(|(origin, count)| FrameCount(*origin, 0, 0, *count));
             let beat = Beat {
                 frames: frames.collect(),
                 ..quiet(seq)

@@ -224,6 +224,7 @@ pub struct PeerOutcome {
 pub struct IoCounts {
     pub socket_drops: u64,
     pub send_errors: u64,
+    pub receive_errors: u64,
     pub setup_dropped: u64,
 }
 

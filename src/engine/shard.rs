@@ -37,6 +37,8 @@ pub struct Shard {
     in_setup: usize,
     /// What one packet has brought about, while it is handled.
     frame_events: Vec<FrameEvent>,
+    /// What one step of a connection's set-up has brought about.
+    peer_events: Vec<PeerEvent>,
 }
 
 /// The kinds of control timer of one peer.
@@ -69,6 +71,7 @@ impl Shard {
             taps: Vec::new(),
             in_setup: 0,
             frame_events: Vec::with_capacity(EVENTS_MAX),
+            peer_events: Vec::new(),
         }
     }
 
@@ -81,10 +84,12 @@ impl Shard {
         let IoCounts {
             socket_drops,
             send_errors,
+            receive_errors,
             setup_dropped,
         } = std::mem::take(counts);
         self.record.session.host_drops += socket_drops;
         self.record.engine.send_errors += send_errors;
+        self.record.engine.receive_errors += receive_errors;
         self.record.engine.setup_datagrams_dropped += setup_dropped;
     }
 
@@ -343,8 +348,7 @@ impl Shard {
         };
         peer.transport.handle_timeout(now);
         let mut bytes_sent = 0;
-        let mut happened = [None; 4];
-        let mut count = 0;
+        let mut happened = std::mem::take(&mut self.peer_events);
         peer.transport.poll(
             now,
             |datagram, to| {
@@ -352,19 +356,15 @@ impl Shard {
                 io.lend()[..datagram.len()].copy_from_slice(datagram);
                 io.send(key, to, datagram.len(), datagram.len());
             },
-            |event| {
-                if let Some(slot) = happened.get_mut(count) {
-                    *slot = Some(event);
-                    count += 1;
-                }
-            },
+            |event| happened.push(event),
         );
         self.record.session.wire_bytes_sent += bytes_sent;
         self.control_timers
             .set(control(key, Control::Setup), peer.transport.next_timeout());
-        for event in happened.into_iter().flatten() {
+        for event in happened.drain(..) {
             self.handle_peer_event(key, event, now, io);
         }
+        self.peer_events = happened;
     }
 
     fn handle_peer_event(&mut self, key: usize, event: PeerEvent, now: Time, io: &mut impl Io) {

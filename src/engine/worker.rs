@@ -270,15 +270,15 @@ impl Worker {
                 break;
             };
             slot.ready = false;
-            let count = match self.batch.receive(&slot.socket) {
+            let received = self.batch.receive(&slot.socket);
+            self.io.counts.receive_errors += self.batch.take_errors();
+            let count = match received {
                 Ok(count) => count,
-                // An ICMP answer to something that we sent: the next datagram may still be good.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    slot.ready = true;
-                    taken += 1;
-                    continue;
+                Err(error) => {
+                    // One that goes on failing is looked at again with the next tick.
+                    slot.ready = error.kind() != io::ErrorKind::WouldBlock;
+                    break;
                 }
-                Err(_) => break,
             };
             slot.ready = !self.batch.is_drained();
             for index in 0..count {

@@ -162,7 +162,8 @@ stats! {
     /// What the generator observed of itself.
     Engine {
         counters {
-            packets_processed, send_slots_skipped, send_errors, setup_datagrams_dropped, ticks_missed,
+            packets_processed, send_slots_skipped, send_errors, receive_errors, setup_datagrams_dropped,
+            ticks_missed,
         }
         histograms {
             tick_late, send_lag,

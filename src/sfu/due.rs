@@ -121,7 +121,10 @@ mod tests {
         let mut due = DueQueue::default();
         let later = Time::from_millis(60_000);
         for slot in 0..10_000 {
-            due.set(slot, later + Duration::from_micros(scatter(u64::from(slot)) % 1_000));
+            due.set(
+                slot,
+                later + Duration::from_micros(scatter(u64::from(slot)) % 1_000),
+            );
         }
         due.looked_at = 0;
         for round in 1..=1_000 {

@@ -433,6 +433,11 @@ impl Router {
         self.statistics.limit_drops += limit_drops;
     }
 
+    /// Errors that came in place of datagrams.
+    pub fn count_receive_errors(&mut self, errors: u64) {
+        self.statistics.receive_errors += errors;
+    }
+
     // Commands.
 
     pub fn handle_command(&mut self, command: MediaCommand, now: Time, io: &mut impl Outgoing) {

@@ -123,6 +123,8 @@ counters! {
         commands_refused,
         /// Datagrams that the kernel did not take.
         send_errors,
+        /// Errors that the socket gave in place of datagrams: what ICMP said of something that we sent, but for closed ports.
+        receive_errors,
         /// Datagrams that the socket dropped for want of buffer space.
         socket_drops,
         /// Media packets above the limit that a test gave.

@@ -251,12 +251,14 @@ impl Loop {
             // Kernel stamps are on the wall clock; read together, the two clocks' difference places them on ours.
             let unix_now;
             (now, unix_now) = (self.epoch.now(), net::unix_nanos());
-            let count = match self.received.receive(&self.io.socket) {
+            let received = self.received.receive(&self.io.socket);
+            self.router
+                .count_receive_errors(self.received.take_errors());
+            let count = match received {
                 Ok(count) => count,
-                // An ICMP answer to something that we sent: the next datagram may still be good.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
-                Err(_) => {
-                    is_empty = true;
+                Err(error) => {
+                    // One that goes on failing is looked at again with the next turn.
+                    is_empty = error.kind() == io::ErrorKind::WouldBlock;
                     break;
                 }
             };

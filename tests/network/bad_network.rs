@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
+use crate::common::namespace::Namespace;
 use crate::common::network::{CLIENTS, Direction, Fate, Network, Packet, Places, SERVER, place};
 use crate::common::path::{Conditions, Fate as PathFate, Loss, Path, Rate};
 use crate::common::program::beside_one_other;
@@ -478,4 +479,90 @@ fn all_came(log: &[Packet], sent: usize, returned: usize) -> bool {
         && in_direction(Direction::Up).count() == sent
         && sent_back
         && delivered(Direction::Down) == returned
+}
+
+/// An ICMP error (RFC 792) about a datagram, from the address that it was sent to.
+fn icmp_error(datagram: &[u8], kind: u8, code: u8, rest: [u8; 4]) -> Vec<u8> {
+    let checksum = |bytes: &[u8]| {
+        let words = bytes
+            .chunks(2)
+            .map(|word| u32::from(word[0]) << 8 | u32::from(word[1]));
+        let sum: u32 = words.sum();
+        !((sum & 0xFFFF) + (sum >> 16)) as u16
+    };
+    let mut icmp = vec![kind, code, 0, 0];
+    icmp.extend(rest);
+    icmp.extend(&datagram[..28]);
+    let sum = checksum(&icmp).to_be_bytes();
+    icmp[2..4].copy_from_slice(&sum);
+    let mut packet = vec![0x45, 0, 0, 20 + icmp.len() as u8, 0, 0, 0, 0, 64, 1, 0, 0];
+    packet.extend(&datagram[16..20]);
+    packet.extend(&datagram[12..16]);
+    let sum = checksum(&packet).to_be_bytes();
+    packet[10..12].copy_from_slice(&sum);
+    packet.extend(icmp);
+    packet
+}
+
+/// What comes from a connected peer: the addresses of what was sent to it, turned about.
+fn answer_to(datagram: &[u8], payload: u8) -> Vec<u8> {
+    let mut packet = vec![0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0];
+    packet.extend(&datagram[16..20]);
+    packet.extend(&datagram[12..16]);
+    let words = packet
+        .chunks(2)
+        .map(|word| u32::from(word[0]) << 8 | u32::from(word[1]));
+    let sum: u32 = words.sum();
+    let sum = !((sum & 0xFFFF) + (sum >> 16)) as u16;
+    packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    packet.extend(&datagram[22..24]);
+    packet.extend(&datagram[20..22]);
+    packet.extend([0, 9, 0, 0, payload]);
+    packet
+}
+
+#[test]
+fn what_icmp_says_hides_no_datagram() {
+    let (namespace, mut wire) = Namespace::new(CLIENTS).expect("a namespace of our own");
+    let remote = std::net::Ipv4Addr::from(u32::from(CLIENTS) ^ 3);
+    let socket = namespace.run(|| {
+        let socket = throng::net::open_media_socket(CLIENTS.into(), 1 << 20).unwrap();
+        socket.connect((remote, 4_000)).unwrap();
+        socket
+    });
+    let mut packet = [0; 2_000];
+    socket.send(b"a check").unwrap();
+    // The device may have something of its own to say first: IPv6, say.
+    let asked = loop {
+        let len = wire.read(&mut packet).unwrap();
+        if packet[0] == 0x45 && packet[9] == 17 {
+            break packet[..len].to_vec();
+        }
+    };
+    let mut batch = throng::net::Batch::default();
+    for (name, counted, kind, code, rest) in [
+        (
+            "host administratively unreachable: EHOSTUNREACH",
+            1,
+            3,
+            13,
+            [0; 4],
+        ),
+        ("too big: EMSGSIZE", 1, 3, 4, [0, 0, 0x04, 0xB0]),
+        ("a parameter problem: EPROTO", 1, 12, 0, [0; 4]),
+        ("a closed port: ECONNREFUSED", 0, 3, 3, [0; 4]),
+    ] {
+        for payload in 0..3 {
+            wire.write_all(&answer_to(&asked, payload)).unwrap();
+        }
+        wire.write_all(&icmp_error(&asked, kind, code, rest))
+            .unwrap();
+        assert_eq!(batch.receive(&socket).ok(), Some(3), "{name}");
+        for index in 0..3 {
+            assert_eq!(batch.datagram(index).unwrap().0, [index as u8], "{name}");
+        }
+        assert_eq!(batch.take_errors(), counted, "{name}");
+    }
+    let nothing = batch.receive(&socket).unwrap_err();
+    assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
 }

@@ -1139,12 +1139,10 @@ fn a_section_that_a_client_takes_away_and_gives_again_carries_other_ssrcs() {
             assert!(ssrcs.into_iter().flatten().all(|ssrc| seen.insert(ssrc)));
         }
         let inactive = SINGLE_JOIN.replace("a=recvonly", "a=inactive");
-        let mut id = 2 + 2 * round;
-        for sdp in [inactive.as_str(), SINGLE_JOIN] {
+        for (id, sdp) in (2 + 2 * round..).zip([inactive.as_str(), SINGLE_JOIN]) {
             world.request(bob, Request::Offer(description("offer", sdp, id)));
             world.answer(bob);
             world.wait(Duration::from_millis(200));
-            id += 1;
         }
     }
 }
