@@ -266,7 +266,7 @@ fn add(
     let events = unbounded_channel().0;
     let add = Command::AddPeer {
         key,
-        socket: Some(socket),
+        path: Some(socket.into()),
         peer,
         events,
     };

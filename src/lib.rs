@@ -9,6 +9,7 @@ pub mod knee;
 pub mod measure;
 pub mod media;
 pub mod net;
+pub mod path;
 pub mod plan;
 pub mod preflight;
 pub mod prober;

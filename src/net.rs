@@ -16,11 +16,23 @@ use rustix::time::Timespec;
 pub const SEGMENTS_MAX: usize = 64;
 pub const SEND_BYTES_MAX: usize = 65_000;
 
-/// A UDP socket for one peer connection: bound to `local` on a free port, non-blocking, stamped on arrival, its drops counted.
+/// A UDP socket for one peer connection: bound to `local` (which may be any address of its family) on a free port, non-blocking, stamped on arrival, its
+/// drops counted.
 ///
 /// Of `receive_buffer_bytes` the kernel grants at most `net.core.rmem_max`. Its default holds 92 video packets: one late tick in a large room.
 pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Result<UdpSocket> {
-    let socket = UdpSocket::bind((local, 0))?;
+    let address = SocketAddr::new(local, 0);
+    let socket = socket2::Socket::new(
+        socket2::Domain::for_address(address),
+        socket2::Type::DGRAM,
+        None,
+    )?;
+    if address.is_ipv6() {
+        // IPv4 has sockets of its own.
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    let socket = UdpSocket::from(socket);
     socket.set_nonblocking(true)?;
     rustix::net::sockopt::set_socket_recv_buffer_size(&socket, receive_buffer_bytes)?;
     set_flag(&socket, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS)?;
@@ -82,6 +94,7 @@ pub struct Batch {
     taken: usize,
     datagrams: Vec<Place>,
     errors: u64,
+    refused: u64,
 }
 
 struct Room {
@@ -109,6 +122,7 @@ impl Default for Batch {
                 taken: 0,
                 datagrams: Vec::with_capacity(BATCH * SEGMENTS_MAX),
                 errors: 0,
+                refused: 0,
             }
         }
     }
@@ -151,13 +165,18 @@ impl Batch {
         Ok(self.take(taken as usize))
     }
 
-    /// A server that is gone refuses every datagram: that is no fault of the path, and shows elsewhere.
+    /// A server that is gone refuses every datagram: that is no fault of the path, and is counted apart.
     fn count_error(&mut self, error: &io::Error) {
-        let is_usual = matches!(
-            error.kind(),
-            io::ErrorKind::ConnectionRefused | io::ErrorKind::Interrupted
-        );
-        self.errors += u64::from(!is_usual);
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused => self.refused += 1,
+            io::ErrorKind::Interrupted => {}
+            _ => self.errors += 1,
+        }
+    }
+
+    /// Answers that nothing listens at the other end, since the last call.
+    pub fn take_refused(&mut self) -> u64 {
+        std::mem::take(&mut self.refused)
     }
 
     /// Errors other than a refused connection that came in place of datagrams since the last call.
@@ -524,11 +543,7 @@ impl SendBatch {
     fn send_one_by_one(&mut self, socket: &UdpSocket, index: usize, error: &io::Error) {
         let entry = &self.waiting[index];
         let bytes = &self.bytes[entry.start..entry.start + entry.len];
-        let cannot_segment = matches!(
-            error.raw_os_error(),
-            Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)
-        );
-        if entry.len <= entry.segment || !cannot_segment {
+        if entry.len <= entry.segment || !is_without_segmentation(error) {
             self.errors += entry.len.div_ceil(entry.segment) as u64;
             return;
         }
@@ -558,6 +573,14 @@ fn write_segment_size(header: &mut libc::msghdr, control: &mut ControlBuffer, se
     data[..size_of::<u16>()].copy_from_slice(&(segment as u16).to_ne_bytes());
     header.msg_control = control.0.as_mut_ptr().cast();
     header.msg_controllen = LEN.next_multiple_of(CONTROL_ALIGN) as _;
+}
+
+/// Whether a segmented send failed because this path cannot segment.
+pub fn is_without_segmentation(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)
+    )
 }
 
 /// Sends one datagram. `to` is `None` on a connected socket.

@@ -156,7 +156,7 @@ pub fn reasons(evidence: &Evidence<'_>) -> Vec<String> {
             }),
         above(engine.send_errors, engine.packets_processed, HOST_DROPS_SHARE_MAX).map(|share| {
             format!(
-                "the kernel refused {} of our datagrams ({share:.2} %, limit {:.2} %): raise net.core.wmem_default, or use more hosts",
+                "this host had no room to send {} of our datagrams ({share:.2} %, limit {:.2} %): raise net.core.wmem_default, or use more hosts",
                 engine.send_errors,
                 HOST_DROPS_SHARE_MAX * 1e2
             )

@@ -18,7 +18,7 @@ mod timers;
 mod uplink;
 pub mod worker;
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
 use std::sync::{Arc, OnceLock};
@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
+use crate::path::{Path, Unsent};
 use crate::plan::{Member, Plan};
 use crate::recording::Tap;
 use crate::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
@@ -48,6 +49,9 @@ pub trait Io {
     /// From now on peer `key` talks to `to` only.
     fn connect(&mut self, key: usize, to: SocketAddr);
 
+    /// Peer `key` is up: what its path does not need any more may be closed.
+    fn settle(&mut self, _key: usize) {}
+
     /// Peer `key` may hear from other addresses again. Where nothing else is shut out by [`Io::connect`], there is nothing to do.
     fn disconnect(&mut self, _key: usize) {}
 }
@@ -58,10 +62,16 @@ pub enum Command {
     AddPeer {
         key: usize,
         /// `None` in simulations: the [`Io`] then knows where the key's datagrams go.
-        socket: Option<UdpSocket>,
+        path: Option<Path>,
         peer: Box<NewPeer>,
         /// Where this peer's events go.
         events: tokio::sync::mpsc::UnboundedSender<Event>,
+    },
+    /// Candidates of the server want another socket, which is there until the peer is up. `local` is our address on it.
+    AddPath {
+        key: usize,
+        path: Path,
+        local: SocketAddr,
     },
     AddRemoteCandidate {
         key: usize,
@@ -223,7 +233,7 @@ pub struct PeerOutcome {
 #[derive(Default)]
 pub struct IoCounts {
     pub socket_drops: u64,
-    pub send_errors: u64,
+    pub unsent: Unsent,
     pub receive_errors: u64,
     pub setup_dropped: u64,
 }

@@ -83,12 +83,18 @@ impl Shard {
     pub fn take_io_counts(&mut self, counts: &mut IoCounts) {
         let IoCounts {
             socket_drops,
-            send_errors,
+            unsent,
             receive_errors,
             setup_dropped,
         } = std::mem::take(counts);
-        self.record.session.host_drops += socket_drops;
-        self.record.engine.send_errors += send_errors;
+        let session = &mut self.record.session;
+        session.host_drops += socket_drops;
+        session.sends_refused += unsent.refused;
+        session.sends_unreachable += unsent.unreachable;
+        session.sends_blocked += unsent.blocked;
+        session.sends_too_long += unsent.too_long;
+        session.sends_mismatched += unsent.mismatched;
+        self.record.engine.send_errors += unsent.no_room;
         self.record.engine.receive_errors += receive_errors;
         self.record.engine.setup_datagrams_dropped += setup_dropped;
     }
@@ -139,6 +145,20 @@ impl Shard {
             peer.close();
             self.taps
                 .extend(peer.tap.take().map(|tap| (peer.participant, tap)));
+        }
+    }
+
+    /// The peer has another socket, on which it is reached at this address.
+    pub fn add_local_candidate(
+        &mut self,
+        key: usize,
+        address: SocketAddr,
+        now: Time,
+        io: &mut impl Io,
+    ) {
+        if let Some(peer) = self.peers[key].as_mut() {
+            peer.transport.add_local_candidate(address, now);
+            self.advance_setup(key, now, io);
         }
     }
 
@@ -208,6 +228,7 @@ impl Shard {
             }
             Command::StopPublishing => self.stop_publishing(now),
             Command::AddPeer { .. }
+            | Command::AddPath { .. }
             | Command::RemovePeer { .. }
             | Command::Report
             | Command::Survey
@@ -374,6 +395,7 @@ impl Shard {
         match event {
             PeerEvent::Nominated(address) => io.connect(key, address),
             PeerEvent::Connected => {
+                io.settle(key);
                 self.in_setup -= 1;
                 // Spread over the interval, so that a wave of joins is not a wave of reports for ever after.
                 let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);

@@ -5,13 +5,12 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
-use std::os::fd::AsRawFd;
 
 use super::shard::Shard;
 use super::{Command, Event, Io, IoCounts, PeerOutcome, ShardConfig, TICK};
@@ -19,6 +18,7 @@ use crate::measure::Record;
 use crate::measure::presence::Marks;
 use crate::measure::stalls::{Gap, STALL_MIN};
 use crate::net;
+use crate::path::{Lane, Path};
 use crate::transport::rtp::{Datagram, classify};
 use crate::units::{Epoch, Time};
 
@@ -264,14 +264,32 @@ impl Worker {
 
     /// Takes what a socket holds, up to a bound, and says how many datagrams that were. The slot stays ready where there may be more.
     fn drain_socket(&mut self, key: usize, now: Time, unix_now: u64) -> usize {
+        let taken = self.drain_lane(key, Lane::Main, now, unix_now);
+        let Some(slot) = &self.io.slots[key] else {
+            return taken;
+        };
+        if !slot.path.has_other() {
+            return taken;
+        }
+        // While the path is not settled: set-up alone comes here.
+        let main_is_ready = slot.ready;
+        let taken = taken + self.drain_lane(key, Lane::Other, now, unix_now);
+        if let Some(slot) = &mut self.io.slots[key] {
+            slot.ready |= main_is_ready;
+        }
+        taken
+    }
+
+    fn drain_lane(&mut self, key: usize, lane: Lane, now: Time, unix_now: u64) -> usize {
         let mut taken = 0;
         while taken < SOCKET_DATAGRAMS_MAX {
             let Some(slot) = self.io.slots[key].as_mut() else {
                 break;
             };
             slot.ready = false;
-            let received = self.batch.receive(&slot.socket);
+            let received = slot.path.receive(lane, &mut self.batch);
             self.io.counts.receive_errors += self.batch.take_errors();
+            self.io.counts.unsent.refused += self.batch.take_refused();
             let count = match received {
                 Ok(count) => count,
                 Err(error) => {
@@ -282,7 +300,7 @@ impl Worker {
             };
             slot.ready = !self.batch.is_drained();
             for index in 0..count {
-                self.take(key, index, now, unix_now);
+                self.take(key, lane, index, now, unix_now);
             }
             taken += count;
             if self.batch.is_drained() {
@@ -308,13 +326,12 @@ impl Worker {
         }
     }
 
-    fn take(&mut self, key: usize, index: usize, now: Time, unix_now: u64) {
+    fn take(&mut self, key: usize, lane: Lane, index: usize, now: Time, unix_now: u64) {
         let Some((datagram, received)) = self.batch.datagram(index) else {
             return self.shard.reject();
         };
         if let (Some(drops), Some(slot)) = (received.drops, self.io.slots[key].as_mut()) {
-            self.io.counts.socket_drops += slot.dropped_datagrams(drops, received.burst);
-            slot.drops = drops;
+            self.io.counts.socket_drops += slot.path.dropped_datagrams(lane, drops, received.burst);
         }
         let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
         self.arrivals.mark(arrival);
@@ -378,35 +395,37 @@ impl Worker {
         match command {
             Command::AddPeer {
                 key,
-                socket,
+                path,
                 peer,
                 events,
             } => {
-                if let Some(socket) = socket {
-                    self.poll.registry().register(
-                        &mut SourceFd(&socket.as_raw_fd()),
-                        Token(key),
-                        Interest::READABLE,
-                    )?;
-                    self.io.slots[key] = Some(Slot {
-                        socket,
-                        connected: false,
-                        drops: 0,
-                        burst: 1,
-                        ready: false,
-                    });
+                if let Some(path) = path {
+                    self.watch_path(key, &path)?;
+                    self.io.slots[key] = Some(Slot { path, ready: false });
                 }
                 self.subscribers[key] = Some(events);
                 self.shard.add_peer(key, *peer, now, &mut self.io);
+            }
+            Command::AddPath { key, path, local } => {
+                if self.io.slots[key].is_some() {
+                    self.watch_path(key, &path)?;
+                }
+                if let Some(slot) = self.io.slots[key].as_mut() {
+                    slot.path.add(path);
+                }
+                self.shard
+                    .add_local_candidate(key, local, now, &mut self.io);
             }
             Command::RemovePeer { key } => {
                 self.shard.remove_peer(key);
                 self.subscribers[key] = None;
                 if let Some(slot) = self.io.slots[key].take() {
-                    self.io.counts.socket_drops += slot.untold_drops();
-                    self.poll
-                        .registry()
-                        .deregister(&mut SourceFd(&slot.socket.as_raw_fd()))?;
+                    self.io.counts.socket_drops += slot.path.untold_drops();
+                    for descriptor in slot.path.descriptors() {
+                        self.poll
+                            .registry()
+                            .deregister(&mut SourceFd(&descriptor))?;
+                    }
                 }
             }
             Command::Report => {
@@ -420,6 +439,14 @@ impl Worker {
             other => self.shard.handle_command(other, now, &mut self.io),
         }
         Ok(())
+    }
+
+    /// All sockets of a peer wake it alike.
+    fn watch_path(&self, key: usize, path: &Path) -> io::Result<()> {
+        let registry = self.poll.registry();
+        path.descriptors().try_for_each(|descriptor| {
+            registry.register(&mut SourceFd(&descriptor), Token(key), Interest::READABLE)
+        })
     }
 
     fn forward_events(&mut self) {
@@ -437,7 +464,7 @@ impl Worker {
             .slots
             .iter()
             .flatten()
-            .map(Slot::untold_drops)
+            .map(|slot| slot.path.untold_drops())
             .sum::<u64>();
         self.shard.take_io_counts(&mut self.io.counts);
         let outcomes = self.shard.finish();
@@ -490,29 +517,9 @@ struct SocketIo {
 }
 
 struct Slot {
-    socket: UdpSocket,
-    connected: bool,
-    /// Buffers that the kernel has dropped so far.
-    drops: u32,
-    /// Datagrams in the buffer that came last.
-    burst: u32,
+    path: Path,
     /// It may hold datagrams, and stands in the queue of those that do.
     ready: bool,
-}
-
-impl Slot {
-    /// The kernel counts buffers. How many datagrams those held that it dropped, nobody knows: they are taken to have been like the one that tells of it.
-    fn dropped_datagrams(&mut self, drops: u32, burst: u32) -> u64 {
-        self.burst = burst;
-        u64::from(drops.wrapping_sub(self.drops)) * u64::from(burst)
-    }
-
-    /// Drops that no datagram has told of, because none came after them. Where the kernel does not say, there are none that we know of.
-    fn untold_drops(&self) -> u64 {
-        net::socket_drops(&self.socket).map_or(0, |drops| {
-            u64::from(drops.wrapping_sub(self.drops)) * u64::from(self.burst)
-        })
-    }
 }
 
 impl SocketIo {
@@ -538,41 +545,30 @@ impl Io for SocketIo {
             return;
         };
         self.has_sent = true;
-        let to = (!slot.connected).then_some(to);
-        let bytes = &self.buffer[..len];
-        if len > segment && self.segmentation {
-            match net::send_segmented(&slot.socket, to, bytes, segment) {
-                Ok(()) => return,
-                Err(error)
-                    if matches!(
-                        error.raw_os_error(),
-                        Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)
-                    ) =>
-                {
-                    self.segmentation = false
-                }
-                Err(_) => {
-                    self.counts.send_errors += len.div_ceil(segment) as u64;
-                    return;
-                }
-            }
-        }
-        for datagram in bytes.chunks(segment.max(1)) {
-            if net::send(&slot.socket, to, datagram).is_err() {
-                self.counts.send_errors += 1;
-            }
-        }
+        slot.path.send(
+            to,
+            &self.buffer[..len],
+            segment,
+            &mut self.segmentation,
+            &mut self.counts.unsent,
+        );
     }
 
     fn connect(&mut self, key: usize, to: SocketAddr) {
         if let Some(slot) = self.slots[key].as_mut() {
-            slot.connected = slot.socket.connect(to).is_ok();
+            slot.path.connect(to);
+        }
+    }
+
+    fn settle(&mut self, key: usize) {
+        if let Some(slot) = self.slots[key].as_mut() {
+            self.counts.socket_drops += slot.path.settle();
         }
     }
 
     fn disconnect(&mut self, key: usize) {
         if let Some(slot) = self.slots[key].as_mut() {
-            slot.connected = slot.connected && rustix::net::connect_unspec(&slot.socket).is_err();
+            slot.path.disconnect();
         }
     }
 }

@@ -102,6 +102,10 @@ stats! {
             speaker_updates,
             /// Datagrams that no parser took: unknown SSRC, broken header, failed authentication, replay.
             packets_rejected,
+            /// The server's signalling messages that cannot be read, and are left out.
+            signal_malformed,
+            /// Datagrams that the network or the server did not take, by what the kernel says of it (`path::Unsent`).
+            sends_refused, sends_unreachable, sends_blocked, sends_too_long, sends_mismatched,
         }
         histograms {
             join, signal_connect, signal_join, ice, dtls, first_media, rtt_stun, rtt_rtcp, rtt_signal, reconnect,

@@ -45,6 +45,7 @@ use crate::engine::{Command, PeerOutcome, Roster, ShardConfig};
 use crate::measure::second::HostDrops;
 use crate::measure::{self, Kind, Record, Timeline};
 use crate::net;
+use crate::path::{Routes, unsent_note};
 use crate::plan::{Connection, LostPublishers, Plan, Resources};
 use crate::preflight;
 use crate::recording::{Recorder, Recording};
@@ -419,6 +420,7 @@ impl<'a> Test<'a> {
             obey_bandwidth: plan.obey_bandwidth,
             single_connection: plan.connection == Connection::Single,
             join_retries: plan.join_retries,
+            routes: Routes::default(),
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
             shards: workers
                 .iter()
@@ -559,6 +561,7 @@ impl<'a> Test<'a> {
                     .entry(format!("disconnected: {reason}"))
                     .or_default() += 1;
             }
+            Notice::SignalMalformed => session.signal_malformed += 1,
             Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
             Notice::SpeakersChanged => session.speaker_updates += 1,
             Notice::Server {
@@ -824,6 +827,7 @@ impl<'a> Test<'a> {
         }
         let engine = self.engine_health(end);
         self.notes.extend(silence_note(&engine.stalls));
+        self.notes.extend(unsent_note(&self.record.session));
         let totals = Step {
             name: "total".into(),
             participants: admitted,

@@ -880,12 +880,24 @@ mod response {
     }
 }
 
+/// What a kind of [`Event::Malformed`] is called, where a session cannot go on without it.
+pub fn essential_name(kind: u32) -> Option<&'static str> {
+    match kind {
+        response::JOIN => Some("Join"),
+        response::ANSWER => Some("Answer"),
+        response::OFFER => Some("Offer"),
+        _ => None,
+    }
+}
+
 impl Event {
     /// Reads one `SignalResponse`. Never fails: what is broken is [`Event::Malformed`].
     pub fn decode(message: &Bytes) -> Event {
         let Some(Ok(field)) = Fields(message).next() else {
+            // Of a message that was cut short, its key may still say what it was.
+            let key = split_varint(message).map_or(0, |(key, _)| key >> 3);
             return Event::Malformed {
-                kind: 0,
+                kind: u32::try_from(key).unwrap_or(0),
                 len: message.len(),
             };
         };

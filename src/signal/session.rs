@@ -25,7 +25,7 @@ use tokio::sync::{mpsc, watch};
 use super::Endpoint;
 use super::access::Access;
 use super::client::{
-    Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, SignalError,
+    self, Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, SignalError,
     SignalReceiver, SignalSender, Trickle,
 };
 use super::token::Permissions;
@@ -33,6 +33,7 @@ use crate::engine::{
     Command, Event as EngineEvent, NewPeer, Roster, StreamParameters, track_number,
 };
 use crate::measure::{Kind, Timeline};
+use crate::path::Routes;
 use crate::plan::{Layout, ParticipantPlan, VideoSpec};
 use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::{
@@ -41,7 +42,7 @@ use crate::transport::sdp::{
 use crate::units::{Epoch, Time};
 use failure::{Cure, Failure};
 use pace::Pace;
-use peers::{Change, Half, Role, udp_address};
+use peers::{Change, Half, Role};
 use reconnect::{Lost, RESUME_TIMEOUT};
 use requests::Requests;
 pub use tracks::{Media, TakingTurns};
@@ -84,6 +85,8 @@ pub struct SessionContext {
     /// Publishers send no more than their path carries.
     pub obey_bandwidth: bool,
     pub receive_buffer_bytes: usize,
+    /// From where this host reaches the server's candidates.
+    pub routes: Routes,
     /// One peer connection a participant (`/rtc/v1`) instead of two.
     pub single_connection: bool,
     /// How often a join that failed is tried again.
@@ -146,6 +149,8 @@ pub enum Notice {
         index: u32,
     },
     SignalRtt(Duration),
+    /// A message of the server cannot be read, and is left out.
+    SignalMalformed,
     /// The server said who speaks.
     SpeakersChanged,
     Server {
@@ -449,6 +454,31 @@ impl Session {
         }
     }
 
+    /// Ends when it is settled that no candidate of the server can be used.
+    fn time_without_path(&self) -> impl Future<Output = ()> + use<> {
+        let halves = [&self.publisher, &self.subscriber];
+        let at = halves
+            .iter()
+            .filter_map(|half| half.without_path_at())
+            .min();
+        let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
+        async move {
+            match at {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn without_path(&self) -> String {
+        let halves = [&self.publisher, &self.subscriber];
+        let first = halves
+            .into_iter()
+            .filter(|half| half.without_path_at().is_some())
+            .min_by_key(|half| half.without_path_at());
+        first.map_or_else(String::new, Half::without_path)
+    }
+
     /// Does what server and shard ask for, until the run tells everybody to leave.
     async fn attend(
         &mut self,
@@ -467,6 +497,7 @@ impl Session {
                 // First what ends it: a server that never stops talking must not keep a participant in.
                 () = leaving(&mut leave) => break,
                 () = self.time_to_leave() => break,
+                () = self.time_without_path(), if !self.joined => return Err(Failure::lasting(self.without_path())),
                 () = &mut deadline, if !self.joined => return Err(Failure::lost(self.timeout_reason())),
                 Some(event) = engine.receiver.recv() => {
                     if let Err(failure) = self.handle_engine(event, &mut signal.sender).await {
@@ -567,8 +598,7 @@ impl Session {
                 self.offer_if_wanted(&mut signal.sender).await
             }
             SignalEvent::Trickle(trickle) => {
-                self.handle_trickle(&trickle);
-                Ok(())
+                self.handle_trickle(&trickle, &mut signal.sender).await
             }
             SignalEvent::SubscribedQuality(update) => {
                 self.handle_subscribed_quality(&update);
@@ -590,6 +620,7 @@ impl Session {
                 Ok(())
             }
             SignalEvent::Leave(leave) => Err(Failure::from(&leave)),
+            SignalEvent::Malformed { kind, .. } => self.handle_malformed(kind),
             SignalEvent::Closed { reason, .. } if reason.is_empty() => {
                 Err(Failure::lost("the server closed the signalling connection"))
             }
@@ -597,6 +628,17 @@ impl Session {
                 "the server closed the signalling connection: {reason}"
             ))),
             _ => Ok(()),
+        }
+    }
+
+    /// Without its Join, an offer or an answer nothing goes on. All else is counted and left out.
+    fn handle_malformed(&self, kind: u32) -> Result<(), Failure> {
+        self.notify(Notice::SignalMalformed);
+        match client::essential_name(kind) {
+            Some(name) => Err(Failure::lasting(format!(
+                "the server's {name} cannot be read: is it a LiveKit server, and is something between it and us that changes messages?"
+            ))),
+            None => Ok(()),
         }
     }
 
@@ -719,6 +761,7 @@ impl Session {
             Setup::Active,
             engine,
         );
+        self.tell_addresses(Role::Publisher, sender).await?;
         self.count_tracks(negotiated.added.len())?;
         self.take_streams(
             Role::Publisher,
@@ -766,6 +809,7 @@ impl Session {
         );
         // Before the answer: so nothing comes that nobody looks at.
         self.tell_what_is_watched(sender).await?;
+        self.tell_addresses(Role::Subscriber, sender).await?;
         if restarts {
             // The server repeats a check that was not understood only 200 ms later, and sends no media meanwhile: the shard has to be ready for the first.
             self.held_answer = Some((answered.sdp, offer.id));
@@ -913,34 +957,68 @@ impl Session {
         }
     }
 
-    fn handle_trickle(&mut self, trickle: &Trickle) {
+    async fn handle_trickle(
+        &mut self,
+        trickle: &Trickle,
+        sender: &mut SignalSender,
+    ) -> Result<(), Failure> {
         let role = if trickle.target == proto::SignalTarget::Publisher {
             Role::Publisher
         } else {
             Role::Subscriber
         };
+        let half = self.half_mut(role);
+        if trickle.last {
+            half.has_all_candidates();
+        }
         // A candidate that cannot be read is one path less, not the end.
         let Ok(Trickled {
             candidate: Some(candidate),
             ..
         }) = trickle.candidate_init.parse()
         else {
-            return;
+            return Ok(());
         };
-        let Some(address) = udp_address(&candidate) else {
-            return;
-        };
-        let half = self.half_mut(role);
         if !half.added {
-            half.keep_candidate(address);
-            return;
+            half.keep_candidate(candidate);
+            return Ok(());
         }
         half.trickled += 1;
         if half.trickled > TRICKLED_MAX {
-            return;
+            return Ok(());
         }
+        let context = self.context.clone();
+        let Some(address) = self.half_mut(role).reach(&candidate, &context) else {
+            return Ok(());
+        };
+        self.hand_over_paths(role);
         let key = self.key(role);
         self.command(Command::AddRemoteCandidate { key, address });
+        self.tell_addresses(role, sender).await
+    }
+
+    /// Gives the shard the sockets that candidates have asked for.
+    fn hand_over_paths(&mut self, role: Role) {
+        let key = self.key(role);
+        for (path, local) in self.half_mut(role).take_paths() {
+            self.command(Command::AddPath { key, path, local });
+        }
+    }
+
+    /// Tells the server those of our addresses that no description named.
+    async fn tell_addresses(
+        &mut self,
+        role: Role,
+        sender: &mut SignalSender,
+    ) -> Result<(), Failure> {
+        let target = match role {
+            Role::Publisher => proto::SignalTarget::Publisher,
+            Role::Subscriber => proto::SignalTarget::Subscriber,
+        };
+        for candidate_init in self.half_mut(role).take_untold() {
+            sender.trickle(target, candidate_init).await?;
+        }
+        Ok(())
     }
 
     async fn handle_engine(
@@ -974,8 +1052,13 @@ impl Session {
                     self.notify(Notice::Phase(Phase::FirstMedia, after));
                 }
             }
-            EngineEvent::Failed { failure, .. } => {
-                return Err(Failure::of(failure.describe(), Cure::Rejoin));
+            EngineEvent::Failed { key, failure } => {
+                let ends = match failure {
+                    PeerFailure::IceDisconnected => self.half_of(key).ends(),
+                    _ => String::new(),
+                };
+                let reason = format!("{}{ends}", failure.describe());
+                return Err(Failure::of(reason, Cure::Rejoin));
             }
         }
         Ok(())
@@ -1068,10 +1151,11 @@ impl Session {
         engine: &mpsc::UnboundedSender<EngineEvent>,
     ) {
         let key = self.key(role);
-        let command = match self
-            .half_mut(role)
-            .take_remote(remote, ice_controlling, setup)
-        {
+        let (context, now) = (self.context.clone(), self.context.epoch.now());
+        let change =
+            self.half_mut(role)
+                .take_remote(remote, ice_controlling, setup, (&context, now));
+        let command = match change {
             None => return,
             Some(Change::Restart {
                 local,
@@ -1083,7 +1167,7 @@ impl Session {
                 remote,
                 remote_candidates,
             },
-            Some(Change::New { socket, parameters }) => {
+            Some(Change::New { path, parameters }) => {
                 let peer = NewPeer {
                     participant: self.plan.index,
                     room: self.plan.room,
@@ -1096,13 +1180,14 @@ impl Session {
                 };
                 Command::AddPeer {
                     key,
-                    socket: Some(socket),
+                    path: Some(path),
                     peer: Box::new(peer),
                     events: engine.clone(),
                 }
             }
         };
         self.command(command);
+        self.hand_over_paths(role);
     }
 
     fn remove_peers(&self) {
@@ -1164,8 +1249,13 @@ impl Session {
             }
             () => "ICE and DTLS of the subscriber connection (is the server's UDP port reachable?)",
         };
+        let ends = if self.publisher.is_missing() {
+            self.publisher.ends()
+        } else {
+            self.subscriber.ends()
+        };
         format!(
-            "no join within {} s: waiting for {waiting_for}",
+            "no join within {} s: waiting for {waiting_for}{ends}",
             JOIN_TIMEOUT.as_secs()
         )
     }

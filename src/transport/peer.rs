@@ -240,6 +240,8 @@ struct Setup {
     dtls: Dtls,
     epoch: Epoch,
     local_address: SocketAddr,
+    /// Ours in the other address family, where there is one.
+    other_local_address: Option<SocketAddr>,
     remote_fingerprint: Fingerprint,
     dtls_active: bool,
     dtls_started: bool,
@@ -292,6 +294,7 @@ impl Peer {
             dtls,
             epoch,
             local_address: parameters.local_address,
+            other_local_address: None,
             remote_fingerprint: parameters.remote_fingerprint,
             dtls_active: parameters.dtls_active,
             dtls_started: false,
@@ -309,6 +312,20 @@ impl Peer {
             remote: None,
             next_timeout: now,
             setup: Box::new(setup),
+        }
+    }
+
+    /// Our address in the other family. One address a family is enough: where datagrams leave from is their path's to know, and any of them reaches us.
+    pub fn add_local_candidate(&mut self, address: SocketAddr, now: Time) {
+        if address.is_ipv6() == self.setup.local_address.is_ipv6()
+            || self.setup.other_local_address.is_some()
+        {
+            return;
+        }
+        if let Ok(candidate) = Candidate::host(address, Protocol::Udp) {
+            self.setup.other_local_address = Some(address);
+            self.setup.ice.add_local_candidate(candidate);
+            self.next_timeout = now;
         }
     }
 
@@ -536,7 +553,7 @@ impl Setup {
         let packet = StunPacket {
             proto: Protocol::Udp,
             source: from,
-            destination: self.local_address,
+            destination: self.local_address_towards(from),
             message,
         };
         let taken = self.ice.handle_packet(self.epoch.instant(now), packet);
@@ -544,6 +561,12 @@ impl Setup {
             self.silent_until = now + LITE_SILENCE_MAX;
         }
         taken
+    }
+
+    fn local_address_towards(&self, remote: SocketAddr) -> SocketAddr {
+        self.other_local_address
+            .filter(|other| other.is_ipv6() == remote.is_ipv6())
+            .unwrap_or(self.local_address)
     }
 
     fn handle_dtls(&mut self, datagram: &[u8], now: Time) -> bool {

@@ -84,6 +84,7 @@ impl People {
                 pacing: Pacing::Paced,
             },
             layout: None,
+            routes: throng::path::Routes::default(),
             receive_buffer_bytes: 1 << 20,
             single_connection,
             join_retries: 0,

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -41,6 +41,10 @@ pub struct Options {
     pub udp: UdpPorts,
     pub log_level: &'static str,
     pub site: Site,
+    /// Where signalling listens, if that is another address than the site's.
+    pub signalling: Option<IpAddr>,
+    /// Media over TCP alone.
+    pub force_tcp: bool,
     /// Set where the server is to allocate by bandwidth, pausing tracks included.
     pub congestion: Option<Congestion>,
     /// How long packets are in the server is measured.
@@ -78,6 +82,8 @@ impl Default for Options {
             udp: UdpPorts::Range,
             log_level: "warn",
             site: Site::LOOPBACK,
+            signalling: None,
+            force_tcp: false,
             congestion: None,
             forward_stats: false,
         }
@@ -107,8 +113,12 @@ impl Server {
     }
 
     pub fn embedded_at(site: Site) -> Server {
+        Server::embedded_on(site.address.into())
+    }
+
+    pub fn embedded_on(address: IpAddr) -> Server {
         (0..3)
-            .find_map(|_| launch_embedded(site))
+            .find_map(|_| launch_embedded(address))
             .unwrap_or_else(|| panic!("throng sfu did not start three times"))
     }
 
@@ -200,14 +210,14 @@ fn find_binary() -> Option<PathBuf> {
 }
 
 /// One attempt; `None` if the process ended at once.
-fn launch_embedded(site: Site) -> Option<Server> {
+fn launch_embedded(address: IpAddr) -> Option<Server> {
     let port = Ports::find(UdpPorts::Mux).signal;
     let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
     command
         .args(["sfu", "--listen"])
-        .arg(format!("{}:{port}", site.address));
+        .arg(SocketAddr::new(address, port).to_string());
     command.args(["--api-key", KEY, "--api-secret", SECRET]);
-    spawn(command, make_directory(), site, port, port)
+    spawn(command, make_directory(), address, port, port)
 }
 
 /// One attempt; `None` if the process ended at once.
@@ -221,7 +231,9 @@ fn launch_livekit(binary: &Path, options: &Options) -> Option<Server> {
     spawn(
         command,
         directory,
-        options.site,
+        options
+            .signalling
+            .unwrap_or_else(|| options.site.address.into()),
         ports.signal,
         ports.prometheus,
     )
@@ -230,7 +242,7 @@ fn launch_livekit(binary: &Path, options: &Options) -> Option<Server> {
 fn spawn(
     mut command: Command,
     directory: PathBuf,
-    site: Site,
+    address: IpAddr,
     signal: u16,
     prometheus: u16,
 ) -> Option<Server> {
@@ -244,10 +256,10 @@ fn spawn(
         .spawn()
         .unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"));
     let mut server = Server {
-        url: format!("ws://{}:{signal}", site.address),
+        url: format!("ws://{}", SocketAddr::new(address, signal)),
         key: KEY.into(),
         secret: SECRET.into(),
-        prometheus_url: format!("http://{}:{prometheus}/metrics", site.address),
+        prometheus_url: format!("http://{}/metrics", SocketAddr::new(address, prometheus)),
         log_path,
         directory,
         process,
@@ -333,9 +345,15 @@ fn config(ports: &Ports, options: &Options) -> String {
         false => "",
     };
     let Site { address, device } = options.site;
+    let signalling = options.signalling.unwrap_or(address.into());
+    let force_tcp = if options.force_tcp {
+        "  force_tcp: true\n"
+    } else {
+        ""
+    };
     format!(
-        "port: {}\nbind_addresses: [\"{address}\"]\nkeys: {{{KEY}: {SECRET}}}\n\
-         rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n{congestion}{forward_stats}\
+        "port: {}\nbind_addresses: [\"{signalling}\"]\nkeys: {{{KEY}: {SECRET}}}\n\
+         rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n{congestion}{forward_stats}{force_tcp}\
          room: {{auto_create: {}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
         ports.signal,
         address.is_loopback(),

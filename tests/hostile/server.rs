@@ -455,6 +455,65 @@ fn whatever_a_server_says_the_run_ends_on_time_and_reports() {
     );
 }
 
+/// A message of this kind that is cut short.
+fn torn(message: Response) -> Message {
+    let whole = encoded(message);
+    Message::Binary(whole.slice(..whole.len() / 2))
+}
+
+/// The first participant gets a torn Join; the second a torn Offer, the third a torn Answer; those after them torn news of speakers, which nobody needs.
+async fn tear(place: usize, stream: TcpStream) {
+    let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else {
+        return;
+    };
+    let description = || proto::SessionDescription {
+        sdp: "v=0".repeat(30),
+        ..Default::default()
+    };
+    let speakers = proto::SpeakersChanged {
+        speakers: vec![proto::SpeakerInfo::default(); 9],
+    };
+    let message = match place {
+        0 => torn(join_message()),
+        1 => torn(Response::Offer(description())),
+        2 => torn(Response::Answer(description())),
+        _ => torn(Response::SpeakersChanged(speakers)),
+    };
+    if place > 0 {
+        send(&mut socket, join_message()).await;
+    }
+    for _ in 0..if place > 2 { 100 } else { 1 } {
+        let _ = socket.send(message.clone()).await;
+    }
+    if place > 2 {
+        send(&mut socket, leave(proto::leave_request::Action::Disconnect)).await;
+    }
+    while let Some(Ok(_)) = socket.next().await {}
+}
+
+#[test]
+fn a_join_an_offer_or_an_answer_that_cannot_be_read_ends_the_attempt_at_once() {
+    let liar = Liar::start(tear);
+    let (finished, report, people) =
+        liar.run(&["--publishers", "0", "--subscribers", "4", "--duration", "1"]);
+    assert_eq!(report.counter("session", "joins_failed"), 4, "{people}");
+    for name in ["Join", "Offer", "Answer"] {
+        let said = format!("the server's {name} cannot be read");
+        assert!(people.contains(&said), "nobody says '{said}': {people}");
+    }
+    assert_eq!(
+        report.counter("session", "signal_malformed"),
+        103,
+        "{}",
+        finished.stdout
+    );
+    assert!(
+        finished.took < Duration::from_secs(10),
+        "{:?}",
+        finished.took
+    );
+}
+
 /// What the media side did, and what it got.
 #[derive(Default)]
 struct MediaLog {

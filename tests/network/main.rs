@@ -6,6 +6,7 @@ mod common;
 mod attribution;
 mod bad_network;
 mod bandwidth;
+mod paths;
 mod places;
 mod server_metrics;
 mod truth;

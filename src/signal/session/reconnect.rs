@@ -61,7 +61,7 @@ impl Session {
     async fn try_to_resume(&mut self, restart_ice: bool) -> Result<Signal, Failure> {
         self.held_answer = None;
         let mut signal = self.open_signal(true).await?;
-        tokio::time::timeout(RESUME_TIMEOUT, resumption(&mut signal.receiver))
+        tokio::time::timeout(RESUME_TIMEOUT, resumption(self, &mut signal.receiver))
             .await
             .map_err(|_| SignalError::Timeout {
                 after: RESUME_TIMEOUT,
@@ -167,7 +167,7 @@ impl Session {
 }
 
 /// The server's word on a resume, which is the first thing that it says.
-async fn resumption(receiver: &mut SignalReceiver) -> Result<(), Failure> {
+async fn resumption(session: &Session, receiver: &mut SignalReceiver) -> Result<(), Failure> {
     loop {
         match receiver.next().await? {
             SignalEvent::Reconnect { .. } => return Ok(()),
@@ -178,6 +178,7 @@ async fn resumption(receiver: &mut SignalReceiver) -> Result<(), Failure> {
                     Cure::Rejoin,
                 ));
             }
+            SignalEvent::Malformed { kind, .. } => session.handle_malformed(kind)?,
             SignalEvent::Closed { .. } => return Err(SignalError::Closed.into()),
             _ => {}
         }

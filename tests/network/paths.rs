@@ -1,0 +1,221 @@
+//! Media goes where the server's candidates are, whatever signalling came through: another address family, a forwarded port. And where it cannot, that is said
+//! at once, with both ends.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use crate::common::network::{DEVICE, Network, SERVER};
+use crate::common::program::{Finished, Report, Running, Scratch, alone, run, throng};
+use crate::common::server::{Options, Server, Site};
+use rustix::process::{Pid, Signal, kill_process};
+
+const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
+
+/// Forwards TCP from a free port of `listen` to `to`, as `docker -p`, `kubectl port-forward` and `ssh -L` do; until the test's process ends.
+fn forward(listen: IpAddr, to: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind((listen, 0)).expect("a free port");
+    let address = listener.local_addr().expect("a bound socket");
+    std::thread::spawn(move || {
+        while let Ok((client, _)) = listener.accept() {
+            let Ok(server) = TcpStream::connect(to) else {
+                continue;
+            };
+            for (mut from, mut to) in [
+                (client.try_clone().unwrap(), server.try_clone().unwrap()),
+                (server, client),
+            ] {
+                std::thread::spawn(move || {
+                    let _ = io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(std::net::Shutdown::Write);
+                });
+            }
+        }
+    });
+    address
+}
+
+fn address_of(server: &Server) -> SocketAddr {
+    let authority = server.url.strip_prefix("ws://").expect("our own URL");
+    authority.parse().expect("an address and a port")
+}
+
+/// A run of one publisher and two subscribers through `url`.
+fn run_through(url: &str, server: &Server, connection: &str, more: &[&str]) -> (Finished, Report) {
+    let scratch = Scratch::new();
+    let json = scratch.path("run.json");
+    let mut command = throng();
+    command
+        .env("LIVEKIT_URL", url)
+        .env("LIVEKIT_API_KEY", &server.key)
+        .env("LIVEKIT_API_SECRET", &server.secret)
+        .args(["--publishers", "1", "--subscribers", "2", "--duration", "3"])
+        .args(["--connection", connection, "--json"])
+        .arg(&json)
+        .args(more);
+    let finished = run(&mut command, &server.secret);
+    let report = Report::read(&json, &server.secret);
+    (finished, report)
+}
+
+/// What it said, on one line.
+fn unwrapped(finished: &Finished) -> String {
+    let words = finished.stdout.split_whitespace();
+    words.collect::<Vec<_>>().join(" ")
+}
+
+fn joins_and_flows(what: &str, finished: &Finished, report: &Report) {
+    assert_eq!(
+        report.counter("session", "joins_ok"),
+        3,
+        "{what}: {}\n{}",
+        finished.stdout,
+        finished.stderr
+    );
+    assert!(
+        report.counter("audio", "frames_delivered") > 150,
+        "{what}: {}",
+        finished.stdout
+    );
+    for name in [
+        "sends_refused",
+        "sends_unreachable",
+        "sends_blocked",
+        "sends_too_long",
+        "sends_mismatched",
+    ] {
+        assert_eq!(report.counter("session", name), 0, "{what}: {name}");
+    }
+    assert_eq!(report.0["engine"]["send_errors"], 0, "{what}");
+    // On a host that others keep busy a run may be INVALID for its lateness.
+    assert!(
+        matches!(finished.code, Some(0 | 98)),
+        "{what}: {}",
+        finished.stdout
+    );
+}
+
+#[test]
+fn signalling_by_ipv6_and_media_by_ipv4() {
+    let options = Options {
+        signalling: Some(V6),
+        ..Options::default()
+    };
+    let Some(server) = Server::livekit_with(&options) else {
+        return;
+    };
+    let _turn = alone();
+    for connection in ["single", "dual"] {
+        let (finished, report) = run_through(&server.url, &server, connection, &[]);
+        joins_and_flows(connection, &finished, &report);
+    }
+}
+
+#[test]
+fn signalling_by_ipv4_and_media_by_ipv6() {
+    let server = Server::embedded_on(V6);
+    let front = forward(V4, address_of(&server));
+    let _turn = alone();
+    for connection in ["single", "dual"] {
+        let (finished, report) = run_through(&format!("ws://{front}"), &server, connection, &[]);
+        joins_and_flows(connection, &finished, &report);
+    }
+}
+
+#[test]
+fn signalling_through_a_forwarded_port_and_media_by_the_servers_own_address() {
+    let name = "signalling_through_a_forwarded_port_and_media_by_the_servers_own_address";
+    let Some(network) = Network::for_test(module_path!(), name, 1) else {
+        return;
+    };
+    let site = Site {
+        address: SERVER,
+        device: DEVICE,
+    };
+    let _turn = alone();
+    for embedded in [false, true] {
+        let server = network.server.run(|| {
+            if embedded {
+                return Some(Server::embedded_at(site));
+            }
+            Server::livekit_with(&Options {
+                site,
+                ..Options::default()
+            })
+        });
+        let Some(server) = server else { return };
+        let to = address_of(&server);
+        network.clients.run(|| {
+            let front = forward(V4, to);
+            for connection in ["single", "dual"] {
+                let (finished, report) =
+                    run_through(&format!("ws://{front}"), &server, connection, &[]);
+                joins_and_flows(
+                    &format!("{connection}, embedded {embedded}"),
+                    &finished,
+                    &report,
+                );
+            }
+        });
+    }
+}
+
+#[test]
+fn a_server_with_tcp_candidates_alone_is_named_within_two_seconds() {
+    let options = Options {
+        force_tcp: true,
+        ..Options::default()
+    };
+    let Some(server) = Server::livekit_with(&options) else {
+        return;
+    };
+    let _turn = alone();
+    for connection in ["single", "dual"] {
+        let (finished, report) = run_through(&server.url, &server, connection, &[]);
+        assert_eq!(report.counter("session", "joins_failed"), 3);
+        for said in ["only TCP candidates (127.0.0.1:", "ours: 127.0.0.1"] {
+            assert!(unwrapped(&finished).contains(said), "{}", finished.stdout);
+        }
+        assert!(
+            finished.took < Duration::from_secs(8),
+            "{connection}: {:?}",
+            finished.took
+        );
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_is_not_the_generators_fault() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = alone();
+    let scratch = Scratch::new();
+    let json = scratch.path("run.json");
+    let mut command = throng();
+    command
+        .env("LIVEKIT_URL", &server.url)
+        .env("LIVEKIT_API_KEY", &server.key)
+        .env("LIVEKIT_API_SECRET", &server.secret)
+        .args(["--publishers", "3", "--subscribers", "4", "--duration", "6"])
+        .arg("--json")
+        .arg(&json);
+    let running = Running::start(&mut command, &server.secret);
+    std::thread::sleep(Duration::from_secs(4));
+    kill_process(Pid::from_raw(server.pid() as i32).unwrap(), Signal::KILL).unwrap();
+    let finished = running.finish();
+    let report = Report::read(&json, &server.secret);
+    assert_eq!(report.0["engine"]["send_errors"], 0, "{}", finished.stdout);
+    assert!(
+        report.counter("session", "sends_refused") > 0,
+        "{}",
+        finished.stdout
+    );
+    let said = unwrapped(&finished);
+    assert!(
+        said.contains("nothing listens any more") && !said.contains("no room to send"),
+        "{}",
+        finished.stdout
+    );
+}
