@@ -1,6 +1,7 @@
 //! One peer connection, without sockets or clocks: ICE and DTLS set it up, then SRTP, RTP and RTCP carry media in place.
 
 pub mod bandwidth;
+mod dtls_crypto;
 pub mod feedback;
 pub mod peer;
 pub mod receive;

@@ -5,15 +5,18 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use dimpl::crypto::{Buf, HashAlgorithm, KeyProvider, SignatureAlgorithm, SigningKey};
 use dimpl::{CryptoError, CryptoOperation, Dtls, DtlsCertificate, Output, SrtpProfile};
 use is::stun::{StunMessage, StunPacket};
 use is::{Candidate, IceAgent, IceAgentEvent, IceCreds, Protocol};
+use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
+use ring::digest;
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 
+use super::dtls_crypto;
 use super::sdp::Fingerprint;
 use super::srtp::{self, DtlsRole, Opener, Profile, Sealer};
 use crate::net;
@@ -58,12 +61,9 @@ impl Identity {
     }
 
     fn with_config(config: dimpl::ConfigBuilder) -> Result<Identity, String> {
-        let certificate =
-            dimpl::certificate::generate_self_signed_certificate().map_err(|e| e.to_string())?;
-        let mut provider = dimpl::crypto::aws_lc_rs::default_provider();
-        provider.key_provider = LoadedKey::leaked(&certificate)?;
+        let certificate = self_signed_certificate().map_err(|e| e.to_string())?;
         let config = config
-            .with_crypto_provider(provider)
+            .with_crypto_provider(dtls_crypto::provider(LoadedKey::leaked(&certificate)?))
             // A cookie proves that a ClientHello comes from where it says (RFC 6347, section 4.2.1). ICE has proved it before, and a connection that nobody
             // described gets no answer at all.
             .use_server_cookie(false)
@@ -80,13 +80,36 @@ impl Identity {
 
     /// For `a=fingerprint`.
     pub fn fingerprint(&self) -> Fingerprint {
-        let mut bytes = [0; 32];
-        bytes
-            .iter_mut()
-            .zip(self.certificate.fingerprint())
-            .for_each(|(to, from)| *to = from);
-        Fingerprint(bytes)
+        fingerprint(&self.certificate.certificate)
     }
+}
+
+/// SHA-256 of a certificate (RFC 8122, section 5).
+fn fingerprint(certificate: &[u8]) -> Fingerprint {
+    let digest = digest::digest(&digest::SHA256, certificate);
+    let mut bytes = [0; 32];
+    bytes.copy_from_slice(digest.as_ref());
+    Fingerprint(bytes)
+}
+
+/// Valid for a year from now. Whose it is says the fingerprint in a description, nothing in it.
+fn self_signed_certificate() -> Result<DtlsCertificate, rcgen::Error> {
+    const YEAR: Duration = Duration::from_secs(365 * 24 * 3_600);
+    let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
+    let mut params = CertificateParams::new(Vec::new())?;
+    params.distinguished_name = DistinguishedName::new();
+    params
+        .distinguished_name
+        .push(DnType::CommonName, "DTLS Peer");
+    let now = SystemTime::now();
+    (params.not_before, params.not_after) = (now.into(), (now + YEAR).into());
+    // Firefox wants one that no other certificate has.
+    params.serial_number = Some(Secrets::system().bytes::<16>().to_vec().into());
+    let certificate = params.self_signed(&key)?;
+    Ok(DtlsCertificate {
+        certificate: certificate.der().to_vec(),
+        private_key: key.serialize_der(),
+    })
 }
 
 /// The one private key of an [`Identity`], read once. The library would read it again for each connection, and check it each time: a tenth of the handshake.
@@ -603,7 +626,7 @@ impl Setup {
     }
 
     fn check_certificate(&mut self, der: &[u8]) {
-        if dimpl::certificate::calculate_fingerprint(der) != self.remote_fingerprint.0 {
+        if fingerprint(der) != self.remote_fingerprint {
             self.fail(PeerFailure::FingerprintMismatch);
         }
     }
