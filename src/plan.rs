@@ -5,6 +5,7 @@
 //! [`Shape`] is that of all of them together, and what is added up is this host's [`Part`].
 
 mod part;
+mod schedule;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -20,6 +21,7 @@ use crate::units::{Bitrate, Time};
 
 use part::Headcount;
 pub use part::{LostPublishers, Part, Placement, Role, VANTAGES_MAX, Vantage, WEIGHT_MAX};
+pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
 pub const PARTICIPANTS_MAX: u64 = 1_000_000;

@@ -24,6 +24,8 @@ const WINDOW_MARGIN: u64 = 256;
 /// Frames by where they were lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Losses {
+    /// Never made: the source was gone, and the plan meant it to send.
+    pub source: u64,
     pub uplink: u64,
     pub sfu: u64,
     pub downlink: u64,
@@ -194,6 +196,7 @@ impl Attribution {
     /// What has been attributed so far.
     pub fn losses(&self) -> Losses {
         Losses {
+            source: 0,
             uplink: self.uplink.into(),
             sfu: self.sfu.into(),
             downlink: self.downlink.into(),

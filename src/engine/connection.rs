@@ -76,6 +76,10 @@ pub struct Connection {
     /// The other side's reference time, to be answered with a DLRR (RFC 3611, section 4.5).
     reference_time: Option<ReferenceTime>,
     closed: bool,
+    /// By plan.
+    leaves: bool,
+    /// Streams that were live when it was last looked whether one takes the place of another.
+    streams_live: usize,
     early: VecDeque<EarlyPacket>,
     /// Where any was agreed on.
     feedback: Option<Box<Feedback>>,
@@ -140,6 +144,8 @@ impl Connection {
             rtt_rtcp: None,
             reference_time: None,
             closed: false,
+            leaves: false,
+            streams_live: 0,
             early: VecDeque::new(),
             feedback: None,
             sending: None,
@@ -181,20 +187,22 @@ impl Connection {
         }
     }
 
-    pub fn end_streams(&mut self, ssrcs: &[u32], roster: &Roster, record: &mut Record) {
+    /// The server withdrew these streams.
+    pub fn withdraw_streams(&mut self, ssrcs: &[u32], roster: &Roster, record: &mut Record) {
         for stream in self
             .streams
             .iter_mut()
             .filter(|stream| ssrcs.contains(&stream.ssrc()))
         {
-            stream.end(roster, record);
+            stream.withdraw(roster, record);
         }
         self.ssrcs
             .retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
     }
 
-    /// The participant leaves: its streams owe nothing from now on, and what is under way may still come.
+    /// The plan has the participant leave: its streams are owed nothing from now on, and what is under way may still come.
     pub fn leave(&mut self, roster: &Roster, record: &mut Record, now: Time) {
+        self.leaves = true;
         self.streams
             .iter_mut()
             .for_each(|stream| stream.leave(roster, record, now));
@@ -279,7 +287,14 @@ impl Connection {
     /// Nothing is sent or taken any more. What its streams still ought to have received goes on being expected: the participant is missing it.
     pub fn close(&mut self) {
         self.closed = true;
-        self.tracks.iter_mut().for_each(SendTrack::stop);
+    }
+
+    /// The tracks of a connection that is gone. Where the plan had it go, they owe nothing.
+    pub fn take_tracks(&mut self) -> Vec<SendTrack> {
+        let mut tracks = std::mem::take(&mut self.tracks);
+        tracks.iter_mut().for_each(SendTrack::lose);
+        tracks.retain(|_| !self.leaves);
+        tracks
     }
 
     /// The publishers stop now: a picture that stands still at this moment is a freeze, although no frame will end it.
@@ -290,9 +305,9 @@ impl Connection {
     }
 
     /// The server was asked at `at` for another layer of a stream, or for nothing.
-    pub fn watch(&mut self, ssrc: u32, layer: Option<u8>, at: Time) {
+    pub fn watch(&mut self, ssrc: u32, layer: Option<u8>, at: Time, roster: &Roster) {
         if let Some((stream, false)) = self.find_stream(ssrc) {
-            self.streams[stream].watch(layer, at);
+            self.streams[stream].watch(layer, at, roster);
         }
     }
 
@@ -881,6 +896,7 @@ impl Connection {
 
     /// Closes the account of every stream.
     pub fn finish(&mut self, roster: &Roster, record: &mut Record) {
+        self.end_replaced_streams(roster, record);
         self.streams
             .iter_mut()
             .for_each(|stream| stream.finish(roster, record));
@@ -888,9 +904,27 @@ impl Connection {
 
     /// Brings the record up to date with what the streams counted.
     pub fn account(&mut self, roster: &Roster, record: &mut Record) {
+        self.end_replaced_streams(roster, record);
         self.streams
             .iter_mut()
             .for_each(|stream| stream.account(roster, record));
+    }
+
+    /// A stream that the server withdrew, and gave again under another SSRC, is owed nothing from the new one's first frame on.
+    fn end_replaced_streams(&mut self, roster: &Roster, record: &mut Record) {
+        let live = self.streams.iter().filter(|stream| stream.is_live()).count();
+        if std::mem::replace(&mut self.streams_live, live) == live {
+            return;
+        }
+        for at in 0..self.streams.len() {
+            if self.streams[at].is_withdrawn() {
+                let (before, after) = self.streams.split_at_mut(at + 1);
+                let successor = after.iter().find(|next| next.takes_place_of(&before[at]));
+                if let Some(successor) = successor {
+                    before[at].end_before(successor, roster, record);
+                }
+            }
+        }
     }
 
     pub fn outcome(&self, roster: &Roster) -> PeerOutcome {

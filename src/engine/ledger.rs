@@ -3,10 +3,13 @@
 //! The truth is the publisher's: frame numbers and intended moments are read from the frames, and how many there are from the [`Roster`]. A subscription is
 //! a row of *stretches*, each on one layer. Of a stretch every frame from its first to its last is expected; between two stretches, those of the earlier
 //! layer whose turn came before the later one began.
+//!
+//! A source that is gone though the plan means it to send goes on owing frames that it never makes; the roster counts them, and each subscription is owed
+//! those of the layer that it was given last ([`Ledger::unsent`]).
 
 use std::time::Duration;
 
-use super::{LAYERS_MAX, Roster};
+use super::{LAYERS_MAX, Owed, Roster};
 use crate::media::assemble::{DeliveredWindow, Delivery};
 use crate::media::identity::FrameIdentity;
 use crate::net;
@@ -27,7 +30,14 @@ pub struct Ledger {
     /// Asked for again; the next new frame begins a stretch.
     resumed: bool,
     /// How far each layer was when the subscription ended.
-    ended_at: Option<[u32; LAYERS_MAX]>,
+    ended_at: Option<[Owed; LAYERS_MAX]>,
+    /// How often the source had begun when its first frame came: what it sends after it has begun anew is for other subscriptions.
+    publications: u32,
+    /// The server withdrew the subscription, when the current layer had made so many frames.
+    withdrawn: Option<u32>,
+    /// Frames that the source owed and never made: of earlier stretches, and how many the current layer had left unsent when this one began.
+    settled_unsent: u64,
+    unsent_before: u32,
     /// How far each layer was at the last mark, and how many frames from before it have come since.
     mark: [u32; LAYERS_MAX],
     overdue: u32,
@@ -121,7 +131,10 @@ impl Ledger {
 
     fn take(&mut self, identity: &FrameIdentity, roster: &Roster) -> Delivery {
         let Some(last) = self.current.last() else {
+            let origin = (identity.origin, identity.track);
             self.current.layer = identity.layer;
+            self.publications = roster.publications(origin, identity.layer);
+            self.unsent_before = roster.owed(origin, identity.layer).unsent;
             return self.current.deliver(identity);
         };
         if identity.layer == self.current.layer {
@@ -189,7 +202,9 @@ impl Ledger {
         self.settled_expected +=
             self.previous.len() + self.previous.missed_before(&self.current, interval);
         self.settled_delivered += self.previous.window.delivered();
-        self.current.sent = self.sent((origin, track), self.current.layer, roster);
+        self.current.sent = self.owed((origin, track), self.current.layer, roster).frames;
+        self.settle_unsent((origin, track), roster);
+        self.unsent_before = roster.owed((origin, track), identity.layer).unsent;
         let next = Stretch {
             layer: identity.layer,
             after_pause: self.resumed,
@@ -200,8 +215,34 @@ impl Ledger {
     }
 
     /// The subscriber wants nothing for now.
-    pub fn pause(&mut self) {
+    pub fn pause(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
+        if let Some(origin) = origin {
+            self.settle_unsent(origin, roster);
+        }
         self.paused = true;
+    }
+
+    /// Frames that the source owed to this subscription and never made.
+    pub fn unsent(&self, origin: Option<(u32, u8)>, roster: &Roster) -> u64 {
+        let of_current = match origin {
+            Some(origin) if !self.owes_nothing() => {
+                let unsent = self.owed(origin, self.current.layer, roster).unsent;
+                unsent.saturating_sub(self.unsent_before).into()
+            }
+            _ => 0,
+        };
+        self.settled_unsent + of_current
+    }
+
+    fn settle_unsent(&mut self, origin: (u32, u8), roster: &Roster) {
+        let unsent = self.owed(origin, self.current.layer, roster).unsent;
+        self.settled_unsent = self.unsent(Some(origin), roster);
+        self.unsent_before = unsent;
+    }
+
+    /// Nothing has come yet, or nothing is asked for.
+    fn owes_nothing(&self) -> bool {
+        self.is_empty() || self.paused || self.resumed
     }
 
     pub fn resume(&mut self) {
@@ -224,17 +265,59 @@ impl Ledger {
 
     /// Frames that ought to have come after the last one that did.
     pub fn missing_at_the_end(&self, (origin, track): (u32, u8), roster: &Roster) -> u64 {
-        let sent = self.sent((origin, track), self.current.layer, roster);
+        let sent = self.owed((origin, track), self.current.layer, roster).frames;
         match (self.current.last(), self.paused || self.resumed) {
-            (Some(last), false) => sent.saturating_sub(last + 1).into(),
+            (Some(last), false) => {
+                u64::from(sent.saturating_sub(last + 1)) + self.unsent(Some((origin, track)), roster)
+            }
             _ => 0,
         }
     }
 
-    /// Nothing more is expected than what was sent by now.
+    /// The server withdrew the subscription. What its source makes, or owes, until it begins anew is still owed.
+    pub fn withdraw(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
+        let made = origin.map(|origin| self.owed(origin, self.current.layer, roster).frames);
+        self.withdrawn = made;
+    }
+
+    /// Frames that are expected although they were made after the server had withdrawn the subscription: it cannot have sent them.
+    pub fn made_since_withdrawal(&self, origin: (u32, u8), roster: &Roster) -> u64 {
+        match self.withdrawn {
+            Some(before) if !self.owes_nothing() => {
+                let made = self.owed(origin, self.current.layer, roster).frames;
+                made.saturating_sub(before).into()
+            }
+            _ => 0,
+        }
+    }
+
+    /// Nothing more is expected than what was sent by now, and what was owed.
     pub fn end(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
-        self.ended_at
-            .get_or_insert_with(|| all_sent(origin, roster));
+        if self.ended_at.is_some() {
+            return;
+        }
+        let ended_at = std::array::from_fn(|layer| {
+            origin.map_or(Owed::default(), |origin| {
+                self.owed(origin, layer as u8, roster)
+            })
+        });
+        self.ended_at = Some(ended_at);
+    }
+
+    /// Another subscription has taken the place of this one, from its first frame on.
+    pub fn end_before(&mut self, successor: &Ledger, origin: (u32, u8), roster: &Roster) {
+        self.end(Some(origin), roster);
+        let (layer, first) = (successor.current.layer, successor.first_frame());
+        if let (Some(ended_at), Some(first)) = (&mut self.ended_at, first)
+            && let Some(end) = ended_at.get_mut(usize::from(layer))
+        {
+            end.frames = end.frames.min(first);
+        }
+    }
+
+    /// Of those that came on the layer that it is given now.
+    fn first_frame(&self) -> Option<u32> {
+        self.current.first()
     }
 
     /// The subscription has ended, and this frame was not made by then.
@@ -242,7 +325,7 @@ impl Ledger {
         let ended_at = self
             .ended_at
             .and_then(|ended_at| ended_at.get(usize::from(identity.layer)).copied());
-        ended_at.is_some_and(|sent| identity.frame >= sent)
+        ended_at.is_some_and(|end| identity.frame >= end.frames)
     }
 
     /// From here on frames that were made by now, and come later, are counted apart.
@@ -255,11 +338,19 @@ impl Ledger {
         self.overdue.into()
     }
 
-    fn sent(&self, (origin, track): (u32, u8), layer: u8, roster: &Roster) -> u32 {
+    /// How far a layer is, as far as it matters here.
+    fn owed(&self, origin: (u32, u8), layer: u8, roster: &Roster) -> Owed {
         let ended_at = self
             .ended_at
             .and_then(|ended_at| ended_at.get(usize::from(layer)).copied());
-        ended_at.unwrap_or_else(|| roster.frames(origin, track, layer))
+        let before_return = || {
+            roster
+                .owed_before_return(origin, layer, self.publications)
+                .filter(|_| self.withdrawn.is_some())
+        };
+        ended_at
+            .or_else(before_return)
+            .unwrap_or_else(|| roster.owed(origin, layer))
     }
 
     /// No frame has come yet.
@@ -277,7 +368,7 @@ impl Ledger {
             return 0;
         };
         let interval = roster.frame_interval(origin, track, self.previous.layer);
-        let sent = self.sent((origin, track), self.current.layer, roster);
+        let sent = self.owed((origin, track), self.current.layer, roster).frames;
         let of_current = match self.paused || self.resumed {
             true => self.current.len(),
             false => u64::from(sent.saturating_sub(first)),
@@ -352,6 +443,14 @@ mod tests {
 
         fn expected(&self) -> u64 {
             self.ledger.expected(Some((0, 1)), &self.roster)
+        }
+
+        fn unsent(&self) -> u64 {
+            self.ledger.unsent(Some((0, 1)), &self.roster)
+        }
+
+        fn pause(&mut self) {
+            self.ledger.pause(Some((0, 1)), &self.roster);
         }
     }
 
@@ -493,10 +592,68 @@ mod tests {
     }
 
     #[test]
+    fn a_source_that_is_gone_goes_on_owing_to_who_was_given_its_layer() {
+        let mut world = World::new(1_000 * MS);
+        world.deliver(2, 0..=30);
+        world.roster.add_unsent(&frame(2, 0), 90);
+        world.roster.add_unsent(&frame(0, 0), 45);
+        assert_eq!((world.expected(), world.unsent()), (31, 90));
+        // Whoever looks away is owed nothing; nor is who looks again, before anything has come.
+        world.pause();
+        world.roster.add_unsent(&frame(2, 0), 30);
+        world.ledger.resume();
+        assert_eq!(world.unsent(), 90);
+        world.roster.set_frames(&frame(2, 0), 100);
+        world.deliver(2, [99]);
+        world.roster.add_unsent(&frame(2, 0), 3);
+        assert_eq!(world.unsent(), 93);
+        world.ledger.end(Some((0, 1)), &world.roster);
+        world.roster.add_unsent(&frame(2, 0), 1_000);
+        assert_eq!((world.expected(), world.unsent()), (32, 93));
+    }
+
+    #[test]
+    fn a_subscription_that_the_server_withdrew_is_owed_frames_until_its_source_begins_anew() {
+        let mut world = World::new(1_000 * MS);
+        world.deliver(2, 0..=20);
+        world.ledger.withdraw(Some((0, 1)), &world.roster);
+        world.roster.set_frames(&frame(2, 0), 61);
+        world.roster.add_unsent(&frame(2, 0), 15);
+        assert_eq!((world.expected(), world.unsent()), (61, 15));
+        let since = |world: &World| world.ledger.made_since_withdrawal((0, 1), &world.roster);
+        assert_eq!(since(&world), 30);
+        let begins = frame(2, 61);
+        world
+            .roster
+            .set_published(&begins, Time::from_millis(9), Duration::from_millis(33));
+        world.roster.set_frames(&frame(2, 0), 600);
+        world.roster.add_unsent(&frame(2, 0), 60);
+        assert_eq!((world.expected(), world.unsent()), (61, 15));
+        assert_eq!(since(&world), 30);
+        // One that the server never withdrew goes on.
+        world.ledger.withdrawn = None;
+        assert_eq!((world.expected(), world.unsent()), (600, 75));
+    }
+
+    #[test]
+    fn a_subscription_ends_where_another_one_takes_its_place() {
+        let mut world = World::new(1_000 * MS);
+        world.deliver(2, 0..=20);
+        world.ledger.withdraw(Some((0, 1)), &world.roster);
+        world.roster.set_frames(&frame(2, 0), 61);
+        let mut successor = Ledger::default();
+        successor.deliver(&frame(2, 40), &world.roster);
+        world.ledger.end_before(&successor, (0, 1), &world.roster);
+        world.roster.set_frames(&frame(2, 0), 100);
+        let both = world.expected() + successor.expected(Some((0, 1)), &world.roster);
+        assert_eq!((world.expected(), both), (40, 100));
+    }
+
+    #[test]
     fn what_nobody_asked_for_is_not_expected() {
         let mut world = World::new(3_000 * MS);
         world.deliver(2, 0..=20);
-        world.ledger.pause();
+        world.pause();
         assert_eq!(world.expected(), 21);
         // Under way when the server heard of it.
         world.deliver(2, [22]);
@@ -508,7 +665,7 @@ mod tests {
             (world.expected(), world.ledger.delivered()),
             (23 + 21, 22 + 21)
         );
-        world.ledger.pause();
+        world.pause();
         world.ledger.resume();
         world.deliver(0, 44..=45);
         assert_eq!(

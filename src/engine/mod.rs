@@ -94,10 +94,15 @@ pub enum Command {
         key: usize,
         streams: Vec<StreamParameters>,
     },
-    /// Streams that the server withdrew, by media SSRC.
+    /// Streams that the server withdrew, by media SSRC. What their sources make from then on stays owed: see [`Command::Leave`] for who is to go.
     Unsubscribe {
         key: usize,
         ssrcs: Vec<u32>,
+    },
+    /// The server took one of our tracks out of the room. It stops, and what the plan means it to send stays owed.
+    LoseTrack {
+        key: usize,
+        track: u8,
     },
     /// Which layers of a track somebody watches, one bit each, the lowest layer first. The others rest, and start again with a key frame.
     SetLayers {
@@ -130,13 +135,14 @@ pub enum Command {
         participant: u32,
         tap: Box<Tap>,
     },
-    /// The participant leaves soon: what is sent to this peer from now on is not expected, and what is under way may still come. [`Command::RemovePeer`] follows.
+    /// The plan has the participant leave: what is sent to this peer from now on is not expected, and what is under way may still come; what its tracks do not
+    /// send from now on is owed to nobody. [`Command::RemovePeer`] follows, where the peer is still there.
     Leave {
         key: usize,
     },
     /// Every track of every peer stops at its next frame; repair goes on.
     StopPublishing,
-    /// Closes one peer for good.
+    /// Closes one peer for good. Where no [`Command::Leave`] came before, it is lost: what the plan means it to send and to receive stays owed.
     RemovePeer {
         key: usize,
     },
@@ -268,6 +274,19 @@ struct LayerCell {
     published_at: AtomicU64,
     /// Made when the layer is first published: most participants publish nothing.
     lacking: OnceLock<Box<Lacking>>,
+    /// Frames that the plan meant the layer to send while its source was gone: they were never made.
+    unsent: AtomicU32,
+    /// How often the layer began: once, and again each time that its source came back.
+    publications: AtomicU32,
+    /// What had been made and left unsent when it began last.
+    began_with: [AtomicU32; 2],
+}
+
+/// How far a layer is, or was: the frames that it has sent, and those that it owes and never sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Owed {
+    frames: u32,
+    unsent: u32,
 }
 
 /// How many frames one layer of one track has sent since it began.
@@ -426,7 +445,44 @@ impl Roster {
             cell.published_at.store(at.as_nanos().max(1), Relaxed);
             cell.interval_us.store(micros(interval), Relaxed);
             cell.lacking.get_or_init(Box::default);
+            let now = cell.owed();
+            cell.began_with[0].store(now.frames, Relaxed);
+            cell.began_with[1].store(now.unsent, Relaxed);
+            cell.publications.fetch_add(1, Relaxed);
         }
+    }
+
+    /// The source of a layer is gone, and has let so many frames go by that the plan meant it to send.
+    fn add_unsent(&self, identity: &FrameIdentity, frames: u32) {
+        if let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) {
+            cell.unsent.fetch_add(frames, Relaxed);
+        }
+    }
+
+    /// How often the source of a layer has begun to send it.
+    fn publications(&self, (origin, track): (u32, u8), layer: u8) -> u32 {
+        self.cell(origin, track, layer)
+            .map_or(0, |cell| cell.publications.load(Relaxed))
+    }
+
+    /// How far a layer is.
+    fn owed(&self, (origin, track): (u32, u8), layer: u8) -> Owed {
+        self.cell(origin, track, layer)
+            .map_or(Owed::default(), LayerCell::owed)
+    }
+
+    /// How far a layer came before its source began once more: what that sends is for another subscription. `None` where it has not.
+    fn owed_before_return(
+        &self,
+        (origin, track): (u32, u8),
+        layer: u8,
+        publications: u32,
+    ) -> Option<Owed> {
+        let cell = self.cell(origin, track, layer)?;
+        (cell.publications.load(Relaxed) > publications).then(|| Owed {
+            frames: cell.began_with[0].load(Relaxed),
+            unsent: cell.began_with[1].load(Relaxed),
+        })
     }
 
     fn set_frames(&self, identity: &FrameIdentity, frames: u32) {
@@ -520,6 +576,15 @@ impl Roster {
         };
         self.cells
             .get(origin as usize * CELLS_PER_PARTICIPANT + place)
+    }
+}
+
+impl LayerCell {
+    fn owed(&self) -> Owed {
+        Owed {
+            frames: self.frames.load(Relaxed),
+            unsent: self.unsent.load(Relaxed),
+        }
     }
 }
 

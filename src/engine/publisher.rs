@@ -203,6 +203,8 @@ pub struct SendTrack {
     /// The cumulative loss that the last receiver report has stated.
     reported_lost: i32,
     stopped: bool,
+    /// The server has taken it out of the room, or its connection is gone.
+    lost: bool,
     muted: bool,
     /// Nobody watches this layer.
     unwatched: bool,
@@ -329,6 +331,7 @@ impl SendTrack {
             octets: 0,
             reported_lost: 0,
             stopped: false,
+            lost: false,
             muted: false,
             unwatched: false,
             held_back: false,
@@ -377,25 +380,48 @@ impl SendTrack {
         self.stopped = true;
     }
 
-    /// A muted track sends nothing, as if its slots were not there.
-    pub fn set_muted(&mut self, muted: bool, now: Time) {
-        let was_at_rest = self.is_at_rest();
-        self.muted = muted;
-        self.resume_after(was_at_rest, now);
+    /// No further frames, as [`SendTrack::stop`]; but the plan means it to go on: [`SendTrack::pass_unsent`] counts what it owes.
+    pub fn lose(&mut self) {
+        self.lost = true;
     }
 
-    /// A layer that nobody watches rests.
+    pub fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Passes the slots before `until` of a track that is lost. Returns how many frames they would have had; none where it was meant to rest.
+    pub fn pass_unsent(&mut self, until: Time) -> u32 {
+        let mut frames = 0;
+        while self.is_meant_to_send() && self.slot_at < until {
+            let media = self.media_at(self.slot_at);
+            self.position = (self.position + 1) % self.parameters.source.len() as u32;
+            frames += u32::from(self.has_identity(media));
+            self.go_to_slot(self.slot + 1);
+        }
+        frames
+    }
+
+    /// A muted track sends nothing, as if its slots were not there.
+    pub fn set_muted(&mut self, muted: bool, now: Time) {
+        let was_meant = self.is_meant_to_send();
+        self.muted = muted;
+        self.resume_after(was_meant, now);
+    }
+
+    /// A layer that nobody watches rests. That nobody can watch a lost one any more does not settle its debt.
     pub fn set_watched(&mut self, watched: bool, now: Time) {
-        let was_at_rest = self.is_at_rest();
-        self.unwatched = !watched;
-        self.resume_after(was_at_rest, now);
+        if !self.lost {
+            let was_meant = self.is_meant_to_send();
+            self.unwatched = !watched;
+            self.resume_after(was_meant, now);
+        }
     }
 
     /// A layer that the path has no room for rests. Returns whether that is new.
     pub fn set_held_back(&mut self, held_back: bool, now: Time) -> bool {
-        let was_at_rest = self.is_at_rest();
+        let was_meant = self.is_meant_to_send();
         let is_new = std::mem::replace(&mut self.held_back, held_back) != held_back;
-        self.resume_after(was_at_rest, now);
+        self.resume_after(was_meant, now);
         is_new
     }
 
@@ -405,7 +431,7 @@ impl SendTrack {
 
     /// Whether it would be sent if the path had room.
     pub fn is_wanted(&self) -> bool {
-        !(self.stopped || self.muted || self.unwatched)
+        !(self.stopped || self.lost || self.muted || self.unwatched)
     }
 
     pub fn is_simulcast(&self) -> bool {
@@ -418,12 +444,16 @@ impl SendTrack {
     }
 
     fn is_at_rest(&self) -> bool {
-        self.stopped || self.muted || self.unwatched || self.held_back
+        self.lost || !self.is_meant_to_send()
+    }
+
+    fn is_meant_to_send(&self) -> bool {
+        !(self.stopped || self.muted || self.unwatched || self.held_back)
     }
 
     /// Goes on in the plan's next slot. Those that passed meanwhile were not missed.
-    fn resume_after(&mut self, was_at_rest: bool, now: Time) {
-        if !was_at_rest || self.is_at_rest() {
+    fn resume_after(&mut self, was_meant: bool, now: Time) {
+        if was_meant || !self.is_meant_to_send() {
             return;
         }
         self.fresh = true;

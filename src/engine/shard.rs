@@ -31,6 +31,10 @@ pub struct Shard {
     record: Box<Record>,
     /// What became of connections whose participants have come back on others.
     former: Vec<PeerOutcome>,
+    /// Tracks of connections that are gone, though the plan means them to send.
+    gone: Vec<SendTrack>,
+    /// Peers that are there, and have lost a track.
+    losers: Vec<usize>,
     /// Of recorded participants that have subscribed to nothing yet, or lost the connection that did.
     taps: Vec<(u32, Box<Tap>)>,
     /// Connections that are neither up nor given up.
@@ -68,6 +72,8 @@ impl Shard {
             events: VecDeque::new(),
             record: Box::default(),
             former: Vec::new(),
+            gone: Vec::new(),
+            losers: Vec::new(),
             taps: Vec::new(),
             in_setup: 0,
             frame_events: Vec::with_capacity(EVENTS_MAX),
@@ -115,6 +121,7 @@ impl Shard {
 
     pub fn add_peer(&mut self, key: usize, new: NewPeer, now: Time, io: &mut impl Io) {
         if let Some(mut former) = self.peers[key].take() {
+            self.gone.extend(former.take_tracks());
             former.end_all_streams(&self.config.roster, &mut self.record);
             former.finish(&self.config.roster, &mut self.record);
             self.former.push(former.outcome(&self.config.roster));
@@ -139,9 +146,11 @@ impl Shard {
         ] {
             self.control_timers.set(control(key, kind), Time::MAX);
         }
+        self.losers.retain(|loser| *loser != key);
         if let Some(peer) = self.peers[key].as_mut() {
             self.in_setup -= usize::from(peer.is_in_setup());
             peer.end_streams_of_leaver(&self.config.roster, &mut self.record);
+            self.gone.extend(peer.take_tracks());
             peer.close();
             self.taps
                 .extend(peer.tap.take().map(|tap| (peer.participant, tap)));
@@ -207,7 +216,7 @@ impl Shard {
                 at,
             } => {
                 if let Some(peer) = self.peers[key].as_mut() {
-                    peer.watch(ssrc, layer, at);
+                    peer.watch(ssrc, layer, at, &self.config.roster);
                 }
             }
             Command::SetPaused {
@@ -222,9 +231,16 @@ impl Shard {
             }
             Command::Record { participant, tap } => self.taps.push((participant, tap)),
             Command::Leave { key } => {
+                self.pass_unsent(now);
                 if let Some(peer) = self.peers[key].as_mut() {
                     peer.leave(&self.config.roster, &mut self.record, now);
+                    let leaver = peer.participant;
+                    self.gone.retain(|track| track.identity().origin != leaver);
                 }
+            }
+            Command::LoseTrack { key, track } => {
+                self.change_tracks(key, track, SendTrack::lose);
+                self.losers.push(key);
             }
             Command::StopPublishing => self.stop_publishing(now),
             Command::AddPeer { .. }
@@ -239,6 +255,9 @@ impl Shard {
     }
 
     fn publish(&mut self, key: usize, tracks: Vec<SendParameters>, now: Time) {
+        for parameters in &tracks {
+            self.end_gone(&parameters.identity, parameters.first_frame_at);
+        }
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
@@ -318,6 +337,8 @@ impl Shard {
     }
 
     fn stop_publishing(&mut self, now: Time) {
+        self.pass_unsent(now);
+        self.gone.clear();
         for peer in self.peers.iter_mut().flatten() {
             peer.tracks.iter_mut().for_each(SendTrack::stop);
             peer.settle(&self.config.roster, &mut self.record, now);
@@ -326,8 +347,38 @@ impl Shard {
 
     fn unsubscribe(&mut self, key: usize, ssrcs: &[u32]) {
         if let Some(peer) = self.peers[key].as_mut() {
-            peer.end_streams(ssrcs, &self.config.roster, &mut self.record);
+            peer.withdraw_streams(ssrcs, &self.config.roster, &mut self.record);
         }
+    }
+
+    /// Sources that are gone, though the plan means them to send, let their slots go by.
+    fn pass_unsent(&mut self, now: Time) {
+        let roster = &self.config.roster;
+        for track in &mut self.gone {
+            let unsent = track.pass_unsent(now);
+            roster.add_unsent(track.identity(), unsent);
+        }
+        for key in &self.losers {
+            let tracks = self.peers[*key].iter_mut().flat_map(|peer| &mut peer.tracks);
+            for track in tracks.filter(|track| track.is_lost()) {
+                let unsent = track.pass_unsent(now);
+                roster.add_unsent(track.identity(), unsent);
+            }
+        }
+    }
+
+    /// A source sends again from this moment on.
+    fn end_gone(&mut self, identity: &FrameIdentity, from: Time) {
+        let is_same = |track: &SendTrack| {
+            let other = track.identity();
+            (other.origin, other.track, other.layer)
+                == (identity.origin, identity.track, identity.layer)
+        };
+        for track in self.gone.iter_mut().filter(|track| is_same(track)) {
+            let unsent = track.pass_unsent(from);
+            self.config.roster.add_unsent(identity, unsent);
+        }
+        self.gone.retain(|track| !is_same(track));
     }
 
     /// Something that no parser took.
@@ -592,6 +643,7 @@ impl Shard {
 
     /// Sends the media that is due.
     pub fn handle_media_timers(&mut self, now: Time, io: &mut impl Io) {
+        self.pass_unsent(now);
         while let Some(timer) = self.media_timers.pop_due(now) {
             let [next, after] = self.media_timers.upcoming();
             next.into_iter()

@@ -95,6 +95,8 @@ pub struct RecvStream {
     origin: Option<(u32, u8)>,
     live: bool,
     ended: bool,
+    /// By the server: what its source makes, or owes, is still owed to this subscription.
+    withdrawn: bool,
     /// The participant is leaving: what was sent before may still arrive.
     leaving: bool,
     finished: bool,
@@ -190,6 +192,7 @@ impl RecvStream {
             live: false,
             heard_layers: 0,
             ended: false,
+            withdrawn: false,
             leaving: false,
             finished: false,
             unwatched: false,
@@ -254,10 +257,10 @@ impl RecvStream {
     }
 
     /// The server was asked at `at` for this layer from now on, or for nothing.
-    pub fn watch(&mut self, layer: Option<u8>, at: Time) {
+    pub fn watch(&mut self, layer: Option<u8>, at: Time, roster: &Roster) {
         let was_watched = !std::mem::replace(&mut self.unwatched, layer.is_none());
         match layer {
-            None => self.ledger.pause(),
+            None => self.ledger.pause(self.origin, roster),
             Some(_) => self.ledger.resume(),
         }
         let Some(video) = self.video.as_mut() else {
@@ -768,17 +771,50 @@ impl RecvStream {
                 .is_some_and(|video| video.assembler.needs_key_frame())
     }
 
-    /// The server withdrew the stream, or the peer is gone: what is sent later is not expected here.
+    /// The subscriber is gone by plan, or has come back on another connection: what is sent later is not expected here.
     pub fn end(&mut self, roster: &Roster, record: &mut Record) {
-        if !self.ended {
+        if !self.ended || self.withdrawn {
             self.account(roster, record);
             self.ledger.end(self.origin, roster);
-            self.ended = true;
+            (self.ended, self.withdrawn) = (true, false);
+        }
+    }
+
+    /// The server withdrew the stream. Nothing of it is taken any more; it stays owed to a subscriber who is meant to be there.
+    pub fn withdraw(&mut self, roster: &Roster, record: &mut Record) {
+        if !self.ended {
+            self.account(roster, record);
+            self.ledger.withdraw(self.origin, roster);
+            (self.ended, self.withdrawn) = (true, true);
+        }
+    }
+
+    pub fn is_withdrawn(&self) -> bool {
+        self.withdrawn
+    }
+
+    pub fn is_live(&self) -> bool {
+        self.live
+    }
+
+    /// Whether this is the same track, given again.
+    pub fn takes_place_of(&self, withdrawn: &RecvStream) -> bool {
+        self.live && self.origin.is_some() && self.origin == withdrawn.origin
+    }
+
+    /// Another stream of the same track has taken its place.
+    pub fn end_before(&mut self, successor: &RecvStream, roster: &Roster, record: &mut Record) {
+        if let Some(origin) = self.origin {
+            self.ledger.end_before(&successor.ledger, origin, roster);
+            self.end(roster, record);
         }
     }
 
     /// The participant leaves now. What was sent until now is expected, and repaired where it can be; what is sent from now on counts neither way.
     pub fn leave(&mut self, roster: &Roster, record: &mut Record, now: Time) {
+        if self.withdrawn {
+            self.end(roster, record);
+        }
         if self.ended || self.leaving {
             return;
         }
@@ -803,10 +839,11 @@ impl RecvStream {
     /// Brings the shard's record up to date with what this stream has counted.
     pub fn account(&mut self, roster: &Roster, record: &mut Record) {
         let counts = self.receive.counts();
-        let frames_expected = self.ledger.expected(self.origin, roster);
+        let frames_expected = self.frames_expected(roster);
         if !self.finished {
             self.losses = self.attribution.losses();
         }
+        self.losses.source = self.ledger.unsent(self.origin, roster);
         let media = record.media(self.parameters.kind);
         let told = &mut self.accounted;
         add_difference(
@@ -836,6 +873,11 @@ impl RecvStream {
             told.frames_expected,
         );
         let losses = self.losses;
+        add_difference(
+            &mut media.frames_lost_source,
+            losses.source,
+            told.losses.source,
+        );
         add_difference(
             &mut media.frames_lost_uplink,
             losses.uplink,
@@ -870,6 +912,11 @@ impl RecvStream {
         }
     }
 
+    /// What its source has made and, where it was gone, what it owed.
+    fn frames_expected(&self, roster: &Roster) -> u64 {
+        self.ledger.expected(self.origin, roster) + self.ledger.unsent(self.origin, roster)
+    }
+
     /// The account is closed: nothing comes any more, and what is missing is lost.
     pub fn finish(&mut self, roster: &Roster, record: &mut Record) {
         if let Some((origin, track)) = self.origin.filter(|_| !self.finished) {
@@ -883,6 +930,12 @@ impl RecvStream {
                 track,
             };
             self.losses = self.attribution.finish(missing, &self.receive, whose);
+            let withheld = self
+                .ledger
+                .made_since_withdrawal((origin, track), roster)
+                .min(self.losses.unattributed);
+            self.losses.unattributed -= withheld;
+            self.losses.sfu += withheld;
             self.finished = true;
             self.finish_playout((origin, track), roster, record);
         }
@@ -923,7 +976,7 @@ impl RecvStream {
             live: self.live,
             layer: self.video.as_ref().and_then(|video| video.layer),
             counts: self.receive.counts(),
-            frames_expected: self.ledger.expected(self.origin, roster),
+            frames_expected: self.frames_expected(roster),
             frames_delivered: self.ledger.delivered(),
             frames_overdue: self.ledger.overdue(),
             losses: self.losses,

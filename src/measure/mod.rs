@@ -124,7 +124,7 @@ stats! {
             /// Delivered, and nobody can tell how long they took: another host sent them, whose clock is not known here.
             frames_untimed,
             /// Where those were lost that were expected and not delivered.
-            frames_lost_uplink, frames_lost_sfu, frames_lost_downlink, frames_lost_unattributed,
+            frames_lost_source, frames_lost_uplink, frames_lost_sfu, frames_lost_downlink, frames_lost_unattributed,
             key_frames_sent, freezes,
             /// By the playout model.
             frames_late_for_playout, played_us, concealed_us,

@@ -1,0 +1,388 @@
+//! When each participant is intended to be there, and when it is intended to send.
+//!
+//! A [`Schedule`] is a row of intended moments. What follows from it are [`Spans`]: stretches of time, with plain interval arithmetic. A subscription is
+//! owed what its publisher was intended to send while its subscriber was intended to be there: [`Spans::overlap`] of the two. What really happened is no part
+//! of this: whoever is thrown out keeps its schedule, and so keeps what it owes and what it is owed.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::measure::Kind;
+use crate::units::Time;
+
+/// What a participant is intended to do at one moment. Coming back is joining again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Intent {
+    Join,
+    Leave,
+    Publish(Kind),
+    Unpublish(Kind),
+    Mute(Kind),
+    Unmute(Kind),
+}
+
+impl Intent {
+    /// Intents of one aspect replace each other; those of different aspects do not.
+    fn aspect(self) -> (u8, Option<Kind>) {
+        match self {
+            Intent::Join | Intent::Leave => (0, None),
+            Intent::Publish(kind) | Intent::Unpublish(kind) => (1, Some(kind)),
+            Intent::Mute(kind) | Intent::Unmute(kind) => (2, Some(kind)),
+        }
+    }
+
+    /// Whether it begins a span of its aspect, or ends one.
+    fn begins(self) -> bool {
+        matches!(self, Intent::Join | Intent::Publish(_) | Intent::Mute(_))
+    }
+}
+
+/// One participant's intended moments, in order of time.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Schedule {
+    moments: Vec<(Time, Intent)>,
+}
+
+impl Schedule {
+    /// Writes an intended moment down. What the same aspect had planned for that moment or later is dropped: the plan has changed.
+    pub fn intend(&mut self, at: Time, intent: Intent) {
+        self.moments
+            .retain(|(planned, other)| *planned < at || other.aspect() != intent.aspect());
+        let place = self.moments.partition_point(|(planned, _)| *planned <= at);
+        self.moments.insert(place, (at, intent));
+    }
+
+    pub fn moments(&self) -> &[(Time, Intent)] {
+        &self.moments
+    }
+
+    /// When it is intended to be there.
+    pub fn presence(&self) -> Spans {
+        self.spans(Intent::Join)
+    }
+
+    /// When it is intended to send this kind of media: it is there, publishes, and is not muted.
+    pub fn sending(&self, kind: Kind) -> Spans {
+        let published = self.presence().overlap(&self.spans(Intent::Publish(kind)));
+        published.without(&self.spans(Intent::Mute(kind)))
+    }
+
+    /// When it was last intended to join.
+    pub fn last_join(&self) -> Option<Time> {
+        let mut joins = self.moments.iter().rev();
+        joins
+            .find(|(_, intent)| *intent == Intent::Join)
+            .map(|(at, _)| *at)
+    }
+
+    /// Spans that intents of one aspect begin and end.
+    fn spans(&self, aspect: Intent) -> Spans {
+        let mut spans: Vec<Span> = Vec::new();
+        let of_aspect = self
+            .moments
+            .iter()
+            .filter(|(_, intent)| intent.aspect() == aspect.aspect());
+        for (at, intent) in of_aspect {
+            let open = spans.last_mut().filter(|span| span.to == Time::MAX);
+            match (open, intent.begins()) {
+                (None, true) => spans.push(Span {
+                    from: *at,
+                    to: Time::MAX,
+                }),
+                (Some(open), false) => open.to = *at,
+                (Some(_), true) | (None, false) => {}
+            }
+        }
+        spans.retain(|span| span.from < span.to);
+        Spans(spans)
+    }
+}
+
+/// From a moment on, up to another one. [`Time::MAX`] stands for the end of the run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    pub from: Time,
+    pub to: Time,
+}
+
+/// Stretches of time that neither overlap nor touch, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spans(Vec<Span>);
+
+impl Spans {
+    /// Of stretches in any order; those that overlap or touch become one.
+    pub fn of(spans: impl IntoIterator<Item = Span>) -> Spans {
+        let mut spans: Vec<Span> = spans
+            .into_iter()
+            .filter(|span| span.from < span.to)
+            .collect();
+        spans.sort_by_key(|span| span.from);
+        let mut joined: Vec<Span> = Vec::new();
+        for span in spans {
+            match joined.last_mut().filter(|last| span.from <= last.to) {
+                Some(last) => last.to = last.to.max(span.to),
+                None => joined.push(span),
+            }
+        }
+        Spans(joined)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = Span> + '_ {
+        self.0.iter().copied()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether a moment lies in one of them. The end of a span does not.
+    pub fn contains(&self, at: Time) -> bool {
+        self.iter().any(|span| span.from <= at && at < span.to)
+    }
+
+    /// Whether the last one has no end before the run's.
+    pub fn is_open(&self) -> bool {
+        self.0.last().is_some_and(|span| span.to == Time::MAX)
+    }
+
+    /// Of the last one, or of the run.
+    pub fn end(&self) -> Option<Time> {
+        self.0.last().map(|span| span.to)
+    }
+
+    /// What two have in common.
+    #[must_use]
+    pub fn overlap(&self, other: &Spans) -> Spans {
+        let (mut mine, mut theirs) = (self.iter().peekable(), other.iter().peekable());
+        let mut common = Vec::new();
+        while let (Some(a), Some(b)) = (mine.peek().copied(), theirs.peek().copied()) {
+            let span = Span {
+                from: a.from.max(b.from),
+                to: a.to.min(b.to),
+            };
+            common.extend(Some(span).filter(|span| span.from < span.to));
+            if a.to <= b.to {
+                mine.next();
+            } else {
+                theirs.next();
+            }
+        }
+        Spans(common)
+    }
+
+    /// What lies in these and not in the others.
+    #[must_use]
+    pub fn without(&self, other: &Spans) -> Spans {
+        self.overlap(&other.complement())
+    }
+
+    /// All time of the run that lies outside.
+    fn complement(&self) -> Spans {
+        let mut outside = Vec::new();
+        let mut from = Time::ZERO;
+        for span in self.iter() {
+            outside.push(Span {
+                from,
+                to: span.from,
+            });
+            from = span.to;
+        }
+        outside.push(Span {
+            from,
+            to: Time::MAX,
+        });
+        Spans::of(outside)
+    }
+
+    /// How much time they are up to `end`.
+    pub fn length(&self, end: Time) -> Duration {
+        self.iter()
+            .map(|span| span.to.min(end).since(span.from))
+            .sum()
+    }
+}
+
+/// The schedules of everybody whom this host plays, by global index. The stages of a run write it as they decide, and the account reads it.
+#[derive(Clone, Debug, Default)]
+pub struct ScheduleBook {
+    people: BTreeMap<u32, Schedule>,
+}
+
+impl ScheduleBook {
+    pub fn intend(&mut self, index: u32, at: Time, intent: Intent) {
+        self.people.entry(index).or_default().intend(at, intent);
+    }
+
+    pub fn schedule(&self, index: u32) -> Option<&Schedule> {
+        self.people.get(&index)
+    }
+
+    /// Everybody who is intended to be there at one time or another, in joining order.
+    pub fn everybody(&self) -> impl Iterator<Item = u32> + '_ {
+        self.people.keys().copied()
+    }
+
+    /// Of those, who is intended to stay, as far as is decided.
+    pub fn stayers(&self) -> impl Iterator<Item = u32> + '_ {
+        let stays = |schedule: &Schedule| schedule.presence().is_open();
+        self.people
+            .iter()
+            .filter(move |(_, schedule)| stays(schedule))
+            .map(|(index, _)| *index)
+    }
+
+    /// Whether somebody is intended to be there at that moment.
+    pub fn is_due(&self, index: u32, at: Time) -> bool {
+        self.schedule(index)
+            .is_some_and(|schedule| schedule.presence().contains(at))
+    }
+
+    /// When somebody was last intended to join.
+    pub fn last_join(&self, index: u32) -> Option<Time> {
+        self.schedule(index)?.last_join()
+    }
+
+    /// When one is intended to receive what another one sends.
+    pub fn owed(&self, subscriber: u32, publisher: u32, kind: Kind) -> Spans {
+        match (self.schedule(subscriber), self.schedule(publisher)) {
+            (Some(subscriber), Some(publisher)) => {
+                subscriber.presence().overlap(&publisher.sending(kind))
+            }
+            _ => Spans::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seeded::Seeded;
+
+    fn at(ms: u64) -> Time {
+        Time::from_millis(ms)
+    }
+
+    fn spans(of: &[(u64, u64)]) -> Spans {
+        Spans::of(of.iter().map(|(from, to)| Span {
+            from: at(*from),
+            to: at(*to),
+        }))
+    }
+
+    fn drawn(chance: &mut Seeded) -> Spans {
+        let count = chance.below(6);
+        Spans::of((0..count).map(|_| {
+            let from = chance.below(40);
+            let to = from + chance.below(15);
+            Span {
+                from: at(from),
+                to: if chance.chance(10) { Time::MAX } else { at(to) },
+            }
+        }))
+    }
+
+    /// What the spans say, millisecond by millisecond.
+    fn row(spans: &Spans) -> Vec<bool> {
+        (0..70).map(|ms| spans.contains(at(ms))).collect()
+    }
+
+    fn is_well_formed(spans: &Spans) -> bool {
+        spans.iter().all(|span| span.from < span.to)
+            && spans.0.windows(2).all(|pair| pair[0].to < pair[1].from)
+    }
+
+    #[test]
+    fn overlap_and_difference_are_those_of_every_single_moment() {
+        let mut chance = Seeded::new(14);
+        for _ in 0..2_000 {
+            let [a, b] = [drawn(&mut chance), drawn(&mut chance)];
+            let (both, rest) = (a.overlap(&b), a.without(&b));
+            let (row_a, row_b) = (row(&a), row(&b));
+            for ms in 0..70 {
+                assert_eq!(row(&both)[ms], row_a[ms] && row_b[ms], "{a:?} {b:?} {ms}");
+                assert_eq!(row(&rest)[ms], row_a[ms] && !row_b[ms], "{a:?} {b:?} {ms}");
+            }
+            assert_eq!(both, b.overlap(&a));
+            assert!([&a, &both, &rest].into_iter().all(is_well_formed));
+            let end = at(chance.below(70));
+            assert_eq!(a.length(end), both.length(end) + rest.length(end));
+        }
+    }
+
+    #[test]
+    fn a_schedule_says_of_every_moment_what_was_intended_last() {
+        let mut chance = Seeded::new(15);
+        for _ in 0..2_000 {
+            let mut schedule = Schedule::default();
+            let (mut there, mut published, mut muted) = ([false; 60], [false; 60], [false; 60]);
+            for _ in 0..chance.below(10) {
+                let from = chance.below(60);
+                let (intent, aspect, begins) = match chance.below(6) {
+                    0 => (Intent::Join, &mut there, true),
+                    1 => (Intent::Leave, &mut there, false),
+                    2 => (Intent::Publish(Kind::Audio), &mut published, true),
+                    3 => (Intent::Unpublish(Kind::Audio), &mut published, false),
+                    4 => (Intent::Mute(Kind::Audio), &mut muted, true),
+                    _ => (Intent::Unmute(Kind::Audio), &mut muted, false),
+                };
+                schedule.intend(at(from), intent);
+                aspect[from as usize..].fill(begins);
+            }
+            let (presence, sending) = (schedule.presence(), schedule.sending(Kind::Audio));
+            for ms in 0..60 {
+                let moment = at(ms as u64);
+                assert_eq!(presence.contains(moment), there[ms], "{schedule:?} {ms}");
+                let sends = there[ms] && published[ms] && !muted[ms];
+                assert_eq!(sending.contains(moment), sends, "{schedule:?} {ms}");
+            }
+            assert!(schedule.sending(Kind::Video).is_empty());
+            let sorted = |pair: &[(Time, Intent)]| pair[0].0 <= pair[1].0;
+            assert!(schedule.moments().windows(2).all(sorted));
+        }
+    }
+
+    #[test]
+    fn who_leaves_and_comes_back_is_owed_both_visits() {
+        let mut book = ScheduleBook::default();
+        book.intend(0, at(0), Intent::Join);
+        book.intend(0, at(0), Intent::Publish(Kind::Audio));
+        book.intend(7, at(100), Intent::Join);
+        book.intend(7, at(300), Intent::Leave);
+        assert!(!book.stayers().any(|index| index == 7));
+        book.intend(7, at(500), Intent::Join);
+        book.intend(0, at(200), Intent::Mute(Kind::Audio));
+        book.intend(0, at(250), Intent::Unmute(Kind::Audio));
+        assert_eq!(
+            book.owed(7, 0, Kind::Audio),
+            Spans::of([
+                spans(&[(100, 200), (250, 300)]).0,
+                vec![Span {
+                    from: at(500),
+                    to: Time::MAX
+                }]
+            ]
+            .concat())
+        );
+        assert!(book.owed(7, 0, Kind::Video).is_empty());
+        assert!(book.owed(0, 9, Kind::Audio).is_empty(), "nobody knows 9");
+        assert_eq!(book.last_join(7), Some(at(500)));
+        assert_eq!(book.stayers().collect::<Vec<_>>(), [0, 7]);
+        assert_eq!(
+            (book.is_due(7, at(299)), book.is_due(7, at(300))),
+            (true, false)
+        );
+    }
+
+    #[test]
+    fn a_plan_that_changes_keeps_its_past() {
+        let mut schedule = Schedule::default();
+        schedule.intend(at(10), Intent::Join);
+        schedule.intend(at(90), Intent::Leave);
+        // It was to leave, and is wanted for longer.
+        schedule.intend(at(50), Intent::Join);
+        assert!(schedule.presence().is_open());
+        schedule.intend(at(70), Intent::Leave);
+        assert_eq!(schedule.presence(), spans(&[(10, 70)]));
+        assert_eq!(schedule.presence().end(), Some(at(70)));
+    }
+}
