@@ -129,11 +129,23 @@ fn judge_search(outcome: &Outcome) -> Judgement {
         true => Vec::new(),
         false => step_failures(&outcome.totals, &outcome.complaints, &outcome.judging),
     };
+    let untold: Vec<String> = outcome
+        .complaints
+        .iter()
+        .filter(|complaint| has_points && !is_told(complaint, &outcome.steps))
+        .cloned()
+        .collect();
     Judgement::of(
         outcome.partial.as_ref(),
         invalid,
-        [failed, why_not].concat(),
+        [failed, why_not, untold].concat(),
     )
+}
+
+/// Whether a tier complains of this, too.
+fn is_told(complaint: &String, steps: &[Step]) -> bool {
+    let mut tiers = steps.iter().filter_map(|step| step.tier.as_ref());
+    tiers.any(|tier| tier.complaints.contains(complaint))
 }
 
 /// One tier that failed while the generator kept up is a FAIL, whatever became of the others; one in which it did not keep up leaves only that open.
@@ -161,13 +173,16 @@ fn judge_by_tiers(outcome: &Outcome) -> Judgement {
                 .map(|reason| format!("{}: {reason}", step.name)),
         );
     }
+    let untold = outcome.complaints.iter();
+    let untold = untold.filter(|complaint| !is_told(complaint, &outcome.steps));
     let at_the_end = outcome
         .judging
         .thresholds
         .iter()
         .filter(|threshold| threshold.is_known_at_the_end());
-    let failed: Vec<String> = at_the_end
-        .filter_map(|threshold| threshold.violation(&outcome.totals.record))
+    let failed: Vec<String> = untold
+        .cloned()
+        .chain(at_the_end.filter_map(|threshold| threshold.violation(&outcome.totals.record)))
         .collect();
     if verdict == Verdict::Pass && !failed.is_empty() {
         verdict = Verdict::Fail;

@@ -61,7 +61,7 @@ pub struct Outcome {
     pub nearness: Option<Nearness>,
     /// What the embedded SFU says of itself; `None` where the target was another.
     pub sfu: Option<EmbeddedSfu>,
-    /// What else is a reason to fail, of a run that is one hold.
+    /// What else is a reason to fail: of a run that is one hold; and why any run came to its end before its time, where the server ended it.
     pub complaints: Vec<String>,
     /// What the server's own pages said; `None` where none was asked for.
     pub server: Option<Account>,
@@ -284,6 +284,7 @@ pub struct Quality {
     pub packets_lost: u64,
     pub frames_expected: u64,
     pub frames_delivered: u64,
+    pub frames_lost_source: u64,
     pub frames_lost_uplink: u64,
     pub frames_lost_sfu: u64,
     pub frames_lost_downlink: u64,
@@ -330,6 +331,9 @@ impl Quality {
             frames_delivered: self
                 .frames_delivered
                 .saturating_sub(earlier.frames_delivered),
+            frames_lost_source: self
+                .frames_lost_source
+                .saturating_sub(earlier.frames_lost_source),
             frames_lost_uplink: self
                 .frames_lost_uplink
                 .saturating_sub(earlier.frames_lost_uplink),

@@ -484,7 +484,8 @@ impl Columns<'_> {
 
     /// Where frames were lost, as far as any were there.
     fn loss_places(&self) -> String {
-        let places: [(&str, Counter); 4] = [
+        let places: [(&str, Counter); 5] = [
+            ("    never sent, source gone", |m| m.frames_lost_source),
             ("    on the uplink", |m| m.frames_lost_uplink),
             ("    in the SFU", |m| m.frames_lost_sfu),
             ("    on the downlink", |m| m.frames_lost_downlink),

@@ -156,6 +156,7 @@ fn wrong(participant: &ParticipantOutcome) -> Vec<String> {
 /// ` (uplink 3, downlink 310)`
 fn places(quality: &Quality) -> String {
     let places = [
+        ("source", quality.frames_lost_source),
         ("uplink", quality.frames_lost_uplink),
         ("SFU", quality.frames_lost_sfu),
         ("downlink", quality.frames_lost_downlink),

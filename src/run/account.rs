@@ -181,6 +181,7 @@ pub fn quality(
         quality.packets_lost += stream.counts.lost;
         quality.frames_expected += stream.frames_expected;
         quality.frames_delivered += stream.frames_delivered;
+        quality.frames_lost_source += stream.losses.source;
         quality.frames_lost_uplink += stream.losses.uplink;
         quality.frames_lost_sfu += stream.losses.sfu;
         quality.frames_lost_downlink += stream.losses.downlink;

@@ -8,6 +8,7 @@ mod embedded;
 mod interrupts;
 pub mod lead;
 mod observer;
+mod presence;
 pub(crate) mod rooms;
 mod search;
 mod server;
@@ -33,6 +34,7 @@ use account::{
 };
 use lead::{Alone, Lead, Stage, Tier};
 use observer::Observer;
+use presence::Presence;
 use rooms::Rooms;
 use search::Search;
 use stages::{Around, Held, Hold, UnderWay};
@@ -63,6 +65,7 @@ use crate::signal::session::{
 use crate::signal::{Access, ApiKey, Endpoint, Permissions, probe};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
+use crate::words;
 
 /// After the last frame has left: LiveKit resends at most three times, some 100 ms apart.
 const DRAIN: Duration = Duration::from_millis(1_500);
@@ -273,15 +276,13 @@ struct Test<'a> {
     resident_before: Option<u64>,
     resident_hold: Option<u64>,
     stage: Stage,
-    /// Participants who ought to be in: so many, the first ones in joining order.
-    admitted: u32,
+    /// Who ought to be in when, and which sources are gone.
+    presence: Presence,
     /// When the first subscribers may be intended to join at the earliest: behind the publishers.
     next_join_at: Time,
     /// Joins that were wanted, over the run, and since the tier before.
     joins_all: Joins,
     joins_new: Joins,
-    /// When each participant was last to join, of everybody who ever was.
-    visits: BTreeMap<u32, Time>,
     requests: BTreeMap<u32, mpsc::UnboundedSender<Request>>,
     /// What workers have told since they were asked for a survey.
     surveyed: Vec<PeerOutcome>,
@@ -294,6 +295,8 @@ struct Test<'a> {
     /// The server's own pages, where they were asked for.
     server: Option<Watch>,
     partial: Option<String>,
+    /// Nobody was left, and neither the user nor this host had ended it.
+    abandoned: Option<String>,
     /// A threshold that ended the run.
     broken: Option<String>,
     was_interrupted: bool,
@@ -339,6 +342,16 @@ impl SessionBook {
             let all = self.whole_of(ended);
             self.earlier.insert(index, all);
         }
+    }
+
+    /// Why most of those have gone who are: `: the server ended the session: room_deleted (5 participants)`.
+    fn why_gone(&self) -> String {
+        let gone = self.failures.iter().filter_map(|(reason, count)| {
+            Some((*count, reason.strip_prefix("disconnected: ")?))
+        });
+        gone.max().map_or_else(String::new, |(count, reason)| {
+            format!(": {reason} ({})", words::count(count, "participant"))
+        })
     }
 
     /// Nobody comes any more: what is known of everybody is of all visits.
@@ -467,11 +480,10 @@ impl<'a> Test<'a> {
             resident_before,
             resident_hold: None,
             stage: Stage::Publish,
-            admitted: 0,
+            presence: Presence::default(),
             next_join_at: now,
             joins_all: Joins::default(),
             joins_new: Joins::default(),
-            visits: BTreeMap::new(),
             requests: BTreeMap::new(),
             surveyed: Vec::new(),
             tier: None,
@@ -481,6 +493,7 @@ impl<'a> Test<'a> {
             media_stopped_at: None,
             server: None,
             partial: None,
+            abandoned: None,
             broken: None,
             was_interrupted: false,
             shown_at: Time::ZERO,
@@ -543,13 +556,26 @@ impl<'a> Test<'a> {
                     .or_default() += 1;
             }
             Notice::JoinRetried => session.joins_retried += 1,
-            Notice::Reconnected { index, after, .. } => {
+            Notice::Reconnected {
+                index,
+                after,
+                resumed,
+            } => {
                 self.sessions.present.insert(index);
+                if !resumed {
+                    self.presence.note_back(index, self.epoch.now());
+                }
                 session.reconnects_ok += 1;
                 session.reconnect.record(after);
             }
             Notice::ReconnectFailed { .. } => session.reconnects_failed += 1,
-            Notice::Disconnected { index, reason } => {
+            Notice::Disconnected {
+                index,
+                at,
+                reason,
+                server_reason,
+            } => {
+                self.presence.note_lost(index, at, &reason, server_reason);
                 self.sessions.present.remove(&index);
                 if let Some(tier) = &mut self.tier {
                     tier.lost.insert(index);
@@ -562,6 +588,12 @@ impl<'a> Test<'a> {
                     .or_default() += 1;
             }
             Notice::SignalMalformed => session.signal_malformed += 1,
+            Notice::TrackLost { index, kind, at } => {
+                self.presence.note_track_lost(index, kind, at);
+                if let Some(tier) = &mut self.tier {
+                    tier.lost.insert(index);
+                }
+            }
             Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
             Notice::SpeakersChanged => session.speaker_updates += 1,
             Notice::Server {
@@ -592,7 +624,7 @@ impl<'a> Test<'a> {
             self.plan,
             &self.lost,
             &std::mem::take(&mut self.surveyed),
-            &self.visits,
+            &self.presence.book,
         )
     }
 
@@ -752,7 +784,7 @@ impl<'a> Test<'a> {
                 self.sessions.joined
             },
             planned: if self.plan.has_tiers() {
-                self.admitted
+                self.presence.due_count()
             } else {
                 self.plan.total_participants()
             },
@@ -765,9 +797,9 @@ impl<'a> Test<'a> {
     fn finish(mut self, run: &cli::Run, server: Option<server_metrics::Account>) -> Outcome {
         let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
         self.sessions.join_visits();
-        let participants = self.participant_outcomes();
+        let participants = self.participant_outcomes(end);
         // A ramp that ended early never came to the others.
-        let admitted = self.visits.len() as u32;
+        let admitted = self.presence.ever_count();
         self.record.session.participants_total = admitted.into();
         self.record.session.joins_planned = self.joins_all.count.into();
         self.record.session.participants_healthy = participants
@@ -798,14 +830,17 @@ impl<'a> Test<'a> {
                 name: tier.name,
             })
             .collect();
-        let mut complaints = Vec::new();
+        let mut complaints: Vec<String> = self.abandoned.take().into_iter().collect();
         if let Some(Hold {
             since,
             before,
             watch,
+            planned,
             ..
         }) = self.take_whole_hold()
         {
+            let plan_end = end.max(since + planned);
+            complaints.extend(self.gone_sources(end, plan_end, "the plan"));
             complaints.extend(self.broken.take());
             complaints.extend(watch.complaints());
             let mut record = self.record.since(&before);
@@ -867,6 +902,13 @@ impl<'a> Test<'a> {
             failures: self.sessions.failures.into_iter().collect(),
             participants,
         }
+    }
+
+    /// Why sources that are gone at the end of a stretch of the run are a reason to fail.
+    fn gone_sources(&self, until: Time, end: Time, what: &str) -> Vec<String> {
+        self.presence.complaints(until, end, what, |index| {
+            self.plan.identity_at(index).unwrap_or_default()
+        })
     }
 
     /// The busiest worker's share of its core, in a hold of that length that ended when publishers stopped.
@@ -937,7 +979,7 @@ impl<'a> Test<'a> {
         }
     }
 
-    fn participant_outcomes(&self) -> Vec<ParticipantOutcome> {
+    fn participant_outcomes(&self, end: Time) -> Vec<ParticipantOutcome> {
         let mut by_participant: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
         self.outcomes.iter().for_each(|outcome| {
             by_participant
@@ -945,7 +987,7 @@ impl<'a> Test<'a> {
                 .or_default()
                 .push(outcome)
         });
-        let admitted = self.visits.len() as u32;
+        let admitted = self.presence.ever_count();
         (0..admitted)
             .map(|position| {
                 let plan = self.plan.participant(position);
@@ -965,7 +1007,10 @@ impl<'a> Test<'a> {
                     timeline: ended.map_or_else(Timeline::default, |ended| ended.timeline),
                     failure: ended.map_or_else(
                         || Some("did not start".to_owned()),
-                        |ended| ended.failure.clone(),
+                        |ended| {
+                            let story = || self.presence.story(plan.index, end).map(str::to_owned);
+                            ended.failure.clone().or_else(story)
+                        },
                     ),
                     disconnects: ended.map_or(0, |ended| ended.disconnects),
                     rtt_us: peers

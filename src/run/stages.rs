@@ -9,7 +9,7 @@ use super::account::Joins;
 use super::interrupts::Interrupts;
 use super::lead::{Lead, Next, Observation, Stage, Tier, TierPlan, TierSeen};
 use super::tally::{GRACE, Stay, Survey, Tally, so_far};
-use super::{BEAT, DRAIN, PROGRESS_INTERVAL, Test};
+use super::{BEAT, DRAIN, PEERS_PER_PARTICIPANT, PROGRESS_INTERVAL, Test};
 use crate::engine::Command;
 use crate::measure::{Histogram, Kind, Record};
 use crate::net;
@@ -17,7 +17,7 @@ use crate::plan::{LostPublishers, Subscribers};
 use crate::report::progress::Snapshot;
 use crate::report::watch::Watch;
 use crate::report::{Step, TierFacts, judge};
-use crate::signal::session::{self, Request, Sections};
+use crate::signal::session::{self, Place, Request, Sections};
 use crate::units::Time;
 
 /// Before the first join, so that its moment lies ahead.
@@ -57,6 +57,8 @@ pub(super) struct Hold {
     pub before: Record,
     survey: Survey,
     pub watch: Watch,
+    /// How long it is to be.
+    pub planned: Duration,
 }
 
 /// The tier that was held last.
@@ -77,6 +79,23 @@ struct Pace {
 impl Pace {
     fn moment(self, place: u32) -> Time {
         self.first_at + Duration::from_secs_f64(f64::from(place) * self.interval)
+    }
+}
+
+/// Where a participant's connections live.
+struct Home {
+    commands: std::sync::mpsc::Sender<Command>,
+    key: usize,
+}
+
+impl Home {
+    /// The plan has a participant leave that is gone already.
+    fn leave(self) {
+        for key in self.key..self.key + PEERS_PER_PARTICIPANT {
+            // A worker that is gone is missed when its account is.
+            let _ = self.commands.send(Command::Leave { key });
+            let _ = self.commands.send(Command::RemovePeer { key });
+        }
     }
 }
 
@@ -163,7 +182,7 @@ impl Test<'_> {
             .await;
         // Where nobody got in there is nothing to hold: the joins have failed, and that is the result.
         if !self.goes_on(joined, "while participants were joining")
-            || self.admitted > 0 && self.sessions.joined == 0
+            || self.presence.due_count() > 0 && self.sessions.joined == 0
         {
             return false;
         }
@@ -205,9 +224,11 @@ impl Test<'_> {
         let now = self.epoch.now();
         let began_at = plan.start.map_or(now, |start| start.max(now));
         let stayers = self.plan.participants_with(plan.subscribers);
-        let leaves = plan.watches_stayers && stayers < self.admitted;
+        let leaves = plan.watches_stayers && stayers < self.presence.due_count();
         let stay = self.held.as_ref().filter(|_| leaves).map(|held| {
             let [start, end, now] = &held.surveys;
+            let stayers = self.plan.participants().take(stayers as usize);
+            let stayers = stayers.map(|participant| participant.index).collect();
             Stay::begin(stayers, began_at, [start, end, now], held.seconds)
         });
         self.admit(
@@ -231,8 +252,11 @@ impl Test<'_> {
     /// That there ought to be, to audio and to video.
     fn subscriptions(&self) -> [u64; 2] {
         let mut all = Joins::default();
-        (0..self.admitted)
-            .for_each(|position| all.add(self.plan, &self.lost, &self.plan.participant(position)));
+        let due = self.presence.due();
+        self.plan
+            .participants()
+            .filter(|participant| due.contains(&participant.index))
+            .for_each(|participant| all.add(self.plan, &self.lost, &participant));
         all.tracks
     }
 
@@ -257,6 +281,7 @@ impl Test<'_> {
                 since: self.epoch.now(),
                 before: self.record.clone(),
                 survey,
+                planned: tier.plan.hold,
                 watch: Watch::begin(watched, &self.record, self.epoch.now()),
             });
         }
@@ -295,7 +320,7 @@ impl Test<'_> {
             began,
             floor,
             joins,
-            lost,
+            mut lost,
             stay,
             hold: Some(hold),
             ..
@@ -304,9 +329,11 @@ impl Test<'_> {
             return goes_on;
         };
         let seconds = until.since(hold.since).as_secs_f64();
+        // Who is gone is not well, in whichever tier it went.
+        lost.extend(self.presence.gone_sources(until));
         let tally = Tally {
             max_loss_pct: self.judging.max_loss_pct,
-            participants: self.admitted,
+            due: self.presence.due(),
             present: &self.sessions.present,
             lost: &lost,
             joins,
@@ -317,7 +344,7 @@ impl Test<'_> {
         let busiest = busiest_seconds / seconds.max(0.001);
         let step = Step {
             name: plan.name.clone(),
-            participants: self.admitted,
+            participants: self.presence.due_count(),
             seconds,
             record: tally.record(),
             tier: Some(TierFacts {
@@ -330,6 +357,8 @@ impl Test<'_> {
                     busiest,
                 ),
                 complaints: [
+                    self.abandoned.iter().cloned().collect(),
+                    self.gone_sources(until, until, "the tier"),
                     stay.map_or_else(Vec::new, |stay| stay.complaints(&lost, &end, until)),
                     self.broken.iter().cloned().collect(),
                     hold.watch.complaints(),
@@ -392,7 +421,8 @@ impl Test<'_> {
         start: Option<Time>,
         ramp_time: Option<Duration>,
     ) {
-        let (before, wanted) = (self.admitted, self.plan.participants_with(subscribers));
+        let before = self.presence.due_count();
+        let wanted = self.plan.participants_with(subscribers);
         let moves = wanted.abs_diff(before);
         let interval = match ramp_time {
             Some(ramp_time) => ramp_time.as_secs_f64() / f64::from(moves.max(1)),
@@ -407,7 +437,6 @@ impl Test<'_> {
         let first_at = start.unwrap_or_else(|| self.epoch.now()).max(after);
         let pace = Pace { first_at, interval };
         self.next_join_at = pace.moment(moves);
-        self.admitted = wanted;
         if wanted < before {
             self.dismiss(wanted, pace);
         } else {
@@ -427,7 +456,7 @@ impl Test<'_> {
             self.joins_new.add(self.plan, &self.lost, &participant);
             self.joins_all.add(self.plan, &self.lost, &participant);
             self.sessions.come(index);
-            self.visits.insert(index, intended);
+            self.presence.invite(&participant, intended);
             let (sender, requests) = mpsc::unbounded_channel();
             self.requests.insert(index, sender);
             let [audio, video] =
@@ -475,21 +504,36 @@ impl Test<'_> {
             .keys()
             .filter(|index| !self.sessions.ended.contains_key(index));
         self.sessions.leaving.extend(here);
-        let leaving: Vec<_> = (0..)
-            .map(|place| pace.moment(place))
-            .zip(leaving.into_values().rev())
-            .collect();
+        let positions = (stayers..stayers + leaving.len() as u32).rev();
+        let leavers = leaving.into_iter().rev().zip(positions);
+        let mut moves = Vec::new();
+        for (place, ((index, requests), position)) in (0..).zip(leavers) {
+            let at = pace.moment(place);
+            self.presence.dismiss(index, at);
+            moves.push((at, requests, self.home(position)));
+        }
         let (epoch, mut leave) = (self.epoch, self.leave.subscribe());
         tokio::spawn(async move {
-            for (at, requests) in leaving {
+            for (at, requests, home) in moves {
                 tokio::select! {
                     () = tokio::time::sleep_until(tokio::time::Instant::from_std(epoch.instant(at))) => {}
                     () = session::leaving(&mut leave) => return,
                 }
-                // Nobody listens where the session has ended already.
-                let _ = requests.send(Request::Leave);
+                // Nobody listens where the session has ended already: then its shard has to hear that from now on nothing is owed.
+                if requests.send(Request::Leave).is_err() {
+                    home.leave();
+                }
             }
         });
+    }
+
+    /// Where the connections of a participant live, by its position.
+    fn home(&self, position: u32) -> Home {
+        let Place { shard, key } = self.places[position as usize];
+        Home {
+            commands: self.workers[shard].commands.clone(),
+            key,
+        }
     }
 
     /// Whoever was to join is in, or has failed; whoever was to leave is gone.
@@ -567,9 +611,10 @@ impl Test<'_> {
             // The tier says why it failed.
             Until::Broken => {}
             Until::Abandoned => {
-                self.partial = Some(format!(
-                    "all participants were gone after {seconds:.1} s, {when}"
-                ))
+                let why = self.sessions.why_gone();
+                self.abandoned.get_or_insert_with(|| {
+                    format!("all participants were gone after {seconds:.1} s, {when}{why}")
+                });
             }
         }
         false
@@ -633,13 +678,9 @@ impl Test<'_> {
 
     /// Everybody who ought to be in has been, and has gone for good.
     fn is_abandoned(&self) -> bool {
-        let (ended, admitted) = (&self.sessions.ended, self.admitted as usize);
-        let all = self.sessions.joined > 0 && admitted > 0 && ended.len() >= admitted;
-        all && self
-            .visits
-            .keys()
-            .take(admitted)
-            .all(|index| ended.contains_key(index))
+        let (ended, due) = (&self.sessions.ended, self.presence.due());
+        let all = self.sessions.joined > 0 && !due.is_empty() && ended.len() >= due.len();
+        all && due.iter().all(|index| ended.contains_key(index))
     }
 
     /// Looks at the thresholds that are looked at while a tier is held.
@@ -702,7 +743,7 @@ impl Test<'_> {
             epoch: self.epoch,
             stage: self.stage,
             is_settled: self.is_settled(),
-            participants: self.admitted,
+            participants: self.presence.due_count(),
             present: self.present(),
             broken: self.broken.as_deref(),
             record: &self.record,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::account::{Joins, expect_joins, quality};
 use crate::engine::PeerOutcome;
 use crate::measure::{Kind, Media, Record, Timeline};
-use crate::plan::{LostPublishers, Plan};
+use crate::plan::{LostPublishers, Plan, ScheduleBook};
 use crate::report::worst::is_healthy;
 use crate::report::{ParticipantOutcome, Quality};
 use crate::units::Time;
@@ -38,12 +38,12 @@ struct Fare {
 }
 
 impl Survey {
-    /// `visits` says when each participant was last to join: what went live before that is not live.
+    /// `book` says when each participant was last to join: what went live before that is not live.
     pub fn new(
         plan: &Plan,
         lost: &LostPublishers,
         outcomes: &[PeerOutcome],
-        visits: &BTreeMap<u32, Time>,
+        book: &ScheduleBook,
     ) -> Survey {
         let mut peers: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
         outcomes
@@ -51,14 +51,14 @@ impl Survey {
             .for_each(|peer| peers.entry(peer.participant).or_default().push(peer));
         let mut survey = Survey::default();
         for participant in plan.participants() {
-            let Some(visit) = visits.get(&participant.index) else {
+            let Some(visit) = book.last_join(participant.index) else {
                 continue;
             };
             let all = peers.remove(&participant.index).unwrap_or_default();
             let here: Vec<&PeerOutcome> = all
                 .iter()
                 .copied()
-                .filter(|peer| peer.intended_at >= *visit)
+                .filter(|peer| peer.intended_at >= visit)
                 .collect();
             let is_lost = |origin| lost.has(plan, origin);
             let fares = |kind| {
@@ -96,25 +96,27 @@ impl Survey {
         self.fares.get(&index).cloned().unwrap_or_default()
     }
 
-    /// The first so many in joining order.
-    fn first(&self, participants: u32) -> impl Iterator<Item = (&u32, &Fare)> {
-        self.fares.iter().take(participants as usize)
+    /// Those who are `due`.
+    fn of<'a>(&'a self, due: &'a BTreeSet<u32>) -> impl Iterator<Item = (&'a u32, &'a Fare)> {
+        self.fares
+            .iter()
+            .filter(|(index, _)| due.contains(index))
     }
 
-    /// Freezes of audio and of video, of the first so many participants.
-    fn freezes(&self, participants: u32) -> [u64; 2] {
+    /// Freezes of audio and of video, of those who are `due`.
+    fn freezes(&self, due: &BTreeSet<u32>) -> [u64; 2] {
         let add = |[audio, video]: [u64; 2], (_, fare): (&u32, &Fare)| {
             [audio + fare.audio.freezes, video + fare.video.freezes]
         };
-        self.first(participants).fold([0, 0], add)
+        self.of(due).fold([0, 0], add)
     }
 }
 
 /// What a tier's account is made of.
 pub(super) struct Tally<'a> {
     pub max_loss_pct: f64,
-    /// Who ought to have been in: so many, the first ones in joining order.
-    pub participants: u32,
+    /// Who ought to have been in at its end.
+    pub due: &'a BTreeSet<u32>,
     pub present: &'a BTreeSet<u32>,
     /// Who lost its session since the tier began.
     pub lost: &'a BTreeSet<u32>,
@@ -132,13 +134,13 @@ impl Tally<'_> {
         let [began, held, end] = self.records;
         let mut tier = differences(began, held, end);
         tier.session.joins_planned = self.joins.count.into();
-        tier.session.participants_total = self.participants.into();
+        tier.session.participants_total = self.due.len() as u64;
         tier.session.participants_healthy = self.healthy();
         let overdue = self.overdue();
         for (kind, overdue) in [Kind::Audio, Kind::Video].into_iter().zip(overdue) {
             let fares = || {
                 self.surveys[2]
-                    .first(self.participants)
+                    .of(self.due)
                     .map(move |(_, fare)| fare.of(kind))
             };
             let published = match kind {
@@ -163,7 +165,7 @@ impl Tally<'_> {
     }
 
     fn healthy(&self) -> u64 {
-        let fares = self.surveys[2].first(self.participants);
+        let fares = self.surveys[2].of(self.due);
         fares
             .filter(|(index, _)| is_healthy(&self.outcome(**index), self.max_loss_pct))
             .count() as u64
@@ -257,8 +259,7 @@ fn differences(began: &Record, held: &Record, end: &Record) -> Record {
 
 /// Those who stay while others leave.
 pub(super) struct Stay {
-    /// So many, the first ones in joining order.
-    pub participants: u32,
+    pub stayers: BTreeSet<u32>,
     pub since: Time,
     /// Their freezes until then.
     pub freezes: [u64; 2],
@@ -270,16 +271,16 @@ pub(super) struct Stay {
 impl Stay {
     /// `start` and `end` are of the tier before, `now` of the moment before the first one leaves.
     pub fn begin(
-        participants: u32,
+        stayers: BTreeSet<u32>,
         since: Time,
         [start, end, now]: [&Survey; 3],
         before_seconds: f64,
     ) -> Stay {
-        let [start, end] = [start, end].map(|survey| survey.freezes(participants));
+        let [start, end] = [start, end].map(|survey| survey.freezes(&stayers));
         Stay {
-            participants,
             since,
-            freezes: now.freezes(participants),
+            freezes: now.freezes(&stayers),
+            stayers,
             before: [0, 1].map(|kind| end[kind] - start[kind]),
             before_seconds,
         }
@@ -289,18 +290,18 @@ impl Stay {
     pub fn complaints(&self, lost: &BTreeSet<u32>, end: &Survey, until: Time) -> Vec<String> {
         let mut complaints = Vec::new();
         let lost = end
-            .first(self.participants)
+            .of(&self.stayers)
             .filter(|(index, _)| lost.contains(index))
             .count();
         if lost > 0 {
             complaints.push(format!(
                 "{} of {} who stayed lost their session when others left",
                 words::number(lost as u64),
-                words::number(self.participants.into())
+                words::number(self.stayers.len() as u64)
             ));
         }
         let seconds = until.since(self.since).as_secs_f64();
-        let freezes = end.freezes(self.participants);
+        let freezes = end.freezes(&self.stayers);
         for (at, name) in ["audio", "video"].into_iter().enumerate() {
             let (now, before) = (freezes[at] - self.freezes[at], self.before[at]);
             let allowed = before as f64 * seconds / self.before_seconds.max(0.001);
@@ -384,7 +385,7 @@ mod tests {
         ];
         let tally = Tally {
             max_loss_pct: 1.0,
-            participants: 2,
+            due: &BTreeSet::from([0, 1]),
             present: &BTreeSet::from([0, 1]),
             lost: &BTreeSet::new(),
             joins: Joins::default(),
@@ -431,7 +432,7 @@ mod tests {
         );
         let tally = Tally {
             max_loss_pct: 1.0,
-            participants: 3,
+            due: &BTreeSet::from([0, 1, 2]),
             present: &BTreeSet::from([0, 1]),
             lost: &BTreeSet::from([1]),
             joins: Joins::default(),
@@ -444,7 +445,7 @@ mod tests {
     /// Ten stay of twenty, who froze `before` times each in the ten seconds before and `during` times in the twenty seconds in which the others left.
     fn complaints(before: u64, during: u64, lost: &[u32]) -> Vec<String> {
         let (start, end) = (survey(20, 1, 0, 0, 0), survey(20, 1 + before, 0, 0, 0));
-        let stay = Stay::begin(10, Time::from_millis(30_000), [&start, &end, &end], 10.0);
+        let stay = Stay::begin((0..10).collect(), Time::from_millis(30_000), [&start, &end, &end], 10.0);
         let after = survey(20, 1 + before + during, 0, 0, 0);
         stay.complaints(
             &lost.iter().copied().collect(),

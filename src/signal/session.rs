@@ -136,7 +136,16 @@ pub enum Notice {
     /// Was in, and was thrown out or lost its connection for good; it may come back by joining anew.
     Disconnected {
         index: u32,
+        at: Time,
         reason: String,
+        /// The server's own name for it, where the server ended the session: `PARTICIPANT_REMOVED`.
+        server_reason: Option<&'static str>,
+    },
+    /// The server took one of its tracks out of the room; the participant is still in.
+    TrackLost {
+        index: u32,
+        kind: Kind,
+        at: Time,
     },
     /// Was in, lost its connection and has it again, so long after: the old session, or a new one after [`Notice::Disconnected`].
     Reconnected {
@@ -433,12 +442,14 @@ impl Session {
         }
     }
 
-    /// The run wants it gone at this time; from now on nothing is owed to it.
+    /// The run wants it gone at this time; from now on nothing is owed to it, nor by it.
     fn leave_at(&mut self, at: Time) {
         self.leaves_at = Some(at);
-        self.command(Command::Leave {
-            key: self.receiving_key(),
-        });
+        for role in Role::BOTH {
+            self.command(Command::Leave {
+                key: self.key(role),
+            });
+        }
     }
 
     /// Ends when it is time to leave; never, where nobody has asked for it.
@@ -583,6 +594,10 @@ impl Session {
                 self.handle_track_published(&cid, track, &mut signal.sender)
                     .await
             }
+            SignalEvent::TrackUnpublished { track_sid } => {
+                self.handle_track_unpublished(&track_sid);
+                Ok(())
+            }
             SignalEvent::Offer(offer) => {
                 self.handle_offer(&offer, &mut signal.sender, engine).await
             }
@@ -673,6 +688,27 @@ impl Session {
         }
         let (offer, id) = self.next_offer()?;
         Ok(sender.offer(offer, id).await?)
+    }
+
+    /// The server has taken a track of ours out of the room: the right to publish was withdrawn. It stops, as a client's does.
+    fn handle_track_unpublished(&mut self, sid: &str) {
+        let Some(kind) = self
+            .tracks
+            .iter()
+            .find(|track| track.sid() == Some(sid))
+            .map(Track::kind)
+        else {
+            return;
+        };
+        self.command(Command::LoseTrack {
+            key: self.place.key,
+            track: track_number(kind),
+        });
+        self.notify(Notice::TrackLost {
+            index: self.plan.index,
+            kind,
+            at: self.context.epoch.now(),
+        });
     }
 
     /// What the join itself says where there is one connection: all our tracks, and an offer.
@@ -1215,6 +1251,8 @@ impl Session {
                 self.disconnects += 1;
                 self.notify(Notice::Disconnected {
                     index,
+                    at: lost.at,
+                    server_reason: None,
                     reason: match self.leaves_at {
                         Some(_) => "not resumed before it was to leave",
                         None => "not resumed before the end of the run",

@@ -17,6 +17,8 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(7);
 pub(super) struct Failure {
     pub(super) reason: String,
     pub(super) cure: Cure,
+    /// The server's own name for it, where the server ended the session.
+    pub(super) server_reason: Option<&'static str>,
 }
 
 /// What a participant that was in does about a failure.
@@ -35,6 +37,7 @@ impl Failure {
         Failure {
             reason: reason.into(),
             cure,
+            server_reason: None,
         }
     }
 
@@ -55,8 +58,12 @@ impl From<&Leave> for Failure {
             Action::Resume => Cure::Resume { restart_ice: true },
             Action::Reconnect => Cure::Rejoin,
         };
-        let reason = leave.reason.as_str_name().to_lowercase();
-        Failure::of(format!("the server ended the session: {reason}"), cure)
+        let name = leave.reason.as_str_name();
+        let reason = format!("the server ended the session: {}", name.to_lowercase());
+        Failure {
+            server_reason: Some(name),
+            ..Failure::of(reason, cure)
+        }
     }
 }
 

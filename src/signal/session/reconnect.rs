@@ -111,7 +111,9 @@ impl Session {
             self.disconnects += 1;
             self.notify(Notice::Disconnected {
                 index,
+                at: lost.at,
                 reason: failure.reason.clone(),
+                server_reason: failure.server_reason,
             });
         }
         let pause = match failure.cure {

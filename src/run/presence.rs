@@ -1,0 +1,245 @@
+//! Who is intended to be there, and which planned sources are gone: what the account of a run reads besides what was counted.
+//!
+//! The stages of a run write what they decide into the book of schedules. What happens otherwise changes no schedule: a participant that was thrown out keeps
+//! what it owes and what it is owed. A source that is gone before its schedule ends it is a reason to fail, and is named.
+
+use std::collections::BTreeSet;
+
+use crate::measure::Kind;
+use crate::plan::{Intent, ParticipantPlan, ScheduleBook};
+use crate::units::Time;
+use crate::words;
+
+/// So many sources that are gone are named; of the others it is said how many there are.
+const NAMED_MAX: usize = 3;
+const KINDS: [Kind; 2] = [Kind::Audio, Kind::Video];
+
+#[derive(Default)]
+pub(super) struct Presence {
+    pub book: ScheduleBook,
+    /// Who is intended to be in once all moves that have been decided are done.
+    due: BTreeSet<u32>,
+    gone: Vec<GoneSource>,
+}
+
+/// A source that ended otherwise than its schedule says.
+struct GoneSource {
+    index: u32,
+    /// `None`: the whole participant.
+    kind: Option<Kind>,
+    at: Time,
+    back_at: Option<Time>,
+    /// What happened to it, and why: `was removed by the server (PARTICIPANT_REMOVED)`.
+    story: String,
+}
+
+impl Presence {
+    /// A participant is to join, or to come back, and sends from then on what the plan has it publish.
+    pub fn invite(&mut self, participant: &ParticipantPlan, at: Time) {
+        let index = participant.index;
+        self.due.insert(index);
+        self.book.intend(index, at, Intent::Join);
+        for kind in KINDS.into_iter().filter(|kind| participant.publishes(*kind)) {
+            self.book.intend(index, at, Intent::Publish(kind));
+        }
+    }
+
+    pub fn dismiss(&mut self, index: u32, at: Time) {
+        self.due.remove(&index);
+        self.book.intend(index, at, Intent::Leave);
+    }
+
+    /// Who is intended to be in once all moves that have been decided are done.
+    pub fn due(&self) -> &BTreeSet<u32> {
+        &self.due
+    }
+
+    pub fn due_count(&self) -> u32 {
+        self.due.len() as u32
+    }
+
+    /// How many were intended to be in at one time or another.
+    pub fn ever_count(&self) -> u32 {
+        self.book.everybody().count() as u32
+    }
+
+    /// A session has ended, or was lost. `server_reason`: by the server, in its own words.
+    pub fn note_lost(&mut self, index: u32, at: Time, reason: &str, server_reason: Option<&str>) {
+        let story = match server_reason {
+            Some("PARTICIPANT_REMOVED") => "was removed by the server (PARTICIPANT_REMOVED)".into(),
+            Some(name) => format!("was sent away by the server ({name})"),
+            None => format!("was lost ({reason})"),
+        };
+        if KINDS.iter().any(|kind| self.sends(index, *kind, at)) {
+            self.add(index, None, at, story);
+        }
+    }
+
+    /// The server has taken one track out of the room.
+    pub fn note_track_lost(&mut self, index: u32, kind: Kind, at: Time) {
+        if self.sends(index, kind, at) {
+            let name = if kind == Kind::Audio { "audio" } else { "video" };
+            let story = format!("lost its {name} track: the server unpublished it");
+            self.add(index, Some(kind), at, story);
+        }
+    }
+
+    fn add(&mut self, index: u32, kind: Option<Kind>, at: Time, story: String) {
+        self.gone.push(GoneSource {
+            index,
+            kind,
+            at,
+            back_at: None,
+            story,
+        });
+    }
+
+    /// It has joined anew, and publishes again.
+    pub fn note_back(&mut self, index: u32, at: Time) {
+        let gone = self.gone.iter_mut().filter(|gone| gone.index == index);
+        gone.for_each(|gone| {
+            gone.back_at.get_or_insert(at);
+        });
+    }
+
+    fn sends(&self, index: u32, kind: Kind, at: Time) -> bool {
+        let schedule = self.book.schedule(index);
+        schedule.is_some_and(|schedule| schedule.sending(kind).contains(at))
+    }
+
+    /// Sources that were gone at that time, though they ought to have been there.
+    fn gone_at(&self, at: Time) -> impl Iterator<Item = &GoneSource> {
+        let is_gone = move |gone: &&GoneSource| {
+            gone.at < at && gone.back_at.is_none_or(|back| back > at) && self.book.is_due(gone.index, at)
+        };
+        self.gone.iter().filter(is_gone)
+    }
+
+    /// Of those, who they are.
+    pub fn gone_sources(&self, at: Time) -> BTreeSet<u32> {
+        self.gone_at(at).map(|gone| gone.index).collect()
+    }
+
+    /// What became of a participant whose source was gone at that time.
+    pub fn story(&self, index: u32, at: Time) -> Option<&str> {
+        let mut gone = self.gone_at(at).filter(|gone| gone.index == index);
+        gone.next().map(|gone| gone.story.as_str())
+    }
+
+    /// Why a stretch of the run that was planned to last until `end` fails: sources that were gone when it ended, at `until`. `what` names what ended them by
+    /// plan: `the plan`, `the tier`.
+    pub fn complaints(
+        &self,
+        until: Time,
+        end: Time,
+        what: &str,
+        identity: impl Fn(u32) -> String,
+    ) -> Vec<String> {
+        let seconds = |span: std::time::Duration| format!("{:.1} s", span.as_secs_f64());
+        let mut named: Vec<String> = self
+            .gone_at(until)
+            .map(|gone| {
+                format!(
+                    "publisher {} {} {} into the run, {} before {what} ended it",
+                    identity(gone.index),
+                    gone.story,
+                    seconds(gone.at.since(Time::ZERO)),
+                    seconds(end.since(gone.at)),
+                )
+            })
+            .collect();
+        let others = named.len().saturating_sub(NAMED_MAX);
+        if others > 0 {
+            named.truncate(NAMED_MAX);
+            named.push(format!(
+                "{} more were gone, too",
+                words::count(others as u64, "publisher")
+            ));
+        }
+        named
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> Time {
+        Time::from_millis(seconds * 1_000)
+    }
+
+    fn publisher(index: u32) -> ParticipantPlan {
+        ParticipantPlan {
+            publishes_audio: true,
+            index,
+            position: index,
+            room: 0,
+            place: index,
+            identity: format!("p-{index}"),
+            publishes_video: false,
+            subscribes: false,
+            join_offset: std::time::Duration::ZERO,
+            seed: 0,
+        }
+    }
+
+    fn told(presence: &Presence, until: u64) -> Vec<String> {
+        presence.complaints(at(until), at(until), "the plan", |index| format!("p-{index}"))
+    }
+
+    #[test]
+    fn a_source_that_is_gone_is_named_with_its_moment_and_the_servers_words() {
+        let mut presence = Presence::default();
+        (0..2).for_each(|index| presence.invite(&publisher(index), at(0)));
+        presence.note_lost(0, at(6), "", Some("PARTICIPANT_REMOVED"));
+        presence.note_track_lost(1, Kind::Video, at(7));
+        assert_eq!(
+            told(&presence, 15),
+            [
+                "publisher p-0 was removed by the server (PARTICIPANT_REMOVED) 6.0 s into the run, 9.0 s before the plan ended it"
+            ],
+            "the other one publishes no video"
+        );
+        presence.note_track_lost(1, Kind::Audio, at(7));
+        assert!(told(&presence, 15)[1].starts_with(
+            "publisher p-1 lost its audio track: the server unpublished it 7.0 s into the run"
+        ));
+        assert_eq!(told(&presence, 6), Vec::<String>::new(), "not yet");
+        assert_eq!(presence.gone_sources(at(15)), BTreeSet::from([0, 1]));
+    }
+
+    #[test]
+    fn who_comes_back_or_was_to_leave_anyhow_is_not_gone() {
+        let mut presence = Presence::default();
+        (0..3).for_each(|index| presence.invite(&publisher(index), at(0)));
+        presence.note_lost(0, at(6), "ICE: no answer", None);
+        assert!(told(&presence, 7)[0].contains("p-0 was lost (ICE: no answer) 6.0 s"));
+        presence.note_back(0, at(8));
+        assert_eq!(told(&presence, 15), Vec::<String>::new());
+        // The plan ends it, and later the server does.
+        presence.dismiss(1, at(9));
+        presence.note_lost(1, at(10), "", Some("ROOM_DELETED"));
+        // The server ends it, and later the plan would have.
+        presence.note_lost(2, at(10), "", Some("ROOM_DELETED"));
+        presence.dismiss(2, at(12));
+        assert_eq!(told(&presence, 11).len(), 1);
+        assert_eq!(told(&presence, 13), Vec::<String>::new());
+        assert_eq!(presence.due(), &BTreeSet::from([0]));
+        assert_eq!(presence.ever_count(), 3);
+    }
+
+    #[test]
+    fn of_many_sources_a_few_are_named() {
+        let mut presence = Presence::default();
+        for index in 0..10 {
+            presence.invite(&publisher(index), at(0));
+            presence.note_lost(index, at(1), "", Some("SERVER_SHUTDOWN"));
+        }
+        let told = told(&presence, 2);
+        assert_eq!(told.len(), 1 + NAMED_MAX);
+        assert_eq!(
+            told[NAMED_MAX],
+            "7 publishers more were gone, too"
+        );
+    }
+}
