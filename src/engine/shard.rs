@@ -351,8 +351,9 @@ impl Shard {
         }
     }
 
-    /// Sources that are gone, though the plan means them to send, let their slots go by.
+    /// Sources that are gone, though the plan means them to send, let the slots go by that are due.
     fn pass_unsent(&mut self, now: Time) {
+        let now = now + Duration::from_nanos(1);
         let roster = &self.config.roster;
         for track in &mut self.gone {
             let unsent = track.pass_unsent(now);

@@ -25,8 +25,6 @@ pub(super) struct Presence {
 /// A source that ended otherwise than its schedule says.
 struct GoneSource {
     index: u32,
-    /// `None`: the whole participant.
-    kind: Option<Kind>,
     at: Time,
     back_at: Option<Time>,
     /// What happened to it, and why: `was removed by the server (PARTICIPANT_REMOVED)`.
@@ -71,7 +69,7 @@ impl Presence {
             None => format!("was lost ({reason})"),
         };
         if KINDS.iter().any(|kind| self.sends(index, *kind, at)) {
-            self.add(index, None, at, story);
+            self.add(index, at, story);
         }
     }
 
@@ -80,14 +78,13 @@ impl Presence {
         if self.sends(index, kind, at) {
             let name = if kind == Kind::Audio { "audio" } else { "video" };
             let story = format!("lost its {name} track: the server unpublished it");
-            self.add(index, Some(kind), at, story);
+            self.add(index, at, story);
         }
     }
 
-    fn add(&mut self, index: u32, kind: Option<Kind>, at: Time, story: String) {
+    fn add(&mut self, index: u32, at: Time, story: String) {
         self.gone.push(GoneSource {
             index,
-            kind,
             at,
             back_at: None,
             story,

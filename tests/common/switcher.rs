@@ -152,7 +152,7 @@ impl World {
 
     /// The subscriber asks for a layer, and the SFU hears it.
     pub fn ask(&mut self, layer: usize) {
-        under_test(true, || self.stream.watch(Some(layer as u8), self.now));
+        under_test(true, || self.stream.watch(Some(layer as u8), self.now, &self.roster));
         if self.downlink.stuck || self.current == Some(layer) {
             return;
         }
@@ -161,7 +161,7 @@ impl World {
     }
 
     pub fn ask_for_nothing(&mut self) {
-        self.stream.watch(None, self.now);
+        self.stream.watch(None, self.now, &self.roster);
         (self.current, self.target, self.last) = (None, None, None);
     }
 

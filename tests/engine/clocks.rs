@@ -97,7 +97,8 @@ fn play(world: &World, counts_come: bool) -> [Record; 2] {
 }
 
 fn lost(media: &Media) -> u64 {
-    media.frames_lost_uplink
+    media.frames_lost_source
+        + media.frames_lost_uplink
         + media.frames_lost_sfu
         + media.frames_lost_downlink
         + media.frames_lost_unattributed

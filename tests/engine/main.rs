@@ -10,6 +10,7 @@ mod handshake;
 mod layers;
 mod media;
 mod playout;
+mod presence;
 mod recording;
 mod rtc_peer;
 mod sfu_router;

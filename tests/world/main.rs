@@ -208,6 +208,9 @@ fn what_is_wrong_on_purpose_is_noticed() {
 const EXPECTED: &[&str] = &[
     "world.sessions resumed",
     "world.sessions replaced",
+    "world.thrown out",
+    "audio.frames_lost_source",
+    "video.frames_lost_source",
     "world.ICE restarts",
     "audio.packets_repaired",
     "audio.packets_lost",

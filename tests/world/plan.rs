@@ -61,8 +61,17 @@ pub enum Role {
 #[derive(Clone, Copy, Debug)]
 pub struct Leave {
     pub at: Time,
-    /// Says so; otherwise it just falls silent.
-    pub polite: bool,
+    pub how: Parting,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parting {
+    /// It says so.
+    Goodbye,
+    /// It just falls silent.
+    Silence,
+    /// The server throws it out, though nobody had planned that.
+    ThrownOut,
 }
 
 /// What a participant does in between. Tracks are chosen by a draw from those that it then knows of.
@@ -166,7 +175,23 @@ impl Plan {
             }
             plan.add_subscriber(room, Role::Witness, calm, &mut chance);
         }
+        plan.throw_out(calm);
         plan
+    }
+
+    /// Some who were to stay are thrown out. Drawn apart, so that worlds without them stay what they were.
+    fn throw_out(&mut self, calm: bool) {
+        let mut chance = Seeded::new(!self.seed);
+        let identities: Vec<String> = self.people.iter().map(|one| one.identity.clone()).collect();
+        let is_alone = |identity: &str| identities.iter().filter(|one| *one == identity).count() == 1;
+        for person in &mut self.people {
+            let stays = person.leaves.is_none() && is_alone(&person.identity);
+            if !calm && stays && person.role == Role::Engine && chance.chance(20) {
+                let at = moment(&mut chance, 2_000, 5_500).max(person.joins_at + SETTLED);
+                let how = Parting::ThrownOut;
+                person.leaves = Some(Leave { at, how });
+            }
+        }
     }
 
     fn add_publisher(&mut self, room: u32, simulcast: bool, calm: bool, chance: &mut Seeded) {
@@ -243,12 +268,16 @@ impl Plan {
             return self.people.push(person);
         }
         let at = moment(chance, 2_500, 5_500).max(person.joins_at + SETTLED);
-        let polite = chance.chance(70);
+        let how = if chance.chance(70) {
+            Parting::Goodbye
+        } else {
+            Parting::Silence
+        };
         let mut again = person.clone();
         let comes_back = chance.chance(50) && at < Time::from_millis(4_500);
         // Some do not leave at all: the server ends the session whose place another takes.
         let is_replaced = comes_back && chance.chance(40);
-        person.leaves = (!is_replaced).then_some(Leave { at, polite });
+        person.leaves = (!is_replaced).then_some(Leave { at, how });
         self.people.push(person);
         if comes_back {
             again.index = self.people.len() as u32;

@@ -28,7 +28,7 @@ use throng::units::{Bitrate, Epoch, Time};
 use crate::client::{Client, Half, Todo};
 use crate::common::link::{Datagram, Link, Outlet};
 use crate::media::clips;
-use crate::plan::{ACTIVE, DRAIN, Person, Plan, Role};
+use crate::plan::{ACTIVE, DRAIN, Parting, Person, Plan, Role};
 use crate::witness::{Tampering, Witness};
 
 pub const TICK: Duration = Duration::from_millis(1);
@@ -75,6 +75,8 @@ pub enum Rule {
     /// No session is ended by the server, and no connection fails, but for a reason.
     SessionsLast,
     RoomsAreApart,
+    /// A source that was thrown out owes what it does not make, slot by slot.
+    SourcesOwe,
     /// What a description announces comes.
     StreamsFlow,
     /// Where nothing is lost, every frame arrives.
@@ -176,6 +178,7 @@ pub struct Session {
     pub announced: BTreeMap<u32, Announced>,
     pub arrivals: EngineArrivals,
     acts_done: usize,
+    pub is_thrown_out: bool,
     signal_chance: throng::seeded::Seeded,
 }
 
@@ -202,6 +205,7 @@ pub struct Tally {
     pub fan_out: u64,
     pub sessions_resumed: u64,
     pub sessions_replaced: u64,
+    pub thrown_out: u64,
     pub ice_restarts: u64,
 }
 
@@ -217,6 +221,7 @@ pub struct World {
     pub plan: Plan,
     pub now: Time,
     pub epoch: Epoch,
+    pub roster: Arc<Roster>,
     pub sessions: Vec<Session>,
     pub shards: Vec<Shard>,
     outlets: Vec<Outlet>,
@@ -283,7 +288,7 @@ impl World {
         ));
         let config = ShardConfig {
             identity: identity.clone(),
-            roster,
+            roster: roster.clone(),
             epoch,
         };
         let mut keys = vec![Vec::new(); plan.shards];
@@ -305,6 +310,7 @@ impl World {
         World {
             now: Time::ZERO,
             epoch,
+            roster,
             sessions,
             shards: keys
                 .iter()
@@ -448,7 +454,7 @@ impl World {
                 continue;
             }
             if let Some(leave) = session.person.leaves.filter(|leave| leave.at <= self.now) {
-                self.leave(index, leave.polite);
+                self.leave(index, leave.how);
                 continue;
             }
             let mut todo = Vec::new();
@@ -465,18 +471,34 @@ impl World {
         }
     }
 
-    fn leave(&mut self, index: usize, polite: bool) {
-        let word = if polite {
-            ToServer::Request(Box::new(Request::Leave(proto::LeaveRequest::default())))
-        } else {
-            ToServer::Lost
+    fn leave(&mut self, index: usize, how: Parting) {
+        let word = match how {
+            Parting::Goodbye => {
+                ToServer::Request(Box::new(Request::Leave(proto::LeaveRequest::default())))
+            }
+            Parting::Silence => ToServer::Lost,
+            Parting::ThrownOut => {
+                // The server's word is on its way; the participant goes when it has come.
+                let person = &self.sessions[index].person;
+                let room = format!("room-{}", person.room);
+                let identity = person.identity.clone();
+                self.tally.thrown_out += u64::from(self.lobby.remove_participant(
+                    &room,
+                    &identity,
+                    self.now,
+                ));
+                self.sessions[index].person.leaves = None;
+                self.sessions[index].is_thrown_out = true;
+                self.server_outputs();
+                return;
+            }
         };
         self.send_signal(index, word);
-        self.close(index);
+        self.close(index, true);
     }
 
     /// The participant's sockets are closed.
-    fn close(&mut self, index: usize) {
+    fn close(&mut self, index: usize, by_plan: bool) {
         let session = &mut self.sessions[index];
         session.stage = Stage::Gone;
         session.left_at = Some(self.now);
@@ -486,13 +508,14 @@ impl World {
                 .into_iter()
                 .filter(|half| was_open[*half as usize])
             {
-                let ssrcs = session.expects[half as usize].iter().copied().collect();
                 let key = key + half as usize;
-                self.shards[shard].handle_command(
-                    Command::Unsubscribe { key, ssrcs },
-                    self.now,
-                    &mut self.outlets[shard],
-                );
+                if by_plan {
+                    self.shards[shard].handle_command(
+                        Command::Leave { key },
+                        self.now,
+                        &mut self.outlets[shard],
+                    );
+                }
                 self.shards[shard].remove_peer(key);
             }
         }
@@ -667,7 +690,10 @@ impl World {
 
     /// The server ends a session that is replaced by another of the same identity, and no other.
     fn handle_end(&mut self, index: usize, reason: &str) {
-        self.close(index);
+        if self.sessions[index].is_thrown_out {
+            return self.close(index, false);
+        }
+        self.close(index, true);
         let identity = &self.sessions[index].person.identity;
         let is_replaced = self.sessions[index + 1..]
             .iter()
@@ -1439,6 +1465,7 @@ fn new_session(
         announced: BTreeMap::new(),
         arrivals: EngineArrivals::default(),
         acts_done: 0,
+        is_thrown_out: false,
         signal_chance: throng::seeded::Seeded::new(seed + 2),
         person: person.clone(),
     }

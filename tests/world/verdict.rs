@@ -61,6 +61,7 @@ pub fn check_drained(world: &mut World) -> Account {
     check_engines(world, &record, &outcomes);
     check_histograms(world, &record);
     check_streams(world, &outcomes);
+    check_sources(world, &outcomes);
     check_witnesses(world);
     check_presence(world);
     account(world, &record)
@@ -279,9 +280,10 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
     }
 }
 
-/// Uplink, SFU, downlink, unattributed.
-fn places_of_loss(media: &Media) -> [u64; 4] {
+/// Source, uplink, SFU, downlink, unattributed.
+fn places_of_loss(media: &Media) -> [u64; 5] {
     [
+        media.frames_lost_source,
         media.frames_lost_uplink,
         media.frames_lost_sfu,
         media.frames_lost_downlink,
@@ -426,6 +428,54 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
                     format!("session {index} got {delivered} of {expected} frames of track {number} of session {origin}")
                 });
             }
+        }
+    }
+}
+
+/// Of every subscription: what came, and what was lost at each place, is what was expected. Of a source that was thrown out: what it made, and what it owes,
+/// is what it would have made.
+fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
+    for peer in outcomes {
+        for stream in &peer.streams {
+            let losses = stream.losses;
+            let lost = losses.source
+                + losses.uplink
+                + losses.sfu
+                + losses.downlink
+                + losses.unattributed;
+            let (delivered, expected) = (stream.frames_delivered, stream.frames_expected);
+            world.check(Rule::EnginesAccount, delivered + lost == expected, || {
+                format!("{}: {delivered} of {expected}, {losses:?}", stream.ssrc)
+            });
+            let Some((origin, track)) = stream.origin else {
+                continue;
+            };
+            let publisher = &world.sessions[origin as usize];
+            let is_thrown_out = publisher.is_thrown_out;
+            world.check(
+                Rule::SourcesOwe,
+                is_thrown_out || losses.source == 0,
+                || format!("session {origin} was not thrown out, and owes {losses:?}"),
+            );
+            let mutes = |act: &Act| matches!(act, Act::Mute { video: false, .. });
+            let is_steady = !publisher.person.acts.iter().any(|(_, act)| mutes(act));
+            let receiver = &world.sessions[peer.participant as usize];
+            let stays = receiver.stage == Stage::In || receiver.is_thrown_out;
+            let is_touched = receiver
+                .announced
+                .get(&stream.ssrc)
+                .is_none_or(|announced| receiver.client.touched.contains(&announced.track_sid));
+            if stream.kind != Kind::Audio || !is_steady || !stays || is_touched || !is_thrown_out {
+                continue;
+            }
+            let (roster, end) = (&world.roster, Time::ZERO + ACTIVE);
+            let began = roster.published_at(origin, track).unwrap();
+            let interval = roster.frame_interval(origin, track, 0);
+            let slots = (end.since(began).as_micros() / interval.as_micros()) as u64 + 1;
+            let made = u64::from(roster.frames(origin, track, 0));
+            world.check(Rule::SourcesOwe, made + losses.source == slots, || {
+                format!("session {origin} made {made} of {slots} frames, and owes {losses:?}")
+            });
         }
     }
 }
@@ -926,6 +976,7 @@ fn account(world: &World, record: &Record) -> Account {
     for (what, count) in [
         ("sessions resumed", world.tally.sessions_resumed),
         ("sessions replaced", world.tally.sessions_replaced),
+        ("thrown out", world.tally.thrown_out),
         ("ICE restarts", world.tally.ice_restarts),
         ("packets for subscribers", world.tally.fan_out),
     ] {

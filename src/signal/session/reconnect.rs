@@ -107,11 +107,12 @@ impl Session {
         let (index, now) = (self.plan.index, self.context.epoch.now());
         let has_tried = self.lost.is_some();
         let lost = self.lost.get_or_insert(Lost::at(now, self.back));
+        let at = lost.at;
         if !std::mem::replace(&mut lost.is_gone, true) {
             self.disconnects += 1;
             self.notify(Notice::Disconnected {
                 index,
-                at: lost.at,
+                at,
                 reason: failure.reason.clone(),
                 server_reason: failure.server_reason,
             });
