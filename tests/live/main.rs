@@ -7,6 +7,7 @@ mod bad_input;
 mod calibrate;
 mod layers;
 mod page;
+mod presence;
 mod ramp;
 mod reconnect;
 mod rooms;

@@ -299,7 +299,7 @@ fn who_cannot_come_back_gives_up_after_a_while(server: &Server) {
     let report = Report::read(&broken.scratch.path("run.json"), &server.secret);
     assert_eq!(
         (report.result(), finished.code),
-        ("PARTIAL", Some(1)),
+        ("FAIL", Some(99)),
         "{}",
         finished.stderr
     );

@@ -362,7 +362,7 @@ impl World {
     pub fn empty(&mut self) {
         for index in 0..self.sessions.len() {
             if self.sessions[index].stage == Stage::In {
-                self.leave(index, true);
+                self.leave(index, Parting::Goodbye);
             }
         }
         self.run_until(self.now + GOODBYE);

@@ -452,11 +452,6 @@ fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
             };
             let publisher = &world.sessions[origin as usize];
             let is_thrown_out = publisher.is_thrown_out;
-            world.check(
-                Rule::SourcesOwe,
-                is_thrown_out || losses.source == 0,
-                || format!("session {origin} was not thrown out, and owes {losses:?}"),
-            );
             let mutes = |act: &Act| matches!(act, Act::Mute { video: false, .. });
             let is_steady = !publisher.person.acts.iter().any(|(_, act)| mutes(act));
             let receiver = &world.sessions[peer.participant as usize];
@@ -465,10 +460,15 @@ fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
                 .announced
                 .get(&stream.ssrc)
                 .is_none_or(|announced| receiver.client.touched.contains(&announced.track_sid));
+            world.check(
+                Rule::SourcesOwe,
+                is_thrown_out || losses.source == 0,
+                || format!("session {origin} was not thrown out, and owes {losses:?}"),
+            );
             if stream.kind != Kind::Audio || !is_steady || !stays || is_touched || !is_thrown_out {
                 continue;
             }
-            let (roster, end) = (&world.roster, Time::ZERO + ACTIVE);
+            let (roster, end) = (world.roster.clone(), Time::ZERO + ACTIVE);
             let began = roster.published_at(origin, track).unwrap();
             let interval = roster.frame_interval(origin, track, 0);
             let slots = (end.since(began).as_micros() / interval.as_micros()) as u64 + 1;

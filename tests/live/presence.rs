@@ -1,0 +1,216 @@
+//! Sources that the server takes out of a run before the plan ends them, on a real LiveKit server and on the embedded SFU: the run fails, and says who, when
+//! and why.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use crate::common::on_both_servers;
+use crate::common::program::{
+    Finished, PATIENCE, Report, Running, Scratch, against, beside_one_other, throng,
+};
+use crate::common::server::Server;
+use livekit_protocol as proto;
+use serde_json::{Value, json};
+use throng::signal::rooms::RoomService;
+
+on_both_servers!(
+    a_publisher_that_is_removed_fails_the_run_and_is_named,
+    publishers_that_are_removed_in_a_tier_fail_that_tier,
+    a_room_that_somebody_deletes_fails_the_run,
+);
+
+/// A run in a room of its own, and the room service beside it.
+struct Disturbed<'a> {
+    server: &'a Server,
+    room: &'static str,
+    running: Running,
+    scratch: Scratch,
+    rooms: RoomService,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl<'a> Disturbed<'a> {
+    /// So many publishers are in, and everybody else who is to be at first.
+    fn start(
+        server: &'a Server,
+        room: &'static str,
+        args: &str,
+        publishers: usize,
+        participants: usize,
+    ) -> Disturbed<'a> {
+        let scratch = Scratch::new();
+        let mut command = throng();
+        against(server, &mut command)
+            .args(args.split(' '))
+            .args(["--room", room, "--json"])
+            .arg(scratch.path("run.json"));
+        let run = Disturbed {
+            server,
+            room,
+            running: Running::start(&mut command, &server.secret),
+            scratch,
+            rooms: RoomService::new(server.endpoint(), server.api_key()),
+            runtime: tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap(),
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while run.active().len() < participants || run.publishers().len() < publishers {
+            assert!(Instant::now() < deadline, "{:?}", run.active());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        run
+    }
+
+    fn active(&self) -> Vec<proto::ParticipantInfo> {
+        let inside = self
+            .runtime
+            .block_on(self.rooms.list_participants(self.room));
+        let is_active = |one: &proto::ParticipantInfo| {
+            one.state == i32::from(proto::participant_info::State::Active)
+        };
+        inside.unwrap_or_default().into_iter().filter(is_active).collect()
+    }
+
+    fn publishers(&self) -> Vec<String> {
+        let publish = |one: &proto::ParticipantInfo| !one.tracks.is_empty();
+        let publishers = self.active().into_iter().filter(publish);
+        publishers.map(|one| one.identity).collect()
+    }
+
+    /// Asks the server for something that no run ever asks for.
+    fn ask(&self, method: &str, mut request: Value) {
+        request["room"] = self.room.into();
+        let authority = self.server.url.strip_prefix("ws://").unwrap();
+        let token = self.server.api_key().service_token(Some(self.room)).unwrap();
+        let body = request.to_string();
+        let mut stream = TcpStream::connect(authority).unwrap();
+        write!(
+            stream,
+            "POST /twirp/livekit.RoomService/{method} HTTP/1.0\r\nHost: {authority}\r\nAuthorization: Bearer {}\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            token.expose(),
+            body.len()
+        )
+        .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains(" 200 "), "{answer}");
+    }
+
+    fn remove(&self, identity: &str) {
+        self.ask("RemoveParticipant", json!({ "identity": identity }));
+    }
+
+    /// The run fails, whatever this host was like: a busy one may make it INVALID, and the reasons are the same.
+    fn fails(self) -> (Finished, Report) {
+        let finished = self.running.finish();
+        let report = Report::read(&self.scratch.path("run.json"), &self.server.secret);
+        let expected = if report.result() == "INVALID" { 98 } else { 99 };
+        assert_eq!(
+            finished.code,
+            Some(expected),
+            "{}\n{}",
+            report.reasons(),
+            finished.stdout
+        );
+        (finished, report)
+    }
+}
+
+const PLACES: [&str; 5] = [
+    "frames_lost_source",
+    "frames_lost_uplink",
+    "frames_lost_sfu",
+    "frames_lost_downlink",
+    "frames_lost_unattributed",
+];
+
+fn account(report: &Report, kind: &str) -> (u64, u64, u64) {
+    let count = |name| report.counter(kind, name);
+    let lost: u64 = PLACES.iter().map(|place| count(place)).sum();
+    assert_eq!(count("frames_expected") - count("frames_delivered"), lost);
+    (count("frames_expected"), lost, count("frames_lost_source"))
+}
+
+fn a_publisher_that_is_removed_fails_the_run_and_is_named(server: &Server) {
+    let _turn = beside_one_other();
+    let args =
+        "--publishers 2 --video-publishers 0 --subscribers 3 --duration 15 --num-per-second 50";
+    let run = Disturbed::start(server, "removes", args, 2, 5);
+    std::thread::sleep(Duration::from_secs(5));
+    let victim = run.publishers().remove(0);
+    run.remove(&victim);
+    let (finished, report) = run.fails();
+    let reasons = report.reasons();
+    let named = format!("publisher {victim} was removed by the server (PARTICIPANT_REMOVED) ");
+    assert!(reasons.contains(&named), "{reasons}");
+    assert!(reasons.contains("into the run, ") && reasons.contains("before the plan ended it"));
+    // Nine or ten of its fifteen seconds, for three subscribers; and of two publishers a third is lost.
+    let (expected, lost, source) = account(&report, "audio");
+    assert!(expected > 2 * 3 * 14 * 50, "{expected}");
+    assert!(source > 3 * 7 * 50 && source <= 3 * 11 * 50, "{source}");
+    assert!(lost - source < 3 * 50, "{lost} {source}");
+    let healthy = report.counter("session", "participants_healthy");
+    assert_eq!(healthy, 1, "the other publisher");
+    assert!(finished.stdout.contains("source gone"), "{}", finished.stdout);
+}
+
+fn publishers_that_are_removed_in_a_tier_fail_that_tier(server: &Server) {
+    let _turn = beside_one_other();
+    let args = "--publishers 2 --video-publishers 0 --subscribers 6 --ramp 3,6 --duration 6 --num-per-second 50";
+    let run = Disturbed::start(server, "tiers", args, 2, 5);
+    std::thread::sleep(Duration::from_secs(3));
+    run.publishers().iter().for_each(|one| run.remove(one));
+    let (_, report) = run.fails();
+    let reasons = report.reasons();
+    assert!(reasons.contains("tier 1: publisher "), "{reasons}");
+    assert!(reasons.contains("(PARTICIPANT_REMOVED)"), "{reasons}");
+    let steps = report.0["steps"].as_array().unwrap();
+    assert_eq!(steps[0]["result"], "FAIL", "{reasons}");
+    assert!(steps[0]["audio"]["frames_lost_source"].as_u64() > Some(3 * 50));
+    account(&report, "audio");
+}
+
+/// The embedded SFU's room service takes no rights away.
+#[test]
+fn whose_right_to_publish_is_taken_is_named() {
+    let Some(server) = &Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let args =
+        "--publishers 2 --video-publishers 0 --subscribers 2 --duration 10 --num-per-second 50";
+    let run = Disturbed::start(server, "rights", args, 2, 4);
+    std::thread::sleep(Duration::from_secs(3));
+    let victim = run.publishers().remove(0);
+    let permission = json!({ "canSubscribe": true, "canPublish": false, "canPublishData": false });
+    run.ask(
+        "UpdateParticipant",
+        json!({ "identity": victim, "permission": permission }),
+    );
+    let (_, report) = run.fails();
+    let reasons = report.reasons();
+    let named = format!("publisher {victim} lost its audio track: the server unpublished it ");
+    assert!(reasons.contains(&named), "{reasons}");
+    let (_, _, source) = account(&report, "audio");
+    assert!(source > 2 * 4 * 50, "{source}");
+}
+
+fn a_room_that_somebody_deletes_fails_the_run(server: &Server) {
+    let _turn = beside_one_other();
+    let args =
+        "--publishers 1 --video-publishers 0 --subscribers 2 --duration 30 --num-per-second 50";
+    let run = Disturbed::start(server, "deleted", args, 1, 3);
+    std::thread::sleep(Duration::from_secs(2));
+    run.runtime
+        .block_on(run.rooms.delete_room(run.room))
+        .unwrap();
+    let (_, report) = run.fails();
+    let reasons = report.reasons();
+    assert!(reasons.contains("all participants were gone"), "{reasons}");
+    assert!(reasons.contains("room_deleted (3 participants)"), "{reasons}");
+    account(&report, "audio");
+}
