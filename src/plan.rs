@@ -5,6 +5,7 @@
 //! [`Shape`] is that of all of them together, and what is added up is this host's [`Part`].
 
 mod part;
+pub mod scenario;
 mod schedule;
 
 use std::fmt;
@@ -12,12 +13,14 @@ use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::measure::Kind;
 use crate::media::packetize::PAYLOAD_BYTES_MAX;
 use crate::media::vp8::MIN_SIZE;
 use crate::seeded::scatter;
 use crate::sfu::SendMode;
-use crate::units::{Bitrate, Time};
+use crate::units::{Bitrate, Time, duration_text};
 
 use part::Headcount;
 pub use part::{LostPublishers, Part, Placement, Role, VANTAGES_MAX, Vantage, WEIGHT_MAX};
@@ -158,7 +161,8 @@ impl fmt::Display for Origin {
 }
 
 /// How many peer connections a participant that publishes and subscribes has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Connection {
     /// One where the server can do that well, two where not: not known before it is asked.
     Auto,
@@ -206,17 +210,30 @@ pub enum Subscribers {
 }
 
 /// Opus as it is sent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct AudioSpec {
     pub bitrate: Bitrate,
     /// The time that one packet holds.
+    #[serde(with = "duration_text")]
     pub frame: Duration,
     /// Discontinuous transmission: pauses are not sent.
     pub dtx: bool,
 }
 
+impl Default for AudioSpec {
+    fn default() -> AudioSpec {
+        AudioSpec {
+            bitrate: Bitrate::from_bps(24_000),
+            frame: Duration::from_millis(20),
+            dtx: false,
+        }
+    }
+}
+
 /// VP8 as it is sent: one layer, or the highest of several.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct VideoSpec {
     pub width: u16,
     pub height: u16,
@@ -224,13 +241,29 @@ pub struct VideoSpec {
     pub bitrate: Bitrate,
 }
 
+/// lk's `high`.
+impl Default for VideoSpec {
+    fn default() -> VideoSpec {
+        VideoSpec {
+            width: 1280,
+            height: 720,
+            frames_per_second: 30,
+            bitrate: Bitrate::from_bps(2_000_000),
+        }
+    }
+}
+
 /// What a subscriber sees of a room, as in `lk`. Tracks beyond it are switched off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Layout {
     /// One large picture of the one who speaks, and five small ones.
     Speaker,
+    #[serde(rename = "3x3")]
     Grid3x3,
+    #[serde(rename = "4x4")]
     Grid4x4,
+    #[serde(rename = "5x5")]
     Grid5x5,
 }
 
@@ -272,7 +305,8 @@ impl Layout {
 }
 
 /// When the packets of a video frame leave.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Pacing {
     /// Spread, as libwebrtc's pacer does.
     Paced,

@@ -7,6 +7,9 @@ use std::ops::{Add, AddAssign, Sub};
 use std::str::FromStr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 /// A point on the run's monotonic clock: nanoseconds since the run's [`Epoch`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(u64);
@@ -181,6 +184,100 @@ impl Bitrate {
     }
 }
 
+impl Bitrate {
+    /// As it is read again: `24k`, `1.5M`, `48001`.
+    pub fn written(self) -> String {
+        match self.0 {
+            bps if bps >= 1_000_000 && bps % 10_000 == 0 => {
+                format!("{}M", trimmed(bps as f64 / 1e6))
+            }
+            bps if bps >= 1_000 && bps % 1_000 == 0 => format!("{}k", bps / 1_000),
+            bps => bps.to_string(),
+        }
+    }
+}
+
+impl Serialize for Bitrate {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.written())
+    }
+}
+
+impl<'de> Deserialize<'de> for Bitrate {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Bitrate, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(D::Error::custom)
+    }
+}
+
+/// A text that is no time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("write 20, 20s, 30m or 1h")]
+pub struct NoDuration;
+
+/// A time as people write it: `20` (seconds), `20s`, `2.5ms`, `1h 30m`.
+///
+/// # Errors
+/// It is none.
+pub fn read_duration(text: &str) -> Result<Duration, NoDuration> {
+    let seconds = text.parse::<u64>().ok().map(Duration::from_secs);
+    let millis = || {
+        let digits = text.strip_suffix("ms")?;
+        let plain = digits.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+        let millis = digits.parse::<f64>().ok().filter(|_| plain)?;
+        Duration::try_from_secs_f64(millis / 1e3).ok()
+    };
+    let duration = seconds
+        .or_else(|| humantime::parse_duration(text).ok())
+        .or_else(millis);
+    duration.ok_or(NoDuration)
+}
+
+/// As [`read_duration`] takes it, to the nanosecond.
+pub fn written_duration(duration: Duration) -> String {
+    humantime::format_duration(duration).to_string()
+}
+
+/// A time as text, for serde.
+pub mod duration_text {
+    use serde::de::Error as _;
+
+    use super::{Deserialize, Deserializer, Duration, Serializer, read_duration};
+
+    pub fn serialize<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&super::written_duration(*time))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(from)?;
+        read_duration(&text).map_err(D::Error::custom)
+    }
+}
+
+/// A time as text that may be absent, for serde.
+pub mod optional_duration_text {
+    use serde::de::Error as _;
+
+    use super::{Deserialize, Deserializer, Duration, Serializer, read_duration};
+
+    pub fn serialize<S: Serializer>(
+        time: &Option<Duration>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match time {
+            Some(time) => super::duration_text::serialize(time, serializer),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+        let text = Option::<String>::deserialize(from)?;
+        let read = |text: String| read_duration(&text);
+        text.map(read).transpose().map_err(D::Error::custom)
+    }
+}
+
 impl FromStr for Bitrate {
     type Err = String;
 
@@ -240,6 +337,34 @@ mod tests {
             assert!(text.parse::<Bitrate>().is_err(), "{text}");
         }
         assert_eq!(Bitrate::from_bps(1_500_000).to_string(), "1.5 Mbps");
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        for bps in [
+            1, 999, 24_000, 48_001, 600_000, 1_500_000, 1_234_567, 2_000_000, 4_507_500,
+        ] {
+            let bitrate = Bitrate::from_bps(bps);
+            assert_eq!(bitrate.written().parse(), Ok(bitrate), "{bps}");
+        }
+        assert_eq!(Bitrate::from_bps(1_500_000).written(), "1.5M");
+        for nanos in [
+            0,
+            1,
+            2_500_000,
+            15_000_000_000,
+            5_400_000_000_000,
+            86_400_000_000_007,
+        ] {
+            let time = Duration::from_nanos(nanos);
+            assert_eq!(read_duration(&written_duration(time)), Ok(time), "{nanos}");
+        }
+        for (text, millis) in [("20", 20_000), ("2.5ms", 2), ("1h30m", 5_400_000)] {
+            assert_eq!(read_duration(text).unwrap().as_millis(), millis);
+        }
+        for text in ["", "x", "1e3", "-5", "1w2", "nanms", ".ms"] {
+            assert_eq!(read_duration(text), Err(NoDuration), "{text}");
+        }
     }
 
     #[test]

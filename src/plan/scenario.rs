@@ -1,0 +1,1011 @@
+//! A run, described once.
+//!
+//! A [`Scenario`] says who takes part (groups of participants), what they send, and what happens
+//! in time (phases, or the search for a capacity). The command line makes one; a coordinator sends
+//! it to its hosts, and its journal keeps it; the report carries it. All of them serialise this
+//! very type, and all of them rely on [`Scenario::validate`]: a bound is stated here and nowhere
+//! else. [`super::Plan`] is what one host makes of it. Secrets and the server's address are never
+//! part of it.
+//!
+//! What is not written down has its default. What is not known is refused: a host that ignored a
+//! field would play another run.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    AudioSpec, Connection as ConnectionMode, Layout as ViewLayout, PARTICIPANTS_MAX, Pacing,
+    VideoSpec,
+};
+use crate::measure::Kind;
+use crate::media::vp8;
+use crate::units::{Bitrate, duration_text, optional_duration_text, written_duration};
+
+/// Readers of JSON keep whole numbers exactly up to here.
+pub const SEED_MAX: u64 = (1 << 53) - 1;
+/// Each phase has its record and its line in the report.
+pub const PHASES_MAX: usize = 200;
+/// The longest phase, and the longest of everything that a scenario measures in time.
+pub const PHASE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// More kinds of participants than a room has.
+pub const GROUPS_MAX: usize = 64;
+/// Of names and labels, in bytes.
+pub const NAME_BYTES_MAX: usize = 128;
+/// How long an Opus packet can be, in microseconds (RFC 6716, section 2.1.4, and several frames in
+/// one packet).
+const AUDIO_FRAMES_US: [u64; 9] = [
+    2_500, 5_000, 10_000, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000,
+];
+/// RFC 6716, section 2.1.1.
+const AUDIO_BPS: std::ops::RangeInclusive<u64> = 6_000..=510_000;
+const VIDEO_BPS: std::ops::RangeInclusive<u64> = 10_000..=100_000_000;
+const VIDEO_SIDES: std::ops::RangeInclusive<u16> = 16..=4096;
+const JOINS_PER_SECOND: std::ops::RangeInclusive<f64> = 0.001..=1e6;
+
+/// A run, completely described: everything but the server, the secrets and the run's tag.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scenario {
+    /// Everything that is random below the plan comes from here.
+    pub seed: u64,
+    /// How many peer connections a participant has; `auto`: each host asks its server.
+    pub connection: ConnectionMode,
+    /// What identities begin with.
+    pub identity_prefix: String,
+    /// Joins are started at this rate whatever becomes of earlier ones (open loop). Over several
+    /// hosts: on each of them.
+    pub joins_per_second: f64,
+    /// How often a join that failed is tried again.
+    pub join_retries: u32,
+    pub rooms: RoomSet,
+    pub media: MediaSpec,
+    /// Who is in a room, in joining order.
+    pub groups: Vec<ParticipantGroup>,
+    /// One after the other. Empty only where a search chooses them.
+    pub phases: Vec<ScenarioPhase>,
+    /// The phases are chosen on the way, to find out with how many subscribers a room the run
+    /// passes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub search: Option<CapacitySearch>,
+}
+
+/// The rooms of a run. All are alike.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RoomSet {
+    /// Used as it is for one room, `NAME-1`, `NAME-2`.. for several. `None`: made from the run's
+    /// tag.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub count: u32,
+}
+
+/// What publishers send, and how subscribers look at it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MediaSpec {
+    /// Video is sent in smaller sizes, too, where it is large enough.
+    pub simulcast: bool,
+    pub pacing: Pacing,
+    /// Publishers send no more layers than their path carries.
+    pub obey_bandwidth: bool,
+    /// The audio publishers of a room take turns in speaking.
+    pub simulate_speakers: bool,
+    /// How subscribers lay out what they see; `None`: each track as large as it comes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layout: Option<ViewLayout>,
+    pub audio: AudioSpec,
+    pub video: VideoSpec,
+}
+
+/// Participants of a room who do the same.
+///
+/// A new property of participants is added here, with its default and its bound in
+/// [`ParticipantGroup::validate`]; [`super::Plan::participant`] hands it to each of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ParticipantGroup {
+    /// For people.
+    pub label: String,
+    /// In each room.
+    pub count: u32,
+    pub publishes_audio: bool,
+    pub publishes_video: bool,
+    /// To everybody else of the room.
+    pub subscribes: bool,
+}
+
+/// A stretch of the run: participants come until it has as many as it wants, settle, and are held.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScenarioPhase {
+    /// As the report names it.
+    pub name: String,
+    /// So many in each room of those who only subscribe: the first ones in joining order, and the
+    /// others leave. `None`: all. Over several hosts: so many of each host of weight 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subscribers: Option<u32>,
+    /// The joins, or the leaves, are spread over this, instead of
+    /// [`Scenario::joins_per_second`].
+    #[serde(
+        with = "optional_duration_text",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub spread: Option<Duration>,
+    /// Between the end of joining and the beginning of measuring.
+    #[serde(with = "duration_text")]
+    pub warmup: Duration,
+    /// What is measured.
+    #[serde(with = "duration_text")]
+    pub hold: Duration,
+}
+
+/// The search for the most subscribers with which the run passes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CapacitySearch {
+    /// The most to be tried, in each room.
+    pub max_subscribers: u32,
+    /// As in [`ScenarioPhase::spread`], of each point.
+    #[serde(
+        default,
+        with = "optional_duration_text",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub spread: Option<Duration>,
+    /// As in [`ScenarioPhase::warmup`], of each point.
+    #[serde(default, with = "duration_text")]
+    pub warmup: Duration,
+    /// The least that a point is held. One in doubt is held for longer.
+    #[serde(with = "duration_text")]
+    pub hold: Duration,
+}
+
+/// How a phase goes in time, whoever is in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PhaseTimes {
+    pub spread: Option<Duration>,
+    pub warmup: Duration,
+    pub hold: Duration,
+}
+
+/// The people of a plain room in numbers, as flags and reports have them. Audio and video
+/// publishers are the same people as far as the numbers allow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoomPeople {
+    pub audio_publishers: u32,
+    pub video_publishers: u32,
+    /// Who only subscribe.
+    pub subscribers: u32,
+    /// Publishers subscribe to each other, too.
+    pub meeting: bool,
+}
+
+impl Default for Scenario {
+    fn default() -> Scenario {
+        Scenario {
+            seed: 0,
+            connection: ConnectionMode::Auto,
+            identity_prefix: "throng".to_owned(),
+            joins_per_second: 50.0,
+            join_retries: 0,
+            rooms: RoomSet::default(),
+            media: MediaSpec::default(),
+            groups: Vec::new(),
+            phases: Vec::new(),
+            search: None,
+        }
+    }
+}
+
+impl Default for RoomSet {
+    fn default() -> RoomSet {
+        RoomSet {
+            name: None,
+            count: 1,
+        }
+    }
+}
+
+impl Default for MediaSpec {
+    fn default() -> MediaSpec {
+        MediaSpec {
+            simulcast: true,
+            pacing: Pacing::Paced,
+            obey_bandwidth: false,
+            simulate_speakers: false,
+            layout: None,
+            audio: AudioSpec::default(),
+            video: VideoSpec::default(),
+        }
+    }
+}
+
+impl Default for ScenarioPhase {
+    fn default() -> ScenarioPhase {
+        ScenarioPhase {
+            name: "hold".to_owned(),
+            subscribers: None,
+            spread: None,
+            warmup: Duration::ZERO,
+            hold: Duration::from_secs(15),
+        }
+    }
+}
+
+/// Who is in a room.
+impl RoomPeople {
+    /// Publishers per room: audio and video publishers overlap.
+    pub fn publishers(&self) -> u32 {
+        self.audio_publishers.max(self.video_publishers)
+    }
+
+    /// Everybody in a room.
+    pub fn participants(&self) -> u64 {
+        u64::from(self.publishers()) + u64::from(self.subscribers)
+    }
+
+    /// In joining order; groups of nobody are left out.
+    fn groups(&self) -> Vec<ParticipantGroup> {
+        let both = self.audio_publishers.min(self.video_publishers);
+        let publishers = |label: &str, count, publishes_audio, publishes_video| ParticipantGroup {
+            label: label.to_owned(),
+            count,
+            publishes_audio,
+            publishes_video,
+            subscribes: self.meeting,
+        };
+        let groups = [
+            publishers("audio and video", both, true, true),
+            publishers("audio", self.audio_publishers - both, true, false),
+            publishers("video", self.video_publishers - both, false, true),
+            ParticipantGroup::subscribers(self.subscribers),
+        ];
+        groups.into_iter().filter(|group| group.count > 0).collect()
+    }
+}
+
+impl ParticipantGroup {
+    /// Who only subscribe.
+    fn subscribers(count: u32) -> ParticipantGroup {
+        ParticipantGroup {
+            label: "subscribers".to_owned(),
+            count,
+            subscribes: true,
+            ..ParticipantGroup::default()
+        }
+    }
+
+    pub const fn publishes(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Audio => self.publishes_audio,
+            Kind::Video => self.publishes_video,
+        }
+    }
+
+    pub const fn is_publisher(&self) -> bool {
+        self.publishes_audio || self.publishes_video
+    }
+
+    fn validate(&self) -> Result<(), Misfit> {
+        if !is_label(&self.label) {
+            return Err(Misfit::new("label", ScenarioFault::Label));
+        }
+        if self.is_publisher() || self.subscribes {
+            Ok(())
+        } else {
+            Err(Misfit::new("subscribes", ScenarioFault::IdleGroup))
+        }
+    }
+}
+
+/// The runs that the command line knows.
+impl Scenario {
+    /// Rooms of such people. What they do in time is still to be said.
+    pub fn of_people(people: RoomPeople) -> Scenario {
+        Scenario {
+            groups: people.groups(),
+            ..Scenario::default()
+        }
+    }
+
+    /// All join, and are held.
+    #[must_use]
+    pub fn single(self, times: PhaseTimes) -> Scenario {
+        let phases = vec![ScenarioPhase::all("hold", times)];
+        Scenario {
+            phases,
+            search: None,
+            ..self
+        }
+    }
+
+    /// Tier after tier with so many subscribers in each room.
+    #[must_use]
+    pub fn ramp(self, tiers: &[u32], times: PhaseTimes) -> Scenario {
+        let numbered = (1..).zip(tiers);
+        let phases = numbered
+            .map(|(number, subscribers)| ScenarioPhase {
+                subscribers: Some(*subscribers),
+                ..ScenarioPhase::all(&format!("tier {number}"), times)
+            })
+            .collect();
+        Scenario {
+            phases,
+            search: None,
+            ..self
+        }
+    }
+
+    /// A search for the most subscribers in each room, all of whom are in [`Scenario::groups`].
+    #[must_use]
+    pub fn capacity_search(self, times: PhaseTimes) -> Scenario {
+        let search = CapacitySearch {
+            max_subscribers: self.subscribers(),
+            spread: times.spread,
+            warmup: times.warmup,
+            hold: times.hold,
+        };
+        Scenario {
+            phases: Vec::new(),
+            search: Some(search),
+            ..self
+        }
+    }
+
+    /// The same run by several hosts together: so many rooms in all, and in each of them so many
+    /// who only subscribe. Phases stay what each host, or all hosts, were asked for.
+    #[must_use]
+    pub fn over_hosts(&self, rooms: u32, subscribers: u32) -> Scenario {
+        let mut scenario = self.clone();
+        scenario.rooms.count = rooms;
+        let is_listener = |group: &ParticipantGroup| !group.is_publisher();
+        if !scenario.groups.iter().any(is_listener) {
+            scenario.groups.push(ParticipantGroup::subscribers(0));
+        }
+        // Of several groups the last one takes those who are more than there were.
+        let mut left = subscribers;
+        let listeners = scenario
+            .groups
+            .iter_mut()
+            .filter(|group| is_listener(group));
+        for group in listeners {
+            group.count = group.count.min(left);
+            left -= group.count;
+        }
+        if let Some(last) = scenario.groups.iter_mut().rfind(|group| is_listener(group)) {
+            last.count += left;
+        }
+        scenario.groups.retain(|group| group.count > 0);
+        scenario
+    }
+}
+
+impl ScenarioPhase {
+    fn all(name: &str, times: PhaseTimes) -> ScenarioPhase {
+        ScenarioPhase {
+            name: name.to_owned(),
+            subscribers: None,
+            spread: times.spread,
+            warmup: times.warmup,
+            hold: times.hold,
+        }
+    }
+}
+
+/// What it comes to. Counts are of one room, unless they say otherwise.
+impl Scenario {
+    /// Who publish anything. They come first.
+    pub fn publishers(&self) -> u32 {
+        self.count(ParticipantGroup::is_publisher)
+    }
+
+    pub fn publishers_of(&self, kind: Kind) -> u32 {
+        self.count(|group| group.publishes(kind))
+    }
+
+    /// Who only subscribe.
+    pub fn subscribers(&self) -> u32 {
+        self.count(|group| !group.is_publisher())
+    }
+
+    pub fn participants(&self) -> u64 {
+        let counts = self.groups.iter().map(|group| u64::from(group.count));
+        counts.sum()
+    }
+
+    /// Over all rooms.
+    pub fn total(&self) -> u64 {
+        self.participants().saturating_mul(self.rooms.count.into())
+    }
+
+    fn count(&self, is_one: impl Fn(&ParticipantGroup) -> bool) -> u32 {
+        let groups = self.groups.iter().filter(|group| is_one(group));
+        groups.fold(0, |sum: u32, group| sum.saturating_add(group.count))
+    }
+
+    /// The group of the participant at this place of a room's joining order.
+    pub fn group_at(&self, place: u32) -> Option<&ParticipantGroup> {
+        let mut before = place;
+        self.groups.iter().find(|group| {
+            let is_in = before < group.count;
+            before = before.saturating_sub(group.count);
+            is_in
+        })
+    }
+
+    /// Publishers of a kind who come before this place.
+    pub fn publishers_before(&self, place: u32, kind: Kind) -> u32 {
+        let mut left = place;
+        let mut publishers = 0;
+        for group in &self.groups {
+            let before = left.min(group.count);
+            left -= before;
+            publishers += if group.publishes(kind) { before } else { 0 };
+        }
+        publishers
+    }
+
+    /// Publishers subscribe to each other, too.
+    pub fn is_meeting(&self) -> bool {
+        let mut publishers = self.groups.iter().filter(|group| group.is_publisher());
+        publishers.any(|group| group.subscribes)
+    }
+
+    /// In numbers: what the report calls them.
+    pub fn people(&self) -> RoomPeople {
+        RoomPeople {
+            audio_publishers: self.publishers_of(Kind::Audio),
+            video_publishers: self.publishers_of(Kind::Video),
+            subscribers: self.subscribers(),
+            meeting: self.is_meeting(),
+        }
+    }
+
+    /// Fills the rooms with such people.
+    pub fn set_people(&mut self, people: RoomPeople) {
+        self.groups = people.groups();
+    }
+
+    /// Whether the run is one phase with everybody, and nothing else.
+    pub fn is_whole(&self) -> bool {
+        self.search.is_none() && matches!(&self.phases[..], [phase] if phase.subscribers.is_none())
+    }
+
+    /// Whether subscribers come and go phase by phase, instead of all at once.
+    pub fn has_tiers(&self) -> bool {
+        !self.is_whole()
+    }
+
+    /// Subscribers in each room, phase by phase; empty where all are in at once, and in a search.
+    pub fn ramp_tiers(&self) -> Vec<u32> {
+        if self.is_whole() {
+            return Vec::new();
+        }
+        let all = self.subscribers();
+        let phases = self.phases.iter();
+        phases
+            .map(|phase| phase.subscribers.unwrap_or(all))
+            .collect()
+    }
+
+    /// Of the first phase, or of a search's points.
+    pub fn times(&self) -> PhaseTimes {
+        let of_search = self.search.as_ref().map(|search| PhaseTimes {
+            spread: search.spread,
+            warmup: search.warmup,
+            hold: search.hold,
+        });
+        let of_phase = self.phases.first().map(|phase| PhaseTimes {
+            spread: phase.spread,
+            warmup: phase.warmup,
+            hold: phase.hold,
+        });
+        of_search.or(of_phase).unwrap_or_default()
+    }
+}
+
+/// Why a scenario was refused: where it says something that cannot be, and what to write.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field} {fault}")]
+pub struct ScenarioError {
+    /// The path of the field, as `media.video.frames_per_second` or `phases[2].hold`.
+    pub field: String,
+    pub fault: ScenarioFault,
+}
+
+/// What is wrong with a field. Each reads on from the field's name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ScenarioFault {
+    #[error("{found} is out of range: write {allowed}")]
+    OutOfRange {
+        found: String,
+        allowed: &'static str,
+    },
+    #[error("takes 1 to {NAME_BYTES_MAX} bytes without spaces")]
+    Name,
+    #[error("takes 1 to {NAME_BYTES_MAX} bytes without control characters")]
+    Label,
+    #[error("{found} is no length of an Opus packet: write {AUDIO_FRAMES_TEXT}")]
+    AudioFrame { found: String },
+    #[error("add up to 0 participants: nobody would join")]
+    Nobody,
+    #[error("add up to more than {PARTICIPANTS_MAX} participants: spread them over several runs")]
+    TooManyParticipants,
+    #[error("has {found} tiers: at most {PHASES_MAX} tiers")]
+    TooManyPhases { found: usize },
+    #[error("are too many with {found}: at most {GROUPS_MAX}")]
+    TooManyGroups { found: usize },
+    #[error("is empty: write at least one phase, or a search")]
+    NoPhase,
+    #[error("has phases, but the search chooses them: leave out one of the two")]
+    SearchAndPhases,
+    #[error("0 is a tier without subscribers, which measures nothing: write 1 or more")]
+    EmptyTier,
+    #[error("{found} is more than the groups have: they have {most} who only subscribe")]
+    TooManySubscribers { found: u32, most: u32 },
+    #[error("leaves the group nothing to do: have it publish audio or video, or subscribe")]
+    IdleGroup,
+    #[error(
+        "comes too late: groups that publish audio are first, then those that publish video, then subscribers"
+    )]
+    GroupOrder,
+}
+
+const AUDIO_FRAMES_TEXT: &str = "2.5ms, 5ms, 10ms, 20ms, 40ms, 60ms, 80ms, 100ms or 120ms";
+const FPS_TEXT: &str = "1 to 60 frames a second";
+/// What [`FPS_TEXT`] says is what the encoder takes.
+const _: () = assert!(*vp8::FPS_RANGE.start() == 1 && *vp8::FPS_RANGE.end() == 60);
+
+/// A fault and the field that has it, before it is known where that field stands.
+struct Misfit {
+    field: &'static str,
+    fault: ScenarioFault,
+}
+
+impl Misfit {
+    fn new(field: &'static str, fault: ScenarioFault) -> Misfit {
+        Misfit { field, fault }
+    }
+
+    /// In this part of the scenario.
+    fn within(self, part: &str) -> ScenarioError {
+        ScenarioError {
+            field: format!("{part}.{}", self.field),
+            fault: self.fault,
+        }
+    }
+}
+
+impl From<Misfit> for ScenarioError {
+    fn from(misfit: Misfit) -> ScenarioError {
+        ScenarioError {
+            field: misfit.field.to_owned(),
+            fault: misfit.fault,
+        }
+    }
+}
+
+/// Every bound of a run. Flags, a coordinator's job, a journal and JSON all go through here.
+impl Scenario {
+    /// # Errors
+    /// The first field that makes no sense.
+    pub fn validate(&self) -> Result<(), ScenarioError> {
+        if self.seed > SEED_MAX {
+            return Err(Misfit::new("seed", out(self.seed, "0 to 9007199254740991")).into());
+        }
+        must_be_a_name(&self.identity_prefix)
+            .map_err(|fault| ScenarioError::from(Misfit::new("identity_prefix", fault)))?;
+        self.rooms
+            .validate()
+            .map_err(|misfit| misfit.within("rooms"))?;
+        self.media.validate()?;
+        self.validate_groups()?;
+        // NaN is within nothing.
+        if !JOINS_PER_SECOND.contains(&self.joins_per_second) {
+            let fault = out(self.joins_per_second, JOIN_RATE_TEXT);
+            return Err(Misfit::new("joins_per_second", fault).into());
+        }
+        self.validate_phases()
+    }
+
+    fn validate_groups(&self) -> Result<(), ScenarioError> {
+        let groups = |fault| Err(Misfit::new("groups", fault).into());
+        if self.groups.len() > GROUPS_MAX {
+            let found = self.groups.len();
+            return groups(ScenarioFault::TooManyGroups { found });
+        }
+        if self.participants() == 0 {
+            return groups(ScenarioFault::Nobody);
+        }
+        if self.total() > PARTICIPANTS_MAX {
+            return groups(ScenarioFault::TooManyParticipants);
+        }
+        let mut last = 0;
+        for (at, group) in self.groups.iter().enumerate() {
+            let part = format!("groups[{at}]");
+            group.validate().map_err(|misfit| misfit.within(&part))?;
+            // A publisher of audio is known by its place in the room, and phases count subscribers
+            // from the end of the publishers.
+            let rank = match (group.publishes_audio, group.publishes_video) {
+                (true, _) => 0,
+                (false, true) => 1,
+                (false, false) => 2,
+            };
+            if rank < last {
+                let fault = ScenarioFault::GroupOrder;
+                return Err(ScenarioError { field: part, fault });
+            }
+            last = rank;
+        }
+        Ok(())
+    }
+
+    fn validate_phases(&self) -> Result<(), ScenarioError> {
+        if let Some(search) = &self.search {
+            if !self.phases.is_empty() {
+                return Err(Misfit::new("phases", ScenarioFault::SearchAndPhases).into());
+            }
+            let in_search = |misfit: Misfit| misfit.within("search");
+            self.check_subscribers("max_subscribers", search.max_subscribers, true)
+                .map_err(in_search)?;
+            return self.times().validate().map_err(in_search);
+        }
+        match self.phases.len() {
+            0 => return Err(Misfit::new("phases", ScenarioFault::NoPhase).into()),
+            1..=PHASES_MAX => {}
+            found => {
+                let fault = ScenarioFault::TooManyPhases { found };
+                return Err(Misfit::new("phases", fault).into());
+            }
+        }
+        for (at, phase) in self.phases.iter().enumerate() {
+            let in_phase = |misfit: Misfit| misfit.within(&format!("phases[{at}]"));
+            let times = PhaseTimes {
+                spread: phase.spread,
+                warmup: phase.warmup,
+                hold: phase.hold,
+            };
+            if !is_label(&phase.name) {
+                return Err(in_phase(Misfit::new("name", ScenarioFault::Label)));
+            }
+            if let Some(subscribers) = phase.subscribers {
+                self.check_subscribers("subscribers", subscribers, false)
+                    .map_err(in_phase)?;
+            }
+            times.validate().map_err(in_phase)?;
+        }
+        Ok(())
+    }
+
+    /// A tier of nobody measures nothing, unless publishers subscribe to each other.
+    fn check_subscribers(
+        &self,
+        field: &'static str,
+        found: u32,
+        is_search: bool,
+    ) -> Result<(), Misfit> {
+        let most = self.subscribers();
+        if found == 0 && (is_search || !self.is_meeting()) {
+            return Err(Misfit::new(field, ScenarioFault::EmptyTier));
+        }
+        if found > most {
+            return Err(Misfit::new(
+                field,
+                ScenarioFault::TooManySubscribers { found, most },
+            ));
+        }
+        Ok(())
+    }
+}
+
+const JOIN_RATE_TEXT: &str = "a rate of 0.001 to 1000000";
+
+impl RoomSet {
+    fn validate(&self) -> Result<(), Misfit> {
+        if self.count == 0 {
+            return Err(Misfit::new("count", out(0, "1 or more")));
+        }
+        let name = self.name.as_deref().map_or(Ok(()), must_be_a_name);
+        name.map_err(|fault| Misfit::new("name", fault))
+    }
+}
+
+impl MediaSpec {
+    fn validate(&self) -> Result<(), ScenarioError> {
+        let audio = self.audio.validate();
+        audio.map_err(|misfit| misfit.within("media.audio"))?;
+        let video = self.video.validate();
+        video.map_err(|misfit| misfit.within("media.video"))
+    }
+}
+
+impl AudioSpec {
+    fn validate(&self) -> Result<(), Misfit> {
+        if !AUDIO_BPS.contains(&self.bitrate.bps()) {
+            return Err(bitrate_out(self.bitrate, "6k to 510k"));
+        }
+        let frame_us = self.frame.as_micros();
+        if AUDIO_FRAMES_US.iter().all(|us| u128::from(*us) != frame_us) {
+            let found = written_duration(self.frame);
+            return Err(Misfit::new("frame", ScenarioFault::AudioFrame { found }));
+        }
+        Ok(())
+    }
+}
+
+impl VideoSpec {
+    fn validate(&self) -> Result<(), Misfit> {
+        if !VIDEO_SIDES.contains(&self.width) || !VIDEO_SIDES.contains(&self.height) {
+            let found = format!("{}x{}", self.width, self.height);
+            let allowed = "high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096";
+            return Err(Misfit::new(
+                "size",
+                ScenarioFault::OutOfRange { found, allowed },
+            ));
+        }
+        if !vp8::FPS_RANGE.contains(&self.frames_per_second) {
+            let fault = out(self.frames_per_second, FPS_TEXT);
+            return Err(Misfit::new("frames_per_second", fault));
+        }
+        if !VIDEO_BPS.contains(&self.bitrate.bps()) {
+            return Err(bitrate_out(self.bitrate, "10k to 100M"));
+        }
+        Ok(())
+    }
+}
+
+impl PhaseTimes {
+    fn validate(&self) -> Result<(), Misfit> {
+        if let Some(spread) = self.spread {
+            spread_must_fit(spread).map_err(|fault| Misfit::new("spread", fault))?;
+        }
+        if self.warmup > PHASE_MAX {
+            return Err(Misfit::new("warmup", time_out(self.warmup, "0 to 30d")));
+        }
+        if self.hold.is_zero() || self.hold > PHASE_MAX {
+            return Err(Misfit::new("hold", time_out(self.hold, "1s to 30d")));
+        }
+        Ok(())
+    }
+}
+
+/// The time over which joins are spread.
+///
+/// # Errors
+/// It is nothing, or longer than any run.
+pub fn spread_must_fit(spread: Duration) -> Result<(), ScenarioFault> {
+    if spread.is_zero() || spread > PHASE_MAX {
+        let allowed = "1s to 30d; to have all join at once, write a high rate of joins instead";
+        return Err(time_out(spread, allowed));
+    }
+    Ok(())
+}
+
+/// Of rooms, and what identities begin with.
+///
+/// # Errors
+/// It is empty, too long, or has spaces.
+pub fn must_be_a_name(name: &str) -> Result<(), ScenarioFault> {
+    let plain = !name.chars().any(|c| c.is_control() || c.is_whitespace());
+    if plain && (1..=NAME_BYTES_MAX).contains(&name.len()) {
+        Ok(())
+    } else {
+        Err(ScenarioFault::Name)
+    }
+}
+
+fn is_label(label: &str) -> bool {
+    (1..=NAME_BYTES_MAX).contains(&label.len()) && !label.chars().any(char::is_control)
+}
+
+fn out(found: impl ToString, allowed: &'static str) -> ScenarioFault {
+    ScenarioFault::OutOfRange {
+        found: found.to_string(),
+        allowed,
+    }
+}
+
+fn time_out(found: Duration, allowed: &'static str) -> ScenarioFault {
+    out(written_duration(found), allowed)
+}
+
+fn bitrate_out(found: Bitrate, allowed: &'static str) -> Misfit {
+    Misfit::new("bitrate", out(found.written(), allowed))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    const TIMES: PhaseTimes = PhaseTimes {
+        spread: Some(Duration::from_secs(90)),
+        warmup: Duration::from_millis(2_500),
+        hold: Duration::from_secs(20),
+    };
+
+    fn base() -> Scenario {
+        let people = RoomPeople {
+            audio_publishers: 3,
+            video_publishers: 2,
+            subscribers: 25,
+            meeting: false,
+        };
+        let mut scenario = Scenario::of_people(people);
+        scenario.seed = 7;
+        scenario.rooms.name = Some("hall".to_owned());
+        scenario
+    }
+
+    /// One of each kind that the command line makes.
+    pub(crate) fn kinds() -> BTreeMap<&'static str, Scenario> {
+        let meeting = Scenario::of_people(RoomPeople {
+            meeting: true,
+            subscribers: 0,
+            ..base().people()
+        });
+        let plain = PhaseTimes {
+            hold: Duration::from_secs(15),
+            ..PhaseTimes::default()
+        };
+        BTreeMap::from([
+            ("plain", base().single(plain)),
+            ("ramp", base().ramp(&[2, 25, 10], TIMES)),
+            ("knee", base().capacity_search(TIMES)),
+            ("meeting", meeting.single(plain)),
+            ("hosts", base().ramp(&[2, 25], TIMES).over_hosts(4, 75)),
+        ])
+    }
+
+    #[test]
+    fn every_kind_of_run_survives_the_trip_and_is_what_it_was() {
+        let golden: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/golden/scenarios.json")).unwrap();
+        for (name, scenario) in kinds() {
+            assert_eq!(scenario.validate(), Ok(()), "{name}");
+            let json = serde_json::to_value(&scenario).unwrap();
+            assert_eq!(json, golden[name], "{name}");
+            let text = serde_json::to_string(&scenario).unwrap();
+            assert_eq!(serde_json::from_str::<Scenario>(&text).unwrap(), scenario);
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_default_and_what_is_not_known_is_refused() {
+        let text = r#"{"groups": [{"label": "all", "count": 4, "subscribes": true}],
+            "phases": [{"hold": "1m"}]}"#;
+        let scenario: Scenario = serde_json::from_str(text).unwrap();
+        assert_eq!(scenario.validate(), Ok(()));
+        assert!(scenario.is_whole() && scenario.rooms.count == 1);
+        assert_eq!(scenario.times().hold, Duration::from_secs(60));
+        for (text, says) in [
+            (r#"{"sede": 1}"#, "sede"),
+            (r#"{"rooms": {"counts": 1}}"#, "counts"),
+            (r#"{"groups": [{"amount": 1}]}"#, "amount"),
+            (
+                r#"{"phases": [{"hold": "soon"}]}"#,
+                "write 20, 20s, 30m or 1h",
+            ),
+            (
+                r#"{"media": {"audio": {"bitrate": "fast"}}}"#,
+                "write 24k, 1.5M",
+            ),
+            (r#"{"media": {"layout": "9x9"}}"#, "speaker"),
+            (r#"{"media": {"pacing": "wild"}}"#, "burst"),
+            (r#"{"connection": "triple"}"#, "single"),
+        ] {
+            let why = serde_json::from_str::<Scenario>(text).unwrap_err();
+            assert!(why.to_string().contains(says), "{text}: {why}");
+        }
+    }
+
+    /// What breaks a bound, the field that is named, and what is said of it.
+    #[test]
+    fn every_bound_is_refused_with_its_field_and_what_to_write() {
+        type Break = fn(&mut Scenario);
+        let broken: [(Break, &str); 27] = [
+            (|of| of.seed = u64::MAX, "seed 18446744073709551615 is out"),
+            (
+                |of| of.identity_prefix.clear(),
+                "identity_prefix takes 1 to",
+            ),
+            (|of| of.joins_per_second = f64::NAN, "joins_per_second NaN"),
+            (|of| of.joins_per_second = 0.0, "write a rate of 0.001"),
+            (|of| of.rooms.count = 0, "rooms.count 0 is out of range"),
+            (|of| of.rooms.name = Some("a b".into()), "rooms.name takes"),
+            (|of| of.rooms.count = u32::MAX, "more than 1000000 partic"),
+            (|of| of.groups.clear(), "nobody would join"),
+            (|of| of.groups[2].count = u32::MAX, "groups add up to more"),
+            (|of| of.groups[0].label.clear(), "groups[0].label takes 1"),
+            (|of| of.groups[2].subscribes = false, "groups[2].subscribes"),
+            (|of| of.groups.swap(1, 2), "groups[2] comes too late"),
+            (
+                |of| of.groups = vec![of.groups[0].clone(); 65],
+                "at most 64",
+            ),
+            (|of| of.phases.clear(), "phases is empty"),
+            (
+                |of| of.phases = vec![of.phases[0].clone(); 201],
+                "at most 200",
+            ),
+            (|of| of.phases[1].subscribers = Some(0), "tier without"),
+            (|of| of.phases[1].subscribers = Some(26), "they have 25"),
+            (|of| of.phases[0].hold = Duration::ZERO, "phases[0].hold 0s"),
+            (|of| of.phases[2].hold = PHASE_MAX * 2, "write 1s to 30d"),
+            (|of| of.phases[0].warmup = PHASE_MAX * 2, "write 0 to 30d"),
+            (
+                |of| of.phases[0].spread = Some(PHASE_MAX * 2),
+                "phases[0].spread",
+            ),
+            (|of| of.phases[0].name.clear(), "phases[0].name"),
+            (
+                |of| of.media.audio.frame = Duration::from_millis(15),
+                "media.audio.frame 15ms is no length",
+            ),
+            (
+                |of| of.media.audio.bitrate = Bitrate::from_bps(1),
+                "6k to 510k",
+            ),
+            (|of| of.media.video.width = 8, "media.video.size 8x720"),
+            (|of| of.media.video.frames_per_second = 61, "1 to 60 frames"),
+            (
+                |of| of.media.video.bitrate = Bitrate::from_bps(1),
+                "10k to 100M",
+            ),
+        ];
+        for (break_it, says) in broken {
+            let mut scenario = kinds().remove("ramp").unwrap();
+            break_it(&mut scenario);
+            let why = scenario.validate().unwrap_err().to_string();
+            assert!(why.contains(says), "{says}: {why}");
+        }
+        let mut search = kinds().remove("knee").unwrap();
+        search.search.as_mut().unwrap().max_subscribers = 0;
+        let why = search.validate().unwrap_err().to_string();
+        assert!(why.contains("search.max_subscribers 0"), "{why}");
+        search.phases = vec![ScenarioPhase::default()];
+        let why = search.validate().unwrap_err().to_string();
+        assert!(why.contains("leave out one of the two"), "{why}");
+    }
+
+    #[test]
+    fn places_lead_to_groups_and_groups_to_numbers() {
+        let scenario = base();
+        assert_eq!(scenario.people().publishers(), scenario.publishers());
+        assert_eq!((scenario.participants(), scenario.total()), (28, 28));
+        let labels = [0, 1, 2, 3, 27].map(|place| scenario.group_at(place).unwrap().label.as_str());
+        assert_eq!(
+            labels,
+            [
+                "audio and video",
+                "audio and video",
+                "audio",
+                "subscribers",
+                "subscribers"
+            ]
+        );
+        assert!(scenario.group_at(28).is_none());
+        let before = |kind| [0, 1, 3, 20].map(|place| scenario.publishers_before(place, kind));
+        assert_eq!(before(Kind::Audio), [0, 1, 3, 3]);
+        assert_eq!(before(Kind::Video), [0, 1, 2, 2]);
+    }
+
+    #[test]
+    fn more_hosts_change_how_many_there_are_and_nothing_else() {
+        let mut scenario = base();
+        scenario.groups.push(ParticipantGroup {
+            label: "late".to_owned(),
+            ..ParticipantGroup::subscribers(5)
+        });
+        let counts = |subscribers| {
+            let groups = scenario.over_hosts(4, subscribers).groups;
+            groups.iter().map(|group| group.count).collect::<Vec<_>>()
+        };
+        assert_eq!(counts(40), [2, 1, 25, 15]);
+        assert_eq!(counts(7), [2, 1, 7]);
+        assert_eq!(scenario.over_hosts(4, 40).rooms.count, 4);
+    }
+}
