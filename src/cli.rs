@@ -16,14 +16,16 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::plan::scenario::{
+    MediaSpec, PhaseTimes, RoomPeople, RoomSet, SEED_MAX, Scenario, ScenarioError, spread_must_fit,
+};
 use crate::plan::{
-    AudioSpec, Connection, Layout, Origin, PARTICIPANTS_MAX, Pacing, Plan, ServerUrl, Shape,
-    Target, VideoSpec,
+    AudioSpec, Connection, Layout, Origin, Pacing, Plan, ServerUrl, Target, VideoSpec,
 };
 use crate::report::{Destinations, Judging, Threshold};
 use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
-use crate::units::Bitrate;
+use crate::units::{Bitrate, NoDuration, read_duration};
 pub use coordinate::Coordinate;
 use coordinate::CoordinateArgs;
 use hosts::HostsArgs;
@@ -331,7 +333,7 @@ struct MediaArgs {
     #[arg(long, value_name = "RATE")]
     video_bitrate: Option<Bitrate>,
     /// Frames per second [default: 30, 20, 15 by resolution]
-    #[arg(long, value_name = "FPS", value_parser = clap::value_parser!(u32).range(1..=120))]
+    #[arg(long, value_name = "FPS", value_parser = whole_number)]
     video_fps: Option<u32>,
     #[arg(long, value_name = "CODEC", default_value = "vp8")]
     video_codec: VideoCodec,
@@ -371,7 +373,7 @@ struct PaceArgs {
     #[arg(long, value_name = "N", default_value = "0", value_parser = whole_number)]
     join_retries: u32,
     /// From the end of joining, of each tier: 20, 20s, 30m or 1h [default: 15s, 5s with --find-knee]
-    #[arg(long, value_name = "TIME", value_parser = run_duration)]
+    #[arg(long, value_name = "TIME", value_parser = time_span)]
     duration: Option<Duration>,
     /// Tiers, one after the other: subscribers per room of this host, as 2,10,25,50; a smaller one: the last to join leave
     #[arg(long, value_name = "LIST", value_parser = ramp)]
@@ -384,10 +386,10 @@ struct PaceArgs {
     #[arg(long, value_name = "N", value_parser = whole_number)]
     max: Option<u32>,
     /// Spread the joins of each tier (without --ramp: all joins) over this, instead of --num-per-second
-    #[arg(long, value_name = "TIME", value_parser = ramp_time)]
+    #[arg(long, value_name = "TIME", value_parser = time_span)]
     ramp_time: Option<Duration>,
     /// Between joining and measuring, of each tier [default: 2s with --ramp or --find-knee, else 0]
-    #[arg(long, value_name = "TIME", value_parser = warmup)]
+    #[arg(long, value_name = "TIME", value_parser = time_span)]
     warmup: Option<Duration>,
 }
 
@@ -446,15 +448,12 @@ struct EngineArgs {
     #[arg(long, value_name = "MODE", default_value = "auto")]
     connection: ConnectionArg,
     /// Everything random comes from this number [default: drawn]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=SEED_MAX))]
+    #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// Print the plan and connect to nothing
     #[arg(long)]
     dry_run: bool,
 }
-
-/// Readers of JSON keep whole numbers exactly up to here.
-const SEED_MAX: u64 = (1 << 53) - 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum VideoCodec {
@@ -545,49 +544,19 @@ impl RunArgs {
         self.must_agree()?;
         let warnings = self.warnings();
         let is_tour = target.is_embedded() && !self.shape.is_given() && most.is_none();
-        let shape = self.shape.resolve(
+        let people = self.shape.resolve(
             if is_tour {
-                tour_shape(cpus)
+                tour_people(cpus)
             } else {
-                DEFAULT_SHAPE
+                DEFAULT_PEOPLE
             },
             most,
         )?;
-        self.output.must_have_subscribers(&shape)?;
-        let duration = self.pace.duration.unwrap_or(match is_tour {
-            true => TOUR_DURATION,
-            false if self.pace.find_knee => POINT_DURATION,
-            false => DEFAULT_DURATION,
-        });
-        self.judging.must_fit(duration)?;
+        self.output.must_have_subscribers(&people)?;
         let server_metrics = self.output.server_metrics(&target)?;
-        let plan = Plan {
-            connection: self.engine.connection.into(),
-            connection_reason: None,
-            part: None,
-            audio: self.media.audio()?,
-            video: self.media.video()?,
-            simulcast: !self.media.no_simulcast,
-            layout: self.media.layout,
-            simulate_speakers: self.media.simulate_speakers,
-            pacing: self.media.pacing.into(),
-            obey_bandwidth: self.media.obey_bwe,
-            joins_per_second: self.pace.joins_per_second(&shape, is_tour),
-            join_retries: self.pace.join_retries,
-            duration,
-            ramp_time: self.pace.ramp_time.filter(|_| most.is_some()),
-            warmup: self.pace.warmup.unwrap_or(if most.is_some() {
-                TIER_WARMUP
-            } else {
-                Duration::ZERO
-            }),
-            find_knee: self.pace.find_knee,
-            ramp: self.pace.ramp.map_or_else(Vec::new, |Ramp(tiers)| tiers),
-            shape,
-            seed: self.engine.seed.unwrap_or(fresh & 0xFFFF_FFFF),
-            run_tag: (fresh >> 32) as u32,
-            target,
-        };
+        let scenario = self.scenario(people, is_tour, fresh & 0xFFFF_FFFF)?;
+        self.judging.must_fit(scenario.times().hold)?;
+        let plan = Plan::new(scenario, target, (fresh >> 32) as u32);
         Ok(Run {
             plan,
             credentials: None,
@@ -607,6 +576,76 @@ impl RunArgs {
         })
     }
 
+    /// The run that the flags describe.
+    fn scenario(
+        &self,
+        people: RoomPeople,
+        is_tour: bool,
+        fresh_seed: u64,
+    ) -> Result<Scenario, String> {
+        let times = self.pace.times(is_tour);
+        let scenario = Scenario {
+            seed: self.engine.seed.unwrap_or(fresh_seed),
+            connection: self.engine.connection.into(),
+            identity_prefix: self.shape.identity_prefix.clone(),
+            joins_per_second: self.joins_per_second(&people, is_tour)?,
+            join_retries: self.pace.join_retries,
+            rooms: self.shape.rooms(),
+            media: self.media.spec(),
+            ..Scenario::of_people(people)
+        };
+        let scenario = match &self.pace.ramp {
+            _ if self.pace.find_knee => scenario.capacity_search(times),
+            Some(Ramp(tiers)) => scenario.ramp(tiers, times),
+            None => scenario.single(times),
+        };
+        match scenario.validate() {
+            Ok(()) => Ok(scenario),
+            Err(ScenarioError { field, fault }) => Err(format!("{} {fault}", self.flag_of(&field))),
+        }
+    }
+
+    /// Who says what stands in a field of the scenario.
+    fn flag_of<'f>(&self, field: &'f str) -> &'f str {
+        match field {
+            "seed" => "--seed",
+            "identity_prefix" => "--identity-prefix",
+            "joins_per_second" if self.pace.ramp_time.is_some() => "--ramp-time: a rate of",
+            "joins_per_second" => "--num-per-second",
+            "rooms.name" => "--room",
+            "rooms.count" => "--room-count",
+            "media.audio.bitrate" => "--audio-bitrate",
+            "media.audio.frame" => "--audio-frame",
+            "media.video.size" => "--video-resolution",
+            "media.video.frames_per_second" => "--video-fps",
+            "media.video.bitrate" => "--video-bitrate",
+            "groups" => "--publishers, --video-publishers and --subscribers",
+            "phases" => "--ramp",
+            "search.max_subscribers" => "--max",
+            _ if field.ends_with(".hold") => "--duration",
+            _ if field.ends_with(".warmup") => "--warmup",
+            _ if field.ends_with(".spread") => "--ramp-time",
+            _ if field.ends_with(".subscribers") => "--ramp",
+            _ => field,
+        }
+    }
+
+    fn joins_per_second(&self, people: &RoomPeople, is_tour: bool) -> Result<f64, String> {
+        let unasked = if is_tour {
+            tour_join_rate(people)
+        } else {
+            DEFAULT_JOIN_RATE
+        };
+        // Without tiers it is all joins that the time is for.
+        let spread = self.pace.ramp_time;
+        let Some(spread) = spread.filter(|_| self.pace.most_subscribers().is_none()) else {
+            return Ok(self.pace.num_per_second.unwrap_or(unasked));
+        };
+        spread_must_fit(spread).map_err(|fault| format!("--ramp-time {fault}"))?;
+        let participants = people.participants() as f64 * f64::from(self.shape.rooms().count);
+        Ok(participants / spread.as_secs_f64())
+    }
+
     /// Flags that say the same thing twice.
     fn must_agree(&self) -> Result<(), String> {
         if self.pace.ramp.is_some() && self.shape.subscribers.is_some() {
@@ -621,9 +660,6 @@ impl RunArgs {
                     "--find-knee needs an end: add --max N, the most subscribers per room to try"
                         .to_owned(),
                 );
-            }
-            (true, Some(0)) => {
-                return Err("--max 0 leaves nothing to try: write 1 or more".to_owned());
             }
             (false, Some(_)) => {
                 return Err("--max is for --find-knee: add that, or write --subscribers".to_owned());
@@ -813,7 +849,7 @@ impl TargetArgs {
 }
 
 /// Audio publishers, video publishers and subscribers where a server is named and nothing is said about people: enough to see that everything works.
-const DEFAULT_SHAPE: (u32, u32, u32) = (1, 1, 10);
+const DEFAULT_PEOPLE: (u32, u32, u32) = (1, 1, 10);
 const DEFAULT_JOIN_RATE: f64 = 50.0;
 const DEFAULT_DURATION: Duration = Duration::from_secs(15);
 /// A search has many points, and those that are in doubt are held for longer.
@@ -826,7 +862,7 @@ const TOUR_JOINING_SECONDS: f64 = 3.0;
 const TOUR_DURATION: Duration = Duration::from_secs(10);
 
 /// A meeting's worth of publishers, and as many subscribers as leave a host of that size at ease.
-fn tour_shape(cpus: usize) -> (u32, u32, u32) {
+fn tour_people(cpus: usize) -> (u32, u32, u32) {
     const SUBSCRIBERS_PER_CPU: usize = 100;
     const SUBSCRIBERS_MAX: usize = 600;
     (
@@ -836,8 +872,8 @@ fn tour_shape(cpus: usize) -> (u32, u32, u32) {
     )
 }
 
-fn tour_join_rate(shape: &Shape) -> f64 {
-    (shape.participants() as f64 / TOUR_JOINING_SECONDS).ceil()
+fn tour_join_rate(people: &RoomPeople) -> f64 {
+    (people.participants() as f64 / TOUR_JOINING_SECONDS).ceil()
 }
 
 /// A variable that is set to something; an empty one counts as unset.
@@ -855,18 +891,25 @@ impl PaceArgs {
         })
     }
 
-    fn joins_per_second(&self, shape: &Shape, is_tour: bool) -> f64 {
-        let unasked = if is_tour {
-            tour_join_rate(shape)
+    fn times(&self, is_tour: bool) -> PhaseTimes {
+        let has_tiers = self.most_subscribers().is_some();
+        let hold = if is_tour {
+            TOUR_DURATION
+        } else if self.find_knee {
+            POINT_DURATION
         } else {
-            DEFAULT_JOIN_RATE
+            DEFAULT_DURATION
         };
-        // Without tiers it is all joins that the time is for.
-        let spread = self.ramp_time.filter(|_| self.most_subscribers().is_none());
-        let participants = shape.participants() as f64 * f64::from(shape.room_count);
-        spread.map_or(self.num_per_second.unwrap_or(unasked), |time| {
-            participants / time.as_secs_f64()
-        })
+        let warmup = if has_tiers {
+            TIER_WARMUP
+        } else {
+            Duration::ZERO
+        };
+        PhaseTimes {
+            spread: self.ramp_time.filter(|_| has_tiers),
+            warmup: self.warmup.unwrap_or(warmup),
+            hold: self.duration.unwrap_or(hold),
+        }
     }
 }
 
@@ -889,108 +932,76 @@ impl ShapeArgs {
     }
 
     /// `unasked`: audio publishers, video publishers and subscribers where no flag says how many. `most`: subscribers where other flags say how many.
-    fn resolve(&self, unasked: (u32, u32, u32), most: Option<u32>) -> Result<Shape, String> {
-        let (audio_publishers, video_publishers, subscribers) = match self.is_given() {
-            true => (
+    fn resolve(&self, unasked: (u32, u32, u32), most: Option<u32>) -> Result<RoomPeople, String> {
+        let (audio_publishers, video_publishers, subscribers) = if self.is_given() {
+            (
                 self.publishers.unwrap_or(0),
                 self.video_publishers.unwrap_or(0),
                 self.subscribers.unwrap_or(0),
-            ),
-            false => unasked,
+            )
+        } else {
+            unasked
         };
-        let shape = Shape {
-            room_name: self.room.clone(),
-            room_count: self.room_count.unwrap_or(1),
-            audio_publishers,
-            video_publishers,
-            subscribers: most.unwrap_or(subscribers),
-            meeting: self.meeting,
-            identity_prefix: self.identity_prefix.clone(),
-        };
-        self.must_make_sense(&shape, most.is_some())?;
-        Ok(shape)
-    }
-
-    fn must_make_sense(&self, shape: &Shape, has_tiers: bool) -> Result<(), String> {
-        if shape.room_count == 0 {
-            return Err("--room-count 0 leaves no room to test: write 1 or more".to_owned());
-        }
-        if self.room_count.is_some() && !self.is_given() && !has_tiers {
+        if self.room_count.is_some() && !self.is_given() && most.is_none() {
             return Err(
                 "--room-count says how many rooms, but not who is in them: add --publishers, --video-publishers or --subscribers (per room)"
                     .to_owned(),
             );
         }
-        if shape.participants() == 0 {
-            return Err(
-                "nobody would join: --publishers, --video-publishers and --subscribers are all 0"
-                    .to_owned(),
-            );
-        }
-        if shape.meeting && shape.publishers() == 0 {
+        let people = RoomPeople {
+            audio_publishers,
+            video_publishers,
+            subscribers: most.unwrap_or(subscribers),
+            meeting: self.meeting,
+        };
+        if people.meeting && people.publishers() == 0 {
             return Err("--meeting is for publishers who subscribe to each other: add --publishers or --video-publishers".to_owned());
         }
-        let total = shape
-            .participants()
-            .checked_mul(shape.room_count.into())
-            .filter(|total| *total <= PARTICIPANTS_MAX);
-        if total.is_none() {
-            return Err(format!(
-                "more than {PARTICIPANTS_MAX} participants: spread them over several runs"
-            ));
-        }
-        name_must_be_usable("--room", shape.room_name.as_deref().unwrap_or("any"))?;
-        name_must_be_usable("--identity-prefix", &shape.identity_prefix)
+        Ok(people)
     }
-}
 
-fn name_must_be_usable(flag: &str, name: &str) -> Result<(), String> {
-    const NAME_BYTES_MAX: usize = 128;
-    if name.is_empty()
-        || name.len() > NAME_BYTES_MAX
-        || name.chars().any(|c| c.is_control() || c.is_whitespace())
-    {
-        return Err(format!(
-            "{flag} takes 1 to {NAME_BYTES_MAX} bytes without spaces"
-        ));
+    fn rooms(&self) -> RoomSet {
+        RoomSet {
+            name: self.room.clone(),
+            count: self.room_count.unwrap_or(1),
+        }
     }
-    Ok(())
 }
 
 impl MediaArgs {
-    fn audio(&self) -> Result<AudioSpec, String> {
-        let bitrate = self.audio_bitrate.unwrap_or(Bitrate::from_bps(24_000));
-        // RFC 6716, section 2.1.1.
-        if !(6_000..=510_000).contains(&bitrate.bps()) {
-            return Err(format!(
-                "--audio-bitrate {bitrate} is out of Opus's range, 6k to 510k"
-            ));
+    fn spec(&self) -> MediaSpec {
+        MediaSpec {
+            simulcast: !self.no_simulcast,
+            pacing: self.pacing.into(),
+            obey_bandwidth: self.obey_bwe,
+            simulate_speakers: self.simulate_speakers,
+            layout: self.layout,
+            audio: self.audio(),
+            video: self.video(),
         }
-        Ok(AudioSpec {
-            bitrate,
-            frame: self.audio_frame.unwrap_or(Duration::from_millis(20)),
-            dtx: self.audio_dtx,
-        })
     }
 
-    fn video(&self) -> Result<VideoSpec, String> {
+    fn audio(&self) -> AudioSpec {
+        let standard = AudioSpec::default();
+        AudioSpec {
+            bitrate: self.audio_bitrate.unwrap_or(standard.bitrate),
+            frame: self.audio_frame.unwrap_or(standard.frame),
+            dtx: self.audio_dtx,
+        }
+    }
+
+    fn video(&self) -> VideoSpec {
         let VideoCodec::Vp8 = self.video_codec;
         let standard = self.video_resolution.unwrap_or(Resolution::High).spec();
         let frames_per_second = self.video_fps.unwrap_or(standard.frames_per_second);
         // Another frame rate gets its share of the bits.
         let scaled = standard.bitrate.bps() * u64::from(frames_per_second)
             / u64::from(standard.frames_per_second);
-        let bitrate = self.video_bitrate.unwrap_or(Bitrate::from_bps(scaled));
-        if !(10_000..=100_000_000).contains(&bitrate.bps()) {
-            return Err(format!(
-                "a video bitrate of {bitrate} is out of range, 10k to 100M: set --video-bitrate"
-            ));
-        }
-        Ok(VideoSpec {
+        VideoSpec {
             frames_per_second,
-            bitrate,
+            bitrate: self.video_bitrate.unwrap_or(Bitrate::from_bps(scaled)),
             ..standard
-        })
+        }
     }
 }
 
@@ -1094,8 +1105,8 @@ impl OutputArgs {
         self.server_metrics.iter().map(read).collect()
     }
 
-    fn must_have_subscribers(&self, shape: &Shape) -> Result<(), String> {
-        if self.record.is_some() && shape.subscribers == 0 && !shape.meeting {
+    fn must_have_subscribers(&self, people: &RoomPeople) -> Result<(), String> {
+        if self.record.is_some() && people.subscribers == 0 && !people.meeting {
             return Err(
                 "--record writes what a subscriber receives, and nobody subscribes: add --subscribers 1, or --meeting for publishers who do"
                     .to_owned(),
@@ -1106,14 +1117,13 @@ impl OutputArgs {
 }
 
 fn resolution(text: &str) -> Result<Resolution, String> {
-    const SIDES: std::ops::RangeInclusive<u16> = 16..=4096;
     match text {
         "high" => return Ok(Resolution::High),
         "medium" => return Ok(Resolution::Medium),
         "low" => return Ok(Resolution::Low),
         _ => {}
     }
-    let side = |text: &str| text.parse().ok().filter(|side| SIDES.contains(side));
+    let side = |text: &str| text.parse().ok();
     let sides = text
         .split_once('x')
         .and_then(|(width, height)| Some(Resolution::Size(side(width)?, side(height)?)));
@@ -1127,30 +1137,17 @@ fn layout(text: &str) -> Result<Layout, String> {
     known.ok_or_else(|| "write speaker, 3x3, 4x4 or 5x5".to_owned())
 }
 
-/// What an Opus packet can hold (RFC 6716, section 2.1.4, and several frames in one packet).
+/// Milliseconds where no unit is given.
 fn audio_frame(text: &str) -> Result<Duration, String> {
-    match text.strip_suffix("ms").unwrap_or(text) {
-        "2.5" => Ok(Duration::from_micros(2_500)),
-        known @ ("5" | "10" | "20" | "40" | "60" | "80" | "100" | "120") => Ok(
-            Duration::from_millis(known.parse().map_err(|_| "no number")?),
-        ),
-        _ => Err("write 2.5ms, 5ms, 10ms, 20ms, 40ms, 60ms, 80ms, 100ms or 120ms".to_owned()),
-    }
+    let with_unit = format!("{}ms", text.strip_suffix("ms").unwrap_or(text));
+    read_duration(&with_unit).map_err(|_| "write a time in milliseconds, as in 20ms".to_owned())
 }
 
-const DURATION_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-
-fn run_duration(text: &str) -> Result<Duration, String> {
-    match time_span(text)? {
-        Some(Duration::ZERO) => Err("a run of no length measures nothing".to_owned()),
-        None => Err("the longest run is 30 days".to_owned()),
-        Some(duration) => Ok(duration),
-    }
+fn time_span(text: &str) -> Result<Duration, NoDuration> {
+    read_duration(text)
 }
 
 fn ramp(text: &str) -> Result<Ramp, String> {
-    /// Each has its record and its line in the report.
-    const TIERS_MAX: usize = 200;
     let tiers = text.split(',').map(|tier| {
         tier.trim()
             .parse()
@@ -1158,34 +1155,9 @@ fn ramp(text: &str) -> Result<Ramp, String> {
             .filter(|_| tier.bytes().all(|b| b.is_ascii_digit() || b == b' '))
     });
     let tiers: Option<Vec<u32>> = tiers.collect();
-    match tiers.ok_or("write whole numbers with commas between them, as in 2,10,25,50")? {
-        tiers if tiers.contains(&0) => {
-            Err("a tier without subscribers measures nothing: write 1 or more".to_owned())
-        }
-        tiers if tiers.len() > TIERS_MAX => Err(format!("at most {TIERS_MAX} tiers")),
-        tiers => Ok(Ramp(tiers)),
-    }
-}
-
-fn ramp_time(text: &str) -> Result<Duration, String> {
-    time_span(text)?
-        .filter(|time| !time.is_zero())
-        .ok_or_else(|| {
-            "write 1s to 30d; to have all join at once, give a high --num-per-second".to_owned()
-        })
-}
-
-fn warmup(text: &str) -> Result<Duration, String> {
-    time_span(text)?.ok_or_else(|| "write 0 to 30d".to_owned())
-}
-
-/// `None` where it is longer than any run.
-fn time_span(text: &str) -> Result<Option<Duration>, String> {
-    let seconds = text.parse::<u64>().ok().map(Duration::from_secs);
-    let span = seconds
-        .or_else(|| humantime::parse_duration(text).ok())
-        .ok_or("write 20, 20s, 30m or 1h")?;
-    Ok(Some(span).filter(|span| *span <= DURATION_MAX))
+    tiers
+        .map(Ramp)
+        .ok_or_else(|| "write whole numbers with commas between them, as in 2,10,25,50".to_owned())
 }
 
 fn whole_number(text: &str) -> Result<u32, String> {
@@ -1201,9 +1173,7 @@ fn decimal(text: &str) -> Option<f64> {
 }
 
 fn join_rate(text: &str) -> Result<f64, String> {
-    decimal(text)
-        .filter(|rate| (0.001..=1e6).contains(rate))
-        .ok_or_else(|| "write a rate of 0.001 to 1000000".to_owned())
+    decimal(text).ok_or_else(|| "write a rate of joins, as in 50 or 0.5".to_owned())
 }
 
 fn per_cent(text: &str) -> Result<f64, String> {

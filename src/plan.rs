@@ -2,7 +2,7 @@
 //!
 //! Everything here is a pure function of the [`Plan`]: no clock, no chance, no I/O. The same plan enumerates the same participants on every host.
 //! Counts are those of one room, as the flags are; [`Plan::total_participants`] and its kin multiply by the rooms. Where several hosts play the plan, the
-//! [`Shape`] is that of all of them together, and what is added up is this host's [`Part`].
+//! [`Scenario`] is that of all of them together, and what is added up is this host's [`Part`].
 
 mod part;
 pub mod scenario;
@@ -22,8 +22,8 @@ use crate::seeded::scatter;
 use crate::sfu::SendMode;
 use crate::units::{Bitrate, Time, duration_text};
 
-use part::Headcount;
 pub use part::{LostPublishers, Part, Placement, Role, VANTAGES_MAX, Vantage, WEIGHT_MAX};
+use scenario::{ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
@@ -48,44 +48,19 @@ const MEMORY_PER_CONNECTION_BYTES: u64 = 32 << 10;
 /// A signalling task with its WebSocket and TLS buffers.
 const MEMORY_PER_SIGNAL_BYTES: u64 = 96 << 10;
 
-/// One run, completely described. Secrets are not part of it.
+/// What this host does in a run: the [`Scenario`] and what tells this run, this host and its server from
+/// others. Everybody who takes part, and when, follows from it. Secrets are not part of it.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    pub scenario: Scenario,
     pub target: Target,
+    /// As the scenario has it, until the server has been asked.
     pub connection: Connection,
     /// Why it is this one, where the server decided that.
     pub connection_reason: Option<String>,
-    pub shape: Shape,
     /// What this host plays of it; `None`: all.
     pub part: Option<Part>,
-    pub audio: AudioSpec,
-    pub video: VideoSpec,
-    /// Video is sent in smaller sizes, too, where it is large enough.
-    pub simulcast: bool,
-    /// How subscribers lay out what they see; `None`: each track as large as it comes.
-    pub layout: Option<Layout>,
-    /// The audio publishers of a room take turns in speaking.
-    pub simulate_speakers: bool,
-    pub pacing: Pacing,
-    /// Publishers send no more layers than their path carries.
-    pub obey_bandwidth: bool,
-    /// Joins are started at this rate whatever becomes of earlier ones (open loop).
-    pub joins_per_second: f64,
-    /// How often a join that failed is tried again.
-    pub join_retries: u32,
-    /// From the end of joining to the end of measuring, of each tier.
-    pub duration: Duration,
-    /// Tiers, one after the other: how many subscribers a room has; their largest is [`Shape::subscribers`]. Empty: all join, and that is all.
-    pub ramp: Vec<u32>,
-    /// Tiers are chosen on the way, to find out with how many subscribers a room the run passes; [`Shape::subscribers`] is the most to be tried.
-    pub find_knee: bool,
-    /// The joins of a tier, or its leaves, are spread over this, instead of [`Plan::joins_per_second`].
-    pub ramp_time: Option<Duration>,
-    /// Between the end of joining and the beginning of measuring, of each tier.
-    pub warmup: Duration,
-    /// Everything that is random below the plan comes from here.
-    pub seed: u64,
-    /// Tells runs apart in identities and room names. Not derived from `seed`: a repeated run must not evict the first one's participants.
+    /// Tells runs apart in identities and room names. Not derived from the seed: a repeated run must not evict the first one's participants.
     pub run_tag: u32,
 }
 
@@ -181,23 +156,6 @@ impl Connection {
             Connection::Dual => "dual",
         }
     }
-}
-
-/// Who is in a room, and how many rooms there are.
-#[derive(Clone, Debug)]
-pub struct Shape {
-    /// `None`: a name is made from the run's tag.
-    pub room_name: Option<String>,
-    pub room_count: u32,
-    /// Publishers of audio per room.
-    pub audio_publishers: u32,
-    /// Publishers of video per room. They are the same people as far as the numbers allow.
-    pub video_publishers: u32,
-    /// Participants per room who only subscribe.
-    pub subscribers: u32,
-    /// Publishers subscribe to each other, too.
-    pub meeting: bool,
-    pub identity_prefix: String,
 }
 
 /// How many subscribers are in. They are the first ones in joining order.
@@ -554,33 +512,30 @@ pub fn layer_for(layers: &[VideoSpec], size: (u32, u32)) -> usize {
         .unwrap_or(layers.len().saturating_sub(1))
 }
 
-impl Shape {
-    /// Publishers per room: audio and video publishers overlap.
-    pub fn publishers(&self) -> u32 {
-        self.audio_publishers.max(self.video_publishers)
-    }
-
-    pub fn publishers_of(&self, kind: Kind) -> u32 {
-        match kind {
-            Kind::Audio => self.audio_publishers,
-            Kind::Video => self.video_publishers,
+impl Plan {
+    /// All of a scenario, by one host.
+    pub fn new(scenario: Scenario, target: Target, run_tag: u32) -> Plan {
+        Plan {
+            connection: scenario.connection,
+            connection_reason: None,
+            scenario,
+            target,
+            part: None,
+            run_tag,
         }
     }
 
-    /// Participants per room.
-    pub fn participants(&self) -> u64 {
-        u64::from(self.publishers()) + u64::from(self.subscribers)
+    /// Makes it what a coordinator says: its scenario against this host's server.
+    pub fn follow(&mut self, scenario: Scenario, run_tag: u32) {
+        let target = self.target.clone();
+        *self = Plan::new(scenario, target, run_tag);
+        self.connection_reason =
+            (self.connection != Connection::Auto).then(|| "the coordinator says so".to_owned());
     }
 
-    fn total(&self) -> u64 {
-        self.participants() * u64::from(self.room_count)
-    }
-}
-
-impl Plan {
     /// Whether subscribers come and go tier by tier, instead of all at once.
     pub fn has_tiers(&self) -> bool {
-        self.find_knee || !self.ramp.is_empty()
+        self.scenario.has_tiers()
     }
 
     /// What [`Connection::Auto`] comes to, and why.
@@ -591,12 +546,12 @@ impl Plan {
 
     /// The name of room `room` (index from 0): the given name as it is for one room, `NAME-1`.. for several; made from the run's tag when none was given.
     pub fn room_name(&self, room: u32) -> String {
-        let name = self
-            .shape
-            .room_name
+        let rooms = &self.scenario.rooms;
+        let name = rooms
+            .name
             .clone()
             .unwrap_or_else(|| format!("throng-{:08x}", self.run_tag));
-        if self.shape.room_count == 1 {
+        if rooms.count == 1 {
             name
         } else {
             format!("{name}-{}", room + 1)
@@ -605,20 +560,21 @@ impl Plan {
 
     /// Participants of all rooms, as far as this host plays them.
     pub fn total_participants(&self) -> u32 {
-        u32::try_from(self.headcount().participants()).unwrap_or(u32::MAX)
+        u32::try_from(self.headcount().iter().sum::<u64>()).unwrap_or(u32::MAX)
     }
 
     /// How many participants are in: all publishers, and so many subscribers. They are the first ones in joining order.
     pub fn participants_with(&self, subscribers: Subscribers) -> u32 {
-        let people = self.headcount();
+        let scenario = &self.scenario;
         let participants = match (subscribers, &self.part) {
             (Subscribers::Total(count), _) => {
-                people.publishers + u64::from(count).min(people.subscribers)
+                self.total_of(ParticipantGroup::is_publisher)
+                    + u64::from(count).min(self.total_of(|group| !group.is_publisher()))
             }
             (Subscribers::PerRoom(count), part) => {
-                let places = u64::from(self.shape.publishers())
-                    + u64::from(count.min(self.shape.subscribers));
-                let of_all_hosts = places * u64::from(self.shape.room_count);
+                let places =
+                    u64::from(scenario.publishers()) + u64::from(count.min(scenario.subscribers()));
+                let of_all_hosts = places * u64::from(scenario.rooms.count);
                 part.as_ref()
                     .map_or(of_all_hosts, |part| part.before(of_all_hosts).into())
             }
@@ -638,18 +594,21 @@ impl Plan {
             .as_ref()
             .map_or(position, |part| part.index(position));
         let (room, place) = self.place(index);
-        let is_publisher = place < self.shape.publishers();
+        let group = self.scenario.group_at(place);
+        let does = |what: fn(&ParticipantGroup) -> bool| group.is_some_and(what);
         ParticipantPlan {
             index,
             position,
             room,
             place,
             identity: self.identity_of(index),
-            publishes_audio: place < self.shape.audio_publishers,
-            publishes_video: place < self.shape.video_publishers,
-            subscribes: !is_publisher || self.shape.meeting,
-            join_offset: Duration::from_secs_f64(f64::from(position) / self.joins_per_second),
-            seed: mixed(self.seed, index),
+            publishes_audio: does(|group| group.publishes_audio),
+            publishes_video: does(|group| group.publishes_video),
+            subscribes: does(|group| group.subscribes),
+            join_offset: Duration::from_secs_f64(
+                f64::from(position) / self.scenario.joins_per_second,
+            ),
+            seed: mixed(self.scenario.seed, index),
         }
     }
 
@@ -657,10 +616,11 @@ impl Plan {
     pub fn everybody(&self) -> impl Iterator<Item = Member> + '_ {
         (0..self.everybody_count()).map(|index| {
             let (room, place) = self.place(index);
+            let group = self.scenario.group_at(place);
             Member {
                 room,
-                publishes_audio: place < self.shape.audio_publishers,
-                publishes_video: place < self.shape.video_publishers,
+                publishes_audio: group.is_some_and(|group| group.publishes_audio),
+                publishes_video: group.is_some_and(|group| group.publishes_video),
                 elsewhere: self
                     .part
                     .as_ref()
@@ -670,7 +630,7 @@ impl Plan {
     }
 
     fn everybody_count(&self) -> u32 {
-        u32::try_from(self.shape.total()).unwrap_or(u32::MAX)
+        u32::try_from(self.scenario.total()).unwrap_or(u32::MAX)
     }
 
     /// The identity of whoever has this global index, on whichever host; `None` where the plan has nobody of that index.
@@ -682,18 +642,23 @@ impl Plan {
         self.identity(&index.to_string())
     }
 
-    /// Who there is of whom this host plays, over all rooms.
-    fn headcount(&self) -> Headcount {
-        let of_all_rooms = |count: u32| u64::from(count) * u64::from(self.shape.room_count);
-        match &self.part {
-            Some(part) => part.headcount,
-            None => Headcount {
-                audio_publishers: of_all_rooms(self.shape.audio_publishers),
-                video_publishers: of_all_rooms(self.shape.video_publishers),
-                publishers: of_all_rooms(self.shape.publishers()),
-                subscribers: of_all_rooms(self.shape.subscribers),
-            },
+    /// Of each group, how many this host plays, over all rooms.
+    fn headcount(&self) -> Vec<u64> {
+        if let Some(part) = &self.part {
+            return part.headcount.to_vec();
         }
+        let rooms = u64::from(self.scenario.rooms.count);
+        let groups = self.scenario.groups.iter();
+        groups.map(|group| u64::from(group.count) * rooms).collect()
+    }
+
+    /// Whom this host plays, of such groups, over all rooms.
+    fn total_of(&self, is_one: impl Fn(&ParticipantGroup) -> bool) -> u64 {
+        let groups = self.scenario.groups.iter().zip(self.headcount());
+        groups
+            .filter(|(group, _)| is_one(group))
+            .map(|(_, count)| count)
+            .sum()
     }
 
     /// Whether an identity belongs to this run.
@@ -707,40 +672,45 @@ impl Plan {
     }
 
     fn identity_stem(&self) -> String {
-        format!("{}-{:08x}-", self.shape.identity_prefix, self.run_tag)
+        format!("{}-{:08x}-", self.scenario.identity_prefix, self.run_tag)
     }
 
     /// When the last join is to start, counted from the first.
     pub fn joining(&self) -> Duration {
         Duration::from_secs_f64(
-            f64::from(self.total_participants().saturating_sub(1)) / self.joins_per_second,
+            f64::from(self.total_participants().saturating_sub(1)) / self.scenario.joins_per_second,
         )
     }
 
     /// How long joining, settling and measuring take if all goes as intended. After each tier there is a pause of `between`. `None` where nobody knows.
     pub fn length(&self, between: Duration) -> Option<Duration> {
-        let once = self.warmup + self.duration;
-        if self.find_knee {
+        let scenario = &self.scenario;
+        if scenario.search.is_some() {
             return None;
         }
-        if self.ramp.is_empty() {
-            return Some(self.joining() + once);
+        if scenario.is_whole() {
+            let times = scenario.times();
+            return Some(self.joining() + times.warmup + times.hold);
         }
         let mut before = 0;
-        let tiers = self.ramp.iter().map(|subscribers| {
-            let participants = self.participants_with(Subscribers::PerRoom(*subscribers));
+        let phases = scenario.phases.iter().map(|phase| {
+            let subscribers = phase.subscribers.unwrap_or(scenario.subscribers());
+            let participants = self.participants_with(Subscribers::PerRoom(subscribers));
             let moves = participants.abs_diff(std::mem::replace(&mut before, participants));
-            let moving = self.ramp_time.unwrap_or(Duration::from_secs_f64(
-                f64::from(moves) / self.joins_per_second,
+            let moving = phase.spread.unwrap_or(Duration::from_secs_f64(
+                f64::from(moves) / scenario.joins_per_second,
             ));
-            moving + once + between
+            moving + phase.warmup + phase.hold + between
         });
-        Some(tiers.sum())
+        Some(phases.sum())
     }
 
     /// Room of a participant, by its global index, and its place in that room.
     fn place(&self, index: u32) -> (u32, u32) {
-        (index % self.shape.room_count, index / self.shape.room_count)
+        (
+            index % self.scenario.rooms.count,
+            index / self.scenario.rooms.count,
+        )
     }
 
     /// The shard (of `shards`, at least 1) that participant `position` runs on. A room's participants, and its publishers among them, are spread evenly.
@@ -763,9 +733,10 @@ impl Plan {
 
     /// Tracks that `participant` subscribes to: those of its room without its own; none for one who does not subscribe.
     fn subscribed_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
-        match participant.subscribes {
-            true => self.shape.publishers_of(kind) - u32::from(participant.publishes(kind)),
-            false => 0,
+        if participant.subscribes {
+            self.scenario.publishers_of(kind) - u32::from(participant.publishes(kind))
+        } else {
+            0
         }
     }
 
@@ -785,7 +756,7 @@ impl Plan {
 
     /// How many of so many tracks a layout has room for.
     fn seen(&self, kind: Kind, tracks: u32) -> u32 {
-        match (kind, self.layout) {
+        match (kind, self.scenario.media.layout) {
             (Kind::Video, Some(layout)) => tracks.min(layout.tiles()),
             _ => tracks,
         }
@@ -794,7 +765,7 @@ impl Plan {
     /// Of the tracks that `participant` subscribes to, those whose publishers come before it: they ought to be there when it joins.
     pub fn tracks_ahead(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
         self.subscribed_tracks(participant, kind)
-            .min(participant.place)
+            .min(self.scenario.publishers_before(participant.place, kind))
     }
 
     /// Subscriptions of one kind that ought to go live, over all rooms.
@@ -805,36 +776,34 @@ impl Plan {
             .sum()
     }
 
-    /// Over all rooms: how many participants see how many tracks of one kind.
-    fn audience(&self, kind: Kind) -> [(u64, u32); 3] {
-        let (people, tracks) = (self.headcount(), self.shape.publishers_of(kind));
-        let members = |count: u64| if self.shape.meeting { count } else { 0 };
-        [
-            (people.subscribers, self.seen(kind, tracks)),
-            (
-                members(people.publishers_of(kind)),
-                self.seen(kind, tracks.saturating_sub(1)),
-            ),
-            (
-                members(people.publishers - people.publishers_of(kind)),
-                self.seen(kind, tracks),
-            ),
-        ]
+    /// Group by group, over all rooms: how many participants see how many tracks of one kind.
+    fn audience(&self, kind: Kind) -> Vec<(u64, u32)> {
+        let tracks = self.scenario.publishers_of(kind);
+        let groups = self.scenario.groups.iter().zip(self.headcount());
+        let those_who_watch = groups.filter(|(group, _)| group.subscribes);
+        those_who_watch
+            .map(|(group, count)| {
+                let others = tracks - u32::from(group.publishes(kind) && count > 0);
+                (count, self.seen(kind, others))
+            })
+            .collect()
     }
 
     /// Tracks of one kind that are published, over all rooms.
     pub fn total_published_tracks(&self, kind: Kind) -> u64 {
-        self.headcount().publishers_of(kind)
+        self.total_of(|group| group.publishes(kind))
     }
 
     /// UDP sockets over all participants, at most: one per peer connection.
     pub fn total_sockets(&self) -> u64 {
-        let per_publisher = match self.connection {
+        let of_one = |group: &ParticipantGroup| match self.connection {
             Connection::Single => 1,
-            Connection::Auto | Connection::Dual => 1 + u64::from(self.shape.meeting),
+            Connection::Auto | Connection::Dual => {
+                u64::from(group.is_publisher()) + u64::from(group.subscribes)
+            }
         };
-        let people = self.headcount();
-        people.publishers * per_publisher + people.subscribers
+        let groups = self.scenario.groups.iter().zip(self.headcount());
+        groups.map(|(group, count)| count * of_one(group)).sum()
     }
 
     pub fn load(&self) -> Load {
@@ -856,23 +825,27 @@ impl Plan {
 
     /// The layers of video tracks, the lowest first.
     pub fn video_layers(&self) -> Vec<VideoSpec> {
-        self.video.layers(self.simulcast)
+        self.scenario
+            .media
+            .video
+            .layers(self.scenario.media.simulcast)
     }
 
     /// Packets and wire bits per second of one track where it is received whole: of its highest layer; of one who does not always speak, the mean.
     pub fn track_rates(&self, kind: Kind) -> (f64, f64) {
-        let speech = with_overhead(self.audio.packets_per_second(), self.audio.bitrate);
+        let media = &self.scenario.media;
+        let speech = with_overhead(media.audio.packets_per_second(), media.audio.bitrate);
         match kind {
-            Kind::Audio if self.simulate_speakers => {
+            Kind::Audio if media.simulate_speakers => {
                 let (share, silence) = (
-                    SpeakerTurns::share(self.shape.audio_publishers),
-                    self.audio.silence_rates(),
+                    SpeakerTurns::share(self.scenario.publishers_of(Kind::Audio)),
+                    media.audio.silence_rates(),
                 );
                 let mean = |speech: f64, silence: f64| speech * share + silence * (1.0 - share);
                 (mean(speech.0, silence.0), mean(speech.1, silence.1))
             }
             Kind::Audio => speech,
-            Kind::Video => self.video.rates(),
+            Kind::Video => media.video.rates(),
         }
     }
 
@@ -887,7 +860,7 @@ impl Plan {
     /// The same of so many tracks as one participant sees them.
     fn received_rates(&self, kind: Kind, tracks: u32) -> (f64, f64) {
         let layers = self.video_layers();
-        let of_track = |index: u32| match (kind, self.layout) {
+        let of_track = |index: u32| match (kind, self.scenario.media.layout) {
             (Kind::Video, Some(layout)) => {
                 layers[layer_for(&layers, layout.tile_size(index == 0))].rates()
             }
@@ -904,7 +877,8 @@ impl Plan {
         let packets = load.packets_sent_per_second + load.packets_received_per_second;
         let steady =
             packets * CPU_SECONDS_PER_PACKET + participants as f64 * CPU_SECONDS_PER_IDLE_SECOND;
-        let joining = self.joins_per_second.min(participants as f64) * CPU_SECONDS_PER_JOIN;
+        let joining =
+            self.scenario.joins_per_second.min(participants as f64) * CPU_SECONDS_PER_JOIN;
         Estimate {
             memory_bytes: MEMORY_BASE_BYTES
                 + self.total_sockets() * MEMORY_PER_CONNECTION_BYTES
@@ -1050,6 +1024,7 @@ impl FromStr for ServerUrl {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use super::scenario::{PhaseTimes, RoomPeople, RoomSet};
     use super::*;
 
     const HIGH: VideoSpec = VideoSpec {
@@ -1061,43 +1036,45 @@ pub(crate) mod tests {
 
     /// Two rooms of three audio and two video publishers and four subscribers.
     pub(crate) fn plan() -> Plan {
-        Plan {
-            target: Target {
-                url: "ws://127.0.0.1:7880".parse().unwrap(),
-                origin: Origin::Flag,
-            },
-            connection: Connection::Dual,
-            connection_reason: None,
-            shape: Shape {
-                room_name: None,
-                room_count: 2,
-                audio_publishers: 3,
-                video_publishers: 2,
-                subscribers: 4,
-                meeting: false,
-                identity_prefix: "throng".into(),
-            },
-            part: None,
-            audio: AudioSpec {
-                bitrate: Bitrate::from_bps(24_000),
-                frame: Duration::from_millis(20),
-                dtx: false,
-            },
-            video: HIGH,
-            simulcast: false,
-            layout: None,
-            simulate_speakers: false,
-            pacing: Pacing::Paced,
-            obey_bandwidth: false,
-            joins_per_second: 50.0,
-            join_retries: 0,
-            duration: Duration::from_secs(15),
-            ramp: Vec::new(),
-            find_knee: false,
-            ramp_time: None,
-            warmup: Duration::ZERO,
+        let people = RoomPeople {
+            audio_publishers: 3,
+            video_publishers: 2,
+            subscribers: 4,
+            meeting: false,
+        };
+        let mut scenario = Scenario {
             seed: 7,
-            run_tag: 0xC0FF_EE01,
+            connection: Connection::Dual,
+            rooms: RoomSet {
+                name: None,
+                count: 2,
+            },
+            ..Scenario::of_people(people)
+        };
+        scenario.media.simulcast = false;
+        let scenario = scenario.single(PhaseTimes {
+            hold: Duration::from_secs(15),
+            ..PhaseTimes::default()
+        });
+        let target = Target {
+            url: "ws://127.0.0.1:7880".parse().unwrap(),
+            origin: Origin::Flag,
+        };
+        Plan::new(scenario, target, 0xC0FF_EE01)
+    }
+
+    /// Fills its rooms anew.
+    pub(crate) fn set_people(plan: &mut Plan, rooms: u32, people: RoomPeople) {
+        plan.scenario.rooms.count = rooms;
+        plan.scenario.set_people(people);
+    }
+
+    fn people(audio_publishers: u32, video_publishers: u32, subscribers: u32) -> RoomPeople {
+        RoomPeople {
+            audio_publishers,
+            video_publishers,
+            subscribers,
+            meeting: false,
         }
     }
 
@@ -1137,19 +1114,9 @@ pub(crate) mod tests {
     #[test]
     fn audio_and_video_publishers_are_the_same_people_as_in_lk() {
         let mut plan = plan();
-        plan.shape = Shape {
-            room_count: 1,
-            audio_publishers: 10,
-            video_publishers: 5,
-            subscribers: 90,
-            ..plan.shape
-        };
+        set_people(&mut plan, 1, people(10, 5, 90));
         assert_eq!(plan.total_participants(), 100);
-        plan.shape = Shape {
-            audio_publishers: 0,
-            video_publishers: 5,
-            ..plan.shape
-        };
+        set_people(&mut plan, 1, people(0, 5, 90));
         assert_eq!(plan.total_participants(), 95);
     }
 
@@ -1169,15 +1136,12 @@ pub(crate) mod tests {
                 (2, 8, 1, 5),
             ] {
                 let mut plan = plan();
-                plan.layout = layout;
-                plan.shape = Shape {
-                    room_count: rooms,
-                    audio_publishers: audio,
-                    video_publishers: video,
-                    subscribers,
+                plan.scenario.media.layout = layout;
+                let people = RoomPeople {
                     meeting,
-                    ..plan.shape
+                    ..people(audio, video, subscribers)
                 };
+                set_people(&mut plan, rooms, people);
                 for kind in [Kind::Audio, Kind::Video] {
                     let expected: u64 = plan
                         .participants()
@@ -1219,22 +1183,16 @@ pub(crate) mod tests {
     fn rooms_are_named_as_asked_or_after_the_run() {
         let mut plan = plan();
         assert_eq!(plan.room_name(1), "throng-c0ffee01-2");
-        plan.shape.room_name = Some("hall".into());
+        plan.scenario.rooms.name = Some("hall".into());
         assert_eq!(plan.room_name(0), "hall-1");
-        plan.shape.room_count = 1;
+        plan.scenario.rooms.count = 1;
         assert_eq!(plan.room_name(0), "hall");
     }
 
     #[test]
     fn shards_share_every_room_and_the_whole_evenly() {
         let mut plan = plan();
-        plan.shape = Shape {
-            room_count: 5,
-            audio_publishers: 3,
-            video_publishers: 3,
-            subscribers: 8,
-            ..plan.shape
-        };
+        set_people(&mut plan, 5, people(3, 3, 8));
         let parts = plan.split(3);
         assert_eq!(parts.iter().map(Vec::len).sum::<usize>(), 55);
         for part in &parts {
@@ -1250,13 +1208,7 @@ pub(crate) mod tests {
                 5
             );
         }
-        plan.shape = Shape {
-            room_count: 9,
-            subscribers: 0,
-            audio_publishers: 1,
-            video_publishers: 0,
-            ..plan.shape
-        };
+        set_people(&mut plan, 9, people(1, 0, 0));
         assert!(plan.split(3).iter().all(|part| part.len() == 3));
     }
 
@@ -1265,7 +1217,7 @@ pub(crate) mod tests {
         let plan = plan();
         let load = plan.load();
         // 2,000,000 / 8 / 30 = 8,334 bytes a frame: 8 packets.
-        assert!((plan.video.packets_per_second() - 240.0).abs() < 1e-9);
+        assert!((plan.scenario.media.video.packets_per_second() - 240.0).abs() < 1e-9);
         assert!((load.packets_sent_per_second - (6.0 * 50.0 + 4.0 * 240.0)).abs() < 1e-6);
         assert!((load.packets_received_per_second - (24.0 * 50.0 + 16.0 * 240.0)).abs() < 1e-6);
         assert!(load.bits_received_per_second > 24.0 * 24e3 + 16.0 * 2e6);
@@ -1353,7 +1305,7 @@ pub(crate) mod tests {
     fn a_layout_lessens_what_is_received_and_simulcast_adds_to_what_is_sent() {
         let mut plan = plan();
         let plain = plan.load();
-        plan.simulcast = true;
+        plan.scenario.media.simulcast = true;
         // 240 packets a second of 720p, 80 of 360p, 30 of 180p; 4 video tracks.
         let sent = plan.load().packets_sent_per_second - plain.packets_sent_per_second;
         assert!((sent - 4.0 * 110.0).abs() < 1e-6, "{sent}");
@@ -1361,7 +1313,7 @@ pub(crate) mod tests {
             plan.load().packets_received_per_second,
             plain.packets_received_per_second
         );
-        plan.layout = Some(Layout::Speaker);
+        plan.scenario.media.layout = Some(Layout::Speaker);
         // Eight subscribers see two tracks each: the second one is small.
         let saved = plain.packets_received_per_second - plan.load().packets_received_per_second;
         assert!((saved - 8.0 * (240.0 - 30.0)).abs() < 1e-6, "{saved}");
@@ -1370,20 +1322,14 @@ pub(crate) mod tests {
     #[test]
     fn those_who_are_silent_send_little() {
         let mut plan = plan();
-        plan.shape = Shape {
-            video_publishers: 0,
-            audio_publishers: 10,
-            subscribers: 0,
-            room_count: 1,
-            ..plan.shape
-        };
+        set_people(&mut plan, 1, people(10, 0, 0));
         assert_eq!(plan.load().packets_sent_per_second, 500.0);
-        plan.simulate_speakers = true;
+        plan.scenario.media.simulate_speakers = true;
         assert!(
             (plan.load().packets_sent_per_second - 500.0).abs() < 1e-6,
             "silence is sent"
         );
-        plan.audio.dtx = true;
+        plan.scenario.media.audio.dtx = true;
         let (speech, silence) = (50.0 * 5.0 / 6.0, 2.5 * (10.0 - 5.0 / 6.0));
         assert!((plan.load().packets_sent_per_second - speech - silence).abs() < 1e-6);
     }

@@ -109,7 +109,7 @@ pub fn resources(plan: &Plan, host: &Host, threads: Option<usize>) -> Resources 
     let websockets = u64::from(plan.total_participants());
     let embedded = plan.target.is_embedded();
     // A room lives on one router.
-    let rooms = plan.shape.room_count as usize;
+    let rooms = plan.scenario.rooms.count as usize;
     let sfu_routers = if embedded {
         (cpus / 4).clamp(1, rooms.max(1))
     } else {
@@ -145,7 +145,7 @@ pub fn check(plan: &Plan, host: &Host, resources: &Resources) -> Findings {
 pub fn receive_buffer_bytes(plan: &Plan) -> u64 {
     let packets: f64 = [Kind::Audio, Kind::Video]
         .into_iter()
-        .map(|kind| f64::from(plan.shape.publishers_of(kind)) * plan.track_rates(kind).0)
+        .map(|kind| f64::from(plan.scenario.publishers_of(kind)) * plan.track_rates(kind).0)
         .sum();
     ((packets * BUFFERED_SECONDS * BUFFER_BYTES_PER_PACKET) as u64).max(BUFFER_BYTES_MIN)
 }
@@ -384,6 +384,7 @@ fn cpu_max(text: &str) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::scenario::RoomPeople;
     use crate::plan::tests::plan;
 
     fn host() -> Host {
@@ -400,8 +401,12 @@ mod tests {
 
     fn check_with(subscribers: u32, host: &Host) -> Findings {
         let mut plan = plan();
-        plan.shape.subscribers = subscribers;
-        plan.shape.video_publishers = 0;
+        let people = RoomPeople {
+            subscribers,
+            video_publishers: 0,
+            ..plan.scenario.people()
+        };
+        plan.scenario.set_people(people);
         check(&plan, host, &resources(&plan, host, Some(4)))
     }
 
@@ -473,8 +478,12 @@ mod tests {
     #[test]
     fn small_receive_buffers_and_scarce_cpus_are_warned_about_and_not_refused() {
         let mut plan = plan();
-        plan.shape.video_publishers = 20;
-        plan.shape.subscribers = 200;
+        let people = RoomPeople {
+            subscribers: 200,
+            video_publishers: 20,
+            ..plan.scenario.people()
+        };
+        plan.scenario.set_people(people);
         let host = Host {
             receive_buffer_max: Some(212_992),
             cpus: 1,

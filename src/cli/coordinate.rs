@@ -254,14 +254,14 @@ impl RunArgs {
 /// What can be told before anybody has come.
 fn must_be_possible(run: &Run, expect: u32, total: bool) -> Result<(), String> {
     let plan = &run.plan;
-    if plan.ramp.len() > TIERS_MAX {
+    let tiers = plan.scenario.phases.len();
+    if tiers > TIERS_MAX {
         return Err(format!(
-            "--ramp has {} tiers: at most {TIERS_MAX} go over several hosts",
-            plan.ramp.len()
+            "--ramp has {tiers} tiers: at most {TIERS_MAX} go over several hosts"
         ));
     }
     let hosts = if total { 1 } else { u64::from(expect) };
-    let subscribers = u64::from(plan.shape.subscribers) * u64::from(plan.shape.room_count);
+    let subscribers = u64::from(plan.scenario.subscribers()) * u64::from(plan.scenario.rooms.count);
     match subscribers.checked_mul(hosts) {
         Some(all) if all <= PARTICIPANTS_MAX => Ok(()),
         _ => Err(format!(

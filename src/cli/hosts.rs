@@ -2,9 +2,10 @@
 
 use clap::Args;
 
-use super::{Probe, RunArgs, name_must_be_usable, set};
+use super::{Probe, RunArgs, set};
 use crate::coordinator::protocol::{TOKEN_VARIABLE, URL_VARIABLE};
 use crate::host;
+use crate::plan::scenario::must_be_a_name;
 use crate::plan::{Role, ServerUrl, Target, WEIGHT_MAX};
 use crate::sfu::SendMode;
 use crate::signal::Secret;
@@ -93,7 +94,7 @@ impl HostsArgs {
                 .find_map(|name| Some((set(env, name)?, *name)))
         });
         if let Some((vantage, name)) = &vantage {
-            name_must_be_usable(name, vantage)?;
+            must_be_a_name(vantage).map_err(|fault| format!("{name} {fault}"))?;
         }
         let token = self
             .coordinator_token

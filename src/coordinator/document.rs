@@ -97,10 +97,8 @@ impl<'a> Document<'a> {
 fn outcome(merged: &Merged, state: &State, about: &About<'_>) -> Outcome {
     let mut plan = about.plan.clone();
     if let Some(placed) = state.placed() {
-        placed
-            .plan
-            .apply_to(&mut plan)
-            .expect("it was made of this plan");
+        let run_tag = plan.run_tag;
+        plan.follow(placed.scenario.clone(), run_tag);
     }
     let reports = || {
         merged

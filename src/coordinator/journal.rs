@@ -22,8 +22,8 @@ use super::access::Seal;
 use super::protocol::REPORT_BYTES_MAX;
 use super::state::{Entry, Setup, State};
 
-/// Of the format.
-const VERSION: u32 = 1;
+/// Of the format. 2: the run is a scenario.
+const VERSION: u32 = 2;
 /// No entry is longer than the longest report.
 const LINE_BYTES_MAX: usize = REPORT_BYTES_MAX + (1 << 20);
 /// A journal is not written anew before it is so long.
@@ -41,6 +41,12 @@ pub struct Head {
     pub setup: Setup,
     /// Of the token that lets probers in; `None`: everybody is let in.
     pub seal: Option<Seal>,
+}
+
+/// As much of a head as every version has.
+#[derive(Deserialize)]
+struct Format {
+    journal: u32,
 }
 
 impl Head {
@@ -65,8 +71,12 @@ pub enum JournalError {
         "the journal {path} is damaged at byte {at}, and sound entries follow: give another --journal, or cut it there to lose what follows (truncate -s {at} {path})"
     )]
     Damaged { path: String, at: u64 },
-    #[error("{path} is not a journal of this version of throng: give another --journal")]
+    #[error("{path} is not a journal of throng: give another --journal")]
     NotOurs { path: String },
+    #[error(
+        "the journal {path} has version {found}, and this throng writes version {VERSION}: go on with the throng that wrote it, or give another --journal"
+    )]
+    OtherVersion { path: String, found: u32 },
     #[error("cannot write the journal {path}: {cause}")]
     Io { path: String, cause: io::Error },
 }
@@ -121,12 +131,18 @@ impl Journal {
         let mut lines = Lines::new(&file);
         let not_ours = || JournalError::NotOurs { path: shown(path) };
         let first = lines.next().map_err(|cause| io_error(path, cause))?;
-        let head = first
-            .as_deref()
-            .and_then(|line| serde_json::from_slice::<Head>(line).ok());
-        let head = head
-            .filter(|head| head.journal == VERSION)
-            .ok_or_else(not_ours)?;
+        let first = first.as_deref().ok_or_else(not_ours)?;
+        let format: Format = serde_json::from_slice(first).map_err(|_| not_ours())?;
+        if format.journal != VERSION {
+            return Err(JournalError::OtherVersion {
+                path: shown(path),
+                found: format.journal,
+            });
+        }
+        let head: Head = serde_json::from_slice(first).map_err(|_| not_ours())?;
+        if head.setup.load.scenario.validate().is_err() {
+            return Err(not_ours());
+        }
         begin(&head);
         while let Some(json) = lines.next().map_err(|cause| io_error(path, cause))? {
             entry(serde_json::from_slice(&json).map_err(|_| not_ours())?);
@@ -479,6 +495,31 @@ mod tests {
             );
             assert_eq!(std::fs::read_to_string(scratch.file()).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn a_journal_of_another_version_is_refused_by_its_number() {
+        let scratch = Scratch::new("version");
+        let mut line = Vec::new();
+        let old = serde_json::json!({"journal": 1, "created_us": 7, "setup": {"seed": 7}});
+        frame(&old, &mut line).unwrap();
+        std::fs::write(scratch.file(), &line).unwrap();
+        let why = read(&scratch.file()).unwrap_err().to_string();
+        assert!(why.contains("has version 1"), "{why}");
+        assert!(why.contains("writes version 2"), "{why}");
+        assert_eq!(std::fs::read(scratch.file()).unwrap(), line);
+    }
+
+    #[test]
+    fn a_journal_whose_run_is_out_of_bounds_is_refused() {
+        let scratch = Scratch::new("bounds");
+        let mut head = head();
+        head.setup.load.scenario.media.video.frames_per_second = 61;
+        drop(Journal::create(&scratch.file(), &head).unwrap());
+        assert!(matches!(
+            read(&scratch.file()),
+            Err(JournalError::NotOurs { .. })
+        ));
     }
 
     #[test]

@@ -12,13 +12,14 @@ use super::access::{self, Access, Seal};
 use super::desk::{Desk, DeskHandle, Failure};
 use super::journal::{self, Head, Journal};
 use super::place::{Load, Placed};
-use super::protocol::{TOKEN_VARIABLE, URL_VARIABLE, WireJudging, WirePlan};
+use super::protocol::{TOKEN_VARIABLE, URL_VARIABLE, WireJudging};
 use super::seconds::{self, Row, Seconds, Series};
 use super::server::{self, Exhibit, Site};
 use super::state::{Entry, Phase, Setup, State};
 use super::story::Story;
 use super::tokens::Mint;
 use crate::cli::Coordinate;
+use crate::plan::scenario::{PhaseTimes, Scenario};
 use crate::plan::{Part, Plan, ServerUrl, Vantage};
 use crate::report::{TargetInfo, TargetKind};
 use crate::run::Interrupts;
@@ -74,12 +75,13 @@ pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, String> {
         .load
         .place(vec![Vantage::default(); asked.expect as usize])?;
     let mut first = asked.run.plan.clone();
-    placed
-        .plan
-        .apply_to(&mut first)
-        .map_err(|why| why.to_string())?;
-    first.part = Some(Part::new(placed.placement.clone(), 0, &first.shape)?);
-    first.ramp = Vec::new();
+    let run_tag = first.run_tag;
+    let times = PhaseTimes {
+        spread: None,
+        ..placed.scenario.times()
+    };
+    first.follow(placed.scenario.clone().single(times), run_tag);
+    first.part = Some(Part::new(placed.placement.clone(), 0, &first.scenario)?);
     Ok(Rehearsal { placed, first })
 }
 
@@ -289,11 +291,11 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
     let mut state = state.into_inner().context("the journal has no beginning")?;
     let head = replay.head;
     let shown = path.display();
-    let same = Setup {
+    let mut same = Setup {
         run_tag: head.setup.run_tag,
-        seed: head.setup.seed,
         ..setup(asked)
     };
+    same.load.scenario.seed = head.setup.load.scenario.seed;
     if same != head.setup {
         return Err(anyhow!(
             "the journal {shown} is of a run with other flags, or another LIVEKIT_URL or API key: give the same ones, or another --journal"
@@ -349,19 +351,12 @@ fn setup(asked: &Coordinate) -> Setup {
     let has_key = asked.run.credentials.is_some();
     Setup {
         run_tag: plan.run_tag,
-        seed: plan.seed,
         expect: asked.expect,
         on_missing: asked.on_missing,
         load: Load {
-            plan: WirePlan::of(plan),
-            tiers: if plan.ramp.is_empty() {
-                vec![plan.shape.subscribers]
-            } else {
-                plan.ramp.clone()
-            },
+            scenario: plan.scenario.clone(),
             rooms_apart: asked.rooms_per_vantage,
             total: asked.total,
-            warmup_us: plan.warmup.as_micros() as u64,
         },
         judging: WireJudging::of(&asked.run.judging),
         url: plan.target.known_url().map(ServerUrl::websocket),
@@ -374,7 +369,8 @@ fn setup(asked: &Coordinate) -> Setup {
 
 fn exhibit(asked: &Coordinate, head: &Head) -> Exhibit {
     let mut plan = asked.run.plan.clone();
-    (plan.run_tag, plan.seed) = (head.setup.run_tag, head.setup.seed);
+    plan.run_tag = head.setup.run_tag;
+    plan.scenario = head.setup.load.scenario.clone();
     Exhibit {
         plan,
         judging: asked.run.judging.clone(),
@@ -636,11 +632,13 @@ impl Watcher<'_> {
             desk.state
                 .placed()
                 .filter(|_| desk.state.wants_rooms())
-                .map(|placed| placed.plan.clone())
+                .map(|placed| placed.scenario.clone())
         });
-        let Ok(Some(wire)) = wanted.await else { return };
+        let Ok(Some(scenario)) = wanted.await else {
+            return;
+        };
         let made = async {
-            let plan = self.plan(&wire).await?;
+            let plan = self.plan(scenario).await?;
             let endpoint = Endpoint::from(plan.target.url.clone()).resolve().await?;
             Rooms::create(&plan, &endpoint, &api_key, interrupts).await
         };
@@ -668,14 +666,13 @@ impl Watcher<'_> {
     }
 
     /// The plan of all hosts.
-    async fn plan(&self, wire: &WirePlan) -> Result<Plan> {
+    async fn plan(&self, scenario: Scenario) -> Result<Plan> {
         let mut plan = self.asked.run.plan.clone();
-        wire.apply_to(&mut plan)?;
-        let tags = self
-            .desk
-            .call(|desk| (desk.state.setup().run_tag, desk.state.setup().seed))
-            .await;
-        (plan.run_tag, plan.seed) = tags.map_err(|_| anyhow!("the coordinator is going"))?;
+        let run_tag = self.desk.call(|desk| desk.state.setup().run_tag).await;
+        plan.follow(
+            scenario,
+            run_tag.map_err(|_| anyhow!("the coordinator is going"))?,
+        );
         Ok(plan)
     }
 
@@ -686,14 +683,14 @@ impl Watcher<'_> {
         };
         let of_state = self.desk.call(|desk| {
             (
-                desk.state.placed().map(|placed| placed.plan.clone()),
+                desk.state.placed().map(|placed| placed.scenario.clone()),
                 desk.state.rooms().to_vec(),
             )
         });
-        let Ok((Some(wire), made)) = of_state.await else {
+        let Ok((Some(scenario), made)) = of_state.await else {
             return;
         };
-        let Ok(plan) = self.plan(&wire).await else {
+        let Ok(plan) = self.plan(scenario).await else {
             return;
         };
         let rooms = match self.rooms.take() {

@@ -4,28 +4,26 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::protocol::{Stage, StageKind, WirePlan};
+use super::protocol::{Stage, StageKind};
+use crate::plan::scenario::{PhaseTimes, Scenario};
 use crate::plan::{Part, Placement, Vantage};
 
 /// What is asked of the hosts. Counts are per room.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Load {
-    /// A room as the flags have it, whatever number of hosts shares it. Its `subscribers` follow from the tiers.
-    pub plan: WirePlan,
-    /// Subscribers tier by tier: those of one host of weight 1, or, where it is a `total`, of all hosts together.
-    pub tiers: Vec<u32>,
+    /// The run as the flags have it, whatever number of hosts shares it. Its phases have the subscribers of one host of weight 1, or, where it is a `total`, of
+    /// all hosts together; how many the groups have follows from that.
+    pub scenario: Scenario,
     /// Each host has rooms of its own: so many as the plan says, or, where it is a `total`, its share of them.
     pub rooms_apart: bool,
     pub total: bool,
-    /// From the end of joining to the hold.
-    pub warmup_us: u64,
 }
 
 /// The hosts and their load.
 #[derive(Clone, Debug)]
 pub struct Placed {
     /// Of all hosts together.
-    pub plan: WirePlan,
+    pub scenario: Scenario,
     pub placement: Placement,
     /// Whose everybody is.
     pub part: Part,
@@ -34,6 +32,15 @@ pub struct Placed {
 }
 
 impl Load {
+    /// Subscribers a room, tier by tier.
+    pub fn tiers(&self) -> Vec<u32> {
+        let scenario = &self.scenario;
+        let phases = scenario.phases.iter();
+        phases
+            .map(|phase| phase.subscribers.unwrap_or(scenario.subscribers()))
+            .collect()
+    }
+
     /// Who plays what.
     ///
     /// # Errors
@@ -48,10 +55,10 @@ impl Load {
             .iter()
             .fold(0u32, |sum, vantage| sum.saturating_add(vantage.weight));
         let rooms = match self.rooms_apart && !self.total {
-            true => self.plan.room_count.saturating_mul(weights),
-            false => self.plan.room_count,
+            true => self.scenario.rooms.count.saturating_mul(weights),
+            false => self.scenario.rooms.count,
         };
-        let largest = self.tiers.iter().copied().max().unwrap_or(0);
+        let largest = self.tiers().into_iter().max().unwrap_or(0);
         if largest > 0
             && !placement
                 .vantages
@@ -60,15 +67,13 @@ impl Load {
         {
             return Err("no host subscribes: start one without --role publish".to_owned());
         }
-        let plan = WirePlan {
-            room_count: rooms,
-            subscribers: self.of_room(&placement, largest),
-            ..self.plan.clone()
-        };
-        let part = Part::new(placement.clone(), 0, &plan.shape())?;
-        let stages = self.stages(&plan, &placement, &part);
+        let scenario = self
+            .scenario
+            .over_hosts(rooms, self.of_room(&placement, largest));
+        let part = Part::new(placement.clone(), 0, &scenario)?;
+        let stages = self.stages(&scenario, &placement, &part);
         Ok(Placed {
-            plan,
+            scenario,
             placement,
             part,
             stages,
@@ -84,13 +89,13 @@ impl Load {
     }
 
     /// Whoever has fewer joins, or leaves, before a hold than another waits for the others' by a longer warm-up.
-    fn stages(&self, plan: &WirePlan, placement: &Placement, part: &Part) -> Vec<Vec<Stage>> {
+    fn stages(&self, scenario: &Scenario, placement: &Placement, part: &Part) -> Vec<Vec<Stage>> {
         let in_room: Vec<u32> = self
-            .tiers
-            .iter()
-            .map(|tier| self.of_room(placement, *tier))
+            .tiers()
+            .into_iter()
+            .map(|tier| self.of_room(placement, tier))
             .collect();
-        let of_hosts = subscribers_of_hosts(plan, placement.vantages.len(), part, &in_room);
+        let of_hosts = subscribers_of_hosts(scenario, placement.vantages.len(), part, &in_room);
         // The baseline is one of each host that subscribes at all.
         let alone = |tiers: &[u32]| tiers.iter().copied().max().unwrap_or(0).min(1);
         let held: Vec<Vec<u32>> = of_hosts
@@ -101,13 +106,22 @@ impl Load {
                     .collect()
             })
             .collect();
+        // The baseline goes as the first phase does.
+        let times = |stage: usize| {
+            let phase = scenario.phases.get(stage.saturating_sub(1));
+            phase.map_or(PhaseTimes::default(), |phase| PhaseTimes {
+                spread: phase.spread,
+                warmup: phase.warmup,
+                hold: phase.hold,
+            })
+        };
         // Whoever leaves does so at the same pace.
         let moving_us = |host: usize, stage: usize| {
             let before = if stage == 0 { 0 } else { held[host][stage - 1] };
-            match (held[host][stage].abs_diff(before), plan.ramp_time_us) {
+            match (held[host][stage].abs_diff(before), times(stage).spread) {
                 (0, _) => 0,
-                (_, Some(ramp_time_us)) => ramp_time_us,
-                (moves, None) => (f64::from(moves) * 1e6 / plan.joins_per_second) as u64,
+                (_, Some(spread)) => spread.as_micros() as u64,
+                (moves, None) => (f64::from(moves) * 1e6 / scenario.joins_per_second) as u64,
             }
         };
         let stage = |host: usize, stage: usize| {
@@ -127,8 +141,10 @@ impl Load {
                     format!("tier {stage}")
                 },
                 subscribers: held[host][stage],
-                warmup_us: self.warmup_us + (longest - moving_us(host, stage)),
-                hold_us: plan.duration_us,
+                warmup_us: times(stage).warmup.as_micros() as u64
+                    + (longest - moving_us(host, stage)),
+                hold_us: times(stage).hold.as_micros() as u64,
+                spread_us: times(stage).spread.map(|spread| spread.as_micros() as u64),
             }
         };
         let bare = |kind, name: &str| Stage {
@@ -137,10 +153,11 @@ impl Load {
             subscribers: 0,
             warmup_us: 0,
             hold_us: 0,
+            spread_us: None,
         };
         (0..held.len())
             .map(|host| {
-                let held = (0..=self.tiers.len()).map(|index| stage(host, index));
+                let held = (0..=scenario.phases.len()).map(|index| stage(host, index));
                 let ends = [
                     bare(StageKind::Stop, "stop"),
                     bare(StageKind::Leave, "leave"),
@@ -156,7 +173,7 @@ impl Load {
 
 /// For each host, how many of its subscribers are among the first so many of each room.
 fn subscribers_of_hosts(
-    plan: &WirePlan,
+    scenario: &Scenario,
     hosts: usize,
     part: &Part,
     in_room: &[u32],
@@ -166,10 +183,10 @@ fn subscribers_of_hosts(
     bounds.dedup();
     // Between each bound and the one before it.
     let mut between = vec![vec![0u32; bounds.len()]; hosts];
-    let publishers = plan.audio_publishers.max(plan.video_publishers);
-    let participants = (publishers + plan.subscribers) * plan.room_count;
-    for index in publishers * plan.room_count..participants {
-        let place = index / plan.room_count - publishers;
+    let (publishers, rooms) = (scenario.publishers(), scenario.rooms.count);
+    let participants = (publishers + scenario.subscribers()) * rooms;
+    for index in publishers * rooms..participants {
+        let place = index / rooms - publishers;
         let bound = bounds.partition_point(|bound| *bound <= place);
         if let (Some(owner), true) = (part.owner(index), bound < bounds.len()) {
             between[owner][bound] += 1;
@@ -190,24 +207,33 @@ fn subscribers_of_hosts(
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::measure::Kind;
     use crate::plan::Role;
+    use crate::plan::scenario::RoomPeople;
     use crate::plan::tests::plan;
 
     pub(crate) fn load(tiers: &[u32]) -> Load {
-        let mut plan = WirePlan::of(&plan());
-        (
-            plan.room_count,
-            plan.audio_publishers,
-            plan.video_publishers,
-        ) = (2, 3, 2);
-        (plan.joins_per_second, plan.duration_us) = (10.0, 5_000_000);
+        let people = RoomPeople {
+            subscribers: tiers.iter().copied().max().unwrap_or(0),
+            ..plan().scenario.people()
+        };
+        let scenario = Scenario {
+            joins_per_second: 10.0,
+            groups: Scenario::of_people(people).groups,
+            ..plan().scenario
+        };
+        let times = PhaseTimes {
+            spread: None,
+            warmup: Duration::from_secs(1),
+            hold: Duration::from_secs(5),
+        };
         Load {
-            plan,
-            tiers: tiers.to_vec(),
+            scenario: scenario.ramp(tiers, times),
             rooms_apart: false,
             total: false,
-            warmup_us: 1_000_000,
         }
     }
 
@@ -240,9 +266,12 @@ pub(crate) mod tests {
                 (Role::Publish, 1),
             ]))
             .unwrap();
-        assert_eq!(placed.plan.subscribers, 30);
+        assert_eq!(placed.scenario.subscribers(), 30);
         assert_eq!(
-            (placed.plan.audio_publishers, placed.plan.room_count),
+            (
+                placed.scenario.publishers_of(Kind::Audio),
+                placed.scenario.rooms.count
+            ),
             (3, 2)
         );
         assert_eq!(held(&placed), [[4, 20, 8], [8, 40, 16], [0, 0, 0]]);
@@ -262,7 +291,7 @@ pub(crate) mod tests {
             ],
         ] {
             let placed = load.place(hosts(group)).unwrap();
-            assert_eq!(placed.plan.subscribers, 25);
+            assert_eq!(placed.scenario.subscribers(), 25);
             let held = held(&placed);
             for (tier, count) in [7, 25, 11].into_iter().enumerate() {
                 assert_eq!(held.iter().map(|host| host[tier]).sum::<u32>(), count * 2);
@@ -278,16 +307,16 @@ pub(crate) mod tests {
             .place(hosts(&[(Role::Both, 1), (Role::Both, 2)]))
             .unwrap();
         assert_eq!(
-            (placed.plan.room_count, held(&placed)),
+            (placed.scenario.rooms.count, held(&placed)),
             (6, vec![vec![8], vec![16]])
         );
-        (load.total, load.plan.room_count) = (true, 5);
+        (load.total, load.scenario.rooms.count) = (true, 5);
         let placed = load.place(hosts(&[(Role::Both, 1); 2])).unwrap();
         assert_eq!(
-            (placed.plan.room_count, held(&placed)),
+            (placed.scenario.rooms.count, held(&placed)),
             (5, vec![vec![12], vec![8]])
         );
-        load.plan.room_count = 1;
+        load.scenario.rooms.count = 1;
         assert!(
             load.place(hosts(&[(Role::Both, 1); 2]))
                 .unwrap_err()

@@ -32,15 +32,12 @@ use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::measure::wire::RecordWire;
-use crate::plan::{
-    AudioSpec, Connection, Layout, PARTICIPANTS_MAX, Pacing, Placement, Plan, Role, ServerUrl,
-    Shape, VANTAGES_MAX, VideoSpec, WEIGHT_MAX,
-};
+use crate::plan::scenario::Scenario;
+use crate::plan::{PARTICIPANTS_MAX, Placement, Role, ServerUrl, VANTAGES_MAX, WEIGHT_MAX};
 use crate::report::{Judging, Threshold, Verdict};
-use crate::units::Bitrate;
 
 /// Of the protocol that this program speaks.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Where a prober finds its coordinator, and what lets it in, if no flag says so.
 pub const URL_VARIABLE: &str = "COORDINATOR_URL";
@@ -262,13 +259,12 @@ pub struct Job {
     pub protocol: u32,
     /// Tells runs apart in identities and room names.
     pub run_tag: u32,
-    pub seed: u64,
     /// The labels of all that play the plan; elsewhere a vantage is its index in here.
     pub vantages: Vec<String>,
     /// The index of this prober.
     pub me: u32,
-    /// The participants of all vantages.
-    pub plan: WirePlan,
+    /// The run, with the participants of all vantages. Unlike elsewhere, a field of it that is not known is refused: who left it out would play another run.
+    pub scenario: Scenario,
     /// Which of them are whose ([`crate::plan::Part::new`]): one entry each of `vantages`, in the same order.
     pub placement: Placement,
     /// From the first to the last, as this prober plays them.
@@ -289,7 +285,6 @@ impl Job {
         if self.protocol != VERSION {
             return Err(other_version("coordinator", self.protocol, "prober"));
         }
-        at_most("seed", self.seed, WHOLE_MAX)?;
         few("vantages", self.vantages.len(), PROBERS_MAX)?;
         self.vantages
             .iter()
@@ -299,7 +294,9 @@ impl Job {
         {
             return Err(Malformed::new("vantages: not those of me and of placement"));
         }
-        self.plan.check()?;
+        self.scenario
+            .validate()
+            .map_err(|why| Malformed::new(format!("scenario.{why}")))?;
         self.check_stages()?;
         self.judging.to_judging()?;
         self.url.as_ref().map_or(Ok(()), |url| {
@@ -321,6 +318,7 @@ impl Job {
             )?;
             at_most("stages.warmup_us", stage.warmup_us, WHOLE_MAX)?;
             at_most("stages.hold_us", stage.hold_us, WHOLE_MAX)?;
+            at_most("stages.spread_us", stage.spread_us.unwrap_or(0), WHOLE_MAX)?;
         }
         let in_order = self.stages.is_sorted_by_key(|stage| stage.kind);
         let ends = [StageKind::Publish, StageKind::Stop, StageKind::Leave];
@@ -353,6 +351,9 @@ pub struct Stage {
     pub warmup_us: u64,
     /// What is measured.
     pub hold_us: u64,
+    /// Its joins, or leaves, are spread over this; `null`: they go at the scenario's rate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spread_us: Option<u64>,
 }
 
 /// In the order in which they come.
@@ -368,183 +369,6 @@ pub enum StageKind {
     Stop,
     /// Publishers' final frame counts are known to all: accounts are closed, and everybody leaves.
     Leave,
-}
-
-/// What makes the same [`Plan`] on every host, secrets and the target aside. Counts are per room, over all vantages.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct WirePlan {
-    pub room_name: Option<String>,
-    pub room_count: u32,
-    pub audio_publishers: u32,
-    pub video_publishers: u32,
-    pub subscribers: u32,
-    pub meeting: bool,
-    pub identity_prefix: String,
-    pub audio_bps: u64,
-    pub audio_frame_us: u64,
-    pub audio_dtx: bool,
-    pub video_width: u16,
-    pub video_height: u16,
-    pub video_frames_per_second: u32,
-    pub video_bps: u64,
-    pub simulcast: bool,
-    pub layout: Option<String>,
-    pub simulate_speakers: bool,
-    pub pacing: String,
-    pub obey_bandwidth: bool,
-    /// Of each host.
-    pub joins_per_second: f64,
-    /// The joins of each tier are spread over this instead.
-    pub ramp_time_us: Option<u64>,
-    pub join_retries: u32,
-    /// Of a tier.
-    pub duration_us: u64,
-    /// `auto`: each prober asks its server.
-    pub connection: String,
-}
-
-impl WirePlan {
-    pub fn of(plan: &Plan) -> WirePlan {
-        let shape = &plan.shape;
-        WirePlan {
-            room_name: shape.room_name.clone(),
-            room_count: shape.room_count,
-            audio_publishers: shape.audio_publishers,
-            video_publishers: shape.video_publishers,
-            subscribers: shape.subscribers,
-            meeting: shape.meeting,
-            identity_prefix: shape.identity_prefix.clone(),
-            audio_bps: plan.audio.bitrate.bps(),
-            audio_frame_us: plan.audio.frame.as_micros() as u64,
-            audio_dtx: plan.audio.dtx,
-            video_width: plan.video.width,
-            video_height: plan.video.height,
-            video_frames_per_second: plan.video.frames_per_second,
-            video_bps: plan.video.bitrate.bps(),
-            simulcast: plan.simulcast,
-            layout: plan.layout.map(|layout| layout.name().to_owned()),
-            simulate_speakers: plan.simulate_speakers,
-            pacing: plan.pacing.name().to_owned(),
-            obey_bandwidth: plan.obey_bandwidth,
-            joins_per_second: plan.joins_per_second,
-            ramp_time_us: plan.ramp_time.map(|time| time.as_micros() as u64),
-            join_retries: plan.join_retries,
-            duration_us: plan.duration.as_micros() as u64,
-            connection: plan.connection.name().to_owned(),
-        }
-    }
-
-    /// Makes `plan` this one. Its target, seed and tag stay: the latter two stand in [`Job`].
-    pub fn apply_to(&self, plan: &mut Plan) -> Result<(), Malformed> {
-        self.check()?;
-        plan.shape = self.shape();
-        plan.audio = AudioSpec {
-            bitrate: Bitrate::from_bps(self.audio_bps),
-            frame: Duration::from_micros(self.audio_frame_us),
-            dtx: self.audio_dtx,
-        };
-        plan.video = VideoSpec {
-            width: self.video_width,
-            height: self.video_height,
-            frames_per_second: self.video_frames_per_second,
-            bitrate: Bitrate::from_bps(self.video_bps),
-        };
-        plan.simulcast = self.simulcast;
-        plan.layout = self.layout()?;
-        plan.simulate_speakers = self.simulate_speakers;
-        plan.pacing = self.pacing()?;
-        plan.obey_bandwidth = self.obey_bandwidth;
-        plan.joins_per_second = self.joins_per_second;
-        plan.ramp_time = self.ramp_time_us.map(Duration::from_micros);
-        plan.join_retries = self.join_retries;
-        plan.duration = Duration::from_micros(self.duration_us);
-        plan.connection = self.connection()?;
-        plan.connection_reason =
-            (plan.connection != Connection::Auto).then(|| "the coordinator says so".to_owned());
-        Ok(())
-    }
-
-    /// Who is in a room, over all vantages.
-    pub fn shape(&self) -> Shape {
-        Shape {
-            room_name: self.room_name.clone(),
-            room_count: self.room_count,
-            audio_publishers: self.audio_publishers,
-            video_publishers: self.video_publishers,
-            subscribers: self.subscribers,
-            meeting: self.meeting,
-            identity_prefix: self.identity_prefix.clone(),
-        }
-    }
-
-    fn layout(&self) -> Result<Option<Layout>, Malformed> {
-        let Some(name) = &self.layout else {
-            return Ok(None);
-        };
-        let known = Layout::ALL.into_iter().find(|layout| layout.name() == name);
-        known
-            .map(Some)
-            .ok_or_else(|| Malformed::new("plan.layout: unknown"))
-    }
-
-    fn pacing(&self) -> Result<Pacing, Malformed> {
-        let known = [Pacing::Paced, Pacing::Burst]
-            .into_iter()
-            .find(|pacing| pacing.name() == self.pacing);
-        known.ok_or_else(|| Malformed::new("plan.pacing: unknown"))
-    }
-
-    fn connection(&self) -> Result<Connection, Malformed> {
-        let all = [Connection::Auto, Connection::Single, Connection::Dual];
-        let known = all
-            .into_iter()
-            .find(|connection| connection.name() == self.connection);
-        known.ok_or_else(|| Malformed::new("plan.connection: unknown"))
-    }
-
-    /// The bounds of the command line, which every plan of ours is within.
-    fn check(&self) -> Result<(), Malformed> {
-        self.room_name
-            .as_ref()
-            .map_or(Ok(()), |name| label("plan.room_name", name))?;
-        label("plan.identity_prefix", &self.identity_prefix)?;
-        let publishers = u64::from(self.audio_publishers.max(self.video_publishers));
-        let participants =
-            (publishers + u64::from(self.subscribers)).checked_mul(self.room_count.into());
-        if !participants.is_some_and(|participants| (1..=PARTICIPANTS_MAX).contains(&participants))
-        {
-            return Err(Malformed::new(format!(
-                "plan: 1 to {PARTICIPANTS_MAX} participants"
-            )));
-        }
-        let inside = |name, value: u64, least: u64, most: u64| match (least..=most).contains(&value)
-        {
-            true => Ok(()),
-            false => Err(Malformed::new(format!("plan.{name}: {least} to {most}"))),
-        };
-        inside("audio_bps", self.audio_bps, 6_000, 510_000)?;
-        inside("audio_frame_us", self.audio_frame_us, 2_500, 120_000)?;
-        inside("video_width", self.video_width.into(), 16, 4_096)?;
-        inside("video_height", self.video_height.into(), 16, 4_096)?;
-        inside(
-            "video_frames_per_second",
-            self.video_frames_per_second.into(),
-            1,
-            120,
-        )?;
-        inside("video_bps", self.video_bps, 10_000, 100_000_000)?;
-        inside("duration_us", self.duration_us, 1, WHOLE_MAX)?;
-        self.ramp_time_us
-            .map_or(Ok(()), |us| at_most("plan.ramp_time_us", us, WHOLE_MAX))?;
-        within(
-            "plan.joins_per_second",
-            self.joins_per_second,
-            &(0.001..=1e6),
-        )?;
-        self.layout()?;
-        self.pacing()?;
-        self.connection().map(drop)
-    }
 }
 
 /// What a run is held to.
@@ -1189,46 +1013,6 @@ fn stage_index(name: &str, stage: Option<u32>) -> Result<(), Malformed> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::tests::plan;
-
-    #[test]
-    fn a_plan_survives_the_trip() {
-        let mut plan = plan();
-        plan.ramp_time = Some(Duration::from_secs(60));
-        plan.layout = Some(Layout::Speaker);
-        let wire = WirePlan::of(&plan);
-        let read: WirePlan = serde_json::from_str(&serde_json::to_string(&wire).unwrap()).unwrap();
-        let mut other = crate::plan::tests::plan();
-        (other.shape.room_count, other.joins_per_second, other.pacing) = (9, 1.0, Pacing::Burst);
-        read.apply_to(&mut other).unwrap();
-        assert_eq!(WirePlan::of(&other), wire);
-        assert!(other.participants().eq(plan.participants()));
-    }
-
-    #[test]
-    fn plans_that_no_command_line_makes_are_refused() {
-        type Break = fn(&mut WirePlan);
-        let sound = WirePlan::of(&plan());
-        let broken: [(&str, Break); 8] = [
-            ("participants", |plan| plan.room_count = 0),
-            ("participants", |plan| plan.subscribers = u32::MAX),
-            ("room_name", |plan| plan.room_name = Some("x".repeat(129))),
-            ("audio_bps", |plan| plan.audio_bps = 0),
-            ("video_width", |plan| plan.video_width = 5_000),
-            ("joins_per_second", |plan| plan.joins_per_second = f64::NAN),
-            ("pacing", |plan| plan.pacing = "wild".to_owned()),
-            ("layout", |plan| plan.layout = Some("9x9".to_owned())),
-        ];
-        for (says, break_it) in broken {
-            let mut plan = sound.clone();
-            break_it(&mut plan);
-            let why = plan
-                .apply_to(&mut crate::plan::tests::plan())
-                .unwrap_err()
-                .to_string();
-            assert!(why.contains(says), "{says}: {why}");
-        }
-    }
 
     #[test]
     fn judging_survives_the_trip_and_thresholds_are_read_where_they_arrive() {
@@ -1250,6 +1034,45 @@ mod tests {
             };
             assert!(wire.to_judging().is_err());
         }
+    }
+
+    /// A job that a prober takes.
+    fn job() -> Job {
+        let placed = crate::coordinator::place::tests::load(&[2]);
+        let placed = placed.place(vec![Default::default()]).unwrap();
+        Job {
+            protocol: VERSION,
+            run_tag: 1,
+            vantages: vec!["fra".to_owned()],
+            me: 0,
+            scenario: placed.scenario,
+            placement: placed.placement,
+            stages: placed.stages[0].clone(),
+            judging: WireJudging::of(&Judging::default()),
+            url: None,
+            tokens: false,
+            rooms_made: false,
+            patience_us: 1,
+        }
+    }
+
+    #[test]
+    fn a_job_carries_the_scenario_and_refuses_what_no_command_line_makes() {
+        let whole = job();
+        let text = serde_json::to_string(&whole).unwrap();
+        let read: Job = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.scenario, whole.scenario);
+        assert_eq!(read.check(), Ok(()));
+        let mut broken = whole;
+        broken.scenario.media.video.frames_per_second = 61;
+        let why = broken.check().unwrap_err().to_string();
+        assert_eq!(
+            why,
+            "scenario.media.video.frames_per_second 61 is out of range: write 1 to 60 frames a second"
+        );
+        let unknown = text.replacen("\"scenario\":{", "\"scenario\":{\"sede\":1,", 1);
+        let why = serde_json::from_str::<Job>(&unknown).unwrap_err();
+        assert!(why.to_string().contains("sede"), "{why}");
     }
 
     #[test]

@@ -174,7 +174,7 @@ impl Merged {
             .iter()
             .map(|prober| Vantage::new(prober, stage_of(StageKind::Baseline, 0), state, judging))
             .collect();
-        let tiers: Vec<Tier> = (state.setup().load.tiers.iter().enumerate())
+        let tiers: Vec<Tier> = (state.setup().load.tiers().into_iter().enumerate())
             .map(|(index, subscribers)| {
                 let stage = stage_of(StageKind::Tier, index);
                 let cells = state
@@ -185,7 +185,7 @@ impl Merged {
                 let ended_by = broken_in(state, stage);
                 Tier::new(
                     format!("tier {}", index + 1),
-                    *subscribers,
+                    subscribers,
                     cells,
                     ended_by,
                     state,

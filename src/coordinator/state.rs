@@ -46,7 +46,6 @@ pub enum OnMissing {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Setup {
     pub run_tag: u32,
-    pub seed: u64,
     pub expect: u32,
     pub on_missing: OnMissing,
     pub load: Load,
@@ -858,12 +857,10 @@ impl State {
     }
 
     fn legacy_patience_us(&self) -> u64 {
-        let planned = self
-            .setup
-            .load
-            .plan
-            .duration_us
-            .saturating_mul(self.setup.load.tiers.len() as u64);
+        let phases = self.setup.load.scenario.phases.iter();
+        let planned = phases
+            .map(|phase| phase.hold.as_micros() as u64)
+            .sum::<u64>();
         planned.saturating_mul(2).saturating_add(LEGACY_SLACK_US)
     }
 
@@ -1124,15 +1121,16 @@ impl State {
 
     /// What a prober has to do, as far as it is known yet.
     pub fn job(&self, who: usize) -> JobReply {
-        let (prober, plan) = (&self.probers[who], &self.setup.load.plan);
+        let (prober, scenario) = (&self.probers[who], &self.setup.load.scenario);
         let start_us = self.legacy_start_us.filter(|_| prober.is_legacy());
         JobReply {
-            room: plan
-                .room_name
+            room: scenario
+                .rooms
+                .name
                 .clone()
                 .unwrap_or_else(|| format!("throng-{:08x}", self.setup.run_tag)),
-            ramp: self.setup.load.tiers.clone(),
-            duration: plan.duration_us as f64 / 1e6,
+            ramp: self.setup.load.tiers(),
+            duration: scenario.times().hold.as_secs_f64(),
             target_rtt_ms: self
                 .setup
                 .judging
@@ -1151,13 +1149,12 @@ impl State {
                 .map(|(player, placed)| Job {
                     protocol: protocol::VERSION,
                     run_tag: self.setup.run_tag,
-                    seed: self.setup.seed,
                     vantages: self
                         .players()
                         .map(|prober| prober.vantage.clone())
                         .collect(),
                     me: player,
-                    plan: placed.plan.clone(),
+                    scenario: placed.scenario.clone(),
                     placement: placed.placement.clone(),
                     stages: placed.stages[player as usize].clone(),
                     judging: self.setup.judging.clone(),
@@ -1282,7 +1279,6 @@ pub(crate) mod tests {
     pub(crate) fn setup(expect: u32) -> Setup {
         Setup {
             run_tag: 0xC0FF_EE01,
-            seed: 7,
             expect,
             on_missing: OnMissing::Continue,
             load: load(&[2, 5, 3]),
@@ -2271,7 +2267,7 @@ pub(crate) mod tests {
 
     impl Kept {
         fn setup_stages(&self) -> usize {
-            self.state.setup.load.tiers.len() + 4
+            self.state.setup.load.tiers().len() + 4
         }
     }
 

@@ -74,12 +74,9 @@ impl Mint {
             return Ok(plan.clone());
         }
         let mut plan = self.base.clone();
-        job.plan
-            .apply_to(&mut plan)
-            .map_err(|error| Refused::Conflict(error.to_string()))?;
-        (plan.seed, plan.run_tag) = (job.seed, job.run_tag);
+        plan.follow(job.scenario.clone(), job.run_tag);
         plan.part = Some(
-            Part::new(job.placement.clone(), job.me as usize, &plan.shape)
+            Part::new(job.placement.clone(), job.me as usize, &plan.scenario)
                 .map_err(Refused::Conflict)?,
         );
         let plan = Arc::new(plan);

@@ -334,7 +334,7 @@ impl Roster {
     /// Those of the plan, on this host and on others.
     pub fn of(plan: &Plan) -> Roster {
         let mut intervals = [Duration::ZERO; CELLS_PER_PARTICIPANT];
-        intervals[0] = plan.audio.frame;
+        intervals[0] = plan.scenario.media.audio.frame;
         for (interval, layer) in intervals[1..].iter_mut().zip(plan.video_layers()) {
             *interval = Duration::from_secs(1) / layer.frames_per_second;
         }

@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use super::{PARTICIPANTS_MAX, Plan, Shape, greatest_common_divisor};
+use super::scenario::Scenario;
+use super::{PARTICIPANTS_MAX, Plan, greatest_common_divisor};
 use crate::measure::Kind;
 
 /// More hosts than anybody gathers by hand, and few enough for a list that every one of them gets.
@@ -95,7 +96,7 @@ impl Placement {
     }
 
     /// The host that plays each participant, by global index.
-    fn owners(&self, shape: &Shape) -> Vec<u16> {
+    fn owners(&self, scenario: &Scenario) -> Vec<u16> {
         let those_who = |do_so: fn(Role) -> bool| {
             self.vantages
                 .iter()
@@ -107,18 +108,18 @@ impl Placement {
         );
         let dealt = |round: &[u16], at: u32| round[at as usize % round.len()];
         let owner = |index: u32| {
-            let (room, place) = (index % shape.room_count, index / shape.room_count);
-            match (self.rooms_apart, place.checked_sub(shape.publishers())) {
+            let (room, place) = (index % scenario.rooms.count, index / scenario.rooms.count);
+            match (self.rooms_apart, place.checked_sub(scenario.publishers())) {
                 (true, _) => dealt(&publishing, room),
                 // A room begins where the one before it had its second: so a few publishers in many rooms are dealt evenly, too.
                 (false, None) => dealt(&publishing, place + room),
                 (false, Some(place)) => dealt(&subscribing, place + room),
             }
         };
-        (0..shape.total() as u32).map(owner).collect()
+        (0..scenario.total() as u32).map(owner).collect()
     }
 
-    fn must_make_sense(&self, shape: &Shape) -> Result<(), String> {
+    fn must_make_sense(&self, scenario: &Scenario) -> Result<(), String> {
         let hosts = self.vantages.len();
         if !(1..=VANTAGES_MAX).contains(&hosts) {
             return Err(format!(
@@ -131,7 +132,7 @@ impl Placement {
                 "a weight of {weight} is out of range: write 1 to {WEIGHT_MAX}"
             ));
         }
-        if !(1..=PARTICIPANTS_MAX).contains(&shape.total()) {
+        if !(1..=PARTICIPANTS_MAX).contains(&scenario.total()) {
             return Err(format!(
                 "a run has 1 to {PARTICIPANTS_MAX} participants, over all hosts"
             ));
@@ -146,10 +147,10 @@ impl Placement {
         }
         let nobody =
             |does_so: fn(Role) -> bool| !self.vantages.iter().any(|vantage| does_so(vantage.role));
-        if shape.publishers() > 0 && nobody(Role::publishes) {
+        if scenario.publishers() > 0 && nobody(Role::publishes) {
             return Err("no host publishes: start one without --role subscribe".to_owned());
         }
-        if shape.subscribers > 0 && nobody(Role::subscribes) {
+        if scenario.subscribers() > 0 && nobody(Role::subscribes) {
             return Err("no host subscribes: start one without --role publish".to_owned());
         }
         Ok(())
@@ -190,7 +191,8 @@ pub struct Part {
     owners: Arc<[u16]>,
     /// By position.
     own: Arc<[Own]>,
-    pub(super) headcount: Headcount,
+    /// Of each group of the scenario, over all rooms.
+    pub(super) headcount: Arc<[u64]>,
 }
 
 /// A participant of this host.
@@ -201,58 +203,35 @@ struct Own {
     rank: u32,
 }
 
-/// How many participants of each kind there are, over all rooms.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Headcount {
-    pub(super) audio_publishers: u64,
-    pub(super) video_publishers: u64,
-    /// Those who publish either or both.
-    pub(super) publishers: u64,
-    pub(super) subscribers: u64,
-}
-
-impl Headcount {
-    pub(super) fn publishers_of(&self, kind: Kind) -> u64 {
-        match kind {
-            Kind::Audio => self.audio_publishers,
-            Kind::Video => self.video_publishers,
-        }
-    }
-
-    pub(super) fn participants(&self) -> u64 {
-        self.publishers + self.subscribers
-    }
-}
-
 impl Part {
-    /// What host `me` (an index into the placement's vantages) plays of a plan of this shape.
+    /// What host `me` (an index into the placement's vantages) plays of this scenario.
     ///
     /// # Errors
     /// What cannot be dealt, and a host that would have nothing to do.
-    pub fn new(placement: Placement, me: usize, shape: &Shape) -> Result<Part, String> {
-        placement.must_make_sense(shape)?;
+    pub fn new(placement: Placement, me: usize, scenario: &Scenario) -> Result<Part, String> {
+        placement.must_make_sense(scenario)?;
         let hosts = placement.vantages.len();
         if me >= hosts {
             return Err(format!("there is no host {} among {hosts}", me + 1));
         }
-        let owners = placement.owners(shape);
+        let owners = placement.owners(scenario);
         let mut is_busy = vec![false; hosts];
         owners
             .iter()
             .for_each(|owner| is_busy[usize::from(*owner)] = true);
         if let Some(idle) = is_busy.iter().position(|busy| !busy) {
             let (count, what) = match placement.rooms_apart {
-                true => (u64::from(shape.room_count), "rooms"),
-                false => (shape.total(), "participants"),
+                true => (u64::from(scenario.rooms.count), "rooms"),
+                false => (scenario.total(), "participants"),
             };
             return Err(format!(
                 "{count} {what} for {hosts} hosts leave host {} nothing to do: ask for more {what}, or start fewer hosts",
                 idle + 1
             ));
         }
-        let own = own(&owners, me as u16, shape);
+        let own = own(&owners, me as u16, scenario);
         Ok(Part {
-            headcount: headcount(&own, shape),
+            headcount: headcount(&own, scenario).into(),
             me: me as u16,
             owners: owners.into(),
             own: own.into(),
@@ -294,10 +273,10 @@ impl Part {
 
 /// Those of host `me` in its joining order, which is that of their indices: so publishers come first, and however many subscribers of each room are to be in,
 /// they are the first ones of every host.
-fn own(owners: &[u16], me: u16, shape: &Shape) -> Vec<Own> {
-    let mut ranks = vec![0; shape.room_count as usize];
+fn own(owners: &[u16], me: u16, scenario: &Scenario) -> Vec<Own> {
+    let mut ranks = vec![0; scenario.rooms.count as usize];
     let mut own = |index: u32| {
-        let rank = &mut ranks[(index % shape.room_count) as usize];
+        let rank = &mut ranks[(index % scenario.rooms.count) as usize];
         *rank += 1;
         Own {
             index,
@@ -308,13 +287,17 @@ fn own(owners: &[u16], me: u16, shape: &Shape) -> Vec<Own> {
     mine.map(&mut own).collect()
 }
 
-fn headcount(own: &[Own], shape: &Shape) -> Headcount {
-    let mut headcount = Headcount::default();
-    for place in own.iter().map(|own| own.index / shape.room_count) {
-        headcount.audio_publishers += u64::from(place < shape.audio_publishers);
-        headcount.video_publishers += u64::from(place < shape.video_publishers);
-        headcount.publishers += u64::from(place < shape.publishers());
-        headcount.subscribers += u64::from(place >= shape.publishers());
+fn headcount(own: &[Own], scenario: &Scenario) -> Vec<u64> {
+    let mut headcount = vec![0; scenario.groups.len()];
+    for place in own.iter().map(|own| own.index / scenario.rooms.count) {
+        let mut end = 0;
+        let group = scenario.groups.iter().position(|group| {
+            end += group.count;
+            place < end
+        });
+        if let Some(group) = group {
+            headcount[group] += 1;
+        }
     }
     headcount
 }
@@ -330,17 +313,18 @@ pub struct LostPublishers {
 impl LostPublishers {
     /// `hosts` are indices into the placement's vantages.
     pub fn new(plan: &Plan, hosts: Vec<u32>) -> LostPublishers {
-        let shape = &plan.shape;
+        let scenario = &plan.scenario;
         let mut lost = LostPublishers {
-            rooms: vec![[0, 0]; shape.room_count as usize],
+            rooms: vec![[0, 0]; scenario.rooms.count as usize],
             hosts,
         };
-        for index in 0..shape.publishers() * shape.room_count {
+        for index in 0..scenario.publishers() * scenario.rooms.count {
             let (room, place) = plan.place(index);
             if lost.has(plan, index) {
                 let [audio, video] = &mut lost.rooms[room as usize];
-                *audio += u32::from(place < shape.audio_publishers);
-                *video += u32::from(place < shape.video_publishers);
+                let group = scenario.group_at(place);
+                *audio += u32::from(group.is_some_and(|group| group.publishes_audio));
+                *video += u32::from(group.is_some_and(|group| group.publishes_video));
             }
         }
         lost
@@ -370,7 +354,8 @@ mod tests {
     use std::collections::BTreeSet;
     use std::time::Duration;
 
-    use super::super::tests::plan;
+    use super::super::scenario::RoomPeople;
+    use super::super::tests::{plan, set_people};
     use super::super::{ParticipantPlan, Subscribers};
     use super::Role::{Both, Publish, Subscribe};
     use super::*;
@@ -392,7 +377,7 @@ mod tests {
     fn hosts(plan: &Plan, placement: &Placement) -> Vec<Plan> {
         (0..placement.vantages.len())
             .map(|me| Plan {
-                part: Some(Part::new(placement.clone(), me, &plan.shape).unwrap()),
+                part: Some(Part::new(placement.clone(), me, &plan.scenario).unwrap()),
                 ..plan.clone()
             })
             .collect()
@@ -406,14 +391,13 @@ mod tests {
         meeting: bool,
     ) -> Plan {
         let mut plan = plan();
-        plan.shape = Shape {
-            room_count,
+        let people = RoomPeople {
             audio_publishers,
             video_publishers,
             subscribers,
             meeting,
-            ..plan.shape
         };
+        set_people(&mut plan, room_count, people);
         plan
     }
 
@@ -442,7 +426,7 @@ mod tests {
                 for (meeting, rooms_apart) in [(false, false), (true, false), (false, true)] {
                     let plan = of_shape(rooms, audio, video, subscribers, meeting);
                     let placement = placement(group, rooms_apart);
-                    if Part::new(placement.clone(), 0, &plan.shape).is_ok() {
+                    if Part::new(placement.clone(), 0, &plan.scenario).is_ok() {
                         worlds.push((plan, placement));
                     }
                 }
@@ -563,7 +547,9 @@ mod tests {
                     .map(|participant| participant.sockets(host.connection))
                     .sum();
                 assert_eq!(host.total_sockets(), sockets);
-                let last = Duration::from_secs_f64((own.len() - 1) as f64 / host.joins_per_second);
+                let last = Duration::from_secs_f64(
+                    (own.len() - 1) as f64 / host.scenario.joins_per_second,
+                );
                 assert_eq!(
                     (host.joining(), own.last().unwrap().join_offset),
                     (last, last)
@@ -604,10 +590,10 @@ mod tests {
                         .all(|(participant, at)| participant.position == at)
                 );
                 assert!(own.is_sorted_by_key(|participant| participant.index));
-                for each in 0..=plan.shape.subscribers + 1 {
+                for each in 0..=plan.scenario.subscribers() + 1 {
                     let inside = host.participants_with(Subscribers::PerRoom(each)) as usize;
                     let is_in = |participant: &ParticipantPlan| {
-                        participant.place < plan.shape.publishers() + each
+                        participant.place < plan.scenario.publishers() + each
                     };
                     assert!(own[..inside].iter().all(is_in) && !own[inside..].iter().any(is_in));
                     let subscribers = own[..inside]
@@ -626,7 +612,11 @@ mod tests {
     #[test]
     fn with_so_many_for_each_unit_of_weight_every_room_has_the_same_of_every_host() {
         for (mut plan, placement) in worlds() {
-            plan.shape.subscribers = placement.subscribers_of_room(5);
+            let people = RoomPeople {
+                subscribers: placement.subscribers_of_room(5),
+                ..plan.scenario.people()
+            };
+            plan.scenario.set_people(people);
             for (me, host) in hosts(&plan, &placement).iter().enumerate() {
                 let rooms: BTreeSet<u32> = host
                     .participants()
@@ -641,7 +631,7 @@ mod tests {
                         subscribers,
                         placement.subscribers_of_host(me, 5),
                         "{placement:?} {:?}",
-                        plan.shape
+                        plan.scenario.groups
                     );
                 }
             }
@@ -723,7 +713,7 @@ mod tests {
     #[test]
     fn what_cannot_be_dealt_is_refused_with_what_to_do() {
         let refused = |plan: &Plan, of: &[(Role, u32)], rooms_apart, says: &str| {
-            let why = Part::new(placement(of, rooms_apart), 0, &plan.shape).unwrap_err();
+            let why = Part::new(placement(of, rooms_apart), 0, &plan.scenario).unwrap_err();
             assert!(why.contains(says), "{why}");
         };
         let plan = of_shape(2, 1, 1, 3, false);
@@ -752,7 +742,7 @@ mod tests {
             "1 to 1000000",
         );
         assert!(
-            Part::new(placement(&[(Both, 1)], false), 1, &plan.shape)
+            Part::new(placement(&[(Both, 1)], false), 1, &plan.scenario)
                 .unwrap_err()
                 .contains("no host 2 among 1")
         );

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::cli::{self, Membership};
 use crate::coordinator::protocol::{Job, JobReply};
+use crate::plan::scenario::{PhaseTimes, RoomPeople};
 use crate::plan::{Origin, Part, Target};
 
 /// The job of a coordinator of ours: all that makes the run comes from there. Of the prober's own are the server, where it names one, and what this host does with
@@ -13,17 +14,17 @@ use crate::plan::{Origin, Part, Target};
 /// For people: why it cannot be played.
 pub(super) fn of_ours(job: &Job, own: cli::Run, shape_given: bool) -> Result<cli::Run, String> {
     let mut plan = own.plan;
-    job.plan
-        .apply_to(&mut plan)
-        .map_err(|error| error.to_string())?;
-    (plan.seed, plan.run_tag) = (job.seed, job.run_tag);
+    // Stages say what is held, and for how long.
+    let times = PhaseTimes {
+        warmup: Duration::ZERO,
+        ..job.scenario.times()
+    };
+    plan.follow(job.scenario.clone().single(times), job.run_tag);
     plan.part = Some(Part::new(
         job.placement.clone(),
         job.me as usize,
-        &plan.shape,
+        &plan.scenario,
     )?);
-    // Stages say what is held, and for how long.
-    (plan.ramp, plan.warmup) = (Vec::new(), Duration::ZERO);
     if plan.target.is_embedded() {
         let url = job
             .url
@@ -63,26 +64,36 @@ pub(super) fn of_voicegw(job: &JobReply, own: cli::Run) -> Result<cli::Run, Stri
                 .to_owned(),
         );
     }
-    let publishers = plan.shape.publishers();
+    let publishers = plan.scenario.publishers();
     // Of all clients the first ones publish.
     let subscribers = |clients: &u32| {
         let subscribers = clients.checked_sub(publishers);
         subscribers.ok_or_else(|| format!("a tier of {clients} has no room for the {publishers} who publish: give fewer --publishers"))
     };
-    plan.ramp = job
+    let tiers = job
         .ramp
         .iter()
         .map(subscribers)
         .collect::<Result<Vec<u32>, String>>()?;
-    let shape = &mut plan.shape;
-    shape.subscribers = plan
-        .ramp
+    let most = tiers
         .iter()
         .copied()
         .max()
         .ok_or("voicegw's coordinator names no tier to play")?;
-    (shape.room_name, shape.room_count, shape.meeting) = (Some(job.room.clone()), 1, true);
-    plan.duration = Duration::from_secs_f64(job.duration);
+    let mut scenario = plan.scenario;
+    scenario.rooms.name = Some(job.room.clone());
+    scenario.rooms.count = 1;
+    let people = RoomPeople {
+        subscribers: most,
+        meeting: true,
+        ..scenario.people()
+    };
+    scenario.set_people(people);
+    let times = PhaseTimes {
+        hold: Duration::from_secs_f64(job.duration),
+        ..scenario.times()
+    };
+    plan.scenario = scenario.ramp(&tiers, times);
     let mut judging = own.judging;
     judging.max_loss_pct = job.max_loss;
     judging.target_rtt = Some(Duration::from_secs_f64(job.target_rtt_ms / 1e3));

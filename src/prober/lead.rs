@@ -149,6 +149,7 @@ impl Lead for Led {
                 name: stage.name,
                 subscribers: Subscribers::Total(stage.subscribers),
                 start: Some(start),
+                spread: stage.spread_us.map(Duration::from_micros),
                 warmup: Duration::from_micros(stage.warmup_us),
                 hold: Duration::from_micros(stage.hold_us),
                 watches_stayers: true,
@@ -264,6 +265,7 @@ mod tests {
             subscribers,
             warmup_us: 1_000,
             hold_us: 2_000_000,
+            spread_us: None,
         };
         vec![
             stage(StageKind::Publish, "publish", 0),

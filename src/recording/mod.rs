@@ -36,7 +36,7 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// The recorded participants: the first subscriber of each room, of those whom this host plays.
 pub fn recorded(plan: &Plan) -> impl Iterator<Item = ParticipantPlan> + '_ {
-    let rooms = plan.shape.room_count as usize;
+    let rooms = plan.scenario.rooms.count as usize;
     let mut is_recorded = vec![false; rooms];
     plan.participants()
         .filter(move |participant| {

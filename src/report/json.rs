@@ -5,17 +5,18 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::json;
 
 use super::server_cost::AccountView;
 use super::tiers::{self, Knee};
 use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
 use super::{
-    Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Nearness, Outcome, Quality,
-    Stall, Step, ThreadTime, Unmeasured, VERSION, judge, judge::judge_step,
+    Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Judging, Nearness, Outcome,
+    Quality, Stall, Step, ThreadTime, Unmeasured, VERSION, judge, judge::judge_step,
 };
 use crate::knee::{Answer, CONFIDENCE, Limit};
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
-use crate::plan::{Connection, Layout, Plan, Subscribers, VideoSpec};
+use crate::plan::{AudioSpec, Connection, Plan, Subscribers, VideoSpec};
 
 pub const SCHEMA: &str = "throng-report/1";
 
@@ -54,7 +55,7 @@ pub fn print(report: &impl Serialize) -> String {
 }
 
 fn knee<'a>(outcome: &'a Outcome, steps: &[Judgement]) -> Option<Knee<'a>> {
-    if outcome.plan.find_knee {
+    if outcome.plan.scenario.search.is_some() {
         return None;
     }
     let judged = outcome.steps.iter().zip(steps.iter().cloned());
@@ -81,7 +82,7 @@ struct Report<'a, S, H> {
     result: &'static str,
     reasons: Vec<String>,
     notes: &'a [String],
-    plan: PlanView<'a>,
+    plan: PublishedPlan<'a>,
     target: TargetView<'a>,
     knee: Option<KneeView<'a>>,
     capacity: Option<CapacityView<'a>>,
@@ -112,18 +113,18 @@ impl<'a, S: Serialize, H: Serialize> Report<'a, S, H> {
             version: VERSION,
             started_at: rfc_3339(outcome.started),
             finished_at: rfc_3339(outcome.finished),
-            seed: outcome.plan.seed,
+            seed: outcome.plan.scenario.seed,
             result: verdict.name(),
             reasons,
             notes: &outcome.notes,
-            plan: PlanView::new(outcome),
+            plan: PublishedPlan(outcome),
             target: TargetView::new(outcome),
             knee: knee(outcome, &steps).map(KneeView::new),
             capacity: outcome
                 .capacity
                 .as_ref()
                 .map(|capacity| CapacityView::new(&outcome.plan, capacity)),
-            unmeasured_tiers: (!outcome.plan.ramp.is_empty())
+            unmeasured_tiers: (!outcome.plan.scenario.ramp_tiers().is_empty())
                 .then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
             steps: outcome
                 .steps
@@ -152,133 +153,83 @@ impl<'a, S: Serialize, H: Serialize> Report<'a, S, H> {
     }
 }
 
-/// The plan and what it is judged by; durations in seconds, bitrates in bits per second.
-#[derive(serde::Serialize)]
-struct PlanView<'a> {
-    rooms: u32,
-    room_names: Vec<String>,
-    audio_publishers: u32,
-    video_publishers: u32,
-    subscribers: u32,
-    meeting: bool,
-    participants: u32,
-    identity_prefix: String,
-    run_tag: String,
-    joins_per_second: f64,
-    duration_seconds: f64,
-    /// Subscribers per room, tier by tier; `null` without.
-    ramp: Option<&'a [u32]>,
-    find_knee: bool,
-    ramp_time_seconds: Option<f64>,
-    warmup_seconds: f64,
-    layout: Option<&'static str>,
-    simulate_speakers: bool,
-    pacing: &'static str,
-    obey_bwe: bool,
-    audio: AudioView,
-    video: VideoView,
-    judging: JudgingView,
-}
-
-#[derive(serde::Serialize)]
-struct AudioView {
-    codec: &'static str,
-    bitrate: u64,
-    frame_ms: f64,
-    dtx: bool,
-}
-
-#[derive(serde::Serialize)]
-struct VideoView {
-    codec: &'static str,
-    bitrate: u64,
-    width: u16,
-    height: u16,
-    frames_per_second: u32,
-    /// What is sent, the lowest layer first.
-    layers: Vec<LayerView>,
-}
-
-#[derive(serde::Serialize)]
-struct LayerView {
-    width: u16,
-    height: u16,
-    frames_per_second: u32,
-    bitrate: u64,
-}
-
-impl From<VideoSpec> for LayerView {
-    fn from(spec: VideoSpec) -> LayerView {
-        LayerView {
-            width: spec.width,
-            height: spec.height,
-            frames_per_second: spec.frames_per_second,
-            bitrate: spec.bitrate.bps(),
-        }
-    }
-}
-
-#[derive(serde::Serialize)]
-struct JudgingView {
-    max_loss_pct: f64,
-    target_rtt_ms: Option<f64>,
-    thresholds: Vec<String>,
-}
+/// The plan and what it is judged by: the scenario, and before it what it comes to by the names that readers know.
+/// Durations in seconds, bitrates in bits per second.
+struct PublishedPlan<'a>(&'a Outcome);
 
 /// A run of thousands of rooms need not name each: the rule is plain from the first ones.
 const ROOM_NAMES_MAX: u32 = 16;
 
-impl<'a> PlanView<'a> {
-    fn new(outcome: &'a Outcome) -> PlanView<'a> {
-        let (plan, judging): (&Plan, _) = (&outcome.plan, &outcome.judging);
-        let shape = &plan.shape;
-        PlanView {
-            rooms: shape.room_count,
-            room_names: (0..shape.room_count.min(ROOM_NAMES_MAX))
-                .map(|room| plan.room_name(room))
-                .collect(),
-            audio_publishers: shape.audio_publishers,
-            video_publishers: shape.video_publishers,
-            subscribers: shape.subscribers,
-            meeting: shape.meeting,
-            participants: plan.total_participants(),
-            identity_prefix: shape.identity_prefix.clone(),
-            run_tag: format!("{:08x}", plan.run_tag),
-            joins_per_second: plan.joins_per_second,
-            duration_seconds: plan.duration.as_secs_f64(),
-            ramp: (!plan.ramp.is_empty()).then_some(&plan.ramp),
-            find_knee: plan.find_knee,
-            ramp_time_seconds: plan.ramp_time.map(|time| time.as_secs_f64()),
-            warmup_seconds: plan.warmup.as_secs_f64(),
-            layout: plan.layout.map(Layout::name),
-            simulate_speakers: plan.simulate_speakers,
-            pacing: plan.pacing.name(),
-            obey_bwe: plan.obey_bandwidth,
-            audio: AudioView {
-                codec: "opus",
-                bitrate: plan.audio.bitrate.bps(),
-                frame_ms: plan.audio.frame.as_secs_f64() * 1e3,
-                dtx: plan.audio.dtx,
-            },
-            video: VideoView {
-                codec: "vp8",
-                bitrate: plan.video.bitrate.bps(),
-                width: plan.video.width,
-                height: plan.video.height,
-                frames_per_second: plan.video.frames_per_second,
-                layers: plan
-                    .video_layers()
-                    .into_iter()
-                    .map(LayerView::from)
-                    .collect(),
-            },
-            judging: JudgingView {
-                max_loss_pct: judging.max_loss_pct,
-                target_rtt_ms: judging.target_rtt.map(|target| target.as_secs_f64() * 1e3),
-                thresholds: judging.thresholds.iter().map(ToString::to_string).collect(),
-            },
-        }
+impl Serialize for PublishedPlan<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let plan = &self.0.plan;
+        let scenario = &plan.scenario;
+        let (people, times, media) = (scenario.people(), scenario.times(), &scenario.media);
+        let rooms = scenario.rooms.count;
+        let names = (0..rooms.min(ROOM_NAMES_MAX)).map(|room| plan.room_name(room));
+        let tiers = scenario.ramp_tiers();
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("rooms", &rooms)?;
+        map.serialize_entry("room_names", &names.collect::<Vec<_>>())?;
+        map.serialize_entry("audio_publishers", &people.audio_publishers)?;
+        map.serialize_entry("video_publishers", &people.video_publishers)?;
+        map.serialize_entry("subscribers", &people.subscribers)?;
+        map.serialize_entry("meeting", &people.meeting)?;
+        map.serialize_entry("participants", &plan.total_participants())?;
+        map.serialize_entry("identity_prefix", &scenario.identity_prefix)?;
+        map.serialize_entry("run_tag", &format!("{:08x}", plan.run_tag))?;
+        map.serialize_entry("joins_per_second", &scenario.joins_per_second)?;
+        map.serialize_entry("duration_seconds", &times.hold.as_secs_f64())?;
+        // Subscribers per room, tier by tier; `null` without.
+        map.serialize_entry("ramp", &(!tiers.is_empty()).then_some(tiers))?;
+        map.serialize_entry("find_knee", &scenario.search.is_some())?;
+        let spread = times.spread.map(|spread| spread.as_secs_f64());
+        map.serialize_entry("ramp_time_seconds", &spread)?;
+        map.serialize_entry("warmup_seconds", &times.warmup.as_secs_f64())?;
+        map.serialize_entry("layout", &media.layout)?;
+        map.serialize_entry("simulate_speakers", &media.simulate_speakers)?;
+        map.serialize_entry("pacing", &media.pacing)?;
+        map.serialize_entry("obey_bwe", &media.obey_bandwidth)?;
+        map.serialize_entry("audio", &published_audio(&media.audio))?;
+        map.serialize_entry("video", &published_video(plan))?;
+        map.serialize_entry("judging", &published_judging(&self.0.judging))?;
+        map.serialize_entry("scenario", scenario)?;
+        map.end()
     }
+}
+
+fn published_audio(audio: &AudioSpec) -> impl Serialize {
+    json!({
+        "codec": "opus",
+        "bitrate": audio.bitrate.bps(),
+        "frame_ms": audio.frame.as_secs_f64() * 1e3,
+        "dtx": audio.dtx,
+    })
+}
+
+/// With what is sent, the lowest layer first.
+fn published_video(plan: &Plan) -> impl Serialize {
+    let layer = |spec: &VideoSpec| {
+        json!({
+            "width": spec.width,
+            "height": spec.height,
+            "frames_per_second": spec.frames_per_second,
+            "bitrate": spec.bitrate.bps(),
+        })
+    };
+    let mut video = layer(&plan.scenario.media.video);
+    video["codec"] = "vp8".into();
+    video["layers"] = plan.video_layers().iter().map(layer).collect();
+    video
+}
+
+fn published_judging(judging: &Judging) -> impl Serialize {
+    let thresholds: Vec<String> = judging.thresholds.iter().map(ToString::to_string).collect();
+    json!({
+        "max_loss_pct": judging.max_loss_pct,
+        "target_rtt_ms": judging.target_rtt.map(|target| target.as_secs_f64() * 1e3),
+        "thresholds": thresholds,
+    })
 }
 
 #[derive(serde::Serialize)]

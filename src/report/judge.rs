@@ -88,7 +88,7 @@ impl Judgement {
 
 /// Judges a whole run: where it had tiers, by those.
 pub fn judge(outcome: &Outcome) -> Judgement {
-    if outcome.plan.find_knee {
+    if outcome.plan.scenario.search.is_some() {
         return judge_search(outcome);
     }
     if outcome.steps.iter().any(|step| step.tier.is_some()) {

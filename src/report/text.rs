@@ -64,7 +64,7 @@ fn connection(plan: &Plan) -> String {
 pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String {
     let mut text = first_line(plan);
     let load = plan.load();
-    let last = plan.shape.room_count - 1;
+    let last = plan.scenario.rooms.count - 1;
     let rooms = if last == 0 {
         plan.room_name(0)
     } else {
@@ -81,7 +81,7 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
     row("Rooms", rooms);
     row("Media", media_line(plan));
     let layers = plan.video_layers();
-    if plan.shape.video_publishers > 0 && layers.len() > 1 {
+    if plan.scenario.publishers_of(Kind::Video) > 0 && layers.len() > 1 {
         for (at, layer) in layers.iter().enumerate() {
             row(if at == 0 { "Layers" } else { "" }, layer_line(layer));
         }
@@ -98,9 +98,9 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
             "Joining",
             format!(
                 "{} joins/s for {}, then {} of measuring",
-                rate(plan.joins_per_second),
+                rate(plan.scenario.joins_per_second),
                 duration(plan.joining()),
-                duration(plan.duration)
+                duration(plan.scenario.times().hold)
             ),
         );
     }
@@ -192,8 +192,8 @@ fn head(outcome: &Outcome, style: Style) -> String {
         plan.connection.name()
     );
     let layers = plan.video_layers().len();
-    let layers =
-        (plan.shape.video_publishers > 0 && layers > 1).then(|| format!("{layers} layers"));
+    let layers = (plan.scenario.publishers_of(Kind::Video) > 0 && layers > 1)
+        .then(|| format!("{layers} layers"));
     let habits: Vec<String> = layers.into_iter().chain(habits(plan)).collect();
     let habits = if habits.is_empty() {
         String::new()
@@ -205,7 +205,7 @@ fn head(outcome: &Outcome, style: Style) -> String {
             "tiers: {}\n  {}, seed {}",
             tiers_line(plan),
             tier_line(plan),
-            plan.seed
+            plan.scenario.seed
         )
     } else {
         pace_line(plan)
@@ -220,7 +220,7 @@ fn head(outcome: &Outcome, style: Style) -> String {
 
 fn shape_line(plan: &Plan) -> String {
     let total = u64::from(plan.total_participants());
-    let rooms = u64::from(plan.shape.room_count);
+    let rooms = u64::from(plan.scenario.rooms.count);
     let people = if rooms == 1 {
         people(plan)
     } else {
@@ -244,38 +244,39 @@ fn pace_line(plan: &Plan) -> String {
             "tiers: {}, {}, seed {}",
             tiers_line(plan),
             tier_line(plan),
-            plan.seed
+            plan.scenario.seed
         );
     }
-    let warmup = if plan.warmup.is_zero() {
+    let warmup = if plan.scenario.times().warmup.is_zero() {
         String::new()
     } else {
-        format!(" {} of warm-up,", duration(plan.warmup))
+        format!(" {} of warm-up,", duration(plan.scenario.times().warmup))
     };
     format!(
         "{} joins/s, then{warmup} {}, seed {}",
-        rate(plan.joins_per_second),
-        duration(plan.duration),
-        plan.seed
+        rate(plan.scenario.joins_per_second),
+        duration(plan.scenario.times().hold),
+        plan.scenario.seed
     )
 }
 
 /// `2, 10, 25, 50 subscribers a room`
 fn tiers_line(plan: &Plan) -> String {
-    if plan.find_knee {
+    if plan.scenario.search.is_some() {
         return format!(
             "as many as pass, up to {} a room",
-            count(plan.shape.subscribers.into(), "subscriber")
+            count(plan.scenario.subscribers().into(), "subscriber")
         );
     }
     const NAMED_MAX: usize = 6;
     let tiers: Vec<String> = plan
-        .ramp
+        .scenario
+        .ramp_tiers()
         .iter()
         .take(NAMED_MAX)
         .map(ToString::to_string)
         .collect();
-    let more = plan.ramp.len().saturating_sub(NAMED_MAX);
+    let more = plan.scenario.ramp_tiers().len().saturating_sub(NAMED_MAX);
     let more = if more > 0 {
         format!(" and {more} more")
     } else {
@@ -286,19 +287,23 @@ fn tiers_line(plan: &Plan) -> String {
 
 /// `each 50 joins/s, 2s to settle, 20s held`
 fn tier_line(plan: &Plan) -> String {
-    let joins = match plan.ramp_time {
+    let joins = match plan.scenario.times().spread {
         Some(time) => format!("{} of joining", duration(time)),
-        None => format!("{} joins/s", rate(plan.joins_per_second)),
+        None => format!("{} joins/s", rate(plan.scenario.joins_per_second)),
     };
-    let warmup = if plan.warmup.is_zero() {
+    let warmup = if plan.scenario.times().warmup.is_zero() {
         String::new()
     } else {
-        format!("{} of warm-up, ", duration(plan.warmup))
+        format!("{} of warm-up, ", duration(plan.scenario.times().warmup))
     };
-    let longer = if plan.find_knee { " or longer" } else { "" };
+    let longer = if plan.scenario.search.is_some() {
+        " or longer"
+    } else {
+        ""
+    };
     format!(
         "each {joins}, {warmup}{} held{longer}",
-        duration(plan.duration)
+        duration(plan.scenario.times().hold)
     )
 }
 
@@ -326,44 +331,52 @@ fn tiers(outcome: &Outcome, style: Style) -> String {
 
 /// `5 publishers + 45 subscribers`; where audio and video publishers differ, how many of which.
 fn people(plan: &Plan) -> String {
-    let shape = &plan.shape;
-    let (audio, video) = (shape.audio_publishers, shape.video_publishers);
+    let people = plan.scenario.people();
+    let (audio, video) = (people.audio_publishers, people.video_publishers);
     let mut parts = Vec::new();
-    if shape.publishers() > 0 {
+    if people.publishers() > 0 {
         let detail = match (audio, video) {
             (audio, video) if audio == video => String::new(),
             (_, 0) => " of audio".to_owned(),
             (0, _) => " of video".to_owned(),
             (audio, video) => format!(" ({audio} audio, {video} video)"),
         };
-        let role = if shape.meeting { "member" } else { "publisher" };
+        let role = if people.meeting {
+            "member"
+        } else {
+            "publisher"
+        };
         parts.push(format!(
             "{}{detail}",
-            count(shape.publishers().into(), role)
+            count(people.publishers().into(), role)
         ));
     }
-    if shape.subscribers > 0 {
+    if people.subscribers > 0 {
         let most = if plan.has_tiers() { "up to " } else { "" };
         parts.push(format!(
             "{most}{}",
-            count(shape.subscribers.into(), "subscriber")
+            count(people.subscribers.into(), "subscriber")
         ));
     }
     parts.join(" + ")
 }
 
 fn media_line(plan: &Plan) -> String {
-    let (audio, video) = (&plan.audio, &plan.video);
+    let (audio, video) = (&plan.scenario.media.audio, &plan.scenario.media.video);
     let mut parts = Vec::new();
-    if plan.shape.audio_publishers > 0 {
+    if plan.scenario.publishers_of(Kind::Audio) > 0 {
         parts.push(format!(
             "Opus {} in {} frames",
             audio.bitrate,
             duration(audio.frame)
         ));
     }
-    if plan.shape.video_publishers > 0 {
-        parts.push(format!("VP8 {} {}", layer_line(video), plan.pacing.name()));
+    if plan.scenario.publishers_of(Kind::Video) > 0 {
+        parts.push(format!(
+            "VP8 {} {}",
+            layer_line(video),
+            plan.scenario.media.pacing.name()
+        ));
     }
     if parts.is_empty() {
         "no media: nobody publishes".to_owned()
@@ -382,17 +395,21 @@ fn layer_line(layer: &VideoSpec) -> String {
 /// What people do beyond sending and watching all the time.
 fn habits(plan: &Plan) -> Vec<String> {
     let (audio, video) = (
-        plan.shape.audio_publishers > 0,
-        plan.shape.video_publishers > 0,
+        plan.scenario.publishers_of(Kind::Audio) > 0,
+        plan.scenario.publishers_of(Kind::Video) > 0,
     );
     let layout = plan
+        .scenario
+        .media
         .layout
         .filter(|_| video)
         .map(|layout| format!("{} layout", layout.name()));
-    let turns = (plan.simulate_speakers && audio).then(|| "one speaks at a time".to_owned());
-    let dtx = (plan.audio.dtx && audio).then(|| "pauses are not sent (DTX)".to_owned());
-    let obeys =
-        (plan.obey_bandwidth && video).then(|| "publishers obey their bandwidth".to_owned());
+    let turns =
+        (plan.scenario.media.simulate_speakers && audio).then(|| "one speaks at a time".to_owned());
+    let dtx =
+        (plan.scenario.media.audio.dtx && audio).then(|| "pauses are not sent (DTX)".to_owned());
+    let obeys = (plan.scenario.media.obey_bandwidth && video)
+        .then(|| "publishers obey their bandwidth".to_owned());
     [layout, turns, dtx, obeys].into_iter().flatten().collect()
 }
 
@@ -585,7 +602,7 @@ fn media(outcome: &Outcome, style: Style) -> String {
     let step = &outcome.totals;
     let columns = Columns {
         media: [&step.record.audio, &step.record.video],
-        shown: [Kind::Audio, Kind::Video].map(|kind| outcome.plan.shape.publishers_of(kind) > 0),
+        shown: [Kind::Audio, Kind::Video].map(|kind| outcome.plan.scenario.publishers_of(kind) > 0),
         seconds: step.seconds,
     };
     let share =
@@ -715,7 +732,7 @@ fn times(outcome: &Outcome, style: Style) -> String {
         text.push_str(&times_row(label, histogram));
     }
     for (kind, name, media) in [(Kind::Audio, "Audio", audio), (Kind::Video, "Video", video)] {
-        if outcome.plan.shape.publishers_of(kind) == 0 {
+        if outcome.plan.scenario.publishers_of(kind) == 0 {
             continue;
         }
         text.push_str(&times_row(

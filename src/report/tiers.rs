@@ -47,7 +47,7 @@ impl Answer {
 impl<'a> Knee<'a> {
     /// `None` for a run without tiers.
     pub fn of(outcome: &'a Outcome) -> Option<Knee<'a>> {
-        match outcome.plan.find_knee {
+        match outcome.plan.scenario.search.is_some() {
             true => None,
             false => Knee::among(tiers(outcome).collect(), &outcome.unmeasured),
         }
@@ -137,7 +137,9 @@ pub(super) fn table(
 ) -> String {
     let (title, label, found) = match Knee::of(outcome) {
         Some(knee) => ("Tiers", "Knee", knee.sentence(&outcome.unmeasured)),
-        None if outcome.plan.find_knee => ("Points", "Capacity", capacity_sentence(outcome)),
+        None if outcome.plan.scenario.search.is_some() => {
+            ("Points", "Capacity", capacity_sentence(outcome))
+        }
         None => return String::new(),
     };
     let heads = [
@@ -182,7 +184,7 @@ pub(super) fn table(
         );
     }
     // Of a search's points it is enough to know why the capacity is what it is.
-    if !outcome.plan.find_knee {
+    if outcome.plan.scenario.search.is_none() {
         text.push_str(&reasons(outcome));
     }
     let found = wrapped(&found, 11);

@@ -37,6 +37,8 @@ impl Clips {
             let speech = audio_clip(plan, AudioContent::Speech)?;
             clips.audio = Some(Source::Audio(Arc::new(speech)));
             clips.silence = plan
+                .scenario
+                .media
                 .simulate_speakers
                 .then(|| audio_clip(plan, AudioContent::Silence))
                 .transpose()?
@@ -60,11 +62,11 @@ impl Clips {
 
 fn audio_clip(plan: &Plan, content: AudioContent) -> Result<AudioClip> {
     let spec = AudioSpec {
-        bitrate: plan.audio.bitrate,
-        frame: plan.audio.frame,
+        bitrate: plan.scenario.media.audio.bitrate,
+        frame: plan.scenario.media.audio.frame,
         content,
-        dtx: plan.audio.dtx,
-        seed: plan.seed,
+        dtx: plan.scenario.media.audio.dtx,
+        seed: plan.scenario.seed,
     };
     AudioClip::generate(&spec).context("--audio-bitrate, --audio-frame")
 }
@@ -75,7 +77,7 @@ fn video_spec(plan: &Plan, layer: &plan::VideoSpec) -> VideoSpec {
         height: layer.height.into(),
         fps: layer.frames_per_second,
         bitrate: layer.bitrate,
-        seed: plan.seed,
+        seed: plan.scenario.seed,
     }
 }
 

@@ -34,7 +34,7 @@ impl Embedded {
             send,
             routers: resources.sfu_routers,
             api_secret: Secret::new(secret.clone()),
-            ..ServerConfig::loopback(run.plan.seed)
+            ..ServerConfig::loopback(run.plan.scenario.seed)
         })
         .context("the embedded SFU does not start")?;
         run.plan.target.url = server.url().parse().map_err(anyhow::Error::msg)?;

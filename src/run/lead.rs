@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::account::Joins;
 use crate::engine::Roster;
 use crate::measure::Record;
+use crate::plan::scenario::ScenarioPhase;
 use crate::plan::{Plan, Subscribers};
 use crate::report::{Judgement, Sample, Step};
 use crate::units::{Epoch, Time};
@@ -79,6 +80,8 @@ pub struct TierPlan {
     pub subscribers: Subscribers,
     /// When the first of them is to join, or to leave; `None`: now, or when the joins under way are through.
     pub start: Option<Time>,
+    /// Its joins, or leaves, are spread over this; `None`: they go at the plan's rate.
+    pub spread: Option<Duration>,
     /// From when all are in, or have failed, to when the hold begins.
     pub warmup: Duration,
     /// How long it is measured.
@@ -220,23 +223,19 @@ impl Lead for Alone {
     }
 }
 
-/// The tiers of a plan: those of its ramp; without one the whole run. Those of a search are not known before.
+/// The tiers of a plan: its phases. Those of a search are not known before.
 pub fn tiers(plan: &Plan) -> Vec<TierPlan> {
-    let tier = |name: String, subscribers: u32| TierPlan {
-        name,
-        subscribers: Subscribers::PerRoom(subscribers),
+    let scenario = &plan.scenario;
+    let tier = |phase: &ScenarioPhase| TierPlan {
+        name: phase.name.clone(),
+        subscribers: Subscribers::PerRoom(phase.subscribers.unwrap_or(scenario.subscribers())),
         start: None,
-        warmup: plan.warmup,
-        hold: plan.duration,
+        spread: phase.spread,
+        warmup: phase.warmup,
+        hold: phase.hold,
         watches_stayers: true,
         watches_thresholds: true,
-        is_whole: plan.ramp.is_empty(),
+        is_whole: scenario.is_whole(),
     };
-    if plan.ramp.is_empty() {
-        return vec![tier("hold".to_owned(), plan.shape.subscribers)];
-    }
-    let numbered = (1..).zip(&plan.ramp);
-    numbered
-        .map(|(number, subscribers)| tier(format!("tier {number}"), *subscribers))
-        .collect()
+    scenario.phases.iter().map(tier).collect()
 }

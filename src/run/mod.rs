@@ -88,7 +88,7 @@ pub async fn run(
     clips: Clips,
     progress: impl FnMut(&Snapshot),
 ) -> Result<Outcome> {
-    if !run.plan.find_knee {
+    if run.plan.scenario.search.is_none() {
         return run_led(run, resources, clips, &mut Alone::new(&run.plan), progress).await;
     }
     let mut search = Search::new(&run.plan, &run.judging);
@@ -422,17 +422,17 @@ impl<'a> Test<'a> {
                 audio: clips.audio,
                 video: clips.video,
                 taking_turns: clips.silence.map(|silence| TakingTurns {
-                    seed: plan.seed,
-                    speakers: plan.shape.audio_publishers,
+                    seed: plan.scenario.seed,
+                    speakers: plan.scenario.publishers_of(Kind::Audio),
                     silence,
                 }),
-                pacing: plan.pacing,
+                pacing: plan.scenario.media.pacing,
             },
-            layout: plan.layout,
+            layout: plan.scenario.media.layout,
             video_layers: plan.video_layers(),
-            obey_bandwidth: plan.obey_bandwidth,
+            obey_bandwidth: plan.scenario.media.obey_bandwidth,
             single_connection: plan.connection == Connection::Single,
-            join_retries: plan.join_retries,
+            join_retries: plan.scenario.join_retries,
             routes: Routes::default(),
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
             shards: workers
@@ -815,7 +815,7 @@ impl<'a> Test<'a> {
             &self.sessions.ended,
         );
         let mut steps: Vec<Step> = self.tiers.drain(..).map(|tier| tier.step).collect();
-        let planned = if self.plan.find_knee {
+        let planned = if self.plan.scenario.search.is_some() {
             Vec::new()
         } else {
             lead::tiers(self.plan)

@@ -63,7 +63,7 @@ impl Rooms {
     }
 
     async fn make(&mut self, plan: &Plan) -> Result<()> {
-        let wanted: Vec<String> = (0..plan.shape.room_count)
+        let wanted: Vec<String> = (0..plan.scenario.rooms.count)
             .map(|room| plan.room_name(room))
             .collect();
         let existing = self.service.list_rooms().await?;

@@ -14,6 +14,7 @@ const DOUBLINGS_MAX: u32 = 2;
 pub struct Search {
     knee: knee::Search,
     judging: Judging,
+    spread: Option<Duration>,
     warmup: Duration,
     duration: Duration,
     /// The points so far, and those phases of the search that they belong to.
@@ -34,10 +35,11 @@ struct Point {
 impl Search {
     pub fn new(plan: &Plan, judging: &Judging) -> Search {
         Search {
-            knee: knee::Search::new(plan.shape.subscribers),
+            knee: knee::Search::new(plan.scenario.subscribers()),
             judging: judging.clone(),
-            warmup: plan.warmup,
-            duration: plan.duration,
+            spread: plan.scenario.times().spread,
+            warmup: plan.scenario.times().warmup,
+            duration: plan.scenario.times().hold,
             phases: Vec::new(),
             point: Point::default(),
         }
@@ -120,6 +122,7 @@ impl Lead for Search {
             name: format!("point {}", self.phases.len()),
             subscribers: Subscribers::PerRoom(point.participants),
             start: None,
+            spread: self.spread,
             warmup: self.warmup,
             hold: self.duration,
             is_whole: false,

@@ -231,11 +231,7 @@ impl Test<'_> {
             let stayers = stayers.map(|participant| participant.index).collect();
             Stay::begin(stayers, began_at, [start, end, now], held.seconds)
         });
-        self.admit(
-            plan.subscribers,
-            plan.start,
-            self.plan.ramp_time.filter(|_| !plan.is_whole),
-        );
+        self.admit(plan.subscribers, plan.start, plan.spread);
         self.tier = Some(UnderWay {
             plan,
             began_at,
@@ -414,19 +410,14 @@ impl Test<'_> {
     }
 
     /// Has so many subscribers be in, and all publishers. Who joins does so at its intended moment, whatever became of the earlier ones; who leaves does so in the
-    /// reverse order. The first one not before `start`, and all of them within `ramp_time`, or at the plan's pace.
-    fn admit(
-        &mut self,
-        subscribers: Subscribers,
-        start: Option<Time>,
-        ramp_time: Option<Duration>,
-    ) {
+    /// reverse order. The first one not before `start`, and all of them within `spread`, or at the plan's pace.
+    fn admit(&mut self, subscribers: Subscribers, start: Option<Time>, spread: Option<Duration>) {
         let before = self.presence.due_count();
         let wanted = self.plan.participants_with(subscribers);
         let moves = wanted.abs_diff(before);
-        let interval = match ramp_time {
-            Some(ramp_time) => ramp_time.as_secs_f64() / f64::from(moves.max(1)),
-            None => 1.0 / self.plan.joins_per_second,
+        let interval = match spread {
+            Some(spread) => spread.as_secs_f64() / f64::from(moves.max(1)),
+            None => 1.0 / self.plan.scenario.joins_per_second,
         };
         // Only the first ones join in a row with the publishers.
         let after = if self.tiers.is_empty() {

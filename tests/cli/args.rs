@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use throng::cli::{Command, Run, UsageError, parse, parse_with};
 use throng::measure::Kind;
+use throng::plan::scenario::{Scenario, ScenarioError};
 use throng::plan::{Connection, Layout, Origin, Pacing, Role};
 use throng::sfu::SendMode;
 
@@ -78,24 +79,36 @@ fn a_named_target_and_nothing_else_gives_a_small_run() {
             (11, 1, 1)
         );
         assert_eq!(
-            (plan.joins_per_second, plan.duration, plan.pacing),
+            (
+                plan.scenario.joins_per_second,
+                plan.scenario.times().hold,
+                plan.scenario.media.pacing
+            ),
             (50.0, Duration::from_secs(15), Pacing::Paced)
         );
         assert_eq!(
-            (plan.connection, plan.target.origin, plan.seed, plan.run_tag),
+            (
+                plan.connection,
+                plan.target.origin,
+                plan.scenario.seed,
+                plan.run_tag
+            ),
             (Connection::Auto, Origin::Flag, 7, 0xC0FF_EE01)
         );
         assert_eq!(
             (
-                plan.video.width,
-                plan.video.height,
-                plan.video.frames_per_second,
-                plan.video.bitrate.bps()
+                plan.scenario.media.video.width,
+                plan.scenario.media.video.height,
+                plan.scenario.media.video.frames_per_second,
+                plan.scenario.media.video.bitrate.bps()
             ),
             (1280, 720, 30, 2_000_000)
         );
         assert_eq!(
-            (plan.audio.bitrate.bps(), plan.audio.frame),
+            (
+                plan.scenario.media.audio.bitrate.bps(),
+                plan.scenario.media.audio.frame
+            ),
             (24_000, Duration::from_millis(20))
         );
         assert_eq!(
@@ -191,19 +204,27 @@ fn every_value_reaches_the_plan() {
     let plan = &run.plan;
     assert_eq!(
         (
-            plan.video.width,
-            plan.video.height,
-            plan.video.frames_per_second,
-            plan.video.bitrate.bps()
+            plan.scenario.media.video.width,
+            plan.scenario.media.video.height,
+            plan.scenario.media.video.frames_per_second,
+            plan.scenario.media.video.bitrate.bps()
         ),
         (855, 481, 25, 1_500_000)
     );
     assert_eq!(
-        (plan.audio.bitrate.bps(), plan.audio.frame),
+        (
+            plan.scenario.media.audio.bitrate.bps(),
+            plan.scenario.media.audio.frame
+        ),
         (48_000, Duration::from_millis(40))
     );
     assert_eq!(
-        (plan.pacing, plan.joins_per_second, plan.duration, plan.seed),
+        (
+            plan.scenario.media.pacing,
+            plan.scenario.joins_per_second,
+            plan.scenario.times().hold,
+            plan.scenario.seed
+        ),
         (Pacing::Burst, 0.5, Duration::from_secs(1_800), 99)
     );
     assert_eq!(
@@ -244,7 +265,7 @@ fn durations_are_read_with_and_without_a_unit() {
         ("1h30m", 5_400),
     ] {
         assert_eq!(
-            local(&["--duration", text]).plan.duration,
+            local(&["--duration", text]).plan.scenario.times().hold,
             Duration::from_secs(seconds),
             "{text}"
         );
@@ -263,6 +284,8 @@ fn resolutions_carry_their_frame_rate_and_bitrate() {
     ] {
         let video = local(&["--video-publishers=1", "--video-resolution", size])
             .plan
+            .scenario
+            .media
             .video;
         assert_eq!(
             (
@@ -277,6 +300,8 @@ fn resolutions_carry_their_frame_rate_and_bitrate() {
     assert_eq!(
         local(&["--video-publishers=1", "--video-fps=15"])
             .plan
+            .scenario
+            .media
             .video
             .bitrate
             .bps(),
@@ -294,17 +319,17 @@ fn a_bare_throng_tests_the_embedded_sfu_with_as_many_as_the_host_bears() {
         assert!(run.credentials.is_none());
         assert_eq!(
             (
-                plan.shape.publishers(),
-                plan.shape.video_publishers,
-                plan.shape.subscribers
+                plan.scenario.publishers(),
+                plan.scenario.publishers_of(Kind::Video),
+                plan.scenario.subscribers()
             ),
             (3, 1, 200)
         );
-        assert_eq!(plan.duration, Duration::from_secs(10));
+        assert_eq!(plan.scenario.times().hold, Duration::from_secs(10));
         assert!(plan.joining() <= Duration::from_secs(3));
     }
     let with_cpus = |cpus| match parse_with([OsString::from("throng")], &|_| None, cpus, FRESH) {
-        Ok(Command::Run(run)) => run.plan.shape.subscribers,
+        Ok(Command::Run(run)) => run.plan.scenario.subscribers(),
         other => panic!("{other:?}"),
     };
     assert_eq!([with_cpus(1), with_cpus(4), with_cpus(64)], [100, 400, 600]);
@@ -326,7 +351,11 @@ fn a_shape_without_a_target_is_a_test_of_the_embedded_sfu_with_the_usual_pace() 
     .plan;
     assert_eq!(plan.target.origin, Origin::Embedded(SendMode::Gso));
     assert_eq!(
-        (plan.shape.subscribers, plan.joins_per_second, plan.duration),
+        (
+            plan.scenario.subscribers(),
+            plan.scenario.joins_per_second,
+            plan.scenario.times().hold
+        ),
         (7, 50.0, Duration::from_secs(15))
     );
 }
@@ -450,7 +479,8 @@ fn nonsense_is_refused_with_what_to_write_instead() {
             &["--video-resolution", "8x8"],
             "high, medium, low or WIDTHxHEIGHT",
         ),
-        (&["--video-fps", "0"], "1..=120"),
+        (&["--video-fps", "0"], "write 1 to 60 frames a second"),
+        (&["--video-fps", "61"], "write 1 to 60 frames a second"),
         (&["--video-bitrate", "1"], "out of range"),
         (&["--audio-bitrate", "1M"], "6k to 510k"),
         (&["--audio-frame", "15ms"], "10ms, 20ms, 40ms"),
@@ -511,14 +541,18 @@ fn tiers_are_as_asked_and_the_largest_counts() {
     let plan = &run.plan;
     assert_eq!(
         (
-            &plan.ramp[..],
-            plan.shape.subscribers,
+            &plan.scenario.ramp_tiers()[..],
+            plan.scenario.subscribers(),
             plan.total_participants()
         ),
         (&[2, 10, 25, 5][..], 25, 78)
     );
     assert_eq!(
-        (plan.warmup, plan.ramp_time, plan.joins_per_second),
+        (
+            plan.scenario.times().warmup,
+            plan.scenario.times().spread,
+            plan.scenario.joins_per_second
+        ),
         (Duration::from_secs(2), None, 50.0)
     );
     // 9 + 24 + 45 joins and 60 leaves at 50 a second, and four times 22 s and what comes between.
@@ -528,13 +562,16 @@ fn tiers_are_as_asked_and_the_largest_counts() {
     );
     let spread = local(&["--ramp", "2,4", "--ramp-time", "1m", "--warmup", "0"]);
     assert_eq!(
-        (spread.plan.ramp_time, spread.plan.warmup),
+        (
+            spread.plan.scenario.times().spread,
+            spread.plan.scenario.times().warmup
+        ),
         (Some(Duration::from_secs(60)), Duration::ZERO)
     );
     assert_eq!(
         (
-            spread.plan.shape.audio_publishers,
-            spread.plan.shape.video_publishers
+            spread.plan.scenario.publishers_of(Kind::Audio),
+            spread.plan.scenario.publishers_of(Kind::Video)
         ),
         (1, 1),
         "there is something to receive"
@@ -553,13 +590,15 @@ fn a_search_has_short_points_and_the_most_counts() {
         "1",
     ])
     .plan;
-    assert!(plan.find_knee && plan.ramp.is_empty() && plan.has_tiers());
+    assert!(
+        plan.scenario.search.is_some() && plan.scenario.ramp_tiers().is_empty() && plan.has_tiers()
+    );
     assert_eq!(
-        (plan.shape.subscribers, plan.total_participants()),
+        (plan.scenario.subscribers(), plan.total_participants()),
         (400, 402)
     );
     assert_eq!(
-        (plan.duration, plan.warmup),
+        (plan.scenario.times().hold, plan.scenario.times().warmup),
         (Duration::from_secs(5), Duration::from_secs(2))
     );
     assert_eq!(
@@ -583,10 +622,55 @@ fn without_tiers_the_time_to_ramp_is_that_of_all_joins() {
     ])
     .plan;
     assert_eq!(
-        (plan.joins_per_second, plan.ramp_time, plan.warmup),
+        (
+            plan.scenario.joins_per_second,
+            plan.scenario.times().spread,
+            plan.scenario.times().warmup
+        ),
         (2.0, None, Duration::from_secs(5))
     );
     assert!(plan.joining() < Duration::from_secs(30) && plan.joining() > Duration::from_secs(29));
+}
+
+/// A coordinator's job and a journal say the same of the same scenario: see the tests beside them.
+#[test]
+fn flags_are_refused_with_the_sentence_of_the_scenario() {
+    let bounds: [(&[&str], &str, fn(&mut Scenario)); 8] = [
+        (&["--video-fps", "61"], "--video-fps", |of| {
+            of.media.video.frames_per_second = 61;
+        }),
+        (&["--video-bitrate", "1k"], "--video-bitrate", |of| {
+            of.media.video.bitrate = "1k".parse().unwrap();
+        }),
+        (&["--audio-bitrate", "1M"], "--audio-bitrate", |of| {
+            of.media.audio.bitrate = "1M".parse().unwrap();
+        }),
+        (&["--audio-frame", "15ms"], "--audio-frame", |of| {
+            of.media.audio.frame = Duration::from_millis(15);
+        }),
+        (&["--num-per-second", "0"], "--num-per-second", |of| {
+            of.joins_per_second = 0.0;
+        }),
+        (&["--duration", "31d"], "--duration", |of| {
+            of.phases[0].hold = Duration::from_secs(31 * 24 * 3600);
+        }),
+        (&["--warmup", "31d"], "--warmup", |of| {
+            of.phases[0].warmup = Duration::from_secs(31 * 24 * 3600);
+        }),
+        (&["--room", "a b"], "--room", |of| {
+            of.rooms.name = Some("a b".to_owned());
+        }),
+    ];
+    for (args, flag, break_it) in bounds {
+        let mut scenario = local(&[]).plan.scenario;
+        break_it(&mut scenario);
+        let ScenarioError { field, fault } = scenario.validate().unwrap_err();
+        assert_eq!(local_refusal(args), format!("error: {flag} {fault}"));
+        let text = serde_json::to_string(&scenario).unwrap();
+        let read: Scenario = serde_json::from_str(&text).unwrap();
+        let why = read.validate().unwrap_err().to_string();
+        assert_eq!(why, format!("{field} {fault}"));
+    }
 }
 
 #[test]
@@ -778,16 +862,18 @@ fn layers_layouts_and_speakers_are_as_asked() {
     assert!(
         local(&["--video-publishers=1", "--obey-bwe"])
             .plan
+            .scenario
+            .media
             .obey_bandwidth
-            && !local(&[]).plan.obey_bandwidth
+            && !local(&[]).plan.scenario.media.obey_bandwidth
     );
     let plan = local(&["--publishers=2", "--video-publishers=2"]).plan;
     assert_eq!(
         (
             plan.video_layers().len(),
-            plan.layout,
-            plan.simulate_speakers,
-            plan.audio.dtx
+            plan.scenario.media.layout,
+            plan.scenario.media.simulate_speakers,
+            plan.scenario.media.audio.dtx
         ),
         (3, None, false, false)
     );
@@ -803,9 +889,9 @@ fn layers_layouts_and_speakers_are_as_asked() {
         assert_eq!(
             (
                 plan.video_layers().len(),
-                plan.layout,
-                plan.simulate_speakers,
-                plan.audio.dtx
+                plan.scenario.media.layout,
+                plan.scenario.media.simulate_speakers,
+                plan.scenario.media.audio.dtx
             ),
             (1, Some(layout), true, true)
         );
@@ -896,7 +982,7 @@ fn two_runs_are_told_apart() {
         &|_| None,
         CPUS,
     ) {
-        Ok(Command::Run(run)) => (run.plan.run_tag, run.plan.seed),
+        Ok(Command::Run(run)) => (run.plan.run_tag, run.plan.scenario.seed),
         other => panic!("{other:?}"),
     };
     assert_ne!(draw(), draw());

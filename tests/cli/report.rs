@@ -6,9 +6,8 @@ use std::time::Duration;
 use serde_json::Value;
 use throng::knee::{Answer, Limit};
 use throng::measure::{Bandwidth, Engine, Histogram, Media, Record, Session, serial};
-use throng::plan::{
-    AudioSpec, Connection, Layout, Origin, Pacing, Plan, Resources, Shape, Target, VideoSpec,
-};
+use throng::plan::scenario::{PhaseTimes, RoomPeople, Scenario};
+use throng::plan::{Connection, Layout, Origin, Plan, Resources, Target};
 use throng::report::Style;
 use throng::report::text::{dry_run, first_line, render};
 use throng::report::{
@@ -16,52 +15,40 @@ use throng::report::{
     Outcome, ParticipantOutcome, Quality, Sample, Second, Side, Sinks, Stall, Step, TargetInfo,
     TargetKind, ThreadTime, TierFacts, Timeline, Unmeasured, Verdict, json, judge, participants,
 };
-use throng::units::{Bitrate, Time};
+use throng::units::Time;
 
 fn plan() -> Plan {
-    Plan {
-        target: Target {
-            url: "wss://sfu.example.com".parse().unwrap(),
-            origin: Origin::Environment,
-        },
-        connection: Connection::Dual,
-        connection_reason: None,
-        shape: Shape {
-            room_name: None,
-            room_count: 2,
-            audio_publishers: 5,
-            video_publishers: 5,
-            subscribers: 45,
-            meeting: false,
-            identity_prefix: "throng".into(),
-        },
-        part: None,
-        audio: AudioSpec {
-            bitrate: Bitrate::from_bps(24_000),
-            frame: Duration::from_millis(20),
-            dtx: false,
-        },
-        video: VideoSpec {
-            width: 1280,
-            height: 720,
-            frames_per_second: 30,
-            bitrate: Bitrate::from_bps(2_000_000),
-        },
-        simulcast: false,
-        layout: None,
-        simulate_speakers: false,
-        pacing: Pacing::Paced,
-        obey_bandwidth: false,
-        joins_per_second: 50.0,
-        join_retries: 0,
-        duration: Duration::from_secs(30),
-        ramp: Vec::new(),
-        find_knee: false,
-        ramp_time: None,
-        warmup: Duration::ZERO,
+    let people = RoomPeople {
+        audio_publishers: 5,
+        video_publishers: 5,
+        subscribers: 45,
+        meeting: false,
+    };
+    let mut scenario = Scenario {
         seed: 7,
-        run_tag: 0xC0FF_EE01,
-    }
+        connection: Connection::Dual,
+        ..Scenario::of_people(people)
+    };
+    scenario.rooms.count = 2;
+    scenario.media.simulcast = false;
+    let scenario = scenario.single(PhaseTimes {
+        hold: Duration::from_secs(30),
+        ..PhaseTimes::default()
+    });
+    let target = Target {
+        url: "wss://sfu.example.com".parse().unwrap(),
+        origin: Origin::Environment,
+    };
+    Plan::new(scenario, target, 0xC0FF_EE01)
+}
+
+/// The same rooms with other subscribers.
+fn set_subscribers(plan: &mut Plan, subscribers: u32) {
+    let people = RoomPeople {
+        subscribers,
+        ..plan.scenario.people()
+    };
+    plan.scenario.set_people(people);
 }
 
 fn resources() -> Resources {
@@ -328,10 +315,10 @@ fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
     assert!(words.iter().all(|word| !plain.contains(word)), "{plain}");
     let plan = &mut outcome.plan;
     (
-        plan.simulcast,
-        plan.layout,
-        plan.simulate_speakers,
-        plan.audio.dtx,
+        plan.scenario.media.simulcast,
+        plan.scenario.media.layout,
+        plan.scenario.media.simulate_speakers,
+        plan.scenario.media.audio.dtx,
     ) = (true, Some(Layout::Speaker), true, true);
     outcome.totals.record.session.speaker_updates = 1_234;
     outcome.totals.record.video.layer_switch = spread(40, 130_000);
@@ -409,11 +396,13 @@ fn tier(number: usize, subscribers: u32, verdict: Verdict) -> Step {
 /// A ramp of as many tiers as there are verdicts, and as many that it did not come to.
 fn ramp(verdicts: &[Verdict], unmeasured: usize) -> Outcome {
     let mut outcome = outcome();
-    outcome.plan.ramp = (1..=verdicts.len() + unmeasured)
+    let tiers: Vec<u32> = (1..=verdicts.len() + unmeasured)
         .map(|number| 15 * number as u32)
         .collect();
-    outcome.plan.shape.subscribers = *outcome.plan.ramp.iter().max().unwrap();
-    let numbered = || (1..).zip(outcome.plan.ramp.clone());
+    set_subscribers(&mut outcome.plan, *tiers.iter().max().unwrap());
+    let times = outcome.plan.scenario.times();
+    outcome.plan.scenario = outcome.plan.scenario.ramp(&tiers, times);
+    let numbered = || (1..).zip(tiers.clone());
     outcome.steps = numbered()
         .zip(verdicts)
         .map(|((number, subscribers), verdict)| tier(number, subscribers, *verdict))
@@ -667,11 +656,9 @@ fn a_search_says_how_sure_it_is_and_what_broke_first() {
         ),
     ] {
         let mut outcome = ramp(&[Verdict::Pass, Verdict::Fail], 0);
-        (
-            outcome.plan.ramp,
-            outcome.plan.find_knee,
-            outcome.plan.shape.subscribers,
-        ) = (vec![], true, 100);
+        set_subscribers(&mut outcome.plan, 100);
+        let times = outcome.plan.scenario.times();
+        outcome.plan.scenario = outcome.plan.scenario.capacity_search(times);
         outcome.capacity = Some(Capacity {
             answer,
             broke_first: Some((45, vec!["audio loss 1.30%".into()])),
@@ -1106,12 +1093,10 @@ fn the_verdict_follows_from_what_was_measured() {
 #[test]
 fn a_run_without_media_is_judged_by_its_joins() {
     let mut outcome = outcome();
-    outcome.plan.shape = Shape {
-        audio_publishers: 0,
-        video_publishers: 0,
+    outcome.plan.scenario.set_people(RoomPeople {
         subscribers: 50,
-        ..outcome.plan.shape
-    };
+        ..RoomPeople::default()
+    });
     outcome.judging = Judging::default();
     outcome.totals.record = Record {
         session: session(),

@@ -8,9 +8,8 @@ use crate::common::scripted::{Asked, Scripted};
 use crate::common::server::Server;
 use serde_json::{Value, json};
 use throng::cli;
-use throng::coordinator::protocol::{
-    Job, Report, Stage, StageKind, VERSION, WireJudging, WirePlan,
-};
+use throng::coordinator::protocol::{Job, Report, Stage, StageKind, VERSION, WireJudging};
+use throng::plan::scenario::Scenario;
 use throng::plan::{Placement, Vantage};
 use throng::report::Judging;
 
@@ -171,14 +170,17 @@ fn job(patience: Duration, hold: Duration) -> Value {
         subscribers,
         warmup_us: 0,
         hold_us: hold.as_micros() as u64,
+        spread_us: None,
     };
     let job = Job {
         protocol: VERSION,
         run_tag: 0xC0FF_EE02,
-        seed: 5,
         vantages: vec!["fra".into()],
         me: 0,
-        plan: WirePlan::of(&run.plan),
+        scenario: Scenario {
+            seed: 5,
+            ..run.plan.scenario.clone()
+        },
         placement: Placement {
             vantages: vec![Vantage::default()],
             rooms_apart: false,
