@@ -18,10 +18,11 @@ use common::floor::{
 };
 use common::origin::{new_peer, shard_config};
 use common::remote::{Remote, Side};
-use common::{SSRC, clock_rate, is_full};
+use common::{SSRC, is_full};
+use throng::codec::{Codec, PayloadTypes};
 use throng::engine::worker::{self, Occasion, Report, WorkerConfig};
 use throng::engine::{Command, ShardConfig, StreamParameters};
-use throng::measure::{Kind, Record};
+use throng::measure::Record;
 use throng::net;
 use throng::transport::peer::IceCredentials;
 use throng::units::Epoch;
@@ -253,10 +254,9 @@ fn add(
     let remote = Remote::new(theirs.clone(), &ours, config, now);
     let peer = Box::new(new_peer(key, &ours, &theirs));
     let streams = vec![StreamParameters {
-        kind: Kind::Video,
+        payloads: PayloadTypes::of(Codec::Vp8, 96),
         ssrc: SSRC,
         rtx_ssrc: None,
-        clock_rate: clock_rate(Kind::Video),
         announced_at: now,
         transport_cc_extension: None,
         abs_send_time_extension: None,

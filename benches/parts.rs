@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, SamplingMode};
 use rtc_sdp::SessionDescription;
 use table::Table;
+use throng::codec::Codec;
 use throng::measure::{Kind, Record};
 use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
 use throng::media::vp8::{VideoClip, VideoSpec};
@@ -41,7 +42,7 @@ fn main() {
 fn descriptions(criterion: &mut Criterion, table: &mut Table) {
     let mut offers = SubscriberOffer::default();
     for index in 0..SECTIONS {
-        offers.add(kind(index), sent_track(index));
+        offers.add(sent_track(index));
     }
     let before = offers.offer(&local());
     let mut answerer = Answerer::new(Capabilities::SUBSCRIBER);
@@ -49,7 +50,7 @@ fn descriptions(criterion: &mut Criterion, table: &mut Table) {
         .answer(&before, &local())
         .expect("an offer of ours");
     offers.answered(&answered.sdp).expect("an answer of ours");
-    offers.add(Kind::Audio, sent_track(SECTIONS));
+    offers.add(sent_track(SECTIONS));
     let after = offers.offer(&local());
 
     let group = format!("an offer of {SECTIONS} sections");
@@ -205,6 +206,7 @@ fn kind(index: usize) -> Kind {
 
 fn sent_track(index: usize) -> SentTrack {
     SentTrack {
+        codec: Codec::default_of(kind(index)),
         stream_id: format!("PA_{index:08}|TR_{index:08}"),
         track_id: format!("TR_{index:08}"),
         ssrc: 1_000 + 2 * index as u32,

@@ -352,6 +352,9 @@ struct MediaArgs {
     /// Do not send the pauses of speech
     #[arg(long)]
     audio_dtx: bool,
+    /// Repeat the last packet of audio in each (RED, payload type 63), as browsers do
+    #[arg(long)]
+    audio_red: bool,
     /// Audio publishers of a room take turns in speaking; the others are silent
     #[arg(long)]
     simulate_speakers: bool,
@@ -715,6 +718,7 @@ impl RunArgs {
             useless("--audio-bitrate", media.audio_bitrate.is_some(), why);
             useless("--audio-frame", media.audio_frame.is_some(), why);
             useless("--audio-dtx", media.audio_dtx, why);
+            useless("--audio-red", media.audio_red, why);
             useless("--simulate-speakers", media.simulate_speakers, why);
         }
         warnings
@@ -987,6 +991,7 @@ impl MediaArgs {
             bitrate: self.audio_bitrate.unwrap_or(standard.bitrate),
             frame: self.audio_frame.unwrap_or(standard.frame),
             dtx: self.audio_dtx,
+            redundancy: u8::from(self.audio_red),
         }
     }
 

@@ -2,6 +2,7 @@
 
 pub mod calibrate;
 pub mod cli;
+pub mod codec;
 pub mod coordinator;
 pub mod engine;
 pub mod host;

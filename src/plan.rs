@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::codec::Codec;
 use crate::measure::Kind;
 use crate::media::packetize::PAYLOAD_BYTES_MAX;
 use crate::media::vp8::MIN_SIZE;
@@ -177,6 +178,8 @@ pub struct AudioSpec {
     pub frame: Duration,
     /// Discontinuous transmission: pauses are not sent.
     pub dtx: bool,
+    /// Earlier packets that each packet repeats (RED); 0: plain Opus.
+    pub redundancy: u8,
 }
 
 impl Default for AudioSpec {
@@ -185,6 +188,7 @@ impl Default for AudioSpec {
             bitrate: Bitrate::from_bps(24_000),
             frame: Duration::from_millis(20),
             dtx: false,
+            redundancy: 0,
         }
     }
 }
@@ -425,6 +429,20 @@ impl Resources {
 }
 
 impl AudioSpec {
+    /// As tracks are published.
+    pub fn codec(&self) -> Codec {
+        if self.redundancy > 0 {
+            Codec::Red
+        } else {
+            Codec::Opus
+        }
+    }
+
+    /// Of the RTP payload, with what is repeated.
+    fn sent_bitrate(&self) -> Bitrate {
+        Bitrate::from_bps(self.bitrate.bps() * (1 + u64::from(self.redundancy)))
+    }
+
     pub fn packets_per_second(&self) -> f64 {
         1.0 / self.frame.as_secs_f64()
     }
@@ -436,11 +454,19 @@ impl AudioSpec {
         } else {
             (self.packets_per_second(), SILENCE_PACKET_BYTES)
         };
-        (packets, packets * (bytes + WIRE_OVERHEAD_BYTES) * 8.0)
+        let copies = 1.0 + f64::from(self.redundancy);
+        (
+            packets,
+            packets * (copies * bytes + WIRE_OVERHEAD_BYTES) * 8.0,
+        )
     }
 }
 
 impl VideoSpec {
+    pub fn codec(&self) -> Codec {
+        Codec::Vp8
+    }
+
     /// Mean packets a second: every frame starts a packet of its own.
     pub fn packets_per_second(&self) -> f64 {
         let frames = f64::from(self.frames_per_second);
@@ -834,7 +860,7 @@ impl Plan {
     /// Packets and wire bits per second of one track where it is received whole: of its highest layer; of one who does not always speak, the mean.
     pub fn track_rates(&self, kind: Kind) -> (f64, f64) {
         let media = &self.scenario.media;
-        let speech = with_overhead(media.audio.packets_per_second(), media.audio.bitrate);
+        let speech = with_overhead(media.audio.packets_per_second(), media.audio.sent_bitrate());
         match kind {
             Kind::Audio if media.simulate_speakers => {
                 let (share, silence) = (

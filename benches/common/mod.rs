@@ -46,13 +46,6 @@ pub const fn payload_type(kind: Kind) -> u8 {
     }
 }
 
-pub const fn clock_rate(kind: Kind) -> u32 {
-    match kind {
-        Kind::Audio => 48_000,
-        Kind::Video => 90_000,
-    }
-}
-
 /// How rows are called.
 pub const fn media(kind: Kind) -> &'static str {
     match kind {

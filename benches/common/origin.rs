@@ -83,6 +83,7 @@ pub fn track(
         rtx_ssrc: None,
         payload_type: payload_type(kind),
         rtx_payload_type: None,
+        redundancy: None,
         audio_level_extension: None,
         transport_cc_extension,
         simulcast: None,

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use throng::codec::{Codec, PayloadTypes};
 use throng::engine::shard::Shard;
 use throng::engine::{Command, Event, Io, ShardConfig, StreamParameters};
 use throng::net;
@@ -13,7 +14,7 @@ use throng::units::Time;
 use super::fixture::{Role, Sealed, Setting, Stack};
 use super::origin::{Origin, new_peer, track};
 use super::remote::{Side, address};
-use super::{SSRC, clock_rate, cpu_clock};
+use super::{SSRC, cpu_clock};
 use crate::link::under_test;
 
 const TICK: Duration = Duration::from_millis(1);
@@ -53,10 +54,12 @@ impl Stack for Throng {
             .add_peer(key, new_peer(key, &ours, remote), now, &mut self.io);
         if self.setting.role == Role::Receives {
             let stream = StreamParameters {
-                kind: self.setting.kind,
+                payloads: PayloadTypes::of(
+                    Codec::default_of(self.setting.kind),
+                    Codec::default_of(self.setting.kind).payload_type(),
+                ),
                 ssrc: SSRC,
                 rtx_ssrc: None,
-                clock_rate: clock_rate(self.setting.kind),
                 announced_at: now,
                 transport_cc_extension: self.setting.transport_cc_extension(),
                 abs_send_time_extension: None,

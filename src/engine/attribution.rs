@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::Roster;
 use super::uplink::Lacks;
+use crate::media::identity::FrameIdentity;
 use crate::net;
 use crate::transport::receive::{ReceiveStream, WINDOW};
 use crate::units::Time;
@@ -225,18 +226,59 @@ impl Attribution {
             self.take_back();
             return;
         };
+        let place = (frame.first_seq as u32, frame.last_seq as u32);
+        self.fill(at, frame.frame, place, stream, origin);
+    }
+
+    /// Takes a missing frame that another packet brought; `seq` is where its own packet would have been.
+    pub fn recover(
+        &mut self,
+        identity: &FrameIdentity,
+        seq: u64,
+        stream: &ReceiveStream,
+        origin: Origin<'_>,
+    ) {
+        let holds = |gap: &Gap| {
+            gap.layer == identity.layer
+                && identity.frame.wrapping_sub(gap.first_frame) < gap.missing
+        };
+        let gaps = &self.gaps[..usize::from(self.len)];
+        let Some(at) = gaps.iter().position(holds) else {
+            self.take_back();
+            return;
+        };
+        let gap = gaps[at];
+        let (before, after) = gap.between(self.newest_seq());
+        // An SFU that closes holes leaves it no place of its own.
+        let place = if (before + 1..after).contains(&seq) {
+            (seq as u32, seq as u32)
+        } else {
+            (gap.after, gap.before)
+        };
+        self.fill(at, identity.frame, place, stream, origin);
+    }
+
+    /// One of a gap's frames came, in packets `first..=last`.
+    fn fill(
+        &mut self,
+        at: usize,
+        frame: u32,
+        (first, last): (u32, u32),
+        stream: &ReceiveStream,
+        origin: Origin<'_>,
+    ) {
         let gap = self.gaps[at];
-        let before = frame.frame.wrapping_sub(gap.first_frame);
+        let before = frame.wrapping_sub(gap.first_frame);
         let (left, right) = (
             Gap {
                 missing: before,
-                after: frame.first_seq as u32,
+                after: first,
                 ..gap
             },
             Gap {
-                first_frame: frame.frame.wrapping_add(1),
+                first_frame: frame.wrapping_add(1),
                 missing: gap.missing - before - 1,
-                before: frame.last_seq as u32,
+                before: last,
                 ..gap
             },
         );

@@ -912,7 +912,11 @@ impl Connection {
 
     /// A stream that the server withdrew, and gave again under another SSRC, is owed nothing from the new one's first frame on.
     fn end_replaced_streams(&mut self, roster: &Roster, record: &mut Record) {
-        let live = self.streams.iter().filter(|stream| stream.is_live()).count();
+        let live = self
+            .streams
+            .iter()
+            .filter(|stream| stream.is_live())
+            .count();
         if std::mem::replace(&mut self.streams_live, live) == live {
             return;
         }

@@ -220,7 +220,7 @@ fn feedback_interval(send_bps: u64) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::measure::Kind;
+    use crate::codec::{Codec, PayloadTypes};
     use crate::transport::rtcp::{Packet, packets};
     use crate::transport::rtp::{HeaderTemplate, abs_send_time};
     use crate::transport::sequence::Seq;
@@ -231,10 +231,9 @@ mod tests {
 
     fn stream(ssrc: u32, transport_cc: bool, remb: bool) -> StreamParameters {
         StreamParameters {
-            kind: Kind::Video,
+            payloads: PayloadTypes::of(Codec::Vp8, 96),
             ssrc,
             rtx_ssrc: None,
-            clock_rate: 90_000,
             nack: true,
             transport_cc_extension: transport_cc.then_some(TRANSPORT_CC),
             abs_send_time_extension: remb.then_some(ABS_SEND_TIME),

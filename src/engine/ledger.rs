@@ -202,7 +202,9 @@ impl Ledger {
         self.settled_expected +=
             self.previous.len() + self.previous.missed_before(&self.current, interval);
         self.settled_delivered += self.previous.window.delivered();
-        self.current.sent = self.owed((origin, track), self.current.layer, roster).frames;
+        self.current.sent = self
+            .owed((origin, track), self.current.layer, roster)
+            .frames;
         self.settle_unsent((origin, track), roster);
         self.unsent_before = roster.owed((origin, track), identity.layer).unsent;
         let next = Stretch {
@@ -212,6 +214,11 @@ impl Ledger {
         };
         self.resumed = false;
         self.previous = std::mem::replace(&mut self.current, next);
+    }
+
+    /// Whether a frame is missing between two of the current stretch that came.
+    pub fn is_missing(&self, identity: &FrameIdentity) -> bool {
+        identity.layer == self.current.layer && self.current.window.is_missing(identity.frame)
     }
 
     /// The subscriber wants nothing for now.
@@ -265,10 +272,13 @@ impl Ledger {
 
     /// Frames that ought to have come after the last one that did.
     pub fn missing_at_the_end(&self, (origin, track): (u32, u8), roster: &Roster) -> u64 {
-        let sent = self.owed((origin, track), self.current.layer, roster).frames;
+        let sent = self
+            .owed((origin, track), self.current.layer, roster)
+            .frames;
         match (self.current.last(), self.paused || self.resumed) {
             (Some(last), false) => {
-                u64::from(sent.saturating_sub(last + 1)) + self.unsent(Some((origin, track)), roster)
+                u64::from(sent.saturating_sub(last + 1))
+                    + self.unsent(Some((origin, track)), roster)
             }
             _ => 0,
         }
@@ -368,7 +378,9 @@ impl Ledger {
             return 0;
         };
         let interval = roster.frame_interval(origin, track, self.previous.layer);
-        let sent = self.owed((origin, track), self.current.layer, roster).frames;
+        let sent = self
+            .owed((origin, track), self.current.layer, roster)
+            .frames;
         let of_current = match self.paused || self.resumed {
             true => self.current.len(),
             false => u64::from(sent.saturating_sub(first)),

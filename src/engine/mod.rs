@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use crate::codec::PayloadTypes;
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
 use crate::path::{Path, Unsent};
@@ -172,10 +173,9 @@ pub struct NewPeer {
 /// One stream that the server will send.
 #[derive(Clone, Debug)]
 pub struct StreamParameters {
-    pub kind: Kind,
+    pub payloads: PayloadTypes,
     pub ssrc: u32,
     pub rtx_ssrc: Option<u32>,
-    pub clock_rate: u32,
     /// Whether NACKs were agreed on.
     pub nack: bool,
     /// The id of the transport-wide sequence number, where feedback about it was agreed on.

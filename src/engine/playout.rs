@@ -270,8 +270,23 @@ impl AudioPlayout {
         Some(Duration::from_micros(mean))
     }
 
+    /// Takes a frame that redundancy brought back. It plays where the buffer still waits for it;
+    /// how late it came says nothing of the network, and so moves no target, as in NetEq.
+    pub fn handle_recovered(&mut self, frame: u32, transit: Duration) -> Played {
+        let transit_us = u32::try_from(transit.as_micros()).unwrap_or(u32::MAX);
+        let slower_us = transit_us.saturating_sub(self.target.fastest_us());
+        if self.pending == 0 || frame > self.newest {
+            return Played::TooLate;
+        }
+        self.play_late(frame, slower_us)
+    }
+
     fn handle_late(&mut self, frame: u32, transit_us: u32, now: Time) -> Played {
         let slower_us = self.target.add(transit_us, false, now);
+        self.play_late(frame, slower_us)
+    }
+
+    fn play_late(&mut self, frame: u32, slower_us: u32) -> Played {
         let behind = self.newest - frame;
         if behind >= self.pending.into() || slower_us > self.delay_us {
             return Played::TooLate;

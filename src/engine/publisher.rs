@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use super::uplink::Requests;
 use super::{Io, Roster, TICK};
+use crate::codec::vp8::{PictureId, Vp8Descriptor};
+use crate::codec::{Codec, red};
 use crate::measure::{Kind, Media};
 use crate::media::identity::{AUDIO_IDENTITY_LEN, FrameIdentity, VIDEO_TRAILER_LEN};
 use crate::media::opus::AudioClip;
@@ -20,9 +22,9 @@ use crate::seeded::scatter;
 use crate::transport::resend::{
     AUDIO_FRAMES, FrameRecord, Resend, ResendLimiter, ResendRing, VIDEO_FRAMES,
 };
-use crate::transport::rtp::vp8::{Descriptor, PictureId};
 use crate::transport::rtp::{
-    ExtensionSlot, HeaderTemplate, TemplateError, audio_level, write_rtx_osn,
+    ExtensionSlot, HeaderTemplate, TemplateError, audio_level, check_payload_type,
+    set_payload_type, write_rtx_osn,
 };
 use crate::transport::sent::{SentKind, SentLog, SentPacket};
 use crate::transport::sequence::Seq;
@@ -49,6 +51,8 @@ const RESEND_BYTES: usize = 1_200;
 const PROBE_PACKETS: u32 = 8;
 /// No packet of ours is larger: an Opus packet of 120 ms is the largest.
 const PACKET_BYTES_MAX: usize = 4_096;
+/// libwebrtc repeats no more than what fits into an audio packet of this size.
+const RED_BYTES_MAX: usize = 1_200;
 
 /// The shared media that a track plays.
 #[derive(Clone)]
@@ -58,10 +62,23 @@ pub enum Source {
 }
 
 impl Source {
-    pub fn kind(&self) -> Kind {
+    /// Of its frames; what wraps them in a packet is not the source's business.
+    pub fn codec(&self) -> Codec {
         match self {
-            Source::Audio(_) => Kind::Audio,
-            Source::Video(_) => Kind::Video,
+            Source::Audio(_) => Codec::Opus,
+            Source::Video(_) => Codec::Vp8,
+        }
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.codec().kind()
+    }
+
+    /// When frame `position` is due: when the next key frame can be had.
+    pub fn key_frame_at(&self, _position: u32) -> KeyFrameAnswer {
+        match self {
+            // Every packet of Opus stands alone, and there is a key frame for every picture of VP8.
+            Source::Audio(_) | Source::Video(_) => KeyFrameAnswer::Now,
         }
     }
 
@@ -90,6 +107,25 @@ impl Source {
     }
 }
 
+/// A source's answer to whoever needs a key frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyFrameAnswer {
+    /// The frame that is due can be one.
+    Now,
+    /// Its key frames lie where they lie: the next one comes after so many other frames. With 0, the frame that is due is
+    /// one, whether or not somebody asked.
+    InFrames(u32),
+}
+
+/// Each packet repeats earlier ones (RFC 2198).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Redundancy {
+    /// Of packets with redundancy. The blocks in them have the source's own.
+    pub payload_type: u8,
+    /// Earlier packets that each one repeats, where they fit: up to [`red::DISTANCE_MAX`].
+    pub distance: u8,
+}
+
 pub use crate::plan::{Pacing, SpeakerTurns};
 
 /// What a negotiated track needs to start.
@@ -99,6 +135,8 @@ pub struct SendParameters {
     pub rtx_ssrc: Option<u32>,
     pub payload_type: u8,
     pub rtx_payload_type: Option<u8>,
+    /// Set where audio is sent with redundancy.
+    pub redundancy: Option<Redundancy>,
     /// The id of the transport-wide sequence number, where feedback about it was agreed on.
     pub transport_cc_extension: Option<u8>,
     /// The id of RFC 6464's header extension, where negotiated.
@@ -196,8 +234,7 @@ pub struct SendTrack {
     fresh: bool,
     /// The number of the frame that is to repeat the first key frame.
     key_again_at: Option<u32>,
-    key_requested_at: Option<Time>,
-    key_request_taken_at: Option<Time>,
+    key_requests: KeyRequests,
     packets: u32,
     octets: u32,
     /// The cumulative loss that the last receiver report has stated.
@@ -225,12 +262,12 @@ impl FrameTiming {
     fn of(source: &Source) -> FrameTiming {
         match source {
             Source::Audio(clip) => FrameTiming {
-                clock_rate: 48_000,
+                clock_rate: source.codec().clock_rate().into(),
                 numerator: u64::from(clip.rtp_ticks()),
-                denominator: 48_000,
+                denominator: source.codec().clock_rate().into(),
             },
             Source::Video(clip) => FrameTiming {
-                clock_rate: 90_000,
+                clock_rate: source.codec().clock_rate().into(),
                 numerator: 1,
                 denominator: u64::from(clip.spec().fps),
             },
@@ -266,6 +303,9 @@ impl SendTrack {
     /// Errors where the negotiated payload types or extension ids cannot be: the other side's description is wrong.
     pub fn new(parameters: SendParameters) -> Result<SendTrack, TemplateError> {
         let mut header = HeaderTemplate::new(parameters.payload_type, parameters.ssrc)?;
+        if let Some(redundancy) = &parameters.redundancy {
+            check_payload_type(redundancy.payload_type)?;
+        }
         // First, so that it lies in the same place with mid and rid and without.
         let transport_cc = |header: &mut HeaderTemplate| {
             parameters
@@ -319,14 +359,13 @@ impl SendTrack {
             } else {
                 VIDEO_FRAMES
             }),
-            limiter: ResendLimiter::new(parameters.source.bitrate(), RESEND_BURST_BYTES),
+            limiter: ResendLimiter::new(sent_bitrate(&parameters), RESEND_BURST_BYTES),
             requests: Requests::default(),
             pacer: Pacer::new(&parameters),
             // The first frame of a video track is a key frame, whoever asks.
             fresh: true,
             key_again_at: None,
-            key_requested_at: None,
-            key_request_taken_at: None,
+            key_requests: KeyRequests::default(),
             packets: 0,
             octets: 0,
             reported_lost: 0,
@@ -347,11 +386,16 @@ impl SendTrack {
     }
 
     pub fn kind(&self) -> Kind {
-        self.parameters.source.kind()
+        self.codec().kind()
     }
 
+    fn codec(&self) -> Codec {
+        self.parameters.source.codec()
+    }
+
+    /// What it sends, redundancy included.
     pub fn bitrate(&self) -> Bitrate {
-        self.parameters.source.bitrate()
+        sent_bitrate(&self.parameters)
     }
 
     pub fn ssrc(&self) -> u32 {
@@ -512,16 +556,9 @@ impl SendTrack {
         self.slot_at = slot_time(&self.parameters, &self.timing, slot);
     }
 
-    /// Asks for a key frame at the next slot. Returns whether the request was taken; libwebrtc drops those that come too soon.
+    /// Asks for a key frame as soon as the source has one. Returns whether the request was taken; libwebrtc drops those that come too soon.
     pub fn request_key_frame(&mut self, now: Time) -> bool {
-        let too_soon = self
-            .key_request_taken_at
-            .is_some_and(|at| now.since(at) < KEY_REQUEST_INTERVAL_MIN);
-        if self.kind() == Kind::Audio || too_soon || self.key_requested_at.is_some() {
-            return false;
-        }
-        (self.key_requested_at, self.key_request_taken_at) = (Some(now), Some(now));
-        true
+        !self.codec().begins_anywhere() && self.key_requests.take(now)
     }
 
     /// Nothing is sent in a slot of DTX.
@@ -534,14 +571,16 @@ impl SendTrack {
             return;
         };
         let layout = layout(self.kind(), bytes.len());
+        let rtp_time = self
+            .rtp_offset
+            .wrapping_add(self.timing.rtp_ticks(self.slot));
         let record = FrameRecord {
             first_seq: self.index as u16,
             packets: layout.packets as u16,
             media,
             key: key || (self.fresh && self.kind() == Kind::Audio),
-            rtp_time: self
-                .rtp_offset
-                .wrapping_add(self.timing.rtp_ticks(self.slot)),
+            rtp_time,
+            redundant: self.repeatable(rtp_time, bytes.len()),
             frame: self.frames,
             picture_id: self.picture_id,
             intended,
@@ -570,23 +609,23 @@ impl SendTrack {
     }
 
     fn wants_key_frame<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) -> bool {
-        if self.kind() == Kind::Audio {
+        if self.codec().begins_anywhere() {
             return false;
         }
-        let requested = self.key_requested_at.take();
         let again = self.key_again_at == Some(self.frames);
-        let key = requested.is_some() || self.fresh || again;
-        if let Some(at) = requested {
-            wire.media.pli_received_to_key_sent.record(now.since(at));
+        let answer = self.parameters.source.key_frame_at(self.position);
+        let due = self.key_requests.meet(answer, self.fresh || again, now);
+        if let Some(waited) = due.waited {
+            wire.media.pli_received_to_key_sent.record(waited);
         }
-        if key {
+        if due.key {
             wire.media.key_frames_sent += 1;
             if self.parameters.simulcast.is_some() {
                 self.key_again_at
                     .get_or_insert(self.frames + SIMULCAST_KEY_FRAME_AGAIN);
             }
         }
-        key
+        due.key
     }
 
     /// What is played in the slot of `intended`: an index into the track's own media or, beyond its end, into the silence of one whose turn it is not.
@@ -749,6 +788,10 @@ impl SendTrack {
             _ => self.header.write(out, marker, seq, record.rtp_time)?,
         };
         let mut at = header;
+        if let Some(redundancy) = self.redundancy_of(bytes.len()) {
+            set_payload_type(out, redundancy.payload_type);
+            at += self.write_redundant(record, epoch, out.get_mut(at..)?)?;
+        }
         if rtx.is_some() {
             at += write_rtx_osn(out.get_mut(at..)?, seq)?;
         } else if let (Some(slot), Source::Audio(clip)) =
@@ -758,11 +801,11 @@ impl SendTrack {
             let level = clip.level_dbov(at);
             slot.patch(out, &audio_level(level < SILENCE_DBOV, level)?);
         }
-        if video {
-            let descriptor = Descriptor {
+        if self.codec() == Codec::Vp8 {
+            let descriptor = Vp8Descriptor {
                 start_of_partition: index == 0,
                 picture_id: Some(PictureId::Long(record.picture_id)),
-                ..Descriptor::default()
+                ..Vp8Descriptor::default()
             };
             at += descriptor.write(out.get_mut(at..)?)?;
         }
@@ -805,6 +848,62 @@ impl SendTrack {
             }
             Source::Video(_) => copy_range(bytes, &[], range, out),
         }
+    }
+
+    /// How a packet with `primary` bytes of Opus is sent with redundancy; `None`: without, as libwebrtc sends those that no
+    /// later one could repeat.
+    fn redundancy_of(&self, primary: usize) -> Option<Redundancy> {
+        self.parameters.redundancy.filter(|_| red::fits(0, primary))
+    }
+
+    /// How many of the last packets the next one can repeat: each as old and as long as its header can say, and all of
+    /// them together in one packet.
+    fn repeatable(&self, rtp_time: u32, primary: usize) -> u8 {
+        let Some(redundancy) = self.redundancy_of(primary) else {
+            return 0;
+        };
+        let mut room = RED_BYTES_MAX.saturating_sub(red::headers_len(0) + primary);
+        let fits = |distance: &u8| {
+            let Some((earlier, bytes)) = self.earlier(self.index as u16, *distance) else {
+                return false;
+            };
+            let len = red::headers_len(1) - red::headers_len(0) + bytes.len();
+            let fits = red::fits(rtp_time.wrapping_sub(earlier.rtp_time), bytes.len());
+            let left = room.checked_sub(len).filter(|_| fits);
+            room = left.unwrap_or(room);
+            left.is_some()
+        };
+        let distance = redundancy.distance.min(red::DISTANCE_MAX as u8);
+        (1..=distance).take_while(fits).count() as u8
+    }
+
+    /// The frame that was sent `distance` packets before number `seq`, and its bytes.
+    fn earlier(&self, seq: u16, distance: u8) -> Option<(&FrameRecord, &[u8])> {
+        let (record, _) = self.ring.find(seq.wrapping_sub(distance.into()))?;
+        Some((record, self.media_bytes(record.media, record.key)?))
+    }
+
+    /// Writes RED's headers and the repeated packets. `None` where one of those is not known any more: without it the packet would be another one under
+    /// the same number.
+    fn write_redundant(&self, record: &FrameRecord, epoch: Epoch, out: &mut [u8]) -> Option<usize> {
+        let count = usize::from(record.redundant);
+        let mut earlier = [None; red::DISTANCE_MAX];
+        let earlier = earlier.get_mut(..count)?;
+        for (slot, distance) in earlier.iter_mut().rev().zip(1..) {
+            *slot = Some(self.earlier(record.first_seq, distance)?);
+        }
+        let earlier = || earlier.iter().flatten();
+        let mut sizes = [(0, 0); red::DISTANCE_MAX];
+        for (size, (earlier, bytes)) in sizes.iter_mut().zip(earlier()) {
+            *size = (record.rtp_time.wrapping_sub(earlier.rtp_time), bytes.len());
+        }
+        let sizes = sizes.into_iter().take(count);
+        let mut at = red::write_headers(out, self.parameters.payload_type, sizes)?;
+        for (earlier, bytes) in earlier() {
+            let out = out.get_mut(at..)?;
+            at += self.write_payload(earlier, bytes, 0..bytes.len(), epoch, out);
+        }
+        Some(at)
     }
 
     /// Answers one sequence number of a NACK. Returns whether a packet was sent.
@@ -918,6 +1017,56 @@ impl SendTrack {
         }
         let lost = cumulative_lost.max(0);
         i64::from(lost) - i64::from(std::mem::replace(&mut self.reported_lost, lost))
+    }
+}
+
+/// What a track sends: each packet once, and as often again as it is repeated.
+fn sent_bitrate(parameters: &SendParameters) -> Bitrate {
+    let copies = parameters
+        .redundancy
+        .map_or(1, |redundancy| 1 + u64::from(redundancy.distance));
+    Bitrate::from_bps(parameters.source.bitrate().bps() * copies)
+}
+
+/// Requests for key frames, from the one that is taken to the key frame that meets it.
+#[derive(Default)]
+struct KeyRequests {
+    pending_since: Option<Time>,
+    taken_at: Option<Time>,
+}
+
+/// What the frame that is due becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct KeyFrameDue {
+    key: bool,
+    /// How long somebody waited for it.
+    waited: Option<Duration>,
+}
+
+impl KeyRequests {
+    /// Returns whether the request is taken: not so soon after another one, and not while one is still waiting.
+    fn take(&mut self, now: Time) -> bool {
+        let too_soon = self
+            .taken_at
+            .is_some_and(|at| now.since(at) < KEY_REQUEST_INTERVAL_MIN);
+        if too_soon || self.pending_since.is_some() {
+            return false;
+        }
+        (self.pending_since, self.taken_at) = (Some(now), Some(now));
+        true
+    }
+
+    /// Decides about the frame that is due. `begins`: a key frame is needed whoever asks. A request waits for as long as the source has none.
+    fn meet(&mut self, answer: KeyFrameAnswer, begins: bool, now: Time) -> KeyFrameDue {
+        let key = match answer {
+            KeyFrameAnswer::Now => begins || self.pending_since.is_some(),
+            KeyFrameAnswer::InFrames(frames) => frames == 0,
+        };
+        let met = if key { self.pending_since.take() } else { None };
+        KeyFrameDue {
+            key,
+            waited: met.map(|since| now.since(since)),
+        }
     }
 }
 
@@ -1060,5 +1209,75 @@ impl Pacer {
             let offset = seq.wrapping_sub(record.first_seq);
             offset < record.packets && (i > 0 || usize::from(offset) >= self.sent)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A clip whose every tenth picture is a key frame, and which can make no other.
+    struct RecordedClip {
+        position: u32,
+    }
+
+    impl RecordedClip {
+        const KEY_INTERVAL: u32 = 10;
+
+        fn key_frame_at(&self) -> KeyFrameAnswer {
+            let behind = self.position % RecordedClip::KEY_INTERVAL;
+            KeyFrameAnswer::InFrames(
+                (RecordedClip::KEY_INTERVAL - behind) % RecordedClip::KEY_INTERVAL,
+            )
+        }
+    }
+
+    const FRAME: Duration = Duration::from_millis(40);
+
+    #[test]
+    fn a_request_to_a_recorded_clip_waits_for_the_frames_until_its_next_key_frame() {
+        for (asked_before, waits) in [(1, 9), (5, 5), (9, 1), (10, 0)] {
+            let mut requests = KeyRequests::default();
+            let mut keys = Vec::new();
+            for position in 0..25 {
+                let now = Time::ZERO + FRAME * position;
+                let clip = RecordedClip { position };
+                if position == asked_before {
+                    assert!(requests.take(now));
+                    assert!(!requests.take(now), "one waits already");
+                }
+                let due = requests.meet(clip.key_frame_at(), position == 0, now);
+                if due.key {
+                    keys.push((position, due.waited));
+                }
+            }
+            let waited = |position| (position == asked_before + waits).then_some(FRAME * waits);
+            assert_eq!(
+                keys,
+                [0, 10, 20].map(|position| (position, waited(position))),
+                "asked before frame {asked_before}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_source_that_can_at_once_answers_with_the_next_frame() {
+        let mut requests = KeyRequests::default();
+        let now = Time::from_millis(1_000);
+        let meet = |requests: &mut KeyRequests, begins, now| {
+            requests.meet(KeyFrameAnswer::Now, begins, now)
+        };
+        let none = KeyFrameDue {
+            key: false,
+            waited: None,
+        };
+        assert_eq!(meet(&mut requests, false, now), none);
+        assert!(meet(&mut requests, true, now).key);
+        assert!(requests.take(now));
+        let due = meet(&mut requests, false, now + FRAME);
+        assert_eq!((due.key, due.waited), (true, Some(FRAME)));
+        assert_eq!(meet(&mut requests, false, now + FRAME), none);
+        let soon = now + KEY_REQUEST_INTERVAL_MIN - Duration::from_millis(1);
+        assert!(!requests.take(soon) && requests.take(now + KEY_REQUEST_INTERVAL_MIN));
     }
 }

@@ -360,7 +360,9 @@ impl Shard {
             roster.add_unsent(track.identity(), unsent);
         }
         for key in &self.losers {
-            let tracks = self.peers[*key].iter_mut().flat_map(|peer| &mut peer.tracks);
+            let tracks = self.peers[*key]
+                .iter_mut()
+                .flat_map(|peer| &mut peer.tracks);
             for track in tracks.filter(|track| track.is_lost()) {
                 let unsent = track.pass_unsent(now);
                 roster.add_unsent(track.identity(), unsent);

@@ -9,6 +9,8 @@ use super::emodel::opus_mos_thousandths;
 use super::ledger::Ledger;
 use super::playout::{AudioPlayout, Played, VideoPlayout};
 use super::{Roster, StreamParameters, is_muted};
+use crate::codec::Codec;
+use crate::codec::red::RedPayload;
 use crate::measure::{Kind, Media, Record};
 use crate::media::assemble::{Assembler, Delivery, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
@@ -17,7 +19,6 @@ use crate::recording::{Tap, TappedPacket};
 use crate::transport::receive::{
     Arrival, NackPoll, NackRule, ReceiveCounts, ReceiveStream, ReportNumbers, RoundTrip,
 };
-use crate::transport::rtp::vp8::Descriptor;
 use crate::transport::rtp::{Header, split_rtx};
 use crate::transport::sequence::{ReplayWindow, SeqExtender};
 use crate::transport::srtp::Opener;
@@ -91,6 +92,8 @@ pub struct RecvStream {
     video: Option<Box<VideoState>>,
     /// For audio only.
     playout: Option<Box<AudioPlayout>>,
+    /// Where redundancy was agreed on.
+    redundancy: Option<Box<Redundancy>>,
     first_packet_at: Option<Time>,
     origin: Option<(u32, u8)>,
     live: bool,
@@ -136,6 +139,53 @@ struct VideoState {
     mute_changes: u32,
 }
 
+/// What redundancy has brought, as long as the original may still come and take its place.
+#[derive(Default)]
+struct Redundancy {
+    /// By sequence number.
+    packets: RecoveredWindow,
+    /// By the publisher's frame number.
+    frames: RecoveredWindow,
+}
+
+/// The latest numbers that were recovered.
+#[derive(Default)]
+struct RecoveredWindow {
+    newest: u64,
+    /// The newest in the lowest bit.
+    bits: u128,
+}
+
+impl RecoveredWindow {
+    /// Returns whether that is news.
+    fn insert(&mut self, number: u64) -> bool {
+        if number > self.newest {
+            let ahead = u32::try_from(number - self.newest).unwrap_or(u32::MAX);
+            self.bits = self.bits.checked_shl(ahead).unwrap_or(0);
+            self.newest = number;
+        }
+        let Some(bit) = self.bit(number) else {
+            return false;
+        };
+        let is_new = self.bits & bit == 0;
+        self.bits |= bit;
+        is_new
+    }
+
+    /// The original came. Returns whether it had been recovered.
+    fn remove(&mut self, number: u64) -> bool {
+        let bit = self.bit(number).unwrap_or(0);
+        let was_recovered = self.bits & bit != 0;
+        self.bits &= !bit;
+        was_recovered
+    }
+
+    fn bit(&self, number: u64) -> Option<u128> {
+        let back = self.newest.checked_sub(number)?;
+        1u128.checked_shl(u32::try_from(back).ok()?)
+    }
+}
+
 /// A layer that was asked for and has not come yet.
 #[derive(Clone, Copy)]
 struct Switch {
@@ -164,10 +214,11 @@ struct Accounted {
 
 impl RecvStream {
     pub fn new(parameters: StreamParameters) -> RecvStream {
-        let mut receive = ReceiveStream::new(parameters.clock_rate);
+        let codec = parameters.payloads.codec;
+        let mut receive = ReceiveStream::new(codec.clock_rate());
         receive.set_rtx(parameters.rtx_ssrc.is_some());
-        receive.set_nack(nack_rule(parameters.kind, parameters.nack));
-        let video = (parameters.kind == Kind::Video).then(|| {
+        receive.set_nack(nack_rule(codec.kind(), parameters.nack));
+        let video = (codec.kind() == Kind::Video).then(|| {
             Box::new(VideoState {
                 assembler: Assembler::new(),
                 playout: VideoPlayout::default(),
@@ -204,7 +255,8 @@ impl RecvStream {
             frames_late_for_playout: 0,
             mos_thousandths: None,
             video,
-            playout: (parameters.kind == Kind::Audio).then(Box::default),
+            playout: (codec.kind() == Kind::Audio).then(Box::default),
+            redundancy: (codec == Codec::Red).then(Box::default),
             parameters,
         }
     }
@@ -241,7 +293,7 @@ impl RecvStream {
     }
 
     pub fn kind(&self) -> Kind {
-        self.parameters.kind
+        self.parameters.payloads.codec.kind()
     }
 
     pub fn next_nack_at(&self) -> Time {
@@ -308,7 +360,7 @@ impl RecvStream {
     ) -> Result<(), Refused> {
         let len = self.open(datagram, header, is_rtx, opener)?;
         let payload = header.payload(&datagram[..len]).ok_or(Refused::Broken)?;
-        let media = context.record.media(self.parameters.kind);
+        let media = context.record.media(self.kind());
         if is_rtx {
             media.rtx_received += 1;
             // RFC 4588: the original sequence number precedes the payload. A packet without payload is a probe.
@@ -375,13 +427,13 @@ impl RecvStream {
                 if let Some(took) = loss_to_repair {
                     context
                         .record
-                        .media(self.parameters.kind)
+                        .media(self.kind())
                         .loss_to_repair
                         .record(took);
                 }
                 if !is_rtx {
                     // A resend on the media's own SSRC was counted as media when it came.
-                    let media = context.record.media(self.parameters.kind);
+                    let media = context.record.media(self.kind());
                     media.rtx_received += 1;
                     media.packets_received = media.packets_received.wrapping_sub(1);
                     media.bytes_received = media
@@ -395,7 +447,7 @@ impl RecvStream {
             let packet = TappedPacket {
                 stream: *stream,
                 ssrc: self.parameters.ssrc,
-                kind: self.parameters.kind,
+                codec: self.parameters.payloads.codec_of(header.payload_type),
                 ext_seq: self.receive.ext_seq(),
                 rtp_time: header.rtp_time,
                 marker: header.marker,
@@ -403,21 +455,96 @@ impl RecvStream {
             };
             tap.take(&packet, payload);
         }
-        match self.parameters.kind {
-            Kind::Audio => self.handle_audio(payload, arrival, context),
-            Kind::Video => self.handle_video(header, payload, arrival, context),
+        match self.parameters.payloads.codec_of(header.payload_type) {
+            Codec::Opus => self.handle_opus(payload, arrival, context),
+            Codec::Red => self.handle_red(payload, arrival, context),
+            codec => self.handle_video(codec, header, payload, arrival, context),
         }
     }
 
-    fn handle_audio(&mut self, payload: &[u8], arrival: Time, context: &mut StreamContext<'_>) {
+    fn handle_opus(&mut self, payload: &[u8], arrival: Time, context: &mut StreamContext<'_>) {
+        let seq = self.receive.ext_seq();
+        if let Some(redundancy) = self.redundancy.as_deref_mut()
+            && redundancy.packets.remove(seq)
+        {
+            let recovered = &mut context.record.audio.packets_recovered_red;
+            *recovered = recovered.wrapping_sub(1);
+        }
         if let Some(identity) = FrameIdentity::parse_audio(payload) {
-            let seq = self.receive.ext_seq();
             self.deliver(&identity, (seq, seq), arrival, true, context);
+        }
+    }
+
+    /// The primary block first: what is missing before it shows then.
+    fn handle_red(&mut self, payload: &[u8], arrival: Time, context: &mut StreamContext<'_>) {
+        let Some(red) = RedPayload::parse(payload) else {
+            // Without payload it only holds its place in the sequence.
+            context.record.session.packets_rejected += u64::from(!payload.is_empty());
+            return;
+        };
+        context.record.audio.packets_received_red += 1;
+        self.handle_opus(red.primary, arrival, context);
+        let seq = self.receive.ext_seq();
+        for block in red.redundant() {
+            let seq = seq.saturating_sub(u64::from(block.distance));
+            let is_missing = self.receive.is_missing(seq);
+            if let Some(redundancy) = self.redundancy.as_deref_mut()
+                && is_missing
+                && redundancy.packets.insert(seq)
+            {
+                context.record.audio.packets_recovered_red += 1;
+            }
+            if let Some(identity) = FrameIdentity::parse_audio(block.payload) {
+                self.recover(&identity, seq, arrival, context);
+            }
+        }
+    }
+
+    /// A frame that a later packet has repeated; `seq` is where its own packet was, or would have been. Only what is missing between frames that came is
+    /// of use.
+    fn recover(
+        &mut self,
+        identity: &FrameIdentity,
+        seq: u64,
+        arrival: Time,
+        context: &mut StreamContext<'_>,
+    ) {
+        let origin = (identity.origin, identity.track);
+        if identity.run != context.roster.run
+            || self.origin != Some(origin)
+            || !self.ledger.is_missing(identity)
+            || self.is_unwanted()
+            || self.leaving && self.ledger.is_beyond_the_end(identity)
+            || self.ledger.deliver(identity, context.roster) != Delivery::First
+        {
+            return;
+        }
+        let media = context.record.media(self.kind());
+        media.frames_delivered += 1;
+        media.frames_recovered += 1;
+        if let Some(redundancy) = self.redundancy.as_deref_mut() {
+            redundancy.frames.insert(identity.frame.into());
+        }
+        context.roster.set_received(identity);
+        let whose = Origin {
+            roster: context.roster,
+            origin: identity.origin,
+            track: identity.track,
+        };
+        self.attribution
+            .recover(identity, seq, &self.receive, whose);
+        let Some(latency) = self.note_latency(identity, arrival, context) else {
+            return;
+        };
+        if let Some(playout) = self.playout.as_mut() {
+            let played = playout.handle_recovered(identity.frame, latency);
+            self.frames_late_for_playout += note_playout(&mut context.record.audio, played);
         }
     }
 
     fn handle_video(
         &mut self,
+        codec: Codec,
         header: &Header,
         payload: &[u8],
         arrival: Time,
@@ -436,17 +563,15 @@ impl RecvStream {
                 context.events.push(event);
             }
         };
-        match Descriptor::parse(payload) {
-            Some((descriptor, len)) => {
+        match codec.depacketize(payload, header.marker) {
+            Some(info) => {
                 let packet = PacketInfo {
                     ext_seq,
                     rtp_time: header.rtp_time,
-                    start: descriptor.starts_frame(),
-                    end: header.marker,
-                    key: payload
-                        .get(len..)
-                        .is_some_and(|vp8| descriptor.starts_key_frame(vp8)),
-                    identity: if header.marker {
+                    start: info.start,
+                    end: info.end,
+                    key: info.key,
+                    identity: if info.end {
                         FrameIdentity::parse_video(payload)
                     } else {
                         None
@@ -556,13 +681,23 @@ impl RecvStream {
         if self.is_unwanted() || self.leaving && self.ledger.is_beyond_the_end(identity) {
             return;
         }
-        if !self.live && (self.parameters.kind == Kind::Audio || decodable) {
+        if !self.live && (self.kind() == Kind::Audio || decodable) {
             self.go_live(at, context);
         }
-        let media = context.record.media(self.parameters.kind);
+        let media = context.record.media(self.kind());
         let was_resuming = self.ledger.is_resuming();
         match self.ledger.deliver(identity, context.roster) {
             Delivery::First => media.frames_delivered += 1,
+            // Redundancy was faster than the packet itself, which was late and not lost.
+            Delivery::Duplicate
+                if self
+                    .redundancy
+                    .as_deref_mut()
+                    .is_some_and(|red| red.frames.remove(identity.frame.into())) =>
+            {
+                media.frames_recovered = media.frames_recovered.wrapping_sub(1);
+                return;
+            }
             Delivery::Duplicate | Delivery::TooOld => {
                 media.frames_duplicate += 1;
                 return;
@@ -581,27 +716,34 @@ impl RecvStream {
             last_seq,
         };
         self.place(frame, resumes, origin, at, context.roster);
+        if let Some(latency) = self.note_latency(identity, at, context) {
+            self.play_audio(identity, latency, resumes, at, context);
+        }
+    }
+
+    /// How long a frame took that came just now; `None` where nobody can tell.
+    fn note_latency(
+        &mut self,
+        identity: &FrameIdentity,
+        at: Time,
+        context: &mut StreamContext<'_>,
+    ) -> Option<Duration> {
+        let media = context.record.media(self.kind());
+        let origin = (identity.origin, identity.track);
         let Some(intended_unix_us) = context
             .roster
             .unix_us_here(origin, identity.intended_unix_us)
         else {
             media.frames_untimed += 1;
-            return;
+            return None;
         };
-        if let Some(intended) = context.epoch.time_of_unix_micros(intended_unix_us) {
-            let latency_us = at.micros_since(intended);
-            media.one_way_latency.record_micros(latency_us);
-            let is_late = latency_us > LATE_AFTER.as_micros() as u64;
-            media.frames_late += u64::from(is_late);
-            self.latency.add(latency_us, is_late);
-            self.play_audio(
-                identity,
-                Duration::from_micros(latency_us),
-                resumes,
-                at,
-                context,
-            );
-        }
+        let intended = context.epoch.time_of_unix_micros(intended_unix_us)?;
+        let latency_us = at.micros_since(intended);
+        media.one_way_latency.record_micros(latency_us);
+        let is_late = latency_us > LATE_AFTER.as_micros() as u64;
+        media.frames_late += u64::from(is_late);
+        self.latency.add(latency_us, is_late);
+        Some(Duration::from_micros(latency_us))
     }
 
     /// What a listener's jitter buffer makes of a frame that took `transit`.
@@ -664,7 +806,7 @@ impl RecvStream {
     fn go_live(&mut self, at: Time, context: &mut StreamContext<'_>) {
         self.live = true;
         let since = self.subscription_start(context);
-        let media = context.record.media(self.parameters.kind);
+        let media = context.record.media(self.kind());
         media.tracks_live += 1;
         media
             .track_subscribe
@@ -672,7 +814,7 @@ impl RecvStream {
         if let Some(first_packet_at) = self.first_packet_at {
             media.first_packet.record(first_packet_at.since(since));
         }
-        if self.parameters.kind == Kind::Audio {
+        if self.kind() == Kind::Audio {
             media.first_frame.record(at.since(since));
         }
     }
@@ -844,7 +986,7 @@ impl RecvStream {
             self.losses = self.attribution.losses();
         }
         self.losses.source = self.ledger.unsent(self.origin, roster);
-        let media = record.media(self.parameters.kind);
+        let media = record.media(self.kind());
         let told = &mut self.accounted;
         add_difference(
             &mut media.packets_lost_network,
@@ -970,7 +1112,7 @@ impl RecvStream {
             .as_ref()
             .map_or((0, 0), |playout| playout.times_us());
         StreamOutcome {
-            kind: self.parameters.kind,
+            kind: self.kind(),
             ssrc: self.parameters.ssrc,
             origin: self.origin,
             live: self.live,

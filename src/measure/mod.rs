@@ -123,6 +123,9 @@ stats! {
             frames_sent, frames_expected, frames_delivered, frames_late, frames_duplicate,
             /// Delivered, and nobody can tell how long they took: another host sent them, whose clock is not known here.
             frames_untimed,
+            /// Audio with redundancy (RED): packets that held it; packets that are lost and whose
+            /// payload came in another packet; frames that were delivered by those alone.
+            packets_received_red, packets_recovered_red, frames_recovered,
             /// Where those were lost that were expected and not delivered.
             frames_lost_source, frames_lost_uplink, frames_lost_sfu, frames_lost_downlink, frames_lost_unattributed,
             key_frames_sent, freezes,
@@ -224,8 +227,15 @@ impl Record {
 /// Whether this version fills a counter of the session (`None`) or of one kind of media. One that it does not fill is unknown, which is not 0.
 pub fn is_measured(kind: Option<Kind>, counter: &str) -> bool {
     match kind {
-        // A late picture is shown late: nothing is concealed.
-        Some(Kind::Video) => !matches!(counter, "played_us" | "concealed_us"),
+        // A late picture is shown late: nothing is concealed. No video codec has redundancy.
+        Some(Kind::Video) => !matches!(
+            counter,
+            "played_us"
+                | "concealed_us"
+                | "packets_received_red"
+                | "packets_recovered_red"
+                | "frames_recovered"
+        ),
         None | Some(Kind::Audio) => true,
     }
 }

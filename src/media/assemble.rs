@@ -708,6 +708,19 @@ impl DeliveredWindow {
         Delivery::First
     }
 
+    /// Whether a frame between two that were delivered was not.
+    pub fn is_missing(&self, frame: u32) -> bool {
+        let (word, bit) = (
+            (frame % DELIVERED_WINDOW / 64) as usize,
+            1u64 << (frame % 64),
+        );
+        self.range.is_some_and(|(oldest, newest)| {
+            (oldest..newest).contains(&frame)
+                && newest - frame < DELIVERED_WINDOW
+                && self.seen[word] & bit == 0
+        })
+    }
+
     /// Frames delivered, each counted once.
     pub fn delivered(&self) -> u64 {
         self.first.into()

@@ -18,6 +18,7 @@ use super::{
     AudioSpec, Connection as ConnectionMode, Layout as ViewLayout, PARTICIPANTS_MAX, Pacing,
     VideoSpec,
 };
+use crate::codec::red;
 use crate::measure::Kind;
 use crate::media::vp8;
 use crate::units::{Bitrate, duration_text, optional_duration_text, written_duration};
@@ -730,6 +731,9 @@ impl AudioSpec {
         if AUDIO_FRAMES_US.iter().all(|us| u128::from(*us) != frame_us) {
             let found = written_duration(self.frame);
             return Err(Misfit::new("frame", ScenarioFault::AudioFrame { found }));
+        }
+        if usize::from(self.redundancy) > red::DISTANCE_MAX {
+            return Err(Misfit::new("redundancy", out(self.redundancy, "0 to 2")));
         }
         Ok(())
     }

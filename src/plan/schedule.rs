@@ -354,14 +354,16 @@ mod tests {
         book.intend(0, at(250), Intent::Unmute(Kind::Audio));
         assert_eq!(
             book.owed(7, 0, Kind::Audio),
-            Spans::of([
-                spans(&[(100, 200), (250, 300)]).0,
-                vec![Span {
-                    from: at(500),
-                    to: Time::MAX
-                }]
-            ]
-            .concat())
+            Spans::of(
+                [
+                    spans(&[(100, 200), (250, 300)]).0,
+                    vec![Span {
+                        from: at(500),
+                        to: Time::MAX
+                    }]
+                ]
+                .concat()
+            )
         );
         assert!(book.owed(7, 0, Kind::Video).is_empty());
         assert!(book.owed(0, 9, Kind::Audio).is_empty(), "nobody knows 9");

@@ -12,6 +12,7 @@ use super::ogg::OpusFile;
 use super::output::{Output, safe_name};
 use super::stream::{AudioStream, Frame, VideoStream};
 use super::tap::{Page, TappedPacket};
+use crate::codec::{Codec, Container};
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
 use crate::plan::Plan;
@@ -41,7 +42,7 @@ enum Source {
 
 /// One stream's way into its file.
 struct Track {
-    kind: Kind,
+    codec: Codec,
     ssrc: u32,
     dir: PathBuf,
     file: File,
@@ -106,7 +107,7 @@ impl Book {
         let tracks = || self.streams.values().map(|stream| &stream.track);
         let frames = |kind| {
             tracks()
-                .filter(|track| track.kind == kind)
+                .filter(|track| track.codec.kind() == kind)
                 .map(|track| track.frames)
                 .sum::<u64>()
         };
@@ -176,12 +177,12 @@ impl Book {
 impl Stream {
     fn new(packet: &TappedPacket, dir: PathBuf) -> Stream {
         Stream {
-            source: match packet.kind {
-                Kind::Audio => Source::Audio(AudioStream::new()),
-                Kind::Video => Source::Video(Box::new(VideoStream::new())),
+            source: match packet.codec.container() {
+                Container::Ogg => Source::Audio(AudioStream::new()),
+                Container::Ivf => Source::Video(Box::new(VideoStream::new(packet.codec))),
             },
             track: Track {
-                kind: packet.kind,
+                codec: packet.codec,
                 ssrc: packet.ssrc,
                 dir,
                 file: File::None,
@@ -255,8 +256,8 @@ impl Track {
     /// `None` where the frame is none that a file could start with.
     fn open(&self, frame: &Frame<'_>, publisher: Option<&str>) -> io::Result<Option<File>> {
         let name = self.name(publisher);
-        match self.kind {
-            Kind::Video => {
+        match self.codec.container() {
+            Container::Ivf => {
                 let Some(size) = ivf::key_frame_size(frame.bytes) else {
                     return Ok(None);
                 };
@@ -264,7 +265,7 @@ impl Track {
                 output.append(&ivf::header(size))?;
                 Ok(Some(File::Ivf(output)))
             }
-            Kind::Audio => {
+            Container::Ogg => {
                 let output = Output::create(&self.dir, &name, self.extension())?;
                 Ok(Some(File::Ogg(output, Box::new(OpusFile::new(self.ssrc)))))
             }
@@ -273,7 +274,7 @@ impl Track {
 
     /// A publisher that is not of this run has no name that we know: its file has the stream's number.
     fn name(&self, publisher: Option<&str>) -> String {
-        let kind = match self.kind {
+        let kind = match self.codec.kind() {
             Kind::Audio => "audio",
             Kind::Video => "video",
         };
@@ -284,10 +285,7 @@ impl Track {
     }
 
     const fn extension(&self) -> &'static str {
-        match self.kind {
-            Kind::Audio => "ogg",
-            Kind::Video => "ivf",
-        }
+        self.codec.container().extension()
     }
 
     fn rename(&mut self, publisher: &str) {

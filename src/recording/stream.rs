@@ -3,18 +3,16 @@
 //! Takes packets in any order, each once; gives video frames as a decoder would get them and Opus packets in sequence, with timestamps that count from the
 //! first. Bounded in what it keeps; the clock is the packets' arrival.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::tap::TappedPacket;
+use crate::codec::Codec;
+use crate::codec::red::RedPayload;
 use crate::media::assemble::{Assembler, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
-use crate::media::opus::CLOCK_RATE;
-use crate::transport::rtp::vp8::Descriptor;
 use crate::units::Time;
 
-/// RFC 7741.
-const VIDEO_CLOCK_RATE: u32 = 90_000;
 /// Repair goes on for a second after a loss was noticed: what has not come by then does not come.
 const REORDER_WAIT: Duration = Duration::from_millis(1_500);
 /// Packets kept of a stream: as far back as the engine itself tells late from doubled.
@@ -69,7 +67,8 @@ impl Timeline {
 pub struct VideoStream {
     assembler: Assembler,
     newest: u64,
-    /// Packets by number: RTP time, and VP8 data without the payload descriptor.
+    codec: Codec,
+    /// Packets by number: RTP time, and the codec's data without the payload descriptor.
     packets: BTreeMap<u64, (u32, Box<[u8]>)>,
     /// Frames that are whole, by the number of their last packet, until they can be decoded.
     whole: BTreeMap<u64, (u32, Vec<u8>)>,
@@ -77,13 +76,14 @@ pub struct VideoStream {
 }
 
 impl VideoStream {
-    pub fn new() -> VideoStream {
+    pub fn new(codec: Codec) -> VideoStream {
         VideoStream {
+            codec,
             assembler: Assembler::new(),
             newest: 0,
             packets: BTreeMap::new(),
             whole: BTreeMap::new(),
-            timeline: Timeline::new(VIDEO_CLOCK_RATE),
+            timeline: Timeline::new(codec.clock_rate()),
         }
     }
 
@@ -95,19 +95,19 @@ impl VideoStream {
     ) {
         self.newest = self.newest.max(packet.ext_seq);
         let mut events = Vec::new();
-        match Descriptor::parse(payload) {
-            Some((descriptor, len)) => {
-                let vp8 = payload.get(len..).unwrap_or_default();
+        match self.codec.depacketize(payload, packet.marker) {
+            Some(read) => {
+                let body = payload.get(usize::from(read.body_at)..).unwrap_or_default();
                 let info = PacketInfo {
                     ext_seq: packet.ext_seq,
                     rtp_time: packet.rtp_time,
-                    start: descriptor.starts_frame(),
-                    end: packet.marker,
-                    key: descriptor.starts_key_frame(vp8),
+                    start: read.start,
+                    end: read.end,
+                    key: read.key,
                     identity: None,
                 };
                 self.packets
-                    .insert(packet.ext_seq, (packet.rtp_time, vp8.into()));
+                    .insert(packet.ext_seq, (packet.rtp_time, body.into()));
                 self.assembler
                     .handle_packet(&info, packet.arrival, |event| events.push(event));
             }
@@ -134,12 +134,12 @@ impl VideoStream {
 
     fn gather(&mut self, rtp_time: u32) {
         let (mut last, mut bytes) = (0, Vec::new());
-        for (seq, (_, vp8)) in self
+        for (seq, (_, body)) in self
             .packets
             .extract_if(.., |_, (time, _)| *time == rtp_time)
         {
             last = seq;
-            bytes.extend_from_slice(&vp8);
+            bytes.extend_from_slice(&body);
         }
         self.whole.insert(last, (rtp_time, bytes));
     }
@@ -179,6 +179,8 @@ pub struct AudioStream {
     next: Option<u64>,
     newest_arrival: Time,
     waiting: BTreeMap<u64, Waiting>,
+    /// Those of the last packets given that another packet brought: their own may still come.
+    recovered: BTreeSet<u64>,
     timeline: Timeline,
     late: u64,
 }
@@ -187,6 +189,8 @@ struct Waiting {
     rtp_time: u32,
     arrival: Time,
     payload: Box<[u8]>,
+    /// Another packet brought it.
+    is_recovered: bool,
 }
 
 impl AudioStream {
@@ -195,7 +199,8 @@ impl AudioStream {
             next: None,
             newest_arrival: Time::ZERO,
             waiting: BTreeMap::new(),
-            timeline: Timeline::new(CLOCK_RATE),
+            recovered: BTreeSet::new(),
+            timeline: Timeline::new(Codec::Opus.clock_rate()),
             late: 0,
         }
     }
@@ -207,16 +212,11 @@ impl AudioStream {
         mut on_frame: impl FnMut(Frame<'_>),
     ) {
         if self.next.is_some_and(|next| packet.ext_seq < next) {
-            self.late += 1;
+            self.late += u64::from(!self.recovered.remove(&packet.ext_seq));
             return;
         }
         self.newest_arrival = self.newest_arrival.max(packet.arrival);
-        let waiting = Waiting {
-            rtp_time: packet.rtp_time,
-            arrival: packet.arrival,
-            payload: payload.into(),
-        };
-        self.waiting.insert(packet.ext_seq, waiting);
+        self.put(packet, payload);
         while let Some((&seq, first)) = self.waiting.first_key_value() {
             let follows = self.next.is_none_or(|next| next == seq);
             let waited = self.newest_arrival.since(first.arrival) >= REORDER_WAIT;
@@ -224,6 +224,37 @@ impl AudioStream {
                 return;
             }
             self.give_first(&mut on_frame);
+        }
+    }
+
+    /// The packet waits for its turn, and so do those that it repeats and that have not come.
+    fn put(&mut self, packet: &TappedPacket, payload: &[u8]) {
+        let red = RedPayload::parse(payload).filter(|_| packet.codec == Codec::Red);
+        let waiting = |rtp_time, payload: &[u8], is_recovered| Waiting {
+            rtp_time,
+            arrival: packet.arrival,
+            payload: payload.into(),
+            is_recovered,
+        };
+        let own = match (packet.codec, red) {
+            (Codec::Red, Some(red)) => red.primary,
+            // Padding, or broken: it only holds its place.
+            (Codec::Red, None) => &[],
+            _ => payload,
+        };
+        self.waiting
+            .insert(packet.ext_seq, waiting(packet.rtp_time, own, false));
+        let Some(next) = self.next else {
+            return;
+        };
+        for block in red.iter().flat_map(RedPayload::redundant) {
+            let seq = packet.ext_seq.saturating_sub(block.distance.into());
+            if seq >= next {
+                let rtp_time = packet.rtp_time.wrapping_sub(block.rtp_offset);
+                self.waiting
+                    .entry(seq)
+                    .or_insert_with(|| waiting(rtp_time, block.payload, true));
+            }
         }
     }
 
@@ -246,12 +277,19 @@ impl AudioStream {
                 rtp_time,
                 arrival,
                 payload,
+                is_recovered,
             },
         )) = self.waiting.pop_first()
         else {
             return;
         };
         self.next = Some(seq + 1);
+        if is_recovered {
+            self.recovered.insert(seq);
+            if self.recovered.len() as u64 > KEPT_MAX {
+                self.recovered.pop_first();
+            }
+        }
         // Without payload it only holds its place in the sequence.
         if !payload.is_empty() {
             let at = self.timeline.place(rtp_time, arrival);

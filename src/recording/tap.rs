@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
-use crate::measure::Kind;
+use crate::codec::Codec;
 use crate::units::Time;
 
 /// Pages of one tap: 2 MiB hold more than a second of the busiest subscriber (12 Mbps), so that a disk may stall for as long. Untouched ones cost no memory.
@@ -23,7 +23,7 @@ pub struct TappedPacket {
     /// Which of the connection's streams; never given out twice in it, as an SSRC may be.
     pub stream: u32,
     pub ssrc: u32,
-    pub kind: Kind,
+    pub codec: Codec,
     /// Unwrapped sequence number.
     pub ext_seq: u64,
     pub rtp_time: u32,
@@ -159,7 +159,7 @@ mod tests {
         TappedPacket {
             stream: 1,
             ssrc: 2,
-            kind: Kind::Audio,
+            codec: Codec::Opus,
             ext_seq,
             rtp_time: 0,
             marker: false,

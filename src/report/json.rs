@@ -200,10 +200,11 @@ impl Serialize for PublishedPlan<'_> {
 
 fn published_audio(audio: &AudioSpec) -> impl Serialize {
     json!({
-        "codec": "opus",
+        "codec": audio.codec().name(),
         "bitrate": audio.bitrate.bps(),
         "frame_ms": audio.frame.as_secs_f64() * 1e3,
         "dtx": audio.dtx,
+        "redundancy": audio.redundancy,
     })
 }
 
@@ -218,7 +219,7 @@ fn published_video(plan: &Plan) -> impl Serialize {
         })
     };
     let mut video = layer(&plan.scenario.media.video);
-    video["codec"] = "vp8".into();
+    video["codec"] = plan.scenario.media.video.codec().name().into();
     video["layers"] = plan.video_layers().iter().map(layer).collect();
     video
 }

@@ -228,7 +228,9 @@ pub struct Loss {
     pub network: Option<f64>,
     /// Missing on arrival and repaired.
     pub repaired: Option<f64>,
-    /// Missing on arrival and never repaired.
+    /// Missing on arrival, and brought by the redundancy of another packet.
+    pub recovered: Option<f64>,
+    /// Missing on arrival, and neither repaired nor recovered.
     pub residual: Option<f64>,
     /// Frames that publishers sent and a live subscription never got whole.
     pub undelivered: Option<f64>,
@@ -248,7 +250,11 @@ impl Loss {
         Loss {
             network: share(lost_network, packets),
             repaired: share(sum(|m| m.packets_repaired), packets),
-            residual: share(sum(|m| m.packets_lost), packets),
+            recovered: share(sum(|m| m.packets_recovered_red), packets),
+            residual: share(
+                sum(|m| m.packets_lost).saturating_sub(sum(|m| m.packets_recovered_red)),
+                packets,
+            ),
             undelivered: share(frames.saturating_sub(sum(|m| m.frames_delivered)), frames),
         }
     }

@@ -9,6 +9,7 @@ use super::{
     EngineHealth, Judgement, Judging, Outcome, Side, Style, TargetKind, VERSION, judge,
     server_cost, tiers, worst,
 };
+use crate::codec::Codec;
 use crate::measure::{Bandwidth, Histogram, Kind, Media};
 use crate::plan::{Plan, Resources, VideoSpec};
 use crate::sfu::SendMode;
@@ -365,8 +366,12 @@ fn media_line(plan: &Plan) -> String {
     let (audio, video) = (&plan.scenario.media.audio, &plan.scenario.media.video);
     let mut parts = Vec::new();
     if plan.scenario.publishers_of(Kind::Audio) > 0 {
+        let codec = match audio.codec() {
+            Codec::Red => "Opus with RED",
+            _ => "Opus",
+        };
         parts.push(format!(
-            "Opus {} in {} frames",
+            "{codec} {} in {} frames",
             audio.bitrate,
             duration(audio.frame)
         ));
@@ -641,6 +646,9 @@ fn media(outcome: &Outcome, style: Style) -> String {
     text.push_str(&columns.loss("Packet Loss", |loss| maybe(loss.residual, percent)));
     text.push_str(&columns.loss("  missing on arrival", |loss| maybe(loss.network, percent)));
     text.push_str(&columns.loss("  repaired", |loss| maybe(loss.repaired, percent)));
+    if outcome.totals.record.audio.packets_received_red > 0 {
+        text.push_str(&columns.loss("  recovered (RED)", |loss| maybe(loss.recovered, percent)));
+    }
     text.push_str(&columns.ratio(
         "Packet Retransmission",
         |m| m.rtx_received,

@@ -346,9 +346,10 @@ impl SessionBook {
 
     /// Why most of those have gone who are: `: the server ended the session: room_deleted (5 participants)`.
     fn why_gone(&self) -> String {
-        let gone = self.failures.iter().filter_map(|(reason, count)| {
-            Some((*count, reason.strip_prefix("disconnected: ")?))
-        });
+        let gone = self
+            .failures
+            .iter()
+            .filter_map(|(reason, count)| Some((*count, reason.strip_prefix("disconnected: ")?)));
         gone.max().map_or_else(String::new, |(count, reason)| {
             format!(": {reason} ({})", words::count(count, "participant"))
         })
@@ -420,6 +421,7 @@ impl<'a> Test<'a> {
             fingerprint: identity.fingerprint(),
             media: Media {
                 audio: clips.audio,
+                audio_redundancy: plan.scenario.media.audio.redundancy,
                 video: clips.video,
                 taking_turns: clips.silence.map(|silence| TakingTurns {
                     seed: plan.scenario.seed,

@@ -37,7 +37,10 @@ impl Presence {
         let index = participant.index;
         self.due.insert(index);
         self.book.intend(index, at, Intent::Join);
-        for kind in KINDS.into_iter().filter(|kind| participant.publishes(*kind)) {
+        for kind in KINDS
+            .into_iter()
+            .filter(|kind| participant.publishes(*kind))
+        {
             self.book.intend(index, at, Intent::Publish(kind));
         }
     }
@@ -76,7 +79,11 @@ impl Presence {
     /// The server has taken one track out of the room.
     pub fn note_track_lost(&mut self, index: u32, kind: Kind, at: Time) {
         if self.sends(index, kind, at) {
-            let name = if kind == Kind::Audio { "audio" } else { "video" };
+            let name = if kind == Kind::Audio {
+                "audio"
+            } else {
+                "video"
+            };
             let story = format!("lost its {name} track: the server unpublished it");
             self.add(index, at, story);
         }
@@ -107,7 +114,9 @@ impl Presence {
     /// Sources that were gone at that time, though they ought to have been there.
     fn gone_at(&self, at: Time) -> impl Iterator<Item = &GoneSource> {
         let is_gone = move |gone: &&GoneSource| {
-            gone.at < at && gone.back_at.is_none_or(|back| back > at) && self.book.is_due(gone.index, at)
+            gone.at < at
+                && gone.back_at.is_none_or(|back| back > at)
+                && self.book.is_due(gone.index, at)
         };
         self.gone.iter().filter(is_gone)
     }
@@ -181,7 +190,9 @@ mod tests {
     }
 
     fn told(presence: &Presence, until: u64) -> Vec<String> {
-        presence.complaints(at(until), at(until), "the plan", |index| format!("p-{index}"))
+        presence.complaints(at(until), at(until), "the plan", |index| {
+            format!("p-{index}")
+        })
     }
 
     #[test]
@@ -234,9 +245,6 @@ mod tests {
         }
         let told = told(&presence, 2);
         assert_eq!(told.len(), 1 + NAMED_MAX);
-        assert_eq!(
-            told[NAMED_MAX],
-            "7 publishers more were gone, too"
-        );
+        assert_eq!(told[NAMED_MAX], "7 publishers more were gone, too");
     }
 }

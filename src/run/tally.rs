@@ -98,9 +98,7 @@ impl Survey {
 
     /// Those who are `due`.
     fn of<'a>(&'a self, due: &'a BTreeSet<u32>) -> impl Iterator<Item = (&'a u32, &'a Fare)> {
-        self.fares
-            .iter()
-            .filter(|(index, _)| due.contains(index))
+        self.fares.iter().filter(|(index, _)| due.contains(index))
     }
 
     /// Freezes of audio and of video, of those who are `due`.
@@ -445,7 +443,12 @@ mod tests {
     /// Ten stay of twenty, who froze `before` times each in the ten seconds before and `during` times in the twenty seconds in which the others left.
     fn complaints(before: u64, during: u64, lost: &[u32]) -> Vec<String> {
         let (start, end) = (survey(20, 1, 0, 0, 0), survey(20, 1 + before, 0, 0, 0));
-        let stay = Stay::begin((0..10).collect(), Time::from_millis(30_000), [&start, &end, &end], 10.0);
+        let stay = Stay::begin(
+            (0..10).collect(),
+            Time::from_millis(30_000),
+            [&start, &end, &end],
+            10.0,
+        );
         let after = survey(20, 1 + before + during, 0, 0, 0);
         stay.complaints(
             &lost.iter().copied().collect(),

@@ -2,7 +2,7 @@
 //!
 //! Allocated once. Payloads lie one behind the other in a ring of bytes; which packet is where is found by its number.
 
-use crate::transport::rtp::vp8::Descriptor;
+use crate::codec::vp8::Vp8Descriptor;
 use crate::units::Time;
 
 /// What a packet holds, beyond its payload.
@@ -11,10 +11,13 @@ pub enum Content {
     Audio {
         /// The value of RFC 6464's extension, V bit included.
         level: Option<u8>,
+        /// Where the Opus packet begins: behind RED's headers and redundant blocks. 0: it comes by
+        /// itself.
+        primary_at: u16,
     },
-    Video {
+    Vp8 {
         /// Its picture id, if it has one, is unwrapped to 15 bits.
-        descriptor: Descriptor,
+        descriptor: Vp8Descriptor,
         /// Bytes of the descriptor at the payload's front.
         descriptor_len: u8,
         starts_key_frame: bool,
@@ -138,6 +141,7 @@ mod tests {
             marker: ext.is_multiple_of(2),
             content: Content::Audio {
                 level: Some(ext as u8),
+                primary_at: 0,
             },
             payload,
         }

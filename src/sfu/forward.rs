@@ -15,12 +15,16 @@ use super::ingest::{Format, Ingest};
 use super::select;
 use super::statistics::{RouterStatistics, SubscriptionStatistics};
 use super::{Outgoing, Selection, SendMode, SubscriptionId, SubscriptionParameters};
+use crate::codec::vp8::{PictureId, Vp8Descriptor};
+use crate::codec::{Codec, red};
 use crate::measure::Kind;
 use crate::net;
 use crate::seeded::{mixed, scatter};
 use crate::transport::rtcp::{ReportBlock, SenderInfo};
-use crate::transport::rtp::vp8::{Descriptor, PictureId};
-use crate::transport::rtp::{ExtensionSlot, HeaderTemplate, TemplateError, write_rtx_osn};
+use crate::transport::rtp::{
+    ExtensionSlot, HeaderTemplate, TemplateError, check_payload_type, set_payload_type,
+    write_rtx_osn,
+};
 use crate::transport::sdp::Extension;
 use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
@@ -343,11 +347,13 @@ impl EndedStreams {
 /// What one packet is made of, before it is written.
 struct Parts<'a> {
     /// As the subscriber gets it, and as it is written.
-    sent: Option<Descriptor>,
-    descriptor: [u8; Descriptor::MAX_LEN],
+    sent: Option<Vp8Descriptor>,
+    descriptor: [u8; Vp8Descriptor::MAX_LEN],
     descriptor_len: usize,
     payload: &'a [u8],
     level: Option<u8>,
+    /// The payload is RED's, and leaves under this payload type.
+    red_payload_type: Option<u8>,
 }
 
 /// What every packet needs comes first, on as few cache lines as can be: thousands of subscriptions take their turns ([`Subscription::prefetch`]).
@@ -355,7 +361,9 @@ struct Parts<'a> {
 pub struct Subscription {
     header: HeaderTemplate<HEADER_LEN>,
     leveled_header: Option<(HeaderTemplate<LEVELED_HEADER_LEN>, ExtensionSlot)>,
-    kind: Kind,
+    codec: Codec,
+    /// The subscriber takes RED, under this payload type.
+    red_payload_type: Option<u8>,
     selection: Selection,
     /// The layer that goes out.
     current: Option<u8>,
@@ -401,20 +409,21 @@ impl Subscription {
         id: SubscriptionId,
         transport: u32,
         track: u32,
-        kind: Kind,
+        codec: Codec,
         parameters: &SubscriptionParameters,
         seed: u64,
         ended: &EndedStreams,
     ) -> Result<Subscription, TemplateError> {
-        let header = HeaderTemplate::with_room(parameters.payload_type, parameters.ssrc)?;
+        let kind = codec.kind();
+        let payload_type = parameters.payloads.plain_payload_type();
+        let header = HeaderTemplate::with_room(payload_type, parameters.ssrc)?;
         let level_id = parameters
             .extensions
             .id(Extension::AudioLevel)
             .filter(|_| kind == Kind::Audio);
         let leveled_header = level_id
             .map(|id| {
-                let mut header =
-                    HeaderTemplate::with_room(parameters.payload_type, parameters.ssrc)?;
+                let mut header = HeaderTemplate::with_room(payload_type, parameters.ssrc)?;
                 let slot = header.push_extension(id, &[0])?;
                 Ok((header, slot))
             })
@@ -439,7 +448,11 @@ impl Subscription {
             id,
             transport,
             track,
-            kind,
+            codec,
+            red_payload_type: Some(parameters.payloads)
+                .filter(|payloads| payloads.codec == Codec::Red)
+                .map(|payloads| check_payload_type(payloads.payload_type))
+                .transpose()?,
             header,
             leveled_header,
             rtx_ssrc: rtx.as_ref().map(|rtx| rtx.header.ssrc()),
@@ -514,13 +527,13 @@ impl Subscription {
         // Where no layer is being sent, the one that was sent may yet go on.
         self.target = chosen.or(self.current);
         self.wants_key_frame =
-            self.kind == Kind::Video && self.target.is_some() && self.target != self.current;
+            !self.codec.begins_anywhere() && self.target.is_some() && self.target != self.current;
         self.key_frame_layer()
     }
 
     /// The subscriber asks for a key frame, or has just come up. Returns the layer that it needs one of.
     pub fn request_key_frame(&mut self) -> Option<u8> {
-        self.wants_key_frame = self.kind == Kind::Video && self.target.is_some();
+        self.wants_key_frame = !self.codec.begins_anywhere() && self.target.is_some();
         self.key_frame_layer()
     }
 
@@ -618,13 +631,13 @@ impl Subscription {
         }
         if self.current == Some(layer) && self.is_restart(layer, entry.ext) {
             self.current = None;
-            self.wants_key_frame = self.kind == Kind::Video;
+            self.wants_key_frame = !self.codec.begins_anywhere();
         }
         let starts_key_frame = starts_key_frame(entry);
         let is_recent = is_recent(&encodings[usize::from(layer)], entry, format);
         let may_begin = self.target == Some(layer)
             && is_recent
-            && (starts_key_frame || self.kind == Kind::Audio)
+            && (starts_key_frame || self.codec.begins_anywhere())
             && entry.content != Content::Empty;
         if self.current != Some(layer) && may_begin {
             self.begin(encodings, layer, entry, format);
@@ -666,7 +679,7 @@ impl Subscription {
             layer,
             ..Segment::default()
         };
-        if let Content::Video { descriptor, .. } = entry.content {
+        if let Content::Vp8 { descriptor, .. } = entry.content {
             let next = match self.last_picture {
                 Some(last) => LastPicture {
                     picture_id: last.picture_id.wrapping_add(1),
@@ -699,7 +712,7 @@ impl Subscription {
             return (mixed(self.origin) as u32).wrapping_sub(entry.rtp_time);
         };
         let ticks = |time: Duration| {
-            (time.as_nanos() * u128::from(format.clock_rate) / 1_000_000_000) as u32
+            (time.as_nanos() * u128::from(format.clock_rate()) / 1_000_000_000) as u32
         };
         let by_arrival = last
             .rtp_time
@@ -769,7 +782,7 @@ impl Subscription {
         burst: &mut Burst,
         wire: &mut Wire<'_, I>,
     ) {
-        let Some(parts) = parts(entry, payload, segment) else {
+        let Some(parts) = self.parts(entry, payload, segment) else {
             return;
         };
         let len = self.media_len(&parts);
@@ -798,7 +811,7 @@ impl Subscription {
         &mut self,
         entry: &Entry,
         segment: &Segment,
-        sent: Option<Descriptor>,
+        sent: Option<Vp8Descriptor>,
         out: u64,
         rtp_time: u32,
     ) {
@@ -827,6 +840,39 @@ impl Subscription {
                 });
             }
         }
+    }
+
+    /// What a subscriber without RED gets of its packets is the primary block alone, as LiveKit's do.
+    fn parts<'a>(&self, entry: &Entry, payload: &'a [u8], segment: &Segment) -> Option<Parts<'a>> {
+        let mut parts = Parts {
+            sent: None,
+            descriptor: [0; Vp8Descriptor::MAX_LEN],
+            descriptor_len: 0,
+            payload,
+            level: None,
+            red_payload_type: None,
+        };
+        match entry.content {
+            Content::Audio { level, primary_at } => {
+                parts.level = level;
+                parts.red_payload_type = self.red_payload_type.filter(|_| primary_at > 0);
+                if parts.red_payload_type.is_none() {
+                    parts.payload = payload.get(usize::from(primary_at)..)?;
+                }
+            }
+            Content::Vp8 {
+                descriptor,
+                descriptor_len,
+                ..
+            } => {
+                let sent = rewritten(descriptor, segment);
+                parts.descriptor_len = sent.write(&mut parts.descriptor)?;
+                parts.sent = Some(sent);
+                parts.payload = payload.get(usize::from(descriptor_len)..)?;
+            }
+            Content::Empty => parts.payload = &[],
+        }
+        Some(parts)
     }
 
     /// Header and payload of a media packet, before it is sealed.
@@ -859,7 +905,13 @@ impl Subscription {
         if parts.is_filler() {
             buffer[0] |= PADDING_FLAG;
         }
-        parts.write(buffer.get_mut(header_len..)?)?;
+        let payload = buffer.get_mut(header_len..)?;
+        parts.write(payload)?;
+        if let Some(red) = parts.red_payload_type {
+            // The publisher's numbers for the blocks may be others.
+            red::set_payload_types(payload, self.header.payload_type());
+            set_payload_type(buffer, red);
+        }
         Some(header_len)
     }
 
@@ -920,7 +972,7 @@ impl Subscription {
         out: u64,
         wire: &mut Wire<'_, I>,
     ) -> Option<usize> {
-        let parts = parts(entry, payload, segment)?;
+        let parts = self.parts(entry, payload, segment)?;
         let rtp_time = entry.rtp_time.wrapping_add(segment.rtp_offset);
         let buffer = wire.io.lend();
         let (header_len, len, index) = match self.rtx.as_mut().filter(|_| !parts.is_filler()) {
@@ -965,7 +1017,7 @@ impl Subscription {
             ssrc: self.ssrc(),
             ntp,
             rtp_time: clock
-                .rtp_time_at(publisher_ntp, format.clock_rate)
+                .rtp_time_at(publisher_ntp, format.clock_rate())
                 .wrapping_add(segment.rtp_offset),
             packets: self.packets as u32,
             octets: self.octets,
@@ -1001,7 +1053,7 @@ enum Admission {
 fn starts_key_frame(entry: &Entry) -> bool {
     matches!(
         entry.content,
-        Content::Video {
+        Content::Vp8 {
             starts_key_frame: true,
             ..
         }
@@ -1014,9 +1066,9 @@ fn is_recent(encoding: &Ingest, entry: &Entry, format: &Format) -> bool {
         return true;
     };
     let behind = newest.rtp_time.wrapping_sub(entry.rtp_time) as i32;
-    let limit = CATCH_UP_TIME_MAX.as_millis() as i64 * i64::from(format.clock_rate) / 1_000;
+    let limit = CATCH_UP_TIME_MAX.as_millis() as i64 * i64::from(format.clock_rate()) / 1_000;
     newest.ext.saturating_sub(entry.ext) <= CATCH_UP_MAX
-        && (format.kind == Kind::Audio || i64::from(behind) <= limit)
+        && (format.payloads.codec.begins_anywhere() || i64::from(behind) <= limit)
 }
 
 /// What to add to timestamps of layer `to` beyond what layer `from` has: both are stamps of one clock, by the sender reports of each.
@@ -1024,13 +1076,13 @@ fn offset_between(encodings: &[Ingest], from: u8, to: u8, format: &Format) -> Op
     let from = encodings.get(usize::from(from))?.clock()?;
     let to = encodings.get(usize::from(to))?.clock()?;
     Some(
-        from.rtp_time_at(to.ntp_nanos, format.clock_rate)
+        from.rtp_time_at(to.ntp_nanos, format.clock_rate())
             .wrapping_sub(to.rtp_time),
     )
 }
 
-fn rewritten(descriptor: Descriptor, segment: &Segment) -> Descriptor {
-    Descriptor {
+fn rewritten(descriptor: Vp8Descriptor, segment: &Segment) -> Vp8Descriptor {
+    Vp8Descriptor {
         picture_id: descriptor
             .picture_id
             .map(|id| PictureId::Long(id.value().wrapping_add(segment.picture_offset) & 0x7FFF)),
@@ -1042,31 +1094,6 @@ fn rewritten(descriptor: Descriptor, segment: &Segment) -> Descriptor {
             .map(|idx| idx.wrapping_add(segment.key_idx_offset) & 0x1F),
         ..descriptor
     }
-}
-
-fn parts<'a>(entry: &Entry, payload: &'a [u8], segment: &Segment) -> Option<Parts<'a>> {
-    let mut parts = Parts {
-        sent: None,
-        descriptor: [0; Descriptor::MAX_LEN],
-        descriptor_len: 0,
-        payload,
-        level: None,
-    };
-    match entry.content {
-        Content::Audio { level } => parts.level = level,
-        Content::Video {
-            descriptor,
-            descriptor_len,
-            ..
-        } => {
-            let sent = rewritten(descriptor, segment);
-            parts.descriptor_len = sent.write(&mut parts.descriptor)?;
-            parts.sent = Some(sent);
-            parts.payload = payload.get(usize::from(descriptor_len)..)?;
-        }
-        Content::Empty => parts.payload = &[],
-    }
-    Some(parts)
 }
 
 impl Parts<'_> {

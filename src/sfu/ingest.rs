@@ -5,9 +5,11 @@ use std::time::Duration;
 use super::cache::{Cache, Content, Entry, Packet};
 use super::select::Activity;
 use super::statistics::{EncodingStatistics, RouterStatistics};
+use crate::codec::red::RedPayload;
+use crate::codec::vp8::{PictureId, Vp8Descriptor};
+use crate::codec::{Codec, PayloadTypes};
 use crate::measure::Kind;
 use crate::transport::receive::{Arrival, NackPoll, ReceiveStream, ReportNumbers, RoundTrip};
-use crate::transport::rtp::vp8::{Descriptor, PictureId};
 use crate::transport::rtp::{Header, split_rtx};
 use crate::transport::sequence::{ReplayWindow, SeqExtender};
 use crate::transport::srtp::Opener;
@@ -28,9 +30,7 @@ const KEY_FRAME_INTERVAL_HIGH: Duration = Duration::from_secs(1);
 /// What the description says of all encodings of a track.
 #[derive(Clone, Copy, Debug)]
 pub struct Format {
-    pub kind: Kind,
-    pub clock_rate: u32,
-    pub payload_type: u8,
+    pub payloads: PayloadTypes,
     pub rtx_payload_type: Option<u8>,
     /// The id of RFC 6464's extension, where agreed.
     pub audio_level_id: Option<u8>,
@@ -146,14 +146,20 @@ pub struct Ingest {
     plis_sent: u64,
 }
 
+impl Format {
+    pub fn clock_rate(&self) -> u32 {
+        self.payloads.codec.clock_rate()
+    }
+}
+
 impl Ingest {
     /// `layer` counts from the lowest; `has_rtx` says that retransmissions have an SSRC of their own.
     pub fn new(format: &Format, layer: usize, has_rtx: bool) -> Ingest {
-        let (packets, bytes) = match format.kind {
+        let (packets, bytes) = match format.payloads.codec.kind() {
             Kind::Audio => (AUDIO_PACKETS, AUDIO_BYTES),
             Kind::Video => (VIDEO_PACKETS, VIDEO_BYTES),
         };
-        let mut receive = ReceiveStream::new(format.clock_rate);
+        let mut receive = ReceiveStream::new(format.clock_rate());
         receive.set_rtx(has_rtx);
         Ingest {
             activity: Activity::default(),
@@ -245,7 +251,7 @@ impl Ingest {
     /// The publisher has given this encoding another SSRC.
     fn follow(&mut self, source: Source, format: &Format) {
         self.media = source;
-        self.receive = ReceiveStream::new(format.clock_rate);
+        self.receive = ReceiveStream::new(format.clock_rate());
         self.receive.set_rtx(self.has_rtx);
         // Whole cycles, of which a receive stream leaves its first one free.
         self.ext_base = self.highest.map_or(0, |highest| highest >> 16 << 16);
@@ -271,11 +277,15 @@ impl Ingest {
             Arrival::Duplicate => return Err(Refused::Duplicate),
             Arrival::TooOld => return Err(Refused::TooOld),
         }
-        let agreed = repaired || header.payload_type == format.payload_type;
-        let content = match format.kind {
+        let agreed = repaired || format.payloads.names(header.payload_type);
+        let content = match format.payloads.codec_of(header.payload_type) {
             _ if payload.is_empty() || !agreed => Content::Empty,
-            Kind::Audio => self.audio(header, packet, format),
-            Kind::Video => self.video(payload),
+            Codec::Vp8 => self.vp8(payload),
+            Codec::Opus => self.audio(header, packet, 0, format),
+            Codec::Red => match RedPayload::parse(payload) {
+                Some(red) => self.audio(header, packet, red.primary_at() as u16, format),
+                None => Content::Empty,
+            },
         };
         let bytes = (header.header_len + payload.len()) as u64;
         self.bytes += bytes;
@@ -300,17 +310,23 @@ impl Ingest {
         Ok(Taken::Media { ext })
     }
 
-    fn audio(&mut self, header: &Header, packet: &[u8], format: &Format) -> Content {
+    fn audio(
+        &mut self,
+        header: &Header,
+        packet: &[u8],
+        primary_at: u16,
+        format: &Format,
+    ) -> Content {
         let level = format
             .audio_level_id
             .and_then(|id| header.extension(packet, id)?.first().copied());
         self.last_level = level;
-        Content::Audio { level }
+        Content::Audio { level, primary_at }
     }
 
     /// What is no VP8 payload cannot be forwarded: no receiver could read it.
-    fn video(&mut self, payload: &[u8]) -> Content {
-        let Some((mut descriptor, len)) = Descriptor::parse(payload) else {
+    fn vp8(&mut self, payload: &[u8]) -> Content {
+        let Some((mut descriptor, len)) = Vp8Descriptor::parse(payload) else {
             return Content::Empty;
         };
         let starts_key_frame = payload
@@ -322,7 +338,7 @@ impl Ingest {
         if starts_key_frame {
             self.key_frames += 1;
         }
-        Content::Video {
+        Content::Vp8 {
             descriptor,
             descriptor_len: len as u8,
             starts_key_frame,

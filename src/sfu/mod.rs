@@ -26,7 +26,7 @@ pub mod worker;
 
 use std::net::SocketAddr;
 
-use crate::measure::Kind;
+use crate::codec::PayloadTypes;
 use crate::transport::peer::{IceCredentials, PeerFailure};
 use crate::transport::sdp::{ExtensionIds, Fingerprint};
 use crate::units::Time;
@@ -131,11 +131,9 @@ pub struct TransportParameters {
 /// What a publisher's description and its AddTrack say of one track.
 #[derive(Clone, Debug)]
 pub struct TrackParameters {
-    pub kind: Kind,
+    pub payloads: PayloadTypes,
     pub mid: Box<str>,
-    pub payload_type: u8,
     pub rtx_payload_type: Option<u8>,
-    pub clock_rate: u32,
     /// The extensions of its section that the answer accepts.
     pub extensions: ExtensionIds,
     /// `nack` was agreed.
@@ -161,7 +159,7 @@ pub enum Encodings {
 pub struct SubscriptionParameters {
     pub ssrc: u32,
     pub rtx_ssrc: Option<u32>,
-    pub payload_type: u8,
+    pub payloads: PayloadTypes,
     pub rtx_payload_type: Option<u8>,
     pub extensions: ExtensionIds,
     pub selection: Selection,

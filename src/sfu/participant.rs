@@ -54,7 +54,6 @@ pub(super) struct PendingTrack {
 /// One track on its way to this participant.
 pub(super) struct Subscription {
     pub id: SubscriptionId,
-    pub kind: Kind,
     pub sent: SentTrack,
     pub settings: Settings,
     /// Where in our offers, or in the client's (single connection).
@@ -117,7 +116,9 @@ impl Participant {
         let missing = |kind| {
             self.subscriptions
                 .values()
-                .filter(|subscription| subscription.section.is_none() && subscription.kind == kind)
+                .filter(|subscription| {
+                    subscription.section.is_none() && subscription.kind() == kind
+                })
                 .count()
         };
         let spare = |kind| self.answering.free_sections(kind).count();
@@ -136,12 +137,16 @@ impl Subscription {
         self.sent.rtx_ssrc = self.sent.rtx_ssrc.map(|_| rtx_ssrc);
     }
 
+    pub fn kind(&self) -> Kind {
+        self.sent.codec.kind()
+    }
+
     pub fn parameters(&self, media: AgreedMedia, selection: Selection) -> SubscriptionParameters {
         let rtx = self.sent.rtx_ssrc.zip(media.rtx_payload_type);
         SubscriptionParameters {
             ssrc: self.sent.ssrc,
             rtx_ssrc: rtx.map(|(ssrc, _)| ssrc),
-            payload_type: media.payload_type,
+            payloads: media.payloads,
             rtx_payload_type: rtx.map(|(_, payload_type)| payload_type),
             extensions: media.extensions,
             selection,
@@ -298,8 +303,8 @@ impl OfferingPeer {
     }
 
     /// Puts a track into the next offer; returns its section.
-    pub fn add(&mut self, kind: Kind, track: TrackId, sent: SentTrack) -> usize {
-        let section = self.offer.add(kind, sent);
+    pub fn add(&mut self, track: TrackId, sent: SentTrack) -> usize {
+        let section = self.offer.add(sent);
         self.tracks.insert(section, track);
         section
     }

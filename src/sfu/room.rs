@@ -23,11 +23,12 @@ use super::shared::{
 };
 use super::track::{Dynacast, Loudness, Settings, Track, quality_update};
 use super::{Encodings, MediaCommand, TrackId, TrackParameters, TransportId, wire};
+use crate::codec::{Codec, PayloadTypes};
 use crate::measure::Kind;
 use crate::transport::sdp::serve::{
     AgreedMedia, ClientSection, SectionUse, SentTrack, write_answer,
 };
-use crate::transport::sdp::{Extension, Feedback, SdpError, Setup};
+use crate::transport::sdp::{Extension, RtcpFeedback, SdpError, Setup};
 use crate::units::Time;
 
 /// Changes of participants who publish nothing are told together, this often (LiveKit's `subscriberUpdateInterval`).
@@ -194,7 +195,7 @@ impl Room {
     pub fn count(&self, statistics: &mut LobbyStatistics) {
         statistics.participants += self.participants.len();
         for track in self.tracks.values() {
-            let (published, subscribed) = match track.kind {
+            let (published, subscribed) = match track.kind() {
                 Kind::Audio => (
                     &mut statistics.published_audio,
                     &mut statistics.subscribed_audio,
@@ -898,14 +899,23 @@ impl Room {
     ) -> Option<TrackId> {
         let participant = self.participants.get_mut(&session)?;
         let section = participant.answering.descriptions.section(index)?;
-        let kind = section.kind?;
+        let payloads = section.payloads?;
+        let kind = payloads.codec.kind();
         let mut info = take_pending(&mut participant.pending, kind, &section.track_id)?;
+        let payloads = if info.disable_red {
+            payloads.plain()
+        } else {
+            payloads
+        };
+        let codec = payloads.codec;
+        info.mime_type = codec.mime().to_owned();
         info.mid = section.mid.to_string();
         info.simulcast = section.rids.len() > 1;
-        for codec in &mut info.codecs {
-            codec.mid.clone_from(&info.mid);
-            if codec.cid != *section.track_id {
-                codec.sdp_cid = section.track_id.to_string();
+        for sent in &mut info.codecs {
+            sent.mime_type.clone_from(&info.mime_type);
+            sent.mid.clone_from(&info.mid);
+            if sent.cid != *section.track_id {
+                sent.sdp_cid = section.track_id.to_string();
             }
         }
         let id = shared.ids.track();
@@ -913,7 +923,7 @@ impl Room {
         let command = MediaCommand::AddTrack {
             transport: participant.answering.transport,
             track: id,
-            parameters: Box::new(track_parameters(kind, section)),
+            parameters: Box::new(track_parameters(payloads, section)),
         };
         shared.command(self.router, command);
         shared.tracks.insert(id, self.id);
@@ -927,7 +937,7 @@ impl Room {
         let track = Track {
             id,
             publisher: session,
-            kind,
+            codec,
             info,
             layers,
             subscribers: BTreeSet::new(),
@@ -1011,7 +1021,7 @@ impl Room {
         let Some(track) = self
             .tracks
             .get_mut(&id)
-            .filter(|track| track.kind == Kind::Video)
+            .filter(|track| track.kind() == Kind::Video)
         else {
             return;
         };
@@ -1077,17 +1087,17 @@ impl Room {
             stream_id: format!("{publisher}|{}", track.info.sid),
             track_id: track.info.sid.clone(),
             ssrc,
-            rtx_ssrc: (track.kind == Kind::Video).then_some(rtx_ssrc),
+            rtx_ssrc: track.codec.has_rtx().then_some(rtx_ssrc),
+            codec: track.codec,
         };
         let section = participant
             .offering
             .as_mut()
-            .map(|peer| peer.add(track.kind, id, sent.clone()));
+            .map(|peer| peer.add(id, sent.clone()));
         participant.subscriptions.insert(
             id,
             Subscription {
                 id: subscription,
-                kind: track.kind,
                 sent,
                 settings: Settings::initial(participant.adaptive_stream),
                 section,
@@ -1509,7 +1519,7 @@ impl Room {
             .iter_mut()
             .filter(|(_, subscription)| subscription.section.is_none())
         {
-            let free = match subscription.kind {
+            let free = match subscription.kind() {
                 Kind::Audio => audio.pop(),
                 Kind::Video => video.pop(),
             };
@@ -1546,6 +1556,7 @@ impl Room {
             match (received, sent) {
                 (Some(track), _) => SectionUse::Receive {
                     dtx: !track.info.disable_dtx,
+                    red: track.codec == Codec::Red,
                 },
                 (None, Some(subscription)) => SectionUse::Send(&subscription.sent),
                 (None, None) => SectionUse::Idle,
@@ -1607,10 +1618,9 @@ fn kind_of(track_type: proto::TrackType) -> Option<Kind> {
 
 /// What others will be told of a track that was announced.
 fn track_info(sid: String, request: proto::AddTrackRequest) -> proto::TrackInfo {
-    let mime_type = match request.r#type() {
-        proto::TrackType::Video => "video/VP8",
-        _ => "audio/opus",
-    };
+    // Until its description says more.
+    let kind = kind_of(request.r#type()).unwrap_or(Kind::Audio);
+    let mime_type = Codec::default_of(kind).mime();
     let layers: Vec<proto::VideoLayer> = request
         .layers
         .into_iter()
@@ -1667,7 +1677,7 @@ fn take_pending(
     Some(pending.remove(index).info)
 }
 
-fn track_parameters(kind: Kind, section: &ClientSection) -> TrackParameters {
+fn track_parameters(payloads: PayloadTypes, section: &ClientSection) -> TrackParameters {
     let encodings = match (section.rids.as_slice(), section.ssrc) {
         ([], Some(ssrc)) => Encodings::Ssrc {
             ssrc,
@@ -1677,14 +1687,12 @@ fn track_parameters(kind: Kind, section: &ClientSection) -> TrackParameters {
         (rids, _) => Encodings::Rids(rids.to_vec()),
     };
     TrackParameters {
-        kind,
+        payloads,
         mid: section.mid.clone(),
-        payload_type: section.payload_type,
         rtx_payload_type: section.rtx_payload_type,
-        clock_rate: section.clock_rate,
         extensions: section.extensions,
-        nack: section.feedback.contains(Feedback::Nack),
-        transport_cc: section.feedback.contains(Feedback::TransportCc)
+        nack: section.feedback.contains(RtcpFeedback::Nack),
+        transport_cc: section.feedback.contains(RtcpFeedback::TransportCc)
             && section.extensions.id(Extension::TransportCc).is_some(),
         encodings,
     }

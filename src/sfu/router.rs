@@ -602,22 +602,17 @@ impl Router {
             Encodings::Rids(rids) => rids.len(),
             Encodings::Ssrc { .. } | Encodings::Mid => 1,
         };
-        if self.track_slots.contains_key(&id)
-            || parameters.clock_rate == 0
-            || !(1..=usize::from(u8::MAX)).contains(&layers)
-        {
+        if self.track_slots.contains_key(&id) || !(1..=usize::from(u8::MAX)).contains(&layers) {
             return None;
         }
         let owner = self.transports.get_mut(slot)?;
         let format = Format {
-            kind: parameters.kind,
-            clock_rate: parameters.clock_rate,
-            payload_type: parameters.payload_type,
+            payloads: parameters.payloads,
             rtx_payload_type: parameters.rtx_payload_type,
             audio_level_id: parameters
                 .extensions
                 .id(Extension::AudioLevel)
-                .filter(|_| parameters.kind == Kind::Audio),
+                .filter(|_| parameters.payloads.codec.kind() == Kind::Audio),
         };
         let has_rtx = match parameters.encodings {
             Encodings::Ssrc { rtx_ssrc, .. } => rtx_ssrc.is_some(),
@@ -717,7 +712,7 @@ impl Router {
             id,
             transport_slot,
             track_slot,
-            track.format.kind,
+            track.format.payloads.codec,
             parameters,
             seed,
             &transport.ended,
@@ -857,9 +852,7 @@ impl Router {
         let last = encoding
             .zip(self.run.packets.last())
             .and_then(|(encoding, ext)| encoding.find(*ext));
-        last.is_some_and(|(entry, _)| {
-            !entry.marker && matches!(entry.content, Content::Video { .. })
-        })
+        last.is_some_and(|(entry, _)| !entry.marker && matches!(entry.content, Content::Vp8 { .. }))
     }
 
     /// A datagram that the edge could not take whole.
@@ -1843,6 +1836,7 @@ fn send_compound(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::{Codec, PayloadTypes};
     use crate::sfu::Selection;
     use crate::transport::sdp::Fingerprint;
 
@@ -1890,11 +1884,9 @@ mod tests {
             );
         }
         let parameters = TrackParameters {
-            kind: Kind::Audio,
+            payloads: PayloadTypes::of(Codec::Opus, 111),
             mid: "0".into(),
-            payload_type: 111,
             rtx_payload_type: None,
-            clock_rate: 48_000,
             extensions: ExtensionIds::default(),
             nack: true,
             transport_cc: false,
@@ -1920,7 +1912,7 @@ mod tests {
             let parameters = SubscriptionParameters {
                 ssrc: 2 * id + 1,
                 rtx_ssrc: Some(2 * id + 2),
-                payload_type: 111,
+                payloads: PayloadTypes::of(Codec::Opus, 111),
                 rtx_payload_type: Some(112),
                 extensions: ExtensionIds::default(),
                 selection: Selection {

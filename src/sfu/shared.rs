@@ -8,6 +8,7 @@ use livekit_protocol as proto;
 use livekit_protocol::signal_response::Message;
 
 use super::{MediaCommand, SubscriptionId, TrackId, TransportId, wire};
+use crate::codec::Codec;
 use crate::secrets::Secrets;
 use crate::seeded::Seeded;
 use crate::transport::peer::IceCredentials;
@@ -284,6 +285,8 @@ pub(super) fn join_response(
         mime: mime.to_owned(),
         ..Default::default()
     };
+    let codecs = Codec::ALL.map(Codec::mime);
+    let codecs = codecs.iter().chain(&["video/rtx"]);
     let fast_publish = participant
         .permission
         .as_ref()
@@ -297,7 +300,7 @@ pub(super) fn join_response(
         subscriber_primary,
         ping_interval: PING_INTERVAL_SECONDS,
         ping_timeout: PING_TIMEOUT_SECONDS,
-        enabled_publish_codecs: vec![codec("audio/opus"), codec("video/VP8"), codec("video/rtx")],
+        enabled_publish_codecs: codecs.map(|mime| codec(mime)).collect(),
         fast_publish,
         ..Default::default()
     }

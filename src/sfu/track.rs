@@ -10,6 +10,7 @@ use livekit_protocol as proto;
 
 use super::shared::SessionId;
 use super::{Selection, TrackId};
+use crate::codec::Codec;
 use crate::measure::Kind;
 use crate::units::Time;
 
@@ -31,7 +32,7 @@ const LEVEL_STEPS: f64 = 8.0;
 pub(super) struct Track {
     pub id: TrackId,
     pub publisher: SessionId,
-    pub kind: Kind,
+    pub codec: Codec,
     /// What others are told of it.
     pub info: proto::TrackInfo,
     /// Encodings of different size; 1 without simulcast.
@@ -44,11 +45,15 @@ pub(super) struct Track {
 }
 
 impl Track {
+    pub fn kind(&self) -> Kind {
+        self.codec.kind()
+    }
+
     /// What a subscriber with these settings gets.
     pub fn selection(&self, settings: &Settings) -> Selection {
         Selection {
             enabled: !settings.disabled && !self.info.muted,
-            layer: match self.kind {
+            layer: match self.kind() {
                 Kind::Audio => 0,
                 Kind::Video => self.layer(self.quality(settings)),
             },
@@ -57,7 +62,7 @@ impl Track {
 
     /// The quality that these settings keep alive at the publisher, counted from 1; 0: none. The publisher's own muting is no reason to stop its layers.
     pub fn wish(&self, settings: &Settings) -> u8 {
-        match self.kind {
+        match self.kind() {
             Kind::Video if !settings.disabled && self.layers > 1 => self.quality(settings) + 1,
             Kind::Video if !settings.disabled => Dynacast::HIGHEST,
             _ => 0,
@@ -249,7 +254,7 @@ pub(super) fn quality_update(track: &Track, highest: u8) -> proto::SubscribedQua
         // For clients from before codecs were told apart.
         subscribed_qualities: qualities.clone(),
         subscribed_codecs: vec![proto::SubscribedCodec {
-            codec: "vp8".into(),
+            codec: track.codec.name().into(),
             qualities,
         }],
     }
@@ -285,7 +290,7 @@ mod tests {
         Track {
             id: TrackId(1),
             publisher: SessionId(1),
-            kind: Kind::Video,
+            codec: Codec::Vp8,
             info: proto::TrackInfo {
                 width: 1280,
                 height: 720,

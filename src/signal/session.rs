@@ -884,7 +884,7 @@ impl Session {
         let announced_at = self.context.epoch.now();
         let mut streams: Vec<StreamParameters> = Vec::new();
         for track in added {
-            if track.kind == Kind::Video {
+            if track.kind() == Kind::Video {
                 self.viewer.add(track);
             }
             streams.push(stream_parameters(track, announced_at));

@@ -420,6 +420,12 @@ impl ReceiveStream {
         ext_seq >= self.base && self.highest < ext_seq + WINDOW
     }
 
+    /// Whether this packet is missing by now, between others that came: neither the original
+    /// nor a resend of it is here. `ext_seq` is unwrapped.
+    pub fn is_missing(&self, ext_seq: u64) -> bool {
+        ext_seq < self.highest && self.remembers(ext_seq) && !self.state(ext_seq).0
+    }
+
     /// How many packets after `before` and ahead of `after`, both unwrapped, did not come by themselves: missing, or only resent. `None` where it is
     /// not known any more.
     pub fn holes_between(&self, before: u64, after: u64) -> Option<u64> {

@@ -30,6 +30,8 @@ pub struct FrameRecord {
     pub picture_id: u16,
     /// The key frame of `media`, not its inter frame. On audio: begins a talkspurt.
     pub key: bool,
+    /// How many earlier packets it repeats (RED). Never changes: a packet that is sent again is the same to the last byte.
+    pub redundant: u8,
 }
 
 /// The frames sent last, in sending order. Sequence numbers between frames (padding) are allowed and belong to none.

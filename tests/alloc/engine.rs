@@ -11,7 +11,7 @@ use crate::common::link::Conditions;
 use crate::common::pair::{Pair, audio, layers, video};
 use crate::common::switcher::{Downlink, World};
 use throng::cli;
-use throng::engine::publisher::Pacing;
+use throng::engine::publisher::{Pacing, Redundancy, SendParameters};
 use throng::engine::{Command, VIDEO_TRACK};
 use throng::recording::Recording;
 
@@ -61,6 +61,37 @@ fn steady_media_allocates_nothing() {
     assert!(sender.audio.frames_sent > 500 && receiver.video.frames_delivered > 150);
     assert_eq!(of_media, 0);
     assert!(of_ice < 500, "{of_ice}");
+}
+
+#[test]
+fn audio_with_redundancy_allocates_nothing_sent_recovered_or_repaired() {
+    let mut pair = Pair::connected(6);
+    pair.set_conditions(Conditions {
+        loss: 0.1,
+        delay: Duration::from_millis(20),
+        jitter: Duration::from_millis(25),
+        ..Conditions::default()
+    });
+    pair.publish_tracks(vec![SendParameters {
+        redundancy: Some(Redundancy {
+            payload_type: 63,
+            distance: 2,
+        }),
+        ..pair.track(&audio(), 0, Pacing::Paced)
+    }]);
+    pair.run_for(Duration::from_secs(2));
+    let mut of_media = 0;
+    for _ in 0..10_000 {
+        ALLOCATIONS.set(0);
+        let ice_before = pair.ice_datagrams;
+        pair.tick();
+        if pair.ice_datagrams == ice_before {
+            of_media += ALLOCATIONS.get();
+        }
+    }
+    let [sender, receiver] = pair.finish();
+    assert!(receiver.audio.packets_received_red > 500 && sender.audio.rtx_sent > 10);
+    assert_eq!(of_media, 0);
 }
 
 #[test]

@@ -40,6 +40,7 @@ replayed! {
     what_a_server_may_say: "signal",
     tokens_and_join_requests_of_strangers: "access",
     frame_identities: "identity",
+    redundant_audio: "red",
     vp8_descriptors: "vp8",
     vp8_packets_in_any_order: "assembler",
     received_streams: "receive",

@@ -4,8 +4,8 @@ use std::hint::black_box;
 
 use crate::common::counting::ALLOCATIONS;
 use crate::common::link::under_test;
+use throng::codec::vp8::{PictureId, Vp8Descriptor};
 use throng::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, Writer, packets};
-use throng::transport::rtp::vp8::{Descriptor, PictureId};
 use throng::transport::rtp::{Header, HeaderTemplate, classify, split_rtx, write_rtx_osn};
 use throng::transport::sequence::{ReplayWindow, Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Profile, session};
@@ -122,15 +122,15 @@ fn payload_descriptors_and_retransmissions_allocate_nothing() {
         for id in 0..1_000 {
             let mut payload = [0; 32];
             let osn_len = write_rtx_osn(&mut payload, Seq(id)).unwrap();
-            let descriptor = Descriptor {
+            let descriptor = Vp8Descriptor {
                 start_of_partition: true,
                 picture_id: Some(PictureId::Long(id)),
-                ..Descriptor::default()
+                ..Vp8Descriptor::default()
             };
             let len = descriptor.write(&mut payload[osn_len..]).unwrap();
             let (osn, original) = split_rtx(&payload).unwrap();
             assert_eq!(
-                (osn, Descriptor::parse(original)),
+                (osn, Vp8Descriptor::parse(original)),
                 (Seq(id), Some((descriptor, len)))
             );
         }

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use throng::codec::vp8::{PictureId, Vp8Descriptor};
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::{MediaCommand, MediaEvent, SendMode, TransportId, TransportParameters};
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
 use throng::transport::rtcp::{Writer, packets};
-use throng::transport::rtp::vp8::{Descriptor, PictureId};
 use throng::transport::rtp::{Datagram as Class, Header, HeaderTemplate, classify};
 use throng::transport::sequence::{Seq, SeqExtender};
 use throng::units::{Epoch, Time};
@@ -35,8 +35,8 @@ pub struct Got {
 }
 
 impl Got {
-    pub fn vp8(&self) -> (Descriptor, &[u8]) {
-        let (descriptor, len) = Descriptor::parse(&self.payload).unwrap();
+    pub fn vp8(&self) -> (Vp8Descriptor, &[u8]) {
+        let (descriptor, len) = Vp8Descriptor::parse(&self.payload).unwrap();
         (descriptor, &self.payload[len..])
     }
 

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
+use throng::codec::{Codec, PayloadTypes};
 use throng::measure::Kind;
 use throng::net;
 use throng::sfu::bottleneck::Limit;
@@ -173,11 +174,9 @@ impl Loopback {
             transport: TransportId(0),
             track: TrackId(0),
             parameters: Box::new(TrackParameters {
-                kind,
+                payloads: PayloadTypes::of(Codec::default_of(kind), 96),
                 mid: "0".into(),
-                payload_type: 96,
                 rtx_payload_type: None,
-                clock_rate: 48_000,
                 extensions: ExtensionIds::default(),
                 nack: true,
                 transport_cc: false,
@@ -195,7 +194,7 @@ impl Loopback {
                 parameters: Box::new(SubscriptionParameters {
                     ssrc: 100 + subscriber,
                     rtx_ssrc: None,
-                    payload_type: 110,
+                    payloads: PayloadTypes::of(Codec::default_of(kind), 110),
                     rtx_payload_type: None,
                     extensions: ExtensionIds::default(),
                     selection: Selection {

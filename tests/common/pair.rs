@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use throng::codec::{Codec, PayloadTypes};
 use throng::engine::ShardConfig;
 use throng::engine::publisher::{Pacing, SendParameters, SimulcastLayer, Source};
 use throng::engine::shard::Shard;
@@ -106,6 +107,8 @@ pub struct Pair {
     connected: [bool; 2],
     /// What end 0's packets are to carry, for end 1's feedback; set before anything is published.
     pub transport_cc_extension: Option<u8>,
+    /// End 1 asks for what it misses.
+    pub nacks: bool,
     /// Hears every RTP datagram that is sent, and every one that arrives.
     pub on_sent: Box<dyn FnMut(&Datagram)>,
     pub on_arrived: Box<dyn FnMut(&Datagram)>,
@@ -152,6 +155,7 @@ impl Pair {
             addresses,
             connected: [false; 2],
             transport_cc_extension: None,
+            nacks: true,
             on_sent: Box::new(|_| {}),
             on_arrived: Box::new(|_| {}),
         };
@@ -233,15 +237,16 @@ impl Pair {
 
     pub fn publish_tracks(&mut self, tracks: Vec<SendParameters>) {
         let streams = tracks.iter().map(|track| StreamParameters {
-            kind: track.source.kind(),
+            payloads: match track.redundancy {
+                Some(redundancy) => PayloadTypes {
+                    wrapped: Some(track.payload_type),
+                    ..PayloadTypes::of(Codec::Red, redundancy.payload_type)
+                },
+                None => PayloadTypes::of(track.source.codec(), track.payload_type),
+            },
             ssrc: track.ssrc,
             rtx_ssrc: track.rtx_ssrc,
-            clock_rate: if track.source.kind() == Kind::Audio {
-                48_000
-            } else {
-                90_000
-            },
-            nack: true,
+            nack: self.nacks,
             transport_cc_extension: self.transport_cc_extension,
             abs_send_time_extension: None,
             announced_at: self.now,
@@ -272,6 +277,7 @@ impl Pair {
             rtx_ssrc,
             payload_type: 96 + track,
             rtx_payload_type: rtx_ssrc.map(|_| 100),
+            redundancy: None,
             transport_cc_extension: self.transport_cc_extension,
             audio_level_extension: (source.kind() == Kind::Audio).then_some(AUDIO_LEVEL_EXTENSION),
             simulcast: None,

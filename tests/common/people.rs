@@ -79,6 +79,7 @@ impl People {
             obey_bandwidth: false,
             media: Media {
                 audio: Some(audio()),
+                audio_redundancy: 0,
                 video: layers.to_vec(),
                 taking_turns: None,
                 pacing: Pacing::Paced,

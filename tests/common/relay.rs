@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use throng::engine::publisher::{Pacing, SendParameters, Source};
+use throng::codec::{Codec, PayloadTypes};
+use throng::engine::publisher::{Pacing, Redundancy, SendParameters, Source};
 use throng::engine::shard::Shard;
 use throng::engine::{Command, Event, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
 use throng::measure::{Kind, Record};
@@ -271,9 +272,28 @@ impl<W: Wire> Relay<W> {
 
     /// Client `client` publishes one source. Returns its track.
     pub fn publish(&mut self, client: usize, source: &Source, pacing: Pacing) -> TrackId {
-        let (index, clock_rate) = match source.kind() {
-            Kind::Audio => (0, 48_000),
-            Kind::Video => (1, 90_000),
+        self.publish_with(client, source, pacing, None)
+    }
+
+    /// The same, with redundancy.
+    pub fn publish_with(
+        &mut self,
+        client: usize,
+        source: &Source,
+        pacing: Pacing,
+        redundancy: Option<Redundancy>,
+    ) -> TrackId {
+        let index = match source.kind() {
+            Kind::Audio => 0,
+            Kind::Video => 1,
+        };
+        let payload_type = 96 + index as u8;
+        let payloads = match redundancy {
+            Some(redundancy) => PayloadTypes {
+                wrapped: Some(payload_type),
+                ..PayloadTypes::of(Codec::Red, redundancy.payload_type)
+            },
+            None => PayloadTypes::of(source.codec(), payload_type),
         };
         let track = TrackId(client as u32 * 10 + index);
         let ssrc = 0x1000_0000 + track.0 * 16;
@@ -282,11 +302,9 @@ impl<W: Wire> Relay<W> {
             transport: TransportId(client as u32),
             track,
             parameters: Box::new(TrackParameters {
-                kind: source.kind(),
+                payloads,
                 mid: index.to_string().into(),
-                payload_type: 96 + index as u8,
                 rtx_payload_type: rtx_ssrc.map(|_| 100),
-                clock_rate,
                 extensions: level_extension(source.kind()),
                 nack: true,
                 transport_cc: false,
@@ -306,8 +324,9 @@ impl<W: Wire> Relay<W> {
             source: source.clone(),
             ssrc,
             rtx_ssrc,
-            payload_type: 96 + index as u8,
+            payload_type,
             rtx_payload_type: rtx_ssrc.map(|_| 100),
+            redundancy,
             transport_cc_extension: None,
             audio_level_extension: (index == 0).then_some(AUDIO_LEVEL_ID),
             simulcast: None,
@@ -333,6 +352,18 @@ impl<W: Wire> Relay<W> {
         track: TrackId,
         kind: Kind,
     ) -> (SubscriptionId, u32, Option<u32>) {
+        let payloads = PayloadTypes::of(Codec::default_of(kind), 110);
+        self.subscribe_with(client, track, payloads)
+    }
+
+    /// The same, by a client that takes these payload types.
+    pub fn subscribe_with(
+        &mut self,
+        client: usize,
+        track: TrackId,
+        payloads: PayloadTypes,
+    ) -> (SubscriptionId, u32, Option<u32>) {
+        let kind = payloads.codec.kind();
         let subscription = SubscriptionId(client as u32 * 1_000 + track.0);
         let ssrc = 0x2000_0000 + subscription.0 * 16;
         let rtx_ssrc = (kind == Kind::Video).then_some(ssrc + 1);
@@ -343,17 +374,16 @@ impl<W: Wire> Relay<W> {
             parameters: Box::new(SubscriptionParameters {
                 ssrc,
                 rtx_ssrc,
-                payload_type: 110,
+                payloads,
                 rtx_payload_type: rtx_ssrc.map(|_| 111),
                 extensions: level_extension(kind),
                 selection: ALL,
             }),
         });
         let streams = vec![StreamParameters {
-            kind,
+            payloads,
             ssrc,
             rtx_ssrc,
-            clock_rate: if kind == Kind::Audio { 48_000 } else { 90_000 },
             nack: true,
             transport_cc_extension: None,
             abs_send_time_extension: None,

@@ -39,6 +39,7 @@ use rtc::sansio::Protocol;
 use rtc::shared::error::Error;
 use rtc::shared::{TaggedBytesMut, TransportContext, TransportProtocol};
 
+use throng::codec::Codec;
 use throng::engine::ShardConfig;
 use throng::engine::publisher::{Pacing, SendParameters, Source};
 use throng::engine::shard::Shard;
@@ -679,7 +680,8 @@ impl World {
                     source: source.clone(),
                     ssrc: [AUDIO_SSRC, VIDEO_SSRC][track],
                     rtx_ssrc: (track == 1).then_some(VIDEO_RTX_SSRC),
-                    payload_type: media.payload_type,
+                    payload_type: media.payloads.unwrap().plain_payload_type(),
+                    redundancy: None,
                     rtx_payload_type: media.rtx_payload_type,
                     transport_cc_extension: None,
                     audio_level_extension: media
@@ -821,7 +823,7 @@ pub fn rtc_address(key: usize) -> SocketAddr {
 
 fn publish_leg(end: &mut RtcEnd, local: &LocalTransport) -> Agreed {
     let track = |kind, ssrc, rtx_ssrc| LocalTrack {
-        kind,
+        codec: Codec::default_of(kind),
         cid: format!("track-{ssrc}"),
         stream_id: "stream".into(),
         ssrc,
@@ -851,10 +853,9 @@ fn subscribe_leg(end: &mut RtcEnd, local: &LocalTransport, rtx: bool) -> Agreed 
         .unwrap();
     end.take_answer(answered.sdp);
     let streams = answered.added.iter().map(|track| StreamParameters {
-        kind: track.kind,
+        payloads: track.payloads,
         ssrc: track.ssrc,
         rtx_ssrc: track.rtx_ssrc,
-        clock_rate: track.clock_rate,
         nack: true,
         transport_cc_extension: None,
         abs_send_time_extension: None,

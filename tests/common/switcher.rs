@@ -3,15 +3,16 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use throng::codec::vp8::Vp8Descriptor;
+use throng::codec::{Codec, PayloadTypes};
 use throng::engine::Roster;
 use throng::engine::publisher::{Pacing, SendParameters, SendTrack, Wire};
 use throng::engine::subscriber::{EVENTS_MAX, RecvStream, StreamContext};
 use throng::engine::{StreamParameters, VIDEO_TRACK};
-use throng::measure::{Kind, Record};
+use throng::measure::Record;
 use throng::media::assemble::FrameEvent;
 use throng::media::identity::FrameIdentity;
 use throng::transport::rtp::Header;
-use throng::transport::rtp::vp8::Descriptor;
 use throng::transport::sequence::{Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Opener, Profile, Sealer, session};
 use throng::units::{Epoch, Time};
@@ -103,6 +104,7 @@ impl World {
                 rtx_ssrc: None,
                 payload_type: 96,
                 rtx_payload_type: None,
+                redundancy: None,
                 transport_cc_extension: None,
                 audio_level_extension: None,
                 simulcast: None,
@@ -135,10 +137,9 @@ impl World {
             random: Random(seed),
             to_subscriber: direction(2),
             stream: RecvStream::new(StreamParameters {
-                kind: Kind::Video,
+                payloads: PayloadTypes::of(Codec::Vp8, 96),
                 ssrc: DOWNLINK_SSRC,
                 rtx_ssrc: None,
-                clock_rate: 90_000,
                 nack: true,
                 transport_cc_extension: None,
                 abs_send_time_extension: None,
@@ -152,7 +153,9 @@ impl World {
 
     /// The subscriber asks for a layer, and the SFU hears it.
     pub fn ask(&mut self, layer: usize) {
-        under_test(true, || self.stream.watch(Some(layer as u8), self.now, &self.roster));
+        under_test(true, || {
+            self.stream.watch(Some(layer as u8), self.now, &self.roster)
+        });
         if self.downlink.stuck || self.current == Some(layer) {
             return;
         }
@@ -232,7 +235,7 @@ impl World {
             .unwrap();
         self.extenders[layer].commit(index);
         let payload = header.payload(&bytes[..len]).unwrap();
-        let (descriptor, at) = Descriptor::parse(payload).unwrap();
+        let (descriptor, at) = Vp8Descriptor::parse(payload).unwrap();
         let identity = header
             .marker
             .then(|| FrameIdentity::parse_video(payload).unwrap());

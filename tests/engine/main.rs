@@ -12,6 +12,7 @@ mod media;
 mod playout;
 mod presence;
 mod recording;
+mod red;
 mod rtc_peer;
 mod sfu_router;
 mod wire;

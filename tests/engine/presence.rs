@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use crate::common::link::Conditions;
 use crate::common::pair::{AUDIO_SSRC, Pair, VIDEO_SSRC, audio, video};
-use throng::engine::publisher::Pacing;
 use throng::engine::Command;
+use throng::engine::publisher::Pacing;
 use throng::measure::{Media, Record};
 
 /// Frames a second.

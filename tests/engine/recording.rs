@@ -9,8 +9,9 @@ use crate::common::link::Conditions;
 use crate::common::pair::{Pair, audio, video};
 use crate::common::recorded::{Picture, has_ffmpeg, only_file, play, read_ivf, read_opus};
 use throng::cli::{Command, parse_with};
+use throng::codec::Codec;
 use throng::engine::publisher::Pacing;
-use throng::measure::{Kind, Record};
+use throng::measure::Record;
 use throng::plan::Plan;
 use throng::recording::{Recording, TappedPacket};
 use throng::units::Time;
@@ -196,7 +197,7 @@ fn a_participant_who_comes_back_on_another_connection_gets_files_of_its_own() {
             let packet = TappedPacket {
                 stream: 0,
                 ssrc: 5 + connection,
-                kind: Kind::Audio,
+                codec: Codec::Opus,
                 ext_seq: 70_000 + u64::from(at),
                 rtp_time: at * 960,
                 marker: false,

@@ -10,6 +10,8 @@ use crate::common::hand::{
 use crate::common::link::{Conditions, Random};
 use crate::common::pair::{audio, video};
 use crate::common::relay::{AUDIO_LEVEL_ID, Relay};
+use throng::codec::vp8::{PictureId, Vp8Descriptor};
+use throng::codec::{Codec, PayloadTypes};
 use throng::engine::publisher::Pacing;
 use throng::measure::Kind;
 use throng::sfu::statistics::RouterStatistics;
@@ -19,7 +21,6 @@ use throng::sfu::{
 };
 use throng::transport::peer::{IceCredentials, Peer, PeerFailure, PeerParameters};
 use throng::transport::rtcp::{DlrrBlock, ReportBlock, SenderInfo};
-use throng::transport::rtp::vp8::{Descriptor, PictureId};
 use throng::transport::sdp::{Extension, ExtensionIds};
 use throng::transport::sequence::Seq;
 use throng::units::{Time, ntp_middle};
@@ -272,11 +273,9 @@ fn add_track(hands: &mut Hands, track: TrackId, kind: Kind, encodings: Encodings
         transport: TransportId(0),
         track,
         parameters: Box::new(TrackParameters {
-            kind,
+            payloads: PayloadTypes::of(Codec::default_of(kind), 96),
             mid: "0".into(),
-            payload_type: 96,
             rtx_payload_type: (kind == Kind::Video).then_some(97),
-            clock_rate: if kind == Kind::Video { 90_000 } else { 48_000 },
             extensions: all_extensions(),
             nack: true,
             transport_cc: true,
@@ -307,7 +306,7 @@ fn subscribe_as(
         parameters: Box::new(SubscriptionParameters {
             ssrc: OUT_SSRC,
             rtx_ssrc: rtx.then_some(OUT_RTX_SSRC),
-            payload_type: 110,
+            payloads: PayloadTypes::of(if rtx { Codec::Vp8 } else { Codec::Opus }, 110),
             rtx_payload_type: rtx.then_some(111),
             extensions: [(Extension::AudioLevel, 7)].into_iter().collect(),
             selection,
@@ -368,13 +367,13 @@ impl Camera {
             }
             let key = std::mem::take(&mut self.key[layer]);
             for packet in 0..self.packets {
-                let descriptor = Descriptor {
+                let descriptor = Vp8Descriptor {
                     start_of_partition: packet == 0,
                     picture_id: Some(PictureId::Long(self.picture_ids[layer])),
                     tl0_pic_idx: Some(self.frame as u8),
                     tid: Some(0),
                     key_idx: Some(3),
-                    ..Descriptor::default()
+                    ..Vp8Descriptor::default()
                 };
                 let mut payload = vec![0; 6];
                 let len = descriptor.write(&mut payload).unwrap();
@@ -712,10 +711,10 @@ fn a_frame_is_known_to_be_whole_by_its_marker_and_leaves_with_one_send_however_m
     for frame in 0..3 {
         for packet in 0..PACKETS {
             let start_of_partition = packet == 0;
-            let descriptor = Descriptor {
+            let descriptor = Vp8Descriptor {
                 start_of_partition,
                 picture_id: Some(PictureId::Long(frame)),
-                ..Descriptor::default()
+                ..Vp8Descriptor::default()
             };
             let mut payload = [0; 100];
             let len = descriptor.write(&mut payload).unwrap();

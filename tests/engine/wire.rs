@@ -28,10 +28,10 @@ use rtc_srtp::context::Context;
 use rtc_srtp::crypto;
 use rtc_srtp::protection_profile::ProtectionProfile;
 
+use throng::codec::vp8::{self, PictureId, Vp8Descriptor};
 use throng::transport::rtcp::{
     DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, packets,
 };
-use throng::transport::rtp::vp8::{self, Descriptor, PictureId};
 use throng::transport::rtp::{self, Header, HeaderTemplate};
 use throng::transport::sequence::{Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Opener, Profile, Sealer, session};
@@ -205,7 +205,7 @@ fn vp8_descriptors_read_the_same_at_the_peer() {
         let payload = chance.bytes(len);
         let mut theirs = Vp8Packet::default();
         let rest = theirs.depacketize(&Bytes::from(payload.clone()));
-        let ours = Descriptor::parse(&payload).filter(|(_, len)| *len < payload.len());
+        let ours = Vp8Descriptor::parse(&payload).filter(|(_, len)| *len < payload.len());
         assert_eq!(rest.is_ok(), ours.is_some(), "{payload:?}");
         let (Ok(rest), Some((ours, len))) = (rest, ours) else {
             continue;
@@ -726,7 +726,7 @@ fn read_everything(bytes: &[u8]) -> usize {
             .sum::<usize>();
         let payload = header.payload(bytes).unwrap_or_default();
         found += rtp::split_rtx(payload).map_or(0, |(_, original)| original.len());
-        found += Descriptor::parse(payload).map_or(0, |(descriptor, len)| {
+        found += Vp8Descriptor::parse(payload).map_or(0, |(descriptor, len)| {
             len + usize::from(descriptor.starts_key_frame(&payload[len..]))
         });
     }

@@ -15,7 +15,7 @@ use livekit_protocol as proto;
 use livekit_protocol::signal_request::Message as Request;
 use livekit_protocol::signal_response::Message as Response;
 use prost::Message as _;
-use throng::measure::Kind;
+use throng::codec::Codec;
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
 use throng::transport::rtcp::{DlrrBlock, ReportBlock, SenderInfo, Writer};
 use throng::transport::rtp::{Datagram, Header, HeaderTemplate, classify};
@@ -233,6 +233,7 @@ fn identity() -> Identity {
 
 fn sent_track(number: u32) -> SentTrack {
     SentTrack {
+        codec: Codec::Opus,
         stream_id: format!("PA_{number}|TR_{number}"),
         track_id: format!("TR_{number}"),
         ssrc: number * 2 + 1_000,
@@ -322,7 +323,7 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
                 9_990
             };
             for number in 0..tracks {
-                offers.add(Kind::Audio, sent_track(number));
+                offers.add(sent_track(number));
             }
             let sdp = offers.offer(&local(9, Setup::ActPass));
             flood(socket, |number| {
@@ -336,7 +337,7 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
                 // Each restarts ICE, and all tracks are other ones.
                 let mut offers = SubscriberOffer::default();
                 for track in 0..500 {
-                    offers.add(Kind::Audio, sent_track(number * 500 + track));
+                    offers.add(sent_track(number * 500 + track));
                 }
                 let local = LocalTransport {
                     ufrag: format!("again{number}"),
@@ -733,7 +734,7 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
     );
     let sending = local(udp.local_addr().unwrap().port(), Setup::ActPass);
     let mut udp = Some(udp);
-    offers.add(Kind::Audio, sent_track(1));
+    offers.add(sent_track(1));
     send(&mut socket, offer(offers.offer(&sending), 1)).await;
     let mut descriptions = ClientDescriptions::default();
     while let Some(Ok(message)) = socket.next().await {
@@ -759,7 +760,10 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
                 let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
                 let receiving = local(udp.local_addr().unwrap().port(), Setup::Passive);
                 let answer = write_answer(&mut descriptions, &receiving, 1, |_, _| {
-                    SectionUse::Receive { dtx: false }
+                    SectionUse::Receive {
+                        dtx: false,
+                        red: false,
+                    }
                 });
                 let sections = descriptions.sections();
                 let ssrcs: Vec<u32> = sections.filter_map(|section| section.ssrc).collect();

@@ -71,7 +71,11 @@ impl<'a> Disturbed<'a> {
         let is_active = |one: &proto::ParticipantInfo| {
             one.state == i32::from(proto::participant_info::State::Active)
         };
-        inside.unwrap_or_default().into_iter().filter(is_active).collect()
+        inside
+            .unwrap_or_default()
+            .into_iter()
+            .filter(is_active)
+            .collect()
     }
 
     fn publishers(&self) -> Vec<String> {
@@ -84,7 +88,11 @@ impl<'a> Disturbed<'a> {
     fn ask(&self, method: &str, mut request: Value) {
         request["room"] = self.room.into();
         let authority = self.server.url.strip_prefix("ws://").unwrap();
-        let token = self.server.api_key().service_token(Some(self.room)).unwrap();
+        let token = self
+            .server
+            .api_key()
+            .service_token(Some(self.room))
+            .unwrap();
         let body = request.to_string();
         let mut stream = TcpStream::connect(authority).unwrap();
         write!(
@@ -155,7 +163,11 @@ fn a_publisher_that_is_removed_fails_the_run_and_is_named(server: &Server) {
     assert!(lost - source < 3 * 50, "{lost} {source}");
     let healthy = report.counter("session", "participants_healthy");
     assert_eq!(healthy, 1, "the other publisher");
-    assert!(finished.stdout.contains("source gone"), "{}", finished.stdout);
+    assert!(
+        finished.stdout.contains("source gone"),
+        "{}",
+        finished.stdout
+    );
 }
 
 fn publishers_that_are_removed_in_a_tier_fail_that_tier(server: &Server) {
@@ -211,6 +223,9 @@ fn a_room_that_somebody_deletes_fails_the_run(server: &Server) {
     let (_, report) = run.fails();
     let reasons = report.reasons();
     assert!(reasons.contains("all participants were gone"), "{reasons}");
-    assert!(reasons.contains("room_deleted (3 participants)"), "{reasons}");
+    assert!(
+        reasons.contains("room_deleted (3 participants)"),
+        "{reasons}"
+    );
     account(&report, "audio");
 }

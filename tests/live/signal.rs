@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::common::server::{Options, Server};
 use crate::common::{in_a_process_of_its_own, test_name};
 use livekit_protocol as proto;
-use throng::measure::Kind;
+use throng::codec::{Codec, RtcpFeedback};
 use throng::signal::client::{
     self, Connection, Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect,
 };
@@ -504,7 +504,7 @@ fn audio_track(cid: &str) -> (proto::AddTrackRequest, LocalTrack) {
     (
         request,
         LocalTrack {
-            kind: Kind::Audio,
+            codec: Codec::Opus,
             cid: cid.into(),
             stream_id: "stream".into(),
             ssrc: 1001,
@@ -544,7 +544,7 @@ fn video_track(cid: &str, rids: &[&str]) -> (proto::AddTrackRequest, LocalTrack)
     (
         request,
         LocalTrack {
-            kind: Kind::Video,
+            codec: Codec::Vp8,
             cid: cid.into(),
             stream_id: "stream".into(),
             ssrc: 2001,
@@ -625,8 +625,8 @@ fn a_publishers_offer_is_answered_with_the_codecs_extensions_and_feedback_that_i
             assert!(audio.accepted && video.accepted, "{}", answer.sdp);
             assert_eq!(
                 (
-                    audio.payload_type,
-                    video.payload_type,
+                    audio.payloads.unwrap().payload_type,
+                    video.payloads.unwrap().payload_type,
                     video.rtx_payload_type
                 ),
                 (111, 96, Some(97)),
@@ -648,13 +648,13 @@ fn a_publishers_offer_is_answered_with_the_codecs_extensions_and_feedback_that_i
                 Some(sdp::Extension::AudioLevel.offered_id())
             );
             assert!(
-                audio.feedback.contains(sdp::Feedback::Nack),
+                audio.feedback.contains(RtcpFeedback::Nack),
                 "{}",
                 answer.sdp
             );
             assert!(
-                video.feedback.contains(sdp::Feedback::Nack)
-                    && video.feedback.contains(sdp::Feedback::NackPli),
+                video.feedback.contains(RtcpFeedback::Nack)
+                    && video.feedback.contains(RtcpFeedback::NackPli),
                 "{}",
                 answer.sdp
             );

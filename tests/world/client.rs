@@ -10,6 +10,7 @@ use std::time::Duration;
 use livekit_protocol as proto;
 use proto::signal_request::Message as Request;
 use proto::signal_response::Message as Response;
+use throng::codec::Codec;
 use throng::measure::Kind;
 use throng::sfu::lobby::Entry;
 use throng::transport::peer::{IceCredentials, PeerParameters};
@@ -146,7 +147,7 @@ impl Client {
             offers: 0,
             offer_is_open: false,
             wanted: None,
-            answerer: Answerer::new(Capabilities::SUBSCRIBER),
+            answerer: Answerer::new(subscriber(person)),
             others: BTreeMap::new(),
         }
     }
@@ -458,7 +459,7 @@ impl Client {
             u8::from(layers > 0)
         };
         todo.push(Todo::SetLayers {
-            kind: track.local.kind,
+            kind: track.local.codec.kind(),
             layers,
         });
     }
@@ -510,7 +511,7 @@ impl Client {
                 let sid = self
                     .tracks
                     .iter()
-                    .find(|track| track.local.kind == kind)
+                    .find(|track| track.local.codec.kind() == kind)
                     .and_then(|track| track.sid.clone());
                 if let Some(sid) = sid {
                     todo.push(Todo::SetMuted { kind, muted: on });
@@ -571,6 +572,18 @@ fn push_streams(
     }
 }
 
+/// Every third one takes no redundancy.
+fn subscriber(person: &Person) -> Capabilities {
+    Capabilities {
+        codecs: if person.index % 3 == 2 {
+            &[Codec::Opus, Codec::Vp8]
+        } else {
+            Capabilities::SUBSCRIBER.codecs
+        },
+        ..Capabilities::SUBSCRIBER
+    }
+}
+
 fn track(person: &Person, kind: Kind) -> Track {
     let base = 0x1000_0000 + person.index * 64 + if kind == Kind::Video { 16 } else { 0 };
     let layers = if kind == Kind::Video && person.simulcast {
@@ -593,7 +606,11 @@ fn track(person: &Person, kind: Kind) -> Track {
         .collect();
     Track {
         local: LocalTrack {
-            kind,
+            codec: match kind {
+                // Every other one speaks with redundancy.
+                Kind::Audio if person.index % 2 == 1 => Codec::Red,
+                kind => Codec::default_of(kind),
+            },
             cid: format!("{}-{kind:?}-{}", person.identity, person.index),
             stream_id: person.identity.clone(),
             ssrc: ssrcs[0].0,
@@ -612,10 +629,11 @@ fn add_track_request(track: &Track, person: &Person) -> proto::AddTrackRequest {
         name: track.local.cid.clone(),
         ..Default::default()
     };
-    match track.local.kind {
+    match track.local.codec.kind() {
         Kind::Audio => {
             request.r#type = proto::TrackType::Audio.into();
             request.source = proto::TrackSource::Microphone.into();
+            request.disable_red = track.local.codec != Codec::Red;
         }
         Kind::Video => {
             request.r#type = proto::TrackType::Video.into();

@@ -183,7 +183,8 @@ impl Plan {
     fn throw_out(&mut self, calm: bool) {
         let mut chance = Seeded::new(!self.seed);
         let identities: Vec<String> = self.people.iter().map(|one| one.identity.clone()).collect();
-        let is_alone = |identity: &str| identities.iter().filter(|one| *one == identity).count() == 1;
+        let is_alone =
+            |identity: &str| identities.iter().filter(|one| *one == identity).count() == 1;
         for person in &mut self.people {
             let stays = person.leaves.is_none() && is_alone(&person.identity);
             if !calm && stays && person.role == Role::Engine && chance.chance(20) {

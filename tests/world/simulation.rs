@@ -8,7 +8,8 @@ use std::time::Duration;
 use livekit_protocol as proto;
 use prost::Message as _;
 use proto::signal_request::Message as Request;
-use throng::engine::publisher::{SendParameters, SimulcastLayer};
+use throng::codec::Codec;
+use throng::engine::publisher::{Redundancy, SendParameters, SimulcastLayer};
 use throng::engine::shard::Shard;
 use throng::engine::{
     Command, Event, NewPeer, Roster, ShardConfig, StreamParameters, track_number,
@@ -482,11 +483,8 @@ impl World {
                 let person = &self.sessions[index].person;
                 let room = format!("room-{}", person.room);
                 let identity = person.identity.clone();
-                self.tally.thrown_out += u64::from(self.lobby.remove_participant(
-                    &room,
-                    &identity,
-                    self.now,
-                ));
+                self.tally.thrown_out +=
+                    u64::from(self.lobby.remove_participant(&room, &identity, self.now));
                 self.sessions[index].person.leaves = None;
                 self.sessions[index].is_thrown_out = true;
                 self.server_outputs();
@@ -759,10 +757,9 @@ impl World {
                 let (shard, key) = (*shard, *key + half as usize);
                 let ssrcs = removed.iter().map(|track| track.ssrc).collect();
                 let streams = added.iter().map(|track| StreamParameters {
-                    kind: track.kind,
+                    payloads: track.payloads,
                     ssrc: track.ssrc,
                     rtx_ssrc: track.rtx_ssrc,
-                    clock_rate: track.clock_rate,
                     nack: true,
                     transport_cc_extension: None,
                     abs_send_time_extension: None,
@@ -1315,7 +1312,8 @@ impl World {
             let Some(negotiated) = &track.negotiated else {
                 continue;
             };
-            let kind = track.local.kind;
+            let kind = track.local.codec.kind();
+            let payloads = negotiated.payloads.unwrap();
             let first_frame_at =
                 self.now + Duration::from_millis(2 + u64::from(session.person.index * 7 % 20));
             let source = |layer| clips().source(kind, track.ssrcs.len() > 1, layer);
@@ -1328,7 +1326,11 @@ impl World {
                     source: source(layer),
                     ssrc: *ssrc,
                     rtx_ssrc: *rtx_ssrc,
-                    payload_type: negotiated.payload_type,
+                    payload_type: payloads.plain_payload_type(),
+                    redundancy: (payloads.codec == Codec::Red).then_some(Redundancy {
+                        payload_type: payloads.payload_type,
+                        distance: 1 + (session.person.index / 2 % 2) as u8,
+                    }),
                     rtx_payload_type: negotiated.rtx_payload_type,
                     transport_cc_extension: None,
                     audio_level_extension: id(Extension::AudioLevel)

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use throng::codec::vp8::{PictureId, Vp8Descriptor};
 use throng::engine::PeerOutcome;
 use throng::measure::{Kind, Media, Record};
 use throng::media::identity::{FrameIdentity, VIDEO_TRAILER_LEN};
 use throng::sfu::statistics::RouterStatistics;
-use throng::transport::rtp::vp8::{Descriptor, PictureId};
 
 use throng::units::Time;
 
@@ -438,11 +438,8 @@ fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
     for peer in outcomes {
         for stream in &peer.streams {
             let losses = stream.losses;
-            let lost = losses.source
-                + losses.uplink
-                + losses.sfu
-                + losses.downlink
-                + losses.unattributed;
+            let lost =
+                losses.source + losses.uplink + losses.sfu + losses.downlink + losses.unattributed;
             let (delivered, expected) = (stream.frames_delivered, stream.frames_expected);
             world.check(Rule::EnginesAccount, delivered + lost == expected, || {
                 format!("{}: {delivered} of {expected}, {losses:?}", stream.ssrc)
@@ -605,7 +602,7 @@ struct Reader<'a> {
 struct Frame<'a> {
     first: u64,
     last: u64,
-    packets: Vec<(Descriptor, &'a [u8], bool)>,
+    packets: Vec<(Vp8Descriptor, &'a [u8], bool)>,
     rtp_time: u32,
 }
 
@@ -855,7 +852,8 @@ impl Reader<'_> {
                 fillers.insert(*number);
                 continue;
             }
-            let (descriptor, len) = Descriptor::parse(&kept.payload).ok_or("no VP8 descriptor")?;
+            let (descriptor, len) =
+                Vp8Descriptor::parse(&kept.payload).ok_or("no VP8 descriptor")?;
             let packet = (descriptor, &kept.payload[len..], kept.marker);
             match frames.last_mut() {
                 Some(frame) if frame.rtp_time == kept.rtp_time => {
@@ -922,7 +920,7 @@ impl Frame<'_> {
 
     /// The same in all of its packets.
     fn picture_id(&self) -> Option<u16> {
-        let id = |descriptor: &Descriptor| descriptor.picture_id.map(PictureId::value);
+        let id = |descriptor: &Vp8Descriptor| descriptor.picture_id.map(PictureId::value);
         let first = id(&self.packets[0].0)?;
         self.packets
             .iter()

@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use throng::codec::red::RedPayload;
+use throng::codec::vp8::Vp8Descriptor;
+use throng::codec::{Codec, PayloadTypes};
 use throng::measure::Kind;
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
 use throng::transport::rtcp::Writer;
-use throng::transport::rtp::vp8::Descriptor;
 use throng::transport::rtp::{Datagram as Class, Header, classify, split_rtx};
 use throng::transport::sdp::RemoteTrack;
 use throng::transport::sequence::{Seq, SeqExtender};
@@ -58,6 +60,7 @@ pub struct Kept {
 /// One stream that a witness gets.
 pub struct Stream {
     pub kind: Kind,
+    payloads: PayloadTypes,
     pub ssrc: u32,
     pub track_sid: String,
     pub packets: BTreeMap<u64, Kept>,
@@ -303,6 +306,16 @@ impl Connection {
             (true, Some((original, payload))) => (stream.media.guess(original.0), payload),
             (true, None) => return,
         };
+        let codec = stream.payloads.codec_of(header.payload_type);
+        let payload = if codec == Codec::Red && !payload.is_empty() {
+            let Some(payload) = stream.primary(number, header.rtp_time, payload) else {
+                stream.contradictions += 1;
+                return;
+            };
+            payload
+        } else {
+            payload
+        };
         let kept = Kept {
             rtp_time: header.rtp_time,
             marker: header.marker,
@@ -347,7 +360,8 @@ impl Connection {
 impl Stream {
     fn new(track: &RemoteTrack) -> Stream {
         Stream {
-            kind: track.kind,
+            kind: track.kind(),
+            payloads: track.payloads,
             ssrc: track.ssrc,
             track_sid: track.track_id.to_string(),
             packets: BTreeMap::new(),
@@ -360,6 +374,24 @@ impl Stream {
             key_frame_above: None,
             key_frame_asked_at: None,
         }
+    }
+
+    /// The Opus packet of a RED payload. What it repeats is what came before it, under the payload type that was agreed on.
+    fn primary<'a>(&mut self, number: u64, rtp_time: u32, payload: &'a [u8]) -> Option<&'a [u8]> {
+        let red = RedPayload::parse(payload)?;
+        let is_opus = |payload_type| self.payloads.wrapped == Some(payload_type);
+        for block in red.redundant() {
+            let earlier = number
+                .checked_sub(block.distance.into())
+                .and_then(|number| self.packets.get(&number));
+            // What was withheld before has no number of its own.
+            let is_same = earlier.is_none_or(|earlier| {
+                earlier.payload == block.payload
+                    || earlier.rtp_time != rtp_time.wrapping_sub(block.rtp_offset)
+            });
+            self.contradictions += u64::from(!is_same || !is_opus(block.payload_type));
+        }
+        is_opus(red.payload_type).then_some(red.primary)
     }
 
     fn keep(&mut self, number: u64, kept: Kept, now: Time) {
@@ -392,7 +424,7 @@ impl Stream {
     /// From the third frame on that is no key frame, so that there is something to go on from.
     fn tamper(&mut self, tampering: Tampering) -> Option<()> {
         let starts = |kept: &Kept| {
-            Descriptor::parse(&kept.payload)
+            Vp8Descriptor::parse(&kept.payload)
                 .is_some_and(|(descriptor, _)| descriptor.starts_frame())
         };
         let inter_frames = self
@@ -465,7 +497,7 @@ impl Stream {
 }
 
 fn starts_key_frame(payload: &[u8]) -> bool {
-    Descriptor::parse(payload).is_some_and(|(descriptor, len)| {
+    Vp8Descriptor::parse(payload).is_some_and(|(descriptor, len)| {
         payload.len() > len && descriptor.starts_key_frame(&payload[len..])
     })
 }

@@ -6,6 +6,7 @@ mod dtls;
 mod identity;
 mod lobby;
 mod receive;
+mod red;
 mod router;
 mod rtcp;
 mod rtp;
@@ -40,6 +41,7 @@ pub const ALL: &[Target] = &[
     signal::RESPONSE,
     signal::ACCESS,
     identity::TARGET,
+    red::TARGET,
     vp8::DESCRIPTOR,
     vp8::ASSEMBLER,
     receive::TARGET,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use throng::codec::{Codec, PayloadTypes};
 use throng::measure::Kind;
 use throng::sfu::{
     Encodings, MediaCommand, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId,
@@ -51,11 +52,9 @@ fn room() -> Hands {
             transport: TransportId(0),
             track: TrackId(track),
             parameters: Box::new(TrackParameters {
-                kind,
+                payloads: PayloadTypes::of(Codec::default_of(kind), if video { 96 } else { 111 }),
                 mid: track.to_string().into(),
-                payload_type: if video { 96 } else { 111 },
                 rtx_payload_type: video.then_some(97),
-                clock_rate: if video { 90_000 } else { 48_000 },
                 extensions,
                 nack: true,
                 transport_cc: false,
@@ -77,7 +76,7 @@ fn room() -> Hands {
                 parameters: Box::new(SubscriptionParameters {
                     ssrc,
                     rtx_ssrc: video.then_some(ssrc + 1_000),
-                    payload_type: 110,
+                    payloads: PayloadTypes::of(Codec::default_of(kind), 110),
                     rtx_payload_type: video.then_some(112),
                     extensions: ExtensionIds::default(),
                     selection: Selection {

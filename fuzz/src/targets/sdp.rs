@@ -4,6 +4,7 @@
 use std::io::Cursor;
 
 use rtc_sdp::description::session::SessionDescription;
+use throng::codec::Codec;
 use throng::measure::Kind;
 use throng::transport::sdp::serve::{
     ClientDescriptions, SectionUse, SentTrack, SubscriberOffer, write_answer,
@@ -147,7 +148,7 @@ fn offer(input: &[u8]) {
     ours(|| offerer.receive(Kind::Audio, 2)).expect("two are not too many");
     for (kind, ssrc) in [(Kind::Audio, 11), (Kind::Video, 21)] {
         offerer.send(LocalTrack {
-            kind,
+            codec: Codec::default_of(kind),
             cid: format!("cid-{ssrc}"),
             stream_id: "stream".into(),
             ssrc,
@@ -175,14 +176,16 @@ fn serve(input: &[u8]) {
         ClientDescriptions::default(),
         SubscriberOffer::default(),
     );
-    let sent = SentTrack {
+    let sent = |codec| SentTrack {
         stream_id: "PA_1|TR_1".into(),
         track_id: "TR_1".into(),
         ssrc: 3,
         rtx_ssrc: Some(4),
+        codec,
     };
-    subscriber.add(Kind::Audio, sent.clone());
-    subscriber.add(Kind::Video, sent.clone());
+    let [red, video] = [sent(Codec::Red), sent(Codec::Vp8)];
+    subscriber.add(red.clone());
+    subscriber.add(video);
     for (version, text) in (1..).zip(texts(input)) {
         if !subscriber.is_waiting_for_answer() {
             is_well_formed(&subscriber.offer(&local), 3);
@@ -200,8 +203,11 @@ fn serve(input: &[u8]) {
         let answer = ours(|| {
             write_answer(&mut offers, &local, version, |index, section| {
                 match (index % 3, section.sends) {
-                    (0, true) => SectionUse::Receive { dtx: true },
-                    (1, false) => SectionUse::Send(&sent),
+                    (0, true) => SectionUse::Receive {
+                        dtx: true,
+                        red: true,
+                    },
+                    (1, false) => SectionUse::Send(&red),
                     _ => SectionUse::Idle,
                 }
             })
@@ -289,14 +295,15 @@ fn offer_seeds() -> Vec<Vec<u8>> {
 
 fn serve_seeds() -> Vec<Vec<u8>> {
     let mut offers = SubscriberOffer::default();
-    let sent = SentTrack {
+    let sent = |codec| SentTrack {
         stream_id: "PA_1|TR_1".into(),
         track_id: "TR_1".into(),
         ssrc: 3,
         rtx_ssrc: Some(4),
+        codec,
     };
-    offers.add(Kind::Audio, sent.clone());
-    offers.add(Kind::Video, sent);
+    offers.add(sent(Codec::Red));
+    offers.add(sent(Codec::Vp8));
     let answer = Answerer::new(Capabilities::SUBSCRIBER)
         .answer(&offers.offer(&local()), &local())
         .expect("an answer")

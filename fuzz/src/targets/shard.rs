@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use throng::codec::{Codec, PayloadTypes};
 use throng::engine::publisher::{Pacing, SendParameters, Source};
 use throng::engine::shard::Shard;
 use throng::engine::{Command, Event, NewPeer, Roster, ShardConfig, StreamParameters};
@@ -135,6 +136,7 @@ impl Liar {
                 rtx_ssrc: video.then_some(pair::VIDEO_RTX_SSRC),
                 payload_type: if video { 96 } else { 111 },
                 rtx_payload_type: video.then_some(97),
+                redundancy: None,
                 audio_level_extension: (!video).then_some(1),
                 transport_cc_extension: Some(5),
                 simulcast: None,
@@ -151,10 +153,9 @@ impl Liar {
             }
         });
         let stream = |kind, ssrc, rtx_ssrc| StreamParameters {
-            kind,
+            payloads: PayloadTypes::of(Codec::default_of(kind), 96),
             ssrc,
             rtx_ssrc,
-            clock_rate: if kind == Kind::Audio { 48_000 } else { 90_000 },
             announced_at: self.now,
             transport_cc_extension: Some(3),
             abs_send_time_extension: Some(4),

@@ -5,9 +5,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use rtc_rtp::codec::vp8::Vp8Packet;
 use rtc_rtp::packetizer::Depacketizer;
+use throng::codec::vp8::{PictureId, Vp8Descriptor};
 use throng::media::assemble::{Assembler, FrameEvent, PacketInfo};
 use throng::media::identity::FrameIdentity;
-use throng::transport::rtp::vp8::{Descriptor, PictureId};
 use throng::units::Time;
 
 use super::{Script, Target, ours};
@@ -29,15 +29,15 @@ pub const ASSEMBLER: Target = Target {
 };
 
 fn descriptor(input: &[u8]) {
-    let ours = ours(|| Descriptor::parse(input));
+    let ours = ours(|| Vp8Descriptor::parse(input));
     if let Some((read, len)) = ours {
-        assert!((1..=Descriptor::MAX_LEN).contains(&len) && len <= input.len());
-        let mut written = [0; Descriptor::MAX_LEN];
+        assert!((1..=Vp8Descriptor::MAX_LEN).contains(&len) && len <= input.len());
+        let mut written = [0; Vp8Descriptor::MAX_LEN];
         let again = read
             .write(&mut written)
             .expect("there is room for the longest");
         assert_eq!(
-            Descriptor::parse(&written[..again]),
+            Vp8Descriptor::parse(&written[..again]),
             Some((read, again)),
             "{read:?}"
         );

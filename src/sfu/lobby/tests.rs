@@ -10,6 +10,7 @@ use livekit_protocol::signal_response::Message;
 
 use super::super::{MediaCommand, SubscriptionId};
 use super::*;
+use crate::codec::{Codec, PayloadTypes};
 use crate::measure::Kind;
 use crate::secrets::Secrets;
 use crate::seeded::Seeded;
@@ -443,18 +444,19 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
     assert_eq!(tracks.len(), 2);
     let (audio, video) = (&tracks[0].1, &tracks[1].1);
     assert_eq!(
-        (audio.kind, &*audio.mid, audio.payload_type),
-        (Kind::Audio, "1", 111)
+        (&*audio.mid, audio.payloads),
+        (
+            "1",
+            PayloadTypes {
+                wrapped: Some(111),
+                ..PayloadTypes::of(Codec::Red, 63)
+            }
+        )
     );
     assert!(!audio.transport_cc, "libwebrtc's estimate suffers");
     assert_eq!(
-        (
-            video.kind,
-            &*video.mid,
-            video.payload_type,
-            video.rtx_payload_type
-        ),
-        (Kind::Video, "2", 96, Some(97))
+        (&*video.mid, video.payloads, video.rtx_payload_type),
+        ("2", PayloadTypes::of(Codec::Vp8, 96), Some(97))
     );
     assert_eq!(
         video.encodings,
@@ -470,6 +472,8 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
         "a=fmtp:97 apt=96",
         "a=setup:active",
         "a=fmtp:111 minptime=10;stereo=1;useinbandfec=1;usedtx=1",
+        "a=rtpmap:63 red/48000/2",
+        "a=fmtp:63 111/111",
     ] {
         assert!(
             sdp.lines().any(|of_answer| of_answer == line),
@@ -477,9 +481,7 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
         );
     }
     assert!(
-        !sdp.contains("red/48000")
-            && !sdp.contains("H264")
-            && sdp.contains("m=audio 9 UDP/TLS/RTP/SAVPF 111\r\n"),
+        !sdp.contains("H264") && sdp.contains("m=audio 9 UDP/TLS/RTP/SAVPF 63 111\r\n"),
         "{sdp}"
     );
 
@@ -1225,7 +1227,7 @@ fn a_single_connection_publishes_on_what_it_receives_on() {
     assert_eq!(
         tracks
             .iter()
-            .map(|(_, track)| track.kind)
+            .map(|(_, track)| track.payloads.codec.kind())
             .collect::<Vec<_>>(),
         [Kind::Audio, Kind::Video]
     );

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use livekit_protocol as proto;
 
-use crate::engine::publisher::{SendParameters, SimulcastLayer, Source, Talk};
+use crate::codec::{Codec, PayloadTypes};
+use crate::engine::publisher::{Redundancy, SendParameters, SimulcastLayer, Source, Talk};
 use crate::engine::{LAYERS_MAX, StreamParameters, track_number};
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
 use crate::media::opus::AudioClip;
 use crate::plan::{Pacing, ParticipantPlan, SpeakerTurns};
-use crate::transport::sdp::{Extension, Feedback, LocalTrack, NegotiatedMedia, RemoteTrack};
+use crate::transport::sdp::{Extension, LocalTrack, NegotiatedMedia, RemoteTrack, RtcpFeedback};
 use crate::units::{Bitrate, Time};
 
 /// The names of a simulcast track's layers, the lowest first, as LiveKit knows them.
@@ -20,6 +21,8 @@ const RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
 /// What all participants of a run may send.
 pub struct Media {
     pub audio: Option<Source>,
+    /// Earlier packets that each packet of audio repeats (RED), where the server takes that.
+    pub audio_redundancy: u8,
     /// The layers of video tracks, the lowest first.
     pub video: Vec<Source>,
     /// Set where publishers take turns in speaking.
@@ -53,6 +56,8 @@ pub(super) struct Track {
     /// What the server took of it, once it has answered the offer.
     pub(super) negotiated: Option<NegotiatedMedia>,
     layers: Vec<Layer>,
+    /// Earlier packets that each one is to repeat.
+    redundancy: u8,
     talk: Option<Talk>,
     pacing: Pacing,
 }
@@ -73,28 +78,26 @@ impl Track {
             .filter(|_| plan.publishes_audio)
             .map(|source| {
                 let talk = media.taking_turns.as_ref().map(|turns| turns.talk(plan));
-                Track::new(
-                    plan,
-                    Kind::Audio,
-                    std::slice::from_ref(source),
+                let codec = if media.audio_redundancy > 0 {
+                    Codec::Red
+                } else {
+                    source.codec()
+                };
+                Track {
+                    redundancy: media.audio_redundancy,
                     talk,
-                    media.pacing,
-                )
+                    ..Track::new(plan, codec, std::slice::from_ref(source), media.pacing)
+                }
             });
         let video =
             Some(&media.video[..]).filter(|layers| plan.publishes_video && !layers.is_empty());
         audio
-            .chain(video.map(|layers| Track::new(plan, Kind::Video, layers, None, media.pacing)))
+            .chain(video.map(|layers| Track::new(plan, layers[0].codec(), layers, media.pacing)))
             .collect()
     }
 
-    fn new(
-        plan: &ParticipantPlan,
-        kind: Kind,
-        sources: &[Source],
-        talk: Option<Talk>,
-        pacing: Pacing,
-    ) -> Track {
+    fn new(plan: &ParticipantPlan, codec: Codec, sources: &[Source], pacing: Pacing) -> Track {
+        let kind = codec.kind();
         let name = match kind {
             Kind::Audio => "audio",
             Kind::Video => "video",
@@ -108,13 +111,13 @@ impl Track {
                 Layer {
                     source: source.clone(),
                     ssrc,
-                    rtx_ssrc: (kind == Kind::Video).then_some(ssrc + 1),
+                    rtx_ssrc: codec.has_rtx().then_some(ssrc + 1),
                 }
             })
             .collect();
         Track {
             local: LocalTrack {
-                kind,
+                codec,
                 cid: format!("{}-{name}", plan.identity),
                 stream_id: plan.identity.clone(),
                 ssrc: layers[0].ssrc,
@@ -131,7 +134,8 @@ impl Track {
             info: None,
             negotiated: None,
             layers,
-            talk,
+            redundancy: 0,
+            talk: None,
             pacing,
         }
     }
@@ -146,7 +150,7 @@ impl Track {
     }
 
     pub(super) fn kind(&self) -> Kind {
-        self.local.kind
+        self.local.codec.kind()
     }
 
     /// The first of the track's slots from `ready` on. Slots are moments of the run's clock, so that tracks stay spread however their joins are timed.
@@ -171,7 +175,11 @@ impl Track {
         run: u32,
         first_frame_at: Time,
     ) -> Vec<SendParameters> {
-        let Some(negotiated) = &self.negotiated else {
+        let Some((negotiated, payloads)) = self
+            .negotiated
+            .as_ref()
+            .and_then(|negotiated| Some((negotiated, negotiated.payloads?)))
+        else {
             return Vec::new();
         };
         let kind = self.kind();
@@ -182,12 +190,13 @@ impl Track {
                 source: encoding.source.clone(),
                 ssrc: encoding.ssrc,
                 rtx_ssrc: encoding.rtx_ssrc,
-                payload_type: negotiated.payload_type,
+                payload_type: payloads.plain_payload_type(),
+                redundancy: self.redundancy_by(payloads),
                 rtx_payload_type: negotiated.rtx_payload_type,
                 transport_cc_extension: negotiated
                     .extensions
                     .id(Extension::TransportCc)
-                    .filter(|_| negotiated.feedback.contains(Feedback::TransportCc)),
+                    .filter(|_| negotiated.feedback.contains(RtcpFeedback::TransportCc)),
                 audio_level_extension: negotiated
                     .extensions
                     .id(Extension::AudioLevel)
@@ -210,6 +219,14 @@ impl Track {
                 first_frame_at,
             });
         layers.collect()
+    }
+
+    /// A server that does not want redundancy names plain Opus first, or alone.
+    fn redundancy_by(&self, payloads: PayloadTypes) -> Option<Redundancy> {
+        (payloads.codec == Codec::Red && self.redundancy > 0).then_some(Redundancy {
+            payload_type: payloads.payload_type,
+            distance: self.redundancy,
+        })
     }
 
     fn simulcast_layer(&self, negotiated: &NegotiatedMedia, rid: &str) -> SimulcastLayer {
@@ -276,7 +293,7 @@ pub(super) fn add_track_request(track: &Track) -> proto::AddTrackRequest {
         Kind::Audio => {
             request.r#type = proto::TrackType::Audio.into();
             request.source = proto::TrackSource::Microphone.into();
-            request.disable_red = true;
+            request.disable_red = track.local.codec != Codec::Red;
         }
         Kind::Video => {
             request.r#type = proto::TrackType::Video.into();
@@ -296,7 +313,7 @@ pub(super) fn add_track_request(track: &Track) -> proto::AddTrackRequest {
     if track.layers.len() > 1 {
         // What makes the server call the track simulcast.
         request.simulcast_codecs = vec![proto::SimulcastCodec {
-            codec: "vp8".into(),
+            codec: track.local.codec.name().into(),
             cid: track.local.cid.clone(),
             layers: request.layers.clone(),
             ..Default::default()
@@ -350,19 +367,18 @@ pub(super) fn sync_state(tracks: &[Track]) -> proto::SyncState {
 
 pub(super) fn stream_parameters(track: &RemoteTrack, announced_at: Time) -> StreamParameters {
     StreamParameters {
-        kind: track.kind,
+        payloads: track.payloads,
         ssrc: track.ssrc,
         rtx_ssrc: track.rtx_ssrc,
-        clock_rate: track.clock_rate,
-        nack: track.feedback.contains(Feedback::Nack),
+        nack: track.feedback.contains(RtcpFeedback::Nack),
         transport_cc_extension: track
             .extensions
             .id(Extension::TransportCc)
-            .filter(|_| track.feedback.contains(Feedback::TransportCc)),
+            .filter(|_| track.feedback.contains(RtcpFeedback::TransportCc)),
         abs_send_time_extension: track
             .extensions
             .id(Extension::AbsSendTime)
-            .filter(|_| track.feedback.contains(Feedback::GoogRemb)),
+            .filter(|_| track.feedback.contains(RtcpFeedback::GoogRemb)),
         announced_at,
     }
 }

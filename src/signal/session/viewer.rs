@@ -181,7 +181,7 @@ impl Viewer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::measure::Kind;
+    use crate::codec::{Codec, PayloadTypes};
     use crate::units::Bitrate;
 
     const LARGE: Option<Size> = Some((1280, 720));
@@ -191,12 +191,10 @@ mod tests {
     fn track(number: u32) -> RemoteTrack {
         RemoteTrack {
             mid: number.to_string().into(),
-            kind: Kind::Video,
             ssrc: 1_000 + number,
             rtx_ssrc: None,
-            payload_type: 96,
+            payloads: PayloadTypes::of(Codec::Vp8, 96),
             rtx_payload_type: None,
-            clock_rate: 90_000,
             stream_id: format!("PA_{number}|TR_{number}").into(),
             track_id: format!("TR_{number}").into(),
             active: true,

@@ -3,9 +3,11 @@
 //! Views are offsets, not borrows: a [`Header`] is parsed from the sealed packet, survives opening it in place, and then finds extensions and payload in the plain bytes.
 
 mod template;
-pub mod vp8;
 
-pub use template::{ExtensionSlot, HeaderTemplate, TemplateError, abs_send_time, audio_level};
+pub use template::{
+    ExtensionSlot, HeaderTemplate, TemplateError, abs_send_time, audio_level, check_payload_type,
+    set_payload_type,
+};
 
 use super::sequence::Seq;
 

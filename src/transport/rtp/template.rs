@@ -51,6 +51,21 @@ impl std::fmt::Display for TemplateError {
 
 impl std::error::Error for TemplateError {}
 
+/// Gives it back where a header may have it.
+pub fn check_payload_type(payload_type: u8) -> Result<u8, TemplateError> {
+    match payload_type {
+        0..=63 | 96..=127 => Ok(payload_type),
+        _ => Err(TemplateError::PayloadType),
+    }
+}
+
+/// Gives a packet that was written from a template another payload type, which has been checked.
+pub fn set_payload_type(packet: &mut [u8], payload_type: u8) {
+    if let Some(byte) = packet.get_mut(1) {
+        *byte = *byte & MARKER_FLAG | payload_type;
+    }
+}
+
 impl HeaderTemplate {
     pub fn new(payload_type: u8, ssrc: u32) -> Result<HeaderTemplate, TemplateError> {
         HeaderTemplate::with_room(payload_type, ssrc)
@@ -60,12 +75,9 @@ impl HeaderTemplate {
 impl<const ROOM: usize> HeaderTemplate<ROOM> {
     pub fn with_room(payload_type: u8, ssrc: u32) -> Result<HeaderTemplate<ROOM>, TemplateError> {
         const { assert!(ROOM >= FIXED_LEN, "a template holds a whole header") };
-        if !matches!(payload_type, 0..=63 | 96..=127) {
-            return Err(TemplateError::PayloadType);
-        }
         let mut bytes = [0; ROOM];
         bytes[0] = 0x80;
-        bytes[1] = payload_type;
+        bytes[1] = check_payload_type(payload_type)?;
         bytes[8..FIXED_LEN].copy_from_slice(&ssrc.to_be_bytes());
         Ok(HeaderTemplate {
             bytes,
@@ -111,6 +123,10 @@ impl<const ROOM: usize> HeaderTemplate<ROOM> {
     /// Always false: a header has at least 12 bytes.
     pub const fn is_empty(&self) -> bool {
         false
+    }
+
+    pub fn payload_type(&self) -> u8 {
+        self.bytes[1]
     }
 
     pub fn ssrc(&self) -> u32 {

@@ -117,12 +117,8 @@ impl AnswerWriter<'_> {
 
     fn write_accepted(&self, sdp: &mut String, section: &Section, tagged: bool) {
         match (&section.content, &section.codec) {
-            (Content::Rtp(kind), Some(codec)) => {
-                push_media_line(
-                    sdp,
-                    *kind,
-                    &[Some(codec.payload_type), codec.rtx_payload_type],
-                );
+            (Content::Rtp(_), Some(codec)) => {
+                push_media_line(sdp, codec);
                 push_transport(sdp, self.local, self.setup, &section.mid, tagged);
                 push_extensions(sdp, &section.extensions);
                 push(

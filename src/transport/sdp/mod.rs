@@ -21,6 +21,8 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
+pub use crate::codec::RtcpFeedback;
+use crate::codec::{Codec, PayloadTypes};
 use crate::measure::Kind;
 pub use answer::{Answered, Answerer};
 pub use offer::{LocalTrack, Negotiated, NegotiatedMedia, Offerer};
@@ -39,11 +41,6 @@ const CANDIDATES_MAX: usize = 64;
 const MID_BYTES_MAX: usize = 32;
 /// Identifiers (msid, ufrag, pwd) and format parameters that are longer are not kept.
 const TEXT_BYTES_MAX: usize = 256;
-
-/// Payload types of our own offers.
-pub const OPUS_PAYLOAD_TYPE: u8 = 111;
-pub const VP8_PAYLOAD_TYPE: u8 = 96;
-pub const VP8_RTX_PAYLOAD_TYPE: u8 = 97;
 
 /// Why a description is refused as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -387,70 +384,44 @@ impl FromIterator<(Extension, u8)> for ExtensionIds {
     }
 }
 
-/// RTCP feedback messages (RFC 4585, RFC 5104, and two drafts).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Feedback {
-    Nack,
-    NackPli,
-    CcmFir,
-    GoogRemb,
-    TransportCc,
-}
-
-impl Feedback {
-    pub const ALL: [Feedback; 5] = [
-        Feedback::Nack,
-        Feedback::NackPli,
-        Feedback::CcmFir,
-        Feedback::GoogRemb,
-        Feedback::TransportCc,
-    ];
-
-    fn as_str(self) -> &'static str {
-        match self {
-            Feedback::Nack => "nack",
-            Feedback::NackPli => "nack pli",
-            Feedback::CcmFir => "ccm fir",
-            Feedback::GoogRemb => "goog-remb",
-            Feedback::TransportCc => "transport-cc",
-        }
-    }
-
-    /// Bit `1 << self as u8` of a [`FeedbackSet`].
-    fn from_text(text: &str) -> Option<Feedback> {
-        Feedback::ALL
-            .into_iter()
-            .find(|feedback| feedback.as_str() == text.trim())
-    }
-}
-
+/// Bit `1 << feedback as u8` for each message.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FeedbackSet(u8);
 
 impl FeedbackSet {
-    pub fn contains(self, feedback: Feedback) -> bool {
+    pub fn contains(self, feedback: RtcpFeedback) -> bool {
         self.0 & (1 << feedback as u8) != 0
     }
 
-    fn insert(&mut self, feedback: Feedback) {
-        self.0 |= 1 << feedback as u8;
+    /// What either holds.
+    pub fn union(self, other: FeedbackSet) -> FeedbackSet {
+        FeedbackSet(self.0 | other.0)
     }
 }
 
-/// What a description may promise, because we do it. Names are those of `a=rtpmap`, in any case.
+impl FromIterator<RtcpFeedback> for FeedbackSet {
+    fn from_iter<I: IntoIterator<Item = RtcpFeedback>>(feedback: I) -> FeedbackSet {
+        let bits = feedback.into_iter().map(|feedback| 1 << feedback as u8);
+        FeedbackSet(bits.fold(0, |all, bit| all | bit))
+    }
+}
+
+/// What a description may promise, because we do it.
 #[derive(Clone, Copy, Debug)]
 pub struct Capabilities {
-    pub audio_codecs: &'static [&'static str],
-    pub video_codecs: &'static [&'static str],
+    /// Those that we like best first.
+    pub codecs: &'static [Codec],
+    /// Which codec of a section is taken.
+    pub preference: Preference,
     pub extensions: &'static [Extension],
-    pub feedback: &'static [Feedback],
+    pub feedback: &'static [RtcpFeedback],
 }
 
 impl Capabilities {
     /// Receiving from an SFU.
     pub const SUBSCRIBER: Capabilities = Capabilities {
-        audio_codecs: &["opus"],
-        video_codecs: &["VP8"],
+        codecs: &[Codec::Red, Codec::Opus, Codec::Vp8],
+        preference: Preference::Ours,
         extensions: &[
             Extension::Mid,
             Extension::AudioLevel,
@@ -458,11 +429,11 @@ impl Capabilities {
             Extension::TransportCc,
         ],
         feedback: &[
-            Feedback::Nack,
-            Feedback::NackPli,
-            Feedback::CcmFir,
-            Feedback::GoogRemb,
-            Feedback::TransportCc,
+            RtcpFeedback::Nack,
+            RtcpFeedback::NackPli,
+            RtcpFeedback::CcmFir,
+            RtcpFeedback::GoogRemb,
+            RtcpFeedback::TransportCc,
         ],
     };
     /// Sending to an SFU. The rid extensions are offered with simulcast only.
@@ -474,15 +445,17 @@ impl Capabilities {
             Extension::AudioLevel,
             Extension::TransportCc,
         ],
+        // The answerer's first codec is the one to send.
+        preference: Preference::Theirs,
         ..Capabilities::SUBSCRIBER
     };
+}
 
-    fn codecs(&self, kind: Kind) -> &'static [&'static str] {
-        match kind {
-            Kind::Audio => self.audio_codecs,
-            Kind::Video => self.video_codecs,
-        }
-    }
+/// Whose order of codecs decides, where a section names several that we know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preference {
+    Ours,
+    Theirs,
 }
 
 /// Our end of one peer connection.
@@ -517,12 +490,10 @@ pub struct RemoteTransport {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteTrack {
     pub mid: Box<str>,
-    pub kind: Kind,
     pub ssrc: u32,
     pub rtx_ssrc: Option<u32>,
-    pub payload_type: u8,
+    pub payloads: PayloadTypes,
     pub rtx_payload_type: Option<u8>,
-    pub clock_rate: u32,
     /// The first part of `a=msid`; LiveKit writes `PARTICIPANT_SID|TRACK_SID` or the publisher's stream.
     pub stream_id: Box<str>,
     /// The second part of `a=msid`: LiveKit's track sid.
@@ -536,8 +507,12 @@ pub struct RemoteTrack {
 }
 
 impl RemoteTrack {
+    pub fn kind(&self) -> Kind {
+        self.payloads.codec.kind()
+    }
+
     fn is_same_source(&self, other: &RemoteTrack) -> bool {
-        let source = |track: &RemoteTrack| (track.kind, track.ssrc);
+        let source = |track: &RemoteTrack| (track.kind(), track.ssrc);
         source(self) == source(other)
             && self.mid == other.mid
             && self.stream_id == other.stream_id

@@ -8,7 +8,7 @@ use super::*;
 /// A track of ours, for [`Offerer::send`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalTrack {
-    pub kind: Kind,
+    pub codec: Codec,
     /// The `cid` of its AddTrack: LiveKit finds the track by it.
     pub cid: String,
     pub stream_id: String,
@@ -184,12 +184,9 @@ impl Receiver {
 }
 
 fn push_receiver(sdp: &mut String, local: &LocalTransport, kind: Kind, mid: &str, tagged: bool) {
-    let codec = offered_codec(kind, true, &Capabilities::SUBSCRIBER);
-    push_media_line(
-        sdp,
-        kind,
-        &[Some(codec.payload_type), codec.rtx_payload_type],
-    );
+    let liked = liked_codec(kind, &Capabilities::SUBSCRIBER);
+    let codec = offered_codec(liked, true, &Capabilities::SUBSCRIBER);
+    push_media_line(sdp, &codec);
     push_transport(sdp, local, local.setup, mid, tagged);
     push_extensions(
         sdp,
@@ -211,19 +208,15 @@ fn push_local_track(
 ) {
     let has_rids = !track.rids.is_empty();
     let codec = offered_codec(
-        track.kind,
+        track.codec,
         track.rtx_ssrc.is_some() || has_rids,
         &Capabilities::PUBLISHER,
     );
-    push_media_line(
-        sdp,
-        track.kind,
-        &[Some(codec.payload_type), codec.rtx_payload_type],
-    );
+    push_media_line(sdp, &codec);
     push_transport(sdp, local, local.setup, mid, tagged);
     push_extensions(
         sdp,
-        &offered_extensions(track.kind, has_rids, &Capabilities::PUBLISHER),
+        &offered_extensions(track.codec.kind(), has_rids, &Capabilities::PUBLISHER),
     );
     push(
         sdp,
@@ -239,34 +232,21 @@ fn push_local_track(
     }
 }
 
-fn offered_codec(kind: Kind, rtx: bool, capabilities: &Capabilities) -> Codec {
-    let mut feedback = FeedbackSet::default();
-    let of_kind = |feedback: &Feedback| {
-        kind == Kind::Video || matches!(feedback, Feedback::Nack | Feedback::TransportCc)
-    };
-    capabilities
-        .feedback
-        .iter()
-        .filter(|feedback| of_kind(feedback))
-        .for_each(|found| feedback.insert(*found));
-    match kind {
-        Kind::Audio => Codec {
-            payload_type: OPUS_PAYLOAD_TYPE,
-            rtx_payload_type: None,
-            map: "opus/48000/2".into(),
-            clock_rate: 48_000,
-            parameters: "minptime=10;useinbandfec=1".into(),
-            feedback,
-        },
-        Kind::Video => Codec {
-            payload_type: VP8_PAYLOAD_TYPE,
-            rtx_payload_type: Some(VP8_RTX_PAYLOAD_TYPE).filter(|_| rtx),
-            map: "VP8/90000".into(),
-            clock_rate: 90_000,
-            parameters: "".into(),
-            feedback,
-        },
+/// `rtx`: retransmissions have an SSRC of their own.
+fn offered_codec(codec: Codec, rtx: bool, capabilities: &Capabilities) -> SectionCodec {
+    let offered = SectionCodec::offered(codec, capabilities.feedback);
+    SectionCodec {
+        rtx_payload_type: offered.rtx_payload_type.filter(|_| rtx),
+        ..offered
     }
+}
+
+/// What we like best of a kind.
+fn liked_codec(kind: Kind, capabilities: &Capabilities) -> Codec {
+    let mut liked = capabilities.codecs.iter().copied();
+    liked
+        .find(|codec| codec.kind() == kind)
+        .expect("a capability has a codec of each kind")
 }
 
 fn offered_extensions(kind: Kind, has_rids: bool, capabilities: &Capabilities) -> ExtensionIds {
@@ -285,7 +265,7 @@ fn offered_extensions(kind: Kind, has_rids: bool, capabilities: &Capabilities) -
 }
 
 fn push_sources(sdp: &mut String, track: &LocalTrack) {
-    let rtx = track.rtx_ssrc.filter(|_| track.kind == Kind::Video);
+    let rtx = track.rtx_ssrc.filter(|_| track.codec.has_rtx());
     if let Some(rtx) = rtx {
         push(
             sdp,
@@ -317,7 +297,8 @@ pub struct NegotiatedMedia {
     pub kind: Kind,
     /// `false`: the server rejected it, or does not receive it now. Nothing may be sent.
     pub accepted: bool,
-    pub payload_type: u8,
+    /// `None` only where it was rejected.
+    pub payloads: Option<PayloadTypes>,
     pub rtx_payload_type: Option<u8>,
     pub extensions: ExtensionIds,
     pub feedback: FeedbackSet,
@@ -334,10 +315,10 @@ impl NegotiatedMedia {
             mid: section.mid.clone(),
             kind,
             accepted: section.accepted && receives,
-            payload_type: codec.map_or(0, |codec| codec.payload_type),
+            payloads: codec.map(SectionCodec::payloads),
             rtx_payload_type: codec.and_then(|codec| codec.rtx_payload_type),
             extensions: section.extensions,
-            feedback: codec.map_or(FeedbackSet::default(), |codec| codec.feedback),
+            feedback: codec.map_or(FeedbackSet::default(), SectionCodec::all_feedback),
         })
     }
 }

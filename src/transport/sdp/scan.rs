@@ -261,15 +261,72 @@ pub(super) enum Content {
 
 /// The codec that the answer takes from a section.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Codec {
+pub(super) struct SectionCodec {
+    pub(super) codec: Codec,
     pub(super) payload_type: u8,
     pub(super) rtx_payload_type: Option<u8>,
     /// What `a=rtpmap` says of it, `opus/48000/2`.
     pub(super) map: Box<str>,
-    pub(super) clock_rate: u32,
     /// Its `a=fmtp` parameters, empty if there are none.
     pub(super) parameters: Box<str>,
     pub(super) feedback: FeedbackSet,
+    /// The codec that it wraps, which the section names beside it.
+    pub(super) wrapped: Option<Box<SectionCodec>>,
+}
+
+impl SectionCodec {
+    /// As our own offers have it. `feedback` is what we do.
+    pub(super) fn offered(codec: Codec, feedback: &[RtcpFeedback]) -> SectionCodec {
+        SectionCodec {
+            codec,
+            payload_type: codec.payload_type(),
+            rtx_payload_type: codec.rtx_payload_type(),
+            map: codec.rtpmap().into(),
+            parameters: codec.fmtp().into(),
+            feedback: codec
+                .feedback()
+                .iter()
+                .copied()
+                .filter(|wanted| feedback.contains(wanted))
+                .collect(),
+            wrapped: codec
+                .wrapped()
+                .map(|wrapped| Box::new(SectionCodec::offered(wrapped, feedback))),
+        }
+    }
+
+    pub(super) fn payloads(&self) -> PayloadTypes {
+        PayloadTypes {
+            wrapped: self.wrapped.as_ref().map(|wrapped| wrapped.payload_type),
+            ..PayloadTypes::of(self.codec, self.payload_type)
+        }
+    }
+
+    /// What the section allows about its packets, whichever of the two codecs they are of.
+    pub(super) fn all_feedback(&self) -> FeedbackSet {
+        self.formats().fold(FeedbackSet::default(), |all, format| {
+            all.union(format.feedback)
+        })
+    }
+
+    /// The codec without what wraps it.
+    pub(super) fn plain(&self) -> &SectionCodec {
+        self.wrapped.as_deref().unwrap_or(self)
+    }
+
+    /// The codec, and the one that it wraps.
+    pub(super) fn formats(&self) -> impl Iterator<Item = &SectionCodec> {
+        std::iter::once(self).chain(self.wrapped.as_deref())
+    }
+
+    /// What goes into the m-line.
+    pub(super) fn payload_types(&self) -> impl Iterator<Item = u8> {
+        self.formats().flat_map(|format| {
+            [Some(format.payload_type), format.rtx_payload_type]
+                .into_iter()
+                .flatten()
+        })
+    }
 }
 
 /// A media section, read: about 300 bytes with its texts, where the text itself takes 1.8 KB.
@@ -284,7 +341,7 @@ pub(super) struct Section {
     pub(super) accepted: bool,
     pub(super) direction: Direction,
     pub(super) reduced_size: bool,
-    pub(super) codec: Option<Codec>,
+    pub(super) codec: Option<SectionCodec>,
     /// A payload type to name when the section is rejected.
     pub(super) first_format: Box<str>,
     pub(super) extensions: ExtensionIds,
@@ -308,7 +365,7 @@ impl Section {
         let content = media.content(scan.sctp_port);
         let codec = match content {
             Content::Rtp(kind) => {
-                scan.choose_codec(&media, capabilities.codecs(kind), capabilities.feedback)
+                scan.choose_codec(&media, kind, capabilities, capabilities.feedback)
             }
             _ => None,
         };
@@ -336,9 +393,7 @@ impl Section {
     }
 
     pub(super) fn read_track(&self, scan: &SectionScan<'_>) -> Option<RemoteTrack> {
-        let (Content::Rtp(kind), Some(codec)) = (&self.content, &self.codec) else {
-            return None;
-        };
+        let codec = self.codec.as_ref()?;
         let (ssrc, rtx_ssrc) = match scan.fid {
             Some((ssrc, rtx)) => (ssrc, Some(rtx)),
             None => (scan.ssrc?, None),
@@ -350,17 +405,15 @@ impl Section {
             .unwrap_or_default();
         Some(RemoteTrack {
             mid: self.mid.clone(),
-            kind: *kind,
             ssrc,
             rtx_ssrc: rtx_ssrc.filter(|_| codec.rtx_payload_type.is_some()),
-            payload_type: codec.payload_type,
+            payloads: codec.payloads(),
             rtx_payload_type: codec.rtx_payload_type,
-            clock_rate: codec.clock_rate,
             stream_id: stream_id.into(),
             track_id: track_id.into(),
             active: false,
             extensions: self.extensions,
-            feedback: codec.feedback,
+            feedback: codec.all_feedback(),
         })
     }
 
@@ -446,7 +499,7 @@ pub(super) struct SectionScan<'a> {
     pub(super) maps: Vec<(u8, &'a str)>,
     pub(super) parameters: Vec<(u8, &'a str)>,
     /// `None` stands for `*`.
-    pub(super) feedback: Vec<(Option<u8>, Feedback)>,
+    pub(super) feedback: Vec<(Option<u8>, RtcpFeedback)>,
     pub(super) extensions: ExtensionIds,
     pub(super) ssrc: Option<u32>,
     pub(super) fid: Option<(u32, u32)>,
@@ -479,7 +532,7 @@ impl<'a> SectionScan<'a> {
             "fmtp" if self.parameters.len() < PAYLOAD_TYPES_MAX => {
                 self.parameters.extend(payload_type_and_text(value))
             }
-            "rtcp-fb" if self.feedback.len() < PAYLOAD_TYPES_MAX * Feedback::ALL.len() => {
+            "rtcp-fb" if self.feedback.len() < PAYLOAD_TYPES_MAX * RtcpFeedback::ALL.len() => {
                 self.feedback.extend(payload_type_and_feedback(value))
             }
             "extmap" => self.extension(value),
@@ -512,49 +565,92 @@ impl<'a> SectionScan<'a> {
         self.ssrc_msid = self.ssrc_msid.or_else(|| attribute.strip_prefix("msid:"));
     }
 
-    /// The first payload type of the m-line whose codec is in `names`.
+    /// The codec of this kind that we know and that is liked best.
     pub(super) fn choose_codec(
         &self,
         media: &MediaLine<'_>,
-        names: &[&str],
-        supported: &[Feedback],
-    ) -> Option<Codec> {
-        let mut offered = media
+        kind: Kind,
+        capabilities: &Capabilities,
+        feedback: &[RtcpFeedback],
+    ) -> Option<SectionCodec> {
+        let known = |codec: &Codec| codec.kind() == kind && capabilities.codecs.contains(codec);
+        let mut formats = media
             .formats()
             .filter_map(|format| format.parse::<u8>().ok())
-            .filter(|payload_type| *payload_type < 128);
-        let (payload_type, map) = offered.find_map(|payload_type| {
-            let map = self.map(payload_type)?;
-            names
-                .iter()
-                .any(|name| codec_name(map).eq_ignore_ascii_case(name))
-                .then_some((payload_type, map))
-        })?;
-        let clock_rate = map.split('/').nth(1)?.parse().ok()?;
+            .filter(|payload_type| *payload_type < 128)
+            .filter_map(|payload_type| Some((payload_type, self.codec_of(payload_type)?)))
+            .filter(|(_, codec)| known(codec));
+        match capabilities.preference {
+            Preference::Theirs => formats.find_map(|(payload_type, codec)| {
+                self.section_codec(payload_type, codec, feedback)
+            }),
+            Preference::Ours => {
+                let formats: Vec<(u8, Codec)> = formats.collect();
+                capabilities.codecs.iter().find_map(|liked| {
+                    let mut same = formats.iter().filter(|(_, codec)| codec == liked);
+                    same.find_map(|(payload_type, codec)| {
+                        self.section_codec(*payload_type, *codec, feedback)
+                    })
+                })
+            }
+        }
+    }
+
+    fn codec_of(&self, payload_type: u8) -> Option<Codec> {
+        let mut map = self.map(payload_type)?.split('/');
+        Codec::from_rtpmap(map.next()?.trim(), map.next()?.parse().ok()?)
+    }
+
+    /// `None` for a codec that wraps another one which is not in the section.
+    fn section_codec(
+        &self,
+        payload_type: u8,
+        codec: Codec,
+        supported: &[RtcpFeedback],
+    ) -> Option<SectionCodec> {
         let parameters = text_of(&self.parameters, payload_type)
             .filter(|text| is_harmless(text))
             .unwrap_or_default();
+        let wrapped = match codec.wrapped() {
+            Some(wrapped) => Some(Box::new(
+                self.wrapped_codec(parameters, wrapped, supported)?,
+            )),
+            None => None,
+        };
         let rtx = self.parameters.iter().find(|(rtx, parameters)| {
             apt(parameters) == Some(payload_type)
                 && self
                     .map(*rtx)
                     .is_some_and(|map| codec_name(map).eq_ignore_ascii_case("rtx"))
         });
-        let mut feedback = FeedbackSet::default();
-        for (_, found) in self.feedback.iter().filter(|(target, found)| {
-            target.is_none_or(|target| target == payload_type) && supported.contains(found)
-        }) {
-            feedback.insert(*found);
-        }
-        let rtx_payload_type = rtx.map(|(rtx, _)| *rtx);
-        Some(Codec {
+        let feedback = self
+            .feedback
+            .iter()
+            .filter(|(target, found)| {
+                target.is_none_or(|target| target == payload_type) && supported.contains(found)
+            })
+            .map(|(_, found)| *found);
+        Some(SectionCodec {
+            codec,
             payload_type,
-            rtx_payload_type,
-            map: map.into(),
-            clock_rate,
+            rtx_payload_type: rtx.map(|(rtx, _)| *rtx),
+            map: self.map(payload_type)?.into(),
             parameters: parameters.into(),
-            feedback,
+            feedback: feedback.collect(),
+            wrapped,
         })
+    }
+
+    /// The codec inside, by the first payload type of `a=fmtp:63 111/111` (RFC 2198, section 5).
+    fn wrapped_codec(
+        &self,
+        parameters: &str,
+        wrapped: Codec,
+        supported: &[RtcpFeedback],
+    ) -> Option<SectionCodec> {
+        let payload_type = parameters.split('/').next()?.trim().parse().ok()?;
+        let found = self.codec_of(payload_type)? == wrapped;
+        found.then(|| self.section_codec(payload_type, wrapped, supported))?
     }
 
     pub(super) fn map(&self, payload_type: u8) -> Option<&'a str> {
@@ -591,14 +687,14 @@ pub(super) fn payload_type_and_text(value: &str) -> Option<(u8, &str)> {
     ))
 }
 
-pub(super) fn payload_type_and_feedback(value: &str) -> Option<(Option<u8>, Feedback)> {
+pub(super) fn payload_type_and_feedback(value: &str) -> Option<(Option<u8>, RtcpFeedback)> {
     let (target, text) = value.split_once(' ')?;
     let target = if target == "*" {
         None
     } else {
         Some(target.parse().ok()?)
     };
-    Some((target, Feedback::from_text(text)?))
+    Some((target, RtcpFeedback::from_text(text)?))
 }
 
 pub(super) fn codec_name(map: &str) -> &str {

@@ -32,8 +32,8 @@ const KNOWN_RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
 impl Capabilities {
     /// What the server takes from publishers.
     pub const SERVER_RECEIVES: Capabilities = Capabilities {
-        audio_codecs: &["opus"],
-        video_codecs: &["VP8"],
+        codecs: &[Codec::Red, Codec::Opus, Codec::Vp8],
+        preference: Preference::Ours,
         extensions: &[
             Extension::Mid,
             Extension::Rid,
@@ -42,16 +42,20 @@ impl Capabilities {
             Extension::TransportCc,
         ],
         feedback: &[
-            Feedback::Nack,
-            Feedback::NackPli,
-            Feedback::CcmFir,
-            Feedback::TransportCc,
+            RtcpFeedback::Nack,
+            RtcpFeedback::NackPli,
+            RtcpFeedback::CcmFir,
+            RtcpFeedback::TransportCc,
         ],
     };
     /// What the server sends to subscribers, and what it does with their feedback.
     pub const SERVER_SENDS: Capabilities = Capabilities {
         extensions: &SENT_EXTENSIONS,
-        feedback: &[Feedback::Nack, Feedback::NackPli, Feedback::CcmFir],
+        feedback: &[
+            RtcpFeedback::Nack,
+            RtcpFeedback::NackPli,
+            RtcpFeedback::CcmFir,
+        ],
         ..Capabilities::SERVER_RECEIVES
     };
 }
@@ -66,9 +70,9 @@ pub struct ClientSection {
     pub sends: bool,
     /// The client takes our packets on it.
     pub receives: bool,
-    pub payload_type: u8,
+    /// `None`: no codec in common.
+    pub payloads: Option<PayloadTypes>,
     pub rtx_payload_type: Option<u8>,
-    pub clock_rate: u32,
     /// What both sides know, whichever of them sends.
     pub extensions: ExtensionIds,
     pub feedback: FeedbackSet,
@@ -80,7 +84,7 @@ pub struct ClientSection {
     /// Simulcast layers from low to high; empty without simulcast.
     pub rids: Vec<Box<str>>,
     content: Content,
-    codec: Option<Codec>,
+    codec: Option<SectionCodec>,
     usable: bool,
     first_format: Box<str>,
 }
@@ -119,14 +123,13 @@ impl ClientSection {
             },
         };
         let extensions = fitting_extensions(scan.accepted_extensions(&capabilities), kind);
-        let feedback: Vec<Feedback> = capabilities
+        let feedback: Vec<RtcpFeedback> = capabilities
             .feedback
             .iter()
             .copied()
             .filter(|feedback| fits(*feedback, kind, &extensions))
             .collect();
-        let codec =
-            kind.and_then(|kind| scan.choose_codec(&media, capabilities.codecs(kind), &feedback));
+        let codec = kind.and_then(|kind| scan.choose_codec(&media, kind, &capabilities, &feedback));
         let understood = codec.is_some() || matches!(content, Content::Application(_));
         let (ssrc, rtx_ssrc) = scan
             .fid
@@ -142,13 +145,12 @@ impl ClientSection {
             kind,
             sends,
             receives: matches!(direction, Direction::RecvOnly | Direction::SendRecv),
-            payload_type: codec.as_ref().map_or(0, |codec| codec.payload_type),
+            payloads: codec.as_ref().map(SectionCodec::payloads),
             rtx_payload_type,
-            clock_rate: codec.as_ref().map_or(0, |codec| codec.clock_rate),
             extensions,
             feedback: codec
                 .as_ref()
-                .map_or(FeedbackSet::default(), |codec| codec.feedback),
+                .map_or(FeedbackSet::default(), SectionCodec::all_feedback),
             stream_id: stream_id.into(),
             track_id: track_id.into(),
             ssrc,
@@ -173,13 +175,15 @@ impl ClientSection {
 
 /// Transport-wide feedback is on packets that carry their number, and as in LiveKit on video alone: libwebrtc's estimate stays at the bottom where audio is in
 /// it by its description and not by its packets, which is what SDKs offer.
-fn fits(feedback: Feedback, kind: Option<Kind>, extensions: &ExtensionIds) -> bool {
+fn fits(feedback: RtcpFeedback, kind: Option<Kind>, extensions: &ExtensionIds) -> bool {
     match feedback {
-        Feedback::Nack => true,
-        Feedback::TransportCc => {
+        RtcpFeedback::Nack => true,
+        RtcpFeedback::TransportCc => {
             kind == Some(Kind::Video) && extensions.id(Extension::TransportCc).is_some()
         }
-        Feedback::NackPli | Feedback::CcmFir | Feedback::GoogRemb => kind == Some(Kind::Video),
+        RtcpFeedback::NackPli | RtcpFeedback::CcmFir | RtcpFeedback::GoogRemb => {
+            kind == Some(Kind::Video)
+        }
     }
 }
 
@@ -272,8 +276,8 @@ struct Answered {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Purpose {
-    /// Receiving, with pauses or without.
-    dtx: Option<bool>,
+    /// Receiving: with pauses or without, with redundancy or without.
+    received: Option<(bool, bool)>,
     /// Sending the track of this SSRC: no two have the same.
     ssrc: Option<u32>,
     tagged: bool,
@@ -386,13 +390,15 @@ pub struct SentTrack {
     pub ssrc: u32,
     /// For video.
     pub rtx_ssrc: Option<u32>,
+    pub codec: Codec,
 }
 
 /// What our answer makes of one section of the client's offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SectionUse<'a> {
-    /// We receive the client's track. `dtx`: it may go silent between words.
-    Receive { dtx: bool },
+    /// We receive the client's track. `dtx`: it may go silent between words. `red`: it is to
+    /// send audio with redundancy, where it can.
+    Receive { dtx: bool, red: bool },
     /// We send this track.
     Send(&'a SentTrack),
     /// Nothing flows for now.
@@ -451,8 +457,8 @@ impl KnownSection {
         tagged: bool,
     ) -> &str {
         let purpose = Purpose {
-            dtx: match section_use {
-                SectionUse::Receive { dtx } => Some(dtx),
+            received: match section_use {
+                SectionUse::Receive { dtx, red } => Some((dtx, red)),
                 _ => None,
             },
             ssrc: match section_use {
@@ -479,14 +485,9 @@ impl KnownSection {
                         SCTP_PORT,
                     );
                 }
-                (Content::Rtp(kind), Some(codec)) if section.usable => push_answered(
-                    &mut text,
-                    local,
-                    section,
-                    (*kind, codec),
-                    section_use,
-                    tagged,
-                ),
+                (Content::Rtp(_), Some(codec)) if section.usable => {
+                    push_answered(&mut text, local, section, codec, section_use, tagged)
+                }
                 _ => push_rejected(&mut text, section),
             }
             Answered {
@@ -502,15 +503,16 @@ fn push_answered(
     sdp: &mut String,
     local: &LocalTransport,
     section: &ClientSection,
-    (kind, codec): (Kind, &Codec),
+    codec: &SectionCodec,
     section_use: SectionUse<'_>,
     tagged: bool,
 ) {
-    push_media_line(
-        sdp,
-        kind,
-        &[Some(codec.payload_type), codec.rtx_payload_type],
-    );
+    let codec = match section_use {
+        SectionUse::Receive { red: false, .. } => codec.plain(),
+        SectionUse::Send(track) if track.codec != codec.codec => codec.plain(),
+        _ => codec,
+    };
+    push_media_line(sdp, codec);
     push_transport(sdp, local, local.setup, &section.mid, tagged);
     push_extensions(sdp, &section.extensions);
     let direction = match section_use {
@@ -523,9 +525,9 @@ fn push_answered(
         format_args!("a={direction}\r\na=rtcp-mux\r\na=rtcp-rsize\r\n"),
     );
     match section_use {
-        SectionUse::Receive { dtx: true } if kind == Kind::Audio => {
-            push_codec(sdp, &with_dtx(codec))
-        }
+        SectionUse::Receive { dtx: true, .. } => codec
+            .formats()
+            .for_each(|format| push_format(sdp, format, &with_dtx(format))),
         _ => push_codec(sdp, codec),
     }
     match section_use {
@@ -538,12 +540,12 @@ fn push_answered(
 }
 
 /// Opus senders go silent only where the answer asks for it (RFC 7587, section 6.1), as LiveKit's does.
-fn with_dtx(codec: &Codec) -> Codec {
-    let separator = if codec.parameters.is_empty() { "" } else { ";" };
-    let parameters = format!("{}{separator}usedtx=1", codec.parameters);
-    Codec {
-        parameters: parameters.into(),
-        ..codec.clone()
+fn with_dtx(codec: &SectionCodec) -> String {
+    let parameters = &codec.parameters;
+    match codec.codec {
+        Codec::Opus if parameters.is_empty() => "usedtx=1".into(),
+        Codec::Opus => format!("{parameters};usedtx=1"),
+        Codec::Red | Codec::Vp8 => parameters.to_string(),
     }
 }
 
@@ -625,7 +627,7 @@ pub struct SubscriberOffer {
 }
 
 struct OfferedSection {
-    kind: Kind,
+    codec: Codec,
     track: Option<SentTrack>,
     /// The section as the offer has it; empty: to be written.
     text: String,
@@ -647,7 +649,7 @@ pub struct AgreedSection {
 /// How packets of a section are to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AgreedMedia {
-    pub payload_type: u8,
+    pub payloads: PayloadTypes,
     pub rtx_payload_type: Option<u8>,
     pub extensions: ExtensionIds,
 }
@@ -655,8 +657,11 @@ pub struct AgreedMedia {
 impl AgreedMedia {
     /// What a section of a client's description allows us to send there.
     pub fn of(section: &ClientSection) -> Option<AgreedMedia> {
-        (section.usable && section.receives && section.kind.is_some()).then_some(AgreedMedia {
-            payload_type: section.payload_type,
+        let payloads = section
+            .payloads
+            .filter(|_| section.usable && section.receives)?;
+        Some(AgreedMedia {
+            payloads,
             rtx_payload_type: section.rtx_payload_type,
             extensions: SENT_EXTENSIONS
                 .into_iter()
@@ -668,9 +673,10 @@ impl AgreedMedia {
 
 impl SubscriberOffer {
     /// Puts a track into the next offer; returns its section.
-    pub fn add(&mut self, kind: Kind, track: SentTrack) -> usize {
+    pub fn add(&mut self, track: SentTrack) -> usize {
+        let codec = track.codec;
         let fresh = OfferedSection {
-            kind,
+            codec,
             track: Some(track),
             text: String::new(),
             free: false,
@@ -679,7 +685,7 @@ impl SubscriberOffer {
         match self
             .tracks
             .iter()
-            .position(|section| section.free && section.kind == kind)
+            .position(|section| section.free && section.codec.kind() == codec.kind())
         {
             Some(index) => {
                 if let Some(slot) = self.tracks.get_mut(index) {
@@ -782,7 +788,8 @@ impl SubscriberOffer {
                 section.agreed = true;
                 agreed.push(AgreedSection {
                     section: index + 1,
-                    media: AgreedMedia::of(answer).filter(|_| answer.kind == Some(section.kind)),
+                    media: AgreedMedia::of(answer)
+                        .filter(|media| media.payloads.codec.kind() == section.codec.kind()),
                 });
             }
         }
@@ -792,15 +799,11 @@ impl SubscriberOffer {
 
 impl OfferedSection {
     fn write(&mut self, index: usize, local: &LocalTransport) {
-        let codec = sent_codec(self.kind);
+        let codec = SectionCodec::offered(self.codec, Capabilities::SERVER_SENDS.feedback);
         let sdp = &mut self.text;
-        push_media_line(
-            sdp,
-            self.kind,
-            &[Some(codec.payload_type), codec.rtx_payload_type],
-        );
+        push_media_line(sdp, &codec);
         push_transport(sdp, local, Setup::ActPass, &index.to_string(), false);
-        push_extensions(sdp, &sent_extensions(self.kind));
+        push_extensions(sdp, &sent_extensions(self.codec.kind()));
         let direction = if self.track.is_some() {
             "sendonly"
         } else {
@@ -814,39 +817,6 @@ impl OfferedSection {
         if let Some(track) = &self.track {
             push_sent_track(sdp, track, codec.rtx_payload_type.is_some());
         }
-    }
-}
-
-fn sent_codec(kind: Kind) -> Codec {
-    let mut feedback = FeedbackSet::default();
-    let of_kind = |feedback: &Feedback| kind == Kind::Video || *feedback == Feedback::Nack;
-    let supported = Capabilities::SERVER_SENDS.feedback.iter();
-    supported
-        .filter(|feedback| of_kind(feedback))
-        .for_each(|found| feedback.insert(*found));
-    let (payload_type, rtx_payload_type, map, clock_rate, parameters) = match kind {
-        Kind::Audio => (
-            OPUS_PAYLOAD_TYPE,
-            None,
-            "opus/48000/2",
-            48_000,
-            "minptime=10;useinbandfec=1",
-        ),
-        Kind::Video => (
-            VP8_PAYLOAD_TYPE,
-            Some(VP8_RTX_PAYLOAD_TYPE),
-            "VP8/90000",
-            90_000,
-            "",
-        ),
-    };
-    Codec {
-        payload_type,
-        rtx_payload_type,
-        map: map.into(),
-        clock_rate,
-        parameters: parameters.into(),
-        feedback,
     }
 }
 
@@ -880,6 +850,7 @@ mod tests {
 
     fn track(number: u32) -> SentTrack {
         SentTrack {
+            codec: Codec::Opus,
             stream_id: format!("PA_{number}|TR_{number}"),
             track_id: format!("TR_{number}"),
             ssrc: number * 2 + 1,
@@ -909,7 +880,13 @@ mod tests {
             } else {
                 Kind::Audio
             };
-            assert_eq!(offers.add(kind, track(number)), number as usize);
+            assert_eq!(
+                offers.add(SentTrack {
+                    codec: Codec::default_of(kind),
+                    ..track(number)
+                }),
+                number as usize
+            );
             let offer = offers.offer(&local());
             let now = sections(&offer);
             assert_eq!(now.len(), number as usize + 1);
@@ -935,7 +912,7 @@ mod tests {
     #[test]
     fn new_credentials_are_in_every_section() {
         let mut offers = SubscriberOffer::default();
-        offers.add(Kind::Audio, track(1));
+        offers.add(track(1));
         offers.offer(&local());
         offers.rewrite();
         let restarted = LocalTransport {
@@ -955,7 +932,7 @@ mod tests {
     #[test]
     fn an_answer_must_fit_its_offer() {
         let mut offers = SubscriberOffer::default();
-        offers.add(Kind::Audio, track(1));
+        offers.add(track(1));
         let (first, mut answerer) = (
             offers.offer(&local()),
             Answerer::new(Capabilities::SUBSCRIBER),
@@ -968,7 +945,7 @@ mod tests {
         assert_eq!(offers.answered(&answer).unwrap().1, []);
         assert!(offers.answered(&answer).is_err(), "nothing to answer");
         // A codec that the client does not have is rejected by it.
-        offers.add(Kind::Audio, track(2));
+        offers.add(track(2));
         let offer = offers.offer(&local());
         let answer = answerer.answer(&offer, &local()).unwrap().sdp;
         let (before, after) = answer.rsplit_once("m=audio 9 ").unwrap();
@@ -1003,7 +980,10 @@ mod tests {
         let (sent, unused) = (track(1), track(2));
         let answer = write_answer(&mut offers, &local(), 1, |index, section| {
             match publishes(section) {
-                true => SectionUse::Receive { dtx: true },
+                true => SectionUse::Receive {
+                    dtx: true,
+                    red: false,
+                },
                 false if index == 0 => SectionUse::Send(&sent),
                 false => SectionUse::Idle,
             }
@@ -1031,10 +1011,11 @@ mod tests {
                 .count();
             assert_eq!(
                 codecs,
-                if section.kind == Some(Kind::Video) {
-                    2
-                } else {
-                    usize::from(section.kind.is_some())
+                match section.kind {
+                    None => 0,
+                    // Redundancy is not wanted of this track, nor has the one that is sent any.
+                    Some(Kind::Audio) if publishes(section) || index == 0 => 1,
+                    Some(_) => 2,
                 }
             );
         }
@@ -1081,7 +1062,10 @@ mod tests {
                 publishes(section),
                 (index + round) % 3,
             ) {
-                (true, _) => SectionUse::Receive { dtx: round == 1 },
+                (true, _) => SectionUse::Receive {
+                    dtx: round == 1,
+                    red: round == 2,
+                },
                 (false, 0) => SectionUse::Send(&first),
                 (false, 1) => SectionUse::Send(&second),
                 (false, _) => SectionUse::Idle,

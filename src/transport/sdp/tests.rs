@@ -45,7 +45,7 @@ fn publisher(data: bool, receives: bool) -> Offerer {
         match receives {
             true => offerer.receive(kind, 1).unwrap(),
             false => offerer.send(LocalTrack {
-                kind,
+                codec: Codec::default_of(kind),
                 cid: kind_name(kind).into(),
                 stream_id: "s".into(),
                 ssrc: 1,
@@ -146,25 +146,20 @@ fn a_recorded_offer_names_transport_and_tracks() {
         panic!("{:?}", answered.added)
     };
     assert_eq!(
-        (
-            audio.kind,
-            audio.payload_type,
-            audio.rtx_payload_type,
-            audio.rtx_ssrc
-        ),
-        (Kind::Audio, 111, None, None)
+        (audio.payloads, audio.rtx_payload_type, audio.rtx_ssrc),
+        (PayloadTypes::of(Codec::Opus, 111), None, None)
     );
     assert_eq!(
-        (audio.ssrc, audio.clock_rate, &*audio.track_id),
-        (359_536_568, 48_000, "TR_AteYg99Z6BqU3")
+        (audio.ssrc, &*audio.track_id),
+        (359_536_568, "TR_AteYg99Z6BqU3")
     );
     assert_eq!(
-        (video.kind, video.payload_type, video.rtx_payload_type),
-        (Kind::Video, 96, Some(97))
+        (video.payloads, video.rtx_payload_type),
+        (PayloadTypes::of(Codec::Vp8, 96), Some(97))
     );
     assert_eq!(
-        (video.ssrc, video.rtx_ssrc, video.clock_rate),
-        (631_379_334, Some(2_598_880_657), 90_000)
+        (video.ssrc, video.rtx_ssrc),
+        (631_379_334, Some(2_598_880_657))
     );
     assert_eq!(
         (&*video.stream_id, &*video.track_id),
@@ -241,7 +236,7 @@ fn an_independent_parser_reads_our_answers_as_they_are_meant() {
 #[test]
 fn an_independent_parser_reads_our_offers_as_they_are_meant() {
     let audio = LocalTrack {
-        kind: Kind::Audio,
+        codec: Codec::Opus,
         cid: "mic".into(),
         stream_id: "s".into(),
         ssrc: 1,
@@ -249,7 +244,7 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
         rids: Vec::new(),
     };
     let video = LocalTrack {
-        kind: Kind::Video,
+        codec: Codec::Vp8,
         cid: "cam".into(),
         stream_id: "s".into(),
         ssrc: 2,
@@ -283,7 +278,7 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
         panic!("{offer}")
     };
     for (free, maps) in [
-        (free_audio, vec!["111 opus/48000/2"]),
+        (free_audio, vec!["63 red/48000/2", "111 opus/48000/2"]),
         (free_video, vec!["96 VP8/90000", "97 rtx/90000"]),
     ] {
         assert!(
@@ -353,12 +348,12 @@ fn recorded_answers_to_our_offers_are_read() {
         };
         assert!(audio.accepted && video.accepted);
         assert_eq!(
+            (audio.payloads, video.payloads, video.rtx_payload_type),
             (
-                audio.payload_type,
-                video.payload_type,
-                video.rtx_payload_type
-            ),
-            (111, 96, Some(97))
+                Some(PayloadTypes::of(Codec::Opus, 111)),
+                Some(PayloadTypes::of(Codec::Vp8, 96)),
+                Some(97)
+            )
         );
         assert_eq!(
             (
@@ -368,9 +363,10 @@ fn recorded_answers_to_our_offers_are_read() {
             (Some(1), rid)
         );
         assert!(
-            audio.feedback.contains(Feedback::Nack) && video.feedback.contains(Feedback::CcmFir)
+            audio.feedback.contains(RtcpFeedback::Nack)
+                && video.feedback.contains(RtcpFeedback::CcmFir)
         );
-        assert!(!video.feedback.contains(Feedback::GoogRemb));
+        assert!(!video.feedback.contains(RtcpFeedback::GoogRemb));
     }
 }
 
@@ -813,7 +809,7 @@ fn over_one_connection_a_room_fills_and_empties_and_only_what_changed_is_read() 
             negotiated
                 .added
                 .iter()
-                .all(|track| (track.kind == Kind::Video) == track.rtx_ssrc.is_some())
+                .all(|track| (track.kind() == Kind::Video) == track.rtx_ssrc.is_some())
         );
         // The same again changes nothing.
         let again = offerer.handle_answer(answer).unwrap();

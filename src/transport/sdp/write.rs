@@ -42,12 +42,12 @@ pub(super) fn write_session<'a>(
     );
 }
 
-pub(super) fn push_media_line(sdp: &mut String, kind: Kind, payload_types: &[Option<u8>]) {
+pub(super) fn push_media_line(sdp: &mut String, codec: &SectionCodec) {
     push(
         sdp,
-        format_args!("m={} 9 UDP/TLS/RTP/SAVPF", kind_name(kind)),
+        format_args!("m={} 9 UDP/TLS/RTP/SAVPF", kind_name(codec.codec.kind())),
     );
-    for payload_type in payload_types.iter().flatten() {
+    for payload_type in codec.payload_types() {
         push(sdp, format_args!(" {payload_type}"));
     }
     sdp.push_str("\r\n");
@@ -100,19 +100,23 @@ pub(super) fn push_extensions(sdp: &mut String, extensions: &ExtensionIds) {
     }
 }
 
-pub(super) fn push_codec(sdp: &mut String, codec: &Codec) {
+/// What a section says of its codec, and of the one that it wraps.
+pub(super) fn push_codec(sdp: &mut String, codec: &SectionCodec) {
+    codec
+        .formats()
+        .for_each(|format| push_format(sdp, format, &format.parameters));
+}
+
+pub(super) fn push_format(sdp: &mut String, codec: &SectionCodec, parameters: &str) {
     let payload_type = codec.payload_type;
     push(
         sdp,
         format_args!("a=rtpmap:{payload_type} {}\r\n", codec.map),
     );
-    if !codec.parameters.is_empty() {
-        push(
-            sdp,
-            format_args!("a=fmtp:{payload_type} {}\r\n", codec.parameters),
-        );
+    if !parameters.is_empty() {
+        push(sdp, format_args!("a=fmtp:{payload_type} {parameters}\r\n"));
     }
-    for feedback in Feedback::ALL
+    for feedback in RtcpFeedback::ALL
         .into_iter()
         .filter(|feedback| codec.feedback.contains(*feedback))
     {
@@ -126,7 +130,7 @@ pub(super) fn push_codec(sdp: &mut String, codec: &Codec) {
             sdp,
             format_args!(
                 "a=rtpmap:{rtx} rtx/{}\r\na=fmtp:{rtx} apt={payload_type}\r\n",
-                codec.clock_rate
+                codec.codec.clock_rate()
             ),
         );
     }

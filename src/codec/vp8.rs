@@ -2,7 +2,7 @@
 
 /// The descriptor in front of every VP8 payload.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Descriptor {
+pub struct Vp8Descriptor {
     /// N: the frame can be dropped without harm to others.
     pub non_reference: bool,
     /// S: this packet starts a VP8 partition.
@@ -37,19 +37,19 @@ impl PictureId {
     }
 }
 
-impl Descriptor {
+impl Vp8Descriptor {
     /// The longest form.
     pub const MAX_LEN: usize = 6;
 
     /// Reads the descriptor at the front of an RTP payload; with it comes its length, where the VP8 data starts.
-    pub fn parse(payload: &[u8]) -> Option<(Descriptor, usize)> {
+    pub fn parse(payload: &[u8]) -> Option<(Vp8Descriptor, usize)> {
         let mut reader = Reader { payload, len: 0 };
         let required = reader.byte()?;
-        let mut descriptor = Descriptor {
+        let mut descriptor = Vp8Descriptor {
             non_reference: required & N != 0,
             start_of_partition: required & S != 0,
             partition_id: required & 0x07,
-            ..Descriptor::default()
+            ..Vp8Descriptor::default()
         };
         let present = if required & X != 0 { reader.byte()? } else { 0 };
         if present & I != 0 {
@@ -69,7 +69,7 @@ impl Descriptor {
 
     /// Writes the shortest form that holds every field and returns its length; `None` without room, or if a field exceeds its width.
     pub fn write(&self, out: &mut [u8]) -> Option<usize> {
-        let mut form = [0; Descriptor::MAX_LEN];
+        let mut form = [0; Vp8Descriptor::MAX_LEN];
         let len = self.encode(&mut form)?;
         out.get_mut(..len)?.copy_from_slice(form.get(..len)?);
         Some(len)
@@ -85,7 +85,7 @@ impl Descriptor {
         self.start_of_partition && self.partition_id == 0
     }
 
-    fn encode(&self, form: &mut [u8; Descriptor::MAX_LEN]) -> Option<usize> {
+    fn encode(&self, form: &mut [u8; Vp8Descriptor::MAX_LEN]) -> Option<usize> {
         let fits = self.partition_id < 8
             && self.tid.is_none_or(|tid| tid < 4)
             && self.key_idx.is_none_or(|idx| idx < 32);
@@ -182,7 +182,7 @@ const fn flag(set: bool, bit: u8) -> u8 {
     if set { bit } else { 0 }
 }
 
-fn put(form: &mut [u8; Descriptor::MAX_LEN], at: usize, bytes: &[u8]) -> usize {
+fn put(form: &mut [u8; Vp8Descriptor::MAX_LEN], at: usize, bytes: &[u8]) -> usize {
     form[at..at + bytes.len()].copy_from_slice(bytes);
     at + bytes.len()
 }
@@ -202,7 +202,7 @@ mod tests {
         for bits in 0..256u32 {
             for picture_id in picture_ids {
                 let bit = |n: u32| bits >> n & 1 != 0;
-                let descriptor = Descriptor {
+                let descriptor = Vp8Descriptor {
                     non_reference: bit(0),
                     start_of_partition: bit(1),
                     partition_id: if bit(2) { 7 } else { 0 },
@@ -214,9 +214,9 @@ mod tests {
                 };
                 let mut out = [0xFF; 7];
                 let len = descriptor.write(&mut out).unwrap();
-                assert_eq!(Descriptor::parse(&out), Some((descriptor, len)));
+                assert_eq!(Vp8Descriptor::parse(&out), Some((descriptor, len)));
                 for short in 0..len {
-                    assert_eq!(Descriptor::parse(&out[..short]), None);
+                    assert_eq!(Vp8Descriptor::parse(&out[..short]), None);
                     assert_eq!(descriptor.write(&mut [0; 7][..short]), None);
                 }
             }
@@ -225,10 +225,10 @@ mod tests {
 
     #[test]
     fn the_usual_descriptor_has_four_bytes() {
-        let descriptor = Descriptor {
+        let descriptor = Vp8Descriptor {
             start_of_partition: true,
             picture_id: Some(PictureId::Long(0x1234)),
-            ..Descriptor::default()
+            ..Vp8Descriptor::default()
         };
         let mut out = [0; 8];
         assert_eq!(descriptor.write(&mut out), Some(4));
@@ -237,25 +237,25 @@ mod tests {
 
     #[test]
     fn fields_beyond_their_width_are_refused() {
-        let none = Descriptor::default();
+        let none = Vp8Descriptor::default();
         for wide in [
-            Descriptor {
+            Vp8Descriptor {
                 partition_id: 8,
                 ..none
             },
-            Descriptor {
+            Vp8Descriptor {
                 tid: Some(4),
                 ..none
             },
-            Descriptor {
+            Vp8Descriptor {
                 key_idx: Some(32),
                 ..none
             },
-            Descriptor {
+            Vp8Descriptor {
                 picture_id: Some(PictureId::Short(128)),
                 ..none
             },
-            Descriptor {
+            Vp8Descriptor {
                 picture_id: Some(PictureId::Long(1 << 15)),
                 ..none
             },
@@ -267,21 +267,21 @@ mod tests {
     #[test]
     fn a_key_frame_is_told_by_its_first_packet_alone() {
         let frame = [0x10, 0, 0, 0x9D, 0x01, 0x2A, 0x80, 0x42, 0x68, 0x01];
-        let first = Descriptor {
+        let first = Vp8Descriptor {
             start_of_partition: true,
-            ..Descriptor::default()
+            ..Vp8Descriptor::default()
         };
         assert!(first.starts_key_frame(&frame));
         assert!(!first.starts_key_frame(&[0x11]) && !first.starts_key_frame(&[]));
         assert!(
-            !Descriptor {
+            !Vp8Descriptor {
                 partition_id: 1,
                 ..first
             }
             .starts_key_frame(&frame)
         );
         assert!(
-            !Descriptor {
+            !Vp8Descriptor {
                 start_of_partition: false,
                 ..first
             }
