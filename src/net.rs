@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use rustix::time::Timespec;
 
+use crate::units::Time;
+
 /// The kernel's own bounds for one segmented send (`UDP_MAX_SEGMENTS`, and the largest UDP payload).
 pub const SEGMENTS_MAX: usize = 64;
 pub const SEND_BYTES_MAX: usize = 65_000;
@@ -342,6 +344,23 @@ fn socket_address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
             )
         }
         _ => None,
+    }
+}
+
+/// When a datagram reached this host, on the run's clock: by the kernel's stamp, or `now` where it gave none.
+///
+/// `now` and `unix_now` are one moment on both clocks; a datagram that came while others were being taken is younger than that.
+pub fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
+    const ABSURD: Duration = Duration::from_secs(10);
+    let Some(stamp) = stamp else { return now };
+    let apart = Duration::from_nanos(unix_now.abs_diff(stamp));
+    if apart > ABSURD {
+        // A wall clock that was stepped.
+        now
+    } else if stamp <= unix_now {
+        now - apart
+    } else {
+        now + apart
     }
 }
 

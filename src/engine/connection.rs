@@ -15,6 +15,7 @@ use crate::net;
 use crate::recording::Tap;
 use crate::transport::peer::Peer;
 use crate::transport::receive::{MISSING_MAX, NACK_SEQS_MAX, RoundTrip};
+use crate::transport::reports::{NACKED_MAX, REPORT_BLOCKS_MAX, seal_compound};
 use crate::transport::rtcp::{
     DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report,
 };
@@ -27,10 +28,6 @@ use crate::units::{Bitrate, Time, ntp_middle};
 pub const KEY_FRAME_CHECK: Duration = Duration::from_millis(100);
 /// Until a round trip has been measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(100);
-/// RTCP compounds stay below this, so that SRTCP's trailer still fits an Ethernet packet.
-const RTCP_BYTES_MAX: usize = 1_200;
-/// RFC 3550: the count of report blocks is five bits.
-const REPORT_BLOCKS_MAX: usize = 31;
 
 /// Of each connection whose turn comes.
 const PREFETCHED_STREAMS: usize = 2;
@@ -89,9 +86,6 @@ pub struct Connection {
     /// When tracks are due may have changed.
     tracks_changed: bool,
 }
-
-/// Numbers of one NACK that are looked at: libwebrtc's receiver never misses more at a time.
-const NACKED_MAX: usize = 1_000;
 
 /// Media whose SSRC no description has named yet, or whose keys are still on their way. Where offers are ours, the server sends as soon as it has written
 /// its answer and its side of the DTLS handshake is done.
@@ -773,7 +767,7 @@ impl Connection {
         let mut blocks = streams.iter_mut().filter_map(|stream| {
             stream
                 .report_block(now)
-                .map(|numbers| block(stream.ssrc(), numbers))
+                .map(|numbers| numbers.block(stream.ssrc()))
         });
         // A receiver that has no sender report to answer learns its round trip from XR (RFC 3611): the first compound carries the question.
         let mut reference = Some(ntp);
@@ -980,36 +974,14 @@ fn wire<'a, I: Io>(
     }
 }
 
-fn block(ssrc: u32, numbers: crate::transport::receive::ReportNumbers) -> ReportBlock {
-    ReportBlock {
-        ssrc,
-        fraction_lost: numbers.fraction_lost,
-        cumulative_lost: numbers.cumulative_lost,
-        extended_highest_seq: numbers.extended_highest_seq,
-        jitter: numbers.jitter,
-        lsr: numbers.lsr,
-        dlsr: numbers.dlsr,
-    }
-}
-
-/// Writes one compound into the lent buffer, seals and sends it. What does not fit is not sent: the compounds above are made to fit.
+/// Writes one compound into the lent buffer, seals and sends it.
 fn send_compound<I: Io>(
     transport: &mut Peer,
     key: usize,
     around: &mut Surroundings<'_, I>,
     write: impl FnOnce(&mut Writer<'_>) -> Result<(), WriteError>,
 ) {
-    let Some(to) = transport.remote() else { return };
-    let Some(sealer) = transport.sealer_mut() else {
-        return;
-    };
-    let buffer = around.io.lend();
-    let mut writer = Writer::new(&mut buffer[..RTCP_BYTES_MAX]);
-    if write(&mut writer).is_err() || writer.is_empty() {
-        return;
-    }
-    let len = writer.len();
-    let Ok(sealed) = sealer.seal_rtcp(buffer, len) else {
+    let Some((to, sealed)) = seal_compound(transport, around.io.lend(), write) else {
         return;
     };
     around.io.send(key, to, sealed, sealed);

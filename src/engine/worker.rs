@@ -333,7 +333,7 @@ impl Worker {
         if let (Some(drops), Some(slot)) = (received.drops, self.io.slots[key].as_mut()) {
             self.io.counts.socket_drops += slot.path.dropped_datagrams(lane, drops, received.burst);
         }
-        let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
+        let arrival = net::arrival(now, unix_now, received.stamp_unix_nanos);
         self.arrivals.mark(arrival);
         self.oldest = self.oldest.min(arrival);
         match classify(datagram) {
@@ -488,21 +488,6 @@ impl Worker {
         };
         // Nobody listens any more only when the run itself is gone.
         let _ = self.reports.send(report);
-    }
-}
-
-/// When a datagram reached this host, on the run's clock: by the kernel's stamp, or `now` where it gave none.
-///
-/// `now` and `unix_now` are one moment on both clocks; a datagram that came while others were being taken is younger than that.
-pub(crate) fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
-    const ABSURD: Duration = Duration::from_secs(10);
-    let Some(stamp) = stamp else { return now };
-    let apart = Duration::from_nanos(unix_now.abs_diff(stamp));
-    match stamp <= unix_now {
-        // A wall clock that was stepped.
-        _ if apart > ABSURD => now,
-        true => now - apart,
-        false => now + apart,
     }
 }
 

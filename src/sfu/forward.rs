@@ -20,6 +20,7 @@ use crate::codec::{Codec, red};
 use crate::measure::Kind;
 use crate::net;
 use crate::seeded::{mixed, scatter};
+use crate::transport::reports::NACKED_MAX;
 use crate::transport::rtcp::{ReportBlock, SenderInfo};
 use crate::transport::rtp::{
     ExtensionSlot, HeaderTemplate, TemplateError, check_payload_type, set_payload_type,
@@ -44,8 +45,6 @@ const VIDEO_RESENDS: usize = 128;
 /// Packets whose resends are counted: all that the cache holds. One that lies further back is not resent.
 const AUDIO_COUNTED: u64 = 128;
 const VIDEO_COUNTED: u64 = 512;
-/// Numbers of one NACK that are looked at: libwebrtc's receiver never misses more at a time.
-const NACKED_MAX: usize = 1_000;
 /// A step ahead of the publisher's numbers beyond this is a restart of its stream (RFC 3550, A.1), and not a loss to show the subscriber.
 const RESTART: u64 = 3_000;
 /// So many packets may have come before the one that a subscriber can begin with, where that was late. They are half of what is kept: nothing that the

@@ -27,6 +27,7 @@ use crate::transport::peer::{
     IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check,
 };
 use crate::transport::receive::{MISSING_MAX, NACK_SEQS_MAX, RoundTrip};
+use crate::transport::reports::{REPORT_BLOCKS_MAX, seal_compound};
 use crate::transport::rtcp::{
     self, DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units,
     rtt_from_report,
@@ -49,10 +50,6 @@ const LEVEL_ACTIVE: u8 = 35;
 const LEVEL_ACTIVE_PERCENT: u32 = 40;
 /// Until a round trip to a publisher has been measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(70);
-/// RTCP compounds stay below this, so that SRTCP's trailer still fits an Ethernet packet.
-const RTCP_BYTES_MAX: usize = 1_200;
-/// RFC 3550: the count of report blocks is five bits.
-const REPORT_BLOCKS_MAX: usize = 31;
 /// Sender reports in one compound, each with a description of its source: 28 and up to 36 bytes.
 const SENDER_REPORTS_MAX: usize = 18;
 /// Checks that came before their connection was added: at most so many, of so many bytes, and for so long. Both ends learn of a description at about the same
@@ -1623,15 +1620,7 @@ impl Router {
             .filter_map(|incoming| {
                 let track = tracks.get_mut(incoming.track)?;
                 let numbers = track.encodings[usize::from(incoming.encoding)].report_block(now)?;
-                Some(ReportBlock {
-                    ssrc: incoming.ssrc,
-                    fraction_lost: numbers.fraction_lost,
-                    cumulative_lost: numbers.cumulative_lost,
-                    extended_highest_seq: numbers.extended_highest_seq,
-                    jitter: numbers.jitter,
-                    lsr: numbers.lsr,
-                    dlsr: numbers.dlsr,
-                })
+                Some(numbers.block(incoming.ssrc))
             });
         let mut reference_time = Some(ntp);
         loop {
@@ -1804,26 +1793,14 @@ fn prefetch(
     }
 }
 
-/// Writes one compound into the lent buffer, seals and sends it. What does not fit is not sent: the compounds above are made to fit.
+/// Writes one compound into the lent buffer, seals and sends it; false where it cannot.
 fn send_compound(
     transport: &mut Transport,
     statistics: &mut RouterStatistics,
     io: &mut impl Outgoing,
     write: impl FnOnce(&mut Writer<'_>) -> Result<(), WriteError>,
 ) -> bool {
-    let Some(to) = transport.peer.remote() else {
-        return false;
-    };
-    let Some(sealer) = transport.peer.sealer_mut() else {
-        return false;
-    };
-    let buffer = io.lend();
-    let mut writer = Writer::new(&mut buffer[..RTCP_BYTES_MAX]);
-    if write(&mut writer).is_err() || writer.is_empty() {
-        return false;
-    }
-    let len = writer.len();
-    let Ok(sealed) = sealer.seal_rtcp(buffer, len) else {
+    let Some((to, sealed)) = seal_compound(&mut transport.peer, io.lend(), write) else {
         return false;
     };
     io.send(to, sealed, sealed);

@@ -15,7 +15,6 @@ use super::bottleneck::{Bottleneck, Limit};
 use super::router::{Router, RouterConfig};
 use super::statistics::RouterStatistics;
 use super::{MediaCommand, MediaEvent, Outgoing, SendMode};
-use crate::engine::worker::arrival;
 use crate::net;
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
@@ -288,7 +287,7 @@ impl Loop {
             self.router.count_outlet(0, dropped, 0);
             self.socket_drops = drops;
         }
-        let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
+        let arrival = net::arrival(now, unix_now, received.stamp_unix_nanos);
         self.router
             .handle_datagram(datagram, received.from, arrival, now, &mut self.io);
     }

@@ -5,6 +5,7 @@ mod dtls_crypto;
 pub mod feedback;
 pub mod peer;
 pub mod receive;
+pub mod reports;
 pub mod resend;
 pub mod rtcp;
 pub mod rtp;
