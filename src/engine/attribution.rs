@@ -34,6 +34,15 @@ pub struct Losses {
     pub unattributed: u64,
 }
 
+impl Losses {
+    pub fn add(&mut self, others: &Losses) {
+        self.uplink += others.uplink;
+        self.sfu += others.sfu;
+        self.downlink += others.downlink;
+        self.unattributed += others.unattributed;
+    }
+}
+
 /// A delivered frame's place among the publisher's frames, and among the stream's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placed {

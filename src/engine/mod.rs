@@ -225,7 +225,7 @@ pub struct ShardConfig {
 }
 
 /// What became of one peer connection, for the report's lines per participant.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct PeerOutcome {
     pub participant: u32,
     /// When the participant ought to have joined, or was lost: later than all that an earlier visit of its has left behind.
@@ -233,6 +233,25 @@ pub struct PeerOutcome {
     /// The last one measured.
     pub rtt_rtcp: Option<Duration>,
     pub streams: Vec<StreamOutcome>,
+}
+
+impl PeerOutcome {
+    /// Both connections of one participant as one: what its streams come to, those of one track together.
+    pub fn plus(mut self, later: PeerOutcome) -> PeerOutcome {
+        self.participant = later.participant;
+        self.intended_at = self.intended_at.max(later.intended_at);
+        self.rtt_rtcp = later.rtt_rtcp.or(self.rtt_rtcp);
+        for stream in later.streams {
+            let same = |known: &&mut StreamOutcome| {
+                (known.kind, known.origin) == (stream.kind, stream.origin)
+            };
+            match self.streams.iter_mut().find(same) {
+                Some(known) => known.add(&stream),
+                None => self.streams.push(stream),
+            }
+        }
+        self
+    }
 }
 
 /// What the sockets saw since the shard last took the counts.

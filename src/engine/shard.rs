@@ -29,7 +29,7 @@ pub struct Shard {
     control_timers: Timers,
     events: VecDeque<(usize, Event)>,
     record: Box<Record>,
-    /// What became of connections whose participants have come back on others.
+    /// What became of connections whose participants have come back on others, until that is taken: at most a second's.
     former: Vec<PeerOutcome>,
     /// Tracks of connections that are gone, though the plan means them to send.
     gone: Vec<SendTrack>,
@@ -739,10 +739,15 @@ impl Shard {
         }
     }
 
-    /// What has become of every peer so far, the record brought up to date with it; then every stream is marked.
+    /// What has become of connections whose participants have come back on others, since this was asked last.
+    pub fn take_former(&mut self) -> Vec<PeerOutcome> {
+        std::mem::take(&mut self.former)
+    }
+
+    /// What has become of every peer that is there, the record brought up to date with it; then every stream is marked.
     pub fn survey(&mut self) -> Vec<PeerOutcome> {
         let roster = &self.config.roster;
-        let mut outcomes = self.former.clone();
+        let mut outcomes = Vec::new();
         for peer in self.peers.iter_mut().flatten() {
             peer.account(roster, &mut self.record);
             outcomes.push(peer.outcome(roster));

@@ -83,6 +83,56 @@ pub struct StreamOutcome {
     pub latency_us_max: Option<u64>,
 }
 
+impl StreamOutcome {
+    /// Another stream that carried the same track to the same participant later: counts add up, and of what is a state the worst stays, as in
+    /// the participant's own figures.
+    pub fn add(&mut self, later: &StreamOutcome) {
+        let StreamOutcome {
+            kind: _,
+            ssrc,
+            origin: _,
+            live,
+            layer,
+            counts,
+            frames_expected,
+            frames_delivered,
+            frames_overdue,
+            losses,
+            frames_late,
+            freezes,
+            frames_late_for_playout,
+            played_us,
+            concealed_us,
+            mos_thousandths,
+            jitter,
+            latency_us_mean,
+            latency_us_max,
+        } = later;
+        self.ssrc = *ssrc;
+        self.live |= live;
+        self.layer = layer.or(self.layer);
+        self.counts.add(counts);
+        self.losses.add(losses);
+        for (sum, count) in [
+            (&mut self.frames_expected, frames_expected),
+            (&mut self.frames_delivered, frames_delivered),
+            (&mut self.frames_overdue, frames_overdue),
+            (&mut self.frames_late, frames_late),
+            (&mut self.freezes, freezes),
+            (&mut self.frames_late_for_playout, frames_late_for_playout),
+            (&mut self.played_us, played_us),
+            (&mut self.concealed_us, concealed_us),
+        ] {
+            *sum += count;
+        }
+        let worst = [self.mos_thousandths, *mos_thousandths];
+        self.mos_thousandths = worst.into_iter().flatten().min();
+        self.jitter = self.jitter.max(*jitter);
+        self.latency_us_mean = self.latency_us_mean.max(*latency_us_mean);
+        self.latency_us_max = self.latency_us_max.max(*latency_us_max);
+    }
+}
+
 /// What every packet needs comes first, in whole lines of memory: with thousands of streams none of it is in the cache when a packet comes, and
 /// [`RecvStream::prefetch`] fetches what is needed and no more.
 #[repr(C, align(64))]

@@ -41,6 +41,8 @@ pub struct Report {
     pub record: Box<Record>,
     pub cpu: Duration,
     pub activity: Activity,
+    /// What became of connections whose participants have come back on others: each is told once.
+    pub former: Vec<PeerOutcome>,
     /// Set on the last one, and where a survey was asked for: what became of each participant's streams.
     pub outcomes: Option<Vec<PeerOutcome>>,
 }
@@ -484,6 +486,7 @@ impl Worker {
                 sends: self.sends.take(),
                 gaps: std::mem::take(&mut self.gaps),
             },
+            former: self.shard.take_former(),
             outcomes,
         };
         // Nobody listens any more only when the run itself is gone.

@@ -5,6 +5,7 @@
 pub mod account;
 mod clips;
 mod embedded;
+mod former;
 mod interrupts;
 pub mod lead;
 mod observer;
@@ -32,6 +33,7 @@ pub use interrupts::Interrupts;
 use account::{
     Joins, expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks,
 };
+use former::Former;
 use lead::{Alone, Lead, Stage, Tier};
 use observer::Observer;
 use presence::Presence;
@@ -286,6 +288,7 @@ struct Test<'a> {
     requests: BTreeMap<u32, mpsc::UnboundedSender<Request>>,
     /// What workers have told since they were asked for a survey.
     surveyed: Vec<PeerOutcome>,
+    former: Former,
     tier: Option<UnderWay>,
     held: Option<Held>,
     tiers: Vec<Tier>,
@@ -488,6 +491,7 @@ impl<'a> Test<'a> {
             joins_new: Joins::default(),
             requests: BTreeMap::new(),
             surveyed: Vec::new(),
+            former: Former::default(),
             tier: None,
             held: None,
             tiers: Vec::new(),
@@ -521,6 +525,10 @@ impl<'a> Test<'a> {
         let mut record = report.record;
         self.record.merge(&record);
         record.clear();
+        for outcome in report.former {
+            let visit = self.visits.get(&outcome.participant).copied();
+            self.former.add(outcome, visit.unwrap_or_default());
+        }
         // A worker that has ended needs no record any more.
         let _ = worker.spare_records.send(record);
         match (report.occasion, report.outcomes) {
@@ -622,6 +630,7 @@ impl<'a> Test<'a> {
     async fn survey(&mut self) -> Survey {
         self.surveyed.clear();
         self.question(|| Command::Survey).await;
+        self.surveyed.extend(self.former.outcomes().cloned());
         Survey::new(
             self.plan,
             &self.lost,
@@ -799,6 +808,7 @@ impl<'a> Test<'a> {
     fn finish(mut self, run: &cli::Run, server: Option<server_metrics::Account>) -> Outcome {
         let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
         self.sessions.join_visits();
+        self.outcomes.extend(self.former.outcomes().cloned());
         let participants = self.participant_outcomes(end);
         // A ramp that ended early never came to the others.
         let admitted = self.presence.ever_count();

@@ -106,6 +106,20 @@ pub struct ReceiveCounts {
     pub lost: u64,
 }
 
+impl ReceiveCounts {
+    /// Those of another stream.
+    pub fn add(&mut self, others: &ReceiveCounts) {
+        self.expected += others.expected;
+        self.received += others.received;
+        self.reordered += others.reordered;
+        self.repaired += others.repaired;
+        self.duplicate += others.duplicate;
+        self.too_old += others.too_old;
+        self.lost_network += others.lost_network;
+        self.lost += others.lost;
+    }
+}
+
 /// Packets found missing at one time, asked for together: those of `first..first + len` whose window bit says "not here".
 #[derive(Clone, Copy, Default)]
 struct Batch {
