@@ -6,6 +6,7 @@ pub mod codec;
 pub mod coordinator;
 pub mod engine;
 pub mod host;
+pub mod http;
 pub mod knee;
 pub mod measure;
 pub mod media;

@@ -1,17 +1,14 @@
 //! The coordinator's port: HTTP, with TLS where a certificate is given.
 //!
-//! A stranger costs little and bounded memory. Connections are counted, and too many are closed at once. A request has so long for its head and so long for its body, and
-//! a connection that neither takes nor gives anything ends. Whoever has no token is answered before a byte of a body is read, and a body that says how long it is, and is too long, is
+//! A stranger costs little and bounded memory: [`crate::http`] has the connections and their times. A body has its time, too. Whoever has no token is answered before a byte of a body is read, and a body that says how long it is, and is too long, is
 //! refused by that.
 
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::task::{Context, Poll, ready};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use axum::Router;
@@ -22,18 +19,13 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use futures_util::{StreamExt, stream};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
-use rustix::process::{Resource, getrlimit};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use super::access::{Access, Denied};
@@ -47,27 +39,19 @@ use super::protocol::{
 use super::result::Merged;
 use super::state::{Phase, Refused, State};
 use super::tokens::Mint;
+use crate::http::{self, Limits};
 use crate::plan::Plan;
 use crate::report::{Judging, TargetInfo};
 
 /// Two for each prober that there can be, and as many people who look on.
 pub const CONNECTIONS_MAX: usize = 1_024;
-/// Files that are not for connections.
-const FILES_KEPT: u64 = 64;
 const LISTEN_BACKLOG: i32 = 1_024;
 /// Of all requests that are being read, together: four of the longest reports.
 const BODIES_BYTES_MAX: usize = 4 * REPORT_BYTES_MAX;
-/// For a request's head, from when the connection is ready for it.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(20);
 /// For all of a body: a report of megabytes from a host whose uplink is full of its own media.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
-const TLS_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection on which nothing comes and nothing goes, although something should.
-const STANDSTILL_MAX: Duration = Duration::from_secs(60);
 /// A result is merged anew after so long.
 const RESULT_FRESH: Duration = Duration::from_secs(1);
-/// For answers that are under way when the server stops.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why the coordinator does not listen; each says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -579,150 +563,14 @@ pub async fn serve(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
     site: Site,
-    mut stop: watch::Receiver<bool>,
+    stop: watch::Receiver<bool>,
 ) {
-    let refused = site.refused_connections.clone();
-    let files = getrlimit(Resource::Nofile)
-        .current
-        .unwrap_or(u64::MAX)
-        .saturating_sub(FILES_KEPT);
-    let places = Arc::new(Semaphore::new(
-        CONNECTIONS_MAX.min(usize::try_from(files).unwrap_or(usize::MAX)),
-    ));
-    let routes = routes(site);
-    let mut connections = JoinSet::new();
-    loop {
-        let stream = tokio::select! {
-            stream = accept(&listener) => stream,
-            _ = stop.changed() => break,
-            Some(_) = connections.join_next() => continue,
-        };
-        match places.clone().try_acquire_owned() {
-            Ok(place) => {
-                let (routes, tls, stop) = (routes.clone(), tls.clone(), stop.clone());
-                connections.spawn(async move {
-                    connection(stream, tls, routes, stop).await;
-                    drop(place);
-                });
-            }
-            Err(_) => {
-                refused.fetch_add(1, Relaxed);
-            }
-        }
-    }
-    let _ = tokio::time::timeout(CLOSE_TIMEOUT, async {
-        while connections.join_next().await.is_some() {}
-    })
-    .await;
-}
-
-async fn accept(listener: &TcpListener) -> TcpStream {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => return stream,
-            // Out of files, for a moment.
-            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-        }
-    }
-}
-
-async fn connection(
-    stream: TcpStream,
-    tls: Option<TlsAcceptor>,
-    routes: Router,
-    mut stop: watch::Receiver<bool>,
-) {
-    // A kernel that cannot switch Nagle off is slower, not wrong.
-    let _ = stream.set_nodelay(true);
-    let stream = Watched::new(stream);
-    let stream: Box<dyn Stream> = match tls {
-        None => Box::new(stream),
-        Some(tls) => match tokio::time::timeout(TLS_TIMEOUT, tls.accept(stream)).await {
-            Ok(Ok(stream)) => Box::new(stream),
-            Ok(Err(_)) | Err(_) => return,
-        },
+    let limits = Limits {
+        connections: CONNECTIONS_MAX,
+        head_timeout: http::HEAD_TIMEOUT,
+        // Whoever watches the page has nothing to say.
+        sending_is_life: true,
+        refused: site.refused_connections.clone(),
     };
-    let service = TowerToHyperService::new(routes);
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), service);
-    tokio::pin!(connection);
-    tokio::select! {
-        // What a client did wrong is its own affair.
-        _ = connection.as_mut() => return,
-        _ = stop.changed() => {}
-    }
-    connection.as_mut().graceful_shutdown();
-    let _ = connection.await;
-}
-
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
-
-/// A client's connection, which ends when nothing has come and nothing gone for too long.
-struct Watched {
-    stream: TcpStream,
-    until: Pin<Box<Sleep>>,
-}
-
-impl Watched {
-    fn new(stream: TcpStream) -> Watched {
-        Watched {
-            stream,
-            until: Box::pin(tokio::time::sleep(STANDSTILL_MAX)),
-        }
-    }
-
-    fn moved(&mut self) {
-        self.until.as_mut().reset(Instant::now() + STANDSTILL_MAX);
-    }
-
-    fn stood_still<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        ready!(self.until.as_mut().poll(cx));
-        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
-    }
-}
-
-impl AsyncRead for Watched {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        match Pin::new(&mut this.stream).poll_read(cx, buf) {
-            Poll::Ready(read) => {
-                this.moved();
-                Poll::Ready(read)
-            }
-            Poll::Pending => this.stood_still(cx),
-        }
-    }
-}
-
-impl AsyncWrite for Watched {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        match Pin::new(&mut this.stream).poll_write(cx, buf) {
-            Poll::Ready(written) => {
-                this.moved();
-                Poll::Ready(written)
-            }
-            Poll::Pending => this.stood_still(cx),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
-    }
+    http::serve(listener, tls, routes(site), limits, stop).await;
 }

@@ -4,7 +4,6 @@
 //! [`Server::start`] and the rest may be called from anywhere, within another runtime too: the server brings its own.
 
 pub mod access;
-mod listener;
 mod metrics;
 mod rooms;
 mod websocket;
@@ -23,21 +22,20 @@ use axum::routing::{get, post};
 use bytes::Bytes;
 use livekit_protocol as proto;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::bottleneck::Limit;
 use super::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, LobbyStatistics, Output};
 use super::statistics::RouterStatistics;
 use super::worker::{Worker, WorkerConfig};
 use super::{MediaEvent, SendMode, THREAD_PREFIX};
+use crate::http::{self, Limits};
 use crate::secrets::Secrets;
 use crate::seeded::scatter;
 use crate::signal::Secret;
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
 use access::Access;
-pub use listener::CONNECTIONS_MAX;
-use listener::Listener;
 use websocket::{Outbox, Unsent};
 
 /// What `lk` and LiveKit's own `--dev` use, with a secret that is long enough for everybody's JWT library.
@@ -45,6 +43,8 @@ pub const DEV_KEY: &str = "devkey";
 pub const DEV_SECRET: &str = "devsecretdevsecretdevsecretdevsecret";
 /// A thousand participants a second come in bursts.
 const LISTEN_BACKLOG: i32 = 4096;
+/// More participants than one signalling thread serves.
+pub const CONNECTIONS_MAX: usize = 32_768;
 /// Requests of sockets that wait for the lobby; beyond, sockets are not read.
 const INPUTS_MAX: usize = 4096;
 /// .. and so many bytes of them.
@@ -405,7 +405,6 @@ fn signalling(
         let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
             return;
         };
-        let listener = Listener::new(listener, connections, refused);
         let (events, heard) = mpsc::unbounded_channel();
         for (router, mut of_router) in media.into_iter().enumerate() {
             let events = events.clone();
@@ -415,7 +414,16 @@ fn signalling(
                 }
             });
         }
-        let http = tokio::spawn(axum::serve(listener, routes(state)).into_future());
+        let limits = Limits {
+            connections,
+            head_timeout: http::HEAD_TIMEOUT,
+            // A client has our ping to answer every ten seconds: one that says nothing for so long is gone, whatever its kernel takes of us.
+            sending_is_life: false,
+            refused,
+        };
+        // The sender is never used: the server ends with its thread.
+        let (_running, never) = watch::channel(false);
+        let http = tokio::spawn(http::serve(listener, None, routes(state), limits, never));
         tokio::spawn(desk.run(requests, heard));
         // The sender is dropped, never used: either way the server is to stop.
         let _ = stopped.await;
