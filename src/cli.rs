@@ -25,6 +25,7 @@ use crate::plan::{
 use crate::report::{Destinations, Judging, Threshold};
 use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
+use crate::signal::{GivenToken, Seats};
 use crate::units::{Bitrate, NoDuration, read_duration};
 pub use coordinate::Coordinate;
 use coordinate::CoordinateArgs;
@@ -49,6 +50,8 @@ pub struct Run {
     pub plan: Plan,
     /// `None` for the embedded SFU, which gets fresh ones, and in a dry run.
     pub credentials: Option<Credentials>,
+    /// Where participants join with tokens that the user gave.
+    pub tokens: Option<Seats>,
     pub judging: Judging,
     pub destinations: Destinations,
     /// The server's own Prometheus pages, one a node.
@@ -96,6 +99,21 @@ pub struct Calibrate {
     /// `-` is standard output.
     pub json: Option<PathBuf>,
     pub quiet: bool,
+}
+
+impl Run {
+    /// Everybody gets a token; they also say what the rooms are called.
+    fn take_tokens(&mut self, given: Vec<GivenToken>, names_room: bool) -> Result<(), String> {
+        if names_room {
+            return Err("--room names a room, and so do the tokens: leave --room out".to_owned());
+        }
+        let seats = Seats::assign(given, &self.plan).map_err(|why| format!("--token: {why}"))?;
+        if self.plan.scenario.rooms.count == 1 {
+            self.plan.scenario.rooms.name = seats.first_room().map(str::to_owned);
+        }
+        self.tokens = Some(seats);
+        Ok(())
+    }
 }
 
 impl Calibrate {
@@ -292,6 +310,9 @@ struct TargetArgs {
     /// [env: LIVEKIT_API_SECRET]
     #[arg(long, value_name = "SECRET")]
     api_secret: Option<String>,
+    /// A token for one participant, instead of an API key; repeatable. @FILE: one a line. Others on this host see what stands on a command line
+    #[arg(long, value_name = "TOKEN")]
+    token: Vec<String>,
     /// How the embedded SFU sends: a call a packet, as real ones do, or segmented by the kernel [default: plain]
     #[arg(long, value_name = "HOW")]
     sfu_send: Option<SendArg>,
@@ -497,6 +518,13 @@ impl RunArgs {
         cpus: usize,
         fresh: u64,
     ) -> Result<Command, String> {
+        let is_one_of_many = self.coordinate.coordinator || self.hosts.coordinator(env).is_some();
+        if is_one_of_many && !self.target.token.is_empty() {
+            return Err(
+                "--token is for a run on one host: hosts of a run over several get tokens from the coordinator, which takes --api-key and --api-secret"
+                    .to_owned(),
+            );
+        }
         if self.coordinate.coordinator {
             return self
                 .into_coordinate(env, cpus, fresh)
@@ -524,13 +552,17 @@ impl RunArgs {
             self.shape.must_be_asked_for(&target)?;
         }
         let is_dry = self.engine.dry_run;
-        let credentials = self.target.credentials(env).map(Some);
-        let credentials = if target.is_embedded() {
+        let given = self.target.tokens()?;
+        let credentials = if target.is_embedded() || !given.is_empty() {
             Ok(None)
         } else {
-            credentials
+            self.target.credentials(env).map(Some)
         };
-        let run = self.into_run_against(target, cpus, fresh)?;
+        let names_room = self.shape.room.is_some();
+        let mut run = self.into_run_against(target, cpus, fresh)?;
+        if !given.is_empty() {
+            run.take_tokens(given, names_room)?;
+        }
         Ok(Run {
             credentials: if is_dry {
                 credentials.ok().flatten()
@@ -563,6 +595,7 @@ impl RunArgs {
         Ok(Run {
             plan,
             credentials: None,
+            tokens: None,
             judging: Judging {
                 max_loss_pct: self.judging.max_loss,
                 target_rtt: self.judging.target_rtt_ms,
@@ -823,6 +856,7 @@ impl TargetArgs {
         for (flag, given) in [
             ("--api-key", self.api_key.is_some()),
             ("--api-secret", self.api_secret.is_some()),
+            ("--token", !self.token.is_empty()),
         ] {
             if given {
                 return Err(format!(
@@ -833,6 +867,34 @@ impl TargetArgs {
         Ok(Target::embedded(
             self.sfu_send.unwrap_or(SendArg::Plain).into(),
         ))
+    }
+
+    /// Those that were given, read from files where those were named. No error repeats one.
+    fn tokens(&self) -> Result<Vec<GivenToken>, String> {
+        let mut tokens = Vec::new();
+        let mut read = |text: &str, place: &str| {
+            let token = GivenToken::read(text).map_err(|why| format!("{place} {why}"))?;
+            tokens.push(token);
+            Ok::<_, String>(())
+        };
+        for (at, given) in self.token.iter().enumerate() {
+            let Some(path) = given.strip_prefix('@') else {
+                read(given.trim(), &format!("--token number {}", at + 1))?;
+                continue;
+            };
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| format!("--token @{path} cannot be read: {error}"))?;
+            let lines = text.lines().map(str::trim).enumerate();
+            for (number, line) in
+                lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+            {
+                read(line, &format!("--token @{path}, line {},", number + 1))?;
+            }
+        }
+        if tokens.is_empty() && !self.token.is_empty() {
+            return Err("--token: there is no token in what was given".to_owned());
+        }
+        Ok(tokens)
     }
 
     fn credentials(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Credentials, String> {

@@ -157,6 +157,7 @@ impl RunArgs {
         Ok(Coordinate {
             run: Run {
                 credentials,
+                tokens: None,
                 is_tour: false,
                 ..run
             },

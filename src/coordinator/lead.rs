@@ -645,7 +645,7 @@ impl Watcher<'_> {
         match made.await {
             Ok(rooms) => {
                 self.notes.extend(rooms.notes().iter().cloned());
-                let names = rooms.made().to_vec();
+                let names = rooms.made();
                 self.rooms = Some(rooms);
                 let _ = self
                     .desk

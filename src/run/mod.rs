@@ -4,6 +4,7 @@
 
 pub mod account;
 mod clips;
+mod driver;
 mod embedded;
 mod former;
 mod interrupts;
@@ -33,11 +34,11 @@ pub use interrupts::Interrupts;
 use account::{
     Joins, expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks,
 };
+use driver::Driver;
 use former::Former;
 use lead::{Alone, Lead, Stage, Tier};
 use observer::Observer;
 use presence::Presence;
-use rooms::Rooms;
 use search::Search;
 use stages::{Around, Held, Hold, UnderWay};
 use tally::{GRACE, Survey};
@@ -64,7 +65,7 @@ use crate::sfu;
 use crate::signal::session::{
     Ended, Media, Notice, Phase, Place, Request, SessionContext, TakingTurns,
 };
-use crate::signal::{Access, ApiKey, Endpoint, Permissions, probe};
+use crate::signal::{Access, Endpoint, Permissions, probe};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
 use crate::words;
@@ -112,37 +113,22 @@ pub async fn run_led(
     progress: impl FnMut(&Snapshot),
 ) -> Result<Outcome> {
     let mut interrupts = Interrupts::listen();
-    let credentials = run
-        .credentials
-        .as_ref()
-        .context("no API key and secret: give --api-key and --api-secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET")?;
-    let api_key = ApiKey::new(&credentials.api_key, &credentials.api_secret);
-    let endpoint = Endpoint::from(run.plan.target.url.clone())
-        .resolve()
-        .await?;
+    let mut driver = Driver::open(run).await?;
     // Before anybody is waited for or joins: what cannot be read is refused here.
     let server = match &run.server_metrics[..] {
         [] => None,
         pages => Some(Watch::start(pages).await?),
     };
-    let rooms = Rooms::create(&run.plan, &endpoint, &api_key, &mut interrupts).await?;
+    driver.prepare(&run.plan, &mut interrupts).await?;
     let mut around = Around {
         lead,
         interrupts: &mut interrupts,
         progress,
     };
-    let outcome = test(
-        run,
-        resources,
-        clips,
-        (endpoint, api_key.into()),
-        server,
-        &mut around,
-    )
-    .await;
-    let left_behind = rooms.delete(&run.plan).await;
+    let outcome = test(run, resources, clips, driver.way_in(), server, &mut around).await;
+    let (notes, left_behind) = driver.tidy_up(&run.plan).await;
     outcome.map(|mut outcome| {
-        outcome.notes = [rooms.notes, outcome.notes, left_behind].concat();
+        outcome.notes = [notes, outcome.notes, left_behind].concat();
         outcome.finished = unix_now();
         outcome
     })
@@ -526,7 +512,7 @@ impl<'a> Test<'a> {
         self.record.merge(&record);
         record.clear();
         for outcome in report.former {
-            let visit = self.visits.get(&outcome.participant).copied();
+            let visit = self.presence.book.last_join(outcome.participant);
             self.former.add(outcome, visit.unwrap_or_default());
         }
         // A worker that has ended needs no record any more.
@@ -1015,7 +1001,10 @@ impl<'a> Test<'a> {
                 };
                 ParticipantOutcome {
                     index: plan.index,
-                    room: self.plan.room_name(plan.room),
+                    room: ended.map_or_else(
+                        || self.plan.room_name(plan.room),
+                        |ended| ended.room.clone(),
+                    ),
                     timeline: ended.map_or_else(Timeline::default, |ended| ended.timeline),
                     failure: ended.map_or_else(
                         || Some("did not start".to_owned()),
@@ -1034,7 +1023,7 @@ impl<'a> Test<'a> {
                     publishes_audio: plan.publishes_audio,
                     publishes_video: plan.publishes_video,
                     subscribes: plan.subscribes,
-                    identity: plan.identity,
+                    identity: ended.map_or(plan.identity, |ended| ended.identity.clone()),
                 }
             })
             .collect()

@@ -1,8 +1,12 @@
 //! The rooms of a run: made before it where they are missing, deleted after it where they are ours alone.
+//!
+//! A room is ours where the answer to our own CreateRoom says that it was made then: the list of rooms can be seconds behind, and names are not unique. Where
+//! there is doubt it stays, and closes by itself when it is empty.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, anyhow};
+use livekit_protocol as proto;
 
 use super::interrupts::Interrupts;
 use crate::plan::Plan;
@@ -15,12 +19,26 @@ const ROOM_EMPTY_TIMEOUT: Duration = Duration::from_secs(300);
 /// The rooms of this run, and which of them it made.
 pub(crate) struct Rooms {
     service: RoomService,
-    made: Vec<String>,
+    made: Vec<MadeRoom>,
     pub(super) notes: Vec<String>,
 }
 
+/// A room that this run made, or may have made.
+struct MadeRoom {
+    name: String,
+    /// What the server called it. `None` where it has not answered, or somebody else of this run made it.
+    sid: Option<String>,
+}
+
+/// A run that cannot use the service still plays.
+enum Making {
+    Done,
+    /// The service is hidden, as behind a proxy that lets only signalling through.
+    WithoutService(RoomError),
+}
+
 impl Rooms {
-    /// Makes those that are not there yet; all of them or, on an error or a signal, none.
+    /// Makes those that are not there yet; all of them or, on an error or a signal, none. Where the service is hidden, none are made: joining makes them.
     pub(crate) async fn create(
         plan: &Plan,
         endpoint: &Endpoint,
@@ -37,36 +55,49 @@ impl Rooms {
             done = rooms.make(plan) => done,
             signal = interrupts.next() => Err(anyhow!("{signal} before the first join")),
         };
-        if let Err(error) = done {
-            // That failing as well adds nothing to the first error.
-            rooms.delete(plan).await;
-            return Err(error);
+        match done {
+            Ok(Making::Done) => {}
+            Ok(Making::WithoutService(why)) => rooms.notes.push(format!(
+                "the room service cannot be used ({why}): rooms are made by joining, and close by themselves when they are empty"
+            )),
+            Err(error) => {
+                // That failing as well adds nothing to the first error.
+                rooms.delete(plan).await;
+                return Err(error);
+            }
         }
         Ok(rooms)
     }
 
     /// Those that somebody else of this run made, to be deleted.
     pub(crate) fn left_by(endpoint: Endpoint, api_key: ApiKey, made: Vec<String>) -> Rooms {
+        let made = made.into_iter().map(|name| MadeRoom { name, sid: None });
         Rooms {
             service: RoomService::new(endpoint, api_key),
-            made,
+            made: made.collect(),
             notes: Vec::new(),
         }
     }
 
-    pub(crate) fn made(&self) -> &[String] {
-        &self.made
+    /// The names of those that are to be deleted.
+    pub(crate) fn made(&self) -> Vec<String> {
+        self.made.iter().map(|room| room.name.clone()).collect()
     }
 
     pub(crate) fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    async fn make(&mut self, plan: &Plan) -> Result<()> {
+    async fn make(&mut self, plan: &Plan) -> Result<Making> {
         let wanted: Vec<String> = (0..plan.scenario.rooms.count)
             .map(|room| plan.room_name(room))
             .collect();
-        let existing = self.service.list_rooms().await?;
+        let asked_at = unix_now();
+        let (existing, told_at) = match self.service.list_rooms_at().await {
+            Ok(told) => told,
+            Err(why) if why.is_hidden() => return Ok(Making::WithoutService(why)),
+            Err(why) => return Err(why.into()),
+        };
         let (ours, others): (Vec<_>, Vec<_>) = existing
             .iter()
             .partition(|room| wanted.contains(&room.name));
@@ -78,31 +109,78 @@ impl Rooms {
         }
         for room in ours {
             // How many are in it is not known here: the server's list of rooms is some seconds behind.
-            self.notes.push(format!(
-                "room '{}' existed already and stays: whoever else is in it is not ours and not judged",
-                room.name
-            ));
+            self.note_foreign(&room.name);
         }
+        // By the server's clock, where it tells the time.
+        let before = told_at.unwrap_or(asked_at);
         for name in wanted
             .into_iter()
             .filter(|name| existing.iter().all(|room| room.name != *name))
         {
-            // Before the call: one that is given up half-way may have made the room.
-            self.made.push(name.clone());
-            self.service.create_room(&name, ROOM_EMPTY_TIMEOUT).await?;
+            if let Some(why) = self.make_one(plan, name, before).await? {
+                return Ok(Making::WithoutService(why));
+            }
         }
-        Ok(())
+        Ok(Making::Done)
+    }
+
+    /// Returns why the service cannot be used, where that is so.
+    async fn make_one(
+        &mut self,
+        plan: &Plan,
+        name: String,
+        before: Duration,
+    ) -> Result<Option<RoomError>> {
+        // Before the call: one that is given up half-way may have made the room. A name that somebody chose may be somebody else's room, though.
+        let is_unique = plan.scenario.rooms.name.is_none();
+        if is_unique {
+            self.made.push(MadeRoom {
+                name: name.clone(),
+                sid: None,
+            });
+        }
+        let room = match self.service.create_room(&name, ROOM_EMPTY_TIMEOUT).await {
+            Ok(room) => room,
+            Err(why) if why.is_hidden() => {
+                self.made.retain(|made| made.name != name);
+                return Ok(Some(why));
+            }
+            Err(why) => return Err(why.into()),
+        };
+        if is_unique {
+            if let Some(made) = self.made.last_mut() {
+                made.sid = Some(room.sid).filter(|sid| !sid.is_empty());
+            }
+        } else if is_just_made(&room, before) {
+            self.made.push(MadeRoom {
+                name,
+                sid: Some(room.sid).filter(|sid| !sid.is_empty()),
+            });
+        } else {
+            self.note_foreign(&name);
+        }
+        Ok(None)
+    }
+
+    fn note_foreign(&mut self, name: &str) {
+        self.notes.push(format!(
+            "room '{name}' existed already and stays: whoever else is in it is not ours and not judged"
+        ));
     }
 
     /// Deletes what we made, and says what stays behind. A room that is gone already is nothing to tell.
     pub(crate) async fn delete(&self, plan: &Plan) -> Vec<String> {
         let mut notes = Vec::new();
-        for (done, name) in self.made.iter().enumerate() {
-            match self.delete_one(plan, name).await {
-                Ok(0) => {}
-                Ok(others) => notes.push(format!(
+        for (done, room) in self.made.iter().enumerate() {
+            let name = &room.name;
+            match self.delete_one(plan, room).await {
+                Ok(Fate::Deleted) => {}
+                Ok(Fate::InUse(others)) => notes.push(format!(
                     "room '{name}' stays: {} who are not ours are in it",
                     plural(others, "participant")
+                )),
+                Ok(Fate::Another) => notes.push(format!(
+                    "room '{name}' stays: it is not the one that this run made, somebody has made it anew"
                 )),
                 Err(error) if error.is_not_found() => {}
                 Err(error) if error.is_without_server() => {
@@ -119,18 +197,47 @@ impl Rooms {
         notes
     }
 
-    /// Returns how many others kept the room from being deleted.
-    async fn delete_one(&self, plan: &Plan, name: &str) -> Result<usize, RoomError> {
-        let inside = self.service.list_participants(name).await?;
+    async fn delete_one(&self, plan: &Plan, room: &MadeRoom) -> Result<Fate, RoomError> {
+        let inside = self.service.list_participants(&room.name).await?;
         let others = inside
             .iter()
             .filter(|participant| !plan.is_ours(&participant.identity))
             .count();
-        if others == 0 {
-            self.service.delete_room(name).await?;
+        if others > 0 {
+            return Ok(Fate::InUse(others));
         }
-        Ok(others)
+        if let Some(sid) = &room.sid {
+            // One that the list does not have yet, or no more, is no other one.
+            let listed = self.service.list_rooms_named(&room.name).await?;
+            let is_other = |listed: &proto::Room| listed.name == room.name && listed.sid != *sid;
+            if listed.iter().any(is_other) {
+                return Ok(Fate::Another);
+            }
+        }
+        self.service.delete_room(&room.name).await?;
+        Ok(Fate::Deleted)
     }
+}
+
+enum Fate {
+    Deleted,
+    /// So many others are in it.
+    InUse(usize),
+    /// A room of this name, and not ours.
+    Another,
+}
+
+/// Whether CreateRoom has made this room, or found it: one that is older than `before`, when it was not asked for yet, or has people in it, was there. Both times
+/// have whole seconds. A server that does not say when it was made is believed.
+fn is_just_made(room: &proto::Room, before: Duration) -> bool {
+    let made_at = u64::try_from(room.creation_time).unwrap_or(0);
+    room.num_participants == 0 && (made_at == 0 || made_at >= before.as_secs())
+}
+
+fn unix_now() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
 }
 
 fn plural(count: usize, noun: &str) -> String {
@@ -138,5 +245,29 @@ fn plural(count: usize, noun: &str) -> String {
         format!("1 {noun}")
     } else {
         format!("{count} {noun}s")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_room_that_is_older_than_our_request_or_has_people_in_it_is_not_ours() {
+        let room = |creation_time, num_participants| proto::Room {
+            creation_time,
+            num_participants,
+            ..Default::default()
+        };
+        let before = Duration::from_millis(1_000_900);
+        for (room, ours) in [
+            (room(1_000, 0), true),
+            (room(1_004, 0), true),
+            (room(0, 0), true),
+            (room(997, 0), false),
+            (room(1_001, 2), false),
+        ] {
+            assert_eq!(is_just_made(&room, before), ours, "{room:?}");
+        }
     }
 }

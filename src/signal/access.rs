@@ -1,7 +1,10 @@
 //! How participants come by their room tokens: signed here with an API key, or by somebody elsewhere who has one.
 
+use std::sync::Arc;
+
 use tokio::sync::{mpsc, oneshot};
 
+use super::given::Seats;
 use super::token::{ApiKey, Permissions, Secret, TOKEN_LIFETIME};
 use crate::plan::ParticipantPlan;
 
@@ -9,6 +12,8 @@ use crate::plan::ParticipantPlan;
 #[derive(Clone)]
 pub enum Access {
     Key(ApiKey),
+    /// Tokens that the user gave, one for each participant.
+    Given(Arc<Seats>),
     Issued(TokenIssuer),
 }
 
@@ -33,6 +38,8 @@ pub enum NoToken {
     Unsigned(#[from] super::token::TokenError),
     #[error("no room token: {0}")]
     NotIssued(String),
+    #[error("there is no token for participant {0}")]
+    NotGiven(u32),
 }
 
 impl TokenIssuer {
@@ -68,6 +75,10 @@ impl Access {
             Access::Key(key) => {
                 Ok(key.join_token(room, identity, identity, permissions, TOKEN_LIFETIME)?)
             }
+            Access::Given(seats) => seats
+                .of(participant.position)
+                .map(|token| token.secret.clone())
+                .ok_or(NoToken::NotGiven(participant.position)),
             Access::Issued(issuer) => issuer
                 .token(participant.position)
                 .await
@@ -78,7 +89,17 @@ impl Access {
     pub fn key(&self) -> Option<&ApiKey> {
         match self {
             Access::Key(key) => Some(key),
-            Access::Issued(_) => None,
+            Access::Given(_) | Access::Issued(_) => None,
+        }
+    }
+
+    /// Who a participant is and which room it joins, where its token says so.
+    pub fn seat(&self, position: u32) -> Option<(&str, &str)> {
+        match self {
+            Access::Given(seats) => seats
+                .of(position)
+                .map(|token| (token.identity.as_str(), token.room.as_str())),
+            Access::Key(_) | Access::Issued(_) => None,
         }
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod access;
 pub mod client;
+pub mod given;
 pub mod probe;
 pub mod rooms;
 pub mod session;
@@ -20,6 +21,7 @@ pub use access::{Access, TokenIssuer, TokenRequest};
 pub use client::{
     ConnectTimes, Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect,
 };
+pub use given::{GivenToken, Seats};
 pub use rooms::{RoomError, RoomService};
 pub(crate) use rooms::{causes, http_client};
 pub use token::{ApiKey, Permissions, Secret};

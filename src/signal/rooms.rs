@@ -49,6 +49,9 @@ pub enum RoomError {
     },
     #[error("the server refused our API key ({text}): check API key and secret, and both clocks")]
     Unauthorized { text: String },
+    /// A proxy, most likely: LiveKit itself says 401.
+    #[error("{text} (403)")]
+    Forbidden { text: String },
     #[error(
         "the room service answered {status} ({text}): is this a LiveKit server, and does the room exist?"
     )]
@@ -63,6 +66,18 @@ impl RoomError {
     /// The room is not there (any more).
     pub fn is_not_found(&self) -> bool {
         matches!(self, RoomError::Other { status: 404, .. })
+    }
+
+    /// Something in front of the server lets nobody to the room service, or there is none. Of a method, not of a room.
+    pub fn is_hidden(&self) -> bool {
+        matches!(
+            self,
+            RoomError::Forbidden { .. }
+                | RoomError::Other {
+                    status: 404 | 405 | 501,
+                    ..
+                }
+        )
     }
 
     /// There is no server (any more), so that asking for other rooms would end the same way.
@@ -124,6 +139,26 @@ impl RoomService {
         Ok(response.rooms)
     }
 
+    /// The room of this name, as far as the list knows it.
+    pub async fn list_rooms_named(&self, name: &str) -> Result<Vec<proto::Room>, RoomError> {
+        let request = proto::ListRoomsRequest {
+            names: vec![name.to_owned()],
+        };
+        let response = self
+            .call::<proto::ListRoomsResponse>("ListRooms", None, &request)
+            .await?;
+        Ok(response.rooms)
+    }
+
+    /// All rooms, and what time it was at the server (since 1970, in whole seconds) when it told.
+    pub async fn list_rooms_at(&self) -> Result<(Vec<proto::Room>, Option<Duration>), RoomError> {
+        let request = proto::ListRoomsRequest::default();
+        let (response, told_at) = self
+            .call_at::<proto::ListRoomsResponse>("ListRooms", None, &request)
+            .await?;
+        Ok((response.rooms, told_at))
+    }
+
     pub async fn list_participants(
         &self,
         room: &str,
@@ -143,6 +178,17 @@ impl RoomService {
         room: Option<&str>,
         request: &impl Message,
     ) -> Result<R, RoomError> {
+        let (answer, _) = self.call_at(method, room, request).await?;
+        Ok(answer)
+    }
+
+    /// The answer, and its `Date`.
+    async fn call_at<R: Message + Default>(
+        &self,
+        method: &str,
+        room: Option<&str>,
+        request: &impl Message,
+    ) -> Result<(R, Option<Duration>), RoomError> {
         let token = self.api_key.service_token(room)?;
         let url = self
             .endpoint
@@ -161,11 +207,14 @@ impl RoomService {
             .await
             .map_err(|error| self.transport_error(&error))?;
         let status = response.status().as_u16();
+        let told_at = date(response.headers());
         let body = self.body(response).await?;
         match status {
-            200 => R::decode(&*body).map_err(|error| RoomError::Malformed {
-                cause: error.to_string(),
-            }),
+            200 => R::decode(&*body)
+                .map(|answer| (answer, told_at))
+                .map_err(|error| RoomError::Malformed {
+                    cause: error.to_string(),
+                }),
             _ => Err(self.status_error(status, &body, &token)),
         }
     }
@@ -192,7 +241,8 @@ impl RoomService {
         let text = twirp_text(body, token);
         match status {
             400 if !self.endpoint.secure() && text.contains("HTTPS") => self.mismatch(true),
-            401 | 403 => RoomError::Unauthorized { text },
+            401 => RoomError::Unauthorized { text },
+            403 => RoomError::Forbidden { text },
             _ => RoomError::Other { status, text },
         }
     }
@@ -224,6 +274,13 @@ impl RoomService {
             server_speaks_tls,
         }
     }
+}
+
+/// When an answer was given, by the clock of who gave it.
+fn date(headers: &header::HeaderMap) -> Option<Duration> {
+    let text = headers.get(header::DATE)?.to_str().ok()?;
+    let at = httpdate::parse_http_date(text).ok()?;
+    at.duration_since(std::time::UNIX_EPOCH).ok()
 }
 
 /// Of HTTP: our TLS, no redirects, and every request done within `timeout`.

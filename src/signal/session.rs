@@ -184,6 +184,9 @@ pub enum Phase {
 #[derive(Debug)]
 pub struct Ended {
     pub index: u32,
+    /// Who it was, and in which room: where tokens were given they say so, not the plan.
+    pub identity: String,
+    pub room: String,
     pub timeline: Timeline,
     pub failure: Option<String>,
     pub disconnects: u32,
@@ -208,13 +211,16 @@ pub enum Request {
 /// What comes in by `requests` is done in its order; where nothing ever will, its sender may be gone from the start.
 pub async fn run(
     context: Arc<SessionContext>,
-    plan: ParticipantPlan,
-    room: String,
+    mut plan: ParticipantPlan,
+    mut room: String,
     place: Place,
     intended: Time,
     tracks_ahead: Sections,
     requests: mpsc::UnboundedReceiver<Request>,
 ) {
+    if let Some((identity, named)) = context.access.seat(plan.position) {
+        (plan.identity, room) = (identity.to_owned(), named.to_owned());
+    }
     let mut session = Session::new(context, plan, room, place, intended, tracks_ahead);
     let mut requests = Requests::new(requests);
     let failure = session.live(&mut requests).await.err();
@@ -1265,6 +1271,8 @@ impl Session {
         }
         self.notify(Notice::Ended(Box::new(Ended {
             index,
+            identity: self.plan.identity.clone(),
+            room: self.room.clone(),
             timeline: self.first_timeline.unwrap_or(self.timeline),
             failure: failure.map(|failure| failure.reason),
             disconnects: self.disconnects,

@@ -635,7 +635,9 @@ fn without_tiers_the_time_to_ramp_is_that_of_all_joins() {
 /// A coordinator's job and a journal say the same of the same scenario: see the tests beside them.
 #[test]
 fn flags_are_refused_with_the_sentence_of_the_scenario() {
-    let bounds: [(&[&str], &str, fn(&mut Scenario)); 8] = [
+    /// Arguments, the flag that the refusal names, and the same mistake in a scenario.
+    type Bound = (&'static [&'static str], &'static str, fn(&mut Scenario));
+    let bounds: [Bound; 8] = [
         (&["--video-fps", "61"], "--video-fps", |of| {
             of.media.video.frames_per_second = 61;
         }),

@@ -10,6 +10,7 @@ mod page;
 mod presence;
 mod ramp;
 mod reconnect;
+mod room_service;
 mod rooms;
 mod sfu_run;
 mod sfu_signal;

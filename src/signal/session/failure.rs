@@ -70,7 +70,7 @@ impl From<&Leave> for Failure {
 impl From<NoToken> for Failure {
     fn from(error: NoToken) -> Failure {
         match error {
-            NoToken::Unsigned(_) => Failure::lasting(error.to_string()),
+            NoToken::Unsigned(_) | NoToken::NotGiven(_) => Failure::lasting(error.to_string()),
             NoToken::NotIssued(_) => Failure::lost(error.to_string()),
         }
     }

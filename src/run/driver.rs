@@ -1,0 +1,88 @@
+//! The server that a run is played against, as the run sees it: rooms are made ready, participants join, rooms are tidied away.
+//!
+//! A run asks of a driver only what every kind of server has: a way in for participants. Whether there is a key, or a service that makes rooms, is the driver's
+//! own; what could not be done is a note. Another kind of server is another variant of [`Driver`], and what its sessions are told and asked is
+//! [`crate::signal::session::Notice`] and [`crate::signal::session::Request`].
+
+use anyhow::{Context, Result};
+
+use super::interrupts::Interrupts;
+use super::rooms::Rooms;
+use crate::cli;
+use crate::plan::Plan;
+use crate::signal::{Access, ApiKey, Endpoint};
+
+/// What a run is played against.
+pub(super) enum Driver {
+    LiveKit(LiveKit),
+}
+
+/// LiveKit, or what speaks as it does: the embedded SFU.
+pub(super) struct LiveKit {
+    endpoint: Endpoint,
+    access: Access,
+    rooms: Option<Rooms>,
+    notes: Vec<String>,
+}
+
+impl Driver {
+    /// # Errors
+    /// Where the server's name has no address, or nothing lets participants in.
+    pub(super) async fn open(run: &cli::Run) -> Result<Driver> {
+        let key = run
+            .credentials
+            .as_ref()
+            .map(|own| ApiKey::new(&own.api_key, &own.api_secret));
+        let access = match &run.tokens {
+            Some(tokens) => Access::Given(tokens.clone().into()),
+            None => key
+                .context("nothing lets participants in: give --api-key and --api-secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET, or a --token for each participant")?
+                .into(),
+        };
+        let endpoint = Endpoint::from(run.plan.target.url.clone())
+            .resolve()
+            .await?;
+        Ok(Driver::LiveKit(LiveKit {
+            endpoint,
+            access,
+            rooms: None,
+            notes: Vec::new(),
+        }))
+    }
+
+    /// Makes the rooms of the plan, where this server has a service for that and there is a key for it. Else they are made by joining.
+    ///
+    /// # Errors
+    /// Where the service refuses, or a signal comes first.
+    pub(super) async fn prepare(&mut self, plan: &Plan, interrupts: &mut Interrupts) -> Result<()> {
+        let Driver::LiveKit(livekit) = self;
+        let Some(api_key) = livekit.access.key() else {
+            livekit.notes.push(
+                "without an API key rooms are made by joining: none was made before, and none is deleted afterwards"
+                    .into(),
+            );
+            return Ok(());
+        };
+        livekit.rooms = Some(Rooms::create(plan, &livekit.endpoint, api_key, interrupts).await?);
+        Ok(())
+    }
+
+    /// Where participants join, and with what.
+    pub(super) fn way_in(&self) -> (Endpoint, Access) {
+        let Driver::LiveKit(livekit) = self;
+        (livekit.endpoint.clone(), livekit.access.clone())
+    }
+
+    /// Deletes the rooms that this run made. Returns what was noted before and now.
+    pub(super) async fn tidy_up(self, plan: &Plan) -> (Vec<String>, Vec<String>) {
+        let Driver::LiveKit(LiveKit {
+            rooms, mut notes, ..
+        }) = self;
+        let Some(rooms) = rooms else {
+            return (notes, Vec::new());
+        };
+        let left_behind = rooms.delete(plan).await;
+        notes.extend(rooms.notes);
+        (notes, left_behind)
+    }
+}

@@ -1,0 +1,290 @@
+//! Tokens that somebody else has made: one for each participant, where there is no API key.
+
+use std::collections::HashSet;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
+use super::token::Secret;
+use crate::plan::{ParticipantPlan, Plan};
+
+/// Longer than any token that a server takes in a request line.
+const TOKEN_BYTES_MAX: usize = 8 << 10;
+
+/// A token, and what it says of whom it lets in.
+#[derive(Clone, Debug)]
+pub struct GivenToken {
+    pub secret: Secret,
+    pub identity: String,
+    pub room: String,
+    pub can_publish: bool,
+    pub can_subscribe: bool,
+}
+
+/// Why a text cannot be used as a token. None of these repeats it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UnusableToken {
+    #[error("is no LiveKit token: those are three parts with points between them")]
+    NoJwt,
+    #[error("says nothing that can be read")]
+    Unreadable,
+    #[error("names no identity (sub): such a token is for the server API, not for joining")]
+    WithoutIdentity,
+    #[error("names no room to join (video.roomJoin and video.room)")]
+    WithoutRoom,
+}
+
+impl GivenToken {
+    /// Reads what a token says. Whether its signature is true only the server knows.
+    ///
+    /// # Errors
+    /// Where no participant can join with it.
+    pub fn read(text: &str) -> Result<GivenToken, UnusableToken> {
+        #[derive(serde::Deserialize)]
+        struct Claims {
+            #[serde(default)]
+            sub: String,
+            #[serde(default)]
+            video: Grants,
+        }
+        #[derive(Default, serde::Deserialize)]
+        #[serde(rename_all = "camelCase", default)]
+        struct Grants {
+            room_join: bool,
+            room: String,
+            can_publish: Option<bool>,
+            can_subscribe: Option<bool>,
+        }
+        let parts: Vec<&str> = text.split('.').collect();
+        let [_, claims, _] = parts[..] else {
+            return Err(UnusableToken::NoJwt);
+        };
+        if text.len() > TOKEN_BYTES_MAX {
+            return Err(UnusableToken::NoJwt);
+        }
+        let claims = URL_SAFE_NO_PAD
+            .decode(claims.trim_end_matches('='))
+            .map_err(|_| UnusableToken::NoJwt)?;
+        let Claims { sub, video } =
+            serde_json::from_slice(&claims).map_err(|_| UnusableToken::Unreadable)?;
+        if sub.is_empty() {
+            return Err(UnusableToken::WithoutIdentity);
+        }
+        if !video.room_join || video.room.is_empty() {
+            return Err(UnusableToken::WithoutRoom);
+        }
+        Ok(GivenToken {
+            secret: Secret::new(text),
+            identity: sub,
+            room: video.room,
+            // What a token does not say is allowed.
+            can_publish: video.can_publish.unwrap_or(true),
+            can_subscribe: video.can_subscribe.unwrap_or(true),
+        })
+    }
+}
+
+/// A token for each participant of a run, by its position.
+#[derive(Clone, Debug)]
+pub struct Seats(Vec<GivenToken>);
+
+/// Why tokens do not fit a plan, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Misfit {
+    #[error(
+        "the run has {participants} participants, and {tokens} of them have a token: give --token once for each (or @FILE with one a line), or ask for fewer with --publishers, --video-publishers and --subscribers"
+    )]
+    TooFew { tokens: usize, participants: usize },
+    #[error(
+        "the tokens are for {tokens} rooms, and the run is for {plan}: each room takes tokens of its own, so make --room-count their number"
+    )]
+    Rooms { tokens: usize, plan: usize },
+    #[error(
+        "room '{room}' lacks a token that may {what}: each publisher wants one with canPublish, and each subscriber one with canSubscribe"
+    )]
+    Grant { room: String, what: &'static str },
+    #[error(
+        "two tokens are for '{identity}' in room '{room}': a server keeps only one of them in, so each participant wants an identity of its own"
+    )]
+    Twice { identity: String, room: String },
+}
+
+impl Seats {
+    /// Gives each participant of the plan a token that lets it do what it is to do. Rooms of the plan are those of the tokens, in their order.
+    ///
+    /// # Errors
+    /// Where there are too few, or none of the right kind.
+    pub fn assign(given: Vec<GivenToken>, plan: &Plan) -> Result<Seats, Misfit> {
+        let participants = plan.total_participants() as usize;
+        if given.len() < participants {
+            return Err(Misfit::TooFew {
+                tokens: given.len(),
+                participants,
+            });
+        }
+        let mut rooms: Vec<String> = Vec::new();
+        let mut known = HashSet::new();
+        for token in &given {
+            if !known.insert((token.room.clone(), token.identity.clone())) {
+                return Err(Misfit::Twice {
+                    identity: token.identity.clone(),
+                    room: token.room.clone(),
+                });
+            }
+            if !rooms.contains(&token.room) {
+                rooms.push(token.room.clone());
+            }
+        }
+        if rooms.len() != plan.scenario.rooms.count as usize {
+            return Err(Misfit::Rooms {
+                tokens: rooms.len(),
+                plan: plan.scenario.rooms.count as usize,
+            });
+        }
+        let mut left: Vec<Option<GivenToken>> = given.into_iter().map(Some).collect();
+        let mut seats: Vec<Option<GivenToken>> = vec![None; participants];
+        // Publishers choose first: what only subscribes can do with less.
+        let mut people: Vec<ParticipantPlan> = (0..participants as u32)
+            .map(|position| plan.participant(position))
+            .collect();
+        people.sort_by_key(|who| !publishes(who));
+        for who in people {
+            let room = &rooms[who.room as usize];
+            let seat = take(&mut left, room, &who).ok_or_else(|| Misfit::Grant {
+                room: room.clone(),
+                what: if publishes(&who) {
+                    "publish"
+                } else {
+                    "subscribe"
+                },
+            })?;
+            seats[who.position as usize] = Some(seat);
+        }
+        Ok(Seats(seats.into_iter().flatten().collect()))
+    }
+
+    pub fn of(&self, position: u32) -> Option<&GivenToken> {
+        self.0.get(position as usize)
+    }
+
+    /// The room of the participant who joins first: where there is one room, that one.
+    pub fn first_room(&self) -> Option<&str> {
+        self.0.first().map(|token| token.room.as_str())
+    }
+}
+
+const fn publishes(who: &ParticipantPlan) -> bool {
+    who.publishes_audio || who.publishes_video
+}
+
+/// The first token that is enough, and of those one that can no more than that where there is one.
+fn take(left: &mut [Option<GivenToken>], room: &str, who: &ParticipantPlan) -> Option<GivenToken> {
+    let fits = |token: &&mut Option<GivenToken>| {
+        token.as_ref().is_some_and(|token| {
+            token.room == room
+                && (token.can_publish || !publishes(who))
+                && (token.can_subscribe || !who.subscribes)
+        })
+    };
+    let excess = |token: &&mut Option<GivenToken>| {
+        token.as_ref().map_or(0, |token| {
+            u8::from(token.can_publish && !publishes(who))
+                + u8::from(token.can_subscribe && !who.subscribes)
+        })
+    };
+    left.iter_mut().filter(fits).min_by_key(excess)?.take()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::scenario::RoomPeople;
+    use crate::plan::tests::{plan, set_people};
+    use crate::signal::{ApiKey, Permissions};
+    use std::time::Duration;
+
+    fn token(room: &str, identity: &str, permissions: Permissions) -> GivenToken {
+        let key = ApiKey::new("devkey", "a-secret-of-thirty-two-characters");
+        let secret = key
+            .join_token(
+                room,
+                identity,
+                identity,
+                permissions,
+                Duration::from_secs(60),
+            )
+            .unwrap();
+        GivenToken::read(secret.expose()).unwrap()
+    }
+
+    fn small() -> Plan {
+        let mut plan = plan();
+        let people = RoomPeople {
+            audio_publishers: 1,
+            video_publishers: 0,
+            subscribers: 2,
+            meeting: false,
+        };
+        set_people(&mut plan, 1, people);
+        plan
+    }
+
+    #[test]
+    fn a_token_says_who_and_where_and_what_is_none_is_told_without_repeating_it() {
+        let read = token("hall", "ann", Permissions::SUBSCRIBER);
+        assert_eq!(
+            (read.identity.as_str(), read.room.as_str()),
+            ("ann", "hall")
+        );
+        assert!(!read.can_publish && read.can_subscribe);
+        let service = ApiKey::new("devkey", "a-secret-of-thirty-two-characters")
+            .service_token(Some("hall"))
+            .unwrap();
+        for (text, why) in [
+            ("devkey", UnusableToken::NoJwt),
+            ("a.b!.c", UnusableToken::NoJwt),
+            ("a.e30.c", UnusableToken::WithoutIdentity),
+            ("a.W10.c", UnusableToken::Unreadable),
+            (service.expose(), UnusableToken::WithoutIdentity),
+        ] {
+            assert_eq!(GivenToken::read(text).unwrap_err(), why, "{text}");
+        }
+    }
+
+    #[test]
+    fn everybody_gets_a_token_that_is_enough_and_what_does_not_fit_is_named() {
+        let subscribers = ["b", "c"].map(|who| token("hall", who, Permissions::SUBSCRIBER));
+        let publisher = token("hall", "a", Permissions::BOTH);
+        let given = [subscribers.to_vec(), vec![publisher.clone()]].concat();
+        let seats = Seats::assign(given.clone(), &small()).unwrap();
+        let names: Vec<&str> = (0..3)
+            .map(|position| seats.of(position).unwrap().identity.as_str())
+            .collect();
+        assert_eq!(names, ["a", "b", "c"]);
+        let misfit = |given: Vec<GivenToken>| Seats::assign(given, &small()).unwrap_err();
+        assert_eq!(
+            misfit(subscribers.to_vec()),
+            Misfit::TooFew {
+                tokens: 2,
+                participants: 3
+            }
+        );
+        let elsewhere = token("cellar", "d", Permissions::BOTH);
+        assert!(matches!(
+            misfit([given.clone(), vec![elsewhere]].concat()),
+            Misfit::Rooms { tokens: 2, plan: 1 }
+        ));
+        let third = token("hall", "d", Permissions::SUBSCRIBER);
+        assert!(matches!(
+            misfit([subscribers.to_vec(), vec![third]].concat()),
+            Misfit::Grant {
+                what: "publish",
+                ..
+            }
+        ));
+        assert!(matches!(
+            misfit([given, vec![publisher]].concat()),
+            Misfit::Twice { .. }
+        ));
+    }
+}

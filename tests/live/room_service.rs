@@ -1,0 +1,240 @@
+//! Servers whose room service is hidden or behind the times, and runs with tokens instead of a key: participants get in, and nothing of others is deleted.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use throng::signal::rooms::RoomService;
+use throng::signal::{ApiKey, Permissions};
+
+use crate::common::program::{Finished, Report, Scratch, beside_one_other, run, throng};
+use crate::common::server::Server;
+
+/// What a front does with requests to the room service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Front {
+    /// It answers them itself, as a proxy that lets only signalling through.
+    Hides(u16),
+    /// The list of rooms is empty, as if it lagged behind.
+    Lags,
+}
+
+/// Stands in front of a server on a free port, until the test's process ends.
+fn stand_before(server: &Server, front: Front) -> String {
+    let backend: SocketAddr = server
+        .url
+        .strip_prefix("ws://")
+        .and_then(|authority| authority.parse().ok())
+        .expect("our own URL");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("a bound socket");
+    std::thread::spawn(move || {
+        while let Ok((client, _)) = listener.accept() {
+            std::thread::spawn(move || serve(client, backend, front));
+        }
+    });
+    format!("ws://{address}")
+}
+
+fn serve(mut client: TcpStream, backend: SocketAddr, front: Front) -> io::Result<()> {
+    let mut head = [0; 256];
+    // The request line is in the first segment.
+    let len = client.peek(&mut head)?;
+    let line = String::from_utf8_lossy(&head[..len]).into_owned();
+    let answer = match front {
+        Front::Hides(status) if line.starts_with("POST /twirp/") => Some(format!(
+            "HTTP/1.1 {status} No\r\nContent-Type: text/html\r\nContent-Length: 14\r\nConnection: close\r\n\r\n<html>no</html"
+        )),
+        Front::Lags if line.starts_with("POST /twirp/livekit.RoomService/ListRooms") => {
+            Some("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_owned())
+        }
+        _ => None,
+    };
+    if let Some(answer) = answer {
+        client.write_all(answer.as_bytes())?;
+        client.shutdown(Shutdown::Write)?;
+        // What is left unread would reset the connection.
+        let _ = client.set_read_timeout(Some(Duration::from_millis(500)));
+        let _ = client.read(&mut [0; 8 << 10]);
+        return Ok(());
+    }
+    let mut server = TcpStream::connect(backend)?;
+    let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
+    std::thread::spawn(move || {
+        let _ = io::copy(&mut from, &mut to);
+        let _ = to.shutdown(Shutdown::Write);
+    });
+    let _ = io::copy(&mut server, &mut client);
+    client.shutdown(Shutdown::Write)
+}
+
+/// One publisher and two subscribers for two seconds.
+fn small_run(
+    url: &str,
+    key: Option<&Server>,
+    secret: &str,
+    more: &[&str],
+) -> (Finished, Report, String) {
+    let scratch = Scratch::new();
+    let json = scratch.path("run.json");
+    let people = scratch.path("who.ndjson");
+    let mut command = throng();
+    if let Some(server) = key {
+        command
+            .env("LIVEKIT_API_KEY", &server.key)
+            .env("LIVEKIT_API_SECRET", &server.secret);
+    }
+    command
+        .env("LIVEKIT_URL", url)
+        .args(["--publishers", "1", "--subscribers", "2", "--duration", "2"])
+        .arg("--json")
+        .arg(&json)
+        .arg("--participants")
+        .arg(&people)
+        .args(more);
+    let finished = run(&mut command, secret);
+    let report = Report::read(&json, secret);
+    let people = std::fs::read_to_string(people).unwrap();
+    (finished, report, people)
+}
+
+/// What it said, on one line.
+fn unwrapped(finished: &Finished) -> String {
+    let words = finished.stdout.split_whitespace();
+    words.collect::<Vec<_>>().join(" ")
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn room_names(server: &Server) -> Vec<String> {
+    let service = RoomService::new(server.endpoint(), server.api_key());
+    let rooms = service.list_rooms().await.unwrap();
+    rooms.into_iter().map(|room| room.name).collect()
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn make_room(server: &Server, name: &str) {
+    let service = RoomService::new(server.endpoint(), server.api_key());
+    service
+        .create_room(name, Duration::from_secs(60))
+        .await
+        .unwrap();
+}
+
+#[test]
+fn a_hidden_room_service_is_a_note_and_the_run_goes_on() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    for status in [403, 404] {
+        let url = stand_before(&server, Front::Hides(status));
+        let (finished, report, _) = small_run(&url, Some(&server), &server.secret, &[]);
+        assert_eq!(
+            report.counter("session", "joins_ok"),
+            3,
+            "{status}: {}\n{}",
+            finished.stdout,
+            finished.stderr
+        );
+        let said = unwrapped(&finished);
+        assert!(
+            said.contains("the room service cannot be used")
+                && said.contains(&status.to_string())
+                && !said.contains("API key"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn a_room_that_somebody_else_has_just_made_stays_though_the_list_lags() {
+    let Some(livekit) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    for server in [livekit, Server::embedded()] {
+        let url = stand_before(&server, Front::Lags);
+        make_room(&server, "theirs");
+        std::thread::sleep(Duration::from_secs(3));
+        let (finished, report, _) =
+            small_run(&url, Some(&server), &server.secret, &["--room", "theirs"]);
+        assert_eq!(report.counter("session", "joins_ok"), 3);
+        assert_eq!(room_names(&server), ["theirs"], "{}", finished.stdout);
+        assert!(
+            unwrapped(&finished).contains("room 'theirs' existed already and stays"),
+            "{}",
+            finished.stdout
+        );
+        // One that the run makes itself is deleted.
+        let (finished, _, _) = small_run(&url, Some(&server), &server.secret, &["--room", "ours"]);
+        assert_eq!(room_names(&server), ["theirs"], "{}", finished.stdout);
+    }
+}
+
+#[test]
+fn tokens_alone_let_participants_in_and_say_who_they_are() {
+    let Some(livekit) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    for server in [livekit, Server::embedded()] {
+        let key = ApiKey::new(&server.key, &server.secret);
+        let token = |identity, permissions| {
+            key.join_token(
+                "hall",
+                identity,
+                identity,
+                permissions,
+                Duration::from_secs(300),
+            )
+            .unwrap()
+        };
+        let scratch = Scratch::new();
+        let file = scratch.path("tokens");
+        let [ben, cleo] = ["ben", "cleo"].map(|who| token(who, Permissions::SUBSCRIBER));
+        let text = format!("# who listens\n{}\n\n{}\n", ben.expose(), cleo.expose());
+        std::fs::write(&file, text).unwrap();
+        let ann = token("ann", Permissions::PUBLISHER);
+        let at_file = format!("@{}", file.display());
+        let (finished, report, people) = small_run(
+            &server.url,
+            None,
+            ann.expose(),
+            &["--token", &at_file, "--token", ann.expose()],
+        );
+        assert_eq!(
+            report.counter("session", "joins_ok"),
+            3,
+            "{}\n{}",
+            finished.stdout,
+            finished.stderr
+        );
+        assert!(report.counter("audio", "frames_delivered") > 100);
+        for who in ["ann", "ben", "cleo"] {
+            let told = people
+                .lines()
+                .any(|line| line.contains(&format!("\"{who}\"")) && line.contains("\"hall\""));
+            assert!(told, "{who}: {people}");
+        }
+        assert!(
+            unwrapped(&finished).contains("without an API key rooms are made by joining"),
+            "{}",
+            finished.stdout
+        );
+        // Too few of them: nobody joins.
+        let mut command = throng();
+        command
+            .env("LIVEKIT_URL", &server.url)
+            .args(["--publishers", "1", "--subscribers", "2", "--token"])
+            .arg(ann.expose());
+        let refused = run(&mut command, ann.expose());
+        assert_eq!(refused.code, Some(2), "{}", refused.stderr);
+        assert!(
+            refused
+                .stderr
+                .contains("3 participants, and 1 of them have a token"),
+            "{}",
+            refused.stderr
+        );
+    }
+}
