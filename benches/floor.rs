@@ -20,8 +20,8 @@ use common::origin::{new_peer, shard_config};
 use common::remote::{Remote, Side};
 use common::{SSRC, is_full};
 use throng::codec::{Codec, PayloadTypes};
-use throng::engine::worker::{self, Occasion, Report, WorkerConfig};
-use throng::engine::{Command, ShardConfig, StreamParameters};
+use throng::engine::worker::{self, Occasion, ShardWorkerConfig, WorkerReport};
+use throng::engine::{ShardCommand, ShardConfig, StreamParameters};
 use throng::measure::Record;
 use throng::net;
 use throng::transport::peer::IceCredentials;
@@ -154,8 +154,8 @@ impl Display for Row {
 struct Engine {
     config: ShardConfig,
     sender: Sender,
-    commands: Commands<Command>,
-    reports: UnboundedReceiver<Report>,
+    commands: Commands<ShardCommand>,
+    reports: UnboundedReceiver<WorkerReport>,
     thread: JoinHandle<std::io::Result<()>>,
 }
 
@@ -165,7 +165,7 @@ impl Engine {
         let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
         let (commands, receiver) = channel();
         let (report_sender, reports) = unbounded_channel();
-        let worker = WorkerConfig {
+        let worker = ShardWorkerConfig {
             index: 0,
             cpu: None,
             capacity: connections,
@@ -215,7 +215,7 @@ impl Engine {
     /// What was counted since the last call, and the thread's CPU time so far.
     fn report(&mut self) -> (Duration, Record) {
         self.commands
-            .send(Command::Report)
+            .send(ShardCommand::Report)
             .expect("a worker that lives");
         let mut record = Record::default();
         loop {
@@ -229,7 +229,7 @@ impl Engine {
 
     fn stop(self) {
         self.commands
-            .send(Command::Stop)
+            .send(ShardCommand::Stop)
             .expect("a worker that lives");
         self.thread.join().expect("no panic").expect("no failure");
     }
@@ -240,7 +240,7 @@ fn add(
     key: usize,
     sender: std::net::SocketAddr,
     config: &ShardConfig,
-    commands: &Commands<Command>,
+    commands: &Commands<ShardCommand>,
 ) -> Target {
     let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).expect("a socket");
     let side = |address| Side {
@@ -264,13 +264,13 @@ fn add(
     }];
     // Nobody listens to what becomes of it: the other end knows.
     let events = unbounded_channel().0;
-    let add = Command::AddPeer {
+    let add = ShardCommand::AddPeer {
         key,
         path: Some(socket.into()),
         peer,
         events,
     };
-    for command in [add, Command::Subscribe { key, streams }] {
+    for command in [add, ShardCommand::Subscribe { key, streams }] {
         commands.send(command).expect("a worker that lives");
     }
     Target {

@@ -14,11 +14,11 @@ use rtc_sdp::SessionDescription;
 use table::Table;
 use throng::codec::Codec;
 use throng::measure::{Kind, Record};
-use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
-use throng::media::vp8::{VideoClip, VideoSpec};
+use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
+use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::transport::sdp::serve::{SentTrack, SubscriberOffer};
 use throng::transport::sdp::{
-    Answerer, Candidate, Capabilities, Fingerprint, LocalTransport, Setup,
+    Answerer, Candidate, Capabilities, DtlsSetup, Fingerprint, LocalTransport,
 };
 use throng::units::Bitrate;
 
@@ -151,7 +151,7 @@ fn audio(criterion: &mut Criterion, table: &mut Table) {
         ("speech", AudioContent::Speech),
         ("silence", AudioContent::Silence),
     ] {
-        let spec = AudioSpec {
+        let spec = OpusSpec {
             bitrate: Bitrate::from_bps(24_000),
             frame: Duration::from_millis(20),
             content,
@@ -178,7 +178,7 @@ fn video(is_full: bool) {
     };
     println!("\nVideo made at the start, on one thread: both frames of each index of the loop");
     for (width, height, fps, bps) in sizes.iter().copied() {
-        let spec = VideoSpec {
+        let spec = Vp8Spec {
             width,
             height,
             fps,
@@ -219,7 +219,7 @@ fn local() -> LocalTransport {
         ufrag: "frag".into(),
         pwd: "apasswordoftwodozenchars".into(),
         fingerprint: Fingerprint([7; 32]),
-        setup: Setup::ActPass,
+        setup: DtlsSetup::ActPass,
         candidates: vec![Candidate::host(([127, 0, 0, 1], 5_000).into())],
         session_id: 1,
     }

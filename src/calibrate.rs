@@ -20,7 +20,7 @@ use crate::report::{Nearness, Outcome, VERSION, Verdict, judge};
 use crate::run::{self, Clips, Embedded};
 use crate::words::{number, wrapped};
 use cache::HostId;
-use search::{Held, Search};
+use search::{CalibrationSearch, PointHeld};
 
 pub const SCHEMA: &str = "throng-calibration/1";
 
@@ -54,7 +54,7 @@ pub struct Ceiling {
     pub held: Option<f64>,
     /// The command line of that point.
     pub command: Option<String>,
-    pub limit: Limit,
+    pub limit: CalibrationLimit,
     /// Why it did not go further.
     pub reasons: Vec<String>,
 }
@@ -62,7 +62,7 @@ pub struct Ceiling {
 /// What broke first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Limit {
+pub enum CalibrationLimit {
     /// The run was INVALID.
     Generator,
     /// The run failed, and was VALID: the embedded SFU, on the CPUs that the generator left it.
@@ -247,7 +247,7 @@ struct Bench<'a> {
 }
 
 /// What came of one point.
-enum Point {
+enum PointOutcome {
     Ran(Box<Outcome>),
     /// The host is too small for it, as is known before it starts.
     Refused(Vec<String>),
@@ -257,7 +257,7 @@ impl Bench<'_> {
     fn ask(&mut self, question: &Question) -> Result<(Ceiling, Option<Box<Outcome>>)> {
         let started = Instant::now();
         let (mut ceiling, mut largest, mut clips) = (Ceiling::default(), None, None);
-        let mut search = Search::from(question.start);
+        let mut search = CalibrationSearch::from(question.start);
         while let Some(point) = search.next() {
             if started.elapsed() + question.length(point) > self.patience.mul_f64(question.share) {
                 break;
@@ -265,20 +265,20 @@ impl Bench<'_> {
             let arguments = (question.arguments)(point, self.rooms);
             let command = command_line(&arguments);
             let outcome = match self.run(arguments, &mut clips)? {
-                Point::Ran(outcome) => outcome,
-                Point::Refused(reasons) => {
-                    (ceiling.limit, ceiling.reasons) = (Limit::Host, reasons);
+                PointOutcome::Ran(outcome) => outcome,
+                PointOutcome::Refused(reasons) => {
+                    (ceiling.limit, ceiling.reasons) = (CalibrationLimit::Host, reasons);
                     break;
                 }
             };
             let (judgement, figure) = (judge(&outcome), (question.figure)(point, &outcome));
             let (held, limit) = match judgement.verdict {
-                Verdict::Pass => (Held::Yes, ceiling.limit),
-                Verdict::Invalid => (Held::No, Limit::Generator),
-                Verdict::Fail => (Held::No, Limit::Sfu),
+                Verdict::Pass => (PointHeld::Yes, ceiling.limit),
+                Verdict::Invalid => (PointHeld::No, CalibrationLimit::Generator),
+                Verdict::Fail => (PointHeld::No, CalibrationLimit::Sfu),
                 Verdict::Partial => bail!("interrupted: nothing is kept of this calibration"),
             };
-            let word = if held == Held::Yes {
+            let word = if held == PointHeld::Yes {
                 "held"
             } else {
                 judgement.verdict.name()
@@ -291,33 +291,33 @@ impl Bench<'_> {
             ));
             search.take(point, held);
             match held {
-                Held::Yes => {
+                PointHeld::Yes => {
                     (ceiling.held, ceiling.command) = (Some(figure), Some(command));
                     largest = Some(outcome);
                     // What it was suspected of a moment ago has not come again.
                     if !search.has_broken() {
-                        (ceiling.limit, ceiling.reasons) = (Limit::Time, Vec::new());
+                        (ceiling.limit, ceiling.reasons) = (CalibrationLimit::Time, Vec::new());
                     }
                 }
-                Held::No => (ceiling.limit, ceiling.reasons) = (limit, judgement.reasons),
+                PointHeld::No => (ceiling.limit, ceiling.reasons) = (limit, judgement.reasons),
             }
         }
         Ok((ceiling, largest))
     }
 
-    fn run(&self, arguments: Vec<String>, clips: &mut Option<Clips>) -> Result<Point> {
+    fn run(&self, arguments: Vec<String>, clips: &mut Option<Clips>) -> Result<PointOutcome> {
         let line = std::iter::once("throng".to_owned())
             .chain(arguments)
             .map(Into::into);
         // Nothing from the environment: the target is the embedded SFU, whatever the user tests otherwise.
-        let cli::Command::Run(mut run) = cli::parse(line, &|_| None, self.host.usable_cpus())?
+        let cli::CliCommand::Run(mut run) = cli::parse(line, &|_| None, self.host.usable_cpus())?
         else {
             bail!("a calibration is made of runs");
         };
         let resources = preflight::resources(&run.plan, self.host, self.threads);
         let findings = preflight::check(&run.plan, self.host, &resources);
         if !findings.refusals.is_empty() {
-            return Ok(Point::Refused(findings.refusals));
+            return Ok(PointOutcome::Refused(findings.refusals));
         }
         // The same media at every point of a question.
         let clips = match clips {
@@ -338,7 +338,7 @@ impl Bench<'_> {
         let sfu = embedded.map(Embedded::stop);
         let mut outcome = outcome?;
         outcome.sfu = sfu;
-        Ok(Point::Ran(Box::new(outcome)))
+        Ok(PointOutcome::Ran(Box::new(outcome)))
     }
 }
 
@@ -461,10 +461,10 @@ impl Ceiling {
             .map(|reason| format!(": {reason}"))
             .unwrap_or_default();
         match self.limit {
-            Limit::Generator => format!("then the generator was the limit{reason}"),
-            Limit::Sfu => format!("then the embedded SFU was the limit{reason}"),
-            Limit::Host => format!("then this host has no room{reason}"),
-            Limit::Time => "more was not tried, for want of time".to_owned(),
+            CalibrationLimit::Generator => format!("then the generator was the limit{reason}"),
+            CalibrationLimit::Sfu => format!("then the embedded SFU was the limit{reason}"),
+            CalibrationLimit::Host => format!("then this host has no room{reason}"),
+            CalibrationLimit::Time => "more was not tried, for want of time".to_owned(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The command line: arguments and environment in, a [`Command`] or a [`UsageError`] out.
+//! The command line: arguments and environment in, a [`CliCommand`] or a [`UsageError`] out.
 //!
 //! Nothing is clamped or guessed: what makes no sense is refused, with what to write instead. Values that may hold secrets (`--url`, `--api-secret`)
 //! are never given to the parser to check, because its messages repeat what they refuse.
@@ -20,7 +20,7 @@ use crate::plan::scenario::{
     MediaSpec, PhaseTimes, RoomPeople, RoomSet, SEED_MAX, Scenario, ScenarioError, spread_must_fit,
 };
 use crate::plan::{
-    AudioSpec, Connection, Layout, Origin, Pacing, Plan, ServerUrl, Target, VideoSpec,
+    AudioSpec, ConnectionMode, Pacing, Plan, ServerUrl, Target, TargetOrigin, VideoSpec, ViewLayout,
 };
 use crate::report::{Destinations, Judging, Threshold};
 use crate::server_metrics::PageUrl;
@@ -34,8 +34,8 @@ pub use hosts::Membership;
 
 /// What the user asked for.
 #[derive(Debug)]
-pub enum Command {
-    Run(Box<Run>),
+pub enum CliCommand {
+    Run(Box<RunSpec>),
     Probe(Box<Probe>),
     Coordinate(Box<Coordinate>),
     Sfu(Box<Sfu>),
@@ -46,7 +46,7 @@ pub enum Command {
 
 /// A load test.
 #[derive(Debug)]
-pub struct Run {
+pub struct RunSpec {
     pub plan: Plan,
     /// `None` for the embedded SFU, which gets fresh ones, and in a dry run.
     pub credentials: Option<Credentials>,
@@ -74,7 +74,7 @@ pub struct Run {
 pub struct Probe {
     pub config: Membership,
     /// What this host was given itself. The coordinator says what is played; the embedded SFU stands for no server.
-    pub run: Run,
+    pub run: RunSpec,
     /// Flags say who publishes what, for a coordinator that leaves that to its probers.
     pub shape_given: bool,
 }
@@ -101,7 +101,7 @@ pub struct Calibrate {
     pub quiet: bool,
 }
 
-impl Run {
+impl RunSpec {
     /// Everybody gets a token; they also say what the rooms are called.
     fn take_tokens(&mut self, given: Vec<GivenToken>, names_room: bool) -> Result<(), String> {
         if names_room {
@@ -168,7 +168,7 @@ pub fn parse(
     args: impl IntoIterator<Item = OsString>,
     env: &dyn Fn(&str) -> Option<String>,
     cpus: usize,
-) -> Result<Command, UsageError> {
+) -> Result<CliCommand, UsageError> {
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());
     parse_with(args, env, cpus, hasher.finish())
@@ -183,7 +183,7 @@ pub fn parse_with(
     env: &dyn Fn(&str) -> Option<String>,
     cpus: usize,
     fresh: u64,
-) -> Result<Command, UsageError> {
+) -> Result<CliCommand, UsageError> {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error)
@@ -192,20 +192,20 @@ pub fn parse_with(
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
             ) =>
         {
-            return Ok(Command::Show(error.to_string()));
+            return Ok(CliCommand::Show(error.to_string()));
         }
         Err(error) => return Err(UsageError(error.to_string().trim_end().to_owned())),
     };
     let command = match cli.command {
         Some(Sub::Run(args)) => args.into_command(env, cpus, fresh),
-        Some(Sub::Calibrate(args)) => Ok(Command::Calibrate(Calibrate {
+        Some(Sub::Calibrate(args)) => Ok(CliCommand::Calibrate(Calibrate {
             threads: args.threads.map(usize::from),
             json: args.json,
             quiet: args.quiet,
         })),
         Some(Sub::Sfu(args)) => args
             .into_sfu(env, fresh)
-            .map(|sfu| Command::Sfu(Box::new(sfu))),
+            .map(|sfu| CliCommand::Sfu(Box::new(sfu))),
         None => cli.run.into_command(env, cpus, fresh),
     };
     command.map_err(|why| UsageError::new(&why))
@@ -363,7 +363,7 @@ struct MediaArgs {
     no_simulcast: bool,
     /// What subscribers see: speaker, 3x3, 4x4 or 5x5 [default: every track as large as it comes]
     #[arg(long, value_name = "LAYOUT", value_parser = layout)]
-    layout: Option<Layout>,
+    layout: Option<ViewLayout>,
     /// Bitrate of an audio track, as 24k or 48000 [default: 24k]
     #[arg(long, value_name = "RATE")]
     audio_bitrate: Option<Bitrate>,
@@ -517,7 +517,7 @@ impl RunArgs {
         env: &dyn Fn(&str) -> Option<String>,
         cpus: usize,
         fresh: u64,
-    ) -> Result<Command, String> {
+    ) -> Result<CliCommand, String> {
         let is_one_of_many = self.coordinate.coordinator || self.hosts.coordinator(env).is_some();
         if is_one_of_many && !self.target.token.is_empty() {
             return Err(
@@ -528,17 +528,17 @@ impl RunArgs {
         if self.coordinate.coordinator {
             return self
                 .into_coordinate(env, cpus, fresh)
-                .map(|coordinate| Command::Coordinate(Box::new(coordinate)));
+                .map(|coordinate| CliCommand::Coordinate(Box::new(coordinate)));
         }
         self.coordinate.must_have_a_coordinator()?;
         if let Some(coordinator) = self.hosts.coordinator(env) {
             return self
                 .into_probe(coordinator, env, cpus, fresh)
-                .map(|probe| Command::Probe(Box::new(probe)));
+                .map(|probe| CliCommand::Probe(Box::new(probe)));
         }
         self.hosts.must_have_a_coordinator()?;
         self.into_run(env, cpus, fresh)
-            .map(|run| Command::Run(Box::new(run)))
+            .map(|run| CliCommand::Run(Box::new(run)))
     }
 
     fn into_run(
@@ -546,7 +546,7 @@ impl RunArgs {
         env: &dyn Fn(&str) -> Option<String>,
         cpus: usize,
         fresh: u64,
-    ) -> Result<Run, String> {
+    ) -> Result<RunSpec, String> {
         let target = self.target.resolve(env)?;
         if self.pace.most_subscribers().is_none() {
             self.shape.must_be_asked_for(&target)?;
@@ -563,7 +563,7 @@ impl RunArgs {
         if !given.is_empty() {
             run.take_tokens(given, names_room)?;
         }
-        Ok(Run {
+        Ok(RunSpec {
             credentials: if is_dry {
                 credentials.ok().flatten()
             } else {
@@ -574,7 +574,7 @@ impl RunArgs {
     }
 
     /// Without credentials.
-    fn into_run_against(self, target: Target, cpus: usize, fresh: u64) -> Result<Run, String> {
+    fn into_run_against(self, target: Target, cpus: usize, fresh: u64) -> Result<RunSpec, String> {
         let most = self.pace.most_subscribers();
         self.must_agree()?;
         let warnings = self.warnings();
@@ -592,7 +592,7 @@ impl RunArgs {
         let scenario = self.scenario(people, is_tour, fresh & 0xFFFF_FFFF)?;
         self.judging.must_fit(scenario.times().hold)?;
         let plan = Plan::new(scenario, target, (fresh >> 32) as u32);
-        Ok(Run {
+        Ok(RunSpec {
             plan,
             credentials: None,
             tokens: None,
@@ -836,9 +836,12 @@ impl TargetArgs {
 
     /// The server that is named, if one is.
     fn server(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Target>, String> {
-        let given = self.url.clone().map(|url| (url, Origin::Flag, "--url"));
+        let given = self
+            .url
+            .clone()
+            .map(|url| (url, TargetOrigin::Flag, "--url"));
         let given = given.or_else(|| {
-            set(env, "LIVEKIT_URL").map(|url| (url, Origin::Environment, "LIVEKIT_URL"))
+            set(env, "LIVEKIT_URL").map(|url| (url, TargetOrigin::Environment, "LIVEKIT_URL"))
         });
         let Some((url, origin, name)) = given else {
             return Ok(None);
@@ -987,7 +990,7 @@ impl ShapeArgs {
 
     /// A server that was not named on this command line, and is not this host, gets no load that was not asked for.
     fn must_be_asked_for(&self, target: &Target) -> Result<(), String> {
-        if self.is_given() || target.origin == Origin::Flag || target.url.is_loopback() {
+        if self.is_given() || target.origin == TargetOrigin::Flag || target.url.is_loopback() {
             return Ok(());
         }
         Err(format!(
@@ -1113,12 +1116,12 @@ impl From<PacingArg> for Pacing {
     }
 }
 
-impl From<ConnectionArg> for Connection {
-    fn from(connection: ConnectionArg) -> Connection {
+impl From<ConnectionArg> for ConnectionMode {
+    fn from(connection: ConnectionArg) -> ConnectionMode {
         match connection {
-            ConnectionArg::Auto => Connection::Auto,
-            ConnectionArg::Single => Connection::Single,
-            ConnectionArg::Dual => Connection::Dual,
+            ConnectionArg::Auto => ConnectionMode::Auto,
+            ConnectionArg::Single => ConnectionMode::Single,
+            ConnectionArg::Dual => ConnectionMode::Dual,
         }
     }
 }
@@ -1199,8 +1202,10 @@ fn resolution(text: &str) -> Result<Resolution, String> {
     })
 }
 
-fn layout(text: &str) -> Result<Layout, String> {
-    let known = Layout::ALL.into_iter().find(|layout| layout.name() == text);
+fn layout(text: &str) -> Result<ViewLayout, String> {
+    let known = ViewLayout::ALL
+        .into_iter()
+        .find(|layout| layout.name() == text);
     known.ok_or_else(|| "write speaker, 3x3, 4x4 or 5x5".to_owned())
 }
 

@@ -1,6 +1,6 @@
 //! What this host says of itself: who waited for a CPU, who was throttled, and where datagrams were dropped.
 //!
-//! Text of `/proc` and of control groups goes through pure functions; [`Snapshot::read`] is the edge. Read once a second, never by a thread that carries media.
+//! Text of `/proc` and of control groups goes through pure functions; [`HostSnapshot::read`] is the edge. Read once a second, never by a thread that carries media.
 //! What the kernel does not tell is `None`.
 
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use crate::net;
 
 /// Cumulative readings of one moment.
 #[derive(Clone, Debug, Default)]
-pub struct Snapshot {
+pub struct HostSnapshot {
     /// By thread id.
     pub threads: BTreeMap<u32, Thread>,
     /// Time that the hypervisor gave to others while a CPU of ours had work, over all CPUs.
@@ -42,14 +42,14 @@ pub struct Throttling {
     pub time: Duration,
 }
 
-impl Snapshot {
-    pub fn read() -> Snapshot {
+impl HostSnapshot {
+    pub fn read() -> HostSnapshot {
         let text = |path: &str| fs::read_to_string(path).ok();
         let softnet = text("/proc/net/softnet_stat").and_then(|text| softnet(&text));
         let udp =
             text("/proc/net/snmp").and_then(|snmp| udp(&snmp, text("/proc/net/snmp6").as_deref()));
         let interfaces = text("/proc/net/dev").and_then(|text| interfaces(&text));
-        Snapshot {
+        HostSnapshot {
             threads: threads(Path::new("/proc/self/task")),
             stolen: text("/proc/stat")
                 .and_then(|text| stolen(&text, net::clock_ticks_per_second())),
@@ -70,12 +70,12 @@ impl Snapshot {
         }
     }
 
-    pub fn stolen_since(&self, earlier: &Snapshot) -> Option<Duration> {
+    pub fn stolen_since(&self, earlier: &HostSnapshot) -> Option<Duration> {
         Some(self.stolen?.saturating_sub(earlier.stolen?))
     }
 
     /// `None` also where the process was moved to another control group meanwhile.
-    pub fn throttled_since(&self, earlier: &Snapshot) -> Option<Throttling> {
+    pub fn throttled_since(&self, earlier: &HostSnapshot) -> Option<Throttling> {
         let (now, before) = (self.throttling.as_ref()?, earlier.throttling.as_ref()?);
         (now.group == before.group).then(|| Throttling {
             group: now.group.clone(),
@@ -85,7 +85,7 @@ impl Snapshot {
     }
 
     /// Each thread's time since then; one that was not there yet has all of its own. One that has ended meanwhile tells nothing any more.
-    pub fn threads_since(&self, earlier: &Snapshot) -> Vec<Thread> {
+    pub fn threads_since(&self, earlier: &HostSnapshot) -> Vec<Thread> {
         let since = |(id, thread): (&u32, &Thread)| {
             let before = earlier.threads.get(id);
             Thread {
@@ -237,9 +237,9 @@ fn queueing_drops() -> Option<u64> {
         let mut done = false;
         for message in messages(answer) {
             match message {
-                Message::Discipline(more) => drops = drops.map(|drops: u64| drops + more),
-                Message::Done => done = true,
-                Message::Refused => (drops, done) = (None, true),
+                NetlinkMessage::Discipline(more) => drops = drops.map(|drops: u64| drops + more),
+                NetlinkMessage::Done => done = true,
+                NetlinkMessage::Refused => (drops, done) = (None, true),
             }
         }
         done
@@ -258,7 +258,7 @@ const TCA_STATS_QUEUE: u16 = 3;
 const TC_H_ROOT: u32 = 0xFFFF_FFFF;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Message {
+enum NetlinkMessage {
     /// What one discipline dropped; 0 for one below another.
     Discipline(u64),
     Done,
@@ -266,7 +266,7 @@ enum Message {
 }
 
 /// One datagram of a dump's answer (netlink(7), rtnetlink(7), linux/rtnetlink.h, linux/gen_stats.h).
-fn messages(mut answer: &[u8]) -> Vec<Message> {
+fn messages(mut answer: &[u8]) -> Vec<NetlinkMessage> {
     let mut found = Vec::new();
     while let (Some(len), Some(kind)) = (u32_at(answer, 0), u16_at(answer, 4)) {
         let len = len as usize;
@@ -274,9 +274,11 @@ fn messages(mut answer: &[u8]) -> Vec<Message> {
             break;
         };
         match kind {
-            NLMSG_DONE => found.push(Message::Done),
-            NLMSG_ERROR => found.push(Message::Refused),
-            RTM_NEWQDISC => found.push(Message::Discipline(discipline_drops(body).unwrap_or(0))),
+            NLMSG_DONE => found.push(NetlinkMessage::Done),
+            NLMSG_ERROR => found.push(NetlinkMessage::Refused),
+            RTM_NEWQDISC => found.push(NetlinkMessage::Discipline(
+                discipline_drops(body).unwrap_or(0),
+            )),
             _ => {}
         }
         answer = answer.get(len.next_multiple_of(4)..).unwrap_or_default();
@@ -503,15 +505,15 @@ mod tests {
         assert_eq!(
             messages(&answer),
             [
-                Message::Discipline(17),
-                Message::Discipline(0),
-                Message::Discipline(4),
-                Message::Done
+                NetlinkMessage::Discipline(17),
+                NetlinkMessage::Discipline(0),
+                NetlinkMessage::Discipline(4),
+                NetlinkMessage::Done
             ]
         );
         assert_eq!(
             messages(&message(NLMSG_ERROR, &[0; 20])),
-            [Message::Refused]
+            [NetlinkMessage::Refused]
         );
         // Whatever is cut off, nothing is made up.
         for len in 0..answer.len() {
@@ -560,11 +562,11 @@ mod tests {
 
     #[test]
     fn this_process_is_seen_at_work_and_waiting() {
-        let before = Snapshot::read();
+        let before = HostSnapshot::read();
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
         loop {
             let _ = (0..100_000u64).map(std::hint::black_box).sum::<u64>();
-            let busy: Duration = Snapshot::read()
+            let busy: Duration = HostSnapshot::read()
                 .threads_since(&before)
                 .iter()
                 .map(|thread| thread.cpu)
@@ -581,13 +583,13 @@ mod tests {
 
     #[test]
     fn another_group_is_no_difference() {
-        let reading = |group: &str, times| Snapshot {
+        let reading = |group: &str, times| HostSnapshot {
             throttling: Some(Throttling {
                 group: group.into(),
                 times,
                 time: Duration::from_millis(times),
             }),
-            ..Snapshot::default()
+            ..HostSnapshot::default()
         };
         let moved = reading("/b", 900).throttled_since(&reading("/a", 3));
         assert_eq!(moved, None);

@@ -75,7 +75,7 @@ pub async fn serve(
         let (sending_is_life, head_timeout) = (limits.sending_is_life, limits.head_timeout);
         connections.spawn(async move {
             let leave = guest.leave.clone();
-            let stream = Watched::new(stream, sending_is_life, guest.place.clone());
+            let stream = WatchedStream::new(stream, sending_is_life, guest.place.clone());
             tokio::select! {
                 () = connection(stream, tls, routes, (guest, head_timeout), stop) => {}
                 () = leave.notified() => {}
@@ -100,13 +100,13 @@ async fn accept(listener: &TcpListener) -> (TcpStream, IpAddr) {
 }
 
 async fn connection(
-    stream: Watched,
+    stream: WatchedStream,
     tls: Option<TlsAcceptor>,
     routes: Router,
     (guest, head_timeout): (Guest, Duration),
     mut stop: watch::Receiver<bool>,
 ) {
-    let stream: Box<dyn Stream> = match tls {
+    let stream: Box<dyn ByteStream> = match tls {
         None => Box::new(stream),
         Some(tls) => match timeout(TLS_TIMEOUT, tls.accept(stream)).await {
             Ok(Ok(stream)) => Box::new(stream),
@@ -276,23 +276,27 @@ impl Drop for Guest {
     }
 }
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for S {}
 
 /// A client's connection, which ends when nothing has moved for too long.
-struct Watched {
+struct WatchedStream {
     stream: TcpStream,
     until: Pin<Box<Sleep>>,
     sending_is_life: bool,
     _place: Arc<OwnedSemaphorePermit>,
 }
 
-impl Watched {
-    fn new(stream: TcpStream, sending_is_life: bool, place: Arc<OwnedSemaphorePermit>) -> Watched {
+impl WatchedStream {
+    fn new(
+        stream: TcpStream,
+        sending_is_life: bool,
+        place: Arc<OwnedSemaphorePermit>,
+    ) -> WatchedStream {
         // A kernel that cannot switch Nagle off is slower, not wrong.
         let _ = stream.set_nodelay(true);
-        Watched {
+        WatchedStream {
             stream,
             until: Box::pin(tokio::time::sleep(STANDSTILL_MAX)),
             sending_is_life,
@@ -326,7 +330,7 @@ impl Watched {
     }
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for WatchedStream {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -343,7 +347,7 @@ impl AsyncRead for Watched {
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for WatchedStream {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,

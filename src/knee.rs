@@ -29,13 +29,13 @@ const NEGLIGIBLE: f64 = 40.0;
 
 /// How many participants to try next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Point {
+pub struct SearchPoint {
     pub participants: u32,
-    pub phase: Phase,
+    pub phase: SearchPhase,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub enum SearchPhase {
     /// Everything passed so far.
     Grow,
     /// Between what passed and what did not.
@@ -44,12 +44,12 @@ pub enum Phase {
     Repeat,
 }
 
-impl Phase {
+impl SearchPhase {
     pub const fn name(self) -> &'static str {
         match self {
-            Phase::Grow => "growing",
-            Phase::Bisect => "bisecting",
-            Phase::Repeat => "repeating",
+            SearchPhase::Grow => "growing",
+            SearchPhase::Bisect => "bisecting",
+            SearchPhase::Repeat => "repeating",
         }
     }
 }
@@ -74,13 +74,13 @@ pub struct Tried {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum Next {
-    Try(Point),
-    Done(Answer),
+pub enum SearchStep {
+    Try(SearchPoint),
+    Done(KneeAnswer),
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum Answer {
+pub enum KneeAnswer {
     /// As many pass every other time; with 95 % confidence it is `low..=high`.
     Capacity {
         participants: u32,
@@ -90,7 +90,7 @@ pub enum Answer {
         settled: bool,
     },
     /// So many pass, and more were not to be tried, or could not.
-    AtLeast { participants: u32, limit: Limit },
+    AtLeast { participants: u32, limit: KneeLimit },
     /// One participant fails.
     None,
     /// Even with one participant the generator was the limit.
@@ -99,14 +99,14 @@ pub enum Answer {
 
 /// What kept the search from going higher.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Limit {
+pub enum KneeLimit {
     /// The most that was to be tried.
     Max,
     /// The generator was the limit `at` so many, twice.
     Generator { at: u32, reasons: Vec<String> },
 }
 
-pub struct Search {
+pub struct KneeSearch {
     max: u32,
     tried: Vec<Tried>,
     /// The logarithms of the capacities that are weighed.
@@ -115,15 +115,15 @@ pub struct Search {
     likelihood: Vec<[f64; SOFTNESS.len()]>,
 }
 
-impl Search {
+impl KneeSearch {
     /// Between one participant and `max`, which is at least one.
-    pub fn new(max: u32) -> Search {
+    pub fn new(max: u32) -> KneeSearch {
         assert!(max > 0, "a search needs something to try");
         // From half of the least to twice the most: as far outside as one step of growth.
         let (from, to) = (0.5f64.ln(), (2.0 * f64::from(max)).ln());
         let cells = ((to - from) / STEP).ceil() as usize;
         let capacities: Vec<f64> = (0..cells).map(|cell| from + STEP * cell as f64).collect();
-        Search {
+        KneeSearch {
             max,
             tried: Vec::new(),
             likelihood: vec![[0.0; SOFTNESS.len()]; cells],
@@ -137,11 +137,11 @@ impl Search {
     }
 
     /// What is next; the same until a verdict is taken.
-    pub fn next(&self) -> Next {
+    pub fn next(&self) -> SearchStep {
         if let Some(participants) = self.doubtful() {
-            return Next::Try(Point {
+            return SearchStep::Try(SearchPoint {
                 participants,
-                phase: Phase::Repeat,
+                phase: SearchPhase::Repeat,
             });
         }
         let limit = self.generator_limit();
@@ -245,12 +245,12 @@ impl Search {
     }
 
     /// As long as nothing failed: twice as many, or halfway to where the generator was the limit. `None` where there is nothing higher to try.
-    fn growth(&self, highest: Option<u32>, limit: Option<&Tried>) -> Option<Next> {
+    fn growth(&self, highest: Option<u32>, limit: Option<&Tried>) -> Option<SearchStep> {
         let participants = match (highest, limit) {
             (None, None) => (self.max / FIRST_PART).max(1),
             (None, Some(limit)) if limit.participants == 1 => {
                 let reasons = limit.reasons.clone();
-                return Some(Next::Done(Answer::NotMeasured { reasons }));
+                return Some(SearchStep::Done(KneeAnswer::NotMeasured { reasons }));
             }
             (None, Some(limit)) => limit.participants / 2,
             (Some(highest), None) if highest < self.max => highest.saturating_mul(2).min(self.max),
@@ -259,15 +259,15 @@ impl Search {
             }
             (Some(_), _) => return None,
         };
-        let phase = Phase::Grow;
-        Some(Next::Try(Point {
+        let phase = SearchPhase::Grow;
+        Some(SearchStep::Try(SearchPoint {
             participants,
             phase,
         }))
     }
 
     /// The answer, if the verdicts give one, or the point that tells most.
-    fn weighed(&self, highest: Option<u32>, limit: Option<&Tried>) -> Next {
+    fn weighed(&self, highest: Option<u32>, limit: Option<&Tried>) -> SearchStep {
         let weights = self.weights();
         let outside = (1.0 - CONFIDENCE) / 2.0;
         // Just below where the generator was the limit it may well be the limit too.
@@ -277,23 +277,23 @@ impl Search {
                 .max(highest.unwrap_or(1)),
         };
         if weights.below(top) <= outside {
-            let limit = limit.map_or(Limit::Max, |limit| Limit::Generator {
+            let limit = limit.map_or(KneeLimit::Max, |limit| KneeLimit::Generator {
                 at: limit.participants,
                 reasons: limit.reasons.clone(),
             });
-            return Next::Done(Answer::AtLeast {
+            return SearchStep::Done(KneeAnswer::AtLeast {
                 participants: top,
                 limit,
             });
         }
         if weights.below(1) >= 1.0 - outside {
-            return Next::Done(Answer::None);
+            return SearchStep::Done(KneeAnswer::None);
         }
         let [low, middle, high] =
             [outside, 0.5, 1.0 - outside].map(|share| weights.quantile(share));
         let settled = f64::from(high - low) <= 2.0 * RESOLUTION * f64::from(middle);
         if settled || self.tried.len() >= POINTS_MAX {
-            return Next::Done(Answer::Capacity {
+            return SearchStep::Done(KneeAnswer::Capacity {
                 participants: middle,
                 low,
                 high,
@@ -315,11 +315,11 @@ impl Search {
                 .iter()
                 .any(|tried| tried.participants == participants)
         {
-            Phase::Bisect
+            SearchPhase::Bisect
         } else {
-            Phase::Repeat
+            SearchPhase::Repeat
         };
-        Next::Try(Point {
+        SearchStep::Try(SearchPoint {
             participants,
             phase,
         })
@@ -411,7 +411,7 @@ mod tests {
     use crate::seeded::Seeded;
 
     /// A server that passes half of the runs with `capacity` participants, and a generator that gives out above `generator`.
-    struct Server {
+    struct ModelServer {
         capacity: f64,
         softness: f64,
         /// Per cent of verdicts that a coin decides.
@@ -420,9 +420,9 @@ mod tests {
         seeded: Seeded,
     }
 
-    impl Server {
-        fn hard(capacity: f64) -> Server {
-            Server {
+    impl ModelServer {
+        fn hard(capacity: f64) -> ModelServer {
+            ModelServer {
                 capacity,
                 softness: 1e-6,
                 coin_percent: 0,
@@ -448,12 +448,12 @@ mod tests {
         }
     }
 
-    fn run(max: u32, server: &mut Server) -> (Answer, Search) {
-        let mut search = Search::new(max);
+    fn run(max: u32, server: &mut ModelServer) -> (KneeAnswer, KneeSearch) {
+        let mut search = KneeSearch::new(max);
         loop {
             match search.next() {
-                Next::Done(answer) => return (answer, search),
-                Next::Try(point) => {
+                SearchStep::Done(answer) => return (answer, search),
+                SearchStep::Try(point) => {
                     assert!((1..=max).contains(&point.participants), "{point:?}");
                     let verdict = server.verdict(point.participants);
                     let reasons = match verdict {
@@ -474,7 +474,7 @@ mod tests {
             let mut seeded = Seeded::new(seed);
             let capacity = 20.0 * 250f64.powf(seeded.unit());
             let max = (capacity * 1.2 * 10f64.powf(seeded.unit())) as u32;
-            let mut server = Server {
+            let mut server = ModelServer {
                 capacity,
                 softness: [1e-6, 0.005, 0.01, 0.02][seeded.below(4) as usize],
                 coin_percent: [0, 0, 2][seeded.below(3) as usize],
@@ -482,7 +482,7 @@ mod tests {
                 seeded,
             };
             let (answer, search) = run(max, &mut server);
-            let Answer::Capacity {
+            let KneeAnswer::Capacity {
                 participants,
                 low,
                 high,
@@ -504,8 +504,8 @@ mod tests {
     #[test]
     fn a_hard_edge_is_found_to_the_resolution() {
         for capacity in [1, 2, 3, 7, 31, 40, 63, 64, 65, 1_000, 4_321] {
-            let (answer, search) = run(5_000, &mut Server::hard(f64::from(capacity) + 0.5));
-            let Answer::Capacity {
+            let (answer, search) = run(5_000, &mut ModelServer::hard(f64::from(capacity) + 0.5));
+            let KneeAnswer::Capacity {
                 participants,
                 low,
                 high,
@@ -534,7 +534,7 @@ mod tests {
 
     #[test]
     fn it_grows_by_doubling_and_then_halves_what_is_left() {
-        let (_, search) = run(1_600, &mut Server::hard(1_000.5));
+        let (_, search) = run(1_600, &mut ModelServer::hard(1_000.5));
         let first: Vec<u32> = search
             .tried()
             .iter()
@@ -549,10 +549,10 @@ mod tests {
     #[test]
     fn where_the_most_passes_the_answer_is_at_least_that() {
         for max in [1, 2, 15, 1_000] {
-            let (answer, search) = run(max, &mut Server::hard(5_000.0));
-            let expected = Answer::AtLeast {
+            let (answer, search) = run(max, &mut ModelServer::hard(5_000.0));
+            let expected = KneeAnswer::AtLeast {
                 participants: max,
-                limit: Limit::Max,
+                limit: KneeLimit::Max,
             };
             assert_eq!(answer, expected);
             assert_eq!(search.broke_first(), None);
@@ -562,22 +562,22 @@ mod tests {
     #[test]
     fn where_one_participant_fails_there_is_no_capacity() {
         for max in [1, 20, 1_000] {
-            let (answer, search) = run(max, &mut Server::hard(0.3));
-            assert_eq!(answer, Answer::None, "{max}");
+            let (answer, search) = run(max, &mut ModelServer::hard(0.3));
+            assert_eq!(answer, KneeAnswer::None, "{max}");
             assert_eq!(search.broke_first().unwrap().reasons.len(), 1);
         }
     }
 
     #[test]
     fn where_the_generator_is_the_limit_the_answer_says_so_and_what_was_seen_below() {
-        let mut server = Server {
+        let mut server = ModelServer {
             generator: 700,
-            ..Server::hard(5_000.0)
+            ..ModelServer::hard(5_000.0)
         };
         let (answer, _) = run(1_600, &mut server);
-        let Answer::AtLeast {
+        let KneeAnswer::AtLeast {
             participants,
-            limit: Limit::Generator { at, reasons },
+            limit: KneeLimit::Generator { at, reasons },
         } = answer
         else {
             panic!("{answer:?}");
@@ -591,15 +591,15 @@ mod tests {
 
     #[test]
     fn a_server_that_gives_out_before_the_generator_is_found_all_the_same() {
-        let mut server = Server {
+        let mut server = ModelServer {
             generator: 700,
-            ..Server::hard(500.5)
+            ..ModelServer::hard(500.5)
         };
         let (answer, _) = run(1_600, &mut server);
         assert!(
             matches!(
                 answer,
-                Answer::Capacity {
+                KneeAnswer::Capacity {
                     participants: 488..=512,
                     settled: true,
                     ..
@@ -611,34 +611,34 @@ mod tests {
 
     #[test]
     fn a_generator_that_is_always_the_limit_measures_nothing() {
-        let mut server = Server {
+        let mut server = ModelServer {
             generator: 0,
-            ..Server::hard(500.5)
+            ..ModelServer::hard(500.5)
         };
         let (answer, _) = run(1_600, &mut server);
         let reasons = vec!["Invalid at 1".to_owned()];
-        assert_eq!(answer, Answer::NotMeasured { reasons });
+        assert_eq!(answer, KneeAnswer::NotMeasured { reasons });
     }
 
     #[test]
     fn once_invalid_may_be_chance_and_is_tried_again() {
-        let mut search = Search::new(100);
-        let Next::Try(first) = search.next() else {
+        let mut search = KneeSearch::new(100);
+        let SearchStep::Try(first) = search.next() else {
             panic!()
         };
         search.take(first.participants, PointVerdict::Invalid, Vec::new());
-        let again = Point {
-            phase: Phase::Repeat,
+        let again = SearchPoint {
+            phase: SearchPhase::Repeat,
             ..first
         };
-        assert_eq!(search.next(), Next::Try(again));
+        assert_eq!(search.next(), SearchStep::Try(again));
         assert_eq!(
             search.next(),
-            Next::Try(again),
+            SearchStep::Try(again),
             "the same until a verdict is taken"
         );
         search.take(first.participants, PointVerdict::Pass, Vec::new());
-        let Next::Try(second) = search.next() else {
+        let SearchStep::Try(second) = search.next() else {
             panic!()
         };
         assert_eq!(second.participants, 2 * first.participants);
@@ -646,11 +646,11 @@ mod tests {
 
     #[test]
     fn points_that_do_not_settle_end_the_search_at_them() {
-        let mut search = Search::new(1_000);
+        let mut search = KneeSearch::new(1_000);
         let answer = loop {
             match search.next() {
-                Next::Done(answer) => break answer,
-                Next::Try(point) => {
+                SearchStep::Done(answer) => break answer,
+                SearchStep::Try(point) => {
                     let verdict = match point.participants {
                         ..300 => PointVerdict::Pass,
                         300..320 => PointVerdict::Unsettled,
@@ -663,7 +663,7 @@ mod tests {
         assert!(
             matches!(
                 answer,
-                Answer::Capacity {
+                KneeAnswer::Capacity {
                     participants: 298..=322,
                     settled: true,
                     ..

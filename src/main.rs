@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 use throng::calibrate::cache::{self, HostId};
 use throng::calibrate::{self, Calibration};
-use throng::cli::{self, Command, UsageError};
+use throng::cli::{self, CliCommand, UsageError};
 use throng::coordinator::{self, Merged, document};
 use throng::plan::{Plan, Resources};
 use throng::preflight::{self, Findings, Host};
 use throng::prober::Prober;
 use throng::recording;
-use throng::report::progress::{Progress, Snapshot};
+use throng::report::progress::{Progress, ProgressSnapshot};
 use throng::report::text;
 use throng::report::{self, Outcome, Sinks, Style, Verdict, emit, judge};
 use throng::run::{self, Clips, Embedded, Interrupts};
-use throng::sfu::server::{self, Server, ServerConfig};
+use throng::sfu::server::{self, ServerConfig, SfuServer};
 use throng::signal::Secret;
 
 fn main() -> ExitCode {
@@ -42,12 +42,12 @@ fn throng() -> Result<u8> {
         &|name| std::env::var(name).ok(),
         host.usable_cpus(),
     )? {
-        Command::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
-        Command::Run(run) => load_test(*run, &host),
-        Command::Probe(probe) => take_part(*probe, &host),
-        Command::Coordinate(asked) => lead(&asked, &host),
-        Command::Sfu(sfu) => serve(&sfu, &host),
-        Command::Calibrate(calibrate) => measure_host(&calibrate, &host),
+        CliCommand::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
+        CliCommand::Run(run) => load_test(*run, &host),
+        CliCommand::Probe(probe) => take_part(*probe, &host),
+        CliCommand::Coordinate(asked) => lead(&asked, &host),
+        CliCommand::Sfu(sfu) => serve(&sfu, &host),
+        CliCommand::Calibrate(calibrate) => measure_host(&calibrate, &host),
     }
 }
 
@@ -66,7 +66,7 @@ fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
     // Signals first: one that comes while the server starts is heard.
     let mut interrupts = runtime.block_on(async { Interrupts::listen() });
     let started = Instant::now();
-    let server = Server::start(ServerConfig {
+    let server = SfuServer::start(ServerConfig {
         listen: sfu.listen,
         media_ip: None,
         send: sfu.send,
@@ -129,7 +129,7 @@ fn say(line: &impl Display) {
     let _ = emit(&mut stderr(), &format!("{line}\n"));
 }
 
-fn load_test(mut run: cli::Run, host: &Host) -> Result<u8> {
+fn load_test(mut run: cli::RunSpec, host: &Host) -> Result<u8> {
     let mut resources = preflight::resources(&run.plan, host, run.threads);
     if run.destinations.record.is_some() {
         resources.files += recording::files(&run.plan);
@@ -178,7 +178,7 @@ fn settle_connection(plan: &mut Plan) -> Result<()> {
 }
 
 /// Says what is being made only where that takes its time: several layers of video do.
-fn generate(run: &cli::Run, resources: &Resources) -> Result<Clips> {
+fn generate(run: &cli::RunSpec, resources: &Resources) -> Result<Clips> {
     let started = Instant::now();
     let clips = Clips::generate(&run.plan, resources.threads, |what| {
         if !run.quiet && started.elapsed() >= Duration::from_secs(1) {
@@ -195,7 +195,7 @@ fn none_of(refusals: &[String]) -> Result<()> {
     Err(anyhow!("{}", refusals.join("\nthrong: ")))
 }
 
-fn dry_run(run: &cli::Run, resources: &Resources, findings: &Findings) -> Result<u8> {
+fn dry_run(run: &cli::RunSpec, resources: &Resources, findings: &Findings) -> Result<u8> {
     emit(
         &mut stdout(),
         &text::dry_run(&run.plan, &run.judging, resources),
@@ -209,7 +209,7 @@ fn dry_run(run: &cli::Run, resources: &Resources, findings: &Findings) -> Result
     Ok(if findings.refusals.is_empty() { 0 } else { 1 })
 }
 
-fn measure(run: &cli::Run, resources: &Resources, clips: Clips) -> Result<Outcome> {
+fn measure(run: &cli::RunSpec, resources: &Resources, clips: Clips) -> Result<Outcome> {
     watched(run, resources, async |progress| {
         run::run(run, resources, clips, progress).await
     })
@@ -217,9 +217,9 @@ fn measure(run: &cli::Run, resources: &Resources, clips: Clips) -> Result<Outcom
 
 /// On the runtime that the run's signalling lives on, with its progress shown.
 fn watched(
-    run: &cli::Run,
+    run: &cli::RunSpec,
     resources: &Resources,
-    work: impl AsyncFnOnce(&mut dyn FnMut(&Snapshot)) -> Result<Outcome>,
+    work: impl AsyncFnOnce(&mut dyn FnMut(&ProgressSnapshot)) -> Result<Outcome>,
 ) -> Result<Outcome> {
     let mut progress = Progress::new(stderr().is_terminal() && !run.no_live);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -316,7 +316,7 @@ fn take_part(probe: cli::Probe, host: &Host) -> Result<u8> {
     written
 }
 
-fn play(prober: &mut Prober, run: &mut cli::Run, host: &Host) -> Result<Outcome> {
+fn play(prober: &mut Prober, run: &mut cli::RunSpec, host: &Host) -> Result<Outcome> {
     let mut resources = preflight::resources(&run.plan, host, run.threads);
     if run.destinations.record.is_some() {
         resources.files += recording::files(&run.plan);
@@ -342,7 +342,7 @@ fn play(prober: &mut Prober, run: &mut cli::Run, host: &Host) -> Result<Outcome>
 }
 
 /// Everything is written, whatever fails on the way; then the first failure is told.
-fn write_report(run: &cli::Run, outcome: &Outcome, sinks: Sinks) -> Result<u8> {
+fn write_report(run: &cli::RunSpec, outcome: &Outcome, sinks: Sinks) -> Result<u8> {
     let no_color = std::env::var("NO_COLOR").ok();
     let text = |style: Style| text::render(outcome, style);
     let shown = if run.destinations.json_on_stdout() {

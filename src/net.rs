@@ -65,7 +65,7 @@ fn set_flag(socket: &UdpSocket, level: libc::c_int, option: libc::c_int) -> io::
 
 /// One datagram's facts.
 #[derive(Clone, Copy, Debug)]
-pub struct Received {
+pub struct ReceivedDatagram {
     pub from: SocketAddr,
     /// When the kernel took it off the wire, nanoseconds since 1970 by the wall clock.
     pub stamp_unix_nanos: Option<u64>,
@@ -86,36 +86,36 @@ const BURST_BYTES_MAX: usize = 1 << 16;
 const PENDING_ERRORS_MAX: usize = 8;
 
 /// Room for the datagrams of one call, allocated once.
-pub struct Batch {
+pub struct ReceiveBatch {
     bytes: Box<[u8]>,
-    rooms: Box<[Room; BATCH]>,
+    rooms: Box<[MessageBuffers; BATCH]>,
     headers: Box<[libc::mmsghdr; BATCH]>,
     vectors: Box<[libc::iovec; BATCH]>,
     /// Of the last call: its buffers, and the datagrams in them.
-    buffers: [Option<Received>; BATCH],
+    buffers: [Option<ReceivedDatagram>; BATCH],
     taken: usize,
-    datagrams: Vec<Place>,
+    datagrams: Vec<DatagramPlace>,
     errors: u64,
     refused: u64,
 }
 
-struct Room {
+struct MessageBuffers {
     name: libc::sockaddr_storage,
     control: ControlBuffer,
 }
 
 /// Where a datagram lies.
-struct Place {
+struct DatagramPlace {
     buffer: usize,
     start: usize,
     end: usize,
 }
 
-impl Default for Batch {
-    fn default() -> Batch {
+impl Default for ReceiveBatch {
+    fn default() -> ReceiveBatch {
         // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are valid.
         unsafe {
-            Batch {
+            ReceiveBatch {
                 bytes: vec![0; BATCH * BURST_BYTES_MAX].into_boxed_slice(),
                 rooms: Box::new(std::mem::zeroed()),
                 headers: Box::new(std::mem::zeroed()),
@@ -130,10 +130,10 @@ impl Default for Batch {
     }
 }
 
-impl Batch {
+impl ReceiveBatch {
     /// Takes what a socket holds, up to [`BATCH`] buffers, and says how many datagrams that are.
     ///
-    /// What ICMP said of something that was sent waits in the socket as an error, before all datagrams. It is counted ([`Batch::take_errors`]) and passed over.
+    /// What ICMP said of something that was sent waits in the socket as an error, before all datagrams. It is counted ([`ReceiveBatch::take_errors`]) and passed over.
     ///
     /// # Errors
     /// `WouldBlock` when there is nothing. Any other says that the socket goes on failing: there may be more to read.
@@ -235,7 +235,7 @@ impl Batch {
         self.buffers[buffer] =
             socket_address(&room.name)
                 .filter(|_| is_whole)
-                .map(|from| Received {
+                .map(|from| ReceivedDatagram {
                     from,
                     stamp_unix_nanos: control.stamp_unix_nanos,
                     drops: control.drops,
@@ -244,7 +244,7 @@ impl Batch {
         let base = buffer * BURST_BYTES_MAX;
         // One without a byte is a datagram, too.
         for start in (0..len.max(1)).step_by(segment) {
-            self.datagrams.push(Place {
+            self.datagrams.push(DatagramPlace {
                 buffer,
                 start: base + start,
                 end: base + (start + segment).min(len),
@@ -253,7 +253,7 @@ impl Batch {
     }
 
     /// Datagram `index` of the last call; `None` where it came from no IP address or was too long.
-    pub fn datagram(&mut self, index: usize) -> Option<(&mut [u8], Received)> {
+    pub fn datagram(&mut self, index: usize) -> Option<(&mut [u8], ReceivedDatagram)> {
         let place = self.datagrams.get(index)?;
         let received = self.buffers[place.buffer]?;
         let bytes = &mut self.bytes[place.start..place.end];
@@ -270,7 +270,7 @@ const CONTROL_HEADER_LEN: usize = size_of::<libc::cmsghdr>().next_multiple_of(CO
 
 /// What comes beside a buffer's bytes.
 #[derive(Debug, Default, PartialEq)]
-struct Control {
+struct ControlData {
     stamp_unix_nanos: Option<u64>,
     drops: Option<u32>,
     /// Bytes of each datagram but the last, where there are several.
@@ -290,8 +290,8 @@ impl Plain for libc::timespec {}
 impl Plain for u32 {}
 impl Plain for libc::c_int {}
 
-fn read_control(mut bytes: &[u8]) -> Control {
-    let mut control = Control::default();
+fn read_control(mut bytes: &[u8]) -> ControlData {
+    let mut control = ControlData::default();
     while let Some(header) = read_plain::<libc::cmsghdr>(bytes) {
         let len = header.cmsg_len;
         let Some(data) = bytes.get(CONTROL_HEADER_LEN..len) else {
@@ -424,7 +424,7 @@ const SEND_BATCH: usize = 64;
 pub struct SendBatch {
     bytes: Box<[u8]>,
     used: usize,
-    waiting: Vec<Waiting>,
+    waiting: Vec<WaitingSend>,
     headers: Box<[libc::mmsghdr; SEND_BATCH]>,
     vectors: Box<[libc::iovec; SEND_BATCH]>,
     controls: Box<[ControlBuffer; SEND_BATCH]>,
@@ -433,7 +433,7 @@ pub struct SendBatch {
     errors: u64,
 }
 
-struct Waiting {
+struct WaitingSend {
     to: socket2::SockAddr,
     start: usize,
     len: usize,
@@ -471,7 +471,7 @@ impl SendBatch {
 
     /// Takes the first `len` bytes of the lent room as datagrams of `segment` bytes each; the last may be shorter.
     pub fn push(&mut self, socket: &UdpSocket, to: SocketAddr, len: usize, segment: usize) {
-        self.waiting.push(Waiting {
+        self.waiting.push(WaitingSend {
             to: to.into(),
             start: self.used,
             len,
@@ -826,7 +826,7 @@ mod tests {
             libc::UDP_GRO,
             &100i32.to_ne_bytes(),
         ));
-        let mut batch = Batch::default();
+        let mut batch = ReceiveBatch::default();
         for round in 0..3u8 {
             batch.prepare();
             let burst = [round; 250];
@@ -880,7 +880,10 @@ mod tests {
             broken.extend([0xFF; 8]);
             assert_eq!(read_control(&broken).drops, Some(9), "{len}");
         }
-        assert_eq!(read_control(&whole[..whole.len() - 5]), Control::default());
+        assert_eq!(
+            read_control(&whole[..whole.len() - 5]),
+            ControlData::default()
+        );
     }
 
     /// No system call: Miri runs this one, too.
@@ -891,7 +894,7 @@ mod tests {
         for (len, segment) in [(300, 300), (250, 100), (40, 40)] {
             batch.lend()[..len].fill(segment as u8);
             let (start, to) = (batch.used, to.into());
-            let entry = Waiting {
+            let entry = WaitingSend {
                 to,
                 start,
                 len,
@@ -935,7 +938,7 @@ mod tests {
         let (a, b) = pair();
         let bytes: Vec<u8> = (0..2_500u16).map(|i| i as u8).collect();
         send_segmented(&a, Some(b.local_addr().unwrap()), &bytes, 1_000).unwrap();
-        let mut batch = Batch::default();
+        let mut batch = ReceiveBatch::default();
         assert_eq!(batch.receive(&b).unwrap(), 3);
         assert!(batch.is_drained());
         for (index, expected) in bytes.chunks(1_000).enumerate() {
@@ -968,7 +971,7 @@ mod tests {
                 ..SendBatch::default()
             };
             let mut received = Vec::new();
-            let mut receiver = Batch::default();
+            let mut receiver = ReceiveBatch::default();
             let mut drain = |received: &mut Vec<Vec<u8>>| {
                 while let Ok(count) = receiver.receive(&b) {
                     for index in 0..count {
@@ -1012,7 +1015,7 @@ mod tests {
         for _ in 0..100 {
             send(&a, Some(b.local_addr().unwrap()), &[0; 1_000]).unwrap();
         }
-        let (mut batch, mut taken, mut drops) = (Batch::default(), 0, 0);
+        let (mut batch, mut taken, mut drops) = (ReceiveBatch::default(), 0, 0);
         while let Ok(count) = batch.receive(&b) {
             taken += count as u32;
             drops = batch

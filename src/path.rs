@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
 use crate::measure::Session;
-use crate::net::{self, Batch};
+use crate::net::{self, ReceiveBatch};
 
 /// The address families of IP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,12 +111,12 @@ impl Path {
         path.other.is_some()
     }
 
-    /// Takes what a socket holds, as [`Batch::receive`]. `WouldBlock` where there is no such one.
+    /// Takes what a socket holds, as [`ReceiveBatch::receive`]. `WouldBlock` where there is no such one.
     ///
     /// # Errors
-    /// As [`Batch::receive`].
+    /// As [`ReceiveBatch::receive`].
     #[inline]
-    pub fn receive(&self, lane: Lane, batch: &mut Batch) -> io::Result<usize> {
+    pub fn receive(&self, lane: Lane, batch: &mut ReceiveBatch) -> io::Result<usize> {
         let Path::Udp(path) = self;
         match (lane, &path.other) {
             (Lane::Main, _) => batch.receive(&path.main.socket),

@@ -23,7 +23,7 @@ use crate::seeded::scatter;
 use crate::sfu::SendMode;
 use crate::units::{Bitrate, Time, duration_text};
 
-pub use part::{LostPublishers, Part, Placement, Role, VANTAGES_MAX, Vantage, WEIGHT_MAX};
+pub use part::{HostRole, LostPublishers, Part, Placement, VANTAGES_MAX, VantagePlan, WEIGHT_MAX};
 use scenario::{ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
 
@@ -56,7 +56,7 @@ pub struct Plan {
     pub scenario: Scenario,
     pub target: Target,
     /// As the scenario has it, until the server has been asked.
-    pub connection: Connection,
+    pub connection: ConnectionMode,
     /// Why it is this one, where the server decided that.
     pub connection_reason: Option<String>,
     /// What this host plays of it; `None`: all.
@@ -69,7 +69,7 @@ pub struct Plan {
 #[derive(Clone, Debug)]
 pub struct Target {
     pub url: ServerUrl,
-    pub origin: Origin,
+    pub origin: TargetOrigin,
 }
 
 impl Target {
@@ -77,7 +77,7 @@ impl Target {
     pub fn embedded(send: SendMode) -> Target {
         Target {
             url: ServerUrl::loopback(0),
-            origin: Origin::Embedded(send),
+            origin: TargetOrigin::Embedded(send),
         }
     }
 
@@ -85,34 +85,36 @@ impl Target {
     pub fn of_hosts() -> Target {
         Target {
             url: ServerUrl::loopback(0),
-            origin: Origin::Hosts,
+            origin: TargetOrigin::Hosts,
         }
     }
 
     pub fn is_embedded(&self) -> bool {
-        matches!(self.origin, Origin::Embedded(_))
+        matches!(self.origin, TargetOrigin::Embedded(_))
     }
 
     /// Where it listens, unless only others know.
     pub fn known_url(&self) -> Option<&ServerUrl> {
-        (self.origin != Origin::Hosts).then_some(&self.url)
+        (self.origin != TargetOrigin::Hosts).then_some(&self.url)
     }
 }
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.origin {
-            Origin::Embedded(_) if self.url.port() == 0 => f.write_str("embedded SFU"),
-            Origin::Embedded(_) => write!(f, "embedded SFU at {}", self.url),
-            Origin::Hosts => f.write_str("the hosts' own server"),
-            Origin::Flag | Origin::Environment | Origin::Coordinator => write!(f, "{}", self.url),
+            TargetOrigin::Embedded(_) if self.url.port() == 0 => f.write_str("embedded SFU"),
+            TargetOrigin::Embedded(_) => write!(f, "embedded SFU at {}", self.url),
+            TargetOrigin::Hosts => f.write_str("the hosts' own server"),
+            TargetOrigin::Flag | TargetOrigin::Environment | TargetOrigin::Coordinator => {
+                write!(f, "{}", self.url)
+            }
         }
     }
 }
 
 /// Where the target came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
+pub enum TargetOrigin {
     Flag,
     Environment,
     /// Of the run that this host takes part in.
@@ -123,15 +125,15 @@ pub enum Origin {
     Embedded(SendMode),
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for TargetOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Origin::Flag => "from --url",
-            Origin::Environment => "from LIVEKIT_URL",
-            Origin::Coordinator => "from the coordinator",
-            Origin::Hosts => "no --url, no LIVEKIT_URL here",
-            Origin::Embedded(SendMode::Plain) => "no --url, no LIVEKIT_URL",
-            Origin::Embedded(SendMode::Gso) => "no --url, no LIVEKIT_URL; segmented sends",
+            TargetOrigin::Flag => "from --url",
+            TargetOrigin::Environment => "from LIVEKIT_URL",
+            TargetOrigin::Coordinator => "from the coordinator",
+            TargetOrigin::Hosts => "no --url, no LIVEKIT_URL here",
+            TargetOrigin::Embedded(SendMode::Plain) => "no --url, no LIVEKIT_URL",
+            TargetOrigin::Embedded(SendMode::Gso) => "no --url, no LIVEKIT_URL; segmented sends",
         })
     }
 }
@@ -139,7 +141,7 @@ impl fmt::Display for Origin {
 /// How many peer connections a participant that publishes and subscribes has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Connection {
+pub enum ConnectionMode {
     /// One where the server can do that well, two where not: not known before it is asked.
     Auto,
     /// LiveKit's `/rtc/v1`: one for everything.
@@ -148,13 +150,13 @@ pub enum Connection {
     Dual,
 }
 
-impl Connection {
+impl ConnectionMode {
     /// `single`, as the report names it.
     pub const fn name(self) -> &'static str {
         match self {
-            Connection::Auto => "auto",
-            Connection::Single => "single",
-            Connection::Dual => "dual",
+            ConnectionMode::Auto => "auto",
+            ConnectionMode::Single => "single",
+            ConnectionMode::Dual => "dual",
         }
     }
 }
@@ -218,7 +220,7 @@ impl Default for VideoSpec {
 /// What a subscriber sees of a room, as in `lk`. Tracks beyond it are switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Layout {
+pub enum ViewLayout {
     /// One large picture of the one who speaks, and five small ones.
     Speaker,
     #[serde(rename = "3x3")]
@@ -229,39 +231,39 @@ pub enum Layout {
     Grid5x5,
 }
 
-impl Layout {
-    pub const ALL: [Layout; 4] = [
-        Layout::Speaker,
-        Layout::Grid3x3,
-        Layout::Grid4x4,
-        Layout::Grid5x5,
+impl ViewLayout {
+    pub const ALL: [ViewLayout; 4] = [
+        ViewLayout::Speaker,
+        ViewLayout::Grid3x3,
+        ViewLayout::Grid4x4,
+        ViewLayout::Grid5x5,
     ];
 
     pub const fn name(self) -> &'static str {
         match self {
-            Layout::Speaker => "speaker",
-            Layout::Grid3x3 => "3x3",
-            Layout::Grid4x4 => "4x4",
-            Layout::Grid5x5 => "5x5",
+            ViewLayout::Speaker => "speaker",
+            ViewLayout::Grid3x3 => "3x3",
+            ViewLayout::Grid4x4 => "4x4",
+            ViewLayout::Grid5x5 => "5x5",
         }
     }
 
     /// Pictures that are seen at once.
     pub const fn tiles(self) -> u32 {
         match self {
-            Layout::Speaker => 6,
-            Layout::Grid3x3 => 9,
-            Layout::Grid4x4 => 16,
-            Layout::Grid5x5 => 25,
+            ViewLayout::Speaker => 6,
+            ViewLayout::Grid3x3 => 9,
+            ViewLayout::Grid4x4 => 16,
+            ViewLayout::Grid5x5 => 25,
         }
     }
 
     /// Pixels of one picture; `large`: of the one who speaks, where the layout tells him apart.
     pub const fn tile_size(self, large: bool) -> (u32, u32) {
         match self {
-            Layout::Speaker if large => (1280, 720),
-            Layout::Grid3x3 => (640, 360),
-            Layout::Speaker | Layout::Grid4x4 | Layout::Grid5x5 => (320, 180),
+            ViewLayout::Speaker if large => (1280, 720),
+            ViewLayout::Grid3x3 => (640, 360),
+            ViewLayout::Speaker | ViewLayout::Grid4x4 | ViewLayout::Grid5x5 => (320, 180),
         }
     }
 }
@@ -379,10 +381,10 @@ impl ParticipantPlan {
     }
 
     /// UDP sockets that this participant needs at most: one per peer connection.
-    pub const fn sockets(&self, connection: Connection) -> u64 {
+    pub const fn sockets(&self, connection: ConnectionMode) -> u64 {
         match connection {
-            Connection::Single => 1,
-            Connection::Auto | Connection::Dual => {
+            ConnectionMode::Single => 1,
+            ConnectionMode::Auto | ConnectionMode::Dual => {
                 (self.publishes_audio || self.publishes_video) as u64 + self.subscribes as u64
             }
         }
@@ -391,7 +393,7 @@ impl ParticipantPlan {
 
 /// Media per second, as predicted, on the wire (IP, UDP and SRTP included; retransmissions and RTCP not).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Load {
+pub struct MediaLoad {
     pub packets_sent_per_second: f64,
     pub packets_received_per_second: f64,
     pub bits_sent_per_second: f64,
@@ -556,7 +558,7 @@ impl Plan {
         let target = self.target.clone();
         *self = Plan::new(scenario, target, run_tag);
         self.connection_reason =
-            (self.connection != Connection::Auto).then(|| "the coordinator says so".to_owned());
+            (self.connection != ConnectionMode::Auto).then(|| "the coordinator says so".to_owned());
     }
 
     /// Whether subscribers come and go tier by tier, instead of all at once.
@@ -564,8 +566,8 @@ impl Plan {
         self.scenario.has_tiers()
     }
 
-    /// What [`Connection::Auto`] comes to, and why.
-    pub fn settle_connection(&mut self, connection: Connection, reason: impl Into<String>) {
+    /// What [`ConnectionMode::Auto`] comes to, and why.
+    pub fn settle_connection(&mut self, connection: ConnectionMode, reason: impl Into<String>) {
         self.connection = connection;
         self.connection_reason = Some(reason.into());
     }
@@ -823,8 +825,8 @@ impl Plan {
     /// UDP sockets over all participants, at most: one per peer connection.
     pub fn total_sockets(&self) -> u64 {
         let of_one = |group: &ParticipantGroup| match self.connection {
-            Connection::Single => 1,
-            Connection::Auto | Connection::Dual => {
+            ConnectionMode::Single => 1,
+            ConnectionMode::Auto | ConnectionMode::Dual => {
                 u64::from(group.is_publisher()) + u64::from(group.subscribes)
             }
         };
@@ -832,8 +834,8 @@ impl Plan {
         groups.map(|(group, count)| count * of_one(group)).sum()
     }
 
-    pub fn load(&self) -> Load {
-        let mut load = Load::default();
+    pub fn load(&self) -> MediaLoad {
+        let mut load = MediaLoad::default();
         for kind in [Kind::Audio, Kind::Video] {
             let published = self.total_published_tracks(kind) as f64;
             for (packets, bits) in self.published_rates(kind) {
@@ -1070,7 +1072,7 @@ pub(crate) mod tests {
         };
         let mut scenario = Scenario {
             seed: 7,
-            connection: Connection::Dual,
+            connection: ConnectionMode::Dual,
             rooms: RoomSet {
                 name: None,
                 count: 2,
@@ -1084,7 +1086,7 @@ pub(crate) mod tests {
         });
         let target = Target {
             url: "ws://127.0.0.1:7880".parse().unwrap(),
-            origin: Origin::Flag,
+            origin: TargetOrigin::Flag,
         };
         Plan::new(scenario, target, 0xC0FF_EE01)
     }
@@ -1151,8 +1153,8 @@ pub(crate) mod tests {
         for (meeting, layout) in [
             (false, None),
             (true, None),
-            (false, Some(Layout::Speaker)),
-            (true, Some(Layout::Speaker)),
+            (false, Some(ViewLayout::Speaker)),
+            (true, Some(ViewLayout::Speaker)),
         ] {
             for (audio, video, subscribers, rooms) in [
                 (3, 2, 4, 2),
@@ -1339,7 +1341,7 @@ pub(crate) mod tests {
             plan.load().packets_received_per_second,
             plain.packets_received_per_second
         );
-        plan.scenario.media.layout = Some(Layout::Speaker);
+        plan.scenario.media.layout = Some(ViewLayout::Speaker);
         // Eight subscribers see two tracks each: the second one is small.
         let saved = plain.packets_received_per_second - plan.load().packets_received_per_second;
         assert!((saved - 8.0 * (240.0 - 30.0)).abs() < 1e-6, "{saved}");

@@ -12,9 +12,9 @@ use ring::rand::{SecureRandom, SystemRandom};
 const LETTERS: &[u8; 52] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
 /// A generator whose past and future draws cannot be computed from those that were shown.
-pub struct Secrets(Source);
+pub struct Secrets(SecretSource);
 
-enum Source {
+enum SecretSource {
     System(SystemRandom),
     /// HMAC-SHA256 of a counter.
     Keyed {
@@ -26,13 +26,13 @@ enum Source {
 impl Secrets {
     /// The system's generator: the only one for a process that others can reach.
     pub fn system() -> Secrets {
-        Secrets(Source::System(SystemRandom::new()))
+        Secrets(SecretSource::System(SystemRandom::new()))
     }
 
     /// For simulations, never for a network: one seed, one sequence. It does not show its seed, but seeds are few and can be tried.
     pub fn keyed_for_tests(seed: u64) -> Secrets {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &seed.to_be_bytes());
-        Secrets(Source::Keyed { key, drawn: 0 })
+        Secrets(SecretSource::Keyed { key, drawn: 0 })
     }
 
     /// # Panics
@@ -40,10 +40,10 @@ impl Secrets {
     pub fn bytes<const N: usize>(&mut self) -> [u8; N] {
         let mut bytes = [0; N];
         match &mut self.0 {
-            Source::System(system) => system
+            SecretSource::System(system) => system
                 .fill(&mut bytes)
                 .expect("the system gives random numbers"),
-            Source::Keyed { key, drawn } => {
+            SecretSource::Keyed { key, drawn } => {
                 for block in bytes.chunks_mut(32) {
                     *drawn += 1;
                     let tag = hmac::sign(key, &drawn.to_be_bytes());

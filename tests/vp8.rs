@@ -10,10 +10,10 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use throng::media::vp8::{I420, SpecError, VideoClip, VideoSpec, tables};
+use throng::media::vp8::{I420, VideoClip, Vp8Spec, Vp8SpecError, tables};
 
-fn spec(width: u32, height: u32, fps: u32, bitrate: &str) -> VideoSpec {
-    VideoSpec {
+fn spec(width: u32, height: u32, fps: u32, bitrate: &str) -> Vp8Spec {
+    Vp8Spec {
         width,
         height,
         fps,
@@ -22,7 +22,7 @@ fn spec(width: u32, height: u32, fps: u32, bitrate: &str) -> VideoSpec {
     }
 }
 
-fn generated(spec: VideoSpec) -> VideoClip {
+fn generated(spec: Vp8Spec) -> VideoClip {
     VideoClip::generate(&spec, 2).unwrap_or_else(|error| panic!("{spec:?}: {error}"))
 }
 
@@ -226,7 +226,7 @@ impl Drop for TempFile {
 
 fn write_ivf<'a>(
     out: &mut impl Write,
-    spec: &VideoSpec,
+    spec: &Vp8Spec,
     frames: impl Iterator<Item = &'a [u8]>,
 ) -> std::io::Result<()> {
     out.write_all(b"DKIF\0\0\x20\0VP80")?;
@@ -434,7 +434,7 @@ struct Usage {
 }
 
 impl Usage {
-    fn of(frame: &[u8], spec: &VideoSpec) -> Usage {
+    fn of(frame: &[u8], spec: &Vp8Spec) -> Usage {
         let tag = u32::from_le_bytes([frame[0], frame[1], frame[2], 0]);
         let (is_key, first_size) = (tag & 1 == 0, (tag >> 5) as usize);
         assert_eq!(tag >> 1 & 0b1111, 0b1000, "version 0, shown");
@@ -761,12 +761,12 @@ fn worst_window(sizes: &[usize], length: usize, mean_bytes: f64) -> f64 {
 
 #[test]
 fn what_cannot_be_is_refused_with_what_can() {
-    let refused = |spec: VideoSpec| {
+    let refused = |spec: Vp8Spec| {
         VideoClip::generate(&spec, 1)
             .err()
             .unwrap_or_else(|| panic!("{spec:?} was accepted"))
     };
-    let large = SpecError::TooLarge {
+    let large = Vp8SpecError::TooLarge {
         width: 4097,
         height: 720,
     };
@@ -774,11 +774,11 @@ fn what_cannot_be_is_refused_with_what_can() {
     assert!(large.to_string().contains("at most 4096"));
     for (width, height) in [(0, 0), (0, 180), (320, 0), (95, 180), (320, 47)] {
         let error = refused(spec(width, height, 15, "150k"));
-        assert_eq!(error, SpecError::TooSmall { width, height });
+        assert_eq!(error, Vp8SpecError::TooSmall { width, height });
         assert!(error.to_string().contains("ask for 96x48 or more"));
     }
     for fps in [0, 61, u32::MAX] {
-        assert_eq!(refused(spec(320, 180, fps, "150k")), SpecError::Fps(fps));
+        assert_eq!(refused(spec(320, 180, fps, "150k")), Vp8SpecError::Fps(fps));
     }
     for spec in [
         spec(320, 180, 15, "1"),
@@ -786,7 +786,7 @@ fn what_cannot_be_is_refused_with_what_can() {
         spec(640, 360, 20, "40k"),
         spec(160, 90, 60, "10k"),
     ] {
-        let SpecError::BitrateTooLow { least, .. } = refused(spec) else {
+        let Vp8SpecError::BitrateTooLow { least, .. } = refused(spec) else {
             panic!("{spec:?} is not too low")
         };
         assert!(
@@ -796,7 +796,7 @@ fn what_cannot_be_is_refused_with_what_can() {
         );
         assert!(
             VideoClip::generate(
-                &VideoSpec {
+                &Vp8Spec {
                     bitrate: least,
                     ..spec
                 },
@@ -811,7 +811,7 @@ fn what_cannot_be_is_refused_with_what_can() {
         spec(160, 90, 5, "1M"),
         spec(96, 48, 30, "1G"),
     ] {
-        let SpecError::BitrateTooHigh { most, .. } = refused(spec) else {
+        let Vp8SpecError::BitrateTooHigh { most, .. } = refused(spec) else {
             panic!("{spec:?} is not too high")
         };
         assert!(
@@ -821,7 +821,7 @@ fn what_cannot_be_is_refused_with_what_can() {
         );
         assert!(
             VideoClip::generate(
-                &VideoSpec {
+                &Vp8Spec {
                     bitrate: most,
                     ..spec
                 },
@@ -837,7 +837,7 @@ fn what_cannot_be_is_refused_with_what_can() {
 fn a_spec_is_the_same_bytes_on_any_number_of_threads_and_a_seed_is_other_content() {
     let asked = spec(320, 180, 8, "150k");
     let frames = |seed: u64, threads: usize| {
-        let clip = VideoClip::generate(&VideoSpec { seed, ..asked }, threads).unwrap();
+        let clip = VideoClip::generate(&Vp8Spec { seed, ..asked }, threads).unwrap();
         (0..clip.len())
             .map(|index| [clip.inter_frame(index), clip.key_frame(index)].map(<[u8]>::to_vec))
             .collect::<Vec<_>>()

@@ -14,7 +14,7 @@ use std::time::Duration;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use rustix::net::sockopt::set_socket_recv_buffer_size;
-use throng::engine::worker::Beat;
+use throng::engine::worker::TickGrid;
 use throng::engine::{ShardConfig, TICK};
 use throng::measure::Kind;
 use throng::net;
@@ -133,9 +133,12 @@ fn receive_until(mut ends: Vec<BareEnd>, epoch: Epoch, stop: &AtomicBool) -> (Ve
             .register(&mut SourceFd(&fd), Token(key), Interest::READABLE)
             .expect("a socket");
     }
-    let (mut events, mut batch, mut packets) =
-        (Events::with_capacity(4_096), net::Batch::default(), 0);
-    let mut beat = Beat::start(epoch);
+    let (mut events, mut batch, mut packets) = (
+        Events::with_capacity(4_096),
+        net::ReceiveBatch::default(),
+        0,
+    );
+    let mut beat = TickGrid::start(epoch);
     let started = net::thread_cpu();
     while !stop.load(Ordering::Relaxed) {
         // As a worker that sends no media and has nobody joining.
@@ -155,7 +158,7 @@ fn receive_until(mut ends: Vec<BareEnd>, epoch: Epoch, stop: &AtomicBool) -> (Ve
     (ends, Taken { packets, cpu })
 }
 
-fn drain(end: &mut BareEnd, batch: &mut net::Batch) -> u64 {
+fn drain(end: &mut BareEnd, batch: &mut net::ReceiveBatch) -> u64 {
     let mut opened = 0;
     while let Ok(count) = batch.receive(&end.socket) {
         for index in 0..count {
@@ -244,7 +247,7 @@ impl Sender {
 
     /// Sends what the publisher has for so long, in time.
     pub fn run_for(&mut self, time: Duration) {
-        let mut beat = Beat::start(self.epoch);
+        let mut beat = TickGrid::start(self.epoch);
         let end = self.epoch.now() + time;
         loop {
             let (now, ..) = beat.wait(1);

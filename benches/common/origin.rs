@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use throng::engine::publisher::{Pacing, SendParameters, Source};
+use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Io, NewPeer, Roster, ShardConfig, track_number};
+use throng::engine::{Io, NewPeer, Roster, ShardCommand, ShardConfig, track_number};
 use throng::measure::Kind;
 use throng::media::identity::FrameIdentity;
-use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
-use throng::media::vp8::{VideoClip, VideoSpec};
+use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
+use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::net;
 use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
 use throng::transport::rtp::{Datagram, Header, classify};
@@ -36,7 +36,7 @@ pub fn shard_config(receivers: usize) -> ShardConfig {
 
 /// The media: packets of about 1,100 bytes of video on the wire, or of about 100 of audio. A frame is cut into equal packets, so only one of many packets
 /// fills them: the video has few frames and large ones. In the small size it is a small one, too: a packet a frame.
-pub fn source(kind: Kind) -> Source {
+pub fn source(kind: Kind) -> MediaSource {
     static VIDEO: OnceLock<Arc<VideoClip>> = OnceLock::new();
     static AUDIO: OnceLock<Arc<AudioClip>> = OnceLock::new();
     let video = || {
@@ -45,7 +45,7 @@ pub fn source(kind: Kind) -> Source {
         } else {
             (96, 54, 30, 60_000)
         };
-        let spec = VideoSpec {
+        let spec = Vp8Spec {
             width,
             height,
             fps,
@@ -55,7 +55,7 @@ pub fn source(kind: Kind) -> Source {
         Arc::new(VideoClip::generate(&spec, 2).expect("a spec that can be"))
     };
     let audio = || {
-        let spec = AudioSpec {
+        let spec = OpusSpec {
             bitrate: Bitrate::from_bps(32_000),
             frame: Duration::from_millis(20),
             content: AudioContent::Speech,
@@ -65,8 +65,8 @@ pub fn source(kind: Kind) -> Source {
         Arc::new(AudioClip::generate(&spec).expect("a spec that can be"))
     };
     match kind {
-        Kind::Video => Source::Video(VIDEO.get_or_init(video).clone()),
-        Kind::Audio => Source::Audio(AUDIO.get_or_init(audio).clone()),
+        Kind::Video => MediaSource::Video(VIDEO.get_or_init(video).clone()),
+        Kind::Audio => MediaSource::Audio(AUDIO.get_or_init(audio).clone()),
     }
 }
 
@@ -158,7 +158,7 @@ impl Origin {
             origin.now + TICK,
         )];
         origin.shard.handle_command(
-            Command::Publish { key: 0, tracks },
+            ShardCommand::Publish { key: 0, tracks },
             origin.now,
             &mut origin.io,
         );

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Event, Io, ShardConfig, StreamParameters};
+use throng::engine::{Io, ShardCommand, ShardConfig, ShardEvent, StreamParameters};
 use throng::net;
 use throng::transport::peer::IceCredentials;
 use throng::transport::rtp::{Datagram, classify};
@@ -67,7 +67,7 @@ impl Stack for Throng {
             };
             let streams = vec![stream];
             self.shard
-                .handle_command(Command::Subscribe { key, streams }, now, &mut self.io);
+                .handle_command(ShardCommand::Subscribe { key, streams }, now, &mut self.io);
         }
         ours
     }
@@ -81,7 +81,7 @@ impl Stack for Throng {
         self.now = now;
         self.shard.handle_control_timers(now, &mut self.io);
         while let Some((key, event)) = self.shard.poll_event() {
-            self.connected[key] |= matches!(event, Event::Connected { .. });
+            self.connected[key] |= matches!(event, ShardEvent::Connected { .. });
         }
     }
 
@@ -135,7 +135,7 @@ impl Stack for Throng {
             let first_frame_at = now + TICK * (key % interval.max(1)) as u32;
             let tracks = vec![track(self.setting.kind, None, key as u32, first_frame_at)];
             self.shard
-                .handle_command(Command::Publish { key, tracks }, now, &mut self.io);
+                .handle_command(ShardCommand::Publish { key, tracks }, now, &mut self.io);
         }
     }
 

@@ -2,7 +2,7 @@
 
 /// What came of one point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Held {
+pub enum PointHeld {
     Yes,
     No,
 }
@@ -11,7 +11,7 @@ pub enum Held {
 ///
 /// A point that broke is tried a second time before it counts: on a shared host a single failure may be a neighbour's.
 #[derive(Debug)]
-pub struct Search {
+pub struct CalibrationSearch {
     start: u32,
     held: Option<u32>,
     broke: Option<u32>,
@@ -21,9 +21,9 @@ pub struct Search {
 /// The gap between what held and what broke, in parts of what held, that is near enough.
 const GAP_PARTS: u32 = 8;
 
-impl Search {
-    pub fn from(start: u32) -> Search {
-        Search {
+impl CalibrationSearch {
+    pub fn from(start: u32) -> CalibrationSearch {
+        CalibrationSearch {
             start: start.max(1),
             held: None,
             broke: None,
@@ -49,18 +49,18 @@ impl Search {
         self.broke.is_some()
     }
 
-    /// What came of the point that [`Search::next`] gave.
-    pub fn take(&mut self, point: u32, held: Held) {
+    /// What came of the point that [`CalibrationSearch::next`] gave.
+    pub fn take(&mut self, point: u32, held: PointHeld) {
         match held {
-            Held::Yes => {
+            PointHeld::Yes => {
                 self.suspect = None;
                 self.held = Some(point);
             }
-            Held::No if self.suspect == Some(point) => {
+            PointHeld::No if self.suspect == Some(point) => {
                 self.suspect = None;
                 self.broke = Some(point);
             }
-            Held::No => self.suspect = Some(point),
+            PointHeld::No => self.suspect = Some(point),
         }
     }
 }
@@ -71,7 +71,7 @@ mod tests {
 
     /// Tries points until the search is done: what held last, and how many were tried.
     fn searched(start: u32, held: impl Fn(u32, usize) -> bool) -> (Option<u32>, usize) {
-        let mut search = Search::from(start);
+        let mut search = CalibrationSearch::from(start);
         for tries in 0..100 {
             let Some(point) = search.next() else {
                 return (search.held, tries);
@@ -79,9 +79,9 @@ mod tests {
             search.take(
                 point,
                 if held(point, tries) {
-                    Held::Yes
+                    PointHeld::Yes
                 } else {
-                    Held::No
+                    PointHeld::No
                 },
             );
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use super::{Credentials, Run, RunArgs, set, whole_number};
+use super::{Credentials, RunArgs, RunSpec, set, whole_number};
 use crate::coordinator::access::must_be_usable;
 use crate::coordinator::protocol::{PROBERS_MAX, TIERS_MAX, TOKEN_VARIABLE};
 use crate::coordinator::state::OnMissing;
@@ -21,7 +21,7 @@ const DEFAULT_WAIT: Duration = Duration::from_secs(600);
 #[derive(Debug)]
 pub struct Coordinate {
     /// The load of each host, or of all.
-    pub run: Run,
+    pub run: RunSpec,
     pub expect: u32,
     pub bind: SocketAddr,
     /// `None`: one is made, unless `no_auth`.
@@ -155,7 +155,7 @@ impl RunArgs {
         let run = self.into_run_against(target.unwrap_or_else(Target::of_hosts), cpus, fresh)?;
         must_be_possible(&run, expect, asked.total)?;
         Ok(Coordinate {
-            run: Run {
+            run: RunSpec {
                 credentials,
                 tokens: None,
                 is_tour: false,
@@ -253,7 +253,7 @@ impl RunArgs {
 }
 
 /// What can be told before anybody has come.
-fn must_be_possible(run: &Run, expect: u32, total: bool) -> Result<(), String> {
+fn must_be_possible(run: &RunSpec, expect: u32, total: bool) -> Result<(), String> {
     let plan = &run.plan;
     let tiers = plan.scenario.phases.len();
     if tiers > TIERS_MAX {

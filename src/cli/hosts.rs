@@ -6,7 +6,7 @@ use super::{Probe, RunArgs, set};
 use crate::coordinator::protocol::{TOKEN_VARIABLE, URL_VARIABLE};
 use crate::host;
 use crate::plan::scenario::must_be_a_name;
-use crate::plan::{Role, ServerUrl, Target, WEIGHT_MAX};
+use crate::plan::{HostRole, ServerUrl, Target, WEIGHT_MAX};
 use crate::sfu::SendMode;
 use crate::signal::Secret;
 
@@ -21,7 +21,7 @@ pub struct Membership {
     pub token: Option<Secret>,
     /// Where this host stands, as the result names it.
     pub vantage: String,
-    pub role: Role,
+    pub role: HostRole,
     pub weight: u32,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct HostsArgs {
     pub(super) vantage: Option<String>,
     /// Whom this host plays: publish, subscribe or both [default: both]
     #[arg(long, value_name = "ROLE", value_parser = role)]
-    pub(super) role: Option<Role>,
+    pub(super) role: Option<HostRole>,
     /// This host counts as so many of weight 1 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=WEIGHT_MAX as i64))]
     pub(super) weight: Option<u32>,
@@ -45,8 +45,8 @@ pub(super) struct HostsArgs {
     pub(super) coordinator_token: Option<String>,
 }
 
-fn role(text: &str) -> Result<Role, String> {
-    let known = Role::ALL.into_iter().find(|role| role.name() == text);
+fn role(text: &str) -> Result<HostRole, String> {
+    let known = HostRole::ALL.into_iter().find(|role| role.name() == text);
     known.ok_or_else(|| "write publish, subscribe or both".to_owned())
 }
 

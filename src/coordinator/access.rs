@@ -51,23 +51,23 @@ impl Denied {
 }
 
 /// Lets in whoever knows the token, or everybody.
-pub struct Access {
+pub struct CoordinatorAccess {
     key: Option<(hmac::Key, Vec<u8>)>,
 }
 
-impl Access {
-    pub const fn open() -> Access {
-        Access { key: None }
+impl CoordinatorAccess {
+    pub const fn open() -> CoordinatorAccess {
+        CoordinatorAccess { key: None }
     }
 
     /// `None`: a seal that nothing of ours made.
-    pub fn sealed(seal: &Seal) -> Option<Access> {
+    pub fn sealed(seal: &Seal) -> Option<CoordinatorAccess> {
         let (salt, tag) = (
             STANDARD.decode(&seal.salt).ok()?,
             STANDARD.decode(&seal.tag).ok()?,
         );
         let key = hmac::Key::new(hmac::HMAC_SHA256, &salt);
-        (salt.len() == SALT_BYTES).then_some(Access {
+        (salt.len() == SALT_BYTES).then_some(CoordinatorAccess {
             key: Some((key, tag)),
         })
     }
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn only_the_token_is_let_in() {
         let token = fresh_token();
-        let access = Access::sealed(&seal(&token)).unwrap();
+        let access = CoordinatorAccess::sealed(&seal(&token)).unwrap();
         assert_eq!(
             access.admits(&bearer(&format!("Bearer {}", token.expose()))),
             Ok(())
@@ -173,7 +173,7 @@ mod tests {
         ] {
             assert_eq!(access.admits(&bearer(&text)), Err(denied), "{denied:?}");
         }
-        assert!(Access::open().admits(&HeaderMap::new()).is_ok());
+        assert!(CoordinatorAccess::open().admits(&HeaderMap::new()).is_ok());
     }
 
     #[test]
@@ -184,7 +184,7 @@ mod tests {
         let json = serde_json::to_string(&one).unwrap();
         assert!(!json.contains("sixteen") && !format!("{one:?}").contains(&one.salt));
         let read: Seal = serde_json::from_str(&json).unwrap();
-        assert!(Access::sealed(&read).unwrap().knows(&token));
+        assert!(CoordinatorAccess::sealed(&read).unwrap().knows(&token));
     }
 
     #[test]

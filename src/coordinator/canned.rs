@@ -2,13 +2,13 @@
 
 use super::place::tests::load;
 use super::protocol::{
-    Beat, ClientStep, EngineShort, FinalReport, Live, ProverId, Register, Report, Start,
-    TierReport, TierSoFar, WireJudging, WireVerdict,
+    BeatMessage, ClientStep, EngineShort, FinalReport, LiveSecond, ProberReport, ProverId,
+    Register, Start, TierReport, TierSoFar, WireJudging, WireVerdict,
 };
-use super::state::{Entry, Phase, State, tests::setup};
+use super::state::{JournalEntry, RunPhase, RunState, tests::setup};
 use crate::measure::Record;
 use crate::measure::wire::RecordWire;
-use crate::plan::Role;
+use crate::plan::HostRole;
 use crate::report::{Judging, Verdict};
 
 pub const START_US: u64 = 1_790_000_000_000_000;
@@ -75,18 +75,18 @@ impl Saw {
 
 /// A run that is told what happens.
 pub struct Canned {
-    pub state: State,
+    pub state: RunState,
     pub now_us: u64,
 }
 
 impl Canned {
     /// Everybody is in; `None` is `voicegw`'s.
-    pub fn armed(tiers: &[u32], vantages: &[(&str, Option<Role>)]) -> Canned {
+    pub fn armed(tiers: &[u32], vantages: &[(&str, Option<HostRole>)]) -> Canned {
         let mut canned = Canned::gathering(tiers, vantages.len() as u32);
         for (vantage, role) in vantages {
             canned.comes(vantage, *role);
         }
-        canned.apply(Entry::Armed { at_us: START_US });
+        canned.apply(JournalEntry::Armed { at_us: START_US });
         canned
     }
 
@@ -94,12 +94,12 @@ impl Canned {
         let mut setup = setup(expect);
         setup.load = load(tiers);
         Canned {
-            state: State::new(setup, 1, START_US),
+            state: RunState::new(setup, 1, START_US),
             now_us: START_US,
         }
     }
 
-    pub fn comes(&mut self, vantage: &str, role: Option<Role>) {
+    pub fn comes(&mut self, vantage: &str, role: Option<HostRole>) {
         let register = Register {
             vantage: Some(vantage.to_owned()),
             protocol: role.map(|_| super::protocol::VERSION),
@@ -109,7 +109,7 @@ impl Canned {
             weight: 1,
             wants_tokens: false,
         };
-        self.apply(Entry::Registered {
+        self.apply(JournalEntry::Registered {
             at_us: START_US,
             prover_id: id(self.state.probers().len()),
             vantage: vantage.to_owned(),
@@ -117,12 +117,12 @@ impl Canned {
         });
     }
 
-    pub fn apply(&mut self, entry: Entry) {
+    pub fn apply(&mut self, entry: JournalEntry) {
         self.state.apply(entry);
     }
 
     /// A beat that says so much of tiers, with a second's figures.
-    pub fn beat(&mut self, who: usize, tiers: Vec<TierSoFar>, live: Live) {
+    pub fn beat(&mut self, who: usize, tiers: Vec<TierSoFar>, live: LiveSecond) {
         let stage = tiers.last().map(|tier| tier.stage);
         let prober = &self.state.probers()[who];
         let (prover_id, seq) = (prober.id.clone(), prober.seq + 1);
@@ -133,7 +133,7 @@ impl Canned {
                 skew_us: 1_200 * (who as i64 + 1),
             })
             .collect();
-        self.apply(Entry::Beat {
+        self.apply(JournalEntry::Beat {
             at_us: self.now_us,
             prover_id,
             seq,
@@ -143,7 +143,7 @@ impl Canned {
             invalid: Vec::new(),
             broken: None,
         });
-        let beat = Beat {
+        let beat = BeatMessage {
             seq,
             sent_at_us: self.now_us,
             exchange: None,
@@ -162,7 +162,7 @@ impl Canned {
     /// A threshold did not hold there that ends the run.
     pub fn breaks(&mut self, who: usize, stage: u32, threshold: &str) {
         let prober = &self.state.probers()[who];
-        self.apply(Entry::Beat {
+        self.apply(JournalEntry::Beat {
             at_us: self.now_us,
             prover_id: prober.id.clone(),
             seq: prober.seq + 1,
@@ -223,14 +223,14 @@ impl Canned {
     fn says(&mut self, who: usize, steps: Vec<ClientStep>, throng: Option<FinalReport>) {
         let prober = &self.state.probers()[who];
         let (prover_id, vantage) = (prober.id.clone(), Some(prober.vantage.clone()));
-        let report = Report {
+        let report = ProberReport {
             vantage,
             steps,
             baseline: None,
             throng,
         };
         self.now_us += 1_000_000;
-        self.apply(Entry::Reported {
+        self.apply(JournalEntry::Reported {
             at_us: self.now_us,
             prover_id,
             report: Box::new(report),
@@ -239,7 +239,7 @@ impl Canned {
 
     pub fn loses(&mut self, who: usize) {
         let prover_id = self.state.probers()[who].id.clone();
-        self.apply(Entry::Missing {
+        self.apply(JournalEntry::Missing {
             at_us: self.now_us,
             prover_id,
             last_heard_us: self.now_us - 30_000_000,
@@ -250,7 +250,7 @@ impl Canned {
     pub fn ends(&mut self) {
         // All tiers are over for those who report from now on.
         let leave = self.state.stages().len().saturating_sub(1) as u32;
-        self.apply(Entry::Ordered {
+        self.apply(JournalEntry::Ordered {
             at_us: self.now_us,
             stage: leave,
             start_us: self.now_us,
@@ -258,8 +258,8 @@ impl Canned {
     }
 
     pub fn is_over(&mut self) {
-        self.apply(Entry::Over { at_us: self.now_us });
-        assert_eq!(*self.state.phase(), Phase::Over);
+        self.apply(JournalEntry::Over { at_us: self.now_us });
+        assert_eq!(*self.state.phase(), RunPhase::Over);
     }
 }
 
@@ -278,9 +278,9 @@ pub fn over() -> Canned {
     let mut canned = Canned::armed(
         &[10, 25],
         &[
-            ("fra", Some(Role::Both)),
-            ("ams", Some(Role::Subscribe)),
-            ("sin", Some(Role::Subscribe)),
+            ("fra", Some(HostRole::Both)),
+            ("ams", Some(HostRole::Subscribe)),
+            ("sin", Some(HostRole::Subscribe)),
         ],
     );
     let far = Saw {
@@ -303,7 +303,7 @@ pub fn over() -> Canned {
                 }
                 .so_far(BASELINE, true),
             ],
-            Live::default(),
+            LiveSecond::default(),
         );
     }
     canned.ends();

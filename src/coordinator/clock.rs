@@ -28,18 +28,18 @@ pub struct Offset {
 pub struct ClockEstimate {
     /// Of the coordinator's process that the exchanges are with.
     life: Option<u64>,
-    window: VecDeque<Sample>,
+    window: VecDeque<ClockSample>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Sample {
+struct ClockSample {
     /// By the prober's clock.
     heard_at_us: u64,
     offset_us: i64,
     round_trip_us: u64,
 }
 
-impl Sample {
+impl ClockSample {
     fn uncertainty_us(&self, at_us: u64) -> u64 {
         let drift = at_us.abs_diff(self.heard_at_us) / 1_000 * DRIFT_PARTS_PER_MILLION / 1_000;
         self.round_trip_us.div_ceil(2) + drift
@@ -52,7 +52,7 @@ impl ClockEstimate {
         let there = exchange.received_at_us.cast_signed() - exchange.sent_at_us.cast_signed();
         let back = exchange.replied_at_us.cast_signed() - exchange.heard_at_us.cast_signed();
         let away = exchange.heard_at_us.saturating_sub(exchange.sent_at_us);
-        let sample = Sample {
+        let sample = ClockSample {
             heard_at_us: exchange.heard_at_us,
             offset_us: (there + back) / 2,
             round_trip_us: away.saturating_sub(
@@ -91,8 +91,8 @@ impl ClockEstimate {
     }
 
     /// Both cannot be true: one of the clocks was stepped in between.
-    fn contradicts(&self, sample: &Sample) -> bool {
-        let apart = |old: &Sample| {
+    fn contradicts(&self, sample: &ClockSample) -> bool {
+        let apart = |old: &ClockSample| {
             let bounds =
                 old.uncertainty_us(sample.heard_at_us) + sample.uncertainty_us(sample.heard_at_us);
             old.offset_us.abs_diff(sample.offset_us) > bounds
@@ -114,16 +114,16 @@ mod tests {
     const HOUR_US: i64 = 3_600_000_000;
 
     /// A prober whose clock is `offset_us` behind the coordinator's, and the ways between them.
-    struct Link {
+    struct ClockLink {
         chance: Seeded,
         offset_us: i64,
         now_us: u64,
         life: u64,
     }
 
-    impl Link {
-        fn new(seed: u64, offset_us: i64) -> Link {
-            Link {
+    impl ClockLink {
+        fn new(seed: u64, offset_us: i64) -> ClockLink {
+            ClockLink {
                 chance: Seeded::new(seed),
                 offset_us,
                 now_us: 10 * HOUR_US as u64,
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn the_true_offset_always_lies_within_the_uncertainty() {
         for seed in 0..200 {
-            let mut link = Link::new(
+            let mut link = ClockLink::new(
                 seed,
                 Seeded::new(!seed).below(2 * HOUR_US as u64).cast_signed() - HOUR_US,
             );
@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn a_stepped_clock_is_believed_at_the_first_exchange_after_it() {
         for step_us in [HOUR_US, -HOUR_US, 2_000_000, -2_000_000] {
-            let (mut link, mut estimate) = (Link::new(7, 0), ClockEstimate::default());
+            let (mut link, mut estimate) = (ClockLink::new(7, 0), ClockEstimate::default());
             (0..90).for_each(|_| estimate.handle(&link.exchange()));
             link.offset_us += step_us;
             for _ in 0..90 {
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn another_life_of_the_coordinator_has_another_clock() {
-        let (mut link, mut estimate) = (Link::new(7, 40_000), ClockEstimate::default());
+        let (mut link, mut estimate) = (ClockLink::new(7, 40_000), ClockEstimate::default());
         (0..90).for_each(|_| estimate.handle(&link.exchange()));
         (link.life, link.offset_us) = (2, 41_000);
         estimate.handle(&link.exchange());

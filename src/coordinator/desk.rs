@@ -8,10 +8,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::journal::{Head, Journal};
 use super::protocol::{
-    self, Beat, BeatReply, Cancelled, Departed, Health, JobReply, ProverId, Register, Registered,
-    Report, Reported,
+    self, BeatMessage, BeatReply, Cancelled, Departed, Health, JobReply, ProberReport, ProverId,
+    Register, Registered, Reported,
 };
-use super::state::{Entry, Phase, Refused, State};
+use super::state::{JournalEntry, RefusedRequest, RunPhase, RunState};
 use crate::secrets::Secrets;
 use crate::units::Epoch;
 
@@ -24,17 +24,17 @@ const KEEP: Duration = Duration::from_secs(1);
 
 /// Why something was not done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Failure {
-    Refused(Refused),
+pub enum DeskFailure {
+    Refused(RefusedRequest),
     /// It could not be written down, so it did not happen.
     NotJournaled(String),
     /// The coordinator is going.
     Closing,
 }
 
-impl From<Refused> for Failure {
-    fn from(refused: Refused) -> Failure {
-        Failure::Refused(refused)
+impl From<RefusedRequest> for DeskFailure {
+    fn from(refused: RefusedRequest) -> DeskFailure {
+        DeskFailure::Refused(refused)
     }
 }
 
@@ -68,7 +68,7 @@ impl fmt::Display for Standstill {
 
 /// State and journal of a run.
 pub struct Desk {
-    pub state: State,
+    pub state: RunState,
     journal: Journal,
     head: Head,
     epoch: Epoch,
@@ -78,7 +78,7 @@ pub struct Desk {
     standstill: Option<Standstill>,
     /// Since time was last looked at.
     on_disk: Duration,
-    phase: watch::Sender<Phase>,
+    phase: watch::Sender<RunPhase>,
 }
 
 type Call = Box<dyn FnOnce(&mut Desk) + Send>;
@@ -87,23 +87,23 @@ type Call = Box<dyn FnOnce(&mut Desk) + Send>;
 #[derive(Clone)]
 pub struct DeskHandle {
     calls: mpsc::Sender<Call>,
-    phase: watch::Receiver<Phase>,
+    phase: watch::Receiver<RunPhase>,
     epoch: Epoch,
 }
 
 /// Ends when the last handle of its desk is gone, and gives back what was on it.
-pub struct DeskThread(JoinHandle<(State, Journal)>);
+pub struct DeskThread(JoinHandle<(RunState, Journal)>);
 
 impl DeskThread {
     /// After all handles are dropped.
-    pub fn join(self) -> std::thread::Result<(State, Journal)> {
+    pub fn join(self) -> std::thread::Result<(RunState, Journal)> {
         self.0.join()
     }
 }
 
 impl Desk {
     pub fn start(
-        state: State,
+        state: RunState,
         journal: Journal,
         head: Head,
         epoch: Epoch,
@@ -134,7 +134,7 @@ impl Desk {
         Ok((handle, DeskThread(thread)))
     }
 
-    async fn run(mut self, mut calls: mpsc::Receiver<Call>) -> (State, Journal) {
+    async fn run(mut self, mut calls: mpsc::Receiver<Call>) -> (RunState, Journal) {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut kept_at = Instant::now();
@@ -194,7 +194,7 @@ impl Desk {
     }
 
     /// Writes an entry down, and lets it come true.
-    pub fn remember(&mut self, entry: Entry) -> Result<(), Failure> {
+    pub fn remember(&mut self, entry: JournalEntry) -> Result<(), DeskFailure> {
         let since = Instant::now();
         let written = self.journal.append(&entry, self.now_us());
         self.on_disk += since.elapsed();
@@ -203,7 +203,7 @@ impl Desk {
         Ok(())
     }
 
-    fn note(&mut self, written: std::io::Result<()>) -> Result<(), Failure> {
+    fn note(&mut self, written: std::io::Result<()>) -> Result<(), DeskFailure> {
         self.problem = written.err().map(|error| {
             format!(
                 "the journal {} takes nothing: {error}",
@@ -212,11 +212,11 @@ impl Desk {
         });
         match &self.problem {
             None => Ok(()),
-            Some(problem) => Err(Failure::NotJournaled(problem.clone())),
+            Some(problem) => Err(DeskFailure::NotJournaled(problem.clone())),
         }
     }
 
-    pub fn register(&mut self, register: &Register) -> Result<Registered, Failure> {
+    pub fn register(&mut self, register: &Register) -> Result<Registered, DeskFailure> {
         let fresh = ProverId::new(format!(
             "{:032x}",
             u128::from_le_bytes(Secrets::system().bytes())
@@ -232,7 +232,7 @@ impl Desk {
         Ok(answer)
     }
 
-    pub fn job(&mut self, id: &str) -> Result<JobReply, Failure> {
+    pub fn job(&mut self, id: &str) -> Result<JobReply, DeskFailure> {
         let who = self.state.find(id)?;
         self.state.hear_of(self.now_us(), who);
         Ok(self.state.job(who))
@@ -241,9 +241,9 @@ impl Desk {
     pub fn beat(
         &mut self,
         id: &str,
-        beat: &Beat,
+        beat: &BeatMessage,
         received_at_us: u64,
-    ) -> Result<BeatReply, Failure> {
+    ) -> Result<BeatReply, DeskFailure> {
         let who = self.state.find(id)?;
         let entry = self.state.beat(self.now_us(), who, beat)?;
         if let Some(Err(failure)) = entry.map(|entry| self.remember(entry)) {
@@ -258,7 +258,7 @@ impl Desk {
             .reply(who, beat.seq, received_at_us, self.now_us()))
     }
 
-    pub fn report(&mut self, id: &str, report: &Report) -> Result<Reported, Failure> {
+    pub fn report(&mut self, id: &str, report: &ProberReport) -> Result<Reported, DeskFailure> {
         let who = self.state.find(id)?;
         self.state.hear_of(self.now_us(), who);
         if let Some(entry) = self.state.report(self.now_us(), who, report)? {
@@ -268,7 +268,7 @@ impl Desk {
         Ok(self.state.reported())
     }
 
-    pub fn leave(&mut self, id: &str) -> Result<Departed, Failure> {
+    pub fn leave(&mut self, id: &str) -> Result<Departed, DeskFailure> {
         let who = self.state.find(id)?;
         if let Some(entry) = self.state.leave(self.now_us(), who) {
             self.remember(entry)?;
@@ -277,7 +277,7 @@ impl Desk {
         Ok(Departed { ok: true })
     }
 
-    pub fn cancel(&mut self, reason: &str) -> Result<Cancelled, Failure> {
+    pub fn cancel(&mut self, reason: &str) -> Result<Cancelled, DeskFailure> {
         if let Some(entry) = self.state.cancel(self.now_us(), reason) {
             self.remember(entry)?;
         }
@@ -313,14 +313,17 @@ impl DeskHandle {
     pub async fn call<R: Send + 'static>(
         &self,
         act: impl FnOnce(&mut Desk) -> R + Send + 'static,
-    ) -> Result<R, Failure> {
+    ) -> Result<R, DeskFailure> {
         let (reply, answer) = oneshot::channel();
         let call: Call = Box::new(move |desk| {
             // Whoever asked may have left.
             let _ = reply.send(act(desk));
         });
-        self.calls.send(call).await.map_err(|_| Failure::Closing)?;
-        answer.await.map_err(|_| Failure::Closing)
+        self.calls
+            .send(call)
+            .await
+            .map_err(|_| DeskFailure::Closing)?;
+        answer.await.map_err(|_| DeskFailure::Closing)
     }
 
     /// The coordinator's clock.
@@ -331,7 +334,7 @@ impl DeskHandle {
     /// When the run is over.
     pub async fn over(&mut self) {
         // A desk that is gone is over, too.
-        let _ = self.phase.wait_for(|phase| *phase == Phase::Over).await;
+        let _ = self.phase.wait_for(|phase| *phase == RunPhase::Over).await;
     }
 }
 

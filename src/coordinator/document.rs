@@ -9,11 +9,11 @@ use serde::Serialize;
 
 use super::clock::Offset;
 use super::protocol::EngineShort;
-use super::result::{Cell, Merged, Missing, Standing, Tier, Times, Vantage};
-use super::seconds::Row;
-use super::state::State;
+use super::result::{Cell, Merged, Missing, Standing, TierResult, Times, VantageResult};
+use super::seconds::SecondRow;
+use super::state::RunState;
 use crate::plan::Plan;
-use crate::report::tiers::Answer;
+use crate::report::tiers::TiersAnswer;
 use crate::report::{EngineHealth, Judgement, Judging, Outcome, TargetInfo, json};
 use crate::server_metrics::Account;
 
@@ -28,19 +28,19 @@ pub struct About<'a> {
     /// .. and so far, where it is not over.
     pub finished: Duration,
     /// All vantages together.
-    pub series: &'a [Row],
+    pub series: &'a [SecondRow],
     /// What the server's pages said, where they were read; known when the run is over.
     pub server: Option<&'a Account>,
     pub notes: &'a [String],
 }
 
 /// The report, indented, with a newline at its end.
-pub fn report(merged: &Merged, state: &State, about: &About<'_>) -> String {
+pub fn report(merged: &Merged, state: &RunState, about: &About<'_>) -> String {
     json::print(&Document::new(merged, state, about).view())
 }
 
 /// The answer to `GET /result`.
-pub fn result(merged: &Merged, state: &State, about: &About<'_>) -> String {
+pub fn result(merged: &Merged, state: &RunState, about: &About<'_>) -> String {
     let mut document = serde_json::to_value(Document::new(merged, state, about).view())
         .expect("plain data serialises");
     let tiers = || merged.tiers.iter().enumerate();
@@ -56,7 +56,7 @@ pub fn result(merged: &Merged, state: &State, about: &About<'_>) -> String {
 /// Participants of the last tier that passed before the first that did not; `None` also where all passed, or the first did not.
 fn knee(merged: &Merged) -> Option<u32> {
     let knee = merged.knee()?;
-    let is_last = matches!(knee.answer, Answer::AllPassed);
+    let is_last = matches!(knee.answer, TiersAnswer::AllPassed);
     knee.passed
         .filter(|_| !is_last)
         .map(|step| step.participants)
@@ -67,12 +67,12 @@ struct Document<'a> {
     outcome: Outcome,
     judgement: Judgement,
     steps: Vec<Judgement>,
-    series: &'a [Row],
+    series: &'a [SecondRow],
     hosts: Hosts<'a>,
 }
 
 impl<'a> Document<'a> {
-    fn new(merged: &'a Merged, state: &State, about: &About<'a>) -> Document<'a> {
+    fn new(merged: &'a Merged, state: &RunState, about: &About<'a>) -> Document<'a> {
         Document {
             outcome: outcome(merged, state, about),
             judgement: merged.judgement.clone(),
@@ -94,7 +94,7 @@ impl<'a> Document<'a> {
 }
 
 /// The run as if one host had made it.
-fn outcome(merged: &Merged, state: &State, about: &About<'_>) -> Outcome {
+fn outcome(merged: &Merged, state: &RunState, about: &About<'_>) -> Outcome {
     let mut plan = about.plan.clone();
     if let Some(placed) = state.placed() {
         let run_tag = plan.run_tag;
@@ -156,7 +156,7 @@ fn engine(merged: &Merged) -> EngineHealth {
         .iter()
         .filter_map(|vantage| Some(&vantage.report.as_ref()?.engine))
         .collect();
-    let named = |vantage: &Vantage| {
+    let named = |vantage: &VantageResult| {
         vantage
             .invalid
             .iter()
@@ -181,7 +181,7 @@ fn engine(merged: &Merged) -> EngineHealth {
 #[derive(Serialize)]
 struct Hosts<'a> {
     phase: &'static str,
-    vantages: Vec<VantageView<'a>>,
+    vantages: Vec<VantageResultView<'a>>,
     missing: &'a [Missing],
     combined: Vec<CombinedView<'a>>,
     target_rtt_ms: Option<f64>,
@@ -194,7 +194,7 @@ impl<'a> Hosts<'a> {
         Hosts {
             phase: merged.phase.name(),
             vantages: (merged.vantages.iter().enumerate())
-                .map(|(at, vantage)| VantageView::new(vantage, at, merged))
+                .map(|(at, vantage)| VantageResultView::new(vantage, at, merged))
                 .collect(),
             missing: &merged.missing,
             combined: (merged.tiers.iter().enumerate())
@@ -230,7 +230,7 @@ struct CombinedView<'a> {
     result: Option<&'static str>,
     reasons: &'a [String],
     loss_by_host: Option<LossView<'a>>,
-    worst_vantage: Option<WorstView<'a>>,
+    worst_vantage: Option<WorstCellView<'a>>,
     start_skew_ms_max: Option<f64>,
 }
 
@@ -244,13 +244,13 @@ struct LossView<'a> {
 }
 
 #[derive(Serialize)]
-struct WorstView<'a> {
+struct WorstCellView<'a> {
     vantage: &'a str,
     in_what: String,
 }
 
 impl<'a> CombinedView<'a> {
-    fn new(at: usize, tier: &'a Tier, vantages: &'a [Vantage]) -> CombinedView<'a> {
+    fn new(at: usize, tier: &'a TierResult, vantages: &'a [VantageResult]) -> CombinedView<'a> {
         let took_part = tier
             .cells
             .iter()
@@ -281,7 +281,7 @@ impl<'a> CombinedView<'a> {
                 minimum_pct: loss.minimum.0 * 1e2,
                 minimum_at: loss.minimum.1,
             }),
-            worst_vantage: tier.worst_vantage().map(|(at, in_what)| WorstView {
+            worst_vantage: tier.worst_vantage().map(|(at, in_what)| WorstCellView {
                 vantage: &vantages[at].label,
                 in_what,
             }),
@@ -293,7 +293,7 @@ impl<'a> CombinedView<'a> {
 }
 
 #[derive(Serialize)]
-struct VantageView<'a> {
+struct VantageResultView<'a> {
     vantage: &'a str,
     prober_id: &'a str,
     kind: &'static str,
@@ -308,7 +308,7 @@ struct VantageView<'a> {
     invalid: &'a [String],
     last_heard_at: String,
     missing: bool,
-    clock: Option<ClockView>,
+    clock: Option<ClockResultView>,
     start_skew_ms: Option<f64>,
     baseline: Option<CellView<'a>>,
     /// One for each tier that it took part in.
@@ -318,15 +318,15 @@ struct VantageView<'a> {
 
 /// The coordinator's clock less the vantage's; the true difference lies within the uncertainty on either side.
 #[derive(Serialize)]
-struct ClockView {
+struct ClockResultView {
     offset_ms: f64,
     uncertainty_ms: f64,
     round_trip_ms: f64,
 }
 
-impl From<Offset> for ClockView {
-    fn from(offset: Offset) -> ClockView {
-        ClockView {
+impl From<Offset> for ClockResultView {
+    fn from(offset: Offset) -> ClockResultView {
+        ClockResultView {
             offset_ms: millis(offset.offset_us),
             uncertainty_ms: offset.uncertainty_us as f64 / 1e3,
             round_trip_ms: offset.round_trip_us as f64 / 1e3,
@@ -334,17 +334,17 @@ impl From<Offset> for ClockView {
     }
 }
 
-impl<'a> VantageView<'a> {
-    fn new(vantage: &'a Vantage, at: usize, merged: &'a Merged) -> VantageView<'a> {
+impl<'a> VantageResultView<'a> {
+    fn new(vantage: &'a VantageResult, at: usize, merged: &'a Merged) -> VantageResultView<'a> {
         let label = vantage.label.as_str();
         let report = vantage.report.as_ref();
-        let part = |tier: &&Tier| {
+        let part = |tier: &&TierResult| {
             !matches!(
                 tier.cells[at].standing,
                 Standing::Absent | Standing::Awaited
             )
         };
-        VantageView {
+        VantageResultView {
             vantage: label,
             prober_id: &vantage.prober_id,
             kind: if vantage.is_legacy {
@@ -364,7 +364,7 @@ impl<'a> VantageView<'a> {
                 .missing
                 .iter()
                 .any(|missing| missing.vantage.as_deref() == Some(label)),
-            clock: vantage.clock.map(ClockView::from),
+            clock: vantage.clock.map(ClockResultView::from),
             start_skew_ms: vantage.start_skew_us.map(millis),
             baseline: vantage
                 .baseline
@@ -404,7 +404,7 @@ struct CellView<'a> {
 }
 
 impl<'a> CellView<'a> {
-    fn new(name: &'a str, cell: &'a Cell, vantage: &Vantage) -> CellView<'a> {
+    fn new(name: &'a str, cell: &'a Cell, vantage: &VantageResult) -> CellView<'a> {
         let times = |times: Times| (times.expected > 0).then_some(times);
         let judged = matches!(cell.standing, Standing::Measured | Standing::Invalid);
         let rtt_stat = match (cell.rtt_us, vantage.is_legacy) {
@@ -447,15 +447,15 @@ mod tests {
 
     use super::*;
     use crate::coordinator::canned::{self, Canned, WELL};
-    use crate::coordinator::protocol::Live;
-    use crate::plan::{Connection, Role};
+    use crate::coordinator::protocol::LiveSecond;
+    use crate::plan::{ConnectionMode, HostRole};
     use crate::report::TargetKind;
 
-    fn with_about<R>(canned: &Canned, look: impl FnOnce(&Merged, &State, &About<'_>) -> R) -> R {
+    fn with_about<R>(canned: &Canned, look: impl FnOnce(&Merged, &RunState, &About<'_>) -> R) -> R {
         let judging = canned::judging();
         let about = About {
             plan: &Plan {
-                connection: Connection::Auto,
+                connection: ConnectionMode::Auto,
                 ..crate::plan::tests::plan()
             },
             judging: &judging,
@@ -496,9 +496,13 @@ mod tests {
     fn the_report_of_many_hosts_obeys_the_schema_however_far_they_came() {
         assert_valid(&report_of(&canned::over()));
         assert_valid(&report_of(&Canned::gathering(&[10], 3)));
-        let mut canned = Canned::armed(&[10, 25], &[("fra", Some(Role::Both)), ("vg", None)]);
+        let mut canned = Canned::armed(&[10, 25], &[("fra", Some(HostRole::Both)), ("vg", None)]);
         assert_valid(&report_of(&canned));
-        canned.beat(0, vec![WELL.so_far(canned::TIER, false)], Live::default());
+        canned.beat(
+            0,
+            vec![WELL.so_far(canned::TIER, false)],
+            LiveSecond::default(),
+        );
         canned.loses(0);
         assert_valid(&report_of(&canned));
         canned.is_over();

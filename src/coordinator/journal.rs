@@ -1,4 +1,4 @@
-//! The journal of a run: every [`Entry`] is written before anybody hears that it was taken, so that a coordinator that was killed goes on where it was.
+//! The journal of a run: every [`JournalEntry`] is written before anybody hears that it was taken, so that a coordinator that was killed goes on where it was.
 //!
 //! One line an entry: the CRC-32 of the JSON in eight hexadecimal digits, a space, the JSON, a newline. The first line is the [`Head`]. A line that was cut short at the end is
 //! what a crash leaves, and is dropped: nobody was told that it had been taken. One in the middle is damage, and is refused.
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::access::Seal;
 use super::protocol::REPORT_BYTES_MAX;
-use super::state::{Entry, Setup, State};
+use super::state::{JournalEntry, RunSetup, RunState};
 
 /// Of the format. 2: the run is a scenario.
 const VERSION: u32 = 2;
@@ -38,19 +38,19 @@ const SYNC_US: u64 = 1_000_000;
 pub struct Head {
     pub journal: u32,
     pub created_us: u64,
-    pub setup: Setup,
+    pub setup: RunSetup,
     /// Of the token that lets probers in; `None`: everybody is let in.
     pub seal: Option<Seal>,
 }
 
 /// As much of a head as every version has.
 #[derive(Deserialize)]
-struct Format {
+struct JournalFormat {
     journal: u32,
 }
 
 impl Head {
-    pub fn new(setup: Setup, seal: Option<Seal>, created_us: u64) -> Head {
+    pub fn new(setup: RunSetup, seal: Option<Seal>, created_us: u64) -> Head {
         Head {
             journal: VERSION,
             created_us,
@@ -122,7 +122,7 @@ impl Journal {
     pub fn open(
         path: &Path,
         mut begin: impl FnMut(&Head),
-        mut entry: impl FnMut(Entry),
+        mut entry: impl FnMut(JournalEntry),
     ) -> Result<Replay, JournalError> {
         let file = options()
             .open(path)
@@ -132,7 +132,7 @@ impl Journal {
         let not_ours = || JournalError::NotOurs { path: shown(path) };
         let first = lines.next().map_err(|cause| io_error(path, cause))?;
         let first = first.as_deref().ok_or_else(not_ours)?;
-        let format: Format = serde_json::from_slice(first).map_err(|_| not_ours())?;
+        let format: JournalFormat = serde_json::from_slice(first).map_err(|_| not_ours())?;
         if format.journal != VERSION {
             return Err(JournalError::OtherVersion {
                 path: shown(path),
@@ -183,14 +183,14 @@ impl Journal {
     }
 
     /// Writes one entry. On an error nothing of it is left, and it may be tried again.
-    pub fn append(&mut self, entry: &Entry, now_us: u64) -> io::Result<()> {
+    pub fn append(&mut self, entry: &JournalEntry, now_us: u64) -> io::Result<()> {
         let mut line = Vec::new();
         frame(entry, &mut line)?;
         let written = self
             .file
             .write_all_at(&line, self.bytes)
             .and_then(|()| match entry {
-                Entry::Beat { .. } => Ok(()),
+                JournalEntry::Beat { .. } => Ok(()),
                 _ => self.file.sync_data(),
             });
         if let Err(error) = written {
@@ -200,7 +200,7 @@ impl Journal {
         }
         self.bytes += line.len() as u64;
         match entry {
-            Entry::Beat { .. } => {
+            JournalEntry::Beat { .. } => {
                 self.unsynced_since_us.get_or_insert(now_us);
             }
             _ => self.unsynced_since_us = None,
@@ -209,7 +209,7 @@ impl Journal {
     }
 
     /// Makes durable what is due, and writes the journal anew where it has grown long. To be called about once a second.
-    pub fn keep(&mut self, state: &State, head: &Head, now_us: u64) -> io::Result<()> {
+    pub fn keep(&mut self, state: &RunState, head: &Head, now_us: u64) -> io::Result<()> {
         if self
             .unsynced_since_us
             .is_some_and(|since| now_us.saturating_sub(since) >= SYNC_US)
@@ -224,7 +224,7 @@ impl Journal {
     }
 
     /// Puts a journal of the same state in the place of this one. Fails without a trace.
-    fn rewrite(&mut self, state: &State, head: &Head) -> io::Result<()> {
+    fn rewrite(&mut self, state: &RunState, head: &Head) -> io::Result<()> {
         let mut name = self.path.clone().into_os_string();
         name.push(".new");
         let beside = PathBuf::from(name);
@@ -411,7 +411,7 @@ mod tests {
         Head::new(setup(2), None, 7)
     }
 
-    fn written(path: &Path) -> Vec<Entry> {
+    fn written(path: &Path) -> Vec<JournalEntry> {
         let entries = entries_of_a_run();
         let mut journal = Journal::create(path, &head()).unwrap();
         entries
@@ -427,7 +427,7 @@ mod tests {
         Ok((entries, replay.dropped_bytes))
     }
 
-    fn json(entry: &Entry) -> String {
+    fn json(entry: &JournalEntry) -> String {
         serde_json::to_string(entry).unwrap()
     }
 
@@ -465,10 +465,16 @@ mod tests {
             );
             // What follows is written where the whole lines end.
             let mut replay = Journal::open(&scratch.file(), |_| {}, |_| {}).unwrap();
-            replay.journal.append(&Entry::Over { at_us: 1 }, 0).unwrap();
+            replay
+                .journal
+                .append(&JournalEntry::Over { at_us: 1 }, 0)
+                .unwrap();
             drop(replay);
             let (again, _) = super::tests::read(&scratch.file()).unwrap();
-            assert_eq!(again.last().unwrap(), &json(&Entry::Over { at_us: 1 }));
+            assert_eq!(
+                again.last().unwrap(),
+                &json(&JournalEntry::Over { at_us: 1 })
+            );
         }
     }
 
@@ -537,7 +543,7 @@ mod tests {
         let scratch = Scratch::new("anew");
         let entries = written(&scratch.file());
         let mut replay = Journal::open(&scratch.file(), |_| {}, |_| {}).unwrap();
-        let mut state = State::new(setup(2), 1, 0);
+        let mut state = RunState::new(setup(2), 1, 0);
         for entry in entries.iter().chain(&entries) {
             state.apply(entry.clone());
             replay.journal.append(entry, 0).unwrap();
@@ -545,12 +551,15 @@ mod tests {
         let long = replay.journal.bytes;
         replay.journal.rewrite(&state, &head()).unwrap();
         assert!(replay.journal.bytes < long);
-        replay.journal.append(&Entry::Over { at_us: 1 }, 0).unwrap();
+        replay
+            .journal
+            .append(&JournalEntry::Over { at_us: 1 }, 0)
+            .unwrap();
         drop(replay);
-        let mut again = State::new(setup(2), 1, 0);
+        let mut again = RunState::new(setup(2), 1, 0);
         Journal::open(&scratch.file(), |_| {}, |entry| again.apply(entry)).unwrap();
-        state.apply(Entry::Over { at_us: 1 });
-        let all = |state: &State| state.entries().iter().map(json).collect::<Vec<_>>();
+        state.apply(JournalEntry::Over { at_us: 1 });
+        let all = |state: &RunState| state.entries().iter().map(json).collect::<Vec<_>>();
         assert_eq!(all(&again), all(&state));
     }
 }

@@ -8,23 +8,23 @@ use anyhow::{Context, Result, anyhow};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::access::{self, Access, Seal};
-use super::desk::{Desk, DeskHandle, Failure};
+use super::access::{self, CoordinatorAccess, Seal};
+use super::desk::{Desk, DeskFailure, DeskHandle};
 use super::journal::{self, Head, Journal};
-use super::place::{Load, Placed};
+use super::place::{HostsLoad, PlacedHosts};
 use super::protocol::{TOKEN_VARIABLE, URL_VARIABLE, WireJudging};
-use super::seconds::{self, Row, Seconds, Series};
+use super::seconds::{self, SecondRow, Seconds, Series};
 use super::server::{self, Exhibit, Site};
-use super::state::{Entry, Phase, Setup, State};
+use super::state::{JournalEntry, RunPhase, RunSetup, RunState};
 use super::story::Story;
 use super::tokens::Mint;
 use crate::cli::Coordinate;
 use crate::plan::scenario::{PhaseTimes, Scenario};
-use crate::plan::{Part, Plan, ServerUrl, Vantage};
+use crate::plan::{Part, Plan, ServerUrl, VantagePlan};
 use crate::report::{TargetInfo, TargetKind};
 use crate::run::Interrupts;
 use crate::run::rooms::Rooms;
-use crate::server_metrics::{Account, Stretch, Watch};
+use crate::server_metrics::{Account, NamedStretch, PageWatch};
 use crate::signal::{ApiKey, Endpoint, Secret};
 use crate::units::{Epoch, Time};
 
@@ -33,14 +33,14 @@ const LOOK: Duration = Duration::from_millis(250);
 
 /// A run that is over.
 pub struct Finished {
-    pub state: State,
+    pub state: RunState,
     pub exhibit: Exhibit,
     /// When it was over, in microseconds since 1970.
     pub at_us: u64,
     /// What the reader should know and the state does not say.
     pub notes: Vec<String>,
     /// As far as this process saw them.
-    pub series: Vec<Row>,
+    pub series: Vec<SecondRow>,
     /// What the server's pages said, where they were read.
     pub server: Option<Account>,
     journal: Option<Journal>,
@@ -61,7 +61,7 @@ impl Finished {
 
 /// What would be played if hosts of one kind came: each takes any role, and weighs 1.
 pub struct Rehearsal {
-    pub placed: Placed,
+    pub placed: PlacedHosts,
     /// What the first of them plays.
     pub first: Plan,
 }
@@ -73,7 +73,7 @@ pub struct Rehearsal {
 pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, String> {
     let placed = setup(asked)
         .load
-        .place(vec![Vantage::default(); asked.expect as usize])?;
+        .place(vec![VantagePlan::default(); asked.expect as usize])?;
     let mut first = asked.run.plan.clone();
     let run_tag = first.run_tag;
     let times = PhaseTimes {
@@ -110,10 +110,10 @@ pub fn lead(
         let listener = server::listen(asked.bind)?;
         let address = listener.local_addr()?;
         let mut opened = open(asked, epoch.unix_micros(epoch.now()))?;
-        if *opened.state.phase() == Phase::Over && !opened.state.has_begun() {
+        if *opened.state.phase() == RunPhase::Over && !opened.state.has_begun() {
             return Err(never_begun(&opened.state));
         }
-        if *opened.state.phase() == Phase::Over {
+        if *opened.state.phase() == RunPhase::Over {
             tell(&format!(
                 "The run in {} is over: this is its result.",
                 opened.journal.path().display()
@@ -207,7 +207,7 @@ pub fn lead(
 }
 
 /// Why nothing was measured, and what to do.
-fn never_begun(state: &State) -> anyhow::Error {
+fn never_begun(state: &RunState) -> anyhow::Error {
     let why = state.stop_reason().unwrap_or("ended before it began");
     let came: Vec<&str> = state
         .probers()
@@ -229,17 +229,17 @@ fn never_begun(state: &State) -> anyhow::Error {
 struct Opened {
     journal: Journal,
     head: Head,
-    state: State,
-    access: Access,
+    state: RunState,
+    access: CoordinatorAccess,
     /// Where it was made just now, or given.
-    token: Option<Shown>,
+    token: Option<ShownToken>,
     resumed: bool,
     notes: Vec<String>,
 }
 
 /// A token for the line to paste.
 #[derive(Clone)]
-enum Shown {
+enum ShownToken {
     /// Nobody else has it.
     Made(Secret),
     /// The user has it.
@@ -257,18 +257,18 @@ fn open(asked: &Coordinate, now_us: u64) -> Result<Opened> {
     }
     let (token, seal) = match (&asked.token, asked.no_auth) {
         (_, true) => (None, None),
-        (Some(given), false) => (Some(Shown::Given), Some(access::seal(given))),
+        (Some(given), false) => (Some(ShownToken::Given), Some(access::seal(given))),
         (None, false) => {
             let made = access::fresh_token();
             let seal = access::seal(&made);
-            (Some(Shown::Made(made)), Some(seal))
+            (Some(ShownToken::Made(made)), Some(seal))
         }
     };
     let head = Head::new(setup(asked), seal, now_us);
     let journal = Journal::create(&path, &head)?;
     Ok(Opened {
         access: access_of(head.seal.as_ref())?,
-        state: State::new(head.setup.clone(), life, now_us),
+        state: RunState::new(head.setup.clone(), life, now_us),
         journal,
         head,
         token,
@@ -278,10 +278,10 @@ fn open(asked: &Coordinate, now_us: u64) -> Result<Opened> {
 }
 
 fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Opened> {
-    let state = std::cell::RefCell::new(None::<State>);
+    let state = std::cell::RefCell::new(None::<RunState>);
     let replay = Journal::open(
         path,
-        |head| *state.borrow_mut() = Some(State::new(head.setup.clone(), life, now_us)),
+        |head| *state.borrow_mut() = Some(RunState::new(head.setup.clone(), life, now_us)),
         |entry| {
             if let Some(state) = state.borrow_mut().as_mut() {
                 state.apply(entry);
@@ -291,7 +291,7 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
     let mut state = state.into_inner().context("the journal has no beginning")?;
     let head = replay.head;
     let shown = path.display();
-    let mut same = Setup {
+    let mut same = RunSetup {
         run_tag: head.setup.run_tag,
         ..setup(asked)
     };
@@ -331,29 +331,29 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
         journal: replay.journal,
         head,
         state,
-        token: (!access.is_open()).then_some(Shown::Given),
+        token: (!access.is_open()).then_some(ShownToken::Given),
         access,
         resumed: true,
         notes: torn.into_iter().collect(),
     })
 }
 
-fn access_of(seal: Option<&Seal>) -> Result<Access> {
+fn access_of(seal: Option<&Seal>) -> Result<CoordinatorAccess> {
     match seal {
-        None => Ok(Access::open()),
-        Some(seal) => Access::sealed(seal)
+        None => Ok(CoordinatorAccess::open()),
+        Some(seal) => CoordinatorAccess::sealed(seal)
             .context("the journal's token cannot be read: give another --journal"),
     }
 }
 
-fn setup(asked: &Coordinate) -> Setup {
+fn setup(asked: &Coordinate) -> RunSetup {
     let plan = &asked.run.plan;
     let has_key = asked.run.credentials.is_some();
-    Setup {
+    RunSetup {
         run_tag: plan.run_tag,
         expect: asked.expect,
         on_missing: asked.on_missing,
-        load: Load {
+        load: HostsLoad {
             scenario: plan.scenario.clone(),
             rooms_apart: asked.rooms_per_vantage,
             total: asked.total,
@@ -383,11 +383,14 @@ fn exhibit(asked: &Coordinate, head: &Head) -> Exhibit {
 }
 
 /// The server's own pages, being read from now on, and what is to be said of them. A run that goes on is worth more than they are.
-async fn server_pages(asked: &Coordinate, resumed: bool) -> Result<(Option<Watch>, Vec<String>)> {
+async fn server_pages(
+    asked: &Coordinate,
+    resumed: bool,
+) -> Result<(Option<PageWatch>, Vec<String>)> {
     if asked.run.server_metrics.is_empty() {
         return Ok((None, Vec::new()));
     }
-    match Watch::start(&asked.run.server_metrics).await {
+    match PageWatch::start(&asked.run.server_metrics).await {
         Ok(mut pages) => {
             pages.go_on(Instant::now() + LOOK);
             let warnings = pages.warnings();
@@ -406,7 +409,7 @@ fn api_key(asked: &Coordinate) -> Option<ApiKey> {
 /// How others find the way.
 struct Invitation {
     url: String,
-    token: Option<Shown>,
+    token: Option<ShownToken>,
     is_open: bool,
 }
 
@@ -414,11 +417,11 @@ impl Invitation {
     fn text(&self, opened: &Opened, journal_is_ours: bool) -> String {
         let url = &self.url;
         let (in_env, as_flag) = match &self.token {
-            Some(Shown::Made(token)) => (
+            Some(ShownToken::Made(token)) => (
                 format!(" \\\n  {TOKEN_VARIABLE}={}", token.expose()),
                 format!(" \\\n  --coordinator-token {}", token.expose()),
             ),
-            Some(Shown::Given) => (
+            Some(ShownToken::Given) => (
                 format!(" \\\n  {TOKEN_VARIABLE}=(the token that you have)"),
                 " \\\n  --coordinator-token (the token that you have)".to_owned(),
             ),
@@ -517,7 +520,7 @@ struct Watcher<'a> {
     seconds: Seconds,
     series: Series,
     /// The server's own, where they were asked for.
-    pages: Option<Watch>,
+    pages: Option<PageWatch>,
 }
 
 impl Watcher<'_> {
@@ -572,8 +575,8 @@ impl Watcher<'_> {
         };
         self.seconds = seconds;
         if let Some(row) = row {
-            let server = self.pages.as_mut().map(Watch::rows);
-            self.series.offer(Row { server, ..row });
+            let server = self.pages.as_mut().map(PageWatch::rows);
+            self.series.offer(SecondRow { server, ..row });
         }
     }
 
@@ -593,14 +596,14 @@ impl Watcher<'_> {
                 .time_of_unix_micros(us)
                 .map(|time| self.epoch.instant(time))
         };
-        let stretches: Vec<Stretch> = held
+        let stretches: Vec<NamedStretch> = held
             .into_iter()
             .map(|held| {
                 let between = held
                     .between_us
                     .and_then(|(from_us, to_us)| instant(from_us).zip(instant(to_us)));
                 let (from, to) = between.unwrap_or((start, start));
-                Stretch {
+                NamedStretch {
                     name: held.name,
                     from,
                     to,
@@ -618,7 +621,7 @@ impl Watcher<'_> {
     async fn cancel(&mut self, why: &str) {
         let why = why.to_owned();
         let cancelled = self.desk.call(move |desk| desk.cancel(&why)).await;
-        if let Ok(Err(Failure::NotJournaled(problem))) = cancelled {
+        if let Ok(Err(DeskFailure::NotJournaled(problem))) = cancelled {
             self.notes.push(problem);
         }
     }
@@ -651,7 +654,7 @@ impl Watcher<'_> {
                     .desk
                     .call(move |desk| {
                         let at_us = desk.now_us();
-                        desk.remember(Entry::Prepared {
+                        desk.remember(JournalEntry::Prepared {
                             at_us,
                             rooms: names,
                         })
@@ -701,7 +704,7 @@ impl Watcher<'_> {
         self.notes.extend(rooms.delete(&plan).await);
     }
 
-    fn leave(self) -> (Vec<String>, Vec<Row>) {
+    fn leave(self) -> (Vec<String>, Vec<SecondRow>) {
         (self.notes, self.series.into_rows())
     }
 }

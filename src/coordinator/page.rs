@@ -12,9 +12,9 @@ use ring::digest::{SHA256, digest};
 use serde::Serialize;
 
 use super::clock::Offset;
-use super::protocol::Live;
+use super::protocol::LiveSecond;
 use super::result::Merged;
-use super::state::{Phase, Prober, State};
+use super::state::{ProberState, RunPhase, RunState};
 use crate::measure::wire::RecordWire;
 use crate::measure::{Histogram, Kind, Record, is_measured};
 use crate::report::Judging;
@@ -38,7 +38,7 @@ const SILENT_US: u64 = 5_000_000;
 
 /// One event of a `text/event-stream`: the run as it stands. `merged` is there once the run is over.
 pub fn event(
-    state: &State,
+    state: &RunState,
     judging: &Judging,
     target: &str,
     started_us: u64,
@@ -62,7 +62,7 @@ pub fn event(
         vantages: state
             .probers()
             .iter()
-            .map(|prober| VantageView::new(prober, state, now_us))
+            .map(|prober| VantagePageView::new(prober, state, now_us))
             .collect(),
         result: merged.map(ResultView::new),
     };
@@ -82,12 +82,12 @@ struct StateView<'a> {
     stages: Vec<&'a str>,
     stage: Option<u32>,
     stopped: Option<&'a str>,
-    vantages: Vec<VantageView<'a>>,
+    vantages: Vec<VantagePageView<'a>>,
     result: Option<ResultView<'a>>,
 }
 
 #[derive(Serialize)]
-struct VantageView<'a> {
+struct VantagePageView<'a> {
     prober_id: &'a str,
     label: &'a str,
     state: &'static str,
@@ -95,34 +95,34 @@ struct VantageView<'a> {
     why: Option<&'a str>,
     stage: Option<&'a str>,
     /// Of one that is not live nothing is known of this second.
-    live: Option<&'a Live>,
-    clock: Option<ClockView>,
+    live: Option<&'a LiveSecond>,
+    clock: Option<ClockPageView>,
     start_skew_us: Option<i64>,
     invalid: &'a [String],
 }
 
 #[derive(Serialize)]
-struct ClockView {
+struct ClockPageView {
     offset_us: i64,
     uncertainty_us: u64,
 }
 
-impl From<Offset> for ClockView {
-    fn from(offset: Offset) -> ClockView {
-        ClockView {
+impl From<Offset> for ClockPageView {
+    fn from(offset: Offset) -> ClockPageView {
+        ClockPageView {
             offset_us: offset.offset_us,
             uncertainty_us: offset.uncertainty_us,
         }
     }
 }
 
-impl<'a> VantageView<'a> {
-    fn new(prober: &'a Prober, state: &'a State, now_us: u64) -> VantageView<'a> {
+impl<'a> VantagePageView<'a> {
+    fn new(prober: &'a ProberState, state: &'a RunState, now_us: u64) -> VantagePageView<'a> {
         let silent_us = now_us.saturating_sub(prober.heard_us);
         let standing = match (&prober.gone, &prober.report) {
             (Some(_), _) => "missing",
             (None, Some(_)) => "reported",
-            (None, None) if *state.phase() == Phase::Over => "missing",
+            (None, None) if *state.phase() == RunPhase::Over => "missing",
             // It says nothing until it is done.
             (None, None) if prober.is_legacy() => "at work",
             (None, None) if silent_us > SILENT_US => "silent",
@@ -132,7 +132,7 @@ impl<'a> VantageView<'a> {
             .report
             .as_ref()
             .and_then(|report| report.throng.as_ref());
-        VantageView {
+        VantagePageView {
             prober_id: prober.id.as_str(),
             label: &prober.vantage,
             state: standing,
@@ -143,7 +143,7 @@ impl<'a> VantageView<'a> {
                 .and_then(|stage| state.stages().get(stage as usize))
                 .map(|stage| stage.name.as_str()),
             live: (standing == "live").then_some(&prober.live),
-            clock: prober.offset().map(ClockView::from),
+            clock: prober.offset().map(ClockPageView::from),
             start_skew_us: prober
                 .starts
                 .values()
@@ -159,11 +159,11 @@ struct ResultView<'a> {
     verdict: &'static str,
     reasons: &'a [String],
     knee: Option<String>,
-    tiers: Vec<TierView<'a>>,
+    tiers: Vec<TierPageView<'a>>,
 }
 
 #[derive(Serialize)]
-struct TierView<'a> {
+struct TierPageView<'a> {
     name: &'a str,
     /// `null`: nobody came to it.
     verdict: Option<&'static str>,
@@ -183,7 +183,7 @@ impl<'a> ResultView<'a> {
             reasons: &merged.judgement.reasons,
             knee: merged.knee().map(|knee| knee.sentence(&merged.unmeasured)),
             tiers: (merged.tiers.iter())
-                .map(|tier| TierView {
+                .map(|tier| TierPageView {
                     name: &tier.step.name,
                     verdict: tier.begun.then(|| tier.judgement.verdict.name()),
                     participants: tier.step.participants,
@@ -206,8 +206,8 @@ impl<'a> ResultView<'a> {
 /// The page for Prometheus (`text/plain; version=0.0.4`): the last second of each vantage as gauges; of the latest baseline or tier of each, counters and summaries.
 ///
 /// Whatever is not known has no sample.
-pub fn metrics(state: &State, now_us: u64) -> String {
-    let mut page = Page::default();
+pub fn metrics(state: &RunState, now_us: u64) -> String {
+    let mut page = PageText::default();
     let probers = state.probers();
     page.family(
         "throng_run_phase",
@@ -215,10 +215,10 @@ pub fn metrics(state: &State, now_us: u64) -> String {
         "1 for the phase that the run is in.",
     );
     for phase in [
-        Phase::Gathering,
-        Phase::Running,
-        Phase::Stopping,
-        Phase::Over,
+        RunPhase::Gathering,
+        RunPhase::Running,
+        RunPhase::Stopping,
+        RunPhase::Over,
     ] {
         let value = f64::from(u8::from(phase == *state.phase()));
         page.sample("throng_run_phase", &[("phase", phase.name())], value);
@@ -235,7 +235,11 @@ pub fn metrics(state: &State, now_us: u64) -> String {
         page.family("throng_stage", "gauge", "Index of the stage under way.");
         page.sample("throng_stage", &[], underway.stage.into());
     }
-    type Gauge = (&'static str, &'static str, fn(&Prober, u64) -> Option<f64>);
+    type Gauge = (
+        &'static str,
+        &'static str,
+        fn(&ProberState, u64) -> Option<f64>,
+    );
     let gauges: [Gauge; 13] = [
         (
             "throng_up",
@@ -311,7 +315,7 @@ pub fn metrics(state: &State, now_us: u64) -> String {
     page.text
 }
 
-fn live(prober: &Prober) -> Option<&Live> {
+fn live(prober: &ProberState) -> Option<&LiveSecond> {
     prober.is_live().then_some(&prober.live)
 }
 
@@ -320,7 +324,7 @@ fn seconds(micros: Option<u64>) -> Option<f64> {
 }
 
 #[derive(Default)]
-struct Page {
+struct PageText {
     text: String,
 }
 
@@ -331,9 +335,9 @@ struct Latest<'a> {
     record: Record,
 }
 
-impl Page {
+impl PageText {
     /// Counters and summaries of the latest tier of each prober. A summary's count is of what came; a quantile that falls among what never came is `+Inf`.
-    fn stages(&mut self, probers: &[Prober], state: &State) {
+    fn stages(&mut self, probers: &[ProberState], state: &RunState) {
         let latest: Vec<Latest<'_>> = (probers.iter())
             .filter_map(|prober| {
                 let (stage, so_far) = prober.tiers.last_key_value()?;
@@ -495,12 +499,12 @@ mod tests {
 
     use super::*;
     use crate::coordinator::canned::{self, Canned, TIER, WELL};
-    use crate::plan::Role;
+    use crate::plan::HostRole;
 
     const HOSTILE: &str = "<img src=x onerror=alert(1)>\"\\";
 
-    fn lively() -> Live {
-        Live {
+    fn lively() -> LiveSecond {
+        LiveSecond {
             participants: 13,
             packets_sent_per_second: Some(150.0),
             packets_received_per_second: Some(1_500.5),
@@ -508,7 +512,7 @@ mod tests {
             rtt_us: Some(20_000),
             latency_us_p99: None,
             tick_late_us_p99: Some(120),
-            ..Live::default()
+            ..LiveSecond::default()
         }
     }
 
@@ -517,9 +521,9 @@ mod tests {
         let mut canned = Canned::armed(
             &[10, 25],
             &[
-                ("fra", Some(Role::Both)),
-                (HOSTILE, Some(Role::Subscribe)),
-                ("sin", Some(Role::Subscribe)),
+                ("fra", Some(HostRole::Both)),
+                (HOSTILE, Some(HostRole::Subscribe)),
+                ("sin", Some(HostRole::Subscribe)),
                 ("vg", None),
             ],
         );
@@ -716,7 +720,7 @@ mod tests {
         record.audio.one_way_latency.expect(1_000);
         let mut so_far = WELL.so_far(TIER, false);
         so_far.record = RecordWire::from(&record);
-        let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both))]);
+        let mut canned = Canned::armed(&[10], &[("fra", Some(HostRole::Both))]);
         canned.beat(0, vec![so_far], lively());
         let samples = parsed(&metrics(&canned.state, canned.now_us));
         let p95 = samples.iter().find(|(_, name, _)| {

@@ -4,13 +4,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::protocol::{Stage, StageKind};
+use super::protocol::{SharedStage, StageKind};
 use crate::plan::scenario::{PhaseTimes, Scenario};
-use crate::plan::{Part, Placement, Vantage};
+use crate::plan::{Part, Placement, VantagePlan};
 
 /// What is asked of the hosts. Counts are per room.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Load {
+pub struct HostsLoad {
     /// The run as the flags have it, whatever number of hosts shares it. Its phases have the subscribers of one host of weight 1, or, where it is a `total`, of
     /// all hosts together; how many the groups have follows from that.
     pub scenario: Scenario,
@@ -21,17 +21,17 @@ pub struct Load {
 
 /// The hosts and their load.
 #[derive(Clone, Debug)]
-pub struct Placed {
+pub struct PlacedHosts {
     /// Of all hosts together.
     pub scenario: Scenario,
     pub placement: Placement,
     /// Whose everybody is.
     pub part: Part,
     /// The stages as each host plays them.
-    pub stages: Vec<Vec<Stage>>,
+    pub stages: Vec<Vec<SharedStage>>,
 }
 
-impl Load {
+impl HostsLoad {
     /// Subscribers a room, tier by tier.
     pub fn tiers(&self) -> Vec<u32> {
         let scenario = &self.scenario;
@@ -45,7 +45,7 @@ impl Load {
     ///
     /// # Errors
     /// These hosts cannot play it; says what to do.
-    pub fn place(&self, vantages: Vec<Vantage>) -> Result<Placed, String> {
+    pub fn place(&self, vantages: Vec<VantagePlan>) -> Result<PlacedHosts, String> {
         let placement = Placement {
             vantages,
             rooms_apart: self.rooms_apart,
@@ -72,7 +72,7 @@ impl Load {
             .over_hosts(rooms, self.of_room(&placement, largest));
         let part = Part::new(placement.clone(), 0, &scenario)?;
         let stages = self.stages(&scenario, &placement, &part);
-        Ok(Placed {
+        Ok(PlacedHosts {
             scenario,
             placement,
             part,
@@ -89,7 +89,12 @@ impl Load {
     }
 
     /// Whoever has fewer joins, or leaves, before a hold than another waits for the others' by a longer warm-up.
-    fn stages(&self, scenario: &Scenario, placement: &Placement, part: &Part) -> Vec<Vec<Stage>> {
+    fn stages(
+        &self,
+        scenario: &Scenario,
+        placement: &Placement,
+        part: &Part,
+    ) -> Vec<Vec<SharedStage>> {
         let in_room: Vec<u32> = self
             .tiers()
             .into_iter()
@@ -129,7 +134,7 @@ impl Load {
                 .map(|other| moving_us(other, stage))
                 .max()
                 .unwrap_or(0);
-            Stage {
+            SharedStage {
                 kind: if stage == 0 {
                     StageKind::Baseline
                 } else {
@@ -147,7 +152,7 @@ impl Load {
                 spread_us: times(stage).spread.map(|spread| spread.as_micros() as u64),
             }
         };
-        let bare = |kind, name: &str| Stage {
+        let bare = |kind, name: &str| SharedStage {
             kind,
             name: name.to_owned(),
             subscribers: 0,
@@ -211,11 +216,11 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::measure::Kind;
-    use crate::plan::Role;
+    use crate::plan::HostRole;
     use crate::plan::scenario::RoomPeople;
     use crate::plan::tests::plan;
 
-    pub(crate) fn load(tiers: &[u32]) -> Load {
+    pub(crate) fn load(tiers: &[u32]) -> HostsLoad {
         let people = RoomPeople {
             subscribers: tiers.iter().copied().max().unwrap_or(0),
             ..plan().scenario.people()
@@ -230,24 +235,24 @@ pub(crate) mod tests {
             warmup: Duration::from_secs(1),
             hold: Duration::from_secs(5),
         };
-        Load {
+        HostsLoad {
             scenario: scenario.ramp(tiers, times),
             rooms_apart: false,
             total: false,
         }
     }
 
-    fn hosts(of: &[(Role, u32)]) -> Vec<Vantage> {
+    fn hosts(of: &[(HostRole, u32)]) -> Vec<VantagePlan> {
         of.iter()
-            .map(|(role, weight)| Vantage {
+            .map(|(role, weight)| VantagePlan {
                 role: *role,
                 weight: *weight,
             })
             .collect()
     }
 
-    fn held(placed: &Placed) -> Vec<Vec<u32>> {
-        let of = |stages: &Vec<Stage>| {
+    fn held(placed: &PlacedHosts) -> Vec<Vec<u32>> {
+        let of = |stages: &Vec<SharedStage>| {
             stages
                 .iter()
                 .filter(|stage| stage.kind == StageKind::Tier)
@@ -261,9 +266,9 @@ pub(crate) mod tests {
     fn tiers_are_per_host_and_sum() {
         let placed = load(&[2, 10, 4])
             .place(hosts(&[
-                (Role::Both, 1),
-                (Role::Subscribe, 2),
-                (Role::Publish, 1),
+                (HostRole::Both, 1),
+                (HostRole::Subscribe, 2),
+                (HostRole::Publish, 1),
             ]))
             .unwrap();
         assert_eq!(placed.scenario.subscribers(), 30);
@@ -282,12 +287,12 @@ pub(crate) mod tests {
         let mut load = load(&[7, 25, 11]);
         load.total = true;
         for group in [
-            &[(Role::Both, 1); 3][..],
+            &[(HostRole::Both, 1); 3][..],
             &[
-                (Role::Both, 1),
-                (Role::Subscribe, 3),
-                (Role::Publish, 1),
-                (Role::Both, 2),
+                (HostRole::Both, 1),
+                (HostRole::Subscribe, 3),
+                (HostRole::Publish, 1),
+                (HostRole::Both, 2),
             ],
         ] {
             let placed = load.place(hosts(group)).unwrap();
@@ -304,26 +309,26 @@ pub(crate) mod tests {
         let mut load = load(&[4]);
         load.rooms_apart = true;
         let placed = load
-            .place(hosts(&[(Role::Both, 1), (Role::Both, 2)]))
+            .place(hosts(&[(HostRole::Both, 1), (HostRole::Both, 2)]))
             .unwrap();
         assert_eq!(
             (placed.scenario.rooms.count, held(&placed)),
             (6, vec![vec![8], vec![16]])
         );
         (load.total, load.scenario.rooms.count) = (true, 5);
-        let placed = load.place(hosts(&[(Role::Both, 1); 2])).unwrap();
+        let placed = load.place(hosts(&[(HostRole::Both, 1); 2])).unwrap();
         assert_eq!(
             (placed.scenario.rooms.count, held(&placed)),
             (5, vec![vec![12], vec![8]])
         );
         load.scenario.rooms.count = 1;
         assert!(
-            load.place(hosts(&[(Role::Both, 1); 2]))
+            load.place(hosts(&[(HostRole::Both, 1); 2]))
                 .unwrap_err()
                 .contains("nothing to do")
         );
         assert!(
-            load.place(hosts(&[(Role::Both, 1), (Role::Publish, 1)]))
+            load.place(hosts(&[(HostRole::Both, 1), (HostRole::Publish, 1)]))
                 .is_err()
         );
     }
@@ -332,9 +337,9 @@ pub(crate) mod tests {
     fn all_hold_at_the_same_time() {
         let placed = load(&[2, 10, 4])
             .place(hosts(&[
-                (Role::Both, 1),
-                (Role::Subscribe, 2),
-                (Role::Publish, 1),
+                (HostRole::Both, 1),
+                (HostRole::Subscribe, 2),
+                (HostRole::Publish, 1),
             ]))
             .unwrap();
         for stage in 1..=4 {
@@ -373,7 +378,10 @@ pub(crate) mod tests {
 
     #[test]
     fn hosts_that_cannot_play_it_are_told_why() {
-        for group in [&[(Role::Subscribe, 1); 2][..], &[(Role::Publish, 1); 2]] {
+        for group in [
+            &[(HostRole::Subscribe, 1); 2][..],
+            &[(HostRole::Publish, 1); 2],
+        ] {
             let why = load(&[4]).place(hosts(group)).unwrap_err();
             assert!(
                 why.contains("no host") && why.contains("start one"),

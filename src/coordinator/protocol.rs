@@ -5,13 +5,13 @@
 //! | `POST /register` | [`Register`] | [`Registered`] |
 //! | `GET /job/{prover_id}` | | [`JobReply`] |
 //! | `POST /tokens/{prover_id}` | [`TokensRequest`] | [`TokensReply`] |
-//! | `POST /beat/{prover_id}` | [`Beat`] | [`BeatReply`] |
-//! | `POST /report/{prover_id}` | [`Report`] | [`Reported`] |
+//! | `POST /beat/{prover_id}` | [`BeatMessage`] | [`BeatReply`] |
+//! | `POST /report/{prover_id}` | [`ProberReport`] | [`Reported`] |
 //! | `POST /leave/{prover_id}` | | [`Departed`] |
 //! | `POST /cancel` | | [`Cancelled`] |
 //! | `GET /health` | | [`Health`] |
 //!
-//! What is refused is answered with a status of 4xx or 5xx and a [`Refusal`].
+//! What is refused is answered with a status of 4xx or 5xx and a [`RefusalMessage`].
 //!
 //! **Versions.** A prober of ours names the version of the protocol that it speaks ([`Register::protocol`]); the coordinator refuses every other than
 //! [`VERSION`] with a text that names both, before it has handed out anything. So does a prober with the version in [`Job::protocol`]. A prober that names none is `voicegw`'s own: it
@@ -33,7 +33,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::measure::wire::RecordWire;
 use crate::plan::scenario::Scenario;
-use crate::plan::{PARTICIPANTS_MAX, Placement, Role, ServerUrl, VANTAGES_MAX, WEIGHT_MAX};
+use crate::plan::{HostRole, PARTICIPANTS_MAX, Placement, ServerUrl, VANTAGES_MAX, WEIGHT_MAX};
 use crate::report::{Judging, Threshold, Verdict};
 
 /// Of the protocol that this program speaks.
@@ -68,38 +68,38 @@ pub const BEAT_BYTES_MAX: usize = 8 << 20;
 pub const REPORT_BYTES_MAX: usize = 64 << 20;
 
 /// A message that comes from the other side.
-pub trait Message: DeserializeOwned {
+pub trait ProtocolMessage: DeserializeOwned {
     /// What its fields mean together, and the bounds of each.
-    fn check(&self) -> Result<(), Malformed>;
+    fn check(&self) -> Result<(), MalformedMessage>;
 }
 
 /// Why a message was refused; says which field.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Malformed(String);
+pub struct MalformedMessage(String);
 
-impl Malformed {
-    pub fn new(why: impl fmt::Display) -> Malformed {
-        Malformed(why.to_string())
+impl MalformedMessage {
+    pub fn new(why: impl fmt::Display) -> MalformedMessage {
+        MalformedMessage(why.to_string())
     }
 }
 
 /// Reads a message, and refuses what no prober or coordinator of this version says.
-pub fn read<M: Message>(body: &[u8]) -> Result<M, Malformed> {
-    let message: M = serde_json::from_slice(body).map_err(Malformed::new)?;
+pub fn read<M: ProtocolMessage>(body: &[u8]) -> Result<M, MalformedMessage> {
+    let message: M = serde_json::from_slice(body).map_err(MalformedMessage::new)?;
     message.check()?;
     Ok(message)
 }
 
 /// The answer to what was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refusal {
+pub struct RefusalMessage {
     /// For people: what is wrong and what to do.
     pub error: String,
 }
 
-impl Message for Refusal {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for RefusalMessage {
+    fn check(&self) -> Result<(), MalformedMessage> {
         text("error", &self.error)
     }
 }
@@ -161,7 +161,7 @@ pub struct Register {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance: Option<String>,
     #[serde(default)]
-    pub role: Role,
+    pub role: HostRole,
     /// This host counts as so many of weight 1.
     #[serde(default = "one")]
     pub weight: u32,
@@ -174,8 +174,8 @@ fn one() -> u32 {
     1
 }
 
-impl Message for Register {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for Register {
+    fn check(&self) -> Result<(), MalformedMessage> {
         self.vantage
             .as_ref()
             .map_or(Ok(()), |vantage| label("vantage", vantage))?;
@@ -186,10 +186,10 @@ impl Message for Register {
             .as_ref()
             .map_or(Ok(()), |instance| label("instance", instance))?;
         if !(1..=WEIGHT_MAX).contains(&self.weight) {
-            return Err(Malformed::new(format!("weight: 1 to {WEIGHT_MAX}")));
+            return Err(MalformedMessage::new(format!("weight: 1 to {WEIGHT_MAX}")));
         }
         if self.protocol.is_some() && (self.instance.is_none() || self.vantage.is_none()) {
-            return Err(Malformed::new(
+            return Err(MalformedMessage::new(
                 "a prober that names its protocol names its vantage and its instance too",
             ));
         }
@@ -208,8 +208,8 @@ pub struct Registered {
     pub protocol: Option<u32>,
 }
 
-impl Message for Registered {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for Registered {
+    fn check(&self) -> Result<(), MalformedMessage> {
         at_most("expected", self.expected.into(), PROBERS_MAX as u64)
     }
 }
@@ -235,8 +235,8 @@ pub struct JobReply {
     pub throng: Option<Job>,
 }
 
-impl Message for JobReply {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for JobReply {
+    fn check(&self) -> Result<(), MalformedMessage> {
         label("room", &self.room)?;
         few("ramp", self.ramp.len(), TIERS_MAX)?;
         self.ramp
@@ -268,7 +268,7 @@ pub struct Job {
     /// Which of them are whose ([`crate::plan::Part::new`]): one entry each of `vantages`, in the same order.
     pub placement: Placement,
     /// From the first to the last, as this prober plays them.
-    pub stages: Vec<Stage>,
+    pub stages: Vec<SharedStage>,
     pub judging: WireJudging,
     /// The server under test; `null`: the prober's own. One that the prober was given itself goes before it.
     pub url: Option<String>,
@@ -281,7 +281,7 @@ pub struct Job {
 }
 
 impl Job {
-    fn check(&self) -> Result<(), Malformed> {
+    fn check(&self) -> Result<(), MalformedMessage> {
         if self.protocol != VERSION {
             return Err(other_version("coordinator", self.protocol, "prober"));
         }
@@ -292,22 +292,24 @@ impl Job {
         if self.me as usize >= self.vantages.len()
             || self.placement.vantages.len() != self.vantages.len()
         {
-            return Err(Malformed::new("vantages: not those of me and of placement"));
+            return Err(MalformedMessage::new(
+                "vantages: not those of me and of placement",
+            ));
         }
         self.scenario
             .validate()
-            .map_err(|why| Malformed::new(format!("scenario.{why}")))?;
+            .map_err(|why| MalformedMessage::new(format!("scenario.{why}")))?;
         self.check_stages()?;
         self.judging.to_judging()?;
         self.url.as_ref().map_or(Ok(()), |url| {
             url.parse::<ServerUrl>()
                 .map(drop)
-                .map_err(|why| Malformed::new(format!("url {why}")))
+                .map_err(|why| MalformedMessage::new(format!("url {why}")))
         })?;
         at_most("patience_us", self.patience_us, WHOLE_MAX)
     }
 
-    fn check_stages(&self) -> Result<(), Malformed> {
+    fn check_stages(&self) -> Result<(), MalformedMessage> {
         few("stages", self.stages.len(), STAGES_MAX)?;
         for stage in &self.stages {
             label("stages.name", &stage.name)?;
@@ -332,7 +334,7 @@ impl Job {
         if in_order && once {
             Ok(())
         } else {
-            Err(Malformed::new(
+            Err(MalformedMessage::new(
                 "stages: publish, baseline, tiers, stop and leave come in this order",
             ))
         }
@@ -341,7 +343,7 @@ impl Job {
 
 /// What all hosts do at the same time, one after the other; before each there is a barrier.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stage {
+pub struct SharedStage {
     pub kind: StageKind,
     /// As the result names it; of a tier its number from 1 and its subscribers.
     pub name: String,
@@ -395,7 +397,7 @@ impl WireJudging {
         }
     }
 
-    pub fn to_judging(&self) -> Result<Judging, Malformed> {
+    pub fn to_judging(&self) -> Result<Judging, MalformedMessage> {
         within("judging.max_loss_pct", self.max_loss_pct, &(0.0..=100.0))?;
         self.target_rtt_us.map_or(Ok(()), |us| {
             at_most("judging.target_rtt_us", us, 60_000_000)
@@ -403,7 +405,7 @@ impl WireJudging {
         few("judging.thresholds", self.thresholds.len(), TEXTS_MAX)?;
         let threshold = |text: &String| {
             Threshold::from_str(text)
-                .map_err(|why| Malformed::new(format!("judging.thresholds: {why}")))
+                .map_err(|why| MalformedMessage::new(format!("judging.thresholds: {why}")))
         };
         Ok(Judging {
             max_loss_pct: self.max_loss_pct,
@@ -425,8 +427,8 @@ pub struct TokensRequest {
     pub count: u32,
 }
 
-impl Message for TokensRequest {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for TokensRequest {
+    fn check(&self) -> Result<(), MalformedMessage> {
         at_most("count", self.count.into(), TOKENS_MAX.into())
     }
 }
@@ -445,8 +447,8 @@ impl fmt::Debug for TokensReply {
     }
 }
 
-impl Message for TokensReply {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for TokensReply {
+    fn check(&self) -> Result<(), MalformedMessage> {
         few("tokens", self.tokens.len(), TOKENS_MAX as usize)?;
         self.tokens
             .iter()
@@ -458,7 +460,7 @@ impl Message for TokensReply {
 ///
 /// Everything in it is cumulative, so that it may be lost, or come twice, or late: the highest `seq` holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Beat {
+pub struct BeatMessage {
     /// From 1, one more each time.
     pub seq: u64,
     /// By the prober's clock, when this left.
@@ -473,10 +475,10 @@ pub struct Beat {
     /// Those of which there is more than in the last beat that was answered.
     #[serde(default)]
     pub tiers: Vec<TierSoFar>,
-    pub live: Live,
+    pub live: LiveSecond,
     /// Of this prober's publishers: all that changed since the last beat that was answered.
     #[serde(default)]
-    pub frames: Vec<FrameCount>,
+    pub frames: Vec<FrameCountEntry>,
     /// By how much the stages began later than ordered, on this host and by its clock.
     #[serde(default)]
     pub starts: Vec<Start>,
@@ -488,8 +490,8 @@ pub struct Beat {
     pub broken: Option<String>,
 }
 
-impl Message for Beat {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for BeatMessage {
+    fn check(&self) -> Result<(), MalformedMessage> {
         at_most("seq", self.seq, WHOLE_MAX)?;
         at_most("sent_at_us", self.sent_at_us, WHOLE_MAX)?;
         self.exchange.as_ref().map_or(Ok(()), Exchange::check)?;
@@ -524,7 +526,7 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    fn check(&self) -> Result<(), Malformed> {
+    fn check(&self) -> Result<(), MalformedMessage> {
         let stamps = [
             self.life,
             self.sent_at_us,
@@ -536,7 +538,9 @@ impl Exchange {
             .into_iter()
             .try_for_each(|stamp| at_most("exchange", stamp, WHOLE_MAX))?;
         match self.heard_at_us < self.sent_at_us || self.replied_at_us < self.received_at_us {
-            true => Err(Malformed::new("exchange: an answer before its question")),
+            true => Err(MalformedMessage::new(
+                "exchange: an answer before its question",
+            )),
             false => Ok(()),
         }
     }
@@ -559,7 +563,7 @@ pub struct TierSoFar {
 }
 
 impl TierSoFar {
-    fn check(&self) -> Result<(), Malformed> {
+    fn check(&self) -> Result<(), MalformedMessage> {
         stage_index("tiers.stage", Some(self.stage))?;
         at_most(
             "tiers.participants",
@@ -573,7 +577,7 @@ impl TierSoFar {
 /// The last second of one host. `null` is unknown, which is not zero.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Live {
+pub struct LiveSecond {
     /// In their rooms now.
     pub participants: u32,
     pub packets_sent_per_second: Option<f64>,
@@ -590,8 +594,8 @@ pub struct Live {
     pub tick_late_us_p99: Option<u64>,
 }
 
-impl Live {
-    fn check(&self) -> Result<(), Malformed> {
+impl LiveSecond {
+    fn check(&self) -> Result<(), MalformedMessage> {
         at_most(
             "live.participants",
             self.participants.into(),
@@ -619,7 +623,7 @@ impl Live {
 
 /// How many frames one layer of one track has sent since it began: origin ([`crate::plan::ParticipantPlan::index`]), track (0: audio, 1: video), layer, frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FrameCount(pub u32, pub u8, pub u8, pub u64);
+pub struct FrameCountEntry(pub u32, pub u8, pub u8, pub u64);
 
 /// When a stage began on one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -630,13 +634,13 @@ pub struct Start {
 }
 
 impl Start {
-    fn check(&self) -> Result<(), Malformed> {
+    fn check(&self) -> Result<(), MalformedMessage> {
         stage_index("starts.stage", Some(self.stage))?;
         at_most("starts.skew_us", self.skew_us.unsigned_abs(), WHOLE_MAX)
     }
 }
 
-/// The answer to [`Beat`]: what it holds is in the journal.
+/// The answer to [`BeatMessage`]: what it holds is in the journal.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BeatReply {
     /// Of the beat that is answered.
@@ -650,7 +654,7 @@ pub struct BeatReply {
     pub order: Order,
     /// Of other vantages' publishers: all, or, where the prober has heard of some, at least those that changed.
     #[serde(default)]
-    pub frames: Vec<FrameCount>,
+    pub frames: Vec<FrameCountEntry>,
     /// Of the vantages whose clock is known.
     #[serde(default)]
     pub clocks: Vec<VantageClock>,
@@ -659,8 +663,8 @@ pub struct BeatReply {
     pub missing: Vec<u32>,
 }
 
-impl Message for BeatReply {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for BeatReply {
+    fn check(&self) -> Result<(), MalformedMessage> {
         for (name, value) in [
             ("seq", self.seq),
             ("life", self.life),
@@ -690,7 +694,7 @@ pub enum Order {
 }
 
 impl Order {
-    fn check(&self) -> Result<(), Malformed> {
+    fn check(&self) -> Result<(), MalformedMessage> {
         match self {
             Order::Wait => Ok(()),
             Order::Start { stage, at_us } => stage_index("order.stage", Some(*stage))
@@ -712,7 +716,7 @@ pub struct VantageClock {
 }
 
 impl VantageClock {
-    fn check(&self) -> Result<(), Malformed> {
+    fn check(&self) -> Result<(), MalformedMessage> {
         at_most("clocks.vantage", self.vantage.into(), PROBERS_MAX as u64)?;
         at_most("clocks.offset_us", self.offset_us.unsigned_abs(), WHOLE_MAX)?;
         at_most("clocks.uncertainty_us", self.uncertainty_us, WHOLE_MAX)
@@ -721,7 +725,7 @@ impl VantageClock {
 
 /// `POST /report/{prover_id}`: all that a prober has found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Report {
+pub struct ProberReport {
     pub vantage: Option<String>,
     /// As `voicegw` has them, one a tier.
     pub steps: Vec<ClientStep>,
@@ -733,8 +737,8 @@ pub struct Report {
     pub throng: Option<FinalReport>,
 }
 
-impl Message for Report {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for ProberReport {
+    fn check(&self) -> Result<(), MalformedMessage> {
         self.vantage
             .as_ref()
             .map_or(Ok(()), |vantage| label("vantage", vantage))?;
@@ -767,7 +771,7 @@ pub struct ClientStep {
 }
 
 impl ClientStep {
-    fn check(&self) -> Result<(), Malformed> {
+    fn check(&self) -> Result<(), MalformedMessage> {
         at_most("steps.clients", self.clients.into(), PARTICIPANTS_MAX)?;
         self.rtt_ms
             .map_or(Ok(()), |rtt| within("steps.rtt_ms", rtt, &(0.0..=1e9)))?;
@@ -808,7 +812,7 @@ pub struct FinalReport {
 }
 
 impl FinalReport {
-    fn check(&self) -> Result<(), Malformed> {
+    fn check(&self) -> Result<(), MalformedMessage> {
         texts("throng.reasons", &self.reasons)?;
         texts("throng.invalid", &self.invalid)?;
         texts("throng.notes", &self.notes)?;
@@ -850,7 +854,7 @@ pub struct EngineShort {
 }
 
 impl EngineShort {
-    fn check(&self) -> Result<(), Malformed> {
+    fn check(&self) -> Result<(), MalformedMessage> {
         let floats = [self.cpu_seconds, self.us_per_packet];
         floats
             .into_iter()
@@ -890,15 +894,15 @@ impl<'de> Deserialize<'de> for WireVerdict {
     }
 }
 
-/// The answer to [`Report`].
+/// The answer to [`ProberReport`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reported {
     pub ok: bool,
     pub all_reported: bool,
 }
 
-impl Message for Reported {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for Reported {
+    fn check(&self) -> Result<(), MalformedMessage> {
         Ok(())
     }
 }
@@ -909,8 +913,8 @@ pub struct Departed {
     pub ok: bool,
 }
 
-impl Message for Departed {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for Departed {
+    fn check(&self) -> Result<(), MalformedMessage> {
         Ok(())
     }
 }
@@ -922,8 +926,8 @@ pub struct Cancelled {
     pub stopping: u32,
 }
 
-impl Message for Cancelled {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for Cancelled {
+    fn check(&self) -> Result<(), MalformedMessage> {
         Ok(())
     }
 }
@@ -943,60 +947,64 @@ pub struct Health {
     pub problem: Option<String>,
 }
 
-impl Message for Health {
-    fn check(&self) -> Result<(), Malformed> {
+impl ProtocolMessage for Health {
+    fn check(&self) -> Result<(), MalformedMessage> {
         label("version", &self.version)?;
         label("phase", &self.phase)
     }
 }
 
 /// Why two programs of different versions do not work together.
-pub fn other_version(whose: &str, protocol: u32, other: &str) -> Malformed {
-    Malformed::new(format!(
+pub fn other_version(whose: &str, protocol: u32, other: &str) -> MalformedMessage {
+    MalformedMessage::new(format!(
         "the {whose} speaks version {protocol} of the protocol, this {other} (throng {}) speaks version {VERSION}: run the same throng on all hosts",
         crate::report::VERSION
     ))
 }
 
 /// A short text without control characters.
-fn label(name: &str, text: &str) -> Result<(), Malformed> {
+fn label(name: &str, text: &str) -> Result<(), MalformedMessage> {
     let fits = (1..=LABEL_BYTES_MAX).contains(&text.len()) && !text.chars().any(char::is_control);
     if fits {
         Ok(())
     } else {
-        Err(Malformed::new(format!(
+        Err(MalformedMessage::new(format!(
             "{name}: 1 to {LABEL_BYTES_MAX} bytes without control characters"
         )))
     }
 }
 
-fn text(name: &str, text: &str) -> Result<(), Malformed> {
+fn text(name: &str, text: &str) -> Result<(), MalformedMessage> {
     few(name, text.len(), TEXT_BYTES_MAX)
 }
 
-fn texts(name: &str, texts: &[String]) -> Result<(), Malformed> {
+fn texts(name: &str, texts: &[String]) -> Result<(), MalformedMessage> {
     few(name, texts.len(), TEXTS_MAX)?;
     texts.iter().try_for_each(|one| text(name, one))
 }
 
-fn few(name: &str, count: usize, most: usize) -> Result<(), Malformed> {
+fn few(name: &str, count: usize, most: usize) -> Result<(), MalformedMessage> {
     at_most(name, count as u64, most as u64)
 }
 
-fn at_most(name: &str, value: u64, most: u64) -> Result<(), Malformed> {
+fn at_most(name: &str, value: u64, most: u64) -> Result<(), MalformedMessage> {
     if value <= most {
         Ok(())
     } else {
-        Err(Malformed::new(format!("{name}: at most {most}")))
+        Err(MalformedMessage::new(format!("{name}: at most {most}")))
     }
 }
 
 /// NaN is within nothing.
-fn within(name: &str, value: f64, range: &std::ops::RangeInclusive<f64>) -> Result<(), Malformed> {
+fn within(
+    name: &str,
+    value: f64,
+    range: &std::ops::RangeInclusive<f64>,
+) -> Result<(), MalformedMessage> {
     if range.contains(&value) {
         Ok(())
     } else {
-        Err(Malformed::new(format!(
+        Err(MalformedMessage::new(format!(
             "{name}: {} to {}",
             range.start(),
             range.end()
@@ -1004,7 +1012,7 @@ fn within(name: &str, value: f64, range: &std::ops::RangeInclusive<f64>) -> Resu
     }
 }
 
-fn stage_index(name: &str, stage: Option<u32>) -> Result<(), Malformed> {
+fn stage_index(name: &str, stage: Option<u32>) -> Result<(), MalformedMessage> {
     stage.map_or(Ok(()), |stage| {
         at_most(name, stage.into(), STAGES_MAX as u64)
     })
@@ -1100,15 +1108,19 @@ mod tests {
                 voicegw.role,
                 voicegw.weight
             ),
-            (None, None, Role::Both, 1)
+            (None, None, HostRole::Both, 1)
         );
-        let why = read::<Beat>(br#"{"seq": 1}"#).unwrap_err().to_string();
+        let why = read::<BeatMessage>(br#"{"seq": 1}"#)
+            .unwrap_err()
+            .to_string();
         assert!(why.contains("sent_at_us"), "{why}");
         let exchange = r#"{"life": 1, "sent_at_us": 5, "received_at_us": 1, "replied_at_us": 2, "heard_at_us": 4}"#;
         let beat = format!(
             r#"{{"seq": 1, "sent_at_us": 1, "stage": null, "ready_for": null, "live": {{}}, "exchange": {exchange}}}"#
         );
-        let why = read::<Beat>(beat.as_bytes()).unwrap_err().to_string();
+        let why = read::<BeatMessage>(beat.as_bytes())
+            .unwrap_err()
+            .to_string();
         assert!(why.contains("an answer before its question"), "{why}");
     }
 

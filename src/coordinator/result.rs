@@ -18,30 +18,30 @@ use serde::Serialize;
 
 use super::clock::Offset;
 use super::protocol::{ClientStep, FinalReport, StageKind, TierReport, TierSoFar};
-use super::state::{Phase, Prober, State};
+use super::state::{ProberState, RunPhase, RunState};
 use crate::measure::{Histogram, Media, Record};
-use crate::report::judge::{Loss, judge_tier};
+use crate::report::judge::{LossShares, judge_tier};
 use crate::report::tiers::Knee;
 use crate::report::{Judgement, Judging, Step, TierFacts, Unmeasured, Verdict};
 
 /// A run over many hosts, as far as it is.
 pub struct Merged {
-    pub phase: Phase,
+    pub phase: RunPhase,
     pub judgement: Judgement,
     /// All that were planned, in their order.
-    pub tiers: Vec<Tier>,
+    pub tiers: Vec<TierResult>,
     /// Those that nobody came to.
     pub unmeasured: Vec<Unmeasured>,
     /// In the order of their registration.
-    pub vantages: Vec<Vantage>,
+    pub vantages: Vec<VantageResult>,
     pub missing: Vec<Missing>,
     /// Everything that was acknowledged, whatever it is worth.
     pub totals: Step,
 }
 
 /// One tier over all vantages.
-pub struct Tier {
-    /// What was asked for ([`super::place::Load::tiers`]).
+pub struct TierResult {
+    /// What was asked for ([`super::place::HostsLoad::tiers`]).
     pub subscribers: u32,
     /// Whether anybody came to it.
     pub begun: bool,
@@ -65,7 +65,7 @@ pub struct Cell {
     pub round_trips: u64,
     /// 0 to 1: the worse of residual packet loss and undelivered frames, of the worse kind of media; `None` where that is not known, or nothing is received.
     pub loss: Option<f64>,
-    pub quality: Quality,
+    pub quality: QualityRank,
     pub join: Times,
     pub rtt: Times,
     pub audio_latency: Times,
@@ -94,7 +94,7 @@ pub enum Standing {
 
 /// From best to worst, as `voicegw` ranks what LiveKit's clients say of their connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum Quality {
+pub enum QualityRank {
     /// Loss is at most a tenth of what is allowed, and round trips half.
     Excellent,
     /// All within the limits.
@@ -117,7 +117,7 @@ pub struct Times {
 }
 
 /// One host.
-pub struct Vantage {
+pub struct VantageResult {
     pub label: String,
     pub prober_id: String,
     /// `voicegw`'s own prober: it reports round trips and plays no media.
@@ -159,7 +159,7 @@ pub struct LossByHost<'a> {
 }
 
 impl Merged {
-    pub fn new(state: &State, judging: &Judging) -> Merged {
+    pub fn new(state: &RunState, judging: &Judging) -> Merged {
         let stages = state.stages();
         let stage_of = |kind: StageKind, nth: usize| {
             let found = stages
@@ -169,21 +169,23 @@ impl Merged {
                 .nth(nth);
             found.map(|(stage, _)| stage as u32)
         };
-        let vantages: Vec<Vantage> = state
+        let vantages: Vec<VantageResult> = state
             .probers()
             .iter()
-            .map(|prober| Vantage::new(prober, stage_of(StageKind::Baseline, 0), state, judging))
+            .map(|prober| {
+                VantageResult::new(prober, stage_of(StageKind::Baseline, 0), state, judging)
+            })
             .collect();
-        let tiers: Vec<Tier> = (state.setup().load.tiers().into_iter().enumerate())
+        let tiers: Vec<TierResult> = (state.setup().load.tiers().into_iter().enumerate())
             .map(|(index, subscribers)| {
                 let stage = stage_of(StageKind::Tier, index);
                 let cells = state
                     .probers()
                     .iter()
-                    .map(|prober| Seen::tier(prober, index, stage, state, judging))
+                    .map(|prober| SeenCell::tier(prober, index, stage, state, judging))
                     .collect();
                 let ended_by = broken_in(state, stage);
-                Tier::new(
+                TierResult::new(
                     format!("tier {}", index + 1),
                     subscribers,
                     cells,
@@ -202,7 +204,7 @@ impl Merged {
             unmeasured: tiers
                 .iter()
                 .filter(|tier| !tier.begun)
-                .map(Tier::as_unmeasured)
+                .map(TierResult::as_unmeasured)
                 .collect(),
             tiers,
             vantages,
@@ -211,7 +213,7 @@ impl Merged {
     }
 
     /// Those that somebody came to.
-    pub fn begun(&self) -> impl Iterator<Item = &Tier> {
+    pub fn begun(&self) -> impl Iterator<Item = &TierResult> {
         self.tiers.iter().filter(|tier| tier.begun)
     }
 
@@ -225,29 +227,34 @@ impl Merged {
 }
 
 /// A cell with its record.
-struct Seen {
+struct SeenCell {
     label: String,
     cell: Cell,
     record: Option<Record>,
 }
 
-impl Seen {
+impl SeenCell {
     fn tier(
-        prober: &Prober,
+        prober: &ProberState,
         index: usize,
         stage: Option<u32>,
-        state: &State,
+        state: &RunState,
         judging: &Judging,
-    ) -> Seen {
+    ) -> SeenCell {
         if prober.is_legacy() {
             let step = prober.report.as_ref().map(|report| report.steps.get(index));
-            return Seen::legacy(prober, step, state, judging);
+            return SeenCell::legacy(prober, step, state, judging);
         }
-        Seen::held(prober, stage, state, judging)
+        SeenCell::held(prober, stage, state, judging)
     }
 
     /// A baseline or a tier of a prober of ours.
-    fn held(prober: &Prober, stage: Option<u32>, state: &State, judging: &Judging) -> Seen {
+    fn held(
+        prober: &ProberState,
+        stage: Option<u32>,
+        state: &RunState,
+        judging: &Judging,
+    ) -> SeenCell {
         let full = prober
             .report
             .as_ref()
@@ -260,7 +267,7 @@ impl Seen {
         let so_far = judged
             .map(|tier| &tier.measured)
             .or_else(|| prober.tiers.get(&stage?));
-        let is_coming = prober.is_live() && *state.phase() != Phase::Over;
+        let is_coming = prober.is_live() && *state.phase() != RunPhase::Over;
         let start_skew_us = stage.and_then(|stage| prober.starts.get(&stage).copied());
         let Some(so_far) = so_far else {
             let standing = if is_coming {
@@ -268,7 +275,7 @@ impl Seen {
             } else {
                 Standing::Absent
             };
-            return Seen::without_record(prober, standing, start_skew_us);
+            return SeenCell::without_record(prober, standing, start_skew_us);
         };
         let invalid = invalid(prober, judged);
         let standing = match (so_far.complete, invalid.is_empty()) {
@@ -298,7 +305,7 @@ impl Seen {
             judgement.verdict = Verdict::Invalid;
             judgement.reasons.splice(0..0, invalid);
         }
-        Seen {
+        SeenCell {
             label: prober.vantage.clone(),
             cell: Cell {
                 start_skew_us,
@@ -310,26 +317,26 @@ impl Seen {
 
     /// A tier of `voicegw`'s prober; `Some(None)`: its report is there and the tier is not in it.
     fn legacy(
-        prober: &Prober,
+        prober: &ProberState,
         step: Option<Option<&ClientStep>>,
-        state: &State,
+        state: &RunState,
         judging: &Judging,
-    ) -> Seen {
-        let is_coming = prober.is_live() && *state.phase() != Phase::Over;
+    ) -> SeenCell {
+        let is_coming = prober.is_live() && *state.phase() != RunPhase::Over;
         let Some(Some(step)) = step else {
             let standing = if is_coming {
                 Standing::Awaited
             } else {
                 Standing::Absent
             };
-            return Seen::without_record(prober, standing, None);
+            return SeenCell::without_record(prober, standing, None);
         };
         // It writes 0 where no round trip came back.
         let rtt_ms = step
             .rtt_ms
             .filter(|rtt_ms| *rtt_ms > 0.0 && step.samples != Some(0));
         let limit_ms = judging.target_rtt.map(|target| target.as_secs_f64() * 1e3);
-        let quality = Quality::of_name(step.quality.as_deref());
+        let quality = QualityRank::of_name(step.quality.as_deref());
         let mut reasons = Vec::new();
         if let (Some(rtt), Some(limit)) = (
             rtt_ms,
@@ -337,7 +344,7 @@ impl Seen {
         ) {
             reasons.push(format!("round trips take {rtt} ms, more than {limit} ms"));
         }
-        if quality >= Quality::Poor {
+        if quality >= QualityRank::Poor {
             reasons.push(format!(
                 "its clients call their connection {}",
                 quality.name()
@@ -347,7 +354,7 @@ impl Seen {
             Some(_) => Standing::Measured,
             None => Standing::Incomplete,
         };
-        Seen {
+        SeenCell {
             label: prober.vantage.clone(),
             cell: Cell {
                 participants: step.clients,
@@ -361,8 +368,12 @@ impl Seen {
         }
     }
 
-    fn without_record(prober: &Prober, standing: Standing, start_skew_us: Option<i64>) -> Seen {
-        Seen {
+    fn without_record(
+        prober: &ProberState,
+        standing: Standing,
+        start_skew_us: Option<i64>,
+    ) -> SeenCell {
+        SeenCell {
             label: prober.vantage.clone(),
             cell: Cell {
                 start_skew_us,
@@ -389,7 +400,7 @@ impl Cell {
             rtt_us: None,
             round_trips: 0,
             loss: None,
-            quality: Quality::Unknown,
+            quality: QualityRank::Unknown,
             join: Times::default(),
             rtt: Times::default(),
             audio_latency: Times::default(),
@@ -417,7 +428,7 @@ impl Cell {
             rtt_us: rtt_us.map(|us| us as f64),
             round_trips: session.rtt_rtcp.count(),
             loss,
-            quality: Quality::of_record(&step.record, loss, judging),
+            quality: QualityRank::of_record(&step.record, loss, judging),
             join: Times::of(&session.join),
             rtt: Times::of(&session.rtt_rtcp),
             audio_latency: Times::of(&audio.one_way_latency),
@@ -451,32 +462,32 @@ impl Times {
     }
 }
 
-impl Quality {
+impl QualityRank {
     pub const fn name(self) -> &'static str {
         match self {
-            Quality::Excellent => "Excellent",
-            Quality::Good => "Good",
-            Quality::Unknown => "Unknown",
-            Quality::Poor => "Poor",
-            Quality::Lost => "Lost",
+            QualityRank::Excellent => "Excellent",
+            QualityRank::Good => "Good",
+            QualityRank::Unknown => "Unknown",
+            QualityRank::Poor => "Poor",
+            QualityRank::Lost => "Lost",
         }
     }
 
     /// As `voicegw` writes it; what it does not know is unknown.
-    fn of_name(name: Option<&str>) -> Quality {
+    fn of_name(name: Option<&str>) -> QualityRank {
         let all = [
-            Quality::Excellent,
-            Quality::Good,
-            Quality::Poor,
-            Quality::Lost,
+            QualityRank::Excellent,
+            QualityRank::Good,
+            QualityRank::Poor,
+            QualityRank::Lost,
         ];
         all.into_iter()
             .find(|quality| Some(quality.name()) == name)
-            .unwrap_or(Quality::Unknown)
+            .unwrap_or(QualityRank::Unknown)
     }
 
     /// Of what was counted in a tier.
-    pub fn of_record(record: &Record, loss: Option<f64>, judging: &Judging) -> Quality {
+    pub fn of_record(record: &Record, loss: Option<f64>, judging: &Judging) -> QualityRank {
         let Record {
             session,
             audio,
@@ -488,7 +499,7 @@ impl Quality {
             audio.tracks_live + video.tracks_live,
         );
         if (session.joins_planned > 0 && session.joins_ok == 0) || (expected > 0 && live == 0) {
-            return Quality::Lost;
+            return QualityRank::Lost;
         }
         let rtt = session.rtt_rtcp.quantile(0.95).map(|us| us as f64);
         let target = judging.target_rtt.map(|target| target.as_secs_f64() * 1e6);
@@ -505,25 +516,30 @@ impl Quality {
         let loss = of_limit(loss, Some(judging.max_loss_pct / 100.0), expected > 0);
         let rtt = of_limit(rtt, target, true);
         match (loss, rtt) {
-            (Some(f64::INFINITY), _) | (_, Some(f64::INFINITY)) => Quality::Poor,
-            (None, _) | (_, None) => Quality::Unknown,
-            _ if expected == 0 && target.is_none() => Quality::Unknown,
-            (Some(loss), Some(rtt)) if loss <= 0.1 && rtt <= 0.5 => Quality::Excellent,
-            _ => Quality::Good,
+            (Some(f64::INFINITY), _) | (_, Some(f64::INFINITY)) => QualityRank::Poor,
+            (None, _) | (_, None) => QualityRank::Unknown,
+            _ if expected == 0 && target.is_none() => QualityRank::Unknown,
+            (Some(loss), Some(rtt)) if loss <= 0.1 && rtt <= 0.5 => QualityRank::Excellent,
+            _ => QualityRank::Good,
         }
     }
 }
 
-impl Vantage {
-    fn new(prober: &Prober, baseline: Option<u32>, state: &State, judging: &Judging) -> Vantage {
+impl VantageResult {
+    fn new(
+        prober: &ProberState,
+        baseline: Option<u32>,
+        state: &RunState,
+        judging: &Judging,
+    ) -> VantageResult {
         let report = prober.report.as_ref();
         let baseline = match prober.is_legacy() {
             true => report
                 .and_then(|report| report.baseline.as_ref())
-                .map(|step| Seen::legacy(prober, Some(Some(step)), state, judging)),
-            false => baseline.map(|stage| Seen::held(prober, Some(stage), state, judging)),
+                .map(|step| SeenCell::legacy(prober, Some(Some(step)), state, judging)),
+            false => baseline.map(|stage| SeenCell::held(prober, Some(stage), state, judging)),
         };
-        Vantage {
+        VantageResult {
             label: prober.vantage.clone(),
             prober_id: prober.id.to_string(),
             is_legacy: prober.is_legacy(),
@@ -544,22 +560,22 @@ impl Vantage {
     }
 }
 
-impl Tier {
+impl TierResult {
     /// `ended_by`: the vantage that ended the run in it, and the threshold that did not hold there.
     fn new(
         name: String,
         subscribers: u32,
-        seen: Vec<Seen>,
+        seen: Vec<SeenCell>,
         ended_by: Option<(&str, &str)>,
-        state: &State,
+        state: &RunState,
         judging: &Judging,
-    ) -> Tier {
+    ) -> TierResult {
         let mut step = Step {
             name,
             tier: Some(TierFacts::default()),
             ..Step::default()
         };
-        for Seen { cell, record, .. } in &seen {
+        for SeenCell { cell, record, .. } in &seen {
             step.participants = step.participants.saturating_add(cell.participants);
             if let (Standing::Measured, Some(record)) = (cell.standing, record) {
                 step.record.merge(record);
@@ -576,7 +592,7 @@ impl Tier {
                 reasons: vec!["it was not held".to_owned()],
             },
         };
-        Tier {
+        TierResult {
             subscribers,
             begun,
             judgement,
@@ -617,15 +633,15 @@ impl Tier {
             .reduce(f64::max)
     }
 
-    pub fn worst_quality(&self) -> Quality {
+    pub fn worst_quality(&self) -> QualityRank {
         self.measured()
             .map(|(_, cell)| cell.quality)
             .max()
-            .unwrap_or(Quality::Unknown)
+            .unwrap_or(QualityRank::Unknown)
     }
 
     /// Over the measured vantages whose loss is known; `None` where there is none.
-    pub fn loss_by_host<'a>(&self, vantages: &'a [Vantage]) -> Option<LossByHost<'a>> {
+    pub fn loss_by_host<'a>(&self, vantages: &'a [VantageResult]) -> Option<LossByHost<'a>> {
         let known: Vec<(f64, &str)> = self
             .measured()
             .filter_map(|(at, cell)| Some((cell.loss?, vantages[at].label.as_str())))
@@ -666,14 +682,14 @@ impl Tier {
 }
 
 fn judge_merged(
-    seen: &[Seen],
+    seen: &[SeenCell],
     merged: &Step,
     ended_by: Option<(&str, &str)>,
-    state: &State,
+    state: &RunState,
     judging: &Judging,
 ) -> Judgement {
     let (mut broken_off, mut failed, mut invalid) = (Vec::new(), Vec::new(), Vec::new());
-    for Seen { label, cell, .. } in seen {
+    for SeenCell { label, cell, .. } in seen {
         let named = |reason: &String| format!("{label}: {reason}");
         match cell.standing {
             Standing::Measured => failed.extend(cell.judgement.reasons.iter().map(named)),
@@ -707,7 +723,7 @@ fn judge_merged(
                 .map(|reason| format!("together: {reason}")),
         );
     }
-    let spoilt = !state.setup().load.rooms_apart && seen.iter().any(Seen::may_spoil_others);
+    let spoilt = !state.setup().load.rooms_apart && seen.iter().any(SeenCell::may_spoil_others);
     // What a generator that was the limit ends proves nothing either.
     let is_valid = |vantage: &str| {
         seen.iter()
@@ -745,13 +761,18 @@ fn judge_merged(
 }
 
 /// Where a threshold has ended the run, the vantage and that threshold, if it was in this stage: nothing is ordered after it.
-fn broken_in(state: &State, stage: Option<u32>) -> Option<(&str, &str)> {
+fn broken_in(state: &RunState, stage: Option<u32>) -> Option<(&str, &str)> {
     state
         .broken()
         .filter(|_| stage.is_some() && state.underway().map(|underway| underway.stage) == stage)
 }
 
-fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missing]) -> Judgement {
+fn overall(
+    state: &RunState,
+    tiers: &[TierResult],
+    vantages: &[VantageResult],
+    missing: &[Missing],
+) -> Judgement {
     let stopped = state.stop_reason().filter(|_| state.broken().is_none());
     let mut early: Vec<String> = stopped
         .map(|why| format!("ended early: {why}"))
@@ -766,7 +787,7 @@ fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missi
             (None, _) => missing.why.clone(),
         });
     }
-    for Vantage { label, report, .. } in vantages {
+    for VantageResult { label, report, .. } in vantages {
         early.extend(
             report
                 .iter()
@@ -776,7 +797,7 @@ fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missi
                 .map(|why| format!("{label} ended early: {why}")),
         );
     }
-    if *state.phase() != Phase::Over {
+    if *state.phase() != RunPhase::Over {
         early.push("the run is not over".to_owned());
     }
     let of_tiers = |verdict: Verdict| {
@@ -800,7 +821,7 @@ fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missi
     let spoilt = !state.setup().load.rooms_apart
         && vantages.iter().any(|vantage| !vantage.invalid.is_empty());
     let mut failed_as_a_whole = Vec::new();
-    for Vantage {
+    for VantageResult {
         label,
         report,
         invalid: limits,
@@ -842,7 +863,7 @@ fn overall(state: &State, tiers: &[Tier], vantages: &[Vantage], missing: &[Missi
 }
 
 /// Why the generator was the limit, in the tier that was `judged`, or in the run.
-fn invalid(prober: &Prober, judged: Option<&TierReport>) -> Vec<String> {
+fn invalid(prober: &ProberState, judged: Option<&TierReport>) -> Vec<String> {
     let full = prober
         .report
         .as_ref()
@@ -861,7 +882,7 @@ fn invalid(prober: &Prober, judged: Option<&TierReport>) -> Vec<String> {
     }
 }
 
-fn missing(state: &State) -> Vec<Missing> {
+fn missing(state: &RunState) -> Vec<Missing> {
     let gone = state.probers().iter().filter_map(|prober| {
         let stage = prober
             .stage
@@ -872,7 +893,7 @@ fn missing(state: &State) -> Vec<Missing> {
                 prober.heard_us,
                 "it reported before the others had finished".to_owned(),
             ),
-            None if *state.phase() == Phase::Over && prober.report.is_none() => {
+            None if *state.phase() == RunPhase::Over && prober.report.is_none() => {
                 (prober.heard_us, "it never reported".to_owned())
             }
             None => return None,
@@ -885,7 +906,7 @@ fn missing(state: &State) -> Vec<Missing> {
         })
     });
     let never_came = match state.phase() {
-        Phase::Over => (state.setup().expect as usize).saturating_sub(state.probers().len()),
+        RunPhase::Over => (state.setup().expect as usize).saturating_sub(state.probers().len()),
         _ => 0,
     };
     let unnamed = (never_came > 0).then(|| Missing {
@@ -901,7 +922,7 @@ fn missing(state: &State) -> Vec<Missing> {
 }
 
 /// Of those that reported, the whole run; of the others, what they had sent of baseline and tiers.
-fn totals(state: &State) -> Step {
+fn totals(state: &RunState) -> Step {
     let mut totals = Step {
         name: "totals".to_owned(),
         ..Step::default()
@@ -955,7 +976,9 @@ fn judgement(reasons: Vec<String>) -> Judgement {
 /// Of the kinds of media that somebody subscribes to, the worse; `None` where nobody does, or one is not known.
 fn worse_loss(media: [&Media; 2]) -> Option<f64> {
     let subscribed = media.into_iter().filter(|media| media.tracks_expected > 0);
-    let losses: Option<Vec<f64>> = subscribed.map(|media| Loss::of(media).worse()).collect();
+    let losses: Option<Vec<f64>> = subscribed
+        .map(|media| LossShares::of(media).worse())
+        .collect();
     losses?.into_iter().reduce(f64::max)
 }
 
@@ -970,10 +993,10 @@ fn moment<S: serde::Serializer>(at: &Option<Duration>, serializer: S) -> Result<
 mod tests {
     use super::*;
     use crate::coordinator::canned::{self, Canned, Saw, TIER, WELL};
-    use crate::coordinator::protocol::Live;
-    use crate::coordinator::state::Entry;
-    use crate::plan::Role;
-    use crate::report::tiers::Answer;
+    use crate::coordinator::protocol::LiveSecond;
+    use crate::coordinator::state::JournalEntry;
+    use crate::plan::HostRole;
+    use crate::report::tiers::TiersAnswer;
 
     const QUIET: Saw = Saw {
         publishes: false,
@@ -989,7 +1012,7 @@ mod tests {
         let tiers: Vec<u32> = first.iter().map(|_| 10).collect();
         let mut canned = Canned::armed(
             &tiers,
-            &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))],
+            &[("fra", Some(HostRole::Both)), ("sin", Some(HostRole::Both))],
         );
         canned.ends();
         canned.reports(0, first, &[]);
@@ -1041,7 +1064,7 @@ mod tests {
                 .map(|us| us as f64)
         );
         assert_eq!(tier.worst_loss(), Some(0.006));
-        assert_eq!(tier.worst_quality(), Quality::Good);
+        assert_eq!(tier.worst_quality(), QualityRank::Good);
         let loss = tier.loss_by_host(&merged.vantages).unwrap();
         assert_eq!(
             (loss.average, loss.maximum, loss.minimum),
@@ -1064,21 +1087,21 @@ mod tests {
         let healthy = of_two(&[WELL, WELL], &[WELL, WELL], &[]);
         assert_eq!(
             answer(&healthy),
-            Some((Answer::AllPassed, Some("tier 2".to_owned())))
+            Some((TiersAnswer::AllPassed, Some("tier 2".to_owned())))
         );
         let first = of_two(&[WELL, WELL], &[lossy(50), WELL], &[]);
-        assert_eq!(answer(&first), Some((Answer::FirstFailed, None)));
+        assert_eq!(answer(&first), Some((TiersAnswer::FirstFailed, None)));
         let second = of_two(&[WELL, WELL], &[WELL, lossy(50)], &[]);
         assert_eq!(
             answer(&second),
-            Some((Answer::Found, Some("tier 1".to_owned())))
+            Some((TiersAnswer::Found, Some("tier 1".to_owned())))
         );
         let unknown = of_two(&[WELL, WELL], &[WELL, WELL], &[0]);
-        assert_eq!(answer(&unknown), Some((Answer::NotMeasured, None)));
+        assert_eq!(answer(&unknown), Some((TiersAnswer::NotMeasured, None)));
         let mut nobody = Canned::gathering(&[10, 25], 2);
         nobody.is_over();
         let nobody = merged(&nobody);
-        assert_eq!(answer(&nobody), Some((Answer::NotMeasured, None)));
+        assert_eq!(answer(&nobody), Some((TiersAnswer::NotMeasured, None)));
         assert_eq!(nobody.judgement.verdict, Verdict::Partial);
         assert_eq!(
             (nobody.missing.len(), &nobody.missing[0].vantage),
@@ -1141,12 +1164,16 @@ mod tests {
     fn a_vantage_that_goes_missing_is_named_and_leaves_what_it_sent() {
         let mut canned = Canned::armed(
             &[10, 10],
-            &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))],
+            &[("fra", Some(HostRole::Both)), ("sin", Some(HostRole::Both))],
         );
         for who in 0..2 {
-            canned.beat(who, vec![WELL.so_far(TIER, true)], Live::default());
+            canned.beat(who, vec![WELL.so_far(TIER, true)], LiveSecond::default());
         }
-        canned.beat(1, vec![lossy(100).so_far(TIER + 1, false)], Live::default());
+        canned.beat(
+            1,
+            vec![lossy(100).so_far(TIER + 1, false)],
+            LiveSecond::default(),
+        );
         canned.loses(1);
         canned.ends();
         canned.reports(0, &[WELL, WELL], &[]);
@@ -1179,7 +1206,7 @@ mod tests {
         let knee = merged.knee().unwrap();
         assert_eq!(
             (knee.answer, knee.passed.map(|step| step.participants)),
-            (Answer::NotMeasured, Some(26))
+            (TiersAnswer::NotMeasured, Some(26))
         );
     }
 
@@ -1187,9 +1214,9 @@ mod tests {
     fn a_tier_that_failed_before_somebody_went_missing_has_failed() {
         let mut canned = Canned::armed(
             &[10, 10],
-            &[("fra", Some(Role::Both)), ("sin", Some(Role::Both))],
+            &[("fra", Some(HostRole::Both)), ("sin", Some(HostRole::Both))],
         );
-        canned.beat(1, vec![WELL.so_far(TIER, true)], Live::default());
+        canned.beat(1, vec![WELL.so_far(TIER, true)], LiveSecond::default());
         canned.loses(1);
         canned.ends();
         canned.reports(0, &[lossy(50), WELL], &[]);
@@ -1205,20 +1232,24 @@ mod tests {
         let ended = |invalid: &[usize]| {
             let mut canned = Canned::armed(
                 &[10, 10],
-                &[("fra", Some(Role::Both)), ("sin", Some(Role::Subscribe))],
+                &[
+                    ("fra", Some(HostRole::Both)),
+                    ("sin", Some(HostRole::Subscribe)),
+                ],
             );
-            canned.apply(Entry::Ordered {
+            canned.apply(JournalEntry::Ordered {
                 at_us: canned.now_us,
                 stage: TIER,
                 start_us: canned.now_us,
             });
-            canned.beat(0, vec![WELL.so_far(TIER, false)], Live::default());
+            canned.beat(0, vec![WELL.so_far(TIER, false)], LiveSecond::default());
             canned.breaks(1, TIER, broken);
-            let Some(Entry::Stopping { at_us, reason }) = canned.state.due(canned.now_us) else {
+            let Some(JournalEntry::Stopping { at_us, reason }) = canned.state.due(canned.now_us)
+            else {
                 panic!("it ends for all")
             };
             assert_eq!(reason, format!("'sin': {broken}"));
-            canned.apply(Entry::Stopping { at_us, reason });
+            canned.apply(JournalEntry::Stopping { at_us, reason });
             // Another host found the same, too late to end anything.
             canned.breaks(0, TIER, "the same");
             canned.reports(1, &[QUIET], invalid);
@@ -1246,15 +1277,15 @@ mod tests {
                 .iter()
                 .any(|reason| reason.starts_with("ended early"))
         );
-        assert_eq!(failed.knee().unwrap().answer, Answer::FirstFailed);
+        assert_eq!(failed.knee().unwrap().answer, TiersAnswer::FirstFailed);
         // Of a generator that was the limit it is no news of the server.
         assert_eq!(verdicts(&ended(&[0]))[0], Verdict::Partial);
     }
 
     #[test]
     fn a_run_under_way_is_no_pass() {
-        let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both))]);
-        canned.beat(0, vec![WELL.so_far(TIER, false)], Live::default());
+        let mut canned = Canned::armed(&[10], &[("fra", Some(HostRole::Both))]);
+        canned.beat(0, vec![WELL.so_far(TIER, false)], LiveSecond::default());
         let merged = merged(&canned);
         assert_eq!(merged.tiers[0].cells[0].standing, Standing::Awaited);
         assert_eq!(verdicts(&merged), [Verdict::Partial]);
@@ -1309,35 +1340,35 @@ mod tests {
             let mut record = saw.record();
             change(&mut record);
             let loss = worse_loss([&record.audio, &record.video]);
-            Quality::of_record(&record, loss, &judging)
+            QualityRank::of_record(&record, loss, &judging)
         };
         let fast = Saw {
             rtt_us: 10_000,
             ..WELL
         };
-        assert_eq!(quality(fast, |_| {}), Quality::Excellent);
+        assert_eq!(quality(fast, |_| {}), QualityRank::Excellent);
         assert_eq!(
             quality(WELL, |_| {}),
-            Quality::Good,
+            QualityRank::Good,
             "round trips of more than half of what is allowed"
         );
-        assert_eq!(quality(Saw { lost: 5, ..fast }, |_| {}), Quality::Good);
-        assert_eq!(quality(Saw { lost: 11, ..fast }, |_| {}), Quality::Poor);
+        assert_eq!(quality(Saw { lost: 5, ..fast }, |_| {}), QualityRank::Good);
+        assert_eq!(quality(Saw { lost: 11, ..fast }, |_| {}), QualityRank::Poor);
         assert_eq!(
             quality(fast, |record| record.session.rtt_rtcp.clear()),
-            Quality::Unknown
+            QualityRank::Unknown
         );
         assert_eq!(
             quality(fast, |record| record.audio.frames_expected = 0),
-            Quality::Unknown
+            QualityRank::Unknown
         );
         assert_eq!(
             quality(fast, |record| record.audio.tracks_live = 0),
-            Quality::Lost
+            QualityRank::Lost
         );
         assert_eq!(
             quality(fast, |record| record.session.joins_ok = 0),
-            Quality::Lost
+            QualityRank::Lost
         );
     }
 }

@@ -4,8 +4,8 @@
 
 use std::collections::BTreeMap;
 
-use super::protocol::{Live, ProverId, StageKind};
-use super::state::{Phase, Prober, State};
+use super::protocol::{LiveSecond, ProverId, StageKind};
+use super::state::{ProberState, RunPhase, RunState};
 use crate::server_metrics::book;
 
 /// Rows that are kept; beyond that every second one goes, and from then on half as many come. Two hours of a row each second.
@@ -15,7 +15,7 @@ const STALE_US: u64 = 3_000_000;
 
 /// One second of all hosts that are there, by what each said last. `None`: not known of all of them.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
-pub struct Row {
+pub struct SecondRow {
     /// Seconds since publishers began to join.
     pub t: f64,
     /// The stage under way: `publish`, `baseline`, `tier 1`, .., `stop`, `leave`.
@@ -30,13 +30,13 @@ pub struct Row {
     /// Of all media of the run so far, 0 to 1, at the host that has most of it. Hosts that receive nothing have none.
     pub loss_worst: Option<f64>,
     /// As in the series of one host.
-    pub server: Option<Vec<Option<book::Row>>>,
+    pub server: Option<Vec<Option<book::NodeRow>>>,
 }
 
 /// The rows of a run, of bounded number.
 #[derive(Debug)]
 pub struct Series {
-    rows: Vec<Row>,
+    rows: Vec<SecondRow>,
     most: usize,
     /// One of so many rows is kept.
     stride: usize,
@@ -59,7 +59,7 @@ impl Series {
         }
     }
 
-    pub fn offer(&mut self, row: Row) {
+    pub fn offer(&mut self, row: SecondRow) {
         let is_wanted = self.offered.is_multiple_of(self.stride);
         self.offered += 1;
         if !is_wanted {
@@ -76,14 +76,14 @@ impl Series {
         }
     }
 
-    pub fn into_rows(self) -> Vec<Row> {
+    pub fn into_rows(self) -> Vec<SecondRow> {
         self.rows
     }
 }
 
 /// When one tier was held, in microseconds since 1970 by the coordinator's clock; `None` where nobody said.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct HeldTier {
     pub name: String,
     pub between_us: Option<(u64, u64)>,
 }
@@ -94,44 +94,44 @@ pub struct Seconds {
     /// Of the run; the last one that has a row.
     second: u64,
     /// By stage and host.
-    holds: BTreeMap<u32, BTreeMap<ProverId, Hold>>,
+    holds: BTreeMap<u32, BTreeMap<ProverId, HeldSpan>>,
 }
 
 #[derive(Clone, Copy)]
-struct Hold {
+struct HeldSpan {
     from_us: u64,
     held_us: u64,
 }
 
 impl Seconds {
     /// A row, where a second has gone by.
-    pub fn look(&mut self, state: &State, now_us: u64) -> Option<Row> {
+    pub fn look(&mut self, state: &RunState, now_us: u64) -> Option<SecondRow> {
         self.note_holds(state);
         let began_us = began_us(state)?;
         let since_us = now_us.checked_sub(began_us)?;
         let second = since_us / 1_000_000;
-        let live: Vec<&Prober> = state
+        let live: Vec<&ProberState> = state
             .probers()
             .iter()
             .filter(|prober| prober.is_live())
             .collect();
-        if second <= self.second || live.is_empty() || *state.phase() == Phase::Over {
+        if second <= self.second || live.is_empty() || *state.phase() == RunPhase::Over {
             return None;
         }
         self.second = second;
         // A host that has not told its stage has not been heard by this process.
-        let is_known = |prober: &&Prober| {
+        let is_known = |prober: &&ProberState| {
             prober.stage.is_some() && now_us.saturating_sub(prober.heard_us) <= STALE_US
         };
         let all_known = live.iter().all(is_known);
-        let sum = |of: fn(&Live) -> Option<f64>| {
+        let sum = |of: fn(&LiveSecond) -> Option<f64>| {
             live.iter()
                 .map(|prober| of(&prober.live))
                 .sum::<Option<f64>>()
                 .filter(|_| all_known)
         };
         let losses = live.iter().filter_map(|prober| prober.live.loss);
-        Some(Row {
+        Some(SecondRow {
             t: since_us as f64 / 1e6,
             stage: state.stage_underway().map(|stage| stage.name.clone()),
             hosts: live.len(),
@@ -151,7 +151,7 @@ impl Seconds {
     }
 
     /// A host says for how long it has held, some time after it looked: the earliest beginning that follows is the nearest.
-    fn note_holds(&mut self, state: &State) {
+    fn note_holds(&mut self, state: &RunState) {
         let under_way = state.underway().map(|underway| underway.stage);
         for prober in state.probers() {
             for (stage, tier) in &prober.tiers {
@@ -162,14 +162,14 @@ impl Seconds {
                     hold.from_us = hold.from_us.min(from_us);
                     hold.held_us = held_us;
                 } else if under_way == Some(*stage) {
-                    holds.insert(prober.id.clone(), Hold { from_us, held_us });
+                    holds.insert(prober.id.clone(), HeldSpan { from_us, held_us });
                 }
             }
         }
     }
 
     /// When all hosts held each of the tiers that began, to about a second.
-    pub fn held(&self, state: &State) -> Vec<Held> {
+    pub fn held(&self, state: &RunState) -> Vec<HeldTier> {
         let begun = state
             .orders()
             .iter()
@@ -184,7 +184,7 @@ impl Seconds {
             };
             let from_us = holds().map(|hold| hold.from_us).max();
             let to_us = holds().map(|hold| hold.from_us + hold.held_us).min();
-            Held {
+            HeldTier {
                 name: stage.name.clone(),
                 between_us: from_us
                     .zip(to_us)
@@ -196,7 +196,7 @@ impl Seconds {
 }
 
 /// When publishers began to join, in microseconds since 1970.
-pub fn began_us(state: &State) -> Option<u64> {
+pub fn began_us(state: &RunState) -> Option<u64> {
     state.orders().first().map(|order| order.start_us)
 }
 
@@ -205,24 +205,24 @@ mod tests {
     use super::*;
     use crate::coordinator::canned::{Canned, START_US, TIER, WELL};
     use crate::coordinator::protocol::TierSoFar;
-    use crate::coordinator::state::Entry;
-    use crate::plan::Role;
+    use crate::coordinator::state::JournalEntry;
+    use crate::plan::HostRole;
 
-    fn live(participants: u32) -> Live {
-        Live {
+    fn live(participants: u32) -> LiveSecond {
+        LiveSecond {
             participants,
             packets_sent_per_second: Some(50.0),
             packets_received_per_second: Some(500.0),
             bits_sent_per_second: Some(8_000.0),
             bits_received_per_second: Some(80_000.0),
             loss: Some(f64::from(participants) / 100.0),
-            ..Live::default()
+            ..LiveSecond::default()
         }
     }
 
     fn ordered(canned: &mut Canned, stage: u32) {
         let at_us = canned.now_us;
-        canned.apply(Entry::Ordered {
+        canned.apply(JournalEntry::Ordered {
             at_us,
             stage,
             start_us: at_us,
@@ -233,7 +233,7 @@ mod tests {
     fn two() -> Canned {
         let mut canned = Canned::armed(
             &[10],
-            &[("fra", Some(Role::Both)), ("ams", Some(Role::Both))],
+            &[("fra", Some(HostRole::Both)), ("ams", Some(HostRole::Both))],
         );
         ordered(&mut canned, 0);
         canned
@@ -294,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_host_that_tells_nothing_of_media_makes_the_sum_unknown() {
-        let mut canned = Canned::armed(&[10], &[("fra", Some(Role::Both)), ("vg", None)]);
+        let mut canned = Canned::armed(&[10], &[("fra", Some(HostRole::Both)), ("vg", None)]);
         ordered(&mut canned, 0);
         canned.beat(0, tier(1.0, false), live(3));
         let row = Seconds::default()
@@ -319,7 +319,7 @@ mod tests {
         hear(&mut canned, 1, 3.0, true);
         assert_eq!(
             seconds.held(&canned.state),
-            [Held {
+            [HeldTier {
                 name: "tier 1".into(),
                 between_us: Some((START_US + 1_800_000, START_US + 3_400_000)),
             }]
@@ -332,9 +332,9 @@ mod tests {
     fn a_long_run_has_fewer_rows_and_each_is_still_of_its_second() {
         let mut series = Series::of_at_most(4);
         for second in 1..=20 {
-            series.offer(Row {
+            series.offer(SecondRow {
                 t: f64::from(second),
-                ..Row::default()
+                ..SecondRow::default()
             });
         }
         let rows: Vec<f64> = series.into_rows().iter().map(|row| row.t).collect();

@@ -28,16 +28,16 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
-use super::access::{Access, Denied};
-use super::desk::{Desk, DeskHandle, Failure};
+use super::access::{CoordinatorAccess, Denied};
+use super::desk::{Desk, DeskFailure, DeskHandle};
 use super::document::{self, About};
 use super::page;
 use super::protocol::{
-    self, BEAT_BYTES_MAX, Beat, Malformed, Message, REGISTER_BYTES_MAX, REPORT_BYTES_MAX, Refusal,
-    Register, Report, TokensRequest,
+    self, BEAT_BYTES_MAX, BeatMessage, MalformedMessage, ProberReport, ProtocolMessage,
+    REGISTER_BYTES_MAX, REPORT_BYTES_MAX, RefusalMessage, Register, TokensRequest,
 };
 use super::result::Merged;
-use super::state::{Phase, Refused, State};
+use super::state::{RefusedRequest, RunPhase, RunState};
 use super::tokens::Mint;
 use crate::http::{self, Limits};
 use crate::plan::Plan;
@@ -133,14 +133,14 @@ pub fn tls(certificate: &Path, key: &Path) -> Result<TlsAcceptor, String> {
 #[derive(Clone)]
 pub struct Site {
     pub desk: DeskHandle,
-    access: Arc<Access>,
+    access: Arc<CoordinatorAccess>,
     /// `None`: there is no API key to sign with.
     mint: Option<Arc<Mint>>,
     /// A permit for each byte of a body that is being read.
     bodies: Arc<Semaphore>,
     refused_connections: Arc<AtomicU64>,
     exhibit: Arc<Exhibit>,
-    shown: Arc<Mutex<Option<Shown>>>,
+    shown: Arc<Mutex<Option<ShownResult>>>,
 }
 
 /// What a result says of the run beside what the hosts measured.
@@ -170,13 +170,18 @@ impl Exhibit {
 }
 
 /// A result that has been merged: to merge takes time, and whoever asks in the same second gets the same.
-struct Shown {
+struct ShownResult {
     at: Instant,
     body: Bytes,
 }
 
 impl Site {
-    pub fn new(desk: DeskHandle, access: Access, mint: Option<Mint>, exhibit: Exhibit) -> Site {
+    pub fn new(
+        desk: DeskHandle,
+        access: CoordinatorAccess,
+        mint: Option<Mint>,
+        exhibit: Exhibit,
+    ) -> Site {
         Site {
             desk,
             access: Arc::new(access),
@@ -189,7 +194,7 @@ impl Site {
     }
 
     /// What there is so far. One at a time merges, on a thread that may take its time.
-    async fn result(&self) -> Result<Bytes, Answer> {
+    async fn result(&self) -> Result<Bytes, RefusalAnswer> {
         let mut shown = self.shown.lock().await;
         if let Some(shown) = shown
             .as_ref()
@@ -211,13 +216,13 @@ impl Site {
             ))
         });
         let failed = |_| {
-            Answer::refusal(
+            RefusalAnswer::refusal(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "the result cannot be merged".to_owned(),
             )
         };
         let body = merging.await.map_err(failed)?;
-        *shown = Some(Shown {
+        *shown = Some(ShownResult {
             at: Instant::now(),
             body: body.clone(),
         });
@@ -225,9 +230,9 @@ impl Site {
     }
 
     /// The whole body, unless it is too long, too slow, or one too many.
-    async fn body(&self, request: Request, most: usize) -> Result<Received, Answer> {
+    async fn body(&self, request: Request, most: usize) -> Result<ReceivedBody, RefusalAnswer> {
         let too_long = || {
-            Answer::refusal(
+            RefusalAnswer::refusal(
                 StatusCode::PAYLOAD_TOO_LARGE,
                 format!("a body of more than {most} bytes"),
             )
@@ -236,11 +241,11 @@ impl Site {
             return Err(too_long());
         }
         let mut stream = request.into_body().into_data_stream();
-        let mut received = Received::default();
+        let mut received = ReceivedBody::default();
         let read = async {
             while let Some(part) = stream.next().await {
                 let part = part.map_err(|_| {
-                    Answer::refusal(
+                    RefusalAnswer::refusal(
                         StatusCode::BAD_REQUEST,
                         "the body ended too early".to_owned(),
                     )
@@ -253,7 +258,7 @@ impl Site {
                     .clone()
                     .try_acquire_many_owned(part.len() as u32);
                 let room = room.map_err(|_| {
-                    Answer::refusal(
+                    RefusalAnswer::refusal(
                         StatusCode::SERVICE_UNAVAILABLE,
                         "too much is being sent at once: try again".to_owned(),
                     )
@@ -265,7 +270,7 @@ impl Site {
         };
         let timely = tokio::time::timeout(BODY_TIMEOUT, read).await;
         timely.unwrap_or_else(|_| {
-            Err(Answer::refusal(
+            Err(RefusalAnswer::refusal(
                 StatusCode::REQUEST_TIMEOUT,
                 "the body took too long".to_owned(),
             ))
@@ -273,64 +278,68 @@ impl Site {
         Ok(received)
     }
 
-    async fn read<M: Message>(&self, request: Request, most: usize) -> Result<M, Answer> {
+    async fn read<M: ProtocolMessage>(
+        &self,
+        request: Request,
+        most: usize,
+    ) -> Result<M, RefusalAnswer> {
         let received = self.body(request, most).await?;
-        protocol::read(&received.bytes).map_err(Answer::from)
+        protocol::read(&received.bytes).map_err(RefusalAnswer::from)
     }
 }
 
 /// A body, and its share of what may be read at once.
 #[derive(Default)]
-struct Received {
+struct ReceivedBody {
     bytes: Vec<u8>,
     room: Vec<OwnedSemaphorePermit>,
 }
 
 /// An answer that is not what was asked for.
-struct Answer {
+struct RefusalAnswer {
     status: StatusCode,
-    refusal: Refusal,
+    refusal: RefusalMessage,
 }
 
-impl Answer {
-    fn refusal(status: StatusCode, error: String) -> Answer {
-        Answer {
+impl RefusalAnswer {
+    fn refusal(status: StatusCode, error: String) -> RefusalAnswer {
+        RefusalAnswer {
             status,
-            refusal: Refusal { error },
+            refusal: RefusalMessage { error },
         }
     }
 }
 
-impl From<Malformed> for Answer {
-    fn from(malformed: Malformed) -> Answer {
-        Answer::refusal(StatusCode::BAD_REQUEST, malformed.to_string())
+impl From<MalformedMessage> for RefusalAnswer {
+    fn from(malformed: MalformedMessage) -> RefusalAnswer {
+        RefusalAnswer::refusal(StatusCode::BAD_REQUEST, malformed.to_string())
     }
 }
 
-impl From<Failure> for Answer {
-    fn from(failure: Failure) -> Answer {
+impl From<DeskFailure> for RefusalAnswer {
+    fn from(failure: DeskFailure) -> RefusalAnswer {
         let status = match &failure {
-            Failure::Refused(Refused::Malformed(_)) => StatusCode::BAD_REQUEST,
-            Failure::Refused(Refused::Unknown(_)) => StatusCode::NOT_FOUND,
-            Failure::Refused(Refused::Conflict(_)) => StatusCode::CONFLICT,
-            Failure::NotJournaled(_) | Failure::Closing => StatusCode::SERVICE_UNAVAILABLE,
+            DeskFailure::Refused(RefusedRequest::Malformed(_)) => StatusCode::BAD_REQUEST,
+            DeskFailure::Refused(RefusedRequest::Unknown(_)) => StatusCode::NOT_FOUND,
+            DeskFailure::Refused(RefusedRequest::Conflict(_)) => StatusCode::CONFLICT,
+            DeskFailure::NotJournaled(_) | DeskFailure::Closing => StatusCode::SERVICE_UNAVAILABLE,
         };
         let text = match failure {
-            Failure::Refused(refused) => refused.to_string(),
-            Failure::NotJournaled(problem) => format!("{problem}: not taken, try again"),
-            Failure::Closing => "the coordinator is going".to_owned(),
+            DeskFailure::Refused(refused) => refused.to_string(),
+            DeskFailure::NotJournaled(problem) => format!("{problem}: not taken, try again"),
+            DeskFailure::Closing => "the coordinator is going".to_owned(),
         };
-        Answer::refusal(status, text)
+        RefusalAnswer::refusal(status, text)
     }
 }
 
-impl From<Denied> for Answer {
-    fn from(denied: Denied) -> Answer {
-        Answer::refusal(StatusCode::UNAUTHORIZED, denied.text().to_owned())
+impl From<Denied> for RefusalAnswer {
+    fn from(denied: Denied) -> RefusalAnswer {
+        RefusalAnswer::refusal(StatusCode::UNAUTHORIZED, denied.text().to_owned())
     }
 }
 
-impl IntoResponse for Answer {
+impl IntoResponse for RefusalAnswer {
     fn into_response(self) -> Response {
         let mut response = (self.status, json(&self.refusal)).into_response();
         if self.status == StatusCode::UNAUTHORIZED {
@@ -354,7 +363,7 @@ fn json(message: &impl Serialize) -> Response {
     }
 }
 
-type Answered = Result<Response, Answer>;
+type Answered = Result<Response, RefusalAnswer>;
 
 /// All that is served.
 pub fn routes(site: Site) -> Router {
@@ -388,7 +397,7 @@ async fn must_be_admitted(
 ) -> Response {
     match site.access.admits(&headers) {
         Ok(()) => next.run(request).await,
-        Err(denied) => Answer::from(denied).into_response(),
+        Err(denied) => RefusalAnswer::from(denied).into_response(),
     }
 }
 
@@ -423,7 +432,7 @@ async fn next_event(
 ) -> Option<(Result<String, Infallible>, Option<Watching>)> {
     let (site, mut interval) = watching?;
     interval.tick().await;
-    let show = |state: &State, now_us: u64, exhibit: &Exhibit, merged: Option<&Merged>| {
+    let show = |state: &RunState, now_us: u64, exhibit: &Exhibit, merged: Option<&Merged>| {
         let target = exhibit.plan.target.to_string();
         page::event(
             state,
@@ -436,7 +445,7 @@ async fn next_event(
     };
     let exhibit = site.exhibit.clone();
     let under_way = move |desk: &mut Desk| match desk.state.phase() {
-        Phase::Over => Err(Box::new((desk.state.clone(), desk.now_us()))),
+        RunPhase::Over => Err(Box::new((desk.state.clone(), desk.now_us()))),
         _ => Ok(show(&desk.state, desk.now_us(), &exhibit, None)),
     };
     match site.desk.call(under_way).await.ok()? {
@@ -490,13 +499,22 @@ async fn tokens(
     let request: TokensRequest = site.read(request, REGISTER_BYTES_MAX).await?;
     let job = site.desk.call(move |desk| desk.job(&id)).await??;
     let mint = site.mint.as_ref().ok_or_else(|| {
-        Refused::Conflict("this coordinator has no API key: give each prober its own".to_owned())
+        RefusedRequest::Conflict(
+            "this coordinator has no API key: give each prober its own".to_owned(),
+        )
     });
     let job = job.throng.ok_or_else(|| {
-        Refused::Conflict("not everybody is in yet: ask for the job until it is ready".to_owned())
+        RefusedRequest::Conflict(
+            "not everybody is in yet: ask for the job until it is ready".to_owned(),
+        )
     });
-    let (mint, job) = (mint.map_err(Failure::from)?, job.map_err(Failure::from)?);
-    Ok(json(&mint.tokens(&job, request).map_err(Failure::from)?))
+    let (mint, job) = (
+        mint.map_err(DeskFailure::from)?,
+        job.map_err(DeskFailure::from)?,
+    );
+    Ok(json(
+        &mint.tokens(&job, request).map_err(DeskFailure::from)?,
+    ))
 }
 
 async fn beat(
@@ -505,7 +523,7 @@ async fn beat(
     request: Request,
 ) -> Answered {
     let received_at_us = site.desk.now_us();
-    let beat: Beat = site.read(request, BEAT_BYTES_MAX).await?;
+    let beat: BeatMessage = site.read(request, BEAT_BYTES_MAX).await?;
     let mut reply = site
         .desk
         .call(move |desk| desk.beat(&id, &beat, received_at_us))
@@ -519,7 +537,7 @@ async fn report(
     extract::Path(id): extract::Path<String>,
     request: Request,
 ) -> Answered {
-    let report: Report = site.read(request, REPORT_BYTES_MAX).await?;
+    let report: ProberReport = site.read(request, REPORT_BYTES_MAX).await?;
     let reported = site
         .desk
         .call(move |desk| desk.report(&id, &report))

@@ -1,9 +1,9 @@
 //! A run over many hosts as a state machine: without sockets, files or clocks.
 //!
-//! What probers say is looked at first ([`State::register`], [`State::beat`], ..), which changes nothing and says what is to be remembered: an [`Entry`]. The caller writes it to the
-//! journal and only then lets it come true ([`State::apply`]). So does it with what time brings about ([`State::due`]). A state is therefore what its entries make it, and the same
+//! What probers say is looked at first ([`RunState::register`], [`RunState::beat`], ..), which changes nothing and says what is to be remembered: an [`JournalEntry`]. The caller writes it to the
+//! journal and only then lets it come true ([`RunState::apply`]). So does it with what time brings about ([`RunState::due`]). A state is therefore what its entries make it, and the same
 //! entries make the same state: that is how a coordinator that was killed goes on. What need not outlive the process (who was heard when, the last second's figures) takes the shorter
-//! way of [`State::hear`].
+//! way of [`RunState::hear`].
 //!
 //! Times are microseconds since 1970 by the coordinator's clock, which never steps while it lives.
 //!
@@ -14,12 +14,13 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use super::clock::{ClockEstimate, Offset};
-use super::place::{Load, Placed};
+use super::place::{HostsLoad, PlacedHosts};
 use super::protocol::{
-    self, Beat, BeatReply, Exchange, FrameCount, Job, JobReply, Live, Order, ProverId, Register,
-    Registered, Report, Reported, Stage, StageKind, Start, TierSoFar, VantageClock, WireJudging,
+    self, BeatMessage, BeatReply, Exchange, FrameCountEntry, Job, JobReply, LiveSecond, Order,
+    ProberReport, ProverId, Register, Registered, Reported, SharedStage, StageKind, Start,
+    TierSoFar, VantageClock, WireJudging,
 };
-use crate::plan::Vantage;
+use crate::plan::VantagePlan;
 
 /// A stage is ordered so much ahead, that everybody hears of it in time: waiting probers ask five times a second.
 const LEAD_US: u64 = 2_000_000;
@@ -44,11 +45,11 @@ pub enum OnMissing {
 
 /// All that is fixed before the first prober comes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Setup {
+pub struct RunSetup {
     pub run_tag: u32,
     pub expect: u32,
     pub on_missing: OnMissing,
-    pub load: Load,
+    pub load: HostsLoad,
     pub judging: WireJudging,
     /// The server under test, where probers need not know it by themselves.
     pub url: Option<String>,
@@ -62,8 +63,8 @@ pub struct Setup {
     pub gather_us: u64,
 }
 
-impl Setup {
-    /// A prober that hears nothing of its coordinator for so long ends its load. Longer than [`Setup::silence_us`]: a coordinator has to be started again by somebody.
+impl RunSetup {
+    /// A prober that hears nothing of its coordinator for so long ends its load. Longer than [`RunSetup::silence_us`]: a coordinator has to be started again by somebody.
     pub fn patience_us(&self) -> u64 {
         self.silence_us.saturating_mul(4)
     }
@@ -72,7 +73,7 @@ impl Setup {
 /// What is remembered: a line of the journal.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "entry", rename_all = "snake_case")]
-pub enum Entry {
+pub enum JournalEntry {
     Registered {
         at_us: u64,
         prover_id: ProverId,
@@ -104,7 +105,7 @@ pub enum Entry {
         prover_id: ProverId,
         seq: u64,
         tiers: Vec<TierSoFar>,
-        frames: Vec<FrameCount>,
+        frames: Vec<FrameCountEntry>,
         starts: Vec<Start>,
         invalid: Vec<String>,
         #[serde(default)]
@@ -123,7 +124,7 @@ pub enum Entry {
     Reported {
         at_us: u64,
         prover_id: ProverId,
-        report: Box<Report>,
+        report: Box<ProberReport>,
     },
     /// Nothing more is to come.
     Over {
@@ -133,7 +134,7 @@ pub enum Entry {
 
 /// Why something is refused, by what the asker can do about it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub enum RefusedRequest {
     /// It cannot be understood, or contradicts itself.
     #[error("{0}")]
     Malformed(String),
@@ -147,7 +148,7 @@ pub enum Refused {
 
 /// Where a run is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub enum RunPhase {
     /// Probers are being waited for.
     Gathering,
     Running,
@@ -156,13 +157,13 @@ pub enum Phase {
     Over,
 }
 
-impl Phase {
+impl RunPhase {
     pub const fn name(&self) -> &'static str {
         match self {
-            Phase::Gathering => "gathering",
-            Phase::Running => "running",
-            Phase::Stopping => "stopping",
-            Phase::Over => "over",
+            RunPhase::Gathering => "gathering",
+            RunPhase::Running => "running",
+            RunPhase::Stopping => "stopping",
+            RunPhase::Over => "over",
         }
     }
 }
@@ -176,7 +177,7 @@ pub struct Underway {
 
 /// A prober, and all that it has said.
 #[derive(Clone, Debug)]
-pub struct Prober {
+pub struct ProberState {
     pub id: ProverId,
     pub vantage: String,
     pub register: Register,
@@ -191,7 +192,7 @@ pub struct Prober {
     /// By origin, track and layer.
     pub frames: BTreeMap<(u32, u8, u8), Counted>,
     /// Answers that it may yet say it heard, the latest last.
-    answers: VecDeque<Answer>,
+    answers: VecDeque<BeatAnswer>,
     /// The state of all frame counts that it is known to have heard.
     frames_heard: u64,
     /// By how much it began each stage late, in microseconds.
@@ -199,21 +200,21 @@ pub struct Prober {
     pub invalid: Vec<String>,
     /// The threshold that did not hold on this host, and ends the run.
     pub broken: Option<String>,
-    pub live: Live,
+    pub live: LiveSecond,
     pub clock: ClockEstimate,
     /// Its last sign of life.
     pub heard_us: u64,
     /// What silence counts from: its last sign of life, or later, where there was a time in which nobody listened.
     silent_since_us: u64,
-    pub gone: Option<Gone>,
-    pub report: Option<Report>,
+    pub gone: Option<GoneProber>,
+    pub report: Option<ProberReport>,
     /// It reported before the others had finished.
     pub left_early: bool,
 }
 
 /// Why the run goes on without a prober.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Gone {
+pub struct GoneProber {
     pub at_us: u64,
     pub last_heard_us: u64,
     pub why: String,
@@ -228,7 +229,7 @@ pub struct Counted {
 
 /// One answer to a beat: its time is how the prober names it, in the next beat's exchange.
 #[derive(Clone, Copy, Debug)]
-struct Answer {
+struct BeatAnswer {
     replied_at_us: u64,
     frames_version: u64,
 }
@@ -236,11 +237,11 @@ struct Answer {
 /// Answers under way to one prober. It waits for one before it asks again, so one is enough where none is lost.
 const ANSWERS_MAX: usize = 8;
 
-fn frame_count((origin, track, layer): &(u32, u8, u8), counted: &Counted) -> FrameCount {
-    FrameCount(*origin, *track, *layer, counted.count)
+fn frame_count((origin, track, layer): &(u32, u8, u8), counted: &Counted) -> FrameCountEntry {
+    FrameCountEntry(*origin, *track, *layer, counted.count)
 }
 
-impl Prober {
+impl ProberState {
     /// `voicegw`'s: it is told where and when, and reports.
     pub fn is_legacy(&self) -> bool {
         self.register.protocol.is_none()
@@ -266,7 +267,7 @@ impl Prober {
         self.frames_heard = heard.map_or(0, |answer| answer.frames_version);
     }
 
-    fn note_answer(&mut self, answer: Answer) {
+    fn note_answer(&mut self, answer: BeatAnswer) {
         if self.answers.len() == ANSWERS_MAX {
             self.answers.pop_front();
         }
@@ -274,9 +275,9 @@ impl Prober {
     }
 
     /// All its beats in one.
-    fn said(&self) -> Entry {
+    fn said(&self) -> JournalEntry {
         let frames = self.frames.iter();
-        Entry::Beat {
+        JournalEntry::Beat {
             at_us: self.heard_us,
             prover_id: self.id.clone(),
             seq: self.seq,
@@ -297,8 +298,8 @@ impl Prober {
         }
     }
 
-    fn went(&self) -> Option<Entry> {
-        self.gone.as_ref().map(|gone| Entry::Missing {
+    fn went(&self) -> Option<JournalEntry> {
+        self.gone.as_ref().map(|gone| JournalEntry::Missing {
             at_us: gone.at_us,
             prover_id: self.id.clone(),
             last_heard_us: gone.last_heard_us,
@@ -306,8 +307,8 @@ impl Prober {
         })
     }
 
-    fn reported(&self) -> Option<Entry> {
-        self.report.as_ref().map(|report| Entry::Reported {
+    fn reported(&self) -> Option<JournalEntry> {
+        self.report.as_ref().map(|report| JournalEntry::Reported {
             at_us: self.heard_us,
             prover_id: self.id.clone(),
             report: Box::new(report.clone()),
@@ -317,15 +318,15 @@ impl Prober {
 
 /// A run over many hosts.
 #[derive(Clone)]
-pub struct State {
-    setup: Setup,
+pub struct RunState {
+    setup: RunSetup,
     /// Of this process.
     life: u64,
     /// Goes up with every change of any frame count, in this process.
     frames_version: u64,
-    probers: Vec<Prober>,
-    phase: Phase,
-    placed: Option<Placed>,
+    probers: Vec<ProberState>,
+    phase: RunPhase,
+    placed: Option<PlacedHosts>,
     rooms: Option<Vec<String>>,
     /// The last one is under way.
     orders: Vec<Underway>,
@@ -339,14 +340,14 @@ pub struct State {
     looked_us: u64,
 }
 
-impl State {
-    pub fn new(setup: Setup, life: u64, now_us: u64) -> State {
-        State {
+impl RunState {
+    pub fn new(setup: RunSetup, life: u64, now_us: u64) -> RunState {
+        RunState {
             setup,
             life,
             frames_version: 0,
             probers: Vec::new(),
-            phase: Phase::Gathering,
+            phase: RunPhase::Gathering,
             placed: None,
             rooms: None,
             orders: Vec::new(),
@@ -378,21 +379,21 @@ impl State {
         }
     }
 
-    pub fn setup(&self) -> &Setup {
+    pub fn setup(&self) -> &RunSetup {
         &self.setup
     }
 
-    pub fn phase(&self) -> &Phase {
+    pub fn phase(&self) -> &RunPhase {
         &self.phase
     }
 
     /// In the order of their registration.
-    pub fn probers(&self) -> &[Prober] {
+    pub fn probers(&self) -> &[ProberState] {
         &self.probers
     }
 
     /// Once everybody is in.
-    pub fn placed(&self) -> Option<&Placed> {
+    pub fn placed(&self) -> Option<&PlacedHosts> {
         self.placed.as_ref()
     }
 
@@ -401,7 +402,7 @@ impl State {
     }
 
     /// The one that was ordered last, with the subscribers of the first player.
-    pub fn stage_underway(&self) -> Option<&Stage> {
+    pub fn stage_underway(&self) -> Option<&SharedStage> {
         self.stages().get(self.underway()?.stage as usize)
     }
 
@@ -413,7 +414,7 @@ impl State {
     /// Everybody is in, and the rooms are not there yet.
     pub fn wants_rooms(&self) -> bool {
         self.setup.rooms_made
-            && self.phase == Phase::Running
+            && self.phase == RunPhase::Running
             && self.placed.is_some()
             && self.rooms.is_none()
     }
@@ -443,7 +444,7 @@ impl State {
     }
 
     /// The stages, with the subscribers of the first player.
-    pub fn stages(&self) -> &[Stage] {
+    pub fn stages(&self) -> &[SharedStage] {
         self.placed
             .as_ref()
             .and_then(|placed| placed.stages.first())
@@ -474,13 +475,13 @@ impl State {
         self.armed_us.is_some() && self.probers.iter().all(|prober| prober.report.is_some())
     }
 
-    pub fn find(&self, id: &str) -> Result<usize, Refused> {
+    pub fn find(&self, id: &str) -> Result<usize, RefusedRequest> {
         let found = self
             .probers
             .iter()
             .position(|prober| prober.id.as_str() == id);
         found.ok_or_else(|| {
-            Refused::Unknown("no prober of this run has this id: register first".to_owned())
+            RefusedRequest::Unknown("no prober of this run has this id: register first".to_owned())
         })
     }
 
@@ -493,12 +494,12 @@ impl State {
         now_us: u64,
         register: &Register,
         fresh: ProverId,
-    ) -> Result<(Registered, Vec<Entry>), Refused> {
+    ) -> Result<(Registered, Vec<JournalEntry>), RefusedRequest> {
         if let Some(version) = register
             .protocol
             .filter(|version| *version != protocol::VERSION)
         {
-            return Err(Refused::Conflict(
+            return Err(RefusedRequest::Conflict(
                 protocol::other_version("prober", version, "coordinator").to_string(),
             ));
         }
@@ -507,7 +508,7 @@ impl State {
             expected: self.setup.expect,
             protocol: Some(protocol::VERSION),
         };
-        let same_process = |prober: &&Prober| {
+        let same_process = |prober: &&ProberState| {
             register.instance.is_some() && prober.register.instance == register.instance
         };
         if let Some(known) = self.probers.iter().find(same_process) {
@@ -528,20 +529,20 @@ impl State {
         let mut entries = Vec::new();
         if let Some(namesake) = namesake {
             if now_us.saturating_sub(namesake.silent_since_us) < self.setup.silence_us {
-                return Err(Refused::Conflict(format!(
+                return Err(RefusedRequest::Conflict(format!(
                     "another prober calls itself '{vantage}': give each host a --vantage of its own (or, if that one has died, try again in {} s)",
                     self.setup.silence_us / 1_000_000
                 )));
             }
-            entries.push(Entry::Left {
+            entries.push(JournalEntry::Left {
                 at_us: now_us,
                 prover_id: namesake.id.clone(),
             });
         } else if self.probers.len() >= self.setup.expect as usize {
-            return Err(Refused::Conflict(self.full()));
+            return Err(RefusedRequest::Conflict(self.full()));
         }
         self.must_be_playable(register, namesake)?;
-        entries.push(Entry::Registered {
+        entries.push(JournalEntry::Registered {
             at_us: now_us,
             prover_id: fresh.clone(),
             vantage,
@@ -569,16 +570,20 @@ impl State {
         )
     }
 
-    fn must_be_open(&self, vantage: &str, namesake: Option<&Prober>) -> Result<(), Refused> {
+    fn must_be_open(
+        &self,
+        vantage: &str,
+        namesake: Option<&ProberState>,
+    ) -> Result<(), RefusedRequest> {
         match (&self.phase, namesake) {
-            (Phase::Gathering, _) => Ok(()),
-            (Phase::Over | Phase::Stopping, _) => Err(Refused::Conflict(
+            (RunPhase::Gathering, _) => Ok(()),
+            (RunPhase::Over | RunPhase::Stopping, _) => Err(RefusedRequest::Conflict(
                 "the run is over: start another one".to_owned(),
             )),
-            (Phase::Running, Some(_)) => Err(Refused::Conflict(format!(
+            (RunPhase::Running, Some(_)) => Err(RefusedRequest::Conflict(format!(
                 "the run is under way, and '{vantage}' was in it: a prober that is started again cannot go on, the run goes on without it"
             ))),
-            (Phase::Running, None) => Err(Refused::Conflict(self.full())),
+            (RunPhase::Running, None) => Err(RefusedRequest::Conflict(self.full())),
         }
     }
 
@@ -586,8 +591,8 @@ impl State {
     fn must_be_playable(
         &self,
         register: &Register,
-        replaced: Option<&Prober>,
-    ) -> Result<(), Refused> {
+        replaced: Option<&ProberState>,
+    ) -> Result<(), RefusedRequest> {
         let others = self
             .probers
             .iter()
@@ -607,7 +612,7 @@ impl State {
                 .load
                 .place(vantages)
                 .map(drop)
-                .map_err(Refused::Conflict),
+                .map_err(RefusedRequest::Conflict),
         }
     }
 
@@ -615,10 +620,15 @@ impl State {
     ///
     /// # Errors
     /// Which leave everything as it is.
-    pub fn beat(&self, now_us: u64, who: usize, beat: &Beat) -> Result<Option<Entry>, Refused> {
+    pub fn beat(
+        &self,
+        now_us: u64,
+        who: usize,
+        beat: &BeatMessage,
+    ) -> Result<Option<JournalEntry>, RefusedRequest> {
         let prober = &self.probers[who];
         let (Some(player), Some(placed)) = (prober.player, &self.placed) else {
-            return Err(Refused::Conflict(
+            return Err(RefusedRequest::Conflict(
                 "not everybody is in yet: ask for the job until it is ready".to_owned(),
             ));
         };
@@ -629,7 +639,7 @@ impl State {
         let has_counts =
             !beat.tiers.is_empty() || !beat.frames.is_empty() || !beat.starts.is_empty();
         let has_news = has_counts || beat.invalid != prober.invalid || beat.broken != prober.broken;
-        Ok(has_news.then(|| Entry::Beat {
+        Ok(has_news.then(|| JournalEntry::Beat {
             at_us: now_us,
             prover_id: prober.id.clone(),
             seq: beat.seq,
@@ -641,8 +651,13 @@ impl State {
         }))
     }
 
-    fn must_make_sense(&self, beat: &Beat, placed: &Placed, player: u32) -> Result<(), Refused> {
-        let malformed = |why: &str| Err(Refused::Malformed(why.to_owned()));
+    fn must_make_sense(
+        &self,
+        beat: &BeatMessage,
+        placed: &PlacedHosts,
+        player: u32,
+    ) -> Result<(), RefusedRequest> {
+        let malformed = |why: &str| Err(RefusedRequest::Malformed(why.to_owned()));
         let stages = &placed.stages[player as usize];
         let is_stage = |stage: u32| (stage as usize) < stages.len();
         let is_held = |stage: u32| {
@@ -662,7 +677,7 @@ impl State {
         if !named.into_iter().all(is_stage) {
             return malformed("a stage that this run does not have");
         }
-        let is_own = |count: &FrameCount| {
+        let is_own = |count: &FrameCountEntry| {
             placed.part.owner(count.0) == Some(player as usize)
                 && count.1 <= 1
                 && count.2 < 8
@@ -677,7 +692,7 @@ impl State {
     }
 
     /// A sign of life, and what is known from it for as long as this process lives. Comes after the beat's entry was applied.
-    pub fn hear(&mut self, now_us: u64, who: usize, beat: &Beat) {
+    pub fn hear(&mut self, now_us: u64, who: usize, beat: &BeatMessage) {
         let life = self.life;
         let prober = &mut self.probers[who];
         (prober.heard_us, prober.silent_since_us) = (now_us, now_us);
@@ -711,11 +726,11 @@ impl State {
         &self,
         now_us: u64,
         who: usize,
-        report: &Report,
-    ) -> Result<Option<Entry>, Refused> {
+        report: &ProberReport,
+    ) -> Result<Option<JournalEntry>, RefusedRequest> {
         let prober = &self.probers[who];
         if self.armed_us.is_none() {
-            return Err(Refused::Conflict(
+            return Err(RefusedRequest::Conflict(
                 "nothing has begun that could be reported".to_owned(),
             ));
         }
@@ -732,12 +747,12 @@ impl State {
                 })
             };
             if !full.tiers.iter().all(|tier| is_held(tier.measured.stage)) {
-                return Err(Refused::Malformed(
+                return Err(RefusedRequest::Malformed(
                     "throng.tiers: a stage that is no tier of this run".to_owned(),
                 ));
             }
         }
-        Ok(Some(Entry::Reported {
+        Ok(Some(JournalEntry::Reported {
             at_us: now_us,
             prover_id: prober.id.clone(),
             report: Box::new(report.clone()),
@@ -745,20 +760,22 @@ impl State {
     }
 
     /// A prober was ended before it had anything to report; nothing if that makes no difference any more.
-    pub fn leave(&self, now_us: u64, who: usize) -> Option<Entry> {
+    pub fn leave(&self, now_us: u64, who: usize) -> Option<JournalEntry> {
         let prober = &self.probers[who];
         match self.phase {
-            Phase::Gathering => Some(Entry::Left {
+            RunPhase::Gathering => Some(JournalEntry::Left {
                 at_us: now_us,
                 prover_id: prober.id.clone(),
             }),
-            Phase::Running | Phase::Stopping if prober.is_live() => Some(Entry::Missing {
-                at_us: now_us,
-                prover_id: prober.id.clone(),
-                last_heard_us: now_us,
-                why: "it was ended there".to_owned(),
-            }),
-            Phase::Running | Phase::Stopping | Phase::Over => None,
+            RunPhase::Running | RunPhase::Stopping if prober.is_live() => {
+                Some(JournalEntry::Missing {
+                    at_us: now_us,
+                    prover_id: prober.id.clone(),
+                    last_heard_us: now_us,
+                    why: "it was ended there".to_owned(),
+                })
+            }
+            RunPhase::Running | RunPhase::Stopping | RunPhase::Over => None,
         }
     }
 
@@ -770,29 +787,31 @@ impl State {
     }
 
     /// Somebody wants the run to end; nothing if it is ending already.
-    pub fn cancel(&self, now_us: u64, reason: &str) -> Option<Entry> {
-        matches!(self.phase, Phase::Gathering | Phase::Running).then(|| Entry::Stopping {
-            at_us: now_us,
-            reason: reason.to_owned(),
+    pub fn cancel(&self, now_us: u64, reason: &str) -> Option<JournalEntry> {
+        matches!(self.phase, RunPhase::Gathering | RunPhase::Running).then(|| {
+            JournalEntry::Stopping {
+                at_us: now_us,
+                reason: reason.to_owned(),
+            }
         })
     }
 
     /// What is to happen by now. To be asked again after it has been applied, until nothing is left.
-    pub fn due(&self, now_us: u64) -> Option<Entry> {
+    pub fn due(&self, now_us: u64) -> Option<JournalEntry> {
         match self.phase {
-            Phase::Gathering => self.gather(now_us),
-            Phase::Running => self.lose(now_us).or_else(|| self.go_on(now_us)),
-            Phase::Stopping => self.lose(now_us).or_else(|| self.finish(now_us)),
-            Phase::Over => None,
+            RunPhase::Gathering => self.gather(now_us),
+            RunPhase::Running => self.lose(now_us).or_else(|| self.go_on(now_us)),
+            RunPhase::Stopping => self.lose(now_us).or_else(|| self.finish(now_us)),
+            RunPhase::Over => None,
         }
     }
 
-    fn gather(&self, now_us: u64) -> Option<Entry> {
-        let silent = |prober: &&Prober| {
+    fn gather(&self, now_us: u64) -> Option<JournalEntry> {
+        let silent = |prober: &&ProberState| {
             now_us.saturating_sub(prober.silent_since_us) >= self.setup.silence_us
         };
         if let Some(silent) = self.probers.iter().find(silent) {
-            return Some(Entry::Left {
+            return Some(JournalEntry::Left {
                 at_us: now_us,
                 prover_id: silent.id.clone(),
             });
@@ -805,15 +824,15 @@ impl State {
                 self.setup.load.place(vantages).map(drop)
             };
             return Some(match playable {
-                Ok(()) => Entry::Armed { at_us: now_us },
-                Err(reason) => Entry::Stopping {
+                Ok(()) => JournalEntry::Armed { at_us: now_us },
+                Err(reason) => JournalEntry::Stopping {
                     at_us: now_us,
                     reason,
                 },
             });
         }
         (now_us.saturating_sub(self.quiet_since_us) >= self.setup.gather_us).then(|| {
-            Entry::Stopping {
+            JournalEntry::Stopping {
                 at_us: now_us,
                 reason: format!(
                     "{} of {} probers came, and no other for {} s",
@@ -826,7 +845,7 @@ impl State {
     }
 
     /// Who has been silent for too long.
-    fn lose(&self, now_us: u64) -> Option<Entry> {
+    fn lose(&self, now_us: u64) -> Option<JournalEntry> {
         let lost = self
             .probers
             .iter()
@@ -842,13 +861,13 @@ impl State {
                     false => (prober.silent_since_us, self.setup.silence_us),
                 };
                 let silent_us = now_us.saturating_sub(silent_since);
-                let stopped = prober.is_legacy() && self.phase == Phase::Stopping;
+                let stopped = prober.is_legacy() && self.phase == RunPhase::Stopping;
                 (silent_us >= patience || stopped).then(|| match stopped {
                     true => (prober, "nothing tells voicegw's probers to stop".to_owned()),
                     false => (prober, format!("silent for {} s", silent_us / 1_000_000)),
                 })
             });
-        lost.map(|(prober, why)| Entry::Missing {
+        lost.map(|(prober, why)| JournalEntry::Missing {
             at_us: now_us,
             prover_id: prober.id.clone(),
             last_heard_us: prober.heard_us,
@@ -864,9 +883,9 @@ impl State {
         planned.saturating_mul(2).saturating_add(LEGACY_SLACK_US)
     }
 
-    fn go_on(&self, now_us: u64) -> Option<Entry> {
+    fn go_on(&self, now_us: u64) -> Option<JournalEntry> {
         if let Some((vantage, threshold)) = self.broken() {
-            return Some(Entry::Stopping {
+            return Some(JournalEntry::Stopping {
                 at_us: now_us,
                 reason: ended_by(vantage, threshold),
             });
@@ -877,7 +896,7 @@ impl State {
                 .find(|prober| prober.gone.is_some() || prober.left_early)
         };
         if let (OnMissing::Stop, Some(missed)) = (self.setup.on_missing, missed()) {
-            return Some(Entry::Stopping {
+            return Some(JournalEntry::Stopping {
                 at_us: now_us,
                 reason: format!(
                     "'{}' is missing, and the run was not to go on without it",
@@ -901,7 +920,7 @@ impl State {
         players.peek()?;
         players
             .all(|prober| prober.ready_for.is_some_and(|ready_for| ready_for >= stage))
-            .then(|| Entry::Ordered {
+            .then(|| JournalEntry::Ordered {
                 at_us: now_us,
                 stage,
                 start_us: match kind {
@@ -912,24 +931,26 @@ impl State {
             })
     }
 
-    fn finish(&self, now_us: u64) -> Option<Entry> {
-        let nobody_left = !self.probers.iter().any(Prober::is_live);
-        nobody_left.then_some(Entry::Over { at_us: now_us })
+    fn finish(&self, now_us: u64) -> Option<JournalEntry> {
+        let nobody_left = !self.probers.iter().any(ProberState::is_live);
+        nobody_left.then_some(JournalEntry::Over { at_us: now_us })
     }
 
     /// Lets an entry come true. Takes those of a journal as well as those that were just written.
-    pub fn apply(&mut self, entry: Entry) {
+    pub fn apply(&mut self, entry: JournalEntry) {
         match entry {
-            Entry::Registered {
+            JournalEntry::Registered {
                 at_us,
                 prover_id,
                 vantage,
                 register,
             } => self.admit(at_us, prover_id, vantage, register),
-            Entry::Left { prover_id, .. } => self.probers.retain(|prober| prober.id != prover_id),
-            Entry::Armed { at_us } => self.arm(at_us),
-            Entry::Prepared { rooms, .. } => self.rooms = Some(rooms),
-            Entry::Ordered {
+            JournalEntry::Left { prover_id, .. } => {
+                self.probers.retain(|prober| prober.id != prover_id)
+            }
+            JournalEntry::Armed { at_us } => self.arm(at_us),
+            JournalEntry::Prepared { rooms, .. } => self.rooms = Some(rooms),
+            JournalEntry::Ordered {
                 stage, start_us, ..
             } => {
                 self.orders.push(Underway { stage, start_us });
@@ -941,7 +962,7 @@ impl State {
                     self.legacy_start_us.get_or_insert(start_us);
                 }
             }
-            Entry::Beat {
+            JournalEntry::Beat {
                 at_us,
                 prover_id,
                 seq,
@@ -960,7 +981,7 @@ impl State {
                 prober
                     .tiers
                     .extend(tiers.into_iter().map(|tier| (tier.stage, tier)));
-                for FrameCount(origin, track, layer, count) in frames {
+                for FrameCountEntry(origin, track, layer, count) in frames {
                     let key = (origin, track, layer);
                     if prober
                         .frames
@@ -977,35 +998,35 @@ impl State {
                 prober.broken = prober.broken.take().or(broken);
                 self.frames_version = version;
             }
-            Entry::Missing {
+            JournalEntry::Missing {
                 at_us,
                 prover_id,
                 last_heard_us,
                 why,
             } => {
                 if let Some(prober) = self.prober(&prover_id) {
-                    prober.gone = Some(Gone {
+                    prober.gone = Some(GoneProber {
                         at_us,
                         last_heard_us,
                         why,
                     });
                 }
             }
-            Entry::Stopping { reason, .. } => {
+            JournalEntry::Stopping { reason, .. } => {
                 self.stop_reason.get_or_insert(reason);
                 // Who waits for others has nothing to stop, and nothing to report.
-                self.phase = if self.phase == Phase::Gathering {
-                    Phase::Over
+                self.phase = if self.phase == RunPhase::Gathering {
+                    RunPhase::Over
                 } else {
-                    Phase::Stopping
+                    RunPhase::Stopping
                 };
             }
-            Entry::Reported {
+            JournalEntry::Reported {
                 at_us,
                 prover_id,
                 report,
             } => {
-                let is_early = self.phase == Phase::Running && !self.is_leaving();
+                let is_early = self.phase == RunPhase::Running && !self.is_leaving();
                 if let Some(prober) = self
                     .prober(&prover_id)
                     .filter(|prober| prober.report.is_none())
@@ -1015,11 +1036,11 @@ impl State {
                     prober.report = Some(*report);
                 }
             }
-            Entry::Over { .. } => self.phase = Phase::Over,
+            JournalEntry::Over { .. } => self.phase = RunPhase::Over,
         }
     }
 
-    fn prober(&mut self, id: &ProverId) -> Option<&mut Prober> {
+    fn prober(&mut self, id: &ProverId) -> Option<&mut ProberState> {
         self.probers.iter_mut().find(|prober| prober.id == *id)
     }
 
@@ -1031,7 +1052,7 @@ impl State {
 
     fn admit(&mut self, at_us: u64, id: ProverId, vantage: String, register: Register) {
         self.quiet_since_us = at_us;
-        self.probers.push(Prober {
+        self.probers.push(ProberState {
             id,
             vantage,
             register,
@@ -1047,7 +1068,7 @@ impl State {
             starts: BTreeMap::new(),
             invalid: Vec::new(),
             broken: None,
-            live: Live::default(),
+            live: LiveSecond::default(),
             clock: ClockEstimate::default(),
             heard_us: at_us,
             silent_since_us: at_us,
@@ -1063,7 +1084,7 @@ impl State {
         players
             .enumerate()
             .for_each(|(player, prober)| prober.player = Some(player as u32));
-        (self.phase, self.armed_us) = (Phase::Running, Some(at_us));
+        (self.phase, self.armed_us) = (RunPhase::Running, Some(at_us));
         match vantages.is_empty() {
             true => self.legacy_start_us = Some(at_us + LEGACY_LEAD_US),
             false => self.placed = self.setup.load.place(vantages).ok(),
@@ -1071,16 +1092,16 @@ impl State {
     }
 
     /// Entries that make the same state, as far as it outlives a process: all that counts of those that made it.
-    pub fn entries(&self) -> Vec<Entry> {
-        let registered = self.probers.iter().map(|prober| Entry::Registered {
+    pub fn entries(&self) -> Vec<JournalEntry> {
+        let registered = self.probers.iter().map(|prober| JournalEntry::Registered {
             at_us: prober.registered_us,
             prover_id: prober.id.clone(),
             vantage: prober.vantage.clone(),
             register: prober.register.clone(),
         });
-        let mut entries: Vec<Entry> = registered.collect();
-        entries.extend(self.armed_us.map(|at_us| Entry::Armed { at_us }));
-        entries.extend(self.rooms.iter().map(|rooms| Entry::Prepared {
+        let mut entries: Vec<JournalEntry> = registered.collect();
+        entries.extend(self.armed_us.map(|at_us| JournalEntry::Armed { at_us }));
+        entries.extend(self.rooms.iter().map(|rooms| JournalEntry::Prepared {
             at_us: self.armed_us.unwrap_or(0),
             rooms: rooms.clone(),
         }));
@@ -1089,9 +1110,9 @@ impl State {
             self.probers
                 .iter()
                 .filter(|prober| prober.left_early)
-                .filter_map(Prober::reported),
+                .filter_map(ProberState::reported),
         );
-        entries.extend(self.orders.iter().map(|order| Entry::Ordered {
+        entries.extend(self.orders.iter().map(|order| JournalEntry::Ordered {
             at_us: order.start_us,
             stage: order.stage,
             start_us: order.start_us,
@@ -1100,22 +1121,28 @@ impl State {
             self.probers
                 .iter()
                 .filter(|prober| prober.seq > 0)
-                .map(Prober::said),
+                .map(ProberState::said),
         );
-        entries.extend(self.probers.iter().filter_map(Prober::went));
-        entries.extend(self.stop_reason.iter().map(|reason| Entry::Stopping {
-            at_us: self.looked_us,
-            reason: reason.clone(),
-        }));
+        entries.extend(self.probers.iter().filter_map(ProberState::went));
+        entries.extend(
+            self.stop_reason
+                .iter()
+                .map(|reason| JournalEntry::Stopping {
+                    at_us: self.looked_us,
+                    reason: reason.clone(),
+                }),
+        );
         entries.extend(
             self.probers
                 .iter()
                 .filter(|prober| !prober.left_early)
-                .filter_map(Prober::reported),
+                .filter_map(ProberState::reported),
         );
-        entries.extend((self.phase == Phase::Over).then_some(Entry::Over {
-            at_us: self.looked_us,
-        }));
+        entries.extend(
+            (self.phase == RunPhase::Over).then_some(JournalEntry::Over {
+                at_us: self.looked_us,
+            }),
+        );
         entries
     }
 
@@ -1167,7 +1194,7 @@ impl State {
     }
 
     /// In the order of [`Job::vantages`].
-    fn players(&self) -> impl Iterator<Item = &Prober> {
+    fn players(&self) -> impl Iterator<Item = &ProberState> {
         self.probers.iter().filter(|prober| prober.player.is_some())
     }
 
@@ -1180,7 +1207,7 @@ impl State {
         replied_at_us: u64,
     ) -> BeatReply {
         let heard = self.probers[who].frames_heard;
-        self.probers[who].note_answer(Answer {
+        self.probers[who].note_answer(BeatAnswer {
             replied_at_us,
             frames_version: self.frames_version,
         });
@@ -1191,7 +1218,7 @@ impl State {
                 .filter(|(index, _)| *index != who)
                 .map(|(_, prober)| prober)
         };
-        let clock = |prober: &Prober| {
+        let clock = |prober: &ProberState| {
             let (vantage, offset) = (prober.player?, prober.offset()?);
             Some(VantageClock {
                 vantage,
@@ -1218,7 +1245,7 @@ impl State {
         }
     }
 
-    fn order(&self, prober: &Prober) -> Order {
+    fn order(&self, prober: &ProberState) -> Order {
         if prober.report.is_some() {
             return Order::Wait;
         }
@@ -1228,10 +1255,10 @@ impl State {
             };
         }
         match (&self.phase, &self.stop_reason, self.underway()) {
-            (Phase::Stopping | Phase::Over, Some(reason), _) => Order::Stop {
+            (RunPhase::Stopping | RunPhase::Over, Some(reason), _) => Order::Stop {
                 reason: reason.clone(),
             },
-            (Phase::Running, _, Some(Underway { stage, start_us }))
+            (RunPhase::Running, _, Some(Underway { stage, start_us }))
                 if prober.stage.is_none_or(|reached| reached < stage) =>
             {
                 Order::Start {
@@ -1250,10 +1277,10 @@ fn ended_by(vantage: &str, threshold: &str) -> String {
 }
 
 /// Of those who play the plan.
-fn vantages<'a>(registers: impl Iterator<Item = &'a Register>) -> Vec<Vantage> {
+fn vantages<'a>(registers: impl Iterator<Item = &'a Register>) -> Vec<VantagePlan> {
     registers
         .filter(|register| register.protocol.is_some())
-        .map(|register| Vantage {
+        .map(|register| VantagePlan {
             role: register.role,
             weight: register.weight,
         })
@@ -1269,15 +1296,15 @@ pub(crate) mod tests {
     use crate::coordinator::protocol::{EngineShort, FinalReport, WireVerdict};
     use crate::measure::Record;
     use crate::measure::wire::RecordWire;
-    use crate::plan::Role;
+    use crate::plan::HostRole;
     use crate::report::{Judging, Verdict};
     use crate::seeded::Seeded;
 
     const SECOND: u64 = 1_000_000;
     const START: u64 = 1_700_000_000 * SECOND;
 
-    pub(crate) fn setup(expect: u32) -> Setup {
-        Setup {
+    pub(crate) fn setup(expect: u32) -> RunSetup {
+        RunSetup {
             run_tag: 0xC0FF_EE01,
             expect,
             on_missing: OnMissing::Continue,
@@ -1297,7 +1324,7 @@ pub(crate) mod tests {
             protocol: Some(protocol::VERSION),
             version: None,
             instance: Some(format!("instance of {vantage}")),
-            role: Role::Both,
+            role: HostRole::Both,
             weight: 1,
             wants_tokens: false,
         }
@@ -1339,15 +1366,15 @@ pub(crate) mod tests {
         }
     }
 
-    fn quiet(seq: u64) -> Beat {
-        Beat {
+    fn quiet(seq: u64) -> BeatMessage {
+        BeatMessage {
             seq,
             sent_at_us: START,
             exchange: None,
             stage: None,
             ready_for: None,
             tiers: Vec::new(),
-            live: Live::default(),
+            live: LiveSecond::default(),
             frames: Vec::new(),
             starts: Vec::new(),
             invalid: Vec::new(),
@@ -1355,8 +1382,8 @@ pub(crate) mod tests {
         }
     }
 
-    fn report(partial: Option<&str>) -> Report {
-        Report {
+    fn report(partial: Option<&str>) -> ProberReport {
+        ProberReport {
             vantage: None,
             steps: Vec::new(),
             baseline: None,
@@ -1377,25 +1404,25 @@ pub(crate) mod tests {
 
     /// A state that does what is due, as its keeper has it do, and remembers what it was told to remember.
     struct Kept {
-        state: State,
-        journal: Vec<Entry>,
+        state: RunState,
+        journal: Vec<JournalEntry>,
         now_us: u64,
         life: u64,
     }
 
     impl Kept {
-        fn new(setup: Setup) -> Kept {
+        fn new(setup: RunSetup) -> Kept {
             Kept {
-                state: State::new(setup, 1, START),
+                state: RunState::new(setup, 1, START),
                 journal: Vec::new(),
                 now_us: START,
                 life: 1,
             }
         }
 
-        fn remember(&mut self, entry: Entry) {
+        fn remember(&mut self, entry: JournalEntry) {
             // What is remembered has been a line of text.
-            let entry: Entry =
+            let entry: JournalEntry =
                 serde_json::from_str(&serde_json::to_string(&entry).unwrap()).unwrap();
             self.journal.push(entry.clone());
             self.state.apply(entry);
@@ -1415,7 +1442,7 @@ pub(crate) mod tests {
             }
         }
 
-        fn register(&mut self, register: &Register) -> Result<ProverId, Refused> {
+        fn register(&mut self, register: &Register) -> Result<ProverId, RefusedRequest> {
             let fresh = id(self.journal.len() as u64 + 100);
             let (answer, entries) = self.state.register(self.now_us, register, fresh)?;
             entries.into_iter().for_each(|entry| self.remember(entry));
@@ -1423,7 +1450,7 @@ pub(crate) mod tests {
             Ok(answer.prover_id)
         }
 
-        fn beat(&mut self, id: &ProverId, beat: &Beat) -> Result<BeatReply, Refused> {
+        fn beat(&mut self, id: &ProverId, beat: &BeatMessage) -> Result<BeatReply, RefusedRequest> {
             let who = self.state.find(id.as_str())?;
             if let Some(entry) = self.state.beat(self.now_us, who, beat)? {
                 self.remember(entry);
@@ -1433,7 +1460,7 @@ pub(crate) mod tests {
             Ok(self.state.reply(who, beat.seq, self.now_us, self.now_us))
         }
 
-        fn report(&mut self, id: &ProverId, report: &Report) -> Result<(), Refused> {
+        fn report(&mut self, id: &ProverId, report: &ProberReport) -> Result<(), RefusedRequest> {
             let who = self.state.find(id.as_str())?;
             if let Some(entry) = self.state.report(self.now_us, who, report)? {
                 self.remember(entry);
@@ -1445,7 +1472,7 @@ pub(crate) mod tests {
         /// Killed, and started again on its journal.
         fn restart(&mut self) {
             self.life += 1;
-            let mut state = State::new(self.state.setup.clone(), self.life, self.now_us);
+            let mut state = RunState::new(self.state.setup.clone(), self.life, self.now_us);
             self.journal
                 .iter()
                 .for_each(|entry| state.apply(entry.clone()));
@@ -1453,21 +1480,21 @@ pub(crate) mod tests {
             self.state = state;
         }
 
-        fn prober(&self, id: &ProverId) -> &Prober {
+        fn prober(&self, id: &ProverId) -> &ProberState {
             &self.state.probers[self.state.find(id.as_str()).unwrap()]
         }
     }
 
     /// What a run of two leaves in its journal.
-    pub(crate) fn entries_of_a_run() -> Vec<Entry> {
+    pub(crate) fn entries_of_a_run() -> Vec<JournalEntry> {
         let mut kept = Kept::new(setup(2));
         let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
         for seq in 1..20 {
             for (player, id) in ids.iter().enumerate() {
-                let beat = Beat {
+                let beat = BeatMessage {
                     ready_for: Some(0),
                     tiers: vec![tier(2, seq)],
-                    frames: vec![FrameCount(player as u32, 0, 0, seq)],
+                    frames: vec![FrameCountEntry(player as u32, 0, 0, seq)],
                     ..quiet(seq)
                 };
                 // Who plays the first two publishers is for the deal to say.
@@ -1494,8 +1521,8 @@ pub(crate) mod tests {
             seq += 1;
             let frames = counts
                 .iter()
-                .map(|(origin, count)| FrameCount(*origin, 0, 0, *count));
-            let beat = Beat {
+                .map(|(origin, count)| FrameCountEntry(*origin, 0, 0, *count));
+            let beat = BeatMessage {
                 frames: frames.collect(),
                 ..quiet(seq)
             };
@@ -1514,7 +1541,7 @@ pub(crate) mod tests {
                 replied_at_us: reply.replied_at_us,
                 heard_at_us: 0,
             });
-            let beat = Beat {
+            let beat = BeatMessage {
                 exchange,
                 ..quiet(asked)
             };
@@ -1527,12 +1554,15 @@ pub(crate) mod tests {
         assert_eq!(ask(&mut kept, Some(&heard)).frames, [], "nothing is new");
         publish(&mut kept, &[(first, 6)]);
         let lost = ask(&mut kept, Some(&heard));
-        assert_eq!(lost.frames, [FrameCount(first, 0, 0, 6)]);
+        assert_eq!(lost.frames, [FrameCountEntry(first, 0, 0, 6)]);
         publish(&mut kept, &[(second, 7)]);
         let heard = ask(&mut kept, Some(&heard));
         assert_eq!(
             heard.frames,
-            [FrameCount(first, 0, 0, 6), FrameCount(second, 0, 0, 7)],
+            [
+                FrameCountEntry(first, 0, 0, 6),
+                FrameCountEntry(second, 0, 0, 7)
+            ],
             "what a lost answer brought comes again"
         );
         publish(&mut kept, &[(second, 7)]);
@@ -1541,7 +1571,7 @@ pub(crate) mod tests {
         for count in 8..40 {
             publish(&mut kept, &[(first, count)]);
             heard = ask(&mut kept, Some(&heard));
-            assert_eq!(heard.frames, [FrameCount(first, 0, 0, count)]);
+            assert_eq!(heard.frames, [FrameCountEntry(first, 0, 0, count)]);
         }
         assert_eq!(kept.prober(&fra).answers.len(), ANSWERS_MAX);
         // Neither a prober nor a coordinator that has begun anew takes anything for heard.
@@ -1557,7 +1587,7 @@ pub(crate) mod tests {
         assert!(!kept.state.job(0).ready && kept.state.job(0).throng.is_none());
         assert!(matches!(
             kept.beat(&ams, &quiet(1)),
-            Err(Refused::Conflict(_))
+            Err(RefusedRequest::Conflict(_))
         ));
         let fra = kept.register(&prober("fra")).unwrap();
         let jobs: Vec<Job> = (0..2)
@@ -1569,7 +1599,7 @@ pub(crate) mod tests {
         );
         assert_eq!(jobs[0].vantages, ["ams", "fra"]);
         for stage in 0..jobs[0].stages.len() as u32 {
-            let ready = |seq: u64| Beat {
+            let ready = |seq: u64| BeatMessage {
                 stage: stage.checked_sub(1),
                 ready_for: Some(stage),
                 ..quiet(seq)
@@ -1605,7 +1635,7 @@ pub(crate) mod tests {
         assert!(!kept.state.all_reported());
         kept.report(&ams, &report(None)).unwrap();
         kept.report(&fra, &report(None)).unwrap();
-        assert!(kept.state.all_reported() && *kept.state.phase() == Phase::Over);
+        assert!(kept.state.all_reported() && *kept.state.phase() == RunPhase::Over);
         assert!(
             kept.state
                 .probers
@@ -1623,19 +1653,19 @@ pub(crate) mod tests {
                 .for_each(|id| drop(kept.beat(id, &quiet(seq)).unwrap()));
             kept.wait(1);
         }
-        assert_eq!(*kept.state.phase(), Phase::Running);
-        assert!(kept.state.probers.iter().all(Prober::is_live));
+        assert_eq!(*kept.state.phase(), RunPhase::Running);
+        assert!(kept.state.probers.iter().all(ProberState::is_live));
     }
 
     #[test]
     fn who_falls_silent_is_missing_and_leaves_what_it_sent() {
         for on_missing in [OnMissing::Continue, OnMissing::Stop] {
-            let mut kept = Kept::new(Setup {
+            let mut kept = Kept::new(RunSetup {
                 on_missing,
                 ..setup(2)
             });
             let [ams, fra] = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
-            let measured = Beat {
+            let measured = BeatMessage {
                 tiers: vec![tier(2, 41)],
                 ..quiet(1)
             };
@@ -1647,7 +1677,7 @@ pub(crate) mod tests {
                 order = kept
                     .beat(
                         &ams,
-                        &Beat {
+                        &BeatMessage {
                             ready_for: Some(0),
                             ..quiet(seq)
                         },
@@ -1671,7 +1701,7 @@ pub(crate) mod tests {
                 ),
             }
             // It returns: what it brings is kept, and it is told that it is too late.
-            let late = Beat {
+            let late = BeatMessage {
                 tiers: vec![tier(2, 55)],
                 ..quiet(2)
             };
@@ -1679,7 +1709,7 @@ pub(crate) mod tests {
             assert!(matches!(&told, Order::Stop { .. }), "{told:?}");
             assert_eq!(kept.prober(&fra).tiers[&2].record, record(55));
             kept.report(&ams, &report(None)).unwrap();
-            assert_eq!(*kept.state.phase(), Phase::Over);
+            assert_eq!(*kept.state.phase(), RunPhase::Over);
         }
     }
 
@@ -1692,9 +1722,9 @@ pub(crate) mod tests {
         // Stopped for ten minutes, and the first thing that it does is to look.
         kept.now_us += 600 * SECOND;
         kept.settle();
-        assert!(kept.state.probers.iter().all(Prober::is_live));
+        assert!(kept.state.probers.iter().all(ProberState::is_live));
         kept.wait(31);
-        assert!(!kept.state.probers.iter().any(Prober::is_live));
+        assert!(!kept.state.probers.iter().any(ProberState::is_live));
     }
 
     #[test]
@@ -1702,7 +1732,7 @@ pub(crate) mod tests {
         let mut kept = Kept::new(setup(2));
         let mut newer = prober("ams");
         newer.protocol = Some(protocol::VERSION + 1);
-        let Err(Refused::Conflict(why)) = kept.register(&newer) else {
+        let Err(RefusedRequest::Conflict(why)) = kept.register(&newer) else {
             panic!()
         };
         assert!(
@@ -1719,7 +1749,7 @@ pub(crate) mod tests {
         assert_eq!(kept.register(&prober("ams")).unwrap(), ams);
         let mut other = prober("ams");
         other.instance = Some("another process".to_owned());
-        let Err(Refused::Conflict(why)) = kept.register(&other) else {
+        let Err(RefusedRequest::Conflict(why)) = kept.register(&other) else {
             panic!()
         };
         assert!(
@@ -1734,13 +1764,16 @@ pub(crate) mod tests {
         assert_ne!(new, ams);
         assert!(matches!(
             kept.state.find(ams.as_str()),
-            Err(Refused::Unknown(_))
+            Err(RefusedRequest::Unknown(_))
         ));
         kept.register(&prober("fra")).unwrap();
-        assert_eq!(*kept.state.phase(), Phase::Running);
+        assert_eq!(*kept.state.phase(), RunPhase::Running);
         // During the run neither a new one comes in nor one that was started again.
         for late in [prober("ams"), prober("sin")] {
-            assert!(matches!(kept.register(&late), Err(Refused::Conflict(_))));
+            assert!(matches!(
+                kept.register(&late),
+                Err(RefusedRequest::Conflict(_))
+            ));
         }
         assert_eq!(kept.register(&other).unwrap(), new);
     }
@@ -1765,16 +1798,16 @@ pub(crate) mod tests {
     fn the_last_one_in_must_leave_a_run_that_can_be() {
         let mut kept = Kept::new(setup(2));
         let viewer = |vantage: &str| Register {
-            role: Role::Subscribe,
+            role: HostRole::Subscribe,
             ..prober(vantage)
         };
         kept.register(&viewer("ams")).unwrap();
-        let Err(Refused::Conflict(why)) = kept.register(&viewer("fra")) else {
+        let Err(RefusedRequest::Conflict(why)) = kept.register(&viewer("fra")) else {
             panic!()
         };
         assert!(why.contains("no host publishes"), "{why}");
         kept.register(&prober("fra")).unwrap();
-        assert_eq!(*kept.state.phase(), Phase::Running);
+        assert_eq!(*kept.state.phase(), RunPhase::Running);
     }
 
     #[test]
@@ -1787,9 +1820,9 @@ pub(crate) mod tests {
             let who = kept.state.find(ams.as_str()).unwrap();
             kept.state.hear_of(kept.now_us, who);
         }
-        assert_eq!(*kept.state.phase(), Phase::Gathering);
+        assert_eq!(*kept.state.phase(), RunPhase::Gathering);
         kept.wait(1);
-        assert_eq!(*kept.state.phase(), Phase::Over);
+        assert_eq!(*kept.state.phase(), RunPhase::Over);
         assert_eq!(
             kept.state.stop_reason(),
             Some("1 of 2 probers came, and no other for 600 s")
@@ -1809,14 +1842,14 @@ pub(crate) mod tests {
         assert_eq!(job.start_at, Some((kept.now_us + 3 * SECOND) as f64 / 1e6));
         // They say nothing while they work.
         kept.wait(120);
-        let report = Report {
+        let report = ProberReport {
             throng: None,
             ..report(None)
         };
         kept.report(&ids[0], &report).unwrap();
         assert!(kept.prober(&ids[1]).is_live());
         kept.report(&ids[1], &report).unwrap();
-        assert_eq!(*kept.state.phase(), Phase::Over);
+        assert_eq!(*kept.state.phase(), RunPhase::Over);
     }
 
     #[test]
@@ -1826,7 +1859,7 @@ pub(crate) mod tests {
         kept.wait(3 + 2 * 15 + 299);
         assert!(kept.prober(&id).is_live());
         kept.wait(1);
-        assert!(!kept.prober(&id).is_live() && *kept.state.phase() == Phase::Over);
+        assert!(!kept.prober(&id).is_live() && *kept.state.phase() == RunPhase::Over);
     }
 
     #[test]
@@ -1836,7 +1869,7 @@ pub(crate) mod tests {
         kept.register(&legacy("fra")).unwrap();
         assert!(!kept.state.job(1).ready);
         for stage in 0..=2 {
-            let ready = Beat {
+            let ready = BeatMessage {
                 ready_for: Some(stage),
                 ..quiet(u64::from(stage) + 1)
             };
@@ -1869,7 +1902,7 @@ pub(crate) mod tests {
             );
             kept.report(id, &report(Some("cancelled"))).unwrap();
         }
-        assert_eq!(*kept.state.phase(), Phase::Over);
+        assert_eq!(*kept.state.phase(), RunPhase::Over);
         assert!(
             kept.state
                 .probers
@@ -1885,37 +1918,37 @@ pub(crate) mod tests {
         let owner = kept.state.placed().unwrap().part.owner(0).unwrap();
         let lines = kept.journal.len();
         for nonsense in [
-            Beat {
+            BeatMessage {
                 tiers: vec![tier(0, 1)],
                 ..quiet(1)
             },
-            Beat {
+            BeatMessage {
                 tiers: vec![tier(99, 1)],
                 ..quiet(1)
             },
-            Beat {
+            BeatMessage {
                 ready_for: Some(7),
                 ..quiet(1)
             },
-            Beat {
+            BeatMessage {
                 starts: vec![Start {
                     stage: 80,
                     skew_us: 0,
                 }],
                 ..quiet(1)
             },
-            Beat {
-                frames: vec![FrameCount(0, 0, 0, 1)],
+            BeatMessage {
+                frames: vec![FrameCountEntry(0, 0, 0, 1)],
                 ..quiet(1)
             },
-            Beat {
-                frames: vec![FrameCount(u32::MAX, 0, 0, 1)],
+            BeatMessage {
+                frames: vec![FrameCountEntry(u32::MAX, 0, 0, 1)],
                 ..quiet(1)
             },
         ] {
             let refused = kept.beat(&ids[1 - owner], &nonsense);
             assert!(
-                matches!(refused, Err(Refused::Malformed(_))),
+                matches!(refused, Err(RefusedRequest::Malformed(_))),
                 "{nonsense:?}"
             );
         }
@@ -1923,8 +1956,8 @@ pub(crate) mod tests {
         assert!(
             kept.beat(
                 &ids[owner],
-                &Beat {
-                    frames: vec![FrameCount(0, 0, 0, 1)],
+                &BeatMessage {
+                    frames: vec![FrameCountEntry(0, 0, 0, 1)],
                     ..quiet(1)
                 }
             )
@@ -1996,7 +2029,7 @@ pub(crate) mod tests {
         }
 
         /// Goes on with its stages, and says how it goes.
-        fn beat(&mut self, now_us: u64, stages: usize) -> Beat {
+        fn beat(&mut self, now_us: u64, stages: usize) -> BeatMessage {
             if let Some((stage, at_us)) = self
                 .begin
                 .filter(|(stage, at_us)| *stage == self.next && now_us >= *at_us)
@@ -2025,7 +2058,7 @@ pub(crate) mod tests {
             if self.exchange.is_some() {
                 self.told_at_seq.get_or_insert(self.seq);
             }
-            Beat {
+            BeatMessage {
                 sent_at_us: self.clock(now_us),
                 exchange: self.exchange,
                 stage: self.stage,
@@ -2039,7 +2072,7 @@ pub(crate) mod tests {
             }
         }
 
-        fn hear(&mut self, now_us: u64, beat: &Beat, reply: &BeatReply) {
+        fn hear(&mut self, now_us: u64, beat: &BeatMessage, reply: &BeatReply) {
             for (stage, count) in self.sent.remove(&reply.seq).unwrap_or_default() {
                 let best = self.acknowledged.entry(stage).or_default();
                 *best = count.max(*best);
@@ -2071,7 +2104,7 @@ pub(crate) mod tests {
         } else {
             OnMissing::Stop
         };
-        let mut kept = Kept::new(Setup {
+        let mut kept = Kept::new(RunSetup {
             on_missing,
             ..setup(expect)
         });
@@ -2088,7 +2121,7 @@ pub(crate) mod tests {
         let calamities = chance.below(16);
         let stages = kept.setup_stages();
         // What is under way: when it arrives, whose it is, and what it says.
-        let mut under_way: Vec<(u64, usize, Beat)> = Vec::new();
+        let mut under_way: Vec<(u64, usize, BeatMessage)> = Vec::new();
         let mut ended = false;
         for step in 0..6_000 {
             kept.now_us += SECOND / 5;
@@ -2168,7 +2201,7 @@ pub(crate) mod tests {
                     }
                 }
             }
-            let mut arrived: Vec<(u64, usize, Beat)> = under_way
+            let mut arrived: Vec<(u64, usize, BeatMessage)> = under_way
                 .extract_if(.., |(at_us, ..)| *at_us <= now_us)
                 .collect();
             arrived.sort_by_key(|(at_us, ..)| *at_us);
@@ -2215,14 +2248,14 @@ pub(crate) mod tests {
                     );
                 }
             }
-            if *kept.state.phase() == Phase::Over {
+            if *kept.state.phase() == RunPhase::Over {
                 ended = true;
                 break;
             }
         }
         let alive = probers.iter().filter(|prober| !prober.died).count();
         assert!(
-            ended || *kept.state.phase() == Phase::Gathering,
+            ended || *kept.state.phase() == RunPhase::Gathering,
             "seed {seed} does not end: {alive} of {expect} are alive"
         );
         let before = essence(&kept.state);
@@ -2241,8 +2274,8 @@ pub(crate) mod tests {
     }
 
     /// All that outlives a process.
-    fn essence(state: &State) -> impl PartialEq + use<> {
-        let of_prober = |prober: &Prober| {
+    fn essence(state: &RunState) -> impl PartialEq + use<> {
+        let of_prober = |prober: &ProberState| {
             let tiers: Vec<(u32, u64)> = prober
                 .tiers
                 .iter()

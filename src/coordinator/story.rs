@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::desk::Standstill;
 use super::protocol::{ProverId, StageKind};
-use super::state::{Phase, Prober, State};
+use super::state::{ProberState, RunPhase, RunState};
 use crate::words;
 
 /// How it goes is told so often, where nothing else was ..
@@ -35,7 +35,7 @@ impl Story {
     /// What is new since the last time. Lines fit 80 columns where labels do.
     pub fn lines(
         &mut self,
-        state: &State,
+        state: &RunState,
         problem: Option<&str>,
         standstill: Option<Standstill>,
         now_us: u64,
@@ -66,7 +66,7 @@ impl Story {
             }));
         }
         let quiet_us = match state.phase() {
-            Phase::Gathering => QUIET_GATHERING_US,
+            RunPhase::Gathering => QUIET_GATHERING_US,
             _ => QUIET_US,
         };
         if lines.is_empty() && now_us.saturating_sub(self.last_us) >= quiet_us {
@@ -78,7 +78,7 @@ impl Story {
         lines
     }
 
-    fn who_came(&mut self, state: &State, lines: &mut Vec<String>) {
+    fn who_came(&mut self, state: &RunState, lines: &mut Vec<String>) {
         let there: Vec<&ProverId> = state.probers().iter().map(|prober| &prober.id).collect();
         let left: Vec<ProverId> = self
             .told
@@ -110,7 +110,7 @@ impl Story {
                 index + 1
             ));
         }
-        if *state.phase() != Phase::Gathering
+        if *state.phase() != RunPhase::Gathering
             && state.probers().len() == expect as usize
             && !self.all_in
         {
@@ -119,7 +119,7 @@ impl Story {
         }
     }
 
-    fn what_begins(&mut self, state: &State, now_us: u64, lines: &mut Vec<String>) {
+    fn what_begins(&mut self, state: &RunState, now_us: u64, lines: &mut Vec<String>) {
         for order in state.orders().iter().skip(self.stages) {
             let Some(stage) = state.stages().get(order.stage as usize) else {
                 continue;
@@ -154,7 +154,7 @@ impl Story {
         self.stages = state.orders().len();
     }
 
-    fn of_one(&mut self, prober: &Prober, lines: &mut Vec<String>) {
+    fn of_one(&mut self, prober: &ProberState, lines: &mut Vec<String>) {
         let Some(told) = self.told.get_mut(&prober.id) else {
             return;
         };
@@ -185,9 +185,9 @@ impl Story {
 }
 
 /// `tier 2: 3 of 3 hosts, 75 participants, in 12,000/s, out 800/s, loss 0.01%`
-fn status(state: &State) -> Option<String> {
+fn status(state: &RunState) -> Option<String> {
     let live = || state.probers().iter().filter(|prober| prober.is_live());
-    if *state.phase() == Phase::Gathering {
+    if *state.phase() == RunPhase::Gathering {
         let (there, expect) = (state.probers().len(), state.setup().expect as usize);
         let names: Vec<&str> = state
             .probers()
@@ -207,7 +207,8 @@ fn status(state: &State) -> Option<String> {
     let name = state
         .stage_underway()
         .map_or("preparing", |stage| stage.name.as_str());
-    let of = |rate: fn(&Prober) -> Option<f64>| live().filter_map(rate).sum::<f64>().round() as u64;
+    let of =
+        |rate: fn(&ProberState) -> Option<f64>| live().filter_map(rate).sum::<f64>().round() as u64;
     let losses = live().filter_map(|prober| prober.live.loss);
     Some(format!(
         "{name}: {} of {} hosts, {} participants, in {}/s, out {}/s, worst loss {}",

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::document::About;
 use super::lead::Rehearsal;
-use super::protocol::{Stage, StageKind};
-use super::result::{Cell, Merged, Standing, Tier, Times, Vantage};
+use super::protocol::{SharedStage, StageKind};
+use super::result::{Cell, Merged, Standing, TierResult, Times, VantageResult};
 use crate::measure::Histogram;
 use crate::report::server_cost::{self, Ours};
 use crate::report::{Style, Verdict};
@@ -56,7 +56,7 @@ pub fn rehearsal(rehearsal: &Rehearsal) -> String {
         "on each host",
         "held"
     );
-    let held = |stage: &Stage| matches!(stage.kind, StageKind::Baseline | StageKind::Tier);
+    let held = |stage: &SharedStage| matches!(stage.kind, StageKind::Baseline | StageKind::Tier);
     for (index, stage) in hosts[0].iter().enumerate().filter(|(_, stage)| held(stage)) {
         let each = hosts
             .iter()
@@ -147,14 +147,14 @@ fn tiers(merged: &Merged, style: Style) -> String {
 }
 
 /// The one that tells most: the first that did not pass, else the last.
-fn tier_to_show(merged: &Merged) -> Option<&Tier> {
+fn tier_to_show(merged: &Merged) -> Option<&TierResult> {
     let failed = merged
         .begun()
         .find(|tier| tier.judgement.verdict != Verdict::Pass);
     failed.or_else(|| merged.begun().last())
 }
 
-fn vantages(tier: &Tier, merged: &Merged, style: Style) -> String {
+fn vantages(tier: &TierResult, merged: &Merged, style: Style) -> String {
     let row = |[participants, packets, loss, rtt, latency, late]: [String; 6]| {
         format!("{participants:>7}{packets:>12}{loss:>8}{rtt:>9}{latency:>9}{late:>9}")
     };
@@ -171,7 +171,8 @@ fn vantages(tier: &Tier, merged: &Merged, style: Style) -> String {
         shortened(&format!("In {}", tier.step.name))
     );
     let mut text = format!("{}{}\n", style.bold(&title), row(heads.map(str::to_owned)));
-    let mut ranked: Vec<(&Vantage, &Cell)> = merged.vantages.iter().zip(&tier.cells).collect();
+    let mut ranked: Vec<(&VantageResult, &Cell)> =
+        merged.vantages.iter().zip(&tier.cells).collect();
     ranked.sort_by(|(_, a), (_, b)| {
         badness(b)
             .partial_cmp(&badness(a))
@@ -261,13 +262,13 @@ fn standing(cell: &Cell, style: Style) -> String {
 
 /// One participant alone, and how well each clock is known.
 fn baselines(merged: &Merged, style: Style) -> String {
-    let alone = |vantage: &'_ Vantage| {
+    let alone = |vantage: &'_ VantageResult| {
         vantage
             .baseline
             .clone()
             .filter(|cell| cell.standing != Standing::Absent)
     };
-    let with_either: Vec<&Vantage> = (merged.vantages.iter())
+    let with_either: Vec<&VantageResult> = (merged.vantages.iter())
         .filter(|vantage| alone(vantage).is_some() || vantage.clock.is_some())
         .collect();
     if with_either.is_empty() {
@@ -443,8 +444,8 @@ mod tests {
 
     use super::*;
     use crate::coordinator::canned::{self, Canned, Saw, TIER, WELL};
-    use crate::coordinator::protocol::Live;
-    use crate::plan::Role;
+    use crate::coordinator::protocol::LiveSecond;
+    use crate::plan::HostRole;
     use crate::report::{TargetInfo, TargetKind};
 
     fn text(canned: &Canned) -> String {
@@ -522,18 +523,18 @@ mod tests {
         let mut canned = Canned::armed(
             &[10, 25, 50],
             &[
-                ("fra", Some(Role::Both)),
-                (long, Some(Role::Both)),
+                ("fra", Some(HostRole::Both)),
+                (long, Some(HostRole::Both)),
                 ("vg", None),
             ],
         );
         for who in 0..2 {
-            canned.beat(who, vec![WELL.so_far(TIER, true)], Live::default());
+            canned.beat(who, vec![WELL.so_far(TIER, true)], LiveSecond::default());
         }
         canned.beat(
             1,
             vec![Saw { lost: 100, ..WELL }.so_far(TIER + 1, false)],
-            Live::default(),
+            LiveSecond::default(),
         );
         canned.loses(1);
         canned.loses(2);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::protocol::{Job, TokensReply, TokensRequest};
-use super::state::Refused;
+use super::state::RefusedRequest;
 use crate::plan::{Part, Plan};
 use crate::signal::{ApiKey, Permissions};
 
@@ -34,14 +34,14 @@ impl Mint {
     ///
     /// # Errors
     /// It has no such participants.
-    pub fn tokens(&self, job: &Job, request: TokensRequest) -> Result<TokensReply, Refused> {
+    pub fn tokens(&self, job: &Job, request: TokensRequest) -> Result<TokensReply, RefusedRequest> {
         let plan = self.plan(job)?;
         let end = request
             .from
             .checked_add(request.count)
             .filter(|end| *end <= plan.total_participants());
         let end = end.ok_or_else(|| {
-            Refused::Malformed(format!(
+            RefusedRequest::Malformed(format!(
                 "this prober plays {} participants",
                 plan.total_participants()
             ))
@@ -62,12 +62,12 @@ impl Mint {
         };
         let tokens = (request.from..end).map(token).collect::<Result<_, _>>();
         Ok(TokensReply {
-            tokens: tokens.map_err(|error| Refused::Conflict(error.to_string()))?,
+            tokens: tokens.map_err(|error| RefusedRequest::Conflict(error.to_string()))?,
             lifetime_seconds: LIFETIME.as_secs(),
         })
     }
 
-    fn plan(&self, job: &Job) -> Result<Arc<Plan>, Refused> {
+    fn plan(&self, job: &Job) -> Result<Arc<Plan>, RefusedRequest> {
         // A plan is put in whole or not at all.
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&job.me) {
@@ -77,7 +77,7 @@ impl Mint {
         plan.follow(job.scenario.clone(), job.run_tag);
         plan.part = Some(
             Part::new(job.placement.clone(), job.me as usize, &plan.scenario)
-                .map_err(Refused::Conflict)?,
+                .map_err(RefusedRequest::Conflict)?,
         );
         let plan = Arc::new(plan);
         plans.insert(job.me, plan.clone());

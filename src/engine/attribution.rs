@@ -45,7 +45,7 @@ impl Losses {
 
 /// A delivered frame's place among the publisher's frames, and among the stream's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Placed {
+pub struct PlacedFrame {
     pub layer: u8,
     pub frame: u32,
     /// Unwrapped.
@@ -55,7 +55,7 @@ pub struct Placed {
 
 /// Whose frames these are.
 #[derive(Clone, Copy)]
-pub struct Origin<'a> {
+pub struct FrameOrigin<'a> {
     pub roster: &'a Roster,
     pub origin: u32,
     pub track: u8,
@@ -63,7 +63,7 @@ pub struct Origin<'a> {
 
 /// Missing frames between two that were delivered.
 #[derive(Clone, Copy, Default)]
-struct Gap {
+struct FrameGap {
     first_frame: u32,
     missing: u32,
     /// The low halves of the unwrapped numbers of the last packet before it and the first one after it.
@@ -73,7 +73,7 @@ struct Gap {
     layer: u8,
 }
 
-impl Gap {
+impl FrameGap {
     fn age(&self, now: Time) -> Duration {
         Duration::from_millis(
             (now.as_millis() as u32)
@@ -88,7 +88,7 @@ impl Gap {
         (unwrap(self.before), unwrap(self.after))
     }
 
-    fn holds(&self, frame: &Placed, newest: u64) -> bool {
+    fn holds(&self, frame: &PlacedFrame, newest: u64) -> bool {
         let (before, after) = self.between(newest);
         let number = frame.frame.wrapping_sub(self.first_frame);
         frame.layer == self.layer
@@ -103,7 +103,7 @@ impl Gap {
 #[repr(C)]
 pub struct Attribution {
     /// By sequence number, which is by time.
-    newest: Option<Placed>,
+    newest: Option<PlacedFrame>,
     len: u8,
     /// Of the frame delivered first.
     oldest_seq: u64,
@@ -111,7 +111,7 @@ pub struct Attribution {
     sfu: u32,
     downlink: u32,
     /// Oldest first.
-    gaps: [Gap; GAPS_MAX],
+    gaps: [FrameGap; GAPS_MAX],
 }
 
 impl Attribution {
@@ -123,10 +123,10 @@ impl Attribution {
     /// Takes a frame that was delivered for the first time. `withheld` says how many frames of the layer before are missing where it is of another.
     pub fn deliver(
         &mut self,
-        frame: Placed,
+        frame: PlacedFrame,
         withheld: impl FnOnce() -> u64,
         stream: &ReceiveStream,
-        origin: Origin<'_>,
+        origin: FrameOrigin<'_>,
         now: Time,
     ) {
         self.settle_due(stream, origin, now);
@@ -144,7 +144,7 @@ impl Attribution {
         };
         self.newest = Some(frame);
         if missing > 0 {
-            let gap = Gap {
+            let gap = FrameGap {
                 first_frame: newest.frame + 1,
                 missing: u32::try_from(missing).unwrap_or(u32::MAX),
                 before: newest.last_seq as u32,
@@ -162,9 +162,9 @@ impl Attribution {
     /// The stream goes on after a pause that was asked for: what was not sent meanwhile is not missing.
     pub fn resume_with(
         &mut self,
-        frame: Placed,
+        frame: PlacedFrame,
         stream: &ReceiveStream,
-        origin: Origin<'_>,
+        origin: FrameOrigin<'_>,
         now: Time,
     ) {
         self.settle_due(stream, origin, now);
@@ -172,7 +172,7 @@ impl Attribution {
     }
 
     /// Settles what has waited long enough.
-    pub fn settle_due(&mut self, stream: &ReceiveStream, origin: Origin<'_>, now: Time) {
+    pub fn settle_due(&mut self, stream: &ReceiveStream, origin: FrameOrigin<'_>, now: Time) {
         while self.len > 0 {
             let gap = self.gaps[0];
             let (before, _) = gap.between(self.newest_seq());
@@ -184,7 +184,12 @@ impl Attribution {
     }
 
     /// All that is missing, at the end: `missing` frames.
-    pub fn finish(&mut self, missing: u64, stream: &ReceiveStream, origin: Origin<'_>) -> Losses {
+    pub fn finish(
+        &mut self,
+        missing: u64,
+        stream: &ReceiveStream,
+        origin: FrameOrigin<'_>,
+    ) -> Losses {
         while self.len > 0 {
             self.settle_oldest(stream, origin);
         }
@@ -221,10 +226,10 @@ impl Attribution {
     /// A frame between two that were delivered before.
     fn deliver_late(
         &mut self,
-        frame: &Placed,
+        frame: &PlacedFrame,
         newest: u64,
         stream: &ReceiveStream,
-        origin: Origin<'_>,
+        origin: FrameOrigin<'_>,
     ) {
         if frame.first_seq < self.oldest_seq {
             self.oldest_seq = frame.first_seq;
@@ -245,9 +250,9 @@ impl Attribution {
         identity: &FrameIdentity,
         seq: u64,
         stream: &ReceiveStream,
-        origin: Origin<'_>,
+        origin: FrameOrigin<'_>,
     ) {
-        let holds = |gap: &Gap| {
+        let holds = |gap: &FrameGap| {
             gap.layer == identity.layer
                 && identity.frame.wrapping_sub(gap.first_frame) < gap.missing
         };
@@ -274,17 +279,17 @@ impl Attribution {
         frame: u32,
         (first, last): (u32, u32),
         stream: &ReceiveStream,
-        origin: Origin<'_>,
+        origin: FrameOrigin<'_>,
     ) {
         let gap = self.gaps[at];
         let before = frame.wrapping_sub(gap.first_frame);
         let (left, right) = (
-            Gap {
+            FrameGap {
                 missing: before,
                 after: first,
                 ..gap
             },
-            Gap {
+            FrameGap {
                 first_frame: frame.wrapping_add(1),
                 missing: gap.missing - before - 1,
                 before: last,
@@ -303,10 +308,10 @@ impl Attribution {
     fn split(
         &mut self,
         at: usize,
-        left: Gap,
-        right: Gap,
+        left: FrameGap,
+        right: FrameGap,
         stream: &ReceiveStream,
-        origin: Origin<'_>,
+        origin: FrameOrigin<'_>,
     ) {
         self.gaps[at] = left;
         let mut at = at + 1;
@@ -327,7 +332,7 @@ impl Attribution {
         }
     }
 
-    fn open(&mut self, at: usize, gap: Gap) {
+    fn open(&mut self, at: usize, gap: FrameGap) {
         self.gaps.copy_within(at..usize::from(self.len), at + 1);
         self.gaps[at] = gap;
         self.len += 1;
@@ -341,11 +346,11 @@ impl Attribution {
     fn settle_oldest(
         &mut self,
         stream: &ReceiveStream,
-        Origin {
+        FrameOrigin {
             roster,
             origin,
             track,
-        }: Origin<'_>,
+        }: FrameOrigin<'_>,
     ) {
         let gap = self.gaps[0];
         self.remove(0);

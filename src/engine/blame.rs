@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use crate::measure::presence::Presence;
+use crate::measure::presence::ThreadPresence;
 use crate::measure::second::Second;
-use crate::measure::stalls::{Cause, Gap, Stall, gathered, silences, union};
+use crate::measure::stalls::{Cause, Stall, StillSpan, gathered, silences, union};
 use crate::units::Time;
 
 /// So much of a stall must be accounted for by one cause.
@@ -13,11 +13,11 @@ const SHARE_MIN: f64 = 0.5;
 /// What a run saw of itself and of the server.
 pub struct Observed<'a> {
     /// When media left, and when anything came.
-    pub sends: &'a Presence,
-    pub arrivals: &'a Presence,
+    pub sends: &'a ThreadPresence,
+    pub arrivals: &'a ThreadPresence,
     /// Late beats of all engine threads, and of the bare timer thread.
-    pub engine_gaps: &'a [Gap],
-    pub floor_gaps: &'a [Gap],
+    pub engine_gaps: &'a [StillSpan],
+    pub floor_gaps: &'a [StillSpan],
     pub seconds: &'a [Second],
     /// When publishers stopped: after that nothing is owed.
     pub until: Time,
@@ -49,7 +49,7 @@ pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
     stalls
 }
 
-fn told(cause: Cause, pieces: &[Gap], evidence: String) -> Stall {
+fn told(cause: Cause, pieces: &[StillSpan], evidence: String) -> Stall {
     let seconds = |time: Option<Time>| time.map_or(0.0, |time| time.as_micros() as f64 / 1e6);
     Stall {
         side: cause.side(),
@@ -61,13 +61,13 @@ fn told(cause: Cause, pieces: &[Gap], evidence: String) -> Stall {
     }
 }
 
-fn length(pieces: &[Gap]) -> Duration {
-    pieces.iter().map(Gap::length).sum()
+fn length(pieces: &[StillSpan]) -> Duration {
+    pieces.iter().map(StillSpan::length).sum()
 }
 
 /// Throttled and stolen time are the kernel's word. A wait in the run queue is so too, but some of it is found in every busy second. A process that was stopped leaves no
 /// trace but that the bare timer thread, which has nothing to do, was late as well.
-fn cause(pieces: &[Gap], observed: &Observed<'_>) -> Cause {
+fn cause(pieces: &[StillSpan], observed: &Observed<'_>) -> Cause {
     let enough = |time: Option<Duration>| {
         time.is_some_and(|time| time.as_secs_f64() >= length(pieces).as_secs_f64() * SHARE_MIN)
     };
@@ -88,7 +88,7 @@ fn cause(pieces: &[Gap], observed: &Observed<'_>) -> Cause {
 
 /// A figure's sum over the rows that a stall touches; `None` where none of them knows.
 fn around(
-    pieces: &[Gap],
+    pieces: &[StillSpan],
     seconds: &[Second],
     figure: fn(&Second) -> Option<u64>,
 ) -> Option<Duration> {
@@ -98,7 +98,7 @@ fn around(
         .map(Duration::from_micros)
 }
 
-fn touched<'a>(pieces: &[Gap], seconds: &'a [Second]) -> impl Iterator<Item = &'a Second> {
+fn touched<'a>(pieces: &[StillSpan], seconds: &'a [Second]) -> impl Iterator<Item = &'a Second> {
     let span = pieces
         .first()
         .zip(pieces.last())
@@ -109,8 +109,8 @@ fn touched<'a>(pieces: &[Gap], seconds: &'a [Second]) -> impl Iterator<Item = &'
 }
 
 /// How much of a stall the bare timer thread was late, too.
-fn floor_asleep(pieces: &[Gap], floor_gaps: &[Gap]) -> Duration {
-    let within = |gap: &Gap| {
+fn floor_asleep(pieces: &[StillSpan], floor_gaps: &[StillSpan]) -> Duration {
+    let within = |gap: &StillSpan| {
         floor_gaps
             .iter()
             .map(|floor| floor.within(gap.from, gap.to))
@@ -119,7 +119,7 @@ fn floor_asleep(pieces: &[Gap], floor_gaps: &[Gap]) -> Duration {
     pieces.iter().map(within).sum()
 }
 
-fn evidence(cause: Cause, pieces: &[Gap], observed: &Observed<'_>) -> String {
+fn evidence(cause: Cause, pieces: &[StillSpan], observed: &Observed<'_>) -> String {
     let time = |figure: fn(&Second) -> Option<u64>| {
         around(pieces, observed.seconds, figure).map_or(0.0, |time| time.as_secs_f64())
     };
@@ -163,8 +163,8 @@ mod tests {
     use crate::measure::presence::Marks;
     use crate::measure::stalls::Side;
 
-    const fn gap(from_ms: u64, to_ms: u64) -> Gap {
-        Gap {
+    const fn gap(from_ms: u64, to_ms: u64) -> StillSpan {
+        StillSpan {
             from: Time::from_millis(from_ms),
             to: Time::from_millis(to_ms),
         }
@@ -185,8 +185,8 @@ mod tests {
         rows
     }
 
-    fn every(interval_ms: u64, pause: (u64, u64)) -> Presence {
-        let mut all = Presence::default();
+    fn every(interval_ms: u64, pause: (u64, u64)) -> ThreadPresence {
+        let mut all = ThreadPresence::default();
         for ms in (0..20_000)
             .step_by(interval_ms as usize)
             .filter(|ms| !(pause.0..pause.1).contains(ms))
@@ -201,8 +201,8 @@ mod tests {
     fn found(
         pause: (u64, u64),
         server_pause: (u64, u64),
-        engine: &[Gap],
-        floor: &[Gap],
+        engine: &[StillSpan],
+        floor: &[StillSpan],
         seconds: &[Second],
     ) -> Vec<(Side, Cause, u64)> {
         stalls(&Observed {

@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::feedback::{Feedback, Sent};
-use super::publisher::{SendTrack, Wire};
+use super::publisher::{SendTrack, TrackWire};
 use super::sending::{LayerState, Sending, layers_to_hold_back, wanted_bps};
-use super::subscriber::{RecvStream, Refused, StreamContext};
+use super::subscriber::{RecvStream, RefusedPacket, StreamContext};
 use super::{Io, LAYERS_MAX, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
 use crate::measure::{Kind, Record};
 use crate::media::assemble::FrameEvent;
@@ -17,7 +17,8 @@ use crate::transport::peer::Peer;
 use crate::transport::receive::{MISSING_MAX, NACK_SEQS_MAX, RoundTrip};
 use crate::transport::reports::{NACKED_MAX, REPORT_BLOCKS_MAX, seal_compound};
 use crate::transport::rtcp::{
-    DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units, rtt_from_report,
+    DlrrBlock, ReportBlock, RtcpPacket, RtcpWriter, SenderInfo, WriteError, dlsr_units,
+    rtt_from_report,
 };
 use crate::transport::rtp::Header;
 use crate::transport::sequence::Seq;
@@ -38,7 +39,7 @@ const EARLY_PACKETS_MAX: usize = 128;
 const EARLY_AGE_MAX: Duration = Duration::from_secs(1);
 
 /// What a connection needs from around it for one call.
-pub struct Surroundings<'a, I> {
+pub struct ConnectionContext<'a, I> {
     pub config: &'a ShardConfig,
     pub record: &'a mut Record,
     pub io: &'a mut I,
@@ -46,7 +47,7 @@ pub struct Surroundings<'a, I> {
 }
 
 /// One peer connection of one participant.
-pub struct Connection {
+pub struct PeerConnection {
     pub transport: Peer,
     pub tracks: Vec<SendTrack>,
     /// When the repair timer is due.
@@ -115,9 +116,9 @@ struct ReferenceTime {
     arrival: Time,
 }
 
-impl Connection {
-    pub fn new(key: usize, new: NewPeer, config: &ShardConfig, now: Time) -> Connection {
-        Connection {
+impl PeerConnection {
+    pub fn new(key: usize, new: NewPeer, config: &ShardConfig, now: Time) -> PeerConnection {
+        PeerConnection {
             transport: Peer::new(&config.identity, &new.parameters, config.epoch, now),
             tracks: Vec::new(),
             repair_at: Time::MAX,
@@ -229,8 +230,8 @@ impl Connection {
         self.closed
     }
 
-    /// Fetches what every packet needs. What that leads to follows, in this order, each when the one before has come: [`Connection::prefetch_streams`] and
-    /// [`Connection::prefetch_next`].
+    /// Fetches what every packet needs. What that leads to follows, in this order, each when the one before has come: [`PeerConnection::prefetch_streams`] and
+    /// [`PeerConnection::prefetch_next`].
     pub fn prefetch(&self) {
         self.transport.prefetch_opener();
         net::prefetch(&self.streams, usize::MAX);
@@ -264,7 +265,7 @@ impl Connection {
             .for_each(RecvStream::prefetch_next);
     }
 
-    /// Fetches what every turn of a track needs. What that leads to follows: [`Connection::prefetch_track`].
+    /// Fetches what every turn of a track needs. What that leads to follows: [`PeerConnection::prefetch_track`].
     pub fn prefetch_for_sending(&self) {
         self.transport.prefetch_sending();
         net::prefetch(&self.tracks, usize::MAX);
@@ -358,14 +359,14 @@ impl Connection {
                     }),
                 })
             }
-            Err(Refused::Replayed) => {
+            Err(RefusedPacket::Replayed) => {
                 record.media(stream.kind()).packets_duplicate += 1;
                 Some(Wanted {
                     nack_at: stream.next_nack_at(),
                     ..Wanted::NOTHING
                 })
             }
-            Err(Refused::Broken) => None,
+            Err(RefusedPacket::Broken) => None,
         }
     }
 
@@ -395,7 +396,7 @@ impl Connection {
     }
 
     /// Sends what is due on one track. Returns when it is due again.
-    pub fn send_due<I: Io>(&mut self, track: usize, around: &mut Surroundings<'_, I>) -> Time {
+    pub fn send_due<I: Io>(&mut self, track: usize, around: &mut ConnectionContext<'_, I>) -> Time {
         let now = around.now;
         let (Some(to), Some(sealer)) = (self.transport.remote(), self.transport.sealer()) else {
             return Time::MAX;
@@ -418,12 +419,12 @@ impl Connection {
 
     pub fn handle_rtcp_packet<I: Io>(
         &mut self,
-        packet: &Packet<'_>,
+        packet: &RtcpPacket<'_>,
         arrival: Time,
-        around: &mut Surroundings<'_, I>,
+        around: &mut ConnectionContext<'_, I>,
     ) {
         match packet {
-            Packet::SenderReport { sender, reports } => {
+            RtcpPacket::SenderReport { sender, reports } => {
                 if let Some((at, false)) = self.find_stream(sender.ssrc) {
                     self.streams[at].handle_sender_report(sender.ntp, arrival);
                 }
@@ -431,17 +432,19 @@ impl Connection {
                     .clone()
                     .for_each(|block| self.handle_report_block(&block, arrival, around));
             }
-            Packet::ReceiverReport { reports, .. } => reports
+            RtcpPacket::ReceiverReport { reports, .. } => reports
                 .clone()
                 .for_each(|block| self.handle_report_block(&block, arrival, around)),
-            Packet::Nack {
+            RtcpPacket::Nack {
                 media_ssrc, seqs, ..
             } => self.handle_nack(*media_ssrc, seqs.clone(), around),
-            Packet::Pli { media_ssrc, .. } => self.handle_key_frame_request(*media_ssrc, around),
-            Packet::Fir { entries, .. } => entries
+            RtcpPacket::Pli { media_ssrc, .. } => {
+                self.handle_key_frame_request(*media_ssrc, around)
+            }
+            RtcpPacket::Fir { entries, .. } => entries
                 .clone()
                 .for_each(|(ssrc, _)| self.handle_key_frame_request(ssrc, around)),
-            Packet::Xr { ssrc, rrtr, dlrr } => {
+            RtcpPacket::Xr { ssrc, rrtr, dlrr } => {
                 if let Some(ntp) = rrtr {
                     self.reference_time = Some(ReferenceTime {
                         ssrc: *ssrc,
@@ -454,19 +457,19 @@ impl Connection {
                     self.handle_rtt(block.last_rr, block.delay_since_last_rr, arrival, around);
                 }
             }
-            Packet::TransportCc { body, .. } => self.handle_transport_cc(body, around),
-            Packet::Remb { bitrate, .. } => {
+            RtcpPacket::TransportCc { body, .. } => self.handle_transport_cc(body, around),
+            RtcpPacket::Remb { bitrate, .. } => {
                 around.record.bandwidth.remb_received += 1;
                 if let Some(sending) = &mut self.sending {
                     sending.handle_remb(*bitrate);
                     self.allocate(around.now, around.record);
                 }
             }
-            Packet::Sdes { .. } | Packet::Bye { .. } | Packet::Unknown { .. } => {}
+            RtcpPacket::Sdes { .. } | RtcpPacket::Bye { .. } | RtcpPacket::Unknown { .. } => {}
         }
     }
 
-    fn handle_transport_cc<I: Io>(&mut self, body: &[u8], around: &mut Surroundings<'_, I>) {
+    fn handle_transport_cc<I: Io>(&mut self, body: &[u8], around: &mut ConnectionContext<'_, I>) {
         let counted = &mut around.record.bandwidth;
         counted.transport_cc_received += 1;
         let rtt = self.rtt_rtcp.or(self.rtt_stun);
@@ -552,9 +555,9 @@ impl Connection {
     }
 
     /// Sends the packets of a probe that are due, of the highest layer that is sent. Returns when the next one is.
-    pub fn send_probe<I: Io>(&mut self, around: &mut Surroundings<'_, I>) -> Time {
+    pub fn send_probe<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) -> Time {
         let now = around.now;
-        let Connection {
+        let PeerConnection {
             transport,
             tracks,
             sending,
@@ -601,7 +604,7 @@ impl Connection {
         &mut self,
         block: &ReportBlock,
         arrival: Time,
-        around: &mut Surroundings<'_, I>,
+        around: &mut ConnectionContext<'_, I>,
     ) {
         let Some(track) = self
             .tracks
@@ -620,7 +623,7 @@ impl Connection {
         last_report: u32,
         delay: u32,
         arrival: Time,
-        around: &mut Surroundings<'_, I>,
+        around: &mut ConnectionContext<'_, I>,
     ) {
         if let Some(rtt) = rtt_from_report(
             ntp_middle(around.config.epoch.ntp(arrival)),
@@ -647,7 +650,7 @@ impl Connection {
         &mut self,
         media_ssrc: u32,
         seqs: impl Iterator<Item = Seq>,
-        around: &mut Surroundings<'_, I>,
+        around: &mut ConnectionContext<'_, I>,
     ) {
         let rtt = self.rtt();
         let (Some(to), Some(sealer)) = (self.transport.remote(), self.transport.sealer()) else {
@@ -673,7 +676,7 @@ impl Connection {
     fn handle_key_frame_request<I: Io>(
         &mut self,
         media_ssrc: u32,
-        around: &mut Surroundings<'_, I>,
+        around: &mut ConnectionContext<'_, I>,
     ) {
         if let Some(track) = self
             .tracks
@@ -700,17 +703,17 @@ impl Connection {
     }
 
     /// Sends one round of reports: SR for every track, RR for every stream, and the reference times of XR.
-    pub fn send_reports<I: Io>(&mut self, around: &mut Surroundings<'_, I>) {
+    pub fn send_reports<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) {
         self.send_sender_reports(around);
         self.send_receiver_reports(around);
     }
 
-    fn send_sender_reports<I: Io>(&mut self, around: &mut Surroundings<'_, I>) {
+    fn send_sender_reports<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) {
         let (now, epoch) = (around.now, around.config.epoch);
         if self.tracks.is_empty() || self.closed {
             return;
         }
-        let Connection {
+        let PeerConnection {
             transport,
             tracks,
             cname,
@@ -751,12 +754,12 @@ impl Connection {
         });
     }
 
-    fn send_receiver_reports<I: Io>(&mut self, around: &mut Surroundings<'_, I>) {
+    fn send_receiver_reports<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) {
         if self.streams.is_empty() || self.closed {
             return;
         }
         let (now, ntp) = (around.now, around.config.epoch.ntp(around.now));
-        let Connection {
+        let PeerConnection {
             transport,
             streams,
             cname,
@@ -794,9 +797,9 @@ impl Connection {
     }
 
     /// Sends the NACKs and PLIs that are due. Returns when to look again.
-    pub fn repair<I: Io>(&mut self, around: &mut Surroundings<'_, I>) -> Time {
+    pub fn repair<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) -> Time {
         let (now, rtt) = (around.now, self.round_trip());
-        let Connection {
+        let PeerConnection {
             transport,
             streams,
             rtcp_ssrc,
@@ -846,9 +849,9 @@ impl Connection {
     }
 
     /// Tells the server of its path what is due. Returns when to look again.
-    pub fn send_feedback<I: Io>(&mut self, around: &mut Surroundings<'_, I>) -> Time {
+    pub fn send_feedback<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) -> Time {
         let (now, rtt) = (around.now, self.rtt());
-        let Connection {
+        let PeerConnection {
             transport,
             feedback,
             rtcp_ssrc,
@@ -946,8 +949,8 @@ fn wire<'a, I: Io>(
     sealer: &'a Sealer,
     (kind, track): (Kind, usize),
     sending: Option<&'a mut Sending>,
-    around: &'a mut Surroundings<'_, I>,
-) -> Wire<'a, I> {
+    around: &'a mut ConnectionContext<'_, I>,
+) -> TrackWire<'a, I> {
     let Record {
         session,
         audio,
@@ -955,7 +958,7 @@ fn wire<'a, I: Io>(
         engine,
         ..
     } = &mut *around.record;
-    Wire {
+    TrackWire {
         io: around.io,
         key,
         to,
@@ -978,8 +981,8 @@ fn wire<'a, I: Io>(
 fn send_compound<I: Io>(
     transport: &mut Peer,
     key: usize,
-    around: &mut Surroundings<'_, I>,
-    write: impl FnOnce(&mut Writer<'_>) -> Result<(), WriteError>,
+    around: &mut ConnectionContext<'_, I>,
+    write: impl FnOnce(&mut RtcpWriter<'_>) -> Result<(), WriteError>,
 ) {
     let Some((to, sealed)) = seal_compound(transport, around.io.lend(), write) else {
         return;

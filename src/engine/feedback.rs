@@ -10,7 +10,7 @@ use super::StreamParameters;
 use crate::net;
 use crate::transport::bandwidth::remb::ReceiveEstimator;
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
-use crate::transport::rtcp::{WriteError, Writer};
+use crate::transport::rtcp::{RtcpWriter, WriteError};
 use crate::transport::rtp::{Header, be16, be24};
 use crate::units::{Bitrate, Time};
 
@@ -159,7 +159,7 @@ impl Feedback {
     /// Writes one message of what is due, if anything is. Returns whether there may be more.
     pub fn write(
         &mut self,
-        writer: &mut Writer<'_>,
+        writer: &mut RtcpWriter<'_>,
         sender_ssrc: u32,
         now: Time,
         rtt: Duration,
@@ -221,7 +221,7 @@ fn feedback_interval(send_bps: u64) -> Duration {
 mod tests {
     use super::*;
     use crate::codec::{Codec, PayloadTypes};
-    use crate::transport::rtcp::{Packet, packets};
+    use crate::transport::rtcp::{RtcpPacket, packets};
     use crate::transport::rtp::{HeaderTemplate, abs_send_time};
     use crate::transport::sequence::Seq;
 
@@ -280,7 +280,7 @@ mod tests {
         let (mut sent, mut bytes) = (Vec::new(), Vec::new());
         loop {
             let mut buffer = [0; 1_200];
-            let mut writer = Writer::new(&mut buffer);
+            let mut writer = RtcpWriter::new(&mut buffer);
             let Some(what) = feedback.write(&mut writer, 9, now, RTT).unwrap() else {
                 break;
             };
@@ -307,7 +307,7 @@ mod tests {
             if now >= feedback.timer_at.min(wanted) {
                 let (sent, bytes) = turn(&mut feedback, now);
                 assert_eq!(sent, [Sent::TransportCc]);
-                let Some(Ok(Packet::TransportCc {
+                let Some(Ok(RtcpPacket::TransportCc {
                     sender_ssrc,
                     media_ssrc,
                     body,
@@ -374,7 +374,7 @@ mod tests {
             (1_500_000..1_700_000).contains(&bitrate.bps()),
             "{bitrate}: 200 packets a second"
         );
-        let Some(Ok(Packet::Remb { sources, .. })) = packets(bytes).next() else {
+        let Some(Ok(RtcpPacket::Remb { sources, .. })) = packets(bytes).next() else {
             panic!()
         };
         assert_eq!(sources.collect::<Vec<_>>(), [1, 2]);

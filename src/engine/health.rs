@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::worker::Beat;
+use super::worker::TickGrid;
 use crate::measure::second::Second;
-use crate::measure::stalls::{Cause, Gap, STALL_MIN, Stall, union};
+use crate::measure::stalls::{Cause, STALL_MIN, Stall, StillSpan, union};
 use crate::measure::{Histogram, Record};
 use crate::units::{Epoch, Time};
 
@@ -50,7 +50,7 @@ pub struct FloorSince {
     /// `None` where it has not woken.
     pub late_max: Option<Duration>,
     /// Wake-ups that were late by [`STALL_MIN`] or more.
-    pub gaps: Vec<Gap>,
+    pub gaps: Vec<StillSpan>,
 }
 
 impl FloorThread {
@@ -64,7 +64,7 @@ impl FloorThread {
         let thread = std::thread::Builder::new()
             .name("floor".into())
             .spawn(move || {
-                let mut beat = Beat::start(epoch);
+                let mut beat = TickGrid::start(epoch);
                 while !stopped.load(Ordering::Relaxed) {
                     let (now, late, _) = beat.wait(FLOOR_TICKS);
                     floor
@@ -74,7 +74,7 @@ impl FloorThread {
                     let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
                     seen.late_max = seen.late_max.max(Some(late));
                     if late >= STALL_MIN {
-                        seen.gaps.push(Gap {
+                        seen.gaps.push(StillSpan {
                             from: now - late,
                             to: now,
                         });
@@ -130,7 +130,7 @@ pub struct Evidence<'a> {
     /// One row a second; none where nobody kept them: then only the run as a whole is judged.
     pub seconds: &'a [Second],
     /// Late beats of all engine threads.
-    pub gaps: &'a [Gap],
+    pub gaps: &'a [StillSpan],
     /// What [`super::blame::stalls`] made of them.
     pub stalls: &'a [Stall],
 }
@@ -223,7 +223,7 @@ fn still_seconds(evidence: &Evidence<'_>) -> Vec<String> {
 }
 
 /// How long any engine thread stood still in each second of the run; seconds without any are left out.
-fn stillness(gaps: &[Gap]) -> Vec<(u64, Duration)> {
+fn stillness(gaps: &[StillSpan]) -> Vec<(u64, Duration)> {
     const SECOND: Duration = Duration::from_secs(1);
     let mut seconds: Vec<(u64, Duration)> = Vec::new();
     for gap in union(gaps.to_vec()) {
@@ -355,7 +355,7 @@ mod tests {
         host_drops: u64,
         busiest_worker: f64,
         seconds: &[Second],
-        gaps: &[Gap],
+        gaps: &[StillSpan],
         stalls: &[Stall],
     ) -> Vec<String> {
         let mut record = Record::default();
@@ -381,8 +381,8 @@ mod tests {
         judged_with(change, host_drops, busiest_worker, &[], &[], &[])
     }
 
-    const fn gap(from_ms: u64, to_ms: u64) -> Gap {
-        Gap {
+    const fn gap(from_ms: u64, to_ms: u64) -> StillSpan {
+        StillSpan {
             from: Time::from_millis(from_ms),
             to: Time::from_millis(to_ms),
         }
@@ -457,7 +457,7 @@ mod tests {
             ]
         );
         // The same stillness in short pieces is as bad; the server's silence is not ours.
-        let pieces: Vec<Gap> = (0..5)
+        let pieces: Vec<StillSpan> = (0..5)
             .map(|n| gap(5_000 + n * 100, 5_021 + n * 100))
             .collect();
         let reasons = judged_with(

@@ -19,9 +19,9 @@ const SLOT_ROUNDING_US: u64 = 1_000;
 
 #[derive(Default)]
 pub struct Ledger {
-    current: Stretch,
+    current: FrameStretch,
     /// The one before: what is repaired late may still be of it.
-    previous: Stretch,
+    previous: FrameStretch,
     /// Expected of all before those.
     settled_expected: u64,
     settled_delivered: u64,
@@ -45,7 +45,7 @@ pub struct Ledger {
 
 /// Frames of one layer, without a break.
 #[derive(Default)]
-struct Stretch {
+struct FrameStretch {
     layer: u8,
     /// No frames in between are missed: nobody had asked for them.
     after_pause: bool,
@@ -57,7 +57,7 @@ struct Stretch {
     window: DeliveredWindow,
 }
 
-impl Stretch {
+impl FrameStretch {
     fn deliver(&mut self, identity: &FrameIdentity) -> Delivery {
         let delivery = self.window.deliver(identity.frame);
         if self
@@ -93,7 +93,7 @@ impl Stretch {
     }
 
     /// Frames of this layer that were due, and sent, before `next` began.
-    fn missed_before(&self, next: &Stretch, interval: Duration) -> u64 {
+    fn missed_before(&self, next: &FrameStretch, interval: Duration) -> u64 {
         let (Some(last), false, interval_us) =
             (self.last(), next.after_pause, interval.as_micros() as u64)
         else {
@@ -207,10 +207,10 @@ impl Ledger {
             .frames;
         self.settle_unsent((origin, track), roster);
         self.unsent_before = roster.owed((origin, track), identity.layer).unsent;
-        let next = Stretch {
+        let next = FrameStretch {
             layer: identity.layer,
             after_pause: self.resumed,
-            ..Stretch::default()
+            ..FrameStretch::default()
         };
         self.resumed = false;
         self.previous = std::mem::replace(&mut self.current, next);
@@ -411,7 +411,7 @@ mod tests {
     const RATES: [u64; 3] = [15, 20, 30];
 
     /// A publisher of three layers from time 0 on, each at its own pace, and what a subscriber makes of it.
-    struct World {
+    struct LedgerWorld {
         roster: Roster,
         ledger: Ledger,
     }
@@ -427,9 +427,9 @@ mod tests {
         }
     }
 
-    impl World {
+    impl LedgerWorld {
         /// All layers have sent what was due by `until`, in microseconds.
-        fn new(until: u64) -> World {
+        fn new(until: u64) -> LedgerWorld {
             let roster = Roster::new(0, [0].into_iter());
             for layer in 0..3 {
                 let rate = RATES[usize::from(layer)];
@@ -440,7 +440,7 @@ mod tests {
                 );
                 roster.set_frames(&frame(layer, 0), (until * rate / 1_000_000) as u32 + 1);
             }
-            World {
+            LedgerWorld {
                 roster,
                 ledger: Ledger::default(),
             }
@@ -468,7 +468,7 @@ mod tests {
 
     #[test]
     fn on_one_layer_all_frames_from_the_first_that_came_are_expected() {
-        let mut world = World::new(1_000 * MS);
+        let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, [5, 6, 8, 9]);
         assert_eq!((world.ledger.delivered(), world.expected()), (4, 31 - 5));
         world.ledger.end(Some((0, 1)), &world.roster);
@@ -482,7 +482,7 @@ mod tests {
             for to in (0..3u8).filter(|to| *to != from) {
                 // With the earlier layer's picture of the moment of the switch, and without: it is the same picture.
                 for (first, both) in (7..40).flat_map(|first| [(first, true), (first, false)]) {
-                    let mut world = World::new(10_000 * MS);
+                    let mut world = LedgerWorld::new(10_000 * MS);
                     let switch_at = frame(to, first).intended_unix_us;
                     let due = |number: &u32| {
                         frame(from, *number).intended_unix_us < switch_at + u64::from(both)
@@ -502,7 +502,7 @@ mod tests {
 
     #[test]
     fn what_the_earlier_layer_sent_before_the_later_one_began_is_missed() {
-        let mut world = World::new(2_000 * MS);
+        let mut world = LedgerWorld::new(2_000 * MS);
         world.deliver(0, 0..=3);
         // The lowest layer's last frame was meant for 200 ms, the highest one's first for 500: 267, 334, 400 and 467 ms are missing.
         world.deliver(2, 15..=60);
@@ -522,7 +522,7 @@ mod tests {
 
     #[test]
     fn a_layer_that_rested_is_not_missed() {
-        let mut world = World::new(2_000 * MS);
+        let mut world = LedgerWorld::new(2_000 * MS);
         world.roster.set_frames(&frame(2, 0), 10);
         world.deliver(2, 0..10);
         world.deliver(0, 15..=30);
@@ -531,7 +531,7 @@ mod tests {
 
     #[test]
     fn frames_from_before_the_previous_stretch_count_neither_way() {
-        let mut world = World::new(3_000 * MS);
+        let mut world = LedgerWorld::new(3_000 * MS);
         world.deliver(0, [0, 1, 3]);
         world.deliver(1, 5..=20);
         world.deliver(0, 15..=45);
@@ -551,7 +551,7 @@ mod tests {
 
     #[test]
     fn layers_of_one_moment_count_once_each() {
-        let mut world = World::new(2_000 * MS);
+        let mut world = LedgerWorld::new(2_000 * MS);
         world.deliver(0, [6]);
         world.deliver(1, [8]);
         world.deliver(2, 12..=60);
@@ -564,7 +564,7 @@ mod tests {
 
     #[test]
     fn who_leaves_gets_what_was_made_before_and_owes_nothing_after() {
-        let mut world = World::new(1_000 * MS);
+        let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=20);
         // Thirty-one frames of it were made, and half as many of the lowest layer.
         world.ledger.end(Some((0, 1)), &world.roster);
@@ -589,7 +589,7 @@ mod tests {
 
     #[test]
     fn frames_from_before_a_mark_that_come_after_it_are_counted_apart() {
-        let mut world = World::new(1_000 * MS);
+        let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=25);
         world.ledger.mark(Some((0, 1)), &world.roster);
         assert_eq!(world.ledger.overdue(), 0);
@@ -605,7 +605,7 @@ mod tests {
 
     #[test]
     fn a_source_that_is_gone_goes_on_owing_to_who_was_given_its_layer() {
-        let mut world = World::new(1_000 * MS);
+        let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=30);
         world.roster.add_unsent(&frame(2, 0), 90);
         world.roster.add_unsent(&frame(0, 0), 45);
@@ -626,13 +626,13 @@ mod tests {
 
     #[test]
     fn a_subscription_that_the_server_withdrew_is_owed_frames_until_its_source_begins_anew() {
-        let mut world = World::new(1_000 * MS);
+        let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=20);
         world.ledger.withdraw(Some((0, 1)), &world.roster);
         world.roster.set_frames(&frame(2, 0), 61);
         world.roster.add_unsent(&frame(2, 0), 15);
         assert_eq!((world.expected(), world.unsent()), (61, 15));
-        let since = |world: &World| world.ledger.made_since_withdrawal((0, 1), &world.roster);
+        let since = |world: &LedgerWorld| world.ledger.made_since_withdrawal((0, 1), &world.roster);
         assert_eq!(since(&world), 30);
         let begins = frame(2, 61);
         world
@@ -649,7 +649,7 @@ mod tests {
 
     #[test]
     fn a_subscription_ends_where_another_one_takes_its_place() {
-        let mut world = World::new(1_000 * MS);
+        let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=20);
         world.ledger.withdraw(Some((0, 1)), &world.roster);
         world.roster.set_frames(&frame(2, 0), 61);
@@ -663,7 +663,7 @@ mod tests {
 
     #[test]
     fn what_nobody_asked_for_is_not_expected() {
-        let mut world = World::new(3_000 * MS);
+        let mut world = LedgerWorld::new(3_000 * MS);
         world.deliver(2, 0..=20);
         world.pause();
         assert_eq!(world.expected(), 21);

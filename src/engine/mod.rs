@@ -58,7 +58,7 @@ pub trait Io {
 }
 
 /// What signalling asks of a shard. Peers are named by a key below the shard's capacity.
-pub enum Command {
+pub enum ShardCommand {
     /// A peer that was removed may be followed by another with its key: that one's account is then closed.
     AddPeer {
         key: usize,
@@ -66,7 +66,7 @@ pub enum Command {
         path: Option<Path>,
         peer: Box<NewPeer>,
         /// Where this peer's events go.
-        events: tokio::sync::mpsc::UnboundedSender<Event>,
+        events: tokio::sync::mpsc::UnboundedSender<ShardEvent>,
     },
     /// Candidates of the server want another socket, which is there until the peer is up. `local` is our address on it.
     AddPath {
@@ -95,7 +95,7 @@ pub enum Command {
         key: usize,
         streams: Vec<StreamParameters>,
     },
-    /// Streams that the server withdrew, by media SSRC. What their sources make from then on stays owed: see [`Command::Leave`] for who is to go.
+    /// Streams that the server withdrew, by media SSRC. What their sources make from then on stays owed: see [`ShardCommand::Leave`] for who is to go.
     Unsubscribe {
         key: usize,
         ssrcs: Vec<u32>,
@@ -137,17 +137,17 @@ pub enum Command {
         tap: Box<Tap>,
     },
     /// The plan has the participant leave: what is sent to this peer from now on is not expected, and what is under way may still come; what its tracks do not
-    /// send from now on is owed to nobody. [`Command::RemovePeer`] follows, where the peer is still there.
+    /// send from now on is owed to nobody. [`ShardCommand::RemovePeer`] follows, where the peer is still there.
     Leave {
         key: usize,
     },
     /// Every track of every peer stops at its next frame; repair goes on.
     StopPublishing,
-    /// Closes one peer for good. Where no [`Command::Leave`] came before, it is lost: what the plan means it to send and to receive stays owed.
+    /// Closes one peer for good. Where no [`ShardCommand::Leave`] came before, it is lost: what the plan means it to send and to receive stays owed.
     RemovePeer {
         key: usize,
     },
-    /// Asks for a [`worker::Report`] now.
+    /// Asks for a [`worker::WorkerReport`] now.
     Report,
     /// The same, with what has become of every peer so far; then every stream is marked ([`subscriber::StreamOutcome::frames_overdue`]).
     Survey,
@@ -188,8 +188,8 @@ pub struct StreamParameters {
 
 /// What a shard tells signalling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// [`Command::RestartIce`] is done: the other side's checks will be understood.
+pub enum ShardEvent {
+    /// [`ShardCommand::RestartIce`] is done: the other side's checks will be understood.
     IceRestarted {
         key: usize,
     },

@@ -8,14 +8,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::uplink::Requests;
+use super::uplink::FrameRequests;
 use super::{Io, Roster, TICK};
 use crate::codec::vp8::{PictureId, Vp8Descriptor};
 use crate::codec::{Codec, red};
 use crate::measure::{Kind, Media};
 use crate::media::identity::{AUDIO_IDENTITY_LEN, FrameIdentity, VIDEO_TRAILER_LEN};
 use crate::media::opus::AudioClip;
-use crate::media::packetize::{Layout, copy_range};
+use crate::media::packetize::{PacketLayout, copy_range};
 use crate::media::vp8::VideoClip;
 use crate::net;
 use crate::seeded::scatter;
@@ -56,17 +56,17 @@ const RED_BYTES_MAX: usize = 1_200;
 
 /// The shared media that a track plays.
 #[derive(Clone)]
-pub enum Source {
+pub enum MediaSource {
     Audio(Arc<AudioClip>),
     Video(Arc<VideoClip>),
 }
 
-impl Source {
+impl MediaSource {
     /// Of its frames; what wraps them in a packet is not the source's business.
     pub fn codec(&self) -> Codec {
         match self {
-            Source::Audio(_) => Codec::Opus,
-            Source::Video(_) => Codec::Vp8,
+            MediaSource::Audio(_) => Codec::Opus,
+            MediaSource::Video(_) => Codec::Vp8,
         }
     }
 
@@ -78,14 +78,14 @@ impl Source {
     pub fn key_frame_at(&self, _position: u32) -> KeyFrameAnswer {
         match self {
             // Every packet of Opus stands alone, and there is a key frame for every picture of VP8.
-            Source::Audio(_) | Source::Video(_) => KeyFrameAnswer::Now,
+            MediaSource::Audio(_) | MediaSource::Video(_) => KeyFrameAnswer::Now,
         }
     }
 
     pub fn bitrate(&self) -> Bitrate {
         match self {
-            Source::Audio(clip) => clip.bitrate(),
-            Source::Video(clip) => clip.spec().bitrate,
+            MediaSource::Audio(clip) => clip.bitrate(),
+            MediaSource::Video(clip) => clip.spec().bitrate,
         }
     }
 
@@ -97,8 +97,8 @@ impl Source {
     /// Frames in the loop.
     pub fn len(&self) -> usize {
         match self {
-            Source::Audio(clip) => clip.len(),
-            Source::Video(clip) => clip.len(),
+            MediaSource::Audio(clip) => clip.len(),
+            MediaSource::Video(clip) => clip.len(),
         }
     }
 
@@ -130,7 +130,7 @@ pub use crate::plan::{Pacing, SpeakerTurns};
 
 /// What a negotiated track needs to start.
 pub struct SendParameters {
-    pub source: Source,
+    pub source: MediaSource,
     pub ssrc: u32,
     pub rtx_ssrc: Option<u32>,
     pub payload_type: u8,
@@ -178,7 +178,7 @@ pub struct Talk {
 }
 
 /// What a track needs from around it for one call.
-pub struct Wire<'a, I> {
+pub struct TrackWire<'a, I> {
     pub io: &'a mut I,
     pub key: usize,
     pub to: SocketAddr,
@@ -229,7 +229,7 @@ pub struct SendTrack {
     rtx_index: u64,
     ring: ResendRing,
     limiter: ResendLimiter,
-    requests: Requests,
+    requests: FrameRequests,
     /// The next frame begins something: a video track (anew), or a talkspurt.
     fresh: bool,
     /// The number of the frame that is to repeat the first key frame.
@@ -259,14 +259,14 @@ struct FrameTiming {
 }
 
 impl FrameTiming {
-    fn of(source: &Source) -> FrameTiming {
+    fn of(source: &MediaSource) -> FrameTiming {
         match source {
-            Source::Audio(clip) => FrameTiming {
+            MediaSource::Audio(clip) => FrameTiming {
                 clock_rate: source.codec().clock_rate().into(),
                 numerator: u64::from(clip.rtp_ticks()),
                 denominator: source.codec().clock_rate().into(),
             },
-            Source::Video(clip) => FrameTiming {
+            MediaSource::Video(clip) => FrameTiming {
                 clock_rate: source.codec().clock_rate().into(),
                 numerator: 1,
                 denominator: u64::from(clip.spec().fps),
@@ -360,7 +360,7 @@ impl SendTrack {
                 VIDEO_FRAMES
             }),
             limiter: ResendLimiter::new(sent_bitrate(&parameters), RESEND_BURST_BYTES),
-            requests: Requests::default(),
+            requests: FrameRequests::default(),
             pacer: Pacer::new(&parameters),
             // The first frame of a video track is a key frame, whoever asks.
             fresh: true,
@@ -523,7 +523,7 @@ impl SendTrack {
     }
 
     /// Sends what is due: paced packets first, then the frame of this slot.
-    pub fn handle_timeout<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) -> Turn {
+    pub fn handle_timeout<I: Io>(&mut self, now: Time, wire: &mut TrackWire<'_, I>) -> Turn {
         let mut turn = Turn::default();
         if self.pacer.next_at() <= now {
             self.send_paced(now, wire);
@@ -562,7 +562,7 @@ impl SendTrack {
     }
 
     /// Nothing is sent in a slot of DTX.
-    fn emit_frame<I: Io>(&mut self, intended: Time, now: Time, wire: &mut Wire<'_, I>) {
+    fn emit_frame<I: Io>(&mut self, intended: Time, now: Time, wire: &mut TrackWire<'_, I>) {
         let key = self.wants_key_frame(now, wire);
         let media = self.media_at(intended);
         self.position = (self.position + 1) % self.parameters.source.len() as u32;
@@ -608,7 +608,7 @@ impl SendTrack {
         }
     }
 
-    fn wants_key_frame<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) -> bool {
+    fn wants_key_frame<I: Io>(&mut self, now: Time, wire: &mut TrackWire<'_, I>) -> bool {
         if self.codec().begins_anywhere() {
             return false;
         }
@@ -649,32 +649,32 @@ impl SendTrack {
 
     fn has_identity(&self, media: u32) -> bool {
         match &self.parameters.source {
-            Source::Audio(clip) => {
+            MediaSource::Audio(clip) => {
                 let (clip, at) = self.audio_at(clip, media);
                 clip.has_identity(at)
             }
-            Source::Video(_) => true,
+            MediaSource::Video(_) => true,
         }
     }
 
     fn media_bytes(&self, media: u32, key: bool) -> Option<&[u8]> {
         match &self.parameters.source {
-            Source::Audio(clip) => {
+            MediaSource::Audio(clip) => {
                 let (clip, at) = self.audio_at(clip, media);
                 clip.packet(at)
             }
-            Source::Video(clip) if key => Some(clip.key_frame(media as usize)),
-            Source::Video(clip) => Some(clip.inter_frame(media as usize)),
+            MediaSource::Video(clip) if key => Some(clip.key_frame(media as usize)),
+            MediaSource::Video(clip) => Some(clip.inter_frame(media as usize)),
         }
     }
 
     /// A frame's bytes, and how they are cut into packets.
-    fn laid_out(&self, record: &FrameRecord) -> Option<(&[u8], Layout)> {
+    fn laid_out(&self, record: &FrameRecord) -> Option<(&[u8], PacketLayout)> {
         let bytes = self.media_bytes(record.media, record.key)?;
         Some((bytes, layout(self.kind(), bytes.len())))
     }
 
-    fn send_paced<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) {
+    fn send_paced<I: Io>(&mut self, now: Time, wire: &mut TrackWire<'_, I>) {
         let mut budget = self.pacer.burst_bytes as i64;
         let mut sent_bytes = 0;
         while budget > 0 {
@@ -689,7 +689,7 @@ impl SendTrack {
     }
 
     /// Sends all that waits, in order.
-    fn flush<I: Io>(&mut self, now: Time, wire: &mut Wire<'_, I>) {
+    fn flush<I: Io>(&mut self, now: Time, wire: &mut TrackWire<'_, I>) {
         while let Some((record, first_index, range)) = self.pacer.take(usize::MAX) {
             self.send_range(&record, first_index, range, wire);
         }
@@ -702,7 +702,7 @@ impl SendTrack {
         record: &FrameRecord,
         first_index: u64,
         range: std::ops::Range<usize>,
-        wire: &mut Wire<'_, I>,
+        wire: &mut TrackWire<'_, I>,
     ) -> usize {
         let Some(frame) = self.laid_out(record) else {
             return 0;
@@ -767,7 +767,7 @@ impl SendTrack {
     fn write_packet(
         &self,
         record: &FrameRecord,
-        (bytes, layout): (&[u8], Layout),
+        (bytes, layout): (&[u8], PacketLayout),
         index: usize,
         rtx: Option<Seq>,
         epoch: Epoch,
@@ -794,7 +794,7 @@ impl SendTrack {
         }
         if rtx.is_some() {
             at += write_rtx_osn(out.get_mut(at..)?, seq)?;
-        } else if let (Some(slot), Source::Audio(clip)) =
+        } else if let (Some(slot), MediaSource::Audio(clip)) =
             (self.audio_level, &self.parameters.source)
         {
             let (clip, at) = self.audio_at(clip, record.media);
@@ -833,7 +833,7 @@ impl SendTrack {
             ..self.parameters.identity
         };
         match &self.parameters.source {
-            Source::Audio(_) => {
+            MediaSource::Audio(_) => {
                 out[..bytes.len()].copy_from_slice(bytes);
                 let place = out[..bytes.len()].last_chunk_mut::<AUDIO_IDENTITY_LEN>();
                 if let Some(place) = place.filter(|_| self.has_identity(record.media)) {
@@ -841,12 +841,12 @@ impl SendTrack {
                 }
                 bytes.len()
             }
-            Source::Video(_) if range.end > bytes.len() => {
+            MediaSource::Video(_) if range.end > bytes.len() => {
                 let mut trailer = [0; VIDEO_TRAILER_LEN];
                 identity.write_video(&mut trailer);
                 copy_range(bytes, &trailer, range, out)
             }
-            Source::Video(_) => copy_range(bytes, &[], range, out),
+            MediaSource::Video(_) => copy_range(bytes, &[], range, out),
         }
     }
 
@@ -912,7 +912,7 @@ impl SendTrack {
         seq: u16,
         now: Time,
         rtt: Duration,
-        wire: &mut Wire<'_, I>,
+        wire: &mut TrackWire<'_, I>,
     ) -> bool {
         let Some((record, _)) = self.ring.find(seq) else {
             return false;
@@ -938,7 +938,7 @@ impl SendTrack {
         &mut self,
         nth: u32,
         cluster: u8,
-        wire: &mut Wire<'_, I>,
+        wire: &mut TrackWire<'_, I>,
     ) -> Option<usize> {
         self.rtx_header.as_ref()?;
         let newest = (self.index as u16).wrapping_sub(1);
@@ -959,7 +959,7 @@ impl SendTrack {
         &mut self,
         seq: u16,
         kind: SentKind,
-        wire: &mut Wire<'_, I>,
+        wire: &mut TrackWire<'_, I>,
     ) -> Option<usize> {
         let (record, packet) = self.ring.find(seq)?;
         let record = *record;
@@ -1088,14 +1088,14 @@ fn number(
     }
 }
 
-fn layout(kind: Kind, bytes: usize) -> Layout {
+fn layout(kind: Kind, bytes: usize) -> PacketLayout {
     match kind {
-        Kind::Audio => Layout {
+        Kind::Audio => PacketLayout {
             total: bytes,
             chunk: bytes,
             packets: 1,
         },
-        Kind::Video => Layout::new(bytes + VIDEO_TRAILER_LEN, VIDEO_TRAILER_LEN),
+        Kind::Video => PacketLayout::new(bytes + VIDEO_TRAILER_LEN, VIDEO_TRAILER_LEN),
     }
 }
 

@@ -10,7 +10,7 @@ use super::LAYERS_MAX;
 use crate::measure::Bandwidth;
 use crate::transport::bandwidth::send::{Acknowledged, ProbePlan, SendEstimator};
 use crate::transport::rtcp::Arrivals;
-use crate::transport::sent::{Fate, SentKind, SentLog};
+use crate::transport::sent::{PacketFate, SentKind, SentLog};
 use crate::units::{Bitrate, Time};
 
 /// A layer that was held back returns when there is room for this much of it and of what is sent, in percent (libwebrtc's hysteresis for cameras).
@@ -89,22 +89,22 @@ impl Sending {
             };
             let before = packet.fate;
             packet.fate = if arrival.is_some() {
-                Fate::Arrived
+                PacketFate::Arrived
             } else {
-                Fate::Missing
+                PacketFate::Missing
             };
             let is_media = u64::from(packet.kind == SentKind::Media);
             match (before, arrival) {
                 // A packet that was said to be missing may have been overtaken; what came cannot be lost any more.
-                (Fate::Arrived, _) => packet.fate = Fate::Arrived,
-                (Fate::Missing, None) => {}
-                (Fate::Unknown, None) => {
+                (PacketFate::Arrived, _) => packet.fate = PacketFate::Arrived,
+                (PacketFate::Missing, None) => {}
+                (PacketFate::Unknown, None) => {
                     (packets, lost) = (packets + 1, lost + 1);
                     counted.uplink_packets_missing += is_media;
                 }
-                (Fate::Unknown | Fate::Missing, Some(at)) => {
-                    packets += u32::from(before == Fate::Unknown);
-                    if before == Fate::Missing {
+                (PacketFate::Unknown | PacketFate::Missing, Some(at)) => {
+                    packets += u32::from(before == PacketFate::Unknown);
+                    if before == PacketFate::Missing {
                         counted.uplink_packets_missing =
                             counted.uplink_packets_missing.wrapping_sub(is_media);
                     }
@@ -277,7 +277,7 @@ pub fn wanted_bps(others_bps: u64, layers: &[LayerState]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::rtcp::{Packet, Writer, packets};
+    use crate::transport::rtcp::{RtcpPacket, RtcpWriter, packets};
     use crate::transport::sent::SentPacket;
     use crate::transport::sequence::Seq;
 
@@ -345,13 +345,13 @@ mod tests {
             .map(|(n, came)| came.then(|| Time::from_millis(1_000 + 10 * n)))
             .collect();
         let mut buffer = [0; 1_200];
-        let mut writer = Writer::new(&mut buffer);
+        let mut writer = RtcpWriter::new(&mut buffer);
         writer
             .transport_cc(1, 2, Seq(1), 0, arrivals.iter().copied())
             .unwrap();
         let len = writer.len();
         match packets(&buffer[..len]).next() {
-            Some(Ok(Packet::TransportCc { body, .. })) => body.to_vec(),
+            Some(Ok(RtcpPacket::TransportCc { body, .. })) => body.to_vec(),
             other => panic!("{other:?}"),
         }
     }

@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::connection::{Connection, KEY_FRAME_CHECK, Surroundings};
+use super::connection::{ConnectionContext, KEY_FRAME_CHECK, PeerConnection};
 use super::publisher::{SendParameters, SendTrack};
 use super::subscriber::EVENTS_MAX;
 use super::timers::Timers;
-use super::{Command, Event, Io, IoCounts, NewPeer, PeerOutcome, ShardConfig, StreamParameters};
+use super::{
+    Io, IoCounts, NewPeer, PeerOutcome, ShardCommand, ShardConfig, ShardEvent, StreamParameters,
+};
 use crate::measure::Record;
 use crate::media::assemble::FrameEvent;
 use crate::media::identity::FrameIdentity;
@@ -24,10 +26,10 @@ const TRACKS_MAX: u32 = 4;
 
 pub struct Shard {
     config: ShardConfig,
-    peers: Vec<Option<Box<Connection>>>,
+    peers: Vec<Option<Box<PeerConnection>>>,
     media_timers: Timers,
     control_timers: Timers,
-    events: VecDeque<(usize, Event)>,
+    events: VecDeque<(usize, ShardEvent)>,
     record: Box<Record>,
     /// What became of connections whose participants have come back on others, until that is taken: at most a second's.
     former: Vec<PeerOutcome>,
@@ -47,7 +49,7 @@ pub struct Shard {
 
 /// The kinds of control timer of one peer.
 #[derive(Clone, Copy)]
-enum Control {
+enum ControlTimer {
     Setup,
     Rtcp,
     Repair,
@@ -57,7 +59,7 @@ enum Control {
 
 const CONTROLS: u32 = 5;
 
-fn control(key: usize, kind: Control) -> u32 {
+fn control(key: usize, kind: ControlTimer) -> u32 {
     key as u32 * CONTROLS + kind as u32
 }
 
@@ -115,7 +117,7 @@ impl Shard {
         std::mem::replace(&mut self.record, fresh)
     }
 
-    pub fn poll_event(&mut self) -> Option<(usize, Event)> {
+    pub fn poll_event(&mut self) -> Option<(usize, ShardEvent)> {
         self.events.pop_front()
     }
 
@@ -126,7 +128,7 @@ impl Shard {
             former.finish(&self.config.roster, &mut self.record);
             self.former.push(former.outcome(&self.config.roster));
         }
-        self.peers[key] = Some(Box::new(Connection::new(key, new, &self.config, now)));
+        self.peers[key] = Some(Box::new(PeerConnection::new(key, new, &self.config, now)));
         self.in_setup += 1;
         self.advance_setup(key, now, io);
     }
@@ -138,11 +140,11 @@ impl Shard {
                 .set(key as u32 * TRACKS_MAX + track, Time::MAX);
         }
         for kind in [
-            Control::Setup,
-            Control::Rtcp,
-            Control::Repair,
-            Control::Feedback,
-            Control::Probe,
+            ControlTimer::Setup,
+            ControlTimer::Rtcp,
+            ControlTimer::Repair,
+            ControlTimer::Feedback,
+            ControlTimer::Probe,
         ] {
             self.control_timers.set(control(key, kind), Time::MAX);
         }
@@ -171,15 +173,15 @@ impl Shard {
         }
     }
 
-    pub fn handle_command(&mut self, command: Command, now: Time, io: &mut impl Io) {
+    pub fn handle_command(&mut self, command: ShardCommand, now: Time, io: &mut impl Io) {
         match command {
-            Command::AddRemoteCandidate { key, address } => {
+            ShardCommand::AddRemoteCandidate { key, address } => {
                 if let Some(peer) = self.peers[key].as_mut() {
                     peer.transport.add_remote_candidate(address, now);
                     self.advance_setup(key, now, io);
                 }
             }
-            Command::RestartIce {
+            ShardCommand::RestartIce {
                 key,
                 local,
                 remote,
@@ -191,25 +193,26 @@ impl Shard {
                         .into_iter()
                         .for_each(|address| peer.transport.add_remote_candidate(address, now));
                     io.disconnect(key);
-                    self.events.push_back((key, Event::IceRestarted { key }));
+                    self.events
+                        .push_back((key, ShardEvent::IceRestarted { key }));
                     self.advance_setup(key, now, io);
                 }
             }
-            Command::Publish { key, tracks } => self.publish(key, tracks, now),
-            Command::Subscribe { key, streams } => self.subscribe(key, streams, now),
-            Command::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
-            Command::SetLayers { key, track, layers } => {
+            ShardCommand::Publish { key, tracks } => self.publish(key, tracks, now),
+            ShardCommand::Subscribe { key, streams } => self.subscribe(key, streams, now),
+            ShardCommand::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
+            ShardCommand::SetLayers { key, track, layers } => {
                 self.change_tracks(key, track, |layer| {
                     layer.set_watched(layers >> layer.identity().layer & 1 == 1, now)
                 });
             }
-            Command::SetMuted { key, track, muted } => {
+            ShardCommand::SetMuted { key, track, muted } => {
                 if let Some(peer) = &self.peers[key] {
                     self.config.roster.set_muted(peer.participant, track, muted);
                 }
                 self.change_tracks(key, track, |layer| layer.set_muted(muted, now));
             }
-            Command::Watch {
+            ShardCommand::Watch {
                 key,
                 ssrc,
                 layer,
@@ -219,7 +222,7 @@ impl Shard {
                     peer.watch(ssrc, layer, at, &self.config.roster);
                 }
             }
-            Command::SetPaused {
+            ShardCommand::SetPaused {
                 key,
                 ssrc,
                 paused,
@@ -229,8 +232,8 @@ impl Shard {
                     peer.set_paused(ssrc, paused, at, &mut self.record);
                 }
             }
-            Command::Record { participant, tap } => self.taps.push((participant, tap)),
-            Command::Leave { key } => {
+            ShardCommand::Record { participant, tap } => self.taps.push((participant, tap)),
+            ShardCommand::Leave { key } => {
                 self.pass_unsent(now);
                 if let Some(peer) = self.peers[key].as_mut() {
                     peer.leave(&self.config.roster, &mut self.record, now);
@@ -238,17 +241,17 @@ impl Shard {
                     self.gone.retain(|track| track.identity().origin != leaver);
                 }
             }
-            Command::LoseTrack { key, track } => {
+            ShardCommand::LoseTrack { key, track } => {
                 self.change_tracks(key, track, SendTrack::lose);
                 self.losers.push(key);
             }
-            Command::StopPublishing => self.stop_publishing(now),
-            Command::AddPeer { .. }
-            | Command::AddPath { .. }
-            | Command::RemovePeer { .. }
-            | Command::Report
-            | Command::Survey
-            | Command::Stop => {
+            ShardCommand::StopPublishing => self.stop_publishing(now),
+            ShardCommand::AddPeer { .. }
+            | ShardCommand::AddPath { .. }
+            | ShardCommand::RemovePeer { .. }
+            | ShardCommand::Report
+            | ShardCommand::Survey
+            | ShardCommand::Stop => {
                 unreachable!("the worker handles these")
             }
         }
@@ -322,7 +325,7 @@ impl Shard {
         }
         peer.repair_at = now + KEY_FRAME_CHECK;
         self.control_timers
-            .set(control(key, Control::Repair), peer.repair_at);
+            .set(control(key, ControlTimer::Repair), peer.repair_at);
         self.take_early(key);
     }
 
@@ -434,8 +437,10 @@ impl Shard {
             |event| happened.push(event),
         );
         self.record.session.wire_bytes_sent += bytes_sent;
-        self.control_timers
-            .set(control(key, Control::Setup), peer.transport.next_timeout());
+        self.control_timers.set(
+            control(key, ControlTimer::Setup),
+            peer.transport.next_timeout(),
+        );
         for event in happened.drain(..) {
             self.handle_peer_event(key, event, now, io);
         }
@@ -454,11 +459,11 @@ impl Shard {
                 // Spread over the interval, so that a wave of joins is not a wave of reports for ever after.
                 let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);
                 self.control_timers
-                    .set(control(key, Control::Rtcp), now + phase);
+                    .set(control(key, ControlTimer::Rtcp), now + phase);
                 let ice_at = peer.transport.nominated_at();
                 self.events.push_back((
                     key,
-                    Event::Connected {
+                    ShardEvent::Connected {
                         key,
                         ice_at,
                         at: now,
@@ -474,8 +479,9 @@ impl Shard {
                 self.in_setup -= usize::from(peer.is_in_setup());
                 peer.failed = true;
                 self.control_timers
-                    .set(control(key, Control::Setup), Time::MAX);
-                self.events.push_back((key, Event::Failed { key, failure }));
+                    .set(control(key, ControlTimer::Setup), Time::MAX);
+                self.events
+                    .push_back((key, ShardEvent::Failed { key, failure }));
             }
         }
     }
@@ -490,7 +496,7 @@ impl Shard {
         {
             peer.ice_told = true;
             self.events
-                .push_back((key, Event::IceConnected { key, at }));
+                .push_back((key, ShardEvent::IceConnected { key, at }));
         }
     }
 
@@ -521,17 +527,17 @@ impl Shard {
         if !peer.saw_media {
             peer.saw_media = true;
             self.events
-                .push_back((key, Event::FirstMedia { key, at: arrival }));
+                .push_back((key, ShardEvent::FirstMedia { key, at: arrival }));
         }
         if wanted.nack_at < peer.repair_at {
             peer.repair_at = wanted.nack_at;
             self.control_timers
-                .set(control(key, Control::Repair), wanted.nack_at);
+                .set(control(key, ControlTimer::Repair), wanted.nack_at);
         }
         if wanted.feedback_at < peer.feedback_timer_at() {
             peer.set_feedback_timer(wanted.feedback_at);
             self.control_timers
-                .set(control(key, Control::Feedback), wanted.feedback_at);
+                .set(control(key, ControlTimer::Feedback), wanted.feedback_at);
         }
     }
 
@@ -559,7 +565,7 @@ impl Shard {
         for packet in rtcp::packets(&datagram[..len]) {
             match packet {
                 Ok(packet) => {
-                    let mut around = Surroundings {
+                    let mut around = ConnectionContext {
                         config: &self.config,
                         record: &mut self.record,
                         io,
@@ -586,7 +592,7 @@ impl Shard {
         let probe_at = peer.probe_at();
         if probe_at != Time::MAX {
             self.control_timers
-                .set(control(key, Control::Probe), probe_at);
+                .set(control(key, ControlTimer::Probe), probe_at);
         }
     }
 
@@ -594,14 +600,14 @@ impl Shard {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
-        let next_at = peer.send_probe(&mut Surroundings {
+        let next_at = peer.send_probe(&mut ConnectionContext {
             config: &self.config,
             record: &mut self.record,
             io,
             now,
         });
         self.control_timers
-            .set(control(key, Control::Probe), next_at);
+            .set(control(key, ControlTimer::Probe), next_at);
     }
 
     /// Whether media may be due by `time`, a few milliseconds ahead, or a connection is being set up, whose every step should be prompt.
@@ -660,7 +666,7 @@ impl Shard {
             };
             let next_at = peer.send_due(
                 track,
-                &mut Surroundings {
+                &mut ConnectionContext {
                     config: &self.config,
                     record: &mut self.record,
                     io,
@@ -676,13 +682,13 @@ impl Shard {
         while let Some(timer) = self.control_timers.pop_due(now) {
             let key = (timer / CONTROLS) as usize;
             match timer % CONTROLS {
-                kind if kind == Control::Setup as u32 => {
+                kind if kind == ControlTimer::Setup as u32 => {
                     self.advance_setup(key, now, io);
                     self.tell_lone_ice(key);
                 }
-                kind if kind == Control::Rtcp as u32 => self.send_reports(key, now, io),
-                kind if kind == Control::Feedback as u32 => self.send_feedback(key, now, io),
-                kind if kind == Control::Probe as u32 => self.send_probe(key, now, io),
+                kind if kind == ControlTimer::Rtcp as u32 => self.send_reports(key, now, io),
+                kind if kind == ControlTimer::Feedback as u32 => self.send_feedback(key, now, io),
+                kind if kind == ControlTimer::Probe as u32 => self.send_probe(key, now, io),
                 _ => self.repair(key, now, io),
             }
         }
@@ -694,42 +700,42 @@ impl Shard {
         };
         peer.account(&self.config.roster, &mut self.record);
         peer.count_estimate(now, &mut self.record);
-        peer.send_reports(&mut Surroundings {
+        peer.send_reports(&mut ConnectionContext {
             config: &self.config,
             record: &mut self.record,
             io,
             now,
         });
         self.control_timers
-            .set(control(key, Control::Rtcp), now + RTCP_INTERVAL);
+            .set(control(key, ControlTimer::Rtcp), now + RTCP_INTERVAL);
     }
 
     fn send_feedback(&mut self, key: usize, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
-        let next_at = peer.send_feedback(&mut Surroundings {
+        let next_at = peer.send_feedback(&mut ConnectionContext {
             config: &self.config,
             record: &mut self.record,
             io,
             now,
         });
         self.control_timers
-            .set(control(key, Control::Feedback), next_at);
+            .set(control(key, ControlTimer::Feedback), next_at);
     }
 
     fn repair(&mut self, key: usize, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
-        peer.repair_at = peer.repair(&mut Surroundings {
+        peer.repair_at = peer.repair(&mut ConnectionContext {
             config: &self.config,
             record: &mut self.record,
             io,
             now,
         });
         self.control_timers
-            .set(control(key, Control::Repair), peer.repair_at);
+            .set(control(key, ControlTimer::Repair), peer.repair_at);
     }
 
     /// Brings the record up to date with what every stream has counted; by itself each does so once a second.

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::attribution::{Attribution, Losses, Origin, Placed};
+use super::attribution::{Attribution, FrameOrigin, Losses, PlacedFrame};
 use super::emodel::opus_mos_thousandths;
 use super::ledger::Ledger;
 use super::playout::{AudioPlayout, Played, VideoPlayout};
@@ -46,7 +46,7 @@ pub struct StreamContext<'a> {
 
 /// Why a packet was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
+pub enum RefusedPacket {
     /// Seen before, or too old to tell.
     Replayed,
     /// Failed authentication, or its header or padding is broken.
@@ -143,7 +143,7 @@ pub struct RecvStream {
     /// For audio only.
     playout: Option<Box<AudioPlayout>>,
     /// Where redundancy was agreed on.
-    redundancy: Option<Box<Redundancy>>,
+    redundancy: Option<Box<ReceivedRedundancy>>,
     first_packet_at: Option<Time>,
     origin: Option<(u32, u8)>,
     live: bool,
@@ -191,7 +191,7 @@ struct VideoState {
 
 /// What redundancy has brought, as long as the original may still come and take its place.
 #[derive(Default)]
-struct Redundancy {
+struct ReceivedRedundancy {
     /// By sequence number.
     packets: RecoveredWindow,
     /// By the publisher's frame number.
@@ -407,9 +407,11 @@ impl RecvStream {
         opener: &Opener,
         arrival: Time,
         context: &mut StreamContext<'_>,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), RefusedPacket> {
         let len = self.open(datagram, header, is_rtx, opener)?;
-        let payload = header.payload(&datagram[..len]).ok_or(Refused::Broken)?;
+        let payload = header
+            .payload(&datagram[..len])
+            .ok_or(RefusedPacket::Broken)?;
         let media = context.record.media(self.kind());
         if is_rtx {
             media.rtx_received += 1;
@@ -433,15 +435,15 @@ impl RecvStream {
         header: &Header,
         is_rtx: bool,
         opener: &Opener,
-    ) -> Result<usize, Refused> {
+    ) -> Result<usize, RefusedPacket> {
         let (extender, replay) = match (&mut self.video, is_rtx) {
             (Some(video), true) => (&mut video.rtx_extender, &mut video.rtx_replay),
-            (None, true) => return Err(Refused::Broken),
+            (None, true) => return Err(RefusedPacket::Broken),
             (_, false) => (&mut self.extender, &mut self.replay),
         };
         let index = extender.guess(header.seq.0);
         if !replay.check(index) {
-            return Err(Refused::Replayed);
+            return Err(RefusedPacket::Replayed);
         }
         let Ok(len) = opener.open_rtp(datagram, header.header_len, index) else {
             if !is_rtx && self.first_packet_at.is_none() {
@@ -452,7 +454,7 @@ impl RecvStream {
                     SeqExtender::default()
                 };
             }
-            return Err(Refused::Broken);
+            return Err(RefusedPacket::Broken);
         };
         extender.commit(index);
         replay.commit(index);
@@ -576,7 +578,7 @@ impl RecvStream {
             redundancy.frames.insert(identity.frame.into());
         }
         context.roster.set_received(identity);
-        let whose = Origin {
+        let whose = FrameOrigin {
             roster: context.roster,
             origin: identity.origin,
             track: identity.track,
@@ -759,7 +761,7 @@ impl RecvStream {
             context.roster.add_listener(identity);
         }
         let resumes = was_resuming && !self.ledger.is_resuming();
-        let frame = Placed {
+        let frame = PlacedFrame {
             layer: identity.layer,
             frame: identity.frame,
             first_seq,
@@ -827,13 +829,13 @@ impl RecvStream {
     /// Whatever is missing between this frame and the others was lost somewhere.
     fn place(
         &mut self,
-        frame: Placed,
+        frame: PlacedFrame,
         resumes: bool,
         (origin, track): (u32, u8),
         now: Time,
         roster: &Roster,
     ) {
-        let whose = Origin {
+        let whose = FrameOrigin {
             roster,
             origin,
             track,
@@ -1116,7 +1118,7 @@ impl RecvStream {
                 .ledger
                 .expected(self.origin, roster)
                 .saturating_sub(self.ledger.delivered());
-            let whose = Origin {
+            let whose = FrameOrigin {
                 roster,
                 origin,
                 track,

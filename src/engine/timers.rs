@@ -9,7 +9,7 @@ const NONE: u32 = u32::MAX;
 
 /// Timers `0..capacity`. A timer fires once, at the first [`Timers::pop_due`] whose bucket is not before its due time: never early, at most 1 ms late.
 pub struct Timers {
-    nodes: Vec<Node>,
+    nodes: Vec<TimerNode>,
     heads: Vec<u32>,
     /// The next bucket to open, as a count of milliseconds.
     cursor: u64,
@@ -18,15 +18,15 @@ pub struct Timers {
 }
 
 #[derive(Clone, Copy)]
-struct Node {
+struct TimerNode {
     due: Time,
     next: u32,
     prev: u32,
-    place: Place,
+    place: TimerPlace,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum TimerPlace {
     Idle,
     Ready,
     Bucket(u16),
@@ -34,11 +34,11 @@ enum Place {
 
 impl Timers {
     pub fn new(capacity: usize, now: Time) -> Timers {
-        let idle = Node {
+        let idle = TimerNode {
             due: Time::MAX,
             next: NONE,
             prev: NONE,
-            place: Place::Idle,
+            place: TimerPlace::Idle,
         };
         Timers {
             nodes: vec![idle; capacity],
@@ -56,7 +56,7 @@ impl Timers {
         }
         self.nodes[timer as usize].due = due;
         let bucket = due.as_nanos().div_ceil(NANOS_PER_BUCKET).max(self.cursor);
-        self.link(timer, Place::Bucket((bucket % BUCKETS as u64) as u16));
+        self.link(timer, TimerPlace::Bucket((bucket % BUCKETS as u64) as u16));
     }
 
     /// The next timer that is due; `None` when all that are due by `now` have been handed out.
@@ -106,20 +106,20 @@ impl Timers {
         self.ready = std::mem::replace(&mut self.heads[head], NONE);
         let mut at = self.ready;
         while at != NONE {
-            self.nodes[at as usize].place = Place::Ready;
+            self.nodes[at as usize].place = TimerPlace::Ready;
             at = self.nodes[at as usize].next;
         }
         self.cursor += 1;
     }
 
-    fn head(&mut self, place: Place) -> &mut u32 {
+    fn head(&mut self, place: TimerPlace) -> &mut u32 {
         match place {
-            Place::Bucket(bucket) => &mut self.heads[usize::from(bucket)],
-            Place::Ready | Place::Idle => &mut self.ready,
+            TimerPlace::Bucket(bucket) => &mut self.heads[usize::from(bucket)],
+            TimerPlace::Ready | TimerPlace::Idle => &mut self.ready,
         }
     }
 
-    fn link(&mut self, timer: u32, place: Place) {
+    fn link(&mut self, timer: u32, place: TimerPlace) {
         let head = std::mem::replace(self.head(place), timer);
         let node = &mut self.nodes[timer as usize];
         (node.place, node.prev, node.next) = (place, NONE, head);
@@ -129,10 +129,10 @@ impl Timers {
     }
 
     fn unlink(&mut self, timer: u32) {
-        let Node {
+        let TimerNode {
             next, prev, place, ..
         } = self.nodes[timer as usize];
-        if place == Place::Idle {
+        if place == TimerPlace::Idle {
             return;
         }
         if prev == NONE {
@@ -143,7 +143,7 @@ impl Timers {
         if next != NONE {
             self.nodes[next as usize].prev = prev;
         }
-        self.nodes[timer as usize].place = Place::Idle;
+        self.nodes[timer as usize].place = TimerPlace::Idle;
     }
 }
 

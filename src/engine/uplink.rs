@@ -107,28 +107,28 @@ fn place(frame: u32) -> (usize, u64) {
 const REQUESTS: usize = 64;
 
 /// When each of the last frames was first asked for.
-pub struct Requests([Request; REQUESTS]);
+pub struct FrameRequests([FrameRequest; REQUESTS]);
 
 #[derive(Clone, Copy, Default)]
-struct Request {
+struct FrameRequest {
     frame: u32,
     /// Milliseconds of the run, plus one; 0 is none.
     at: u32,
 }
 
-impl Default for Requests {
-    fn default() -> Requests {
-        Requests([Request::default(); REQUESTS])
+impl Default for FrameRequests {
+    fn default() -> FrameRequests {
+        FrameRequests([FrameRequest::default(); REQUESTS])
     }
 }
 
-impl Requests {
+impl FrameRequests {
     /// The server asks for a packet of this frame. Again, where that shows that a resend was lost as well.
     pub fn note(&mut self, frame: u32, now: Time, rtt: Duration) -> Asked {
         let request = &mut self.0[frame as usize % REQUESTS];
         let millis = (now.as_millis() as u32).wrapping_add(1).max(1);
         if request.at == 0 || request.frame != frame {
-            *request = Request { frame, at: millis };
+            *request = FrameRequest { frame, at: millis };
             return Asked::Once;
         }
         match Duration::from_millis(millis.wrapping_sub(request.at).into())
@@ -146,7 +146,7 @@ mod tests {
 
     const RTT: Duration = Duration::from_millis(50);
 
-    fn ask(lacking: &Lacking, requests: &mut Requests, frame: u32, millis: u64) -> Lacks {
+    fn ask(lacking: &Lacking, requests: &mut FrameRequests, frame: u32, millis: u64) -> Lacks {
         lacking.set_asked(
             frame,
             requests.note(frame, Time::from_millis(millis), RTT),
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_frame_is_lacking_once_it_was_asked_for_again_and_while_nobody_got_it() {
-        let (lacking, mut requests) = (Lacking::default(), Requests::default());
+        let (lacking, mut requests) = (Lacking::default(), FrameRequests::default());
         (0..100).for_each(|frame| lacking.begin(frame));
         lacking.add_listener();
         let mut ask = |frame, millis| ask(&lacking, &mut requests, frame, millis);
@@ -177,7 +177,7 @@ mod tests {
 
     #[test]
     fn with_several_listeners_one_request_makes_it_probable_unless_one_of_them_got_the_frame() {
-        let (lacking, mut requests) = (Lacking::default(), Requests::default());
+        let (lacking, mut requests) = (Lacking::default(), FrameRequests::default());
         (0..100).for_each(|frame| lacking.begin(frame));
         (0..2).for_each(|_| lacking.add_listener());
         assert_eq!(

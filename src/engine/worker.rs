@@ -13,10 +13,10 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 
 use super::shard::Shard;
-use super::{Command, Event, Io, IoCounts, PeerOutcome, ShardConfig, TICK};
+use super::{Io, IoCounts, PeerOutcome, ShardCommand, ShardConfig, ShardEvent, TICK};
 use crate::measure::Record;
 use crate::measure::presence::Marks;
-use crate::measure::stalls::{Gap, STALL_MIN};
+use crate::measure::stalls::{STALL_MIN, StillSpan};
 use crate::net;
 use crate::path::{Lane, Path};
 use crate::transport::rtp::{Datagram, classify};
@@ -34,13 +34,13 @@ const TICK_DATAGRAMS_MAX: usize = 4_096;
 const POLLED_MAX: usize = 4_096;
 
 /// What a worker hands out once a second, and for the last time when it ends.
-pub struct Report {
+pub struct WorkerReport {
     pub worker: usize,
     pub occasion: Occasion,
     /// What was counted since the previous report.
     pub record: Box<Record>,
     pub cpu: Duration,
-    pub activity: Activity,
+    pub activity: WorkerActivity,
     /// What became of connections whose participants have come back on others: each is told once.
     pub former: Vec<PeerOutcome>,
     /// Set on the last one, and where a survey was asked for: what became of each participant's streams.
@@ -49,13 +49,13 @@ pub struct Report {
 
 /// When a worker's sockets and its thread were at work, since the previous report: what tells who stood still.
 #[derive(Default)]
-pub struct Activity {
+pub struct WorkerActivity {
     /// By the kernel's stamps, of datagrams of any kind, as [`Marks::take`] gives them.
     pub arrivals: Vec<(u64, u64)>,
     /// Media alone.
     pub sends: Vec<(u64, u64)>,
     /// Beats that came late by [`STALL_MIN`] or more, and times in which what had arrived waited as long: at most 50 a second.
-    pub gaps: Vec<Gap>,
+    pub gaps: Vec<StillSpan>,
 }
 
 /// Why a worker reports.
@@ -63,30 +63,30 @@ pub struct Activity {
 pub enum Occasion {
     /// A whole second of the run's clock has come, so that what is told of a second is of that second.
     Second,
-    /// [`Command::Report`] or [`Command::Survey`].
+    /// [`ShardCommand::WorkerReport`] or [`ShardCommand::Survey`].
     Asked,
     Last,
 }
 
-pub struct WorkerConfig {
+pub struct ShardWorkerConfig {
     pub index: usize,
     pub cpu: Option<usize>,
     pub capacity: usize,
     pub shard: ShardConfig,
-    pub commands: Receiver<Command>,
-    pub reports: tokio::sync::mpsc::UnboundedSender<Report>,
+    pub commands: Receiver<ShardCommand>,
+    pub reports: tokio::sync::mpsc::UnboundedSender<WorkerReport>,
     /// Emptied records that come back for reuse.
     pub spare_records: Receiver<Box<Record>>,
 }
 
-/// Runs until [`Command::Stop`] or until all command senders are gone.
-pub fn run(config: WorkerConfig) -> io::Result<()> {
+/// Runs until [`ShardCommand::Stop`] or until all command senders are gone.
+pub fn run(config: ShardWorkerConfig) -> io::Result<()> {
     if let Some(cpu) = config.cpu {
         // Without the right to pin, the thread still works; its lateness is measured either way.
         let _ = net::pin_to(cpu);
     }
-    let mut worker = Worker::new(config)?;
-    let mut beat = Beat::start(worker.epoch);
+    let mut worker = ShardWorker::new(config)?;
+    let mut beat = TickGrid::start(worker.epoch);
     loop {
         // A tick costs as much as a dozen packets. Where no media is due at the next one and nobody is joining, what arrives can wait for the one after:
         // the kernel stamps it.
@@ -106,7 +106,7 @@ pub fn run(config: WorkerConfig) -> io::Result<()> {
 }
 
 /// The tick, laid on the whole milliseconds of the run's clock, where send slots lie too. Absolute times: what is late once does not shift what follows.
-pub struct Beat {
+pub struct TickGrid {
     epoch: Epoch,
     /// Nanoseconds by which the kernel's monotonic clock is ahead of the run's.
     ahead: u64,
@@ -116,12 +116,12 @@ pub struct Beat {
 /// So far behind the whole millisecond the beat comes: slots of that millisecond are then due without doubt.
 const BEAT_OFFSET: Duration = Duration::from_micros(20);
 
-impl Beat {
-    pub fn start(epoch: Epoch) -> Beat {
+impl TickGrid {
+    pub fn start(epoch: Epoch) -> TickGrid {
         // Without the right to it, beats come up to 50 us late, as is measured.
         let _ = net::wake_precisely();
         let now = epoch.now();
-        Beat {
+        TickGrid {
             epoch,
             ahead: net::monotonic_nanos() - now.as_nanos(),
             planned: now.next_whole(TICK) + BEAT_OFFSET,
@@ -140,25 +140,25 @@ impl Beat {
     }
 }
 
-struct Worker {
+struct ShardWorker {
     index: usize,
     epoch: Epoch,
     shard: Shard,
-    io: SocketIo,
+    io: ShardSocketIo,
     poll: Poll,
     mio_events: Events,
     ready: VecDeque<usize>,
     setup: VecDeque<SetupDatagram>,
     setup_spare: Vec<Vec<u8>>,
-    subscribers: Vec<Option<tokio::sync::mpsc::UnboundedSender<Event>>>,
-    commands: Receiver<Command>,
-    reports: tokio::sync::mpsc::UnboundedSender<Report>,
+    subscribers: Vec<Option<tokio::sync::mpsc::UnboundedSender<ShardEvent>>>,
+    commands: Receiver<ShardCommand>,
+    reports: tokio::sync::mpsc::UnboundedSender<WorkerReport>,
     spare_records: Receiver<Box<Record>>,
     next_report_at: Time,
-    batch: net::Batch,
+    batch: net::ReceiveBatch,
     arrivals: Marks,
     sends: Marks,
-    gaps: Vec<Gap>,
+    gaps: Vec<StillSpan>,
     /// When the datagram came that has waited longest among those of this tick.
     oldest: Time,
 }
@@ -170,15 +170,15 @@ struct SetupDatagram {
     bytes: Vec<u8>,
 }
 
-impl Worker {
-    fn new(config: WorkerConfig) -> io::Result<Worker> {
+impl ShardWorker {
+    fn new(config: ShardWorkerConfig) -> io::Result<ShardWorker> {
         let epoch = config.shard.epoch;
         let now = epoch.now();
-        Ok(Worker {
+        Ok(ShardWorker {
             index: config.index,
             epoch,
             shard: Shard::new(config.shard, config.capacity, now),
-            io: SocketIo::new(config.capacity),
+            io: ShardSocketIo::new(config.capacity),
             poll: Poll::new()?,
             mio_events: Events::with_capacity(POLLED_MAX),
             ready: VecDeque::with_capacity(config.capacity),
@@ -189,7 +189,7 @@ impl Worker {
             reports: config.reports,
             spare_records: config.spare_records,
             next_report_at: now.next_second(),
-            batch: net::Batch::default(),
+            batch: net::ReceiveBatch::default(),
             arrivals: Marks::default(),
             sends: Marks::default(),
             gaps: Vec::new(),
@@ -319,12 +319,12 @@ impl Worker {
         }
         match self.gaps.last_mut() {
             Some(last) if from <= last.to => {
-                *last = Gap {
+                *last = StillSpan {
                     from: from.min(last.from),
                     to,
                 }
             }
-            _ => self.gaps.push(Gap { from, to }),
+            _ => self.gaps.push(StillSpan { from, to }),
         }
     }
 
@@ -381,7 +381,7 @@ impl Worker {
                 self.setup_spare.push(bytes);
             }
             match self.commands.try_recv() {
-                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
+                Ok(ShardCommand::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
                 Ok(command) => self.handle_command(command, now)?,
                 Err(TryRecvError::Empty) if idle => return Ok(true),
                 Err(TryRecvError::Empty) => {}
@@ -393,9 +393,9 @@ impl Worker {
         }
     }
 
-    fn handle_command(&mut self, command: Command, now: Time) -> io::Result<()> {
+    fn handle_command(&mut self, command: ShardCommand, now: Time) -> io::Result<()> {
         match command {
-            Command::AddPeer {
+            ShardCommand::AddPeer {
                 key,
                 path,
                 peer,
@@ -403,12 +403,12 @@ impl Worker {
             } => {
                 if let Some(path) = path {
                     self.watch_path(key, &path)?;
-                    self.io.slots[key] = Some(Slot { path, ready: false });
+                    self.io.slots[key] = Some(SocketSlot { path, ready: false });
                 }
                 self.subscribers[key] = Some(events);
                 self.shard.add_peer(key, *peer, now, &mut self.io);
             }
-            Command::AddPath { key, path, local } => {
+            ShardCommand::AddPath { key, path, local } => {
                 if self.io.slots[key].is_some() {
                     self.watch_path(key, &path)?;
                 }
@@ -418,7 +418,7 @@ impl Worker {
                 self.shard
                     .add_local_candidate(key, local, now, &mut self.io);
             }
-            Command::RemovePeer { key } => {
+            ShardCommand::RemovePeer { key } => {
                 self.shard.remove_peer(key);
                 self.subscribers[key] = None;
                 if let Some(slot) = self.io.slots[key].take() {
@@ -430,11 +430,11 @@ impl Worker {
                     }
                 }
             }
-            Command::Report => {
+            ShardCommand::Report => {
                 self.shard.account();
                 self.report(Occasion::Asked, None);
             }
-            Command::Survey => {
+            ShardCommand::Survey => {
                 let outcomes = self.shard.survey();
                 self.report(Occasion::Asked, Some(outcomes));
             }
@@ -476,12 +476,12 @@ impl Worker {
     fn report(&mut self, occasion: Occasion, outcomes: Option<Vec<PeerOutcome>>) {
         let fresh = self.spare_records.try_recv().unwrap_or_default();
         let record = self.shard.swap_record(fresh);
-        let report = Report {
+        let report = WorkerReport {
             worker: self.index,
             occasion,
             record,
             cpu: net::thread_cpu(),
-            activity: Activity {
+            activity: WorkerActivity {
                 arrivals: self.arrivals.take(),
                 sends: self.sends.take(),
                 gaps: std::mem::take(&mut self.gaps),
@@ -494,8 +494,8 @@ impl Worker {
     }
 }
 
-struct SocketIo {
-    slots: Vec<Option<Slot>>,
+struct ShardSocketIo {
+    slots: Vec<Option<SocketSlot>>,
     buffer: Box<[u8]>,
     /// Cleared at the first path that cannot segment.
     segmentation: bool,
@@ -504,16 +504,16 @@ struct SocketIo {
     has_sent: bool,
 }
 
-struct Slot {
+struct SocketSlot {
     path: Path,
     /// It may hold datagrams, and stands in the queue of those that do.
     ready: bool,
 }
 
-impl SocketIo {
-    fn new(capacity: usize) -> SocketIo {
+impl ShardSocketIo {
+    fn new(capacity: usize) -> ShardSocketIo {
         let slots = (0..capacity).map(|_| None).collect();
-        SocketIo {
+        ShardSocketIo {
             slots,
             buffer: vec![0; net::SEND_BYTES_MAX].into_boxed_slice(),
             segmentation: true,
@@ -523,7 +523,7 @@ impl SocketIo {
     }
 }
 
-impl Io for SocketIo {
+impl Io for ShardSocketIo {
     fn lend(&mut self) -> &mut [u8] {
         &mut self.buffer
     }

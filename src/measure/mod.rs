@@ -250,7 +250,7 @@ pub enum Kind {
 
 /// Moments of one participant's join, on the run's clock; `None` never happened, or does not apply.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Timeline {
+pub struct JoinTimeline {
     pub intended: crate::units::Time,
     pub started: Option<crate::units::Time>,
     pub signal_connected: Option<crate::units::Time>,

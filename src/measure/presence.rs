@@ -57,14 +57,14 @@ impl Marks {
 
 /// The marks of all threads over a whole run: 30 bytes a second.
 #[derive(Clone, Debug, Default)]
-pub struct Presence {
+pub struct ThreadPresence {
     words: Vec<u64>,
 }
 
 /// A stamp that lies this far ahead of a run of weeks is none.
 const WORDS_MAX: u64 = 1 << 24;
 
-impl Presence {
+impl ThreadPresence {
     pub fn merge(&mut self, marks: &[(u64, u64)]) {
         for (number, bits) in marks.iter().filter(|(number, _)| *number < WORDS_MAX) {
             let at = *number as usize;
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn marks_are_kept_by_their_moment_whenever_they_are_made() {
-        let (mut marks, mut all) = (Marks::default(), Presence::default());
+        let (mut marks, mut all) = (Marks::default(), ThreadPresence::default());
         for ms in [0, 4_000, 4_001, 1_000, 9_999] {
             marks.mark(Time::from_millis(ms));
         }
@@ -122,14 +122,14 @@ mod tests {
         );
         marks.mark(early);
         marks.mark(late);
-        let mut all = Presence::default();
+        let mut all = ThreadPresence::default();
         all.merge(&marks.take());
         assert!(!all.has(step_of(early)) && all.has(step_of(late)));
     }
 
     #[test]
     fn an_absurd_moment_takes_no_memory() {
-        let mut all = Presence::default();
+        let mut all = ThreadPresence::default();
         all.merge(&[(u64::MAX / 64, 1)]);
         assert!(all.is_empty());
     }

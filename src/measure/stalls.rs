@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::presence::{Presence, step_of, step_start};
+use super::presence::{ThreadPresence, step_of, step_start};
 use crate::units::Time;
 
 /// A beat that comes this late is a stall: an audio frame's place has passed.
@@ -25,12 +25,12 @@ const JOIN: Duration = Duration::from_millis(250);
 
 /// From when to when something stood still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Gap {
+pub struct StillSpan {
     pub from: Time,
     pub to: Time,
 }
 
-impl Gap {
+impl StillSpan {
     pub fn length(&self) -> Duration {
         self.to.since(self.from)
     }
@@ -42,9 +42,9 @@ impl Gap {
 }
 
 /// Gaps of all threads, in order and without overlaps.
-pub fn union(mut gaps: Vec<Gap>) -> Vec<Gap> {
+pub fn union(mut gaps: Vec<StillSpan>) -> Vec<StillSpan> {
     gaps.sort_unstable();
-    let mut apart: Vec<Gap> = Vec::with_capacity(gaps.len());
+    let mut apart: Vec<StillSpan> = Vec::with_capacity(gaps.len());
     for gap in gaps {
         match apart.last_mut().filter(|last| gap.from <= last.to) {
             Some(last) => last.to = last.to.max(gap.to),
@@ -55,7 +55,7 @@ pub fn union(mut gaps: Vec<Gap>) -> Vec<Gap> {
 }
 
 /// Gaps with little between them, as one stall each.
-pub fn gathered(gaps: &[Gap]) -> Vec<&[Gap]> {
+pub fn gathered(gaps: &[StillSpan]) -> Vec<&[StillSpan]> {
     gaps.chunk_by(|one, next| next.from.since(one.to) < JOIN)
         .collect()
 }
@@ -64,12 +64,12 @@ pub fn gathered(gaps: &[Gap]) -> Vec<&[Gap]> {
 ///
 /// `asleep` are the generator's own gaps, as [`union`] gives them.
 pub fn silences(
-    sends: &Presence,
-    arrivals: &Presence,
-    asleep: &[Gap],
+    sends: &ThreadPresence,
+    arrivals: &ThreadPresence,
+    asleep: &[StillSpan],
     from: Time,
     until: Time,
-) -> Vec<Gap> {
+) -> Vec<StillSpan> {
     let end = step_of(until);
     let (mut usual, mut silences) = (VecDeque::with_capacity(ANSWERS_MAX), Vec::new());
     let mut asleep = asleep.iter().peekable();
@@ -90,7 +90,7 @@ pub fn silences(
         let answer = arrivals.next(step, doze);
         let waited = answer.unwrap_or(doze) - step;
         if is_silence(waited, &mut usual) {
-            silences.push(Gap {
+            silences.push(StillSpan {
                 from: step_start(step),
                 to: step_start(step + waited),
             });
@@ -175,16 +175,16 @@ mod tests {
     use super::*;
     use crate::measure::presence::Marks;
 
-    const fn gap(from_ms: u64, to_ms: u64) -> Gap {
-        Gap {
+    const fn gap(from_ms: u64, to_ms: u64) -> StillSpan {
+        StillSpan {
             from: Time::from_millis(from_ms),
             to: Time::from_millis(to_ms),
         }
     }
 
     /// Marks every `interval_ms` from 0 to `end_ms`, but not within `pauses`.
-    fn every(interval_ms: u64, end_ms: u64, pauses: &[(u64, u64)]) -> Presence {
-        let mut all = Presence::default();
+    fn every(interval_ms: u64, end_ms: u64, pauses: &[(u64, u64)]) -> ThreadPresence {
+        let mut all = ThreadPresence::default();
         for ms in (0..end_ms).step_by(interval_ms as usize) {
             if pauses.iter().any(|(from, to)| (*from..*to).contains(&ms)) {
                 continue;
@@ -196,7 +196,11 @@ mod tests {
         all
     }
 
-    fn found(sends: &Presence, arrivals: &Presence, asleep: &[Gap]) -> Vec<(u64, u64)> {
+    fn found(
+        sends: &ThreadPresence,
+        arrivals: &ThreadPresence,
+        asleep: &[StillSpan],
+    ) -> Vec<(u64, u64)> {
         silences(
             sends,
             arrivals,

@@ -53,39 +53,39 @@ struct HistogramWire {
 }
 
 /// One section of a record, by names. Scores are histograms here.
-struct Section {
+struct RecordSection {
     name: &'static str,
     counters: &'static [&'static str],
     histograms: &'static [&'static str],
     scores: &'static [&'static str],
 }
 
-const SECTIONS: [Section; 5] = [
-    Section {
+const SECTIONS: [RecordSection; 5] = [
+    RecordSection {
         name: "session",
         counters: Session::COUNTERS,
         histograms: Session::HISTOGRAMS,
         scores: Session::SCORES,
     },
-    Section {
+    RecordSection {
         name: "audio",
         counters: Media::COUNTERS,
         histograms: Media::HISTOGRAMS,
         scores: Media::SCORES,
     },
-    Section {
+    RecordSection {
         name: "video",
         counters: Media::COUNTERS,
         histograms: Media::HISTOGRAMS,
         scores: Media::SCORES,
     },
-    Section {
+    RecordSection {
         name: "bandwidth",
         counters: Bandwidth::COUNTERS,
         histograms: Bandwidth::HISTOGRAMS,
         scores: Bandwidth::SCORES,
     },
-    Section {
+    RecordSection {
         name: "engine",
         counters: Engine::COUNTERS,
         histograms: Engine::HISTOGRAMS,
@@ -333,7 +333,7 @@ impl<'de> Visitor<'de> for RecordVisitor {
     }
 }
 
-impl<'de> DeserializeSeed<'de> for &Section {
+impl<'de> DeserializeSeed<'de> for &RecordSection {
     type Value = SectionWire;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<SectionWire, D::Error> {
@@ -341,7 +341,7 @@ impl<'de> DeserializeSeed<'de> for &Section {
     }
 }
 
-impl<'de> Visitor<'de> for &Section {
+impl<'de> Visitor<'de> for &RecordSection {
     type Value = SectionWire;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

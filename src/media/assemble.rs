@@ -93,7 +93,7 @@ pub struct AssemblyCounts {
 
 /// A frame under way.
 #[derive(Clone, Copy, Default)]
-struct Slot {
+struct FrameSlot {
     rtp_time: u32,
     /// The low half of the unwrapped number of the first packet seen.
     low: u32,
@@ -112,7 +112,7 @@ const KEY: u8 = 4;
 const COMPLETE: u8 = 8;
 const IDENTIFIED: u8 = 16;
 
-impl Slot {
+impl FrameSlot {
     fn has(&self, flags: u8) -> bool {
         self.flags & flags == flags
     }
@@ -128,16 +128,16 @@ impl Slot {
 
 /// A frame's place in the publisher's chain of frames.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Link {
+struct ChainLink {
     origin: u32,
     frame: u32,
     track: u8,
     layer: u8,
 }
 
-impl Link {
-    fn next(self) -> Link {
-        Link {
+impl ChainLink {
+    fn next(self) -> ChainLink {
+        ChainLink {
             frame: self.frame.wrapping_add(1),
             ..self
         }
@@ -163,11 +163,11 @@ pub struct Assembler {
     current: u8,
     /// One bit for each slot that holds a frame.
     used: u16,
-    slots: [Slot; SLOTS],
+    slots: [FrameSlot; SLOTS],
     received: [u64; WINDOW as usize / 64],
 
     /// Who the frame at `tail` was, where it said so.
-    tail_link: Option<Link>,
+    tail_link: Option<ChainLink>,
     complete: u32,
     decoded: u32,
     freezes: FreezeDetector,
@@ -198,7 +198,7 @@ impl Assembler {
             current: 0,
             used: 0,
             received: [0; WINDOW as usize / 64],
-            slots: [Slot::default(); SLOTS],
+            slots: [FrameSlot::default(); SLOTS],
             identities: [FrameIdentity::default(); SLOTS],
             first_packet_at: None,
             key_packet_at: None,
@@ -217,7 +217,7 @@ impl Assembler {
         // A frame under way has one of the first slots, where not many are.
         net::prefetch(
             self,
-            std::mem::offset_of!(Assembler, slots) + 3 * size_of::<Slot>(),
+            std::mem::offset_of!(Assembler, slots) + 3 * size_of::<FrameSlot>(),
         );
         net::prefetch(&self.received, usize::MAX);
         net::prefetch(&self.tail_link, usize::MAX);
@@ -392,7 +392,7 @@ impl Assembler {
             Some(at) => at,
             None => self.crowd_out(packet.ext_seq)?,
         };
-        self.slots[at] = Slot {
+        self.slots[at] = FrameSlot {
             rtp_time: packet.rtp_time,
             low: packet.ext_seq as u32,
             first_arrival: micros(now),
@@ -490,7 +490,7 @@ impl Assembler {
         }
     }
 
-    fn link(&self, at: usize) -> Option<Link> {
+    fn link(&self, at: usize) -> Option<ChainLink> {
         let FrameIdentity {
             origin,
             frame,
@@ -498,7 +498,7 @@ impl Assembler {
             layer,
             ..
         } = self.identities[at];
-        let link = Link {
+        let link = ChainLink {
             origin,
             frame,
             track,
@@ -527,7 +527,7 @@ impl Assembler {
     }
 
     fn decode(&mut self, at: usize, now: Time, on_event: &mut impl FnMut(FrameEvent)) {
-        let Slot { rtp_time, .. } = self.slots[at];
+        let FrameSlot { rtp_time, .. } = self.slots[at];
         let key = self.slots[at].has(KEY);
         self.tail_link = self.link(at);
         let intended_unix_us = self.slots[at]
@@ -818,14 +818,14 @@ mod tests {
 
     /// The same rules written plainly, forgetting nothing that may still matter.
     #[derive(Default)]
-    struct Reference {
+    struct ReferenceAssembler {
         packets: BTreeMap<u64, Option<PacketInfo>>,
         complete: BTreeSet<u32>,
         tail: Option<u64>,
         events: Vec<(&'static str, u32)>,
     }
 
-    impl Reference {
+    impl ReferenceAssembler {
         fn handle(&mut self, (ext_seq, packet): Sent) {
             if self.packets.contains_key(&ext_seq) || self.tail.is_some_and(|tail| ext_seq <= tail)
             {
@@ -903,7 +903,7 @@ mod tests {
                 depth,
             );
             let (mut assembler, mut reference, mut events) =
-                (Assembler::new(), Reference::default(), Vec::new());
+                (Assembler::new(), ReferenceAssembler::default(), Vec::new());
             for (at, packet) in arriving.into_iter().enumerate() {
                 reference.handle(packet);
                 feed(

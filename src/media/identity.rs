@@ -52,7 +52,7 @@ const USER_DATA_LEN: usize = 2 + 4 + 4 + 1 + 1 + 2;
 impl FrameIdentity {
     /// Writes the whole trailer, ready to follow the last payload byte.
     pub fn write_video(&self, out: &mut [u8; VIDEO_TRAILER_LEN]) {
-        let mut writer = Writer { out, at: 0 };
+        let mut writer = TrailerWriter { out, at: 0 };
         writer.put(&[TAG_USER_TIMESTAMP, 8]);
         writer.put(&self.intended_unix_us.to_be_bytes());
         writer.put(&[TAG_FRAME_ID, 4]);
@@ -240,12 +240,12 @@ impl<'a> Iterator for Tlvs<'a> {
     }
 }
 
-struct Writer<'a> {
+struct TrailerWriter<'a> {
     out: &'a mut [u8; VIDEO_TRAILER_LEN],
     at: usize,
 }
 
-impl Writer<'_> {
+impl TrailerWriter<'_> {
     fn put(&mut self, bytes: &[u8]) {
         self.out[self.at..self.at + bytes.len()].copy_from_slice(bytes);
         self.at += bytes.len();

@@ -64,7 +64,7 @@ pub enum AudioContent {
 
 /// What to generate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AudioSpec {
+pub struct OpusSpec {
     /// Of the RTP payload over the whole loop: codec, packet header and the 27 bytes a packet that the identity costs. With DTX, the rate if there were none.
     pub bitrate: Bitrate,
     /// Of one packet: 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms.
@@ -77,7 +77,7 @@ pub struct AudioSpec {
 
 /// Why a spec cannot be had, and what could.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SpecError {
+pub enum OpusSpecError {
     Frame(Duration),
     TooLow {
         asked: Bitrate,
@@ -93,14 +93,14 @@ pub enum SpecError {
     Codec(String),
 }
 
-impl fmt::Display for SpecError {
+impl fmt::Display for OpusSpecError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            SpecError::Frame(frame) => write!(
+            OpusSpecError::Frame(frame) => write!(
                 f,
                 "Opus has no frames of {frame:?}: ask for 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms"
             ),
-            SpecError::TooLow {
+            OpusSpecError::TooLow {
                 asked,
                 least,
                 frame,
@@ -116,7 +116,7 @@ impl fmt::Display for SpecError {
                     Ok(())
                 }
             }
-            SpecError::TooHigh { asked, most, frame } => {
+            OpusSpecError::TooHigh { asked, most, frame } => {
                 write!(
                     f,
                     "{asked} is too high for audio frames of {frame:?}: ask for {} bps or less",
@@ -128,16 +128,16 @@ impl fmt::Display for SpecError {
                     Ok(())
                 }
             }
-            SpecError::Codec(what) => write!(f, "Opus: {what}"),
+            OpusSpecError::Codec(what) => write!(f, "Opus: {what}"),
         }
     }
 }
 
-impl Error for SpecError {}
+impl Error for OpusSpecError {}
 
-impl From<opus::Error> for SpecError {
-    fn from(error: opus::Error) -> SpecError {
-        SpecError::Codec(error.to_string())
+impl From<opus::Error> for OpusSpecError {
+    fn from(error: opus::Error) -> OpusSpecError {
+        OpusSpecError::Codec(error.to_string())
     }
 }
 
@@ -159,7 +159,7 @@ struct PacketPlace {
 
 impl AudioClip {
     /// Takes about half a second of CPU. The same spec gives the same clip on the same host.
-    pub fn generate(spec: &AudioSpec) -> Result<AudioClip, SpecError> {
+    pub fn generate(spec: &OpusSpec) -> Result<AudioClip, OpusSpecError> {
         check(spec)?;
         let samples_per_packet = samples(spec.frame);
         let packets = (LOOP.as_secs_f64() / spec.frame.as_secs_f64()).round() as usize;
@@ -230,7 +230,7 @@ impl AudioClip {
         levels: &[u8],
         filler: usize,
         rtp_ticks: u32,
-    ) -> Result<AudioClip, SpecError> {
+    ) -> Result<AudioClip, OpusSpecError> {
         let mut bytes = Vec::new();
         let mut packets = Vec::new();
         let mut in_dtx = coded
@@ -275,8 +275,8 @@ fn rate_of(bytes: u64, frame: Duration) -> u64 {
     (bytes * 8 * 1_000_000).div_ceil(frame.as_micros() as u64)
 }
 
-fn check(spec: &AudioSpec) -> Result<(), SpecError> {
-    let AudioSpec {
+fn check(spec: &OpusSpec) -> Result<(), OpusSpecError> {
+    let OpusSpec {
         bitrate: asked,
         frame,
         ..
@@ -285,12 +285,12 @@ fn check(spec: &AudioSpec) -> Result<(), SpecError> {
         .iter()
         .any(|micros| Duration::from_micros(*micros) == frame)
     {
-        return Err(SpecError::Frame(frame));
+        return Err(OpusSpecError::Frame(frame));
     }
     let overhead = rate_of(OVERHEAD_BYTES, frame);
     let least = Bitrate::from_bps(overhead + CODEC_BPS_MIN.max(rate_of(CODEC_BYTES_MIN, frame)));
     if asked < least {
-        return Err(SpecError::TooLow {
+        return Err(OpusSpecError::TooLow {
             asked,
             least,
             frame,
@@ -300,7 +300,7 @@ fn check(spec: &AudioSpec) -> Result<(), SpecError> {
         BPS_MAX.min(PACKET_BYTES_MAX as u64 * 8 * 1_000_000 / frame.as_micros() as u64),
     );
     if asked > most {
-        return Err(SpecError::TooHigh { asked, most, frame });
+        return Err(OpusSpecError::TooHigh { asked, most, frame });
     }
     Ok(())
 }
@@ -312,7 +312,7 @@ struct Calibrated {
     filler: usize,
 }
 
-fn uncalibrated(spec: &AudioSpec, pcm: &[f32]) -> Result<Calibrated, SpecError> {
+fn uncalibrated(spec: &OpusSpec, pcm: &[f32]) -> Result<Calibrated, OpusSpecError> {
     let codec_bps = spec.bitrate.bps() - rate_of(OVERHEAD_BYTES, spec.frame);
     Ok(Calibrated {
         codec_bps,
@@ -322,7 +322,7 @@ fn uncalibrated(spec: &AudioSpec, pcm: &[f32]) -> Result<Calibrated, SpecError> 
 }
 
 /// Finds the rate to ask libopus for, so that the shaped loop comes to the spec's rate from below.
-fn calibrate(spec: &AudioSpec, pcm: &[f32]) -> Result<Calibrated, SpecError> {
+fn calibrate(spec: &OpusSpec, pcm: &[f32]) -> Result<Calibrated, OpusSpecError> {
     let seconds = pcm.len() as f64 / f64::from(CLOCK_RATE);
     let target = (spec.bitrate.bps() as f64 * seconds / 8.0).floor();
     let mut asked = spec.bitrate.bps() - rate_of(OVERHEAD_BYTES, spec.frame);
@@ -358,7 +358,7 @@ fn calibrate(spec: &AudioSpec, pcm: &[f32]) -> Result<Calibrated, SpecError> {
         }
         asked = next;
     }
-    let too_low = SpecError::TooLow {
+    let too_low = OpusSpecError::TooLow {
         asked: spec.bitrate,
         least: Bitrate::from_bps((least * 8.0 / seconds).ceil() as u64),
         frame: spec.frame,
@@ -367,7 +367,7 @@ fn calibrate(spec: &AudioSpec, pcm: &[f32]) -> Result<Calibrated, SpecError> {
 }
 
 /// Scales what the codec was asked for, when the loop became `ratio` times as large as it should, identity included.
-fn next_rate(spec: &AudioSpec, asked: u64, ratio: f64) -> u64 {
+fn next_rate(spec: &OpusSpec, asked: u64, ratio: f64) -> u64 {
     let (whole, overhead) = (
         spec.bitrate.bps() as f64,
         rate_of(OVERHEAD_BYTES, spec.frame) as f64,
@@ -383,7 +383,7 @@ fn encode(
     samples_per_packet: usize,
     bps: u64,
     dtx: bool,
-) -> Result<Vec<Vec<u8>>, SpecError> {
+) -> Result<Vec<Vec<u8>>, OpusSpecError> {
     let mut encoder = Encoder::new(CLOCK_RATE, Channels::Mono, Application::Voip)?;
     encoder.set_bitrate(opus::Bitrate::Bits(bps as i32))?;
     encoder.set_complexity(COMPLEXITY)?;
@@ -399,7 +399,7 @@ fn encode(
 }
 
 /// Bytes of the whole loop, shaped, without filler.
-fn shaped_len(coded: &[Vec<u8>]) -> Result<usize, SpecError> {
+fn shaped_len(coded: &[Vec<u8>]) -> Result<usize, OpusSpecError> {
     let mut out = Vec::new();
     for packet in coded {
         match packet.len() {
@@ -412,7 +412,7 @@ fn shaped_len(coded: &[Vec<u8>]) -> Result<usize, SpecError> {
 
 /// Appends `coded` as a packet of code 3 (RFC 6716, section 3.2.5) whose padding is idle bytes and the identity extension; padding that it had is dropped.
 /// Grows by up to `filler` bytes more than the identity needs, and returns by how many.
-fn shape(coded: &[u8], filler: usize, out: &mut Vec<u8>) -> Result<usize, SpecError> {
+fn shape(coded: &[u8], filler: usize, out: &mut Vec<u8>) -> Result<usize, OpusSpecError> {
     const VARIABLE: u8 = 0x80;
     const PADDED: u8 = 0x40;
     let start = out.len();
@@ -683,8 +683,8 @@ mod tests {
     use super::*;
     use crate::media::identity::FrameIdentity;
 
-    fn spec(kbps: u64, millis: f64, content: AudioContent, dtx: bool) -> AudioSpec {
-        AudioSpec {
+    fn spec(kbps: u64, millis: f64, content: AudioContent, dtx: bool) -> OpusSpec {
+        OpusSpec {
             bitrate: Bitrate::from_bps(kbps * 1_000),
             frame: Duration::from_secs_f64(millis / 1e3),
             content,
@@ -868,7 +868,7 @@ mod tests {
                 .unwrap()
                 .contains("ask for 80000 bps or less, or for shorter frames")
         );
-        let least = AudioSpec {
+        let least = OpusSpec {
             bitrate: Bitrate::from_bps(16_800),
             ..spec(0, 20.0, AudioContent::Speech, false)
         };
@@ -965,7 +965,7 @@ mod tests {
         assert_eq!(first, second);
         assert_ne!(
             first,
-            AudioClip::generate(&AudioSpec { seed: 8, ..spec })
+            AudioClip::generate(&OpusSpec { seed: 8, ..spec })
                 .unwrap()
                 .bytes
         );

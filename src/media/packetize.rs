@@ -5,15 +5,15 @@ pub const PAYLOAD_BYTES_MAX: usize = 1_120;
 
 /// A frame of `total` bytes as `packets` chunks of `chunk` bytes each; the last one may be shorter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
+pub struct PacketLayout {
     pub total: usize,
     pub chunk: usize,
     pub packets: usize,
 }
 
-impl Layout {
+impl PacketLayout {
     /// Cuts `total` bytes so that the last chunk still holds `tail` bytes whole (the identity trailer must not be torn apart).
-    pub fn new(total: usize, tail: usize) -> Layout {
+    pub fn new(total: usize, tail: usize) -> PacketLayout {
         let mut packets = total.div_ceil(PAYLOAD_BYTES_MAX).max(1);
         loop {
             let chunk = total.div_ceil(packets).max(1);
@@ -21,7 +21,7 @@ impl Layout {
             let used = total.div_ceil(chunk).max(1);
             let last = total - (used - 1) * chunk;
             if used == 1 || last >= tail {
-                return Layout {
+                return PacketLayout {
                     total,
                     chunk,
                     packets: used,
@@ -61,7 +61,7 @@ mod tests {
     fn chunks_cover_the_frame_are_equal_and_keep_the_tail_whole() {
         const TAIL: usize = 40;
         for total in (TAIL..200_000).step_by(7) {
-            let layout = Layout::new(total, TAIL);
+            let layout = PacketLayout::new(total, TAIL);
             assert!(layout.chunk <= PAYLOAD_BYTES_MAX);
             let sizes: Vec<usize> = (0..layout.packets).map(|i| layout.range(i).len()).collect();
             assert_eq!(sizes.iter().sum::<usize>(), total);

@@ -19,45 +19,45 @@ pub const WEIGHT_MAX: u32 = 100;
 /// Which participants a host takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Role {
+pub enum HostRole {
     Publish,
     Subscribe,
     #[default]
     Both,
 }
 
-impl Role {
-    pub const ALL: [Role; 3] = [Role::Publish, Role::Subscribe, Role::Both];
+impl HostRole {
+    pub const ALL: [HostRole; 3] = [HostRole::Publish, HostRole::Subscribe, HostRole::Both];
 
     pub const fn name(self) -> &'static str {
         match self {
-            Role::Publish => "publish",
-            Role::Subscribe => "subscribe",
-            Role::Both => "both",
+            HostRole::Publish => "publish",
+            HostRole::Subscribe => "subscribe",
+            HostRole::Both => "both",
         }
     }
 
     pub const fn publishes(self) -> bool {
-        matches!(self, Role::Publish | Role::Both)
+        matches!(self, HostRole::Publish | HostRole::Both)
     }
 
     pub const fn subscribes(self) -> bool {
-        matches!(self, Role::Subscribe | Role::Both)
+        matches!(self, HostRole::Subscribe | HostRole::Both)
     }
 }
 
 /// One host as the plan knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Vantage {
-    pub role: Role,
+pub struct VantagePlan {
+    pub role: HostRole,
     /// Its share of publishers, and of subscribers, is this over the sum of those who take any.
     pub weight: u32,
 }
 
-impl Default for Vantage {
-    fn default() -> Vantage {
-        Vantage {
-            role: Role::Both,
+impl Default for VantagePlan {
+    fn default() -> VantagePlan {
+        VantagePlan {
+            role: HostRole::Both,
             weight: 1,
         }
     }
@@ -66,7 +66,7 @@ impl Default for Vantage {
 /// The hosts that play a plan together, in an order that is the same on all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Placement {
-    pub vantages: Vec<Vantage>,
+    pub vantages: Vec<VantagePlan>,
     /// Each host has rooms of its own; otherwise all hosts are in all rooms.
     pub rooms_apart: bool,
 }
@@ -89,22 +89,22 @@ impl Placement {
     /// How many of them host `me` has in each of its rooms.
     pub fn subscribers_of_host(&self, me: usize, each: u32) -> u32 {
         match self.vantages[me] {
-            Vantage { role, .. } if !role.subscribes() => 0,
+            VantagePlan { role, .. } if !role.subscribes() => 0,
             _ if self.rooms_apart => each,
-            Vantage { weight, .. } => weight.saturating_mul(each),
+            VantagePlan { weight, .. } => weight.saturating_mul(each),
         }
     }
 
     /// The host that plays each participant, by global index.
     fn owners(&self, scenario: &Scenario) -> Vec<u16> {
-        let those_who = |do_so: fn(Role) -> bool| {
+        let those_who = |do_so: fn(HostRole) -> bool| {
             self.vantages
                 .iter()
                 .map(move |vantage| vantage.weight * u32::from(do_so(vantage.role)))
         };
         let (publishing, subscribing) = (
-            round(those_who(Role::publishes)),
-            round(those_who(Role::subscribes)),
+            round(those_who(HostRole::publishes)),
+            round(those_who(HostRole::subscribes)),
         );
         let dealt = |round: &[u16], at: u32| round[at as usize % round.len()];
         let owner = |index: u32| {
@@ -141,16 +141,17 @@ impl Placement {
             && self
                 .vantages
                 .iter()
-                .any(|vantage| vantage.role != Role::Both)
+                .any(|vantage| vantage.role != HostRole::Both)
         {
             return Err("hosts with rooms of their own publish and subscribe there: leave out --role, or --rooms-per-vantage".to_owned());
         }
-        let nobody =
-            |does_so: fn(Role) -> bool| !self.vantages.iter().any(|vantage| does_so(vantage.role));
-        if scenario.publishers() > 0 && nobody(Role::publishes) {
+        let nobody = |does_so: fn(HostRole) -> bool| {
+            !self.vantages.iter().any(|vantage| does_so(vantage.role))
+        };
+        if scenario.publishers() > 0 && nobody(HostRole::publishes) {
             return Err("no host publishes: start one without --role subscribe".to_owned());
         }
-        if scenario.subscribers() > 0 && nobody(Role::subscribes) {
+        if scenario.subscribers() > 0 && nobody(HostRole::subscribes) {
             return Err("no host subscribes: start one without --role publish".to_owned());
         }
         Ok(())
@@ -357,14 +358,14 @@ mod tests {
     use super::super::scenario::RoomPeople;
     use super::super::tests::{plan, set_people};
     use super::super::{ParticipantPlan, Subscribers};
-    use super::Role::{Both, Publish, Subscribe};
+    use super::HostRole::{Both, Publish, Subscribe};
     use super::*;
 
-    fn placement(of: &[(Role, u32)], rooms_apart: bool) -> Placement {
+    fn placement(of: &[(HostRole, u32)], rooms_apart: bool) -> Placement {
         Placement {
             vantages: of
                 .iter()
-                .map(|(role, weight)| Vantage {
+                .map(|(role, weight)| VantagePlan {
                     role: *role,
                     weight: *weight,
                 })
@@ -407,7 +408,7 @@ mod tests {
 
     /// Shapes and placements of all kinds.
     fn worlds() -> Vec<(Plan, Placement)> {
-        let groups: [&[(Role, u32)]; 6] = [
+        let groups: [&[(HostRole, u32)]; 6] = [
             &[(Both, 1)],
             &[(Both, 1), (Both, 1), (Both, 1)],
             &[(Both, 1), (Both, 2)],
@@ -640,7 +641,7 @@ mod tests {
 
     #[test]
     fn everything_is_dealt_by_weight() {
-        let of = |plan: &Plan, weights: &[(Role, u32)], rooms_apart| -> Vec<(u64, u64)> {
+        let of = |plan: &Plan, weights: &[(HostRole, u32)], rooms_apart| -> Vec<(u64, u64)> {
             hosts(plan, &placement(weights, rooms_apart))
                 .iter()
                 .map(|host| {
@@ -712,7 +713,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_dealt_is_refused_with_what_to_do() {
-        let refused = |plan: &Plan, of: &[(Role, u32)], rooms_apart, says: &str| {
+        let refused = |plan: &Plan, of: &[(HostRole, u32)], rooms_apart, says: &str| {
             let why = Part::new(placement(of, rooms_apart), 0, &plan.scenario).unwrap_err();
             assert!(why.contains(says), "{why}");
         };

@@ -14,10 +14,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    AudioSpec, Connection as ConnectionMode, Layout as ViewLayout, PARTICIPANTS_MAX, Pacing,
-    VideoSpec,
-};
+use super::{AudioSpec, ConnectionMode, PARTICIPANTS_MAX, Pacing, VideoSpec, ViewLayout};
 use crate::codec::red;
 use crate::measure::Kind;
 use crate::media::vp8;
@@ -289,14 +286,14 @@ impl ParticipantGroup {
         self.publishes_audio || self.publishes_video
     }
 
-    fn validate(&self) -> Result<(), Misfit> {
+    fn validate(&self) -> Result<(), FieldFault> {
         if !is_label(&self.label) {
-            return Err(Misfit::new("label", ScenarioFault::Label));
+            return Err(FieldFault::new("label", ScenarioFault::Label));
         }
         if self.is_publisher() || self.subscribes {
             Ok(())
         } else {
-            Err(Misfit::new("subscribes", ScenarioFault::IdleGroup))
+            Err(FieldFault::new("subscribes", ScenarioFault::IdleGroup))
         }
     }
 }
@@ -560,14 +557,14 @@ const FPS_TEXT: &str = "1 to 60 frames a second";
 const _: () = assert!(*vp8::FPS_RANGE.start() == 1 && *vp8::FPS_RANGE.end() == 60);
 
 /// A fault and the field that has it, before it is known where that field stands.
-struct Misfit {
+struct FieldFault {
     field: &'static str,
     fault: ScenarioFault,
 }
 
-impl Misfit {
-    fn new(field: &'static str, fault: ScenarioFault) -> Misfit {
-        Misfit { field, fault }
+impl FieldFault {
+    fn new(field: &'static str, fault: ScenarioFault) -> FieldFault {
+        FieldFault { field, fault }
     }
 
     /// In this part of the scenario.
@@ -579,8 +576,8 @@ impl Misfit {
     }
 }
 
-impl From<Misfit> for ScenarioError {
-    fn from(misfit: Misfit) -> ScenarioError {
+impl From<FieldFault> for ScenarioError {
+    fn from(misfit: FieldFault) -> ScenarioError {
         ScenarioError {
             field: misfit.field.to_owned(),
             fault: misfit.fault,
@@ -594,10 +591,10 @@ impl Scenario {
     /// The first field that makes no sense.
     pub fn validate(&self) -> Result<(), ScenarioError> {
         if self.seed > SEED_MAX {
-            return Err(Misfit::new("seed", out(self.seed, "0 to 9007199254740991")).into());
+            return Err(FieldFault::new("seed", out(self.seed, "0 to 9007199254740991")).into());
         }
         must_be_a_name(&self.identity_prefix)
-            .map_err(|fault| ScenarioError::from(Misfit::new("identity_prefix", fault)))?;
+            .map_err(|fault| ScenarioError::from(FieldFault::new("identity_prefix", fault)))?;
         self.rooms
             .validate()
             .map_err(|misfit| misfit.within("rooms"))?;
@@ -606,13 +603,13 @@ impl Scenario {
         // NaN is within nothing.
         if !JOINS_PER_SECOND.contains(&self.joins_per_second) {
             let fault = out(self.joins_per_second, JOIN_RATE_TEXT);
-            return Err(Misfit::new("joins_per_second", fault).into());
+            return Err(FieldFault::new("joins_per_second", fault).into());
         }
         self.validate_phases()
     }
 
     fn validate_groups(&self) -> Result<(), ScenarioError> {
-        let groups = |fault| Err(Misfit::new("groups", fault).into());
+        let groups = |fault| Err(FieldFault::new("groups", fault).into());
         if self.groups.len() > GROUPS_MAX {
             let found = self.groups.len();
             return groups(ScenarioFault::TooManyGroups { found });
@@ -646,30 +643,30 @@ impl Scenario {
     fn validate_phases(&self) -> Result<(), ScenarioError> {
         if let Some(search) = &self.search {
             if !self.phases.is_empty() {
-                return Err(Misfit::new("phases", ScenarioFault::SearchAndPhases).into());
+                return Err(FieldFault::new("phases", ScenarioFault::SearchAndPhases).into());
             }
-            let in_search = |misfit: Misfit| misfit.within("search");
+            let in_search = |misfit: FieldFault| misfit.within("search");
             self.check_subscribers("max_subscribers", search.max_subscribers, true)
                 .map_err(in_search)?;
             return self.times().validate().map_err(in_search);
         }
         match self.phases.len() {
-            0 => return Err(Misfit::new("phases", ScenarioFault::NoPhase).into()),
+            0 => return Err(FieldFault::new("phases", ScenarioFault::NoPhase).into()),
             1..=PHASES_MAX => {}
             found => {
                 let fault = ScenarioFault::TooManyPhases { found };
-                return Err(Misfit::new("phases", fault).into());
+                return Err(FieldFault::new("phases", fault).into());
             }
         }
         for (at, phase) in self.phases.iter().enumerate() {
-            let in_phase = |misfit: Misfit| misfit.within(&format!("phases[{at}]"));
+            let in_phase = |misfit: FieldFault| misfit.within(&format!("phases[{at}]"));
             let times = PhaseTimes {
                 spread: phase.spread,
                 warmup: phase.warmup,
                 hold: phase.hold,
             };
             if !is_label(&phase.name) {
-                return Err(in_phase(Misfit::new("name", ScenarioFault::Label)));
+                return Err(in_phase(FieldFault::new("name", ScenarioFault::Label)));
             }
             if let Some(subscribers) = phase.subscribers {
                 self.check_subscribers("subscribers", subscribers, false)
@@ -686,13 +683,13 @@ impl Scenario {
         field: &'static str,
         found: u32,
         is_search: bool,
-    ) -> Result<(), Misfit> {
+    ) -> Result<(), FieldFault> {
         let most = self.subscribers();
         if found == 0 && (is_search || !self.is_meeting()) {
-            return Err(Misfit::new(field, ScenarioFault::EmptyTier));
+            return Err(FieldFault::new(field, ScenarioFault::EmptyTier));
         }
         if found > most {
-            return Err(Misfit::new(
+            return Err(FieldFault::new(
                 field,
                 ScenarioFault::TooManySubscribers { found, most },
             ));
@@ -704,12 +701,12 @@ impl Scenario {
 const JOIN_RATE_TEXT: &str = "a rate of 0.001 to 1000000";
 
 impl RoomSet {
-    fn validate(&self) -> Result<(), Misfit> {
+    fn validate(&self) -> Result<(), FieldFault> {
         if self.count == 0 {
-            return Err(Misfit::new("count", out(0, "1 or more")));
+            return Err(FieldFault::new("count", out(0, "1 or more")));
         }
         let name = self.name.as_deref().map_or(Ok(()), must_be_a_name);
-        name.map_err(|fault| Misfit::new("name", fault))
+        name.map_err(|fault| FieldFault::new("name", fault))
     }
 }
 
@@ -723,35 +720,41 @@ impl MediaSpec {
 }
 
 impl AudioSpec {
-    fn validate(&self) -> Result<(), Misfit> {
+    fn validate(&self) -> Result<(), FieldFault> {
         if !AUDIO_BPS.contains(&self.bitrate.bps()) {
             return Err(bitrate_out(self.bitrate, "6k to 510k"));
         }
         let frame_us = self.frame.as_micros();
         if AUDIO_FRAMES_US.iter().all(|us| u128::from(*us) != frame_us) {
             let found = written_duration(self.frame);
-            return Err(Misfit::new("frame", ScenarioFault::AudioFrame { found }));
+            return Err(FieldFault::new(
+                "frame",
+                ScenarioFault::AudioFrame { found },
+            ));
         }
         if usize::from(self.redundancy) > red::DISTANCE_MAX {
-            return Err(Misfit::new("redundancy", out(self.redundancy, "0 to 2")));
+            return Err(FieldFault::new(
+                "redundancy",
+                out(self.redundancy, "0 to 2"),
+            ));
         }
         Ok(())
     }
 }
 
 impl VideoSpec {
-    fn validate(&self) -> Result<(), Misfit> {
+    fn validate(&self) -> Result<(), FieldFault> {
         if !VIDEO_SIDES.contains(&self.width) || !VIDEO_SIDES.contains(&self.height) {
             let found = format!("{}x{}", self.width, self.height);
             let allowed = "high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096";
-            return Err(Misfit::new(
+            return Err(FieldFault::new(
                 "size",
                 ScenarioFault::OutOfRange { found, allowed },
             ));
         }
         if !vp8::FPS_RANGE.contains(&self.frames_per_second) {
             let fault = out(self.frames_per_second, FPS_TEXT);
-            return Err(Misfit::new("frames_per_second", fault));
+            return Err(FieldFault::new("frames_per_second", fault));
         }
         if !VIDEO_BPS.contains(&self.bitrate.bps()) {
             return Err(bitrate_out(self.bitrate, "10k to 100M"));
@@ -761,15 +764,15 @@ impl VideoSpec {
 }
 
 impl PhaseTimes {
-    fn validate(&self) -> Result<(), Misfit> {
+    fn validate(&self) -> Result<(), FieldFault> {
         if let Some(spread) = self.spread {
-            spread_must_fit(spread).map_err(|fault| Misfit::new("spread", fault))?;
+            spread_must_fit(spread).map_err(|fault| FieldFault::new("spread", fault))?;
         }
         if self.warmup > PHASE_MAX {
-            return Err(Misfit::new("warmup", time_out(self.warmup, "0 to 30d")));
+            return Err(FieldFault::new("warmup", time_out(self.warmup, "0 to 30d")));
         }
         if self.hold.is_zero() || self.hold > PHASE_MAX {
-            return Err(Misfit::new("hold", time_out(self.hold, "1s to 30d")));
+            return Err(FieldFault::new("hold", time_out(self.hold, "1s to 30d")));
         }
         Ok(())
     }
@@ -815,8 +818,8 @@ fn time_out(found: Duration, allowed: &'static str) -> ScenarioFault {
     out(written_duration(found), allowed)
 }
 
-fn bitrate_out(found: Bitrate, allowed: &'static str) -> Misfit {
-    Misfit::new("bitrate", out(found.written(), allowed))
+fn bitrate_out(found: Bitrate, allowed: &'static str) -> FieldFault {
+    FieldFault::new("bitrate", out(found.written(), allowed))
 }
 
 #[cfg(test)]

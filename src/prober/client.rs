@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Method, header};
 use serde::Serialize;
 
-use crate::coordinator::protocol::{self, Message, TOKEN_VARIABLE};
+use crate::coordinator::protocol::{self, ProtocolMessage, TOKEN_VARIABLE};
 use crate::plan::ServerUrl;
 use crate::signal::{Secret, causes, http_client};
 
@@ -20,7 +20,7 @@ const REFUSAL_CHARS_MAX: usize = 400;
 
 /// A coordinator. Cheap to clone; connections are pooled.
 #[derive(Clone)]
-pub struct Client {
+pub struct CoordinatorClient {
     http: reqwest::Client,
     url: ServerUrl,
     token: Option<Secret>,
@@ -40,21 +40,21 @@ pub enum NoAnswer {
     Refused(String),
 }
 
-impl Client {
+impl CoordinatorClient {
     /// `token` is what lets us in; `None` with a coordinator that asks for none.
-    pub fn new(url: ServerUrl, token: Option<Secret>) -> Client {
-        Client {
+    pub fn new(url: ServerUrl, token: Option<Secret>) -> CoordinatorClient {
+        CoordinatorClient {
             http: http_client(REQUEST_TIMEOUT),
             url,
             token,
         }
     }
 
-    pub async fn get<A: Message>(&self, path: &str) -> Result<A, NoAnswer> {
+    pub async fn get<A: ProtocolMessage>(&self, path: &str) -> Result<A, NoAnswer> {
         self.ask(Method::GET, path, None).await
     }
 
-    pub async fn post<A: Message>(
+    pub async fn post<A: ProtocolMessage>(
         &self,
         path: &str,
         message: &impl Serialize,
@@ -64,7 +64,7 @@ impl Client {
         self.ask(Method::POST, path, Some(body)).await
     }
 
-    async fn ask<A: Message>(
+    async fn ask<A: ProtocolMessage>(
         &self,
         method: Method,
         path: &str,
@@ -128,7 +128,7 @@ impl Client {
         })
     }
 
-    fn not_understood(&self, error: &protocol::Malformed) -> NoAnswer {
+    fn not_understood(&self, error: &protocol::MalformedMessage) -> NoAnswer {
         NoAnswer::Away(format!(
             "the coordinator at {} said what cannot be understood ({}): is it a coordinator?",
             self.url.http(),
@@ -137,7 +137,7 @@ impl Client {
     }
 
     fn refusal(&self, status: u16, body: &[u8]) -> NoAnswer {
-        let refusal = protocol::read::<protocol::Refusal>(body);
+        let refusal = protocol::read::<protocol::RefusalMessage>(body);
         let is_coordinator = refusal.is_ok();
         let said = match refusal {
             Ok(refusal) => short(&refusal.error),
@@ -177,7 +177,7 @@ impl Client {
     }
 }
 
-impl fmt::Debug for Client {
+impl fmt::Debug for CoordinatorClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Client({})", self.url.http())
     }

@@ -5,14 +5,18 @@ use std::time::Duration;
 use crate::cli::{self, Membership};
 use crate::coordinator::protocol::{Job, JobReply};
 use crate::plan::scenario::{PhaseTimes, RoomPeople};
-use crate::plan::{Origin, Part, Target};
+use crate::plan::{Part, Target, TargetOrigin};
 
 /// The job of a coordinator of ours: all that makes the run comes from there. Of the prober's own are the server, where it names one, and what this host does with
 /// the result.
 ///
 /// # Errors
 /// For people: why it cannot be played.
-pub(super) fn of_ours(job: &Job, own: cli::Run, shape_given: bool) -> Result<cli::Run, String> {
+pub(super) fn of_ours(
+    job: &Job,
+    own: cli::RunSpec,
+    shape_given: bool,
+) -> Result<cli::RunSpec, String> {
     let mut plan = own.plan;
     // Stages say what is held, and for how long.
     let times = PhaseTimes {
@@ -32,14 +36,14 @@ pub(super) fn of_ours(job: &Job, own: cli::Run, shape_given: bool) -> Result<cli
             .ok_or("no server to test: give --url, or LIVEKIT_URL, here or to the coordinator")?;
         plan.target = Target {
             url: url.parse()?,
-            origin: Origin::Coordinator,
+            origin: TargetOrigin::Coordinator,
         };
     }
     let mut warnings = own.warnings;
     if shape_given {
         warnings.push("--publishers and --video-publishers have no effect: the coordinator says who publishes".to_owned());
     }
-    Ok(cli::Run {
+    Ok(cli::RunSpec {
         plan,
         warnings,
         judging: job
@@ -55,7 +59,7 @@ pub(super) fn of_ours(job: &Job, own: cli::Run, shape_given: bool) -> Result<cli
 ///
 /// # Errors
 /// For people: why it cannot be played.
-pub(super) fn of_voicegw(job: &JobReply, own: cli::Run) -> Result<cli::Run, String> {
+pub(super) fn of_voicegw(job: &JobReply, own: cli::RunSpec) -> Result<cli::RunSpec, String> {
     let mut plan = own.plan;
     let target = &plan.target;
     if target.is_embedded() {
@@ -97,7 +101,7 @@ pub(super) fn of_voicegw(job: &JobReply, own: cli::Run) -> Result<cli::Run, Stri
     let mut judging = own.judging;
     judging.max_loss_pct = job.max_loss;
     judging.target_rtt = Some(Duration::from_secs_f64(job.target_rtt_ms / 1e3));
-    Ok(cli::Run {
+    Ok(cli::RunSpec {
         plan,
         judging,
         ..own

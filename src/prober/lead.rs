@@ -5,20 +5,20 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::link::{Shared, Word};
+use super::link::{LinkShared, Word};
 use super::outbox;
-use crate::coordinator::protocol::{Live, Stage, StageKind};
+use crate::coordinator::protocol::{LiveSecond, SharedStage, StageKind};
 use crate::engine::Roster;
 use crate::plan::Subscribers;
-use crate::report::{Sample, judge::Loss};
-use crate::run::lead::{Lead, Next, Observation, Tier, TierPlan};
+use crate::report::{RunSample, judge::LossShares};
+use crate::run::lead::{FinishedTier, Lead, LeadStep, Observation, TierPlan};
 use crate::units::{Epoch, Time};
 
 /// Led by a coordinator.
 pub(super) struct Led {
-    shared: Arc<Shared>,
+    shared: Arc<LinkShared>,
     words: watch::Receiver<Word>,
-    stages: Vec<Stage>,
+    stages: Vec<SharedStage>,
     /// Index of the stage under way; `None` before the first.
     stage: Option<usize>,
     /// The clock that beats are stamped by, and the run's, which is the same from another zero.
@@ -31,7 +31,7 @@ pub(super) struct Led {
 }
 
 impl Led {
-    pub fn new(shared: Arc<Shared>, stages: Vec<Stage>, clock: Epoch) -> Led {
+    pub fn new(shared: Arc<LinkShared>, stages: Vec<SharedStage>, clock: Epoch) -> Led {
         Led {
             words: shared.words(),
             shared,
@@ -110,7 +110,7 @@ impl Led {
     }
 }
 
-fn is_held(stage: &Stage) -> bool {
+fn is_held(stage: &SharedStage) -> bool {
     matches!(stage.kind, StageKind::Baseline | StageKind::Tier)
 }
 
@@ -119,10 +119,10 @@ impl Lead for Led {
         self.epoch
     }
 
-    async fn next(&mut self, tiers: &[Tier]) -> Next {
+    async fn next(&mut self, tiers: &[FinishedTier]) -> LeadStep {
         for tier in &tiers[self.tiers_told.min(tiers.len())..] {
             if let Some(stage) = self.stage_of(&tier.plan) {
-                let told = outbox::Tier {
+                let told = outbox::MeasuredTier {
                     participants: tier.step.participants,
                     seconds: tier.step.seconds,
                     complete: true,
@@ -137,7 +137,7 @@ impl Lead for Led {
         }
         let index = self.next_stage();
         let Some(stage) = self.stages.get(index).cloned() else {
-            return Next::Finish;
+            return LeadStep::Finish;
         };
         let Ok(start) = self.order_for(index).await else {
             // The run ends: see `abort`.
@@ -145,7 +145,7 @@ impl Lead for Led {
         };
         self.begin(index, start, self.epoch.now());
         match is_held(&stage) {
-            true => Next::Tier(TierPlan {
+            true => LeadStep::Tier(TierPlan {
                 name: stage.name,
                 subscribers: Subscribers::Total(stage.subscribers),
                 start: Some(start),
@@ -156,7 +156,7 @@ impl Lead for Led {
                 watches_thresholds: stage.kind == StageKind::Tier,
                 is_whole: false,
             }),
-            false => Next::Finish,
+            false => LeadStep::Finish,
         }
     }
 
@@ -193,7 +193,7 @@ impl Lead for Led {
         self.shared.inbox().tell(seen.roster);
         let tier = seen.tier.and_then(|tier| {
             let (held_from, stage) = (tier.held_from?, self.stage_of(tier.plan)?);
-            let told = outbox::Tier {
+            let told = outbox::MeasuredTier {
                 participants: seen.participants,
                 seconds: seen.now.since(held_from).as_secs_f64(),
                 complete: false,
@@ -206,7 +206,7 @@ impl Lead for Led {
         outbox.set_live(live(
             seen.present,
             seen.sample,
-            Loss::counted([&seen.record.audio, &seen.record.video]).residual,
+            LossShares::counted([&seen.record.audio, &seen.record.video]).residual,
         ));
         if let Some((stage, told)) = tier {
             outbox.set_tier(stage, told);
@@ -221,7 +221,7 @@ impl Lead for Led {
 }
 
 /// Why the generator was the limit in the tiers so far: each reason once.
-fn invalid(tiers: &[Tier]) -> Vec<String> {
+fn invalid(tiers: &[FinishedTier]) -> Vec<String> {
     let mut reasons: Vec<String> = Vec::new();
     for facts in tiers.iter().filter_map(|tier| tier.step.tier.as_ref()) {
         let news: Vec<_> = facts
@@ -235,10 +235,10 @@ fn invalid(tiers: &[Tier]) -> Vec<String> {
     reasons
 }
 
-fn live(present: u32, sample: &Sample, loss: Option<f64>) -> Live {
+fn live(present: u32, sample: &RunSample, loss: Option<f64>) -> LiveSecond {
     // Before the first row of the series there is nothing to tell.
     let known = |rate: f64| (sample.t > 0.0).then_some(rate);
-    Live {
+    LiveSecond {
         participants: present,
         packets_sent_per_second: known(sample.packets_sent_per_second),
         packets_received_per_second: known(sample.packets_received_per_second),
@@ -258,8 +258,8 @@ mod tests {
     use crate::plan::Member;
 
     /// Publish, baseline, one tier, stop, leave.
-    fn stages() -> Vec<Stage> {
-        let stage = |kind, name: &str, subscribers: u32| Stage {
+    fn stages() -> Vec<SharedStage> {
+        let stage = |kind, name: &str, subscribers: u32| SharedStage {
             kind,
             name: name.into(),
             subscribers,
@@ -276,13 +276,13 @@ mod tests {
         ]
     }
 
-    fn led() -> (Led, Arc<Shared>, Epoch) {
-        let (shared, clock) = (Shared::new(), Epoch::read());
+    fn led() -> (Led, Arc<LinkShared>, Epoch) {
+        let (shared, clock) = (LinkShared::new(), Epoch::read());
         (Led::new(shared.clone(), stages(), clock), shared, clock)
     }
 
     /// What the next beat would say: the stage under way, what it is ready for, and the stages that began.
-    fn said(shared: &Shared) -> (Option<u32>, Option<u32>, Vec<u32>) {
+    fn said(shared: &LinkShared) -> (Option<u32>, Option<u32>, Vec<u32>) {
         let beat = shared.outbox().draft().beat(0, None);
         (
             beat.stage,
@@ -291,7 +291,7 @@ mod tests {
         )
     }
 
-    fn start(shared: &Shared, clock: &Epoch, stage: u32) {
+    fn start(shared: &LinkShared, clock: &Epoch, stage: u32) {
         let at_us = clock.unix_micros(clock.now());
         shared.say(Word::Start { stage, at_us });
     }
@@ -311,7 +311,7 @@ mod tests {
         assert_eq!(said(&shared), (Some(0), Some(0), vec![0]));
         for (index, subscribers) in [(1, 1), (2, 7)] {
             start(&shared, &clock, index);
-            let Next::Tier(tier) = led.next(&[]).await else {
+            let LeadStep::Tier(tier) = led.next(&[]).await else {
                 panic!("a tier")
             };
             assert_eq!(
@@ -325,7 +325,7 @@ mod tests {
             );
         }
         start(&shared, &clock, 3);
-        assert_eq!(led.next(&[]).await, Next::Finish);
+        assert_eq!(led.next(&[]).await, LeadStep::Finish);
         assert_eq!(said(&shared).0, Some(3));
     }
 
@@ -343,7 +343,7 @@ mod tests {
         shared.say(Word::Start { stage: 1, at_us });
         // Asked again and again, as a run does.
         let tier = loop {
-            if let Ok(Next::Tier(tier)) =
+            if let Ok(LeadStep::Tier(tier)) =
                 tokio::time::timeout(Duration::from_millis(7), led.next(&[])).await
             {
                 break tier;

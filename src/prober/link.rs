@@ -1,7 +1,7 @@
 //! The way to the coordinator: registering, beats in a task of their own, room tokens, the last report.
 //!
 //! It lives on a thread of its own, so that neither the run nor the making of media keeps a beat back, and no beat keeps them. What the run has to tell lies in an
-//! [`Outbox`], what it has to know in an [`Inbox`]; orders come by a channel.
+//! [`BeatOutbox`], what it has to know in an [`Inbox`]; orders come by a channel.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
 
-use super::client::{Client, NoAnswer};
-use super::outbox::Outbox;
+use super::client::{CoordinatorClient, NoAnswer};
+use super::outbox::BeatOutbox;
 use super::pulse::Pulse;
 use crate::coordinator::clock::{ClockEstimate, Offset};
 use crate::coordinator::protocol::{
-    BeatReply, Departed, Exchange, FRAME_COUNTS_MAX, FrameCount, JobReply, Order, ProverId,
-    Register, Registered, Report, Reported, TOKENS_MAX, TokensReply, TokensRequest, VERSION,
-    VantageClock, other_version,
+    BeatReply, Departed, Exchange, FRAME_COUNTS_MAX, FrameCountEntry, JobReply, Order,
+    ProberReport, ProverId, Register, Registered, Reported, TOKENS_MAX, TokensReply, TokensRequest,
+    VERSION, VantageClock, other_version,
 };
 use crate::engine;
 use crate::run::Interrupts;
@@ -64,16 +64,16 @@ pub(super) struct Inbox {
 }
 
 /// What run and beats share.
-pub(super) struct Shared {
-    outbox: Mutex<Outbox>,
+pub(super) struct LinkShared {
+    outbox: Mutex<BeatOutbox>,
     inbox: Mutex<Inbox>,
     news: Notify,
     word: watch::Sender<Word>,
 }
 
-impl Shared {
-    pub fn new() -> Arc<Shared> {
-        Arc::new(Shared {
+impl LinkShared {
+    pub fn new() -> Arc<LinkShared> {
+        Arc::new(LinkShared {
             outbox: Mutex::default(),
             inbox: Mutex::default(),
             news: Notify::new(),
@@ -82,7 +82,7 @@ impl Shared {
     }
 
     /// Held for moments only: nobody who holds it waits or works long.
-    pub fn outbox(&self) -> MutexGuard<'_, Outbox> {
+    pub fn outbox(&self) -> MutexGuard<'_, BeatOutbox> {
         self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -123,7 +123,7 @@ pub(super) struct Enlisted {
 /// # Errors
 /// For people: what to do.
 pub(super) async fn enlist(
-    client: &Client,
+    client: &CoordinatorClient,
     register: &Register,
     interrupts: &mut Interrupts,
     told: impl FnMut(String),
@@ -146,7 +146,7 @@ pub(super) async fn enlist(
 
 /// `place` is where the coordinator has us, as soon as it does.
 async fn wait_for_job(
-    client: &Client,
+    client: &CoordinatorClient,
     register: &Register,
     place: &mut Option<ProverId>,
     mut told: impl FnMut(String),
@@ -175,11 +175,11 @@ async fn wait_for_job(
                 }
                 Ok(_) => tokio::time::sleep(POLL).await,
                 // It gives the place of one who was silent to others; until all are in there may be one again.
-                Err(Gone::Unknown(_)) => {
+                Err(NoReply::Unknown(_)) => {
                     tokio::time::sleep(POLL).await;
                     continue 'register;
                 }
-                Err(Gone::Other(why)) => return Err(why),
+                Err(NoReply::Other(why)) => return Err(why),
             }
         }
     }
@@ -195,15 +195,15 @@ fn probers(count: u32) -> String {
 
 /// Why there will be no answer.
 #[derive(Debug)]
-enum Gone {
+enum NoReply {
     Unknown(String),
     Other(String),
 }
 
-impl From<Gone> for String {
-    fn from(gone: Gone) -> String {
+impl From<NoReply> for String {
+    fn from(gone: NoReply) -> String {
         match gone {
-            Gone::Unknown(why) | Gone::Other(why) => why,
+            NoReply::Unknown(why) | NoReply::Other(why) => why,
         }
     }
 }
@@ -213,17 +213,17 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
     patience: Duration,
     told: &mut impl FnMut(String),
     ask: impl Fn() -> F,
-) -> Result<A, Gone> {
+) -> Result<A, NoReply> {
     let since = tokio::time::Instant::now();
     let mut pause = POLL;
     let mut last_told = None::<(String, tokio::time::Instant)>;
     loop {
         match ask().await {
             Ok(answer) => return Ok(answer),
-            Err(NoAnswer::Unknown(why)) => return Err(Gone::Unknown(why)),
-            Err(NoAnswer::Refused(why)) => return Err(Gone::Other(why)),
+            Err(NoAnswer::Unknown(why)) => return Err(NoReply::Unknown(why)),
+            Err(NoAnswer::Refused(why)) => return Err(NoReply::Other(why)),
             Err(NoAnswer::Away(why)) if since.elapsed() + pause > patience => {
-                return Err(Gone::Other(format!(
+                return Err(NoReply::Other(format!(
                     "{why}; given up after {} s",
                     patience.as_secs()
                 )));
@@ -248,9 +248,9 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
 
 /// What the beats of one prober need.
 pub(super) struct Beats {
-    pub client: Client,
+    pub client: CoordinatorClient,
     pub id: ProverId,
-    pub shared: Arc<Shared>,
+    pub shared: Arc<LinkShared>,
     /// The clock that is compared with the coordinator's.
     pub epoch: Epoch,
     /// How long the load may go on without an answer.
@@ -336,7 +336,7 @@ impl Beats {
     fn take(&self, reply: BeatReply, own_clock: Option<Offset>) {
         {
             let mut inbox = self.shared.inbox();
-            for FrameCount(origin, track, layer, frames) in reply.frames {
+            for FrameCountEntry(origin, track, layer, frames) in reply.frames {
                 inbox.take_frames((origin, track, layer), frames);
             }
             if let Some(own) = own_clock {
@@ -364,9 +364,9 @@ impl Beats {
 /// # Errors
 /// Why it did not take it.
 pub(super) async fn deliver(
-    client: &Client,
+    client: &CoordinatorClient,
     id: &ProverId,
-    report: &Report,
+    report: &ProberReport,
     patience: Duration,
     told: &mut impl FnMut(String),
 ) -> Result<Reported, String> {
@@ -384,14 +384,14 @@ fn between(theirs: &VantageClock, own: &Offset) -> (i64, u64) {
 
 /// Gets room tokens from the coordinator, many at a time, and hands them out.
 pub(super) struct Tokens {
-    pub client: Client,
+    pub client: CoordinatorClient,
     pub id: ProverId,
     pub participants: u32,
     kept: BTreeMap<u32, (Secret, tokio::time::Instant)>,
 }
 
 impl Tokens {
-    pub fn new(client: Client, id: ProverId, participants: u32) -> Tokens {
+    pub fn new(client: CoordinatorClient, id: ProverId, participants: u32) -> Tokens {
         Tokens {
             client,
             id,
@@ -520,7 +520,7 @@ mod tests {
         script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static,
     ) -> (Result<Enlisted, String>, Scripted, Vec<String>) {
         let (scripted, url) = Scripted::start(script).await;
-        let client = Client::new(url.parse().unwrap(), Some(Secret::new("sesame")));
+        let client = CoordinatorClient::new(url.parse().unwrap(), Some(Secret::new("sesame")));
         let mut told = Vec::new();
         let enlisted = enlist(&client, &register(), &mut Interrupts::listen(), |line| {
             told.push(line)
@@ -592,9 +592,9 @@ mod tests {
 
     fn beats(url: String, patience: Duration) -> Beats {
         Beats {
-            client: Client::new(url.parse().unwrap(), None),
+            client: CoordinatorClient::new(url.parse().unwrap(), None),
             id: ProverId::new("p1").unwrap(),
-            shared: Shared::new(),
+            shared: LinkShared::new(),
             epoch: Epoch::read(),
             patience,
         }
@@ -735,7 +735,7 @@ mod tests {
         })
         .await;
         let (client, id) = (
-            Client::new(url.parse().unwrap(), None),
+            CoordinatorClient::new(url.parse().unwrap(), None),
             ProverId::new("p1").unwrap(),
         );
         let report = super::super::report::of_nothing("fra", "no media could be made");
@@ -769,7 +769,7 @@ mod tests {
         })
         .await;
         let mut tokens = Tokens::new(
-            Client::new(url.parse().unwrap(), None),
+            CoordinatorClient::new(url.parse().unwrap(), None),
             ProverId::new("p1").unwrap(),
             250,
         );

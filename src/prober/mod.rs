@@ -28,21 +28,21 @@ use crate::cli::{self, Membership};
 use crate::coordinator::protocol::{self, Job, Register};
 use crate::plan::Resources;
 use crate::report::Outcome;
-use crate::report::progress::Snapshot;
+use crate::report::progress::ProgressSnapshot;
 use crate::run::lead::Alone;
 use crate::run::{Clips, Interrupts, run_as_guest};
-use crate::signal::{Access, ApiKey, TokenIssuer};
+use crate::signal::{ApiKey, JoinAccess, TokenIssuer};
 use crate::units::Epoch;
-use client::Client;
+use client::CoordinatorClient;
 use lead::Led;
-use link::{Beats, Enlisted, Shared, Tokens};
+use link::{Beats, Enlisted, LinkShared, Tokens};
 
 /// A prober that is in, and has its job.
 pub struct Prober {
     config: Membership,
-    client: Client,
+    client: CoordinatorClient,
     enlisted: Enlisted,
-    shared: Arc<Shared>,
+    shared: Arc<LinkShared>,
     /// Beats are stamped by it, and the run's clock is the same from another zero.
     clock: Epoch,
     beats: Option<JoinHandle<()>>,
@@ -69,7 +69,7 @@ impl Prober {
             .enable_all()
             .build()
             .context("no thread for the coordinator")?;
-        let client = Client::new(config.coordinator.clone(), config.token.clone());
+        let client = CoordinatorClient::new(config.coordinator.clone(), config.token.clone());
         let register = Register {
             vantage: Some(config.vantage.clone()),
             protocol: Some(protocol::VERSION),
@@ -87,7 +87,7 @@ impl Prober {
             config,
             client,
             enlisted,
-            shared: Shared::new(),
+            shared: LinkShared::new(),
             clock: Epoch::read(),
             beats: None,
             interrupts,
@@ -126,7 +126,7 @@ impl Prober {
     ///
     /// # Errors
     /// Why it cannot be.
-    pub fn run(&self, own: cli::Run, shape_given: bool) -> Result<cli::Run> {
+    pub fn run(&self, own: cli::RunSpec, shape_given: bool) -> Result<cli::RunSpec> {
         let run = match self.job() {
             Some(job) => job::of_ours(job, own, shape_given),
             None => job::of_voicegw(&self.enlisted.job, own),
@@ -149,10 +149,10 @@ impl Prober {
     /// What kept the run from starting.
     pub async fn measure(
         &mut self,
-        run: &cli::Run,
+        run: &cli::RunSpec,
         resources: &Resources,
         clips: Clips,
-        progress: impl FnMut(&Snapshot),
+        progress: impl FnMut(&ProgressSnapshot),
     ) -> Result<Outcome> {
         let access = self.access(run)?;
         let stages = self.job().map(|job| job.stages.clone());
@@ -204,7 +204,7 @@ impl Prober {
         })
     }
 
-    fn access(&self, run: &cli::Run) -> Result<Access> {
+    fn access(&self, run: &cli::RunSpec) -> Result<JoinAccess> {
         if let Some(own) = &run.credentials {
             return Ok(ApiKey::new(&own.api_key, &own.api_secret).into());
         }
@@ -220,7 +220,7 @@ impl Prober {
             run.plan.total_participants(),
         );
         self.runtime.spawn(tokens.run(requests));
-        Ok(Access::Issued(issuer))
+        Ok(JoinAccess::Issued(issuer))
     }
 
     /// Tells the coordinator what this host found, or why it found nothing. Returns a line for people that says where that is. `told` hears what there is to wait for.

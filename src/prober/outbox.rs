@@ -5,23 +5,25 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::coordinator::protocol::{Beat, Exchange, FrameCount, Live, Start, TierSoFar};
+use crate::coordinator::protocol::{
+    BeatMessage, Exchange, FrameCountEntry, LiveSecond, Start, TierSoFar,
+};
 use crate::engine;
 use crate::measure::Record;
 
 /// What the run found out so far.
 #[derive(Default)]
-pub(super) struct Outbox {
+pub(super) struct BeatOutbox {
     /// Grows with every change.
     version: u64,
     /// Everything up to here is with the coordinator.
     answered: u64,
     stage: Option<u32>,
     ready_for: Option<u32>,
-    tiers: BTreeMap<u32, Changed<Tier>>,
+    tiers: BTreeMap<u32, Changed<MeasuredTier>>,
     frames: BTreeMap<(u32, u8, u8), Changed<u64>>,
     starts: BTreeMap<u32, Changed<i64>>,
-    live: Live,
+    live: LiveSecond,
     invalid: Vec<String>,
     broken: Option<String>,
     seq: u64,
@@ -34,7 +36,7 @@ struct Changed<T> {
 
 /// What this host measured of a baseline or a tier so far.
 #[derive(Clone)]
-pub(super) struct Tier {
+pub(super) struct MeasuredTier {
     pub participants: u32,
     pub seconds: f64,
     pub complete: bool,
@@ -43,20 +45,20 @@ pub(super) struct Tier {
 }
 
 /// What the next beat carries, and what is with the coordinator once it is answered.
-pub(super) struct Draft {
+pub(super) struct BeatDraft {
     version: u64,
     stage: Option<u32>,
     ready_for: Option<u32>,
-    tiers: Vec<(u32, Tier)>,
-    frames: Vec<FrameCount>,
+    tiers: Vec<(u32, MeasuredTier)>,
+    frames: Vec<FrameCountEntry>,
     starts: Vec<Start>,
-    live: Live,
+    live: LiveSecond,
     invalid: Vec<String>,
     broken: Option<String>,
     seq: u64,
 }
 
-impl Tier {
+impl MeasuredTier {
     /// Makes histograms text: some milliseconds' work.
     pub fn so_far(&self, stage: u32) -> TierSoFar {
         TierSoFar {
@@ -69,7 +71,7 @@ impl Tier {
     }
 }
 
-impl Outbox {
+impl BeatOutbox {
     /// Where the run is, and what it waits for. True where that is news: then a beat is due at once.
     pub fn set_stage(&mut self, stage: Option<u32>, ready_for: Option<u32>) -> bool {
         let before = (self.stage, self.ready_for);
@@ -82,7 +84,7 @@ impl Outbox {
         self.ready_for > self.stage
     }
 
-    pub fn set_tier(&mut self, stage: u32, tier: Tier) {
+    pub fn set_tier(&mut self, stage: u32, tier: MeasuredTier) {
         self.version += 1;
         put(&mut self.tiers, stage, tier, self.version);
     }
@@ -113,7 +115,7 @@ impl Outbox {
         put(&mut self.starts, stage, skew_us, self.version);
     }
 
-    pub fn set_live(&mut self, live: Live) {
+    pub fn set_live(&mut self, live: LiveSecond) {
         self.live = live;
     }
 
@@ -129,10 +131,10 @@ impl Outbox {
     }
 
     /// The next beat.
-    pub fn draft(&mut self) -> Draft {
+    pub fn draft(&mut self) -> BeatDraft {
         self.seq += 1;
         let answered = self.answered;
-        Draft {
+        BeatDraft {
             version: self.version,
             stage: self.stage,
             ready_for: self.ready_for,
@@ -141,7 +143,7 @@ impl Outbox {
                 .collect(),
             frames: news(&self.frames, answered)
                 .map(|((origin, track, layer), frames)| {
-                    FrameCount(*origin, *track, *layer, *frames)
+                    FrameCountEntry(*origin, *track, *layer, *frames)
                 })
                 .collect(),
             starts: news(&self.starts, answered)
@@ -158,7 +160,7 @@ impl Outbox {
     }
 
     /// The beat that this was is with the coordinator. A tier that is complete and known there need not be kept.
-    pub fn settle(&mut self, draft: &Draft) {
+    pub fn settle(&mut self, draft: &BeatDraft) {
         self.answered = self.answered.max(draft.version);
         let answered = self.answered;
         self.tiers
@@ -166,14 +168,14 @@ impl Outbox {
     }
 }
 
-impl Draft {
+impl BeatDraft {
     pub fn seq(&self) -> u64 {
         self.seq
     }
 
     /// Makes records text, so not for whoever holds the outbox.
-    pub fn beat(&self, sent_at_us: u64, exchange: Option<Exchange>) -> Beat {
-        Beat {
+    pub fn beat(&self, sent_at_us: u64, exchange: Option<Exchange>) -> BeatMessage {
+        BeatMessage {
             seq: self.seq,
             sent_at_us,
             exchange,
@@ -207,10 +209,10 @@ fn news<K, T>(of: &BTreeMap<K, Changed<T>>, answered: u64) -> impl Iterator<Item
 mod tests {
     use super::*;
 
-    fn tier(joins_ok: u64, complete: bool) -> Tier {
+    fn tier(joins_ok: u64, complete: bool) -> MeasuredTier {
         let mut record = Record::default();
         record.session.joins_ok = joins_ok;
-        Tier {
+        MeasuredTier {
             participants: 3,
             seconds: 1.0,
             complete,
@@ -228,7 +230,7 @@ mod tests {
     }
 
     /// Stages of the tiers, frame counts, and stages of the starts that the next beat carries.
-    fn carried(draft: &Draft) -> (Vec<u32>, Vec<u64>, Vec<u32>) {
+    fn carried(draft: &BeatDraft) -> (Vec<u32>, Vec<u64>, Vec<u32>) {
         let beat = draft.beat(1, None);
         (
             beat.tiers.iter().map(|tier| tier.stage).collect(),
@@ -239,7 +241,7 @@ mod tests {
 
     #[test]
     fn what_was_not_answered_goes_again_and_what_was_does_not() {
-        let mut outbox = Outbox::default();
+        let mut outbox = BeatOutbox::default();
         outbox.set_tier(2, tier(1, false));
         outbox.set_frames([count(10)].into_iter());
         outbox.set_start(2, -5);
@@ -269,7 +271,7 @@ mod tests {
 
     #[test]
     fn a_tier_that_is_over_goes_until_it_is_answered_and_is_forgotten_then() {
-        let mut outbox = Outbox::default();
+        let mut outbox = BeatOutbox::default();
         outbox.set_tier(1, tier(1, true));
         outbox.set_tier(2, tier(2, false));
         let draft = outbox.draft();
@@ -283,7 +285,7 @@ mod tests {
 
     #[test]
     fn it_waits_for_an_order_while_it_is_ready_for_more_than_it_does() {
-        let mut outbox = Outbox::default();
+        let mut outbox = BeatOutbox::default();
         assert!(!outbox.waits());
         assert!(outbox.set_stage(None, Some(0)) && outbox.waits());
         assert!(!outbox.set_stage(None, Some(0)), "no news");

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use super::outbox;
 use crate::coordinator::protocol::{
-    ClientStep, EngineShort, FinalReport, LABEL_BYTES_MAX, Report, Stage, StageKind,
+    ClientStep, EngineShort, FinalReport, LABEL_BYTES_MAX, ProberReport, SharedStage, StageKind,
     TEXT_BYTES_MAX, TEXTS_MAX, TierReport, TierSoFar, WireVerdict,
 };
 use crate::measure::Record;
-use crate::report::judge::{self, Loss};
+use crate::report::judge::{self, LossShares};
 use crate::report::{Outcome, Step, Verdict};
 
 /// Shares of media lost up to which `voicegw` is told `Excellent`, and `Good`: what `--max-loss` allows by default, and what libwebrtc conceals without much harm.
@@ -17,7 +17,7 @@ const EXCELLENT_LOSS_MAX: f64 = 0.01;
 const GOOD_LOSS_MAX: f64 = 0.05;
 
 /// Of a run that a coordinator of ours led. `stages` are the job's.
-pub(super) fn of_stages(vantage: &str, outcome: &Outcome, stages: &[Stage]) -> Report {
+pub(super) fn of_stages(vantage: &str, outcome: &Outcome, stages: &[SharedStage]) -> ProberReport {
     let stage = |step: &Step| stages.iter().position(|stage| stage.name == step.name);
     let of_kind = |kind: StageKind| {
         let steps = outcome
@@ -34,7 +34,7 @@ pub(super) fn of_stages(vantage: &str, outcome: &Outcome, stages: &[Stage]) -> R
             reasons: texts(judgement.reasons),
         })
     });
-    Report {
+    ProberReport {
         vantage: Some(vantage.to_owned()),
         steps: of_kind(StageKind::Tier).collect(),
         baseline: of_kind(StageKind::Baseline).next(),
@@ -46,8 +46,8 @@ pub(super) fn of_stages(vantage: &str, outcome: &Outcome, stages: &[Stage]) -> R
 }
 
 /// Of a run by `voicegw`'s job: a step is a tier.
-pub(super) fn of_tiers(vantage: &str, outcome: &Outcome) -> Report {
-    Report {
+pub(super) fn of_tiers(vantage: &str, outcome: &Outcome) -> ProberReport {
+    ProberReport {
         vantage: Some(vantage.to_owned()),
         steps: outcome.steps.iter().map(client_step).collect(),
         baseline: None,
@@ -56,14 +56,14 @@ pub(super) fn of_tiers(vantage: &str, outcome: &Outcome) -> Report {
 }
 
 /// Of a run that never began here.
-pub(super) fn of_nothing(vantage: &str, why: &str) -> Report {
-    let nothing = outbox::Tier {
+pub(super) fn of_nothing(vantage: &str, why: &str) -> ProberReport {
+    let nothing = outbox::MeasuredTier {
         participants: 0,
         seconds: 0.0,
         complete: false,
         record: Arc::new(Record::default()),
     };
-    Report {
+    ProberReport {
         vantage: Some(vantage.to_owned()),
         steps: Vec::new(),
         baseline: None,
@@ -133,7 +133,7 @@ fn client_step(step: &Step) -> ClientStep {
         .filter(|media| media.tracks_expected > 0 || media.frames_expected > 0);
     // Where one kind is unknown, so is the worst.
     let loss = heard
-        .map(|media| Loss::of(media).worse())
+        .map(|media| LossShares::of(media).worse())
         .try_fold(None, |worst: Option<f64>, loss| {
             loss.map(|loss| Some(worst.map_or(loss, |worst| worst.max(loss))))
         })
@@ -172,7 +172,7 @@ fn clipped(text: &str, bytes_max: usize) -> String {
 /// # Errors
 /// Why it could not be written.
 pub(super) fn keep(
-    report: &Report,
+    report: &ProberReport,
     dir: &Path,
     vantage: &str,
     run: &str,

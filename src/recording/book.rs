@@ -9,9 +9,9 @@ use std::sync::mpsc::SyncSender;
 
 use super::ivf;
 use super::ogg::OpusFile;
-use super::output::{Output, safe_name};
-use super::stream::{AudioStream, Frame, VideoStream};
-use super::tap::{Page, TappedPacket};
+use super::output::{RecordingFile, safe_name};
+use super::stream::{AudioStream, StreamFrame, VideoStream};
+use super::tap::{TapPage, TappedPacket};
 use crate::codec::{Codec, Container};
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
@@ -20,28 +20,28 @@ use crate::plan::Plan;
 pub struct Book {
     dir: PathBuf,
     plan: Plan,
-    rooms: BTreeMap<u32, Room>,
+    rooms: BTreeMap<u32, RecordedRoom>,
     /// By room, the participant's connection, and that one's number of the stream.
-    streams: BTreeMap<(u32, u32, u32), Stream>,
+    streams: BTreeMap<(u32, u32, u32), RecordedStream>,
 }
 
-struct Room {
-    give_back: SyncSender<Page>,
+struct RecordedRoom {
+    give_back: SyncSender<TapPage>,
     dropped: Arc<AtomicU64>,
 }
 
-struct Stream {
-    source: Source,
-    track: Track,
+struct RecordedStream {
+    source: FrameStream,
+    track: RecordedTrack,
 }
 
-enum Source {
+enum FrameStream {
     Audio(AudioStream),
     Video(Box<VideoStream>),
 }
 
 /// One stream's way into its file.
-struct Track {
+struct RecordedTrack {
     codec: Codec,
     ssrc: u32,
     dir: PathBuf,
@@ -54,8 +54,8 @@ struct Track {
 enum File {
     /// Until there is something to put in.
     None,
-    Ivf(Output),
-    Ogg(Output, Box<OpusFile>),
+    Ivf(RecordingFile),
+    Ogg(RecordingFile, Box<OpusFile>),
     /// Where it was, and why it ended early.
     Failed(PathBuf, io::Error),
 }
@@ -71,11 +71,16 @@ impl Book {
     }
 
     /// A room that is recorded: where its emptied pages go, and where its tap counts what it drops.
-    pub fn expect_room(&mut self, room: u32, give_back: SyncSender<Page>, dropped: Arc<AtomicU64>) {
-        self.rooms.insert(room, Room { give_back, dropped });
+    pub fn expect_room(
+        &mut self,
+        room: u32,
+        give_back: SyncSender<TapPage>,
+        dropped: Arc<AtomicU64>,
+    ) {
+        self.rooms.insert(room, RecordedRoom { give_back, dropped });
     }
 
-    pub fn take(&mut self, mut page: Page) {
+    pub fn take(&mut self, mut page: TapPage) {
         for (packet, payload) in page.packets() {
             self.handle_packet(page.room, page.connection, packet, payload);
         }
@@ -91,7 +96,9 @@ impl Book {
         let stream = self
             .streams
             .entry((room, connection, packet.stream))
-            .or_insert_with(|| Stream::new(packet, dir.join(safe_name(&plan.room_name(room)))));
+            .or_insert_with(|| {
+                RecordedStream::new(packet, dir.join(safe_name(&plan.room_name(room))))
+            });
         stream.handle_packet(packet, payload, plan);
     }
 
@@ -125,18 +132,18 @@ impl Book {
             .values()
             .map(|room| room.dropped.load(Ordering::Relaxed))
             .sum();
-        let sum = |of: fn(&Stream) -> u64| self.streams.values().map(of).sum::<u64>();
+        let sum = |of: fn(&RecordedStream) -> u64| self.streams.values().map(of).sum::<u64>();
         for (count, what) in [
             (
                 dropped,
                 "packets: they could not be written as fast as they came",
             ),
             (
-                sum(Stream::undecodable),
+                sum(RecordedStream::undecodable),
                 "whole frames of video: what they build on never came",
             ),
             (
-                sum(Stream::late),
+                sum(RecordedStream::late),
                 "packets of audio that came after those that follow them",
             ),
             (
@@ -174,14 +181,14 @@ impl Book {
     }
 }
 
-impl Stream {
-    fn new(packet: &TappedPacket, dir: PathBuf) -> Stream {
-        Stream {
+impl RecordedStream {
+    fn new(packet: &TappedPacket, dir: PathBuf) -> RecordedStream {
+        RecordedStream {
             source: match packet.codec.container() {
-                Container::Ogg => Source::Audio(AudioStream::new()),
-                Container::Ivf => Source::Video(Box::new(VideoStream::new(packet.codec))),
+                Container::Ogg => FrameStream::Audio(AudioStream::new()),
+                Container::Ivf => FrameStream::Video(Box::new(VideoStream::new(packet.codec))),
             },
-            track: Track {
+            track: RecordedTrack {
                 codec: packet.codec,
                 ssrc: packet.ssrc,
                 dir,
@@ -196,10 +203,10 @@ impl Stream {
     fn handle_packet(&mut self, packet: &TappedPacket, payload: &[u8], plan: &Plan) {
         let track = &mut self.track;
         match &mut self.source {
-            Source::Audio(audio) => {
+            FrameStream::Audio(audio) => {
                 audio.handle_packet(packet, payload, |frame| track.write(&frame, plan))
             }
-            Source::Video(video) => {
+            FrameStream::Video(video) => {
                 video.handle_packet(packet, payload, |frame| track.write(&frame, plan))
             }
         }
@@ -207,7 +214,7 @@ impl Stream {
 
     fn finish(&mut self, plan: &Plan) {
         let track = &mut self.track;
-        if let Source::Audio(audio) = &mut self.source {
+        if let FrameStream::Audio(audio) = &mut self.source {
             audio.finish(|frame| track.write(&frame, plan));
         }
         track.finish();
@@ -215,21 +222,21 @@ impl Stream {
 
     fn undecodable(&self) -> u64 {
         match &self.source {
-            Source::Audio(_) => 0,
-            Source::Video(video) => video.undecodable(),
+            FrameStream::Audio(_) => 0,
+            FrameStream::Video(video) => video.undecodable(),
         }
     }
 
     fn late(&self) -> u64 {
         match &self.source {
-            Source::Audio(audio) => audio.late(),
-            Source::Video(_) => 0,
+            FrameStream::Audio(audio) => audio.late(),
+            FrameStream::Video(_) => 0,
         }
     }
 }
 
-impl Track {
-    fn write(&mut self, frame: &Frame<'_>, plan: &Plan) {
+impl RecordedTrack {
+    fn write(&mut self, frame: &StreamFrame<'_>, plan: &Plan) {
         let publisher = frame
             .identity
             .and_then(|identity| publisher(&identity, plan));
@@ -254,19 +261,19 @@ impl Track {
     }
 
     /// `None` where the frame is none that a file could start with.
-    fn open(&self, frame: &Frame<'_>, publisher: Option<&str>) -> io::Result<Option<File>> {
+    fn open(&self, frame: &StreamFrame<'_>, publisher: Option<&str>) -> io::Result<Option<File>> {
         let name = self.name(publisher);
         match self.codec.container() {
             Container::Ivf => {
                 let Some(size) = ivf::key_frame_size(frame.bytes) else {
                     return Ok(None);
                 };
-                let mut output = Output::create(&self.dir, &name, self.extension())?;
+                let mut output = RecordingFile::create(&self.dir, &name, self.extension())?;
                 output.append(&ivf::header(size))?;
                 Ok(Some(File::Ivf(output)))
             }
             Container::Ogg => {
-                let output = Output::create(&self.dir, &name, self.extension())?;
+                let output = RecordingFile::create(&self.dir, &name, self.extension())?;
                 Ok(Some(File::Ogg(output, Box::new(OpusFile::new(self.ssrc)))))
             }
         }
@@ -324,7 +331,7 @@ impl Track {
 
 impl File {
     /// False where the frame was not taken.
-    fn append(&mut self, frame: &Frame<'_>) -> io::Result<bool> {
+    fn append(&mut self, frame: &StreamFrame<'_>) -> io::Result<bool> {
         match self {
             File::Ivf(output) => {
                 let mut record = Vec::with_capacity(frame.bytes.len() + ivf::HEADER_LEN);
@@ -345,7 +352,7 @@ impl File {
     }
 }
 
-fn state_frame_count(output: &mut Output, frames: u64) -> io::Result<()> {
+fn state_frame_count(output: &mut RecordingFile, frames: u64) -> io::Result<()> {
     output.replace(ivf::FRAME_COUNT_AT, &(frames as u32).to_le_bytes())
 }
 

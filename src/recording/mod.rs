@@ -26,7 +26,7 @@ use std::time::Duration;
 pub use tap::{Tap, TappedPacket};
 
 use book::Book;
-use tap::{PAGES, Page};
+use tap::{PAGES, TapPage};
 
 use crate::measure::Kind;
 use crate::plan::{LostPublishers, ParticipantPlan, Plan};
@@ -58,7 +58,7 @@ pub fn files(plan: &Plan) -> u64 {
 
 /// A recording without a thread: whoever holds it calls [`Recording::drain`].
 pub struct Recording {
-    pages: Receiver<Page>,
+    pages: Receiver<TapPage>,
     book: Book,
 }
 

@@ -31,7 +31,7 @@ pub struct OpusFile {
 
 /// A packet that RFC 6716 does not allow.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Malformed;
+pub struct MalformedOpus;
 
 impl OpusFile {
     /// `serial` is the logical stream's; any number will do.
@@ -49,10 +49,11 @@ impl OpusFile {
     }
 
     /// Appends a packet that starts `at` samples (48,000 a second) after the first one, and before it what marks the hole since the last, in whole frames.
-    pub fn push(&mut self, at: u64, packet: &[u8]) -> Result<(), Malformed> {
-        let samples = samples(packet).ok_or(Malformed)?;
+    pub fn push(&mut self, at: u64, packet: &[u8]) -> Result<(), MalformedOpus> {
+        let samples = samples(packet).ok_or(MalformedOpus)?;
         if let Some(last) = self.held.as_ref() {
-            let hole = Hole::after(last, at.saturating_sub(self.position)).ok_or(Malformed)?;
+            let hole =
+                OpusHole::after(last, at.saturating_sub(self.position)).ok_or(MalformedOpus)?;
             hole.packets()
                 .for_each(|(empty, samples)| self.append(empty, samples));
         }
@@ -98,18 +99,18 @@ impl OpusFile {
 }
 
 /// A hole of whole frames of the same kind as the packet before it, which is what decoders conceal best.
-struct Hole {
+struct OpusHole {
     toc: u8,
     frame_samples: u32,
     frames: u64,
 }
 
-impl Hole {
-    fn after(last: &[u8], samples: u64) -> Option<Hole> {
+impl OpusHole {
+    fn after(last: &[u8], samples: u64) -> Option<OpusHole> {
         /// The bits of the TOC byte that say how many frames there are.
         const CODE: u8 = 3;
         let frame_samples = packet::get_samples_per_frame(last, CLOCK_RATE).ok()? as u32;
-        Some(Hole {
+        Some(OpusHole {
             toc: last.first()? & !CODE,
             frame_samples,
             frames: samples / u64::from(frame_samples),
@@ -120,7 +121,7 @@ impl Hole {
     fn packets(&self) -> impl Iterator<Item = (Vec<u8>, u32)> {
         /// Any number of frames of one size (RFC 6716, section 3.2.5); the number follows.
         const CODE_3: u8 = 3;
-        let &Hole {
+        let &OpusHole {
             toc,
             frame_samples,
             frames,
@@ -284,7 +285,7 @@ mod tests {
             &[TOC_20_MS | 3, 0],
             &[TOC_20_MS | 3],
         ] {
-            assert_eq!(file.push(0, packet), Err(Malformed), "{packet:?}");
+            assert_eq!(file.push(0, packet), Err(MalformedOpus), "{packet:?}");
         }
         assert!(file.held.is_none());
     }

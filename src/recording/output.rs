@@ -8,18 +8,18 @@ use std::path::{Path, PathBuf};
 const NAMES_MAX: u32 = 10_000;
 
 /// An open file that ends with whole records whatever happens.
-pub struct Output {
+pub struct RecordingFile {
     path: PathBuf,
     file: File,
     len: u64,
 }
 
-impl Output {
+impl RecordingFile {
     /// Makes DIR/NAME.EXT, or DIR/NAME-2.EXT where that is taken, and so on; the directory too if it is not there.
-    pub fn create(dir: &Path, name: &str, extension: &str) -> io::Result<Output> {
+    pub fn create(dir: &Path, name: &str, extension: &str) -> io::Result<RecordingFile> {
         fs::create_dir_all(dir)?;
         let (path, file) = create_new(dir, name, extension)?;
-        Ok(Output { path, file, len: 0 })
+        Ok(RecordingFile { path, file, len: 0 })
     }
 
     pub fn path(&self) -> &Path {
@@ -118,12 +118,12 @@ mod tests {
     #[test]
     fn nothing_is_written_over_neither_when_made_nor_when_renamed() {
         let dir = scratch("names");
-        let mut first = Output::create(&dir.join("deep"), "a", "ivf").unwrap();
+        let mut first = RecordingFile::create(&dir.join("deep"), "a", "ivf").unwrap();
         first.append(b"first").unwrap();
-        let mut second = Output::create(&dir.join("deep"), "a", "ivf").unwrap();
+        let mut second = RecordingFile::create(&dir.join("deep"), "a", "ivf").unwrap();
         second.append(b"second").unwrap();
         assert_eq!(second.path(), dir.join("deep/a-2.ivf"));
-        let mut third = Output::create(&dir.join("deep"), "unknown", "ivf").unwrap();
+        let mut third = RecordingFile::create(&dir.join("deep"), "unknown", "ivf").unwrap();
         third.rename("a", "ivf");
         third.append(b"third").unwrap();
         for (name, text) in [("a", "first"), ("a-2", "second"), ("a-3", "third")] {
@@ -139,7 +139,7 @@ mod tests {
     #[test]
     fn a_replaced_field_leaves_the_rest_and_the_end_where_they_were() {
         let dir = scratch("replace");
-        let mut output = Output::create(&dir, "a", "ivf").unwrap();
+        let mut output = RecordingFile::create(&dir, "a", "ivf").unwrap();
         output.append(b"0000 body").unwrap();
         output.replace(0, b"1234").unwrap();
         output.append(b", more").unwrap();

@@ -22,7 +22,7 @@ const STEP_MAX: Duration = Duration::from_secs(5);
 
 /// A frame for the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Frame<'a> {
+pub struct StreamFrame<'a> {
     /// Since the first frame, in units of the RTP clock.
     pub at: u64,
     pub bytes: &'a [u8],
@@ -30,15 +30,15 @@ pub struct Frame<'a> {
 }
 
 /// RTP time without its wraps and restarts.
-struct Timeline {
+struct RtpTimeline {
     clock_rate: u32,
     last: Option<(u32, Time)>,
     at: u64,
 }
 
-impl Timeline {
-    fn new(clock_rate: u32) -> Timeline {
-        Timeline {
+impl RtpTimeline {
+    fn new(clock_rate: u32) -> RtpTimeline {
+        RtpTimeline {
             clock_rate,
             last: None,
             at: 0,
@@ -72,7 +72,7 @@ pub struct VideoStream {
     packets: BTreeMap<u64, (u32, Box<[u8]>)>,
     /// Frames that are whole, by the number of their last packet, until they can be decoded.
     whole: BTreeMap<u64, (u32, Vec<u8>)>,
-    timeline: Timeline,
+    timeline: RtpTimeline,
 }
 
 impl VideoStream {
@@ -83,7 +83,7 @@ impl VideoStream {
             newest: 0,
             packets: BTreeMap::new(),
             whole: BTreeMap::new(),
-            timeline: Timeline::new(codec.clock_rate()),
+            timeline: RtpTimeline::new(codec.clock_rate()),
         }
     }
 
@@ -91,7 +91,7 @@ impl VideoStream {
         &mut self,
         packet: &TappedPacket,
         payload: &[u8],
-        mut on_frame: impl FnMut(Frame<'_>),
+        mut on_frame: impl FnMut(StreamFrame<'_>),
     ) {
         self.newest = self.newest.max(packet.ext_seq);
         let mut events = Vec::new();
@@ -144,12 +144,17 @@ impl VideoStream {
         self.whole.insert(last, (rtp_time, bytes));
     }
 
-    fn give(&mut self, rtp_time: u32, decoded_at: Time, on_frame: &mut impl FnMut(Frame<'_>)) {
+    fn give(
+        &mut self,
+        rtp_time: u32,
+        decoded_at: Time,
+        on_frame: &mut impl FnMut(StreamFrame<'_>),
+    ) {
         let Some((&last, _)) = self.whole.iter().find(|(_, (time, _))| *time == rtp_time) else {
             return;
         };
         let (_, bytes) = self.whole.remove(&last).unwrap_or_default();
-        on_frame(Frame {
+        on_frame(StreamFrame {
             at: self.timeline.place(rtp_time, decoded_at),
             identity: FrameIdentity::parse_video(&bytes),
             bytes: &bytes,
@@ -178,14 +183,14 @@ pub struct AudioStream {
     /// The number that the next packet ought to have.
     next: Option<u64>,
     newest_arrival: Time,
-    waiting: BTreeMap<u64, Waiting>,
+    waiting: BTreeMap<u64, WaitingPacket>,
     /// Those of the last packets given that another packet brought: their own may still come.
     recovered: BTreeSet<u64>,
-    timeline: Timeline,
+    timeline: RtpTimeline,
     late: u64,
 }
 
-struct Waiting {
+struct WaitingPacket {
     rtp_time: u32,
     arrival: Time,
     payload: Box<[u8]>,
@@ -200,7 +205,7 @@ impl AudioStream {
             newest_arrival: Time::ZERO,
             waiting: BTreeMap::new(),
             recovered: BTreeSet::new(),
-            timeline: Timeline::new(Codec::Opus.clock_rate()),
+            timeline: RtpTimeline::new(Codec::Opus.clock_rate()),
             late: 0,
         }
     }
@@ -209,7 +214,7 @@ impl AudioStream {
         &mut self,
         packet: &TappedPacket,
         payload: &[u8],
-        mut on_frame: impl FnMut(Frame<'_>),
+        mut on_frame: impl FnMut(StreamFrame<'_>),
     ) {
         if self.next.is_some_and(|next| packet.ext_seq < next) {
             self.late += u64::from(!self.recovered.remove(&packet.ext_seq));
@@ -230,7 +235,7 @@ impl AudioStream {
     /// The packet waits for its turn, and so do those that it repeats and that have not come.
     fn put(&mut self, packet: &TappedPacket, payload: &[u8]) {
         let red = RedPayload::parse(payload).filter(|_| packet.codec == Codec::Red);
-        let waiting = |rtp_time, payload: &[u8], is_recovered| Waiting {
+        let waiting = |rtp_time, payload: &[u8], is_recovered| WaitingPacket {
             rtp_time,
             arrival: packet.arrival,
             payload: payload.into(),
@@ -259,7 +264,7 @@ impl AudioStream {
     }
 
     /// Gives what still waits for something before it.
-    pub fn finish(&mut self, mut on_frame: impl FnMut(Frame<'_>)) {
+    pub fn finish(&mut self, mut on_frame: impl FnMut(StreamFrame<'_>)) {
         while !self.waiting.is_empty() {
             self.give_first(&mut on_frame);
         }
@@ -270,10 +275,10 @@ impl AudioStream {
         self.late
     }
 
-    fn give_first(&mut self, on_frame: &mut impl FnMut(Frame<'_>)) {
+    fn give_first(&mut self, on_frame: &mut impl FnMut(StreamFrame<'_>)) {
         let Some((
             seq,
-            Waiting {
+            WaitingPacket {
                 rtp_time,
                 arrival,
                 payload,
@@ -293,7 +298,7 @@ impl AudioStream {
         // Without payload it only holds its place in the sequence.
         if !payload.is_empty() {
             let at = self.timeline.place(rtp_time, arrival);
-            on_frame(Frame {
+            on_frame(StreamFrame {
                 at,
                 bytes: &payload,
                 identity: FrameIdentity::parse_audio(&payload),

@@ -32,7 +32,7 @@ pub struct TappedPacket {
 }
 
 /// A batch of packets on its way to the recorder; empty on its way back.
-pub(super) struct Page {
+pub(super) struct TapPage {
     pub room: u32,
     pub connection: u32,
     packets: Vec<(TappedPacket, usize)>,
@@ -40,9 +40,9 @@ pub(super) struct Page {
     opened_at: Time,
 }
 
-impl Page {
-    fn new(room: u32) -> Page {
-        Page {
+impl TapPage {
+    fn new(room: u32) -> TapPage {
+        TapPage {
             room,
             connection: 0,
             packets: Vec::with_capacity(PAGE_PACKETS),
@@ -72,21 +72,21 @@ impl Page {
 
 /// What a recorded participant's packets are copied to. Allocates nothing after it is made, takes no lock and makes no system call.
 pub struct Tap {
-    page: Option<Page>,
+    page: Option<TapPage>,
     /// The page used last comes first: the others are touched only where the recorder is slow.
-    spare: Vec<Page>,
-    returned: Receiver<Page>,
-    full: SyncSender<Page>,
+    spare: Vec<TapPage>,
+    returned: Receiver<TapPage>,
+    full: SyncSender<TapPage>,
     connection: u32,
     dropped: Arc<AtomicU64>,
 }
 
 impl Tap {
     /// `full` has room for all pages, so that sending never waits.
-    pub(super) fn new(room: u32, full: SyncSender<Page>, returned: Receiver<Page>) -> Tap {
+    pub(super) fn new(room: u32, full: SyncSender<TapPage>, returned: Receiver<TapPage>) -> Tap {
         Tap {
             page: None,
-            spare: (0..PAGES).map(|_| Page::new(room)).collect(),
+            spare: (0..PAGES).map(|_| TapPage::new(room)).collect(),
             returned,
             full,
             connection: 0,
@@ -107,7 +107,7 @@ impl Tap {
 
     /// Copies one packet; `payload` is what follows the RTP header.
     pub fn take(&mut self, packet: &TappedPacket, payload: &[u8]) {
-        let goes_out = |page: &Page| {
+        let goes_out = |page: &TapPage| {
             !page.has_room(payload.len()) || packet.arrival.since(page.opened_at) >= PAGE_AGE_MAX
         };
         if self.page.as_ref().is_some_and(goes_out) {
@@ -124,7 +124,7 @@ impl Tap {
         page.payloads.extend_from_slice(payload);
     }
 
-    fn open_page(&mut self, now: Time) -> Option<&mut Page> {
+    fn open_page(&mut self, now: Time) -> Option<&mut TapPage> {
         if self.page.is_none() {
             self.spare.extend(self.returned.try_iter());
             self.page = self.spare.pop();

@@ -11,12 +11,12 @@ use super::server_cost::AccountView;
 use super::tiers::{self, Knee};
 use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
 use super::{
-    Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Judging, Nearness, Outcome,
-    Quality, Stall, Step, ThreadTime, Unmeasured, VERSION, judge, judge::judge_step,
+    Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Judging, MediaQuality, Nearness,
+    Outcome, Stall, Step, ThreadTime, Unmeasured, VERSION, judge, judge::judge_step,
 };
-use crate::knee::{Answer, CONFIDENCE, Limit};
+use crate::knee::{CONFIDENCE, KneeAnswer, KneeLimit};
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
-use crate::plan::{AudioSpec, Connection, Plan, Subscribers, VideoSpec};
+use crate::plan::{AudioSpec, ConnectionMode, Plan, Subscribers, VideoSpec};
 
 pub const SCHEMA: &str = "throng-report/1";
 
@@ -27,7 +27,7 @@ pub fn render(outcome: &Outcome) -> String {
         .iter()
         .map(|step| judge_step(outcome, step))
         .collect();
-    print(&Report::new(
+    print(&ReportView::new(
         outcome,
         judge(outcome),
         steps,
@@ -44,7 +44,7 @@ pub fn of_many<'a, S: Serialize, H: Serialize>(
     series: &'a [S],
     hosts: &'a H,
 ) -> impl Serialize + 'a {
-    Report::new(outcome, judgement, steps, series, hosts)
+    ReportView::new(outcome, judgement, steps, series, hosts)
 }
 
 /// Indented, with a newline at its end.
@@ -73,7 +73,7 @@ struct OneHost {
 }
 
 #[derive(serde::Serialize)]
-struct Report<'a, S, H> {
+struct ReportView<'a, S, H> {
     schema: &'static str,
     version: &'static str,
     started_at: String,
@@ -88,10 +88,10 @@ struct Report<'a, S, H> {
     capacity: Option<CapacityView<'a>>,
     steps: Vec<StepView<'a>>,
     /// Tiers that the run did not come to; `null` without tiers.
-    unmeasured_tiers: Option<Vec<TierView<'a>>>,
+    unmeasured_tiers: Option<Vec<TierKeyView<'a>>>,
     totals: TotalsView<'a>,
     join_failures: Vec<FailureView<'a>>,
-    worst: Vec<WorstView<'a>>,
+    worst: Vec<WorstParticipantView<'a>>,
     series: &'a [S],
     engine: EngineView<'a>,
     server: Option<ServerView<'a>>,
@@ -99,16 +99,16 @@ struct Report<'a, S, H> {
     hosts: &'a H,
 }
 
-impl<'a, S: Serialize, H: Serialize> Report<'a, S, H> {
+impl<'a, S: Serialize, H: Serialize> ReportView<'a, S, H> {
     fn new(
         outcome: &'a Outcome,
         judgement: Judgement,
         steps: Vec<Judgement>,
         series: &'a [S],
         hosts: &'a H,
-    ) -> Report<'a, S, H> {
+    ) -> ReportView<'a, S, H> {
         let Judgement { verdict, reasons } = judgement;
-        Report {
+        ReportView {
             schema: SCHEMA,
             version: VERSION,
             started_at: rfc_3339(outcome.started),
@@ -125,7 +125,7 @@ impl<'a, S: Serialize, H: Serialize> Report<'a, S, H> {
                 .as_ref()
                 .map(|capacity| CapacityView::new(&outcome.plan, capacity)),
             unmeasured_tiers: (!outcome.plan.scenario.ramp_tiers().is_empty())
-                .then(|| outcome.unmeasured.iter().map(TierView::from).collect()),
+                .then(|| outcome.unmeasured.iter().map(TierKeyView::from).collect()),
             steps: outcome
                 .steps
                 .iter()
@@ -143,7 +143,7 @@ impl<'a, S: Serialize, H: Serialize> Report<'a, S, H> {
                 .collect(),
             worst: worst(&outcome.participants, outcome.judging.max_loss_pct)
                 .into_iter()
-                .map(WorstView::new)
+                .map(WorstParticipantView::new)
                 .collect(),
             series,
             engine: EngineView::new(outcome),
@@ -249,7 +249,7 @@ impl<'a> TargetView<'a> {
             kind: outcome.target.kind.name(),
             url: outcome.plan.target.known_url().map(ToString::to_string),
             server_version: outcome.target.server_version.as_deref(),
-            connection: (outcome.plan.connection != Connection::Auto)
+            connection: (outcome.plan.connection != ConnectionMode::Auto)
                 .then(|| outcome.plan.connection.name()),
             connection_reason: outcome.plan.connection_reason.as_deref(),
         }
@@ -340,14 +340,14 @@ impl<'a> StepView<'a> {
 }
 
 #[derive(serde::Serialize)]
-struct TierView<'a> {
+struct TierKeyView<'a> {
     tier: &'a str,
     subscribers: Option<u32>,
 }
 
-impl<'a> From<&'a Unmeasured> for TierView<'a> {
-    fn from(tier: &'a Unmeasured) -> TierView<'a> {
-        TierView {
+impl<'a> From<&'a Unmeasured> for TierKeyView<'a> {
+    fn from(tier: &'a Unmeasured) -> TierKeyView<'a> {
+        TierKeyView {
             tier: &tier.name,
             subscribers: tier.subscribers,
         }
@@ -437,7 +437,7 @@ impl<'a> CapacityView<'a> {
             points: &capacity.points,
         };
         match &capacity.answer {
-            Answer::Capacity {
+            KneeAnswer::Capacity {
                 participants: subscribers,
                 low,
                 high,
@@ -452,7 +452,7 @@ impl<'a> CapacityView<'a> {
                 settled: Some(*settled),
                 ..nothing
             },
-            Answer::AtLeast {
+            KneeAnswer::AtLeast {
                 participants: subscribers,
                 limit,
             } => CapacityView {
@@ -460,17 +460,17 @@ impl<'a> CapacityView<'a> {
                 subscribers: Some(*subscribers),
                 participants: Some(participants(*subscribers)),
                 limit: Some(match limit {
-                    Limit::Max => "max",
-                    Limit::Generator { .. } => "generator",
+                    KneeLimit::Max => "max",
+                    KneeLimit::Generator { .. } => "generator",
                 }),
                 limit_reasons: match limit {
-                    Limit::Max => &[],
-                    Limit::Generator { reasons, .. } => reasons,
+                    KneeLimit::Max => &[],
+                    KneeLimit::Generator { reasons, .. } => reasons,
                 },
                 ..nothing
             },
-            Answer::None => nothing,
-            Answer::NotMeasured { reasons } => CapacityView {
+            KneeAnswer::None => nothing,
+            KneeAnswer::NotMeasured { reasons } => CapacityView {
                 answer: "not_measured",
                 limit: Some("generator"),
                 limit_reasons: reasons,
@@ -649,7 +649,7 @@ impl ScoresView {
 
 /// One of the participants that fared worst.
 #[derive(serde::Serialize)]
-struct WorstView<'a> {
+struct WorstParticipantView<'a> {
     index: u32,
     room: &'a str,
     identity: &'a str,
@@ -672,10 +672,10 @@ struct WorstMediaView {
     mos: Option<f64>,
 }
 
-impl<'a> WorstView<'a> {
-    fn new(ranked: Ranked<'a>) -> WorstView<'a> {
+impl<'a> WorstParticipantView<'a> {
+    fn new(ranked: Ranked<'a>) -> WorstParticipantView<'a> {
         let who = ranked.participant;
-        WorstView {
+        WorstParticipantView {
             index: who.index,
             room: &who.room,
             identity: &who.identity,
@@ -691,7 +691,7 @@ impl<'a> WorstView<'a> {
 }
 
 impl WorstMediaView {
-    fn new(quality: &Quality) -> WorstMediaView {
+    fn new(quality: &MediaQuality) -> WorstMediaView {
         let share = |part: u64| {
             (quality.frames_expected > 0).then(|| part as f64 / quality.frames_expected as f64)
         };

@@ -7,14 +7,14 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::{Outcome, Step, TierFacts};
-use crate::knee::{Answer, Limit};
+use crate::knee::{KneeAnswer, KneeLimit};
 use crate::measure::{Histogram, Kind, Media, Record, Session, is_measured};
 use crate::words;
 
 /// What a run is held to.
 #[derive(Clone, Debug)]
 pub struct Judging {
-    /// Per cent; holds for audio and for video, see [`Loss::worse`].
+    /// Per cent; holds for audio and for video, see [`LossShares::worse`].
     pub max_loss_pct: f64,
     /// For the 95th percentile of `session.rtt_rtcp`; `None`: not judged.
     pub target_rtt: Option<Duration>,
@@ -105,17 +105,18 @@ pub fn judge(outcome: &Outcome) -> Judgement {
 fn judge_search(outcome: &Outcome) -> Judgement {
     let (invalid, failed) = match outcome.capacity.as_ref().map(|capacity| &capacity.answer) {
         Some(
-            Answer::Capacity { .. }
-            | Answer::AtLeast {
-                limit: Limit::Max, ..
+            KneeAnswer::Capacity { .. }
+            | KneeAnswer::AtLeast {
+                limit: KneeLimit::Max,
+                ..
             },
         ) => (Vec::new(), Vec::new()),
-        Some(Answer::AtLeast {
-            limit: Limit::Generator { reasons, .. },
+        Some(KneeAnswer::AtLeast {
+            limit: KneeLimit::Generator { reasons, .. },
             ..
         }) => (reasons.clone(), Vec::new()),
-        Some(Answer::NotMeasured { reasons }) => (reasons.clone(), Vec::new()),
-        Some(Answer::None) => (
+        Some(KneeAnswer::NotMeasured { reasons }) => (reasons.clone(), Vec::new()),
+        Some(KneeAnswer::None) => (
             Vec::new(),
             vec!["not even one subscriber a room passes".to_owned()],
         ),
@@ -223,7 +224,7 @@ pub fn judge_tier(step: &Step, judging: &Judging) -> Judgement {
 
 /// Loss of one kind of media, as shares (0..=1); `None` where nothing tells.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Loss {
+pub struct LossShares {
     /// Missing on arrival.
     pub network: Option<f64>,
     /// Missing on arrival and repaired.
@@ -236,18 +237,18 @@ pub struct Loss {
     pub undelivered: Option<f64>,
 }
 
-impl Loss {
-    pub fn of(media: &Media) -> Loss {
-        Loss::counted([media])
+impl LossShares {
+    pub fn of(media: &Media) -> LossShares {
+        LossShares::counted([media])
     }
 
     /// Over several kinds of media together.
-    pub fn counted<'a>(media: impl IntoIterator<Item = &'a Media> + Clone) -> Loss {
+    pub fn counted<'a>(media: impl IntoIterator<Item = &'a Media> + Clone) -> LossShares {
         let sum = |counter: fn(&Media) -> u64| media.clone().into_iter().map(counter).sum::<u64>();
         let lost_network = sum(|m| m.packets_lost_network);
         let packets = sum(|m| m.packets_received) + lost_network;
         let frames = sum(|m| m.frames_expected);
-        Loss {
+        LossShares {
             network: share(lost_network, packets),
             repaired: share(sum(|m| m.packets_repaired), packets),
             recovered: share(sum(|m| m.packets_recovered_red), packets),
@@ -382,7 +383,7 @@ fn loss_exceeded(kind: Kind, media: &Media, max_loss_pct: f64) -> Option<String>
     if media.tracks_expected == 0 {
         return None;
     }
-    let loss = Loss::of(media);
+    let loss = LossShares::of(media);
     let Some(worse) = loss.worse() else {
         return Some(format!("{} loss was not measured", name(kind)));
     };
@@ -1079,14 +1080,14 @@ mod tests {
             frames_delivered: 97,
             ..Media::default()
         };
-        let loss = Loss::of(&media);
+        let loss = LossShares::of(&media);
         assert_eq!(
             (loss.network, loss.repaired, loss.residual),
             (Some(0.02), Some(0.015), Some(0.005))
         );
         assert_eq!(loss.worse(), Some(0.03));
         assert_eq!(
-            Loss::of(&Media {
+            LossShares::of(&Media {
                 frames_expected: 0,
                 ..media
             })

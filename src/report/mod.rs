@@ -24,13 +24,13 @@ pub use judge::{Judgement, Judging, Threshold, Verdict, judge};
 pub use sinks::{Destinations, Sinks};
 pub use style::Style;
 
-use crate::knee::Answer;
-pub use crate::measure::Timeline;
+use crate::knee::KneeAnswer;
+pub use crate::measure::JoinTimeline;
 pub use crate::measure::second::{HostDrops, Second};
 pub use crate::measure::stalls::{Cause, Side, Stall};
 use crate::measure::{Histogram, Kind, Media, Record};
 use crate::plan::Plan;
-use crate::server_metrics::{Account, Row};
+use crate::server_metrics::{Account, NodeRow};
 use crate::sfu::SendMode;
 use crate::sfu::server::ServerStatistics;
 
@@ -55,7 +55,7 @@ pub struct Outcome {
     /// The whole run.
     pub totals: Step,
     /// One row a second.
-    pub series: Vec<Sample>,
+    pub series: Vec<RunSample>,
     pub engine: EngineHealth,
     /// How near it came to what this host was calibrated for; `None` where it was not.
     pub nearness: Option<Nearness>,
@@ -126,7 +126,7 @@ pub struct TierFacts {
 /// What a search for the most subscribers per room has found.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Capacity {
-    pub answer: Answer,
+    pub answer: KneeAnswer,
     /// The number at which it broke first, and why.
     pub broke_first: Option<(u32, Vec<String>)>,
     pub points: Vec<CapacityPoint>,
@@ -150,7 +150,7 @@ pub struct Unmeasured {
 
 /// One second of the run. `None` is unknown, which is not zero.
 #[derive(Clone, Debug, Default, serde::Serialize)]
-pub struct Sample {
+pub struct RunSample {
     /// Seconds since the start of the run.
     pub t: f64,
     /// The step ([`Step::name`]) in whose hold all of this second lies; `None` while people join, settle or leave.
@@ -176,7 +176,7 @@ pub struct Sample {
     #[serde(flatten)]
     pub generator: Second,
     /// What each of the server's pages said, in the order in which they were named: `None` for one that was not read in this second, and for all where none was asked for.
-    pub server: Option<Vec<Option<Row>>>,
+    pub server: Option<Vec<Option<NodeRow>>>,
 }
 
 /// The embedded SFU's own account of the run.
@@ -264,18 +264,18 @@ pub struct ParticipantOutcome {
     pub publishes_audio: bool,
     pub publishes_video: bool,
     pub subscribes: bool,
-    pub timeline: Timeline,
+    pub timeline: JoinTimeline,
     /// Why the join failed.
     pub failure: Option<String>,
     pub disconnects: u32,
     pub rtt_us: Option<u64>,
-    pub audio: Quality,
-    pub video: Quality,
+    pub audio: MediaQuality,
+    pub video: MediaQuality,
 }
 
 /// What one participant received of one kind of media.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
-pub struct Quality {
+pub struct MediaQuality {
     pub tracks_expected: u64,
     pub tracks_live: u64,
     pub packets_received: u64,
@@ -307,14 +307,14 @@ pub struct Quality {
     pub jitter_us: Option<u64>,
 }
 
-impl Quality {
+impl MediaQuality {
     /// What was counted since `earlier`, an older value of the same. Tracks are a state; what is no count is left out.
     #[must_use]
-    pub fn since(&self, earlier: &Quality) -> Quality {
+    pub fn since(&self, earlier: &MediaQuality) -> MediaQuality {
         let grown =
             |now: Option<u64>, before: Option<u64>| Some(now?.saturating_sub(before.unwrap_or(0)));
         // A packet thought lost may arrive, and a loss be attributed anew: differences of those stop at zero.
-        Quality {
+        MediaQuality {
             tracks_expected: self.tracks_expected,
             tracks_live: self.tracks_live,
             packets_received: self
@@ -351,7 +351,7 @@ impl Quality {
                 .saturating_sub(earlier.frames_late_for_playout),
             played_us: grown(self.played_us, earlier.played_us),
             concealed_us: grown(self.concealed_us, earlier.concealed_us),
-            ..Quality::default()
+            ..MediaQuality::default()
         }
     }
 }

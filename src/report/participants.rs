@@ -4,11 +4,11 @@
 
 use serde::Serialize;
 
-use super::{Outcome, ParticipantOutcome, Quality};
+use super::{MediaQuality, Outcome, ParticipantOutcome};
 use crate::units::Time;
 
 #[derive(Serialize)]
-struct Line<'a> {
+struct ParticipantLine<'a> {
     index: u32,
     room: &'a str,
     identity: &'a str,
@@ -26,8 +26,8 @@ struct Line<'a> {
     joined_us: Option<u64>,
     first_media_us: Option<u64>,
     rtt_us: Option<u64>,
-    audio: &'a Quality,
-    video: &'a Quality,
+    audio: &'a MediaQuality,
+    video: &'a MediaQuality,
 }
 
 /// NDJSON, in the order of `outcome.participants`.
@@ -40,9 +40,9 @@ pub fn render(outcome: &Outcome) -> String {
     text
 }
 
-fn line(participant: &ParticipantOutcome) -> Line<'_> {
+fn line(participant: &ParticipantOutcome) -> ParticipantLine<'_> {
     let timeline = &participant.timeline;
-    Line {
+    ParticipantLine {
         index: participant.index,
         room: &participant.room,
         identity: &participant.identity,

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
-use super::{Sample, emit};
+use super::{RunSample, emit};
 use crate::words;
 
 /// Before that no second is complete of which the engine's threads have reported, and rates would print as zero.
@@ -15,7 +15,7 @@ const WIDTH: usize = 79;
 
 /// The run so far.
 #[derive(Clone, Debug, Default)]
-pub struct Snapshot {
+pub struct ProgressSnapshot {
     /// Since the start of the run.
     pub elapsed: Duration,
     /// Joining and measuring together, as planned; `None` where nobody knows.
@@ -28,7 +28,7 @@ pub struct Snapshot {
     /// Residual loss (0..=1) over both kinds of media; `None` is unknown.
     pub loss: Option<f64>,
     /// The last second.
-    pub sample: Sample,
+    pub sample: RunSample,
 }
 
 /// Draws snapshots; knows whether it may redraw, and when it last drew.
@@ -50,7 +50,7 @@ impl Progress {
     }
 
     /// Draws `snapshot` if it is due. May be called as often as one likes.
-    pub fn update(&mut self, snapshot: &Snapshot, out: &mut dyn Write) -> io::Result<()> {
+    pub fn update(&mut self, snapshot: &ProgressSnapshot, out: &mut dyn Write) -> io::Result<()> {
         if snapshot.elapsed < FIRST_AFTER {
             return Ok(());
         }
@@ -86,7 +86,7 @@ impl Progress {
 }
 
 /// `12s/45s  98/100 joined  out 1,200/s  in 9,800/s  loss 0.01%  latency 0.62 ms`
-pub fn line(snapshot: &Snapshot) -> String {
+pub fn line(snapshot: &ProgressSnapshot) -> String {
     let sample = &snapshot.sample;
     let failed = if snapshot.failed > 0 {
         format!(", {} failed", words::number(snapshot.failed.into()))
@@ -118,8 +118,8 @@ pub fn line(snapshot: &Snapshot) -> String {
 mod tests {
     use super::*;
 
-    fn at(seconds: u64) -> Snapshot {
-        Snapshot {
+    fn at(seconds: u64) -> ProgressSnapshot {
+        ProgressSnapshot {
             elapsed: Duration::from_millis(seconds * 1_000 + 7),
             total: Some(Duration::from_secs(45)),
             tier: None,
@@ -127,10 +127,10 @@ mod tests {
             planned: 1_100,
             failed: 0,
             loss: Some(0.0001),
-            sample: Sample {
+            sample: RunSample {
                 packets_sent_per_second: 1_200.4,
                 packets_received_per_second: 9_800.0,
-                ..Sample::default()
+                ..RunSample::default()
             },
         }
     }

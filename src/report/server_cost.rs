@@ -8,7 +8,7 @@ use super::{Outcome, Style};
 use crate::measure::Kind;
 use crate::server_metrics::book::{Cost, Forwarding};
 use crate::server_metrics::page::{Bracket, Counter, Counters};
-use crate::server_metrics::{Account, Gap, Node, StretchCost};
+use crate::server_metrics::{Account, NodeReadings, ReadingGap, StretchCost};
 use crate::words::{count, maybe, micros, number, scaled, wrapped};
 
 /// The fields of the JSON report's `server` that come from its pages; both `null` where none was read.
@@ -16,14 +16,14 @@ use crate::words::{count, maybe, micros, number, scaled, wrapped};
 pub struct AccountView<'a> {
     nodes: Option<Vec<NodeView<'a>>>,
     /// All nodes together.
-    steps: Option<Vec<StepView<'a>>>,
+    steps: Option<Vec<StepCostView<'a>>>,
 }
 
 impl<'a> AccountView<'a> {
     pub fn new(account: Option<&'a Account>) -> AccountView<'a> {
         AccountView {
             nodes: account.map(|account| account.nodes.iter().map(NodeView::new).collect()),
-            steps: account.map(|account| account.stretches.iter().map(StepView).collect()),
+            steps: account.map(|account| account.stretches.iter().map(StepCostView).collect()),
         }
     }
 }
@@ -35,12 +35,12 @@ struct NodeView<'a> {
     readings: usize,
     readings_failed: u64,
     restarts: u32,
-    gaps: &'a [Gap],
-    steps: Vec<StepView<'a>>,
+    gaps: &'a [ReadingGap],
+    steps: Vec<StepCostView<'a>>,
 }
 
 impl<'a> NodeView<'a> {
-    fn new(node: &'a Node) -> NodeView<'a> {
+    fn new(node: &'a NodeReadings) -> NodeView<'a> {
         NodeView {
             url: &node.url,
             node_id: node.node_id.as_deref(),
@@ -48,15 +48,15 @@ impl<'a> NodeView<'a> {
             readings_failed: node.failures,
             restarts: node.restarts,
             gaps: &node.gaps,
-            steps: node.stretches.iter().map(StepView).collect(),
+            steps: node.stretches.iter().map(StepCostView).collect(),
         }
     }
 }
 
 /// A step by its name. What is not known is `null`, all of it where the page could not be read near the step's ends.
-struct StepView<'a>(&'a StretchCost);
+struct StepCostView<'a>(&'a StretchCost);
 
-impl Serialize for StepView<'_> {
+impl Serialize for StepCostView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let cost = self.0.cost.as_ref();
         let whole = |value: Option<f64>| value.map(|value| value.round() as u64);
@@ -302,10 +302,10 @@ mod tests {
 
     use super::*;
     use crate::server_metrics::book::NodeBook;
-    use crate::server_metrics::page::Page;
+    use crate::server_metrics::page::MetricsPage;
 
     /// A page of LiveKit's after so many seconds of half a core, four people, and 5,000 packets a second.
-    fn page(seconds: f64, measures_latency: bool) -> Page {
+    fn page(seconds: f64, measures_latency: bool) -> MetricsPage {
         let told = (seconds / 5.0).floor() * 25_000.0;
         let latency = |at_most: f64| {
             if measures_latency {
@@ -332,7 +332,7 @@ mod tests {
             latency(95.0),
             latency(100.0)
         );
-        Page::read(&text).unwrap()
+        MetricsPage::read(&text).unwrap()
     }
 
     fn account(hold: u64, measures_latency: bool) -> Account {
@@ -348,7 +348,7 @@ mod tests {
             stretch("hold", book.between(at(1), at(hold + 1))),
             stretch("total", book.whole()),
         ];
-        let node = Node {
+        let node = NodeReadings {
             url: "http://sfu:6789/metrics".into(),
             node_id: None,
             readings: book.readings(),
@@ -429,7 +429,7 @@ mod tests {
         assert_eq!(json["steps"][1]["name"], "total");
         let none = serde_json::to_value(AccountView::new(None)).unwrap();
         assert!(none["nodes"].is_null() && none["steps"].is_null());
-        let unknown = serde_json::to_value(StepView(&StretchCost {
+        let unknown = serde_json::to_value(StepCostView(&StretchCost {
             name: "hold".into(),
             cost: None,
         }))

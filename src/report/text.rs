@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use super::judge::Loss;
+use super::judge::LossShares;
 use super::{
     EngineHealth, Judgement, Judging, Outcome, Side, Style, TargetKind, VERSION, judge,
     server_cost, tiers, worst,
@@ -491,14 +491,14 @@ impl Columns<'_> {
     }
 
     /// A row whose total is worked out from both kinds.
-    fn loss(&self, label: &str, print: impl Fn(&Loss) -> String) -> String {
+    fn loss(&self, label: &str, print: impl Fn(&LossShares) -> String) -> String {
         let [audio, video] = self.media;
         self.row(
             label,
             [
-                Loss::of(audio),
-                Loss::of(video),
-                Loss::counted([audio, video]),
+                LossShares::of(audio),
+                LossShares::of(video),
+                LossShares::counted([audio, video]),
             ]
             .map(|loss| print(&loss)),
         )

@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::judge::{Judgement, Loss, Verdict, judge_step};
+use super::judge::{Judgement, LossShares, Verdict, judge_step};
 use super::{Outcome, Step, Unmeasured};
-use crate::knee::{Answer as Found, CONFIDENCE, Limit};
+use crate::knee::{CONFIDENCE, KneeAnswer, KneeLimit};
 use crate::measure::Histogram;
 use crate::plan::Subscribers;
 use crate::words::{count, maybe, micros, number, percent, wrapped};
@@ -14,7 +14,7 @@ const REASONS_MAX: usize = 3;
 
 /// What a ramp found.
 pub struct Knee<'a> {
-    pub answer: Answer,
+    pub answer: TiersAnswer,
     /// The last tier that passed before the first one that did not; `None` where the first one did not. Where all passed, the largest.
     pub passed: Option<&'a Step>,
     /// The first one that did not, as far as it was held.
@@ -22,7 +22,7 @@ pub struct Knee<'a> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub enum TiersAnswer {
     /// Every tier passed: the knee lies higher.
     AllPassed,
     Found,
@@ -32,14 +32,14 @@ pub enum Answer {
     NotMeasured,
 }
 
-impl Answer {
+impl TiersAnswer {
     /// As the JSON report has it.
     pub const fn name(self) -> &'static str {
         match self {
-            Answer::AllPassed => "all_passed",
-            Answer::Found => "found",
-            Answer::FirstFailed => "first_failed",
-            Answer::NotMeasured => "not_measured",
+            TiersAnswer::AllPassed => "all_passed",
+            TiersAnswer::Found => "found",
+            TiersAnswer::FirstFailed => "first_failed",
+            TiersAnswer::NotMeasured => "not_measured",
         }
     }
 }
@@ -69,9 +69,9 @@ impl<'a> Knee<'a> {
                 continue;
             }
             let answer = match (judgement.verdict, passed) {
-                (Verdict::Fail, Some(_)) => Answer::Found,
-                (Verdict::Fail, None) => Answer::FirstFailed,
-                _ => Answer::NotMeasured,
+                (Verdict::Fail, Some(_)) => TiersAnswer::Found,
+                (Verdict::Fail, None) => TiersAnswer::FirstFailed,
+                _ => TiersAnswer::NotMeasured,
             };
             let broke = Some((step, judgement));
             return Some(Knee {
@@ -81,8 +81,8 @@ impl<'a> Knee<'a> {
             });
         }
         let (answer, passed) = match unmeasured.is_empty() {
-            true => (Answer::AllPassed, largest),
-            false => (Answer::NotMeasured, passed),
+            true => (TiersAnswer::AllPassed, largest),
+            false => (TiersAnswer::NotMeasured, passed),
         };
         Some(Knee {
             answer,
@@ -99,13 +99,13 @@ impl<'a> Knee<'a> {
             .as_ref()
             .map(|(step, judgement)| (size(step), reason(judgement)));
         match (self.answer, passed, broke) {
-            (Answer::AllPassed, Some(passed), _) => {
+            (TiersAnswer::AllPassed, Some(passed), _) => {
                 format!("not reached: all tiers passed, up to {passed}")
             }
-            (Answer::Found, Some(passed), Some((broke, why))) => {
+            (TiersAnswer::Found, Some(passed), Some((broke, why))) => {
                 format!("{passed}; {broke} did not pass: {why}")
             }
-            (Answer::FirstFailed, _, Some((broke, why))) => {
+            (TiersAnswer::FirstFailed, _, Some((broke, why))) => {
                 format!("below the first tier: {broke} did not pass: {why}")
             }
             (_, passed, broke) => {
@@ -238,7 +238,7 @@ fn capacity_sentence(outcome: &Outcome) -> String {
     });
     let broke = broke.unwrap_or_default();
     match &capacity.answer {
-        Found::Capacity {
+        KneeAnswer::Capacity {
             participants,
             low,
             high,
@@ -259,24 +259,24 @@ fn capacity_sentence(outcome: &Outcome) -> String {
                 number((*high).into())
             )
         }
-        Found::AtLeast {
+        KneeAnswer::AtLeast {
             participants,
-            limit: Limit::Max,
+            limit: KneeLimit::Max,
         } => format!(
             "at least {}, the most that was to be tried",
             size(*participants)
         ),
-        Found::AtLeast {
+        KneeAnswer::AtLeast {
             participants,
-            limit: Limit::Generator { at, reasons },
+            limit: KneeLimit::Generator { at, reasons },
         } => format!(
             "at least {}: the generator was the limit at {}: {}",
             size(*participants),
             number((*at).into()),
             reasons.first().map_or("no reason is known", String::as_str)
         ),
-        Found::None => format!("below one subscriber a room{broke}"),
-        Found::NotMeasured { reasons } => format!(
+        KneeAnswer::None => format!("below one subscriber a room{broke}"),
+        KneeAnswer::NotMeasured { reasons } => format!(
             "not measured: the generator was the limit even with one subscriber a room: {}",
             reasons.first().map_or("no reason is known", String::as_str)
         ),
@@ -310,7 +310,7 @@ fn worst_loss(step: &Step) -> Option<f64> {
     let kinds = [&step.record.audio, &step.record.video]
         .into_iter()
         .filter(|media| media.tracks_expected > 0);
-    let losses: Option<Vec<f64>> = kinds.map(|media| Loss::of(media).worse()).collect();
+    let losses: Option<Vec<f64>> = kinds.map(|media| LossShares::of(media).worse()).collect();
     losses?.into_iter().reduce(f64::max)
 }
 

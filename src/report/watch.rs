@@ -15,13 +15,13 @@ const LOOK_TOLERANCE: Duration = Duration::from_millis(60);
 
 /// The thresholds of one hold that are looked at while it lasts.
 #[derive(Default)]
-pub struct Watch {
-    watched: Vec<Watched>,
+pub struct ThresholdWatch {
+    watched: Vec<WatchedThreshold>,
     /// The one that ended the run.
     broken: Option<usize>,
 }
 
-struct Watched {
+struct WatchedThreshold {
     threshold: Threshold,
     /// `None` where the hold as a whole is looked at.
     windows: Option<Windows>,
@@ -48,15 +48,15 @@ enum Delta {
     Histogram(Vec<(u64, u64)>, i64),
 }
 
-impl Watch {
+impl ThresholdWatch {
     /// A hold begins; `record` is the run's then.
-    pub fn begin(thresholds: &[Threshold], record: &Record, now: Time) -> Watch {
+    pub fn begin(thresholds: &[Threshold], record: &Record, now: Time) -> ThresholdWatch {
         let watched = thresholds
             .iter()
             .filter(|threshold| threshold.aborts || threshold.window.is_some());
-        Watch {
+        ThresholdWatch {
             watched: watched
-                .map(|threshold| Watched {
+                .map(|threshold| WatchedThreshold {
                     windows: threshold
                         .window
                         .map(|length| Windows::begin(length, threshold.value(record), now)),
@@ -68,7 +68,7 @@ impl Watch {
         }
     }
 
-    /// Whether [`Watch::take`] wants the hold's own record.
+    /// Whether [`ThresholdWatch::take`] wants the hold's own record.
     pub fn wants_hold(&self) -> bool {
         self.watched.iter().any(|watched| watched.windows.is_none())
     }
@@ -96,7 +96,7 @@ impl Watch {
 
     /// The hold is over: why windows were not held, besides what has ended the run. A hold too short for a window has not shown that it holds.
     pub fn complaints(&self) -> Vec<String> {
-        let complaint = |watched: &Watched| {
+        let complaint = |watched: &WatchedThreshold| {
             let windows = watched.windows.as_ref()?;
             match &watched.violation {
                 Some(violation) => Some(format!(
@@ -231,7 +231,7 @@ mod tests {
         (0..500).for_each(|_| record.audio.one_way_latency.record_micros(900_000));
         (record.audio.frames_expected, record.audio.frames_delivered) = (500, 500);
         let before = record.clone();
-        let mut watch = Watch::begin(&thresholds, &record, Time::from_millis(9_700));
+        let mut watch = ThresholdWatch::begin(&thresholds, &record, Time::from_millis(9_700));
         for second in 0..seconds {
             let delivered = 50 - lost(second);
             (0..delivered)

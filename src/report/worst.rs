@@ -4,7 +4,7 @@
 
 use std::cmp::Reverse;
 
-use super::{ParticipantOutcome, Quality, judge};
+use super::{MediaQuality, ParticipantOutcome, judge};
 use crate::measure::Kind;
 use crate::words::{count, micros, percent};
 
@@ -43,18 +43,18 @@ pub fn worst(participants: &[ParticipantOutcome], max_loss_pct: f64) -> Vec<Rank
 }
 
 /// Frames of one kind that were expected and never came.
-pub fn undelivered(quality: &Quality) -> u64 {
+pub fn undelivered(quality: &MediaQuality) -> u64 {
     quality
         .frames_expected
         .saturating_sub(quality.frames_delivered)
 }
 
-pub fn tracks_missing(quality: &Quality) -> u64 {
+pub fn tracks_missing(quality: &MediaQuality) -> u64 {
     quality.tracks_expected.saturating_sub(quality.tracks_live)
 }
 
 /// Time that was concealed, as a share of the time to be played.
-pub fn concealed_share(quality: &Quality) -> Option<f64> {
+pub fn concealed_share(quality: &MediaQuality) -> Option<f64> {
     let (played, concealed) = (quality.played_us?, quality.concealed_us?);
     (played + concealed > 0).then(|| concealed as f64 / (played + concealed) as f64)
 }
@@ -63,7 +63,7 @@ fn is_in(participant: &ParticipantOutcome) -> bool {
     participant.timeline.joined.is_some() && participant.failure.is_none()
 }
 
-fn kinds(participant: &ParticipantOutcome) -> [(Kind, &Quality); 2] {
+fn kinds(participant: &ParticipantOutcome) -> [(Kind, &MediaQuality); 2] {
     [
         (Kind::Audio, &participant.audio),
         (Kind::Video, &participant.video),
@@ -78,7 +78,7 @@ fn share(part: u64, whole: u64) -> Option<f64> {
 fn severity(participant: &ParticipantOutcome) -> (bool, u32, u64, u64, u64, u64, u64) {
     let both = kinds(participant).map(|(_, quality)| quality);
     let whole_percent = |share: Option<f64>| (share.unwrap_or(0.0) * 100.0) as u64;
-    let most = |of: fn(&Quality) -> Option<f64>| {
+    let most = |of: fn(&MediaQuality) -> Option<f64>| {
         both.into_iter()
             .map(|quality| whole_percent(of(quality)))
             .max()
@@ -154,7 +154,7 @@ fn wrong(participant: &ParticipantOutcome) -> Vec<String> {
 }
 
 /// ` (uplink 3, downlink 310)`
-fn places(quality: &Quality) -> String {
+fn places(quality: &MediaQuality) -> String {
     let places = [
         ("source", quality.frames_lost_source),
         ("uplink", quality.frames_lost_uplink),
@@ -176,12 +176,12 @@ fn places(quality: &Quality) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::measure::Timeline;
+    use crate::measure::JoinTimeline;
     use crate::units::Time;
 
     /// One who got everything, and got it in time.
     fn happy(index: u32) -> ParticipantOutcome {
-        let quality = Quality {
+        let quality = MediaQuality {
             tracks_expected: 1,
             tracks_live: 1,
             frames_expected: 1_000,
@@ -189,14 +189,14 @@ mod tests {
             played_us: Some(20_000_000),
             concealed_us: Some(0),
             one_way_us_mean: Some(2_000),
-            ..Quality::default()
+            ..MediaQuality::default()
         };
         ParticipantOutcome {
             index,
             identity: format!("person-{index}"),
-            timeline: Timeline {
+            timeline: JoinTimeline {
                 joined: Some(Time::from_millis(5)),
-                ..Timeline::default()
+                ..JoinTimeline::default()
             },
             audio: quality,
             video: quality,

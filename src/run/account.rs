@@ -6,7 +6,7 @@ use crate::engine::PeerOutcome;
 use crate::engine::subscriber::StreamOutcome;
 use crate::measure::{Kind, Media, Record, is_measured};
 use crate::plan::{LostPublishers, ParticipantPlan, Plan};
-use crate::report::Quality;
+use crate::report::MediaQuality;
 use crate::signal::session::Ended;
 
 const KINDS: [Kind; 2] = [Kind::Audio, Kind::Video];
@@ -157,12 +157,12 @@ pub fn quality(
     kind: Kind,
     tracks_expected: u32,
     is_lost: impl Fn(u32) -> bool,
-) -> Quality {
-    let mut quality = Quality {
+) -> MediaQuality {
+    let mut quality = MediaQuality {
         tracks_expected: tracks_expected.into(),
         played_us: is_measured(Some(kind), "played_us").then_some(0),
         concealed_us: is_measured(Some(kind), "concealed_us").then_some(0),
-        ..Quality::default()
+        ..MediaQuality::default()
     };
     let streams = peers
         .iter()

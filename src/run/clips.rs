@@ -4,20 +4,20 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use crate::engine::publisher::Source;
+use crate::engine::publisher::MediaSource;
 use crate::measure::Kind;
-use crate::media::opus::{AudioClip, AudioContent, AudioSpec};
-use crate::media::vp8::{VideoClip, VideoSpec};
+use crate::media::opus::{AudioClip, AudioContent, OpusSpec};
+use crate::media::vp8::{VideoClip, Vp8Spec};
 use crate::plan::{self, Plan};
 
 /// The shared media that the plan asks for. A clone shares it, too.
 #[derive(Clone)]
 pub struct Clips {
-    pub(super) audio: Option<Source>,
+    pub(super) audio: Option<MediaSource>,
     /// What those whose turn it is not to speak send.
     pub(super) silence: Option<Arc<AudioClip>>,
     /// The layers of video tracks, the lowest first.
-    pub(super) video: Vec<Source>,
+    pub(super) video: Vec<MediaSource>,
 }
 
 impl Clips {
@@ -35,7 +35,7 @@ impl Clips {
         if plan.total_published_tracks(Kind::Audio) > 0 {
             progress("speech");
             let speech = audio_clip(plan, AudioContent::Speech)?;
-            clips.audio = Some(Source::Audio(Arc::new(speech)));
+            clips.audio = Some(MediaSource::Audio(Arc::new(speech)));
             clips.silence = plan
                 .scenario
                 .media
@@ -53,7 +53,7 @@ impl Clips {
                 ));
                 let clip = VideoClip::generate(&video_spec(plan, layer), threads)
                     .context(video_flags(layers.len()))?;
-                clips.video.push(Source::Video(Arc::new(clip)));
+                clips.video.push(MediaSource::Video(Arc::new(clip)));
             }
         }
         Ok(clips)
@@ -61,7 +61,7 @@ impl Clips {
 }
 
 fn audio_clip(plan: &Plan, content: AudioContent) -> Result<AudioClip> {
-    let spec = AudioSpec {
+    let spec = OpusSpec {
         bitrate: plan.scenario.media.audio.bitrate,
         frame: plan.scenario.media.audio.frame,
         content,
@@ -71,8 +71,8 @@ fn audio_clip(plan: &Plan, content: AudioContent) -> Result<AudioClip> {
     AudioClip::generate(&spec).context("--audio-bitrate, --audio-frame")
 }
 
-fn video_spec(plan: &Plan, layer: &plan::VideoSpec) -> VideoSpec {
-    VideoSpec {
+fn video_spec(plan: &Plan, layer: &plan::VideoSpec) -> Vp8Spec {
+    Vp8Spec {
         width: layer.width.into(),
         height: layer.height.into(),
         fps: layer.frames_per_second,

@@ -10,7 +10,7 @@ use super::interrupts::Interrupts;
 use super::rooms::Rooms;
 use crate::cli;
 use crate::plan::Plan;
-use crate::signal::{Access, ApiKey, Endpoint};
+use crate::signal::{ApiKey, Endpoint, JoinAccess};
 
 /// What a run is played against.
 pub(super) enum Driver {
@@ -20,7 +20,7 @@ pub(super) enum Driver {
 /// LiveKit, or what speaks as it does: the embedded SFU.
 pub(super) struct LiveKit {
     endpoint: Endpoint,
-    access: Access,
+    access: JoinAccess,
     rooms: Option<Rooms>,
     notes: Vec<String>,
 }
@@ -28,13 +28,13 @@ pub(super) struct LiveKit {
 impl Driver {
     /// # Errors
     /// Where the server's name has no address, or nothing lets participants in.
-    pub(super) async fn open(run: &cli::Run) -> Result<Driver> {
+    pub(super) async fn open(run: &cli::RunSpec) -> Result<Driver> {
         let key = run
             .credentials
             .as_ref()
             .map(|own| ApiKey::new(&own.api_key, &own.api_secret));
         let access = match &run.tokens {
-            Some(tokens) => Access::Given(tokens.clone().into()),
+            Some(tokens) => JoinAccess::Given(tokens.clone().into()),
             None => key
                 .context("nothing lets participants in: give --api-key and --api-secret, or LIVEKIT_API_KEY and LIVEKIT_API_SECRET, or a --token for each participant")?
                 .into(),
@@ -68,7 +68,7 @@ impl Driver {
     }
 
     /// Where participants join, and with what.
-    pub(super) fn way_in(&self) -> (Endpoint, Access) {
+    pub(super) fn way_in(&self) -> (Endpoint, JoinAccess) {
         let Driver::LiveKit(livekit) = self;
         (livekit.endpoint.clone(), livekit.access.clone())
     }

@@ -6,16 +6,16 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use crate::cli::{self, Credentials};
 use crate::net;
-use crate::plan::{Origin, Resources};
+use crate::plan::{Resources, TargetOrigin};
 use crate::report::EmbeddedSfu;
 use crate::secrets::Secrets;
-use crate::sfu::server::{DEV_KEY, Server, ServerConfig};
+use crate::sfu::server::{DEV_KEY, ServerConfig, SfuServer};
 use crate::sfu::{self, SendMode};
 use crate::signal::Secret;
 
 /// An embedded SFU at work. Dropping it ends it.
 pub struct Embedded {
-    server: Server,
+    server: SfuServer,
     send: SendMode,
     routers: usize,
 }
@@ -25,12 +25,12 @@ impl Embedded {
     ///
     /// # Errors
     /// Where this host lets no server start.
-    pub fn start_for(run: &mut cli::Run, resources: &Resources) -> Result<Option<Embedded>> {
-        let Origin::Embedded(send) = run.plan.target.origin else {
+    pub fn start_for(run: &mut cli::RunSpec, resources: &Resources) -> Result<Option<Embedded>> {
+        let TargetOrigin::Embedded(send) = run.plan.target.origin else {
             return Ok(None);
         };
         let secret = fresh_secret();
-        let server = Server::start(ServerConfig {
+        let server = SfuServer::start(ServerConfig {
             send,
             routers: resources.sfu_routers,
             api_secret: Secret::new(secret.clone()),

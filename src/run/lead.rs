@@ -12,7 +12,7 @@ use crate::engine::Roster;
 use crate::measure::Record;
 use crate::plan::scenario::ScenarioPhase;
 use crate::plan::{Plan, Subscribers};
-use crate::report::{Judgement, Sample, Step};
+use crate::report::{Judgement, RunSample, Step};
 use crate::units::{Epoch, Time};
 
 /// Leads a run.
@@ -26,7 +26,7 @@ pub trait Lead: Send {
     }
 
     /// What comes next, given the tiers that are over. It may take its time: then those who are in stay as they are.
-    fn next(&mut self, tiers: &[Tier]) -> impl Future<Output = Next>;
+    fn next(&mut self, tiers: &[FinishedTier]) -> impl Future<Output = LeadStep>;
 
     /// Ready when the publishers of this host may stop: others may still be measuring what they send. Not asked where the run ends before its time.
     fn before_stop(&mut self) -> impl Future<Output = ()> {
@@ -65,7 +65,7 @@ pub trait Lead: Send {
 
 /// What a lead wants next.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Next {
+pub enum LeadStep {
     Tier(TierPlan),
     /// All tiers are over.
     Finish,
@@ -106,7 +106,7 @@ impl TierPlan {
 
 /// A tier that is over.
 #[derive(Clone)]
-pub struct Tier {
+pub struct FinishedTier {
     pub plan: TierPlan,
     /// When its first join, or leave, was begun; behind [`TierPlan::start`] by what this host was late.
     pub began_at: Time,
@@ -121,7 +121,7 @@ pub struct Tier {
 
 /// Where a run is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
+pub enum RunStage {
     /// Publishers join and publish.
     Publish,
     /// Subscribers join or leave.
@@ -141,7 +141,7 @@ pub enum Stage {
 pub struct Observation<'a> {
     pub now: Time,
     pub epoch: Epoch,
-    pub stage: Stage,
+    pub stage: RunStage,
     /// Whether everybody who ought to be in by now is, or has failed, and nobody is on the way out.
     pub is_settled: bool,
     /// Who ought to be in, and who is.
@@ -154,7 +154,7 @@ pub struct Observation<'a> {
     /// The tier under way, until it is over.
     pub tier: Option<TierSeen<'a>>,
     /// The last row of the series.
-    pub sample: &'a Sample,
+    pub sample: &'a RunSample,
     pub roster: &'a Roster,
 }
 
@@ -218,8 +218,8 @@ impl Lead for Alone {
         false
     }
 
-    async fn next(&mut self, _: &[Tier]) -> Next {
-        self.tiers.next().map_or(Next::Finish, Next::Tier)
+    async fn next(&mut self, _: &[FinishedTier]) -> LeadStep {
+        self.tiers.next().map_or(LeadStep::Finish, LeadStep::Tier)
     }
 }
 

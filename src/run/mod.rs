@@ -36,36 +36,36 @@ use account::{
 };
 use driver::Driver;
 use former::Former;
-use lead::{Alone, Lead, Stage, Tier};
+use lead::{Alone, FinishedTier, Lead, RunStage};
 use observer::Observer;
 use presence::Presence;
-use search::Search;
-use stages::{Around, Held, Hold, UnderWay};
+use search::RunSearch;
+use stages::{Around, LastHold, TierHold, UnderWay};
 use tally::{GRACE, Survey};
 
 use crate::cli;
 use crate::engine::health::{self, FloorThread};
-use crate::engine::worker::{self, Occasion, Report, WorkerConfig};
-use crate::engine::{Command, PeerOutcome, Roster, ShardConfig};
+use crate::engine::worker::{self, Occasion, ShardWorkerConfig, WorkerReport};
+use crate::engine::{PeerOutcome, Roster, ShardCommand, ShardConfig};
 use crate::measure::second::HostDrops;
-use crate::measure::{self, Kind, Record, Timeline};
+use crate::measure::{self, JoinTimeline, Kind, Record};
 use crate::net;
 use crate::path::{Routes, unsent_note};
-use crate::plan::{Connection, LostPublishers, Plan, Resources};
+use crate::plan::{ConnectionMode, LostPublishers, Plan, Resources};
 use crate::preflight;
 use crate::recording::{Recorder, Recording};
-use crate::report::progress::Snapshot;
+use crate::report::progress::ProgressSnapshot;
 use crate::report::worst::is_healthy;
 use crate::report::{
-    EngineHealth, Judging, Outcome, ParticipantOutcome, Sample, Side, Stall, Step, TargetInfo,
+    EngineHealth, Judging, Outcome, ParticipantOutcome, RunSample, Side, Stall, Step, TargetInfo,
     TargetKind, Unmeasured,
 };
-use crate::server_metrics::{self, Watch};
+use crate::server_metrics::{self, PageWatch};
 use crate::sfu;
 use crate::signal::session::{
-    Ended, Media, Notice, Phase, Place, Request, SessionContext, TakingTurns,
+    Ended, JoinPhase, Media, Notice, Request, SessionContext, ShardPlace, TakingTurns,
 };
-use crate::signal::{Access, Endpoint, Permissions, probe};
+use crate::signal::{Endpoint, JoinAccess, Permissions, probe};
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
 use crate::words;
@@ -86,15 +86,15 @@ const PEERS_PER_PARTICIPANT: usize = 2;
 /// # Errors
 /// As [`run_led`].
 pub async fn run(
-    run: &cli::Run,
+    run: &cli::RunSpec,
     resources: &Resources,
     clips: Clips,
-    progress: impl FnMut(&Snapshot),
+    progress: impl FnMut(&ProgressSnapshot),
 ) -> Result<Outcome> {
     if run.plan.scenario.search.is_none() {
         return run_led(run, resources, clips, &mut Alone::new(&run.plan), progress).await;
     }
-    let mut search = Search::new(&run.plan, &run.judging);
+    let mut search = RunSearch::new(&run.plan, &run.judging);
     let mut outcome = run_led(run, resources, clips, &mut search, progress).await?;
     outcome.capacity = search.capacity();
     Ok(outcome)
@@ -106,18 +106,18 @@ pub async fn run(
 /// # Errors
 /// What kept the run from starting; once it has started there is an outcome.
 pub async fn run_led(
-    run: &cli::Run,
+    run: &cli::RunSpec,
     resources: &Resources,
     clips: Clips,
     lead: &mut impl Lead,
-    progress: impl FnMut(&Snapshot),
+    progress: impl FnMut(&ProgressSnapshot),
 ) -> Result<Outcome> {
     let mut interrupts = Interrupts::listen();
     let mut driver = Driver::open(run).await?;
     // Before anybody is waited for or joins: what cannot be read is refused here.
     let server = match &run.server_metrics[..] {
         [] => None,
-        pages => Some(Watch::start(pages).await?),
+        pages => Some(PageWatch::start(pages).await?),
     };
     driver.prepare(&run.plan, &mut interrupts).await?;
     let mut around = Around {
@@ -139,13 +139,13 @@ pub async fn run_led(
 /// # Errors
 /// As [`run_led`].
 pub async fn run_as_guest(
-    run: &cli::Run,
-    access: Access,
+    run: &cli::RunSpec,
+    access: JoinAccess,
     resources: &Resources,
     clips: Clips,
     lead: &mut impl Lead,
     interrupts: &mut Interrupts,
-    progress: impl FnMut(&Snapshot),
+    progress: impl FnMut(&ProgressSnapshot),
 ) -> Result<Outcome> {
     let endpoint = Endpoint::from(run.plan.target.url.clone())
         .resolve()
@@ -158,12 +158,12 @@ pub async fn run_as_guest(
     test(run, resources, clips, (endpoint, access), None, &mut around).await
 }
 
-async fn test<L: Lead, P: FnMut(&Snapshot)>(
-    run: &cli::Run,
+async fn test<L: Lead, P: FnMut(&ProgressSnapshot)>(
+    run: &cli::RunSpec,
     resources: &Resources,
     clips: Clips,
-    (endpoint, access): (Endpoint, Access),
-    server: Option<Watch>,
+    (endpoint, access): (Endpoint, JoinAccess),
+    server: Option<PageWatch>,
     around: &mut Around<'_, L, P>,
 ) -> Result<Outcome> {
     let mut plan = run.plan.clone();
@@ -182,17 +182,17 @@ async fn test<L: Lead, P: FnMut(&Snapshot)>(
     Ok(test.finish(run, server))
 }
 
-/// Settles [`Connection::Auto`] by what the server has. Asked once, so that all participants do the same.
+/// Settles [`ConnectionMode::Auto`] by what the server has. Asked once, so that all participants do the same.
 pub async fn settle_connection(plan: &mut Plan) {
-    if plan.connection != Connection::Auto {
+    if plan.connection != ConnectionMode::Auto {
         return;
     }
     let (connection, reason) =
         match probe::has_single_connection(&Endpoint::from(plan.target.url.clone())).await {
-            Some(true) => (Connection::Single, "the server has /rtc/v1"),
-            Some(false) => (Connection::Dual, "the server has no /rtc/v1"),
+            Some(true) => (ConnectionMode::Single, "the server has /rtc/v1"),
+            Some(false) => (ConnectionMode::Dual, "the server has no /rtc/v1"),
             None => (
-                Connection::Dual,
+                ConnectionMode::Dual,
                 "the server did not say whether it has /rtc/v1",
             ),
         };
@@ -200,8 +200,8 @@ pub async fn settle_connection(plan: &mut Plan) {
 }
 
 /// Only a join tells a server's version. A single connection that nobody asked for is given up where the server is too old for it.
-async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, access: &Access) {
-    if plan.connection != Connection::Single
+async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, access: &JoinAccess) {
+    if plan.connection != ConnectionMode::Single
         || plan.connection_reason.is_none()
         || plan.target.is_embedded()
     {
@@ -226,7 +226,7 @@ async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, access: &Acc
     let version = probe::server_version(endpoint, &token).await;
     if let Some(version) = version.filter(|version| probe::is_unsolid(version)) {
         plan.settle_connection(
-            Connection::Dual,
+            ConnectionMode::Dual,
             format!("the single one of LiveKit {version} is not solid, from 1.13.2 on it is"),
         );
     }
@@ -246,24 +246,24 @@ struct Test<'a> {
     roster: Arc<Roster>,
     /// Until nobody joins any more; then the sessions share it among themselves.
     context: Option<Arc<SessionContext>>,
-    places: Vec<Place>,
+    places: Vec<ShardPlace>,
     /// Of hosts that went missing.
     lost: LostPublishers,
-    workers: Vec<Worker>,
+    workers: Vec<WorkerHandle>,
     recorder: Option<Recorder>,
     observer: Observer,
-    reports: mpsc::UnboundedReceiver<Report>,
+    reports: mpsc::UnboundedReceiver<WorkerReport>,
     notices: mpsc::UnboundedReceiver<Notice>,
     leave: watch::Sender<bool>,
     record: Record,
-    series: Vec<Sample>,
+    series: Vec<RunSample>,
     second: SecondBook,
     sessions: SessionBook,
     outcomes: Vec<PeerOutcome>,
     cpu_before: Option<Duration>,
     resident_before: Option<u64>,
     resident_hold: Option<u64>,
-    stage: Stage,
+    stage: RunStage,
     /// Who ought to be in when, and which sources are gone.
     presence: Presence,
     /// When the first subscribers may be intended to join at the earliest: behind the publishers.
@@ -276,13 +276,13 @@ struct Test<'a> {
     surveyed: Vec<PeerOutcome>,
     former: Former,
     tier: Option<UnderWay>,
-    held: Option<Held>,
-    tiers: Vec<Tier>,
+    held: Option<LastHold>,
+    tiers: Vec<FinishedTier>,
     /// The busiest worker's share of its core, of all tiers.
     busiest: f64,
     media_stopped_at: Option<Time>,
     /// The server's own pages, where they were asked for.
-    server: Option<Watch>,
+    server: Option<PageWatch>,
     partial: Option<String>,
     /// Nobody was left, and neither the user nor this host had ended it.
     abandoned: Option<String>,
@@ -293,8 +293,8 @@ struct Test<'a> {
     notes: Vec<String>,
 }
 
-struct Worker {
-    commands: Sender<Command>,
+struct WorkerHandle {
+    commands: Sender<ShardCommand>,
     spare_records: Sender<Box<Record>>,
     thread: Option<JoinHandle<std::io::Result<()>>>,
     cpu: Duration,
@@ -376,16 +376,16 @@ struct SecondBook {
     joined: u32,
     /// What was reported since the last row.
     record: Record,
-    last: Sample,
+    last: RunSample,
 }
 
 impl<'a> Test<'a> {
     fn start(
         plan: &'a Plan,
-        run: &'a cli::Run,
+        run: &'a cli::RunSpec,
         epoch: Epoch,
         resources: &Resources,
-        (endpoint, access): (Endpoint, Access),
+        (endpoint, access): (Endpoint, JoinAccess),
         clips: Clips,
     ) -> Result<Test<'a>> {
         let identity = Identity::generate()
@@ -422,7 +422,7 @@ impl<'a> Test<'a> {
             layout: plan.scenario.media.layout,
             video_layers: plan.video_layers(),
             obey_bandwidth: plan.scenario.media.obey_bandwidth,
-            single_connection: plan.connection == Connection::Single,
+            single_connection: plan.connection == ConnectionMode::Single,
             join_retries: plan.scenario.join_retries,
             routes: Routes::default(),
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
@@ -463,14 +463,14 @@ impl<'a> Test<'a> {
                 cpu: generator_cpu(),
                 joined: 0,
                 record: Record::default(),
-                last: Sample::default(),
+                last: RunSample::default(),
             },
             sessions: SessionBook::default(),
             outcomes: Vec::new(),
             cpu_before: generator_cpu(),
             resident_before,
             resident_hold: None,
-            stage: Stage::Publish,
+            stage: RunStage::Publish,
             presence: Presence::default(),
             next_join_at: now,
             joins_all: Joins::default(),
@@ -502,7 +502,7 @@ impl<'a> Test<'a> {
         }
     }
 
-    fn take_report(&mut self, report: Report) {
+    fn take_report(&mut self, report: WorkerReport) {
         let worker = &mut self.workers[report.worker];
         worker.cpu = report.cpu;
         self.observer.take_activity(report.activity);
@@ -530,12 +530,12 @@ impl<'a> Test<'a> {
         let session = &mut self.record.session;
         match notice {
             Notice::Phase(phase, after) => match phase {
-                Phase::SignalConnect => session.signal_connect.record(after),
-                Phase::SignalJoin => session.signal_join.record(after),
-                Phase::Ice => session.ice.record(after),
-                Phase::Dtls => session.dtls.record(after),
-                Phase::Join => session.join.record(after),
-                Phase::FirstMedia => session.first_media.record(after),
+                JoinPhase::SignalConnect => session.signal_connect.record(after),
+                JoinPhase::SignalJoin => session.signal_join.record(after),
+                JoinPhase::Ice => session.ice.record(after),
+                JoinPhase::Dtls => session.dtls.record(after),
+                JoinPhase::Join => session.join.record(after),
+                JoinPhase::FirstMedia => session.first_media.record(after),
             },
             Notice::Joined { index } => {
                 self.sessions.joined += 1;
@@ -609,13 +609,13 @@ impl<'a> Test<'a> {
 
     /// Asks every worker for what it has counted up to now, and takes it.
     async fn flush(&mut self) {
-        self.question(|| Command::Report).await;
+        self.question(|| ShardCommand::Report).await;
     }
 
     /// The same, and how everybody fares.
     async fn survey(&mut self) -> Survey {
         self.surveyed.clear();
-        self.question(|| Command::Survey).await;
+        self.question(|| ShardCommand::Survey).await;
         self.surveyed.extend(self.former.outcomes().cloned());
         Survey::new(
             self.plan,
@@ -625,7 +625,7 @@ impl<'a> Test<'a> {
         )
     }
 
-    async fn question(&mut self, command: impl Fn() -> Command) {
+    async fn question(&mut self, command: impl Fn() -> ShardCommand) {
         let wanted: Vec<u64> = self
             .workers
             .iter()
@@ -649,7 +649,7 @@ impl<'a> Test<'a> {
     /// Ends the workers and takes their last accounts.
     async fn stop_workers(&mut self) {
         self.observer.look_at_threads();
-        self.command_all(|| Command::Stop);
+        self.command_all(|| ShardCommand::Stop);
         let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
         while self.workers.iter().any(|worker| !worker.ended) {
             match tokio::time::timeout_at(deadline, self.reports.recv()).await {
@@ -702,7 +702,7 @@ impl<'a> Test<'a> {
         }
     }
 
-    fn command_all(&self, command: impl Fn() -> Command) {
+    fn command_all(&self, command: impl Fn() -> ShardCommand) {
         for worker in &self.workers {
             // A worker that is gone is missed when its account is.
             let _ = worker.commands.send(command());
@@ -717,7 +717,7 @@ impl<'a> Test<'a> {
         let (audio, video) = (&counted.audio, &counted.video);
         let mut latency = audio.one_way_latency.clone();
         latency.merge(&video.one_way_latency);
-        let sample = Sample {
+        let sample = RunSample {
             t: now.as_micros() as f64 / 1e6,
             step: self.held_since(self.second.at).map(str::to_owned),
             participants: self.present(),
@@ -743,7 +743,7 @@ impl<'a> Test<'a> {
                 counted.bandwidth.remb_sent,
             ),
             generator: self.observer.close_second(self.second.at, now, counted),
-            server: self.server.as_mut().map(Watch::rows),
+            server: self.server.as_mut().map(PageWatch::rows),
         };
         self.series.push(sample.clone());
         let second = &mut self.second;
@@ -756,13 +756,13 @@ impl<'a> Test<'a> {
         self.sessions.present.len() as u32
     }
 
-    fn snapshot(&self, now: Time) -> Snapshot {
+    fn snapshot(&self, now: Time) -> ProgressSnapshot {
         let expected = [&self.record.audio, &self.record.video]
             .map(|media| media.packets_received + media.packets_repaired + media.packets_lost)
             .iter()
             .sum::<u64>();
         let lost = self.record.audio.packets_lost + self.record.video.packets_lost;
-        Snapshot {
+        ProgressSnapshot {
             elapsed: now.since(Time::ZERO),
             // How long a part takes is for its leader to say.
             total: self
@@ -791,7 +791,7 @@ impl<'a> Test<'a> {
         }
     }
 
-    fn finish(mut self, run: &cli::Run, server: Option<server_metrics::Account>) -> Outcome {
+    fn finish(mut self, run: &cli::RunSpec, server: Option<server_metrics::Account>) -> Outcome {
         let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
         self.sessions.join_visits();
         self.outcomes.extend(self.former.outcomes().cloned());
@@ -829,7 +829,7 @@ impl<'a> Test<'a> {
             })
             .collect();
         let mut complaints: Vec<String> = self.abandoned.take().into_iter().collect();
-        if let Some(Hold {
+        if let Some(TierHold {
             since,
             before,
             watch,
@@ -911,7 +911,7 @@ impl<'a> Test<'a> {
 
     /// The busiest worker's share of its core, in a hold of that length that ended when publishers stopped.
     fn busiest_until(&self, hold: Duration) -> f64 {
-        let busy = |worker: &Worker| {
+        let busy = |worker: &WorkerHandle| {
             worker
                 .cpu_at_stop
                 .saturating_sub(worker.cpu_at_hold)
@@ -1005,7 +1005,7 @@ impl<'a> Test<'a> {
                         || self.plan.room_name(plan.room),
                         |ended| ended.room.clone(),
                     ),
-                    timeline: ended.map_or_else(Timeline::default, |ended| ended.timeline),
+                    timeline: ended.map_or_else(JoinTimeline::default, |ended| ended.timeline),
                     failure: ended.map_or_else(
                         || Some("did not start".to_owned()),
                         |ended| {
@@ -1074,14 +1074,14 @@ fn cpu_between(before: Option<Duration>, after: Option<Duration>) -> Option<Dura
 fn start_workers(
     parts: &[Vec<u32>],
     shard: &ShardConfig,
-    reports: &mpsc::UnboundedSender<Report>,
-) -> Result<Vec<Worker>> {
+    reports: &mpsc::UnboundedSender<WorkerReport>,
+) -> Result<Vec<WorkerHandle>> {
     let cpus = net::allowed_cpus();
     let mut workers = Vec::new();
     for (index, part) in parts.iter().enumerate() {
         let (commands, command_receiver) = channel();
         let (spare_records, spare_receiver) = channel();
-        let config = WorkerConfig {
+        let config = ShardWorkerConfig {
             index,
             // Pinned only where there are cores to spare: beside a server on the same few cores the scheduler knows better.
             cpu: (cpus.len() > 2 * parts.len()).then(|| cpus[index % cpus.len()]),
@@ -1095,7 +1095,7 @@ fn start_workers(
             .name(format!("engine-{index}"))
             .spawn(move || worker::run(config))
             .context("no engine thread")?;
-        workers.push(Worker {
+        workers.push(WorkerHandle {
             commands,
             spare_records,
             thread: Some(thread),
@@ -1113,15 +1113,15 @@ fn start_workers(
 fn start_recorder(
     dir: PathBuf,
     plan: &Plan,
-    workers: &[Worker],
-    places: &[Place],
+    workers: &[WorkerHandle],
+    places: &[ShardPlace],
 ) -> Result<Recorder> {
     let (recording, taps) = Recording::new(dir, plan);
     for (participant, tap) in taps {
         // A worker that is gone is missed when its account is.
         let _ = workers[places[participant.position as usize].shard]
             .commands
-            .send(Command::Record {
+            .send(ShardCommand::Record {
                 participant: participant.index,
                 tap,
             });
@@ -1130,11 +1130,11 @@ fn start_recorder(
 }
 
 /// Which shard and which keys each participant has, by its position.
-fn places(parts: &[Vec<u32>]) -> Vec<Place> {
-    let mut places = vec![Place { shard: 0, key: 0 }; parts.iter().map(Vec::len).sum()];
+fn places(parts: &[Vec<u32>]) -> Vec<ShardPlace> {
+    let mut places = vec![ShardPlace { shard: 0, key: 0 }; parts.iter().map(Vec::len).sum()];
     for (shard, part) in parts.iter().enumerate() {
         for (at, position) in part.iter().enumerate() {
-            places[*position as usize] = Place {
+            places[*position as usize] = ShardPlace {
                 shard,
                 key: at * PEERS_PER_PARTICIPANT,
             };

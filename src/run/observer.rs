@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use crate::engine::blame::{self, Observed};
 use crate::engine::health::{self, FloorThread};
-use crate::engine::worker::Activity;
-use crate::host::{Snapshot, Thread};
-use crate::measure::presence::Presence;
+use crate::engine::worker::WorkerActivity;
+use crate::host::{HostSnapshot, Thread};
+use crate::measure::presence::ThreadPresence;
 use crate::measure::second::{HostDrops, Second};
-use crate::measure::stalls::{Gap, Stall};
+use crate::measure::stalls::{Stall, StillSpan};
 use crate::measure::{Histogram, Record};
 use crate::report::ThreadTime;
 use crate::sfu;
@@ -21,24 +21,24 @@ const SIGNALLING_PREFIX: &str = "tokio-";
 
 pub(super) struct Observer {
     floor: FloorThread,
-    start: Snapshot,
-    last: Snapshot,
+    start: HostSnapshot,
+    last: HostSnapshot,
     /// Every thread that was ever seen, as it was last: one that has ended tells nothing any more.
     threads: BTreeMap<u32, Thread>,
-    sends: Presence,
-    arrivals: Presence,
-    engine_gaps: Vec<Gap>,
-    floor_gaps: Vec<Gap>,
+    sends: ThreadPresence,
+    arrivals: ThreadPresence,
+    engine_gaps: Vec<StillSpan>,
+    floor_gaps: Vec<StillSpan>,
     /// Of the row that is open, as far as it was asked for already.
     floor_late_max: Option<Duration>,
     seconds: Vec<Second>,
 }
 
 /// What there was to see, at the end.
-pub(super) struct Seen {
+pub(super) struct Observations {
     pub floor: Histogram,
     pub seconds: Vec<Second>,
-    pub gaps: Vec<Gap>,
+    pub gaps: Vec<StillSpan>,
     pub stalls: Vec<Stall>,
     /// Without `sockets`, which the engine counts.
     pub drops: HostDrops,
@@ -51,14 +51,14 @@ pub(super) struct Seen {
 impl Observer {
     /// `floor` is the bare timer thread of this run.
     pub fn start(floor: FloorThread) -> Observer {
-        let start = Snapshot::read();
+        let start = HostSnapshot::read();
         Observer {
             floor,
             last: start.clone(),
             threads: start.threads.clone(),
             start,
-            sends: Presence::default(),
-            arrivals: Presence::default(),
+            sends: ThreadPresence::default(),
+            arrivals: ThreadPresence::default(),
             engine_gaps: Vec::new(),
             floor_gaps: Vec::new(),
             floor_late_max: None,
@@ -66,7 +66,7 @@ impl Observer {
         }
     }
 
-    pub fn take_activity(&mut self, activity: Activity) {
+    pub fn take_activity(&mut self, activity: WorkerActivity) {
         self.sends.merge(&activity.sends);
         self.arrivals.merge(&activity.arrivals);
         self.engine_gaps.extend(activity.gaps);
@@ -74,7 +74,7 @@ impl Observer {
 
     /// Closes a row. `counted` is what the engine counted in it.
     pub fn close_second(&mut self, from: Time, to: Time, counted: &Record) -> Second {
-        let now = Snapshot::read();
+        let now = HostSnapshot::read();
         let floor = self.floor.take();
         self.floor_gaps.extend(floor.gaps);
         self.threads.extend(now.threads.clone());
@@ -137,11 +137,11 @@ impl Observer {
         let floor = self.floor.take();
         self.floor_gaps.extend(floor.gaps);
         self.floor_late_max = self.floor_late_max.max(floor.late_max);
-        let within = |gap: &Gap| Gap {
+        let within = |gap: &StillSpan| StillSpan {
             from: gap.from.max(from),
             to: gap.to.min(until),
         };
-        let gaps: Vec<Gap> = self
+        let gaps: Vec<StillSpan> = self
             .engine_gaps
             .iter()
             .map(within)
@@ -177,16 +177,16 @@ impl Observer {
 
     /// Another look at the threads, before some of them end.
     pub fn look_at_threads(&mut self) {
-        self.threads.extend(Snapshot::read().threads);
+        self.threads.extend(HostSnapshot::read().threads);
     }
 
     /// `media_stopped_at`: what falls silent later owes nothing.
-    pub fn finish(&mut self, media_stopped_at: Time) -> Seen {
-        let end = Snapshot::read();
+    pub fn finish(&mut self, media_stopped_at: Time) -> Observations {
+        let end = HostSnapshot::read();
         self.floor_gaps.extend(self.floor.take().gaps);
         let floor = std::mem::replace(&mut self.floor, FloorThread::idle()).finish();
         let stalls = self.stalls(media_stopped_at);
-        Seen {
+        Observations {
             floor,
             seconds: std::mem::take(&mut self.seconds),
             gaps: std::mem::take(&mut self.engine_gaps),

@@ -174,12 +174,12 @@ impl Rooms {
         for (done, room) in self.made.iter().enumerate() {
             let name = &room.name;
             match self.delete_one(plan, room).await {
-                Ok(Fate::Deleted) => {}
-                Ok(Fate::InUse(others)) => notes.push(format!(
+                Ok(RoomFate::Deleted) => {}
+                Ok(RoomFate::InUse(others)) => notes.push(format!(
                     "room '{name}' stays: {} who are not ours are in it",
                     plural(others, "participant")
                 )),
-                Ok(Fate::Another) => notes.push(format!(
+                Ok(RoomFate::Another) => notes.push(format!(
                     "room '{name}' stays: it is not the one that this run made, somebody has made it anew"
                 )),
                 Err(error) if error.is_not_found() => {}
@@ -197,29 +197,29 @@ impl Rooms {
         notes
     }
 
-    async fn delete_one(&self, plan: &Plan, room: &MadeRoom) -> Result<Fate, RoomError> {
+    async fn delete_one(&self, plan: &Plan, room: &MadeRoom) -> Result<RoomFate, RoomError> {
         let inside = self.service.list_participants(&room.name).await?;
         let others = inside
             .iter()
             .filter(|participant| !plan.is_ours(&participant.identity))
             .count();
         if others > 0 {
-            return Ok(Fate::InUse(others));
+            return Ok(RoomFate::InUse(others));
         }
         if let Some(sid) = &room.sid {
             // One that the list does not have yet, or no more, is no other one.
             let listed = self.service.list_rooms_named(&room.name).await?;
             let is_other = |listed: &proto::Room| listed.name == room.name && listed.sid != *sid;
             if listed.iter().any(is_other) {
-                return Ok(Fate::Another);
+                return Ok(RoomFate::Another);
             }
         }
         self.service.delete_room(&room.name).await?;
-        Ok(Fate::Deleted)
+        Ok(RoomFate::Deleted)
     }
 }
 
-enum Fate {
+enum RoomFate {
     Deleted,
     /// So many others are in it.
     InUse(usize),

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::lead::{Lead, Next, Observation, Stage, Tier, TierPlan};
-use crate::knee::{self, Answer, Phase, PointVerdict, Tried};
+use super::lead::{FinishedTier, Lead, LeadStep, Observation, RunStage, TierPlan};
+use crate::knee::{self, KneeAnswer, PointVerdict, SearchPhase, Tried};
 use crate::measure::Record;
 use crate::plan::{Plan, Subscribers};
 use crate::report::{Capacity, CapacityPoint, Judging, Verdict, judge};
@@ -11,20 +11,20 @@ use crate::report::{Capacity, CapacityPoint, Judging, Verdict, judge};
 /// A point is held once, twice or four times as long as was asked for: where its halves contradict each other even then, it is neither here nor there.
 const DOUBLINGS_MAX: u32 = 2;
 
-pub struct Search {
-    knee: knee::Search,
+pub struct RunSearch {
+    knee: knee::KneeSearch,
     judging: Judging,
     spread: Option<Duration>,
     warmup: Duration,
     duration: Duration,
     /// The points so far, and those phases of the search that they belong to.
-    phases: Vec<Phase>,
-    point: Point,
+    phases: Vec<SearchPhase>,
+    point: RunningPoint,
 }
 
 /// The point under way.
 #[derive(Default)]
-struct Point {
+struct RunningPoint {
     /// How often its hold was doubled.
     doublings: u32,
     /// The run's record in the middle of its hold.
@@ -32,32 +32,32 @@ struct Point {
     is_unsettled: bool,
 }
 
-impl Search {
-    pub fn new(plan: &Plan, judging: &Judging) -> Search {
-        Search {
-            knee: knee::Search::new(plan.scenario.subscribers()),
+impl RunSearch {
+    pub fn new(plan: &Plan, judging: &Judging) -> RunSearch {
+        RunSearch {
+            knee: knee::KneeSearch::new(plan.scenario.subscribers()),
             judging: judging.clone(),
             spread: plan.scenario.times().spread,
             warmup: plan.scenario.times().warmup,
             duration: plan.scenario.times().hold,
             phases: Vec::new(),
-            point: Point::default(),
+            point: RunningPoint::default(),
         }
     }
 
     /// What was found; `None` where the run ended before that.
     pub fn capacity(&self) -> Option<Capacity> {
-        let knee::Next::Done(answer) = self.knee.next() else {
+        let knee::SearchStep::Done(answer) = self.knee.next() else {
             return None;
         };
         let broke_first = match answer {
-            Answer::Capacity { .. } | Answer::None => self
+            KneeAnswer::Capacity { .. } | KneeAnswer::None => self
                 .knee
                 .broke_first()
                 .map(|tried| (tried.participants, tried.reasons.clone())),
-            Answer::AtLeast { .. } | Answer::NotMeasured { .. } => None,
+            KneeAnswer::AtLeast { .. } | KneeAnswer::NotMeasured { .. } => None,
         };
-        let point = |(tried, phase): (&Tried, &Phase)| CapacityPoint {
+        let point = |(tried, phase): (&Tried, &SearchPhase)| CapacityPoint {
             subscribers: tried.participants,
             phase: phase.name(),
             verdict: name(tried.verdict),
@@ -75,7 +75,7 @@ impl Search {
         })
     }
 
-    fn take(&mut self, tier: &Tier) {
+    fn take(&mut self, tier: &FinishedTier) {
         let Subscribers::PerRoom(subscribers) = tier.plan.subscribers else {
             return;
         };
@@ -87,7 +87,7 @@ impl Search {
         };
         self.knee
             .take(subscribers, verdict, tier.judgement.reasons.clone());
-        self.point = Point::default();
+        self.point = RunningPoint::default();
     }
 
     fn passes(&self, record: &Record) -> bool {
@@ -105,20 +105,20 @@ const fn name(verdict: PointVerdict) -> &'static str {
     }
 }
 
-impl Lead for Search {
+impl Lead for RunSearch {
     fn waits_for_publishers(&self) -> bool {
         false
     }
 
-    async fn next(&mut self, tiers: &[Tier]) -> Next {
+    async fn next(&mut self, tiers: &[FinishedTier]) -> LeadStep {
         if let Some(tier) = tiers.get(self.knee.tried().len()) {
             self.take(tier);
         }
-        let knee::Next::Try(point) = self.knee.next() else {
-            return Next::Finish;
+        let knee::SearchStep::Try(point) = self.knee.next() else {
+            return LeadStep::Finish;
         };
         self.phases.push(point.phase);
-        Next::Tier(TierPlan {
+        LeadStep::Tier(TierPlan {
             name: format!("point {}", self.phases.len()),
             subscribers: Subscribers::PerRoom(point.participants),
             start: None,
@@ -170,7 +170,7 @@ impl Lead for Search {
     fn observe(&mut self, seen: &Observation<'_>) {
         let held_from = seen.tier.as_ref().and_then(|tier| tier.held_from);
         if let Some(held_from) =
-            held_from.filter(|_| seen.stage == Stage::Hold && self.point.middle.is_none())
+            held_from.filter(|_| seen.stage == RunStage::Hold && self.point.middle.is_none())
             && seen.now.since(held_from) >= self.duration / 2
         {
             self.point.middle = Some(seen.record.clone());

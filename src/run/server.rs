@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use super::Test;
-use crate::server_metrics::{Account, Stretch, Watch};
+use crate::server_metrics::{Account, NamedStretch, PageWatch};
 use crate::units::Time;
 
 /// Behind the start of each second of the run: what a page says then is there when the second's row is closed.
 const READ_AT: Duration = Duration::from_millis(500);
 
 impl Test<'_> {
-    pub(super) fn watch_server(&mut self, server: Option<Watch>) {
+    pub(super) fn watch_server(&mut self, server: Option<PageWatch>) {
         self.server = server;
         if let Some(server) = &mut self.server {
             self.notes.extend(server.warnings());
@@ -22,10 +22,10 @@ impl Test<'_> {
     pub(super) async fn account_of_server(&mut self) -> Option<Account> {
         let server = self.server.take()?;
         let instant = |time: Time| self.epoch.instant(time);
-        let holds: Vec<Stretch> = self
+        let holds: Vec<NamedStretch> = self
             .holds()
             .into_iter()
-            .map(|(name, from, to)| Stretch {
+            .map(|(name, from, to)| NamedStretch {
                 name,
                 from: instant(from),
                 to: instant(to),

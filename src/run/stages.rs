@@ -7,17 +7,17 @@ use tokio::sync::mpsc;
 
 use super::account::Joins;
 use super::interrupts::Interrupts;
-use super::lead::{Lead, Next, Observation, Stage, Tier, TierPlan, TierSeen};
+use super::lead::{FinishedTier, Lead, LeadStep, Observation, RunStage, TierPlan, TierSeen};
 use super::tally::{GRACE, Stay, Survey, Tally, so_far};
 use super::{BEAT, DRAIN, PEERS_PER_PARTICIPANT, PROGRESS_INTERVAL, Test};
-use crate::engine::Command;
+use crate::engine::ShardCommand;
 use crate::measure::{Histogram, Kind, Record};
 use crate::net;
 use crate::plan::{LostPublishers, Subscribers};
-use crate::report::progress::Snapshot;
-use crate::report::watch::Watch;
+use crate::report::progress::ProgressSnapshot;
+use crate::report::watch::ThresholdWatch;
 use crate::report::{Step, TierFacts, judge};
-use crate::signal::session::{self, Place, Request, Sections};
+use crate::signal::session::{self, Request, Sections, ShardPlace};
 use crate::units::Time;
 
 /// Before the first join, so that its moment lies ahead.
@@ -48,21 +48,21 @@ pub(super) struct UnderWay {
     pub lost: BTreeSet<u32>,
     /// Where others leave.
     stay: Option<Stay>,
-    hold: Option<Hold>,
+    hold: Option<TierHold>,
 }
 
 /// From when on a tier is measured, and the run's record and survey then.
-pub(super) struct Hold {
+pub(super) struct TierHold {
     pub since: Time,
     pub before: Record,
     survey: Survey,
-    pub watch: Watch,
+    pub watch: ThresholdWatch,
     /// How long it is to be.
     pub planned: Duration,
 }
 
 /// The tier that was held last.
-pub(super) struct Held {
+pub(super) struct LastHold {
     seconds: f64,
     /// At the beginning of its hold, at its end, and when its account was closed.
     surveys: [Survey; 3],
@@ -70,13 +70,13 @@ pub(super) struct Held {
 
 /// When each of a row of participants is to join, or to leave.
 #[derive(Clone, Copy)]
-struct Pace {
+struct JoinPace {
     first_at: Time,
     /// Seconds.
     interval: f64,
 }
 
-impl Pace {
+impl JoinPace {
     fn moment(self, place: u32) -> Time {
         self.first_at + Duration::from_secs_f64(f64::from(place) * self.interval)
     }
@@ -84,7 +84,7 @@ impl Pace {
 
 /// Where a participant's connections live.
 struct Home {
-    commands: std::sync::mpsc::Sender<Command>,
+    commands: std::sync::mpsc::Sender<ShardCommand>,
     key: usize,
 }
 
@@ -93,8 +93,8 @@ impl Home {
     fn leave(self) {
         for key in self.key..self.key + PEERS_PER_PARTICIPANT {
             // A worker that is gone is missed when its account is.
-            let _ = self.commands.send(Command::Leave { key });
-            let _ = self.commands.send(Command::RemovePeer { key });
+            let _ = self.commands.send(ShardCommand::Leave { key });
+            let _ = self.commands.send(ShardCommand::RemovePeer { key });
         }
     }
 }
@@ -112,7 +112,10 @@ pub(super) enum Until {
 
 impl Test<'_> {
     /// Publishers, tiers, stop, drain, goodbye.
-    pub(super) async fn go<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
+    pub(super) async fn go<L: Lead, P: FnMut(&ProgressSnapshot)>(
+        &mut self,
+        around: &mut Around<'_, L, P>,
+    ) {
         if self.publish(around).await {
             self.hold_tiers(around).await;
         }
@@ -124,7 +127,7 @@ impl Test<'_> {
     }
 
     /// Has publishers join. The lead says whether the others wait for them.
-    async fn publish<L: Lead, P: FnMut(&Snapshot)>(
+    async fn publish<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
     ) -> bool {
@@ -142,7 +145,10 @@ impl Test<'_> {
         self.goes_on(settled, "while publishers were joining")
     }
 
-    async fn hold_tiers<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
+    async fn hold_tiers<L: Lead, P: FnMut(&ProgressSnapshot)>(
+        &mut self,
+        around: &mut Around<'_, L, P>,
+    ) {
         loop {
             let next = match self
                 .ask(around, async |lead, test| lead.next(&test.tiers).await)
@@ -154,7 +160,7 @@ impl Test<'_> {
                     return;
                 }
             };
-            let Next::Tier(plan) = next else { return };
+            let LeadStep::Tier(plan) = next else { return };
             if !self.hold_tier(plan, around).await {
                 return;
             }
@@ -162,7 +168,7 @@ impl Test<'_> {
     }
 
     /// Has a tier gather and settle, and holds it. False where nothing can follow.
-    async fn hold_tier<L: Lead, P: FnMut(&Snapshot)>(
+    async fn hold_tier<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         plan: TierPlan,
         around: &mut Around<'_, L, P>,
@@ -174,7 +180,7 @@ impl Test<'_> {
             plan.is_whole,
         );
         self.begin_tier(plan);
-        self.enter(Stage::Gather, around);
+        self.enter(RunStage::Gather, around);
         // A host where nobody comes or goes keeps to the time, too.
         let is_gathered = |test: &Test<'_>| test.epoch.now() >= start && test.is_settled();
         let joined = self
@@ -187,7 +193,7 @@ impl Test<'_> {
             return false;
         }
         if !warmup.is_zero() {
-            self.enter(Stage::WarmUp, around);
+            self.enter(RunStage::WarmUp, around);
             let end = self.epoch.now() + warmup;
             let settled = self
                 .wait(around, |test| {
@@ -199,7 +205,7 @@ impl Test<'_> {
             }
         }
         self.begin_hold(is_whole).await;
-        self.enter(Stage::Hold, around);
+        self.enter(RunStage::Hold, around);
         let mut end = self.epoch.now() + hold;
         let held = loop {
             let held = self
@@ -273,18 +279,18 @@ impl Test<'_> {
             } else {
                 &[]
             };
-            tier.hold = Some(Hold {
+            tier.hold = Some(TierHold {
                 since: self.epoch.now(),
                 before: self.record.clone(),
                 survey,
                 planned: tier.plan.hold,
-                watch: Watch::begin(watched, &self.record, self.epoch.now()),
+                watch: ThresholdWatch::begin(watched, &self.record, self.epoch.now()),
             });
         }
     }
 
     /// The tier under way is over: what it came to, once what was under way has had its time, is a step of the report. False where that wait was cut short.
-    async fn close_tier<L: Lead, P: FnMut(&Snapshot)>(
+    async fn close_tier<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
     ) -> bool {
@@ -293,7 +299,7 @@ impl Test<'_> {
         let end = self.survey().await;
         let until = self.epoch.now();
         let record = self.record.clone();
-        self.enter(Stage::Between, around);
+        self.enter(RunStage::Between, around);
         let worker_seconds = self
             .workers
             .iter()
@@ -364,7 +370,7 @@ impl Test<'_> {
             }),
         };
         self.busiest = self.busiest.max(busiest);
-        self.tiers.push(Tier {
+        self.tiers.push(FinishedTier {
             plan,
             began_at,
             held_from: hold.since,
@@ -373,7 +379,7 @@ impl Test<'_> {
             judgement: judge::judge_tier(&step, self.judging),
             step,
         });
-        self.held = Some(Held {
+        self.held = Some(LastHold {
             seconds,
             surveys: [hold.survey, end, after],
         });
@@ -382,13 +388,13 @@ impl Test<'_> {
 
     /// The tier that is being held, and was at that time.
     pub(super) fn held_since(&self, at: Time) -> Option<&str> {
-        let held = self.tier.as_ref().filter(|_| self.stage == Stage::Hold);
+        let held = self.tier.as_ref().filter(|_| self.stage == RunStage::Hold);
         let held = held.filter(|tier| tier.hold.as_ref().is_some_and(|hold| hold.since <= at));
         held.map(|tier| tier.plan.name.as_str())
     }
 
     /// The hold of a tier that is the whole run: its account is closed with the run's.
-    pub(super) fn take_whole_hold(&mut self) -> Option<Hold> {
+    pub(super) fn take_whole_hold(&mut self) -> Option<TierHold> {
         self.tier.take().filter(|tier| tier.plan.is_whole)?.hold
     }
 
@@ -426,7 +432,7 @@ impl Test<'_> {
             Time::ZERO
         };
         let first_at = start.unwrap_or_else(|| self.epoch.now()).max(after);
-        let pace = Pace { first_at, interval };
+        let pace = JoinPace { first_at, interval };
         self.next_join_at = pace.moment(moves);
         if wanted < before {
             self.dismiss(wanted, pace);
@@ -436,7 +442,7 @@ impl Test<'_> {
     }
 
     /// Starts the sessions of those who join, each at its moment.
-    fn invite(&mut self, joining: std::ops::Range<u32>, pace: Pace) {
+    fn invite(&mut self, joining: std::ops::Range<u32>, pace: JoinPace) {
         let Some(context) = self.context.clone() else {
             return;
         };
@@ -487,7 +493,7 @@ impl Test<'_> {
     }
 
     /// Has all but the first so many leave, each at its moment, the last one first.
-    fn dismiss(&mut self, stayers: u32, pace: Pace) {
+    fn dismiss(&mut self, stayers: u32, pace: JoinPace) {
         let first = self.plan.participant(stayers).index;
         let leaving = self.requests.split_off(&first);
         // Who has gone by itself is not waited for.
@@ -520,7 +526,7 @@ impl Test<'_> {
 
     /// Where the connections of a participant live, by its position.
     fn home(&self, position: u32) -> Home {
-        let Place { shard, key } = self.places[position as usize];
+        let ShardPlace { shard, key } = self.places[position as usize];
         Home {
             commands: self.workers[shard].commands.clone(),
             key,
@@ -534,7 +540,10 @@ impl Test<'_> {
     }
 
     /// The last frames leave, then what is under way or lost gets time to arrive.
-    async fn stop_media<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
+    async fn stop_media<L: Lead, P: FnMut(&ProgressSnapshot)>(
+        &mut self,
+        around: &mut Around<'_, L, P>,
+    ) {
         if self.partial.is_none() {
             let may_stop = self
                 .ask(around, async |lead, _| lead.before_stop().await)
@@ -543,14 +552,14 @@ impl Test<'_> {
                 self.goes_on(until, "while others were measuring");
             }
         }
-        self.command_all(|| Command::StopPublishing);
+        self.command_all(|| ShardCommand::StopPublishing);
         let now = self.epoch.now();
         self.media_stopped_at = Some(now);
         self.flush().await;
         self.workers
             .iter_mut()
             .for_each(|worker| worker.cpu_at_stop = worker.cpu);
-        self.enter(Stage::Drain, around);
+        self.enter(RunStage::Drain, around);
         let end = now + DRAIN;
         // Where nobody is left there is nothing to wait for.
         if let Until::Interrupted(signal) = self
@@ -562,10 +571,10 @@ impl Test<'_> {
             self.note_interrupt(&format!("{signal} while the last packets were awaited"));
         }
         self.settle_accounts(around).await;
-        self.enter(Stage::Leave, around);
+        self.enter(RunStage::Leave, around);
     }
 
-    async fn settle_accounts<L: Lead, P: FnMut(&Snapshot)>(
+    async fn settle_accounts<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
     ) {
@@ -612,7 +621,7 @@ impl Test<'_> {
     }
 
     /// Takes reports and notices until `done` says so, a signal comes, or nobody is left.
-    async fn wait<L: Lead, P: FnMut(&Snapshot)>(
+    async fn wait<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
         done: impl Fn(&Test<'_>) -> Option<Until>,
@@ -630,7 +639,7 @@ impl Test<'_> {
     }
 
     /// The same until the lead has an answer. It is asked anew at each beat, because it hears how things go meanwhile.
-    async fn ask<L: Lead, P: FnMut(&Snapshot), T>(
+    async fn ask<L: Lead, P: FnMut(&ProgressSnapshot), T>(
         &mut self,
         around: &mut Around<'_, L, P>,
         question: impl AsyncFn(&mut L, &Test<'_>) -> T,
@@ -660,7 +669,7 @@ impl Test<'_> {
         let broken = self
             .broken
             .as_ref()
-            .filter(|_| self.stage == Stage::Hold)
+            .filter(|_| self.stage == RunStage::Hold)
             .map(|_| Until::Broken);
         aborted
             .or(broken)
@@ -682,7 +691,7 @@ impl Test<'_> {
             subscriptions,
             hold: Some(hold),
             ..
-        }) = self.tier.as_mut().filter(|_| self.stage == Stage::Hold)
+        }) = self.tier.as_mut().filter(|_| self.stage == RunStage::Hold)
         else {
             return;
         };
@@ -701,7 +710,7 @@ impl Test<'_> {
     }
 
     /// Takes what has come since the last beat, and shows it where that is due.
-    fn turn<L: Lead, P: FnMut(&Snapshot)>(&mut self, around: &mut Around<'_, L, P>) {
+    fn turn<L: Lead, P: FnMut(&ProgressSnapshot)>(&mut self, around: &mut Around<'_, L, P>) {
         self.take_what_came();
         let now = self.epoch.now();
         if now >= self.second.due {
@@ -719,7 +728,7 @@ impl Test<'_> {
         }
     }
 
-    fn enter<L: Lead, P>(&mut self, stage: Stage, around: &mut Around<'_, L, P>) {
+    fn enter<L: Lead, P>(&mut self, stage: RunStage, around: &mut Around<'_, L, P>) {
         self.stage = stage;
         self.observe(around);
     }
@@ -741,7 +750,7 @@ impl Test<'_> {
             tier: self
                 .tier
                 .as_ref()
-                .filter(|_| self.stage != Stage::Between)
+                .filter(|_| self.stage != RunStage::Between)
                 .map(|tier| TierSeen {
                     plan: &tier.plan,
                     began_at: tier.began_at,

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use super::account::{Joins, expect_joins, quality};
 use crate::engine::PeerOutcome;
-use crate::measure::{Kind, Media, Record, Timeline};
+use crate::measure::{JoinTimeline, Kind, Media, Record};
 use crate::plan::{LostPublishers, Plan, ScheduleBook};
 use crate::report::worst::is_healthy;
-use crate::report::{ParticipantOutcome, Quality};
+use crate::report::{MediaQuality, ParticipantOutcome};
 use crate::units::Time;
 use crate::words;
 
@@ -31,8 +31,8 @@ pub(super) struct Survey {
 /// How one participant fared.
 #[derive(Clone, Default)]
 struct Fare {
-    audio: Quality,
-    video: Quality,
+    audio: MediaQuality,
+    video: MediaQuality,
     /// Like `frames_delivered`, of both.
     overdue: [u64; 2],
 }
@@ -63,7 +63,7 @@ impl Survey {
             let is_lost = |origin| lost.has(plan, origin);
             let fares = |kind| {
                 let expected = plan.expected_tracks(&participant, kind, lost);
-                Quality {
+                MediaQuality {
                     // Where a layout has room for a part of them, others than at first may have come, too.
                     tracks_live: quality(&here, kind, expected, is_lost)
                         .tracks_live
@@ -181,9 +181,9 @@ impl Tally<'_> {
         };
         ParticipantOutcome {
             index,
-            timeline: Timeline {
+            timeline: JoinTimeline {
                 joined: self.present.contains(&index).then_some(Time::ZERO),
-                ..Timeline::default()
+                ..JoinTimeline::default()
             },
             disconnects: self.lost.contains(&index).into(),
             audio: quality(Kind::Audio, 0),
@@ -194,7 +194,7 @@ impl Tally<'_> {
 }
 
 impl Fare {
-    fn of(&self, kind: Kind) -> &Quality {
+    fn of(&self, kind: Kind) -> &MediaQuality {
         match kind {
             Kind::Audio => &self.audio,
             Kind::Video => &self.video,
@@ -328,13 +328,13 @@ mod tests {
         delivered: u64,
         overdue: u64,
     ) -> Survey {
-        let quality = Quality {
+        let quality = MediaQuality {
             tracks_expected: 1,
             tracks_live: 1,
             frames_expected: expected,
             frames_delivered: delivered,
             freezes,
-            ..Quality::default()
+            ..MediaQuality::default()
         };
         let fare = Fare {
             audio: quality,

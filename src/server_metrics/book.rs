@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::page::{Bracket, Buckets, Counter, Counters, Gauges, Page};
+use super::page::{Bracket, Buckets, Counter, Counters, Gauges, MetricsPage};
 
 /// The ends of a stretch are known by readings within it that are no further from them.
 const NEAR: Duration = Duration::from_secs(2);
@@ -16,19 +16,19 @@ const START_STEADY_SECONDS: f64 = 1.5;
 
 #[derive(Debug, Default)]
 pub struct NodeBook {
-    points: Vec<Point>,
+    points: Vec<PageReading>,
     /// What the next reading is compared to: each figure as it was said last.
-    said: Page,
+    said: MetricsPage,
     /// The point up to which rows have been taken.
     row_from: usize,
     restarts: u32,
     failures: u64,
-    gaps: Vec<Gap>,
+    gaps: Vec<UnreadSpan>,
     open: Option<(Instant, String)>,
 }
 
 #[derive(Clone, Debug)]
-struct Point {
+struct PageReading {
     at: Instant,
     counted: Counters,
     latency: Option<Buckets>,
@@ -37,7 +37,7 @@ struct Point {
 
 /// A stretch without a reading.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Gap {
+pub struct UnreadSpan {
     /// The last reading before it.
     pub from: Instant,
     /// The first one behind it; `None` where there was none.
@@ -47,7 +47,7 @@ pub struct Gap {
 
 /// A second of a node, by the readings at its ends. `None` is unknown.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
-pub struct Row {
+pub struct NodeRow {
     pub cpu_cores: Option<f64>,
     pub resident_bytes: Option<u64>,
     pub participants: Option<f64>,
@@ -84,7 +84,7 @@ pub struct Forwarding {
 }
 
 impl NodeBook {
-    pub fn note(&mut self, at: Instant, page: Page) {
+    pub fn note(&mut self, at: Instant, page: MetricsPage) {
         if let (Some(known), Some(node_id)) = (&self.said.node_id, &page.node_id)
             && known != node_id
         {
@@ -94,7 +94,7 @@ impl NodeBook {
             return self.note_failure(at, why);
         }
         let Some(last) = self.points.last() else {
-            self.points.push(Point {
+            self.points.push(PageReading {
                 at,
                 counted: page.counters.map(|said| said.map(|_| 0.0)),
                 latency: page
@@ -130,13 +130,13 @@ impl NodeBook {
             (sum, _, _) => sum.clone(),
         };
         if let Some((from, why)) = self.open.take() {
-            self.keep_gap(Gap {
+            self.keep_gap(UnreadSpan {
                 from,
                 to: Some(at),
                 why,
             });
         }
-        self.points.push(Point {
+        self.points.push(PageReading {
             at,
             counted,
             latency,
@@ -153,7 +153,7 @@ impl NodeBook {
     }
 
     /// What came since the last row; `None` where no reading did.
-    pub fn row(&mut self) -> Option<Row> {
+    pub fn row(&mut self) -> Option<NodeRow> {
         let to = self
             .points
             .len()
@@ -162,7 +162,7 @@ impl NodeBook {
         let cost = self.cost(self.row_from, to);
         self.row_from = to;
         let rate = |counter: Counter| cost.counted[counter].map(|count| count / cost.seconds);
-        Some(Row {
+        Some(NodeRow {
             cpu_cores: rate(Counter::CpuSeconds),
             resident_bytes: cost.gauges.resident_bytes.map(|bytes| bytes as u64),
             participants: cost.gauges.participants,
@@ -262,8 +262,8 @@ impl NodeBook {
     }
 
     /// The first [`GAPS_MAX`], the one that is still open included.
-    pub fn gaps(&self) -> Vec<Gap> {
-        let open = self.open.clone().map(|(from, why)| Gap {
+    pub fn gaps(&self) -> Vec<UnreadSpan> {
+        let open = self.open.clone().map(|(from, why)| UnreadSpan {
             from,
             to: None,
             why,
@@ -271,7 +271,7 @@ impl NodeBook {
         self.gaps.iter().cloned().chain(open).collect()
     }
 
-    fn keep_gap(&mut self, gap: Gap) {
+    fn keep_gap(&mut self, gap: UnreadSpan) {
         if self.gaps.len() < GAPS_MAX {
             self.gaps.push(gap);
         }
@@ -362,8 +362,8 @@ impl NodeBook {
     }
 }
 
-impl Page {
-    fn has_restarted(&self, next: &Page) -> bool {
+impl MetricsPage {
+    fn has_restarted(&self, next: &MetricsPage) -> bool {
         match (self.process_start, next.process_start) {
             (Some(before), Some(now)) => (now - before).abs() > START_STEADY_SECONDS,
             _ => Counter::ALL.iter().any(|counter| {
@@ -374,7 +374,7 @@ impl Page {
     }
 
     /// With the figures of `before` where this one has none, unless the process is another.
-    fn with_what_it_leaves_out(mut self, before: &Page, restarted: bool) -> Page {
+    fn with_what_it_leaves_out(mut self, before: &MetricsPage, restarted: bool) -> MetricsPage {
         self.node_id = self.node_id.or_else(|| before.node_id.clone());
         if !restarted {
             for counter in Counter::ALL {
@@ -488,15 +488,15 @@ mod tests {
     }
 
     /// A server with so much CPU time and so many packets of 1,000 bytes behind it.
-    fn page(cpu: f64, packets: f64, participants: f64) -> Page {
-        let mut page = Page {
+    fn page(cpu: f64, packets: f64, participants: f64) -> MetricsPage {
+        let mut page = MetricsPage {
             process_start: Some(BASE),
             gauges: Gauges {
                 participants: Some(participants),
                 resident_bytes: Some(1e8 + 1e6 * participants),
                 ..Gauges::default()
             },
-            ..Page::default()
+            ..MetricsPage::default()
         };
         for (counter, value) in [
             (Counter::CpuSeconds, cpu),
@@ -586,7 +586,7 @@ mod tests {
         for (second, cpu) in [(0.0, 9.0), (1.0, 9.5), (2.0, 0.25)] {
             book.note(
                 clock.at(second),
-                Page {
+                MetricsPage {
                     process_start: None,
                     ..page(cpu, 10.0, 1.0)
                 },
@@ -620,7 +620,7 @@ mod tests {
             (book.between(clock.at(0.0), clock.at(8.0)), book.whole()),
             (None, None)
         );
-        let lost = Gap {
+        let lost = UnreadSpan {
             from: clock.at(4.0),
             to: None,
             why: "refused 5".into(),
@@ -630,7 +630,7 @@ mod tests {
         book.note(clock.at(9.0), page(9.0, 0.0, 1.0));
         assert_eq!(
             book.gaps(),
-            [Gap {
+            [UnreadSpan {
                 to: Some(clock.at(9.0)),
                 ..lost
             }]
@@ -653,7 +653,7 @@ mod tests {
             let cpu = f64::from((second - 10).max(0)) * 0.5;
             book.note(
                 clock.at(f64::from(second)),
-                Page {
+                MetricsPage {
                     lag: Duration::from_secs(5),
                     ..page(cpu, told, 4.0)
                 },
@@ -681,7 +681,7 @@ mod tests {
     #[test]
     fn another_node_behind_the_same_address_is_no_reading() {
         let (clock, mut book) = (Clock::start(), NodeBook::default());
-        let of = |node: &str, cpu| Page {
+        let of = |node: &str, cpu| MetricsPage {
             node_id: Some(node.to_owned()),
             ..page(cpu, 0.0, 1.0)
         };

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 /// A line that is not what the format allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line} {what}")]
-pub struct Malformed {
+pub struct MalformedLine {
     /// From 1 on.
     pub line: usize,
     pub what: &'static str,
@@ -16,7 +16,7 @@ pub struct Malformed {
 
 /// `name{label="value", ..} value [timestamp]`
 #[derive(Clone, Copy, Debug)]
-pub struct Sample<'a> {
+pub struct MetricSample<'a> {
     pub name: &'a str,
     pub labels: Labels<'a>,
     pub value: f64,
@@ -27,13 +27,13 @@ pub struct Sample<'a> {
 pub struct Labels<'a>(&'a str);
 
 /// The samples of a page in its order, up to the first line that is malformed.
-pub fn samples(page: &str) -> impl Iterator<Item = Result<Sample<'_>, Malformed>> {
+pub fn samples(page: &str) -> impl Iterator<Item = Result<MetricSample<'_>, MalformedLine>> {
     page.lines().enumerate().filter_map(|(at, line)| {
         let line = line.trim_matches(BLANK);
         if line.is_empty() || line.starts_with('#') {
             return None;
         }
-        Some(sample(line).map_err(|what| Malformed { line: at + 1, what }))
+        Some(sample(line).map_err(|what| MalformedLine { line: at + 1, what }))
     })
 }
 
@@ -63,7 +63,7 @@ impl<'a> Labels<'a> {
 
 const BLANK: [char; 2] = [' ', '\t'];
 
-fn sample(line: &str) -> Result<Sample<'_>, &'static str> {
+fn sample(line: &str) -> Result<MetricSample<'_>, &'static str> {
     let (name, rest) = leading(line, |c| is_name(c) || c == ':');
     if name.is_empty() || name.starts_with(|c: char| c.is_ascii_digit()) {
         return Err("does not begin with a metric's name");
@@ -84,7 +84,7 @@ fn sample(line: &str) -> Result<Sample<'_>, &'static str> {
     }
     match words.next() {
         Some(_) => Err("goes on behind its time stamp"),
-        None => Ok(Sample {
+        None => Ok(MetricSample {
             name,
             labels,
             value,
@@ -177,7 +177,7 @@ fn unescaped(value: &str) -> Cow<'_, str> {
 mod tests {
     use super::*;
 
-    fn read(page: &str) -> Result<Vec<(String, f64)>, Malformed> {
+    fn read(page: &str) -> Result<Vec<(String, f64)>, MalformedLine> {
         let samples: Result<Vec<_>, _> = samples(page).collect();
         Ok(samples?
             .iter()
@@ -272,7 +272,7 @@ mod tests {
         ];
         for (line, what) in cases {
             let malformed = read(&format!("fine 1\n{line}\n")).unwrap_err();
-            assert_eq!(malformed, Malformed { line: 2, what }, "{line}");
+            assert_eq!(malformed, MalformedLine { line: 2, what }, "{line}");
         }
         assert_eq!(
             read("fine 1\nup{").unwrap_err().to_string(),

@@ -1,7 +1,7 @@
 //! The server's own figures: its Prometheus pages, read once a second beside our series, and what the load cost it.
 //!
 //! [`exposition`] reads the text, [`page`] knows the names, [`book`] keeps what one node said and works out what lies between two moments. None of them has a socket or
-//! a clock; [`Watch`] has both. Whoever leads a test reads the pages: a run for itself, a coordinator for all its probers, which read none.
+//! a clock; [`PageWatch`] has both. Whoever leads a test reads the pages: a run for itself, a coordinator for all its probers, which read none.
 
 pub mod book;
 pub mod exposition;
@@ -14,8 +14,8 @@ use std::time::Instant;
 
 use url::Url;
 
-pub use book::{Cost, Row};
-pub use watch::{Refusal, Watch};
+pub use book::{Cost, NodeRow};
+pub use watch::{PageWatch, UnwatchablePages};
 
 /// Where a node has its page. A user name and password in it, and its query, are for the server alone and never shown.
 #[derive(Clone, PartialEq, Eq)]
@@ -62,7 +62,7 @@ impl fmt::Debug for PageUrl {
 
 /// A part of a test by its name: `hold`, or a tier's.
 #[derive(Clone, Debug)]
-pub struct Stretch {
+pub struct NamedStretch {
     pub name: String,
     pub from: Instant,
     pub to: Instant,
@@ -71,27 +71,27 @@ pub struct Stretch {
 /// What the servers said of a test.
 #[derive(Clone, Debug, Default)]
 pub struct Account {
-    pub nodes: Vec<Node>,
+    pub nodes: Vec<NodeReadings>,
     /// All nodes together, stretch by stretch, and at the end `total`.
     pub stretches: Vec<StretchCost>,
 }
 
 /// What one of them said.
 #[derive(Clone, Debug)]
-pub struct Node {
+pub struct NodeReadings {
     /// Without what it keeps secret.
     pub url: String,
     pub node_id: Option<String>,
     pub readings: usize,
     pub failures: u64,
     pub restarts: u32,
-    pub gaps: Vec<Gap>,
+    pub gaps: Vec<ReadingGap>,
     pub stretches: Vec<StretchCost>,
 }
 
 /// A stretch without a reading, in seconds since the start of the test; negative before it.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
-pub struct Gap {
+pub struct ReadingGap {
     pub from: f64,
     /// `None` where it was not read any more.
     pub to: Option<f64>,
@@ -139,7 +139,7 @@ impl Account {
     }
 }
 
-impl Gap {
+impl ReadingGap {
     fn length(&self) -> f64 {
         self.to.map_or(f64::INFINITY, |to| to - self.from)
     }
@@ -192,12 +192,12 @@ mod tests {
 
     #[test]
     fn notes_name_what_was_away_and_who_began_anew() {
-        let gap = |from: f64, to| Gap {
+        let gap = |from: f64, to| ReadingGap {
             from,
             to,
             why: "connection refused".into(),
         };
-        let node = |gaps: &[Gap], restarts| Node {
+        let node = |gaps: &[ReadingGap], restarts| NodeReadings {
             url: "http://sfu:6789/metrics".into(),
             node_id: None,
             readings: 9,

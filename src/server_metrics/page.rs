@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::exposition::{self, Labels, Malformed, Sample};
+use super::exposition::{self, Labels, MalformedLine, MetricSample};
 
 /// LiveKit brings a track's packets, bytes and requests up to date each 5 s, and when the track ends.
 const LIVEKIT_LAG: Duration = Duration::from_secs(5);
@@ -16,7 +16,7 @@ const COUNT_MAX: f64 = (1u64 << 53) as f64;
 
 /// What a page says, at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Page {
+pub struct MetricsPage {
     /// LiveKit's name for itself.
     pub node_id: Option<String>,
     /// Seconds since 1970. Another one is another process, which counts from 0.
@@ -32,7 +32,7 @@ pub struct Page {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PageError {
     #[error("its {0}: is this a Prometheus page?")]
-    Malformed(#[from] Malformed),
+    Malformed(#[from] MalformedLine),
     #[error("its {name} is {value}, which no counter can be")]
     NoCounter { name: String, value: f64 },
     #[error("its {0} is no histogram")]
@@ -142,12 +142,12 @@ pub struct Bracket {
     pub at_most: Option<f64>,
 }
 
-impl Page {
+impl MetricsPage {
     /// # Errors
     /// Where the text is no page of an SFU.
-    pub fn read(text: &str) -> Result<Page, PageError> {
+    pub fn read(text: &str) -> Result<MetricsPage, PageError> {
         const LATENCY: &str = "livekit_forward_latency_ns";
-        let mut page = Page::default();
+        let mut page = MetricsPage::default();
         let (mut buckets, mut sum, mut is_embedded) = (Vec::new(), 0.0, false);
         for sample in exposition::samples(text) {
             let sample = sample?;
@@ -188,7 +188,7 @@ impl Page {
         Ok(page)
     }
 
-    fn take_counters(&mut self, sample: &Sample<'_>) -> Result<(), PageError> {
+    fn take_counters(&mut self, sample: &MetricSample<'_>) -> Result<(), PageError> {
         for counter in Counter::ALL {
             let (family, labels) = counter.source();
             if sample.name != family {
@@ -211,7 +211,7 @@ impl Page {
 }
 
 impl Gauges {
-    fn take(&mut self, sample: &Sample<'_>) {
+    fn take(&mut self, sample: &MetricSample<'_>) {
         let gauge = match sample.name {
             "livekit_room_total" => &mut self.rooms,
             "livekit_participant_total" => &mut self.participants,
@@ -347,7 +347,7 @@ process_start_time_seconds 1.7e+09
 
     #[test]
     fn livekits_page_is_summed_over_the_labels_that_do_not_matter() {
-        let page = Page::read(LIVEKIT).unwrap();
+        let page = MetricsPage::read(LIVEKIT).unwrap();
         let counter = |counter: Counter| page.counters[counter];
         assert_eq!(counter(Counter::CpuSeconds), Some(1.25));
         assert_eq!(
@@ -374,7 +374,7 @@ process_start_time_seconds 1.7e+09
 
     #[test]
     fn what_was_not_counted_yet_is_0_where_its_metric_is_there_and_unknown_where_it_is_not() {
-        let page = Page::read(LIVEKIT).unwrap();
+        let page = MetricsPage::read(LIVEKIT).unwrap();
         assert_eq!(page.counters[Counter::PacketsResent], Some(0.0));
         assert_eq!(
             (
@@ -394,7 +394,7 @@ process_start_time_seconds 1.7e+09
 
     #[test]
     fn a_quantile_of_buckets_is_known_by_its_bounds() {
-        let buckets = Page::read(LIVEKIT).unwrap().forward_latency.unwrap();
+        let buckets = MetricsPage::read(LIVEKIT).unwrap().forward_latency.unwrap();
         let quantile = |share| {
             buckets
                 .quantile(share)
@@ -420,7 +420,7 @@ process_start_time_seconds 1.7e+09
 
     #[test]
     fn what_cannot_be_true_is_refused() {
-        let with = |line: &str| Page::read(&format!("{LIVEKIT}{line}\n"));
+        let with = |line: &str| MetricsPage::read(&format!("{LIVEKIT}{line}\n"));
         for value in ["NaN", "-1", "+Inf", "1e16"] {
             let error = with(&format!("process_cpu_seconds_total {value}")).unwrap_err();
             assert!(matches!(error, PageError::NoCounter { .. }), "{error}");
@@ -441,10 +441,10 @@ process_start_time_seconds 1.7e+09
             PageError::Malformed(_)
         ));
         assert_eq!(
-            Page::read("up 1\nprocess_cpu_seconds_total 1\n").unwrap_err(),
+            MetricsPage::read("up 1\nprocess_cpu_seconds_total 1\n").unwrap_err(),
             PageError::Foreign
         );
-        assert_eq!(Page::read("").unwrap_err(), PageError::Foreign);
+        assert_eq!(MetricsPage::read("").unwrap_err(), PageError::Foreign);
         assert_eq!(
             with("livekit_participant_total -20")
                 .unwrap()

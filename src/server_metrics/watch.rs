@@ -8,9 +8,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval_at, timeout_at};
 
-use super::book::{Cost, NodeBook, Row};
-use super::page::{Counter, Page};
-use super::{Account, Gap, Node, PageUrl, Stretch, StretchCost, seconds_since};
+use super::book::{Cost, NodeBook, NodeRow};
+use super::page::{Counter, MetricsPage};
+use super::{Account, NamedStretch, NodeReadings, PageUrl, ReadingGap, StretchCost, seconds_since};
 use crate::signal::rooms::{causes, http_client};
 
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -18,12 +18,12 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// LiveKit's page has some 100 KiB, and more with many countries in it.
 const PAGE_BYTES_MAX: usize = 8 << 20;
-/// Readings that wait for [`Watch::take`]; a node's task waits where they are full.
+/// Readings that wait for [`PageWatch::take`]; a node's task waits where they are full.
 const READINGS_WAITING: usize = 64;
 
 /// The pages of some nodes, being read.
-pub struct Watch {
-    nodes: Vec<Watched>,
+pub struct PageWatch {
+    nodes: Vec<WatchedPage>,
     heard: mpsc::Receiver<Heard>,
     tell: mpsc::Sender<Heard>,
     tasks: Vec<JoinHandle<()>>,
@@ -31,7 +31,7 @@ pub struct Watch {
     interval: Duration,
 }
 
-struct Watched {
+struct WatchedPage {
     url: PageUrl,
     book: NodeBook,
 }
@@ -39,23 +39,23 @@ struct Watched {
 struct Heard {
     node: usize,
     at: Instant,
-    page: Result<Page, String>,
+    page: Result<MetricsPage, String>,
 }
 
 /// Why the pages that were named cannot be watched, a line each.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Refusal(String);
+pub struct UnwatchablePages(String);
 
-impl Watch {
+impl PageWatch {
     /// Reads each page for the first time: what is counted from now on is the test's.
     ///
     /// # Errors
     /// Where one cannot be read, or two are the same node's.
-    pub async fn start(urls: &[PageUrl]) -> Result<Watch, Refusal> {
+    pub async fn start(urls: &[PageUrl]) -> Result<PageWatch, UnwatchablePages> {
         let client = http_client(TIMEOUT);
         let (tell, heard) = mpsc::channel(READINGS_WAITING);
-        let mut watch = Watch {
+        let mut watch = PageWatch {
             nodes: Vec::new(),
             heard,
             tell,
@@ -82,7 +82,7 @@ impl Watch {
                     twin.url
                 ));
             }
-            watch.nodes.push(Watched {
+            watch.nodes.push(WatchedPage {
                 url: url.clone(),
                 book,
             });
@@ -90,7 +90,7 @@ impl Watch {
         if refusals.is_empty() {
             Ok(watch)
         } else {
-            Err(Refusal(refusals.join("\n")))
+            Err(UnwatchablePages(refusals.join("\n")))
         }
     }
 
@@ -134,7 +134,7 @@ impl Watch {
     }
 
     /// A row of the series: what each node said since the last one, in the order in which they were named.
-    pub fn rows(&mut self) -> Vec<Option<Row>> {
+    pub fn rows(&mut self) -> Vec<Option<NodeRow>> {
         while let Ok(heard) = self.heard.try_recv() {
             self.note(heard);
         }
@@ -142,7 +142,7 @@ impl Watch {
     }
 
     /// Reads until the counters hold all that was forwarded, which they do when everybody has left, or as long as they may lag; then ends.
-    pub async fn finish(mut self, start: Instant, stretches: &[Stretch]) -> Account {
+    pub async fn finish(mut self, start: Instant, stretches: &[NamedStretch]) -> Account {
         let left = Instant::now();
         let lag = self
             .nodes
@@ -169,20 +169,20 @@ impl Watch {
     }
 }
 
-impl Drop for Watch {
+impl Drop for PageWatch {
     fn drop(&mut self) {
         self.tasks.iter().for_each(JoinHandle::abort);
     }
 }
 
 /// The page, and when it was true: between question and answer.
-async fn read(client: &reqwest::Client, url: &PageUrl) -> (Instant, Result<Page, String>) {
+async fn read(client: &reqwest::Client, url: &PageUrl) -> (Instant, Result<MetricsPage, String>) {
     let asked = Instant::now();
     let text = text(client, url).await;
     let at = asked + asked.elapsed() / 2;
     (
         at,
-        text.and_then(|text| Page::read(&text).map_err(|error| error.to_string())),
+        text.and_then(|text| MetricsPage::read(&text).map_err(|error| error.to_string())),
     )
 }
 
@@ -212,8 +212,8 @@ async fn text(client: &reqwest::Client, url: &PageUrl) -> Result<String, String>
     String::from_utf8(body).map_err(|_| "it is no text".to_owned())
 }
 
-fn account(nodes: &[Watched], start: Instant, stretches: &[Stretch]) -> Account {
-    let nodes: Vec<Node> = nodes
+fn account(nodes: &[WatchedPage], start: Instant, stretches: &[NamedStretch]) -> Account {
+    let nodes: Vec<NodeReadings> = nodes
         .iter()
         .map(|node| told(node, start, stretches))
         .collect();
@@ -235,7 +235,7 @@ fn account(nodes: &[Watched], start: Instant, stretches: &[Stretch]) -> Account 
     }
 }
 
-fn told(node: &Watched, start: Instant, stretches: &[Stretch]) -> Node {
+fn told(node: &WatchedPage, start: Instant, stretches: &[NamedStretch]) -> NodeReadings {
     let book = &node.book;
     let between = stretches.iter().map(|stretch| StretchCost {
         name: stretch.name.clone(),
@@ -245,12 +245,12 @@ fn told(node: &Watched, start: Instant, stretches: &[Stretch]) -> Node {
         name: "total".to_owned(),
         cost: book.whole(),
     };
-    let gap = |gap: super::book::Gap| Gap {
+    let gap = |gap: super::book::UnreadSpan| ReadingGap {
         from: seconds_since(start, gap.from),
         to: gap.to.map(|to| seconds_since(start, to)),
         why: gap.why,
     };
-    Node {
+    NodeReadings {
         url: node.url.to_string(),
         node_id: book.node_id().map(str::to_owned),
         readings: book.readings(),
@@ -288,7 +288,7 @@ mod tests {
     }
 
     async fn refusal(urls: &[PageUrl]) -> String {
-        match Watch::start(urls).await {
+        match PageWatch::start(urls).await {
             Ok(_) => panic!("it starts"),
             Err(refusal) => refusal.to_string(),
         }
@@ -362,7 +362,7 @@ mod tests {
         let server = serve(Router::new().route("/metrics", get(guarded))).await;
         assert!(refusal(&[url(&server)]).await.contains("401"));
         let open = url(&server.replacen("http://", "http://me:secret@", 1));
-        assert!(Watch::start(&[open]).await.is_ok());
+        assert!(PageWatch::start(&[open]).await.is_ok());
     }
 
     #[tokio::test]
@@ -383,7 +383,7 @@ mod tests {
             }
         };
         let server = serve(Router::new().route("/metrics", get(page))).await;
-        let mut watch = Watch::start(&[url(&server)]).await.unwrap();
+        let mut watch = PageWatch::start(&[url(&server)]).await.unwrap();
         watch.interval = Duration::from_millis(20);
         assert!(watch.warnings().is_empty());
         assert_eq!(watch.rows(), [None], "one reading is no stretch");
@@ -427,7 +427,7 @@ mod tests {
             get(|| async { "livekit_participant_total 0\n" }),
         ))
         .await;
-        let watch = Watch::start(&[url(&server)]).await.unwrap();
+        let watch = PageWatch::start(&[url(&server)]).await.unwrap();
         assert!(
             watch.warnings()[0].contains("says nothing of CPU time"),
             "{:?}",

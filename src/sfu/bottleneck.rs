@@ -13,7 +13,7 @@ use crate::units::Time;
 const BURST: Duration = Duration::from_millis(250);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Limit {
+pub struct BottleneckLimit {
     /// RTP packets that one router sends, repeated ones included.
     pub packets_per_second: f64,
     /// By what share each second's rate lies above or below at most.
@@ -23,7 +23,7 @@ pub struct Limit {
 
 /// One router's limit at work.
 pub struct Bottleneck {
-    limit: Limit,
+    limit: BottleneckLimit,
     /// Packets that may leave now.
     allowance: f64,
     refilled_at: Time,
@@ -31,7 +31,7 @@ pub struct Bottleneck {
 }
 
 impl Bottleneck {
-    pub fn new(limit: Limit, now: Time) -> Bottleneck {
+    pub fn new(limit: BottleneckLimit, now: Time) -> Bottleneck {
         Bottleneck {
             limit,
             allowance: limit.packets_per_second * BURST.as_secs_f64(),
@@ -79,7 +79,7 @@ impl Bottleneck {
 mod tests {
     use super::*;
 
-    const LIMIT: Limit = Limit {
+    const LIMIT: BottleneckLimit = BottleneckLimit {
         packets_per_second: 1_000.0,
         wander: 0.0,
         seed: 7,
@@ -90,7 +90,7 @@ mod tests {
     const REPORT: [u8; 8] = [0x80, 201, 0, 1, 0, 0, 0, 1];
 
     /// What leaves of `offered` packets a second, each second of ten.
-    fn admitted(limit: Limit, offered: u64) -> Vec<u64> {
+    fn admitted(limit: BottleneckLimit, offered: u64) -> Vec<u64> {
         let mut bottleneck = Bottleneck::new(limit, Time::ZERO);
         let mut each = vec![0; 10];
         for packet in 0..10 * offered {
@@ -118,13 +118,13 @@ mod tests {
 
     #[test]
     fn the_edge_wanders_around_the_limit_and_a_seed_repeats_it() {
-        let limit = Limit {
+        let limit = BottleneckLimit {
             wander: 0.05,
             ..LIMIT
         };
         let each = admitted(limit, 2_000);
         assert_eq!(each, admitted(limit, 2_000));
-        assert_ne!(each, admitted(Limit { seed: 8, ..limit }, 2_000));
+        assert_ne!(each, admitted(BottleneckLimit { seed: 8, ..limit }, 2_000));
         assert!(
             each[1..]
                 .iter()

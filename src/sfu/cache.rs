@@ -7,7 +7,7 @@ use crate::units::Time;
 
 /// What a packet holds, beyond its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Content {
+pub enum PacketContent {
     Audio {
         /// The value of RFC 6464's extension, V bit included.
         level: Option<u8>,
@@ -28,41 +28,41 @@ pub enum Content {
 
 /// One packet.
 #[derive(Clone, Copy, Debug)]
-pub struct Entry {
+pub struct CacheEntry {
     /// Unwrapped sequence number; [`u64::MAX`] where there is none.
     pub ext: u64,
     pub arrival: Time,
     pub rtp_time: u32,
     pub marker: bool,
-    pub content: Content,
+    pub content: PacketContent,
     len: u16,
     /// Bytes that had been written before its own.
     position: u64,
 }
 
-const VACANT: Entry = Entry {
+const VACANT: CacheEntry = CacheEntry {
     ext: u64::MAX,
     arrival: Time::ZERO,
     rtp_time: 0,
     marker: false,
-    content: Content::Empty,
+    content: PacketContent::Empty,
     len: 0,
     position: 0,
 };
 
 /// A packet to remember.
 #[derive(Clone, Copy, Debug)]
-pub struct Packet<'a> {
+pub struct CachedPacket<'a> {
     pub ext: u64,
     pub arrival: Time,
     pub rtp_time: u32,
     pub marker: bool,
-    pub content: Content,
+    pub content: PacketContent,
     pub payload: &'a [u8],
 }
 
 pub struct Cache {
-    entries: Box<[Entry]>,
+    entries: Box<[CacheEntry]>,
     bytes: Box<[u8]>,
     /// Bytes written so far, those skipped at the ring's end included.
     written: u64,
@@ -80,7 +80,7 @@ impl Cache {
     }
 
     /// Remembers a packet and forgets the oldest for it. False where the packet itself is older than all that is kept, or longer than the cache.
-    pub fn insert(&mut self, packet: &Packet<'_>) -> bool {
+    pub fn insert(&mut self, packet: &CachedPacket<'_>) -> bool {
         let place = self.place(packet.ext);
         let older = self.entries[place].ext;
         let Some(len) = u16::try_from(packet.payload.len())
@@ -99,7 +99,7 @@ impl Cache {
         }
         let start = (self.written % room) as usize;
         self.bytes[start..start + usize::from(len)].copy_from_slice(packet.payload);
-        self.entries[place] = Entry {
+        self.entries[place] = CacheEntry {
             ext: packet.ext,
             arrival: packet.arrival,
             rtp_time: packet.rtp_time,
@@ -113,7 +113,7 @@ impl Cache {
     }
 
     /// The packet with an unwrapped sequence number, and its payload.
-    pub fn find(&self, ext: u64) -> Option<(&Entry, &[u8])> {
+    pub fn find(&self, ext: u64) -> Option<(&CacheEntry, &[u8])> {
         let entry = &self.entries[self.place(ext)];
         let room = self.bytes.len() as u64;
         if entry.ext != ext || self.written - entry.position > room {
@@ -133,13 +133,13 @@ mod tests {
     use super::*;
     use crate::seeded::Seeded;
 
-    fn packet(ext: u64, payload: &[u8]) -> Packet<'_> {
-        Packet {
+    fn packet(ext: u64, payload: &[u8]) -> CachedPacket<'_> {
+        CachedPacket {
             ext,
             arrival: Time::from_millis(ext),
             rtp_time: ext as u32,
             marker: ext.is_multiple_of(2),
-            content: Content::Audio {
+            content: PacketContent::Audio {
                 level: Some(ext as u8),
                 primary_at: 0,
             },

@@ -10,7 +10,7 @@ use std::mem::offset_of;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::cache::{Content, Entry};
+use super::cache::{CacheEntry, PacketContent};
 use super::ingest::{Format, Ingest};
 use super::select;
 use super::statistics::{RouterStatistics, SubscriptionStatistics};
@@ -64,7 +64,7 @@ const HEADER_LEN: usize = 12;
 const LEVELED_HEADER_LEN: usize = HEADER_LEN + 8;
 
 /// What a packet needs on its way out.
-pub struct Wire<'a, I> {
+pub struct ForwardWire<'a, I> {
     pub io: &'a mut I,
     pub to: SocketAddr,
     pub sealer: &'a Sealer,
@@ -74,10 +74,10 @@ pub struct Wire<'a, I> {
 }
 
 /// A packet and its payload, as the cache has them.
-type Found<'a> = (&'a Entry, &'a [u8]);
+type Found<'a> = (&'a CacheEntry, &'a [u8]);
 
 /// Packets of one encoding that came one behind the other: found, and looked at, once for all of the track's subscribers.
-pub struct Run<'a> {
+pub struct PacketRun<'a> {
     encodings: &'a [Ingest],
     layer: u8,
     format: &'a Format,
@@ -91,10 +91,15 @@ pub struct Run<'a> {
     highest: u64,
 }
 
-impl<'a> Run<'a> {
+impl<'a> PacketRun<'a> {
     /// `exts` are at most [`RUN_MAX`] packets that `layer` has taken.
-    pub fn new(encodings: &'a [Ingest], layer: u8, exts: &'a [u64], format: &'a Format) -> Run<'a> {
-        let mut run = Run {
+    pub fn new(
+        encodings: &'a [Ingest],
+        layer: u8,
+        exts: &'a [u64],
+        format: &'a Format,
+    ) -> PacketRun<'a> {
+        let mut run = PacketRun {
             encodings,
             layer,
             format,
@@ -107,7 +112,7 @@ impl<'a> Run<'a> {
         };
         for (packet, ext) in run.packets.iter_mut().zip(exts) {
             *packet = encodings[usize::from(layer)].find(*ext);
-            run.is_whole &= packet.is_some_and(|(entry, _)| entry.content != Content::Empty);
+            run.is_whole &= packet.is_some_and(|(entry, _)| entry.content != PacketContent::Empty);
             run.starts_key_frame |= packet.is_some_and(|(entry, _)| starts_key_frame(entry));
             run.lowest = run.lowest.min(*ext);
             run.highest = run.highest.max(*ext);
@@ -221,7 +226,7 @@ struct Resent {
     known: bool,
 }
 
-enum Resend {
+enum ResendDecision {
     Allowed,
     TooSoon,
     Exhausted,
@@ -249,7 +254,7 @@ impl Resends {
         sent_at: Time,
         now: Time,
         rtt: Duration,
-    ) -> Resend {
+    ) -> ResendDecision {
         self.count_to(next_out);
         let room = self.recent.len();
         let seq = out as u16;
@@ -261,7 +266,7 @@ impl Resends {
             now.since(sent_at)
         };
         if since < RESEND_DEAF.min(rtt * 2) {
-            return Resend::TooSoon;
+            return ResendDecision::TooSoon;
         }
         *place = Resent {
             at: millis,
@@ -272,10 +277,10 @@ impl Resends {
         let (byte, shift) = self.place_of(out);
         let count = self.counts[byte] >> shift & 3;
         if next_out - out > counted || count >= RESENDS_MAX {
-            return Resend::Exhausted;
+            return ResendDecision::Exhausted;
         }
         self.counts[byte] += 1 << shift;
-        Resend::Allowed
+        ResendDecision::Allowed
     }
 
     /// Numbers up to `next_out` have been sent: each begins with none.
@@ -355,9 +360,9 @@ struct Parts<'a> {
     red_payload_type: Option<u8>,
 }
 
-/// What every packet needs comes first, on as few cache lines as can be: thousands of subscriptions take their turns ([`Subscription::prefetch`]).
+/// What every packet needs comes first, on as few cache lines as can be: thousands of subscriptions take their turns ([`ForwardedSubscription::prefetch`]).
 #[repr(C, align(64))]
-pub struct Subscription {
+pub struct ForwardedSubscription {
     header: HeaderTemplate<HEADER_LEN>,
     leveled_header: Option<(HeaderTemplate<LEVELED_HEADER_LEN>, ExtensionSlot)>,
     codec: Codec,
@@ -397,11 +402,11 @@ pub struct Subscription {
     reported_lost: i32,
 }
 
-/// From the start of a [`Subscription`] to the end of its newest segment.
+/// From the start of a [`ForwardedSubscription`] to the end of its newest segment.
 const HOT_BYTES: usize =
-    offset_of!(Subscription, segments) + offset_of!(Segments, list) + size_of::<Segment>();
+    offset_of!(ForwardedSubscription, segments) + offset_of!(Segments, list) + size_of::<Segment>();
 
-impl Subscription {
+impl ForwardedSubscription {
     /// `seed` chooses the first numbers; `ended` are the streams that this connection has carried before.
     /// Errors where the negotiated payload types or extension ids cannot be.
     pub fn new(
@@ -412,7 +417,7 @@ impl Subscription {
         parameters: &SubscriptionParameters,
         seed: u64,
         ended: &EndedStreams,
-    ) -> Result<Subscription, TemplateError> {
+    ) -> Result<ForwardedSubscription, TemplateError> {
         let kind = codec.kind();
         let payload_type = parameters.payloads.plain_payload_type();
         let header = HeaderTemplate::with_room(payload_type, parameters.ssrc)?;
@@ -443,7 +448,7 @@ impl Subscription {
             })
             .transpose()?;
         let next_out = first_index(parameters.ssrc);
-        Ok(Subscription {
+        Ok(ForwardedSubscription {
             id,
             transport,
             track,
@@ -546,7 +551,7 @@ impl Subscription {
     }
 
     /// Sends what of a run is for this subscriber.
-    pub fn forward<I: Outgoing>(&mut self, run: &Run<'_>, wire: &mut Wire<'_, I>) {
+    pub fn forward<I: Outgoing>(&mut self, run: &PacketRun<'_>, wire: &mut ForwardWire<'_, I>) {
         let mut burst = Burst::default();
         match self.segment_of(run) {
             Some(segment) => {
@@ -568,7 +573,7 @@ impl Subscription {
     }
 
     /// The newest segment, if all of the run belongs to it: the subscriber is in the midst of this layer, and no packet is one to decide about.
-    fn segment_of(&self, run: &Run<'_>) -> Option<Segment> {
+    fn segment_of(&self, run: &PacketRun<'_>) -> Option<Segment> {
         let goes_on = run.is_whole
             && self.selection.enabled
             && self.current == Some(run.layer)
@@ -580,9 +585,9 @@ impl Subscription {
     /// Decides about each packet by itself.
     fn forward_each<I: Outgoing>(
         &mut self,
-        run: &Run<'_>,
+        run: &PacketRun<'_>,
         burst: &mut Burst,
-        wire: &mut Wire<'_, I>,
+        wire: &mut ForwardWire<'_, I>,
     ) {
         let (encoding, layer) = (&run.encodings[usize::from(run.layer)], run.layer);
         for (at, (ext, found)) in run.exts.iter().zip(run.packets()).enumerate() {
@@ -597,7 +602,7 @@ impl Subscription {
                     // Packets behind the first one of a key frame may have come before it: they were of no use until now.
                     let newest = encoding.highest().unwrap_or(*ext);
                     for (entry, payload) in (*ext..=newest).filter_map(|ext| encoding.find(ext)) {
-                        if entry.content != Content::Empty
+                        if entry.content != PacketContent::Empty
                             || self.skip(entry.ext, layer, wire.statistics) == Admission::Placed
                         {
                             wire.statistics.media_out_recalled +=
@@ -619,8 +624,8 @@ impl Subscription {
     /// Decides about one packet, and begins a segment where one is needed.
     fn admit(
         &mut self,
-        run: &Run<'_>,
-        entry: &Entry,
+        run: &PacketRun<'_>,
+        entry: &CacheEntry,
         statistics: &mut RouterStatistics,
     ) -> Admission {
         let (encodings, layer, format) = (run.encodings, run.layer, run.format);
@@ -637,7 +642,7 @@ impl Subscription {
         let may_begin = self.target == Some(layer)
             && is_recent
             && (starts_key_frame || self.codec.begins_anywhere())
-            && entry.content != Content::Empty;
+            && entry.content != PacketContent::Empty;
         if self.current != Some(layer) && may_begin {
             self.begin(encodings, layer, entry, format);
             return Admission::Begins;
@@ -651,7 +656,7 @@ impl Subscription {
             *counter += 1;
             return Admission::Withheld;
         }
-        if entry.content == Content::Empty {
+        if entry.content == PacketContent::Empty {
             return self.skip(entry.ext, layer, statistics);
         }
         if starts_key_frame {
@@ -669,7 +674,7 @@ impl Subscription {
     }
 
     /// From this packet on the subscriber gets `layer`.
-    fn begin(&mut self, encodings: &[Ingest], layer: u8, entry: &Entry, format: &Format) {
+    fn begin(&mut self, encodings: &[Ingest], layer: u8, entry: &CacheEntry, format: &Format) {
         let rtp_offset = self.rtp_offset(encodings, layer, entry, format);
         let mut segment = Segment {
             start_in: entry.ext,
@@ -678,7 +683,7 @@ impl Subscription {
             layer,
             ..Segment::default()
         };
-        if let Content::Vp8 { descriptor, .. } = entry.content {
+        if let PacketContent::Vp8 { descriptor, .. } = entry.content {
             let next = match self.last_picture {
                 Some(last) => LastPicture {
                     picture_id: last.picture_id.wrapping_add(1),
@@ -706,7 +711,13 @@ impl Subscription {
     }
 
     /// What to add to the packet's timestamp, so that the stream's clock goes on as the publisher's did.
-    fn rtp_offset(&self, encodings: &[Ingest], layer: u8, entry: &Entry, format: &Format) -> u32 {
+    fn rtp_offset(
+        &self,
+        encodings: &[Ingest],
+        layer: u8,
+        entry: &CacheEntry,
+        format: &Format,
+    ) -> u32 {
         let Some(last) = self.last else {
             return (mixed(self.origin) as u32).wrapping_sub(entry.rtp_time);
         };
@@ -759,11 +770,11 @@ impl Subscription {
     /// Sends one packet to its place, if it still has one.
     fn send<I: Outgoing>(
         &mut self,
-        entry: &Entry,
+        entry: &CacheEntry,
         payload: &[u8],
         layer: u8,
         burst: &mut Burst,
-        wire: &mut Wire<'_, I>,
+        wire: &mut ForwardWire<'_, I>,
     ) {
         match self.segments.of_incoming(layer, entry.ext) {
             Some((segment, out)) => self.send_as(entry, payload, &segment, out, burst, wire),
@@ -774,12 +785,12 @@ impl Subscription {
     /// Writes, seals and sends one packet under the number `out`.
     fn send_as<I: Outgoing>(
         &mut self,
-        entry: &Entry,
+        entry: &CacheEntry,
         payload: &[u8],
         segment: &Segment,
         out: u64,
         burst: &mut Burst,
-        wire: &mut Wire<'_, I>,
+        wire: &mut ForwardWire<'_, I>,
     ) {
         let Some(parts) = self.parts(entry, payload, segment) else {
             return;
@@ -808,7 +819,7 @@ impl Subscription {
 
     fn note_sent(
         &mut self,
-        entry: &Entry,
+        entry: &CacheEntry,
         segment: &Segment,
         sent: Option<Vp8Descriptor>,
         out: u64,
@@ -842,7 +853,12 @@ impl Subscription {
     }
 
     /// What a subscriber without RED gets of its packets is the primary block alone, as LiveKit's do.
-    fn parts<'a>(&self, entry: &Entry, payload: &'a [u8], segment: &Segment) -> Option<Parts<'a>> {
+    fn parts<'a>(
+        &self,
+        entry: &CacheEntry,
+        payload: &'a [u8],
+        segment: &Segment,
+    ) -> Option<Parts<'a>> {
         let mut parts = Parts {
             sent: None,
             descriptor: [0; Vp8Descriptor::MAX_LEN],
@@ -852,14 +868,14 @@ impl Subscription {
             red_payload_type: None,
         };
         match entry.content {
-            Content::Audio { level, primary_at } => {
+            PacketContent::Audio { level, primary_at } => {
                 parts.level = level;
                 parts.red_payload_type = self.red_payload_type.filter(|_| primary_at > 0);
                 if parts.red_payload_type.is_none() {
                     parts.payload = payload.get(usize::from(primary_at)..)?;
                 }
             }
-            Content::Vp8 {
+            PacketContent::Vp8 {
                 descriptor,
                 descriptor_len,
                 ..
@@ -869,7 +885,7 @@ impl Subscription {
                 parts.sent = Some(sent);
                 parts.payload = payload.get(usize::from(descriptor_len)..)?;
             }
-            Content::Empty => parts.payload = &[],
+            PacketContent::Empty => parts.payload = &[],
         }
         Some(parts)
     }
@@ -919,7 +935,7 @@ impl Subscription {
         &mut self,
         encodings: &[Ingest],
         seqs: impl Iterator<Item = Seq>,
-        wire: &mut Wire<'_, I>,
+        wire: &mut ForwardWire<'_, I>,
     ) {
         self.nacks += 1;
         wire.statistics.nacks_in += 1;
@@ -929,7 +945,12 @@ impl Subscription {
         }
     }
 
-    fn resend<I: Outgoing>(&mut self, encodings: &[Ingest], seq: Seq, wire: &mut Wire<'_, I>) {
+    fn resend<I: Outgoing>(
+        &mut self,
+        encodings: &[Ingest],
+        seq: Seq,
+        wire: &mut ForwardWire<'_, I>,
+    ) {
         let back = u64::from((self.next_out as u16).wrapping_sub(seq.0));
         let out = self
             .next_out
@@ -949,9 +970,9 @@ impl Subscription {
             .resends
             .allow(out, self.next_out, entry.arrival, wire.now, rtt)
         {
-            Resend::TooSoon => wire.statistics.resends_too_soon += 1,
-            Resend::Exhausted => wire.statistics.resends_exhausted += 1,
-            Resend::Allowed => {
+            ResendDecision::TooSoon => wire.statistics.resends_too_soon += 1,
+            ResendDecision::Exhausted => wire.statistics.resends_exhausted += 1,
+            ResendDecision::Allowed => {
                 let sent = self.send_again(entry, payload, &segment, out, wire);
                 if let Some(bytes) = sent {
                     self.resent += 1;
@@ -965,11 +986,11 @@ impl Subscription {
     /// Over RTX where agreed; else as the very packet that it was, which SRTP seals to the very same bytes.
     fn send_again<I: Outgoing>(
         &mut self,
-        entry: &Entry,
+        entry: &CacheEntry,
         payload: &[u8],
         segment: &Segment,
         out: u64,
-        wire: &mut Wire<'_, I>,
+        wire: &mut ForwardWire<'_, I>,
     ) -> Option<usize> {
         let parts = self.parts(entry, payload, segment)?;
         let rtp_time = entry.rtp_time.wrapping_add(segment.rtp_offset);
@@ -1049,10 +1070,10 @@ enum Admission {
     Begins,
 }
 
-fn starts_key_frame(entry: &Entry) -> bool {
+fn starts_key_frame(entry: &CacheEntry) -> bool {
     matches!(
         entry.content,
-        Content::Vp8 {
+        PacketContent::Vp8 {
             starts_key_frame: true,
             ..
         }
@@ -1060,7 +1081,7 @@ fn starts_key_frame(entry: &Entry) -> bool {
 }
 
 /// Whether a subscriber may begin with a packet: what came before it is soon caught up with.
-fn is_recent(encoding: &Ingest, entry: &Entry, format: &Format) -> bool {
+fn is_recent(encoding: &Ingest, entry: &CacheEntry, format: &Format) -> bool {
     let Some((newest, _)) = encoding.highest().and_then(|newest| encoding.find(newest)) else {
         return true;
     };
@@ -1137,7 +1158,7 @@ struct Burst {
 
 impl Burst {
     /// Before a packet of `size` bytes is written behind those that wait: sends them where it cannot join them.
-    fn make_room<I: Outgoing>(&mut self, size: usize, wire: &mut Wire<'_, I>) {
+    fn make_room<I: Outgoing>(&mut self, size: usize, wire: &mut ForwardWire<'_, I>) {
         let joins = !self.closed
             && size <= self.segment
             && self.count < net::SEGMENTS_MAX
@@ -1147,7 +1168,7 @@ impl Burst {
         }
     }
 
-    fn push<I: Outgoing>(&mut self, size: usize, wire: &mut Wire<'_, I>) {
+    fn push<I: Outgoing>(&mut self, size: usize, wire: &mut ForwardWire<'_, I>) {
         if self.count == 0 {
             self.segment = size;
         }
@@ -1159,7 +1180,7 @@ impl Burst {
         }
     }
 
-    fn finish<I: Outgoing>(&mut self, wire: &mut Wire<'_, I>) {
+    fn finish<I: Outgoing>(&mut self, wire: &mut ForwardWire<'_, I>) {
         if self.count > 0 {
             wire.transmit(self.len, self.segment);
             wire.statistics.media_sends_out += 1;
@@ -1168,7 +1189,7 @@ impl Burst {
     }
 }
 
-impl<I: Outgoing> Wire<'_, I> {
+impl<I: Outgoing> ForwardWire<'_, I> {
     fn transmit(&mut self, len: usize, segment: usize) {
         self.io.send(self.to, len, segment);
         self.statistics.datagrams_out += len.div_ceil(segment) as u64;
@@ -1256,9 +1277,9 @@ mod tests {
                 Time::from_millis(round),
                 Duration::ZERO,
             ) {
-                Resend::Allowed => *counts.entry(out).or_insert(0) += 1,
-                Resend::Exhausted => exhausted += 1,
-                Resend::TooSoon => panic!("there is no rest"),
+                ResendDecision::Allowed => *counts.entry(out).or_insert(0) += 1,
+                ResendDecision::Exhausted => exhausted += 1,
+                ResendDecision::TooSoon => panic!("there is no rest"),
             }
         }
         assert!(counts.values().all(|count| *count <= RESENDS_MAX) && exhausted > 0);
@@ -1274,14 +1295,14 @@ mod tests {
     #[test]
     fn what_a_packet_needs_of_a_subscription_is_three_cache_lines() {
         assert!(
-            HOT_BYTES <= 3 * 64 && align_of::<Subscription>() == 64,
+            HOT_BYTES <= 3 * 64 && align_of::<ForwardedSubscription>() == 64,
             "{HOT_BYTES}"
         );
     }
 
     #[test]
     fn a_subscription_to_audio_is_small() {
-        let bytes = size_of::<Subscription>()
+        let bytes = size_of::<ForwardedSubscription>()
             + AUDIO_RESENDS * size_of::<Resent>()
             + AUDIO_COUNTED as usize / 4;
         assert!(bytes < 1_024, "{bytes}");

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::cache::{Cache, Content, Entry, Packet};
-use super::select::Activity;
+use super::cache::{Cache, CacheEntry, CachedPacket, PacketContent};
+use super::select::LayerActivity;
 use super::statistics::{EncodingStatistics, RouterStatistics};
 use crate::codec::red::RedPayload;
 use crate::codec::vp8::{PictureId, Vp8Descriptor};
@@ -37,7 +37,7 @@ pub struct Format {
 }
 
 /// What an encoding needs from around it for one packet.
-pub struct Surroundings<'a> {
+pub struct IngestContext<'a> {
     pub format: &'a Format,
     pub opener: &'a Opener,
     pub arrival: Time,
@@ -46,7 +46,7 @@ pub struct Surroundings<'a> {
 
 /// Why a packet was not taken; each has a counter of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
+pub enum RefusedIngest {
     Malformed,
     Unauthentic,
     Replayed,
@@ -87,23 +87,23 @@ pub fn ntp_nanos(ntp: u64) -> i64 {
 
 /// The SSRC that an encoding has now, and SRTP's state for it.
 #[derive(Default)]
-struct Source {
+struct IngestSource {
     ssrc: Option<u32>,
     extender: SeqExtender,
     replay: ReplayWindow,
 }
 
-impl Source {
+impl IngestSource {
     /// Opens one datagram in place and returns its plain length.
     fn open(
         &mut self,
         datagram: &mut [u8],
         header: &Header,
         opener: &Opener,
-    ) -> Result<usize, Refused> {
+    ) -> Result<usize, RefusedIngest> {
         let index = self.extender.guess(header.seq.0);
         if !self.replay.check(index) {
-            return Err(Refused::Replayed);
+            return Err(RefusedIngest::Replayed);
         }
         let Ok(len) = opener.open_rtp(datagram, header.header_len, index) else {
             if self.extender.highest().is_none() {
@@ -112,7 +112,7 @@ impl Source {
             } else if self.ssrc.is_none() {
                 self.extender = SeqExtender::default();
             }
-            return Err(Refused::Unauthentic);
+            return Err(RefusedIngest::Unauthentic);
         };
         self.extender.commit(index);
         self.replay.commit(index);
@@ -123,9 +123,9 @@ impl Source {
 
 /// One published encoding.
 pub struct Ingest {
-    pub activity: Activity,
-    media: Source,
-    rtx: Source,
+    pub activity: LayerActivity,
+    media: IngestSource,
+    rtx: IngestSource,
     receive: ReceiveStream,
     /// Retransmissions have an SSRC of their own.
     has_rtx: bool,
@@ -162,9 +162,9 @@ impl Ingest {
         let mut receive = ReceiveStream::new(format.clock_rate());
         receive.set_rtx(has_rtx);
         Ingest {
-            activity: Activity::default(),
-            media: Source::default(),
-            rtx: Source::default(),
+            activity: LayerActivity::default(),
+            media: IngestSource::default(),
+            rtx: IngestSource::default(),
             receive,
             has_rtx,
             ext_base: 0,
@@ -192,7 +192,7 @@ impl Ingest {
         self.media.ssrc
     }
 
-    pub fn find(&self, ext: u64) -> Option<(&Entry, &[u8])> {
+    pub fn find(&self, ext: u64) -> Option<(&CacheEntry, &[u8])> {
         self.cache.find(ext)
     }
 
@@ -216,12 +216,12 @@ impl Ingest {
         datagram: &mut [u8],
         header: &Header,
         is_rtx: bool,
-        around: &mut Surroundings<'_>,
-    ) -> Result<Taken, Refused> {
+        around: &mut IngestContext<'_>,
+    ) -> Result<Taken, RefusedIngest> {
         let opener = around.opener;
         let moved = !is_rtx && self.media.ssrc.is_some_and(|ssrc| ssrc != header.ssrc);
         let len = if moved {
-            let mut next = Source::default();
+            let mut next = IngestSource::default();
             let len = next.open(datagram, header, opener)?;
             self.follow(next, around.format);
             len
@@ -232,12 +232,12 @@ impl Ingest {
                 &mut self.media
             };
             if is_rtx && source.ssrc.is_some_and(|ssrc| ssrc != header.ssrc) {
-                *source = Source::default();
+                *source = IngestSource::default();
             }
             source.open(datagram, header, opener)?
         };
         let packet = &datagram[..len];
-        let payload = header.payload(packet).ok_or(Refused::Malformed)?;
+        let payload = header.payload(packet).ok_or(RefusedIngest::Malformed)?;
         if is_rtx {
             let Some((original, payload)) = split_rtx(payload) else {
                 return Ok(Taken::Probe);
@@ -249,7 +249,7 @@ impl Ingest {
     }
 
     /// The publisher has given this encoding another SSRC.
-    fn follow(&mut self, source: Source, format: &Format) {
+    fn follow(&mut self, source: IngestSource, format: &Format) {
         self.media = source;
         self.receive = ReceiveStream::new(format.clock_rate());
         self.receive.set_rtx(self.has_rtx);
@@ -266,25 +266,25 @@ impl Ingest {
         packet: &[u8],
         payload: &[u8],
         repaired: bool,
-        around: &mut Surroundings<'_>,
-    ) -> Result<Taken, Refused> {
+        around: &mut IngestContext<'_>,
+    ) -> Result<Taken, RefusedIngest> {
         let (format, arrival) = (around.format, around.arrival);
         match self
             .receive
             .handle_packet(seq, header.rtp_time, arrival, repaired)
         {
             Arrival::New { .. } | Arrival::Reordered | Arrival::Repaired { .. } => {}
-            Arrival::Duplicate => return Err(Refused::Duplicate),
-            Arrival::TooOld => return Err(Refused::TooOld),
+            Arrival::Duplicate => return Err(RefusedIngest::Duplicate),
+            Arrival::TooOld => return Err(RefusedIngest::TooOld),
         }
         let agreed = repaired || format.payloads.names(header.payload_type);
         let content = match format.payloads.codec_of(header.payload_type) {
-            _ if payload.is_empty() || !agreed => Content::Empty,
+            _ if payload.is_empty() || !agreed => PacketContent::Empty,
             Codec::Vp8 => self.vp8(payload),
             Codec::Opus => self.audio(header, packet, 0, format),
             Codec::Red => match RedPayload::parse(payload) {
                 Some(red) => self.audio(header, packet, red.primary_at() as u16, format),
-                None => Content::Empty,
+                None => PacketContent::Empty,
             },
         };
         let bytes = (header.header_len + payload.len()) as u64;
@@ -295,11 +295,11 @@ impl Ingest {
         } else {
             around.statistics.media_in += 1;
             around.statistics.media_bytes_in += bytes;
-            around.statistics.media_in_empty += u64::from(content == Content::Empty);
+            around.statistics.media_in_empty += u64::from(content == PacketContent::Empty);
         }
         let ext = self.ext_base + self.receive.ext_seq();
         self.highest = self.highest.max(Some(ext));
-        self.cache.insert(&Packet {
+        self.cache.insert(&CachedPacket {
             ext,
             arrival,
             rtp_time: header.rtp_time,
@@ -316,18 +316,18 @@ impl Ingest {
         packet: &[u8],
         primary_at: u16,
         format: &Format,
-    ) -> Content {
+    ) -> PacketContent {
         let level = format
             .audio_level_id
             .and_then(|id| header.extension(packet, id)?.first().copied());
         self.last_level = level;
-        Content::Audio { level, primary_at }
+        PacketContent::Audio { level, primary_at }
     }
 
     /// What is no VP8 payload cannot be forwarded: no receiver could read it.
-    fn vp8(&mut self, payload: &[u8]) -> Content {
+    fn vp8(&mut self, payload: &[u8]) -> PacketContent {
         let Some((mut descriptor, len)) = Vp8Descriptor::parse(payload) else {
-            return Content::Empty;
+            return PacketContent::Empty;
         };
         let starts_key_frame = payload
             .get(len..)
@@ -338,7 +338,7 @@ impl Ingest {
         if starts_key_frame {
             self.key_frames += 1;
         }
-        Content::Vp8 {
+        PacketContent::Vp8 {
             descriptor,
             descriptor_len: len as u8,
             starts_key_frame,

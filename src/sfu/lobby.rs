@@ -12,11 +12,11 @@ use std::net::SocketAddr;
 
 use livekit_protocol as proto;
 
-use super::room::Room;
+use super::room::SfuRoom;
 pub use super::shared::{
-    ConnectionId, Entry, LobbyStatistics, LobbyTotals, Output, PROTOCOL, SessionId,
+    ConnectionId, Entrant, LobbyOutput, LobbyStatistics, LobbyTotals, PROTOCOL, SessionId,
 };
-use super::shared::{Ids, RoomId, Shared, Timer};
+use super::shared::{Ids, RoomId, SfuShared, Timer};
 use super::{MediaEvent, TrackId, TransportId};
 use crate::secrets::Secrets;
 use crate::transport::sdp::Fingerprint;
@@ -35,8 +35,8 @@ pub struct LobbyConfig {
 }
 
 pub struct Lobby {
-    shared: Shared,
-    rooms: BTreeMap<RoomId, Room>,
+    shared: SfuShared,
+    rooms: BTreeMap<RoomId, SfuRoom>,
     /// Looked up, never iterated.
     names: HashMap<String, RoomId>,
 }
@@ -44,7 +44,7 @@ pub struct Lobby {
 impl Lobby {
     pub fn new(config: LobbyConfig) -> Lobby {
         Lobby {
-            shared: Shared {
+            shared: SfuShared {
                 ids: Ids::new(config.seed),
                 secrets: config.secrets,
                 epoch: config.epoch,
@@ -64,7 +64,7 @@ impl Lobby {
     }
 
     /// A WebSocket is open. Its first message follows from [`Lobby::poll_output`].
-    pub fn handle_entry(&mut self, entry: Entry, now: Time) -> ConnectionId {
+    pub fn handle_entry(&mut self, entry: Entrant, now: Time) -> ConnectionId {
         let connection = self.shared.ids.connection();
         match &entry.resume {
             None => {
@@ -88,7 +88,9 @@ impl Lobby {
                         proto::DisconnectReason::StateMismatch,
                         proto::leave_request::Action::Reconnect,
                     );
-                    self.shared.outputs.push_back(Output::Close { connection });
+                    self.shared
+                        .outputs
+                        .push_back(LobbyOutput::Close { connection });
                 }
             }
         }
@@ -179,7 +181,7 @@ impl Lobby {
         self.shared.timers.first().map_or(Time::MAX, |(at, _)| *at)
     }
 
-    pub fn poll_output(&mut self) -> Option<Output> {
+    pub fn poll_output(&mut self) -> Option<LobbyOutput> {
         self.shared.outputs.pop_front()
     }
 
@@ -213,13 +215,13 @@ impl Lobby {
             .rooms
             .values()
             .filter(|room| names.is_empty() || names.iter().any(|name| *name == room.name()));
-        wanted.map(Room::describe).collect()
+        wanted.map(SfuRoom::describe).collect()
     }
 
     /// In the order of their joins; nobody where there is no such room.
     pub fn list_participants(&self, room: &str) -> Vec<proto::ParticipantInfo> {
         let room = self.names.get(room).and_then(|room| self.rooms.get(room));
-        room.map_or(Vec::new(), Room::list_participants)
+        room.map_or(Vec::new(), SfuRoom::list_participants)
     }
 
     /// `false`: no such participant.
@@ -250,7 +252,7 @@ impl Lobby {
         let id = self.shared.ids.room();
         let router = self.shared.least_loaded();
         self.rooms
-            .insert(id, Room::new(&mut self.shared, id, name, router, now));
+            .insert(id, SfuRoom::new(&mut self.shared, id, name, router, now));
         self.names.insert(name.to_owned(), id);
         id
     }
@@ -265,7 +267,7 @@ impl Lobby {
     fn with_transport(
         &mut self,
         transport: TransportId,
-        act: impl FnOnce(&mut Room, &mut Shared, SessionId),
+        act: impl FnOnce(&mut SfuRoom, &mut SfuShared, SessionId),
     ) {
         if let Some((room, session)) = self.shared.transports.get(&transport).copied()
             && let Some(room) = self.rooms.get_mut(&room)

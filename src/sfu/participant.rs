@@ -6,7 +6,7 @@ use bytes::Bytes;
 use livekit_protocol as proto;
 use prost::Message as _;
 
-use super::shared::{ConnectionId, SessionId, Shared};
+use super::shared::{ConnectionId, SessionId, SfuShared};
 use super::track::Settings;
 use super::{
     MediaCommand, Selection, SubscriptionId, SubscriptionParameters, TrackId, TransportId,
@@ -15,7 +15,7 @@ use super::{
 use crate::measure::Kind;
 use crate::transport::peer::IceCredentials;
 use crate::transport::sdp::serve::{AgreedMedia, ClientDescriptions, SentTrack, SubscriberOffer};
-use crate::transport::sdp::{Fingerprint, LocalTransport, RemoteTransport, Setup};
+use crate::transport::sdp::{DtlsSetup, Fingerprint, LocalTransport, RemoteTransport};
 use crate::units::Time;
 
 pub(super) struct Participant {
@@ -40,7 +40,7 @@ pub(super) struct Participant {
     /// Announced and not yet in an offer.
     pub pending: Vec<PendingTrack>,
     pub published: BTreeSet<TrackId>,
-    pub subscriptions: BTreeMap<TrackId, Subscription>,
+    pub subscriptions: BTreeMap<TrackId, ParticipantSubscription>,
     /// Descriptions are to be exchanged: not before this moment.
     pub negotiate_at: Option<Time>,
     pub negotiated_at: Option<Time>,
@@ -52,18 +52,18 @@ pub(super) struct PendingTrack {
 }
 
 /// One track on its way to this participant.
-pub(super) struct Subscription {
+pub(super) struct ParticipantSubscription {
     pub id: SubscriptionId,
     pub sent: SentTrack,
     pub settings: Settings,
     /// Where in our offers, or in the client's (single connection).
     pub section: Option<usize>,
     /// As the router knows it; `None` before the descriptions are agreed.
-    pub live: Option<Live>,
+    pub live: Option<LiveSelection>,
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Live {
+pub(super) struct LiveSelection {
     pub selection: Selection,
     pub wish: u8,
 }
@@ -128,7 +128,7 @@ impl Participant {
     }
 }
 
-impl Subscription {
+impl ParticipantSubscription {
     /// What comes of it from now on has another name and other SSRCs: the router forgets those of before.
     pub fn renew(&mut self, id: SubscriptionId) {
         let (ssrc, rtx_ssrc) = id.ssrcs();
@@ -155,16 +155,16 @@ impl Subscription {
 }
 
 /// Our end of one connection, and what the router knows of both.
-pub(super) struct Link {
+pub(super) struct ConnectionEnds {
     pub local: LocalTransport,
     /// Both ends' credentials as the router has them; `None`: it does not know the connection yet.
     known: Option<(IceCredentials, IceCredentials)>,
     fingerprint: Option<Fingerprint>,
 }
 
-impl Link {
-    pub fn new(local: LocalTransport) -> Link {
-        Link {
+impl ConnectionEnds {
+    pub fn new(local: LocalTransport) -> ConnectionEnds {
+        ConnectionEnds {
             local,
             known: None,
             fingerprint: None,
@@ -188,7 +188,7 @@ impl Link {
             .is_some_and(|known| known != remote.fingerprint)
     }
 
-    pub fn restart(&mut self, shared: &mut Shared) {
+    pub fn restart(&mut self, shared: &mut SfuShared) {
         let IceCredentials { ufrag, password } = IceCredentials::draw(&mut shared.secrets);
         (self.local.ufrag, self.local.pwd) = (ufrag, password);
     }
@@ -237,7 +237,7 @@ fn remote_credentials(remote: &RemoteTransport) -> IceCredentials {
 /// The connection whose offers come from the client.
 pub(super) struct AnsweringPeer {
     pub transport: TransportId,
-    pub link: Link,
+    pub link: ConnectionEnds,
     pub descriptions: ClientDescriptions,
     pub version: u64,
     /// Sections on which the client sends a track.
@@ -255,7 +255,7 @@ impl AnsweringPeer {
     pub fn new(transport: TransportId, local: LocalTransport) -> AnsweringPeer {
         AnsweringPeer {
             transport,
-            link: Link::new(local),
+            link: ConnectionEnds::new(local),
             descriptions: ClientDescriptions::default(),
             version: 0,
             received: BTreeMap::new(),
@@ -282,7 +282,7 @@ impl AnsweringPeer {
 /// The subscriber connection of dual mode.
 pub(super) struct OfferingPeer {
     pub transport: TransportId,
-    pub link: Link,
+    pub link: ConnectionEnds,
     pub offer: SubscriberOffer,
     /// The track in each section.
     pub tracks: BTreeMap<usize, TrackId>,
@@ -294,7 +294,7 @@ impl OfferingPeer {
     pub fn new(transport: TransportId, local: LocalTransport) -> OfferingPeer {
         OfferingPeer {
             transport,
-            link: Link::new(local),
+            link: ConnectionEnds::new(local),
             offer: SubscriberOffer::default(),
             tracks: BTreeMap::new(),
             offer_id: 0,
@@ -315,7 +315,7 @@ impl OfferingPeer {
     }
 
     /// New credentials, for the next offer.
-    pub fn restart(&mut self, shared: &mut Shared) {
+    pub fn restart(&mut self, shared: &mut SfuShared) {
         self.link.restart(shared);
         self.offer.rewrite();
     }
@@ -323,5 +323,5 @@ impl OfferingPeer {
 
 /// Our role where the client's answer says its own.
 pub(super) fn dtls_active_beside(remote: &RemoteTransport) -> bool {
-    remote.setup == Setup::Passive
+    remote.setup == DtlsSetup::Passive
 }

@@ -15,20 +15,21 @@ use livekit_protocol::signal_response::Message as Response;
 use prost::Message as _;
 
 use super::participant::{
-    AnsweringPeer, Live, OfferingPeer, Participant, PendingTrack, Subscription, dtls_active_beside,
+    AnsweringPeer, LiveSelection, OfferingPeer, Participant, ParticipantSubscription, PendingTrack,
+    dtls_active_beside,
 };
 use super::shared::{
-    ConnectionId, Entry, LobbyStatistics, RoomId, SessionId, Shared, Timer, join_response,
+    ConnectionId, Entrant, LobbyStatistics, RoomId, SessionId, SfuShared, Timer, join_response,
     server_info,
 };
-use super::track::{Dynacast, Loudness, Settings, Track, quality_update};
+use super::track::{Dynacast, Loudness, PublishedTrack, Settings, quality_update};
 use super::{Encodings, MediaCommand, TrackId, TrackParameters, TransportId, wire};
 use crate::codec::{Codec, PayloadTypes};
 use crate::measure::Kind;
 use crate::transport::sdp::serve::{
     AgreedMedia, ClientSection, SectionUse, SentTrack, write_answer,
 };
-use crate::transport::sdp::{Extension, RtcpFeedback, SdpError, Setup};
+use crate::transport::sdp::{DtlsSetup, Extension, RtcpFeedback, SdpError};
 use crate::units::Time;
 
 /// Changes of participants who publish nothing are told together, this often (LiveKit's `subscriberUpdateInterval`).
@@ -58,7 +59,7 @@ const ATTRIBUTES_BYTES_MAX: usize = 64 << 10;
 /// Layers that an announcement describes: three, unless somebody plays.
 const DESCRIBED_LAYERS_MAX: usize = 8;
 
-pub(super) struct Room {
+pub(super) struct SfuRoom {
     id: RoomId,
     /// With the counts of those who are seen, which are kept as they come and go: everybody who joins is told.
     info: proto::Room,
@@ -66,7 +67,7 @@ pub(super) struct Room {
     participants: BTreeMap<SessionId, Participant>,
     /// Looked up, never iterated.
     identities: HashMap<String, SessionId>,
-    tracks: BTreeMap<TrackId, Track>,
+    tracks: BTreeMap<TrackId, PublishedTrack>,
     track_sids: HashMap<String, TrackId>,
     /// Participants whose changes wait for the next common update.
     waiting_updates: BTreeMap<SessionId, Bytes>,
@@ -116,10 +117,16 @@ impl End {
     }
 }
 
-impl Room {
-    pub fn new(shared: &mut Shared, id: RoomId, name: &str, router: usize, now: Time) -> Room {
+impl SfuRoom {
+    pub fn new(
+        shared: &mut SfuShared,
+        id: RoomId,
+        name: &str,
+        router: usize,
+        now: Time,
+    ) -> SfuRoom {
         let millis = shared.unix_millis(now);
-        let mut room = Room {
+        let mut room = SfuRoom {
             id,
             info: proto::Room {
                 sid: shared.ids.sid("RM"),
@@ -148,7 +155,7 @@ impl Room {
 
     pub fn configure(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         request: &proto::CreateRoomRequest,
         now: Time,
     ) {
@@ -215,7 +222,7 @@ impl Room {
     }
 
     /// The room is no more; everybody is told.
-    pub fn close(&mut self, shared: &mut Shared, now: Time) {
+    pub fn close(&mut self, shared: &mut SfuShared, now: Time) {
         while let Some(session) = self
             .participants
             .first_key_value()
@@ -229,9 +236,9 @@ impl Room {
 
     pub fn handle_join(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         connection: ConnectionId,
-        entry: Entry,
+        entry: Entrant,
         now: Time,
     ) {
         if let Some(older) = self.identities.get(&entry.identity).copied() {
@@ -286,9 +293,9 @@ impl Room {
 
     fn new_participant(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         connection: ConnectionId,
-        entry: Entry,
+        entry: Entrant,
         now: Time,
     ) -> Participant {
         let millis = shared.unix_millis(now);
@@ -336,7 +343,7 @@ impl Room {
     /// The participant is back with a new WebSocket; its connections have stayed. `false`: it is not here.
     pub fn handle_resume(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         connection: ConnectionId,
         identity: &str,
         sid: &str,
@@ -381,7 +388,7 @@ impl Room {
         true
     }
 
-    pub fn handle_disconnect(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
+    pub fn handle_disconnect(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
@@ -390,7 +397,7 @@ impl Room {
         shared.set_timer(now + SIGNAL_TIMEOUT, Timer::Participant(self.id, session));
     }
 
-    pub fn remove_identity(&mut self, shared: &mut Shared, identity: &str, now: Time) -> bool {
+    pub fn remove_identity(&mut self, shared: &mut SfuShared, identity: &str, now: Time) -> bool {
         let session = self.identities.get(identity).copied();
         session
             .into_iter()
@@ -401,7 +408,7 @@ impl Room {
     /// Media may flow on one of its connections.
     pub fn handle_connected(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         transport: TransportId,
         now: Time,
@@ -417,11 +424,11 @@ impl Room {
     }
 
     /// One of its connections is gone: only a new session helps.
-    pub fn handle_failed(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
+    pub fn handle_failed(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         self.end(shared, session, End::SILENT, now);
     }
 
-    fn end(&mut self, shared: &mut Shared, session: SessionId, end: End, now: Time) {
+    fn end(&mut self, shared: &mut SfuShared, session: SessionId, end: End, now: Time) {
         let Some(participant) = self.participants.get(&session) else {
             return;
         };
@@ -472,7 +479,7 @@ impl Room {
         }
     }
 
-    fn expire_after(&mut self, shared: &mut Shared, timeout: Duration, now: Time) {
+    fn expire_after(&mut self, shared: &mut SfuShared, timeout: Duration, now: Time) {
         self.expires_at = Some(now + timeout);
         shared.set_timer(now + timeout, Timer::Room(self.id));
     }
@@ -485,7 +492,13 @@ impl Room {
             .filter(|participant| !participant.is_hidden())
     }
 
-    fn change_state(&mut self, shared: &mut Shared, session: SessionId, state: State, now: Time) {
+    fn change_state(
+        &mut self,
+        shared: &mut SfuShared,
+        session: SessionId,
+        state: State,
+        now: Time,
+    ) {
         if let Some(participant) = self.participants.get_mut(&session) {
             participant.info.set_state(state);
             self.announce(shared, session, false, now);
@@ -493,7 +506,7 @@ impl Room {
     }
 
     /// A participant's information has changed.
-    fn announce(&mut self, shared: &mut Shared, session: SessionId, at_once: bool, now: Time) {
+    fn announce(&mut self, shared: &mut SfuShared, session: SessionId, at_once: bool, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
@@ -509,8 +522,8 @@ impl Room {
         self.queue_update(shared, session, encoded, urgent, now);
     }
 
-    /// As [`Room::announce`], of one who is no longer here.
-    fn tell(&mut self, shared: &mut Shared, gone: &Participant, at_once: bool, now: Time) {
+    /// As [`SfuRoom::announce`], of one who is no longer here.
+    fn tell(&mut self, shared: &mut SfuShared, gone: &Participant, at_once: bool, now: Time) {
         if !gone.is_hidden() {
             let urgent = at_once || gone.info.is_publisher;
             self.queue_update(shared, gone.id, gone.encoded.clone(), urgent, now);
@@ -520,7 +533,7 @@ impl Room {
     /// Publishers' changes go out at once; those of an audience together, as LiveKit has it: each of them would be told to everybody.
     fn queue_update(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         encoded: Bytes,
         urgent: bool,
@@ -538,13 +551,13 @@ impl Room {
         }
     }
 
-    fn broadcast(&self, shared: &mut Shared, message: &Bytes) {
+    fn broadcast(&self, shared: &mut SfuShared, message: &Bytes) {
         for participant in self.participants.values() {
             shared.send(participant.connection, message.clone());
         }
     }
 
-    pub fn handle_timeout(&mut self, shared: &mut Shared, now: Time) {
+    pub fn handle_timeout(&mut self, shared: &mut SfuShared, now: Time) {
         if self.update_at.is_some_and(|at| at <= now) {
             self.update_at = None;
             let updates = std::mem::take(&mut self.waiting_updates);
@@ -556,7 +569,7 @@ impl Room {
     }
 
     /// How loud tracks were in the last interval; those that are missing were silent.
-    pub fn handle_levels(&mut self, shared: &mut Shared, levels: &[(TrackId, u8)], now: Time) {
+    pub fn handle_levels(&mut self, shared: &mut SfuShared, levels: &[(TrackId, u8)], now: Time) {
         let levels: BTreeMap<TrackId, u8> = levels.iter().copied().collect();
         let concerned: BTreeSet<TrackId> =
             self.heard.iter().chain(levels.keys()).copied().collect();
@@ -615,7 +628,7 @@ impl Room {
 
     pub fn handle_request(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         request: Request,
         now: Time,
@@ -661,7 +674,7 @@ impl Room {
         }
     }
 
-    fn respond(&self, shared: &mut Shared, session: SessionId, response: Response) {
+    fn respond(&self, shared: &mut SfuShared, session: SessionId, response: Response) {
         let connection = self
             .participants
             .get(&session)
@@ -671,7 +684,7 @@ impl Room {
 
     fn handle_metadata(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         update: &proto::UpdateParticipantMetadata,
         now: Time,
@@ -728,7 +741,7 @@ impl Room {
 
     fn handle_add_track(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         request: proto::AddTrackRequest,
     ) {
@@ -789,7 +802,7 @@ impl Room {
     /// A publisher's offer, or any of a single connection.
     fn handle_offer(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         offer: &proto::SessionDescription,
         now: Time,
@@ -810,7 +823,7 @@ impl Room {
     /// Returns the tracks that it publishes.
     fn answer(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         offer: &proto::SessionDescription,
         now: Time,
@@ -830,9 +843,9 @@ impl Room {
             peer.link.restart(shared);
         }
         if !peer.link.is_added() {
-            peer.link.local.setup = Setup::answer(update.remote.setup, Setup::Active);
+            peer.link.local.setup = DtlsSetup::answer(update.remote.setup, DtlsSetup::Active);
         }
-        let dtls_active = peer.link.local.setup == Setup::Active;
+        let dtls_active = peer.link.local.setup == DtlsSetup::Active;
         let command = peer
             .link
             .handle_remote(peer.transport, &update.remote, dtls_active);
@@ -861,7 +874,7 @@ impl Room {
     /// One section of a client's offer is new or has changed. Returns the track that it begins to publish.
     fn handle_section(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         index: usize,
         now: Time,
@@ -892,7 +905,7 @@ impl Room {
 
     fn publish(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         index: usize,
         now: Time,
@@ -934,7 +947,7 @@ impl Room {
         self.info.num_publishers += u32::from(first && !participant.is_hidden());
         participant.info.tracks.push(info.clone());
         self.track_sids.insert(info.sid.clone(), id);
-        let track = Track {
+        let track = PublishedTrack {
             id,
             publisher: session,
             codec,
@@ -951,7 +964,7 @@ impl Room {
     }
 
     /// The track ends for everybody.
-    fn unpublish(&mut self, shared: &mut Shared, id: TrackId, now: Time) {
+    fn unpublish(&mut self, shared: &mut SfuShared, id: TrackId, now: Time) {
         let Some(track) = self.tracks.remove(&id) else {
             return;
         };
@@ -975,7 +988,7 @@ impl Room {
 
     fn handle_mute(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         mute: &proto::MuteTrackRequest,
         now: Time,
@@ -1017,7 +1030,7 @@ impl Room {
     }
 
     /// Tells the publisher which of a video track's layers anybody watches, when that changes.
-    pub fn poll_dynacast(&mut self, shared: &mut Shared, id: TrackId, now: Time) {
+    pub fn poll_dynacast(&mut self, shared: &mut SfuShared, id: TrackId, now: Time) {
         let Some(track) = self
             .tracks
             .get_mut(&id)
@@ -1037,7 +1050,7 @@ impl Room {
 
     // Subscribing.
 
-    fn subscribe_to_existing(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
+    fn subscribe_to_existing(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         if self
             .participants
             .get(&session)
@@ -1050,7 +1063,7 @@ impl Room {
         }
     }
 
-    fn subscribe_everybody(&mut self, shared: &mut Shared, track: TrackId, now: Time) {
+    fn subscribe_everybody(&mut self, shared: &mut SfuShared, track: TrackId, now: Time) {
         let willing = self
             .participants
             .values()
@@ -1061,7 +1074,7 @@ impl Room {
             .for_each(|session| self.subscribe(shared, session, track, now));
     }
 
-    fn subscribe(&mut self, shared: &mut Shared, session: SessionId, id: TrackId, now: Time) {
+    fn subscribe(&mut self, shared: &mut SfuShared, session: SessionId, id: TrackId, now: Time) {
         let Some(track) = self
             .tracks
             .get(&id)
@@ -1096,7 +1109,7 @@ impl Room {
             .map(|peer| peer.add(id, sent.clone()));
         participant.subscriptions.insert(
             id,
-            Subscription {
+            ParticipantSubscription {
                 id: subscription,
                 sent,
                 settings: Settings::initial(participant.adaptive_stream),
@@ -1113,7 +1126,7 @@ impl Room {
     /// The subscription ends, by the subscriber's wish or with its track.
     fn drop_subscription(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         track: TrackId,
         now: Time,
@@ -1146,10 +1159,10 @@ impl Room {
 
     fn forget_subscriber(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         id: TrackId,
-        subscription: &Subscription,
+        subscription: &ParticipantSubscription,
         now: Time,
     ) {
         if let Some(track) = self.tracks.get_mut(&id) {
@@ -1162,7 +1175,7 @@ impl Room {
     }
 
     /// The client has taken a section of its offer away from one of our tracks.
-    fn take_section(&mut self, shared: &mut Shared, session: SessionId, id: TrackId, now: Time) {
+    fn take_section(&mut self, shared: &mut SfuShared, session: SessionId, id: TrackId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
@@ -1191,7 +1204,7 @@ impl Room {
     /// The descriptions are agreed: the router is to send.
     fn go_live(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         id: TrackId,
         media: AgreedMedia,
@@ -1217,7 +1230,7 @@ impl Room {
             track.selection(&subscription.settings),
             track.wish(&subscription.settings),
         );
-        subscription.live = Some(Live { selection, wish });
+        subscription.live = Some(LiveSelection { selection, wish });
         shared.totals.subscribed += 1;
         shared.command(
             self.router,
@@ -1243,7 +1256,7 @@ impl Room {
 
     fn handle_subscription(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         update: &proto::UpdateSubscription,
         now: Time,
@@ -1280,7 +1293,7 @@ impl Room {
 
     fn handle_settings(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         settings: &proto::UpdateTrackSettings,
         now: Time,
@@ -1302,7 +1315,7 @@ impl Room {
     /// What a client says after a resume of what it had. Only what it had switched off can be news.
     fn handle_sync_state(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         state: &proto::SyncState,
         now: Time,
@@ -1322,7 +1335,13 @@ impl Room {
     }
 
     /// The subscriber's settings, or its publisher's muting, have changed.
-    fn apply_settings(&mut self, shared: &mut Shared, session: SessionId, id: TrackId, now: Time) {
+    fn apply_settings(
+        &mut self,
+        shared: &mut SfuShared,
+        session: SessionId,
+        id: TrackId,
+        now: Time,
+    ) {
         let participant = self.participants.get_mut(&session);
         let (Some(subscription), Some(track)) = (
             participant.and_then(|participant| participant.subscriptions.get_mut(&id)),
@@ -1357,7 +1376,7 @@ impl Room {
     // Descriptions that we begin.
 
     /// Something that a subscriber's descriptions must say has changed.
-    fn schedule_negotiation(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
+    fn schedule_negotiation(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
@@ -1374,7 +1393,7 @@ impl Room {
 
     pub fn handle_participant_timeout(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         now: Time,
     ) {
@@ -1401,7 +1420,7 @@ impl Room {
         }
     }
 
-    fn negotiate(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
+    fn negotiate(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
@@ -1415,7 +1434,7 @@ impl Room {
     }
 
     /// Sends the subscriber connection's next offer.
-    fn offer(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
+    fn offer(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
@@ -1438,7 +1457,7 @@ impl Room {
     }
 
     /// Asks a single connection's client for an offer, with more sections if those that it has do not suffice.
-    fn require_sections(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
+    fn require_sections(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
@@ -1458,7 +1477,7 @@ impl Room {
 
     fn handle_answer(
         &mut self,
-        shared: &mut Shared,
+        shared: &mut SfuShared,
         session: SessionId,
         answer: &proto::SessionDescription,
         now: Time,
@@ -1532,7 +1551,7 @@ impl Room {
         assigned
     }
 
-    fn send_answer(&mut self, shared: &mut Shared, session: SessionId, id: u32) {
+    fn send_answer(&mut self, shared: &mut SfuShared, session: SessionId, id: u32) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
         };
@@ -1588,7 +1607,7 @@ impl Room {
     }
 
     /// What the offer had no room for is asked for again.
-    fn after_answer(&mut self, shared: &mut Shared, session: SessionId, now: Time) {
+    fn after_answer(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self
             .participants
             .get_mut(&session)

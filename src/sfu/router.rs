@@ -10,10 +10,10 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::cache::Content;
+use super::cache::PacketContent;
 use super::due::DueQueue;
-use super::forward::{self, EndedStreams, RUN_MAX, Subscription, Wire};
-use super::ingest::{self, Format, Ingest, Refused, Taken, ntp_nanos};
+use super::forward::{self, EndedStreams, ForwardWire, ForwardedSubscription, RUN_MAX};
+use super::ingest::{self, Format, Ingest, RefusedIngest, Taken, ntp_nanos};
 use super::select;
 use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
 use super::{
@@ -29,7 +29,7 @@ use crate::transport::peer::{
 use crate::transport::receive::{MISSING_MAX, NACK_SEQS_MAX, RoundTrip};
 use crate::transport::reports::{REPORT_BLOCKS_MAX, seal_compound};
 use crate::transport::rtcp::{
-    self, DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, dlsr_units,
+    self, DlrrBlock, ReportBlock, RtcpPacket, RtcpWriter, SenderInfo, WriteError, dlsr_units,
     rtt_from_report,
 };
 use crate::transport::rtp::{Datagram, Header, classify};
@@ -73,7 +73,7 @@ pub struct RouterConfig {
 }
 
 /// One connection.
-struct Transport {
+struct RouterTransport {
     id: TransportId,
     peer: Peer,
     ufrag: String,
@@ -129,7 +129,7 @@ impl PeerClock {
     }
 }
 
-impl Transport {
+impl RouterTransport {
     fn next_at(&self) -> Time {
         self.peer
             .next_timeout()
@@ -169,7 +169,7 @@ impl Transport {
 }
 
 /// One published track.
-struct Track {
+struct RouterTrack {
     id: TrackId,
     transport: u32,
     format: Format,
@@ -220,7 +220,7 @@ impl LevelSum {
     }
 }
 
-impl Track {
+impl RouterTrack {
     /// When NACKs, key frame requests and layers are to be looked at.
     fn next_at(&self) -> Time {
         let encodings = self
@@ -319,7 +319,7 @@ struct EarlyCheck {
 }
 
 /// Packets of one encoding that came one behind the other, to be forwarded together.
-struct Run {
+struct PendingRun {
     track: u32,
     encoding: u8,
     packets: Vec<u64>,
@@ -328,9 +328,9 @@ struct Run {
 /// One router; see the module.
 pub struct Router {
     config: RouterConfig,
-    transports: Slab<Transport>,
-    tracks: Slab<Track>,
-    subscriptions: Slab<Subscription>,
+    transports: Slab<RouterTransport>,
+    tracks: Slab<RouterTrack>,
+    subscriptions: Slab<ForwardedSubscription>,
     transport_slots: HashMap<TransportId, u32>,
     track_slots: HashMap<TrackId, u32>,
     subscription_slots: HashMap<SubscriptionId, u32>,
@@ -339,7 +339,7 @@ pub struct Router {
     /// The address of the datagram before, and its connection: datagrams come in bursts.
     last_from: Option<(SocketAddr, u32)>,
     early_checks: VecDeque<EarlyCheck>,
-    run: Run,
+    run: PendingRun,
     events: VecDeque<MediaEvent>,
     statistics: RouterStatistics,
     /// When each transport is due, by its slot.
@@ -367,7 +367,7 @@ impl Router {
             ufrags: HashMap::new(),
             last_from: None,
             early_checks: VecDeque::new(),
-            run: Run {
+            run: PendingRun {
                 track: 0,
                 encoding: 0,
                 packets: Vec::with_capacity(RUN_MAX),
@@ -509,7 +509,7 @@ impl Router {
             self.config.epoch,
             now,
         );
-        let slot = self.transports.insert(Transport {
+        let slot = self.transports.insert(RouterTransport {
             id,
             peer,
             ufrag: parameters.local.ufrag.clone(),
@@ -625,7 +625,7 @@ impl Router {
                 owner.feedback_at = now + FEEDBACK_INTERVAL;
             }
         }
-        let track = self.tracks.insert(Track {
+        let track = self.tracks.insert(RouterTrack {
             id,
             transport: slot,
             format,
@@ -705,7 +705,7 @@ impl Router {
             return None;
         }
         let seed = self.config.seed ^ (u64::from(id.0) << 32);
-        let mut subscription = Subscription::new(
+        let mut subscription = ForwardedSubscription::new(
             id,
             transport_slot,
             track_slot,
@@ -787,7 +787,7 @@ impl Router {
 
     /// Has a transport's repair timer look after one of its tracks.
     fn look_after(&mut self, transport: u32, track: u32) {
-        let Some(at) = self.tracks.get(track).map(Track::next_at) else {
+        let Some(at) = self.tracks.get(track).map(RouterTrack::next_at) else {
             return;
         };
         self.repair_by(transport, at);
@@ -849,7 +849,9 @@ impl Router {
         let last = encoding
             .zip(self.run.packets.last())
             .and_then(|(encoding, ext)| encoding.find(*ext));
-        last.is_some_and(|(entry, _)| !entry.marker && matches!(entry.content, Content::Vp8 { .. }))
+        last.is_some_and(|(entry, _)| {
+            !entry.marker && matches!(entry.content, PacketContent::Vp8 { .. })
+        })
     }
 
     /// A datagram that the edge could not take whole.
@@ -1083,7 +1085,7 @@ impl Router {
             return;
         };
         let (format, layer) = (track.format, usize::from(incoming.encoding));
-        let mut around = ingest::Surroundings {
+        let mut around = ingest::IngestContext {
             format: &format,
             opener,
             arrival,
@@ -1105,16 +1107,16 @@ impl Router {
             Err(refused) => {
                 if matches!(
                     refused,
-                    Refused::Duplicate | Refused::TooOld | Refused::Malformed
+                    RefusedIngest::Duplicate | RefusedIngest::TooOld | RefusedIngest::Malformed
                 ) {
                     note_arrival(transport, &header, datagram, arrival);
                 }
                 let counter = match refused {
-                    Refused::Malformed => &mut self.statistics.refused_malformed,
-                    Refused::Unauthentic => &mut self.statistics.refused_unauthentic,
-                    Refused::Replayed => &mut self.statistics.refused_replayed,
-                    Refused::Duplicate => &mut self.statistics.refused_duplicate,
-                    Refused::TooOld => &mut self.statistics.refused_too_old,
+                    RefusedIngest::Malformed => &mut self.statistics.refused_malformed,
+                    RefusedIngest::Unauthentic => &mut self.statistics.refused_unauthentic,
+                    RefusedIngest::Replayed => &mut self.statistics.refused_replayed,
+                    RefusedIngest::Duplicate => &mut self.statistics.refused_duplicate,
+                    RefusedIngest::TooOld => &mut self.statistics.refused_too_old,
                 };
                 *counter += 1;
             }
@@ -1187,7 +1189,7 @@ impl Router {
             return;
         }
         if let Some(track) = self.tracks.get(self.run.track) {
-            let run = forward::Run::new(
+            let run = forward::PacketRun::new(
                 &track.encodings,
                 self.run.encoding,
                 &self.run.packets,
@@ -1209,7 +1211,7 @@ impl Router {
                     self.statistics.withheld_unconnected += self.run.packets.len() as u64;
                     continue;
                 };
-                let mut wire = Wire {
+                let mut wire = ForwardWire {
                     io,
                     to,
                     sealer,
@@ -1268,35 +1270,35 @@ impl Router {
     fn handle_rtcp_packet(
         &mut self,
         slot: u32,
-        packet: &Packet<'_>,
+        packet: &RtcpPacket<'_>,
         arrival: Time,
         now: Time,
         io: &mut impl Outgoing,
     ) {
         match packet {
-            Packet::SenderReport { sender, reports } => {
+            RtcpPacket::SenderReport { sender, reports } => {
                 self.handle_sender_report(slot, sender.ssrc, sender.ntp, sender.rtp_time, arrival);
                 reports
                     .clone()
                     .for_each(|block| self.handle_report_block(slot, &block, arrival));
             }
-            Packet::ReceiverReport { reports, .. } => reports
+            RtcpPacket::ReceiverReport { reports, .. } => reports
                 .clone()
                 .for_each(|block| self.handle_report_block(slot, &block, arrival)),
-            Packet::Nack {
+            RtcpPacket::Nack {
                 media_ssrc, seqs, ..
             } => self.handle_nack(slot, *media_ssrc, seqs.clone(), now, io),
-            Packet::Pli { media_ssrc, .. } => {
+            RtcpPacket::Pli { media_ssrc, .. } => {
                 self.statistics.plis_in += 1;
                 self.handle_key_frame_request(slot, *media_ssrc, now);
             }
-            Packet::Fir { entries, .. } => {
+            RtcpPacket::Fir { entries, .. } => {
                 self.statistics.firs_in += 1;
                 entries
                     .clone()
                     .for_each(|(ssrc, _)| self.handle_key_frame_request(slot, ssrc, now));
             }
-            Packet::Xr { ssrc, rrtr, dlrr } => {
+            RtcpPacket::Xr { ssrc, rrtr, dlrr } => {
                 if let Some(ntp) = rrtr {
                     self.answer_reference_time(slot, (*ssrc, *ntp), arrival, now, io);
                 }
@@ -1311,11 +1313,11 @@ impl Router {
                     transport.rtt = rtt.or(transport.rtt);
                 }
             }
-            Packet::Sdes { .. }
-            | Packet::Bye { .. }
-            | Packet::TransportCc { .. }
-            | Packet::Remb { .. }
-            | Packet::Unknown { .. } => {}
+            RtcpPacket::Sdes { .. }
+            | RtcpPacket::Bye { .. }
+            | RtcpPacket::TransportCc { .. }
+            | RtcpPacket::Remb { .. }
+            | RtcpPacket::Unknown { .. } => {}
         }
     }
 
@@ -1389,7 +1391,7 @@ impl Router {
         let Some(track) = self.tracks.get(subscription.track) else {
             return;
         };
-        let mut wire = Wire {
+        let mut wire = ForwardWire {
             io,
             to,
             sealer,
@@ -1498,7 +1500,11 @@ impl Router {
         for track in &tracks {
             self.judge_layers(*track, now);
             self.repair_track(slot, *track, now, io);
-            next_at = next_at.min(self.tracks.get(*track).map_or(Time::MAX, Track::next_at));
+            next_at = next_at.min(
+                self.tracks
+                    .get(*track)
+                    .map_or(Time::MAX, RouterTrack::next_at),
+            );
         }
         if let Some(transport) = self.transports.get_mut(slot) {
             transport.tracks = tracks;
@@ -1558,7 +1564,7 @@ impl Router {
                 let layer_awaited = |subscriber: &Subscriber| {
                     self.subscriptions
                         .get(subscriber.subscription)
-                        .and_then(Subscription::key_frame_layer)
+                        .and_then(ForwardedSubscription::key_frame_layer)
                 };
                 let waits =
                     |subscriber: &Subscriber| layer_awaited(subscriber) == Some(layer as u8);
@@ -1733,8 +1739,8 @@ impl Router {
 
 /// Whose a packet of an unknown SSRC is, by the mid, rid and repaired rid in its header (RFC 8843, RFC 8852). Believed only once the packet proves authentic.
 fn learn(
-    transport: &Transport,
-    tracks: &Slab<Track>,
+    transport: &RouterTransport,
+    tracks: &Slab<RouterTrack>,
     header: &Header,
     datagram: &[u8],
 ) -> Option<Incoming> {
@@ -1771,7 +1777,7 @@ fn learn(
 }
 
 /// For transport-wide feedback, where agreed.
-fn note_arrival(transport: &mut Transport, header: &Header, datagram: &[u8], arrival: Time) {
+fn note_arrival(transport: &mut RouterTransport, header: &Header, datagram: &[u8], arrival: Time) {
     let Some((id, log)) = &mut transport.transport_cc else {
         return;
     };
@@ -1781,8 +1787,8 @@ fn note_arrival(transport: &mut Transport, header: &Header, datagram: &[u8], arr
 }
 
 fn prefetch(
-    subscriptions: &Slab<Subscription>,
-    transports: &Slab<Transport>,
+    subscriptions: &Slab<ForwardedSubscription>,
+    transports: &Slab<RouterTransport>,
     subscriber: Subscriber,
 ) {
     if let Some(subscription) = subscriptions.get(subscriber.subscription) {
@@ -1795,10 +1801,10 @@ fn prefetch(
 
 /// Writes one compound into the lent buffer, seals and sends it; false where it cannot.
 fn send_compound(
-    transport: &mut Transport,
+    transport: &mut RouterTransport,
     statistics: &mut RouterStatistics,
     io: &mut impl Outgoing,
-    write: impl FnOnce(&mut Writer<'_>) -> Result<(), WriteError>,
+    write: impl FnOnce(&mut RtcpWriter<'_>) -> Result<(), WriteError>,
 ) -> bool {
     let Some((to, sealed)) = seal_compound(&mut transport.peer, io.lend(), write) else {
         return false;

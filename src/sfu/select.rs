@@ -12,12 +12,12 @@ const PACKETS_MIN: u32 = 5;
 
 /// Whether one layer is being sent.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Activity {
+pub struct LayerActivity {
     active: bool,
     packets: u32,
 }
 
-impl Activity {
+impl LayerActivity {
     pub fn is_active(&self) -> bool {
         self.active
     }
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn a_layer_is_active_while_every_window_holds_enough_packets() {
-        let mut high = Activity::default();
+        let mut high = LayerActivity::default();
         assert!(
             (0..4).all(|_| !high.handle_packet(2))
                 && high.handle_packet(2)
@@ -120,7 +120,7 @@ mod tests {
         assert!(high.is_active() && !high.close_window(2));
         (0..4).for_each(|_| assert!(!high.handle_packet(2)));
         assert!(high.close_window(2) && !high.is_active() && !high.close_window(2));
-        let mut low = Activity::default();
+        let mut low = LayerActivity::default();
         assert!(low.handle_packet(0) && !low.close_window(0));
         assert!(low.close_window(0));
     }

@@ -1,7 +1,7 @@
 //! The edge around the lobby and the routers: one port for WebSockets, room service and metrics, one thread for signalling (`sfu-signal`), one for each router
 //! (`sfu-0`, ..).
 //!
-//! [`Server::start`] and the rest may be called from anywhere, within another runtime too: the server brings its own.
+//! [`SfuServer::start`] and the rest may be called from anywhere, within another runtime too: the server brings its own.
 
 pub mod access;
 mod metrics;
@@ -24,10 +24,10 @@ use livekit_protocol as proto;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
-use super::bottleneck::Limit;
-use super::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, LobbyStatistics, Output};
+use super::bottleneck::BottleneckLimit;
+use super::lobby::{ConnectionId, Entrant, Lobby, LobbyConfig, LobbyOutput, LobbyStatistics};
 use super::statistics::RouterStatistics;
-use super::worker::{Worker, WorkerConfig};
+use super::worker::{RouterWorker, RouterWorkerConfig};
 use super::{MediaEvent, SendMode, THREAD_PREFIX};
 use crate::http::{self, Limits};
 use crate::secrets::Secrets;
@@ -35,8 +35,8 @@ use crate::seeded::scatter;
 use crate::signal::Secret;
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time};
-use access::Access;
-use websocket::{Outbox, Unsent};
+use access::SfuAccess;
+use websocket::{ClientOutbox, UnsentMessage};
 
 /// What `lk` and LiveKit's own `--dev` use, with a secret that is long enough for everybody's JWT library.
 pub const DEV_KEY: &str = "devkey";
@@ -70,7 +70,7 @@ pub struct ServerConfig {
     /// What is no secret comes from it: sids, first sequence numbers and timestamps.
     pub seed: u64,
     /// What each router is limited to, for tests that look for it.
-    pub limit: Option<Limit>,
+    pub limit: Option<BottleneckLimit>,
 }
 
 impl ServerConfig {
@@ -141,16 +141,16 @@ pub struct ServerStatistics {
 }
 
 /// A running SFU. Dropping it stops it.
-pub struct Server {
+pub struct SfuServer {
     address: SocketAddr,
     inputs: mpsc::Sender<Input>,
     thread: Option<JoinHandle<()>>,
-    workers: Arc<Vec<Worker>>,
+    workers: Arc<Vec<RouterWorker>>,
     shutdown: Option<oneshot::Sender<()>>,
 }
 
-impl Server {
-    pub fn start(config: ServerConfig) -> Result<Server, StartError> {
+impl SfuServer {
+    pub fn start(config: ServerConfig) -> Result<SfuServer, StartError> {
         if config.api_key.is_empty() || config.api_secret.expose().is_empty() {
             return Err(StartError::NoKey);
         }
@@ -170,12 +170,12 @@ impl Server {
             secrets: Secrets::system(),
             epoch,
             fingerprint: identity.fingerprint(),
-            routers: workers.iter().map(Worker::address).collect(),
+            routers: workers.iter().map(RouterWorker::address).collect(),
         });
         let (inputs, requests) = mpsc::channel(INPUTS_MAX);
         let workers = Arc::new(workers);
         let refused = Arc::new(AtomicU64::new(0));
-        let desk = Desk {
+        let desk = LobbyDesk {
             lobby,
             epoch,
             workers: workers.clone(),
@@ -183,8 +183,8 @@ impl Server {
             slow_readers: 0,
             refused_connections: refused.clone(),
         };
-        let state = State {
-            access: Arc::new(Access::new(&config.api_key, config.api_secret.expose())),
+        let state = ServerState {
+            access: Arc::new(SfuAccess::new(&config.api_key, config.api_secret.expose())),
             inputs: inputs.clone(),
             requests: Arc::new(Semaphore::new(REQUESTS_BYTES_MAX)),
         };
@@ -201,7 +201,7 @@ impl Server {
                 )
             })
             .map_err(StartError::Thread)?;
-        Ok(Server {
+        Ok(SfuServer {
             address,
             inputs,
             thread: Some(thread),
@@ -261,7 +261,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for SfuServer {
     fn drop(&mut self) {
         self.halt();
     }
@@ -295,7 +295,7 @@ fn start_workers(
     config: &ServerConfig,
     identity: &Identity,
     epoch: Epoch,
-) -> Result<(Vec<Worker>, MediaEvents), StartError> {
+) -> Result<(Vec<RouterWorker>, MediaEvents), StartError> {
     let listen = config.listen.ip();
     let ip = match config.media_ip {
         Some(ip) => ip,
@@ -308,7 +308,7 @@ fn start_workers(
     let mut workers = Vec::new();
     for index in 0..config.routers {
         let (told, heard) = mpsc::unbounded_channel();
-        let worker = WorkerConfig {
+        let worker = RouterWorkerConfig {
             ip,
             identity: identity.clone(),
             epoch,
@@ -317,7 +317,9 @@ fn start_workers(
             limit: config.limit,
             name: format!("{THREAD_PREFIX}{index}"),
         };
-        workers.push(Worker::start(worker, told).map_err(|cause| StartError::Media { ip, cause })?);
+        workers.push(
+            RouterWorker::start(worker, told).map_err(|cause| StartError::Media { ip, cause })?,
+        );
         events.push(heard);
     }
     Ok((workers, events))
@@ -334,27 +336,27 @@ fn outward_address(any: IpAddr) -> Option<IpAddr> {
     socket.local_addr().ok().map(|address| address.ip())
 }
 
-fn media_statistics(workers: &[Worker]) -> RouterStatistics {
+fn media_statistics(workers: &[RouterWorker]) -> RouterStatistics {
     let mut sum = RouterStatistics::default();
-    let known = workers.iter().filter_map(Worker::statistics);
+    let known = workers.iter().filter_map(RouterWorker::statistics);
     known.for_each(|statistics| sum.merge(&statistics));
     sum
 }
 
 /// What request handlers need.
 #[derive(Clone)]
-struct State {
-    access: Arc<Access>,
+struct ServerState {
+    access: Arc<SfuAccess>,
     inputs: mpsc::Sender<Input>,
     /// One permit for each byte of a request that may wait for the lobby.
     requests: Arc<Semaphore>,
 }
 
-impl State {
+impl ServerState {
     /// Asks the lobby. `None`: the server is stopping.
     async fn call<R: Send + 'static>(
         &self,
-        act: impl FnOnce(&mut Desk, Time) -> R + Send + 'static,
+        act: impl FnOnce(&mut LobbyDesk, Time) -> R + Send + 'static,
     ) -> Option<R> {
         let (reply, answer) = oneshot::channel();
         let call = Input::Call(Box::new(move |desk, now| {
@@ -368,8 +370,8 @@ impl State {
 /// What reaches the lobby from sockets and callers.
 enum Input {
     Enter {
-        entry: Box<Entry>,
-        messages: Outbox,
+        entry: Box<Entrant>,
+        messages: ClientOutbox,
         reply: oneshot::Sender<ConnectionId>,
     },
     Request {
@@ -385,13 +387,13 @@ enum Input {
 }
 
 /// What somebody wants to know of the lobby, or to change in it.
-type Call = Box<dyn FnOnce(&mut Desk, Time) + Send>;
+type Call = Box<dyn FnOnce(&mut LobbyDesk, Time) + Send>;
 
 /// The signalling thread: one thread serves some thousand WebSockets.
 fn signalling(
     (listener, connections, refused): (std::net::TcpListener, usize, Arc<AtomicU64>),
-    state: State,
-    desk: Desk,
+    state: ServerState,
+    desk: LobbyDesk,
     (requests, media): (mpsc::Receiver<Input>, MediaEvents),
     stopped: oneshot::Receiver<()>,
 ) {
@@ -431,7 +433,7 @@ fn signalling(
     });
 }
 
-fn routes(state: State) -> Router {
+fn routes(state: ServerState) -> Router {
     Router::new()
         .route("/", get(websocket::health))
         .route("/rtc", get(websocket::dual))
@@ -445,17 +447,17 @@ fn routes(state: State) -> Router {
 }
 
 /// The lobby with its clients' queues and the routers.
-struct Desk {
+struct LobbyDesk {
     lobby: Lobby,
     epoch: Epoch,
-    workers: Arc<Vec<Worker>>,
+    workers: Arc<Vec<RouterWorker>>,
     /// Looked up, never iterated.
-    clients: HashMap<ConnectionId, Outbox>,
+    clients: HashMap<ConnectionId, ClientOutbox>,
     slow_readers: u64,
     refused_connections: Arc<AtomicU64>,
 }
 
-impl Desk {
+impl LobbyDesk {
     async fn run(
         mut self,
         mut requests: mpsc::Receiver<Input>,
@@ -519,15 +521,15 @@ impl Desk {
     fn drain(&mut self, now: Time) {
         while let Some(output) = self.lobby.poll_output() {
             match output {
-                Output::Send {
+                LobbyOutput::Send {
                     connection,
                     message,
                 } => self.send(connection, message, now),
-                Output::Close { connection } => {
+                LobbyOutput::Close { connection } => {
                     // Its task writes what is queued, then closes.
                     self.clients.remove(&connection);
                 }
-                Output::Media { router, command } => {
+                LobbyOutput::Media { router, command } => {
                     if let Some(worker) = self.workers.get(router) {
                         worker.command(command);
                     }
@@ -542,13 +544,13 @@ impl Desk {
         };
         match client.send(message) {
             Ok(()) => {}
-            Err(Unsent::Full) => {
+            Err(UnsentMessage::Full) => {
                 self.slow_readers += 1;
                 self.clients.remove(&connection);
                 self.lobby.handle_disconnect(connection, now);
             }
             // Its task is gone and says so itself.
-            Err(Unsent::Closed) => {}
+            Err(UnsentMessage::Closed) => {}
         }
     }
 

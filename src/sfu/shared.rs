@@ -12,7 +12,7 @@ use crate::codec::Codec;
 use crate::secrets::Secrets;
 use crate::seeded::Seeded;
 use crate::transport::peer::IceCredentials;
-use crate::transport::sdp::{Candidate, Fingerprint, LocalTransport, Setup};
+use crate::transport::sdp::{Candidate, DtlsSetup, Fingerprint, LocalTransport};
 use crate::units::{Epoch, Time};
 
 /// LiveKit's client protocol that we speak: the last one without data tracks.
@@ -33,7 +33,7 @@ pub(super) struct RoomId(pub u32);
 
 /// Somebody with a good token wants in.
 #[derive(Clone, Debug, Default)]
-pub struct Entry {
+pub struct Entrant {
     pub room: String,
     pub identity: String,
     pub name: String,
@@ -52,7 +52,7 @@ pub struct Entry {
 }
 
 #[derive(Debug)]
-pub enum Output {
+pub enum LobbyOutput {
     /// An encoded `SignalResponse`. What goes to many is one buffer.
     Send {
         connection: ConnectionId,
@@ -98,7 +98,7 @@ pub(super) enum Timer {
 }
 
 /// What all rooms share.
-pub(super) struct Shared {
+pub(super) struct SfuShared {
     pub ids: Ids,
     pub secrets: Secrets,
     pub epoch: Epoch,
@@ -107,7 +107,7 @@ pub(super) struct Shared {
     /// Participants on each router.
     pub loads: Vec<usize>,
     pub totals: LobbyTotals,
-    pub outputs: VecDeque<Output>,
+    pub outputs: VecDeque<LobbyOutput>,
     pub timers: BTreeSet<(Time, Timer)>,
     // Looked up, never iterated.
     pub connections: HashMap<ConnectionId, (RoomId, SessionId)>,
@@ -115,10 +115,10 @@ pub(super) struct Shared {
     pub tracks: HashMap<TrackId, RoomId>,
 }
 
-impl Shared {
+impl SfuShared {
     pub fn send(&mut self, connection: Option<ConnectionId>, message: Bytes) {
         if let Some(connection) = connection {
-            self.outputs.push_back(Output::Send {
+            self.outputs.push_back(LobbyOutput::Send {
                 connection,
                 message,
             });
@@ -150,11 +150,12 @@ impl Shared {
     /// The WebSocket has nothing more to say or to hear.
     pub fn close(&mut self, connection: ConnectionId) {
         self.connections.remove(&connection);
-        self.outputs.push_back(Output::Close { connection });
+        self.outputs.push_back(LobbyOutput::Close { connection });
     }
 
     pub fn command(&mut self, router: usize, command: MediaCommand) {
-        self.outputs.push_back(Output::Media { router, command });
+        self.outputs
+            .push_back(LobbyOutput::Media { router, command });
     }
 
     pub fn set_timer(&mut self, at: Time, timer: Timer) {
@@ -169,7 +170,7 @@ impl Shared {
             pwd: password,
             fingerprint: self.fingerprint,
             // LiveKit's role where the client leaves it open.
-            setup: Setup::Active,
+            setup: DtlsSetup::Active,
             candidates: self
                 .routers
                 .get(router)

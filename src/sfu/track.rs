@@ -29,7 +29,7 @@ const SMOOTHING: f64 = 2.0 / 3.0;
 /// Levels are told in steps, so that small changes cause no message.
 const LEVEL_STEPS: f64 = 8.0;
 
-pub(super) struct Track {
+pub(super) struct PublishedTrack {
     pub id: TrackId,
     pub publisher: SessionId,
     pub codec: Codec,
@@ -44,7 +44,7 @@ pub(super) struct Track {
     pub loudness: Loudness,
 }
 
-impl Track {
+impl PublishedTrack {
     pub fn kind(&self) -> Kind {
         self.codec.kind()
     }
@@ -236,7 +236,10 @@ impl Dynacast {
 }
 
 /// For the publisher: qualities up to `highest` (counted from 1) are watched.
-pub(super) fn quality_update(track: &Track, highest: u8) -> proto::SubscribedQualityUpdate {
+pub(super) fn quality_update(
+    track: &PublishedTrack,
+    highest: u8,
+) -> proto::SubscribedQualityUpdate {
     let qualities = [
         proto::VideoQuality::Low,
         proto::VideoQuality::Medium,
@@ -286,8 +289,8 @@ fn linear(level: u8) -> f64 {
 mod tests {
     use super::*;
 
-    fn track(layers: u8, declared: &[(proto::VideoQuality, u32)]) -> Track {
-        Track {
+    fn track(layers: u8, declared: &[(proto::VideoQuality, u32)]) -> PublishedTrack {
+        PublishedTrack {
             id: TrackId(1),
             publisher: SessionId(1),
             codec: Codec::Vp8,

@@ -11,7 +11,7 @@ use std::time::Duration;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use super::bottleneck::{Bottleneck, Limit};
+use super::bottleneck::{Bottleneck, BottleneckLimit};
 use super::router::{Router, RouterConfig};
 use super::statistics::RouterStatistics;
 use super::{MediaCommand, MediaEvent, Outgoing, SendMode};
@@ -33,7 +33,7 @@ const WAKER: Token = Token(1);
 
 /// What a worker is made with.
 #[derive(Clone)]
-pub struct WorkerConfig {
+pub struct RouterWorkerConfig {
     /// Where it listens, on a free port.
     pub ip: IpAddr,
     pub identity: Identity,
@@ -42,31 +42,31 @@ pub struct WorkerConfig {
     /// Chooses what need not be secret: first sequence numbers, timestamps, picture ids.
     pub seed: u64,
     /// For tests that look for it.
-    pub limit: Option<Limit>,
+    pub limit: Option<BottleneckLimit>,
     /// Of the thread: `sfu-N`.
     pub name: String,
 }
 
 /// A router's thread. It ends with this handle.
-pub struct Worker {
+pub struct RouterWorker {
     address: SocketAddr,
-    requests: Sender<Request>,
+    requests: Sender<RouterRequest>,
     waker: Arc<Waker>,
     thread: Option<JoinHandle<()>>,
 }
 
-enum Request {
+enum RouterRequest {
     Command(MediaCommand),
     Inspect(Box<dyn FnOnce(&Router) + Send>),
     Stop,
 }
 
-impl Worker {
+impl RouterWorker {
     /// Binds the socket and starts the thread. What the router tells goes to `events`.
     pub fn start(
-        config: WorkerConfig,
+        config: RouterWorkerConfig,
         events: tokio::sync::mpsc::UnboundedSender<MediaEvent>,
-    ) -> io::Result<Worker> {
+    ) -> io::Result<RouterWorker> {
         let socket = net::open_media_socket(config.ip, RECEIVE_BUFFER_BYTES)?;
         let address = socket.local_addr()?;
         let poll = Poll::new()?;
@@ -93,14 +93,14 @@ impl Worker {
                 let mut worker = Loop {
                     router: Router::new(router_config, epoch.now()),
                     epoch,
-                    io: SocketIo {
+                    io: RouterSocketIo {
                         socket,
                         batch: net::SendBatch::default(),
                         bottleneck: config
                             .limit
                             .map(|limit| Bottleneck::new(limit, epoch.now())),
                     },
-                    received: net::Batch::default(),
+                    received: net::ReceiveBatch::default(),
                     poll,
                     happened: Events::with_capacity(8),
                     requests: inbox,
@@ -114,7 +114,7 @@ impl Worker {
                 // The poll fails only where the process is out of its means; the router is then gone, and its handle tells.
                 while let Ok(true) = worker.turn() {}
             })?;
-        Ok(Worker {
+        Ok(RouterWorker {
             address,
             requests,
             waker,
@@ -128,7 +128,7 @@ impl Worker {
     }
 
     pub fn command(&self, command: MediaCommand) {
-        self.request(Request::Command(command));
+        self.request(RouterRequest::Command(command));
     }
 
     /// Cumulative counts as of now; `None` if the thread has ended.
@@ -147,7 +147,7 @@ impl Worker {
         look: impl FnOnce(&Router) -> R + Send + 'static,
     ) -> Option<R> {
         let (answer, seen): (SyncSender<R>, Receiver<R>) = sync_channel(1);
-        self.request(Request::Inspect(Box::new(move |router| {
+        self.request(RouterRequest::Inspect(Box::new(move |router| {
             // Nobody waits any more only when the asking thread is gone.
             let _ = answer.send(look(router));
         })));
@@ -156,14 +156,14 @@ impl Worker {
 
     /// Ends the thread: its connections fall silent.
     pub fn stop(&mut self) {
-        self.request(Request::Stop);
+        self.request(RouterRequest::Stop);
         if let Some(thread) = self.thread.take() {
             // A panic of the thread has been printed by itself.
             let _ = thread.join();
         }
     }
 
-    fn request(&self, request: Request) {
+    fn request(&self, request: RouterRequest) {
         // A thread that has ended takes no requests; who waits for an answer hears that the channel is closed.
         if self.requests.send(request).is_ok() {
             let _ = self.waker.wake();
@@ -171,7 +171,7 @@ impl Worker {
     }
 }
 
-impl Drop for Worker {
+impl Drop for RouterWorker {
     fn drop(&mut self) {
         self.stop();
     }
@@ -180,11 +180,11 @@ impl Drop for Worker {
 struct Loop {
     router: Router,
     epoch: Epoch,
-    io: SocketIo,
-    received: net::Batch,
+    io: RouterSocketIo,
+    received: net::ReceiveBatch,
     poll: Poll,
     happened: Events,
-    requests: Receiver<Request>,
+    requests: Receiver<RouterRequest>,
     events: tokio::sync::mpsc::UnboundedSender<MediaEvent>,
     /// As the socket told last.
     socket_drops: u32,
@@ -296,12 +296,12 @@ impl Loop {
         self.more_requests = false;
         for _ in 0..COMMANDS_MAX {
             match self.requests.try_recv() {
-                Ok(Request::Command(command)) => {
+                Ok(RouterRequest::Command(command)) => {
                     self.router
                         .handle_command(command, self.epoch.now(), &mut self.io)
                 }
-                Ok(Request::Inspect(look)) => look(&self.router),
-                Ok(Request::Stop) | Err(TryRecvError::Disconnected) => return false,
+                Ok(RouterRequest::Inspect(look)) => look(&self.router),
+                Ok(RouterRequest::Stop) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
             }
         }
@@ -311,13 +311,13 @@ impl Loop {
     }
 }
 
-struct SocketIo {
+struct RouterSocketIo {
     socket: UdpSocket,
     batch: net::SendBatch,
     bottleneck: Option<Bottleneck>,
 }
 
-impl SocketIo {
+impl RouterSocketIo {
     fn refill(&mut self, now: Time) {
         if let Some(bottleneck) = &mut self.bottleneck {
             bottleneck.refill(now);
@@ -329,7 +329,7 @@ impl SocketIo {
     }
 }
 
-impl Outgoing for SocketIo {
+impl Outgoing for RouterSocketIo {
     fn lend(&mut self) -> &mut [u8] {
         self.batch.lend()
     }

@@ -10,7 +10,7 @@ use crate::plan::ParticipantPlan;
 
 /// What lets the participants of a run in.
 #[derive(Clone)]
-pub enum Access {
+pub enum JoinAccess {
     Key(ApiKey),
     /// Tokens that the user gave, one for each participant.
     Given(Arc<Seats>),
@@ -59,7 +59,7 @@ impl TokenIssuer {
     }
 }
 
-impl Access {
+impl JoinAccess {
     /// A token with which `participant` joins `room`. Whoever issues it elsewhere gives it the permissions that the plan asks for.
     ///
     /// # Errors
@@ -72,14 +72,14 @@ impl Access {
     ) -> Result<Secret, NoToken> {
         let identity = &participant.identity;
         match self {
-            Access::Key(key) => {
+            JoinAccess::Key(key) => {
                 Ok(key.join_token(room, identity, identity, permissions, TOKEN_LIFETIME)?)
             }
-            Access::Given(seats) => seats
+            JoinAccess::Given(seats) => seats
                 .of(participant.position)
                 .map(|token| token.secret.clone())
                 .ok_or(NoToken::NotGiven(participant.position)),
-            Access::Issued(issuer) => issuer
+            JoinAccess::Issued(issuer) => issuer
                 .token(participant.position)
                 .await
                 .map_err(NoToken::NotIssued),
@@ -88,25 +88,25 @@ impl Access {
 
     pub fn key(&self) -> Option<&ApiKey> {
         match self {
-            Access::Key(key) => Some(key),
-            Access::Given(_) | Access::Issued(_) => None,
+            JoinAccess::Key(key) => Some(key),
+            JoinAccess::Given(_) | JoinAccess::Issued(_) => None,
         }
     }
 
     /// Who a participant is and which room it joins, where its token says so.
     pub fn seat(&self, position: u32) -> Option<(&str, &str)> {
         match self {
-            Access::Given(seats) => seats
+            JoinAccess::Given(seats) => seats
                 .of(position)
                 .map(|token| (token.identity.as_str(), token.room.as_str())),
-            Access::Key(_) | Access::Issued(_) => None,
+            JoinAccess::Key(_) | JoinAccess::Issued(_) => None,
         }
     }
 }
 
-impl From<ApiKey> for Access {
-    fn from(key: ApiKey) -> Access {
-        Access::Key(key)
+impl From<ApiKey> for JoinAccess {
+    fn from(key: ApiKey) -> JoinAccess {
+        JoinAccess::Key(key)
     }
 }
 
@@ -118,7 +118,7 @@ mod tests {
     #[tokio::test]
     async fn tokens_come_from_whoever_issues_them_or_not_at_all() {
         let (issuer, mut requests) = TokenIssuer::new();
-        let access = Access::Issued(issuer);
+        let access = JoinAccess::Issued(issuer);
         let participant = plan().participant(5);
         let ask = || access.join_token(&participant, "hall", Permissions::SUBSCRIBER);
         let issue = async {

@@ -69,7 +69,7 @@ impl ConnectTimes {
 
 /// Two peer connections (`/rtc`) or one (`/rtc/v1`).
 #[derive(Clone, Debug, Default)]
-pub enum Connection {
+pub enum JoinMode {
     #[default]
     Dual,
     /// What may travel with the join itself: tracks to add, and an offer `(sdp, id)` for them.
@@ -79,9 +79,9 @@ pub enum Connection {
     },
 }
 
-impl Connection {
+impl JoinMode {
     /// One connection, with nothing to say on it yet.
-    pub const SINGLE: Connection = Connection::Single {
+    pub const SINGLE: JoinMode = JoinMode::Single {
         add_tracks: Vec::new(),
         publisher_offer: None,
     };
@@ -101,7 +101,7 @@ pub struct JoinOptions {
     pub packet_trailer: bool,
     /// The participant's sid, to resume its session instead of joining.
     pub resume: Option<String>,
-    pub connection: Connection,
+    pub connection: JoinMode,
     /// For the name, TCP, TLS and the WebSocket together. A server may take several seconds to start a session under load.
     pub timeout: Duration,
 }
@@ -116,7 +116,7 @@ impl Default for JoinOptions {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             packet_trailer: true,
             resume: None,
-            connection: Connection::Dual,
+            connection: JoinMode::Dual,
             timeout: Duration::from_secs(20),
         }
     }
@@ -126,8 +126,8 @@ impl JoinOptions {
     /// The path and query of the join, without the token, which travels in a header.
     pub fn path(&self) -> String {
         match &self.connection {
-            Connection::Dual => format!("/rtc?{}", self.dual_query()),
-            Connection::Single {
+            JoinMode::Dual => format!("/rtc?{}", self.dual_query()),
+            JoinMode::Single {
                 add_tracks,
                 publisher_offer,
             } => {
@@ -273,7 +273,7 @@ pub enum SignalError {
     Protocol { cause: String },
 }
 
-/// Opens a participant's signalling connection. The server's first message is `Event::Join` (or `Event::Reconnect` after a resume).
+/// Opens a participant's signalling connection. The server's first message is `SignalEvent::Join` (or `SignalEvent::Reconnect` after a resume).
 ///
 /// The token is sent as a header and appears in no error, whatever the server answers.
 pub async fn connect(
@@ -292,7 +292,7 @@ pub async fn connect(
 /// A connection to the server on which nothing has been said yet. Our own address is known by now: what a join says of media can name it.
 pub struct Dialled<'a> {
     endpoint: &'a Endpoint,
-    transport: Transport,
+    transport: TcpOrTls,
     tcp: Duration,
     tls: Option<Duration>,
     /// Our end: the address by which this host reaches the server.
@@ -309,11 +309,11 @@ impl Dialled<'_> {
             cause: error.to_string(),
         })?;
         let (transport, tls) = match endpoint.secure() {
-            false => (Transport::Plain(tcp_stream), None),
+            false => (TcpOrTls::Plain(tcp_stream), None),
             true => {
                 let started = Instant::now();
                 (
-                    Transport::Tls(Box::new(connect_tls(endpoint, tcp_stream).await?)),
+                    TcpOrTls::Tls(Box::new(connect_tls(endpoint, tcp_stream).await?)),
                     Some(started.elapsed()),
                 )
             }
@@ -490,7 +490,7 @@ fn http_error(
         },
         401 | 403 => SignalError::Unauthorized { text },
         404 => SignalError::NotFound {
-            path: if matches!(options.connection, Connection::Dual) {
+            path: if matches!(options.connection, JoinMode::Dual) {
                 "/rtc"
             } else {
                 "/rtc/v1"
@@ -565,12 +565,12 @@ impl SignalSender {
         .await
     }
 
-    /// Announces a track; `Event::TrackPublished` with the same `cid` follows. Only then may an offer carry it.
+    /// Announces a track; `SignalEvent::TrackPublished` with the same `cid` follows. Only then may an offer carry it.
     pub async fn add_track(&mut self, request: proto::AddTrackRequest) -> Result<(), SignalError> {
         self.send(Request::AddTrack(request)).await
     }
 
-    /// Asks for an `Event::Pong` that carries `timestamp_us` back, so that its reader knows the signalling round trip. `rtt` is the last one known.
+    /// Asks for an `SignalEvent::Pong` that carries `timestamp_us` back, so that its reader knows the signalling round trip. `rtt` is the last one known.
     pub async fn ping(&mut self, timestamp_us: i64, rtt: Duration) -> Result<(), SignalError> {
         self.send(Request::PingReq(proto::Ping {
             timestamp: timestamp_us,
@@ -655,7 +655,7 @@ pub struct SignalReceiver {
 
 impl SignalReceiver {
     /// The server's next message. Cancel-safe.
-    pub async fn next(&mut self) -> Result<Event, SignalError> {
+    pub async fn next(&mut self) -> Result<SignalEvent, SignalError> {
         while !self.closed {
             let Some(message) = poll_fn(|cx| self.poll_message(cx)).await else {
                 break;
@@ -663,7 +663,7 @@ impl SignalReceiver {
             match message.map_err(lost)? {
                 Message::Binary(bytes) => return Ok(self.receive(bytes)),
                 Message::Text(text) => {
-                    return Ok(Event::Ignored {
+                    return Ok(SignalEvent::Ignored {
                         kind: 0,
                         len: text.len(),
                     });
@@ -673,7 +673,7 @@ impl SignalReceiver {
                     let (code, reason) = frame.map_or((None, String::new()), |frame| {
                         (Some(u16::from(frame.code)), frame.reason.to_string())
                     });
-                    return Ok(Event::Closed { code, reason });
+                    return Ok(SignalEvent::Closed { code, reason });
                 }
                 Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
             }
@@ -692,16 +692,16 @@ impl SignalReceiver {
         self.bytes_received
     }
 
-    fn receive(&mut self, bytes: Bytes) -> Event {
+    fn receive(&mut self, bytes: Bytes) -> SignalEvent {
         self.bytes_received += bytes.len() as u64;
         self.held = (bytes.len() > READ_BUFFER_BYTES).then(|| bytes.clone());
-        Event::decode(&bytes)
+        SignalEvent::decode(&bytes)
     }
 }
 
 /// What the server says, decoded as far as a participant acts on it.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Event {
+pub enum SignalEvent {
     Join(Box<Join>),
     /// For the subscriber connection (dual), to be answered with the same `id` within 15 s.
     Offer(Description),
@@ -880,7 +880,7 @@ mod response {
     }
 }
 
-/// What a kind of [`Event::Malformed`] is called, where a session cannot go on without it.
+/// What a kind of [`SignalEvent::Malformed`] is called, where a session cannot go on without it.
 pub fn essential_name(kind: u32) -> Option<&'static str> {
     match kind {
         response::JOIN => Some("Join"),
@@ -890,68 +890,68 @@ pub fn essential_name(kind: u32) -> Option<&'static str> {
     }
 }
 
-impl Event {
-    /// Reads one `SignalResponse`. Never fails: what is broken is [`Event::Malformed`].
-    pub fn decode(message: &Bytes) -> Event {
+impl SignalEvent {
+    /// Reads one `SignalResponse`. Never fails: what is broken is [`SignalEvent::Malformed`].
+    pub fn decode(message: &Bytes) -> SignalEvent {
         let Some(Ok(field)) = Fields(message).next() else {
             // Of a message that was cut short, its key may still say what it was.
             let key = split_varint(message).map_or(0, |(key, _)| key >> 3);
-            return Event::Malformed {
+            return SignalEvent::Malformed {
                 kind: u32::try_from(key).unwrap_or(0),
                 len: message.len(),
             };
         };
         let kind = field.number;
         let Some(body) = field.bytes else {
-            return Event::Ignored {
+            return SignalEvent::Ignored {
                 kind,
                 len: message.len(),
             };
         };
         if body.len() > LISTS_BYTES_MAX && response::has_lists(kind) {
-            return Event::Malformed {
+            return SignalEvent::Malformed {
                 kind,
                 len: message.len(),
             };
         }
-        Event::decode_kind(kind, body, message).unwrap_or(Event::Malformed {
+        SignalEvent::decode_kind(kind, body, message).unwrap_or(SignalEvent::Malformed {
             kind,
             len: message.len(),
         })
     }
 
-    fn decode_kind(kind: u32, body: &[u8], message: &Bytes) -> Option<Event> {
+    fn decode_kind(kind: u32, body: &[u8], message: &Bytes) -> Option<SignalEvent> {
         Some(match kind {
-            response::JOIN => Event::Join(Box::new(Join::decode(message.slice_ref(body))?)),
-            response::ANSWER => Event::Answer(Description::decode(body)?),
-            response::OFFER => Event::Offer(Description::decode(body)?),
-            response::TRICKLE => Event::Trickle(Trickle::decode(body)?),
+            response::JOIN => SignalEvent::Join(Box::new(Join::decode(message.slice_ref(body))?)),
+            response::ANSWER => SignalEvent::Answer(Description::decode(body)?),
+            response::OFFER => SignalEvent::Offer(Description::decode(body)?),
+            response::TRICKLE => SignalEvent::Trickle(Trickle::decode(body)?),
             response::TRACK_PUBLISHED => {
                 let published = proto::TrackPublishedResponse::decode(body).ok()?;
-                Event::TrackPublished {
+                SignalEvent::TrackPublished {
                     cid: published.cid,
                     track: Box::new(published.track?),
                 }
             }
-            response::TRACK_UNPUBLISHED => Event::TrackUnpublished {
+            response::TRACK_UNPUBLISHED => SignalEvent::TrackUnpublished {
                 track_sid: proto::TrackUnpublishedResponse::decode(body)
                     .ok()?
                     .track_sid,
             },
-            response::LEAVE => Event::Leave(Leave::decode(body)?),
+            response::LEAVE => SignalEvent::Leave(Leave::decode(body)?),
             response::SPEAKERS_CHANGED => {
-                Event::SpeakersChanged(proto::SpeakersChanged::decode(body).ok()?.speakers)
+                SignalEvent::SpeakersChanged(proto::SpeakersChanged::decode(body).ok()?.speakers)
             }
-            response::STREAM_STATE_UPDATE => {
-                Event::StreamStates(proto::StreamStateUpdate::decode(body).ok()?.stream_states)
-            }
-            response::SUBSCRIBED_QUALITY_UPDATE => Event::SubscribedQuality(Box::new(
+            response::STREAM_STATE_UPDATE => SignalEvent::StreamStates(
+                proto::StreamStateUpdate::decode(body).ok()?.stream_states,
+            ),
+            response::SUBSCRIBED_QUALITY_UPDATE => SignalEvent::SubscribedQuality(Box::new(
                 proto::SubscribedQualityUpdate::decode(body).ok()?,
             )),
             response::REFRESH_TOKEN => {
-                Event::RefreshToken(Secret::new(std::str::from_utf8(body).ok()?))
+                SignalEvent::RefreshToken(Secret::new(std::str::from_utf8(body).ok()?))
             }
-            response::RECONNECT => Event::Reconnect {
+            response::RECONNECT => SignalEvent::Reconnect {
                 ice_servers: proto::ReconnectResponse::decode(body)
                     .ok()?
                     .ice_servers
@@ -959,17 +959,17 @@ impl Event {
                     .map(IceServer::from)
                     .collect(),
             },
-            response::PONG_RESP => Event::Pong {
+            response::PONG_RESP => SignalEvent::Pong {
                 timestamp_us: proto::Pong::decode(body).ok()?.last_ping_timestamp,
             },
             response::MEDIA_SECTIONS_REQUIREMENT => {
                 let sections = proto::MediaSectionsRequirement::decode(body).ok()?;
-                Event::MediaSections {
+                SignalEvent::MediaSections {
                     audio: sections.num_audios,
                     video: sections.num_videos,
                 }
             }
-            _ => Event::Ignored {
+            _ => SignalEvent::Ignored {
                 kind,
                 len: message.len(),
             },
@@ -1152,16 +1152,16 @@ fn split_varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
 }
 
 /// TCP, bare or under TLS.
-enum Transport {
+enum TcpOrTls {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-impl Transport {
+impl TcpOrTls {
     fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self {
-            Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
-            Transport::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+            TcpOrTls::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            TcpOrTls::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
@@ -1171,13 +1171,13 @@ impl Transport {
 /// The library then never reads the next frame's first bytes into the memory of a large one, where they would keep all of it alive. It costs two or three
 /// short reads a message, and a participant gets a few messages a second.
 struct FrameReads {
-    transport: Transport,
-    phase: Phase,
+    transport: TcpOrTls,
+    phase: ResponsePhase,
     /// What came with the HTTP response and belongs to frames.
     leftover: Vec<u8>,
 }
 
-enum Phase {
+enum ResponsePhase {
     /// The response so far.
     Response(Vec<u8>),
     Header {
@@ -1197,10 +1197,10 @@ const HEADER_BYTES_MAX: usize = 10;
 const RESPONSE_BYTES_MAX: usize = 16 << 10;
 
 impl FrameReads {
-    fn new(transport: Transport) -> FrameReads {
+    fn new(transport: TcpOrTls) -> FrameReads {
         FrameReads {
             transport,
-            phase: Phase::Response(Vec::new()),
+            phase: ResponsePhase::Response(Vec::new()),
             leftover: Vec::new(),
         }
     }
@@ -1213,7 +1213,7 @@ impl FrameReads {
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         ready!(self.transport.poll_read(cx, buf))?;
-        let Phase::Response(head) = &mut self.phase else {
+        let ResponsePhase::Response(head) = &mut self.phase else {
             return Poll::Ready(Ok(()));
         };
         head.extend_from_slice(buf.filled().get(before..).unwrap_or_default());
@@ -1225,10 +1225,10 @@ impl FrameReads {
             Some(rest) if head.starts_with(b"HTTP/1.1 101") => {
                 self.leftover = rest.to_vec();
                 buf.set_filled(buf.filled().len() - self.leftover.len());
-                self.phase = Phase::header();
+                self.phase = ResponsePhase::header();
             }
             None if head.len() < RESPONSE_BYTES_MAX => {}
-            _ => self.phase = Phase::Foreign,
+            _ => self.phase = ResponsePhase::Foreign,
         }
         Poll::Ready(Ok(()))
     }
@@ -1266,9 +1266,9 @@ impl FrameReads {
     }
 }
 
-impl Phase {
-    fn header() -> Phase {
-        Phase::Header {
+impl ResponsePhase {
+    fn header() -> ResponsePhase {
+        ResponsePhase::Header {
             bytes: [0; HEADER_BYTES_MAX],
             have: 0,
         }
@@ -1277,16 +1277,18 @@ impl Phase {
     /// How much the next read may take at most; `None` if that does not matter.
     fn limit(&self) -> Option<usize> {
         match self {
-            Phase::Header { bytes, have } => Some(header_len(bytes, *have) - have),
-            Phase::Payload { remaining } => Some(usize::try_from(*remaining).unwrap_or(usize::MAX)),
-            Phase::Response(_) | Phase::Foreign => None,
+            ResponsePhase::Header { bytes, have } => Some(header_len(bytes, *have) - have),
+            ResponsePhase::Payload { remaining } => {
+                Some(usize::try_from(*remaining).unwrap_or(usize::MAX))
+            }
+            ResponsePhase::Response(_) | ResponsePhase::Foreign => None,
         }
     }
 
-    /// Takes note of bytes that were read, no more than [`Phase::limit`].
+    /// Takes note of bytes that were read, no more than [`ResponsePhase::limit`].
     fn advance(&mut self, read: &[u8]) {
         match self {
-            Phase::Header { bytes, have } => {
+            ResponsePhase::Header { bytes, have } => {
                 bytes
                     .iter_mut()
                     .skip(*have)
@@ -1294,21 +1296,21 @@ impl Phase {
                     .for_each(|(slot, byte)| *slot = *byte);
                 *have += read.len();
                 if *have == header_len(bytes, *have) {
-                    *self = Phase::payload(payload_len(bytes));
+                    *self = ResponsePhase::payload(payload_len(bytes));
                 }
             }
-            Phase::Payload { remaining } => {
-                *self = Phase::payload(remaining.saturating_sub(read.len() as u64))
+            ResponsePhase::Payload { remaining } => {
+                *self = ResponsePhase::payload(remaining.saturating_sub(read.len() as u64))
             }
-            Phase::Response(_) | Phase::Foreign => {}
+            ResponsePhase::Response(_) | ResponsePhase::Foreign => {}
         }
     }
 
-    fn payload(remaining: u64) -> Phase {
+    fn payload(remaining: u64) -> ResponsePhase {
         if remaining == 0 {
-            Phase::header()
+            ResponsePhase::header()
         } else {
-            Phase::Payload { remaining }
+            ResponsePhase::Payload { remaining }
         }
     }
 }
@@ -1340,7 +1342,7 @@ impl AsyncRead for FrameReads {
         let this = self.get_mut();
         match (this.phase.limit(), &this.phase) {
             (Some(limit), _) => this.poll_frame(cx, buf, limit),
-            (None, Phase::Response(_)) => this.poll_response(cx, buf),
+            (None, ResponsePhase::Response(_)) => this.poll_response(cx, buf),
             (None, _) => this.transport.poll_read(cx, buf),
         }
     }
@@ -1353,22 +1355,22 @@ impl AsyncWrite for FrameReads {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         match &mut self.get_mut().transport {
-            Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
-            Transport::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+            TcpOrTls::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            TcpOrTls::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.get_mut().transport {
-            Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Transport::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            TcpOrTls::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            TcpOrTls::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.get_mut().transport {
-            Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Transport::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+            TcpOrTls::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            TcpOrTls::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }
@@ -1474,7 +1476,7 @@ mod tests {
             message.len()
         );
         let started = Instant::now();
-        let Event::Join(join) = Event::decode(&message) else {
+        let SignalEvent::Join(join) = SignalEvent::decode(&message) else {
             panic!("no join")
         };
         eprintln!(
@@ -1537,46 +1539,46 @@ mod tests {
         for (message, expected) in [
             (
                 Response::RefreshToken("t".into()),
-                Event::RefreshToken(Secret::new("t")),
+                SignalEvent::RefreshToken(Secret::new("t")),
             ),
             (
                 Response::PongResp(proto::Pong {
                     last_ping_timestamp: 7,
                     timestamp: 8,
                 }),
-                Event::Pong { timestamp_us: 7 },
+                SignalEvent::Pong { timestamp_us: 7 },
             ),
             (
                 Response::SpeakersChanged(speakers.clone()),
-                Event::SpeakersChanged(speakers.speakers),
+                SignalEvent::SpeakersChanged(speakers.speakers),
             ),
             (
                 Response::StreamStateUpdate(states.clone()),
-                Event::StreamStates(states.stream_states),
+                SignalEvent::StreamStates(states.stream_states),
             ),
             (
                 Response::MediaSectionsRequirement(proto::MediaSectionsRequirement {
                     num_audios: 1,
                     num_videos: 2,
                 }),
-                Event::MediaSections { audio: 1, video: 2 },
+                SignalEvent::MediaSections { audio: 1, video: 2 },
             ),
             (
                 Response::Leave(leave),
-                Event::Leave(Leave {
+                SignalEvent::Leave(Leave {
                     action: proto::leave_request::Action::Reconnect,
                     reason: proto::DisconnectReason::RoomDeleted,
                     region_urls: Vec::new(),
                 }),
             ),
-            (Response::Pong(3), Event::Ignored { kind: 18, len: 3 }),
+            (Response::Pong(3), SignalEvent::Ignored { kind: 18, len: 3 }),
         ] {
-            assert_eq!(Event::decode(&response(message)), expected);
+            assert_eq!(SignalEvent::decode(&response(message)), expected);
         }
         let message = response(Response::Update(update));
         assert_eq!(
-            Event::decode(&message),
-            Event::Ignored {
+            SignalEvent::decode(&message),
+            SignalEvent::Ignored {
                 kind: 5,
                 len: message.len()
             }
@@ -1596,8 +1598,8 @@ mod tests {
         ] {
             assert!(
                 matches!(
-                    Event::decode(&Bytes::from_static(bytes)),
-                    Event::Malformed { .. }
+                    SignalEvent::decode(&Bytes::from_static(bytes)),
+                    SignalEvent::Malformed { .. }
                 ),
                 "{bytes:?}"
             );
@@ -1612,7 +1614,7 @@ mod tests {
             let mut bytes = whole.to_vec();
             bytes[at] = value;
             bytes.truncate(bytes.len() - (state >> 60) as usize);
-            if let Event::Join(join) = Event::decode(&bytes.into()) {
+            if let SignalEvent::Join(join) = SignalEvent::decode(&bytes.into()) {
                 let _ = join.others.identities().count();
             }
         }
@@ -1651,7 +1653,7 @@ mod tests {
 
     fn joining_with(publisher_offer: Option<(String, u32)>) -> JoinOptions {
         JoinOptions {
-            connection: Connection::Single {
+            connection: JoinMode::Single {
                 add_tracks: Vec::new(),
                 publisher_offer,
             },
@@ -1747,7 +1749,7 @@ mod tests {
             for len in lengths {
                 assert_eq!(
                     receiver.next().await.unwrap(),
-                    Event::Malformed { kind: 0, len }
+                    SignalEvent::Malformed { kind: 0, len }
                 );
             }
             drop(writing);
@@ -1802,7 +1804,7 @@ mod tests {
             server.close(None).await.unwrap();
             assert_eq!(
                 receiver.next().await.unwrap(),
-                Event::Closed {
+                SignalEvent::Closed {
                     code: None,
                     reason: String::new()
                 }
@@ -1832,7 +1834,7 @@ mod tests {
                 let (sent, received) =
                     tokio::join!(server.send(Message::Binary(large)), receiver.next());
                 sent.unwrap();
-                assert!(matches!(received.unwrap(), Event::RefreshToken(_)));
+                assert!(matches!(received.unwrap(), SignalEvent::RefreshToken(_)));
                 let (sent, received) =
                     tokio::join!(sender.answer("x".repeat(LARGE), 1), server.next());
                 sent.unwrap();

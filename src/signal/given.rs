@@ -90,7 +90,7 @@ pub struct Seats(Vec<GivenToken>);
 
 /// Why tokens do not fit a plan, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Misfit {
+pub enum SeatsMisfit {
     #[error(
         "the run has {participants} participants, and {tokens} of them have a token: give --token once for each (or @FILE with one a line), or ask for fewer with --publishers, --video-publishers and --subscribers"
     )]
@@ -114,10 +114,10 @@ impl Seats {
     ///
     /// # Errors
     /// Where there are too few, or none of the right kind.
-    pub fn assign(given: Vec<GivenToken>, plan: &Plan) -> Result<Seats, Misfit> {
+    pub fn assign(given: Vec<GivenToken>, plan: &Plan) -> Result<Seats, SeatsMisfit> {
         let participants = plan.total_participants() as usize;
         if given.len() < participants {
-            return Err(Misfit::TooFew {
+            return Err(SeatsMisfit::TooFew {
                 tokens: given.len(),
                 participants,
             });
@@ -126,7 +126,7 @@ impl Seats {
         let mut known = HashSet::new();
         for token in &given {
             if !known.insert((token.room.clone(), token.identity.clone())) {
-                return Err(Misfit::Twice {
+                return Err(SeatsMisfit::Twice {
                     identity: token.identity.clone(),
                     room: token.room.clone(),
                 });
@@ -136,7 +136,7 @@ impl Seats {
             }
         }
         if rooms.len() != plan.scenario.rooms.count as usize {
-            return Err(Misfit::Rooms {
+            return Err(SeatsMisfit::Rooms {
                 tokens: rooms.len(),
                 plan: plan.scenario.rooms.count as usize,
             });
@@ -150,7 +150,7 @@ impl Seats {
         people.sort_by_key(|who| !publishes(who));
         for who in people {
             let room = &rooms[who.room as usize];
-            let seat = take(&mut left, room, &who).ok_or_else(|| Misfit::Grant {
+            let seat = take(&mut left, room, &who).ok_or_else(|| SeatsMisfit::Grant {
                 room: room.clone(),
                 what: if publishes(&who) {
                     "publish"
@@ -264,7 +264,7 @@ mod tests {
         let misfit = |given: Vec<GivenToken>| Seats::assign(given, &small()).unwrap_err();
         assert_eq!(
             misfit(subscribers.to_vec()),
-            Misfit::TooFew {
+            SeatsMisfit::TooFew {
                 tokens: 2,
                 participants: 3
             }
@@ -272,19 +272,19 @@ mod tests {
         let elsewhere = token("cellar", "d", Permissions::BOTH);
         assert!(matches!(
             misfit([given.clone(), vec![elsewhere]].concat()),
-            Misfit::Rooms { tokens: 2, plan: 1 }
+            SeatsMisfit::Rooms { tokens: 2, plan: 1 }
         ));
         let third = token("hall", "d", Permissions::SUBSCRIBER);
         assert!(matches!(
             misfit([subscribers.to_vec(), vec![third]].concat()),
-            Misfit::Grant {
+            SeatsMisfit::Grant {
                 what: "publish",
                 ..
             }
         ));
         assert!(matches!(
             misfit([given, vec![publisher]].concat()),
-            Misfit::Twice { .. }
+            SeatsMisfit::Twice { .. }
         ));
     }
 }

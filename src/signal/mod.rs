@@ -17,9 +17,9 @@ use std::sync::{Arc, OnceLock};
 
 use crate::plan::ServerUrl;
 
-pub use access::{Access, TokenIssuer, TokenRequest};
+pub use access::{JoinAccess, TokenIssuer, TokenRequest};
 pub use client::{
-    ConnectTimes, Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect,
+    ConnectTimes, JoinOptions, SignalError, SignalEvent, SignalReceiver, SignalSender, connect,
 };
 pub use given::{GivenToken, Seats};
 pub use rooms::{RoomError, RoomService};

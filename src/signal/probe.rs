@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::client::{Connection, Dialled, Event, JoinOptions, SignalError};
+use super::client::{Dialled, JoinMode, JoinOptions, SignalError, SignalEvent};
 use super::rooms::http_client;
 use super::token::Permissions;
 use super::{ApiKey, Endpoint, Secret};
@@ -47,7 +47,7 @@ pub fn visitor_token(api_key: &ApiKey, room: &str, identity: &str) -> Option<Sec
 pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<String> {
     let options = JoinOptions {
         auto_subscribe: false,
-        connection: Connection::SINGLE,
+        connection: JoinMode::SINGLE,
         timeout: TIMEOUT,
         ..JoinOptions::default()
     };
@@ -55,7 +55,9 @@ pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<Strin
         let (mut sender, mut receiver, _) =
             Dialled::dial(endpoint).await?.join(token, &options).await?;
         let version = match receiver.next().await? {
-            Event::Join(join) => Some(join.server_version).filter(|version| !version.is_empty()),
+            SignalEvent::Join(join) => {
+                Some(join.server_version).filter(|version| !version.is_empty())
+            }
             _ => None,
         };
         // Should it not get through: the server sees the connection end.

@@ -311,12 +311,12 @@ pub(crate) fn causes<'a>(
 /// Twirp's errors are JSON, `{"code": .., "msg": ..}`; the authentication in front of it answers in plain text.
 fn twirp_text(body: &[u8], token: &Secret) -> String {
     #[derive(serde::Deserialize)]
-    struct TwirpError {
+    struct TwirpErrorBody {
         code: String,
         #[serde(default)]
         msg: String,
     }
-    match serde_json::from_slice::<TwirpError>(body) {
+    match serde_json::from_slice::<TwirpErrorBody>(body) {
         Ok(error) => error_text(format!("{}: {}", error.code, error.msg).as_bytes(), token),
         Err(_) => error_text(body, token),
     }

@@ -23,30 +23,28 @@ use livekit_protocol::{self as proto, signal_request::Message as SignalRequest};
 use tokio::sync::{mpsc, watch};
 
 use super::Endpoint;
-use super::access::Access;
+use super::access::JoinAccess;
 use super::client::{
-    self, Connection, Description, Dialled, Event as SignalEvent, Join, JoinOptions, SignalError,
+    self, Description, Dialled, Join, JoinMode, JoinOptions, SignalError, SignalEvent,
     SignalReceiver, SignalSender, Trickle,
 };
 use super::token::Permissions;
-use crate::engine::{
-    Command, Event as EngineEvent, NewPeer, Roster, StreamParameters, track_number,
-};
-use crate::measure::{Kind, Timeline};
+use crate::engine::{NewPeer, Roster, ShardCommand, ShardEvent, StreamParameters, track_number};
+use crate::measure::{JoinTimeline, Kind};
 use crate::path::Routes;
-use crate::plan::{Layout, ParticipantPlan, VideoSpec};
+use crate::plan::{ParticipantPlan, VideoSpec, ViewLayout};
 use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::{
-    Answerer, Capabilities, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Setup, Trickled,
+    Answerer, Capabilities, DtlsSetup, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Trickled,
 };
 use crate::units::{Epoch, Time};
-use failure::{Cure, Failure};
-use pace::Pace;
-use peers::{Change, Half, Role};
+use failure::{Cure, SessionFailure};
+use pace::SignalPace;
+use peers::{DescriptionChange, PeerHalf, PeerRole};
 use reconnect::{Lost, RESUME_TIMEOUT};
-use requests::Requests;
+use requests::RequestQueue;
 pub use tracks::{Media, TakingTurns};
-use tracks::{Track, add_track_request, stream_parameters};
+use tracks::{SessionTrack, add_track_request, stream_parameters};
 pub use viewer::Size;
 use viewer::Viewer;
 
@@ -73,13 +71,13 @@ const FIRST_FRAME_DELAY: Duration = Duration::from_millis(2);
 /// What all participants of a run share.
 pub struct SessionContext {
     pub endpoint: Endpoint,
-    pub access: Access,
+    pub access: JoinAccess,
     pub epoch: Epoch,
     pub roster: Arc<Roster>,
     pub fingerprint: Fingerprint,
     pub media: Media,
     /// What everybody looks at.
-    pub layout: Option<Layout>,
+    pub layout: Option<ViewLayout>,
     /// What video tracks of this run consist of, the lowest layer first.
     pub video_layers: Vec<VideoSpec>,
     /// Publishers send no more than their path carries.
@@ -91,7 +89,7 @@ pub struct SessionContext {
     pub single_connection: bool,
     /// How often a join that failed is tried again.
     pub join_retries: u32,
-    pub shards: Vec<Sender<Command>>,
+    pub shards: Vec<Sender<ShardCommand>>,
     pub notices: mpsc::UnboundedSender<Notice>,
     /// Turns true when everybody is to leave.
     pub leave: watch::Receiver<bool>,
@@ -99,7 +97,7 @@ pub struct SessionContext {
 
 /// Where a participant's connections live.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct ShardPlace {
     pub shard: usize,
     /// The key of its publisher connection, or of its only one; the subscriber connection has the next one.
     pub key: usize,
@@ -123,7 +121,7 @@ impl Sections {
 #[derive(Debug)]
 pub enum Notice {
     /// A phase of the join is done, so long after the join was intended.
-    Phase(Phase, Duration),
+    Phase(JoinPhase, Duration),
     Joined {
         index: u32,
     },
@@ -171,7 +169,7 @@ pub enum Notice {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub enum JoinPhase {
     SignalConnect,
     SignalJoin,
     Ice,
@@ -187,7 +185,7 @@ pub struct Ended {
     /// Who it was, and in which room: where tokens were given they say so, not the plan.
     pub identity: String,
     pub room: String,
-    pub timeline: Timeline,
+    pub timeline: JoinTimeline,
     pub failure: Option<String>,
     pub disconnects: u32,
     /// Video tracks that had a place in its layout at one time or another; 0 without a layout.
@@ -213,7 +211,7 @@ pub async fn run(
     context: Arc<SessionContext>,
     mut plan: ParticipantPlan,
     mut room: String,
-    place: Place,
+    place: ShardPlace,
     intended: Time,
     tracks_ahead: Sections,
     requests: mpsc::UnboundedReceiver<Request>,
@@ -222,7 +220,7 @@ pub async fn run(
         (plan.identity, room) = (identity.to_owned(), named.to_owned());
     }
     let mut session = Session::new(context, plan, room, place, intended, tracks_ahead);
-    let mut requests = Requests::new(requests);
+    let mut requests = RequestQueue::new(requests);
     let failure = session.live(&mut requests).await.err();
     session.end(failure);
 }
@@ -231,11 +229,11 @@ struct Session {
     context: Arc<SessionContext>,
     plan: ParticipantPlan,
     room: String,
-    place: Place,
+    place: ShardPlace,
     /// Of this attempt to join.
-    timeline: Timeline,
+    timeline: JoinTimeline,
     /// Of the attempt that succeeded first.
-    first_timeline: Option<Timeline>,
+    first_timeline: Option<JoinTimeline>,
     /// This attempt has succeeded.
     joined: bool,
     /// What the server calls this session, to resume it.
@@ -247,15 +245,15 @@ struct Session {
     /// When it came back last, and after how many tries.
     back: Option<(Time, u32)>,
     disconnects: u32,
-    publisher: Half,
-    subscriber: Half,
+    publisher: PeerHalf,
+    subscriber: PeerHalf,
     /// For the publisher connection, or the only one.
     offering: Offering,
     /// For the subscriber connection.
     answerer: Answerer,
     /// An answer and its number, until the shard has restarted ICE.
     held_answer: Option<(String, u32)>,
-    tracks: Vec<Track>,
+    tracks: Vec<SessionTrack>,
     /// Of the server's, in this session.
     tracks_ever: usize,
     viewer: Viewer,
@@ -287,13 +285,13 @@ struct Signal {
     rtt: Duration,
     /// When those pings left that have no answer yet.
     pings: VecDeque<Time>,
-    pace: Pace,
+    pace: SignalPace,
 }
 
 /// Where the shard's events about this participant's connections come in.
 struct EngineEvents {
-    sender: mpsc::UnboundedSender<EngineEvent>,
-    receiver: mpsc::UnboundedReceiver<EngineEvent>,
+    sender: mpsc::UnboundedSender<ShardEvent>,
+    receiver: mpsc::UnboundedReceiver<ShardEvent>,
 }
 
 impl Signal {
@@ -306,7 +304,7 @@ impl Signal {
             heard_at: now,
             rtt: Duration::ZERO,
             pings: VecDeque::new(),
-            pace: Pace::new(now),
+            pace: SignalPace::new(now),
         };
         signal.set_ping(PING_INTERVAL, PING_TIMEOUT);
         signal
@@ -322,9 +320,9 @@ impl Signal {
     }
 
     /// Asks for a sign of life, unless there has been none for too long.
-    async fn ping(&mut self, now: Time) -> Result<(), Failure> {
+    async fn ping(&mut self, now: Time) -> Result<(), SessionFailure> {
         if now.since(self.heard_at) > self.ping_timeout {
-            return Err(Failure::lost(format!(
+            return Err(SessionFailure::lost(format!(
                 "the server was silent for {:?}",
                 self.ping_timeout
             )));
@@ -360,15 +358,15 @@ impl Session {
         context: Arc<SessionContext>,
         plan: ParticipantPlan,
         room: String,
-        place: Place,
+        place: ShardPlace,
         intended: Time,
         tracks_ahead: Sections,
     ) -> Session {
-        let tracks = Track::of(&plan, &context.media);
+        let tracks = SessionTrack::of(&plan, &context.media);
         Session {
-            timeline: Timeline {
+            timeline: JoinTimeline {
                 intended,
-                ..Timeline::default()
+                ..JoinTimeline::default()
             },
             first_timeline: None,
             joined: false,
@@ -378,8 +376,8 @@ impl Session {
             leaves_at: None,
             back: None,
             disconnects: 0,
-            publisher: Half::new(context.single_connection || !tracks.is_empty()),
-            subscriber: Half::new(!context.single_connection && plan.subscribes),
+            publisher: PeerHalf::new(context.single_connection || !tracks.is_empty()),
+            subscriber: PeerHalf::new(!context.single_connection && plan.subscribes),
             offering: Offering {
                 wanted: Some(tracks_ahead),
                 ..Offering::default()
@@ -398,7 +396,7 @@ impl Session {
     }
 
     /// Joins and stays, whatever it takes. `Ok` when the run tells it, or everybody, to leave.
-    async fn live(&mut self, requests: &mut Requests) -> Result<(), Failure> {
+    async fn live(&mut self, requests: &mut RequestQueue) -> Result<(), SessionFailure> {
         let mut leave = self.context.leave.clone();
         loop {
             let Err(failure) = self.visit(requests).await else {
@@ -420,7 +418,7 @@ impl Session {
     }
 
     /// One session, from the join until it is gone or everybody is to leave. Where only signalling is lost, it is resumed.
-    async fn visit(&mut self, requests: &mut Requests) -> Result<(), Failure> {
+    async fn visit(&mut self, requests: &mut RequestQueue) -> Result<(), SessionFailure> {
         self.timeline.started = Some(self.context.epoch.now());
         let mut leave = self.context.leave.clone();
         let mut engine = EngineEvents::new();
@@ -451,8 +449,8 @@ impl Session {
     /// The run wants it gone at this time; from now on nothing is owed to it, nor by it.
     fn leave_at(&mut self, at: Time) {
         self.leaves_at = Some(at);
-        for role in Role::BOTH {
-            self.command(Command::Leave {
+        for role in PeerRole::BOTH {
+            self.command(ShardCommand::Leave {
                 key: self.key(role),
             });
         }
@@ -493,7 +491,7 @@ impl Session {
             .into_iter()
             .filter(|half| half.without_path_at().is_some())
             .min_by_key(|half| half.without_path_at());
-        first.map_or_else(String::new, Half::without_path)
+        first.map_or_else(String::new, PeerHalf::without_path)
     }
 
     /// Does what server and shard ask for, until the run tells everybody to leave.
@@ -501,8 +499,8 @@ impl Session {
         &mut self,
         signal: &mut Signal,
         engine: &mut EngineEvents,
-        requests: &mut Requests,
-    ) -> Result<(), Failure> {
+        requests: &mut RequestQueue,
+    ) -> Result<(), SessionFailure> {
         let deadline = tokio::time::sleep_until(tokio::time::Instant::from_std(
             self.context.epoch.instant(self.join_deadline()),
         ));
@@ -514,11 +512,11 @@ impl Session {
                 // First what ends it: a server that never stops talking must not keep a participant in.
                 () = leaving(&mut leave) => break,
                 () = self.time_to_leave() => break,
-                () = self.time_without_path(), if !self.joined => return Err(Failure::lasting(self.without_path())),
-                () = &mut deadline, if !self.joined => return Err(Failure::lost(self.timeout_reason())),
+                () = self.time_without_path(), if !self.joined => return Err(SessionFailure::lasting(self.without_path())),
+                () = &mut deadline, if !self.joined => return Err(SessionFailure::lost(self.timeout_reason())),
                 Some(event) = engine.receiver.recv() => {
                     if let Err(failure) = self.handle_engine(event, &mut signal.sender).await {
-                        let closed = matches!(event, EngineEvent::Failed { failure: PeerFailure::ClosedByRemote, .. });
+                        let closed = matches!(event, ShardEvent::Failed { failure: PeerFailure::ClosedByRemote, .. });
                         let reason = if closed { leave_reason(&mut signal.receiver).await } else { None };
                         return Err(reason.unwrap_or(failure));
                     }
@@ -547,7 +545,7 @@ impl Session {
         began.unwrap_or(self.timeline.intended) + JOIN_TIMEOUT
     }
 
-    async fn open_signal(&mut self, resume: bool) -> Result<Signal, Failure> {
+    async fn open_signal(&mut self, resume: bool) -> Result<Signal, SessionFailure> {
         let permissions = Permissions {
             publish: !self.tracks.is_empty(),
             subscribe: self.plan.subscribes,
@@ -572,11 +570,11 @@ impl Session {
                 self.local_ip = Some(dialled.local_ip);
             }
             options.connection = match (context.single_connection, resume) {
-                (true, true) => Connection::SINGLE,
+                (true, true) => JoinMode::SINGLE,
                 (true, false) => self.first_offer()?,
-                (false, _) => Connection::Dual,
+                (false, _) => JoinMode::Dual,
             };
-            Ok::<_, Failure>(dialled.join(&token, &options).await?)
+            Ok::<_, SessionFailure>(dialled.join(&token, &options).await?)
         };
         let (sender, receiver, _) = tokio::time::timeout(timeout, opening)
             .await
@@ -592,8 +590,8 @@ impl Session {
         &mut self,
         event: SignalEvent,
         signal: &mut Signal,
-        engine: &mpsc::UnboundedSender<EngineEvent>,
-    ) -> Result<(), Failure> {
+        engine: &mpsc::UnboundedSender<ShardEvent>,
+    ) -> Result<(), SessionFailure> {
         match event {
             SignalEvent::Join(join) => self.handle_join(&join, signal).await,
             SignalEvent::TrackPublished { cid, track } => {
@@ -640,12 +638,12 @@ impl Session {
                     .for_each(|rtt| self.notify(Notice::SignalRtt(rtt)));
                 Ok(())
             }
-            SignalEvent::Leave(leave) => Err(Failure::from(&leave)),
+            SignalEvent::Leave(leave) => Err(SessionFailure::from(&leave)),
             SignalEvent::Malformed { kind, .. } => self.handle_malformed(kind),
-            SignalEvent::Closed { reason, .. } if reason.is_empty() => {
-                Err(Failure::lost("the server closed the signalling connection"))
-            }
-            SignalEvent::Closed { reason, .. } => Err(Failure::lost(format!(
+            SignalEvent::Closed { reason, .. } if reason.is_empty() => Err(SessionFailure::lost(
+                "the server closed the signalling connection",
+            )),
+            SignalEvent::Closed { reason, .. } => Err(SessionFailure::lost(format!(
                 "the server closed the signalling connection: {reason}"
             ))),
             _ => Ok(()),
@@ -653,17 +651,21 @@ impl Session {
     }
 
     /// Without its Join, an offer or an answer nothing goes on. All else is counted and left out.
-    fn handle_malformed(&self, kind: u32) -> Result<(), Failure> {
+    fn handle_malformed(&self, kind: u32) -> Result<(), SessionFailure> {
         self.notify(Notice::SignalMalformed);
         match client::essential_name(kind) {
-            Some(name) => Err(Failure::lasting(format!(
+            Some(name) => Err(SessionFailure::lasting(format!(
                 "the server's {name} cannot be read: is it a LiveKit server, and is something between it and us that changes messages?"
             ))),
             None => Ok(()),
         }
     }
 
-    async fn handle_join(&mut self, join: &Join, signal: &mut Signal) -> Result<(), Failure> {
+    async fn handle_join(
+        &mut self,
+        join: &Join,
+        signal: &mut Signal,
+    ) -> Result<(), SessionFailure> {
         self.timeline.signal_joined = Some(self.context.epoch.now());
         self.sid.clone_from(&join.participant_sid);
         self.notify(Notice::Server {
@@ -685,7 +687,7 @@ impl Session {
         cid: &str,
         info: Box<proto::TrackInfo>,
         sender: &mut SignalSender,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), SessionFailure> {
         if let Some(track) = self.tracks.iter_mut().find(|track| track.local.cid == cid) {
             track.info = Some(info);
         }
@@ -702,11 +704,11 @@ impl Session {
             .tracks
             .iter()
             .find(|track| track.sid() == Some(sid))
-            .map(Track::kind)
+            .map(SessionTrack::kind)
         else {
             return;
         };
-        self.command(Command::LoseTrack {
+        self.command(ShardCommand::LoseTrack {
             key: self.place.key,
             track: track_number(kind),
         });
@@ -718,15 +720,15 @@ impl Session {
     }
 
     /// What the join itself says where there is one connection: all our tracks, and an offer.
-    fn first_offer(&mut self) -> Result<Connection, Failure> {
-        Ok(Connection::Single {
+    fn first_offer(&mut self) -> Result<JoinMode, SessionFailure> {
+        Ok(JoinMode::Single {
             add_tracks: self.tracks.iter().map(add_track_request).collect(),
             publisher_offer: Some(self.next_offer()?),
         })
     }
 
     /// Our next offer and its number: the sections that are wanted, and with the first one our tracks behind them.
-    fn next_offer(&mut self) -> Result<(String, u32), Failure> {
+    fn next_offer(&mut self) -> Result<(String, u32), SessionFailure> {
         let Offering {
             offerer,
             id,
@@ -734,7 +736,7 @@ impl Session {
             wanted,
             sections,
         } = &mut self.offering;
-        let refused = |error| Failure::lasting(format!("our offer: {error}"));
+        let refused = |error| SessionFailure::lasting(format!("our offer: {error}"));
         let wanted = wanted.take().unwrap_or_default();
         if self.context.single_connection {
             sections.add(wanted);
@@ -757,7 +759,7 @@ impl Session {
         *is_open = true;
         let ip = self
             .local_ip
-            .ok_or_else(|| Failure::lasting("no local address"))?;
+            .ok_or_else(|| SessionFailure::lasting("no local address"))?;
         let local = self
             .publisher
             .open(ip, &self.context, self.plan.seed >> 1)?;
@@ -765,7 +767,7 @@ impl Session {
     }
 
     /// One offer at a time: what is wanted meanwhile waits for the answer.
-    async fn offer_if_wanted(&mut self, sender: &mut SignalSender) -> Result<(), Failure> {
+    async fn offer_if_wanted(&mut self, sender: &mut SignalSender) -> Result<(), SessionFailure> {
         if self.offering.is_open || self.offering.wanted.is_none() {
             return Ok(());
         }
@@ -777,8 +779,8 @@ impl Session {
         &mut self,
         answer: &Description,
         sender: &mut SignalSender,
-        engine: &mpsc::UnboundedSender<EngineEvent>,
-    ) -> Result<(), Failure> {
+        engine: &mpsc::UnboundedSender<ShardEvent>,
+    ) -> Result<(), SessionFailure> {
         // To an offer that a later one has replaced; a server that does not number its answers says 0.
         if ![0, self.offering.id].contains(&answer.id) {
             return Ok(());
@@ -787,26 +789,26 @@ impl Session {
             .offering
             .offerer
             .handle_answer(&answer.sdp)
-            .map_err(|error| Failure::lasting(format!("the server's answer: {error}")))?;
+            .map_err(|error| SessionFailure::lasting(format!("the server's answer: {error}")))?;
         for (track, media) in self.tracks.iter_mut().zip(&negotiated.media) {
             track.negotiated = Some(media.clone()).filter(|media| media.accepted);
         }
         if self.tracks.iter().any(|track| track.negotiated.is_none()) {
-            return Err(Failure::lasting(
+            return Err(SessionFailure::lasting(
                 "the server did not accept a track that we publish (is its codec enabled?)",
             ));
         }
         self.take_remote(
-            Role::Publisher,
+            PeerRole::Publisher,
             &negotiated.remote,
             true,
-            Setup::Active,
+            DtlsSetup::Active,
             engine,
         );
-        self.tell_addresses(Role::Publisher, sender).await?;
+        self.tell_addresses(PeerRole::Publisher, sender).await?;
         self.count_tracks(negotiated.added.len())?;
         self.take_streams(
-            Role::Publisher,
+            PeerRole::Publisher,
             &negotiated.removed,
             negotiated.added.iter().chain(&negotiated.updated),
         );
@@ -819,11 +821,11 @@ impl Session {
         &mut self,
         offer: &Description,
         sender: &mut SignalSender,
-        engine: &mpsc::UnboundedSender<EngineEvent>,
-    ) -> Result<(), Failure> {
+        engine: &mpsc::UnboundedSender<ShardEvent>,
+    ) -> Result<(), SessionFailure> {
         let ip = self
             .local_ip
-            .ok_or_else(|| Failure::lasting("no local address"))?;
+            .ok_or_else(|| SessionFailure::lasting("no local address"))?;
         let restarts = self.subscriber.is_restarted_by(&offer.sdp);
         if restarts {
             self.subscriber.draw_credentials();
@@ -834,10 +836,10 @@ impl Session {
         let answered = self
             .answerer
             .answer(&offer.sdp, local)
-            .map_err(|error| Failure::lasting(format!("the server's offer: {error}")))?;
+            .map_err(|error| SessionFailure::lasting(format!("the server's offer: {error}")))?;
         // The shard first: the server's checks may come as soon as it has the answer.
         self.take_remote(
-            Role::Subscriber,
+            PeerRole::Subscriber,
             &answered.remote,
             answered.remote.ice_lite,
             answered.setup,
@@ -845,13 +847,13 @@ impl Session {
         );
         self.count_tracks(answered.added.len())?;
         self.take_streams(
-            Role::Subscriber,
+            PeerRole::Subscriber,
             &answered.removed,
             answered.added.iter().chain(&answered.updated),
         );
         // Before the answer: so nothing comes that nobody looks at.
         self.tell_what_is_watched(sender).await?;
-        self.tell_addresses(Role::Subscriber, sender).await?;
+        self.tell_addresses(PeerRole::Subscriber, sender).await?;
         if restarts {
             // The server repeats a check that was not understood only 200 ms later, and sends no media meanwhile: the shard has to be ready for the first.
             self.held_answer = Some((answered.sdp, offer.id));
@@ -860,11 +862,11 @@ impl Session {
         Ok(sender.answer(answered.sdp, offer.id).await?)
     }
 
-    fn count_tracks(&mut self, added: usize) -> Result<(), Failure> {
+    fn count_tracks(&mut self, added: usize) -> Result<(), SessionFailure> {
         self.tracks_ever += added;
         match self.tracks_ever {
             0..=TRACKS_EVER_MAX => Ok(()),
-            _ => Err(Failure::lasting(format!(
+            _ => Err(SessionFailure::lasting(format!(
                 "the server has announced more than {TRACKS_EVER_MAX} tracks to one participant"
             ))),
         }
@@ -873,7 +875,7 @@ impl Session {
     /// Tells the shard which streams came and went. An updated track is the same stream with other details: the shard adds what is new to it.
     fn take_streams<'a>(
         &mut self,
-        role: Role,
+        role: PeerRole,
         removed: &[RemoteTrack],
         added: impl Iterator<Item = &'a RemoteTrack>,
     ) {
@@ -882,7 +884,7 @@ impl Session {
             .iter()
             .for_each(|track| self.viewer.remove(track.ssrc));
         if !removed.is_empty() {
-            self.command(Command::Unsubscribe {
+            self.command(ShardCommand::Unsubscribe {
                 key,
                 ssrcs: removed.iter().map(|track| track.ssrc).collect(),
             });
@@ -896,16 +898,19 @@ impl Session {
             streams.push(stream_parameters(track, announced_at));
         }
         if !streams.is_empty() {
-            self.command(Command::Subscribe { key, streams });
+            self.command(ShardCommand::Subscribe { key, streams });
         }
     }
 
     /// Asks the server for what is looked at, where it does not know.
-    async fn tell_what_is_watched(&mut self, sender: &mut SignalSender) -> Result<(), Failure> {
+    async fn tell_what_is_watched(
+        &mut self,
+        sender: &mut SignalSender,
+    ) -> Result<(), SessionFailure> {
         let key = self.receiving_key();
         for change in self.viewer.poll_changes() {
             let at = self.context.epoch.now();
-            self.command(Command::Watch {
+            self.command(ShardCommand::Watch {
                 key,
                 ssrc: change.ssrc,
                 layer: change.layer,
@@ -923,7 +928,7 @@ impl Session {
         let at = self.context.epoch.now();
         for state in states {
             if let Some(ssrc) = self.viewer.ssrc(&state.track_sid) {
-                self.command(Command::SetPaused {
+                self.command(ShardCommand::SetPaused {
                     key: self.receiving_key(),
                     ssrc,
                     paused: state.state() == proto::StreamState::Paused,
@@ -936,9 +941,9 @@ impl Session {
     /// The connection that the server's tracks come on.
     fn receiving_key(&self) -> usize {
         self.key(if self.context.single_connection {
-            Role::Publisher
+            PeerRole::Publisher
         } else {
-            Role::Subscriber
+            PeerRole::Subscriber
         })
     }
 
@@ -951,7 +956,7 @@ impl Session {
         if let Some((track, layers)) =
             track.and_then(|track| Some((track, track.watched_layers(update)?)))
         {
-            self.command(Command::SetLayers {
+            self.command(ShardCommand::SetLayers {
                 key: self.place.key,
                 track: track_number(track.kind()),
                 layers,
@@ -963,7 +968,7 @@ impl Session {
         &mut self,
         request: Request,
         sender: &mut SignalSender,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), SessionFailure> {
         match request {
             Request::SetMuted { kind, muted } => {
                 let Some(sid) = self
@@ -974,7 +979,7 @@ impl Session {
                 else {
                     return Ok(());
                 };
-                self.command(Command::SetMuted {
+                self.command(ShardCommand::SetMuted {
                     key: self.place.key,
                     track: track_number(kind),
                     muted,
@@ -1003,11 +1008,11 @@ impl Session {
         &mut self,
         trickle: &Trickle,
         sender: &mut SignalSender,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), SessionFailure> {
         let role = if trickle.target == proto::SignalTarget::Publisher {
-            Role::Publisher
+            PeerRole::Publisher
         } else {
-            Role::Subscriber
+            PeerRole::Subscriber
         };
         let half = self.half_mut(role);
         if trickle.last {
@@ -1035,27 +1040,27 @@ impl Session {
         };
         self.hand_over_paths(role);
         let key = self.key(role);
-        self.command(Command::AddRemoteCandidate { key, address });
+        self.command(ShardCommand::AddRemoteCandidate { key, address });
         self.tell_addresses(role, sender).await
     }
 
     /// Gives the shard the sockets that candidates have asked for.
-    fn hand_over_paths(&mut self, role: Role) {
+    fn hand_over_paths(&mut self, role: PeerRole) {
         let key = self.key(role);
         for (path, local) in self.half_mut(role).take_paths() {
-            self.command(Command::AddPath { key, path, local });
+            self.command(ShardCommand::AddPath { key, path, local });
         }
     }
 
     /// Tells the server those of our addresses that no description named.
     async fn tell_addresses(
         &mut self,
-        role: Role,
+        role: PeerRole,
         sender: &mut SignalSender,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), SessionFailure> {
         let target = match role {
-            Role::Publisher => proto::SignalTarget::Publisher,
-            Role::Subscriber => proto::SignalTarget::Subscriber,
+            PeerRole::Publisher => proto::SignalTarget::Publisher,
+            PeerRole::Subscriber => proto::SignalTarget::Subscriber,
         };
         for candidate_init in self.half_mut(role).take_untold() {
             sender.trickle(target, candidate_init).await?;
@@ -1065,20 +1070,20 @@ impl Session {
 
     async fn handle_engine(
         &mut self,
-        event: EngineEvent,
+        event: ShardEvent,
         sender: &mut SignalSender,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), SessionFailure> {
         match event {
-            EngineEvent::IceRestarted { .. } => {
+            ShardEvent::IceRestarted { .. } => {
                 if let Some((answer, id)) = self.held_answer.take() {
                     sender.answer(answer, id).await?;
                 }
             }
-            EngineEvent::IceConnected { key, at } => {
+            ShardEvent::IceConnected { key, at } => {
                 self.half_of(key).ice_at = Some(at);
                 self.note_phases();
             }
-            EngineEvent::Connected { key, ice_at, at } => {
+            ShardEvent::Connected { key, ice_at, at } => {
                 let half = self.half_of(key);
                 (half.ice_at, half.connected_at) = (ice_at, Some(at));
                 if key == self.place.key {
@@ -1086,21 +1091,21 @@ impl Session {
                 }
                 return self.check_joined();
             }
-            EngineEvent::FirstMedia { at, .. } => {
+            ShardEvent::FirstMedia { at, .. } => {
                 let timeline = self.first_timeline.as_mut().unwrap_or(&mut self.timeline);
                 if timeline.first_media.is_none() {
                     timeline.first_media = Some(at);
                     let after = at.since(timeline.intended);
-                    self.notify(Notice::Phase(Phase::FirstMedia, after));
+                    self.notify(Notice::Phase(JoinPhase::FirstMedia, after));
                 }
             }
-            EngineEvent::Failed { key, failure } => {
+            ShardEvent::Failed { key, failure } => {
                 let ends = match failure {
                     PeerFailure::IceDisconnected => self.half_of(key).ends(),
                     _ => String::new(),
                 };
                 let reason = format!("{}{ends}", failure.describe());
-                return Err(Failure::of(reason, Cure::Rejoin));
+                return Err(SessionFailure::of(reason, Cure::Rejoin));
             }
         }
         Ok(())
@@ -1119,7 +1124,7 @@ impl Session {
             ));
         }
         if !parameters.is_empty() {
-            self.command(Command::Publish {
+            self.command(ShardCommand::Publish {
                 key: self.place.key,
                 tracks: parameters,
             });
@@ -1133,16 +1138,17 @@ impl Session {
                 .into_iter()
                 .filter(|half| half.wanted)
         };
-        let all =
-            |moment: fn(&Half) -> Option<Time>| match wanted().all(|half| moment(half).is_some()) {
-                true => wanted().filter_map(moment).max(),
-                false => None,
-            };
+        let all = |moment: fn(&PeerHalf) -> Option<Time>| match wanted()
+            .all(|half| moment(half).is_some())
+        {
+            true => wanted().filter_map(moment).max(),
+            false => None,
+        };
         (self.timeline.ice_connected, self.timeline.dtls_connected) =
             (all(|half| half.ice_at), all(|half| half.connected_at));
     }
 
-    fn check_joined(&mut self) -> Result<(), Failure> {
+    fn check_joined(&mut self) -> Result<(), SessionFailure> {
         let waiting = self.timeline.signal_joined.is_none()
             || self.publisher.is_missing()
             || self.subscriber.is_missing();
@@ -1171,11 +1177,11 @@ impl Session {
     fn tell_phases(&self) {
         let timeline = &self.timeline;
         for (phase, at) in [
-            (Phase::SignalConnect, timeline.signal_connected),
-            (Phase::SignalJoin, timeline.signal_joined),
-            (Phase::Ice, timeline.ice_connected),
-            (Phase::Dtls, timeline.dtls_connected),
-            (Phase::Join, timeline.joined),
+            (JoinPhase::SignalConnect, timeline.signal_connected),
+            (JoinPhase::SignalJoin, timeline.signal_joined),
+            (JoinPhase::Ice, timeline.ice_connected),
+            (JoinPhase::Dtls, timeline.dtls_connected),
+            (JoinPhase::Join, timeline.joined),
         ] {
             if let Some(at) = at {
                 self.notify(Notice::Phase(phase, at.since(timeline.intended)));
@@ -1186,11 +1192,11 @@ impl Session {
     /// Takes the other end of a connection from a description: the shard gets a new connection, or one that it has restarts ICE.
     fn take_remote(
         &mut self,
-        role: Role,
+        role: PeerRole,
         remote: &RemoteTransport,
         ice_controlling: bool,
-        setup: Setup,
-        engine: &mpsc::UnboundedSender<EngineEvent>,
+        setup: DtlsSetup,
+        engine: &mpsc::UnboundedSender<ShardEvent>,
     ) {
         let key = self.key(role);
         let (context, now) = (self.context.clone(), self.context.epoch.now());
@@ -1199,17 +1205,17 @@ impl Session {
                 .take_remote(remote, ice_controlling, setup, (&context, now));
         let command = match change {
             None => return,
-            Some(Change::Restart {
+            Some(DescriptionChange::Restart {
                 local,
                 remote,
                 remote_candidates,
-            }) => Command::RestartIce {
+            }) => ShardCommand::RestartIce {
                 key,
                 local,
                 remote,
                 remote_candidates,
             },
-            Some(Change::New { path, parameters }) => {
+            Some(DescriptionChange::New { path, parameters }) => {
                 let peer = NewPeer {
                     participant: self.plan.index,
                     room: self.plan.room,
@@ -1220,7 +1226,7 @@ impl Session {
                     // Media is waited for from when the participant ought to have joined, or was lost.
                     intended_at: self.lost.map_or(self.timeline.intended, |lost| lost.at),
                 };
-                Command::AddPeer {
+                ShardCommand::AddPeer {
                     key,
                     path: Some(path),
                     peer: Box::new(peer),
@@ -1233,14 +1239,14 @@ impl Session {
     }
 
     fn remove_peers(&self) {
-        for role in Role::BOTH {
-            self.command(Command::RemovePeer {
+        for role in PeerRole::BOTH {
+            self.command(ShardCommand::RemovePeer {
                 key: self.key(role),
             });
         }
     }
 
-    fn end(mut self, failure: Option<Failure>) {
+    fn end(mut self, failure: Option<SessionFailure>) {
         let index = self.plan.index;
         if failure.is_some() || self.leaves_at.is_some() {
             self.remove_peers();
@@ -1311,37 +1317,37 @@ impl Session {
         let _ = self.context.notices.send(notice);
     }
 
-    fn command(&self, command: Command) {
+    fn command(&self, command: ShardCommand) {
         // A shard is gone only when the run is over.
         let _ = self.context.shards[self.place.shard].send(command);
     }
 
-    fn key(&self, role: Role) -> usize {
-        self.place.key + usize::from(role == Role::Subscriber)
+    fn key(&self, role: PeerRole) -> usize {
+        self.place.key + usize::from(role == PeerRole::Subscriber)
     }
 
-    fn half_mut(&mut self, role: Role) -> &mut Half {
+    fn half_mut(&mut self, role: PeerRole) -> &mut PeerHalf {
         match role {
-            Role::Publisher => &mut self.publisher,
-            Role::Subscriber => &mut self.subscriber,
+            PeerRole::Publisher => &mut self.publisher,
+            PeerRole::Subscriber => &mut self.subscriber,
         }
     }
 
-    fn half_of(&mut self, key: usize) -> &mut Half {
+    fn half_of(&mut self, key: usize) -> &mut PeerHalf {
         self.half_mut(if key == self.place.key {
-            Role::Publisher
+            PeerRole::Publisher
         } else {
-            Role::Subscriber
+            PeerRole::Subscriber
         })
     }
 }
 
 /// What the server says of the end, where it says so soon.
-async fn leave_reason(receiver: &mut SignalReceiver) -> Option<Failure> {
+async fn leave_reason(receiver: &mut SignalReceiver) -> Option<SessionFailure> {
     let leave = async {
         loop {
             match receiver.next().await {
-                Ok(SignalEvent::Leave(leave)) => return Some(Failure::from(&leave)),
+                Ok(SignalEvent::Leave(leave)) => return Some(SessionFailure::from(&leave)),
                 Ok(SignalEvent::Closed { .. }) | Err(_) => return None,
                 Ok(_) => {}
             }

@@ -22,19 +22,19 @@ use rustls::pki_types::{CertificateDer, SignatureVerificationAlgorithm};
 pub(super) fn provider(key: &'static dyn KeyProvider) -> CryptoProvider {
     CryptoProvider {
         kx_groups: &[
-            &Group(NamedGroup::X25519),
-            &Group(NamedGroup::Secp256r1),
-            &Group(NamedGroup::Secp384r1),
+            &DtlsGroup(NamedGroup::X25519),
+            &DtlsGroup(NamedGroup::Secp256r1),
+            &DtlsGroup(NamedGroup::Secp384r1),
         ],
         signature_verification: &Verifier,
         key_provider: key,
-        secure_random: &Random,
+        secure_random: &DtlsRandom,
         hash_provider: &Hashes,
         hmac_provider: &Hmacs,
         cipher_suites: &[
-            &Suite::Aes128Gcm,
-            &Suite::Aes256Gcm,
-            &Suite::ChaCha20Poly1305,
+            &DtlsSuite::Aes128Gcm,
+            &DtlsSuite::Aes256Gcm,
+            &DtlsSuite::ChaCha20Poly1305,
         ],
         // DTLS 1.3 is never spoken here, and `dimpl` wants to see one suite of it.
         dtls13_cipher_suites: &[&Suite13],
@@ -47,9 +47,9 @@ fn failed(operation: CryptoOperation) -> CryptoError {
 
 /// A group for the key exchange.
 #[derive(Debug)]
-struct Group(NamedGroup);
+struct DtlsGroup(NamedGroup);
 
-impl SupportedKxGroup for Group {
+impl SupportedKxGroup for DtlsGroup {
     fn name(&self) -> NamedGroup {
         self.0
     }
@@ -68,7 +68,7 @@ impl SupportedKxGroup for Group {
             .map_err(|_| failed(CryptoOperation::ComputePublicKey))?;
         public.clear();
         public.extend_from_slice(computed.as_ref());
-        Ok(Box::new(Exchange {
+        Ok(Box::new(DtlsKeyExchange {
             group: self.0,
             key,
             public,
@@ -77,19 +77,19 @@ impl SupportedKxGroup for Group {
 }
 
 /// One side of a key exchange under way.
-struct Exchange {
+struct DtlsKeyExchange {
     group: NamedGroup,
     key: agreement::EphemeralPrivateKey,
     public: Buf,
 }
 
-impl fmt::Debug for Exchange {
+impl fmt::Debug for DtlsKeyExchange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Exchange({:?}, ..)", self.group)
+        write!(f, "DtlsKeyExchange({:?}, ..)", self.group)
     }
 }
 
-impl ActiveKeyExchange for Exchange {
+impl ActiveKeyExchange for DtlsKeyExchange {
     fn pub_key(&self) -> &[u8] {
         &self.public
     }
@@ -158,9 +158,9 @@ impl SignatureVerifier for Verifier {
 }
 
 #[derive(Debug)]
-struct Random;
+struct DtlsRandom;
 
-impl SecureRandom for Random {
+impl SecureRandom for DtlsRandom {
     fn fill(&self, bytes: &mut [u8]) -> Result<(), CryptoError> {
         let filled = SystemRandom::new().fill(bytes);
         filled.map_err(|_| failed(CryptoOperation::FillRandom))
@@ -228,35 +228,35 @@ impl HmacProvider for Hmacs {
 
 /// A cipher suite of DTLS 1.2.
 #[derive(Clone, Copy, Debug)]
-enum Suite {
+enum DtlsSuite {
     Aes128Gcm,
     Aes256Gcm,
     ChaCha20Poly1305,
 }
 
-impl Suite {
+impl DtlsSuite {
     fn algorithm(self) -> &'static aead::Algorithm {
         match self {
-            Suite::Aes128Gcm => &aead::AES_128_GCM,
-            Suite::Aes256Gcm => &aead::AES_256_GCM,
-            Suite::ChaCha20Poly1305 => &aead::CHACHA20_POLY1305,
+            DtlsSuite::Aes128Gcm => &aead::AES_128_GCM,
+            DtlsSuite::Aes256Gcm => &aead::AES_256_GCM,
+            DtlsSuite::ChaCha20Poly1305 => &aead::CHACHA20_POLY1305,
         }
     }
 }
 
-impl SupportedDtls12CipherSuite for Suite {
+impl SupportedDtls12CipherSuite for DtlsSuite {
     fn suite(&self) -> Dtls12CipherSuite {
         match self {
-            Suite::Aes128Gcm => Dtls12CipherSuite::ECDHE_ECDSA_AES128_GCM_SHA256,
-            Suite::Aes256Gcm => Dtls12CipherSuite::ECDHE_ECDSA_AES256_GCM_SHA384,
-            Suite::ChaCha20Poly1305 => Dtls12CipherSuite::ECDHE_ECDSA_CHACHA20_POLY1305_SHA256,
+            DtlsSuite::Aes128Gcm => Dtls12CipherSuite::ECDHE_ECDSA_AES128_GCM_SHA256,
+            DtlsSuite::Aes256Gcm => Dtls12CipherSuite::ECDHE_ECDSA_AES256_GCM_SHA384,
+            DtlsSuite::ChaCha20Poly1305 => Dtls12CipherSuite::ECDHE_ECDSA_CHACHA20_POLY1305_SHA256,
         }
     }
 
     fn hash_algorithm(&self) -> HashAlgorithm {
         match self {
-            Suite::Aes128Gcm | Suite::ChaCha20Poly1305 => HashAlgorithm::SHA256,
-            Suite::Aes256Gcm => HashAlgorithm::SHA384,
+            DtlsSuite::Aes128Gcm | DtlsSuite::ChaCha20Poly1305 => HashAlgorithm::SHA256,
+            DtlsSuite::Aes256Gcm => HashAlgorithm::SHA384,
         }
     }
 
@@ -271,8 +271,8 @@ impl SupportedDtls12CipherSuite for Suite {
 
     fn explicit_nonce_len(&self) -> usize {
         match self {
-            Suite::Aes128Gcm | Suite::Aes256Gcm => 8,
-            Suite::ChaCha20Poly1305 => 0,
+            DtlsSuite::Aes128Gcm | DtlsSuite::Aes256Gcm => 8,
+            DtlsSuite::ChaCha20Poly1305 => 0,
         }
     }
 
@@ -381,7 +381,7 @@ mod tests {
             (NamedGroup::Secp256r1, vec![4; 65]),
             (NamedGroup::Secp384r1, vec![]),
         ] {
-            let exchange = Group(group).start_exchange(Buf::new()).unwrap();
+            let exchange = DtlsGroup(group).start_exchange(Buf::new()).unwrap();
             let refused = exchange.complete(&public, &mut Buf::new());
             assert_eq!(refused, Err(CryptoError::InvalidPublicKey(group)));
         }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::rtcp::{FEEDBACK_TICK, WriteError, Writer};
+use super::rtcp::{FEEDBACK_TICK, RtcpWriter, WriteError};
 use super::sequence::Seq;
 use crate::net;
 use crate::units::Time;
@@ -73,7 +73,7 @@ impl ArrivalLog {
     /// Appends one message with the oldest news. What it says is forgotten; more may be left.
     pub fn write(
         &mut self,
-        writer: &mut Writer<'_>,
+        writer: &mut RtcpWriter<'_>,
         sender_ssrc: u32,
         media_ssrc: u32,
     ) -> Result<(), WriteError> {
@@ -130,7 +130,7 @@ fn too_far_apart(before: Time, after: Time) -> bool {
 mod tests {
     use super::*;
     use crate::seeded::Seeded;
-    use crate::transport::rtcp::{Packet, packets};
+    use crate::transport::rtcp::{RtcpPacket, packets};
     use rtc_rtcp::transport_feedbacks::transport_layer_cc::{
         PacketStatusChunk, SymbolTypeTcc, TransportLayerCc,
     };
@@ -201,12 +201,12 @@ mod tests {
                 }
                 while log.has_news() {
                     let mut buffer = [0; 1_200];
-                    let mut writer = Writer::new(&mut buffer);
+                    let mut writer = RtcpWriter::new(&mut buffer);
                     log.write(&mut writer, 1, 2).unwrap();
                     let len = writer.len();
                     assert!(matches!(
                         packets(&buffer[..len]).next(),
-                        Some(Ok(Packet::TransportCc {
+                        Some(Ok(RtcpPacket::TransportCc {
                             sender_ssrc: 1,
                             media_ssrc: 2,
                             ..
@@ -237,7 +237,7 @@ mod tests {
             log.record(seq, Time::from_millis(millis));
         }
         let mut buffer = [0; 200];
-        let mut writer = Writer::new(&mut buffer);
+        let mut writer = RtcpWriter::new(&mut buffer);
         log.write(&mut writer, 1, 2).unwrap();
         let len = writer.len();
         assert_eq!(
@@ -257,7 +257,7 @@ mod tests {
             log.record(random.draw() as u16, Time::from_nanos(random.draw() >> 20));
             while round % 50 == 0 && log.has_news() {
                 let mut buffer = [0; 1_200];
-                log.write(&mut Writer::new(&mut buffer), 1, 2).unwrap();
+                log.write(&mut RtcpWriter::new(&mut buffer), 1, 2).unwrap();
             }
         }
     }

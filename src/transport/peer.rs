@@ -254,11 +254,11 @@ pub struct Peer {
     opener: Option<Opener>,
     remote: Option<SocketAddr>,
     next_timeout: Time,
-    setup: Box<Setup>,
+    setup: Box<PeerSetup>,
 }
 
 /// The part that no media packet touches.
-struct Setup {
+struct PeerSetup {
     ice: IceAgent,
     dtls: Dtls,
     epoch: Epoch,
@@ -312,7 +312,7 @@ impl Peer {
             epoch.instant(now),
         );
         dtls.set_active(parameters.dtls_active);
-        let setup = Setup {
+        let setup = PeerSetup {
             ice,
             dtls,
             epoch,
@@ -568,7 +568,7 @@ impl Peer {
     }
 }
 
-impl Setup {
+impl PeerSetup {
     fn handle_stun(&mut self, datagram: &[u8], from: SocketAddr, now: Time) -> bool {
         let Ok(message) = StunMessage::parse(datagram) else {
             return false;

@@ -122,7 +122,7 @@ impl ReceiveCounts {
 
 /// Packets found missing at one time, asked for together: those of `first..first + len` whose window bit says "not here".
 #[derive(Clone, Copy, Default)]
-struct Batch {
+struct NackBatch {
     /// The run time of the notice, in microseconds modulo 2^32.
     noticed: u32,
     /// When it was asked for last, in microseconds after `noticed`; means nothing before.
@@ -136,7 +136,7 @@ struct Batch {
     fresh: bool,
 }
 
-impl Batch {
+impl NackBatch {
     fn age(&self, now: Time) -> Duration {
         Duration::from_micros(u64::from(micros(now).wrapping_sub(self.noticed)))
     }
@@ -178,7 +178,7 @@ pub struct RoundTrip {
 
 /// What is known of a missing packet when it comes.
 #[derive(Clone, Copy)]
-struct Hole {
+struct MissingPacket {
     /// Since it was noticed.
     age: Duration,
     /// It was asked for so shortly before that it cannot be the answer.
@@ -209,7 +209,7 @@ pub struct ReceiveStream {
     batches_len: u8,
     rtx: bool,
     nack: NackRule,
-    window: [Seen; WINDOW as usize / 64],
+    window: [SeenBlock; WINDOW as usize / 64],
 
     /// Where in [`REPEAT_GRID`] this stream looks whether to ask again, in microseconds.
     grid_phase: u16,
@@ -226,12 +226,12 @@ pub struct ReceiveStream {
     expected_prior: u64,
     received_prior: u32,
     /// Oldest first.
-    batches: [Batch; BATCHES_MAX],
+    batches: [NackBatch; BATCHES_MAX],
 }
 
 /// 64 packets, two bits each, `(filled, flagged)`: 00 missing; 01 missing, was asked for; 10 arrived as an original; 11 filled by a resend.
 #[derive(Clone, Copy, Default)]
-struct Seen {
+struct SeenBlock {
     filled: u64,
     flagged: u64,
 }
@@ -255,8 +255,8 @@ impl ReceiveStream {
             last_ext_seq: 0,
             next_nack_at: Time::MAX,
             sender_report_at: Time::ZERO,
-            window: [Seen::default(); WINDOW as usize / 64],
-            batches: [Batch::default(); BATCHES_MAX],
+            window: [SeenBlock::default(); WINDOW as usize / 64],
+            batches: [NackBatch::default(); BATCHES_MAX],
             batches_len: 0,
             rtx: false,
             nack: NackRule::Video,
@@ -466,7 +466,7 @@ impl ReceiveStream {
         self.highest = ext;
         self.last_ext_seq = ext;
         self.grid_phase = (now.as_micros() % REPEAT_GRID.as_micros() as u64) as u16;
-        self.window = [Seen::default(); WINDOW as usize / 64];
+        self.window = [SeenBlock::default(); WINDOW as usize / 64];
         self.set_state(ext, true, false);
         self.received += 1;
         self.transit = self.transit_of(rtp_time, now);
@@ -569,7 +569,7 @@ impl ReceiveStream {
     /// Moves the window on, and gives up what falls out of it.
     fn advance(&mut self, ahead: u64) {
         if ahead >= WINDOW {
-            self.window = [Seen::default(); WINDOW as usize / 64];
+            self.window = [SeenBlock::default(); WINDOW as usize / 64];
         } else {
             for ext in self.highest + 1..=self.highest + ahead {
                 self.set_state(ext, false, false);
@@ -621,7 +621,7 @@ impl ReceiveStream {
             if usize::from(self.batches_len) == BATCHES_MAX {
                 self.join_oldest_batches();
             }
-            self.batches[usize::from(self.batches_len)] = Batch {
+            self.batches[usize::from(self.batches_len)] = NackBatch {
                 noticed: micros(now),
                 asked_after: 0,
                 first: (self.highest - gap) as u16,
@@ -661,7 +661,7 @@ impl ReceiveStream {
     /// them was not given up.
     fn join_oldest_batches(&mut self) {
         let [older, younger, ..] = self.batches;
-        self.batches[1] = Batch {
+        self.batches[1] = NackBatch {
             noticed: older.noticed,
             asked_after: younger.noticed.wrapping_sub(older.noticed) + younger.asked_after,
             first: older.first,
@@ -676,7 +676,7 @@ impl ReceiveStream {
     }
 
     /// Takes an arrived packet out of its batch.
-    fn settle(&mut self, ext: u64, now: Time) -> Option<Hole> {
+    fn settle(&mut self, ext: u64, now: Time) -> Option<MissingPacket> {
         let at = (0..usize::from(self.batches_len)).find(|&at| {
             let first = self.first_of(at);
             (first..first + u64::from(self.batches[at].len)).contains(&ext)
@@ -690,7 +690,7 @@ impl ReceiveStream {
         if self.batches[at].missing == 0 {
             self.remove_batch(at);
         }
-        Some(Hole {
+        Some(MissingPacket {
             age: batch.age(now),
             is_too_young_for_a_resend: batch.tries == 1 && since_asked < self.rtt_least / 2,
         })
@@ -731,7 +731,7 @@ impl ReceiveStream {
     }
 
     /// When a batch that was asked for is asked for again: the first time that libwebrtc would look, after the rule's time.
-    fn repeat_at(&self, batch: &Batch, now: Time, rtt: Duration) -> Time {
+    fn repeat_at(&self, batch: &NackBatch, now: Time, rtt: Duration) -> Time {
         let phase = Duration::from_micros(self.grid_phase.into());
         let wanted = batch.asked_at(now) + self.nack.repeat_after(rtt);
         (wanted - phase).next_whole(REPEAT_GRID) + phase
@@ -739,7 +739,7 @@ impl ReceiveStream {
 
     fn earliest_due(&self, now: Time, rtt: Duration) -> Time {
         let batches = &self.batches[..usize::from(self.batches_len)];
-        let due = |batch: &Batch| {
+        let due = |batch: &NackBatch| {
             self.repeat_at(batch, now, rtt)
                 .min(now - batch.age(now) + AGE_MAX)
         };
@@ -793,7 +793,7 @@ mod tests {
     use crate::seeded::Seeded;
 
     /// A link's character, drawn from the seed.
-    struct Link {
+    struct LinkCharacter {
         loss_percent: u64,
         burst: u64,
         duplicate_percent: u64,
@@ -808,7 +808,7 @@ mod tests {
 
     /// What happened to one sequence number, as an onlooker with the sender's knowledge writes it down.
     #[derive(Default)]
-    struct Fate {
+    struct NumberFate {
         originals: u64,
         resends: u64,
         /// Arrived as an original by the rules of the stream: with RTX the truth, without it "before anybody asked for it".
@@ -819,7 +819,7 @@ mod tests {
     }
 
     #[derive(PartialEq, Eq, PartialOrd, Ord)]
-    enum Event {
+    enum LinkEvent {
         Poll,
         Packet { index: u64, resend: bool },
         Nack { index: u64 },
@@ -827,11 +827,11 @@ mod tests {
 
     struct Simulation {
         random: Seeded,
-        link: Link,
+        link: LinkCharacter,
         first_seq: u16,
-        agenda: BinaryHeap<Reverse<(u64, u64, Event)>>,
+        agenda: BinaryHeap<Reverse<(u64, u64, LinkEvent)>>,
         scheduled: u64,
-        fates: BTreeMap<u64, Fate>,
+        fates: BTreeMap<u64, NumberFate>,
         newest: Option<u64>,
         oldest: u64,
         arrivals: u64,
@@ -841,7 +841,7 @@ mod tests {
     impl Simulation {
         fn new(seed: u64, rtx: bool) -> Simulation {
             let mut random = Seeded::new(seed);
-            let link = Link {
+            let link = LinkCharacter {
                 loss_percent: [0, 1, 5, 15, 30][random.below(5) as usize],
                 burst: [1, 1, 4, 40][random.below(4) as usize],
                 duplicate_percent: random.below(4) * 3,
@@ -868,7 +868,7 @@ mod tests {
             simulation
         }
 
-        fn schedule(&mut self, at: u64, event: Event) {
+        fn schedule(&mut self, at: u64, event: LinkEvent) {
             self.scheduled += 1;
             self.agenda.push(Reverse((at, self.scheduled, event)));
         }
@@ -887,7 +887,7 @@ mod tests {
                 }
             }
             for millis in 0..PACKETS + 3_000 {
-                self.schedule(1_000 * millis, Event::Poll);
+                self.schedule(1_000 * millis, LinkEvent::Poll);
             }
         }
 
@@ -901,7 +901,7 @@ mod tests {
                 };
                 self.schedule(
                     sent_at + ONE_WAY_MICROS + late,
-                    Event::Packet { index, resend },
+                    LinkEvent::Packet { index, resend },
                 );
             }
         }
@@ -909,9 +909,9 @@ mod tests {
         fn run(&mut self) {
             while let Some(Reverse((at, _, event))) = self.agenda.pop() {
                 match event {
-                    Event::Poll => self.poll(at),
-                    Event::Packet { index, resend } => self.arrive(index, resend, at),
-                    Event::Nack { index } => {
+                    LinkEvent::Poll => self.poll(at),
+                    LinkEvent::Packet { index, resend } => self.arrive(index, resend, at),
+                    LinkEvent::Nack { index } => {
                         if !self.random.chance(self.link.loss_percent) {
                             self.deliver(index, at, true);
                         }
@@ -958,7 +958,7 @@ mod tests {
                 assert!(at - noticed <= 1_000_000 && fate.asked.len() < usize::from(TRIES_MAX));
                 fate.asked.push(at);
                 if !self.random.chance(self.link.loss_percent) {
-                    self.schedule(at + ONE_WAY_MICROS, Event::Nack { index });
+                    self.schedule(at + ONE_WAY_MICROS, LinkEvent::Nack { index });
                 }
             }
         }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use super::peer::Peer;
 use super::receive::ReportNumbers;
-use super::rtcp::{ReportBlock, WriteError, Writer};
+use super::rtcp::{ReportBlock, RtcpWriter, WriteError};
 
 /// Compounds stay below this, so that SRTCP's trailer still fits an Ethernet packet.
 const COMPOUND_BYTES_MAX: usize = 1_200;
@@ -19,11 +19,11 @@ pub const NACKED_MAX: usize = 1_000;
 pub fn seal_compound(
     peer: &mut Peer,
     buffer: &mut [u8],
-    write: impl FnOnce(&mut Writer<'_>) -> Result<(), WriteError>,
+    write: impl FnOnce(&mut RtcpWriter<'_>) -> Result<(), WriteError>,
 ) -> Option<(SocketAddr, usize)> {
     let to = peer.remote()?;
     let sealer = peer.sealer_mut()?;
-    let mut writer = Writer::new(&mut buffer[..COMPOUND_BYTES_MAX]);
+    let mut writer = RtcpWriter::new(&mut buffer[..COMPOUND_BYTES_MAX]);
     if write(&mut writer).is_err() || writer.is_empty() {
         return None;
     }

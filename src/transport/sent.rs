@@ -18,7 +18,7 @@ pub enum SentKind {
 
 /// What feedback has said of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum PacketFate {
     Unknown,
     Arrived,
     Missing,
@@ -35,7 +35,7 @@ pub struct SentPacket {
     /// The whole RTP packet.
     pub bytes: u16,
     pub kind: SentKind,
-    pub fate: Fate,
+    pub fate: PacketFate,
 }
 
 impl SentPacket {
@@ -47,7 +47,7 @@ impl SentPacket {
             // A datagram has fewer than 2^16.
             bytes: bytes as u16,
             kind,
-            fate: Fate::Unknown,
+            fate: PacketFate::Unknown,
         }
     }
 }

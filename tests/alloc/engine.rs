@@ -12,7 +12,7 @@ use crate::common::pair::{Pair, audio, layers, video};
 use crate::common::switcher::{Downlink, World};
 use throng::cli;
 use throng::engine::publisher::{Pacing, Redundancy, SendParameters};
-use throng::engine::{Command, VIDEO_TRACK};
+use throng::engine::{ShardCommand, VIDEO_TRACK};
 use throng::recording::Recording;
 
 /// Allocations of ten seconds of audio and video, after two seconds to settle; those of milliseconds with ICE traffic apart.
@@ -126,7 +126,7 @@ fn media_under_60_percent_loss_where_repair_gives_up_allocates_nothing() {
 #[test]
 fn a_recorded_subscriber_allocates_no_more_than_others() {
     let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --publishers 1 --video-publishers 1 --subscribers 1";
-    let Ok(cli::Command::Run(run)) = cli::parse_with(
+    let Ok(cli::CliCommand::Run(run)) = cli::parse_with(
         line.split(' ').map(Into::into),
         &|_| None,
         1,
@@ -169,7 +169,7 @@ fn layers_that_rest_and_start_again_allocate_nothing() {
     for watched in [0b001, 0b111, 0b011, 0b000, 0b111] {
         ALLOCATIONS.set(0);
         link::under_test(true, || {
-            pair.command(Command::SetLayers {
+            pair.command(ShardCommand::SetLayers {
                 key: 0,
                 track: VIDEO_TRACK,
                 layers: watched,

@@ -176,9 +176,9 @@ fn lists_of_nothing_are_not_decoded_however_long_they_are() {
         let message = bytes::Bytes::from(message);
         HELD.set(0);
         HELD_MAX.set(0);
-        let event = targets::ours(|| throng::signal::client::Event::decode(&message));
+        let event = targets::ours(|| throng::signal::client::SignalEvent::decode(&message));
         assert!(
-            matches!(event, throng::signal::client::Event::Malformed { .. }),
+            matches!(event, throng::signal::client::SignalEvent::Malformed { .. }),
             "{path:?}"
         );
         // A copy at most, of a vector that grew.

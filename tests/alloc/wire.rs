@@ -5,7 +5,9 @@ use std::hint::black_box;
 use crate::common::counting::ALLOCATIONS;
 use crate::common::link::under_test;
 use throng::codec::vp8::{PictureId, Vp8Descriptor};
-use throng::transport::rtcp::{DlrrBlock, Packet, ReportBlock, SenderInfo, Writer, packets};
+use throng::transport::rtcp::{
+    DlrrBlock, ReportBlock, RtcpPacket, RtcpWriter, SenderInfo, packets,
+};
 use throng::transport::rtp::{Header, HeaderTemplate, classify, split_rtx, write_rtx_osn};
 use throng::transport::sequence::{ReplayWindow, Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Profile, session};
@@ -55,7 +57,7 @@ fn sealing_and_opening_allocate_nothing() {
                     && header.payload(&packet[..plain_len]).is_some()
             );
             let len = {
-                let mut writer = Writer::new(buf);
+                let mut writer = RtcpWriter::new(buf);
                 writer.pli(1, 2).unwrap();
                 writer.len()
             };
@@ -77,7 +79,7 @@ fn sealing_and_opening_allocate_nothing() {
 fn writing_and_reading_rtcp_allocates_nothing() {
     let mut out = [0; 4_000];
     let work = || {
-        let mut writer = Writer::new(&mut out);
+        let mut writer = RtcpWriter::new(&mut out);
         let report = ReportBlock {
             ssrc: 5,
             ..ReportBlock::default()
@@ -100,14 +102,15 @@ fn writing_and_reading_rtcp_allocates_nothing() {
         for packet in packets(&out[..len]) {
             read += 1;
             items += match packet.unwrap() {
-                Packet::SenderReport { reports, .. } | Packet::ReceiverReport { reports, .. } => {
-                    reports.count()
+                RtcpPacket::SenderReport { reports, .. }
+                | RtcpPacket::ReceiverReport { reports, .. } => reports.count(),
+                RtcpPacket::Sdes { chunks } => chunks.filter(|chunk| chunk.cname.is_some()).count(),
+                RtcpPacket::Nack { seqs, .. } => seqs.count(),
+                RtcpPacket::Fir { entries, .. } => entries.count(),
+                RtcpPacket::Bye { sources, .. } | RtcpPacket::Remb { sources, .. } => {
+                    sources.count()
                 }
-                Packet::Sdes { chunks } => chunks.filter(|chunk| chunk.cname.is_some()).count(),
-                Packet::Nack { seqs, .. } => seqs.count(),
-                Packet::Fir { entries, .. } => entries.count(),
-                Packet::Bye { sources, .. } | Packet::Remb { sources, .. } => sources.count(),
-                Packet::Xr { dlrr, .. } => dlrr.count(),
+                RtcpPacket::Xr { dlrr, .. } => dlrr.count(),
                 _ => 0,
             };
         }

@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
-use throng::cli::{Command, Run, UsageError, parse, parse_with};
+use throng::cli::{CliCommand, RunSpec, UsageError, parse, parse_with};
 use throng::measure::Kind;
 use throng::plan::scenario::{Scenario, ScenarioError};
-use throng::plan::{Connection, Layout, Origin, Pacing, Role};
+use throng::plan::{ConnectionMode, HostRole, Pacing, TargetOrigin, ViewLayout};
 use throng::sfu::SendMode;
 
 const CPUS: usize = 2;
@@ -21,7 +21,7 @@ const TARGET: &[&str] = &[
     "hunter2",
 ];
 
-fn command(args: &[&str], env: &[(&str, &str)]) -> Result<Command, UsageError> {
+fn command(args: &[&str], env: &[(&str, &str)]) -> Result<CliCommand, UsageError> {
     let lookup = |name: &str| {
         env.iter()
             .find(|(n, _)| *n == name)
@@ -37,15 +37,15 @@ fn command(args: &[&str], env: &[(&str, &str)]) -> Result<Command, UsageError> {
     )
 }
 
-fn run(args: &[&str], env: &[(&str, &str)]) -> Run {
+fn run(args: &[&str], env: &[(&str, &str)]) -> RunSpec {
     match command(args, env) {
-        Ok(Command::Run(run)) => *run,
+        Ok(CliCommand::Run(run)) => *run,
         other => panic!("{args:?}: {other:?}"),
     }
 }
 
 /// With a target on loopback.
-fn local(args: &[&str]) -> Run {
+fn local(args: &[&str]) -> RunSpec {
     run(&[TARGET, args].concat(), &[])
 }
 
@@ -93,7 +93,7 @@ fn a_named_target_and_nothing_else_gives_a_small_run() {
                 plan.scenario.seed,
                 plan.run_tag
             ),
-            (Connection::Auto, Origin::Flag, 7, 0xC0FF_EE01)
+            (ConnectionMode::Auto, TargetOrigin::Flag, 7, 0xC0FF_EE01)
         );
         assert_eq!(
             (
@@ -314,7 +314,7 @@ fn a_bare_throng_tests_the_embedded_sfu_with_as_many_as_the_host_bears() {
     for (args, env) in [(&[][..], &[][..]), (&["run"], &[("LIVEKIT_URL", "")])] {
         let run = run(args, env);
         let plan = &run.plan;
-        assert_eq!(plan.target.origin, Origin::Embedded(SendMode::Plain));
+        assert_eq!(plan.target.origin, TargetOrigin::Embedded(SendMode::Plain));
         assert_eq!(plan.target.to_string(), "embedded SFU");
         assert!(run.credentials.is_none());
         assert_eq!(
@@ -329,7 +329,7 @@ fn a_bare_throng_tests_the_embedded_sfu_with_as_many_as_the_host_bears() {
         assert!(plan.joining() <= Duration::from_secs(3));
     }
     let with_cpus = |cpus| match parse_with([OsString::from("throng")], &|_| None, cpus, FRESH) {
-        Ok(Command::Run(run)) => run.plan.scenario.subscribers(),
+        Ok(CliCommand::Run(run)) => run.plan.scenario.subscribers(),
         other => panic!("{other:?}"),
     };
     assert_eq!([with_cpus(1), with_cpus(4), with_cpus(64)], [100, 400, 600]);
@@ -349,7 +349,7 @@ fn a_shape_without_a_target_is_a_test_of_the_embedded_sfu_with_the_usual_pace() 
         &[],
     )
     .plan;
-    assert_eq!(plan.target.origin, Origin::Embedded(SendMode::Gso));
+    assert_eq!(plan.target.origin, TargetOrigin::Embedded(SendMode::Gso));
     assert_eq!(
         (
             plan.scenario.subscribers(),
@@ -396,7 +396,7 @@ fn a_remote_target_from_the_environment_gets_only_load_that_was_asked_for() {
     }
     assert_eq!(
         run(&["--subscribers", "3"], REMOTE).plan.target.origin,
-        Origin::Environment
+        TargetOrigin::Environment
     );
     assert_eq!(
         run(&["--url", "wss://sfu.example.com"], REMOTE)
@@ -756,7 +756,7 @@ fn tiers_that_make_no_sense_are_refused() {
 fn a_coordinator_s_address_makes_a_prober_by_flag_or_by_the_environment_alone() {
     let probe =
         |args: &[&str], env: &'static [(&'static str, &'static str)]| match command(args, env) {
-            Ok(Command::Probe(probe)) => *probe,
+            Ok(CliCommand::Probe(probe)) => *probe,
             other => panic!("a prober: {other:?}"),
         };
     const ALONE: &[(&str, &str)] = &[
@@ -778,7 +778,7 @@ fn a_coordinator_s_address_makes_a_prober_by_flag_or_by_the_environment_alone() 
             alone.config.weight,
             alone.config.token.as_ref().map(|token| token.expose())
         ),
-        (Role::Both, 1, Some("hunter2"))
+        (HostRole::Both, 1, Some("hunter2"))
     );
     assert!(
         alone.run.plan.target.is_embedded()
@@ -816,7 +816,7 @@ fn a_coordinator_s_address_makes_a_prober_by_flag_or_by_the_environment_alone() 
             flags.config.weight,
             flags.run.plan.target.url.to_string().as_str()
         ),
-        (Role::Publish, 3, "ws://s:7880")
+        (HostRole::Publish, 3, "ws://s:7880")
     );
     assert!(flags.run.credentials.is_some());
     assert_eq!(
@@ -886,7 +886,7 @@ fn layers_layouts_and_speakers_are_as_asked() {
         "--simulate-speakers",
         "--audio-dtx",
     ];
-    for layout in Layout::ALL {
+    for layout in ViewLayout::ALL {
         let plan = local(&[&all[..], &["--layout", layout.name()]].concat()).plan;
         assert_eq!(
             (
@@ -953,7 +953,7 @@ fn help_and_version_go_to_standard_output() {
         (&["--version"], env!("CARGO_PKG_VERSION")),
     ] {
         match command(args, &[]) {
-            Ok(Command::Show(text)) => assert!(text.contains(expected), "{text}"),
+            Ok(CliCommand::Show(text)) => assert!(text.contains(expected), "{text}"),
             other => panic!("{other:?}"),
         }
     }
@@ -961,7 +961,7 @@ fn help_and_version_go_to_standard_output() {
 
 #[test]
 fn a_calibration_takes_little_and_is_refused_what_it_does_not_know() {
-    let Ok(Command::Calibrate(calibrate)) = command(
+    let Ok(CliCommand::Calibrate(calibrate)) = command(
         &["calibrate", "--threads", "3", "--json", "-", "--quiet"],
         &[],
     ) else {
@@ -984,7 +984,7 @@ fn two_runs_are_told_apart() {
         &|_| None,
         CPUS,
     ) {
-        Ok(Command::Run(run)) => (run.plan.run_tag, run.plan.scenario.seed),
+        Ok(CliCommand::Run(run)) => (run.plan.run_tag, run.plan.scenario.seed),
         other => panic!("{other:?}"),
     };
     assert_ne!(draw(), draw());

@@ -4,16 +4,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
-use throng::knee::{Answer, Limit};
+use throng::knee::{KneeAnswer, KneeLimit};
 use throng::measure::{Bandwidth, Engine, Histogram, Media, Record, Session, serial};
 use throng::plan::scenario::{PhaseTimes, RoomPeople, Scenario};
-use throng::plan::{Connection, Layout, Origin, Plan, Resources, Target};
+use throng::plan::{ConnectionMode, Plan, Resources, Target, TargetOrigin, ViewLayout};
 use throng::report::Style;
 use throng::report::text::{dry_run, first_line, render};
 use throng::report::{
-    Capacity, CapacityPoint, Cause, Destinations, EngineHealth, HostDrops, Judging, Nearness,
-    Outcome, ParticipantOutcome, Quality, Sample, Second, Side, Sinks, Stall, Step, TargetInfo,
-    TargetKind, ThreadTime, TierFacts, Timeline, Unmeasured, Verdict, json, judge, participants,
+    Capacity, CapacityPoint, Cause, Destinations, EngineHealth, HostDrops, JoinTimeline, Judging,
+    MediaQuality, Nearness, Outcome, ParticipantOutcome, RunSample, Second, Side, Sinks, Stall,
+    Step, TargetInfo, TargetKind, ThreadTime, TierFacts, Unmeasured, Verdict, json, judge,
+    participants,
 };
 use throng::units::Time;
 
@@ -26,7 +27,7 @@ fn plan() -> Plan {
     };
     let mut scenario = Scenario {
         seed: 7,
-        connection: Connection::Dual,
+        connection: ConnectionMode::Dual,
         ..Scenario::of_people(people)
     };
     scenario.rooms.count = 2;
@@ -37,7 +38,7 @@ fn plan() -> Plan {
     });
     let target = Target {
         url: "wss://sfu.example.com".parse().unwrap(),
-        origin: Origin::Environment,
+        origin: TargetOrigin::Environment,
     };
     Plan::new(scenario, target, 0xC0FF_EE01)
 }
@@ -177,7 +178,7 @@ fn outcome() -> Outcome {
         unmeasured: vec![],
         capacity: None,
         totals,
-        series: vec![Sample {
+        series: vec![RunSample {
             t: 1.0,
             participants: 50,
             joins_per_second: 50.0,
@@ -186,7 +187,7 @@ fn outcome() -> Outcome {
                 tick_late_us_max: Some(900),
                 ..Second::default()
             },
-            ..Sample::default()
+            ..RunSample::default()
         }],
         engine: EngineHealth {
             threads: 2,
@@ -224,13 +225,13 @@ fn listener() -> ParticipantOutcome {
         room: "throng-c0ffee01-2".into(),
         identity: "throng-c0ffee01-17".into(),
         subscribes: true,
-        timeline: Timeline {
+        timeline: JoinTimeline {
             intended: Time::from_millis(340),
             started: Some(Time::from_millis(341)),
             joined: Some(Time::from_millis(580)),
-            ..Timeline::default()
+            ..JoinTimeline::default()
         },
-        audio: Quality {
+        audio: MediaQuality {
             tracks_expected: 5,
             tracks_live: 5,
             frames_expected: 7_500,
@@ -239,7 +240,7 @@ fn listener() -> ParticipantOutcome {
             concealed_us: Some(0),
             one_way_us_mean: Some(1_900),
             mos: Some(4.41),
-            ..Quality::default()
+            ..MediaQuality::default()
         },
         ..ParticipantOutcome::default()
     }
@@ -248,14 +249,14 @@ fn listener() -> ParticipantOutcome {
 /// One who was not let in.
 fn refused() -> ParticipantOutcome {
     ParticipantOutcome {
-        timeline: Timeline {
+        timeline: JoinTimeline {
             joined: None,
             ..listener().timeline
         },
         failure: Some("signalling: 401 Unauthorized".into()),
-        audio: Quality {
+        audio: MediaQuality {
             tracks_expected: 5,
-            ..Quality::default()
+            ..MediaQuality::default()
         },
         ..listener()
     }
@@ -267,7 +268,7 @@ fn ruined() -> ParticipantOutcome {
     ParticipantOutcome {
         identity: "throng-c0ffee01-31".into(),
         index: 31,
-        audio: Quality {
+        audio: MediaQuality {
             frames_delivered: 5_300,
             frames_lost_downlink: 2_180,
             frames_lost_uplink: 20,
@@ -319,7 +320,7 @@ fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
         plan.scenario.media.layout,
         plan.scenario.media.simulate_speakers,
         plan.scenario.media.audio.dtx,
-    ) = (true, Some(Layout::Speaker), true, true);
+    ) = (true, Some(ViewLayout::Speaker), true, true);
     outcome.totals.record.session.speaker_updates = 1_234;
     outcome.totals.record.video.layer_switch = spread(40, 130_000);
     outcome.totals.record.video.layer_switch.expect(41);
@@ -599,7 +600,7 @@ fn a_search_says_how_sure_it_is_and_what_broke_first() {
     let reasons = vec!["the generator stood still".to_owned()];
     for (answer, verdict, sentences) in [
         (
-            Answer::Capacity {
+            KneeAnswer::Capacity {
                 participants: 43,
                 low: 42,
                 high: 44,
@@ -613,7 +614,7 @@ fn a_search_says_how_sure_it_is_and_what_broke_first() {
             ][..],
         ),
         (
-            Answer::Capacity {
+            KneeAnswer::Capacity {
                 participants: 43,
                 low: 30,
                 high: 60,
@@ -623,17 +624,17 @@ fn a_search_says_how_sure_it_is_and_what_broke_first() {
             &["not settled after 2 points"],
         ),
         (
-            Answer::AtLeast {
+            KneeAnswer::AtLeast {
                 participants: 60,
-                limit: Limit::Max,
+                limit: KneeLimit::Max,
             },
             Verdict::Pass,
             &["at least 60 subscribers", "the most that was to be tried"],
         ),
         (
-            Answer::AtLeast {
+            KneeAnswer::AtLeast {
                 participants: 60,
-                limit: Limit::Generator {
+                limit: KneeLimit::Generator {
                     at: 64,
                     reasons: reasons.clone(),
                 },
@@ -645,12 +646,12 @@ fn a_search_says_how_sure_it_is_and_what_broke_first() {
             ],
         ),
         (
-            Answer::None,
+            KneeAnswer::None,
             Verdict::Fail,
             &["below one subscriber a room"],
         ),
         (
-            Answer::NotMeasured { reasons },
+            KneeAnswer::NotMeasured { reasons },
             Verdict::Invalid,
             &["even with one subscriber a room: the generator stood still"],
         ),

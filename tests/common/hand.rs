@@ -8,7 +8,7 @@ use throng::codec::vp8::{PictureId, Vp8Descriptor};
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::{MediaCommand, MediaEvent, SendMode, TransportId, TransportParameters};
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
-use throng::transport::rtcp::{Writer, packets};
+use throng::transport::rtcp::{RtcpWriter, packets};
 use throng::transport::rtp::{Datagram as Class, Header, HeaderTemplate, classify};
 use throng::transport::sequence::{Seq, SeqExtender};
 use throng::units::{Epoch, Time};
@@ -263,9 +263,9 @@ impl Hands {
         bytes
     }
 
-    pub fn say(&mut self, index: usize, write: impl FnOnce(&mut Writer<'_>)) {
+    pub fn say(&mut self, index: usize, write: impl FnOnce(&mut RtcpWriter<'_>)) {
         let mut bytes = vec![0; 1_500];
-        let mut writer = Writer::new(&mut bytes[..1_200]);
+        let mut writer = RtcpWriter::new(&mut bytes[..1_200]);
         write(&mut writer);
         let len = writer.len();
         let sealed = self.hands[index]
@@ -317,33 +317,33 @@ impl Hand {
     }
 
     fn take_rtcp(&mut self, mut bytes: Vec<u8>, at: Time) {
-        use throng::transport::rtcp::Packet;
+        use throng::transport::rtcp::RtcpPacket;
         let len = self.peer.opener().unwrap().open_rtcp(&mut bytes).unwrap();
         for packet in packets(&bytes[..len]) {
             let mut say = |said| self.said.push((at, said));
             match packet.unwrap() {
-                Packet::Nack {
+                RtcpPacket::Nack {
                     media_ssrc, seqs, ..
                 } => say(Said::Nack {
                     media_ssrc,
                     seqs: seqs.map(|seq| seq.0).collect(),
                 }),
-                Packet::Pli { media_ssrc, .. } => say(Said::Pli { media_ssrc }),
-                Packet::SenderReport { sender, .. } => say(Said::SenderReport {
+                RtcpPacket::Pli { media_ssrc, .. } => say(Said::Pli { media_ssrc }),
+                RtcpPacket::SenderReport { sender, .. } => say(Said::SenderReport {
                     ssrc: sender.ssrc,
                     ntp: sender.ntp,
                     rtp_time: sender.rtp_time,
                 }),
-                Packet::ReceiverReport { reports, .. } => reports.for_each(|block| {
+                RtcpPacket::ReceiverReport { reports, .. } => reports.for_each(|block| {
                     say(Said::ReceiverReport {
                         ssrc: block.ssrc,
                         lost: block.cumulative_lost,
                     })
                 }),
-                Packet::TransportCc { body, .. } => say(Said::TransportCc {
+                RtcpPacket::TransportCc { body, .. } => say(Said::TransportCc {
                     body: body.to_vec(),
                 }),
-                Packet::Xr { dlrr, .. } => {
+                RtcpPacket::Xr { dlrr, .. } => {
                     dlrr.for_each(|block| say(Said::Dlrr { ssrc: block.ssrc }))
                 }
                 _ => {}

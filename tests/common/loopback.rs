@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use throng::codec::{Codec, PayloadTypes};
 use throng::measure::Kind;
 use throng::net;
-use throng::sfu::bottleneck::Limit;
-use throng::sfu::worker::{Worker, WorkerConfig};
+use throng::sfu::bottleneck::BottleneckLimit;
+use throng::sfu::worker::{RouterWorker, RouterWorkerConfig};
 use throng::sfu::{
     Encodings, MediaCommand, MediaEvent, Selection, SendMode, SubscriptionId,
     SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
@@ -34,7 +34,7 @@ pub struct End {
 
 impl End {
     /// A connection of its own socket to the router.
-    fn add(worker: &Worker, identity: &Identity, epoch: Epoch, index: u32) -> End {
+    fn add(worker: &RouterWorker, identity: &Identity, epoch: Epoch, index: u32) -> End {
         let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).unwrap();
         let (ours, theirs) = (IceCredentials::random(), IceCredentials::random());
         let parameters = PeerParameters {
@@ -69,7 +69,7 @@ impl End {
         &mut self,
         epoch: Epoch,
         router: SocketAddr,
-        batch: &mut net::Batch,
+        batch: &mut net::ReceiveBatch,
         keep: bool,
     ) -> u64 {
         let mut packets = 0;
@@ -120,11 +120,11 @@ impl End {
 }
 
 pub struct Loopback {
-    pub worker: Worker,
+    pub worker: RouterWorker,
     /// The publisher first.
     pub ends: Vec<End>,
     epoch: Epoch,
-    batch: net::Batch,
+    batch: net::ReceiveBatch,
     template: HeaderTemplate,
     next_index: u64,
 }
@@ -136,10 +136,15 @@ impl Loopback {
     }
 
     /// The same, with an SFU that sends no more than so much.
-    pub fn limited(subscribers: u32, kind: Kind, send: SendMode, limit: Option<Limit>) -> Loopback {
+    pub fn limited(
+        subscribers: u32,
+        kind: Kind,
+        send: SendMode,
+        limit: Option<BottleneckLimit>,
+    ) -> Loopback {
         let (identity, epoch) = (Identity::generate().unwrap(), Epoch::read());
         let (events, mut told) = tokio::sync::mpsc::unbounded_channel();
-        let config = WorkerConfig {
+        let config = RouterWorkerConfig {
             ip: LOOPBACK,
             identity: identity.clone(),
             epoch,
@@ -148,12 +153,12 @@ impl Loopback {
             limit,
             name: "sfu-0".into(),
         };
-        let worker = Worker::start(config, events).unwrap();
+        let worker = RouterWorker::start(config, events).unwrap();
         let mut loopback = Loopback {
             worker,
             ends: Vec::new(),
             epoch,
-            batch: net::Batch::default(),
+            batch: net::ReceiveBatch::default(),
             template: HeaderTemplate::new(96, 1).unwrap(),
             next_index: 0,
         };

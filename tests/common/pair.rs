@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::ShardConfig;
-use throng::engine::publisher::{Pacing, SendParameters, SimulcastLayer, Source};
+use throng::engine::publisher::{MediaSource, Pacing, SendParameters, SimulcastLayer};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Event, NewPeer, Roster, StreamParameters, track_number};
+use throng::engine::{NewPeer, Roster, ShardCommand, ShardEvent, StreamParameters, track_number};
 use throng::measure::{Kind, Record};
 use throng::media::identity::FrameIdentity;
-use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
-use throng::media::vp8::{VideoClip, VideoSpec};
+use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
+use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::recording::Tap;
 use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
@@ -32,33 +32,33 @@ pub const RIDS: [&str; 3] = ["q", "h", "f"];
 pub const RUN: u32 = 77;
 const TICK: Duration = Duration::from_millis(1);
 
-pub fn audio() -> Source {
-    let spec = AudioSpec {
+pub fn audio() -> MediaSource {
+    let spec = OpusSpec {
         bitrate: Bitrate::from_bps(24_000),
         frame: Duration::from_millis(20),
         content: AudioContent::Speech,
         dtx: false,
         seed: 1,
     };
-    Source::Audio(Arc::new(AudioClip::generate(&spec).unwrap()))
+    MediaSource::Audio(Arc::new(AudioClip::generate(&spec).unwrap()))
 }
 
-pub fn video() -> Source {
-    let spec = VideoSpec {
+pub fn video() -> MediaSource {
+    let spec = Vp8Spec {
         width: 320,
         height: 180,
         fps: 15,
         bitrate: Bitrate::from_bps(400_000),
         seed: 1,
     };
-    Source::Video(Arc::new(VideoClip::generate(&spec, 2).unwrap()))
+    MediaSource::Video(Arc::new(VideoClip::generate(&spec, 2).unwrap()))
 }
 
 /// Three layers, as small as they can be made, and made once.
-pub fn layers() -> [Source; 3] {
+pub fn layers() -> [MediaSource; 3] {
     static LAYERS: OnceLock<[Arc<VideoClip>; 3]> = OnceLock::new();
     let layer = |width, height, fps, bps| {
-        let spec = VideoSpec {
+        let spec = Vp8Spec {
             width,
             height,
             fps,
@@ -74,7 +74,7 @@ pub fn layers() -> [Source; 3] {
             layer(320, 180, 30, 400_000),
         ]
     });
-    layers.clone().map(Source::Video)
+    layers.clone().map(MediaSource::Video)
 }
 
 /// Its RTX stream has the next one.
@@ -194,7 +194,7 @@ impl Pair {
     /// What end 1 receives goes to `tap` as well.
     pub fn record(&mut self, tap: Box<Tap>) {
         self.shards[1].handle_command(
-            Command::Record {
+            ShardCommand::Record {
                 participant: 1,
                 tap,
             },
@@ -204,7 +204,7 @@ impl Pair {
     }
 
     /// End 0 publishes these to end 1, from the next tick on.
-    pub fn publish(&mut self, sources: &[Source], pacing: Pacing) {
+    pub fn publish(&mut self, sources: &[MediaSource], pacing: Pacing) {
         let tracks = sources
             .iter()
             .map(|source| self.track(source, 0, pacing))
@@ -213,7 +213,7 @@ impl Pair {
     }
 
     /// End 0 publishes these layers of one video track, the lowest first. End 1 gets each as a stream of its own.
-    pub fn publish_layers(&mut self, layers: &[Source], pacing: Pacing) {
+    pub fn publish_layers(&mut self, layers: &[MediaSource], pacing: Pacing) {
         let simulcast = |layer: usize| SimulcastLayer {
             mid: "1".into(),
             rid: RIDS[layer].into(),
@@ -253,19 +253,19 @@ impl Pair {
         });
         let streams = streams.collect();
         self.shards[1].handle_command(
-            Command::Subscribe { key: 0, streams },
+            ShardCommand::Subscribe { key: 0, streams },
             self.now,
             &mut self.outlets[1],
         );
         self.shards[0].handle_command(
-            Command::Publish { key: 0, tracks },
+            ShardCommand::Publish { key: 0, tracks },
             self.now,
             &mut self.outlets[0],
         );
     }
 
     /// A track that begins with the next tick.
-    pub fn track(&self, source: &Source, layer: u8, pacing: Pacing) -> SendParameters {
+    pub fn track(&self, source: &MediaSource, layer: u8, pacing: Pacing) -> SendParameters {
         let (ssrc, rtx_ssrc) = match source.kind() {
             Kind::Audio => (AUDIO_SSRC, None),
             Kind::Video => (layer_ssrc(layer), Some(layer_ssrc(layer) + 1)),
@@ -295,7 +295,7 @@ impl Pair {
     }
 
     /// A command for the publishing end.
-    pub fn command(&mut self, command: Command) {
+    pub fn command(&mut self, command: ShardCommand) {
         self.shards[0].handle_command(command, self.now, &mut self.outlets[0]);
     }
 
@@ -308,7 +308,7 @@ impl Pair {
 
     /// Stops the media, lets what is under way arrive, and hands out both ends' accounts.
     pub fn finish(mut self) -> [Record; 2] {
-        self.shards[0].handle_command(Command::StopPublishing, self.now, &mut self.outlets[0]);
+        self.shards[0].handle_command(ShardCommand::StopPublishing, self.now, &mut self.outlets[0]);
         self.run_for(Duration::from_millis(2_500));
         self.shards.each_mut().map(|shard| {
             shard.finish();
@@ -329,7 +329,7 @@ impl Pair {
             under_test(true, || shard.handle_media_timers(now, outlet));
             under_test(true, || shard.handle_control_timers(now, outlet));
             while let Some((_, event)) = shard.poll_event() {
-                self.connected[me] |= matches!(event, Event::Connected { .. });
+                self.connected[me] |= matches!(event, ShardEvent::Connected { .. });
             }
             for datagram in outlet.sent.drain(..) {
                 self.ice_datagrams += u64::from(matches!(

@@ -6,11 +6,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use throng::engine::publisher::Pacing;
-use throng::engine::worker::{self, Report, WorkerConfig};
-use throng::engine::{Command, PeerOutcome, Roster, ShardConfig};
+use throng::engine::worker::{self, ShardWorkerConfig, WorkerReport};
+use throng::engine::{PeerOutcome, Roster, ShardCommand, ShardConfig};
 use throng::measure::Record;
 use throng::plan::{ParticipantPlan, VideoSpec};
-use throng::signal::session::{self, Media, Notice, Place, Request, Sections, SessionContext};
+use throng::signal::session::{self, Media, Notice, Request, Sections, SessionContext, ShardPlace};
 use throng::transport::peer::Identity;
 use throng::units::Epoch;
 use tokio::sync::{mpsc, watch};
@@ -27,8 +27,8 @@ const RUN: u32 = 0x1A7E_2500;
 pub struct People {
     pub roster: Arc<Roster>,
     requests: Vec<mpsc::UnboundedSender<Request>>,
-    commands: Sender<Command>,
-    reports: mpsc::UnboundedReceiver<Report>,
+    commands: Sender<ShardCommand>,
+    reports: mpsc::UnboundedReceiver<WorkerReport>,
     notices: mpsc::UnboundedReceiver<Notice>,
     leave: watch::Sender<bool>,
     worker: JoinHandle<std::io::Result<()>>,
@@ -55,7 +55,7 @@ impl People {
         let (report_sender, reports) = mpsc::unbounded_channel();
         let (notice_sender, notices) = mpsc::unbounded_channel();
         let (leave, leaving) = watch::channel(false);
-        let config = WorkerConfig {
+        let config = ShardWorkerConfig {
             index: 0,
             cpu: None,
             capacity: 2 * count as usize,
@@ -96,7 +96,7 @@ impl People {
         let worker = std::thread::spawn(move || worker::run(config));
         let requests = (0..count).map(|index| {
             let (sender, receiver) = mpsc::unbounded_channel();
-            let place = Place {
+            let place = ShardPlace {
                 shard: 0,
                 key: 2 * index as usize,
             };
@@ -139,7 +139,7 @@ impl People {
 
     /// What has been counted so far.
     pub fn record(&mut self) -> &Record {
-        self.commands.send(Command::Report).unwrap();
+        self.commands.send(ShardCommand::Report).unwrap();
         std::thread::sleep(POLL);
         while let Ok(report) = self.reports.try_recv() {
             self.record.merge(&report.record);
@@ -185,10 +185,10 @@ impl People {
 
     /// Stops the media, lets what is under way arrive, and hands out the account.
     pub fn finish(mut self) -> (Record, Vec<PeerOutcome>) {
-        self.commands.send(Command::StopPublishing).unwrap();
+        self.commands.send(ShardCommand::StopPublishing).unwrap();
         std::thread::sleep(Duration::from_millis(1_000));
         self.record();
-        self.commands.send(Command::Stop).unwrap();
+        self.commands.send(ShardCommand::Stop).unwrap();
         self.worker.join().unwrap().unwrap();
         let mut outcomes = Vec::new();
         while let Ok(report) = self.reports.try_recv() {
@@ -200,8 +200,8 @@ impl People {
     }
 }
 
-fn video_spec(source: &throng::engine::publisher::Source) -> VideoSpec {
-    let throng::engine::publisher::Source::Video(clip) = source else {
+fn video_spec(source: &throng::engine::publisher::MediaSource) -> VideoSpec {
+    let throng::engine::publisher::MediaSource::Video(clip) = source else {
         panic!("no video")
     };
     let spec = clip.spec();

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use throng::codec::{Codec, PayloadTypes};
-use throng::engine::publisher::{Pacing, Redundancy, SendParameters, Source};
+use throng::engine::publisher::{MediaSource, Pacing, Redundancy, SendParameters};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Event, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
+use throng::engine::{
+    NewPeer, PeerOutcome, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters,
+};
 use throng::measure::{Kind, Record};
 use throng::media::identity::FrameIdentity;
 use throng::sfu::router::{Router, RouterConfig};
@@ -271,7 +273,7 @@ impl<W: Wire> Relay<W> {
     }
 
     /// Client `client` publishes one source. Returns its track.
-    pub fn publish(&mut self, client: usize, source: &Source, pacing: Pacing) -> TrackId {
+    pub fn publish(&mut self, client: usize, source: &MediaSource, pacing: Pacing) -> TrackId {
         self.publish_with(client, source, pacing, None)
     }
 
@@ -279,7 +281,7 @@ impl<W: Wire> Relay<W> {
     pub fn publish_with(
         &mut self,
         client: usize,
-        source: &Source,
+        source: &MediaSource,
         pacing: Pacing,
         redundancy: Option<Redundancy>,
     ) -> TrackId {
@@ -338,7 +340,7 @@ impl<W: Wire> Relay<W> {
         }];
         let publisher = &mut self.clients[client];
         publisher.shard.handle_command(
-            Command::Publish { key: 0, tracks },
+            ShardCommand::Publish { key: 0, tracks },
             self.now,
             &mut publisher.outlet,
         );
@@ -391,7 +393,7 @@ impl<W: Wire> Relay<W> {
         }];
         let subscriber = &mut self.clients[client];
         subscriber.shard.handle_command(
-            Command::Subscribe { key: 0, streams },
+            ShardCommand::Subscribe { key: 0, streams },
             self.now,
             &mut subscriber.outlet,
         );
@@ -410,7 +412,7 @@ impl<W: Wire> Relay<W> {
         for client in &mut self.clients {
             client
                 .shard
-                .handle_command(Command::StopPublishing, self.now, &mut client.outlet);
+                .handle_command(ShardCommand::StopPublishing, self.now, &mut client.outlet);
         }
         self.run_for(Duration::from_millis(2_500));
         let outcomes = &mut self.outcomes;
@@ -441,8 +443,8 @@ impl<W: Wire> Relay<W> {
             client.shard.handle_media_timers(now, &mut client.outlet);
             client.shard.handle_control_timers(now, &mut client.outlet);
             while let Some((_, event)) = client.shard.poll_event() {
-                client.connected |= matches!(event, Event::Connected { .. });
-                client.failed |= matches!(event, Event::Failed { .. });
+                client.connected |= matches!(event, ShardEvent::Connected { .. });
+                client.failed |= matches!(event, ShardEvent::Failed { .. });
             }
             for datagram in std::mem::take(&mut client.outlet.sent) {
                 self.count(index, true, &datagram.bytes, false);

@@ -41,16 +41,16 @@ use rtc::shared::{TaggedBytesMut, TransportContext, TransportProtocol};
 
 use throng::codec::Codec;
 use throng::engine::ShardConfig;
-use throng::engine::publisher::{Pacing, SendParameters, Source};
+use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Event, NewPeer, Roster, StreamParameters};
+use throng::engine::{NewPeer, Roster, ShardCommand, ShardEvent, StreamParameters};
 use throng::measure::{Kind, Record};
 use throng::media::identity::FrameIdentity;
 use throng::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
 use throng::transport::sdp::{
-    Answerer, Candidate, Capabilities, Extension, LocalTrack, LocalTransport, NegotiatedMedia,
-    Offerer, RemoteTransport, Setup,
+    Answerer, Candidate, Capabilities, DtlsSetup, Extension, LocalTrack, LocalTransport,
+    NegotiatedMedia, Offerer, RemoteTransport,
 };
 use throng::units::{Epoch, Time};
 
@@ -67,7 +67,7 @@ pub const RUN: u32 = 77;
 /// One way; whole milliseconds, so that both ends' moments can be told from each other's.
 pub const DELAY: Duration = Duration::from_millis(10);
 const TICK: Duration = Duration::from_millis(1);
-static SOURCES: LazyLock<[Source; 2]> = LazyLock::new(|| [audio(), video()]);
+static SOURCES: LazyLock<[MediaSource; 2]> = LazyLock::new(|| [audio(), video()]);
 const CONNECT_TIMEOUT: Time = Time::from_millis(5_000);
 
 /// What a description lies about.
@@ -537,7 +537,7 @@ pub struct World {
     pub agreed: Vec<Agreed>,
     pub now: Time,
     pub epoch: Epoch,
-    pub sources: [Source; 2],
+    pub sources: [MediaSource; 2],
     /// Jitter of RTP from `rtc`; everything else takes [`DELAY`].
     pub jitter: Duration,
     /// Hears every datagram, of both ends.
@@ -614,9 +614,9 @@ impl World {
             pwd: credentials.password.clone(),
             fingerprint,
             setup: match (leg.publish, leg.dtls_active) {
-                (true, _) => Setup::ActPass,
-                (false, true) => Setup::Active,
-                (false, false) => Setup::Passive,
+                (true, _) => DtlsSetup::ActPass,
+                (false, true) => DtlsSetup::Active,
+                (false, false) => DtlsSetup::Passive,
             },
             candidates: vec![Candidate::host(our_address(key))],
             session_id: 1,
@@ -658,7 +658,7 @@ impl World {
         self.shard.add_peer(key, peer, Time::ZERO, &mut self.outlet);
         let streams = agreed.streams.clone();
         self.shard.handle_command(
-            Command::Subscribe { key, streams },
+            ShardCommand::Subscribe { key, streams },
             self.now,
             &mut self.outlet,
         );
@@ -702,7 +702,7 @@ impl World {
             });
         let tracks = tracks.collect();
         self.shard.handle_command(
-            Command::Publish { key: 0, tracks },
+            ShardCommand::Publish { key: 0, tracks },
             self.now,
             &mut self.outlet,
         );
@@ -718,7 +718,7 @@ impl World {
     /// Stops the media, lets what is under way arrive, and hands out our account.
     pub fn finish(&mut self) -> Record {
         self.shard
-            .handle_command(Command::StopPublishing, self.now, &mut self.outlet);
+            .handle_command(ShardCommand::StopPublishing, self.now, &mut self.outlet);
         self.run_for(Duration::from_millis(2_500));
         self.shard.finish();
         *self.shard.swap_record(Box::default())
@@ -738,8 +738,8 @@ impl World {
         self.shard.handle_control_timers(now, &mut self.outlet);
         while let Some((key, event)) = self.shard.poll_event() {
             match event {
-                Event::Connected { .. } => self.connected[key] = true,
-                Event::Failed { failure, .. } => self.failure = Some(failure),
+                ShardEvent::Connected { .. } => self.connected[key] = true,
+                ShardEvent::Failed { failure, .. } => self.failure = Some(failure),
                 _ => {}
             }
         }
@@ -839,7 +839,7 @@ fn publish_leg(end: &mut RtcEnd, local: &LocalTransport) -> Agreed {
     let answer = end.answer(offerer.offer(local));
     let answer = offerer.handle_answer(&answer).unwrap();
     Agreed {
-        dtls_active: answer.remote.setup == Setup::Passive,
+        dtls_active: answer.remote.setup == DtlsSetup::Passive,
         media: answer.media,
         streams: Vec::new(),
         remote: answer.remote,
@@ -862,7 +862,7 @@ fn subscribe_leg(end: &mut RtcEnd, local: &LocalTransport, rtx: bool) -> Agreed 
         announced_at: Time::ZERO,
     });
     Agreed {
-        dtls_active: answered.setup == Setup::Active,
+        dtls_active: answered.setup == DtlsSetup::Active,
         media: Vec::new(),
         streams: streams.collect(),
         remote: answered.remote,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use throng::codec::vp8::Vp8Descriptor;
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::Roster;
-use throng::engine::publisher::{Pacing, SendParameters, SendTrack, Wire};
+use throng::engine::publisher::{Pacing, SendParameters, SendTrack, TrackWire};
 use throng::engine::subscriber::{EVENTS_MAX, RecvStream, StreamContext};
 use throng::engine::{StreamParameters, VIDEO_TRACK};
 use throng::measure::Record;
@@ -192,7 +192,7 @@ impl World {
             self.tracks[target].request_key_frame(self.now);
         }
         for track in &mut self.tracks {
-            let mut wire = Wire {
+            let mut wire = TrackWire {
                 io: &mut self.outlet,
                 key: 0,
                 to,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::common::link::{Conditions, Link};
 use crate::common::pair::{Pair, RUN, audio, video};
 use throng::engine::publisher::Pacing;
-use throng::engine::{CELLS_PER_PARTICIPANT, Command, Roster};
+use throng::engine::{CELLS_PER_PARTICIPANT, Roster, ShardCommand};
 use throng::measure::{Histogram, Media, Record};
 use throng::plan::Member;
 use throng::units::{Epoch, Time};
@@ -88,7 +88,7 @@ fn play(world: &World, counts_come: bool) -> [Record; 2] {
             world.exchange_counts();
         }
     }
-    pair.command(Command::StopPublishing);
+    pair.command(ShardCommand::StopPublishing);
     pair.run_for(Duration::from_millis(2_500));
     if counts_come {
         world.exchange_counts();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::common::link::{Conditions, Datagram, Link};
 use throng::engine::shard::Shard;
-use throng::engine::{Event, Io, NewPeer, Roster, ShardConfig};
+use throng::engine::{Io, NewPeer, Roster, ShardConfig, ShardEvent};
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
 use throng::units::{Epoch, Time};
 
@@ -255,7 +255,7 @@ fn events_of(
     other: &Identity,
     certificate: &Identity,
     reads_dtls: bool,
-) -> Vec<Event> {
+) -> Vec<ShardEvent> {
     let epoch = Epoch::read();
     let addresses: [SocketAddr; 2] = [
         "192.0.2.1:1000".parse().unwrap(),
@@ -327,7 +327,7 @@ fn where_dtls_fails_the_moment_of_ice_is_told_all_the_same() {
     assert!(
         matches!(
             prompt[..],
-            [Event::Connected {
+            [ShardEvent::Connected {
                 ice_at: Some(_),
                 ..
             }]
@@ -338,19 +338,19 @@ fn where_dtls_fails_the_moment_of_ice_is_told_all_the_same() {
     assert!(
         matches!(
             refused[..],
-            [Event::IceConnected { .. }, Event::Failed { .. }]
+            [ShardEvent::IceConnected { .. }, ShardEvent::Failed { .. }]
         ),
         "{refused:?}"
     );
     let silent = events_of(&client, &server, &server, false);
     assert!(
-        matches!(silent[..], [Event::IceConnected { .. }, ..]),
+        matches!(silent[..], [ShardEvent::IceConnected { .. }, ..]),
         "{silent:?}"
     );
     assert!(
         !silent
             .iter()
-            .any(|event| matches!(event, Event::Connected { .. })),
+            .any(|event| matches!(event, ShardEvent::Connected { .. })),
         "{silent:?}"
     );
 }

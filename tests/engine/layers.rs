@@ -14,8 +14,8 @@ use crate::common::pair::{
 };
 use crate::common::switcher::{Downlink, World};
 use throng::engine::publisher::{Pacing, SendParameters, SpeakerTurns, Talk};
-use throng::engine::{AUDIO_TRACK, Command, VIDEO_TRACK};
-use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
+use throng::engine::{AUDIO_TRACK, ShardCommand, VIDEO_TRACK};
+use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::transport::rtp::Header;
 use throng::units::{Bitrate, Time};
 
@@ -162,7 +162,7 @@ fn a_layer_that_nobody_watches_rests_and_starts_again_with_a_key_frame_in_its_ol
     pair.publish_layers(&layers(), Pacing::Burst);
     let start = pair.now + Duration::from_millis(1);
     pair.run_for(Duration::from_secs(2));
-    let set = |layers| Command::SetLayers {
+    let set = |layers| ShardCommand::SetLayers {
         key: 0,
         track: VIDEO_TRACK,
         layers,
@@ -219,7 +219,7 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
     tracks.push(pair.track(&pair::video(), 0, Pacing::Paced));
     pair.publish_tracks(tracks);
     pair.run_for(Duration::from_secs(3));
-    let mute = |track, muted| Command::SetMuted {
+    let mute = |track, muted| ShardCommand::SetMuted {
         key: 0,
         track,
         muted,
@@ -268,7 +268,7 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
 
 /// A clip as `audio()` makes it, of something else.
 fn clip(content: AudioContent, dtx: bool) -> AudioClip {
-    let spec = AudioSpec {
+    let spec = OpusSpec {
         bitrate: Bitrate::from_bps(24_000),
         frame: Duration::from_millis(20),
         content,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::common::link::Conditions;
 use crate::common::pair::{AUDIO_SSRC, Pair, VIDEO_SSRC, audio, video};
-use throng::engine::Command;
+use throng::engine::ShardCommand;
 use throng::engine::publisher::Pacing;
 use throng::measure::{Media, Record};
 
@@ -72,7 +72,7 @@ fn a_publisher_that_is_removed_owes_every_slot_until_the_plan_ends_it() {
 
 fn withdraw(pair: &mut Pair) {
     let ssrcs = vec![AUDIO_SSRC, VIDEO_SSRC];
-    let command = Command::Unsubscribe { key: 0, ssrcs };
+    let command = ShardCommand::Unsubscribe { key: 0, ssrcs };
     pair.shards[1].handle_command(command, pair.now, &mut pair.outlets[1]);
 }
 
@@ -80,10 +80,10 @@ fn withdraw(pair: &mut Pair) {
 fn a_track_that_the_server_takes_stops_and_stays_owed() {
     let record = after(|pair| {
         for track in [0, 1] {
-            pair.command(Command::LoseTrack { key: 0, track });
+            pair.command(ShardCommand::LoseTrack { key: 0, track });
         }
         // That nobody can watch it any more is no excuse.
-        pair.command(Command::SetLayers {
+        pair.command(ShardCommand::SetLayers {
             key: 0,
             track: 1,
             layers: 0,
@@ -95,13 +95,13 @@ fn a_track_that_the_server_takes_stops_and_stays_owed() {
 #[test]
 fn whom_the_plan_has_leave_or_rest_owes_nothing() {
     let record = after(|pair| {
-        pair.command(Command::Leave { key: 0 });
+        pair.command(ShardCommand::Leave { key: 0 });
         pair.shards[0].remove_peer(0);
     });
     check(&record, MIDDLE, [0; 5]);
     let record = after(|pair| {
         for track in [0, 1] {
-            pair.command(Command::SetMuted {
+            pair.command(ShardCommand::SetMuted {
                 key: 0,
                 track,
                 muted: true,
@@ -114,7 +114,7 @@ fn whom_the_plan_has_leave_or_rest_owes_nothing() {
     let record = after(|pair| {
         pair.shards[0].remove_peer(0);
         pair.run_for(Duration::from_secs(3));
-        pair.command(Command::Leave { key: 0 });
+        pair.command(ShardCommand::Leave { key: 0 });
     });
     check(&record, MIDDLE + 3, [3, 0, 0, 0, 0]);
 }
@@ -149,7 +149,7 @@ fn a_subscriber_that_is_thrown_out_stays_owed_and_one_that_leaves_does_not() {
         assert!(missing >= (END - MIDDLE) * rate);
     }
     let record = after(|pair| {
-        let command = Command::Leave { key: 0 };
+        let command = ShardCommand::Leave { key: 0 };
         pair.shards[1].handle_command(command, pair.now, &mut pair.outlets[1]);
         pair.run_for(Duration::from_millis(100));
         pair.shards[1].remove_peer(0);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::common::link::Conditions;
 use crate::common::pair::{Pair, audio, video};
 use crate::common::recorded::{Picture, has_ffmpeg, only_file, play, read_ivf, read_opus};
-use throng::cli::{Command, parse_with};
+use throng::cli::{CliCommand, parse_with};
 use throng::codec::Codec;
 use throng::engine::publisher::Pacing;
 use throng::measure::Record;
@@ -21,7 +21,7 @@ fn plan() -> Plan {
     let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --room a/room --publishers 1 --video-publishers 1 --subscribers 1";
     let args = line.split(' ').map(Into::into);
     match parse_with(args, &|_| None, 1, u64::from(pair::RUN) << 32) {
-        Ok(Command::Run(run)) => run.plan,
+        Ok(CliCommand::Run(run)) => run.plan,
         other => panic!("{other:?}"),
     }
 }

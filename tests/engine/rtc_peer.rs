@@ -29,7 +29,7 @@ use crate::common::rtc::{
     DELAY, Forged, Leg, RUN, SENT_AUDIO_SSRC, SENT_FIRST_SEQ, SENT_VIDEO_RTX_SSRC, SENT_VIDEO_SSRC,
     Seen, Way, World, our_address, rtc_address,
 };
-use throng::engine::publisher::{Pacing, Source};
+use throng::engine::publisher::{MediaSource, Pacing};
 use throng::media::identity::{AUDIO_IDENTITY_LEN, FrameIdentity, video_trailer_len};
 use throng::media::opus::AudioClip;
 use throng::media::vp8::VideoClip;
@@ -137,7 +137,7 @@ fn a_certificate_that_was_not_promised_is_refused_by_either_end() {
 
 fn clips(world: &World) -> (&AudioClip, &VideoClip) {
     match &world.sources {
-        [Source::Audio(audio), Source::Video(video)] => (audio, video),
+        [MediaSource::Audio(audio), MediaSource::Video(video)] => (audio, video),
         _ => unreachable!("audio first"),
     }
 }

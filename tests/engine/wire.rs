@@ -30,7 +30,7 @@ use rtc_srtp::protection_profile::ProtectionProfile;
 
 use throng::codec::vp8::{self, PictureId, Vp8Descriptor};
 use throng::transport::rtcp::{
-    DlrrBlock, Packet, ReportBlock, SenderInfo, WriteError, Writer, packets,
+    DlrrBlock, ReportBlock, RtcpPacket, RtcpWriter, SenderInfo, WriteError, packets,
 };
 use throng::transport::rtp::{self, Header, HeaderTemplate};
 use throng::transport::sequence::{Seq, SeqExtender};
@@ -389,9 +389,9 @@ fn report_from_peer(report: &ReceptionReport) -> ReportBlock {
 }
 
 /// What we read, in the peer's types.
-fn to_peer(packet: Packet<'_>) -> Peer {
+fn to_peer(packet: RtcpPacket<'_>) -> Peer {
     match packet {
-        Packet::SenderReport { sender, reports } => Box::new(SenderReport {
+        RtcpPacket::SenderReport { sender, reports } => Box::new(SenderReport {
             ssrc: sender.ssrc,
             ntp_time: sender.ntp,
             rtp_time: sender.rtp_time,
@@ -400,12 +400,12 @@ fn to_peer(packet: Packet<'_>) -> Peer {
             reports: reports.map(report_to_peer).collect(),
             ..SenderReport::default()
         }),
-        Packet::ReceiverReport { ssrc, reports } => Box::new(ReceiverReport {
+        RtcpPacket::ReceiverReport { ssrc, reports } => Box::new(ReceiverReport {
             ssrc,
             reports: reports.map(report_to_peer).collect(),
             ..ReceiverReport::default()
         }),
-        Packet::Sdes { chunks } => {
+        RtcpPacket::Sdes { chunks } => {
             let item = |text: &[u8]| SourceDescriptionItem {
                 sdes_type: SdesType::SdesCname,
                 text: Bytes::copy_from_slice(text),
@@ -418,11 +418,11 @@ fn to_peer(packet: Packet<'_>) -> Peer {
                 chunks: chunks.collect(),
             })
         }
-        Packet::Bye { sources, reason } => Box::new(Goodbye {
+        RtcpPacket::Bye { sources, reason } => Box::new(Goodbye {
             sources: sources.collect(),
             reason: Bytes::copy_from_slice(reason.unwrap_or_default()),
         }),
-        Packet::Nack {
+        RtcpPacket::Nack {
             sender_ssrc,
             media_ssrc,
             seqs,
@@ -434,14 +434,14 @@ fn to_peer(packet: Packet<'_>) -> Peer {
                 nacks: nack_pairs_from_sequence_numbers(&seqs),
             })
         }
-        Packet::Pli {
+        RtcpPacket::Pli {
             sender_ssrc,
             media_ssrc,
         } => Box::new(PictureLossIndication {
             sender_ssrc,
             media_ssrc,
         }),
-        Packet::Fir {
+        RtcpPacket::Fir {
             sender_ssrc,
             entries,
         } => {
@@ -457,7 +457,7 @@ fn to_peer(packet: Packet<'_>) -> Peer {
                 fir,
             })
         }
-        Packet::Remb {
+        RtcpPacket::Remb {
             sender_ssrc,
             bitrate,
             sources,
@@ -466,7 +466,7 @@ fn to_peer(packet: Packet<'_>) -> Peer {
             bitrate: bitrate.bps() as f32,
             ssrcs: sources.collect(),
         }),
-        Packet::Xr { ssrc, rrtr, dlrr } => {
+        RtcpPacket::Xr { ssrc, rrtr, dlrr } => {
             let mut reports: Vec<Peer> = Vec::new();
             reports.extend(rrtr.map(|ntp_timestamp| {
                 Box::new(ReceiverReferenceTimeReportBlock { ntp_timestamp }) as Peer
@@ -491,7 +491,7 @@ fn to_peer(packet: Packet<'_>) -> Peer {
 }
 
 /// Writes with our writer what the peer's packet says.
-fn write_like(writer: &mut Writer<'_>, packet: &Peer) -> Result<(), WriteError> {
+fn write_like(writer: &mut RtcpWriter<'_>, packet: &Peer) -> Result<(), WriteError> {
     let any: &dyn Any = packet.as_any();
     if let Some(p) = any.downcast_ref::<SenderReport>() {
         let sender = SenderInfo {
@@ -533,7 +533,7 @@ fn write_like(writer: &mut Writer<'_>, packet: &Peer) -> Result<(), WriteError> 
     }
 }
 
-fn write_xr_like(writer: &mut Writer<'_>, packet: &ExtendedReport) -> Result<(), WriteError> {
+fn write_xr_like(writer: &mut RtcpWriter<'_>, packet: &ExtendedReport) -> Result<(), WriteError> {
     let block = |report: &DLRRReport| DlrrBlock {
         ssrc: report.ssrc,
         last_rr: report.last_rr,
@@ -577,7 +577,7 @@ fn rtcp_compounds_read_and_written_agree_with_the_peer() {
         }
 
         let mut out = [0xAA; 8_000];
-        let mut writer = Writer::new(&mut out);
+        let mut writer = RtcpWriter::new(&mut out);
         theirs
             .iter()
             .for_each(|packet| write_like(&mut writer, packet).unwrap());
@@ -603,9 +603,9 @@ fn a_remb_is_never_read_above_what_was_said() {
     for _ in 0..10_000 {
         let bps = chance.u64() >> chance.below(64);
         let mut out = [0; 64];
-        let mut writer = Writer::new(&mut out);
+        let mut writer = RtcpWriter::new(&mut out);
         writer.remb(1, Bitrate::from_bps(bps), &[2]).unwrap();
-        let Some(Ok(Packet::Remb { bitrate, .. })) = packets(&out[..24]).next() else {
+        let Some(Ok(RtcpPacket::Remb { bitrate, .. })) = packets(&out[..24]).next() else {
             panic!("{bps}")
         };
         assert!(
@@ -741,18 +741,18 @@ fn read_everything(bytes: &[u8]) -> usize {
             .sum::<usize>()
 }
 
-fn count_lists(packet: Packet<'_>) -> usize {
+fn count_lists(packet: RtcpPacket<'_>) -> usize {
     match packet {
-        Packet::SenderReport { reports, .. } | Packet::ReceiverReport { reports, .. } => {
+        RtcpPacket::SenderReport { reports, .. } | RtcpPacket::ReceiverReport { reports, .. } => {
             reports.count()
         }
-        Packet::Sdes { chunks } => chunks.count(),
-        Packet::Bye { sources, .. } | Packet::Remb { sources, .. } => sources.count(),
-        Packet::Nack { seqs, .. } => seqs.count(),
-        Packet::Fir { entries, .. } => entries.count(),
-        Packet::Xr { dlrr, .. } => dlrr.count(),
-        Packet::TransportCc { body, .. } | Packet::Unknown { body, .. } => body.len(),
-        Packet::Pli { .. } => 0,
+        RtcpPacket::Sdes { chunks } => chunks.count(),
+        RtcpPacket::Bye { sources, .. } | RtcpPacket::Remb { sources, .. } => sources.count(),
+        RtcpPacket::Nack { seqs, .. } => seqs.count(),
+        RtcpPacket::Fir { entries, .. } => entries.count(),
+        RtcpPacket::Xr { dlrr, .. } => dlrr.count(),
+        RtcpPacket::TransportCc { body, .. } | RtcpPacket::Unknown { body, .. } => body.len(),
+        RtcpPacket::Pli { .. } => 0,
     }
 }
 

@@ -6,7 +6,7 @@ use crate::common::link::{Conditions, Random};
 use crate::common::pair::audio;
 use crate::common::relay::{Leg, Relay};
 use throng::engine::publisher::Pacing;
-use throng::measure::{Kind, Record, Timeline};
+use throng::measure::{JoinTimeline, Kind, Record};
 use throng::report::ParticipantOutcome;
 use throng::report::worst::{is_healthy, worst};
 use throng::run::account::quality;
@@ -40,9 +40,9 @@ fn one_ruined_among_two_hundred_is_named_first() {
             index: peer.participant,
             identity: format!("listener-{}", peer.participant),
             subscribes: true,
-            timeline: Timeline {
+            timeline: JoinTimeline {
                 joined: Some(Time::from_millis(1)),
-                ..Timeline::default()
+                ..JoinTimeline::default()
             },
             audio: quality(&[peer], Kind::Audio, 1, |_| false),
             ..ParticipantOutcome::default()

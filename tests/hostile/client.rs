@@ -9,12 +9,12 @@ use livekit_protocol as proto;
 use livekit_protocol::signal_request::Message as Request;
 use prost::Message as _;
 use throng::measure::Kind;
-use throng::sfu::server::{DEV_KEY, DEV_SECRET, Server, ServerConfig};
+use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig, SfuServer};
 use throng::signal::client::{
-    Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect,
+    JoinOptions, SignalError, SignalEvent, SignalReceiver, SignalSender, connect,
 };
 use throng::signal::{ApiKey, Endpoint, Permissions, Secret};
-use throng::transport::sdp::{Candidate, Fingerprint, LocalTransport, Offerer, Setup};
+use throng::transport::sdp::{Candidate, DtlsSetup, Fingerprint, LocalTransport, Offerer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -71,11 +71,14 @@ impl Target {
     /// An honest client is told what it came for.
     async fn serves(&self, identity: &str) {
         let (mut sender, mut receiver) = self.join(identity).await.unwrap();
-        assert!(matches!(receiver.next().await.unwrap(), Event::Join(_)));
+        assert!(matches!(
+            receiver.next().await.unwrap(),
+            SignalEvent::Join(_)
+        ));
         sender.ping(7, Duration::ZERO).await.unwrap();
         while !matches!(
             receiver.next().await.unwrap(),
-            Event::Pong { timestamp_us: 7 }
+            SignalEvent::Pong { timestamp_us: 7 }
         ) {}
         sender.leave().await.unwrap();
     }
@@ -106,7 +109,7 @@ impl Target {
 #[test]
 fn connections_beyond_the_bound_are_closed_and_others_are_served() {
     const MOST: usize = 20;
-    let server = Server::start(ServerConfig {
+    let server = SfuServer::start(ServerConfig {
         connections: MOST,
         ..ServerConfig::loopback(7)
     })
@@ -273,7 +276,7 @@ async fn tracks_and_subscriptions(target: Arc<Target>) {
         };
         sender.send(Request::AddTrack(track)).await.unwrap();
         match receiver.next().await.unwrap() {
-            Event::TrackPublished { .. } => published += 1,
+            SignalEvent::TrackPublished { .. } => published += 1,
             _ => refused += 1,
         }
     }
@@ -323,7 +326,7 @@ async fn descriptions(target: Arc<Target>) {
         ufrag: "client".into(),
         pwd: "0123456789abcdefghijklmn".into(),
         fingerprint: Fingerprint([9; 32]),
-        setup: Setup::ActPass,
+        setup: DtlsSetup::ActPass,
         candidates: vec![Candidate::host("127.0.0.1:9".parse().unwrap())],
         session_id: 1,
     };
@@ -351,7 +354,7 @@ async fn descriptions(target: Arc<Target>) {
         // An answer, or the end.
         while !matches!(
             receiver.next().await,
-            Ok(Event::Answer(_) | Event::Leave(_)) | Err(_)
+            Ok(SignalEvent::Answer(_) | SignalEvent::Leave(_)) | Err(_)
         ) {}
     }
 }

@@ -17,12 +17,12 @@ use livekit_protocol::signal_response::Message as Response;
 use prost::Message as _;
 use throng::codec::Codec;
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
-use throng::transport::rtcp::{DlrrBlock, ReportBlock, SenderInfo, Writer};
+use throng::transport::rtcp::{DlrrBlock, ReportBlock, RtcpWriter, SenderInfo};
 use throng::transport::rtp::{Datagram, Header, HeaderTemplate, classify};
 use throng::transport::sdp::serve::{
     ClientDescriptions, SectionUse, SentTrack, SubscriberOffer, write_answer,
 };
-use throng::transport::sdp::{Candidate, LocalTransport, RemoteTransport, Setup};
+use throng::transport::sdp::{Candidate, DtlsSetup, LocalTransport, RemoteTransport};
 use throng::transport::sequence::Seq;
 use throng::units::{Bitrate, Epoch, Time};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -212,7 +212,7 @@ fn offer(sdp: String, id: u32) -> Response {
     })
 }
 
-fn local(port: u16, setup: Setup) -> LocalTransport {
+fn local(port: u16, setup: DtlsSetup) -> LocalTransport {
     let IceCredentials { ufrag, password } = IceCredentials::random();
     LocalTransport {
         ufrag,
@@ -325,14 +325,14 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
             for number in 0..tracks {
                 offers.add(sent_track(number));
             }
-            let sdp = offers.offer(&local(9, Setup::ActPass));
+            let sdp = offers.offer(&local(9, DtlsSetup::ActPass));
             flood(socket, |number| {
                 (number < 3).then(|| encoded(offer(sdp.clone(), number + 1)))
             })
             .await;
         }
         Lie::OffersWithoutEnd => {
-            let local = local(9, Setup::ActPass);
+            let local = local(9, DtlsSetup::ActPass);
             flood(socket, |number| {
                 // Each restarts ICE, and all tracks are other ones.
                 let mut offers = SubscriberOffer::default();
@@ -560,7 +560,7 @@ impl MediaEnd {
                 .collect(),
             // As a LiveKit server: it controls the connection that it offers, and answers `passive` on the other.
             ice_controlling: !publishing,
-            dtls_active: remote.setup == Setup::Passive,
+            dtls_active: remote.setup == DtlsSetup::Passive,
         };
         MediaEnd {
             peer: Peer::new(&identity(), &parameters, epoch, epoch.now()),
@@ -694,10 +694,10 @@ impl MediaEnd {
     fn say(
         &mut self,
         log: &MediaLog,
-        write: impl FnOnce(&mut Writer<'_>) -> Result<(), throng::transport::rtcp::WriteError>,
+        write: impl FnOnce(&mut RtcpWriter<'_>) -> Result<(), throng::transport::rtcp::WriteError>,
     ) {
         let mut bytes = [0; 1_500];
-        let mut writer = Writer::new(&mut bytes[..1_400]);
+        let mut writer = RtcpWriter::new(&mut bytes[..1_400]);
         write(&mut writer).expect("it fits");
         let len = writer.len();
         let sealed = self
@@ -732,7 +732,7 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
         UdpSocket::bind("127.0.0.1:0").unwrap(),
         SubscriberOffer::default(),
     );
-    let sending = local(udp.local_addr().unwrap().port(), Setup::ActPass);
+    let sending = local(udp.local_addr().unwrap().port(), DtlsSetup::ActPass);
     let mut udp = Some(udp);
     offers.add(sent_track(1));
     send(&mut socket, offer(offers.offer(&sending), 1)).await;
@@ -758,7 +758,7 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
             Some(Request::Offer(client)) => {
                 let update = descriptions.read(&client.sdp).unwrap();
                 let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-                let receiving = local(udp.local_addr().unwrap().port(), Setup::Passive);
+                let receiving = local(udp.local_addr().unwrap().port(), DtlsSetup::Passive);
                 let answer = write_answer(&mut descriptions, &receiving, 1, |_, _| {
                     SectionUse::Receive {
                         dtx: false,
@@ -804,7 +804,7 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
 /// A client that offers `active` or `actpass` and is answered `passive` opens DTLS.
 fn active(remote: RemoteTransport) -> RemoteTransport {
     RemoteTransport {
-        setup: Setup::Active,
+        setup: DtlsSetup::Active,
         ..remote
     }
 }

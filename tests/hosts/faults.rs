@@ -22,7 +22,7 @@ use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::{Value, json};
 use throng::coordinator::journal::Journal;
-use throng::coordinator::state::{Phase, State};
+use throng::coordinator::state::{RunPhase, RunState};
 use throng::seeded::Seeded;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -544,7 +544,7 @@ impl Run<'_> {
         let state = replayed(&scratch.path("journal"));
         let report = Report::read(&scratch.path("run.json"), &server.secret).0;
         let about = format!("{about}\n{said}");
-        assert!(*state.phase() == Phase::Over, "{about}");
+        assert!(*state.phase() == RunPhase::Over, "{about}");
         let mut sum = Account::default();
         for (way, vantage) in ways.iter().zip(VANTAGES) {
             let kept = state
@@ -610,11 +610,11 @@ impl Run<'_> {
     }
 }
 
-fn replayed(journal: &Path) -> State {
+fn replayed(journal: &Path) -> RunState {
     let state = RefCell::new(None);
     let read = Journal::open(
         journal,
-        |head| *state.borrow_mut() = Some(State::new(head.setup.clone(), 0, 0)),
+        |head| *state.borrow_mut() = Some(RunState::new(head.setup.clone(), 0, 0)),
         |entry| {
             state
                 .borrow_mut()
@@ -628,7 +628,7 @@ fn replayed(journal: &Path) -> State {
 }
 
 /// All that was acknowledged is kept, or something newer that was said.
-fn witness(log: &[Passed], kept: &throng::coordinator::state::Prober, about: &str) {
+fn witness(log: &[Passed], kept: &throng::coordinator::state::ProberState, about: &str) {
     let seq = |passed: &Passed| passed.body["seq"].as_u64().expect("a number");
     let beats = || {
         log.iter()

@@ -8,9 +8,11 @@ use crate::common::scripted::{Asked, Scripted};
 use crate::common::server::Server;
 use serde_json::{Value, json};
 use throng::cli;
-use throng::coordinator::protocol::{Job, Report, Stage, StageKind, VERSION, WireJudging};
+use throng::coordinator::protocol::{
+    Job, ProberReport, SharedStage, StageKind, VERSION, WireJudging,
+};
 use throng::plan::scenario::Scenario;
-use throng::plan::{Placement, Vantage};
+use throng::plan::{Placement, VantagePlan};
 use throng::report::Judging;
 
 fn unix_us() -> u64 {
@@ -72,7 +74,7 @@ impl Probing {
         );
     }
 
-    fn report(&self) -> Report {
+    fn report(&self) -> ProberReport {
         let posted = self
             .asked
             .iter()
@@ -159,12 +161,12 @@ fn voicegw_s_own_coordinator_gets_a_step_for_each_tier() {
 /// One publisher of audio and at most two subscribers, all of one prober.
 fn job(patience: Duration, hold: Duration) -> Value {
     let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --publishers 1 --subscribers 2 --num-per-second 20 --connection dual";
-    let Ok(cli::Command::Run(run)) =
+    let Ok(cli::CliCommand::Run(run)) =
         cli::parse_with(line.split(' ').map(Into::into), &|_| None, 1, 7)
     else {
         panic!("a good command line")
     };
-    let stage = |kind, name: &str, subscribers: u32| Stage {
+    let stage = |kind, name: &str, subscribers: u32| SharedStage {
         kind,
         name: name.into(),
         subscribers,
@@ -182,7 +184,7 @@ fn job(patience: Duration, hold: Duration) -> Value {
             ..run.plan.scenario.clone()
         },
         placement: Placement {
-            vantages: vec![Vantage::default()],
+            vantages: vec![VantagePlan::default()],
             rooms_apart: false,
         },
         stages: vec![
@@ -389,7 +391,7 @@ fn a_coordinator_that_is_lost_ends_the_load_and_the_report_is_kept() {
         "{}",
         probing.finished.stderr
     );
-    let report: Report = serde_json::from_slice(&std::fs::read(kept).unwrap()).unwrap();
+    let report: ProberReport = serde_json::from_slice(&std::fs::read(kept).unwrap()).unwrap();
     assert!(
         report
             .throng

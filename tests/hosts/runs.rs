@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use throng::coordinator::journal::Journal;
 use throng::coordinator::protocol::StageKind;
-use throng::coordinator::state::{Phase, Prober, State};
+use throng::coordinator::state::{ProberState, RunPhase, RunState};
 use throng::measure::{Kind, Record};
 use throng::report::Verdict;
 
@@ -39,7 +39,7 @@ struct Led {
     stdout: String,
     stderr: String,
     report: Value,
-    state: State,
+    state: RunState,
 }
 
 impl Leading {
@@ -132,7 +132,7 @@ impl Leading {
         let state = std::cell::RefCell::new(None);
         let read = Journal::open(
             &self.dir.join("journal"),
-            |head| *state.borrow_mut() = Some(State::new(head.setup.clone(), 0, 0)),
+            |head| *state.borrow_mut() = Some(RunState::new(head.setup.clone(), 0, 0)),
             |entry| state.borrow_mut().as_mut().unwrap().apply(entry),
         );
         assert!(read.is_ok());
@@ -149,7 +149,7 @@ impl Leading {
 
 impl Led {
     /// In the order of their labels.
-    fn probers(&self) -> Vec<Prober> {
+    fn probers(&self) -> Vec<ProberState> {
         let mut probers = self.state.probers().to_vec();
         probers.sort_by(|a, b| a.vantage.cmp(&b.vantage));
         probers
@@ -157,7 +157,7 @@ impl Led {
 }
 
 /// What all have reported of the whole run.
-fn merged(probers: &[Prober]) -> Record {
+fn merged(probers: &[ProberState]) -> Record {
     let mut merged = Record::default();
     for prober in probers {
         let whole = prober
@@ -398,7 +398,7 @@ fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
         );
     }
     let led = leading.finish();
-    assert!(*led.state.phase() == Phase::Over);
+    assert!(*led.state.phase() == RunPhase::Over);
     let probers = led.probers();
     assert!(probers[1].gone.is_some() && probers[1].report.is_none());
     assert!(

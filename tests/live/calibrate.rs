@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::common::program::alone;
 use throng::calibrate::cache::{self, HostId};
-use throng::calibrate::{self, Calibration, Limit};
+use throng::calibrate::{self, Calibration, CalibrationLimit};
 use throng::preflight::Host;
 
 /// Long enough for the first point of each question, and its repetition where a busy host breaks it.
@@ -44,7 +44,7 @@ fn every_question_is_asked_and_a_later_run_finds_the_answers() {
                 );
             }
             None => assert!(
-                ceiling.limit != Limit::Time
+                ceiling.limit != CalibrationLimit::Time
                     && !ceiling.reasons.is_empty()
                     && ceiling.command.is_none()
             ),

@@ -10,7 +10,7 @@ use crate::common::program::{
 use crate::common::server::Server;
 use rustix::process::Signal;
 use serde_json::Value;
-use throng::sfu::bottleneck::Limit;
+use throng::sfu::bottleneck::BottleneckLimit;
 use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig};
 
 on_both_servers!(
@@ -364,8 +364,8 @@ fn wait_for_engine(running: &mut Running) {
 /// Looks for the capacity of an SFU whose outlet lets through what so many subscribers get.
 fn search(seed: u64, hidden: f64, most: u32) -> (Finished, Report) {
     const PACKETS_PER_SUBSCRIBER: f64 = 50.0;
-    let server = throng::sfu::server::Server::start(ServerConfig {
-        limit: Some(Limit {
+    let server = throng::sfu::server::SfuServer::start(ServerConfig {
+        limit: Some(BottleneckLimit {
             packets_per_second: hidden * PACKETS_PER_SUBSCRIBER,
             wander: 0.03,
             seed,

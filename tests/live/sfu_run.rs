@@ -6,12 +6,12 @@ use std::process::{Command, Stdio};
 
 use crate::common::program::{Report, Scratch, alone, assert_no_secret, run, throng};
 use rustix::process::{Pid, Signal, kill_process};
-use throng::sfu::server::{DEV_KEY, DEV_SECRET, Server, ServerConfig};
+use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig, SfuServer};
 
 const OWN_SECRET: &str = "a-secret-of-one's-own-with-32-letters";
 
 /// A run against the server. It passes, or the host of the tests was too slow for a verdict; what arrived is the same either way.
-fn against(server: &Server, args: &[&str]) -> Report {
+fn against(server: &SfuServer, args: &[&str]) -> Report {
     let scratch = Scratch::new();
     let mut command = throng();
     command
@@ -41,7 +41,7 @@ fn against(server: &Server, args: &[&str]) -> Report {
 #[test]
 fn what_a_run_sends_and_gets_is_what_the_sfu_says_of_it() {
     let _alone = alone();
-    let server = Server::start(ServerConfig::loopback(11)).unwrap();
+    let server = SfuServer::start(ServerConfig::loopback(11)).unwrap();
     let shape = [
         "--publishers",
         "2",
@@ -161,7 +161,7 @@ fn the_program_says_where_it_is_and_ends_with_what_it_did() {
 
 #[test]
 fn a_taken_port_is_told_and_nothing_is_served() {
-    let server = Server::start(ServerConfig::loopback(1)).unwrap();
+    let server = SfuServer::start(ServerConfig::loopback(1)).unwrap();
     let finished = run(
         throng().args(["sfu", "--listen", &server.address().to_string()]),
         OWN_SECRET,

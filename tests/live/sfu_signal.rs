@@ -8,15 +8,15 @@ use livekit_protocol as proto;
 use livekit_protocol::signal_request::Message as Request;
 use prost::Message as _;
 use serde_json::{Value, json};
-use throng::cli::{self, Command};
-use throng::sfu::server::{DEV_KEY, DEV_SECRET, Server, ServerConfig, StartError};
+use throng::cli::{self, CliCommand};
+use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig, SfuServer, StartError};
 use throng::signal::client::{
-    Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect,
+    JoinOptions, SignalError, SignalEvent, SignalReceiver, SignalSender, connect,
 };
 use throng::signal::rooms::{RoomError, RoomService};
 use throng::signal::{ApiKey, Endpoint, Permissions, Secret};
 use throng::transport::sdp::{
-    Answerer, Candidate, Capabilities, Fingerprint, LocalTransport, Setup,
+    Answerer, Candidate, Capabilities, DtlsSetup, Fingerprint, LocalTransport,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::tungstenite;
@@ -37,8 +37,8 @@ fn run<T>(test: impl Future<Output = T>) -> T {
     })
 }
 
-fn start() -> Server {
-    Server::start(ServerConfig::loopback(7)).unwrap()
+fn start() -> SfuServer {
+    SfuServer::start(ServerConfig::loopback(7)).unwrap()
 }
 
 fn key() -> ApiKey {
@@ -52,12 +52,12 @@ fn token(room: &str, identity: &str) -> Secret {
         .unwrap()
 }
 
-fn endpoint(server: &Server) -> Endpoint {
+fn endpoint(server: &SfuServer) -> Endpoint {
     server.url().parse().unwrap()
 }
 
 async fn open(
-    server: &Server,
+    server: &SfuServer,
     token: &Secret,
     options: &JoinOptions,
 ) -> Result<(SignalSender, SignalReceiver), SignalError> {
@@ -67,7 +67,7 @@ async fn open(
 }
 
 async fn join(
-    server: &Server,
+    server: &SfuServer,
     room: &str,
     identity: &str,
 ) -> (SignalSender, SignalReceiver, String) {
@@ -75,12 +75,15 @@ async fn join(
         .await
         .unwrap();
     match receiver.next().await.unwrap() {
-        Event::Join(join) => (sender, receiver, join.participant_sid),
+        SignalEvent::Join(join) => (sender, receiver, join.participant_sid),
         other => panic!("the first message is {other:?}"),
     }
 }
 
-async fn wait<T>(receiver: &mut SignalReceiver, mut pick: impl FnMut(Event) -> Option<T>) -> T {
+async fn wait<T>(
+    receiver: &mut SignalReceiver,
+    mut pick: impl FnMut(SignalEvent) -> Option<T>,
+) -> T {
     loop {
         if let Some(found) = pick(receiver.next().await.unwrap()) {
             return found;
@@ -92,7 +95,7 @@ async fn leave(
     receiver: &mut SignalReceiver,
 ) -> (proto::DisconnectReason, proto::leave_request::Action) {
     wait(receiver, |event| match event {
-        Event::Leave(leave) => Some((leave.reason, leave.action)),
+        SignalEvent::Leave(leave) => Some((leave.reason, leave.action)),
         _ => None,
     })
     .await
@@ -100,7 +103,7 @@ async fn leave(
 
 /// One HTTP request on a connection of its own: status, head and body.
 async fn http(
-    server: &Server,
+    server: &SfuServer,
     method: &str,
     target: &str,
     headers: &[(&str, &str)],
@@ -254,7 +257,7 @@ fn a_participant_joins_answers_pings_and_leaves() {
         let server = start();
         let (mut sender, mut receiver, _) = join(&server, "hall", "ann").await;
         let offer = wait(&mut receiver, |event| match event {
-            Event::Offer(offer) => Some(offer),
+            SignalEvent::Offer(offer) => Some(offer),
             _ => None,
         })
         .await;
@@ -262,7 +265,7 @@ fn a_participant_joins_answers_pings_and_leaves() {
             ufrag: "abcd".into(),
             pwd: "0123456789abcdefghijklmn".into(),
             fingerprint: Fingerprint([0xA5; 32]),
-            setup: Setup::Active,
+            setup: DtlsSetup::Active,
             candidates: vec![Candidate::host("127.0.0.1:9".parse().unwrap())],
             session_id: 1,
         };
@@ -275,7 +278,7 @@ fn a_participant_joins_answers_pings_and_leaves() {
         sender.answer(answered.sdp, offer.id).await.unwrap();
         sender.ping(42, Duration::ZERO).await.unwrap();
         let pong = wait(&mut receiver, |event| match event {
-            Event::Pong { timestamp_us } => Some(timestamp_us),
+            SignalEvent::Pong { timestamp_us } => Some(timestamp_us),
             _ => None,
         });
         assert_eq!(pong.await, 42);
@@ -283,7 +286,7 @@ fn a_participant_joins_answers_pings_and_leaves() {
         wait(&mut receiver, |event| {
             matches!(
                 event,
-                Event::Closed {
+                SignalEvent::Closed {
                     code: Some(1000),
                     ..
                 }
@@ -464,10 +467,10 @@ fn a_session_is_resumed_by_its_sid_alone() {
             .unwrap();
         assert!(matches!(
             resumed.next().await.unwrap(),
-            Event::Reconnect { .. }
+            SignalEvent::Reconnect { .. }
         ));
         wait(&mut resumed, |event| {
-            matches!(event, Event::Offer(_)).then_some(())
+            matches!(event, SignalEvent::Offer(_)).then_some(())
         })
         .await;
         let lobby = server.statistics().lobby;
@@ -481,7 +484,7 @@ fn a_session_is_resumed_by_its_sid_alone() {
 type RawSocket = tokio_tungstenite::WebSocketStream<tokio::net::TcpStream>;
 
 /// A WebSocket without our client around it.
-async fn raw(server: &Server, identity: &str) -> RawSocket {
+async fn raw(server: &SfuServer, identity: &str) -> RawSocket {
     let mut request = format!("{}/rtc?auto_subscribe=1&protocol=16", server.url())
         .into_client_request()
         .unwrap();
@@ -606,7 +609,7 @@ fn garbage_ends_its_own_connection_and_no_other() {
         while let Some(Ok(_)) = socket.next().await {}
         sender.ping(1, Duration::ZERO).await.unwrap();
         wait(&mut receiver, |event| {
-            matches!(event, Event::Pong { .. }).then_some(())
+            matches!(event, SignalEvent::Pong { .. }).then_some(())
         })
         .await;
     });
@@ -618,7 +621,7 @@ fn a_server_that_cannot_start_says_what_to_do() {
     let config = |change: &dyn Fn(&mut ServerConfig)| {
         let mut config = ServerConfig::loopback(1);
         change(&mut config);
-        Server::start(config)
+        SfuServer::start(config)
             .err()
             .map(|error: StartError| error.to_string())
             .unwrap_or_default()
@@ -667,7 +670,7 @@ fn parsed_in(environment: &[(&str, &str)], args: &[&str]) -> Result<cli::Sfu, St
         found.next().map(|(_, value)| (*value).to_owned())
     };
     match cli::parse_with(args, &env, 1, 0x0123_4567_89AB_CDEF) {
-        Ok(Command::Sfu(sfu)) => Ok(*sfu),
+        Ok(CliCommand::Sfu(sfu)) => Ok(*sfu),
         Ok(_) => panic!("not the SFU"),
         Err(error) => Err(error.to_string()),
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::common::loopback::Loopback;
 use crate::common::program::alone;
 use throng::measure::Kind;
-use throng::sfu::bottleneck::Limit;
+use throng::sfu::bottleneck::BottleneckLimit;
 use throng::sfu::{SendMode, SubscriptionId};
 
 #[test]
@@ -66,7 +66,7 @@ fn media_crosses_a_worker_over_loopback_with_either_way_of_sending() {
 fn a_limited_worker_drops_what_is_above_its_limit_and_counts_it() {
     let _alone = alone();
     const PACKETS: u16 = 500;
-    let limit = Limit {
+    let limit = BottleneckLimit {
         packets_per_second: 10.0,
         wander: 0.0,
         seed: 1,

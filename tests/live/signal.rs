@@ -9,13 +9,13 @@ use crate::common::{in_a_process_of_its_own, test_name};
 use livekit_protocol as proto;
 use throng::codec::{Codec, RtcpFeedback};
 use throng::signal::client::{
-    self, Connection, Event, JoinOptions, SignalError, SignalReceiver, SignalSender, connect,
+    self, JoinMode, JoinOptions, SignalError, SignalEvent, SignalReceiver, SignalSender, connect,
 };
 use throng::signal::rooms::{RoomError, RoomService};
 use throng::signal::{ApiKey, Endpoint, Permissions, Secret};
 use throng::transport::sdp::{
-    self, Answerer, Capabilities, Fingerprint, LocalTrack, LocalTransport, Negotiated, Offerer,
-    Setup,
+    self, Answerer, Capabilities, DtlsSetup, Fingerprint, LocalTrack, LocalTransport, Negotiated,
+    Offerer,
 };
 
 /// Everything here takes milliseconds; what takes this long hangs.
@@ -67,7 +67,7 @@ impl Session {
             .unwrap()
             .unwrap()
         {
-            Event::Join(join) => Session {
+            SignalEvent::Join(join) => Session {
                 sender,
                 receiver,
                 join: *join,
@@ -77,7 +77,7 @@ impl Session {
     }
 
     /// The first event that `pick` takes; the ones before it are dropped.
-    async fn wait<T>(&mut self, what: &str, mut pick: impl FnMut(Event) -> Option<T>) -> T {
+    async fn wait<T>(&mut self, what: &str, mut pick: impl FnMut(SignalEvent) -> Option<T>) -> T {
         let waiting = async {
             loop {
                 let event = self
@@ -85,7 +85,7 @@ impl Session {
                     .next()
                     .await
                     .unwrap_or_else(|error| panic!("waiting for {what}: {error}"));
-                assert!(!matches!(event, Event::Malformed { .. }), "{event:?}");
+                assert!(!matches!(event, SignalEvent::Malformed { .. }), "{event:?}");
                 if let Some(found) = pick(event) {
                     return found;
                 }
@@ -102,7 +102,7 @@ fn local_transport() -> LocalTransport {
         ufrag: "abcd".into(),
         pwd: "0123456789abcdefghijklmn".into(),
         fingerprint: Fingerprint([0xA5; 32]),
-        setup: Setup::Active,
+        setup: DtlsSetup::Active,
         candidates: vec![sdp::Candidate::host("127.0.0.1:40000".parse().unwrap())],
         session_id: 1,
     }
@@ -459,7 +459,7 @@ fn a_subscriber_gets_join_and_an_offer_that_we_can_answer() {
 
         let offer = session
             .wait("offer", |event| {
-                if let Event::Offer(offer) = event {
+                if let SignalEvent::Offer(offer) = event {
                     Some(offer)
                 } else {
                     None
@@ -471,7 +471,7 @@ fn a_subscriber_gets_join_and_an_offer_that_we_can_answer() {
             .unwrap();
         assert_eq!(
             (answered.setup, answered.remote.setup),
-            (Setup::Active, Setup::ActPass)
+            (DtlsSetup::Active, DtlsSetup::ActPass)
         );
         assert!(
             answered.added.is_empty() && answered.sections_read == 1,
@@ -482,8 +482,8 @@ fn a_subscriber_gets_join_and_an_offer_that_we_can_answer() {
         // Candidates come by trickle, UDP and TCP.
         let ufrag = answered.remote.ufrag;
         let candidate = session.wait("candidate", |event| match event {
-            Event::Trickle(trickle) if !trickle.candidate_init.is_empty() => Some(trickle),
-            Event::Leave(leave) => panic!("{leave:?}"),
+            SignalEvent::Trickle(trickle) if !trickle.candidate_init.is_empty() => Some(trickle),
+            SignalEvent::Leave(leave) => panic!("{leave:?}"),
             _ => None,
         });
         let candidate = candidate.await;
@@ -563,7 +563,7 @@ async fn publish(
     for (request, _) in &tracks {
         session.sender.add_track(request.clone()).await.unwrap();
         let published = session.wait("TrackPublished", |event| {
-            if let Event::TrackPublished { cid, track } = event {
+            if let SignalEvent::TrackPublished { cid, track } = event {
                 Some((cid, track))
             } else {
                 None
@@ -587,7 +587,7 @@ async fn publish(
         .unwrap();
     let answer = session
         .wait("answer", |event| {
-            if let Event::Answer(answer) = event {
+            if let SignalEvent::Answer(answer) = event {
                 Some(answer)
             } else {
                 None
@@ -618,7 +618,7 @@ fn a_publishers_offer_is_answered_with_the_codecs_extensions_and_feedback_that_i
                 application,
             )
             .await;
-            assert_eq!((answer.id, parsed.remote.setup), (1, Setup::Passive));
+            assert_eq!((answer.id, parsed.remote.setup), (1, DtlsSetup::Passive));
             let [audio, video] = parsed.media.as_slice() else {
                 panic!("{}", answer.sdp)
             };
@@ -676,7 +676,7 @@ fn a_ping_comes_back_with_its_own_time() {
             session.sender.ping(sent_us, Duration::ZERO).await.unwrap();
             let echoed = session
                 .wait("pong", |event| {
-                    if let Event::Pong { timestamp_us } = event {
+                    if let SignalEvent::Pong { timestamp_us } = event {
                         Some(timestamp_us)
                     } else {
                         None
@@ -711,7 +711,7 @@ fn leaving_is_seen_at_once() {
         }
         eprintln!("gone {:?} after leave", left.elapsed());
         let end = session.wait("end", |event| {
-            if let Event::Closed { .. } = event {
+            if let SignalEvent::Closed { .. } = event {
                 Some(())
             } else {
                 None
@@ -735,7 +735,7 @@ fn a_second_participant_of_the_same_identity_evicts_the_first() {
         let _second = Session::open(&server, "hall", "twin", Permissions::SUBSCRIBER).await;
         let leave = first
             .wait("leave", |event| {
-                if let Event::Leave(leave) = event {
+                if let SignalEvent::Leave(leave) = event {
                     Some(leave)
                 } else {
                     None
@@ -758,7 +758,7 @@ fn deleting_a_room_sends_everybody_away() {
         rooms.delete_room("hall").await.unwrap();
         let leave = session
             .wait("leave", |event| {
-                if let Event::Leave(leave) = event {
+                if let SignalEvent::Leave(leave) = event {
                     Some(leave)
                 } else {
                     None
@@ -778,7 +778,7 @@ fn one_connection_takes_tracks_and_offer_with_the_join() {
         let (request, local) = audio_track("mic");
         let mut offerer = Offerer::default();
         offerer.send(local);
-        let connection = Connection::Single {
+        let connection = JoinMode::Single {
             add_tracks: vec![request],
             publisher_offer: Some((offerer.offer(&local_transport()), 1)),
         };
@@ -797,8 +797,9 @@ fn one_connection_takes_tracks_and_offer_with_the_join() {
         let (mut published, mut answered) = (false, false);
         session
             .wait("track and answer", |event| {
-                published |= matches!(&event, Event::TrackPublished { cid, .. } if cid == "mic");
-                answered |= matches!(&event, Event::Answer(answer) if answer.id == 1);
+                published |=
+                    matches!(&event, SignalEvent::TrackPublished { cid, .. } if cid == "mic");
+                answered |= matches!(&event, SignalEvent::Answer(answer) if answer.id == 1);
                 (published && answered).then_some(())
             })
             .await;

@@ -539,7 +539,7 @@ fn what_icmp_says_hides_no_datagram() {
             break packet[..len].to_vec();
         }
     };
-    let mut batch = throng::net::Batch::default();
+    let mut batch = throng::net::ReceiveBatch::default();
     for (name, counted, kind, code, rest) in [
         (
             "host administratively unreachable: EHOSTUNREACH",

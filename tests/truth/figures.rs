@@ -15,7 +15,7 @@ use crate::common::path::{Conditions, Loss};
 use crate::common::relay::Relay;
 use crate::common::tapped::{Direction, Tapped};
 use account::{Delivered, Feedback, Received, Sent, Stream};
-use throng::engine::publisher::{Pacing, Source};
+use throng::engine::publisher::{MediaSource, Pacing};
 use throng::measure::{Histogram, Media, Record};
 use throng::sfu::SendMode;
 use throng::transport::receive::ReceiveCounts;
@@ -111,7 +111,7 @@ const WARM_UP: Duration = Duration::from_millis(2_500);
 
 /// A publisher of audio and video, the server, a subscriber.
 fn live(point: Point, time: Duration, seed: u64) -> Outcome {
-    static SOURCES: OnceLock<[Source; 2]> = OnceLock::new();
+    static SOURCES: OnceLock<[MediaSource; 2]> = OnceLock::new();
     let mut relay = Relay::over(Tapped::new(seed), 2, SendMode::Plain, false, seed);
     let began = relay.now + relay::TICK;
     let (mut up, mut down, mut tracks) = (Vec::new(), Vec::new(), Vec::new());

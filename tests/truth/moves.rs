@@ -7,8 +7,8 @@ use crate::common::pair::{audio, video};
 use crate::common::path::{Conditions, Loss};
 use crate::common::relay::Relay;
 use crate::common::tapped::{Direction, Tapped};
-use throng::engine::Command;
-use throng::engine::publisher::{Pacing, Source};
+use throng::engine::ShardCommand;
+use throng::engine::publisher::{MediaSource, Pacing};
 use throng::measure::{Histogram, Record};
 use throng::sfu::SendMode;
 
@@ -41,7 +41,7 @@ impl Cause {
 }
 
 /// A publisher of audio and video, the server, a subscriber: calm, then with its cause for five seconds, then calm again.
-fn figures(sources: &[Source; 2], bring: fn(&mut Relay<Tapped>)) -> BTreeMap<String, u64> {
+fn figures(sources: &[MediaSource; 2], bring: fn(&mut Relay<Tapped>)) -> BTreeMap<String, u64> {
     let mut relay = Relay::over(Tapped::new(4), 2, SendMode::Plain, false, 4);
     set(&mut relay, CALM, CALM);
     for source in sources {
@@ -281,7 +281,7 @@ const CAUSES: &[Cause] = &[
         name: "a picture that is muted",
         bring: |relay| {
             let (now, publisher) = (relay.now, &mut relay.clients[0]);
-            let mute = Command::SetMuted {
+            let mute = ShardCommand::SetMuted {
                 key: 0,
                 track: 1,
                 muted: true,

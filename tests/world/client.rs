@@ -12,11 +12,11 @@ use proto::signal_request::Message as Request;
 use proto::signal_response::Message as Response;
 use throng::codec::Codec;
 use throng::measure::Kind;
-use throng::sfu::lobby::Entry;
+use throng::sfu::lobby::Entrant;
 use throng::transport::peer::{IceCredentials, PeerParameters};
 use throng::transport::sdp::{
-    Answerer, Candidate, Capabilities, Fingerprint, LocalTrack, LocalTransport, NegotiatedMedia,
-    Offerer, RemoteTrack, RemoteTransport, Setup,
+    Answerer, Candidate, Capabilities, DtlsSetup, Fingerprint, LocalTrack, LocalTransport,
+    NegotiatedMedia, Offerer, RemoteTrack, RemoteTransport,
 };
 
 use crate::plan::{Act, Person, Settings};
@@ -126,7 +126,7 @@ impl Client {
             ufrag: format!("client{}half{half}", person.index),
             pwd: format!("passwordOfClient{:04}half{half}", person.index),
             fingerprint,
-            setup: Setup::Active,
+            setup: DtlsSetup::Active,
             candidates: vec![Candidate::host(addresses[half])],
             session_id: u64::from(person.index) + 1,
         });
@@ -153,7 +153,7 @@ impl Client {
     }
 
     /// What the server learns from its token and from the first request.
-    pub fn entry(&mut self) -> Entry {
+    pub fn entry(&mut self) -> Entrant {
         let mut entry = self.token();
         if self.person.single {
             entry.add_tracks = self
@@ -167,16 +167,16 @@ impl Client {
     }
 
     /// The same with a new signalling connection in the broken one's place.
-    pub fn resume(&self) -> Entry {
-        Entry {
+    pub fn resume(&self) -> Entrant {
+        Entrant {
             resume: Some(self.sid.clone()),
             ..self.token()
         }
     }
 
-    fn token(&self) -> Entry {
+    fn token(&self) -> Entrant {
         let person = &self.person;
-        Entry {
+        Entrant {
             room: format!("room-{}", person.room),
             identity: person.identity.clone(),
             name: person.identity.clone(),
@@ -187,7 +187,7 @@ impl Client {
             },
             auto_subscribe: person.subscribes,
             single: person.single,
-            ..Entry::default()
+            ..Entrant::default()
         }
     }
 
@@ -327,7 +327,7 @@ impl Client {
             Half::Publisher,
             &negotiated.remote,
             true,
-            Setup::Active,
+            DtlsSetup::Active,
             todo,
         );
         let added = negotiated
@@ -387,7 +387,7 @@ impl Client {
         half: Half,
         remote: &RemoteTransport,
         ice_controlling: bool,
-        setup: Setup,
+        setup: DtlsSetup,
         todo: &mut Vec<Todo>,
     ) {
         let credentials = IceCredentials {
@@ -435,7 +435,7 @@ impl Client {
                     .map(|candidate| candidate.address)
                     .collect(),
                 ice_controlling,
-                dtls_active: setup == Setup::Active,
+                dtls_active: setup == DtlsSetup::Active,
             },
         });
     }

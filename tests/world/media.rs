@@ -4,11 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use throng::engine::publisher::Source;
+use throng::engine::publisher::MediaSource;
 use throng::measure::Kind;
 use throng::media::identity::AUDIO_IDENTITY_LEN;
-use throng::media::opus::{AudioClip, AudioContent, AudioSpec};
-use throng::media::vp8::{VideoClip, VideoSpec};
+use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
+use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::units::Bitrate;
 
 /// Width, height and bitrate of the simulcast layers, from low to high. A video without simulcast is as the highest.
@@ -48,14 +48,14 @@ pub fn sizes(simulcast: bool) -> Vec<(u32, u32)> {
 
 impl Clips {
     fn generate() -> Clips {
-        let audio = AudioSpec {
+        let audio = OpusSpec {
             bitrate: Bitrate::from_bps(24_000),
             frame: Duration::from_millis(20),
             content: AudioContent::Speech,
             dtx: false,
             seed: 1,
         };
-        let video = |(width, height, bps)| VideoSpec {
+        let video = |(width, height, bps)| Vp8Spec {
             width,
             height,
             fps: FPS,
@@ -97,11 +97,11 @@ impl Clips {
     }
 
     /// What a track's layer plays.
-    pub fn source(&self, kind: Kind, simulcast: bool, layer: usize) -> Source {
+    pub fn source(&self, kind: Kind, simulcast: bool, layer: usize) -> MediaSource {
         match kind {
-            Kind::Audio => Source::Audio(self.audio.clone()),
-            Kind::Video if simulcast => Source::Video(self.videos[layer].clone()),
-            Kind::Video => Source::Video(self.videos[LAYERS.len() - 1].clone()),
+            Kind::Audio => MediaSource::Audio(self.audio.clone()),
+            Kind::Video if simulcast => MediaSource::Video(self.videos[layer].clone()),
+            Kind::Video => MediaSource::Video(self.videos[LAYERS.len() - 1].clone()),
         }
     }
 

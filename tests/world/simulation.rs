@@ -12,12 +12,12 @@ use throng::codec::Codec;
 use throng::engine::publisher::{Redundancy, SendParameters, SimulcastLayer};
 use throng::engine::shard::Shard;
 use throng::engine::{
-    Command, Event, NewPeer, Roster, ShardConfig, StreamParameters, track_number,
+    NewPeer, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters, track_number,
 };
 use throng::measure::Kind;
 use throng::media::identity::FrameIdentity;
 use throng::secrets::Secrets;
-use throng::sfu::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, Output};
+use throng::sfu::lobby::{ConnectionId, Entrant, Lobby, LobbyConfig, LobbyOutput};
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::statistics::RouterStatistics;
 use throng::sfu::{MediaCommand, MediaEvent, Outgoing, SubscriptionId, TrackId, TransportId};
@@ -116,7 +116,7 @@ impl<T> Pipe<T> {
 }
 
 pub enum ToServer {
-    Entry(Box<Entry>),
+    Entry(Box<Entrant>),
     Request(Box<Request>),
     Lost,
 }
@@ -354,7 +354,7 @@ impl World {
         self.run_until(Time::ZERO + ACTIVE);
         self.draining = true;
         for (shard, outlet) in self.shards.iter_mut().zip(&mut self.outlets) {
-            shard.handle_command(Command::StopPublishing, self.now, outlet);
+            shard.handle_command(ShardCommand::StopPublishing, self.now, outlet);
         }
         self.run_until(Time::ZERO + ACTIVE + DRAIN);
     }
@@ -509,7 +509,7 @@ impl World {
                 let key = key + half as usize;
                 if by_plan {
                     self.shards[shard].handle_command(
-                        Command::Leave { key },
+                        ShardCommand::Leave { key },
                         self.now,
                         &mut self.outlets[shard],
                     );
@@ -606,7 +606,7 @@ impl World {
                 } => self.restart_ice(index, half, local, remote, remote_candidates),
                 Todo::SetLayers { kind, layers } => {
                     let track = track_number(kind);
-                    self.command(index, Half::Publisher, |key| Command::SetLayers {
+                    self.command(index, Half::Publisher, |key| ShardCommand::SetLayers {
                         key,
                         track,
                         layers,
@@ -614,7 +614,7 @@ impl World {
                 }
                 Todo::SetMuted { kind, muted } => {
                     let track = track_number(kind);
-                    self.command(index, Half::Publisher, |key| Command::SetMuted {
+                    self.command(index, Half::Publisher, |key| ShardCommand::SetMuted {
                         key,
                         track,
                         muted,
@@ -628,7 +628,7 @@ impl World {
     }
 
     /// Tells the shard of an engine participant.
-    fn command(&mut self, index: usize, half: Half, command: impl FnOnce(usize) -> Command) {
+    fn command(&mut self, index: usize, half: Half, command: impl FnOnce(usize) -> ShardCommand) {
         if let Receiver::Engine { shard, key } = self.sessions[index].receiver {
             let command = command(key + half as usize);
             self.shards[shard].handle_command(command, self.now, &mut self.outlets[shard]);
@@ -647,7 +647,7 @@ impl World {
         if let Receiver::Witness(witness) = &mut self.sessions[index].receiver {
             return witness.restart_ice(half, &local, &remote, &remote_candidates, self.now);
         }
-        self.command(index, half, |key| Command::RestartIce {
+        self.command(index, half, |key| ShardCommand::RestartIce {
             key,
             local,
             remote,
@@ -665,7 +665,7 @@ impl World {
             return;
         };
         let at = self.now;
-        self.command(index, half, |key| Command::Watch {
+        self.command(index, half, |key| ShardCommand::Watch {
             key,
             ssrc,
             layer,
@@ -766,9 +766,13 @@ impl World {
                     announced_at: self.now,
                 });
                 let (io, now) = (&mut self.outlets[shard], self.now);
-                self.shards[shard].handle_command(Command::Unsubscribe { key, ssrcs }, now, io);
                 self.shards[shard].handle_command(
-                    Command::Subscribe {
+                    ShardCommand::Unsubscribe { key, ssrcs },
+                    now,
+                    io,
+                );
+                self.shards[shard].handle_command(
+                    ShardCommand::Subscribe {
                         key,
                         streams: streams.collect(),
                     },
@@ -837,14 +841,14 @@ impl World {
         self.lobby.handle_media(router, event, self.now);
     }
 
-    fn take_output(&mut self, output: Output) {
+    fn take_output(&mut self, output: LobbyOutput) {
         match output {
-            Output::Send {
+            LobbyOutput::Send {
                 connection,
                 message,
             } => self.tell(connection, ToClient::Message(message.to_vec())),
-            Output::Close { connection } => self.tell(connection, ToClient::Closed),
-            Output::Media { router, command } => self.take_command(router, command),
+            LobbyOutput::Close { connection } => self.tell(connection, ToClient::Closed),
+            LobbyOutput::Media { router, command } => self.take_command(router, command),
         }
     }
 
@@ -1281,22 +1285,22 @@ impl World {
                     Half::Subscriber
                 };
                 match event {
-                    Event::Connected { at, .. } => {
+                    ShardEvent::Connected { at, .. } => {
                         self.note(at.as_nanos());
                         self.sessions[index].connected[half as usize] = Some(at);
                         if half == Half::Publisher && !self.draining {
                             self.publish(index);
                         }
                     }
-                    Event::Failed { failure, .. } => {
+                    ShardEvent::Failed { failure, .. } => {
                         let left = self.sessions[index].stage == Stage::Gone;
                         self.check(Rule::SessionsLast, left, || {
                             format!("session {index} lost its {half:?} connection: {failure:?}")
                         });
                     }
-                    Event::IceConnected { .. }
-                    | Event::IceRestarted { .. }
-                    | Event::FirstMedia { .. } => {}
+                    ShardEvent::IceConnected { .. }
+                    | ShardEvent::IceRestarted { .. }
+                    | ShardEvent::FirstMedia { .. } => {}
                 }
             }
         }
@@ -1357,7 +1361,7 @@ impl World {
                 });
             }
         }
-        let command = Command::Publish {
+        let command = ShardCommand::Publish {
             key,
             tracks: parameters,
         };

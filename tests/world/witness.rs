@@ -10,7 +10,7 @@ use throng::codec::vp8::Vp8Descriptor;
 use throng::codec::{Codec, PayloadTypes};
 use throng::measure::Kind;
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
-use throng::transport::rtcp::Writer;
+use throng::transport::rtcp::RtcpWriter;
 use throng::transport::rtp::{Datagram as Class, Header, classify, split_rtx};
 use throng::transport::sdp::RemoteTrack;
 use throng::transport::sequence::{Seq, SeqExtender};
@@ -338,7 +338,7 @@ impl Connection {
                 return;
             };
             let mut buffer = vec![0; 1_400];
-            let mut writer = Writer::new(&mut buffer[..1_200]);
+            let mut writer = RtcpWriter::new(&mut buffer[..1_200]);
             if !seqs.is_empty() {
                 writer.nack(1, stream.ssrc, seqs).unwrap();
             }

@@ -7,10 +7,10 @@ use livekit_protocol as proto;
 use livekit_protocol::signal_request::Message as Request;
 use prost::Message;
 use throng::secrets::Secrets;
-use throng::sfu::lobby::{ConnectionId, Entry, Lobby, LobbyConfig, Output};
+use throng::sfu::lobby::{ConnectionId, Entrant, Lobby, LobbyConfig, LobbyOutput};
 use throng::sfu::{MediaCommand, MediaEvent, TransportId};
 use throng::transport::sdp::{
-    Answerer, Candidate, Capabilities, Fingerprint, LocalTransport, Setup,
+    Answerer, Candidate, Capabilities, DtlsSetup, Fingerprint, LocalTransport,
 };
 use throng::units::{Epoch, Time};
 
@@ -42,7 +42,7 @@ fn local() -> LocalTransport {
         ufrag: "client".into(),
         pwd: "0123456789abcdefghijklmn".into(),
         fingerprint: Fingerprint([9; 32]),
-        setup: Setup::Active,
+        setup: DtlsSetup::Active,
         candidates: vec![Candidate::host(SocketAddr::from(([192, 0, 2, 7], 4_000)))],
         session_id: 1,
     }
@@ -186,7 +186,7 @@ impl World {
     fn drain(&mut self) {
         while let Some(output) = self.lobby.poll_output() {
             match output {
-                Output::Send {
+                LobbyOutput::Send {
                     connection,
                     message,
                 } => {
@@ -204,12 +204,12 @@ impl World {
                         client.offer = Some(offer);
                     }
                 }
-                Output::Close { connection } => {
+                LobbyOutput::Close { connection } => {
                     for client in &mut self.clients {
                         client.connection = client.connection.filter(|open| *open != connection);
                     }
                 }
-                Output::Media { command, .. } => match command {
+                LobbyOutput::Media { command, .. } => match command {
                     MediaCommand::AddTransport { transport, .. } => self.transports.push(transport),
                     MediaCommand::RemoveTransport { transport } => {
                         self.transports.retain(|known| *known != transport)
@@ -221,10 +221,10 @@ impl World {
     }
 }
 
-fn entry(who: usize, script: &mut Script<'_>) -> Entry {
+fn entry(who: usize, script: &mut Script<'_>) -> Entrant {
     let flags = script.u8();
     let sdp = String::from_utf8_lossy(script.chunk()).into_owned();
-    Entry {
+    Entrant {
         room: "hall".into(),
         identity: format!("client-{}", who % CLIENTS),
         permission: proto::ParticipantPermission {
@@ -243,7 +243,7 @@ fn entry(who: usize, script: &mut Script<'_>) -> Entry {
             id: 1,
             ..Default::default()
         }),
-        ..Entry::default()
+        ..Entrant::default()
     }
 }
 

@@ -9,7 +9,7 @@ use throng::sfu::{
     Encodings, MediaCommand, Selection, SendMode, SubscriptionId, SubscriptionParameters, TrackId,
     TrackParameters, TransportId,
 };
-use throng::transport::rtcp::{ReportBlock, Writer};
+use throng::transport::rtcp::{ReportBlock, RtcpWriter};
 use throng::transport::rtp::{Header, classify};
 use throng::transport::sdp::{Extension, ExtensionIds};
 use throng::transport::sequence::{Seq, SeqExtender};
@@ -224,7 +224,7 @@ fn seeds() -> Vec<Vec<u8>> {
         ];
         [&extensions[..], &frame].concat()
     };
-    let rtcp = |from: u8, write: &dyn Fn(&mut Writer<'_>)| {
+    let rtcp = |from: u8, write: &dyn Fn(&mut RtcpWriter<'_>)| {
         [&[from << 7 | RTCP][..], &chunk(&compound(write))].concat()
     };
     let pictures = |which: u8, rid: u8| -> Vec<u8> {
@@ -246,7 +246,7 @@ fn seeds() -> Vec<Vec<u8>> {
             .collect()
     };
     let nack = |ssrc: u32| {
-        rtcp(1, &|writer: &mut Writer<'_>| {
+        rtcp(1, &|writer: &mut RtcpWriter<'_>| {
             writer
                 .nack(1, ssrc, (0..250).map(|n| Seq(n * 65)))
                 .expect("it fits")

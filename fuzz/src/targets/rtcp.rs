@@ -9,7 +9,7 @@ use rtc_rtcp::reception_report::ReceptionReport;
 use rtc_rtcp::sender_report::SenderReport;
 use rtc_rtcp::transport_feedbacks::transport_layer_nack::TransportLayerNack;
 use throng::transport::rtcp::{
-    DlrrBlock, Malformed, Packet, ReportBlock, SenderInfo, WriteError, Writer, packets,
+    DlrrBlock, MalformedRtcp, ReportBlock, RtcpPacket, RtcpWriter, SenderInfo, WriteError, packets,
     rtt_from_report,
 };
 use throng::transport::sequence::Seq;
@@ -43,35 +43,37 @@ fn run(input: &[u8]) {
                 );
                 read_again(&packet, input.len());
             }
-            Err(Malformed::Framing) => {
+            Err(MalformedRtcp::Framing) => {
                 assert_eq!(ours(|| packets(input)).count(), walked, "the walk ends")
             }
-            Err(Malformed::Contents) => {}
+            Err(MalformedRtcp::Contents) => {}
         }
     }
     agree(input);
 }
 
 /// Walks all that a packet lists, and counts it.
-fn items(packet: &Packet<'_>) -> usize {
+fn items(packet: &RtcpPacket<'_>) -> usize {
     let nothing_wrong =
         |rtt: Option<Duration>| assert!(rtt.is_none_or(|rtt| rtt <= Duration::from_secs(1 << 15)));
     match packet {
-        Packet::SenderReport { reports, .. } | Packet::ReceiverReport { reports, .. } => {
+        RtcpPacket::SenderReport { reports, .. } | RtcpPacket::ReceiverReport { reports, .. } => {
             for block in reports.clone() {
                 assert!((-(1 << 23)..1 << 23).contains(&block.cumulative_lost));
                 nothing_wrong(rtt_from_report(0x8000_0000, block.lsr, block.dlsr));
             }
             reports.len()
         }
-        Packet::Sdes { chunks } => chunks
+        RtcpPacket::Sdes { chunks } => chunks
             .clone()
             .inspect(|chunk| assert!(chunk.cname.is_none_or(|name| name.len() <= 255)))
             .count(),
-        Packet::Bye { sources, .. } | Packet::Remb { sources, .. } => sources.clone().count(),
-        Packet::Nack { seqs, .. } => seqs.clone().count(),
-        Packet::Fir { entries, .. } => entries.clone().count(),
-        Packet::Xr { dlrr, .. } => dlrr
+        RtcpPacket::Bye { sources, .. } | RtcpPacket::Remb { sources, .. } => {
+            sources.clone().count()
+        }
+        RtcpPacket::Nack { seqs, .. } => seqs.clone().count(),
+        RtcpPacket::Fir { entries, .. } => entries.clone().count(),
+        RtcpPacket::Xr { dlrr, .. } => dlrr
             .clone()
             .inspect(|block| {
                 nothing_wrong(rtt_from_report(
@@ -81,15 +83,15 @@ fn items(packet: &Packet<'_>) -> usize {
                 ))
             })
             .count(),
-        Packet::Pli { .. } | Packet::TransportCc { .. } | Packet::Unknown { .. } => 0,
+        RtcpPacket::Pli { .. } | RtcpPacket::TransportCc { .. } | RtcpPacket::Unknown { .. } => 0,
     }
 }
 
 /// What our writer makes of a packet says the same.
-fn read_again(packet: &Packet<'_>, input_len: usize) {
+fn read_again(packet: &RtcpPacket<'_>, input_len: usize) {
     // A NACK whose numbers do not go upwards may take more pairs than it had.
     let mut buffer = vec![0; 64 + 6 * input_len];
-    let mut writer = Writer::new(&mut buffer);
+    let mut writer = RtcpWriter::new(&mut buffer);
     match ours(|| write(&mut writer, packet)) {
         Some(Ok(())) => {}
         Some(Err(WriteError::TooLong)) | None => return,
@@ -105,20 +107,24 @@ fn read_again(packet: &Packet<'_>, input_len: usize) {
     assert!(again.next().is_none());
 }
 
-fn write(writer: &mut Writer<'_>, packet: &Packet<'_>) -> Option<Result<(), WriteError>> {
+fn write(writer: &mut RtcpWriter<'_>, packet: &RtcpPacket<'_>) -> Option<Result<(), WriteError>> {
     Some(match packet {
-        Packet::SenderReport { sender, reports } => writer.sender_report(sender, reports.clone()),
-        Packet::ReceiverReport { ssrc, reports } => writer.receiver_report(*ssrc, reports.clone()),
-        Packet::Nack {
+        RtcpPacket::SenderReport { sender, reports } => {
+            writer.sender_report(sender, reports.clone())
+        }
+        RtcpPacket::ReceiverReport { ssrc, reports } => {
+            writer.receiver_report(*ssrc, reports.clone())
+        }
+        RtcpPacket::Nack {
             sender_ssrc,
             media_ssrc,
             seqs,
         } if seqs.clone().next().is_some() => writer.nack(*sender_ssrc, *media_ssrc, seqs.clone()),
-        Packet::Pli {
+        RtcpPacket::Pli {
             sender_ssrc,
             media_ssrc,
         } => writer.pli(*sender_ssrc, *media_ssrc),
-        Packet::Xr { ssrc, rrtr, dlrr } if rrtr.is_some() || dlrr.clone().next().is_some() => {
+        RtcpPacket::Xr { ssrc, rrtr, dlrr } if rrtr.is_some() || dlrr.clone().next().is_some() => {
             writer.xr(*ssrc, *rrtr, dlrr.clone())
         }
         _ => return None,
@@ -135,15 +141,15 @@ enum Facts {
     Other,
 }
 
-fn facts(packet: &Packet<'_>) -> Facts {
+fn facts(packet: &RtcpPacket<'_>) -> Facts {
     match packet {
-        Packet::SenderReport { sender, reports } => {
+        RtcpPacket::SenderReport { sender, reports } => {
             Facts::Sender(*sender, reports.clone().collect())
         }
-        Packet::ReceiverReport { ssrc, reports } => {
+        RtcpPacket::ReceiverReport { ssrc, reports } => {
             Facts::Receiver(*ssrc, reports.clone().collect())
         }
-        Packet::Nack {
+        RtcpPacket::Nack {
             sender_ssrc,
             media_ssrc,
             seqs,
@@ -154,11 +160,11 @@ fn facts(packet: &Packet<'_>) -> Facts {
             seqs.dedup();
             Facts::Nack(*sender_ssrc, *media_ssrc, seqs)
         }
-        Packet::Pli {
+        RtcpPacket::Pli {
             sender_ssrc,
             media_ssrc,
         } => Facts::Pli(*sender_ssrc, *media_ssrc),
-        Packet::Xr { ssrc, rrtr, dlrr } => Facts::Xr(*ssrc, *rrtr, dlrr.clone().collect()),
+        RtcpPacket::Xr { ssrc, rrtr, dlrr } => Facts::Xr(*ssrc, *rrtr, dlrr.clone().collect()),
         _ => Facts::Other,
     }
 }
@@ -176,7 +182,7 @@ fn agree(input: &[u8]) {
             continue;
         };
         match ours {
-            Packet::SenderReport { sender, reports } => {
+            RtcpPacket::SenderReport { sender, reports } => {
                 if let Some(theirs) = theirs.downcast_ref::<SenderReport>() {
                     assert_eq!(
                         (
@@ -197,13 +203,13 @@ fn agree(input: &[u8]) {
                     same_reports(reports, &theirs.reports);
                 }
             }
-            Packet::ReceiverReport { ssrc, reports } => {
+            RtcpPacket::ReceiverReport { ssrc, reports } => {
                 if let Some(theirs) = theirs.downcast_ref::<ReceiverReport>() {
                     assert_eq!(ssrc, theirs.ssrc);
                     same_reports(reports, &theirs.reports);
                 }
             }
-            Packet::Nack {
+            RtcpPacket::Nack {
                 media_ssrc, seqs, ..
             } => {
                 if let Some(theirs) = theirs.downcast_ref::<TransportLayerNack>() {
@@ -216,12 +222,12 @@ fn agree(input: &[u8]) {
                     assert_eq!(seqs.map(|seq| seq.0).collect::<Vec<_>>(), expected);
                 }
             }
-            Packet::Pli { media_ssrc, .. } => {
+            RtcpPacket::Pli { media_ssrc, .. } => {
                 if let Some(theirs) = theirs.downcast_ref::<PictureLossIndication>() {
                     assert_eq!(media_ssrc, theirs.media_ssrc);
                 }
             }
-            Packet::Fir { entries, .. } => {
+            RtcpPacket::Fir { entries, .. } => {
                 if let Some(theirs) = theirs.downcast_ref::<FullIntraRequest>() {
                     let expected: Vec<_> = theirs
                         .fir
@@ -283,9 +289,9 @@ fn seeds() -> Vec<Vec<u8>> {
         last_rr: 0x7FFF_0000,
         delay_since_last_rr: 100,
     };
-    let written = |write: &dyn Fn(&mut Writer<'_>) -> Result<(), WriteError>| {
+    let written = |write: &dyn Fn(&mut RtcpWriter<'_>) -> Result<(), WriteError>| {
         let mut buffer = vec![0; 1_500];
-        let mut writer = Writer::new(&mut buffer);
+        let mut writer = RtcpWriter::new(&mut buffer);
         write(&mut writer).expect("a seed fits");
         let len = writer.len();
         buffer.truncate(len);

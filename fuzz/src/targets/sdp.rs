@@ -10,8 +10,8 @@ use throng::transport::sdp::serve::{
     ClientDescriptions, SectionUse, SentTrack, SubscriberOffer, write_answer,
 };
 use throng::transport::sdp::{
-    Answerer, Candidate, Capabilities, Fingerprint, LocalTrack, LocalTransport, Offerer,
-    SECTIONS_MAX, Setup, ice_ufrag,
+    Answerer, Candidate, Capabilities, DtlsSetup, Fingerprint, LocalTrack, LocalTransport, Offerer,
+    SECTIONS_MAX, ice_ufrag,
 };
 
 use super::{Script, Target, chunk, ours};
@@ -49,7 +49,7 @@ fn local() -> LocalTransport {
         ufrag: "ours".into(),
         pwd: "0123456789abcdefghijklmn".into(),
         fingerprint: Fingerprint([7; 32]),
-        setup: Setup::Active,
+        setup: DtlsSetup::Active,
         candidates: vec![Candidate::host(std::net::SocketAddr::from((
             [192, 0, 2, 1],
             7_882,

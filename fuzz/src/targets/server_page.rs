@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use throng::server_metrics::book::NodeBook;
-use throng::server_metrics::page::{Counter, Page};
+use throng::server_metrics::page::{Counter, MetricsPage};
 
 use super::{Script, Target, chunk, ours};
 
@@ -23,7 +23,7 @@ fn run(input: &[u8]) {
             continue;
         };
         at += Duration::from_secs(1);
-        match ours(|| Page::read(text)) {
+        match ours(|| MetricsPage::read(text)) {
             Ok(page) => ours(|| book.note(at, page)),
             Err(error) => {
                 let why = error.to_string();

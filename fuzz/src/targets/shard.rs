@@ -6,14 +6,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use throng::codec::{Codec, PayloadTypes};
-use throng::engine::publisher::{Pacing, SendParameters, Source};
+use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
-use throng::engine::{Command, Event, NewPeer, Roster, ShardConfig, StreamParameters};
+use throng::engine::{NewPeer, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters};
 use throng::measure::{Kind, Record};
 use throng::media::identity::{FrameIdentity, VIDEO_TRAILER_LEN};
-use throng::media::vp8::{VideoClip, VideoSpec};
+use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::transport::peer::{Peer, PeerEvent};
-use throng::transport::rtcp::{DlrrBlock, ReportBlock, SenderInfo, Writer};
+use throng::transport::rtcp::{DlrrBlock, ReportBlock, RtcpWriter, SenderInfo};
 use throng::transport::rtp::{Datagram, Header, classify};
 use throng::transport::sequence::{Seq, SeqExtender};
 use throng::units::{Bitrate, Epoch, Time};
@@ -62,11 +62,11 @@ pub struct Liar {
 }
 
 /// Made once: media takes longer to make than all that is done with it here.
-fn sources() -> [Source; 2] {
-    static SOURCES: OnceLock<[Source; 2]> = OnceLock::new();
+fn sources() -> [MediaSource; 2] {
+    static SOURCES: OnceLock<[MediaSource; 2]> = OnceLock::new();
     SOURCES
         .get_or_init(|| {
-            let spec = VideoSpec {
+            let spec = Vp8Spec {
                 width: 96,
                 height: 54,
                 fps: 15,
@@ -74,7 +74,7 @@ fn sources() -> [Source; 2] {
                 seed: 1,
             };
             let clip = VideoClip::generate(&spec, 2).expect("it can be made");
-            [pair::audio(), Source::Video(Arc::new(clip))]
+            [pair::audio(), MediaSource::Video(Arc::new(clip))]
         })
         .clone()
 }
@@ -165,14 +165,14 @@ impl Liar {
             stream(Kind::Audio, SSRCS[3], None),
             stream(Kind::Video, SSRCS[4], Some(SSRCS[5])),
         ];
-        self.command(Command::Publish {
+        self.command(ShardCommand::Publish {
             key: 0,
             tracks: tracks.into(),
         });
-        self.command(Command::Subscribe { key: 0, streams });
+        self.command(ShardCommand::Subscribe { key: 0, streams });
     }
 
-    fn command(&mut self, command: Command) {
+    fn command(&mut self, command: ShardCommand) {
         self.shard
             .handle_command(command, self.now, &mut self.outlet);
     }
@@ -193,7 +193,7 @@ impl Liar {
         ours(|| self.shard.handle_media_timers(now, &mut self.outlet));
         ours(|| self.shard.handle_control_timers(now, &mut self.outlet));
         while let Some((_, event)) = self.shard.poll_event() {
-            connected[0] |= matches!(event, Event::Connected { .. });
+            connected[0] |= matches!(event, ShardEvent::Connected { .. });
         }
         for datagram in std::mem::take(&mut self.outlet.sent) {
             self.sent += 1;
@@ -324,9 +324,9 @@ fn say(which: u8, step: i8, marker: bool, rtp_time: u32, payload: &[u8]) -> Vec<
     [&head[..], &rtp_time.to_be_bytes(), &chunk(payload)].concat()
 }
 
-pub fn compound(write: impl FnOnce(&mut Writer<'_>)) -> Vec<u8> {
+pub fn compound(write: impl FnOnce(&mut RtcpWriter<'_>)) -> Vec<u8> {
     let mut buffer = vec![0; 1_200];
-    let mut writer = Writer::new(&mut buffer);
+    let mut writer = RtcpWriter::new(&mut buffer);
     write(&mut writer);
     let len = writer.len();
     buffer.truncate(len);
@@ -334,7 +334,8 @@ pub fn compound(write: impl FnOnce(&mut Writer<'_>)) -> Vec<u8> {
 }
 
 fn seeds() -> Vec<Vec<u8>> {
-    let rtcp = |write: &dyn Fn(&mut Writer<'_>)| [&[RTCP][..], &chunk(&compound(write))].concat();
+    let rtcp =
+        |write: &dyn Fn(&mut RtcpWriter<'_>)| [&[RTCP][..], &chunk(&compound(write))].concat();
     let wait = |millis: u8| vec![TIME, millis - 1];
     let mut trailer = [0; VIDEO_TRAILER_LEN];
     FrameIdentity {

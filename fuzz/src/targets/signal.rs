@@ -7,8 +7,8 @@ use livekit_protocol as proto;
 use livekit_protocol::signal_response::Message as Response;
 use livekit_token::{AccessToken, VideoGrants};
 use prost::Message;
-use throng::sfu::server::access::Access;
-use throng::signal::client::{Connection, Event, JoinOptions};
+use throng::sfu::server::access::SfuAccess;
+use throng::signal::client::{JoinMode, JoinOptions, SignalEvent};
 use throng::transport::sdp::Trickled;
 
 use super::{Target, ours};
@@ -36,16 +36,16 @@ const SECRET: &str = "devsecretdevsecretdevsecretdevsecret";
 
 fn response(input: &[u8]) {
     let message = Bytes::copy_from_slice(input);
-    let event = ours(|| Event::decode(&message));
+    let event = ours(|| SignalEvent::decode(&message));
     match &event {
-        Event::Join(join) => {
+        SignalEvent::Join(join) => {
             let identities = ours(|| join.others.identities().map(str::len).sum::<usize>());
             assert!(join.others.len() <= input.len() / 2 && identities <= input.len());
         }
-        Event::Offer(description) | Event::Answer(description) => {
+        SignalEvent::Offer(description) | SignalEvent::Answer(description) => {
             assert!(description.sdp.len() <= input.len())
         }
-        Event::Trickle(trickle) => {
+        SignalEvent::Trickle(trickle) => {
             let read = ours(|| trickle.candidate_init.parse::<Trickled>());
             if let Ok(Some(candidate)) = read.map(|trickled| trickled.candidate) {
                 assert_eq!(
@@ -57,10 +57,13 @@ fn response(input: &[u8]) {
                 );
             }
         }
-        Event::Ignored { len, .. } | Event::Malformed { len, .. } => assert_eq!(*len, input.len()),
+        SignalEvent::Ignored { len, .. } | SignalEvent::Malformed { len, .. } => {
+            assert_eq!(*len, input.len())
+        }
         _ => {}
     }
-    if let (Ok(theirs), Event::Offer(ours)) = (proto::SignalResponse::decode(&*message), &event)
+    if let (Ok(theirs), SignalEvent::Offer(ours)) =
+        (proto::SignalResponse::decode(&*message), &event)
         && let Some(Response::Offer(theirs)) = theirs.message
         && theirs.encoded_len() + 8 >= input.len()
     {
@@ -158,7 +161,7 @@ fn access(input: &[u8]) {
     let Some((kind, bytes)) = input.split_first() else {
         return;
     };
-    let access = Access::new(KEY, SECRET);
+    let access = SfuAccess::new(KEY, SECRET);
     let single = kind & 0x10 != 0;
     let base64 = |message: &proto::WrappedJoinRequest| {
         base64::engine::general_purpose::URL_SAFE.encode(message.encode_to_vec())
@@ -226,7 +229,7 @@ fn token() -> String {
 fn access_seeds() -> Vec<Vec<u8>> {
     let token = token();
     let path = JoinOptions {
-        connection: Connection::SINGLE,
+        connection: JoinMode::SINGLE,
         ..JoinOptions::default()
     }
     .path();

@@ -67,7 +67,7 @@ impl<'a> BoolEncoder<'a> {
         }
     }
 
-    /// Codes decisions that a [`Recorder`] has kept.
+    /// Codes decisions that a [`DecisionRecorder`] has kept.
     #[inline]
     pub fn replay(&mut self, decisions: &[u16]) {
         let Interval {
@@ -137,9 +137,9 @@ impl BoolSink for BoolEncoder<'_> {
 
 /// Keeps decisions for later: twice the probability, plus the bit.
 #[derive(Default)]
-pub struct Recorder(pub Vec<u16>);
+pub struct DecisionRecorder(pub Vec<u16>);
 
-impl BoolSink for Recorder {
+impl BoolSink for DecisionRecorder {
     fn put(&mut self, bit: bool, prob: u8) {
         self.0.push(u16::from(prob) << 1 | u16::from(bit));
     }

@@ -14,7 +14,7 @@ use super::tokens::{Plane, put_block, put_dc_block};
 
 /// What the frame may refer to.
 #[derive(Clone, Copy)]
-pub enum Reference<'a> {
+pub enum FrameReference<'a> {
     /// A key frame: nothing.
     None,
     /// An inter frame: the picture that the decoder shows.
@@ -77,10 +77,10 @@ impl<'a> FrameCoder<'a> {
     }
 
     /// Appends the frame that shows `picture`.
-    pub fn code(&mut self, picture: &[Descriptor], reference: Reference, out: &mut Vec<u8>) {
+    pub fn code(&mut self, picture: &[Descriptor], reference: FrameReference, out: &mut Vec<u8>) {
         self.decide(picture, reference);
         self.code_tokens(picture);
-        let is_key = matches!(reference, Reference::None);
+        let is_key = matches!(reference, FrameReference::None);
         self.code_modes(is_key);
         let tag = u32::from(!is_key) | 1 << 4 | (self.modes.len() as u32) << 5;
         out.extend_from_slice(&tag.to_le_bytes()[..3]);
@@ -93,11 +93,11 @@ impl<'a> FrameCoder<'a> {
         out.extend_from_slice(&self.tokens);
     }
 
-    fn decide(&mut self, picture: &[Descriptor], reference: Reference) {
+    fn decide(&mut self, picture: &[Descriptor], reference: FrameReference) {
         self.actions.clear();
         for (at, &shown) in picture.iter().enumerate() {
             let action = match reference {
-                Reference::Last(last) if last[at] == shown => Action::Copy,
+                FrameReference::Last(last) if last[at] == shown => Action::Copy,
                 _ => self.intra(picture, at),
             };
             self.actions.push(action);

@@ -29,7 +29,7 @@ impl Area {
 }
 
 #[derive(Clone)]
-pub struct Layout {
+pub struct PictureLayout {
     /// Macroblocks, those that the picture's edge cuts included.
     pub columns: usize,
     pub rows: usize,
@@ -73,20 +73,20 @@ impl Strip {
     }
 }
 
-impl Layout {
+impl PictureLayout {
     /// Layouts for a picture of this many pixels, the largest counter first; empty if none fits.
-    pub fn all(width: usize, height: usize) -> Vec<Layout> {
+    pub fn all(width: usize, height: usize) -> Vec<PictureLayout> {
         // Larger steps from 4 on: there a font pixel is whole macroblocks, which are crisp and cheap.
         let scales = (1..=height / 90)
             .rev()
             .filter(|scale| *scale < 4 || scale.is_multiple_of(4))
             .chain((height < 90).then_some(1));
         scales
-            .filter_map(|scale| Layout::new(width, height, scale))
+            .filter_map(|scale| PictureLayout::new(width, height, scale))
             .collect()
     }
 
-    fn new(width: usize, height: usize, scale: usize) -> Option<Layout> {
+    fn new(width: usize, height: usize, scale: usize) -> Option<PictureLayout> {
         let (full_columns, full_rows) = (width / 16, height / 16);
         let (columns, rows) = (width.div_ceil(16), height.div_ceil(16));
         let strip = strip(full_columns, full_rows, columns, rows, (scale / 4).max(1));
@@ -119,7 +119,7 @@ impl Layout {
             top: panel.top + margin,
             ..digit
         });
-        Some(Layout {
+        Some(PictureLayout {
             columns,
             rows,
             scale,
@@ -232,7 +232,7 @@ mod tests {
             (4096, 4096),
             (4096, 48),
         ] {
-            let layouts = Layout::all(width, height);
+            let layouts = PictureLayout::all(width, height);
             assert!(!layouts.is_empty(), "{width}x{height}");
             for layout in layouts {
                 let inside = |area: &Area| {
@@ -251,6 +251,6 @@ mod tests {
                 }
             }
         }
-        assert!(Layout::all(95, 180).is_empty() && Layout::all(320, 31).is_empty());
+        assert!(PictureLayout::all(95, 180).is_empty() && PictureLayout::all(320, 31).is_empty());
     }
 }

@@ -23,9 +23,9 @@ use std::ops::Range;
 use crate::seeded::Seeded;
 use crate::units::Bitrate;
 
-use frame::{FrameCoder, Reference};
-use layout::Layout;
-use rate::{Design, RateControl, mean};
+use frame::{FrameCoder, FrameReference};
+use layout::PictureLayout;
+use rate::{Design, EncoderRateControl, mean};
 use scene::Scene;
 use texture::Quantizers;
 
@@ -40,7 +40,7 @@ pub const FPS_RANGE: std::ops::RangeInclusive<u32> = 1..=60;
 
 /// What a clip has to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VideoSpec {
+pub struct Vp8Spec {
     /// Pixels; odd sizes are allowed.
     pub width: u32,
     pub height: u32,
@@ -53,43 +53,43 @@ pub struct VideoSpec {
 
 /// Why a clip cannot be, and what to ask instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SpecError {
+pub enum Vp8SpecError {
     TooSmall { width: u32, height: u32 },
     TooLarge { width: u32, height: u32 },
     Fps(u32),
-    BitrateTooLow { spec: VideoSpec, least: Bitrate },
-    BitrateTooHigh { spec: VideoSpec, most: Bitrate },
+    BitrateTooLow { spec: Vp8Spec, least: Bitrate },
+    BitrateTooHigh { spec: Vp8Spec, most: Bitrate },
 }
 
-impl fmt::Display for SpecError {
+impl fmt::Display for Vp8SpecError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let video = |spec: &VideoSpec| {
+        let video = |spec: &Vp8Spec| {
             format!(
                 "video of {}x{} at {} fps",
                 spec.width, spec.height, spec.fps
             )
         };
         match self {
-            SpecError::TooSmall { width, height } => {
+            Vp8SpecError::TooSmall { width, height } => {
                 write!(
                     f,
                     "a picture of {width}x{height} has no room for the frame counter: ask for {}x{} or more",
                     MIN_SIZE.0, MIN_SIZE.1
                 )
             }
-            SpecError::TooLarge { width, height } => {
+            Vp8SpecError::TooLarge { width, height } => {
                 write!(
                     f,
                     "a picture of {width}x{height} is too large: ask for at most {MAX_SIDE} pixels a side"
                 )
             }
-            SpecError::Fps(fps) => write!(
+            Vp8SpecError::Fps(fps) => write!(
                 f,
                 "{fps} frames per second are not possible: ask for {} to {}",
                 FPS_RANGE.start(),
                 FPS_RANGE.end()
             ),
-            SpecError::BitrateTooLow { spec, least } => {
+            Vp8SpecError::BitrateTooLow { spec, least } => {
                 write!(
                     f,
                     "{} does not fit {}: ask for {least} or more, or for a smaller picture or fewer frames",
@@ -97,7 +97,7 @@ impl fmt::Display for SpecError {
                     spec.bitrate
                 )
             }
-            SpecError::BitrateTooHigh { spec, most } => {
+            Vp8SpecError::BitrateTooHigh { spec, most } => {
                 write!(
                     f,
                     "{} cannot fill {}: ask for {most} or less, or for a larger picture or more frames",
@@ -109,7 +109,7 @@ impl fmt::Display for SpecError {
     }
 }
 
-impl std::error::Error for SpecError {}
+impl std::error::Error for Vp8SpecError {}
 
 /// A decoded picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,7 +122,7 @@ pub struct I420 {
 
 /// A loop of `10 * fps` frames; immutable, shared by all publishers.
 pub struct VideoClip {
-    spec: VideoSpec,
+    spec: Vp8Spec,
     scene: Scene,
     inter: Frames,
     key: Frames,
@@ -133,9 +133,9 @@ impl VideoClip {
     ///
     /// # Errors
     /// A spec that cannot be met, with what to ask instead.
-    pub fn generate(spec: &VideoSpec, threads: usize) -> Result<VideoClip, SpecError> {
+    pub fn generate(spec: &Vp8Spec, threads: usize) -> Result<VideoClip, Vp8SpecError> {
         check(spec)?;
-        let draft = Draft::new(spec, threads)?;
+        let draft = ClipDraft::new(spec, threads)?;
         let (scene, inter) = draft.animate(threads)?;
         let key = code_loop(&scene, spec, FrameKind::Key, threads);
         Ok(VideoClip {
@@ -146,7 +146,7 @@ impl VideoClip {
         })
     }
 
-    pub fn spec(&self) -> &VideoSpec {
+    pub fn spec(&self) -> &Vp8Spec {
         &self.spec
     }
 
@@ -178,46 +178,46 @@ impl VideoClip {
     }
 }
 
-fn check(spec: &VideoSpec) -> Result<(), SpecError> {
-    let VideoSpec {
+fn check(spec: &Vp8Spec) -> Result<(), Vp8SpecError> {
+    let Vp8Spec {
         width, height, fps, ..
     } = *spec;
     if width > MAX_SIDE || height > MAX_SIDE {
-        return Err(SpecError::TooLarge { width, height });
+        return Err(Vp8SpecError::TooLarge { width, height });
     }
     if width < MIN_SIZE.0 || height < MIN_SIZE.1 {
-        return Err(SpecError::TooSmall { width, height });
+        return Err(Vp8SpecError::TooSmall { width, height });
     }
     if !FPS_RANGE.contains(&fps) {
-        return Err(SpecError::Fps(fps));
+        return Err(Vp8SpecError::Fps(fps));
     }
     Ok(())
 }
 
 /// A clip whose layout is settled: what counter and bar cost by themselves is known.
-struct Draft<'a> {
-    spec: &'a VideoSpec,
-    layout: Layout,
+struct ClipDraft<'a> {
+    spec: &'a Vp8Spec,
+    layout: PictureLayout,
     /// By frame, without any texture.
     fixed_bits: Vec<f64>,
     /// Macroblocks that can be textured.
     landscape: usize,
 }
 
-impl<'a> Draft<'a> {
+impl<'a> ClipDraft<'a> {
     /// The share of the bitrate that a large counter may take; a smaller one is drawn where it would take more.
     const COUNTER_SHARE: f64 = 0.35;
     /// The bits a frame that textures need at least, also as a share of what is fixed: with less, the bitrate could not be steered.
     const LEAST_SPARE: (f64, f64) = (300.0, 0.11);
 
     /// Picks the largest counter that the bitrate affords.
-    fn new(spec: &'a VideoSpec, threads: usize) -> Result<Draft<'a>, SpecError> {
+    fn new(spec: &'a Vp8Spec, threads: usize) -> Result<ClipDraft<'a>, Vp8SpecError> {
         let mut smallest = None;
-        for layout in Layout::all(spec.width as usize, spec.height as usize) {
+        for layout in PictureLayout::all(spec.width as usize, spec.height as usize) {
             let scene = still_scene(spec, &layout, Quantizers::COARSE);
             let fixed_bits = code_loop(&scene, spec, FrameKind::Inter, threads).bits();
             let share = mean(&fixed_bits) / mean_bits(spec);
-            let draft = Draft {
+            let draft = ClipDraft {
                 spec,
                 landscape: scene.landscape_size(),
                 layout,
@@ -228,7 +228,7 @@ impl<'a> Draft<'a> {
             }
             smallest = Some(draft);
         }
-        let draft = smallest.ok_or(SpecError::TooSmall {
+        let draft = smallest.ok_or(Vp8SpecError::TooSmall {
             width: spec.width,
             height: spec.height,
         })?;
@@ -240,7 +240,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Spends the rest of the bitrate on textures.
-    fn animate(self, threads: usize) -> Result<(Scene, Frames), SpecError> {
+    fn animate(self, threads: usize) -> Result<(Scene, Frames), Vp8SpecError> {
         let mut best = self.attempt(rate::USUAL_OVERHEAD_BITS, threads)?;
         let mut overhead_bits = best.overhead_bits;
         for _ in 0..MAX_REDESIGNS {
@@ -261,7 +261,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Textures the landscape if each new texture costs `overhead_bits` beside its luma, and brings the loop as close to the bitrate as that goes.
-    fn attempt(&self, overhead_bits: f64, threads: usize) -> Result<Attempt, SpecError> {
+    fn attempt(&self, overhead_bits: f64, threads: usize) -> Result<Attempt, Vp8SpecError> {
         let spec = self.spec;
         let design = Design::new(
             mean_bits(spec) - mean(&self.fixed_bits),
@@ -274,7 +274,7 @@ impl<'a> Draft<'a> {
         let mut random = Seeded::new(spec.seed ^ 0x7465_7874_7572_6573);
         let classes = design.classes(&mut scene.palette, &mut random);
         scene.animate(design.count, design.period, classes.clone());
-        let mut control = RateControl::new(
+        let mut control = EncoderRateControl::new(
             mean_bits(spec),
             &self.fixed_bits,
             &classes,
@@ -305,16 +305,16 @@ impl<'a> Draft<'a> {
         fixed + Self::LEAST_SPARE.0.max(Self::LEAST_SPARE.1 * fixed)
     }
 
-    fn out_of_reach(&self, error: f64) -> SpecError {
+    fn out_of_reach(&self, error: f64) -> Vp8SpecError {
         let (spec, fps) = (*self.spec, f64::from(self.spec.fps));
         let fixed = mean(&self.fixed_bits);
         if error > 0.0 {
-            SpecError::BitrateTooLow {
+            Vp8SpecError::BitrateTooLow {
                 spec,
                 least: rounded_up(self.least_bits() * fps),
             }
         } else {
-            SpecError::BitrateTooHigh {
+            Vp8SpecError::BitrateTooHigh {
                 spec,
                 most: rounded_down((Design::most_spare_bits(self.landscape) + fixed) * fps),
             }
@@ -340,7 +340,7 @@ const CLOSE_ENOUGH: f64 = 0.001;
 /// The same, for what is handed out.
 const TOLERATED: f64 = 0.01;
 
-fn still_scene(spec: &VideoSpec, layout: &Layout, quantizers: Quantizers) -> Scene {
+fn still_scene(spec: &Vp8Spec, layout: &PictureLayout, quantizers: Quantizers) -> Scene {
     let frames = (LOOP_SECONDS * spec.fps) as usize;
     Scene::still(
         spec.width as usize,
@@ -352,7 +352,7 @@ fn still_scene(spec: &VideoSpec, layout: &Layout, quantizers: Quantizers) -> Sce
     )
 }
 
-fn mean_bits(spec: &VideoSpec) -> f64 {
+fn mean_bits(spec: &Vp8Spec) -> f64 {
     spec.bitrate.bps() as f64 / f64::from(spec.fps)
 }
 
@@ -410,7 +410,7 @@ impl Frames {
     }
 }
 
-fn code_loop(scene: &Scene, spec: &VideoSpec, kind: FrameKind, threads: usize) -> Frames {
+fn code_loop(scene: &Scene, spec: &Vp8Spec, kind: FrameKind, threads: usize) -> Frames {
     let threads = threads.clamp(1, scene.frames);
     let part =
         |thread: usize| scene.frames * thread / threads..scene.frames * (thread + 1) / threads;
@@ -426,7 +426,7 @@ fn code_loop(scene: &Scene, spec: &VideoSpec, kind: FrameKind, threads: usize) -
     })
 }
 
-fn code_part(scene: &Scene, spec: &VideoSpec, kind: FrameKind, indices: Range<usize>) -> Frames {
+fn code_part(scene: &Scene, spec: &Vp8Spec, kind: FrameKind, indices: Range<usize>) -> Frames {
     let mut coder = FrameCoder::new(&scene.palette, spec.width as usize, spec.height as usize);
     let mut frames = Frames {
         bytes: Vec::new(),
@@ -437,9 +437,9 @@ fn code_part(scene: &Scene, spec: &VideoSpec, kind: FrameKind, indices: Range<us
     for index in indices {
         scene.picture(index, &mut picture);
         let reference = if kind == FrameKind::Key {
-            Reference::None
+            FrameReference::None
         } else {
-            Reference::Last(&last)
+            FrameReference::Last(&last)
         };
         coder.code(&picture, reference, &mut frames.bytes);
         frames.bounds.push(frames.bytes.len());

@@ -82,7 +82,7 @@ impl Design {
 }
 
 /// Decides what each frame spends, and corrects itself by the sizes that came out.
-pub struct RateControl {
+pub struct EncoderRateControl {
     /// Bits, by frame.
     targets: Vec<f64>,
     /// The classes' mean costs.
@@ -90,7 +90,7 @@ pub struct RateControl {
     steps: Vec<u32>,
 }
 
-impl RateControl {
+impl EncoderRateControl {
     /// `mean_bits` a frame, of which `fixed_bits[i]` are taken at frame `i` before any texture.
     pub fn new(
         mean_bits: f64,
@@ -99,13 +99,13 @@ impl RateControl {
         overhead_bits: f64,
         scene: &mut Scene,
         random: &mut Seeded,
-    ) -> RateControl {
+    ) -> EncoderRateControl {
         let targets = targets(mean_bits, fixed_bits, random);
         let middle = classes.len() as u32 / 2;
         let steps = (0..scene.frames)
             .map(|index| middle * scene.refreshed(index))
             .collect();
-        let mut control = RateControl {
+        let mut control = EncoderRateControl {
             targets,
             costs: classes.iter().map(|class| class.bits).collect(),
             steps,

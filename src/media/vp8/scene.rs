@@ -4,7 +4,7 @@
 //! that is what the bits are spent on.
 
 use super::I420;
-use super::layout::{Area, INDEX_BITS, Layout, label_text};
+use super::layout::{Area, INDEX_BITS, PictureLayout, label_text};
 use super::texture::{CLASS_SIZE, Class, FLAT, MEAN_RANGE, Palette, Quantizers, TextureId};
 use crate::seeded::{Seeded, mixed};
 
@@ -45,7 +45,7 @@ const HUES: [[(u8, u8); 3]; 4] = [
 const BRIGHTNESS: [f64; 3] = [158.0, 122.0, 96.0];
 
 #[derive(Clone, Copy)]
-enum Role {
+enum BlockRole {
     Still(Descriptor),
     /// The `rank`-th of those that take a new texture at the indices that are `phase` modulo the period.
     Textured {
@@ -82,14 +82,14 @@ struct Level {
 }
 
 pub struct Scene {
-    pub layout: Layout,
+    pub layout: PictureLayout,
     pub palette: Palette,
     /// Frames in the loop.
     pub frames: usize,
     width: usize,
     height: usize,
     salt: u64,
-    roles: Vec<Role>,
+    roles: Vec<BlockRole>,
     /// Macroblocks of the landscape and their colours, the first to be textured first.
     landscape: Vec<(u32, Descriptor)>,
     /// For each digit 0..=9, the macroblocks of its area.
@@ -104,7 +104,7 @@ impl Scene {
         height: usize,
         frames: usize,
         seed: u64,
-        layout: Layout,
+        layout: PictureLayout,
         quantizers: Quantizers,
     ) -> Scene {
         let mut palette = Palette::new(quantizers);
@@ -133,7 +133,7 @@ impl Scene {
         landscape.retain(|&(at, _)| roles[at as usize].is_none());
         landscape
             .iter()
-            .for_each(|&(at, colour)| roles[at as usize] = Some(Role::Still(colour)));
+            .for_each(|&(at, colour)| roles[at as usize] = Some(BlockRole::Still(colour)));
         let roles = roles
             .into_iter()
             .map(|role| role.expect("landscape and overlay cover the picture"))
@@ -171,11 +171,11 @@ impl Scene {
         }
         self.landscape
             .iter()
-            .for_each(|&(at, colour)| self.roles[at as usize] = Role::Still(colour));
+            .for_each(|&(at, colour)| self.roles[at as usize] = BlockRole::Still(colour));
         let mut groups = vec![0; period];
         for (turn, &(at, colour)) in order.iter().enumerate() {
             let phase = turn % period;
-            self.roles[at as usize] = Role::Textured {
+            self.roles[at as usize] = BlockRole::Textured {
                 phase: phase as u8,
                 rank: groups[phase],
                 colour,
@@ -220,8 +220,8 @@ impl Scene {
         let lit_columns = (index + 1) * self.layout.columns / self.frames;
         picture.clear();
         picture.extend(self.roles.iter().enumerate().map(|(at, role)| match *role {
-            Role::Still(descriptor) => descriptor,
-            Role::Textured {
+            BlockRole::Still(descriptor) => descriptor,
+            BlockRole::Textured {
                 phase,
                 rank,
                 colour,
@@ -229,15 +229,15 @@ impl Scene {
                 texture: self.texture(at, rank, refreshed[usize::from(phase)]),
                 ..colour
             },
-            Role::Digit { place, cell } => {
+            BlockRole::Digit { place, cell } => {
                 self.digits[values[usize::from(place)]][usize::from(cell)]
             }
-            Role::IndexBit(bit) => Descriptor::grey(if index >> bit & 1 == 1 {
+            BlockRole::IndexBit(bit) => Descriptor::grey(if index >> bit & 1 == 1 {
                 INK
             } else {
                 SQUARE_OFF
             }),
-            Role::Bar { column } => Descriptor::grey(if usize::from(column) < lit_columns {
+            BlockRole::Bar { column } => Descriptor::grey(if usize::from(column) < lit_columns {
                 BAR_ON
             } else {
                 BAR_OFF
@@ -351,7 +351,7 @@ fn mosaic(palette: &mut Palette, pattern: u16) -> Descriptor {
 }
 
 /// The background's colours, and the order in which its macroblocks are textured when there are bits for some only: clouds, not confetti.
-fn landscape(layout: &Layout, random: &mut Seeded) -> Vec<(u32, Descriptor)> {
+fn landscape(layout: &PictureLayout, random: &mut Seeded) -> Vec<(u32, Descriptor)> {
     let hues = HUES[random.below(HUES.len() as u64) as usize];
     let (horizon, shade, activity) = (Noise::new(random), Noise::new(random), Noise::new(random));
     let mut order = Vec::with_capacity(layout.columns * layout.rows);
@@ -387,10 +387,16 @@ fn landscape(layout: &Layout, random: &mut Seeded) -> Vec<(u32, Descriptor)> {
 }
 
 /// Puts counter, label, index row and bar over the landscape.
-fn overlay(roles: &mut [Option<Role>], layout: &Layout, palette: &mut Palette, text: &str) {
-    let mut set =
-        |column: usize, row: usize, role: Role| roles[row * layout.columns + column] = Some(role);
-    let paper = Role::Still(Descriptor::grey(PAPER));
+fn overlay(
+    roles: &mut [Option<BlockRole>],
+    layout: &PictureLayout,
+    palette: &mut Palette,
+    text: &str,
+) {
+    let mut set = |column: usize, row: usize, role: BlockRole| {
+        roles[row * layout.columns + column] = Some(role)
+    };
+    let paper = BlockRole::Still(Descriptor::grey(PAPER));
     layout
         .panel
         .cells()
@@ -401,7 +407,7 @@ fn overlay(roles: &mut [Option<Role>], layout: &Layout, palette: &mut Palette, t
             set(
                 column,
                 row,
-                Role::Digit {
+                BlockRole::Digit {
                     place: place as u8,
                     cell: cell as u16,
                 },
@@ -412,7 +418,7 @@ fn overlay(roles: &mut [Option<Role>], layout: &Layout, palette: &mut Palette, t
         set(
             column,
             row,
-            Role::Still(mosaic(palette, layout.label_pattern(text, column, row))),
+            BlockRole::Still(mosaic(palette, layout.label_pattern(text, column, row))),
         );
     }
     if let Some(strip) = layout.strip {
@@ -420,7 +426,7 @@ fn overlay(roles: &mut [Option<Role>], layout: &Layout, palette: &mut Palette, t
             set(
                 column,
                 row,
-                Role::Bar {
+                BlockRole::Bar {
                     column: column as u16,
                 },
             )
@@ -429,7 +435,7 @@ fn overlay(roles: &mut [Option<Role>], layout: &Layout, palette: &mut Palette, t
             strip
                 .square(bit)
                 .cells()
-                .for_each(|(column, row)| set(column, row, Role::IndexBit(bit as u8)));
+                .for_each(|(column, row)| set(column, row, BlockRole::IndexBit(bit as u8)));
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use super::bool_coder::{CostMeter, Recorder};
+use super::bool_coder::{CostMeter, DecisionRecorder};
 use super::tables::{AC_QLOOKUP, DC_QLOOKUP, ZIGZAG};
 use super::tokens::{Levels, Plane, put_block};
 use crate::seeded::Seeded;
@@ -190,7 +190,7 @@ impl Palette {
             .expect("a palette holds a few thousand textures");
         let mut starts = [0; 49];
         let mut coded_blocks = 0;
-        let mut recorder = Recorder(std::mem::take(&mut self.decisions));
+        let mut recorder = DecisionRecorder(std::mem::take(&mut self.decisions));
         for (block, levels) in luma.iter().enumerate() {
             for context in 0..3 {
                 starts[3 * block + context] = recorder.0.len() as u32;

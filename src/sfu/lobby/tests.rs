@@ -16,7 +16,7 @@ use crate::secrets::Secrets;
 use crate::seeded::Seeded;
 use crate::sfu::{Encodings, Selection, SubscriptionParameters, TrackParameters};
 use crate::transport::peer::{IceCredentials, PeerFailure};
-use crate::transport::sdp::{Answered, Answerer, Capabilities, LocalTransport, Setup};
+use crate::transport::sdp::{AnsweredOffer, Answerer, Capabilities, DtlsSetup, LocalTransport};
 
 const BROWSER_AUDIO: &str = include_str!("../../../fixtures/sdp/browser-publisher-1-audio.sdp");
 const BROWSER_SIMULCAST: &str =
@@ -27,7 +27,7 @@ const SINGLE_SIMULCAST: &str = include_str!("../../../fixtures/sdp/browser-singl
 const ROUTER: &str = "127.0.0.1:40000";
 
 /// A lobby with everybody who talks to it, at a virtual time.
-struct World {
+struct LobbyWorld {
     lobby: Lobby,
     now: Time,
     /// What each WebSocket got and nobody looked at yet.
@@ -36,14 +36,14 @@ struct World {
     commands: VecDeque<MediaCommand>,
 }
 
-impl World {
-    fn new() -> World {
-        World::seeded(1)
+impl LobbyWorld {
+    fn new() -> LobbyWorld {
+        LobbyWorld::seeded(1)
     }
 
-    fn seeded(seed: u64) -> World {
+    fn seeded(seed: u64) -> LobbyWorld {
         let routers: Vec<SocketAddr> = vec![ROUTER.parse().unwrap()];
-        World {
+        LobbyWorld {
             lobby: Lobby::new(LobbyConfig {
                 seed,
                 secrets: Secrets::keyed_for_tests(seed),
@@ -61,7 +61,7 @@ impl World {
     fn drain(&mut self) {
         while let Some(output) = self.lobby.poll_output() {
             match output {
-                Output::Send {
+                LobbyOutput::Send {
                     connection,
                     message,
                 } => {
@@ -75,8 +75,8 @@ impl World {
                         .or_default()
                         .push_back(response.message.unwrap());
                 }
-                Output::Close { connection } => assert!(self.closed.insert(connection)),
-                Output::Media { router, command } => {
+                LobbyOutput::Close { connection } => assert!(self.closed.insert(connection)),
+                LobbyOutput::Media { router, command } => {
                     assert_eq!(router, 0);
                     self.commands.push_back(command);
                 }
@@ -94,7 +94,7 @@ impl World {
         self.now = until;
     }
 
-    fn enter(&mut self, entry: Entry) -> ConnectionId {
+    fn enter(&mut self, entry: Entrant) -> ConnectionId {
         let connection = self.lobby.handle_entry(entry, self.now);
         self.drain();
         connection
@@ -192,7 +192,7 @@ impl World {
     }
 
     /// Somebody joins with two connections and answers the first offer.
-    fn join(&mut self, identity: &str, publish: bool, subscribe: bool) -> Client {
+    fn join(&mut self, identity: &str, publish: bool, subscribe: bool) -> LobbyClient {
         self.join_with(identity, publish, subscribe, |_| {})
     }
 
@@ -201,13 +201,13 @@ impl World {
         identity: &str,
         publish: bool,
         subscribe: bool,
-        change: impl Fn(&mut Entry),
-    ) -> Client {
+        change: impl Fn(&mut Entrant),
+    ) -> LobbyClient {
         let mut entry = entry(identity, publish, subscribe);
         change(&mut entry);
         let connection = self.enter(entry);
         let join = self.join_response(connection);
-        let mut client = Client {
+        let mut client = LobbyClient {
             connection,
             sid: join.participant.unwrap().sid,
             answerer: Answerer::new(Capabilities::SUBSCRIBER),
@@ -227,7 +227,7 @@ impl World {
     }
 
     /// Announces a camera with three layers and a microphone, as a browser does, and offers both.
-    fn publish(&mut self, client: &Client) -> Vec<(TrackId, TrackParameters)> {
+    fn publish(&mut self, client: &LobbyClient) -> Vec<(TrackId, TrackParameters)> {
         self.announce(client, BROWSER_SIMULCAST);
         self.request(
             client.connection,
@@ -236,7 +236,7 @@ impl World {
         self.added_tracks()
     }
 
-    fn announce(&mut self, client: &Client, offer: &str) {
+    fn announce(&mut self, client: &LobbyClient, offer: &str) {
         for (kind, cid) in cids(offer) {
             self.request(client.connection, Request::AddTrack(add_track(kind, &cid)));
         }
@@ -254,7 +254,7 @@ impl World {
     }
 }
 
-struct Client {
+struct LobbyClient {
     connection: ConnectionId,
     sid: String,
     answerer: Answerer,
@@ -262,8 +262,12 @@ struct Client {
     transport: Option<TransportId>,
 }
 
-impl Client {
-    fn answer(&mut self, world: &mut World, offer: &proto::SessionDescription) -> Answered {
+impl LobbyClient {
+    fn answer(
+        &mut self,
+        world: &mut LobbyWorld,
+        offer: &proto::SessionDescription,
+    ) -> AnsweredOffer {
         let answered = self.answerer.answer(&offer.sdp, &self.local).unwrap();
         world.request(
             self.connection,
@@ -273,14 +277,14 @@ impl Client {
     }
 
     /// Answers the offer that must have come.
-    fn renegotiate(&mut self, world: &mut World) -> Answered {
+    fn renegotiate(&mut self, world: &mut LobbyWorld) -> AnsweredOffer {
         let offer = world.offer(self.connection).expect("an offer");
         self.answer(world, &offer)
     }
 }
 
-fn entry(identity: &str, publish: bool, subscribe: bool) -> Entry {
-    Entry {
+fn entry(identity: &str, publish: bool, subscribe: bool) -> Entrant {
+    Entrant {
         room: "hall".into(),
         identity: identity.into(),
         permission: proto::ParticipantPermission {
@@ -289,20 +293,20 @@ fn entry(identity: &str, publish: bool, subscribe: bool) -> Entry {
             ..Default::default()
         },
         auto_subscribe: true,
-        ..Entry::default()
+        ..Entrant::default()
     }
 }
 
-fn single_entry(identity: &str) -> Entry {
-    Entry {
+fn single_entry(identity: &str) -> Entrant {
+    Entrant {
         single: true,
         publisher_offer: Some(description("offer", SINGLE_JOIN, 1)),
         ..entry(identity, true, true)
     }
 }
 
-fn resumed(identity: &str, sid: &str) -> Entry {
-    Entry {
+fn resumed(identity: &str, sid: &str) -> Entrant {
+    Entrant {
         resume: Some(sid.into()),
         ..entry(identity, true, true)
     }
@@ -313,7 +317,7 @@ fn local(identity: &str) -> LocalTransport {
         ufrag: identity.replace(|c: char| !c.is_ascii_alphanumeric(), ""),
         pwd: "0123456789abcdefghijklmn".into(),
         fingerprint: Fingerprint([9; 32]),
-        setup: Setup::Active,
+        setup: DtlsSetup::Active,
         candidates: Vec::new(),
         session_id: 1,
     }
@@ -379,8 +383,8 @@ fn add_track(kind: Kind, cid: &str) -> proto::AddTrackRequest {
 
 #[test]
 fn a_join_comes_first_and_an_empty_offer_at_once() {
-    let mut world = World::new();
-    let mut ann = Client {
+    let mut world = LobbyWorld::new();
+    let mut ann = LobbyClient {
         connection: world.enter(entry("ann", false, true)),
         sid: String::new(),
         answerer: Answerer::new(Capabilities::SUBSCRIBER),
@@ -437,7 +441,7 @@ fn a_join_comes_first_and_an_empty_offer_at_once() {
 
 #[test]
 fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_come() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let mut bob = world.join("bob", false, true);
     let ann = world.join("ann", true, false);
     let tracks = world.publish(&ann);
@@ -569,7 +573,7 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
 
 #[test]
 fn tracks_that_come_together_share_an_offer_and_offers_keep_their_distance() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let mut bob = world.join("bob", false, true);
     world.wait(Duration::from_secs(1));
     let ann = world.join("ann", true, false);
@@ -616,7 +620,7 @@ fn tracks_that_come_together_share_an_offer_and_offers_keep_their_distance() {
 
 #[test]
 fn the_section_of_a_track_that_went_is_idle_once_before_another_takes_it() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let mut bob = world.join("bob", false, true);
     let ann = world.join("ann", true, false);
     let tracks = world.publish(&ann);
@@ -663,7 +667,7 @@ fn the_section_of_a_track_that_went_is_idle_once_before_another_takes_it() {
 
 #[test]
 fn mutes_reach_everybody_and_stop_the_flow() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let mut bob = world.join("bob", false, true);
     let ann = world.join("ann", true, false);
     world.publish(&ann);
@@ -707,7 +711,7 @@ fn mutes_reach_everybody_and_stop_the_flow() {
 
 #[test]
 fn a_subscribers_settings_choose_the_layer_and_let_the_publisher_rest() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let mut bob = world.join("bob", false, true);
     let ann = world.join("ann", true, false);
     world.publish(&ann);
@@ -717,7 +721,7 @@ fn a_subscribers_settings_choose_the_layer_and_let_the_publisher_rest() {
     let video = world.lobby.list_participants("hall")[1].tracks[1]
         .sid
         .clone();
-    let qualities = |world: &mut World| {
+    let qualities = |world: &mut LobbyWorld| {
         world.take(ann.connection, |message| match message {
             Message::SubscribedQualityUpdate(update) => Some(
                 update.subscribed_codecs[0]
@@ -740,7 +744,7 @@ fn a_subscribers_settings_choose_the_layer_and_let_the_publisher_rest() {
         })
     };
     world.request(bob.connection, settings(320, 180, false));
-    let selected = |world: &mut World| match world.commands()[..] {
+    let selected = |world: &mut LobbyWorld| match world.commands()[..] {
         [MediaCommand::SetSelection { selection, .. }] => {
             Some((selection.enabled, selection.layer))
         }
@@ -764,7 +768,7 @@ fn a_subscribers_settings_choose_the_layer_and_let_the_publisher_rest() {
 
 #[test]
 fn subscriptions_go_by_wish_where_they_are_not_automatic() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let mut bob = world.join_with("bob", false, true, |entry| entry.auto_subscribe = false);
     let ann = world.join("ann", true, false);
     world.publish(&ann);
@@ -801,7 +805,7 @@ fn subscriptions_go_by_wish_where_they_are_not_automatic() {
 
 #[test]
 fn a_second_join_under_an_identity_ends_the_first() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let watcher = world.join("watcher", false, true);
     let first = world.join("ann", true, true);
     world.publish(&first);
@@ -836,7 +840,7 @@ fn a_second_join_under_an_identity_ends_the_first() {
 
 #[test]
 fn a_resume_goes_on_with_its_connections_and_new_credentials() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let mut ann = world.join("ann", true, true);
     let transport = ann.transport.unwrap();
     world.lobby.handle_disconnect(ann.connection, world.now);
@@ -877,7 +881,7 @@ fn a_resume_goes_on_with_its_connections_and_new_credentials() {
 
 #[test]
 fn who_cannot_resume_is_told_to_join_anew() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let ann = world.join("ann", true, true);
     for (identity, sid) in [("ann", "PA_another"), ("bob", "PA_none"), ("bob", "")] {
         let connection = world.enter(resumed(identity, sid));
@@ -893,7 +897,7 @@ fn who_cannot_resume_is_told_to_join_anew() {
 
 #[test]
 fn nobody_stays_without_a_websocket_or_a_connection() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let ann = world.join("ann", true, true);
     world.lobby.handle_disconnect(ann.connection, world.now);
     world.wait(Duration::from_millis(19_999));
@@ -935,7 +939,7 @@ fn nobody_stays_without_a_websocket_or_a_connection() {
 
 #[test]
 fn rooms_end_by_request_or_when_they_have_been_empty_long_enough() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let room = world.lobby.create_room(
         &proto::CreateRoomRequest {
             name: "made".into(),
@@ -997,7 +1001,7 @@ fn rooms_end_by_request_or_when_they_have_been_empty_long_enough() {
 
 #[test]
 fn an_audience_is_announced_together_every_three_seconds() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     world.wait(Duration::from_millis(3_100));
     let ann = world.join("ann", false, true);
     world.wait(Duration::from_secs(6));
@@ -1035,11 +1039,11 @@ fn an_audience_is_announced_together_every_three_seconds() {
 
 #[test]
 fn speakers_are_told_when_they_change() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let bob = world.join("bob", false, true);
     let ann = world.join("ann", true, false);
     let audio = world.publish(&ann)[0].0;
-    let speakers = |world: &mut World| {
+    let speakers = |world: &mut LobbyWorld| {
         world.take(bob.connection, |message| match message {
             Message::SpeakersChanged(changed) => Some(
                 changed
@@ -1086,7 +1090,7 @@ fn sent_sections(answer: &proto::SessionDescription) -> Vec<(String, String)> {
 
 #[test]
 fn a_single_connection_gets_what_is_there_in_the_first_answer() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let ann = world.join("ann", true, false);
     world.publish(&ann);
     world.commands();
@@ -1126,7 +1130,7 @@ fn a_single_connection_gets_what_is_there_in_the_first_answer() {
 
 #[test]
 fn a_section_that_a_client_takes_away_and_gives_again_carries_other_ssrcs() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let ann = world.join("ann", true, false);
     world.publish(&ann);
     world.commands();
@@ -1151,7 +1155,7 @@ fn a_section_that_a_client_takes_away_and_gives_again_carries_other_ssrcs() {
 
 #[test]
 fn a_single_connections_client_is_asked_for_the_offer_that_a_new_track_needs() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let bob = world.enter(single_entry("bob"));
     world.answer(bob);
     let publishers = [
@@ -1159,7 +1163,7 @@ fn a_single_connections_client_is_asked_for_the_offer_that_a_new_track_needs() {
         world.join("carl", true, false),
         world.join("dora", true, false),
     ];
-    let required = |world: &mut World| {
+    let required = |world: &mut LobbyWorld| {
         world.take(bob, |message| match message {
             Message::MediaSectionsRequirement(requirement) => {
                 Some((requirement.num_audios, requirement.num_videos))
@@ -1206,10 +1210,10 @@ fn a_single_connections_client_is_asked_for_the_offer_that_a_new_track_needs() {
 
 #[test]
 fn a_single_connection_publishes_on_what_it_receives_on() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let watcher = world.join("watcher", false, true);
     let bob = world.enter(single_entry("bob"));
-    let client = Client {
+    let client = LobbyClient {
         connection: bob,
         sid: String::new(),
         answerer: Answerer::new(Capabilities::SUBSCRIBER),
@@ -1267,7 +1271,7 @@ fn a_single_connection_publishes_on_what_it_receives_on() {
 
 #[test]
 fn a_new_certificate_is_a_new_session() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let bob = world.enter(single_entry("bob"));
     let (before, after) = SINGLE_JOIN.split_once("a=fingerprint:sha-256 ").unwrap();
     let other = format!("{before}a=fingerprint:sha-256 FF{}", &after[2..]);
@@ -1280,9 +1284,9 @@ fn a_new_certificate_is_a_new_session() {
 
 #[test]
 fn permissions_and_bounds_hold() {
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     let listener = world.join("listener", false, true);
-    let refused = |world: &mut World, connection| {
+    let refused = |world: &mut LobbyWorld, connection| {
         world.take(connection, |message| match message {
             Message::RequestResponse(response) => Some(response.reason()),
             _ => None,
@@ -1341,7 +1345,7 @@ fn permissions_and_bounds_hold() {
 #[test]
 fn broken_descriptions_end_their_session_and_nothing_else() {
     let watched = |sdp: &str, single: bool| {
-        let mut world = World::new();
+        let mut world = LobbyWorld::new();
         let bystander = world.join("bystander", true, true);
         let connection = match single {
             true => world.enter(single_entry("mallory")),
@@ -1377,7 +1381,7 @@ fn broken_descriptions_end_their_session_and_nothing_else() {
 #[test]
 fn a_seed_gives_the_same_names_and_another_gives_others() {
     let described = |seed| {
-        let mut world = World::seeded(seed);
+        let mut world = LobbyWorld::seeded(seed);
         let mut bob = world.join("bob", false, true);
         let ann = world.join("ann", true, false);
         world.publish(&ann);
@@ -1431,7 +1435,7 @@ fn text_of(mut chance: Seeded, letters: &[u8], count: usize) -> String {
 fn nothing_that_a_description_shows_tells_of_anybodys_credentials() {
     const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
     const SID_LETTERS: &[u8] = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
-    let mut world = World::new();
+    let mut world = LobbyWorld::new();
     world.join("before", true, true);
     let attacker = world.enter(entry("attacker", true, true));
     let shown = world.offer(attacker).unwrap().sdp;

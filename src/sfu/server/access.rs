@@ -12,7 +12,7 @@ use livekit_protocol as proto;
 use livekit_token::{Claims, TokenVerifier};
 use prost::Message;
 
-use super::super::shared::Entry;
+use super::super::shared::Entrant;
 
 /// As Go's servers limit a request's head.
 const JOIN_REQUEST_BYTES_MAX: usize = 1 << 20;
@@ -26,24 +26,24 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 );
 
 /// Status and text of a refusal.
-pub type Refusal = (StatusCode, String);
+pub type HttpRefusal = (StatusCode, String);
 
 /// Checks tokens of the one key pair.
-pub struct Access {
+pub struct SfuAccess {
     api_key: String,
     verifier: TokenVerifier,
 }
 
-impl Access {
-    pub fn new(api_key: &str, api_secret: &str) -> Access {
-        Access {
+impl SfuAccess {
+    pub fn new(api_key: &str, api_secret: &str) -> SfuAccess {
+        SfuAccess {
             api_key: api_key.to_owned(),
             verifier: TokenVerifier::with_api_key(api_key, api_secret),
         }
     }
 
     /// The claims of a request's token: signature, `exp` and `nbf` are fine.
-    pub fn claims(&self, headers: &HeaderMap, query: &str) -> Result<Claims, Refusal> {
+    pub fn claims(&self, headers: &HeaderMap, query: &str) -> Result<Claims, HttpRefusal> {
         let unauthorized = |text: &str| (StatusCode::UNAUTHORIZED, text.to_owned());
         let token = match headers.get(header::AUTHORIZATION) {
             Some(value) => {
@@ -81,7 +81,12 @@ impl Access {
     }
 
     /// What a join asks for, as far as its token allows it.
-    pub fn entry(&self, headers: &HeaderMap, query: &str, single: bool) -> Result<Entry, Refusal> {
+    pub fn entry(
+        &self,
+        headers: &HeaderMap,
+        query: &str,
+        single: bool,
+    ) -> Result<Entrant, HttpRefusal> {
         let claims = self.claims(headers, query)?;
         let mut entry = admitted(claims)?;
         match parameter(query, "join_request").filter(|request| !request.is_empty()) {
@@ -93,12 +98,12 @@ impl Access {
     }
 }
 
-fn bad_request(text: impl Into<String>) -> Refusal {
+fn bad_request(text: impl Into<String>) -> HttpRefusal {
     (StatusCode::BAD_REQUEST, text.into())
 }
 
 /// Room, identity and permissions by the token.
-fn admitted(claims: Claims) -> Result<Entry, Refusal> {
+fn admitted(claims: Claims) -> Result<Entrant, HttpRefusal> {
     if !claims.video.room_join {
         return Err((StatusCode::UNAUTHORIZED, "permissions denied".to_owned()));
     }
@@ -122,14 +127,14 @@ fn admitted(claims: Claims) -> Result<Entry, Refusal> {
     if claims.name.len() + claims.metadata.len() + attributes > METADATA_BYTES_MAX {
         return Err(bad_request("metadata size exceeds limits"));
     }
-    Ok(Entry {
+    Ok(Entrant {
         permission: permission(&claims),
         room: claims.video.room,
         identity: claims.sub,
         name: claims.name,
         metadata: claims.metadata,
         attributes: claims.attributes,
-        ..Entry::default()
+        ..Entrant::default()
     })
 }
 
@@ -154,7 +159,7 @@ fn permission(claims: &Claims) -> proto::ParticipantPermission {
 }
 
 /// The query of `/rtc`.
-fn read_query(entry: &mut Entry, query: &str) {
+fn read_query(entry: &mut Entrant, query: &str) {
     let text = |name| parameter(query, name).unwrap_or_default();
     let flag = |name| matches!(text(name).as_str(), "1" | "true");
     let capability =
@@ -177,7 +182,7 @@ fn read_query(entry: &mut Entry, query: &str) {
 }
 
 /// What a single connection's client says with its join.
-fn read_join_request(entry: &mut Entry, encoded: &str) -> Result<(), Refusal> {
+fn read_join_request(entry: &mut Entrant, encoded: &str) -> Result<(), HttpRefusal> {
     let bytes = BASE64
         .decode(encoded)
         .map_err(|_| bad_request("cannot base64 decode wrapped join request"))?;
@@ -206,10 +211,10 @@ fn read_join_request(entry: &mut Entry, encoded: &str) -> Result<(), Refusal> {
 
 /// What a participant says of itself beyond its token needs a grant.
 fn merge_own_words(
-    entry: &mut Entry,
+    entry: &mut Entrant,
     metadata: String,
     attributes: HashMap<String, String>,
-) -> Result<(), Refusal> {
+) -> Result<(), HttpRefusal> {
     if metadata.is_empty() && attributes.is_empty() {
         return Ok(());
     }
@@ -234,7 +239,7 @@ fn merge_own_words(
 }
 
 /// Never unpacks more than is allowed, whatever the archive holds.
-fn unzipped(bytes: &[u8]) -> Result<Vec<u8>, Refusal> {
+fn unzipped(bytes: &[u8]) -> Result<Vec<u8>, HttpRefusal> {
     let mut unzipped = Vec::new();
     let limit = JOIN_REQUEST_BYTES_MAX as u64 + 1;
     let read = flate2::read::GzDecoder::new(bytes)

@@ -6,11 +6,11 @@ use axum::extract;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
-use super::{ServerStatistics, State};
+use super::{ServerState, ServerStatistics};
 use crate::net;
 use crate::sfu::THREAD_PREFIX;
 
-pub(super) async fn serve(extract::State(state): extract::State<State>) -> Response {
+pub(super) async fn serve(extract::State(state): extract::State<ServerState>) -> Response {
     match state.call(|desk, _| desk.statistics()).await {
         Some(statistics) => {
             let page = costs() + &page(&statistics);

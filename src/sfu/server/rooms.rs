@@ -10,60 +10,60 @@ use prost::Message;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::State;
-use super::access::Refusal;
+use super::ServerState;
+use super::access::HttpRefusal;
 
 /// A Twirp error: its code and what is said of it.
-struct TwirpError {
+struct TwirpRefusal {
     status: StatusCode,
     code: &'static str,
     text: &'static str,
 }
 
-impl TwirpError {
-    const DENIED: TwirpError = TwirpError {
+impl TwirpRefusal {
+    const DENIED: TwirpRefusal = TwirpRefusal {
         status: StatusCode::UNAUTHORIZED,
         code: "unauthenticated",
         text: "permissions denied",
     };
-    const NO_ROOM: TwirpError = TwirpError {
+    const NO_ROOM: TwirpRefusal = TwirpRefusal {
         status: StatusCode::NOT_FOUND,
         code: "not_found",
         text: "requested room does not exist",
     };
-    const NO_PARTICIPANT: TwirpError = TwirpError {
+    const NO_PARTICIPANT: TwirpRefusal = TwirpRefusal {
         status: StatusCode::NOT_FOUND,
         code: "not_found",
         text: "participant does not exist",
     };
-    const NO_NAME: TwirpError = TwirpError {
+    const NO_NAME: TwirpRefusal = TwirpRefusal {
         status: StatusCode::BAD_REQUEST,
         code: "invalid_argument",
         text: "a room name has 1 to 256 bytes",
     };
-    const NO_METHOD: TwirpError = TwirpError {
+    const NO_METHOD: TwirpRefusal = TwirpRefusal {
         status: StatusCode::NOT_FOUND,
         code: "bad_route",
         text: "throng's embedded SFU serves CreateRoom, DeleteRoom, ListRooms, ListParticipants and RemoveParticipant",
     };
-    const CONTENT_TYPE: TwirpError = TwirpError {
+    const CONTENT_TYPE: TwirpRefusal = TwirpRefusal {
         status: StatusCode::NOT_FOUND,
         code: "bad_route",
         text: "unexpected Content-Type: use application/protobuf or application/json",
     };
-    const MALFORMED: TwirpError = TwirpError {
+    const MALFORMED: TwirpRefusal = TwirpRefusal {
         status: StatusCode::BAD_REQUEST,
         code: "malformed",
         text: "the request could not be decoded",
     };
-    const STOPPING: TwirpError = TwirpError {
+    const STOPPING: TwirpRefusal = TwirpRefusal {
         status: StatusCode::SERVICE_UNAVAILABLE,
         code: "unavailable",
         text: "the server is stopping",
     };
 }
 
-impl IntoResponse for TwirpError {
+impl IntoResponse for TwirpRefusal {
     fn into_response(self) -> Response {
         let body = serde_json::json!({ "code": self.code, "msg": self.text });
         (
@@ -94,10 +94,10 @@ impl Encoding {
     fn decode<M: Message + Default + DeserializeOwned>(
         self,
         body: &Bytes,
-    ) -> Result<M, TwirpError> {
+    ) -> Result<M, TwirpRefusal> {
         match self {
-            Encoding::Protobuf => M::decode(body.as_ref()).map_err(|_| TwirpError::MALFORMED),
-            Encoding::Json => serde_json::from_slice(body).map_err(|_| TwirpError::MALFORMED),
+            Encoding::Protobuf => M::decode(body.as_ref()).map_err(|_| TwirpRefusal::MALFORMED),
+            Encoding::Json => serde_json::from_slice(body).map_err(|_| TwirpRefusal::MALFORMED),
         }
     }
 
@@ -116,7 +116,7 @@ impl Encoding {
 }
 
 pub(super) async fn serve(
-    extract::State(state): extract::State<State>,
+    extract::State(state): extract::State<ServerState>,
     Path(method): Path<String>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,
@@ -127,7 +127,7 @@ pub(super) async fn serve(
         Err(refusal) => return refusal.into_response(),
     };
     let Some(encoding) = Encoding::of(&headers) else {
-        return TwirpError::CONTENT_TYPE.into_response();
+        return TwirpRefusal::CONTENT_TYPE.into_response();
     };
     let answered = match method.as_str() {
         "CreateRoom" => create_room(&state, &claims, encoding, &body).await,
@@ -135,13 +135,13 @@ pub(super) async fn serve(
         "ListRooms" => list_rooms(&state, &claims, encoding, &body).await,
         "ListParticipants" => list_participants(&state, &claims, encoding, &body).await,
         "RemoveParticipant" => remove_participant(&state, &claims, encoding, &body).await,
-        _ => Err(TwirpError::NO_METHOD),
+        _ => Err(TwirpRefusal::NO_METHOD),
     };
     answered.unwrap_or_else(IntoResponse::into_response)
 }
 
 /// A request without a token has no grants, which its method will say.
-fn claims(state: &State, headers: &HeaderMap, query: &str) -> Result<Claims, Refusal> {
+fn claims(state: &ServerState, headers: &HeaderMap, query: &str) -> Result<Claims, HttpRefusal> {
     match headers.contains_key(header::AUTHORIZATION) {
         true => state.access.claims(headers, query),
         false => Ok(Claims::default()),
@@ -149,75 +149,75 @@ fn claims(state: &State, headers: &HeaderMap, query: &str) -> Result<Claims, Ref
 }
 
 async fn create_room(
-    state: &State,
+    state: &ServerState,
     claims: &Claims,
     encoding: Encoding,
     body: &Bytes,
-) -> Result<Response, TwirpError> {
+) -> Result<Response, TwirpRefusal> {
     allowed(claims.video.room_create)?;
     let request: proto::CreateRoomRequest = encoding.decode(body)?;
     if request.name.is_empty() || request.name.len() > 256 {
-        return Err(TwirpError::NO_NAME);
+        return Err(TwirpRefusal::NO_NAME);
     }
     let created = state
         .call(move |desk, now| desk.lobby.create_room(&request, now))
         .await;
-    Ok(encoding.encode(&created.ok_or(TwirpError::STOPPING)?))
+    Ok(encoding.encode(&created.ok_or(TwirpRefusal::STOPPING)?))
 }
 
 async fn delete_room(
-    state: &State,
+    state: &ServerState,
     claims: &Claims,
     encoding: Encoding,
     body: &Bytes,
-) -> Result<Response, TwirpError> {
+) -> Result<Response, TwirpRefusal> {
     allowed(claims.video.room_create)?;
     let request: proto::DeleteRoomRequest = encoding.decode(body)?;
     let deleted = state
         .call(move |desk, now| desk.lobby.delete_room(&request.room, now))
         .await;
-    match deleted.ok_or(TwirpError::STOPPING)? {
+    match deleted.ok_or(TwirpRefusal::STOPPING)? {
         true => Ok(encoding.encode(&proto::DeleteRoomResponse {})),
-        false => Err(TwirpError::NO_ROOM),
+        false => Err(TwirpRefusal::NO_ROOM),
     }
 }
 
 async fn list_rooms(
-    state: &State,
+    state: &ServerState,
     claims: &Claims,
     encoding: Encoding,
     body: &Bytes,
-) -> Result<Response, TwirpError> {
+) -> Result<Response, TwirpRefusal> {
     allowed(claims.video.room_list)?;
     let request: proto::ListRoomsRequest = encoding.decode(body)?;
     let rooms = state
         .call(move |desk, _| desk.lobby.list_rooms(&request.names))
         .await;
-    let rooms = rooms.ok_or(TwirpError::STOPPING)?;
+    let rooms = rooms.ok_or(TwirpRefusal::STOPPING)?;
     Ok(encoding.encode(&proto::ListRoomsResponse { rooms }))
 }
 
 async fn list_participants(
-    state: &State,
+    state: &ServerState,
     claims: &Claims,
     encoding: Encoding,
     body: &Bytes,
-) -> Result<Response, TwirpError> {
+) -> Result<Response, TwirpRefusal> {
     let request: proto::ListParticipantsRequest = encoding.decode(body)?;
     allowed(administers(claims, &request.room))?;
     let participants = state
         .call(move |desk, _| desk.lobby.list_participants(&request.room))
         .await;
-    let participants = participants.ok_or(TwirpError::STOPPING)?;
+    let participants = participants.ok_or(TwirpRefusal::STOPPING)?;
     Ok(encoding.encode(&proto::ListParticipantsResponse { participants }))
 }
 
 async fn remove_participant(
-    state: &State,
+    state: &ServerState,
     claims: &Claims,
     encoding: Encoding,
     body: &Bytes,
-) -> Result<Response, TwirpError> {
+) -> Result<Response, TwirpRefusal> {
     let request: proto::RoomParticipantIdentity = encoding.decode(body)?;
     allowed(administers(claims, &request.room))?;
     let removed = state
@@ -226,17 +226,17 @@ async fn remove_participant(
                 .remove_participant(&request.room, &request.identity, now)
         })
         .await;
-    match removed.ok_or(TwirpError::STOPPING)? {
+    match removed.ok_or(TwirpRefusal::STOPPING)? {
         true => Ok(encoding.encode(&proto::RemoveParticipantResponse {})),
-        false => Err(TwirpError::NO_PARTICIPANT),
+        false => Err(TwirpRefusal::NO_PARTICIPANT),
     }
 }
 
-fn allowed(granted: bool) -> Result<(), TwirpError> {
+fn allowed(granted: bool) -> Result<(), TwirpRefusal> {
     if granted {
         Ok(())
     } else {
-        Err(TwirpError::DENIED)
+        Err(TwirpRefusal::DENIED)
     }
 }
 

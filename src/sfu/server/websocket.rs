@@ -15,8 +15,8 @@ use livekit_protocol as proto;
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 
-use super::super::lobby::{ConnectionId, Entry};
-use super::{Input, REQUESTS_BYTES_MAX, State};
+use super::super::lobby::{ConnectionId, Entrant};
+use super::{Input, REQUESTS_BYTES_MAX, ServerState};
 
 /// Messages for a client that does not read: it is disconnected beyond. A participant of a meeting of a thousand gets some hundred at once.
 const QUEUE_MAX: usize = 2048;
@@ -45,7 +45,7 @@ pub(super) async fn health() -> &'static str {
 }
 
 pub(super) async fn dual(
-    state: extract::State<State>,
+    state: extract::State<ServerState>,
     headers: HeaderMap,
     query: RawQuery,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
@@ -54,7 +54,7 @@ pub(super) async fn dual(
 }
 
 pub(super) async fn single(
-    state: extract::State<State>,
+    state: extract::State<ServerState>,
     headers: HeaderMap,
     query: RawQuery,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
@@ -63,7 +63,7 @@ pub(super) async fn single(
 }
 
 pub(super) async fn validate_dual(
-    state: extract::State<State>,
+    state: extract::State<ServerState>,
     headers: HeaderMap,
     query: RawQuery,
 ) -> Response {
@@ -71,7 +71,7 @@ pub(super) async fn validate_dual(
 }
 
 pub(super) async fn validate_single(
-    state: extract::State<State>,
+    state: extract::State<ServerState>,
     headers: HeaderMap,
     query: RawQuery,
 ) -> Response {
@@ -80,7 +80,7 @@ pub(super) async fn validate_single(
 
 /// Browsers see no status of a WebSocket that fails: they ask here why.
 fn validate(
-    state: &State,
+    state: &ServerState,
     headers: &HeaderMap,
     RawQuery(query): RawQuery,
     single: bool,
@@ -100,7 +100,7 @@ fn validate(
 }
 
 fn join(
-    state: State,
+    state: ServerState,
     headers: &HeaderMap,
     RawQuery(query): RawQuery,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
@@ -122,7 +122,7 @@ fn join(
         .on_upgrade(move |socket| serve(socket, state, entry))
 }
 
-async fn serve(socket: WebSocket, state: State, entry: Entry) {
+async fn serve(socket: WebSocket, state: ServerState, entry: Entrant) {
     let inputs = &state.inputs;
     let (messages, mut queue) = outbox();
     let (reply, connection) = oneshot::channel();
@@ -137,7 +137,7 @@ async fn serve(socket: WebSocket, state: State, entry: Entry) {
     let Ok(connection) = connection.await else {
         return;
     };
-    let mut client = Client {
+    let mut client = WebSocketClient {
         socket,
         json: false,
     };
@@ -162,10 +162,10 @@ fn message_len(message: &Message) -> usize {
 }
 
 /// What waits for one client, bounded by messages and by bytes.
-fn outbox() -> (Outbox, Queue) {
+fn outbox() -> (ClientOutbox, Queue) {
     let (messages, queue) = mpsc::channel(QUEUE_MAX);
     let waiting = Arc::new(AtomicUsize::new(0));
-    let outbox = Outbox {
+    let outbox = ClientOutbox {
         messages,
         waiting: waiting.clone(),
     };
@@ -179,30 +179,30 @@ fn outbox() -> (Outbox, Queue) {
 }
 
 /// The lobby's end of [`outbox`].
-pub(super) struct Outbox {
+pub(super) struct ClientOutbox {
     messages: mpsc::Sender<Bytes>,
     waiting: Arc<AtomicUsize>,
 }
 
 /// Why a message did not go out.
-pub(super) enum Unsent {
+pub(super) enum UnsentMessage {
     /// The client does not read.
     Full,
     /// Its task is gone.
     Closed,
 }
 
-impl Outbox {
-    pub(super) fn send(&self, message: Bytes) -> Result<(), Unsent> {
+impl ClientOutbox {
+    pub(super) fn send(&self, message: Bytes) -> Result<(), UnsentMessage> {
         let len = message.len();
         if self.waiting.load(Relaxed) + len > QUEUE_BYTES_MAX {
-            return Err(Unsent::Full);
+            return Err(UnsentMessage::Full);
         }
         self.messages
             .try_send(message)
             .map_err(|error| match error {
-                mpsc::error::TrySendError::Full(_) => Unsent::Full,
-                mpsc::error::TrySendError::Closed(_) => Unsent::Closed,
+                mpsc::error::TrySendError::Full(_) => UnsentMessage::Full,
+                mpsc::error::TrySendError::Closed(_) => UnsentMessage::Closed,
             })?;
         self.waiting.fetch_add(len, Relaxed);
         Ok(())
@@ -236,14 +236,14 @@ impl Queue {
     }
 }
 
-struct Client {
+struct WebSocketClient {
     socket: WebSocket,
     json: bool,
 }
 
-impl Client {
+impl WebSocketClient {
     /// Ends when either side does.
-    async fn converse(&mut self, connection: ConnectionId, queue: &mut Queue, state: &State) {
+    async fn converse(&mut self, connection: ConnectionId, queue: &mut Queue, state: &ServerState) {
         let mut ping =
             tokio::time::interval_at(tokio::time::Instant::now() + PING_INTERVAL, PING_INTERVAL);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -14,7 +14,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(300);
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(7);
 
 #[derive(Debug)]
-pub(super) struct Failure {
+pub(super) struct SessionFailure {
     pub(super) reason: String,
     pub(super) cure: Cure,
     /// The server's own name for it, where the server ended the session.
@@ -32,9 +32,9 @@ pub(super) enum Cure {
     Rejoin,
 }
 
-impl Failure {
-    pub(super) fn of(reason: impl Into<String>, cure: Cure) -> Failure {
-        Failure {
+impl SessionFailure {
+    pub(super) fn of(reason: impl Into<String>, cure: Cure) -> SessionFailure {
+        SessionFailure {
             reason: reason.into(),
             cure,
             server_reason: None,
@@ -42,17 +42,17 @@ impl Failure {
     }
 
     /// It would be the same again.
-    pub(super) fn lasting(reason: impl Into<String>) -> Failure {
-        Failure::of(reason, Cure::None)
+    pub(super) fn lasting(reason: impl Into<String>) -> SessionFailure {
+        SessionFailure::of(reason, Cure::None)
     }
 
-    pub(super) fn lost(reason: impl Into<String>) -> Failure {
-        Failure::of(reason, Cure::Resume { restart_ice: false })
+    pub(super) fn lost(reason: impl Into<String>) -> SessionFailure {
+        SessionFailure::of(reason, Cure::Resume { restart_ice: false })
     }
 }
 
-impl From<&Leave> for Failure {
-    fn from(leave: &Leave) -> Failure {
+impl From<&Leave> for SessionFailure {
+    fn from(leave: &Leave) -> SessionFailure {
         let cure = match leave.action {
             Action::Disconnect => Cure::None,
             Action::Resume => Cure::Resume { restart_ice: true },
@@ -60,24 +60,26 @@ impl From<&Leave> for Failure {
         };
         let name = leave.reason.as_str_name();
         let reason = format!("the server ended the session: {}", name.to_lowercase());
-        Failure {
+        SessionFailure {
             server_reason: Some(name),
-            ..Failure::of(reason, cure)
+            ..SessionFailure::of(reason, cure)
         }
     }
 }
 
-impl From<NoToken> for Failure {
-    fn from(error: NoToken) -> Failure {
+impl From<NoToken> for SessionFailure {
+    fn from(error: NoToken) -> SessionFailure {
         match error {
-            NoToken::Unsigned(_) | NoToken::NotGiven(_) => Failure::lasting(error.to_string()),
-            NoToken::NotIssued(_) => Failure::lost(error.to_string()),
+            NoToken::Unsigned(_) | NoToken::NotGiven(_) => {
+                SessionFailure::lasting(error.to_string())
+            }
+            NoToken::NotIssued(_) => SessionFailure::lost(error.to_string()),
         }
     }
 }
 
-impl From<SignalError> for Failure {
-    fn from(error: SignalError) -> Failure {
+impl From<SignalError> for SessionFailure {
+    fn from(error: SignalError) -> SessionFailure {
         match error {
             SignalError::Unauthorized { .. }
             | SignalError::NotFound { .. }
@@ -85,14 +87,14 @@ impl From<SignalError> for Failure {
             | SignalError::Tls { .. }
             | SignalError::TlsMismatch { .. }
             | SignalError::TooLarge { .. }
-            | SignalError::Protocol { .. } => Failure::lasting(error.to_string()),
+            | SignalError::Protocol { .. } => SessionFailure::lasting(error.to_string()),
             SignalError::Refused { .. }
             | SignalError::Unreachable { .. }
             | SignalError::Resolve { .. }
             | SignalError::Server { .. }
             | SignalError::Timeout { .. }
             | SignalError::Lost { .. }
-            | SignalError::Closed => Failure::lost(error.to_string()),
+            | SignalError::Closed => SessionFailure::lost(error.to_string()),
         }
     }
 }

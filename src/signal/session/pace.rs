@@ -15,14 +15,14 @@ const BURST: u32 = 4_096;
 /// One that makes work for a shard, or is answered by a description, counts as so many: 64 a second, 256 at once. LiveKit keeps 150 ms between two offers.
 const COSTLY: u32 = 16;
 
-pub(super) struct Pace {
+pub(super) struct SignalPace {
     /// When everything that has come would have been read at the lasting rate.
     even_at: Time,
 }
 
-impl Pace {
-    pub(super) fn new(now: Time) -> Pace {
-        Pace { even_at: now }
+impl SignalPace {
+    pub(super) fn new(now: Time) -> SignalPace {
+        SignalPace { even_at: now }
     }
 
     /// Counts a message that came at `now`, and says how long to wait before it is handled.
@@ -59,8 +59,11 @@ mod tests {
 
     /// How many of these are handled in the first second, by a server that never stops talking.
     fn handled(event: &SignalEvent) -> u32 {
-        let (mut now, mut pace, mut count) =
-            (Time::from_millis(5), Pace::new(Time::from_millis(5)), 0);
+        let (mut now, mut pace, mut count) = (
+            Time::from_millis(5),
+            SignalPace::new(Time::from_millis(5)),
+            0,
+        );
         loop {
             now += pace.pause_before(event, now).unwrap_or_default();
             if now > Time::from_millis(1_005) {
@@ -78,7 +81,7 @@ mod tests {
 
     #[test]
     fn who_was_silent_may_burst_again_and_no_more() {
-        let mut pace = Pace::new(Time::ZERO);
+        let mut pace = SignalPace::new(Time::ZERO);
         let late = Time::from_millis(60_000);
         let waits = (0..=BURST)
             .filter(|_| pace.pause_before(&other(), late).is_some())

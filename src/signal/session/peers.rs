@@ -3,11 +3,11 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use super::{Failure, SessionContext};
+use super::{SessionContext, SessionFailure};
 use crate::path::{Family, Path};
 use crate::transport::peer::{IceCredentials, PeerParameters};
 use crate::transport::sdp::{
-    Candidate, CandidateTransport, LocalTransport, RemoteTransport, Setup, ice_ufrag,
+    Candidate, CandidateTransport, DtlsSetup, LocalTransport, RemoteTransport, ice_ufrag,
 };
 use crate::units::Time;
 
@@ -22,17 +22,17 @@ const CANDIDATES_WAIT: Duration = Duration::from_millis(1_500);
 
 /// The connections of a participant. With one connection for everything, that is the publisher's: LiveKit's signalling calls it so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
+pub(super) enum PeerRole {
     Publisher,
     Subscriber,
 }
 
-impl Role {
-    pub(super) const BOTH: [Role; 2] = [Role::Publisher, Role::Subscriber];
+impl PeerRole {
+    pub(super) const BOTH: [PeerRole; 2] = [PeerRole::Publisher, PeerRole::Subscriber];
 }
 
 /// One peer connection's part of the session.
-pub(super) struct Half {
+pub(super) struct PeerHalf {
     /// The participant is not in before this connection is up.
     pub(super) wanted: bool,
     pub(super) local: Option<LocalTransport>,
@@ -44,7 +44,7 @@ pub(super) struct Half {
     more_paths: Vec<(Path, SocketAddr)>,
     /// Addresses of ours that no description has told the server.
     untold: Vec<SocketAddr>,
-    offered: Offered,
+    offered: OfferedCandidates,
     /// When the server's description came.
     described_at: Option<Time>,
     /// The shard knows this connection.
@@ -58,7 +58,7 @@ pub(super) struct Half {
 }
 
 /// What a description changes for the shard.
-pub(super) enum Change {
+pub(super) enum DescriptionChange {
     New {
         path: Path,
         parameters: PeerParameters,
@@ -71,16 +71,16 @@ pub(super) enum Change {
     },
 }
 
-impl Half {
-    pub(super) fn new(wanted: bool) -> Half {
-        Half {
+impl PeerHalf {
+    pub(super) fn new(wanted: bool) -> PeerHalf {
+        PeerHalf {
             wanted,
             local: None,
             path: None,
             ports: Vec::new(),
             more_paths: Vec::new(),
             untold: Vec::new(),
-            offered: Offered::default(),
+            offered: OfferedCandidates::default(),
             described_at: None,
             added: false,
             ice_at: None,
@@ -103,13 +103,13 @@ impl Half {
         signalling_ip: IpAddr,
         context: &SessionContext,
         session_id: u64,
-    ) -> Result<&LocalTransport, Failure> {
+    ) -> Result<&LocalTransport, SessionFailure> {
         let local = match self.local.take() {
             Some(local) => local,
             None => {
                 let ip = context.routes.usual(signalling_ip);
                 let opened = open_path(Family::of(ip), context)
-                    .map_err(|error| Failure::lasting(format!("no UDP socket: {error}")))?;
+                    .map_err(|error| SessionFailure::lasting(format!("no UDP socket: {error}")))?;
                 let (path, port) = opened;
                 let address = SocketAddr::new(ip, port);
                 let IceCredentials { ufrag, password } = IceCredentials::random();
@@ -119,7 +119,7 @@ impl Half {
                     ufrag,
                     pwd: password,
                     fingerprint: context.fingerprint,
-                    setup: Setup::Active,
+                    setup: DtlsSetup::Active,
                     candidates: vec![Candidate::host(address)],
                     session_id,
                 }
@@ -147,9 +147,9 @@ impl Half {
         &mut self,
         remote: &RemoteTransport,
         ice_controlling: bool,
-        setup: Setup,
+        setup: DtlsSetup,
         (context, now): (&SessionContext, Time),
-    ) -> Option<Change> {
+    ) -> Option<DescriptionChange> {
         self.described_at.get_or_insert(now);
         let mut remote_candidates = self.reach_all(&remote.candidates, context);
         let early = std::mem::take(&mut self.early_candidates);
@@ -165,7 +165,7 @@ impl Half {
         let is_other =
             self.remote_ufrag.replace(remote.ufrag.clone()).as_ref() != Some(&remote.ufrag);
         let Some(path) = self.path.take() else {
-            return is_other.then_some(Change::Restart {
+            return is_other.then_some(DescriptionChange::Restart {
                 local: local_credentials,
                 remote: remote_credentials,
                 remote_candidates,
@@ -179,9 +179,9 @@ impl Half {
             remote_fingerprint: remote.fingerprint,
             remote_candidates,
             ice_controlling,
-            dtls_active: setup == Setup::Active,
+            dtls_active: setup == DtlsSetup::Active,
         };
-        Some(Change::New { path, parameters })
+        Some(DescriptionChange::New { path, parameters })
     }
 
     /// Keeps a candidate that came before the shard knows the connection.
@@ -289,7 +289,7 @@ impl Half {
 
     /// Why no candidate of the server can be used: what it offers, and what we have.
     pub(super) fn without_path(&self) -> String {
-        let Offered { tcp, unreached, .. } = &self.offered;
+        let OfferedCandidates { tcp, unreached, .. } = &self.offered;
         let ours = self.our_addresses();
         let tcp = named(tcp);
         if unreached.is_empty() && tcp.is_empty() {
@@ -337,7 +337,7 @@ impl Half {
 
 /// What the server has offered for media so far.
 #[derive(Default)]
-struct Offered {
+struct OfferedCandidates {
     /// Our address and the server's, of candidates that can be tried.
     reached: Vec<(IpAddr, IpAddr)>,
     /// Addresses to which there is no route or no socket, with the reason.

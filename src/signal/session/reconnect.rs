@@ -40,9 +40,9 @@ impl Session {
     /// Opens the signalling connection again while the media connections go on.
     pub(super) async fn resume(
         &mut self,
-        mut failure: Failure,
+        mut failure: SessionFailure,
         restart_ice: bool,
-    ) -> Result<Signal, Failure> {
+    ) -> Result<Signal, SessionFailure> {
         while let Some(pause) = self.next_try() {
             tokio::time::sleep(pause).await;
             match self.try_to_resume(restart_ice).await {
@@ -58,7 +58,7 @@ impl Session {
         Err(failure)
     }
 
-    async fn try_to_resume(&mut self, restart_ice: bool) -> Result<Signal, Failure> {
+    async fn try_to_resume(&mut self, restart_ice: bool) -> Result<Signal, SessionFailure> {
         self.held_answer = None;
         let mut signal = self.open_signal(true).await?;
         tokio::time::timeout(RESUME_TIMEOUT, resumption(self, &mut signal.receiver))
@@ -76,7 +76,7 @@ impl Session {
         &mut self,
         restart_ice: bool,
         sender: &mut SignalSender,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), SessionFailure> {
         if !self.publisher.wanted
             || !(self.context.single_connection || restart_ice || self.offering.is_open)
         {
@@ -100,7 +100,7 @@ impl Session {
     }
 
     /// How long to wait before joining (again) after an attempt that failed or a session that is gone; `None`: not at all.
-    pub(super) fn pause_after(&mut self, failure: &Failure) -> Option<Duration> {
+    pub(super) fn pause_after(&mut self, failure: &SessionFailure) -> Option<Duration> {
         if self.first_timeline.is_none() {
             return self.pause_after_join();
         }
@@ -140,9 +140,9 @@ impl Session {
     pub(super) fn start_over(&mut self) {
         self.remove_peers();
         self.joined = false;
-        self.timeline = Timeline {
+        self.timeline = JoinTimeline {
             intended: self.timeline.intended,
-            ..Timeline::default()
+            ..JoinTimeline::default()
         };
         self.offering = Offering {
             wanted: Some(self.offering.sections),
@@ -150,9 +150,11 @@ impl Session {
         };
         self.answerer = Answerer::new(Capabilities::SUBSCRIBER);
         self.held_answer = None;
-        self.publisher = Half::new(self.publisher.wanted);
-        self.subscriber = Half::new(self.subscriber.wanted);
-        self.tracks.iter_mut().for_each(Track::forget_negotiation);
+        self.publisher = PeerHalf::new(self.publisher.wanted);
+        self.subscriber = PeerHalf::new(self.subscriber.wanted);
+        self.tracks
+            .iter_mut()
+            .for_each(SessionTrack::forget_negotiation);
         self.tracks_ever = 0;
         self.viewer.start_over();
     }
@@ -170,13 +172,16 @@ impl Session {
 }
 
 /// The server's word on a resume, which is the first thing that it says.
-async fn resumption(session: &Session, receiver: &mut SignalReceiver) -> Result<(), Failure> {
+async fn resumption(
+    session: &Session,
+    receiver: &mut SignalReceiver,
+) -> Result<(), SessionFailure> {
     loop {
         match receiver.next().await? {
             SignalEvent::Reconnect { .. } => return Ok(()),
-            SignalEvent::Leave(leave) => return Err(Failure::from(&leave)),
+            SignalEvent::Leave(leave) => return Err(SessionFailure::from(&leave)),
             SignalEvent::Join(_) => {
-                return Err(Failure::of(
+                return Err(SessionFailure::of(
                     "the server began a new session instead of resuming the old one",
                     Cure::Rejoin,
                 ));

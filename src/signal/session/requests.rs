@@ -7,15 +7,15 @@ use tokio::sync::mpsc;
 
 use super::Request;
 
-pub(super) struct Requests {
+pub(super) struct RequestQueue {
     receiver: mpsc::UnboundedReceiver<Request>,
     /// Came while only [`Request::Leave`] was listened for.
     kept: VecDeque<Request>,
 }
 
-impl Requests {
-    pub(super) fn new(receiver: mpsc::UnboundedReceiver<Request>) -> Requests {
-        Requests {
+impl RequestQueue {
+    pub(super) fn new(receiver: mpsc::UnboundedReceiver<Request>) -> RequestQueue {
+        RequestQueue {
             receiver,
             kept: VecDeque::new(),
         }
@@ -53,7 +53,7 @@ mod tests {
     #[tokio::test]
     async fn who_listens_for_the_end_alone_does_the_rest_afterwards() {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let mut requests = Requests::new(receiver);
+        let mut requests = RequestQueue::new(receiver);
         let mute = Request::SetMuted {
             kind: Kind::Audio,
             muted: true,

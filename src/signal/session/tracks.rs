@@ -6,7 +6,7 @@ use std::time::Duration;
 use livekit_protocol as proto;
 
 use crate::codec::{Codec, PayloadTypes};
-use crate::engine::publisher::{Redundancy, SendParameters, SimulcastLayer, Source, Talk};
+use crate::engine::publisher::{MediaSource, Redundancy, SendParameters, SimulcastLayer, Talk};
 use crate::engine::{LAYERS_MAX, StreamParameters, track_number};
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
@@ -20,11 +20,11 @@ const RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
 
 /// What all participants of a run may send.
 pub struct Media {
-    pub audio: Option<Source>,
+    pub audio: Option<MediaSource>,
     /// Earlier packets that each packet of audio repeats (RED), where the server takes that.
     pub audio_redundancy: u8,
     /// The layers of video tracks, the lowest first.
-    pub video: Vec<Source>,
+    pub video: Vec<MediaSource>,
     /// Set where publishers take turns in speaking.
     pub taking_turns: Option<TakingTurns>,
     pub pacing: Pacing,
@@ -49,7 +49,7 @@ impl TakingTurns {
 }
 
 /// A track to publish.
-pub(super) struct Track {
+pub(super) struct SessionTrack {
     pub(super) local: LocalTrack,
     /// The server's answer to AddTrack.
     pub(super) info: Option<Box<proto::TrackInfo>>,
@@ -64,14 +64,14 @@ pub(super) struct Track {
 
 /// One encoding of a track. A track of a single layer has one, too.
 struct Layer {
-    source: Source,
+    source: MediaSource,
     ssrc: u32,
     rtx_ssrc: Option<u32>,
 }
 
-impl Track {
+impl SessionTrack {
     /// The tracks of one participant: its number in the plan and everything that is drawn for them come from there.
-    pub(super) fn of(plan: &ParticipantPlan, media: &Media) -> Vec<Track> {
+    pub(super) fn of(plan: &ParticipantPlan, media: &Media) -> Vec<SessionTrack> {
         let audio = media
             .audio
             .iter()
@@ -83,20 +83,28 @@ impl Track {
                 } else {
                     source.codec()
                 };
-                Track {
+                SessionTrack {
                     redundancy: media.audio_redundancy,
                     talk,
-                    ..Track::new(plan, codec, std::slice::from_ref(source), media.pacing)
+                    ..SessionTrack::new(plan, codec, std::slice::from_ref(source), media.pacing)
                 }
             });
         let video =
             Some(&media.video[..]).filter(|layers| plan.publishes_video && !layers.is_empty());
         audio
-            .chain(video.map(|layers| Track::new(plan, layers[0].codec(), layers, media.pacing)))
+            .chain(
+                video
+                    .map(|layers| SessionTrack::new(plan, layers[0].codec(), layers, media.pacing)),
+            )
             .collect()
     }
 
-    fn new(plan: &ParticipantPlan, codec: Codec, sources: &[Source], pacing: Pacing) -> Track {
+    fn new(
+        plan: &ParticipantPlan,
+        codec: Codec,
+        sources: &[MediaSource],
+        pacing: Pacing,
+    ) -> SessionTrack {
         let kind = codec.kind();
         let name = match kind {
             Kind::Audio => "audio",
@@ -115,7 +123,7 @@ impl Track {
                 }
             })
             .collect();
-        Track {
+        SessionTrack {
             local: LocalTrack {
                 codec,
                 cid: format!("{}-{name}", plan.identity),
@@ -283,7 +291,7 @@ fn first_slot(offset: Duration, interval: Duration, ready: Time) -> Time {
     Time::from_nanos(slots * interval_nanos) + offset
 }
 
-pub(super) fn add_track_request(track: &Track) -> proto::AddTrackRequest {
+pub(super) fn add_track_request(track: &SessionTrack) -> proto::AddTrackRequest {
     let mut request = proto::AddTrackRequest {
         cid: track.local.cid.clone(),
         name: track.local.cid.clone(),
@@ -323,10 +331,10 @@ pub(super) fn add_track_request(track: &Track) -> proto::AddTrackRequest {
 }
 
 /// Without them the server says that nobody watches anything. A single layer counts as high, several from low on.
-fn video_layers(track: &Track) -> Vec<proto::VideoLayer> {
+fn video_layers(track: &SessionTrack) -> Vec<proto::VideoLayer> {
     let mut layers = Vec::new();
     for (at, layer) in track.layers.iter().enumerate() {
-        let Source::Video(clip) = &layer.source else {
+        let MediaSource::Video(clip) = &layer.source else {
             continue;
         };
         let spec = clip.spec();
@@ -352,7 +360,7 @@ fn video_layers(track: &Track) -> Vec<proto::VideoLayer> {
 }
 
 /// What a participant that resumes believes to be so: a server that knows better has it join anew.
-pub(super) fn sync_state(tracks: &[Track]) -> proto::SyncState {
+pub(super) fn sync_state(tracks: &[SessionTrack]) -> proto::SyncState {
     let published = tracks.iter().map(|track| proto::TrackPublishedResponse {
         cid: track.local.cid.clone(),
         track: track.info.as_deref().cloned(),

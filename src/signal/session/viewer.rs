@@ -4,14 +4,14 @@
 
 use livekit_protocol as proto;
 
-use crate::plan::{Layout, VideoSpec, layer_for};
+use crate::plan::{VideoSpec, ViewLayout, layer_for};
 use crate::transport::sdp::RemoteTrack;
 
 /// Pixels: width and height.
 pub type Size = (u32, u32);
 
 pub(super) struct Viewer {
-    layout: Option<Layout>,
+    layout: Option<ViewLayout>,
     /// The same for all, whatever the layout.
     size_of_all: Option<Option<Size>>,
     /// As our own publishers send them.
@@ -32,7 +32,7 @@ struct Tile {
 
 /// What the server is to be asked for, and the shard to be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Change {
+pub(super) struct ViewChange {
     track_sid: Box<str>,
     pub(super) ssrc: u32,
     size: Option<Size>,
@@ -40,7 +40,7 @@ pub(super) struct Change {
     pub(super) layer: Option<u8>,
 }
 
-impl Change {
+impl ViewChange {
     pub(super) fn settings(&self) -> proto::UpdateTrackSettings {
         let (width, height) = self.size.unwrap_or_default();
         proto::UpdateTrackSettings {
@@ -56,7 +56,7 @@ impl Change {
 }
 
 impl Viewer {
-    pub(super) fn new(layout: Option<Layout>, layers: Vec<VideoSpec>) -> Viewer {
+    pub(super) fn new(layout: Option<ViewLayout>, layers: Vec<VideoSpec>) -> Viewer {
         Viewer {
             layout,
             size_of_all: None,
@@ -105,7 +105,7 @@ impl Viewer {
                 .filter(|tile| *tile.participant_sid == *speaker.sid);
             tiles.for_each(|tile| tile.speaks = speaker.active);
         }
-        if self.layout != Some(Layout::Speaker)
+        if self.layout != Some(ViewLayout::Speaker)
             || self.tiles.first().is_none_or(|first| first.speaks)
         {
             return;
@@ -133,7 +133,7 @@ impl Viewer {
     }
 
     /// What has to be said so that the server sends what is looked at.
-    pub(super) fn poll_changes(&mut self) -> Vec<Change> {
+    pub(super) fn poll_changes(&mut self) -> Vec<ViewChange> {
         let mut changes = Vec::new();
         for at in 0..self.tiles.len() {
             let Some(wanted) = self.wanted(at) else {
@@ -147,7 +147,7 @@ impl Viewer {
             if wanted.is_some() && !self.shown_ever.contains(&tile.track_sid) {
                 self.shown_ever.push(tile.track_sid.clone());
             }
-            changes.push(Change {
+            changes.push(ViewChange {
                 track_sid: tile.track_sid.clone(),
                 ssrc: tile.ssrc,
                 size: wanted,
@@ -160,7 +160,7 @@ impl Viewer {
     /// `None`: the server need not be told anything.
     fn wanted(&self, at: usize) -> Option<Option<Size>> {
         let in_layout =
-            |layout: Layout| (at < layout.tiles() as usize).then(|| layout.tile_size(at == 0));
+            |layout: ViewLayout| (at < layout.tiles() as usize).then(|| layout.tile_size(at == 0));
         self.size_of_all.or_else(|| self.layout.map(in_layout))
     }
 
@@ -203,7 +203,7 @@ mod tests {
         }
     }
 
-    fn viewer(layout: Option<Layout>, tracks: u32) -> Viewer {
+    fn viewer(layout: Option<ViewLayout>, tracks: u32) -> Viewer {
         let top = VideoSpec {
             width: 1280,
             height: 720,
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_grid_shows_those_who_came_first_and_switches_the_others_off() {
-        let mut viewer = viewer(Some(Layout::Grid3x3), 11);
+        let mut viewer = viewer(Some(ViewLayout::Grid3x3), 11);
         let all = changes(&mut viewer);
         assert!(
             all[..9]
@@ -270,7 +270,7 @@ mod tests {
         viewer.remove(1_003);
         assert_eq!(changes(&mut viewer), [(9, MEDIUM, Some(1))]);
         assert_eq!(viewer.shown_ever(), 10);
-        for (layout, size) in [(Layout::Grid4x4, 16), (Layout::Grid5x5, 25)] {
+        for (layout, size) in [(ViewLayout::Grid4x4, 16), (ViewLayout::Grid5x5, 25)] {
             let shown = changes(&mut self::viewer(Some(layout), 30));
             assert_eq!(
                 shown
@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn the_large_picture_goes_to_the_one_who_speaks_and_stays_while_he_does() {
-        let mut viewer = viewer(Some(Layout::Speaker), 8);
+        let mut viewer = viewer(Some(ViewLayout::Speaker), 8);
         let all = changes(&mut viewer);
         assert_eq!(all[0], (0, LARGE, Some(2)));
         assert_eq!(all.iter().filter(|(_, size, _)| *size == SMALL).count(), 5);
@@ -308,7 +308,7 @@ mod tests {
 
     #[test]
     fn another_stream_of_a_track_is_told_anew() {
-        let mut viewer = viewer(Some(Layout::Grid3x3), 1);
+        let mut viewer = viewer(Some(ViewLayout::Grid3x3), 1);
         assert_eq!(changes(&mut viewer).len(), 1);
         viewer.add(&track(0));
         assert_eq!(changes(&mut viewer), []);

@@ -49,7 +49,7 @@ pub struct DelayTrend {
     group: Option<Group>,
     before: Option<Group>,
     reordered: u8,
-    line: Line,
+    line: TrendLine,
     detector: Detector,
 }
 
@@ -143,7 +143,7 @@ fn millis(duration: Duration) -> f64 {
 
 /// The least-squares line through the newest points of (arrival, smoothed delay).
 #[derive(Clone, Debug, Default)]
-struct Line {
+struct TrendLine {
     points: [(Time, f64); WINDOW],
     /// Where the next point goes.
     next: usize,
@@ -153,7 +153,7 @@ struct Line {
     slope: f64,
 }
 
-impl Line {
+impl TrendLine {
     /// Takes by how much the delay grew; returns the slope, in ms a ms. It is 0 until there are points enough.
     fn add(&mut self, growth_ms: f64, arrival: Time) -> f64 {
         self.delay_ms += growth_ms;

@@ -87,7 +87,7 @@ const REDUCE_MIN: Duration = Duration::from_millis(10);
 const REDUCE_MAX: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum RateState {
     Hold,
     Increase,
     Decrease,
@@ -95,22 +95,22 @@ enum State {
 
 /// Additive increase, multiplicative decrease.
 #[derive(Clone, Debug)]
-pub struct RateControl {
+pub struct AimdRateControl {
     /// `None` until there is a reason for one.
     estimate: Option<f64>,
-    state: State,
-    limit: Limit,
+    state: RateState,
+    limit: LinkCapacity,
     throughput: f64,
     changed_at: Option<Time>,
     rtt: Duration,
 }
 
-impl RateControl {
-    pub fn new(start: Option<Bitrate>) -> RateControl {
-        RateControl {
+impl AimdRateControl {
+    pub fn new(start: Option<Bitrate>) -> AimdRateControl {
+        AimdRateControl {
             estimate: start.map(|start| start.bps() as f64),
-            state: State::Hold,
-            limit: Limit::default(),
+            state: RateState::Hold,
+            limit: LinkCapacity::default(),
             throughput: 0.0,
             changed_at: None,
             rtt: RTT_UNKNOWN,
@@ -149,18 +149,18 @@ impl RateControl {
             return;
         }
         match usage {
-            Usage::Over => self.state = State::Decrease,
-            Usage::Under => self.state = State::Hold,
-            Usage::Normal if self.state == State::Hold => {
-                self.state = State::Increase;
+            Usage::Over => self.state = RateState::Decrease,
+            Usage::Under => self.state = RateState::Hold,
+            Usage::Normal if self.state == RateState::Hold => {
+                self.state = RateState::Increase;
                 self.changed_at = Some(now);
             }
             Usage::Normal => {}
         }
         match self.state {
-            State::Hold => {}
-            State::Increase => self.increase(now),
-            State::Decrease => self.decrease(now),
+            RateState::Hold => {}
+            RateState::Increase => self.increase(now),
+            RateState::Decrease => self.decrease(now),
         }
     }
 
@@ -173,7 +173,7 @@ impl RateControl {
             .upper()
             .is_some_and(|upper| self.throughput > upper)
         {
-            self.limit = Limit::default();
+            self.limit = LinkCapacity::default();
         }
         let most = HEADROOM * self.throughput + HEADROOM_BPS;
         if estimate < most {
@@ -211,44 +211,45 @@ impl RateControl {
             .lower()
             .is_some_and(|lower| self.throughput < lower)
         {
-            self.limit = Limit::default();
+            self.limit = LinkCapacity::default();
         }
         self.limit.add(self.throughput);
         // Until the queue is empty.
-        self.state = State::Hold;
+        self.state = RateState::Hold;
         self.changed_at = Some(now);
     }
 }
 
 /// The rate at which the queue began to grow: its mean, and how far it varies.
 #[derive(Clone, Debug)]
-struct Limit {
+struct LinkCapacity {
     mean: Option<f64>,
     /// In kbit/s, by the mean.
     variance: f64,
 }
 
-impl Default for Limit {
-    fn default() -> Limit {
-        Limit {
+impl Default for LinkCapacity {
+    fn default() -> LinkCapacity {
+        LinkCapacity {
             mean: None,
             variance: 0.4,
         }
     }
 }
 
-impl Limit {
+impl LinkCapacity {
     const WEIGHT: f64 = 0.05;
 
     fn add(&mut self, bps: f64) {
         let mean = self
             .mean
-            .map_or(bps, |mean| mean + Limit::WEIGHT * (bps - mean));
+            .map_or(bps, |mean| mean + LinkCapacity::WEIGHT * (bps - mean));
         let error_kbps = (bps - mean) / 1e3;
         let sample = error_kbps * error_kbps / (mean / 1e3).max(1.0);
         self.mean = Some(mean);
-        self.variance =
-            ((1.0 - Limit::WEIGHT) * self.variance + Limit::WEIGHT * sample).clamp(0.4, 2.5);
+        self.variance = ((1.0 - LinkCapacity::WEIGHT) * self.variance
+            + LinkCapacity::WEIGHT * sample)
+            .clamp(0.4, 2.5);
     }
 
     fn spread(&self, mean: f64) -> f64 {
@@ -297,7 +298,13 @@ mod tests {
     }
 
     /// Updates each 100 ms with what a usage is at.
-    fn updates(control: &mut RateControl, from_ms: u64, count: u64, usage: Usage, throughput: f64) {
+    fn updates(
+        control: &mut AimdRateControl,
+        from_ms: u64,
+        count: u64,
+        usage: Usage,
+        throughput: f64,
+    ) {
         for n in 0..count {
             control.update(
                 usage,
@@ -309,7 +316,7 @@ mod tests {
 
     #[test]
     fn overuse_halts_at_a_share_of_what_arrives_and_growth_begins_slowly_there() {
-        let mut control = RateControl::new(Some(Bitrate::from_bps(1_000_000)));
+        let mut control = AimdRateControl::new(Some(Bitrate::from_bps(1_000_000)));
         updates(&mut control, 0, 100, Usage::Normal, 5e6);
         let grown = control.estimate().unwrap().bps();
         assert!(
@@ -331,14 +338,14 @@ mod tests {
 
     #[test]
     fn nothing_grows_beyond_half_as_much_again_as_what_arrives() {
-        let mut control = RateControl::new(Some(Bitrate::from_bps(300_000)));
+        let mut control = AimdRateControl::new(Some(Bitrate::from_bps(300_000)));
         updates(&mut control, 0, 1_000, Usage::Normal, 500_000.0);
         assert_eq!(control.estimate().unwrap().bps(), 760_000);
     }
 
     #[test]
     fn an_emptying_queue_holds_and_without_a_reason_there_is_no_estimate() {
-        let mut control = RateControl::new(None);
+        let mut control = AimdRateControl::new(None);
         updates(&mut control, 0, 10, Usage::Normal, 1e6);
         assert_eq!(control.estimate(), None);
         updates(&mut control, 1_000, 1, Usage::Over, 1e6);

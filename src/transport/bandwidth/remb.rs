@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::delay::{DelayTrend, Usage};
-use super::rate::{RateControl, RateWindow};
+use super::rate::{AimdRateControl, RateWindow};
 use crate::units::{Bitrate, Time};
 
 /// The rate is that of the last second.
@@ -30,7 +30,7 @@ pub struct ReceiveEstimator {
     clock: SendClock,
     delay: DelayTrend,
     received: RateWindow,
-    control: RateControl,
+    control: AimdRateControl,
     first_at: Option<Time>,
     updated_at: Option<Time>,
     /// When [`ReceiveEstimator::poll`] is due.
@@ -43,7 +43,7 @@ impl Default for ReceiveEstimator {
             clock: SendClock::default(),
             delay: DelayTrend::default(),
             received: RateWindow::new(RATE_WINDOW),
-            control: RateControl::new(None),
+            control: AimdRateControl::new(None),
             first_at: None,
             updated_at: None,
             next_at: Time::MAX,

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::delay::{DelayTrend, Usage};
-use super::rate::{RateControl, RateWindow};
+use super::rate::{AimdRateControl, RateWindow};
 use crate::units::{Bitrate, Time};
 
 /// libwebrtc's first guess.
@@ -75,13 +75,13 @@ pub struct SendEstimator {
     delay: DelayTrend,
     acknowledged: RateWindow,
     newest_arrival: Time,
-    control: RateControl,
-    loss: Loss,
+    control: AimdRateControl,
+    loss: RecentLoss,
     target: f64,
     /// What the receiver allows.
     remb: Option<Bitrate>,
     started_at: Option<Time>,
-    prober: Prober,
+    prober: RateProber,
     rtt: Duration,
 }
 
@@ -91,12 +91,12 @@ impl Default for SendEstimator {
             delay: DelayTrend::default(),
             acknowledged: RateWindow::new(RATE_WINDOW),
             newest_arrival: Time::ZERO,
-            control: RateControl::new(Some(START)),
-            loss: Loss::default(),
+            control: AimdRateControl::new(Some(START)),
+            loss: RecentLoss::default(),
             target: START.bps() as f64,
             remb: None,
             started_at: None,
-            prober: Prober::default(),
+            prober: RateProber::default(),
             rtt: Duration::from_millis(200),
         }
     }
@@ -167,7 +167,7 @@ impl SendEstimator {
 
 /// The loss of late, and what follows from it.
 #[derive(Debug, Default)]
-struct Loss {
+struct RecentLoss {
     packets: u32,
     lost: u32,
     was_high: bool,
@@ -175,7 +175,7 @@ struct Loss {
     reduced_at: Option<Time>,
 }
 
-impl Loss {
+impl RecentLoss {
     fn update(
         &mut self,
         target: f64,
@@ -213,7 +213,7 @@ impl Loss {
 
 /// When to probe, and what came of it.
 #[derive(Debug, Default)]
-struct Prober {
+struct RateProber {
     /// Rates to try one after the other.
     planned: VecDeque<Bitrate>,
     begun: bool,
@@ -236,7 +236,7 @@ struct Cluster {
     last_arrival: Time,
 }
 
-impl Prober {
+impl RateProber {
     fn poll(
         &mut self,
         estimate: Bitrate,
@@ -365,7 +365,7 @@ mod tests {
     use super::*;
 
     /// A sender with an estimator over a bottleneck with a queue of 300 ms, feedback each 100 ms: it sends `rate(estimate)` and its probes.
-    struct Link {
+    struct BottleneckLink {
         estimator: SendEstimator,
         now_ms: u64,
         free_at_us: u64,
@@ -377,9 +377,9 @@ mod tests {
         random: crate::seeded::Seeded,
     }
 
-    impl Link {
-        fn new() -> Link {
-            Link {
+    impl BottleneckLink {
+        fn new() -> BottleneckLink {
+            BottleneckLink {
                 estimator: SendEstimator::default(),
                 now_ms: 0,
                 free_at_us: 0,
@@ -472,7 +472,7 @@ mod tests {
 
     #[test]
     fn a_free_path_is_found_by_probes_within_two_seconds() {
-        let mut link = Link::new();
+        let mut link = BottleneckLink::new();
         link.run(2, 20_000, 3_000, |estimate| estimate.min(2_500));
         assert!(link.kbps() >= 2_500, "{} {:?}", link.kbps(), link.probes);
         assert_eq!(link.probes[0].1, 900, "three times the first guess");
@@ -487,7 +487,7 @@ mod tests {
 
     #[test]
     fn a_bottleneck_halts_the_estimate_below_it_and_its_queue_empties() {
-        let mut link = Link::new();
+        let mut link = BottleneckLink::new();
         link.run(10, 1_000, 3_000, |estimate| estimate.min(2_500));
         for _ in 0..20 {
             link.run(1, 1_000, 3_000, |estimate| estimate.min(2_500));
@@ -497,7 +497,7 @@ mod tests {
 
     #[test]
     fn capacity_that_goes_is_noticed_within_two_seconds_and_one_that_comes_back_within_ten() {
-        let mut link = Link::new();
+        let mut link = BottleneckLink::new();
         // Layers of 150, 500 and 1,700 kbit/s.
         let layers = |estimate: u64| {
             if estimate >= 2_350 {
@@ -526,7 +526,7 @@ mod tests {
     #[test]
     fn loss_without_delay_halves_by_its_share_and_a_little_of_it_does_nothing() {
         for (percent, range) in [(1, 2_400..4_000), (30, 5..900)] {
-            let mut link = Link::new();
+            let mut link = BottleneckLink::new();
             link.run(5, 20_000, 2_500, |estimate| estimate.min(2_500));
             link.loss_percent = percent;
             link.run(10, 20_000, 100, |estimate| estimate.min(2_500));
@@ -536,7 +536,7 @@ mod tests {
 
     #[test]
     fn what_the_receiver_allows_is_a_bound() {
-        let mut link = Link::new();
+        let mut link = BottleneckLink::new();
         link.run(5, 20_000, 2_500, |estimate| estimate.min(2_500));
         link.estimator.handle_remb(Bitrate::from_bps(500_000));
         link.run(5, 20_000, 2_500, |estimate| estimate.min(2_500));

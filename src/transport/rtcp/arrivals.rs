@@ -155,11 +155,11 @@ mod tests {
 
     use super::*;
     use crate::seeded::Seeded;
-    use crate::transport::rtcp::{Packet, Writer, packets};
+    use crate::transport::rtcp::{RtcpPacket, RtcpWriter, packets};
     use crate::units::Time;
 
     fn body(message: &[u8]) -> Vec<u8> {
-        let Some(Ok(Packet::TransportCc { body, .. })) = packets(message).next() else {
+        let Some(Ok(RtcpPacket::TransportCc { body, .. })) = packets(message).next() else {
             panic!("{message:?}")
         };
         body.to_vec()
@@ -181,7 +181,7 @@ mod tests {
                 })
                 .collect();
             let mut buffer = [0; 1_500];
-            let mut writer = Writer::new(&mut buffer);
+            let mut writer = RtcpWriter::new(&mut buffer);
             writer
                 .transport_cc(1, 2, base, 3, arrivals.iter().copied())
                 .unwrap();

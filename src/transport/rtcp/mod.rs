@@ -1,4 +1,4 @@
-//! RTCP without allocation: a [`Writer`] of compound packets into a lent buffer, and [`packets`], a walk over what came in.
+//! RTCP without allocation: a [`RtcpWriter`] of compound packets into a lent buffer, and [`packets`], a walk over what came in.
 //!
 //! RFC 3550 (SR, RR, SDES, BYE), RFC 4585 (NACK, PLI), RFC 5104 (FIR), RFC 3611 (XR), draft-alvestrand-rmcat-remb,
 //! draft-holmer-rmcat-transport-wide-cc-extensions-01.
@@ -11,10 +11,10 @@ use std::time::Duration;
 
 pub use arrivals::Arrivals;
 pub use read::{
-    DlrrBlocks, FirEntries, Malformed, NackSeqs, Packet, Packets, ReportBlocks, SdesChunk,
+    DlrrBlocks, FirEntries, MalformedRtcp, NackSeqs, Packets, ReportBlocks, RtcpPacket, SdesChunk,
     SdesChunks, Ssrcs, packets,
 };
-pub use write::{WriteError, Writer};
+pub use write::{RtcpWriter, WriteError};
 
 /// A sender report's own part (RFC 3550, section 6.4.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use crate::units::Bitrate;
 
 /// One packet of a compound, borrowing its lists from it.
 #[derive(Clone, Debug)]
-pub enum Packet<'a> {
+pub enum RtcpPacket<'a> {
     SenderReport {
         sender: SenderInfo,
         reports: ReportBlocks<'a>,
@@ -73,7 +73,7 @@ pub enum Packet<'a> {
 
 /// What was wrong with a packet. The caller counts it; nothing of that packet was used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Malformed {
+pub enum MalformedRtcp {
     /// The version is not 2, or length or padding run past the end: where the next packet starts is unknown, so the walk ends.
     Framing,
     /// The contents contradict the packet's own length. The walk goes on behind it.
@@ -91,22 +91,22 @@ pub struct Packets<'a> {
 }
 
 impl<'a> Iterator for Packets<'a> {
-    type Item = Result<Packet<'a>, Malformed>;
+    type Item = Result<RtcpPacket<'a>, MalformedRtcp>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.rest.is_empty() {
             return None;
         }
-        let Some(frame) = Frame::split(self.rest) else {
+        let Some(frame) = RtcpFrame::split(self.rest) else {
             self.rest = &[];
-            return Some(Err(Malformed::Framing));
+            return Some(Err(MalformedRtcp::Framing));
         };
         self.rest = frame.rest;
-        Some(frame.packet().ok_or(Malformed::Contents))
+        Some(frame.packet().ok_or(MalformedRtcp::Contents))
     }
 }
 
-struct Frame<'a> {
+struct RtcpFrame<'a> {
     payload_type: u8,
     count: u8,
     /// Behind the four-byte header, without padding.
@@ -114,8 +114,8 @@ struct Frame<'a> {
     rest: &'a [u8],
 }
 
-impl<'a> Frame<'a> {
-    fn split(compound: &'a [u8]) -> Option<Frame<'a>> {
+impl<'a> RtcpFrame<'a> {
+    fn split(compound: &'a [u8]) -> Option<RtcpFrame<'a>> {
         let (&[flags, payload_type, l0, l1], behind) = compound.split_first_chunk()?;
         if flags >> 6 != VERSION {
             return None;
@@ -127,7 +127,7 @@ impl<'a> Frame<'a> {
         } else {
             without_padding(padded)?
         };
-        Some(Frame {
+        Some(RtcpFrame {
             payload_type,
             count: flags & 0x1F,
             body,
@@ -135,7 +135,7 @@ impl<'a> Frame<'a> {
         })
     }
 
-    fn packet(&self) -> Option<Packet<'a>> {
+    fn packet(&self) -> Option<RtcpPacket<'a>> {
         match (self.payload_type, self.count) {
             (SENDER_REPORT, _) => self.sender_report(),
             (RECEIVER_REPORT, _) => self.receiver_report(),
@@ -151,7 +151,7 @@ impl<'a> Frame<'a> {
         }
     }
 
-    fn sender_report(&self) -> Option<Packet<'a>> {
+    fn sender_report(&self) -> Option<RtcpPacket<'a>> {
         let (own, blocks) = self.body.split_first_chunk::<24>()?;
         let sender = SenderInfo {
             ssrc: be32(own, 0)?,
@@ -160,15 +160,15 @@ impl<'a> Frame<'a> {
             packets: be32(own, 16)?,
             octets: be32(own, 20)?,
         };
-        Some(Packet::SenderReport {
+        Some(RtcpPacket::SenderReport {
             sender,
             reports: self.reports(blocks)?,
         })
     }
 
-    fn receiver_report(&self) -> Option<Packet<'a>> {
+    fn receiver_report(&self) -> Option<RtcpPacket<'a>> {
         let (ssrc, blocks) = self.body.split_first_chunk()?;
-        Some(Packet::ReceiverReport {
+        Some(RtcpPacket::ReceiverReport {
             ssrc: u32::from_be_bytes(*ssrc),
             reports: self.reports(blocks)?,
         })
@@ -182,32 +182,32 @@ impl<'a> Frame<'a> {
         })
     }
 
-    fn sdes(&self) -> Option<Packet<'a>> {
+    fn sdes(&self) -> Option<RtcpPacket<'a>> {
         let chunks = SdesChunks {
             rest: self.body,
             remaining: self.count,
         };
-        (chunks.clone().count() == usize::from(self.count)).then_some(Packet::Sdes { chunks })
+        (chunks.clone().count() == usize::from(self.count)).then_some(RtcpPacket::Sdes { chunks })
     }
 
-    fn bye(&self) -> Option<Packet<'a>> {
+    fn bye(&self) -> Option<RtcpPacket<'a>> {
         let (sources, text) = self.body.split_at_checked(4 * usize::from(self.count))?;
         let reason = match text.split_first() {
             None => None,
             Some((&len, text)) => Some(text.get(..usize::from(len))?),
         };
-        Some(Packet::Bye {
+        Some(RtcpPacket::Bye {
             sources: Ssrcs::new(sources),
             reason,
         })
     }
 
-    fn nack(&self) -> Option<Packet<'a>> {
+    fn nack(&self) -> Option<RtcpPacket<'a>> {
         let (sender_ssrc, media_ssrc, body) = self.feedback()?;
         let (pairs, []) = body.as_chunks() else {
             return None;
         };
-        Some(Packet::Nack {
+        Some(RtcpPacket::Nack {
             sender_ssrc,
             media_ssrc,
             seqs: NackSeqs {
@@ -218,29 +218,29 @@ impl<'a> Frame<'a> {
         })
     }
 
-    fn transport_cc(&self) -> Option<Packet<'a>> {
+    fn transport_cc(&self) -> Option<RtcpPacket<'a>> {
         let (sender_ssrc, media_ssrc, body) = self.feedback()?;
-        Some(Packet::TransportCc {
+        Some(RtcpPacket::TransportCc {
             sender_ssrc,
             media_ssrc,
             body,
         })
     }
 
-    fn pli(&self) -> Option<Packet<'a>> {
+    fn pli(&self) -> Option<RtcpPacket<'a>> {
         let (sender_ssrc, media_ssrc, _) = self.feedback()?;
-        Some(Packet::Pli {
+        Some(RtcpPacket::Pli {
             sender_ssrc,
             media_ssrc,
         })
     }
 
-    fn fir(&self) -> Option<Packet<'a>> {
+    fn fir(&self) -> Option<RtcpPacket<'a>> {
         let (sender_ssrc, _, body) = self.feedback()?;
         let (entries, []) = body.as_chunks() else {
             return None;
         };
-        Some(Packet::Fir {
+        Some(RtcpPacket::Fir {
             sender_ssrc,
             entries: FirEntries {
                 entries: entries.iter(),
@@ -248,7 +248,7 @@ impl<'a> Frame<'a> {
         })
     }
 
-    fn remb(&self) -> Option<Packet<'a>> {
+    fn remb(&self) -> Option<RtcpPacket<'a>> {
         let (sender_ssrc, _, body) = self.feedback()?;
         let Some((&[r, e, m, b, count, head, middle, low], sources)) = body.split_first_chunk()
         else {
@@ -260,14 +260,14 @@ impl<'a> Frame<'a> {
         let sources = sources.get(..4 * usize::from(count))?;
         let mantissa = u64::from(u32::from_be_bytes([0, head & 0x03, middle, low]));
         let bps = mantissa.saturating_mul(1 << (head >> 2));
-        Some(Packet::Remb {
+        Some(RtcpPacket::Remb {
             sender_ssrc,
             bitrate: Bitrate::from_bps(bps),
             sources: Ssrcs::new(sources),
         })
     }
 
-    fn xr(&self) -> Option<Packet<'a>> {
+    fn xr(&self) -> Option<RtcpPacket<'a>> {
         let (ssrc, blocks) = self.body.split_first_chunk()?;
         let mut blocks = XrBlocks { rest: blocks };
         let dlrr = DlrrBlocks {
@@ -280,15 +280,15 @@ impl<'a> Frame<'a> {
                 rrtr = Some(be64(contents, 0)?);
             }
         }
-        blocks.rest.is_empty().then_some(Packet::Xr {
+        blocks.rest.is_empty().then_some(RtcpPacket::Xr {
             ssrc: u32::from_be_bytes(*ssrc),
             rrtr,
             dlrr,
         })
     }
 
-    fn unknown(&self) -> Packet<'a> {
-        Packet::Unknown {
+    fn unknown(&self) -> RtcpPacket<'a> {
+        RtcpPacket::Unknown {
             payload_type: self.payload_type,
             count: self.count,
             body: self.body,
@@ -508,15 +508,15 @@ mod tests {
         let hollow_sr = [0x80, 200, 0, 1, 0, 0, 0, 1];
         let compound = [&hollow_sr[..], &pli, &[0x81, 206, 0, 3, 0, 0, 0, 1]].concat();
         let mut walk = packets(&compound);
-        assert!(matches!(walk.next(), Some(Err(Malformed::Contents))));
+        assert!(matches!(walk.next(), Some(Err(MalformedRtcp::Contents))));
         assert!(matches!(
             walk.next(),
-            Some(Ok(Packet::Pli {
+            Some(Ok(RtcpPacket::Pli {
                 sender_ssrc: 1,
                 media_ssrc: 2
             }))
         ));
-        assert!(matches!(walk.next(), Some(Err(Malformed::Framing))));
+        assert!(matches!(walk.next(), Some(Err(MalformedRtcp::Framing))));
         assert!(walk.next().is_none());
     }
 
@@ -526,16 +526,16 @@ mod tests {
             (1, None),
             (3, None),
             (8, None),
-            (9, Some(Malformed::Contents)),
-            (12, Some(Malformed::Contents)),
-            (13, Some(Malformed::Framing)),
-            (0, Some(Malformed::Framing)),
+            (9, Some(MalformedRtcp::Contents)),
+            (12, Some(MalformedRtcp::Contents)),
+            (13, Some(MalformedRtcp::Framing)),
+            (0, Some(MalformedRtcp::Framing)),
         ] {
             let packet = [0xA0, 201, 0, 3, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, padding];
             let parsed = packets(&packet).next().unwrap();
             assert_eq!(parsed.as_ref().err(), expected.as_ref(), "{padding}");
             assert!(
-                parsed.is_err() || matches!(parsed, Ok(Packet::ReceiverReport { ssrc: 7, .. }))
+                parsed.is_err() || matches!(parsed, Ok(RtcpPacket::ReceiverReport { ssrc: 7, .. }))
             );
         }
     }
@@ -551,7 +551,7 @@ mod tests {
             let mut packet = [0; 32];
             packet[..8].copy_from_slice(&[0x81, 201, 0, 7, 0, 0, 0, 1]);
             packet[13..16].copy_from_slice(&wire);
-            let Some(Ok(Packet::ReceiverReport { mut reports, .. })) = packets(&packet).next()
+            let Some(Ok(RtcpPacket::ReceiverReport { mut reports, .. })) = packets(&packet).next()
             else {
                 panic!()
             };
@@ -564,7 +564,7 @@ mod tests {
         let packet = [
             0x81, 205, 0, 4, 0, 0, 0, 1, 0, 0, 0, 2, 0xFF, 0xFE, 0x80, 0x05, 0, 100, 0, 0,
         ];
-        let Some(Ok(Packet::Nack {
+        let Some(Ok(RtcpPacket::Nack {
             sender_ssrc: 1,
             media_ssrc: 2,
             seqs,
@@ -583,7 +583,7 @@ mod tests {
         let packet = [
             0x8F, 206, 0, 4, 0, 0, 0, 1, 0, 0, 0, 0, b'R', b'E', b'M', b'B', 0, 0xFF, 0xFF, 0xFF,
         ];
-        let Some(Ok(Packet::Remb { bitrate, .. })) = packets(&packet).next() else {
+        let Some(Ok(RtcpPacket::Remb { bitrate, .. })) = packets(&packet).next() else {
             panic!()
         };
         assert_eq!(bitrate.bps(), u64::MAX);
@@ -596,7 +596,7 @@ mod tests {
         ];
         assert!(matches!(
             packets(&packet).next(),
-            Some(Ok(Packet::Unknown {
+            Some(Ok(RtcpPacket::Unknown {
                 payload_type: 206,
                 count: 15,
                 ..

@@ -15,7 +15,7 @@ use crate::units::{Bitrate, Time};
 ///
 /// The order is the caller's: a compound starts with a report (RFC 3550, section 6.1) unless the peer takes reduced-size RTCP.
 #[derive(Debug)]
-pub struct Writer<'a> {
+pub struct RtcpWriter<'a> {
     out: &'a mut [u8],
     len: usize,
 }
@@ -40,9 +40,9 @@ impl fmt::Display for WriteError {
 
 impl std::error::Error for WriteError {}
 
-impl<'a> Writer<'a> {
-    pub const fn new(out: &'a mut [u8]) -> Writer<'a> {
-        Writer { out, len: 0 }
+impl<'a> RtcpWriter<'a> {
+    pub const fn new(out: &'a mut [u8]) -> RtcpWriter<'a> {
+        RtcpWriter { out, len: 0 }
     }
 
     /// Bytes written.
@@ -463,11 +463,11 @@ impl Body<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::rtcp::{Packet, packets};
+    use crate::transport::rtcp::{RtcpPacket, packets};
 
     fn nack_of(seqs: &[u16]) -> Vec<u8> {
         let mut out = [0; 1_500];
-        let mut writer = Writer::new(&mut out);
+        let mut writer = RtcpWriter::new(&mut out);
         writer.nack(1, 2, seqs.iter().map(|seq| Seq(*seq))).unwrap();
         let len = writer.len();
         out[..len].to_vec()
@@ -486,7 +486,7 @@ mod tests {
         ] {
             let packet = nack_of(seqs);
             assert_eq!(packet.len(), 12 + 4 * pairs, "{seqs:?}");
-            let Some(Ok(Packet::Nack { seqs: read, .. })) = packets(&packet).next() else {
+            let Some(Ok(RtcpPacket::Nack { seqs: read, .. })) = packets(&packet).next() else {
                 panic!()
             };
             let mut expected = seqs.to_vec();
@@ -505,7 +505,7 @@ mod tests {
             (75, &[31, 31, 13]),
         ] {
             let mut out = [0; 4_000];
-            let mut writer = Writer::new(&mut out);
+            let mut writer = RtcpWriter::new(&mut out);
             writer
                 .sender_report(
                     &SenderInfo {
@@ -521,11 +521,11 @@ mod tests {
             let len = writer.len();
             let counts: Vec<usize> = packets(&out[..len])
                 .map(|packet| match packet.unwrap() {
-                    Packet::SenderReport {
+                    RtcpPacket::SenderReport {
                         sender: SenderInfo { ssrc: 9, .. },
                         reports,
                     }
-                    | Packet::ReceiverReport { ssrc: 9, reports } => reports.count(),
+                    | RtcpPacket::ReceiverReport { ssrc: 9, reports } => reports.count(),
                     other => panic!("{other:?}"),
                 })
                 .collect();
@@ -537,7 +537,7 @@ mod tests {
     fn what_does_not_fit_leaves_no_trace() {
         let block = ReportBlock::default();
         let dlrr = [DlrrBlock::default(); 3];
-        type Write<'w> = &'w dyn Fn(&mut Writer<'_>) -> Result<(), WriteError>;
+        type Write<'w> = &'w dyn Fn(&mut RtcpWriter<'_>) -> Result<(), WriteError>;
         let writes: [Write<'_>; 9] = [
             &|writer| writer.sender_report(&SenderInfo::default(), [block; 40]),
             &|writer| writer.receiver_report(1, [block; 40]),
@@ -551,12 +551,12 @@ mod tests {
         ];
         for (which, write) in writes.iter().enumerate() {
             let mut out = [0; 1_200];
-            let mut writer = Writer::new(&mut out);
+            let mut writer = RtcpWriter::new(&mut out);
             write(&mut writer).unwrap();
             let needed = writer.len();
             for room in 0..needed {
                 let mut out = vec![0; 12 + room];
-                let mut writer = Writer::new(&mut out);
+                let mut writer = RtcpWriter::new(&mut out);
                 writer.pli(7, 8).unwrap();
                 assert_eq!(
                     (write(&mut writer), writer.len()),
@@ -570,7 +570,7 @@ mod tests {
     #[test]
     fn lists_longer_than_their_count_are_refused() {
         let mut out = [0; 4_000];
-        let mut writer = Writer::new(&mut out);
+        let mut writer = RtcpWriter::new(&mut out);
         assert_eq!(writer.bye(&[0; 32]), Err(WriteError::TooLong));
         assert_eq!(
             writer.sdes_cname(1, &"x".repeat(256)),
@@ -587,7 +587,7 @@ mod tests {
     fn losses_beyond_24_bits_stop_at_the_end() {
         for (lost, expected) in [(i32::MAX, 8_388_607), (i32::MIN, -8_388_608), (-3, -3)] {
             let mut out = [0; 32];
-            Writer::new(&mut out)
+            RtcpWriter::new(&mut out)
                 .receiver_report(
                     1,
                     [ReportBlock {
@@ -596,7 +596,8 @@ mod tests {
                     }],
                 )
                 .unwrap();
-            let Some(Ok(Packet::ReceiverReport { mut reports, .. })) = packets(&out).next() else {
+            let Some(Ok(RtcpPacket::ReceiverReport { mut reports, .. })) = packets(&out).next()
+            else {
                 panic!()
             };
             assert_eq!(reports.next().unwrap().cumulative_lost, expected);

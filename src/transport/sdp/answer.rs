@@ -7,11 +7,11 @@ use super::*;
 
 /// What came of one offer.
 #[derive(Clone, Debug)]
-pub struct Answered {
+pub struct AnsweredOffer {
     pub sdp: String,
     pub remote: RemoteTransport,
     /// Our DTLS role.
-    pub setup: Setup,
+    pub setup: DtlsSetup,
     /// Tracks that became active with this offer. One that took a section over from another is here, the other in `removed`.
     pub added: Vec<RemoteTrack>,
     /// Tracks of the last offer that are inactive, gone or replaced now, as they were.
@@ -42,7 +42,11 @@ impl Answerer {
     }
 
     /// Answers `offer` for our end `local`. After an error the state is that before the offer.
-    pub fn answer(&mut self, offer: &str, local: &LocalTransport) -> Result<Answered, SdpError> {
+    pub fn answer(
+        &mut self,
+        offer: &str,
+        local: &LocalTransport,
+    ) -> Result<AnsweredOffer, SdpError> {
         let split = SplitDescription::new(offer)?;
         let change = self.sections.compare(&split, |_| &self.capabilities)?;
         let (tagged, sections_read) = (change.tagged, change.sections_read());
@@ -59,14 +63,14 @@ impl Answerer {
             .filter(|section| section.sends() && section.active_track().is_none())
             .count();
         self.version += 1;
-        let setup = Setup::answer(remote.setup, local.setup);
+        let setup = DtlsSetup::answer(remote.setup, local.setup);
         let sdp = AnswerWriter {
             local,
             setup,
             tagged,
         }
         .write(sections, self.version);
-        Ok(Answered {
+        Ok(AnsweredOffer {
             sdp,
             remote,
             setup,
@@ -83,19 +87,19 @@ impl Answerer {
         self.sections
             .as_slice()
             .iter()
-            .filter_map(Section::active_track)
+            .filter_map(MediaSection::active_track)
     }
 }
 
 /// Writes an answer from sections that were read.
 struct AnswerWriter<'a> {
     local: &'a LocalTransport,
-    setup: Setup,
+    setup: DtlsSetup,
     tagged: usize,
 }
 
 impl AnswerWriter<'_> {
-    fn write(&self, sections: &[Section], version: u64) -> String {
+    fn write(&self, sections: &[MediaSection], version: u64) -> String {
         let mut sdp = String::with_capacity(512 + sections.len() * 480);
         write_session(
             &mut sdp,
@@ -115,9 +119,9 @@ impl AnswerWriter<'_> {
         sdp
     }
 
-    fn write_accepted(&self, sdp: &mut String, section: &Section, tagged: bool) {
+    fn write_accepted(&self, sdp: &mut String, section: &MediaSection, tagged: bool) {
         match (&section.content, &section.codec) {
-            (Content::Rtp(_), Some(codec)) => {
+            (SectionContent::Rtp(_), Some(codec)) => {
                 push_media_line(sdp, codec);
                 push_transport(sdp, self.local, self.setup, &section.mid, tagged);
                 push_extensions(sdp, &section.extensions);
@@ -145,7 +149,7 @@ impl AnswerWriter<'_> {
                 );
                 push_codec(sdp, codec);
             }
-            (Content::Application(port), _) => {
+            (SectionContent::Application(port), _) => {
                 push_application(sdp, self.local, self.setup, &section.mid, tagged, *port)
             }
             _ => write_rejected(sdp, section),
@@ -153,9 +157,9 @@ impl AnswerWriter<'_> {
     }
 }
 
-fn write_rejected(sdp: &mut String, section: &Section) {
+fn write_rejected(sdp: &mut String, section: &MediaSection) {
     match &section.content {
-        Content::Rtp(kind) => push(
+        SectionContent::Rtp(kind) => push(
             sdp,
             format_args!(
                 "m={} 0 UDP/TLS/RTP/SAVPF {}\r\n",
@@ -163,11 +167,11 @@ fn write_rejected(sdp: &mut String, section: &Section) {
                 section.first_format
             ),
         ),
-        Content::Application(_) => push(
+        SectionContent::Application(_) => push(
             sdp,
             format_args!("m=application 0 UDP/DTLS/SCTP webrtc-datachannel\r\n"),
         ),
-        Content::Other(name) => push(
+        SectionContent::Other(name) => push(
             sdp,
             format_args!("m={name} 0 UDP/TLS/RTP/SAVPF {}\r\n", section.first_format),
         ),

@@ -24,7 +24,7 @@ use std::str::FromStr;
 pub use crate::codec::RtcpFeedback;
 use crate::codec::{Codec, PayloadTypes};
 use crate::measure::Kind;
-pub use answer::{Answered, Answerer};
+pub use answer::{AnsweredOffer, Answerer};
 pub use offer::{LocalTrack, Negotiated, NegotiatedMedia, Offerer};
 pub use scan::ice_ufrag;
 
@@ -65,33 +65,33 @@ pub enum SdpError {
 
 /// Which side opens the DTLS handshake (RFC 8842): `a=setup`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Setup {
+pub enum DtlsSetup {
     Active,
     Passive,
     /// Only in offers: the answerer chooses.
     ActPass,
 }
 
-impl Setup {
-    fn parse(text: &str) -> Option<Setup> {
-        [Setup::Active, Setup::Passive, Setup::ActPass]
+impl DtlsSetup {
+    fn parse(text: &str) -> Option<DtlsSetup> {
+        [DtlsSetup::Active, DtlsSetup::Passive, DtlsSetup::ActPass]
             .into_iter()
             .find(|setup| setup.as_str() == text)
     }
 
     fn as_str(self) -> &'static str {
         match self {
-            Setup::Active => "active",
-            Setup::Passive => "passive",
-            Setup::ActPass => "actpass",
+            DtlsSetup::Active => "active",
+            DtlsSetup::Passive => "passive",
+            DtlsSetup::ActPass => "actpass",
         }
     }
 
     /// Our role in an answer: what the offer leaves open goes by our own preference.
-    pub fn answer(offered: Setup, preferred: Setup) -> Setup {
+    pub fn answer(offered: DtlsSetup, preferred: DtlsSetup) -> DtlsSetup {
         match (offered, preferred) {
-            (Setup::Active, _) | (Setup::ActPass, Setup::Passive) => Setup::Passive,
-            (Setup::Passive | Setup::ActPass, _) => Setup::Active,
+            (DtlsSetup::Active, _) | (DtlsSetup::ActPass, DtlsSetup::Passive) => DtlsSetup::Passive,
+            (DtlsSetup::Passive | DtlsSetup::ActPass, _) => DtlsSetup::Active,
         }
     }
 }
@@ -465,7 +465,7 @@ pub struct LocalTransport {
     pub pwd: String,
     pub fingerprint: Fingerprint,
     /// In offers as it is; in answers our choice where the offer says `actpass`.
-    pub setup: Setup,
+    pub setup: DtlsSetup,
     pub candidates: Vec<Candidate>,
     /// `o=`'s session id: any number below 2^63 (RFC 9429, section 5.2.1), the same for all descriptions of the connection.
     pub session_id: u64,
@@ -477,7 +477,7 @@ pub struct RemoteTransport {
     pub ufrag: String,
     pub pwd: String,
     pub fingerprint: Fingerprint,
-    pub setup: Setup,
+    pub setup: DtlsSetup,
     pub ice_lite: bool,
     /// UDP candidates, in the order of the description.
     pub candidates: Vec<Candidate>,

@@ -152,7 +152,7 @@ impl Offerer {
         self.theirs
             .as_slice()
             .iter()
-            .filter_map(Section::active_track)
+            .filter_map(MediaSection::active_track)
     }
 }
 
@@ -305,8 +305,8 @@ pub struct NegotiatedMedia {
 }
 
 impl NegotiatedMedia {
-    fn of(section: &Section) -> Option<NegotiatedMedia> {
-        let Content::Rtp(kind) = section.content else {
+    fn of(section: &MediaSection) -> Option<NegotiatedMedia> {
+        let SectionContent::Rtp(kind) = section.content else {
             return None;
         };
         let receives = matches!(section.direction, Direction::RecvOnly | Direction::SendRecv);

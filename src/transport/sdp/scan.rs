@@ -148,7 +148,7 @@ pub(super) struct TransportScan {
     pub(super) ufrag: Option<String>,
     pub(super) pwd: Option<String>,
     pub(super) fingerprint: Option<Fingerprint>,
-    pub(super) setup: Option<Setup>,
+    pub(super) setup: Option<DtlsSetup>,
     pub(super) ice_lite: bool,
     pub(super) candidates: Vec<Candidate>,
     pub(super) tcp_candidates: Vec<Candidate>,
@@ -161,7 +161,7 @@ impl TransportScan {
             "ice-ufrag" => self.ufrag = ice_text(value).or(self.ufrag.take()),
             "ice-pwd" => self.pwd = ice_text(value).or(self.pwd.take()),
             "fingerprint" => self.fingerprint = value.parse().ok().or(self.fingerprint),
-            "setup" => self.setup = Setup::parse(value).or(self.setup),
+            "setup" => self.setup = DtlsSetup::parse(value).or(self.setup),
             "ice-lite" => self.ice_lite = true,
             "end-of-candidates" => self.end_of_candidates = true,
             "candidate" => self.candidate(value),
@@ -251,7 +251,7 @@ pub(super) enum Direction {
 
 /// What a media section carries.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Content {
+pub(super) enum SectionContent {
     Rtp(Kind),
     /// Data channels, on this SCTP port.
     Application(u16),
@@ -331,9 +331,9 @@ impl SectionCodec {
 
 /// A media section, read: about 300 bytes with its texts, where the text itself takes 1.8 KB.
 #[derive(Clone, Debug)]
-pub(super) struct Section {
+pub(super) struct MediaSection {
     pub(super) stamp: Stamp,
-    pub(super) content: Content,
+    pub(super) content: SectionContent,
     pub(super) mid: Box<str>,
     /// The port is 0.
     pub(super) rejected: bool,
@@ -348,12 +348,12 @@ pub(super) struct Section {
     pub(super) track: Option<Box<RemoteTrack>>,
 }
 
-impl Section {
+impl MediaSection {
     pub(super) fn parse(
         text: &str,
         stamp: Stamp,
         capabilities: &Capabilities,
-    ) -> Result<Section, &'static str> {
+    ) -> Result<MediaSection, &'static str> {
         let media = lines(text)
             .next()
             .and_then(MediaLine::parse)
@@ -364,13 +364,13 @@ impl Section {
         let mid = scan.usable_mid(&media)?;
         let content = media.content(scan.sctp_port);
         let codec = match content {
-            Content::Rtp(kind) => {
+            SectionContent::Rtp(kind) => {
                 scan.choose_codec(&media, kind, capabilities, capabilities.feedback)
             }
             _ => None,
         };
         let direction = scan.direction.unwrap_or(Direction::SendRecv);
-        let mut section = Section {
+        let mut section = MediaSection {
             stamp,
             content,
             mid: mid.into(),
@@ -419,21 +419,21 @@ impl Section {
 
     pub(super) fn sends(&self) -> bool {
         !self.rejected
-            && matches!(self.content, Content::Rtp(_))
+            && matches!(self.content, SectionContent::Rtp(_))
             && matches!(self.direction, Direction::SendOnly | Direction::SendRecv)
     }
 
     /// Whether our answer takes the section, provided that it is bundled.
     pub(super) fn acceptable(&self) -> bool {
         let understood = match &self.content {
-            Content::Rtp(_) => self.codec.is_some(),
-            Content::Application(_) => true,
-            Content::Other(_) => false,
+            SectionContent::Rtp(_) => self.codec.is_some(),
+            SectionContent::Application(_) => true,
+            SectionContent::Other(_) => false,
         };
         understood && !self.rejected && !self.mid.is_empty()
     }
 
-    pub(super) fn accept(mut self, accepted: bool) -> Section {
+    pub(super) fn accept(mut self, accepted: bool) -> MediaSection {
         self.accepted = accepted;
         let active = accepted && self.sends();
         self.track
@@ -478,12 +478,12 @@ impl<'a> MediaLine<'a> {
             .take(PAYLOAD_TYPES_MAX)
     }
 
-    pub(super) fn content(&self, sctp_port: Option<u16>) -> Content {
+    pub(super) fn content(&self, sctp_port: Option<u16>) -> SectionContent {
         match (self.kind, self.protocol, sctp_port) {
-            ("audio", "UDP/TLS/RTP/SAVPF", _) => Content::Rtp(Kind::Audio),
-            ("video", "UDP/TLS/RTP/SAVPF", _) => Content::Rtp(Kind::Video),
-            ("application", "UDP/DTLS/SCTP", Some(port)) => Content::Application(port),
-            (other, ..) => Content::Other(other.into()),
+            ("audio", "UDP/TLS/RTP/SAVPF", _) => SectionContent::Rtp(Kind::Audio),
+            ("video", "UDP/TLS/RTP/SAVPF", _) => SectionContent::Rtp(Kind::Video),
+            ("application", "UDP/DTLS/SCTP", Some(port)) => SectionContent::Application(port),
+            (other, ..) => SectionContent::Other(other.into()),
         }
     }
 }

@@ -5,18 +5,18 @@ use super::*;
 
 /// The sections of the last description that was taken, in its order.
 #[derive(Default)]
-pub(super) struct RemoteSections(Vec<Section>);
+pub(super) struct RemoteSections(Vec<MediaSection>);
 
 /// What a new description says, beside what is known. Nothing is taken over until [`RemoteSections::apply`].
-pub(super) struct Change {
+pub(super) struct SectionsChange {
     /// The sections that were read, with their index, in order.
-    fresh: Vec<(usize, Section)>,
+    fresh: Vec<(usize, MediaSection)>,
     accepted: Vec<bool>,
     /// The first accepted section: it carries the bundle's transport.
     pub(super) tagged: usize,
 }
 
-impl Change {
+impl SectionsChange {
     pub(super) fn sections_read(&self) -> usize {
         self.fresh.len()
     }
@@ -31,7 +31,7 @@ pub(super) struct Diff {
 }
 
 impl RemoteSections {
-    pub(super) fn as_slice(&self) -> &[Section] {
+    pub(super) fn as_slice(&self) -> &[MediaSection] {
         &self.0
     }
 
@@ -40,7 +40,7 @@ impl RemoteSections {
         &self,
         split: &SplitDescription<'_>,
         capabilities: impl Fn(usize) -> &'a Capabilities,
-    ) -> Result<Change, SdpError> {
+    ) -> Result<SectionsChange, SdpError> {
         let mut fresh = Vec::new();
         for (index, text) in split.sections.iter().enumerate() {
             if !self
@@ -48,7 +48,7 @@ impl RemoteSections {
                 .get(index)
                 .is_some_and(|known| known.stamp.is_of(text))
             {
-                let section = Section::parse(text, Stamp::of(text), capabilities(index));
+                let section = MediaSection::parse(text, Stamp::of(text), capabilities(index));
                 fresh.push((
                     index,
                     section.map_err(|what| SdpError::Section { index, what })?,
@@ -60,7 +60,7 @@ impl RemoteSections {
             split.sections.len(),
             &SessionPart::parse(split.session),
         )?;
-        Ok(Change {
+        Ok(SectionsChange {
             fresh,
             accepted,
             tagged,
@@ -70,7 +70,7 @@ impl RemoteSections {
     /// Which sections are accepted, and the first of them: decided before any state changes.
     fn choose(
         &self,
-        fresh: &[(usize, Section)],
+        fresh: &[(usize, MediaSection)],
         count: usize,
         session: &SessionPart<'_>,
     ) -> Result<(Vec<bool>, usize), SdpError> {
@@ -94,8 +94,8 @@ impl RemoteSections {
     }
 
     /// Takes the changed sections over and says which tracks came and went.
-    pub(super) fn apply(&mut self, change: Change) -> Diff {
-        let Change {
+    pub(super) fn apply(&mut self, change: SectionsChange) -> Diff {
+        let SectionsChange {
             fresh, accepted, ..
         } = change;
         let mut diff = Diff::default();
@@ -118,7 +118,7 @@ impl RemoteSections {
                 (None, fresh) => {
                     diff.note(
                         None,
-                        fresh.as_ref().and_then(Section::active_track).cloned(),
+                        fresh.as_ref().and_then(MediaSection::active_track).cloned(),
                     );
                     self.0.extend(fresh);
                 }

@@ -83,7 +83,7 @@ pub struct ClientSection {
     pub rtx_ssrc: Option<u32>,
     /// Simulcast layers from low to high; empty without simulcast.
     pub rids: Vec<Box<str>>,
-    content: Content,
+    content: SectionContent,
     codec: Option<SectionCodec>,
     usable: bool,
     first_format: Box<str>,
@@ -109,7 +109,7 @@ impl ClientSection {
         let mid = scan.usable_mid(&media)?;
         let content = media.content(scan.sctp_port);
         let kind = match content {
-            Content::Rtp(kind) => Some(kind),
+            SectionContent::Rtp(kind) => Some(kind),
             _ => None,
         };
         let direction = scan.direction.unwrap_or(Direction::SendRecv);
@@ -130,7 +130,7 @@ impl ClientSection {
             .filter(|feedback| fits(*feedback, kind, &extensions))
             .collect();
         let codec = kind.and_then(|kind| scan.choose_codec(&media, kind, &capabilities, &feedback));
-        let understood = codec.is_some() || matches!(content, Content::Application(_));
+        let understood = codec.is_some() || matches!(content, SectionContent::Application(_));
         let (ssrc, rtx_ssrc) = scan
             .fid
             .map_or((scan.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)));
@@ -258,18 +258,18 @@ impl<'a> LayerScan<'a> {
 pub struct ClientDescriptions {
     sections: Vec<KnownSection>,
     /// Our user name fragment and role in `answered`.
-    answered_as: Option<(String, Setup)>,
+    answered_as: Option<(String, DtlsSetup)>,
 }
 
 struct KnownSection {
     stamp: Stamp,
     section: ClientSection,
     /// As our last answer had it: in a large room nearly all of the next one is the same.
-    answered: Option<Answered>,
+    answered: Option<AnsweredSection>,
 }
 
 /// One section of our answer, and all that it depends on besides the client's own section and our end of the connection.
-struct Answered {
+struct AnsweredSection {
     purpose: Purpose,
     text: Box<str>,
 }
@@ -475,7 +475,7 @@ impl KnownSection {
         let answered = answered.unwrap_or_else(|| {
             let mut text = String::new();
             match (&section.content, &section.codec) {
-                (Content::Application(_), _) if section.usable => {
+                (SectionContent::Application(_), _) if section.usable => {
                     push_application(
                         &mut text,
                         local,
@@ -485,12 +485,12 @@ impl KnownSection {
                         SCTP_PORT,
                     );
                 }
-                (Content::Rtp(_), Some(codec)) if section.usable => {
+                (SectionContent::Rtp(_), Some(codec)) if section.usable => {
                     push_answered(&mut text, local, section, codec, section_use, tagged)
                 }
                 _ => push_rejected(&mut text, section),
             }
-            Answered {
+            AnsweredSection {
                 purpose,
                 text: text.into(),
             }
@@ -581,18 +581,18 @@ fn push_sent_track(sdp: &mut String, track: &SentTrack, rtx: bool) {
 fn push_rejected(sdp: &mut String, section: &ClientSection) {
     let first_format = &section.first_format;
     match &section.content {
-        Content::Rtp(kind) => push(
+        SectionContent::Rtp(kind) => push(
             sdp,
             format_args!(
                 "m={} 0 UDP/TLS/RTP/SAVPF {first_format}\r\n",
                 kind_name(*kind)
             ),
         ),
-        Content::Application(_) => push(
+        SectionContent::Application(_) => push(
             sdp,
             format_args!("m=application 0 UDP/DTLS/SCTP webrtc-datachannel\r\n"),
         ),
-        Content::Other(name) => push(
+        SectionContent::Other(name) => push(
             sdp,
             format_args!("m={name} 0 UDP/TLS/RTP/SAVPF {first_format}\r\n"),
         ),
@@ -754,7 +754,7 @@ impl SubscriberOffer {
             self.version,
             mids.iter().map(String::as_str),
         );
-        push_application(&mut sdp, local, Setup::ActPass, "0", true, SCTP_PORT);
+        push_application(&mut sdp, local, DtlsSetup::ActPass, "0", true, SCTP_PORT);
         self.tracks
             .iter()
             .for_each(|section| sdp.push_str(&section.text));
@@ -802,7 +802,7 @@ impl OfferedSection {
         let codec = SectionCodec::offered(self.codec, Capabilities::SERVER_SENDS.feedback);
         let sdp = &mut self.text;
         push_media_line(sdp, &codec);
-        push_transport(sdp, local, Setup::ActPass, &index.to_string(), false);
+        push_transport(sdp, local, DtlsSetup::ActPass, &index.to_string(), false);
         push_extensions(sdp, &sent_extensions(self.codec.kind()));
         let direction = if self.track.is_some() {
             "sendonly"
@@ -842,7 +842,7 @@ mod tests {
             ufrag: "theserver".into(),
             pwd: "0123456789abcdefghijklmn".into(),
             fingerprint: Fingerprint([7; 32]),
-            setup: Setup::Active,
+            setup: DtlsSetup::Active,
             candidates: vec![Candidate::host("127.0.0.1:7882".parse().unwrap())],
             session_id: 1,
         }

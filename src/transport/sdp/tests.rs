@@ -25,7 +25,7 @@ fn local() -> LocalTransport {
         ufrag: "ours".into(),
         pwd: "ourpasswordof22charsmin".into(),
         fingerprint: Fingerprint([0xA5; 32]),
-        setup: Setup::Active,
+        setup: DtlsSetup::Active,
         candidates: vec![Candidate::host("127.0.0.1:40000".parse().unwrap())],
         session_id: 42,
     }
@@ -127,7 +127,7 @@ fn a_recorded_offer_names_transport_and_tracks() {
             remote.ice_lite,
             remote.end_of_candidates
         ),
-        (Setup::ActPass, Setup::Active, false, true)
+        (DtlsSetup::ActPass, DtlsSetup::Active, false, true)
     );
     assert!(
         remote
@@ -342,7 +342,7 @@ fn recorded_answers_to_our_offers_are_read() {
         ),
     ] {
         let parsed = publisher(data, false).handle_answer(answer).unwrap();
-        assert_eq!(parsed.remote.setup, Setup::Passive);
+        assert_eq!(parsed.remote.setup, DtlsSetup::Passive);
         let [audio, video] = parsed.media.as_slice() else {
             panic!("{parsed:?}")
         };
@@ -403,7 +403,7 @@ fn what_cannot_be_used_is_answered_in_its_place() {
     let answered = answerer().answer(&offer_of(&sections), &local()).unwrap();
     assert_eq!(
         (answered.remote.setup, answered.setup),
-        (Setup::Passive, Setup::Active)
+        (DtlsSetup::Passive, DtlsSetup::Active)
     );
     let answer = oracle(&answered.sdp);
     let seen: Vec<(String, isize, bool)> = answer
@@ -539,9 +539,9 @@ fn broken_offers_are_refused_and_leave_the_state_as_it_was() {
 }
 
 /// A small generator for tests (xorshift64*): the seed is the run.
-struct Random(u64);
+struct SessionRandom(u64);
 
-impl Random {
+impl SessionRandom {
     fn below(&mut self, bound: usize) -> usize {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -552,7 +552,7 @@ impl Random {
 
 #[test]
 fn mutated_offers_and_answers_never_panic_and_answers_keep_their_form() {
-    let mut random = Random(0x5eed);
+    let mut random = SessionRandom(0x5eed);
     let answers = [
         ANSWERS[2],
         include_str!("../../../fixtures/sdp/publisher-answer-simulcast.sdp"),
@@ -606,7 +606,7 @@ fn mutated_offers_and_answers_never_panic_and_answers_keep_their_form() {
 }
 
 /// A few bytes changed, a line dropped or doubled, or the end cut off.
-fn mutated(text: &str, random: &mut Random) -> String {
+fn mutated(text: &str, random: &mut SessionRandom) -> String {
     let mut lines: Vec<Vec<u8>> = text
         .split_inclusive('\n')
         .map(|line| line.as_bytes().to_vec())
@@ -627,15 +627,15 @@ fn mutated(text: &str, random: &mut Random) -> String {
 }
 
 /// Sections of a room as a server would offer them, cut from recorded ones.
-struct Room {
+struct OfferedRoom {
     session: String,
     application: String,
     templates: [String; 2],
     sections: Vec<String>,
 }
 
-impl Room {
-    fn new() -> Room {
+impl OfferedRoom {
+    fn new() -> OfferedRoom {
         let split = SplitDescription::new(OFFERS[1]).unwrap();
         let [application, audio, video] = split.sections.as_slice() else {
             panic!("three sections")
@@ -645,7 +645,7 @@ impl Room {
                 .replace("a=mid:2\r", "a=mid:{mid}\r")
                 .replace(ssrc, "{ssrc}")
         };
-        Room {
+        OfferedRoom {
             session: split.session.replace("BUNDLE 0 1 2", "BUNDLE {mids}"),
             application: (*application).to_owned(),
             templates: [template(audio, "359536568"), template(video, "631379334")],
@@ -677,7 +677,7 @@ impl Room {
     }
 
     /// A track comes, goes, is replaced, or the whole connection restarts.
-    fn change(&mut self, random: &mut Random) {
+    fn change(&mut self, random: &mut SessionRandom) {
         let ssrc = 1_000 + random.below(1_000_000);
         let at = random.below(self.sections.len().max(1));
         match random.below(8) {
@@ -697,7 +697,8 @@ impl Room {
 #[test]
 fn answering_by_increments_is_answering_in_full() {
     for seed in 1..=20 {
-        let (mut random, mut room, mut incremental) = (Random(seed), Room::new(), answerer());
+        let (mut random, mut room, mut incremental) =
+            (SessionRandom(seed), OfferedRoom::new(), answerer());
         let mut alive: Vec<RemoteTrack> = Vec::new();
         for version in 1..=40 {
             (0..random.below(4)).for_each(|_| room.change(&mut random));
@@ -736,7 +737,7 @@ fn answering_by_increments_is_answering_in_full() {
 
 #[test]
 fn a_hundred_tracks_cost_little_and_the_next_one_less() {
-    let mut room = Room::new();
+    let mut room = OfferedRoom::new();
     (0..100).for_each(|index| room.push(index % 2, 1_000 + index));
     let (first, mut answerer) = (room.offer(), answerer());
     let started = Instant::now();
@@ -798,7 +799,7 @@ fn over_one_connection_a_room_fills_and_empties_and_only_what_changed_is_read() 
                 negotiated.media.len(),
                 negotiated.remote.setup
             ),
-            (0, 0, Setup::Passive)
+            (0, 0, DtlsSetup::Passive)
         );
         assert_eq!(
             (offerer.tracks().count(), offered),
@@ -849,7 +850,7 @@ fn an_answer_to_another_offer_is_refused_and_changes_nothing() {
 }
 
 /// An offerer with as many sections as `room` offers: a room's offer reads like an answer.
-fn offerer_for(room: &Room) -> Offerer {
+fn offerer_for(room: &OfferedRoom) -> Offerer {
     let mut offerer = Offerer::default();
     offerer.open_data();
     offerer.receive(Kind::Audio, room.sections.len()).unwrap();
@@ -859,7 +860,7 @@ fn offerer_for(room: &Room) -> Offerer {
 #[test]
 fn reading_answers_by_increments_is_reading_them_in_full() {
     for seed in 1..=20 {
-        let (mut random, mut room) = (Random(seed), Room::new());
+        let (mut random, mut room) = (SessionRandom(seed), OfferedRoom::new());
         let mut incremental = offerer_for(&room);
         for _ in 1..=40 {
             let before = room.sections.len();
@@ -889,10 +890,10 @@ fn reading_answers_by_increments_is_reading_them_in_full() {
 
 #[test]
 fn in_a_meeting_of_150_one_more_track_reads_one_section() {
-    let mut room = Room::new();
+    let mut room = OfferedRoom::new();
     (0..149).for_each(|index| room.push(0, 1_000 + index));
     let mut offerer = offerer_for(&room);
-    let timed = |what: &str, offerer: &mut Offerer, room: &Room| {
+    let timed = |what: &str, offerer: &mut Offerer, room: &OfferedRoom| {
         let started = Instant::now();
         let offer = offerer.offer(&local());
         let offered = started.elapsed();
@@ -915,7 +916,7 @@ fn in_a_meeting_of_150_one_more_track_reads_one_section() {
 
 #[test]
 fn ten_thousand_sections_are_answered_in_bounded_time() {
-    let mut room = Room::new();
+    let mut room = OfferedRoom::new();
     (0..SECTIONS_MAX - 1).for_each(|index| room.push(0, 1_000 + index));
     let offer = room.offer();
     let started = Instant::now();

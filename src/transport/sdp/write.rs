@@ -56,7 +56,7 @@ pub(super) fn push_media_line(sdp: &mut String, codec: &SectionCodec) {
 pub(super) fn push_transport(
     sdp: &mut String,
     local: &LocalTransport,
-    setup: Setup,
+    setup: DtlsSetup,
     mid: &str,
     tagged: bool,
 ) {
@@ -79,7 +79,7 @@ pub(super) fn push_transport(
 pub(super) fn push_application(
     sdp: &mut String,
     local: &LocalTransport,
-    setup: Setup,
+    setup: DtlsSetup,
     mid: &str,
     tagged: bool,
     sctp_port: u16,

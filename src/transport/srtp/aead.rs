@@ -11,11 +11,11 @@ pub(super) const SALT_LEN: usize = 12;
 /// What media needs lies together, to be fetched as a whole; reports come once a second, and their half lies elsewhere.
 pub(super) struct Gcm {
     profile: Profile,
-    rtp: Half,
-    rtcp: Box<Half>,
+    rtp: AeadHalf,
+    rtcp: Box<AeadHalf>,
 }
 
-struct Half {
+struct AeadHalf {
     key: LessSafeKey,
     salt: [u8; SALT_LEN],
 }
@@ -24,12 +24,12 @@ impl Gcm {
     pub(super) fn aes_128(master: &MasterKey<'_>) -> Gcm {
         Gcm {
             profile: Profile::AeadAes128Gcm,
-            rtp: Half::new(
+            rtp: AeadHalf::new(
                 &AES_128_GCM,
                 &master.derive::<16>(Label::RtpKey),
                 master.derive(Label::RtpSalt),
             ),
-            rtcp: Box::new(Half::new(
+            rtcp: Box::new(AeadHalf::new(
                 &AES_128_GCM,
                 &master.derive::<16>(Label::RtcpKey),
                 master.derive(Label::RtcpSalt),
@@ -40,12 +40,12 @@ impl Gcm {
     pub(super) fn aes_256(master: &MasterKey<'_>) -> Gcm {
         Gcm {
             profile: Profile::AeadAes256Gcm,
-            rtp: Half::new(
+            rtp: AeadHalf::new(
                 &AES_256_GCM,
                 &master.derive::<32>(Label::RtpKey),
                 master.derive(Label::RtpSalt),
             ),
-            rtcp: Box::new(Half::new(
+            rtcp: Box::new(AeadHalf::new(
                 &AES_256_GCM,
                 &master.derive::<32>(Label::RtcpKey),
                 master.derive(Label::RtcpSalt),
@@ -120,10 +120,10 @@ impl Gcm {
     }
 }
 
-impl Half {
-    fn new(algorithm: &'static Algorithm, key: &[u8], salt: [u8; SALT_LEN]) -> Half {
+impl AeadHalf {
+    fn new(algorithm: &'static Algorithm, key: &[u8], salt: [u8; SALT_LEN]) -> AeadHalf {
         let key = UnboundKey::new(algorithm, key).expect("the key has the algorithm's length");
-        Half {
+        AeadHalf {
             key: LessSafeKey::new(key),
             salt,
         }
@@ -197,8 +197,8 @@ mod tests {
         let key: Vec<u8> = (0..32).collect();
         let salt = *b"Quid pro quo";
         let half = || match profile {
-            Profile::AeadAes256Gcm => Half::new(&AES_256_GCM, &key, salt),
-            _ => Half::new(&AES_128_GCM, &key[..16], salt),
+            Profile::AeadAes256Gcm => AeadHalf::new(&AES_256_GCM, &key, salt),
+            _ => AeadHalf::new(&AES_128_GCM, &key[..16], salt),
         };
         Gcm {
             profile,

@@ -13,11 +13,11 @@ pub(super) const TAG_LEN: usize = 10;
 pub(super) const SALT_LEN: usize = 14;
 
 pub(super) struct CounterMode {
-    rtp: Half,
-    rtcp: Half,
+    rtp: CounterHalf,
+    rtcp: CounterHalf,
 }
 
-struct Half {
+struct CounterHalf {
     cipher: Aes128Enc,
     /// Keyed once; cloned for a packet, which copies two SHA-1 states instead of hashing the key again.
     mac: Hmac<Sha1>,
@@ -27,12 +27,12 @@ struct Half {
 impl CounterMode {
     pub(super) fn new(master: &MasterKey<'_>) -> CounterMode {
         CounterMode {
-            rtp: Half::new(
+            rtp: CounterHalf::new(
                 &master.derive(Label::RtpKey),
                 &master.derive(Label::RtpAuth),
                 master.derive(Label::RtpSalt),
             ),
-            rtcp: Half::new(
+            rtcp: CounterHalf::new(
                 &master.derive(Label::RtcpKey),
                 &master.derive(Label::RtcpAuth),
                 master.derive(Label::RtcpSalt),
@@ -103,10 +103,10 @@ impl CounterMode {
     }
 }
 
-impl Half {
-    fn new(key: &[u8; 16], auth: &[u8; 20], salt: [u8; SALT_LEN]) -> Half {
+impl CounterHalf {
+    fn new(key: &[u8; 16], auth: &[u8; 20], salt: [u8; SALT_LEN]) -> CounterHalf {
         let mac = Hmac::new_from_slice(auth).expect("HMAC takes keys of any length");
-        Half {
+        CounterHalf {
             cipher: Aes128Enc::new(key.into()),
             mac,
             salt,
@@ -145,7 +145,7 @@ mod tests {
         let key: [u8; 16] = hex("2B7E151628AED2A6ABF7158809CF4F3C").try_into().unwrap();
         let salt = hex("F0F1F2F3F4F5F6F7F8F9FAFBFCFD").try_into().unwrap();
         let mut stream = vec![0; 0xFF02 * 16];
-        Half::new(&key, &[0; 20], salt).apply_keystream(&mut stream, 0, 0);
+        CounterHalf::new(&key, &[0; 20], salt).apply_keystream(&mut stream, 0, 0);
         let table = [
             (0, "E03EAD0935C95E80E166B16DD92B4EB4"),
             (1, "D23513162B02D0F72A43A2FE4A5F97AB"),

@@ -9,11 +9,11 @@ const WIDTH: u32 = 64;
 #[derive(Default)]
 pub(super) struct RtcpReplay {
     /// Sorted by SSRC.
-    sources: Vec<Source>,
+    sources: Vec<ReplaySource>,
     accepted: u32,
 }
 
-struct Source {
+struct ReplaySource {
     ssrc: u32,
     highest: u32,
     /// Bit n: `highest - n` was received.
@@ -39,7 +39,7 @@ impl RtcpReplay {
             .binary_search_by_key(&ssrc, |source| source.ssrc)
         {
             Ok(at) => self.sources[at].commit(index, self.accepted),
-            Err(_) => self.insert(Source {
+            Err(_) => self.insert(ReplaySource {
                 ssrc,
                 highest: index,
                 seen: 1,
@@ -48,9 +48,9 @@ impl RtcpReplay {
         }
     }
 
-    fn insert(&mut self, source: Source) {
+    fn insert(&mut self, source: ReplaySource) {
         if self.sources.len() >= MAX_SOURCES {
-            let silence = |source: &Source| self.accepted.wrapping_sub(source.last_accepted);
+            let silence = |source: &ReplaySource| self.accepted.wrapping_sub(source.last_accepted);
             if let Some((longest, _)) = self
                 .sources
                 .iter()
@@ -67,7 +67,7 @@ impl RtcpReplay {
     }
 }
 
-impl Source {
+impl ReplaySource {
     fn check(&self, index: u32) -> bool {
         match self.highest.checked_sub(index) {
             None => true,
