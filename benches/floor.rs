@@ -34,9 +34,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const SETTLE: Duration = Duration::from_millis(60);
 
 fn main() {
-    let (connections, window, rounds) = match is_full() {
-        true => (1_000, Duration::from_secs(3), 5),
-        false => (8, Duration::from_millis(200), 1),
+    let (connections, window, rounds) = if is_full() {
+        (1_000, Duration::from_secs(3), 5)
+    } else {
+        (8, Duration::from_millis(200), 1)
     };
     let mut engine = Engine::connected(connections);
     let mut floor = Bare::new(connections, &engine, Notes::Kept);

@@ -75,9 +75,10 @@ fn main() {
             .collect();
         return std::fs::write(figures(), lines).expect("the benches' directory");
     }
-    match common::is_full() {
-        true => print(&counts),
-        false => compare(&counts),
+    if common::is_full() {
+        print(&counts)
+    } else {
+        compare(&counts)
     }
 }
 

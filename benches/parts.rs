@@ -168,13 +168,14 @@ fn audio(criterion: &mut Criterion, table: &mut Table) {
 
 /// Seconds each: once is enough.
 fn video(is_full: bool) {
-    let sizes: &[(u32, u32, u32, u64)] = match is_full {
-        true => &[
+    let sizes: &[(u32, u32, u32, u64)] = if is_full {
+        &[
             (320, 180, 15, 150_000),
             (640, 360, 20, 600_000),
             (1_280, 720, 30, 2_000_000),
-        ],
-        false => &[(96, 54, 15, 60_000)],
+        ]
+    } else {
+        &[(96, 54, 15, 60_000)]
     };
     println!("\nVideo made at the start, on one thread: both frames of each index of the loop");
     for (width, height, fps, bps) in sizes.iter().copied() {

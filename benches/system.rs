@@ -701,9 +701,10 @@ fn print_threads(
 ) {
     let (before, after) = (process.at(from), process.at(to));
     let cpu = |sample: &Sample, since: &Sample| sample.cpu_since(since, "").total().as_secs_f64();
-    let of_media = match micros_a_packet.is_finite() {
-        true => format!("; {media_threads}*: {micros_a_packet:.2} us a packet"),
-        false => String::new(),
+    let of_media = if micros_a_packet.is_finite() {
+        format!("; {media_threads}*: {micros_a_packet:.2} us a packet")
+    } else {
+        String::new()
     };
     println!(
         "  {who}: {:.2} s of CPU before the hold, {:.2} s in it, {:.1} MiB resident at its end{of_media}",

@@ -184,12 +184,13 @@ fn arguments(flags: &[(&str, &str)]) -> Vec<String> {
 
 /// As a shell takes it.
 fn command_line(arguments: &[String]) -> String {
-    let quoted = arguments
-        .iter()
-        .map(|argument| match argument.contains('<') {
-            true => format!("'{argument}'"),
-            false => argument.clone(),
-        });
+    let quoted = arguments.iter().map(|argument| {
+        if argument.contains('<') {
+            format!("'{argument}'")
+        } else {
+            argument.clone()
+        }
+    });
     format!("throng {}", quoted.collect::<Vec<_>>().join(" "))
 }
 

@@ -436,9 +436,10 @@ mod tests {
                 return PointVerdict::Invalid;
             }
             let reserve = self.capacity.ln() - f64::from(participants).ln();
-            let passes = match self.seeded.chance(self.coin_percent) {
-                true => self.seeded.chance(50),
-                false => self.seeded.unit() < 1.0 / (1.0 + (-reserve / self.softness).exp()),
+            let passes = if self.seeded.chance(self.coin_percent) {
+                self.seeded.chance(50)
+            } else {
+                self.seeded.unit() < 1.0 / (1.0 + (-reserve / self.softness).exp())
             };
             if passes {
                 PointVerdict::Pass

@@ -666,27 +666,27 @@ fn read_level(tokens: &mut Reader, probs: &[u8; 11]) -> u32 {
     if !tokens.bool(probs[1]) {
         return 0;
     }
-    let size = match tokens.bool(probs[2]) {
-        false => 1,
-        true if !tokens.bool(probs[3]) => {
-            2 + if tokens.bool(probs[4]) {
-                1 + u32::from(tokens.bool(probs[5]))
-            } else {
-                0
-            }
+    let size = if !tokens.bool(probs[2]) {
+        1
+    } else if !tokens.bool(probs[3]) {
+        2 + if tokens.bool(probs[4]) {
+            1 + u32::from(tokens.bool(probs[5]))
+        } else {
+            0
         }
-        true => {
-            let category = match tokens.bool(probs[6]) {
-                false => usize::from(tokens.bool(probs[7])),
-                true if tokens.bool(probs[8]) => 4 + usize::from(tokens.bool(probs[10])),
-                true => 2 + usize::from(tokens.bool(probs[9])),
-            };
-            let (base, extra) = tables::CATEGORIES[category];
-            u32::from(base)
-                + extra
-                    .iter()
-                    .fold(0, |value, &prob| value << 1 | u32::from(tokens.bool(prob)))
-        }
+    } else {
+        let category = if !tokens.bool(probs[6]) {
+            usize::from(tokens.bool(probs[7]))
+        } else if tokens.bool(probs[8]) {
+            4 + usize::from(tokens.bool(probs[10]))
+        } else {
+            2 + usize::from(tokens.bool(probs[9]))
+        };
+        let (base, extra) = tables::CATEGORIES[category];
+        u32::from(base)
+            + extra
+                .iter()
+                .fold(0, |value, &prob| value << 1 | u32::from(tokens.bool(prob)))
     };
     tokens.bool(128);
     size

@@ -27,9 +27,10 @@ pub static UNTIMED: AtomicBool = AtomicBool::new(false);
 
 /// CPU time of this thread so far: what others on the host do is not in it.
 pub fn cpu_clock() -> Duration {
-    match UNTIMED.load(Ordering::Relaxed) {
-        true => Duration::ZERO,
-        false => net::thread_cpu(),
+    if UNTIMED.load(Ordering::Relaxed) {
+        Duration::ZERO
+    } else {
+        net::thread_cpu()
     }
 }
 

@@ -217,9 +217,10 @@ impl Journal {
             self.file.sync_data()?;
             self.unsynced_since_us = None;
         }
-        match self.bytes >= REWRITE_BYTES_MIN.max(self.bytes_rewritten * REWRITE_FACTOR) {
-            true => self.rewrite(state, head),
-            false => Ok(()),
+        if self.bytes >= REWRITE_BYTES_MIN.max(self.bytes_rewritten * REWRITE_FACTOR) {
+            self.rewrite(state, head)
+        } else {
+            Ok(())
         }
     }
 

@@ -433,9 +433,10 @@ impl Invitation {
         } else {
             format!("{expect} hosts")
         };
-        let head = match opened.resumed {
-            true => format!("Coordinator at {url}: goes on with a run of {hosts}."),
-            false => format!("Coordinator at {url}: waits for {hosts}."),
+        let head = if opened.resumed {
+            format!("Coordinator at {url}: goes on with a run of {hosts}.")
+        } else {
+            format!("Coordinator at {url}: waits for {hosts}.")
         };
         let journal = opened.journal.path().display();
         let again = if journal_is_ours {

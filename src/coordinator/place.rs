@@ -54,9 +54,10 @@ impl HostsLoad {
             .vantages
             .iter()
             .fold(0u32, |sum, vantage| sum.saturating_add(vantage.weight));
-        let rooms = match self.rooms_apart && !self.total {
-            true => self.scenario.rooms.count.saturating_mul(weights),
-            false => self.scenario.rooms.count,
+        let rooms = if self.rooms_apart && !self.total {
+            self.scenario.rooms.count.saturating_mul(weights)
+        } else {
+            self.scenario.rooms.count
         };
         let largest = self.tiers().into_iter().max().unwrap_or(0);
         if largest > 0
@@ -82,9 +83,10 @@ impl HostsLoad {
 
     /// Subscribers that a room has in a tier of all hosts.
     fn of_room(&self, placement: &Placement, tier: u32) -> u32 {
-        match self.total {
-            true => tier,
-            false => placement.subscribers_of_room(tier),
+        if self.total {
+            tier
+        } else {
+            placement.subscribers_of_room(tier)
         }
     }
 

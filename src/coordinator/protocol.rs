@@ -537,11 +537,12 @@ impl Exchange {
         stamps
             .into_iter()
             .try_for_each(|stamp| at_most("exchange", stamp, WHOLE_MAX))?;
-        match self.heard_at_us < self.sent_at_us || self.replied_at_us < self.received_at_us {
-            true => Err(MalformedMessage::new(
+        if self.heard_at_us < self.sent_at_us || self.replied_at_us < self.received_at_us {
+            Err(MalformedMessage::new(
                 "exchange: an answer before its question",
-            )),
-            false => Ok(()),
+            ))
+        } else {
+            Ok(())
         }
     }
 }

@@ -441,11 +441,12 @@ impl Cell {
 
     /// Of the kind of media with the higher one.
     pub fn latency(&self) -> Times {
-        match self.audio_latency.p99.unwrap_or(0) >= self.video_latency.p99.unwrap_or(0)
+        if self.audio_latency.p99.unwrap_or(0) >= self.video_latency.p99.unwrap_or(0)
             && self.audio_latency.expected > 0
         {
-            true => self.audio_latency,
-            false => self.video_latency,
+            self.audio_latency
+        } else {
+            self.video_latency
         }
     }
 }
@@ -533,11 +534,12 @@ impl VantageResult {
         judging: &Judging,
     ) -> VantageResult {
         let report = prober.report.as_ref();
-        let baseline = match prober.is_legacy() {
-            true => report
+        let baseline = if prober.is_legacy() {
+            report
                 .and_then(|report| report.baseline.as_ref())
-                .map(|step| SeenCell::legacy(prober, Some(Some(step)), state, judging)),
-            false => baseline.map(|stage| SeenCell::held(prober, Some(stage), state, judging)),
+                .map(|step| SeenCell::legacy(prober, Some(Some(step)), state, judging))
+        } else {
+            baseline.map(|stage| SeenCell::held(prober, Some(stage), state, judging))
         };
         VantageResult {
             label: prober.vantage.clone(),
@@ -585,12 +587,13 @@ impl TierResult {
         let begun = seen
             .iter()
             .any(|seen| seen.cell.participants > 0 || seen.record.is_some());
-        let judgement = match begun {
-            true => judge_merged(&seen, &step, ended_by, state, judging),
-            false => Judgement {
+        let judgement = if begun {
+            judge_merged(&seen, &step, ended_by, state, judging)
+        } else {
+            Judgement {
                 verdict: Verdict::Partial,
                 reasons: vec!["it was not held".to_owned()],
-            },
+            }
         };
         TierResult {
             subscribers,
@@ -876,9 +879,10 @@ fn invalid(prober: &ProberState, judged: Option<&TierReport>) -> Vec<String> {
         (None, None) if prober.invalid.is_empty() => return Vec::new(),
         (None, None) => &prober.invalid,
     };
-    match reasons.is_empty() {
-        true => vec!["the generator was the limit".to_owned()],
-        false => reasons.clone(),
+    if reasons.is_empty() {
+        vec!["the generator was the limit".to_owned()]
+    } else {
+        reasons.clone()
     }
 }
 

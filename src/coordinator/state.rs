@@ -605,14 +605,14 @@ impl RunState {
             return Ok(());
         }
         let vantages = vantages(registers.into_iter());
-        match vantages.is_empty() {
-            true => Ok(()),
-            false => self
-                .setup
+        if vantages.is_empty() {
+            Ok(())
+        } else {
+            self.setup
                 .load
                 .place(vantages)
                 .map(drop)
-                .map_err(RefusedRequest::Conflict),
+                .map_err(RefusedRequest::Conflict)
         }
     }
 
@@ -851,20 +851,24 @@ impl RunState {
             .iter()
             .filter(|prober| prober.is_live())
             .find_map(|prober| {
-                let (silent_since, patience) = match prober.is_legacy() {
-                    true => (
+                let (silent_since, patience) = if prober.is_legacy() {
+                    (
                         self.legacy_start_us
                             .unwrap_or(0)
                             .max(prober.silent_since_us),
                         self.legacy_patience_us(),
-                    ),
-                    false => (prober.silent_since_us, self.setup.silence_us),
+                    )
+                } else {
+                    (prober.silent_since_us, self.setup.silence_us)
                 };
                 let silent_us = now_us.saturating_sub(silent_since);
                 let stopped = prober.is_legacy() && self.phase == RunPhase::Stopping;
-                (silent_us >= patience || stopped).then(|| match stopped {
-                    true => (prober, "nothing tells voicegw's probers to stop".to_owned()),
-                    false => (prober, format!("silent for {} s", silent_us / 1_000_000)),
+                (silent_us >= patience || stopped).then(|| {
+                    if stopped {
+                        (prober, "nothing tells voicegw's probers to stop".to_owned())
+                    } else {
+                        (prober, format!("silent for {} s", silent_us / 1_000_000))
+                    }
                 })
             });
         lost.map(|(prober, why)| JournalEntry::Missing {
@@ -1085,9 +1089,10 @@ impl RunState {
             .enumerate()
             .for_each(|(player, prober)| prober.player = Some(player as u32));
         (self.phase, self.armed_us) = (RunPhase::Running, Some(at_us));
-        match vantages.is_empty() {
-            true => self.legacy_start_us = Some(at_us + LEGACY_LEAD_US),
-            false => self.placed = self.setup.load.place(vantages).ok(),
+        if vantages.is_empty() {
+            self.legacy_start_us = Some(at_us + LEGACY_LEAD_US)
+        } else {
+            self.placed = self.setup.load.place(vantages).ok()
         }
     }
 

@@ -423,9 +423,10 @@ fn shortened(label: &str) -> String {
 }
 
 fn cut(word: &str, most: usize) -> String {
-    match word.chars().count() > most {
-        true => word.chars().take(most - 2).chain("..".chars()).collect(),
-        false => word.to_owned(),
+    if word.chars().count() > most {
+        word.chars().take(most - 2).chain("..".chars()).collect()
+    } else {
+        word.to_owned()
     }
 }
 

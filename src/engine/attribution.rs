@@ -138,9 +138,10 @@ impl Attribution {
             self.deliver_late(&frame, newest.last_seq, stream, origin);
             return;
         }
-        let missing = match frame.layer == newest.layer {
-            true => u64::from(frame.frame.saturating_sub(newest.frame + 1)),
-            false => withheld(),
+        let missing = if frame.layer == newest.layer {
+            u64::from(frame.frame.saturating_sub(newest.frame + 1))
+        } else {
+            withheld()
         };
         self.newest = Some(frame);
         if missing > 0 {

@@ -141,9 +141,10 @@ impl Ledger {
             if self.resumed && identity.frame > last {
                 self.begin_stretch(identity, roster);
             }
-            return match self.is_of_an_older_stretch(identity) {
-                true => self.deliver_late(identity),
-                false => self.current.deliver(identity),
+            return if self.is_of_an_older_stretch(identity) {
+                self.deliver_late(identity)
+            } else {
+                self.current.deliver(identity)
             };
         }
         if self.is_late(identity) {
@@ -171,10 +172,11 @@ impl Ledger {
                 .previous
                 .last()
                 .is_some_and(|last| identity.frame <= last);
-        let due_before = match of_previous {
+        let due_before = if of_previous {
             // Both layers' frames of one moment may come: the earlier layer's ends its stretch.
-            true => identity.intended_unix_us <= self.current.first_at,
-            false => identity.intended_unix_us < self.current.first_at,
+            identity.intended_unix_us <= self.current.first_at
+        } else {
+            identity.intended_unix_us < self.current.first_at
         };
         known || due_before
     }
@@ -190,9 +192,10 @@ impl Ledger {
                 .previous
                 .first()
                 .is_some_and(|first| identity.frame >= first);
-        match in_previous {
-            true => self.previous.deliver(identity),
-            false => Delivery::TooOld,
+        if in_previous {
+            self.previous.deliver(identity)
+        } else {
+            Delivery::TooOld
         }
     }
 
@@ -381,9 +384,10 @@ impl Ledger {
         let sent = self
             .owed((origin, track), self.current.layer, roster)
             .frames;
-        let of_current = match self.paused || self.resumed {
-            true => self.current.len(),
-            false => u64::from(sent.saturating_sub(first)),
+        let of_current = if self.paused || self.resumed {
+            self.current.len()
+        } else {
+            u64::from(sent.saturating_sub(first))
         };
         self.settled_expected
             + self.previous.len()

@@ -131,11 +131,12 @@ impl FrameRequests {
             *request = FrameRequest { frame, at: millis };
             return Asked::Once;
         }
-        match Duration::from_millis(millis.wrapping_sub(request.at).into())
+        if Duration::from_millis(millis.wrapping_sub(request.at).into())
             >= rtt.max(ASKED_AGAIN_AFTER)
         {
-            true => Asked::Again,
-            false => Asked::Once,
+            Asked::Again
+        } else {
+            Asked::Once
         }
     }
 }

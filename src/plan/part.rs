@@ -221,9 +221,10 @@ impl Part {
             .iter()
             .for_each(|owner| is_busy[usize::from(*owner)] = true);
         if let Some(idle) = is_busy.iter().position(|busy| !busy) {
-            let (count, what) = match placement.rooms_apart {
-                true => (u64::from(scenario.rooms.count), "rooms"),
-                false => (scenario.total(), "participants"),
+            let (count, what) = if placement.rooms_apart {
+                (u64::from(scenario.rooms.count), "rooms")
+            } else {
+                (scenario.total(), "participants")
             };
             return Err(format!(
                 "{count} {what} for {hosts} hosts leave host {} nothing to do: ask for more {what}, or start fewer hosts",

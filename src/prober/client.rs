@@ -115,16 +115,17 @@ impl CoordinatorClient {
             }
             _ => "",
         };
-        NoAnswer::Away(match error.is_timeout() {
-            true => format!(
+        NoAnswer::Away(if error.is_timeout() {
+            format!(
                 "the coordinator at {} did not answer within {} s",
                 self.url.http(),
                 REQUEST_TIMEOUT.as_secs()
-            ),
-            false => format!(
+            )
+        } else {
+            format!(
                 "the coordinator at {} cannot be reached ({cause}){hint}",
                 self.url.http()
-            ),
+            )
         })
     }
 
@@ -153,11 +154,10 @@ impl CoordinatorClient {
                 self.url.http()
             )),
             401 | 403 => {
-                let hint = match said.contains(TOKEN_VARIABLE) {
-                    true => String::new(),
-                    false => {
-                        format!(" (--coordinator-token or {TOKEN_VARIABLE} says which is used)")
-                    }
+                let hint = if said.contains(TOKEN_VARIABLE) {
+                    String::new()
+                } else {
+                    format!(" (--coordinator-token or {TOKEN_VARIABLE} says which is used)")
                 };
                 NoAnswer::Refused(format!(
                     "the coordinator at {} does not let us in: {said}{hint}",

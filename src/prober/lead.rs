@@ -144,8 +144,8 @@ impl Lead for Led {
             return std::future::pending().await;
         };
         self.begin(index, start, self.epoch.now());
-        match is_held(&stage) {
-            true => LeadStep::Tier(TierPlan {
+        if is_held(&stage) {
+            LeadStep::Tier(TierPlan {
                 name: stage.name,
                 subscribers: Subscribers::Total(stage.subscribers),
                 start: Some(start),
@@ -155,8 +155,9 @@ impl Lead for Led {
                 watches_stayers: true,
                 watches_thresholds: stage.kind == StageKind::Tier,
                 is_whole: false,
-            }),
-            false => LeadStep::Finish,
+            })
+        } else {
+            LeadStep::Finish
         }
     }
 

@@ -53,13 +53,14 @@ pub fn render(histogram: &Histogram) -> String {
         total += step.count_since_last_iteration();
         let share = total as f64 / expected as f64;
         let value = step.value_iterated_to().min(hdr.max()) as f64 / 1e3;
-        let _ = match total == expected {
-            true => writeln!(text, "{value:12.3} {share:14.12} {total:10}"),
-            false => writeln!(
+        let _ = if total == expected {
+            writeln!(text, "{value:12.3} {share:14.12} {total:10}")
+        } else {
+            writeln!(
                 text,
                 "{value:12.3} {share:14.12} {total:10} {:14.2}",
                 1.0 / (1.0 - share)
-            ),
+            )
         };
     }
     let _ = writeln!(

@@ -126,9 +126,10 @@ fn judge_search(outcome: &Outcome) -> Judgement {
         ),
     };
     let has_points = outcome.steps.iter().any(|step| step.tier.is_some());
-    let why_not = match has_points {
-        true => Vec::new(),
-        false => step_failures(&outcome.totals, &outcome.complaints, &outcome.judging),
+    let why_not = if has_points {
+        Vec::new()
+    } else {
+        step_failures(&outcome.totals, &outcome.complaints, &outcome.judging)
     };
     let untold: Vec<String> = outcome
         .complaints
@@ -894,15 +895,16 @@ fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> 
         .collect();
     near.sort_by(|a, b| b.0.total_cmp(&a.0));
     near.truncate(3);
-    match near.is_empty() {
-        true => format!(
+    if near.is_empty() {
+        format!(
             "there is no {what} '{name}'; there are {}",
             known.join(", ")
-        ),
-        false => format!(
+        )
+    } else {
+        format!(
             "there is no {what} '{name}'; did you mean {}?",
             near.iter().map(|(_, k)| *k).collect::<Vec<_>>().join(", ")
-        ),
+        )
     }
 }
 

@@ -47,9 +47,10 @@ impl TiersAnswer {
 impl<'a> Knee<'a> {
     /// `None` for a run without tiers.
     pub fn of(outcome: &'a Outcome) -> Option<Knee<'a>> {
-        match outcome.plan.scenario.search.is_some() {
-            true => None,
-            false => Knee::among(tiers(outcome).collect(), &outcome.unmeasured),
+        if outcome.plan.scenario.search.is_some() {
+            None
+        } else {
+            Knee::among(tiers(outcome).collect(), &outcome.unmeasured)
         }
     }
 
@@ -80,9 +81,10 @@ impl<'a> Knee<'a> {
                 broke,
             });
         }
-        let (answer, passed) = match unmeasured.is_empty() {
-            true => (TiersAnswer::AllPassed, largest),
-            false => (TiersAnswer::NotMeasured, passed),
+        let (answer, passed) = if unmeasured.is_empty() {
+            (TiersAnswer::AllPassed, largest)
+        } else {
+            (TiersAnswer::NotMeasured, passed)
         };
         Some(Knee {
             answer,
@@ -244,12 +246,13 @@ fn capacity_sentence(outcome: &Outcome) -> String {
             high,
             settled,
         } => {
-            let settled = match settled {
-                true => String::new(),
-                false => format!(
+            let settled = if *settled {
+                String::new()
+            } else {
+                format!(
                     ", and not settled after {}",
                     count(capacity.points.len() as u64, "point")
-                ),
+                )
             };
             format!(
                 "{}: with so many every other run passes (with {:.0} % confidence it is {} to {}{settled}){broke}",

@@ -578,9 +578,10 @@ impl Test<'_> {
         &mut self,
         around: &mut Around<'_, L, P>,
     ) {
-        let limit = match self.was_interrupted {
-            true => self.epoch.now() + ACCOUNT_TIMEOUT,
-            false => Time::MAX,
+        let limit = if self.was_interrupted {
+            self.epoch.now() + ACCOUNT_TIMEOUT
+        } else {
+            Time::MAX
         };
         let settled = self
             .ask(around, async |lead, test| {

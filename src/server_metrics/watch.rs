@@ -351,12 +351,13 @@ mod tests {
     async fn a_password_in_the_address_opens_a_page_that_wants_one() {
         let guarded = |headers: axum::http::HeaderMap| async move {
             // me:secret
-            match headers
+            if headers
                 .get("authorization")
                 .is_some_and(|value| value == "Basic bWU6c2VjcmV0")
             {
-                true => LIVEKIT.into_response(),
-                false => StatusCode::UNAUTHORIZED.into_response(),
+                LIVEKIT.into_response()
+            } else {
+                StatusCode::UNAUTHORIZED.into_response()
             }
         };
         let server = serve(Router::new().route("/metrics", get(guarded))).await;

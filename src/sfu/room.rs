@@ -1620,9 +1620,10 @@ impl SfuRoom {
             .subscriptions
             .values()
             .all(|subscription| subscription.section.is_some());
-        match satisfied {
-            true => participant.negotiate_at = None,
-            false => self.schedule_negotiation(shared, session, now),
+        if satisfied {
+            participant.negotiate_at = None
+        } else {
+            self.schedule_negotiation(shared, session, now)
         }
     }
 }

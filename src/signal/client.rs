@@ -308,15 +308,14 @@ impl Dialled<'_> {
         let local_address = tcp_stream.local_addr().map_err(|error| SignalError::Lost {
             cause: error.to_string(),
         })?;
-        let (transport, tls) = match endpoint.secure() {
-            false => (TcpOrTls::Plain(tcp_stream), None),
-            true => {
-                let started = Instant::now();
-                (
-                    TcpOrTls::Tls(Box::new(connect_tls(endpoint, tcp_stream).await?)),
-                    Some(started.elapsed()),
-                )
-            }
+        let (transport, tls) = if endpoint.secure() {
+            let started = Instant::now();
+            (
+                TcpOrTls::Tls(Box::new(connect_tls(endpoint, tcp_stream).await?)),
+                Some(started.elapsed()),
+            )
+        } else {
+            (TcpOrTls::Plain(tcp_stream), None)
         };
         Ok(Dialled {
             endpoint,
@@ -1240,13 +1239,12 @@ impl FrameReads {
         limit: usize,
     ) -> Poll<io::Result<()>> {
         let space = buf.initialize_unfilled_to(limit.min(buf.remaining()));
-        let count = match self.leftover.is_empty() {
-            true => {
-                let mut part = ReadBuf::new(space);
-                ready!(self.transport.poll_read(cx, &mut part))?;
-                part.filled().len()
-            }
-            false => self.take_leftover(space),
+        let count = if self.leftover.is_empty() {
+            let mut part = ReadBuf::new(space);
+            ready!(self.transport.poll_read(cx, &mut part))?;
+            part.filled().len()
+        } else {
+            self.take_leftover(space)
         };
         self.phase.advance(buf.initialize_unfilled_to(count));
         buf.advance(count);

@@ -72,9 +72,10 @@ impl Endpoint {
         let found = tokio::net::lookup_host((host, self.url.port())).await;
         let addresses: Arc<[SocketAddr]> =
             found.map_err(|error| failed(error.to_string()))?.collect();
-        match addresses.is_empty() {
-            true => Err(failed("the name has no address".into())),
-            false => Ok(addresses),
+        if addresses.is_empty() {
+            Err(failed("the name has no address".into()))
+        } else {
+            Ok(addresses)
         }
     }
 }

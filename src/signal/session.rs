@@ -1138,11 +1138,12 @@ impl Session {
                 .into_iter()
                 .filter(|half| half.wanted)
         };
-        let all = |moment: fn(&PeerHalf) -> Option<Time>| match wanted()
-            .all(|half| moment(half).is_some())
-        {
-            true => wanted().filter_map(moment).max(),
-            false => None,
+        let all = |moment: fn(&PeerHalf) -> Option<Time>| {
+            if wanted().all(|half| moment(half).is_some()) {
+                wanted().filter_map(moment).max()
+            } else {
+                None
+            }
         };
         (self.timeline.ice_connected, self.timeline.dtls_connected) =
             (all(|half| half.ice_at), all(|half| half.connected_at));

@@ -135,9 +135,10 @@ impl LoadedKey {
 
 impl KeyProvider for LoadedKey {
     fn load_private_key(&self, der: &[u8]) -> Result<Box<dyn SigningKey>, CryptoError> {
-        match *der == *self.der {
-            true => Ok(Box::new(self.clone())),
-            false => Err(CryptoError::InvalidPrivateKey),
+        if *der == *self.der {
+            Ok(Box::new(self.clone()))
+        } else {
+            Err(CryptoError::InvalidPrivateKey)
         }
     }
 }

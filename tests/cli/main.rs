@@ -4,3 +4,4 @@ mod args;
 mod deploy;
 mod metrics_doc;
 mod report;
+mod style;

@@ -495,9 +495,10 @@ impl State {
         };
         packet.place = place;
         let way = &mut self.ways[place].directions[direction as usize];
-        let (first, second) = match packet.is_tcp() && !way.tcp_too {
-            true => (PathFate::Leaves(now), None),
-            false => way.path.take(bytes.len(), now),
+        let (first, second) = if packet.is_tcp() && !way.tcp_too {
+            (PathFate::Leaves(now), None)
+        } else {
+            way.path.take(bytes.len(), now)
         };
         for (fate, duplicate) in [(Some(first), false), (second, true)] {
             let Some(fate) = fate else { continue };

@@ -338,11 +338,10 @@ fn config(ports: &Ports, options: &Options) -> String {
         let send_side = congestion == Congestion::SendSide;
         format!("  congestion_control: {{enabled: true, allow_pause: true, use_send_side_bwe: {send_side}}}\n")
     });
-    let forward_stats = match options.forward_stats {
-        true => {
-            "  forward_stats: {summary_interval: 10ms, report_interval: 1s, report_window: 1s}\n"
-        }
-        false => "",
+    let forward_stats = if options.forward_stats {
+        "  forward_stats: {summary_interval: 10ms, report_interval: 1s, report_window: 1s}\n"
+    } else {
+        ""
     };
     let Site { address, device } = options.site;
     let signalling = options.signalling.unwrap_or(address.into());

@@ -339,11 +339,13 @@ fn a_server_that_is_no_livekit_server_is_told_by_its_answer() {
 #[test]
 fn a_run_that_nobody_can_join_fails_without_holding_an_empty_room() {
     let no_joins = |asked: &[u8]| {
-        match asked.starts_with(b"POST") {
-        // An empty message is what an empty list of rooms looks like.
-        true => &b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"[..],
-        false => b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\nConnection: close\r\n\r\nfull",
-    }
+        if asked.starts_with(b"POST") {
+            // An empty message is what an empty list of rooms looks like.
+            &b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"[..]
+        } else {
+            b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\
+              Connection: close\r\n\r\nfull"
+        }
     };
     let scratch = Scratch::new();
     let json = scratch.path("run.json");

@@ -109,9 +109,12 @@ fn check(name: &str, livekit: bool, bad: Bad, error_max: f64) {
         site: SITE,
         ..Options::default()
     };
-    let server = network.server.run(|| match livekit {
-        true => Server::livekit_with(&options),
-        false => Some(Server::embedded_at(SITE)),
+    let server = network.server.run(|| {
+        if livekit {
+            Server::livekit_with(&options)
+        } else {
+            Some(Server::embedded_at(SITE))
+        }
     });
     let Some(server) = server else { return };
     let (report, truth) = run(&network, &server, bad);

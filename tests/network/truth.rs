@@ -82,16 +82,15 @@ fn live(network: &Network, trial: Trial) -> Option<Run> {
         network.set(Direction::Up, trial.up);
         network.set(Direction::Down, trial.down);
     };
-    match trial.from_the_start {
-        true => worsen(),
-        false => {
-            let gentle = |conditions| Conditions {
-                loss: Loss::None,
-                ..conditions
-            };
-            network.set(Direction::Up, gentle(trial.up));
-            network.set(Direction::Down, gentle(trial.down));
-        }
+    if trial.from_the_start {
+        worsen()
+    } else {
+        let gentle = |conditions| Conditions {
+            loss: Loss::None,
+            ..conditions
+        };
+        network.set(Direction::Up, gentle(trial.up));
+        network.set(Direction::Down, gentle(trial.down));
     }
     let scratch = Scratch::new();
     let mut command = throng();

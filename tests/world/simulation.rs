@@ -433,9 +433,10 @@ impl World {
     fn set_weather(&mut self) {
         for session in &mut self.sessions {
             let person = &session.person;
-            (session.up.conditions, session.down.conditions) = match self.draining {
-                false => (person.up.at(self.now), person.down.at(self.now)),
-                true => (person.up.calm(), person.down.calm()),
+            (session.up.conditions, session.down.conditions) = if self.draining {
+                (person.up.calm(), person.down.calm())
+            } else {
+                (person.up.at(self.now), person.down.at(self.now))
             };
         }
     }

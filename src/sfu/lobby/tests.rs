@@ -1347,9 +1347,10 @@ fn broken_descriptions_end_their_session_and_nothing_else() {
     let watched = |sdp: &str, single: bool| {
         let mut world = LobbyWorld::new();
         let bystander = world.join("bystander", true, true);
-        let connection = match single {
-            true => world.enter(single_entry("mallory")),
-            false => world.enter(entry("mallory", true, true)),
+        let connection = if single {
+            world.enter(single_entry("mallory"))
+        } else {
+            world.enter(entry("mallory", true, true))
         };
         world.request(connection, Request::AddTrack(add_track(Kind::Video, "x")));
         world.request(connection, Request::Offer(description("offer", sdp, 1)));

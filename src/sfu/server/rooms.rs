@@ -142,9 +142,10 @@ pub(super) async fn serve(
 
 /// A request without a token has no grants, which its method will say.
 fn claims(state: &ServerState, headers: &HeaderMap, query: &str) -> Result<Claims, HttpRefusal> {
-    match headers.contains_key(header::AUTHORIZATION) {
-        true => state.access.claims(headers, query),
-        false => Ok(Claims::default()),
+    if headers.contains_key(header::AUTHORIZATION) {
+        state.access.claims(headers, query)
+    } else {
+        Ok(Claims::default())
     }
 }
 
@@ -176,9 +177,10 @@ async fn delete_room(
     let deleted = state
         .call(move |desk, now| desk.lobby.delete_room(&request.room, now))
         .await;
-    match deleted.ok_or(TwirpRefusal::STOPPING)? {
-        true => Ok(encoding.encode(&proto::DeleteRoomResponse {})),
-        false => Err(TwirpRefusal::NO_ROOM),
+    if deleted.ok_or(TwirpRefusal::STOPPING)? {
+        Ok(encoding.encode(&proto::DeleteRoomResponse {}))
+    } else {
+        Err(TwirpRefusal::NO_ROOM)
     }
 }
 
@@ -226,9 +228,10 @@ async fn remove_participant(
                 .remove_participant(&request.room, &request.identity, now)
         })
         .await;
-    match removed.ok_or(TwirpRefusal::STOPPING)? {
-        true => Ok(encoding.encode(&proto::RemoveParticipantResponse {})),
-        false => Err(TwirpRefusal::NO_PARTICIPANT),
+    if removed.ok_or(TwirpRefusal::STOPPING)? {
+        Ok(encoding.encode(&proto::RemoveParticipantResponse {}))
+    } else {
+        Err(TwirpRefusal::NO_PARTICIPANT)
     }
 }
 

@@ -111,9 +111,10 @@ impl AnswerWriter<'_> {
                 .map(|section| &*section.mid),
         );
         for (index, section) in sections.iter().enumerate() {
-            match section.accepted {
-                true => self.write_accepted(&mut sdp, section, index == self.tagged),
-                false => write_rejected(&mut sdp, section),
+            if section.accepted {
+                self.write_accepted(&mut sdp, section, index == self.tagged)
+            } else {
+                write_rejected(&mut sdp, section)
             }
         }
         sdp

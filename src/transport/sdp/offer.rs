@@ -226,9 +226,10 @@ fn push_local_track(
         ),
     );
     push_codec(sdp, &codec);
-    match has_rids {
-        false => push_sources(sdp, track),
-        true => push_rids(sdp, &track.rids),
+    if has_rids {
+        push_rids(sdp, &track.rids)
+    } else {
+        push_sources(sdp, track)
     }
 }
 

@@ -115,12 +115,13 @@ impl ClientSection {
         let direction = scan.direction.unwrap_or(Direction::SendRecv);
         let sends = matches!(direction, Direction::SendOnly | Direction::SendRecv);
         // What we receive decides where the client sends; in a section that it only receives on, what we send.
-        let capabilities = match sends {
-            true => Capabilities::SERVER_RECEIVES,
-            false => Capabilities {
+        let capabilities = if sends {
+            Capabilities::SERVER_RECEIVES
+        } else {
+            Capabilities {
                 extensions: &AGREED_EXTENSIONS,
                 ..Capabilities::SERVER_SENDS
-            },
+            }
         };
         let extensions = fitting_extensions(scan.accepted_extensions(&capabilities), kind);
         let feedback: Vec<RtcpFeedback> = capabilities
@@ -426,9 +427,10 @@ pub fn write_answer<'a>(
     );
     let mut tagged = true;
     for (index, known) in offer.sections.iter_mut().enumerate() {
-        let section_use = match known.section.usable && known.section.kind.is_some() {
-            true => section_use(index, &known.section),
-            false => SectionUse::Idle,
+        let section_use = if known.section.usable && known.section.kind.is_some() {
+            section_use(index, &known.section)
+        } else {
+            SectionUse::Idle
         };
         sdp.push_str(known.answer(local, section_use, tagged));
         tagged &= !known.section.usable;
@@ -979,13 +981,15 @@ mod tests {
         let publishes = |section: &ClientSection| section.sends && section.kind.is_some();
         let (sent, unused) = (track(1), track(2));
         let answer = write_answer(&mut offers, &local(), 1, |index, section| {
-            match publishes(section) {
-                true => SectionUse::Receive {
+            if publishes(section) {
+                SectionUse::Receive {
                     dtx: true,
                     red: false,
-                },
-                false if index == 0 => SectionUse::Send(&sent),
-                false => SectionUse::Idle,
+                }
+            } else if index == 0 {
+                SectionUse::Send(&sent)
+            } else {
+                SectionUse::Idle
             }
         });
         let oracle = oracle(&answer);

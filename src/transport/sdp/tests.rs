@@ -42,16 +42,17 @@ fn publisher(data: bool, receives: bool) -> Offerer {
         offerer.open_data();
     }
     for kind in [Kind::Audio, Kind::Video] {
-        match receives {
-            true => offerer.receive(kind, 1).unwrap(),
-            false => offerer.send(LocalTrack {
+        if receives {
+            offerer.receive(kind, 1).unwrap()
+        } else {
+            offerer.send(LocalTrack {
                 codec: Codec::default_of(kind),
                 cid: kind_name(kind).into(),
                 stream_id: "s".into(),
                 ssrc: 1,
                 rtx_ssrc: Some(2),
                 rids: Vec::new(),
-            }),
+            })
         }
     }
     offerer

@@ -220,24 +220,22 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
         while reports.next_if(|report| *report < taken_at).is_some() {
             account.jitter.push(jitter.value());
         }
-        let index = match is_rtx {
-            true => {
-                if !rtx_seen.insert(rtp.index) {
-                    account.duplicate += 1;
-                    continue;
-                }
-                account.rtx += 1;
-                // RFC 4588: the original number comes first. All of a test's numbers lie closer together than they wrap.
-                let Some(osn) = rtp.payload.get(..2) else {
-                    continue;
-                };
-                let near = highest.unwrap_or(lowest) as i64;
-                (near
-                    + i64::from(
-                        u16::from_be_bytes([osn[0], osn[1]]).wrapping_sub(near as u16) as i16,
-                    )) as u64
+        let index = if is_rtx {
+            if !rtx_seen.insert(rtp.index) {
+                account.duplicate += 1;
+                continue;
             }
-            false => rtp.index,
+            account.rtx += 1;
+            // RFC 4588: the original number comes first. All of a test's numbers lie closer together than they wrap.
+            let Some(osn) = rtp.payload.get(..2) else {
+                continue;
+            };
+            let near = highest.unwrap_or(lowest) as i64;
+            (near
+                + i64::from(u16::from_be_bytes([osn[0], osn[1]]).wrapping_sub(near as u16) as i16))
+                as u64
+        } else {
+            rtp.index
         };
         if index < lowest || highest.is_none() && is_rtx {
             continue;
