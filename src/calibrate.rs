@@ -13,11 +13,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::cli;
 use crate::engine::health::WORKER_BUSY_MAX;
 use crate::preflight::{self, Host};
 use crate::report::{Nearness, Outcome, VERSION, Verdict, judge};
-use crate::run::{self, Clips, Embedded};
+use crate::run::{self, Clips, Embedded, RunSpec};
 use crate::words::{number, wrapped};
 use cache::HostId;
 use search::{CalibrationSearch, PointHeld};
@@ -202,12 +201,14 @@ pub fn calibrate(
     host: &Host,
     threads: Option<usize>,
     patience: Duration,
+    parse: ParseRun,
     mut progress: impl FnMut(&str),
 ) -> Result<Calibration> {
     let mut bench = Bench {
         host,
         threads,
         patience,
+        parse,
         // A room lives on one router: as many as there may be routers.
         rooms: (host.usable_cpus() / 4).max(1) as u32,
         progress: &mut progress,
@@ -239,10 +240,14 @@ pub fn calibrate(
     })
 }
 
+/// Makes a run of a command line, which is also how its result is told.
+pub type ParseRun<'p> = &'p dyn Fn(Vec<String>) -> Result<Box<RunSpec>>;
+
 struct Bench<'a> {
     host: &'a Host,
     threads: Option<usize>,
     patience: Duration,
+    parse: ParseRun<'a>,
     rooms: u32,
     progress: &'a mut dyn FnMut(&str),
 }
@@ -307,14 +312,7 @@ impl Bench<'_> {
     }
 
     fn run(&self, arguments: Vec<String>, clips: &mut Option<Clips>) -> Result<PointOutcome> {
-        let line = std::iter::once("throng".to_owned())
-            .chain(arguments)
-            .map(Into::into);
-        // Nothing from the environment: the target is the embedded SFU, whatever the user tests otherwise.
-        let cli::CliCommand::Run(mut run) = cli::parse(line, &|_| None, self.host.usable_cpus())?
-        else {
-            bail!("a calibration is made of runs");
-        };
+        let mut run = (self.parse)(arguments)?;
         let resources = preflight::resources(&run.plan, self.host, self.threads);
         let findings = preflight::check(&run.plan, self.host, &resources);
         if !findings.refusals.is_empty() {

@@ -16,21 +16,22 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use crate::coordinator::Coordinate;
 use crate::plan::scenario::{
     MediaSpec, PhaseTimes, RoomPeople, RoomSet, SEED_MAX, Scenario, ScenarioError, spread_must_fit,
 };
 use crate::plan::{
     AudioSpec, ConnectionMode, Pacing, Plan, ServerUrl, Target, TargetOrigin, VideoSpec, ViewLayout,
 };
+pub use crate::prober::Membership;
 use crate::report::{Destinations, Judging, Threshold};
+pub use crate::run::{Credentials, RunSpec};
 use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
 use crate::signal::{GivenToken, Seats};
 use crate::units::{Bitrate, NoDuration, read_duration};
-pub use coordinate::Coordinate;
 use coordinate::CoordinateArgs;
 use hosts::HostsArgs;
-pub use hosts::Membership;
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -42,31 +43,6 @@ pub enum CliCommand {
     Calibrate(Calibrate),
     /// Help or version: for standard output, exit code 0.
     Show(String),
-}
-
-/// A load test.
-#[derive(Debug)]
-pub struct RunSpec {
-    pub plan: Plan,
-    /// `None` for the embedded SFU, which gets fresh ones, and in a dry run.
-    pub credentials: Option<Credentials>,
-    /// Where participants join with tokens that the user gave.
-    pub tokens: Option<Seats>,
-    pub judging: Judging,
-    pub destinations: Destinations,
-    /// The server's own Prometheus pages, one a node.
-    pub server_metrics: Vec<PageUrl>,
-    /// Engine threads; `None`: as many as the host bears.
-    pub threads: Option<usize>,
-    pub dry_run: bool,
-    /// Nothing was asked for: what this run shows is what throng can do.
-    pub is_tour: bool,
-    /// No progress and no text beyond the report.
-    pub quiet: bool,
-    /// Progress as plain lines, never redrawn.
-    pub no_live: bool,
-    /// What the user should know about what was asked.
-    pub warnings: Vec<String>,
 }
 
 /// One host of a run that a coordinator leads.
@@ -125,19 +101,6 @@ impl Calibrate {
     }
 }
 
-/// The API key and secret of the server under test.
-#[derive(Clone)]
-pub struct Credentials {
-    pub api_key: String,
-    pub api_secret: String,
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Credentials(..)")
-    }
-}
-
 /// Why the command line was refused; for standard error, with [`UsageError::EXIT_CODE`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UsageError(String);
@@ -172,6 +135,21 @@ pub fn parse(
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());
     parse_with(args, env, cpus, hasher.finish())
+}
+
+/// A run by flags alone, with nothing from the environment: its target is the embedded SFU, whatever the user tests otherwise.
+///
+/// # Errors
+/// As [`parse`], and where the flags ask for something else than a run.
+pub fn parse_run(
+    flags: impl IntoIterator<Item = String>,
+    cpus: usize,
+) -> Result<Box<RunSpec>, UsageError> {
+    let line = std::iter::once("throng".to_owned()).chain(flags);
+    match parse(line.map(Into::into), &|_| None, cpus)? {
+        CliCommand::Run(run) => Ok(run),
+        other => Err(UsageError(format!("not a run: {other:?}"))),
+    }
 }
 
 /// [`parse`] without chance: `fresh` gives the run's tag (upper half) and the seed where none is asked for (lower half).

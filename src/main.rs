@@ -103,11 +103,13 @@ fn measure_host(asked: &cli::Calibrate, host: &Host) -> Result<u8> {
     if !asked.quiet {
         say(&calibrate::GREETING);
     }
-    let calibration = calibrate::calibrate(host, asked.threads, calibrate::PATIENCE, |line| {
-        if !asked.quiet {
-            say(&line);
-        }
-    })?;
+    let parse = |flags| Ok(cli::parse_run(flags, host.usable_cpus())?);
+    let calibration =
+        calibrate::calibrate(host, asked.threads, calibrate::PATIENCE, &parse, |line| {
+            if !asked.quiet {
+                say(&line);
+            }
+        })?;
     let text = calibrate::text(&calibration);
     if asked.destinations().json_on_stdout() {
         say(&text.trim_end());

@@ -12,11 +12,26 @@ use std::time::Duration;
 
 use rustix::time::Timespec;
 
-use crate::units::Time;
-
 /// The kernel's own bounds for one segmented send (`UDP_MAX_SEGMENTS`, and the largest UDP payload).
 pub const SEGMENTS_MAX: usize = 64;
 pub const SEND_BYTES_MAX: usize = 65_000;
+
+/// How a router's datagrams leave: as a real SFU's, one call each, or those of a burst to one receiver in one call, segmented by the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SendMode {
+    #[default]
+    Plain,
+    Gso,
+}
+
+impl SendMode {
+    pub const fn name(self) -> &'static str {
+        match self {
+            SendMode::Plain => "plain",
+            SendMode::Gso => "gso",
+        }
+    }
+}
 
 /// A UDP socket for one peer connection: bound to `local` (which may be any address of its family) on a free port, non-blocking, stamped on arrival, its
 /// drops counted.
@@ -344,23 +359,6 @@ fn socket_address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
             )
         }
         _ => None,
-    }
-}
-
-/// When a datagram reached this host, on the run's clock: by the kernel's stamp, or `now` where it gave none.
-///
-/// `now` and `unix_now` are one moment on both clocks; a datagram that came while others were being taken is younger than that.
-pub fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
-    const ABSURD: Duration = Duration::from_secs(10);
-    let Some(stamp) = stamp else { return now };
-    let apart = Duration::from_nanos(unix_now.abs_diff(stamp));
-    if apart > ABSURD {
-        // A wall clock that was stepped.
-        now
-    } else if stamp <= unix_now {
-        now - apart
-    } else {
-        now + apart
     }
 }
 

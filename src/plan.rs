@@ -19,9 +19,12 @@ use crate::codec::Codec;
 use crate::measure::Kind;
 use crate::media::packetize::PAYLOAD_BYTES_MAX;
 use crate::media::vp8::MIN_SIZE;
+use crate::net::SendMode;
 use crate::seeded::scatter;
-use crate::sfu::SendMode;
 use crate::units::{Bitrate, Time, duration_text};
+
+/// What the embedded SFU calls itself towards clients (`server_info.node_id`), so that nobody takes its version for one of LiveKit's.
+pub const EMBEDDED_NODE_ID: &str = "throng";
 
 pub use part::{HostRole, LostPublishers, Part, Placement, VANTAGES_MAX, VantagePlan, WEIGHT_MAX};
 use scenario::{ParticipantGroup, Scenario};

@@ -319,6 +319,23 @@ fn trimmed(value: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
+/// When a datagram reached this host, on the run's clock: by the kernel's stamp, or `now` where it gave none.
+///
+/// `now` and `unix_now` are one moment on both clocks; a datagram that came while others were being taken is younger than that.
+pub fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
+    const ABSURD: Duration = Duration::from_secs(10);
+    let Some(stamp) = stamp else { return now };
+    let apart = Duration::from_nanos(unix_now.abs_diff(stamp));
+    if apart > ABSURD {
+        // A wall clock that was stepped.
+        now
+    } else if stamp <= unix_now {
+        now - apart
+    } else {
+        now + apart
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use super::{Credentials, RunArgs, RunSpec, set, whole_number};
+use super::{Coordinate, Credentials, RunArgs, RunSpec, set, whole_number};
 use crate::coordinator::access::must_be_usable;
 use crate::coordinator::protocol::{PROBERS_MAX, TIERS_MAX, TOKEN_VARIABLE};
 use crate::coordinator::state::OnMissing;
@@ -16,27 +16,6 @@ use crate::signal::Secret;
 const DEFAULT_PORT: u16 = 8787;
 const DEFAULT_MISSING_AFTER: Duration = Duration::from_secs(30);
 const DEFAULT_WAIT: Duration = Duration::from_secs(600);
-
-/// A run that other hosts play.
-#[derive(Debug)]
-pub struct Coordinate {
-    /// The load of each host, or of all.
-    pub run: RunSpec,
-    pub expect: u32,
-    pub bind: SocketAddr,
-    /// `None`: one is made, unless `no_auth`.
-    pub token: Option<Secret>,
-    pub no_auth: bool,
-    pub on_missing: OnMissing,
-    /// `None`: one in the working directory, which goes when the result has been told.
-    pub journal: Option<PathBuf>,
-    pub rooms_per_vantage: bool,
-    pub total: bool,
-    /// Certificate and key.
-    pub tls: Option<(PathBuf, PathBuf)>,
-    pub missing_after: Duration,
-    pub wait_for_probers: Duration,
-}
 
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Many hosts")]

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{Probe, RunArgs, set};
+use super::{Membership, Probe, RunArgs, set};
 use crate::coordinator::protocol::{TOKEN_VARIABLE, URL_VARIABLE};
 use crate::host;
 use crate::plan::scenario::must_be_a_name;
@@ -12,18 +12,6 @@ use crate::signal::Secret;
 
 /// Where a prober's label comes from if no flag gives one: as `voicegw` has it, then as Fly does.
 const VANTAGE_VARIABLES: [&str; 2] = ["VOICEGW_REGION", "FLY_REGION"];
-
-/// How a prober finds its coordinator, and what it is there.
-#[derive(Debug)]
-pub struct Membership {
-    pub coordinator: ServerUrl,
-    /// What lets it in; `None` where the coordinator asks for none.
-    pub token: Option<Secret>,
-    /// Where this host stands, as the result names it.
-    pub vantage: String,
-    pub role: HostRole,
-    pub weight: u32,
-}
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Many hosts")]

@@ -14,9 +14,11 @@ pub mod protocol;
 pub mod result;
 pub mod seconds;
 pub mod server;
+mod spec;
 pub mod state;
 pub mod story;
 pub mod text;
 pub mod tokens;
 
 pub use result::Merged;
+pub use spec::Coordinate;

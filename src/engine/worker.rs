@@ -20,7 +20,7 @@ use crate::measure::stalls::{STALL_MIN, StillSpan};
 use crate::net;
 use crate::path::{Lane, Path};
 use crate::transport::rtp::{Datagram, classify};
-use crate::units::{Epoch, Time};
+use crate::units::{Epoch, Time, arrival};
 
 /// What of a tick set-up work (STUN, DTLS, signalling's commands) may take once media is served.
 const SETUP_SHARE: Duration = Duration::from_micros(500);
@@ -335,7 +335,7 @@ impl ShardWorker {
         if let (Some(drops), Some(slot)) = (received.drops, self.io.slots[key].as_mut()) {
             self.io.counts.socket_drops += slot.path.dropped_datagrams(lane, drops, received.burst);
         }
-        let arrival = net::arrival(now, unix_now, received.stamp_unix_nanos);
+        let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
         self.arrivals.mark(arrival);
         self.oldest = self.oldest.min(arrival);
         match classify(datagram) {

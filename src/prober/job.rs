@@ -2,21 +2,18 @@
 
 use std::time::Duration;
 
-use crate::cli::{self, Membership};
+use super::Membership;
 use crate::coordinator::protocol::{Job, JobReply};
 use crate::plan::scenario::{PhaseTimes, RoomPeople};
 use crate::plan::{Part, Target, TargetOrigin};
+use crate::run::RunSpec;
 
 /// The job of a coordinator of ours: all that makes the run comes from there. Of the prober's own are the server, where it names one, and what this host does with
 /// the result.
 ///
 /// # Errors
 /// For people: why it cannot be played.
-pub(super) fn of_ours(
-    job: &Job,
-    own: cli::RunSpec,
-    shape_given: bool,
-) -> Result<cli::RunSpec, String> {
+pub(super) fn of_ours(job: &Job, own: RunSpec, shape_given: bool) -> Result<RunSpec, String> {
     let mut plan = own.plan;
     // Stages say what is held, and for how long.
     let times = PhaseTimes {
@@ -43,7 +40,7 @@ pub(super) fn of_ours(
     if shape_given {
         warnings.push("--publishers and --video-publishers have no effect: the coordinator says who publishes".to_owned());
     }
-    Ok(cli::RunSpec {
+    Ok(RunSpec {
         plan,
         warnings,
         judging: job
@@ -59,7 +56,7 @@ pub(super) fn of_ours(
 ///
 /// # Errors
 /// For people: why it cannot be played.
-pub(super) fn of_voicegw(job: &JobReply, own: cli::RunSpec) -> Result<cli::RunSpec, String> {
+pub(super) fn of_voicegw(job: &JobReply, own: RunSpec) -> Result<RunSpec, String> {
     let mut plan = own.plan;
     let target = &plan.target;
     if target.is_embedded() {
@@ -101,7 +98,7 @@ pub(super) fn of_voicegw(job: &JobReply, own: cli::RunSpec) -> Result<cli::RunSp
     let mut judging = own.judging;
     judging.max_loss_pct = job.max_loss;
     judging.target_rtt = Some(Duration::from_secs_f64(job.target_rtt_ms / 1e3));
-    Ok(cli::RunSpec {
+    Ok(RunSpec {
         plan,
         judging,
         ..own

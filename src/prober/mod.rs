@@ -24,18 +24,30 @@ use anyhow::{Context, Result, anyhow};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
-use crate::cli::{self, Membership};
 use crate::coordinator::protocol::{self, Job, Register};
-use crate::plan::Resources;
+use crate::plan::{HostRole, Resources, ServerUrl};
 use crate::report::Outcome;
 use crate::report::progress::ProgressSnapshot;
 use crate::run::lead::Alone;
-use crate::run::{Clips, Interrupts, run_as_guest};
+use crate::run::{Clips, Credentials, Interrupts, RunSpec, run_as_guest};
+use crate::secrets::Secret;
 use crate::signal::{ApiKey, JoinAccess, TokenIssuer};
 use crate::units::Epoch;
 use client::CoordinatorClient;
 use lead::Led;
 use link::{Beats, Enlisted, LinkShared, Tokens};
+
+/// How a prober finds its coordinator, and what it is there.
+#[derive(Debug)]
+pub struct Membership {
+    pub coordinator: ServerUrl,
+    /// What lets it in; `None` where the coordinator asks for none.
+    pub token: Option<Secret>,
+    /// Where this host stands, as the result names it.
+    pub vantage: String,
+    pub role: HostRole,
+    pub weight: u32,
+}
 
 /// A prober that is in, and has its job.
 pub struct Prober {
@@ -60,7 +72,7 @@ impl Prober {
     /// Why this host takes no part; says what to do.
     pub fn enlist(
         config: Membership,
-        credentials: Option<&cli::Credentials>,
+        credentials: Option<&Credentials>,
         mut told: impl FnMut(String),
     ) -> Result<Prober> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -126,7 +138,7 @@ impl Prober {
     ///
     /// # Errors
     /// Why it cannot be.
-    pub fn run(&self, own: cli::RunSpec, shape_given: bool) -> Result<cli::RunSpec> {
+    pub fn run(&self, own: RunSpec, shape_given: bool) -> Result<RunSpec> {
         let run = match self.job() {
             Some(job) => job::of_ours(job, own, shape_given),
             None => job::of_voicegw(&self.enlisted.job, own),
@@ -149,7 +161,7 @@ impl Prober {
     /// What kept the run from starting.
     pub async fn measure(
         &mut self,
-        run: &cli::RunSpec,
+        run: &RunSpec,
         resources: &Resources,
         clips: Clips,
         progress: impl FnMut(&ProgressSnapshot),
@@ -204,7 +216,7 @@ impl Prober {
         })
     }
 
-    fn access(&self, run: &cli::RunSpec) -> Result<JoinAccess> {
+    fn access(&self, run: &RunSpec) -> Result<JoinAccess> {
         if let Some(own) = &run.credentials {
             return Ok(ApiKey::new(&own.api_key, &own.api_secret).into());
         }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
-use crate::cli::{self, Credentials};
+use super::{Credentials, RunSpec};
 use crate::net;
 use crate::plan::{Resources, TargetOrigin};
 use crate::report::EmbeddedSfu;
@@ -25,7 +25,7 @@ impl Embedded {
     ///
     /// # Errors
     /// Where this host lets no server start.
-    pub fn start_for(run: &mut cli::RunSpec, resources: &Resources) -> Result<Option<Embedded>> {
+    pub fn start_for(run: &mut RunSpec, resources: &Resources) -> Result<Option<Embedded>> {
         let TargetOrigin::Embedded(send) = run.plan.target.origin else {
             return Ok(None);
         };

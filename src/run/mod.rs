@@ -14,6 +14,7 @@ mod presence;
 pub(crate) mod rooms;
 mod search;
 mod server;
+mod spec;
 mod stages;
 mod tally;
 
@@ -30,6 +31,7 @@ use tokio::sync::{mpsc, watch};
 pub use clips::Clips;
 pub use embedded::Embedded;
 pub use interrupts::Interrupts;
+pub use spec::{Credentials, RunSpec};
 
 use account::{
     Joins, expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks,
@@ -43,7 +45,6 @@ use search::RunSearch;
 use stages::{Around, LastHold, TierHold, UnderWay};
 use tally::{GRACE, Survey};
 
-use crate::cli;
 use crate::engine::health::{self, FloorThread};
 use crate::engine::worker::{self, Occasion, ShardWorkerConfig, WorkerReport};
 use crate::engine::{PeerOutcome, Roster, ShardCommand, ShardConfig};
@@ -86,7 +87,7 @@ const PEERS_PER_PARTICIPANT: usize = 2;
 /// # Errors
 /// As [`run_led`].
 pub async fn run(
-    run: &cli::RunSpec,
+    run: &RunSpec,
     resources: &Resources,
     clips: Clips,
     progress: impl FnMut(&ProgressSnapshot),
@@ -106,7 +107,7 @@ pub async fn run(
 /// # Errors
 /// What kept the run from starting; once it has started there is an outcome.
 pub async fn run_led(
-    run: &cli::RunSpec,
+    run: &RunSpec,
     resources: &Resources,
     clips: Clips,
     lead: &mut impl Lead,
@@ -139,7 +140,7 @@ pub async fn run_led(
 /// # Errors
 /// As [`run_led`].
 pub async fn run_as_guest(
-    run: &cli::RunSpec,
+    run: &RunSpec,
     access: JoinAccess,
     resources: &Resources,
     clips: Clips,
@@ -159,7 +160,7 @@ pub async fn run_as_guest(
 }
 
 async fn test<L: Lead, P: FnMut(&ProgressSnapshot)>(
-    run: &cli::RunSpec,
+    run: &RunSpec,
     resources: &Resources,
     clips: Clips,
     (endpoint, access): (Endpoint, JoinAccess),
@@ -382,7 +383,7 @@ struct SecondBook {
 impl<'a> Test<'a> {
     fn start(
         plan: &'a Plan,
-        run: &'a cli::RunSpec,
+        run: &'a RunSpec,
         epoch: Epoch,
         resources: &Resources,
         (endpoint, access): (Endpoint, JoinAccess),
@@ -791,7 +792,7 @@ impl<'a> Test<'a> {
         }
     }
 
-    fn finish(mut self, run: &cli::RunSpec, server: Option<server_metrics::Account>) -> Outcome {
+    fn finish(mut self, run: &RunSpec, server: Option<server_metrics::Account>) -> Outcome {
         let end = self.media_stopped_at.unwrap_or_else(|| self.epoch.now());
         self.sessions.join_visits();
         self.outcomes.extend(self.former.outcomes().cloned());

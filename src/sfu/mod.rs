@@ -27,12 +27,10 @@ pub mod worker;
 use std::net::SocketAddr;
 
 use crate::codec::PayloadTypes;
+pub use crate::net::SendMode;
 use crate::transport::peer::{IceCredentials, PeerFailure};
 use crate::transport::sdp::{ExtensionIds, Fingerprint};
 use crate::units::Time;
-
-/// What the embedded SFU calls itself towards clients (`server_info.node_id`), so that nobody takes its version for one of LiveKit's.
-pub const NODE_ID: &str = "throng";
 
 /// What the names of the embedded SFU's threads start with.
 pub const THREAD_PREFIX: &str = "sfu-";
@@ -49,14 +47,6 @@ pub struct TrackId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SubscriptionId(pub u32);
 
-/// How a router's datagrams leave: as a real SFU's, one call each, or those of a burst to one receiver in one call, segmented by the kernel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SendMode {
-    #[default]
-    Plain,
-    Gso,
-}
-
 /// Where a router's datagrams go. The backend lends the buffer that a packet is written into, so nothing is copied on the way to the kernel.
 pub trait Outgoing {
     /// The buffer for what is sent next: at least [`crate::net::SEND_BYTES_MAX`] bytes. Between two sends it is the same one, with what was written into it.
@@ -64,15 +54,6 @@ pub trait Outgoing {
 
     /// Sends the first `len` bytes of the lent buffer as datagrams of `segment` bytes (the last may be shorter).
     fn send(&mut self, to: SocketAddr, len: usize, segment: usize);
-}
-
-impl SendMode {
-    pub const fn name(self) -> &'static str {
-        match self {
-            SendMode::Plain => "plain",
-            SendMode::Gso => "gso",
-        }
-    }
 }
 
 /// What the lobby asks of a router.

@@ -270,7 +270,7 @@ pub(super) fn server_info() -> proto::ServerInfo {
         edition: proto::server_info::Edition::Standard.into(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         protocol: PROTOCOL,
-        node_id: super::NODE_ID.to_owned(),
+        node_id: crate::plan::EMBEDDED_NODE_ID.to_owned(),
         debug_info: "throng's embedded SFU, not a product SFU".to_owned(),
         ..Default::default()
     }

@@ -17,7 +17,7 @@ use super::statistics::RouterStatistics;
 use super::{MediaCommand, MediaEvent, Outgoing, SendMode};
 use crate::net;
 use crate::transport::peer::Identity;
-use crate::units::{Epoch, Time};
+use crate::units::{Epoch, Time, arrival};
 
 /// What the socket may hold while the thread is busy: 3,000 video packets, if the host grants it.
 const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
@@ -287,7 +287,7 @@ impl Loop {
             self.router.count_outlet(0, dropped, 0);
             self.socket_drops = drops;
         }
-        let arrival = net::arrival(now, unix_now, received.stamp_unix_nanos);
+        let arrival = arrival(now, unix_now, received.stamp_unix_nanos);
         self.router
             .handle_datagram(datagram, received.from, arrival, now, &mut self.io);
     }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use super::given::Seats;
-use super::token::{ApiKey, Permissions, Secret, TOKEN_LIFETIME};
+use super::token::{ApiKey, Permissions, TOKEN_LIFETIME};
 use crate::plan::ParticipantPlan;
+use crate::secrets::Secret;
 
 /// What lets the participants of a run in.
 #[derive(Clone)]

@@ -1058,7 +1058,7 @@ impl Join {
             } else {
                 server.version
             },
-            embedded_sfu: server.node_id == crate::sfu::NODE_ID,
+            embedded_sfu: server.node_id == crate::plan::EMBEDDED_NODE_ID,
             server_protocol: server.protocol,
             server_region: server.region,
             subscriber_primary: join.subscriber_primary,

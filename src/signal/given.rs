@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
-use super::token::Secret;
 use crate::plan::{ParticipantPlan, Plan};
+use crate::secrets::Secret;
 
 /// Longer than any token that a server takes in a request line.
 const TOKEN_BYTES_MAX: usize = 8 << 10;

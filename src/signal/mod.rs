@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::plan::ServerUrl;
 
+pub use crate::secrets::Secret;
 pub use access::{JoinAccess, TokenIssuer, TokenRequest};
 pub use client::{
     ConnectTimes, JoinOptions, SignalError, SignalEvent, SignalReceiver, SignalSender, connect,
@@ -24,7 +25,7 @@ pub use client::{
 pub use given::{GivenToken, Seats};
 pub use rooms::{RoomError, RoomService};
 pub(crate) use rooms::{causes, http_client};
-pub use token::{ApiKey, Permissions, Secret};
+pub use token::{ApiKey, Permissions};
 
 /// Where a LiveKit server listens, and its addresses once they are looked up.
 #[derive(Clone, Debug, PartialEq, Eq)]

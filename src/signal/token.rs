@@ -2,58 +2,17 @@
 //!
 //! Whoever holds a token or a secret can act with it, so both travel as [`Secret`], which never prints itself.
 
-use std::fmt;
 use std::time::Duration;
 
 use livekit_token::{AccessToken, VideoGrants};
+
+use crate::secrets::Secret;
 
 /// Of a token to join: outlives any run.
 pub const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
 /// Longest lifetime of a token for the room service: each request carries a new one.
 const SERVICE_TOKEN_LIFETIME: Duration = Duration::from_secs(600);
-
-/// A text that is never printed: `Debug` and `Display` show `***`.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    pub fn new(text: impl Into<String>) -> Secret {
-        Secret(text.into())
-    }
-
-    /// The text itself, for the one place that sends or signs with it.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-
-    /// `text` without this secret: a LiveKit server repeats the whole token when it refuses one.
-    pub fn redact(&self, text: &str) -> String {
-        if self.0.is_empty() {
-            text.to_owned()
-        } else {
-            text.replace(&self.0, "***")
-        }
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl fmt::Display for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl From<String> for Secret {
-    fn from(text: String) -> Secret {
-        Secret(text)
-    }
-}
 
 /// A server's API key and the secret that signs tokens for it.
 #[derive(Clone, Debug)]
@@ -159,7 +118,7 @@ impl ApiKey {
     fn sign(&self, token: AccessToken) -> Result<Secret, TokenError> {
         token
             .to_jwt()
-            .map(Secret)
+            .map(Secret::new)
             .map_err(|error| TokenError(error.to_string()))
     }
 }

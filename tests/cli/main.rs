@@ -1,5 +1,6 @@
 //! What the program says, without anything run: the command line, reports, and the documents that must agree with the code.
 
+mod architecture;
 mod args;
 mod deploy;
 mod metrics_doc;

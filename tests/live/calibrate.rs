@@ -15,8 +15,11 @@ fn every_question_is_asked_and_a_later_run_finds_the_answers() {
     let _alone = alone();
     let host = Host::read();
     let mut lines = Vec::new();
-    let found =
-        calibrate::calibrate(&host, Some(1), PATIENCE, |line| lines.push(line.to_owned())).unwrap();
+    let parse = |flags| Ok(throng::cli::parse_run(flags, host.usable_cpus())?);
+    let found = calibrate::calibrate(&host, Some(1), PATIENCE, &parse, |line| {
+        lines.push(line.to_owned())
+    })
+    .unwrap();
     println!("{}\n{}", lines.join("\n"), calibrate::text(&found));
     assert_eq!(
         found.engine_threads,
