@@ -94,9 +94,10 @@ impl Secret {
 
     /// `text` without this secret: a LiveKit server repeats the whole token when it refuses one.
     pub fn redact(&self, text: &str) -> String {
-        match self.0.is_empty() {
-            true => text.to_owned(),
-            false => text.replace(&self.0, "***"),
+        if self.0.is_empty() {
+            text.to_owned()
+        } else {
+            text.replace(&self.0, "***")
         }
     }
 }

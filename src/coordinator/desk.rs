@@ -81,12 +81,12 @@ pub struct Desk {
     phase: watch::Sender<RunPhase>,
 }
 
-type Call = Box<dyn FnOnce(&mut Desk) + Send>;
+type DeskCall = Box<dyn FnOnce(&mut Desk) + Send>;
 
 /// The way to a desk. Cheap to clone.
 #[derive(Clone)]
 pub struct DeskHandle {
-    calls: mpsc::Sender<Call>,
+    calls: mpsc::Sender<DeskCall>,
     phase: watch::Receiver<RunPhase>,
     epoch: Epoch,
 }
@@ -134,7 +134,7 @@ impl Desk {
         Ok((handle, DeskThread(thread)))
     }
 
-    async fn run(mut self, mut calls: mpsc::Receiver<Call>) -> (RunState, Journal) {
+    async fn run(mut self, mut calls: mpsc::Receiver<DeskCall>) -> (RunState, Journal) {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut kept_at = Instant::now();
@@ -315,7 +315,7 @@ impl DeskHandle {
         act: impl FnOnce(&mut Desk) -> R + Send + 'static,
     ) -> Result<R, DeskFailure> {
         let (reply, answer) = oneshot::channel();
-        let call: Call = Box::new(move |desk| {
+        let call: DeskCall = Box::new(move |desk| {
             // Whoever asked may have left.
             let _ = reply.send(act(desk));
         });

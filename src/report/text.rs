@@ -469,7 +469,7 @@ fn joins(outcome: &Outcome, style: Style) -> String {
     text
 }
 
-type Counter = fn(&Media) -> u64;
+type MediaCount = fn(&Media) -> u64;
 
 /// The columns of the media table: audio, video and both; of a kind that nobody publishes there is none.
 struct Columns<'a> {
@@ -506,14 +506,14 @@ impl Columns<'_> {
 
     /// Where frames were lost, as far as any were there.
     fn loss_places(&self) -> String {
-        let places: [(&str, Counter); 5] = [
+        let places: [(&str, MediaCount); 5] = [
             ("    never sent, source gone", |m| m.frames_lost_source),
             ("    on the uplink", |m| m.frames_lost_uplink),
             ("    in the SFU", |m| m.frames_lost_sfu),
             ("    on the downlink", |m| m.frames_lost_downlink),
             ("    cannot be told where", |m| m.frames_lost_unattributed),
         ];
-        let lost_there = |counter: Counter| self.media.iter().any(|media| counter(media) > 0);
+        let lost_there = |counter: MediaCount| self.media.iter().any(|media| counter(media) > 0);
         let places = places
             .into_iter()
             .filter(|(_, counter)| lost_there(*counter));

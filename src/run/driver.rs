@@ -6,9 +6,9 @@
 
 use anyhow::{Context, Result};
 
+use super::RunSpec;
 use super::interrupts::Interrupts;
 use super::rooms::Rooms;
-use crate::cli;
 use crate::plan::Plan;
 use crate::signal::{ApiKey, Endpoint, JoinAccess};
 
@@ -28,7 +28,7 @@ pub(super) struct LiveKit {
 impl Driver {
     /// # Errors
     /// Where the server's name has no address, or nothing lets participants in.
-    pub(super) async fn open(run: &cli::RunSpec) -> Result<Driver> {
+    pub(super) async fn open(run: &RunSpec) -> Result<Driver> {
         let key = run
             .credentials
             .as_ref()

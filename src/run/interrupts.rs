@@ -34,10 +34,10 @@ impl Interrupts {
     }
 }
 
-type Signal = Option<tokio::signal::unix::Signal>;
+type UnixSignal = Option<tokio::signal::unix::Signal>;
 
-async fn received(interrupt: &mut Signal, terminate: &mut Signal) -> &'static str {
-    async fn one(signal: &mut Signal) -> bool {
+async fn received(interrupt: &mut UnixSignal, terminate: &mut UnixSignal) -> &'static str {
+    async fn one(signal: &mut UnixSignal) -> bool {
         match signal {
             Some(signal) => signal.recv().await.is_some(),
             None => false,

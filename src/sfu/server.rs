@@ -382,11 +382,11 @@ enum Input {
     Disconnect {
         connection: ConnectionId,
     },
-    Call(Call),
+    Call(LobbyCall),
 }
 
 /// What somebody wants to know of the lobby, or to change in it.
-type Call = Box<dyn FnOnce(&mut LobbyDesk, Time) + Send>;
+type LobbyCall = Box<dyn FnOnce(&mut LobbyDesk, Time) + Send>;
 
 /// The signalling thread: one thread serves some thousand WebSockets.
 fn signalling(

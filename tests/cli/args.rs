@@ -516,12 +516,11 @@ fn nonsense_is_refused_with_what_to_write_instead() {
 
 #[test]
 fn flags_that_are_not_built_yet_or_never_will_be_are_unknown() {
-    for flag in ["--html=f", "--token=t"] {
-        assert!(
-            local_refusal(&[flag]).contains("unexpected argument"),
-            "{flag}"
-        );
-    }
+    let flag = "--html=f";
+    assert!(
+        local_refusal(&[flag]).contains("unexpected argument"),
+        "{flag}"
+    );
     assert!(local_refusal(&["--subscriber", "3"]).contains("'--subscribers'"));
     assert!(refusal(&["compare"], &[]).starts_with("error: "));
 }

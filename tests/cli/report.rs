@@ -826,6 +826,10 @@ fn the_schema_is_strict_enough_to_notice_what_is_missing() {
         "/engine/thread_times/0",
     ] {
         for key in good.pointer(pointer).unwrap().as_object().unwrap().keys() {
+            // New in this version: reports of earlier ones have none.
+            if pointer == "/plan" && key == "scenario" {
+                continue;
+            }
             if pointer == "/engine"
                 && ![
                     "threads",

@@ -561,6 +561,7 @@ fn what_icmp_says_hides_no_datagram() {
         for index in 0..3 {
             assert_eq!(batch.datagram(index).unwrap().0, [index as u8], "{name}");
         }
+        // What the batch counts, a worker adds to the report's `receive_errors`.
         assert_eq!(batch.take_errors(), counted, "{name}");
     }
     let nothing = batch.receive(&socket).unwrap_err();
