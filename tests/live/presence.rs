@@ -172,7 +172,7 @@ fn a_publisher_that_is_removed_fails_the_run_and_is_named(server: &Server) {
 
 fn publishers_that_are_removed_in_a_tier_fail_that_tier(server: &Server) {
     let _turn = beside_one_other();
-    let args = "--publishers 2 --video-publishers 0 --subscribers 6 --ramp 3,6 --duration 6 --num-per-second 50";
+    let args = "--publishers 2 --video-publishers 0 --ramp 3,6 --duration 6 --num-per-second 50";
     let run = Disturbed::start(server, "tiers", args, 2, 5);
     std::thread::sleep(Duration::from_secs(3));
     run.publishers().iter().for_each(|one| run.remove(one));
