@@ -470,10 +470,10 @@ impl RecvStream {
         arrival: Time,
         context: &mut StreamContext<'_>,
     ) {
-        match self
+        let came = self
             .receive
-            .handle_packet(seq, header.rtp_time, arrival, is_rtx)
-        {
+            .handle_packet(seq, header.rtp_time, arrival, is_rtx);
+        match came {
             Arrival::New { .. } | Arrival::Reordered => {}
             Arrival::Repaired { loss_to_repair } => {
                 if let Some(took) = loss_to_repair {
@@ -509,7 +509,10 @@ impl RecvStream {
         }
         match self.parameters.payloads.codec_of(header.payload_type) {
             Codec::Opus => self.handle_opus(payload, arrival, context),
-            Codec::Red => self.handle_red(payload, arrival, context),
+            Codec::Red => {
+                let is_resend = matches!(came, Arrival::Repaired { .. });
+                self.handle_red(payload, is_resend, arrival, context);
+            }
             codec => self.handle_video(codec, header, payload, arrival, context),
         }
     }
@@ -528,13 +531,20 @@ impl RecvStream {
     }
 
     /// The primary block first: what is missing before it shows then.
-    fn handle_red(&mut self, payload: &[u8], arrival: Time, context: &mut StreamContext<'_>) {
+    fn handle_red(
+        &mut self,
+        payload: &[u8],
+        is_resend: bool,
+        arrival: Time,
+        context: &mut StreamContext<'_>,
+    ) {
         let Some(red) = RedPayload::parse(payload) else {
             // Without payload it only holds its place in the sequence.
             context.record.session.packets_rejected += u64::from(!payload.is_empty());
             return;
         };
-        context.record.audio.packets_received_red += 1;
+        // As `packets_received`: retransmissions apart.
+        context.record.audio.packets_received_red += u64::from(!is_resend);
         self.handle_opus(red.primary, arrival, context);
         let seq = self.receive.ext_seq();
         for block in red.redundant() {

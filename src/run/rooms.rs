@@ -10,6 +10,7 @@ use livekit_protocol as proto;
 
 use super::interrupts::Interrupts;
 use crate::plan::Plan;
+use crate::signal::probe;
 use crate::signal::rooms::{RoomError, RoomService};
 use crate::signal::{ApiKey, Endpoint};
 
@@ -95,7 +96,13 @@ impl Rooms {
         let asked_at = unix_now();
         let (existing, told_at) = match self.service.list_rooms_at().await {
             Ok(told) => told,
-            Err(why) if why.is_hidden() => return Ok(Making::WithoutService(why)),
+            Err(why) if why.is_hidden() => {
+                // Where there is nothing to join either, this is no server that hides its rooms.
+                if probe::has_signalling(self.service.endpoint()).await == Some(false) {
+                    return Err(why.into());
+                }
+                return Ok(Making::WithoutService(why));
+            }
             Err(why) => return Err(why.into()),
         };
         let (ours, others): (Vec<_>, Vec<_>) = existing

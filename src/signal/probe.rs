@@ -18,8 +18,17 @@ const FIRST_LIVEKIT: [u32; 3] = [1, 0, 0];
 ///
 /// Without a token: a server that has it refuses, one that does not has never heard of it.
 pub async fn has_single_connection(endpoint: &Endpoint) -> Option<bool> {
+    has(endpoint, "/rtc/v1/validate").await
+}
+
+/// Whether participants can join at the server at all; `None` where its answer does not tell. Asked without a token, as above.
+pub async fn has_signalling(endpoint: &Endpoint) -> Option<bool> {
+    has(endpoint, "/rtc/validate").await
+}
+
+async fn has(endpoint: &Endpoint, path: &str) -> Option<bool> {
     let response = http_client(TIMEOUT)
-        .get(endpoint.http_url("/rtc/v1/validate"))
+        .get(endpoint.http_url(path))
         .send()
         .await
         .ok()?;

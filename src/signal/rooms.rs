@@ -98,6 +98,10 @@ impl RoomService {
         }
     }
 
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
     /// Makes the room, or finds it. It is closed when nobody was in it for `empty_timeout` (whole seconds; at least one).
     pub async fn create_room(
         &self,

@@ -620,7 +620,14 @@ fn a_room_that_is_deleted_ends_the_run_with_the_servers_reason(server: &Server) 
     endless.admin.delete("deleted");
     let (finished, report, scratch, took) = endless.finish(server);
     eprintln!("ended {took:?} after the room");
-    nothing_is_lost(&finished, &report, &scratch);
+    // Neither the user nor this host ended it.
+    assert_eq!(
+        (report.result(), finished.code),
+        ("FAIL", Some(99)),
+        "{}",
+        finished.stderr
+    );
+    what_was_measured_is_there(&finished, &report, &scratch);
     let failures = report.0["join_failures"].to_string();
     assert!(failures.contains("room_deleted"), "{failures}");
 }
