@@ -47,7 +47,10 @@ pub enum Content {
         answers: bool,
         transaction: [u8; 12],
     },
-    Dtls,
+    /// Whether it turns the peer's keys on: a ChangeCipherSpec is in it, and by then its Finished.
+    Dtls {
+        keyed: bool,
+    },
     OtherUdp,
     /// Signalling: whether it opens a connection, and how many bytes it brings.
     Tcp {
@@ -585,6 +588,22 @@ fn describe_tcp(segment: &[u8]) -> Content {
     }
 }
 
+/// RFC 6347, section 4.1: records of 13 bytes and what they hold, one after the other.
+fn changes_cipher(mut records: &[u8]) -> bool {
+    const CHANGE_CIPHER_SPEC: u8 = 20;
+    while let [content_type, head @ ..] = records {
+        if *content_type == CHANGE_CIPHER_SPEC {
+            return true;
+        }
+        let Some(len) = head.get(10..12) else {
+            break;
+        };
+        let len = usize::from(u16::from_be_bytes([len[0], len[1]]));
+        records = head.get(12 + len..).unwrap_or_default();
+    }
+    false
+}
+
 /// RFC 7983 by the first byte, RFC 5761 between RTP and RTCP.
 fn describe_udp(payload: &[u8]) -> Content {
     let word = |at: usize| {
@@ -601,7 +620,9 @@ fn describe_udp(payload: &[u8]) -> Content {
             answers: class & 1 != 0,
             transaction: payload[8..20].try_into().expect("12 bytes"),
         },
-        [20..=63, ..] => Content::Dtls,
+        [20..=63, ..] => Content::Dtls {
+            keyed: changes_cipher(payload),
+        },
         [128..=191, packet_type @ 192..=223, ..] if payload.len() >= 8 => Content::Rtcp {
             packet_type: *packet_type,
             ssrc: word(4),

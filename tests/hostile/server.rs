@@ -34,6 +34,8 @@ const KEY: &str = "devkey";
 const SECRET: &str = "a-secret-for-tests-of-thirty-two-or-more-characters";
 /// What a run of so few may hold at its peak, media included: a run against an honest server takes some 60 MB.
 const RSS_MAX: u64 = 400 << 20;
+/// What a join may take.
+const JOIN: Duration = Duration::from_secs(30);
 /// A lie that never ends ends here: the run's own bounds are shorter or equal, and this host has other things to do.
 const FLOOD: Duration = Duration::from_secs(4);
 
@@ -242,11 +244,15 @@ fn sent_track(number: u32) -> SentTrack {
 }
 
 /// Joins, then says these things until it has said them all, nobody listens or it has taken [`FLOOD`]; then waits for the end.
-async fn flood(mut socket: Socket, mut say: impl FnMut(u32) -> Option<Bytes>) {
+async fn flood(socket: Socket, say: impl FnMut(u32) -> Option<Bytes>) {
+    flood_for(FLOOD, socket, say).await;
+}
+
+async fn flood_for(limit: Duration, mut socket: Socket, mut say: impl FnMut(u32) -> Option<Bytes>) {
     let started = Instant::now();
     send(&mut socket, join_message()).await;
     for number in 0.. {
-        let Some(message) = say(number).filter(|_| started.elapsed() < FLOOD) else {
+        let Some(message) = say(number).filter(|_| started.elapsed() < limit) else {
             break;
         };
         if socket.send(Message::Binary(message)).await.is_err() {
@@ -333,7 +339,8 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
         }
         Lie::OffersWithoutEnd => {
             let local = local(9, DtlsSetup::ActPass);
-            flood(socket, |number| {
+            // Until it is refused, however slow the host is: a join has 30 s.
+            flood_for(2 * JOIN, socket, |number| {
                 // Each restarts ICE, and all tracks are other ones.
                 let mut offers = SubscriberOffer::default();
                 for track in 0..500 {

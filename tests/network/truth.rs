@@ -172,6 +172,10 @@ fn until(end: Duration, packet: Packet) -> Packet {
     }
 }
 
+/// What may pass in a server between the clock that its sender report states and the socket, or between the socket and the clock that its receiver report counts
+/// from. No log shows it: 1 to 4 ms were seen on idle virtual machines, whose CPUs wake late. A way that is forgotten costs 20 ms and more.
+const SERVERS_TURN_US: f64 = 8_000.0;
+
 /// One figure, as it was said and as it ought to be.
 struct Check {
     metric: String,
@@ -509,14 +513,14 @@ impl Run {
 
     fn check_times(&self) -> Vec<Check> {
         let mut checks = Vec::new();
-        let mut time = |metric: &str, said: Option<u64>, truth: Option<Duration>| {
+        let mut time = |metric: &str, said: Option<u64>, truth: Option<Duration>, more: f64| {
             if let (Some(said), Some(truth)) = (said, truth) {
                 let truth = truth.as_nanos() as f64 / 1e3;
                 checks.push(Check {
                     metric: metric.to_owned(),
                     said: said as f64,
                     truth,
-                    allowed: f64::max(1_000.0, 0.01 * truth) + self.floor_us(),
+                    allowed: f64::max(1_000.0, 0.01 * truth) + self.floor_us() + more,
                 });
             }
         };
@@ -524,6 +528,7 @@ impl Run {
             "session.rtt_stun.p50",
             self.report.micros("session", "rtt_stun", "p50"),
             median(self.stun_round_trips()),
+            0.0,
         );
         let way = |direction| {
             let control = |packet: &&Packet| {
@@ -544,6 +549,7 @@ impl Run {
             "session.rtt_rtcp.p50",
             self.report.micros("session", "rtt_rtcp", "p50"),
             both,
+            SERVERS_TURN_US,
         );
         let audio = self.stream(Direction::Down, AUDIO);
         if self.trial.up.loss == Loss::None && self.trial.down.loss == Loss::None {
@@ -555,11 +561,13 @@ impl Run {
                 "audio.one_way_latency.p50",
                 self.report.micros("audio", "one_way_latency", "p50"),
                 transit,
+                0.0,
             );
             time(
                 "audio.jitter.p50",
                 self.report.micros("audio", "jitter", "p50"),
                 median(audio.jitter(48_000.0)),
+                0.0,
             );
         }
         checks
@@ -687,7 +695,7 @@ struct Joining {
     first_media: Option<Duration>,
 }
 
-/// In the order of joining. One's WebSocket is what was opened last before one's first check: joins lie half a second apart.
+/// In the order of joining. One's WebSocket is what was opened last before one's first check: joins lie two seconds apart.
 fn joinings(log: &[Packet]) -> Vec<Joining> {
     let up = || {
         log.iter()
@@ -711,11 +719,6 @@ fn joinings(log: &[Packet]) -> Vec<Joining> {
                 .filter(|packet| packet.to == check.from || packet.to == opened.from)
         };
         let words = |packet: &&Packet| matches!(packet.content, Content::Tcp { payload: 1.., .. });
-        let sealed = |packet: &&Packet| {
-            packet.from == check.from
-                && matches!(packet.content, Content::Rtp(_) | Content::Rtcp { .. })
-        };
-        let in_use = up().find(sealed).expect("what the keys are for").at;
         Joining {
             opened: opened.at,
             answered: came()
@@ -723,10 +726,8 @@ fn joinings(log: &[Packet]) -> Vec<Joining> {
                 .find_map(Packet::delivered_at)
                 .expect("an answer"),
             keyed: came()
-                .filter(|packet| packet.content == Content::Dtls)
-                .filter_map(Packet::delivered_at)
-                .take_while(|at| *at < in_use)
-                .last()
+                .filter(|packet| packet.content == Content::Dtls { keyed: true })
+                .find_map(Packet::delivered_at)
                 .expect("a handshake"),
             first_media: came()
                 .filter(|packet| packet.rtp().is_some())
@@ -736,6 +737,9 @@ fn joinings(log: &[Packet]) -> Vec<Joining> {
     checking.iter().map(of).collect()
 }
 
+/// A step that is forgotten or counted twice is off by this or more: half of it is left to busy hosts.
+const ONE_WAY: Duration = Duration::from_millis(100);
+
 #[test]
 fn joins_take_as_long_as_the_network_says() {
     let name = "joins_take_as_long_as_the_network_says";
@@ -743,7 +747,10 @@ fn joins_take_as_long_as_the_network_says() {
     let Some(network) = Network::for_test(module_path!(), name, 12) else {
         return;
     };
-    network.set_both(millis(40));
+    network.set_both(Conditions {
+        delay: ONE_WAY,
+        ..Conditions::default()
+    });
     network.touch_tcp(true);
     for target in [Target::LiveKit, Target::Embedded] {
         let Some(server) = start(&network, target) else {
@@ -751,7 +758,7 @@ fn joins_take_as_long_as_the_network_says() {
         };
         let (before, scratch) = (network.log().len(), Scratch::new());
         let mut command = throng();
-        let args = "--publishers 1 --subscribers 1 --threads 1 --num-per-second 2 --duration 1";
+        let args = "--publishers 1 --subscribers 1 --threads 1 --num-per-second 0.5 --duration 1";
         against(&server, &mut command).args(args.split(' '));
         command
             .arg("--json")
@@ -793,9 +800,8 @@ fn joins_take_as_long_as_the_network_says() {
             let compare = |name: &str, seen: Option<Duration>| {
                 let (said, seen) = (since_start(name), seen.map(|at| at - joining.opened));
                 println!("{target:?} {name}: said {said:?}, seen {seen:?}");
-                let is_near = |(said, seen): (Duration, Duration)| {
-                    said.abs_diff(seen) <= Duration::from_millis(1).max(seen / 100) + floor
-                };
+                let is_near =
+                    |(said, seen): (Duration, Duration)| said.abs_diff(seen) <= ONE_WAY / 2 + floor;
                 assert!(
                     said.zip(seen).is_none_or(is_near),
                     "{target:?} {name}: {said:?} and not {seen:?}"
