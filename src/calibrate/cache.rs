@@ -6,6 +6,8 @@ use std::{fs, io};
 use serde::{Deserialize, Serialize};
 
 use super::Calibration;
+#[cfg(test)]
+use super::Ceiling;
 
 /// What a calibration holds for: another processor, kernel or number of CPUs makes it void.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +61,23 @@ pub fn write(path: &Path, calibration: &Calibration) -> io::Result<()> {
 /// The calibration of this very host; `None` where there is none, where it is of another host, or cannot be read.
 pub fn read(path: &Path, host: &HostId) -> Option<Calibration> {
     let calibration: Calibration = serde_json::from_str(&fs::read_to_string(path).ok()?).ok()?;
-    (calibration.schema == super::SCHEMA && calibration.host == *host).then_some(calibration)
+    let is_ours = calibration.schema == super::SCHEMA && calibration.host == *host;
+    (is_ours && is_possible(&calibration)).then_some(calibration)
+}
+
+/// The file may hold anything: a figure that no host has makes it void.
+fn is_possible(calibration: &Calibration) -> bool {
+    const FIGURE_MAX: f64 = 1e12;
+    let figures = [
+        calibration.us_per_packet,
+        calibration.packets_per_second_per_thread,
+        calibration.packets.held,
+        calibration.joins.held,
+        calibration.participants.held,
+    ];
+    let mut known = figures.into_iter().flatten();
+    known.all(|figure| (0.0..=FIGURE_MAX).contains(&figure))
+        && calibration.calibrated_at_unix <= FIGURE_MAX as u64
 }
 
 #[cfg(test)]
@@ -100,6 +118,43 @@ mod tests {
             Some("/home/ada/.cache/throng/calibration.json".into())
         );
         assert_eq!(path(&|_| None), None);
+    }
+
+    #[test]
+    fn a_file_with_figures_that_no_host_has_is_void() {
+        let host = HostId {
+            processor: "cpu".to_owned(),
+            kernel: "6".to_owned(),
+            cpus: 2,
+        };
+        let calibration = Calibration {
+            schema: super::super::SCHEMA.to_owned(),
+            version: String::new(),
+            calibrated_at_unix: 1,
+            host: host.clone(),
+            engine_threads: 1,
+            sfu_routers: 1,
+            us_per_packet: Some(12_345.0),
+            packets_per_second_per_thread: Some(54_321.0),
+            packets: Ceiling::default(),
+            joins: Ceiling::default(),
+            participants: Ceiling::default(),
+        };
+        let sound = super::super::json(&calibration);
+        let path = std::env::temp_dir().join(format!("throng-cache-{}", std::process::id()));
+        let is_read = |text: &str| {
+            fs::write(&path, text).unwrap();
+            read(&path, &host).is_some()
+        };
+        assert!(is_read(&sound));
+        for odd in ["NaN", "inf", "-1", "1e300", "1e400", "\"12\""] {
+            for known in ["12345.0", "54321.0"] {
+                assert!(!is_read(&sound.replace(known, odd)), "{known}: {odd}");
+            }
+        }
+        let late = format!("\"calibrated_at_unix\": {}", u64::MAX);
+        assert!(!is_read(&sound.replace("\"calibrated_at_unix\": 1", &late)));
+        fs::remove_file(&path).unwrap();
     }
 
     #[test]

@@ -1024,6 +1024,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_job_with_a_figure_that_is_none_is_refused() {
+        let job = |name: &str, value: &str| {
+            let mut text = r#"{"ready":true,"room":"r","ramp":[3],"duration":5.0,"target_rtt_ms":50.0,"max_loss":1.0,"start_at":7.0}"#.to_owned();
+            let from = text.find(&format!("\"{name}\":")).unwrap() + name.len() + 3;
+            let to = from + text[from..].find([',', '}']).unwrap();
+            text.replace_range(from..to, value);
+            read::<JobReply>(text.as_bytes())
+        };
+        for name in ["duration", "target_rtt_ms", "max_loss", "start_at"] {
+            assert!(job(name, "1.0").is_ok(), "{name}");
+            for odd in ["NaN", "Infinity", "-1", "1e300", "1e400"] {
+                assert!(job(name, odd).is_err(), "{name}: {odd}");
+            }
+        }
+    }
+
+    #[test]
     fn judging_survives_the_trip_and_thresholds_are_read_where_they_arrive() {
         let wire = WireJudging {
             max_loss_pct: 2.5,

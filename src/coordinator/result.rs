@@ -660,16 +660,16 @@ impl TierResult {
     /// The vantage that fared worst, and in what: one that fails, else the one that loses most, else the one with the slowest round trips.
     pub fn worst_vantage(&self) -> Option<(usize, String)> {
         let fails = |cell: &Cell| cell.judgement.verdict == Verdict::Fail;
-        let key = |cell: &Cell| {
-            (
-                fails(cell),
-                cell.loss.unwrap_or(0.0),
-                cell.rtt_us.unwrap_or(0.0),
-            )
-        };
-        let (at, cell) = self
-            .measured()
-            .max_by(|(_, a), (_, b)| key(a).partial_cmp(&key(b)).expect("no figure is NaN"))?;
+        let (loss, rtt_us) = (
+            |cell: &Cell| cell.loss.unwrap_or(0.0),
+            |cell: &Cell| cell.rtt_us.unwrap_or(0.0),
+        );
+        let (at, cell) = self.measured().max_by(|(_, a), (_, b)| {
+            fails(a)
+                .cmp(&fails(b))
+                .then(loss(a).total_cmp(&loss(b)))
+                .then(rtt_us(a).total_cmp(&rtt_us(b)))
+        })?;
         let in_what = match (
             cell.judgement.reasons.first(),
             cell.loss.filter(|loss| *loss > 0.0),
@@ -1284,6 +1284,34 @@ mod tests {
         assert_eq!(failed.knee().unwrap().answer, TiersAnswer::FirstFailed);
         // Of a generator that was the limit it is no news of the server.
         assert_eq!(verdicts(&ended(&[0]))[0], Verdict::Partial);
+    }
+
+    #[test]
+    fn a_figure_that_is_no_number_stops_no_report() {
+        let mut canned = Canned::armed(&[4], &[("a", None), ("b", None), ("c", None)]);
+        canned.ends();
+        for who in 0..3 {
+            let step = ClientStep {
+                clients: 4,
+                rtt_ms: Some(20.0 + who as f64),
+                loss_pct: Some(0.0),
+                quality: Some("Good".to_owned()),
+                samples: Some(9),
+                rtt_stat: Some("p95".to_owned()),
+            };
+            canned.reports_steps(who, vec![step]);
+        }
+        canned.is_over();
+        let mut merged = merged(&canned);
+        let tier = &mut merged.tiers[0];
+        assert_eq!(tier.measured().count(), 3);
+        for odd in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
+            tier.cells[1].loss = Some(odd);
+            tier.cells[2].rtt_us = Some(odd);
+            assert!(tier.worst_vantage().is_some(), "{odd}");
+            let mut cells: Vec<&Cell> = tier.cells.iter().collect();
+            cells.sort_by(|a, b| super::super::text::by_badness(b, a));
+        }
     }
 
     #[test]

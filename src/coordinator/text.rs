@@ -1,5 +1,6 @@
 //! The merged result on a terminal of 80 columns: tiers, vantages side by side, what one participant alone saw, who is missing, the knee, the verdict.
 
+use std::cmp::Ordering;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -173,11 +174,7 @@ fn vantages(tier: &TierResult, merged: &Merged, style: Style) -> String {
     let mut text = format!("{}{}\n", style.bold(&title), row(heads.map(str::to_owned)));
     let mut ranked: Vec<(&VantageResult, &Cell)> =
         merged.vantages.iter().zip(&tier.cells).collect();
-    ranked.sort_by(|(_, a), (_, b)| {
-        badness(b)
-            .partial_cmp(&badness(a))
-            .expect("no figure is NaN")
-    });
+    ranked.sort_by(|(_, a), (_, b)| by_badness(b, a));
     for (vantage, cell) in ranked.iter().take(VANTAGES_MAX) {
         let is_there = !matches!(cell.standing, Standing::Absent);
         let cells = [
@@ -233,7 +230,15 @@ fn vantages(tier: &TierResult, merged: &Merged, style: Style) -> String {
 }
 
 /// What did not come to its end is worst, then what failed, then who loses most.
-fn badness(cell: &Cell) -> (u8, bool, f64, f64) {
+/// Figures of other hosts: whatever they are, they have an order.
+pub(super) fn by_badness(a: &Cell, b: &Cell) -> Ordering {
+    let ((rank, loss, rtt), (other_rank, other_loss, other_rtt)) = (badness(a), badness(b));
+    rank.cmp(&other_rank)
+        .then(loss.total_cmp(&other_loss))
+        .then(rtt.total_cmp(&other_rtt))
+}
+
+fn badness(cell: &Cell) -> ((u8, bool), f64, f64) {
     let rank = match cell.standing {
         Standing::Absent => 4,
         Standing::Incomplete => 3,
@@ -243,8 +248,7 @@ fn badness(cell: &Cell) -> (u8, bool, f64, f64) {
     };
     let failed = cell.judgement.verdict == Verdict::Fail;
     (
-        rank,
-        failed,
+        (rank, failed),
         cell.loss.unwrap_or(0.0),
         cell.rtt_us.unwrap_or(0.0),
     )

@@ -373,6 +373,29 @@ process_start_time_seconds 1.7e+09
     }
 
     #[test]
+    fn figures_that_no_server_has_are_not_known() {
+        for odd in ["NaN", "+Inf", "-Inf", "-1", "1e300", "1e400"] {
+            let gauges = ["livekit_room_total", "process_resident_memory_bytes"];
+            let lines = gauges.map(|name| format!("{name} {odd}\n"));
+            let page = Page::read(&format!("{LIVEKIT}{}", lines.concat()));
+            if let Ok(page) = page {
+                let known = [page.gauges.rooms, page.gauges.resident_bytes];
+                for value in known.into_iter().flatten() {
+                    assert!((0.0..=COUNT_MAX).contains(&value), "{odd}: {value}");
+                }
+            }
+            let start = LIVEKIT.replace(
+                "process_start_time_seconds 1.7e+09",
+                &format!("process_start_time_seconds {odd}"),
+            );
+            assert_ne!(start, LIVEKIT);
+            if let Ok(page) = Page::read(&start) {
+                assert!(page.process_start.is_none_or(f64::is_finite), "{odd}");
+            }
+        }
+    }
+
+    #[test]
     fn what_was_not_counted_yet_is_0_where_its_metric_is_there_and_unknown_where_it_is_not() {
         let page = MetricsPage::read(LIVEKIT).unwrap();
         assert_eq!(page.counters[Counter::PacketsResent], Some(0.0));
