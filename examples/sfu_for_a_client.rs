@@ -8,13 +8,13 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use livekit_protocol::{SignalResponse, signal_response};
 use prost::Message;
-use throng::sfu::server::{DEV_KEY, DEV_SECRET, Server, ServerConfig};
+use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig, SfuServer};
 use throng::signal::{ApiKey, Permissions};
 use tokio::net::TcpStream;
 use tokio_tungstenite::client_async;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let server = Server::start(ServerConfig::loopback(1))?;
+    let server = SfuServer::start(ServerConfig::loopback(1))?;
     println!("the SFU listens at {}", server.url());
 
     let token = ApiKey::new(DEV_KEY, DEV_SECRET).join_token(

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use throng::engine::publisher::Pacing;
+use throng::plan::Pacing;
 
 use common::link::Conditions;
 use common::pair::{Pair, audio, video};

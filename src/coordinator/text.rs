@@ -229,7 +229,6 @@ fn vantages(tier: &TierResult, merged: &Merged, style: Style) -> String {
     text
 }
 
-/// What did not come to its end is worst, then what failed, then who loses most.
 /// Figures of other hosts: whatever they are, they have an order.
 pub(super) fn by_badness(a: &Cell, b: &Cell) -> Ordering {
     let ((rank, loss, rtt), (other_rank, other_loss, other_rtt)) = (badness(a), badness(b));
@@ -238,6 +237,7 @@ pub(super) fn by_badness(a: &Cell, b: &Cell) -> Ordering {
         .then(rtt.total_cmp(&other_rtt))
 }
 
+/// What did not come to its end is worst, then what failed, then who loses most.
 fn badness(cell: &Cell) -> ((u8, bool), f64, f64) {
     let rank = match cell.standing {
         Standing::Absent => 4,

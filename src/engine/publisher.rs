@@ -819,6 +819,7 @@ impl SendTrack {
         Some((header, at - header))
     }
 
+    #[inline]
     fn write_payload(
         &self,
         record: &FrameRecord,
@@ -852,16 +853,22 @@ impl SendTrack {
 
     /// How a packet with `primary` bytes of Opus is sent with redundancy; `None`: without, as libwebrtc sends those that no
     /// later one could repeat.
+    #[inline]
     fn redundancy_of(&self, primary: usize) -> Option<Redundancy> {
         self.parameters.redundancy.filter(|_| red::fits(0, primary))
     }
 
     /// How many of the last packets the next one can repeat: each as old and as long as its header can say, and all of
     /// them together in one packet.
+    #[inline]
     fn repeatable(&self, rtp_time: u32, primary: usize) -> u8 {
-        let Some(redundancy) = self.redundancy_of(primary) else {
-            return 0;
-        };
+        let redundancy = self.redundancy_of(primary);
+        redundancy.map_or(0, |redundancy| {
+            self.repeated_by(redundancy, rtp_time, primary)
+        })
+    }
+
+    fn repeated_by(&self, redundancy: Redundancy, rtp_time: u32, primary: usize) -> u8 {
         let mut room = RED_BYTES_MAX.saturating_sub(red::headers_len(0) + primary);
         let fits = |distance: &u8| {
             let Some((earlier, bytes)) = self.earlier(self.index as u16, *distance) else {
@@ -1057,6 +1064,7 @@ impl KeyRequests {
     }
 
     /// Decides about the frame that is due. `begins`: a key frame is needed whoever asks. A request waits for as long as the source has none.
+    #[inline]
     fn meet(&mut self, answer: KeyFrameAnswer, begins: bool, now: Time) -> KeyFrameDue {
         let key = match answer {
             KeyFrameAnswer::Now => begins || self.pending_since.is_some(),

@@ -356,6 +356,9 @@ impl Shard {
 
     /// Sources that are gone, though the plan means them to send, let the slots go by that are due.
     fn pass_unsent(&mut self, now: Time) {
+        if self.gone.is_empty() && self.losers.is_empty() {
+            return;
+        }
         let now = now + Duration::from_nanos(1);
         let roster = &self.config.roster;
         for track in &mut self.gone {

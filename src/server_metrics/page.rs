@@ -377,7 +377,7 @@ process_start_time_seconds 1.7e+09
         for odd in ["NaN", "+Inf", "-Inf", "-1", "1e300", "1e400"] {
             let gauges = ["livekit_room_total", "process_resident_memory_bytes"];
             let lines = gauges.map(|name| format!("{name} {odd}\n"));
-            let page = Page::read(&format!("{LIVEKIT}{}", lines.concat()));
+            let page = MetricsPage::read(&format!("{LIVEKIT}{}", lines.concat()));
             if let Ok(page) = page {
                 let known = [page.gauges.rooms, page.gauges.resident_bytes];
                 for value in known.into_iter().flatten() {
@@ -389,7 +389,7 @@ process_start_time_seconds 1.7e+09
                 &format!("process_start_time_seconds {odd}"),
             );
             assert_ne!(start, LIVEKIT);
-            if let Ok(page) = Page::read(&start) {
+            if let Ok(page) = MetricsPage::read(&start) {
                 assert!(page.process_start.is_none_or(f64::is_finite), "{odd}");
             }
         }
