@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use anyhow::{Context, Result};
+
 use crate::engine::blame::{self, Observed};
 use crate::engine::health::{self, FloorThread};
 use crate::engine::worker::WorkerActivity;
@@ -11,17 +13,22 @@ use crate::measure::presence::ThreadPresence;
 use crate::measure::second::{HostDrops, Second};
 use crate::measure::stalls::{Stall, StillSpan};
 use crate::measure::{Histogram, Record};
+use crate::net;
 use crate::report::ThreadTime;
 use crate::sfu;
-use crate::units::Time;
+use crate::units::{Epoch, Time};
 
 const ENGINE_PREFIX: &str = "engine-";
 /// As tokio names its threads.
 const SIGNALLING_PREFIX: &str = "tokio-";
 
 pub(super) struct Observer {
+    /// The bare timer thread of this run.
     floor: FloorThread,
     start: HostSnapshot,
+    cpu_before: Option<Duration>,
+    resident_before: Option<u64>,
+    resident_at_hold: Option<u64>,
     last: HostSnapshot,
     /// Every thread that was ever seen, as it was last: one that has ended tells nothing any more.
     threads: BTreeMap<u32, Thread>,
@@ -46,14 +53,22 @@ pub(super) struct Observations {
     pub stolen: Option<Duration>,
     pub throttled: Option<(u64, Duration)>,
     pub threads: Vec<ThreadTime>,
+    /// Of this process, without the embedded SFU's threads.
+    pub cpu: Option<Duration>,
+    /// Bytes that the process had grown by when the last hold began.
+    pub grown: Option<u64>,
 }
 
 impl Observer {
-    /// `floor` is the bare timer thread of this run.
-    pub fn start(floor: FloorThread) -> Observer {
+    /// To be called before the engine has started: what the process holds then is no participant's.
+    pub fn start(epoch: Epoch) -> Result<Observer> {
+        let resident_before = net::resident_bytes().map(|(now, _)| now);
         let start = HostSnapshot::read();
-        Observer {
-            floor,
+        Ok(Observer {
+            floor: FloorThread::start(epoch).context("no thread for the timer floor")?,
+            cpu_before: generator_cpu(),
+            resident_before,
+            resident_at_hold: None,
             last: start.clone(),
             threads: start.threads.clone(),
             start,
@@ -63,7 +78,11 @@ impl Observer {
             floor_gaps: Vec::new(),
             floor_late_max: None,
             seconds: Vec::new(),
-        }
+        })
+    }
+
+    pub fn mark_hold(&mut self) {
+        self.resident_at_hold = net::resident_bytes().map(|(now, _)| now);
     }
 
     pub fn take_activity(&mut self, activity: WorkerActivity) {
@@ -198,8 +217,23 @@ impl Observer {
                 .throttled_since(&self.start)
                 .map(|throttling| (throttling.times, throttling.time)),
             threads: thread_times(&self.threads, &self.start.threads),
+            cpu: cpu_between(self.cpu_before, generator_cpu()),
+            grown: self
+                .resident_at_hold
+                .zip(self.resident_before)
+                .map(|(hold, before)| hold.saturating_sub(before)),
         }
     }
+}
+
+/// CPU time of this process without the embedded SFU's threads. The floor thread and `main` are part of what a run costs.
+pub(super) fn generator_cpu() -> Option<Duration> {
+    let sfu = net::threads_cpu(sfu::THREAD_PREFIX)?;
+    Some(net::process_cpu().saturating_sub(sfu))
+}
+
+pub(super) fn cpu_between(before: Option<Duration>, after: Option<Duration>) -> Option<Duration> {
+    Some(after?.saturating_sub(before?))
 }
 
 fn grown(now: Option<u64>, before: Option<u64>) -> Option<u64> {

@@ -13,7 +13,7 @@ impl Test<'_> {
     pub(super) fn watch_server(&mut self, server: Option<PageWatch>) {
         self.server = server;
         if let Some(server) = &mut self.server {
-            self.notes.extend(server.warnings());
+            self.books.notes.extend(server.warnings());
             server.go_on(self.epoch.instant(self.epoch.now().next_second() + READ_AT));
         }
     }
@@ -32,7 +32,7 @@ impl Test<'_> {
             })
             .collect();
         let account = server.finish(instant(Time::ZERO), &holds).await;
-        self.notes.extend(account.notes());
+        self.books.notes.extend(account.notes());
         Some(account)
     }
 }

@@ -3,21 +3,17 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
-
 use super::account::Joins;
 use super::interrupts::Interrupts;
 use super::lead::{FinishedTier, Lead, LeadStep, Observation, RunStage, TierPlan, TierSeen};
 use super::tally::{GRACE, Stay, Survey, Tally, so_far};
-use super::{BEAT, DRAIN, PEERS_PER_PARTICIPANT, PROGRESS_INTERVAL, Test};
+use super::{BEAT, DRAIN, PROGRESS_INTERVAL, Test};
 use crate::engine::ShardCommand;
-use crate::measure::{Histogram, Kind, Record};
-use crate::net;
+use crate::measure::{Histogram, Record};
 use crate::plan::{LostPublishers, Subscribers};
 use crate::report::progress::ProgressSnapshot;
 use crate::report::watch::ThresholdWatch;
 use crate::report::{Step, TierFacts, judge};
-use crate::signal::session::{self, Request, Sections, ShardPlace};
 use crate::units::Time;
 
 /// Before the first join, so that its moment lies ahead.
@@ -68,35 +64,51 @@ pub(super) struct LastHold {
     surveys: [Survey; 3],
 }
 
-/// When each of a row of participants is to join, or to leave.
-#[derive(Clone, Copy)]
-struct JoinPace {
-    first_at: Time,
-    /// Seconds.
-    interval: f64,
+/// Where the run is, and what has ended it.
+pub(super) struct Stages {
+    pub now: RunStage,
+    /// When the first subscribers may be intended to join at the earliest: behind the publishers.
+    pub next_join_at: Time,
+    pub tier: Option<UnderWay>,
+    held: Option<LastHold>,
+    /// The busiest engine thread's share of its core, of all tiers.
+    pub busiest: f64,
+    pub media_stopped_at: Option<Time>,
+    pub partial: Option<String>,
+    /// Nobody was left, and neither the user nor this host had ended it.
+    pub abandoned: Option<String>,
+    /// A threshold that ended the run.
+    pub broken: Option<String>,
+    was_interrupted: bool,
+    shown_at: Time,
 }
 
-impl JoinPace {
-    fn moment(self, place: u32) -> Time {
-        self.first_at + Duration::from_secs_f64(f64::from(place) * self.interval)
-    }
-}
-
-/// Where a participant's connections live.
-struct Home {
-    commands: std::sync::mpsc::Sender<ShardCommand>,
-    key: usize,
-}
-
-impl Home {
-    /// The plan has a participant leave that is gone already.
-    fn leave(self) {
-        for key in self.key..self.key + PEERS_PER_PARTICIPANT {
-            // A worker that is gone is missed when its account is.
-            let _ = self.commands.send(ShardCommand::Leave { key });
-            let _ = self.commands.send(ShardCommand::RemovePeer { key });
+impl Stages {
+    pub fn begin(now: Time) -> Stages {
+        Stages {
+            now: RunStage::Publish,
+            next_join_at: now,
+            tier: None,
+            held: None,
+            busiest: 0.0,
+            media_stopped_at: None,
+            partial: None,
+            abandoned: None,
+            broken: None,
+            was_interrupted: false,
+            shown_at: Time::ZERO,
         }
     }
+}
+
+/// What there was to see when a hold was over.
+struct HoldEnd {
+    at: Time,
+    record: Record,
+    /// What the busiest engine thread had used of its core.
+    busiest: Duration,
+    /// Then, and once what was under way had had its time.
+    surveys: [Survey; 2],
 }
 
 /// Why a wait ended.
@@ -120,8 +132,7 @@ impl Test<'_> {
             self.hold_tiers(around).await;
         }
         self.stop_media(around).await;
-        self.stop_workers().await;
-        self.join_workers();
+        self.stop_threads().await;
         self.finish_recording();
         self.say_goodbye().await;
     }
@@ -131,7 +142,7 @@ impl Test<'_> {
         &mut self,
         around: &mut Around<'_, L, P>,
     ) -> bool {
-        self.next_join_at = self.epoch.now() + FIRST_JOIN_DELAY;
+        self.stages.next_join_at = self.epoch.now() + FIRST_JOIN_DELAY;
         self.admit(Subscribers::Total(0), None, None);
         self.observe(around);
         if !around.lead.waits_for_publishers() {
@@ -141,7 +152,7 @@ impl Test<'_> {
             .wait(around, |test| test.is_settled().then_some(Until::Done))
             .await;
         // They have joined before any tier.
-        self.joins_new = Joins::default();
+        self.books.joins_new = Joins::default();
         self.goes_on(settled, "while publishers were joining")
     }
 
@@ -151,7 +162,9 @@ impl Test<'_> {
     ) {
         loop {
             let next = match self
-                .ask(around, async |lead, test| lead.next(&test.tiers).await)
+                .ask(around, async |lead, test| {
+                    lead.next(&test.books.tiers).await
+                })
                 .await
             {
                 Ok(next) => next,
@@ -188,7 +201,7 @@ impl Test<'_> {
             .await;
         // Where nobody got in there is nothing to hold: the joins have failed, and that is the result.
         if !self.goes_on(joined, "while participants were joining")
-            || self.presence.due_count() > 0 && self.sessions.joined == 0
+            || self.books.presence.due_count() > 0 && self.books.sessions.joined == 0
         {
             return false;
         }
@@ -230,20 +243,20 @@ impl Test<'_> {
         let now = self.epoch.now();
         let began_at = plan.start.map_or(now, |start| start.max(now));
         let stayers = self.plan.participants_with(plan.subscribers);
-        let leaves = plan.watches_stayers && stayers < self.presence.due_count();
-        let stay = self.held.as_ref().filter(|_| leaves).map(|held| {
+        let leaves = plan.watches_stayers && stayers < self.books.presence.due_count();
+        let stay = self.stages.held.as_ref().filter(|_| leaves).map(|held| {
             let [start, end, now] = &held.surveys;
             let stayers = self.plan.participants().take(stayers as usize);
             let stayers = stayers.map(|participant| participant.index).collect();
             Stay::begin(stayers, began_at, [start, end, now], held.seconds)
         });
         self.admit(plan.subscribers, plan.start, plan.spread);
-        self.tier = Some(UnderWay {
+        self.stages.tier = Some(UnderWay {
             plan,
             began_at,
-            began: self.record.clone(),
+            began: self.books.record.clone(),
             floor: self.observer.floor_so_far(),
-            joins: std::mem::take(&mut self.joins_new),
+            joins: std::mem::take(&mut self.books.joins_new),
             subscriptions: self.subscriptions(),
             lost: BTreeSet::new(),
             stay,
@@ -254,7 +267,7 @@ impl Test<'_> {
     /// That there ought to be, to audio and to video.
     fn subscriptions(&self) -> [u64; 2] {
         let mut all = Joins::default();
-        let due = self.presence.due();
+        let due = self.books.presence.due();
         self.plan
             .participants()
             .filter(|participant| due.contains(&participant.index))
@@ -269,11 +282,9 @@ impl Test<'_> {
         } else {
             self.survey().await
         };
-        self.resident_hold = net::resident_bytes().map(|(now, _)| now);
-        self.workers
-            .iter_mut()
-            .for_each(|worker| worker.cpu_at_hold = worker.cpu);
-        if let Some(tier) = &mut self.tier {
+        self.observer.mark_hold();
+        self.threads.mark_hold();
+        if let Some(tier) = &mut self.stages.tier {
             let watched: &[_] = if tier.plan.watches_thresholds {
                 &self.judging.thresholds
             } else {
@@ -281,10 +292,10 @@ impl Test<'_> {
             };
             tier.hold = Some(TierHold {
                 since: self.epoch.now(),
-                before: self.record.clone(),
+                before: self.books.record.clone(),
                 survey,
                 planned: tier.plan.hold,
-                watch: ThresholdWatch::begin(watched, &self.record, self.epoch.now()),
+                watch: ThresholdWatch::begin(watched, &self.books.record, self.epoch.now()),
             });
         }
     }
@@ -297,246 +308,147 @@ impl Test<'_> {
         // Before the survey, which brings what is expected up to date: beside a look of before it, the last second would seem lost.
         self.watch(self.epoch.now());
         let end = self.survey().await;
-        let until = self.epoch.now();
-        let record = self.record.clone();
+        let at = self.epoch.now();
+        let record = self.books.record.clone();
         self.enter(RunStage::Between, around);
-        let worker_seconds = self
-            .workers
-            .iter()
-            .map(|worker| worker.cpu.saturating_sub(worker.cpu_at_hold).as_secs_f64());
-        let busiest_seconds = worker_seconds.fold(0.0, f64::max);
-        let mut goes_on = self.partial.is_none();
+        let busiest = self.threads.busiest_since_hold();
+        let mut goes_on = self.stages.partial.is_none();
         if goes_on {
-            let over = until + GRACE;
-            let waited = self
-                .wait(around, |test| {
-                    (test.epoch.now() >= over).then_some(Until::Done)
-                })
-                .await;
+            let over = at + GRACE;
+            let is_over = |test: &Test<'_>| (test.epoch.now() >= over).then_some(Until::Done);
+            let waited = self.wait(around, is_over).await;
             goes_on = self.goes_on(waited, "while the last packets of a tier were awaited");
         }
         let after = self.survey().await;
-        let Some(UnderWay {
-            plan,
-            began_at,
-            began,
-            floor,
-            joins,
-            mut lost,
-            stay,
-            hold: Some(hold),
-            ..
-        }) = self.tier.take()
-        else {
-            return goes_on;
-        };
-        let seconds = until.since(hold.since).as_secs_f64();
+        if let Some(tier) = self.stages.tier.take() {
+            let end = HoldEnd {
+                at,
+                record,
+                busiest,
+                surveys: [end, after],
+            };
+            self.enter_tier(tier, end);
+        }
+        goes_on
+    }
+
+    /// Enters a tier in the books that is over. One that was never held comes to nothing.
+    fn enter_tier(&mut self, mut tier: UnderWay, end: HoldEnd) {
+        let Some(hold) = tier.hold.take() else { return };
+        let seconds = end.at.since(hold.since).as_secs_f64();
         // Who is gone is not well, in whichever tier it went.
-        lost.extend(self.presence.gone_sources(until));
+        let gone = self.books.presence.gone_sources(end.at);
+        tier.lost.extend(gone);
+        let busiest = end.busiest.as_secs_f64() / seconds.max(0.001);
+        self.stages.busiest = self.stages.busiest.max(busiest);
+        let facts = self.tier_facts(&tier, &hold, &end, busiest);
         let tally = Tally {
             max_loss_pct: self.judging.max_loss_pct,
-            due: self.presence.due(),
-            present: &self.sessions.present,
-            lost: &lost,
-            joins,
-            records: [&began, &hold.before, &record],
-            surveys: [&hold.survey, &end, &after],
+            due: self.books.presence.due(),
+            present: &self.books.sessions.present,
+            lost: &tier.lost,
+            joins: tier.joins,
+            records: [&tier.began, &hold.before, &end.record],
+            surveys: [&hold.survey, &end.surveys[0], &end.surveys[1]],
         };
-        let since_beginning = record.since(&began);
-        let busiest = busiest_seconds / seconds.max(0.001);
         let step = Step {
-            name: plan.name.clone(),
-            participants: self.presence.due_count(),
+            name: tier.plan.name.clone(),
+            participants: self.books.presence.due_count(),
             seconds,
             record: tally.record(),
-            tier: Some(TierFacts {
-                subscribers: plan.per_room(),
-                invalid: self.observer.reasons_between(
-                    began_at,
-                    until,
-                    &since_beginning,
-                    &floor,
-                    busiest,
-                ),
-                complaints: [
-                    self.abandoned.iter().cloned().collect(),
-                    self.gone_sources(until, until, "the tier"),
-                    stay.map_or_else(Vec::new, |stay| stay.complaints(&lost, &end, until)),
-                    self.broken.iter().cloned().collect(),
-                    hold.watch.complaints(),
-                ]
-                .concat(),
-                cut_short: self.partial.clone(),
-            }),
+            tier: Some(facts),
         };
-        self.busiest = self.busiest.max(busiest);
-        self.tiers.push(FinishedTier {
-            plan,
-            began_at,
+        self.books.tiers.push(FinishedTier {
+            plan: tier.plan,
+            began_at: tier.began_at,
             held_from: hold.since,
-            held_until: until,
+            held_until: end.at,
             present: self.present(),
             judgement: judge::judge_tier(&step, self.judging),
             step,
         });
-        self.held = Some(LastHold {
+        let [at_end, after] = end.surveys;
+        self.stages.held = Some(LastHold {
             seconds,
-            surveys: [hold.survey, end, after],
+            surveys: [hold.survey, at_end, after],
         });
-        goes_on
+    }
+
+    /// What makes a tier invalid, and what made it fail beside its figures.
+    fn tier_facts(
+        &mut self,
+        tier: &UnderWay,
+        hold: &TierHold,
+        end: &HoldEnd,
+        busiest: f64,
+    ) -> TierFacts {
+        let stay = tier.stay.as_ref();
+        TierFacts {
+            subscribers: tier.plan.per_room(),
+            invalid: self.observer.reasons_between(
+                tier.began_at,
+                end.at,
+                &end.record.since(&tier.began),
+                &tier.floor,
+                busiest,
+            ),
+            complaints: [
+                self.stages.abandoned.iter().cloned().collect(),
+                self.gone_sources(end.at, end.at, "the tier"),
+                stay.map_or_else(Vec::new, |stay| {
+                    stay.complaints(&tier.lost, &end.surveys[0], end.at)
+                }),
+                self.stages.broken.iter().cloned().collect(),
+                hold.watch.complaints(),
+            ]
+            .concat(),
+            cut_short: self.stages.partial.clone(),
+        }
     }
 
     /// The tier that is being held, and was at that time.
     pub(super) fn held_since(&self, at: Time) -> Option<&str> {
-        let held = self.tier.as_ref().filter(|_| self.stage == RunStage::Hold);
+        let held = self
+            .stages
+            .tier
+            .as_ref()
+            .filter(|_| self.stages.now == RunStage::Hold);
         let held = held.filter(|tier| tier.hold.as_ref().is_some_and(|hold| hold.since <= at));
         held.map(|tier| tier.plan.name.as_str())
     }
 
     /// The hold of a tier that is the whole run: its account is closed with the run's.
     pub(super) fn take_whole_hold(&mut self) -> Option<TierHold> {
-        self.tier.take().filter(|tier| tier.plan.is_whole)?.hold
+        self.stages
+            .tier
+            .take()
+            .filter(|tier| tier.plan.is_whole)?
+            .hold
     }
 
     /// The holds by their tiers' names, from when to when, the one that is the whole run included.
     pub(super) fn holds(&self) -> Vec<(String, Time, Time)> {
         let over = self
+            .books
             .tiers
             .iter()
             .map(|tier| (tier.plan.name.clone(), tier.held_from, tier.held_until));
         let whole = self
+            .stages
             .tier
             .as_ref()
             .filter(|tier| tier.plan.is_whole)
-            .zip(self.media_stopped_at);
+            .zip(self.stages.media_stopped_at);
         let whole = whole.and_then(|(tier, stopped)| {
             Some((tier.plan.name.clone(), tier.hold.as_ref()?.since, stopped))
         });
         over.chain(whole).collect()
     }
 
-    /// Has so many subscribers be in, and all publishers. Who joins does so at its intended moment, whatever became of the earlier ones; who leaves does so in the
-    /// reverse order. The first one not before `start`, and all of them within `spread`, or at the plan's pace.
-    fn admit(&mut self, subscribers: Subscribers, start: Option<Time>, spread: Option<Duration>) {
-        let before = self.presence.due_count();
-        let wanted = self.plan.participants_with(subscribers);
-        let moves = wanted.abs_diff(before);
-        let interval = match spread {
-            Some(spread) => spread.as_secs_f64() / f64::from(moves.max(1)),
-            None => 1.0 / self.plan.scenario.joins_per_second,
-        };
-        // Only the first ones join in a row with the publishers.
-        let after = if self.tiers.is_empty() {
-            self.next_join_at
-        } else {
-            Time::ZERO
-        };
-        let first_at = start.unwrap_or_else(|| self.epoch.now()).max(after);
-        let pace = JoinPace { first_at, interval };
-        self.next_join_at = pace.moment(moves);
-        if wanted < before {
-            self.dismiss(wanted, pace);
-        } else {
-            self.invite(before..wanted, pace);
-        }
-    }
-
-    /// Starts the sessions of those who join, each at its moment.
-    fn invite(&mut self, joining: std::ops::Range<u32>, pace: JoinPace) {
-        let Some(context) = self.context.clone() else {
-            return;
-        };
-        let mut sessions = Vec::new();
-        for (place, position) in (0..).zip(joining) {
-            let participant = self.plan.participant(position);
-            let (index, intended) = (participant.index, pace.moment(place));
-            self.joins_new.add(self.plan, &self.lost, &participant);
-            self.joins_all.add(self.plan, &self.lost, &participant);
-            self.sessions.come(index);
-            self.presence.invite(&participant, intended);
-            let (sender, requests) = mpsc::unbounded_channel();
-            self.requests.insert(index, sender);
-            let [audio, video] =
-                [Kind::Audio, Kind::Video].map(|kind| self.plan.tracks_ahead(&participant, kind));
-            let (room, place) = (
-                self.plan.room_name(participant.room),
-                self.places[position as usize],
-            );
-            sessions.push((
-                intended,
-                participant,
-                room,
-                place,
-                Sections { audio, video },
-                requests,
-            ));
-        }
-        let mut leave = self.leave.subscribe();
-        tokio::spawn(async move {
-            for (intended, participant, room, place, tracks_ahead, requests) in sessions {
-                let at = tokio::time::Instant::from_std(context.epoch.instant(intended));
-                tokio::select! {
-                    () = tokio::time::sleep_until(at) => {}
-                    () = session::leaving(&mut leave) => return,
-                }
-                tokio::spawn(session::run(
-                    context.clone(),
-                    participant,
-                    room,
-                    place,
-                    intended,
-                    tracks_ahead,
-                    requests,
-                ));
-            }
-        });
-    }
-
-    /// Has all but the first so many leave, each at its moment, the last one first.
-    fn dismiss(&mut self, stayers: u32, pace: JoinPace) {
-        let first = self.plan.participant(stayers).index;
-        let leaving = self.requests.split_off(&first);
-        // Who has gone by itself is not waited for.
-        let here = leaving
-            .keys()
-            .filter(|index| !self.sessions.ended.contains_key(index));
-        self.sessions.leaving.extend(here);
-        let positions = (stayers..stayers + leaving.len() as u32).rev();
-        let leavers = leaving.into_iter().rev().zip(positions);
-        let mut moves = Vec::new();
-        for (place, ((index, requests), position)) in (0..).zip(leavers) {
-            let at = pace.moment(place);
-            self.presence.dismiss(index, at);
-            moves.push((at, requests, self.home(position)));
-        }
-        let (epoch, mut leave) = (self.epoch, self.leave.subscribe());
-        tokio::spawn(async move {
-            for (at, requests, home) in moves {
-                tokio::select! {
-                    () = tokio::time::sleep_until(tokio::time::Instant::from_std(epoch.instant(at))) => {}
-                    () = session::leaving(&mut leave) => return,
-                }
-                // Nobody listens where the session has ended already: then its shard has to hear that from now on nothing is owed.
-                if requests.send(Request::Leave).is_err() {
-                    home.leave();
-                }
-            }
-        });
-    }
-
-    /// Where the connections of a participant live, by its position.
-    fn home(&self, position: u32) -> Home {
-        let ShardPlace { shard, key } = self.places[position as usize];
-        Home {
-            commands: self.workers[shard].commands.clone(),
-            key,
-        }
-    }
-
     /// Whoever was to join is in, or has failed; whoever was to leave is gone.
     fn is_settled(&self) -> bool {
-        self.sessions.joined + self.sessions.failed >= self.joins_all.count
-            && self.sessions.leaving.is_empty()
+        self.books.sessions.joined + self.books.sessions.failed >= self.books.joins_all.count
+            && self.books.sessions.leaving.is_empty()
     }
 
     /// The last frames leave, then what is under way or lost gets time to arrive.
@@ -544,7 +456,7 @@ impl Test<'_> {
         &mut self,
         around: &mut Around<'_, L, P>,
     ) {
-        if self.partial.is_none() {
+        if self.stages.partial.is_none() {
             let may_stop = self
                 .ask(around, async |lead, _| lead.before_stop().await)
                 .await;
@@ -552,13 +464,11 @@ impl Test<'_> {
                 self.goes_on(until, "while others were measuring");
             }
         }
-        self.command_all(|| ShardCommand::StopPublishing);
+        self.threads.command_all(|| ShardCommand::StopPublishing);
         let now = self.epoch.now();
-        self.media_stopped_at = Some(now);
+        self.stages.media_stopped_at = Some(now);
         self.flush().await;
-        self.workers
-            .iter_mut()
-            .for_each(|worker| worker.cpu_at_stop = worker.cpu);
+        self.threads.mark_stop();
         self.enter(RunStage::Drain, around);
         let end = now + DRAIN;
         // Where nobody is left there is nothing to wait for.
@@ -578,7 +488,7 @@ impl Test<'_> {
         &mut self,
         around: &mut Around<'_, L, P>,
     ) {
-        let limit = if self.was_interrupted {
+        let limit = if self.stages.was_interrupted {
             self.epoch.now() + ACCOUNT_TIMEOUT
         } else {
             Time::MAX
@@ -596,8 +506,8 @@ impl Test<'_> {
     }
 
     fn note_interrupt(&mut self, why: &str) {
-        self.was_interrupted = true;
-        self.partial.get_or_insert_with(|| why.to_owned());
+        self.stages.was_interrupted = true;
+        self.stages.partial.get_or_insert_with(|| why.to_owned());
     }
 
     /// Notes why a wait ended before its time, and says whether it did not.
@@ -608,12 +518,12 @@ impl Test<'_> {
             Until::Interrupted(signal) => {
                 self.note_interrupt(&format!("{signal} after {seconds:.1} s, {when}"))
             }
-            Until::Aborted(reason) => self.partial = Some(reason),
+            Until::Aborted(reason) => self.stages.partial = Some(reason),
             // The tier says why it failed.
             Until::Broken => {}
             Until::Abandoned => {
-                let why = self.sessions.why_gone();
-                self.abandoned.get_or_insert_with(|| {
+                let why = self.books.sessions.why_gone();
+                self.stages.abandoned.get_or_insert_with(|| {
                     format!("all participants were gone after {seconds:.1} s, {when}{why}")
                 });
             }
@@ -649,7 +559,7 @@ impl Test<'_> {
         loop {
             if let Some(until) = self
                 .end_of_waiting(around.lead)
-                .filter(|_| self.media_stopped_at.is_none())
+                .filter(|_| self.stages.media_stopped_at.is_none())
             {
                 return Err(until);
             }
@@ -665,12 +575,13 @@ impl Test<'_> {
 
     fn end_of_waiting(&self, lead: &mut impl Lead) -> Option<Until> {
         // Once publishers have stopped the end has come already.
-        let may_abort = self.partial.is_none() && self.media_stopped_at.is_none();
+        let may_abort = self.stages.partial.is_none() && self.stages.media_stopped_at.is_none();
         let aborted = lead.abort().filter(|_| may_abort).map(Until::Aborted);
         let broken = self
+            .stages
             .broken
             .as_ref()
-            .filter(|_| self.stage == RunStage::Hold)
+            .filter(|_| self.stages.now == RunStage::Hold)
             .map(|_| Until::Broken);
         aborted
             .or(broken)
@@ -679,8 +590,8 @@ impl Test<'_> {
 
     /// Everybody who ought to be in has been, and has gone for good.
     fn is_abandoned(&self) -> bool {
-        let (ended, due) = (&self.sessions.ended, self.presence.due());
-        let all = self.sessions.joined > 0 && !due.is_empty() && ended.len() >= due.len();
+        let (ended, due) = (&self.books.sessions.ended, self.books.presence.due());
+        let all = self.books.sessions.joined > 0 && !due.is_empty() && ended.len() >= due.len();
         all && due.iter().all(|index| ended.contains_key(index))
     }
 
@@ -692,29 +603,38 @@ impl Test<'_> {
             subscriptions,
             hold: Some(hold),
             ..
-        }) = self.tier.as_mut().filter(|_| self.stage == RunStage::Hold)
+        }) = self
+            .stages
+            .tier
+            .as_mut()
+            .filter(|_| self.stages.now == RunStage::Hold)
         else {
             return;
         };
-        let so_far = hold
-            .watch
-            .wants_hold()
-            .then(|| so_far(began, &hold.before, &self.record, joins, *subscriptions));
-        let broken = hold.watch.take(&self.record, so_far.as_ref(), now);
+        let so_far = hold.watch.wants_hold().then(|| {
+            so_far(
+                began,
+                &hold.before,
+                &self.books.record,
+                joins,
+                *subscriptions,
+            )
+        });
+        let broken = hold.watch.take(&self.books.record, so_far.as_ref(), now);
         let when = |why| {
             format!(
                 "{why}, {:.0} s into the hold, and ended the run",
                 now.since(hold.since).as_secs_f64()
             )
         };
-        self.broken = self.broken.take().or(broken.map(when));
+        self.stages.broken = self.stages.broken.take().or(broken.map(when));
     }
 
     /// Takes what has come since the last beat, and shows it where that is due.
     fn turn<L: Lead, P: FnMut(&ProgressSnapshot)>(&mut self, around: &mut Around<'_, L, P>) {
         self.take_what_came();
         let now = self.epoch.now();
-        if now >= self.second.due {
+        if now >= self.books.second.due {
             self.close_second(now);
             let missing = around.lead.missing();
             if missing != self.lost.hosts() {
@@ -723,14 +643,14 @@ impl Test<'_> {
             self.watch(now);
             self.observe(around);
         }
-        if now.since(self.shown_at) >= PROGRESS_INTERVAL {
-            self.shown_at = now;
+        if now.since(self.stages.shown_at) >= PROGRESS_INTERVAL {
+            self.stages.shown_at = now;
             (around.progress)(&self.snapshot(now));
         }
     }
 
     fn enter<L: Lead, P>(&mut self, stage: RunStage, around: &mut Around<'_, L, P>) {
-        self.stage = stage;
+        self.stages.now = stage;
         self.observe(around);
     }
 
@@ -742,27 +662,28 @@ impl Test<'_> {
         Observation {
             now: self.epoch.now(),
             epoch: self.epoch,
-            stage: self.stage,
+            stage: self.stages.now,
             is_settled: self.is_settled(),
-            participants: self.presence.due_count(),
+            participants: self.books.presence.due_count(),
             present: self.present(),
-            broken: self.broken.as_deref(),
-            record: &self.record,
+            broken: self.stages.broken.as_deref(),
+            record: &self.books.record,
             tier: self
+                .stages
                 .tier
                 .as_ref()
-                .filter(|_| self.stage != RunStage::Between)
+                .filter(|_| self.stages.now != RunStage::Between)
                 .map(|tier| TierSeen {
                     plan: &tier.plan,
                     began_at: tier.began_at,
                     held_from: tier.hold.as_ref().map(|hold| hold.since),
-                    now: &self.record,
+                    now: &self.books.record,
                     began: &tier.began,
                     joins: &tier.joins,
                     subscriptions: tier.subscriptions,
                     held: tier.hold.as_ref().map(|hold| &hold.before),
                 }),
-            sample: &self.second.last,
+            sample: &self.books.second.last,
             roster: &self.roster,
         }
     }

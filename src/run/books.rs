@@ -1,0 +1,217 @@
+//! What a run has learned: counts from the engine, notices from sessions, who ought to be in, and the tiers that are over.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::account::Joins;
+use super::former::Former;
+use super::lead::FinishedTier;
+use super::presence::Presence;
+use super::series::SecondBook;
+use crate::engine::PeerOutcome;
+use crate::engine::worker::{Occasion, WorkerReport};
+use crate::measure::Record;
+use crate::report::RunSample;
+use crate::signal::session::{Ended, JoinPhase, Notice};
+use crate::units::Time;
+use crate::words;
+
+pub(super) struct Books {
+    /// All that was counted since the start.
+    pub record: Record,
+    pub series: Vec<RunSample>,
+    pub second: SecondBook,
+    pub sessions: SessionBook,
+    /// Who ought to be in when, and which sources are gone.
+    pub presence: Presence,
+    /// How connections fared: those that were there at the end, what the threads have told since they were asked for a survey, and those that were left.
+    pub outcomes: Vec<PeerOutcome>,
+    pub surveyed: Vec<PeerOutcome>,
+    pub former: Former,
+    /// Joins that were wanted, over the run, and since the tier before.
+    pub joins_all: Joins,
+    pub joins_new: Joins,
+    pub tiers: Vec<FinishedTier>,
+    pub notes: Vec<String>,
+}
+
+/// What sessions have reported.
+#[derive(Default)]
+pub(super) struct SessionBook {
+    /// Joins that succeeded, and those that failed.
+    pub joined: u32,
+    pub failed: u32,
+    /// Who is in.
+    pub present: BTreeSet<u32>,
+    /// Who was told to leave, and is still here.
+    pub leaving: BTreeSet<u32>,
+    pub server_version: Option<String>,
+    pub embedded_sfu: bool,
+    pub failures: BTreeMap<String, u64>,
+    pub ended: BTreeMap<u32, Ended>,
+    /// Earlier visits of those who have come again.
+    pub earlier: BTreeMap<u32, Ended>,
+}
+
+impl Books {
+    pub fn open(now: Time) -> Books {
+        Books {
+            record: Record::default(),
+            series: Vec::new(),
+            second: SecondBook::begin(now),
+            sessions: SessionBook::default(),
+            presence: Presence::default(),
+            outcomes: Vec::new(),
+            surveyed: Vec::new(),
+            former: Former::default(),
+            joins_all: Joins::default(),
+            joins_new: Joins::default(),
+            tiers: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// Returns the record, which its thread fills again.
+    pub fn take_report(&mut self, report: WorkerReport) -> Box<Record> {
+        self.second.record.merge(&report.record);
+        self.record.merge(&report.record);
+        for outcome in report.former {
+            let visit = self.presence.book.last_join(outcome.participant);
+            self.former.add(outcome, visit.unwrap_or_default());
+        }
+        let outcomes = report.outcomes.unwrap_or_default();
+        if report.occasion == Occasion::Last {
+            self.outcomes.extend(outcomes);
+        } else {
+            self.surveyed.extend(outcomes);
+        }
+        report.record
+    }
+
+    /// Returns who has lost its session, or a track of its own.
+    pub fn take_notice(&mut self, notice: Notice, now: Time) -> Option<u32> {
+        let session = &mut self.record.session;
+        match notice {
+            Notice::Phase(phase, after) => self.note_phase(phase, after),
+            Notice::Joined { index } => {
+                self.sessions.joined += 1;
+                self.sessions.present.insert(index);
+                session.joins_ok += 1;
+            }
+            Notice::JoinFailed { reason, .. } => {
+                self.sessions.failed += 1;
+                session.joins_failed += 1;
+                self.sessions.note_failure(format!("join: {reason}"));
+            }
+            Notice::JoinRetried => session.joins_retried += 1,
+            Notice::Reconnected {
+                index,
+                after,
+                resumed,
+            } => {
+                self.sessions.present.insert(index);
+                if !resumed {
+                    self.presence.note_back(index, now);
+                }
+                session.reconnects_ok += 1;
+                session.reconnect.record(after);
+            }
+            Notice::ReconnectFailed { .. } => session.reconnects_failed += 1,
+            Notice::Disconnected {
+                index,
+                at,
+                reason,
+                server_reason,
+            } => {
+                session.disconnects += 1;
+                self.presence.note_lost(index, at, &reason, server_reason);
+                self.sessions.present.remove(&index);
+                self.sessions
+                    .note_failure(format!("disconnected: {reason}"));
+                return Some(index);
+            }
+            Notice::SignalMalformed => session.signal_malformed += 1,
+            Notice::TrackLost { index, kind, at } => {
+                self.presence.note_track_lost(index, kind, at);
+                return Some(index);
+            }
+            Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
+            Notice::SpeakersChanged => session.speaker_updates += 1,
+            Notice::Server {
+                version,
+                embedded_sfu,
+            } => {
+                self.sessions.server_version = Some(version).filter(|version| !version.is_empty());
+                self.sessions.embedded_sfu = embedded_sfu;
+            }
+            Notice::Ended(ended) => self.sessions.note_end(*ended),
+        }
+        None
+    }
+
+    fn note_phase(&mut self, phase: JoinPhase, after: Duration) {
+        let session = &mut self.record.session;
+        let histogram = match phase {
+            JoinPhase::SignalConnect => &mut session.signal_connect,
+            JoinPhase::SignalJoin => &mut session.signal_join,
+            JoinPhase::Ice => &mut session.ice,
+            JoinPhase::Dtls => &mut session.dtls,
+            JoinPhase::Join => &mut session.join,
+            JoinPhase::FirstMedia => &mut session.first_media,
+        };
+        histogram.record(after);
+    }
+}
+
+impl SessionBook {
+    /// A participant is to join; if it was here before, that is kept.
+    pub fn come(&mut self, index: u32) {
+        if let Some(ended) = self.ended.remove(&index) {
+            let all = self.whole_of(ended);
+            self.earlier.insert(index, all);
+        }
+    }
+
+    /// Why most of those have gone who are: `: the server ended the session: room_deleted (5 participants)`.
+    pub fn why_gone(&self) -> String {
+        let gone = self
+            .failures
+            .iter()
+            .filter_map(|(reason, count)| Some((*count, reason.strip_prefix("disconnected: ")?)));
+        gone.max().map_or_else(String::new, |(count, reason)| {
+            format!(": {reason} ({})", words::count(count, "participant"))
+        })
+    }
+
+    /// Nobody comes any more: what is known of everybody is of all visits.
+    pub fn join_visits(&mut self) {
+        let ended = std::mem::take(&mut self.ended);
+        self.ended = ended
+            .into_values()
+            .map(|ended| (ended.index, self.whole_of(ended)))
+            .collect();
+    }
+
+    /// A visit together with those before it.
+    fn whole_of(&mut self, visit: Ended) -> Ended {
+        match self.earlier.remove(&visit.index) {
+            None => visit,
+            Some(earlier) => Ended {
+                failure: visit.failure.or(earlier.failure),
+                disconnects: visit.disconnects + earlier.disconnects,
+                video_shown: visit.video_shown.max(earlier.video_shown),
+                ..visit
+            },
+        }
+    }
+
+    fn note_failure(&mut self, why: String) {
+        *self.failures.entry(why).or_default() += 1;
+    }
+
+    fn note_end(&mut self, ended: Ended) {
+        self.present.remove(&ended.index);
+        self.leaving.remove(&ended.index);
+        self.ended.insert(ended.index, ended);
+    }
+}

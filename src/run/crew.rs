@@ -1,0 +1,250 @@
+//! Those who take part: their sessions, and how they are sent in and asked to leave.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+
+use super::threads::Home;
+use super::{Clips, Test};
+use crate::engine::{ShardCommand, ShardConfig};
+use crate::measure::Kind;
+use crate::path::Routes;
+use crate::plan::{ConnectionMode, ParticipantPlan, Plan, Subscribers};
+use crate::preflight;
+use crate::signal::session::{
+    self, Media, Notice, Request, Sections, SessionContext, ShardPlace, TakingTurns,
+};
+use crate::signal::{Endpoint, JoinAccess};
+use crate::units::{Epoch, Time};
+
+pub(super) struct Crew {
+    /// Until nobody joins any more; then the sessions share it among themselves.
+    context: Option<Arc<SessionContext>>,
+    pub notices: mpsc::UnboundedReceiver<Notice>,
+    leave: watch::Sender<bool>,
+    requests: BTreeMap<u32, mpsc::UnboundedSender<Request>>,
+}
+
+/// When each of a row of participants is to join, or to leave.
+#[derive(Clone, Copy)]
+struct JoinPace {
+    first_at: Time,
+    /// Seconds.
+    interval: f64,
+}
+
+impl JoinPace {
+    fn moment(self, place: u32) -> Time {
+        self.first_at + Duration::from_secs_f64(f64::from(place) * self.interval)
+    }
+}
+
+/// A participant that is to join.
+struct Entrance {
+    intended: Time,
+    participant: ParticipantPlan,
+    room: String,
+    place: ShardPlace,
+    tracks_ahead: Sections,
+    requests: mpsc::UnboundedReceiver<Request>,
+}
+
+/// A participant that is to leave.
+struct Exit {
+    at: Time,
+    requests: mpsc::UnboundedSender<Request>,
+    home: Home,
+}
+
+impl Crew {
+    pub fn muster(
+        plan: &Plan,
+        shard: &ShardConfig,
+        shards: Vec<Sender<ShardCommand>>,
+        (endpoint, access): (Endpoint, JoinAccess),
+        clips: Clips,
+    ) -> Crew {
+        let (notice_sender, notices) = mpsc::unbounded_channel();
+        let (leave, leaving) = watch::channel(false);
+        let context = SessionContext {
+            endpoint,
+            access,
+            epoch: shard.epoch,
+            roster: shard.roster.clone(),
+            fingerprint: shard.identity.fingerprint(),
+            media: media(plan, clips),
+            layout: plan.scenario.media.layout,
+            video_layers: plan.video_layers(),
+            obey_bandwidth: plan.scenario.media.obey_bandwidth,
+            single_connection: plan.connection == ConnectionMode::Single,
+            join_retries: plan.scenario.join_retries,
+            routes: Routes::default(),
+            receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
+            shards,
+            notices: notice_sender,
+            leave: leaving,
+        };
+        Crew {
+            context: Some(Arc::new(context)),
+            notices,
+            leave,
+            requests: BTreeMap::new(),
+        }
+    }
+
+    /// Asks everybody to leave, and lets nobody else in.
+    pub fn dismiss_all(&mut self) {
+        self.context = None;
+        // Nobody listens where every session has ended already.
+        let _ = self.leave.send(true);
+    }
+}
+
+impl Test<'_> {
+    /// Has so many subscribers be in, and all publishers. Who joins does so at its intended moment, whatever became of the earlier ones; who leaves does so in the
+    /// reverse order. The first one not before `start`, and all of them within `spread`, or at the plan's pace.
+    pub(super) fn admit(
+        &mut self,
+        subscribers: Subscribers,
+        start: Option<Time>,
+        spread: Option<Duration>,
+    ) {
+        let before = self.books.presence.due_count();
+        let wanted = self.plan.participants_with(subscribers);
+        let moves = wanted.abs_diff(before);
+        let interval = match spread {
+            Some(spread) => spread.as_secs_f64() / f64::from(moves.max(1)),
+            None => 1.0 / self.plan.scenario.joins_per_second,
+        };
+        // Only the first ones join in a row with the publishers.
+        let after = if self.books.tiers.is_empty() {
+            self.stages.next_join_at
+        } else {
+            Time::ZERO
+        };
+        let first_at = start.unwrap_or_else(|| self.epoch.now()).max(after);
+        let pace = JoinPace { first_at, interval };
+        self.stages.next_join_at = pace.moment(moves);
+        if wanted < before {
+            self.dismiss(wanted, pace);
+        } else {
+            self.invite(before..wanted, pace);
+        }
+    }
+
+    /// Starts the sessions of those who join, each at its moment.
+    fn invite(&mut self, joining: Range<u32>, pace: JoinPace) {
+        let Some(context) = self.crew.context.clone() else {
+            return;
+        };
+        let entrances = (0..).zip(joining);
+        let entrances =
+            entrances.map(|(place, position)| self.entrance(position, pace.moment(place)));
+        let entrances: Vec<Entrance> = entrances.collect();
+        let leave = self.crew.leave.subscribe();
+        tokio::spawn(let_in(context, entrances, leave));
+    }
+
+    /// Notes that a participant is to join.
+    fn entrance(&mut self, position: u32, intended: Time) -> Entrance {
+        let participant = self.plan.participant(position);
+        let books = &mut self.books;
+        books.joins_new.add(self.plan, &self.lost, &participant);
+        books.joins_all.add(self.plan, &self.lost, &participant);
+        books.sessions.come(participant.index);
+        books.presence.invite(&participant, intended);
+        let (sender, requests) = mpsc::unbounded_channel();
+        self.crew.requests.insert(participant.index, sender);
+        let [audio, video] =
+            [Kind::Audio, Kind::Video].map(|kind| self.plan.tracks_ahead(&participant, kind));
+        Entrance {
+            intended,
+            room: self.plan.room_name(participant.room),
+            participant,
+            place: self.threads.place(position),
+            tracks_ahead: Sections { audio, video },
+            requests,
+        }
+    }
+
+    /// Has all but the first so many leave, each at its moment, the last one first.
+    fn dismiss(&mut self, stayers: u32, pace: JoinPace) {
+        let first = self.plan.participant(stayers).index;
+        let leaving = self.crew.requests.split_off(&first);
+        let sessions = &mut self.books.sessions;
+        // Who has gone by itself is not waited for.
+        let here = leaving
+            .keys()
+            .filter(|index| !sessions.ended.contains_key(index));
+        sessions.leaving.extend(here);
+        let positions = (stayers..stayers + leaving.len() as u32).rev();
+        let leavers = leaving.into_iter().rev().zip(positions);
+        let mut exits = Vec::new();
+        for (place, ((index, requests), position)) in (0..).zip(leavers) {
+            let at = pace.moment(place);
+            self.books.presence.dismiss(index, at);
+            exits.push(Exit {
+                at,
+                requests,
+                home: self.threads.home(position),
+            });
+        }
+        let leave = self.crew.leave.subscribe();
+        tokio::spawn(see_out(self.epoch, exits, leave));
+    }
+}
+
+async fn let_in(
+    context: Arc<SessionContext>,
+    entrances: Vec<Entrance>,
+    mut leave: watch::Receiver<bool>,
+) {
+    for entrance in entrances {
+        let at = tokio::time::Instant::from_std(context.epoch.instant(entrance.intended));
+        tokio::select! {
+            () = tokio::time::sleep_until(at) => {}
+            () = session::leaving(&mut leave) => return,
+        }
+        tokio::spawn(session::run(
+            context.clone(),
+            entrance.participant,
+            entrance.room,
+            entrance.place,
+            entrance.intended,
+            entrance.tracks_ahead,
+            entrance.requests,
+        ));
+    }
+}
+
+async fn see_out(epoch: Epoch, exits: Vec<Exit>, mut leave: watch::Receiver<bool>) {
+    for Exit { at, requests, home } in exits {
+        let at = tokio::time::Instant::from_std(epoch.instant(at));
+        tokio::select! {
+            () = tokio::time::sleep_until(at) => {}
+            () = session::leaving(&mut leave) => return,
+        }
+        // Nobody listens where the session has ended already: then its shard has to hear that from now on nothing is owed.
+        if requests.send(Request::Leave).is_err() {
+            home.leave();
+        }
+    }
+}
+
+fn media(plan: &Plan, clips: Clips) -> Media {
+    Media {
+        audio: clips.audio,
+        audio_redundancy: plan.scenario.media.audio.redundancy,
+        video: clips.video,
+        taking_turns: clips.silence.map(|silence| TakingTurns {
+            seed: plan.scenario.seed,
+            speakers: plan.scenario.publishers_of(Kind::Audio),
+            silence,
+        }),
+        pacing: plan.scenario.media.pacing,
+    }
+}

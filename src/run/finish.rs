@@ -1,0 +1,305 @@
+//! The account of a run that is over.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::account::{
+    expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks,
+};
+use super::books::Books;
+use super::stages::TierHold;
+use super::{RunSpec, Test, lead, unix_now};
+use crate::engine::PeerOutcome;
+use crate::engine::health;
+use crate::measure::second::HostDrops;
+use crate::measure::{JoinTimeline, Kind};
+use crate::net;
+use crate::path::unsent_note;
+use crate::report::worst::is_healthy;
+use crate::report::{
+    EngineHealth, Outcome, ParticipantOutcome, Side, Stall, Step, TargetInfo, TargetKind,
+    Unmeasured,
+};
+use crate::server_metrics::Account;
+use crate::units::Time;
+
+impl Test<'_> {
+    pub(super) fn finish(mut self, run: &RunSpec, server: Option<Account>) -> Outcome {
+        let media_stopped_at = self.stages.media_stopped_at;
+        let end = media_stopped_at.unwrap_or_else(|| self.epoch.now());
+        self.books.sessions.join_visits();
+        let former = self.books.former.outcomes().cloned();
+        self.books.outcomes.extend(former);
+        let participants = self.participant_outcomes(end);
+        self.state_people(&participants);
+        let mut steps: Vec<Step> = self.books.tiers.drain(..).map(|tier| tier.step).collect();
+        let unmeasured = self.unmeasured(steps.len());
+        let mut complaints: Vec<String> = self.stages.abandoned.take().into_iter().collect();
+        if let Some(hold) = self.take_whole_hold() {
+            let (step, more) = self.close_whole_hold(hold, end);
+            steps.push(step);
+            complaints.extend(more);
+        }
+        expect_frames(&mut self.books.record);
+        self.expect_joins();
+        if steps.is_empty() {
+            self.stages.busiest = self.busiest_until(end.since(Time::ZERO));
+        }
+        let engine = self.engine_health(end);
+        let target = self.target();
+        let Books {
+            record,
+            series,
+            mut notes,
+            sessions,
+            presence,
+            ..
+        } = self.books;
+        notes.extend(silence_note(&engine.stalls));
+        notes.extend(unsent_note(&record.session));
+        notes.extend(run.warnings.iter().cloned());
+        let totals = Step {
+            name: "total".into(),
+            participants: presence.ever_count(),
+            seconds: end.since(Time::ZERO).as_secs_f64(),
+            record,
+            tier: None,
+        };
+        if steps.is_empty() {
+            steps.push(totals.clone());
+        }
+        Outcome {
+            started: Duration::from_micros(self.epoch.unix_micros(Time::ZERO)),
+            finished: unix_now(),
+            plan: self.plan.clone(),
+            judging: run.judging.clone(),
+            target,
+            steps,
+            unmeasured,
+            capacity: None,
+            totals,
+            series,
+            engine,
+            nearness: None,
+            sfu: None,
+            complaints,
+            server,
+            partial: self.stages.partial,
+            notes,
+            failures: sessions.failures.into_iter().collect(),
+            participants,
+        }
+    }
+
+    fn target(&self) -> TargetInfo {
+        let sessions = &self.books.sessions;
+        TargetInfo {
+            kind: if self.plan.target.is_embedded() || sessions.embedded_sfu {
+                TargetKind::Embedded
+            } else {
+                TargetKind::LiveKit
+            },
+            server_version: sessions.server_version.clone(),
+        }
+    }
+
+    /// How many there were, how many fared well, and the tracks that they ought to have had.
+    fn state_people(&mut self, participants: &[ParticipantOutcome]) {
+        // A ramp that ended early never came to the others.
+        let admitted = self.books.presence.ever_count();
+        let max_loss_pct = self.judging.max_loss_pct;
+        let healthy = participants
+            .iter()
+            .filter(|participant| is_healthy(participant, max_loss_pct));
+        let session = &mut self.books.record.session;
+        session.participants_total = admitted.into();
+        session.joins_planned = self.books.joins_all.count.into();
+        session.participants_healthy = healthy.count() as u64;
+        state_tracks(
+            &mut self.books.record,
+            self.plan,
+            &self.lost,
+            admitted,
+            &self.books.outcomes,
+            &self.books.sessions.ended,
+        );
+    }
+
+    /// Tiers of the plan that the run did not come to.
+    fn unmeasured(&self, measured: usize) -> Vec<Unmeasured> {
+        let planned = if self.plan.scenario.search.is_some() {
+            Vec::new()
+        } else {
+            lead::tiers(self.plan)
+        };
+        let tiers = planned.into_iter().skip(measured);
+        tiers
+            .filter(|tier| !tier.is_whole)
+            .map(|tier| Unmeasured {
+                subscribers: tier.per_room(),
+                name: tier.name,
+            })
+            .collect()
+    }
+
+    /// The step of a hold that was the whole run, and why it fails.
+    fn close_whole_hold(&mut self, hold: TierHold, end: Time) -> (Step, Vec<String>) {
+        let plan_end = end.max(hold.since + hold.planned);
+        let mut complaints = self.gone_sources(end, plan_end, "the plan");
+        complaints.extend(self.stages.broken.take());
+        complaints.extend(hold.watch.complaints());
+        let mut record = self.books.record.since(&hold.before);
+        state_of_all(&mut record, &self.books.record);
+        expect_frames(&mut record);
+        let length = end.since(hold.since);
+        self.stages.busiest = self.busiest_until(length);
+        let step = Step {
+            name: "hold".into(),
+            participants: self.books.sessions.joined,
+            seconds: length.as_secs_f64(),
+            record,
+            tier: None,
+        };
+        (step, complaints)
+    }
+
+    /// Why sources that are gone at the end of a stretch of the run are a reason to fail.
+    pub(super) fn gone_sources(&self, until: Time, end: Time, what: &str) -> Vec<String> {
+        let identity = |index| self.plan.identity_at(index).unwrap_or_default();
+        self.books.presence.complaints(until, end, what, identity)
+    }
+
+    /// The busiest engine thread's share of its core, in a hold of that length that ended when publishers stopped.
+    fn busiest_until(&self, hold: Duration) -> f64 {
+        self.threads.busiest_of_hold().as_secs_f64() / hold.as_secs_f64().max(0.001)
+    }
+
+    /// Of subscriptions, those that a layout had room for later are expected, too.
+    fn expect_joins(&mut self) {
+        let mut joins = self.books.joins_all;
+        for (kind, media) in [&self.books.record.audio, &self.books.record.video]
+            .into_iter()
+            .enumerate()
+        {
+            joins.tracks[kind] = joins.tracks[kind].max(media.tracks_expected);
+        }
+        expect_joins(&mut self.books.record, &joins);
+    }
+
+    fn engine_health(&mut self, end: Time) -> EngineHealth {
+        let seen = self.observer.finish(end);
+        let socket_drops = self.books.record.session.host_drops;
+        let reasons = health::reasons(&health::Evidence {
+            record: &self.books.record,
+            floor: &seen.floor,
+            host_drops: socket_drops,
+            busiest_worker: self.stages.busiest,
+            seconds: &seen.seconds,
+            gaps: &seen.gaps,
+            stalls: &seen.stalls,
+        });
+        let packets = self.books.record.engine.packets_processed;
+        let engine_cpu: Duration = self.threads.cpu();
+        // What the embedded SFU keeps of every participant lies in the same memory.
+        let grown = seen.grown.filter(|_| !self.plan.target.is_embedded());
+        EngineHealth {
+            threads: self.threads.count(),
+            cpu_seconds: seen.cpu.map(|cpu| cpu.as_secs_f64()),
+            us_per_packet: (packets > 0).then(|| engine_cpu.as_secs_f64() * 1e6 / packets as f64),
+            bytes_per_participant: grown
+                .zip(u64::from(self.books.sessions.joined).checked_sub(1))
+                .and_then(|(grown, rest)| grown.checked_div(rest + 1)),
+            rss_peak_bytes: net::resident_bytes().map(|(_, peak)| peak),
+            floor_tick_late: Some(seen.floor),
+            host_drops: HostDrops {
+                sockets: Some(socket_drops),
+                ..seen.drops
+            },
+            softnet_squeezed: seen.softnet_squeezed,
+            stolen_seconds: seen.stolen.map(|time| time.as_secs_f64()),
+            throttled_times: seen.throttled.map(|(times, _)| times),
+            throttled_seconds: seen.throttled.map(|(_, time)| time.as_secs_f64()),
+            thread_times: seen.threads,
+            stalls: seen.stalls,
+            valid: reasons.is_empty(),
+            reasons,
+        }
+    }
+
+    fn participant_outcomes(&self, end: Time) -> Vec<ParticipantOutcome> {
+        let mut by_participant: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
+        self.books.outcomes.iter().for_each(|outcome| {
+            by_participant
+                .entry(outcome.participant)
+                .or_default()
+                .push(outcome)
+        });
+        let admitted = self.books.presence.ever_count();
+        (0..admitted)
+            .map(|position| {
+                let plan = self.plan.participant(position);
+                let ended = self.books.sessions.ended.get(&plan.index);
+                let peers = by_participant
+                    .get(&plan.index)
+                    .map_or(&[][..], Vec::as_slice);
+                let fared = |kind| {
+                    let expected = expected_tracks(self.plan, &self.lost, &plan, kind, ended);
+                    quality(peers, kind, expected, |origin| {
+                        self.lost.has(self.plan, origin)
+                    })
+                };
+                ParticipantOutcome {
+                    index: plan.index,
+                    room: ended.map_or_else(
+                        || self.plan.room_name(plan.room),
+                        |ended| ended.room.clone(),
+                    ),
+                    timeline: ended.map_or_else(JoinTimeline::default, |ended| ended.timeline),
+                    failure: ended.map_or_else(
+                        || Some("did not start".to_owned()),
+                        |ended| {
+                            let story = || {
+                                self.books
+                                    .presence
+                                    .story(plan.index, end)
+                                    .map(str::to_owned)
+                            };
+                            ended.failure.clone().or_else(story)
+                        },
+                    ),
+                    disconnects: ended.map_or(0, |ended| ended.disconnects),
+                    rtt_us: peers
+                        .iter()
+                        .find_map(|peer| peer.rtt_rtcp)
+                        .map(|rtt| rtt.as_micros() as u64),
+                    audio: fared(Kind::Audio),
+                    video: fared(Kind::Video),
+                    publishes_audio: plan.publishes_audio,
+                    publishes_video: plan.publishes_video,
+                    subscribes: plan.subscribes,
+                    identity: ended.map_or(plan.identity, |ended| ended.identity.clone()),
+                }
+            })
+            .collect()
+    }
+}
+
+/// `the server was silent for 1.20 s at second 7`: the generator was awake, so its latencies and losses of that time are the server's.
+fn silence_note(stalls: &[Stall]) -> Option<String> {
+    let silences: Vec<&Stall> = stalls
+        .iter()
+        .filter(|stall| stall.side == Side::Server)
+        .collect();
+    let worst = silences
+        .iter()
+        .max_by(|a, b| a.seconds.total_cmp(&b.seconds))?;
+    let all: f64 = silences.iter().map(|stall| stall.seconds).sum();
+    let others = match silences.len() {
+        1 => String::new(),
+        count => format!(" ({count} times, {all:.2} s in all)"),
+    };
+    Some(format!(
+        "the server was silent for {:.2} s at second {}{others}: nothing came while the generator was awake and sent; look at the server, or at the way to it",
+        worst.seconds, worst.at as u64
+    ))
+}
