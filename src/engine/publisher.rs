@@ -299,10 +299,20 @@ impl FrameTiming {
     }
 }
 
-impl SendTrack {
-    /// Errors where the negotiated payload types or extension ids cannot be: the other side's description is wrong.
-    pub fn new(parameters: SendParameters) -> Result<SendTrack, TemplateError> {
-        let mut header = HeaderTemplate::new(parameters.payload_type, parameters.ssrc)?;
+/// The headers of a track's packets, and where the extensions lie that change with each.
+struct TrackHeaders {
+    media: HeaderTemplate,
+    /// Without mid and rid.
+    bare: Option<HeaderTemplate>,
+    rtx: Option<HeaderTemplate>,
+    /// In packets of media, and in retransmissions.
+    transport_seq: [Option<ExtensionSlot>; 2],
+    audio_level: Option<ExtensionSlot>,
+}
+
+impl TrackHeaders {
+    fn new(parameters: &SendParameters) -> Result<TrackHeaders, TemplateError> {
+        let mut media = HeaderTemplate::new(parameters.payload_type, parameters.ssrc)?;
         if let Some(redundancy) = &parameters.redundancy {
             check_payload_type(redundancy.payload_type)?;
         }
@@ -313,26 +323,40 @@ impl SendTrack {
                 .map(|id| header.push_extension(id, &[0; 2]))
                 .transpose()
         };
-        let transport_seq = transport_cc(&mut header)?;
+        let transport_seq = transport_cc(&mut media)?;
         let audio_level = parameters
             .audio_level_extension
-            .map(|id| header.push_extension(id, &[127]))
+            .map(|id| media.push_extension(id, &[127]))
             .transpose()?;
         let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
-        let mut rtx_header = rtx
+        let mut rtx = rtx
             .map(|(ssrc, payload_type)| HeaderTemplate::new(payload_type, ssrc))
             .transpose()?;
-        let rtx_transport_seq = rtx_header.as_mut().map(transport_cc).transpose()?.flatten();
-        let mut bare_header = None;
+        let rtx_transport_seq = rtx.as_mut().map(transport_cc).transpose()?.flatten();
+        let mut bare = None;
         if let Some(layer) = &parameters.simulcast {
-            bare_header = Some(header.clone());
-            header.push_extension(layer.mid_extension, layer.mid.as_bytes())?;
-            header.push_extension(layer.rid_extension, layer.rid.as_bytes())?;
-            if let (Some(rtx_header), Some(id)) = (&mut rtx_header, layer.repaired_rid_extension) {
-                rtx_header.push_extension(layer.mid_extension, layer.mid.as_bytes())?;
-                rtx_header.push_extension(id, layer.rid.as_bytes())?;
+            bare = Some(media.clone());
+            media.push_extension(layer.mid_extension, layer.mid.as_bytes())?;
+            media.push_extension(layer.rid_extension, layer.rid.as_bytes())?;
+            if let (Some(rtx), Some(id)) = (&mut rtx, layer.repaired_rid_extension) {
+                rtx.push_extension(layer.mid_extension, layer.mid.as_bytes())?;
+                rtx.push_extension(id, layer.rid.as_bytes())?;
             }
         }
+        Ok(TrackHeaders {
+            media,
+            bare,
+            rtx,
+            transport_seq: [transport_seq, rtx_transport_seq],
+            audio_level,
+        })
+    }
+}
+
+impl SendTrack {
+    /// Errors where the negotiated payload types or extension ids cannot be: the other side's description is wrong.
+    pub fn new(parameters: SendParameters) -> Result<SendTrack, TemplateError> {
+        let headers = TrackHeaders::new(&parameters)?;
         let timing = FrameTiming::of(&parameters.source);
         let kind = parameters.source.kind();
         let bits = scatter(parameters.seed);
@@ -340,11 +364,11 @@ impl SendTrack {
         let slot_at = slot_time(&parameters, &timing, 0);
         Ok(SendTrack {
             timing,
-            header,
-            bare_header,
-            rtx_header,
-            transport_seq: [transport_seq, rtx_transport_seq],
-            audio_level,
+            header: headers.media,
+            bare_header: headers.bare,
+            rtx_header: headers.rtx,
+            transport_seq: headers.transport_seq,
+            audio_level: headers.audio_level,
             slot: 0,
             slot_at,
             position: (scatter(bits) % length) as u32,
@@ -707,8 +731,7 @@ impl SendTrack {
         let Some(frame) = self.laid_out(record) else {
             return 0;
         };
-        let (mut packets, mut octets, mut media_bytes) = (0u32, 0u32, 0u64);
-        let mut total = 0;
+        let mut sent = SentBytes::default();
         let mut at = range.start;
         while at < range.end {
             let (mut len, mut segment, mut count) = (0, 0, 0);
@@ -722,27 +745,15 @@ impl SendTrack {
                     break;
                 };
                 let seq = record.first_seq.wrapping_add(at as u16);
-                let packet = SentPacket::new(
-                    wire.now,
-                    wire.track,
-                    seq,
-                    lengths.0 + lengths.1,
-                    SentKind::Media,
-                );
-                number(
-                    wire.sent.as_deref_mut(),
-                    self.transport_seq[0],
-                    buffer,
-                    packet,
-                );
+                let octets = lengths.0 + lengths.1;
+                let packet = SentPacket::new(wire.now, wire.track, seq, octets, SentKind::Media);
+                let log = wire.sent.as_deref_mut();
+                number(log, self.transport_seq[0], buffer, packet);
                 let Some(sealed) = seal(wire.sealer, buffer, lengths, first_index + at as u64)
                 else {
                     break;
                 };
-                let (header, payload) = lengths;
-                packets += 1;
-                octets += payload as u32;
-                media_bytes += (header + payload) as u64;
+                sent.add(lengths);
                 segment = segment.max(sealed);
                 len += sealed;
                 count += 1;
@@ -754,13 +765,13 @@ impl SendTrack {
             wire.io.send(wire.key, wire.to, len, segment);
             *wire.packets_processed += count as u64;
             *wire.wire_bytes_sent += len as u64;
-            total += len;
+            sent.on_wire += len;
         }
-        self.packets = self.packets.wrapping_add(packets);
-        self.octets = self.octets.wrapping_add(octets);
-        wire.media.packets_sent += u64::from(packets);
-        wire.media.bytes_sent += media_bytes;
-        total
+        self.packets = self.packets.wrapping_add(sent.packets);
+        self.octets = self.octets.wrapping_add(sent.payloads);
+        wire.media.packets_sent += u64::from(sent.packets);
+        wire.media.bytes_sent += sent.bytes;
+        sent.on_wire
     }
 
     /// Writes packet `index` of a frame, as media or, with a sequence number for `rtx`, as a retransmission (RFC 4588). Returns header and payload length.
@@ -1081,6 +1092,27 @@ impl KeyRequests {
 /// On the whole millisecond, where the engine's beat is: a camera's frames are no rounder than that.
 fn slot_time(parameters: &SendParameters, timing: &FrameTiming, slot: u64) -> Time {
     (parameters.first_frame_at + timing.offset(slot)).next_whole(TICK)
+}
+
+/// What a call of `send_range` has sent.
+#[derive(Default)]
+struct SentBytes {
+    packets: u32,
+    /// As a sender report counts them.
+    payloads: u32,
+    /// Headers and payloads.
+    bytes: u64,
+    /// The same, sealed.
+    on_wire: usize,
+}
+
+impl SentBytes {
+    #[inline]
+    fn add(&mut self, (header, payload): (usize, usize)) {
+        self.packets += 1;
+        self.payloads += payload as u32;
+        self.bytes += (header + payload) as u64;
+    }
 }
 
 /// Gives the packet in `buffer` the connection's next transport-wide number, where it has a place for one, and remembers it.

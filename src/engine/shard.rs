@@ -198,6 +198,23 @@ impl Shard {
                     self.advance_setup(key, now, io);
                 }
             }
+            ShardCommand::StopPublishing => self.stop_publishing(now),
+            ShardCommand::Record { participant, tap } => self.taps.push((participant, tap)),
+            ShardCommand::AddPeer { .. }
+            | ShardCommand::AddPath { .. }
+            | ShardCommand::RemovePeer { .. }
+            | ShardCommand::Report
+            | ShardCommand::Survey
+            | ShardCommand::Stop => {
+                unreachable!("the worker handles these")
+            }
+            command => self.handle_track_command(command, now),
+        }
+    }
+
+    /// What a peer sends, and what it receives.
+    fn handle_track_command(&mut self, command: ShardCommand, now: Time) {
+        match command {
             ShardCommand::Publish { key, tracks } => self.publish(key, tracks, now),
             ShardCommand::Subscribe { key, streams } => self.subscribe(key, streams, now),
             ShardCommand::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
@@ -232,7 +249,6 @@ impl Shard {
                     peer.set_paused(ssrc, paused, at, &mut self.record);
                 }
             }
-            ShardCommand::Record { participant, tap } => self.taps.push((participant, tap)),
             ShardCommand::Leave { key } => {
                 self.pass_unsent(now);
                 if let Some(peer) = self.peers[key].as_mut() {
@@ -245,15 +261,7 @@ impl Shard {
                 self.change_tracks(key, track, SendTrack::lose);
                 self.losers.push(key);
             }
-            ShardCommand::StopPublishing => self.stop_publishing(now),
-            ShardCommand::AddPeer { .. }
-            | ShardCommand::AddPath { .. }
-            | ShardCommand::RemovePeer { .. }
-            | ShardCommand::Report
-            | ShardCommand::Survey
-            | ShardCommand::Stop => {
-                unreachable!("the worker handles these")
-            }
+            _ => unreachable!("no command about tracks"),
         }
     }
 

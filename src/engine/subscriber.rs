@@ -12,7 +12,7 @@ use super::{Roster, StreamParameters, is_muted};
 use crate::codec::Codec;
 use crate::codec::red::RedPayload;
 use crate::measure::{Kind, Media, Record};
-use crate::media::assemble::{Assembler, Delivery, FrameEvent, PacketInfo};
+use crate::media::assemble::{Assembler, DecodedFrame, Delivery, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
 use crate::net;
 use crate::recording::{Tap, TappedPacket};
@@ -260,6 +260,69 @@ struct Accounted {
     losses: Losses,
     played_us: u64,
     concealed_us: u64,
+}
+
+impl Accounted {
+    fn add_since(&self, told: &Accounted, media: &mut Media) {
+        let (counts, losses) = (&self.counts, &self.losses);
+        for (sum, now, then) in [
+            (
+                &mut media.packets_lost_network,
+                counts.lost_network,
+                told.counts.lost_network,
+            ),
+            (
+                &mut media.packets_repaired,
+                counts.repaired,
+                told.counts.repaired,
+            ),
+            (&mut media.packets_lost, counts.lost, told.counts.lost),
+            (
+                &mut media.packets_duplicate,
+                counts.duplicate,
+                told.counts.duplicate,
+            ),
+            (
+                &mut media.packets_reordered,
+                counts.reordered,
+                told.counts.reordered,
+            ),
+            (
+                &mut media.frames_expected,
+                self.frames_expected,
+                told.frames_expected,
+            ),
+            (
+                &mut media.frames_lost_source,
+                losses.source,
+                told.losses.source,
+            ),
+            (
+                &mut media.frames_lost_uplink,
+                losses.uplink,
+                told.losses.uplink,
+            ),
+            (&mut media.frames_lost_sfu, losses.sfu, told.losses.sfu),
+            (
+                &mut media.frames_lost_downlink,
+                losses.downlink,
+                told.losses.downlink,
+            ),
+            (
+                &mut media.frames_lost_unattributed,
+                losses.unattributed,
+                told.losses.unattributed,
+            ),
+            (&mut media.played_us, self.played_us, told.played_us),
+            (
+                &mut media.concealed_us,
+                self.concealed_us,
+                told.concealed_us,
+            ),
+        ] {
+            add_difference(sum, now, then);
+        }
+    }
 }
 
 impl RecvStream {
@@ -663,59 +726,61 @@ impl RecvStream {
                     );
                 }
             }
-            FrameEvent::Decoded(frame) => {
-                let Some(video) = self.video.as_mut() else {
-                    return;
-                };
-                let media = context.record.media(Kind::Video);
-                if let (true, Some(sent_at)) = (frame.key, video.pli_sent_at) {
-                    video.pli_sent_at = None;
-                    media
-                        .pli_sent_to_key_received
-                        .record(frame.decoded_at.since(sent_at));
-                }
-                // What was asked for is a switch; anything else is the server's doing, or the publisher's.
-                if let (Some(before), Some(layer)) = (video.layer, frame.layer)
-                    && video.switch.is_none_or(|switch| switch.layer != layer)
-                {
-                    context.record.bandwidth.layers_stepped_down += u64::from(layer < before);
-                    context.record.bandwidth.layers_stepped_up += u64::from(layer > before);
-                }
-                let media = context.record.media(Kind::Video);
-                video.layer = frame.layer.or(video.layer);
-                if let Some(switch) = video
-                    .switch
-                    .take_if(|switch| Some(switch.layer) == frame.layer)
-                {
-                    media.layer_switch.expect(1);
-                    media
-                        .layer_switch
-                        .record(frame.decoded_at.since(switch.asked_at));
-                }
-                let intended = frame.intended_unix_us.zip(self.origin);
-                let intended = intended.and_then(|(at, origin)| {
-                    context
-                        .epoch
-                        .time_of_unix_micros(context.roster.unix_us_here(origin, at)?)
-                });
-                if let Some(intended) = intended {
-                    let played = video
-                        .playout
-                        .handle_frame(frame.decoded_at.since(intended), frame.decoded_at);
-                    self.frames_late_for_playout += note_playout(media, played);
-                }
-                if let Some(interval) = frame.interval {
-                    media.frame_interval.record(interval);
-                }
-                if let Some(freeze) = frame.freeze.filter(|_| !self.freeze_settled) {
-                    media.freeze.record(freeze);
-                    media.freezes += 1;
-                    self.freezes += 1;
-                }
-                if !video.first_decoded && self.origin.is_some() && !self.is_unwanted() {
-                    self.take_first_frame(frame.decoded_at, context);
-                }
-            }
+            FrameEvent::Decoded(frame) => self.handle_decoded(&frame, context),
+        }
+    }
+
+    fn handle_decoded(&mut self, frame: &DecodedFrame, context: &mut StreamContext<'_>) {
+        let Some(video) = self.video.as_mut() else {
+            return;
+        };
+        let media = context.record.media(Kind::Video);
+        if let (true, Some(sent_at)) = (frame.key, video.pli_sent_at) {
+            video.pli_sent_at = None;
+            media
+                .pli_sent_to_key_received
+                .record(frame.decoded_at.since(sent_at));
+        }
+        // What was asked for is a switch; anything else is the server's doing, or the publisher's.
+        if let (Some(before), Some(layer)) = (video.layer, frame.layer)
+            && video.switch.is_none_or(|switch| switch.layer != layer)
+        {
+            context.record.bandwidth.layers_stepped_down += u64::from(layer < before);
+            context.record.bandwidth.layers_stepped_up += u64::from(layer > before);
+        }
+        let media = context.record.media(Kind::Video);
+        video.layer = frame.layer.or(video.layer);
+        if let Some(switch) = video
+            .switch
+            .take_if(|switch| Some(switch.layer) == frame.layer)
+        {
+            media.layer_switch.expect(1);
+            media
+                .layer_switch
+                .record(frame.decoded_at.since(switch.asked_at));
+        }
+        let intended = frame.intended_unix_us.zip(self.origin);
+        let intended = intended.and_then(|(at, origin)| {
+            context
+                .epoch
+                .time_of_unix_micros(context.roster.unix_us_here(origin, at)?)
+        });
+        if let Some(intended) = intended {
+            let played = video
+                .playout
+                .handle_frame(frame.decoded_at.since(intended), frame.decoded_at);
+            self.frames_late_for_playout += note_playout(media, played);
+        }
+        if let Some(interval) = frame.interval {
+            media.frame_interval.record(interval);
+        }
+        if let Some(freeze) = frame.freeze.filter(|_| !self.freeze_settled) {
+            media.freeze.record(freeze);
+            media.freezes += 1;
+            self.freezes += 1;
+        }
+        if !video.first_decoded && self.origin.is_some() && !self.is_unwanted() {
+            self.take_first_frame(frame.decoded_at, context);
         }
     }
 
@@ -746,24 +811,9 @@ impl RecvStream {
         if !self.live && (self.kind() == Kind::Audio || decodable) {
             self.go_live(at, context);
         }
-        let media = context.record.media(self.kind());
         let was_resuming = self.ledger.is_resuming();
-        match self.ledger.deliver(identity, context.roster) {
-            Delivery::First => media.frames_delivered += 1,
-            // Redundancy was faster than the packet itself, which was late and not lost.
-            Delivery::Duplicate
-                if self
-                    .redundancy
-                    .as_deref_mut()
-                    .is_some_and(|red| red.frames.remove(identity.frame.into())) =>
-            {
-                media.frames_recovered = media.frames_recovered.wrapping_sub(1);
-                return;
-            }
-            Delivery::Duplicate | Delivery::TooOld => {
-                media.frames_duplicate += 1;
-                return;
-            }
+        if !self.is_first(identity, context) {
+            return;
         }
         context.roster.set_received(identity);
         if self.heard_layers >> identity.layer & 1 == 0 {
@@ -781,6 +831,23 @@ impl RecvStream {
         if let Some(latency) = self.note_latency(identity, at, context) {
             self.play_audio(identity, latency, resumes, at, context);
         }
+    }
+
+    /// Whether a frame came for the first time, and counts it.
+    #[inline]
+    fn is_first(&mut self, identity: &FrameIdentity, context: &mut StreamContext<'_>) -> bool {
+        let media = context.record.media(self.kind());
+        let delivery = self.ledger.deliver(identity, context.roster);
+        let recovered = |red: &mut ReceivedRedundancy| red.frames.remove(identity.frame.into());
+        match delivery {
+            Delivery::First => media.frames_delivered += 1,
+            // Redundancy was faster than the packet itself, which was late and not lost.
+            Delivery::Duplicate if self.redundancy.as_deref_mut().is_some_and(recovered) => {
+                media.frames_recovered = media.frames_recovered.wrapping_sub(1);
+            }
+            Delivery::Duplicate | Delivery::TooOld => media.frames_duplicate += 1,
+        }
+        delivery == Delivery::First
     }
 
     /// How long a frame took that came just now; `None` where nobody can tell.
@@ -1049,68 +1116,19 @@ impl RecvStream {
         }
         self.losses.source = self.ledger.unsent(self.origin, roster);
         let media = record.media(self.kind());
-        let told = &mut self.accounted;
-        add_difference(
-            &mut media.packets_lost_network,
-            counts.lost_network,
-            told.counts.lost_network,
-        );
-        add_difference(
-            &mut media.packets_repaired,
-            counts.repaired,
-            told.counts.repaired,
-        );
-        add_difference(&mut media.packets_lost, counts.lost, told.counts.lost);
-        add_difference(
-            &mut media.packets_duplicate,
-            counts.duplicate,
-            told.counts.duplicate,
-        );
-        add_difference(
-            &mut media.packets_reordered,
-            counts.reordered,
-            told.counts.reordered,
-        );
-        add_difference(
-            &mut media.frames_expected,
-            frames_expected,
-            told.frames_expected,
-        );
-        let losses = self.losses;
-        add_difference(
-            &mut media.frames_lost_source,
-            losses.source,
-            told.losses.source,
-        );
-        add_difference(
-            &mut media.frames_lost_uplink,
-            losses.uplink,
-            told.losses.uplink,
-        );
-        add_difference(&mut media.frames_lost_sfu, losses.sfu, told.losses.sfu);
-        add_difference(
-            &mut media.frames_lost_downlink,
-            losses.downlink,
-            told.losses.downlink,
-        );
-        add_difference(
-            &mut media.frames_lost_unattributed,
-            losses.unattributed,
-            told.losses.unattributed,
-        );
         let (played_us, concealed_us) = self
             .playout
             .as_ref()
             .map_or((0, 0), |playout| playout.times_us());
-        add_difference(&mut media.played_us, played_us, told.played_us);
-        add_difference(&mut media.concealed_us, concealed_us, told.concealed_us);
-        *told = Accounted {
+        let now = Accounted {
             counts,
             frames_expected,
-            losses,
+            losses: self.losses,
             played_us,
             concealed_us,
         };
+        now.add_since(&self.accounted, media);
+        self.accounted = now;
         if counts.received > 0 && !self.ended {
             media.jitter.record(self.receive.jitter());
         }

@@ -12,7 +12,7 @@ use super::{RunSpec, Test, lead, unix_now};
 use crate::engine::PeerOutcome;
 use crate::engine::health;
 use crate::measure::second::HostDrops;
-use crate::measure::{JoinTimeline, Kind};
+use crate::measure::{JoinTimeline, Kind, Record};
 use crate::net;
 use crate::path::unsent_note;
 use crate::report::worst::is_healthy;
@@ -58,13 +58,7 @@ impl Test<'_> {
         notes.extend(silence_note(&engine.stalls));
         notes.extend(unsent_note(&record.session));
         notes.extend(run.warnings.iter().cloned());
-        let totals = Step {
-            name: "total".into(),
-            participants: presence.ever_count(),
-            seconds: end.since(Time::ZERO).as_secs_f64(),
-            record,
-            tier: None,
-        };
+        let totals = total(record, presence.ever_count(), end);
         if steps.is_empty() {
             steps.push(totals.clone());
         }
@@ -281,6 +275,16 @@ impl Test<'_> {
                 }
             })
             .collect()
+    }
+}
+
+fn total(record: Record, participants: u32, end: Time) -> Step {
+    Step {
+        name: "total".into(),
+        participants,
+        seconds: end.since(Time::ZERO).as_secs_f64(),
+        record,
+        tier: None,
     }
 }
 

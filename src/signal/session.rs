@@ -640,12 +640,7 @@ impl Session {
             }
             SignalEvent::Leave(leave) => Err(SessionFailure::from(&leave)),
             SignalEvent::Malformed { kind, .. } => self.handle_malformed(kind),
-            SignalEvent::Closed { reason, .. } if reason.is_empty() => Err(SessionFailure::lost(
-                "the server closed the signalling connection",
-            )),
-            SignalEvent::Closed { reason, .. } => Err(SessionFailure::lost(format!(
-                "the server closed the signalling connection: {reason}"
-            ))),
+            SignalEvent::Closed { reason, .. } => Err(closed_by_server(&reason)),
             _ => Ok(()),
         }
     }
@@ -1341,6 +1336,15 @@ impl Session {
             PeerRole::Subscriber
         })
     }
+}
+
+fn closed_by_server(reason: &str) -> SessionFailure {
+    let closed = "the server closed the signalling connection";
+    SessionFailure::lost(if reason.is_empty() {
+        closed.to_owned()
+    } else {
+        format!("{closed}: {reason}")
+    })
 }
 
 /// What the server says of the end, where it says so soon.
