@@ -363,10 +363,14 @@ impl Shard {
     }
 
     /// Sources that are gone, though the plan means them to send, let the slots go by that are due.
+    #[inline]
     fn pass_unsent(&mut self, now: Time) {
-        if self.gone.is_empty() && self.losers.is_empty() {
-            return;
+        if !(self.gone.is_empty() && self.losers.is_empty()) {
+            self.pass_slots_of_gone(now);
         }
+    }
+
+    fn pass_slots_of_gone(&mut self, now: Time) {
         let now = now + Duration::from_nanos(1);
         let roster = &self.config.roster;
         for track in &mut self.gone {

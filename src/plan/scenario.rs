@@ -880,6 +880,61 @@ pub(crate) mod tests {
         }
     }
 
+    /// Replaces the number at `number`, counted through the whole value, and returns its path.
+    fn replace_number(
+        value: &mut serde_json::Value,
+        number: &mut usize,
+        by: &serde_json::Value,
+        path: &str,
+    ) -> Option<String> {
+        match value {
+            serde_json::Value::Number(_) if *number == 0 => {
+                *value = by.clone();
+                Some(path.to_owned())
+            }
+            serde_json::Value::Number(_) => {
+                *number -= 1;
+                None
+            }
+            serde_json::Value::Array(items) => items
+                .iter_mut()
+                .find_map(|item| replace_number(item, number, by, path)),
+            serde_json::Value::Object(fields) => fields.iter_mut().find_map(|(name, item)| {
+                replace_number(item, number, by, &format!("{path}.{name}"))
+            }),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn no_number_of_a_scenario_is_taken_where_no_run_has_it() {
+        let odd = ["-1", "1e300", "-1e300", "18446744073709551615"];
+        let odd = odd.map(|text| serde_json::from_str::<serde_json::Value>(text).unwrap());
+        let mut numbers = 0;
+        for (kind, scenario) in kinds() {
+            let sound = serde_json::to_value(&scenario).unwrap();
+            for at in 0.. {
+                let mut faults = Vec::new();
+                for by in &odd {
+                    let mut changed = sound.clone();
+                    let Some(path) = replace_number(&mut changed, &mut at.clone(), by, "") else {
+                        break;
+                    };
+                    let read = serde_json::from_value::<Scenario>(changed);
+                    let is_taken = read.is_ok_and(|read| read.validate().is_ok());
+                    faults.push((path, is_taken));
+                }
+                if faults.is_empty() {
+                    break;
+                }
+                numbers += 1;
+                let taken = faults.iter().filter(|(_, is_taken)| *is_taken);
+                assert_eq!(taken.count(), 0, "{kind}: {faults:?}");
+            }
+        }
+        assert!(numbers > 50, "only {numbers} numbers were tried");
+    }
+
     #[test]
     fn what_is_left_out_has_its_default_and_what_is_not_known_is_refused() {
         let text = r#"{"groups": [{"label": "all", "count": 4, "subscribes": true}],
