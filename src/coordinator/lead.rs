@@ -21,7 +21,7 @@ use super::state::{JournalEntry, RunPhase, RunSetup, RunState};
 use super::story::Story;
 use super::tokens::Mint;
 use crate::plan::scenario::{PhaseTimes, Scenario};
-use crate::plan::{Part, Plan, ServerUrl, VantagePlan};
+use crate::plan::{Part, Plan, ServerUrl, UndealtPlan, VantagePlan};
 use crate::report::{TargetInfo, TargetKind};
 use crate::run::Interrupts;
 use crate::run::rooms::Rooms;
@@ -71,7 +71,7 @@ pub struct Rehearsal {
 ///
 /// # Errors
 /// So many hosts cannot play it.
-pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, String> {
+pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, UndealtPlan> {
     let placed = setup(asked)
         .load
         .place(vec![VantagePlan::default(); asked.expect as usize])?;
@@ -132,7 +132,7 @@ impl Door {
             .as_ref()
             .map(|(certificate, key)| server::tls(certificate, key))
             .transpose();
-        let tls = tls.map_err(|why| anyhow!(why))?;
+        let tls = tls?;
         let listener = server::listen(asked.bind)?;
         Ok(Door {
             tls,

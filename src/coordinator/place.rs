@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::protocol::{SharedStage, StageKind};
 use crate::plan::scenario::{PhaseTimes, Scenario};
-use crate::plan::{Part, Placement, VantagePlan};
+use crate::plan::{Part, Placement, UndealtPlan, VantagePlan};
 
 /// What is asked of the hosts. Counts are per room.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,7 +45,7 @@ impl HostsLoad {
     ///
     /// # Errors
     /// These hosts cannot play it; says what to do.
-    pub fn place(&self, vantages: Vec<VantagePlan>) -> Result<PlacedHosts, String> {
+    pub fn place(&self, vantages: Vec<VantagePlan>) -> Result<PlacedHosts, UndealtPlan> {
         let placement = Placement {
             vantages,
             rooms_apart: self.rooms_apart,
@@ -66,7 +66,7 @@ impl HostsLoad {
                 .iter()
                 .any(|vantage| vantage.role.subscribes())
         {
-            return Err("no host subscribes: start one without --role publish".to_owned());
+            return Err(UndealtPlan::NobodySubscribes);
         }
         let scenario = self
             .scenario
@@ -348,6 +348,7 @@ pub(crate) mod tests {
         assert!(
             load.place(hosts(&[(HostRole::Both, 1); 2]))
                 .unwrap_err()
+                .to_string()
                 .contains("nothing to do")
         );
         assert!(
@@ -405,7 +406,7 @@ pub(crate) mod tests {
             &[(HostRole::Subscribe, 1); 2][..],
             &[(HostRole::Publish, 1); 2],
         ] {
-            let why = load(&[4]).place(hosts(group)).unwrap_err();
+            let why = load(&[4]).place(hosts(group)).unwrap_err().to_string();
             assert!(
                 why.contains("no host") && why.contains("start one"),
                 "{why}"

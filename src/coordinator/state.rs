@@ -647,7 +647,7 @@ impl RunState {
                 .load
                 .place(vantages)
                 .map(drop)
-                .map_err(RefusedRequest::Conflict)
+                .map_err(|why| RefusedRequest::Conflict(why.to_string()))
         }
     }
 
@@ -860,9 +860,9 @@ impl RunState {
             };
             return Some(match playable {
                 Ok(()) => JournalEntry::Armed { at_us: now_us },
-                Err(reason) => JournalEntry::Stopping {
+                Err(why) => JournalEntry::Stopping {
                     at_us: now_us,
-                    reason,
+                    reason: why.to_string(),
                 },
             });
         }
