@@ -7,7 +7,6 @@
 pub mod cache;
 mod search;
 
-use std::fmt::Write;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, anyhow, bail};
@@ -376,69 +375,70 @@ pub fn json(calibration: &Calibration) -> String {
 
 /// The calibration for people, for 80 columns.
 pub fn text(calibration: &Calibration) -> String {
-    let mut text = String::new();
-    let host = &calibration.host;
-    let row = |text: &mut String, label: &str, value: &str| {
-        let _ = writeln!(text, "{label:<13}{value}");
-    };
-    let processor = if host.processor.is_empty() {
-        "unknown processor"
-    } else {
-        &host.processor
-    };
-    row(
-        &mut text,
-        "Host",
-        &format!("{processor}, {} CPUs, Linux {}", host.cpus, host.kernel),
-    );
-    row(
-        &mut text,
-        "",
-        &format!(
-            "engine threads: {}, embedded SFU's routers: {}",
-            calibration.engine_threads, calibration.sfu_routers
-        ),
-    );
-    for (label, unit, ceiling) in [
-        ("Packets", " packets/s received", &calibration.packets),
-        ("Joins", " joins/s", &calibration.joins),
-        (
-            "Participants",
-            " at once, one audio track each",
-            &calibration.participants,
-        ),
-    ] {
-        let held = ceiling.held.map_or_else(
-            || "nothing held".to_owned(),
-            |held| format!("{}{unit}", number(held as u64)),
-        );
-        row(&mut text, label, &held);
-        text.push_str(&wrapped(&ceiling.what_broke(), 13));
-        if label == "Packets"
-            && let Some((us, bears)) = calibration
-                .us_per_packet
-                .zip(calibration.packets_per_second_per_thread)
-        {
-            let by_cpu = format!(
-                "by its CPU time an engine thread bears {} packets/s where the SFU is elsewhere ({us:.2} us each, {:.0} % busy)",
-                number(bears as u64),
-                WORKER_BUSY_MAX * 1e2
-            );
-            text.push_str(&wrapped(&by_cpu, 13));
-        }
-    }
-    text.push_str("Again, the largest that held:\n");
-    for ceiling in [
+    let (packets, joins, participants) = (
         &calibration.packets,
         &calibration.joins,
         &calibration.participants,
-    ] {
+    );
+    let mut text = host_rows(calibration);
+    text.push_str(&ceiling_rows("Packets", " packets/s received", packets));
+    text.push_str(&by_cpu(calibration));
+    text.push_str(&ceiling_rows("Joins", " joins/s", joins));
+    text.push_str(&ceiling_rows(
+        "Participants",
+        " at once, one audio track each",
+        participants,
+    ));
+    text.push_str("Again, the largest that held:\n");
+    for ceiling in [packets, joins, participants] {
         ceiling
             .command
             .iter()
             .for_each(|command| text.push_str(&pasteable(command)));
     }
     text
+}
+
+fn row(label: &str, value: &str) -> String {
+    format!("{label:<13}{value}\n")
+}
+
+fn host_rows(calibration: &Calibration) -> String {
+    let host = &calibration.host;
+    let processor = if host.processor.is_empty() {
+        "unknown processor"
+    } else {
+        &host.processor
+    };
+    let threads = format!(
+        "engine threads: {}, embedded SFU's routers: {}",
+        calibration.engine_threads, calibration.sfu_routers
+    );
+    let host = format!("{processor}, {} CPUs, Linux {}", host.cpus, host.kernel);
+    row("Host", &host) + &row("", &threads)
+}
+
+fn ceiling_rows(label: &str, unit: &str, ceiling: &Ceiling) -> String {
+    let held = ceiling.held.map_or_else(
+        || "nothing held".to_owned(),
+        |held| format!("{}{unit}", number(held as u64)),
+    );
+    row(label, &held) + &wrapped(&ceiling.what_broke(), 13)
+}
+
+/// What an engine thread's CPU time says of packets; nothing where it is not known.
+fn by_cpu(calibration: &Calibration) -> String {
+    let known = calibration
+        .us_per_packet
+        .zip(calibration.packets_per_second_per_thread);
+    known.map_or_else(String::new, |(us, bears)| {
+        let line = format!(
+            "by its CPU time an engine thread bears {} packets/s where the SFU is elsewhere ({us:.2} us each, {:.0} % busy)",
+            number(bears as u64),
+            WORKER_BUSY_MAX * 1e2
+        );
+        wrapped(&line, 13)
+    })
 }
 
 /// A command in lines of at most 80 columns that a shell takes for one.

@@ -79,9 +79,9 @@ pub struct Calibrate {
 
 impl RunSpec {
     /// Everybody gets a token; they also say what the rooms are called.
-    fn take_tokens(&mut self, given: Vec<GivenToken>, names_room: bool) -> Result<(), String> {
+    fn take_tokens(&mut self, given: Vec<GivenToken>, names_room: bool) -> Result<(), RefusedFlag> {
         if names_room {
-            return Err("--room names a room, and so do the tokens: leave --room out".to_owned());
+            return Err("--room names a room, and so do the tokens: leave --room out".into());
         }
         let seats = Seats::assign(given, &self.plan).map_err(|why| format!("--token: {why}"))?;
         if self.plan.scenario.rooms.count == 1 {
@@ -98,6 +98,23 @@ impl Calibrate {
             json: self.json.clone(),
             ..Destinations::default()
         }
+    }
+}
+
+/// Why a flag's value, or what several flags say together, is refused: what to write instead.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+struct RefusedFlag(String);
+
+impl From<String> for RefusedFlag {
+    fn from(sentence: String) -> RefusedFlag {
+        RefusedFlag(sentence)
+    }
+}
+
+impl From<&str> for RefusedFlag {
+    fn from(sentence: &str) -> RefusedFlag {
+        RefusedFlag(sentence.to_owned())
     }
 }
 
@@ -495,12 +512,12 @@ impl RunArgs {
         env: &dyn Fn(&str) -> Option<String>,
         cpus: usize,
         fresh: u64,
-    ) -> Result<CliCommand, String> {
+    ) -> Result<CliCommand, RefusedFlag> {
         let is_one_of_many = self.coordinate.coordinator || self.hosts.coordinator(env).is_some();
         if is_one_of_many && !self.target.token.is_empty() {
             return Err(
                 "--token is for a run on one host: hosts of a run over several get tokens from the coordinator, which takes --api-key and --api-secret"
-                    .to_owned(),
+                    .into(),
             );
         }
         if self.coordinate.coordinator {
@@ -524,7 +541,7 @@ impl RunArgs {
         env: &dyn Fn(&str) -> Option<String>,
         cpus: usize,
         fresh: u64,
-    ) -> Result<RunSpec, String> {
+    ) -> Result<RunSpec, RefusedFlag> {
         let target = self.target.resolve(env)?;
         if self.pace.most_subscribers().is_none() {
             self.shape.must_be_asked_for(&target)?;
@@ -552,7 +569,12 @@ impl RunArgs {
     }
 
     /// Without credentials.
-    fn into_run_against(self, target: Target, cpus: usize, fresh: u64) -> Result<RunSpec, String> {
+    fn into_run_against(
+        self,
+        target: Target,
+        cpus: usize,
+        fresh: u64,
+    ) -> Result<RunSpec, RefusedFlag> {
         let most = self.pace.most_subscribers();
         self.must_agree()?;
         let warnings = self.warnings();
@@ -596,7 +618,7 @@ impl RunArgs {
         people: RoomPeople,
         is_tour: bool,
         fresh_seed: u64,
-    ) -> Result<Scenario, String> {
+    ) -> Result<Scenario, RefusedFlag> {
         let times = self.pace.times(is_tour);
         let scenario = Scenario {
             seed: self.engine.seed.unwrap_or(fresh_seed),
@@ -615,7 +637,9 @@ impl RunArgs {
         };
         match scenario.validate() {
             Ok(()) => Ok(scenario),
-            Err(ScenarioError { field, fault }) => Err(format!("{} {fault}", self.flag_of(&field))),
+            Err(ScenarioError { field, fault }) => {
+                Err(format!("{} {fault}", self.flag_of(&field)).into())
+            }
         }
     }
 
@@ -644,7 +668,7 @@ impl RunArgs {
         }
     }
 
-    fn joins_per_second(&self, people: &RoomPeople, is_tour: bool) -> Result<f64, String> {
+    fn joins_per_second(&self, people: &RoomPeople, is_tour: bool) -> Result<f64, RefusedFlag> {
         let unasked = if is_tour {
             tour_join_rate(people)
         } else {
@@ -661,28 +685,28 @@ impl RunArgs {
     }
 
     /// Flags that say the same thing twice.
-    fn must_agree(&self) -> Result<(), String> {
+    fn must_agree(&self) -> Result<(), RefusedFlag> {
         if self.pace.ramp.is_some() && self.shape.subscribers.is_some() {
             return Err(
                 "--ramp says how many subscribers there are, tier by tier: leave out --subscribers"
-                    .to_owned(),
+                    .into(),
             );
         }
         match (self.pace.find_knee, self.pace.max) {
             (true, None) => {
                 return Err(
                     "--find-knee needs an end: add --max N, the most subscribers per room to try"
-                        .to_owned(),
+                        .into(),
                 );
             }
             (false, Some(_)) => {
-                return Err("--max is for --find-knee: add that, or write --subscribers".to_owned());
+                return Err("--max is for --find-knee: add that, or write --subscribers".into());
             }
             (true, Some(_)) if self.pace.ramp.is_some() => {
-                return Err("--find-knee chooses its own tiers: leave out --ramp".to_owned());
+                return Err("--find-knee chooses its own tiers: leave out --ramp".into());
             }
             (true, Some(_)) if self.shape.subscribers.is_some() => {
-                return Err("--find-knee chooses how many subscribers there are, up to --max: leave out --subscribers".to_owned());
+                return Err("--find-knee chooses how many subscribers there are, up to --max: leave out --subscribers".into());
             }
             _ => {}
         }
@@ -695,12 +719,12 @@ impl RunArgs {
         {
             return Err(format!(
                 "--threshold '{threshold}' would end the search at its first point that fails: leave out :abort"
-            ));
+            ).into());
         }
         if self.pace.ramp_time.is_some() && self.pace.num_per_second.is_some() {
             return Err(
                 "--ramp-time and --num-per-second both say how fast people join: give one of them"
-                    .to_owned(),
+                    .into(),
             );
         }
         Ok(())
@@ -737,20 +761,25 @@ impl RunArgs {
 }
 
 impl SfuArgs {
-    fn into_sfu(self, env: &dyn Fn(&str) -> Option<String>, fresh: u64) -> Result<Sfu, String> {
+    fn into_sfu(
+        self,
+        env: &dyn Fn(&str) -> Option<String>,
+        fresh: u64,
+    ) -> Result<Sfu, RefusedFlag> {
         let is_local = self.listen.ip().is_loopback();
         if self.seed.is_some() && !is_local {
             return Err(format!(
                 "--seed is for tests on this host: leave it out to listen on {}",
                 self.listen
-            ));
+            )
+            .into());
         }
         let credentials = self.credentials(env)?;
         if credentials.is_none() && !is_local {
             return Err(format!(
                 "everybody knows the default key: to listen on {}, give --api-key and --api-secret, or set LIVEKIT_API_KEY and LIVEKIT_API_SECRET",
                 self.listen
-            ));
+            ).into());
         }
         Ok(Sfu {
             listen: self.listen,
@@ -765,7 +794,7 @@ impl SfuArgs {
     fn credentials(
         &self,
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Option<Credentials>, String> {
+    ) -> Result<Option<Credentials>, RefusedFlag> {
         /// What HS256 is worth its name with; many JWT libraries refuse less.
         const SECRET_CHARACTERS_MIN: usize = 32;
         let given = |value: &Option<String>, flag, name| match value {
@@ -783,19 +812,19 @@ impl SfuArgs {
             (Some(key), Some(secret)) => (key, secret),
             (None, None) => return Ok(None),
             (Some((_, there)), None) => {
-                return Err(lonely(there, "--api-secret", "LIVEKIT_API_SECRET"));
+                return Err(lonely(there, "--api-secret", "LIVEKIT_API_SECRET").into());
             }
             (None, Some((_, there))) => {
-                return Err(lonely(there, "--api-key", "LIVEKIT_API_KEY"));
+                return Err(lonely(there, "--api-key", "LIVEKIT_API_KEY").into());
             }
         };
         if api_key.is_empty() || api_key.chars().any(|c| c.is_control() || c.is_whitespace()) {
-            return Err(format!("{key_name} takes a name without spaces"));
+            return Err(format!("{key_name} takes a name without spaces").into());
         }
         if api_secret.chars().count() < SECRET_CHARACTERS_MIN {
-            return Err(format!(
-                "{secret_name} takes {SECRET_CHARACTERS_MIN} characters or more"
-            ));
+            return Err(
+                format!("{secret_name} takes {SECRET_CHARACTERS_MIN} characters or more").into(),
+            );
         }
         Ok(Some(Credentials {
             api_key,
@@ -805,7 +834,7 @@ impl SfuArgs {
 }
 
 impl TargetArgs {
-    fn resolve(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Target, String> {
+    fn resolve(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Target, RefusedFlag> {
         match self.server(env)? {
             Some(target) => Ok(target),
             None => self.embedded(),
@@ -813,7 +842,7 @@ impl TargetArgs {
     }
 
     /// The server that is named, if one is.
-    fn server(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Target>, String> {
+    fn server(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Target>, RefusedFlag> {
         let given = self
             .url
             .clone()
@@ -827,13 +856,13 @@ impl TargetArgs {
         if self.sfu_send.is_some() {
             return Err(format!(
                 "--sfu-send is for the embedded SFU, but {name} names another server: leave one of them out"
-            ));
+            ).into());
         }
         let url: ServerUrl = url.trim().parse().map_err(|why| format!("{name} {why}"))?;
         Ok(Some(Target { url, origin }))
     }
 
-    fn embedded(&self) -> Result<Target, String> {
+    fn embedded(&self) -> Result<Target, RefusedFlag> {
         for (flag, given) in [
             ("--api-key", self.api_key.is_some()),
             ("--api-secret", self.api_secret.is_some()),
@@ -842,7 +871,7 @@ impl TargetArgs {
             if given {
                 return Err(format!(
                     "{flag} is for a server, and none is named: add --url (or leave it out to test the embedded SFU)"
-                ));
+                ).into());
             }
         }
         Ok(Target::embedded(
@@ -851,12 +880,12 @@ impl TargetArgs {
     }
 
     /// Those that were given, read from files where those were named. No error repeats one.
-    fn tokens(&self) -> Result<Vec<GivenToken>, String> {
+    fn tokens(&self) -> Result<Vec<GivenToken>, RefusedFlag> {
         let mut tokens = Vec::new();
         let mut read = |text: &str, place: &str| {
             let token = GivenToken::read(text).map_err(|why| format!("{place} {why}"))?;
             tokens.push(token);
-            Ok::<_, String>(())
+            Ok::<_, RefusedFlag>(())
         };
         for (at, given) in self.token.iter().enumerate() {
             let Some(path) = given.strip_prefix('@') else {
@@ -873,12 +902,15 @@ impl TargetArgs {
             }
         }
         if tokens.is_empty() && !self.token.is_empty() {
-            return Err("--token: there is no token in what was given".to_owned());
+            return Err("--token: there is no token in what was given".into());
         }
         Ok(tokens)
     }
 
-    fn credentials(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Credentials, String> {
+    fn credentials(
+        &self,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Credentials, RefusedFlag> {
         let or_env = |flag: &Option<String>, name| {
             flag.clone()
                 .filter(|value| !value.is_empty())
@@ -967,7 +999,7 @@ impl ShapeArgs {
     }
 
     /// A server that was not named on this command line, and is not this host, gets no load that was not asked for.
-    fn must_be_asked_for(&self, target: &Target) -> Result<(), String> {
+    fn must_be_asked_for(&self, target: &Target) -> Result<(), RefusedFlag> {
         if self.is_given() || target.origin == TargetOrigin::Flag || target.url.is_loopback() {
             return Ok(());
         }
@@ -975,11 +1007,15 @@ impl ShapeArgs {
             "LIVEKIT_URL names {}, which is not this host, and nothing says how much load it should get.\n\
              Add the load, for instance: --publishers 1 --video-publishers 1 --subscribers 10",
             target.url
-        ))
+        ).into())
     }
 
     /// `unasked`: audio publishers, video publishers and subscribers where no flag says how many. `most`: subscribers where other flags say how many.
-    fn resolve(&self, unasked: (u32, u32, u32), most: Option<u32>) -> Result<RoomPeople, String> {
+    fn resolve(
+        &self,
+        unasked: (u32, u32, u32),
+        most: Option<u32>,
+    ) -> Result<RoomPeople, RefusedFlag> {
         let (audio_publishers, video_publishers, subscribers) = if self.is_given() {
             (
                 self.publishers.unwrap_or(0),
@@ -992,7 +1028,7 @@ impl ShapeArgs {
         if self.room_count.is_some() && !self.is_given() && most.is_none() {
             return Err(
                 "--room-count says how many rooms, but not who is in them: add --publishers, --video-publishers or --subscribers (per room)"
-                    .to_owned(),
+                    .into(),
             );
         }
         let people = RoomPeople {
@@ -1002,7 +1038,7 @@ impl ShapeArgs {
             meeting: self.meeting,
         };
         if people.meeting && people.publishers() == 0 {
-            return Err("--meeting is for publishers who subscribe to each other: add --publishers or --video-publishers".to_owned());
+            return Err("--meeting is for publishers who subscribe to each other: add --publishers or --video-publishers".into());
         }
         Ok(people)
     }
@@ -1106,7 +1142,7 @@ impl From<ConnectionArg> for ConnectionMode {
 
 impl JudgingArgs {
     /// A window that never fits into what is measured says nothing.
-    fn must_fit(&self, duration: Duration) -> Result<(), String> {
+    fn must_fit(&self, duration: Duration) -> Result<(), RefusedFlag> {
         let windows = self
             .threshold
             .iter()
@@ -1116,20 +1152,20 @@ impl JudgingArgs {
             Some((threshold, _)) => Err(format!(
                 "--threshold '{threshold}' looks at longer stretches than the {} that are measured: raise --duration",
                 humantime::format_duration(duration)
-            )),
+            ).into()),
         }
     }
 }
 
 impl OutputArgs {
-    fn destinations(&self) -> Result<Destinations, String> {
+    fn destinations(&self) -> Result<Destinations, RefusedFlag> {
         let dash =
             |path: &Option<PathBuf>| path.as_deref().is_some_and(|path| path.as_os_str() == "-");
         if dash(&self.participants) || dash(&self.hgrm) || dash(&self.record) {
-            return Err("only --json takes - for standard output".to_owned());
+            return Err("only --json takes - for standard output".into());
         }
         if self.json.is_some() && self.json == self.participants {
-            return Err("--json and --participants name the same file".to_owned());
+            return Err("--json and --participants name the same file".into());
         }
         Ok(Destinations {
             json: self.json.clone(),
@@ -1139,32 +1175,32 @@ impl OutputArgs {
         })
     }
 
-    fn server_metrics(&self, target: &Target) -> Result<Vec<PageUrl>, String> {
+    fn server_metrics(&self, target: &Target) -> Result<Vec<PageUrl>, RefusedFlag> {
         if target.is_embedded() && !self.server_metrics.is_empty() {
             return Err(
                 "--server-metrics is for a server with a page of its own: the embedded SFU's account is in the report anyway. Leave it out, or name the server with --url"
-                    .to_owned(),
+                    .into(),
             );
         }
         let read = |text: &String| {
             text.parse()
-                .map_err(|why| format!("--server-metrics {why}"))
+                .map_err(|why| RefusedFlag(format!("--server-metrics {why}")))
         };
         self.server_metrics.iter().map(read).collect()
     }
 
-    fn must_have_subscribers(&self, people: &RoomPeople) -> Result<(), String> {
+    fn must_have_subscribers(&self, people: &RoomPeople) -> Result<(), RefusedFlag> {
         if self.record.is_some() && people.subscribers == 0 && !people.meeting {
             return Err(
                 "--record writes what a subscriber receives, and nobody subscribes: add --subscribers 1, or --meeting for publishers who do"
-                    .to_owned(),
+                    .into(),
             );
         }
         Ok(())
     }
 }
 
-fn resolution(text: &str) -> Result<Resolution, String> {
+fn resolution(text: &str) -> Result<Resolution, RefusedFlag> {
     match text {
         "high" => return Ok(Resolution::High),
         "medium" => return Ok(Resolution::Medium),
@@ -1175,29 +1211,27 @@ fn resolution(text: &str) -> Result<Resolution, String> {
     let sides = text
         .split_once('x')
         .and_then(|(width, height)| Some(Resolution::Size(side(width)?, side(height)?)));
-    sides.ok_or_else(|| {
-        "write high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096".to_owned()
-    })
+    sides.ok_or_else(|| "write high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096".into())
 }
 
-fn layout(text: &str) -> Result<ViewLayout, String> {
+fn layout(text: &str) -> Result<ViewLayout, RefusedFlag> {
     let known = ViewLayout::ALL
         .into_iter()
         .find(|layout| layout.name() == text);
-    known.ok_or_else(|| "write speaker, 3x3, 4x4 or 5x5".to_owned())
+    known.ok_or_else(|| "write speaker, 3x3, 4x4 or 5x5".into())
 }
 
 /// Milliseconds where no unit is given.
-fn audio_frame(text: &str) -> Result<Duration, String> {
+fn audio_frame(text: &str) -> Result<Duration, RefusedFlag> {
     let with_unit = format!("{}ms", text.strip_suffix("ms").unwrap_or(text));
-    read_duration(&with_unit).map_err(|_| "write a time in milliseconds, as in 20ms".to_owned())
+    read_duration(&with_unit).map_err(|_| "write a time in milliseconds, as in 20ms".into())
 }
 
 fn time_span(text: &str) -> Result<Duration, NoDuration> {
     read_duration(text)
 }
 
-fn ramp(text: &str) -> Result<Ramp, String> {
+fn ramp(text: &str) -> Result<Ramp, RefusedFlag> {
     let tiers = text.split(',').map(|tier| {
         tier.trim()
             .parse()
@@ -1207,12 +1241,12 @@ fn ramp(text: &str) -> Result<Ramp, String> {
     let tiers: Option<Vec<u32>> = tiers.collect();
     tiers
         .map(Ramp)
-        .ok_or_else(|| "write whole numbers with commas between them, as in 2,10,25,50".to_owned())
+        .ok_or_else(|| "write whole numbers with commas between them, as in 2,10,25,50".into())
 }
 
-fn whole_number(text: &str) -> Result<u32, String> {
+fn whole_number(text: &str) -> Result<u32, RefusedFlag> {
     text.parse()
-        .map_err(|_| "write a whole number of 0 to 4294967295".to_owned())
+        .map_err(|_| "write a whole number of 0 to 4294967295".into())
 }
 
 /// A plain decimal number: no sign, no exponent, no `nan`.
@@ -1222,20 +1256,20 @@ fn decimal(text: &str) -> Option<f64> {
         .filter(|_| text.bytes().all(|b| b.is_ascii_digit() || b == b'.'))
 }
 
-fn join_rate(text: &str) -> Result<f64, String> {
-    decimal(text).ok_or_else(|| "write a rate of joins, as in 50 or 0.5".to_owned())
+fn join_rate(text: &str) -> Result<f64, RefusedFlag> {
+    decimal(text).ok_or_else(|| "write a rate of joins, as in 50 or 0.5".into())
 }
 
-fn per_cent(text: &str) -> Result<f64, String> {
+fn per_cent(text: &str) -> Result<f64, RefusedFlag> {
     decimal(text.strip_suffix('%').unwrap_or(text))
         .filter(|pct| *pct <= 100.0)
-        .ok_or_else(|| "write a percentage of 0 to 100".to_owned())
+        .ok_or_else(|| "write a percentage of 0 to 100".into())
 }
 
-fn target_rtt(text: &str) -> Result<Duration, String> {
+fn target_rtt(text: &str) -> Result<Duration, RefusedFlag> {
     let millis = decimal(text.strip_suffix("ms").unwrap_or(text))
         .filter(|ms| (0.001..=60_000.0).contains(ms));
     millis
         .map(|ms| Duration::from_secs_f64(ms / 1e3))
-        .ok_or_else(|| "write milliseconds, 0.001 to 60000".to_owned())
+        .ok_or_else(|| "write milliseconds, 0.001 to 60000".into())
 }

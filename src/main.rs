@@ -190,10 +190,11 @@ fn generate(run: &cli::RunSpec, resources: &Resources) -> Result<Clips> {
     Ok(clips.map_err(|error| UsageError::new(&format_args!("{error:#}")))?)
 }
 
-fn none_of(refusals: &[String]) -> Result<()> {
+fn none_of(refusals: &[impl ToString]) -> Result<()> {
     if refusals.is_empty() {
         return Ok(());
     }
+    let refusals: Vec<String> = refusals.iter().map(ToString::to_string).collect();
     Err(anyhow!("{}", refusals.join("\nthrong: ")))
 }
 

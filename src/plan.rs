@@ -26,7 +26,9 @@ use crate::units::{Bitrate, Time, duration_text};
 /// What the embedded SFU calls itself towards clients (`server_info.node_id`), so that nobody takes its version for one of LiveKit's.
 pub const EMBEDDED_NODE_ID: &str = "throng";
 
-pub use part::{HostRole, LostPublishers, Part, Placement, VANTAGES_MAX, VantagePlan, WEIGHT_MAX};
+pub use part::{
+    HostRole, LostPublishers, Part, Placement, UndealtPlan, VANTAGES_MAX, VantagePlan, WEIGHT_MAX,
+};
 use scenario::{ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
 
@@ -1008,32 +1010,44 @@ impl fmt::Display for ServerUrl {
     }
 }
 
-impl FromStr for ServerUrl {
-    type Err = String;
+/// Why a text is no address of a server, as it goes on from the text's name. It never repeats the text: that may hold a password or a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UnusableUrl {
+    #[error("is no URL: write ws://HOST:PORT or wss://HOST")]
+    Malformed,
+    #[error("needs a scheme: ws://, wss://, http:// or https://")]
+    Scheme,
+    #[error("names no host")]
+    NoHost,
+    #[error("holds a user name or password: give --api-key and --api-secret instead")]
+    Credentials,
+    #[error("must end with the path: no query, no fragment")]
+    BeyondPath,
+    #[error("has no proper host and port")]
+    Authority,
+}
 
-    /// Messages never repeat the text: it may hold a password or a token.
-    fn from_str(text: &str) -> Result<ServerUrl, String> {
-        let uri: http::Uri = text
-            .parse()
-            .map_err(|_| "is no URL: write ws://HOST:PORT or wss://HOST".to_owned())?;
+impl FromStr for ServerUrl {
+    type Err = UnusableUrl;
+
+    fn from_str(text: &str) -> Result<ServerUrl, UnusableUrl> {
+        let uri: http::Uri = text.parse().map_err(|_| UnusableUrl::Malformed)?;
         let secure = match uri.scheme_str() {
             Some("ws" | "http") => false,
             Some("wss" | "https") => true,
-            _ => return Err("needs a scheme: ws://, wss://, http:// or https://".to_owned()),
+            _ => return Err(UnusableUrl::Scheme),
         };
-        let authority = uri.authority().ok_or("names no host")?;
+        let authority = uri.authority().ok_or(UnusableUrl::NoHost)?;
         if authority.as_str().contains('@') {
-            return Err(
-                "holds a user name or password: give --api-key and --api-secret instead".to_owned(),
-            );
+            return Err(UnusableUrl::Credentials);
         }
         if uri.query().is_some() || text.contains('#') {
-            return Err("must end with the path: no query, no fragment".to_owned());
+            return Err(UnusableUrl::BeyondPath);
         }
         if authority.host().is_empty()
             || authority.port().is_none() && authority.as_str() != authority.host()
         {
-            return Err("has no proper host and port".to_owned());
+            return Err(UnusableUrl::Authority);
         }
         // Some write the whole address of the signalling endpoint.
         let path = uri
@@ -1421,7 +1435,7 @@ pub(crate) mod tests {
             "ws://h:99999",
             "ws://h:x",
         ] {
-            let message = text.parse::<ServerUrl>().unwrap_err();
+            let message = text.parse::<ServerUrl>().unwrap_err().to_string();
             assert!(!message.contains("hunter2"), "{message}");
         }
     }

@@ -278,12 +278,16 @@ pub mod optional_duration_text {
     }
 }
 
-impl FromStr for Bitrate {
-    type Err = String;
+/// A text that is no bitrate.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is no bitrate: write 24k, 1.5M or bare bits per second (48000)")]
+pub struct NoBitrate(String);
 
-    fn from_str(text: &str) -> Result<Bitrate, String> {
-        let wrong =
-            || format!("'{text}' is no bitrate: write 24k, 1.5M or bare bits per second (48000)");
+impl FromStr for Bitrate {
+    type Err = NoBitrate;
+
+    fn from_str(text: &str) -> Result<Bitrate, NoBitrate> {
+        let wrong = || NoBitrate(text.to_owned());
         let (digits, scale) = match text.char_indices().last() {
             Some((at, 'k' | 'K')) => (&text[..at], 1e3),
             Some((at, 'm' | 'M')) => (&text[..at], 1e6),

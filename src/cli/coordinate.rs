@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use super::{Coordinate, Credentials, RunArgs, RunSpec, set, whole_number};
+use super::{Coordinate, Credentials, RefusedFlag, RunArgs, RunSpec, set, whole_number};
 use crate::coordinator::access::must_be_usable;
 use crate::coordinator::protocol::{PROBERS_MAX, TIERS_MAX, TOKEN_VARIABLE};
 use crate::coordinator::state::OnMissing;
@@ -78,7 +78,7 @@ impl From<OnMissingArg> for OnMissing {
 
 impl CoordinateArgs {
     /// Flags of a coordinator, where there is none.
-    pub(super) fn must_have_a_coordinator(&self) -> Result<(), String> {
+    pub(super) fn must_have_a_coordinator(&self) -> Result<(), RefusedFlag> {
         let given = [
             ("--expect", self.expect.is_some()),
             ("--coordinator-port", self.coordinator_port.is_some()),
@@ -95,21 +95,23 @@ impl CoordinateArgs {
         match given.into_iter().find(|(_, given)| *given) {
             Some((flag, _)) => Err(format!(
                 "{flag} is for the one who leads a run over several hosts: add --coordinator"
-            )),
+            )
+            .into()),
             None => Ok(()),
         }
     }
 
-    fn expect(&self) -> Result<u32, String> {
+    fn expect(&self) -> Result<u32, RefusedFlag> {
         let expect = self
             .expect
             .ok_or("--coordinator waits for hosts: add --expect with their number")?;
         match expect as usize {
-            0 => Err("--expect 0 waits for nobody: write how many hosts take part".to_owned()),
+            0 => Err("--expect 0 waits for nobody: write how many hosts take part".into()),
             1..=PROBERS_MAX => Ok(expect),
             _ => Err(format!(
                 "--expect {expect} is more than one coordinator leads: at most {PROBERS_MAX}"
-            )),
+            )
+            .into()),
         }
     }
 }
@@ -120,9 +122,9 @@ impl RunArgs {
         env: &dyn Fn(&str) -> Option<String>,
         cpus: usize,
         fresh: u64,
-    ) -> Result<Coordinate, String> {
+    ) -> Result<Coordinate, RefusedFlag> {
         if self.hosts.report_to.is_some() {
-            return Err("--coordinator leads a run, and --report-to takes part in one: leave one of them out".to_owned());
+            return Err("--coordinator leads a run, and --report-to takes part in one: leave one of them out".into());
         }
         let expect = self.coordinate.expect()?;
         let token = self.coordinator_token(env)?;
@@ -162,7 +164,7 @@ impl RunArgs {
     fn coordinator_token(
         &mut self,
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Option<Secret>, String> {
+    ) -> Result<Option<Secret>, RefusedFlag> {
         let flag = self
             .hosts
             .coordinator_token
@@ -170,7 +172,7 @@ impl RunArgs {
             .map(|token| (token, "--coordinator-token"));
         if self.coordinate.no_auth {
             return match flag {
-                Some(_) => Err("--no-auth lets everybody in, and --coordinator-token does not: leave one of them out".to_owned()),
+                Some(_) => Err("--no-auth lets everybody in, and --coordinator-token does not: leave one of them out".into()),
                 None => Ok(None),
             };
         }
@@ -187,24 +189,23 @@ impl RunArgs {
         &self,
         server_is_named: bool,
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Option<Credentials>, String> {
+    ) -> Result<Option<Credentials>, RefusedFlag> {
         let given = self.target.api_key.is_some() || self.target.api_secret.is_some();
         match (server_is_named, self.target.credentials(env)) {
             (true, Ok(credentials)) => Ok(Some(credentials)),
             (true, Err(why)) if given => Err(why),
             (false, _) if given => Err(
-                "--api-key and --api-secret are for a server, and none is named: add --url"
-                    .to_owned(),
+                "--api-key and --api-secret are for a server, and none is named: add --url".into(),
             ),
             _ => Ok(None),
         }
     }
 
     /// A flag that nobody would heed is refused: it would be believed.
-    fn must_be_a_coordinators(&self) -> Result<(), String> {
+    fn must_be_a_coordinators(&self) -> Result<(), RefusedFlag> {
         if !self.shape.is_given() && self.pace.most_subscribers().is_none() {
             return Err(
-                "nothing says how much load there should be: add --ramp 2,10,25 (subscribers per room of each host), or --subscribers".to_owned(),
+                "nothing says how much load there should be: add --ramp 2,10,25 (subscribers per room of each host), or --subscribers".into(),
             );
         }
         let output = &self.output;
@@ -215,16 +216,16 @@ impl RunArgs {
             ("--threads", self.engine.threads.is_some()),
         ];
         if let Some((flag, _)) = of_one_host.into_iter().find(|(_, given)| *given) {
-            return Err(format!("{flag} is about one host: give it to a prober"));
+            return Err(format!("{flag} is about one host: give it to a prober").into());
         }
         if self.pace.find_knee {
             return Err(
-                "--find-knee searches on one host, and --coordinator has its tiers from the start: write them down with --ramp 2,10,25".to_owned(),
+                "--find-knee searches on one host, and --coordinator has its tiers from the start: write them down with --ramp 2,10,25".into(),
             );
         }
         match self.target.sfu_send {
             Some(_) => {
-                Err("--sfu-send does not go with --coordinator: leave one of them out".to_owned())
+                Err("--sfu-send does not go with --coordinator: leave one of them out".into())
             }
             None => Ok(()),
         }
@@ -232,13 +233,13 @@ impl RunArgs {
 }
 
 /// What can be told before anybody has come.
-fn must_be_possible(run: &RunSpec, expect: u32, total: bool) -> Result<(), String> {
+fn must_be_possible(run: &RunSpec, expect: u32, total: bool) -> Result<(), RefusedFlag> {
     let plan = &run.plan;
     let tiers = plan.scenario.phases.len();
     if tiers > TIERS_MAX {
-        return Err(format!(
-            "--ramp has {tiers} tiers: at most {TIERS_MAX} go over several hosts"
-        ));
+        return Err(
+            format!("--ramp has {tiers} tiers: at most {TIERS_MAX} go over several hosts").into(),
+        );
     }
     let hosts = if total { 1 } else { u64::from(expect) };
     let subscribers = u64::from(plan.scenario.subscribers()) * u64::from(plan.scenario.rooms.count);
@@ -246,22 +247,22 @@ fn must_be_possible(run: &RunSpec, expect: u32, total: bool) -> Result<(), Strin
         Some(all) if all <= PARTICIPANTS_MAX => Ok(()),
         _ => Err(format!(
             "{expect} hosts would have more than {PARTICIPANTS_MAX} subscribers together: ask for less on each, or for a --total"
-        )),
+        ).into()),
     }
 }
 
-fn missing_after(text: &str) -> Result<Duration, String> {
+fn missing_after(text: &str) -> Result<Duration, RefusedFlag> {
     between(text, Duration::from_secs(3), Duration::from_secs(3_600))
-        .ok_or_else(|| "write 3s to 1h".to_owned())
+        .ok_or_else(|| "write 3s to 1h".into())
 }
 
-fn wait_for_probers(text: &str) -> Result<Duration, String> {
+fn wait_for_probers(text: &str) -> Result<Duration, RefusedFlag> {
     between(
         text,
         Duration::from_secs(1),
         Duration::from_secs(7 * 24 * 3_600),
     )
-    .ok_or_else(|| "write 1s to 7d".to_owned())
+    .ok_or_else(|| "write 1s to 7d".into())
 }
 
 fn between(text: &str, least: Duration, most: Duration) -> Option<Duration> {

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{Membership, Probe, RunArgs, set};
+use super::{Membership, Probe, RefusedFlag, RunArgs, set};
 use crate::coordinator::protocol::{TOKEN_VARIABLE, URL_VARIABLE};
 use crate::host;
 use crate::plan::scenario::must_be_a_name;
@@ -33,9 +33,9 @@ pub(super) struct HostsArgs {
     pub(super) coordinator_token: Option<String>,
 }
 
-fn role(text: &str) -> Result<HostRole, String> {
+fn role(text: &str) -> Result<HostRole, RefusedFlag> {
     let known = HostRole::ALL.into_iter().find(|role| role.name() == text);
-    known.ok_or_else(|| "write publish, subscribe or both".to_owned())
+    known.ok_or_else(|| "write publish, subscribe or both".into())
 }
 
 impl HostsArgs {
@@ -49,7 +49,7 @@ impl HostsArgs {
     }
 
     /// Flags of probers, where there is nobody to report to.
-    pub(super) fn must_have_a_coordinator(&self) -> Result<(), String> {
+    pub(super) fn must_have_a_coordinator(&self) -> Result<(), RefusedFlag> {
         let given = [
             ("--vantage", self.vantage.is_some()),
             ("--role", self.role.is_some()),
@@ -59,7 +59,8 @@ impl HostsArgs {
         match given.into_iter().find(|(_, given)| *given) {
             Some((flag, _)) => Err(format!(
                 "{flag} is for a prober: add --report-to with the coordinator's address"
-            )),
+            )
+            .into()),
             None => Ok(()),
         }
     }
@@ -68,11 +69,11 @@ impl HostsArgs {
         &self,
         (url, name): (String, &str),
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Membership, String> {
+    ) -> Result<Membership, RefusedFlag> {
         let url = url.trim();
         // ServerUrl takes LiveKit's schemes, too.
         if !url.starts_with("http://") && !url.starts_with("https://") {
-            return Err(format!("{name} needs a scheme: http:// or https://"));
+            return Err(format!("{name} needs a scheme: http:// or https://").into());
         }
         let coordinator: ServerUrl = url.parse().map_err(|why| format!("{name} {why}"))?;
         let vantage = self.vantage.clone().map(|vantage| (vantage, "--vantage"));
@@ -106,7 +107,7 @@ impl RunArgs {
         env: &dyn Fn(&str) -> Option<String>,
         cpus: usize,
         fresh: u64,
-    ) -> Result<Probe, String> {
+    ) -> Result<Probe, RefusedFlag> {
         let config = self.hosts.config(coordinator, env)?;
         self.must_be_the_coordinators()?;
         // Where none is named, the coordinator names one.
@@ -135,7 +136,7 @@ impl RunArgs {
     }
 
     /// A flag that a prober cannot heed is refused: it would be believed.
-    fn must_be_the_coordinators(&self) -> Result<(), String> {
+    fn must_be_the_coordinators(&self) -> Result<(), RefusedFlag> {
         let (shape, pace, judging) = (&self.shape, &self.pace, &self.judging);
         let given = [
             ("--room", shape.room.is_some()),
@@ -155,7 +156,8 @@ impl RunArgs {
         match given.into_iter().find(|(_, given)| *given) {
             Some((flag, _)) => Err(format!(
                 "{flag} is not a prober's to say: give it to the coordinator, or leave it out"
-            )),
+            )
+            .into()),
             None => Ok(()),
         }
     }

@@ -120,15 +120,21 @@ pub fn fresh_token() -> Secret {
     Secret::new(URL_SAFE_NO_PAD.encode(Secrets::system().bytes::<TOKEN_RANDOM_BYTES>()))
 }
 
-/// Why a token will not do; it is not repeated.
-pub fn must_be_usable(token: &str) -> Result<(), String> {
+/// A text that is no token of a coordinator; it is not repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a coordinator's token has {least} to {most} characters without spaces: leave it out, and one is made",
+    least = TOKEN_BYTES_MIN,
+    most = TOKEN_BYTES_MAX
+)]
+pub struct UnfitToken;
+
+pub fn must_be_usable(token: &str) -> Result<(), UnfitToken> {
     let fits = (TOKEN_BYTES_MIN..=TOKEN_BYTES_MAX).contains(&token.len());
     if fits && token.bytes().all(|b| b.is_ascii_graphic()) {
         return Ok(());
     }
-    Err(format!(
-        "a coordinator's token has {TOKEN_BYTES_MIN} to {TOKEN_BYTES_MAX} characters without spaces: leave it out, and one is made"
-    ))
+    Err(UnfitToken)
 }
 
 /// For ids and lives: nobody can guess it, and every reader of JSON keeps it exactly.
@@ -199,7 +205,7 @@ mod tests {
             "sixteen letters and more",
             "fünfzehn-und-mehr-zeichen",
         ] {
-            let why = must_be_usable(token).unwrap_err();
+            let why = must_be_usable(token).unwrap_err().to_string();
             assert!(token.is_empty() || !why.contains(token), "{why}");
         }
     }

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
 
 use super::access::{self, CoordinatorAccess, Seal};
-use super::desk::{Desk, DeskFailure, DeskHandle};
+use super::desk::{Desk, DeskFailure, DeskHandle, DeskThread};
 use super::journal::{self, Head, Journal};
 use super::place::{HostsLoad, PlacedHosts};
 use super::protocol::{TOKEN_VARIABLE, URL_VARIABLE, WireJudging};
@@ -20,7 +21,7 @@ use super::state::{JournalEntry, RunPhase, RunSetup, RunState};
 use super::story::Story;
 use super::tokens::Mint;
 use crate::plan::scenario::{PhaseTimes, Scenario};
-use crate::plan::{Part, Plan, ServerUrl, VantagePlan};
+use crate::plan::{Part, Plan, ServerUrl, UndealtPlan, VantagePlan};
 use crate::report::{TargetInfo, TargetKind};
 use crate::run::Interrupts;
 use crate::run::rooms::Rooms;
@@ -70,7 +71,7 @@ pub struct Rehearsal {
 ///
 /// # Errors
 /// So many hosts cannot play it.
-pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, String> {
+pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, UndealtPlan> {
     let placed = setup(asked)
         .load
         .place(vec![VantagePlan::default(); asked.expect as usize])?;
@@ -99,111 +100,144 @@ pub fn lead(
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        let mut interrupts = Interrupts::listen();
+        let interrupts = Interrupts::listen();
         let epoch = Epoch::read();
+        let door = Door::open(asked)?;
+        let opened = open(asked, epoch.unix_micros(epoch.now()))?;
+        if *opened.state.phase() != RunPhase::Over {
+            return lead_opened(asked, opened, door, interrupts, epoch, must_tell, tell).await;
+        }
+        if !opened.state.has_begun() {
+            return Err(never_begun(&opened.state));
+        }
+        tell(&format!(
+            "The run in {} is over: this is its result.",
+            opened.journal.path().display()
+        ));
+        Ok(opened.finished(asked, epoch))
+    })
+}
+
+/// Where probers knock.
+struct Door {
+    tls: Option<TlsAcceptor>,
+    listener: std::net::TcpListener,
+    address: SocketAddr,
+}
+
+impl Door {
+    fn open(asked: &Coordinate) -> Result<Door> {
         let tls = asked
             .tls
             .as_ref()
             .map(|(certificate, key)| server::tls(certificate, key))
             .transpose();
-        let tls = tls.map_err(|why| anyhow!(why))?;
+        let tls = tls?;
         let listener = server::listen(asked.bind)?;
-        let address = listener.local_addr()?;
-        let mut opened = open(asked, epoch.unix_micros(epoch.now()))?;
-        if *opened.state.phase() == RunPhase::Over && !opened.state.has_begun() {
-            return Err(never_begun(&opened.state));
+        Ok(Door {
+            tls,
+            address: listener.local_addr()?,
+            listener,
+        })
+    }
+}
+
+/// A run that is not over yet.
+async fn lead_opened(
+    asked: &Coordinate,
+    mut opened: Opened,
+    door: Door,
+    mut interrupts: Interrupts,
+    epoch: Epoch,
+    must_tell: &mut dyn FnMut(&str),
+    tell: &mut dyn FnMut(&str),
+) -> Result<Finished> {
+    let pages = match server_pages(asked, opened.resumed).await {
+        Ok((pages, notes)) => {
+            opened.notes.extend(notes);
+            pages
         }
-        if *opened.state.phase() == RunPhase::Over {
-            tell(&format!(
-                "The run in {} is over: this is its result.",
-                opened.journal.path().display()
-            ));
-            return Ok(Finished {
-                exhibit: exhibit(asked, &opened.head),
-                at_us: epoch.unix_micros(epoch.now()),
-                state: opened.state,
-                notes: opened.notes,
-                series: Vec::new(),
-                server: None,
-                journal: Some(opened.journal),
-                journal_is_ours: false,
-            });
+        Err(why) => {
+            // Made just now, and nothing is in it.
+            let _ = opened.journal.remove();
+            return Err(why);
         }
-        let pages = match server_pages(asked, opened.resumed).await {
-            Ok((pages, notes)) => {
-                opened.notes.extend(notes);
-                pages
-            }
-            Err(why) => {
-                // Made just now, and nothing is in it.
-                let _ = opened.journal.remove();
-                return Err(why);
-            }
-        };
-        let invitation = Invitation {
-            url: url(address, tls.is_some()),
-            token: opened.token.clone(),
-            is_open: opened.access.is_open(),
-        };
-        must_tell(&invitation.text(&opened, asked.journal.is_none()));
-        warnings(asked, &opened.journal)
-            .iter()
-            .for_each(|warning| must_tell(warning));
-        let api_key = api_key(asked);
-        let mint = api_key
-            .clone()
-            .map(|api_key| Mint::new(api_key, asked.run.plan.clone()));
+    };
+    must_tell(&Invitation::new(&opened, &door).text(&opened, asked.journal.is_none()));
+    warnings(asked, &opened.journal)
+        .iter()
+        .for_each(|warning| must_tell(warning));
+    let notes = std::mem::take(&mut opened.notes);
+    let led = LedRun::start(asked, opened, door, epoch)?;
+    let mut watcher = Watcher::new(asked, led.desk.clone(), notes, epoch, pages);
+    watcher.watch(&mut interrupts, tell).await;
+    watcher.delete_rooms().await;
+    let server = watcher.account_of_server().await;
+    let (notes, series) = watcher.leave();
+    let (state, journal, head) = led.close().await?;
+    if !state.has_begun() {
+        if asked.journal.is_none() {
+            // Nothing is in it that anybody would miss.
+            let _ = journal.remove();
+        }
+        return Err(never_begun(&state));
+    }
+    Ok(Finished {
+        exhibit: exhibit(asked, &head),
+        at_us: epoch.unix_micros(epoch.now()),
+        state,
+        notes,
+        series,
+        server,
+        journal: Some(journal),
+        journal_is_ours: asked.journal.is_none(),
+    })
+}
+
+/// A run whose state has its thread, and whose port is served.
+struct LedRun {
+    head: Head,
+    desk: DeskHandle,
+    thread: DeskThread,
+    stop: watch::Sender<bool>,
+    serving: tokio::task::JoinHandle<()>,
+}
+
+impl LedRun {
+    fn start(asked: &Coordinate, opened: Opened, door: Door, epoch: Epoch) -> Result<LedRun> {
+        let mint = api_key(asked).map(|api_key| Mint::new(api_key, asked.run.plan.clone()));
         let head = opened.head.clone();
         let (desk, thread) = Desk::start(opened.state, opened.journal, opened.head, epoch)
             .context("no thread for the coordinator")?;
         let (stop, stopped) = watch::channel(false);
         let site = Site::new(desk.clone(), opened.access, mint, exhibit(asked, &head));
         let serving = tokio::spawn(server::serve(
-            TcpListener::from_std(listener)?,
-            tls,
+            TcpListener::from_std(door.listener)?,
+            door.tls,
             site,
             stopped,
         ));
-        let mut watcher = Watcher {
-            asked,
+        Ok(LedRun {
+            head,
             desk,
-            api_key,
-            rooms: None,
-            story: Story::default(),
-            notes: opened.notes,
-            epoch,
-            seconds: Seconds::default(),
-            series: Series::default(),
-            pages,
-        };
-        watcher.watch(&mut interrupts, tell).await;
-        watcher.delete_rooms().await;
-        let server = watcher.account_of_server().await;
-        let (notes, series) = watcher.leave();
+            thread,
+            stop,
+            serving,
+        })
+    }
+
+    /// What is left of the run.
+    async fn close(self) -> Result<(RunState, Journal, Head)> {
+        drop(self.desk);
         // The last answers go out before the port is closed.
-        let _ = stop.send(true);
-        let _ = serving.await;
-        let (state, journal) = thread
+        let _ = self.stop.send(true);
+        let _ = self.serving.await;
+        let (state, journal) = self
+            .thread
             .join()
             .map_err(|_| anyhow!("the coordinator's thread has panicked"))?;
-        if !state.has_begun() {
-            if asked.journal.is_none() {
-                // Nothing is in it that anybody would miss.
-                let _ = journal.remove();
-            }
-            return Err(never_begun(&state));
-        }
-        Ok(Finished {
-            exhibit: exhibit(asked, &head),
-            at_us: epoch.unix_micros(epoch.now()),
-            state,
-            notes,
-            series,
-            server,
-            journal: Some(journal),
-            journal_is_ours: asked.journal.is_none(),
-        })
-    })
+        Ok((state, journal, self.head))
+    }
 }
 
 /// Why nothing was measured, and what to do.
@@ -244,6 +278,22 @@ enum ShownToken {
     Made(Secret),
     /// The user has it.
     Given,
+}
+
+impl Opened {
+    /// Of a run that was over before.
+    fn finished(self, asked: &Coordinate, epoch: Epoch) -> Finished {
+        Finished {
+            exhibit: exhibit(asked, &self.head),
+            at_us: epoch.unix_micros(epoch.now()),
+            state: self.state,
+            notes: self.notes,
+            series: Vec::new(),
+            server: None,
+            journal: Some(self.journal),
+            journal_is_ours: false,
+        }
+    }
 }
 
 fn open(asked: &Coordinate, now_us: u64) -> Result<Opened> {
@@ -414,6 +464,14 @@ struct Invitation {
 }
 
 impl Invitation {
+    fn new(opened: &Opened, door: &Door) -> Invitation {
+        Invitation {
+            url: url(door.address, door.tls.is_some()),
+            token: opened.token.clone(),
+            is_open: opened.access.is_open(),
+        }
+    }
+
     fn text(&self, opened: &Opened, journal_is_ours: bool) -> String {
         let url = &self.url;
         let (in_env, as_flag) = match &self.token {
@@ -524,7 +582,28 @@ struct Watcher<'a> {
     pages: Option<PageWatch>,
 }
 
-impl Watcher<'_> {
+impl<'a> Watcher<'a> {
+    fn new(
+        asked: &'a Coordinate,
+        desk: DeskHandle,
+        notes: Vec<String>,
+        epoch: Epoch,
+        pages: Option<PageWatch>,
+    ) -> Watcher<'a> {
+        Watcher {
+            asked,
+            desk,
+            api_key: api_key(asked),
+            rooms: None,
+            story: Story::default(),
+            notes,
+            epoch,
+            seconds: Seconds::default(),
+            series: Series::default(),
+            pages,
+        }
+    }
+
     /// Until the run is over.
     async fn watch(&mut self, interrupts: &mut Interrupts, tell: &mut dyn FnMut(&str)) {
         let mut look = tokio::time::interval(LOOK);

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::protocol::{SharedStage, StageKind};
 use crate::plan::scenario::{PhaseTimes, Scenario};
-use crate::plan::{Part, Placement, VantagePlan};
+use crate::plan::{Part, Placement, UndealtPlan, VantagePlan};
 
 /// What is asked of the hosts. Counts are per room.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,7 +45,7 @@ impl HostsLoad {
     ///
     /// # Errors
     /// These hosts cannot play it; says what to do.
-    pub fn place(&self, vantages: Vec<VantagePlan>) -> Result<PlacedHosts, String> {
+    pub fn place(&self, vantages: Vec<VantagePlan>) -> Result<PlacedHosts, UndealtPlan> {
         let placement = Placement {
             vantages,
             rooms_apart: self.rooms_apart,
@@ -66,7 +66,7 @@ impl HostsLoad {
                 .iter()
                 .any(|vantage| vantage.role.subscribes())
         {
-            return Err("no host subscribes: start one without --role publish".to_owned());
+            return Err(UndealtPlan::NobodySubscribes);
         }
         let scenario = self
             .scenario
@@ -97,6 +97,37 @@ impl HostsLoad {
         placement: &Placement,
         part: &Part,
     ) -> Vec<Vec<SharedStage>> {
+        let held = self.held(scenario, placement, part);
+        let moving_us = |host: usize, stage: usize| moving_us(scenario, &held[host], stage);
+        let stage = |host: usize, stage: usize| {
+            let longest = (0..held.len())
+                .map(|other| moving_us(other, stage))
+                .max()
+                .unwrap_or(0);
+            held_stage(
+                stage,
+                held[host][stage],
+                times_of(scenario, stage),
+                longest - moving_us(host, stage),
+            )
+        };
+        (0..held.len())
+            .map(|host| {
+                let held = (0..=scenario.phases.len()).map(|index| stage(host, index));
+                let ends = [
+                    bare_stage(StageKind::Stop, "stop"),
+                    bare_stage(StageKind::Leave, "leave"),
+                ];
+                std::iter::once(bare_stage(StageKind::Publish, "publish"))
+                    .chain(held)
+                    .chain(ends)
+                    .collect()
+            })
+            .collect()
+    }
+
+    /// For each host its subscribers in the baseline, and then in each tier.
+    fn held(&self, scenario: &Scenario, placement: &Placement, part: &Part) -> Vec<Vec<u32>> {
         let in_room: Vec<u32> = self
             .tiers()
             .into_iter()
@@ -105,76 +136,66 @@ impl HostsLoad {
         let of_hosts = subscribers_of_hosts(scenario, placement.vantages.len(), part, &in_room);
         // The baseline is one of each host that subscribes at all.
         let alone = |tiers: &[u32]| tiers.iter().copied().max().unwrap_or(0).min(1);
-        let held: Vec<Vec<u32>> = of_hosts
+        of_hosts
             .iter()
             .map(|tiers| {
                 std::iter::once(alone(tiers))
                     .chain(tiers.iter().copied())
                     .collect()
             })
-            .collect();
-        // The baseline goes as the first phase does.
-        let times = |stage: usize| {
-            let phase = scenario.phases.get(stage.saturating_sub(1));
-            phase.map_or(PhaseTimes::default(), |phase| PhaseTimes {
-                spread: phase.spread,
-                warmup: phase.warmup,
-                hold: phase.hold,
-            })
-        };
-        // Whoever leaves does so at the same pace.
-        let moving_us = |host: usize, stage: usize| {
-            let before = if stage == 0 { 0 } else { held[host][stage - 1] };
-            match (held[host][stage].abs_diff(before), times(stage).spread) {
-                (0, _) => 0,
-                (_, Some(spread)) => spread.as_micros() as u64,
-                (moves, None) => (f64::from(moves) * 1e6 / scenario.joins_per_second) as u64,
-            }
-        };
-        let stage = |host: usize, stage: usize| {
-            let longest = (0..held.len())
-                .map(|other| moving_us(other, stage))
-                .max()
-                .unwrap_or(0);
-            SharedStage {
-                kind: if stage == 0 {
-                    StageKind::Baseline
-                } else {
-                    StageKind::Tier
-                },
-                name: if stage == 0 {
-                    "baseline".to_owned()
-                } else {
-                    format!("tier {stage}")
-                },
-                subscribers: held[host][stage],
-                warmup_us: times(stage).warmup.as_micros() as u64
-                    + (longest - moving_us(host, stage)),
-                hold_us: times(stage).hold.as_micros() as u64,
-                spread_us: times(stage).spread.map(|spread| spread.as_micros() as u64),
-            }
-        };
-        let bare = |kind, name: &str| SharedStage {
-            kind,
-            name: name.to_owned(),
-            subscribers: 0,
-            warmup_us: 0,
-            hold_us: 0,
-            spread_us: None,
-        };
-        (0..held.len())
-            .map(|host| {
-                let held = (0..=scenario.phases.len()).map(|index| stage(host, index));
-                let ends = [
-                    bare(StageKind::Stop, "stop"),
-                    bare(StageKind::Leave, "leave"),
-                ];
-                std::iter::once(bare(StageKind::Publish, "publish"))
-                    .chain(held)
-                    .chain(ends)
-                    .collect()
-            })
             .collect()
+    }
+}
+
+/// The baseline goes as the first phase does.
+fn times_of(scenario: &Scenario, stage: usize) -> PhaseTimes {
+    let phase = scenario.phases.get(stage.saturating_sub(1));
+    phase.map_or(PhaseTimes::default(), |phase| PhaseTimes {
+        spread: phase.spread,
+        warmup: phase.warmup,
+        hold: phase.hold,
+    })
+}
+
+/// How long a host's people take to join before a stage, or to leave: whoever leaves does so at the same pace.
+fn moving_us(scenario: &Scenario, held: &[u32], stage: usize) -> u64 {
+    let before = if stage == 0 { 0 } else { held[stage - 1] };
+    match (
+        held[stage].abs_diff(before),
+        times_of(scenario, stage).spread,
+    ) {
+        (0, _) => 0,
+        (_, Some(spread)) => spread.as_micros() as u64,
+        (moves, None) => (f64::from(moves) * 1e6 / scenario.joins_per_second) as u64,
+    }
+}
+
+/// The baseline, or a tier. `waiting_us`: how much longer others move before it.
+fn held_stage(stage: usize, subscribers: u32, times: PhaseTimes, waiting_us: u64) -> SharedStage {
+    let (kind, name) = if stage == 0 {
+        (StageKind::Baseline, "baseline".to_owned())
+    } else {
+        (StageKind::Tier, format!("tier {stage}"))
+    };
+    SharedStage {
+        kind,
+        name,
+        subscribers,
+        warmup_us: times.warmup.as_micros() as u64 + waiting_us,
+        hold_us: times.hold.as_micros() as u64,
+        spread_us: times.spread.map(|spread| spread.as_micros() as u64),
+    }
+}
+
+/// Nobody subscribes in it, and it has no length.
+fn bare_stage(kind: StageKind, name: &str) -> SharedStage {
+    SharedStage {
+        kind,
+        name: name.to_owned(),
+        subscribers: 0,
+        warmup_us: 0,
+        hold_us: 0,
+        spread_us: None,
     }
 }
 
@@ -327,6 +348,7 @@ pub(crate) mod tests {
         assert!(
             load.place(hosts(&[(HostRole::Both, 1); 2]))
                 .unwrap_err()
+                .to_string()
                 .contains("nothing to do")
         );
         assert!(
@@ -384,7 +406,7 @@ pub(crate) mod tests {
             &[(HostRole::Subscribe, 1); 2][..],
             &[(HostRole::Publish, 1); 2],
         ] {
-            let why = load(&[4]).place(hosts(group)).unwrap_err();
+            let why = load(&[4]).place(hosts(group)).unwrap_err().to_string();
             assert!(
                 why.contains("no host") && why.contains("start one"),
                 "{why}"

@@ -286,21 +286,9 @@ impl SeenCell {
         };
         let step = step_of(so_far);
         let mut judgement = judge_tier(&step, judging);
-        if let Some(TierReport {
-            reasons, verdict, ..
-        }) = judged
-            && verdict.0 == Verdict::Fail
-        {
-            // What a record does not show: who stayed and dropped out.
-            judgement.verdict = Verdict::Fail;
-            reasons
-                .iter()
-                .filter(|reason| !judgement.reasons.contains(reason))
-                .cloned()
-                .collect::<Vec<_>>()
-                .into_iter()
-                .for_each(|reason| judgement.reasons.push(reason));
-        }
+        judged
+            .into_iter()
+            .for_each(|judged| add_own_failure(&mut judgement, judged));
         if standing == Standing::Invalid {
             judgement.verdict = Verdict::Invalid;
             judgement.reasons.splice(0..0, invalid);
@@ -684,6 +672,77 @@ impl TierResult {
     }
 }
 
+/// What a record does not show, and its host has judged: who stayed and dropped out.
+fn add_own_failure(judgement: &mut Judgement, judged: &TierReport) {
+    if judged.verdict.0 != Verdict::Fail {
+        return;
+    }
+    judgement.verdict = Verdict::Fail;
+    let unknown: Vec<String> = judged
+        .reasons
+        .iter()
+        .filter(|reason| !judgement.reasons.contains(reason))
+        .cloned()
+        .collect();
+    judgement.reasons.extend(unknown);
+}
+
+/// What speaks against a tier, by what it makes of the verdict.
+#[derive(Default)]
+struct VerdictGrounds {
+    broken_off: Vec<String>,
+    failed: Vec<String>,
+    invalid: Vec<String>,
+}
+
+impl VerdictGrounds {
+    /// What each vantage says of itself; those that are `expected` and did not come say nothing.
+    fn of_cells(seen: &[SeenCell], expected: usize) -> VerdictGrounds {
+        let mut grounds = VerdictGrounds::default();
+        let VerdictGrounds {
+            broken_off,
+            failed,
+            invalid,
+        } = &mut grounds;
+        for SeenCell { label, cell, .. } in seen {
+            let named = |reason: &String| format!("{label}: {reason}");
+            match cell.standing {
+                Standing::Measured => failed.extend(cell.judgement.reasons.iter().map(named)),
+                Standing::Invalid => invalid.extend(cell.judgement.reasons.first().map(named)),
+                Standing::Incomplete if cell.seconds > 0.0 => {
+                    broken_off.push(format!("{label} broke off after {:.0} s", cell.seconds))
+                }
+                Standing::Incomplete => {
+                    broken_off.push(format!("{label}: no round trip was measured"))
+                }
+                Standing::Absent => broken_off.push(format!("{label} did not take part")),
+                Standing::Awaited => broken_off.push(format!("{label} is not through yet")),
+            }
+        }
+        let never_came = expected.saturating_sub(seen.len());
+        if never_came > 0 {
+            broken_off.push(format!("{never_came} of {expected} probers did not come"));
+        }
+        grounds
+    }
+}
+
+/// What breaks a limit only merged. Of a single vantage it would say the same twice.
+fn failures_together(seen: &[SeenCell], merged: &Step, judging: &Judging) -> Vec<String> {
+    let recorded = seen
+        .iter()
+        .filter(|seen| seen.cell.standing == Standing::Measured && seen.record.is_some())
+        .count();
+    if recorded <= 1 {
+        return Vec::new();
+    }
+    judge_tier(merged, judging)
+        .reasons
+        .into_iter()
+        .map(|reason| format!("together: {reason}"))
+        .collect()
+}
+
 fn judge_merged(
     seen: &[SeenCell],
     merged: &Step,
@@ -691,41 +750,12 @@ fn judge_merged(
     state: &RunState,
     judging: &Judging,
 ) -> Judgement {
-    let (mut broken_off, mut failed, mut invalid) = (Vec::new(), Vec::new(), Vec::new());
-    for SeenCell { label, cell, .. } in seen {
-        let named = |reason: &String| format!("{label}: {reason}");
-        match cell.standing {
-            Standing::Measured => failed.extend(cell.judgement.reasons.iter().map(named)),
-            Standing::Invalid => invalid.extend(cell.judgement.reasons.first().map(named)),
-            Standing::Incomplete if cell.seconds > 0.0 => {
-                broken_off.push(format!("{label} broke off after {:.0} s", cell.seconds))
-            }
-            Standing::Incomplete => broken_off.push(format!("{label}: no round trip was measured")),
-            Standing::Absent => broken_off.push(format!("{label} did not take part")),
-            Standing::Awaited => broken_off.push(format!("{label} is not through yet")),
-        }
-    }
-    let never_came = (state.setup().expect as usize).saturating_sub(seen.len());
-    if never_came > 0 {
-        broken_off.push(format!(
-            "{never_came} of {} probers did not come",
-            state.setup().expect
-        ));
-    }
-    let recorded = seen
-        .iter()
-        .filter(|seen| seen.cell.standing == Standing::Measured && seen.record.is_some())
-        .count();
-    // Of a single vantage it would say the same twice.
-    if recorded > 1 {
-        failed.splice(
-            0..0,
-            judge_tier(merged, judging)
-                .reasons
-                .into_iter()
-                .map(|reason| format!("together: {reason}")),
-        );
-    }
+    let VerdictGrounds {
+        broken_off,
+        mut failed,
+        invalid,
+    } = VerdictGrounds::of_cells(seen, state.setup().expect as usize);
+    failed.splice(0..0, failures_together(seen, merged, judging));
     let spoilt = !state.setup().load.rooms_apart && seen.iter().any(SeenCell::may_spoil_others);
     // What a generator that was the limit ends proves nothing either.
     let is_valid = |vantage: &str| {
@@ -776,6 +806,47 @@ fn overall(
     vantages: &[VantageResult],
     missing: &[Missing],
 ) -> Judgement {
+    let of_tiers = |verdict: Verdict| reasons_of_tiers(tiers, verdict);
+    let mut invalid = of_tiers(Verdict::Invalid);
+    for VantageResult {
+        label,
+        invalid: limits,
+        ..
+    } in vantages
+    {
+        if invalid.is_empty() {
+            invalid.extend(limits.iter().map(|reason| format!("{label}: {reason}")));
+        }
+    }
+    // What no tier shows: a generator that was the limit while people joined, a run that failed as a whole.
+    let spoilt = !state.setup().load.rooms_apart
+        && vantages.iter().any(|vantage| !vantage.invalid.is_empty());
+    let (failed, failed_as_a_whole) = (of_tiers(Verdict::Fail), failures_as_a_whole(vantages));
+    let has_failed = !failed.is_empty() || (!failed_as_a_whole.is_empty() && !spoilt);
+    let failed = if failed.is_empty() {
+        failed_as_a_whole
+    } else {
+        failed
+    };
+    let mut early = early_ends(state, vantages, missing);
+    early.extend(of_tiers(Verdict::Partial));
+    if tiers.is_empty() && early.is_empty() {
+        return Judgement {
+            verdict: Verdict::Partial,
+            reasons: vec!["nothing was measured".to_owned()],
+        };
+    }
+    let (verdict, reasons) = match (has_failed, early.is_empty(), invalid.is_empty()) {
+        (true, ..) => (Verdict::Fail, [failed, early, invalid].concat()),
+        (false, false, _) => (Verdict::Partial, [early, invalid, failed].concat()),
+        (false, true, false) => (Verdict::Invalid, [invalid, failed].concat()),
+        (false, true, true) => (Verdict::Pass, Vec::new()),
+    };
+    Judgement { verdict, reasons }
+}
+
+/// Why the run, or a host's part in it, ended before its time.
+fn early_ends(state: &RunState, vantages: &[VantageResult], missing: &[Missing]) -> Vec<String> {
     let stopped = state.stop_reason().filter(|_| state.broken().is_none());
     let mut early: Vec<String> = stopped
         .map(|why| format!("ended early: {why}"))
@@ -803,66 +874,36 @@ fn overall(
     if *state.phase() != RunPhase::Over {
         early.push("the run is not over".to_owned());
     }
-    let of_tiers = |verdict: Verdict| {
-        let such = tiers
+    early
+}
+
+fn reasons_of_tiers(tiers: &[TierResult], verdict: Verdict) -> Vec<String> {
+    let such = tiers
+        .iter()
+        .filter(|tier| tier.judgement.verdict == verdict);
+    such.flat_map(|tier| {
+        tier.judgement
+            .reasons
             .iter()
-            .filter(move |tier| tier.judgement.verdict == verdict);
-        such.flat_map(|tier| {
-            tier.judgement
-                .reasons
-                .iter()
-                .map(|reason| format!("{}: {reason}", tier.step.name))
-        })
-        .collect::<Vec<_>>()
-    };
-    let (failed, partial, mut invalid) = (
-        of_tiers(Verdict::Fail),
-        of_tiers(Verdict::Partial),
-        of_tiers(Verdict::Invalid),
-    );
-    // What no tier shows: a generator that was the limit while people joined, a run that failed as a whole.
-    let spoilt = !state.setup().load.rooms_apart
-        && vantages.iter().any(|vantage| !vantage.invalid.is_empty());
-    let mut failed_as_a_whole = Vec::new();
-    for VantageResult {
-        label,
-        report,
-        invalid: limits,
-        ..
-    } in vantages
-    {
-        if invalid.is_empty() {
-            invalid.extend(limits.iter().map(|reason| format!("{label}: {reason}")));
-        }
-        let failed_report = report
+            .map(|reason| format!("{}: {reason}", tier.step.name))
+    })
+    .collect()
+}
+
+/// By the hosts' own reports of the whole run.
+fn failures_as_a_whole(vantages: &[VantageResult]) -> Vec<String> {
+    let mut failures = Vec::new();
+    for VantageResult { label, report, .. } in vantages {
+        let failed = report
             .iter()
             .filter(|report| report.verdict.0 == Verdict::Fail);
-        failed_as_a_whole.extend(
-            failed_report
+        failures.extend(
+            failed
                 .flat_map(|report| &report.reasons)
                 .map(|reason| format!("{label}: {reason}")),
         );
     }
-    let has_failed = !failed.is_empty() || (!failed_as_a_whole.is_empty() && !spoilt);
-    let failed = if failed.is_empty() {
-        failed_as_a_whole
-    } else {
-        failed
-    };
-    let early: Vec<String> = early.into_iter().chain(partial).collect();
-    if tiers.is_empty() && early.is_empty() {
-        return Judgement {
-            verdict: Verdict::Partial,
-            reasons: vec!["nothing was measured".to_owned()],
-        };
-    }
-    let (verdict, reasons) = match (has_failed, early.is_empty(), invalid.is_empty()) {
-        (true, ..) => (Verdict::Fail, [failed, early, invalid].concat()),
-        (false, false, _) => (Verdict::Partial, [early, invalid, failed].concat()),
-        (false, true, false) => (Verdict::Invalid, [invalid, failed].concat()),
-        (false, true, true) => (Verdict::Pass, Vec::new()),
-    };
-    Judgement { verdict, reasons }
+    failures
 }
 
 /// Why the generator was the limit, in the tier that was `judged`, or in the run.

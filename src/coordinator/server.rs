@@ -6,7 +6,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use futures_util::{StreamExt, stream};
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -96,35 +96,59 @@ pub fn listen(address: SocketAddr) -> Result<std::net::TcpListener, ListenError>
     })
 }
 
+/// Why TLS cannot be spoken with the files that were named.
+#[derive(Debug, thiserror::Error)]
+pub enum UnusableTls {
+    #[error("--tls-cert {}: {cause}", certificate.display())]
+    Chain {
+        certificate: PathBuf,
+        cause: pem::Error,
+    },
+    #[error("--tls-cert {}: no certificate in PEM is in it", certificate.display())]
+    NoCertificate { certificate: PathBuf },
+    #[error("--tls-key {}: {cause}", key.display())]
+    Key { key: PathBuf, cause: pem::Error },
+    #[error(
+        "--tls-cert {} and --tls-key {} do not go together: {cause}",
+        certificate.display(),
+        key.display()
+    )]
+    Mismatch {
+        certificate: PathBuf,
+        key: PathBuf,
+        cause: rustls::Error,
+    },
+}
+
 /// What TLS is spoken with.
 ///
 /// # Errors
 /// A file that cannot be read, or that is not what its flag says.
-pub fn tls(certificate: &Path, key: &Path) -> Result<TlsAcceptor, String> {
-    let of = |flag: &str, path: &Path, why: &dyn std::fmt::Display| {
-        format!("{flag} {}: {why}", path.display())
+pub fn tls(certificate: &Path, key: &Path) -> Result<TlsAcceptor, UnusableTls> {
+    let (certificate, key) = (certificate.to_owned(), key.to_owned());
+    let chain = CertificateDer::pem_file_iter(&certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let chain = match chain {
+        Ok(chain) => chain,
+        Err(cause) => return Err(UnusableTls::Chain { certificate, cause }),
     };
-    let wrong_chain = |why: &dyn std::fmt::Display| of("--tls-cert", certificate, why);
-    let chain =
-        CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let chain = chain.map_err(|error| wrong_chain(&error))?;
     if chain.is_empty() {
-        return Err(wrong_chain(&"no certificate in PEM is in it"));
+        return Err(UnusableTls::NoCertificate { certificate });
     }
-    let private_key =
-        PrivateKeyDer::from_pem_file(key).map_err(|error| of("--tls-key", key, &error))?;
+    let private_key = match PrivateKeyDer::from_pem_file(&key) {
+        Ok(private_key) => private_key,
+        Err(cause) => return Err(UnusableTls::Key { key, cause }),
+    };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .expect("ring supports TLS 1.2 and 1.3")
         .with_no_client_auth()
         .with_single_cert(chain, private_key)
-        .map_err(|error| {
-            format!(
-                "--tls-cert {} and --tls-key {} do not go together: {error}",
-                certificate.display(),
-                key.display()
-            )
+        .map_err(|cause| UnusableTls::Mismatch {
+            certificate,
+            key,
+            cause,
         })?;
     Ok(TlsAcceptor::from(Arc::new(config)))
 }

@@ -274,6 +274,35 @@ impl ProberState {
         self.answers.push_back(answer);
     }
 
+    /// Silence counts from here.
+    fn note_life(&mut self, at_us: u64) {
+        (self.heard_us, self.silent_since_us) = (at_us, at_us);
+    }
+
+    fn keep_tiers(&mut self, tiers: Vec<TierSoFar>) {
+        self.tiers
+            .extend(tiers.into_iter().map(|tier| (tier.stage, tier)));
+    }
+
+    /// `version`: what a count becomes part of where it has changed.
+    fn keep_frames(&mut self, frames: Vec<FrameCountEntry>, version: u64) {
+        for FrameCountEntry(origin, track, layer, count) in frames {
+            let key = (origin, track, layer);
+            if self
+                .frames
+                .get(&key)
+                .is_none_or(|known| known.count != count)
+            {
+                self.frames.insert(key, Counted { count, version });
+            }
+        }
+    }
+
+    fn keep_starts(&mut self, starts: Vec<Start>) {
+        self.starts
+            .extend(starts.into_iter().map(|start| (start.stage, start.skew_us)));
+    }
+
     /// All its beats in one.
     fn said(&self) -> JournalEntry {
         let frames = self.frames.iter();
@@ -495,45 +524,24 @@ impl RunState {
         register: &Register,
         fresh: ProverId,
     ) -> Result<(Registered, Vec<JournalEntry>), RefusedRequest> {
-        if let Some(version) = register
-            .protocol
-            .filter(|version| *version != protocol::VERSION)
-        {
-            return Err(RefusedRequest::Conflict(
-                protocol::other_version("prober", version, "coordinator").to_string(),
-            ));
-        }
+        must_speak_ours(register)?;
         let answer = |id: &ProverId| Registered {
             prover_id: id.clone(),
             expected: self.setup.expect,
             protocol: Some(protocol::VERSION),
         };
-        let same_process = |prober: &&ProberState| {
-            register.instance.is_some() && prober.register.instance == register.instance
-        };
-        if let Some(known) = self.probers.iter().find(same_process) {
-            return Ok((answer(&known.id), Vec::new()));
-        }
         let vantage = register
             .vantage
             .clone()
             .unwrap_or_else(|| format!("vantage-{}", self.probers.len() + 1));
         let namesake = self.probers.iter().find(|prober| prober.vantage == vantage);
-        if let Some(namesake) =
-            namesake.filter(|prober| prober.is_legacy() && register.protocol.is_none())
-        {
-            // It names no process: who comes with its label is taken for it.
-            return Ok((answer(&namesake.id), Vec::new()));
+        if let Some(known) = self.same_process(register, namesake) {
+            return Ok((answer(&known.id), Vec::new()));
         }
         self.must_be_open(&vantage, namesake)?;
         let mut entries = Vec::new();
         if let Some(namesake) = namesake {
-            if now_us.saturating_sub(namesake.silent_since_us) < self.setup.silence_us {
-                return Err(RefusedRequest::Conflict(format!(
-                    "another prober calls itself '{vantage}': give each host a --vantage of its own (or, if that one has died, try again in {} s)",
-                    self.setup.silence_us / 1_000_000
-                )));
-            }
+            self.must_be_silent(now_us, namesake)?;
             entries.push(JournalEntry::Left {
                 at_us: now_us,
                 prover_id: namesake.id.clone(),
@@ -549,6 +557,33 @@ impl RunState {
             register: register.clone(),
         });
         Ok((answer(&fresh), entries))
+    }
+
+    /// Who has registered before, and does so again.
+    fn same_process<'a>(
+        &'a self,
+        register: &Register,
+        namesake: Option<&'a ProberState>,
+    ) -> Option<&'a ProberState> {
+        let is_known = |prober: &&ProberState| {
+            register.instance.is_some() && prober.register.instance == register.instance
+        };
+        let known = self.probers.iter().find(is_known);
+        // `voicegw`'s names no process: who comes with its label is taken for it.
+        known
+            .or_else(|| namesake.filter(|prober| prober.is_legacy() && register.protocol.is_none()))
+    }
+
+    /// Whoever takes a label over must not take it from somebody who is alive.
+    fn must_be_silent(&self, now_us: u64, namesake: &ProberState) -> Result<(), RefusedRequest> {
+        if now_us.saturating_sub(namesake.silent_since_us) < self.setup.silence_us {
+            return Err(RefusedRequest::Conflict(format!(
+                "another prober calls itself '{}': give each host a --vantage of its own (or, if that one has died, try again in {} s)",
+                namesake.vantage,
+                self.setup.silence_us / 1_000_000
+            )));
+        }
+        Ok(())
     }
 
     fn full(&self) -> String {
@@ -612,7 +647,7 @@ impl RunState {
                 .load
                 .place(vantages)
                 .map(drop)
-                .map_err(RefusedRequest::Conflict)
+                .map_err(|why| RefusedRequest::Conflict(why.to_string()))
         }
     }
 
@@ -695,7 +730,7 @@ impl RunState {
     pub fn hear(&mut self, now_us: u64, who: usize, beat: &BeatMessage) {
         let life = self.life;
         let prober = &mut self.probers[who];
-        (prober.heard_us, prober.silent_since_us) = (now_us, now_us);
+        prober.note_life(now_us);
         prober.take_heard(life, beat.exchange.as_ref());
         // Of an older life's clock nothing follows.
         if let Some(exchange) = beat
@@ -715,7 +750,7 @@ impl RunState {
     /// A sign of life without a beat.
     pub fn hear_of(&mut self, now_us: u64, who: usize) {
         let prober = &mut self.probers[who];
-        (prober.heard_us, prober.silent_since_us) = (now_us, now_us);
+        prober.note_life(now_us);
     }
 
     /// A final report; nothing if it has come before.
@@ -825,9 +860,9 @@ impl RunState {
             };
             return Some(match playable {
                 Ok(()) => JournalEntry::Armed { at_us: now_us },
-                Err(reason) => JournalEntry::Stopping {
+                Err(why) => JournalEntry::Stopping {
                     at_us: now_us,
-                    reason,
+                    reason: why.to_string(),
                 },
             });
         }
@@ -949,23 +984,12 @@ impl RunState {
                 vantage,
                 register,
             } => self.admit(at_us, prover_id, vantage, register),
-            JournalEntry::Left { prover_id, .. } => {
-                self.probers.retain(|prober| prober.id != prover_id)
-            }
+            JournalEntry::Left { prover_id, .. } => self.free_place_of(&prover_id),
             JournalEntry::Armed { at_us } => self.arm(at_us),
             JournalEntry::Prepared { rooms, .. } => self.rooms = Some(rooms),
             JournalEntry::Ordered {
                 stage, start_us, ..
-            } => {
-                self.orders.push(Underway { stage, start_us });
-                if self
-                    .stages()
-                    .get(stage as usize)
-                    .is_some_and(|stage| stage.kind == StageKind::Tier)
-                {
-                    self.legacy_start_us.get_or_insert(start_us);
-                }
-            }
+            } => self.begin(stage, start_us),
             JournalEntry::Beat {
                 at_us,
                 prover_id,
@@ -981,23 +1005,10 @@ impl RunState {
                     return;
                 };
                 prober.seq = seq;
-                (prober.heard_us, prober.silent_since_us) = (at_us, at_us);
-                prober
-                    .tiers
-                    .extend(tiers.into_iter().map(|tier| (tier.stage, tier)));
-                for FrameCountEntry(origin, track, layer, count) in frames {
-                    let key = (origin, track, layer);
-                    if prober
-                        .frames
-                        .get(&key)
-                        .is_none_or(|known| known.count != count)
-                    {
-                        prober.frames.insert(key, Counted { count, version });
-                    }
-                }
-                prober
-                    .starts
-                    .extend(starts.into_iter().map(|start| (start.stage, start.skew_us)));
+                prober.note_life(at_us);
+                prober.keep_tiers(tiers);
+                prober.keep_frames(frames, version);
+                prober.keep_starts(starts);
                 prober.invalid = invalid;
                 prober.broken = prober.broken.take().or(broken);
                 self.frames_version = version;
@@ -1008,39 +1019,60 @@ impl RunState {
                 last_heard_us,
                 why,
             } => {
-                if let Some(prober) = self.prober(&prover_id) {
-                    prober.gone = Some(GoneProber {
-                        at_us,
-                        last_heard_us,
-                        why,
-                    });
-                }
-            }
-            JournalEntry::Stopping { reason, .. } => {
-                self.stop_reason.get_or_insert(reason);
-                // Who waits for others has nothing to stop, and nothing to report.
-                self.phase = if self.phase == RunPhase::Gathering {
-                    RunPhase::Over
-                } else {
-                    RunPhase::Stopping
+                let gone = GoneProber {
+                    at_us,
+                    last_heard_us,
+                    why,
                 };
+                self.give_up(&prover_id, gone);
             }
+            JournalEntry::Stopping { reason, .. } => self.stop(reason),
             JournalEntry::Reported {
                 at_us,
                 prover_id,
                 report,
-            } => {
-                let is_early = self.phase == RunPhase::Running && !self.is_leaving();
-                if let Some(prober) = self
-                    .prober(&prover_id)
-                    .filter(|prober| prober.report.is_none())
-                {
-                    prober.left_early = is_early && !prober.is_legacy() && prober.gone.is_none();
-                    (prober.heard_us, prober.silent_since_us) = (at_us, at_us);
-                    prober.report = Some(*report);
-                }
-            }
+            } => self.take_report(at_us, &prover_id, *report),
             JournalEntry::Over { .. } => self.phase = RunPhase::Over,
+        }
+    }
+
+    fn free_place_of(&mut self, id: &ProverId) {
+        self.probers.retain(|prober| prober.id != *id);
+    }
+
+    fn give_up(&mut self, id: &ProverId, gone: GoneProber) {
+        if let Some(prober) = self.prober(id) {
+            prober.gone = Some(gone);
+        }
+    }
+
+    fn begin(&mut self, stage: u32, start_us: u64) {
+        self.orders.push(Underway { stage, start_us });
+        if self
+            .stages()
+            .get(stage as usize)
+            .is_some_and(|stage| stage.kind == StageKind::Tier)
+        {
+            self.legacy_start_us.get_or_insert(start_us);
+        }
+    }
+
+    fn stop(&mut self, reason: String) {
+        self.stop_reason.get_or_insert(reason);
+        // Who waits for others has nothing to stop, and nothing to report.
+        self.phase = if self.phase == RunPhase::Gathering {
+            RunPhase::Over
+        } else {
+            RunPhase::Stopping
+        };
+    }
+
+    fn take_report(&mut self, at_us: u64, id: &ProverId, report: ProberReport) {
+        let is_early = self.phase == RunPhase::Running && !self.is_leaving();
+        if let Some(prober) = self.prober(id).filter(|prober| prober.report.is_none()) {
+            prober.left_early = is_early && !prober.is_legacy() && prober.gone.is_none();
+            prober.note_life(at_us);
+            prober.report = Some(report);
         }
     }
 
@@ -1279,6 +1311,16 @@ impl RunState {
 /// Why a run ends that a threshold on this vantage ends.
 fn ended_by(vantage: &str, threshold: &str) -> String {
     format!("'{vantage}': {threshold}")
+}
+
+fn must_speak_ours(register: &Register) -> Result<(), RefusedRequest> {
+    let other = register
+        .protocol
+        .filter(|version| *version != protocol::VERSION);
+    other.map_or(Ok(()), |version| {
+        let why = protocol::other_version("prober", version, "coordinator");
+        Err(RefusedRequest::Conflict(why.to_string()))
+    })
 }
 
 /// Of those who play the plan.

@@ -176,20 +176,7 @@ fn vantages(tier: &TierResult, merged: &Merged, style: Style) -> String {
         merged.vantages.iter().zip(&tier.cells).collect();
     ranked.sort_by(|(_, a), (_, b)| by_badness(b, a));
     for (vantage, cell) in ranked.iter().take(VANTAGES_MAX) {
-        let is_there = !matches!(cell.standing, Standing::Absent);
-        let cells = [
-            maybe(is_there.then_some(cell.participants), |people| {
-                number(people.into())
-            }),
-            maybe(
-                (is_there && !vantage.is_legacy).then_some(cell.packets_received),
-                number,
-            ),
-            maybe(cell.loss, percent),
-            maybe(cell.rtt_us, micros),
-            time(cell.latency(), |times| times.p99),
-            maybe(cell.start_skew_us, signed),
-        ];
+        let cells = vantage_cells(vantage, cell);
         let _ = writeln!(
             text,
             "{:<LABEL_WIDTH$}{}  {}",
@@ -205,10 +192,35 @@ fn vantages(tier: &TierResult, merged: &Merged, style: Style) -> String {
             number((ranked.len() - VANTAGES_MAX) as u64)
         );
     }
-    if let Some(loss) = tier
-        .loss_by_host(&merged.vantages)
-        .filter(|_| tier.measured().count() > 1)
-    {
+    text.push_str(&comparison(tier, merged));
+    text.push('\n');
+    text
+}
+
+fn vantage_cells(vantage: &VantageResult, cell: &Cell) -> [String; 6] {
+    let is_there = !matches!(cell.standing, Standing::Absent);
+    [
+        maybe(is_there.then_some(cell.participants), |people| {
+            number(people.into())
+        }),
+        maybe(
+            (is_there && !vantage.is_legacy).then_some(cell.packets_received),
+            number,
+        ),
+        maybe(cell.loss, percent),
+        maybe(cell.rtt_us, micros),
+        time(cell.latency(), |times| times.p99),
+        maybe(cell.start_skew_us, signed),
+    ]
+}
+
+/// How the hosts that measured a tier differ; nothing of a single one.
+fn comparison(tier: &TierResult, merged: &Merged) -> String {
+    let mut text = String::new();
+    if tier.measured().count() <= 1 {
+        return text;
+    }
+    if let Some(loss) = tier.loss_by_host(&merged.vantages) {
         let line = format!(
             "loss by host: average {}, highest {} ({}), lowest {} ({})",
             percent(loss.average),
@@ -219,13 +231,12 @@ fn vantages(tier: &TierResult, merged: &Merged, style: Style) -> String {
         );
         text.push_str(&wrapped(&line, 2));
     }
-    if let Some((at, in_what)) = tier.worst_vantage().filter(|_| tier.measured().count() > 1) {
+    if let Some((at, in_what)) = tier.worst_vantage() {
         text.push_str(&wrapped(
             &format!("worst vantage: {}: {in_what}", merged.vantages[at].label),
             2,
         ));
     }
-    text.push('\n');
     text
 }
 

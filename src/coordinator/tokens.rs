@@ -77,7 +77,7 @@ impl Mint {
         plan.follow(job.scenario.clone(), job.run_tag);
         plan.part = Some(
             Part::new(job.placement.clone(), job.me as usize, &plan.scenario)
-                .map_err(RefusedRequest::Conflict)?,
+                .map_err(|why| RefusedRequest::Conflict(why.to_string()))?,
         );
         let plan = Arc::new(plan);
         plans.insert(job.me, plan.clone());

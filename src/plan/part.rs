@@ -63,6 +63,37 @@ impl Default for VantagePlan {
     }
 }
 
+/// Why a plan cannot be dealt to hosts; says what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UndealtPlan {
+    #[error("{0} hosts cannot share a run: it takes 1 to {most}", most = VANTAGES_MAX)]
+    HostCount(usize),
+    #[error("a weight of {0} is out of range: write 1 to {most}", most = WEIGHT_MAX)]
+    Weight(u32),
+    #[error("a run has 1 to {most} participants, over all hosts", most = PARTICIPANTS_MAX)]
+    ParticipantCount,
+    /// A room of one host, where that does not do both.
+    #[error(
+        "hosts with rooms of their own publish and subscribe there: leave out --role, or --rooms-per-vantage"
+    )]
+    HalfRooms,
+    #[error("no host publishes: start one without --role subscribe")]
+    NobodyPublishes,
+    #[error("no host subscribes: start one without --role publish")]
+    NobodySubscribes,
+    #[error("there is no host {number} among {hosts}")]
+    NoSuchHost { number: usize, hosts: usize },
+    #[error(
+        "{count} {what} for {hosts} hosts leave host {number} nothing to do: ask for more {what}, or start fewer hosts"
+    )]
+    IdleHost {
+        number: usize,
+        hosts: usize,
+        count: u64,
+        what: &'static str,
+    },
+}
+
 /// The hosts that play a plan together, in an order that is the same on all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Placement {
@@ -119,23 +150,17 @@ impl Placement {
         (0..scenario.total() as u32).map(owner).collect()
     }
 
-    fn must_make_sense(&self, scenario: &Scenario) -> Result<(), String> {
+    fn must_make_sense(&self, scenario: &Scenario) -> Result<(), UndealtPlan> {
         let hosts = self.vantages.len();
         if !(1..=VANTAGES_MAX).contains(&hosts) {
-            return Err(format!(
-                "{hosts} hosts cannot share a run: it takes 1 to {VANTAGES_MAX}"
-            ));
+            return Err(UndealtPlan::HostCount(hosts));
         }
         let mut weights = self.vantages.iter().map(|vantage| vantage.weight);
         if let Some(weight) = weights.find(|weight| !(1..=WEIGHT_MAX).contains(weight)) {
-            return Err(format!(
-                "a weight of {weight} is out of range: write 1 to {WEIGHT_MAX}"
-            ));
+            return Err(UndealtPlan::Weight(weight));
         }
         if !(1..=PARTICIPANTS_MAX).contains(&scenario.total()) {
-            return Err(format!(
-                "a run has 1 to {PARTICIPANTS_MAX} participants, over all hosts"
-            ));
+            return Err(UndealtPlan::ParticipantCount);
         }
         if self.rooms_apart
             && self
@@ -143,16 +168,16 @@ impl Placement {
                 .iter()
                 .any(|vantage| vantage.role != HostRole::Both)
         {
-            return Err("hosts with rooms of their own publish and subscribe there: leave out --role, or --rooms-per-vantage".to_owned());
+            return Err(UndealtPlan::HalfRooms);
         }
         let nobody = |does_so: fn(HostRole) -> bool| {
             !self.vantages.iter().any(|vantage| does_so(vantage.role))
         };
         if scenario.publishers() > 0 && nobody(HostRole::publishes) {
-            return Err("no host publishes: start one without --role subscribe".to_owned());
+            return Err(UndealtPlan::NobodyPublishes);
         }
         if scenario.subscribers() > 0 && nobody(HostRole::subscribes) {
-            return Err("no host subscribes: start one without --role publish".to_owned());
+            return Err(UndealtPlan::NobodySubscribes);
         }
         Ok(())
     }
@@ -209,11 +234,14 @@ impl Part {
     ///
     /// # Errors
     /// What cannot be dealt, and a host that would have nothing to do.
-    pub fn new(placement: Placement, me: usize, scenario: &Scenario) -> Result<Part, String> {
+    pub fn new(placement: Placement, me: usize, scenario: &Scenario) -> Result<Part, UndealtPlan> {
         placement.must_make_sense(scenario)?;
         let hosts = placement.vantages.len();
         if me >= hosts {
-            return Err(format!("there is no host {} among {hosts}", me + 1));
+            return Err(UndealtPlan::NoSuchHost {
+                number: me + 1,
+                hosts,
+            });
         }
         let owners = placement.owners(scenario);
         let mut is_busy = vec![false; hosts];
@@ -226,10 +254,12 @@ impl Part {
             } else {
                 (scenario.total(), "participants")
             };
-            return Err(format!(
-                "{count} {what} for {hosts} hosts leave host {} nothing to do: ask for more {what}, or start fewer hosts",
-                idle + 1
-            ));
+            return Err(UndealtPlan::IdleHost {
+                number: idle + 1,
+                hosts,
+                count,
+                what,
+            });
         }
         let own = own(&owners, me as u16, scenario);
         Ok(Part {
@@ -715,7 +745,9 @@ mod tests {
     #[test]
     fn what_cannot_be_dealt_is_refused_with_what_to_do() {
         let refused = |plan: &Plan, of: &[(HostRole, u32)], rooms_apart, says: &str| {
-            let why = Part::new(placement(of, rooms_apart), 0, &plan.scenario).unwrap_err();
+            let why = Part::new(placement(of, rooms_apart), 0, &plan.scenario)
+                .unwrap_err()
+                .to_string();
             assert!(why.contains(says), "{why}");
         };
         let plan = of_shape(2, 1, 1, 3, false);
@@ -746,6 +778,7 @@ mod tests {
         assert!(
             Part::new(placement(&[(Both, 1)], false), 1, &plan.scenario)
                 .unwrap_err()
+                .to_string()
                 .contains("no host 2 among 1")
         );
     }

@@ -3,17 +3,42 @@
 use std::time::Duration;
 
 use super::Membership;
-use crate::coordinator::protocol::{Job, JobReply};
+use crate::coordinator::protocol::{Job, JobReply, MalformedMessage};
 use crate::plan::scenario::{PhaseTimes, RoomPeople};
-use crate::plan::{Part, Target, TargetOrigin};
+use crate::plan::{Part, Target, TargetOrigin, UndealtPlan, UnusableUrl};
 use crate::run::RunSpec;
+
+/// Why a job cannot be played; for people.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum UnplayableJob {
+    #[error("no server to test: give --url, or LIVEKIT_URL, here or to the coordinator")]
+    NoServer,
+    #[error("voicegw's coordinator does not say which server to test: give --url, or LIVEKIT_URL")]
+    NoServerOfVoicegw,
+    #[error(transparent)]
+    Url(#[from] UnusableUrl),
+    #[error(transparent)]
+    Undealt(#[from] UndealtPlan),
+    #[error(transparent)]
+    Judging(#[from] MalformedMessage),
+    #[error(
+        "a tier of {clients} has no room for the {publishers} who publish: give fewer --publishers"
+    )]
+    FullTier { clients: u32, publishers: u32 },
+    #[error("voicegw's coordinator names no tier to play")]
+    NoTier,
+}
 
 /// The job of a coordinator of ours: all that makes the run comes from there. Of the prober's own are the server, where it names one, and what this host does with
 /// the result.
 ///
 /// # Errors
 /// For people: why it cannot be played.
-pub(super) fn of_ours(job: &Job, own: RunSpec, shape_given: bool) -> Result<RunSpec, String> {
+pub(super) fn of_ours(
+    job: &Job,
+    own: RunSpec,
+    shape_given: bool,
+) -> Result<RunSpec, UnplayableJob> {
     let mut plan = own.plan;
     // Stages say what is held, and for how long.
     let times = PhaseTimes {
@@ -27,10 +52,7 @@ pub(super) fn of_ours(job: &Job, own: RunSpec, shape_given: bool) -> Result<RunS
         &plan.scenario,
     )?);
     if plan.target.is_embedded() {
-        let url = job
-            .url
-            .as_deref()
-            .ok_or("no server to test: give --url, or LIVEKIT_URL, here or to the coordinator")?;
+        let url = job.url.as_deref().ok_or(UnplayableJob::NoServer)?;
         plan.target = Target {
             url: url.parse()?,
             origin: TargetOrigin::Coordinator,
@@ -43,10 +65,7 @@ pub(super) fn of_ours(job: &Job, own: RunSpec, shape_given: bool) -> Result<RunS
     Ok(RunSpec {
         plan,
         warnings,
-        judging: job
-            .judging
-            .to_judging()
-            .map_err(|error| error.to_string())?,
+        judging: job.judging.to_judging()?,
         ..own
     })
 }
@@ -56,31 +75,27 @@ pub(super) fn of_ours(job: &Job, own: RunSpec, shape_given: bool) -> Result<RunS
 ///
 /// # Errors
 /// For people: why it cannot be played.
-pub(super) fn of_voicegw(job: &JobReply, own: RunSpec) -> Result<RunSpec, String> {
+pub(super) fn of_voicegw(job: &JobReply, own: RunSpec) -> Result<RunSpec, UnplayableJob> {
     let mut plan = own.plan;
     let target = &plan.target;
     if target.is_embedded() {
-        return Err(
-            "voicegw's coordinator does not say which server to test: give --url, or LIVEKIT_URL"
-                .to_owned(),
-        );
+        return Err(UnplayableJob::NoServerOfVoicegw);
     }
     let publishers = plan.scenario.publishers();
     // Of all clients the first ones publish.
     let subscribers = |clients: &u32| {
         let subscribers = clients.checked_sub(publishers);
-        subscribers.ok_or_else(|| format!("a tier of {clients} has no room for the {publishers} who publish: give fewer --publishers"))
+        subscribers.ok_or(UnplayableJob::FullTier {
+            clients: *clients,
+            publishers,
+        })
     };
     let tiers = job
         .ramp
         .iter()
         .map(subscribers)
-        .collect::<Result<Vec<u32>, String>>()?;
-    let most = tiers
-        .iter()
-        .copied()
-        .max()
-        .ok_or("voicegw's coordinator names no tier to play")?;
+        .collect::<Result<Vec<u32>, UnplayableJob>>()?;
+    let most = tiers.iter().copied().max().ok_or(UnplayableJob::NoTier)?;
     let mut scenario = plan.scenario;
     scenario.rooms.name = Some(job.room.clone());
     scenario.rooms.count = 1;

@@ -30,6 +30,11 @@ pub(super) struct Led {
     is_broken: bool,
 }
 
+/// The run ends before what was waited for, in the words of who ends it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct CalledOff(String);
+
 impl Led {
     pub fn new(shared: Arc<LinkShared>, stages: Vec<SharedStage>, clock: Epoch) -> Led {
         Led {
@@ -48,7 +53,7 @@ impl Led {
     ///
     /// # Errors
     /// Why nothing is to begin.
-    pub async fn wait_for_start(&mut self) -> Result<(), String> {
+    pub async fn wait_for_start(&mut self) -> Result<(), CalledOff> {
         let at = self.order_for(0).await?;
         self.begin(0, at, self.epoch.now());
         // That of all hosts, so that whatever follows from the run's time is in step: who speaks when.
@@ -57,7 +62,7 @@ impl Led {
     }
 
     /// Waits until a stage is to begin, and gives its time. After an interruption it can be asked again.
-    async fn order_for(&mut self, stage: usize) -> Result<Time, String> {
+    async fn order_for(&mut self, stage: usize) -> Result<Time, CalledOff> {
         let (under_way, ready_for) = (self.stage.map(|stage| stage as u32), stage as u32);
         if self.shared.outbox().set_stage(under_way, Some(ready_for)) {
             self.shared.hurry();
@@ -65,7 +70,7 @@ impl Led {
         loop {
             let word = self.words.borrow_and_update().clone();
             let wait_until = match word {
-                Word::Stop { reason } => return Err(reason),
+                Word::Stop { reason } => return Err(CalledOff(reason)),
                 Word::Start { stage, at_us } if stage >= ready_for => {
                     // What lies before the run's zero has passed.
                     let at = self.epoch.time_of_unix_micros(at_us).unwrap_or(Time::ZERO);
@@ -361,7 +366,10 @@ mod tests {
         shared.say(Word::Stop {
             reason: "cancelled".into(),
         });
-        assert_eq!(led.wait_for_start().await.unwrap_err(), "cancelled");
+        assert_eq!(
+            led.wait_for_start().await.unwrap_err().to_string(),
+            "cancelled"
+        );
         assert_eq!(led.abort().as_deref(), Some("cancelled"));
         start(&shared, &clock, 0);
         assert_eq!(led.abort().as_deref(), Some("cancelled"));

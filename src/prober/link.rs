@@ -14,13 +14,13 @@ use super::outbox::BeatOutbox;
 use super::pulse::Pulse;
 use crate::coordinator::clock::{ClockEstimate, Offset};
 use crate::coordinator::protocol::{
-    BeatReply, Departed, Exchange, FRAME_COUNTS_MAX, FrameCountEntry, JobReply, Order,
-    ProberReport, ProverId, Register, Registered, Reported, TOKENS_MAX, TokensReply, TokensRequest,
-    VERSION, VantageClock, other_version,
+    BeatReply, Departed, Exchange, FRAME_COUNTS_MAX, FrameCountEntry, JobReply, MalformedMessage,
+    Order, ProberReport, ProverId, Register, Registered, Reported, TOKENS_MAX, TokensReply,
+    TokensRequest, VERSION, VantageClock, other_version,
 };
 use crate::engine;
 use crate::run::Interrupts;
-use crate::signal::{Secret, TokenRequest};
+use crate::signal::{NotIssued, Secret, TokenRequest};
 use crate::units::{Epoch, Time};
 
 /// From one look for the job to the next, and the least pause before a coordinator that did not answer is asked again.
@@ -118,6 +118,18 @@ pub(super) struct Enlisted {
     pub job: JobReply,
 }
 
+/// Why this host has no part in the run.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotEnlisted {
+    #[error(transparent)]
+    NoReply(#[from] NoReply),
+    #[error(transparent)]
+    OtherVersion(#[from] MalformedMessage),
+    /// By this signal.
+    #[error("{0} while the run was waited for")]
+    Interrupted(&'static str),
+}
+
 /// Registers, and waits until there is a job. `told` hears what there is to wait for. Who is interrupted meanwhile leaves its place to others.
 ///
 /// # Errors
@@ -127,7 +139,7 @@ pub(super) async fn enlist(
     register: &Register,
     interrupts: &mut Interrupts,
     told: impl FnMut(String),
-) -> Result<Enlisted, String> {
+) -> Result<Enlisted, NotEnlisted> {
     let mut place = None;
     let signal = tokio::select! {
         enlisted = wait_for_job(client, register, &mut place, told) => return enlisted,
@@ -141,7 +153,7 @@ pub(super) async fn enlist(
         )
         .await;
     }
-    Err(format!("{signal} while the run was waited for"))
+    Err(NotEnlisted::Interrupted(signal))
 }
 
 /// `place` is where the coordinator has us, as soon as it does.
@@ -150,14 +162,14 @@ async fn wait_for_job(
     register: &Register,
     place: &mut Option<ProverId>,
     mut told: impl FnMut(String),
-) -> Result<Enlisted, String> {
+) -> Result<Enlisted, NotEnlisted> {
     'register: loop {
         let registered: Registered = insist(GATHER_PATIENCE, &mut told, || {
             client.post("/register", register)
         })
         .await?;
         if let Some(version) = registered.protocol.filter(|version| *version != VERSION) {
-            return Err(other_version("coordinator", version, "prober").to_string());
+            return Err(other_version("coordinator", version, "prober").into());
         }
         *place = Some(registered.prover_id.clone());
         told(format!(
@@ -179,7 +191,7 @@ async fn wait_for_job(
                     tokio::time::sleep(POLL).await;
                     continue 'register;
                 }
-                Err(NoReply::Other(why)) => return Err(why),
+                Err(gone) => return Err(gone.into()),
             }
         }
     }
@@ -194,18 +206,14 @@ fn probers(count: u32) -> String {
 }
 
 /// Why there will be no answer.
-#[derive(Debug)]
-enum NoReply {
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoReply {
+    #[error("{0}")]
     Unknown(String),
-    Other(String),
-}
-
-impl From<NoReply> for String {
-    fn from(gone: NoReply) -> String {
-        match gone {
-            NoReply::Unknown(why) | NoReply::Other(why) => why,
-        }
-    }
+    #[error("{0}")]
+    Refused(String),
+    #[error("{why}; given up after {} s", patience.as_secs())]
+    GivenUp { why: String, patience: Duration },
 }
 
 /// Asks until there is an answer, with growing pauses while there is none, for as long as `patience`.
@@ -221,12 +229,9 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
         match ask().await {
             Ok(answer) => return Ok(answer),
             Err(NoAnswer::Unknown(why)) => return Err(NoReply::Unknown(why)),
-            Err(NoAnswer::Refused(why)) => return Err(NoReply::Other(why)),
+            Err(NoAnswer::Refused(why)) => return Err(NoReply::Refused(why)),
             Err(NoAnswer::Away(why)) if since.elapsed() + pause > patience => {
-                return Err(NoReply::Other(format!(
-                    "{why}; given up after {} s",
-                    patience.as_secs()
-                )));
+                return Err(NoReply::GivenUp { why, patience });
             }
             Err(NoAnswer::Away(why)) => {
                 let is_known = |(last, at): &(String, tokio::time::Instant)| {
@@ -369,9 +374,9 @@ pub(super) async fn deliver(
     report: &ProberReport,
     patience: Duration,
     told: &mut impl FnMut(String),
-) -> Result<Reported, String> {
+) -> Result<Reported, NoReply> {
     let path = format!("/report/{id}");
-    Ok(insist(patience, told, || client.post(&path, report)).await?)
+    insist(patience, told, || client.post(&path, report)).await
 }
 
 /// What to add to a vantage's time to get ours. Both uncertainties add up.
@@ -380,6 +385,15 @@ fn between(theirs: &VantageClock, own: &Offset) -> (i64, u64) {
         theirs.offset_us.saturating_sub(own.offset_us),
         theirs.uncertainty_us.saturating_add(own.uncertainty_us),
     )
+}
+
+/// Why the coordinator gave no room token.
+#[derive(Debug, thiserror::Error)]
+enum NotFetched {
+    #[error(transparent)]
+    NoAnswer(#[from] NoAnswer),
+    #[error("the coordinator gave none for this participant")]
+    LeftOut,
 }
 
 /// Gets room tokens from the coordinator, many at a time, and hands them out.
@@ -404,17 +418,16 @@ impl Tokens {
         while let Some(TokenRequest { position, answer }) = requests.recv().await {
             let token = self.token(position).await;
             // Who asked may have left meanwhile.
-            let _ = answer.send(token);
+            let _ = answer.send(token.map_err(|why| NotIssued::Refused(why.into())));
         }
     }
 
-    async fn token(&mut self, position: u32) -> Result<Secret, String> {
+    async fn token(&mut self, position: u32) -> Result<Secret, NotFetched> {
         if let Some(token) = self.take(position) {
             return Ok(token);
         }
         self.fetch(position).await?;
-        self.take(position)
-            .ok_or_else(|| "the coordinator gave none for this participant".to_owned())
+        self.take(position).ok_or(NotFetched::LeftOut)
     }
 
     /// Each is used once: who comes back later gets one that lasts as long.
@@ -423,7 +436,7 @@ impl Tokens {
         (tokio::time::Instant::now() < good_until).then_some(token)
     }
 
-    async fn fetch(&mut self, from: u32) -> Result<(), String> {
+    async fn fetch(&mut self, from: u32) -> Result<(), NoAnswer> {
         let count = self
             .participants
             .saturating_sub(from)
@@ -440,7 +453,7 @@ impl Tokens {
                     tokio::time::sleep(pause).await;
                     (pause, tries) = (pause * 2, tries + 1);
                 }
-                Err(error) => return Err(error.to_string()),
+                Err(error) => return Err(error),
             }
         };
         let good_until =
@@ -518,7 +531,7 @@ mod tests {
 
     async fn enlisted(
         script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static,
-    ) -> (Result<Enlisted, String>, Scripted, Vec<String>) {
+    ) -> (Result<Enlisted, NotEnlisted>, Scripted, Vec<String>) {
         let (scripted, url) = Scripted::start(script).await;
         let client = CoordinatorClient::new(url.parse().unwrap(), Some(Secret::new("sesame")));
         let mut told = Vec::new();
@@ -584,7 +597,7 @@ mod tests {
             ),
         ] {
             let (enlisted, scripted, _) = enlisted(move |_| answer.clone()).await;
-            let why = enlisted.unwrap_err();
+            let why = enlisted.unwrap_err().to_string();
             assert!(why.contains(says) && !why.contains("sesame"), "{why}");
             assert_eq!(scripted.asked().len(), 1);
         }
@@ -788,6 +801,7 @@ mod tests {
                 .token(0)
                 .await
                 .unwrap_err()
+                .to_string()
                 .contains("none for this participant")
         );
         assert_eq!(scripted.asked().len(), 3);

@@ -92,9 +92,8 @@ impl Prober {
             wants_tokens: credentials.is_none(),
         };
         let mut interrupts = runtime.block_on(async { Interrupts::listen() });
-        let enlisted = runtime
-            .block_on(link::enlist(&client, &register, &mut interrupts, &mut told))
-            .map_err(|why| anyhow!(why))?;
+        let enlisted =
+            runtime.block_on(link::enlist(&client, &register, &mut interrupts, &mut told))?;
         let mut prober = Prober {
             config,
             client,
@@ -143,7 +142,7 @@ impl Prober {
             Some(job) => job::of_ours(job, own, shape_given),
             None => job::of_voicegw(&self.enlisted.job, own),
         };
-        run.map_err(|why| anyhow!(why))
+        Ok(run?)
     }
 
     /// `vantage 'fra', 2 of 3, led by http://10.0.0.1:8787`
@@ -188,7 +187,7 @@ impl Prober {
         };
         let mut led = Led::new(self.shared.clone(), stages, self.clock);
         tokio::select! {
-            started = led.wait_for_start() => started.map_err(|why| anyhow!(why))?,
+            started = led.wait_for_start() => started?,
             signal = interrupts.next() => return Err(ended(signal)),
         }
         let mut outcome = run_as_guest(
@@ -260,8 +259,8 @@ impl Prober {
         let (client, id) = (&self.client, &self.enlisted.id);
         let delivered = self.runtime.block_on(async {
             tokio::select! {
-                delivered = link::deliver(client, id, &report, patience, &mut told) => delivered,
-                signal = interrupts.next() => Err(signal.to_owned()),
+                delivered = link::deliver(client, id, &report, patience, &mut told) => delivered.map_err(Undelivered::NoReply),
+                signal = interrupts.next() => Err(Undelivered::Interrupted(signal)),
             }
         });
         match (delivered, kept) {
@@ -280,6 +279,15 @@ impl Prober {
             ),
         }
     }
+}
+
+/// Why the coordinator did not take the report.
+#[derive(Debug, thiserror::Error)]
+enum Undelivered {
+    #[error(transparent)]
+    NoReply(link::NoReply),
+    #[error("{0}")]
+    Interrupted(&'static str),
 }
 
 /// Names this process to the coordinator: who registers again with it is the same prober.

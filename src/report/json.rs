@@ -415,10 +415,10 @@ struct BrokeFirstView<'a> {
 }
 
 impl<'a> CapacityView<'a> {
-    fn new(plan: &Plan, capacity: &'a Capacity) -> CapacityView<'a> {
-        let participants =
-            |subscribers: u32| plan.participants_with(Subscribers::PerRoom(subscribers));
-        let nothing = CapacityView {
+    /// Without an answer.
+    fn nothing(capacity: &'a Capacity) -> CapacityView<'a> {
+        let broke_first = capacity.broke_first.as_ref();
+        CapacityView {
             answer: "none",
             subscribers: None,
             participants: None,
@@ -428,14 +428,18 @@ impl<'a> CapacityView<'a> {
             settled: None,
             limit: None,
             limit_reasons: &[],
-            broke_first: capacity.broke_first.as_ref().map(|(subscribers, reasons)| {
-                BrokeFirstView {
-                    subscribers: *subscribers,
-                    reasons,
-                }
+            broke_first: broke_first.map(|(subscribers, reasons)| BrokeFirstView {
+                subscribers: *subscribers,
+                reasons,
             }),
             points: &capacity.points,
-        };
+        }
+    }
+
+    fn new(plan: &Plan, capacity: &'a Capacity) -> CapacityView<'a> {
+        let participants =
+            |subscribers: u32| plan.participants_with(Subscribers::PerRoom(subscribers));
+        let nothing = CapacityView::nothing(capacity);
         match &capacity.answer {
             KneeAnswer::Capacity {
                 participants: subscribers,

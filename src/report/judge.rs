@@ -710,27 +710,64 @@ impl fmt::Display for Threshold {
     }
 }
 
-impl FromStr for Threshold {
-    type Err = String;
+/// Why a text is no threshold: what to write instead.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RefusedThreshold {
+    #[error(
+        "write SCOPE.METRIC.STAT<VALUE, as in audio.one_way_latency.p95<150ms, or SCOPE.COUNTER<VALUE"
+    )]
+    Shape,
+    /// With the names that there are.
+    #[error("{0}")]
+    UnknownName(String),
+    #[error("{0} is a counter and takes no statistic: write {0}<VALUE")]
+    StatisticOfCounter(&'static str),
+    #[error("{metric} needs a statistic, as in {metric}.{example} (one of {known})")]
+    NoStatistic {
+        metric: String,
+        example: &'static str,
+        known: String,
+    },
+    #[error("'{0}' is no count: a counter is compared with a bare number")]
+    Count(String),
+    #[error("'{0}' is no score: write it bare, as in audio.mos.p1>3.5")]
+    Score(String),
+    #[error("'{0}' is no time: a unit is required, as in 150ms (us, ms or s)")]
+    Time(String),
+    #[error("'for {0}' is no window: write whole seconds, 1s to 1h, as in 'for 2m'")]
+    Window(String),
+    #[error("a limit holds over windows of one length: write 'for TIME' once")]
+    SeveralWindows,
+    #[error(
+        "':{0}' means nothing here: write :abort, once, behind the limit, as in audio.jitter.p95<5ms:abort"
+    )]
+    Suffix(String),
+    #[error("{0} is known when a stream has ended: leave out :abort and 'for TIME'")]
+    KnownAtTheEnd(&'static str),
+    #[error(
+        "{0} begins at 0 and grows, so it would end every run at once: leave out :abort, or say over what time, as in 'for 10s:abort'"
+    )]
+    AbortsAtOnce(&'static str),
+}
 
-    fn from_str(text: &str) -> Result<Threshold, String> {
+impl FromStr for Threshold {
+    type Err = RefusedThreshold;
+
+    fn from_str(text: &str) -> Result<Threshold, RefusedThreshold> {
         let (text, window, aborts) = conditions(text)?;
         let compact: String = text.chars().filter(|c| !c.is_whitespace()).collect();
-        let shape = || {
-            "write SCOPE.METRIC.STAT<VALUE, as in audio.one_way_latency.p95<150ms, or SCOPE.COUNTER<VALUE".to_owned()
-        };
-        let at = compact.find(['<', '>']).ok_or_else(shape)?;
+        let at = compact.find(['<', '>']).ok_or(RefusedThreshold::Shape)?;
         let (path, rest) = compact.split_at(at);
         let (sign, comparison) = *COMPARISONS
             .iter()
             .find(|(sign, _)| rest.starts_with(sign))
-            .ok_or_else(shape)?;
+            .ok_or(RefusedThreshold::Shape)?;
         let value = rest.strip_prefix(sign).unwrap_or_default();
         let mut parts = path.splitn(3, '.');
         let scope_name = parts.next().unwrap_or_default();
         let scope = find(SCOPES, scope_name)
             .ok_or_else(|| unknown("scope", scope_name, SCOPES.iter().map(|(name, _)| *name)))?;
-        let metric = parts.next().ok_or_else(shape)?;
+        let metric = parts.next().ok_or(RefusedThreshold::Shape)?;
         let figure = figure(scope, metric, parts.next())?;
         let limit = match figure {
             Figure::Counter(_) => count(value)?,
@@ -739,18 +776,14 @@ impl FromStr for Threshold {
         };
         match figure {
             Figure::Score(name, _) if aborts || window.is_some() => {
-                return Err(format!(
-                    "{name} is known when a stream has ended: leave out :abort and 'for TIME'"
-                ));
+                return Err(RefusedThreshold::KnownAtTheEnd(name));
             }
             Figure::Counter(name)
                 if aborts
                     && window.is_none()
                     && matches!(comparison, Comparison::Above | Comparison::AtLeast) =>
             {
-                return Err(format!(
-                    "{name} begins at 0 and grows, so it would end every run at once: leave out :abort, or say over what time, as in 'for 10s:abort'"
-                ));
+                return Err(RefusedThreshold::AbortsAtOnce(name));
             }
             _ => {}
         }
@@ -767,7 +800,7 @@ impl FromStr for Threshold {
 }
 
 /// What stands behind a limit, in either order: ` for TIME` and `:abort`. Gives the limit without them.
-fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), String> {
+fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), RefusedThreshold> {
     const WORD: &str = " for ";
     let (mut text, mut window, mut aborts) = (text.trim(), None, false);
     loop {
@@ -776,19 +809,14 @@ fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), String> {
             (Some(at), word) if word < Some(at) => {
                 let what = text[at + 1..].trim();
                 if what != "abort" || std::mem::replace(&mut aborts, true) {
-                    return Err(format!(
-                        "':{what}' means nothing here: write :abort, once, behind the limit, as in audio.jitter.p95<5ms:abort"
-                    ));
+                    return Err(RefusedThreshold::Suffix(what.to_owned()));
                 }
                 text = text[..at].trim_end();
             }
             (_, Some(at)) => {
                 let length = window_length(text[at + WORD.len()..].trim())?;
                 if window.replace(length).is_some() {
-                    return Err(
-                        "a limit holds over windows of one length: write 'for TIME' once"
-                            .to_owned(),
-                    );
+                    return Err(RefusedThreshold::SeveralWindows);
                 }
                 text = text[..at].trim_end();
             }
@@ -800,16 +828,14 @@ fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), String> {
 /// Of every second of a window what came in it is kept.
 const WINDOW_MAX: Duration = Duration::from_secs(3_600);
 
-fn window_length(text: &str) -> Result<Duration, String> {
+fn window_length(text: &str) -> Result<Duration, RefusedThreshold> {
     let seconds = text.parse().ok().map(Duration::from_secs);
     seconds
         .or_else(|| humantime::parse_duration(text).ok())
         .filter(|length| {
             (Duration::from_secs(1)..=WINDOW_MAX).contains(length) && length.subsec_nanos() == 0
         })
-        .ok_or_else(|| {
-            format!("'for {text}' is no window: write whole seconds, 1s to 1h, as in 'for 2m'")
-        })
+        .ok_or_else(|| RefusedThreshold::Window(text.to_owned()))
 }
 
 fn find<T: Copy>(table: &[(&str, T)], name: &str) -> Option<T> {
@@ -819,7 +845,7 @@ fn find<T: Copy>(table: &[(&str, T)], name: &str) -> Option<T> {
         .map(|(_, value)| *value)
 }
 
-fn figure(scope: Scope, metric: &str, stat: Option<&str>) -> Result<Figure, String> {
+fn figure(scope: Scope, metric: &str, stat: Option<&str>) -> Result<Figure, RefusedThreshold> {
     let (counters, histograms, scores) = match scope {
         Scope::Session => (Session::COUNTERS, Session::HISTOGRAMS, Session::SCORES),
         Scope::Audio | Scope::Video => (Media::COUNTERS, Media::HISTOGRAMS, Media::SCORES),
@@ -830,9 +856,7 @@ fn figure(scope: Scope, metric: &str, stat: Option<&str>) -> Result<Figure, Stri
     if let Some(name) = counters.iter().find(|name| **name == metric) {
         return match stat {
             None => Ok(Figure::Counter(name)),
-            Some(_) => Err(format!(
-                "{metric} is a counter and takes no statistic: write {metric}<VALUE"
-            )),
+            Some(_) => Err(RefusedThreshold::StatisticOfCounter(name)),
         };
     }
     let Some(name) = histograms.iter().find(|name| **name == metric) else {
@@ -845,18 +869,21 @@ fn figure(scope: Scope, metric: &str, stat: Option<&str>) -> Result<Figure, Stri
     statistic(metric, stat, STATS).map(|stat| Figure::Histogram(name, stat))
 }
 
-fn statistic<T: Copy>(metric: &str, stat: Option<&str>, known: &[(&str, T)]) -> Result<T, String> {
+fn statistic<T: Copy>(
+    metric: &str,
+    stat: Option<&str>,
+    known: &[(&str, T)],
+) -> Result<T, RefusedThreshold> {
     let names = || known.iter().map(|(name, _)| *name);
     let example = if names().any(|name| name == "p95") {
         "p95"
     } else {
         "p1"
     };
-    let stat = stat.ok_or_else(|| {
-        format!(
-            "{metric} needs a statistic, as in {metric}.{example} (one of {})",
-            names().collect::<Vec<_>>().join(", ")
-        )
+    let stat = stat.ok_or_else(|| RefusedThreshold::NoStatistic {
+        metric: metric.to_owned(),
+        example,
+        known: names().collect::<Vec<_>>().join(", "),
     })?;
     find(known, stat).ok_or_else(|| unknown("statistic", stat, names()))
 }
@@ -866,18 +893,16 @@ fn number(digits: &str) -> Option<f64> {
     digits.parse().ok().filter(|_| plain)
 }
 
-fn count(value: &str) -> Result<f64, String> {
-    number(value)
-        .ok_or_else(|| format!("'{value}' is no count: a counter is compared with a bare number"))
+fn count(value: &str) -> Result<f64, RefusedThreshold> {
+    number(value).ok_or_else(|| RefusedThreshold::Count(value.to_owned()))
 }
 
-fn score(value: &str) -> Result<f64, String> {
-    number(value)
-        .ok_or_else(|| format!("'{value}' is no score: write it bare, as in audio.mos.p1>3.5"))
+fn score(value: &str) -> Result<f64, RefusedThreshold> {
+    number(value).ok_or_else(|| RefusedThreshold::Score(value.to_owned()))
 }
 
-fn micros(value: &str) -> Result<f64, String> {
-    let wrong = || format!("'{value}' is no time: a unit is required, as in 150ms (us, ms or s)");
+fn micros(value: &str) -> Result<f64, RefusedThreshold> {
+    let wrong = || RefusedThreshold::Time(value.to_owned());
     let (digits, scale) = UNITS
         .iter()
         .find_map(|(unit, scale)| Some((value.strip_suffix(unit)?, *scale)))
@@ -886,7 +911,7 @@ fn micros(value: &str) -> Result<f64, String> {
 }
 
 /// Names that are close come first and alone; where none is, all of them.
-fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> String {
+fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> RefusedThreshold {
     let known: Vec<&str> = known.collect();
     let mut near: Vec<(f64, &str)> = known
         .iter()
@@ -895,7 +920,7 @@ fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> 
         .collect();
     near.sort_by(|a, b| b.0.total_cmp(&a.0));
     near.truncate(3);
-    if near.is_empty() {
+    RefusedThreshold::UnknownName(if near.is_empty() {
         format!(
             "there is no {what} '{name}'; there are {}",
             known.join(", ")
@@ -905,7 +930,7 @@ fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> 
             "there is no {what} '{name}'; did you mean {}?",
             near.iter().map(|(_, k)| *k).collect::<Vec<_>>().join(", ")
         )
-    }
+    })
 }
 
 #[cfg(test)]
@@ -1066,7 +1091,7 @@ mod tests {
                 "would end every run at once",
             ),
         ] {
-            let message = text.parse::<Threshold>().unwrap_err();
+            let message = text.parse::<Threshold>().unwrap_err().to_string();
             assert!(message.contains(expected), "{text}: {message}");
         }
     }

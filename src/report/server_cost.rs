@@ -182,7 +182,6 @@ pub(crate) fn block(account: &Account, ours: &Ours, style: Style) -> String {
             stretch.name
         );
     };
-    let whole = |value: f64| number(value.round() as u64);
     let mut text = format!(
         "{} {nodes}, {}: {} cores, {}, {} participants\n",
         style.bold("Server    "),
@@ -191,49 +190,62 @@ pub(crate) fn block(account: &Account, ours: &Ours, style: Style) -> String {
         maybe(cost.gauges.resident_bytes, |bytes| scaled(bytes, "B")),
         maybe(cost.participants_mean(), whole),
     );
-    let mut row = |label: &str, line: String| {
+    let counted = counted_in_all(account);
+    for (label, line) in [
+        ("participant", participant_line(cost)),
+        ("CPU", cpu_line(cost)),
+        ("forwarding", latency_line(cost)),
+        ("packets", packets_line(&counted, ours)),
+        ("drops", format!("{}; {}", drops(&counted), ours.drops)),
+    ] {
         let lines = wrapped(&line, 15);
         let _ = write!(text, "  {label:<13}{}", lines.trim_start());
-    };
-    row(
-        "participant",
-        format!(
-            "{} of CPU a second, {}",
-            maybe(cost.cpu_seconds_per_participant_second(), |seconds| micros(
-                seconds * 1e6
-            )),
-            maybe(cost.bytes_per_participant(), |bytes| scaled(bytes, "B"))
-        ),
-    );
+    }
+    text.push('\n');
+    text
+}
+
+fn whole(value: f64) -> String {
+    number(value.round() as u64)
+}
+
+fn participant_line(cost: &Cost) -> String {
+    format!(
+        "{} of CPU a second, {}",
+        maybe(cost.cpu_seconds_per_participant_second(), |seconds| micros(
+            seconds * 1e6
+        )),
+        maybe(cost.bytes_per_participant(), |bytes| scaled(bytes, "B"))
+    )
+}
+
+fn cpu_line(cost: &Cost) -> String {
     let cpu = |seconds: Option<f64>| maybe(seconds, |seconds| format!("{seconds:.2} s"));
-    row(
-        "CPU",
-        forwarding_line(
-            cost.forwarding.as_ref(),
-            &cpu(cost.cpu_seconds_per_gbit()),
-            &cpu(cost.cpu_seconds_per_million_packets()),
-        ),
-    );
-    row("forwarding", latency_line(cost));
+    forwarding_line(
+        cost.forwarding.as_ref(),
+        &cpu(cost.cpu_seconds_per_gbit()),
+        &cpu(cost.cpu_seconds_per_million_packets()),
+    )
+}
+
+fn packets_line(counted: &Counters, ours: &Ours) -> String {
+    let packets = |counter: Counter| maybe(counted[counter], whole);
+    format!(
+        "{} received, {} sent, {} sent again in all; we received {}",
+        packets(Counter::PacketsReceived),
+        packets(Counter::PacketsSent),
+        packets(Counter::PacketsResent),
+        number(ours.packets_received)
+    )
+}
+
+/// Over the whole test.
+fn counted_in_all(account: &Account) -> Counters {
     let all = account
         .stretches
         .last()
         .and_then(|total| total.cost.as_ref());
-    let counted = all.map_or_else(Counters::default, |all| all.counted);
-    let packets = |counter: Counter| maybe(counted[counter], whole);
-    row(
-        "packets",
-        format!(
-            "{} received, {} sent, {} sent again in all; we received {}",
-            packets(Counter::PacketsReceived),
-            packets(Counter::PacketsSent),
-            packets(Counter::PacketsResent),
-            number(ours.packets_received)
-        ),
-    );
-    row("drops", format!("{}; {}", drops(&counted), ours.drops));
-    text.push('\n');
-    text
+    all.map_or_else(Counters::default, |all| all.counted)
 }
 
 /// The step with the most participants; the whole test where there are no steps.

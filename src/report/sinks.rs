@@ -1,5 +1,7 @@
 //! Where reports go. Files are opened before the run: an hour's figures must not be lost to a mistyped directory.
 
+use std::error::Error;
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, Write};
 use std::path::{Path, PathBuf};
@@ -23,6 +25,43 @@ impl Destinations {
         self.json.as_deref().is_some_and(is_stdout)
     }
 }
+
+/// A destination that cannot be written.
+#[derive(Debug)]
+pub struct UnwritableReport {
+    path: PathBuf,
+    cause: io::Error,
+    /// The directory that has to be made first.
+    missing: Option<PathBuf>,
+}
+
+impl UnwritableReport {
+    fn new(path: &Path, cause: io::Error) -> UnwritableReport {
+        let missing = match cause.kind() {
+            io::ErrorKind::NotFound => path
+                .parent()
+                .filter(|dir| !dir.as_os_str().is_empty() && !dir.exists()),
+            _ => None,
+        };
+        UnwritableReport {
+            path: path.to_owned(),
+            missing: missing.map(Path::to_owned),
+            cause,
+        }
+    }
+}
+
+impl fmt::Display for UnwritableReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot write {}: {}", self.path.display(), self.cause)?;
+        match &self.missing {
+            Some(dir) => write!(f, "; mkdir -p {}", dir.display()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Error for UnwritableReport {}
 
 /// Open destinations.
 #[derive(Debug, Default)]
@@ -60,8 +99,8 @@ impl Sinks {
     /// Opens what was asked for. What is in the files stays until [`Sinks::write`].
     ///
     /// # Errors
-    /// One message for each destination that cannot be written.
-    pub fn open(destinations: &Destinations) -> Result<Sinks, Vec<String>> {
+    /// One for each destination that cannot be written.
+    pub fn open(destinations: &Destinations) -> Result<Sinks, Vec<UnwritableReport>> {
         let mut refusals = Vec::new();
         let mut open = |path: &Option<PathBuf>| {
             path.as_deref()
@@ -89,7 +128,7 @@ impl Sinks {
     ///
     /// # Errors
     /// Where it cannot be written, by name.
-    pub fn write_json(self, text: &str) -> Result<(), String> {
+    pub fn write_json(self, text: &str) -> Result<(), UnwritableReport> {
         self.json.map_or(Ok(()), |sink| sink.write(text))
     }
 
@@ -97,7 +136,7 @@ impl Sinks {
     ///
     /// # Errors
     /// The first destination that failed, named; the others are written all the same.
-    pub fn write(self, outcome: &Outcome) -> Result<(), String> {
+    pub fn write(self, outcome: &Outcome) -> Result<(), UnwritableReport> {
         let mut first = Ok(());
         if let Some(sink) = self.json {
             first = first.and(sink.write(&json::render(outcome)));
@@ -107,7 +146,8 @@ impl Sinks {
         }
         if let Some(dir) = self.hgrm {
             first = first.and(
-                hgrm::write(&dir, &outcome.totals.record).map_err(|error| refusal(&dir, &error)),
+                hgrm::write(&dir, &outcome.totals.record)
+                    .map_err(|cause| UnwritableReport::new(&dir, cause)),
             );
         }
         first
@@ -115,7 +155,7 @@ impl Sinks {
 }
 
 impl Sink {
-    fn open(path: &Path) -> Result<Sink, String> {
+    fn open(path: &Path) -> Result<Sink, UnwritableReport> {
         if is_stdout(path) {
             return Ok(Sink::Stdout);
         }
@@ -125,7 +165,7 @@ impl Sink {
         let is_blank = made.is_ok();
         let file = made
             .or_else(|_| options.create(true).truncate(false).open(path))
-            .map_err(|error| refusal(path, &error))?;
+            .map_err(|cause| UnwritableReport::new(path, cause))?;
         let path = path.to_owned();
         Ok(Sink::File(ReportFile {
             path,
@@ -134,13 +174,14 @@ impl Sink {
         }))
     }
 
-    fn write(self, text: &str) -> Result<(), String> {
+    fn write(self, text: &str) -> Result<(), UnwritableReport> {
         match self {
             Sink::Stdout => emit(&mut io::stdout().lock(), text)
-                .map_err(|error| refusal(Path::new("standard output"), &error)),
+                .map_err(|cause| UnwritableReport::new(Path::new("standard output"), cause)),
             Sink::File(mut report) => {
                 report.is_blank = false;
-                replace(&mut report.file, text).map_err(|error| refusal(&report.path, &error))
+                replace(&mut report.file, text)
+                    .map_err(|cause| UnwritableReport::new(&report.path, cause))
             }
         }
     }
@@ -158,23 +199,10 @@ fn replace(file: &mut File, text: &str) -> io::Result<()> {
     emit(file, text)
 }
 
-fn writable_directory(dir: &Path) -> Result<(), String> {
+fn writable_directory(dir: &Path) -> Result<(), UnwritableReport> {
     let probe = dir.join(".throng-writable");
     fs::create_dir_all(dir)
         .and_then(|()| File::create(&probe)?.write_all(b""))
         .and_then(|()| fs::remove_file(&probe))
-        .map_err(|error| refusal(dir, &error))
-}
-
-fn refusal(path: &Path, error: &io::Error) -> String {
-    let fix = match error.kind() {
-        io::ErrorKind::NotFound => path
-            .parent()
-            .filter(|dir| !dir.as_os_str().is_empty() && !dir.exists()),
-        _ => None,
-    };
-    let fix = fix
-        .map(|dir| format!("; mkdir -p {}", dir.display()))
-        .unwrap_or_default();
-    format!("cannot write {}: {error}{fix}", path.display())
+        .map_err(|cause| UnwritableReport::new(dir, cause))
 }

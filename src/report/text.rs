@@ -64,22 +64,28 @@ fn connection(plan: &Plan) -> String {
 /// What a run would do; nothing was connected to.
 pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String {
     let mut text = first_line(plan);
-    let load = plan.load();
+    text.push_str(&shape_rows(plan));
+    text.push_str(&load_rows(plan));
+    text.push_str(&resource_rows(plan, resources));
+    text.push_str(&dry_row("Judged by", judging_line(judging)));
+    text.push_str("Dry run: nothing was connected to.\n");
+    text
+}
+
+fn dry_row(label: &str, value: String) -> String {
+    format!("  {label:<14}{value}\n")
+}
+
+/// Who is where, with what, and when.
+fn shape_rows(plan: &Plan) -> String {
     let last = plan.scenario.rooms.count - 1;
     let rooms = if last == 0 {
         plan.room_name(0)
     } else {
         format!("{} .. {}", plan.room_name(0), plan.room_name(last))
     };
-    let tracks =
-        plan.total_published_tracks(Kind::Audio) + plan.total_published_tracks(Kind::Video);
-    let subscriptions =
-        plan.total_expected_tracks(Kind::Audio) + plan.total_expected_tracks(Kind::Video);
-    let estimate = plan.estimate();
-    let mut row = |label: &str, value: String| {
-        let _ = writeln!(text, "  {label:<14}{value}");
-    };
-    row("Rooms", rooms);
+    let mut text = dry_row("Rooms", rooms);
+    let mut row = |label: &str, value: String| text.push_str(&dry_row(label, value));
     row("Media", media_line(plan));
     let layers = plan.video_layers();
     if plan.scenario.publishers_of(Kind::Video) > 0 && layers.len() > 1 {
@@ -105,26 +111,36 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
             ),
         );
     }
-    row(
-        "Tracks",
-        format!(
-            "{} published, {} subscriptions",
-            number(tracks),
-            number(subscriptions)
-        ),
+    text
+}
+
+fn load_rows(plan: &Plan) -> String {
+    let load = plan.load();
+    let tracks =
+        plan.total_published_tracks(Kind::Audio) + plan.total_published_tracks(Kind::Video);
+    let subscriptions =
+        plan.total_expected_tracks(Kind::Audio) + plan.total_expected_tracks(Kind::Video);
+    let tracks = format!(
+        "{} published, {} subscriptions",
+        number(tracks),
+        number(subscriptions)
     );
-    row(
-        "Sending",
-        rate_line(load.packets_sent_per_second, load.bits_sent_per_second),
+    let sending = rate_line(load.packets_sent_per_second, load.bits_sent_per_second);
+    let receiving = rate_line(
+        load.packets_received_per_second,
+        load.bits_received_per_second,
     );
-    row(
-        "Receiving",
-        rate_line(
-            load.packets_received_per_second,
-            load.bits_received_per_second,
-        ),
-    );
-    row(
+    [
+        dry_row("Tracks", tracks),
+        dry_row("Sending", sending),
+        dry_row("Receiving", receiving),
+    ]
+    .concat()
+}
+
+fn resource_rows(plan: &Plan, resources: &Resources) -> String {
+    let estimate = plan.estimate();
+    let mut text = dry_row(
         "Generator",
         format!(
             "{} of {} CPUs, about {:.2} cores busy",
@@ -135,12 +151,12 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
     );
     if resources.sfu_routers > 0 {
         let routers = count(resources.sfu_routers as u64, "router");
-        row(
+        text.push_str(&dry_row(
             "Embedded SFU",
             format!("{routers} and a thread for signalling, on the same CPUs"),
-        );
+        ));
     }
-    row(
+    text.push_str(&dry_row(
         "Needs",
         format!(
             "{} sockets, {} files, about {}",
@@ -148,9 +164,7 @@ pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String 
             number(resources.files),
             scaled(estimate.memory_bytes as f64, "B")
         ),
-    );
-    row("Judged by", judging_line(judging));
-    text.push_str("Dry run: nothing was connected to.\n");
+    ));
     text
 }
 
@@ -504,6 +518,81 @@ impl Columns<'_> {
         )
     }
 
+    fn tracks_and_bytes(&self) -> String {
+        let bytes = |bytes: u64| scaled(bytes as f64, "B");
+        let bit_rate = |bytes: u64| self.bit_rate(bytes);
+        [
+            self.sum("Tracks published", |m| m.tracks_published, number),
+            self.ratio(
+                "Tracks live/expected",
+                |m| m.tracks_live,
+                |m| m.tracks_expected,
+                |a, b| format!("{}/{}", number(a), number(b)),
+            ),
+            self.sum("Bytes Published", |m| m.bytes_sent, bytes),
+            self.sum("  bit rate", |m| m.bytes_sent, bit_rate),
+            self.sum("Bytes Received", |m| m.bytes_received, bytes),
+            self.sum("  bit rate", |m| m.bytes_received, bit_rate),
+        ]
+        .concat()
+    }
+
+    fn packets(&self) -> String {
+        let share =
+            |part: u64, whole: u64| maybe((whole > 0).then(|| part as f64 / whole as f64), percent);
+        let mut text = [
+            self.sum("Packets sent", |m| m.packets_sent, number),
+            self.sum("Packets received", |m| m.packets_received, number),
+            self.loss("Packet Loss", |loss| maybe(loss.residual, percent)),
+            self.loss("  missing on arrival", |loss| maybe(loss.network, percent)),
+            self.loss("  repaired", |loss| maybe(loss.repaired, percent)),
+        ]
+        .concat();
+        let [audio, _] = self.media;
+        if audio.packets_received_red > 0 {
+            text.push_str(&self.loss("  recovered (RED)", |loss| maybe(loss.recovered, percent)));
+        }
+        text.push_str(&self.ratio(
+            "Packet Retransmission",
+            |m| m.rtx_received,
+            |m| m.packets_received,
+            share,
+        ));
+        text
+    }
+
+    fn frames(&self) -> String {
+        let freezes = if self.shown[0] {
+            "Freezes (audio: a model's)"
+        } else {
+            "Freezes"
+        };
+        [
+            self.sum("Frames expected", |m| m.frames_expected, number),
+            self.sum("Frames delivered", |m| m.frames_delivered, number),
+            self.loss("  undelivered", |loss| maybe(loss.undelivered, percent)),
+            self.loss_places(),
+            self.sum("  late", |m| m.frames_late, number),
+            self.sum(freezes, |m| m.freezes, number),
+        ]
+        .concat()
+    }
+
+    fn subscribe_times(&self) -> String {
+        let kinds = [("audio", self.media[0]), ("video", self.media[1])];
+        let shown: Vec<String> = kinds
+            .into_iter()
+            .zip(self.shown)
+            .filter(|(_, shown)| *shown)
+            .map(|((kind, media), _)| format!("{kind} {}", triple(&media.track_subscribe)))
+            .collect();
+        if shown.is_empty() {
+            "n/a".to_owned()
+        } else {
+            shown.join("   ")
+        }
+    }
+
     /// Where frames were lost, as far as any were there.
     fn loss_places(&self) -> String {
         let places: [(&str, MediaCount); 5] = [
@@ -604,86 +693,24 @@ impl Columns<'_> {
 }
 
 fn media(outcome: &Outcome, style: Style) -> String {
-    let step = &outcome.totals;
+    let record = &outcome.totals.record;
     let columns = Columns {
-        media: [&step.record.audio, &step.record.video],
+        media: [&record.audio, &record.video],
         shown: [Kind::Audio, Kind::Video].map(|kind| outcome.plan.scenario.publishers_of(kind) > 0),
-        seconds: step.seconds,
+        seconds: outcome.totals.seconds,
     };
-    let share =
-        |part: u64, whole: u64| maybe((whole > 0).then(|| part as f64 / whole as f64), percent);
     let heads = columns.cells(["audio", "video", "total"].map(str::to_owned));
     let mut text = format!("{}{heads}\n", style.bold(&format!("{:<31}", "Media")));
-    text.push_str(&columns.sum("Tracks published", |m| m.tracks_published, number));
-    text.push_str(&columns.ratio(
-        "Tracks live/expected",
-        |m| m.tracks_live,
-        |m| m.tracks_expected,
-        |a, b| format!("{}/{}", number(a), number(b)),
-    ));
-    text.push_str(&columns.sum(
-        "Bytes Published",
-        |m| m.bytes_sent,
-        |bytes| scaled(bytes as f64, "B"),
-    ));
-    text.push_str(&columns.sum(
-        "  bit rate",
-        |m| m.bytes_sent,
-        |bytes| columns.bit_rate(bytes),
-    ));
-    text.push_str(&columns.sum(
-        "Bytes Received",
-        |m| m.bytes_received,
-        |bytes| scaled(bytes as f64, "B"),
-    ));
-    text.push_str(&columns.sum(
-        "  bit rate",
-        |m| m.bytes_received,
-        |bytes| columns.bit_rate(bytes),
-    ));
-    text.push_str(&columns.sum("Packets sent", |m| m.packets_sent, number));
-    text.push_str(&columns.sum("Packets received", |m| m.packets_received, number));
-    text.push_str(&columns.loss("Packet Loss", |loss| maybe(loss.residual, percent)));
-    text.push_str(&columns.loss("  missing on arrival", |loss| maybe(loss.network, percent)));
-    text.push_str(&columns.loss("  repaired", |loss| maybe(loss.repaired, percent)));
-    if outcome.totals.record.audio.packets_received_red > 0 {
-        text.push_str(&columns.loss("  recovered (RED)", |loss| maybe(loss.recovered, percent)));
-    }
-    text.push_str(&columns.ratio(
-        "Packet Retransmission",
-        |m| m.rtx_received,
-        |m| m.packets_received,
-        share,
-    ));
-    text.push_str(&columns.sum("Frames expected", |m| m.frames_expected, number));
-    text.push_str(&columns.sum("Frames delivered", |m| m.frames_delivered, number));
-    text.push_str(&columns.loss("  undelivered", |loss| maybe(loss.undelivered, percent)));
-    text.push_str(&columns.loss_places());
-    text.push_str(&columns.sum("  late", |m| m.frames_late, number));
-    let label = if columns.shown[0] {
-        "Freezes (audio: a model's)"
-    } else {
-        "Freezes"
-    };
-    text.push_str(&columns.sum(label, |m| m.freezes, number));
+    text.push_str(&columns.tracks_and_bytes());
+    text.push_str(&columns.packets());
+    text.push_str(&columns.frames());
     text.push_str(&columns.playout());
-    let subscribed = [("audio", columns.media[0]), ("video", columns.media[1])]
-        .into_iter()
-        .zip(columns.shown)
-        .filter(|(_, shown)| *shown);
-    let subscribed: Vec<String> = subscribed
-        .map(|((kind, media), _)| format!("{kind} {}", triple(&media.track_subscribe)))
-        .collect();
     let _ = writeln!(
         text,
         "  Track Subscribe Time 50/90/99 %  {}",
-        if subscribed.is_empty() {
-            "n/a".to_owned()
-        } else {
-            subscribed.join("   ")
-        }
+        columns.subscribe_times()
     );
-    let speaker_updates = step.record.session.speaker_updates;
+    let speaker_updates = record.session.speaker_updates;
     if speaker_updates > 0 {
         let _ = writeln!(
             text,
@@ -856,28 +883,7 @@ fn mean_kbps(sum: u64, count: u64) -> String {
 
 fn generator(outcome: &Outcome, style: Style) -> String {
     let (health, counted) = (&outcome.engine, &outcome.totals.record.engine);
-    let wall = outcome
-        .finished
-        .saturating_sub(outcome.started)
-        .as_secs_f64();
-    let cores = if wall > 0.0 {
-        maybe(health.cpu_seconds, |seconds| {
-            format!("{:.2}", seconds / wall)
-        })
-    } else {
-        "n/a".to_owned()
-    };
-    let mut text = format!(
-        "{} {}, {}, {cores} cores, {}/packet{}\n",
-        style.bold("Generator "),
-        if health.valid { "valid" } else { "INVALID" },
-        count(health.threads as u64, "thread"),
-        maybe(health.us_per_packet, |us| format!("{us:.2} us")),
-        health
-            .bytes_per_participant
-            .map(|bytes| format!(", {}/participant", scaled(bytes as f64, "B")))
-            .unwrap_or_default(),
-    );
+    let mut text = format!("{} {}\n", style.bold("Generator "), costs(outcome));
     let pair = |histogram: &Histogram| {
         format!(
             "p50 {} p99 {}",
@@ -914,6 +920,32 @@ fn generator(outcome: &Outcome, style: Style) -> String {
     }
     text.push('\n');
     text
+}
+
+/// Whether the generator kept up, and what it took.
+fn costs(outcome: &Outcome) -> String {
+    let health = &outcome.engine;
+    let wall = outcome
+        .finished
+        .saturating_sub(outcome.started)
+        .as_secs_f64();
+    let cores = if wall > 0.0 {
+        maybe(health.cpu_seconds, |seconds| {
+            format!("{:.2}", seconds / wall)
+        })
+    } else {
+        "n/a".to_owned()
+    };
+    format!(
+        "{}, {}, {cores} cores, {}/packet{}",
+        if health.valid { "valid" } else { "INVALID" },
+        count(health.threads as u64, "thread"),
+        maybe(health.us_per_packet, |us| format!("{us:.2} us")),
+        health
+            .bytes_per_participant
+            .map(|bytes| format!(", {}/participant", scaled(bytes as f64, "B")))
+            .unwrap_or_default(),
+    )
 }
 
 /// How long the engine was kept from a CPU, where it is worth a word.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::judge::{Judgement, LossShares, Verdict, judge_step};
-use super::{Outcome, Step, Unmeasured};
+use super::{Capacity, Outcome, Step, Unmeasured};
 use crate::knee::{CONFIDENCE, KneeAnswer, KneeLimit};
 use crate::measure::Histogram;
 use crate::plan::Subscribers;
@@ -159,23 +159,8 @@ pub(super) fn table(
         row(heads.map(str::to_owned))
     );
     for (step, judgement) in tiers(outcome) {
-        let (session, audio, video) =
-            (&step.record.session, &step.record.audio, &step.record.video);
-        let cells = [
-            per_room(subscribers(step)),
-            format!(
-                "{}/{}",
-                number(session.participants_healthy),
-                number(session.participants_total)
-            ),
-            p95(&session.join),
-            maybe(worst_loss(step), percent),
-            p95(&audio.one_way_latency),
-            p95(&video.one_way_latency),
-            p95(&session.rtt_rtcp),
-        ];
         let verdict = paint_verdict(judgement.verdict, judgement.verdict.name());
-        let _ = writeln!(text, "{:<8}{} {verdict}", step.name, row(cells));
+        let _ = writeln!(text, "{:<8}{} {verdict}", step.name, row(cells(step)));
     }
     for tier in &outcome.unmeasured {
         let _ = writeln!(
@@ -219,6 +204,23 @@ fn reasons(outcome: &Outcome) -> String {
     text
 }
 
+fn cells(step: &Step) -> [String; 7] {
+    let (session, audio, video) = (&step.record.session, &step.record.audio, &step.record.video);
+    [
+        per_room(subscribers(step)),
+        format!(
+            "{}/{}",
+            number(session.participants_healthy),
+            number(session.participants_total)
+        ),
+        p95(&session.join),
+        maybe(worst_loss(step), percent),
+        p95(&audio.one_way_latency),
+        p95(&video.one_way_latency),
+        p95(&session.rtt_rtcp),
+    ]
+}
+
 /// What a search found, in a sentence or two.
 fn capacity_sentence(outcome: &Outcome) -> String {
     let Some(capacity) = &outcome.capacity else {
@@ -234,11 +236,7 @@ fn capacity_sentence(outcome: &Outcome) -> String {
             count(participants.into(), "participant")
         )
     };
-    let broke = capacity.broke_first.as_ref().map(|(at, reasons)| {
-        let why = reasons.first().map_or("no reason is known", String::as_str);
-        format!(". What broke first, with {}: {why}", number((*at).into()))
-    });
-    let broke = broke.unwrap_or_default();
+    let broke = broke_first(capacity);
     match &capacity.answer {
         KneeAnswer::Capacity {
             participants,
@@ -249,10 +247,8 @@ fn capacity_sentence(outcome: &Outcome) -> String {
             let settled = if *settled {
                 String::new()
             } else {
-                format!(
-                    ", and not settled after {}",
-                    count(capacity.points.len() as u64, "point")
-                )
+                let points = count(capacity.points.len() as u64, "point");
+                format!(", and not settled after {points}")
             };
             format!(
                 "{}: with so many every other run passes (with {:.0} % confidence it is {} to {}{settled}){broke}",
@@ -276,14 +272,29 @@ fn capacity_sentence(outcome: &Outcome) -> String {
             "at least {}: the generator was the limit at {}: {}",
             size(*participants),
             number((*at).into()),
-            reasons.first().map_or("no reason is known", String::as_str)
+            first_of(reasons)
         ),
         KneeAnswer::None => format!("below one subscriber a room{broke}"),
         KneeAnswer::NotMeasured { reasons } => format!(
             "not measured: the generator was the limit even with one subscriber a room: {}",
-            reasons.first().map_or("no reason is known", String::as_str)
+            first_of(reasons)
         ),
     }
+}
+
+/// As it goes on from the answer.
+fn broke_first(capacity: &Capacity) -> String {
+    capacity
+        .broke_first
+        .as_ref()
+        .map_or_else(String::new, |(at, reasons)| {
+            let at = number((*at).into());
+            format!(". What broke first, with {at}: {}", first_of(reasons))
+        })
+}
+
+fn first_of(reasons: &[String]) -> &str {
+    reasons.first().map_or("no reason is known", String::as_str)
 }
 
 /// In each room; `None` where the number is of no room.

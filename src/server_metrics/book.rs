@@ -107,27 +107,11 @@ impl NodeBook {
             return;
         };
         let restarted = self.said.has_restarted(&page);
-        let mut counted = last.counted;
-        for counter in Counter::ALL {
-            let Some(now) = page.counters[counter] else {
-                continue;
-            };
-            let before = self.said.counters[counter]
-                .filter(|before| !restarted && *before <= now)
-                .unwrap_or(0.0);
-            counted[counter] = Some(counted[counter].unwrap_or(0.0) + (now - before));
-        }
-        let latency = match (
-            &last.latency,
-            &page.forward_latency,
-            &self.said.forward_latency,
-        ) {
-            (Some(sum), Some(now), Some(before)) if !restarted => {
-                now.since(before).and_then(|came| sum.plus(&came))
-            }
-            (Some(sum), Some(now), _) => sum.plus(now),
-            (None, Some(now), None) => Some(now.clone()),
-            (sum, _, _) => sum.clone(),
+        let reading = PageReading {
+            at,
+            counted: last.counted_with(&self.said, &page, restarted),
+            latency: last.latency_with(&self.said, &page, restarted),
+            gauges: page.gauges,
         };
         if let Some((from, why)) = self.open.take() {
             self.keep_gap(UnreadSpan {
@@ -136,12 +120,7 @@ impl NodeBook {
                 why,
             });
         }
-        self.points.push(PageReading {
-            at,
-            counted,
-            latency,
-            gauges: page.gauges,
-        });
+        self.points.push(reading);
         self.restarts += u32::from(restarted);
         self.said = page.with_what_it_leaves_out(&self.said, restarted);
     }
@@ -359,6 +338,40 @@ impl NodeBook {
             counted[counter] = to[counter].map(|count| count - from[counter].unwrap_or(0.0));
         }
         counted
+    }
+}
+
+impl PageReading {
+    /// What `page` has counted since `said` comes on top; all that it has counted, where the server began anew in between.
+    fn counted_with(&self, said: &MetricsPage, page: &MetricsPage, restarted: bool) -> Counters {
+        let mut counted = self.counted;
+        for counter in Counter::ALL {
+            let Some(now) = page.counters[counter] else {
+                continue;
+            };
+            let before = said.counters[counter]
+                .filter(|before| !restarted && *before <= now)
+                .unwrap_or(0.0);
+            counted[counter] = Some(counted[counter].unwrap_or(0.0) + (now - before));
+        }
+        counted
+    }
+
+    /// Likewise.
+    fn latency_with(
+        &self,
+        said: &MetricsPage,
+        page: &MetricsPage,
+        restarted: bool,
+    ) -> Option<Buckets> {
+        match (&self.latency, &page.forward_latency, &said.forward_latency) {
+            (Some(sum), Some(now), Some(before)) if !restarted => {
+                now.since(before).and_then(|came| sum.plus(&came))
+            }
+            (Some(sum), Some(now), _) => sum.plus(now),
+            (None, Some(now), None) => Some(now.clone()),
+            (sum, _, _) => sum.clone(),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval_at, timeout_at};
 
 use super::book::{Cost, NodeBook, NodeRow};
-use super::page::{Counter, MetricsPage};
+use super::page::{Counter, MetricsPage, PageError};
 use super::{Account, NamedStretch, NodeReadings, PageUrl, ReadingGap, StretchCost, seconds_since};
 use crate::signal::rooms::{causes, http_client};
 
@@ -39,7 +39,25 @@ struct WatchedPage {
 struct Heard {
     node: usize,
     at: Instant,
-    page: Result<MetricsPage, String>,
+    page: Result<MetricsPage, UnreadPage>,
+}
+
+/// Why a page was not read.
+#[derive(Debug, thiserror::Error)]
+enum UnreadPage {
+    #[error("no answer within {} s", TIMEOUT.as_secs())]
+    Timeout,
+    /// Without the address, which may hold a password.
+    #[error("{0}")]
+    Unreachable(String),
+    #[error("it answers {0}")]
+    Status(reqwest::StatusCode),
+    #[error("it has more than {} MiB", PAGE_BYTES_MAX >> 20)]
+    TooLong,
+    #[error("it is no text")]
+    NotText,
+    #[error(transparent)]
+    Malformed(#[from] PageError),
 }
 
 /// Why the pages that were named cannot be watched, a line each.
@@ -164,7 +182,7 @@ impl PageWatch {
         let book = &mut self.nodes[heard.node].book;
         match heard.page {
             Ok(page) => book.note(heard.at, page),
-            Err(why) => book.note_failure(heard.at, why),
+            Err(why) => book.note_failure(heard.at, why.to_string()),
         }
     }
 }
@@ -176,40 +194,39 @@ impl Drop for PageWatch {
 }
 
 /// The page, and when it was true: between question and answer.
-async fn read(client: &reqwest::Client, url: &PageUrl) -> (Instant, Result<MetricsPage, String>) {
+async fn read(
+    client: &reqwest::Client,
+    url: &PageUrl,
+) -> (Instant, Result<MetricsPage, UnreadPage>) {
     let asked = Instant::now();
     let text = text(client, url).await;
     let at = asked + asked.elapsed() / 2;
-    (
-        at,
-        text.and_then(|text| MetricsPage::read(&text).map_err(|error| error.to_string())),
-    )
+    (at, text.and_then(|text| Ok(MetricsPage::read(&text)?)))
 }
 
-async fn text(client: &reqwest::Client, url: &PageUrl) -> Result<String, String> {
+async fn text(client: &reqwest::Client, url: &PageUrl) -> Result<String, UnreadPage> {
     let told = |error: reqwest::Error| {
         if error.is_timeout() {
-            return format!("no answer within {} s", TIMEOUT.as_secs());
+            return UnreadPage::Timeout;
         }
-        // The address may hold a password.
         let cause = causes(&error).last().map(ToString::to_string);
-        cause.unwrap_or_else(|| error.without_url().to_string())
+        UnreadPage::Unreachable(cause.unwrap_or_else(|| error.without_url().to_string()))
     };
     let request = client
         .get(url.0.clone())
         .header(header::ACCEPT, "text/plain; version=0.0.4");
     let mut response = request.send().await.map_err(told)?;
     if response.status() != reqwest::StatusCode::OK {
-        return Err(format!("it answers {}", response.status()));
+        return Err(UnreadPage::Status(response.status()));
     }
     let mut body = Vec::new();
     while let Some(part) = response.chunk().await.map_err(told)? {
         if body.len() + part.len() > PAGE_BYTES_MAX {
-            return Err(format!("it has more than {} MiB", PAGE_BYTES_MAX >> 20));
+            return Err(UnreadPage::TooLong);
         }
         body.extend_from_slice(&part);
     }
-    String::from_utf8(body).map_err(|_| "it is no text".to_owned())
+    String::from_utf8(body).map_err(|_| UnreadPage::NotText)
 }
 
 fn account(nodes: &[WatchedPage], start: Instant, stretches: &[NamedStretch]) -> Account {

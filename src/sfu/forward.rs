@@ -306,6 +306,37 @@ struct Rtx {
     index: u64,
 }
 
+impl Rtx {
+    fn new(ssrc: u32, payload_type: u8, index: u64) -> Result<Box<Rtx>, TemplateError> {
+        Ok(Box::new(Rtx {
+            header: HeaderTemplate::new(payload_type, ssrc)?,
+            index,
+        }))
+    }
+}
+
+/// A header with room for an audio level, and where that is.
+type LeveledHeader = (HeaderTemplate<LEVELED_HEADER_LEN>, ExtensionSlot);
+
+/// Where levels were agreed on.
+fn leveled_header(
+    kind: Kind,
+    payload_type: u8,
+    parameters: &SubscriptionParameters,
+) -> Result<Option<LeveledHeader>, TemplateError> {
+    let level_id = parameters
+        .extensions
+        .id(Extension::AudioLevel)
+        .filter(|_| kind == Kind::Audio);
+    level_id
+        .map(|id| {
+            let mut header = HeaderTemplate::with_room(payload_type, parameters.ssrc)?;
+            let slot = header.push_extension(id, &[0])?;
+            Ok((header, slot))
+        })
+        .transpose()
+}
+
 /// Where an ended stream stopped: one that takes its SSRC again under the same keys must go on there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndedStream {
@@ -364,7 +395,7 @@ struct Parts<'a> {
 #[repr(C, align(64))]
 pub struct ForwardedSubscription {
     header: HeaderTemplate<HEADER_LEN>,
-    leveled_header: Option<(HeaderTemplate<LEVELED_HEADER_LEN>, ExtensionSlot)>,
+    leveled_header: Option<LeveledHeader>,
     codec: Codec,
     /// The subscriber takes RED, under this payload type.
     red_payload_type: Option<u8>,
@@ -421,17 +452,7 @@ impl ForwardedSubscription {
         let kind = codec.kind();
         let payload_type = parameters.payloads.plain_payload_type();
         let header = HeaderTemplate::with_room(payload_type, parameters.ssrc)?;
-        let level_id = parameters
-            .extensions
-            .id(Extension::AudioLevel)
-            .filter(|_| kind == Kind::Audio);
-        let leveled_header = level_id
-            .map(|id| {
-                let mut header = HeaderTemplate::with_room(payload_type, parameters.ssrc)?;
-                let slot = header.push_extension(id, &[0])?;
-                Ok((header, slot))
-            })
-            .transpose()?;
+        let leveled_header = leveled_header(kind, payload_type, parameters)?;
         let origin = scatter(seed ^ u64::from(parameters.ssrc));
         // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost (RFC 3711, section 3.3.1).
         let first_index = |ssrc: u32| {
@@ -440,12 +461,7 @@ impl ForwardedSubscription {
         };
         let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
         let rtx = rtx
-            .map(|(ssrc, payload_type)| {
-                Ok(Box::new(Rtx {
-                    header: HeaderTemplate::new(payload_type, ssrc)?,
-                    index: first_index(ssrc),
-                }))
-            })
+            .map(|(ssrc, payload_type)| Rtx::new(ssrc, payload_type, first_index(ssrc)))
             .transpose()?;
         let next_out = first_index(parameters.ssrc);
         Ok(ForwardedSubscription {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::TrackParameters;
 use super::cache::{Cache, CacheEntry, CachedPacket, PacketContent};
 use super::select::LayerActivity;
 use super::statistics::{EncodingStatistics, RouterStatistics};
@@ -11,6 +12,7 @@ use crate::codec::{Codec, PayloadTypes};
 use crate::measure::Kind;
 use crate::transport::receive::{Arrival, NackPoll, ReceiveStream, ReportNumbers, RoundTrip};
 use crate::transport::rtp::{Header, split_rtx};
+use crate::transport::sdp::Extension;
 use crate::transport::sequence::{ReplayWindow, SeqExtender};
 use crate::transport::srtp::Opener;
 use crate::units::Time;
@@ -52,6 +54,28 @@ pub enum RefusedIngest {
     Replayed,
     Duplicate,
     TooOld,
+}
+
+impl RefusedIngest {
+    /// It came from the publisher.
+    #[inline]
+    pub fn is_authentic(self) -> bool {
+        match self {
+            RefusedIngest::Unauthentic | RefusedIngest::Replayed => false,
+            RefusedIngest::Malformed | RefusedIngest::Duplicate | RefusedIngest::TooOld => true,
+        }
+    }
+
+    #[inline]
+    pub fn counter(self, statistics: &mut RouterStatistics) -> &mut u64 {
+        match self {
+            RefusedIngest::Malformed => &mut statistics.refused_malformed,
+            RefusedIngest::Unauthentic => &mut statistics.refused_unauthentic,
+            RefusedIngest::Replayed => &mut statistics.refused_replayed,
+            RefusedIngest::Duplicate => &mut statistics.refused_duplicate,
+            RefusedIngest::TooOld => &mut statistics.refused_too_old,
+        }
+    }
 }
 
 /// What a packet was that was taken.
@@ -147,6 +171,16 @@ pub struct Ingest {
 }
 
 impl Format {
+    pub fn of(parameters: &TrackParameters) -> Format {
+        let payloads = parameters.payloads;
+        let audio_level_id = parameters.extensions.id(Extension::AudioLevel);
+        Format {
+            payloads,
+            rtx_payload_type: parameters.rtx_payload_type,
+            audio_level_id: audio_level_id.filter(|_| payloads.codec.kind() == Kind::Audio),
+        }
+    }
+
     pub fn clock_rate(&self) -> u32 {
         self.payloads.codec.clock_rate()
     }

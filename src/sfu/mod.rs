@@ -124,6 +124,15 @@ pub struct TrackParameters {
     pub encodings: Encodings,
 }
 
+impl TrackParameters {
+    fn has_rtx(&self) -> bool {
+        match self.encodings {
+            Encodings::Ssrc { rtx_ssrc, .. } => rtx_ssrc.is_some(),
+            Encodings::Rids(_) | Encodings::Mid => self.rtx_payload_type.is_some(),
+        }
+    }
+}
+
 /// How a track's packets are told from others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Encodings {
@@ -133,6 +142,15 @@ pub enum Encodings {
     Rids(Vec<Box<str>>),
     /// One encoding without `a=ssrc`: by mid.
     Mid,
+}
+
+impl Encodings {
+    fn count(&self) -> usize {
+        match self {
+            Encodings::Rids(rids) => rids.len(),
+            Encodings::Ssrc { .. } | Encodings::Mid => 1,
+        }
+    }
 }
 
 /// What our description says of one track to its subscriber.

@@ -13,14 +13,13 @@ use std::time::Duration;
 use super::cache::PacketContent;
 use super::due::DueQueue;
 use super::forward::{self, EndedStreams, ForwardWire, ForwardedSubscription, RUN_MAX};
-use super::ingest::{self, Format, Ingest, RefusedIngest, Taken, ntp_nanos};
+use super::ingest::{self, Format, Ingest, Taken, ntp_nanos};
 use super::select;
 use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
 use super::{
     Encodings, MediaCommand, MediaEvent, Outgoing, SendMode, SubscriptionId,
     SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
 };
-use crate::measure::Kind;
 use crate::seeded::{mixed, scatter};
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
 use crate::transport::peer::{
@@ -144,6 +143,33 @@ impl RouterTransport {
             .get(at)
             .copied()
             .filter(|known| known.ssrc == ssrc)
+    }
+
+    /// Begins with the first track that agrees on it.
+    fn give_feedback(&mut self, extension_id: u8, now: Time) {
+        if self.transport_cc.is_some() {
+            return;
+        }
+        self.transport_cc = Some((extension_id, Box::default()));
+        if self.connected {
+            self.feedback_at = now + FEEDBACK_INTERVAL;
+        }
+    }
+
+    /// The SSRCs that the track's description names.
+    fn bind_described(&mut self, track: u32, encodings: &Encodings) {
+        let Encodings::Ssrc { ssrc, rtx_ssrc } = encodings else {
+            return;
+        };
+        for (ssrc, is_rtx) in [(Some(*ssrc), false), (*rtx_ssrc, true)] {
+            let Some(ssrc) = ssrc else { continue };
+            self.bind(Incoming {
+                ssrc,
+                track,
+                encoding: 0,
+                is_rtx,
+            });
+        }
     }
 
     /// Says whose an SSRC is from now on.
@@ -595,35 +621,17 @@ impl Router {
         now: Time,
     ) -> Option<()> {
         let slot = *self.transport_slots.get(&transport)?;
-        let layers = match &parameters.encodings {
-            Encodings::Rids(rids) => rids.len(),
-            Encodings::Ssrc { .. } | Encodings::Mid => 1,
-        };
+        let layers = parameters.encodings.count();
         if self.track_slots.contains_key(&id) || !(1..=usize::from(u8::MAX)).contains(&layers) {
             return None;
         }
         let owner = self.transports.get_mut(slot)?;
-        let format = Format {
-            payloads: parameters.payloads,
-            rtx_payload_type: parameters.rtx_payload_type,
-            audio_level_id: parameters
-                .extensions
-                .id(Extension::AudioLevel)
-                .filter(|_| parameters.payloads.codec.kind() == Kind::Audio),
-        };
-        let has_rtx = match parameters.encodings {
-            Encodings::Ssrc { rtx_ssrc, .. } => rtx_ssrc.is_some(),
-            Encodings::Rids(_) | Encodings::Mid => parameters.rtx_payload_type.is_some(),
-        };
-        if let (true, Some(id), None) = (
-            parameters.transport_cc,
-            parameters.extensions.id(Extension::TransportCc),
-            &owner.transport_cc,
-        ) {
-            owner.transport_cc = Some((id, Box::default()));
-            if owner.connected {
-                owner.feedback_at = now + FEEDBACK_INTERVAL;
-            }
+        let format = Format::of(&parameters);
+        let has_rtx = parameters.has_rtx();
+        if parameters.transport_cc
+            && let Some(id) = parameters.extensions.id(Extension::TransportCc)
+        {
+            owner.give_feedback(id, now);
         }
         let track = self.tracks.insert(RouterTrack {
             id,
@@ -642,17 +650,7 @@ impl Router {
             window_at: select::first_window(layers, now),
             level: LevelSum::default(),
         });
-        if let Encodings::Ssrc { ssrc, rtx_ssrc } = self.tracks.get(track)?.encodings_by {
-            for (ssrc, is_rtx) in [(Some(ssrc), false), (rtx_ssrc, true)] {
-                let Some(ssrc) = ssrc else { continue };
-                owner.bind(Incoming {
-                    ssrc,
-                    track,
-                    encoding: 0,
-                    is_rtx,
-                });
-            }
-        }
+        owner.bind_described(track, &self.tracks.get(track)?.encodings_by);
         owner.tracks.push(track);
         self.track_slots.insert(id, track);
         self.look_after(slot, track);
@@ -1105,20 +1103,10 @@ impl Router {
                 }
             }
             Err(refused) => {
-                if matches!(
-                    refused,
-                    RefusedIngest::Duplicate | RefusedIngest::TooOld | RefusedIngest::Malformed
-                ) {
+                if refused.is_authentic() {
                     note_arrival(transport, &header, datagram, arrival);
                 }
-                let counter = match refused {
-                    RefusedIngest::Malformed => &mut self.statistics.refused_malformed,
-                    RefusedIngest::Unauthentic => &mut self.statistics.refused_unauthentic,
-                    RefusedIngest::Replayed => &mut self.statistics.refused_replayed,
-                    RefusedIngest::Duplicate => &mut self.statistics.refused_duplicate,
-                    RefusedIngest::TooOld => &mut self.statistics.refused_too_old,
-                };
-                *counter += 1;
+                *refused.counter(&mut self.statistics) += 1;
             }
         }
     }

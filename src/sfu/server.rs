@@ -32,7 +32,7 @@ use super::{MediaEvent, SendMode, THREAD_PREFIX};
 use crate::http::{self, Limits};
 use crate::secrets::{Secret, Secrets};
 use crate::seeded::scatter;
-use crate::transport::peer::Identity;
+use crate::transport::peer::{Identity, NoIdentity};
 use crate::units::{Epoch, Time};
 use access::SfuAccess;
 use websocket::{ClientOutbox, UnsentMessage};
@@ -118,7 +118,7 @@ pub enum StartError {
     )]
     NoRoute { listen: IpAddr },
     #[error("the DTLS certificate cannot be made: {0}")]
-    Identity(String),
+    Identity(NoIdentity),
     #[error("the API key and its secret must not be empty")]
     NoKey,
     #[error("{0} routers: use 1 to {ROUTERS_MAX}, at most as many as this host has CPUs")]

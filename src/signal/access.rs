@@ -1,5 +1,6 @@
 //! How participants come by their room tokens: signed here with an API key, or by somebody elsewhere who has one.
 
+use std::error::Error;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
@@ -28,7 +29,17 @@ pub struct TokenRequest {
     /// [`ParticipantPlan::position`].
     pub position: u32,
     /// Why there is none, for people.
-    pub answer: oneshot::Sender<Result<Secret, String>>,
+    pub answer: oneshot::Sender<Result<Secret, NotIssued>>,
+}
+
+/// Why somebody elsewhere made no token.
+#[derive(Debug, thiserror::Error)]
+pub enum NotIssued {
+    #[error("whoever issues them is gone")]
+    IssuerGone,
+    /// In the issuer's words.
+    #[error("{0}")]
+    Refused(Box<dyn Error + Send + Sync>),
 }
 
 /// Why there is no token.
@@ -38,7 +49,7 @@ pub enum NoToken {
     #[error("{0}")]
     Unsigned(#[from] super::token::TokenError),
     #[error("no room token: {0}")]
-    NotIssued(String),
+    NotIssued(NotIssued),
     #[error("there is no token for participant {0}")]
     NotGiven(u32),
 }
@@ -50,13 +61,12 @@ impl TokenIssuer {
         (TokenIssuer(sender), receiver)
     }
 
-    async fn token(&self, position: u32) -> Result<Secret, String> {
+    async fn token(&self, position: u32) -> Result<Secret, NotIssued> {
         let (answer, answered) = oneshot::channel();
-        let gone = || "whoever issues them is gone".to_owned();
         self.0
             .send(TokenRequest { position, answer })
-            .map_err(|_| gone())?;
-        answered.await.unwrap_or_else(|_| Err(gone()))
+            .map_err(|_| NotIssued::IssuerGone)?;
+        answered.await.unwrap_or(Err(NotIssued::IssuerGone))
     }
 }
 
@@ -125,7 +135,7 @@ mod tests {
         let issue = async {
             for answer in [
                 Ok(Secret::new("ey")),
-                Err("the coordinator has no key".to_owned()),
+                Err(NotIssued::Refused("the coordinator has no key".into())),
             ] {
                 let request = requests.recv().await.unwrap();
                 assert_eq!(request.position, 5);

@@ -15,10 +15,10 @@ use std::net::SocketAddr;
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 
-use crate::plan::ServerUrl;
+use crate::plan::{ServerUrl, UnusableUrl};
 
 pub use crate::secrets::Secret;
-pub use access::{JoinAccess, TokenIssuer, TokenRequest};
+pub use access::{JoinAccess, NotIssued, TokenIssuer, TokenRequest};
 pub use client::{
     ConnectTimes, JoinOptions, SignalError, SignalEvent, SignalReceiver, SignalSender, connect,
 };
@@ -91,9 +91,9 @@ impl From<ServerUrl> for Endpoint {
 }
 
 impl FromStr for Endpoint {
-    type Err = String;
+    type Err = UnusableUrl;
 
-    fn from_str(text: &str) -> Result<Endpoint, String> {
+    fn from_str(text: &str) -> Result<Endpoint, UnusableUrl> {
         text.parse::<ServerUrl>().map(Endpoint::from)
     }
 }

@@ -13,6 +13,7 @@ use is::stun::{StunMessage, StunPacket};
 use is::{Candidate, IceAgent, IceAgentEvent, IceCreds, Protocol};
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
 use ring::digest;
+use ring::error::KeyRejected;
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 
@@ -48,30 +49,42 @@ pub struct Identity {
     config: Arc<dimpl::Config>,
 }
 
+/// Why the crypto library makes no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum NoIdentity {
+    #[error(transparent)]
+    Certificate(#[from] rcgen::Error),
+    #[error("{0}")]
+    Key(KeyRejected),
+    #[error(transparent)]
+    Config(#[from] dimpl::Error),
+}
+
 impl Identity {
     /// Makes the key pair. Errors only if the crypto library fails its self-test.
-    pub fn generate() -> Result<Identity, String> {
+    pub fn generate() -> Result<Identity, NoIdentity> {
         Identity::with_config(dimpl::Config::builder())
     }
 
     /// For simulations, never for a network: DTLS draws from a seed what it waits before it repeats a flight, so that a run can be repeated. Keys are still
     /// nobody's to guess; they show in the lengths of some DTLS records, and in nothing else.
-    pub fn simulated(seed: u64) -> Result<Identity, String> {
+    pub fn simulated(seed: u64) -> Result<Identity, NoIdentity> {
         Identity::with_config(dimpl::Config::builder().dangerously_set_rng_seed(seed))
     }
 
-    fn with_config(config: dimpl::ConfigBuilder) -> Result<Identity, String> {
-        let certificate = self_signed_certificate().map_err(|e| e.to_string())?;
+    fn with_config(config: dimpl::ConfigBuilder) -> Result<Identity, NoIdentity> {
+        let certificate = self_signed_certificate()?;
         let config = config
-            .with_crypto_provider(dtls_crypto::provider(LoadedKey::leaked(&certificate)?))
+            .with_crypto_provider(dtls_crypto::provider(
+                LoadedKey::leaked(&certificate).map_err(NoIdentity::Key)?,
+            ))
             // A cookie proves that a ClientHello comes from where it says (RFC 6347, section 4.2.1). ICE has proved it before, and a connection that nobody
             // described gets no answer at all.
             .use_server_cookie(false)
             .flight_start_rto(DTLS_RTO)
             .flight_retries(DTLS_RETRIES)
             .handshake_timeout(DTLS_TIMEOUT)
-            .build()
-            .map_err(|e| e.to_string())?;
+            .build()?;
         Ok(Identity {
             certificate,
             config: Arc::new(config),
@@ -121,11 +134,10 @@ struct LoadedKey {
 
 impl LoadedKey {
     /// The library wants providers that live for ever, as the identity of a process does.
-    fn leaked(certificate: &DtlsCertificate) -> Result<&'static LoadedKey, String> {
+    fn leaked(certificate: &DtlsCertificate) -> Result<&'static LoadedKey, KeyRejected> {
         let der = certificate.private_key.as_slice();
         let pair =
-            EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, der, &SystemRandom::new())
-                .map_err(|e| e.to_string())?;
+            EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, der, &SystemRandom::new())?;
         Ok(Box::leak(Box::new(LoadedKey {
             der: der.into(),
             pair: Arc::new(pair),

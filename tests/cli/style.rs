@@ -47,6 +47,86 @@ fn no_match_is_on_a_bool() {
     );
 }
 
+/// A function fits a screen.
+#[test]
+fn no_function_is_longer_than_60_lines() {
+    const LINES_MAX: usize = 60;
+    /// Path, function and why it is still that long. Each goes as soon as it is not.
+    const STILL_LONG: &[(&str, &str, &str)] = &[
+        ("src/coordinator/page.rs", "metrics", "one line a metric"),
+        ("src/engine/publisher.rs", "new", "one line a field"),
+        (
+            "src/engine/publisher.rs",
+            "send_range",
+            "every packet passes",
+        ),
+        ("src/engine/shard.rs", "handle_command", "one arm a command"),
+        ("src/engine/subscriber.rs", "account", "every packet passes"),
+        ("src/engine/subscriber.rs", "deliver", "every packet passes"),
+        (
+            "src/engine/subscriber.rs",
+            "handle_frame_event",
+            "every packet passes",
+        ),
+        ("src/run/mod.rs", "finish", "many steps"),
+        ("src/run/mod.rs", "start", "many steps"),
+        ("src/run/mod.rs", "take_notice", "one arm a notice"),
+        ("src/run/stages.rs", "close_tier", "many steps"),
+        ("src/sfu/server/metrics.rs", "page", "one line a metric"),
+        ("src/signal/session.rs", "handle_signal", "one arm a signal"),
+    ];
+    let mut faults = Vec::new();
+    let mut long = Vec::new();
+    let mut count = 0;
+    for (path, text) in sources_without_tests() {
+        for function in functions(&text) {
+            count += 1;
+            if function.lines > LINES_MAX {
+                long.push((path.clone(), function));
+            }
+        }
+    }
+    assert!(count > 3_000, "only {count} functions were found");
+    for (path, function) in &long {
+        let is_known = STILL_LONG
+            .iter()
+            .any(|(known, name, _)| *known == path && *name == function.name);
+        if !is_known {
+            faults.push(format!(
+                "{path}: {} has {} lines: give parts of it names",
+                function.name, function.lines
+            ));
+        }
+    }
+    for (path, name, why) in STILL_LONG {
+        let is_long = long
+            .iter()
+            .any(|(place, function)| place == path && function.name == *name);
+        if !is_long {
+            faults.push(format!(
+                "{path}: {name} is short: take it off the list ({why})"
+            ));
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// Errors are types to the edge: a `String` says nothing to the caller.
+#[test]
+fn no_error_is_a_string() {
+    let mut faults = Vec::new();
+    for (path, text) in sources_without_tests() {
+        for line in text.lines().filter(|line| has_string_for_error(line)) {
+            faults.push(format!("{path}: {}", line.trim()));
+        }
+    }
+    assert!(
+        faults.is_empty(),
+        "give each of these errors a type:\n{}",
+        faults.join("\n")
+    );
+}
+
 /// The name that a line defines as a type. Indented aliases are associated types: their traits
 /// name them.
 fn defined_type(line: &str) -> Option<&str> {
@@ -86,6 +166,120 @@ fn is_bool_arm(line: &str) -> bool {
     })
 }
 
+/// A function with a body.
+struct FoundFunction {
+    name: String,
+    /// From its signature to its closing brace.
+    lines: usize,
+}
+
+/// The functions of a formatted source, nested ones included.
+fn functions(text: &str) -> Vec<FoundFunction> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (start, line) in lines.iter().enumerate() {
+        let Some(name) = defined_function(line) else {
+            continue;
+        };
+        let lines = item_lines(&lines[start..]);
+        if lines.last().is_some_and(|last| last.ends_with('}')) {
+            found.push(FoundFunction {
+                name: name.to_owned(),
+                lines: lines.len(),
+            });
+        }
+    }
+    found
+}
+
+fn defined_function(line: &str) -> Option<&str> {
+    let mut line = without_visibility(line.trim_start());
+    for qualifier in ["const ", "async ", "unsafe "] {
+        line = line.strip_prefix(qualifier).unwrap_or(line);
+    }
+    let rest = line.strip_prefix("fn ")?;
+    let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_')?;
+    Some(&rest[..end])
+}
+
+/// The lines of the item that begins with the first one, up to its closing brace or semicolon.
+fn item_lines<'a, 't>(lines: &'a [&'t str]) -> &'a [&'t str] {
+    let head = lines
+        .iter()
+        .position(|line| line.ends_with(['{', ';', '}']))
+        .expect("an item ends");
+    if !lines[head].ends_with('{') {
+        return &lines[..=head];
+    }
+    let indent = lines[0].len() - lines[0].trim_start().len();
+    let is_end = |line: &&str| {
+        line.len() > indent && line[..indent].trim().is_empty() && line[indent..].starts_with('}')
+    };
+    let body = lines[head + 1..]
+        .iter()
+        .position(is_end)
+        .expect("a body ends");
+    &lines[..=head + 1 + body]
+}
+
+/// A source without the items that stand behind `#[cfg(test)]`.
+fn without_tests(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut kept = String::new();
+    let mut at = 0;
+    while at < lines.len() {
+        if lines[at].trim() == "#[cfg(test)]" {
+            at += lines[at..]
+                .iter()
+                .take_while(|line| line.trim_start().starts_with(['#', '/']))
+                .count();
+            at += item_lines(&lines[at..]).len();
+        } else {
+            kept.push_str(lines[at]);
+            kept.push('\n');
+            at += 1;
+        }
+    }
+    kept
+}
+
+/// `Result<_, String>`, or a trait's error that is one.
+fn has_string_for_error(line: &str) -> bool {
+    let line = line.replace("->", "");
+    line.contains("type Err = String;")
+        || line.contains("type Error = String;")
+        || line
+            .match_indices("Result<")
+            .any(|(at, head)| last_argument(&line[at + head.len()..]) == Some("String"))
+}
+
+/// The last of several generic arguments, of which the first begins here; `None` where the line does not have them all.
+fn last_argument(text: &str) -> Option<&str> {
+    let (mut depth, mut from) = (0, None);
+    for (at, c) in text.char_indices() {
+        match c {
+            '<' | '(' | '[' => depth += 1,
+            '>' if depth == 0 => return from.map(|from: usize| text[from..at].trim()),
+            '>' | ')' | ']' => depth -= 1,
+            ',' if depth == 0 => from = Some(at + 1),
+            _ => {}
+        }
+    }
+    None
+}
+
+/// The sources without tests, with their paths below the repository's root.
+fn sources_without_tests() -> impl Iterator<Item = (String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    sources()
+        .into_iter()
+        .filter(|(path, _)| !path.ends_with("tests.rs"))
+        .map(move |(path, text)| {
+            let path = path.strip_prefix(root).expect("a path of the crate");
+            (path.display().to_string(), without_tests(&text))
+        })
+}
+
 /// The sources of the crate with their paths, in order.
 fn sources() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
@@ -121,4 +315,20 @@ fn the_rules_see_what_they_forbid() {
     assert!(is_bool_arm("        true => 1,"));
     assert!(is_bool_arm("        false if late => 1,"));
     assert!(!is_bool_arm("        Some(true) => 1,"));
+    assert!(has_string_for_error(
+        "fn read() -> Result<Vec<(u8, u8)>, String> {"
+    ));
+    assert!(has_string_for_error("    type Err = String;"));
+    assert!(!has_string_for_error("fn read() -> Result<String, Poor> {"));
+    assert!(!has_string_for_error(
+        "fn read(a: Result<u8, Poor>, b: String) -> Vec<String> {"
+    ));
+    let found = functions(&without_tests(
+        "trait Reader {\n    fn read(\n        &self,\n    );\n}\n#[cfg(test)]\nmod scripted;\npub(super) async fn of<'a>(\n    a: u8,\n) {\n    work();\n}\n#[cfg(test)]\nmod tests {\n    fn a() {}\n}\n",
+    ));
+    let found: Vec<(&str, usize)> = found
+        .iter()
+        .map(|function| (function.name.as_str(), function.lines))
+        .collect();
+    assert_eq!(found, [("of", 5)]);
 }

@@ -52,8 +52,9 @@ fn response(input: &[u8]) {
                     candidate
                         .to_init()
                         .parse::<Trickled>()
-                        .map(|again| again.candidate),
-                    Ok(Some(candidate))
+                        .map(|again| again.candidate)
+                        .ok(),
+                    Some(Some(candidate))
                 );
             }
         }

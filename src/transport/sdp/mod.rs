@@ -272,10 +272,21 @@ pub struct Trickled {
     pub ufrag: Option<String>,
 }
 
-impl FromStr for Trickled {
-    type Err = String;
+/// Why a text is no trickled candidate.
+#[derive(Debug, thiserror::Error)]
+pub enum MalformedTrickle {
+    #[error("a candidate of {0} bytes")]
+    TooLong(usize),
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    #[error("{0}")]
+    Candidate(&'static str),
+}
 
-    fn from_str(json: &str) -> Result<Trickled, String> {
+impl FromStr for Trickled {
+    type Err = MalformedTrickle;
+
+    fn from_str(json: &str) -> Result<Trickled, MalformedTrickle> {
         #[derive(serde::Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Init {
@@ -283,12 +294,12 @@ impl FromStr for Trickled {
             username_fragment: Option<String>,
         }
         if json.len() > 4096 {
-            return Err(format!("a candidate of {} bytes", json.len()));
+            return Err(MalformedTrickle::TooLong(json.len()));
         }
-        let init: Init = serde_json::from_str(json).map_err(|error| error.to_string())?;
+        let init: Init = serde_json::from_str(json)?;
         let candidate = match init.candidate.as_str() {
             "" => None,
-            text => Some(text.parse::<Candidate>().map_err(str::to_owned)?),
+            text => Some(text.parse().map_err(MalformedTrickle::Candidate)?),
         };
         Ok(Trickled {
             candidate,

@@ -379,12 +379,7 @@ impl MediaSection {
             direction,
             reduced_size: scan.reduced_size,
             codec,
-            first_format: media
-                .formats()
-                .next()
-                .filter(|format| is_token(format))
-                .unwrap_or("0")
-                .into(),
+            first_format: media.first_format().into(),
             extensions: scan.accepted_extensions(capabilities),
             track: None,
         };
@@ -476,6 +471,14 @@ impl<'a> MediaLine<'a> {
         self.formats
             .split_ascii_whitespace()
             .take(PAYLOAD_TYPES_MAX)
+    }
+
+    /// What a rejected section of an answer names.
+    pub(super) fn first_format(&self) -> &'a str {
+        self.formats()
+            .next()
+            .filter(|format| is_token(format))
+            .unwrap_or("0")
     }
 
     pub(super) fn content(&self, sctp_port: Option<u16>) -> SectionContent {

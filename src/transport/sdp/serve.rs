@@ -58,6 +58,33 @@ impl Capabilities {
         ],
         ..Capabilities::SERVER_RECEIVES
     };
+
+    /// What we receive decides where the client `sends`; in a section that it only receives on, what we send.
+    fn for_client(sends: bool) -> Capabilities {
+        if sends {
+            Capabilities::SERVER_RECEIVES
+        } else {
+            Capabilities {
+                extensions: &AGREED_EXTENSIONS,
+                ..Capabilities::SERVER_SENDS
+            }
+        }
+    }
+}
+
+impl<'a> SectionScan<'a> {
+    /// Of the media, and of its retransmissions.
+    fn ssrcs(&self) -> (Option<u32>, Option<u32>) {
+        self.fid
+            .map_or((self.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)))
+    }
+
+    fn stream_and_track(&self) -> (&'a str, &'a str) {
+        self.msid
+            .or(self.ssrc_msid)
+            .map(split_msid)
+            .unwrap_or_default()
+    }
 }
 
 /// One media section of a client's description, as far as a server acts on it.
@@ -114,15 +141,7 @@ impl ClientSection {
         };
         let direction = scan.direction.unwrap_or(Direction::SendRecv);
         let sends = matches!(direction, Direction::SendOnly | Direction::SendRecv);
-        // What we receive decides where the client sends; in a section that it only receives on, what we send.
-        let capabilities = if sends {
-            Capabilities::SERVER_RECEIVES
-        } else {
-            Capabilities {
-                extensions: &AGREED_EXTENSIONS,
-                ..Capabilities::SERVER_SENDS
-            }
-        };
+        let capabilities = Capabilities::for_client(sends);
         let extensions = fitting_extensions(scan.accepted_extensions(&capabilities), kind);
         let feedback: Vec<RtcpFeedback> = capabilities
             .feedback
@@ -132,14 +151,8 @@ impl ClientSection {
             .collect();
         let codec = kind.and_then(|kind| scan.choose_codec(&media, kind, &capabilities, &feedback));
         let understood = codec.is_some() || matches!(content, SectionContent::Application(_));
-        let (ssrc, rtx_ssrc) = scan
-            .fid
-            .map_or((scan.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)));
-        let (stream_id, track_id) = scan
-            .msid
-            .or(scan.ssrc_msid)
-            .map(split_msid)
-            .unwrap_or_default();
+        let (ssrc, rtx_ssrc) = scan.ssrcs();
+        let (stream_id, track_id) = scan.stream_and_track();
         let rtx_payload_type = codec.as_ref().and_then(|codec| codec.rtx_payload_type);
         Ok(ClientSection {
             mid: mid.into(),
@@ -162,12 +175,7 @@ impl ClientSection {
                 Vec::new()
             },
             usable: understood && media.port != 0 && !mid.is_empty(),
-            first_format: media
-                .formats()
-                .next()
-                .filter(|format| is_token(format))
-                .unwrap_or("0")
-                .into(),
+            first_format: media.first_format().into(),
             content,
             codec,
         })
