@@ -51,7 +51,6 @@ fn no_match_is_on_a_bool() {
 #[test]
 fn no_function_is_longer_than_60_lines() {
     const LINES_MAX: usize = 60;
-    /// Path, function and why it is still that long. Each goes as soon as it is not.
     let mut faults = Vec::new();
     let mut count = 0;
     for (path, text) in sources_without_tests() {
