@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tracing::info;
 
 use super::access::{self, CoordinatorAccess, Seal};
 use super::desk::{Desk, DeskFailure, DeskHandle};
@@ -109,6 +110,7 @@ pub fn lead(
         let tls = tls.map_err(|why| anyhow!(why))?;
         let listener = server::listen(asked.bind)?;
         let address = listener.local_addr()?;
+        info!(%address, tls = tls.is_some(), "the coordinator listens");
         let mut opened = open(asked, epoch.unix_micros(epoch.now()))?;
         if *opened.state.phase() == RunPhase::Over && !opened.state.has_begun() {
             return Err(never_begun(&opened.state));
@@ -279,10 +281,12 @@ fn open(asked: &Coordinate, now_us: u64) -> Result<Opened> {
 
 fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Opened> {
     let state = std::cell::RefCell::new(None::<RunState>);
+    let mut entries = 0_u64;
     let replay = Journal::open(
         path,
         |head| *state.borrow_mut() = Some(RunState::new(head.setup.clone(), life, now_us)),
         |entry| {
+            entries += 1;
             if let Some(state) = state.borrow_mut().as_mut() {
                 state.apply(entry);
             }
@@ -321,6 +325,14 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
         _ => {}
     }
     state.resume(now_us);
+    info!(
+        journal = %shown,
+        entries,
+        dropped_bytes = replay.dropped_bytes,
+        phase = state.phase().name(),
+        probers = state.probers().len(),
+        "replayed the journal"
+    );
     let torn = (replay.dropped_bytes > 0).then(|| {
         format!(
             "the journal ended in {} bytes that were cut short: nobody had been told that they were taken",
