@@ -5,6 +5,7 @@
 
 mod coordinate;
 mod hosts;
+mod logs;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 pub use crate::coordinator::Coordinate;
 use crate::plan::scenario::{
@@ -32,6 +33,14 @@ use crate::signal::{GivenToken, Seats};
 use crate::units::{Bitrate, NoDuration, read_duration};
 use coordinate::CoordinateArgs;
 use hosts::HostsArgs;
+pub use logs::LogFilter;
+
+/// What the user asked for, and what is told of it while it goes on.
+#[derive(Debug)]
+pub struct Invocation {
+    pub command: CliCommand,
+    pub log: LogFilter,
+}
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -148,10 +157,10 @@ pub fn parse(
     args: impl IntoIterator<Item = OsString>,
     env: &dyn Fn(&str) -> Option<String>,
     cpus: usize,
-) -> Result<CliCommand, UsageError> {
+) -> Result<Invocation, UsageError> {
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());
-    parse_with(args, env, cpus, hasher.finish())
+    read(args, env, cpus, hasher.finish())
 }
 
 /// A run by flags alone, with nothing from the environment: its target is the embedded SFU, whatever the user tests otherwise.
@@ -163,7 +172,7 @@ pub fn parse_run(
     cpus: usize,
 ) -> Result<Box<RunSpec>, UsageError> {
     let line = std::iter::once("throng".to_owned()).chain(flags);
-    match parse(line.map(Into::into), &|_| None, cpus)? {
+    match parse(line.map(Into::into), &|_| None, cpus)?.command {
         CliCommand::Run(run) => Ok(run),
         other => Err(UsageError(format!("not a run: {other:?}"))),
     }
@@ -179,7 +188,16 @@ pub fn parse_with(
     cpus: usize,
     fresh: u64,
 ) -> Result<CliCommand, UsageError> {
-    let cli = match Cli::try_parse_from(args) {
+    read(args, env, cpus, fresh).map(|invocation| invocation.command)
+}
+
+fn read(
+    args: impl IntoIterator<Item = OsString>,
+    env: &dyn Fn(&str) -> Option<String>,
+    cpus: usize,
+    fresh: u64,
+) -> Result<Invocation, UsageError> {
+    let cli = match Cli::try_parse_from(subcommand_first(args)) {
         Ok(cli) => cli,
         Err(error)
             if matches!(
@@ -187,10 +205,14 @@ pub fn parse_with(
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
             ) =>
         {
-            return Ok(CliCommand::Show(error.to_string()));
+            return Ok(Invocation {
+                command: CliCommand::Show(error.to_string()),
+                log: LogFilter::default(),
+            });
         }
         Err(error) => return Err(UsageError(error.to_string().trim_end().to_owned())),
     };
+    let log = LogFilter::of(cli.verbose, env).map_err(|why| UsageError::new(&why))?;
     let command = match cli.command {
         Some(Sub::Run(args)) => args.into_command(env, cpus, fresh),
         Some(Sub::Calibrate(args)) => Ok(CliCommand::Calibrate(Calibrate {
@@ -203,7 +225,26 @@ pub fn parse_with(
             .map(|sfu| CliCommand::Sfu(Box::new(sfu))),
         None => cli.run.into_command(env, cpus, fresh),
     };
-    command.map_err(|why| UsageError::new(&why))
+    command
+        .map(|command| Invocation { command, log })
+        .map_err(|why| UsageError::new(&why))
+}
+
+/// `throng -v sfu` as `throng sfu -v`: behind flags of a run clap takes no subcommand, and `-v` is a flag of all of them.
+fn subcommand_first(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let is_flag = |arg: &OsString| {
+        let text = arg.to_string_lossy();
+        let letters = text.strip_prefix('-').unwrap_or_default();
+        text == "--verbose" || !letters.is_empty() && letters.bytes().all(|b| b == b'v')
+    };
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    let flags = args.iter().skip(1).take_while(|arg| is_flag(arg)).count();
+    if let Some(next) = args.get(1 + flags)
+        && !next.to_string_lossy().starts_with('-')
+    {
+        args[1..=1 + flags].rotate_right(1);
+    }
+    args
 }
 
 const EXAMPLES: &str = "\
@@ -221,6 +262,9 @@ Exit codes: 0 PASS, 1 could not run or PARTIAL, 2 usage, 98 INVALID (the generat
 struct Cli {
     #[command(subcommand)]
     command: Option<Sub>,
+    /// Log what goes on, a line an event on standard error: joins, leaves, refusals, stages; -vv: each detail [env: RUST_LOG, as in throng=info]
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
     #[command(flatten)]
     run: RunArgs,
 }

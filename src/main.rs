@@ -37,11 +37,13 @@ fn main() -> ExitCode {
 
 fn throng() -> Result<u8> {
     let host = Host::read();
-    match cli::parse(
+    let invocation = cli::parse(
         std::env::args_os(),
         &|name| std::env::var(name).ok(),
         host.usable_cpus(),
-    )? {
+    )?;
+    invocation.log.start();
+    match invocation.command {
         CliCommand::Show(text) => Ok(emit(&mut stdout(), &text).map(|()| 0)?),
         CliCommand::Run(run) => load_test(*run, &host),
         CliCommand::Probe(probe) => take_part(*probe, &host),

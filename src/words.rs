@@ -24,6 +24,15 @@ pub fn wrapped(text: &str, indent: usize) -> String {
     lines
 }
 
+/// What others wrote, on one line: characters that move a terminal's cursor, or turn the direction of the text around them, become blanks.
+pub fn one_line(text: &str) -> String {
+    let turns = |c| matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
+    text.trim_end()
+        .chars()
+        .map(|c| if c.is_control() || turns(c) { ' ' } else { c })
+        .collect()
+}
+
 /// `n/a` for what is unknown.
 pub fn maybe<T>(value: Option<T>, print: impl FnOnce(T) -> String) -> String {
     value.map_or_else(|| "n/a".to_owned(), print)
@@ -132,6 +141,14 @@ mod tests {
             ["0%", "<0.01%", "0.12%", "100.00%"]
         );
         assert_eq!(duration(Duration::from_secs(5_400)), "1h 30m");
+    }
+
+    #[test]
+    fn what_others_wrote_moves_no_cursor() {
+        assert_eq!(
+            one_line("a\x1b[2Jb\r\nc\u{9b}31m\u{202e}d\n"),
+            "a [2Jb  c 31m d"
+        );
     }
 
     #[test]

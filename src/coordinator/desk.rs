@@ -5,8 +5,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{info, warn};
 
 use super::journal::{Head, Journal};
+use super::log::log_entry;
 use super::protocol::{
     self, BeatMessage, BeatReply, Cancelled, Departed, Health, JobReply, ProberReport, ProverId,
     Register, Registered, Reported,
@@ -179,7 +181,9 @@ impl Desk {
         if let Some(whole) = self.state.look(now_us).map(Duration::from_micros)
             && self.standstill.is_none_or(|longest| longest.whole < whole)
         {
-            self.standstill = Some(Standstill { whole, on_disk });
+            let standstill = Standstill { whole, on_disk };
+            warn!("{standstill}");
+            self.standstill = Some(standstill);
         }
         while let Some(entry) = self.state.due(now_us) {
             if self.remember(entry).is_err() {
@@ -199,17 +203,25 @@ impl Desk {
         let written = self.journal.append(&entry, self.now_us());
         self.on_disk += since.elapsed();
         self.note(written)?;
+        log_entry(&entry, &self.state);
         self.state.apply(entry);
         Ok(())
     }
 
     fn note(&mut self, written: std::io::Result<()>) -> Result<(), DeskFailure> {
-        self.problem = written.err().map(|error| {
+        let problem = written.err().map(|error| {
             format!(
                 "the journal {} takes nothing: {error}",
                 self.journal.path().display()
             )
         });
+        let before = std::mem::replace(&mut self.problem, problem);
+        if self.problem != before {
+            match &self.problem {
+                Some(problem) => warn!("{problem}"),
+                None => info!("the journal takes entries again"),
+            }
+        }
         match &self.problem {
             None => Ok(()),
             Some(problem) => Err(DeskFailure::NotJournaled(problem.clone())),
@@ -251,7 +263,16 @@ impl Desk {
             self.state.hear_of(self.now_us(), who);
             return Err(failure);
         }
+        let offset = |desk: &Desk| {
+            let prober = desk.state.probers().get(who);
+            prober.and_then(|prober| Some((prober.vantage.clone(), prober.offset()?)))
+        };
+        let knew = offset(self).is_some();
         self.state.hear(self.now_us(), who, beat);
+        if !knew && let Some((vantage, offset)) = offset(self) {
+            let (offset_us, uncertainty_us) = (offset.offset_us, offset.uncertainty_us);
+            info!(vantage, offset_us, uncertainty_us, "its clock is known");
+        }
         self.settle();
         Ok(self
             .state

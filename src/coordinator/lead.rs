@@ -8,6 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
+use tracing::info;
 
 use super::access::{self, CoordinatorAccess, Seal};
 use super::desk::{Desk, DeskFailure, DeskHandle, DeskThread};
@@ -134,9 +135,11 @@ impl Door {
             .transpose();
         let tls = tls?;
         let listener = server::listen(asked.bind)?;
+        let address = listener.local_addr()?;
+        info!(%address, tls = tls.is_some(), "the coordinator listens");
         Ok(Door {
             tls,
-            address: listener.local_addr()?,
+            address,
             listener,
         })
     }
@@ -329,10 +332,12 @@ fn open(asked: &Coordinate, now_us: u64) -> Result<Opened> {
 
 fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Opened> {
     let state = std::cell::RefCell::new(None::<RunState>);
+    let mut entries = 0_u64;
     let replay = Journal::open(
         path,
         |head| *state.borrow_mut() = Some(RunState::new(head.setup.clone(), life, now_us)),
         |entry| {
+            entries += 1;
             if let Some(state) = state.borrow_mut().as_mut() {
                 state.apply(entry);
             }
@@ -371,6 +376,14 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
         _ => {}
     }
     state.resume(now_us);
+    info!(
+        journal = %shown,
+        entries,
+        dropped_bytes = replay.dropped_bytes,
+        phase = state.phase().name(),
+        probers = state.probers().len(),
+        "replayed the journal"
+    );
     let torn = (replay.dropped_bytes > 0).then(|| {
         format!(
             "the journal ended in {} bytes that were cut short: nobody had been told that they were taken",

@@ -8,6 +8,7 @@ pub mod desk;
 pub mod document;
 pub mod journal;
 pub mod lead;
+mod log;
 pub mod page;
 pub mod place;
 pub mod protocol;

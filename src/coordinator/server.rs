@@ -27,13 +27,14 @@ use tokio::net::TcpListener;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
+use tracing::{debug, info, trace, warn};
 
 use super::access::{CoordinatorAccess, Denied};
 use super::desk::{Desk, DeskFailure, DeskHandle};
 use super::document::{self, About};
 use super::page;
 use super::protocol::{
-    self, BEAT_BYTES_MAX, BeatMessage, MalformedMessage, ProberReport, ProtocolMessage,
+    self, BEAT_BYTES_MAX, BeatMessage, Job, MalformedMessage, ProberReport, ProtocolMessage,
     REGISTER_BYTES_MAX, REPORT_BYTES_MAX, RefusalMessage, Register, TokensRequest,
 };
 use super::result::Merged;
@@ -365,6 +366,11 @@ impl From<Denied> for RefusalAnswer {
 
 impl IntoResponse for RefusalAnswer {
     fn into_response(self) -> Response {
+        warn!(
+            status = self.status.as_u16(),
+            why = self.refusal.error,
+            "refused a request"
+        );
         let mut response = (self.status, json(&self.refusal)).into_response();
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(
@@ -512,6 +518,15 @@ async fn job(
     extract::Path(id): extract::Path<String>,
 ) -> Answered {
     let job = site.desk.call(move |desk| desk.job(&id)).await??;
+    match &job.throng {
+        Some(job) => info!(
+            vantage = vantage(job),
+            stages = job.stages.len(),
+            "handed out a job"
+        ),
+        None if job.ready => info!(room = job.room, "handed out a job to a prober of voicegw"),
+        None => trace!("a prober waits for its job"),
+    }
     Ok(json(&job))
 }
 
@@ -536,9 +551,17 @@ async fn tokens(
         mint.map_err(DeskFailure::from)?,
         job.map_err(DeskFailure::from)?,
     );
-    Ok(json(
-        &mint.tokens(&job, request).map_err(DeskFailure::from)?,
-    ))
+    let (from, count) = (request.from, request.count);
+    let tokens = mint.tokens(&job, request).map_err(DeskFailure::from)?;
+    debug!(
+        vantage = vantage(&job),
+        from, count, "handed out room tokens"
+    );
+    Ok(json(&tokens))
+}
+
+fn vantage(job: &Job) -> Option<&str> {
+    job.vantages.get(job.me as usize).map(String::as_str)
 }
 
 async fn beat(

@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::coordinator::protocol::{self, ProtocolMessage, TOKEN_VARIABLE};
 use crate::plan::ServerUrl;
 use crate::signal::{Secret, causes, http_client};
+use crate::words;
 
 /// An answer that takes longer is none: a coordinator answers from memory, after a write to its disk.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -197,9 +198,8 @@ fn bearer(token: &Secret) -> Result<header::HeaderValue, NoAnswer> {
 
 /// One line for people of what a stranger wrote.
 fn short(text: &str) -> String {
-    let line: String = text
+    let line: String = words::one_line(text)
         .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
         .take(REFUSAL_CHARS_MAX)
         .collect();
     line.trim().to_owned()

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tracing::info;
 
 use super::link::{LinkShared, Word};
 use super::outbox;
@@ -94,11 +95,23 @@ impl Led {
     fn begin(&mut self, stage: usize, ordered: Time, at: Time) {
         self.stage = Some(stage);
         let skew = at.as_micros().cast_signed() - ordered.as_micros().cast_signed();
+        let ended = stage.checked_sub(1);
+        info!(
+            stage = self.name(Some(stage)),
+            late_us = skew,
+            ended = self.name(ended),
+            "began a stage"
+        );
         let mut outbox = self.shared.outbox();
         outbox.set_start(stage as u32, skew);
         outbox.set_stage(Some(stage as u32), Some(stage as u32));
         drop(outbox);
         self.shared.hurry();
+    }
+
+    fn name(&self, stage: Option<usize>) -> Option<&str> {
+        let stage = self.stages.get(stage?);
+        stage.map(|stage| stage.name.as_str())
     }
 
     fn next_stage(&self) -> usize {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
+use tracing::{debug, info, warn};
 
 use super::client::{CoordinatorClient, NoAnswer};
 use super::outbox::BeatOutbox;
@@ -104,6 +105,7 @@ impl LinkShared {
         self.word.send_if_modified(|said| {
             let is_news = *said != word && !matches!(said, Word::Stop { .. });
             if is_news {
+                info!(?word, "has a new order");
                 *said = word;
             }
             is_news
@@ -172,6 +174,7 @@ async fn wait_for_job(
             return Err(other_version("coordinator", version, "prober").into());
         }
         *place = Some(registered.prover_id.clone());
+        info!(expected = registered.expected, "registered");
         told(format!(
             "in; the run begins when {} are",
             probers(registered.expected)
@@ -180,6 +183,11 @@ async fn wait_for_job(
             let path = format!("/job/{}", registered.prover_id);
             match insist(GATHER_PATIENCE, &mut told, || client.get::<JobReply>(&path)).await {
                 Ok(job) if job.ready && (registered.protocol.is_none() || job.throng.is_some()) => {
+                    info!(
+                        room = job.room,
+                        stages = job.throng.as_ref().map(|job| job.stages.len()),
+                        "has its job"
+                    );
                     return Ok(Enlisted {
                         id: registered.prover_id,
                         job,
@@ -187,7 +195,8 @@ async fn wait_for_job(
                 }
                 Ok(_) => tokio::time::sleep(POLL).await,
                 // It gives the place of one who was silent to others; until all are in there may be one again.
-                Err(NoReply::Unknown(_)) => {
+                Err(NoReply::Unknown(why)) => {
+                    warn!(why, "has lost its place, and registers again");
                     tokio::time::sleep(POLL).await;
                     continue 'register;
                 }
@@ -234,6 +243,7 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
                 return Err(NoReply::GivenUp { why, patience });
             }
             Err(NoAnswer::Away(why)) => {
+                warn!(why, ?pause, "has no answer, and asks again");
                 let is_known = |(last, at): &(String, tokio::time::Instant)| {
                     *last == why && at.elapsed() < TELL_AGAIN
                 };
@@ -310,13 +320,28 @@ impl Beats {
                     outbox.settle(&draft);
                     outbox.waits()
                 };
+                if pulse.is_unanswered() {
+                    let silence = pulse.silence(now);
+                    info!(?silence, "the coordinator answers again");
+                }
                 pulse.handle_answer(sent_at, now, waits);
                 *exchange = Some(self.exchange(sent_at, now, &reply));
+                let is_first = clock.offset().is_none();
                 exchange.iter().for_each(|exchange| clock.handle(exchange));
+                if is_first && let Some(offset) = clock.offset() {
+                    let (offset_us, uncertainty_us) = (offset.offset_us, offset.uncertainty_us);
+                    info!(offset_us, uncertainty_us, "knows the coordinator's clock");
+                }
                 self.take(reply, clock.offset());
                 true
             }
-            Ok(_) | Err(NoAnswer::Away(_)) => {
+            Ok(_) => {
+                debug!("an answer was to another beat");
+                pulse.handle_silence(now);
+                true
+            }
+            Err(NoAnswer::Away(why)) => {
+                warn!(why, silence = ?pulse.silence(now), "a beat has no answer");
                 pulse.handle_silence(now);
                 true
             }
@@ -376,7 +401,10 @@ pub(super) async fn deliver(
     told: &mut impl FnMut(String),
 ) -> Result<Reported, NoReply> {
     let path = format!("/report/{id}");
-    insist(patience, told, || client.post(&path, report)).await
+    let reported: Reported = insist(patience, told, || client.post(&path, report)).await?;
+    let all_reported = reported.all_reported;
+    info!(all_reported, "the coordinator has the report");
+    Ok(reported)
 }
 
 /// What to add to a vantage's time to get ours. Both uncertainties add up.
@@ -449,13 +477,15 @@ impl Tokens {
         let reply: TokensReply = loop {
             match self.client.post(&path, &request).await {
                 Ok(reply) => break reply,
-                Err(NoAnswer::Away(_)) if tries < TOKEN_TRIES => {
+                Err(NoAnswer::Away(why)) if tries < TOKEN_TRIES => {
+                    warn!(why, ?pause, "has no room tokens, and asks again");
                     tokio::time::sleep(pause).await;
                     (pause, tries) = (pause * 2, tries + 1);
                 }
                 Err(error) => return Err(error),
             }
         };
+        debug!(from, count, "has room tokens");
         let good_until =
             tokio::time::Instant::now() + Duration::from_secs(reply.lifetime_seconds) / 2;
         let tokens = reply

@@ -54,6 +54,11 @@ impl Pulse {
         self.pause = (self.pause * 2).min(self.pause_max);
     }
 
+    /// The last beat was not answered.
+    pub fn is_unanswered(&self) -> bool {
+        self.pause > PAUSE_MIN
+    }
+
     /// How long nobody has answered.
     pub fn silence(&self, now: Time) -> Duration {
         now.since(self.answered_at)

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
 
 use livekit_protocol as proto;
+use tracing::info;
 
 use super::room::SfuRoom;
 pub use super::shared::{
@@ -128,9 +129,9 @@ impl Lobby {
                     room.handle_connected(shared, session, transport, now)
                 });
             }
-            MediaEvent::Failed { transport, .. } => {
+            MediaEvent::Failed { transport, failure } => {
                 self.with_transport(transport, |room, shared, session| {
-                    room.handle_failed(shared, session, now)
+                    room.handle_failed(shared, session, failure, now)
                 });
             }
             // A track counts as published when it is agreed, not when it is heard.
@@ -254,6 +255,7 @@ impl Lobby {
         self.rooms
             .insert(id, SfuRoom::new(&mut self.shared, id, name, router, now));
         self.names.insert(name.to_owned(), id);
+        info!(room = name, router, "opened a room");
         id
     }
 
@@ -261,6 +263,7 @@ impl Lobby {
         if let Some(mut room) = self.rooms.remove(&id) {
             self.names.remove(room.name());
             room.close(&mut self.shared, now);
+            info!(room = room.name(), "closed a room");
         }
     }
 

@@ -13,6 +13,7 @@ use livekit_protocol::participant_info::State;
 use livekit_protocol::signal_request::Message as Request;
 use livekit_protocol::signal_response::Message as Response;
 use prost::Message as _;
+use tracing::{debug, info, warn};
 
 use super::participant::{
     AnsweringPeer, LiveSelection, OfferingPeer, Participant, ParticipantSubscription, PendingTrack,
@@ -26,6 +27,7 @@ use super::track::{Dynacast, Loudness, PublishedTrack, Settings, quality_update}
 use super::{Encodings, MediaCommand, TrackId, TrackParameters, TransportId, wire};
 use crate::codec::{Codec, PayloadTypes};
 use crate::measure::Kind;
+use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::serve::{
     AgreedMedia, ClientSection, SectionUse, SentTrack, write_answer,
 };
@@ -247,6 +249,8 @@ impl SfuRoom {
         let full = self.info.max_participants > 0
             && self.participants.len() >= self.info.max_participants as usize;
         if full {
+            let (room, identity) = (self.name(), entry.identity.as_str());
+            warn!(room, identity, "refused a participant: the room is full");
             shared.send_leave(connection, End::ROOM_FULL.reason, Action::Disconnect);
             return shared.close(connection);
         }
@@ -277,6 +281,12 @@ impl SfuRoom {
         self.identities
             .insert(participant.info.identity.clone(), session);
         self.info.num_participants += u32::from(!participant.is_hidden());
+        info!(
+            room = self.name(),
+            identity = participant.info.identity,
+            connections = 2 - u32::from(participant.single),
+            "joined"
+        );
         self.participants.insert(session, participant);
         self.expires_at = None;
         self.change_state(shared, session, State::Joined, now);
@@ -366,6 +376,7 @@ impl SfuRoom {
         }
         shared.connections.insert(connection, (self.id, session));
         participant.lost_at = None;
+        info!(room = room.name, identity, "resumed its session");
         let reconnect = proto::ReconnectResponse {
             server_info: Some(server_info()),
             ..Default::default()
@@ -394,6 +405,11 @@ impl SfuRoom {
         };
         participant.connection = None;
         participant.lost_at = Some(now);
+        info!(
+            room = self.info.name,
+            identity = participant.info.identity,
+            "lost its signalling connection, and may resume"
+        );
         shared.set_timer(now + SIGNAL_TIMEOUT, Timer::Participant(self.id, session));
     }
 
@@ -413,10 +429,16 @@ impl SfuRoom {
         transport: TransportId,
         now: Time,
     ) {
-        let primary = self
-            .participants
-            .get(&session)
-            .filter(|participant| participant.primary() == transport);
+        let participant = self.participants.get(&session);
+        if let Some(participant) = participant {
+            debug!(
+                room = self.name(),
+                identity = participant.info.identity,
+                is_primary = participant.primary() == transport,
+                "ICE and DTLS are done"
+            );
+        }
+        let primary = participant.filter(|participant| participant.primary() == transport);
         if primary.is_some_and(|participant| !participant.is_active()) {
             shared.totals.active += 1;
             self.change_state(shared, session, State::Active, now);
@@ -424,7 +446,22 @@ impl SfuRoom {
     }
 
     /// One of its connections is gone: only a new session helps.
-    pub fn handle_failed(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
+    pub fn handle_failed(
+        &mut self,
+        shared: &mut SfuShared,
+        session: SessionId,
+        failure: PeerFailure,
+        now: Time,
+    ) {
+        if let Some(participant) = self.participants.get(&session) {
+            let (room, identity) = (self.name(), participant.info.identity.as_str());
+            // A client that goes may end DTLS before it says so.
+            if failure == PeerFailure::ClosedByRemote {
+                debug!(room, identity, ?failure, "a media connection ended");
+            } else {
+                warn!(room, identity, ?failure, "a media connection ended");
+            }
+        }
         self.end(shared, session, End::SILENT, now);
     }
 
@@ -467,6 +504,12 @@ impl SfuRoom {
         }
         participant.info.set_state(State::Disconnected);
         participant.info.set_disconnect_reason(end.reason);
+        info!(
+            room = self.name(),
+            identity = participant.info.identity,
+            reason = end.reason.as_str_name(),
+            "left"
+        );
         participant.encode();
         // Whoever takes over an identity must not be taken for the one who went: the old one's end is told first.
         self.tell(shared, &participant, end == End::REPLACED, now);
@@ -947,6 +990,13 @@ impl SfuRoom {
         self.info.num_publishers += u32::from(first && !participant.is_hidden());
         participant.info.tracks.push(info.clone());
         self.track_sids.insert(info.sid.clone(), id);
+        debug!(
+            room = self.info.name,
+            identity = participant.info.identity,
+            codec = info.mime_type,
+            layers,
+            "published a track"
+        );
         let track = PublishedTrack {
             id,
             publisher: session,

@@ -23,6 +23,7 @@ use bytes::Bytes;
 use livekit_protocol as proto;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tracing::{info, warn};
 
 use super::bottleneck::BottleneckLimit;
 use super::lobby::{ConnectionId, Entrant, Lobby, LobbyConfig, LobbyOutput, LobbyStatistics};
@@ -200,6 +201,7 @@ impl SfuServer {
                 )
             })
             .map_err(StartError::Thread)?;
+        info!(%address, routers = workers.len(), "the embedded SFU listens");
         Ok(SfuServer {
             address,
             inputs,
@@ -252,7 +254,9 @@ impl SfuServer {
 
     /// Ends signalling; the routers end with the last handle of them, which is ours.
     fn halt(&mut self) {
-        drop(self.shutdown.take());
+        if self.shutdown.take().is_some() {
+            info!(address = %self.address, "the embedded SFU stops");
+        }
         if let Some(thread) = self.thread.take() {
             // A panic of the thread has been printed by itself.
             let _ = thread.join();
@@ -544,6 +548,7 @@ impl LobbyDesk {
         match client.send(message) {
             Ok(()) => {}
             Err(UnsentMessage::Full) => {
+                warn!("a client does not read what it is sent: its signalling is closed");
                 self.slow_readers += 1;
                 self.clients.remove(&connection);
                 self.lobby.handle_disconnect(connection, now);

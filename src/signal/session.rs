@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use livekit_protocol::{self as proto, signal_request::Message as SignalRequest};
 use tokio::sync::{mpsc, watch};
+use tracing::{Instrument, debug, field, info, info_span, trace, warn};
 
 use super::Endpoint;
 use super::access::JoinAccess;
@@ -219,10 +220,14 @@ pub async fn run(
     if let Some((identity, named)) = context.access.seat(plan.position) {
         (plan.identity, room) = (identity.to_owned(), named.to_owned());
     }
+    let span = info_span!("participant", room, identity = plan.identity);
     let mut session = Session::new(context, plan, room, place, intended, tracks_ahead);
     let mut requests = RequestQueue::new(requests);
-    let failure = session.live(&mut requests).await.err();
-    session.end(failure);
+    let life = async {
+        let failure = session.live(&mut requests).await.err();
+        session.end(failure);
+    };
+    life.instrument(span).await;
 }
 
 struct Session {
@@ -405,6 +410,7 @@ impl Session {
             let Some(pause) = self.pause_after(&failure) else {
                 return Err(failure);
             };
+            info!(why = failure.reason, ?pause, "joins again");
             self.start_over();
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -434,6 +440,10 @@ impl Session {
             let (Cure::Resume { restart_ice }, true) = (failure.cure, self.joined) else {
                 return Err(failure);
             };
+            info!(
+                why = failure.reason,
+                restart_ice, "lost its signalling connection, and resumes"
+            );
             self.lost = Some(Lost::at(self.context.epoch.now(), self.back));
             signal = tokio::select! {
                 resumed = self.resume(failure, restart_ice) => resumed?,
@@ -576,9 +586,21 @@ impl Session {
             };
             Ok::<_, SessionFailure>(dialled.join(&token, &options).await?)
         };
-        let (sender, receiver, _) = tokio::time::timeout(timeout, opening)
+        let (sender, receiver, times) = tokio::time::timeout(timeout, opening)
             .await
             .map_err(|_| SignalError::Timeout { after: timeout })??;
+        let client::ConnectTimes {
+            tcp,
+            tls,
+            websocket,
+        } = times;
+        debug!(
+            resume,
+            ?tcp,
+            tls = tls.map(field::debug),
+            ?websocket,
+            "signalling is connected"
+        );
         let now = self.context.epoch.now();
         if !resume {
             self.timeline.signal_connected = Some(now);
@@ -603,9 +625,11 @@ impl Session {
                 Ok(())
             }
             SignalEvent::Offer(offer) => {
+                trace!(bytes = offer.sdp.len(), "the server's offer");
                 self.handle_offer(&offer, &mut signal.sender, engine).await
             }
             SignalEvent::Answer(answer) => {
+                trace!(bytes = answer.sdp.len(), "the server's answer");
                 self.handle_answer(&answer, &mut signal.sender, engine)
                     .await
             }
@@ -647,6 +671,7 @@ impl Session {
 
     /// Without its Join, an offer or an answer nothing goes on. All else is counted and left out.
     fn handle_malformed(&self, kind: u32) -> Result<(), SessionFailure> {
+        warn!(kind, "a message of the server cannot be read");
         self.notify(Notice::SignalMalformed);
         match client::essential_name(kind) {
             Some(name) => Err(SessionFailure::lasting(format!(
@@ -663,6 +688,11 @@ impl Session {
     ) -> Result<(), SessionFailure> {
         self.timeline.signal_joined = Some(self.context.epoch.now());
         self.sid.clone_from(&join.participant_sid);
+        debug!(
+            server = join.server_version,
+            sid = self.sid,
+            "the server let it in"
+        );
         self.notify(Notice::Server {
             version: join.server_version.clone(),
             embedded_sfu: join.embedded_sfu,
@@ -703,6 +733,7 @@ impl Session {
         else {
             return;
         };
+        warn!(?kind, "the server took a track of it out of the room");
         self.command(ShardCommand::LoseTrack {
             key: self.place.key,
             track: track_number(kind),
@@ -1075,10 +1106,18 @@ impl Session {
                 }
             }
             ShardEvent::IceConnected { key, at } => {
+                debug!(connection = ?self.role_of(key), "ICE is connected");
                 self.half_of(key).ice_at = Some(at);
                 self.note_phases();
             }
             ShardEvent::Connected { key, ice_at, at } => {
+                let ice = ice_at.map(|at| at.since(self.timeline.intended));
+                debug!(
+                    connection = ?self.role_of(key),
+                    ice = ice.map(field::debug),
+                    dtls = ?at.since(self.timeline.intended),
+                    "ICE and DTLS are done"
+                );
                 let half = self.half_of(key);
                 (half.ice_at, half.connected_at) = (ice_at, Some(at));
                 if key == self.place.key {
@@ -1091,10 +1130,12 @@ impl Session {
                 if timeline.first_media.is_none() {
                     timeline.first_media = Some(at);
                     let after = at.since(timeline.intended);
+                    debug!(?after, "the first media came");
                     self.notify(Notice::Phase(JoinPhase::FirstMedia, after));
                 }
             }
             ShardEvent::Failed { key, failure } => {
+                debug!(connection = ?self.role_of(key), ?failure, "a media connection ended");
                 let ends = match failure {
                     PeerFailure::IceDisconnected => self.half_of(key).ends(),
                     _ => String::new(),
@@ -1161,6 +1202,11 @@ impl Session {
             self.tell_reconnected();
         } else {
             self.first_timeline = Some(self.timeline);
+            let after = self
+                .timeline
+                .joined
+                .map(|at| at.since(self.timeline.intended));
+            info!(after = after.map(field::debug), "joined");
             self.tell_phases();
             self.notify(Notice::Joined {
                 index: self.plan.index,
@@ -1249,6 +1295,7 @@ impl Session {
         }
         match (&failure, self.lost) {
             (Some(failure), _) if self.first_timeline.is_none() => {
+                warn!(why = failure.reason, "could not join");
                 self.tell_phases();
                 self.notify(Notice::JoinFailed {
                     index,
@@ -1268,8 +1315,9 @@ impl Session {
                     .into(),
                 });
             }
-            // Told to leave, in or on its way in; or gone, as has been told.
-            _ => {}
+            (Some(failure), _) => warn!(why = failure.reason, "is gone for good"),
+            // Told to leave, in or on its way in.
+            (None, _) => info!("left"),
         }
         self.notify(Notice::Ended(Box::new(Ended {
             index,
@@ -1330,11 +1378,15 @@ impl Session {
     }
 
     fn half_of(&mut self, key: usize) -> &mut PeerHalf {
-        self.half_mut(if key == self.place.key {
+        self.half_mut(self.role_of(key))
+    }
+
+    fn role_of(&self, key: usize) -> PeerRole {
+        if key == self.place.key {
             PeerRole::Publisher
         } else {
             PeerRole::Subscriber
-        })
+        }
     }
 }
 

@@ -975,6 +975,45 @@ fn a_calibration_takes_little_and_is_refused_what_it_does_not_know() {
 }
 
 #[test]
+fn the_log_is_asked_for_before_a_subcommand_or_behind_it() {
+    let log = |line: &str, variable: Option<&str>| {
+        let args = line.split(' ').map(OsString::from);
+        let env = |name: &str| variable.filter(|_| name == "RUST_LOG").map(str::to_owned);
+        parse(args, &env, CPUS).map(|invocation| invocation.log)
+    };
+    let silent = log("throng sfu", None).unwrap();
+    assert_eq!(log("throng", None).unwrap(), silent);
+    assert_eq!(log("throng sfu", Some("")).unwrap(), silent);
+    let verbose = log("throng -v", None).unwrap();
+    assert_ne!(verbose, silent);
+    for line in [
+        "throng -v sfu",
+        "throng sfu -v",
+        "throng --verbose calibrate",
+        "throng run --verbose --subscribers 1",
+        "throng --subscribers 1 -v",
+    ] {
+        assert_eq!(log(line, Some("off")).unwrap(), verbose, "{line}");
+    }
+    assert_eq!(log("throng", Some("debug")).unwrap(), verbose);
+    let all = log("throng -vv sfu", None).unwrap();
+    assert_ne!(all, verbose);
+    for line in ["throng sfu -vv", "throng -v -v", "throng run -v --verbose"] {
+        assert_eq!(log(line, None).unwrap(), all, "{line}");
+    }
+    for line in ["throng", "throng -v"] {
+        let refusal = log(line, Some("throng:debug")).unwrap_err().to_string();
+        assert!(
+            refusal.starts_with("error: RUST_LOG: 'throng:debug' names no level"),
+            "{refusal}"
+        );
+    }
+    // What only shows something needs no log.
+    assert!(log("throng --help", Some("loud")).is_ok());
+    assert!(refusal(&["-v", "nonsense"], &[]).contains("nonsense"));
+}
+
+#[test]
 fn two_runs_are_told_apart() {
     let draw = || match parse(
         std::iter::once("throng")
@@ -982,7 +1021,9 @@ fn two_runs_are_told_apart() {
             .map(OsString::from),
         &|_| None,
         CPUS,
-    ) {
+    )
+    .map(|invocation| invocation.command)
+    {
         Ok(CliCommand::Run(run)) => (run.plan.run_tag, run.plan.scenario.seed),
         other => panic!("{other:?}"),
     };

@@ -87,6 +87,7 @@ fn clean(command: &mut Command) {
         "LIVEKIT_API_KEY",
         "LIVEKIT_API_SECRET",
         "NO_COLOR",
+        "RUST_LOG",
     ] {
         command.env_remove(name);
     }

@@ -143,8 +143,8 @@ impl Coordinator {
         self.call("GET", path, &Value::Null)
     }
 
-    /// Reads on until it says this.
-    fn hear(&mut self, text: &str) {
+    /// Reads on until it says this, and gives all of that.
+    fn hear(&mut self, text: &str) -> String {
         let mut said = String::new();
         while !said.contains(text) {
             assert!(
@@ -152,6 +152,7 @@ impl Coordinator {
                 "it ended: {said}"
             );
         }
+        said
     }
 
     /// What it says until it has ended, the result with it, and how it ended.
@@ -297,6 +298,49 @@ fn nobody_is_let_in_without_the_token_and_everybody_may_ask_whether_it_is_well()
         .unwrap()
         .path();
     assert!(!std::fs::read_to_string(journal).unwrap().contains(TOKEN));
+}
+
+#[test]
+fn its_log_names_hosts_stages_and_refusals_and_no_token() {
+    let scratch = Scratch::new("log");
+    let journal = scratch.file("run.journal");
+    let args = ["-v", "--expect", "1", "--ramp", "4", "--journal", &journal];
+    let mut coordinator = Coordinator::with_token(&scratch, &args);
+    let wrong = "this-is-not-the-token";
+    let head = format!("POST /register HTTP/1.1\r\nauthorization: Bearer {wrong}\r\n");
+    assert_eq!(coordinator.request(&head, b"{}").0, 401);
+    let prober_id = id(&coordinator.post("/register", &prober("ams")));
+    let job = coordinator.get(&format!("/job/{prober_id}"));
+    assert_eq!(job.1["ready"], json!(true), "{job:?}");
+    let ready = beat(1, Some(0), &json!([tier(2, 3)]));
+    assert_eq!(
+        coordinator.post(&format!("/beat/{prober_id}"), &ready).0,
+        200
+    );
+    let log = coordinator.greeting.clone() + &coordinator.hear("ordered a stage");
+    for what in [
+        "INFO throng::coordinator::lead: the coordinator listens",
+        "WARN throng::coordinator::server: refused a request status=401",
+        "INFO throng::coordinator::log: registered vantage=\"ams\"",
+        "came=1 expected=1",
+        "INFO throng::coordinator::log: all probers are in",
+        "INFO throng::coordinator::server: handed out a job vantage=\"ams\"",
+        "measured a stage vantage=\"ams\" stage=\"tier 1\" participants=3",
+        "ordered a stage stage=\"publish\"",
+    ] {
+        assert!(log.contains(what), "{what}: {log}");
+    }
+    assert!(!log.contains(TOKEN) && !log.contains(wrong), "{log}");
+    assert!(!log.contains(&prober_id), "{log}");
+    coordinator.kill();
+    let again = Coordinator::with_token(&scratch, &args);
+    let replayed = "replayed the journal journal=";
+    assert!(again.greeting.contains(replayed), "{}", again.greeting);
+    assert!(
+        again.greeting.contains("phase=\"running\" probers=1"),
+        "{}",
+        again.greeting
+    );
 }
 
 #[test]

@@ -9,9 +9,11 @@ use livekit_token::Claims;
 use prost::Message;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tracing::warn;
 
 use super::ServerState;
 use super::access::HttpRefusal;
+use super::websocket::refused;
 
 /// A Twirp error: its code and what is said of it.
 struct TwirpRefusal {
@@ -65,6 +67,11 @@ impl TwirpRefusal {
 
 impl IntoResponse for TwirpRefusal {
     fn into_response(self) -> Response {
+        warn!(
+            status = self.status.as_u16(),
+            why = self.text,
+            "refused a request to the room service"
+        );
         let body = serde_json::json!({ "code": self.code, "msg": self.text });
         (
             self.status,
@@ -124,7 +131,7 @@ pub(super) async fn serve(
 ) -> Response {
     let claims = match claims(&state, &headers, &query.unwrap_or_default()) {
         Ok(claims) => claims,
-        Err(refusal) => return refusal.into_response(),
+        Err(refusal) => return refused(refusal),
     };
     let Some(encoding) = Encoding::of(&headers) else {
         return TwirpRefusal::CONTENT_TYPE.into_response();

@@ -14,8 +14,10 @@ use futures_util::SinkExt;
 use livekit_protocol as proto;
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
+use tracing::warn;
 
 use super::super::lobby::{ConnectionId, Entrant};
+use super::access::HttpRefusal;
 use super::{Input, REQUESTS_BYTES_MAX, ServerState};
 
 /// Messages for a client that does not read: it is disconnected beyond. A participant of a meeting of a thousand gets some hundred at once.
@@ -90,7 +92,7 @@ fn validate(
         .entry(headers, &query.unwrap_or_default(), single);
     let mut response = match entry {
         Ok(_) => "success".into_response(),
-        Err(refusal) => refusal.into_response(),
+        Err(refusal) => refused(refusal),
     };
     let anyone = HeaderValue::from_static("*");
     response
@@ -110,7 +112,7 @@ fn join(
         .access
         .entry(headers, &query.unwrap_or_default(), single);
     let (entry, upgrade) = match (entry, upgrade) {
-        (Err(refusal), _) => return refusal.into_response(),
+        (Err(refusal), _) => return refused(refusal),
         (_, Err(_)) => return StatusCode::NOT_FOUND.into_response(),
         (Ok(entry), Ok(upgrade)) => (entry, upgrade),
     };
@@ -120,6 +122,12 @@ fn join(
         .read_buffer_size(BUFFER_BYTES)
         .write_buffer_size(BUFFER_BYTES)
         .on_upgrade(move |socket| serve(socket, state, entry))
+}
+
+/// What is said of a refusal repeats no token.
+pub(super) fn refused((status, text): HttpRefusal) -> Response {
+    warn!(status = status.as_u16(), why = text, "refused a token");
+    (status, text).into_response()
 }
 
 async fn serve(socket: WebSocket, state: ServerState, entry: Entrant) {

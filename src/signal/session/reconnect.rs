@@ -50,7 +50,10 @@ impl Session {
                     self.tell_reconnected();
                     return Ok(signal);
                 }
-                Err(again) if matches!(again.cure, Cure::Resume { .. }) => failure = again,
+                Err(again) if matches!(again.cure, Cure::Resume { .. }) => {
+                    debug!(why = again.reason, "could not resume, and tries again");
+                    failure = again;
+                }
                 Err(other) => return Err(other),
             }
         }
@@ -110,6 +113,7 @@ impl Session {
         let at = lost.at;
         if !std::mem::replace(&mut lost.is_gone, true) {
             self.disconnects += 1;
+            warn!(why = failure.reason, "lost its session");
             self.notify(Notice::Disconnected {
                 index,
                 at,
@@ -161,6 +165,8 @@ impl Session {
 
     pub(super) fn tell_reconnected(&mut self) {
         if let Some(lost) = self.lost.take() {
+            let after = self.context.epoch.now().since(lost.at);
+            info!(?after, resumed = !lost.is_gone, "is back");
             self.back = Some((self.context.epoch.now(), lost.tries));
             self.notify(Notice::Reconnected {
                 index: self.plan.index,
