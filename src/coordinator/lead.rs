@@ -357,24 +357,7 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
         ));
     }
     let access = access_of(head.seal.as_ref())?;
-    match (&asked.token, access.is_open()) {
-        (_, true) if !asked.no_auth => {
-            return Err(anyhow!(
-                "the journal {shown} is of a run that lets everybody in: add --no-auth, or give another --journal"
-            ));
-        }
-        (_, false) if asked.no_auth => {
-            return Err(anyhow!(
-                "the journal {shown} is of a run with a token: leave out --no-auth, or give another --journal"
-            ));
-        }
-        (Some(given), false) if !access.knows(given) => {
-            return Err(anyhow!(
-                "the journal {shown} is of a run with another token: give that one or none, or another --journal"
-            ));
-        }
-        _ => {}
-    }
+    must_be_asked_for(&access, asked, path)?;
     state.resume(now_us);
     info!(
         journal = %shown,
@@ -399,6 +382,23 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
         resumed: true,
         notes: torn.into_iter().collect(),
     })
+}
+
+/// Who may come in is as the journal has it; flags that say otherwise are refused.
+fn must_be_asked_for(access: &CoordinatorAccess, asked: &Coordinate, path: &Path) -> Result<()> {
+    let shown = path.display();
+    match (&asked.token, access.is_open()) {
+        (_, true) if !asked.no_auth => Err(anyhow!(
+            "the journal {shown} is of a run that lets everybody in: add --no-auth, or give another --journal"
+        )),
+        (_, false) if asked.no_auth => Err(anyhow!(
+            "the journal {shown} is of a run with a token: leave out --no-auth, or give another --journal"
+        )),
+        (Some(given), false) if !access.knows(given) => Err(anyhow!(
+            "the journal {shown} is of a run with another token: give that one or none, or another --journal"
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn access_of(seal: Option<&Seal>) -> Result<CoordinatorAccess> {

@@ -246,9 +246,7 @@ impl SfuRoom {
         if let Some(older) = self.identities.get(&entry.identity).copied() {
             self.end(shared, older, End::REPLACED, now);
         }
-        let full = self.info.max_participants > 0
-            && self.participants.len() >= self.info.max_participants as usize;
-        if full {
+        if self.is_full() {
             let (room, identity) = (self.name(), entry.identity.as_str());
             warn!(room, identity, "refused a participant: the room is full");
             shared.send_leave(connection, End::ROOM_FULL.reason, Action::Disconnect);
@@ -273,10 +271,9 @@ impl SfuRoom {
         for (transport, _) in participant.transports() {
             shared.transports.insert(transport, (self.id, session));
         }
-        shared
-            .load(self.router)
-            .into_iter()
-            .for_each(|load| *load += 1);
+        if let Some(load) = shared.load(self.router) {
+            *load += 1;
+        }
         shared.set_timer(now + CONNECT_TIMEOUT, Timer::Participant(self.id, session));
         self.identities
             .insert(participant.info.identity.clone(), session);
@@ -299,6 +296,11 @@ impl SfuRoom {
         }
         // The subscriber connection comes up at once, with tracks or without.
         self.offer(shared, session, now);
+    }
+
+    fn is_full(&self) -> bool {
+        let most = self.info.max_participants as usize;
+        most > 0 && self.participants.len() >= most
     }
 
     fn new_participant(
@@ -964,16 +966,7 @@ impl SfuRoom {
             payloads
         };
         let codec = payloads.codec;
-        info.mime_type = codec.mime().to_owned();
-        info.mid = section.mid.to_string();
-        info.simulcast = section.rids.len() > 1;
-        for sent in &mut info.codecs {
-            sent.mime_type.clone_from(&info.mime_type);
-            sent.mid.clone_from(&info.mid);
-            if sent.cid != *section.track_id {
-                sent.sdp_cid = section.track_id.to_string();
-            }
-        }
+        describe_sent(&mut info, codec, section);
         let id = shared.ids.track();
         shared.totals.published += 1;
         let command = MediaCommand::AddTrack {
@@ -1729,6 +1722,20 @@ fn is_cid_of(info: &proto::TrackInfo, track_id: &str) -> bool {
     info.codecs
         .iter()
         .any(|codec| codec.cid == track_id || codec.sdp_cid == track_id)
+}
+
+/// What the offer says of an announced track.
+fn describe_sent(info: &mut proto::TrackInfo, codec: Codec, section: &ClientSection) {
+    info.mime_type = codec.mime().to_owned();
+    info.mid = section.mid.to_string();
+    info.simulcast = section.rids.len() > 1;
+    for sent in &mut info.codecs {
+        sent.mime_type.clone_from(&info.mime_type);
+        sent.mid.clone_from(&info.mid);
+        if sent.cid != *section.track_id {
+            sent.sdp_cid = section.track_id.to_string();
+        }
+    }
 }
 
 /// The announced track that an offer's section carries: by its cid, or the first of its kind, because browsers may rename a track when it is added.
