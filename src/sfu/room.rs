@@ -247,8 +247,11 @@ impl SfuRoom {
             self.end(shared, older, End::REPLACED, now);
         }
         if self.is_full() {
-            let (room, identity) = (self.name(), entry.identity.as_str());
-            warn!(room, identity, "refused a participant: the room is full");
+            warn!(
+                room = self.name(),
+                identity = entry.identity,
+                "refused: the room is full"
+            );
             shared.send_leave(connection, End::ROOM_FULL.reason, Action::Disconnect);
             return shared.close(connection);
         }
