@@ -247,13 +247,7 @@ impl SfuRoom {
             self.end(shared, older, End::REPLACED, now);
         }
         if self.is_full() {
-            warn!(
-                room = self.name(),
-                identity = entry.identity,
-                "refused: the room is full"
-            );
-            shared.send_leave(connection, End::ROOM_FULL.reason, Action::Disconnect);
-            return shared.close(connection);
+            return self.refuse(shared, connection, &entry.identity);
         }
         let (add_tracks, publisher_offer) =
             (entry.add_tracks.clone(), entry.publisher_offer.clone());
@@ -299,6 +293,13 @@ impl SfuRoom {
         }
         // The subscriber connection comes up at once, with tracks or without.
         self.offer(shared, session, now);
+    }
+
+    fn refuse(&self, shared: &mut SfuShared, connection: ConnectionId, identity: &str) {
+        let room = self.name();
+        warn!(room, identity, "refused a participant: the room is full");
+        shared.send_leave(connection, End::ROOM_FULL.reason, Action::Disconnect);
+        shared.close(connection);
     }
 
     fn is_full(&self) -> bool {
