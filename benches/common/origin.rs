@@ -9,7 +9,7 @@ use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
 use throng::engine::{Io, NewPeer, Roster, ShardCommand, ShardConfig, track_number};
 use throng::measure::Kind;
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{self, FrameIdentity};
 use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::net;
@@ -70,11 +70,11 @@ pub fn source(kind: Kind) -> MediaSource {
     }
 }
 
-/// What is agreed for a track of participant `origin`.
+/// What is agreed for a track of participant `publisher`.
 pub fn track(
     kind: Kind,
     transport_cc_extension: Option<u8>,
-    origin: u32,
+    publisher: u32,
     first_frame_at: Time,
 ) -> SendParameters {
     SendParameters {
@@ -91,8 +91,10 @@ pub fn track(
         pacing: Pacing::Paced,
         identity: FrameIdentity {
             run: RUN,
-            origin,
-            track: track_number(kind),
+            origin: identity::Origin {
+                publisher,
+                track: track_number(kind),
+            },
             ..FrameIdentity::default()
         },
         seed: 5,

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::measure::Record;
 use crate::media::assemble::FrameEvent;
-use crate::media::identity::FrameIdentity;
+use crate::media::identity::{FrameIdentity, Origin};
 use crate::recording::Tap;
 use crate::transport::peer::PeerEvent;
 use crate::transport::rtcp;
@@ -225,7 +225,9 @@ impl Shard {
             }
             ShardCommand::SetMuted { key, track, muted } => {
                 if let Some(peer) = &self.peers[key] {
-                    self.config.roster.set_muted(peer.participant, track, muted);
+                    let publisher = peer.participant;
+                    let roster = &self.config.roster;
+                    roster.set_muted(Origin { publisher, track }, muted);
                 }
                 self.change_tracks(key, track, |layer| layer.set_muted(muted, now));
             }
@@ -254,7 +256,8 @@ impl Shard {
                 if let Some(peer) = self.peers[key].as_mut() {
                     peer.leave(&self.config.roster, &mut self.record, now);
                     let leaver = peer.participant;
-                    self.gone.retain(|track| track.identity().origin != leaver);
+                    self.gone
+                        .retain(|track| track.identity().origin.publisher != leaver);
                 }
             }
             ShardCommand::LoseTrack { key, track } => {
@@ -277,13 +280,8 @@ impl Shard {
             let (kind, interval) = (parameters.source.kind(), parameters.source.frame_interval());
             let first_frame_at = parameters.first_frame_at;
             // A payload type or extension id that cannot be: the track stays silent, and is missed.
-            let FrameIdentity {
-                origin,
-                track: number,
-                layer,
-                ..
-            } = parameters.identity;
-            let sent_before = self.config.roster.frames(origin, number, layer);
+            let FrameIdentity { origin, layer, .. } = parameters.identity;
+            let sent_before = self.config.roster.frames(origin, layer);
             let Ok(mut track) = SendTrack::new(parameters) else {
                 self.record.session.packets_rejected += 1;
                 continue;
@@ -308,7 +306,7 @@ impl Shard {
             return;
         };
         for (timer, track) in (key as u32 * TRACKS_MAX..).zip(&mut peer.tracks) {
-            if track.identity().track == number {
+            if track.identity().origin.track == number {
                 change(track);
                 self.media_timers.set(timer, track.next_at());
             }
@@ -388,8 +386,7 @@ impl Shard {
     fn end_gone(&mut self, identity: &FrameIdentity, from: Time) {
         let is_same = |track: &SendTrack| {
             let other = track.identity();
-            (other.origin, other.track, other.layer)
-                == (identity.origin, identity.track, identity.layer)
+            (other.origin, other.layer) == (identity.origin, identity.layer)
         };
         for track in self.gone.iter_mut().filter(|track| is_same(track)) {
             let unsent = track.pass_unsent(from);

@@ -19,6 +19,7 @@ use crate::coordinator::protocol::{
     VERSION, VantageClock, other_version,
 };
 use crate::engine;
+use crate::media::identity::Origin;
 use crate::run::Interrupts;
 use crate::signal::{Secret, TokenRequest};
 use crate::units::{Epoch, Time};
@@ -470,10 +471,12 @@ impl Inbox {
 
     /// Tells the roster what is known of the publishers of others.
     pub fn tell(&self, roster: &engine::Roster) {
-        for ((origin, track, layer), frames) in &self.frames {
+        for ((publisher, track, layer), frames) in &self.frames {
             roster.set_frames_elsewhere(engine::FrameCount {
-                origin: *origin,
-                track: *track,
+                origin: Origin {
+                    publisher: *publisher,
+                    track: *track,
+                },
                 layer: *layer,
                 frames: *frames,
             });
@@ -673,8 +676,10 @@ mod tests {
         let shared = beats.shared.clone();
         shared.outbox().set_frames(
             [Count {
-                origin: 1,
-                track: 0,
+                origin: Origin {
+                    publisher: 1,
+                    track: 0,
+                },
                 layer: 0,
                 frames: 9,
             }]

@@ -10,7 +10,7 @@ use throng::engine::publisher::{MediaSource, Pacing, SendParameters, SimulcastLa
 use throng::engine::shard::Shard;
 use throng::engine::{NewPeer, Roster, ShardCommand, ShardEvent, StreamParameters, track_number};
 use throng::measure::{Kind, Record};
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::recording::Tap;
@@ -285,7 +285,10 @@ impl Pair {
             pacing,
             identity: FrameIdentity {
                 run: RUN,
-                track,
+                origin: Origin {
+                    publisher: 0,
+                    track,
+                },
                 layer,
                 ..FrameIdentity::default()
             },

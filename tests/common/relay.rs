@@ -12,7 +12,7 @@ use throng::engine::{
     NewPeer, PeerOutcome, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters,
 };
 use throng::measure::{Kind, Record};
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::{
     Encodings, MediaCommand, MediaEvent, Outgoing, Selection, SendMode, SubscriptionId,
@@ -316,8 +316,10 @@ impl<W: Wire> Relay<W> {
         let first_frame_at = self.now + TICK;
         let identity = FrameIdentity {
             run: 77,
-            origin: client as u32,
-            track: index as u8,
+            origin: Origin {
+                publisher: client as u32,
+                track: index as u8,
+            },
             ..FrameIdentity::default()
         };
         self.roster

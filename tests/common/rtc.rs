@@ -45,7 +45,7 @@ use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
 use throng::engine::{NewPeer, Roster, ShardCommand, ShardEvent, StreamParameters};
 use throng::measure::{Kind, Record};
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
 use throng::transport::sdp::{
@@ -693,7 +693,10 @@ impl World {
                     pacing,
                     identity: FrameIdentity {
                         run: RUN,
-                        track: track as u8,
+                        origin: Origin {
+                            publisher: 0,
+                            track: track as u8,
+                        },
                         ..FrameIdentity::default()
                     },
                     seed: 5,

@@ -11,7 +11,7 @@ use throng::engine::subscriber::{EVENTS_MAX, RecvStream, StreamContext};
 use throng::engine::{StreamParameters, VIDEO_TRACK};
 use throng::measure::Record;
 use throng::media::assemble::FrameEvent;
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::transport::rtp::Header;
 use throng::transport::sequence::{Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Opener, Profile, Sealer, session};
@@ -93,7 +93,10 @@ impl World {
         let tracks = layers().into_iter().zip(0..).map(|(source, layer)| {
             let identity = FrameIdentity {
                 run: RUN,
-                track: VIDEO_TRACK,
+                origin: Origin {
+                    publisher: 0,
+                    track: VIDEO_TRACK,
+                },
                 layer,
                 ..FrameIdentity::default()
             };

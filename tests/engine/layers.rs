@@ -15,6 +15,7 @@ use crate::common::pair::{
 use crate::common::switcher::{Downlink, World};
 use throng::engine::publisher::{Pacing, SendParameters, SpeakerTurns, Talk};
 use throng::engine::{AUDIO_TRACK, ShardCommand, VIDEO_TRACK};
+use throng::media::identity::Origin;
 use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::transport::rtp::Header;
 use throng::units::{Bitrate, Time};
@@ -132,9 +133,11 @@ fn each_layer_has_its_own_rate_and_its_first_key_frame_comes_twice() {
     pair.run_for(Duration::from_secs(4));
     let roster = pair.roster.clone();
     let [sender, receiver] = pair.finish();
-    let frames: Vec<u32> = (0..3)
-        .map(|layer| roster.frames(0, VIDEO_TRACK, layer))
-        .collect();
+    let origin = Origin {
+        publisher: 0,
+        track: VIDEO_TRACK,
+    };
+    let frames: Vec<u32> = (0..3).map(|layer| roster.frames(origin, layer)).collect();
     for (frames, fps) in frames.iter().zip([15, 20, 30]) {
         assert!(frames.abs_diff(4 * fps) <= 1, "{frames} at {fps} fps");
     }

@@ -15,7 +15,7 @@ use throng::engine::{
     NewPeer, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters, track_number,
 };
 use throng::measure::Kind;
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::secrets::Secrets;
 use throng::sfu::lobby::{ConnectionId, Entrant, Lobby, LobbyConfig, LobbyOutput};
 use throng::sfu::router::{Router, RouterConfig};
@@ -1352,8 +1352,10 @@ impl World {
                     pacing: session.person.pacing,
                     identity: FrameIdentity {
                         run: RUN,
-                        origin: session.person.index,
-                        track: track_number(kind),
+                        origin: Origin {
+                            publisher: session.person.index,
+                            track: track_number(kind),
+                        },
                         layer: layer as u8,
                         ..FrameIdentity::default()
                     },

@@ -10,7 +10,7 @@ use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
 use throng::engine::{NewPeer, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters};
 use throng::measure::{Kind, Record};
-use throng::media::identity::{FrameIdentity, VIDEO_TRAILER_LEN};
+use throng::media::identity::{FrameIdentity, Origin, VIDEO_TRAILER_LEN};
 use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::transport::peer::{Peer, PeerEvent};
 use throng::transport::rtcp::{DlrrBlock, ReportBlock, RtcpWriter, SenderInfo};
@@ -144,7 +144,10 @@ impl Liar {
                 pacing: Pacing::Paced,
                 identity: FrameIdentity {
                     run: pair::RUN,
-                    track: u8::from(video),
+                    origin: Origin {
+                        publisher: 0,
+                        track: u8::from(video),
+                    },
                     ..FrameIdentity::default()
                 },
                 seed: 5,
@@ -340,8 +343,10 @@ fn seeds() -> Vec<Vec<u8>> {
     let mut trailer = [0; VIDEO_TRAILER_LEN];
     FrameIdentity {
         run: pair::RUN,
-        origin: 1,
-        track: 1,
+        origin: Origin {
+            publisher: 1,
+            track: 1,
+        },
         intended_unix_us: u64::MAX,
         ..FrameIdentity::default()
     }
