@@ -9,6 +9,7 @@ mod emodel;
 mod feedback;
 pub mod health;
 mod ledger;
+mod peer_key;
 pub mod playout;
 pub mod publisher;
 mod sending;
@@ -32,6 +33,7 @@ use crate::plan::{Member, Plan};
 use crate::recording::Tap;
 use crate::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use crate::units::{Epoch, Time};
+pub use peer_key::PeerKey;
 use publisher::SendParameters;
 use subscriber::StreamOutcome;
 use uplink::{Asked, Lacking, Lacks};
@@ -45,23 +47,23 @@ pub trait Io {
     fn lend(&mut self) -> &mut [u8];
 
     /// Sends the first `len` bytes of the lent buffer from peer `key`'s socket, as datagrams of `segment` bytes (the last may be shorter).
-    fn send(&mut self, key: usize, to: SocketAddr, len: usize, segment: usize);
+    fn send(&mut self, key: PeerKey, to: SocketAddr, len: usize, segment: usize);
 
     /// From now on peer `key` talks to `to` only.
-    fn connect(&mut self, key: usize, to: SocketAddr);
+    fn connect(&mut self, key: PeerKey, to: SocketAddr);
 
     /// Peer `key` is up: what its path does not need any more may be closed.
-    fn settle(&mut self, _key: usize) {}
+    fn settle(&mut self, _key: PeerKey) {}
 
     /// Peer `key` may hear from other addresses again. Where nothing else is shut out by [`Io::connect`], there is nothing to do.
-    fn disconnect(&mut self, _key: usize) {}
+    fn disconnect(&mut self, _key: PeerKey) {}
 }
 
-/// What signalling asks of a shard. Peers are named by a key below the shard's capacity.
+/// What signalling asks of a shard. Peers are named by their keys.
 pub enum ShardCommand {
     /// A peer that was removed may be followed by another with its key: that one's account is then closed.
     AddPeer {
-        key: usize,
+        key: PeerKey,
         /// `None` in simulations: the [`Io`] then knows where the key's datagrams go.
         path: Option<Path>,
         peer: Box<NewPeer>,
@@ -70,63 +72,63 @@ pub enum ShardCommand {
     },
     /// Candidates of the server want another socket, which is there until the peer is up. `local` is our address on it.
     AddPath {
-        key: usize,
+        key: PeerKey,
         path: Path,
         local: SocketAddr,
     },
     AddRemoteCandidate {
-        key: usize,
+        key: PeerKey,
         address: SocketAddr,
     },
     /// New ICE credentials on both sides, and the other side's new candidates. The DTLS session and all media stay.
     RestartIce {
-        key: usize,
+        key: PeerKey,
         local: IceCredentials,
         remote: IceCredentials,
         remote_candidates: Vec<SocketAddr>,
     },
     /// Tracks to send, once their description is agreed.
     Publish {
-        key: usize,
+        key: PeerKey,
         tracks: Vec<SendParameters>,
     },
     /// Streams that the server announced for this peer.
     Subscribe {
-        key: usize,
+        key: PeerKey,
         streams: Vec<StreamParameters>,
     },
     /// Streams that the server withdrew, by media SSRC. What their sources make from then on stays owed: see [`ShardCommand::Leave`] for who is to go.
     Unsubscribe {
-        key: usize,
+        key: PeerKey,
         ssrcs: Vec<u32>,
     },
     /// The server took one of our tracks out of the room. It stops, and what the plan means it to send stays owed.
     LoseTrack {
-        key: usize,
+        key: PeerKey,
         track: u8,
     },
     /// Which layers of a track somebody watches, one bit each, the lowest layer first. The others rest, and start again with a key frame.
     SetLayers {
-        key: usize,
+        key: PeerKey,
         track: u8,
         layers: u8,
     },
     /// A muted track sends nothing, whoever watches.
     SetMuted {
-        key: usize,
+        key: PeerKey,
         track: u8,
         muted: bool,
     },
     /// Which layer the server was asked for at `at`, by media SSRC; `None`: none at all for now.
     Watch {
-        key: usize,
+        key: PeerKey,
         ssrc: u32,
         layer: Option<u8>,
         at: Time,
     },
     /// The server said at `at` that it pauses a stream for want of bandwidth, or sends it again; by media SSRC.
     SetPaused {
-        key: usize,
+        key: PeerKey,
         ssrc: u32,
         paused: bool,
         at: Time,
@@ -139,13 +141,13 @@ pub enum ShardCommand {
     /// The plan has the participant leave: what is sent to this peer from now on is not expected, and what is under way may still come; what its tracks do not
     /// send from now on is owed to nobody. [`ShardCommand::RemovePeer`] follows, where the peer is still there.
     Leave {
-        key: usize,
+        key: PeerKey,
     },
     /// Every track of every peer stops at its next frame; repair goes on.
     StopPublishing,
     /// Closes one peer for good. Where no [`ShardCommand::Leave`] came before, it is lost: what the plan means it to send and to receive stays owed.
     RemovePeer {
-        key: usize,
+        key: PeerKey,
     },
     /// Asks for a [`worker::WorkerReport`] now.
     Report,
@@ -191,27 +193,27 @@ pub struct StreamParameters {
 pub enum ShardEvent {
     /// [`ShardCommand::RestartIce`] is done: the other side's checks will be understood.
     IceRestarted {
-        key: usize,
+        key: PeerKey,
     },
     /// ICE has a path, and DTLS has not followed at once: where it never does, this is all that is known of the join.
     IceConnected {
-        key: usize,
+        key: PeerKey,
         at: Time,
     },
     /// DTLS is done: media may flow.
     Connected {
-        key: usize,
+        key: PeerKey,
         /// When ICE had a path.
         ice_at: Option<Time>,
         at: Time,
     },
     Failed {
-        key: usize,
+        key: PeerKey,
         failure: PeerFailure,
     },
     /// The first media packet came.
     FirstMedia {
-        key: usize,
+        key: PeerKey,
         at: Time,
     },
 }

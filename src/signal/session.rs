@@ -29,7 +29,9 @@ use super::client::{
     SignalReceiver, SignalSender, Trickle,
 };
 use super::token::Permissions;
-use crate::engine::{NewPeer, Roster, ShardCommand, ShardEvent, StreamParameters, track_number};
+use crate::engine::{
+    NewPeer, PeerKey, Roster, ShardCommand, ShardEvent, StreamParameters, track_number,
+};
 use crate::measure::{JoinTimeline, Kind};
 use crate::path::Routes;
 use crate::plan::{ParticipantPlan, VideoSpec, ViewLayout};
@@ -100,7 +102,7 @@ pub struct SessionContext {
 pub struct ShardPlace {
     pub shard: usize,
     /// The key of its publisher connection, or of its only one; the subscriber connection has the next one.
-    pub key: usize,
+    pub key: PeerKey,
 }
 
 /// Media sections in which the server may send us tracks.
@@ -934,7 +936,7 @@ impl Session {
     }
 
     /// The connection that the server's tracks come on.
-    fn receiving_key(&self) -> usize {
+    fn receiving_key(&self) -> PeerKey {
         self.key(if self.context.single_connection {
             PeerRole::Publisher
         } else {
@@ -1318,8 +1320,8 @@ impl Session {
         let _ = self.context.shards[self.place.shard].send(command);
     }
 
-    fn key(&self, role: PeerRole) -> usize {
-        self.place.key + usize::from(role == PeerRole::Subscriber)
+    fn key(&self, role: PeerRole) -> PeerKey {
+        PeerKey(self.place.key.0 + usize::from(role == PeerRole::Subscriber))
     }
 
     fn half_mut(&mut self, role: PeerRole) -> &mut PeerHalf {
@@ -1329,7 +1331,7 @@ impl Session {
         }
     }
 
-    fn half_of(&mut self, key: usize) -> &mut PeerHalf {
+    fn half_of(&mut self, key: PeerKey) -> &mut PeerHalf {
         self.half_mut(if key == self.place.key {
             PeerRole::Publisher
         } else {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use throng::engine::publisher::Pacing;
 use throng::engine::worker::{self, ShardWorkerConfig, WorkerReport};
-use throng::engine::{PeerOutcome, Roster, ShardCommand, ShardConfig, VIDEO_TRACK};
+use throng::engine::{PeerKey, PeerOutcome, Roster, ShardCommand, ShardConfig, VIDEO_TRACK};
 use throng::measure::Record;
 use throng::media::identity::Origin;
 use throng::plan::{ParticipantPlan, VideoSpec};
@@ -99,7 +99,7 @@ impl People {
             let (sender, receiver) = mpsc::unbounded_channel();
             let place = ShardPlace {
                 shard: 0,
-                key: 2 * index as usize,
+                key: PeerKey(2 * index as usize),
             };
             let ahead = Sections {
                 audio: u32::from(index > 0),

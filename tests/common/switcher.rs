@@ -8,7 +8,7 @@ use throng::codec::{Codec, PayloadTypes};
 use throng::engine::Roster;
 use throng::engine::publisher::{Pacing, SendParameters, SendTrack, TrackWire};
 use throng::engine::subscriber::{EVENTS_MAX, RecvStream, StreamContext};
-use throng::engine::{StreamParameters, VIDEO_TRACK};
+use throng::engine::{PeerKey, StreamParameters, VIDEO_TRACK};
 use throng::measure::Record;
 use throng::media::assemble::FrameEvent;
 use throng::media::identity::{FrameIdentity, Origin};
@@ -197,7 +197,7 @@ impl World {
         for track in &mut self.tracks {
             let mut wire = TrackWire {
                 io: &mut self.outlet,
-                key: 0,
+                key: PeerKey(0),
                 to,
                 sealer: &self.uplink.0,
                 epoch: self.epoch,

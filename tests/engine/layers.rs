@@ -14,7 +14,7 @@ use crate::common::pair::{
 };
 use crate::common::switcher::{Downlink, World};
 use throng::engine::publisher::{Pacing, SendParameters, SpeakerTurns, Talk};
-use throng::engine::{AUDIO_TRACK, ShardCommand, VIDEO_TRACK};
+use throng::engine::{AUDIO_TRACK, PeerKey, ShardCommand, VIDEO_TRACK};
 use throng::media::identity::Origin;
 use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::transport::rtp::Header;
@@ -166,7 +166,7 @@ fn a_layer_that_nobody_watches_rests_and_starts_again_with_a_key_frame_in_its_ol
     let start = pair.now + Duration::from_millis(1);
     pair.run_for(Duration::from_secs(2));
     let set = |layers| ShardCommand::SetLayers {
-        key: 0,
+        key: PeerKey(0),
         track: VIDEO_TRACK,
         layers,
     };
@@ -223,7 +223,7 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
     pair.publish_tracks(tracks);
     pair.run_for(Duration::from_secs(3));
     let mute = |track, muted| ShardCommand::SetMuted {
-        key: 0,
+        key: PeerKey(0),
         track,
         muted,
     };
