@@ -21,7 +21,7 @@ use common::remote::{Remote, Side};
 use common::{SSRC, is_full};
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::worker::{self, Occasion, ShardWorkerConfig, WorkerReport};
-use throng::engine::{ShardCommand, ShardConfig, StreamParameters};
+use throng::engine::{PeerKey, ShardCommand, ShardConfig, StreamParameters};
 use throng::measure::Record;
 use throng::net;
 use throng::transport::peer::IceCredentials;
@@ -254,6 +254,7 @@ fn add(
     let now = config.epoch.now();
     let remote = Remote::new(theirs.clone(), &ours, config, now);
     let peer = Box::new(new_peer(key, &ours, &theirs));
+    let key = PeerKey(key);
     let streams = vec![StreamParameters {
         payloads: PayloadTypes::of(Codec::Vp8, 96),
         ssrc: SSRC,

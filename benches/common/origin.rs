@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
-use throng::engine::{Io, NewPeer, Roster, ShardCommand, ShardConfig, track_number};
+use throng::engine::{Io, NewPeer, PeerKey, Roster, ShardCommand, ShardConfig, track_number};
 use throng::measure::Kind;
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{self, FrameIdentity};
 use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::net;
@@ -70,11 +70,11 @@ pub fn source(kind: Kind) -> MediaSource {
     }
 }
 
-/// What is agreed for a track of participant `origin`.
+/// What is agreed for a track of participant `publisher`.
 pub fn track(
     kind: Kind,
     transport_cc_extension: Option<u8>,
-    origin: u32,
+    publisher: u32,
     first_frame_at: Time,
 ) -> SendParameters {
     SendParameters {
@@ -91,8 +91,10 @@ pub fn track(
         pacing: Pacing::Paced,
         identity: FrameIdentity {
             run: RUN,
-            origin,
-            track: track_number(kind),
+            origin: identity::Origin {
+                publisher,
+                track: track_number(kind),
+            },
             ..FrameIdentity::default()
         },
         seed: 5,
@@ -137,7 +139,12 @@ impl Origin {
         let theirs = Remote::side(0, config);
         let mut shard = Shard::new(config.clone(), 1, now);
         let mut io = Capture::default();
-        shard.add_peer(0, new_peer(participant, &ours, &theirs), now, &mut io);
+        shard.add_peer(
+            PeerKey(0),
+            new_peer(participant, &ours, &theirs),
+            now,
+            &mut io,
+        );
         let mut origin = Origin {
             shard,
             remote: Remote::new(theirs, &ours, config, now),
@@ -158,7 +165,10 @@ impl Origin {
             origin.now + TICK,
         )];
         origin.shard.handle_command(
-            ShardCommand::Publish { key: 0, tracks },
+            ShardCommand::Publish {
+                key: PeerKey(0),
+                tracks,
+            },
             origin.now,
             &mut origin.io,
         );
@@ -223,7 +233,7 @@ impl Origin {
         let from = self.remote.side.address;
         for datagram in back {
             self.shard
-                .handle_setup_datagram(0, &datagram, from, now, now, &mut self.io);
+                .handle_setup_datagram(PeerKey(0), &datagram, from, now, now, &mut self.io);
         }
         self.shard.handle_control_timers(now, &mut self.io);
     }
@@ -270,10 +280,10 @@ impl Io for Capture {
         &mut self.buffer
     }
 
-    fn send(&mut self, _key: usize, _to: SocketAddr, len: usize, segment: usize) {
+    fn send(&mut self, _key: PeerKey, _to: SocketAddr, len: usize, segment: usize) {
         self.sent
             .extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
     }
 
-    fn connect(&mut self, _key: usize, _to: SocketAddr) {}
+    fn connect(&mut self, _key: PeerKey, _to: SocketAddr) {}
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::shard::Shard;
-use throng::engine::{Io, ShardCommand, ShardConfig, ShardEvent, StreamParameters};
+use throng::engine::{Io, PeerKey, ShardCommand, ShardConfig, ShardEvent, StreamParameters};
 use throng::net;
 use throng::transport::peer::IceCredentials;
 use throng::transport::rtp::{Datagram, classify};
@@ -44,14 +44,15 @@ impl Stack for Throng {
         }
     }
 
-    fn add(&mut self, key: usize, remote: &Side, now: Time) -> Side {
+    fn add(&mut self, number: usize, remote: &Side, now: Time) -> Side {
+        let key = PeerKey(number);
         let ours = Side {
-            address: address(1, key),
+            address: address(1, number),
             credentials: IceCredentials::random(),
             fingerprint: self.config.identity.fingerprint(),
         };
         self.shard
-            .add_peer(key, new_peer(key, &ours, remote), now, &mut self.io);
+            .add_peer(key, new_peer(number, &ours, remote), now, &mut self.io);
         if self.setting.role == Role::Receives {
             let stream = StreamParameters {
                 payloads: PayloadTypes::of(
@@ -73,15 +74,21 @@ impl Stack for Throng {
     }
 
     fn handle_setup(&mut self, key: usize, datagram: &[u8], from: &Side, now: Time) {
-        self.shard
-            .handle_setup_datagram(key, datagram, from.address, now, now, &mut self.io);
+        self.shard.handle_setup_datagram(
+            PeerKey(key),
+            datagram,
+            from.address,
+            now,
+            now,
+            &mut self.io,
+        );
     }
 
     fn turn(&mut self, now: Time) {
         self.now = now;
         self.shard.handle_control_timers(now, &mut self.io);
         while let Some((key, event)) = self.shard.poll_event() {
-            self.connected[key] |= matches!(event, ShardEvent::Connected { .. });
+            self.connected[key.0] |= matches!(event, ShardEvent::Connected { .. });
         }
     }
 
@@ -99,18 +106,18 @@ impl Stack for Throng {
             batch
                 .get(at + 3)
                 .iter()
-                .for_each(|next| self.shard.prefetch(next.key));
+                .for_each(|next| self.shard.prefetch(PeerKey(next.key)));
             batch
                 .get(at + 2)
                 .iter()
-                .for_each(|next| self.shard.prefetch_streams(next.key));
+                .for_each(|next| self.shard.prefetch_streams(PeerKey(next.key)));
             batch
                 .get(at + 1)
                 .iter()
-                .for_each(|next| self.shard.prefetch_next(next.key));
+                .for_each(|next| self.shard.prefetch_next(PeerKey(next.key)));
             let Sealed { key, bytes } = &mut batch[at];
             match classify(bytes) {
-                Datagram::Rtp => self.shard.handle_rtp(*key, bytes, now),
+                Datagram::Rtp => self.shard.handle_rtp(PeerKey(*key), bytes, now),
                 other => panic!("{other:?}"),
             }
         }
@@ -134,6 +141,7 @@ impl Stack for Throng {
                 .as_millis() as usize;
             let first_frame_at = now + TICK * (key % interval.max(1)) as u32;
             let tracks = vec![track(self.setting.kind, None, key as u32, first_frame_at)];
+            let key = PeerKey(key);
             self.shard
                 .handle_command(ShardCommand::Publish { key, tracks }, now, &mut self.io);
         }
@@ -181,19 +189,19 @@ impl Io for Swallow {
         &mut self.buffer
     }
 
-    fn send(&mut self, key: usize, _to: SocketAddr, len: usize, segment: usize) {
+    fn send(&mut self, key: PeerKey, _to: SocketAddr, len: usize, segment: usize) {
         match classify(&self.buffer[..len]) {
             Datagram::Rtp => {
                 self.media += len.div_ceil(segment) as u64;
                 self.media_bytes += len as u64;
             }
             Datagram::Stun | Datagram::Dtls => under_test(false, || {
-                self.setup.push((key, self.buffer[..len].to_vec()))
+                self.setup.push((key.0, self.buffer[..len].to_vec()))
             }),
             Datagram::Rtcp => self.rtcp += 1,
             Datagram::Unknown => {}
         }
     }
 
-    fn connect(&mut self, _key: usize, _to: SocketAddr) {}
+    fn connect(&mut self, _key: PeerKey, _to: SocketAddr) {}
 }

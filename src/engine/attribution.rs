@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::Roster;
 use super::uplink::Lacks;
-use crate::media::identity::FrameIdentity;
+use crate::media::identity::{FrameIdentity, Origin};
 use crate::net;
 use crate::transport::receive::{ReceiveStream, WINDOW};
 use crate::units::Time;
@@ -57,8 +57,7 @@ pub struct PlacedFrame {
 #[derive(Clone, Copy)]
 pub struct FrameOrigin<'a> {
     pub roster: &'a Roster,
-    pub origin: u32,
-    pub track: u8,
+    pub origin: Origin,
 }
 
 /// Missing frames between two that were delivered.
@@ -347,18 +346,14 @@ impl Attribution {
     fn settle_oldest(
         &mut self,
         stream: &ReceiveStream,
-        FrameOrigin {
-            roster,
-            origin,
-            track,
-        }: FrameOrigin<'_>,
+        FrameOrigin { roster, origin }: FrameOrigin<'_>,
     ) {
         let gap = self.gaps[0];
         self.remove(0);
-        let sent = roster.frames(origin, track, gap.layer);
+        let sent = roster.frames(origin, gap.layer);
         let (mut lacking, mut probable, mut unknown) = (0, 0, 0);
         for frame in gap.first_frame..gap.first_frame.saturating_add(gap.missing).min(sent) {
-            match roster.lacks(origin, track, gap.layer, frame) {
+            match roster.lacks(origin, gap.layer, frame) {
                 Some(Lacks::Yes) => lacking += 1,
                 Some(Lacks::Probably) => probable += 1,
                 Some(Lacks::No) => {}

@@ -8,7 +8,7 @@ use super::feedback::{Feedback, Sent};
 use super::publisher::{SendTrack, TrackWire};
 use super::sending::{LayerState, Sending, layers_to_hold_back, wanted_bps};
 use super::subscriber::{RecvStream, RefusedPacket, StreamContext};
-use super::{Io, LAYERS_MAX, NewPeer, PeerOutcome, Roster, ShardConfig, StreamParameters};
+use super::{Io, LAYERS_MAX, NewPeer, PeerKey, PeerOutcome, Roster, ShardConfig, StreamParameters};
 use crate::measure::{Kind, Record};
 use crate::media::assemble::FrameEvent;
 use crate::net;
@@ -64,7 +64,7 @@ pub struct PeerConnection {
     streams: Vec<RecvStream>,
     /// `(ssrc, stream, is_rtx)`, by ssrc.
     ssrcs: Vec<(u32, u32, bool)>,
-    key: usize,
+    key: PeerKey,
     pub participant: u32,
     room: u32,
     rtcp_ssrc: u32,
@@ -117,7 +117,7 @@ struct ReferenceTime {
 }
 
 impl PeerConnection {
-    pub fn new(key: usize, new: NewPeer, config: &ShardConfig, now: Time) -> PeerConnection {
+    pub fn new(key: PeerKey, new: NewPeer, config: &ShardConfig, now: Time) -> PeerConnection {
         PeerConnection {
             transport: Peer::new(&config.identity, &new.parameters, config.epoch, now),
             tracks: Vec::new(),
@@ -944,7 +944,7 @@ impl PeerConnection {
 
 /// The way out of connection `key` for the track of one kind in a place among its tracks.
 fn wire<'a, I: Io>(
-    key: usize,
+    key: PeerKey,
     to: SocketAddr,
     sealer: &'a Sealer,
     (kind, track): (Kind, usize),
@@ -980,7 +980,7 @@ fn wire<'a, I: Io>(
 /// Writes one compound into the lent buffer, seals and sends it.
 fn send_compound<I: Io>(
     transport: &mut Peer,
-    key: usize,
+    key: PeerKey,
     around: &mut ConnectionContext<'_, I>,
     write: impl FnOnce(&mut RtcpWriter<'_>) -> Result<(), WriteError>,
 ) {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::{LAYERS_MAX, Owed, Roster};
 use crate::media::assemble::{DeliveredWindow, Delivery};
-use crate::media::identity::FrameIdentity;
+use crate::media::identity::{FrameIdentity, Origin};
 use crate::net;
 
 /// Intended moments are rounded up to whole milliseconds: two of them lie up to this much closer together or further apart than their slots.
@@ -131,10 +131,9 @@ impl Ledger {
 
     fn take(&mut self, identity: &FrameIdentity, roster: &Roster) -> Delivery {
         let Some(last) = self.current.last() else {
-            let origin = (identity.origin, identity.track);
             self.current.layer = identity.layer;
-            self.publications = roster.publications(origin, identity.layer);
-            self.unsent_before = roster.owed(origin, identity.layer).unsent;
+            self.publications = roster.publications(identity.origin, identity.layer);
+            self.unsent_before = roster.owed(identity.origin, identity.layer).unsent;
             return self.current.deliver(identity);
         };
         if identity.layer == self.current.layer {
@@ -200,16 +199,14 @@ impl Ledger {
     }
 
     fn begin_stretch(&mut self, identity: &FrameIdentity, roster: &Roster) {
-        let (origin, track) = (identity.origin, identity.track);
-        let interval = roster.frame_interval(origin, track, self.previous.layer);
+        let origin = identity.origin;
+        let interval = roster.frame_interval(origin, self.previous.layer);
         self.settled_expected +=
             self.previous.len() + self.previous.missed_before(&self.current, interval);
         self.settled_delivered += self.previous.window.delivered();
-        self.current.sent = self
-            .owed((origin, track), self.current.layer, roster)
-            .frames;
-        self.settle_unsent((origin, track), roster);
-        self.unsent_before = roster.owed((origin, track), identity.layer).unsent;
+        self.current.sent = self.owed(origin, self.current.layer, roster).frames;
+        self.settle_unsent(origin, roster);
+        self.unsent_before = roster.owed(origin, identity.layer).unsent;
         let next = FrameStretch {
             layer: identity.layer,
             after_pause: self.resumed,
@@ -225,7 +222,7 @@ impl Ledger {
     }
 
     /// The subscriber wants nothing for now.
-    pub fn pause(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
+    pub fn pause(&mut self, origin: Option<Origin>, roster: &Roster) {
         if let Some(origin) = origin {
             self.settle_unsent(origin, roster);
         }
@@ -233,7 +230,7 @@ impl Ledger {
     }
 
     /// Frames that the source owed to this subscription and never made.
-    pub fn unsent(&self, origin: Option<(u32, u8)>, roster: &Roster) -> u64 {
+    pub fn unsent(&self, origin: Option<Origin>, roster: &Roster) -> u64 {
         let of_current = match origin {
             Some(origin) if !self.owes_nothing() => {
                 let unsent = self.owed(origin, self.current.layer, roster).unsent;
@@ -244,7 +241,7 @@ impl Ledger {
         self.settled_unsent + of_current
     }
 
-    fn settle_unsent(&mut self, origin: (u32, u8), roster: &Roster) {
+    fn settle_unsent(&mut self, origin: Origin, roster: &Roster) {
         let unsent = self.owed(origin, self.current.layer, roster).unsent;
         self.settled_unsent = self.unsent(Some(origin), roster);
         self.unsent_before = unsent;
@@ -266,35 +263,32 @@ impl Ledger {
     }
 
     /// Frames of the stretch before that were due before the current one began, and did not come.
-    pub fn withheld(&self, (origin, track): (u32, u8), roster: &Roster) -> u64 {
+    pub fn withheld(&self, origin: Origin, roster: &Roster) -> u64 {
         self.previous.missed_before(
             &self.current,
-            roster.frame_interval(origin, track, self.previous.layer),
+            roster.frame_interval(origin, self.previous.layer),
         )
     }
 
     /// Frames that ought to have come after the last one that did.
-    pub fn missing_at_the_end(&self, (origin, track): (u32, u8), roster: &Roster) -> u64 {
-        let sent = self
-            .owed((origin, track), self.current.layer, roster)
-            .frames;
+    pub fn missing_at_the_end(&self, origin: Origin, roster: &Roster) -> u64 {
+        let sent = self.owed(origin, self.current.layer, roster).frames;
         match (self.current.last(), self.paused || self.resumed) {
             (Some(last), false) => {
-                u64::from(sent.saturating_sub(last + 1))
-                    + self.unsent(Some((origin, track)), roster)
+                u64::from(sent.saturating_sub(last + 1)) + self.unsent(Some(origin), roster)
             }
             _ => 0,
         }
     }
 
     /// The server withdrew the subscription. What its source makes, or owes, until it begins anew is still owed.
-    pub fn withdraw(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
+    pub fn withdraw(&mut self, origin: Option<Origin>, roster: &Roster) {
         let made = origin.map(|origin| self.owed(origin, self.current.layer, roster).frames);
         self.withdrawn = made;
     }
 
     /// Frames that are expected although they were made after the server had withdrawn the subscription: it cannot have sent them.
-    pub fn made_since_withdrawal(&self, origin: (u32, u8), roster: &Roster) -> u64 {
+    pub fn made_since_withdrawal(&self, origin: Origin, roster: &Roster) -> u64 {
         match self.withdrawn {
             Some(before) if !self.owes_nothing() => {
                 let made = self.owed(origin, self.current.layer, roster).frames;
@@ -305,7 +299,7 @@ impl Ledger {
     }
 
     /// Nothing more is expected than what was sent by now, and what was owed.
-    pub fn end(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
+    pub fn end(&mut self, origin: Option<Origin>, roster: &Roster) {
         if self.ended_at.is_some() {
             return;
         }
@@ -318,7 +312,7 @@ impl Ledger {
     }
 
     /// Another subscription has taken the place of this one, from its first frame on.
-    pub fn end_before(&mut self, successor: &Ledger, origin: (u32, u8), roster: &Roster) {
+    pub fn end_before(&mut self, successor: &Ledger, origin: Origin, roster: &Roster) {
         self.end(Some(origin), roster);
         let (layer, first) = (successor.current.layer, successor.first_frame());
         if let (Some(ended_at), Some(first)) = (&mut self.ended_at, first)
@@ -342,7 +336,7 @@ impl Ledger {
     }
 
     /// From here on frames that were made by now, and come later, are counted apart.
-    pub fn mark(&mut self, origin: Option<(u32, u8)>, roster: &Roster) {
+    pub fn mark(&mut self, origin: Option<Origin>, roster: &Roster) {
         (self.mark, self.overdue) = (all_sent(origin, roster), 0);
     }
 
@@ -352,7 +346,7 @@ impl Ledger {
     }
 
     /// How far a layer is, as far as it matters here.
-    fn owed(&self, origin: (u32, u8), layer: u8, roster: &Roster) -> Owed {
+    fn owed(&self, origin: Origin, layer: u8, roster: &Roster) -> Owed {
         let ended_at = self
             .ended_at
             .and_then(|ended_at| ended_at.get(usize::from(layer)).copied());
@@ -376,14 +370,12 @@ impl Ledger {
     }
 
     /// Frames that ought to have arrived by now.
-    pub fn expected(&self, origin: Option<(u32, u8)>, roster: &Roster) -> u64 {
-        let (Some((origin, track)), Some(first)) = (origin, self.current.first()) else {
+    pub fn expected(&self, origin: Option<Origin>, roster: &Roster) -> u64 {
+        let (Some(origin), Some(first)) = (origin, self.current.first()) else {
             return 0;
         };
-        let interval = roster.frame_interval(origin, track, self.previous.layer);
-        let sent = self
-            .owed((origin, track), self.current.layer, roster)
-            .frames;
+        let interval = roster.frame_interval(origin, self.previous.layer);
+        let sent = self.owed(origin, self.current.layer, roster).frames;
         let of_current = if self.paused || self.resumed {
             self.current.len()
         } else {
@@ -397,12 +389,8 @@ impl Ledger {
 }
 
 /// How many frames of each layer have been made.
-fn all_sent(origin: Option<(u32, u8)>, roster: &Roster) -> [u32; LAYERS_MAX] {
-    std::array::from_fn(|layer| {
-        origin.map_or(0, |(origin, track)| {
-            roster.frames(origin, track, layer as u8)
-        })
-    })
+fn all_sent(origin: Option<Origin>, roster: &Roster) -> [u32; LAYERS_MAX] {
+    std::array::from_fn(|layer| origin.map_or(0, |origin| roster.frames(origin, layer as u8)))
 }
 
 #[cfg(test)]
@@ -411,6 +399,10 @@ mod tests {
     use crate::units::Time;
 
     const MS: u64 = 1_000;
+    const ORIGIN: Origin = Origin {
+        publisher: 0,
+        track: 1,
+    };
     /// Frames a second of each layer.
     const RATES: [u64; 3] = [15, 20, 30];
 
@@ -424,7 +416,7 @@ mod tests {
         let slot = u64::from(number) * 1_000_000 / RATES[usize::from(layer)];
         FrameIdentity {
             intended_unix_us: slot.div_ceil(MS) * MS,
-            track: 1,
+            origin: ORIGIN,
             layer,
             frame: number,
             ..FrameIdentity::default()
@@ -458,15 +450,15 @@ mod tests {
         }
 
         fn expected(&self) -> u64 {
-            self.ledger.expected(Some((0, 1)), &self.roster)
+            self.ledger.expected(Some(ORIGIN), &self.roster)
         }
 
         fn unsent(&self) -> u64 {
-            self.ledger.unsent(Some((0, 1)), &self.roster)
+            self.ledger.unsent(Some(ORIGIN), &self.roster)
         }
 
         fn pause(&mut self) {
-            self.ledger.pause(Some((0, 1)), &self.roster);
+            self.ledger.pause(Some(ORIGIN), &self.roster);
         }
     }
 
@@ -475,7 +467,7 @@ mod tests {
         let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, [5, 6, 8, 9]);
         assert_eq!((world.ledger.delivered(), world.expected()), (4, 31 - 5));
-        world.ledger.end(Some((0, 1)), &world.roster);
+        world.ledger.end(Some(ORIGIN), &world.roster);
         world.roster.set_frames(&frame(2, 0), 1_000);
         assert_eq!(world.expected(), 31 - 5);
     }
@@ -571,7 +563,7 @@ mod tests {
         let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=20);
         // Thirty-one frames of it were made, and half as many of the lowest layer.
-        world.ledger.end(Some((0, 1)), &world.roster);
+        world.ledger.end(Some(ORIGIN), &world.roster);
         for layer in 0..3 {
             world.roster.set_frames(&frame(layer, 0), 900);
         }
@@ -595,14 +587,14 @@ mod tests {
     fn frames_from_before_a_mark_that_come_after_it_are_counted_apart() {
         let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=25);
-        world.ledger.mark(Some((0, 1)), &world.roster);
+        world.ledger.mark(Some(ORIGIN), &world.roster);
         assert_eq!(world.ledger.overdue(), 0);
         world.roster.set_frames(&frame(2, 0), 61);
         // Of 31 frames made by then, five were under way; the fifth is lost, one comes twice, and what was made later is not meant.
         world.deliver(2, [26, 28, 27, 28, 29]);
         world.deliver(2, 31..=60);
         assert_eq!(world.ledger.overdue(), 4);
-        world.ledger.mark(Some((0, 1)), &world.roster);
+        world.ledger.mark(Some(ORIGIN), &world.roster);
         world.deliver(2, [30]);
         assert_eq!(world.ledger.overdue(), 1);
     }
@@ -623,7 +615,7 @@ mod tests {
         world.deliver(2, [99]);
         world.roster.add_unsent(&frame(2, 0), 3);
         assert_eq!(world.unsent(), 93);
-        world.ledger.end(Some((0, 1)), &world.roster);
+        world.ledger.end(Some(ORIGIN), &world.roster);
         world.roster.add_unsent(&frame(2, 0), 1_000);
         assert_eq!((world.expected(), world.unsent()), (32, 93));
     }
@@ -632,11 +624,11 @@ mod tests {
     fn a_subscription_that_the_server_withdrew_is_owed_frames_until_its_source_begins_anew() {
         let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=20);
-        world.ledger.withdraw(Some((0, 1)), &world.roster);
+        world.ledger.withdraw(Some(ORIGIN), &world.roster);
         world.roster.set_frames(&frame(2, 0), 61);
         world.roster.add_unsent(&frame(2, 0), 15);
         assert_eq!((world.expected(), world.unsent()), (61, 15));
-        let since = |world: &LedgerWorld| world.ledger.made_since_withdrawal((0, 1), &world.roster);
+        let since = |world: &LedgerWorld| world.ledger.made_since_withdrawal(ORIGIN, &world.roster);
         assert_eq!(since(&world), 30);
         let begins = frame(2, 61);
         world
@@ -655,13 +647,13 @@ mod tests {
     fn a_subscription_ends_where_another_one_takes_its_place() {
         let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=20);
-        world.ledger.withdraw(Some((0, 1)), &world.roster);
+        world.ledger.withdraw(Some(ORIGIN), &world.roster);
         world.roster.set_frames(&frame(2, 0), 61);
         let mut successor = Ledger::default();
         successor.deliver(&frame(2, 40), &world.roster);
-        world.ledger.end_before(&successor, (0, 1), &world.roster);
+        world.ledger.end_before(&successor, ORIGIN, &world.roster);
         world.roster.set_frames(&frame(2, 0), 100);
-        let both = world.expected() + successor.expected(Some((0, 1)), &world.roster);
+        let both = world.expected() + successor.expected(Some(ORIGIN), &world.roster);
         assert_eq!((world.expected(), both), (40, 100));
     }
 

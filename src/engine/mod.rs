@@ -9,6 +9,7 @@ mod emodel;
 mod feedback;
 pub mod health;
 mod ledger;
+mod peer_key;
 pub mod playout;
 pub mod publisher;
 mod sending;
@@ -26,12 +27,13 @@ use std::time::Duration;
 
 use crate::codec::PayloadTypes;
 use crate::measure::Kind;
-use crate::media::identity::FrameIdentity;
+use crate::media::identity::{FrameIdentity, Origin};
 use crate::path::{Path, Unsent};
 use crate::plan::{Member, Plan};
 use crate::recording::Tap;
 use crate::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use crate::units::{Epoch, Time};
+pub use peer_key::PeerKey;
 use publisher::SendParameters;
 use subscriber::StreamOutcome;
 use uplink::{Asked, Lacking, Lacks};
@@ -45,23 +47,23 @@ pub trait Io {
     fn lend(&mut self) -> &mut [u8];
 
     /// Sends the first `len` bytes of the lent buffer from peer `key`'s socket, as datagrams of `segment` bytes (the last may be shorter).
-    fn send(&mut self, key: usize, to: SocketAddr, len: usize, segment: usize);
+    fn send(&mut self, key: PeerKey, to: SocketAddr, len: usize, segment: usize);
 
     /// From now on peer `key` talks to `to` only.
-    fn connect(&mut self, key: usize, to: SocketAddr);
+    fn connect(&mut self, key: PeerKey, to: SocketAddr);
 
     /// Peer `key` is up: what its path does not need any more may be closed.
-    fn settle(&mut self, _key: usize) {}
+    fn settle(&mut self, _key: PeerKey) {}
 
     /// Peer `key` may hear from other addresses again. Where nothing else is shut out by [`Io::connect`], there is nothing to do.
-    fn disconnect(&mut self, _key: usize) {}
+    fn disconnect(&mut self, _key: PeerKey) {}
 }
 
-/// What signalling asks of a shard. Peers are named by a key below the shard's capacity.
+/// What signalling asks of a shard. Peers are named by their keys.
 pub enum ShardCommand {
     /// A peer that was removed may be followed by another with its key: that one's account is then closed.
     AddPeer {
-        key: usize,
+        key: PeerKey,
         /// `None` in simulations: the [`Io`] then knows where the key's datagrams go.
         path: Option<Path>,
         peer: Box<NewPeer>,
@@ -70,63 +72,63 @@ pub enum ShardCommand {
     },
     /// Candidates of the server want another socket, which is there until the peer is up. `local` is our address on it.
     AddPath {
-        key: usize,
+        key: PeerKey,
         path: Path,
         local: SocketAddr,
     },
     AddRemoteCandidate {
-        key: usize,
+        key: PeerKey,
         address: SocketAddr,
     },
     /// New ICE credentials on both sides, and the other side's new candidates. The DTLS session and all media stay.
     RestartIce {
-        key: usize,
+        key: PeerKey,
         local: IceCredentials,
         remote: IceCredentials,
         remote_candidates: Vec<SocketAddr>,
     },
     /// Tracks to send, once their description is agreed.
     Publish {
-        key: usize,
+        key: PeerKey,
         tracks: Vec<SendParameters>,
     },
     /// Streams that the server announced for this peer.
     Subscribe {
-        key: usize,
+        key: PeerKey,
         streams: Vec<StreamParameters>,
     },
     /// Streams that the server withdrew, by media SSRC. What their sources make from then on stays owed: see [`ShardCommand::Leave`] for who is to go.
     Unsubscribe {
-        key: usize,
+        key: PeerKey,
         ssrcs: Vec<u32>,
     },
     /// The server took one of our tracks out of the room. It stops, and what the plan means it to send stays owed.
     LoseTrack {
-        key: usize,
+        key: PeerKey,
         track: u8,
     },
     /// Which layers of a track somebody watches, one bit each, the lowest layer first. The others rest, and start again with a key frame.
     SetLayers {
-        key: usize,
+        key: PeerKey,
         track: u8,
         layers: u8,
     },
     /// A muted track sends nothing, whoever watches.
     SetMuted {
-        key: usize,
+        key: PeerKey,
         track: u8,
         muted: bool,
     },
     /// Which layer the server was asked for at `at`, by media SSRC; `None`: none at all for now.
     Watch {
-        key: usize,
+        key: PeerKey,
         ssrc: u32,
         layer: Option<u8>,
         at: Time,
     },
     /// The server said at `at` that it pauses a stream for want of bandwidth, or sends it again; by media SSRC.
     SetPaused {
-        key: usize,
+        key: PeerKey,
         ssrc: u32,
         paused: bool,
         at: Time,
@@ -139,13 +141,13 @@ pub enum ShardCommand {
     /// The plan has the participant leave: what is sent to this peer from now on is not expected, and what is under way may still come; what its tracks do not
     /// send from now on is owed to nobody. [`ShardCommand::RemovePeer`] follows, where the peer is still there.
     Leave {
-        key: usize,
+        key: PeerKey,
     },
     /// Every track of every peer stops at its next frame; repair goes on.
     StopPublishing,
     /// Closes one peer for good. Where no [`ShardCommand::Leave`] came before, it is lost: what the plan means it to send and to receive stays owed.
     RemovePeer {
-        key: usize,
+        key: PeerKey,
     },
     /// Asks for a [`worker::WorkerReport`] now.
     Report,
@@ -191,27 +193,27 @@ pub struct StreamParameters {
 pub enum ShardEvent {
     /// [`ShardCommand::RestartIce`] is done: the other side's checks will be understood.
     IceRestarted {
-        key: usize,
+        key: PeerKey,
     },
     /// ICE has a path, and DTLS has not followed at once: where it never does, this is all that is known of the join.
     IceConnected {
-        key: usize,
+        key: PeerKey,
         at: Time,
     },
     /// DTLS is done: media may flow.
     Connected {
-        key: usize,
+        key: PeerKey,
         /// When ICE had a path.
         ice_at: Option<Time>,
         at: Time,
     },
     Failed {
-        key: usize,
+        key: PeerKey,
         failure: PeerFailure,
     },
     /// The first media packet came.
     FirstMedia {
-        key: usize,
+        key: PeerKey,
         at: Time,
     },
 }
@@ -311,8 +313,7 @@ struct Owed {
 /// How many frames one layer of one track has sent since it began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameCount {
-    pub origin: u32,
-    pub track: u8,
+    pub origin: Origin,
     pub layer: u8,
     pub frames: u32,
 }
@@ -407,10 +408,12 @@ impl Roster {
             .enumerate()
             .filter(|(_, cell)| cell.elsewhere == 0);
         let counts = counts.map(|(at, cell)| {
-            let (origin, place) = (at / CELLS_PER_PARTICIPANT, at % CELLS_PER_PARTICIPANT);
+            let (publisher, place) = (at / CELLS_PER_PARTICIPANT, at % CELLS_PER_PARTICIPANT);
             FrameCount {
-                origin: origin as u32,
-                track: if place == 0 { AUDIO_TRACK } else { VIDEO_TRACK },
+                origin: Origin {
+                    publisher: publisher as u32,
+                    track: if place == 0 { AUDIO_TRACK } else { VIDEO_TRACK },
+                },
                 layer: place.saturating_sub(1) as u8,
                 frames: cell.frames.load(Relaxed),
             }
@@ -421,7 +424,7 @@ impl Roster {
     /// Another host says how far a publisher of its own is. What it says of others is not believed; nor that one has made less than before.
     pub fn set_frames_elsewhere(&self, count: FrameCount) {
         let cell = self
-            .cell(count.origin, count.track, count.layer)
+            .cell(count.origin, count.layer)
             .filter(|cell| cell.elsewhere > 0);
         if let Some(cell) = cell {
             cell.frames.fetch_max(count.frames, Relaxed);
@@ -436,8 +439,8 @@ impl Roster {
     }
 
     /// A moment that a publisher's host wrote into a frame (microseconds since 1970), by our clock; `None` where that host's clock is not known.
-    fn unix_us_here(&self, (origin, track): (u32, u8), unix_us: u64) -> Option<u64> {
-        let Some(host) = self.cell(origin, track, 0)?.elsewhere.checked_sub(1) else {
+    fn unix_us_here(&self, origin: Origin, unix_us: u64) -> Option<u64> {
+        let Some(host) = self.cell(origin, 0)?.elsewhere.checked_sub(1) else {
             return Some(unix_us);
         };
         let offset_us = self.clocks.get(host as usize)?.load(Relaxed);
@@ -448,7 +451,7 @@ impl Roster {
 
     /// Whether the publisher has made this frame. Of another host's: whether it can have.
     fn is_made(&self, identity: &FrameIdentity) -> bool {
-        let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) else {
+        let Some(cell) = self.cell(identity.origin, identity.layer) else {
             return false;
         };
         identity.frame
@@ -460,7 +463,7 @@ impl Roster {
 
     /// A layer begins at `at`, with a frame every `interval`.
     pub fn set_published(&self, identity: &FrameIdentity, at: Time, interval: Duration) {
-        if let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) {
+        if let Some(cell) = self.cell(identity.origin, identity.layer) {
             cell.published_at.store(at.as_nanos().max(1), Relaxed);
             cell.interval_us.store(micros(interval), Relaxed);
             cell.lacking.get_or_init(Box::default);
@@ -473,31 +476,26 @@ impl Roster {
 
     /// The source of a layer is gone, and has let so many frames go by that the plan meant it to send.
     fn add_unsent(&self, identity: &FrameIdentity, frames: u32) {
-        if let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) {
+        if let Some(cell) = self.cell(identity.origin, identity.layer) {
             cell.unsent.fetch_add(frames, Relaxed);
         }
     }
 
     /// How often the source of a layer has begun to send it.
-    fn publications(&self, (origin, track): (u32, u8), layer: u8) -> u32 {
-        self.cell(origin, track, layer)
+    fn publications(&self, origin: Origin, layer: u8) -> u32 {
+        self.cell(origin, layer)
             .map_or(0, |cell| cell.publications.load(Relaxed))
     }
 
     /// How far a layer is.
-    fn owed(&self, (origin, track): (u32, u8), layer: u8) -> Owed {
-        self.cell(origin, track, layer)
+    fn owed(&self, origin: Origin, layer: u8) -> Owed {
+        self.cell(origin, layer)
             .map_or(Owed::default(), LayerCell::owed)
     }
 
     /// How far a layer came before its source began once more: what that sends is for another subscription. `None` where it has not.
-    fn owed_before_return(
-        &self,
-        (origin, track): (u32, u8),
-        layer: u8,
-        publications: u32,
-    ) -> Option<Owed> {
-        let cell = self.cell(origin, track, layer)?;
+    fn owed_before_return(&self, origin: Origin, layer: u8, publications: u32) -> Option<Owed> {
+        let cell = self.cell(origin, layer)?;
         (cell.publications.load(Relaxed) > publications).then(|| Owed {
             frames: cell.began_with[0].load(Relaxed),
             unsent: cell.began_with[1].load(Relaxed),
@@ -505,7 +503,7 @@ impl Roster {
     }
 
     fn set_frames(&self, identity: &FrameIdentity, frames: u32) {
-        if let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) {
+        if let Some(cell) = self.cell(identity.origin, identity.layer) {
             if let (Some(lacking), Some(newest)) = (cell.lacking.get(), frames.checked_sub(1)) {
                 lacking.begin(newest);
             }
@@ -515,7 +513,7 @@ impl Roster {
 
     /// The server has asked for a packet of this frame.
     fn set_asked(&self, identity: &FrameIdentity, frame: u32, asked: Asked) {
-        let cell = self.cell(identity.origin, identity.track, identity.layer);
+        let cell = self.cell(identity.origin, identity.layer);
         if let Some((cell, lacking)) = cell.and_then(|cell| Some((cell, cell.lacking.get()?))) {
             lacking.set_asked(frame, asked, cell.frames.load(Relaxed));
         }
@@ -523,7 +521,7 @@ impl Roster {
 
     /// The layer of this frame comes on one stream more.
     fn add_listener(&self, identity: &FrameIdentity) {
-        let cell = self.cell(identity.origin, identity.track, identity.layer);
+        let cell = self.cell(identity.origin, identity.layer);
         if let Some(lacking) = cell.and_then(|cell| cell.lacking.get()) {
             lacking.add_listener();
         }
@@ -531,7 +529,7 @@ impl Roster {
 
     /// Somebody has received this frame, so the server had it.
     fn set_received(&self, identity: &FrameIdentity) {
-        let Some(cell) = self.cell(identity.origin, identity.track, identity.layer) else {
+        let Some(cell) = self.cell(identity.origin, identity.layer) else {
             return;
         };
         if let Some(lacking) = cell.lacking.get() {
@@ -543,14 +541,14 @@ impl Roster {
     }
 
     /// Whether the server never had a frame, by its NACKs; `None` where that cannot be told any more.
-    fn lacks(&self, origin: u32, track: u8, layer: u8, frame: u32) -> Option<Lacks> {
-        let cell = self.cell(origin, track, layer)?;
+    fn lacks(&self, origin: Origin, layer: u8, frame: u32) -> Option<Lacks> {
+        let cell = self.cell(origin, layer)?;
         cell.lacking.get()?.lacks(frame, cell.frames.load(Relaxed))
     }
 
-    fn set_muted(&self, origin: u32, track: u8, muted: bool) {
+    fn set_muted(&self, origin: Origin, muted: bool) {
         if let Some(cell) = self
-            .cell(origin, track, 0)
+            .cell(origin, 0)
             .filter(|cell| is_muted(cell.mute_changes.load(Relaxed)) != muted)
         {
             cell.mute_changes.fetch_add(1, Relaxed);
@@ -558,43 +556,43 @@ impl Roster {
     }
 
     /// How many frames a layer has sent so far; of another host's publisher, as far as that is known here.
-    pub fn frames(&self, origin: u32, track: u8, layer: u8) -> u32 {
-        self.cell(origin, track, layer)
+    pub fn frames(&self, origin: Origin, layer: u8) -> u32 {
+        self.cell(origin, layer)
             .map_or(0, |cell| cell.frames.load(Relaxed))
     }
 
     /// From one frame of a layer to the next; zero while it is not published.
-    pub fn frame_interval(&self, origin: u32, track: u8, layer: u8) -> Duration {
+    pub fn frame_interval(&self, origin: Origin, layer: u8) -> Duration {
         let micros = self
-            .cell(origin, track, layer)
+            .cell(origin, layer)
             .map_or(0, |cell| cell.interval_us.load(Relaxed));
         Duration::from_micros(micros.into())
     }
 
-    pub fn published_at(&self, origin: u32, track: u8) -> Option<Time> {
-        let at = self.cell(origin, track, 0)?.published_at.load(Relaxed);
+    pub fn published_at(&self, origin: Origin) -> Option<Time> {
+        let at = self.cell(origin, 0)?.published_at.load(Relaxed);
         (at > 0).then(|| Time::from_nanos(at))
     }
 
     /// Grows by one whenever the track is muted or unmuted; see [`is_muted`].
-    fn mute_changes(&self, origin: u32, track: u8) -> u32 {
-        self.cell(origin, track, 0)
+    fn mute_changes(&self, origin: Origin) -> u32 {
+        self.cell(origin, 0)
             .map_or(0, |cell| cell.mute_changes.load(Relaxed))
     }
 
     /// The room that a track belongs to; `None` where the identity names nobody of this run.
-    pub fn room(&self, origin: u32, track: u8) -> Option<u32> {
-        self.cell(origin, track, 0).map(|cell| cell.room)
+    pub fn room(&self, origin: Origin) -> Option<u32> {
+        self.cell(origin, 0).map(|cell| cell.room)
     }
 
-    fn cell(&self, origin: u32, track: u8, layer: u8) -> Option<&LayerCell> {
-        let place = match track {
+    fn cell(&self, origin: Origin, layer: u8) -> Option<&LayerCell> {
+        let place = match origin.track {
             AUDIO_TRACK if layer == 0 => 0,
             VIDEO_TRACK if usize::from(layer) < LAYERS_MAX => 1 + usize::from(layer),
             _ => return None,
         };
         self.cells
-            .get(origin as usize * CELLS_PER_PARTICIPANT + place)
+            .get(origin.publisher as usize * CELLS_PER_PARTICIPANT + place)
     }
 }
 
@@ -649,20 +647,26 @@ mod tests {
         Roster::of_hosts(7, members.into_iter(), INTERVALS)
     }
 
-    fn frame(origin: u32, track: u8, frame: u32) -> FrameIdentity {
+    const fn of(publisher: u32, track: u8) -> Origin {
+        Origin { publisher, track }
+    }
+
+    const fn audio(publisher: u32) -> Origin {
+        of(publisher, AUDIO_TRACK)
+    }
+
+    fn frame(origin: Origin, frame: u32) -> FrameIdentity {
         FrameIdentity {
             run: 7,
             origin,
-            track,
             frame,
             ..FrameIdentity::default()
         }
     }
 
-    fn count(origin: u32, frames: u32) -> FrameCount {
+    fn count(publisher: u32, frames: u32) -> FrameCount {
         FrameCount {
-            origin,
-            track: AUDIO_TRACK,
+            origin: audio(publisher),
             layer: 0,
             frames,
         }
@@ -671,22 +675,22 @@ mod tests {
     #[test]
     fn a_publisher_elsewhere_is_as_far_as_was_told_or_as_what_came_and_never_back() {
         let roster = roster();
-        let known = |frames: u32| assert_eq!(roster.frames(1, AUDIO_TRACK, 0), frames);
+        let known = |frames: u32| assert_eq!(roster.frames(audio(1), 0), frames);
         assert!(
-            roster.is_made(&frame(1, AUDIO_TRACK, 0)),
+            roster.is_made(&frame(audio(1), 0)),
             "nothing has been told yet"
         );
-        roster.set_received(&frame(1, AUDIO_TRACK, 9));
+        roster.set_received(&frame(audio(1), 9));
         known(10);
         for (told, then) in [(8, 10), (50, 50), (20, 50), (50, 50)] {
             roster.set_frames_elsewhere(count(1, told));
             known(then);
         }
-        roster.set_received(&frame(1, AUDIO_TRACK, 30));
+        roster.set_received(&frame(audio(1), 30));
         known(50);
-        assert_eq!(roster.published_at(1, AUDIO_TRACK), None);
-        assert_eq!(roster.lacks(1, AUDIO_TRACK, 0, 3), None);
-        assert_eq!(roster.frame_interval(1, AUDIO_TRACK, 0), AUDIO_EVERY);
+        assert_eq!(roster.published_at(audio(1)), None);
+        assert_eq!(roster.lacks(audio(1), 0, 3), None);
+        assert_eq!(roster.frame_interval(audio(1), 0), AUDIO_EVERY);
     }
 
     #[test]
@@ -702,22 +706,22 @@ mod tests {
         ] {
             roster.set_frames_elsewhere(count(1, known));
             assert_eq!(
-                roster.is_made(&frame(1, AUDIO_TRACK, number)),
+                roster.is_made(&frame(audio(1), number)),
                 made,
                 "{number} after {known}"
             );
         }
         assert!(
-            !roster.is_made(&frame(2, AUDIO_TRACK, 0)),
+            !roster.is_made(&frame(audio(2), 0)),
             "who publishes nothing"
         );
         let layer_that_is_not = FrameIdentity {
             layer: 2,
-            ..frame(1, VIDEO_TRACK, 0)
+            ..frame(of(1, VIDEO_TRACK), 0)
         };
         assert!(!roster.is_made(&layer_that_is_not));
         assert!(
-            !roster.is_made(&frame(0, AUDIO_TRACK, 0)),
+            !roster.is_made(&frame(audio(0), 0)),
             "whose log is here is not told of"
         );
     }
@@ -725,14 +729,14 @@ mod tests {
     #[test]
     fn a_host_speaks_for_its_own_publishers_only() {
         let roster = roster();
-        let own = frame(0, AUDIO_TRACK, 0);
+        let own = frame(audio(0), 0);
         roster.set_published(&own, Time::from_millis(1), AUDIO_EVERY);
         roster.set_frames(&own, 5);
-        roster.set_received(&frame(0, AUDIO_TRACK, 4));
+        roster.set_received(&frame(audio(0), 4));
         roster.set_frames_elsewhere(count(0, 1_000));
         roster.set_frames_elsewhere(count(99, 1_000));
         roster.set_frames_elsewhere(count(1, 70));
-        assert_eq!(roster.frames(0, AUDIO_TRACK, 0), 5);
+        assert_eq!(roster.frames(audio(0), 0), 5);
         assert!(
             roster.frame_counts().eq([count(0, 5)]),
             "what others told is not passed on"
@@ -742,7 +746,7 @@ mod tests {
     #[test]
     fn moments_of_another_host_are_ours_as_far_as_its_clock_is_known() {
         let roster = roster();
-        let here = |origin| roster.unix_us_here((origin, AUDIO_TRACK), 1_000);
+        let here = |publisher| roster.unix_us_here(audio(publisher), 1_000);
         assert_eq!((here(0), here(1), here(99)), (Some(1_000), None, None));
         roster.set_clock(4, Some(-300));
         assert_eq!((here(0), here(1)), (Some(1_000), Some(700)));

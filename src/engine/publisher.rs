@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::uplink::FrameRequests;
-use super::{Io, Roster, TICK};
+use super::{Io, PeerKey, Roster, TICK};
 use crate::codec::vp8::{PictureId, Vp8Descriptor};
 use crate::codec::{Codec, red};
 use crate::measure::{Kind, Media};
@@ -180,7 +180,7 @@ pub struct Talk {
 /// What a track needs from around it for one call.
 pub struct TrackWire<'a, I> {
     pub io: &'a mut I,
-    pub key: usize,
+    pub key: PeerKey,
     pub to: SocketAddr,
     pub sealer: &'a Sealer,
     pub epoch: Epoch,

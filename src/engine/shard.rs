@@ -5,15 +5,17 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::connection::{ConnectionContext, KEY_FRAME_CHECK, PeerConnection};
+use super::peer_key::PeerSlots;
 use super::publisher::{SendParameters, SendTrack};
 use super::subscriber::EVENTS_MAX;
 use super::timers::Timers;
 use super::{
-    Io, IoCounts, NewPeer, PeerOutcome, ShardCommand, ShardConfig, ShardEvent, StreamParameters,
+    Io, IoCounts, NewPeer, PeerKey, PeerOutcome, ShardCommand, ShardConfig, ShardEvent,
+    StreamParameters,
 };
 use crate::measure::Record;
 use crate::media::assemble::FrameEvent;
-use crate::media::identity::FrameIdentity;
+use crate::media::identity::{FrameIdentity, Origin};
 use crate::recording::Tap;
 use crate::transport::peer::PeerEvent;
 use crate::transport::rtcp;
@@ -26,17 +28,17 @@ const TRACKS_MAX: u32 = 4;
 
 pub struct Shard {
     config: ShardConfig,
-    peers: Vec<Option<Box<PeerConnection>>>,
+    peers: PeerSlots<Box<PeerConnection>>,
     media_timers: Timers,
     control_timers: Timers,
-    events: VecDeque<(usize, ShardEvent)>,
+    events: VecDeque<(PeerKey, ShardEvent)>,
     record: Box<Record>,
     /// What became of connections whose participants have come back on others, until that is taken: at most a second's.
     former: Vec<PeerOutcome>,
     /// Tracks of connections that are gone, though the plan means them to send.
     gone: Vec<SendTrack>,
     /// Peers that are there, and have lost a track.
-    losers: Vec<usize>,
+    losers: Vec<PeerKey>,
     /// Of recorded participants that have subscribed to nothing yet, or lost the connection that did.
     taps: Vec<(u32, Box<Tap>)>,
     /// Connections that are neither up nor given up.
@@ -59,16 +61,29 @@ enum ControlTimer {
 
 const CONTROLS: u32 = 5;
 
-fn control(key: usize, kind: ControlTimer) -> u32 {
-    key as u32 * CONTROLS + kind as u32
+fn control(key: PeerKey, kind: ControlTimer) -> u32 {
+    key.0 as u32 * CONTROLS + kind as u32
+}
+
+fn media_timer(key: PeerKey, track: u32) -> u32 {
+    key.0 as u32 * TRACKS_MAX + track
+}
+
+/// The peer that a media timer is of, and the track's place among its tracks.
+#[inline]
+fn timed_track(timer: u32) -> (PeerKey, usize) {
+    (
+        PeerKey((timer / TRACKS_MAX) as usize),
+        (timer % TRACKS_MAX) as usize,
+    )
 }
 
 impl Shard {
-    /// `capacity` peers at most; a key is below it.
+    /// `capacity` peers at most.
     pub fn new(config: ShardConfig, capacity: usize, now: Time) -> Shard {
         Shard {
             config,
-            peers: (0..capacity).map(|_| None).collect(),
+            peers: PeerSlots::new(capacity),
             media_timers: Timers::new(capacity * TRACKS_MAX as usize, now),
             control_timers: Timers::new(capacity * CONTROLS as usize, now),
             events: VecDeque::new(),
@@ -117,11 +132,11 @@ impl Shard {
         std::mem::replace(&mut self.record, fresh)
     }
 
-    pub fn poll_event(&mut self) -> Option<(usize, ShardEvent)> {
+    pub fn poll_event(&mut self) -> Option<(PeerKey, ShardEvent)> {
         self.events.pop_front()
     }
 
-    pub fn add_peer(&mut self, key: usize, new: NewPeer, now: Time, io: &mut impl Io) {
+    pub fn add_peer(&mut self, key: PeerKey, new: NewPeer, now: Time, io: &mut impl Io) {
         if let Some(mut former) = self.peers[key].take() {
             self.gone.extend(former.take_tracks());
             former.end_all_streams(&self.config.roster, &mut self.record);
@@ -134,10 +149,9 @@ impl Shard {
     }
 
     /// Closes a peer for good. Its account stays open until [`Shard::finish`].
-    pub fn remove_peer(&mut self, key: usize) {
+    pub fn remove_peer(&mut self, key: PeerKey) {
         for track in 0..TRACKS_MAX {
-            self.media_timers
-                .set(key as u32 * TRACKS_MAX + track, Time::MAX);
+            self.media_timers.set(media_timer(key, track), Time::MAX);
         }
         for kind in [
             ControlTimer::Setup,
@@ -162,7 +176,7 @@ impl Shard {
     /// The peer has another socket, on which it is reached at this address.
     pub fn add_local_candidate(
         &mut self,
-        key: usize,
+        key: PeerKey,
         address: SocketAddr,
         now: Time,
         io: &mut impl Io,
@@ -225,7 +239,9 @@ impl Shard {
             }
             ShardCommand::SetMuted { key, track, muted } => {
                 if let Some(peer) = &self.peers[key] {
-                    self.config.roster.set_muted(peer.participant, track, muted);
+                    let publisher = peer.participant;
+                    let roster = &self.config.roster;
+                    roster.set_muted(Origin { publisher, track }, muted);
                 }
                 self.change_tracks(key, track, |layer| layer.set_muted(muted, now));
             }
@@ -254,7 +270,8 @@ impl Shard {
                 if let Some(peer) = self.peers[key].as_mut() {
                     peer.leave(&self.config.roster, &mut self.record, now);
                     let leaver = peer.participant;
-                    self.gone.retain(|track| track.identity().origin != leaver);
+                    self.gone
+                        .retain(|track| track.identity().origin.publisher != leaver);
                 }
             }
             ShardCommand::LoseTrack { key, track } => {
@@ -265,7 +282,7 @@ impl Shard {
         }
     }
 
-    fn publish(&mut self, key: usize, tracks: Vec<SendParameters>, now: Time) {
+    fn publish(&mut self, key: PeerKey, tracks: Vec<SendParameters>, now: Time) {
         for parameters in &tracks {
             self.end_gone(&parameters.identity, parameters.first_frame_at);
         }
@@ -273,17 +290,12 @@ impl Shard {
             return;
         };
         for parameters in tracks.into_iter().take(TRACKS_MAX as usize) {
-            let timer = key as u32 * TRACKS_MAX + peer.tracks.len() as u32;
+            let timer = media_timer(key, peer.tracks.len() as u32);
             let (kind, interval) = (parameters.source.kind(), parameters.source.frame_interval());
             let first_frame_at = parameters.first_frame_at;
             // A payload type or extension id that cannot be: the track stays silent, and is missed.
-            let FrameIdentity {
-                origin,
-                track: number,
-                layer,
-                ..
-            } = parameters.identity;
-            let sent_before = self.config.roster.frames(origin, number, layer);
+            let FrameIdentity { origin, layer, .. } = parameters.identity;
+            let sent_before = self.config.roster.frames(origin, layer);
             let Ok(mut track) = SendTrack::new(parameters) else {
                 self.record.session.packets_rejected += 1;
                 continue;
@@ -303,19 +315,19 @@ impl Shard {
     }
 
     /// Changes every layer of one track of a peer, and when each is due.
-    fn change_tracks(&mut self, key: usize, number: u8, change: impl Fn(&mut SendTrack)) {
+    fn change_tracks(&mut self, key: PeerKey, number: u8, change: impl Fn(&mut SendTrack)) {
         let Some(peer) = self.peers[key].as_mut().filter(|peer| !peer.is_closed()) else {
             return;
         };
-        for (timer, track) in (key as u32 * TRACKS_MAX..).zip(&mut peer.tracks) {
-            if track.identity().track == number {
+        for (timer, track) in (media_timer(key, 0)..).zip(&mut peer.tracks) {
+            if track.identity().origin.track == number {
                 change(track);
                 self.media_timers.set(timer, track.next_at());
             }
         }
     }
 
-    fn subscribe(&mut self, key: usize, streams: Vec<StreamParameters>, now: Time) {
+    fn subscribe(&mut self, key: PeerKey, streams: Vec<StreamParameters>, now: Time) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
@@ -338,7 +350,7 @@ impl Shard {
     }
 
     /// Another look at media that could not be read when it came.
-    fn take_early(&mut self, key: usize) {
+    fn take_early(&mut self, key: PeerKey) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
@@ -350,13 +362,13 @@ impl Shard {
     fn stop_publishing(&mut self, now: Time) {
         self.pass_unsent(now);
         self.gone.clear();
-        for peer in self.peers.iter_mut().flatten() {
+        for peer in self.peers.iter_mut() {
             peer.tracks.iter_mut().for_each(SendTrack::stop);
             peer.settle(&self.config.roster, &mut self.record, now);
         }
     }
 
-    fn unsubscribe(&mut self, key: usize, ssrcs: &[u32]) {
+    fn unsubscribe(&mut self, key: PeerKey, ssrcs: &[u32]) {
         if let Some(peer) = self.peers[key].as_mut() {
             peer.withdraw_streams(ssrcs, &self.config.roster, &mut self.record);
         }
@@ -392,8 +404,7 @@ impl Shard {
     fn end_gone(&mut self, identity: &FrameIdentity, from: Time) {
         let is_same = |track: &SendTrack| {
             let other = track.identity();
-            (other.origin, other.track, other.layer)
-                == (identity.origin, identity.track, identity.layer)
+            (other.origin, other.layer) == (identity.origin, identity.layer)
         };
         for track in self.gone.iter_mut().filter(|track| is_same(track)) {
             let unsent = track.pass_unsent(from);
@@ -410,7 +421,7 @@ impl Shard {
     /// A STUN or DTLS datagram. `arrival` is when it came, `now` when it is looked at: set-up work may have waited.
     pub fn handle_setup_datagram(
         &mut self,
-        key: usize,
+        key: PeerKey,
         datagram: &[u8],
         from: SocketAddr,
         arrival: Time,
@@ -435,7 +446,7 @@ impl Shard {
     }
 
     /// Drives ICE and DTLS as far as they go, and sets their next timer.
-    fn advance_setup(&mut self, key: usize, now: Time, io: &mut impl Io) {
+    fn advance_setup(&mut self, key: PeerKey, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut().filter(|peer| !peer.is_closed()) else {
             return;
         };
@@ -462,7 +473,7 @@ impl Shard {
         self.peer_events = happened;
     }
 
-    fn handle_peer_event(&mut self, key: usize, event: PeerEvent, now: Time, io: &mut impl Io) {
+    fn handle_peer_event(&mut self, key: PeerKey, event: PeerEvent, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
@@ -502,7 +513,7 @@ impl Shard {
     }
 
     /// Tells of an ICE path that DTLS is late on. Where both come together, one event says so.
-    fn tell_lone_ice(&mut self, key: usize) {
+    fn tell_lone_ice(&mut self, key: PeerKey) {
         let waiting = self.peers[key]
             .as_mut()
             .filter(|peer| peer.is_in_setup() && !peer.ice_told);
@@ -516,7 +527,7 @@ impl Shard {
     }
 
     /// One RTP datagram, opened in place.
-    pub fn handle_rtp(&mut self, key: usize, datagram: &mut [u8], arrival: Time) {
+    pub fn handle_rtp(&mut self, key: PeerKey, datagram: &mut [u8], arrival: Time) {
         if self.peers[key].is_none() {
             return;
         }
@@ -525,7 +536,7 @@ impl Shard {
         self.take_rtp(key, datagram, arrival);
     }
 
-    fn take_rtp(&mut self, key: usize, datagram: &mut [u8], arrival: Time) {
+    fn take_rtp(&mut self, key: PeerKey, datagram: &mut [u8], arrival: Time) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
@@ -559,7 +570,7 @@ impl Shard {
     /// One RTCP datagram: a compound, opened in place.
     pub fn handle_rtcp(
         &mut self,
-        key: usize,
+        key: PeerKey,
         datagram: &mut [u8],
         arrival: Time,
         now: Time,
@@ -595,12 +606,12 @@ impl Shard {
     }
 
     /// Sets anew when tracks and probes are due, after what a connection is told of its path.
-    fn follow_allocation(&mut self, key: usize) {
+    fn follow_allocation(&mut self, key: PeerKey) {
         let Some(peer) = self.peers[key].as_mut().filter(|peer| !peer.is_closed()) else {
             return;
         };
         if peer.take_tracks_changed() {
-            for (timer, track) in (key as u32 * TRACKS_MAX..).zip(&peer.tracks) {
+            for (timer, track) in (media_timer(key, 0)..).zip(&peer.tracks) {
                 self.media_timers.set(timer, track.next_at());
             }
         }
@@ -611,7 +622,7 @@ impl Shard {
         }
     }
 
-    fn send_probe(&mut self, key: usize, now: Time, io: &mut impl Io) {
+    fn send_probe(&mut self, key: PeerKey, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
@@ -631,37 +642,39 @@ impl Shard {
     }
 
     /// Fetches what every datagram of a peer touches.
-    pub fn prefetch(&self, key: usize) {
-        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
+    pub fn prefetch(&self, key: PeerKey) {
+        if let Some(peer) = &self.peers[key] {
             peer.prefetch();
         }
     }
 
     /// Fetches what [`Shard::prefetch`] has led to, once that has come.
-    pub fn prefetch_streams(&self, key: usize) {
-        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
+    pub fn prefetch_streams(&self, key: PeerKey) {
+        if let Some(peer) = &self.peers[key] {
             peer.prefetch_streams();
         }
     }
 
     /// Fetches what [`Shard::prefetch_streams`] has led to, once that has come.
-    pub fn prefetch_next(&self, key: usize) {
-        if let Some(peer) = self.peers.get(key).and_then(Option::as_deref) {
+    pub fn prefetch_next(&self, key: PeerKey) {
+        if let Some(peer) = &self.peers[key] {
             peer.prefetch_next();
         }
     }
 
     /// Fetches what every turn of a peer's tracks needs ..
     fn prefetch_sender(&self, timer: u32) {
-        if let Some(peer) = self.peers[(timer / TRACKS_MAX) as usize].as_deref() {
+        let (key, _) = timed_track(timer);
+        if let Some(peer) = &self.peers[key] {
             peer.prefetch_for_sending();
         }
     }
 
     /// .. and, when that has come, what it leads to.
     fn prefetch_track(&self, timer: u32) {
-        if let Some(peer) = self.peers[(timer / TRACKS_MAX) as usize].as_deref() {
-            peer.prefetch_track((timer % TRACKS_MAX) as usize);
+        let (key, track) = timed_track(timer);
+        if let Some(peer) = &self.peers[key] {
+            peer.prefetch_track(track);
         }
     }
 
@@ -675,7 +688,7 @@ impl Shard {
             after
                 .into_iter()
                 .for_each(|timer| self.prefetch_sender(timer));
-            let (key, track) = ((timer / TRACKS_MAX) as usize, (timer % TRACKS_MAX) as usize);
+            let (key, track) = timed_track(timer);
             let Some(peer) = self.peers[key].as_mut() else {
                 continue;
             };
@@ -695,7 +708,7 @@ impl Shard {
     /// Sends reports, NACKs, PLIs and keep-alives that are due.
     pub fn handle_control_timers(&mut self, now: Time, io: &mut impl Io) {
         while let Some(timer) = self.control_timers.pop_due(now) {
-            let key = (timer / CONTROLS) as usize;
+            let key = PeerKey((timer / CONTROLS) as usize);
             match timer % CONTROLS {
                 kind if kind == ControlTimer::Setup as u32 => {
                     self.advance_setup(key, now, io);
@@ -709,7 +722,7 @@ impl Shard {
         }
     }
 
-    fn send_reports(&mut self, key: usize, now: Time, io: &mut impl Io) {
+    fn send_reports(&mut self, key: PeerKey, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
@@ -725,7 +738,7 @@ impl Shard {
             .set(control(key, ControlTimer::Rtcp), now + RTCP_INTERVAL);
     }
 
-    fn send_feedback(&mut self, key: usize, now: Time, io: &mut impl Io) {
+    fn send_feedback(&mut self, key: PeerKey, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
@@ -739,7 +752,7 @@ impl Shard {
             .set(control(key, ControlTimer::Feedback), next_at);
     }
 
-    fn repair(&mut self, key: usize, now: Time, io: &mut impl Io) {
+    fn repair(&mut self, key: PeerKey, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
         };
@@ -755,7 +768,7 @@ impl Shard {
 
     /// Brings the record up to date with what every stream has counted; by itself each does so once a second.
     pub fn account(&mut self) {
-        for peer in self.peers.iter_mut().flatten() {
+        for peer in self.peers.iter_mut() {
             peer.account(&self.config.roster, &mut self.record);
         }
     }
@@ -769,7 +782,7 @@ impl Shard {
     pub fn survey(&mut self) -> Vec<PeerOutcome> {
         let roster = &self.config.roster;
         let mut outcomes = Vec::new();
-        for peer in self.peers.iter_mut().flatten() {
+        for peer in self.peers.iter_mut() {
             peer.account(roster, &mut self.record);
             outcomes.push(peer.outcome(roster));
             peer.mark(roster);
@@ -782,18 +795,16 @@ impl Shard {
         let never_announced: usize = self
             .peers
             .iter_mut()
-            .flatten()
             .map(|peer| peer.take_early().len())
             .sum();
         self.record.session.packets_rejected += never_announced as u64;
-        for peer in self.peers.iter_mut().flatten() {
+        for peer in self.peers.iter_mut() {
             peer.finish(&self.config.roster, &mut self.record);
         }
         let mut outcomes = std::mem::take(&mut self.former);
         outcomes.extend(
             self.peers
                 .iter()
-                .flatten()
                 .map(|peer| peer.outcome(&self.config.roster)),
         );
         outcomes

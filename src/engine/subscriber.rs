@@ -13,7 +13,7 @@ use crate::codec::Codec;
 use crate::codec::red::RedPayload;
 use crate::measure::{Kind, Media, Record};
 use crate::media::assemble::{Assembler, DecodedFrame, Delivery, FrameEvent, PacketInfo};
-use crate::media::identity::FrameIdentity;
+use crate::media::identity::{FrameIdentity, Origin};
 use crate::net;
 use crate::recording::{Tap, TappedPacket};
 use crate::transport::receive::{
@@ -58,8 +58,8 @@ pub enum RefusedPacket {
 pub struct StreamOutcome {
     pub kind: Kind,
     pub ssrc: u32,
-    /// The publisher and its track, once a frame has told.
-    pub origin: Option<(u32, u8)>,
+    /// Once a frame has told.
+    pub origin: Option<Origin>,
     pub live: bool,
     /// The simulcast layer that was decoded last.
     pub layer: Option<u8>,
@@ -145,7 +145,7 @@ pub struct RecvStream {
     /// Where redundancy was agreed on.
     redundancy: Option<Box<ReceivedRedundancy>>,
     first_packet_at: Option<Time>,
-    origin: Option<(u32, u8)>,
+    origin: Option<Origin>,
     live: bool,
     ended: bool,
     /// By the server: what its source makes, or owes, is still owed to this subscription.
@@ -634,9 +634,8 @@ impl RecvStream {
         arrival: Time,
         context: &mut StreamContext<'_>,
     ) {
-        let origin = (identity.origin, identity.track);
         if identity.run != context.roster.run
-            || self.origin != Some(origin)
+            || self.origin != Some(identity.origin)
             || !self.ledger.is_missing(identity)
             || self.is_unwanted()
             || self.leaving && self.ledger.is_beyond_the_end(identity)
@@ -654,7 +653,6 @@ impl RecvStream {
         let whose = FrameOrigin {
             roster: context.roster,
             origin: identity.origin,
-            track: identity.track,
         };
         self.attribution
             .recover(identity, seq, &self.receive, whose);
@@ -678,8 +676,8 @@ impl RecvStream {
         let Some(video) = self.video.as_mut() else {
             return;
         };
-        if let Some((origin, track)) = self.origin {
-            video.handle_mute_changes(context.roster.mute_changes(origin, track));
+        if let Some(origin) = self.origin {
+            video.handle_mute_changes(context.roster.mute_changes(origin));
         }
         let ext_seq = self.receive.ext_seq();
         context.events.clear();
@@ -796,8 +794,8 @@ impl RecvStream {
         if identity.run != context.roster.run {
             return;
         }
-        let origin = (identity.origin, identity.track);
-        let here = context.roster.room(identity.origin, identity.track) == Some(context.room);
+        let origin = identity.origin;
+        let here = context.roster.room(origin) == Some(context.room);
         if !here
             || !context.roster.is_made(identity)
             || *self.origin.get_or_insert(origin) != origin
@@ -858,10 +856,9 @@ impl RecvStream {
         context: &mut StreamContext<'_>,
     ) -> Option<Duration> {
         let media = context.record.media(self.kind());
-        let origin = (identity.origin, identity.track);
         let Some(intended_unix_us) = context
             .roster
-            .unix_us_here(origin, identity.intended_unix_us)
+            .unix_us_here(identity.origin, identity.intended_unix_us)
         else {
             media.frames_untimed += 1;
             return None;
@@ -890,7 +887,7 @@ impl RecvStream {
         let media = &mut context.record.audio;
         let length = context
             .roster
-            .frame_interval(identity.origin, identity.track, identity.layer);
+            .frame_interval(identity.origin, identity.layer);
         let mut interrupted = |for_so_long| {
             media.freeze.record(for_so_long);
             media.freezes += 1;
@@ -908,20 +905,16 @@ impl RecvStream {
         &mut self,
         frame: PlacedFrame,
         resumes: bool,
-        (origin, track): (u32, u8),
+        origin: Origin,
         now: Time,
         roster: &Roster,
     ) {
-        let whose = FrameOrigin {
-            roster,
-            origin,
-            track,
-        };
+        let whose = FrameOrigin { roster, origin };
         if resumes {
             self.attribution
                 .resume_with(frame, &self.receive, whose, now);
         } else {
-            let withheld = || self.ledger.withheld((origin, track), roster);
+            let withheld = || self.ledger.withheld(origin, roster);
             self.attribution
                 .deliver(frame, withheld, &self.receive, whose, now);
         }
@@ -965,7 +958,7 @@ impl RecvStream {
     fn subscription_start(&self, context: &StreamContext<'_>) -> Time {
         let published = self
             .origin
-            .and_then(|(origin, track)| context.roster.published_at(origin, track));
+            .and_then(|origin| context.roster.published_at(origin));
         published.map_or(context.intended_at, |at| at.max(context.intended_at))
     }
 
@@ -994,7 +987,7 @@ impl RecvStream {
 
     fn is_muted(&self, roster: &Roster) -> bool {
         self.origin
-            .is_some_and(|(origin, track)| is_muted(roster.mute_changes(origin, track)))
+            .is_some_and(|origin| is_muted(roster.mute_changes(origin)))
     }
 
     pub fn handle_sender_report(&mut self, ntp: u64, arrival: Time) {
@@ -1141,36 +1134,32 @@ impl RecvStream {
 
     /// The account is closed: nothing comes any more, and what is missing is lost.
     pub fn finish(&mut self, roster: &Roster, record: &mut Record) {
-        if let Some((origin, track)) = self.origin.filter(|_| !self.finished) {
+        if let Some(origin) = self.origin.filter(|_| !self.finished) {
             let missing = self
                 .ledger
                 .expected(self.origin, roster)
                 .saturating_sub(self.ledger.delivered());
-            let whose = FrameOrigin {
-                roster,
-                origin,
-                track,
-            };
+            let whose = FrameOrigin { roster, origin };
             self.losses = self.attribution.finish(missing, &self.receive, whose);
             let withheld = self
                 .ledger
-                .made_since_withdrawal((origin, track), roster)
+                .made_since_withdrawal(origin, roster)
                 .min(self.losses.unattributed);
             self.losses.unattributed -= withheld;
             self.losses.sfu += withheld;
             self.finished = true;
-            self.finish_playout((origin, track), roster, record);
+            self.finish_playout(origin, roster, record);
         }
         self.account(roster, record);
     }
 
     /// What was expected after the last frame that came was never heard, and the listener has made up his mind.
-    fn finish_playout(&mut self, (origin, track): (u32, u8), roster: &Roster, record: &mut Record) {
+    fn finish_playout(&mut self, origin: Origin, roster: &Roster, record: &mut Record) {
         let Some(playout) = self.playout.as_mut() else {
             return;
         };
-        let length = roster.frame_interval(origin, track, 0);
-        let missing = self.ledger.missing_at_the_end((origin, track), roster);
+        let length = roster.frame_interval(origin, 0);
+        let missing = self.ledger.missing_at_the_end(origin, roster);
         let media = &mut record.audio;
         playout.finish(missing, length, |for_so_long| {
             media.freeze.record(for_so_long);

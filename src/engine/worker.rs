@@ -12,8 +12,9 @@ use std::time::Duration;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 
+use super::peer_key::PeerSlots;
 use super::shard::Shard;
-use super::{Io, IoCounts, PeerOutcome, ShardCommand, ShardConfig, ShardEvent, TICK};
+use super::{Io, IoCounts, PeerKey, PeerOutcome, ShardCommand, ShardConfig, ShardEvent, TICK};
 use crate::measure::Record;
 use crate::measure::presence::Marks;
 use crate::measure::stalls::{STALL_MIN, StillSpan};
@@ -147,10 +148,10 @@ struct ShardWorker {
     io: ShardSocketIo,
     poll: Poll,
     mio_events: Events,
-    ready: VecDeque<usize>,
+    ready: VecDeque<PeerKey>,
     setup: VecDeque<SetupDatagram>,
     setup_spare: Vec<Vec<u8>>,
-    subscribers: Vec<Option<tokio::sync::mpsc::UnboundedSender<ShardEvent>>>,
+    subscribers: PeerSlots<tokio::sync::mpsc::UnboundedSender<ShardEvent>>,
     commands: Receiver<ShardCommand>,
     reports: tokio::sync::mpsc::UnboundedSender<WorkerReport>,
     spare_records: Receiver<Box<Record>>,
@@ -164,7 +165,7 @@ struct ShardWorker {
 }
 
 struct SetupDatagram {
-    key: usize,
+    key: PeerKey,
     from: SocketAddr,
     arrival: Time,
     bytes: Vec<u8>,
@@ -184,7 +185,7 @@ impl ShardWorker {
             ready: VecDeque::with_capacity(config.capacity),
             setup: VecDeque::new(),
             setup_spare: Vec::new(),
-            subscribers: (0..config.capacity).map(|_| None).collect(),
+            subscribers: PeerSlots::new(config.capacity),
             commands: config.commands,
             reports: config.reports,
             spare_records: config.spare_records,
@@ -225,7 +226,7 @@ impl ShardWorker {
         let unix_now = net::unix_nanos();
         self.poll.poll(&mut self.mio_events, Some(Duration::ZERO))?;
         for event in &self.mio_events {
-            let Token(key) = event.token();
+            let key = PeerKey(event.token().0);
             if let Some(slot) = self.io.slots[key].as_mut().filter(|slot| !slot.ready) {
                 slot.ready = true;
                 self.ready.push_back(key);
@@ -265,7 +266,7 @@ impl ShardWorker {
     }
 
     /// Takes what a socket holds, up to a bound, and says how many datagrams that were. The slot stays ready where there may be more.
-    fn drain_socket(&mut self, key: usize, now: Time, unix_now: u64) -> usize {
+    fn drain_socket(&mut self, key: PeerKey, now: Time, unix_now: u64) -> usize {
         let taken = self.drain_lane(key, Lane::Main, now, unix_now);
         let Some(slot) = &self.io.slots[key] else {
             return taken;
@@ -282,7 +283,7 @@ impl ShardWorker {
         taken
     }
 
-    fn drain_lane(&mut self, key: usize, lane: Lane, now: Time, unix_now: u64) -> usize {
+    fn drain_lane(&mut self, key: PeerKey, lane: Lane, now: Time, unix_now: u64) -> usize {
         let mut taken = 0;
         while taken < SOCKET_DATAGRAMS_MAX {
             let Some(slot) = self.io.slots[key].as_mut() else {
@@ -328,7 +329,7 @@ impl ShardWorker {
         }
     }
 
-    fn take(&mut self, key: usize, lane: Lane, index: usize, now: Time, unix_now: u64) {
+    fn take(&mut self, key: PeerKey, lane: Lane, index: usize, now: Time, unix_now: u64) {
         let Some((datagram, received)) = self.batch.datagram(index) else {
             return self.shard.reject();
         };
@@ -444,16 +445,16 @@ impl ShardWorker {
     }
 
     /// All sockets of a peer wake it alike.
-    fn watch_path(&self, key: usize, path: &Path) -> io::Result<()> {
+    fn watch_path(&self, key: PeerKey, path: &Path) -> io::Result<()> {
         let registry = self.poll.registry();
         path.descriptors().try_for_each(|descriptor| {
-            registry.register(&mut SourceFd(&descriptor), Token(key), Interest::READABLE)
+            registry.register(&mut SourceFd(&descriptor), Token(key.0), Interest::READABLE)
         })
     }
 
     fn forward_events(&mut self) {
         while let Some((key, event)) = self.shard.poll_event() {
-            if let Some(Some(subscriber)) = self.subscribers.get(key) {
+            if let Some(subscriber) = &self.subscribers[key] {
                 // A task that has ended no longer cares.
                 let _ = subscriber.send(event);
             }
@@ -465,7 +466,6 @@ impl ShardWorker {
             .io
             .slots
             .iter()
-            .flatten()
             .map(|slot| slot.path.untold_drops())
             .sum::<u64>();
         self.shard.take_io_counts(&mut self.io.counts);
@@ -495,7 +495,7 @@ impl ShardWorker {
 }
 
 struct ShardSocketIo {
-    slots: Vec<Option<SocketSlot>>,
+    slots: PeerSlots<SocketSlot>,
     buffer: Box<[u8]>,
     /// Cleared at the first path that cannot segment.
     segmentation: bool,
@@ -512,9 +512,8 @@ struct SocketSlot {
 
 impl ShardSocketIo {
     fn new(capacity: usize) -> ShardSocketIo {
-        let slots = (0..capacity).map(|_| None).collect();
         ShardSocketIo {
-            slots,
+            slots: PeerSlots::new(capacity),
             buffer: vec![0; net::SEND_BYTES_MAX].into_boxed_slice(),
             segmentation: true,
             counts: IoCounts::default(),
@@ -528,7 +527,7 @@ impl Io for ShardSocketIo {
         &mut self.buffer
     }
 
-    fn send(&mut self, key: usize, to: SocketAddr, len: usize, segment: usize) {
+    fn send(&mut self, key: PeerKey, to: SocketAddr, len: usize, segment: usize) {
         let Some(slot) = self.slots[key].as_ref() else {
             return;
         };
@@ -542,19 +541,19 @@ impl Io for ShardSocketIo {
         );
     }
 
-    fn connect(&mut self, key: usize, to: SocketAddr) {
+    fn connect(&mut self, key: PeerKey, to: SocketAddr) {
         if let Some(slot) = self.slots[key].as_mut() {
             slot.path.connect(to);
         }
     }
 
-    fn settle(&mut self, key: usize) {
+    fn settle(&mut self, key: PeerKey) {
         if let Some(slot) = self.slots[key].as_mut() {
             self.counts.socket_drops += slot.path.settle();
         }
     }
 
-    fn disconnect(&mut self, key: usize) {
+    fn disconnect(&mut self, key: PeerKey) {
         if let Some(slot) = self.slots[key].as_mut() {
             slot.path.disconnect();
         }

@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use crate::media::identity::FrameIdentity;
+use crate::media::identity::{FrameIdentity, Origin};
 use crate::net;
 use crate::units::Time;
 
@@ -126,10 +126,10 @@ impl FrameSlot {
     }
 }
 
-/// A frame's place in the publisher's chain of frames.
+/// A frame's place in the publisher's chain of frames. Its origin is taken apart, because what is packed compares slowly.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct ChainLink {
-    origin: u32,
+    publisher: u32,
     frame: u32,
     track: u8,
     layer: u8,
@@ -492,14 +492,13 @@ impl Assembler {
 
     fn link(&self, at: usize) -> Option<ChainLink> {
         let FrameIdentity {
-            origin,
+            origin: Origin { publisher, track },
             frame,
-            track,
             layer,
             ..
         } = self.identities[at];
         let link = ChainLink {
-            origin,
+            publisher,
             frame,
             track,
             layer,

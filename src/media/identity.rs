@@ -6,6 +6,18 @@
 //! `LKTS`: TLVs, the trailer's length (1 byte), then the four letters. Tag, length and value bytes, big endian, and the length byte are XORed with 0xFF.
 //! Tag 1 is a user timestamp (8 bytes, microseconds), 2 a frame id (4 bytes), 3 user data. Source: livekit/rust-sdks, `webrtc-sys` packet trailer.
 
+/// Whose track a frame belongs to.
+///
+/// Packed: a [`FrameIdentity`] is 24 bytes with it and would be 32 otherwise, and each received video stream holds 16 of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(packed)]
+pub struct Origin {
+    /// The publishing participant's index over the whole run.
+    pub publisher: u32,
+    /// The number of its track.
+    pub track: u8,
+}
+
 /// Names one frame of one run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrameIdentity {
@@ -13,10 +25,8 @@ pub struct FrameIdentity {
     pub intended_unix_us: u64,
     /// The run's tag: tells other runs apart.
     pub run: u32,
-    /// The participant's index over the whole run.
-    pub origin: u32,
+    pub origin: Origin,
     pub frame: u32,
-    pub track: u8,
     /// The simulcast layer, 0 the smallest.
     pub layer: u8,
 }
@@ -60,8 +70,8 @@ impl FrameIdentity {
         writer.put(&[TAG_USER_DATA, USER_DATA_LEN as u8]);
         writer.put(&USER_DATA_MAGIC);
         writer.put(&self.run.to_be_bytes());
-        writer.put(&self.origin.to_be_bytes());
-        writer.put(&[self.track, self.layer]);
+        writer.put(&self.origin.publisher.to_be_bytes());
+        writer.put(&[self.origin.track, self.layer]);
         writer.put(&self.checksum().to_be_bytes());
         writer.put(&[VIDEO_TRAILER_LEN as u8]);
         out.iter_mut().for_each(|byte| *byte ^= XOR);
@@ -84,9 +94,11 @@ impl FrameIdentity {
         let identity = FrameIdentity {
             intended_unix_us: facts.user_timestamp?,
             run: u32::from_be_bytes([r0, r1, r2, r3]),
-            origin: u32::from_be_bytes([o0, o1, o2, o3]),
+            origin: Origin {
+                publisher: u32::from_be_bytes([o0, o1, o2, o3]),
+                track,
+            },
             frame: facts.frame_id?,
-            track,
             layer,
         };
         ([m0, m1] == USER_DATA_MAGIC && u16::from_be_bytes([c0, c1]) == identity.checksum())
@@ -96,10 +108,10 @@ impl FrameIdentity {
     /// Writes the identity into the last bytes of an Opus packet that was shaped for it.
     pub fn write_audio(&self, out: &mut [u8; AUDIO_IDENTITY_LEN]) {
         out[0..4].copy_from_slice(&self.run.to_be_bytes());
-        out[4..8].copy_from_slice(&self.origin.to_be_bytes());
+        out[4..8].copy_from_slice(&self.origin.publisher.to_be_bytes());
         out[8..12].copy_from_slice(&self.frame.to_be_bytes());
         out[12..20].copy_from_slice(&self.intended_unix_us.to_be_bytes());
-        out[20..22].copy_from_slice(&[self.track, self.layer]);
+        out[20..22].copy_from_slice(&[self.origin.track, self.layer]);
         out[22..24].copy_from_slice(&self.checksum().to_be_bytes());
     }
 
@@ -138,9 +150,11 @@ impl FrameIdentity {
         let identity = FrameIdentity {
             intended_unix_us: u64::from_be_bytes([t0, t1, t2, t3, t4, t5, t6, t7]),
             run: u32::from_be_bytes([r0, r1, r2, r3]),
-            origin: u32::from_be_bytes([o0, o1, o2, o3]),
+            origin: Origin {
+                publisher: u32::from_be_bytes([o0, o1, o2, o3]),
+                track,
+            },
             frame: u32::from_be_bytes([f0, f1, f2, f3]),
-            track,
             layer,
         };
         (u16::from_be_bytes([c0, c1]) == identity.checksum()).then_some(identity)
@@ -150,8 +164,8 @@ impl FrameIdentity {
     fn checksum(&self) -> u16 {
         const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
         let places =
-            u64::from(self.frame) << 16 | u64::from(self.track) << 8 | u64::from(self.layer);
-        let source = u64::from(self.run) << 32 | u64::from(self.origin);
+            u64::from(self.frame) << 16 | u64::from(self.origin.track) << 8 | u64::from(self.layer);
+        let source = u64::from(self.run) << 32 | u64::from(self.origin.publisher);
         let sum = [source, places, self.intended_unix_us]
             .iter()
             .fold(ODD, |sum, word| {
@@ -259,9 +273,11 @@ mod tests {
     const SAMPLE: FrameIdentity = FrameIdentity {
         intended_unix_us: 1_790_000_000_123_456,
         run: 0xDEAD_BEEF,
-        origin: 70_000,
+        origin: Origin {
+            publisher: 70_000,
+            track: 3,
+        },
         frame: 0x0102_0304,
-        track: 3,
         layer: 2,
     };
 
@@ -276,9 +292,11 @@ mod tests {
         let random = (0..500).map(move |_| FrameIdentity {
             intended_unix_us: next() << 20 ^ next(),
             run: next() as u32,
-            origin: next() as u32,
+            origin: Origin {
+                publisher: next() as u32,
+                track: next() as u8,
+            },
             frame: next() as u32,
-            track: next() as u8,
             layer: next() as u8,
         });
         [FrameIdentity::default(), SAMPLE].into_iter().chain(random)

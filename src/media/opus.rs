@@ -681,7 +681,7 @@ mod speech {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::media::identity::FrameIdentity;
+    use crate::media::identity::{FrameIdentity, Origin};
 
     fn spec(kbps: u64, millis: f64, content: AudioContent, dtx: bool) -> OpusSpec {
         OpusSpec {
@@ -777,9 +777,11 @@ mod tests {
         let identity = FrameIdentity {
             intended_unix_us: 0xF0F1_F2F3_F4F5_F6F7,
             run: u32::MAX,
-            origin: 5,
+            origin: Origin {
+                publisher: 5,
+                track: 0xF0,
+            },
             frame: 0xF0F0_F0F0,
-            track: 0xF0,
             layer: 0xFF,
         };
         identity.write_audio(out.last_chunk_mut().unwrap());

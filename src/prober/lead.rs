@@ -274,6 +274,7 @@ fn live(present: u32, sample: &RunSample, loss: Option<f64>) -> LiveSecond {
 mod tests {
     use super::*;
     use crate::engine::CELLS_PER_PARTICIPANT;
+    use crate::media::identity::Origin;
     use crate::plan::Member;
 
     /// Publish, baseline, one tier, stop, leave.
@@ -412,10 +413,14 @@ mod tests {
                 .is_err()
         );
         assert_eq!(said(&shared).1, Some(4));
+        let audio = Origin {
+            publisher: 1,
+            track: 0,
+        };
         shared.inbox().frames.insert((1, 0, 0), 500);
         start(&shared, &clock, 4);
         led.before_account(&roster).await;
-        assert_eq!(roster.frames(1, 0, 0), 500);
+        assert_eq!(roster.frames(audio, 0), 500);
         assert_eq!(said(&shared).0, Some(4));
     }
 }

@@ -20,6 +20,7 @@ use crate::coordinator::protocol::{
     TokensRequest, VERSION, VantageClock, other_version,
 };
 use crate::engine;
+use crate::media::identity::Origin;
 use crate::run::Interrupts;
 use crate::signal::{NotIssued, Secret, TokenRequest};
 use crate::units::{Epoch, Time};
@@ -513,10 +514,12 @@ impl Inbox {
 
     /// Tells the roster what is known of the publishers of others.
     pub fn tell(&self, roster: &engine::Roster) {
-        for ((origin, track, layer), frames) in &self.frames {
+        for ((publisher, track, layer), frames) in &self.frames {
             roster.set_frames_elsewhere(engine::FrameCount {
-                origin: *origin,
-                track: *track,
+                origin: Origin {
+                    publisher: *publisher,
+                    track: *track,
+                },
                 layer: *layer,
                 frames: *frames,
             });
@@ -716,8 +719,10 @@ mod tests {
         let shared = beats.shared.clone();
         shared.outbox().set_frames(
             [Count {
-                origin: 1,
-                track: 0,
+                origin: Origin {
+                    publisher: 1,
+                    track: 0,
+                },
                 layer: 0,
                 frames: 9,
             }]

@@ -10,6 +10,7 @@ use crate::coordinator::protocol::{
 };
 use crate::engine;
 use crate::measure::Record;
+use crate::media::identity::Origin;
 
 /// What the run found out so far.
 #[derive(Default)]
@@ -21,7 +22,8 @@ pub(super) struct BeatOutbox {
     stage: Option<u32>,
     ready_for: Option<u32>,
     tiers: BTreeMap<u32, Changed<MeasuredTier>>,
-    frames: BTreeMap<(u32, u8, u8), Changed<u64>>,
+    /// By track and layer.
+    frames: BTreeMap<(Origin, u8), Changed<u64>>,
     starts: BTreeMap<u32, Changed<i64>>,
     live: LiveSecond,
     invalid: Vec<String>,
@@ -94,12 +96,11 @@ impl BeatOutbox {
         self.version += 1;
         for engine::FrameCount {
             origin,
-            track,
             layer,
             frames,
         } in counts
         {
-            let key = (origin, track, layer);
+            let key = (origin, layer);
             if self
                 .frames
                 .get(&key)
@@ -142,8 +143,8 @@ impl BeatOutbox {
                 .map(|(stage, tier)| (*stage, tier.clone()))
                 .collect(),
             frames: news(&self.frames, answered)
-                .map(|((origin, track, layer), frames)| {
-                    FrameCountEntry(*origin, *track, *layer, *frames)
+                .map(|((origin, layer), frames)| {
+                    FrameCountEntry(origin.publisher, origin.track, *layer, *frames)
                 })
                 .collect(),
             starts: news(&self.starts, answered)
@@ -222,8 +223,10 @@ mod tests {
 
     fn count(frames: u32) -> engine::FrameCount {
         engine::FrameCount {
-            origin: 7,
-            track: 1,
+            origin: Origin {
+                publisher: 7,
+                track: 1,
+            },
             layer: 2,
             frames,
         }

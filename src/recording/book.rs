@@ -358,6 +358,6 @@ fn state_frame_count(output: &mut RecordingFile, frames: u64) -> io::Result<()> 
 
 /// Who made a frame, if it is of this run.
 fn publisher(identity: &FrameIdentity, plan: &Plan) -> Option<String> {
-    plan.identity_at(identity.origin)
+    plan.identity_at(identity.origin.publisher)
         .filter(|_| identity.run == plan.run_tag)
 }

@@ -31,7 +31,7 @@ pub(super) fn state_tracks(
         let is_there = |stream: &StreamOutcome| {
             !stream
                 .origin
-                .is_some_and(|(origin, _)| lost.has(plan, origin))
+                .is_some_and(|origin| lost.has(plan, origin.publisher))
         };
         let live =
             streams.filter(|(_, stream)| stream.kind == kind && stream.live && is_there(stream));
@@ -173,7 +173,7 @@ pub fn quality(
         live.extend(
             stream
                 .origin
-                .filter(|(origin, _)| stream.live && !is_lost(*origin)),
+                .filter(|origin| stream.live && !is_lost(origin.publisher)),
         );
         quality.packets_received += stream.counts.received;
         quality.packets_lost_network += stream.counts.lost_network;

@@ -238,8 +238,8 @@ impl Test<'_> {
                     .map_or(&[][..], Vec::as_slice);
                 let fared = |kind| {
                     let expected = expected_tracks(self.plan, &self.lost, &plan, kind, ended);
-                    quality(peers, kind, expected, |origin| {
-                        self.lost.has(self.plan, origin)
+                    quality(peers, kind, expected, |publisher| {
+                        self.lost.has(self.plan, publisher)
                     })
                 };
                 ParticipantOutcome {

@@ -55,6 +55,7 @@ mod tests {
     use super::*;
     use crate::engine::subscriber::StreamOutcome;
     use crate::measure::Kind;
+    use crate::media::identity::Origin;
     use crate::run::account::quality;
     use crate::transport::receive::ReceiveCounts;
 
@@ -72,7 +73,10 @@ mod tests {
             jitter: Duration::from_micros(at),
             latency_us_max: None,
             ssrc: (at * 10 + number) as u32,
-            origin: Some((number as u32, 0)),
+            origin: Some(Origin {
+                publisher: number as u32,
+                track: 0,
+            }),
             live: !(at + number).is_multiple_of(3),
             frames_expected: at + number,
             frames_delivered: at,

@@ -60,7 +60,7 @@ impl Survey {
                 .copied()
                 .filter(|peer| peer.intended_at >= visit)
                 .collect();
-            let is_lost = |origin| lost.has(plan, origin);
+            let is_lost = |publisher| lost.has(plan, publisher);
             let fares = |kind| {
                 let expected = plan.expected_tracks(&participant, kind, lost);
                 MediaQuality {

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::PEERS_PER_PARTICIPANT;
 use crate::engine::worker::{self, Occasion, ShardWorkerConfig, WorkerReport};
-use crate::engine::{ShardCommand, ShardConfig};
+use crate::engine::{PeerKey, ShardCommand, ShardConfig};
 use crate::measure::Record;
 use crate::net;
 use crate::signal::session::ShardPlace;
@@ -41,13 +41,14 @@ pub(super) struct AskedThreads(Vec<u64>);
 /// Where a participant's connections live.
 pub(super) struct Home {
     commands: Sender<ShardCommand>,
-    key: usize,
+    key: PeerKey,
 }
 
 impl Home {
     /// The plan has a participant leave that is gone already.
     pub fn leave(self) {
-        for key in self.key..self.key + PEERS_PER_PARTICIPANT {
+        for place in 0..PEERS_PER_PARTICIPANT {
+            let key = PeerKey(self.key.0 + place);
             // A thread that is gone is missed when its account is.
             let _ = self.commands.send(ShardCommand::Leave { key });
             let _ = self.commands.send(ShardCommand::RemovePeer { key });
@@ -222,12 +223,16 @@ impl EngineThreads {
 
 /// Which shard and which keys each participant has, by its position.
 fn places(parts: &[Vec<u32>]) -> Vec<ShardPlace> {
-    let mut places = vec![ShardPlace { shard: 0, key: 0 }; parts.iter().map(Vec::len).sum()];
+    let nowhere = ShardPlace {
+        shard: 0,
+        key: PeerKey(0),
+    };
+    let mut places = vec![nowhere; parts.iter().map(Vec::len).sum()];
     for (shard, part) in parts.iter().enumerate() {
         for (at, position) in part.iter().enumerate() {
             places[*position as usize] = ShardPlace {
                 shard,
-                key: at * PEERS_PER_PARTICIPANT,
+                key: PeerKey(at * PEERS_PER_PARTICIPANT),
             };
         }
     }

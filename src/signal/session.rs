@@ -30,7 +30,9 @@ use super::client::{
     SignalReceiver, SignalSender, Trickle,
 };
 use super::token::Permissions;
-use crate::engine::{NewPeer, Roster, ShardCommand, ShardEvent, StreamParameters, track_number};
+use crate::engine::{
+    NewPeer, PeerKey, Roster, ShardCommand, ShardEvent, StreamParameters, track_number,
+};
 use crate::measure::{JoinTimeline, Kind};
 use crate::path::Routes;
 use crate::plan::{ParticipantPlan, VideoSpec, ViewLayout};
@@ -101,7 +103,7 @@ pub struct SessionContext {
 pub struct ShardPlace {
     pub shard: usize,
     /// The key of its publisher connection, or of its only one; the subscriber connection has the next one.
-    pub key: usize,
+    pub key: PeerKey,
 }
 
 /// Media sections in which the server may send us tracks.
@@ -965,7 +967,7 @@ impl Session {
     }
 
     /// The connection that the server's tracks come on.
-    fn receiving_key(&self) -> usize {
+    fn receiving_key(&self) -> PeerKey {
         self.key(if self.context.single_connection {
             PeerRole::Publisher
         } else {
@@ -1366,8 +1368,8 @@ impl Session {
         let _ = self.context.shards[self.place.shard].send(command);
     }
 
-    fn key(&self, role: PeerRole) -> usize {
-        self.place.key + usize::from(role == PeerRole::Subscriber)
+    fn key(&self, role: PeerRole) -> PeerKey {
+        PeerKey(self.place.key.0 + usize::from(role == PeerRole::Subscriber))
     }
 
     fn half_mut(&mut self, role: PeerRole) -> &mut PeerHalf {
@@ -1377,11 +1379,11 @@ impl Session {
         }
     }
 
-    fn half_of(&mut self, key: usize) -> &mut PeerHalf {
+    fn half_of(&mut self, key: PeerKey) -> &mut PeerHalf {
         self.half_mut(self.role_of(key))
     }
 
-    fn role_of(&self, key: usize) -> PeerRole {
+    fn role_of(&self, key: PeerKey) -> PeerRole {
         if key == self.place.key {
             PeerRole::Publisher
         } else {

@@ -12,7 +12,7 @@ use crate::common::pair::{Pair, audio, layers, video};
 use crate::common::switcher::{Downlink, World};
 use throng::cli;
 use throng::engine::publisher::{Pacing, Redundancy, SendParameters};
-use throng::engine::{ShardCommand, VIDEO_TRACK};
+use throng::engine::{PeerKey, ShardCommand, VIDEO_TRACK};
 use throng::recording::Recording;
 
 /// Allocations of ten seconds of audio and video, after two seconds to settle; those of milliseconds with ICE traffic apart.
@@ -170,7 +170,7 @@ fn layers_that_rest_and_start_again_allocate_nothing() {
         ALLOCATIONS.set(0);
         link::under_test(true, || {
             pair.command(ShardCommand::SetLayers {
-                key: 0,
+                key: PeerKey(0),
                 track: VIDEO_TRACK,
                 layers: watched,
             });

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use throng::engine::Io;
+use throng::engine::{Io, PeerKey};
 use throng::units::Time;
 
 thread_local! {
@@ -179,11 +179,11 @@ impl Io for Outlet {
         &mut self.buffer
     }
 
-    fn send(&mut self, key: usize, to: SocketAddr, len: usize, segment: usize) {
+    fn send(&mut self, key: PeerKey, to: SocketAddr, len: usize, segment: usize) {
         under_test(false, || {
             for bytes in self.buffer[..len].chunks(segment) {
                 self.sent.push(Datagram {
-                    from: self.addresses[key],
+                    from: self.addresses[key.0],
                     to,
                     bytes: bytes.to_vec(),
                 });
@@ -191,5 +191,5 @@ impl Io for Outlet {
         });
     }
 
-    fn connect(&mut self, _key: usize, _to: SocketAddr) {}
+    fn connect(&mut self, _key: PeerKey, _to: SocketAddr) {}
 }

@@ -8,9 +8,11 @@ use throng::codec::{Codec, PayloadTypes};
 use throng::engine::ShardConfig;
 use throng::engine::publisher::{MediaSource, Pacing, SendParameters, SimulcastLayer};
 use throng::engine::shard::Shard;
-use throng::engine::{NewPeer, Roster, ShardCommand, ShardEvent, StreamParameters, track_number};
+use throng::engine::{
+    NewPeer, PeerKey, Roster, ShardCommand, ShardEvent, StreamParameters, track_number,
+};
 use throng::measure::{Kind, Record};
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::recording::Tap;
@@ -178,7 +180,7 @@ impl Pair {
                 obeys_bandwidth: obeys_bandwidth && me == 0,
                 intended_at: Time::ZERO,
             };
-            pair.shards[me].add_peer(0, peer, Time::ZERO, &mut pair.outlets[me]);
+            pair.shards[me].add_peer(PeerKey(0), peer, Time::ZERO, &mut pair.outlets[me]);
         }
         while pair.connected != [true; 2] {
             assert!(pair.now < Time::from_millis(5_000), "not connected");
@@ -253,12 +255,18 @@ impl Pair {
         });
         let streams = streams.collect();
         self.shards[1].handle_command(
-            ShardCommand::Subscribe { key: 0, streams },
+            ShardCommand::Subscribe {
+                key: PeerKey(0),
+                streams,
+            },
             self.now,
             &mut self.outlets[1],
         );
         self.shards[0].handle_command(
-            ShardCommand::Publish { key: 0, tracks },
+            ShardCommand::Publish {
+                key: PeerKey(0),
+                tracks,
+            },
             self.now,
             &mut self.outlets[0],
         );
@@ -285,7 +293,10 @@ impl Pair {
             pacing,
             identity: FrameIdentity {
                 run: RUN,
-                track,
+                origin: Origin {
+                    publisher: 0,
+                    track,
+                },
                 layer,
                 ..FrameIdentity::default()
             },
@@ -349,14 +360,21 @@ impl Pair {
         match classify(&datagram.bytes) {
             Class::Rtp => {
                 (self.on_arrived)(datagram);
-                under_test(true, || shard.handle_rtp(0, &mut datagram.bytes, at));
+                under_test(true, || {
+                    shard.handle_rtp(PeerKey(0), &mut datagram.bytes, at)
+                });
             }
             Class::Rtcp => under_test(true, || {
-                shard.handle_rtcp(0, &mut datagram.bytes, at, self.now, outlet)
+                shard.handle_rtcp(PeerKey(0), &mut datagram.bytes, at, self.now, outlet)
             }),
-            _ => {
-                shard.handle_setup_datagram(0, &datagram.bytes, datagram.from, at, self.now, outlet)
-            }
+            _ => shard.handle_setup_datagram(
+                PeerKey(0),
+                &datagram.bytes,
+                datagram.from,
+                at,
+                self.now,
+                outlet,
+            ),
         }
     }
 }

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use throng::engine::publisher::Pacing;
 use throng::engine::worker::{self, ShardWorkerConfig, WorkerReport};
-use throng::engine::{PeerOutcome, Roster, ShardCommand, ShardConfig};
+use throng::engine::{PeerKey, PeerOutcome, Roster, ShardCommand, ShardConfig, VIDEO_TRACK};
 use throng::measure::Record;
+use throng::media::identity::Origin;
 use throng::plan::{ParticipantPlan, VideoSpec};
 use throng::signal::session::{self, Media, Notice, Request, Sections, SessionContext, ShardPlace};
 use throng::transport::peer::Identity;
@@ -98,7 +99,7 @@ impl People {
             let (sender, receiver) = mpsc::unbounded_channel();
             let place = ShardPlace {
                 shard: 0,
-                key: 2 * index as usize,
+                key: PeerKey(2 * index as usize),
             };
             let ahead = Sections {
                 audio: u32::from(index > 0),
@@ -167,7 +168,11 @@ impl People {
 
     /// Frames that the publisher has sent, by layer.
     pub fn frames(&self) -> [u32; 3] {
-        [0, 1, 2].map(|layer| self.roster.frames(0, throng::engine::VIDEO_TRACK, layer))
+        let origin = Origin {
+            publisher: 0,
+            track: VIDEO_TRACK,
+        };
+        [0, 1, 2].map(|layer| self.roster.frames(origin, layer))
     }
 
     /// Waits for what the publisher is to do.

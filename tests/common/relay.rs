@@ -9,10 +9,10 @@ use throng::codec::{Codec, PayloadTypes};
 use throng::engine::publisher::{MediaSource, Pacing, Redundancy, SendParameters};
 use throng::engine::shard::Shard;
 use throng::engine::{
-    NewPeer, PeerOutcome, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters,
+    NewPeer, PeerKey, PeerOutcome, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters,
 };
 use throng::measure::{Kind, Record};
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::{
     Encodings, MediaCommand, MediaEvent, Outgoing, Selection, SendMode, SubscriptionId,
@@ -243,7 +243,7 @@ impl<W: Wire> Relay<W> {
                 intended_at: Time::ZERO,
             };
             // The client may be first: its check then waits for the router to hear of it.
-            shard.add_peer(0, peer, Time::ZERO, &mut outlet);
+            shard.add_peer(PeerKey(0), peer, Time::ZERO, &mut outlet);
             relay.clients.push(Client {
                 shard,
                 outlet,
@@ -316,8 +316,10 @@ impl<W: Wire> Relay<W> {
         let first_frame_at = self.now + TICK;
         let identity = FrameIdentity {
             run: 77,
-            origin: client as u32,
-            track: index as u8,
+            origin: Origin {
+                publisher: client as u32,
+                track: index as u8,
+            },
             ..FrameIdentity::default()
         };
         self.roster
@@ -340,7 +342,10 @@ impl<W: Wire> Relay<W> {
         }];
         let publisher = &mut self.clients[client];
         publisher.shard.handle_command(
-            ShardCommand::Publish { key: 0, tracks },
+            ShardCommand::Publish {
+                key: PeerKey(0),
+                tracks,
+            },
             self.now,
             &mut publisher.outlet,
         );
@@ -393,7 +398,10 @@ impl<W: Wire> Relay<W> {
         }];
         let subscriber = &mut self.clients[client];
         subscriber.shard.handle_command(
-            ShardCommand::Subscribe { key: 0, streams },
+            ShardCommand::Subscribe {
+                key: PeerKey(0),
+                streams,
+            },
             self.now,
             &mut subscriber.outlet,
         );
@@ -512,14 +520,16 @@ impl<W: Wire> Relay<W> {
         }
         let client = &mut self.clients[index];
         match classify(&datagram.bytes) {
-            Class::Rtp => client.shard.handle_rtp(0, &mut datagram.bytes, at),
-            Class::Rtcp => {
-                client
-                    .shard
-                    .handle_rtcp(0, &mut datagram.bytes, at, now, &mut client.outlet)
-            }
+            Class::Rtp => client.shard.handle_rtp(PeerKey(0), &mut datagram.bytes, at),
+            Class::Rtcp => client.shard.handle_rtcp(
+                PeerKey(0),
+                &mut datagram.bytes,
+                at,
+                now,
+                &mut client.outlet,
+            ),
             _ => client.shard.handle_setup_datagram(
-                0,
+                PeerKey(0),
                 &datagram.bytes,
                 datagram.from,
                 at,

@@ -43,9 +43,9 @@ use throng::codec::Codec;
 use throng::engine::ShardConfig;
 use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
-use throng::engine::{NewPeer, Roster, ShardCommand, ShardEvent, StreamParameters};
+use throng::engine::{NewPeer, PeerKey, Roster, ShardCommand, ShardEvent, StreamParameters};
 use throng::measure::{Kind, Record};
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, classify};
 use throng::transport::sdp::{
@@ -655,6 +655,7 @@ impl World {
             obeys_bandwidth: false,
             intended_at: Time::ZERO,
         };
+        let key = PeerKey(key);
         self.shard.add_peer(key, peer, Time::ZERO, &mut self.outlet);
         let streams = agreed.streams.clone();
         self.shard.handle_command(
@@ -693,7 +694,10 @@ impl World {
                     pacing,
                     identity: FrameIdentity {
                         run: RUN,
-                        track: track as u8,
+                        origin: Origin {
+                            publisher: 0,
+                            track: track as u8,
+                        },
                         ..FrameIdentity::default()
                     },
                     seed: 5,
@@ -702,7 +706,10 @@ impl World {
             });
         let tracks = tracks.collect();
         self.shard.handle_command(
-            ShardCommand::Publish { key: 0, tracks },
+            ShardCommand::Publish {
+                key: PeerKey(0),
+                tracks,
+            },
             self.now,
             &mut self.outlet,
         );
@@ -738,7 +745,7 @@ impl World {
         self.shard.handle_control_timers(now, &mut self.outlet);
         while let Some((key, event)) = self.shard.poll_event() {
             match event {
-                ShardEvent::Connected { .. } => self.connected[key] = true,
+                ShardEvent::Connected { .. } => self.connected[key.0] = true,
                 ShardEvent::Failed { failure, .. } => self.failure = Some(failure),
                 _ => {}
             }
@@ -771,6 +778,7 @@ impl World {
             .addresses
             .iter()
             .position(|address| *address == datagram.to)
+            .map(PeerKey)
             .unwrap();
         match classify(&datagram.bytes) {
             Class::Rtp => {

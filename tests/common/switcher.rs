@@ -8,10 +8,10 @@ use throng::codec::{Codec, PayloadTypes};
 use throng::engine::Roster;
 use throng::engine::publisher::{Pacing, SendParameters, SendTrack, TrackWire};
 use throng::engine::subscriber::{EVENTS_MAX, RecvStream, StreamContext};
-use throng::engine::{StreamParameters, VIDEO_TRACK};
+use throng::engine::{PeerKey, StreamParameters, VIDEO_TRACK};
 use throng::measure::Record;
 use throng::media::assemble::FrameEvent;
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::transport::rtp::Header;
 use throng::transport::sequence::{Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Opener, Profile, Sealer, session};
@@ -93,7 +93,10 @@ impl World {
         let tracks = layers().into_iter().zip(0..).map(|(source, layer)| {
             let identity = FrameIdentity {
                 run: RUN,
-                track: VIDEO_TRACK,
+                origin: Origin {
+                    publisher: 0,
+                    track: VIDEO_TRACK,
+                },
                 layer,
                 ..FrameIdentity::default()
             };
@@ -194,7 +197,7 @@ impl World {
         for track in &mut self.tracks {
             let mut wire = TrackWire {
                 io: &mut self.outlet,
-                key: 0,
+                key: PeerKey(0),
                 to,
                 sealer: &self.uplink.0,
                 epoch: self.epoch,

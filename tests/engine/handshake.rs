@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::common::link::{Conditions, Datagram, Link};
 use throng::engine::shard::Shard;
-use throng::engine::{Io, NewPeer, Roster, ShardConfig, ShardEvent};
+use throng::engine::{Io, NewPeer, PeerKey, Roster, ShardConfig, ShardEvent};
 use throng::transport::peer::{IceCredentials, Identity, Peer, PeerEvent, PeerParameters};
 use throng::units::{Epoch, Time};
 
@@ -239,14 +239,14 @@ impl Io for Outbox {
         &mut self.buffer
     }
 
-    fn send(&mut self, _: usize, _: SocketAddr, len: usize, segment: usize) {
+    fn send(&mut self, _: PeerKey, _: SocketAddr, len: usize, segment: usize) {
         self.sent
             .extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
     }
 
-    fn connect(&mut self, _: usize, _: SocketAddr) {}
+    fn connect(&mut self, _: PeerKey, _: SocketAddr) {}
 
-    fn disconnect(&mut self, _: usize) {}
+    fn disconnect(&mut self, _: PeerKey) {}
 }
 
 /// The events of a shard's peer against another peer, which reads of DTLS what `reads` lets it. `certificate`: the one that the shard is told to expect.
@@ -290,7 +290,7 @@ fn events_of(
         obeys_bandwidth: false,
         intended_at: Time::ZERO,
     };
-    shard.add_peer(0, peer, Time::ZERO, &mut outbox);
+    shard.add_peer(PeerKey(0), peer, Time::ZERO, &mut outbox);
     let mut server = Peer::new(
         other,
         &parameters(1, shard_identity.fingerprint()),
@@ -309,7 +309,7 @@ fn events_of(
         let mut answers = Vec::new();
         server.poll(now, |bytes, _| answers.push(bytes.to_vec()), |_| {});
         for answer in answers {
-            shard.handle_setup_datagram(0, &answer, addresses[1], now, now, &mut outbox);
+            shard.handle_setup_datagram(PeerKey(0), &answer, addresses[1], now, now, &mut outbox);
         }
         shard.handle_media_timers(now, &mut outbox);
         shard.handle_control_timers(now, &mut outbox);

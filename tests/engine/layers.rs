@@ -14,7 +14,8 @@ use crate::common::pair::{
 };
 use crate::common::switcher::{Downlink, World};
 use throng::engine::publisher::{Pacing, SendParameters, SpeakerTurns, Talk};
-use throng::engine::{AUDIO_TRACK, ShardCommand, VIDEO_TRACK};
+use throng::engine::{AUDIO_TRACK, PeerKey, ShardCommand, VIDEO_TRACK};
+use throng::media::identity::Origin;
 use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::transport::rtp::Header;
 use throng::units::{Bitrate, Time};
@@ -132,9 +133,11 @@ fn each_layer_has_its_own_rate_and_its_first_key_frame_comes_twice() {
     pair.run_for(Duration::from_secs(4));
     let roster = pair.roster.clone();
     let [sender, receiver] = pair.finish();
-    let frames: Vec<u32> = (0..3)
-        .map(|layer| roster.frames(0, VIDEO_TRACK, layer))
-        .collect();
+    let origin = Origin {
+        publisher: 0,
+        track: VIDEO_TRACK,
+    };
+    let frames: Vec<u32> = (0..3).map(|layer| roster.frames(origin, layer)).collect();
     for (frames, fps) in frames.iter().zip([15, 20, 30]) {
         assert!(frames.abs_diff(4 * fps) <= 1, "{frames} at {fps} fps");
     }
@@ -163,7 +166,7 @@ fn a_layer_that_nobody_watches_rests_and_starts_again_with_a_key_frame_in_its_ol
     let start = pair.now + Duration::from_millis(1);
     pair.run_for(Duration::from_secs(2));
     let set = |layers| ShardCommand::SetLayers {
-        key: 0,
+        key: PeerKey(0),
         track: VIDEO_TRACK,
         layers,
     };
@@ -220,7 +223,7 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
     pair.publish_tracks(tracks);
     pair.run_for(Duration::from_secs(3));
     let mute = |track, muted| ShardCommand::SetMuted {
-        key: 0,
+        key: PeerKey(0),
         track,
         muted,
     };

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use crate::common::link::Conditions;
 use crate::common::pair::{AUDIO_SSRC, Pair, VIDEO_SSRC, audio, video};
-use throng::engine::ShardCommand;
 use throng::engine::publisher::Pacing;
+use throng::engine::{PeerKey, ShardCommand};
 use throng::measure::{Media, Record};
 
 /// Frames a second.
@@ -56,11 +56,11 @@ fn check(record: &Record, expected_seconds: u64, causes_in_seconds: [u64; 5]) {
 
 #[test]
 fn a_publisher_that_is_removed_owes_every_slot_until_the_plan_ends_it() {
-    let record = after(|pair| pair.shards[0].remove_peer(0));
+    let record = after(|pair| pair.shards[0].remove_peer(PeerKey(0)));
     check(&record, END, [END - MIDDLE, 0, 0, 0, 0]);
     // The stream is withdrawn, as a server does when its publisher is gone: nothing changes.
     let record = after(|pair| {
-        pair.shards[0].remove_peer(0);
+        pair.shards[0].remove_peer(PeerKey(0));
         pair.run_for(Duration::from_millis(100));
         withdraw(pair);
     });
@@ -72,7 +72,10 @@ fn a_publisher_that_is_removed_owes_every_slot_until_the_plan_ends_it() {
 
 fn withdraw(pair: &mut Pair) {
     let ssrcs = vec![AUDIO_SSRC, VIDEO_SSRC];
-    let command = ShardCommand::Unsubscribe { key: 0, ssrcs };
+    let command = ShardCommand::Unsubscribe {
+        key: PeerKey(0),
+        ssrcs,
+    };
     pair.shards[1].handle_command(command, pair.now, &mut pair.outlets[1]);
 }
 
@@ -80,11 +83,14 @@ fn withdraw(pair: &mut Pair) {
 fn a_track_that_the_server_takes_stops_and_stays_owed() {
     let record = after(|pair| {
         for track in [0, 1] {
-            pair.command(ShardCommand::LoseTrack { key: 0, track });
+            pair.command(ShardCommand::LoseTrack {
+                key: PeerKey(0),
+                track,
+            });
         }
         // That nobody can watch it any more is no excuse.
         pair.command(ShardCommand::SetLayers {
-            key: 0,
+            key: PeerKey(0),
             track: 1,
             layers: 0,
         });
@@ -95,26 +101,26 @@ fn a_track_that_the_server_takes_stops_and_stays_owed() {
 #[test]
 fn whom_the_plan_has_leave_or_rest_owes_nothing() {
     let record = after(|pair| {
-        pair.command(ShardCommand::Leave { key: 0 });
-        pair.shards[0].remove_peer(0);
+        pair.command(ShardCommand::Leave { key: PeerKey(0) });
+        pair.shards[0].remove_peer(PeerKey(0));
     });
     check(&record, MIDDLE, [0; 5]);
     let record = after(|pair| {
         for track in [0, 1] {
             pair.command(ShardCommand::SetMuted {
-                key: 0,
+                key: PeerKey(0),
                 track,
                 muted: true,
             });
         }
-        pair.shards[0].remove_peer(0);
+        pair.shards[0].remove_peer(PeerKey(0));
     });
     check(&record, MIDDLE, [0; 5]);
     // Gone first, and to leave by plan three seconds later.
     let record = after(|pair| {
-        pair.shards[0].remove_peer(0);
+        pair.shards[0].remove_peer(PeerKey(0));
         pair.run_for(Duration::from_secs(3));
-        pair.command(ShardCommand::Leave { key: 0 });
+        pair.command(ShardCommand::Leave { key: PeerKey(0) });
     });
     check(&record, MIDDLE + 3, [3, 0, 0, 0, 0]);
 }
@@ -135,7 +141,7 @@ fn a_subscription_that_the_server_withdraws_is_owed_what_its_source_makes() {
 #[test]
 fn a_subscriber_that_is_thrown_out_stays_owed_and_one_that_leaves_does_not() {
     let record = after(|pair| {
-        pair.shards[1].remove_peer(0);
+        pair.shards[1].remove_peer(PeerKey(0));
         // Its socket is closed.
         pair.set_conditions(Conditions {
             loss: 1.0,
@@ -149,10 +155,10 @@ fn a_subscriber_that_is_thrown_out_stays_owed_and_one_that_leaves_does_not() {
         assert!(missing >= (END - MIDDLE) * rate);
     }
     let record = after(|pair| {
-        let command = ShardCommand::Leave { key: 0 };
+        let command = ShardCommand::Leave { key: PeerKey(0) };
         pair.shards[1].handle_command(command, pair.now, &mut pair.outlets[1]);
         pair.run_for(Duration::from_millis(100));
-        pair.shards[1].remove_peer(0);
+        pair.shards[1].remove_peer(PeerKey(0));
     });
     check(&record, MIDDLE, [0; 5]);
 }

@@ -7,7 +7,9 @@ use crate::common::on_both_servers;
 use crate::common::people::People;
 use crate::common::program::{Report, Scratch, against, alone, throng};
 use crate::common::server::Server;
+use throng::engine::AUDIO_TRACK;
 use throng::measure::Kind;
+use throng::media::identity::Origin;
 use throng::signal::session::Request;
 
 on_both_servers!(
@@ -124,7 +126,11 @@ fn a_muted_track_is_silent_and_comes_back_with_a_key_frame(server: &Server) {
     let mute = |kind, muted| Request::SetMuted { kind, muted };
     people.ask(0, mute(Kind::Audio, true));
     people.ask(0, mute(Kind::Video, true));
-    let frames = |people: &People| (people.roster.frames(0, 0, 0), people.frames());
+    let audio = Origin {
+        publisher: 0,
+        track: AUDIO_TRACK,
+    };
+    let frames = |people: &People| (people.roster.frames(audio, 0), people.frames());
     // Told to the server and to the shard by then; the pause is long enough to be a freeze, if it were one.
     std::thread::sleep(Duration::from_millis(500));
     let at_rest = frames(&people);

@@ -7,8 +7,8 @@ use crate::common::pair::{audio, video};
 use crate::common::path::{Conditions, Loss};
 use crate::common::relay::Relay;
 use crate::common::tapped::{Direction, Tapped};
-use throng::engine::ShardCommand;
 use throng::engine::publisher::{MediaSource, Pacing};
+use throng::engine::{PeerKey, ShardCommand};
 use throng::measure::{Histogram, Record};
 use throng::sfu::SendMode;
 
@@ -282,7 +282,7 @@ const CAUSES: &[Cause] = &[
         bring: |relay| {
             let (now, publisher) = (relay.now, &mut relay.clients[0]);
             let mute = ShardCommand::SetMuted {
-                key: 0,
+                key: PeerKey(0),
                 track: 1,
                 muted: true,
             };

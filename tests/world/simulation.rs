@@ -12,10 +12,10 @@ use throng::codec::Codec;
 use throng::engine::publisher::{Redundancy, SendParameters, SimulcastLayer};
 use throng::engine::shard::Shard;
 use throng::engine::{
-    NewPeer, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters, track_number,
+    NewPeer, PeerKey, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters, track_number,
 };
 use throng::measure::Kind;
-use throng::media::identity::FrameIdentity;
+use throng::media::identity::{FrameIdentity, Origin};
 use throng::secrets::Secrets;
 use throng::sfu::lobby::{ConnectionId, Entrant, Lobby, LobbyConfig, LobbyOutput};
 use throng::sfu::router::{Router, RouterConfig};
@@ -137,7 +137,7 @@ pub enum Receiver {
     /// The shard, and the key of the publisher connection; the subscriber connection has the next one.
     Engine {
         shard: usize,
-        key: usize,
+        key: PeerKey,
     },
     Witness(Box<Witness>),
 }
@@ -507,7 +507,7 @@ impl World {
                 .into_iter()
                 .filter(|half| was_open[*half as usize])
             {
-                let key = key + half as usize;
+                let key = key_of(key, half);
                 if by_plan {
                     self.shards[shard].handle_command(
                         ShardCommand::Leave { key },
@@ -629,9 +629,9 @@ impl World {
     }
 
     /// Tells the shard of an engine participant.
-    fn command(&mut self, index: usize, half: Half, command: impl FnOnce(usize) -> ShardCommand) {
+    fn command(&mut self, index: usize, half: Half, command: impl FnOnce(PeerKey) -> ShardCommand) {
         if let Receiver::Engine { shard, key } = self.sessions[index].receiver {
-            let command = command(key + half as usize);
+            let command = command(key_of(key, half));
             self.shards[shard].handle_command(command, self.now, &mut self.outlets[shard]);
         }
     }
@@ -720,7 +720,7 @@ impl World {
                     obeys_bandwidth: false,
                     intended_at: session.person.joins_at,
                 };
-                let (shard, key) = (*shard, *key + half as usize);
+                let (shard, key) = (*shard, key_of(*key, half));
                 self.shards[shard].add_peer(key, peer, self.now, &mut self.outlets[shard]);
             }
         }
@@ -755,7 +755,7 @@ impl World {
         match &mut session.receiver {
             Receiver::Witness(witness) => witness.handle_streams(half, removed, added),
             Receiver::Engine { shard, key } => {
-                let (shard, key) = (*shard, *key + half as usize);
+                let (shard, key) = (*shard, key_of(*key, half));
                 let ssrcs = removed.iter().map(|track| track.ssrc).collect();
                 let streams = added.iter().map(|track| StreamParameters {
                     payloads: track.payloads,
@@ -1222,7 +1222,7 @@ impl World {
                     .for_each(|datagram| session.up.send(datagram, self.now));
                 return;
             }
-            Receiver::Engine { shard, key } => (*shard, *key + half as usize),
+            Receiver::Engine { shard, key } => (*shard, key_of(*key, half)),
         };
         self.tally.to_engines += 1;
         self.tally.to_engines_bytes += datagram.bytes.len() as u64;
@@ -1274,13 +1274,13 @@ impl World {
     fn take_engine_events(&mut self) {
         for shard in 0..self.shards.len() {
             while let Some((key, event)) = self.shards[shard].poll_event() {
-                let place = |session: &Session| matches!(session.receiver, Receiver::Engine { shard: at, key: first } if at == shard && first == key & !1);
+                let place = |session: &Session| matches!(session.receiver, Receiver::Engine { shard: at, key: first } if at == shard && first.0 == key.0 & !1);
                 let index = self
                     .sessions
                     .iter()
                     .position(place)
                     .expect("a key that was given out");
-                let half = if key & 1 == 0 {
+                let half = if key.0 & 1 == 0 {
                     Half::Publisher
                 } else {
                     Half::Subscriber
@@ -1352,8 +1352,10 @@ impl World {
                     pacing: session.person.pacing,
                     identity: FrameIdentity {
                         run: RUN,
-                        origin: session.person.index,
-                        track: track_number(kind),
+                        origin: Origin {
+                            publisher: session.person.index,
+                            track: track_number(kind),
+                        },
                         layer: layer as u8,
                         ..FrameIdentity::default()
                     },
@@ -1438,6 +1440,11 @@ impl Session {
     }
 }
 
+/// The key of one of a participant's connections, by that of the publisher connection.
+fn key_of(first: PeerKey, half: Half) -> PeerKey {
+    PeerKey(first.0 + half as usize)
+}
+
 fn new_session(
     person: &Person,
     seed: u64,
@@ -1449,7 +1456,7 @@ fn new_session(
     let receiver = match person.role {
         Role::Witness => Receiver::Witness(Box::default()),
         Role::Engine => {
-            let key = keys[shard].len();
+            let key = PeerKey(keys[shard].len());
             keys[shard].extend(addresses);
             Receiver::Engine { shard, key }
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use throng::codec::vp8::{PictureId, Vp8Descriptor};
 use throng::engine::PeerOutcome;
 use throng::measure::{Kind, Media, Record};
-use throng::media::identity::{FrameIdentity, VIDEO_TRAILER_LEN};
+use throng::media::identity::{FrameIdentity, Origin, VIDEO_TRAILER_LEN};
 use throng::sfu::statistics::RouterStatistics;
 
 use throng::units::Time;
@@ -399,7 +399,7 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
         for stream in &peer.streams {
             let (delivered, expected) = (stream.frames_delivered, stream.frames_expected);
             let receiver = &world.sessions[index];
-            let Some((origin, number)) = stream.origin else {
+            let Some(Origin { publisher, track }) = stream.origin else {
                 let missing = is_awaited(world, receiver, stream.ssrc, stream.kind);
                 world.check(Rule::StreamsFlow, !missing, || {
                     format!(
@@ -409,23 +409,23 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
                 });
                 continue;
             };
-            let publisher = &world.sessions[origin as usize];
+            let source = &world.sessions[publisher as usize];
             let [up, down] = [
-                publisher.person.up.is_perfect(),
+                source.person.up.is_perfect(),
                 receiver.person.down.is_perfect(),
             ];
             let all_must_come = up
                 && down
                 && is_undisturbed(receiver, stream.ssrc)
-                && is_steady(publisher, stream.kind);
+                && is_steady(source, stream.kind);
             let losses = stream.losses;
             let fits = (!up || losses.uplink == 0) && (!(up && down) || losses.downlink == 0);
             world.check(Rule::EnginesAccount, fits, || {
-                format!("session {index} says {losses:?} of {origin}; perfect uplink {up}, downlink {down}")
+                format!("session {index} says {losses:?} of {publisher}; perfect uplink {up}, downlink {down}")
             });
             if all_must_come {
                 world.check(Rule::PerfectLinksDeliver, delivered == expected && expected > 0, || {
-                    format!("session {index} got {delivered} of {expected} frames of track {number} of session {origin}")
+                    format!("session {index} got {delivered} of {expected} frames of track {track} of session {publisher}")
                 });
             }
         }
@@ -444,13 +444,14 @@ fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
             world.check(Rule::EnginesAccount, delivered + lost == expected, || {
                 format!("{}: {delivered} of {expected}, {losses:?}", stream.ssrc)
             });
-            let Some((origin, track)) = stream.origin else {
+            let Some(origin) = stream.origin else {
                 continue;
             };
-            let publisher = &world.sessions[origin as usize];
-            let is_thrown_out = publisher.is_thrown_out;
+            let publisher = origin.publisher;
+            let source = &world.sessions[publisher as usize];
+            let is_thrown_out = source.is_thrown_out;
             let mutes = |act: &Act| matches!(act, Act::Mute { video: false, .. });
-            let is_steady = !publisher.person.acts.iter().any(|(_, act)| mutes(act));
+            let is_steady = !source.person.acts.iter().any(|(_, act)| mutes(act));
             let receiver = &world.sessions[peer.participant as usize];
             let stays = receiver.stage == Stage::In || receiver.is_thrown_out;
             let is_touched = receiver
@@ -460,18 +461,18 @@ fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
             world.check(
                 Rule::SourcesOwe,
                 is_thrown_out || losses.source == 0,
-                || format!("session {origin} was not thrown out, and owes {losses:?}"),
+                || format!("session {publisher} was not thrown out, and owes {losses:?}"),
             );
             if stream.kind != Kind::Audio || !is_steady || !stays || is_touched || !is_thrown_out {
                 continue;
             }
             let (roster, end) = (world.roster.clone(), Time::ZERO + ACTIVE);
-            let began = roster.published_at(origin, track).unwrap();
-            let interval = roster.frame_interval(origin, track, 0);
+            let began = roster.published_at(origin).unwrap();
+            let interval = roster.frame_interval(origin, 0);
             let slots = (end.since(began).as_micros() / interval.as_micros()) as u64 + 1;
-            let made = u64::from(roster.frames(origin, track, 0));
+            let made = u64::from(roster.frames(origin, 0));
             world.check(Rule::SourcesOwe, made + losses.source == slots, || {
-                format!("session {origin} made {made} of {slots} frames, and owes {losses:?}")
+                format!("session {publisher} made {made} of {slots} frames, and owes {losses:?}")
             });
         }
     }
@@ -631,7 +632,7 @@ impl Reader<'_> {
                 let frames = i64::from(identity.frame) - i64::from(last_identity.frame);
                 if frames <= 0 || identity.origin != last_identity.origin {
                     return Err(format!(
-                        "frame {} of {} follows {last_identity:?}",
+                        "frame {} of {:?} follows {last_identity:?}",
                         identity.frame, identity.origin
                     ));
                 }
@@ -752,7 +753,7 @@ impl Reader<'_> {
             .values()
             .find_map(|kept| self.identity(kept));
         let publisher =
-            origin.and_then(|identity| self.world.sessions.get(identity.origin as usize));
+            origin.and_then(|identity| self.world.sessions.get(identity.origin.publisher as usize));
         let lossless = self.is_whole_link()
             && publisher.is_some_and(|publisher| publisher.person.up.is_perfect());
         if lossless && holes > 0 {
@@ -789,7 +790,7 @@ impl Reader<'_> {
     }
 
     fn is_steady(&self, identity: &FrameIdentity) -> bool {
-        let publisher = &self.world.sessions[identity.origin as usize];
+        let publisher = &self.world.sessions[identity.origin.publisher as usize];
         let mutes = publisher
             .person
             .acts
@@ -803,7 +804,7 @@ impl Reader<'_> {
         let origin = self
             .world
             .sessions
-            .get(identity.origin as usize)
+            .get(identity.origin.publisher as usize)
             .filter(|_| identity.run == RUN);
         let origin = origin.ok_or_else(|| format!("a frame of nobody: {identity:?}"))?;
         let of_track = origin
@@ -891,7 +892,7 @@ impl Reader<'_> {
                 frame.first
             )
         })?;
-        let simulcast = self.world.sessions[identity.origin as usize]
+        let simulcast = self.world.sessions[identity.origin.publisher as usize]
             .client
             .tracks
             .iter()

@@ -1,7 +1,7 @@
 //! Frame identities: the trailer of video (`LKTS`) and the padding of Opus.
 
 use throng::media::identity::{
-    AUDIO_EXTENSION, AUDIO_IDENTITY_LEN, FrameIdentity, VIDEO_TRAILER_LEN, parse_foreign,
+    AUDIO_EXTENSION, AUDIO_IDENTITY_LEN, FrameIdentity, Origin, VIDEO_TRAILER_LEN, parse_foreign,
     video_trailer_len,
 };
 
@@ -41,9 +41,11 @@ fn seeds() -> Vec<Vec<u8>> {
     let identity = FrameIdentity {
         intended_unix_us: 1_790_000_000_123_456,
         run: 0xDEAD_BEEF,
-        origin: 70_000,
+        origin: Origin {
+            publisher: 70_000,
+            track: 1,
+        },
         frame: 0x0102_0304,
-        track: 1,
         layer: 2,
     };
     let mut trailer = [0; VIDEO_TRAILER_LEN];

@@ -8,9 +8,11 @@ use std::time::Duration;
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
-use throng::engine::{NewPeer, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters};
+use throng::engine::{
+    NewPeer, PeerKey, Roster, ShardCommand, ShardConfig, ShardEvent, StreamParameters,
+};
 use throng::measure::{Kind, Record};
-use throng::media::identity::{FrameIdentity, VIDEO_TRAILER_LEN};
+use throng::media::identity::{FrameIdentity, Origin, VIDEO_TRAILER_LEN};
 use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::transport::peer::{Peer, PeerEvent};
 use throng::transport::rtcp::{DlrrBlock, ReportBlock, RtcpWriter, SenderInfo};
@@ -113,7 +115,8 @@ impl Liar {
             intended_at: Time::ZERO,
             obeys_bandwidth: true,
         };
-        liar.shard.add_peer(0, peer, Time::ZERO, &mut liar.outlet);
+        liar.shard
+            .add_peer(PeerKey(0), peer, Time::ZERO, &mut liar.outlet);
         let mut connected = [false; 2];
         while connected != [true; 2] {
             assert!(liar.now < Time::from_millis(5_000), "not connected");
@@ -144,7 +147,10 @@ impl Liar {
                 pacing: Pacing::Paced,
                 identity: FrameIdentity {
                     run: pair::RUN,
-                    track: u8::from(video),
+                    origin: Origin {
+                        publisher: 0,
+                        track: u8::from(video),
+                    },
                     ..FrameIdentity::default()
                 },
                 seed: 5,
@@ -166,10 +172,13 @@ impl Liar {
             stream(Kind::Video, SSRCS[4], Some(SSRCS[5])),
         ];
         self.command(ShardCommand::Publish {
-            key: 0,
+            key: PeerKey(0),
             tracks: tracks.into(),
         });
-        self.command(ShardCommand::Subscribe { key: 0, streams });
+        self.command(ShardCommand::Subscribe {
+            key: PeerKey(0),
+            streams,
+        });
     }
 
     fn command(&mut self, command: ShardCommand) {
@@ -209,10 +218,10 @@ impl Liar {
     pub fn deliver(&mut self, bytes: &mut [u8]) {
         let (shard, outlet, now) = (&mut self.shard, &mut self.outlet, self.now);
         ours(|| match classify(bytes) {
-            Datagram::Rtp => shard.handle_rtp(0, bytes, now),
-            Datagram::Rtcp => shard.handle_rtcp(0, bytes, now, now, outlet),
+            Datagram::Rtp => shard.handle_rtp(PeerKey(0), bytes, now),
+            Datagram::Rtcp => shard.handle_rtcp(PeerKey(0), bytes, now, now, outlet),
             Datagram::Stun | Datagram::Dtls => {
-                shard.handle_setup_datagram(0, bytes, self.address, now, now, outlet)
+                shard.handle_setup_datagram(PeerKey(0), bytes, self.address, now, now, outlet)
             }
             Datagram::Unknown => shard.reject(),
         });
@@ -340,8 +349,10 @@ fn seeds() -> Vec<Vec<u8>> {
     let mut trailer = [0; VIDEO_TRAILER_LEN];
     FrameIdentity {
         run: pair::RUN,
-        origin: 1,
-        track: 1,
+        origin: Origin {
+            publisher: 1,
+            track: 1,
+        },
         intended_unix_us: u64::MAX,
         ..FrameIdentity::default()
     }

@@ -9,7 +9,7 @@ use crate::codec::{Codec, PayloadTypes};
 use crate::engine::publisher::{MediaSource, Redundancy, SendParameters, SimulcastLayer, Talk};
 use crate::engine::{LAYERS_MAX, StreamParameters, track_number};
 use crate::measure::Kind;
-use crate::media::identity::FrameIdentity;
+use crate::media::identity::{FrameIdentity, Origin};
 use crate::media::opus::AudioClip;
 use crate::plan::{Pacing, ParticipantPlan, SpeakerTurns};
 use crate::transport::sdp::{Extension, LocalTrack, NegotiatedMedia, RemoteTrack, RtcpFeedback};
@@ -218,8 +218,10 @@ impl SessionTrack {
                 pacing: self.pacing,
                 identity: FrameIdentity {
                     run,
-                    origin: plan.index,
-                    track: number,
+                    origin: Origin {
+                        publisher: plan.index,
+                        track: number,
+                    },
                     layer,
                     ..FrameIdentity::default()
                 },
