@@ -37,7 +37,7 @@ const STANDSTILL_MAX: Duration = Duration::from_secs(60);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// What it takes a stranger's task to hear that it is to end.
 const EVICTION_TIMEOUT: Duration = Duration::from_secs(1);
-/// Of all places, one address may have so many for its strangers: one in ..
+/// The share of all places that strangers from one address may hold: one in ..
 const STRANGERS_SHARE: usize = 4;
 
 /// What a server allows.

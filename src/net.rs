@@ -106,7 +106,7 @@ pub struct ReceiveBatch {
     rooms: Box<[MessageBuffers; BATCH]>,
     headers: Box<[libc::mmsghdr; BATCH]>,
     vectors: Box<[libc::iovec; BATCH]>,
-    /// Of the last call: its buffers, and the datagrams in them.
+    /// Buffers of the last call, and the datagrams in them.
     buffers: [Option<ReceivedDatagram>; BATCH],
     taken: usize,
     datagrams: Vec<DatagramPlace>,

@@ -122,7 +122,7 @@ impl fmt::Display for Target {
 pub enum TargetOrigin {
     Flag,
     Environment,
-    /// Of the run that this host takes part in.
+    /// The whole run that this host takes part in.
     Coordinator,
     /// This one leads a run, and the hosts that take part are told elsewhere.
     Hosts,
@@ -307,7 +307,7 @@ impl SpeakerTurns {
     /// At the end of each turn nobody speaks, for long enough that an SFU notices: LiveKit looks every 400 ms.
     pub const PAUSE: Duration = Duration::from_millis(500);
 
-    /// Of room `room`, with so many speakers.
+    /// The turns of room `room`, with that many speakers.
     pub fn new(seed: u64, room: u32, speakers: u32) -> SpeakerTurns {
         let speakers = speakers.max(1);
         let drawn = mixed(seed, room);
@@ -321,7 +321,7 @@ impl SpeakerTurns {
         }
     }
 
-    /// Of the time, that one of so many speaks.
+    /// The share of time in which one of that many speaks.
     fn share(speakers: u32) -> f64 {
         (1.0 - Self::PAUSE.as_secs_f64() / Self::TURN.as_secs_f64()) / f64::from(speakers.max(1))
     }
@@ -445,7 +445,7 @@ impl AudioSpec {
         }
     }
 
-    /// Of the RTP payload, with what is repeated.
+    /// Bitrate of the RTP payload, with what is repeated.
     fn sent_bitrate(&self) -> Bitrate {
         Bitrate::from_bps(self.bitrate.bps() * (1 + u64::from(self.redundancy)))
     }
@@ -675,7 +675,7 @@ impl Plan {
         self.identity(&index.to_string())
     }
 
-    /// Of each group, how many this host plays, over all rooms.
+    /// How many of each group this host plays, over all rooms.
     fn headcount(&self) -> Vec<u64> {
         if let Some(part) = &self.part {
             return part.headcount.to_vec();
@@ -795,7 +795,7 @@ impl Plan {
         }
     }
 
-    /// Of the tracks that `participant` subscribes to, those whose publishers come before it: they ought to be there when it joins.
+    /// Tracks that `participant` subscribes to and whose publishers join before it: they should be there when it joins.
     pub fn tracks_ahead(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
         self.subscribed_tracks(participant, kind)
             .min(self.scenario.publishers_before(participant.place, kind))

@@ -115,7 +115,7 @@ pub fn resources(plan: &Plan, host: &Host, threads: Option<usize>) -> Resources 
     } else {
         0
     };
-    // Of the embedded SFU's WebSockets both ends are ours.
+    // Both ends of the embedded SFU's WebSockets are in this process.
     let ends = if embedded { 2 } else { 1 };
     Resources {
         threads,

@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use crate::secrets::Secrets;
 use crate::signal::Secret;
 
-/// Of a token that was not made here. Shorter ones can be guessed over the network.
+/// Shortest token that a user may bring. Shorter ones can be guessed over the network.
 pub const TOKEN_BYTES_MIN: usize = 16;
 const TOKEN_BYTES_MAX: usize = 256;
-/// Of a token that is made here.
+/// Length of a token that is made here.
 const TOKEN_RANDOM_BYTES: usize = 24;
 const SALT_BYTES: usize = 16;
 

@@ -20,7 +20,7 @@ pub const TIER: u32 = 2;
 #[derive(Clone, Copy)]
 pub struct Saw {
     pub subscribers: u64,
-    /// Of 1,000 frames and packets.
+    /// Out of 1,000 frames and packets.
     pub lost: u64,
     pub rtt_us: u64,
     pub latency_us: u64,

@@ -19,14 +19,14 @@ pub struct Offset {
     pub offset_us: i64,
     /// The true offset lies within so much on either side.
     pub uncertainty_us: u64,
-    /// Of the exchange that says so: the way there and back, without the time that the coordinator took.
+    /// Round trip of the exchange with the best estimate, without the time that the coordinator took.
     pub round_trip_us: u64,
 }
 
 /// Estimates the offset from exchanges, on either side.
 #[derive(Clone, Debug, Default)]
 pub struct ClockEstimate {
-    /// Of the coordinator's process that the exchanges are with.
+    /// Identifies the coordinator process that the exchanges are with.
     life: Option<u64>,
     window: VecDeque<ClockSample>,
 }

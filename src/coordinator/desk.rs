@@ -44,7 +44,7 @@ impl From<RefusedRequest> for DeskFailure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standstill {
     pub whole: Duration,
-    /// Of that, for the disk that the journal is on.
+    /// The part of it that was spent waiting for the journal's disk.
     pub on_disk: Duration,
 }
 

@@ -19,7 +19,7 @@ use crate::server_metrics::Account;
 
 /// What the coordinator itself knows of its run.
 pub struct About<'a> {
-    /// Of one host, as the flags have it.
+    /// The limits of one host, from the flags.
     pub plan: &'a Plan,
     pub judging: &'a Judging,
     pub target: &'a TargetInfo,

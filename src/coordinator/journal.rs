@@ -22,7 +22,7 @@ use super::access::Seal;
 use super::protocol::REPORT_BYTES_MAX;
 use super::state::{JournalEntry, RunSetup, RunState};
 
-/// Of the format. 2: the run is a scenario.
+/// The journal format's version. 2: the run is a scenario.
 const VERSION: u32 = 2;
 /// No entry is longer than the longest report.
 const LINE_BYTES_MAX: usize = REPORT_BYTES_MAX + (1 << 20);
@@ -39,7 +39,7 @@ pub struct Head {
     pub journal: u32,
     pub created_us: u64,
     pub setup: RunSetup,
-    /// Of the token that lets probers in; `None`: everybody is let in.
+    /// Seal of the token that lets probers in; `None`: everybody may come in.
     pub seal: Option<Seal>,
 }
 
@@ -87,7 +87,7 @@ pub struct Journal {
     file: File,
     /// Up to here entries are whole.
     bytes: u64,
-    /// Of that, what was there when it was last written anew.
+    /// Bytes that were there when the journal was last rewritten.
     bytes_rewritten: u64,
     /// When the first entry came that is not durable yet.
     unsynced_since_us: Option<u64>,
@@ -97,7 +97,7 @@ pub struct Journal {
 pub struct Replay {
     pub journal: Journal,
     pub head: Head,
-    /// Of a line that was cut short.
+    /// Length of a line that was cut short.
     pub dropped_bytes: u64,
 }
 

@@ -284,7 +284,7 @@ enum ShownToken {
 }
 
 impl Opened {
-    /// Of a run that was over before.
+    /// The result of a run that was over before.
     fn finished(self, asked: &Coordinate, epoch: Epoch) -> Finished {
         Finished {
             exhibit: exhibit(asked, &self.head),

@@ -94,7 +94,7 @@ struct VantagePageView<'a> {
     heard_seconds_ago: u64,
     why: Option<&'a str>,
     stage: Option<&'a str>,
-    /// Of one that is not live nothing is known of this second.
+    /// A host that is not live has no figures for this second.
     live: Option<&'a LiveSecond>,
     clock: Option<ClockPageView>,
     start_skew_us: Option<i64>,
@@ -479,7 +479,7 @@ fn escape(text: &str, out: &mut String) {
     }
 }
 
-/// Of what stands in the page between a tag and its end.
+/// The text between a tag and its end tag.
 fn hash_of(tag: &str) -> String {
     let (_, rest) = HTML
         .split_once(&format!("<{tag}>"))

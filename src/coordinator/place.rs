@@ -22,7 +22,7 @@ pub struct HostsLoad {
 /// The hosts and their load.
 #[derive(Clone, Debug)]
 pub struct PlacedHosts {
-    /// Of all hosts together.
+    /// Over all hosts together.
     pub scenario: Scenario,
     pub placement: Placement,
     /// Whose everybody is.

@@ -36,7 +36,7 @@ use crate::plan::scenario::Scenario;
 use crate::plan::{HostRole, PARTICIPANTS_MAX, Placement, ServerUrl, VANTAGES_MAX, WEIGHT_MAX};
 use crate::report::{Judging, Threshold, Verdict};
 
-/// Of the protocol that this program speaks.
+/// Version of the protocol that this program speaks.
 pub const VERSION: u32 = 2;
 
 /// Where a prober finds its coordinator, and what lets it in, if no flag says so.
@@ -52,9 +52,9 @@ pub const STAGES_MAX: usize = TIERS_MAX + 4;
 pub const TOKENS_MAX: u32 = 1_000;
 /// Frame counts in one message: origins, tracks and layers.
 pub const FRAME_COUNTS_MAX: usize = 200_000;
-/// Of names, labels and other short texts, in bytes.
+/// Longest name, label or other short text, in bytes.
 pub const LABEL_BYTES_MAX: usize = 128;
-/// Of reasons, notes and other sentences, in bytes; and how many of them.
+/// Longest reason, note or other sentence, in bytes; and how many of them a message may have.
 pub const TEXT_BYTES_MAX: usize = 2_048;
 pub const TEXTS_MAX: usize = 1_000;
 /// Whole numbers that every reader of JSON keeps exactly.
@@ -154,7 +154,7 @@ pub struct Register {
     /// [`VERSION`] of the prober; absent: it is `voicegw`'s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<u32>,
-    /// Of the program, for people.
+    /// The program's version, for people to read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
     /// Random, of this process: who registers again with it gets what it got before.
@@ -220,7 +220,7 @@ pub struct JobReply {
     pub room: String,
     /// Subscribers per room of this prober, tier by tier.
     pub ramp: Vec<u32>,
-    /// Of a tier, in seconds.
+    /// Length of a tier, in seconds.
     pub duration: f64,
     /// `voicegw`'s probers want a number: its own default where round-trip times are not judged.
     pub target_rtt_ms: f64,
@@ -476,7 +476,7 @@ pub struct BeatMessage {
     #[serde(default)]
     pub tiers: Vec<TierSoFar>,
     pub live: LiveSecond,
-    /// Of this prober's publishers: all that changed since the last beat that was answered.
+    /// Frame counts of this prober's publishers: all that changed since the last answered beat.
     #[serde(default)]
     pub frames: Vec<FrameCountEntry>,
     /// By how much the stages began later than ordered, on this host and by its clock.
@@ -554,7 +554,7 @@ pub struct TierSoFar {
     pub stage: u32,
     /// Participants of this host that the tier has.
     pub participants: u32,
-    /// Of its hold; of totals, of the whole run.
+    /// Length of the tier's hold; in totals, of the whole run.
     pub seconds: f64,
     /// The hold is over: this is all.
     #[serde(default)]
@@ -585,7 +585,7 @@ pub struct LiveSecond {
     pub packets_received_per_second: Option<f64>,
     pub bits_sent_per_second: Option<f64>,
     pub bits_received_per_second: Option<f64>,
-    /// Of all media of the run so far, 0 to 1.
+    /// Share of all media lost so far, 0 to 1.
     pub loss: Option<f64>,
     /// The median.
     pub rtt_us: Option<u64>,
@@ -644,7 +644,7 @@ impl Start {
 /// The answer to [`BeatMessage`]: what it holds is in the journal.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BeatReply {
-    /// Of the beat that is answered.
+    /// Sequence number of the beat that is answered.
     pub seq: u64,
     /// Random, of this process of the coordinator. Times of different lives do not compare.
     pub life: u64,
@@ -653,10 +653,10 @@ pub struct BeatReply {
     /// By the coordinator's clock.
     pub replied_at_us: u64,
     pub order: Order,
-    /// Of other vantages' publishers: all, or, where the prober has heard of some, at least those that changed.
+    /// Frame counts of other vantages' publishers: all of them, or, once the prober has some, at least those that changed.
     #[serde(default)]
     pub frames: Vec<FrameCountEntry>,
-    /// Of the vantages whose clock is known.
+    /// Clock offsets of the vantages whose clock is known.
     #[serde(default)]
     pub clocks: Vec<VantageClock>,
     /// Vantages without which the run goes on: their publishers' counts stay what they are.
@@ -733,7 +733,7 @@ pub struct ProberReport {
     /// The same of one participant alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<ClientStep>,
-    /// Of probers of ours.
+    /// Only probers of ours send this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub throng: Option<FinalReport>,
 }

@@ -128,7 +128,7 @@ pub struct VantageResult {
     /// Alone, before the first tier.
     pub baseline: Option<Cell>,
     pub clock: Option<Offset>,
-    /// Of all stages, the one furthest from zero.
+    /// The value furthest from zero over all stages.
     pub start_skew_us: Option<i64>,
     pub last_heard: Duration,
     /// Why its generator was the limit; empty where it was not.
@@ -427,7 +427,7 @@ impl Cell {
         }
     }
 
-    /// Of the kind of media with the higher one.
+    /// Latency of the kind of media with the higher one.
     pub fn latency(&self) -> Times {
         if self.audio_latency.p99.unwrap_or(0) >= self.video_latency.p99.unwrap_or(0)
             && self.audio_latency.expected > 0
@@ -475,7 +475,7 @@ impl QualityRank {
             .unwrap_or(QualityRank::Unknown)
     }
 
-    /// Of what was counted in a tier.
+    /// From what was counted in a tier.
     pub fn of_record(record: &Record, loss: Option<f64>, judging: &Judging) -> QualityRank {
         let Record {
             session,
@@ -966,7 +966,7 @@ fn missing(state: &RunState) -> Vec<Missing> {
     gone.chain(unnamed).collect()
 }
 
-/// Of those that reported, the whole run; of the others, what they had sent of baseline and tiers.
+/// The whole run of vantages that reported; from the others, the baseline and tiers that they had sent.
 fn totals(state: &RunState) -> Step {
     let mut totals = Step {
         name: "totals".to_owned(),
@@ -1018,7 +1018,7 @@ fn judgement(reasons: Vec<String>) -> Judgement {
     }
 }
 
-/// Of the kinds of media that somebody subscribes to, the worse; `None` where nobody does, or one is not known.
+/// The worse of the kinds of media that somebody subscribes to; `None` if nobody does, or if one is unknown.
 fn worse_loss(media: [&Media; 2]) -> Option<f64> {
     let subscribed = media.into_iter().filter(|media| media.tracks_expected > 0);
     let losses: Option<Vec<f64>> = subscribed
@@ -1323,7 +1323,7 @@ mod tests {
                 .any(|reason| reason.starts_with("ended early"))
         );
         assert_eq!(failed.knee().unwrap().answer, TiersAnswer::FirstFailed);
-        // Of a generator that was the limit it is no news of the server.
+        // If the generator was the limit, this says nothing about the server.
         assert_eq!(verdicts(&ended(&[0]))[0], Verdict::Partial);
     }
 

@@ -27,7 +27,7 @@ pub struct SecondRow {
     pub packets_received_per_second: Option<f64>,
     pub bytes_sent_per_second: Option<f64>,
     pub bytes_received_per_second: Option<f64>,
-    /// Of all media of the run so far, 0 to 1, at the host that has most of it. Hosts that receive nothing have none.
+    /// Share of all media lost so far, 0 to 1, at the host that lost most. A host that receives nothing has none.
     pub loss_worst: Option<f64>,
     /// As in the series of one host.
     pub server: Option<Vec<Option<book::NodeRow>>>,
@@ -91,7 +91,7 @@ pub struct HeldTier {
 /// Looks at a state several times a second.
 #[derive(Default)]
 pub struct Seconds {
-    /// Of the run; the last one that has a row.
+    /// The run's last second that has a row.
     second: u64,
     /// By stage and host.
     holds: BTreeMap<u32, BTreeMap<ProverId, HeldSpan>>,

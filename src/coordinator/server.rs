@@ -47,7 +47,7 @@ use crate::report::{Judging, TargetInfo};
 /// Two for each prober that there can be, and as many people who look on.
 pub const CONNECTIONS_MAX: usize = 1_024;
 const LISTEN_BACKLOG: i32 = 1_024;
-/// Of all requests that are being read, together: four of the longest reports.
+/// Bytes of all requests that are being read, together: four of the longest reports.
 const BODIES_BYTES_MAX: usize = 4 * REPORT_BYTES_MAX;
 /// For all of a body: a report of megabytes from a host whose uplink is full of its own media.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -170,7 +170,7 @@ pub struct Site {
 
 /// What a result says of the run beside what the hosts measured.
 pub struct Exhibit {
-    /// Of one host, as the flags have it.
+    /// The limits of one host, from the flags.
     pub plan: Plan,
     pub judging: Judging,
     pub target: TargetInfo,

@@ -732,7 +732,7 @@ impl RunState {
         let prober = &mut self.probers[who];
         prober.note_life(now_us);
         prober.take_heard(life, beat.exchange.as_ref());
-        // Of an older life's clock nothing follows.
+        // The clock of an earlier process says nothing about this one.
         if let Some(exchange) = beat
             .exchange
             .filter(|exchange: &Exchange| exchange.life == life && beat.seq >= prober.seq)
@@ -1323,7 +1323,7 @@ fn must_speak_ours(register: &Register) -> Result<(), RefusedRequest> {
     })
 }
 
-/// Of those who play the plan.
+/// The vantages that play the plan.
 fn vantages<'a>(registers: impl Iterator<Item = &'a Register>) -> Vec<VantagePlan> {
     registers
         .filter(|register| register.protocol.is_some())
@@ -1389,7 +1389,7 @@ pub(crate) mod tests {
         ProverId::new(format!("p{number}")).unwrap()
     }
 
-    /// Of so many joins (up to 99), and as many round trips of so many microseconds.
+    /// A record of that many joins (up to 99), with a round trip each.
     fn record(joins: u64) -> RecordWire {
         static RECORDS: LazyLock<Vec<RecordWire>> = LazyLock::new(|| {
             let mut record = Record::default();

@@ -17,9 +17,9 @@ use crate::words::{self, count, maybe, micros, number, percent};
 const VANTAGES_MAX: usize = 12;
 const REASONS_MAX: usize = 8;
 const NOTES_MAX: usize = 4;
-/// Of a label, in columns.
+/// Width of a label, in columns.
 const LABEL_WIDTH: usize = 16;
-/// Of a word in a sentence: labels are anybody's, and words are not broken.
+/// Longest word in a sentence: a label may be any text, and words are not broken.
 const WORD_WIDTH: usize = 60;
 
 /// The result, of lines of at most 80 columns.

@@ -104,7 +104,7 @@ pub struct Attribution {
     /// By sequence number, which is by time.
     newest: Option<PlacedFrame>,
     len: u8,
-    /// Of the frame delivered first.
+    /// Sequence number of the first frame that was delivered.
     oldest_seq: u64,
     uplink: u32,
     sfu: u32,

@@ -30,7 +30,7 @@ pub const KEY_FRAME_CHECK: Duration = Duration::from_millis(100);
 /// Until a round trip has been measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(100);
 
-/// Of each connection whose turn comes.
+/// How many streams to prefetch for a connection whose turn comes.
 const PREFETCHED_STREAMS: usize = 2;
 
 /// Media of streams that are not announced yet: some ms of all streams of a large room.

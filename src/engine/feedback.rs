@@ -29,7 +29,7 @@ pub struct Feedback {
 #[repr(C)]
 struct TransportCc {
     extension: u8,
-    /// Of the stream that spoke last: a server finds the connection by it.
+    /// SSRC of the stream that received last: a server finds the connection by it.
     media_ssrc: u32,
     sent_at: Option<Time>,
     interval: Duration,

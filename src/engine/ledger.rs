@@ -322,7 +322,7 @@ impl Ledger {
         }
     }
 
-    /// Of those that came on the layer that it is given now.
+    /// The first frame on the current layer.
     fn first_frame(&self) -> Option<u32> {
         self.current.first()
     }
@@ -590,7 +590,7 @@ mod tests {
         world.ledger.mark(Some(ORIGIN), &world.roster);
         assert_eq!(world.ledger.overdue(), 0);
         world.roster.set_frames(&frame(2, 0), 61);
-        // Of 31 frames made by then, five were under way; the fifth is lost, one comes twice, and what was made later is not meant.
+        // 31 frames were made by then and five were under way; the fifth is lost, one comes twice, and later ones do not count.
         world.deliver(2, [26, 28, 27, 28, 29]);
         world.deliver(2, 31..=60);
         assert_eq!(world.ledger.overdue(), 4);

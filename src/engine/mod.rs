@@ -274,7 +274,7 @@ pub struct IoCounts {
 /// the other host's time, which is ours only as far as that clock is known ([`Roster::set_clock`]).
 pub struct Roster {
     cells: Vec<LayerCell>,
-    /// Of each host, what to add to its time to get ours, in microseconds; [`CLOCK_UNKNOWN`].
+    /// What to add to each host's time to get ours, in microseconds; or [`CLOCK_UNKNOWN`].
     clocks: Vec<AtomicI64>,
     pub run: u32,
 }
@@ -289,7 +289,7 @@ struct LayerCell {
     interval_us: AtomicU32,
     /// How often the track was muted and unmuted: odd while it is muted. Kept for the lowest layer.
     mute_changes: AtomicU32,
-    /// Of another host's publisher: how many more than are known of it may have been made.
+    /// For another host's publisher: how many more frames than we know of it may have made.
     frames_unheard_max: u32,
     /// Nanoseconds on the run's clock; 0 while not published. Kept for the lowest layer.
     published_at: AtomicU64,

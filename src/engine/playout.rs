@@ -165,7 +165,7 @@ pub struct AudioPlayout {
     target: DelayTarget,
     /// What frames are held back by now, beyond the fastest.
     delay_us: u32,
-    /// Of the last frame in order, in milliseconds of the run.
+    /// Time of the last frame in order, in milliseconds of the run.
     last_ms: u32,
     /// The newest frame, and which of the `pending` ones up to it came in time, one bit each, the newest lowest.
     newest: u32,

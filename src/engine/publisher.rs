@@ -62,7 +62,7 @@ pub enum MediaSource {
 }
 
 impl MediaSource {
-    /// Of its frames; what wraps them in a packet is not the source's business.
+    /// Codec of its frames. What wraps them in a packet is not the source's business.
     pub fn codec(&self) -> Codec {
         match self {
             MediaSource::Audio(_) => Codec::Opus,
@@ -120,7 +120,7 @@ pub enum KeyFrameAnswer {
 /// Each packet repeats earlier ones (RFC 2198).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Redundancy {
-    /// Of packets with redundancy. The blocks in them have the source's own.
+    /// Payload type of packets with redundancy. The blocks in them have the source's own.
     pub payload_type: u8,
     /// Earlier packets that each one repeats, where they fit: up to [`red::DISTANCE_MAX`].
     pub distance: u8,
@@ -163,7 +163,7 @@ pub struct SimulcastLayer {
     pub rid_extension: u8,
     /// Names the layer on its retransmissions (RFC 8852, section 3.2).
     pub repaired_rid_extension: Option<u8>,
-    /// Of all layers together: libwebrtc has one pacer for all of them.
+    /// Bitrate of all layers together: libwebrtc has one pacer for all of them.
     pub track_bitrate: Bitrate,
 }
 
@@ -213,7 +213,7 @@ pub struct SendTrack {
     /// What replaces the header, once the other side has shown that it knows the SSRC.
     bare_header: Option<HeaderTemplate>,
     rtx_header: Option<HeaderTemplate>,
-    /// Of the header and of that of retransmissions.
+    /// Slots in the media header and in that of retransmissions.
     transport_seq: [Option<ExtensionSlot>; 2],
     audio_level: Option<ExtensionSlot>,
     /// Slots since `first_frame_at`, skipped ones included.

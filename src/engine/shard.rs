@@ -39,7 +39,7 @@ pub struct Shard {
     gone: Vec<SendTrack>,
     /// Peers that are there, and have lost a track.
     losers: Vec<PeerKey>,
-    /// Of recorded participants that have subscribed to nothing yet, or lost the connection that did.
+    /// Taps of recorded participants without a live subscription.
     taps: Vec<(u32, Box<Tap>)>,
     /// Connections that are neither up nor given up.
     in_setup: usize,

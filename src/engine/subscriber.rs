@@ -66,12 +66,12 @@ pub struct StreamOutcome {
     pub counts: ReceiveCounts,
     pub frames_expected: u64,
     pub frames_delivered: u64,
-    /// Of those, made before the last mark and delivered after it.
+    /// Delivered frames that were made before the last mark, and delivered after it.
     pub frames_overdue: u64,
     /// Where the others were lost; complete after [`RecvStream::finish`].
     pub losses: Losses,
     pub frames_late: u64,
-    /// Of audio, by the playout model.
+    /// Audio only, by the playout model.
     pub freezes: u64,
     pub frames_late_for_playout: u64,
     pub played_us: u64,
@@ -182,7 +182,7 @@ struct VideoState {
     rtx_replay: ReplayWindow,
     pli_sent_at: Option<Time>,
     first_decoded: bool,
-    /// Of the frame decoded last.
+    /// Layer of the last decoded frame.
     layer: Option<u8>,
     switch: Option<Switch>,
     /// As the roster had it when the stream last went on.

@@ -154,7 +154,7 @@ stats! {
             remb_sent_kbps,
             /// What the server did to us.
             tracks_paused, tracks_resumed, layers_stepped_down, layers_stepped_up,
-            /// Of our packets, those that transport-wide feedback says did not arrive.
+            /// Packets of ours that, by transport-wide feedback, did not arrive.
             uplink_packets_missing,
             /// The estimates that publishers made, one a connection and second, and their sum in kbit/s.
             uplink_estimates, uplink_estimate_kbps,

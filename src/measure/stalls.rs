@@ -126,7 +126,7 @@ pub struct Stall {
     /// Seconds since the start of the run.
     pub at: f64,
     pub until: f64,
-    /// Of the time between, what was stood still.
+    /// How much of the time between was stood still.
     pub seconds: f64,
     pub evidence: String,
 }

@@ -23,7 +23,7 @@ use super::{Bandwidth, Engine, Histogram, Media, Record, Session, serial};
 /// The most that one counter or one histogram of one host may count. A run of days stays far below it, and a thousand hosts' sum fits.
 pub const COUNT_MAX: u64 = 1 << 54;
 
-/// Of a histogram in V2 format, before its counts.
+/// Length of a V2 histogram's header, before its counts.
 const HDR_HEADER_BYTES: usize = 40;
 /// One for each value that three digits tell apart up to a minute, at most nine bytes each.
 const HDR_COUNTS_BYTES_MAX: usize = 17 * 1024 * 9;

@@ -55,7 +55,7 @@ pub struct CompleteFrame {
     pub rtp_time: u32,
     pub key: bool,
     pub packets: u16,
-    /// Of the last packet, unwrapped.
+    /// Unwrapped sequence number of the last packet.
     pub last_seq: u64,
     pub first_arrival: Time,
     pub completed_at: Time,

@@ -65,9 +65,9 @@ pub enum AudioContent {
 /// What to generate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpusSpec {
-    /// Of the RTP payload over the whole loop: codec, packet header and the 27 bytes a packet that the identity costs. With DTX, the rate if there were none.
+    /// Bitrate of the RTP payload over the whole loop: codec, packet header and the identity's 27 bytes a packet. With DTX, the rate without it.
     pub bitrate: Bitrate,
-    /// Of one packet: 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms.
+    /// Length of one packet: 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms.
     pub frame: Duration,
     pub content: AudioContent,
     /// Discontinuous transmission: pauses are not sent, but for a refresh every 400 ms.

@@ -217,7 +217,7 @@ pub struct Part {
     owners: Arc<[u16]>,
     /// By position.
     own: Arc<[Own]>,
-    /// Of each group of the scenario, over all rooms.
+    /// Participants of each group of the scenario, over all rooms.
     pub(super) headcount: Arc<[u64]>,
 }
 

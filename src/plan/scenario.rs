@@ -28,7 +28,7 @@ pub const PHASES_MAX: usize = 200;
 pub const PHASE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// More kinds of participants than a room has.
 pub const GROUPS_MAX: usize = 64;
-/// Of names and labels, in bytes.
+/// Longest name or label, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
 /// How long an Opus packet can be, in microseconds (RFC 6716, section 2.1.4, and several frames in
 /// one packet).
@@ -362,7 +362,7 @@ impl Scenario {
         if !scenario.groups.iter().any(is_listener) {
             scenario.groups.push(ParticipantGroup::subscribers(0));
         }
-        // Of several groups the last one takes those who are more than there were.
+        // The last of several groups takes those beyond the original counts.
         let mut left = subscribers;
         let listeners = scenario
             .groups
@@ -488,7 +488,7 @@ impl Scenario {
             .collect()
     }
 
-    /// Of the first phase, or of a search's points.
+    /// Times of the first phase, or of a search's points.
     pub fn times(&self) -> PhaseTimes {
         let of_search = self.search.as_ref().map(|search| PhaseTimes {
             spread: search.spread,
@@ -790,7 +790,7 @@ pub fn spread_must_fit(spread: Duration) -> Result<(), ScenarioFault> {
     Ok(())
 }
 
-/// Of rooms, and what identities begin with.
+/// Names of rooms, and prefixes of identities.
 ///
 /// # Errors
 /// It is empty, too long, or has spaces.

@@ -110,7 +110,7 @@ pub struct Span {
 pub struct Spans(Vec<Span>);
 
 impl Spans {
-    /// Of stretches in any order; those that overlap or touch become one.
+    /// Takes stretches in any order; those that overlap or touch become one.
     pub fn of(spans: impl IntoIterator<Item = Span>) -> Spans {
         let mut spans: Vec<Span> = spans
             .into_iter()
@@ -145,7 +145,7 @@ impl Spans {
         self.0.last().is_some_and(|span| span.to == Time::MAX)
     }
 
-    /// Of the last one, or of the run.
+    /// End of the last stretch, or of the run.
     pub fn end(&self) -> Option<Time> {
         self.0.last().map(|span| span.to)
     }
@@ -222,7 +222,7 @@ impl ScheduleBook {
         self.people.keys().copied()
     }
 
-    /// Of those, who is intended to stay, as far as is decided.
+    /// Participants that are intended to stay, as far as is decided.
     pub fn stayers(&self) -> impl Iterator<Item = u32> + '_ {
         let stays = |schedule: &Schedule| schedule.presence().is_open();
         self.people

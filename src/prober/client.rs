@@ -16,7 +16,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Largest answer that is read: the frame counts of all others.
 const ANSWER_BYTES_MAX: usize = 8 << 20;
-/// Of a refusal so much is shown.
+/// How much of a refusal is shown.
 const REFUSAL_CHARS_MAX: usize = 400;
 
 /// A coordinator. Cheap to clone; connections are pooled.

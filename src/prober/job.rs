@@ -82,7 +82,7 @@ pub(super) fn of_voicegw(job: &JobReply, own: RunSpec) -> Result<RunSpec, Unplay
         return Err(UnplayableJob::NoServerOfVoicegw);
     }
     let publishers = plan.scenario.publishers();
-    // Of all clients the first ones publish.
+    // The first clients publish.
     let subscribers = |clients: &u32| {
         let subscribers = clients.checked_sub(publishers);
         subscribers.ok_or(UnplayableJob::FullTier {

@@ -111,7 +111,7 @@ impl Prober {
         Ok(prober)
     }
 
-    /// Of a coordinator of ours.
+    /// From a coordinator of ours.
     fn job(&self) -> Option<&Job> {
         self.enlisted.job.throng.as_ref()
     }

@@ -16,7 +16,7 @@ use crate::report::{Outcome, Step, Verdict};
 const EXCELLENT_LOSS_MAX: f64 = 0.01;
 const GOOD_LOSS_MAX: f64 = 0.05;
 
-/// Of a run that a coordinator of ours led. `stages` are the job's.
+/// The report of a run that a coordinator of ours led. `stages` are the job's.
 pub(super) fn of_stages(vantage: &str, outcome: &Outcome, stages: &[SharedStage]) -> ProberReport {
     let stage = |step: &Step| stages.iter().position(|stage| stage.name == step.name);
     let of_kind = |kind: StageKind| {
@@ -45,7 +45,7 @@ pub(super) fn of_stages(vantage: &str, outcome: &Outcome, stages: &[SharedStage]
     }
 }
 
-/// Of a run by `voicegw`'s job: a step is a tier.
+/// The report of a run by `voicegw`'s job: a step is a tier.
 pub(super) fn of_tiers(vantage: &str, outcome: &Outcome) -> ProberReport {
     ProberReport {
         vantage: Some(vantage.to_owned()),
@@ -55,7 +55,7 @@ pub(super) fn of_tiers(vantage: &str, outcome: &Outcome) -> ProberReport {
     }
 }
 
-/// Of a run that never began here.
+/// The report of a run that never began here.
 pub(super) fn of_nothing(vantage: &str, why: &str) -> ProberReport {
     let nothing = outbox::MeasuredTier {
         participants: 0,

@@ -397,7 +397,7 @@ struct CapacityView<'a> {
     answer: &'static str,
     subscribers: Option<u32>,
     participants: Option<u32>,
-    /// Of `subscribers`: with `confidence` it lies in between.
+    /// Bounds of `subscribers`: with `confidence` it lies between them.
     low: Option<u32>,
     high: Option<u32>,
     confidence: Option<f64>,

@@ -323,7 +323,7 @@ fn step_failures(step: &Step, complaints: &[String], judging: &Judging) -> Vec<S
         reasons.extend(loss_exceeded(kind, step.media(kind), judging.max_loss_pct));
     }
     reasons.extend(rtt_exceeded(&step.record, judging));
-    // Of one of several tiers some figures are never known.
+    // Some figures are never known for one of several tiers.
     let judged = judging
         .thresholds
         .iter()
@@ -482,7 +482,7 @@ enum Stat {
     Max,
 }
 
-/// Of scores: quantiles count from the worst, and what is missing is worst.
+/// A statistic of scores: quantiles count from the worst, and a missing score is worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ScoreStat {
     Quantile(u16),
@@ -825,7 +825,7 @@ fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), RefusedThres
     }
 }
 
-/// Of every second of a window what came in it is kept.
+/// Longest window: what came in each of its seconds is kept.
 const WINDOW_MAX: Duration = Duration::from_secs(3_600);
 
 fn window_length(text: &str) -> Result<Duration, RefusedThreshold> {

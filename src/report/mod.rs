@@ -184,7 +184,7 @@ pub struct RunSample {
 pub struct EmbeddedSfu {
     pub send: SendMode,
     pub routers: usize,
-    /// Of all its threads, signalling included; `None` where the kernel does not say.
+    /// CPU time of all its threads, signalling included; `None` where the kernel does not say.
     pub cpu_seconds: Option<f64>,
     pub statistics: ServerStatistics,
 }
@@ -291,7 +291,7 @@ pub struct MediaQuality {
     pub frames_lost_unattributed: u64,
     /// Delivered, and too late for a conversation.
     pub frames_late: u64,
-    /// Of audio, by the playout model.
+    /// Audio only, by the playout model.
     pub freezes: u64,
     /// By the playout model.
     pub frames_late_for_playout: u64,
@@ -300,10 +300,10 @@ pub struct MediaQuality {
     pub concealed_us: Option<u64>,
     /// By the E-model, of the audio track that fared worst; `None` where nothing was heard.
     pub mos: Option<f64>,
-    /// Of the track that fared worst; a histogram for every subscription would not fit in memory.
+    /// From the worst track: a histogram for every subscription would not fit in memory.
     pub one_way_us_mean: Option<u64>,
     pub one_way_us_max: Option<u64>,
-    /// Of the track that fared worst, at the end.
+    /// From the worst track, at the end.
     pub jitter_us: Option<u64>,
 }
 

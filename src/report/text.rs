@@ -23,7 +23,7 @@ const FAILURES_MAX: usize = 3;
 const MOS_SATISFIED: u64 = 4_024;
 /// A share of concealed audio that is worth a line.
 const CONCEALED_NOTABLE: f64 = 0.001;
-/// Of the worst, by name.
+/// How many of the worst participants are named.
 const WORST_MAX: usize = 10;
 const QUANTILES: [(&str, f64); 5] = [
     ("p50", 0.5),
@@ -243,7 +243,7 @@ fn shape_line(plan: &Plan) -> String {
     };
     let most = if plan.has_tiers() { "at most " } else { "" };
     match &plan.part {
-        // Of rooms that it shares with other hosts.
+        // In rooms that it shares with other hosts.
         Some(part) => format!(
             "{} here, of {people} on {}",
             count(total, "participant"),

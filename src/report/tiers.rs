@@ -170,7 +170,7 @@ pub(super) fn table(
             per_room(tier.subscribers)
         );
     }
-    // Of a search's points it is enough to know why the capacity is what it is.
+    // For a search's points it is enough to say why the capacity is what it is.
     if outcome.plan.scenario.search.is_none() {
         text.push_str(&reasons(outcome));
     }
@@ -319,7 +319,7 @@ fn p95(histogram: &Histogram) -> String {
     }
 }
 
-/// Of both kinds of media, where there are both; unknown where one of them is.
+/// Over both kinds of media, if there are both; unknown if one of them is.
 fn worst_loss(step: &Step) -> Option<f64> {
     let kinds = [&step.record.audio, &step.record.video]
         .into_iter()

@@ -71,7 +71,7 @@ pub(super) fn expected_tracks(
 /// States how many frames ought to have been timed and how many streams heard, so that those that never came count as worse than everything.
 pub(super) fn expect_frames(record: &mut Record) {
     for media in [&mut record.audio, &mut record.video] {
-        // Of frames that came from a host of unknown clock nothing is said, not that they never came.
+        // Frames from a host of unknown clock are left out: they did come.
         media
             .one_way_latency
             .expect(media.frames_expected.saturating_sub(media.frames_untimed));
@@ -83,7 +83,7 @@ pub(super) fn expect_frames(record: &mut Record) {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Joins {
     pub count: u32,
-    /// Of those, who should receive a track.
+    /// Joins of participants that should receive a track.
     pub receivers: u32,
     /// Subscriptions of those.
     pub tracks: [u64; 2],

@@ -168,7 +168,7 @@ impl Test<'_> {
         self.threads.busiest_of_hold().as_secs_f64() / hold.as_secs_f64().max(0.001)
     }
 
-    /// Of subscriptions, those that a layout had room for later are expected, too.
+    /// Subscriptions that a layout had room for later are expected, too.
     fn expect_joins(&mut self) {
         let mut joins = self.books.joins_all;
         for (kind, media) in [&self.books.record.audio, &self.books.record.video]

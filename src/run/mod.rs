@@ -239,7 +239,7 @@ struct Test<'a> {
     recorder: Option<Recorder>,
     /// The server's own pages, where they were asked for.
     server: Option<PageWatch>,
-    /// Of hosts that went missing.
+    /// Publishers of hosts that went missing.
     lost: LostPublishers,
 }
 

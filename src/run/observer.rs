@@ -36,7 +36,7 @@ pub(super) struct Observer {
     arrivals: ThreadPresence,
     engine_gaps: Vec<StillSpan>,
     floor_gaps: Vec<StillSpan>,
-    /// Of the row that is open, as far as it was asked for already.
+    /// Latest tick of the open row so far, if it was asked for already.
     floor_late_max: Option<Duration>,
     seconds: Vec<Second>,
 }
@@ -53,7 +53,7 @@ pub(super) struct Observations {
     pub stolen: Option<Duration>,
     pub throttled: Option<(u64, Duration)>,
     pub threads: Vec<ThreadTime>,
-    /// Of this process, without the embedded SFU's threads.
+    /// CPU time of this process, without the embedded SFU's threads.
     pub cpu: Option<Duration>,
     /// Bytes that the process had grown by when the last hold began.
     pub grown: Option<u64>,

@@ -121,7 +121,7 @@ impl Presence {
         self.gone.iter().filter(is_gone)
     }
 
-    /// Of those, who they are.
+    /// The participants of those sources.
     pub fn gone_sources(&self, at: Time) -> BTreeSet<u32> {
         self.gone_at(at).map(|gone| gone.index).collect()
     }

@@ -6,7 +6,7 @@ use super::Test;
 use crate::server_metrics::{Account, NamedStretch, PageWatch};
 use crate::units::Time;
 
-/// Behind the start of each second of the run: what a page says then is there when the second's row is closed.
+/// How long after each second's start the page is read, so that it is there when the second's row is closed.
 const READ_AT: Duration = Duration::from_millis(500);
 
 impl Test<'_> {

@@ -38,7 +38,7 @@ pub(super) struct UnderWay {
     began: Record,
     floor: Histogram,
     joins: Joins,
-    /// Of audio and of video, of all who ought to be in.
+    /// Audio and video subscriptions of all who ought to be in.
     subscriptions: [u64; 2],
     /// Who lost its session since.
     pub lost: BTreeSet<u32>,

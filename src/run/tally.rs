@@ -22,9 +22,9 @@ pub(super) const GRACE: Duration = super::DRAIN;
 /// How everybody fared, from the beginning of the run to one moment.
 #[derive(Default)]
 pub(super) struct Survey {
-    /// Of everybody who was ever to be in, in joining order.
+    /// Everybody who was ever to be in, in joining order.
     fares: BTreeMap<u32, Fare>,
-    /// Of audio and of video: frames that were under way at the survey before, and have come since.
+    /// Audio and video frames that were under way at the survey before, and have come since.
     overdue: [u64; 2],
 }
 

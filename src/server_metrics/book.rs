@@ -417,7 +417,7 @@ impl Cost {
             .zip(other.latency.as_ref())
             .and_then(|(one, other)| one.plus(other));
         self.participant_seconds = sum(self.participant_seconds, other.participant_seconds);
-        // Of peaks that need not have come at once only a bound would be known.
+        // Peaks that may have come at different times give only a bound.
         (self.participants_peak, self.resident_bytes_peak) = (None, None);
         self.gauges = self.gauges.beside(&other.gauges);
         self.before = self.before.beside(&other.before);

@@ -29,7 +29,7 @@ pub struct LobbyConfig {
     /// ICE credentials come from here.
     pub secrets: Secrets,
     pub epoch: Epoch,
-    /// Of the one certificate that all routers have.
+    /// Fingerprint of the certificate that all routers share.
     pub fingerprint: Fingerprint,
     /// Where each router receives. A room goes to the one with the fewest participants.
     pub routers: Vec<SocketAddr>,

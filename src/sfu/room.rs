@@ -1,6 +1,6 @@
 //! One room: who is in it, who publishes what, who gets what, and what everybody is told.
 
-// Of a track's fields LiveKit calls some deprecated, and fills and reads them all the same, as clients do.
+// LiveKit calls some of a track's fields deprecated, and still fills and reads them, as clients do.
 #![allow(deprecated)]
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

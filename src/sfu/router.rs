@@ -225,7 +225,7 @@ struct Subscriber {
 struct LevelSum {
     packets: u32,
     active: u32,
-    /// Of active packets, in -dBov.
+    /// Level of active packets, in -dBov.
     sum: u32,
 }
 

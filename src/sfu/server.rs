@@ -56,7 +56,7 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 const ROUTERS_MAX: usize = 256;
 
 pub struct ServerConfig {
-    /// Of signalling, room service and metrics. Port 0: any.
+    /// Address of signalling, room service and metrics. Port 0: any.
     pub listen: SocketAddr,
     /// Where media comes in; `None`: at the address of `listen`, or, where that is none, at the one that this host uses towards others.
     pub media_ip: Option<IpAddr>,
@@ -132,7 +132,7 @@ pub enum StartError {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServerStatistics {
     pub lobby: LobbyStatistics,
-    /// Of all routers together.
+    /// Over all routers together.
     pub media: RouterStatistics,
     /// WebSockets that were closed because their client did not read.
     pub slow_readers: u64,

@@ -83,7 +83,7 @@ pub struct LobbyStatistics {
 pub struct LobbyTotals {
     /// Participants whose WebSocket opened; one who comes back counts again.
     pub joins: u64,
-    /// Of those, the ones whose media connection came up.
+    /// Joins whose media connection came up.
     pub active: u64,
     pub published: u64,
     pub subscribed: u64,
@@ -212,7 +212,7 @@ impl Ids {
         }
     }
 
-    /// Of a description: 63 bits (RFC 8829, section 5.2.1).
+    /// Session id of a description: 63 bits (RFC 8829, section 5.2.1).
     pub fn session_id(&mut self) -> u64 {
         self.chance.draw() >> 1
     }

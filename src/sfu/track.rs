@@ -69,7 +69,7 @@ impl PublishedTrack {
         }
     }
 
-    /// Of 0..=2. Dimensions beat a quality that is named.
+    /// Layer 0 to 2. Dimensions beat a named quality.
     fn quality(&self, settings: &Settings) -> u8 {
         if settings.width == 0 {
             return settings.quality;
@@ -104,7 +104,7 @@ impl PublishedTrack {
         else {
             return settings.quality;
         };
-        // Of several layers of one size the highest: it is as good, and is what others watch.
+        // The highest of several layers of one size: it is as good, and is what others watch.
         let same_size = sizes.iter().filter(|(height, _)| height == sufficient);
         same_size
             .map(|(_, quality)| *quality)

@@ -43,7 +43,7 @@ pub struct RouterWorkerConfig {
     pub seed: u64,
     /// For tests that look for it.
     pub limit: Option<BottleneckLimit>,
-    /// Of the thread: `sfu-N`.
+    /// Name of the thread: `sfu-N`.
     pub name: String,
 }
 

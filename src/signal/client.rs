@@ -893,7 +893,7 @@ impl SignalEvent {
     /// Reads one `SignalResponse`. Never fails: what is broken is [`SignalEvent::Malformed`].
     pub fn decode(message: &Bytes) -> SignalEvent {
         let Some(Ok(field)) = Fields(message).next() else {
-            // Of a message that was cut short, its key may still say what it was.
+            // The key of a message that was cut short may still say what it was.
             let key = split_varint(message).map_or(0, |(key, _)| key >> 3);
             return SignalEvent::Malformed {
                 kind: u32::try_from(key).unwrap_or(0),

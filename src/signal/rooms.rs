@@ -287,7 +287,7 @@ fn date(headers: &header::HeaderMap) -> Option<Duration> {
     at.duration_since(std::time::UNIX_EPOCH).ok()
 }
 
-/// Of HTTP: our TLS, no redirects, and every request done within `timeout`.
+/// An HTTP client with our TLS and no redirects; every request ends within `timeout`.
 pub(crate) fn http_client(timeout: Duration) -> reqwest::Client {
     reqwest::Client::builder()
         .tls_backend_preconfigured((*tls_config()).clone())

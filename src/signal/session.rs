@@ -237,9 +237,9 @@ struct Session {
     plan: ParticipantPlan,
     room: String,
     place: ShardPlace,
-    /// Of this attempt to join.
+    /// Timeline of this attempt to join.
     timeline: JoinTimeline,
-    /// Of the attempt that succeeded first.
+    /// Timeline of the first attempt that succeeded.
     first_timeline: Option<JoinTimeline>,
     /// This attempt has succeeded.
     joined: bool,

@@ -8,7 +8,7 @@ use livekit_token::{AccessToken, VideoGrants};
 
 use crate::secrets::Secret;
 
-/// Of a token to join: outlives any run.
+/// Lifetime of a join token: longer than any run.
 pub const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
 /// Longest lifetime of a token for the room service: each request carries a new one.

@@ -260,7 +260,7 @@ impl SupportedDtls12CipherSuite for DtlsSuite {
         }
     }
 
-    /// Of the MAC, the key, and the nonce's fixed part (RFC 5288, section 3; RFC 7905, section 2).
+    /// Lengths of the MAC, the key and the nonce's fixed part (RFC 5288, section 3; RFC 7905, section 2).
     fn key_lengths(&self) -> (usize, usize, usize) {
         (
             0,

@@ -297,7 +297,7 @@ impl Peer {
     }
 
     /// A peer that is `ice-lite` (RFC 8445, section 2.5): it answers checks and sends none, and the other side nominates.
-    /// Of the parameters, remote candidates and the role do not apply: addresses are learnt from checks, and a lite agent is controlled.
+    /// Remote candidates and the role are ignored: addresses are learnt from checks, and a lite agent is controlled.
     pub fn lite(identity: &Identity, parameters: &PeerParameters, epoch: Epoch, now: Time) -> Peer {
         let mut ice = ice_agent(&PeerParameters {
             remote_candidates: Vec::new(),

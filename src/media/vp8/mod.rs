@@ -45,7 +45,7 @@ pub struct Vp8Spec {
     pub width: u32,
     pub height: u32,
     pub fps: u32,
-    /// Of the inter frames: the bytes of the VP8 frames alone, without packet headers or trailers.
+    /// Bitrate of the inter frames: VP8 bytes alone, without packet headers or trailers.
     pub bitrate: Bitrate,
     /// Other seeds give other pictures.
     pub seed: u64,

@@ -17,7 +17,7 @@ const EARLY_CANDIDATES_MAX: usize = 32;
 const LOCAL_CANDIDATES_MAX: usize = 8;
 /// Addresses of the server that are named where none of them helps.
 const NAMED_MAX: usize = 4;
-/// Behind a description without a candidate that can be used, so long others are waited for.
+/// How long to wait for candidates after a description without a usable one.
 const CANDIDATES_WAIT: Duration = Duration::from_millis(1_500);
 
 /// The connections of a participant. With one connection for everything, that is the publisher's: LiveKit's signalling calls it so.

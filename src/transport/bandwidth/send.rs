@@ -337,7 +337,7 @@ impl Cluster {
             let seconds = to.since(from).as_secs_f64();
             (seconds > 0.0).then(|| bytes as f64 * 8.0 / seconds)
         };
-        // Of what was sent, the last packet's own time is not in the interval; of what arrived, the first one's.
+        // The interval of what was sent leaves out the last packet's own time; that of what arrived, the first one's.
         let sent = rate(
             self.bytes - self.last_sent.1,
             self.first_sent.0,

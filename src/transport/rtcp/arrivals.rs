@@ -77,7 +77,7 @@ impl<'a> Arrivals<'a> {
             return None;
         }
         let chunks = body.get(8..)?;
-        // Behind the chunks that tell of so many packets come the steps.
+        // The time steps follow the chunks.
         let (mut told, mut chunks_len, mut steps_len) = (0, 0, 0);
         while told < count {
             let mut chunk = Chunk::of(be16(chunks, chunks_len)?);
@@ -110,7 +110,7 @@ impl<'a> Arrivals<'a> {
     }
 }
 
-/// Of a time step, in bytes.
+/// Length of a time step, in bytes.
 fn step_len(symbol: u8) -> Option<usize> {
     match symbol {
         0 => Some(0),

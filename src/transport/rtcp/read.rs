@@ -109,7 +109,7 @@ impl<'a> Iterator for Packets<'a> {
 struct RtcpFrame<'a> {
     payload_type: u8,
     count: u8,
-    /// Behind the four-byte header, without padding.
+    /// What follows the four-byte header, without padding.
     body: &'a [u8],
     rest: &'a [u8],
 }

@@ -73,7 +73,7 @@ impl Capabilities {
 }
 
 impl<'a> SectionScan<'a> {
-    /// Of the media, and of its retransmissions.
+    /// SSRC of the media, and of its retransmissions.
     fn ssrcs(&self) -> (Option<u32>, Option<u32>) {
         self.fid
             .map_or((self.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)))
