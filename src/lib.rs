@@ -10,6 +10,7 @@ pub mod http;
 pub mod knee;
 pub mod measure;
 pub mod media;
+pub mod metrics_page;
 pub mod net;
 pub mod path;
 pub mod plan;

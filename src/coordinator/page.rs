@@ -2,7 +2,6 @@
 //!
 //! The page is one file: style and script stand in it, and it asks for nothing but its events. What probers say of themselves reaches it as JSON and is shown as text.
 
-use std::fmt::Write as _;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use super::result::Merged;
 use super::state::{ProberState, RunPhase, RunState};
 use crate::measure::wire::RecordWire;
 use crate::measure::{Histogram, Kind, Record, is_measured};
+use crate::metrics_page::{FigureKind, FiguresPage, PageSummary};
 use crate::report::Judging;
 
 /// `text/html; charset=utf-8`.
@@ -203,116 +203,130 @@ impl<'a> ResultView<'a> {
     }
 }
 
-/// The page for Prometheus (`text/plain; version=0.0.4`): the last second of each vantage as gauges; of the latest baseline or tier of each, counters and summaries.
+/// The page for Prometheus: the last second of each vantage as gauges; of the latest baseline or tier of each, counters and summaries.
 ///
 /// Whatever is not known has no sample.
 pub fn metrics(state: &RunState, now_us: u64) -> String {
-    let mut page = PageText::default();
-    let probers = state.probers();
-    page.family(
-        "throng_run_phase",
-        "gauge",
-        "1 for the phase that the run is in.",
-    );
-    for phase in [
+    let mut page = FiguresPage::default();
+    add_run(&mut page, state);
+    for (name, help, value) in PROBER_GAUGES {
+        let known = state.probers().iter().filter_map(|prober| {
+            let labels = [("vantage", prober.vantage.as_str())];
+            Some((labels, value(prober, now_us)?))
+        });
+        page.add(FigureKind::Gauge, name, help, known);
+    }
+    add_stages(&mut page, state);
+    page.into_text()
+}
+
+/// Name, explanation and value of what is told of each prober.
+type ProberGauge = (
+    &'static str,
+    &'static str,
+    fn(&ProberState, u64) -> Option<f64>,
+);
+
+const PROBER_GAUGES: [ProberGauge; 13] = [
+    (
+        "throng_up",
+        "1 while the prober has a part in what is to come.",
+        |p, _| Some(f64::from(u8::from(p.is_live()))),
+    ),
+    (
+        "throng_heard_seconds_ago",
+        "Since the prober's last sign of life.",
+        |p, now_us| Some(now_us.saturating_sub(p.heard_us) as f64 / 1e6),
+    ),
+    ("throng_valid", "1 while the generator keeps up.", |p, _| {
+        Some(f64::from(u8::from(p.invalid.is_empty())))
+    }),
+    ("throng_participants", "In their rooms now.", |p, _| {
+        live(p).map(|live| live.participants.into())
+    }),
+    (
+        "throng_sent_packets_per_second",
+        "RTP packets sent in the last second.",
+        |p, _| live(p)?.packets_sent_per_second,
+    ),
+    (
+        "throng_received_packets_per_second",
+        "RTP packets received in the last second.",
+        |p, _| live(p)?.packets_received_per_second,
+    ),
+    (
+        "throng_sent_bits_per_second",
+        "Sent in the last second.",
+        |p, _| live(p)?.bits_sent_per_second,
+    ),
+    (
+        "throng_received_bits_per_second",
+        "Received in the last second.",
+        |p, _| live(p)?.bits_received_per_second,
+    ),
+    (
+        "throng_loss_ratio",
+        "Loss of all media of the run so far, 0 to 1.",
+        |p, _| live(p)?.loss,
+    ),
+    (
+        "throng_rtt_seconds",
+        "Median round trip of the last second.",
+        |p, _| seconds(live(p)?.rtt_us),
+    ),
+    (
+        "throng_one_way_latency_p99_seconds",
+        "One-way latency of the last second, the 99th percentile.",
+        |p, _| seconds(live(p)?.latency_us_p99),
+    ),
+    (
+        "throng_tick_late_p99_seconds",
+        "How late the engine's beat came in the last second, the 99th percentile.",
+        |p, _| seconds(live(p)?.tick_late_us_p99),
+    ),
+    (
+        "throng_clock_offset_seconds",
+        "The coordinator's clock less the prober's.",
+        |p, _| p.offset().map(|offset| offset.offset_us as f64 / 1e6),
+    ),
+];
+
+fn add_run(page: &mut FiguresPage, state: &RunState) {
+    let phases = [
         RunPhase::Gathering,
         RunPhase::Running,
         RunPhase::Stopping,
         RunPhase::Over,
-    ] {
-        let value = f64::from(u8::from(phase == *state.phase()));
-        page.sample("throng_run_phase", &[("phase", phase.name())], value);
-    }
-    page.family(
-        "throng_probers_expected",
-        "gauge",
-        "Probers that the run waits for.",
-    );
-    page.sample("throng_probers_expected", &[], state.setup().expect.into());
-    page.family("throng_probers", "gauge", "Probers that came.");
-    page.sample("throng_probers", &[], probers.len() as f64);
-    if let Some(underway) = state.underway() {
-        page.family("throng_stage", "gauge", "Index of the stage under way.");
-        page.sample("throng_stage", &[], underway.stage.into());
-    }
-    type Gauge = (
-        &'static str,
-        &'static str,
-        fn(&ProberState, u64) -> Option<f64>,
-    );
-    let gauges: [Gauge; 13] = [
-        (
-            "throng_up",
-            "1 while the prober has a part in what is to come.",
-            |p, _| Some(f64::from(u8::from(p.is_live()))),
-        ),
-        (
-            "throng_heard_seconds_ago",
-            "Since the prober's last sign of life.",
-            |p, now_us| Some(now_us.saturating_sub(p.heard_us) as f64 / 1e6),
-        ),
-        ("throng_valid", "1 while the generator keeps up.", |p, _| {
-            Some(f64::from(u8::from(p.invalid.is_empty())))
-        }),
-        ("throng_participants", "In their rooms now.", |p, _| {
-            live(p).map(|live| live.participants.into())
-        }),
-        (
-            "throng_sent_packets_per_second",
-            "RTP packets sent in the last second.",
-            |p, _| live(p)?.packets_sent_per_second,
-        ),
-        (
-            "throng_received_packets_per_second",
-            "RTP packets received in the last second.",
-            |p, _| live(p)?.packets_received_per_second,
-        ),
-        (
-            "throng_sent_bits_per_second",
-            "Sent in the last second.",
-            |p, _| live(p)?.bits_sent_per_second,
-        ),
-        (
-            "throng_received_bits_per_second",
-            "Received in the last second.",
-            |p, _| live(p)?.bits_received_per_second,
-        ),
-        (
-            "throng_loss_ratio",
-            "Loss of all media of the run so far, 0 to 1.",
-            |p, _| live(p)?.loss,
-        ),
-        (
-            "throng_rtt_seconds",
-            "Median round trip of the last second.",
-            |p, _| seconds(live(p)?.rtt_us),
-        ),
-        (
-            "throng_one_way_latency_p99_seconds",
-            "One-way latency of the last second, the 99th percentile.",
-            |p, _| seconds(live(p)?.latency_us_p99),
-        ),
-        (
-            "throng_tick_late_p99_seconds",
-            "How late the engine's beat came in the last second, the 99th percentile.",
-            |p, _| seconds(live(p)?.tick_late_us_p99),
-        ),
-        (
-            "throng_clock_offset_seconds",
-            "The coordinator's clock less the prober's.",
-            |p, _| p.offset().map(|offset| offset.offset_us as f64 / 1e6),
-        ),
     ];
-    for (name, help, value) in gauges {
-        page.family(name, "gauge", help);
-        for prober in probers {
-            if let Some(value) = value(prober, now_us) {
-                page.sample(name, &[("vantage", &prober.vantage)], value);
-            }
-        }
-    }
-    page.stages(probers, state);
-    page.text
+    let phases = phases.map(|phase| {
+        let value = f64::from(u8::from(phase == *state.phase()));
+        ([("phase", phase.name())], value)
+    });
+    let help = "1 for the phase that the run is in.";
+    page.add(FigureKind::Gauge, "throng_run_phase", help, phases);
+    let mut gauge = |name: &str, help: &str, value: Option<f64>| {
+        page.add(
+            FigureKind::Gauge,
+            name,
+            help,
+            value.map(|value| ([], value)),
+        );
+    };
+    gauge(
+        "throng_probers_expected",
+        "Probers that the run waits for.",
+        Some(state.setup().expect.into()),
+    );
+    gauge(
+        "throng_probers",
+        "Probers that came.",
+        Some(state.probers().len() as f64),
+    );
+    gauge(
+        "throng_stage",
+        "Index of the stage under way.",
+        state.underway().map(|underway| underway.stage.into()),
+    );
 }
 
 fn live(prober: &ProberState) -> Option<&LiveSecond> {
@@ -323,11 +337,6 @@ fn seconds(micros: Option<u64>) -> Option<f64> {
     micros.map(|us| us as f64 / 1e6)
 }
 
-#[derive(Default)]
-struct PageText {
-    text: String,
-}
-
 /// What was counted in the latest baseline or tier of one prober.
 struct Latest<'a> {
     vantage: &'a str,
@@ -335,147 +344,87 @@ struct Latest<'a> {
     record: Record,
 }
 
-impl PageText {
-    /// Counters and summaries of the latest tier of each prober. A summary's count is of what came; a quantile that falls among what never came is `+Inf`.
-    fn stages(&mut self, probers: &[ProberState], state: &RunState) {
-        let latest: Vec<Latest<'_>> = (probers.iter())
-            .filter_map(|prober| {
-                let (stage, so_far) = prober.tiers.last_key_value()?;
-                let record: &RecordWire = &so_far.record;
-                Some(Latest {
-                    vantage: &prober.vantage,
-                    stage: &state.stages().get(*stage as usize)?.name,
-                    record: Record::from(record),
-                })
-            })
-            .collect();
-        self.section(
-            &latest,
-            "session",
-            None,
-            |record| record.session.counters().collect(),
-            |record| record.session.histograms().collect(),
-        );
-        self.section(
-            &latest,
-            "audio",
-            Some(Kind::Audio),
-            |record| record.audio.counters().collect(),
-            |record| record.audio.histograms().collect(),
-        );
-        self.section(
-            &latest,
-            "video",
-            Some(Kind::Video),
-            |record| record.video.counters().collect(),
-            |record| record.video.histograms().collect(),
-        );
-    }
-
-    fn section<'a>(
-        &mut self,
-        latest: &'a [Latest<'a>],
-        section: &str,
-        kind: Option<Kind>,
-        counters: impl Fn(&'a Record) -> Vec<(&'static str, u64)>,
-        histograms: impl Fn(&'a Record) -> Vec<(&'static str, &'a Histogram)>,
-    ) {
-        let Some(first) = latest.first() else { return };
-        for (at, (name, _)) in counters(&first.record).iter().enumerate() {
-            if !is_measured(kind, name) {
-                continue;
-            }
-            let family = format!("throng_{section}_{name}_total");
-            self.family(
-                &family,
-                "counter",
-                &format!("{section}.{name} of the tier under way, as in the JSON report."),
-            );
-            for one in latest {
-                self.sample(
-                    &family,
-                    &[("vantage", one.vantage), ("stage", one.stage)],
-                    counters(&one.record)[at].1 as f64,
-                );
-            }
-        }
-        for (at, (name, _)) in histograms(&first.record).iter().enumerate() {
-            let known: Vec<(&Latest<'_>, &Histogram)> = (latest.iter())
-                .map(|one| (one, histograms(&one.record)[at].1))
-                .filter(|(_, histogram)| histogram.expected() > 0)
-                .collect();
-            if known.is_empty() {
-                continue;
-            }
-            let family = format!("throng_{section}_{name}_seconds");
-            self.family(
-                &family,
-                "summary",
-                &format!("{section}.{name} of the tier under way, as in the JSON report."),
-            );
-            for (one, histogram) in known {
-                self.summary(&family, one, histogram);
-            }
-        }
-    }
-
-    fn summary(&mut self, family: &str, one: &Latest<'_>, histogram: &Histogram) {
-        for (text, share) in [("0.5", 0.5), ("0.95", 0.95), ("0.99", 0.99)] {
-            let value = histogram
-                .quantile(share)
-                .map_or(f64::INFINITY, |us| us as f64 / 1e6);
-            self.sample(
-                family,
-                &[
-                    ("vantage", one.vantage),
-                    ("stage", one.stage),
-                    ("quantile", text),
-                ],
-                value,
-            );
-        }
-        let labels = [("vantage", one.vantage), ("stage", one.stage)];
-        let sum = histogram.mean().unwrap_or(0.0) * histogram.count() as f64 / 1e6;
-        self.sample(&format!("{family}_sum"), &labels, sum);
-        self.sample(
-            &format!("{family}_count"),
-            &labels,
-            histogram.count() as f64,
-        );
-    }
-
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
-        self.text.push_str(name);
-        for (at, (label, text)) in labels.iter().enumerate() {
-            let _ = write!(self.text, "{}{label}=\"", if at == 0 { '{' } else { ',' });
-            escape(text, &mut self.text);
-            self.text.push('"');
-        }
-        if !labels.is_empty() {
-            self.text.push('}');
-        }
-        match value {
-            f64::INFINITY => self.text.push_str(" +Inf\n"),
-            value => {
-                let _ = writeln!(self.text, " {value}");
-            }
-        }
+impl Latest<'_> {
+    fn labels(&self) -> [(&str, &str); 2] {
+        [("vantage", self.vantage), ("stage", self.stage)]
     }
 }
 
-/// A label's value, as the text format has it.
-fn escape(text: &str, out: &mut String) {
-    for char in text.chars() {
-        match char {
-            '\\' => out.push_str("\\\\"),
-            '"' => out.push_str("\\\""),
-            '\n' => out.push_str("\\n"),
-            char => out.push(char),
+/// Counters and summaries of the latest tier of each prober. A summary's count is of what came; a quantile that falls among what never came is infinite.
+fn add_stages(page: &mut FiguresPage, state: &RunState) {
+    let latest: Vec<Latest<'_>> = (state.probers().iter())
+        .filter_map(|prober| {
+            let (stage, so_far) = prober.tiers.last_key_value()?;
+            let record: &RecordWire = &so_far.record;
+            Some(Latest {
+                vantage: &prober.vantage,
+                stage: &state.stages().get(*stage as usize)?.name,
+                record: Record::from(record),
+            })
+        })
+        .collect();
+    add_section(
+        page,
+        &latest,
+        ("session", None),
+        |record| record.session.counters().collect(),
+        |record| record.session.histograms().collect(),
+    );
+    add_section(
+        page,
+        &latest,
+        ("audio", Some(Kind::Audio)),
+        |record| record.audio.counters().collect(),
+        |record| record.audio.histograms().collect(),
+    );
+    add_section(
+        page,
+        &latest,
+        ("video", Some(Kind::Video)),
+        |record| record.video.counters().collect(),
+        |record| record.video.histograms().collect(),
+    );
+}
+
+fn add_section<'a>(
+    page: &mut FiguresPage,
+    latest: &'a [Latest<'a>],
+    (section, kind): (&str, Option<Kind>),
+    counters: impl Fn(&'a Record) -> Vec<(&'static str, u64)>,
+    histograms: impl Fn(&'a Record) -> Vec<(&'static str, &'a Histogram)>,
+) {
+    let Some(first) = latest.first() else { return };
+    let help =
+        |name: &str| format!("{section}.{name} of the tier under way, as in the JSON report.");
+    for (at, (name, _)) in counters(&first.record).iter().enumerate() {
+        if is_measured(kind, name) {
+            let samples = latest
+                .iter()
+                .map(|one| (one.labels(), counters(&one.record)[at].1 as f64));
+            let family = format!("throng_{section}_{name}_total");
+            page.add(FigureKind::Counter, &family, &help(name), samples);
         }
+    }
+    for (at, (name, _)) in histograms(&first.record).iter().enumerate() {
+        let summaries = latest.iter().filter_map(|one| {
+            let histogram = histograms(&one.record)[at].1;
+            (histogram.expected() > 0).then(|| summary(one, histogram))
+        });
+        let family = format!("throng_{section}_{name}_seconds");
+        page.add_summaries(&family, &help(name), summaries);
+    }
+}
+
+fn summary<'a>(one: &'a Latest<'_>, histogram: &Histogram) -> PageSummary<'a, 2> {
+    let quantile = |share| {
+        let value = histogram.quantile(share);
+        (share, value.map_or(f64::INFINITY, |us| us as f64 / 1e6))
+    };
+    PageSummary {
+        labels: one.labels(),
+        quantiles: [0.5, 0.95, 0.99].map(quantile),
+        sum: histogram.mean().unwrap_or(0.0) * histogram.count() as f64 / 1e6,
+        count: histogram.count(),
     }
 }
 
@@ -495,11 +444,14 @@ fn hash_of(tag: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use serde_json::{Value, json};
 
     use super::*;
     use crate::coordinator::canned::{self, Canned, TIER, WELL};
     use crate::plan::HostRole;
+    use crate::server_metrics::exposition;
 
     const HOSTILE: &str = "<img src=x onerror=alert(1)>\"\\";
 
@@ -643,7 +595,7 @@ mod tests {
     /// Families by name, and samples by family, name and labels.
     fn parsed(page: &str) -> Vec<(String, String, f64)> {
         let mut family = String::new();
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = BTreeSet::new();
         let mut samples = Vec::new();
         for line in page.lines() {
             if let Some(rest) = line.strip_prefix("# HELP ") {
@@ -654,12 +606,7 @@ mod tests {
             } else {
                 let (name, value) = line.rsplit_once(' ').unwrap();
                 assert!(name.starts_with(&family), "{line} in {family}");
-                let value = if value == "+Inf" {
-                    f64::INFINITY
-                } else {
-                    value.parse().unwrap()
-                };
-                samples.push((family.clone(), name.to_owned(), value));
+                samples.push((family.clone(), name.to_owned(), value.parse().unwrap()));
             }
         }
         samples
@@ -712,6 +659,53 @@ mod tests {
             "this version does not fill it"
         );
         assert_eq!(value("throng_run_phase{phase=\"running\"}"), Some(1.0));
+    }
+
+    /// Dashboards go by these.
+    #[test]
+    fn our_own_reader_finds_every_figure_under_its_name() {
+        let canned = under_way();
+        let page = metrics(&canned.state, canned.now_us);
+        let samples = exposition::samples(&page).map(Result::unwrap);
+        let found: BTreeSet<String> = samples.map(|sample| sample.name.to_owned()).collect();
+        let mut expected: BTreeSet<String> = [
+            "throng_run_phase",
+            "throng_probers_expected",
+            "throng_probers",
+            "throng_up",
+            "throng_heard_seconds_ago",
+            "throng_valid",
+            "throng_participants",
+            "throng_sent_packets_per_second",
+            "throng_received_packets_per_second",
+            "throng_loss_ratio",
+            "throng_rtt_seconds",
+            "throng_tick_late_p99_seconds",
+        ]
+        .map(str::to_owned)
+        .into();
+        let record = WELL.record();
+        let mut section =
+            |section: &str,
+             kind,
+             counters: &mut dyn Iterator<Item = (&'static str, u64)>,
+             histograms: &mut dyn Iterator<Item = (&'static str, &Histogram)>| {
+                let measured = counters.filter(|(name, _)| is_measured(kind, name));
+                expected.extend(measured.map(|(name, _)| format!("throng_{section}_{name}_total")));
+                let known = histograms.filter(|(_, histogram)| histogram.expected() > 0);
+                expected.extend(known.flat_map(|(name, _)| {
+                    ["", "_sum", "_count"]
+                        .map(|end| format!("throng_{section}_{name}_seconds{end}"))
+                }));
+            };
+        let (session, audio, video) = (&record.session, &record.audio, &record.video);
+        let mut own = (session.counters(), session.histograms());
+        section("session", None, &mut own.0, &mut own.1);
+        for (name, kind, media) in [("audio", Kind::Audio, audio), ("video", Kind::Video, video)] {
+            let mut of_kind = (media.counters(), media.histograms());
+            section(name, Some(kind), &mut of_kind.0, &mut of_kind.1);
+        }
+        assert_eq!(found, expected);
     }
 
     #[test]

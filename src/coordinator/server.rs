@@ -41,6 +41,7 @@ use super::result::Merged;
 use super::state::{RefusedRequest, RunPhase, RunState};
 use super::tokens::Mint;
 use crate::http::{self, Limits};
+use crate::metrics_page;
 use crate::plan::Plan;
 use crate::report::{Judging, TargetInfo};
 
@@ -501,7 +502,7 @@ async fn metrics(extract::State(site): extract::State<Site>) -> Answered {
         .desk
         .call(|desk| page::metrics(&desk.state, desk.now_us()))
         .await?;
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
+    Ok(([(header::CONTENT_TYPE, metrics_page::CONTENT_TYPE)], text).into_response())
 }
 
 async fn register(extract::State(site): extract::State<Site>, request: Request) -> Answered {

@@ -24,7 +24,16 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("measurements", &["measure"]),
     (
         "ground",
-        &["http", "knee", "net", "secrets", "seeded", "units", "words"],
+        &[
+            "http",
+            "knee",
+            "metrics_page",
+            "net",
+            "secrets",
+            "seeded",
+            "units",
+            "words",
+        ],
     ),
 ];
 

@@ -1,146 +1,185 @@
 //! A Prometheus page: what it costs and LiveKit's names, as far as we know and count what they stand for, then all that the routers count under their own.
 
-use std::fmt::Write;
-
 use axum::extract;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use super::{ServerState, ServerStatistics};
+use crate::metrics_page::{self, FigureKind, FiguresPage};
 use crate::net;
 use crate::sfu::THREAD_PREFIX;
+use crate::sfu::lobby::LobbyStatistics;
+use crate::sfu::statistics::RouterStatistics;
 
 pub(super) async fn serve(extract::State(state): extract::State<ServerState>) -> Response {
     match state.call(|desk, _| desk.statistics()).await {
         Some(statistics) => {
-            let page = costs() + &page(&statistics);
-            ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], page).into_response()
+            let mut page = FiguresPage::default();
+            add_costs(&mut page);
+            add_counts(&mut page, &statistics);
+            let content_type = [(header::CONTENT_TYPE, metrics_page::CONTENT_TYPE)];
+            (content_type, page.into_text()).into_response()
         }
         None => StatusCode::SERVICE_UNAVAILABLE.into_response(),
     }
 }
 
+fn add_counts(page: &mut FiguresPage, statistics: &ServerStatistics) {
+    add_lobby(page, &statistics.lobby);
+    add_media(page, &statistics.media);
+    for (name, value) in statistics.media.counters() {
+        let name = format!("throng_sfu_{name}");
+        page.add(FigureKind::Untyped, &name, "", [([], value as f64)]);
+    }
+}
+
 /// As Prometheus' client libraries name them. CPU time is that of the SFU's threads, which are not alone where a run has it inside; memory is the process's, as it says.
-fn costs() -> String {
-    let mut costs = String::new();
-    if let Some(cpu) = net::threads_cpu(THREAD_PREFIX) {
-        let _ = writeln!(
-            costs,
-            "# TYPE process_cpu_seconds_total counter\nprocess_cpu_seconds_total {}",
-            cpu.as_secs_f64()
-        );
-    }
-    if let Some((resident, _)) = net::resident_bytes() {
-        let _ = writeln!(
-            costs,
-            "# TYPE process_resident_memory_bytes gauge\nprocess_resident_memory_bytes {resident}"
-        );
-    }
-    costs
+fn add_costs(page: &mut FiguresPage) {
+    let cpu = net::threads_cpu(THREAD_PREFIX).map(|cpu| ([], cpu.as_secs_f64()));
+    page.add(FigureKind::Counter, "process_cpu_seconds_total", "", cpu);
+    let resident = net::resident_bytes().map(|(resident, _)| ([], resident as f64));
+    page.add(
+        FigureKind::Gauge,
+        "process_resident_memory_bytes",
+        "",
+        resident,
+    );
+}
+
+/// Who is there, and who came.
+fn add_lobby(page: &mut FiguresPage, lobby: &LobbyStatistics) {
+    let count = |value: usize| [([], value as f64)];
+    let gauge = FigureKind::Gauge;
+    page.add(gauge, "livekit_room_total", "", count(lobby.rooms));
+    let participants = count(lobby.participants);
+    page.add(gauge, "livekit_participant_total", "", participants);
+    let totals = &lobby.since_start;
+    let mut of_state = |name: &str, samples: &[(&str, u64)]| {
+        let samples = (samples.iter()).map(|(state, value)| ([("state", *state)], *value as f64));
+        page.add(FigureKind::Counter, name, "", samples);
+    };
+    let joins = [
+        ("signal_connected", totals.joins),
+        ("rtc_active", totals.active),
+    ];
+    of_state("livekit_participant_join_total", &joins);
+    let published = [("success", totals.published)];
+    of_state("livekit_track_publish_counter", &published);
+    let subscribed = [("success", totals.subscribed)];
+    of_state("livekit_track_subscribe_counter", &subscribed);
+    let kinds = |audio: usize, video: usize| {
+        [("AUDIO", audio), ("VIDEO", video)].map(|(kind, value)| ([("kind", kind)], value as f64))
+    };
+    let published = kinds(lobby.published_audio, lobby.published_video);
+    page.add(gauge, "livekit_track_published_total", "", published);
+    let subscribed = kinds(lobby.subscribed_audio, lobby.subscribed_video);
+    page.add(gauge, "livekit_track_subscribed_total", "", subscribed);
 }
 
 /// LiveKit's packets are RTP; what is sent again counts as a transmission of its own.
-fn page(statistics: &ServerStatistics) -> String {
-    let (lobby, media) = (&statistics.lobby, &statistics.media);
-    let mut page = String::new();
-    let mut family = |kind: &str, name: &str, samples: &[(&str, u64)]| {
-        let _ = writeln!(page, "# TYPE livekit_{name} {kind}");
-        for (labels, value) in samples {
-            let _ = writeln!(page, "livekit_{name}{labels} {value}");
-        }
-    };
-    family("gauge", "room_total", &[("", lobby.rooms as u64)]);
-    family(
-        "gauge",
-        "participant_total",
-        &[("", lobby.participants as u64)],
-    );
-    let totals = &lobby.since_start;
-    let states = [
-        (r#"{state="signal_connected"}"#, totals.joins),
-        (r#"{state="rtc_active"}"#, totals.active),
+fn add_media(page: &mut FiguresPage, media: &RouterStatistics) {
+    const WAYS: [[(&str, &str); 2]; 4] = [
+        [("direction", "incoming"), ("transmission", "initial")],
+        [("direction", "incoming"), ("transmission", "retransmit")],
+        [("direction", "outgoing"), ("transmission", "initial")],
+        [("direction", "outgoing"), ("transmission", "retransmit")],
     ];
-    family("counter", "participant_join_total", &states);
-    family(
-        "counter",
-        "track_publish_counter",
-        &[(r#"{state="success"}"#, totals.published)],
-    );
-    family(
-        "counter",
-        "track_subscribe_counter",
-        &[(r#"{state="success"}"#, totals.subscribed)],
-    );
-    let kinds = |audio: usize, video: usize| {
-        [
-            (r#"{kind="AUDIO"}"#, audio as u64),
-            (r#"{kind="VIDEO"}"#, video as u64),
-        ]
-    };
-    family(
-        "gauge",
-        "track_published_total",
-        &kinds(lobby.published_audio, lobby.published_video),
-    );
-    family(
-        "gauge",
-        "track_subscribed_total",
-        &kinds(lobby.subscribed_audio, lobby.subscribed_video),
-    );
-    const IN: &str = r#"{direction="incoming",transmission="initial"}"#;
-    const IN_AGAIN: &str = r#"{direction="incoming",transmission="retransmit"}"#;
-    const OUT: &str = r#"{direction="outgoing",transmission="initial"}"#;
-    const OUT_AGAIN: &str = r#"{direction="outgoing",transmission="retransmit"}"#;
     let packets = [
-        (IN, media.media_in),
-        (IN_AGAIN, media.repairs_in),
-        (OUT, media.media_out),
-        (OUT_AGAIN, media.resends_out),
+        media.media_in,
+        media.repairs_in,
+        media.media_out,
+        media.resends_out,
     ];
     let bytes = [
-        (IN, media.media_bytes_in),
-        (IN_AGAIN, media.repair_bytes_in),
-        (OUT, media.media_bytes_out),
-        (OUT_AGAIN, media.resend_bytes_out),
+        media.media_bytes_in,
+        media.repair_bytes_in,
+        media.media_bytes_out,
+        media.resend_bytes_out,
     ];
-    family("counter", "packet_total", &packets);
-    family("counter", "packet_bytes", &bytes);
-    let directions = |incoming: u64, outgoing: u64| {
-        [
-            (r#"{direction="incoming"}"#, incoming),
-            (r#"{direction="outgoing"}"#, outgoing),
-        ]
-    };
-    // LiveKit's direction is that of the media: what is asked of publishers concerns what comes in.
-    family(
-        "counter",
-        "nack_total",
-        &directions(media.nacks_out, media.nacks_in),
-    );
-    family(
-        "counter",
-        "pli_total",
-        &directions(media.plis_out, media.plis_in),
-    );
-    for (name, value) in media.counters() {
-        let _ = writeln!(
-            page,
-            "# TYPE throng_sfu_{name} untyped\nthrong_sfu_{name} {value}"
-        );
+    for (name, values) in [
+        ("livekit_packet_total", packets),
+        ("livekit_packet_bytes", bytes),
+    ] {
+        let samples = WAYS.into_iter().zip(values.map(|value| value as f64));
+        page.add(FigureKind::Counter, name, "", samples);
     }
-    page
+    // LiveKit's direction is that of the media: what is asked of publishers concerns what comes in.
+    for (name, incoming, outgoing) in [
+        ("livekit_nack_total", media.nacks_out, media.nacks_in),
+        ("livekit_pli_total", media.plis_out, media.plis_in),
+    ] {
+        let samples = [("incoming", incoming), ("outgoing", outgoing)]
+            .map(|(direction, value)| ([("direction", direction)], value as f64));
+        page.add(FigureKind::Counter, name, "", samples);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server_metrics::exposition;
+
+    fn counts(statistics: &ServerStatistics) -> String {
+        let mut page = FiguresPage::default();
+        add_counts(&mut page, statistics);
+        page.into_text()
+    }
+
+    /// Dashboards and `--server-metrics` go by these.
+    #[test]
+    fn our_own_reader_finds_livekit_s_names_with_its_labels_and_types() {
+        let mut statistics = ServerStatistics::default();
+        statistics.lobby.since_start.active = 5;
+        statistics.media.resend_bytes_out = 1 << 40;
+        let page = counts(&statistics);
+        let families: Vec<&str> = (page.lines())
+            .filter_map(|line| line.strip_prefix("# TYPE livekit_"))
+            .collect();
+        let expected = [
+            "room_total gauge",
+            "participant_total gauge",
+            "participant_join_total counter",
+            "track_publish_counter counter",
+            "track_subscribe_counter counter",
+            "track_published_total gauge",
+            "track_subscribed_total gauge",
+            "packet_total counter",
+            "packet_bytes counter",
+            "nack_total counter",
+            "pli_total counter",
+        ];
+        assert_eq!(families, expected);
+        let samples: Vec<_> = exposition::samples(&page).map(Result::unwrap).collect();
+        for (name, labels, value) in [
+            (
+                "livekit_participant_join_total",
+                &[("state", "rtc_active")][..],
+                5.0,
+            ),
+            (
+                "livekit_packet_bytes",
+                &[("direction", "outgoing"), ("transmission", "retransmit")],
+                1_099_511_627_776.0,
+            ),
+            ("livekit_track_published_total", &[("kind", "VIDEO")], 0.0),
+        ] {
+            let mut of_name = samples.iter().filter(|sample| sample.name == name);
+            let sample = of_name.find(|sample| sample.labels.have(labels));
+            assert_eq!(sample.map(|sample| sample.value), Some(value), "{name}");
+        }
+        for (name, value) in statistics.media.counters() {
+            let name = format!("throng_sfu_{name}");
+            let line = format!("# TYPE {name} untyped\n{name} {value}\n");
+            assert!(page.contains(&line), "{line}");
+        }
+    }
 
     #[test]
     fn every_sample_follows_its_type() {
         let mut statistics = ServerStatistics::default();
         statistics.lobby.participants = 3;
         statistics.media.media_out = 70;
-        let page = page(&statistics);
+        let page = counts(&statistics);
         assert!(
             page.contains("# TYPE livekit_participant_total gauge\nlivekit_participant_total 3\n"),
             "{page}"
@@ -157,10 +196,12 @@ mod tests {
                 .next()
                 .is_some_and(|value| value.parse::<u64>().is_ok())
         }));
+        let mut costs = FiguresPage::default();
+        add_costs(&mut costs);
+        let costs = costs.into_text();
         assert!(
-            costs().contains("\nprocess_resident_memory_bytes "),
-            "{}",
-            costs()
+            costs.contains("\nprocess_resident_memory_bytes "),
+            "{costs}"
         );
         let own = samples
             .clone()
