@@ -1,5 +1,6 @@
-//! What a connection costs before any media: CPU time of its set-up (ICE and DTLS, our side only), and the memory that it then holds, without and with media
-//! that has flowed. Beside it other stacks, connected to the same ends.
+//! What a connection costs before any media: CPU time of its set-up (ICE and DTLS, our side only),
+//! and the memory that it then holds, without and with media that has flowed. Beside it other
+//! stacks, connected to the same ends.
 //!
 //! `cargo bench --bench connect`
 
@@ -28,7 +29,8 @@ static ALLOCATOR: counting::Counting = counting::Counting;
 const AT_ONCE: u64 = 32;
 const SET_UP: &str = "set-up of a connection";
 const IDLE: &str = "a second of a connection without media";
-/// Connections that are idle side by side: what looks at all of them each millisecond is shared by them.
+/// Connections that are idle side by side: what looks at all of them each millisecond is shared by
+/// them.
 const IDLE_CONNECTIONS: usize = 250;
 const SUBSCRIBER: Setting = Setting::media_only(Role::Receives, Kind::Video);
 

@@ -1,5 +1,7 @@
-//! What a received packet costs a whole engine worker, kernel included, as a multiple of the named floor program (`common::floor`): both get the same
-//! trace from the same sender, turn by turn, in one run. A third program is the floor on sockets without the kernel's stamps and drop counts: what those cost.
+//! What a received packet costs a whole engine worker, kernel included, as a multiple of the named
+//! floor program (`common::floor`): both get the same trace from the same sender, turn by turn, in
+//! one run. A third program is the floor on sockets without the kernel's stamps and drop counts:
+//! what those cost.
 //!
 //! `cargo bench --bench floor`
 
@@ -54,7 +56,8 @@ fn main() {
     print(connections, &floor.sender, &turns);
 }
 
-/// The floor program, and a sender of its own: what one program misses must not be counted as another's.
+/// The floor program, and a sender of its own: what one program misses must not be counted as
+/// another's.
 struct Bare {
     ends: Vec<BareEnd>,
     sender: Sender,

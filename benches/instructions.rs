@@ -1,14 +1,18 @@
-//! Instructions and allocations a packet of our own code, counted by callgrind and by the allocator: unlike times they do not drift with what else the host
-//! does, so a change of a few per cent shows.
+//! Instructions and allocations a packet of our own code, counted by callgrind and by the
+//! allocator: unlike times they do not drift with what else the host does, so a change of a few per
+//! cent shows.
 //!
 //! The guard is of the profile that `cargo test` builds, because CI has that one anyway:
 //!
-//! `cargo test --bench instructions -- --count` fails where a count is further than the tolerance from `benches/instructions.txt`;
-//! `cargo test --bench instructions -- --save` writes that file anew. A new compiler is a reason to. `cargo bench --bench instructions` counts in the other
-//! profile, to compare a change with what was before it, and judges nothing: its counts depend on how the release is linked.
+//! `cargo test --bench instructions -- --count` fails where a count is further than the tolerance
+//! from `benches/instructions.txt`; `cargo test --bench instructions -- --save` writes that file
+//! anew. A new compiler is a reason to. `cargo bench --bench instructions` counts in the other
+//! profile, to compare a change with what was before it, and judges nothing: its counts depend on
+//! how the release is linked.
 //!
-//! It wants `valgrind`; where there is none it says so, and fails only under `CI`. The processor that valgrind shows has AES and AVX2 where the host has them, and
-//! nothing newer: so counts are the same on all that have.
+//! It wants `valgrind`; where there is none it says so, and fails only under `CI`. The processor
+//! that valgrind shows has AES and AVX2 where the host has them, and nothing newer: so counts are
+//! the same on all that have.
 
 mod common;
 #[path = "../tests/common/counting.rs"]

@@ -1,5 +1,6 @@
-//! What a packet costs in user space alone: received, and sent; with few connections, whose state stays in the cache, and with many, each of which has gone
-//! cold by its next packet. Beside it the floor, AES-GCM with as many keys and nothing else, and other stacks that do the same work.
+//! What a packet costs in user space alone: received, and sent; with few connections, whose state
+//! stays in the cache, and with many, each of which has gone cold by its next packet. Beside it the
+//! floor, AES-GCM with as many keys and nothing else, and other stacks that do the same work.
 //!
 //! `cargo bench --bench packet`
 
@@ -54,7 +55,8 @@ fn main() {
     table.print();
 }
 
-/// What telling the server of the path costs: the same packets with timers that run, without and with transport-wide feedback.
+/// What telling the server of the path costs: the same packets with timers that run, without and
+/// with transport-wide feedback.
 fn feedback(criterion: &mut Criterion, table: &mut Table, connections: usize, packets: u64) {
     let of = |control| Setting {
         control,
@@ -123,7 +125,8 @@ fn compare(
         common::media(setting.kind),
         facts.len
     );
-    // What is built for one row would fill the cache of the next: each is gone before the next one is made.
+    // What is built for one row would fill the cache of the next: each is gone before the next one
+    // is made.
     {
         let mut floor = Floor::new(&facts, connections);
         row(criterion, table, &group, "floor", packets, |packets| {
@@ -164,8 +167,9 @@ fn stack<S: Stack>(
     }
 }
 
-/// Times `work`, which takes a number of packets. An iteration is `packets` of them, several of each connection: the first of all, which connects and meets
-/// memory that was never touched, is criterion's warming up, and no sample is a handful of packets.
+/// Times `work`, which takes a number of packets. An iteration is `packets` of them, several of
+/// each connection: the first of all, which connects and meets memory that was never touched, is
+/// criterion's warming up, and no sample is a handful of packets.
 fn row(
     criterion: &mut Criterion,
     table: &mut Table,
@@ -214,8 +218,10 @@ impl Facts {
     }
 }
 
-/// The keys of so many connections, each used for one packet in turn. No receiver has less state than these 544 bytes a connection: of 1,000 they fit a
-/// second-level cache of 1 MB, so the cold floor is hardly colder than the hot one. That is what a stack's state could come to at best, not a flaw of the row.
+/// The keys of so many connections, each used for one packet in turn. No receiver has less state
+/// than these 544 bytes a connection: of 1,000 they fit a second-level cache of 1 MB, so the cold
+/// floor is hardly colder than the hot one. That is what a stack's state could come to at best, not
+/// a flaw of the row.
 struct Floor {
     keys: Vec<LessSafeKey>,
     packets: Vec<Vec<u8>>,

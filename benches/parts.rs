@@ -1,4 +1,5 @@
-//! What is done once, or seldom: media made at the start, records merged each second, descriptions answered.
+//! What is done once, or seldom: media made at the start, records merged each second, descriptions
+//! answered.
 //!
 //! `cargo bench --bench parts`
 
@@ -38,7 +39,8 @@ fn main() {
     video(is_full);
 }
 
-/// A subscriber's answer to LiveKit-shaped offers. The first row reads the same text with a general parser and does nothing else.
+/// A subscriber's answer to LiveKit-shaped offers. The first row reads the same text with a general
+/// parser and does nothing else.
 fn descriptions(criterion: &mut Criterion, table: &mut Table) {
     let mut offers = SubscriberOffer::default();
     for index in 0..SECTIONS {
@@ -83,7 +85,8 @@ fn descriptions(criterion: &mut Criterion, table: &mut Table) {
     table.add_per(&group, "answered, one changed", 2.0);
 }
 
-/// What the run does each second with what each worker hands out. An empty record costs what its histograms' bounds cost; a full one has values in all of them.
+/// What the run does each second with what each worker hands out. An empty record costs what its
+/// histograms' bounds cost; a full one has values in all of them.
 fn records(criterion: &mut Criterion, table: &mut Table) {
     let group = "a record merged into another";
     let mut benches = criterion.benchmark_group(group);
@@ -95,7 +98,8 @@ fn records(criterion: &mut Criterion, table: &mut Table) {
     benches.finish();
 }
 
-/// What each counted latency costs: a value into one of a record's histograms, with the bounds of a run.
+/// What each counted latency costs: a value into one of a record's histograms, with the bounds of a
+/// run.
 fn histogram(criterion: &mut Criterion, table: &mut Table) {
     const VALUES: u64 = 1_000;
     let group = "a histogram takes a value";

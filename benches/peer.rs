@@ -1,10 +1,15 @@
-//! What the same load on the same real server costs `lk load-test` and us: a room with one publisher of 720p video and so many subscribers, in turn. CPU of
-//! the process that has the subscribers, by `/proc`, over the packets that the server says it sent, less those dropped at its sockets; and its resident memory a participant.
+//! What the same load on the same real server costs `lk load-test` and us: a room with one
+//! publisher of 720p video and so many subscribers, in turn. CPU of the process that has the
+//! subscribers, by `/proc`, over the packets that the server says it sent, less those dropped at
+//! its sockets; and its resident memory a participant.
 //!
-//! `cargo bench --bench peer -- --lk PATH --livekit PATH [--subscribers 200] [--seconds 30] [--port 23100]`
+//! `cargo bench --bench peer -- --lk PATH --livekit PATH [--subscribers 200] [--seconds 30] [--port
+//! 23100]`
 //!
-//! It wants `lk` of livekit-cli and `livekit-server`, some minutes and a quiet host; without both it says so and measures nothing. The publisher of lk's
-//! subscribers is a process of ours, and not in lk's figures; our own publisher is in ours. So what lk spends on publishing is left out, to its advantage.
+//! It wants `lk` of livekit-cli and `livekit-server`, some minutes and a quiet host; without both
+//! it says so and measures nothing. The publisher of lk's subscribers is a process of ours, and not
+//! in lk's figures; our own publisher is in ours. So what lk spends on publishing is left out, to
+//! its advantage.
 
 #[allow(dead_code)]
 #[path = "common/process.rs"]
@@ -93,7 +98,8 @@ struct Taken {
     packets: f64,
     /// What the kernel dropped at the doors of the process: sent, and never received.
     dropped: f64,
-    /// Of the packets: where it is more than a little, somebody had no time to receive, and the figures are of an overload.
+    /// Of the packets: where it is more than a little, somebody had no time to receive, and the
+    /// figures are of an overload.
     resent: f64,
     server_cpu: Duration,
     resident: u64,
@@ -224,7 +230,8 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
     taken
 }
 
-/// Lets `process` join, then looks at it and at the server from one flush of the server's counters to another.
+/// Lets `process` join, then looks at it and at the server from one flush of the server's counters
+/// to another.
 fn measure(
     name: &'static str,
     process: &mut Process,
@@ -295,7 +302,8 @@ fn print(options: &Options, lk: &Taken, throng: &Taken) {
     );
 }
 
-/// Datagrams that the UDP sockets of a process have had no room for: of `/proc/net/udp` (proc(5)) the lines whose inodes are among its files.
+/// Datagrams that the UDP sockets of a process have had no room for: of `/proc/net/udp` (proc(5))
+/// the lines whose inodes are among its files.
 fn socket_drops(pid: u32) -> f64 {
     let files = fs::read_dir(format!("/proc/{pid}/fd"))
         .into_iter()
@@ -348,7 +356,8 @@ struct Server {
 impl Server {
     fn start(options: &Options) -> Server {
         let port = options.port;
-        // Its counters come from a port of their own, and so does ICE over TCP, which neither of the two uses.
+        // Its counters come from a port of their own, and so does ICE over TCP, which neither of
+        // the two uses.
         let (metrics_port, tcp_port) = (port + 1, port + 2);
         let config = format!(
             "port: {port}\nbind_addresses: [\"127.0.0.1\"]\nkeys: {{{KEY}: {SECRET}}}\nrtc:\n  node_ip: 127.0.0.1\n  enable_loopback_candidate: true\n  \
@@ -388,7 +397,8 @@ impl Server {
             .total()
     }
 
-    /// Media packets that it has sent, by its own count, which it brings up to date every [`FLUSH`].
+    /// Media packets that it has sent, by its own count, which it brings up to date every
+    /// [`FLUSH`].
     fn packets_sent(&self) -> Option<f64> {
         self.metric("livekit_packet_total", "direction=\"outgoing\"")
     }
@@ -398,7 +408,8 @@ impl Server {
             .unwrap_or(0.0)
     }
 
-    /// Looks at `process` until so many are in the server's rooms: how it was when a tenth of them were.
+    /// Looks at `process` until so many are in the server's rooms: how it was when a tenth of them
+    /// were.
     fn wait_for_participants(&self, process: &mut Process, count: u64) -> Early {
         let (patience, mut early) = (Instant::now() + PATIENCE, None);
         loop {

@@ -1,9 +1,12 @@
-//! What a packet costs the embedded SFU's thread: from the CPU time of the thread and the packets that it sent, on loopback, to few and to many subscribers,
-//! whose sockets are the engine's. Beside it the floor: as many bytes to the same sockets, only sent, by a thread of its own, too. Both in turn, so that what else
-//! the host does meets both. A third thread empties the sockets in between, so the kernel's part ends with a datagram in its socket, and never with one that finds
+//! What a packet costs the embedded SFU's thread: from the CPU time of the thread and the packets
+//! that it sent, on loopback, to few and to many subscribers, whose sockets are the engine's.
+//! Beside it the floor: as many bytes to the same sockets, only sent, by a thread of its own, too.
+//! Both in turn, so that what else the host does meets both. A third thread empties the sockets in
+//! between, so the kernel's part ends with a datagram in its socket, and never with one that finds
 //! no room.
 //!
-//! `cargo bench --bench sfu`, or `cargo bench --bench sfu -- gso` for the rows whose names have that in them.
+//! `cargo bench --bench sfu`, or `cargo bench --bench sfu -- gso` for the rows whose names have
+//! that in them.
 
 #[path = "../tests/common/loopback.rs"]
 #[allow(dead_code)]
@@ -32,7 +35,8 @@ const ROUNDS: u32 = 8;
 const PACKETS: u32 = 800_000;
 
 fn main() {
-    // Thousands of sockets are more than many hosts give unless they are asked; where they refuse, the sockets do not open and say so.
+    // Thousands of sockets are more than many hosts give unless they are asked; where they refuse,
+    // the sockets do not open and say so.
     let files = getrlimit(Resource::Nofile);
     let _ = setrlimit(
         Resource::Nofile,
@@ -121,7 +125,8 @@ impl Bench {
         }
     }
 
-    /// Publishes frames, each once the last subscriber has the one before: the CPU time of the thread that forwards them.
+    /// Publishes frames, each once the last subscriber has the one before: the CPU time of the
+    /// thread that forwards them.
     fn forward(&mut self) -> Duration {
         let before = self.loopback.worker.cpu().expect("it runs");
         let ends = self.loopback.ends.len();

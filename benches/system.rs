@@ -1,10 +1,12 @@
-//! Whole runs: `throng sfu` and `throng run` as two processes on this host, by the scenarios that the project measures itself by. Each prints its verdict and,
-//! of the hold alone, the CPU time of both processes by thread, user and system apart; the SFU is never in the generator's figures. The floor program runs
-//! beside each stream. Then what a participant costs, as differences of two runs that differ in one thing only; in full, at the end, each goal and whether
-//! it is met.
+//! Whole runs: `throng sfu` and `throng run` as two processes on this host, by the scenarios that
+//! the project measures itself by. Each prints its verdict and, of the hold alone, the CPU time of
+//! both processes by thread, user and system apart; the SFU is never in the generator's figures.
+//! The floor program runs beside each stream. Then what a participant costs, as differences of two
+//! runs that differ in one thing only; in full, at the end, each goal and whether it is met.
 //!
-//! `cargo bench --bench system` in a middling size, `cargo bench --bench system -- --full` in full: that wants a quarter of an hour and a quiet host.
-//! `cargo bench --bench system -- --full 'one publisher'` runs the scenarios whose names contain that.
+//! `cargo bench --bench system` in a middling size, `cargo bench --bench system -- --full` in full:
+//! that wants a quarter of an hour and a quiet host. `cargo bench --bench system -- --full 'one
+//! publisher'` runs the scenarios whose names contain that.
 
 mod common;
 #[path = "../tests/common/link.rs"]
@@ -27,7 +29,8 @@ use throng::net;
 use throng::sfu::server::{DEV_KEY, DEV_SECRET};
 use throng::transport::srtp::Profile;
 
-/// How often processes are looked at: so exactly is known what they had used when the hold began. Looking takes a hundredth of a core.
+/// How often processes are looked at: so exactly is known what they had used when the hold began.
+/// Looking takes a hundredth of a core.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Beyond its plan a run takes this long at most.
 const PATIENCE: Duration = Duration::from_secs(150);
@@ -205,7 +208,8 @@ impl Runs {
                     many.min(10)
                 ),
             ),
-            // What the room costs, with as little media as there can be: with 149 whole videos for each, two cores carry nothing else.
+            // What the room costs, with as little media as there can be: with 149 whole videos for
+            // each, two cores carry nothing else.
             meeting: run_at(
                 size.meeting_joins_per_second,
                 format!("a meeting of {meeting}, audio and video"),
@@ -367,7 +371,8 @@ impl Runs {
             );
             at_most("CPU of an idle participant a second", idle, 8.0, " us");
             let (rate, planned) = (many.joins_per_second(), f64::from(size.joins_per_second));
-            // The last joins end when they end: the plan's rate is sustained where it ends no later than by a tenth.
+            // The last joins end when they end: the plan's rate is sustained where it ends no later
+            // than by a tenth.
             state(
                 "joins a second, sustained",
                 &format!("{rate:.0}"),
@@ -419,7 +424,8 @@ fn resident_kib(run: &Run) -> f64 {
 }
 
 impl Stream {
-    /// The floor program with as many sockets, as far as one thread is to bear them; by the floor bench's trace, packets of about the same size.
+    /// The floor program with as many sockets, as far as one thread is to bear them; by the floor
+    /// bench's trace, packets of about the same size.
     fn beside_the_floor(run: Run, subscribers: u32, send: &str) -> Stream {
         let connections = subscribers.min(FLOOR_CONNECTIONS_MAX);
         let config = shard_config(connections as usize);
@@ -448,7 +454,8 @@ impl Stream {
 
 #[derive(Clone, Copy)]
 enum Part {
-    /// From the first look at the process: its media is made before anybody joins, so that is in it, once a run.
+    /// From the first look at the process: its media is made before anybody joins, so that is in
+    /// it, once a run.
     Joining,
     /// From when everybody is in to when media stops.
     Hold,
@@ -731,7 +738,8 @@ fn start_sfu(send: &str) -> (Process, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
     command.args(["sfu", "--listen", "127.0.0.1:0", "--send", send]);
     let mut process = Process::start(command.stdout(Stdio::piped()));
-    // Left to the kernel, its busy thread and the generator's share a processor now and then, for a second, while another has nothing to do.
+    // Left to the kernel, its busy thread and the generator's share a processor now and then, for a
+    // second, while another has nothing to do.
     if let [_, .., last] = net::allowed_cpus()[..] {
         let mut set = CpuSet::new();
         set.set(last);

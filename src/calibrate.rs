@@ -1,8 +1,11 @@
-//! `throng calibrate`: what this host can generate, found out against the embedded SFU with plain sends, in under two minutes.
+//! `throng calibrate`: what this host can generate, found out against the embedded SFU with plain
+//! sends, in under two minutes.
 //!
-//! Three numbers are raised until something breaks: packets received, joins a second, participants. Every point is an ordinary run with an ordinary verdict,
-//! and its command line is part of the result. Generator and SFU share the host, so what held is a lower bound of what the generator bears where the SFU
-//! is elsewhere; what it would bear there is said by its CPU time, and labelled so.
+//! Three numbers are raised until something breaks: packets received, joins a second, participants.
+//! Every point is an ordinary run with an ordinary verdict, and its command line is part of the
+//! result. Generator and SFU share the host, so what held is a lower bound of what the generator
+//! bears where the SFU is elsewhere; what it would bear there is said by its CPU time, and labelled
+//! so.
 
 pub mod cache;
 mod search;
@@ -34,9 +37,11 @@ pub struct Calibration {
     pub host: HostId,
     pub engine_threads: usize,
     pub sfu_routers: usize,
-    /// What a packet costs an engine thread, for whatever it does, at the largest point of `packets` that held.
+    /// What a packet costs an engine thread, for whatever it does, at the largest point of
+    /// `packets` that held.
     pub us_per_packet: Option<f64>,
-    /// What one engine thread would bear by that, as busy as a valid run allows. Not tried: the SFU shares the host.
+    /// What one engine thread would bear by that, as busy as a valid run allows. Not tried: the
+    /// SFU shares the host.
     pub packets_per_second_per_thread: Option<f64>,
     /// RTP packets received a second, by all engine threads.
     pub packets: Ceiling,
@@ -89,7 +94,8 @@ struct Question {
 /// What a calibration takes at most. No point is begun that would go beyond it.
 pub const PATIENCE: Duration = Duration::from_secs(112);
 
-/// As fast as a small host lets people in without being disturbed; what a point tells is measured after they are in.
+/// As fast as a small host lets people in without being disturbed; what a point tells is measured
+/// after they are in.
 const JOINS_PER_SECOND: f64 = 400.0;
 /// What a run takes besides joining and holding: the drain, the goodbyes, the start of the SFU.
 const AROUND: Duration = Duration::from_millis(2_300);
@@ -348,7 +354,8 @@ impl Question {
 }
 
 impl Calibration {
-    /// How near a run on this host came to it, by the packets of its busiest second; `None` where packets are not what was calibrated or measured.
+    /// How near a run on this host came to it, by the packets of its busiest second; `None` where
+    /// packets are not what was calibrated or measured.
     pub fn nearness(&self, outcome: &Outcome) -> Option<Nearness> {
         let ceiling = self.packets_per_second_per_thread? * outcome.engine.threads as f64;
         let per_second = outcome

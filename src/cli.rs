@@ -1,7 +1,8 @@
 //! The command line: arguments and environment in, a [`CliCommand`] or a [`UsageError`] out.
 //!
-//! Nothing is clamped or guessed: what makes no sense is refused, with what to write instead. Values that may hold secrets (`--url`, `--api-secret`)
-//! are never given to the parser to check, because its messages repeat what they refuse.
+//! Nothing is clamped or guessed: what makes no sense is refused, with what to write instead.
+//! Values that may hold secrets (`--url`, `--api-secret`) are never given to the parser to check,
+//! because its messages repeat what they refuse.
 
 mod coordinate;
 mod hosts;
@@ -58,7 +59,8 @@ pub enum CliCommand {
 #[derive(Debug)]
 pub struct Probe {
     pub config: Membership,
-    /// What this host was given itself. The coordinator says what is played; the embedded SFU stands for no server.
+    /// What this host was given itself. The coordinator says what is played; the embedded SFU
+    /// stands for no server.
     pub run: RunSpec,
     /// Flags say who publishes what, for a coordinator that leaves that to its probers.
     pub shape_given: bool,
@@ -148,8 +150,9 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
-/// Reads arguments (the program's name first) and the environment; draws what makes this run unlike every other. `cpus`: how many this process may keep busy,
-/// which sizes a run that asks for nothing.
+/// Reads arguments (the program's name first) and the environment; draws what makes this run unlike
+/// every other. `cpus`: how many this process may keep busy, which sizes a run that asks for
+/// nothing.
 ///
 /// # Errors
 /// With a text for the user, which ends without a newline.
@@ -163,7 +166,8 @@ pub fn parse(
     read(args, env, cpus, hasher.finish())
 }
 
-/// A run by flags alone, with nothing from the environment: its target is the embedded SFU, whatever the user tests otherwise.
+/// A run by flags alone, with nothing from the environment: its target is the embedded SFU,
+/// whatever the user tests otherwise.
 ///
 /// # Errors
 /// As [`parse`], and where the flags ask for something else than a run.
@@ -178,7 +182,8 @@ pub fn parse_run(
     }
 }
 
-/// [`parse`] without chance: `fresh` gives the run's tag (upper half) and the seed where none is asked for (lower half).
+/// [`parse`] without chance: `fresh` gives the run's tag (upper half) and the seed where none is
+/// asked for (lower half).
 ///
 /// # Errors
 /// As [`parse`].
@@ -230,7 +235,8 @@ fn read(
         .map_err(|why| UsageError::new(&why))
 }
 
-/// `throng -v sfu` as `throng sfu -v`: behind flags of a run clap takes no subcommand, and `-v` is a flag of all of them.
+/// `throng -v sfu` as `throng sfu -v`: behind flags of a run clap takes no subcommand, and `-v` is
+/// a flag of all of them.
 fn subcommand_first(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let is_flag = |arg: &OsString| {
         let text = arg.to_string_lossy();
@@ -262,7 +268,8 @@ Exit codes: 0 PASS, 1 could not run or PARTIAL, 2 usage, 98 INVALID (the generat
 struct Cli {
     #[command(subcommand)]
     command: Option<Sub>,
-    /// Log what goes on, a line an event on standard error: joins, leaves, refusals, stages; -vv: each detail [env: RUST_LOG, as in throng=info]
+    /// Log what goes on, a line an event on standard error: joins, leaves, refusals, stages; -vv:
+    /// each detail [env: RUST_LOG, as in throng=info]
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
     #[command(flatten)]
@@ -295,7 +302,8 @@ struct CalibrateArgs {
 
 #[derive(Debug, Args)]
 struct SfuArgs {
-    /// Signalling, room service and metrics; media comes in at the same address, on a port of its own
+    /// Signalling, room service and metrics; media comes in at the same address, on a port of its
+    /// own
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7880")]
     listen: SocketAddr,
     /// Datagrams one by one, as real SFUs send them, or those of a burst in one call
@@ -310,7 +318,8 @@ struct SfuArgs {
     /// 32 characters or more [env: LIVEKIT_API_SECRET]
     #[arg(long, value_name = "SECRET")]
     api_secret: Option<String>,
-    /// Ids and first sequence numbers come from this number, secrets never do; on loopback only [default: drawn]
+    /// Ids and first sequence numbers come from this number, secrets never do; on loopback only
+    /// [default: drawn]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=SEED_MAX))]
     seed: Option<u64>,
 }
@@ -349,10 +358,12 @@ struct TargetArgs {
     /// [env: LIVEKIT_API_SECRET]
     #[arg(long, value_name = "SECRET")]
     api_secret: Option<String>,
-    /// A token for one participant, instead of an API key; repeatable. @FILE: one a line. Others on this host see what stands on a command line
+    /// A token for one participant, instead of an API key; repeatable. @FILE: one a line. Others
+    /// on this host see what stands on a command line
     #[arg(long, value_name = "TOKEN")]
     token: Vec<String>,
-    /// How the embedded SFU sends: a call a packet, as real ones do, or segmented by the kernel [default: plain]
+    /// How the embedded SFU sends: a call a packet, as real ones do, or segmented by the kernel
+    /// [default: plain]
     #[arg(long, value_name = "HOW")]
     sfu_send: Option<SendArg>,
 }
@@ -435,23 +446,27 @@ struct PaceArgs {
     /// Try a failed join again so often; its times count from when the first try was intended
     #[arg(long, value_name = "N", default_value = "0", value_parser = whole_number)]
     join_retries: u32,
-    /// From the end of joining, of each tier: 20, 20s, 30m or 1h [default: 15s, 5s with --find-knee]
+    /// From the end of joining, of each tier: 20, 20s, 30m or 1h [default: 15s, 5s with
+    /// --find-knee]
     #[arg(long, value_name = "TIME", value_parser = time_span)]
     duration: Option<Duration>,
-    /// Tiers, one after the other: subscribers per room of this host, as 2,10,25,50; a smaller one: the last to join leave
+    /// Tiers, one after the other: subscribers per room of this host, as 2,10,25,50; a smaller
+    /// one: the last to join leave
     #[arg(long, value_name = "LIST", value_parser = ramp)]
     ramp: Option<Ramp>,
-    /// Look for the most subscribers per room with which the run passes: grows, then halves, each point held for --duration or longer, until its verdict is
-    /// settled
+    /// Look for the most subscribers per room with which the run passes: grows, then halves, each
+    /// point held for --duration or longer, until its verdict is settled
     #[arg(long)]
     find_knee: bool,
     /// With --find-knee: the most subscribers per room to try
     #[arg(long, value_name = "N", value_parser = whole_number)]
     max: Option<u32>,
-    /// Spread the joins of each tier (without --ramp: all joins) over this, instead of --num-per-second
+    /// Spread the joins of each tier (without --ramp: all joins) over this, instead of
+    /// --num-per-second
     #[arg(long, value_name = "TIME", value_parser = time_span)]
     ramp_time: Option<Duration>,
-    /// Between joining and measuring, of each tier [default: 2s with --ramp or --find-knee, else 0]
+    /// Between joining and measuring, of each tier [default: 2s with --ramp or --find-knee, else
+    /// 0]
     #[arg(long, value_name = "TIME", value_parser = time_span)]
     warmup: Option<Duration>,
 }
@@ -469,8 +484,9 @@ struct JudgingArgs {
     /// Most round-trip time: the 95th percentile of session.rtt_rtcp [default: not judged]
     #[arg(long, value_name = "MS", value_parser = target_rtt)]
     target_rtt_ms: Option<Duration>,
-    /// A limit on any figure of the report, as 'audio.one_way_latency.p95<150ms'; repeatable. Behind it 'for 2m': over every stretch of that length;
-    /// ':abort': ends the run as failed as soon as it does not hold
+    /// A limit on any figure of the report, as 'audio.one_way_latency.p95<150ms'; repeatable.
+    /// Behind it 'for 2m': over every stretch of that length; ':abort': ends the run as failed
+    /// as soon as it does not hold
     #[arg(long, value_name = "LIMIT")]
     threshold: Vec<Threshold>,
 }
@@ -490,7 +506,8 @@ struct OutputArgs {
     /// What the first subscriber of each room receives: Ogg and IVF files, one a track
     #[arg(long, value_name = "DIR")]
     record: Option<PathBuf>,
-    /// The server's own Prometheus page, read beside ours for what a participant costs it; one a node, repeatable
+    /// The server's own Prometheus page, read beside ours for what a participant costs it; one a
+    /// node, repeatable
     #[arg(long, value_name = "URL")]
     server_metrics: Vec<String>,
     /// No progress
@@ -971,13 +988,15 @@ impl TargetArgs {
     }
 }
 
-/// Audio publishers, video publishers and subscribers where a server is named and nothing is said about people: enough to see that everything works.
+/// Audio publishers, video publishers and subscribers where a server is named and nothing is said
+/// about people: enough to see that everything works.
 const DEFAULT_PEOPLE: (u32, u32, u32) = (1, 1, 10);
 const DEFAULT_JOIN_RATE: f64 = 50.0;
 const DEFAULT_DURATION: Duration = Duration::from_secs(15);
 /// A search has many points, and those that are in doubt are held for longer.
 const POINT_DURATION: Duration = Duration::from_secs(5);
-/// What is sent adapts to who is there: layers that nobody watched begin, estimates of bandwidth rise.
+/// What is sent adapts to who is there: layers that nobody watched begin, estimates of bandwidth
+/// rise.
 const TIER_WARMUP: Duration = Duration::from_secs(2);
 
 /// A throng with no flags shows what this host can do in about 15 seconds: joining takes 3 of them.
@@ -1042,7 +1061,8 @@ impl ShapeArgs {
         self.publishers.is_some() || self.video_publishers.is_some() || self.subscribers.is_some()
     }
 
-    /// A server that was not named on this command line, and is not this host, gets no load that was not asked for.
+    /// A server that was not named on this command line, and is not this host, gets no load that
+    /// was not asked for.
     fn must_be_asked_for(&self, target: &Target) -> Result<(), RefusedFlag> {
         if self.is_given() || target.origin == TargetOrigin::Flag || target.url.is_loopback() {
             return Ok(());
@@ -1054,7 +1074,8 @@ impl ShapeArgs {
         ).into())
     }
 
-    /// `unasked`: audio publishers, video publishers and subscribers where no flag says how many. `most`: subscribers where other flags say how many.
+    /// `unasked`: audio publishers, video publishers and subscribers where no flag says how many.
+    /// `most`: subscribers where other flags say how many.
     fn resolve(
         &self,
         unasked: (u32, u32, u32),

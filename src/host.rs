@@ -1,7 +1,9 @@
-//! What this host says of itself: who waited for a CPU, who was throttled, and where datagrams were dropped.
+//! What this host says of itself: who waited for a CPU, who was throttled, and where datagrams were
+//! dropped.
 //!
-//! Text of `/proc` and of control groups goes through pure functions; [`HostSnapshot::read`] is the edge. Read once a second, never by a thread that carries media.
-//! What the kernel does not tell is `None`.
+//! Text of `/proc` and of control groups goes through pure functions; [`HostSnapshot::read`] is the
+//! edge. Read once a second, never by a thread that carries media. What the kernel does not tell is
+//! `None`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -34,7 +36,8 @@ pub struct Thread {
     pub run_queue: Duration,
 }
 
-/// How often and how long the control group of this process was kept from running, with all that is in it. That of its ancestors is included.
+/// How often and how long the control group of this process was kept from running, with all that is
+/// in it. That of its ancestors is included.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Throttling {
     group: PathBuf,
@@ -84,7 +87,8 @@ impl HostSnapshot {
         })
     }
 
-    /// Each thread's time since then; one that was not there yet has all of its own. One that has ended meanwhile tells nothing any more.
+    /// Each thread's time since then; one that was not there yet has all of its own. One that has
+    /// ended meanwhile tells nothing any more.
     pub fn threads_since(&self, earlier: &HostSnapshot) -> Vec<Thread> {
         let since = |(id, thread): (&u32, &Thread)| {
             let before = earlier.threads.get(id);
@@ -145,7 +149,8 @@ struct Softnet {
     squeezed: u64,
 }
 
-/// `/proc/net/softnet_stat`: a line a CPU, hexadecimal; the second column counts drops, the third squeezes.
+/// `/proc/net/softnet_stat`: a line a CPU, hexadecimal; the second column counts drops, the third
+/// squeezes.
 fn softnet(text: &str) -> Option<Softnet> {
     let mut sum = Softnet {
         dropped: 0,
@@ -173,7 +178,8 @@ struct Udp {
     send_buffer_errors: u64,
 }
 
-/// `/proc/net/snmp` and `/proc/net/snmp6` (where there is one): all UDP sockets of this network namespace.
+/// `/proc/net/snmp` and `/proc/net/snmp6` (where there is one): all UDP sockets of this network
+/// namespace.
 fn udp(snmp: &str, snmp6: Option<&str>) -> Option<Udp> {
     let mut rows = snmp.lines().filter(|line| line.starts_with("Udp:"));
     let (names, values) = (rows.next()?, rows.next()?);
@@ -225,7 +231,8 @@ fn interfaces(text: &str) -> Option<Interfaces> {
     Some(sum)
 }
 
-/// Drops of the root queueing disciplines of all interfaces of this network namespace: those of what is below them are in theirs. `/proc` has no such table.
+/// Drops of the root queueing disciplines of all interfaces of this network namespace: those of
+/// what is below them are in theirs. `/proc` has no such table.
 fn queueing_drops() -> Option<u64> {
     // An nlmsghdr and an empty tcmsg: RTM_GETQDISC, NLM_F_REQUEST | NLM_F_DUMP.
     let mut request = [0u8; 36];
@@ -265,7 +272,8 @@ enum NetlinkMessage {
     Refused,
 }
 
-/// One datagram of a dump's answer (netlink(7), rtnetlink(7), linux/rtnetlink.h, linux/gen_stats.h).
+/// One datagram of a dump's answer (netlink(7), rtnetlink(7), linux/rtnetlink.h,
+/// linux/gen_stats.h).
 fn messages(mut answer: &[u8]) -> Vec<NetlinkMessage> {
     let mut found = Vec::new();
     while let (Some(len), Some(kind)) = (u32_at(answer, 0), u16_at(answer, 4)) {
@@ -315,7 +323,8 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// What `/proc/self/cgroup` leads to: the `cpu` controller's group of version 1, or the one group of version 2, and those above it.
+/// What `/proc/self/cgroup` leads to: the `cpu` controller's group of version 1, or the one group
+/// of version 2, and those above it.
 fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
     let v1 = membership.lines().find_map(|line| {
         let (controllers, group) = line.split_once(':')?.1.split_once(':')?;
@@ -326,7 +335,8 @@ fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
     });
     let v2 = membership.lines().find_map(|line| line.strip_prefix("0::"));
     let (root, group) = match (v1, v2) {
-        // Some hosts mount all controllers of one hierarchy under their joint name, with a link for each.
+        // Some hosts mount all controllers of one hierarchy under their joint name, with a link for
+        // each.
         (Some((controllers, group)), _) => (
             [controllers, "cpu"]
                 .map(|name| mount.join(name))
@@ -339,7 +349,8 @@ fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
     };
     let mut total: Option<Throttling> = None;
     let mut path = root.join(group.trim_start_matches('/'));
-    // In a container the path may be the host's, which cannot be seen from here: its own group is then at the mount.
+    // In a container the path may be the host's, which cannot be seen from here: its own group is
+    // then at the mount.
     if !path.is_dir() {
         path.clone_from(&root);
     }
@@ -364,7 +375,8 @@ fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
     total
 }
 
-/// `cpu.stat` of a control group: `throttled_usec` in version 2, `throttled_time` in nanoseconds in version 1.
+/// `cpu.stat` of a control group: `throttled_usec` in version 2, `throttled_time` in nanoseconds in
+/// version 1.
 fn cpu_stat(text: &str) -> Option<(u64, Duration)> {
     let value = |name: &str| -> Option<u64> {
         let line = text

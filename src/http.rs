@@ -1,9 +1,11 @@
-//! The HTTP port of every server that this program runs: how many connections may be open, how long a request may take to come, and who goes when there is no
-//! room for one more.
+//! The HTTP port of every server that this program runs: how many connections may be open, how long
+//! a request may take to come, and who goes when there is no room for one more.
 //!
-//! A connection is a *stranger's* until one of its requests was answered with something other than a refusal. Strangers have no claim to a place: where all
-//! places are taken the one that has been a stranger for longest ends, and one address has only a part of the places for its strangers. So sockets that say
-//! nothing, or drip a head byte by byte, keep nobody out who sends a request at once.
+//! A connection is a *stranger's* until one of its requests was answered with something other than
+//! a refusal. Strangers have no claim to a place: where all places are taken the one that has been
+//! a stranger for longest ends, and one address has only a part of the places for its strangers. So
+//! sockets that say nothing, or drip a head byte by byte, keep nobody out who sends a request at
+//! once.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -26,7 +28,8 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
-/// Files that are not for connections: media sockets, logs, and what a runtime needs for itself. Without one to spare nobody could even be refused.
+/// Files that are not for connections: media sockets, logs, and what a runtime needs for itself.
+/// Without one to spare nobody could even be refused.
 const FILES_KEPT: u64 = 64;
 /// What a head may take, by [`Limits::head_timeout`], unless a test asks for less.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(20);

@@ -1,15 +1,21 @@
 //! The search for a capacity: the most participants with which a run passes.
 //!
-//! It grows by doubling until a point does not pass. From then on every capacity that there could be is held against all verdicts so far, and weighed by how well it explains
-//! them; the next point is where a PASS and a FAIL are equally likely. Far from the edge that halves what is left, as bisection does. Near it verdicts contradict each other,
-//! and points are repeated until 95 % of the weight lies within [`RESOLUTION`] of the middle. That middle is the capacity: with so many, every other run passes.
+//! It grows by doubling until a point does not pass. From then on every capacity that there could
+//! be is held against all verdicts so far, and weighed by how well it explains them; the next point
+//! is where a PASS and a FAIL are equally likely. Far from the edge that halves what is left, as
+//! bisection does. Near it verdicts contradict each other, and points are repeated until 95 % of
+//! the weight lies within [`RESOLUTION`] of the middle. That middle is the capacity: with so many,
+//! every other run passes.
 //!
-//! How a verdict depends on load is a logistic curve over the logarithm of the load. Its steepness is not known, so several are weighed, and one verdict in a hundred may be
-//! chance. So one wrong verdict far from the edge costs some points more, and not the answer. That more load makes a PASS less likely is taken for granted.
+//! How a verdict depends on load is a logistic curve over the logarithm of the load. Its steepness
+//! is not known, so several are weighed, and one verdict in a hundred may be chance. So one wrong
+//! verdict far from the edge costs some points more, and not the answer. That more load makes a
+//! PASS less likely is taken for granted.
 //!
 //! Nothing here measures or waits: points come out, verdicts go in.
 
-/// Where the search ends: the interval reaches this share of the capacity to either side, or is a single number.
+/// Where the search ends: the interval reaches this share of the capacity to either side, or is a
+/// single number.
 pub const RESOLUTION: f64 = 0.025;
 /// Of the weight, what lies within the interval.
 pub const CONFIDENCE: f64 = 0.95;
@@ -185,7 +191,8 @@ impl KneeSearch {
         });
     }
 
-    /// Why the point failed that lies nearest above the capacity, or at it: what broke first. `None` where none failed.
+    /// Why the point failed that lies nearest above the capacity, or at it: what broke first.
+    /// `None` where none failed.
     pub fn broke_first(&self) -> Option<&Tried> {
         let low = self.weights().quantile((1.0 - CONFIDENCE) / 2.0);
         let failed = || {
@@ -244,7 +251,8 @@ impl KneeSearch {
             .min()
     }
 
-    /// As long as nothing failed: twice as many, or halfway to where the generator was the limit. `None` where there is nothing higher to try.
+    /// As long as nothing failed: twice as many, or halfway to where the generator was the limit.
+    /// `None` where there is nothing higher to try.
     fn growth(&self, highest: Option<u32>, limit: Option<&Tried>) -> Option<SearchStep> {
         let participants = match (highest, limit) {
             (None, None) => (self.max / FIRST_PART).max(1),
@@ -410,7 +418,8 @@ mod tests {
     use super::*;
     use crate::seeded::Seeded;
 
-    /// A server that passes half of the runs with `capacity` participants, and a generator that gives out above `generator`.
+    /// A server that passes half of the runs with `capacity` participants, and a generator that
+    /// gives out above `generator`.
     struct ModelServer {
         capacity: f64,
         softness: f64,

@@ -146,7 +146,8 @@ fn load_test(mut run: cli::RunSpec, host: &Host) -> Result<u8> {
     let sinks = Sinks::open(&run.destinations)
         .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let clips = generate(&run, &resources)?;
-    // Not before it is clear that there can be a run: until then nothing is started or connected to.
+    // Not before it is clear that there can be a run: until then nothing is started or connected
+    // to.
     let embedded = Embedded::start_for(&mut run, &resources)?;
     settle_connection(&mut run.plan)?;
     if !run.quiet {
@@ -314,7 +315,8 @@ fn take_part(probe: cli::Probe, host: &Host) -> Result<u8> {
     let played = prober
         .run(own, shape_given)
         .and_then(|mut run| play(&mut prober, &mut run, host).map(|outcome| (run, outcome)));
-    // First to the coordinator: others wait there, and nothing that goes wrong here is to keep them.
+    // First to the coordinator: others wait there, and nothing that goes wrong here is to keep
+    // them.
     let told = prober.report(played.as_ref().map(|(_, outcome)| outcome), tell);
     let written = played.and_then(|(run, outcome)| write_report(&run, &outcome, sinks));
     say(&told);

@@ -1,4 +1,5 @@
-//! Pages for Prometheus (text format 0.0.4), written by the `prometheus` crate. There is no registry: a page is made of what is known when somebody asks.
+//! Pages for Prometheus (text format 0.0.4), written by the `prometheus` crate. There is no
+//! registry: a page is made of what is known when somebody asks.
 
 use prometheus::proto::{
     Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType, Quantile, Summary,
@@ -33,7 +34,8 @@ pub struct FiguresPage {
 }
 
 impl FiguresPage {
-    /// All samples of one name. Where there are none, the page does not speak of it. `help` may be empty.
+    /// All samples of one name. Where there are none, the page does not speak of it. `help` may be
+    /// empty.
     pub fn add<'a, const N: usize>(
         &mut self,
         kind: FigureKind,

@@ -1,6 +1,8 @@
-//! Every system call that the engine makes: datagrams with stamps and drop counts, segmented sends, the tick, threads and their clocks.
+//! Every system call that the engine makes: datagrams with stamps and drop counts, segmented sends,
+//! the tick, threads and their clocks.
 //!
-//! The only module that may hold `unsafe`: the socket calls have no safe wrapper that neither allocates nor hides control messages.
+//! The only module that may hold `unsafe`: the socket calls have no safe wrapper that neither
+//! allocates nor hides control messages.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -12,11 +14,13 @@ use std::time::Duration;
 
 use rustix::time::Timespec;
 
-/// The kernel's own bounds for one segmented send (`UDP_MAX_SEGMENTS`, and the largest UDP payload).
+/// The kernel's own bounds for one segmented send (`UDP_MAX_SEGMENTS`, and the largest UDP
+/// payload).
 pub const SEGMENTS_MAX: usize = 64;
 pub const SEND_BYTES_MAX: usize = 65_000;
 
-/// How a router's datagrams leave: as a real SFU's, one call each, or those of a burst to one receiver in one call, segmented by the kernel.
+/// How a router's datagrams leave: as a real SFU's, one call each, or those of a burst to one
+/// receiver in one call, segmented by the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SendMode {
     #[default]
@@ -33,10 +37,11 @@ impl SendMode {
     }
 }
 
-/// A UDP socket for one peer connection: bound to `local` (which may be any address of its family) on a free port, non-blocking, stamped on arrival, its
-/// drops counted.
+/// A UDP socket for one peer connection: bound to `local` (which may be any address of its family)
+/// on a free port, non-blocking, stamped on arrival, its drops counted.
 ///
-/// Of `receive_buffer_bytes` the kernel grants at most `net.core.rmem_max`. Its default holds 92 video packets: one late tick in a large room.
+/// Of `receive_buffer_bytes` the kernel grants at most `net.core.rmem_max`. Its default holds 92
+/// video packets: one late tick in a large room.
 pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Result<UdpSocket> {
     let address = SocketAddr::new(local, 0);
     let socket = socket2::Socket::new(
@@ -54,7 +59,8 @@ pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Resu
     rustix::net::sockopt::set_socket_recv_buffer_size(&socket, receive_buffer_bytes)?;
     set_flag(&socket, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS)?;
     set_flag(&socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL)?;
-    // Bursts that the sender's kernel, or the network card, has kept together come as one buffer. A kernel before 5.0 cannot, and hands them over one by one.
+    // Bursts that the sender's kernel, or the network card, has kept together come as one buffer. A
+    // kernel before 5.0 cannot, and hands them over one by one.
     let _ = set_flag(&socket, libc::SOL_UDP, libc::UDP_GRO);
     Ok(socket)
 }
@@ -84,13 +90,15 @@ pub struct ReceivedDatagram {
     pub from: SocketAddr,
     /// When the kernel took it off the wire, nanoseconds since 1970 by the wall clock.
     pub stamp_unix_nanos: Option<u64>,
-    /// Buffers that this socket has dropped so far for want of space; each held one datagram, or a burst.
+    /// Buffers that this socket has dropped so far for want of space; each held one datagram, or a
+    /// burst.
     pub drops: Option<u32>,
     /// Datagrams that the kernel kept in one buffer, this one among them.
     pub burst: u32,
 }
 
-/// Buffers that one call takes: a burst that was sent datagram by datagram and the end of it, so that a drained socket is seen without another call.
+/// Buffers that one call takes: a burst that was sent datagram by datagram and the end of it, so
+/// that a drained socket is seen without another call.
 pub const BATCH: usize = 8;
 /// Longer than any datagram of a peer connection; what is longer still is refused.
 const DATAGRAM_BYTES_MAX: usize = 2_048;
@@ -128,7 +136,8 @@ struct DatagramPlace {
 
 impl Default for ReceiveBatch {
     fn default() -> ReceiveBatch {
-        // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are valid.
+        // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are
+        // valid.
         unsafe {
             ReceiveBatch {
                 bytes: vec![0; BATCH * BURST_BYTES_MAX].into_boxed_slice(),
@@ -148,10 +157,12 @@ impl Default for ReceiveBatch {
 impl ReceiveBatch {
     /// Takes what a socket holds, up to [`BATCH`] buffers, and says how many datagrams that are.
     ///
-    /// What ICMP said of something that was sent waits in the socket as an error, before all datagrams. It is counted ([`ReceiveBatch::take_errors`]) and passed over.
+    /// What ICMP said of something that was sent waits in the socket as an error, before all
+    /// datagrams. It is counted ([`ReceiveBatch::take_errors`]) and passed over.
     ///
     /// # Errors
-    /// `WouldBlock` when there is nothing. Any other says that the socket goes on failing: there may be more to read.
+    /// `WouldBlock` when there is nothing. Any other says that the socket goes on failing: there
+    /// may be more to read.
     pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
         self.datagrams.clear();
         self.taken = 0;
@@ -166,7 +177,8 @@ impl ReceiveBatch {
 
     fn receive_once(&mut self, socket: &UdpSocket) -> io::Result<usize> {
         self.prepare();
-        // SAFETY: every header points to rooms of this batch, with their true lengths; the borrow keeps them alive and unshared during the call.
+        // SAFETY: every header points to rooms of this batch, with their true lengths; the borrow
+        // keeps them alive and unshared during the call.
         let taken = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
@@ -182,7 +194,8 @@ impl ReceiveBatch {
         Ok(self.take(taken as usize))
     }
 
-    /// A server that is gone refuses every datagram: that is no fault of the path, and is counted apart.
+    /// A server that is gone refuses every datagram: that is no fault of the path, and is counted
+    /// apart.
     fn count_error(&mut self, error: &io::Error) {
         match error.kind() {
             io::ErrorKind::ConnectionRefused => self.refused += 1,
@@ -201,7 +214,8 @@ impl ReceiveBatch {
         std::mem::take(&mut self.errors)
     }
 
-    /// Points the headers at this batch's rooms. For each call anew: what they lie in may have been lent, or moved, since the last one.
+    /// Points the headers at this batch's rooms. For each call anew: what they lie in may have been
+    /// lent, or moved, since the last one.
     fn prepare(&mut self) {
         let bytes = self.bytes.chunks_exact_mut(BURST_BYTES_MAX);
         let rooms = self.rooms.iter_mut().zip(bytes);
@@ -294,7 +308,8 @@ struct ControlData {
 
 /// A plain C structure at the start of some bytes; `None` where they are too few.
 fn read_plain<T: Plain>(bytes: &[u8]) -> Option<T> {
-    // SAFETY: as many bytes are there, they need no alignment to be read so, and any bytes make one.
+    // SAFETY: as many bytes are there, they need no alignment to be read so, and any bytes make
+    // one.
     (bytes.len() >= size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
@@ -362,7 +377,8 @@ fn socket_address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
     }
 }
 
-/// Asks the processor to fetch the first `bytes` of a value into its cache, while something else goes on.
+/// Asks the processor to fetch the first `bytes` of a value into its cache, while something else
+/// goes on.
 #[inline]
 pub fn prefetch<T: ?Sized>(value: &T, bytes: usize) {
     #[cfg(target_arch = "x86_64")]
@@ -383,7 +399,8 @@ pub fn prefetch<T: ?Sized>(value: &T, bytes: usize) {
 
 /// Sends `bytes` as datagrams of `segment` bytes each (the last may be shorter) with one call.
 ///
-/// `to` is `None` on a connected socket. `EIO` and `EINVAL` mean that this path cannot segment: send them one by one.
+/// `to` is `None` on a connected socket. `EIO` and `EINVAL` mean that this path cannot segment:
+/// send them one by one.
 pub fn send_segmented(
     socket: &UdpSocket,
     to: Option<SocketAddr>,
@@ -418,7 +435,8 @@ pub fn send_segmented(
 /// Datagrams that one call sends. More would not cost less, but leave later.
 const SEND_BATCH: usize = 64;
 
-/// Datagrams to many receivers, sent with few calls. What waits is sent when there is no room for more, or by [`SendBatch::flush`].
+/// Datagrams to many receivers, sent with few calls. What waits is sent when there is no room for
+/// more, or by [`SendBatch::flush`].
 pub struct SendBatch {
     bytes: Box<[u8]>,
     used: usize,
@@ -440,7 +458,8 @@ struct WaitingSend {
 
 impl Default for SendBatch {
     fn default() -> SendBatch {
-        // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are valid.
+        // SAFETY: all of these are plain C structures and arrays of bytes, for which zeros are
+        // valid.
         let (headers, vectors, controls) = unsafe {
             (
                 Box::new(std::mem::zeroed()),
@@ -467,7 +486,8 @@ impl SendBatch {
         &mut self.bytes[self.used..]
     }
 
-    /// Takes the first `len` bytes of the lent room as datagrams of `segment` bytes each; the last may be shorter.
+    /// Takes the first `len` bytes of the lent room as datagrams of `segment` bytes each; the last
+    /// may be shorter.
     pub fn push(&mut self, socket: &UdpSocket, to: SocketAddr, len: usize, segment: usize) {
         self.waiting.push(WaitingSend {
             to: to.into(),
@@ -501,16 +521,19 @@ impl SendBatch {
         std::mem::take(&mut self.errors)
     }
 
-    /// Sends what waits from `first` on, until something cannot be sent: how many entries were, or why not even the first.
+    /// Sends what waits from `first` on, until something cannot be sent: how many entries were, or
+    /// why not even the first.
     fn send_from(&mut self, socket: &UdpSocket, first: usize) -> io::Result<usize> {
         match self.prepare(first) {
-            // Everything before what cannot be segmented leaves with this call, and it by itself with the next.
+            // Everything before what cannot be segmented leaves with this call, and it by itself
+            // with the next.
             0 => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
             count => self.send_headers(socket, count),
         }
     }
 
-    /// Points headers at what waits from `first` on, up to what cannot leave as it is. Says how many.
+    /// Points headers at what waits from `first` on, up to what cannot leave as it is. Says how
+    /// many.
     fn prepare(&mut self, first: usize) -> usize {
         let waiting = &self.waiting[first..];
         let slots = self.vectors.iter_mut().zip(self.controls.iter_mut());
@@ -539,8 +562,9 @@ impl SendBatch {
     }
 
     fn send_headers(&mut self, socket: &UdpSocket, count: usize) -> io::Result<usize> {
-        // SAFETY: the first `count` headers were filled with pointers into buffers of this batch, with their true lengths; the borrow keeps them alive.
-        // The kernel reads what they point to and writes none of it.
+        // SAFETY: the first `count` headers were filled with pointers into buffers of this batch,
+        // with their true lengths; the borrow keeps them alive. The kernel reads what they
+        // point to and writes none of it.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
@@ -556,7 +580,8 @@ impl SendBatch {
         }
     }
 
-    /// What could not be sent as a whole: where the path cannot segment, its datagrams are sent by themselves.
+    /// What could not be sent as a whole: where the path cannot segment, its datagrams are sent by
+    /// themselves.
     fn send_one_by_one(&mut self, socket: &UdpSocket, index: usize, error: &io::Error) {
         let entry = &self.waiting[index];
         let bytes = &self.bytes[entry.start..entry.start + entry.len];
@@ -626,7 +651,8 @@ pub fn sleep_until(monotonic_nanos: u64) {
     {}
 }
 
-/// Asks the kernel not to group this thread's wake-ups with later ones: by default it may be 50 us late on purpose.
+/// Asks the kernel not to group this thread's wake-ups with later ones: by default it may be 50 us
+/// late on purpose.
 pub fn wake_precisely() -> io::Result<()> {
     Ok(rustix::thread::set_current_timer_slack(NonZeroU64::new(1))?)
 }
@@ -668,7 +694,8 @@ pub fn process_cpu() -> Duration {
     Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
 }
 
-/// The time on a CPU of this process's threads whose names start with `prefix`; `None` where the kernel does not say.
+/// The time on a CPU of this process's threads whose names start with `prefix`; `None` where the
+/// kernel does not say.
 pub fn threads_cpu(prefix: &str) -> Option<Duration> {
     let mut total = Duration::ZERO;
     for task in std::fs::read_dir("/proc/self/task").ok()? {
@@ -701,7 +728,8 @@ pub fn resident_bytes() -> Option<(u64, u64)> {
     Some((kilobytes("VmRSS:")? * 1024, kilobytes("VmHWM:")? * 1024))
 }
 
-/// Datagrams that a socket has dropped so far, without waiting for the next one to tell (`SO_MEMINFO`).
+/// Datagrams that a socket has dropped so far, without waiting for the next one to tell
+/// (`SO_MEMINFO`).
 pub fn socket_drops(socket: &UdpSocket) -> io::Result<u32> {
     // `SK_MEMINFO_VARS` and `SK_MEMINFO_DROPS` of linux/sock_diag.h.
     const VARS: usize = 9;
@@ -735,7 +763,8 @@ pub fn clock_ticks_per_second() -> u64 {
         .unwrap_or(100)
 }
 
-/// Sends one dump request to the kernel's routing socket and hands over each datagram of the answer, until `take` says that it was the last.
+/// Sends one dump request to the kernel's routing socket and hands over each datagram of the
+/// answer, until `take` says that it was the last.
 ///
 /// # Errors
 /// Where the kernel has no such socket, or does not answer in time.

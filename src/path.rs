@@ -111,7 +111,8 @@ impl Path {
         path.other.is_some()
     }
 
-    /// Takes what a socket holds, as [`ReceiveBatch::receive`]. `WouldBlock` where there is no such one.
+    /// Takes what a socket holds, as [`ReceiveBatch::receive`]. `WouldBlock` where there is no such
+    /// one.
     ///
     /// # Errors
     /// As [`ReceiveBatch::receive`].
@@ -289,7 +290,8 @@ impl MediaSocket {
 pub struct Unsent {
     /// This host had no room for them: the generator's fault.
     pub no_room: u64,
-    /// Nothing listens at the other end: told by a send that failed, or by an answer to one that left.
+    /// Nothing listens at the other end: told by a send that failed, or by an answer to one that
+    /// left.
     pub refused: u64,
     /// There is no route, or a host on it cannot be reached.
     pub unreachable: u64,

@@ -1,8 +1,11 @@
-//! What a run is going to do, as plain data: who joins which room when, what they send, and what that adds up to.
+//! What a run is going to do, as plain data: who joins which room when, what they send, and what
+//! that adds up to.
 //!
-//! Everything here is a pure function of the [`Plan`]: no clock, no chance, no I/O. The same plan enumerates the same participants on every host.
-//! Counts are those of one room, as the flags are; [`Plan::total_participants`] and its kin multiply by the rooms. Where several hosts play the plan, the
-//! [`Scenario`] is that of all of them together, and what is added up is this host's [`Part`].
+//! Everything here is a pure function of the [`Plan`]: no clock, no chance, no I/O. The same plan
+//! enumerates the same participants on every host. Counts are those of one room, as the flags are;
+//! [`Plan::total_participants`] and its kin multiply by the rooms. Where several hosts play the
+//! plan, the [`Scenario`] is that of all of them together, and what is added up is this host's
+//! [`Part`].
 
 mod part;
 pub mod scenario;
@@ -23,7 +26,8 @@ use crate::net::SendMode;
 use crate::seeded::scatter;
 use crate::units::{Bitrate, Time, duration_text};
 
-/// What the embedded SFU calls itself towards clients (`server_info.node_id`), so that nobody takes its version for one of LiveKit's.
+/// What the embedded SFU calls itself towards clients (`server_info.node_id`), so that nobody takes
+/// its version for one of LiveKit's.
 pub const EMBEDDED_NODE_ID: &str = "throng";
 
 pub use part::{
@@ -32,7 +36,8 @@ pub use part::{
 use scenario::{ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
 
-/// The most participants that one run takes; keeps every count and index within 32 bits, with room for arithmetic.
+/// The most participants that one run takes; keeps every count and index within 32 bits, with room
+/// for arithmetic.
 pub const PARTICIPANTS_MAX: u64 = 1_000_000;
 
 /// IPv4 and UDP headers, RTP header, header extensions, AEAD tag.
@@ -54,8 +59,8 @@ const MEMORY_PER_CONNECTION_BYTES: u64 = 32 << 10;
 /// A signalling task with its WebSocket and TLS buffers.
 const MEMORY_PER_SIGNAL_BYTES: u64 = 96 << 10;
 
-/// What this host does in a run: the [`Scenario`] and what tells this run, this host and its server from
-/// others. Everybody who takes part, and when, follows from it. Secrets are not part of it.
+/// What this host does in a run: the [`Scenario`] and what tells this run, this host and its server
+/// from others. Everybody who takes part, and when, follows from it. Secrets are not part of it.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub scenario: Scenario,
@@ -66,7 +71,8 @@ pub struct Plan {
     pub connection_reason: Option<String>,
     /// What this host plays of it; `None`: all.
     pub part: Option<Part>,
-    /// Tells runs apart in identities and room names. Not derived from the seed: a repeated run must not evict the first one's participants.
+    /// Tells runs apart in identities and room names. Not derived from the seed: a repeated run
+    /// must not evict the first one's participants.
     pub run_tag: u32,
 }
 
@@ -292,19 +298,22 @@ impl Pacing {
     }
 }
 
-/// Whose turn it is to speak in a room: one after the other, in an order and from a place that a seed chooses.
+/// Whose turn it is to speak in a room: one after the other, in an order and from a place that a
+/// seed chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SpeakerTurns {
     speakers: u32,
     first: u32,
-    /// From one speaker to the next; has no factor in common with their number, so that everybody's turn comes.
+    /// From one speaker to the next; has no factor in common with their number, so that
+    /// everybody's turn comes.
     stride: u32,
 }
 
 impl SpeakerTurns {
     /// How long one speaks: two or three sentences.
     pub const TURN: Duration = Duration::from_secs(3);
-    /// At the end of each turn nobody speaks, for long enough that an SFU notices: LiveKit looks every 400 ms.
+    /// At the end of each turn nobody speaks, for long enough that an SFU notices: LiveKit looks
+    /// every 400 ms.
     pub const PAUSE: Duration = Duration::from_millis(500);
 
     /// The turns of room `room`, with that many speakers.
@@ -350,19 +359,23 @@ fn greatest_common_divisor(a: u32, b: u32) -> u32 {
 /// One participant of the plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParticipantPlan {
-    /// Names it among the participants of all hosts, over all rooms: identity and frames are made of it.
+    /// Names it among the participants of all hosts, over all rooms: identity and frames are made
+    /// of it.
     pub index: u32,
-    /// Its place in this host's joining order, over all rooms. Where one host plays all, the same as `index`.
+    /// Its place in this host's joining order, over all rooms. Where one host plays all, the same
+    /// as `index`.
     pub position: u32,
     /// Index of the room, from 0; its name is [`Plan::room_name`].
     pub room: u32,
-    /// In joining order within its room: publishers of audio are the first, so that this is also their number.
+    /// In joining order within its room: publishers of audio are the first, so that this is also
+    /// their number.
     pub place: u32,
     pub identity: String,
     pub publishes_audio: bool,
     pub publishes_video: bool,
     pub subscribes: bool,
-    /// When the join is to start, counted from the start of joining: intended, whatever the generator manages.
+    /// When the join is to start, counted from the start of joining: intended, whatever the
+    /// generator manages.
     pub join_offset: Duration,
     pub seed: u64,
 }
@@ -396,7 +409,8 @@ impl ParticipantPlan {
     }
 }
 
-/// Media per second, as predicted, on the wire (IP, UDP and SRTP included; retransmissions and RTCP not).
+/// Media per second, as predicted, on the wire (IP, UDP and SRTP included; retransmissions and RTCP
+/// not).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct MediaLoad {
     pub packets_sent_per_second: f64,
@@ -405,7 +419,8 @@ pub struct MediaLoad {
     pub bits_received_per_second: f64,
 }
 
-/// What the generator will need, roughly; from measurements on one host, so good for a warning and no more.
+/// What the generator will need, roughly; from measurements on one host, so good for a warning and
+/// no more.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
     pub memory_bytes: u64,
@@ -454,7 +469,8 @@ impl AudioSpec {
         1.0 / self.frame.as_secs_f64()
     }
 
-    /// Packets and wire bits per second of one who says nothing: of DTX its refreshes, else packets that hold little but the frame's identity.
+    /// Packets and wire bits per second of one who says nothing: of DTX its refreshes, else packets
+    /// that hold little but the frame's identity.
     fn silence_rates(&self) -> (f64, f64) {
         let (packets, bytes) = if self.dtx {
             (DTX_PACKETS_PER_SECOND, 2.0)
@@ -482,7 +498,8 @@ impl VideoSpec {
     }
 }
 
-/// The ladder that lk and LiveKit's clients publish: 180p, 360p and 720p at so many bits and frames a second.
+/// The ladder that lk and LiveKit's clients publish: 180p, 360p and 720p at so many bits and frames
+/// a second.
 const LADDER: [(u64, u32); 3] = [(150_000, 15), (600_000, 20), (2_000_000, 30)];
 
 impl VideoSpec {
@@ -490,9 +507,11 @@ impl VideoSpec {
         with_overhead(self.packets_per_second(), self.bitrate)
     }
 
-    /// What is sent of it, the lowest layer first: three layers from 960 pixels on, two from 480, as livekit-client has it.
+    /// What is sent of it, the lowest layer first: three layers from 960 pixels on, two from 480,
+    /// as livekit-client has it.
     ///
-    /// Each layer has half the width and height of the one above it, no more frames than its rung of the ladder, and that rung's share of the bits.
+    /// Each layer has half the width and height of the one above it, no more frames than its rung
+    /// of the ladder, and that rung's share of the bits.
     pub fn layers(self, simulcast: bool) -> Vec<VideoSpec> {
         let count = match self.width.max(self.height) {
             _ if !simulcast => 1,
@@ -536,7 +555,8 @@ impl VideoSpec {
     }
 }
 
-/// The layer that a picture of `size` pixels asks for: the lowest that is at least 9/10 as high, or the highest of all. As LiveKit chooses.
+/// The layer that a picture of `size` pixels asks for: the lowest that is at least 9/10 as high, or
+/// the highest of all. As LiveKit chooses.
 pub fn layer_for(layers: &[VideoSpec], size: (u32, u32)) -> usize {
     let high_enough = |layer: &VideoSpec| u32::from(layer.height) * 10 >= size.1 * 9;
     layers
@@ -577,7 +597,8 @@ impl Plan {
         self.connection_reason = Some(reason.into());
     }
 
-    /// The name of room `room` (index from 0): the given name as it is for one room, `NAME-1`.. for several; made from the run's tag when none was given.
+    /// The name of room `room` (index from 0): the given name as it is for one room, `NAME-1`.. for
+    /// several; made from the run's tag when none was given.
     pub fn room_name(&self, room: u32) -> String {
         let rooms = &self.scenario.rooms;
         let name = rooms
@@ -596,7 +617,8 @@ impl Plan {
         u32::try_from(self.headcount().iter().sum::<u64>()).unwrap_or(u32::MAX)
     }
 
-    /// How many participants are in: all publishers, and so many subscribers. They are the first ones in joining order.
+    /// How many participants are in: all publishers, and so many subscribers. They are the first
+    /// ones in joining order.
     pub fn participants_with(&self, subscribers: Subscribers) -> u32 {
         let scenario = &self.scenario;
         let participants = match (subscribers, &self.part) {
@@ -620,7 +642,8 @@ impl Plan {
         (0..self.total_participants()).map(|position| self.participant(position))
     }
 
-    /// Participant `position` in this host's joining order: rooms take turns, and in each room publishers come before subscribers.
+    /// Participant `position` in this host's joining order: rooms take turns, and in each room
+    /// publishers come before subscribers.
     pub fn participant(&self, position: u32) -> ParticipantPlan {
         let index = self
             .part
@@ -666,7 +689,8 @@ impl Plan {
         u32::try_from(self.scenario.total()).unwrap_or(u32::MAX)
     }
 
-    /// The identity of whoever has this global index, on whichever host; `None` where the plan has nobody of that index.
+    /// The identity of whoever has this global index, on whichever host; `None` where the plan has
+    /// nobody of that index.
     pub fn identity_at(&self, index: u32) -> Option<String> {
         (index < self.everybody_count()).then(|| self.identity_of(index))
     }
@@ -715,7 +739,8 @@ impl Plan {
         )
     }
 
-    /// How long joining, settling and measuring take if all goes as intended. After each tier there is a pause of `between`. `None` where nobody knows.
+    /// How long joining, settling and measuring take if all goes as intended. After each tier there
+    /// is a pause of `between`. `None` where nobody knows.
     pub fn length(&self, between: Duration) -> Option<Duration> {
         let scenario = &self.scenario;
         if scenario.search.is_some() {
@@ -746,7 +771,8 @@ impl Plan {
         )
     }
 
-    /// The shard (of `shards`, at least 1) that participant `position` runs on. A room's participants, and its publishers among them, are spread evenly.
+    /// The shard (of `shards`, at least 1) that participant `position` runs on. A room's
+    /// participants, and its publishers among them, are spread evenly.
     pub fn shard_of(&self, position: u32, shards: usize) -> usize {
         let (room, place) = match &self.part {
             Some(part) => (self.place(part.index(position)).0, part.rank(position)),
@@ -764,7 +790,8 @@ impl Plan {
         parts
     }
 
-    /// Tracks that `participant` subscribes to: those of its room without its own; none for one who does not subscribe.
+    /// Tracks that `participant` subscribes to: those of its room without its own; none for one who
+    /// does not subscribe.
     fn subscribed_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
         if participant.subscribes {
             self.scenario.publishers_of(kind) - u32::from(participant.publishes(kind))
@@ -773,7 +800,8 @@ impl Plan {
         }
     }
 
-    /// Tracks that `participant` ought to receive: those that it subscribes to, that are there, and that its layout has room for.
+    /// Tracks that `participant` ought to receive: those that it subscribes to, that are there, and
+    /// that its layout has room for.
     pub fn expected_tracks(
         &self,
         participant: &ParticipantPlan,
@@ -795,7 +823,8 @@ impl Plan {
         }
     }
 
-    /// Tracks that `participant` subscribes to and whose publishers join before it: they should be there when it joins.
+    /// Tracks that `participant` subscribes to and whose publishers join before it: they should be
+    /// there when it joins.
     pub fn tracks_ahead(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
         self.subscribed_tracks(participant, kind)
             .min(self.scenario.publishers_before(participant.place, kind))
@@ -864,7 +893,8 @@ impl Plan {
             .layers(self.scenario.media.simulcast)
     }
 
-    /// Packets and wire bits per second of one track where it is received whole: of its highest layer; of one who does not always speak, the mean.
+    /// Packets and wire bits per second of one track where it is received whole: of its highest
+    /// layer; of one who does not always speak, the mean.
     pub fn track_rates(&self, kind: Kind) -> (f64, f64) {
         let media = &self.scenario.media;
         let speech = with_overhead(media.audio.packets_per_second(), media.audio.sent_bitrate());
@@ -1010,7 +1040,8 @@ impl fmt::Display for ServerUrl {
     }
 }
 
-/// Why a text is no address of a server, as it goes on from the text's name. It never repeats the text: that may hold a password or a token.
+/// Why a text is no address of a server, as it goes on from the text's name. It never repeats the
+/// text: that may hold a password or a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnusableUrl {
     #[error("is no URL: write ws://HOST:PORT or wss://HOST")]
@@ -1318,7 +1349,8 @@ pub(crate) mod tests {
                 (541, 961, 10, 1_000_000)
             ]
         );
-        // A quarter of 150 lines has no room for the frame counter. What is asked for is never left out.
+        // A quarter of 150 lines has no room for the frame counter. What is asked for is never left
+        // out.
         assert_eq!(layers(1000, 150, 30, 1_000_000, true).len(), 2);
         assert_eq!(
             layers(32, 32, 30, 1_000_000, true),

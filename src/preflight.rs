@@ -1,7 +1,8 @@
 //! What would spoil the run, found before it starts, with the fix in the message.
 //!
-//! [`check`] is a pure function of the plan and a [`Host`]; the host is read once from the kernel, or made up by tests.
-//! A *refusal* would make participants fail; a *warning* may make the figures worse.
+//! [`check`] is a pure function of the plan and a [`Host`]; the host is read once from the kernel,
+//! or made up by tests. A *refusal* would make participants fail; a *warning* may make the figures
+//! worse.
 
 use std::fs;
 use std::ops::RangeInclusive;
@@ -13,15 +14,18 @@ use crate::measure::Kind;
 use crate::plan::{Plan, Resources};
 use crate::words::{count, number, scaled};
 
-/// Files besides sockets: the libraries, terminals and reports of the process, and what the runtime opens.
+/// Files besides sockets: the libraries, terminals and reports of the process, and what the runtime
+/// opens.
 const FILES_SLACK: u64 = 64;
 /// Poll, timer and wake-up descriptors of an engine thread.
 const FILES_PER_THREAD: u64 = 4;
 /// Ports that other programs on the host may hold.
 const PORTS_SLACK: u64 = 64;
-/// A receive buffer must hold this much of a subscriber's traffic: what a stalled host may leave unread.
+/// A receive buffer must hold this much of a subscriber's traffic: what a stalled host may leave
+/// unread.
 const BUFFERED_SECONDS: f64 = 0.25;
-/// What a packet takes of the SO_RCVBUF value that was asked for. Measured: 4 MiB hold 3,640 video packets.
+/// What a packet takes of the SO_RCVBUF value that was asked for. Measured: 4 MiB hold 3,640 video
+/// packets.
 const BUFFER_BYTES_PER_PACKET: f64 = 1_152.0;
 /// No socket asks for less: covers connection set-up and key frames.
 const BUFFER_BYTES_MIN: u64 = 128 << 10;
@@ -96,7 +100,8 @@ impl Host {
     }
 }
 
-/// What `plan` needs here. `threads`: as asked; by default one per CPU, or half of them where the server shares this host.
+/// What `plan` needs here. `threads`: as asked; by default one per CPU, or half of them where the
+/// server shares this host.
 pub fn resources(plan: &Plan, host: &Host, threads: Option<usize>) -> Resources {
     let cpus = host.usable_cpus();
     let share = if plan.target.url.is_loopback() {
@@ -141,7 +146,8 @@ pub fn check(plan: &Plan, host: &Host, resources: &Resources) -> Findings {
     findings
 }
 
-/// The SO_RCVBUF that each socket should ask for: a quarter of a second of the busiest subscriber's packets.
+/// The SO_RCVBUF that each socket should ask for: a quarter of a second of the busiest subscriber's
+/// packets.
 pub fn receive_buffer_bytes(plan: &Plan) -> u64 {
     let packets: f64 = [Kind::Audio, Kind::Video]
         .into_iter()
@@ -262,7 +268,8 @@ fn cpu(plan: &Plan, resources: &Resources) -> Option<String> {
     })
 }
 
-/// Raises the soft limit to the hard one. Where that fails the limit stays what it is, and the check tells.
+/// Raises the soft limit to the hard one. Where that fails the limit stays what it is, and the
+/// check tells.
 fn raised_file_limit() -> Rlimit {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -301,7 +308,8 @@ fn meminfo_available(path: &Path) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// The control groups that this process is in, from its own up to the root: every one of them limits.
+/// The control groups that this process is in, from its own up to the root: every one of them
+/// limits.
 struct Cgroup {
     unified: Vec<PathBuf>,
     cpu: Vec<PathBuf>,

@@ -1,7 +1,8 @@
 //! Secrets: ICE credentials, API secrets, tokens. Whoever guesses one takes somebody's place.
 //!
-//! A process has them from the system's generator. A simulation hands in a keyed generator instead, so that its runs repeat. What is not secret (ids, SSRCs,
-//! first sequence numbers, the chances of a scenario) comes from [`crate::seeded`], and no seed reaches a secret.
+//! A process has them from the system's generator. A simulation hands in a keyed generator instead,
+//! so that its runs repeat. What is not secret (ids, SSRCs, first sequence numbers, the chances of
+//! a scenario) comes from [`crate::seeded`], and no seed reaches a secret.
 
 use std::fmt;
 
@@ -29,7 +30,8 @@ impl Secrets {
         Secrets(SecretSource::System(SystemRandom::new()))
     }
 
-    /// For simulations, never for a network: one seed, one sequence. It does not show its seed, but seeds are few and can be tried.
+    /// For simulations, never for a network: one seed, one sequence. It does not show its seed, but
+    /// seeds are few and can be tried.
     pub fn keyed_for_tests(seed: u64) -> Secrets {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &seed.to_be_bytes());
         Secrets(SecretSource::Keyed { key, drawn: 0 })
@@ -59,7 +61,8 @@ impl Secrets {
 
     /// Text of `count` letters, 5.7 bits each: no letter is more likely than the others.
     pub fn letters(&mut self, count: usize) -> String {
-        /// The largest multiple of the letters that a byte holds: bytes from there on would favour the first letters.
+        /// The largest multiple of the letters that a byte holds: bytes from there on would favour
+        /// the first letters.
         const EVEN: u8 = (256 / LETTERS.len() * LETTERS.len()) as u8;
         let mut text = String::with_capacity(count);
         while text.len() < count {

@@ -96,7 +96,8 @@ impl Sub<Duration> for Time {
 
 /// Where a run's clock starts: one reading of the monotonic and of the wall clock, taken together.
 ///
-/// Wall-clock times that leave the process (frame identity, NTP stamps) are derived from it, so they never step during a run.
+/// Wall-clock times that leave the process (frame identity, NTP stamps) are derived from it, so
+/// they never step during a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Epoch {
     instant: Instant,
@@ -115,7 +116,8 @@ impl Epoch {
         }
     }
 
-    /// The same clock, counted from `zero` on: moments of both are the same in microseconds since 1970, whatever has become of the wall clock meanwhile.
+    /// The same clock, counted from `zero` on: moments of both are the same in microseconds since
+    /// 1970, whatever has become of the wall clock meanwhile.
     #[must_use]
     pub fn counted_from(&self, zero: Time) -> Epoch {
         Epoch {
@@ -124,7 +126,8 @@ impl Epoch {
         }
     }
 
-    /// A simulation's: its clock starts at `unix` (since 1970), whatever the host's clocks say, so that all that is derived from it is the same every time.
+    /// A simulation's: its clock starts at `unix` (since 1970), whatever the host's clocks say, so
+    /// that all that is derived from it is the same every time.
     pub fn simulated(unix: Duration) -> Epoch {
         Epoch {
             instant: Instant::now(),
@@ -150,7 +153,8 @@ impl Epoch {
         self.unix.as_micros() as u64 + time.as_micros()
     }
 
-    /// The run time of a wall-clock stamp; `None` if it lies before the epoch, or further behind than a run can last.
+    /// The run time of a wall-clock stamp; `None` if it lies before the epoch, or further behind
+    /// than a run can last.
     pub fn time_of_unix_micros(&self, unix_micros: u64) -> Option<Time> {
         let micros = unix_micros.checked_sub(self.unix.as_micros() as u64)?;
         micros.checked_mul(1_000).map(Time::from_nanos)
@@ -165,7 +169,8 @@ impl Epoch {
     }
 }
 
-/// The middle 32 bits of an NTP timestamp, as LSR and DLSR use them (RFC 3550, section 6.4.1): units of 1/65,536 s.
+/// The middle 32 bits of an NTP timestamp, as LSR and DLSR use them (RFC 3550, section 6.4.1):
+/// units of 1/65,536 s.
 pub const fn ntp_middle(ntp: u64) -> u32 {
     (ntp >> 16) as u32
 }
@@ -323,9 +328,11 @@ fn trimmed(value: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-/// When a datagram reached this host, on the run's clock: by the kernel's stamp, or `now` where it gave none.
+/// When a datagram reached this host, on the run's clock: by the kernel's stamp, or `now` where it
+/// gave none.
 ///
-/// `now` and `unix_now` are one moment on both clocks; a datagram that came while others were being taken is younger than that.
+/// `now` and `unix_now` are one moment on both clocks; a datagram that came while others were being
+/// taken is younger than that.
 pub fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
     const ABSURD: Duration = Duration::from_secs(10);
     let Some(stamp) = stamp else { return now };

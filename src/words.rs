@@ -6,7 +6,8 @@ use std::time::Duration;
 /// Columns of a terminal that nobody has widened.
 pub const WIDTH: usize = 80;
 
-/// `text` in lines of at most [`WIDTH`] columns, each after `indent` spaces. Words are never broken.
+/// `text` in lines of at most [`WIDTH`] columns, each after `indent` spaces. Words are never
+/// broken.
 pub fn wrapped(text: &str, indent: usize) -> String {
     let mut lines = String::new();
     let mut line = String::new();
@@ -24,7 +25,8 @@ pub fn wrapped(text: &str, indent: usize) -> String {
     lines
 }
 
-/// What others wrote, on one line: characters that move a terminal's cursor, or turn the direction of the text around them, become blanks.
+/// What others wrote, on one line: characters that move a terminal's cursor, or turn the direction
+/// of the text around them, become blanks.
 pub fn one_line(text: &str) -> String {
     let turns = |c| matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
     text.trim_end()

@@ -1,9 +1,13 @@
-//! Who is blamed? Generator and server are processes of their own; one of them is stopped, throttled or starved at known moments, and the report must say which.
+//! Who is blamed? Generator and server are processes of their own; one of them is stopped,
+//! throttled or starved at known moments, and the report must say which.
 //!
-//! Ground truth is what was done to a process, by the clock of the test, and what the kernel counted of it (`schedstat`, `cpu.stat`). A host that is busy with other things
-//! stalls processes too: where the kernel's counters say that the side which was *not* meddled with was kept waiting as well, naming it is no mistake.
+//! Ground truth is what was done to a process, by the clock of the test, and what the kernel
+//! counted of it (`schedstat`, `cpu.stat`). A host that is busy with other things stalls processes
+//! too: where the kernel's counters say that the side which was *not* meddled with was kept waiting
+//! as well, naming it is no mistake.
 //!
-//! `cargo test --test blame -- --ignored --nocapture` is the whole of it: 100 injections from seeds and 20 runs without any, in some 15 minutes, with a table.
+//! `cargo test --test blame -- --ignored --nocapture` is the whole of it: 100 injections from seeds
+//! and 20 runs without any, in some 15 minutes, with a table.
 
 mod common;
 
@@ -25,7 +29,8 @@ on_both_servers!(
 
 /// After the engine's threads have started: everybody is in, and what is usual is known.
 const SETTLING: Duration = Duration::from_secs(3);
-/// From one injection to the next: what is usual must be known again. Where there are only two, one after the other, less will do.
+/// From one injection to the next: what is usual must be known again. Where there are only two, one
+/// after the other, less will do.
 const SPACING: Duration = Duration::from_millis(5_500);
 const SPACING_SHORT: Duration = Duration::from_millis(3_500);
 /// What an injection's traces may come later: the tick that notices, the first datagram after it.
@@ -167,7 +172,8 @@ impl Drop for Stopped {
     }
 }
 
-/// A control group of our own with one process in it. Dropped, the process is back where it was, and the group gone.
+/// A control group of our own with one process in it. Dropped, the process is back where it was,
+/// and the group gone.
 struct Group {
     dir: PathBuf,
     root: PathBuf,
@@ -272,7 +278,8 @@ impl Neighbours {
             pinned: [victim, other],
         };
         for _ in 0..2 {
-            // In a session of its own: kernels that group by session weigh sessions against each other, and would have the loop's neighbours pay for it on other CPUs.
+            // In a session of its own: kernels that group by session weigh sessions against each
+            // other, and would have the loop's neighbours pay for it on other CPUs.
             let mut command = Command::new("setsid");
             command.args([
                 "nice",
@@ -418,7 +425,8 @@ struct Told {
     seconds: f64,
 }
 
-/// Both of the report's own sides are this process's: whose fault on this side a stall was is another question.
+/// Both of the report's own sides are this process's: whose fault on this side a stall was is
+/// another question.
 fn told(report: &Report) -> Vec<Told> {
     let started = report.0["started_at"].as_str().expect("a time");
     let started = humantime::parse_rfc3339(started).expect("RFC 3339");
@@ -450,7 +458,8 @@ enum Outcome {
     Missed,
     /// The other side was blamed, for a time in which the kernel did not keep it waiting.
     Wrong,
-    /// Missed, or the other side named, and the kernel says that the other side was kept waiting too: nobody can tell.
+    /// Missed, or the other side named, and the kernel says that the other side was kept waiting
+    /// too: nobody can tell.
     Unclear,
 }
 
@@ -503,7 +512,8 @@ fn whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the
             "{outcome:?}: {truth:?}\n{told:#?}"
         );
     }
-    // 600 ms of the generator are more than a second may have: INVALID, for the second in which it was.
+    // 600 ms of the generator are more than a second may have: INVALID, for the second in which it
+    // was.
     assert_eq!(
         (report.result(), code),
         ("INVALID", Some(98)),
@@ -529,8 +539,9 @@ fn whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the
     shows_in_full(&report);
 }
 
-/// Whether a reason says that the generator stood still in this second, in a list as `seconds 3-5, 9 and 12`. On a host that stalls all the time a list ends
-/// with `and 7 more`, and may mean it there.
+/// Whether a reason says that the generator stood still in this second, in a list as `seconds 3-5,
+/// 9 and 12`. On a host that stalls all the time a list ends with `and 7 more`, and may mean it
+/// there.
 fn names_second(reasons: &str, second: u64) -> bool {
     if reasons
         .lines()
@@ -552,13 +563,15 @@ fn names_second(reasons: &str, second: u64) -> bool {
         .any(|range| range.contains(&second))
 }
 
-/// Two seconds of a run of some fifteen: an eighth of all frames came up to two seconds late, or never. They lie evenly below that, so the p95 is above one second.
+/// Two seconds of a run of some fifteen: an eighth of all frames came up to two seconds late, or
+/// never. They lie evenly below that, so the p95 is above one second.
 fn shows_in_full(report: &Report) {
     let p95 = report.micros("audio", "one_way_latency", "p95");
     assert!(p95.is_none_or(|us| us > 900_000), "p95 {p95:?} us");
     let p99 = report.micros("audio", "one_way_latency", "p99");
     assert!(p99.is_none_or(|us| us > 1_500_000), "p99 {p99:?} us");
-    // 4 publishers to 6 subscribers, 50 frames a second; those of the last 0.4 s are not late by the 400 ms that count.
+    // 4 publishers to 6 subscribers, 50 frames a second; those of the last 0.4 s are not late by
+    // the 400 ms that count.
     let undelivered =
         report.counter("audio", "frames_expected") - report.counter("audio", "frames_delivered");
     let late = report.counter("audio", "frames_late") + undelivered;
@@ -644,7 +657,8 @@ fn drawn(chance: &mut Seeded) -> Injection {
         6..8 => Means::Quota,
         _ => Means::Neighbour,
     };
-    // A quota takes hold when its first period's share is used up, and a neighbour takes turns: they need a while to be one.
+    // A quota takes hold when its first period's share is used up, and a neighbour takes turns:
+    // they need a while to be one.
     let shortest = if means == Means::Stop { 50 } else { 600 };
     Injection {
         victim,
@@ -656,7 +670,8 @@ fn drawn(chance: &mut Seeded) -> Injection {
 #[derive(Debug)]
 struct CleanRun {
     valid: bool,
-    /// Not valid, and the kernel says why: the engine, or the host, was kept waiting for at least half of what the report says that it stood still.
+    /// Not valid, and the kernel says why: the engine, or the host, was kept waiting for at least
+    /// half of what the report says that it stood still.
     confirmed: bool,
     #[allow(dead_code, reason = "printed where it is not valid")]
     reasons: String,

@@ -1,7 +1,9 @@
-//! The video source against two independent decoders (ffmpeg's own and libvpx, both through the `ffmpeg` command), by pixels and not by silence.
+//! The video source against two independent decoders (ffmpeg's own and libvpx, both through the
+//! `ffmpeg` command), by pixels and not by silence.
 //!
-//! Without `ffmpeg` the decoder tests print that they were skipped; where the environment variable `CI` is set they fail instead.
-//! Ten minutes of the default layers: `cargo test --release --test vp8 -- --ignored --nocapture`.
+//! Without `ffmpeg` the decoder tests print that they were skipped; where the environment variable
+//! `CI` is set they fail instead. Ten minutes of the default layers: `cargo test --release --test
+//! vp8 -- --ignored --nocapture`.
 
 use std::io::{BufWriter, Read, Write};
 use std::path::PathBuf;
@@ -58,7 +60,8 @@ fn key(clip: &VideoClip, index: usize) -> Sent {
     }
 }
 
-/// A join at `start` and `count` frames from there; `asks_key(turn)` tells where a key frame is sent instead.
+/// A join at `start` and `count` frames from there; `asks_key(turn)` tells where a key frame is
+/// sent instead.
 fn play(
     clip: &VideoClip,
     start: usize,
@@ -424,7 +427,8 @@ fn most_bits_are_coefficients() {
     }
 }
 
-/// What a reader of the bitstream finds in a frame, by the RFC's syntax and tables, restricted to what this project writes.
+/// What a reader of the bitstream finds in a frame, by the RFC's syntax and tables, restricted to
+/// what this project writes.
 #[derive(Debug)]
 struct Usage {
     is_key: bool,
@@ -512,7 +516,8 @@ impl<'a> Reader<'a> {
         (0..bits).fold(0, |value, _| value << 1 | u32::from(self.bool(128)))
     }
 
-    /// The bytes that the decisions so far depend on: what was shifted in, and the eight bits compared with.
+    /// The bytes that the decisions so far depend on: what was shifted in, and the eight bits
+    /// compared with.
     fn bytes_read(&self) -> usize {
         (self.shifts + 8).div_ceil(8)
     }
@@ -718,7 +723,8 @@ fn bitrates_hold_over_every_window() {
             .map(|index| clip.key_frame(index).len())
             .collect();
         let mean_bytes = spec.bitrate.bps() as f64 / 8.0 / f64::from(spec.fps);
-        // Over the whole loop, which is ten seconds from wherever one starts; shorter windows may stray further.
+        // Over the whole loop, which is ten seconds from wherever one starts; shorter windows may
+        // stray further.
         for (seconds, tolerated) in [(10, 0.01), (3, 0.12), (1, 0.35)] {
             let worst = worst_window(&inter, (seconds * spec.fps) as usize, mean_bytes);
             assert!(
@@ -891,7 +897,8 @@ fn ten_minutes_of_the_default_layers_decode_without_a_word() {
     println!("all: {:.1} s", started.elapsed().as_secs_f64());
 }
 
-/// Streams `count` frames, a key frame now and then, and returns how many the decoder showed and what it said.
+/// Streams `count` frames, a key frame now and then, and returns how many the decoder showed and
+/// what it said.
 fn decode_stream(decoder: Decoder, clip: &VideoClip, count: usize) -> (usize, String) {
     let mut command = decoder.command("pipe:0");
     command.args(["-progress", "pipe:1", "-nostats", "-f", "null", "-"]);

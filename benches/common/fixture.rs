@@ -1,4 +1,5 @@
-//! Connections of one stack, each to a [`Remote`] of ours, in memory and in virtual time; and the two loops that are timed.
+//! Connections of one stack, each to a [`Remote`] of ours, in memory and in virtual time; and the
+//! two loops that are timed.
 
 use std::time::Duration;
 
@@ -13,8 +14,10 @@ use super::{TRANSPORT_CC, cpu_clock};
 use crate::link::{UNDER_TEST, under_test};
 
 const TICK: Duration = Duration::from_millis(1);
-/// Packets between two readings of the thread's CPU clock, each of another connection: what a reading costs (a system call, a third of a microsecond), and the first packets for which nothing was fetched ahead,
-/// is then little of each. More would not stay in the first-level cache, as what the kernel has just copied does.
+/// Packets between two readings of the thread's CPU clock, each of another connection: what a
+/// reading costs (a system call, a third of a microsecond), and the first packets for which nothing
+/// was fetched ahead, is then little of each. More would not stay in the first-level cache, as what
+/// the kernel has just copied does.
 pub const BATCH: usize = 16;
 /// Far beyond what any stack here takes to connect, in virtual time.
 const PATIENCE: Time = Time::from_millis(20_000);
@@ -31,7 +34,8 @@ pub enum Control {
     Nothing,
     /// What is due as the publisher's time goes by: reports, consent.
     Timers,
-    /// And transport-wide feedback, agreed on: packets carry its numbers, and messages tell of them.
+    /// And transport-wide feedback, agreed on: packets carry its numbers, and messages tell of
+    /// them.
     TransportCc,
 }
 
@@ -65,7 +69,8 @@ pub struct Sealed {
     pub bytes: Vec<u8>,
 }
 
-/// A WebRTC stack under test: many connections on one thread, as a load generator has them. It is ICE-controlling and the DTLS client.
+/// A WebRTC stack under test: many connections on one thread, as a load generator has them. It is
+/// ICE-controlling and the DTLS client.
 pub trait Stack {
     const NAME: &'static str;
 
@@ -162,7 +167,8 @@ impl<S: Stack> Fixture<S> {
         }
     }
 
-    /// Time that so many milliseconds without media take of all connections together: consent, reports, timers.
+    /// Time that so many milliseconds without media take of all connections together: consent,
+    /// reports, timers.
     pub fn idle(&mut self, milliseconds: u64) -> Duration {
         let before = self.setup.spent;
         for _ in 0..milliseconds {
@@ -246,7 +252,8 @@ fn measured_receive<S: Stack>(stack: &mut S, batch: &mut [Sealed], at: Time) {
     UNDER_TEST.set(before);
 }
 
-/// As [`measured_receive`]; what it counts includes taking the next payload from the origin, where a stack has no media of its own.
+/// As [`measured_receive`]; what it counts includes taking the next payload from the origin, where
+/// a stack has no media of its own.
 #[inline(never)]
 fn measured_send<S: Stack>(stack: &mut S, origin: &mut Origin) -> Duration {
     stack.send(origin)

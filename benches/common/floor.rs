@@ -1,7 +1,9 @@
-//! The named floor: what no receiver of this traffic can do without. The same sockets, options and tick as an engine worker's; each datagram is taken by
-//! `recvmmsg` with the kernel's stamp and opened with its connection's key. Nothing is parsed, counted, put in order or answered.
+//! The named floor: what no receiver of this traffic can do without. The same sockets, options and
+//! tick as an engine worker's; each datagram is taken by `recvmmsg` with the kernel's stamp and
+//! opened with its connection's key. Nothing is parsed, counted, put in order or answered.
 //!
-//! And the sender that drives it and a real worker alike: one socket, one burst after the other to everybody, as an SFU forwards one publisher.
+//! And the sender that drives it and a real worker alike: one socket, one burst after the other to
+//! everybody, as an SFU forwards one publisher.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};

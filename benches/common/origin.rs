@@ -1,4 +1,5 @@
-//! One publisher of ours whose packets are handed out opened: real frames with real identities, cut and paced as a run's are.
+//! One publisher of ours whose packets are handed out opened: real frames with real identities, cut
+//! and paced as a run's are.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -34,8 +35,9 @@ pub fn shard_config(receivers: usize) -> ShardConfig {
     }
 }
 
-/// The media: packets of about 1,100 bytes of video on the wire, or of about 100 of audio. A frame is cut into equal packets, so only one of many packets
-/// fills them: the video has few frames and large ones. In the small size it is a small one, too: a packet a frame.
+/// The media: packets of about 1,100 bytes of video on the wire, or of about 100 of audio. A frame
+/// is cut into equal packets, so only one of many packets fills them: the video has few frames and
+/// large ones. In the small size it is a small one, too: a packet a frame.
 pub fn source(kind: Kind) -> MediaSource {
     static VIDEO: OnceLock<Arc<VideoClip>> = OnceLock::new();
     static AUDIO: OnceLock<Arc<AudioClip>> = OnceLock::new();

@@ -28,7 +28,8 @@ struct Thread {
     name: String,
     /// What the scheduler has accounted, in nanoseconds.
     cpu: Duration,
-    /// User and system time in ticks of a hundredth of a second: coarse, so they only divide `cpu`.
+    /// User and system time in ticks of a hundredth of a second: coarse, so they only divide
+    /// `cpu`.
     ticks: (u64, u64),
 }
 
@@ -152,7 +153,8 @@ impl Sample {
 }
 
 impl Thread {
-    /// Of `/proc/PID/task/TID/stat` and `schedstat` (proc(5)). The name may hold spaces and brackets.
+    /// Of `/proc/PID/task/TID/stat` and `schedstat` (proc(5)). The name may hold spaces and
+    /// brackets.
     fn read(stat: &str, schedstat: &str) -> Option<(u32, Thread)> {
         let (tid, rest) = stat.split_once(" (")?;
         let (name, fields) = rest.rsplit_once(") ")?;

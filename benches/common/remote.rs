@@ -1,4 +1,5 @@
-//! The other end of a connection under test: ours for every stack, so that all of them get the same datagrams.
+//! The other end of a connection under test: ours for every stack, so that all of them get the same
+//! datagrams.
 
 use std::net::SocketAddr;
 
@@ -17,7 +18,8 @@ pub struct Side {
     pub fingerprint: Fingerprint,
 }
 
-/// An ICE-lite end and DTLS server, as an SFU is. It has no media of its own: it seals what an [`super::origin::Origin`] has made.
+/// An ICE-lite end and DTLS server, as an SFU is. It has no media of its own: it seals what an
+/// [`super::origin::Origin`] has made.
 pub struct Remote {
     pub side: Side,
     pub peer: Peer,
@@ -62,7 +64,8 @@ impl Remote {
 
     /// Handles what is due, and hands out what is to be sent.
     pub fn turn(&mut self, now: Time, send: impl FnMut(&[u8])) {
-        // Looked at each millisecond: little of it, for what is looked at here the stack under test no longer has in the cache.
+        // Looked at each millisecond: little of it, for what is looked at here the stack under test
+        // no longer has in the cache.
         if self.next_turn > now {
             return;
         }

@@ -1,4 +1,6 @@
-//! `rtc`, the sans-IO core of webrtc-rs, as the stack under test: bare, and with its default interceptors (NACK, reports, transport-wide feedback): what of these it does is what the answer agrees to.
+//! `rtc`, the sans-IO core of webrtc-rs, as the stack under test: bare, and with its default
+//! interceptors (NACK, reports, transport-wide feedback): what of these it does is what the answer
+//! agrees to.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
-//! str0m as the stack under test: RTP mode, by its direct API, with one certificate and one crypto provider for all connections.
+//! str0m as the stack under test: RTP mode, by its direct API, with one certificate and one crypto
+//! provider for all connections.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

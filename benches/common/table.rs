@@ -1,4 +1,5 @@
-//! The end of a bench: what criterion has estimated, as one table with the ratios to a floor of the same run.
+//! The end of a bench: what criterion has estimated, as one table with the ratios to a floor of the
+//! same run.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -19,7 +20,8 @@ struct Row {
     per: f64,
 }
 
-/// Criterion as all benches have it: short, because there are many rows and what is compared stands side by side.
+/// Criterion as all benches have it: short, because there are many rows and what is compared stands
+/// side by side.
 pub fn criterion() -> Criterion {
     Criterion::default()
         .warm_up_time(Duration::from_millis(300))

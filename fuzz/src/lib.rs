@@ -1,5 +1,6 @@
-//! What the fuzzers run. The targets are shared with `tests/alloc/fuzz.rs`, which replays their corpora on stable, so they and the harnesses that they stand
-//! on (`tests/common`) are included by path in both.
+//! What the fuzzers run. The targets are shared with `tests/alloc/fuzz.rs`, which replays their
+//! corpora on stable, so they and the harnesses that they stand on (`tests/common`) are included by
+//! path in both.
 
 mod common;
 #[allow(dead_code)]

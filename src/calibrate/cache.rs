@@ -37,7 +37,8 @@ fn processor(cpuinfo: &str) -> String {
     cpuinfo.lines().find_map(named).unwrap_or_default()
 }
 
-/// `$XDG_CACHE_HOME/throng/calibration.json`, by default below `~/.cache`; `None` for a user without a home.
+/// `$XDG_CACHE_HOME/throng/calibration.json`, by default below `~/.cache`; `None` for a user
+/// without a home.
 pub fn path(env: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
     let absolute = |name: &str| {
         env(name)
@@ -58,7 +59,8 @@ pub fn write(path: &Path, calibration: &Calibration) -> io::Result<()> {
     fs::rename(&draft, path)
 }
 
-/// The calibration of this very host; `None` where there is none, where it is of another host, or cannot be read.
+/// The calibration of this very host; `None` where there is none, where it is of another host, or
+/// cannot be read.
 pub fn read(path: &Path, host: &HostId) -> Option<Calibration> {
     let calibration: Calibration = serde_json::from_str(&fs::read_to_string(path).ok()?).ok()?;
     let is_ours = calibration.schema == super::SCHEMA && calibration.host == *host;

@@ -9,7 +9,8 @@ pub enum PointHeld {
 
 /// Where the limit is known to lie, and which point tells most about it.
 ///
-/// A point that broke is tried a second time before it counts: on a shared host a single failure may be a neighbour's.
+/// A point that broke is tried a second time before it counts: on a shared host a single failure
+/// may be a neighbour's.
 #[derive(Debug)]
 pub struct CalibrationSearch {
     start: u32,
@@ -31,7 +32,8 @@ impl CalibrationSearch {
         }
     }
 
-    /// The point to try; `None` where the limit is known closely enough, or even less than the start breaks.
+    /// The point to try; `None` where the limit is known closely enough, or even less than the
+    /// start breaks.
     pub fn next(&self) -> Option<u32> {
         match (self.suspect, self.held, self.broke) {
             (Some(suspect), ..) => Some(suspect),

@@ -20,7 +20,8 @@ const DEFAULT_WAIT: Duration = Duration::from_secs(600);
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Many hosts")]
 pub(super) struct CoordinateArgs {
-    /// Lead a run that other hosts play: wait for them, keep them in step, merge what they measured
+    /// Lead a run that other hosts play: wait for them, keep them in step, merge what they
+    /// measured
     #[arg(long)]
     pub(super) coordinator: bool,
     /// Hosts that the run waits for

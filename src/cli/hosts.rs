@@ -100,7 +100,8 @@ impl HostsArgs {
 }
 
 impl RunArgs {
-    /// One host of a run that the coordinator at this address leads. What it plays is said there; how it is connected, and what becomes of its own report, here.
+    /// One host of a run that the coordinator at this address leads. What it plays is said there;
+    /// how it is connected, and what becomes of its own report, here.
     pub(super) fn into_probe(
         mut self,
         coordinator: (String, &'static str),

@@ -1,7 +1,9 @@
-//! The log: what daemons and joins tell of themselves while they run, one line each on standard error.
+//! The log: what daemons and joins tell of themselves while they run, one line each on standard
+//! error.
 //!
-//! Nothing is logged unless `-v` or RUST_LOG asks for it. Only throng's own events are: those of libraries hold secrets, ICE passwords for one. None lies where
-//! every packet passes. Whatever an event repeats of a stranger, a line of the log stays one line and moves no terminal's cursor.
+//! Nothing is logged unless `-v` or RUST_LOG asks for it. Only throng's own events are: those of
+//! libraries hold secrets, ICE passwords for one. None lies where every packet passes. Whatever an
+//! event repeats of a stranger, a line of the log stays one line and moves no terminal's cursor.
 
 use std::io::{self, IsTerminal, Write, stderr};
 

@@ -1,10 +1,12 @@
-//! What is to be known of a codec, in one place: its names, its numbers, and how its payloads are read.
+//! What is to be known of a codec, in one place: its names, its numbers, and how its payloads are
+//! read.
 //!
-//! Plan, descriptions, engine, embedded SFU, recorder and report ask a [`Codec`]. Whether something is
-//! audio or video is [`Kind`]'s business: counters by kind, tracks of a kind. A codec is added here: a variant of
-//! [`Codec`], and what the compiler then asks for.
+//! Plan, descriptions, engine, embedded SFU, recorder and report ask a [`Codec`]. Whether something
+//! is audio or video is [`Kind`]'s business: counters by kind, tracks of a kind. A codec is added
+//! here: a variant of [`Codec`], and what the compiler then asks for.
 //!
-//! Nothing here allocates. [`Codec::depacketize`] is a `match`, so the packet path calls the codec's reader directly.
+//! Nothing here allocates. [`Codec::depacketize`] is a `match`, so the packet path calls the
+//! codec's reader directly.
 
 pub mod red;
 pub mod vp8;
@@ -18,7 +20,8 @@ use vp8::Vp8Descriptor;
 #[serde(rename_all = "lowercase")]
 pub enum Codec {
     Opus,
-    /// Opus with redundancy (RFC 2198): each packet repeats earlier ones. It always comes with plain Opus beside it.
+    /// Opus with redundancy (RFC 2198): each packet repeats earlier ones. It always comes with
+    /// plain Opus beside it.
     Red,
     Vp8,
 }
@@ -47,7 +50,8 @@ pub struct PayloadInfo {
     /// 0 where the codec has no such layers, or does not say.
     pub spatial_layer: u8,
     pub temporal_layer: u8,
-    /// Where the codec's own bytes begin; before them lies the payload descriptor. Of RED: the primary block.
+    /// Where the codec's own bytes begin; before them lies the payload descriptor. Of RED: the
+    /// primary block.
     pub body_at: u16,
 }
 
@@ -148,7 +152,8 @@ impl Codec {
         }
     }
 
-    /// The payload type of its retransmissions in our own offers; `None` where the original packets are repeated.
+    /// The payload type of its retransmissions in our own offers; `None` where the original packets
+    /// are repeated.
     pub const fn rtx_payload_type(self) -> Option<u8> {
         match self {
             Codec::Opus | Codec::Red => None,
@@ -192,8 +197,8 @@ impl Codec {
         }
     }
 
-    /// Reads what a payload says of its frame; `marker` is the RTP header's bit. `None` for a payload without any of the
-    /// codec's bytes (padding), or one that is none of this codec.
+    /// Reads what a payload says of its frame; `marker` is the RTP header's bit. `None` for a
+    /// payload without any of the codec's bytes (padding), or one that is none of this codec.
     #[inline]
     pub fn depacketize(self, payload: &[u8], marker: bool) -> Option<PayloadInfo> {
         match self {
@@ -260,8 +265,8 @@ impl RtcpFeedback {
     }
 }
 
-/// Which payload types of a stream carry which codec. A stream may mix them: RED's sender sends plain Opus where a
-/// packet is too long to be repeated.
+/// Which payload types of a stream carry which codec. A stream may mix them: RED's sender sends
+/// plain Opus where a packet is too long to be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PayloadTypes {
     /// The codec that the section prefers.
@@ -302,7 +307,8 @@ impl PayloadTypes {
         )
     }
 
-    /// The codec of a packet. One with a payload type that nobody named is taken for the preferred codec's.
+    /// The codec of a packet. One with a payload type that nobody named is taken for the preferred
+    /// codec's.
     #[inline]
     pub fn codec_of(&self, payload_type: u8) -> Codec {
         if self.wrapped == Some(payload_type) {
@@ -345,7 +351,8 @@ mod tests {
         assert!(opus.start && opus.end && opus.key && opus.body_at == 0);
         let red = [0xEF, 0x0F, 0x00, 0x02, 0x6F, 1, 2, 3, 4];
         assert_eq!(Codec::Red.depacketize(&red, false).unwrap().body_at, 7);
-        // S and PID 0, with a picture id of 15 bits and temporal layer 2; then a key frame's first byte.
+        // S and PID 0, with a picture id of 15 bits and temporal layer 2; then a key frame's first
+        // byte.
         let vp8 = [0xB0, 0xA0, 0x81, 0x00, 0x80, 0x10];
         let info = Codec::Vp8.depacketize(&vp8, true).unwrap();
         assert_eq!(

@@ -1,16 +1,17 @@
 //! Redundant audio (RFC 2198): the payload repeats earlier packets beside its own.
 //!
-//! A payload is a row of headers, then a row of blocks. The last block is the *primary*: what the packet would hold
-//! without redundancy. The blocks before it are older packets, oldest first.
+//! A payload is a row of headers, then a row of blocks. The last block is the *primary*: what the
+//! packet would hold without redundancy. The blocks before it are older packets, oldest first.
 
-/// Redundant blocks that a publisher of ours writes at most. libwebrtc writes one by default; LiveKit's server, where it
-/// makes RED of plain Opus, two.
+/// Redundant blocks that a publisher of ours writes at most. libwebrtc writes one by default;
+/// LiveKit's server, where it makes RED of plain Opus, two.
 pub const DISTANCE_MAX: usize = 2;
 
 /// libwebrtc splits a payload into no more blocks than these.
 const BLOCKS_MAX: usize = 32;
 
-/// The header of a redundant block: F bit, payload type, 14 bits of timestamp offset, 10 bits of length.
+/// The header of a redundant block: F bit, payload type, 14 bits of timestamp offset, 10 bits of
+/// length.
 const HEADER_LEN: usize = 4;
 /// The header of the primary: F bit (clear) and payload type.
 const PRIMARY_HEADER_LEN: usize = 1;
@@ -99,7 +100,8 @@ fn rtp_offset(header: &[u8; HEADER_LEN]) -> u32 {
     u32::from_be_bytes([0, header[1], header[2], header[3]]) >> LEN_BITS
 }
 
-/// Whether a block of `len` bytes, `rtp_offset` ticks older than its packet, can be said in a header.
+/// Whether a block of `len` bytes, `rtp_offset` ticks older than its packet, can be said in a
+/// header.
 pub const fn fits(rtp_offset: u32, len: usize) -> bool {
     rtp_offset < 1 << RTP_OFFSET_BITS && len < 1 << LEN_BITS
 }
@@ -109,8 +111,8 @@ pub const fn headers_len(redundant: usize) -> usize {
     redundant * HEADER_LEN + PRIMARY_HEADER_LEN
 }
 
-/// Writes the headers for `redundant`, the RTP offset and length of each block, oldest first, and returns their length.
-/// `None` without room, or where a block does not fit ([`fits`]).
+/// Writes the headers for `redundant`, the RTP offset and length of each block, oldest first, and
+/// returns their length. `None` without room, or where a block does not fit ([`fits`]).
 pub fn write_headers(
     out: &mut [u8],
     payload_type: u8,
@@ -185,7 +187,8 @@ mod tests {
 
     #[test]
     fn the_bytes_are_those_of_libwebrtc() {
-        // One redundant block of 2 bytes, 960 ticks older, payload type 111; then the primary of 3 bytes.
+        // One redundant block of 2 bytes, 960 ticks older, payload type 111; then the primary of 3
+        // bytes.
         assert_eq!(
             written(111, &[(960, &[1, 2])], &[3, 4, 5]),
             [0xEF, 0x0F, 0x00, 0x02, 0x6F, 1, 2, 3, 4, 5]

@@ -1,4 +1,5 @@
-//! Who is let in: whoever knows the token, by `Authorization: Bearer ..`, compared in a time that says nothing of it.
+//! Who is let in: whoever knows the token, by `Authorization: Bearer ..`, compared in a time that
+//! says nothing of it.
 
 use axum::http::{HeaderMap, header};
 use base64::Engine as _;

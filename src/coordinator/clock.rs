@@ -1,15 +1,20 @@
-//! How far another host's clock is from ours, and how well that is known: NTP's exchange of four time stamps (RFC 5905, section 8) over whatever connection there is.
+//! How far another host's clock is from ours, and how well that is known: NTP's exchange of four
+//! time stamps (RFC 5905, section 8) over whatever connection there is.
 //!
-//! Nothing is assumed of either clock but that it runs at nearly the right rate. The way there and the way back may differ: by at most the whole round trip, so half of it is the
-//! uncertainty. A clock that is stepped (a host that slept, a process that was started again) is noticed by estimates that cannot both be true.
+//! Nothing is assumed of either clock but that it runs at nearly the right rate. The way there and
+//! the way back may differ: by at most the whole round trip, so half of it is the uncertainty. A
+//! clock that is stepped (a host that slept, a process that was started again) is noticed by
+//! estimates that cannot both be true.
 
 use std::collections::VecDeque;
 
 use super::protocol::Exchange;
 
-/// The exchange with the shortest round trip of this many is the one that counts. At one a second, about a minute.
+/// The exchange with the shortest round trip of this many is the one that counts. At one a second,
+/// about a minute.
 const WINDOW: usize = 64;
-/// Two crystals, each off by 50 parts in a million: this much of an exchange's age is added to its uncertainty.
+/// Two crystals, each off by 50 parts in a million: this much of an exchange's age is added to its
+/// uncertainty.
 const DRIFT_PARTS_PER_MILLION: u64 = 100;
 
 /// What is known of another clock.
@@ -19,7 +24,8 @@ pub struct Offset {
     pub offset_us: i64,
     /// The true offset lies within so much on either side.
     pub uncertainty_us: u64,
-    /// Round trip of the exchange with the best estimate, without the time that the coordinator took.
+    /// Round trip of the exchange with the best estimate, without the time that the coordinator
+    /// took.
     pub round_trip_us: u64,
 }
 

@@ -1,4 +1,5 @@
-//! The thread on which a run's state and its journal live. Whoever wants something of them sends a call; between calls it does what time brings about.
+//! The thread on which a run's state and its journal live. Whoever wants something of them sends a
+//! call; between calls it does what time brings about.
 
 use std::fmt;
 use std::thread::JoinHandle;

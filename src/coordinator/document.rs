@@ -1,7 +1,9 @@
-//! The merged result as one JSON document: `throng-report/1` with its vantages, and beside that what `voicegw`'s `GET /result` has, by its names.
+//! The merged result as one JSON document: `throng-report/1` with its vantages, and beside that
+//! what `voicegw`'s `GET /result` has, by its names.
 //!
-//! Two of those names mean something else in a report: `knee` and `unmeasured_tiers`. In the report they are what they are in every report; in the answer to `GET /result` they are
-//! `voicegw`'s: participants or `null`, and indices.
+//! Two of those names mean something else in a report: `knee` and `unmeasured_tiers`. In the report
+//! they are what they are in every report; in the answer to `GET /result` they are `voicegw`'s:
+//! participants or `null`, and indices.
 
 use std::time::Duration;
 
@@ -53,7 +55,8 @@ pub fn result(merged: &Merged, state: &RunState, about: &About<'_>) -> String {
     json::print(&document)
 }
 
-/// Participants of the last tier that passed before the first that did not; `None` also where all passed, or the first did not.
+/// Participants of the last tier that passed before the first that did not; `None` also where all
+/// passed, or the first did not.
 fn knee(merged: &Merged) -> Option<u32> {
     let knee = merged.knee()?;
     let is_last = matches!(knee.answer, TiersAnswer::AllPassed);
@@ -211,7 +214,8 @@ impl<'a> Hosts<'a> {
     }
 }
 
-/// One tier over all vantages, as `voicegw` has it; times in milliseconds, loss in per cent, each the worst of any vantage.
+/// One tier over all vantages, as `voicegw` has it; times in milliseconds, loss in per cent, each
+/// the worst of any vantage.
 #[derive(Serialize)]
 struct CombinedView<'a> {
     tier: usize,
@@ -316,7 +320,8 @@ struct VantageResultView<'a> {
     engine: Option<&'a EngineShort>,
 }
 
-/// The coordinator's clock less the vantage's; the true difference lies within the uncertainty on either side.
+/// The coordinator's clock less the vantage's; the true difference lies within the uncertainty on
+/// either side.
 #[derive(Serialize)]
 struct ClockResultView {
     offset_ms: f64,

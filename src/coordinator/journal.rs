@@ -1,14 +1,20 @@
-//! The journal of a run: every [`JournalEntry`] is written before anybody hears that it was taken, so that a coordinator that was killed goes on where it was.
+//! The journal of a run: every [`JournalEntry`] is written before anybody hears that it was taken,
+//! so that a coordinator that was killed goes on where it was.
 //!
-//! One line an entry: the CRC-32 of the JSON in eight hexadecimal digits, a space, the JSON, a newline. The first line is the [`Head`]. A line that was cut short at the end is
-//! what a crash leaves, and is dropped: nobody was told that it had been taken. One in the middle is damage, and is refused.
+//! One line an entry: the CRC-32 of the JSON in eight hexadecimal digits, a space, the JSON, a
+//! newline. The first line is the [`Head`]. A line that was cut short at the end is what a crash
+//! leaves, and is dropped: nobody was told that it had been taken. One in the middle is damage, and
+//! is refused.
 //!
-//! **What it survives.** Whatever ends the process: an entry has been given to the kernel before it is acknowledged. The loss of the host: all but the beats of the last second,
-//! because those are made durable once a second, and everything else at once.
+//! **What it survives.** Whatever ends the process: an entry has been given to the kernel before it
+//! is acknowledged. The loss of the host: all but the beats of the last second, because those are
+//! made durable once a second, and everything else at once.
 //!
-//! **What is in it.** The run and what it measured, but nothing that lets anybody in: of the token a salted hash, of LiveKit's key nothing. The file is the user's alone (mode 0600).
+//! **What is in it.** The run and what it measured, but nothing that lets anybody in: of the token
+//! a salted hash, of LiveKit's key nothing. The file is the user's alone (mode 0600).
 //!
-//! Beats hold cumulative records, so that most of a long journal is past: it is written anew when it has grown to several times of what it says.
+//! Beats hold cumulative records, so that most of a long journal is past: it is written anew when
+//! it has grown to several times of what it says.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader, Read};
@@ -194,7 +200,8 @@ impl Journal {
                 _ => self.file.sync_data(),
             });
         if let Err(error) = written {
-            // Half a line would be taken for damage once others follow. If it stays, the next one is written over it.
+            // Half a line would be taken for damage once others follow. If it stays, the next one
+            // is written over it.
             let _ = self.file.set_len(self.bytes);
             return Err(error);
         }
@@ -208,7 +215,8 @@ impl Journal {
         Ok(())
     }
 
-    /// Makes durable what is due, and writes the journal anew where it has grown long. To be called about once a second.
+    /// Makes durable what is due, and writes the journal anew where it has grown long. To be called
+    /// about once a second.
     pub fn keep(&mut self, state: &RunState, head: &Head, now_us: u64) -> io::Result<()> {
         if self
             .unsynced_since_us
@@ -285,7 +293,8 @@ fn lock(file: &File, path: &Path) -> Result<(), JournalError> {
     }
 }
 
-/// A name is as durable as its directory. Some file systems cannot be asked for it, and need not be.
+/// A name is as durable as its directory. Some file systems cannot be asked for it, and need not
+/// be.
 fn sync_directory(path: &Path) {
     let directory = path
         .parent()

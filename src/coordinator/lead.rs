@@ -1,4 +1,5 @@
-//! A run over several hosts from start to finish, as the one who leads it: port, journal, rooms, what there is to tell meanwhile, and the state that it ends with.
+//! A run over several hosts from start to finish, as the one who leads it: port, journal, rooms,
+//! what there is to tell meanwhile, and the state that it ends with.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -51,7 +52,8 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// The result has been told: the journal of a whole run has served, unless it was asked for by name.
+    /// The result has been told: the journal of a whole run has served, unless it was asked for by
+    /// name.
     pub fn told(self) {
         let begun = self.state.all_reported();
         if let Some(journal) = self.journal.filter(|_| self.journal_is_ours && begun) {
@@ -87,7 +89,8 @@ pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, UndealtPlan> {
     Ok(Rehearsal { placed, first })
 }
 
-/// Leads the run to its end. `tell` gets lines for people as things happen; `must_tell` those without which nobody can take part.
+/// Leads the run to its end. `tell` gets lines for people as things happen; `must_tell` those
+/// without which nobody can take part.
 ///
 /// # Errors
 /// What kept the run from beginning; once it has begun there is a state.
@@ -445,7 +448,8 @@ fn exhibit(asked: &Coordinate, head: &Head) -> Exhibit {
     }
 }
 
-/// The server's own pages, being read from now on, and what is to be said of them. A run that goes on is worth more than they are.
+/// The server's own pages, being read from now on, and what is to be said of them. A run that goes
+/// on is worth more than they are.
 async fn server_pages(
     asked: &Coordinate,
     resumed: bool,
@@ -553,7 +557,8 @@ fn warnings(asked: &Coordinate, journal: &Journal) -> Vec<String> {
     warnings
 }
 
-/// What others reach this host by: where it listens, or, on all its addresses, the one that it uses towards others.
+/// What others reach this host by: where it listens, or, on all its addresses, the one that it uses
+/// towards others.
 fn url(address: SocketAddr, tls: bool) -> String {
     let ip = match address.ip() {
         ip if !ip.is_unspecified() => ip,
@@ -682,7 +687,8 @@ impl<'a> Watcher<'a> {
             .call(move |desk| (seconds::began_us(&desk.state), seconds.held(&desk.state)))
             .await;
         let (began_us, held) = held.unwrap_or_default();
-        // What lay before this process, or is not known, was not read: a stretch without length has no figures.
+        // What lay before this process, or is not known, was not read: a stretch without length has
+        // no figures.
         let start = self.epoch.instant(Time::ZERO);
         let instant = |us: u64| {
             self.epoch

@@ -46,7 +46,8 @@ pub(super) fn log_entry(entry: &JournalEntry, state: &RunState) {
     }
 }
 
-/// With the order of a stage the one before it ends. How far clocks are off is what its begin depends on.
+/// With the order of a stage the one before it ends. How far clocks are off is what its begin
+/// depends on.
 fn log_order(state: &RunState, stage: u32, starts_in_us: u64) {
     let ended = state.underway().map(|underway| underway.stage);
     info!(

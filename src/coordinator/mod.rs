@@ -1,4 +1,5 @@
-//! Many hosts, one test: a coordinator that gives out the parts, keeps the hosts in step and merges what they measured.
+//! Many hosts, one test: a coordinator that gives out the parts, keeps the hosts in step and merges
+//! what they measured.
 
 pub mod access;
 #[cfg(test)]

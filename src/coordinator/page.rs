@@ -1,6 +1,8 @@
-//! The live page (`GET /`), what it is fed with (`GET /events`), and the page for Prometheus (`GET /metrics`).
+//! The live page (`GET /`), what it is fed with (`GET /events`), and the page for Prometheus (`GET
+//! /metrics`).
 //!
-//! The page is one file: style and script stand in it, and it asks for nothing but its events. What probers say of themselves reaches it as JSON and is shown as text.
+//! The page is one file: style and script stand in it, and it asks for nothing but its events. What
+//! probers say of themselves reaches it as JSON and is shown as text.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -22,7 +24,8 @@ use crate::report::Judging;
 /// `text/html; charset=utf-8`.
 pub const HTML: &str = include_str!("page/page.html");
 
-/// The page's Content-Security-Policy: its own style and script by their hashes, its own events, and nothing else from anywhere.
+/// The page's Content-Security-Policy: its own style and script by their hashes, its own events,
+/// and nothing else from anywhere.
 pub static POLICY: LazyLock<String> = LazyLock::new(|| {
     format!(
         "default-src 'none'; style-src '{}'; script-src '{}'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -36,7 +39,8 @@ pub const INTERVAL: Duration = Duration::from_secs(1);
 /// A live prober that has not been heard for so long is shown as silent.
 const SILENT_US: u64 = 5_000_000;
 
-/// One event of a `text/event-stream`: the run as it stands. `merged` is there once the run is over.
+/// One event of a `text/event-stream`: the run as it stands. `merged` is there once the run is
+/// over.
 pub fn event(
     state: &RunState,
     judging: &Judging,
@@ -203,7 +207,8 @@ impl<'a> ResultView<'a> {
     }
 }
 
-/// The page for Prometheus: the last second of each vantage as gauges; of the latest baseline or tier of each, counters and summaries.
+/// The page for Prometheus: the last second of each vantage as gauges; of the latest baseline or
+/// tier of each, counters and summaries.
 ///
 /// Whatever is not known has no sample.
 pub fn metrics(state: &RunState, now_us: u64) -> String {
@@ -350,7 +355,8 @@ impl Latest<'_> {
     }
 }
 
-/// Counters and summaries of the latest tier of each prober. A summary's count is of what came; a quantile that falls among what never came is infinite.
+/// Counters and summaries of the latest tier of each prober. A summary's count is of what came; a
+/// quantile that falls among what never came is infinite.
 fn add_stages(page: &mut FiguresPage, state: &RunState) {
     let latest: Vec<Latest<'_>> = (state.probers().iter())
         .filter_map(|prober| {

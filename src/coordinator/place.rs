@@ -1,6 +1,7 @@
 //! What every host is to do, and what that comes to once it is known who the hosts are.
 //!
-//! A pure function: the same hosts in the same order give the same placement, so a coordinator that is started again finds what it had given out.
+//! A pure function: the same hosts in the same order give the same placement, so a coordinator that
+//! is started again finds what it had given out.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,10 +12,12 @@ use crate::plan::{Part, Placement, UndealtPlan, VantagePlan};
 /// What is asked of the hosts. Counts are per room.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HostsLoad {
-    /// The run as the flags have it, whatever number of hosts shares it. Its phases have the subscribers of one host of weight 1, or, where it is a `total`, of
-    /// all hosts together; how many the groups have follows from that.
+    /// The run as the flags have it, whatever number of hosts shares it. Its phases have the
+    /// subscribers of one host of weight 1, or, where it is a `total`, of all hosts together;
+    /// how many the groups have follows from that.
     pub scenario: Scenario,
-    /// Each host has rooms of its own: so many as the plan says, or, where it is a `total`, its share of them.
+    /// Each host has rooms of its own: so many as the plan says, or, where it is a `total`, its
+    /// share of them.
     pub rooms_apart: bool,
     pub total: bool,
 }
@@ -90,7 +93,8 @@ impl HostsLoad {
         }
     }
 
-    /// Whoever has fewer joins, or leaves, before a hold than another waits for the others' by a longer warm-up.
+    /// Whoever has fewer joins, or leaves, before a hold than another waits for the others' by a
+    /// longer warm-up.
     fn stages(
         &self,
         scenario: &Scenario,
@@ -157,7 +161,8 @@ fn times_of(scenario: &Scenario, stage: usize) -> PhaseTimes {
     })
 }
 
-/// How long a host's people take to join before a stage, or to leave: whoever leaves does so at the same pace.
+/// How long a host's people take to join before a stage, or to leave: whoever leaves does so at the
+/// same pace.
 fn moving_us(scenario: &Scenario, held: &[u32], stage: usize) -> u64 {
     let before = if stage == 0 { 0 } else { held[stage - 1] };
     match (

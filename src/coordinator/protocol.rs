@@ -1,4 +1,5 @@
-//! What coordinator and probers say to each other: JSON over HTTP, the paths and names of `voicegw livekit sfu` with ours beside them.
+//! What coordinator and probers say to each other: JSON over HTTP, the paths and names of `voicegw
+//! livekit sfu` with ours beside them.
 //!
 //! | request | body | answer |
 //! |---|---|---|
@@ -13,16 +14,21 @@
 //!
 //! What is refused is answered with a status of 4xx or 5xx and a [`RefusalMessage`].
 //!
-//! **Versions.** A prober of ours names the version of the protocol that it speaks ([`Register::protocol`]); the coordinator refuses every other than
-//! [`VERSION`] with a text that names both, before it has handed out anything. So does a prober with the version in [`Job::protocol`]. A prober that names none is `voicegw`'s own: it
-//! is asked for nothing but its steps. Within one version fields are only added: readers leave out what they do not know, and what is absent has the meaning that its documentation
-//! states.
+//! **Versions.** A prober of ours names the version of the protocol that it speaks
+//! ([`Register::protocol`]); the coordinator refuses every other than [`VERSION`] with a text that
+//! names both, before it has handed out anything. So does a prober with the version in
+//! [`Job::protocol`]. A prober that names none is `voicegw`'s own: it is asked for nothing but its
+//! steps. Within one version fields are only added: readers leave out what they do not know, and
+//! what is absent has the meaning that its documentation states.
 //!
-//! **Clocks.** A time is in microseconds since 1970, a duration in microseconds, unless its name says otherwise. Whose clock it is stands with each: nobody's is trusted, and none is
-//! read here. A process derives all its times from one reading of the wall clock and the monotonic clock, so that they never step while it lives; the coordinator's next life
-//! ([`BeatReply::life`]) may tell other times.
+//! **Clocks.** A time is in microseconds since 1970, a duration in microseconds, unless its name
+//! says otherwise. Whose clock it is stands with each: nobody's is trusted, and none is read here.
+//! A process derives all its times from one reading of the wall clock and the monotonic clock, so
+//! that they never step while it lives; the coordinator's next life ([`BeatReply::life`]) may tell
+//! other times.
 //!
-//! **Hostile input.** [`read`] is the only way in: what it returns lies within the bounds of this module. JSON knows no NaN and no infinity.
+//! **Hostile input.** [`read`] is the only way in: what it returns lies within the bounds of this
+//! module. JSON knows no NaN and no infinity.
 
 use std::fmt;
 use std::str::FromStr;
@@ -104,7 +110,8 @@ impl ProtocolMessage for RefusalMessage {
     }
 }
 
-/// How the coordinator calls a prober. Opaque: ours are random, `voicegw`'s coordinator counts from 0.
+/// How the coordinator calls a prober. Opaque: ours are random, `voicegw`'s coordinator counts from
+/// 0.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct ProverId(String);
 
@@ -149,7 +156,8 @@ impl<'de> Deserialize<'de> for ProverId {
 /// `POST /register`: a prober wants to take part.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Register {
-    /// Where the prober stands, as the result names it; two must not share one. `voicegw` allows `null`: such a prober gets a label.
+    /// Where the prober stands, as the result names it; two must not share one. `voicegw` allows
+    /// `null`: such a prober gets a label.
     pub vantage: Option<String>,
     /// [`VERSION`] of the prober; absent: it is `voicegw`'s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -226,7 +234,8 @@ pub struct JobReply {
     pub target_rtt_ms: f64,
     /// Per cent.
     pub max_loss: f64,
-    /// In seconds since 1970 by the coordinator's clock; `null` until everybody is in. Ours wait for [`Order::Start`] instead.
+    /// In seconds since 1970 by the coordinator's clock; `null` until everybody is in. Ours wait
+    /// for [`Order::Start`] instead.
     pub start_at: Option<f64>,
     /// Everybody is in.
     pub ready: bool,
@@ -263,18 +272,22 @@ pub struct Job {
     pub vantages: Vec<String>,
     /// The index of this prober.
     pub me: u32,
-    /// The run, with the participants of all vantages. Unlike elsewhere, a field of it that is not known is refused: who left it out would play another run.
+    /// The run, with the participants of all vantages. Unlike elsewhere, a field of it that is not
+    /// known is refused: who left it out would play another run.
     pub scenario: Scenario,
-    /// Which of them are whose ([`crate::plan::Part::new`]): one entry each of `vantages`, in the same order.
+    /// Which of them are whose ([`crate::plan::Part::new`]): one entry each of `vantages`, in the
+    /// same order.
     pub placement: Placement,
     /// From the first to the last, as this prober plays them.
     pub stages: Vec<SharedStage>,
     pub judging: WireJudging,
-    /// The server under test; `null`: the prober's own. One that the prober was given itself goes before it.
+    /// The server under test; `null`: the prober's own. One that the prober was given itself goes
+    /// before it.
     pub url: Option<String>,
     /// The coordinator can make room tokens.
     pub tokens: bool,
-    /// The coordinator makes the rooms and deletes them; if not, the server makes them when the first one joins.
+    /// The coordinator makes the rooms and deletes them; if not, the server makes them when the
+    /// first one joins.
     pub rooms_made: bool,
     /// How long the load may go on without an answer of the coordinator, in microseconds.
     pub patience_us: u64,
@@ -347,9 +360,11 @@ pub struct SharedStage {
     pub kind: StageKind,
     /// As the result names it; of a tier its number from 1 and its subscribers.
     pub name: String,
-    /// Of this host, over all rooms, in a baseline or a tier: the first so many in its joining order.
+    /// Of this host, over all rooms, in a baseline or a tier: the first so many in its joining
+    /// order.
     pub subscribers: u32,
-    /// From the end of this host's joining to its hold. A host with fewer joins than another has a longer one, so that all hold at the same time.
+    /// From the end of this host's joining to its hold. A host with fewer joins than another has a
+    /// longer one, so that all hold at the same time.
     pub warmup_us: u64,
     /// What is measured.
     pub hold_us: u64,
@@ -456,16 +471,19 @@ impl ProtocolMessage for TokensReply {
     }
 }
 
-/// `POST /beat/{prover_id}`: once a second, at each change of stage, and more often while the prober waits at a barrier.
+/// `POST /beat/{prover_id}`: once a second, at each change of stage, and more often while the
+/// prober waits at a barrier.
 ///
-/// Everything in it is cumulative, so that it may be lost, or come twice, or late: the highest `seq` holds.
+/// Everything in it is cumulative, so that it may be lost, or come twice, or late: the highest
+/// `seq` holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BeatMessage {
     /// From 1, one more each time.
     pub seq: u64,
     /// By the prober's clock, when this left.
     pub sent_at_us: u64,
-    /// The exchange before this one, as far as there was one. With it the coordinator knows the prober's clock.
+    /// The exchange before this one, as far as there was one. With it the coordinator knows the
+    /// prober's clock.
     #[serde(default)]
     pub exchange: Option<Exchange>,
     /// The stage under way, an index into [`Job::stages`]; `null` before the first.
@@ -622,7 +640,8 @@ impl LiveSecond {
     }
 }
 
-/// How many frames one layer of one track has sent since it began: origin ([`crate::plan::ParticipantPlan::index`]), track (0: audio, 1: video), layer, frames.
+/// How many frames one layer of one track has sent since it began: origin
+/// ([`crate::plan::ParticipantPlan::index`]), track (0: audio, 1: video), layer, frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrameCountEntry(pub u32, pub u8, pub u8, pub u64);
 
@@ -653,7 +672,8 @@ pub struct BeatReply {
     /// By the coordinator's clock.
     pub replied_at_us: u64,
     pub order: Order,
-    /// Frame counts of other vantages' publishers: all of them, or, once the prober has some, at least those that changed.
+    /// Frame counts of other vantages' publishers: all of them, or, once the prober has some, at
+    /// least those that changed.
     #[serde(default)]
     pub frames: Vec<FrameCountEntry>,
     /// Clock offsets of the vantages whose clock is known.
@@ -688,7 +708,8 @@ impl ProtocolMessage for BeatReply {
 pub enum Order {
     /// Go on with the stage under way; at its end keep what it reached, and wait.
     Wait,
-    /// Begin this stage at this time by the coordinator's clock; at once if that has passed. Repeated until the prober says that it is in it.
+    /// Begin this stage at this time by the coordinator's clock; at once if that has passed.
+    /// Repeated until the prober says that it is in it.
     Start { stage: u32, at_us: u64 },
     /// End the load now, and report.
     Stop { reason: String },
@@ -799,7 +820,8 @@ pub struct FinalReport {
     pub reasons: Vec<String>,
     /// Why the run ended before its time on this host; `null` if it did not.
     pub partial: Option<String>,
-    /// The generator kept up. If not, nothing that this host measured says anything about the server.
+    /// The generator kept up. If not, nothing that this host measured says anything about the
+    /// server.
     pub valid: bool,
     pub invalid: Vec<String>,
     /// Baseline and tiers, as far as they came.
@@ -908,7 +930,8 @@ impl ProtocolMessage for Reported {
     }
 }
 
-/// The answer to `POST /leave/{prover_id}`: the prober takes no part. Before all are in its place is free again, after that it is missing from now on.
+/// The answer to `POST /leave/{prover_id}`: the prober takes no part. Before all are in its place
+/// is free again, after that it is missing from now on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Departed {
     pub ok: bool,

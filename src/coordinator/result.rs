@@ -1,16 +1,21 @@
 //! What all vantages measured together: merged tier by tier, judged, and side by side.
 //!
-//! **What counts.** Into the figures of a tier go the records of those vantages that held it to its end with a generator that kept up: the *measured* ones. What a vantage sent
-//! before it went missing, and what one measured whose generator was the limit, stands beside them under its own name, and is in the totals of the run.
+//! **What counts.** Into the figures of a tier go the records of those vantages that held it to its
+//! end with a generator that kept up: the *measured* ones. What a vantage sent before it went
+//! missing, and what one measured whose generator was the limit, stands beside them under its own
+//! name, and is in the totals of the run.
 //!
 //! **The verdict of a tier**, from what makes all else unknowable to what does not:
-//! 1. PARTIAL: a vantage that plays a part in it did not hold it to its end; unless it was a threshold that ended it, which is FAIL.
-//! 2. FAIL: what was measured, merged or by one vantage alone, breaks a limit. Only if a generator that was the limit sent media into the same rooms, the others' failures may be its own,
-//!    and prove nothing: then it is INVALID.
+//! 1. PARTIAL: a vantage that plays a part in it did not hold it to its end; unless it was a
+//!    threshold that ended it, which is FAIL.
+//! 2. FAIL: what was measured, merged or by one vantage alone, breaks a limit. Only if a generator
+//!    that was the limit sent media into the same rooms, the others' failures may be its own, and
+//!    prove nothing: then it is INVALID.
 //! 3. INVALID: a vantage's generator was the limit.
 //! 4. PASS: every vantage measured it, and all limits hold.
 //!
-//! **The verdict of the run**: FAIL if a tier failed; else PARTIAL if something was not held that ought to have been; else INVALID, else PASS.
+//! **The verdict of the run**: FAIL if a tier failed; else PARTIAL if something was not held that
+//! ought to have been; else INVALID, else PASS.
 
 use std::time::Duration;
 
@@ -63,7 +68,8 @@ pub struct Cell {
     /// Round trips by RTCP, the 95th percentile; of `voicegw` what it says.
     pub rtt_us: Option<f64>,
     pub round_trips: u64,
-    /// 0 to 1: the worse of residual packet loss and undelivered frames, of the worse kind of media; `None` where that is not known, or nothing is received.
+    /// 0 to 1: the worse of residual packet loss and undelivered frames, of the worse kind of
+    /// media; `None` where that is not known, or nothing is received.
     pub loss: Option<f64>,
     pub quality: QualityRank,
     pub join: Times,
@@ -645,7 +651,8 @@ impl TierResult {
         })
     }
 
-    /// The vantage that fared worst, and in what: one that fails, else the one that loses most, else the one with the slowest round trips.
+    /// The vantage that fared worst, and in what: one that fails, else the one that loses most,
+    /// else the one with the slowest round trips.
     pub fn worst_vantage(&self) -> Option<(usize, String)> {
         let fails = |cell: &Cell| cell.judgement.verdict == Verdict::Fail;
         let (loss, rtt_us) = (
@@ -793,7 +800,8 @@ fn judge_merged(
     Judgement { verdict, reasons }
 }
 
-/// Where a threshold has ended the run, the vantage and that threshold, if it was in this stage: nothing is ordered after it.
+/// Where a threshold has ended the run, the vantage and that threshold, if it was in this stage:
+/// nothing is ordered after it.
 fn broken_in(state: &RunState, stage: Option<u32>) -> Option<(&str, &str)> {
     state
         .broken()
@@ -818,7 +826,8 @@ fn overall(
             invalid.extend(limits.iter().map(|reason| format!("{label}: {reason}")));
         }
     }
-    // What no tier shows: a generator that was the limit while people joined, a run that failed as a whole.
+    // What no tier shows: a generator that was the limit while people joined, a run that failed as
+    // a whole.
     let spoilt = !state.setup().load.rooms_apart
         && vantages.iter().any(|vantage| !vantage.invalid.is_empty());
     let (failed, failed_as_a_whole) = (of_tiers(Verdict::Fail), failures_as_a_whole(vantages));
@@ -966,7 +975,8 @@ fn missing(state: &RunState) -> Vec<Missing> {
     gone.chain(unnamed).collect()
 }
 
-/// The whole run of vantages that reported; from the others, the baseline and tiers that they had sent.
+/// The whole run of vantages that reported; from the others, the baseline and tiers that they had
+/// sent.
 fn totals(state: &RunState) -> Step {
     let mut totals = Step {
         name: "totals".to_owned(),
@@ -1018,7 +1028,8 @@ fn judgement(reasons: Vec<String>) -> Judgement {
     }
 }
 
-/// The worse of the kinds of media that somebody subscribes to; `None` if nobody does, or if one is unknown.
+/// The worse of the kinds of media that somebody subscribes to; `None` if nobody does, or if one is
+/// unknown.
 fn worse_loss(media: [&Media; 2]) -> Option<f64> {
     let subscribed = media.into_iter().filter(|media| media.tracks_expected > 0);
     let losses: Option<Vec<f64>> = subscribed
@@ -1052,7 +1063,8 @@ mod tests {
         Merged::new(&canned.state, &canned::judging())
     }
 
-    /// Two vantages, of which each saw these tiers; the second one's generator was the limit in those named.
+    /// Two vantages, of which each saw these tiers; the second one's generator was the limit in
+    /// those named.
     fn of_two(first: &[Saw], second: &[Saw], invalid: &[usize]) -> Merged {
         let tiers: Vec<u32> = first.iter().map(|_| 10).collect();
         let mut canned = Canned::armed(

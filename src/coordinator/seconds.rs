@@ -1,4 +1,5 @@
-//! What is noted of a run over several hosts beside its state, second by second: rows of the series, and when each tier was held by the coordinator's clock.
+//! What is noted of a run over several hosts beside its state, second by second: rows of the
+//! series, and when each tier was held by the coordinator's clock.
 //!
 //! None of it is journaled: of what lay before a coordinator was started again there are no rows.
 
@@ -8,12 +9,14 @@ use super::protocol::{LiveSecond, ProverId, StageKind};
 use super::state::{ProberState, RunPhase, RunState};
 use crate::server_metrics::book;
 
-/// Rows that are kept; beyond that every second one goes, and from then on half as many come. Two hours of a row each second.
+/// Rows that are kept; beyond that every second one goes, and from then on half as many come. Two
+/// hours of a row each second.
 const ROWS_MAX: usize = 7_200;
 /// What a host said so long ago is of another second.
 const STALE_US: u64 = 3_000_000;
 
-/// One second of all hosts that are there, by what each said last. `None`: not known of all of them.
+/// One second of all hosts that are there, by what each said last. `None`: not known of all of
+/// them.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct SecondRow {
     /// Seconds since publishers began to join.
@@ -27,7 +30,8 @@ pub struct SecondRow {
     pub packets_received_per_second: Option<f64>,
     pub bytes_sent_per_second: Option<f64>,
     pub bytes_received_per_second: Option<f64>,
-    /// Share of all media lost so far, 0 to 1, at the host that lost most. A host that receives nothing has none.
+    /// Share of all media lost so far, 0 to 1, at the host that lost most. A host that receives
+    /// nothing has none.
     pub loss_worst: Option<f64>,
     /// As in the series of one host.
     pub server: Option<Vec<Option<book::NodeRow>>>,
@@ -81,7 +85,8 @@ impl Series {
     }
 }
 
-/// When one tier was held, in microseconds since 1970 by the coordinator's clock; `None` where nobody said.
+/// When one tier was held, in microseconds since 1970 by the coordinator's clock; `None` where
+/// nobody said.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldTier {
     pub name: String,
@@ -150,7 +155,8 @@ impl Seconds {
         })
     }
 
-    /// A host says for how long it has held, some time after it looked: the earliest beginning that follows is the nearest.
+    /// A host says for how long it has held, some time after it looked: the earliest beginning that
+    /// follows is the nearest.
     fn note_holds(&mut self, state: &RunState) {
         let under_way = state.underway().map(|underway| underway.stage);
         for prober in state.probers() {

@@ -1,7 +1,8 @@
 //! The coordinator's port: HTTP, with TLS where a certificate is given.
 //!
-//! A stranger costs little and bounded memory: [`crate::http`] has the connections and their times. A body has its time, too. Whoever has no token is answered before a byte of a body is read, and a body that says how long it is, and is too long, is
-//! refused by that.
+//! A stranger costs little and bounded memory: [`crate::http`] has the connections and their times.
+//! A body has its time, too. Whoever has no token is answered before a byte of a body is read, and
+//! a body that says how long it is, and is too long, is refused by that.
 
 use std::convert::Infallible;
 use std::io;
@@ -83,7 +84,8 @@ pub fn listen(address: SocketAddr) -> Result<std::net::TcpListener, ListenError>
             Type::STREAM,
             Some(Protocol::TCP),
         )?;
-        // A coordinator that is started again finds the connections of the one before it still closing.
+        // A coordinator that is started again finds the connections of the one before it still
+        // closing.
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
@@ -195,7 +197,8 @@ impl Exhibit {
     }
 }
 
-/// A result that has been merged: to merge takes time, and whoever asks in the same second gets the same.
+/// A result that has been merged: to merge takes time, and whoever asks in the same second gets the
+/// same.
 struct ShownResult {
     at: Instant,
     body: Bytes,

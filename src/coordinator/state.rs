@@ -1,8 +1,11 @@
 //! A run over many hosts as a state machine: without sockets, files or clocks.
 //!
-//! What probers say is looked at first ([`RunState::register`], [`RunState::beat`], ..), which changes nothing and says what is to be remembered: an [`JournalEntry`]. The caller writes it to the
-//! journal and only then lets it come true ([`RunState::apply`]). So does it with what time brings about ([`RunState::due`]). A state is therefore what its entries make it, and the same
-//! entries make the same state: that is how a coordinator that was killed goes on. What need not outlive the process (who was heard when, the last second's figures) takes the shorter
+//! What probers say is looked at first ([`RunState::register`], [`RunState::beat`], ..), which
+//! changes nothing and says what is to be remembered: an [`JournalEntry`]. The caller writes it to
+//! the journal and only then lets it come true ([`RunState::apply`]). So does it with what time
+//! brings about ([`RunState::due`]). A state is therefore what its entries make it, and the same
+//! entries make the same state: that is how a coordinator that was killed goes on. What need not
+//! outlive the process (who was heard when, the last second's figures) takes the shorter
 //! way of [`RunState::hear`].
 //!
 //! Times are microseconds since 1970 by the coordinator's clock, which never steps while it lives.
@@ -22,17 +25,20 @@ use super::protocol::{
 };
 use crate::plan::VantagePlan;
 
-/// A stage is ordered so much ahead, that everybody hears of it in time: waiting probers ask five times a second.
+/// A stage is ordered so much ahead, that everybody hears of it in time: waiting probers ask five
+/// times a second.
 const LEAD_US: u64 = 2_000_000;
 /// What `voicegw`'s probers get, who ask once a second.
 const LEGACY_LEAD_US: u64 = 3_000_000;
-/// `voicegw`'s probers say nothing while they work: they have twice as long as their tiers take, and this.
+/// `voicegw`'s probers say nothing while they work: they have twice as long as their tiers take,
+/// and this.
 const LEGACY_SLACK_US: u64 = 300_000_000;
 /// A round-trip time that nobody judges: `voicegw`'s own default, for probers that want a number.
 const LEGACY_TARGET_RTT_MS: f64 = 50.0;
 /// An order that lies further ahead than this was given by a clock that has been set back since.
 const AHEAD_US_MAX: u64 = 60_000_000;
-/// Whoever keeps the state looks at it so often, or was kept from it: what nobody could hear then is no silence.
+/// Whoever keeps the state looks at it so often, or was kept from it: what nobody could hear then
+/// is no silence.
 pub const LOOK_US_MAX: u64 = 2_000_000;
 
 /// What becomes of a run that loses a prober.
@@ -64,7 +70,8 @@ pub struct RunSetup {
 }
 
 impl RunSetup {
-    /// A prober that hears nothing of its coordinator for so long ends its load. Longer than [`RunSetup::silence_us`]: a coordinator has to be started again by somebody.
+    /// A prober that hears nothing of its coordinator for so long ends its load. Longer than
+    /// [`RunSetup::silence_us`]: a coordinator has to be started again by somebody.
     pub fn patience_us(&self) -> u64 {
         self.silence_us.saturating_mul(4)
     }
@@ -182,7 +189,8 @@ pub struct ProberState {
     pub vantage: String,
     pub register: Register,
     pub registered_us: u64,
-    /// Its index among those who play the plan ([`Job::vantages`]); `None` before everybody is in, and for `voicegw`'s.
+    /// Its index among those who play the plan ([`Job::vantages`]); `None` before everybody is in,
+    /// and for `voicegw`'s.
     pub player: Option<u32>,
     pub seq: u64,
     pub stage: Option<u32>,
@@ -204,7 +212,8 @@ pub struct ProberState {
     pub clock: ClockEstimate,
     /// Its last sign of life.
     pub heard_us: u64,
-    /// What silence counts from: its last sign of life, or later, where there was a time in which nobody listened.
+    /// What silence counts from: its last sign of life, or later, where there was a time in which
+    /// nobody listened.
     silent_since_us: u64,
     pub gone: Option<GoneProber>,
     pub report: Option<ProberReport>,
@@ -234,7 +243,8 @@ struct BeatAnswer {
     frames_version: u64,
 }
 
-/// Answers under way to one prober. It waits for one before it asks again, so one is enough where none is lost.
+/// Answers under way to one prober. It waits for one before it asks again, so one is enough where
+/// none is lost.
 const ANSWERS_MAX: usize = 8;
 
 fn frame_count((origin, track, layer): &(u32, u8, u8), counted: &Counted) -> FrameCountEntry {
@@ -256,7 +266,8 @@ impl ProberState {
         self.clock.offset()
     }
 
-    /// What its beat says of our answers. One that was lost, or that another life gave, is none: then it hears again what may have been in that.
+    /// What its beat says of our answers. One that was lost, or that another life gave, is none:
+    /// then it hears again what may have been in that.
     fn take_heard(&mut self, life: u64, exchange: Option<&Exchange>) {
         let heard = exchange
             .filter(|exchange| exchange.life == life)
@@ -388,7 +399,8 @@ impl RunState {
         }
     }
 
-    /// After the journal of an earlier life was applied: silence counts from now, and so does what was ordered by another clock.
+    /// After the journal of an earlier life was applied: silence counts from now, and so does what
+    /// was ordered by another clock.
     pub fn resume(&mut self, now_us: u64) {
         self.quiet_since_us = now_us;
         self.looked_us = now_us;
@@ -453,7 +465,8 @@ impl RunState {
         self.rooms.as_deref().unwrap_or_default()
     }
 
-    /// The vantage on which a threshold did not hold that ends the run, and what it came to. Where the run was ended for another reason before that came, there is none.
+    /// The vantage on which a threshold did not hold that ends the run, and what it came to. Where
+    /// the run was ended for another reason before that came, there is none.
     pub fn broken(&self) -> Option<(&str, &str)> {
         let mut broken = self
             .probers
@@ -480,7 +493,8 @@ impl RunState {
             .map_or(&[], Vec::as_slice)
     }
 
-    /// Whoever keeps the state is awake, and hears. To be called at least once a second; time in which it was not is added to everybody's patience, and returned.
+    /// Whoever keeps the state is awake, and hears. To be called at least once a second; time in
+    /// which it was not is added to everybody's patience, and returned.
     pub fn look(&mut self, now_us: u64) -> Option<u64> {
         let away_us = now_us.saturating_sub(self.looked_us);
         self.looked_us = now_us;
@@ -622,7 +636,8 @@ impl RunState {
         }
     }
 
-    /// The last one who comes decides whether there are publishers and subscribers: nobody is let in who would leave a run that cannot be.
+    /// The last one who comes decides whether there are publishers and subscribers: nobody is let
+    /// in who would leave a run that cannot be.
     fn must_be_playable(
         &self,
         register: &Register,
@@ -726,7 +741,8 @@ impl RunState {
         Ok(())
     }
 
-    /// A sign of life, and what is known from it for as long as this process lives. Comes after the beat's entry was applied.
+    /// A sign of life, and what is known from it for as long as this process lives. Comes after the
+    /// beat's entry was applied.
     pub fn hear(&mut self, now_us: u64, who: usize, beat: &BeatMessage) {
         let life = self.life;
         let prober = &mut self.probers[who];
@@ -794,7 +810,8 @@ impl RunState {
         }))
     }
 
-    /// A prober was ended before it had anything to report; nothing if that makes no difference any more.
+    /// A prober was ended before it had anything to report; nothing if that makes no difference any
+    /// more.
     pub fn leave(&self, now_us: u64, who: usize) -> Option<JournalEntry> {
         let prober = &self.probers[who];
         match self.phase {
@@ -831,7 +848,8 @@ impl RunState {
         })
     }
 
-    /// What is to happen by now. To be asked again after it has been applied, until nothing is left.
+    /// What is to happen by now. To be asked again after it has been applied, until nothing is
+    /// left.
     pub fn due(&self, now_us: u64) -> Option<JournalEntry> {
         match self.phase {
             RunPhase::Gathering => self.gather(now_us),
@@ -1128,7 +1146,8 @@ impl RunState {
         }
     }
 
-    /// Entries that make the same state, as far as it outlives a process: all that counts of those that made it.
+    /// Entries that make the same state, as far as it outlives a process: all that counts of those
+    /// that made it.
     pub fn entries(&self) -> Vec<JournalEntry> {
         let registered = self.probers.iter().map(|prober| JournalEntry::Registered {
             at_us: prober.registered_us,
@@ -1449,7 +1468,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// A state that does what is due, as its keeper has it do, and remembers what it was told to remember.
+    /// A state that does what is due, as its keeper has it do, and remembers what it was told to
+    /// remember.
     struct Kept {
         state: RunState,
         journal: Vec<JournalEntry>,
@@ -2016,7 +2036,8 @@ pub(crate) mod tests {
         );
     }
 
-    /// A prober of the simulation: does what it is told, over a network that loses, delays, doubles and reorders.
+    /// A prober of the simulation: does what it is told, over a network that loses, delays, doubles
+    /// and reorders.
     struct Simulated {
         register: Register,
         id: Option<ProverId>,
@@ -2145,8 +2166,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// One run with everything that a seed has go wrong. Every acknowledged record is in the state, and the run ends. Returns whether all reported, and whether somebody
-    /// was missed.
+    /// One run with everything that a seed has go wrong. Every acknowledged record is in the state,
+    /// and the run ends. Returns whether all reported, and whether somebody was missed.
     fn simulate(seed: u64) -> (bool, bool) {
         let mut chance = Seeded::new(seed);
         let expect = 1 + chance.below(4) as u32;
@@ -2189,7 +2210,8 @@ pub(crate) mod tests {
                         probers[who].set_clock(-3_600 * SECOND.cast_signed());
                     }
                     _ => {
-                        // The coordinator's is set while it is down; nothing that is under way survives that.
+                        // The coordinator's is set while it is down; nothing that is under way
+                        // survives that.
                         let back = chance.chance(50);
                         kept.now_us = if back {
                             now_us - 3_600 * SECOND

@@ -1,4 +1,5 @@
-//! What there is to tell of a run over several hosts while it goes on: who comes, what begins, who is lost, and now and then how it goes.
+//! What there is to tell of a run over several hosts while it goes on: who comes, what begins, who
+//! is lost, and now and then how it goes.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,5 @@
-//! The merged result on a terminal of 80 columns: tiers, vantages side by side, what one participant alone saw, who is missing, the knee, the verdict.
+//! The merged result on a terminal of 80 columns: tiers, vantages side by side, what one
+//! participant alone saw, who is missing, the knee, the verdict.
 
 use std::cmp::Ordering;
 use std::fmt::Write as _;
@@ -13,7 +14,8 @@ use crate::report::server_cost::{self, Ours};
 use crate::report::{Style, Verdict};
 use crate::words::{self, count, maybe, micros, number, percent};
 
-/// Vantages in a table. The worst come first, so that the others are those that nothing is wrong with.
+/// Vantages in a table. The worst come first, so that the others are those that nothing is wrong
+/// with.
 const VANTAGES_MAX: usize = 12;
 const REASONS_MAX: usize = 8;
 const NOTES_MAX: usize = 4;
@@ -46,7 +48,8 @@ pub fn render(merged: &Merged, about: &About<'_>, style: Style) -> String {
     text
 }
 
-/// What a run would be, of lines of at most 80 columns: its stages, with the subscribers of all hosts and of each.
+/// What a run would be, of lines of at most 80 columns: its stages, with the subscribers of all
+/// hosts and of each.
 pub fn rehearsal(rehearsal: &Rehearsal) -> String {
     let hosts = &rehearsal.placed.stages;
     let mut text = format!(

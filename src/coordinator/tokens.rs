@@ -1,4 +1,5 @@
-//! Room tokens for probers that have no API key: each gets those of its own participants, short-lived, and never the secret that signs them.
+//! Room tokens for probers that have no API key: each gets those of its own participants,
+//! short-lived, and never the secret that signs them.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};

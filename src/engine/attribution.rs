@@ -1,8 +1,10 @@
 //! Where the frames were lost that a subscription ought to have received and did not.
 //!
-//! Two witnesses. The subscriber sees whether sequence numbers are missing where the missing frames should have been: where none is, the SFU never sent
-//! them. The publisher has heard which frames the server never had ([`super::uplink`]): those are the uplink's, whether or not the SFU lets the hole show.
-//! What neither can tell stays unattributed. Flat, bounded state; nothing here allocates.
+//! Two witnesses. The subscriber sees whether sequence numbers are missing where the missing frames
+//! should have been: where none is, the SFU never sent them. The publisher has heard which frames
+//! the server never had ([`super::uplink`]): those are the uplink's, whether or not the SFU lets
+//! the hole show. What neither can tell stays unattributed. Flat, bounded state; nothing here
+//! allocates.
 
 use std::time::Duration;
 
@@ -13,13 +15,16 @@ use crate::net;
 use crate::transport::receive::{ReceiveStream, WINDOW};
 use crate::units::Time;
 
-/// Gaps that wait for repair at a time; in worse loss the oldest is settled early, and what still comes of it is taken back.
+/// Gaps that wait for repair at a time; in worse loss the oldest is settled early, and what still
+/// comes of it is taken back.
 const GAPS_MAX: usize = 12;
 
-/// After this nothing is repaired any more: NACKs end a second after the loss was noticed, and resends take a round trip.
+/// After this nothing is repaired any more: NACKs end a second after the loss was noticed, and
+/// resends take a round trip.
 const SETTLE_AFTER: Duration = Duration::from_secs(2);
 
-/// Gaps are settled when their sequence numbers come this close to the end of what is remembered: a frame has fewer packets.
+/// Gaps are settled when their sequence numbers come this close to the end of what is remembered: a
+/// frame has fewer packets.
 const WINDOW_MARGIN: u64 = 256;
 
 /// Frames by where they were lost.
@@ -65,7 +70,8 @@ pub struct FrameOrigin<'a> {
 struct FrameGap {
     first_frame: u32,
     missing: u32,
-    /// The low halves of the unwrapped numbers of the last packet before it and the first one after it.
+    /// The low halves of the unwrapped numbers of the last packet before it and the first one
+    /// after it.
     before: u32,
     after: u32,
     noticed_ms: u32,
@@ -119,7 +125,8 @@ impl Attribution {
         net::prefetch(self, std::mem::offset_of!(Attribution, gaps));
     }
 
-    /// Takes a frame that was delivered for the first time. `withheld` says how many frames of the layer before are missing where it is of another.
+    /// Takes a frame that was delivered for the first time. `withheld` says how many frames of the
+    /// layer before are missing where it is of another.
     pub fn deliver(
         &mut self,
         frame: PlacedFrame,
@@ -159,7 +166,8 @@ impl Attribution {
         }
     }
 
-    /// The stream goes on after a pause that was asked for: what was not sent meanwhile is not missing.
+    /// The stream goes on after a pause that was asked for: what was not sent meanwhile is not
+    /// missing.
     pub fn resume_with(
         &mut self,
         frame: PlacedFrame,
@@ -195,7 +203,8 @@ impl Attribution {
         }
         let losses = self.losses();
         let attributed = losses.uplink + losses.sfu + losses.downlink;
-        // What is expected over a switch of layers may still shrink when a frame comes late: never more causes than losses.
+        // What is expected over a switch of layers may still shrink when a frame comes late: never
+        // more causes than losses.
         let mut excess = attributed.saturating_sub(missing);
         for count in [&mut self.downlink, &mut self.sfu, &mut self.uplink] {
             let taken = excess.min(u64::from(*count));
@@ -244,7 +253,8 @@ impl Attribution {
         self.fill(at, frame.frame, place, stream, origin);
     }
 
-    /// Takes a missing frame that another packet brought; `seq` is where its own packet would have been.
+    /// Takes a missing frame that another packet brought; `seq` is where its own packet would have
+    /// been.
     pub fn recover(
         &mut self,
         identity: &FrameIdentity,
@@ -322,7 +332,8 @@ impl Attribution {
         self.open(at, right);
     }
 
-    /// A frame that was given up came after all. It was sent, so its lateness is a link's: the downlink's, where any loss was.
+    /// A frame that was given up came after all. It was sent, so its lateness is a link's: the
+    /// downlink's, where any loss was.
     fn take_back(&mut self) {
         for count in [&mut self.downlink, &mut self.uplink, &mut self.sfu] {
             if *count > 0 {
@@ -365,8 +376,9 @@ impl Attribution {
         let Some(holes) = stream.holes_between(before, after) else {
             return;
         };
-        // A hole of the uplink shows here too, unless the SFU closes it; so one that does not show is probable no more. Every other frame that was sent and
-        // lost has left a hole at least.
+        // A hole of the uplink shows here too, unless the SFU closes it; so one that does not show
+        // is probable no more. Every other frame that was sent and lost has left a hole at
+        // least.
         let holes = u32::try_from(holes)
             .unwrap_or(u32::MAX)
             .saturating_sub(lacking);

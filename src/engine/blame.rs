@@ -65,8 +65,9 @@ fn length(pieces: &[StillSpan]) -> Duration {
     pieces.iter().map(StillSpan::length).sum()
 }
 
-/// Throttled and stolen time are the kernel's word. A wait in the run queue is so too, but some of it is found in every busy second. A process that was stopped leaves no
-/// trace but that the bare timer thread, which has nothing to do, was late as well.
+/// Throttled and stolen time are the kernel's word. A wait in the run queue is so too, but some of
+/// it is found in every busy second. A process that was stopped leaves no trace but that the bare
+/// timer thread, which has nothing to do, was late as well.
 fn cause(pieces: &[StillSpan], observed: &Observed<'_>) -> Cause {
     let enough = |time: Option<Duration>| {
         time.is_some_and(|time| time.as_secs_f64() >= length(pieces).as_secs_f64() * SHARE_MIN)

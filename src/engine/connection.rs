@@ -88,8 +88,9 @@ pub struct PeerConnection {
     tracks_changed: bool,
 }
 
-/// Media whose SSRC no description has named yet, or whose keys are still on their way. Where offers are ours, the server sends as soon as it has written
-/// its answer and its side of the DTLS handshake is done.
+/// Media whose SSRC no description has named yet, or whose keys are still on their way. Where
+/// offers are ours, the server sends as soon as it has written its answer and its side of the DTLS
+/// handshake is done.
 pub struct EarlyPacket {
     pub arrival: Time,
     pub datagram: Box<[u8]>,
@@ -149,7 +150,8 @@ impl PeerConnection {
         }
     }
 
-    /// Expects one more stream. One that is expected already stays as it is, but for a retransmission SSRC that it did not have.
+    /// Expects one more stream. One that is expected already stays as it is, but for a
+    /// retransmission SSRC that it did not have.
     pub fn add_stream(&mut self, parameters: StreamParameters) {
         let known = self.find_stream(parameters.ssrc).map(|(at, _)| at);
         let at = known.unwrap_or(self.streams.len());
@@ -195,7 +197,8 @@ impl PeerConnection {
             .retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
     }
 
-    /// The plan has the participant leave: its streams are owed nothing from now on, and what is under way may still come.
+    /// The plan has the participant leave: its streams are owed nothing from now on, and what is
+    /// under way may still come.
     pub fn leave(&mut self, roster: &Roster, record: &mut Record, now: Time) {
         self.leaves = true;
         self.streams
@@ -230,7 +233,8 @@ impl PeerConnection {
         self.closed
     }
 
-    /// Fetches what every packet needs. What that leads to follows, in this order, each when the one before has come: [`PeerConnection::prefetch_streams`] and
+    /// Fetches what every packet needs. What that leads to follows, in this order, each when the
+    /// one before has come: [`PeerConnection::prefetch_streams`] and
     /// [`PeerConnection::prefetch_next`].
     pub fn prefetch(&self) {
         self.transport.prefetch_opener();
@@ -241,7 +245,8 @@ impl PeerConnection {
         net::prefetch(&self.intended_at, usize::MAX);
     }
 
-    /// One or two streams are all that most subscribers have; with many, which one comes next is not known.
+    /// One or two streams are all that most subscribers have; with many, which one comes next is
+    /// not known.
     pub fn prefetch_streams(&self) {
         if let Some(ssrc) = self.ssrcs.first() {
             net::prefetch(ssrc, usize::MAX);
@@ -265,7 +270,8 @@ impl PeerConnection {
             .for_each(RecvStream::prefetch_next);
     }
 
-    /// Fetches what every turn of a track needs. What that leads to follows: [`PeerConnection::prefetch_track`].
+    /// Fetches what every turn of a track needs. What that leads to follows:
+    /// [`PeerConnection::prefetch_track`].
     pub fn prefetch_for_sending(&self) {
         self.transport.prefetch_sending();
         net::prefetch(&self.tracks, usize::MAX);
@@ -279,7 +285,8 @@ impl PeerConnection {
         }
     }
 
-    /// Nothing is sent or taken any more. What its streams still ought to have received goes on being expected: the participant is missing it.
+    /// Nothing is sent or taken any more. What its streams still ought to have received goes on
+    /// being expected: the participant is missing it.
     pub fn close(&mut self) {
         self.closed = true;
     }
@@ -292,7 +299,8 @@ impl PeerConnection {
         tracks
     }
 
-    /// The publishers stop now: a picture that stands still at this moment is a freeze, although no frame will end it.
+    /// The publishers stop now: a picture that stands still at this moment is a freeze, although no
+    /// frame will end it.
     pub fn settle(&mut self, roster: &Roster, record: &mut Record, now: Time) {
         self.streams
             .iter_mut()
@@ -390,7 +398,8 @@ impl PeerConnection {
         true
     }
 
-    /// What could not be read when it came: to be handled again when that may have changed, or to be given up.
+    /// What could not be read when it came: to be handled again when that may have changed, or to
+    /// be given up.
     pub fn take_early(&mut self) -> VecDeque<EarlyPacket> {
         std::mem::take(&mut self.early)
     }
@@ -482,7 +491,8 @@ impl PeerConnection {
         self.allocate(around.now, around.record);
     }
 
-    /// Holds back the layers that the path has no room for, and looks for more where some are; nothing where the connection does not obey.
+    /// Holds back the layers that the path has no room for, and looks for more where some are;
+    /// nothing where the connection does not obey.
     fn allocate(&mut self, now: Time, record: &mut Record) {
         let Some(sending) = &mut self.sending else {
             return;
@@ -554,7 +564,8 @@ impl PeerConnection {
             .map_or(Time::MAX, |sending| sending.probe_at())
     }
 
-    /// Sends the packets of a probe that are due, of the highest layer that is sent. Returns when the next one is.
+    /// Sends the packets of a probe that are due, of the highest layer that is sent. Returns when
+    /// the next one is.
     pub fn send_probe<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) -> Time {
         let now = around.now;
         let PeerConnection {
@@ -702,7 +713,8 @@ impl PeerConnection {
         }
     }
 
-    /// Sends one round of reports: SR for every track, RR for every stream, and the reference times of XR.
+    /// Sends one round of reports: SR for every track, RR for every stream, and the reference times
+    /// of XR.
     pub fn send_reports<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) {
         self.send_sender_reports(around);
         self.send_receiver_reports(around);
@@ -772,7 +784,8 @@ impl PeerConnection {
                 .report_block(now)
                 .map(|numbers| numbers.block(stream.ssrc()))
         });
-        // A receiver that has no sender report to answer learns its round trip from XR (RFC 3611): the first compound carries the question.
+        // A receiver that has no sender report to answer learns its round trip from XR (RFC 3611):
+        // the first compound carries the question.
         let mut reference = Some(ntp);
         loop {
             let mut written = 0;
@@ -907,7 +920,8 @@ impl PeerConnection {
             .for_each(|stream| stream.account(roster, record));
     }
 
-    /// A stream that the server withdrew, and gave again under another SSRC, is owed nothing from the new one's first frame on.
+    /// A stream that the server withdrew, and gave again under another SSRC, is owed nothing from
+    /// the new one's first frame on.
     fn end_replaced_streams(&mut self, roster: &Roster, record: &mut Record) {
         let live = self
             .streams

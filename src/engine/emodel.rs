@@ -1,14 +1,17 @@
-//! The E-model (ITU-T G.107): a mean opinion score from delay and concealment. A planning tool's estimate of what listeners would say, and no measurement.
+//! The E-model (ITU-T G.107): a mean opinion score from delay and concealment. A planning tool's
+//! estimate of what listeners would say, and no measurement.
 //!
-//! R = R0 - Idd - Ie,eff: all of a telephone's other impairments (echo, noise, loudness) are left at the Recommendation's defaults, or at none.
+//! R = R0 - Idd - Ie,eff: all of a telephone's other impairments (echo, noise, loudness) are left
+//! at the Recommendation's defaults, or at none.
 
 use std::time::Duration;
 
 /// G.107, with all parameters at their defaults: 93.2.
 const R_DEFAULT: f64 = 93.2;
 
-/// Opus's equipment impairment and packet loss robustness. G.113 has no values for it. Without loss, from 24 kb/s on, it is no worse than G.711 (Ie 0);
-/// 10 is what the open-source estimator rtcscore takes for Opus without forward error correction, and G.113's value for GSM-EFR.
+/// Opus's equipment impairment and packet loss robustness. G.113 has no values for it. Without
+/// loss, from 24 kb/s on, it is no worse than G.711 (Ie 0); 10 is what the open-source estimator
+/// rtcscore takes for Opus without forward error correction, and G.113's value for GSM-EFR.
 const OPUS_IE: f64 = 0.0;
 const OPUS_BPL: f64 = 10.0;
 
@@ -18,8 +21,9 @@ const OPUS_LOOKAHEAD: Duration = Duration::from_micros(6_500);
 /// G.107, 7.4: below this, delay does no harm.
 const HARMLESS_DELAY: Duration = Duration::from_millis(100);
 
-/// The score of one stream of Opus, from 1 to 4.5, in thousandths. `mouth_to_ear` is from the end of a frame's recording, when it may leave, to its playout; `concealed` is a
-/// share (0..=1), as if it were random.
+/// The score of one stream of Opus, from 1 to 4.5, in thousandths. `mouth_to_ear` is from the end
+/// of a frame's recording, when it may leave, to its playout; `concealed` is a share (0..=1), as if
+/// it were random.
 pub fn opus_mos_thousandths(mouth_to_ear: Duration, frame: Duration, concealed: f64) -> u64 {
     let delay = mouth_to_ear + frame + OPUS_LOOKAHEAD;
     let r = R_DEFAULT - delay_impairment(delay) - loss_impairment(concealed * 100.0);

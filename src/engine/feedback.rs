@@ -1,8 +1,10 @@
-//! What one connection tells the server of its path: transport-wide feedback, or REMB, by what its packets carry.
+//! What one connection tells the server of its path: transport-wide feedback, or REMB, by what its
+//! packets carry.
 //!
-//! As in libwebrtc, a packet with a transport-wide sequence number is for the one, any other with abs-send-time for the other, and both are of the
-//! connection, whatever stream a packet belongs to: media, retransmissions and padding alike. LiveKit agrees on both where there is one connection, and
-//! stamps packets with the one that it uses.
+//! As in libwebrtc, a packet with a transport-wide sequence number is for the one, any other with
+//! abs-send-time for the other, and both are of the connection, whatever stream a packet belongs
+//! to: media, retransmissions and padding alike. LiveKit agrees on both where there is one
+//! connection, and stamps packets with the one that it uses.
 
 use std::time::Duration;
 
@@ -17,7 +19,8 @@ use crate::units::{Bitrate, Time};
 /// Sources that a REMB names: as many as its length field can say.
 const REMB_SOURCES_MAX: usize = 255;
 
-/// The feedback of one connection. Made when the first stream is announced that wants any. What every packet needs comes first.
+/// The feedback of one connection. Made when the first stream is announced that wants any. What
+/// every packet needs comes first.
 #[repr(C)]
 pub struct Feedback {
     /// When the connection's timer is due.
@@ -46,7 +49,8 @@ struct Remb {
 }
 
 impl Feedback {
-    /// What a stream adds. Extension ids are the same in all sections of a bundle (RFC 8843, section 9.2), so the first one's hold.
+    /// What a stream adds. Extension ids are the same in all sections of a bundle (RFC 8843,
+    /// section 9.2), so the first one's hold.
     pub fn add_stream(feedback: &mut Option<Box<Feedback>>, stream: &StreamParameters) {
         if stream.transport_cc_extension.is_none() && stream.abs_send_time_extension.is_none() {
             return;
@@ -102,7 +106,8 @@ impl Feedback {
         }
     }
 
-    /// Takes an authentic packet of `bytes` behind its header, of the stream with `media_ssrc`. Returns when [`Feedback::write`] is wanted.
+    /// Takes an authentic packet of `bytes` behind its header, of the stream with `media_ssrc`.
+    /// Returns when [`Feedback::write`] is wanted.
     pub fn handle_packet(
         &mut self,
         header: &Header,
@@ -132,7 +137,8 @@ impl Feedback {
         self.next_at(arrival)
     }
 
-    /// Notes the arrival of a packet that nobody can read yet, so that it is not reported as lost. When it can be read it comes again.
+    /// Notes the arrival of a packet that nobody can read yet, so that it is not reported as lost.
+    /// When it can be read it comes again.
     pub fn handle_early_packet(&mut self, header: &Header, packet: &[u8], arrival: Time) {
         if let Some(cc) = &mut self.transport_cc
             && let Some(seq) = header
@@ -205,7 +211,8 @@ impl Remb {
     }
 }
 
-/// libwebrtc gives 5 % of what a connection sends to feedback: a message with its headers each 50 to 250 ms. One that sends nothing keeps the default.
+/// libwebrtc gives 5 % of what a connection sends to feedback: a message with its headers each 50
+/// to 250 ms. One that sends nothing keeps the default.
 fn feedback_interval(send_bps: u64) -> Duration {
     const MESSAGE_BITS: u64 = (20 + 8 + 10 + 30) * 8;
     const SHARES: u64 = 20;

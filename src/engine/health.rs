@@ -1,7 +1,9 @@
-//! Was the generator the limit? The host's own floor, what the engine saw of itself, and the limits past which a run is INVALID.
+//! Was the generator the limit? The host's own floor, what the engine saw of itself, and the limits
+//! past which a run is INVALID.
 //!
-//! Limits hold over the whole run, relative to the floor where the host may be noisy; and second by second, absolutely: a stall of the whole process stops the floor
-//! thread too, and a percentile over a long run hides it.
+//! Limits hold over the whole run, relative to the floor where the host may be noisy; and second by
+//! second, absolutely: a stall of the whole process stops the floor thread too, and a percentile
+//! over a long run hides it.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,13 +17,16 @@ use crate::measure::stalls::{Cause, STALL_MIN, Stall, StillSpan, union};
 use crate::measure::{Histogram, Record};
 use crate::units::{Epoch, Time};
 
-/// Ticks this late at the 99th percentile, and well above the host's floor, show in every latency that we report.
+/// Ticks this late at the 99th percentile, and well above the host's floor, show in every latency
+/// that we report.
 const TICK_LATE_P99_MAX: Duration = Duration::from_millis(10);
-/// A host whose bare timer is late itself is noisy, not overloaded by us: only what exceeds its floor by this factor is ours.
+/// A host whose bare timer is late itself is noisy, not overloaded by us: only what exceeds its
+/// floor by this factor is ours.
 const FLOOR_FACTOR: u64 = 3;
 /// Media that left this late was not the load that the plan describes.
 const SEND_LAG_P99_MAX: Duration = Duration::from_millis(20);
-/// Frames that were never sent because their slot had passed: the load was less than the plan's by this. One hiccup of 50 ms in ten seconds is below it.
+/// Frames that were never sent because their slot had passed: the load was less than the plan's by
+/// this. One hiccup of 50 ms in ten seconds is below it.
 const SLOTS_SKIPPED_SHARE_MAX: f64 = 0.005;
 /// Fewer than these are a hiccup and no lack of load, however little there was to send.
 const SLOTS_SKIPPED_MIN: u64 = 5;
@@ -29,8 +34,9 @@ const SLOTS_SKIPPED_MIN: u64 = 5;
 const HOST_DROPS_SHARE_MAX: f64 = 0.0005;
 /// A worker this busy has no room for a burst.
 pub const WORKER_BUSY_MAX: f64 = 0.9;
-/// Of any second of the run, what an engine thread may stand still in stalls of [`STALL_MIN`] and more. A tenth: then one frame in ten of that second left late because of
-/// us. Virtual machines that are well are stopped for some ten ms now and then; that is named, and is no reason.
+/// Of any second of the run, what an engine thread may stand still in stalls of [`STALL_MIN`] and
+/// more. A tenth: then one frame in ten of that second left late because of us. Virtual machines
+/// that are well are stopped for some ten ms now and then; that is named, and is no reason.
 const STILL_MAX: Duration = Duration::from_millis(100);
 
 /// A wake-up costs some 30 us: a hundred a second tell enough and take nothing worth mention.
@@ -180,7 +186,8 @@ pub fn reasons(evidence: &Evidence<'_>) -> Vec<String> {
     reasons
 }
 
-/// Seconds in which the engine stood still for too long, a reason for each cause. The floor excuses nothing here.
+/// Seconds in which the engine stood still for too long, a reason for each cause. The floor excuses
+/// nothing here.
 fn still_seconds(evidence: &Evidence<'_>) -> Vec<String> {
     let mut by_cause: Vec<(Cause, Vec<u64>, Duration)> = Vec::new();
     for (second, still) in stillness(evidence.gaps) {
@@ -222,7 +229,8 @@ fn still_seconds(evidence: &Evidence<'_>) -> Vec<String> {
         .collect()
 }
 
-/// How long any engine thread stood still in each second of the run; seconds without any are left out.
+/// How long any engine thread stood still in each second of the run; seconds without any are left
+/// out.
 fn stillness(gaps: &[StillSpan]) -> Vec<(u64, Duration)> {
     const SECOND: Duration = Duration::from_secs(1);
     let mut seconds: Vec<(u64, Duration)> = Vec::new();
@@ -312,7 +320,8 @@ fn rows_where(seconds: &[Second], is_so: impl Fn(&Second) -> bool) -> String {
 /// How many ranges are named: the others are counted.
 const RANGES_MAX: usize = 4;
 
-/// `second 7`, `seconds 3-5, 9 and 12`; of ascending seconds, counted from 0 at the start of the run.
+/// `second 7`, `seconds 3-5, 9 and 12`; of ascending seconds, counted from 0 at the start of the
+/// run.
 fn names(seconds: &[u64]) -> String {
     let ranges: Vec<&[u64]> = seconds.chunk_by(|one, next| one + 1 == *next).collect();
     let mut names: Vec<String> = ranges

@@ -1,11 +1,14 @@
-//! What one subscription ought to have received of a track, whichever layers it was given, and what of it arrived.
+//! What one subscription ought to have received of a track, whichever layers it was given, and what
+//! of it arrived.
 //!
-//! The truth is the publisher's: frame numbers and intended moments are read from the frames, and how many there are from the [`Roster`]. A subscription is
-//! a row of *stretches*, each on one layer. Of a stretch every frame from its first to its last is expected; between two stretches, those of the earlier
-//! layer whose turn came before the later one began.
+//! The truth is the publisher's: frame numbers and intended moments are read from the frames, and
+//! how many there are from the [`Roster`]. A subscription is a row of *stretches*, each on one
+//! layer. Of a stretch every frame from its first to its last is expected; between two stretches,
+//! those of the earlier layer whose turn came before the later one began.
 //!
-//! A source that is gone though the plan means it to send goes on owing frames that it never makes; the roster counts them, and each subscription is owed
-//! those of the layer that it was given last ([`Ledger::unsent`]).
+//! A source that is gone though the plan means it to send goes on owing frames that it never makes;
+//! the roster counts them, and each subscription is owed those of the layer that it was given last
+//! ([`Ledger::unsent`]).
 
 use std::time::Duration;
 
@@ -14,7 +17,8 @@ use crate::media::assemble::{DeliveredWindow, Delivery};
 use crate::media::identity::{FrameIdentity, Origin};
 use crate::net;
 
-/// Intended moments are rounded up to whole milliseconds: two of them lie up to this much closer together or further apart than their slots.
+/// Intended moments are rounded up to whole milliseconds: two of them lie up to this much closer
+/// together or further apart than their slots.
 const SLOT_ROUNDING_US: u64 = 1_000;
 
 #[derive(Default)]
@@ -25,20 +29,24 @@ pub struct Ledger {
     /// Expected of all before those.
     settled_expected: u64,
     settled_delivered: u64,
-    /// Nothing was asked for: what comes still belongs to the current stretch, and what does not come is not missed.
+    /// Nothing was asked for: what comes still belongs to the current stretch, and what does not
+    /// come is not missed.
     paused: bool,
     /// Asked for again; the next new frame begins a stretch.
     resumed: bool,
     /// How far each layer was when the subscription ended.
     ended_at: Option<[Owed; LAYERS_MAX]>,
-    /// How often the source had begun when its first frame came: what it sends after it has begun anew is for other subscriptions.
+    /// How often the source had begun when its first frame came: what it sends after it has begun
+    /// anew is for other subscriptions.
     publications: u32,
     /// The server withdrew the subscription, when the current layer had made so many frames.
     withdrawn: Option<u32>,
-    /// Frames that the source owed and never made: of earlier stretches, and how many the current layer had left unsent when this one began.
+    /// Frames that the source owed and never made: of earlier stretches, and how many the current
+    /// layer had left unsent when this one began.
     settled_unsent: u64,
     unsent_before: u32,
-    /// How far each layer was at the last mark, and how many frames from before it have come since.
+    /// How far each layer was at the last mark, and how many frames from before it have come
+    /// since.
     mark: [u32; LAYERS_MAX],
     overdue: u32,
 }
@@ -117,7 +125,8 @@ impl Ledger {
         net::prefetch(&self.mark, usize::MAX);
     }
 
-    /// Takes a whole frame of the track. Only the first delivery of an expected frame is [`Delivery::First`].
+    /// Takes a whole frame of the track. Only the first delivery of an expected frame is
+    /// [`Delivery::First`].
     pub fn deliver(&mut self, identity: &FrameIdentity, roster: &Roster) -> Delivery {
         let delivery = self.take(identity, roster);
         let marked = self
@@ -281,13 +290,15 @@ impl Ledger {
         }
     }
 
-    /// The server withdrew the subscription. What its source makes, or owes, until it begins anew is still owed.
+    /// The server withdrew the subscription. What its source makes, or owes, until it begins anew
+    /// is still owed.
     pub fn withdraw(&mut self, origin: Option<Origin>, roster: &Roster) {
         let made = origin.map(|origin| self.owed(origin, self.current.layer, roster).frames);
         self.withdrawn = made;
     }
 
-    /// Frames that are expected although they were made after the server had withdrawn the subscription: it cannot have sent them.
+    /// Frames that are expected although they were made after the server had withdrawn the
+    /// subscription: it cannot have sent them.
     pub fn made_since_withdrawal(&self, origin: Origin, roster: &Roster) -> u64 {
         match self.withdrawn {
             Some(before) if !self.owes_nothing() => {
@@ -406,7 +417,8 @@ mod tests {
     /// Frames a second of each layer.
     const RATES: [u64; 3] = [15, 20, 30];
 
-    /// A publisher of three layers from time 0 on, each at its own pace, and what a subscriber makes of it.
+    /// A publisher of three layers from time 0 on, each at its own pace, and what a subscriber
+    /// makes of it.
     struct LedgerWorld {
         roster: Roster,
         ledger: Ledger,
@@ -476,7 +488,8 @@ mod tests {
     fn a_switch_that_loses_nothing_expects_nothing_more_whatever_the_phases() {
         for from in 0..3u8 {
             for to in (0..3u8).filter(|to| *to != from) {
-                // With the earlier layer's picture of the moment of the switch, and without: it is the same picture.
+                // With the earlier layer's picture of the moment of the switch, and without: it is
+                // the same picture.
                 for (first, both) in (7..40).flat_map(|first| [(first, true), (first, false)]) {
                     let mut world = LedgerWorld::new(10_000 * MS);
                     let switch_at = frame(to, first).intended_unix_us;
@@ -500,7 +513,8 @@ mod tests {
     fn what_the_earlier_layer_sent_before_the_later_one_began_is_missed() {
         let mut world = LedgerWorld::new(2_000 * MS);
         world.deliver(0, 0..=3);
-        // The lowest layer's last frame was meant for 200 ms, the highest one's first for 500: 267, 334, 400 and 467 ms are missing.
+        // The lowest layer's last frame was meant for 200 ms, the highest one's first for 500: 267,
+        // 334, 400 and 467 ms are missing.
         world.deliver(2, 15..=60);
         assert_eq!(world.expected(), 4 + 4 + 46);
         // One of them is repaired late; the count of those expected does not change.
@@ -590,7 +604,8 @@ mod tests {
         world.ledger.mark(Some(ORIGIN), &world.roster);
         assert_eq!(world.ledger.overdue(), 0);
         world.roster.set_frames(&frame(2, 0), 61);
-        // 31 frames were made by then and five were under way; the fifth is lost, one comes twice, and later ones do not count.
+        // 31 frames were made by then and five were under way; the fifth is lost, one comes twice,
+        // and later ones do not count.
         world.deliver(2, [26, 28, 27, 28, 29]);
         world.deliver(2, 31..=60);
         assert_eq!(world.ledger.overdue(), 4);

@@ -1,6 +1,7 @@
 //! The engine: one worker thread a core drives its shard of participants by a 1 ms tick.
 //!
-//! A [`shard::Shard`] is sans-IO: time, datagrams and commands go in; datagrams, events and counts come out. A [`worker`] owns the sockets and the clock around it.
+//! A [`shard::Shard`] is sans-IO: time, datagrams and commands go in; datagrams, events and counts
+//! come out. A [`worker`] owns the sockets and the clock around it.
 
 mod attribution;
 pub mod blame;
@@ -41,12 +42,14 @@ use uplink::{Asked, Lacking, Lacks};
 /// The engine's heartbeat.
 pub const TICK: Duration = Duration::from_millis(1);
 
-/// Where a shard's datagrams go. The backend lends the buffer that a packet is written into, so nothing is copied on the way to the kernel.
+/// Where a shard's datagrams go. The backend lends the buffer that a packet is written into, so
+/// nothing is copied on the way to the kernel.
 pub trait Io {
     /// The buffer for what is sent next: at least [`crate::net::SEND_BYTES_MAX`] bytes.
     fn lend(&mut self) -> &mut [u8];
 
-    /// Sends the first `len` bytes of the lent buffer from peer `key`'s socket, as datagrams of `segment` bytes (the last may be shorter).
+    /// Sends the first `len` bytes of the lent buffer from peer `key`'s socket, as datagrams of
+    /// `segment` bytes (the last may be shorter).
     fn send(&mut self, key: PeerKey, to: SocketAddr, len: usize, segment: usize);
 
     /// From now on peer `key` talks to `to` only.
@@ -55,13 +58,15 @@ pub trait Io {
     /// Peer `key` is up: what its path does not need any more may be closed.
     fn settle(&mut self, _key: PeerKey) {}
 
-    /// Peer `key` may hear from other addresses again. Where nothing else is shut out by [`Io::connect`], there is nothing to do.
+    /// Peer `key` may hear from other addresses again. Where nothing else is shut out by
+    /// [`Io::connect`], there is nothing to do.
     fn disconnect(&mut self, _key: PeerKey) {}
 }
 
 /// What signalling asks of a shard. Peers are named by their keys.
 pub enum ShardCommand {
-    /// A peer that was removed may be followed by another with its key: that one's account is then closed.
+    /// A peer that was removed may be followed by another with its key: that one's account is then
+    /// closed.
     AddPeer {
         key: PeerKey,
         /// `None` in simulations: the [`Io`] then knows where the key's datagrams go.
@@ -70,7 +75,8 @@ pub enum ShardCommand {
         /// Where this peer's events go.
         events: tokio::sync::mpsc::UnboundedSender<ShardEvent>,
     },
-    /// Candidates of the server want another socket, which is there until the peer is up. `local` is our address on it.
+    /// Candidates of the server want another socket, which is there until the peer is up. `local`
+    /// is our address on it.
     AddPath {
         key: PeerKey,
         path: Path,
@@ -80,7 +86,8 @@ pub enum ShardCommand {
         key: PeerKey,
         address: SocketAddr,
     },
-    /// New ICE credentials on both sides, and the other side's new candidates. The DTLS session and all media stay.
+    /// New ICE credentials on both sides, and the other side's new candidates. The DTLS session and
+    /// all media stay.
     RestartIce {
         key: PeerKey,
         local: IceCredentials,
@@ -97,17 +104,20 @@ pub enum ShardCommand {
         key: PeerKey,
         streams: Vec<StreamParameters>,
     },
-    /// Streams that the server withdrew, by media SSRC. What their sources make from then on stays owed: see [`ShardCommand::Leave`] for who is to go.
+    /// Streams that the server withdrew, by media SSRC. What their sources make from then on stays
+    /// owed: see [`ShardCommand::Leave`] for who is to go.
     Unsubscribe {
         key: PeerKey,
         ssrcs: Vec<u32>,
     },
-    /// The server took one of our tracks out of the room. It stops, and what the plan means it to send stays owed.
+    /// The server took one of our tracks out of the room. It stops, and what the plan means it to
+    /// send stays owed.
     LoseTrack {
         key: PeerKey,
         track: u8,
     },
-    /// Which layers of a track somebody watches, one bit each, the lowest layer first. The others rest, and start again with a key frame.
+    /// Which layers of a track somebody watches, one bit each, the lowest layer first. The others
+    /// rest, and start again with a key frame.
     SetLayers {
         key: PeerKey,
         track: u8,
@@ -126,7 +136,8 @@ pub enum ShardCommand {
         layer: Option<u8>,
         at: Time,
     },
-    /// The server said at `at` that it pauses a stream for want of bandwidth, or sends it again; by media SSRC.
+    /// The server said at `at` that it pauses a stream for want of bandwidth, or sends it again; by
+    /// media SSRC.
     SetPaused {
         key: PeerKey,
         ssrc: u32,
@@ -138,20 +149,23 @@ pub enum ShardCommand {
         participant: u32,
         tap: Box<Tap>,
     },
-    /// The plan has the participant leave: what is sent to this peer from now on is not expected, and what is under way may still come; what its tracks do not
-    /// send from now on is owed to nobody. [`ShardCommand::RemovePeer`] follows, where the peer is still there.
+    /// The plan has the participant leave: what is sent to this peer from now on is not expected,
+    /// and what is under way may still come; what its tracks do not send from now on is owed to
+    /// nobody. [`ShardCommand::RemovePeer`] follows, where the peer is still there.
     Leave {
         key: PeerKey,
     },
     /// Every track of every peer stops at its next frame; repair goes on.
     StopPublishing,
-    /// Closes one peer for good. Where no [`ShardCommand::Leave`] came before, it is lost: what the plan means it to send and to receive stays owed.
+    /// Closes one peer for good. Where no [`ShardCommand::Leave`] came before, it is lost: what the
+    /// plan means it to send and to receive stays owed.
     RemovePeer {
         key: PeerKey,
     },
     /// Asks for a [`worker::WorkerReport`] now.
     Report,
-    /// The same, with what has become of every peer so far; then every stream is marked ([`subscriber::StreamOutcome::frames_overdue`]).
+    /// The same, with what has become of every peer so far; then every stream is marked
+    /// ([`subscriber::StreamOutcome::frames_overdue`]).
     Survey,
     /// Ends the worker.
     Stop,
@@ -195,7 +209,8 @@ pub enum ShardEvent {
     IceRestarted {
         key: PeerKey,
     },
-    /// ICE has a path, and DTLS has not followed at once: where it never does, this is all that is known of the join.
+    /// ICE has a path, and DTLS has not followed at once: where it never does, this is all that is
+    /// known of the join.
     IceConnected {
         key: PeerKey,
         at: Time,
@@ -230,7 +245,8 @@ pub struct ShardConfig {
 #[derive(Clone, Debug, Default)]
 pub struct PeerOutcome {
     pub participant: u32,
-    /// When the participant ought to have joined, or was lost: later than all that an earlier visit of its has left behind.
+    /// When the participant ought to have joined, or was lost: later than all that an earlier
+    /// visit of its has left behind.
     pub intended_at: Time,
     /// The last one measured.
     pub rtt_rtcp: Option<Duration>,
@@ -238,7 +254,8 @@ pub struct PeerOutcome {
 }
 
 impl PeerOutcome {
-    /// Both connections of one participant as one: what its streams come to, those of one track together.
+    /// Both connections of one participant as one: what its streams come to, those of one track
+    /// together.
     pub fn plus(mut self, later: PeerOutcome) -> PeerOutcome {
         self.participant = later.participant;
         self.intended_at = self.intended_at.max(later.intended_at);
@@ -265,13 +282,17 @@ pub struct IoCounts {
     pub setup_dropped: u64,
 }
 
-/// What all participants of a run know of one another: who publishes what, since when, and how far they are.
+/// What all participants of a run know of one another: who publishes what, since when, and how far
+/// they are.
 ///
-/// Written by the publisher's shard, read by subscribers' shards: plain relaxed atomics, one cell for each layer of each track.
+/// Written by the publisher's shard, read by subscribers' shards: plain relaxed atomics, one cell
+/// for each layer of each track.
 ///
-/// Where another host plays the publisher, nobody here writes its log. Then how far it is comes from that host now and then ([`Roster::set_frames_elsewhere`]),
-/// and is never less than what was received here; what nobody told (when it began, whether it is muted, what the server lacks of it) is unknown. Its frames bear
-/// the other host's time, which is ours only as far as that clock is known ([`Roster::set_clock`]).
+/// Where another host plays the publisher, nobody here writes its log. Then how far it is comes
+/// from that host now and then ([`Roster::set_frames_elsewhere`]), and is never less than what was
+/// received here; what nobody told (when it began, whether it is muted, what the server lacks of
+/// it) is unknown. Its frames bear the other host's time, which is ours only as far as that clock
+/// is known ([`Roster::set_clock`]).
 pub struct Roster {
     cells: Vec<LayerCell>,
     /// What to add to each host's time to get ours, in microseconds; or [`CLOCK_UNKNOWN`].
@@ -287,7 +308,8 @@ struct LayerCell {
     frames: AtomicU32,
     /// From one frame to the next.
     interval_us: AtomicU32,
-    /// How often the track was muted and unmuted: odd while it is muted. Kept for the lowest layer.
+    /// How often the track was muted and unmuted: odd while it is muted. Kept for the lowest
+    /// layer.
     mute_changes: AtomicU32,
     /// For another host's publisher: how many more frames than we know of it may have made.
     frames_unheard_max: u32,
@@ -295,7 +317,8 @@ struct LayerCell {
     published_at: AtomicU64,
     /// Made when the layer is first published: most participants publish nothing.
     lacking: OnceLock<Box<Lacking>>,
-    /// Frames that the plan meant the layer to send while its source was gone: they were never made.
+    /// Frames that the plan meant the layer to send while its source was gone: they were never
+    /// made.
     unsent: AtomicU32,
     /// How often the layer began: once, and again each time that its source came back.
     publications: AtomicU32,
@@ -320,8 +343,8 @@ pub struct FrameCount {
 
 const CLOCK_UNKNOWN: i64 = i64::MIN;
 
-/// So long nothing need have been heard of another host's publisher, or from it: longer than any outage after which the run goes on. A frame number beyond that is
-/// none that it can have made.
+/// So long nothing need have been heard of another host's publisher, or from it: longer than any
+/// outage after which the run goes on. A frame number beyond that is none that it can have made.
 const UNHEARD_MAX: Duration = Duration::from_secs(120);
 
 /// The number of a participant's audio track in frame identities; its video track has the next one.
@@ -361,8 +384,9 @@ impl Roster {
         Roster::of_hosts(plan.run_tag, plan.everybody(), intervals)
     }
 
-    /// `intervals`: from one frame to the next of audio, and of each layer of video, the lowest first; zero of a layer that there is not. Used for publishers of
-    /// other hosts; those of this one say it themselves ([`Roster::set_published`]).
+    /// `intervals`: from one frame to the next of audio, and of each layer of video, the lowest
+    /// first; zero of a layer that there is not. Used for publishers of other hosts; those of
+    /// this one say it themselves ([`Roster::set_published`]).
     pub fn of_hosts(
         run: u32,
         members: impl Iterator<Item = Member>,
@@ -421,7 +445,8 @@ impl Roster {
         counts.filter(|count| count.frames > 0)
     }
 
-    /// Another host says how far a publisher of its own is. What it says of others is not believed; nor that one has made less than before.
+    /// Another host says how far a publisher of its own is. What it says of others is not believed;
+    /// nor that one has made less than before.
     pub fn set_frames_elsewhere(&self, count: FrameCount) {
         let cell = self
             .cell(count.origin, count.layer)
@@ -431,14 +456,16 @@ impl Roster {
         }
     }
 
-    /// What to add to another host's time to get ours, in microseconds; `None` where that is not known (any more).
+    /// What to add to another host's time to get ours, in microseconds; `None` where that is not
+    /// known (any more).
     pub fn set_clock(&self, host: usize, offset_us: Option<i64>) {
         if let Some(clock) = self.clocks.get(host) {
             clock.store(offset_us.unwrap_or(CLOCK_UNKNOWN), Relaxed);
         }
     }
 
-    /// A moment that a publisher's host wrote into a frame (microseconds since 1970), by our clock; `None` where that host's clock is not known.
+    /// A moment that a publisher's host wrote into a frame (microseconds since 1970), by our clock;
+    /// `None` where that host's clock is not known.
     fn unix_us_here(&self, origin: Origin, unix_us: u64) -> Option<u64> {
         let Some(host) = self.cell(origin, 0)?.elsewhere.checked_sub(1) else {
             return Some(unix_us);
@@ -474,7 +501,8 @@ impl Roster {
         }
     }
 
-    /// The source of a layer is gone, and has let so many frames go by that the plan meant it to send.
+    /// The source of a layer is gone, and has let so many frames go by that the plan meant it to
+    /// send.
     fn add_unsent(&self, identity: &FrameIdentity, frames: u32) {
         if let Some(cell) = self.cell(identity.origin, identity.layer) {
             cell.unsent.fetch_add(frames, Relaxed);
@@ -493,7 +521,8 @@ impl Roster {
             .map_or(Owed::default(), LayerCell::owed)
     }
 
-    /// How far a layer came before its source began once more: what that sends is for another subscription. `None` where it has not.
+    /// How far a layer came before its source began once more: what that sends is for another
+    /// subscription. `None` where it has not.
     fn owed_before_return(&self, origin: Origin, layer: u8, publications: u32) -> Option<Owed> {
         let cell = self.cell(origin, layer)?;
         (cell.publications.load(Relaxed) > publications).then(|| Owed {
@@ -540,7 +569,8 @@ impl Roster {
         }
     }
 
-    /// Whether the server never had a frame, by its NACKs; `None` where that cannot be told any more.
+    /// Whether the server never had a frame, by its NACKs; `None` where that cannot be told any
+    /// more.
     fn lacks(&self, origin: Origin, layer: u8, frame: u32) -> Option<Lacks> {
         let cell = self.cell(origin, layer)?;
         cell.lacking.get()?.lacks(frame, cell.frames.load(Relaxed))
@@ -555,7 +585,8 @@ impl Roster {
         }
     }
 
-    /// How many frames a layer has sent so far; of another host's publisher, as far as that is known here.
+    /// How many frames a layer has sent so far; of another host's publisher, as far as that is
+    /// known here.
     pub fn frames(&self, origin: Origin, layer: u8) -> u32 {
         self.cell(origin, layer)
             .map_or(0, |cell| cell.frames.load(Relaxed))

@@ -1,8 +1,11 @@
-//! A model of what a listener's and a viewer's jitter buffer makes of what arrives: how long it holds frames back, which come too late, what must be concealed.
+//! A model of what a listener's and a viewer's jitter buffer makes of what arrives: how long it
+//! holds frames back, which come too late, what must be concealed.
 //!
-//! A model, and no player: nothing is decoded, and no sample is stretched. Its rules are those of libwebrtc's NetEq, made simple and explicit; docs/metrics.md
-//! states them with their parameters. Everything is reckoned in *transit*: from a frame's intended moment to its arrival. The state is flat, nothing here
-//! allocates, and a frame costs no more than a few additions; a target is worked out twice a second.
+//! A model, and no player: nothing is decoded, and no sample is stretched. Its rules are those of
+//! libwebrtc's NetEq, made simple and explicit; docs/metrics.md states them with their parameters.
+//! Everything is reckoned in *transit*: from a frame's intended moment to its arrival. The state is
+//! flat, nothing here allocates, and a frame costs no more than a few additions; a target is worked
+//! out twice a second.
 
 use std::time::Duration;
 
@@ -12,7 +15,8 @@ use crate::units::Time;
 const CLASS: Duration = Duration::from_millis(20);
 const CLASSES: usize = 32;
 
-/// The fastest frame of this long stands for a network without queues; NetEq's packet history is as long.
+/// The fastest frame of this long stands for a network without queues; NetEq's packet history is as
+/// long.
 const FASTEST_OVER: Duration = Duration::from_secs(2);
 
 /// One value for each such time, the worst in it: NetEq's `resample_interval_ms`.
@@ -21,13 +25,15 @@ const SAMPLE_OVER: Duration = Duration::from_millis(500);
 /// The target covers so many of the samples; NetEq's default quantile.
 const QUANTILE_PERCENT: u32 = 95;
 
-/// Samples are halved when there are so many: 20 s of them weigh half, as with NetEq's forget factor of 0.983.
+/// Samples are halved when there are so many: 20 s of them weigh half, as with NetEq's forget
+/// factor of 0.983.
 const SAMPLES_MAX: u8 = 80;
 
 /// The same for frames out of order (NetEq: 0.9993 a packet).
 const FRAMES_MAX: u16 = 2048;
 
-/// What a lost per cent may cost in delay, where waiting for resends would save it (NetEq's `ms_per_loss_percent`).
+/// What a lost per cent may cost in delay, where waiting for resends would save it (NetEq's
+/// `ms_per_loss_percent`).
 const DELAY_PER_LOSS_PERCENT: Duration = Duration::from_millis(20);
 
 /// Before the first sample (NetEq's `kStartDelayMs`).
@@ -167,7 +173,8 @@ pub struct AudioPlayout {
     delay_us: u32,
     /// Time of the last frame in order, in milliseconds of the run.
     last_ms: u32,
-    /// The newest frame, and which of the `pending` ones up to it came in time, one bit each, the newest lowest.
+    /// The newest frame, and which of the `pending` ones up to it came in time, one bit each, the
+    /// newest lowest.
     newest: u32,
     pending: u8,
     in_time: u64,
@@ -199,7 +206,8 @@ impl Default for AudioPlayout {
 }
 
 impl AudioPlayout {
-    /// Takes frame number `frame`, here for the first time, which lasts `length` and was `transit` under way. `on_interruption` hears how long each was.
+    /// Takes frame number `frame`, here for the first time, which lasts `length` and was `transit`
+    /// under way. `on_interruption` hears how long each was.
     pub fn handle_frame(
         &mut self,
         frame: u32,
@@ -221,7 +229,8 @@ impl AudioPlayout {
         self.stretch(now);
         let slower_us = self.target.add(transit_us, true, now);
         if slower_us > self.delay_us && self.pending > 0 {
-            // The buffer ran dry: what is missing before this frame is missing, and silence was filled until it came. From now on it is held back by that much.
+            // The buffer ran dry: what is missing before this frame is missing, and silence was
+            // filled until it came. From now on it is held back by that much.
             let waited_us = slower_us - self.delay_us;
             self.settle(self.pending, length_us, &mut on_interruption);
             self.conceal(u64::from(skipped) * u64::from(length_us));
@@ -301,7 +310,8 @@ impl AudioPlayout {
         Played::After(Duration::from_micros((self.delay_us - slower_us).into()))
     }
 
-    /// Moves the delay towards its target, by as much as stretching allows since the last frame in order.
+    /// Moves the delay towards its target, by as much as stretching allows since the last frame in
+    /// order.
     fn stretch(&mut self, now: Time) {
         let now_ms = now.as_millis() as u32;
         let step = elapsed(self.last_ms, now_ms) * STRETCH_PERCENT / 100;
@@ -376,7 +386,8 @@ impl Default for VideoPlayout {
 }
 
 impl VideoPlayout {
-    /// Takes a frame when it can be decoded, in decoding order, `transit` after its intended moment. A late one is shown all the same.
+    /// Takes a frame when it can be decoded, in decoding order, `transit` after its intended
+    /// moment. A late one is shown all the same.
     pub fn handle_frame(&mut self, transit: Duration, now: Time) -> Played {
         let held_back_us = self.0.target_us;
         let slower_us = self.0.add(

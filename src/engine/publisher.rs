@@ -1,8 +1,11 @@
-//! One published track: takes frames from shared media, gives them identity, cuts, paces and seals them, and repairs what is asked for.
+//! One published track: takes frames from shared media, gives them identity, cuts, paces and seals
+//! them, and repairs what is asked for.
 //!
-//! Per packet: no allocation, no clock. A participant holds an index into the media, never the media itself.
+//! Per packet: no allocation, no clock. A participant holds an index into the media, never the
+//! media itself.
 //!
-//! A simulcast track is one [`SendTrack`] a layer. All of them begin at the same moment, as a camera's one picture is coded in several sizes.
+//! A simulcast track is one [`SendTrack`] a layer. All of them begin at the same moment, as a
+//! camera's one picture is coded in several sizes.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -31,19 +34,23 @@ use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
 use crate::units::{Bitrate, Epoch, Time};
 
-/// libwebrtc takes at most one key frame request in this time (`kMinKeyframeSendInterval`), whatever key frames it sent unasked.
+/// libwebrtc takes at most one key frame request in this time (`kMinKeyframeSendInterval`),
+/// whatever key frames it sent unasked.
 const KEY_REQUEST_INTERVAL_MIN: Duration = Duration::from_millis(300);
 /// libwebrtc's pacer: this many times the target rate ..
 const PACING_FACTOR_PERCENT: u64 = 250;
 /// .. in bursts of this length.
 const PACING_BURST: Duration = Duration::from_millis(5);
-/// Frames that may wait in the pacer: a second of 30 fps. Beyond, they leave at once, as libwebrtc's queue-time limit has it.
+/// Frames that may wait in the pacer: a second of 30 fps. Beyond, they leave at once, as
+/// libwebrtc's queue-time limit has it.
 const PACER_FRAMES_MAX: usize = 32;
-/// LiveKit drops a layer's first key frame while it sets the layer up: the same again, this many frames later, spares subscribers a request.
+/// LiveKit drops a layer's first key frame while it sets the layer up: the same again, this many
+/// frames later, spares subscribers a request.
 const SIMULCAST_KEY_FRAME_AGAIN: u32 = 2;
 /// RFC 6464: digital silence.
 const SILENCE_DBOV: u8 = 127;
-/// A key frame that was lost whole may be repaired at once; beyond, resends share the track's own rate.
+/// A key frame that was lost whole may be repaired at once; beyond, resends share the track's own
+/// rate.
 const RESEND_BURST_BYTES: u32 = 256 * 1024;
 /// What one resend is charged with.
 const RESEND_BYTES: usize = 1_200;
@@ -112,8 +119,8 @@ impl MediaSource {
 pub enum KeyFrameAnswer {
     /// The frame that is due can be one.
     Now,
-    /// Its key frames lie where they lie: the next one comes after so many other frames. With 0, the frame that is due is
-    /// one, whether or not somebody asked.
+    /// Its key frames lie where they lie: the next one comes after so many other frames. With 0,
+    /// the frame that is due is one, whether or not somebody asked.
     InFrames(u32),
 }
 
@@ -146,9 +153,11 @@ pub struct SendParameters {
     /// Set where publishers take turns in speaking.
     pub talk: Option<Talk>,
     pub pacing: Pacing,
-    /// Identity of all frames: run, origin, track, layer. Its frame number and time are filled in per frame.
+    /// Identity of all frames: run, origin, track, layer. Its frame number and time are filled in
+    /// per frame.
     pub identity: FrameIdentity,
-    /// Chooses the first sequence number, timestamp and picture id, and where in the loop to begin.
+    /// Chooses the first sequence number, timestamp and picture id, and where in the loop to
+    /// begin.
     pub seed: u64,
     /// The first frame's intended time; the following ones are whole frame intervals later.
     pub first_frame_at: Time,
@@ -189,7 +198,8 @@ pub struct TrackWire<'a, I> {
     pub wire_bytes_sent: &'a mut u64,
     pub packets_processed: &'a mut u64,
     pub now: Time,
-    /// Where the connection's packets have transport-wide numbers, and the track's place among its tracks.
+    /// Where the connection's packets have transport-wide numbers, and the track's place among its
+    /// tracks.
     pub sent: Option<&'a mut SentLog>,
     pub track: u8,
 }
@@ -204,7 +214,8 @@ pub struct Turn {
     pub next_at: Time,
 }
 
-/// One published track (one encoding of it). The pacer's queue, which audio and calm video leave empty, comes last.
+/// One published track (one encoding of it). The pacer's queue, which audio and calm video leave
+/// empty, comes last.
 #[repr(C)]
 pub struct SendTrack {
     parameters: SendParameters,
@@ -282,7 +293,8 @@ impl FrameTiming {
         self.scaled(slot, self.clock_rate) as u32
     }
 
-    /// `slot` frames in units of which a second has `rate`, rounded down. Whole seconds apart, so that nothing overflows and nothing wants 128 bits.
+    /// `slot` frames in units of which a second has `rate`, rounded down. Whole seconds apart, so
+    /// that nothing overflows and nothing wants 128 bits.
     fn scaled(&self, slot: u64, rate: u64) -> u64 {
         let units = slot * self.numerator;
         units / self.denominator * rate + units % self.denominator * rate / self.denominator
@@ -354,7 +366,8 @@ impl TrackHeaders {
 }
 
 impl SendTrack {
-    /// Errors where the negotiated payload types or extension ids cannot be: the other side's description is wrong.
+    /// Errors where the negotiated payload types or extension ids cannot be: the other side's
+    /// description is wrong.
     pub fn new(parameters: SendParameters) -> Result<SendTrack, TemplateError> {
         let headers = TrackHeaders::new(&parameters)?;
         let timing = FrameTiming::of(&parameters.source);
@@ -375,7 +388,8 @@ impl SendTrack {
             frames: 0,
             picture_id: (bits >> 48) as u16 & 0x7FFF,
             rtp_offset: bits as u32,
-            // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost (RFC 3711, section 3.3.1).
+            // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are
+            // lost (RFC 3711, section 3.3.1).
             index: (bits >> 32) & 0x7FFF,
             rtx_index: (bits >> 17) & 0x7FFF,
             ring: ResendRing::new(if kind == Kind::Audio {
@@ -438,7 +452,8 @@ impl SendTrack {
         &self.parameters.identity
     }
 
-    /// The number of the first frame: that many have been sent by an earlier track in this one's place.
+    /// The number of the first frame: that many have been sent by an earlier track in this one's
+    /// place.
     pub fn number_from(&mut self, frame: u32) {
         self.frames = frame;
     }
@@ -448,7 +463,8 @@ impl SendTrack {
         self.stopped = true;
     }
 
-    /// No further frames, as [`SendTrack::stop`]; but the plan means it to go on: [`SendTrack::pass_unsent`] counts what it owes.
+    /// No further frames, as [`SendTrack::stop`]; but the plan means it to go on:
+    /// [`SendTrack::pass_unsent`] counts what it owes.
     pub fn lose(&mut self) {
         self.lost = true;
     }
@@ -457,7 +473,8 @@ impl SendTrack {
         self.lost
     }
 
-    /// Passes the slots before `until` of a track that is lost. Returns how many frames they would have had; none where it was meant to rest.
+    /// Passes the slots before `until` of a track that is lost. Returns how many frames they would
+    /// have had; none where it was meant to rest.
     pub fn pass_unsent(&mut self, until: Time) -> u32 {
         let mut frames = 0;
         while self.is_meant_to_send() && self.slot_at < until {
@@ -476,7 +493,8 @@ impl SendTrack {
         self.resume_after(was_meant, now);
     }
 
-    /// A layer that nobody watches rests. That nobody can watch a lost one any more does not settle its debt.
+    /// A layer that nobody watches rests. That nobody can watch a lost one any more does not settle
+    /// its debt.
     pub fn set_watched(&mut self, watched: bool, now: Time) {
         if !self.lost {
             let was_meant = self.is_meant_to_send();
@@ -562,7 +580,8 @@ impl SendTrack {
         turn
     }
 
-    /// After a stall the newest due slot is played and the older ones are skipped: a stalled camera does not send a burst of the past.
+    /// After a stall the newest due slot is played and the older ones are skipped: a stalled camera
+    /// does not send a burst of the past.
     fn skip_missed_slots(&mut self, now: Time) -> u64 {
         if self.parameters.first_frame_at + self.timing.offset(self.slot + 1) > now {
             return 0;
@@ -580,7 +599,8 @@ impl SendTrack {
         self.slot_at = slot_time(&self.parameters, &self.timing, slot);
     }
 
-    /// Asks for a key frame as soon as the source has one. Returns whether the request was taken; libwebrtc drops those that come too soon.
+    /// Asks for a key frame as soon as the source has one. Returns whether the request was taken;
+    /// libwebrtc drops those that come too soon.
     pub fn request_key_frame(&mut self, now: Time) -> bool {
         !self.codec().begins_anywhere() && self.key_requests.take(now)
     }
@@ -615,7 +635,8 @@ impl SendTrack {
         // DTX's comfort noise cannot say whose it is: nobody could miss it.
         if self.has_identity(media) {
             self.frames += 1;
-            // Before the frame leaves: a subscriber on another core must find it counted when it arrives.
+            // Before the frame leaves: a subscriber on another core must find it counted when it
+            // arrives.
             wire.roster
                 .set_frames(&self.parameters.identity, self.frames);
             wire.media.frames_sent += 1;
@@ -652,7 +673,8 @@ impl SendTrack {
         due.key
     }
 
-    /// What is played in the slot of `intended`: an index into the track's own media or, beyond its end, into the silence of one whose turn it is not.
+    /// What is played in the slot of `intended`: an index into the track's own media or, beyond its
+    /// end, into the silence of one whose turn it is not.
     fn media_at(&self, intended: Time) -> u32 {
         match &self.parameters.talk {
             Some(talk) if talk.turns.speaker_at(intended) != Some(talk.place) => {
@@ -720,7 +742,8 @@ impl SendTrack {
         self.pacer.settle(now, 0);
     }
 
-    /// Sends packets `range` of a frame in as few calls as the kernel allows. Returns the bytes of UDP payload.
+    /// Sends packets `range` of a frame in as few calls as the kernel allows. Returns the bytes of
+    /// UDP payload.
     fn send_range<I: Io>(
         &mut self,
         record: &FrameRecord,
@@ -774,7 +797,8 @@ impl SendTrack {
         sent.on_wire
     }
 
-    /// Writes packet `index` of a frame, as media or, with a sequence number for `rtx`, as a retransmission (RFC 4588). Returns header and payload length.
+    /// Writes packet `index` of a frame, as media or, with a sequence number for `rtx`, as a
+    /// retransmission (RFC 4588). Returns header and payload length.
     fn write_packet(
         &self,
         record: &FrameRecord,
@@ -786,7 +810,8 @@ impl SendTrack {
     ) -> Option<(usize, usize)> {
         let seq = Seq(record.first_seq).wrapping_add(index as u16);
         let video = self.kind() == Kind::Video;
-        // RFC 3551, section 4.1: on audio the marker begins a talkspurt; on video it ends a frame (RFC 7741).
+        // RFC 3551, section 4.1: on audio the marker begins a talkspurt; on video it ends a frame
+        // (RFC 7741).
         let marker = if video {
             index + 1 == layout.packets
         } else {
@@ -862,15 +887,15 @@ impl SendTrack {
         }
     }
 
-    /// How a packet with `primary` bytes of Opus is sent with redundancy; `None`: without, as libwebrtc sends those that no
-    /// later one could repeat.
+    /// How a packet with `primary` bytes of Opus is sent with redundancy; `None`: without, as
+    /// libwebrtc sends those that no later one could repeat.
     #[inline]
     fn redundancy_of(&self, primary: usize) -> Option<Redundancy> {
         self.parameters.redundancy.filter(|_| red::fits(0, primary))
     }
 
-    /// How many of the last packets the next one can repeat: each as old and as long as its header can say, and all of
-    /// them together in one packet.
+    /// How many of the last packets the next one can repeat: each as old and as long as its header
+    /// can say, and all of them together in one packet.
     #[inline]
     fn repeatable(&self, rtp_time: u32, primary: usize) -> u8 {
         let redundancy = self.redundancy_of(primary);
@@ -901,8 +926,8 @@ impl SendTrack {
         Some((record, self.media_bytes(record.media, record.key)?))
     }
 
-    /// Writes RED's headers and the repeated packets. `None` where one of those is not known any more: without it the packet would be another one under
-    /// the same number.
+    /// Writes RED's headers and the repeated packets. `None` where one of those is not known any
+    /// more: without it the packet would be another one under the same number.
     fn write_redundant(&self, record: &FrameRecord, epoch: Epoch, out: &mut [u8]) -> Option<usize> {
         let count = usize::from(record.redundant);
         let mut earlier = [None; red::DISTANCE_MAX];
@@ -950,8 +975,9 @@ impl SendTrack {
         sent
     }
 
-    /// Sends a packet of the newest frames once more over RTX, so that the path is busy: libwebrtc's padding of choice. `nth` tells the packets of a probe
-    /// apart. Returns the RTP packet's bytes; `None` where there is no RTX or nothing was sent yet.
+    /// Sends a packet of the newest frames once more over RTX, so that the path is busy:
+    /// libwebrtc's padding of choice. `nth` tells the packets of a probe apart. Returns the RTP
+    /// packet's bytes; `None` where there is no RTX or nothing was sent yet.
     pub fn send_probe<I: Io>(
         &mut self,
         nth: u32,
@@ -1012,7 +1038,8 @@ impl SendTrack {
         Some(lengths.0 + lengths.1)
     }
 
-    /// The facts of a sender report at `now`: a true pair of NTP and RTP time, packets and octets so far.
+    /// The facts of a sender report at `now`: a true pair of NTP and RTP time, packets and octets
+    /// so far.
     pub fn sender_report(&self, now: Time, epoch: Epoch) -> Option<(u64, u32, u32, u32)> {
         if self.packets == 0 {
             return None;
@@ -1027,8 +1054,9 @@ impl SendTrack {
         ))
     }
 
-    /// Takes a report block's cumulative loss; returns by how much the known uplink loss changed. It shrinks where a packet that was merely late had been taken
-    /// for lost. More copies than losses are no loss. Whoever reports on an SSRC knows what it is: mid and rid go.
+    /// Takes a report block's cumulative loss; returns by how much the known uplink loss changed.
+    /// It shrinks where a packet that was merely late had been taken for lost. More copies than
+    /// losses are no loss. Whoever reports on an SSRC knows what it is: mid and rid go.
     pub fn handle_reported_loss(&mut self, cumulative_lost: i32) -> i64 {
         if let Some(bare) = self.bare_header.take() {
             self.header = bare;
@@ -1062,7 +1090,8 @@ struct KeyFrameDue {
 }
 
 impl KeyRequests {
-    /// Returns whether the request is taken: not so soon after another one, and not while one is still waiting.
+    /// Returns whether the request is taken: not so soon after another one, and not while one is
+    /// still waiting.
     fn take(&mut self, now: Time) -> bool {
         let too_soon = self
             .taken_at
@@ -1074,7 +1103,8 @@ impl KeyRequests {
         true
     }
 
-    /// Decides about the frame that is due. `begins`: a key frame is needed whoever asks. A request waits for as long as the source has none.
+    /// Decides about the frame that is due. `begins`: a key frame is needed whoever asks. A request
+    /// waits for as long as the source has none.
     #[inline]
     fn meet(&mut self, answer: KeyFrameAnswer, begins: bool, now: Time) -> KeyFrameDue {
         let key = match answer {
@@ -1089,7 +1119,8 @@ impl KeyRequests {
     }
 }
 
-/// On the whole millisecond, where the engine's beat is: a camera's frames are no rounder than that.
+/// On the whole millisecond, where the engine's beat is: a camera's frames are no rounder than
+/// that.
 fn slot_time(parameters: &SendParameters, timing: &FrameTiming, slot: u64) -> Time {
     (parameters.first_frame_at + timing.offset(slot)).next_whole(TICK)
 }
@@ -1115,7 +1146,8 @@ impl SentBytes {
     }
 }
 
-/// Gives the packet in `buffer` the connection's next transport-wide number, where it has a place for one, and remembers it.
+/// Gives the packet in `buffer` the connection's next transport-wide number, where it has a place
+/// for one, and remembers it.
 fn number(
     sent: Option<&mut SentLog>,
     slot: Option<ExtensionSlot>,
@@ -1155,7 +1187,8 @@ fn extended(next: u64, seq: u16) -> u64 {
     next - u64::from((next as u16).wrapping_sub(seq))
 }
 
-/// Frames that wait to leave in bursts. Disabled (`burst_bytes` = all) for audio and for `--pacing burst`.
+/// Frames that wait to leave in bursts. Disabled (`burst_bytes` = all) for audio and for `--pacing
+/// burst`.
 struct Pacer {
     queue: [(FrameRecord, u64); PACER_FRAMES_MAX],
     head: usize,

@@ -1,8 +1,11 @@
-//! What one connection sends under transport-wide numbers, what the server's feedback says of it, and, where it obeys, which layers its path has room for.
+//! What one connection sends under transport-wide numbers, what the server's feedback says of it,
+//! and, where it obeys, which layers its path has room for.
 //!
-//! A layer is made of media that was generated before: its bitrate cannot be lowered, so it is sent whole or not at all. libwebrtc would lower the highest
-//! layer's bitrate first and give it up at its least; here it goes as soon as its own does not fit. The lowest layer that somebody watches is never held
-//! back, nor is a track of one layer, nor audio: libwebrtc does not suspend video below its least bitrate either.
+//! A layer is made of media that was generated before: its bitrate cannot be lowered, so it is sent
+//! whole or not at all. libwebrtc would lower the highest layer's bitrate first and give it up at
+//! its least; here it goes as soon as its own does not fit. The lowest layer that somebody watches
+//! is never held back, nor is a track of one layer, nor audio: libwebrtc does not suspend video
+//! below its least bitrate either.
 
 use std::time::Duration;
 
@@ -13,7 +16,8 @@ use crate::transport::rtcp::Arrivals;
 use crate::transport::sent::{PacketFate, SentKind, SentLog};
 use crate::units::{Bitrate, Time};
 
-/// A layer that was held back returns when there is room for this much of it and of what is sent, in percent (libwebrtc's hysteresis for cameras).
+/// A layer that was held back returns when there is room for this much of it and of what is sent,
+/// in percent (libwebrtc's hysteresis for cameras).
 const RETURN_PERCENT: u64 = 120;
 
 /// The sending side of one connection. Made with the first track that has transport-wide numbers.
@@ -27,7 +31,8 @@ pub struct Sending {
 struct Obedience {
     estimator: SendEstimator,
     probing: Option<Probing>,
-    /// Less is sent than somebody watches, or more than the path carries; and until when that has been counted.
+    /// Less is sent than somebody watches, or more than the path carries; and until when that has
+    /// been counted.
     limited: bool,
     counted_until: Time,
 }
@@ -95,7 +100,8 @@ impl Sending {
             };
             let is_media = u64::from(packet.kind == SentKind::Media);
             match (before, arrival) {
-                // A packet that was said to be missing may have been overtaken; what came cannot be lost any more.
+                // A packet that was said to be missing may have been overtaken; what came cannot be
+                // lost any more.
                 (PacketFate::Arrived, _) => packet.fate = PacketFate::Arrived,
                 (PacketFate::Missing, None) => {}
                 (PacketFate::Unknown, None) => {
@@ -200,7 +206,8 @@ impl Sending {
     }
 }
 
-/// The receiver's clock, without the wrap of its reference time, and from a beginning of our own: only differences count.
+/// The receiver's clock, without the wrap of its reference time, and from a beginning of our own:
+/// only differences count.
 #[derive(Default)]
 struct ReferenceClock {
     last: Option<(u32, i64)>,
@@ -209,7 +216,8 @@ struct ReferenceClock {
 impl ReferenceClock {
     const CYCLE: i64 = 1 << 24;
     const UNIT_US: i64 = 64_000;
-    /// Times of a message lie less than a day from its reference. Who drives the clock to either end of a year starts over.
+    /// Times of a message lie less than a day from its reference. Who drives the clock to either
+    /// end of a year starts over.
     const BEGIN_US: i64 = 86_400_000_000;
     const END_US: i64 = 365 * ReferenceClock::BEGIN_US;
 
@@ -264,7 +272,8 @@ pub fn layers_to_hold_back(layers: &[LayerState], budget_bps: u64) -> [bool; LAY
     hold_back
 }
 
-/// What a connection has to find room for: all that is wanted, and as much more as a layer needs to return.
+/// What a connection has to find room for: all that is wanted, and as much more as a layer needs to
+/// return.
 pub fn wanted_bps(others_bps: u64, layers: &[LayerState]) -> u64 {
     let wanted: u64 = layers
         .iter()

@@ -1,4 +1,5 @@
-//! One core's participants: takes datagrams, time and commands; gives datagrams, events and counts. No sockets, no clock, no lock.
+//! One core's participants: takes datagrams, time and commands; gives datagrams, events and counts.
+//! No sockets, no clock, no lock.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -21,7 +22,8 @@ use crate::transport::peer::PeerEvent;
 use crate::transport::rtcp;
 use crate::units::Time;
 
-/// Sender and receiver reports, as LiveKit itself sends receiver reports; libwebrtc's video interval too.
+/// Sender and receiver reports, as LiveKit itself sends receiver reports; libwebrtc's video
+/// interval too.
 const RTCP_INTERVAL: Duration = Duration::from_secs(1);
 /// Tracks (or encodings of one) that a peer may send: each has a timer of its own.
 const TRACKS_MAX: u32 = 4;
@@ -33,7 +35,8 @@ pub struct Shard {
     control_timers: Timers,
     events: VecDeque<(PeerKey, ShardEvent)>,
     record: Box<Record>,
-    /// What became of connections whose participants have come back on others, until that is taken: at most a second's.
+    /// What became of connections whose participants have come back on others, until that is
+    /// taken: at most a second's.
     former: Vec<PeerOutcome>,
     /// Tracks of connections that are gone, though the plan means them to send.
     gone: Vec<SendTrack>,
@@ -300,7 +303,8 @@ impl Shard {
                 self.record.session.packets_rejected += 1;
                 continue;
             };
-            // One that came back numbers its frames on: who heard it before must find none twice, and none missing.
+            // One that came back numbers its frames on: who heard it before must find none twice,
+            // and none missing.
             track.number_from(sent_before);
             self.media_timers.set(timer, track.next_at());
             self.config
@@ -418,7 +422,8 @@ impl Shard {
         self.record.session.packets_rejected += 1;
     }
 
-    /// A STUN or DTLS datagram. `arrival` is when it came, `now` when it is looked at: set-up work may have waited.
+    /// A STUN or DTLS datagram. `arrival` is when it came, `now` when it is looked at: set-up work
+    /// may have waited.
     pub fn handle_setup_datagram(
         &mut self,
         key: PeerKey,
@@ -482,7 +487,8 @@ impl Shard {
             PeerEvent::Connected => {
                 io.settle(key);
                 self.in_setup -= 1;
-                // Spread over the interval, so that a wave of joins is not a wave of reports for ever after.
+                // Spread over the interval, so that a wave of joins is not a wave of reports for
+                // ever after.
                 let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);
                 self.control_timers
                     .set(control(key, ControlTimer::Rtcp), now + phase);
@@ -636,7 +642,8 @@ impl Shard {
             .set(control(key, ControlTimer::Probe), next_at);
     }
 
-    /// Whether media may be due by `time`, a few milliseconds ahead, or a connection is being set up, whose every step should be prompt.
+    /// Whether media may be due by `time`, a few milliseconds ahead, or a connection is being set
+    /// up, whose every step should be prompt.
     pub fn is_waited_for_by(&self, time: Time) -> bool {
         self.in_setup > 0 || self.media_timers.any_by(time)
     }
@@ -766,19 +773,22 @@ impl Shard {
             .set(control(key, ControlTimer::Repair), peer.repair_at);
     }
 
-    /// Brings the record up to date with what every stream has counted; by itself each does so once a second.
+    /// Brings the record up to date with what every stream has counted; by itself each does so once
+    /// a second.
     pub fn account(&mut self) {
         for peer in self.peers.iter_mut() {
             peer.account(&self.config.roster, &mut self.record);
         }
     }
 
-    /// What has become of connections whose participants have come back on others, since this was asked last.
+    /// What has become of connections whose participants have come back on others, since this was
+    /// asked last.
     pub fn take_former(&mut self) -> Vec<PeerOutcome> {
         std::mem::take(&mut self.former)
     }
 
-    /// What has become of every peer that is there, the record brought up to date with it; then every stream is marked.
+    /// What has become of every peer that is there, the record brought up to date with it; then
+    /// every stream is marked.
     pub fn survey(&mut self) -> Vec<PeerOutcome> {
         let roster = &self.config.roster;
         let mut outcomes = Vec::new();

@@ -1,6 +1,8 @@
-//! One received stream: opened, put in order, counted, and recognised by the identity that its frames carry.
+//! One received stream: opened, put in order, counted, and recognised by the identity that its
+//! frames carry.
 //!
-//! What the SFU says of a stream is not believed: which publisher a frame is from, whether it came once and how long it took is read from the frame itself.
+//! What the SFU says of a stream is not believed: which publisher a frame is from, whether it came
+//! once and how long it took is read from the frame itself.
 
 use std::time::Duration;
 
@@ -24,10 +26,12 @@ use crate::transport::sequence::{ReplayWindow, SeqExtender};
 use crate::transport::srtp::Opener;
 use crate::units::{Epoch, Time};
 
-/// ITU-T G.114: beyond this one-way delay a conversation is unacceptable for most. Such frames are delivered, and late.
+/// ITU-T G.114: beyond this one-way delay a conversation is unacceptable for most. Such frames are
+/// delivered, and late.
 pub const LATE_AFTER: Duration = Duration::from_millis(400);
 
-/// A layer that was asked for so shortly before the publishers stopped may be missing for want of time.
+/// A layer that was asked for so shortly before the publishers stopped may be missing for want of
+/// time.
 const SWITCH_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a stream needs from around it for one packet.
@@ -40,7 +44,8 @@ pub struct StreamContext<'a> {
     pub intended_at: Time,
     /// Where packets are copied to, and the stream's number there.
     pub tap: Option<(&'a mut Tap, u32)>,
-    /// Room for what one packet brings about, kept so that no packet has to make it: [`EVENTS_MAX`].
+    /// Room for what one packet brings about, kept so that no packet has to make it:
+    /// [`EVENTS_MAX`].
     pub events: &'a mut Vec<FrameEvent>,
 }
 
@@ -84,8 +89,8 @@ pub struct StreamOutcome {
 }
 
 impl StreamOutcome {
-    /// Another stream that carried the same track to the same participant later: counts add up, and of what is a state the worst stays, as in
-    /// the participant's own figures.
+    /// Another stream that carried the same track to the same participant later: counts add up, and
+    /// of what is a state the worst stays, as in the participant's own figures.
     pub fn add(&mut self, later: &StreamOutcome) {
         let StreamOutcome {
             kind: _,
@@ -133,8 +138,9 @@ impl StreamOutcome {
     }
 }
 
-/// What every packet needs comes first, in whole lines of memory: with thousands of streams none of it is in the cache when a packet comes, and
-/// [`RecvStream::prefetch`] fetches what is needed and no more.
+/// What every packet needs comes first, in whole lines of memory: with thousands of streams none of
+/// it is in the cache when a packet comes, and [`RecvStream::prefetch`] fetches what is needed and
+/// no more.
 #[repr(C, align(64))]
 pub struct RecvStream {
     parameters: StreamParameters,
@@ -243,7 +249,8 @@ struct Switch {
     asked_at: Time,
 }
 
-/// A mean, a maximum and what was too late, in 24 bytes: a histogram for each subscription would be 140 KiB.
+/// A mean, a maximum and what was too late, in 24 bytes: a histogram for each subscription would be
+/// 140 KiB.
 #[derive(Clone, Copy, Default)]
 struct LatencySum {
     sum_us: u64,
@@ -443,7 +450,8 @@ impl RecvStream {
             });
     }
 
-    /// The server says that it pauses the stream for want of bandwidth, or sends it again. What it withholds was asked for, and stays expected.
+    /// The server says that it pauses the stream for want of bandwidth, or sends it again. What it
+    /// withholds was asked for, and stays expected.
     pub fn set_paused(&mut self, paused: bool, at: Time, record: &mut Record) {
         let counted = &mut record.bandwidth;
         match (paused, self.paused_at) {
@@ -478,7 +486,8 @@ impl RecvStream {
         let media = context.record.media(self.kind());
         if is_rtx {
             media.rtx_received += 1;
-            // RFC 4588: the original sequence number precedes the payload. A packet without payload is a probe.
+            // RFC 4588: the original sequence number precedes the payload. A packet without payload
+            // is a probe.
             let Some((original, payload)) = split_rtx(payload) else {
                 return Ok(());
             };
@@ -510,7 +519,8 @@ impl RecvStream {
         }
         let Ok(len) = opener.open_rtp(datagram, header.header_len, index) else {
             if !is_rtx && self.first_packet_at.is_none() {
-                // The first packets were lost, and with them the wrap of the sequence number: try the next rollover count, and back.
+                // The first packets were lost, and with them the wrap of the sequence number: try
+                // the next rollover count, and back.
                 *extender = if extender.highest().is_none() {
                     SeqExtender::at_roc(1)
                 } else {
@@ -625,8 +635,8 @@ impl RecvStream {
         }
     }
 
-    /// A frame that a later packet has repeated; `seq` is where its own packet was, or would have been. Only what is missing between frames that came is
-    /// of use.
+    /// A frame that a later packet has repeated; `seq` is where its own packet was, or would have
+    /// been. Only what is missing between frames that came is of use.
     fn recover(
         &mut self,
         identity: &FrameIdentity,
@@ -782,7 +792,8 @@ impl RecvStream {
         }
     }
 
-    /// A whole frame with our identity on it, in packets `first_seq..=last_seq`: whose, whether for the first time, and how long it took.
+    /// A whole frame with our identity on it, in packets `first_seq..=last_seq`: whose, whether for
+    /// the first time, and how long it took.
     fn deliver(
         &mut self,
         identity: &FrameIdentity,
@@ -920,7 +931,8 @@ impl RecvStream {
         }
     }
 
-    /// What comes was under way before the server heard that nobody wants it: it makes no track live.
+    /// What comes was under way before the server heard that nobody wants it: it makes no track
+    /// live.
     fn is_unwanted(&self) -> bool {
         self.unwatched && self.ledger.is_empty()
     }
@@ -953,8 +965,9 @@ impl RecvStream {
         context.record.video.first_frame.record(at.since(since));
     }
 
-    /// From when a subscriber may expect the track: when it ought to have joined, or when the publisher began, whichever came later. When another host's publisher
-    /// began is not known here: before any subscriber was to join, where hosts wait for each other's publishers first.
+    /// From when a subscriber may expect the track: when it ought to have joined, or when the
+    /// publisher began, whichever came later. When another host's publisher began is not known
+    /// here: before any subscriber was to join, where hosts wait for each other's publishers first.
     fn subscription_start(&self, context: &StreamContext<'_>) -> Time {
         let published = self
             .origin
@@ -962,7 +975,8 @@ impl RecvStream {
         published.map_or(context.intended_at, |at| at.max(context.intended_at))
     }
 
-    /// The publishers stop now: counts the freeze that is going on, and a layer that was asked for in vain.
+    /// The publishers stop now: counts the freeze that is going on, and a layer that was asked for
+    /// in vain.
     pub fn settle(&mut self, roster: &Roster, record: &mut Record, now: Time) {
         if let Some(since) = self.paused_at.take() {
             record.bandwidth.track_pause.record(now.since(since));
@@ -1035,7 +1049,8 @@ impl RecvStream {
                 .is_some_and(|video| video.assembler.needs_key_frame())
     }
 
-    /// The subscriber is gone by plan, or has come back on another connection: what is sent later is not expected here.
+    /// The subscriber is gone by plan, or has come back on another connection: what is sent later
+    /// is not expected here.
     pub fn end(&mut self, roster: &Roster, record: &mut Record) {
         if !self.ended || self.withdrawn {
             self.account(roster, record);
@@ -1044,7 +1059,8 @@ impl RecvStream {
         }
     }
 
-    /// The server withdrew the stream. Nothing of it is taken any more; it stays owed to a subscriber who is meant to be there.
+    /// The server withdrew the stream. Nothing of it is taken any more; it stays owed to a
+    /// subscriber who is meant to be there.
     pub fn withdraw(&mut self, roster: &Roster, record: &mut Record) {
         if !self.ended {
             self.account(roster, record);
@@ -1074,7 +1090,8 @@ impl RecvStream {
         }
     }
 
-    /// The participant leaves now. What was sent until now is expected, and repaired where it can be; what is sent from now on counts neither way.
+    /// The participant leaves now. What was sent until now is expected, and repaired where it can
+    /// be; what is sent from now on counts neither way.
     pub fn leave(&mut self, roster: &Roster, record: &mut Record, now: Time) {
         if self.withdrawn {
             self.end(roster, record);
@@ -1153,7 +1170,8 @@ impl RecvStream {
         self.account(roster, record);
     }
 
-    /// What was expected after the last frame that came was never heard, and the listener has made up his mind.
+    /// What was expected after the last frame that came was never heard, and the listener has made
+    /// up his mind.
     fn finish_playout(&mut self, origin: Origin, roster: &Roster, record: &mut Record) {
         let Some(playout) = self.playout.as_mut() else {
             return;
@@ -1222,7 +1240,8 @@ fn nack_rule(kind: Kind, agreed_on: bool) -> NackRule {
     }
 }
 
-/// A packet completes at most one frame, and lets at most the assembler's waiting frames be decoded.
+/// A packet completes at most one frame, and lets at most the assembler's waiting frames be
+/// decoded.
 pub const EVENTS_MAX: usize = 20;
 
 impl LatencySum {
@@ -1247,7 +1266,8 @@ fn note_playout(media: &mut Media, played: Played) -> u32 {
     u32::from(played == Played::TooLate)
 }
 
-/// Adds `now - told`, which may run backwards (a packet thought lost arrives after all); sums over a run do not.
+/// Adds `now - told`, which may run backwards (a packet thought lost arrives after all); sums over
+/// a run do not.
 fn add_difference(counter: &mut u64, now: u64, told: u64) {
     *counter = counter.wrapping_add(now.wrapping_sub(told));
 }

@@ -1,4 +1,5 @@
-//! Timers of a shard: a wheel of 1 ms buckets over a fixed set of timers. Setting, clearing and firing allocate nothing.
+//! Timers of a shard: a wheel of 1 ms buckets over a fixed set of timers. Setting, clearing and
+//! firing allocate nothing.
 
 use crate::net;
 use crate::units::Time;
@@ -7,7 +8,8 @@ const BUCKETS: usize = 4096;
 const NANOS_PER_BUCKET: u64 = 1_000_000;
 const NONE: u32 = u32::MAX;
 
-/// Timers `0..capacity`. A timer fires once, at the first [`Timers::pop_due`] whose bucket is not before its due time: never early, at most 1 ms late.
+/// Timers `0..capacity`. A timer fires once, at the first [`Timers::pop_due`] whose bucket is not
+/// before its due time: never early, at most 1 ms late.
 pub struct Timers {
     nodes: Vec<TimerNode>,
     heads: Vec<u32>,
@@ -80,7 +82,8 @@ impl Timers {
         }
     }
 
-    /// The timers that will probably come next, the first of them first, as far as is known without opening another bucket.
+    /// The timers that will probably come next, the first of them first, as far as is known without
+    /// opening another bucket.
     pub fn upcoming(&self) -> [Option<u32>; 2] {
         let known = |timer: u32| (timer != NONE).then_some(timer);
         let Some(first) = known(self.ready) else {

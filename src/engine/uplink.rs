@@ -1,9 +1,11 @@
 //! What the server lacks of what a publisher sent, as far as its NACKs tell.
 //!
-//! A server names every packet that it misses, and names it again while a resend has not come; and a frame that anybody of the run has received whole was
-//! there. A frame that was asked for again, a round trip after the resend, and that nobody got, was lost on its way to the server; one that was asked for
-//! once probably was, where several listen and nobody got it. The publisher's shard writes what was asked for, subscribers' shards what came: a ring of bits
-//! for each layer, relaxed atomics, no locks.
+//! A server names every packet that it misses, and names it again while a resend has not come; and
+//! a frame that anybody of the run has received whole was there. A frame that was asked for again,
+//! a round trip after the resend, and that nobody got, was lost on its way to the server; one that
+//! was asked for once probably was, where several listen and nobody got it. The publisher's shard
+//! writes what was asked for, subscribers' shards what came: a ring of bits for each layer, relaxed
+//! atomics, no locks.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -15,13 +17,16 @@ use crate::units::Time;
 const FRAMES: u32 = 1024;
 const WORDS: usize = FRAMES as usize / 64;
 
-/// Frames whose bits are sure not to be those of newer ones: a word is emptied when its first frame is sent.
+/// Frames whose bits are sure not to be those of newer ones: a word is emptied when its first frame
+/// is sent.
 const FRAMES_KNOWN: u32 = FRAMES - 64;
 
-/// Packets of one frame may be missed one after the other, while it is paced: only what is asked for so much later is asked for again.
+/// Packets of one frame may be missed one after the other, while it is paced: only what is asked
+/// for so much later is asked for again.
 const ASKED_AGAIN_AFTER: Duration = Duration::from_millis(30);
 
-/// One bit a frame: which of the last frames of a layer the server has asked for, which of them again, and which somebody received.
+/// One bit a frame: which of the last frames of a layer the server has asked for, which of them
+/// again, and which somebody received.
 #[derive(Default)]
 pub struct Lacking {
     asked: [AtomicU64; WORDS],
@@ -74,7 +79,8 @@ impl Lacking {
         self.listeners.fetch_add(1, Relaxed);
     }
 
-    /// Somebody has received the whole frame. Only of interest where the server has asked for it: the others cost one read.
+    /// Somebody has received the whole frame. Only of interest where the server has asked for it:
+    /// the others cost one read.
     pub fn set_received(&self, frame: u32) {
         let (word, bit) = place(frame);
         if self.asked[word].load(Relaxed) & bit != 0 {
@@ -82,7 +88,8 @@ impl Lacking {
         }
     }
 
-    /// Whether the server never had the frame; `None` where it was sent too long ago to tell. `frames` have been sent.
+    /// Whether the server never had the frame; `None` where it was sent too long ago to tell.
+    /// `frames` have been sent.
     pub fn lacks(&self, frame: u32, frames: u32) -> Option<Lacks> {
         let (word, bit) = place(frame);
         let is_set = |bits: &[AtomicU64; WORDS]| bits[word].load(Relaxed) & bit != 0;
@@ -123,7 +130,8 @@ impl Default for FrameRequests {
 }
 
 impl FrameRequests {
-    /// The server asks for a packet of this frame. Again, where that shows that a resend was lost as well.
+    /// The server asks for a packet of this frame. Again, where that shows that a resend was lost
+    /// as well.
     pub fn note(&mut self, frame: u32, now: Time, rtt: Duration) -> Asked {
         let request = &mut self.0[frame as usize % REQUESTS];
         let millis = (now.as_millis() as u32).wrapping_add(1).max(1);

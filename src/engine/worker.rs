@@ -1,7 +1,8 @@
 //! A worker thread: sockets, the clock and the tick around one shard.
 //!
-//! Each millisecond: drain the sockets, send what is due, then spend a bounded part of the tick on connection set-up, so that a storm of joins
-//! never delays the media of those who are in. The thread sleeps on the tick alone: waking on readiness costs twice the CPU a packet.
+//! Each millisecond: drain the sockets, send what is due, then spend a bounded part of the tick on
+//! connection set-up, so that a storm of joins never delays the media of those who are in. The
+//! thread sleeps on the tick alone: waking on readiness costs twice the CPU a packet.
 
 use std::collections::VecDeque;
 use std::io;
@@ -29,7 +30,8 @@ const SETUP_SHARE: Duration = Duration::from_micros(500);
 const SETUP_QUEUE_MAX: usize = 2_048;
 /// Datagrams taken from one socket before the next one's turn; the rest waits for the next tick.
 const SOCKET_DATAGRAMS_MAX: usize = 256;
-/// Datagrams of one tick, some 5 ms of work: what a key frame for thousands brings at once must not hold up what is to be sent.
+/// Datagrams of one tick, some 5 ms of work: what a key frame for thousands brings at once must not
+/// hold up what is to be sent.
 const TICK_DATAGRAMS_MAX: usize = 4_096;
 /// Sockets that one look at the kernel tells of.
 const POLLED_MAX: usize = 4_096;
@@ -44,25 +46,29 @@ pub struct WorkerReport {
     pub activity: WorkerActivity,
     /// What became of connections whose participants have come back on others: each is told once.
     pub former: Vec<PeerOutcome>,
-    /// Set on the last one, and where a survey was asked for: what became of each participant's streams.
+    /// Set on the last one, and where a survey was asked for: what became of each participant's
+    /// streams.
     pub outcomes: Option<Vec<PeerOutcome>>,
 }
 
-/// When a worker's sockets and its thread were at work, since the previous report: what tells who stood still.
+/// When a worker's sockets and its thread were at work, since the previous report: what tells who
+/// stood still.
 #[derive(Default)]
 pub struct WorkerActivity {
     /// By the kernel's stamps, of datagrams of any kind, as [`Marks::take`] gives them.
     pub arrivals: Vec<(u64, u64)>,
     /// Media alone.
     pub sends: Vec<(u64, u64)>,
-    /// Beats that came late by [`STALL_MIN`] or more, and times in which what had arrived waited as long: at most 50 a second.
+    /// Beats that came late by [`STALL_MIN`] or more, and times in which what had arrived waited
+    /// as long: at most 50 a second.
     pub gaps: Vec<StillSpan>,
 }
 
 /// Why a worker reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Occasion {
-    /// A whole second of the run's clock has come, so that what is told of a second is of that second.
+    /// A whole second of the run's clock has come, so that what is told of a second is of that
+    /// second.
     Second,
     /// [`ShardCommand::WorkerReport`] or [`ShardCommand::Survey`].
     Asked,
@@ -89,8 +95,8 @@ pub fn run(config: ShardWorkerConfig) -> io::Result<()> {
     let mut worker = ShardWorker::new(config)?;
     let mut beat = TickGrid::start(worker.epoch);
     loop {
-        // A tick costs as much as a dozen packets. Where no media is due at the next one and nobody is joining, what arrives can wait for the one after:
-        // the kernel stamps it.
+        // A tick costs as much as a dozen packets. Where no media is due at the next one and nobody
+        // is joining, what arrives can wait for the one after: the kernel stamps it.
         let ticks = if worker.shard.is_waited_for_by(beat.planned + TICK) {
             1
         } else {
@@ -106,7 +112,8 @@ pub fn run(config: ShardWorkerConfig) -> io::Result<()> {
     }
 }
 
-/// The tick, laid on the whole milliseconds of the run's clock, where send slots lie too. Absolute times: what is late once does not shift what follows.
+/// The tick, laid on the whole milliseconds of the run's clock, where send slots lie too. Absolute
+/// times: what is late once does not shift what follows.
 pub struct TickGrid {
     epoch: Epoch,
     /// Nanoseconds by which the kernel's monotonic clock is ahead of the run's.
@@ -114,7 +121,8 @@ pub struct TickGrid {
     planned: Time,
 }
 
-/// So far behind the whole millisecond the beat comes: slots of that millisecond are then due without doubt.
+/// So far behind the whole millisecond the beat comes: slots of that millisecond are then due
+/// without doubt.
 const BEAT_OFFSET: Duration = Duration::from_micros(20);
 
 impl TickGrid {
@@ -129,7 +137,8 @@ impl TickGrid {
         }
     }
 
-    /// Sleeps for `ticks` beats, or until the next one where those have passed: the time then, how late that is, and how many beats were missed.
+    /// Sleeps for `ticks` beats, or until the next one where those have passed: the time then, how
+    /// late that is, and how many beats were missed.
     pub fn wait(&mut self, ticks: u32) -> (Time, Duration, u64) {
         self.planned += TICK * ticks;
         net::sleep_until(self.planned.as_nanos() + self.ahead);
@@ -207,7 +216,8 @@ impl ShardWorker {
         if self.io.has_sent {
             self.sends.mark(media_turn);
         }
-        // Control packets carry time stamps of their own: they get the time at which they are written.
+        // Control packets carry time stamps of their own: they get the time at which they are
+        // written.
         self.shard
             .handle_control_timers(self.epoch.now(), &mut self.io);
         let alive = self.spend_setup_share()?;
@@ -220,9 +230,11 @@ impl ShardWorker {
         Ok(alive)
     }
 
-    /// Takes what has arrived, up to a bound: what is left waits for the next tick, behind the media that is due.
+    /// Takes what has arrived, up to a bound: what is left waits for the next tick, behind the
+    /// media that is due.
     fn drain(&mut self, now: Time) -> io::Result<()> {
-        // Kernel stamps are on the wall clock; read once a tick, the difference places them on ours.
+        // Kernel stamps are on the wall clock; read once a tick, the difference places them on
+        // ours.
         let unix_now = net::unix_nanos();
         self.poll.poll(&mut self.mio_events, Some(Duration::ZERO))?;
         for event in &self.mio_events {
@@ -241,7 +253,8 @@ impl ShardWorker {
             let Some(key) = self.ready.pop_front() else {
                 break;
             };
-            // The participants that come next are not in the cache: fetched now, they are there when this one's datagrams are done.
+            // The participants that come next are not in the cache: fetched now, they are there
+            // when this one's datagrams are done.
             self.ready
                 .get(2)
                 .iter()
@@ -265,7 +278,8 @@ impl ShardWorker {
         Ok(())
     }
 
-    /// Takes what a socket holds, up to a bound, and says how many datagrams that were. The slot stays ready where there may be more.
+    /// Takes what a socket holds, up to a bound, and says how many datagrams that were. The slot
+    /// stays ready where there may be more.
     fn drain_socket(&mut self, key: PeerKey, now: Time, unix_now: u64) -> usize {
         let taken = self.drain_lane(key, Lane::Main, now, unix_now);
         let Some(slot) = &self.io.slots[key] else {
@@ -313,7 +327,8 @@ impl ShardWorker {
         taken
     }
 
-    /// Notes a time in which this thread ought to have done something and did not. What overlaps is one.
+    /// Notes a time in which this thread ought to have done something and did not. What overlaps is
+    /// one.
     fn note_gap(&mut self, from: Time, to: Time) {
         if to.since(from) < STALL_MIN {
             return;
@@ -363,7 +378,8 @@ impl ShardWorker {
         }
     }
 
-    /// Takes datagrams and commands in turn, so that a flood of the one does not keep the other waiting.
+    /// Takes datagrams and commands in turn, so that a flood of the one does not keep the other
+    /// waiting.
     fn spend_setup_share(&mut self) -> io::Result<bool> {
         let mut now = self.epoch.now();
         let end = now + SETUP_SHARE;

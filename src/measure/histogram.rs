@@ -6,9 +6,11 @@ use std::time::Duration;
 pub(super) const MICROS_MAX: u64 = 60_000_000;
 pub(super) const SIGNIFICANT_DIGITS: u8 = 3;
 
-/// Microseconds, three significant digits. What was `expected` and never came counts as later than everything that came.
+/// Microseconds, three significant digits. What was `expected` and never came counts as later than
+/// everything that came.
 ///
-/// `expected` is what the recorder announced with [`Histogram::expect`], and never less than what was recorded.
+/// `expected` is what the recorder announced with [`Histogram::expect`], and never less than what
+/// was recorded.
 #[derive(Clone)]
 pub struct Histogram {
     hdr: hdrhistogram::Histogram<u64>,
@@ -30,7 +32,8 @@ impl Histogram {
         Histogram { hdr, expected }
     }
 
-    /// Announces `count` values that ought to be recorded. Histograms whose values need no announcement never call this.
+    /// Announces `count` values that ought to be recorded. Histograms whose values need no
+    /// announcement never call this.
     pub fn expect(&mut self, count: u64) {
         self.expected += count;
     }
@@ -65,13 +68,15 @@ impl Histogram {
         self.expected.max(self.hdr.len())
     }
 
-    /// The value in microseconds below which `share` (0..=1) of what was *expected* lies; `None` where that falls among the missing, or nothing was expected.
+    /// The value in microseconds below which `share` (0..=1) of what was *expected* lies; `None`
+    /// where that falls among the missing, or nothing was expected.
     pub fn quantile(&self, share: f64) -> Option<u64> {
         let rank = (share * self.expected() as f64).ceil().max(1.0) as u64;
         (rank <= self.count()).then(|| self.value_at_rank(rank))
     }
 
-    /// The value at or below which `share` (0..=1) of what was *expected* lies, where less is worse and what never came is worst; `None` among that.
+    /// The value at or below which `share` (0..=1) of what was *expected* lies, where less is worse
+    /// and what never came is worst; `None` among that.
     pub fn low_quantile(&self, share: f64) -> Option<u64> {
         let rank = (share * self.expected() as f64).ceil().max(1.0) as u64;
         let rank = rank.checked_sub(self.expected() - self.count())?;
@@ -82,7 +87,8 @@ impl Histogram {
 
     /// The value that so many are not above; `rank` is 1 for the least.
     fn value_at_rank(&self, rank: u64) -> u64 {
-        // The library takes a share, multiplies it by the count and rounds up: half a rank less keeps clear of the next one, which 15 / 29 * 29 in floating point is in.
+        // The library takes a share, multiplies it by the count and rounds up: half a rank less
+        // keeps clear of the next one, which 15 / 29 * 29 in floating point is in.
         self.hdr
             .value_at_quantile((rank as f64 - 0.5) / self.count() as f64)
     }

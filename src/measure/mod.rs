@@ -1,6 +1,8 @@
-//! What was counted and timed: one cumulative, mergeable [`Record`], filled per shard, merged afterwards.
+//! What was counted and timed: one cumulative, mergeable [`Record`], filled per shard, merged
+//! afterwards.
 //!
-//! Names are those of the report (`throng-report/1`); intervals are differences of cumulative values.
+//! Names are those of the report (`throng-report/1`); intervals are differences of cumulative
+//! values.
 
 mod histogram;
 pub mod presence;
@@ -224,7 +226,8 @@ impl Record {
     }
 }
 
-/// Whether this version fills a counter of the session (`None`) or of one kind of media. One that it does not fill is unknown, which is not 0.
+/// Whether this version fills a counter of the session (`None`) or of one kind of media. One that
+/// it does not fill is unknown, which is not 0.
 pub fn is_measured(kind: Option<Kind>, counter: &str) -> bool {
     match kind {
         // A late picture is shown late: nothing is concealed. No video codec has redundancy.

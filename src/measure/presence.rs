@@ -1,12 +1,15 @@
-//! When something happened at all, in steps of 4 ms: which moments of a run had an arrival, and which a send.
+//! When something happened at all, in steps of 4 ms: which moments of a run had an arrival, and
+//! which a send.
 //!
-//! A mark is a comparison and a store, so every packet can make one. Silence is what is left between the marks.
+//! A mark is a comparison and a store, so every packet can make one. Silence is what is left
+//! between the marks.
 
 use crate::units::Time;
 
 /// A step is 2^22 ns, 4.19 ms: finding it from a time is a shift.
 const STEP_SHIFT: u32 = 22;
-/// Words of 64 steps, 268 ms each, that wait to be taken: 17 s, more than any stall that a run survives.
+/// Words of 64 steps, 268 ms each, that wait to be taken: 17 s, more than any stall that a run
+/// survives.
 const WORDS: usize = 64;
 
 /// The step that a moment lies in.

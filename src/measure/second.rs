@@ -1,4 +1,5 @@
-//! What the generator and its host did in one second: the figures by which stalls are explained, and runs are found invalid.
+//! What the generator and its host did in one second: the figures by which stalls are explained,
+//! and runs are found invalid.
 
 use crate::units::Time;
 
@@ -21,7 +22,8 @@ pub struct Second {
     pub engine_busy: Option<f64>,
     /// The longest that an engine thread waited for a CPU, in sum.
     pub run_queue_us_max: Option<u64>,
-    /// Cores that the embedded SFU's threads in this process kept busy; `None` where there are none.
+    /// Cores that the embedded SFU's threads in this process kept busy; `None` where there are
+    /// none.
     pub embedded_sfu_cores: Option<f64>,
     /// Taken by the hypervisor, over all CPUs.
     pub steal_us: Option<u64>,
@@ -32,7 +34,8 @@ pub struct Second {
 }
 
 impl Second {
-    /// The seconds of the run, counted from 0, that this row is about: engine threads report each at its end, and the row has those that came while it was open.
+    /// The seconds of the run, counted from 0, that this row is about: engine threads report each
+    /// at its end, and the row has those that came while it was open.
     pub fn whole_seconds(&self) -> impl Iterator<Item = u64> + use<> {
         let ended_by = |time: Time| time.as_millis() / 1_000;
         let before = self.from.as_millis().div_ceil(1_000).saturating_sub(1);
@@ -44,7 +47,8 @@ impl Second {
     }
 }
 
-/// Datagrams that this host dropped, by place. All but `sockets` count whatever else the host does, too.
+/// Datagrams that this host dropped, by place. All but `sockets` count whatever else the host does,
+/// too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct HostDrops {
     /// Our own media sockets' receive buffers (`SO_RXQ_OVFL`, at the end `SO_MEMINFO`).
@@ -53,7 +57,8 @@ pub struct HostDrops {
     pub udp_receive_buffer: Option<u64>,
     /// All UDP sockets' send buffers (`SndbufErrors`).
     pub udp_send_buffer: Option<u64>,
-    /// What else UDP refused on arrival (`InErrors` without `RcvbufErrors`): bad checksums, mostly.
+    /// What else UDP refused on arrival (`InErrors` without `RcvbufErrors`): bad checksums,
+    /// mostly.
     pub udp_receive_other: Option<u64>,
     /// The queue before the protocols (`softnet_stat`).
     pub softnet: Option<u64>,
@@ -93,7 +98,8 @@ impl HostDrops {
     /// What was dropped since `earlier`; unknown where either is.
     #[must_use]
     pub fn since(&self, earlier: &HostDrops) -> HostDrops {
-        // Counters of interfaces and disciplines go with them: fewer than before means that one is gone.
+        // Counters of interfaces and disciplines go with them: fewer than before means that one is
+        // gone.
         let grown = |now: Option<u64>, before: Option<u64>| now?.checked_sub(before?);
         HostDrops {
             sockets: grown(self.sockets, earlier.sockets),

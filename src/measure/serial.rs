@@ -1,4 +1,5 @@
-//! Histograms as text: HdrHistogram's own V2 format, deflated, in base64, which every HdrHistogram library reads.
+//! Histograms as text: HdrHistogram's own V2 format, deflated, in base64, which every HdrHistogram
+//! library reads.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;

@@ -1,7 +1,9 @@
-//! Who stood still, and when: the generator, by beats that came late, or the server, by a silence while we sent.
+//! Who stood still, and when: the generator, by beats that came late, or the server, by a silence
+//! while we sent.
 //!
-//! Publishers live in the generator, so a generator that stands still makes the server fall silent too. Therefore only a silence that falls into time in which every
-//! engine thread was awake, after something was sent, is the server's.
+//! Publishers live in the generator, so a generator that stands still makes the server fall silent
+//! too. Therefore only a silence that falls into time in which every engine thread was awake, after
+//! something was sent, is the server's.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,16 +13,20 @@ use crate::units::Time;
 
 /// A beat that comes this late is a stall: an audio frame's place has passed.
 pub const STALL_MIN: Duration = Duration::from_millis(20);
-/// A silence this long is the server's stall. Below it lies what a busy host does to a server that is well.
+/// A silence this long is the server's stall. Below it lies what a busy host does to a server that
+/// is well.
 pub const SILENCE_MIN: Duration = Duration::from_millis(40);
-/// A silence is measured by what was usual before it: this many times the wait for the next datagram, at the 90th percentile of the last [`ANSWERS_MAX`] sends.
+/// A silence is measured by what was usual before it: this many times the wait for the next
+/// datagram, at the 90th percentile of the last [`ANSWERS_MAX`] sends.
 const SILENCE_FACTOR: u64 = 3;
 const ANSWERS_MAX: usize = 256;
 /// With fewer answers than this nothing is usual yet: a second of sending, or less.
 const ANSWERS_MIN: usize = 50;
-/// After a stall of the generator its first frames need their way to the server and back before a silence means anything.
+/// After a stall of the generator its first frames need their way to the server and back before a
+/// silence means anything.
 const GRACE: Duration = Duration::from_millis(50);
-/// Pieces with less than this between them are one stall: a starved thread runs a little now and then.
+/// Pieces with less than this between them are one stall: a starved thread runs a little now and
+/// then.
 const JOIN: Duration = Duration::from_millis(250);
 
 /// From when to when something stood still.

@@ -1,10 +1,14 @@
-//! Records as they travel between hosts: JSON, counters and histograms by name, so that what several hosts measured merges exactly.
+//! Records as they travel between hosts: JSON, counters and histograms by name, so that what
+//! several hosts measured merges exactly.
 //!
-//! A section is `{"joins_ok": 3, .., "join": {"expected": 3, "hdr": ".."}, ..}`. Every counter is there, because one that is not there is unknown and not 0; a histogram
-//! that nothing was expected of and nothing came to is left out. `expected` is what was announced ([`Histogram::expect`]), which may be less than what came.
+//! A section is `{"joins_ok": 3, .., "join": {"expected": 3, "hdr": ".."}, ..}`. Every counter is
+//! there, because one that is not there is unknown and not 0; a histogram that nothing was expected
+//! of and nothing came to is left out. `expected` is what was announced ([`Histogram::expect`]),
+//! which may be less than what came.
 //!
-//! What is read comes from strangers: every length is bounded before anything is allocated by it, and a refusal names what is wrong. A [`RecordWire`] that exists is sound.
-//! Names that this version does not know are skipped.
+//! What is read comes from strangers: every length is bounded before anything is allocated by it,
+//! and a refusal names what is wrong. A [`RecordWire`] that exists is sound. Names that this
+//! version does not know are skipped.
 
 use std::fmt;
 use std::io::Read;
@@ -20,7 +24,8 @@ use serde::{Deserialize, Serialize};
 use super::histogram::{MICROS_MAX, SIGNIFICANT_DIGITS};
 use super::{Bandwidth, Engine, Histogram, Media, Record, Session, serial};
 
-/// The most that one counter or one histogram of one host may count. A run of days stays far below it, and a thousand hosts' sum fits.
+/// The most that one counter or one histogram of one host may count. A run of days stays far below
+/// it, and a thousand hosts' sum fits.
 pub const COUNT_MAX: u64 = 1 << 54;
 
 /// Length of a V2 histogram's header, before its counts.
@@ -207,7 +212,8 @@ enum HdrError {
     TooLarge,
 }
 
-/// Reads a histogram of our own bounds. One of other bounds is refused: putting its values into ours would move percentiles without a word.
+/// Reads a histogram of our own bounds. One of other bounds is refused: putting its values into
+/// ours would move percentiles without a word.
 fn read_hdr(text: &str) -> Result<hdrhistogram::Histogram<u64>, HdrError> {
     if text.len() > HDR_TEXT_BYTES_MAX {
         return Err(HdrError::TooLong);
@@ -224,7 +230,8 @@ fn read_hdr(text: &str) -> Result<hdrhistogram::Histogram<u64>, HdrError> {
     if header[4..8] != (counts.len() as u32).to_be_bytes() {
         return Err(HdrError::NotHdr);
     }
-    // And it negates what it reads, which the least integer does not survive. A number within `COUNT_MAX` has no eighth byte that is continued.
+    // And it negates what it reads, which the least integer does not survive. A number within
+    // `COUNT_MAX` has no eighth byte that is continued.
     if counts
         .windows(8)
         .any(|bytes| bytes.iter().all(|byte| byte & 0x80 != 0))

@@ -1,10 +1,14 @@
-//! Frames from packets: which video frames are whole, which of them a decoder could decode, and where the picture would freeze.
+//! Frames from packets: which video frames are whole, which of them a decoder could decode, and
+//! where the picture would freeze.
 //!
-//! Works on unwrapped sequence numbers and the few facts that a VP8 packet shows (RFC 7741: start, end, key). Nothing here allocates; frames under way are
-//! bounded, and the oldest is given up for the newest.
+//! Works on unwrapped sequence numbers and the few facts that a VP8 packet shows (RFC 7741: start,
+//! end, key). Nothing here allocates; frames under way are bounded, and the oldest is given up for
+//! the newest.
 //!
-//! The decoding rule is that of a stream without temporal layers: a key frame stands alone, an inter frame needs the frame right before it. Where frames say
-//! who they are, that is the publisher's frame before it, of the same layer: an SFU that leaves frames out closes the gap in the sequence numbers.
+//! The decoding rule is that of a stream without temporal layers: a key frame stands alone, an
+//! inter frame needs the frame right before it. Where frames say who they are, that is the
+//! publisher's frame before it, of the same layer: an SFU that leaves frames out closes the gap in
+//! the sequence numbers.
 
 use std::time::Duration;
 
@@ -19,7 +23,8 @@ const ALL_USED: u16 = u16::MAX;
 /// Packets that the assembler looks back; a larger frame cannot become whole.
 const WINDOW: u64 = 1024;
 
-/// libwebrtc asks for a key frame again after this, and holds back this long while one is coming in.
+/// libwebrtc asks for a key frame again after this, and holds back this long while one is coming
+/// in.
 pub const PLI_RETRY: Duration = Duration::from_millis(200);
 
 /// libwebrtc gives up on a frame's repair after this long without a picture.
@@ -41,14 +46,16 @@ pub struct PacketInfo {
     pub identity: Option<FrameIdentity>,
 }
 
-/// What a packet brought about. One packet makes at most one frame complete, and may let a row of waiting frames be decoded.
+/// What a packet brought about. One packet makes at most one frame complete, and may let a row of
+/// waiting frames be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameEvent {
     Complete(CompleteFrame),
     Decoded(DecodedFrame),
 }
 
-/// A frame all of whose packets are here now. [`FrameEvent::Decoded`] follows at once if it is `decodable`, later or never if not.
+/// A frame all of whose packets are here now. [`FrameEvent::Decoded`] follows at once if it is
+/// `decodable`, later or never if not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CompleteFrame {
     pub identity: Option<FrameIdentity>,
@@ -126,7 +133,8 @@ impl FrameSlot {
     }
 }
 
-/// A frame's place in the publisher's chain of frames. Its origin is taken apart, because what is packed compares slowly.
+/// A frame's place in the publisher's chain of frames. Its origin is taken apart, because what is
+/// packed compares slowly.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct ChainLink {
     publisher: u32,
@@ -226,7 +234,8 @@ impl Assembler {
         net::prefetch(&self.key_packet_at, usize::MAX);
     }
 
-    /// Takes a packet with payload, in any order; duplicates do no harm. `on_event` hears what became of it, in order.
+    /// Takes a packet with payload, in any order; duplicates do no harm. `on_event` hears what
+    /// became of it, in order.
     pub fn handle_packet(
         &mut self,
         packet: &PacketInfo,
@@ -258,12 +267,14 @@ impl Assembler {
         }
     }
 
-    /// Takes the news that repair has given up on a packet: asks for a key frame, as libwebrtc does.
+    /// Takes the news that repair has given up on a packet: asks for a key frame, as libwebrtc
+    /// does.
     pub fn handle_gave_up(&mut self) {
         self.key_wanted = true;
     }
 
-    /// The stream is paused on purpose (muted, unsubscribed): the gap to the next frame is no freeze.
+    /// The stream is paused on purpose (muted, unsubscribed): the gap to the next frame is no
+    /// freeze.
     pub fn handle_pause(&mut self) {
         self.freezes.handle_pause();
     }
@@ -273,7 +284,8 @@ impl Assembler {
         self.newest > 0 && (!self.intact || self.key_wanted)
     }
 
-    /// Should a PLI be sent now? True counts as sent: the next comes [`PLI_RETRY`] later at the earliest, and none while a key frame is coming in.
+    /// Should a PLI be sent now? True counts as sent: the next comes [`PLI_RETRY`] later at the
+    /// earliest, and none while a key frame is coming in.
     pub fn poll_pli(&mut self, now: Time) -> bool {
         let waited = |since: Option<Time>| since.is_none_or(|since| now.since(since) >= PLI_RETRY);
         let never_decoded = self.decoded == 0;
@@ -403,7 +415,8 @@ impl Assembler {
         Some(at)
     }
 
-    /// Frees the oldest slot for a newer packet; a packet older than all of them loses its own frame.
+    /// Frees the oldest slot for a newer packet; a packet older than all of them loses its own
+    /// frame.
     fn crowd_out(&mut self, ext: u64) -> Option<usize> {
         let oldest = self.used().min_by_key(|&at| self.low(at))?;
         if ext < self.low(oldest) {
@@ -418,7 +431,8 @@ impl Assembler {
     fn add_to_slot(&mut self, at: usize, packet: &PacketInfo, now: Time) {
         let (low, high) = (self.low(at), self.high(at));
         let slot = &mut self.slots[at];
-        // A whole frame takes no more, and no frame is wider than the window: such packets are of a broken sender.
+        // A whole frame takes no more, and no frame is wider than the window: such packets are of a
+        // broken sender.
         if slot.has(COMPLETE) || packet.ext_seq.abs_diff(low) >= WINDOW {
             return;
         }
@@ -471,7 +485,8 @@ impl Assembler {
             self.decode(at, now, on_event);
             self.decode_waiting(now, on_event);
         } else if self.intact && self.follows_tail(self.low(at)) {
-            // Next in the sequence, but coded against something that never came: nothing will fill that gap.
+            // Next in the sequence, but coded against something that never came: nothing will fill
+            // that gap.
             self.intact = false;
             self.inter_seen = true;
         }
@@ -506,7 +521,8 @@ impl Assembler {
         self.slots[at].has(IDENTIFIED).then_some(link)
     }
 
-    /// Does nothing but padding lie between the frame decoded last and `low`? What was received and belongs to no frame is padding.
+    /// Does nothing but padding lie between the frame decoded last and `low`? What was received and
+    /// belongs to no frame is padding.
     fn follows_tail(&self, low: u64) -> bool {
         let next = self.tail + 1;
         if low <= next {
@@ -604,13 +620,15 @@ fn micros(now: Time) -> u32 {
     now.as_micros() as u32
 }
 
-/// Intervals that the running average is over (libwebrtc; "W3C Identifiers for WebRTC's Statistics", freezeCount).
+/// Intervals that the running average is over (libwebrtc; "W3C Identifiers for WebRTC's
+/// Statistics", freezeCount).
 const FREEZE_INTERVALS: usize = 30;
 /// libwebrtc judges no interval before it has seen this many.
 const FREEZE_INTERVALS_MIN: usize = 5;
 const FREEZE_EXCESS_MILLIS: u32 = 150;
 
-/// libwebrtc's rule: an interval between frames is a freeze from max(3 x average, average + 150 ms) on, itself counted in the average, all in whole milliseconds.
+/// libwebrtc's rule: an interval between frames is a freeze from max(3 x average, average + 150 ms)
+/// on, itself counted in the average, all in whole milliseconds.
 #[derive(Clone)]
 pub struct FreezeDetector {
     last: Option<Time>,
@@ -633,7 +651,8 @@ impl Default for FreezeDetector {
 }
 
 impl FreezeDetector {
-    /// Takes a decoded frame; gives the interval to the one before, and the same as a freeze if it was one.
+    /// Takes a decoded frame; gives the interval to the one before, and the same as a freeze if it
+    /// was one.
     pub fn handle_frame(&mut self, now: Time) -> (Option<Duration>, Option<Duration>) {
         let Some(last) = self.last.replace(now) else {
             return (None, None);
@@ -675,7 +694,8 @@ pub enum Delivery {
 
 /// Tells a frame's first delivery from another, by the publisher's frame number.
 ///
-/// Frame numbers only grow within one publication, so a new publication takes a new window. Feed it identities that were checked: a wild number moves it.
+/// Frame numbers only grow within one publication, so a new publication takes a new window. Feed it
+/// identities that were checked: a wild number moves it.
 #[derive(Clone, Default)]
 pub struct DeliveredWindow {
     seen: [u64; DELIVERED_WINDOW as usize / 64],
@@ -1034,7 +1054,8 @@ mod tests {
             frame,
             ..FrameIdentity::default()
         };
-        // Sequence numbers never show it: layer 0, then layer 2 without a key frame; one frame left out; then from no one knows where.
+        // Sequence numbers never show it: layer 0, then layer 2 without a key frame; one frame left
+        // out; then from no one knows where.
         for (before, after, intact) in [
             (Some(identity(0, 4)), Some(identity(0, 5)), true),
             (Some(identity(0, 4)), Some(identity(2, 5)), false),

@@ -1,14 +1,19 @@
 //! Frame identity: who made a frame, which one it is, and when it was meant to leave.
 //!
-//! It travels at the END of a frame's payload, because an SFU rewrites headers and the VP8 descriptor but no byte after them. Video carries it in LiveKit's
-//! own frame-metadata envelope (`LKTS`), so that LiveKit's SDKs and throng measure each other; Opus carries it in the padding of RFC 6716, section 3.2.5.
+//! It travels at the END of a frame's payload, because an SFU rewrites headers and the VP8
+//! descriptor but no byte after them. Video carries it in LiveKit's own frame-metadata envelope
+//! (`LKTS`), so that LiveKit's SDKs and throng measure each other; Opus carries it in the padding
+//! of RFC 6716, section 3.2.5.
 //!
-//! `LKTS`: TLVs, the trailer's length (1 byte), then the four letters. Tag, length and value bytes, big endian, and the length byte are XORed with 0xFF.
-//! Tag 1 is a user timestamp (8 bytes, microseconds), 2 a frame id (4 bytes), 3 user data. Source: livekit/rust-sdks, `webrtc-sys` packet trailer.
+//! `LKTS`: TLVs, the trailer's length (1 byte), then the four letters. Tag, length and value bytes,
+//! big endian, and the length byte are XORed with 0xFF. Tag 1 is a user timestamp (8 bytes,
+//! microseconds), 2 a frame id (4 bytes), 3 user data. Source: livekit/rust-sdks, `webrtc-sys`
+//! packet trailer.
 
 /// Whose track a frame belongs to.
 ///
-/// Packed: a [`FrameIdentity`] is 24 bytes with it and would be 32 otherwise, and each received video stream holds 16 of them.
+/// Packed: a [`FrameIdentity`] is 24 bytes with it and would be 32 otherwise, and each received
+/// video stream holds 16 of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(packed)]
 pub struct Origin {
@@ -45,7 +50,8 @@ pub const VIDEO_TRAILER_LEN: usize = 10 + 6 + (2 + USER_DATA_LEN) + ENVELOPE_LEN
 /// Bytes of identity at the end of an Opus packet.
 pub const AUDIO_IDENTITY_LEN: usize = 24;
 
-/// The padding extension that holds the audio identity (draft-ietf-mlcodec-opus-extension): id 120, its length runs to the end of the padding.
+/// The padding extension that holds the audio identity (draft-ietf-mlcodec-opus-extension): id 120,
+/// its length runs to the end of the padding.
 pub const AUDIO_EXTENSION: u8 = 120 << 1;
 
 const MAGIC: &[u8; 4] = b"LKTS";
@@ -78,7 +84,8 @@ impl FrameIdentity {
         out[VIDEO_TRAILER_LEN - MAGIC.len()..].copy_from_slice(MAGIC);
     }
 
-    /// Reads the identity from the payload of a video frame's last packet; `None` for anything that throng did not write.
+    /// Reads the identity from the payload of a video frame's last packet; `None` for anything that
+    /// throng did not write.
     pub fn parse_video(payload: &[u8]) -> Option<FrameIdentity> {
         let mut facts = ForeignTrailer::default();
         let mut ours = None;
@@ -175,7 +182,8 @@ impl FrameIdentity {
     }
 }
 
-/// Reads what any LiveKit SDK would read from the payload of a video frame's last packet; `None` without a well-formed trailer.
+/// Reads what any LiveKit SDK would read from the payload of a video frame's last packet; `None`
+/// without a well-formed trailer.
 pub fn parse_foreign(payload: &[u8]) -> Option<ForeignTrailer> {
     let mut facts = ForeignTrailer::default();
     for (tag, value) in (Tlvs {
@@ -186,14 +194,16 @@ pub fn parse_foreign(payload: &[u8]) -> Option<ForeignTrailer> {
     Some(facts)
 }
 
-/// The length of the trailer at the end of a video frame's last packet, for whoever must strip it; `None` if there is none.
+/// The length of the trailer at the end of a video frame's last packet, for whoever must strip it;
+/// `None` if there is none.
 pub fn video_trailer_len(payload: &[u8]) -> Option<usize> {
     let (before, magic) = payload.split_last_chunk()?;
     let len = usize::from(before.last()? ^ XOR);
     (magic == MAGIC && (ENVELOPE_LEN..=payload.len()).contains(&len)).then_some(len)
 }
 
-/// Is this an Opus packet of code 3 whose padding ends in the identity extension (RFC 6716, section 3.2.5)?
+/// Is this an Opus packet of code 3 whose padding ends in the identity extension (RFC 6716, section
+/// 3.2.5)?
 fn has_identity_padding(packet: &[u8]) -> bool {
     const PADDING_FLAG: u8 = 0x40;
     let &[toc, frame_count, ref rest @ ..] = packet else {

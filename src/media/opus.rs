@@ -1,9 +1,11 @@
 //! Generated Opus (RFC 6716), made once at start by libopus and shared by all publishers.
 //!
-//! A clip is a loop of about ten seconds. Each packet is shaped so that its last [`AUDIO_IDENTITY_LEN`] bytes are free for the frame's identity: a packet
-//! of code 3 whose padding ends in one extension. A decoder gives the same sound with and without it.
+//! A clip is a loop of about ten seconds. Each packet is shaped so that its last
+//! [`AUDIO_IDENTITY_LEN`] bytes are free for the frame's identity: a packet of code 3 whose padding
+//! ends in one extension. A decoder gives the same sound with and without it.
 //!
-//! libopus meets a bitrate only roughly over ten seconds, so it is asked for a little less and idle padding fills up the rest, as in constant bitrate.
+//! libopus meets a bitrate only roughly over ten seconds, so it is asked for a little less and idle
+//! padding fills up the rest, as in constant bitrate.
 
 use std::error::Error;
 use std::f64::consts::TAU;
@@ -21,7 +23,8 @@ pub const CLOCK_RATE: u32 = 48_000;
 /// About how long a loop lasts.
 const LOOP: Duration = Duration::from_secs(10);
 
-/// Sound from the loop's end is coded first, so that the encoder starts the loop in the state in which it ends it.
+/// Sound from the loop's end is coded first, so that the encoder starts the loop in the state in
+/// which it ends it.
 const WARM_UP: Duration = Duration::from_secs(2);
 
 /// What libopus codes, in microseconds a packet.
@@ -29,10 +32,12 @@ const FRAMES_MICROS: [u64; 9] = [
     2_500, 5_000, 10_000, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000,
 ];
 
-/// Bytes that the identity costs: frame count, padding length, extension header and the identity itself.
+/// Bytes that the identity costs: frame count, padding length, extension header and the identity
+/// itself.
 const OVERHEAD_BYTES: u64 = 3 + AUDIO_IDENTITY_LEN as u64;
 
-/// Opus's limits in bits a second (RFC 6716, section 2.1.1), and the least that a short frame can be coded in.
+/// Opus's limits in bits a second (RFC 6716, section 2.1.1), and the least that a short frame can
+/// be coded in.
 const CODEC_BPS_MIN: u64 = 6_000;
 const BPS_MAX: u64 = 510_000;
 const CODEC_BYTES_MIN: u64 = 10;
@@ -56,7 +61,8 @@ const CALIBRATION_ROUNDS: usize = 4;
 pub enum AudioContent {
     /// Speech-like: formants, syllables, a moving pitch, pauses between phrases.
     Speech,
-    /// A pure tone near 440 Hz. It has no pauses, so DTX makes no difference (a voice detector may take a tone for noise, and drop it).
+    /// A pure tone near 440 Hz. It has no pauses, so DTX makes no difference (a voice detector may
+    /// take a tone for noise, and drop it).
     Tone,
     /// Digital silence. Its packets are short and not filled up, so they do not reach the bitrate.
     Silence,
@@ -65,7 +71,8 @@ pub enum AudioContent {
 /// What to generate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpusSpec {
-    /// Bitrate of the RTP payload over the whole loop: codec, packet header and the identity's 27 bytes a packet. With DTX, the rate without it.
+    /// Bitrate of the RTP payload over the whole loop: codec, packet header and the identity's 27
+    /// bytes a packet. With DTX, the rate without it.
     pub bitrate: Bitrate,
     /// Length of one packet: 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms.
     pub frame: Duration,
@@ -190,7 +197,8 @@ impl AudioClip {
         self.packets.len()
     }
 
-    /// The payload of packet `index`; `None` where DTX sends nothing. If [`AudioClip::has_identity`], its last [`AUDIO_IDENTITY_LEN`] bytes are free.
+    /// The payload of packet `index`; `None` where DTX sends nothing. If
+    /// [`AudioClip::has_identity`], its last [`AUDIO_IDENTITY_LEN`] bytes are free.
     pub fn packet(&self, index: usize) -> Option<&[u8]> {
         let place = self.packets[index];
         let start = place.start as usize;
@@ -222,7 +230,8 @@ impl AudioClip {
         Bitrate::from_bps(self.bytes.len() as u64 * 8 * u64::from(CLOCK_RATE) / ticks)
     }
 
-    /// Shapes the packets and lays them end to end, `filler` bytes of padding spread over all of them.
+    /// Shapes the packets and lays them end to end, `filler` bytes of padding spread over all of
+    /// them.
     ///
     /// In a row of DTX packets only the first is sent, as libwebrtc does it.
     fn pack(
@@ -366,7 +375,8 @@ fn calibrate(spec: &OpusSpec, pcm: &[f32]) -> Result<Calibrated, OpusSpecError> 
     best.map(|(_, calibrated)| calibrated).ok_or(too_low)
 }
 
-/// Scales what the codec was asked for, when the loop became `ratio` times as large as it should, identity included.
+/// Scales what the codec was asked for, when the loop became `ratio` times as large as it should,
+/// identity included.
 fn next_rate(spec: &OpusSpec, asked: u64, ratio: f64) -> u64 {
     let (whole, overhead) = (
         spec.bitrate.bps() as f64,
@@ -410,8 +420,9 @@ fn shaped_len(coded: &[Vec<u8>]) -> Result<usize, OpusSpecError> {
     Ok(out.len())
 }
 
-/// Appends `coded` as a packet of code 3 (RFC 6716, section 3.2.5) whose padding is idle bytes and the identity extension; padding that it had is dropped.
-/// Grows by up to `filler` bytes more than the identity needs, and returns by how many.
+/// Appends `coded` as a packet of code 3 (RFC 6716, section 3.2.5) whose padding is idle bytes and
+/// the identity extension; padding that it had is dropped. Grows by up to `filler` bytes more than
+/// the identity needs, and returns by how many.
 fn shape(coded: &[u8], filler: usize, out: &mut Vec<u8>) -> Result<usize, OpusSpecError> {
     const VARIABLE: u8 = 0x80;
     const PADDED: u8 = 0x40;
@@ -452,7 +463,8 @@ const PADDING_BYTES_MIN: usize = AUDIO_IDENTITY_LEN + 2;
 /// An extension of id 0 and length 0: skipped by itself.
 const IDLE: u8 = 0;
 
-/// The most padding that fits into `room` bytes along with its own length (254 a length byte, as 255 means 254 and more to come).
+/// The most padding that fits into `room` bytes along with its own length (254 a length byte, as
+/// 255 means 254 and more to come).
 fn padding_in(room: usize) -> usize {
     (0..room)
         .rev()
@@ -508,7 +520,8 @@ fn synthesize(content: AudioContent, seed: u64, len: usize) -> Vec<f32> {
     }
 }
 
-/// A voice by rule: pulses of a glottis and noise, through resonators that move from vowel to vowel. No words, but speech to a codec and a voice detector.
+/// A voice by rule: pulses of a glottis and noise, through resonators that move from vowel to
+/// vowel. No words, but speech to a codec and a voice detector.
 mod speech {
     use std::f64::consts::TAU;
 
@@ -516,7 +529,8 @@ mod speech {
 
     const RATE: f64 = super::CLOCK_RATE as f64;
 
-    /// The first three formants in Hz of vowels (averages over male speakers; Peterson and Barney, 1952).
+    /// The first three formants in Hz of vowels (averages over male speakers; Peterson and Barney,
+    /// 1952).
     const VOWELS: [[f64; 3]; 8] = [
         [730.0, 1090.0, 2440.0],
         [270.0, 2290.0, 3010.0],
@@ -649,7 +663,8 @@ mod speech {
         edge * edge * (3.0 - 2.0 * edge)
     }
 
-    /// The derivative of the flow through the glottis: open for 60 % of the period, closing sharply.
+    /// The derivative of the flow through the glottis: open for 60 % of the period, closing
+    /// sharply.
     fn glottis(phase: f64) -> f64 {
         let open = phase / 0.6;
         if open < 1.0 {
@@ -693,7 +708,8 @@ mod tests {
         }
     }
 
-    /// A decoder's view of packets: sound and final range (the state of its range coder, which differs if it read anything else).
+    /// A decoder's view of packets: sound and final range (the state of its range coder, which
+    /// differs if it read anything else).
     fn decoded<'a>(
         packets: impl Iterator<Item = &'a [u8]>,
         channels: Channels,

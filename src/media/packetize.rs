@@ -1,6 +1,7 @@
 //! How a frame is cut into packets of equal size, so that one segmented send carries all of them.
 
-/// The most payload bytes of one packet: LiveKit forwards up to about 1,200, and its own header extensions must still fit.
+/// The most payload bytes of one packet: LiveKit forwards up to about 1,200, and its own header
+/// extensions must still fit.
 pub const PAYLOAD_BYTES_MAX: usize = 1_120;
 
 /// A frame of `total` bytes as `packets` chunks of `chunk` bytes each; the last one may be shorter.
@@ -12,7 +13,8 @@ pub struct PacketLayout {
 }
 
 impl PacketLayout {
-    /// Cuts `total` bytes so that the last chunk still holds `tail` bytes whole (the identity trailer must not be torn apart).
+    /// Cuts `total` bytes so that the last chunk still holds `tail` bytes whole (the identity
+    /// trailer must not be torn apart).
     pub fn new(total: usize, tail: usize) -> PacketLayout {
         let mut packets = total.div_ceil(PAYLOAD_BYTES_MAX).max(1);
         loop {

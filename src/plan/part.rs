@@ -1,8 +1,9 @@
 //! Several hosts play one plan: which of its participants each of them plays.
 //!
-//! The plan enumerates the participants of all hosts, and every host enumerates them alike: a participant has a *global* index, which its identity and its
-//! frames are made of, and, on the host that plays it, a dense *position* in that host's joining order. Who plays whom is a pure function of the shape and of
-//! the list of hosts, so nothing but that list need travel.
+//! The plan enumerates the participants of all hosts, and every host enumerates them alike: a
+//! participant has a *global* index, which its identity and its frames are made of, and, on the
+//! host that plays it, a dense *position* in that host's joining order. Who plays whom is a pure
+//! function of the shape and of the list of hosts, so nothing but that list need travel.
 
 use std::sync::Arc;
 
@@ -103,7 +104,8 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// How many subscribers a room needs so that every host that subscribes has `each` of them there for each unit of its weight.
+    /// How many subscribers a room needs so that every host that subscribes has `each` of them
+    /// there for each unit of its weight.
     pub fn subscribers_of_room(&self, each: u32) -> u32 {
         if self.rooms_apart {
             return each;
@@ -142,7 +144,8 @@ impl Placement {
             let (room, place) = (index % scenario.rooms.count, index / scenario.rooms.count);
             match (self.rooms_apart, place.checked_sub(scenario.publishers())) {
                 (true, _) => dealt(&publishing, room),
-                // A room begins where the one before it had its second: so a few publishers in many rooms are dealt evenly, too.
+                // A room begins where the one before it had its second: so a few publishers in many
+                // rooms are dealt evenly, too.
                 (false, None) => dealt(&publishing, place + room),
                 (false, Some(place)) => dealt(&subscribing, place + room),
             }
@@ -183,7 +186,8 @@ impl Placement {
     }
 }
 
-/// Whose turn it is when something is dealt by weight, as evenly as it goes: one round, which then begins again. Empty where all weights are 0.
+/// Whose turn it is when something is dealt by weight, as evenly as it goes: one round, which then
+/// begins again. Empty where all weights are 0.
 fn round(weights: impl Iterator<Item = u32>) -> Vec<u16> {
     let weights: Vec<u32> = weights.collect();
     let divisor = weights
@@ -280,7 +284,8 @@ impl Part {
         self.me.into()
     }
 
-    /// Which host plays the participant with this global index; `None` where the plan has no such participant.
+    /// Which host plays the participant with this global index; `None` where the plan has no such
+    /// participant.
     pub fn owner(&self, index: u32) -> Option<usize> {
         self.owners
             .get(index as usize)
@@ -303,8 +308,9 @@ impl Part {
     }
 }
 
-/// Those of host `me` in its joining order, which is that of their indices: so publishers come first, and however many subscribers of each room are to be in,
-/// they are the first ones of every host.
+/// Those of host `me` in its joining order, which is that of their indices: so publishers come
+/// first, and however many subscribers of each room are to be in, they are the first ones of every
+/// host.
 fn own(owners: &[u16], me: u16, scenario: &Scenario) -> Vec<Own> {
     let mut ranks = vec![0; scenario.rooms.count as usize];
     let mut own = |index: u32| {
@@ -334,7 +340,8 @@ fn headcount(own: &[Own], scenario: &Scenario) -> Vec<u64> {
     headcount
 }
 
-/// Publishers who are not there any more, because their hosts went missing: nobody can be expected to receive them.
+/// Publishers who are not there any more, because their hosts went missing: nobody can be expected
+/// to receive them.
 #[derive(Clone, Debug, Default)]
 pub struct LostPublishers {
     hosts: Vec<u32>,

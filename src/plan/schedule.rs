@@ -1,8 +1,10 @@
 //! When each participant is intended to be there, and when it is intended to send.
 //!
-//! A [`Schedule`] is a row of intended moments. What follows from it are [`Spans`]: stretches of time, with plain interval arithmetic. A subscription is
-//! owed what its publisher was intended to send while its subscriber was intended to be there: [`Spans::overlap`] of the two. What really happened is no part
-//! of this: whoever is thrown out keeps its schedule, and so keeps what it owes and what it is owed.
+//! A [`Schedule`] is a row of intended moments. What follows from it are [`Spans`]: stretches of
+//! time, with plain interval arithmetic. A subscription is owed what its publisher was intended to
+//! send while its subscriber was intended to be there: [`Spans::overlap`] of the two. What really
+//! happened is no part of this: whoever is thrown out keeps its schedule, and so keeps what it owes
+//! and what it is owed.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -44,7 +46,8 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Writes an intended moment down. What the same aspect had planned for that moment or later is dropped: the plan has changed.
+    /// Writes an intended moment down. What the same aspect had planned for that moment or later is
+    /// dropped: the plan has changed.
     pub fn intend(&mut self, at: Time, intent: Intent) {
         self.moments
             .retain(|(planned, other)| *planned < at || other.aspect() != intent.aspect());
@@ -202,7 +205,8 @@ impl Spans {
     }
 }
 
-/// The schedules of everybody whom this host plays, by global index. The stages of a run write it as they decide, and the account reads it.
+/// The schedules of everybody whom this host plays, by global index. The stages of a run write it
+/// as they decide, and the account reads it.
 #[derive(Clone, Debug, Default)]
 pub struct ScheduleBook {
     people: BTreeMap<u32, Schedule>,

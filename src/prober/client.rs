@@ -11,7 +11,8 @@ use crate::plan::ServerUrl;
 use crate::signal::{Secret, causes, http_client};
 use crate::words;
 
-/// An answer that takes longer is none: a coordinator answers from memory, after a write to its disk.
+/// An answer that takes longer is none: a coordinator answers from memory, after a write to its
+/// disk.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Largest answer that is read: the frame counts of all others.
@@ -30,7 +31,8 @@ pub struct CoordinatorClient {
 /// Why there is no answer that could be used, by what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoAnswer {
-    /// Nobody there, nobody awake, or nothing that can be understood: it may be different the next time.
+    /// Nobody there, nobody awake, or nothing that can be understood: it may be different the next
+    /// time.
     #[error("{0}")]
     Away(String),
     /// The coordinator does not know us (404): it forgot, or never heard of us.

@@ -29,8 +29,8 @@ pub(super) enum UnplayableJob {
     NoTier,
 }
 
-/// The job of a coordinator of ours: all that makes the run comes from there. Of the prober's own are the server, where it names one, and what this host does with
-/// the result.
+/// The job of a coordinator of ours: all that makes the run comes from there. Of the prober's own
+/// are the server, where it names one, and what this host does with the result.
 ///
 /// # Errors
 /// For people: why it cannot be played.
@@ -70,8 +70,9 @@ pub(super) fn of_ours(
     })
 }
 
-/// The job of `voicegw`'s coordinator: it says where, how many, for how long and what is too much. What they send is the prober's own to say: by default one of
-/// them speaks, and all hear everybody.
+/// The job of `voicegw`'s coordinator: it says where, how many, for how long and what is too much.
+/// What they send is the prober's own to say: by default one of them speaks, and all hear
+/// everybody.
 ///
 /// # Errors
 /// For people: why it cannot be played.
@@ -120,7 +121,8 @@ pub(super) fn of_voicegw(job: &JobReply, own: RunSpec) -> Result<RunSpec, Unplay
     })
 }
 
-/// What a file that belongs to this run is called after: the run's tag, as identities have it, or `voicegw`'s room.
+/// What a file that belongs to this run is called after: the run's tag, as identities have it, or
+/// `voicegw`'s room.
 pub(super) fn run_name(job: &JobReply) -> String {
     job.throng
         .as_ref()

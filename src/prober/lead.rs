@@ -1,4 +1,5 @@
-//! A run that is led by a coordinator: stages begin when it says so, and the publishers of others are told of.
+//! A run that is led by a coordinator: stages begin when it says so, and the publishers of others
+//! are told of.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,19 +51,22 @@ impl Led {
         }
     }
 
-    /// Ready when everybody is to begin publishing: everything that can be made before that is made.
+    /// Ready when everybody is to begin publishing: everything that can be made before that is
+    /// made.
     ///
     /// # Errors
     /// Why nothing is to begin.
     pub async fn wait_for_start(&mut self) -> Result<(), CalledOff> {
         let at = self.order_for(0).await?;
         self.begin(0, at, self.epoch.now());
-        // That of all hosts, so that whatever follows from the run's time is in step: who speaks when.
+        // That of all hosts, so that whatever follows from the run's time is in step: who speaks
+        // when.
         self.epoch = self.clock.counted_from(at);
         Ok(())
     }
 
-    /// Waits until a stage is to begin, and gives its time. After an interruption it can be asked again.
+    /// Waits until a stage is to begin, and gives its time. After an interruption it can be asked
+    /// again.
     async fn order_for(&mut self, stage: usize) -> Result<Time, CalledOff> {
         let (under_way, ready_for) = (self.stage.map(|stage| stage as u32), stage as u32);
         if self.shared.outbox().set_stage(under_way, Some(ready_for)) {
@@ -192,7 +196,8 @@ impl Lead for Led {
         self.shared.inbox().missing.clone()
     }
 
-    /// Gives our publishers' final counts and takes those of others: they come with the order to leave.
+    /// Gives our publishers' final counts and takes those of others: they come with the order to
+    /// leave.
     async fn before_account(&mut self, roster: &Roster) {
         self.shared.outbox().set_frames(roster.frame_counts());
         let leave = self
@@ -301,7 +306,8 @@ mod tests {
         (Led::new(shared.clone(), stages(), clock), shared, clock)
     }
 
-    /// What the next beat would say: the stage under way, what it is ready for, and the stages that began.
+    /// What the next beat would say: the stage under way, what it is ready for, and the stages that
+    /// began.
     fn said(shared: &LinkShared) -> (Option<u32>, Option<u32>, Vec<u32>) {
         let beat = shared.outbox().draft().beat(0, None);
         (

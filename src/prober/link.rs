@@ -1,7 +1,9 @@
-//! The way to the coordinator: registering, beats in a task of their own, room tokens, the last report.
+//! The way to the coordinator: registering, beats in a task of their own, room tokens, the last
+//! report.
 //!
-//! It lives on a thread of its own, so that neither the run nor the making of media keeps a beat back, and no beat keeps them. What the run has to tell lies in an
-//! [`BeatOutbox`], what it has to know in an [`Inbox`]; orders come by a channel.
+//! It lives on a thread of its own, so that neither the run nor the making of media keeps a beat
+//! back, and no beat keeps them. What the run has to tell lies in an [`BeatOutbox`], what it has to
+//! know in an [`Inbox`]; orders come by a channel.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,14 +27,17 @@ use crate::run::Interrupts;
 use crate::signal::{NotIssued, Secret, TokenRequest};
 use crate::units::{Epoch, Time};
 
-/// From one look for the job to the next, and the least pause before a coordinator that did not answer is asked again.
+/// From one look for the job to the next, and the least pause before a coordinator that did not
+/// answer is asked again.
 const POLL: Duration = Duration::from_secs(1);
 const POLL_MAX: Duration = Duration::from_secs(10);
 /// The same trouble is told so often.
 const TELL_AGAIN: Duration = Duration::from_secs(30);
-/// Who hears nothing of a coordinator for so long before anything has begun gives up. `voicegw`'s probers do so, too.
+/// Who hears nothing of a coordinator for so long before anything has begun gives up. `voicegw`'s
+/// probers do so, too.
 const GATHER_PATIENCE: Duration = Duration::from_secs(300);
-/// So long the last report is tried to be delivered to a coordinator that does not answer, and did not say how long.
+/// So long the last report is tried to be delivered to a coordinator that does not answer, and did
+/// not say how long.
 pub(super) const REPORT_PATIENCE: Duration = Duration::from_secs(60);
 /// A token is used up to half its lifetime: whoever joins with it has the other half to be in.
 const TOKEN_BATCH: u32 = 200;
@@ -48,7 +53,8 @@ pub(super) enum Word {
     Wait,
     /// Begin this stage at this time, in microseconds since 1970 by our clock.
     Start { stage: u32, at_us: u64 },
-    /// End the load: it was cancelled, the coordinator goes on without us, or has not been heard of for too long.
+    /// End the load: it was cancelled, the coordinator goes on without us, or has not been heard of
+    /// for too long.
     Stop { reason: String },
 }
 
@@ -57,7 +63,8 @@ pub(super) enum Word {
 pub(super) struct Inbox {
     /// How far other hosts' publishers are, by origin, track and layer.
     pub frames: BTreeMap<(u32, u8, u8), u32>,
-    /// What to add to another vantage's time to get ours, in microseconds, and how far off that may be.
+    /// What to add to another vantage's time to get ours, in microseconds, and how far off that
+    /// may be.
     pub clocks: BTreeMap<u32, (i64, u64)>,
     /// Vantages without which the run goes on.
     pub missing: Vec<u32>,
@@ -133,7 +140,8 @@ pub(super) enum NotEnlisted {
     Interrupted(&'static str),
 }
 
-/// Registers, and waits until there is a job. `told` hears what there is to wait for. Who is interrupted meanwhile leaves its place to others.
+/// Registers, and waits until there is a job. `told` hears what there is to wait for. Who is
+/// interrupted meanwhile leaves its place to others.
 ///
 /// # Errors
 /// For people: what to do.
@@ -195,7 +203,8 @@ async fn wait_for_job(
                     });
                 }
                 Ok(_) => tokio::time::sleep(POLL).await,
-                // It gives the place of one who was silent to others; until all are in there may be one again.
+                // It gives the place of one who was silent to others; until all are in there may be
+                // one again.
                 Err(NoReply::Unknown(why)) => {
                     warn!(why, "has lost its place, and registers again");
                     tokio::time::sleep(POLL).await;
@@ -226,7 +235,8 @@ pub(super) enum NoReply {
     GivenUp { why: String, patience: Duration },
 }
 
-/// Asks until there is an answer, with growing pauses while there is none, for as long as `patience`.
+/// Asks until there is an answer, with growing pauses while there is none, for as long as
+/// `patience`.
 async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
     patience: Duration,
     told: &mut impl FnMut(String),
@@ -501,7 +511,8 @@ impl Tokens {
 }
 
 impl Inbox {
-    /// A count that no publisher can reach is none, and no run has more publishers than one message names.
+    /// A count that no publisher can reach is none, and no run has more publishers than one message
+    /// names.
     fn take_frames(&mut self, layer: (u32, u8, u8), frames: u64) {
         let Ok(frames) = u32::try_from(frames) else {
             return;

@@ -1,9 +1,12 @@
 //! A prober: one host of a run that a coordinator leads, from registering to the last report.
 //!
-//! It plays its part of the plan as any run does, led by [`lead`]; [`link`] keeps in touch with the coordinator meanwhile, on a thread of its own. A coordinator that
-//! is lost ends the load after a stated time, and takes nothing with it: what this host measured is reported here, and kept in a file.
+//! It plays its part of the plan as any run does, led by [`lead`]; [`link`] keeps in touch with the
+//! coordinator meanwhile, on a thread of its own. A coordinator that is lost ends the load after a
+//! stated time, and takes nothing with it: what this host measured is reported here, and kept in a
+//! file.
 //!
-//! `voicegw`'s own coordinator is served, too: it knows nothing of media, beats or barriers, and gets its steps.
+//! `voicegw`'s own coordinator is served, too: it knows nothing of media, beats or barriers, and
+//! gets its steps.
 
 mod client;
 mod job;
@@ -65,8 +68,9 @@ pub struct Prober {
 }
 
 impl Prober {
-    /// Registers with the coordinator, and waits until everybody is in. `told` hears what there is to wait for. `credentials`: without an API key of its own a
-    /// prober wants its room tokens from the coordinator.
+    /// Registers with the coordinator, and waits until everybody is in. `told` hears what there is
+    /// to wait for. `credentials`: without an API key of its own a prober wants its room tokens
+    /// from the coordinator.
     ///
     /// # Errors
     /// Why this host takes no part; says what to do.
@@ -133,7 +137,8 @@ impl Prober {
         }
     }
 
-    /// What is to be run: `own` is what this host was given itself, and whether it was given whom to play, too.
+    /// What is to be run: `own` is what this host was given itself, and whether it was given whom
+    /// to play, too.
     ///
     /// # Errors
     /// Why it cannot be.
@@ -234,7 +239,8 @@ impl Prober {
         Ok(JoinAccess::Issued(issuer))
     }
 
-    /// Tells the coordinator what this host found, or why it found nothing. Returns a line for people that says where that is. `told` hears what there is to wait for.
+    /// Tells the coordinator what this host found, or why it found nothing. Returns a line for
+    /// people that says where that is. `told` hears what there is to wait for.
     pub fn report(
         mut self,
         found: Result<&Outcome, &anyhow::Error>,
@@ -301,7 +307,8 @@ fn instance() -> String {
     )
 }
 
-/// `voicegw`'s coordinator names the wall clock's time, which both hosts are to agree on. A time that has passed is now.
+/// `voicegw`'s coordinator names the wall clock's time, which both hosts are to agree on. A time
+/// that has passed is now.
 async fn wait_for_wall_clock(unix_seconds: Option<f64>) {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)

@@ -1,6 +1,8 @@
-//! What a prober has to tell, between the run, which finds it out, and the beats, which carry it: each keeps its own pace, and neither waits for the other.
+//! What a prober has to tell, between the run, which finds it out, and the beats, which carry it:
+//! each keeps its own pace, and neither waits for the other.
 //!
-//! All of it is cumulative. A beat carries what has changed since the last beat that was answered, so what was lost on the way goes again with the next.
+//! All of it is cumulative. A beat carries what has changed since the last beat that was answered,
+//! so what was lost on the way goes again with the next.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -74,7 +76,8 @@ impl MeasuredTier {
 }
 
 impl BeatOutbox {
-    /// Where the run is, and what it waits for. True where that is news: then a beat is due at once.
+    /// Where the run is, and what it waits for. True where that is news: then a beat is due at
+    /// once.
     pub fn set_stage(&mut self, stage: Option<u32>, ready_for: Option<u32>) -> bool {
         let before = (self.stage, self.ready_for);
         (self.stage, self.ready_for) = (stage, ready_for);
@@ -160,7 +163,8 @@ impl BeatOutbox {
         }
     }
 
-    /// The beat that this was is with the coordinator. A tier that is complete and known there need not be kept.
+    /// The beat that this was is with the coordinator. A tier that is complete and known there need
+    /// not be kept.
     pub fn settle(&mut self, draft: &BeatDraft) {
         self.answered = self.answered.max(draft.version);
         let answered = self.answered;

@@ -1,4 +1,5 @@
-//! When to beat next: each second, more often while an order is waited for, and ever more seldom while nobody answers.
+//! When to beat next: each second, more often while an order is waited for, and ever more seldom
+//! while nobody answers.
 
 use std::time::Duration;
 
@@ -6,11 +7,13 @@ use crate::units::Time;
 
 /// From one beat to the next.
 const BEAT: Duration = Duration::from_secs(1);
-/// While an order is waited for: so much later than the others a stage may begin here that was ordered for at once.
+/// While an order is waited for: so much later than the others a stage may begin here that was
+/// ordered for at once.
 const BEAT_WAITING: Duration = Duration::from_millis(200);
 /// After a beat that nobody answered, and twice as long after each further one ..
 const PAUSE_MIN: Duration = Duration::from_millis(250);
-/// .. up to this, or to a tenth of how long the run bears silence: a coordinator that comes back is found before it misses us.
+/// .. up to this, or to a tenth of how long the run bears silence: a coordinator that comes back is
+/// found before it misses us.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct Pulse {
@@ -21,7 +24,8 @@ pub(super) struct Pulse {
 }
 
 impl Pulse {
-    /// The first beat is due at once; silence counts from here, and is borne for as long as `patience`.
+    /// The first beat is due at once; silence counts from here, and is borne for as long as
+    /// `patience`.
     pub fn new(now: Time, patience: Duration) -> Pulse {
         Pulse {
             next_at: now,
@@ -44,7 +48,8 @@ impl Pulse {
 
     pub fn handle_answer(&mut self, sent_at: Time, now: Time, waits: bool) {
         (self.answered_at, self.pause) = (now, PAUSE_MIN);
-        // From when it left, so that slow answers do not make beats rarer; but never without a pause.
+        // From when it left, so that slow answers do not make beats rarer; but never without a
+        // pause.
         let interval = if waits { BEAT_WAITING } else { BEAT };
         self.next_at = (sent_at + interval).max(now + BEAT_WAITING / 4);
     }

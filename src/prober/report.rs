@@ -1,4 +1,5 @@
-//! What a prober reports at the end: all of it to a coordinator of ours, a step for each tier to `voicegw`'s.
+//! What a prober reports at the end: all of it to a coordinator of ours, a step for each tier to
+//! `voicegw`'s.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +13,8 @@ use crate::measure::Record;
 use crate::report::judge::{self, LossShares};
 use crate::report::{Outcome, Step, Verdict};
 
-/// Shares of media lost up to which `voicegw` is told `Excellent`, and `Good`: what `--max-loss` allows by default, and what libwebrtc conceals without much harm.
+/// Shares of media lost up to which `voicegw` is told `Excellent`, and `Good`: what `--max-loss`
+/// allows by default, and what libwebrtc conceals without much harm.
 const EXCELLENT_LOSS_MAX: f64 = 0.01;
 const GOOD_LOSS_MAX: f64 = 0.05;
 
@@ -167,7 +169,8 @@ fn clipped(text: &str, bytes_max: usize) -> String {
     text[..text.floor_char_boundary(bytes_max)].to_owned()
 }
 
-/// Keeps a report that nobody took, and gives the file's name: `throng-prober-VANTAGE-RUN.json`, over nothing that is there.
+/// Keeps a report that nobody took, and gives the file's name: `throng-prober-VANTAGE-RUN.json`,
+/// over nothing that is there.
 ///
 /// # Errors
 /// Why it could not be written.

@@ -279,7 +279,8 @@ impl RecordedTrack {
         }
     }
 
-    /// A publisher that is not of this run has no name that we know: its file has the stream's number.
+    /// A publisher that is not of this run has no name that we know: its file has the stream's
+    /// number.
     fn name(&self, publisher: Option<&str>) -> String {
         let kind = match self.codec.kind() {
             Kind::Audio => "audio",

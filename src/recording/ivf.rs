@@ -1,8 +1,11 @@
-//! IVF, the plain container of libvpx: a header of 32 bytes, then frames with their length and timestamp, all little endian.
+//! IVF, the plain container of libvpx: a header of 32 bytes, then frames with their length and
+//! timestamp, all little endian.
 
-/// Where the number of frames stands. It is 0 until the file is ended, which readers take for unknown.
+/// Where the number of frames stands. It is 0 until the file is ended, which readers take for
+/// unknown.
 ///
-/// ffmpeg 5 reads this field as a duration, and prints a wrong one; it plays all frames in any case.
+/// ffmpeg 5 reads this field as a duration, and prints a wrong one; it plays all frames in any
+/// case.
 pub const FRAME_COUNT_AT: u64 = 24;
 
 pub const HEADER_LEN: usize = 32;

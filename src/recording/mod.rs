@@ -1,12 +1,15 @@
 //! What one subscriber of each room received, as files: VP8 in IVF, Opus in Ogg.
 //!
-//! The packet path pays a copy for the one participant that is recorded and a branch for everybody else: a [`Tap`] copies opened packets into pages that
-//! were allocated before the run, and hands them over when they are full or 100 ms old. A thread of its own (`recorder`) puts packets in order, frames
-//! together and bytes into files. Where it falls behind, the tap drops and counts; the run goes on.
+//! The packet path pays a copy for the one participant that is recorded and a branch for everybody
+//! else: a [`Tap`] copies opened packets into pages that were allocated before the run, and hands
+//! them over when they are full or 100 ms old. A thread of its own (`recorder`) puts packets in
+//! order, frames together and bytes into files. Where it falls behind, the tap drops and counts;
+//! the run goes on.
 //!
-//! Nothing is invented. A video frame that never came, or that a decoder would lack a reference for, is a gap in the timestamps; audio that never came is
-//! marked as missing in the way that Ogg Opus has for it (RFC 7845, section 4.1). Frames are written as they came, the identity at their end included:
-//! ffmpeg's own decoders, libvpx and libopus all take it without a word.
+//! Nothing is invented. A video frame that never came, or that a decoder would lack a reference
+//! for, is a gap in the timestamps; audio that never came is marked as missing in the way that Ogg
+//! Opus has for it (RFC 7845, section 4.1). Frames are written as they came, the identity at their
+//! end included: ffmpeg's own decoders, libvpx and libopus all take it without a word.
 
 mod book;
 mod ivf;
@@ -31,7 +34,8 @@ use tap::{PAGES, TapPage};
 use crate::measure::Kind;
 use crate::plan::{LostPublishers, ParticipantPlan, Plan};
 
-/// How often the recorder looks for pages. It asks, instead of being woken, so that no packet costs the engine's thread a system call.
+/// How often the recorder looks for pages. It asks, instead of being woken, so that no packet costs
+/// the engine's thread a system call.
 const POLL: Duration = Duration::from_millis(20);
 
 /// The recorded participants: the first subscriber of each room, of those whom this host plays.
@@ -63,7 +67,8 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// A recording below `dir`, and a tap for each recorded participant. Files appear as streams turn out to have something in them.
+    /// A recording below `dir`, and a tap for each recorded participant. Files appear as streams
+    /// turn out to have something in them.
     pub fn new(dir: PathBuf, plan: &Plan) -> (Recording, Vec<(ParticipantPlan, Box<Tap>)>) {
         let participants: Vec<ParticipantPlan> = recorded(plan).collect();
         let (full, pages) = sync_channel(participants.len() * PAGES);
@@ -121,7 +126,8 @@ impl Recorder {
         Ok(Recorder { thread, stop })
     }
 
-    /// Ends the files, once what the taps have handed over is in them. Returns what the reader of the report should know.
+    /// Ends the files, once what the taps have handed over is in them. Returns what the reader of
+    /// the report should know.
     pub fn finish(self) -> Vec<String> {
         self.stop.store(true, Ordering::Release);
         self.thread

@@ -1,7 +1,8 @@
 //! Opus in Ogg (RFC 7845).
 //!
-//! A granule position counts the samples of the packets before it and nothing else, so a hole cannot be left out: it is filled with packets of empty frames,
-//! one or two bytes each, which ask the decoder to conceal what is missing (section 4.1). They hold no sound.
+//! A granule position counts the samples of the packets before it and nothing else, so a hole
+//! cannot be left out: it is filled with packets of empty frames, one or two bytes each, which ask
+//! the decoder to conceal what is missing (section 4.1). They hold no sound.
 
 use ::ogg::{PacketWriteEndInfo, PacketWriter};
 use opus::packet;
@@ -10,10 +11,13 @@ use crate::media::opus::CLOCK_RATE;
 
 /// A page holds this much; what a killed process has not written yet is no more.
 const PAGE_SAMPLES: u64 = CLOCK_RATE as u64 / 5;
-/// What libopus's encoder delays: what a decoder makes of the first packet before the first sample that was put in. Section 4.2 wants more of recordings that
-/// start in the middle of a stream, for a decoder to settle; a subscriber who joins there has no more either, and this is what it received.
+/// What libopus's encoder delays: what a decoder makes of the first packet before the first sample
+/// that was put in. Section 4.2 wants more of recordings that start in the middle of a stream, for
+/// a decoder to settle; a subscriber who joins there has no more either, and this is what it
+/// received.
 const PRE_SKIP: u16 = 312;
-/// RFC 7587: Opus over RTP always is declared as stereo, and may change from packet to packet. A packet of one channel plays on both.
+/// RFC 7587: Opus over RTP always is declared as stereo, and may change from packet to packet. A
+/// packet of one channel plays on both.
 const CHANNELS: u8 = 2;
 /// RFC 6716: a packet holds 120 ms at most.
 const PACKET_SAMPLES_MAX: u32 = CLOCK_RATE / 1000 * 120;
@@ -48,7 +52,8 @@ impl OpusFile {
         file
     }
 
-    /// Appends a packet that starts `at` samples (48,000 a second) after the first one, and before it what marks the hole since the last, in whole frames.
+    /// Appends a packet that starts `at` samples (48,000 a second) after the first one, and before
+    /// it what marks the hole since the last, in whole frames.
     pub fn push(&mut self, at: u64, packet: &[u8]) -> Result<(), MalformedOpus> {
         let samples = samples(packet).ok_or(MalformedOpus)?;
         if let Some(last) = self.held.as_ref() {
@@ -98,7 +103,8 @@ impl OpusFile {
     }
 }
 
-/// A hole of whole frames of the same kind as the packet before it, which is what decoders conceal best.
+/// A hole of whole frames of the same kind as the packet before it, which is what decoders conceal
+/// best.
 struct OpusHole {
     toc: u8,
     frame_samples: u32,

@@ -15,7 +15,8 @@ pub struct RecordingFile {
 }
 
 impl RecordingFile {
-    /// Makes DIR/NAME.EXT, or DIR/NAME-2.EXT where that is taken, and so on; the directory too if it is not there.
+    /// Makes DIR/NAME.EXT, or DIR/NAME-2.EXT where that is taken, and so on; the directory too if
+    /// it is not there.
     pub fn create(dir: &Path, name: &str, extension: &str) -> io::Result<RecordingFile> {
         fs::create_dir_all(dir)?;
         let (path, file) = create_new(dir, name, extension)?;
@@ -39,7 +40,8 @@ impl RecordingFile {
         }
     }
 
-    /// Appends one record in one write. Where not all of it fits, the file keeps the records before it.
+    /// Appends one record in one write. Where not all of it fits, the file keeps the records before
+    /// it.
     pub fn append(&mut self, record: &[u8]) -> io::Result<()> {
         match self.file.write_all(record) {
             Ok(()) => {
@@ -78,7 +80,8 @@ fn create_new(dir: &Path, name: &str, extension: &str) -> io::Result<(PathBuf, F
     Err(ErrorKind::AlreadyExists.into())
 }
 
-/// A room's name or an identity as a file name: letters, digits and `-_.` stay, all else is `_`, and no name begins with a dot.
+/// A room's name or an identity as a file name: letters, digits and `-_.` stay, all else is `_`,
+/// and no name begins with a dot.
 pub fn safe_name(name: &str) -> String {
     let safe = |c: char| {
         if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') {

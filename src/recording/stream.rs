@@ -1,7 +1,8 @@
 //! From packets to frames in order: what one received stream puts into its file, and when.
 //!
-//! Takes packets in any order, each once; gives video frames as a decoder would get them and Opus packets in sequence, with timestamps that count from the
-//! first. Bounded in what it keeps; the clock is the packets' arrival.
+//! Takes packets in any order, each once; gives video frames as a decoder would get them and Opus
+//! packets in sequence, with timestamps that count from the first. Bounded in what it keeps; the
+//! clock is the packets' arrival.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

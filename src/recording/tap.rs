@@ -9,12 +9,14 @@ use std::time::Duration;
 use crate::codec::Codec;
 use crate::units::Time;
 
-/// Pages of one tap: 2 MiB hold more than a second of the busiest subscriber (12 Mbps), so that a disk may stall for as long. Untouched ones cost no memory.
+/// Pages of one tap: 2 MiB hold more than a second of the busiest subscriber (12 Mbps), so that a
+/// disk may stall for as long. Untouched ones cost no memory.
 pub(super) const PAGES: usize = 32;
 const PAGE_BYTES: usize = 64 << 10;
 /// Small packets: a page of Opus is full by their number.
 const PAGE_PACKETS: usize = 512;
-/// A page that is older goes out with the next packet. What a killed process loses is no more than this, and [`super::POLL`].
+/// A page that is older goes out with the next packet. What a killed process loses is no more than
+/// this, and [`super::POLL`].
 const PAGE_AGE_MAX: Duration = Duration::from_millis(100);
 
 /// The facts of one opened packet; its payload follows those before it in the page.
@@ -70,7 +72,8 @@ impl TapPage {
     }
 }
 
-/// What a recorded participant's packets are copied to. Allocates nothing after it is made, takes no lock and makes no system call.
+/// What a recorded participant's packets are copied to. Allocates nothing after it is made, takes
+/// no lock and makes no system call.
 pub struct Tap {
     page: Option<TapPage>,
     /// The page used last comes first: the others are touched only where the recorder is slow.
@@ -99,7 +102,8 @@ impl Tap {
         self.dropped.clone()
     }
 
-    /// From now on another connection of the participant is recorded: its streams are others, whatever their numbers.
+    /// From now on another connection of the participant is recorded: its streams are others,
+    /// whatever their numbers.
     pub fn begin_connection(&mut self) {
         self.hand_over();
         self.connection += 1;

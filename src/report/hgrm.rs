@@ -1,4 +1,5 @@
-//! Percentile files (`.hgrm`), as HdrHistogram's plotter reads them: one per histogram, values in milliseconds.
+//! Percentile files (`.hgrm`), as HdrHistogram's plotter reads them: one per histogram, values in
+//! milliseconds.
 
 use std::fmt::Write as _;
 use std::io;
@@ -44,7 +45,8 @@ pub fn write(dir: &Path, record: &Record) -> io::Result<()> {
     Ok(())
 }
 
-/// Percentiles are over what was *expected*: the curve ends where the missing begin, and the last line counts them.
+/// Percentiles are over what was *expected*: the curve ends where the missing begin, and the last
+/// line counts them.
 pub fn render(histogram: &Histogram) -> String {
     let (hdr, expected) = (histogram.hdr(), histogram.expected().max(1));
     let mut text = "       Value     Percentile TotalCount 1/(1-Percentile)\n\n".to_owned();

@@ -1,6 +1,8 @@
-//! The JSON report, `throng-report/1`. Its JSON Schema is `fixtures/schema/throng-report-1.schema.json`, and tests hold the two together.
+//! The JSON report, `throng-report/1`. Its JSON Schema is
+//! `fixtures/schema/throng-report-1.schema.json`, and tests hold the two together.
 //!
-//! Fields appear in the order in which a reader wants them. Fields may be added; none changes its meaning.
+//! Fields appear in the order in which a reader wants them. Fields may be added; none changes its
+//! meaning.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -36,7 +38,8 @@ pub fn render(outcome: &Outcome) -> String {
     ))
 }
 
-/// The report of a run over many hosts, which was judged as a whole and step by step. `series` has its rows, `hosts` has `vantages` and `missing`, and what else belongs beside them.
+/// The report of a run over many hosts, which was judged as a whole and step by step. `series` has
+/// its rows, `hosts` has `vantages` and `missing`, and what else belongs beside them.
 pub fn of_many<'a, S: Serialize, H: Serialize>(
     outcome: &'a Outcome,
     judgement: Judgement,
@@ -153,8 +156,8 @@ impl<'a, S: Serialize, H: Serialize> ReportView<'a, S, H> {
     }
 }
 
-/// The plan and what it is judged by: the scenario, and before it what it comes to by the names that readers know.
-/// Durations in seconds, bitrates in bits per second.
+/// The plan and what it is judged by: the scenario, and before it what it comes to by the names
+/// that readers know. Durations in seconds, bitrates in bits per second.
 struct PublishedPlan<'a>(&'a Outcome);
 
 /// A run of thousands of rooms need not name each: the rule is plain from the first ones.

@@ -1,6 +1,7 @@
 //! PASS, FAIL, INVALID or PARTIAL, and why.
 //!
-//! An unknown is never a pass: what a judgement needs and the run did not measure is a reason to fail. Reasons name the measured value and the limit.
+//! An unknown is never a pass: what a judgement needs and the run did not measure is a reason to
+//! fail. Reasons name the measured value and the limit.
 
 use std::fmt;
 use std::str::FromStr;
@@ -70,7 +71,8 @@ pub struct Judgement {
 }
 
 impl Judgement {
-    /// PARTIAL stands before INVALID and that before FAIL: each makes the next one unknowable, but its reasons are listed too.
+    /// PARTIAL stands before INVALID and that before FAIL: each makes the next one unknowable, but
+    /// its reasons are listed too.
     fn of(partial: Option<&String>, invalid: Vec<String>, failed: Vec<String>) -> Judgement {
         let verdict = match (partial, invalid.is_empty(), failed.is_empty()) {
             (Some(_), ..) => Verdict::Partial,
@@ -150,7 +152,8 @@ fn is_told(complaint: &String, steps: &[Step]) -> bool {
     tiers.any(|tier| tier.complaints.contains(complaint))
 }
 
-/// One tier that failed while the generator kept up is a FAIL, whatever became of the others; one in which it did not keep up leaves only that open.
+/// One tier that failed while the generator kept up is a FAIL, whatever became of the others; one
+/// in which it did not keep up leaves only that open.
 fn judge_by_tiers(outcome: &Outcome) -> Judgement {
     let mut reasons: Vec<String> = outcome
         .partial
@@ -200,7 +203,8 @@ fn judge_by_tiers(outcome: &Outcome) -> Judgement {
     }
 }
 
-/// Judges one tier. Where it is the only one, whether the generator kept up is known for the run, and decides here too.
+/// Judges one tier. Where it is the only one, whether the generator kept up is known for the run,
+/// and decides here too.
 pub fn judge_step(outcome: &Outcome, step: &Step) -> Judgement {
     match &step.tier {
         Some(_) => judge_tier(step, &outcome.judging),
@@ -261,8 +265,9 @@ impl LossShares {
         }
     }
 
-    /// What `--max-loss` judges: the worse of residual RTP loss and undelivered frames. A server hides what it drops from RTP, but not from the publishers' log.
-    /// `None` if either is unknown.
+    /// What `--max-loss` judges: the worse of residual RTP loss and undelivered frames. A server
+    /// hides what it drops from RTP, but not from the publishers' log. `None` if either is
+    /// unknown.
     pub fn worse(&self) -> Option<f64> {
         Some(self.residual?.max(self.undelivered?))
     }
@@ -435,7 +440,8 @@ pub(super) const fn name(kind: Kind) -> &'static str {
     }
 }
 
-/// One limit on one figure of the report: `audio.one_way_latency.p95<150ms`, `session.disconnects<1`.
+/// One limit on one figure of the report: `audio.one_way_latency.p95<150ms`,
+/// `session.disconnects<1`.
 ///
 /// Histograms are judged in microseconds and need a unit; counters have none.
 #[derive(Clone, Debug, PartialEq)]
@@ -542,7 +548,8 @@ const COMPARISONS: &[(&str, Comparison)] = &[
 const UNITS: &[(&str, f64)] = &[("us", 1.0), ("ms", 1e3), ("s", 1e6)];
 
 impl Threshold {
-    /// Why `record` does not hold it; `None` if it does. What has to hold over windows is not told by a record.
+    /// Why `record` does not hold it; `None` if it does. What has to hold over windows is not told
+    /// by a record.
     fn violation(&self, record: &Record) -> Option<String> {
         match self.figure {
             _ if self.window.is_some() => None,
@@ -609,7 +616,8 @@ impl Threshold {
             Figure::Score(..) => Value::Counter(0),
             Figure::Histogram(name, _) => {
                 let histogram = self.histogram(record, name).cloned().unwrap_or_default();
-                // Of frames it is known how many are missing; a tier's record says of other figures how many ought to have come.
+                // Of frames it is known how many are missing; a tier's record says of other figures
+                // how many ought to have come.
                 let late = match (self.scope, name) {
                     (Scope::Audio, "one_way_latency") => Some(&record.audio),
                     (Scope::Video, "one_way_latency") => Some(&record.video),
@@ -674,7 +682,8 @@ impl ScoreStat {
 }
 
 impl Stat {
-    /// Microseconds. What was expected and never came counts as later than everything, so it leaves no mean and no maximum.
+    /// Microseconds. What was expected and never came counts as later than everything, so it leaves
+    /// no mean and no maximum.
     fn of(self, histogram: &Histogram) -> Option<f64> {
         match self {
             Stat::Quantile(thousandths) => histogram
@@ -799,7 +808,8 @@ impl FromStr for Threshold {
     }
 }
 
-/// What stands behind a limit, in either order: ` for TIME` and `:abort`. Gives the limit without them.
+/// What stands behind a limit, in either order: ` for TIME` and `:abort`. Gives the limit without
+/// them.
 fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), RefusedThreshold> {
     const WORD: &str = " for ";
     let (mut text, mut window, mut aborts) = (text.trim(), None, false);

@@ -1,7 +1,8 @@
-//! From what was measured to what people and scripts read: verdict, terminal text, JSON, one line a participant, percentile files.
+//! From what was measured to what people and scripts read: verdict, terminal text, JSON, one line a
+//! participant, percentile files.
 //!
-//! An [`Outcome`] goes in, complete and plain; nothing here measures or reads a clock. Writers share [`emit`], so a reader that leaves early
-//! (`| head`) ends the output and nothing else.
+//! An [`Outcome`] goes in, complete and plain; nothing here measures or reads a clock. Writers
+//! share [`emit`], so a reader that leaves early (`| head`) ends the output and nothing else.
 
 pub mod hgrm;
 pub mod json;
@@ -61,7 +62,8 @@ pub struct Outcome {
     pub nearness: Option<Nearness>,
     /// What the embedded SFU says of itself; `None` where the target was another.
     pub sfu: Option<EmbeddedSfu>,
-    /// What else is a reason to fail: of a run that is one hold; and why any run came to its end before its time, where the server ended it.
+    /// What else is a reason to fail: of a run that is one hold; and why any run came to its end
+    /// before its time, where the server ended it.
     pub complaints: Vec<String>,
     /// What the server's own pages said; `None` where none was asked for.
     pub server: Option<Account>,
@@ -153,7 +155,8 @@ pub struct Unmeasured {
 pub struct RunSample {
     /// Seconds since the start of the run.
     pub t: f64,
-    /// The step ([`Step::name`]) in whose hold all of this second lies; `None` while people join, settle or leave.
+    /// The step ([`Step::name`]) in whose hold all of this second lies; `None` while people join,
+    /// settle or leave.
     pub step: Option<String>,
     pub participants: u32,
     pub joins_per_second: f64,
@@ -171,11 +174,13 @@ pub struct RunSample {
     pub cpu_cores: Option<f64>,
     /// The mean of what receivers told the server by REMB; `None` where none did.
     pub downlink_estimate_bps: Option<u64>,
-    /// The mean of what publishers that obey their estimate made of their paths; `None` where none did.
+    /// The mean of what publishers that obey their estimate made of their paths; `None` where none
+    /// did.
     pub uplink_estimate_bps: Option<u64>,
     #[serde(flatten)]
     pub generator: Second,
-    /// What each of the server's pages said, in the order in which they were named: `None` for one that was not read in this second, and for all where none was asked for.
+    /// What each of the server's pages said, in the order in which they were named: `None` for one
+    /// that was not read in this second, and for all where none was asked for.
     pub server: Option<Vec<Option<NodeRow>>>,
 }
 
@@ -204,7 +209,8 @@ impl EmbeddedSfu {
 #[derive(Clone, Default)]
 pub struct EngineHealth {
     pub threads: usize,
-    /// User and system time of the process since its media was made, without the embedded SFU's threads; `None` where the kernel does not tell them apart.
+    /// User and system time of the process since its media was made, without the embedded SFU's
+    /// threads; `None` where the kernel does not tell them apart.
     pub cpu_seconds: Option<f64>,
     pub us_per_packet: Option<f64>,
     pub bytes_per_participant: Option<u64>,
@@ -220,7 +226,8 @@ pub struct EngineHealth {
     /// How often and how long this process's control group was kept from running.
     pub throttled_times: Option<u64>,
     pub throttled_seconds: Option<f64>,
-    /// What every thread used, and how long it waited for a CPU; empty where the kernel does not say.
+    /// What every thread used, and how long it waited for a CPU; empty where the kernel does not
+    /// say.
     pub thread_times: Vec<ThreadTime>,
     /// Who stood still, and when.
     pub stalls: Vec<Stall>,
@@ -308,12 +315,14 @@ pub struct MediaQuality {
 }
 
 impl MediaQuality {
-    /// What was counted since `earlier`, an older value of the same. Tracks are a state; what is no count is left out.
+    /// What was counted since `earlier`, an older value of the same. Tracks are a state; what is no
+    /// count is left out.
     #[must_use]
     pub fn since(&self, earlier: &MediaQuality) -> MediaQuality {
         let grown =
             |now: Option<u64>, before: Option<u64>| Some(now?.saturating_sub(before.unwrap_or(0)));
-        // A packet thought lost may arrive, and a loss be attributed anew: differences of those stop at zero.
+        // A packet thought lost may arrive, and a loss be attributed anew: differences of those
+        // stop at zero.
         MediaQuality {
             tracks_expected: self.tracks_expected,
             tracks_live: self.tracks_live,

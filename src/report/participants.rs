@@ -1,6 +1,7 @@
 //! One JSON object a line for every participant: its timeline and its quality.
 //!
-//! Times are microseconds since the start of the run, on the run's own clock; `null` never happened or does not apply.
+//! Times are microseconds since the start of the run, on the run's own clock; `null` never happened
+//! or does not apply.
 
 use serde::Serialize;
 

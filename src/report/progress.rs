@@ -1,4 +1,5 @@
-//! The one line that tells how the run is doing: redrawn in place on a terminal, printed now and then elsewhere.
+//! The one line that tells how the run is doing: redrawn in place on a terminal, printed now and
+//! then elsewhere.
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -6,11 +7,13 @@ use std::time::Duration;
 use super::{RunSample, emit};
 use crate::words;
 
-/// Before that no second is complete of which the engine's threads have reported, and rates would print as zero.
+/// Before that no second is complete of which the engine's threads have reported, and rates would
+/// print as zero.
 const FIRST_AFTER: Duration = Duration::from_secs(2);
 /// How often a line is printed where it cannot be redrawn.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
-/// A redrawn line must not wrap on a terminal of 80 columns, or `\r` no longer returns to its start.
+/// A redrawn line must not wrap on a terminal of 80 columns, or `\r` no longer returns to its
+/// start.
 const WIDTH: usize = 79;
 
 /// The run so far.

@@ -1,4 +1,5 @@
-//! What the server's own pages said, for people and for scripts: what a participant, a gigabit and a million packets cost it. A coordinator shows the same.
+//! What the server's own pages said, for people and for scripts: what a participant, a gigabit and
+//! a million packets cost it. A coordinator shows the same.
 
 use std::fmt::Write as _;
 
@@ -11,7 +12,8 @@ use crate::server_metrics::page::{Bracket, Counter, Counters};
 use crate::server_metrics::{Account, NodeReadings, ReadingGap, StretchCost};
 use crate::words::{count, maybe, micros, number, scaled, wrapped};
 
-/// The fields of the JSON report's `server` that come from its pages; both `null` where none was read.
+/// The fields of the JSON report's `server` that come from its pages; both `null` where none was
+/// read.
 #[derive(serde::Serialize)]
 pub struct AccountView<'a> {
     nodes: Option<Vec<NodeView<'a>>>,
@@ -53,7 +55,8 @@ impl<'a> NodeView<'a> {
     }
 }
 
-/// A step by its name. What is not known is `null`, all of it where the page could not be read near the step's ends.
+/// A step by its name. What is not known is `null`, all of it where the page could not be read near
+/// the step's ends.
 struct StepCostView<'a>(&'a StretchCost);
 
 impl Serialize for StepCostView<'_> {
@@ -142,7 +145,8 @@ impl LatencyView {
     }
 }
 
-/// What the step with the most participants cost, or the whole test where there was none; and the packets of all of it, because the server's counters of a part lag.
+/// What the step with the most participants cost, or the whole test where there was none; and the
+/// packets of all of it, because the server's counters of a part lag.
 pub(super) fn text(outcome: &Outcome, style: Style) -> String {
     let Some(account) = &outcome.server else {
         return String::new();
@@ -316,7 +320,8 @@ mod tests {
     use crate::server_metrics::book::NodeBook;
     use crate::server_metrics::page::MetricsPage;
 
-    /// A page of LiveKit's after so many seconds of half a core, four people, and 5,000 packets a second.
+    /// A page of LiveKit's after so many seconds of half a core, four people, and 5,000 packets a
+    /// second.
     fn page(seconds: f64, measures_latency: bool) -> MetricsPage {
         let told = (seconds / 5.0).floor() * 25_000.0;
         let latency = |at_most: f64| {

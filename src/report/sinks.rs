@@ -1,4 +1,5 @@
-//! Where reports go. Files are opened before the run: an hour's figures must not be lost to a mistyped directory.
+//! Where reports go. Files are opened before the run: an hour's figures must not be lost to a
+//! mistyped directory.
 
 use std::error::Error;
 use std::fmt;
@@ -16,7 +17,8 @@ pub struct Destinations {
     pub participants: Option<PathBuf>,
     /// A directory, made if it is absent.
     pub hgrm: Option<PathBuf>,
-    /// Recordings; a directory, made if it is absent. They are written during the run, by [`crate::recording`].
+    /// Recordings; a directory, made if it is absent. They are written during the run, by
+    /// [`crate::recording`].
     pub record: Option<PathBuf>,
 }
 
@@ -77,7 +79,8 @@ enum Sink {
     File(ReportFile),
 }
 
-/// An open file. One that this run made and never wrote to is removed again: empty, it would pass for a broken report.
+/// An open file. One that this run made and never wrote to is removed again: empty, it would pass
+/// for a broken report.
 #[derive(Debug)]
 struct ReportFile {
     path: PathBuf,

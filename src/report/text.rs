@@ -1,6 +1,8 @@
-//! What the terminal shows: the first line, the dry run, and the final report on one screen of 80 columns.
+//! What the terminal shows: the first line, the dry run, and the final report on one screen of 80
+//! columns.
 //!
-//! What is not known prints `n/a`; a percentile that falls among what never happened prints `never`. Neither ever prints as zero.
+//! What is not known prints `n/a`; a percentile that falls among what never happened prints
+//! `never`. Neither ever prints as zero.
 
 use std::fmt::Write as _;
 
@@ -485,7 +487,8 @@ fn joins(outcome: &Outcome, style: Style) -> String {
 
 type MediaCount = fn(&Media) -> u64;
 
-/// The columns of the media table: audio, video and both; of a kind that nobody publishes there is none.
+/// The columns of the media table: audio, video and both; of a kind that nobody publishes there is
+/// none.
 struct Columns<'a> {
     media: [&'a Media; 2],
     shown: [bool; 2],

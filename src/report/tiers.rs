@@ -1,4 +1,5 @@
-//! Tiers side by side, and what they say together: the last one that passed before the first one that did not.
+//! Tiers side by side, and what they say together: the last one that passed before the first one
+//! that did not.
 
 use std::fmt::Write as _;
 
@@ -15,7 +16,8 @@ const REASONS_MAX: usize = 3;
 /// What a ramp found.
 pub struct Knee<'a> {
     pub answer: TiersAnswer,
-    /// The last tier that passed before the first one that did not; `None` where the first one did not. Where all passed, the largest.
+    /// The last tier that passed before the first one that did not; `None` where the first one did
+    /// not. Where all passed, the largest.
     pub passed: Option<&'a Step>,
     /// The first one that did not, as far as it was held.
     pub broke: Option<(&'a Step, Judgement)>,
@@ -28,7 +30,8 @@ pub enum TiersAnswer {
     Found,
     /// The first tier failed: the knee lies lower.
     FirstFailed,
-    /// Before any tier failed there was one of which nothing is known: the generator was the limit, or the run ended.
+    /// Before any tier failed there was one of which nothing is known: the generator was the limit,
+    /// or the run ended.
     NotMeasured,
 }
 
@@ -131,7 +134,8 @@ pub fn tiers(outcome: &Outcome) -> impl Iterator<Item = (&Step, Judgement)> {
     tiers.map(|step| (step, judge_step(outcome, step)))
 }
 
-/// A line a tier, why those did not pass that did not, and what they say together. Nothing for a run without tiers.
+/// A line a tier, why those did not pass that did not, and what they say together. Nothing for a
+/// run without tiers.
 pub(super) fn table(
     outcome: &Outcome,
     paint: impl Fn(&str) -> String,

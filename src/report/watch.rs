@@ -1,6 +1,8 @@
-//! Thresholds while a tier is held: those that end the run, and those that every window of some length has to hold.
+//! Thresholds while a tier is held: those that end the run, and those that every window of some
+//! length has to hold.
 //!
-//! Values come in once a second, cumulative; a window is a difference of two of them. What is not known yet ends nothing.
+//! Values come in once a second, cumulative; a window is a difference of two of them. What is not
+//! known yet ends nothing.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -44,7 +46,8 @@ struct Windows {
 /// The difference of two cumulative values.
 enum Delta {
     Counter(i64),
-    /// Values and how often each came: a histogram has room for a hundred times as many. And how many more are missing.
+    /// Values and how often each came: a histogram has room for a hundred times as many. And how
+    /// many more are missing.
     Histogram(Vec<(u64, u64)>, i64),
 }
 
@@ -73,7 +76,8 @@ impl ThresholdWatch {
         self.watched.iter().any(|watched| watched.windows.is_none())
     }
 
-    /// Takes what was counted until `now`: over the run, and since the hold began. Says why the run is to end, where it is.
+    /// Takes what was counted until `now`: over the run, and since the hold began. Says why the run
+    /// is to end, where it is.
     pub fn take(&mut self, record: &Record, hold: Option<&Record>, now: Time) -> Option<String> {
         let mut why = None;
         for (at, watched) in self.watched.iter_mut().enumerate() {
@@ -94,7 +98,8 @@ impl ThresholdWatch {
         why
     }
 
-    /// The hold is over: why windows were not held, besides what has ended the run. A hold too short for a window has not shown that it holds.
+    /// The hold is over: why windows were not held, besides what has ended the run. A hold too
+    /// short for a window has not shown that it holds.
     pub fn complaints(&self) -> Vec<String> {
         let complaint = |watched: &WatchedThreshold| {
             let windows = watched.windows.as_ref()?;
@@ -215,7 +220,8 @@ impl Value {
 mod tests {
     use super::*;
 
-    /// A hold from second 10 on, in which `latency(second)` was the latency of each of 50 frames a second, and `lost` of them never came.
+    /// A hold from second 10 on, in which `latency(second)` was the latency of each of 50 frames a
+    /// second, and `lost` of them never came.
     fn held(
         thresholds: &[&str],
         seconds: u64,
@@ -273,7 +279,8 @@ mod tests {
             ALL_CAME,
         );
         assert_eq!(broken, None);
-        // From five bad seconds of ten on, and as long as six are: those that end with seconds 35 to 43.
+        // From five bad seconds of ten on, and as long as six are: those that end with seconds 35
+        // to 43.
         assert_eq!(
             complaints,
             [

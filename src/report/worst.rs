@@ -1,6 +1,8 @@
-//! The participants that fared worst, and what was wrong with each: percentiles over all of them hide one ruined user.
+//! The participants that fared worst, and what was wrong with each: percentiles over all of them
+//! hide one ruined user.
 //!
-//! The order is stated in docs/metrics.md. Shares are compared in whole per cents, so that a single frame of one does not outweigh a minute of another.
+//! The order is stated in docs/metrics.md. Shares are compared in whole per cents, so that a single
+//! frame of one does not outweigh a minute of another.
 
 use std::cmp::Reverse;
 
@@ -11,7 +13,8 @@ use crate::words::{count, micros, percent};
 /// ITU-T G.114: up to here delay does not bother most people.
 const UNNOTICED_LATENCY_US: u64 = 150_000;
 
-/// Joined, never disconnected, every expected track live, and of the frames of either kind no more missing or late than `--max-loss` allows.
+/// Joined, never disconnected, every expected track live, and of the frames of either kind no more
+/// missing or late than `--max-loss` allows.
 pub fn is_healthy(participant: &ParticipantOutcome, max_loss_pct: f64) -> bool {
     let kept = is_in(participant) && participant.disconnects == 0;
     kept && kinds(participant).into_iter().all(|(_, quality)| {
@@ -243,7 +246,8 @@ mod tests {
                 (690 - 100 * at, &[said.to_owned()][..])
             );
         }
-        // Concealment is a model's word and latency has no limit of its own: neither makes anybody unhealthy.
+        // Concealment is a model's word and latency has no limit of its own: neither makes anybody
+        // unhealthy.
         assert_eq!(
             ranked
                 .iter()

@@ -1,4 +1,5 @@
-//! What a run's record says once it is over: how much there ought to have been, and how each participant fared.
+//! What a run's record says once it is over: how much there ought to have been, and how each
+//! participant fared.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +12,8 @@ use crate::signal::session::Ended;
 
 const KINDS: [Kind; 2] = [Kind::Audio, Kind::Video];
 
-/// How many tracks there ought to be, and how many went live: a track that came twice, on another SSRC, does not stand for one that never came.
+/// How many tracks there ought to be, and how many went live: a track that came twice, on another
+/// SSRC, does not stand for one that never came.
 ///
 /// `admitted`: so many participants ought to have been in, at one time or another.
 pub(super) fn state_tracks(
@@ -54,7 +56,8 @@ pub(super) fn state_tracks(
     }
 }
 
-/// Tracks that a participant ought to have received: those of the plan, and more where its layout had room for others later.
+/// Tracks that a participant ought to have received: those of the plan, and more where its layout
+/// had room for others later.
 pub(super) fn expected_tracks(
     plan: &Plan,
     lost: &LostPublishers,
@@ -68,7 +71,8 @@ pub(super) fn expected_tracks(
     plan.expected_tracks(participant, kind, lost).max(shown)
 }
 
-/// States how many frames ought to have been timed and how many streams heard, so that those that never came count as worse than everything.
+/// States how many frames ought to have been timed and how many streams heard, so that those that
+/// never came count as worse than everything.
 pub(super) fn expect_frames(record: &mut Record) {
     for media in [&mut record.audio, &mut record.video] {
         // Frames from a host of unknown clock are left out: they did come.
@@ -98,7 +102,8 @@ impl Joins {
     }
 }
 
-/// States how often what happens once for each join, or for each subscription of one who joined, ought to have happened.
+/// States how often what happens once for each join, or for each subscription of one who joined,
+/// ought to have happened.
 pub(super) fn expect_joins(record: &mut Record, joins: &Joins) {
     let (receivers, [audio_tracks, video_tracks]) = (joins.receivers.into(), joins.tracks);
     let session = &mut record.session;
@@ -126,7 +131,8 @@ pub(super) fn expect_joins(record: &mut Record, joins: &Joins) {
     }
 }
 
-/// Tracks and participants are a state, not a flow: a step shows how many there are, not how many came during it.
+/// Tracks and participants are a state, not a flow: a step shows how many there are, not how many
+/// came during it.
 pub(super) fn state_of_all(step: &mut Record, all: &Record) {
     let (from, to) = (&all.session, &mut step.session);
     (
@@ -151,7 +157,8 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
     }
 }
 
-/// What a participant received of one kind of media, over all its connections. Tracks of those who are lost, by index, do not stand for others.
+/// What a participant received of one kind of media, over all its connections. Tracks of those who
+/// are lost, by index, do not stand for others.
 pub fn quality(
     peers: &[&PeerOutcome],
     kind: Kind,

@@ -1,4 +1,5 @@
-//! What a run has learned: counts from the engine, notices from sessions, who ought to be in, and the tiers that are over.
+//! What a run has learned: counts from the engine, notices from sessions, who ought to be in, and
+//! the tiers that are over.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -24,7 +25,8 @@ pub(super) struct Books {
     pub sessions: SessionBook,
     /// Who ought to be in when, and which sources are gone.
     pub presence: Presence,
-    /// How connections fared: those that were there at the end, what the threads have told since they were asked for a survey, and those that were left.
+    /// How connections fared: those that were there at the end, what the threads have told since
+    /// they were asked for a survey, and those that were left.
     pub outcomes: Vec<PeerOutcome>,
     pub surveyed: Vec<PeerOutcome>,
     pub former: Former,
@@ -172,7 +174,8 @@ impl SessionBook {
         }
     }
 
-    /// Why most of those have gone who are: `: the server ended the session: room_deleted (5 participants)`.
+    /// Why most of those have gone who are: `: the server ended the session: room_deleted (5
+    /// participants)`.
     pub fn why_gone(&self) -> String {
         let gone = self
             .failures

@@ -21,8 +21,9 @@ pub struct Clips {
 }
 
 impl Clips {
-    /// Takes a second or so of every thread for each layer; `progress` hears what is being made. Nothing is connected to, so a plan that no clip can fulfil is
-    /// refused before any server hears of it.
+    /// Takes a second or so of every thread for each layer; `progress` hears what is being made.
+    /// Nothing is connected to, so a plan that no clip can fulfil is refused before any server
+    /// hears of it.
     ///
     /// # Errors
     /// The flags that cannot be fulfilled, and what to ask instead.

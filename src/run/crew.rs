@@ -105,8 +105,9 @@ impl Crew {
 }
 
 impl Test<'_> {
-    /// Has so many subscribers be in, and all publishers. Who joins does so at its intended moment, whatever became of the earlier ones; who leaves does so in the
-    /// reverse order. The first one not before `start`, and all of them within `spread`, or at the plan's pace.
+    /// Has so many subscribers be in, and all publishers. Who joins does so at its intended moment,
+    /// whatever became of the earlier ones; who leaves does so in the reverse order. The first
+    /// one not before `start`, and all of them within `spread`, or at the plan's pace.
     pub(super) fn admit(
         &mut self,
         subscribers: Subscribers,
@@ -228,7 +229,8 @@ async fn see_out(epoch: Epoch, exits: Vec<Exit>, mut leave: watch::Receiver<bool
             () = tokio::time::sleep_until(at) => {}
             () = session::leaving(&mut leave) => return,
         }
-        // Nobody listens where the session has ended already: then its shard has to hear that from now on nothing is owed.
+        // Nobody listens where the session has ended already: then its shard has to hear that from
+        // now on nothing is owed.
         if requests.send(Request::Leave).is_err() {
             home.leave();
         }

@@ -1,8 +1,10 @@
-//! The server that a run is played against, as the run sees it: rooms are made ready, participants join, rooms are tidied away.
+//! The server that a run is played against, as the run sees it: rooms are made ready, participants
+//! join, rooms are tidied away.
 //!
-//! A run asks of a driver only what every kind of server has: a way in for participants. Whether there is a key, or a service that makes rooms, is the driver's
-//! own; what could not be done is a note. Another kind of server is another variant of [`Driver`], and what its sessions are told and asked is
-//! [`crate::signal::session::Notice`] and [`crate::signal::session::Request`].
+//! A run asks of a driver only what every kind of server has: a way in for participants. Whether
+//! there is a key, or a service that makes rooms, is the driver's own; what could not be done is a
+//! note. Another kind of server is another variant of [`Driver`], and what its sessions are told
+//! and asked is [`crate::signal::session::Notice`] and [`crate::signal::session::Request`].
 
 use anyhow::{Context, Result};
 
@@ -50,7 +52,8 @@ impl Driver {
         }))
     }
 
-    /// Makes the rooms of the plan, where this server has a service for that and there is a key for it. Else they are made by joining.
+    /// Makes the rooms of the plan, where this server has a service for that and there is a key for
+    /// it. Else they are made by joining.
     ///
     /// # Errors
     /// Where the service refuses, or a signal comes first.

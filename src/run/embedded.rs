@@ -21,7 +21,8 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// Starts the SFU if that is what `run` is to test, and puts its address and a key pair that nobody else knows into `run`.
+    /// Starts the SFU if that is what `run` is to test, and puts its address and a key pair that
+    /// nobody else knows into `run`.
     ///
     /// # Errors
     /// Where this host lets no server start.

@@ -163,7 +163,8 @@ impl Test<'_> {
         self.books.presence.complaints(until, end, what, identity)
     }
 
-    /// The busiest engine thread's share of its core, in a hold of that length that ended when publishers stopped.
+    /// The busiest engine thread's share of its core, in a hold of that length that ended when
+    /// publishers stopped.
     fn busiest_until(&self, hold: Duration) -> f64 {
         self.threads.busiest_of_hold().as_secs_f64() / hold.as_secs_f64().max(0.001)
     }
@@ -288,7 +289,8 @@ fn total(record: Record, participants: u32, end: Time) -> Step {
     }
 }
 
-/// `the server was silent for 1.20 s at second 7`: the generator was awake, so its latencies and losses of that time are the server's.
+/// `the server was silent for 1.20 s at second 7`: the generator was awake, so its latencies and
+/// losses of that time are the server's.
 fn silence_note(stalls: &[Stall]) -> Option<String> {
     let silences: Vec<&Stall> = stalls
         .iter()

@@ -1,5 +1,6 @@
-//! What became of connections that their participants have left for others: folded together as they come, so that a participant that comes back ten
-//! thousand times costs no more than one that did so twice.
+//! What became of connections that their participants have left for others: folded together as they
+//! come, so that a participant that comes back ten thousand times costs no more than one that did
+//! so twice.
 
 use std::collections::BTreeMap;
 

@@ -4,7 +4,8 @@ use tokio::sync::watch;
 
 use crate::report::Verdict;
 
-/// SIGINT and SIGTERM. The first one ends the run, a second one the process, whatever the run is waiting for.
+/// SIGINT and SIGTERM. The first one ends the run, a second one the process, whatever the run is
+/// waiting for.
 pub struct Interrupts {
     first: watch::Receiver<&'static str>,
 }

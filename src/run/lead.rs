@@ -1,8 +1,10 @@
 //! Who leads a run: says what comes next, and hears how it goes.
 //!
-//! A run is a row of stages. Publishers join and publish; then come *tiers*, each of which subscribers join (or leave) until their number is reached, settle, and
-//! are held; then publishers stop, what is under way arrives, accounts are closed and everybody leaves. The run does all this; which tier comes when, and
-//! what has to be waited for before publishers stop, is the lead's to say: of one run by itself that is [`Alone`].
+//! A run is a row of stages. Publishers join and publish; then come *tiers*, each of which
+//! subscribers join (or leave) until their number is reached, settle, and are held; then publishers
+//! stop, what is under way arrives, accounts are closed and everybody leaves. The run does all
+//! this; which tier comes when, and what has to be waited for before publishers stop, is the lead's
+//! to say: of one run by itself that is [`Alone`].
 
 use std::future::{Future, ready};
 use std::time::Duration;
@@ -17,39 +19,47 @@ use crate::units::{Epoch, Time};
 
 /// Leads a run.
 ///
-/// Every method that waits is dropped and called again, many times a second, until it is ready: media flows meanwhile, rows of the series are closed, and a signal
-/// ends the wait. So what it has learnt must be kept in `self`, and nothing may be lost where it is dropped between two awaits.
+/// Every method that waits is dropped and called again, many times a second, until it is ready:
+/// media flows meanwhile, rows of the series are closed, and a signal ends the wait. So what it has
+/// learnt must be kept in `self`, and nothing may be lost where it is dropped between two awaits.
 pub trait Lead: Send {
-    /// Whether [`Lead::next`] is asked for the first tier only when every publisher of this host is in, or has failed. Otherwise all join in one row.
+    /// Whether [`Lead::next`] is asked for the first tier only when every publisher of this host is
+    /// in, or has failed. Otherwise all join in one row.
     fn waits_for_publishers(&self) -> bool {
         true
     }
 
-    /// What comes next, given the tiers that are over. It may take its time: then those who are in stay as they are.
+    /// What comes next, given the tiers that are over. It may take its time: then those who are in
+    /// stay as they are.
     fn next(&mut self, tiers: &[FinishedTier]) -> impl Future<Output = LeadStep>;
 
-    /// Ready when the publishers of this host may stop: others may still be measuring what they send. Not asked where the run ends before its time.
+    /// Ready when the publishers of this host may stop: others may still be measuring what they
+    /// send. Not asked where the run ends before its time.
     fn before_stop(&mut self) -> impl Future<Output = ()> {
         ready(())
     }
 
-    /// Publishers have stopped, and what was under way has arrived or is lost. Ready when the accounts may be closed. `roster` has how many frames each publisher
-    /// of this host has sent, for good. After a signal the run waits only so long.
+    /// Publishers have stopped, and what was under way has arrived or is lost. Ready when the
+    /// accounts may be closed. `roster` has how many frames each publisher of this host has
+    /// sent, for good. After a signal the run waits only so long.
     fn before_account(&mut self, _roster: &Roster) -> impl Future<Output = ()> {
         ready(())
     }
 
-    /// Whether the tier under way, which has been held for as long as was planned, may end. Asked again a second later.
+    /// Whether the tier under way, which has been held for as long as was planned, may end. Asked
+    /// again a second later.
     fn is_settled(&mut self, _seen: &Observation<'_>) -> bool {
         true
     }
 
-    /// Why the run is to end at once, in the middle of whatever it does; it is then PARTIAL, and what was measured is reported. Looked at many times a second.
+    /// Why the run is to end at once, in the middle of whatever it does; it is then PARTIAL, and
+    /// what was measured is reported. Looked at many times a second.
     fn abort(&mut self) -> Option<String> {
         None
     }
 
-    /// Hosts that play a part in the plan and went missing: their publishers are expected by nobody any more.
+    /// Hosts that play a part in the plan and went missing: their publishers are expected by nobody
+    /// any more.
     fn missing(&self) -> Vec<u32> {
         Vec::new()
     }
@@ -59,7 +69,8 @@ pub trait Lead: Send {
         Epoch::read()
     }
 
-    /// How it goes: once a second, at each change of stage, and for the last time when the accounts are closed.
+    /// How it goes: once a second, at each change of stage, and for the last time when the accounts
+    /// are closed.
     fn observe(&mut self, _seen: &Observation<'_>) {}
 }
 
@@ -76,9 +87,11 @@ pub enum LeadStep {
 pub struct TierPlan {
     /// As the report names it.
     pub name: String,
-    /// How many are in: those who join first. Fewer than before: the others leave, in the reverse order.
+    /// How many are in: those who join first. Fewer than before: the others leave, in the reverse
+    /// order.
     pub subscribers: Subscribers,
-    /// When the first of them is to join, or to leave; `None`: now, or when the joins under way are through.
+    /// When the first of them is to join, or to leave; `None`: now, or when the joins under way
+    /// are through.
     pub start: Option<Time>,
     /// Its joins, or leaves, are spread over this; `None`: they go at the plan's rate.
     pub spread: Option<Duration>,
@@ -86,11 +99,14 @@ pub struct TierPlan {
     pub warmup: Duration,
     /// How long it is measured.
     pub hold: Duration,
-    /// Whether those who stay while others leave are to be left in peace: none of them may be lost, or freeze more than before.
+    /// Whether those who stay while others leave are to be left in peace: none of them may be
+    /// lost, or freeze more than before.
     pub watches_stayers: bool,
-    /// Whether thresholds are looked at while it is held: those that end the run, and those of windows.
+    /// Whether thresholds are looked at while it is held: those that end the run, and those of
+    /// windows.
     pub watches_thresholds: bool,
-    /// The run is this tier and nothing else. Then its account is closed with the run's, and what arrives after publishers have stopped is in it.
+    /// The run is this tier and nothing else. Then its account is closed with the run's, and what
+    /// arrives after publishers have stopped is in it.
     pub is_whole: bool,
 }
 
@@ -108,7 +124,8 @@ impl TierPlan {
 #[derive(Clone)]
 pub struct FinishedTier {
     pub plan: TierPlan,
-    /// When its first join, or leave, was begun; behind [`TierPlan::start`] by what this host was late.
+    /// When its first join, or leave, was begun; behind [`TierPlan::start`] by what this host was
+    /// late.
     pub began_at: Time,
     pub held_from: Time,
     pub held_until: Time,
@@ -142,14 +159,16 @@ pub struct Observation<'a> {
     pub now: Time,
     pub epoch: Epoch,
     pub stage: RunStage,
-    /// Whether everybody who ought to be in by now is, or has failed, and nobody is on the way out.
+    /// Whether everybody who ought to be in by now is, or has failed, and nobody is on the way
+    /// out.
     pub is_settled: bool,
     /// Who ought to be in, and who is.
     pub participants: u32,
     pub present: u32,
     /// The threshold that ends the run now, as failed.
     pub broken: Option<&'a str>,
-    /// All of the run so far, brought up to date at changes of stage, and at most a second old else.
+    /// All of the run so far, brought up to date at changes of stage, and at most a second old
+    /// else.
     pub record: &'a Record,
     /// The tier under way, until it is over.
     pub tier: Option<TierSeen<'a>>,
@@ -174,8 +193,8 @@ pub struct TierSeen<'a> {
 }
 
 impl TierSeen<'_> {
-    /// What counts for this tier so far, as far as it is: differences of all histograms, so not for free. Tracks and participants are only in the step. `None` before
-    /// its hold.
+    /// What counts for this tier so far, as far as it is: differences of all histograms, so not for
+    /// free. Tracks and participants are only in the step. `None` before its hold.
     pub fn record(&self) -> Option<Record> {
         self.between(self.held?, self.now)
     }

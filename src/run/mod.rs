@@ -1,6 +1,8 @@
-//! One load test from start to finish: media, rooms, workers, joins, tiers, drain, and the account of it.
+//! One load test from start to finish: media, rooms, workers, joins, tiers, drain, and the account
+//! of it.
 //!
-//! Everything measured flows into one cumulative [`Record`]; whatever ends the run early, what was measured until then is reported.
+//! Everything measured flows into one cumulative [`Record`]; whatever ends the run early, what was
+//! measured until then is reported.
 
 pub mod account;
 mod books;
@@ -87,8 +89,8 @@ pub async fn run(
     Ok(outcome)
 }
 
-/// Runs the plan against its LiveKit server as `lead` wants it, with the media that [`Clips::generate`] made of it. `progress` hears how it goes, twice a
-/// second.
+/// Runs the plan against its LiveKit server as `lead` wants it, with the media that
+/// [`Clips::generate`] made of it. `progress` hears how it goes, twice a second.
 ///
 /// # Errors
 /// What kept the run from starting; once it has started there is an outcome.
@@ -121,7 +123,8 @@ pub async fn run_led(
     })
 }
 
-/// As [`run_led`], in rooms that others make and delete, and with signals that somebody heard before. Who leads the hosts reads the server's pages.
+/// As [`run_led`], in rooms that others make and delete, and with signals that somebody heard
+/// before. Who leads the hosts reads the server's pages.
 ///
 /// # Errors
 /// As [`run_led`].
@@ -169,7 +172,8 @@ async fn test<L: Lead, P: FnMut(&ProgressSnapshot)>(
     Ok(test.finish(run, server))
 }
 
-/// Settles [`ConnectionMode::Auto`] by what the server has. Asked once, so that all participants do the same.
+/// Settles [`ConnectionMode::Auto`] by what the server has. Asked once, so that all participants do
+/// the same.
 pub async fn settle_connection(plan: &mut Plan) {
     if plan.connection != ConnectionMode::Auto {
         return;
@@ -186,7 +190,8 @@ pub async fn settle_connection(plan: &mut Plan) {
     plan.settle_connection(connection, reason);
 }
 
-/// Only a join tells a server's version. A single connection that nobody asked for is given up where the server is too old for it.
+/// Only a join tells a server's version. A single connection that nobody asked for is given up
+/// where the server is too old for it.
 async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, access: &JoinAccess) {
     if plan.connection != ConnectionMode::Single
         || plan.connection_reason.is_none()
@@ -349,7 +354,8 @@ impl<'a> Test<'a> {
         self.books.notes.extend(faults);
     }
 
-    /// The threads are gone, and with them the taps: what they copied is in files now or on its way.
+    /// The threads are gone, and with them the taps: what they copied is in files now or on its
+    /// way.
     fn finish_recording(&mut self) {
         if let Some(recorder) = self.recorder.take() {
             self.books.notes.extend(recorder.finish());
@@ -363,7 +369,8 @@ impl<'a> Test<'a> {
         while let Ok(Some(notice)) =
             tokio::time::timeout_at(deadline, self.crew.notices.recv()).await
         {
-            // Who was still on its way back says so now; what else happens to those who are leaving is no news.
+            // Who was still on its way back says so now; what else happens to those who are leaving
+            // is no news.
             if matches!(notice, Notice::Ended(_) | Notice::Disconnected { .. }) {
                 self.take_notice(notice);
             }

@@ -143,8 +143,9 @@ impl Observer {
         self.floor.so_far()
     }
 
-    /// Why the generator was the limit in a part of the run that ends now. `counted` is what the engine counted in it, `floor_before` is of its beginning, and
-    /// `busiest_worker` a share of a core.
+    /// Why the generator was the limit in a part of the run that ends now. `counted` is what the
+    /// engine counted in it, `floor_before` is of its beginning, and `busiest_worker` a share
+    /// of a core.
     pub fn reasons_between(
         &mut self,
         from: Time,
@@ -226,7 +227,8 @@ impl Observer {
     }
 }
 
-/// CPU time of this process without the embedded SFU's threads. The floor thread and `main` are part of what a run costs.
+/// CPU time of this process without the embedded SFU's threads. The floor thread and `main` are
+/// part of what a run costs.
 pub(super) fn generator_cpu() -> Option<Duration> {
     let sfu = net::threads_cpu(sfu::THREAD_PREFIX)?;
     Some(net::process_cpu().saturating_sub(sfu))

@@ -1,7 +1,9 @@
-//! Who is intended to be there, and which planned sources are gone: what the account of a run reads besides what was counted.
+//! Who is intended to be there, and which planned sources are gone: what the account of a run reads
+//! besides what was counted.
 //!
-//! The stages of a run write what they decide into the book of schedules. What happens otherwise changes no schedule: a participant that was thrown out keeps
-//! what it owes and what it is owed. A source that is gone before its schedule ends it is a reason to fail, and is named.
+//! The stages of a run write what they decide into the book of schedules. What happens otherwise
+//! changes no schedule: a participant that was thrown out keeps what it owes and what it is owed. A
+//! source that is gone before its schedule ends it is a reason to fail, and is named.
 
 use std::collections::BTreeSet;
 
@@ -32,7 +34,8 @@ struct GoneSource {
 }
 
 impl Presence {
-    /// A participant is to join, or to come back, and sends from then on what the plan has it publish.
+    /// A participant is to join, or to come back, and sends from then on what the plan has it
+    /// publish.
     pub fn invite(&mut self, participant: &ParticipantPlan, at: Time) {
         let index = participant.index;
         self.due.insert(index);
@@ -132,8 +135,8 @@ impl Presence {
         gone.next().map(|gone| gone.story.as_str())
     }
 
-    /// Why a stretch of the run that was planned to last until `end` fails: sources that were gone when it ended, at `until`. `what` names what ended them by
-    /// plan: `the plan`, `the tier`.
+    /// Why a stretch of the run that was planned to last until `end` fails: sources that were gone
+    /// when it ended, at `until`. `what` names what ended them by plan: `the plan`, `the tier`.
     pub fn complaints(
         &self,
         until: Time,

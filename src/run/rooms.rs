@@ -1,7 +1,9 @@
-//! The rooms of a run: made before it where they are missing, deleted after it where they are ours alone.
+//! The rooms of a run: made before it where they are missing, deleted after it where they are ours
+//! alone.
 //!
-//! A room is ours where the answer to our own CreateRoom says that it was made then: the list of rooms can be seconds behind, and names are not unique. Where
-//! there is doubt it stays, and closes by itself when it is empty.
+//! A room is ours where the answer to our own CreateRoom says that it was made then: the list of
+//! rooms can be seconds behind, and names are not unique. Where there is doubt it stays, and closes
+//! by itself when it is empty.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -27,7 +29,8 @@ pub(crate) struct Rooms {
 /// A room that this run made, or may have made.
 struct MadeRoom {
     name: String,
-    /// What the server called it. `None` where it has not answered, or somebody else of this run made it.
+    /// What the server called it. `None` where it has not answered, or somebody else of this run
+    /// made it.
     sid: Option<String>,
 }
 
@@ -39,7 +42,8 @@ enum Making {
 }
 
 impl Rooms {
-    /// Makes those that are not there yet; all of them or, on an error or a signal, none. Where the service is hidden, none are made: joining makes them.
+    /// Makes those that are not there yet; all of them or, on an error or a signal, none. Where the
+    /// service is hidden, none are made: joining makes them.
     pub(crate) async fn create(
         plan: &Plan,
         endpoint: &Endpoint,
@@ -115,7 +119,8 @@ impl Rooms {
             ));
         }
         for room in ours {
-            // How many are in it is not known here: the server's list of rooms is some seconds behind.
+            // How many are in it is not known here: the server's list of rooms is some seconds
+            // behind.
             self.note_foreign(&room.name);
         }
         // By the server's clock, where it tells the time.
@@ -138,7 +143,8 @@ impl Rooms {
         name: String,
         before: Duration,
     ) -> Result<Option<RoomError>> {
-        // Before the call: one that is given up half-way may have made the room. A name that somebody chose may be somebody else's room, though.
+        // Before the call: one that is given up half-way may have made the room. A name that
+        // somebody chose may be somebody else's room, though.
         let is_unique = plan.scenario.rooms.name.is_none();
         if is_unique {
             self.made.push(MadeRoom {
@@ -175,7 +181,8 @@ impl Rooms {
         ));
     }
 
-    /// Deletes what we made, and says what stays behind. A room that is gone already is nothing to tell.
+    /// Deletes what we made, and says what stays behind. A room that is gone already is nothing to
+    /// tell.
     pub(crate) async fn delete(&self, plan: &Plan) -> Vec<String> {
         let mut notes = Vec::new();
         for (done, room) in self.made.iter().enumerate() {
@@ -234,8 +241,9 @@ enum RoomFate {
     Another,
 }
 
-/// Whether CreateRoom has made this room, or found it: one that is older than `before`, when it was not asked for yet, or has people in it, was there. Both times
-/// have whole seconds. A server that does not say when it was made is believed.
+/// Whether CreateRoom has made this room, or found it: one that is older than `before`, when it was
+/// not asked for yet, or has people in it, was there. Both times have whole seconds. A server that
+/// does not say when it was made is believed.
 fn is_just_made(room: &proto::Room, before: Duration) -> bool {
     let made_at = u64::try_from(room.creation_time).unwrap_or(0);
     room.num_participants == 0 && (made_at == 0 || made_at >= before.as_secs())

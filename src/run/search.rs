@@ -1,4 +1,5 @@
-//! A run that looks for the most subscribers with which it passes: the search says which point comes next, and each is held until its verdict is settled.
+//! A run that looks for the most subscribers with which it passes: the search says which point
+//! comes next, and each is held until its verdict is settled.
 
 use std::time::Duration;
 
@@ -8,7 +9,8 @@ use crate::measure::Record;
 use crate::plan::{Plan, Subscribers};
 use crate::report::{Capacity, CapacityPoint, Judging, Verdict, judge};
 
-/// A point is held once, twice or four times as long as was asked for: where its halves contradict each other even then, it is neither here nor there.
+/// A point is held once, twice or four times as long as was asked for: where its halves contradict
+/// each other even then, it is neither here nor there.
 const DOUBLINGS_MAX: u32 = 2;
 
 pub struct RunSearch {

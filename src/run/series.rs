@@ -129,7 +129,8 @@ impl Test<'_> {
     }
 }
 
-/// Packets that were lost since the row before. Where more of those that were thought lost have come after all, none.
+/// Packets that were lost since the row before. Where more of those that were thought lost have
+/// come after all, none.
 fn lost_more(counted: &measure::Media) -> u64 {
     // Sums of differences wrap: see `Record::merge`.
     u64::try_from(counted.packets_lost as i64).unwrap_or(0)

@@ -6,7 +6,8 @@ use super::Test;
 use crate::server_metrics::{Account, NamedStretch, PageWatch};
 use crate::units::Time;
 
-/// How long after each second's start the page is read, so that it is there when the second's row is closed.
+/// How long after each second's start the page is read, so that it is there when the second's row
+/// is closed.
 const READ_AT: Duration = Duration::from_millis(500);
 
 impl Test<'_> {

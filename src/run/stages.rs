@@ -199,7 +199,8 @@ impl Test<'_> {
         let joined = self
             .wait(around, |test| is_gathered(test).then_some(Until::Done))
             .await;
-        // Where nobody got in there is nothing to hold: the joins have failed, and that is the result.
+        // Where nobody got in there is nothing to hold: the joins have failed, and that is the
+        // result.
         if !self.goes_on(joined, "while participants were joining")
             || self.books.presence.due_count() > 0 && self.books.sessions.joined == 0
         {
@@ -300,12 +301,14 @@ impl Test<'_> {
         }
     }
 
-    /// The tier under way is over: what it came to, once what was under way has had its time, is a step of the report. False where that wait was cut short.
+    /// The tier under way is over: what it came to, once what was under way has had its time, is a
+    /// step of the report. False where that wait was cut short.
     async fn close_tier<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
     ) -> bool {
-        // Before the survey, which brings what is expected up to date: beside a look of before it, the last second would seem lost.
+        // Before the survey, which brings what is expected up to date: beside a look of before it,
+        // the last second would seem lost.
         self.watch(self.epoch.now());
         let end = self.survey().await;
         let at = self.epoch.now();
@@ -549,7 +552,8 @@ impl Test<'_> {
         }
     }
 
-    /// The same until the lead has an answer. It is asked anew at each beat, because it hears how things go meanwhile.
+    /// The same until the lead has an answer. It is asked anew at each beat, because it hears how
+    /// things go meanwhile.
     async fn ask<L: Lead, P: FnMut(&ProgressSnapshot), T>(
         &mut self,
         around: &mut Around<'_, L, P>,
@@ -689,7 +693,8 @@ impl Test<'_> {
     }
 }
 
-/// Reports and notices wait for the beat: woken by each of them, this thread and those that tell them would do little else while a thousand a second join.
+/// Reports and notices wait for the beat: woken by each of them, this thread and those that tell
+/// them would do little else while a thousand a second join.
 fn beat() -> tokio::time::Interval {
     let mut beat = tokio::time::interval(BEAT);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

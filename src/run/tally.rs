@@ -1,8 +1,10 @@
-//! The account of one tier: what counts for it, who fared well in it, and whether those who stayed were left in peace.
+//! The account of one tier: what counts for it, who fared well in it, and whether those who stayed
+//! were left in peace.
 //!
-//! A tier's figures are differences of the run's, between its hold's beginning and its end. Frames are told apart by when they were made, not by when they
-//! came: what was under way at the end has until [`GRACE`] later to arrive, as it has at the end of a run, and what was under way at the beginning belongs to
-//! what was before.
+//! A tier's figures are differences of the run's, between its hold's beginning and its end. Frames
+//! are told apart by when they were made, not by when they came: what was under way at the end has
+//! until [`GRACE`] later to arrive, as it has at the end of a run, and what was under way at the
+//! beginning belongs to what was before.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -64,7 +66,8 @@ impl Survey {
             let fares = |kind| {
                 let expected = plan.expected_tracks(&participant, kind, lost);
                 MediaQuality {
-                    // Where a layout has room for a part of them, others than at first may have come, too.
+                    // Where a layout has room for a part of them, others than at first may have
+                    // come, too.
                     tracks_live: quality(&here, kind, expected, is_lost)
                         .tracks_live
                         .min(expected.into()),
@@ -121,13 +124,15 @@ pub(super) struct Tally<'a> {
     pub joins: Joins,
     /// The run's record when the tier began, when its hold did, and at its end.
     pub records: [&'a Record; 3],
-    /// At the beginning of the hold, at its end, and when what was under way then had had its time.
+    /// At the beginning of the hold, at its end, and when what was under way then had had its
+    /// time.
     pub surveys: [&'a Survey; 3],
 }
 
 impl Tally<'_> {
-    /// What happens once to a participant or to a subscription (joining, its first frame, its loss) counts from the tier's beginning, when the first one was to join
-    /// or to leave; everything else from the hold on.
+    /// What happens once to a participant or to a subscription (joining, its first frame, its loss)
+    /// counts from the tier's beginning, when the first one was to join or to leave; everything
+    /// else from the hold on.
     pub fn record(&self) -> Record {
         let [began, held, end] = self.records;
         let mut tier = differences(began, held, end);
@@ -156,7 +161,8 @@ impl Tally<'_> {
         tier
     }
 
-    /// What came of what was under way at the end, less what came of what was under way at the beginning.
+    /// What came of what was under way at the end, less what came of what was under way at the
+    /// beginning.
     fn overdue(&self) -> [i64; 2] {
         let [_, end, after] = self.surveys;
         [0, 1].map(|kind| after.overdue[kind] as i64 - end.overdue[kind] as i64)
@@ -221,7 +227,8 @@ pub(super) fn so_far(
 }
 
 fn expect_frames_of(media: &mut Media) {
-    // Those that came may have been under way before: only what is missing is known to be of this tier.
+    // Those that came may have been under way before: only what is missing is known to be of this
+    // tier.
     let missing = media.frames_expected.saturating_sub(media.frames_delivered);
     media
         .one_way_latency
@@ -284,7 +291,8 @@ impl Stay {
         }
     }
 
-    /// Why they were not left in peace. None of them may be lost; and none may freeze, where as many did in as much time before, that is no reason.
+    /// Why they were not left in peace. None of them may be lost; and none may freeze, where as
+    /// many did in as much time before, that is no reason.
     pub fn complaints(&self, lost: &BTreeSet<u32>, end: &Survey, until: Time) -> Vec<String> {
         let mut complaints = Vec::new();
         let lost = end
@@ -440,7 +448,8 @@ mod tests {
         assert_eq!(tally.record().session.participants_healthy, 1);
     }
 
-    /// Ten stay of twenty, who froze `before` times each in the ten seconds before and `during` times in the twenty seconds in which the others left.
+    /// Ten stay of twenty, who froze `before` times each in the ten seconds before and `during`
+    /// times in the twenty seconds in which the others left.
     fn complaints(before: u64, during: u64, lost: &[u32]) -> Vec<String> {
         let (start, end) = (survey(20, 1, 0, 0, 0), survey(20, 1 + before, 0, 0, 0));
         let stay = Stay::begin(

@@ -28,7 +28,8 @@ struct EngineThread {
     handle: Option<JoinHandle<std::io::Result<()>>>,
     cpu: Duration,
     cpu_at_hold: Duration,
-    /// When publishers stopped: what the threads do in the drain is not the load that they are judged by.
+    /// When publishers stopped: what the threads do in the drain is not the load that they are
+    /// judged by.
     cpu_at_stop: Duration,
     /// Reports that we asked for.
     answers: u64,
@@ -67,7 +68,8 @@ impl EngineThreads {
             let (spare_records, spare_receiver) = channel();
             let config = ShardWorkerConfig {
                 index,
-                // Pinned only where there are cores to spare: beside a server on the same few cores the scheduler knows better.
+                // Pinned only where there are cores to spare: beside a server on the same few cores
+                // the scheduler knows better.
                 cpu: (cpus.len() > 2 * parts.len()).then(|| cpus[index % cpus.len()]),
                 capacity: part.len() * PEERS_PER_PARTICIPANT,
                 shard: shard.clone(),
@@ -176,7 +178,8 @@ impl EngineThreads {
         let _ = self.all[worker].spare_records.send(record);
     }
 
-    /// Ends those that have given their last account, and says what was wrong with them. One that has not is left behind.
+    /// Ends those that have given their last account, and says what was wrong with them. One that
+    /// has not is left behind.
     pub fn join(&mut self) -> Vec<String> {
         let ended = self.all.iter_mut().enumerate();
         let ended = ended.filter(|(_, thread)| thread.ended);

@@ -1,7 +1,9 @@
-//! What one node said over the time, and what lies between two moments of it. No clock and no socket: readings come in with their time.
+//! What one node said over the time, and what lies between two moments of it. No clock and no
+//! socket: readings come in with their time.
 //!
-//! Counters are kept as what was counted since the first reading. One that falls has begun anew (its process was started again), so what it says then is what came
-//! since; what came between the last reading before that and the restart is lost, a second of it at most.
+//! Counters are kept as what was counted since the first reading. One that falls has begun anew
+//! (its process was started again), so what it says then is what came since; what came between the
+//! last reading before that and the restart is lost, a second of it at most.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +13,8 @@ use super::page::{Bracket, Buckets, Counter, Counters, Gauges, MetricsPage};
 const NEAR: Duration = Duration::from_secs(2);
 /// Gaps that are kept by name; a page that comes and goes has no end of them.
 const GAPS_MAX: usize = 100;
-/// How far the start of a process may move while it is the same: it is worked out from clocks that are set meanwhile.
+/// How far the start of a process may move while it is the same: it is worked out from clocks that
+/// are set meanwhile.
 const START_STEADY_SECONDS: f64 = 1.5;
 
 #[derive(Debug, Default)]
@@ -74,7 +77,8 @@ pub struct Cost {
     pub forwarding: Option<Forwarding>,
 }
 
-/// CPU beside what was forwarded with it. LiveKit's counters lie behind, so this is a part of the stretch in which they hold what was forwarded in it.
+/// CPU beside what was forwarded with it. LiveKit's counters lie behind, so this is a part of the
+/// stretch in which they hold what was forwarded in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Forwarding {
     pub seconds: f64,
@@ -175,7 +179,8 @@ impl NodeBook {
         Some(cost)
     }
 
-    /// What all of it cost, from the first reading to the last; `None` where the node could not be read at the end.
+    /// What all of it cost, from the first reading to the last; `None` where the node could not be
+    /// read at the end.
     pub fn whole(&self) -> Option<Cost> {
         let last = self
             .points
@@ -187,8 +192,9 @@ impl NodeBook {
         Some(cost)
     }
 
-    /// Whether it holds all that was forwarded until `left`, when everybody had left: it was read since, or asked in vain; where counters lag, it was read twice and
-    /// told nothing new of media.
+    /// Whether it holds all that was forwarded until `left`, when everybody had left: it was read
+    /// since, or asked in vain; where counters lag, it was read twice and told nothing new of
+    /// media.
     pub fn is_complete(&self, left: Instant) -> bool {
         let since = self
             .points
@@ -275,8 +281,9 @@ impl NodeBook {
         point.saturating_duration_since(at) + at.saturating_duration_since(point)
     }
 
-    /// Where to begin so that what was counted until `last` was forwarded since: behind `from` by as much as counters lag, give or take a second, and a whole number
-    /// of that before `last`, because each of them moves once in that time.
+    /// Where to begin so that what was counted until `last` was forwarded since: behind `from` by
+    /// as much as counters lag, give or take a second, and a whole number of that before
+    /// `last`, because each of them moves once in that time.
     fn settled(&self, from: Instant, last: usize) -> Option<usize> {
         const GIVE_OR_TAKE: Duration = Duration::from_secs(1);
         let (lag, end) = (self.lag(), self.points[last].at);
@@ -342,7 +349,8 @@ impl NodeBook {
 }
 
 impl PageReading {
-    /// What `page` has counted since `said` comes on top; all that it has counted, where the server began anew in between.
+    /// What `page` has counted since `said` comes on top; all that it has counted, where the server
+    /// began anew in between.
     fn counted_with(&self, said: &MetricsPage, page: &MetricsPage, restarted: bool) -> Counters {
         let mut counted = self.counted;
         for counter in Counter::ALL {
@@ -660,7 +668,8 @@ mod tests {
     #[test]
     fn counters_that_lag_are_compared_with_the_cpu_of_their_own_time() {
         let (clock, mut book) = (Clock::start(), NodeBook::default());
-        // Media begins at second 10 and costs half a core; 1,000 packets a second are told each 5 s, two seconds after the fives.
+        // Media begins at second 10 and costs half a core; 1,000 packets a second are told each 5
+        // s, two seconds after the fives.
         for second in 0..=30 {
             let told = f64::from((second - 12_i32).div_euclid(5).max(0)) * 5_000.0;
             let cpu = f64::from((second - 10).max(0)) * 0.5;

@@ -1,7 +1,7 @@
 //! Prometheus' text format, version 0.0.4: a page in, its samples out.
 //!
-//! Strict: a line that is neither a sample, a comment nor empty makes the page unreadable, because what else it says may be as wrong. Nothing is copied but
-//! label values with escapes in them.
+//! Strict: a line that is neither a sample, a comment nor empty makes the page unreadable, because
+//! what else it says may be as wrong. Nothing is copied but label values with escapes in them.
 
 use std::borrow::Cow;
 
@@ -106,7 +106,8 @@ fn labels(inside: &str) -> Result<(Labels<'_>, &str), &'static str> {
 
 type Pair<'a> = (&'a str, &'a str);
 
-/// The next `name="value"`, and what follows it and its comma; no pair but what follows the closing brace where that comes.
+/// The next `name="value"`, and what follows it and its comma; no pair but what follows the closing
+/// brace where that comes.
 fn next_pair(text: &str) -> Result<(Option<Pair<'_>>, &str), &'static str> {
     let text = text.trim_start_matches(BLANK);
     if let Some(after) = text.strip_prefix('}') {

@@ -1,7 +1,10 @@
-//! The server's own figures: its Prometheus pages, read once a second beside our series, and what the load cost it.
+//! The server's own figures: its Prometheus pages, read once a second beside our series, and what
+//! the load cost it.
 //!
-//! [`exposition`] reads the text, [`page`] knows the names, [`book`] keeps what one node said and works out what lies between two moments. None of them has a socket or
-//! a clock; [`PageWatch`] has both. Whoever leads a test reads the pages: a run for itself, a coordinator for all its probers, which read none.
+//! [`exposition`] reads the text, [`page`] knows the names, [`book`] keeps what one node said and
+//! works out what lies between two moments. None of them has a socket or a clock; [`PageWatch`] has
+//! both. Whoever leads a test reads the pages: a run for itself, a coordinator for all its probers,
+//! which read none.
 
 pub mod book;
 pub mod exposition;
@@ -17,7 +20,8 @@ use url::Url;
 pub use book::{Cost, NodeRow};
 pub use watch::{PageWatch, UnwatchablePages};
 
-/// Where a node has its page. A user name and password in it, and its query, are for the server alone and never shown.
+/// Where a node has its page. A user name and password in it, and its query, are for the server
+/// alone and never shown.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PageUrl(Url);
 

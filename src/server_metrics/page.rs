@@ -1,12 +1,15 @@
-//! One reading of a server's page: the names that LiveKit and the embedded SFU give to what we want to know.
+//! One reading of a server's page: the names that LiveKit and the embedded SFU give to what we want
+//! to know.
 //!
-//! `None` is what a page does not say. A counter that cannot be one (negative, no number) makes the page unreadable.
+//! `None` is what a page does not say. A counter that cannot be one (negative, no number) makes the
+//! page unreadable.
 
 use std::time::Duration;
 
 use super::exposition::{self, Labels, MalformedLine, MetricSample};
 
-/// LiveKit brings a track's packets, bytes and requests up to date each 5 s, and when the track ends.
+/// LiveKit brings a track's packets, bytes and requests up to date each 5 s, and when the track
+/// ends.
 const LIVEKIT_LAG: Duration = Duration::from_secs(5);
 /// A histogram with more is none of LiveKit's, which has eleven.
 const BUCKETS_MAX: usize = 64;
@@ -127,7 +130,8 @@ impl std::ops::IndexMut<Counter> for Counters {
     }
 }
 
-/// A Prometheus histogram: how many values were at most so large, for each of some bounds, the last of which is infinite.
+/// A Prometheus histogram: how many values were at most so large, for each of some bounds, the last
+/// of which is infinite.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Buckets {
     /// Bound and count, by bound.
@@ -194,7 +198,8 @@ impl MetricsPage {
             if sample.name != family {
                 continue;
             }
-            // A page names a metric with those labels that have been counted: where the others stand, this one is 0.
+            // A page names a metric with those labels that have been counted: where the others
+            // stand, this one is 0.
             let counted = self.counters[counter].get_or_insert(0.0);
             if sample.labels.have(labels) {
                 *counted += sample.value;
@@ -254,7 +259,8 @@ fn bound(labels: &Labels<'_>) -> f64 {
 }
 
 impl Buckets {
-    /// `None` where the counts fall from one bound to the next, a bound comes twice, or the infinite one is missing.
+    /// `None` where the counts fall from one bound to the next, a bound comes twice, or the
+    /// infinite one is missing.
     fn new(mut at_most: Vec<(f64, f64)>, sum: f64) -> Option<Buckets> {
         at_most.sort_by(|a, b| a.0.total_cmp(&b.0));
         let rise = at_most
@@ -304,7 +310,8 @@ impl Buckets {
             .flatten()
     }
 
-    /// The bucket in which the value lies that `share` of all do not exceed. `None` where there are none.
+    /// The bucket in which the value lies that `share` of all do not exceed. `None` where there are
+    /// none.
     pub fn quantile(&self, share: f64) -> Option<Bracket> {
         let rank = (share * self.count()).ceil().max(1.0);
         let at = self.at_most.iter().position(|(_, count)| *count >= rank)?;

@@ -128,7 +128,8 @@ impl PageWatch {
             .collect()
     }
 
-    /// Reads on, at `first` and each second from then on. Needs the runtime of tokio that it is called in.
+    /// Reads on, at `first` and each second from then on. Needs the runtime of tokio that it is
+    /// called in.
     pub fn go_on(&mut self, first: Instant) {
         for (node, watched) in self.nodes.iter().enumerate() {
             let (client, url, tell, interval) = (
@@ -151,7 +152,8 @@ impl PageWatch {
         }
     }
 
-    /// A row of the series: what each node said since the last one, in the order in which they were named.
+    /// A row of the series: what each node said since the last one, in the order in which they were
+    /// named.
     pub fn rows(&mut self) -> Vec<Option<NodeRow>> {
         while let Ok(heard) = self.heard.try_recv() {
             self.note(heard);
@@ -159,7 +161,8 @@ impl PageWatch {
         self.nodes.iter_mut().map(|node| node.book.row()).collect()
     }
 
-    /// Reads until the counters hold all that was forwarded, which they do when everybody has left, or as long as they may lag; then ends.
+    /// Reads until the counters hold all that was forwarded, which they do when everybody has left,
+    /// or as long as they may lag; then ends.
     pub async fn finish(mut self, start: Instant, stretches: &[NamedStretch]) -> Account {
         let left = Instant::now();
         let lag = self

@@ -1,7 +1,9 @@
-//! A limit that a test gives the SFU, to see whether it is found: beyond so many media packets a second the outlet drops them, as an overloaded server does.
+//! A limit that a test gives the SFU, to see whether it is found: beyond so many media packets a
+//! second the outlet drops them, as an overloaded server does.
 //!
-//! A token bucket. What is above its rate is lost, whatever is sent again. From second to second the rate wanders, as that of a server does whose host is shared: near the
-//! edge one run passes and the next one fails.
+//! A token bucket. What is above its rate is lost, whatever is sent again. From second to second
+//! the rate wanders, as that of a server does whose host is shared: near the edge one run passes
+//! and the next one fails.
 
 use std::time::Duration;
 
@@ -48,7 +50,8 @@ impl Bottleneck {
         self.refilled_at = now;
     }
 
-    /// Whether a burst of `packets`, of which `first` is the first, leaves. What is not media always does.
+    /// Whether a burst of `packets`, of which `first` is the first, leaves. What is not media
+    /// always does.
     pub fn admits(&mut self, first: &[u8], packets: usize) -> bool {
         if !matches!(rtp::classify(first), rtp::Datagram::Rtp) {
             return true;

@@ -1,6 +1,8 @@
-//! The latest packets of one published encoding, opened: what subscribers get is written from here, and so is what they ask for again.
+//! The latest packets of one published encoding, opened: what subscribers get is written from here,
+//! and so is what they ask for again.
 //!
-//! Allocated once. Payloads lie one behind the other in a ring of bytes; which packet is where is found by its number.
+//! Allocated once. Payloads lie one behind the other in a ring of bytes; which packet is where is
+//! found by its number.
 
 use crate::codec::vp8::Vp8Descriptor;
 use crate::units::Time;
@@ -79,7 +81,8 @@ impl Cache {
         }
     }
 
-    /// Remembers a packet and forgets the oldest for it. False where the packet itself is older than all that is kept, or longer than the cache.
+    /// Remembers a packet and forgets the oldest for it. False where the packet itself is older
+    /// than all that is kept, or longer than the cache.
     pub fn insert(&mut self, packet: &CachedPacket<'_>) -> bool {
         let place = self.place(packet.ext);
         let older = self.entries[place].ext;

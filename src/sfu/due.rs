@@ -1,5 +1,6 @@
-//! When each of many things is due: a binary heap that knows where each of them stands, so that setting and taking one costs the logarithm of how many
-//! are set, whatever else is there. Allocates when it grows, and never again.
+//! When each of many things is due: a binary heap that knows where each of them stands, so that
+//! setting and taking one costs the logarithm of how many are set, whatever else is there.
+//! Allocates when it grows, and never again.
 
 use crate::units::Time;
 

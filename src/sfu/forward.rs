@@ -1,9 +1,12 @@
 //! One subscription: what of a published track goes to one subscriber, and under which numbers.
 //!
-//! A subscriber sees one stream that never breaks: its sequence numbers, timestamps and picture ids go on over layer switches, pauses and dropped packets.
-//! What is remembered for that are *segments*, not packets: from one outgoing number on, packets of one layer leave with the same offsets. A packet that comes
-//! late, or is asked for again, is found by its segment, and is written again byte by byte as it was (the cache keeps what came, segments never change).
-//! So one outgoing number is one packet for ever, as SRTP's keys demand: no two packets are sealed under one index.
+//! A subscriber sees one stream that never breaks: its sequence numbers, timestamps and picture ids
+//! go on over layer switches, pauses and dropped packets. What is remembered for that are
+//! *segments*, not packets: from one outgoing number on, packets of one layer leave with the same
+//! offsets. A packet that comes late, or is asked for again, is found by its segment, and is
+//! written again byte by byte as it was (the cache keeps what came, segments never change).
+//! So one outgoing number is one packet for ever, as SRTP's keys demand: no two packets are sealed
+//! under one index.
 
 use std::collections::VecDeque;
 use std::mem::offset_of;
@@ -31,7 +34,8 @@ use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
 use crate::units::Time;
 
-/// Segments remembered. One is used up by each layer switch, pause and run of dropped packets; what lies before the oldest can no longer be resent.
+/// Segments remembered. One is used up by each layer switch, pause and run of dropped packets; what
+/// lies before the oldest can no longer be resent.
 const SEGMENTS_MAX: usize = 8;
 /// LiveKit's limits of resends: a packet goes out again this often at most ..
 const RESENDS_MAX: u8 = 3;
@@ -39,27 +43,34 @@ const RESENDS_MAX: u8 = 3;
 const RESEND_DEAF: Duration = Duration::from_millis(100);
 /// LiveKit's guess until a round trip has been measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(70);
-/// Resent packets whose last time is remembered. Two whose numbers are so far apart share a place: the older one may then be resent sooner, not more often.
+/// Resent packets whose last time is remembered. Two whose numbers are so far apart share a place:
+/// the older one may then be resent sooner, not more often.
 const AUDIO_RESENDS: usize = 16;
 const VIDEO_RESENDS: usize = 128;
-/// Packets whose resends are counted: all that the cache holds. One that lies further back is not resent.
+/// Packets whose resends are counted: all that the cache holds. One that lies further back is not
+/// resent.
 const AUDIO_COUNTED: u64 = 128;
 const VIDEO_COUNTED: u64 = 512;
-/// A step ahead of the publisher's numbers beyond this is a restart of its stream (RFC 3550, A.1), and not a loss to show the subscriber.
+/// A step ahead of the publisher's numbers beyond this is a restart of its stream (RFC 3550, A.1),
+/// and not a loss to show the subscriber.
 const RESTART: u64 = 3_000;
-/// So many packets may have come before the one that a subscriber can begin with, where that was late. They are half of what is kept: nothing that the
-/// subscriber gets from then on is beyond repair.
+/// So many packets may have come before the one that a subscriber can begin with, where that was
+/// late. They are half of what is kept: nothing that the subscriber gets from then on is beyond
+/// repair.
 const CATCH_UP_MAX: u64 = 256;
-/// So old may that packet be where it starts a picture, by the publisher's clock. A repair takes a few round trips; a picture that was missing for longer is
-/// worth no step back in time, and the next key frame is on its way.
+/// So old may that packet be where it starts a picture, by the publisher's clock. A repair takes a
+/// few round trips; a picture that was missing for longer is worth no step back in time, and the
+/// next key frame is on its way.
 const CATCH_UP_TIME_MAX: Duration = Duration::from_millis(500);
-/// Clocks that disagree by more than this are not believed: the arrival times say how far apart two packets are.
+/// Clocks that disagree by more than this are not believed: the arrival times say how far apart two
+/// packets are.
 const CLOCK_ERROR_MAX: Duration = Duration::from_secs(5);
 /// Bytes of padding in a packet that only holds a place.
 const FILLER_BYTES: usize = 4;
 /// Packets of one encoding that are forwarded together.
 pub const RUN_MAX: usize = net::SEGMENTS_MAX;
-/// The fixed header, and the one extension that a packet of ours may carry: four bytes that say so, and a level in as many.
+/// The fixed header, and the one extension that a packet of ours may carry: four bytes that say so,
+/// and a level in as many.
 const HEADER_LEN: usize = 12;
 const LEVELED_HEADER_LEN: usize = HEADER_LEN + 8;
 
@@ -76,7 +87,8 @@ pub struct ForwardWire<'a, I> {
 /// A packet and its payload, as the cache has them.
 type Found<'a> = (&'a CacheEntry, &'a [u8]);
 
-/// Packets of one encoding that came one behind the other: found, and looked at, once for all of the track's subscribers.
+/// Packets of one encoding that came one behind the other: found, and looked at, once for all of
+/// the track's subscribers.
 pub struct PacketRun<'a> {
     encodings: &'a [Ingest],
     layer: u8,
@@ -143,7 +155,8 @@ impl Segment {
     }
 }
 
-/// The latest segments, newest first: it is the one that most packets need. They share out the outgoing numbers without overlap.
+/// The latest segments, newest first: it is the one that most packets need. They share out the
+/// outgoing numbers without overlap.
 #[derive(Default)]
 #[repr(C)]
 struct Segments {
@@ -209,7 +222,8 @@ struct LastPicture {
     key_idx: u8,
 }
 
-/// How often packets were resent lately, by their number: strictly, since a subscriber may ask for anything as often as it likes.
+/// How often packets were resent lately, by their number: strictly, since a subscriber may ask for
+/// anything as often as it likes.
 struct Resends {
     recent: Box<[Resent]>,
     /// Two bits for each of the last numbers.
@@ -245,8 +259,8 @@ impl Resends {
         }
     }
 
-    /// `out` is the packet's number and `next_out` the one behind the last that was sent; `sent_at` is when the packet first left. What is allowed is
-    /// counted as resent.
+    /// `out` is the packet's number and `next_out` the one behind the last that was sent; `sent_at`
+    /// is when the packet first left. What is allowed is counted as resent.
     fn allow(
         &mut self,
         out: u64,
@@ -337,7 +351,8 @@ fn leveled_header(
         .transpose()
 }
 
-/// Where an ended stream stopped: one that takes its SSRC again under the same keys must go on there.
+/// Where an ended stream stopped: one that takes its SSRC again under the same keys must go on
+/// there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndedStream {
     pub ssrc: u32,
@@ -391,7 +406,8 @@ struct Parts<'a> {
     red_payload_type: Option<u8>,
 }
 
-/// What every packet needs comes first, on as few cache lines as can be: thousands of subscriptions take their turns ([`ForwardedSubscription::prefetch`]).
+/// What every packet needs comes first, on as few cache lines as can be: thousands of subscriptions
+/// take their turns ([`ForwardedSubscription::prefetch`]).
 #[repr(C, align(64))]
 pub struct ForwardedSubscription {
     header: HeaderTemplate<HEADER_LEN>,
@@ -438,8 +454,8 @@ const HOT_BYTES: usize =
     offset_of!(ForwardedSubscription, segments) + offset_of!(Segments, list) + size_of::<Segment>();
 
 impl ForwardedSubscription {
-    /// `seed` chooses the first numbers; `ended` are the streams that this connection has carried before.
-    /// Errors where the negotiated payload types or extension ids cannot be.
+    /// `seed` chooses the first numbers; `ended` are the streams that this connection has carried
+    /// before. Errors where the negotiated payload types or extension ids cannot be.
     pub fn new(
         id: SubscriptionId,
         transport: u32,
@@ -454,7 +470,8 @@ impl ForwardedSubscription {
         let header = HeaderTemplate::with_room(payload_type, parameters.ssrc)?;
         let leveled_header = leveled_header(kind, payload_type, parameters)?;
         let origin = scatter(seed ^ u64::from(parameters.ssrc));
-        // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost (RFC 3711, section 3.3.1).
+        // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost
+        // (RFC 3711, section 3.3.1).
         let first_index = |ssrc: u32| {
             let fresh = scatter(seed ^ u64::from(ssrc)) >> 49;
             ended.next_index(ssrc).unwrap_or(fresh)
@@ -551,7 +568,8 @@ impl ForwardedSubscription {
         self.key_frame_layer()
     }
 
-    /// The subscriber asks for a key frame, or has just come up. Returns the layer that it needs one of.
+    /// The subscriber asks for a key frame, or has just come up. Returns the layer that it needs
+    /// one of.
     pub fn request_key_frame(&mut self) -> Option<u8> {
         self.wants_key_frame = !self.codec.begins_anywhere() && self.target.is_some();
         self.key_frame_layer()
@@ -588,7 +606,8 @@ impl ForwardedSubscription {
         burst.finish(wire);
     }
 
-    /// The newest segment, if all of the run belongs to it: the subscriber is in the midst of this layer, and no packet is one to decide about.
+    /// The newest segment, if all of the run belongs to it: the subscriber is in the midst of this
+    /// layer, and no packet is one to decide about.
     fn segment_of(&self, run: &PacketRun<'_>) -> Option<Segment> {
         let goes_on = run.is_whole
             && self.selection.enabled
@@ -615,7 +634,8 @@ impl ForwardedSubscription {
                 Admission::Withheld => {}
                 Admission::Placed => self.send(entry, payload, layer, burst, wire),
                 Admission::Begins => {
-                    // Packets behind the first one of a key frame may have come before it: they were of no use until now.
+                    // Packets behind the first one of a key frame may have come before it: they
+                    // were of no use until now.
                     let newest = encoding.highest().unwrap_or(*ext);
                     for (entry, payload) in (*ext..=newest).filter_map(|ext| encoding.find(ext)) {
                         if entry.content != PacketContent::Empty
@@ -726,7 +746,8 @@ impl ForwardedSubscription {
         self.wants_key_frame = false;
     }
 
-    /// What to add to the packet's timestamp, so that the stream's clock goes on as the publisher's did.
+    /// What to add to the packet's timestamp, so that the stream's clock goes on as the publisher's
+    /// did.
     fn rtp_offset(
         &self,
         encodings: &[Ingest],
@@ -764,7 +785,8 @@ impl ForwardedSubscription {
         rtp_time.wrapping_sub(entry.rtp_time)
     }
 
-    /// Leaves a packet out without a hole. One that comes too late for that holds its place as padding.
+    /// Leaves a packet out without a hole. One that comes too late for that holds its place as
+    /// padding.
     fn skip(&mut self, ext: u64, layer: u8, statistics: &mut RouterStatistics) -> Admission {
         let Some((segment, out)) = self.segments.of_incoming(layer, ext) else {
             statistics.withheld_late += 1;
@@ -868,7 +890,8 @@ impl ForwardedSubscription {
         }
     }
 
-    /// What a subscriber without RED gets of its packets is the primary block alone, as LiveKit's do.
+    /// What a subscriber without RED gets of its packets is the primary block alone, as LiveKit's
+    /// do.
     fn parts<'a>(
         &self,
         entry: &CacheEntry,
@@ -999,7 +1022,8 @@ impl ForwardedSubscription {
         }
     }
 
-    /// Over RTX where agreed; else as the very packet that it was, which SRTP seals to the very same bytes.
+    /// Over RTX where agreed; else as the very packet that it was, which SRTP seals to the very
+    /// same bytes.
     fn send_again<I: Outgoing>(
         &mut self,
         entry: &CacheEntry,
@@ -1037,9 +1061,11 @@ impl ForwardedSubscription {
         self.rtt = rtt.or(self.rtt);
     }
 
-    /// What a sender report says now; `None` while nothing has been sent, or the publisher has not told its clock.
+    /// What a sender report says now; `None` while nothing has been sent, or the publisher has not
+    /// told its clock.
     ///
-    /// `publisher_ntp` is the publisher's wall clock at this moment, nanoseconds since 1900; `ntp` is ours.
+    /// `publisher_ntp` is the publisher's wall clock at this moment, nanoseconds since 1900; `ntp`
+    /// is ours.
     pub fn sender_info(
         &self,
         encodings: &[Ingest],
@@ -1107,7 +1133,8 @@ fn is_recent(encoding: &Ingest, entry: &CacheEntry, format: &Format) -> bool {
         && (format.payloads.codec.begins_anywhere() || i64::from(behind) <= limit)
 }
 
-/// What to add to timestamps of layer `to` beyond what layer `from` has: both are stamps of one clock, by the sender reports of each.
+/// What to add to timestamps of layer `to` beyond what layer `from` has: both are stamps of one
+/// clock, by the sender reports of each.
 fn offset_between(encodings: &[Ingest], from: u8, to: u8, format: &Format) -> Option<u32> {
     let from = encodings.get(usize::from(from))?.clock()?;
     let to = encodings.get(usize::from(to))?.clock()?;
@@ -1163,7 +1190,8 @@ impl Parts<'_> {
 
 const PADDING_FLAG: u8 = 0x20;
 
-/// Packets that leave with one call: all as long as the first, but for the last, which may be shorter.
+/// Packets that leave with one call: all as long as the first, but for the last, which may be
+/// shorter.
 #[derive(Default)]
 struct Burst {
     len: usize,
@@ -1173,7 +1201,8 @@ struct Burst {
 }
 
 impl Burst {
-    /// Before a packet of `size` bytes is written behind those that wait: sends them where it cannot join them.
+    /// Before a packet of `size` bytes is written behind those that wait: sends them where it
+    /// cannot join them.
     fn make_room<I: Outgoing>(&mut self, size: usize, wire: &mut ForwardWire<'_, I>) {
         let joins = !self.closed
             && size <= self.segment
@@ -1284,7 +1313,8 @@ mod tests {
         let (mut next_out, mut exhausted) = (1_000u64, 0);
         for round in 0..200_000u64 {
             next_out += u64::from(round % 50 == 0) * (1 + chance.below(3));
-            // Numbers that share places are asked for one behind the other, and neither rest nor round trip holds a subscriber back that says it is near.
+            // Numbers that share places are asked for one behind the other, and neither rest nor
+            // round trip holds a subscriber back that says it is near.
             let out = next_out - 1 - (chance.below(12) * 64).min(next_out - 1_001).min(600);
             match resends.allow(
                 out,

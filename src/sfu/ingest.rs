@@ -1,4 +1,5 @@
-//! One published encoding (one SSRC, and the one of its retransmissions): opened, put in order, kept for its subscribers, and reported on to its publisher.
+//! One published encoding (one SSRC, and the one of its retransmissions): opened, put in order,
+//! kept for its subscribers, and reported on to its publisher.
 
 use std::time::Duration;
 
@@ -131,7 +132,8 @@ impl IngestSource {
         }
         let Ok(len) = opener.open_rtp(datagram, header.header_len, index) else {
             if self.extender.highest().is_none() {
-                // The first packets were lost, and with them the wrap of the sequence number: the next one is tried with the next rollover count.
+                // The first packets were lost, and with them the wrap of the sequence number: the
+                // next one is tried with the next rollover count.
                 self.extender = SeqExtender::at_roc(1);
             } else if self.ssrc.is_none() {
                 self.extender = SeqExtender::default();
@@ -153,7 +155,8 @@ pub struct Ingest {
     receive: ReceiveStream,
     /// Retransmissions have an SSRC of their own.
     has_rtx: bool,
-    /// Added to the numbers of `receive`: no number of an encoding comes twice, whatever SSRC it takes.
+    /// Added to the numbers of `receive`: no number of an encoding comes twice, whatever SSRC it
+    /// takes.
     ext_base: u64,
     highest: Option<u64>,
     cache: Cache,
@@ -187,7 +190,8 @@ impl Format {
 }
 
 impl Ingest {
-    /// `layer` counts from the lowest; `has_rtx` says that retransmissions have an SSRC of their own.
+    /// `layer` counts from the lowest; `has_rtx` says that retransmissions have an SSRC of their
+    /// own.
     pub fn new(format: &Format, layer: usize, has_rtx: bool) -> Ingest {
         let (packets, bytes) = match format.payloads.codec.kind() {
             Kind::Audio => (AUDIO_PACKETS, AUDIO_BYTES),
@@ -440,7 +444,8 @@ impl Ingest {
         }
     }
 
-    /// Whether to ask now. `still_wanted`: a subscriber goes on waiting. Asking is noted; it is repeated until a key frame comes.
+    /// Whether to ask now. `still_wanted`: a subscriber goes on waiting. Asking is noted; it is
+    /// repeated until a key frame comes.
     pub fn poll_key_frame_request(&mut self, now: Time, still_wanted: bool) -> bool {
         if self.key_frame_request_at() > now {
             return false;

@@ -1,8 +1,11 @@
-//! The signalling half: rooms, participants and their descriptions. Sans-IO: what clients ask for, what routers tell and the time go in, messages and media
-//! commands come out. No clock, no ambient randomness: a seed gives the same run every time.
+//! The signalling half: rooms, participants and their descriptions. Sans-IO: what clients ask for,
+//! what routers tell and the time go in, messages and media commands come out. No clock, no ambient
+//! randomness: a seed gives the same run every time.
 //!
-//! `handle_*` takes input, [`Lobby::poll_output`] gives output, [`Lobby::next_timeout`] says when [`Lobby::handle_timeout`] is due. Everything that comes from
-//! a client is hostile: bounded, checked, never a reason to panic. What a participant gets is bounded by the edge, which closes slow readers.
+//! `handle_*` takes input, [`Lobby::poll_output`] gives output, [`Lobby::next_timeout`] says when
+//! [`Lobby::handle_timeout`] is due. Everything that comes from a client is hostile: bounded,
+//! checked, never a reason to panic. What a participant gets is bounded by the edge, which closes
+//! slow readers.
 
 #[cfg(test)]
 mod tests;

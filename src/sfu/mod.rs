@@ -1,11 +1,14 @@
-//! The embedded SFU: the default target of a run, what a host is calibrated against, and the test bed. It speaks LiveKit's signalling, so that real clients
-//! can join it; it is not a product SFU.
+//! The embedded SFU: the default target of a run, what a host is calibrated against, and the test
+//! bed. It speaks LiveKit's signalling, so that real clients can join it; it is not a product SFU.
 //!
-//! Two halves, both sans-IO. The *lobby* (signalling) keeps rooms, participants, tokens and descriptions: requests and media events go in, responses and media
-//! commands come out. The *router* (media) keeps the connections of its rooms: datagrams, time and commands go in, datagrams and events come out. Around them
-//! stand the edges: an axum server with the WebSockets and the room service, and a thread a router with its one UDP socket.
+//! Two halves, both sans-IO. The *lobby* (signalling) keeps rooms, participants, tokens and
+//! descriptions: requests and media events go in, responses and media commands come out. The
+//! *router* (media) keeps the connections of its rooms: datagrams, time and commands go in,
+//! datagrams and events come out. Around them stand the edges: an axum server with the WebSockets
+//! and the room service, and a thread a router with its one UDP socket.
 //!
-//! A room lives on one router, so a packet that came is forwarded without leaving its thread. The types below are all that the halves know of each other.
+//! A room lives on one router, so a packet that came is forwarded without leaving its thread. The
+//! types below are all that the halves know of each other.
 
 pub mod bottleneck;
 mod cache;
@@ -47,12 +50,15 @@ pub struct TrackId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SubscriptionId(pub u32);
 
-/// Where a router's datagrams go. The backend lends the buffer that a packet is written into, so nothing is copied on the way to the kernel.
+/// Where a router's datagrams go. The backend lends the buffer that a packet is written into, so
+/// nothing is copied on the way to the kernel.
 pub trait Outgoing {
-    /// The buffer for what is sent next: at least [`crate::net::SEND_BYTES_MAX`] bytes. Between two sends it is the same one, with what was written into it.
+    /// The buffer for what is sent next: at least [`crate::net::SEND_BYTES_MAX`] bytes. Between two
+    /// sends it is the same one, with what was written into it.
     fn lend(&mut self) -> &mut [u8];
 
-    /// Sends the first `len` bytes of the lent buffer as datagrams of `segment` bytes (the last may be shorter).
+    /// Sends the first `len` bytes of the lent buffer as datagrams of `segment` bytes (the last may
+    /// be shorter).
     fn send(&mut self, to: SocketAddr, len: usize, segment: usize);
 }
 
@@ -94,7 +100,8 @@ pub enum MediaCommand {
         subscription: SubscriptionId,
         selection: Selection,
     },
-    /// For good: neither the subscription nor its SSRCs come again. Under SRTP's keys an SSRC that began anew would seal two packets under one number.
+    /// For good: neither the subscription nor its SSRCs come again. Under SRTP's keys an SSRC that
+    /// began anew would seal two packets under one number.
     Unsubscribe {
         subscription: SubscriptionId,
     },
@@ -185,6 +192,7 @@ pub enum MediaEvent {
     },
     /// The first packet of a track came.
     TrackStarted { track: TrackId, at: Time },
-    /// Loudness of the tracks that spoke in the last interval: dBov below full scale as the audio-level extension has it (0 the loudest), averaged.
+    /// Loudness of the tracks that spoke in the last interval: dBov below full scale as the
+    /// audio-level extension has it (0 the loudest), averaged.
     AudioLevels { levels: Vec<(TrackId, u8)> },
 }

@@ -1,4 +1,5 @@
-//! A participant as the lobby keeps it: who it is, its peer connections, what it publishes and what it gets.
+//! A participant as the lobby keeps it: who it is, its peer connections, what it publishes and what
+//! it gets.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -129,7 +130,8 @@ impl Participant {
 }
 
 impl ParticipantSubscription {
-    /// What comes of it from now on has another name and other SSRCs: the router forgets those of before.
+    /// What comes of it from now on has another name and other SSRCs: the router forgets those of
+    /// before.
     pub fn renew(&mut self, id: SubscriptionId) {
         let (ssrc, rtx_ssrc) = id.ssrcs();
         self.id = id;
@@ -244,8 +246,9 @@ pub(super) struct AnsweringPeer {
     pub received: BTreeMap<usize, TrackId>,
     /// Sections that carry our tracks (single connection).
     pub sent: BTreeMap<usize, TrackId>,
-    /// Sections that carried our tracks in the last answer: another track may have them only after an answer that had them idle, or the client takes it for
-    /// the old one (RFC 9429, section 5.10).
+    /// Sections that carried our tracks in the last answer: another track may have them only after
+    /// an answer that had them idle, or the client takes it for the old one (RFC 9429, section
+    /// 5.10).
     pub last_sent: BTreeSet<usize>,
     /// Sections that the client was asked for since its last offer: audio, video.
     pub requested: (u32, u32),

@@ -34,12 +34,14 @@ use crate::transport::sdp::serve::{
 use crate::transport::sdp::{DtlsSetup, Extension, RtcpFeedback, SdpError};
 use crate::units::Time;
 
-/// Changes of participants who publish nothing are told together, this often (LiveKit's `subscriberUpdateInterval`).
+/// Changes of participants who publish nothing are told together, this often (LiveKit's
+/// `subscriberUpdateInterval`).
 const UPDATE_INTERVAL: Duration = Duration::from_secs(3);
 /// A publisher's tracks come together: one offer for them all.
 const GATHER: Duration = Duration::from_millis(10);
-/// Between two offers to one participant. LiveKit waits 150 ms before each; here only the second of two pays, and a room that fills up still costs each
-/// participant at most ten descriptions a second.
+/// Between two offers to one participant. LiveKit waits 150 ms before each; here only the second of
+/// two pays, and a room that fills up still costs each participant at most ten descriptions a
+/// second.
 const NEGOTIATION_SPACING: Duration = Duration::from_millis(100);
 /// LiveKit's own limits for an answer and for a participant's first connection.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
@@ -51,19 +53,22 @@ const SPEAKERS_STALE_AFTER: Duration = Duration::from_millis(800);
 /// Room service's defaults (LiveKit's).
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(300);
 const DEPARTURE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Announced tracks that wait for their offer, and tracks of one participant: far more than anyone has.
+/// Announced tracks that wait for their offer, and tracks of one participant: far more than anyone
+/// has.
 const PENDING_TRACKS_MAX: usize = 64;
 const PUBLISHED_TRACKS_MAX: usize = 256;
 /// Texts of a client that are repeated to everybody.
 const TEXT_BYTES_MAX: usize = 4096;
-/// Attributes that a participant has altogether, those of its token included (LiveKit's limit): everybody is told all of them each time.
+/// Attributes that a participant has altogether, those of its token included (LiveKit's limit):
+/// everybody is told all of them each time.
 const ATTRIBUTES_BYTES_MAX: usize = 64 << 10;
 /// Layers that an announcement describes: three, unless somebody plays.
 const DESCRIBED_LAYERS_MAX: usize = 8;
 
 pub(super) struct SfuRoom {
     id: RoomId,
-    /// With the counts of those who are seen, which are kept as they come and go: everybody who joins is told.
+    /// With the counts of those who are seen, which are kept as they come and go: everybody who
+    /// joins is told.
     info: proto::Room,
     router: usize,
     participants: BTreeMap<SessionId, Participant>,
@@ -356,7 +361,8 @@ impl SfuRoom {
         }
     }
 
-    /// The participant is back with a new WebSocket; its connections have stayed. `false`: it is not here.
+    /// The participant is back with a new WebSocket; its connections have stayed. `false`: it is
+    /// not here.
     pub fn handle_resume(
         &mut self,
         shared: &mut SfuShared,
@@ -394,7 +400,8 @@ impl SfuRoom {
             Response::RoomUpdate(proto::RoomUpdate { room: Some(room) }),
         );
         if let Some(peer) = &mut participant.offering {
-            // Its path may be another now. An offer that was on its way may be lost: this one stands for it.
+            // Its path may be another now. An offer that was on its way may be lost: this one
+            // stands for it.
             peer.restart(shared);
             self.offer(shared, session, now);
         } else if participant.single {
@@ -517,7 +524,8 @@ impl SfuRoom {
             "left"
         );
         participant.encode();
-        // Whoever takes over an identity must not be taken for the one who went: the old one's end is told first.
+        // Whoever takes over an identity must not be taken for the one who went: the old one's end
+        // is told first.
         self.tell(shared, &participant, end == End::REPLACED, now);
         if self.participants.is_empty() {
             self.expire_after(
@@ -579,7 +587,8 @@ impl SfuRoom {
         }
     }
 
-    /// Publishers' changes go out at once; those of an audience together, as LiveKit has it: each of them would be told to everybody.
+    /// Publishers' changes go out at once; those of an audience together, as LiveKit has it: each
+    /// of them would be told to everybody.
     fn queue_update(
         &mut self,
         shared: &mut SfuShared,
@@ -707,8 +716,8 @@ impl SfuRoom {
                 };
                 self.respond(shared, session, Response::PongResp(pong));
             }
-            // We send no checks, so a client's candidates tell us nothing: its own checks show its address. Data, and what only a product needs, is not
-            // served.
+            // We send no checks, so a client's candidates tell us nothing: its own checks show its
+            // address. Data, and what only a product needs, is not served.
             Request::Trickle(_)
             | Request::UpdateLayers(_)
             | Request::SubscriptionPermission(_)
@@ -815,7 +824,8 @@ impl SfuRoom {
             None
         };
         if let Some(reason) = reason {
-            // What was refused is repeated, so that the client knows which request this answers, unless it is long.
+            // What was refused is repeated, so that the client knows which request this answers,
+            // unless it is long.
             let repeated = (request.encoded_len() <= TEXT_BYTES_MAX)
                 .then_some(proto::request_response::Request::AddTrack(request));
             let response = proto::RequestResponse {
@@ -920,7 +930,8 @@ impl SfuRoom {
         Ok(published)
     }
 
-    /// One section of a client's offer is new or has changed. Returns the track that it begins to publish.
+    /// One section of a client's offer is new or has changed. Returns the track that it begins to
+    /// publish.
     fn handle_section(
         &mut self,
         shared: &mut SfuShared,
@@ -1503,7 +1514,8 @@ impl SfuRoom {
         shared.set_timer(now + ANSWER_TIMEOUT, Timer::Participant(self.id, session));
     }
 
-    /// Asks a single connection's client for an offer, with more sections if those that it has do not suffice.
+    /// Asks a single connection's client for an offer, with more sections if those that it has do
+    /// not suffice.
     fn require_sections(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
@@ -1565,7 +1577,8 @@ impl SfuRoom {
 
     // Answers to a client's offers.
 
-    /// Gives subscriptions that wait the free sections of the client's offer. Returns those that were given.
+    /// Gives subscriptions that wait the free sections of the client's offer. Returns those that
+    /// were given.
     fn assign_sections(&mut self, session: SessionId) -> Vec<(usize, TrackId)> {
         let mut assigned = Vec::new();
         let Some(participant) = self
@@ -1742,7 +1755,8 @@ fn describe_sent(info: &mut proto::TrackInfo, codec: Codec, section: &ClientSect
     }
 }
 
-/// The announced track that an offer's section carries: by its cid, or the first of its kind, because browsers may rename a track when it is added.
+/// The announced track that an offer's section carries: by its cid, or the first of its kind,
+/// because browsers may rename a track when it is added.
 fn take_pending(
     pending: &mut Vec<PendingTrack>,
     kind: Kind,

@@ -1,9 +1,11 @@
-//! One router: the connections, tracks and subscriptions of its rooms. Datagrams, commands and time go in; datagrams, events and counts come out.
-//! No sockets, no clock, no lock, no chance of its own.
+//! One router: the connections, tracks and subscriptions of its rooms. Datagrams, commands and time
+//! go in; datagrams, events and counts come out. No sockets, no clock, no lock, no chance of its
+//! own.
 //!
-//! A packet's way: its address names the connection, its SSRC the encoding; there it is opened and kept ([`super::ingest`]). Packets of one encoding that came
-//! together are a *run*. When the run ends, each of the track's subscribers in turn gets what of it is for him ([`super::forward`]): so his state is fetched
-//! into the cache once a run, and his packets may leave with one call.
+//! A packet's way: its address names the connection, its SSRC the encoding; there it is opened and
+//! kept ([`super::ingest`]). Packets of one encoding that came together are a *run*. When the run
+//! ends, each of the track's subscribers in turn gets what of it is for him ([`super::forward`]):
+//! so his state is fetched into the cache once a run, and his packets may leave with one call.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -51,12 +53,14 @@ const LEVEL_ACTIVE_PERCENT: u32 = 40;
 const RTT_UNKNOWN: Duration = Duration::from_millis(70);
 /// Sender reports in one compound, each with a description of its source: 28 and up to 36 bytes.
 const SENDER_REPORTS_MAX: usize = 18;
-/// Checks that came before their connection was added: at most so many, of so many bytes, and for so long. Both ends learn of a description at about the same
-/// time, and a check that is lost costs the joining participant its repeat interval.
+/// Checks that came before their connection was added: at most so many, of so many bytes, and for
+/// so long. Both ends learn of a description at about the same time, and a check that is lost costs
+/// the joining participant its repeat interval.
 const EARLY_CHECKS_MAX: usize = 64;
 const EARLY_CHECK_BYTES_MAX: usize = 512;
 const EARLY_CHECK_AGE_MAX: Duration = Duration::from_secs(1);
-/// Addresses that one connection may be reached from: candidates of a few interfaces. A new one takes the place of the oldest that is not in use.
+/// Addresses that one connection may be reached from: candidates of a few interfaces. A new one
+/// takes the place of the oldest that is not in use.
 const ADDRESSES_MAX: usize = 8;
 
 /// What a router is made with.
@@ -87,7 +91,8 @@ struct RouterTransport {
     ended: EndedStreams,
     transport_cc: Option<(u8, Box<ArrivalLog>)>,
     rtt: Option<Duration>,
-    /// The publisher's wall clock: nanoseconds since 1900 at [`Time::ZERO`], later by what a packet takes at the fastest.
+    /// The publisher's wall clock: nanoseconds since 1900 at [`Time::ZERO`], later by what a
+    /// packet takes at the fastest.
     clock: Option<PeerClock>,
     report_at: Time,
     repair_at: Time,
@@ -106,13 +111,15 @@ struct Incoming {
 /// How a publisher's wall clock lies to ours.
 #[derive(Clone, Copy)]
 struct PeerClock {
-    /// Its nanoseconds since 1900 less ours since the epoch, and less the shortest way of a packet.
+    /// Its nanoseconds since 1900 less ours since the epoch, and less the shortest way of a
+    /// packet.
     ahead: i64,
     at: Time,
 }
 
 impl PeerClock {
-    /// The report that travelled fastest tells most; 100 us a second are granted to clocks that drift apart.
+    /// The report that travelled fastest tells most; 100 us a second are granted to clocks that
+    /// drift apart.
     fn update(clock: Option<PeerClock>, ntp_nanos: i64, arrival: Time) -> PeerClock {
         let sample = ntp_nanos.saturating_sub(arrival.as_nanos() as i64);
         let ahead = clock.map_or(sample, |clock| {
@@ -200,7 +207,8 @@ struct RouterTrack {
     transport: u32,
     format: Format,
     mid: Box<str>,
-    /// The same for all tracks of a connection: subscribers play together what has one name (RFC 3550, section 6.5.1).
+    /// The same for all tracks of a connection: subscribers play together what has one name (RFC
+    /// 3550, section 6.5.1).
     cname: Box<str>,
     encodings_by: Encodings,
     extensions: ExtensionIds,
@@ -213,7 +221,8 @@ struct RouterTrack {
     level: LevelSum,
 }
 
-/// Where the two parts of a subscriber's state are kept. Both are known without a look at either, so that they can be fetched before their turn.
+/// Where the two parts of a subscriber's state are kept. Both are known without a look at either,
+/// so that they can be fetched before their turn.
 #[derive(Clone, Copy)]
 struct Subscriber {
     subscription: u32,
@@ -303,7 +312,8 @@ impl<T> Slab<T> {
     }
 }
 
-/// A hash for addresses of peers that have proved themselves: nobody else gets into the map, so it need not withstand an attack.
+/// A hash for addresses of peers that have proved themselves: nobody else gets into the map, so it
+/// need not withstand an attack.
 #[derive(Default)]
 struct AddressHasher(u64);
 
@@ -811,7 +821,8 @@ impl Router {
 
     // Datagrams.
 
-    /// One datagram, opened in place. Media may be held back for those that come with it: [`Router::end_batch`] follows the last datagram that is at hand.
+    /// One datagram, opened in place. Media may be held back for those that come with it:
+    /// [`Router::end_batch`] follows the last datagram that is at hand.
     pub fn handle_datagram(
         &mut self,
         datagram: &mut [u8],
@@ -836,7 +847,8 @@ impl Router {
         self.forward_run(now, io);
     }
 
-    /// Whether what is held back stops within a picture: what follows is then on its way, unless the publisher spreads its packets over time.
+    /// Whether what is held back stops within a picture: what follows is then on its way, unless
+    /// the publisher spreads its packets over time.
     pub fn is_mid_frame(&self) -> bool {
         let encodings = self
             .tracks
@@ -921,7 +933,8 @@ impl Router {
         true
     }
 
-    /// Checks that came just before this user name was known. They have been counted as refused, and stay so.
+    /// Checks that came just before this user name was known. They have been counted as refused,
+    /// and stay so.
     fn take_early_checks(&mut self, ufrag: &str, now: Time, io: &mut impl Outgoing) {
         let Some(slot) = self.ufrags.get(ufrag).copied() else {
             return;
@@ -1022,7 +1035,8 @@ impl Router {
         }
         if connected {
             transport.connected = true;
-            // Spread over the interval, so that a wave of joins is not a wave of reports for ever after.
+            // Spread over the interval, so that a wave of joins is not a wave of reports for ever
+            // after.
             transport.report_at = now + Duration::from_millis(u64::from(id.0) * 37 % 200 + 100);
             if transport.transport_cc.is_some() {
                 transport.feedback_at = now + FEEDBACK_INTERVAL;
@@ -1184,7 +1198,8 @@ impl Router {
                 &track.format,
             );
             for (at, subscriber) in track.subscribers.iter().enumerate() {
-                // The next one's state is not in the cache: fetched now, it is there when his turn comes.
+                // The next one's state is not in the cache: fetched now, it is there when his turn
+                // comes.
                 if let Some(next) = track.subscribers.get(at + 1) {
                     prefetch(&self.subscriptions, &self.transports, *next);
                 }
@@ -1403,7 +1418,8 @@ impl Router {
         self.want_key_frame(track, layer, now);
     }
 
-    /// A receiver without media learns its round trip from the answer (RFC 3611). It is given at once; what the question waited for its turn is stated.
+    /// A receiver without media learns its round trip from the answer (RFC 3611). It is given at
+    /// once; what the question waited for its turn is stated.
     fn answer_reference_time(
         &mut self,
         slot: u32,
@@ -1478,7 +1494,8 @@ impl Router {
         self.schedule(slot);
     }
 
-    /// Asks a publisher for what is missing and for key frames that are needed, and judges its layers.
+    /// Asks a publisher for what is missing and for key frames that are needed, and judges its
+    /// layers.
     fn repair(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
         let Some(transport) = self.transports.get_mut(slot) else {
             return;
@@ -1558,7 +1575,8 @@ impl Router {
                     |subscriber: &Subscriber| layer_awaited(subscriber) == Some(layer as u8);
                 let still_wanted = track.subscribers.iter().any(waits);
                 if encoding.poll_key_frame_request(now, still_wanted) {
-                    // Some publishers answer only what names their stream in both places, as LiveKit does.
+                    // Some publishers answer only what names their stream in both places, as
+                    // LiveKit does.
                     send_compound(transport, &mut self.statistics, io, |writer| {
                         writer.pli(media_ssrc, media_ssrc)
                     });
@@ -1600,7 +1618,8 @@ impl Router {
         self.send_sender_reports(slot, now, io);
     }
 
-    /// RR for every published encoding, and our clock: the answer tells us the round trip (RFC 3611).
+    /// RR for every published encoding, and our clock: the answer tells us the round trip (RFC
+    /// 3611).
     fn send_receiver_reports(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
         let Some(transport) = self.transports.get_mut(slot) else {
             return;
@@ -1725,7 +1744,8 @@ impl Router {
     }
 }
 
-/// Whose a packet of an unknown SSRC is, by the mid, rid and repaired rid in its header (RFC 8843, RFC 8852). Believed only once the packet proves authentic.
+/// Whose a packet of an unknown SSRC is, by the mid, rid and repaired rid in its header (RFC 8843,
+/// RFC 8852). Believed only once the packet proves authentic.
 fn learn(
     transport: &RouterTransport,
     tracks: &Slab<RouterTrack>,

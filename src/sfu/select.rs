@@ -1,4 +1,5 @@
-//! Which of a track's layers a subscriber is to get: the highest that is sent and not above what it wants, else the lowest that is sent.
+//! Which of a track's layers a subscriber is to get: the highest that is sent and not above what it
+//! wants, else the lowest that is sent.
 
 use std::time::Duration;
 

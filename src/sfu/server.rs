@@ -1,7 +1,8 @@
-//! The edge around the lobby and the routers: one port for WebSockets, room service and metrics, one thread for signalling (`sfu-signal`), one for each router
-//! (`sfu-0`, ..).
+//! The edge around the lobby and the routers: one port for WebSockets, room service and metrics,
+//! one thread for signalling (`sfu-signal`), one for each router (`sfu-0`, ..).
 //!
-//! [`SfuServer::start`] and the rest may be called from anywhere, within another runtime too: the server brings its own.
+//! [`SfuServer::start`] and the rest may be called from anywhere, within another runtime too: the
+//! server brings its own.
 
 pub mod access;
 mod metrics;
@@ -38,7 +39,8 @@ use crate::units::{Epoch, Time};
 use access::SfuAccess;
 use websocket::{ClientOutbox, UnsentMessage};
 
-/// What `lk` and LiveKit's own `--dev` use, with a secret that is long enough for everybody's JWT library.
+/// What `lk` and LiveKit's own `--dev` use, with a secret that is long enough for everybody's JWT
+/// library.
 pub const DEV_KEY: &str = "devkey";
 pub const DEV_SECRET: &str = "devsecretdevsecretdevsecretdevsecret";
 /// A thousand participants a second come in bursts.
@@ -58,12 +60,14 @@ const ROUTERS_MAX: usize = 256;
 pub struct ServerConfig {
     /// Address of signalling, room service and metrics. Port 0: any.
     pub listen: SocketAddr,
-    /// Where media comes in; `None`: at the address of `listen`, or, where that is none, at the one that this host uses towards others.
+    /// Where media comes in; `None`: at the address of `listen`, or, where that is none, at the
+    /// one that this host uses towards others.
     pub media_ip: Option<IpAddr>,
     pub send: SendMode,
     /// Threads for media. A room lives on one.
     pub routers: usize,
-    /// Connections that may be open at a time; more are closed at once. Where this process may open fewer files, that is the bound.
+    /// Connections that may be open at a time; more are closed at once. Where this process may
+    /// open fewer files, that is the bound.
     pub connections: usize,
     pub api_key: String,
     pub api_secret: Secret,
@@ -226,7 +230,8 @@ impl SfuServer {
         self.address
     }
 
-    /// Waits for the signalling thread's answer: a moment, during which an asynchronous caller's thread does nothing else.
+    /// Waits for the signalling thread's answer: a moment, during which an asynchronous caller's
+    /// thread does nothing else.
     pub fn statistics(&self) -> ServerStatistics {
         let (reply, answer) = std::sync::mpsc::sync_channel(1);
         let call = Input::Call(Box::new(move |desk, _| {
@@ -328,7 +333,8 @@ fn start_workers(
     Ok((workers, events))
 }
 
-/// The address that this host uses towards others. Connecting a UDP socket sends nothing; the addresses are for documentation (RFC 5737, RFC 3849).
+/// The address that this host uses towards others. Connecting a UDP socket sends nothing; the
+/// addresses are for documentation (RFC 5737, RFC 3849).
 fn outward_address(any: IpAddr) -> Option<IpAddr> {
     let far: SocketAddr = match any {
         IpAddr::V4(_) => (Ipv4Addr::new(192, 0, 2, 1), 9).into(),
@@ -422,7 +428,8 @@ fn signalling(
         let limits = Limits {
             connections,
             head_timeout: http::HEAD_TIMEOUT,
-            // A client has our ping to answer every ten seconds: one that says nothing for so long is gone, whatever its kernel takes of us.
+            // A client has our ping to answer every ten seconds: one that says nothing for so long
+            // is gone, whatever its kernel takes of us.
             sending_is_life: false,
             refused,
         };

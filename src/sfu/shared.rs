@@ -24,7 +24,8 @@ const PING_TIMEOUT_SECONDS: i32 = 15;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnectionId(pub u32);
 
-/// One participant from its join to its end, over several WebSockets if it resumes. Never given twice.
+/// One participant from its join to its end, over several WebSockets if it resumes. Never given
+/// twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionId(pub u32);
 
@@ -45,7 +46,8 @@ pub struct Entrant {
     pub adaptive_stream: bool,
     /// One peer connection, whose offers come from the client.
     pub single: bool,
-    /// A sid: the participant is back with a new WebSocket. Empty: whatever session has this identity.
+    /// A sid: the participant is back with a new WebSocket. Empty: whatever session has this
+    /// identity.
     pub resume: Option<String>,
     pub add_tracks: Vec<proto::AddTrackRequest>,
     pub publisher_offer: Option<proto::SessionDescription>,
@@ -89,7 +91,8 @@ pub struct LobbyTotals {
     pub subscribed: u64,
 }
 
-/// What is due at a moment. The owner knows what exactly; a timer that comes too early does nothing.
+/// What is due at a moment. The owner knows what exactly; a timer that comes too early does
+/// nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Timer {
     Room(RoomId),
@@ -257,8 +260,9 @@ impl Ids {
 }
 
 impl SubscriptionId {
-    /// The SSRCs of its packets and of their retransmissions. Multiplying by an odd number maps 31 bits onto themselves, so that no two subscriptions share one,
-    /// and none is 0, which some readers take for none.
+    /// The SSRCs of its packets and of their retransmissions. Multiplying by an odd number maps 31
+    /// bits onto themselves, so that no two subscriptions share one, and none is 0, which some
+    /// readers take for none.
     pub(super) fn ssrcs(self) -> (u32, u32) {
         let scattered = self.0.wrapping_mul(0x9E37_79B1) << 1;
         (scattered | 1, scattered)

@@ -1,4 +1,5 @@
-//! What a router has counted: plain cumulative numbers that merge over routers. Tests take them as the other side's truth; a metrics page shows them.
+//! What a router has counted: plain cumulative numbers that merge over routers. Tests take them as
+//! the other side's truth; a metrics page shows them.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! A published track as the lobby sees it: what its publisher said of it, who gets it, which layers they want, and how loud it is.
+//! A published track as the lobby sees it: what its publisher said of it, who gets it, which layers
+//! they want, and how loud it is.
 
 // See `room`.
 #![allow(deprecated)]
@@ -14,7 +15,8 @@ use crate::codec::Codec;
 use crate::measure::Kind;
 use crate::units::Time;
 
-/// Layers that nobody watches are announced after this (LiveKit's `dynacast_pause_delay`): people switch back and forth.
+/// Layers that nobody watches are announced after this (LiveKit's `dynacast_pause_delay`): people
+/// switch back and forth.
 const LOWER_AFTER: Duration = Duration::from_secs(5);
 /// A track without any subscriber yet is given more time.
 const FIRST_LOWER_AFTER: Duration = Duration::from_secs(10);
@@ -60,7 +62,8 @@ impl PublishedTrack {
         }
     }
 
-    /// The quality that these settings keep alive at the publisher, counted from 1; 0: none. The publisher's own muting is no reason to stop its layers.
+    /// The quality that these settings keep alive at the publisher, counted from 1; 0: none. The
+    /// publisher's own muting is no reason to stop its layers.
     pub fn wish(&self, settings: &Settings) -> u8 {
         match self.kind() {
             Kind::Video if !settings.disabled && self.layers > 1 => self.quality(settings) + 1,
@@ -270,7 +273,8 @@ pub(super) struct Loudness {
 }
 
 impl Loudness {
-    /// The average of the last interval, in dBov below full scale; `None`: silence. Returns the level of an active speaker, in (0, 1].
+    /// The average of the last interval, in dBov below full scale; `None`: silence. Returns the
+    /// level of an active speaker, in (0, 1].
     pub fn handle_level(&mut self, level: Option<u8>) -> Option<f32> {
         let level = level.filter(|level| *level <= ACTIVE_LEVEL);
         self.smoothed = level.map_or(0.0, |level| {

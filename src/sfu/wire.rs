@@ -1,6 +1,7 @@
 //! LiveKit's messages as the lobby sends them: encoded once, shared by all who get them.
 //!
-//! Lists that grow with a room are joined from parts that were encoded before: an entry is encoded when it changes, not when it is sent.
+//! Lists that grow with a room are joined from parts that were encoded before: an entry is encoded
+//! when it changes, not when it is sent.
 
 use bytes::Bytes;
 use livekit_protocol as proto;

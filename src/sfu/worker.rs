@@ -1,4 +1,5 @@
-//! The thread around a router: its one UDP socket, its clock, and the channel that commands come by.
+//! The thread around a router: its one UDP socket, its clock, and the channel that commands come
+//! by.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -23,7 +24,8 @@ use crate::units::{Epoch, Time, arrival};
 const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
 /// Batches taken at a turn, and forwarded together; then timers, commands and events get theirs.
 const DRAIN_BATCHES: usize = 8;
-/// Where datagrams come thick and fast, to be woken by each of them costs sender and receiver more than the datagram: then they are looked for so often.
+/// Where datagrams come thick and fast, to be woken by each of them costs sender and receiver more
+/// than the datagram: then they are looked for so often.
 const WAKE_INTERVAL_MIN: Duration = Duration::from_micros(250);
 /// Commands taken at a turn: a join makes some, and media must not wait for a wave of them.
 const COMMANDS_MAX: usize = 16;
@@ -111,7 +113,8 @@ impl RouterWorker {
                     woken_at: Time::ZERO,
                     wakes_are_dense: false,
                 };
-                // The poll fails only where the process is out of its means; the router is then gone, and its handle tells.
+                // The poll fails only where the process is out of its means; the router is then
+                // gone, and its handle tells.
                 while let Ok(true) = worker.turn() {}
             })?;
         Ok(RouterWorker {
@@ -141,7 +144,8 @@ impl RouterWorker {
         self.inspect(|_| net::thread_cpu())
     }
 
-    /// Has the thread look at its router between two turns, and waits for what it saw: for tests, and for pages that are asked for now and then.
+    /// Has the thread look at its router between two turns, and waits for what it saw: for tests,
+    /// and for pages that are asked for now and then.
     pub fn inspect<R: Send + 'static>(
         &self,
         look: impl FnOnce(&Router) -> R + Send + 'static,
@@ -164,7 +168,8 @@ impl RouterWorker {
     }
 
     fn request(&self, request: RouterRequest) {
-        // A thread that has ended takes no requests; who waits for an answer hears that the channel is closed.
+        // A thread that has ended takes no requests; who waits for an answer hears that the channel
+        // is closed.
         if self.requests.send(request).is_ok() {
             let _ = self.waker.wake();
         }
@@ -247,7 +252,8 @@ impl Loop {
         let mut now = self.epoch.now();
         let mut is_empty = false;
         for _ in 0..DRAIN_BATCHES {
-            // Kernel stamps are on the wall clock; read together, the two clocks' difference places them on ours.
+            // Kernel stamps are on the wall clock; read together, the two clocks' difference places
+            // them on ours.
             let unix_now;
             (now, unix_now) = (self.epoch.now(), net::unix_nanos());
             let received = self.received.receive(&self.io.socket);
@@ -264,8 +270,8 @@ impl Loop {
             for index in 0..count {
                 self.take(index, now, unix_now);
             }
-            // The packets of a frame come one behind the other, and the first of them wakes us. To send a part of it costs each subscriber a call more than to
-            // look again.
+            // The packets of a frame come one behind the other, and the first of them wakes us. To
+            // send a part of it costs each subscriber a call more than to look again.
             is_empty = self.received.is_drained() && !self.router.is_mid_frame();
             if is_empty {
                 break;
@@ -281,7 +287,8 @@ impl Loop {
             return self.router.refuse();
         };
         if let Some(drops) = received.drops {
-            // The kernel counts buffers; those that it dropped are taken to have held as many datagrams as this one.
+            // The kernel counts buffers; those that it dropped are taken to have held as many
+            // datagrams as this one.
             let dropped =
                 u64::from(drops.wrapping_sub(self.socket_drops)) * u64::from(received.burst);
             self.router.count_outlet(0, dropped, 0);

@@ -1,4 +1,5 @@
-//! How participants come by their room tokens: signed here with an API key, or by somebody elsewhere who has one.
+//! How participants come by their room tokens: signed here with an API key, or by somebody
+//! elsewhere who has one.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -19,7 +20,8 @@ pub enum JoinAccess {
     Issued(TokenIssuer),
 }
 
-/// Somebody elsewhere who makes tokens, one for each time that a participant joins or comes back: they are short-lived.
+/// Somebody elsewhere who makes tokens, one for each time that a participant joins or comes back:
+/// they are short-lived.
 #[derive(Clone)]
 pub struct TokenIssuer(mpsc::UnboundedSender<TokenRequest>);
 
@@ -71,7 +73,8 @@ impl TokenIssuer {
 }
 
 impl JoinAccess {
-    /// A token with which `participant` joins `room`. Whoever issues it elsewhere gives it the permissions that the plan asks for.
+    /// A token with which `participant` joins `room`. Whoever issues it elsewhere gives it the
+    /// permissions that the plan asks for.
     ///
     /// # Errors
     /// Why there is none.

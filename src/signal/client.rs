@@ -1,11 +1,15 @@
-//! One participant's signalling connection: `SignalRequest` and `SignalResponse` (livekit_rtc.proto), one per binary WebSocket message.
+//! One participant's signalling connection: `SignalRequest` and `SignalResponse`
+//! (livekit_rtc.proto), one per binary WebSocket message.
 //!
-//! Responses are decoded lazily. The field number is read by hand and only what a participant acts on goes through prost: lists of participants grow with
-//! the square of a room, and a load engine would do nothing but decode them.
+//! Responses are decoded lazily. The field number is read by hand and only what a participant acts
+//! on goes through prost: lists of participants grow with the square of a room, and a load engine
+//! would do nothing but decode them.
 //!
-//! Memory per connection: a read buffer of [`READ_BUFFER_BYTES`], a write buffer that holds at most one fragment of [`FRAGMENT_BYTES`], and what the kernel
-//! and TLS take. The WebSocket library would keep the memory of its largest message for good, megabytes in a large room, so that two things are done about
-//! it: [`FrameReads`] hands it one frame at a time, and the receiver holds a large message for as long as the library could take its memory over.
+//! Memory per connection: a read buffer of [`READ_BUFFER_BYTES`], a write buffer that holds at most
+//! one fragment of [`FRAGMENT_BYTES`], and what the kernel and TLS take. The WebSocket library
+//! would keep the memory of its largest message for good, megabytes in a large room, so that two
+//! things are done about it: [`FrameReads`] hands it one frame at a time, and the receiver holds a
+//! large message for as long as the library could take its memory over.
 
 use std::future::poll_fn;
 use std::io::{self, Write as _};
@@ -35,18 +39,22 @@ use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 use super::{Endpoint, Secret, tls_config};
 use crate::transport::sdp::SECTIONS_MAX;
 
-/// Largest response that is read. A Join lists every participant at up to ~1.5 KB and an offer takes ~1.8 KB a track, so 3,000 participants stay below 6 MB.
+/// Largest response that is read. A Join lists every participant at up to ~1.5 KB and an offer
+/// takes ~1.8 KB a track, so 3,000 participants stay below 6 MB.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
-/// Largest response whose lists are decoded. Two bytes may be an empty entry that takes a hundred in memory, and of what a participant acts on only
-/// descriptions and the list of the others in a Join grow with the room: a thousand speakers take 30 KB.
+/// Largest response whose lists are decoded. Two bytes may be an empty entry that takes a hundred
+/// in memory, and of what a participant acts on only descriptions and the list of the others in a
+/// Join grow with the room: a thousand speakers take 30 KB.
 pub const LISTS_BYTES_MAX: usize = 256 << 10;
 /// A server that takes nothing for so long is gone.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Offers and candidates aside, responses are below this.
 pub const READ_BUFFER_BYTES: usize = 4 << 10;
-/// Longer requests go out as several frames: the library's write buffer never shrinks, so one answer of 101 sections would stay in memory for good.
+/// Longer requests go out as several frames: the library's write buffer never shrinks, so one
+/// answer of 101 sections would stay in memory for good.
 pub const FRAGMENT_BYTES: usize = 8 << 10;
-/// A join request is part of the request line: proxies take 8 KiB, and an offer of 150 sections has 65.
+/// A join request is part of the request line: proxies take 8 KiB, and an offer of 150 sections has
+/// 65.
 const PLAIN_JOIN_REQUEST_BYTES_MAX: usize = 3 << 10;
 /// Text of a server that is kept in an error.
 const ERROR_TEXT_BYTES_MAX: usize = 300;
@@ -57,7 +65,8 @@ pub struct ConnectTimes {
     /// The TCP handshake, and the name's look-up unless [`Endpoint::resolve`] did it before.
     pub tcp: Duration,
     pub tls: Option<Duration>,
-    /// From the HTTP request to status 101. A LiveKit server starts the session in this time, before it upgrades.
+    /// From the HTTP request to status 101. A LiveKit server starts the session in this time,
+    /// before it upgrades.
     pub websocket: Duration,
 }
 
@@ -94,7 +103,8 @@ pub struct JoinOptions {
     pub adaptive_stream: bool,
     /// LiveKit's client protocol: 13 to 17 keep in-band data channels.
     pub protocol: i32,
-    /// `rust`: with `go` the server holds a video track back until its first packet and pads muted tracks.
+    /// `rust`: with `go` the server holds a video track back until its first packet and pads muted
+    /// tracks.
     pub sdk: proto::client_info::Sdk,
     pub version: String,
     /// Without this the server strips the packet trailer (`LKTS`) from tracks that declare one.
@@ -102,7 +112,8 @@ pub struct JoinOptions {
     /// The participant's sid, to resume its session instead of joining.
     pub resume: Option<String>,
     pub connection: JoinMode,
-    /// For the name, TCP, TLS and the WebSocket together. A server may take several seconds to start a session under load.
+    /// For the name, TCP, TLS and the WebSocket together. A server may take several seconds to
+    /// start a session under load.
     pub timeout: Duration,
 }
 
@@ -197,7 +208,8 @@ impl JoinOptions {
     }
 }
 
-/// A join request as it travels in a URL, zipped where it is long: sections of an offer are much alike.
+/// A join request as it travels in a URL, zipped where it is long: sections of an offer are much
+/// alike.
 fn wrapped(request: &proto::JoinRequest) -> proto::WrappedJoinRequest {
     let plain = request.encode_to_vec();
     let is_long = plain.len() > PLAIN_JOIN_REQUEST_BYTES_MAX;
@@ -219,7 +231,8 @@ fn zipped(bytes: &[u8]) -> io::Result<Vec<u8>> {
     encoder.finish()
 }
 
-/// Why there is no signalling connection, or no longer one. Each message says what to do; none repeats a token.
+/// Why there is no signalling connection, or no longer one. Each message says what to do; none
+/// repeats a token.
 #[derive(Debug, thiserror::Error)]
 pub enum SignalError {
     #[error("{endpoint} refused the connection: is the server running, and is this its port?")]
@@ -273,7 +286,8 @@ pub enum SignalError {
     Protocol { cause: String },
 }
 
-/// Opens a participant's signalling connection. The server's first message is `SignalEvent::Join` (or `SignalEvent::Reconnect` after a resume).
+/// Opens a participant's signalling connection. The server's first message is `SignalEvent::Join`
+/// (or `SignalEvent::Reconnect` after a resume).
 ///
 /// The token is sent as a header and appears in no error, whatever the server answers.
 pub async fn connect(
@@ -289,7 +303,8 @@ pub async fn connect(
         })?
 }
 
-/// A connection to the server on which nothing has been said yet. Our own address is known by now: what a join says of media can name it.
+/// A connection to the server on which nothing has been said yet. Our own address is known by now:
+/// what a join says of media can name it.
 pub struct Dialled<'a> {
     endpoint: &'a Endpoint,
     transport: TcpOrTls,
@@ -532,7 +547,8 @@ fn lost(error: WsError) -> SignalError {
     }
 }
 
-/// The sending half. Sends are awaited in full: a send that is cancelled half-way leaves the connection unusable.
+/// The sending half. Sends are awaited in full: a send that is cancelled half-way leaves the
+/// connection unusable.
 pub struct SignalSender {
     sink: SplitSink<WebSocketStream<FrameReads>, Message>,
 }
@@ -564,12 +580,14 @@ impl SignalSender {
         .await
     }
 
-    /// Announces a track; `SignalEvent::TrackPublished` with the same `cid` follows. Only then may an offer carry it.
+    /// Announces a track; `SignalEvent::TrackPublished` with the same `cid` follows. Only then may
+    /// an offer carry it.
     pub async fn add_track(&mut self, request: proto::AddTrackRequest) -> Result<(), SignalError> {
         self.send(Request::AddTrack(request)).await
     }
 
-    /// Asks for an `SignalEvent::Pong` that carries `timestamp_us` back, so that its reader knows the signalling round trip. `rtt` is the last one known.
+    /// Asks for an `SignalEvent::Pong` that carries `timestamp_us` back, so that its reader knows
+    /// the signalling round trip. `rtt` is the last one known.
     pub async fn ping(&mut self, timestamp_us: i64, rtt: Duration) -> Result<(), SignalError> {
         self.send(Request::PingReq(proto::Ping {
             timestamp: timestamp_us,
@@ -583,7 +601,8 @@ impl SignalSender {
         self.send(Request::SyncState(state)).await
     }
 
-    /// Ends the session at once for everybody; dropping the connection instead leaves a ghost for some 20 seconds.
+    /// Ends the session at once for everybody; dropping the connection instead leaves a ghost for
+    /// some 20 seconds.
     pub async fn leave(&mut self) -> Result<(), SignalError> {
         let reason = proto::DisconnectReason::ClientInitiated.into();
         self.send(Request::Leave(proto::LeaveRequest {
@@ -643,10 +662,12 @@ fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
     }
 }
 
-/// The receiving half. It must be polled at least every few seconds: the server's pings are answered from there.
+/// The receiving half. It must be polled at least every few seconds: the server's pings are
+/// answered from there.
 pub struct SignalReceiver {
     stream: SplitStream<WebSocketStream<FrameReads>>,
-    /// The last large message, kept until the library has read on: as long as it lives, the library must take new memory for its read buffer.
+    /// The last large message, kept until the library has read on: as long as it lives, the
+    /// library must take new memory for its read buffer.
     held: Option<Bytes>,
     bytes_received: u64,
     closed: bool,
@@ -736,7 +757,8 @@ pub enum SignalEvent {
     },
     /// Who began to speak, became louder or stopped.
     SpeakersChanged(Vec<proto::SpeakerInfo>),
-    /// A kind that a participant does not act on, unread: `SignalResponse`'s field number, and the length in bytes.
+    /// A kind that a participant does not act on, unread: `SignalResponse`'s field number, and the
+    /// length in bytes.
     Ignored {
         kind: u32,
         len: usize,
@@ -977,7 +999,8 @@ impl SignalEvent {
 }
 
 impl Description {
-    /// Of the map from mids to tracks, which grows with the room, nothing is read but that it is no longer than a description may be: the text says the same.
+    /// Of the map from mids to tracks, which grows with the room, nothing is read but that it is no
+    /// longer than a description may be: the text says the same.
     fn decode(body: &[u8]) -> Option<Description> {
         let (mut sdp, mut mids, mut rest) = ("", 0, Vec::new());
         for field in Fields(body) {
@@ -1088,7 +1111,8 @@ fn without_other_participants(join: &[u8]) -> Option<(Vec<u8>, usize)> {
     Some((rest, count))
 }
 
-/// Walks a protobuf message's fields without decoding them (protobuf encoding: key = number << 3 | wire type).
+/// Walks a protobuf message's fields without decoding them (protobuf encoding: key = number << 3 |
+/// wire type).
 struct Fields<'a>(&'a [u8]);
 
 struct Field<'a> {
@@ -1165,10 +1189,12 @@ impl TcpOrTls {
     }
 }
 
-/// A transport whose reads end where a WebSocket frame's header or payload ends (RFC 6455, section 5.2).
+/// A transport whose reads end where a WebSocket frame's header or payload ends (RFC 6455, section
+/// 5.2).
 ///
-/// The library then never reads the next frame's first bytes into the memory of a large one, where they would keep all of it alive. It costs two or three
-/// short reads a message, and a participant gets a few messages a second.
+/// The library then never reads the next frame's first bytes into the memory of a large one, where
+/// they would keep all of it alive. It costs two or three short reads a message, and a participant
+/// gets a few messages a second.
 struct FrameReads {
     transport: TcpOrTls,
     phase: ResponsePhase,
@@ -1204,7 +1230,8 @@ impl FrameReads {
         }
     }
 
-    /// Reads the response; what follows its header is put aside, unless it is no upgrade and the rest is a text to show.
+    /// Reads the response; what follows its header is put aside, unless it is no upgrade and the
+    /// rest is a text to show.
     fn poll_response(
         &mut self,
         cx: &mut Context<'_>,
@@ -1843,12 +1870,14 @@ mod tests {
                         .await
                         .is_err()
                 );
-                // The server's end would keep its own buffers: only ours are of interest, so it is closed down to its socket.
+                // The server's end would keep its own buffers: only ours are of interest, so it is
+                // closed down to its socket.
                 open.push((sender, receiver, server.into_inner()));
             }
             let each = resident_bytes().saturating_sub(before) / open.len() as u64;
             eprintln!("{each} bytes resident per connection after 2 MiB each way");
-            // Kept, it would be twice LARGE. Other tests of this process allocate meanwhile, some tens of MB in all: a hundred connections stand out of that.
+            // Kept, it would be twice LARGE. Other tests of this process allocate meanwhile, some
+            // tens of MB in all: a hundred connections stand out of that.
             assert!(each < LARGE as u64 / 2, "{each} bytes");
         });
     }

@@ -112,7 +112,8 @@ pub enum SeatsMisfit {
 }
 
 impl Seats {
-    /// Gives each participant of the plan a token that lets it do what it is to do. Rooms of the plan are those of the tokens, in their order.
+    /// Gives each participant of the plan a token that lets it do what it is to do. Rooms of the
+    /// plan are those of the tokens, in their order.
     ///
     /// # Errors
     /// Where there are too few, or none of the right kind.

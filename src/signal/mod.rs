@@ -1,6 +1,8 @@
-//! LiveKit's control plane, seen from the client: tokens, the room service, and one WebSocket per participant.
+//! LiveKit's control plane, seen from the client: tokens, the room service, and one WebSocket per
+//! participant.
 //!
-//! Runs on tokio, beside the media threads. Nothing in here touches a media packet; clocks are read here, for the phases of a join.
+//! Runs on tokio, beside the media threads. Nothing in here touches a media packet; clocks are read
+//! here, for the phases of a join.
 
 pub mod access;
 pub mod client;
@@ -54,13 +56,15 @@ impl Endpoint {
         format!("{}{path}", self.url.http())
     }
 
-    /// Looks the name up once and keeps the addresses, so that no later connect asks (or times) a name server.
+    /// Looks the name up once and keeps the addresses, so that no later connect asks (or times) a
+    /// name server.
     pub async fn resolve(mut self) -> Result<Endpoint, SignalError> {
         self.addresses = Some(self.lookup().await?);
         Ok(self)
     }
 
-    /// The addresses to try, in order: those kept by [`Endpoint::resolve`], or what the name server says now.
+    /// The addresses to try, in order: those kept by [`Endpoint::resolve`], or what the name server
+    /// says now.
     pub(crate) async fn lookup(&self) -> Result<Arc<[SocketAddr]>, SignalError> {
         if let Some(addresses) = &self.addresses {
             return Ok(addresses.clone());
@@ -104,7 +108,8 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// One TLS configuration for the process: this system's roots (`SSL_CERT_FILE` is honoured) and Mozilla's, so that slim containers work.
+/// One TLS configuration for the process: this system's roots (`SSL_CERT_FILE` is honoured) and
+/// Mozilla's, so that slim containers work.
 pub(crate) fn tls_config() -> Arc<rustls::ClientConfig> {
     static CONFIG: OnceLock<Arc<rustls::ClientConfig>> = OnceLock::new();
     CONFIG.get_or_init(|| Arc::new(build_tls_config())).clone()

@@ -14,14 +14,16 @@ const TOKEN_LIFETIME: Duration = Duration::from_secs(60);
 const SINGLE_CONNECTION_SINCE: [u32; 3] = [1, 13, 2];
 const FIRST_LIVEKIT: [u32; 3] = [1, 0, 0];
 
-/// Whether the server has `/rtc/v1`, one connection for everything; `None` where its answer does not tell.
+/// Whether the server has `/rtc/v1`, one connection for everything; `None` where its answer does
+/// not tell.
 ///
 /// Without a token: a server that has it refuses, one that does not has never heard of it.
 pub async fn has_single_connection(endpoint: &Endpoint) -> Option<bool> {
     has(endpoint, "/rtc/v1/validate").await
 }
 
-/// Whether participants can join at the server at all; `None` where its answer does not tell. Asked without a token, as above.
+/// Whether participants can join at the server at all; `None` where its answer does not tell. Asked
+/// without a token, as above.
 pub async fn has_signalling(endpoint: &Endpoint) -> Option<bool> {
     has(endpoint, "/rtc/validate").await
 }
@@ -52,7 +54,8 @@ pub fn visitor_token(api_key: &ApiKey, room: &str, identity: &str) -> Option<Sec
         .ok()
 }
 
-/// The server's version, from a join with this token that is left at once; `None` where it does not tell.
+/// The server's version, from a join with this token that is left at once; `None` where it does not
+/// tell.
 pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<String> {
     let options = JoinOptions {
         auto_subscribe: false,
@@ -76,7 +79,8 @@ pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<Strin
     tokio::time::timeout(TIMEOUT, asking).await.ok()?.ok()?
 }
 
-/// Whether a LiveKit of this version has a single connection, but not a solid one. Other servers number their versions as they like.
+/// Whether a LiveKit of this version has a single connection, but not a solid one. Other servers
+/// number their versions as they like.
 pub fn is_unsolid(version: &str) -> bool {
     let mut numbers = version
         .trim_start_matches('v')

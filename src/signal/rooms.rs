@@ -1,4 +1,5 @@
-//! LiveKit's room service: Twirp, which is `POST /twirp/livekit.RoomService/METHOD` with protobuf bodies.
+//! LiveKit's room service: Twirp, which is `POST /twirp/livekit.RoomService/METHOD` with protobuf
+//! bodies.
 
 use std::time::Duration;
 
@@ -24,7 +25,8 @@ pub struct RoomService {
     api_key: ApiKey,
 }
 
-/// Why the room service did not do what was asked. Each message says what to do; none repeats a token.
+/// Why the room service did not do what was asked. Each message says what to do; none repeats a
+/// token.
 #[derive(Debug, thiserror::Error)]
 pub enum RoomError {
     #[error(
@@ -68,7 +70,8 @@ impl RoomError {
         matches!(self, RoomError::Other { status: 404, .. })
     }
 
-    /// Something in front of the server lets nobody to the room service, or there is none. Of a method, not of a room.
+    /// Something in front of the server lets nobody to the room service, or there is none. Of a
+    /// method, not of a room.
     pub fn is_hidden(&self) -> bool {
         matches!(
             self,
@@ -102,7 +105,8 @@ impl RoomService {
         &self.endpoint
     }
 
-    /// Makes the room, or finds it. It is closed when nobody was in it for `empty_timeout` (whole seconds; at least one).
+    /// Makes the room, or finds it. It is closed when nobody was in it for `empty_timeout` (whole
+    /// seconds; at least one).
     pub async fn create_room(
         &self,
         name: &str,
@@ -297,7 +301,8 @@ pub(crate) fn http_client(timeout: Duration) -> reqwest::Client {
         .expect("a client with a given TLS configuration needs nothing from its host")
 }
 
-/// The chain of causes below `error`. An `io::Error` hides the error that it wraps from `source`, so that one is looked into.
+/// The chain of causes below `error`. An `io::Error` hides the error that it wraps from `source`,
+/// so that one is looked into.
 pub(crate) fn causes<'a>(
     error: &'a (dyn std::error::Error + 'static),
 ) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
@@ -312,7 +317,8 @@ pub(crate) fn causes<'a>(
     })
 }
 
-/// Twirp's errors are JSON, `{"code": .., "msg": ..}`; the authentication in front of it answers in plain text.
+/// Twirp's errors are JSON, `{"code": .., "msg": ..}`; the authentication in front of it answers in
+/// plain text.
 fn twirp_text(body: &[u8], token: &Secret) -> String {
     #[derive(serde::Deserialize)]
     struct TwirpErrorBody {

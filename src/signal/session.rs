@@ -1,9 +1,13 @@
-//! One participant's life: join, publish, agree on what is sent and received, stay, leave. A task each; the media runs in the engine's shards.
+//! One participant's life: join, publish, agree on what is sent and received, stay, leave. A task
+//! each; the media runs in the engine's shards.
 //!
-//! The task hands shards finished parameters and never waits for them. Every moment of the join is counted from when it was intended.
+//! The task hands shards finished parameters and never waits for them. Every moment of the join is
+//! counted from when it was intended.
 //!
-//! With *two* connections (`/rtc`) the participant offers its tracks on the one, and the server everybody else's on the other. With *one* (`/rtc/v1`) all offers
-//! are ours: the first one travels with the join, has sections for the tracks that are known to be there, and the server says when it lacks more.
+//! With *two* connections (`/rtc`) the participant offers its tracks on the one, and the server
+//! everybody else's on the other. With *one* (`/rtc/v1`) all offers are ours: the first one travels
+//! with the join, has sections for the tracks that are known to be there, and the server says when
+//! it lacks more.
 
 mod failure;
 mod pace;
@@ -51,24 +55,28 @@ use tracks::{SessionTrack, add_track_request, stream_parameters};
 pub use viewer::Size;
 use viewer::Viewer;
 
-/// A join that takes longer than this has failed: LiveKit itself gives a primary connection 60 s, a person far less.
+/// A join that takes longer than this has failed: LiveKit itself gives a primary connection 60 s, a
+/// person far less.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Until the server names its own interval.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// A server that says nothing for so long is gone, until it names its own limit.
 const PING_TIMEOUT: Duration = Duration::from_secs(15);
-/// Where the server ends the DTLS session, its reason may still be on its way over the signalling connection: so long it is waited for.
+/// Where the server ends the DTLS session, its reason may still be on its way over the signalling
+/// connection: so long it is waited for.
 const LEAVE_WAIT: Duration = Duration::from_millis(500);
-/// Tracks that a server may announce to one participant in one session: a room of three thousand, every one of whom comes and goes several times. Each is
-/// accounted for until the end.
+/// Tracks that a server may announce to one participant in one session: a room of three thousand,
+/// every one of whom comes and goes several times. Each is accounted for until the end.
 const TRACKS_EVER_MAX: usize = 20_000;
 /// Pings whose answers are waited for.
 const PINGS_MAX: usize = 8;
 /// Candidates that a server may trickle for one connection: it has a few per interface.
 const TRICKLED_MAX: u32 = 64;
-/// So long a participant that is to leave stays for what was sent before: as long as everybody does at the end of a run, when media has stopped.
+/// So long a participant that is to leave stays for what was sent before: as long as everybody does
+/// at the end of a run, when media has stopped.
 const LEAVE_DRAIN: Duration = Duration::from_millis(1_500);
-/// Between the connection's first moment and the first frame: at least this, so that the slot lies ahead.
+/// Between the connection's first moment and the first frame: at least this, so that the slot lies
+/// ahead.
 const FIRST_FRAME_DELAY: Duration = Duration::from_millis(2);
 
 /// What all participants of a run share.
@@ -102,7 +110,8 @@ pub struct SessionContext {
 #[derive(Clone, Copy, Debug)]
 pub struct ShardPlace {
     pub shard: usize,
-    /// The key of its publisher connection, or of its only one; the subscriber connection has the next one.
+    /// The key of its publisher connection, or of its only one; the subscriber connection has the
+    /// next one.
     pub key: PeerKey,
 }
 
@@ -134,12 +143,14 @@ pub enum Notice {
     },
     /// A failed join is tried again.
     JoinRetried,
-    /// Was in, and was thrown out or lost its connection for good; it may come back by joining anew.
+    /// Was in, and was thrown out or lost its connection for good; it may come back by joining
+    /// anew.
     Disconnected {
         index: u32,
         at: Time,
         reason: String,
-        /// The server's own name for it, where the server ended the session: `PARTICIPANT_REMOVED`.
+        /// The server's own name for it, where the server ended the session:
+        /// `PARTICIPANT_REMOVED`.
         server_reason: Option<&'static str>,
     },
     /// The server took one of its tracks out of the room; the participant is still in.
@@ -148,7 +159,8 @@ pub enum Notice {
         kind: Kind,
         at: Time,
     },
-    /// Was in, lost its connection and has it again, so long after: the old session, or a new one after [`Notice::Disconnected`].
+    /// Was in, lost its connection and has it again, so long after: the old session, or a new one
+    /// after [`Notice::Disconnected`].
     Reconnected {
         index: u32,
         after: Duration,
@@ -200,16 +212,20 @@ pub struct Ended {
 pub enum Request {
     /// Mutes one of its tracks, or unmutes it.
     SetMuted { kind: Kind, muted: bool },
-    /// Looks at every video track in this size from now on, whatever the layout; `None`: at none of them.
+    /// Looks at every video track in this size from now on, whatever the layout; `None`: at none of
+    /// them.
     Show(Option<Size>),
-    /// Leaves before the run does. What was sent to it until now still has its time to arrive; from now on nothing is owed.
+    /// Leaves before the run does. What was sent to it until now still has its time to arrive; from
+    /// now on nothing is owed.
     Leave,
 }
 
-/// Runs one participant from its intended moment until the run tells everybody to leave, or the server does. `tracks_ahead` are those that ought to be
-/// there when it joins: with one connection it offers sections for them.
+/// Runs one participant from its intended moment until the run tells everybody to leave, or the
+/// server does. `tracks_ahead` are those that ought to be there when it joins: with one connection
+/// it offers sections for them.
 ///
-/// What comes in by `requests` is done in its order; where nothing ever will, its sender may be gone from the start.
+/// What comes in by `requests` is done in its order; where nothing ever will, its sender may be
+/// gone from the start.
 pub async fn run(
     context: Arc<SessionContext>,
     mut plan: ParticipantPlan,
@@ -425,7 +441,8 @@ impl Session {
         }
     }
 
-    /// One session, from the join until it is gone or everybody is to leave. Where only signalling is lost, it is resumed.
+    /// One session, from the join until it is gone or everybody is to leave. Where only signalling
+    /// is lost, it is resumed.
     async fn visit(&mut self, requests: &mut RequestQueue) -> Result<(), SessionFailure> {
         self.timeline.started = Some(self.context.epoch.now());
         let mut leave = self.context.leave.clone();
@@ -545,7 +562,8 @@ impl Session {
                 _ = signal.ping.tick() => signal.ping(self.context.epoch.now()).await?,
             }
         }
-        // The server sees a participant who says goodbye at once; one who is silent it keeps for 20 s.
+        // The server sees a participant who says goodbye at once; one who is silent it keeps for 20
+        // s.
         let _ = tokio::time::timeout(Duration::from_secs(2), signal.sender.leave()).await;
         Ok(())
     }
@@ -725,7 +743,8 @@ impl Session {
         Ok(sender.offer(offer, id).await?)
     }
 
-    /// The server has taken a track of ours out of the room: the right to publish was withdrawn. It stops, as a client's does.
+    /// The server has taken a track of ours out of the room: the right to publish was withdrawn. It
+    /// stops, as a client's does.
     fn handle_track_unpublished(&mut self, sid: &str) {
         let Some(kind) = self
             .tracks
@@ -755,7 +774,8 @@ impl Session {
         })
     }
 
-    /// Our next offer and its number: the sections that are wanted, and with the first one our tracks behind them.
+    /// Our next offer and its number: the sections that are wanted, and with the first one our
+    /// tracks behind them.
     fn next_offer(&mut self) -> Result<(String, u32), SessionFailure> {
         let Offering {
             offerer,
@@ -768,7 +788,8 @@ impl Session {
         let wanted = wanted.take().unwrap_or_default();
         if self.context.single_connection {
             sections.add(wanted);
-            // A connection needs a section to come up with, even where nothing is to be sent or received yet.
+            // A connection needs a section to come up with, even where nothing is to be sent or
+            // received yet.
             let nothing =
                 wanted == Sections::default() && offerer.is_empty() && self.tracks.is_empty();
             offerer
@@ -809,7 +830,8 @@ impl Session {
         sender: &mut SignalSender,
         engine: &mpsc::UnboundedSender<ShardEvent>,
     ) -> Result<(), SessionFailure> {
-        // To an offer that a later one has replaced; a server that does not number its answers says 0.
+        // To an offer that a later one has replaced; a server that does not number its answers says
+        // 0.
         if ![0, self.offering.id].contains(&answer.id) {
             return Ok(());
         }
@@ -883,7 +905,8 @@ impl Session {
         self.tell_what_is_watched(sender).await?;
         self.tell_addresses(PeerRole::Subscriber, sender).await?;
         if restarts {
-            // The server repeats a check that was not understood only 200 ms later, and sends no media meanwhile: the shard has to be ready for the first.
+            // The server repeats a check that was not understood only 200 ms later, and sends no
+            // media meanwhile: the shard has to be ready for the first.
             self.held_answer = Some((answered.sdp, offer.id));
             return Ok(());
         }
@@ -900,7 +923,8 @@ impl Session {
         }
     }
 
-    /// Tells the shard which streams came and went. An updated track is the same stream with other details: the shard adds what is new to it.
+    /// Tells the shard which streams came and went. An updated track is the same stream with other
+    /// details: the shard adds what is new to it.
     fn take_streams<'a>(
         &mut self,
         role: PeerRole,
@@ -1149,7 +1173,8 @@ impl Session {
         Ok(())
     }
 
-    /// Media may flow: each track gets a slot of its own, spread over the frame interval by the participant's index.
+    /// Media may flow: each track gets a slot of its own, spread over the frame interval by the
+    /// participant's index.
     fn publish(&mut self) {
         let ready = self.context.epoch.now() + FIRST_FRAME_DELAY;
         let mut parameters = Vec::new();
@@ -1217,7 +1242,8 @@ impl Session {
         Ok(())
     }
 
-    /// The phases of the join that were reached in the attempt that counts: the one that succeeded, or the last one.
+    /// The phases of the join that were reached in the attempt that counts: the one that succeeded,
+    /// or the last one.
     fn tell_phases(&self) {
         let timeline = &self.timeline;
         for (phase, at) in [
@@ -1233,7 +1259,8 @@ impl Session {
         }
     }
 
-    /// Takes the other end of a connection from a description: the shard gets a new connection, or one that it has restarts ICE.
+    /// Takes the other end of a connection from a description: the shard gets a new connection, or
+    /// one that it has restarts ICE.
     fn take_remote(
         &mut self,
         role: PeerRole,
@@ -1267,7 +1294,8 @@ impl Session {
                     rtcp_ssrc: self.plan.seed as u32 | 1,
                     obeys_bandwidth: self.context.obey_bandwidth,
                     cname: self.plan.identity.clone(),
-                    // Media is waited for from when the participant ought to have joined, or was lost.
+                    // Media is waited for from when the participant ought to have joined, or was
+                    // lost.
                     intended_at: self.lost.map_or(self.timeline.intended, |lost| lost.at),
                 };
                 ShardCommand::AddPeer {

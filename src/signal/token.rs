@@ -1,6 +1,7 @@
 //! LiveKit access tokens: a JWT signed by HS256, with the grants in its `video` claim.
 //!
-//! Whoever holds a token or a secret can act with it, so both travel as [`Secret`], which never prints itself.
+//! Whoever holds a token or a secret can act with it, so both travel as [`Secret`], which never
+//! prints itself.
 
 use std::time::Duration;
 
@@ -67,9 +68,11 @@ impl ApiKey {
         }
     }
 
-    /// A token to join `room` as `identity` (`name` is what others see), valid from now for `lifetime`.
+    /// A token to join `room` as `identity` (`name` is what others see), valid from now for
+    /// `lifetime`.
     ///
-    /// `lifetime` must cover the whole wait until the join: an open loop of many joins makes tokens early.
+    /// `lifetime` must cover the whole wait until the join: an open loop of many joins makes tokens
+    /// early.
     pub fn join_token(
         &self,
         room: &str,

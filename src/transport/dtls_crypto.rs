@@ -1,8 +1,9 @@
-//! The cryptography of DTLS, done by `ring`, which TLS and SRTP use too: `dimpl` would bring a library of its own, whose C code takes longer to compile than
-//! all of ours.
+//! The cryptography of DTLS, done by `ring`, which TLS and SRTP use too: `dimpl` would bring a
+//! library of its own, whose C code takes longer to compile than all of ours.
 //!
-//! Nothing is computed here; this only says which function of `ring` (and, for certificates, of `webpki`) is meant. `dimpl` checks all of it against known
-//! values whenever a configuration is built.
+//! Nothing is computed here; this only says which function of `ring` (and, for certificates, of
+//! `webpki`) is meant. `dimpl` checks all of it against known values whenever a configuration is
+//! built.
 
 use std::fmt;
 
@@ -96,7 +97,8 @@ impl ActiveKeyExchange for DtlsKeyExchange {
 
     fn complete(self: Box<Self>, theirs: &[u8], out: &mut Buf) -> Result<(), CryptoError> {
         let theirs = agreement::UnparsedPublicKey::new(self.key.algorithm(), theirs);
-        // Refuses points that are not on the curve, and an X25519 secret of zeros (RFC 7748, section 6.1).
+        // Refuses points that are not on the curve, and an X25519 secret of zeros (RFC 7748,
+        // section 6.1).
         let agreed = agreement::agree_ephemeral(self.key, &theirs, |secret| {
             out.clear();
             out.extend_from_slice(secret);
@@ -109,7 +111,8 @@ impl ActiveKeyExchange for DtlsKeyExchange {
     }
 }
 
-/// The signatures of the other side, with the key of its certificate. Whose certificate it is says the fingerprint in the description, not this.
+/// The signatures of the other side, with the key of its certificate. Whose certificate it is says
+/// the fingerprint in the description, not this.
 #[derive(Debug)]
 struct Verifier;
 
@@ -125,7 +128,8 @@ impl SignatureVerifier for Verifier {
         if kind != SignatureAlgorithm::ECDSA {
             return Err(CryptoError::UnsupportedSignatureAlgorithm(kind));
         }
-        // In DTLS 1.2 the hash does not follow from the curve. A certificate has one curve: the other algorithm refuses it.
+        // In DTLS 1.2 the hash does not follow from the curve. A certificate has one curve: the
+        // other algorithm refuses it.
         let algorithms: [(NamedGroup, &dyn SignatureVerificationAlgorithm); 2] = match hash {
             HashAlgorithm::SHA256 => [
                 (NamedGroup::Secp256r1, webpki::ring::ECDSA_P256_SHA256),
@@ -260,7 +264,8 @@ impl SupportedDtls12CipherSuite for DtlsSuite {
         }
     }
 
-    /// Lengths of the MAC, the key and the nonce's fixed part (RFC 5288, section 3; RFC 7905, section 2).
+    /// Lengths of the MAC, the key and the nonce's fixed part (RFC 5288, section 3; RFC 7905,
+    /// section 2).
     fn key_lengths(&self) -> (usize, usize, usize) {
         (
             0,
@@ -314,7 +319,8 @@ impl SupportedDtls13CipherSuite for Suite13 {
         Sealing::boxed(&aead::CHACHA20_POLY1305, key)
     }
 
-    /// The mask of a record number (RFC 9147, section 4.2.3). QUIC has the same function (RFC 9001, section 5.4.4) and takes five bytes of it, which are enough.
+    /// The mask of a record number (RFC 9147, section 4.2.3). QUIC has the same function (RFC 9001,
+    /// section 5.4.4) and takes five bytes of it, which are enough.
     fn encrypt_sn(&self, key: &[u8], sample: &[u8; 16]) -> [u8; 16] {
         let key = quic::HeaderProtectionKey::new(&quic::CHACHA20, key);
         let five = key.and_then(|key| key.new_mask(sample));

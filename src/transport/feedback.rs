@@ -1,5 +1,6 @@
-//! When which packets of a connection came, for transport-wide feedback (draft-holmer-rmcat-transport-wide-cc-extensions-01): what a browser's bandwidth
-//! estimate is made from. Without it the estimate stays low.
+//! When which packets of a connection came, for transport-wide feedback
+//! (draft-holmer-rmcat-transport-wide-cc-extensions-01): what a browser's bandwidth estimate is
+//! made from. Without it the estimate stays low.
 
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use crate::units::Time;
 
 /// libwebrtc's interval at a usual rate; its estimator asks for 50 to 250 ms.
 pub const FEEDBACK_INTERVAL: Duration = Duration::from_millis(100);
-/// Packets remembered until they are reported: 100 ms at 100 Mb/s. Older ones are reported as lost, or not at all.
+/// Packets remembered until they are reported: 100 ms at 100 Mb/s. Older ones are reported as lost,
+/// or not at all.
 const LOG_LEN: u64 = 1_024;
 /// Packets of one message: it stays below 1,200 bytes however they came.
 const MESSAGE_PACKETS_MAX: usize = 400;
@@ -110,7 +112,8 @@ impl ArrivalLog {
         Some(self.arrivals[(ext % LOG_LEN) as usize]).filter(|arrival| *arrival != Time::MAX)
     }
 
-    /// The first number is set a cycle ahead, so that one that was overtaken by it does not fall below zero.
+    /// The first number is set a cycle ahead, so that one that was overtaken by it does not fall
+    /// below zero.
     fn unwrapped(&self, seq: u16) -> u64 {
         if self.end == 0 {
             return (1 << 16) + u64::from(seq);
@@ -136,7 +139,8 @@ mod tests {
     };
     use rtc_shared::marshal::Unmarshal;
 
-    /// What an independent reader makes of a message: numbers that came, in units of 250 us, and the number behind the last.
+    /// What an independent reader makes of a message: numbers that came, in units of 250 us, and
+    /// the number behind the last.
     fn read(message: &[u8]) -> (Vec<(u16, i64)>, u16) {
         let parsed = TransportLayerCc::unmarshal(&mut &message[..]).unwrap();
         let mut symbols = Vec::new();

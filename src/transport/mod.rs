@@ -1,4 +1,5 @@
-//! One peer connection, without sockets or clocks: ICE and DTLS set it up, then SRTP, RTP and RTCP carry media in place.
+//! One peer connection, without sockets or clocks: ICE and DTLS set it up, then SRTP, RTP and RTCP
+//! carry media in place.
 
 pub mod bandwidth;
 mod dtls_crypto;

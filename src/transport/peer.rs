@@ -1,7 +1,8 @@
 //! One peer connection's set-up: ICE (`is`) finds the path, DTLS (`dimpl`) agrees on the SRTP keys.
 //!
-//! Sans-IO. `handle_*` takes datagrams, candidates and time, `poll_*` gives datagrams and events. The media that flows afterwards
-//! is sealed and opened by [`Peer::sealer`] and [`Peer::opener`]; STUN keeps the path alive for as long as the peer lives.
+//! Sans-IO. `handle_*` takes datagrams, candidates and time, `poll_*` gives datagrams and events.
+//! The media that flows afterwards is sealed and opened by [`Peer::sealer`] and [`Peer::opener`];
+//! STUN keeps the path alive for as long as the peer lives.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -35,14 +36,16 @@ const DTLS_RETRIES: usize = 8;
 const DTLS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Larger than any DTLS record that the configured MTU lets `dimpl` make.
 const DTLS_BUFFER: usize = 2048;
-/// A lite agent sends no checks, so silence is all that tells it of a lost peer. LiveKit's limit: 10 s until disconnected, 5 more until failed.
+/// A lite agent sends no checks, so silence is all that tells it of a lost peer. LiveKit's limit:
+/// 10 s until disconnected, 5 more until failed.
 const LITE_SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Until a lite agent hears the first check: LiveKit's limit for a participant's first connection.
 const LITE_FIRST_CHECK_MAX: Duration = Duration::from_secs(60);
 /// DTLS datagrams that come before ICE has nominated a path are kept: one flight at most.
 const EARLY_DTLS_MAX: usize = 8;
 
-/// What all connections of a process share: one certificate and one DTLS configuration, because making either costs over a millisecond.
+/// What all connections of a process share: one certificate and one DTLS configuration, because
+/// making either costs over a millisecond.
 #[derive(Clone)]
 pub struct Identity {
     certificate: DtlsCertificate,
@@ -66,8 +69,9 @@ impl Identity {
         Identity::with_config(dimpl::Config::builder())
     }
 
-    /// For simulations, never for a network: DTLS draws from a seed what it waits before it repeats a flight, so that a run can be repeated. Keys are still
-    /// nobody's to guess; they show in the lengths of some DTLS records, and in nothing else.
+    /// For simulations, never for a network: DTLS draws from a seed what it waits before it repeats
+    /// a flight, so that a run can be repeated. Keys are still nobody's to guess; they show in
+    /// the lengths of some DTLS records, and in nothing else.
     pub fn simulated(seed: u64) -> Result<Identity, NoIdentity> {
         Identity::with_config(dimpl::Config::builder().dangerously_set_rng_seed(seed))
     }
@@ -78,7 +82,8 @@ impl Identity {
             .with_crypto_provider(dtls_crypto::provider(
                 LoadedKey::leaked(&certificate).map_err(NoIdentity::Key)?,
             ))
-            // A cookie proves that a ClientHello comes from where it says (RFC 6347, section 4.2.1). ICE has proved it before, and a connection that nobody
+            // A cookie proves that a ClientHello comes from where it says (RFC 6347, section
+            // 4.2.1). ICE has proved it before, and a connection that nobody
             // described gets no answer at all.
             .use_server_cookie(false)
             .flight_start_rto(DTLS_RTO)
@@ -125,7 +130,8 @@ fn self_signed_certificate() -> Result<DtlsCertificate, rcgen::Error> {
     })
 }
 
-/// The one private key of an [`Identity`], read once. The library would read it again for each connection, and check it each time: a tenth of the handshake.
+/// The one private key of an [`Identity`], read once. The library would read it again for each
+/// connection, and check it each time: a tenth of the handshake.
 #[derive(Clone, Debug)]
 struct LoadedKey {
     der: Arc<[u8]>,
@@ -197,12 +203,14 @@ pub struct IceCredentials {
 }
 
 impl IceCredentials {
-    /// From the system's generator. Only the edge (signalling, tests) calls this. (`IceCreds::new` draws from a generator that is not for secrets.)
+    /// From the system's generator. Only the edge (signalling, tests) calls this. (`IceCreds::new`
+    /// draws from a generator that is not for secrets.)
     pub fn random() -> IceCredentials {
         IceCredentials::draw(&mut Secrets::system())
     }
 
-    /// Fresh ones, for a new connection or an ICE restart. RFC 8445, section 5.3 asks for 24 and 128 bits at least: these have 91 and 182.
+    /// Fresh ones, for a new connection or an ICE restart. RFC 8445, section 5.3 asks for 24 and
+    /// 128 bits at least: these have 91 and 182.
     pub fn draw(secrets: &mut Secrets) -> IceCredentials {
         IceCredentials {
             ufrag: secrets.letters(16),
@@ -227,7 +235,8 @@ pub struct PeerParameters {
 /// What the owner of a peer needs to hear.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerEvent {
-    /// A path is nominated: datagrams go to this address from now on. May come again when the path changes.
+    /// A path is nominated: datagrams go to this address from now on. May come again when the path
+    /// changes.
     Nominated(SocketAddr),
     /// SRTP keys are there: media may flow.
     Connected,
@@ -285,7 +294,8 @@ struct PeerSetup {
     failure: Option<PeerFailure>,
     failure_told: bool,
     responses_seen: u64,
-    /// A lite agent fails here unless a check comes before; [`Time::MAX`] for a full agent, which checks for itself.
+    /// A lite agent fails here unless a check comes before; [`Time::MAX`] for a full agent, which
+    /// checks for itself.
     silent_until: Time,
     nominated_at: Option<Time>,
     connected_at: Option<Time>,
@@ -296,8 +306,9 @@ impl Peer {
         Peer::with_agent(identity, parameters, ice_agent(parameters), epoch, now)
     }
 
-    /// A peer that is `ice-lite` (RFC 8445, section 2.5): it answers checks and sends none, and the other side nominates.
-    /// Remote candidates and the role are ignored: addresses are learnt from checks, and a lite agent is controlled.
+    /// A peer that is `ice-lite` (RFC 8445, section 2.5): it answers checks and sends none, and the
+    /// other side nominates. Remote candidates and the role are ignored: addresses are learnt
+    /// from checks, and a lite agent is controlled.
     pub fn lite(identity: &Identity, parameters: &PeerParameters, epoch: Epoch, now: Time) -> Peer {
         let mut ice = ice_agent(&PeerParameters {
             remote_candidates: Vec::new(),
@@ -305,7 +316,8 @@ impl Peer {
             ..parameters.clone()
         });
         ice.set_ice_lite(true);
-        // A lite agent that gave up its role would wait for nobody's nomination: let the other side yield.
+        // A lite agent that gave up its role would wait for nobody's nomination: let the other side
+        // yield.
         ice.set_control_tie_breaker(u64::MAX);
         let mut peer = Peer::with_agent(identity, parameters, ice, epoch, now);
         peer.setup.silent_until = now + LITE_FIRST_CHECK_MAX;
@@ -351,7 +363,8 @@ impl Peer {
         }
     }
 
-    /// Our address in the other family. One address a family is enough: where datagrams leave from is their path's to know, and any of them reaches us.
+    /// Our address in the other family. One address a family is enough: where datagrams leave from
+    /// is their path's to know, and any of them reaches us.
     pub fn add_local_candidate(&mut self, address: SocketAddr, now: Time) {
         if address.is_ipv6() == self.setup.local_address.is_ipv6()
             || self.setup.other_local_address.is_some()
@@ -372,9 +385,11 @@ impl Peer {
         }
     }
 
-    /// New credentials on both sides (RFC 8445, section 9). The DTLS session stays, and datagrams go where they went until a new path is nominated.
+    /// New credentials on both sides (RFC 8445, section 9). The DTLS session stays, and datagrams
+    /// go where they went until a new path is nominated.
     pub fn restart_ice(&mut self, local: &IceCredentials, remote: &IceCredentials, now: Time) {
-        // Nothing flows until a check succeeds, and the first may come before the other side knows of the restart. The round trip is known by now.
+        // Nothing flows until a check succeeds, and the first may come before the other side knows
+        // of the restart. The round trip is known by now.
         if let Some(rtt) = self.setup.ice.nominated_pair_rtt() {
             self.setup
                 .ice
@@ -410,7 +425,8 @@ impl Peer {
         }
     }
 
-    /// Hands every pending datagram to `send` and every event to `event`, then works out the next time-out.
+    /// Hands every pending datagram to `send` and every event to `event`, then works out the next
+    /// time-out.
     pub fn poll(
         &mut self,
         now: Time,
@@ -543,7 +559,8 @@ impl Peer {
                 }
                 Output::CloseNotify => self.setup.fail(PeerFailure::ClosedByRemote),
                 Output::BufferTooSmall { .. } => {
-                    // Cannot happen with the default MTU; a record that does not fit is a broken session, not a reason to grow.
+                    // Cannot happen with the default MTU; a record that does not fit is a broken
+                    // session, not a reason to grow.
                     self.setup.fail(PeerFailure::Dtls);
                     return Time::MAX;
                 }
@@ -650,7 +667,8 @@ impl PeerSetup {
     }
 }
 
-/// The user name fragment of ours that a binding request is meant for: several connections on one socket are told apart by it.
+/// The user name fragment of ours that a binding request is meant for: several connections on one
+/// socket are told apart by it.
 pub fn local_ufrag_of_check(datagram: &[u8]) -> Option<&str> {
     let message = StunMessage::parse(datagram).ok()?;
     if !message.is_binding_request() {
@@ -669,7 +687,8 @@ fn creds(credentials: &IceCredentials) -> IceCreds {
 fn ice_agent(parameters: &PeerParameters) -> IceAgent {
     let mut ice = IceAgent::new(creds(&parameters.local));
     ice.set_initial_stun_rto(STUN_RTO);
-    // Checks are answered in microseconds here; pacing them at the RFC's 50 ms would be most of the time to connect.
+    // Checks are answered in microseconds here; pacing them at the RFC's 50 ms would be most of the
+    // time to connect.
     ice.set_timing_advance(Duration::from_millis(5));
     ice.set_controlling(parameters.ice_controlling);
     ice.set_remote_credentials(creds(&parameters.remote));

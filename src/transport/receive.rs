@@ -1,7 +1,10 @@
-//! What one received RTP stream (one SSRC) tells: what arrived, what is missing, what to ask for again, and the numbers of a receiver report.
+//! What one received RTP stream (one SSRC) tells: what arrived, what is missing, what to ask for
+//! again, and the numbers of a receiver report.
 //!
-//! Takes plain integers and gives plain numbers; parsing and sealing are elsewhere. Nothing here allocates. The state is flat and bounded: a window of the
-//! last [`WINDOW`] sequence numbers with two bits each, and a short list of loss batches that carries the NACK timing, which is libwebrtc's.
+//! Takes plain integers and gives plain numbers; parsing and sealing are elsewhere. Nothing here
+//! allocates. The state is flat and bounded: a window of the last [`WINDOW`] sequence numbers with
+//! two bits each, and a short list of loss batches that carries the NACK timing, which is
+//! libwebrtc's.
 
 use std::mem;
 use std::time::Duration;
@@ -13,40 +16,49 @@ use crate::units::{Time, ntp_middle};
 /// Packets further behind the newest than this are too old to tell a late one from a duplicate.
 pub const WINDOW: u64 = 1024;
 
-/// libwebrtc's limit of packets that are missing at a time (`kMaxNackPackets`): beyond, all are given up, and a key frame is the cure.
-/// [`ReceiveStream::poll_nack`] wants a buffer of this size.
+/// libwebrtc's limit of packets that are missing at a time (`kMaxNackPackets`): beyond, all are
+/// given up, and a key frame is the cure. [`ReceiveStream::poll_nack`] wants a buffer of this size.
 pub const MISSING_MAX: usize = 1_000;
 
 /// As many of them fit into one NACK of 1,200 bytes, however far apart they are.
 pub const NACK_SEQS_MAX: usize = 256;
 
-/// RFC 3550, A.1: a jump ahead of this many or more is a restart of the sender, not a loss, once a second packet confirms it.
+/// RFC 3550, A.1: a jump ahead of this many or more is a restart of the sender, not a loss, once a
+/// second packet confirms it.
 const MAX_DROPOUT: u16 = 3000;
 
-/// A packet that the network reordered before the very first one may still arrive: the stream then starts this much earlier at most.
+/// A packet that the network reordered before the very first one may still arrive: the stream then
+/// starts this much earlier at most.
 const EARLY_MAX: u64 = 64;
 
-/// Batches of loss that are waited for at a time. In heavy loss neighbouring gaps share a batch, so this covers more than as many gaps.
+/// Batches of loss that are waited for at a time. In heavy loss neighbouring gaps share a batch, so
+/// this covers more than as many gaps.
 const BATCHES_MAX: usize = 20;
 
-/// Gaps noticed within this time of each other share a batch; when more than half of the batches are in use, within [`REPEAT_GRID`], and when all are, the
-/// two oldest become one. It bounds the error of [`Arrival::Repaired`]'s time, and of when a packet is asked for again; the first request is never late.
+/// Gaps noticed within this time of each other share a batch; when more than half of the batches
+/// are in use, within [`REPEAT_GRID`], and when all are, the two oldest become one. It bounds the
+/// error of [`Arrival::Repaired`]'s time, and of when a packet is asked for again; the first
+/// request is never late.
 const BATCH_SPREAD: Duration = Duration::from_millis(1);
 
-/// Requests for one packet, as libwebrtc had it until 2025 (`kMaxNackRetries`); then it became 100, which the age below leaves room for at no usual RTT.
+/// Requests for one packet, as libwebrtc had it until 2025 (`kMaxNackRetries`); then it became 100,
+/// which the age below leaves room for at no usual RTT.
 const TRIES_MAX: u8 = 10;
 
-/// After this a packet is of no use to a live picture: a key frame is the better cure. libwebrtc knows no age, but forgets what lies before a frame that it
-/// could decode, and asks for a key frame when it has had none to decode for long.
+/// After this a packet is of no use to a live picture: a key frame is the better cure. libwebrtc
+/// knows no age, but forgets what lies before a frame that it could decode, and asks for a key
+/// frame when it has had none to decode for long.
 const AGE_MAX: Duration = Duration::from_secs(1);
 
 /// How often libwebrtc looks whether to ask again.
 const REPEAT_GRID: Duration = Duration::from_millis(20);
 
-/// A step of the RTP clock against the arrival clock above this is a new timestamp origin, not jitter.
+/// A step of the RTP clock against the arrival clock above this is a new timestamp origin, not
+/// jitter.
 const JITTER_STEP_MAX_SECONDS: u32 = 5;
 
-/// The unwrapped number of sequence number 0 in the first cycle. Above zero, so that an early packet never underflows.
+/// The unwrapped number of sequence number 0 in the first cycle. Above zero, so that an early
+/// packet never underflows.
 const FIRST_CYCLE: u64 = 1 << 16;
 
 /// What a packet turned out to be.
@@ -56,11 +68,13 @@ pub enum Arrival {
     New { gap: u16 },
     /// An original that came late.
     Reordered,
-    /// A resend that filled a hole. `loss_to_repair` counts from when the hole was noticed; `None` where it was no longer, or never, waited for.
+    /// A resend that filled a hole. `loss_to_repair` counts from when the hole was noticed; `None`
+    /// where it was no longer, or never, waited for.
     Repaired { loss_to_repair: Option<Duration> },
     /// The payload was here before.
     Duplicate,
-    /// Outside of the window, or part of a jump that no second packet has confirmed. Nothing to deliver.
+    /// Outside of the window, or part of a jump that no second packet has confirmed. Nothing to
+    /// deliver.
     TooOld,
 }
 
@@ -86,10 +100,11 @@ pub struct ReportNumbers {
     pub dlsr: u32,
 }
 
-/// Cumulative counts in packets. `expected = received + lost_network` and `lost_network = repaired + lost`, always.
+/// Cumulative counts in packets. `expected = received + lost_network` and `lost_network = repaired
+/// + lost`, always.
 ///
-/// `lost_network` and `lost` include what is merely under way; at the end of a run they are exact. `repaired` shrinks by one where the original of a
-/// repaired packet arrives after all.
+/// `lost_network` and `lost` include what is merely under way; at the end of a run they are exact.
+/// `repaired` shrinks by one where the original of a repaired packet arrives after all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReceiveCounts {
     /// Sequence numbers from the lowest to the highest that was seen.
@@ -120,7 +135,8 @@ impl ReceiveCounts {
     }
 }
 
-/// Packets found missing at one time, asked for together: those of `first..first + len` whose window bit says "not here".
+/// Packets found missing at one time, asked for together: those of `first..first + len` whose
+/// window bit says "not here".
 #[derive(Clone, Copy, Default)]
 struct NackBatch {
     /// The run time of the notice, in microseconds modulo 2^32.
@@ -187,8 +203,9 @@ struct MissingPacket {
 
 /// One received SSRC.
 ///
-/// In the order in which packets need it: a packet that comes in its turn meets [`ReceiveStream::HEAD_BYTES`] and one word of the window. With thousands of
-/// streams, every line of memory that it does not meet counts.
+/// In the order in which packets need it: a packet that comes in its turn meets
+/// [`ReceiveStream::HEAD_BYTES`] and one word of the window. With thousands of streams, every line
+/// of memory that it does not meet counts.
 #[repr(C)]
 pub struct ReceiveStream {
     /// The unwrapped number of the newest packet; 0 before the first.
@@ -229,7 +246,8 @@ pub struct ReceiveStream {
     batches: [NackBatch; BATCHES_MAX],
 }
 
-/// 64 packets, two bits each, `(filled, flagged)`: 00 missing; 01 missing, was asked for; 10 arrived as an original; 11 filled by a resend.
+/// 64 packets, two bits each, `(filled, flagged)`: 00 missing; 01 missing, was asked for; 10
+/// arrived as an original; 11 filled by a resend.
 #[derive(Clone, Copy, Default)]
 struct SeenBlock {
     filled: u64,
@@ -281,10 +299,12 @@ impl ReceiveStream {
         }
     }
 
-    /// Says that resends come over RTX (RFC 4588), so whatever comes on the stream's own SSRC is an original. Assumed from the first RTX packet on.
+    /// Says that resends come over RTX (RFC 4588), so whatever comes on the stream's own SSRC is an
+    /// original. Assumed from the first RTX packet on.
     ///
-    /// Without RTX a packet that was asked for counts as repaired when it comes, unless it comes sooner than any answer could: within half of the shortest
-    /// round trip. If it was the original after all, nobody can tell.
+    /// Without RTX a packet that was asked for counts as repaired when it comes, unless it comes
+    /// sooner than any answer could: within half of the shortest round trip. If it was the
+    /// original after all, nobody can tell.
     pub fn set_rtx(&mut self, negotiated: bool) {
         self.rtx = negotiated;
     }
@@ -293,7 +313,8 @@ impl ReceiveStream {
         self.nack = rule;
     }
 
-    /// Takes one packet, padding included. `retransmitted`: it came over RTX, `seq` being its original number.
+    /// Takes one packet, padding included. `retransmitted`: it came over RTX, `seq` being its
+    /// original number.
     pub fn handle_packet(
         &mut self,
         seq: u16,
@@ -320,15 +341,19 @@ impl ReceiveStream {
         }
     }
 
-    /// The unwrapped sequence number of the packet handled last; it never wraps and never repeats over a sender's restart. Meaningless after [`Arrival::TooOld`].
+    /// The unwrapped sequence number of the packet handled last; it never wraps and never repeats
+    /// over a sender's restart. Meaningless after [`Arrival::TooOld`].
     pub fn ext_seq(&self) -> u64 {
         self.last_ext_seq
     }
 
-    /// Writes the sequence numbers to ask for now, oldest first, and tells what was given up (a video receiver then wants a key frame).
+    /// Writes the sequence numbers to ask for now, oldest first, and tells what was given up (a
+    /// video receiver then wants a key frame).
     ///
-    /// A gap is asked for at once: a packet that is merely overtaken is asked for too, as libwebrtc does, whose reordering statistics are never fed. It is
-    /// asked for again by the [`NackRule`], which libwebrtc looks at each 20 ms; at most 10 times, within 1 s. `out` holds [`MISSING_MAX`] numbers at least.
+    /// A gap is asked for at once: a packet that is merely overtaken is asked for too, as libwebrtc
+    /// does, whose reordering statistics are never fed. It is asked for again by the
+    /// [`NackRule`], which libwebrtc looks at each 20 ms; at most 10 times, within 1 s. `out` holds
+    /// [`MISSING_MAX`] numbers at least.
     pub fn poll_nack(&mut self, now: Time, rtt: RoundTrip, out: &mut [u16]) -> NackPoll {
         assert!(
             out.len() >= MISSING_MAX,
@@ -364,7 +389,8 @@ impl ReceiveStream {
         }
     }
 
-    /// When to poll; [`Time::MAX`] while nothing is missing. May be earlier than needed, never later.
+    /// When to poll; [`Time::MAX`] while nothing is missing. May be earlier than needed, never
+    /// later.
     pub fn next_nack_at(&self) -> Time {
         self.next_nack_at
     }
@@ -375,7 +401,8 @@ impl ReceiveStream {
         self.sender_report_at = now;
     }
 
-    /// The numbers of a report block, its fraction counted from the call before (RFC 3550, A.3); `None` before the first packet.
+    /// The numbers of a report block, its fraction counted from the call before (RFC 3550, A.3);
+    /// `None` before the first packet.
     ///
     /// Loss is that of originals: neither resends nor duplicates make up for it.
     pub fn report_block(&mut self, now: Time) -> Option<ReportNumbers> {
@@ -407,7 +434,8 @@ impl ReceiveStream {
         })
     }
 
-    /// Interarrival jitter (RFC 3550, A.8) of originals in order, one packet a timestamp, as libwebrtc and LiveKit take it.
+    /// Interarrival jitter (RFC 3550, A.8) of originals in order, one packet a timestamp, as
+    /// libwebrtc and LiveKit take it.
     pub fn jitter(&self) -> Duration {
         Duration::from_nanos(
             u64::from(self.jitter) * 1_000_000_000 / 16 / u64::from(self.clock_rate),
@@ -429,7 +457,8 @@ impl ReceiveStream {
         }
     }
 
-    /// Whether it is still known of this packet, and of all after it, which of them came. `ext_seq` is unwrapped.
+    /// Whether it is still known of this packet, and of all after it, which of them came. `ext_seq`
+    /// is unwrapped.
     pub fn remembers(&self, ext_seq: u64) -> bool {
         ext_seq >= self.base && self.highest < ext_seq + WINDOW
     }
@@ -440,8 +469,8 @@ impl ReceiveStream {
         ext_seq < self.highest && self.remembers(ext_seq) && !self.state(ext_seq).0
     }
 
-    /// How many packets after `before` and ahead of `after`, both unwrapped, did not come by themselves: missing, or only resent. `None` where it is
-    /// not known any more.
+    /// How many packets after `before` and ahead of `after`, both unwrapped, did not come by
+    /// themselves: missing, or only resent. `None` where it is not known any more.
     pub fn holes_between(&self, before: u64, after: u64) -> Option<u64> {
         let is_hole = |ext: &u64| self.state(*ext) != (true, false);
         self.remembers(before)
@@ -533,7 +562,8 @@ impl ReceiveStream {
         }
     }
 
-    /// A second copy. If it is the original of what a resend filled, the network did not lose it and the resend was the superfluous one.
+    /// A second copy. If it is the original of what a resend filled, the network did not lose it
+    /// and the resend was the superfluous one.
     fn handle_known(&mut self, ext: u64, original_after_repair: bool) -> Arrival {
         if original_after_repair {
             self.set_state(ext, true, false);
@@ -607,7 +637,8 @@ impl ReceiveStream {
         self.highest - u64::from((self.highest as u16).wrapping_sub(self.batches[at].first))
     }
 
-    /// The `gap` packets before the newest are missing. Where that makes too many, all are given up.
+    /// The `gap` packets before the newest are missing. Where that makes too many, all are given
+    /// up.
     fn note_missing(&mut self, gap: u64, now: Time) {
         self.next_nack_at = self.next_nack_at.min(now);
         if self.nack == NackRule::Never || u64::from(self.missing) + gap > MISSING_MAX as u64 {
@@ -635,7 +666,8 @@ impl ReceiveStream {
         self.missing += gap as u16;
     }
 
-    /// Puts the `gap` packets before the newest into the last batch, if that is young enough; it then covers all up to the newest.
+    /// Puts the `gap` packets before the newest into the last batch, if that is young enough; it
+    /// then covers all up to the newest.
     fn extend_last_batch(&mut self, gap: u64, now: Time) -> bool {
         let Some(last) = usize::from(self.batches_len).checked_sub(1) else {
             return false;
@@ -657,8 +689,8 @@ impl ReceiveStream {
         true
     }
 
-    /// The older one takes on how often and when the younger one was asked for: so batches are still given up in their order, and what lies between two of
-    /// them was not given up.
+    /// The older one takes on how often and when the younger one was asked for: so batches are
+    /// still given up in their order, and what lies between two of them was not given up.
     fn join_oldest_batches(&mut self) {
         let [older, younger, ..] = self.batches;
         self.batches[1] = NackBatch {
@@ -712,7 +744,8 @@ impl ReceiveStream {
         }
     }
 
-    /// Writes what a batch still misses, with or without what was asked for before, and marks it as asked for.
+    /// Writes what a batch still misses, with or without what was asked for before, and marks it as
+    /// asked for.
     fn write_missing(&mut self, at: usize, again: bool, out: &mut [u16]) -> usize {
         let first = self.first_of(at);
         let mut slots = out.iter_mut();
@@ -730,7 +763,8 @@ impl ReceiveStream {
         count
     }
 
-    /// When a batch that was asked for is asked for again: the first time that libwebrtc would look, after the rule's time.
+    /// When a batch that was asked for is asked for again: the first time that libwebrtc would
+    /// look, after the rule's time.
     fn repeat_at(&self, batch: &NackBatch, now: Time, rtt: Duration) -> Time {
         let phase = Duration::from_micros(self.grid_phase.into());
         let wanted = batch.asked_at(now) + self.nack.repeat_after(rtt);
@@ -806,12 +840,14 @@ mod tests {
     const ONE_WAY_MICROS: u64 = 15_000;
     const PACKETS: u64 = 4_000;
 
-    /// What happened to one sequence number, as an onlooker with the sender's knowledge writes it down.
+    /// What happened to one sequence number, as an onlooker with the sender's knowledge writes it
+    /// down.
     #[derive(Default)]
     struct NumberFate {
         originals: u64,
         resends: u64,
-        /// Arrived as an original by the rules of the stream: with RTX the truth, without it "before anybody asked for it".
+        /// Arrived as an original by the rules of the stream: with RTX the truth, without it
+        /// "before anybody asked for it".
         as_original: bool,
         reordered: bool,
         asked: Vec<u64>,
@@ -984,7 +1020,8 @@ mod tests {
             self.newest = Some(newest.max(index));
             let fate = self.fates.entry(index).or_default();
             let known = fate.originals + fate.resends > 0;
-            // What comes within half a round trip is no answer, which the stream may overlook where gaps share a batch.
+            // What comes within half a round trip is no answer, which the stream may overlook where
+            // gaps share a batch.
             let asked_just_now = fate.asked.len() == 1 && fate.asked[0] + ONE_WAY_MICROS > at;
             let counts_as_original = if self.link.rtx {
                 !resend

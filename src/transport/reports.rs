@@ -13,9 +13,11 @@ pub const REPORT_BLOCKS_MAX: usize = 31;
 /// Numbers of one NACK that are looked at: libwebrtc's receiver never misses more at a time.
 pub const NACKED_MAX: usize = 1_000;
 
-/// Writes one compound to the start of `buffer` and seals it there. Returns where it goes and its length.
+/// Writes one compound to the start of `buffer` and seals it there. Returns where it goes and its
+/// length.
 ///
-/// `None` where the connection is not up, nothing was written, or it does not fit: compounds are made to fit.
+/// `None` where the connection is not up, nothing was written, or it does not fit: compounds are
+/// made to fit.
 pub fn seal_compound(
     peer: &mut Peer,
     buffer: &mut [u8],

@@ -1,6 +1,8 @@
-//! What a sender remembers in order to answer NACKs: which frame a sequence number belonged to, and how often it may resend.
+//! What a sender remembers in order to answer NACKs: which frame a sequence number belonged to, and
+//! how often it may resend.
 //!
-//! Media is shared and immutable, so a frame is remembered as a few numbers from which its packets are made again.
+//! Media is shared and immutable, so a frame is remembered as a few numbers from which its packets
+//! are made again.
 
 use std::time::Duration;
 
@@ -12,7 +14,8 @@ pub const AUDIO_FRAMES: usize = 128;
 /// Frames kept for video: 2.1 s at 30 frames a second.
 pub const VIDEO_FRAMES: usize = 64;
 
-/// Sequence numbers that the ring may span: half their space, so that old and new are never confused.
+/// Sequence numbers that the ring may span: half their space, so that old and new are never
+/// confused.
 const SPAN_MAX: u32 = 1 << 15;
 
 /// One frame as it was sent.
@@ -30,11 +33,13 @@ pub struct FrameRecord {
     pub picture_id: u16,
     /// The key frame of `media`, not its inter frame. On audio: begins a talkspurt.
     pub key: bool,
-    /// How many earlier packets it repeats (RED). Never changes: a packet that is sent again is the same to the last byte.
+    /// How many earlier packets it repeats (RED). Never changes: a packet that is sent again is
+    /// the same to the last byte.
     pub redundant: u8,
 }
 
-/// The frames sent last, in sending order. Sequence numbers between frames (padding) are allowed and belong to none.
+/// The frames sent last, in sending order. Sequence numbers between frames (padding) are allowed
+/// and belong to none.
 pub struct ResendRing {
     records: Box<[FrameRecord]>,
     /// Where the next record goes.
@@ -119,7 +124,8 @@ impl ResendRing {
         self.len.checked_sub(1).map(|age| self.record(age))
     }
 
-    /// `next_seq` is the first of the frame about to be pushed, for when the oldest is also the newest.
+    /// `next_seq` is the first of the frame about to be pushed, for when the oldest is also the
+    /// newest.
     fn forget_oldest(&mut self, next_seq: u16) {
         let first = self.record(0).first_seq;
         let second = if self.len > 1 {
@@ -140,21 +146,26 @@ fn end_of(record: &FrameRecord) -> u16 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resend {
     Allowed,
-    /// The same packet was resent less than an RTT, and a margin, ago; that one may still be under way.
+    /// The same packet was resent less than an RTT, and a margin, ago; that one may still be under
+    /// way.
     TooSoon,
     /// Resends have used up their share of the rate.
     OverBudget,
 }
 
-/// Beyond the round trip, as libwebrtc has it: a server whose reports say that it is near may not have a packet again and again in one breath.
+/// Beyond the round trip, as libwebrtc has it: a server whose reports say that it is near may not
+/// have a packet again and again in one breath.
 const REPEAT_MARGIN: Duration = Duration::from_millis(5);
 
-/// Recent resends remembered. Two packets this far apart share a place: then one resend more may pass, within the budget.
+/// Recent resends remembered. Two packets this far apart share a place: then one resend more may
+/// pass, within the budget.
 const RECENT: usize = 64;
 
-/// A token bucket over the bytes of resends, and a guard against resending the same packet within an RTT (as libwebrtc has it).
+/// A token bucket over the bytes of resends, and a guard against resending the same packet within
+/// an RTT (as libwebrtc has it).
 ///
-/// So whatever a server asks for, it gets its burst once, and then no more than the rate: with the media itself, twice the track's bitrate.
+/// So whatever a server asks for, it gets its burst once, and then no more than the rate: with the
+/// media itself, twice the track's bitrate.
 pub struct ResendLimiter {
     rate: Bitrate,
     /// In bits times 10^9, so that a refill of any length is exact.
@@ -174,7 +185,8 @@ struct Recent {
 const BITS: u64 = 1_000_000_000;
 
 impl ResendLimiter {
-    /// Resends may take `rate` in the long run and `burst_bytes` at once (at most 1 GiB). Starts full.
+    /// Resends may take `rate` in the long run and `burst_bytes` at once (at most 1 GiB). Starts
+    /// full.
     pub fn new(rate: Bitrate, burst_bytes: u32) -> ResendLimiter {
         assert!(burst_bytes <= 1 << 30, "a burst is at most 1 GiB");
         let capacity = u64::from(burst_bytes) * 8 * BITS;
@@ -219,7 +231,8 @@ impl ResendLimiter {
 mod tests {
     use super::*;
 
-    /// What the ring should know, as (record, packet), by looking at every frame from the newest on.
+    /// What the ring should know, as (record, packet), by looking at every frame from the newest
+    /// on.
     fn naive(sent: &[FrameRecord], room: usize, seq: u16) -> Option<(FrameRecord, u16)> {
         let kept = sent.iter().rev().take(room);
         kept.map(|record| (*record, seq.wrapping_sub(record.first_seq)))

@@ -29,16 +29,19 @@ impl Seq {
     }
 }
 
-/// Extends received sequence numbers to the packet index, ROC << 16 | SEQ (RFC 3711, section 3.3.1 and appendix A).
+/// Extends received sequence numbers to the packet index, ROC << 16 | SEQ (RFC 3711, section 3.3.1
+/// and appendix A).
 ///
-/// Asking and telling are two steps: an index may be committed only once the packet has proved authentic, or a forged packet could move the rollover counter.
+/// Asking and telling are two steps: an index may be committed only once the packet has proved
+/// authentic, or a forged packet could move the rollover counter.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SeqExtender {
     highest: Option<u64>,
 }
 
 impl SeqExtender {
-    /// An extender for a stream whose rollover counter is known to stand at `roc` while nothing has been received yet.
+    /// An extender for a stream whose rollover counter is known to stand at `roc` while nothing has
+    /// been received yet.
     pub const fn at_roc(roc: u32) -> SeqExtender {
         SeqExtender {
             highest: if roc == 0 {
@@ -54,7 +57,8 @@ impl SeqExtender {
         self.highest
     }
 
-    /// The index that `seq` most likely stands for. The first packet of a stream has ROC 0, whatever its sequence number.
+    /// The index that `seq` most likely stands for. The first packet of a stream has ROC 0,
+    /// whatever its sequence number.
     pub const fn guess(&self, seq: u16) -> u64 {
         let Some(highest) = self.highest else {
             return seq as u64;
@@ -62,7 +66,8 @@ impl SeqExtender {
         let roc = highest >> 16;
         let last = highest as u16;
         let roc = if last < HALF && seq.wrapping_sub(last) > HALF && seq > last {
-            // A packet from before the first rollover that we saw: there is no counter below zero to put it under.
+            // A packet from before the first rollover that we saw: there is no counter below zero
+            // to put it under.
             roc.saturating_sub(1)
         } else if last >= HALF && last - HALF > seq {
             roc + 1
@@ -85,9 +90,11 @@ const HALF: u16 = 1 << 15;
 
 const WINDOW_WORDS: usize = ReplayWindow::WIDTH as usize / 64;
 
-/// Remembers which of the latest [`ReplayWindow::WIDTH`] packet indices have been received (RFC 3711, section 3.3.2).
+/// Remembers which of the latest [`ReplayWindow::WIDTH`] packet indices have been received (RFC
+/// 3711, section 3.3.2).
 ///
-/// A bit ring: bit `index % WIDTH` belongs to the highest index so far or to one less than `WIDTH` behind it.
+/// A bit ring: bit `index % WIDTH` belongs to the highest index so far or to one less than `WIDTH`
+/// behind it.
 #[derive(Clone, Debug, Default)]
 pub struct ReplayWindow {
     seen: [u64; WINDOW_WORDS],
@@ -96,7 +103,8 @@ pub struct ReplayWindow {
 }
 
 impl ReplayWindow {
-    /// In packets. Wide enough for a retransmission at a few thousand packets a second; the RFC asks for at least 64.
+    /// In packets. Wide enough for a retransmission at a few thousand packets a second; the RFC
+    /// asks for at least 64.
     pub const WIDTH: u64 = 1024;
 
     /// Fetches what a packet with `index` will need.
@@ -114,7 +122,8 @@ impl ReplayWindow {
         self.end - index <= ReplayWindow::WIDTH && self.seen[word] & bit == 0
     }
 
-    /// Records that the packet with `index` was authentic. An index older than the window leaves no trace.
+    /// Records that the packet with `index` was authentic. An index older than the window leaves no
+    /// trace.
     pub fn commit(&mut self, index: u64) {
         if index >= self.end {
             self.advance(index);

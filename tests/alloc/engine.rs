@@ -1,6 +1,7 @@
 //! The steady state allocates nothing: not for a packet sent or received, nor for its repair.
 //!
-//! ICE's keep-alives are a library's and do allocate, once in some seconds: they are counted apart, and bounded.
+//! ICE's keep-alives are a library's and do allocate, once in some seconds: they are counted apart,
+//! and bounded.
 
 use crate::common::link;
 use crate::common::pair;
@@ -15,7 +16,8 @@ use throng::engine::publisher::{Pacing, Redundancy, SendParameters};
 use throng::engine::{PeerKey, ShardCommand, VIDEO_TRACK};
 use throng::recording::Recording;
 
-/// Allocations of ten seconds of audio and video, after two seconds to settle; those of milliseconds with ICE traffic apart.
+/// Allocations of ten seconds of audio and video, after two seconds to settle; those of
+/// milliseconds with ICE traffic apart.
 fn allocations(conditions: Conditions) -> (u64, u64, [throng::measure::Record; 2]) {
     allocations_of(Pair::connected(6), conditions, || {})
 }

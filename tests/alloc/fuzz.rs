@@ -1,6 +1,7 @@
-//! The fuzz targets on stable: each replays its seeds and its corpus (`fixtures/fuzz`), and a fixed number of mutations of them, the same ones every time.
-//! What the fuzzers of `fuzz/` found once is among them. `FUZZ_MUTATIONS=1000` in the environment tries so many times as many; `FUZZ_SEEDS=folder` writes the
-//! seeds there, for a fuzzer to begin with.
+//! The fuzz targets on stable: each replays its seeds and its corpus (`fixtures/fuzz`), and a fixed
+//! number of mutations of them, the same ones every time. What the fuzzers of `fuzz/` found once is
+//! among them. `FUZZ_MUTATIONS=1000` in the environment tries so many times as many;
+//! `FUZZ_SEEDS=folder` writes the seeds there, for a fuzzer to begin with.
 
 use std::path::{Path, PathBuf};
 
@@ -120,7 +121,8 @@ fn run(target: &Target, input: &[u8]) {
     }
 }
 
-/// One of the inputs, changed in a few places: bits, numbers at their limits, pieces taken out, repeated, or taken from another input.
+/// One of the inputs, changed in a few places: bits, numbers at their limits, pieces taken out,
+/// repeated, or taken from another input.
 fn mutated(inputs: &[Vec<u8>], chance: &mut Seeded) -> Vec<u8> {
     let pick = |chance: &mut Seeded| &inputs[chance.below(inputs.len() as u64) as usize];
     let mut input = pick(chance).clone();
@@ -155,10 +157,12 @@ fn mutated(inputs: &[Vec<u8>], chance: &mut Seeded) -> Vec<u8> {
     input
 }
 
-/// Two bytes are an empty entry of a list, which takes up to some hundred in memory: a message of 16 MB would take a gigabyte.
+/// Two bytes are an empty entry of a list, which takes up to some hundred in memory: a message of
+/// 16 MB would take a gigabyte.
 #[test]
 fn lists_of_nothing_are_not_decoded_however_long_they_are() {
-    // Join's and Reconnect's ICE servers, TrackPublished's codecs, Leave's regions, speakers, qualities, and the mids of an offer.
+    // Join's and Reconnect's ICE servers, TrackPublished's codecs, Leave's regions, speakers,
+    // qualities, and the mids of an offer.
     for path in [
         &[1u32, 5][..],
         &[19, 1],

@@ -1,4 +1,5 @@
-//! What the code under test allocates. A binary of its own, because the counter is the process's allocator; it counts on each thread for itself.
+//! What the code under test allocates. A binary of its own, because the counter is the process's
+//! allocator; it counts on each thread for itself.
 
 #[path = "../common/mod.rs"]
 mod common;

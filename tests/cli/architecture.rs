@@ -1,6 +1,7 @@
 //! Imports point down: the modules of the crate, and which of them may know of which.
 //!
-//! `cargo test --test cli architecture -- --nocapture` shows the layers and what each module imports.
+//! `cargo test --test cli architecture -- --nocapture` shows the layers and what each module
+//! imports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -235,7 +236,8 @@ fn code_alone(text: &str) -> String {
     code
 }
 
-/// The length of the comment, string or character that the text begins with; 0 where it begins with code.
+/// The length of the comment, string or character that the text begins with; 0 where it begins with
+/// code.
 fn literal_len(text: &str) -> usize {
     let until = |end: &str, from: usize| {
         let found = text[from..].find(end);

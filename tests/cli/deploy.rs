@@ -1,4 +1,5 @@
-//! deploy/ as far as it can be held without a cluster: its files parse, say nothing that throng does not know, agree with each other, and run nobody as root.
+//! deploy/ as far as it can be held without a cluster: its files parse, say nothing that throng
+//! does not know, agree with each other, and run nobody as root.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,4 +1,5 @@
-//! docs/metrics.md is kept true: every figure has its sentence and its row in the table of truths, no row is without a figure, and the tests that it names exist.
+//! docs/metrics.md is kept true: every figure has its sentence and its row in the table of truths,
+//! no row is without a figure, and the tests that it names exist.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -25,7 +26,8 @@ const ENGINE_FACTS: &[&str] = &["threads", "valid", "reasons"];
 /// What a step of the server's pages says of itself rather than of the server.
 const SERVER_FACTS: &[&str] = &["name", "seconds"];
 
-/// Every counter, histogram and score of the report, by its section; the engine's names as they are in the JSON.
+/// Every counter, histogram and score of the report, by its section; the engine's names as they are
+/// in the JSON.
 fn figures() -> BTreeSet<String> {
     let of = |section: &str, names: &[&str]| {
         names

@@ -1238,7 +1238,8 @@ fn a_bad_run_tells_what_went_wrong_and_prints_no_unknown_as_zero() {
     same_screen(&render(&troubled(), Style::default()), "fail.txt", 80);
 }
 
-/// Compares with the text kept in `tests/golden`. With THRONG_BLESS set, keeps this one instead: read it before you commit it.
+/// Compares with the text kept in `tests/golden`. With THRONG_BLESS set, keeps this one instead:
+/// read it before you commit it.
 fn same_screen(text: &str, golden: &str, lines_max: usize) {
     let wide: Vec<&str> = text
         .lines()

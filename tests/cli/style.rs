@@ -68,6 +68,23 @@ fn no_function_is_longer_than_60_lines() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
+/// Comments are as narrow as code.
+#[test]
+fn no_comment_is_wider_than_100() {
+    let mut faults = Vec::new();
+    for (path, text) in sources() {
+        let wide = |line: &&str| line.trim_start().starts_with("//") && line.chars().count() > 100;
+        for line in text.lines().filter(wide) {
+            faults.push(format!("{}: {}", path.display(), line.trim()));
+        }
+    }
+    assert!(
+        faults.is_empty(),
+        "wrap these comments:\n{}",
+        faults.join("\n")
+    );
+}
+
 /// Errors are types to the edge: a `String` says nothing to the caller.
 #[test]
 fn no_error_is_a_string() {
@@ -210,7 +227,8 @@ fn has_string_for_error(line: &str) -> bool {
             .any(|(at, head)| last_argument(&line[at + head.len()..]) == Some("String"))
 }
 
-/// The last of several generic arguments, of which the first begins here; `None` where the line does not have them all.
+/// The last of several generic arguments, of which the first begins here; `None` where the line
+/// does not have them all.
 fn last_argument(text: &str) -> Option<&str> {
     let (mut depth, mut from) = (0, None);
     for (at, c) in text.char_indices() {

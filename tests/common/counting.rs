@@ -18,7 +18,8 @@ thread_local! {
 /// For `#[global_allocator]`.
 pub struct Counting;
 
-// SAFETY: every call goes to the system's allocator unchanged; the counters are plain thread-local cells.
+// SAFETY: every call goes to the system's allocator unchanged; the counters are plain thread-local
+// cells.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

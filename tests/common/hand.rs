@@ -1,4 +1,5 @@
-//! A connection to a router that is driven by hand: any RTP packet, at any time, and a look at every packet that comes back.
+//! A connection to a router that is driven by hand: any RTP packet, at any time, and a look at
+//! every packet that comes back.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -173,7 +174,8 @@ impl Hands {
         }
     }
 
-    /// A millisecond passes: connections are kept up, timers run, and what the router sent is taken.
+    /// A millisecond passes: connections are kept up, timers run, and what the router sent is
+    /// taken.
     pub fn step(&mut self) {
         self.now += Duration::from_millis(1);
         let now = self.now;

@@ -1,4 +1,5 @@
-//! A run over several hosts whose coordinator is a process, started wherever a test wants it; and what records account for, read and added up apart from the code under test.
+//! A run over several hosts whose coordinator is a process, started wherever a test wants it; and
+//! what records account for, read and added up apart from the code under test.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -153,7 +154,8 @@ impl Drop for Coordinator {
     }
 }
 
-/// All that one record says, by section and name: counters, and histograms as what was expected and how often each value came. What is 0 is left out.
+/// All that one record says, by section and name: counters, and histograms as what was expected and
+/// how often each value came. What is 0 is left out.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Account {
     pub counters: BTreeMap<String, u64>,

@@ -1,4 +1,5 @@
-//! A seeded network in memory and in virtual time: loss, duplication, reordering and delay, and a log of what it did.
+//! A seeded network in memory and in virtual time: loss, duplication, reordering and delay, and a
+//! log of what it did.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -73,7 +74,8 @@ pub struct LinkLog {
 /// One link between all addresses, in both directions.
 pub struct Link {
     pub conditions: Conditions,
-    /// What passes to each address, in bits per second, with a queue of [`QUEUE`] before it; zero: everything.
+    /// What passes to each address, in bits per second, with a queue of [`QUEUE`] before it; zero:
+    /// everything.
     pub rate: u64,
     pub log: LinkLog,
     random: Random,

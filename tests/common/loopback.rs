@@ -1,4 +1,5 @@
-//! One publisher and some subscribers of a router on its own thread, each with a socket of its own on loopback.
+//! One publisher and some subscribers of a router on its own thread, each with a socket of its own
+//! on loopback.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -64,7 +65,8 @@ impl End {
         }
     }
 
-    /// Takes what has come, and keeps the connection up. Media is opened and kept, or only counted: how many packets.
+    /// Takes what has come, and keeps the connection up. Media is opened and kept, or only counted:
+    /// how many packets.
     fn turn(
         &mut self,
         epoch: Epoch,
@@ -229,7 +231,8 @@ impl Loopback {
         self.publish_burst(seq, u32::from(seq) * 960, &[payload]);
     }
 
-    /// Sends the packets of a frame to the router with one call. All are as long as the first, but for the last, which may be shorter.
+    /// Sends the packets of a frame to the router with one call. All are as long as the first, but
+    /// for the last, which may be shorter.
     pub fn publish_burst(&mut self, first_seq: u16, rtp_time: u32, payloads: &[&[u8]]) {
         let mut bytes = vec![0; 2_000 * payloads.len()];
         let (mut len, mut segment) = (0, 0);

@@ -28,8 +28,9 @@ pub fn test_name(module: &str, test: &str) -> String {
     format!("{module}::{test}")
 }
 
-/// Runs a test again in a process of its own and says here that it passed; `true` in that process, where the test does its work. For tests that look at their
-/// whole process, as tests beside them would change what they see.
+/// Runs a test again in a process of its own and says here that it passed; `true` in that process,
+/// where the test does its work. For tests that look at their whole process, as tests beside them
+/// would change what they see.
 pub fn in_a_process_of_its_own(module: &str, test: &str) -> bool {
     const CHILD: &str = "THRONG_TEST_OWN_PROCESS";
     let name = test_name(module, test);

@@ -1,4 +1,5 @@
-//! A network namespace of the kernel with a loopback device and a TUN device in it: whatever is started there has no other network.
+//! A network namespace of the kernel with a loopback device and a TUN device in it: whatever is
+//! started there has no other network.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -13,7 +14,8 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 
 pub const DEVICE: &str = "throng0";
 const PREFIX_LEN: u8 = 24;
-/// So long that the kernel drops nothing before the test has read it: 20 s of 500 packets each second.
+/// So long that the kernel drops nothing before the test has read it: 20 s of 500 packets each
+/// second.
 const TX_QUEUE_PACKETS: u32 = 10_000;
 
 pub struct Namespace {
@@ -39,7 +41,8 @@ impl Namespace {
         Ok((Namespace { handle, address }, device))
     }
 
-    /// Does `work` in a thread of this namespace: its sockets are made here, and so are those of the programs that it starts.
+    /// Does `work` in a thread of this namespace: its sockets are made here, and so are those of
+    /// the programs that it starts.
     pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         let entered = || {
             move_into_link_name_space(self.handle.as_fd(), Some(LinkNameSpaceType::Network))
@@ -126,7 +129,8 @@ fn become_tun(device: &File) -> io::Result<()> {
         rest: [0; 22],
     };
     request.name[..DEVICE.len()].copy_from_slice(DEVICE.as_bytes());
-    // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which `Ifreq` is, and keeps no pointer to it.
+    // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which `Ifreq` is, and keeps no pointer
+    // to it.
     Ok(unsafe {
         rustix::ioctl::ioctl(
             device,

@@ -1,11 +1,14 @@
-//! A bad network of real kernel sockets: network namespaces with a TUN device each, one with the server and one for each place that clients are at, and between them a relay
-//! that loses, delays, duplicates and reorders by a seed, and writes down what became of each packet. That log is the ground truth of the tests that use it: RTP's header is
-//! readable although its payload is sealed.
+//! A bad network of real kernel sockets: network namespaces with a TUN device each, one with the
+//! server and one for each place that clients are at, and between them a relay that loses, delays,
+//! duplicates and reorders by a seed, and writes down what became of each packet. That log is the
+//! ground truth of the tests that use it: RTP's header is readable although its payload is sealed.
 //!
-//! [`Network`] has one place; [`Places`] has several, each with a network of its own to the server and none to the others.
+//! [`Network`] has one place; [`Places`] has several, each with a network of its own to the server
+//! and none to the others.
 //!
-//! It needs the right to make network namespaces: root, or an ordinary user to whom the kernel gives user namespaces (the test then runs itself again in one). Where neither
-//! is to be had a test says so and passes, except under `CI`.
+//! It needs the right to make network namespaces: root, or an ordinary user to whom the kernel
+//! gives user namespaces (the test then runs itself again in one). Where neither is to be had a
+//! test says so and passes, except under `CI`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -145,7 +148,8 @@ impl Network {
         })
     }
 
-    /// The network for the test of this name in the caller's module (`module_path!()`). `None` where the test has been run in a user namespace instead and has passed there, or, not
+    /// The network for the test of this name in the caller's module (`module_path!()`). `None`
+    /// where the test has been run in a user namespace instead and has passed there, or, not
     /// under `CI`, where no network can be made.
     pub fn for_test(module: &str, name: &str, seed: u64) -> Option<Network> {
         for_test(module, name, || Network::new(seed))
@@ -491,7 +495,8 @@ impl State {
         let Some(mut packet) = describe(bytes, direction, now) else {
             return;
         };
-        // What a server says to no place, a group for instance, goes to the only one there is, or nowhere.
+        // What a server says to no place, a group for instance, goes to the only one there is, or
+        // nowhere.
         let only = (self.ways.len() == 1).then_some(0);
         let Some(place) = place.or_else(|| self.place_of(*packet.to.ip())).or(only) else {
             return;

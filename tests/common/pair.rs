@@ -1,4 +1,5 @@
-//! Two shards, one peer connection between them, over a seeded link in virtual time: a publisher on one side, its subscriber on the other.
+//! Two shards, one peer connection between them, over a seeded link in virtual time: a publisher on
+//! one side, its subscriber on the other.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -214,7 +215,8 @@ impl Pair {
         self.publish_tracks(tracks);
     }
 
-    /// End 0 publishes these layers of one video track, the lowest first. End 1 gets each as a stream of its own.
+    /// End 0 publishes these layers of one video track, the lowest first. End 1 gets each as a
+    /// stream of its own.
     pub fn publish_layers(&mut self, layers: &[MediaSource], pacing: Pacing) {
         let simulcast = |layer: usize| SimulcastLayer {
             mid: "1".into(),

@@ -1,4 +1,5 @@
-//! What one direction of a bad network does to packets, as plain arithmetic: sizes and times go in, fates come out. A seed repeats it.
+//! What one direction of a bad network does to packets, as plain arithmetic: sizes and times go in,
+//! fates come out. A seed repeats it.
 
 use std::time::Duration;
 
@@ -33,7 +34,8 @@ pub enum Loss {
     None,
     /// Each packet by itself.
     Random(f64),
-    /// Gilbert and Elliott's two states, where the bad one loses everything: `share` of all packets, in bursts of `mean` packets on average.
+    /// Gilbert and Elliott's two states, where the bad one loses everything: `share` of all
+    /// packets, in bursts of `mean` packets on average.
     Bursts { share: f64, mean: f64 },
 }
 
@@ -85,7 +87,8 @@ pub struct Path {
     pub conditions: Conditions,
     chance: Chance,
     in_burst: bool,
-    /// When the bottleneck will have sent all that it was given: the theoretical arrival time of GCRA.
+    /// When the bottleneck will have sent all that it was given: the theoretical arrival time of
+    /// GCRA.
     idle_from: Duration,
     last_leaves: Duration,
 }
@@ -123,7 +126,8 @@ impl Path {
             Loss::None => false,
             Loss::Random(share) => self.chance.happens(share),
             Loss::Bursts { share, mean } => {
-                // Bursts end with 1 in `mean` packets; they begin so often that `share` of the time is spent in them.
+                // Bursts end with 1 in `mean` packets; they begin so often that `share` of the time
+                // is spent in them.
                 let change = if self.in_burst {
                     1.0 / mean
                 } else {

@@ -1,4 +1,5 @@
-//! Participants in a room of a real server, each of whom can be asked to do things while it is in: a run without a plan.
+//! Participants in a room of a real server, each of whom can be asked to do things while it is in:
+//! a run without a plan.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};

@@ -18,7 +18,8 @@ use super::server::Server;
 /// No run here is planned to take half as long: what does hangs.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
-/// How many runs may go on beside each other where nothing is asked of them that a neighbour would change.
+/// How many runs may go on beside each other where nothing is asked of them that a neighbour would
+/// change.
 const PLACES: usize = 2;
 
 /// Who takes a turn: so many places are taken, and so many tests wait for all of them.
@@ -58,7 +59,8 @@ pub fn alone() -> Turn {
     Turn::wait(PLACES)
 }
 
-/// A turn beside one other run: for tests of which nothing is asked that a neighbour would change. Most of their time is waiting.
+/// A turn beside one other run: for tests of which nothing is asked that a neighbour would change.
+/// Most of their time is waiting.
 pub fn beside_one_other() -> Turn {
     Turn::wait(1)
 }
@@ -93,7 +95,8 @@ fn clean(command: &mut Command) {
     }
 }
 
-/// Adds the server as the target, by environment: what is on a command line, others on the host see.
+/// Adds the server as the target, by environment: what is on a command line, others on the host
+/// see.
 pub fn against<'a>(server: &Server, command: &'a mut Command) -> &'a mut Command {
     command
         .env("LIVEKIT_URL", &server.url)
@@ -208,7 +211,8 @@ fn read_all(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
     })
 }
 
-/// Neither the API secret nor anything like a token: base64url of `{"..`, and a dot. Histograms are base64 too, but without dots.
+/// Neither the API secret nor anything like a token: base64url of `{"..`, and a dot. Histograms are
+/// base64 too, but without dots.
 pub fn assert_no_secret(text: &str, secret: &str) {
     assert!(!text.contains(secret), "the API secret is in: {text}");
     for (at, _) in text.match_indices("eyJ") {

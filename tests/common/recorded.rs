@@ -55,7 +55,8 @@ pub struct Sound {
     pub identity: Option<FrameIdentity>,
 }
 
-/// The packets with sound, and how long the stream is: in samples, by what its packets hold and by its last granule position.
+/// The packets with sound, and how long the stream is: in samples, by what its packets hold and by
+/// its last granule position.
 pub fn read_opus(path: &Path) -> (Vec<Sound>, u64, u64) {
     let mut reader = PacketReader::new(
         File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())),
@@ -124,7 +125,8 @@ pub fn has_ffmpeg() -> bool {
     version.is_ok()
 }
 
-/// Plays a file with ffmpeg's own decoder and with the codec's, neither of which may say a word: bytes that come out, for each.
+/// Plays a file with ffmpeg's own decoder and with the codec's, neither of which may say a word:
+/// bytes that come out, for each.
 pub fn play(path: &Path) -> [usize; 2] {
     let (kind, decoders, output): (_, _, &[&str]) =
         match path.extension().and_then(|extension| extension.to_str()) {

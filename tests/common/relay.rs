@@ -121,7 +121,8 @@ pub struct Client {
     pub failed: bool,
 }
 
-/// What went over one client's leg of the link, by SSRC: how many RTP datagrams were sent, and how many arrived.
+/// What went over one client's leg of the link, by SSRC: how many RTP datagrams were sent, and how
+/// many arrived.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LegCount {
     pub sent: u64,
@@ -163,7 +164,8 @@ pub struct Relay<W = Link> {
 }
 
 impl Relay {
-    /// `clients` of them, each with one connection, up. The link is perfect until its conditions are changed. With `active` the router opens DTLS.
+    /// `clients` of them, each with one connection, up. The link is perfect until its conditions
+    /// are changed. With `active` the router opens DTLS.
     pub fn connected(clients: usize, send: SendMode, active: bool, seed: u64) -> Relay {
         Relay::over(
             Link::new(Conditions::default(), seed),
@@ -431,7 +433,8 @@ impl<W: Wire> Relay<W> {
         self.clients.iter_mut().map(settle).collect()
     }
 
-    /// One millisecond: what has arrived is taken, then timers run, then what was sent goes on its way.
+    /// One millisecond: what has arrived is taken, then timers run, then what was sent goes on its
+    /// way.
     pub fn tick(&mut self) {
         self.now += TICK;
         let now = self.now;

@@ -1,7 +1,9 @@
-//! An independent WebRTC stack (`rtc`, the sans-IO core of webrtc-rs) as the server of our participants, in memory and in virtual time.
+//! An independent WebRTC stack (`rtc`, the sans-IO core of webrtc-rs) as the server of our
+//! participants, in memory and in virtual time.
 //!
-//! A [`World`] holds one shard; each of its peers talks to a peer connection of `rtc` of its own. On leg 0 we publish. What `rtc` is sent there it sends
-//! to us on leg 1, with new SSRCs and sequence numbers, and it relays our key frame requests: a small SFU, of which no line is ours.
+//! A [`World`] holds one shard; each of its peers talks to a peer connection of `rtc` of its own.
+//! On leg 0 we publish. What `rtc` is sent there it sends to us on leg 1, with new SSRCs and
+//! sequence numbers, and it relays our key frame requests: a small SFU, of which no line is ours.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -129,7 +131,8 @@ pub enum Way {
     FromRtc,
 }
 
-/// Sits between the wire and all other interceptors: hears everything, and can keep packets from them.
+/// Sits between the wire and all other interceptors: hears everything, and can keep packets from
+/// them.
 #[derive(Clone, Default)]
 struct Tap(Arc<Mutex<Tape>>);
 

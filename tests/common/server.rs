@@ -1,7 +1,9 @@
-//! A server on loopback, or in a network namespace, started for one test and stopped with it: a real LiveKit server, or the embedded SFU in a process of its own.
+//! A server on loopback, or in a network namespace, started for one test and stopped with it: a
+//! real LiveKit server, or the embedded SFU in a process of its own.
 //!
-//! LiveKit's binary is `THRONG_LIVEKIT_SERVER`, or `livekit-server` on the PATH or in `~/go/bin` (`go install github.com/livekit/livekit-server/cmd/server@latest`
-//! names it `server`). Where there is none a test says so and passes, except under `CI`.
+//! LiveKit's binary is `THRONG_LIVEKIT_SERVER`, or `livekit-server` on the PATH or in `~/go/bin`
+//! (`go install github.com/livekit/livekit-server/cmd/server@latest` names it `server`). Where
+//! there is none a test says so and passes, except under `CI`.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -18,7 +20,8 @@ const KEY: &str = "devkey";
 const SECRET: &str = "a-secret-for-tests-of-thirty-two-or-more-characters";
 /// A server that is not up by then has failed: it takes 0.2 s, more on a busy host.
 const START_WAIT: Duration = Duration::from_secs(20);
-/// An empty server ends within this; one with participants waits for them, and a second SIGTERM makes it stop at once.
+/// An empty server ends within this; one with participants waits for them, and a second SIGTERM
+/// makes it stop at once.
 const GRACE: Duration = Duration::from_millis(300);
 const STOP_WAIT: Duration = Duration::from_secs(5);
 /// UDP ports per server in port-range mode, two per participant.
@@ -155,7 +158,8 @@ impl Server {
         fs::read_to_string(&self.log_path).unwrap_or_default()
     }
 
-    /// The server's Prometheus page: every sample under `name{labels}`, and under the bare `name` the sum over its labels.
+    /// The server's Prometheus page: every sample under `name{labels}`, and under the bare `name`
+    /// the sum over its labels.
     pub fn metrics(&self) -> HashMap<String, f64> {
         let page = http_ok(&self.prometheus_url).expect("the server's metrics page");
         let mut metrics = HashMap::new();
@@ -298,7 +302,8 @@ fn wait_until_ready(server: &mut Server) -> bool {
     );
 }
 
-/// SIGTERM, once more for a server that waits for its participants to leave, and SIGKILL if neither helps.
+/// SIGTERM, once more for a server that waits for its participants to leave, and SIGKILL if neither
+/// helps.
 fn stop(process: &mut Child) {
     for patience in [GRACE, STOP_WAIT] {
         let _ = Command::new("kill")
@@ -401,7 +406,8 @@ impl Ports {
     }
 }
 
-/// The start of a range below the ephemeral ports, another one for each server of a process; processes start at different ones.
+/// The start of a range below the ephemeral ports, another one for each server of a process;
+/// processes start at different ones.
 fn free_range() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let ranges = (32_000 - 10_000) / u32::from(PORT_RANGE);

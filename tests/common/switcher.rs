@@ -1,4 +1,5 @@
-//! A made-up SFU between the three layers of a publisher and one subscriber, in virtual time. It knows what it forwarded: its log is the truth.
+//! A made-up SFU between the three layers of a publisher and one subscriber, in virtual time. It
+//! knows what it forwarded: its log is the truth.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -86,7 +87,8 @@ pub struct World {
 }
 
 impl World {
-    /// A publisher that begins at once. The SFU forwards the lowest layer until it is asked for another.
+    /// A publisher that begins at once. The SFU forwards the lowest layer until it is asked for
+    /// another.
     pub fn new(seed: u64, downlink: Downlink) -> World {
         let now = Time::from_millis(1_000);
         let roster = Roster::new(RUN, [0].into_iter());
@@ -308,7 +310,8 @@ impl World {
         taken.unwrap();
     }
 
-    /// A frame was forwarded: was there any, on the layer before, that the subscriber ought to have got instead?
+    /// A frame was forwarded: was there any, on the layer before, that the subscriber ought to have
+    /// got instead?
     fn note(&mut self, layer: usize, intended: u64) {
         self.log.forwarded += 1;
         if let Some((before, last)) = self.last.filter(|(before, _)| *before != layer) {

@@ -1,8 +1,10 @@
-//! A bad wire between clients and a router, in virtual time, that can read what it carries: it ends each connection's ICE and DTLS itself, once towards the client and once
-//! towards the router, opens every packet of media and control where it enters, writes down what it was and what becomes of it, and seals it again for the other side.
+//! A bad wire between clients and a router, in virtual time, that can read what it carries: it ends
+//! each connection's ICE and DTLS itself, once towards the client and once towards the router,
+//! opens every packet of media and control where it enters, writes down what it was and what
+//! becomes of it, and seals it again for the other side.
 //!
-//! So its log has what no capture has: which packet a retransmission repeats, which ones a NACK asks for, what a report says. Control packets are read by `rtc-rtcp`, which is
-//! not ours.
+//! So its log has what no capture has: which packet a retransmission repeats, which ones a NACK
+//! asks for, what a report says. Control packets are read by `rtc-rtcp`, which is not ours.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -52,7 +54,8 @@ impl Content {
     fn of_setup(bytes: &[u8]) -> Content {
         match (classify(bytes), bytes.get(8..20)) {
             (Class::Stun, Some(transaction)) => Content::Stun {
-                // RFC 8489, section 5: the two bits of the class, of which the upper one is in every response.
+                // RFC 8489, section 5: the two bits of the class, of which the upper one is in
+                // every response.
                 answers: bytes[0] & 1 != 0,
                 transaction: transaction.try_into().expect("12 bytes"),
             },
@@ -126,7 +129,8 @@ impl Entry {
 pub struct Tapped {
     pub log: Vec<Entry>,
     ends: Vec<End>,
-    /// By arrival, then in the order of sending: place in the log, and the datagram as its receiver gets it.
+    /// By arrival, then in the order of sending: place in the log, and the datagram as its
+    /// receiver gets it.
     under_way: BTreeMap<(Duration, u64), (usize, Datagram)>,
     /// For the router at once: our own half of its connections.
     to_router: VecDeque<Datagram>,

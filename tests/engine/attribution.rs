@@ -1,4 +1,5 @@
-//! Where frames were lost: on the way to the SFU, inside it, or behind it. The relay's log of what was dropped on each leg is the truth.
+//! Where frames were lost: on the way to the SFU, inside it, or behind it. The relay's log of what
+//! was dropped on each leg is the truth.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,7 +39,8 @@ fn missing(media: &Media) -> u64 {
     media.frames_expected - media.frames_delivered
 }
 
-/// One publisher of audio and video, so many subscribers of both, and the SSRCs on which each gets them: audio, video, RTX.
+/// One publisher of audio and video, so many subscribers of both, and the SSRCs on which each gets
+/// them: audio, video, RTX.
 struct Room {
     relay: Relay,
     subscriptions: Vec<[SubscriptionId; 2]>,
@@ -172,7 +174,8 @@ fn without_loss_nothing_is_attributed_and_a_subscriber_that_is_cut_off_is_not_ex
     );
 }
 
-/// What a leg carried of the audio, frame by frame: a frame is a packet, and a resend has its number.
+/// What a leg carried of the audio, frame by frame: a frame is a packet, and a resend has its
+/// number.
 #[derive(Default)]
 struct Truth {
     sent_up: BTreeSet<u16>,
@@ -239,7 +242,8 @@ fn of_a_mixture_each_part_is_told_and_the_error_is_bounded() {
                 uplink > 100 && sfu > 50 && downlink > 0,
                 "{uplink} {sfu} {downlink}"
             );
-            // A frame that was lost twice on its way and came just when the SFU forwarded nothing was received by nobody: it counts as the uplink's.
+            // A frame that was lost twice on its way and came just when the SFU forwarded nothing
+            // was received by nobody: it counts as the uplink's.
             let error = [uplink, sfu, downlink]
                 .iter()
                 .zip(found)

@@ -1,4 +1,5 @@
-//! Bandwidth: what a receiver's feedback tells its sender, and what a sender that obeys makes of it, over a bottleneck in virtual time.
+//! Bandwidth: what a receiver's feedback tells its sender, and what a sender that obeys makes of
+//! it, over a bottleneck in virtual time.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -97,7 +98,8 @@ fn every_packet_of_all_streams_has_the_next_number_and_is_reported_ten_times_a_s
         theirs.bandwidth.transport_cc_sent
     );
     assert!(ours.bandwidth.transport_cc_received > 80);
-    // What the receiver lacks of each stream is what its feedback says is missing: but for what was behind the last packet of a message that was lost.
+    // What the receiver lacks of each stream is what its feedback says is missing: but for what was
+    // behind the last packet of a message that was lost.
     let lacking = theirs.audio.packets_lost_network + theirs.video.packets_lost_network;
     let missing = ours.bandwidth.uplink_packets_missing;
     assert!(
@@ -169,7 +171,8 @@ fn layers_go_when_the_path_narrows_and_return_with_a_key_frame_when_it_widens() 
         "{}",
         describe(&ours)
     );
-    // Three when they began, three as a second first one, and one for each return; more where the receiver asked for them.
+    // Three when they began, three as a second first one, and one for each return; more where the
+    // receiver asked for them.
     assert!(
         ours.video.key_frames_sent >= 6 + bandwidth.layers_returned,
         "{}",

@@ -1,4 +1,5 @@
-//! A publisher on one host, its subscriber on another, whose clock is an hour off: what the two account for is what one host that plays both does.
+//! A publisher on one host, its subscriber on another, whose clock is an hour off: what the two
+//! account for is what one host that plays both does.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,8 @@ const INTERVALS: [Duration; CELLS_PER_PARTICIPANT] = [
     Duration::ZERO,
 ];
 
-/// Participant 0 publishes, participant 1 subscribes; `elsewhere` says of each which other host plays it.
+/// Participant 0 publishes, participant 1 subscribes; `elsewhere` says of each which other host
+/// plays it.
 fn roster(elsewhere: [Option<usize>; 2]) -> Arc<Roster> {
     let member = |at: usize| Member {
         room: 0,
@@ -67,8 +69,8 @@ impl World {
     }
 }
 
-/// Ten seconds of audio and video. What is lost is lost at stated moments: now and then some milliseconds, once nearly everything for so long that repair gives
-/// up, and the end.
+/// Ten seconds of audio and video. What is lost is lost at stated moments: now and then some
+/// milliseconds, once nearly everything for so long that repair gives up, and the end.
 fn play(world: &World, counts_come: bool) -> [Record; 2] {
     let mut pair = world.pair();
     pair.link = Link::new(Conditions::default(), 1);
@@ -108,7 +110,8 @@ fn same_values(a: &Histogram, b: &Histogram) -> bool {
     a.hdr() == b.hdr()
 }
 
-/// When the publisher began is not known on another host, nor which packets the server asked it for.
+/// When the publisher began is not known on another host, nor which packets the server asked it
+/// for.
 const UNKNOWN_ELSEWHERE: [&str; 6] = [
     "track_subscribe",
     "first_packet",

@@ -1,4 +1,5 @@
-//! Two of our own peers find each other over a bad network, in virtual time: ICE and DTLS must always come through.
+//! Two of our own peers find each other over a bad network, in virtual time: ICE and DTLS must
+//! always come through.
 
 use crate::common::link;
 use std::net::SocketAddr;
@@ -72,7 +73,8 @@ fn poll(end: &mut End, link: &mut Link, now: Time) {
     );
 }
 
-/// Runs both ends until both are connected, one has failed, or time is up. Returns when the later one was connected.
+/// Runs both ends until both are connected, one has failed, or time is up. Returns when the later
+/// one was connected.
 fn connect(ends: &mut [End; 2], link: &mut Link) -> Result<Time, String> {
     let mut now = Time::ZERO;
     ends.iter_mut().for_each(|end| end.peer.handle_timeout(now));
@@ -249,7 +251,8 @@ impl Io for Outbox {
     fn disconnect(&mut self, _: PeerKey) {}
 }
 
-/// The events of a shard's peer against another peer, which reads of DTLS what `reads` lets it. `certificate`: the one that the shard is told to expect.
+/// The events of a shard's peer against another peer, which reads of DTLS what `reads` lets it.
+/// `certificate`: the one that the shard is told to expect.
 fn events_of(
     shard_identity: &Identity,
     other: &Identity,

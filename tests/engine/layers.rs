@@ -1,4 +1,5 @@
-//! What a publisher does with its layers, and what a subscriber makes of an SFU that switches between them; the logs of link and SFU are the truth.
+//! What a publisher does with its layers, and what a subscriber makes of an SFU that switches
+//! between them; the logs of link and SFU are the truth.
 
 use crate::common::pair;
 use std::cell::RefCell;
@@ -151,7 +152,8 @@ fn each_layer_has_its_own_rate_and_its_first_key_frame_comes_twice() {
     );
     assert_eq!(receiver.video.frames_delivered, sender.video.frames_sent);
     assert_eq!(receiver.video.frames_expected, sender.video.frames_sent);
-    // A sender report on each layer: their round trips are measured by three report blocks a second.
+    // A sender report on each layer: their round trips are measured by three report blocks a
+    // second.
     assert!(
         sender.session.rtt_rtcp.count() >= 9,
         "{}",
@@ -304,7 +306,8 @@ fn one_who_is_not_to_speak_is_silent_and_says_so() {
                 .or_default()
                 .push(sent.level.unwrap());
         }
-        // Three of six turns of 125 packets; the rest is silence, of which DTX sends next to nothing.
+        // Three of six turns of 125 packets; the rest is silence, of which DTX sends next to
+        // nothing.
         assert!(
             levels[&true].len().abs_diff(3 * 125) <= 4,
             "{}",
@@ -476,7 +479,8 @@ fn under_loss_no_more_frames_are_delivered_than_expected() {
             delivered < expected,
             "seed {seed}: {delivered} of {expected}"
         );
-        // Where the last frame before a switch or the first one after it is lost, the earlier layer's rate tells how many are missing: one off at most.
+        // Where the last frame before a switch or the first one after it is lost, the earlier
+        // layer's rate tells how many are missing: one off at most.
         assert!(
             expected.abs_diff(log.forwarded) <= log.switches,
             "seed {seed}: {expected} expected, {log:?}"

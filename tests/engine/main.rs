@@ -1,4 +1,5 @@
-//! The engine and what it speaks, in memory and in virtual time: no sockets, no clocks, nothing that a busy machine could change.
+//! The engine and what it speaks, in memory and in virtual time: no sockets, no clocks, nothing
+//! that a busy machine could change.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -13,7 +13,8 @@ use crate::common::pair::{
 use throng::engine::publisher::Pacing;
 use throng::measure::Media;
 
-/// What the link saw of one SSRC: how often each sequence number was sent, and how often it arrived.
+/// What the link saw of one SSRC: how often each sequence number was sent, and how often it
+/// arrived.
 #[derive(Default)]
 struct Truth {
     sent: Vec<u16>,
@@ -256,7 +257,8 @@ fn paced_frames_are_spread_and_burst_frames_are_not() {
         assert_eq!(receiver.video.frames_delivered, sender.video.frames_sent);
         receiver.video.one_way_latency.quantile(0.5).unwrap()
     };
-    // 400 kb/s at 15 fps is 3.3 KB a frame; at 2.5 times the rate the last packet of it leaves 15..25 ms after the first.
+    // 400 kb/s at 15 fps is 3.3 KB a frame; at 2.5 times the rate the last packet of it leaves
+    // 15..25 ms after the first.
     let (paced, burst) = (spread(Pacing::Paced), spread(Pacing::Burst));
     assert!(burst <= 1_100, "{burst}");
     assert!((8_000..=30_000).contains(&paced), "{paced}");

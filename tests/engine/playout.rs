@@ -1,4 +1,5 @@
-//! What the playout model and the E-model say of links whose character is known: each figure moves with its cause, and stands still without it.
+//! What the playout model and the E-model say of links whose character is known: each figure moves
+//! with its cause, and stands still without it.
 
 use std::time::Duration;
 
@@ -131,7 +132,8 @@ fn jitter_is_waited_for_and_an_outage_is_one_interruption() {
 
 #[test]
 fn what_is_repaired_too_late_is_delivered_and_concealed_all_the_same() {
-    // A round trip of 600 ms: resends come far behind the delay that NetEq would hold for 2 % of loss.
+    // A round trip of 600 ms: resends come far behind the delay that NetEq would hold for 2 % of
+    // loss.
     let record = heard(
         Conditions {
             loss: 0.02,

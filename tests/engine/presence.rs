@@ -1,4 +1,5 @@
-//! What a source owes that ends otherwise than the plan said, and what a subscription is owed that the server withdrew: to the frame.
+//! What a source owes that ends otherwise than the plan said, and what a subscription is owed that
+//! the server withdrew: to the frame.
 
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use throng::measure::{Media, Record};
 /// Frames a second.
 const AUDIO_RATE: u64 = 50;
 const VIDEO_RATE: u64 = 15;
-/// The plan's end, and the moment at which something else happens: whole seconds after the first frame.
+/// The plan's end, and the moment at which something else happens: whole seconds after the first
+/// frame.
 const END: u64 = 15;
 const MIDDLE: u64 = 6;
 
@@ -34,7 +36,8 @@ fn after(happens: impl FnOnce(&mut Pair)) -> Record {
         ..Conditions::default()
     });
     pair.publish(&[audio(), video()], Pacing::Paced);
-    // The first slot is the next tick's; all that lie before the middle are sent, and the middle's own are not.
+    // The first slot is the next tick's; all that lie before the middle are sent, and the middle's
+    // own are not.
     pair.run_for(Duration::from_secs(MIDDLE));
     happens(&mut pair);
     pair.run_for(Duration::from_secs(END - MIDDLE));

@@ -1,4 +1,5 @@
-//! Audio with redundancy (RED): over links whose log is the ground truth, and through the embedded SFU.
+//! Audio with redundancy (RED): over links whose log is the ground truth, and through the embedded
+//! SFU.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;

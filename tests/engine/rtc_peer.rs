@@ -1,6 +1,8 @@
-//! Our transport and engine against an independent WebRTC stack, `rtc` (the sans-IO core of webrtc-rs): what we say must mean the same to others.
+//! Our transport and engine against an independent WebRTC stack, `rtc` (the sans-IO core of
+//! webrtc-rs): what we say must mean the same to others.
 //!
-//! All in memory and in virtual time; the keys and credentials are random, and no count depends on them.
+//! All in memory and in virtual time; the keys and credentials are random, and no count depends on
+//! them.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -82,7 +84,8 @@ fn ice_and_dtls_connect_in_every_combination_of_roles() {
         let what = format!("publish {publish}, lite {ice_lite}, active {dtls_active}");
         assert_eq!(world.agreed[0].dtls_active, dtls_active, "{what}");
         let (ice_role, dtls_role, cipher) = transport(&mut world, 0);
-        // RFC 8445, section 6.1.1: the offerer controls, unless the other end is lite and it is not.
+        // RFC 8445, section 6.1.1: the offerer controls, unless the other end is lite and it is
+        // not.
         let their_ice_role = if publish || ice_lite {
             RTCIceRole::Controlled
         } else {
@@ -161,7 +164,8 @@ struct VideoFrame {
     rtp_time: u32,
 }
 
-/// Puts a stream's frames together as RFC 7741 has it and compares each with the clip's. The packets are complete and in order.
+/// Puts a stream's frames together as RFC 7741 has it and compares each with the clip's. The
+/// packets are complete and in order.
 fn read_video(clip: &VideoClip, packets: &[rtp::Packet]) -> Vec<VideoFrame> {
     assert_contiguous(packets);
     let mut at = None;
@@ -314,7 +318,8 @@ fn our_media_is_to_rtc_what_we_meant() {
         assert_eq!(end.delivered.len(), heard_audio.len() + heard_video.len());
 
         check_sender_reports(&world, AUDIO_SSRC, 48_000, 0..=1);
-        // A slot begins on a whole millisecond, up to 90 ticks after the moment that its RTP time names.
+        // A slot begins on a whole millisecond, up to 90 ticks after the moment that its RTP time
+        // names.
         check_sender_reports(&world, VIDEO_SSRC, 90_000, 0..=91);
         // rtc's receiver reports answer our sender reports: there and back takes twice the delay.
         let rtt = &record.session.rtt_rtcp;
@@ -341,7 +346,8 @@ fn our_media_is_to_rtc_what_we_meant() {
     }
 }
 
-/// A sender report counts what came before it, and pairs an NTP time with the RTP time of the same moment.
+/// A sender report counts what came before it, and pairs an NTP time with the RTP time of the same
+/// moment.
 fn check_sender_reports(
     world: &World,
     ssrc: u32,
@@ -448,7 +454,8 @@ fn what_rtc_did_not_get_comes_again_over_rtx() {
     );
     let mut asked = BTreeSet::new();
     for resend in &resends {
-        // RFC 4588, section 4: the original's number, then its payload; its timestamp and marker stay.
+        // RFC 4588, section 4: the original's number, then its payload; its timestamp and marker
+        // stay.
         let original_seq = u16::from_be_bytes([resend.payload[0], resend.payload[1]]);
         let original = by_seq[&original_seq];
         assert!(
@@ -502,7 +509,8 @@ fn without_rtx_a_resend_is_the_same_datagram_again() {
             return false;
         };
         if let Some(bytes) = losing.borrow().get(&name) {
-            // Under the same key a number may only ever stand for the same bytes: else GCM's keystream is given away (RFC 7714, section 8.2).
+            // Under the same key a number may only ever stand for the same bytes: else GCM's
+            // keystream is given away (RFC 7714, section 8.2).
             assert!(*bytes == datagram.bytes, "{name:?}");
             assert!(resending.borrow_mut().insert(name), "{name:?} came twice");
             return false;
@@ -649,7 +657,8 @@ impl Truth {
             .collect()
     }
 
-    /// Originals that had arrived by `at`: how many, and the highest number in its cycle (RFC 3550, A.1).
+    /// Originals that had arrived by `at`: how many, and the highest number in its cycle (RFC 3550,
+    /// A.1).
     fn received(&self, ssrc: u32, at: Time) -> (u32, u32) {
         let mine = self.arrived.iter().filter(|(when, of, seq)| {
             *when <= at && *of == ssrc && !self.lost.contains(&(ssrc, *seq))
@@ -760,7 +769,8 @@ fn our_receiver_reports_tell_rtc_what_the_link_did() {
             }
             assert!(blocks.iter().any(|(_, block)| block.fraction_lost > 0));
             let last = u64::from(blocks.last().unwrap().1.jitter) * 1_000_000 / clock_rate;
-            // A frame leaves on a whole millisecond. Of two delays within 8 ms the mean difference is a third of that; the estimate swings about it.
+            // A frame leaves on a whole millisecond. Of two delays within 8 ms the mean difference
+            // is a third of that; the estimate swings about it.
             let plausible = if jitter.is_zero() {
                 0..1_000
             } else {
@@ -801,7 +811,8 @@ fn report_blocks(world: &World, ssrc: u32) -> Vec<(Time, ReceptionReport)> {
         .collect()
 }
 
-/// LSR and DLSR name the last sender report that had reached us, and how long ago (RFC 3550, section 6.4.1).
+/// LSR and DLSR name the last sender report that had reached us, and how long ago (RFC 3550,
+/// section 6.4.1).
 fn check_last_sender_report(world: &World, at: Time, block: &ReceptionReport) {
     let reports = world.ends[1].rtcp::<SenderReport>(Way::FromRtc);
     let arrived = reports

@@ -1,4 +1,5 @@
-//! The embedded SFU's router between our own shards: what it forwards, repairs and counts, by the link's log and the subscribers' own accounts.
+//! The embedded SFU's router between our own shards: what it forwards, repairs and counts, by the
+//! link's log and the subscribers' own accounts.
 
 use crate::common::relay;
 use std::collections::BTreeSet;
@@ -231,7 +232,8 @@ fn a_subscriber_who_comes_late_asks_for_a_key_frame_and_gets_nothing_before_it()
     relay.run_for(Duration::from_secs(2));
     let records = relay.finish();
     let video = &records[1].video;
-    // One way for the request, a frame interval of 66.7 ms, two ways for the key frame, and the paced length of it.
+    // One way for the request, a frame interval of 66.7 ms, two ways for the key frame, and the
+    // paced length of it.
     let first = video.first_frame.max().unwrap();
     assert!(
         relay.kept[0].0.since(subscribed_at) < Duration::from_millis(90),
@@ -321,7 +323,8 @@ const fn wants(layer: u8) -> Selection {
     }
 }
 
-/// A publisher of simulcast by hand: 30 frames a second, `packets` a frame on each layer, key frames when told.
+/// A publisher of simulcast by hand: 30 frames a second, `packets` a frame on each layer, key
+/// frames when told.
 struct Camera {
     frame: u32,
     seqs: [u16; 3],
@@ -452,8 +455,8 @@ fn layer_frame_packet(got: &Got) -> (u8, u32, u8) {
     )
 }
 
-/// Sequence numbers without a hole, picture ids and TL0PICIDX one a picture, timestamps that grow by whole frames, or by the least where a switch brings
-/// one frame from two layers.
+/// Sequence numbers without a hole, picture ids and TL0PICIDX one a picture, timestamps that grow
+/// by whole frames, or by the least where a switch brings one frame from two layers.
 fn assert_continuous(got: &[Got]) {
     for pair in got.windows(2) {
         let [before, after] = pair else {
@@ -554,7 +557,8 @@ fn a_stream_goes_on_without_a_seam_over_switches_between_simulcast_layers() {
     }
     let got = &hands.hands[1].got;
     assert_continuous(got);
-    // Each frame came whole; one that brought a higher layer's key frame came from the lower layer first.
+    // Each frame came whole; one that brought a higher layer's key frame came from the lower layer
+    // first.
     assert!(
         got.iter()
             .enumerate()
@@ -812,7 +816,8 @@ fn padding_leaves_no_hole_and_padding_that_comes_late_fills_its_own() {
         .iter()
         .map(|got| (got.index - first, got.payload.len()))
         .collect();
-    // 65533, 65534, 2, 4, 3 (padding, late), 5, 7: the padding in order is gone, its numbers with it.
+    // 65533, 65534, 2, 4, 3 (padding, late), 5, 7: the padding in order is gone, its numbers with
+    // it.
     assert_eq!(
         seen,
         [(0, 4), (1, 4), (2, 4), (4, 4), (3, 0), (5, 4), (6, 4)]
@@ -861,7 +866,8 @@ fn a_nack_is_answered_three_times_never_in_haste_and_always_with_the_same_packet
         );
         let mut answers = Vec::new();
         for round in 0..6 {
-            // Until it is known, a round trip counts as 70 ms: twice that is more than the 100 ms that are enough.
+            // Until it is known, a round trip counts as 70 ms: twice that is more than the 100 ms
+            // that are enough.
             hands.run_for(Duration::from_millis(99));
             let answer = ask(&mut hands, lost.index as u16);
             assert_eq!(
@@ -1063,7 +1069,8 @@ fn sender_reports_tell_the_publishers_clock_in_ours() {
     let mut hands = Hands::connected(2, SendMode::Plain);
     add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
     subscribe(&mut hands, AUDIO, false, wants(0));
-    // The publisher's wall clock is 1,000 s ahead of ours, and its samples are what they are at that moment.
+    // The publisher's wall clock is 1,000 s ahead of ours, and its samples are what they are at
+    // that moment.
     let start = hands.now;
     let rtp_time_at = |at: Time| (at.since(start).as_micros() as u64 * 48 / 1_000) as u32 + 7;
     for seq in 0..400u16 {
@@ -1399,7 +1406,8 @@ fn hostile_datagrams_are_counted_and_do_no_harm() {
     );
 }
 
-/// A check as any stranger can make it: well formed, for a user name of his choice, its integrity made up.
+/// A check as any stranger can make it: well formed, for a user name of his choice, its integrity
+/// made up.
 fn binding_request(username: &str) -> Vec<u8> {
     let mut bytes = vec![0, 1, 0, 0, 0x21, 0x12, 0xA4, 0x42];
     bytes.extend([7; 12]);
@@ -1509,7 +1517,8 @@ fn a_check_that_overtakes_the_description_is_answered_when_that_comes() {
     );
 }
 
-/// Under SRTP's keys one SSRC and index may seal one packet only: whatever publisher, network and subscriber do.
+/// Under SRTP's keys one SSRC and index may seal one packet only: whatever publisher, network and
+/// subscriber do.
 #[test]
 fn no_number_is_ever_given_to_two_packets() {
     let mut all = RouterStatistics::default();

@@ -1,4 +1,5 @@
-//! The wire code against an independent implementation, the webrtc-rs family's `rtc-rtp`, `rtc-rtcp` and `rtc-srtp`, and against hostile bytes.
+//! The wire code against an independent implementation, the webrtc-rs family's `rtc-rtp`,
+//! `rtc-rtcp` and `rtc-srtp`, and against hostile bytes.
 //!
 //! Every test draws from a seed, so that a failure replays.
 
@@ -716,7 +717,8 @@ fn srtcp_works_both_ways_with_the_peer() {
 
 // ---- Hostile bytes ----
 
-/// Reads everything that can be read from bytes that anyone may have sent. Returns how much was found, so that nothing is optimized away.
+/// Reads everything that can be read from bytes that anyone may have sent. Returns how much was
+/// found, so that nothing is optimized away.
 fn read_everything(bytes: &[u8]) -> usize {
     let mut found = rtp::classify(bytes) as usize;
     if let Some(header) = Header::parse(bytes) {

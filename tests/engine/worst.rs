@@ -73,7 +73,8 @@ fn one_ruined_among_two_hundred_is_named_first() {
         "{:?}",
         ranked[1].wrong
     );
-    // What he misses or gets after 400 ms makes him unhealthy; what is repaired too late for its playout alone is the model's word.
+    // What he misses or gets after 400 ms makes him unhealthy; what is repaired too late for its
+    // playout alone is the model's word.
     let healthy = participants
         .iter()
         .filter(|participant| is_healthy(participant, 1.0))

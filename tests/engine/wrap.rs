@@ -1,5 +1,6 @@
-//! Counters that wrap, and packets out of order, as properties: what a stream makes of its packets does not depend on what its clocks and counters show when
-//! it begins. Sequence numbers wrap at 16 bits, RTP times at 32, microseconds at 32 bits after 71 minutes, SRTP's index at 48.
+//! Counters that wrap, and packets out of order, as properties: what a stream makes of its packets
+//! does not depend on what its clocks and counters show when it begins. Sequence numbers wrap at 16
+//! bits, RTP times at 32, microseconds at 32 bits after 71 minutes, SRTP's index at 48.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,7 +15,8 @@ use throng::transport::sequence::{ReplayWindow, Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Profile, session};
 use throng::units::{Bitrate, Epoch, Time, ntp_middle};
 
-/// Where 32 bits of microseconds are used up, less a little more than half a script: in whole seconds, which all RTP clocks count alike.
+/// Where 32 bits of microseconds are used up, less a little more than half a script: in whole
+/// seconds, which all RTP clocks count alike.
 const BEFORE_MICROS_WRAP: Duration = Duration::from_secs(4_290);
 
 const ROUND_TRIP: RoundTrip = RoundTrip {
@@ -55,7 +57,8 @@ impl Origin {
     }
 }
 
-/// A packet on its way: how long after the script's start it comes, its number from the start, and whether it comes over RTX.
+/// A packet on its way: how long after the script's start it comes, its number from the start, and
+/// whether it comes over RTX.
 #[derive(Clone, Copy)]
 struct Step {
     micros: u64,
@@ -218,7 +221,8 @@ fn frames_are_put_together_alike_wherever_numbers_and_clocks_begin() {
     );
 }
 
-/// Sealed by one end and opened by the other as a worker does it, with only 16 bits of the index on the wire.
+/// Sealed by one end and opened by the other as a worker does it, with only 16 bits of the index on
+/// the wire.
 #[test]
 fn every_packet_is_opened_once_over_many_rollovers_and_whatever_its_order() {
     let mut chance = Seeded::new(13);

@@ -1,4 +1,5 @@
-//! Clients that lie to the embedded SFU, over real sockets: each costs the server a bounded share, and an honest client is served all the while.
+//! Clients that lie to the embedded SFU, over real sockets: each costs the server a bounded share,
+//! and an honest client is served all the while.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -123,7 +124,8 @@ fn connections_beyond_the_bound_are_closed_and_others_are_served() {
         for _ in 0..5 * MOST {
             flood.push(target.tcp().await);
         }
-        // One address has a quarter of the places for those that have asked for nothing yet: the others are closed.
+        // One address has a quarter of the places for those that have asked for nothing yet: the
+        // others are closed.
         let mut closed = 0;
         for stream in &mut flood {
             let mut byte = [0];
@@ -290,7 +292,8 @@ async fn tracks_and_subscriptions(target: Arc<Target>) {
             subscribe: number % 2 == 0,
             ..Default::default()
         };
-        // Each sid that is not there is answered, and nobody reads the answers: the server may have had enough.
+        // Each sid that is not there is answered, and nobody reads the answers: the server may have
+        // had enough.
         if sender.send(Request::Subscription(storm)).await.is_err() {
             return;
         }

@@ -1,7 +1,8 @@
-//! A server that lies, and the real program run against it: it costs counters and one participant's join, never a panic, never memory or time without end.
+//! A server that lies, and the real program run against it: it costs counters and one participant's
+//! join, never a panic, never memory or time without end.
 //!
-//! The server is LiveKit-like as far as a participant can tell: room service, WebSockets, descriptions, and where a lie needs it a media side with true ICE,
-//! DTLS and keys.
+//! The server is LiveKit-like as far as a participant can tell: room service, WebSockets,
+//! descriptions, and where a lie needs it a media side with true ICE, DTLS and keys.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -32,11 +33,13 @@ use tokio_tungstenite::tungstenite::Message;
 
 const KEY: &str = "devkey";
 const SECRET: &str = "a-secret-for-tests-of-thirty-two-or-more-characters";
-/// What a run of so few may hold at its peak, media included: a run against an honest server takes some 60 MB.
+/// What a run of so few may hold at its peak, media included: a run against an honest server takes
+/// some 60 MB.
 const RSS_MAX: u64 = 400 << 20;
 /// What a join may take.
 const JOIN: Duration = Duration::from_secs(30);
-/// A lie that never ends ends here: the run's own bounds are shorter or equal, and this host has other things to do.
+/// A lie that never ends ends here: the run's own bounds are shorter or equal, and this host has
+/// other things to do.
 const FLOOD: Duration = Duration::from_secs(4);
 
 /// One way to treat a participant.
@@ -243,7 +246,8 @@ fn sent_track(number: u32) -> SentTrack {
     }
 }
 
-/// Joins, then says these things until it has said them all, nobody listens or it has taken [`FLOOD`]; then waits for the end.
+/// Joins, then says these things until it has said them all, nobody listens or it has taken
+/// [`FLOOD`]; then waits for the end.
 async fn flood(socket: Socket, say: impl FnMut(u32) -> Option<Bytes>) {
     flood_for(FLOOD, socket, say).await;
 }
@@ -391,7 +395,8 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
             flood(socket, |_| Some(pong.clone())).await;
         }
         Lie::EmptyLists => {
-            // Field 19, `reconnect`, of 8 MiB: four million `ice_servers` of no bytes, each of which takes 72 in memory.
+            // Field 19, `reconnect`, of 8 MiB: four million `ice_servers` of no bytes, each of
+            // which takes 72 in memory.
             let entries = [0x0A, 0].repeat(4 << 20);
             let reconnect =
                 Bytes::from([&[0x9A, 0x01, 0x80, 0x80, 0x80, 0x04][..], &entries].concat());
@@ -469,7 +474,8 @@ fn torn(message: Response) -> Message {
     Message::Binary(whole.slice(..whole.len() / 2))
 }
 
-/// The first participant gets a torn Join; the second a torn Offer, the third a torn Answer; those after them torn news of speakers, which nobody needs.
+/// The first participant gets a torn Join; the second a torn Offer, the third a torn Answer; those
+/// after them torn news of speakers, which nobody needs.
 async fn tear(place: usize, stream: TcpStream) {
     let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else {
         return;
@@ -565,7 +571,8 @@ impl MediaEnd {
                 .iter()
                 .map(|candidate| candidate.address)
                 .collect(),
-            // As a LiveKit server: it controls the connection that it offers, and answers `passive` on the other.
+            // As a LiveKit server: it controls the connection that it offers, and answers `passive`
+            // on the other.
             ice_controlling: !publishing,
             dtls_active: remote.setup == DtlsSetup::Passive,
         };
@@ -627,7 +634,8 @@ impl MediaEnd {
     /// All at once, every millisecond.
     fn lie(&mut self, ssrcs: &[u32], round: u32, log: &MediaLog) {
         for number in 0..20 {
-            // Mostly of SSRCs that nobody announced; some of one that was, with nonsense behind the header.
+            // Mostly of SSRCs that nobody announced; some of one that was, with nonsense behind the
+            // header.
             let ssrc = if self.publishing || number > 2 {
                 0x7000_0000 + round % 5_000
             } else {
@@ -720,7 +728,8 @@ impl MediaEnd {
             let _ = self.socket.send_to(&bytes[..len], to);
             log.sent.fetch_add(1, Relaxed);
             if len == 64 && bytes[0] == 0x80 {
-                // The same from a port that nobody knows: the kernel keeps it away from a connected socket.
+                // The same from a port that nobody knows: the kernel keeps it away from a connected
+                // socket.
                 let stranger = UdpSocket::bind("127.0.0.1:0").unwrap();
                 let _ = stranger.send_to(&bytes[..len], to);
             }
@@ -846,7 +855,8 @@ fn media_and_feedback_of_any_content_cost_counters_and_resends_stay_within_their
         log.connected.load(Relaxed) >= 2 && log.sent.load(Relaxed) > 1_000,
         "the lies were told"
     );
-    // FAIL, for nothing true arrived; or INVALID, where this host was too busy to read all the lies.
+    // FAIL, for nothing true arrived; or INVALID, where this host was too busy to read all the
+    // lies.
     assert!(
         matches!(finished.code, Some(98 | 99)),
         "{}",
@@ -862,7 +872,8 @@ fn media_and_feedback_of_any_content_cost_counters_and_resends_stay_within_their
         "{}",
         finished.stdout
     );
-    // 256 KiB at once and then as much as the media itself, each resend being charged 1,200 bytes: of a hundred times as many that were asked for.
+    // 256 KiB at once and then as much as the media itself, each resend being charged 1,200 bytes:
+    // of a hundred times as many that were asked for.
     let (nacked, resent) = (
         log.nacked.load(Relaxed),
         report.counter("video", "rtx_sent") + report.counter("audio", "rtx_sent"),

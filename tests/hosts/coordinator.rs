@@ -1,4 +1,5 @@
-//! The coordinator as a process, spoken to over HTTP on loopback: by strangers, by `voicegw`'s probers, by ours, and by nobody; killed, and out of disk.
+//! The coordinator as a process, spoken to over HTTP on loopback: by strangers, by `voicegw`'s
+//! probers, by ours, and by nobody; killed, and out of disk.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -891,7 +892,8 @@ fn killed_and_started_again_on_its_journal_it_goes_on_with_all_that_it_had_taken
 #[test]
 fn a_full_disk_acknowledges_nothing_and_the_run_goes_on_when_there_is_room() {
     let scratch = Scratch::new("full");
-    // A limit on the size of files stands for the disk. Its signal is ignored, so that a write fails as it does on a full disk.
+    // A limit on the size of files stands for the disk. Its signal is ignored, so that a write
+    // fails as it does on a full disk.
     let limited = "trap '' XFSZ; ulimit -S -f 48; exec \"$0\" \"$@\"";
     let args = [
         "--coordinator",

@@ -1,11 +1,16 @@
-//! A seed makes a schedule of faults, and a coordinator and three probers, each a process, go through it: whatever was acknowledged is in the result, the run ends, and its exit code
+//! A seed makes a schedule of faults, and a coordinator and three probers, each a process, go
+//! through it: whatever was acknowledged is in the result, the run ends, and its exit code
 //! and those that it calls missing are right.
 //!
-//! The faults: `kill -9` of a prober, and of the coordinator, which is started again on its journal; a prober that is stopped for a while (SIGSTOP); a way that lets nothing through
-//! for a while; a journal that takes nothing for a while; and on every way answers that get lost, and beats that come twice, late and out of order. Clocks that are stepped are not
-//! among them, because all processes of a host share its wall clock: the seeds of `coordinator::state` and `coordinator::clock` have them, in virtual time.
+//! The faults: `kill -9` of a prober, and of the coordinator, which is started again on its
+//! journal; a prober that is stopped for a while (SIGSTOP); a way that lets nothing through
+//! for a while; a journal that takes nothing for a while; and on every way answers that get lost,
+//! and beats that come twice, late and out of order. Clocks that are stepped are not among them,
+//! because all processes of a host share its wall clock: the seeds of `coordinator::state` and
+//! `coordinator::clock` have them, in virtual time.
 //!
-//! Between each prober and the coordinator is a relay, which makes what happens on the way, and is the witness of what was said and what was acknowledged.
+//! Between each prober and the coordinator is a relay, which makes what happens on the way, and is
+//! the witness of what was said and what was acknowledged.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -35,7 +40,8 @@ const LAST_STAGE: u64 = 3;
 /// Of the coordinator, in one schedule.
 const OUTAGES_MAX: usize = 2;
 
-/// How long faults last, and how long the coordinator hears nothing of a prober before it goes on without it.
+/// How long faults last, and how long the coordinator hears nothing of a prober before it goes on
+/// without it.
 #[derive(Clone, Copy)]
 struct Scale {
     stopped: Duration,
@@ -43,7 +49,8 @@ struct Scale {
     /// Until the coordinator is started again, or its journal takes entries again.
     away: Duration,
     missing_after: Duration,
-    /// Whether the answer to a last report may get lost, too: then its prober tries for four times `missing_after` to tell it to a coordinator that has ended.
+    /// Whether the answer to a last report may get lost, too: then its prober tries for four times
+    /// `missing_after` to tell it to a coordinator that has ended.
     last_answer_too: bool,
 }
 
@@ -78,7 +85,8 @@ fn three_schedules_of_faults_lose_nothing_that_was_acknowledged() {
     });
 }
 
-/// `THRONG_SEEDS=0..100 cargo test --test hosts faults:: -- --ignored --nocapture`, 75 minutes; any range of seeds repeats them. Every other seed has long faults.
+/// `THRONG_SEEDS=0..100 cargo test --test hosts faults:: -- --ignored --nocapture`, 75 minutes; any
+/// range of seeds repeats them. Every other seed has long faults.
 #[test]
 #[ignore = "takes 75 minutes"]
 fn a_hundred_schedules_of_faults_lose_nothing_that_was_acknowledged() {
@@ -105,7 +113,8 @@ struct Schedule {
     /// One after the other: at which stage, and how long into it.
     faults: Vec<(u64, Duration, Fault)>,
     on_missing: &'static str,
-    /// Of a hundred requests, how many lose their answer, are sent twice, and come after the next one.
+    /// Of a hundred requests, how many lose their answer, are sent twice, and come after the next
+    /// one.
     unanswered: u64,
     twice: u64,
     late: u64,
@@ -132,7 +141,8 @@ impl Schedule {
             })
             .collect();
         faults.sort_by_key(|(stage, into, _)| (*stage, *into));
-        // Nobody is promised that a load goes on for longer than four times `missing_after` without a coordinator: three long outages in a row are more.
+        // Nobody is promised that a load goes on for longer than four times `missing_after` without
+        // a coordinator: three long outages in a row are more.
         let mut outages = 0;
         faults.retain(|(_, _, fault)| {
             outages += usize::from(matches!(
@@ -227,7 +237,8 @@ impl Way {
         url
     }
 
-    /// As TCP has it: what comes meanwhile gets through afterwards, if the one who sent it still wants it to.
+    /// As TCP has it: what comes meanwhile gets through afterwards, if the one who sent it still
+    /// wants it to.
     async fn is_open(&self) {
         let _ = self.cut.subscribe().wait_for(|cut| !cut).await;
     }
@@ -349,7 +360,8 @@ fn coordinator(
     schedule: &Schedule,
     scale: Scale,
 ) -> Coordinator {
-    // A limit on the size of files will stand for a full disk. Its signal is ignored, so that a write fails as it does on one.
+    // A limit on the size of files will stand for a full disk. Its signal is ignored, so that a
+    // write fails as it does on one.
     let mut command = Command::new("bash");
     against(server, &mut command)
         .args([

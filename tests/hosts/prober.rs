@@ -1,4 +1,5 @@
-//! A prober as a process, against a coordinator that does as a script says, and an SFU that takes its media.
+//! A prober as a process, against a coordinator that does as a script says, and an SFU that takes
+//! its media.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

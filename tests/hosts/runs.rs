@@ -1,4 +1,5 @@
-//! A coordinator and three probers, each a process, in the same rooms: they keep step, and what they account for adds up.
+//! A coordinator and three probers, each a process, in the same rooms: they keep step, and what
+//! they account for adds up.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -43,7 +44,8 @@ struct Led {
 }
 
 impl Leading {
-    /// With the load that these flags ask for. It knows the server and has its key; probers need neither.
+    /// With the load that these flags ask for. It knows the server and has its key; probers need
+    /// neither.
     fn start(name: &str, server: &Server, flags: &str) -> Leading {
         let dir = std::env::temp_dir().join(format!("throng-hosts-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
@@ -409,7 +411,8 @@ fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
         let whole = prober.report.as_ref().unwrap().throng.as_ref().unwrap();
         let record = Record::from(&whole.totals.record);
         assert_eq!(whole.tiers.len(), 4, "{:?}", whole.partial);
-        // The one who died speaks to the first two, too, as far as he got; the third comes later, and nobody expects him any more.
+        // The one who died speaks to the first two, too, as far as he got; the third comes later,
+        // and nobody expects him any more.
         assert_eq!(
             (record.audio.tracks_expected, record.audio.tracks_live),
             (6, 6)

@@ -1,5 +1,6 @@
-//! What goes wrong around a run: mistaken flags, hosts and servers that fail, outputs that are gone. Each ends with a message that says what to do and with the
-//! right exit code, and what was measured is never lost.
+//! What goes wrong around a run: mistaken flags, hosts and servers that fail, outputs that are
+//! gone. Each ends with a message that says what to do and with the right exit code, and what was
+//! measured is never lost.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpListener;
@@ -138,7 +139,8 @@ impl Endless {
     }
 }
 
-/// Whatever ended the run, the reports hold what was measured until then, and agree with the exit code.
+/// Whatever ended the run, the reports hold what was measured until then, and agree with the exit
+/// code.
 fn nothing_is_lost(finished: &Finished, report: &Report, scratch: &Scratch) {
     assert_eq!(
         (report.result(), finished.code),

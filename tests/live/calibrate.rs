@@ -1,4 +1,5 @@
-//! `throng calibrate`, shortened: points are real runs, and what is kept is what later runs compare themselves with.
+//! `throng calibrate`, shortened: points are real runs, and what is kept is what later runs compare
+//! themselves with.
 
 use std::time::Duration;
 
@@ -7,7 +8,8 @@ use throng::calibrate::cache::{self, HostId};
 use throng::calibrate::{self, Calibration, CalibrationLimit};
 use throng::preflight::Host;
 
-/// Long enough for the first point of each question, and its repetition where a busy host breaks it.
+/// Long enough for the first point of each question, and its repetition where a busy host breaks
+/// it.
 const PATIENCE: Duration = Duration::from_secs(40);
 
 #[test]

@@ -45,9 +45,11 @@ fn subscribers_get_the_layer_that_they_ask_for_within_a_second(server: &Server) 
     let _alone = alone();
     for single_connection in [false, true] {
         let mut people = People::join(server, 3, single_connection);
-        // Everybody comes to the highest layer. One always stays on it, so that all layers are sent all the time.
+        // Everybody comes to the highest layer. One always stays on it, so that all layers are sent
+        // all the time.
         for (round, layers) in [[2, 0, 1], [2, 1, 0], [2, 0, 2]].into_iter().enumerate() {
-            // The server passes on a request for a key frame of the highest layer once a second: a switch after that does not wait for it.
+            // The server passes on a request for a key frame of the highest layer once a second: a
+            // switch after that does not wait for it.
             std::thread::sleep(Duration::from_millis(1_500));
             for (subscriber, layer) in (1..).zip(layers) {
                 people.ask(subscriber, Request::Show(SIZES[layer]));
@@ -131,7 +133,8 @@ fn a_muted_track_is_silent_and_comes_back_with_a_key_frame(server: &Server) {
         track: AUDIO_TRACK,
     };
     let frames = |people: &People| (people.roster.frames(audio, 0), people.frames());
-    // Told to the server and to the shard by then; the pause is long enough to be a freeze, if it were one.
+    // Told to the server and to the shard by then; the pause is long enough to be a freeze, if it
+    // were one.
     std::thread::sleep(Duration::from_millis(500));
     let at_rest = frames(&people);
     std::thread::sleep(Duration::from_millis(1_500));
@@ -157,7 +160,8 @@ fn a_muted_track_is_silent_and_comes_back_with_a_key_frame(server: &Server) {
         ),
         (0, 2, 2)
     );
-    // The moment in which the server hears of it is not ours: a frame around each change may be dropped there, at each of two subscribers.
+    // The moment in which the server hears of it is not ours: a frame around each change may be
+    // dropped there, at each of two subscribers.
     every_expected_frame_came(&record, 8);
 }
 
@@ -180,7 +184,8 @@ fn the_large_picture_follows_the_speakers(server: &Server) {
         finished.stdout,
         finished.stderr
     );
-    // Three turns or four, each told when it begins, by levels, and when it ends, to five participants.
+    // Three turns or four, each told when it begins, by levels, and when it ends, to five
+    // participants.
     let updates = report.counter("session", "speaker_updates");
     assert!(updates >= 5 * 6, "{updates}");
     let switch = |stat| report.micros("video", "layer_switch", stat);

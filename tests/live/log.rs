@@ -59,7 +59,8 @@ impl Sfu {
         said
     }
 
-    /// One comes and goes, and one is turned away: its token, which is none of this server, stands in its query.
+    /// One comes and goes, and one is turned away: its token, which is none of this server, stands
+    /// in its query.
     fn visit(&self) -> String {
         let lifetime = Duration::from_secs(60);
         let token = |secret: &str| {

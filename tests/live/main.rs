@@ -1,4 +1,5 @@
-//! Whole runs against a real LiveKit server and the embedded SFU on loopback. Those that measure take turns (`common::program::alone`).
+//! Whole runs against a real LiveKit server and the embedded SFU on loopback. Those that measure
+//! take turns (`common::program::alone`).
 
 #[path = "../common/mod.rs"]
 mod common;

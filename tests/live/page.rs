@@ -1,4 +1,5 @@
-//! The coordinator's live page in a real browser: a coordinator as a process, two probers whose beats are written here, and Chromium.
+//! The coordinator's live page in a real browser: a coordinator as a process, two probers whose
+//! beats are written here, and Chromium.
 //!
 //! Chromium is `THRONG_CHROMIUM`, or `chromium`, `chromium-browser` or `google-chrome` on the PATH.
 
@@ -292,7 +293,8 @@ impl Browser {
         result["result"]["value"].clone()
     }
 
-    /// Whether the expression is true; a page that is just being left, or loaded, has not got what it asks for.
+    /// Whether the expression is true; a page that is just being left, or loaded, has not got what
+    /// it asks for.
     async fn is_true(&mut self, expression: &str) -> bool {
         let params = json!({ "expression": expression, "returnByValue": true });
         let answer = self.ask("Runtime.evaluate", params).await;

@@ -1,5 +1,5 @@
-//! Sources that the server takes out of a run before the plan ends them, on a real LiveKit server and on the embedded SFU: the run fails, and says who, when
-//! and why.
+//! Sources that the server takes out of a run before the plan ends them, on a real LiveKit server
+//! and on the embedded SFU: the run fails, and says who, when and why.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -112,7 +112,8 @@ impl<'a> Disturbed<'a> {
         self.ask("RemoveParticipant", json!({ "identity": identity }));
     }
 
-    /// The run fails, whatever this host was like: a busy one may make it INVALID, and the reasons are the same.
+    /// The run fails, whatever this host was like: a busy one may make it INVALID, and the reasons
+    /// are the same.
     fn fails(self) -> (Finished, Report) {
         let finished = self.running.finish();
         let report = Report::read(&self.scratch.path("run.json"), &self.server.secret);
@@ -156,7 +157,8 @@ fn a_publisher_that_is_removed_fails_the_run_and_is_named(server: &Server) {
     let named = format!("publisher {victim} was removed by the server (PARTICIPANT_REMOVED) ");
     assert!(reasons.contains(&named), "{reasons}");
     assert!(reasons.contains("into the run, ") && reasons.contains("before the plan ended it"));
-    // Nine or ten of its fifteen seconds, for three subscribers; and of two publishers a third is lost.
+    // Nine or ten of its fifteen seconds, for three subscribers; and of two publishers a third is
+    // lost.
     let (expected, lost, source) = account(&report, "audio");
     assert!(expected > 2 * 3 * 14 * 50, "{expected}");
     assert!(source > 3 * 7 * 50 && source <= 3 * 11 * 50, "{source}");

@@ -1,4 +1,5 @@
-//! Tiers and the search for a capacity, as whole runs: what each tier says must be so, and who leaves owes nothing afterwards.
+//! Tiers and the search for a capacity, as whole runs: what each tier says must be so, and who
+//! leaves owes nothing afterwards.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -35,7 +36,8 @@ fn run(command: &mut Command, args: &str, secret: &str) -> (Finished, Report) {
     (finished, report)
 }
 
-/// A run that passes, or on a host that was too slow for a verdict; what arrived is the same either way.
+/// A run that passes, or on a host that was too slow for a verdict; what arrived is the same either
+/// way.
 fn passes(server: &Server, args: &str) -> Report {
     let (finished, report) = run(against(server, &mut throng()), args, &server.secret);
     let expected = if report.result() == "INVALID" { 98 } else { 0 };
@@ -68,7 +70,8 @@ fn count(of: &Value, scope: &str, counter: &str) -> u64 {
         .unwrap_or_else(|| panic!("no {scope}.{counter}"))
 }
 
-/// Of each tier: who ought to be in, who is well, joins planned and timed, subscriptions to audio and video that ought to be live and are.
+/// Of each tier: who ought to be in, who is well, joins planned and timed, subscriptions to audio
+/// and video that ought to be live and are.
 fn account(tier: &Value) -> [u64; 8] {
     let timed = |stat| tier["session"]["join"][stat].as_u64().unwrap_or(0);
     [
@@ -83,7 +86,8 @@ fn account(tier: &Value) -> [u64; 8] {
     ]
 }
 
-/// Every frame that was made for anybody while he was in came to him: in each tier, and over the run with all that lay between its tiers.
+/// Every frame that was made for anybody while he was in came to him: in each tier, and over the
+/// run with all that lay between its tiers.
 fn every_frame_came(report: &Report) {
     for of in tiers(report).iter().chain([&report.0["totals"]]) {
         for kind in ["audio", "video"] {
@@ -98,7 +102,8 @@ fn every_frame_came(report: &Report) {
 
 fn tiers_grow_and_shrink_and_who_left_owes_nothing(server: &Server) {
     let _alone = alone();
-    // Nothing is that late: what breaks it is a window that takes frames for lost that are still to be counted.
+    // Nothing is that late: what breaks it is a window that takes frames for lost that are still to
+    // be counted.
     let threshold = "--threshold audio.one_way_latency.p90<10s@for@2s";
     let args = format!(
         "--ramp 2,5,3 --duration 4 --warmup 1 --publishers 2 --video-publishers 1 --video-resolution low {threshold}"
@@ -176,7 +181,8 @@ fn who_left_can_come_again_under_the_same_name(server: &Server) {
 #[test]
 fn the_knee_is_the_last_tier_that_held_and_all_tiers_are_tried() {
     let _alone = alone();
-    // 50 packets a second to each: 200, 400 and 800 in a hold, and some more on a host that is late.
+    // 50 packets a second to each: 200, 400 and 800 in a hold, and some more on a host that is
+    // late.
     let args = "--publishers 1 --ramp 1,2,4 --duration 4 --warmup 0 --threshold audio.packets_received<300";
     let (finished, report) = run(&mut throng(), args, NO_SECRET);
     if tiers(&report)
@@ -427,7 +433,8 @@ fn a_hidden_limit_is_found() {
     finds(1, 44.0);
 }
 
-/// `cargo test --test live ramp:: -- --ignored --nocapture twenty_hidden_limits`, an hour of a quiet host; `THRONG_SEEDS=18..21` repeats some of them.
+/// `cargo test --test live ramp:: -- --ignored --nocapture twenty_hidden_limits`, an hour of a
+/// quiet host; `THRONG_SEEDS=18..21` repeats some of them.
 #[test]
 #[ignore = "takes an hour of a quiet host"]
 fn twenty_hidden_limits_are_found_within_five_per_cent() {

@@ -1,4 +1,5 @@
-//! Participants whose signalling breaks under way, on a real LiveKit server and on the embedded SFU: media goes on, they come back, and the report says so.
+//! Participants whose signalling breaks under way, on a real LiveKit server and on the embedded
+//! SFU: media goes on, they come back, and the report says so.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -23,7 +24,8 @@ on_both_servers!(
 const ARGS: &str = "--publishers 2 --video-publishers 1 --video-resolution low --no-simulcast --subscribers 4 --max-loss 100";
 const PARTICIPANTS: u64 = 6;
 
-/// Between participants and the server's signalling: passes on what comes, until it is told to break.
+/// Between participants and the server's signalling: passes on what comes, until it is told to
+/// break.
 struct Relay {
     url: String,
     open: Arc<Mutex<Vec<TcpStream>>>,
@@ -210,7 +212,8 @@ fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on(server: &Serve
             );
             match connection {
                 "single" => assert_eq!(lost, 0, "{kind}"),
-                // The server drops its path when it offers the ICE restart, and sends again once a check has succeeded.
+                // The server drops its path when it offers the ICE restart, and sends again once a
+                // check has succeeded.
                 _ => assert!(
                     lost * 10 < count("frames_expected"),
                     "{lost} of {} {kind}",
@@ -271,7 +274,8 @@ fn a_session_that_the_server_has_forgotten_is_joined_anew(server: &Server) {
     }
 }
 
-/// The server forgets a participant. It is not in our room service, because no run ever asks for it.
+/// The server forgets a participant. It is not in our room service, because no run ever asks for
+/// it.
 fn remove(server: &Server, identity: &str) {
     let authority = server.url.strip_prefix("ws://").unwrap();
     let token = server.api_key().service_token(Some("broken")).unwrap();

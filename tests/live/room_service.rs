@@ -1,4 +1,5 @@
-//! Servers whose room service is hidden or behind the times, and runs with tokens instead of a key: participants get in, and nothing of others is deleted.
+//! Servers whose room service is hidden or behind the times, and runs with tokens instead of a key:
+//! participants get in, and nothing of others is deleted.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};

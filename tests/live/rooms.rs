@@ -1,4 +1,5 @@
-//! Small runs against a real LiveKit server and against the embedded SFU: what the report says must be so, and the server's own figures must agree.
+//! Small runs against a real LiveKit server and against the embedded SFU: what the report says must
+//! be so, and the server's own figures must agree.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -55,7 +56,8 @@ impl Run {
     }
 }
 
-/// A whole run. It passes, or the host of the tests was too slow for a verdict; what arrived is the same either way.
+/// A whole run. It passes, or the host of the tests was too slow for a verdict; what arrived is the
+/// same either way.
 fn run(server: &Server, args: &[&str]) -> Report {
     let (finished, report) = Run::start(server, args).finish();
     let expected = match report.result() {
@@ -76,7 +78,8 @@ fn run(server: &Server, args: &[&str]) -> Report {
     report
 }
 
-/// Everybody got in and stayed, every track is live, and every frame that a publisher sent came once to everybody whom it was for.
+/// Everybody got in and stayed, every track is live, and every frame that a publisher sent came
+/// once to everybody whom it was for.
 fn everything_arrived(report: &Report, joins: u64, audio: Tracks, video: Tracks) {
     let session = |name| report.counter("session", name);
     assert_eq!(
@@ -153,7 +156,8 @@ const fn tracks(published: u64, subscribed: u64) -> Tracks {
     }
 }
 
-/// One sample of the server's page by its labels, in the page's order; 0 where the server has not counted anything yet.
+/// One sample of the server's page by its labels, in the page's order; 0 where the server has not
+/// counted anything yet.
 fn sample(metrics: &HashMap<String, f64>, name: &str, labels: &[&str]) -> f64 {
     let matching = metrics.iter().filter(|(sample, _)| {
         sample.starts_with(&format!("{name}{{"))
@@ -182,7 +186,8 @@ fn a_small_room_gets_every_frame_and_the_server_counts_the_same(server: &Server)
     let args = "--publishers 2 --video-publishers 1 --video-resolution medium --subscribers 8 --duration 6 --threads 1";
     let report = run(server, &args.split(' ').collect::<Vec<_>>());
     everything_arrived(&report, 10, tracks(2, 16), tracks(1, 8));
-    // 6 s of 50 packets a second, and of 15 and 20 frames a second in two layers; and as much again for a host that is late.
+    // 6 s of 50 packets a second, and of 15 and 20 frames a second in two layers; and as much again
+    // for a host that is late.
     let range = |kind, name, from, to| {
         let value = report.counter(kind, name);
         assert!(
@@ -195,8 +200,9 @@ fn a_small_room_gets_every_frame_and_the_server_counts_the_same(server: &Server)
     the_server_agrees(server, &report);
 }
 
-/// What the server counted of the same run. Its packets are RTP (padding included) *and* signalling messages, so that its figures are never below ours,
-/// and above them by no more than those and what it made up itself.
+/// What the server counted of the same run. Its packets are RTP (padding included) *and* signalling
+/// messages, so that its figures are never below ours, and above them by no more than those and
+/// what it made up itself.
 fn the_server_agrees(server: &Server, report: &Report) {
     let both = |name: &str| (report.counter("audio", name) + report.counter("video", name)) as f64;
     let packets = |metrics: &HashMap<String, f64>, direction: &str, transmission: &str| {
@@ -227,7 +233,8 @@ fn the_server_agrees(server: &Server, report: &Report) {
         (sent..=sent + requests).contains(&incoming),
         "{incoming} packets came in and we sent {sent}"
     );
-    // Join, offers, candidates, updates, pongs; and up to 11 packets with which the server closes each subscription (blank frames), which nobody is there to get.
+    // Join, offers, candidates, updates, pongs; and up to 11 packets with which the server closes
+    // each subscription (blank frames), which nobody is there to get.
     let made_up = 30.0 * participants + 16.0 * subscriptions;
     assert!(
         (received..=received + made_up).contains(&outgoing),
@@ -299,7 +306,8 @@ fn in_a_meeting_everybody_sees_and_hears_the_others(server: &Server) {
 
 fn a_key_frame_follows_a_request_within_a_frame_interval(server: &Server) {
     let _alone = alone();
-    // Joins are slow enough that the later subscribers find a stream that is under way: only a requested key frame lets them in.
+    // Joins are slow enough that the later subscribers find a stream that is under way: only a
+    // requested key frame lets them in.
     let args = "--video-publishers 1 --video-resolution low --subscribers 4 --num-per-second 1 --duration 3";
     let report = run(server, &args.split(' ').collect::<Vec<_>>());
     everything_arrived(&report, 5, tracks(0, 0), tracks(1, 4));
@@ -425,7 +433,8 @@ fn what_the_first_subscriber_of_each_room_received_is_recorded_and_plays(server:
     }
 }
 
-/// A room's two files hold what its first subscriber had delivered, each frame at its time, and play from end to end.
+/// A room's two files hold what its first subscriber had delivered, each frame at its time, and
+/// play from end to end.
 fn assert_recorded(dir: &Path, subscriber: &serde_json::Value) {
     let delivered = |kind: &str| subscriber[kind]["frames_delivered"].as_u64().unwrap();
     let (video, audio) = (only_file(dir, "-video.ivf"), only_file(dir, "-audio.ogg"));

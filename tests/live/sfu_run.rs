@@ -10,7 +10,8 @@ use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig, SfuServer};
 
 const OWN_SECRET: &str = "a-secret-of-one's-own-with-32-letters";
 
-/// A run against the server. It passes, or the host of the tests was too slow for a verdict; what arrived is the same either way.
+/// A run against the server. It passes, or the host of the tests was too slow for a verdict; what
+/// arrived is the same either way.
 fn against(server: &SfuServer, args: &[&str]) -> Report {
     let scratch = Scratch::new();
     let mut command = throng();

@@ -1,4 +1,5 @@
-//! The embedded SFU's signalling over real sockets: our own client, plain HTTP, and what no client should send.
+//! The embedded SFU's signalling over real sockets: our own client, plain HTTP, and what no client
+//! should send.
 
 use std::time::Duration;
 

@@ -290,7 +290,8 @@ fn a_server_that_never_answers_is_given_up_in_time() {
     });
 }
 
-/// The certificates that are trusted are read once per process, so that a child of this test runs with its own.
+/// The certificates that are trusted are read once per process, so that a child of this test runs
+/// with its own.
 #[test]
 fn tls_is_spoken_with_who_is_trusted_and_with_nobody_else() {
     const CHILD: &str = "THRONG_TEST_TLS_DIRECTORY";

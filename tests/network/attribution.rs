@@ -1,4 +1,5 @@
-//! Where frames were lost, told by whole runs against a real LiveKit server and the embedded SFU over a bad network: its log is the truth.
+//! Where frames were lost, told by whole runs against a real LiveKit server and the embedded SFU
+//! over a bad network: its log is the truth.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -24,7 +25,8 @@ const CALM: Conditions = Conditions {
     duplication: 0.0,
 };
 
-/// How much each direction loses: so much that some frames outlive no resend. LiveKit asks five times and resends three times, our SFU and our own subscribers ten times each.
+/// How much each direction loses: so much that some frames outlive no resend. LiveKit asks five
+/// times and resends three times, our SFU and our own subscribers ten times each.
 #[derive(Clone, Copy)]
 struct Bad {
     up: f64,
@@ -39,7 +41,8 @@ struct Truth {
     downlink: u64,
 }
 
-/// A run of audio alone: there a packet is a frame, and a resend has its number. The network is bad for five seconds, some seconds after everybody has joined.
+/// A run of audio alone: there a packet is a frame, and a resend has its number. The network is bad
+/// for five seconds, some seconds after everybody has joined.
 fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
     let scratch = Scratch::new();
     let mut command = throng();

@@ -1,4 +1,5 @@
-//! The bad network of the other tests, put to the test: what its log says is what its sockets, and the kernel's own counters, saw.
+//! The bad network of the other tests, put to the test: what its log says is what its sockets, and
+//! the kernel's own counters, saw.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -165,7 +166,8 @@ fn the_log_says_of_every_packet_what_became_of_it() {
         );
     }
 
-    // The kernel's own account of both devices. It may have sent something of its own, which is in the log too, or is no IPv4.
+    // The kernel's own account of both devices. It may have sent something of its own, which is in
+    // the log too, or is no IPv4.
     let after = [
         network.clients.device_counts(),
         network.server.device_counts(),
@@ -287,7 +289,8 @@ fn losses_have_the_share_and_the_bursts_that_were_asked_for() {
 
 #[test]
 fn a_bottleneck_spaces_packets_queues_some_and_drops_the_rest() {
-    // 8 Mbit/s come and 4 Mbit/s pass: 2 ms a packet. Two pass at once at first; the queue holds 10.
+    // 8 Mbit/s come and 4 Mbit/s pass: 2 ms a packet. Two pass at once at first; the queue holds
+    // 10.
     let conditions = Conditions {
         rate: Some(Rate {
             bits_per_second: 4_000_000,

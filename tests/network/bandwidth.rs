@@ -1,5 +1,6 @@
-//! A narrow path to and from a real LiveKit server: the server allocates by what our feedback tells it, and publishers that obey theirs drop layers. The server's own log and the
-//! network's are the truth.
+//! A narrow path to and from a real LiveKit server: the server allocates by what our feedback tells
+//! it, and publishers that obey theirs drop layers. The server's own log and the network's are the
+//! truth.
 
 use std::time::Duration;
 
@@ -28,7 +29,8 @@ const NARROW: Conditions = Conditions {
     duplication: 0.0,
 };
 
-/// One run over a network that is narrow in one direction for a while, in seconds since its first media.
+/// One run over a network that is narrow in one direction for a while, in seconds since its first
+/// media.
 struct Trial {
     congestion: Congestion,
     direction: Direction,
@@ -104,7 +106,8 @@ fn series(report: &Report, name: &str) -> Vec<u64> {
         .collect()
 }
 
-/// A subscriber of three layered tracks behind a megabit: the server finds out by what it is told, and steps down or pauses.
+/// A subscriber of three layered tracks behind a megabit: the server finds out by what it is told,
+/// and steps down or pauses.
 fn server_reacts(name: &str, congestion: Congestion) -> Option<Report> {
     let trial = Trial {
         congestion,

@@ -1,4 +1,5 @@
-//! Whole runs over a bad network between namespaces. Those that measure take turns (`common::program::alone`).
+//! Whole runs over a bad network between namespaces. Those that measure take turns
+//! (`common::program::alone`).
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,5 +1,5 @@
-//! Media goes where the server's candidates are, whatever signalling came through: another address family, a forwarded port. And where it cannot, that is said
-//! at once, with both ends.
+//! Media goes where the server's candidates are, whatever signalling came through: another address
+//! family, a forwarded port. And where it cannot, that is said at once, with both ends.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -13,7 +13,8 @@ use rustix::process::{Pid, Signal, kill_process};
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
-/// Forwards TCP from a free port of `listen` to `to`, as `docker -p`, `kubectl port-forward` and `ssh -L` do; until the test's process ends.
+/// Forwards TCP from a free port of `listen` to `to`, as `docker -p`, `kubectl port-forward` and
+/// `ssh -L` do; until the test's process ends.
 fn forward(listen: IpAddr, to: SocketAddr) -> SocketAddr {
     let listener = TcpListener::bind((listen, 0)).expect("a free port");
     let address = listener.local_addr().expect("a bound socket");

@@ -1,5 +1,6 @@
-//! A coordinator and four probers, each a process at a place with a way of its own to the server: the merged result is that of one histogram of everything, and each vantage has
-//! the delay and the loss that were planted there.
+//! A coordinator and four probers, each a process at a place with a way of its own to the server:
+//! the merged result is that of one histogram of everything, and each vantage has the delay and the
+//! loss that were planted there.
 
 use std::time::Duration;
 
@@ -15,7 +16,8 @@ const SITE: Site = Site {
     device: DEVICE,
 };
 
-/// The way of a vantage: so many milliseconds to the server and back, and what share of the packets is lost on the way back, so that what is lost is missing here alone.
+/// The way of a vantage: so many milliseconds to the server and back, and what share of the packets
+/// is lost on the way back, so that what is lost is missing here alone.
 struct Way {
     vantage: &'static str,
     up: u64,
@@ -41,7 +43,8 @@ const WAYS: [Way; 4] = [
     way("sin", 60, 60, 0.06),
 ];
 
-/// What a busy host may add to the median of round trips that are planted to be this long. Those of two vantages differ by less than this only at the near ones.
+/// What a busy host may add to the median of round trips that are planted to be this long. Those of
+/// two vantages differ by less than this only at the near ones.
 const ROOM: Duration = Duration::from_millis(40);
 
 #[test]

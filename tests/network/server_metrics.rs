@@ -1,4 +1,5 @@
-//! The server's own page beside a run: its counters against ours, its CPU against the kernel's account of its process.
+//! The server's own page beside a run: its counters against ours, its CPU against the kernel's
+//! account of its process.
 
 use std::fs;
 use std::net::TcpListener;
@@ -85,7 +86,8 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
         report.0["server"], finished.stdout
     );
 
-    // CPU: the kernel's account also has what the server did before the first reading and after the last one, and counts in hundredths.
+    // CPU: the kernel's account also has what the server did before the first reading and after the
+    // last one, and counts in hundredths.
     let told = figure(total, "cpu_seconds");
     assert!(
         told <= used + 0.03 && used - told <= 0.1 + 0.1 * used,
@@ -93,7 +95,8 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
     );
     assert!(figure(hold, "cpu_seconds") < told && figure(hold, "cpu_cores") > 0.0);
 
-    // Packets: LiveKit's are signalling, too, and both servers make some up: see tests/live/rooms.rs. On a busy host LiveKit's last portion of a track may come after the
+    // Packets: LiveKit's are signalling, too, and both servers make some up: see
+    // tests/live/rooms.rs. On a busy host LiveKit's last portion of a track may come after the
     // last reading.
     const COUNTED: f64 = 0.95;
     let (sent, received) = (ours("packets_sent"), ours("packets_received"));
@@ -146,7 +149,8 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
         "{resident} bytes"
     );
 
-    // What clusters are sized by, worked out anew from our own side of the hold. The server's counters may be a portion of 5 s off at either end.
+    // What clusters are sized by, worked out anew from our own side of the hold. The server's
+    // counters may be a portion of 5 s off at either end.
     let seconds = report.0["steps"][0]["seconds"].as_f64().expect("a length");
     let of_hold = |name: &str| {
         ["audio", "video"]
@@ -287,7 +291,8 @@ mod over_a_bad_network {
             return;
         };
         let (page, _, log) = lossy_run(&network, &server);
-        // What was repaired is taken back, and what a publisher's packet has left as a hole is missing for both subscribers.
+        // What was repaired is taken back, and what a publisher's packet has left as a hole is
+        // missing for both subscribers.
         let lost = |direction| {
             log.iter()
                 .filter(|packet| packet.direction == direction && packet.fate == Fate::Lost)

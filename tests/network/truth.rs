@@ -1,8 +1,11 @@
-//! The figures of real runs, against a real LiveKit server and against the embedded SFU, over a network that loses and delays, by that network's own log; by the server's
-//! counters; and by what the kernel shows to a packet socket.
+//! The figures of real runs, against a real LiveKit server and against the embedded SFU, over a
+//! network that loses and delays, by that network's own log; by the server's counters; and by what
+//! the kernel shows to a packet socket.
 //!
-//! Counts are exact whatever the host does. Times have to be right within 1 ms or 1 %, and what a bare timer thread of the same run was late: on a busy host that says little,
-//! and never fails a test. `cargo test --test network truth:: -- --ignored --nocapture` tries many more networks and prints the table in docs/truth.md.
+//! Counts are exact whatever the host does. Times have to be right within 1 ms or 1 %, and what a
+//! bare timer thread of the same run was late: on a busy host that says little, and never fails a
+//! test. `cargo test --test network truth:: -- --ignored --nocapture` tries many more networks and
+//! prints the table in docs/truth.md.
 
 mod capture;
 mod headers;
@@ -59,7 +62,8 @@ struct Run {
     metrics: HashMap<String, f64>,
 }
 
-/// The account is closed 1.5 s after publishers stop. Whatever the server makes up when participants leave comes later.
+/// The account is closed 1.5 s after publishers stop. Whatever the server makes up when
+/// participants leave comes later.
 const ACCOUNT_CLOSES: Duration = Duration::from_millis(1_490);
 /// LiveKit flushes its counters each 5 s.
 const FLUSH: Duration = Duration::from_millis(5_500);
@@ -172,8 +176,10 @@ fn until(end: Duration, packet: Packet) -> Packet {
     }
 }
 
-/// What may pass in a server between the clock that its sender report states and the socket, or between the socket and the clock that its receiver report counts
-/// from. No log shows it: 1 to 4 ms were seen on idle virtual machines, whose CPUs wake late. A way that is forgotten costs 20 ms and more.
+/// What may pass in a server between the clock that its sender report states and the socket, or
+/// between the socket and the clock that its receiver report counts from. No log shows it: 1 to 4
+/// ms were seen on idle virtual machines, whose CPUs wake late. A way that is forgotten costs 20 ms
+/// and more.
 const SERVERS_TURN_US: f64 = 8_000.0;
 
 /// One figure, as it was said and as it ought to be.
@@ -308,7 +314,8 @@ impl Run {
             said("rtx_received"),
             said("packets_repaired"),
         );
-        // What the server lacked at first, a subscriber asks for before it comes: then nobody can tell an original that is late from a resend.
+        // What the server lacked at first, a subscriber asks for before it comes: then nobody can
+        // tell an original that is late from a resend.
         if self.trial.up.loss == Loss::None {
             exact(
                 "packets_received",
@@ -372,7 +379,8 @@ impl Run {
             .filter(|packet| packet.delivered_at().is_some())
             .map(|packet| packet.bytes)
             .sum();
-        // Reports and checks go on until everybody has left; what comes while the account is closed is in it or not.
+        // Reports and checks go on until everybody has left; what comes while the account is closed
+        // is in it or not.
         let late = self.whole_log.len() - self.log.len();
         let received = said("wire_bytes_received");
         let in_time = received >= came as u64 && (late > 0 || received == came as u64);
@@ -427,7 +435,8 @@ impl Run {
         matching.map(|(_, value)| *value as u64).sum()
     }
 
-    /// LiveKit counts what it sends again; by our reports what was lost on the way down; and on the way up what came late, which resends do.
+    /// LiveKit counts what it sends again; by our reports what was lost on the way down; and on the
+    /// way up what came late, which resends do.
     fn check_livekit(&self, exact: &mut impl FnMut(String, u64, u64)) {
         let (audio, rtx) = (
             self.stream(Direction::Down, AUDIO),
@@ -602,7 +611,8 @@ impl Run {
         round_trips
     }
 
-    /// From the publisher's kernel to the subscriber's: the same packet on both legs, told by its place behind the last one, since nothing is lost.
+    /// From the publisher's kernel to the subscriber's: the same packet on both legs, told by its
+    /// place behind the last one, since nothing is lost.
     fn transits(&self) -> Vec<Duration> {
         let (up, down) = (
             self.stream(Direction::Up, AUDIO),
@@ -695,7 +705,8 @@ struct Joining {
     first_media: Option<Duration>,
 }
 
-/// In the order of joining. One's WebSocket is what was opened last before one's first check: joins lie two seconds apart.
+/// In the order of joining. One's WebSocket is what was opened last before one's first check: joins
+/// lie two seconds apart.
 fn joinings(log: &[Packet]) -> Vec<Joining> {
     let up = || {
         log.iter()
@@ -737,7 +748,8 @@ fn joinings(log: &[Packet]) -> Vec<Joining> {
     checking.iter().map(of).collect()
 }
 
-/// A step that is forgotten or counted twice is off by this or more: half of it is left to busy hosts.
+/// A step that is forgotten or counted twice is off by this or more: half of it is left to busy
+/// hosts.
 const ONE_WAY: Duration = Duration::from_millis(100);
 
 #[test]

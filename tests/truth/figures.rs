@@ -1,6 +1,8 @@
-//! Every figure against the log of a bad wire, over a grid of conditions, in virtual time: counts packet for packet, times within 1 ms or 1 %.
+//! Every figure against the log of a bad wire, over a grid of conditions, in virtual time: counts
+//! packet for packet, times within 1 ms or 1 %.
 //!
-//! `cargo test --test truth` runs a part of the grid; `cargo test --test truth -- --ignored --nocapture` all of it, and prints the table in docs/truth.md.
+//! `cargo test --test truth` runs a part of the grid; `cargo test --test truth -- --ignored
+//! --nocapture` all of it, and prints the table in docs/truth.md.
 
 mod account;
 
@@ -35,7 +37,8 @@ impl Side {
     const ALL: [Side; 3] = [Side::Up, Side::Down, Side::Both];
 }
 
-/// One point of the grid: that side is as bad as this, for media and for what control goes the other way.
+/// One point of the grid: that side is as bad as this, for media and for what control goes the
+/// other way.
 #[derive(Clone, Copy, Debug)]
 struct Point {
     side: Side,
@@ -334,7 +337,8 @@ fn received_checks(kind: &str, said: &Media, truth: &Received) -> Vec<Check> {
             truth.jitter.len() as u64,
         ),
     ];
-    // In heavy loss groups of gaps share a time and their requests, so that the last of them may be given up a request too early or too late.
+    // In heavy loss groups of gaps share a time and their requests, so that the last of them may be
+    // given up a request too early or too late.
     let repairs = Check::count(
         format_args!("{kind}.loss_to_repair.count"),
         said.loss_to_repair.count(),
@@ -446,7 +450,8 @@ fn times(metric: &str, said: &Histogram, truth: &[Duration]) -> Vec<Check> {
     ]
 }
 
-/// The grid: each side, and on it each loss with each delay, with each jitter, and with duplication.
+/// The grid: each side, and on it each loss with each delay, with each jitter, and with
+/// duplication.
 fn grid() -> Vec<Point> {
     const MILLIS: fn(u64) -> Duration = Duration::from_millis;
     let shares = [0.001, 0.01, 0.05, 0.1, 0.2, 0.3];

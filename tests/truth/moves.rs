@@ -1,4 +1,5 @@
-//! Each figure moves when its cause moves, and stands still when another does: runs in virtual time that differ in one thing from a calm one.
+//! Each figure moves when its cause moves, and stands still when another does: runs in virtual time
+//! that differ in one thing from a calm one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -22,7 +23,8 @@ const CALM: Conditions = Conditions {
     duplication: 0.0,
 };
 
-/// What is different from a calm run, and what it moves: `who scope.figure`, where `media` stands for audio and for video. Whatever is not named stays as it is.
+/// What is different from a calm run, and what it moves: `who scope.figure`, where `media` stands
+/// for audio and for video. Whatever is not named stays as it is.
 struct Cause {
     name: &'static str,
     bring: fn(&mut Relay<Tapped>),
@@ -40,7 +42,8 @@ impl Cause {
     }
 }
 
-/// A publisher of audio and video, the server, a subscriber: calm, then with its cause for five seconds, then calm again.
+/// A publisher of audio and video, the server, a subscriber: calm, then with its cause for five
+/// seconds, then calm again.
 fn figures(sources: &[MediaSource; 2], bring: fn(&mut Relay<Tapped>)) -> BTreeMap<String, u64> {
     let mut relay = Relay::over(Tapped::new(4), 2, SendMode::Plain, false, 4);
     set(&mut relay, CALM, CALM);
@@ -113,7 +116,8 @@ fn note(record: &Record, who: &str, figures: &mut BTreeMap<String, u64>) {
         .for_each(|(name, histogram)| median("video", name, histogram));
 }
 
-/// Counts stand still where they are equal; times within a millisecond; and bytes on the wire within the few by which the signatures of two handshakes differ.
+/// Counts stand still where they are equal; times within a millisecond; and bytes on the wire
+/// within the few by which the signatures of two handshakes differ.
 fn has_moved(figure: &str, calm: Option<&u64>, now: Option<&u64>) -> bool {
     let slack = match figure {
         _ if figure.ends_with(" p50") || figure.ends_with(" max") => 1_000,
@@ -178,7 +182,8 @@ const CAUSES: &[Cause] = &[
             "publisher session.wire_bytes_received",
             "publisher media.rtx_sent",
             "publisher media.uplink_packets_lost",
-            // The server keeps a place for what it waits for; the subscriber asks for it, and gets it late.
+            // The server keeps a place for what it waits for; the subscriber asks for it, and gets
+            // it late.
             "subscriber session.nacks_sent",
             "subscriber session.wire_bytes_sent",
             "subscriber video.packets_reordered",

@@ -1,4 +1,5 @@
-//! A participant's signalling, sans-IO: what `signal::session` does in a real run. Messages go in; requests, and what is to be done with its media, come out.
+//! A participant's signalling, sans-IO: what `signal::session` does in a real run. Messages go in;
+//! requests, and what is to be done with its media, come out.
 
 // LiveKit calls the layers of a track's description deprecated, and fills them all the same.
 #![allow(deprecated)]
@@ -194,7 +195,8 @@ impl Client {
     fn next_offer(&mut self) -> proto::SessionDescription {
         if self.person.single {
             let (audio, video) = self.wanted.take().unwrap_or_default();
-            // A connection needs a section to come up with, even where nothing is to be sent or received yet.
+            // A connection needs a section to come up with, even where nothing is to be sent or
+            // received yet.
             let nothing =
                 (audio, video) == (0, 0) && self.offerer.is_empty() && self.tracks.is_empty();
             self.offerer

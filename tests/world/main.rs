@@ -1,9 +1,13 @@
-//! The seeded world: participants and the embedded SFU over emulated links in virtual time, in one process.
+//! The seeded world: participants and the embedded SFU over emulated links in virtual time, in one
+//! process.
 //!
-//! A seed draws rooms, participants, what each of them does, and the weather on every link (`world/plan.rs`); `world/simulation.rs` lives it; `world/verdict.rs`
-//! says what must hold afterwards. One seed is one run: a failing one is printed, kept under `target/`, and worth a line in [`PAST_FAILURES`].
+//! A seed draws rooms, participants, what each of them does, and the weather on every link
+//! (`world/plan.rs`); `world/simulation.rs` lives it; `world/verdict.rs` says what must hold
+//! afterwards. One seed is one run: a failing one is printed, kept under `target/`, and worth a
+//! line in [`PAST_FAILURES`].
 //!
-//! `WORLD_SEEDS=1000..20000 cargo test --test world hold` is a longer hunt; `WORLD_SEEDS=17` runs one.
+//! `WORLD_SEEDS=1000..20000 cargo test --test world hold` is a longer hunt; `WORLD_SEEDS=17` runs
+//! one.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -25,7 +29,8 @@ use simulation::{Defect, Rule, World};
 use verdict::Account;
 use witness::Tampering;
 
-/// Seeds that have found something: a first frame timed of a stream that nobody had asked for (42), and switches to a picture of more than a second ago.
+/// Seeds that have found something: a first frame timed of a stream that nobody had asked for (42),
+/// and switches to a picture of more than a second ago.
 const PAST_FAILURES: &[u64] = &[42, 51, 547];
 /// Run with every test.
 const SEEDS: Range<u64> = 1..301;

@@ -1,4 +1,5 @@
-//! The clips that every world's publishers play, and the way back from the bytes of a frame to its place in them.
+//! The clips that every world's publishers play, and the way back from the bytes of a frame to its
+//! place in them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
@@ -11,7 +12,8 @@ use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::units::Bitrate;
 
-/// Width, height and bitrate of the simulcast layers, from low to high. A video without simulcast is as the highest.
+/// Width, height and bitrate of the simulcast layers, from low to high. A video without simulcast
+/// is as the highest.
 const LAYERS: [(u32, u32, u64); 3] = [(96, 54, 40_000), (160, 90, 80_000), (320, 180, 150_000)];
 const FPS: u32 = 15;
 

@@ -1,4 +1,5 @@
-//! What a seed draws: rooms, participants, what each of them does and when, and the weather on every link.
+//! What a seed draws: rooms, participants, what each of them does and when, and the weather on
+//! every link.
 
 use std::time::Duration;
 
@@ -13,7 +14,8 @@ use crate::common::link::Conditions;
 pub const ACTIVE: Duration = Duration::from_millis(6_000);
 /// From then on every link is perfect, and what is missing may still be repaired.
 pub const DRAIN: Duration = Duration::from_millis(2_500);
-/// A publisher's first connection, and what depends on it, should be there after this, whatever the links are like.
+/// A publisher's first connection, and what depends on it, should be there after this, whatever the
+/// links are like.
 const SETTLED: Duration = Duration::from_millis(1_500);
 
 #[derive(Clone, Debug)]
@@ -74,7 +76,8 @@ pub enum Parting {
     ThrownOut,
 }
 
-/// What a participant does in between. Tracks are chosen by a draw from those that it then knows of.
+/// What a participant does in between. Tracks are chosen by a draw from those that it then knows
+/// of.
 #[derive(Clone, Copy, Debug)]
 pub enum Act {
     Subscribe {
@@ -179,7 +182,8 @@ impl Plan {
         plan
     }
 
-    /// Some who were to stay are thrown out. Drawn apart, so that worlds without them stay what they were.
+    /// Some who were to stay are thrown out. Drawn apart, so that worlds without them stay what
+    /// they were.
     fn throw_out(&mut self, calm: bool) {
         let mut chance = Seeded::new(!self.seed);
         let identities: Vec<String> = self.people.iter().map(|one| one.identity.clone()).collect();
@@ -263,7 +267,8 @@ impl Plan {
         }
     }
 
-    /// Some leave before the end, and some of these come back: after they have left, or while the server still has them.
+    /// Some leave before the end, and some of these come back: after they have left, or while the
+    /// server still has them.
     fn add(&mut self, mut person: Person, calm: bool, chance: &mut Seeded) {
         if calm || !chance.chance(35) {
             return self.people.push(person);

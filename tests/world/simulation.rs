@@ -1,4 +1,5 @@
-//! One world: sessions with their links, the lobby and its routers, all in one process and in virtual time.
+//! One world: sessions with their links, the lobby and its routers, all in one process and in
+//! virtual time.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -36,7 +37,8 @@ pub const TICK: Duration = Duration::from_millis(1);
 pub const RUN: u32 = 77;
 /// After the last goodbye: what is under way still arrives.
 const GOODBYE: Duration = Duration::from_millis(500);
-/// Rooms and silent participants are gone after this, by the lobby's own limits (20 s each, and 15 s for a silent connection).
+/// Rooms and silent participants are gone after this, by the lobby's own limits (20 s each, and 15
+/// s for a silent connection).
 const FORGOTTEN: Duration = Duration::from_secs(60);
 
 /// Something that is wrong on purpose: the invariants must notice.
@@ -64,7 +66,8 @@ pub enum Rule {
     LinksConserve,
     /// Each datagram that reaches a router has one fate, and one that befits it.
     RoutersAccount,
-    /// Each packet that a router takes is sent to each subscriber of its track, or withheld for a stated reason.
+    /// Each packet that a router takes is sent to each subscriber of its track, or withheld for a
+    /// stated reason.
     RoutersForwardAll,
     /// What publishers and subscribers count is what links carried.
     EnginesAccount,
@@ -82,7 +85,8 @@ pub enum Rule {
     StreamsFlow,
     /// Where nothing is lost, every frame arrives.
     PerfectLinksDeliver,
-    /// Bytes are those that were published, and everything needed before them is there; numbers, picture ids and timestamps go on.
+    /// Bytes are those that were published, and everything needed before them is there; numbers,
+    /// picture ids and timestamps go on.
     FramesDecode,
     HistogramsCount,
     NothingIsOverdue,
@@ -134,7 +138,8 @@ pub enum Stage {
 }
 
 pub enum Receiver {
-    /// The shard, and the key of the publisher connection; the subscriber connection has the next one.
+    /// The shard, and the key of the publisher connection; the subscriber connection has the next
+    /// one.
     Engine {
         shard: usize,
         key: PeerKey,
@@ -349,7 +354,8 @@ impl World {
         }
     }
 
-    /// Up to the moment when everything that could arrive has arrived, and everybody is still there.
+    /// Up to the moment when everything that could arrive has arrived, and everybody is still
+    /// there.
     pub fn run(&mut self) {
         self.run_until(Time::ZERO + ACTIVE);
         self.draining = true;
@@ -658,7 +664,8 @@ impl World {
 
     fn watch(&mut self, index: usize, track_sid: &str, layer: Option<u8>) {
         let announced = self.sessions[index].announced.iter();
-        // A track that was given up and asked for again has come on more than one SSRC: the latest counts.
+        // A track that was given up and asked for again has come on more than one SSRC: the latest
+        // counts.
         let latest = announced
             .filter(|(_, stream)| stream.track_sid == track_sid)
             .max_by_key(|(_, stream)| stream.at);
@@ -866,7 +873,8 @@ impl World {
     }
 
     fn take_command(&mut self, router: usize, mut command: MediaCommand) {
-        // A connection that has failed is gone with all that it carried: what the lobby says of it then comes too late.
+        // A connection that has failed is gone with all that it carried: what the lobby says of it
+        // then comes too late.
         let expected = u64::from(!self.is_about_something(&command));
         self.learn(router, &command);
         if let (Some(Defect::RoomsMixed), MediaCommand::Subscribe { track, .. }) =
@@ -920,7 +928,8 @@ impl World {
         }
     }
 
-    /// Keeps account of what the lobby has asked for, and sees to it that it asks for nothing across rooms.
+    /// Keeps account of what the lobby has asked for, and sees to it that it asks for nothing
+    /// across rooms.
     fn learn(&mut self, router: usize, command: &MediaCommand) {
         match command {
             MediaCommand::AddTransport {
@@ -1024,7 +1033,8 @@ impl World {
         }
     }
 
-    /// What the routers ought to have: connections, tracks and subscriptions, by the lobby's commands and their own failures.
+    /// What the routers ought to have: connections, tracks and subscriptions, by the lobby's
+    /// commands and their own failures.
     pub fn expected_in_routers(&self) -> (u64, u64, u64) {
         (
             self.transports.len() as u64,
@@ -1485,7 +1495,8 @@ fn new_session(
     }
 }
 
-/// What became of one datagram: the one counter of fates that has grown by one; `None` where it was another number of them.
+/// What became of one datagram: the one counter of fates that has grown by one; `None` where it was
+/// another number of them.
 fn fate(before: &RouterStatistics, after: &RouterStatistics) -> Option<&'static str> {
     let is_fate = |name: &str| {
         matches!(
@@ -1504,7 +1515,8 @@ fn fate(before: &RouterStatistics, after: &RouterStatistics) -> Option<&'static 
     }
 }
 
-/// What was done with packets for subscribers when they came: sent, or withheld for a stated reason.
+/// What was done with packets for subscribers when they came: sent, or withheld for a stated
+/// reason.
 fn forwarded(statistics: &RouterStatistics) -> u64 {
     let withheld = statistics
         .counters()

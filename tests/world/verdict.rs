@@ -1,4 +1,5 @@
-//! What must hold after a run, whatever the seed: the sums of all accounts, and what every receiver was able to do with what it got.
+//! What must hold after a run, whatever the seed: the sums of all accounts, and what every receiver
+//! was able to do with what it got.
 
 use std::time::Duration;
 
@@ -20,8 +21,8 @@ const VIDEO_TICKS_PER_MS: i64 = 90;
 const AUDIO_TICKS_PER_MS: i64 = 48;
 /// A frame's slot is rounded up to the engine's beat; its timestamp is not.
 const SLOT_ROUNDING_MS: i64 = 1;
-/// Over a switch the clocks of two layers meet by way of their sender reports, or of arrival times before there are any. A router may begin with a key frame
-/// that is half a second old.
+/// Over a switch the clocks of two layers meet by way of their sender reports, or of arrival times
+/// before there are any. A router may begin with a key frame that is half a second old.
 const SWITCH_ERROR_MS: i64 = 600;
 
 /// Counters of a router that stay at 0 where everybody is honest and links lose, repeat and delay.
@@ -36,10 +37,12 @@ const HARM: [&str; 6] = [
 
 /// From the moment that a stream could flow to its first frame, where the link is not dead.
 ///
-/// A publisher drops requests for key frames that come within 300 ms of the last one, and a router repeats them after 500 ms: one loss may cost a second.
+/// A publisher drops requests for key frames that come within 300 ms of the last one, and a router
+/// repeats them after 500 ms: one loss may cost a second.
 const PATIENCE: Duration = Duration::from_millis(2_000);
 
-/// From a join to its connections. Checks and handshakes are repeated ever more rarely, so that a dead link costs up to thrice its time.
+/// From a join to its connections. Checks and handshakes are repeated ever more rarely, so that a
+/// dead link costs up to thrice its time.
 const CONNECT_PATIENCE: Duration = Duration::from_millis(2_500);
 
 /// What a run comes to, for the comparison of two.
@@ -221,7 +224,8 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
         processed == tally.rtp_to_engines + tally.rtp_by_engines,
         || format!("{processed} packets processed: {tally:?}"),
     );
-    // A replay is told from a repair that was not needed by what the streams themselves have counted.
+    // A replay is told from a repair that was not needed by what the streams themselves have
+    // counted.
     let needless: u64 = outcomes
         .iter()
         .flat_map(|peer| &peer.streams)
@@ -234,7 +238,8 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
         arrivals.expected += session.arrivals.expected;
         arrivals.early += session.arrivals.early;
     }
-    // What comes before its announcement, or before the keys, may be kept until then; what is not is refused.
+    // What comes before its announcement, or before the keys, may be kept until then; what is not
+    // is refused.
     let arrived = arrivals.expected + arrivals.early;
     let fits = (arrivals.expected..=arrived).contains(&taken)
         && arrived - taken <= session.packets_rejected;
@@ -291,7 +296,8 @@ fn places_of_loss(media: &Media) -> [u64; 5] {
     ]
 }
 
-/// The same sums over the streams and in the record: frames delivered, frames expected, packets lost, repaired.
+/// The same sums over the streams and in the record: frames delivered, frames expected, packets
+/// lost, repaired.
 fn streams_and_record(
     outcomes: &[PeerOutcome],
     record: &Record,
@@ -432,8 +438,8 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
     }
 }
 
-/// Of every subscription: what came, and what was lost at each place, is what was expected. Of a source that was thrown out: what it made, and what it owes,
-/// is what it would have made.
+/// Of every subscription: what came, and what was lost at each place, is what was expected. Of a
+/// source that was thrown out: what it made, and what it owes, is what it would have made.
 fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
     for peer in outcomes {
         for stream in &peer.streams {
@@ -478,7 +484,8 @@ fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
     }
 }
 
-/// Whether something of a stream ought to have come by now: all that it takes has been there for longer than links can be dead.
+/// Whether something of a stream ought to have come by now: all that it takes has been there for
+/// longer than links can be dead.
 fn is_awaited(world: &World, receiver: &Session, ssrc: u32, kind: Kind) -> bool {
     let Some(announced) = receiver.announced.get(&ssrc) else {
         return false;
@@ -614,7 +621,8 @@ struct Known {
 }
 
 impl Reader<'_> {
-    /// Every packet is one frame of one publisher, and time goes on as the publisher's did, over all pauses.
+    /// Every packet is one frame of one publisher, and time goes on as the publisher's did, over
+    /// all pauses.
     fn check_audio(&self) -> Result<(), String> {
         self.check_numbers()?;
         let mut before: Option<(u64, u32, FrameIdentity)> = None;
@@ -656,7 +664,8 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Frames that follow each other without a hole can be decoded one after the other, and picture ids and timestamps say so.
+    /// Frames that follow each other without a hole can be decoded one after the other, and picture
+    /// ids and timestamps say so.
     fn check_video(&self) -> Result<(), String> {
         self.check_numbers()?;
         let (frames, fillers) = self.frames()?;
@@ -734,7 +743,8 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// On a link that loses nothing, all numbers are there but those that the publisher's link lost.
+    /// On a link that loses nothing, all numbers are there but those that the publisher's link
+    /// lost.
     fn check_numbers(&self) -> Result<(), String> {
         if self.stream.contradictions > 0 {
             return Err(format!(
@@ -799,7 +809,8 @@ impl Reader<'_> {
         !mutes && !self.session.client.touched.contains(&self.stream.track_sid)
     }
 
-    /// The frame is of this run, of this room, and of the publisher of the track that the description named.
+    /// The frame is of this run, of this room, and of the publisher of the track that the
+    /// description named.
     fn check_origin(&self, identity: &FrameIdentity) -> Result<(), String> {
         let origin = self
             .world
@@ -872,7 +883,8 @@ impl Reader<'_> {
         Ok((frames, fillers))
     }
 
-    /// The frame's place in its publisher's clip, by its bytes; `None` where a part of it is missing.
+    /// The frame's place in its publisher's clip, by its bytes; `None` where a part of it is
+    /// missing.
     fn recognize(&self, frame: &Frame<'_>) -> Result<Option<Known>, String> {
         if !frame.is_whole() {
             return Ok(None);

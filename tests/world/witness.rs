@@ -1,5 +1,5 @@
-//! A receiver of the test's own, independent of the engine: it keeps every packet that it opens, asks for what is missing, and in the end tells what a decoder
-//! would have made of it.
+//! A receiver of the test's own, independent of the engine: it keeps every packet that it opens,
+//! asks for what is missing, and in the end tells what a decoder would have made of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -376,7 +376,8 @@ impl Stream {
         }
     }
 
-    /// The Opus packet of a RED payload. What it repeats is what came before it, under the payload type that was agreed on.
+    /// The Opus packet of a RED payload. What it repeats is what came before it, under the payload
+    /// type that was agreed on.
     fn primary<'a>(&mut self, number: u64, rtp_time: u32, payload: &'a [u8]) -> Option<&'a [u8]> {
         let red = RedPayload::parse(payload)?;
         let is_opus = |payload_type| self.payloads.wrapped == Some(payload_type);

@@ -1,5 +1,5 @@
-//! DTLS records through a peer of ours. The other end is an honest peer whose datagrams a script loses, repeats, changes and adds to, so that the damage is
-//! deep inside of a handshake.
+//! DTLS records through a peer of ours. The other end is an honest peer whose datagrams a script
+//! loses, repeats, changes and adds to, so that the damage is deep inside of a handshake.
 
 use std::net::SocketAddr;
 use std::time::Duration;

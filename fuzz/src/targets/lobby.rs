@@ -1,4 +1,5 @@
-//! The embedded SFU's signalling half with clients that lie: joins, requests of any content in both encodings, lost sockets and time, in any order.
+//! The embedded SFU's signalling half with clients that lie: joins, requests of any content in both
+//! encodings, lost sockets and time, in any order.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -93,7 +94,8 @@ fn run(input: &[u8]) {
         world.drain();
     }
     world.wait(now, Duration::from_secs(400));
-    // Everybody is told of everything, several times over: bounded by the product of what was said and who hears it.
+    // Everybody is told of everything, several times over: bounded by the product of what was said
+    // and who hears it.
     let limit = 64 << 10 << (steps / 8).min(8);
     assert!(
         world.bytes_out <= limit + 4_096 * input.len(),

@@ -1,6 +1,7 @@
 //! The fuzz targets: what each takes from the network, and what must hold whatever that is.
 //!
-//! A target is a function of bytes that panics where something does not hold. Targets with a state read their input as a script, see [`Script`].
+//! A target is a function of bytes that panics where something does not hold. Targets with a state
+//! read their input as a script, see [`Script`].
 
 mod dtls;
 mod identity;
@@ -23,9 +24,11 @@ pub struct Target {
     pub run: fn(&[u8]),
     /// Inputs to begin with, from our own writers: the same every time as far as keys allow.
     pub seeds: fn() -> Vec<Vec<u8>>,
-    /// How many mutations of its corpus a test run tries: as many as take a second without optimisation.
+    /// How many mutations of its corpus a test run tries: as many as take a second without
+    /// optimisation.
     pub mutations: usize,
-    /// What our code may hold at a time for an input: so many bytes, and so many for each byte of input. `None`: what it holds does not depend on the input alone.
+    /// What our code may hold at a time for an input: so many bytes, and so many for each byte of
+    /// input. `None`: what it holds does not depend on the input alone.
     pub memory: Option<(usize, usize)>,
 }
 
@@ -57,7 +60,8 @@ pub fn named(name: &str) -> &'static Target {
         .expect("a target of this name")
 }
 
-/// An input read as a script: numbers, and chunks of bytes behind their length. One that ends early goes on with zeros, so every input means something.
+/// An input read as a script: numbers, and chunks of bytes behind their length. One that ends early
+/// goes on with zeros, so every input means something.
 pub struct Script<'a>(&'a [u8]);
 
 impl<'a> Script<'a> {

@@ -1,4 +1,5 @@
-//! One received stream, over any sequence of packets, polls and reports: the account adds up after every step, and requests are bounded.
+//! One received stream, over any sequence of packets, polls and reports: the account adds up after
+//! every step, and requests are bounded.
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! The embedded SFU's router with clients that lie: three connections, of which a script drives two with their true keys.
+//! The embedded SFU's router with clients that lie: three connections, of which a script drives two
+//! with their true keys.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -121,8 +122,8 @@ fn run(input: &[u8]) {
     }
     hands.run_for(Duration::from_millis(20));
     let statistics = hands.router.statistics();
-    // Each subscriber gets a packet once, and again three times at most. Fillers hold the places of what came before a layer's start: they are bounded by
-    // what came, too.
+    // Each subscriber gets a packet once, and again three times at most. Fillers hold the places of
+    // what came before a layer's start: they are bounded by what came, too.
     let may_go = 2 * statistics.media_in * (1 + RESENDS_MAX);
     assert!(
         statistics.media_out <= 2 * statistics.media_in + 64,

@@ -1,4 +1,5 @@
-//! RTCP: compounds of any content. What is read is written again and must read the same; `rtc-rtcp` must see the same in what both take.
+//! RTCP: compounds of any content. What is read is written again and must read the same; `rtc-rtcp`
+//! must see the same in what both take.
 
 use std::time::Duration;
 
@@ -154,7 +155,8 @@ fn facts(packet: &RtcpPacket<'_>) -> Facts {
             media_ssrc,
             seqs,
         } => {
-            // Which pair a number travels in is the writer's business, and so is one that was said twice.
+            // Which pair a number travels in is the writer's business, and so is one that was said
+            // twice.
             let mut seqs: Vec<u16> = seqs.clone().map(|seq| seq.0).collect();
             seqs.sort_unstable();
             seqs.dedup();

@@ -82,7 +82,8 @@ fn agree(input: &[u8], header: &Header, payload: Option<&[u8]>) {
     if let Some(payload) =
         payload.filter(|_| region == if facts.extension { 4 + elements } else { 0 })
     {
-        // Of the two-byte form's sixteen profiles theirs knows one; what it does not know is one element to it.
+        // Of the two-byte form's sixteen profiles theirs knows one; what it does not know is one
+        // element to it.
         let same = || {
             header.extensions(input).eq(facts
                 .extensions

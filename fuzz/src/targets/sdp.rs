@@ -1,5 +1,6 @@
-//! Descriptions: offers of a server to our [`Answerer`], answers to our [`Offerer`], and both of a client to the embedded SFU. Each takes a sequence of
-//! descriptions, so that what is kept from one to the next is under test as well.
+//! Descriptions: offers of a server to our [`Answerer`], answers to our [`Offerer`], and both of a
+//! client to the embedded SFU. Each takes a sequence of descriptions, so that what is kept from one
+//! to the next is under test as well.
 
 use std::io::Cursor;
 
@@ -16,8 +17,9 @@ use throng::transport::sdp::{
 
 use super::{Script, Target, chunk, ours};
 
-/// A line of 12 bytes (`m=a 0 b 0\r\n`) may become a rejected section of 60; a section that is taken was longer than what is written of it, or names
-/// our own credentials and extensions. What is read of a section takes a few hundred bytes.
+/// A line of 12 bytes (`m=a 0 b 0\r\n`) may become a rejected section of 60; a section that is
+/// taken was longer than what is written of it, or names our own credentials and extensions. What
+/// is read of a section takes a few hundred bytes.
 const MEMORY: Option<(usize, usize)> = Some((64 << 10, 96));
 
 pub const ANSWER: Target = Target {
@@ -69,7 +71,8 @@ fn sections(text: &str) -> usize {
     usize::from(text.starts_with("m=")) + text.matches("\nm=").count()
 }
 
-/// Whatever came in, what goes out is a description that others can read, of as many sections, and no line of it is somebody else's.
+/// Whatever came in, what goes out is a description that others can read, of as many sections, and
+/// no line of it is somebody else's.
 fn is_well_formed(written: &str, expected_sections: usize) {
     assert!(written.ends_with("\r\n"));
     for line in written.split_terminator("\r\n") {
@@ -81,7 +84,8 @@ fn is_well_formed(written: &str, expected_sections: usize) {
         assert!(!line.chars().any(char::is_control), "{line:?}");
     }
     assert_eq!(sections(written), expected_sections);
-    // A kind of media that nobody knows is rejected under its own name, which theirs refuses to read.
+    // A kind of media that nobody knows is rejected under its own name, which theirs refuses to
+    // read.
     let known = |line: &str| {
         ["m=audio ", "m=video ", "m=application "]
             .iter()

@@ -1,4 +1,5 @@
-//! A server's Prometheus page, twice over: as it is read the first time, and what lies between two of them.
+//! A server's Prometheus page, twice over: as it is read the first time, and what lies between two
+//! of them.
 
 use std::time::{Duration, Instant};
 

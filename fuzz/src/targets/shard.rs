@@ -1,4 +1,5 @@
-//! A whole engine shard, connected to a server that lies: everything below is sealed with the true keys.
+//! A whole engine shard, connected to a server that lies: everything below is sealed with the true
+//! keys.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -40,7 +41,8 @@ const TIME: u8 = 2;
 const DATAGRAM: u8 = 3;
 
 const TICK: Duration = Duration::from_millis(1);
-/// What a track may send again: a burst, and then as much as it sends (`ResendLimiter`), each resend charged as 1,200 bytes.
+/// What a track may send again: a burst, and then as much as it sends (`ResendLimiter`), each
+/// resend charged as 1,200 bytes.
 const RESEND_BURST: u64 = 256 * 1024 / 1_200;
 
 /// SSRCs that a script names by their place: ours come first.
@@ -310,7 +312,8 @@ fn run(input: &[u8]) {
     liar.finish();
 }
 
-/// A packet of one of the known SSRCs, near the last one of it, with whatever behind the fixed header.
+/// A packet of one of the known SSRCs, near the last one of it, with whatever behind the fixed
+/// header.
 pub fn rtp(script: &mut Script<'_>, seqs: &mut BTreeMap<u32, u16>) -> Vec<u8> {
     let (which, step, flags, marker_and_type) =
         (script.u8(), script.u8() as i8, script.u8(), script.u8());

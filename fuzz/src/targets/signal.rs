@@ -1,4 +1,5 @@
-//! Signalling: what a server may say to a participant, and what a stranger may ask of the embedded SFU before he is let in.
+//! Signalling: what a server may say to a participant, and what a stranger may ask of the embedded
+//! SFU before he is let in.
 
 use base64::Engine;
 use bytes::Bytes;
@@ -18,7 +19,8 @@ pub const RESPONSE: Target = Target {
     run: response,
     seeds: response_seeds,
     mutations: 3_000,
-    // Two bytes may be an empty message in a list: an empty participant, track or region takes some hundred. Where that is possible messages are short.
+    // Two bytes may be an empty message in a list: an empty participant, track or region takes some
+    // hundred. Where that is possible messages are short.
     memory: Some((64 << 10, 160)),
 };
 
@@ -27,7 +29,8 @@ pub const ACCESS: Target = Target {
     run: access,
     seeds: access_seeds,
     mutations: 600,
-    // The state of unzipping is some 50 KB; a join request that was zipped may be a thousand times as long as its zip.
+    // The state of unzipping is some 50 KB; a join request that was zipped may be a thousand times
+    // as long as its zip.
     memory: Some((128 << 10, 2_200)),
 };
 

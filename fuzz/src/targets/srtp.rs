@@ -1,4 +1,5 @@
-//! SRTP and SRTCP with valid keys: whatever was changed on the way is refused, whatever was not is opened, and nothing is opened twice.
+//! SRTP and SRTCP with valid keys: whatever was changed on the way is refused, whatever was not is
+//! opened, and nothing is opened twice.
 
 use throng::transport::rtp::Header;
 use throng::transport::srtp::{DtlsRole, Opener, Profile, Rejected, Sealer, session};

@@ -1,4 +1,5 @@
-//! STUN towards both kinds of agent. The server knows the credentials, so a script may have its messages signed as the true ones are.
+//! STUN towards both kinds of agent. The server knows the credentials, so a script may have its
+//! messages signed as the true ones are.
 
 use std::net::SocketAddr;
 use std::sync::OnceLock;
@@ -115,7 +116,8 @@ fn run(input: &[u8]) {
             "STUN alone makes no keys"
         );
         assert!(peer.next_timeout() > now);
-        // An answer and a triggered check for each, the checks of 100 pairs at a turn, and what DTLS repeats.
+        // An answer and a triggered check for each, the checks of 100 pairs at a turn, and what
+        // DTLS repeats.
         assert!(
             went <= 16 + 2 * came + 100 * timeouts,
             "{went} datagrams for {came}"

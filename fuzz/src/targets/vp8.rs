@@ -1,4 +1,5 @@
-//! VP8: the payload descriptor against `rtc-rtp`'s, and the assembler over sequences of packets of any content.
+//! VP8: the payload descriptor against `rtc-rtp`'s, and the assembler over sequences of packets of
+//! any content.
 
 use std::time::Duration;
 

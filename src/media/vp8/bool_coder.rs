@@ -1,6 +1,7 @@
 //! The boolean entropy coder (RFC 6386, section 7).
 
-/// Takes the decisions that a bitstream is made of. One routine writes them all; who listens decides whether they are coded, counted or kept.
+/// Takes the decisions that a bitstream is made of. One routine writes them all; who listens
+/// decides whether they are coded, counted or kept.
 pub trait BoolSink {
     /// Codes `bit`, whose probability of being false is `prob` / 256 (1..=255).
     fn put(&mut self, bit: bool, prob: u8);
@@ -20,14 +21,16 @@ pub struct BoolEncoder<'a> {
     interval: Interval,
 }
 
-/// The coding interval. A value, so that a loop over decisions keeps it in registers: this is where the time goes.
+/// The coding interval. A value, so that a loop over decisions keeps it in registers: this is where
+/// the time goes.
 #[derive(Clone, Copy)]
 struct Interval {
     /// The bits that are not written yet: the interval's lower end.
     low: u64,
     /// The interval's size, 128..=255, aligned with the lowest 8 bits of `low`.
     range: u32,
-    /// How often `low` was doubled since bits were last written: it holds `shifts` + 8 bits, and a carry above them.
+    /// How often `low` was doubled since bits were last written: it holds `shifts` + 8 bits, and a
+    /// carry above them.
     shifts: u32,
 }
 
@@ -43,7 +46,8 @@ impl Interval {
         } else {
             (0, split)
         };
-        // The range is never zero; setting its lowest bit tells the compiler so and does not move the highest.
+        // The range is never zero; setting its lowest bit tells the compiler so and does not move
+        // the highest.
         let shift = (range | 1).leading_zeros() - 24;
         Interval {
             low: (self.low + u64::from(skipped)) << shift,
@@ -88,8 +92,9 @@ impl<'a> BoolEncoder<'a> {
 
     /// Ends the partition and returns its size in bytes.
     ///
-    /// All of `low` is written, so whatever follows lies inside the last interval and changes nothing. Two more bytes, because decoders read
-    /// ahead: libvpx calls a frame corrupt, and ffmpeg silently drops rows, when the reader has touched the end.
+    /// All of `low` is written, so whatever follows lies inside the last interval and changes
+    /// nothing. Two more bytes, because decoders read ahead: libvpx calls a frame corrupt, and
+    /// ffmpeg silently drops rows, when the reader has touched the end.
     pub fn finish(mut self) -> usize {
         let bits = self.interval.shifts + 8;
         let spare = (8 - bits % 8) % 8;
@@ -98,7 +103,8 @@ impl<'a> BoolEncoder<'a> {
         self.out.len() - self.start
     }
 
-    /// Writes the first `bytes` bytes of the `bits` bits in `low` and returns the bits that are left.
+    /// Writes the first `bytes` bytes of the `bits` bits in `low` and returns the bits that are
+    /// left.
     #[inline(never)]
     fn write_top(&mut self, low: u64, bits: u32, bytes: u32) -> u64 {
         let kept = bits - 8 * bytes;

@@ -1,7 +1,8 @@
 //! Codes one frame (RFC 6386, sections 9, 16 and 19).
 //!
-//! Every frame leaves the decoder in one state: the pixels of its picture and the default probabilities. No loop filter, no probability
-//! update that outlives its frame, golden and altref never read. So a key frame and an inter frame of one picture are interchangeable.
+//! Every frame leaves the decoder in one state: the pixels of its picture and the default
+//! probabilities. No loop filter, no probability update that outlives its frame, golden and altref
+//! never read. So a key frame and an inter frame of one picture are interchangeable.
 
 use super::bool_coder::{BoolEncoder, BoolSink};
 use super::scene::Descriptor;
@@ -38,7 +39,8 @@ impl Action {
     }
 }
 
-/// Which blocks at a macroblock's edge hold a coefficient (0 or 1): the contexts of the blocks beyond that edge.
+/// Which blocks at a macroblock's edge hold a coefficient (0 or 1): the contexts of the blocks
+/// beyond that edge.
 #[derive(Clone, Copy, Default)]
 struct Edge {
     y: [u8; 4],
@@ -128,7 +130,8 @@ impl<'a> FrameCoder<'a> {
         }
     }
 
-    /// DC_PRED of luma and chroma (section 12): the mean of the pixels that adjoin, 128 where there are none.
+    /// DC_PRED of luma and chroma (section 12): the mean of the pixels that adjoin, 128 where there
+    /// are none.
     fn prediction(&self, above: Option<Descriptor>, left: Option<Descriptor>) -> [i16; 3] {
         let bottom = |shown: Descriptor| {
             16 * i32::from(shown.luma) + self.palette.texture(shown.texture).bottom
@@ -265,7 +268,8 @@ fn put_header(encoder: &mut BoolEncoder, is_key: bool, quantizers: &Quantizers) 
         .for_each(|&prob| encoder.put(false, prob));
 }
 
-/// The rest of an inter frame's header: reference probabilities, no updates of intra mode and motion vector probabilities.
+/// The rest of an inter frame's header: reference probabilities, no updates of intra mode and
+/// motion vector probabilities.
 fn put_inter_probs(encoder: &mut BoolEncoder) {
     encoder.literal(PROB_LAST.into(), 8);
     encoder.literal(128, 8); // Golden against altref: never asked.
@@ -276,7 +280,8 @@ fn put_inter_probs(encoder: &mut BoolEncoder) {
         .for_each(|&prob| encoder.put(false, prob));
 }
 
-/// The weight of the neighbours with a zero motion vector, which is what all inter macroblocks have.
+/// The weight of the neighbours with a zero motion vector, which is what all inter macroblocks
+/// have.
 fn inter_weight(actions: &[Action], columns: usize, at: usize) -> usize {
     let is_inter = |at: usize| usize::from(actions[at] == Action::Copy);
     let (has_above, has_left) = (at >= columns, !at.is_multiple_of(columns));

@@ -1,7 +1,8 @@
 //! Where things are in the picture, in macroblocks and in 4x4 pixel blocks.
 //!
-//! From top to bottom: the picture's size as a label, the frame counter on its panel, and at the bottom a strip with the index in binary
-//! (most significant bit first) above a progress bar. What does not fit is left out; the counter always fits.
+//! From top to bottom: the picture's size as a label, the frame counter on its panel, and at the
+//! bottom a strip with the index in binary (most significant bit first) above a progress bar. What
+//! does not fit is left out; the counter always fits.
 
 use super::glyphs;
 
@@ -76,7 +77,8 @@ impl Strip {
 impl PictureLayout {
     /// Layouts for a picture of this many pixels, the largest counter first; empty if none fits.
     pub fn all(width: usize, height: usize) -> Vec<PictureLayout> {
-        // Larger steps from 4 on: there a font pixel is whole macroblocks, which are crisp and cheap.
+        // Larger steps from 4 on: there a font pixel is whole macroblocks, which are crisp and
+        // cheap.
         let scales = (1..=height / 90)
             .rev()
             .filter(|scale| *scale < 4 || scale.is_multiple_of(4))
@@ -130,7 +132,8 @@ impl PictureLayout {
         })
     }
 
-    /// The blocks of macroblock `column`, `row` of a digit's area that have ink, bit 0 for the top left.
+    /// The blocks of macroblock `column`, `row` of a digit's area that have ink, bit 0 for the top
+    /// left.
     pub fn digit_pattern(&self, digit: u8, column: usize, row: usize) -> u16 {
         let area = self.digits[0];
         let offset = |room: usize, glyph: usize| {
@@ -197,7 +200,8 @@ fn strip(
     })
 }
 
-/// Which blocks of macroblock `column`, `row` have ink if `text` starts at block `corner` and each font pixel is `scale` blocks a side.
+/// Which blocks of macroblock `column`, `row` have ink if `text` starts at block `corner` and each
+/// font pixel is `scale` blocks a side.
 fn text_pattern(
     text: &[u8],
     scale: usize,

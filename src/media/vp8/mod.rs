@@ -1,11 +1,12 @@
 //! Video for publishers: a loop of really coded VP8 frames, made once and shared by all.
 //!
-//! Whoever plays the loop sends P_0, P_1, ... P_{N-1}, P_0 and so on ([`VideoClip::inter_frame`]). At any index, K_i
-//! ([`VideoClip::key_frame`]) may be sent instead of P_i: both leave the same pixels and the same probabilities, so P_{i+1} fits either.
-//! A publisher therefore needs one number, and starts anywhere, with a key frame.
+//! Whoever plays the loop sends P_0, P_1, ... P_{N-1}, P_0 and so on ([`VideoClip::inter_frame`]).
+//! At any index, K_i ([`VideoClip::key_frame`]) may be sent instead of P_i: both leave the same
+//! pixels and the same probabilities, so P_{i+1} fits either. A publisher therefore needs one
+//! number, and starts anywhere, with a key frame.
 //!
-//! Every frame is coded ahead, because coding one takes milliseconds and the sending path has microseconds. Bytes may be appended to a frame:
-//! decoders read none of them.
+//! Every frame is coded ahead, because coding one takes milliseconds and the sending path has
+//! microseconds. Bytes may be appended to a frame: decoders read none of them.
 
 mod bool_coder;
 mod frame;
@@ -116,7 +117,8 @@ impl std::error::Error for Vp8SpecError {}
 pub struct I420 {
     pub width: usize,
     pub height: usize,
-    /// Luma, then u, then v, each without padding; chroma planes are half as wide and high, rounded up.
+    /// Luma, then u, then v, each without padding; chroma planes are half as wide and high,
+    /// rounded up.
     pub data: Vec<u8>,
 }
 
@@ -129,7 +131,8 @@ pub struct VideoClip {
 }
 
 impl VideoClip {
-    /// Makes the clip on `threads` threads (at least one); the result does not depend on their number.
+    /// Makes the clip on `threads` threads (at least one); the result does not depend on their
+    /// number.
     ///
     /// # Errors
     /// A spec that cannot be met, with what to ask instead.
@@ -156,7 +159,8 @@ impl VideoClip {
         self.scene.frames
     }
 
-    /// P_i, for a decoder that shows picture `i - 1` (the last picture if `i` is 0). Panics unless `i` is below [`VideoClip::len`].
+    /// P_i, for a decoder that shows picture `i - 1` (the last picture if `i` is 0). Panics unless
+    /// `i` is below [`VideoClip::len`].
     pub fn inter_frame(&self, i: usize) -> &[u8] {
         self.inter.frame(i)
     }
@@ -171,8 +175,9 @@ impl VideoClip {
         self.scene.pixels(i)
     }
 
-    /// Reads `i` from a decoded picture's index row (ten squares, dark or light). `None` if the picture has no such row (it is narrower than 160
-    /// pixels or lower than 80) or is damaged there.
+    /// Reads `i` from a decoded picture's index row (ten squares, dark or light). `None` if the
+    /// picture has no such row (it is narrower than 160 pixels or lower than 80) or is damaged
+    /// there.
     pub fn read_index(&self, frame: &I420) -> Option<usize> {
         self.scene.read_index(frame)
     }
@@ -205,9 +210,11 @@ struct ClipDraft<'a> {
 }
 
 impl<'a> ClipDraft<'a> {
-    /// The share of the bitrate that a large counter may take; a smaller one is drawn where it would take more.
+    /// The share of the bitrate that a large counter may take; a smaller one is drawn where it
+    /// would take more.
     const COUNTER_SHARE: f64 = 0.35;
-    /// The bits a frame that textures need at least, also as a share of what is fixed: with less, the bitrate could not be steered.
+    /// The bits a frame that textures need at least, also as a share of what is fixed: with less,
+    /// the bitrate could not be steered.
     const LEAST_SPARE: (f64, f64) = (300.0, 0.11);
 
     /// Picks the largest counter that the bitrate affords.
@@ -260,7 +267,8 @@ impl<'a> ClipDraft<'a> {
         }
     }
 
-    /// Textures the landscape if each new texture costs `overhead_bits` beside its luma, and brings the loop as close to the bitrate as that goes.
+    /// Textures the landscape if each new texture costs `overhead_bits` beside its luma, and brings
+    /// the loop as close to the bitrate as that goes.
     fn attempt(&self, overhead_bits: f64, threads: usize) -> Result<Attempt, Vp8SpecError> {
         let spec = self.spec;
         let design = Design::new(
@@ -333,7 +341,8 @@ struct Attempt {
 
 /// Two are enough where the design can meet the bitrate at all.
 const MAX_CORRECTIONS: usize = 3;
-/// New textures that stand alone cost more beside their luma than those in a crowd; the first attempt measures it.
+/// New textures that stand alone cost more beside their luma than those in a crowd; the first
+/// attempt measures it.
 const MAX_REDESIGNS: usize = 3;
 /// A share of the bitrate.
 const CLOSE_ENOUGH: f64 = 0.001;

@@ -1,15 +1,17 @@
-//! Meeting the bitrate: how much of the landscape changes, how finely, and what each frame's new textures may cost.
+//! Meeting the bitrate: how much of the landscape changes, how finely, and what each frame's new
+//! textures may cost.
 
 use super::scene::Scene;
 use super::texture::{Class, Palette, Quantizers};
 use crate::seeded::Seeded;
 
-/// The cost of a textured macroblock beside its luma blocks, about: modes, Y2, chroma. The real cost is measured by coding.
+/// The cost of a textured macroblock beside its luma blocks, about: modes, Y2, chroma. The real
+/// cost is measured by coding.
 pub const USUAL_OVERHEAD_BITS: f64 = 22.0;
 /// Below this the textures would be hard to see, so fewer macroblocks are textured instead.
 const CALM_BITS: f64 = 90.0;
-/// New textures every so many frames. A key frame codes them all, an inter frame one in so many: it sets the ratio of their sizes, which
-/// libvpx in real-time mode has at 5.7 to 7.2.
+/// New textures every so many frames. A key frame codes them all, an inter frame one in so many: it
+/// sets the ratio of their sizes, which libvpx in real-time mode has at 5.7 to 7.2.
 const USUAL_PERIOD: usize = 6;
 /// The classes' costs around the wanted mean: room for frames that have to be larger or smaller.
 const CLASS_SPREAD: [f64; 7] = [0.66, 0.76, 0.87, 1.0, 1.15, 1.32, 1.52];
@@ -21,7 +23,8 @@ const QUANTIZERS: [(Quantizers, f64); 3] = [
 ];
 /// How far frame sizes stray from the mean, as an encoder's do.
 const JITTER: f64 = 0.15;
-/// The least and the most that one frame's textures take of their mean: inside what the classes reach.
+/// The least and the most that one frame's textures take of their mean: inside what the classes
+/// reach.
 const TEXTURE_SWING: (f64, f64) = (0.75, 1.35);
 
 /// What is textured, how often, and at what mean cost.
@@ -37,15 +40,17 @@ pub struct Design {
 }
 
 impl Design {
-    /// Spends `spare_bits` a frame on up to `landscape` macroblocks in a loop of `frames`, where each new texture costs `overhead_bits` beside its
-    /// luma; `None` if they cannot carry so much.
+    /// Spends `spare_bits` a frame on up to `landscape` macroblocks in a loop of `frames`, where
+    /// each new texture costs `overhead_bits` beside its luma; `None` if they cannot carry so
+    /// much.
     pub fn new(
         spare_bits: f64,
         overhead_bits: f64,
         landscape: usize,
         frames: usize,
     ) -> Option<Design> {
-        // A macroblock that changes once a loop would never change: it needs two textures to alternate between.
+        // A macroblock that changes once a loop would never change: it needs two textures to
+        // alternate between.
         let longest_period = USUAL_PERIOD.min(frames / 2);
         let wanted = spare_bits * longest_period as f64 / (CALM_BITS + overhead_bits);
         let count = (wanted.round() as usize)
@@ -132,7 +137,8 @@ impl EncoderRateControl {
             .for_each(|(index, &steps)| scene.spend(index, steps));
     }
 
-    /// New steps, and the bits that did not find a place. What one frame cannot take, the next one gets, starting with `carried`.
+    /// New steps, and the bits that did not find a place. What one frame cannot take, the next one
+    /// gets, starting with `carried`.
     fn plan(&self, actual_bits: &[f64], mut carried: f64, scene: &Scene) -> (Vec<u32>, f64) {
         let mut plan = Vec::with_capacity(self.steps.len());
         for (index, actual) in actual_bits.iter().enumerate() {
@@ -186,7 +192,8 @@ impl EncoderRateControl {
     }
 }
 
-/// Each frame's bits: the mean and some jitter, as far as the textures can even out what counter and bar take.
+/// Each frame's bits: the mean and some jitter, as far as the textures can even out what counter
+/// and bar take.
 fn targets(mean_bits: f64, fixed_bits: &[f64], random: &mut Seeded) -> Vec<f64> {
     let spare = mean_bits - mean(fixed_bits);
     let wanted = |fixed: &f64| {

@@ -1,14 +1,15 @@
 //! The pictures of a loop: what every macroblock shows at every index.
 //!
-//! A picture is computed from the index, never stored. Most of it is a calm landscape whose macroblocks take a new texture every few frames;
-//! that is what the bits are spent on.
+//! A picture is computed from the index, never stored. Most of it is a calm landscape whose
+//! macroblocks take a new texture every few frames; that is what the bits are spent on.
 
 use super::I420;
 use super::layout::{Area, INDEX_BITS, PictureLayout, label_text};
 use super::texture::{CLASS_SIZE, Class, FLAT, MEAN_RANGE, Palette, Quantizers, TextureId};
 use crate::seeded::{Seeded, mixed};
 
-/// All there is to know about a macroblock's pixels: equal descriptors mean equal pixels, wherever they stand and however they are coded.
+/// All there is to know about a macroblock's pixels: equal descriptors mean equal pixels, wherever
+/// they stand and however they are coded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Descriptor {
     pub texture: TextureId,
@@ -47,7 +48,8 @@ const BRIGHTNESS: [f64; 3] = [158.0, 122.0, 96.0];
 #[derive(Clone, Copy)]
 enum BlockRole {
     Still(Descriptor),
-    /// The `rank`-th of those that take a new texture at the indices that are `phase` modulo the period.
+    /// The `rank`-th of those that take a new texture at the indices that are `phase` modulo the
+    /// period.
     Textured {
         phase: u8,
         rank: u32,
@@ -72,7 +74,8 @@ struct Motion {
     levels: Vec<Level>,
 }
 
-/// The cost classes of one frame's new textures: `class` + 1 for `more` of them, `class` for the others.
+/// The cost classes of one frame's new textures: `class` + 1 for `more` of them, `class` for the
+/// others.
 #[derive(Clone, Copy)]
 struct Level {
     class: u8,
@@ -162,7 +165,8 @@ impl Scene {
         self.landscape.len()
     }
 
-    /// Lets the first `count` macroblocks of the landscape take a new texture every `period` frames; the others keep still.
+    /// Lets the first `count` macroblocks of the landscape take a new texture every `period`
+    /// frames; the others keep still.
     pub fn animate(&mut self, count: usize, period: usize, classes: Vec<Class>) {
         let mut order = self.landscape[..count].to_vec();
         let mut random = Seeded::new(self.salt);
@@ -201,7 +205,8 @@ impl Scene {
         self.motion.groups[index % self.motion.groups.len()]
     }
 
-    /// Spends `steps` steps on the new textures of frame `index`: each step lifts one macroblock by one class.
+    /// Spends `steps` steps on the new textures of frame `index`: each step lifts one macroblock by
+    /// one class.
     pub fn spend(&mut self, index: usize, steps: u32) {
         let group = self.refreshed(index).max(1);
         self.motion.levels[index] = Level {
@@ -299,7 +304,8 @@ impl Scene {
         }
     }
 
-    /// Appends a plane of which each macroblock has `SIDE` pixels a side; `row_of` gives one row of one macroblock.
+    /// Appends a plane of which each macroblock has `SIDE` pixels a side; `row_of` gives one row of
+    /// one macroblock.
     fn push_plane<const SIDE: usize>(
         &self,
         picture: &[Descriptor],
@@ -350,7 +356,8 @@ fn mosaic(palette: &mut Palette, pattern: u16) -> Descriptor {
     }
 }
 
-/// The background's colours, and the order in which its macroblocks are textured when there are bits for some only: clouds, not confetti.
+/// The background's colours, and the order in which its macroblocks are textured when there are
+/// bits for some only: clouds, not confetti.
 fn landscape(layout: &PictureLayout, random: &mut Seeded) -> Vec<(u32, Descriptor)> {
     let hues = HUES[random.below(HUES.len() as u64) as usize];
     let (horizon, shade, activity) = (Noise::new(random), Noise::new(random), Noise::new(random));

@@ -1,8 +1,9 @@
 //! Textures: the residual of a macroblock without its mean, ready to be coded at any mean.
 //!
-//! A texture has luma detail only. Where a macroblock's prediction is flat (DC_PRED), the decoder adds the prediction, a DC part that we
-//! choose, and the texture. The DC part passes both inverse transforms exactly (see [`Quantizers`]), so a macroblock's pixels are
-//! `mean + residual`, whatever it was predicted from.
+//! A texture has luma detail only. Where a macroblock's prediction is flat (DC_PRED), the decoder
+//! adds the prediction, a DC part that we choose, and the texture. The DC part passes both inverse
+//! transforms exactly (see [`Quantizers`]), so a macroblock's pixels are `mean + residual`,
+//! whatever it was predicted from.
 
 use std::collections::BTreeMap;
 
@@ -13,8 +14,9 @@ use crate::seeded::Seeded;
 
 /// The frame's quantizer indices (RFC 6386, sections 9.6 and 14.1).
 ///
-/// A mean of `d` above the prediction is a Y2 DC level of `64 d / y2_dc` and chroma DC levels of `8 d / uv_dc`: exact only where `y2_dc`
-/// divides 64 and `uv_dc` divides 8, which the constructor asserts.
+/// A mean of `d` above the prediction is a Y2 DC level of `64 d / y2_dc` and chroma DC levels of `8
+/// d / uv_dc`: exact only where `y2_dc` divides 64 and `uv_dc` divides 8, which the constructor
+/// asserts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quantizers {
     pub index: u8,
@@ -69,8 +71,8 @@ pub type TextureId = u16;
 /// The texture without any detail.
 pub const FLAT: TextureId = 0;
 
-/// Residuals stay within this of the mean, so means within [`MEAN_RANGE`] never saturate: a clamped pixel would break the sums that later
-/// predictions rest on.
+/// Residuals stay within this of the mean, so means within [`MEAN_RANGE`] never saturate: a clamped
+/// pixel would break the sums that later predictions rest on.
 pub const MAX_RESIDUAL: i16 = 60;
 /// The means that any texture of [`Palette::add_class`] can take.
 pub const MEAN_RANGE: std::ops::RangeInclusive<u8> = 60..=195;
@@ -80,7 +82,8 @@ pub struct Texture {
     pub y2: Levels,
     /// `y2` has no coefficient.
     pub plain_y2: bool,
-    /// The sum of the residual's bottom row, and of its right column: what the neighbours' DC_PRED sees.
+    /// The sum of the residual's bottom row, and of its right column: what the neighbours' DC_PRED
+    /// sees.
     pub bottom: i32,
     pub right: i32,
     /// Which of the sixteen luma blocks hold a coefficient, bit 0 for the top left.
@@ -89,7 +92,8 @@ pub struct Texture {
     pub extent: (i16, i16),
     /// The residual, 16 rows of 16.
     pub residual: Box<[i16; 256]>,
-    /// Where the decisions of luma block `b` in context `c` start, at `3 b + c`, and a last entry where the last ones end.
+    /// Where the decisions of luma block `b` in context `c` start, at `3 b + c`, and a last entry
+    /// where the last ones end.
     starts: [u32; 49],
 }
 
@@ -129,14 +133,16 @@ impl Palette {
         &self.textures[usize::from(id)]
     }
 
-    /// The decisions that code luma block `block` (0..16) where `context` (0..=2) neighbours hold a coefficient.
+    /// The decisions that code luma block `block` (0..16) where `context` (0..=2) neighbours hold a
+    /// coefficient.
     #[inline]
     pub fn luma_decisions(&self, texture: &Texture, block: usize, context: usize) -> &[u16] {
         let at = 3 * block + context;
         &self.decisions[texture.starts[at] as usize..texture.starts[at + 1] as usize]
     }
 
-    /// A two-tone mosaic of 4x4 pixel blocks: bit `b` of `pattern` puts block `b` at `ink` instead of `paper`. Returns the mean as well.
+    /// A two-tone mosaic of 4x4 pixel blocks: bit `b` of `pattern` puts block `b` at `ink` instead
+    /// of `paper`. Returns the mean as well.
     ///
     /// The tones come out within about two steps; `ink` and `paper` must be the same in every call.
     pub fn mosaic(&mut self, pattern: u16, ink: u8, paper: u8) -> (TextureId, u8) {
@@ -169,7 +175,8 @@ impl Palette {
         (id, mean)
     }
 
-    /// Adds textures whose luma blocks cost about `bits` each, or `None` if detail of that cost does not fit [`MAX_RESIDUAL`].
+    /// Adds textures whose luma blocks cost about `bits` each, or `None` if detail of that cost
+    /// does not fit [`MAX_RESIDUAL`].
     pub fn add_class(&mut self, bits: f64, random: &mut Seeded) -> Option<Class> {
         let first = TextureId::try_from(self.textures.len())
             .expect("a palette holds a few thousand textures");
@@ -224,7 +231,8 @@ impl Palette {
     }
 }
 
-/// Random detail that costs `bits` or slightly more: mostly low frequencies, so that it looks like cloth rather than noise.
+/// Random detail that costs `bits` or slightly more: mostly low frequencies, so that it looks like
+/// cloth rather than noise.
 fn detail(
     bits: f64,
     y_ac: i32,
@@ -305,7 +313,8 @@ fn walsh_levels(offsets: &[f64; 16], y2_ac: i32) -> Levels {
         let mut unit = [0; 16];
         unit[raster] = 8;
         let basis = inverse_walsh(&unit);
-        // A pixel is an eighth of its block's DC, that an eighth of the WHT's sum; the basis has sixteen entries of +-1.
+        // A pixel is an eighth of its block's DC, that an eighth of the WHT's sum; the basis has
+        // sixteen entries of +-1.
         let coefficient = offsets
             .iter()
             .zip(basis)

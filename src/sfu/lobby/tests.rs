@@ -1189,7 +1189,8 @@ fn a_single_connections_client_is_asked_for_the_offer_that_a_new_track_needs() {
     world.wait(Duration::from_millis(200));
     assert_eq!(required(&mut world), Some((1, 1)));
 
-    // One goes: her section is idle in the next answer, and only the one after it may carry another's track.
+    // One goes: her section is idle in the next answer, and only the one after it may carry
+    // another's track.
     world.request(
         publishers[0].connection,
         Request::Leave(proto::LeaveRequest::default()),
@@ -1453,7 +1454,8 @@ fn nothing_that_a_description_shows_tells_of_anybodys_credentials() {
         .next()
         .unwrap();
     let ids: Vec<Seeded> = ids_around(session_id.parse().unwrap()).collect();
-    // Ids may be computed: this is how they would be, and shows that the rest of the test has teeth.
+    // Ids may be computed: this is how they would be, and shows that the rest of the test has
+    // teeth.
     let sid = next.sid.strip_prefix("PA_").unwrap();
     let is_sid = |chance: &&Seeded| text_of((*chance).clone(), SID_LETTERS, 12) == sid;
     assert!(ids.iter().any(|chance| is_sid(&chance)));

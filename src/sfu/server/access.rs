@@ -1,4 +1,5 @@
-//! Who may do what: tokens, and what a join's query says. The texts of refusals are LiveKit's, except that no token is repeated.
+//! Who may do what: tokens, and what a join's query says. The texts of refusals are LiveKit's,
+//! except that no token is repeated.
 
 use std::collections::HashMap;
 use std::error::Error;

@@ -1,4 +1,5 @@
-//! A Prometheus page: what it costs and LiveKit's names, as far as we know and count what they stand for, then all that the routers count under their own.
+//! A Prometheus page: what it costs and LiveKit's names, as far as we know and count what they
+//! stand for, then all that the routers count under their own.
 
 use axum::extract;
 use axum::http::{StatusCode, header};
@@ -33,7 +34,8 @@ fn add_counts(page: &mut FiguresPage, statistics: &ServerStatistics) {
     }
 }
 
-/// As Prometheus' client libraries name them. CPU time is that of the SFU's threads, which are not alone where a run has it inside; memory is the process's, as it says.
+/// As Prometheus' client libraries name them. CPU time is that of the SFU's threads, which are not
+/// alone where a run has it inside; memory is the process's, as it says.
 fn add_costs(page: &mut FiguresPage) {
     let cpu = net::threads_cpu(THREAD_PREFIX).map(|cpu| ([], cpu.as_secs_f64()));
     page.add(FigureKind::Counter, "process_cpu_seconds_total", "", cpu);

@@ -1,4 +1,5 @@
-//! LiveKit's room service over Twirp, as far as load tests need it: `POST /twirp/livekit.RoomService/METHOD`, protobuf or JSON.
+//! LiveKit's room service over Twirp, as far as load tests need it: `POST
+//! /twirp/livekit.RoomService/METHOD`, protobuf or JSON.
 
 use axum::body::Bytes;
 use axum::extract::{self, Path, RawQuery};

@@ -1,4 +1,5 @@
-//! One WebSocket: a participant's requests in, its messages out. Protobuf in binary frames, or JSON in text frames: a client gets what it sent last.
+//! One WebSocket: a participant's requests in, its messages out. Protobuf in binary frames, or JSON
+//! in text frames: a client gets what it sent last.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -20,7 +21,8 @@ use super::super::lobby::{ConnectionId, Entrant};
 use super::access::HttpRefusal;
 use super::{Input, REQUESTS_BYTES_MAX, ServerState};
 
-/// Messages for a client that does not read: it is disconnected beyond. A participant of a meeting of a thousand gets some hundred at once.
+/// Messages for a client that does not read: it is disconnected beyond. A participant of a meeting
+/// of a thousand gets some hundred at once.
 const QUEUE_MAX: usize = 2048;
 /// And so many bytes: a Join and an offer of a room of ten thousand, twice over.
 const QUEUE_BYTES_MAX: usize = 64 << 20;
@@ -30,7 +32,8 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(20);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// An answer to an offer of ten thousand tracks.
 const MESSAGE_BYTES_MAX: usize = 8 << 20;
-/// Any other request: two bytes may be an empty entry of a list that takes hundreds in memory. Three thousand subscriptions by their sids take 50 KB.
+/// Any other request: two bytes may be an empty entry of a list that takes hundreds in memory.
+/// Three thousand subscriptions by their sids take 50 KB.
 const LISTS_BYTES_MAX: usize = 64 << 10;
 /// In JSON, which hardly anyone speaks: an answer to an offer of some hundred tracks.
 const JSON_BYTES_MAX: usize = 256 << 10;
@@ -153,7 +156,8 @@ async fn serve(socket: WebSocket, state: ServerState, entry: Entrant) {
     let _ = inputs.send(Input::Disconnect { connection }).await;
 }
 
-/// Whether a request is an offer or an answer, by the key of its first field (protobuf encoding: number << 3 | 2).
+/// Whether a request is an offer or an answer, by the key of its first field (protobuf encoding:
+/// number << 3 | 2).
 fn is_description(request: &[u8]) -> bool {
     let keys = [REQUEST_OFFER, REQUEST_ANSWER].map(|number| number << 3 | 2);
     request

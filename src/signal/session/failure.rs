@@ -1,4 +1,5 @@
-//! Why a session, or an attempt at one, came to an end before the run did, and what a participant does about it.
+//! Why a session, or an attempt at one, came to an end before the run did, and what a participant
+//! does about it.
 
 use std::time::Duration;
 
@@ -26,7 +27,8 @@ pub(super) struct SessionFailure {
 pub(super) enum Cure {
     /// The server wants it gone, or nothing would be different the next time.
     None,
-    /// Only signalling is lost, as far as is known: it goes on where it was. With `restart_ice` the server has lost sight of the media connections, too.
+    /// Only signalling is lost, as far as is known: it goes on where it was. With `restart_ice` the
+    /// server has lost sight of the media connections, too.
     Resume { restart_ice: bool },
     /// It joins anew under the same identity.
     Rejoin,

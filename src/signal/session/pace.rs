@@ -1,18 +1,22 @@
-//! How fast a server may talk to one participant. One that talks faster is read more slowly, and waits.
+//! How fast a server may talk to one participant. One that talks faster is read more slowly, and
+//! waits.
 //!
-//! What a message makes of work is bounded, and so is how many come in a second: a server that sends nothing but offers, or speakers, or candidates takes a
-//! bounded share of this host, and what waits for shards and for the run stays short.
+//! What a message makes of work is bounded, and so is how many come in a second: a server that
+//! sends nothing but offers, or speakers, or candidates takes a bounded share of this host, and
+//! what waits for shards and for the run stays short.
 
 use std::time::Duration;
 
 use super::SignalEvent;
 use crate::units::Time;
 
-/// Messages of any kind, in the long run. A meeting of a thousand gets some hundred a second at its busiest.
+/// Messages of any kind, in the long run. A meeting of a thousand gets some hundred a second at its
+/// busiest.
 const PER_SECOND: u32 = 1_024;
 /// So many at once: everybody of a large room at a join.
 const BURST: u32 = 4_096;
-/// One that makes work for a shard, or is answered by a description, counts as so many: 64 a second, 256 at once. LiveKit keeps 150 ms between two offers.
+/// One that makes work for a shard, or is answered by a description, counts as so many: 64 a
+/// second, 256 at once. LiveKit keeps 150 ms between two offers.
 const COSTLY: u32 = 16;
 
 pub(super) struct SignalPace {

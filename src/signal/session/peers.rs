@@ -20,7 +20,8 @@ const NAMED_MAX: usize = 4;
 /// How long to wait for candidates after a description without a usable one.
 const CANDIDATES_WAIT: Duration = Duration::from_millis(1_500);
 
-/// The connections of a participant. With one connection for everything, that is the publisher's: LiveKit's signalling calls it so.
+/// The connections of a participant. With one connection for everything, that is the publisher's:
+/// LiveKit's signalling calls it so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PeerRole {
     Publisher,
@@ -95,9 +96,11 @@ impl PeerHalf {
         self.wanted && self.connected_at.is_none()
     }
 
-    /// Opens a path and draws the credentials, where that has not been done: our end, as descriptions give it.
+    /// Opens a path and draws the credentials, where that has not been done: our end, as
+    /// descriptions give it.
     ///
-    /// The server has named no candidate yet. Its media is usually where that of others of this run was, and for the first one where its signalling is.
+    /// The server has named no candidate yet. Its media is usually where that of others of this run
+    /// was, and for the first one where its signalling is.
     pub(super) fn open(
         &mut self,
         signalling_ip: IpAddr,
@@ -128,7 +131,8 @@ impl PeerHalf {
         Ok(self.local.insert(local))
     }
 
-    /// For an ICE restart (RFC 8839, section 4.4.1.1.1): our next description has new credentials. Our address stays.
+    /// For an ICE restart (RFC 8839, section 4.4.1.1.1): our next description has new credentials.
+    /// Our address stays.
     pub(super) fn draw_credentials(&mut self) {
         if let Some(local) = self.local.as_mut() {
             let IceCredentials { ufrag, password } = IceCredentials::random();
@@ -198,7 +202,8 @@ impl PeerHalf {
             .collect()
     }
 
-    /// Sees to it that there is a socket for a candidate of the server: its address, where there is one.
+    /// Sees to it that there is a socket for a candidate of the server: its address, where there is
+    /// one.
     pub(super) fn reach(
         &mut self,
         candidate: &Candidate,
@@ -229,7 +234,8 @@ impl PeerHalf {
         }
     }
 
-    /// A socket for the route on which `source` is our address, and what the server is to be told of it.
+    /// A socket for the route on which `source` is our address, and what the server is to be told
+    /// of it.
     fn open_towards(&mut self, source: IpAddr, context: &SessionContext) -> std::io::Result<()> {
         let family = Family::of(source);
         let known = self.ports.iter().find(|(known, _)| *known == family);
@@ -274,7 +280,8 @@ impl PeerHalf {
         self.offered.is_whole = true;
     }
 
-    /// When it is settled that no candidate of the server can be used, unless one comes; `None` where one can, or nothing is known yet.
+    /// When it is settled that no candidate of the server can be used, unless one comes; `None`
+    /// where one can, or nothing is known yet.
     pub(super) fn without_path_at(&self) -> Option<Time> {
         if self.connected_at.is_some() || !self.offered.reached.is_empty() {
             return None;

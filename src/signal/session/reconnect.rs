@@ -1,7 +1,10 @@
-//! What becomes of a participant that has lost its connection: it resumes its session, joins anew, or gives up.
+//! What becomes of a participant that has lost its connection: it resumes its session, joins anew,
+//! or gives up.
 //!
-//! As real clients do: where only signalling is lost, the media connections go on while the WebSocket is opened again. Where the server has forgotten the
-//! session, or a media connection has failed, everything is made anew under the same identity, and what was missed meanwhile stays missed.
+//! As real clients do: where only signalling is lost, the media connections go on while the
+//! WebSocket is opened again. Where the server has forgotten the session, or a media connection has
+//! failed, everything is made anew under the same identity, and what was missed meanwhile stays
+//! missed.
 
 use std::time::Duration;
 
@@ -11,7 +14,8 @@ use super::*;
 
 /// One attempt to resume: a server answers from memory.
 pub(super) const RESUME_TIMEOUT: Duration = Duration::from_secs(5);
-/// So long a participant tries to come back: LiveKit forgets one whose media has stopped after some 20 s.
+/// So long a participant tries to come back: LiveKit forgets one whose media has stopped after some
+/// 20 s.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A participant that was in has lost its connection, and is on its way back.
@@ -24,7 +28,8 @@ pub(super) struct Lost {
 }
 
 impl Lost {
-    /// `back` is when it came back from its last loss, and how many tries that took: one who is thrown out again at once does not come back ever faster.
+    /// `back` is when it came back from its last loss, and how many tries that took: one who is
+    /// thrown out again at once does not come back ever faster.
     pub(super) fn at(at: Time, back: Option<(Time, u32)>) -> Lost {
         Lost {
             at,
@@ -74,7 +79,8 @@ impl Session {
         Ok(signal)
     }
 
-    /// What was said while nobody listened is said again: our last offer, and with one connection also the server's wish for another.
+    /// What was said while nobody listened is said again: our last offer, and with one connection
+    /// also the server's wish for another.
     async fn offer_again(
         &mut self,
         restart_ice: bool,
@@ -102,7 +108,8 @@ impl Session {
         Some(pause).filter(|pause| now.since(lost.at) + *pause <= RECONNECT_TIMEOUT)
     }
 
-    /// How long to wait before joining (again) after an attempt that failed or a session that is gone; `None`: not at all.
+    /// How long to wait before joining (again) after an attempt that failed or a session that is
+    /// gone; `None`: not at all.
     pub(super) fn pause_after(&mut self, failure: &SessionFailure) -> Option<Duration> {
         if self.first_timeline.is_none() {
             return self.pause_after_join();
@@ -140,7 +147,8 @@ impl Session {
         Some(retry_pause(self.join_retries, self.plan.seed))
     }
 
-    /// The server no longer knows this participant: its media must not go on, and the next attempt begins with nothing.
+    /// The server no longer knows this participant: its media must not go on, and the next attempt
+    /// begins with nothing.
     pub(super) fn start_over(&mut self) {
         self.remove_peers();
         self.joined = false;

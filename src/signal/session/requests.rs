@@ -1,4 +1,5 @@
-//! What a participant is asked to do while it is in, in the order in which it was asked. That it is to leave is heard at any time.
+//! What a participant is asked to do while it is in, in the order in which it was asked. That it is
+//! to leave is heard at any time.
 
 use std::collections::VecDeque;
 use std::future::pending;

@@ -1,4 +1,5 @@
-//! A participant's tracks: what is said of them in AddTrack and in descriptions, and what the shard gets once they are agreed.
+//! A participant's tracks: what is said of them in AddTrack and in descriptions, and what the shard
+//! gets once they are agreed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -70,7 +71,8 @@ struct Layer {
 }
 
 impl SessionTrack {
-    /// The tracks of one participant: its number in the plan and everything that is drawn for them come from there.
+    /// The tracks of one participant: its number in the plan and everything that is drawn for them
+    /// come from there.
     pub(super) fn of(plan: &ParticipantPlan, media: &Media) -> Vec<SessionTrack> {
         let audio = media
             .audio
@@ -110,7 +112,8 @@ impl SessionTrack {
             Kind::Audio => "audio",
             Kind::Video => "video",
         };
-        // Distinct for the participant's few SSRCs by the low bits, and unguessable enough to be distinct in a room.
+        // Distinct for the participant's few SSRCs by the low bits, and unguessable enough to be
+        // distinct in a room.
         let base = (plan.seed >> 16) as u32 & !0xF;
         let layers: Vec<Layer> = (0..)
             .zip(sources)
@@ -161,7 +164,8 @@ impl SessionTrack {
         self.local.codec.kind()
     }
 
-    /// The first of the track's slots from `ready` on. Slots are moments of the run's clock, so that tracks stay spread however their joins are timed.
+    /// The first of the track's slots from `ready` on. Slots are moments of the run's clock, so
+    /// that tracks stay spread however their joins are timed.
     pub(super) fn first_slot(&self, plan: &ParticipantPlan, ready: Time) -> Time {
         let interval = self
             .layers
@@ -176,7 +180,8 @@ impl SessionTrack {
         )
     }
 
-    /// For the shard, which starts all layers with the frame of `first_frame_at`; none until the server has taken the track.
+    /// For the shard, which starts all layers with the frame of `first_frame_at`; none until the
+    /// server has taken the track.
     pub(super) fn send_parameters(
         &self,
         plan: &ParticipantPlan,
@@ -240,7 +245,8 @@ impl SessionTrack {
     }
 
     fn simulcast_layer(&self, negotiated: &NegotiatedMedia, rid: &str) -> SimulcastLayer {
-        // An id of 0 is none: the shard refuses it, and the track is missed. Without mid and rid the server could not tell layers apart.
+        // An id of 0 is none: the shard refuses it, and the track is missed. Without mid and rid
+        // the server could not tell layers apart.
         let id = |extension| negotiated.extensions.id(extension);
         SimulcastLayer {
             mid: negotiated.mid.clone(),
@@ -257,7 +263,8 @@ impl SessionTrack {
         }
     }
 
-    /// The layers that somebody watches, one bit each; of a track with one layer that is the one, whatever it is called.
+    /// The layers that somebody watches, one bit each; of a track with one layer that is the one,
+    /// whatever it is called.
     pub(super) fn watched_layers(&self, update: &proto::SubscribedQualityUpdate) -> Option<u8> {
         // We publish one codec.
         let codec = update.subscribed_codecs.first()?;
@@ -274,7 +281,8 @@ impl SessionTrack {
     }
 }
 
-/// Where in the frame interval a track's slots lie: multiples of the golden ratio, so that any number of tracks is spread evenly.
+/// Where in the frame interval a track's slots lie: multiples of the golden ratio, so that any
+/// number of tracks is spread evenly.
 fn slot_offset(index: u32, track: u8, interval: Duration) -> Duration {
     let turn = index
         .wrapping_mul(2)
@@ -332,7 +340,8 @@ pub(super) fn add_track_request(track: &SessionTrack) -> proto::AddTrackRequest 
     request
 }
 
-/// Without them the server says that nobody watches anything. A single layer counts as high, several from low on.
+/// Without them the server says that nobody watches anything. A single layer counts as high,
+/// several from low on.
 fn video_layers(track: &SessionTrack) -> Vec<proto::VideoLayer> {
     let mut layers = Vec::new();
     for (at, layer) in track.layers.iter().enumerate() {

@@ -1,4 +1,5 @@
-//! What one participant looks at: which of the video tracks it gets have a place on its screen, how large, and what the server is to be asked for therefore.
+//! What one participant looks at: which of the video tracks it gets have a place on its screen, how
+//! large, and what the server is to be asked for therefore.
 //!
 //! No clock, no I/O: tracks and speakers come in, changes of settings go out.
 
@@ -16,7 +17,8 @@ pub(super) struct Viewer {
     size_of_all: Option<Option<Size>>,
     /// As our own publishers send them.
     layers: Vec<VideoSpec>,
-    /// The one who spoke last is first; where nobody is told apart, in the order in which they came.
+    /// The one who spoke last is first; where nobody is told apart, in the order in which they
+    /// came.
     tiles: Vec<Tile>,
     shown_ever: Vec<Box<str>>,
 }
@@ -77,7 +79,8 @@ impl Viewer {
             // Another stream of the same track starts without settings.
             Some(tile) => (tile.ssrc, tile.told) = (track.ssrc, None),
             None => self.tiles.push(Tile {
-                // LiveKit's stream id: the participant's sid, and after a bar the track's or the stream's name.
+                // LiveKit's stream id: the participant's sid, and after a bar the track's or the
+                // stream's name.
                 participant_sid: track.stream_id.split('|').next().unwrap_or_default().into(),
                 track_sid: track.track_id.clone(),
                 ssrc: track.ssrc,
@@ -96,7 +99,8 @@ impl Viewer {
         self.tiles.retain(|tile| tile.ssrc != ssrc);
     }
 
-    /// Takes what has changed among the speakers. The loudest new one comes first, unless the one who is first still speaks.
+    /// Takes what has changed among the speakers. The loudest new one comes first, unless the one
+    /// who is first still speaks.
     pub(super) fn handle_speakers(&mut self, speakers: &[proto::SpeakerInfo]) {
         for speaker in speakers {
             let tiles = self

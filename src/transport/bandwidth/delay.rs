@@ -1,4 +1,5 @@
-//! Whether the queue of the bottleneck grows: draft-ietf-rmcat-gcc-02, sections 5.2 to 5.4, with libwebrtc's line in place of the Kalman filter.
+//! Whether the queue of the bottleneck grows: draft-ietf-rmcat-gcc-02, sections 5.2 to 5.4, with
+//! libwebrtc's line in place of the Kalman filter.
 
 use std::time::Duration;
 
@@ -17,12 +18,14 @@ const REORDERED_MAX: u8 = 3;
 const WINDOW: usize = 20;
 /// What the delay so far keeps of its old value with each group.
 const SMOOTHING: f64 = 0.9;
-/// The slope is so small a number that it is multiplied by the count of groups, up to this, and by the gain.
+/// The slope is so small a number that it is multiplied by the count of groups, up to this, and by
+/// the gain.
 const GROUPS_MAX: u32 = 60;
 const GAIN: f64 = 4.0;
 /// The queue has to grow for so long, by the sender's clock, before it is called overuse.
 const OVERUSE_MS: f64 = 10.0;
-/// The threshold that the slope is held against follows it, fast away from it and slowly back, so that a rival that fills queues does not starve us.
+/// The threshold that the slope is held against follows it, fast away from it and slowly back, so
+/// that a rival that fills queues does not starve us.
 const THRESHOLD_FIRST: f64 = 12.5;
 const THRESHOLD_MIN: f64 = 6.0;
 const THRESHOLD_MAX: f64 = 600.0;
@@ -72,7 +75,8 @@ impl Group {
         }
     }
 
-    /// Sent with the rest, or held up with it: come close behind, and sooner behind than it was sent.
+    /// Sent with the rest, or held up with it: come close behind, and sooner behind than it was
+    /// sent.
     fn takes(&self, sent: Time, arrival: Time) -> bool {
         let apart = arrival.since(self.last_arrival);
         let caught_up = apart <= GROUP
@@ -87,7 +91,8 @@ impl DelayTrend {
         self.detector.usage
     }
 
-    /// Takes a packet that was `sent` by a clock of which only differences count. Packets come in the order of their arrival.
+    /// Takes a packet that was `sent` by a clock of which only differences count. Packets come in
+    /// the order of their arrival.
     pub fn handle_packet(&mut self, sent: Time, arrival: Time) {
         let Some(group) = &mut self.group else {
             self.group = Some(Group::new(sent, arrival));
@@ -154,7 +159,8 @@ struct TrendLine {
 }
 
 impl TrendLine {
-    /// Takes by how much the delay grew; returns the slope, in ms a ms. It is 0 until there are points enough.
+    /// Takes by how much the delay grew; returns the slope, in ms a ms. It is 0 until there are
+    /// points enough.
     fn add(&mut self, growth_ms: f64, arrival: Time) -> f64 {
         self.delay_ms += growth_ms;
         self.smoothed_ms = SMOOTHING * self.smoothed_ms + (1.0 - SMOOTHING) * self.delay_ms;

@@ -1,4 +1,5 @@
-//! What arrives, and what might: the rate over a sliding window, and the rate control of draft-ietf-rmcat-gcc-02, section 5.5.
+//! What arrives, and what might: the rate over a sliding window, and the rate control of
+//! draft-ietf-rmcat-gcc-02, section 5.5.
 
 use std::time::Duration;
 
@@ -131,7 +132,8 @@ impl AimdRateControl {
         self.changed_at = Some(now);
     }
 
-    /// Whether a further step down may follow: after a round trip, or at once where half of the estimate arrives.
+    /// Whether a further step down may follow: after a round trip, or at once where half of the
+    /// estimate arrives.
     pub fn may_reduce(&self, throughput: f64, now: Time) -> bool {
         let waited = self
             .changed_at

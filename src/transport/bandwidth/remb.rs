@@ -1,7 +1,9 @@
-//! What a receiver tells a sender that wants REMB (draft-alvestrand-rmcat-remb): an estimate from the packets' abs-send-time and their arrivals.
+//! What a receiver tells a sender that wants REMB (draft-alvestrand-rmcat-remb): an estimate from
+//! the packets' abs-send-time and their arrivals.
 //!
-//! As libwebrtc's estimator for abs-send-time, with the line instead of the older filter, and without its reading of the first two seconds' packet
-//! distances as probes: so the first estimate is that of an overuse, or of what arrives after five seconds.
+//! As libwebrtc's estimator for abs-send-time, with the line instead of the older filter, and
+//! without its reading of the first two seconds' packet distances as probes: so the first estimate
+//! is that of an overuse, or of what arrives after five seconds.
 
 use std::time::Duration;
 
@@ -104,7 +106,8 @@ impl ReceiveEstimator {
     }
 }
 
-/// The sender's clock, without its wrap of 64 s. It begins high enough that what was overtaken does not fall below zero.
+/// The sender's clock, without its wrap of 64 s. It begins high enough that what was overtaken does
+/// not fall below zero.
 #[derive(Debug, Default)]
 struct SendClock {
     newest: i64,
@@ -132,7 +135,8 @@ impl SendClock {
 mod tests {
     use super::*;
 
-    /// A sender of `kbps(t)` at time t, in ms, over a bottleneck of `capacity(t)` kbit/s with a queue of half a second: what the receiver said, and when.
+    /// A sender of `kbps(t)` at time t, in ms, over a bottleneck of `capacity(t)` kbit/s with a
+    /// queue of half a second: what the receiver said, and when.
     fn watch(
         seconds: u64,
         kbps: impl Fn(u64) -> u64,

@@ -1,7 +1,9 @@
-//! A sender's estimate of what its path carries, from transport-wide feedback: the lower of what delay and what loss allow, and probes that look for more.
+//! A sender's estimate of what its path carries, from transport-wide feedback: the lower of what
+//! delay and what loss allow, and probes that look for more.
 //!
-//! Where libwebrtc's sender is simplified, it says so here: loss counts by its first rule (below 2 % grow, above 10 % halve by the share that was lost), and
-//! a sender that lacks a layer is taken for one that is limited by what it has to send, so that it probes regularly.
+//! Where libwebrtc's sender is simplified, it says so here: loss counts by its first rule (below 2
+//! % grow, above 10 % halve by the share that was lost), and a sender that lacks a layer is taken
+//! for one that is limited by what it has to send, so that it probes regularly.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -45,7 +47,8 @@ const PROBE_SHARE_MIN: f64 = 0.8;
 const PROBE_PATIENCE: Duration = Duration::from_secs(1);
 /// Above this multiple of what was sent, arrivals were held up and came at once.
 const PROBE_RATIO_MAX: f64 = 2.0;
-/// A probe that arrived slower than this share of its rate has met the limit, which is a little below.
+/// A probe that arrived slower than this share of its rate has met the limit, which is a little
+/// below.
 const PROBE_SATURATED: f64 = 0.9;
 const PROBE_SATURATED_USE: f64 = 0.95;
 
@@ -337,7 +340,8 @@ impl Cluster {
             let seconds = to.since(from).as_secs_f64();
             (seconds > 0.0).then(|| bytes as f64 * 8.0 / seconds)
         };
-        // The interval of what was sent leaves out the last packet's own time; that of what arrived, the first one's.
+        // The interval of what was sent leaves out the last packet's own time; that of what
+        // arrived, the first one's.
         let sent = rate(
             self.bytes - self.last_sent.1,
             self.first_sent.0,
@@ -364,7 +368,8 @@ impl Cluster {
 mod tests {
     use super::*;
 
-    /// A sender with an estimator over a bottleneck with a queue of 300 ms, feedback each 100 ms: it sends `rate(estimate)` and its probes.
+    /// A sender with an estimator over a bottleneck with a queue of 300 ms, feedback each 100 ms:
+    /// it sends `rate(estimate)` and its probes.
     struct BottleneckLink {
         estimator: SendEstimator,
         now_ms: u64,

@@ -1,4 +1,5 @@
-//! What a message of transport-wide feedback says (draft-holmer-rmcat-transport-wide-cc-extensions-01, section 3.1): which packets came, and when.
+//! What a message of transport-wide feedback says
+//! (draft-holmer-rmcat-transport-wide-cc-extensions-01, section 3.1): which packets came, and when.
 
 use super::FEEDBACK_TICK;
 use crate::transport::rtp::{be16, be24};
@@ -120,7 +121,8 @@ fn step_len(symbol: u8) -> Option<usize> {
     }
 }
 
-/// A number, and when it came: in microseconds after the reference time, less than a day to either side. `None`: it did not.
+/// A number, and when it came: in microseconds after the reference time, less than a day to either
+/// side. `None`: it did not.
 impl Iterator for Arrivals<'_> {
     type Item = (Seq, Option<i64>);
 

@@ -1,7 +1,8 @@
-//! RTCP without allocation: a [`RtcpWriter`] of compound packets into a lent buffer, and [`packets`], a walk over what came in.
+//! RTCP without allocation: a [`RtcpWriter`] of compound packets into a lent buffer, and
+//! [`packets`], a walk over what came in.
 //!
-//! RFC 3550 (SR, RR, SDES, BYE), RFC 4585 (NACK, PLI), RFC 5104 (FIR), RFC 3611 (XR), draft-alvestrand-rmcat-remb,
-//! draft-holmer-rmcat-transport-wide-cc-extensions-01.
+//! RFC 3550 (SR, RR, SDES, BYE), RFC 4585 (NACK, PLI), RFC 5104 (FIR), RFC 3611 (XR),
+//! draft-alvestrand-rmcat-remb, draft-holmer-rmcat-transport-wide-cc-extensions-01.
 
 mod arrivals;
 mod read;
@@ -36,7 +37,8 @@ pub struct ReportBlock {
     pub ssrc: u32,
     /// Since the previous report, in 1/256.
     pub fraction_lost: u8,
-    /// In packets, negative if duplicates outnumber losses. 24 bits on the wire: written values stop at either end, as RFC 3550, appendix A.3 has it.
+    /// In packets, negative if duplicates outnumber losses. 24 bits on the wire: written values
+    /// stop at either end, as RFC 3550, appendix A.3 has it.
     pub cumulative_lost: i32,
     /// Rollover count above the highest sequence number.
     pub extended_highest_seq: u32,
@@ -48,7 +50,8 @@ pub struct ReportBlock {
     pub dlsr: u32,
 }
 
-/// One sub-block of a DLRR report (RFC 3611, section 4.5): a receiver without media learns its RTT from it.
+/// One sub-block of a DLRR report (RFC 3611, section 4.5): a receiver without media learns its RTT
+/// from it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DlrrBlock {
     /// The receiver whose RRTR is answered.
@@ -61,13 +64,15 @@ pub struct DlrrBlock {
 
 /// The round-trip time that a report block (or a DLRR sub-block) shows (RFC 3550, section 6.4.1).
 ///
-/// `now_ntp_middle` is the middle of our NTP clock at the report's arrival ([`crate::units::ntp_middle`]).
-/// `None` if the peer had nothing to refer to (`lsr` = 0), or if its delay exceeds the time that has passed.
+/// `now_ntp_middle` is the middle of our NTP clock at the report's arrival
+/// ([`crate::units::ntp_middle`]). `None` if the peer had nothing to refer to (`lsr` = 0), or if
+/// its delay exceeds the time that has passed.
 pub fn rtt_from_report(now_ntp_middle: u32, lsr: u32, dlsr: u32) -> Option<Duration> {
     if lsr == 0 {
         return None;
     }
-    // The stamps wrap every 18 hours. Their distance is below half of that, or the peer is making it up.
+    // The stamps wrap every 18 hours. Their distance is below half of that, or the peer is making
+    // it up.
     let since_sr = i64::from(now_ntp_middle.wrapping_sub(lsr) as i32);
     let rtt = u64::try_from(since_sr - i64::from(dlsr)).ok()?;
     Some(Duration::from_nanos((rtt * 1_000_000_000) >> 16))

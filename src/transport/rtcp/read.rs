@@ -36,7 +36,8 @@ pub enum RtcpPacket<'a> {
         /// Up to 17 for each four bytes; in the sender's order, repetitions included.
         seqs: NackSeqs<'a>,
     },
-    /// Transport-wide feedback (draft-holmer-rmcat-transport-wide-cc-extensions-01) from its base sequence number on.
+    /// Transport-wide feedback (draft-holmer-rmcat-transport-wide-cc-extensions-01) from its base
+    /// sequence number on.
     TransportCc {
         sender_ssrc: u32,
         media_ssrc: u32,
@@ -48,7 +49,8 @@ pub enum RtcpPacket<'a> {
     },
     Fir {
         sender_ssrc: u32,
-        /// (media SSRC, command sequence number): a repeated number is a repeated request, not a new one.
+        /// (media SSRC, command sequence number): a repeated number is a repeated request, not a
+        /// new one.
         entries: FirEntries<'a>,
     },
     Remb {
@@ -74,7 +76,8 @@ pub enum RtcpPacket<'a> {
 /// What was wrong with a packet. The caller counts it; nothing of that packet was used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MalformedRtcp {
-    /// The version is not 2, or length or padding run past the end: where the next packet starts is unknown, so the walk ends.
+    /// The version is not 2, or length or padding run past the end: where the next packet starts is
+    /// unknown, so the walk ends.
     Framing,
     /// The contents contradict the packet's own length. The walk goes on behind it.
     Contents,
@@ -305,7 +308,8 @@ impl<'a> RtcpFrame<'a> {
     }
 }
 
-/// RFC 3550 wants whole words of padding. The webrtc-rs family writes fewer bytes behind a BYE, so any count that fits is taken.
+/// RFC 3550 wants whole words of padding. The webrtc-rs family writes fewer bytes behind a BYE, so
+/// any count that fits is taken.
 fn without_padding(padded: &[u8]) -> Option<&[u8]> {
     let count = usize::from(*padded.last()?);
     if count == 0 {

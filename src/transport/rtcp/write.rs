@@ -11,9 +11,11 @@ use super::{
 use crate::transport::sequence::Seq;
 use crate::units::{Bitrate, Time};
 
-/// Appends packets to a compound. What does not fit leaves no trace: send what is there, start anew, write it again.
+/// Appends packets to a compound. What does not fit leaves no trace: send what is there, start
+/// anew, write it again.
 ///
-/// The order is the caller's: a compound starts with a report (RFC 3550, section 6.1) unless the peer takes reduced-size RTCP.
+/// The order is the caller's: a compound starts with a report (RFC 3550, section 6.1) unless the
+/// peer takes reduced-size RTCP.
 #[derive(Debug)]
 pub struct RtcpWriter<'a> {
     out: &'a mut [u8],
@@ -77,7 +79,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// RR; an empty one if there is nothing to report. Beyond 31 reports, further packets follow it.
+    /// RR; an empty one if there is nothing to report. Beyond 31 reports, further packets follow
+    /// it.
     pub fn receiver_report(
         &mut self,
         ssrc: u32,
@@ -118,7 +121,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// Generic NACK. `lost` in sending order packs best: up to 17 numbers in four bytes. Nothing is written if it is empty.
+    /// Generic NACK. `lost` in sending order packs best: up to 17 numbers in four bytes. Nothing is
+    /// written if it is empty.
     pub fn nack(
         &mut self,
         sender_ssrc: u32,
@@ -147,9 +151,11 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// Transport-wide feedback: when each packet from `base` on came, if it did. `message` counts messages, so that lost ones are noticed.
+    /// Transport-wide feedback: when each packet from `base` on came, if it did. `message` counts
+    /// messages, so that lost ones are noticed.
     ///
-    /// Times are rounded to [`FEEDBACK_TICK`]; two neighbours are less than 8 s apart, or the message cannot say it.
+    /// Times are rounded to [`FEEDBACK_TICK`]; two neighbours are less than 8 s apart, or the
+    /// message cannot say it.
     pub fn transport_cc(
         &mut self,
         sender_ssrc: u32,
@@ -183,7 +189,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// FIR: (media SSRC, command sequence number); the number goes up by one for each new request (RFC 5104, section 4.3.1).
+    /// FIR: (media SSRC, command sequence number); the number goes up by one for each new request
+    /// (RFC 5104, section 4.3.1).
     pub fn fir(&mut self, sender_ssrc: u32, entries: &[(u32, u8)]) -> Result<(), WriteError> {
         self.packet(PAYLOAD_FEEDBACK, |packet| {
             packet.put_all(&[sender_ssrc, 0])?;
@@ -194,7 +201,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// REMB for at most 255 sources. The wire keeps 18 significant bits; the rest is cut, so the peer never reads more than was said.
+    /// REMB for at most 255 sources. The wire keeps 18 significant bits; the rest is cut, so the
+    /// peer never reads more than was said.
     pub fn remb(
         &mut self,
         sender_ssrc: u32,
@@ -213,8 +221,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// XR with our clock (RRTR, an NTP stamp) and our answers to the clocks of others (DLRR), either of which may be absent.
-    /// Nothing is written if both are.
+    /// XR with our clock (RRTR, an NTP stamp) and our answers to the clocks of others (DLRR),
+    /// either of which may be absent. Nothing is written if both are.
     pub fn xr(
         &mut self,
         ssrc: u32,
@@ -261,7 +269,8 @@ impl<'a> RtcpWriter<'a> {
         result
     }
 
-    /// Appends one packet: `fill` writes whole words behind the header and returns the header's five-bit count.
+    /// Appends one packet: `fill` writes whole words behind the header and returns the header's
+    /// five-bit count.
     fn packet(
         &mut self,
         payload_type: u8,

@@ -1,6 +1,8 @@
-//! RTP packets as they lie in a datagram: demultiplexing, header and extensions, payload, RTX (RFC 3550, 8285, 7983, 4588).
+//! RTP packets as they lie in a datagram: demultiplexing, header and extensions, payload, RTX (RFC
+//! 3550, 8285, 7983, 4588).
 //!
-//! Views are offsets, not borrows: a [`Header`] is parsed from the sealed packet, survives opening it in place, and then finds extensions and payload in the plain bytes.
+//! Views are offsets, not borrows: a [`Header`] is parsed from the sealed packet, survives opening
+//! it in place, and then finds extensions and payload in the plain bytes.
 
 mod template;
 
@@ -22,7 +24,8 @@ pub enum Datagram {
     Unknown,
 }
 
-/// Sorts a datagram by its first two bytes and its length. Nothing more is promised about the contents.
+/// Sorts a datagram by its first two bytes and its length. Nothing more is promised about the
+/// contents.
 pub fn classify(datagram: &[u8]) -> Datagram {
     match (datagram.first(), datagram.len()) {
         (Some(0..=3), 20..) => Datagram::Stun,
@@ -33,12 +36,14 @@ pub fn classify(datagram: &[u8]) -> Datagram {
     }
 }
 
-/// Whether a packet known to be RTP or RTCP is RTCP: its second byte lies in 192..=223 (RFC 5761, section 4).
+/// Whether a packet known to be RTP or RTCP is RTCP: its second byte lies in 192..=223 (RFC 5761,
+/// section 4).
 pub fn is_rtcp(packet: &[u8]) -> bool {
     matches!(packet.get(1), Some(192..=223))
 }
 
-/// The RTP header's fields, and where extensions and payload lie. SRTP leaves all of it in the clear.
+/// The RTP header's fields, and where extensions and payload lie. SRTP leaves all of it in the
+/// clear.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     pub marker: bool,
@@ -63,7 +68,8 @@ enum ExtensionForm {
 }
 
 impl Header {
-    /// Parses a packet of at least a header's length; `None` if the version is not 2 or a length runs past the end.
+    /// Parses a packet of at least a header's length; `None` if the version is not 2 or a length
+    /// runs past the end.
     pub fn parse(packet: &[u8]) -> Option<Header> {
         let (fixed, _) = packet.split_first_chunk::<FIXED_LEN>()?;
         let [flags, marker_and_type, s0, s1, t0, t1, t2, t3, ssrc @ ..] = *fixed;
@@ -104,7 +110,8 @@ impl Header {
             .map(|(_, value)| value)
     }
 
-    /// All extension elements of `packet` in order, (id, value), up to the first that is malformed (RFC 8285, section 4).
+    /// All extension elements of `packet` in order, (id, value), up to the first that is malformed
+    /// (RFC 8285, section 4).
     pub fn extensions<'a>(&self, packet: &'a [u8]) -> Extensions<'a> {
         let rest = packet
             .get(self.extensions_at..self.header_len)
@@ -115,7 +122,8 @@ impl Header {
         }
     }
 
-    /// The payload of the plain `packet` without its padding; empty in a packet of padding alone, `None` if the padding count is a lie.
+    /// The payload of the plain `packet` without its padding; empty in a packet of padding alone,
+    /// `None` if the padding count is a lie.
     pub fn payload<'a>(&self, packet: &'a [u8]) -> Option<&'a [u8]> {
         let padded = packet.get(self.header_len..)?;
         if !self.padding {
@@ -166,7 +174,8 @@ impl<'a> Extensions<'a> {
     fn one_byte_element(&mut self) -> Option<(u8, &'a [u8])> {
         let (&first, rest) = self.skip_padding()?;
         let (id, len) = (first >> 4, usize::from(first & 0x0F) + 1);
-        // An id of 0 with a length ends the walk, and so does the reserved 15 (RFC 8285, section 4.2).
+        // An id of 0 with a length ends the walk, and so does the reserved 15 (RFC 8285, section
+        // 4.2).
         if id == 0 || id == 15 {
             return None;
         }
@@ -192,7 +201,8 @@ impl<'a> Extensions<'a> {
     }
 }
 
-/// Splits a retransmission's payload into the original sequence number and the original payload (RFC 4588, section 4).
+/// Splits a retransmission's payload into the original sequence number and the original payload
+/// (RFC 4588, section 4).
 ///
 /// `None` for an RTX packet that carries nothing, as bandwidth probes do.
 pub fn split_rtx(payload: &[u8]) -> Option<(Seq, &[u8])> {
@@ -201,7 +211,8 @@ pub fn split_rtx(payload: &[u8]) -> Option<(Seq, &[u8])> {
 }
 
 /// Writes the original sequence number behind a retransmission's header and returns its length.
-/// The original payload follows it; payload type, SSRC and sequence number of the header are the RTX stream's own.
+/// The original payload follows it; payload type, SSRC and sequence number of the header are the
+/// RTX stream's own.
 pub fn write_rtx_osn(out: &mut [u8], original: Seq) -> Option<usize> {
     *out.first_chunk_mut()? = original.0.to_be_bytes();
     Some(2)

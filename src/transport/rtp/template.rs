@@ -1,15 +1,18 @@
-//! Writing RTP headers: everything fixed for a stream is laid out once and copied, the rest is patched in.
+//! Writing RTP headers: everything fixed for a stream is laid out once and copied, the rest is
+//! patched in.
 
 use super::{EXTENSION_FLAG, FIXED_LEN, MARKER_FLAG, ONE_BYTE_PROFILE};
 use crate::transport::sequence::Seq;
 
-/// Room for the fixed header and 80 bytes of extension: mid, rid and repaired rid of usual length, and the per-packet ones.
+/// Room for the fixed header and 80 bytes of extension: mid, rid and repaired rid of usual length,
+/// and the per-packet ones.
 const CAPACITY: usize = 96;
 
-/// A stream's RTP header with its extensions in the one-byte form of RFC 8285; see [`HeaderTemplate::write`].
+/// A stream's RTP header with its extensions in the one-byte form of RFC 8285; see
+/// [`HeaderTemplate::write`].
 ///
-/// A stream that drops mid and rid once the receiver knows it has a second template. `ROOM` is the longest header in bytes: whoever keeps thousands of them
-/// and needs less says so.
+/// A stream that drops mid and rid once the receiver knows it has a second template. `ROOM` is the
+/// longest header in bytes: whoever keeps thousands of them and needs less says so.
 #[derive(Clone, Debug)]
 pub struct HeaderTemplate<const ROOM: usize = CAPACITY> {
     bytes: [u8; ROOM],
@@ -19,7 +22,8 @@ pub struct HeaderTemplate<const ROOM: usize = CAPACITY> {
     end: u8,
 }
 
-/// Where an extension's value lies in every packet of a template: values that change are written there after the header.
+/// Where an extension's value lies in every packet of a template: values that change are written
+/// there after the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExtensionSlot {
     at: u8,
@@ -29,7 +33,8 @@ pub struct ExtensionSlot {
 /// Why a template was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TemplateError {
-    /// Above 127, or in 64..=95, where the marker bit makes it look like RTCP (RFC 5761, section 4).
+    /// Above 127, or in 64..=95, where the marker bit makes it look like RTCP (RFC 5761, section
+    /// 4).
     PayloadType,
     /// Outside 1..=14.
     ExtensionId,
@@ -86,7 +91,8 @@ impl<const ROOM: usize> HeaderTemplate<ROOM> {
         })
     }
 
-    /// Appends an extension element. What does not change (mid, rid) is done with; for the rest `value` stands in and the slot is patched packet by packet.
+    /// Appends an extension element. What does not change (mid, rid) is done with; for the rest
+    /// `value` stands in and the slot is patched packet by packet.
     pub fn push_extension(&mut self, id: u8, value: &[u8]) -> Result<ExtensionSlot, TemplateError> {
         if !(1..=14).contains(&id) {
             return Err(TemplateError::ExtensionId);
@@ -153,7 +159,8 @@ impl ExtensionSlot {
     /// Writes the value into a packet that starts with the slot's template.
     ///
     /// # Panics
-    /// If `value` is not as long as the one that the slot was made with, or the packet is shorter than the header: a slip of ours, not of the network's.
+    /// If `value` is not as long as the one that the slot was made with, or the packet is shorter
+    /// than the header: a slip of ours, not of the network's.
     pub fn patch(self, packet: &mut [u8], value: &[u8]) {
         packet[usize::from(self.at)..][..usize::from(self.len)].copy_from_slice(value);
     }
@@ -166,7 +173,8 @@ pub const fn abs_send_time(ntp: u64) -> [u8; 3] {
     [a, b, c]
 }
 
-/// The audio level extension (RFC 6464): the level in -dBov, 0 the loudest and 127 silence; `None` above 127.
+/// The audio level extension (RFC 6464): the level in -dBov, 0 the loudest and 127 silence; `None`
+/// above 127.
 pub const fn audio_level(voice: bool, level_dbov: u8) -> Option<[u8; 1]> {
     if level_dbov > 127 {
         return None;

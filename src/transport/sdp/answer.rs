@@ -12,14 +12,16 @@ pub struct AnsweredOffer {
     pub remote: RemoteTransport,
     /// Our DTLS role.
     pub setup: DtlsSetup,
-    /// Tracks that became active with this offer. One that took a section over from another is here, the other in `removed`.
+    /// Tracks that became active with this offer. One that took a section over from another is
+    /// here, the other in `removed`.
     pub added: Vec<RemoteTrack>,
     /// Tracks of the last offer that are inactive, gone or replaced now, as they were.
     pub removed: Vec<RemoteTrack>,
-    /// Tracks that go on with the same mid, SSRC and names, but other payload types, extension ids or RTX: a server offers all that it has at first, and
-    /// what we took of it from then on.
+    /// Tracks that go on with the same mid, SSRC and names, but other payload types, extension ids
+    /// or RTX: a server offers all that it has at first, and what we took of it from then on.
     pub updated: Vec<RemoteTrack>,
-    /// Sections that would send but have no codec in common with us, no `a=ssrc`, or no place in the bundle. All but the second kind are rejected.
+    /// Sections that would send but have no codec in common with us, no `a=ssrc`, or no place in
+    /// the bundle. All but the second kind are rejected.
     pub unusable: usize,
     /// Sections that were read, the others being unchanged.
     pub sections_read: usize,

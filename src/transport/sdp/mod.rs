@@ -1,12 +1,15 @@
 //! Session descriptions (RFC 8866, RFC 9429), as far as an SFU's client needs them.
 //!
-//! [`Answerer`] answers an SFU's offers *incrementally*. In a large room every new track brings an offer that repeats all the others, 1.8 KB each: a section
-//! whose text is that of the last offer is recognised by its hash and not read again. A section that is new is scanned once, line by line, without building
-//! a tree; a general SDP library takes ten times as long for it, and its tree is dropped at once.
+//! [`Answerer`] answers an SFU's offers *incrementally*. In a large room every new track brings an
+//! offer that repeats all the others, 1.8 KB each: a section whose text is that of the last offer
+//! is recognised by its hash and not read again. A section that is new is scanned once, line by
+//! line, without building a tree; a general SDP library takes ten times as long for it, and its
+//! tree is dropped at once.
 //!
-//! [`Offerer`] does the same from the other end: it writes our own offers, for tracks that we send and for sections that the server may send tracks in, and
-//! reads the answers to them. All input is hostile until read: sizes and counts are bounded, nothing panics, and no text reaches an answer that was not
-//! checked to be harmless there.
+//! [`Offerer`] does the same from the other end: it writes our own offers, for tracks that we send
+//! and for sections that the server may send tracks in, and reads the answers to them. All input is
+//! hostile until read: sizes and counts are bounded, nothing panics, and no text reaches an answer
+//! that was not checked to be harmless there.
 
 mod answer;
 mod offer;
@@ -37,7 +40,8 @@ pub const SECTION_BYTES_MAX: usize = 64 << 10;
 const PAYLOAD_TYPES_MAX: usize = 128;
 /// Candidates beyond these are not read: a server has a few per interface.
 const CANDIDATES_MAX: usize = 64;
-/// A `mid` must fit a one-byte header extension (RFC 8843, section 15); ours and all known ones are far shorter.
+/// A `mid` must fit a one-byte header extension (RFC 8843, section 15); ours and all known ones are
+/// far shorter.
 const MID_BYTES_MAX: usize = 32;
 /// Identifiers (msid, ufrag, pwd) and format parameters that are longer are not kept.
 const TEXT_BYTES_MAX: usize = 256;
@@ -168,7 +172,8 @@ impl CandidateKind {
     }
 }
 
-/// One ICE candidate of component 1 (RFC 8839, section 5.1), without what nobody reads (related address, extensions).
+/// One ICE candidate of component 1 (RFC 8839, section 5.1), without what nobody reads (related
+/// address, extensions).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
     pub foundation: String,
@@ -179,7 +184,8 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// A UDP host candidate with the priority that RFC 8445, section 5.1.2.1 recommends for an only address.
+    /// A UDP host candidate with the priority that RFC 8445, section 5.1.2.1 recommends for an only
+    /// address.
     pub fn host(address: SocketAddr) -> Candidate {
         Candidate {
             foundation: "1".into(),
@@ -192,7 +198,8 @@ impl Candidate {
 
     /// As `RTCIceCandidateInit` JSON, for a trickle message.
     pub fn to_init(&self) -> String {
-        // A candidate's text holds no character that JSON escapes: the foundation was checked when it was read.
+        // A candidate's text holds no character that JSON escapes: the foundation was checked when
+        // it was read.
         format!(r#"{{"candidate":"{self}","sdpMid":"0","sdpMLineIndex":0}}"#)
     }
 }
@@ -200,7 +207,8 @@ impl Candidate {
 impl FromStr for Candidate {
     type Err = &'static str;
 
-    /// Reads `candidate:..`, with or without `a=` before it. Names instead of addresses (mDNS) and other components are refused.
+    /// Reads `candidate:..`, with or without `a=` before it. Names instead of addresses (mDNS) and
+    /// other components are refused.
     fn from_str(text: &str) -> Result<Candidate, &'static str> {
         let text = text.strip_prefix("a=").unwrap_or(text);
         let mut words = text
@@ -355,7 +363,8 @@ impl Extension {
         }
     }
 
-    /// Its id in our own offers: the same in every section, as BUNDLE demands, and small enough for one-byte headers.
+    /// Its id in our own offers: the same in every section, as BUNDLE demands, and small enough for
+    /// one-byte headers.
     pub fn offered_id(self) -> u8 {
         self as u8 + 1
     }
@@ -367,7 +376,8 @@ impl Extension {
     }
 }
 
-/// The ids that one media section gives to header extensions (RFC 8285): 1-14, or up to 255 with two-byte headers.
+/// The ids that one media section gives to header extensions (RFC 8285): 1-14, or up to 255 with
+/// two-byte headers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExtensionIds([u8; Extension::ALL.len()]);
 
@@ -478,7 +488,8 @@ pub struct LocalTransport {
     /// In offers as it is; in answers our choice where the offer says `actpass`.
     pub setup: DtlsSetup,
     pub candidates: Vec<Candidate>,
-    /// `o=`'s session id: any number below 2^63 (RFC 9429, section 5.2.1), the same for all descriptions of the connection.
+    /// `o=`'s session id: any number below 2^63 (RFC 9429, section 5.2.1), the same for all
+    /// descriptions of the connection.
     pub session_id: u64,
 }
 
@@ -505,15 +516,18 @@ pub struct RemoteTrack {
     pub rtx_ssrc: Option<u32>,
     pub payloads: PayloadTypes,
     pub rtx_payload_type: Option<u8>,
-    /// The first part of `a=msid`; LiveKit writes `PARTICIPANT_SID|TRACK_SID` or the publisher's stream.
+    /// The first part of `a=msid`; LiveKit writes `PARTICIPANT_SID|TRACK_SID` or the publisher's
+    /// stream.
     pub stream_id: Box<str>,
     /// The second part of `a=msid`: LiveKit's track sid.
     pub track_id: Box<str>,
-    /// Whether it can send: our answer takes the section, and the direction is `sendonly` or `sendrecv`.
+    /// Whether it can send: our answer takes the section, and the direction is `sendonly` or
+    /// `sendrecv`.
     pub active: bool,
     /// Only those that the answer accepts.
     pub extensions: ExtensionIds,
-    /// What we may send about it: what its codec was offered with, as far as the answer accepts it.
+    /// What we may send about it: what its codec was offered with, as far as the answer accepts
+    /// it.
     pub feedback: FeedbackSet,
 }
 

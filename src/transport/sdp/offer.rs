@@ -13,15 +13,18 @@ pub struct LocalTrack {
     pub cid: String,
     pub stream_id: String,
     pub ssrc: u32,
-    /// Retransmissions go out on this SSRC (RFC 4588); without it they repeat the original packets.
+    /// Retransmissions go out on this SSRC (RFC 4588); without it they repeat the original
+    /// packets.
     pub rtx_ssrc: Option<u32>,
-    /// Simulcast layers from low to high, `q h f`. With any, the section names no SSRC and packets carry mid and rid instead.
+    /// Simulcast layers from low to high, `q h f`. With any, the section names no SSRC and packets
+    /// carry mid and rid instead.
     pub rids: Vec<String>,
 }
 
 /// Makes the offers of one peer connection, one after the other, and reads the answers to them.
 ///
-/// Sections are numbered in the order in which they are asked for, which is their `mid`; none is ever taken back.
+/// Sections are numbered in the order in which they are asked for, which is their `mid`; none is
+/// ever taken back.
 #[derive(Default)]
 pub struct Offerer {
     ours: Vec<Offered>,
@@ -44,7 +47,8 @@ pub struct Negotiated {
     pub remote: RemoteTransport,
     /// One for each track of ours, in their order.
     pub media: Vec<NegotiatedMedia>,
-    /// The server's tracks that became active with this answer. One that took a section over from another is here, the other in `removed`.
+    /// The server's tracks that became active with this answer. One that took a section over from
+    /// another is here, the other in `removed`.
     pub added: Vec<RemoteTrack>,
     /// Tracks of the last answer that are inactive or replaced now, as they were.
     pub removed: Vec<RemoteTrack>,
@@ -156,7 +160,8 @@ impl Offerer {
     }
 }
 
-/// Receiving sections of one kind differ in nothing but their mid: a large room's offer has hundreds of them.
+/// Receiving sections of one kind differ in nothing but their mid: a large room's offer has
+/// hundreds of them.
 struct Receiver {
     kind: Kind,
     before_mid: String,

@@ -6,10 +6,12 @@ use memchr::memmem;
 
 use super::*;
 
-/// What stands for a section's text until the next description: its length and 64 bits twice. A server that makes them collide only hides its own track.
+/// What stands for a section's text until the next description: its length and 64 bits twice. A
+/// server that makes them collide only hides its own track.
 ///
-/// In `any_order` the order of header extensions and of candidates does not count: LiveKit writes both in another order each time. `exact` costs a twentieth of
-/// it, and is all that is looked at where a section has not changed at all, as is so for nearly every section of a large room.
+/// In `any_order` the order of header extensions and of candidates does not count: LiveKit writes
+/// both in another order each time. `exact` costs a twentieth of it, and is all that is looked at
+/// where a section has not changed at all, as is so for nearly every section of a large room.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stamp {
     pub(super) any_order: u64,
@@ -104,7 +106,8 @@ impl<'a> SplitDescription<'a> {
         Ok(SplitDescription { session, sections })
     }
 
-    /// ICE and DTLS parameters: those of the section that carries the bundle, the session's where it has none.
+    /// ICE and DTLS parameters: those of the section that carries the bundle, the session's where
+    /// it has none.
     pub(super) fn remote_transport(&self, tagged: usize) -> Result<RemoteTransport, SdpError> {
         let mut scan = TransportScan::default();
         for text in [Some(&self.session), self.sections.get(tagged)]
@@ -117,7 +120,8 @@ impl<'a> SplitDescription<'a> {
     }
 }
 
-/// Where m-lines begin. They are looked for in every byte of every description, most of which says what the last one said.
+/// Where m-lines begin. They are looked for in every byte of every description, most of which says
+/// what the last one said.
 fn media_starts(text: &str) -> impl Iterator<Item = usize> {
     let first = text.starts_with("m=").then_some(0);
     first
@@ -137,12 +141,14 @@ pub(super) fn attributes(text: &str) -> impl Iterator<Item = (&str, &str)> {
         .map(|attribute| attribute.split_once(':').unwrap_or((attribute, "")))
 }
 
-/// The user name fragment of a description. One that differs from the last description's restarts ICE (RFC 8839, section 4.4.1.1.1).
+/// The user name fragment of a description. One that differs from the last description's restarts
+/// ICE (RFC 8839, section 4.4.1.1.1).
 pub fn ice_ufrag(description: &str) -> Option<&str> {
     attributes(description).find_map(|(name, value)| (name == "ice-ufrag").then_some(value))
 }
 
-/// Collects ICE and DTLS attributes; later ones win, so the media section is scanned after the session.
+/// Collects ICE and DTLS attributes; later ones win, so the media section is scanned after the
+/// session.
 #[derive(Default)]
 pub(super) struct TransportScan {
     pub(super) ufrag: Option<String>,

@@ -1,4 +1,5 @@
-//! The other side's media sections from one description to the next: only those whose text changed are read again.
+//! The other side's media sections from one description to the next: only those whose text changed
+//! are read again.
 
 use super::scan::*;
 use super::*;
@@ -7,7 +8,8 @@ use super::*;
 #[derive(Default)]
 pub(super) struct RemoteSections(Vec<MediaSection>);
 
-/// What a new description says, beside what is known. Nothing is taken over until [`RemoteSections::apply`].
+/// What a new description says, beside what is known. Nothing is taken over until
+/// [`RemoteSections::apply`].
 pub(super) struct SectionsChange {
     /// The sections that were read, with their index, in order.
     fresh: Vec<(usize, MediaSection)>,
@@ -35,7 +37,8 @@ impl RemoteSections {
         &self.0
     }
 
-    /// Reads what differs from the last description; `capabilities` are ours in the section of an index.
+    /// Reads what differs from the last description; `capabilities` are ours in the section of an
+    /// index.
     pub(super) fn compare<'a>(
         &self,
         split: &SplitDescription<'_>,
@@ -99,7 +102,8 @@ impl RemoteSections {
             fresh, accepted, ..
         } = change;
         let mut diff = Diff::default();
-        // Descriptions never lose sections (RFC 9429, section 5.2.2); if one does, their tracks are gone.
+        // Descriptions never lose sections (RFC 9429, section 5.2.2); if one does, their tracks are
+        // gone.
         let lost = self.0.split_off(accepted.len().min(self.0.len()));
         lost.into_iter()
             .for_each(|section| diff.note(section.into_active_track(), None));

@@ -1,10 +1,13 @@
 //! Descriptions as a server writes them, for many clients.
 //!
-//! [`SubscriberOffer`] keeps the sections of a subscriber connection as text: an offer to a large room joins ready-made texts, and only what changed is written
-//! anew. [`ClientDescriptions`] reads a client's descriptions the same way: a section whose text is that of the last one is not read again. [`write_answer`]
-//! answers a client's offer, be it a publisher's or that of a single connection, which asks for our tracks as well.
+//! [`SubscriberOffer`] keeps the sections of a subscriber connection as text: an offer to a large
+//! room joins ready-made texts, and only what changed is written anew. [`ClientDescriptions`] reads
+//! a client's descriptions the same way: a section whose text is that of the last one is not read
+//! again. [`write_answer`] answers a client's offer, be it a publisher's or that of a single
+//! connection, which asks for our tracks as well.
 //!
-//! The server is `ice-lite` and has one UDP candidate. Of all that browsers offer it takes Opus and VP8 with its retransmissions.
+//! The server is `ice-lite` and has one UDP candidate. Of all that browsers offer it takes Opus and
+//! VP8 with its retransmissions.
 
 use super::scan::*;
 use super::write::*;
@@ -18,8 +21,9 @@ pub const LAYERS_MAX: usize = 3;
 const RID_BYTES_MAX: usize = 16;
 /// What the server writes into packets to subscribers.
 const SENT_EXTENSIONS: [Extension; 1] = [Extension::AudioLevel];
-/// What it agrees to in sections on which a single connection's client only receives. libwebrtc never offers again what an answer left out, not even in other
-/// sections, and a simulcast section must have mid and rid.
+/// What it agrees to in sections on which a single connection's client only receives. libwebrtc
+/// never offers again what an answer left out, not even in other sections, and a simulcast section
+/// must have mid and rid.
 const AGREED_EXTENSIONS: [Extension; 4] = [
     Extension::AudioLevel,
     Extension::Mid,
@@ -59,7 +63,8 @@ impl Capabilities {
         ..Capabilities::SERVER_RECEIVES
     };
 
-    /// What we receive decides where the client `sends`; in a section that it only receives on, what we send.
+    /// What we receive decides where the client `sends`; in a section that it only receives on,
+    /// what we send.
     fn for_client(sends: bool) -> Capabilities {
         if sends {
             Capabilities::SERVER_RECEIVES
@@ -182,8 +187,9 @@ impl ClientSection {
     }
 }
 
-/// Transport-wide feedback is on packets that carry their number, and as in LiveKit on video alone: libwebrtc's estimate stays at the bottom where audio is in
-/// it by its description and not by its packets, which is what SDKs offer.
+/// Transport-wide feedback is on packets that carry their number, and as in LiveKit on video alone:
+/// libwebrtc's estimate stays at the bottom where audio is in it by its description and not by its
+/// packets, which is what SDKs offer.
 fn fits(feedback: RtcpFeedback, kind: Option<Kind>, extensions: &ExtensionIds) -> bool {
     match feedback {
         RtcpFeedback::Nack => true,
@@ -196,7 +202,8 @@ fn fits(feedback: RtcpFeedback, kind: Option<Kind>, extensions: &ExtensionIds) -
     }
 }
 
-/// Loudness is of audio, layers and the rate of video: a client that offers more is not taken at its word.
+/// Loudness is of audio, layers and the rate of video: a client that offers more is not taken at
+/// its word.
 fn fitting_extensions(offered: ExtensionIds, kind: Option<Kind>) -> ExtensionIds {
     let mut fitting = ExtensionIds::default();
     for extension in Extension::ALL {
@@ -277,7 +284,8 @@ struct KnownSection {
     answered: Option<AnsweredSection>,
 }
 
-/// One section of our answer, and all that it depends on besides the client's own section and our end of the connection.
+/// One section of our answer, and all that it depends on besides the client's own section and our
+/// end of the connection.
 struct AnsweredSection {
     purpose: Purpose,
     text: Box<str>,
@@ -414,8 +422,9 @@ pub enum SectionUse<'a> {
     Idle,
 }
 
-/// Our answer to the client's last offer. `section_use` is asked for each section that can be used, by its index; data channels are always taken. Sections that
-/// stay as they were in the last answer are copied from there.
+/// Our answer to the client's last offer. `section_use` is asked for each section that can be used,
+/// by its index; data channels are always taken. Sections that stay as they were in the last answer
+/// are copied from there.
 ///
 /// `local.setup` is our role, `Active` or `Passive`.
 pub fn write_answer<'a>(
@@ -549,7 +558,8 @@ fn push_answered(
     }
 }
 
-/// Opus senders go silent only where the answer asks for it (RFC 7587, section 6.1), as LiveKit's does.
+/// Opus senders go silent only where the answer asks for it (RFC 7587, section 6.1), as LiveKit's
+/// does.
 fn with_dtx(codec: &SectionCodec) -> String {
     let parameters = &codec.parameters;
     match codec.codec {
@@ -623,10 +633,11 @@ fn write_lite_session<'a>(
     sdp.push_str("a=ice-lite\r\n");
 }
 
-/// The offers of one subscriber connection (dual mode): first the section for data channels, then one section a track.
+/// The offers of one subscriber connection (dual mode): first the section for data channels, then
+/// one section a track.
 ///
-/// A section's `mid` is its index. Sections are never taken away; one whose track has gone is inactive and, once the client has answered that, takes another
-/// track of its kind.
+/// A section's `mid` is its index. Sections are never taken away; one whose track has gone is
+/// inactive and, once the client has answered that, takes another track of its kind.
 #[derive(Default)]
 pub struct SubscriberOffer {
     tracks: Vec<OfferedSection>,
@@ -771,7 +782,8 @@ impl SubscriberOffer {
         sdp
     }
 
-    /// Takes the client's answer to the last offer: the other end, and what was agreed for sections that were not agreed before.
+    /// Takes the client's answer to the last offer: the other end, and what was agreed for sections
+    /// that were not agreed before.
     pub fn answered(
         &mut self,
         answer: &str,

@@ -3,8 +3,9 @@ use super::write::kind_name;
 use super::*;
 use std::time::Instant;
 
-/// One subscriber connection's offers, recorded from LiveKit 1.13.5: data channels only; the first audio and video; three talkers; the second of them
-/// gone; his audio section taken over by a fourth.
+/// One subscriber connection's offers, recorded from LiveKit 1.13.5: data channels only; the first
+/// audio and video; three talkers; the second of them gone; his audio section taken over by a
+/// fourth.
 const OFFERS: [&str; 5] = [
     include_str!("../../../fixtures/sdp/offer-1-application.sdp"),
     include_str!("../../../fixtures/sdp/offer-2-first-video.sdp"),
@@ -763,8 +764,8 @@ fn a_hundred_tracks_cost_little_and_the_next_one_less() {
     eprintln!("a general library parses it in {:?}", started.elapsed());
 }
 
-/// One connection's answers, recorded from LiveKit 1.13.5: a free audio section; the first audio and video; two more talkers; the second of them gone; his
-/// audio section taken over by a fourth.
+/// One connection's answers, recorded from LiveKit 1.13.5: a free audio section; the first audio
+/// and video; two more talkers; the second of them gone; his audio section taken over by a fourth.
 const SINGLE_ANSWERS: [&str; 6] = [
     include_str!("../../../fixtures/sdp/single-answer-1.sdp"),
     include_str!("../../../fixtures/sdp/single-answer-2.sdp"),

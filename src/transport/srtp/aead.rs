@@ -8,7 +8,8 @@ use super::{E_FLAG, INDEX_WORD_LEN, Profile, RTCP_HEADER_LEN, Rejected};
 pub(super) const TAG_LEN: usize = 16;
 pub(super) const SALT_LEN: usize = 12;
 
-/// What media needs lies together, to be fetched as a whole; reports come once a second, and their half lies elsewhere.
+/// What media needs lies together, to be fetched as a whole; reports come once a second, and their
+/// half lies elsewhere.
 pub(super) struct Gcm {
     profile: Profile,
     rtp: AeadHalf,
@@ -164,7 +165,8 @@ impl AeadHalf {
         }
     }
 
-    /// Two zero bytes, SSRC and 48-bit index, XOR salt (RFC 7714, sections 8.1 and 9.1; the SRTCP index fills the 48 bits with zeros).
+    /// Two zero bytes, SSRC and 48-bit index, XOR salt (RFC 7714, sections 8.1 and 9.1; the SRTCP
+    /// index fills the 48 bits with zeros).
     fn nonce(&self, ssrc: u32, index: u64) -> Nonce {
         let counter = u128::from(ssrc) << 48 | u128::from(index);
         let mut nonce = self.salt;

@@ -19,7 +19,8 @@ pub(super) struct CounterMode {
 
 struct CounterHalf {
     cipher: Aes128Enc,
-    /// Keyed once; cloned for a packet, which copies two SHA-1 states instead of hashing the key again.
+    /// Keyed once; cloned for a packet, which copies two SHA-1 states instead of hashing the key
+    /// again.
     mac: Hmac<Sha1>,
     salt: [u8; SALT_LEN],
 }

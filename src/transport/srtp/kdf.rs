@@ -1,4 +1,5 @@
-//! Session keys from master keys (RFC 3711, section 4.3; RFC 6188 for 256-bit keys). The key derivation rate is zero, as DTLS-SRTP has it.
+//! Session keys from master keys (RFC 3711, section 4.3; RFC 6188 for 256-bit keys). The key
+//! derivation rate is zero, as DTLS-SRTP has it.
 
 use aes::cipher::{KeyIvInit, StreamCipher};
 use aes::{Aes128, Aes256};
@@ -24,7 +25,8 @@ pub(super) enum Label {
 
 impl MasterKey<'_> {
     pub(super) fn derive<const N: usize>(&self, label: Label) -> [u8; N] {
-        // A 96-bit salt is extended with zeros to 112 bits (RFC 7714, section 11); the last two bytes count blocks.
+        // A 96-bit salt is extended with zeros to 112 bits (RFC 7714, section 11); the last two
+        // bytes count blocks.
         let mut block = [0; 16];
         block[..self.salt.len()].copy_from_slice(self.salt);
         block[7] ^= label as u8;

@@ -1,7 +1,8 @@
-//! SRTP and SRTCP in place: one [`Sealer`] for what we send, one [`Opener`] for what we receive, keyed by DTLS (RFC 5764).
+//! SRTP and SRTCP in place: one [`Sealer`] for what we send, one [`Opener`] for what we receive,
+//! keyed by DTLS (RFC 5764).
 //!
-//! Nothing here allocates for a packet. The rollover counter and the RTP replay window belong to a stream and live there
-//! (see [`super::sequence`]); the SRTCP index and its replay state live here.
+//! Nothing here allocates for a packet. The rollover counter and the RTP replay window belong to a
+//! stream and live there (see [`super::sequence`]); the SRTCP index and its replay state live here.
 
 mod aead;
 mod counter_mode;
@@ -17,7 +18,8 @@ use rtcp_replay::RtcpReplay;
 
 use super::rtp::{be16, be32};
 
-/// The protection profiles that we offer and take (RFC 5764, section 4.1.2; RFC 7714, section 14.2).
+/// The protection profiles that we offer and take (RFC 5764, section 4.1.2; RFC 7714, section
+/// 14.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
     AeadAes128Gcm,
@@ -85,14 +87,16 @@ impl fmt::Display for KeyingMaterialLength {
 
 impl std::error::Error for KeyingMaterialLength {}
 
-/// Why a packet of ours was not sealed. Each one is a mistake of the caller's, except `KeyExhausted`.
+/// Why a packet of ours was not sealed. Each one is a mistake of the caller's, except
+/// `KeyExhausted`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SealError {
     /// The lengths contradict each other, or the buffer has no room for the overhead.
     Length,
     /// The index does not end in the packet's sequence number, or exceeds 48 bits.
     Index,
-    /// 2^31 SRTCP packets have been sent under one key (RFC 3711, section 9.2): the connection must end.
+    /// 2^31 SRTCP packets have been sent under one key (RFC 3711, section 9.2): the connection must
+    /// end.
     KeyExhausted,
 }
 
@@ -108,7 +112,8 @@ impl fmt::Display for SealError {
 
 impl std::error::Error for SealError {}
 
-/// Why a received packet was not opened. After a rejection the buffer's contents are worthless: drop the packet.
+/// Why a received packet was not opened. After a rejection the buffer's contents are worthless:
+/// drop the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rejected {
     /// Too short to hold header, tag and index.
@@ -194,7 +199,8 @@ impl Sealer {
 
     /// Seals `buf[..len]`, header and payload, in place and returns the protected length.
     ///
-    /// `index` is ROC << 16 | SEQ and must never repeat for an SSRC: with GCM a repetition gives the key away.
+    /// `index` is ROC << 16 | SEQ and must never repeat for an SSRC: with GCM a repetition gives
+    /// the key away.
     pub fn seal_rtp(
         &self,
         buf: &mut [u8],
@@ -226,9 +232,11 @@ impl Sealer {
         Ok(sealed_len)
     }
 
-    /// Seals the compound packet `buf[..len]` in place under the next SRTCP index and returns the protected length.
+    /// Seals the compound packet `buf[..len]` in place under the next SRTCP index and returns the
+    /// protected length.
     ///
-    /// One index serves all our SSRCs: it only has to be unique for each, and receivers accept gaps.
+    /// One index serves all our SSRCs: it only has to be unique for each, and receivers accept
+    /// gaps.
     pub fn seal_rtcp(&mut self, buf: &mut [u8], len: usize) -> Result<usize, SealError> {
         let sealed_len = len
             .checked_add(self.profile().rtcp_overhead())
@@ -265,7 +273,8 @@ impl Opener {
 
     /// Opens the packet `buf` in place and returns the plain length, header included.
     ///
-    /// The caller guesses `index` ([`super::sequence::SeqExtender`]), checks it against the stream's replay window before and commits it to both after.
+    /// The caller guesses `index` ([`super::sequence::SeqExtender`]), checks it against the
+    /// stream's replay window before and commits it to both after.
     pub fn open_rtp(
         &self,
         buf: &mut [u8],
@@ -291,7 +300,8 @@ impl Opener {
         Ok(plain_len)
     }
 
-    /// Opens the SRTCP packet `buf` in place and returns the length of the compound packet. Replays are refused here.
+    /// Opens the SRTCP packet `buf` in place and returns the length of the compound packet. Replays
+    /// are refused here.
     pub fn open_rtcp(&mut self, buf: &mut [u8]) -> Result<usize, Rejected> {
         let plain_len = buf
             .len()

@@ -1,8 +1,10 @@
-//! SRTCP replay state. An index is counted per sender SSRC (RFC 3711, section 3.2.3), and an SFU reports from one SSRC for each track:
-//! one window for a whole connection would refuse most of what it says.
+//! SRTCP replay state. An index is counted per sender SSRC (RFC 3711, section 3.2.3), and an SFU
+//! reports from one SSRC for each track: one window for a whole connection would refuse most of
+//! what it says.
 
-/// How many senders are remembered: more than any room shows one subscriber. Beyond it, the one that was silent longest is forgotten.
-/// Memory grows only as authentic senders appear, 24 bytes each.
+/// How many senders are remembered: more than any room shows one subscriber. Beyond it, the one
+/// that was silent longest is forgotten. Memory grows only as authentic senders appear, 24 bytes
+/// each.
 const MAX_SOURCES: usize = 1024;
 const WIDTH: u32 = 64;
 

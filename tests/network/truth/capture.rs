@@ -1,4 +1,5 @@
-//! What the kernel shows of a namespace's packets to a packet socket (AF_PACKET, as tcpdump has it): a witness beside the relay.
+//! What the kernel shows of a namespace's packets to a packet socket (AF_PACKET, as tcpdump has
+//! it): a witness beside the relay.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

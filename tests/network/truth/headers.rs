@@ -1,5 +1,6 @@
-//! What counts ought to be, computed from the log of a network between two kernels. Payloads are sealed there, so this knows what headers say: which packet of which
-//! stream, when, and what became of it.
+//! What counts ought to be, computed from the log of a network between two kernels. Payloads are
+//! sealed there, so this knows what headers say: which packet of which stream, when, and what
+//! became of it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,7 +17,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Different packets, and those that were sent again under the same number. Copies that the network made are neither.
+    /// Different packets, and those that were sent again under the same number. Copies that the
+    /// network made are neither.
     pub fn sent(&self) -> u64 {
         self.packets.len() as u64
     }
@@ -89,7 +91,8 @@ impl Stream {
             .map_or(0, |first| came.next_back().unwrap_or(first) - first + 1)
     }
 
-    /// RFC 3550, section 6.4.1, by the times at which the other side got the first packet of each timestamp; as it stood after each.
+    /// RFC 3550, section 6.4.1, by the times at which the other side got the first packet of each
+    /// timestamp; as it stood after each.
     pub fn jitter(&self, clock_rate: f64) -> Vec<Duration> {
         let mut came: Vec<(Duration, u32)> = self
             .sendings()

@@ -1,4 +1,5 @@
-//! What every count and time ought to be, computed from the log of the wire by the definitions in docs/metrics.md, and by nothing of the product.
+//! What every count and time ought to be, computed from the log of the wire by the definitions in
+//! docs/metrics.md, and by nothing of the product.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -123,7 +124,8 @@ pub fn sent(log: &[Entry], stream: Stream) -> Sent {
     sent
 }
 
-/// RFC 7741: the descriptor's S bit in partition 0, and RFC 6386: the inverse key frame bit of the frame's first byte.
+/// RFC 7741: the descriptor's S bit in partition 0, and RFC 6386: the inverse key frame bit of the
+/// frame's first byte.
 fn starts_key_frame(payload: &[u8]) -> bool {
     let first = payload[0];
     let mut at = 1;
@@ -149,8 +151,9 @@ struct Came<'a> {
 }
 
 impl Came<'_> {
-    /// When the receiver looked at it: ends have their turn each millisecond, first for what has come, then for what they send; what they send is under way for a tick at
-    /// least, however short the wire.
+    /// When the receiver looked at it: ends have their turn each millisecond, first for what has
+    /// come, then for what they send; what they send is under way for a tick at least, however
+    /// short the wire.
     fn taken_at(&self) -> Time {
         self.at.next_whole(TICK).max(self.entry.at + TICK)
     }
@@ -226,7 +229,8 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
                 continue;
             }
             account.rtx += 1;
-            // RFC 4588: the original number comes first. All of a test's numbers lie closer together than they wrap.
+            // RFC 4588: the original number comes first. All of a test's numbers lie closer
+            // together than they wrap.
             let Some(osn) = rtp.payload.get(..2) else {
                 continue;
             };
@@ -247,7 +251,8 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
         }
         highest = highest.max(Some(index));
         match first_came.get_mut(&index) {
-            // The original after its resend: the network did not lose it, and the resend was the superfluous one.
+            // The original after its resend: the network did not lose it, and the resend was the
+            // superfluous one.
             Some(repaired @ true) if stream.rtx_ssrc.is_some() && !is_rtx => {
                 *repaired = false;
                 account.duplicate += 1;
@@ -330,7 +335,8 @@ fn reports_about(log: &[Entry], stream: Stream) -> Vec<Time> {
         .collect()
 }
 
-/// Which of the publisher's frames came in whole. The server numbers packets anew, by one constant as long as it drops none.
+/// Which of the publisher's frames came in whole. The server numbers packets anew, by one constant
+/// as long as it drops none.
 pub fn delivered(
     log: &[Entry],
     stream: Stream,
@@ -439,7 +445,8 @@ pub struct Feedback {
     pub plis_received: u64,
     /// Second copies of control packets: replays.
     pub replayed: u64,
-    /// Round trips that reports allow: what was under way both ways, without what the other end kept it.
+    /// Round trips that reports allow: what was under way both ways, without what the other end
+    /// kept it.
     pub round_trips: Vec<Duration>,
     /// From STUN checks to their answers, each copy of one.
     pub checks: Vec<Duration>,
@@ -449,7 +456,8 @@ pub struct Feedback {
 
 pub fn feedback(log: &[Entry], client: usize) -> Feedback {
     let mut account = Feedback::default();
-    // What we said and they answered, by the middle of its NTP stamp: how long it took to get there.
+    // What we said and they answered, by the middle of its NTP stamp: how long it took to get
+    // there.
     let mut stamped: BTreeMap<u32, Duration> = BTreeMap::new();
     let mut asked: BTreeMap<[u8; 12], Time> = BTreeMap::new();
     for entry in log
