@@ -217,7 +217,7 @@ fn read(
         }
         Err(error) => return Err(UsageError(error.to_string().trim_end().to_owned())),
     };
-    let log = LogFilter::of(cli.verbose, env).map_err(|why| UsageError::new(&why))?;
+    let log = LogFilter::of(cli.verbose, env).map_err(|why| UsageError::new(&why.to_string()))?;
     let command = match cli.command {
         Some(Sub::Run(args)) => args.into_command(env, cpus, fresh),
         Some(Sub::Calibrate(args)) => Ok(CliCommand::Calibrate(Calibrate {

@@ -19,6 +19,14 @@ const OWN: &str = "throng";
 const VARIABLE: &str = "RUST_LOG";
 const HOW: &str = "write a level (off, error, warn, info, debug, trace), or parts of throng with levels of their own, as in throng=info,throng::sfu=debug";
 
+/// A part of RUST_LOG that makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{VARIABLE}: '{directive}' {why}: {HOW}")]
+pub(super) struct RefusedDirective {
+    directive: String,
+    why: &'static str,
+}
+
 /// Which events are logged; none by default.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LogFilter(Option<Targets>);
@@ -31,7 +39,7 @@ impl LogFilter {
     pub(super) fn of(
         verbosity: u8,
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<LogFilter, String> {
+    ) -> Result<LogFilter, RefusedDirective> {
         let asked = set(env, VARIABLE).map(|text| own_targets(&text));
         let asked = asked.transpose()?;
         Ok(LogFilter(match verbosity {
@@ -57,12 +65,12 @@ impl LogFilter {
 }
 
 /// What RUST_LOG says of throng. What it says of other programs is for them.
-fn own_targets(text: &str) -> Result<Targets, String> {
+fn own_targets(text: &str) -> Result<Targets, RefusedDirective> {
     let mut targets = Targets::new();
     for directive in text.split(',').map(str::trim) {
-        let refused = |why: &str| {
-            let directive = words::one_line(directive);
-            format!("{VARIABLE}: '{directive}' {why}: {HOW}")
+        let refused = |why| RefusedDirective {
+            directive: words::one_line(directive),
+            why,
         };
         let (target, level) = match directive.split_once('=') {
             Some((target, level)) => (target, read_level(level)),
@@ -124,7 +132,7 @@ impl Write for LogLine {
 mod tests {
     use super::*;
 
-    fn filter(verbosity: u8, variable: &str) -> Result<LogFilter, String> {
+    fn filter(verbosity: u8, variable: &str) -> Result<LogFilter, RefusedDirective> {
         LogFilter::of(verbosity, &|name| {
             (name == VARIABLE).then(|| variable.to_owned())
         })
@@ -181,7 +189,7 @@ mod tests {
             ("throng=info,,", 0),
             ("a\x1b[2Jb", 0),
         ] {
-            let refusal = filter(verbosity, variable).expect_err(variable);
+            let refusal = filter(verbosity, variable).expect_err(variable).to_string();
             assert!(
                 refusal.starts_with("RUST_LOG: '") && refusal.ends_with(HOW),
                 "{refusal}"

@@ -36,7 +36,8 @@ macro_rules! stats {
 
             /// Adds what `other` counted.
             pub fn merge(&mut self, other: &$name) {
-                // A delta may run backwards (a packet thought lost arrives), so sums wrap until they are complete.
+                // A delta may run backwards (a packet thought lost arrives), so sums wrap until
+                // they are complete.
                 $(self.$counter = self.$counter.wrapping_add(other.$counter);)*
                 $(self.$histogram.merge(&other.$histogram);)*
                 $($(self.$score.merge(&other.$score);)*)?
@@ -102,11 +103,13 @@ stats! {
             wire_bytes_sent, wire_bytes_received, host_drops, frames_misrouted,
             /// The server's messages that say who speaks.
             speaker_updates,
-            /// Datagrams that no parser took: unknown SSRC, broken header, failed authentication, replay.
+            /// Datagrams that no parser took: unknown SSRC, broken header, failed authentication,
+            /// replay.
             packets_rejected,
             /// The server's signalling messages that cannot be read, and are left out.
             signal_malformed,
-            /// Datagrams that the network or the server did not take, by what the kernel says of it (`path::Unsent`).
+            /// Datagrams that the network or the server did not take, by what the kernel says of it
+            /// (`path::Unsent`).
             sends_refused, sends_unreachable, sends_blocked, sends_too_long, sends_mismatched,
         }
         histograms {
@@ -123,7 +126,8 @@ stats! {
             packets_sent, packets_received, bytes_sent, bytes_received, rtx_sent, rtx_received,
             packets_lost_network, packets_repaired, packets_lost, packets_duplicate, packets_reordered, uplink_packets_lost,
             frames_sent, frames_expected, frames_delivered, frames_late, frames_duplicate,
-            /// Delivered, and nobody can tell how long they took: another host sent them, whose clock is not known here.
+            /// Delivered, and nobody can tell how long they took: another host sent them, whose
+            /// clock is not known here.
             frames_untimed,
             /// Audio with redundancy (RED): packets that held it; packets that are lost and whose
             /// payload came in another packet; frames that were delivered by those alone.
@@ -158,7 +162,8 @@ stats! {
             tracks_paused, tracks_resumed, layers_stepped_down, layers_stepped_up,
             /// Packets of ours that, by transport-wide feedback, did not arrive.
             uplink_packets_missing,
-            /// The estimates that publishers made, one a connection and second, and their sum in kbit/s.
+            /// The estimates that publishers made, one a connection and second, and their sum in
+            /// kbit/s.
             uplink_estimates, uplink_estimate_kbps,
             /// What publishers that obey their estimate did.
             layers_dropped, layers_returned, layer_limited_ms, probes_sent, probe_packets_sent,

@@ -15,7 +15,7 @@
 /// Packed: a [`FrameIdentity`] is 24 bytes with it and would be 32 otherwise, and each received
 /// video stream holds 16 of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(packed)]
+#[repr(Rust, packed)]
 pub struct Origin {
     /// The publishing participant's index over the whole run.
     pub publisher: u32,

@@ -32,7 +32,8 @@ macro_rules! counters {
 counters! {
     /// Cumulative counts of one router, or of several merged. Bytes are those of UDP payloads.
     ///
-    /// Every datagram that came is counted once more by what became of it: `datagrams_in` is the sum of `setup_in`, `rtcp_in`, `media_in`, `repairs_in`,
+    /// Every datagram that came is counted once more by what became of it: `datagrams_in` is the
+    /// sum of `setup_in`, `rtcp_in`, `media_in`, `repairs_in`,
     /// `probes_in` and all `refused_*`.
     RouterStatistics {
         datagrams_in,
@@ -47,7 +48,8 @@ counters! {
         /// RTP on a media SSRC, resends without RTX and padding included, taken for the first time.
         media_in,
         media_bytes_in,
-        /// Of `media_in`: padding alone, or a payload type that nobody agreed on. Nothing to forward.
+        /// Of `media_in`: padding alone, or a payload type that nobody agreed on. Nothing to
+        /// forward.
         media_in_empty,
         /// Retransmissions (RFC 4588) that filled a hole.
         repairs_in,
@@ -59,7 +61,8 @@ counters! {
         media_bytes_out,
         /// Sends that carried `media_out`: as many, or with segmentation one for a burst.
         media_sends_out,
-        /// Of `media_out`: withheld at first, and sent once the key frame that they belong to had begun.
+        /// Of `media_out`: withheld at first, and sent once the key frame that they belong to had
+        /// begun.
         media_out_recalled,
         /// Packets sent again, over RTX or on the media's own SSRC.
         resends_out,
@@ -69,9 +72,11 @@ counters! {
         refused_unknown_address,
         /// Neither STUN, DTLS, RTP nor RTCP.
         refused_unknown_kind,
-        /// STUN for a user name that no connection has. The latest are kept for a moment, for a connection that is about to be added.
+        /// STUN for a user name that no connection has. The latest are kept for a moment, for a
+        /// connection that is about to be added.
         refused_unknown_ufrag,
-        /// STUN or DTLS that its connection did not take: a wrong password, a broken record, a session that has ended.
+        /// STUN or DTLS that its connection did not take: a wrong password, a broken record, a
+        /// session that has ended.
         refused_setup,
         /// Media or RTCP before the keys are there.
         refused_unkeyed,
@@ -82,7 +87,8 @@ counters! {
         refused_unauthentic,
         /// Seen before, by SRTP's own index.
         refused_replayed,
-        /// New to SRTP, but its payload was here before: a retransmission that was not needed, or an original after its repair.
+        /// New to SRTP, but its payload was here before: a retransmission that was not needed, or
+        /// an original after its repair.
         refused_duplicate,
         /// Too far behind the newest, or a jump that no second packet has confirmed.
         refused_too_old,
@@ -95,7 +101,8 @@ counters! {
         withheld_layer,
         /// .. because no key frame has come yet.
         withheld_key_frame,
-        /// .. because there is nothing in it: padding alone, or a payload type that nobody agreed on. It leaves no hole.
+        /// .. because there is nothing in it: padding alone, or a payload type that nobody agreed
+        /// on. It leaves no hole.
         withheld_empty,
         /// .. because it came too late to have a place in what the subscriber got.
         withheld_late,
@@ -124,7 +131,8 @@ counters! {
         commands_refused,
         /// Datagrams that the kernel did not take.
         send_errors,
-        /// Errors that the socket gave in place of datagrams: what ICMP said of something that we sent, but for closed ports.
+        /// Errors that the socket gave in place of datagrams: what ICMP said of something that we
+        /// sent, but for closed ports.
         receive_errors,
         /// Datagrams that the socket dropped for want of buffer space.
         socket_drops,

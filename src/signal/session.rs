@@ -538,7 +538,8 @@ impl Session {
         loop {
             tokio::select! {
                 biased;
-                // First what ends it: a server that never stops talking must not keep a participant in.
+                // First what ends it: a server that never stops talking must not keep a participant
+                // in.
                 () = leaving(&mut leave) => break,
                 () = self.time_to_leave() => break,
                 () = self.time_without_path(), if !self.joined => return Err(SessionFailure::lasting(self.without_path())),
