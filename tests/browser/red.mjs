@@ -8,7 +8,7 @@
 import { spawn } from 'node:child_process';
 import { createHmac, randomBytes } from 'node:crypto';
 import { createSocket } from 'node:dgram';
-import { mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:http';
 import { createServer as createTcpServer } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -18,7 +18,13 @@ import puppeteer from 'puppeteer-core';
 
 const THRONG = process.env.THRONG ?? 'throng';
 const LIVEKIT = process.env.THRONG_LIVEKIT_SERVER ?? 'livekit-server';
-const CHROMIUM = process.env.CHROMIUM ?? process.env.THRONG_CHROMIUM ?? 'chromium';
+const CHROMIUM = onPath(process.env.CHROMIUM ?? process.env.THRONG_CHROMIUM ?? 'chromium');
+
+/** Puppeteer wants a path where a shell takes a name. */
+function onPath(program) {
+  const folders = program.includes('/') ? [] : (process.env.PATH ?? '').split(':');
+  return folders.map((folder) => join(folder, program)).find(existsSync) ?? program;
+}
 
 const KEY = 'devkey';
 const SECRET = randomBytes(20).toString('hex');
