@@ -193,10 +193,7 @@ impl Shard {
     pub fn handle_command(&mut self, command: ShardCommand, now: Time, io: &mut impl Io) {
         match command {
             ShardCommand::AddRemoteCandidate { key, address } => {
-                if let Some(peer) = self.peers[key].as_mut() {
-                    peer.transport.add_remote_candidate(address, now);
-                    self.advance_setup(key, now, io);
-                }
+                self.add_remote_candidate(key, address, now, io)
             }
             ShardCommand::RestartIce {
                 key,
@@ -206,13 +203,7 @@ impl Shard {
             } => {
                 if let Some(peer) = self.peers[key].as_mut() {
                     peer.transport.restart_ice(&local, &remote, now);
-                    remote_candidates
-                        .into_iter()
-                        .for_each(|address| peer.transport.add_remote_candidate(address, now));
-                    io.disconnect(key);
-                    self.events
-                        .push_back((key, ShardEvent::IceRestarted { key }));
-                    self.advance_setup(key, now, io);
+                    self.begin_checks_again(key, remote_candidates, now, io);
                 }
             }
             ShardCommand::StopPublishing => self.stop_publishing(now),
@@ -225,29 +216,13 @@ impl Shard {
             | ShardCommand::Stop => {
                 unreachable!("the worker handles these")
             }
-            command => self.handle_track_command(command, now),
-        }
-    }
-
-    /// What a peer sends, and what it receives.
-    fn handle_track_command(&mut self, command: ShardCommand, now: Time) {
-        match command {
             ShardCommand::Publish { key, tracks } => self.publish(key, tracks, now),
             ShardCommand::Subscribe { key, streams } => self.subscribe(key, streams, now),
             ShardCommand::Unsubscribe { key, ssrcs } => self.unsubscribe(key, &ssrcs),
             ShardCommand::SetLayers { key, track, layers } => {
-                self.change_tracks(key, track, |layer| {
-                    layer.set_watched(layers >> layer.identity().layer & 1 == 1, now)
-                });
+                self.set_layers(key, track, layers, now)
             }
-            ShardCommand::SetMuted { key, track, muted } => {
-                if let Some(peer) = &self.peers[key] {
-                    let publisher = peer.participant;
-                    let roster = &self.config.roster;
-                    roster.set_muted(Origin { publisher, track }, muted);
-                }
-                self.change_tracks(key, track, |layer| layer.set_muted(muted, now));
-            }
+            ShardCommand::SetMuted { key, track, muted } => self.set_muted(key, track, muted, now),
             ShardCommand::Watch {
                 key,
                 ssrc,
@@ -268,20 +243,68 @@ impl Shard {
                     peer.set_paused(ssrc, paused, at, &mut self.record);
                 }
             }
-            ShardCommand::Leave { key } => {
-                self.pass_unsent(now);
-                if let Some(peer) = self.peers[key].as_mut() {
-                    peer.leave(&self.config.roster, &mut self.record, now);
-                    let leaver = peer.participant;
-                    self.gone
-                        .retain(|track| track.identity().origin.publisher != leaver);
-                }
-            }
+            ShardCommand::Leave { key } => self.leave(key, now),
             ShardCommand::LoseTrack { key, track } => {
                 self.change_tracks(key, track, SendTrack::lose);
                 self.losers.push(key);
             }
-            _ => unreachable!("no command about tracks"),
+        }
+    }
+
+    fn add_remote_candidate(
+        &mut self,
+        key: PeerKey,
+        address: SocketAddr,
+        now: Time,
+        io: &mut impl Io,
+    ) {
+        if let Some(peer) = self.peers[key].as_mut() {
+            peer.transport.add_remote_candidate(address, now);
+            self.advance_setup(key, now, io);
+        }
+    }
+
+    fn set_layers(&mut self, key: PeerKey, track: u8, layers: u8, now: Time) {
+        self.change_tracks(key, track, |layer| {
+            layer.set_watched(layers >> layer.identity().layer & 1 == 1, now)
+        });
+    }
+
+    fn begin_checks_again(
+        &mut self,
+        key: PeerKey,
+        remote_candidates: Vec<SocketAddr>,
+        now: Time,
+        io: &mut impl Io,
+    ) {
+        let Some(peer) = self.peers[key].as_mut() else {
+            return;
+        };
+        for address in remote_candidates {
+            peer.transport.add_remote_candidate(address, now);
+        }
+        io.disconnect(key);
+        let restarted = ShardEvent::IceRestarted { key };
+        self.events.push_back((key, restarted));
+        self.advance_setup(key, now, io);
+    }
+
+    fn set_muted(&mut self, key: PeerKey, track: u8, muted: bool, now: Time) {
+        if let Some(peer) = &self.peers[key] {
+            let publisher = peer.participant;
+            let roster = &self.config.roster;
+            roster.set_muted(Origin { publisher, track }, muted);
+        }
+        self.change_tracks(key, track, |layer| layer.set_muted(muted, now));
+    }
+
+    fn leave(&mut self, key: PeerKey, now: Time) {
+        self.pass_unsent(now);
+        if let Some(peer) = self.peers[key].as_mut() {
+            peer.leave(&self.config.roster, &mut self.record, now);
+            let leaver = peer.participant;
+            self.gone
+                .retain(|track| track.identity().origin.publisher != leaver);
         }
     }
 
