@@ -1,10 +1,10 @@
 //! The real `throng`, run as users run it, with all that it says captured and searched for secrets.
 
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -310,4 +310,21 @@ fn lines(list: &Value) -> String {
         .iter()
         .map(|text| text.as_str().expect("a text"));
     texts.collect::<Vec<_>>().join("\n")
+}
+
+/// Starts `throng sfu` with these arguments, and waits until it serves: the process, its standard
+/// output, and what it has said there.
+pub fn serving(command: &mut Command) -> (Child, BufReader<ChildStdout>, String) {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program");
+    let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+    let mut said = String::new();
+    while !said.contains("Ctrl-C") {
+        let len = stdout.read_line(&mut said).expect("text");
+        assert!(len > 0, "it ended: {said}");
+    }
+    (child, stdout, said)
 }

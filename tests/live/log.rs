@@ -1,11 +1,11 @@
 //! The log of `throng sfu` and of a run: what it says, and what it must not.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::Duration;
 
-use crate::common::program::{alone, assert_no_secret, run, throng};
+use crate::common::program::{alone, assert_no_secret, run, serving, throng};
 use rustix::process::{Pid, Signal, kill_process};
 use throng::cli::UsageError;
 use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig, SfuServer};
@@ -28,16 +28,7 @@ impl Sfu {
         command.args(args).args(["--listen", "127.0.0.1:0"]);
         command.args(["--api-key", "mine", "--api-secret", SECRET]);
         command.envs(env.iter().copied());
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut said = String::new();
-        while !said.contains("Ctrl-C") {
-            assert!(stdout.read_line(&mut said).unwrap() > 0, "it ended: {said}");
-        }
+        let (mut child, stdout, said) = serving(&mut command);
         // Nobody reads the end of it, which is short.
         child.stdout = Some(stdout.into_inner());
         let url = said

@@ -1,10 +1,9 @@
 //! Whole runs against the embedded SFU, and the SFU as a program of its own.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Command, Stdio};
 
-use crate::common::program::{Report, Scratch, alone, assert_no_secret, run, throng};
+use crate::common::program::{Report, Scratch, alone, assert_no_secret, run, serving, throng};
 use rustix::process::{Pid, Signal, kill_process};
 use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig, SfuServer};
 
@@ -110,25 +109,15 @@ fn what_a_run_sends_and_gets_is_what_the_sfu_says_of_it() {
 
 #[test]
 fn the_program_says_where_it_is_and_ends_with_what_it_did() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_throng"))
-        .args([
-            "sfu",
-            "--listen",
-            "127.0.0.1:0",
-            "--api-key",
-            "mine",
-            "--api-secret",
-            OWN_SECRET,
-        ])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdout = BufReader::new(child.stdout.take().unwrap());
-    let mut said = String::new();
-    while !said.contains("Ctrl-C") {
-        assert!(stdout.read_line(&mut said).unwrap() > 0, "it ended: {said}");
-    }
+    let (mut child, mut stdout, mut said) = serving(throng().args([
+        "sfu",
+        "--listen",
+        "127.0.0.1:0",
+        "--api-key",
+        "mine",
+        "--api-secret",
+        OWN_SECRET,
+    ]));
     let address = said
         .split("ws://")
         .nth(1)
