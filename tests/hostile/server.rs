@@ -252,19 +252,25 @@ async fn flood(socket: Socket, say: impl FnMut(u32) -> Option<Bytes>) {
     flood_for(FLOOD, socket, say).await;
 }
 
+/// It reads all the while: a server that does not is another lie, [`Lie::Deaf`], and would be
+/// refused for that once our answers fill the socket.
 async fn flood_for(limit: Duration, mut socket: Socket, mut say: impl FnMut(u32) -> Option<Bytes>) {
     let started = Instant::now();
     send(&mut socket, join_message()).await;
-    for number in 0.. {
-        let Some(message) = say(number).filter(|_| started.elapsed() < limit) else {
-            break;
-        };
-        if socket.send(Message::Binary(message)).await.is_err() {
-            return;
+    let (mut sink, mut answers) = socket.split();
+    let talk = async {
+        for number in 0.. {
+            let Some(message) = say(number).filter(|_| started.elapsed() < limit) else {
+                break;
+            };
+            if sink.send(Message::Binary(message)).await.is_err() {
+                break;
+            }
+            tokio::task::yield_now().await;
         }
-        tokio::task::yield_now().await;
-    }
-    while let Some(Ok(_)) = socket.next().await {}
+    };
+    let listen = async { while let Some(Ok(_)) = answers.next().await {} };
+    tokio::join!(talk, listen);
 }
 
 async fn tell(lie: Lie, mut stream: TcpStream) {
