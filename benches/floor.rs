@@ -14,6 +14,7 @@ use std::fmt::{Display, Formatter};
 use std::sync::mpsc::{Sender as Commands, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use common::floor::{
     BareEnd, Floor, Keys, LOOPBACK, Notes, RECEIVE_BUFFER_BYTES, Sender, Taken, Target, bare_end,
@@ -260,7 +261,7 @@ fn add(
     let key = PeerKey(key);
     let streams = vec![StreamParameters {
         payloads: PayloadTypes::of(Codec::Vp8, 96),
-        ssrc: SSRC,
+        ssrc: Ssrc(SSRC),
         rtx_ssrc: None,
         announced_at: now,
         transport_cc_extension: None,

@@ -9,6 +9,7 @@ mod table;
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
+use throng::transport::rtp::Ssrc;
 
 use criterion::{Criterion, SamplingMode};
 use rtc_sdp::SessionDescription;
@@ -214,8 +215,8 @@ fn sent_track(index: usize) -> SentTrack {
         codec: Codec::default_of(kind(index)),
         stream_id: format!("PA_{index:08}|TR_{index:08}"),
         track_id: format!("TR_{index:08}"),
-        ssrc: 1_000 + 2 * index as u32,
-        rtx_ssrc: (kind(index) == Kind::Video).then_some(1_001 + 2 * index as u32),
+        ssrc: Ssrc(1_000 + 2 * index as u32),
+        rtx_ssrc: (kind(index) == Kind::Video).then_some(Ssrc(1_001 + 2 * index as u32)),
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
 use throng::engine::shard::Shard;
@@ -81,7 +82,7 @@ pub fn track(
 ) -> SendParameters {
     SendParameters {
         source: source(kind),
-        ssrc: SSRC,
+        ssrc: Ssrc(SSRC),
         rtx_ssrc: None,
         payload_type: payload_type(kind),
         rtx_payload_type: None,
@@ -255,7 +256,7 @@ pub fn new_peer(participant: usize, ours: &Side, theirs: &Side) -> NewPeer {
             ice_controlling: true,
             dtls_active: true,
         },
-        rtcp_ssrc: 9,
+        rtcp_ssrc: Ssrc(9),
         cname: format!("participant-{participant}"),
         intended_at: Time::ZERO,
         obeys_bandwidth: false,

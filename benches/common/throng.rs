@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::shard::Shard;
@@ -59,7 +60,7 @@ impl Stack for Throng {
                     Codec::default_of(self.setting.kind),
                     Codec::default_of(self.setting.kind).payload_type(),
                 ),
-                ssrc: SSRC,
+                ssrc: Ssrc(SSRC),
                 rtx_ssrc: None,
                 announced_at: now,
                 transport_cc_extension: self.setting.transport_cc_extension(),

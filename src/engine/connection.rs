@@ -1,5 +1,6 @@
 //! One peer connection at work: its tracks, its streams, and the RTCP between them and the server.
 
+use crate::transport::rtp::Ssrc;
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -63,11 +64,11 @@ pub struct PeerConnection {
     pub tap: Option<Box<Tap>>,
     streams: Vec<RecvStream>,
     /// `(ssrc, stream, is_rtx)`, by ssrc.
-    ssrcs: Vec<(u32, u32, bool)>,
+    ssrcs: Vec<(Ssrc, u32, bool)>,
     key: PeerKey,
     pub participant: u32,
     room: u32,
-    rtcp_ssrc: u32,
+    rtcp_ssrc: Ssrc,
     cname: String,
     intended_at: Time,
     rtt_rtcp: Option<Duration>,
@@ -112,7 +113,7 @@ impl Wanted {
 
 #[derive(Clone, Copy)]
 struct ReferenceTime {
-    ssrc: u32,
+    ssrc: Ssrc,
     ntp_middle: u32,
     arrival: Time,
 }
@@ -185,7 +186,7 @@ impl PeerConnection {
     }
 
     /// The server withdrew these streams.
-    pub fn withdraw_streams(&mut self, ssrcs: &[u32], roster: &Roster, record: &mut Record) {
+    pub fn withdraw_streams(&mut self, ssrcs: &[Ssrc], roster: &Roster, record: &mut Record) {
         for stream in self
             .streams
             .iter_mut()
@@ -308,21 +309,21 @@ impl PeerConnection {
     }
 
     /// The server was asked at `at` for another layer of a stream, or for nothing.
-    pub fn watch(&mut self, ssrc: u32, layer: Option<u8>, at: Time, roster: &Roster) {
+    pub fn watch(&mut self, ssrc: Ssrc, layer: Option<u8>, at: Time, roster: &Roster) {
         if let Some((stream, false)) = self.find_stream(ssrc) {
             self.streams[stream].watch(layer, at, roster);
         }
     }
 
     /// The server pauses a stream since `at`, or sends it again.
-    pub fn set_paused(&mut self, ssrc: u32, paused: bool, at: Time, record: &mut Record) {
+    pub fn set_paused(&mut self, ssrc: Ssrc, paused: bool, at: Time, record: &mut Record) {
         if let Some((stream, false)) = self.find_stream(ssrc) {
             self.streams[stream].set_paused(paused, at, record);
         }
     }
 
     /// The stream of an SSRC, and whether it is its retransmission SSRC.
-    fn find_stream(&self, ssrc: u32) -> Option<(usize, bool)> {
+    fn find_stream(&self, ssrc: Ssrc) -> Option<(usize, bool)> {
         let at = self.ssrcs.partition_point(|(known, ..)| *known < ssrc);
         let (known, stream, is_rtx) = *self.ssrcs.get(at)?;
         (known == ssrc).then_some((stream as usize, is_rtx))
@@ -659,7 +660,7 @@ impl PeerConnection {
 
     fn handle_nack<I: Io>(
         &mut self,
-        media_ssrc: u32,
+        media_ssrc: Ssrc,
         seqs: impl Iterator<Item = Seq>,
         around: &mut ConnectionContext<'_, I>,
     ) {
@@ -686,7 +687,7 @@ impl PeerConnection {
 
     fn handle_key_frame_request<I: Io>(
         &mut self,
-        media_ssrc: u32,
+        media_ssrc: Ssrc,
         around: &mut ConnectionContext<'_, I>,
     ) {
         if let Some(track) = self

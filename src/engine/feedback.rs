@@ -6,6 +6,7 @@
 //! to: media, retransmissions and padding alike. LiveKit agrees on both where there is one
 //! connection, and stamps packets with the one that it uses.
 
+use crate::transport::rtp::Ssrc;
 use std::time::Duration;
 
 use super::StreamParameters;
@@ -33,7 +34,7 @@ pub struct Feedback {
 struct TransportCc {
     extension: u8,
     /// SSRC of the stream that received last: a server finds the connection by it.
-    media_ssrc: u32,
+    media_ssrc: Ssrc,
     sent_at: Option<Time>,
     interval: Duration,
     log: ArrivalLog,
@@ -43,7 +44,7 @@ struct Remb {
     extension: u8,
     estimator: ReceiveEstimator,
     /// Streams whose packets carry abs-send-time, in their order of appearance.
-    sources: Vec<u32>,
+    sources: Vec<Ssrc>,
     /// Streams that may.
     streams: usize,
 }
@@ -112,7 +113,7 @@ impl Feedback {
         &mut self,
         header: &Header,
         packet: &[u8],
-        media_ssrc: u32,
+        media_ssrc: Ssrc,
         arrival: Time,
     ) -> Time {
         let transport_seq = |cc: &TransportCc| {
@@ -166,7 +167,7 @@ impl Feedback {
     pub fn write(
         &mut self,
         writer: &mut RtcpWriter<'_>,
-        sender_ssrc: u32,
+        sender_ssrc: Ssrc,
         now: Time,
         rtt: Duration,
     ) -> Result<Option<Sent>, WriteError> {
@@ -204,7 +205,7 @@ pub enum Sent {
 }
 
 impl Remb {
-    fn note_source(&mut self, ssrc: u32) {
+    fn note_source(&mut self, ssrc: Ssrc) {
         if self.sources.len() < self.streams && !self.sources.contains(&ssrc) {
             self.sources.push(ssrc);
         }
@@ -236,7 +237,7 @@ mod tests {
     const ABS_SEND_TIME: u8 = 6;
     const RTT: Duration = Duration::from_millis(20);
 
-    fn stream(ssrc: u32, transport_cc: bool, remb: bool) -> StreamParameters {
+    fn stream(ssrc: Ssrc, transport_cc: bool, remb: bool) -> StreamParameters {
         StreamParameters {
             payloads: PayloadTypes::of(Codec::Vp8, 96),
             ssrc,
@@ -259,7 +260,7 @@ mod tests {
     /// A packet of 1,000 bytes with these extensions; returns when feedback is wanted.
     fn take(
         feedback: &mut Feedback,
-        ssrc: u32,
+        ssrc: Ssrc,
         seq: Option<u16>,
         sent: Option<Time>,
         arrival: Time,
@@ -288,7 +289,7 @@ mod tests {
         loop {
             let mut buffer = [0; 1_200];
             let mut writer = RtcpWriter::new(&mut buffer);
-            let Some(what) = feedback.write(&mut writer, 9, now, RTT).unwrap() else {
+            let Some(what) = feedback.write(&mut writer, Ssrc(9), now, RTT).unwrap() else {
                 break;
             };
             let len = writer.len();
@@ -301,16 +302,23 @@ mod tests {
 
     #[test]
     fn nothing_is_made_where_nothing_was_agreed_on() {
-        assert!(feedback(&[stream(1, false, false)]).is_none());
+        assert!(feedback(&[stream(Ssrc(1), false, false)]).is_none());
     }
 
     #[test]
     fn transport_wide_feedback_goes_out_ten_times_a_second_about_all_streams_at_once() {
-        let mut feedback = feedback(&[stream(1, true, false), stream(2, true, false)]).unwrap();
+        let mut feedback =
+            feedback(&[stream(Ssrc(1), true, false), stream(Ssrc(2), true, false)]).unwrap();
         let mut messages = 0;
         for ms in 0..1_000u64 {
             let now = Time::from_millis(ms);
-            let wanted = take(&mut feedback, 1 + ms as u32 % 2, Some(ms as u16), None, now);
+            let wanted = take(
+                &mut feedback,
+                Ssrc(1 + ms as u32 % 2),
+                Some(ms as u16),
+                None,
+                now,
+            );
             if now >= feedback.timer_at.min(wanted) {
                 let (sent, bytes) = turn(&mut feedback, now);
                 assert_eq!(sent, [Sent::TransportCc]);
@@ -324,7 +332,7 @@ mod tests {
                 };
                 assert_eq!(
                     (sender_ssrc, media_ssrc),
-                    (9, 1 + ms as u32 % 2),
+                    (Ssrc(9), Ssrc(1 + ms as u32 % 2)),
                     "the stream that spoke last"
                 );
                 let reported = u16::from_be_bytes([body[2], body[3]]);
@@ -338,10 +346,10 @@ mod tests {
 
     #[test]
     fn a_packet_with_a_transport_wide_number_is_not_for_the_remb() {
-        let mut feedback = feedback(&[stream(1, true, true)]).unwrap();
+        let mut feedback = feedback(&[stream(Ssrc(1), true, true)]).unwrap();
         for ms in (0..10_000).step_by(5) {
             let now = Time::from_millis(ms);
-            take(&mut feedback, 1, Some(ms as u16 / 5), Some(now), now);
+            take(&mut feedback, Ssrc(1), Some(ms as u16 / 5), Some(now), now);
         }
         let (sent, _) = turn(&mut feedback, Time::from_millis(10_000));
         assert!(
@@ -353,15 +361,21 @@ mod tests {
     #[test]
     fn remb_names_the_streams_that_carry_send_times_and_stops_with_them() {
         let mut feedback = feedback(&[
-            stream(1, true, true),
-            stream(2, true, true),
-            stream(3, false, false),
+            stream(Ssrc(1), true, true),
+            stream(Ssrc(2), true, true),
+            stream(Ssrc(3), false, false),
         ])
         .unwrap();
         let mut told = Vec::new();
         for ms in (0..10_000).step_by(5) {
             let now = Time::from_millis(ms);
-            let wanted = take(&mut feedback, 1 + ms as u32 / 5 % 2, None, Some(now), now);
+            let wanted = take(
+                &mut feedback,
+                Ssrc(1 + ms as u32 / 5 % 2),
+                None,
+                Some(now),
+                now,
+            );
             if wanted <= now {
                 told.push((ms, turn(&mut feedback, now)));
             }
@@ -384,7 +398,7 @@ mod tests {
         let Some(Ok(RtcpPacket::Remb { sources, .. })) = packets(bytes).next() else {
             panic!()
         };
-        assert_eq!(sources.collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(sources.collect::<Vec<_>>(), [Ssrc(1), Ssrc(2)]);
         turn(&mut feedback, Time::from_millis(20_000));
         assert_eq!(
             feedback.timer_at,

@@ -20,6 +20,7 @@ mod timers;
 mod uplink;
 pub mod worker;
 
+use crate::transport::rtp::Ssrc;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64};
@@ -108,7 +109,7 @@ pub enum ShardCommand {
     /// owed: see [`ShardCommand::Leave`] for who is to go.
     Unsubscribe {
         key: PeerKey,
-        ssrcs: Vec<u32>,
+        ssrcs: Vec<Ssrc>,
     },
     /// The server took one of our tracks out of the room. It stops, and what the plan means it to
     /// send stays owed.
@@ -132,7 +133,7 @@ pub enum ShardCommand {
     /// Which layer the server was asked for at `at`, by media SSRC; `None`: none at all for now.
     Watch {
         key: PeerKey,
-        ssrc: u32,
+        ssrc: Ssrc,
         layer: Option<u8>,
         at: Time,
     },
@@ -140,7 +141,7 @@ pub enum ShardCommand {
     /// media SSRC.
     SetPaused {
         key: PeerKey,
-        ssrc: u32,
+        ssrc: Ssrc,
         paused: bool,
         at: Time,
     },
@@ -178,7 +179,7 @@ pub struct NewPeer {
     pub room: u32,
     pub parameters: PeerParameters,
     /// Our SSRC in RTCP where the peer sends no media.
-    pub rtcp_ssrc: u32,
+    pub rtcp_ssrc: Ssrc,
     pub cname: String,
     /// It sends no more than its path carries, as transport-wide feedback and REMB show it.
     pub obeys_bandwidth: bool,
@@ -190,8 +191,8 @@ pub struct NewPeer {
 #[derive(Clone, Debug)]
 pub struct StreamParameters {
     pub payloads: PayloadTypes,
-    pub ssrc: u32,
-    pub rtx_ssrc: Option<u32>,
+    pub ssrc: Ssrc,
+    pub rtx_ssrc: Option<Ssrc>,
     /// Whether NACKs were agreed on.
     pub nack: bool,
     /// The id of the transport-wide sequence number, where feedback about it was agreed on.

@@ -7,6 +7,7 @@
 //! A simulcast track is one [`SendTrack`] a layer. All of them begin at the same moment, as a
 //! camera's one picture is coded in several sizes.
 
+use crate::transport::rtp::Ssrc;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,8 +139,8 @@ pub use crate::plan::{Pacing, SpeakerTurns};
 /// What a negotiated track needs to start.
 pub struct SendParameters {
     pub source: MediaSource,
-    pub ssrc: u32,
-    pub rtx_ssrc: Option<u32>,
+    pub ssrc: Ssrc,
+    pub rtx_ssrc: Option<Ssrc>,
     pub payload_type: u8,
     pub rtx_payload_type: Option<u8>,
     /// Set where audio is sent with redundancy.
@@ -436,11 +437,11 @@ impl SendTrack {
         sent_bitrate(&self.parameters)
     }
 
-    pub fn ssrc(&self) -> u32 {
+    pub fn ssrc(&self) -> Ssrc {
         self.parameters.ssrc
     }
 
-    pub fn rtx_ssrc(&self) -> Option<u32> {
+    pub fn rtx_ssrc(&self) -> Option<Ssrc> {
         self.parameters.rtx_ssrc
     }
 

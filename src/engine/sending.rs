@@ -287,6 +287,7 @@ pub fn wanted_bps(others_bps: u64, layers: &[LayerState]) -> u64 {
 mod tests {
     use super::*;
     use crate::transport::rtcp::{RtcpPacket, RtcpWriter, packets};
+    use crate::transport::rtp::Ssrc;
     use crate::transport::sent::SentPacket;
     use crate::transport::sequence::Seq;
 
@@ -356,7 +357,7 @@ mod tests {
         let mut buffer = [0; 1_200];
         let mut writer = RtcpWriter::new(&mut buffer);
         writer
-            .transport_cc(1, 2, Seq(1), 0, arrivals.iter().copied())
+            .transport_cc(Ssrc(1), Ssrc(2), Seq(1), 0, arrivals.iter().copied())
             .unwrap();
         let len = writer.len();
         match packets(&buffer[..len]).next() {

@@ -1,6 +1,7 @@
 //! One core's participants: takes datagrams, time and commands; gives datagrams, events and counts.
 //! No sockets, no clock, no lock.
 
+use crate::transport::rtp::Ssrc;
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -395,7 +396,7 @@ impl Shard {
         }
     }
 
-    fn unsubscribe(&mut self, key: PeerKey, ssrcs: &[u32]) {
+    fn unsubscribe(&mut self, key: PeerKey, ssrcs: &[Ssrc]) {
         if let Some(peer) = self.peers[key].as_mut() {
             peer.withdraw_streams(ssrcs, &self.config.roster, &mut self.record);
         }

@@ -4,6 +4,7 @@
 //! What the SFU says of a stream is not believed: which publisher a frame is from, whether it came
 //! once and how long it took is read from the frame itself.
 
+use crate::transport::rtp::Ssrc;
 use std::time::Duration;
 
 use super::attribution::{Attribution, FrameOrigin, Losses, PlacedFrame};
@@ -62,7 +63,7 @@ pub enum RefusedPacket {
 #[derive(Clone, Debug)]
 pub struct StreamOutcome {
     pub kind: Kind,
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     /// Once a frame has told.
     pub origin: Option<Origin>,
     pub live: bool,
@@ -408,7 +409,7 @@ impl RecvStream {
         self.attribution.prefetch();
     }
 
-    pub fn ssrc(&self) -> u32 {
+    pub fn ssrc(&self) -> Ssrc {
         self.parameters.ssrc
     }
 

@@ -1,5 +1,6 @@
 //! All streams of a recording and their files, and the account of it.
 
+use crate::transport::rtp::Ssrc;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -43,7 +44,7 @@ enum FrameStream {
 /// One stream's way into its file.
 struct RecordedTrack {
     codec: Codec,
-    ssrc: u32,
+    ssrc: Ssrc,
     dir: PathBuf,
     file: File,
     is_named: bool,
@@ -274,7 +275,10 @@ impl RecordedTrack {
             }
             Container::Ogg => {
                 let output = RecordingFile::create(&self.dir, &name, self.extension())?;
-                Ok(Some(File::Ogg(output, Box::new(OpusFile::new(self.ssrc)))))
+                Ok(Some(File::Ogg(
+                    output,
+                    Box::new(OpusFile::new(self.ssrc.0)),
+                )))
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The engine's side of a recording: copies packets into pages, and never waits.
 
+use crate::transport::rtp::Ssrc;
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,7 +25,7 @@ const PAGE_AGE_MAX: Duration = Duration::from_millis(100);
 pub struct TappedPacket {
     /// Which of the connection's streams; never given out twice in it, as an SSRC may be.
     pub stream: u32,
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     pub codec: Codec,
     /// Unwrapped sequence number.
     pub ext_seq: u64,
@@ -162,7 +163,7 @@ mod tests {
     fn packet(ext_seq: u64, arrival: Time) -> TappedPacket {
         TappedPacket {
             stream: 1,
-            ssrc: 2,
+            ssrc: Ssrc(2),
             codec: Codec::Opus,
             ext_seq,
             rtp_time: 0,

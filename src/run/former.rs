@@ -59,6 +59,7 @@ mod tests {
     use crate::media::identity::Origin;
     use crate::run::account::quality;
     use crate::transport::receive::ReceiveCounts;
+    use crate::transport::rtp::Ssrc;
 
     fn outcome(participant: u32, at: u64) -> PeerOutcome {
         let stream = |number: u64| StreamOutcome {
@@ -73,7 +74,7 @@ mod tests {
             concealed_us: number,
             jitter: Duration::from_micros(at),
             latency_us_max: None,
-            ssrc: (at * 10 + number) as u32,
+            ssrc: Ssrc((at * 10 + number) as u32),
             origin: Some(Origin {
                 publisher: number as u32,
                 track: 0,

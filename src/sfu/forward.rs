@@ -8,6 +8,7 @@
 //! So one outgoing number is one packet for ever, as SRTP's keys demand: no two packets are sealed
 //! under one index.
 
+use crate::transport::rtp::Ssrc;
 use std::collections::VecDeque;
 use std::mem::offset_of;
 use std::net::SocketAddr;
@@ -321,7 +322,7 @@ struct Rtx {
 }
 
 impl Rtx {
-    fn new(ssrc: u32, payload_type: u8, index: u64) -> Result<Box<Rtx>, TemplateError> {
+    fn new(ssrc: Ssrc, payload_type: u8, index: u64) -> Result<Box<Rtx>, TemplateError> {
         Ok(Box::new(Rtx {
             header: HeaderTemplate::new(payload_type, ssrc)?,
             index,
@@ -355,7 +356,7 @@ fn leveled_header(
 /// there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndedStream {
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     pub next_index: u64,
 }
 
@@ -376,7 +377,7 @@ impl EndedStreams {
         self.0.push_back(ended);
     }
 
-    pub fn next_index(&self, ssrc: u32) -> Option<u64> {
+    pub fn next_index(&self, ssrc: Ssrc) -> Option<u64> {
         self.0
             .iter()
             .find(|ended| ended.ssrc == ssrc)
@@ -384,7 +385,7 @@ impl EndedStreams {
     }
 
     /// The stream goes on: where it stopped no longer matters.
-    pub fn forget(&mut self, ssrc: u32) {
+    pub fn forget(&mut self, ssrc: Ssrc) {
         self.0.retain(|ended| ended.ssrc != ssrc);
     }
 
@@ -435,7 +436,7 @@ pub struct ForwardedSubscription {
     /// Where its connection and its track are kept.
     pub transport: u32,
     pub track: u32,
-    rtx_ssrc: Option<u32>,
+    rtx_ssrc: Option<Ssrc>,
     rtx: Option<Box<Rtx>>,
     /// Chooses the first timestamp and picture id.
     origin: u64,
@@ -469,11 +470,11 @@ impl ForwardedSubscription {
         let payload_type = parameters.payloads.plain_payload_type();
         let header = HeaderTemplate::with_room(payload_type, parameters.ssrc)?;
         let leveled_header = leveled_header(kind, payload_type, parameters)?;
-        let origin = scatter(seed ^ u64::from(parameters.ssrc));
+        let origin = scatter(seed ^ u64::from(parameters.ssrc.0));
         // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost
         // (RFC 3711, section 3.3.1).
-        let first_index = |ssrc: u32| {
-            let fresh = scatter(seed ^ u64::from(ssrc)) >> 49;
+        let first_index = |ssrc: Ssrc| {
+            let fresh = scatter(seed ^ u64::from(ssrc.0)) >> 49;
             ended.next_index(ssrc).unwrap_or(fresh)
         };
         let rtx = parameters.rtx_ssrc.zip(parameters.rtx_payload_type);
@@ -522,11 +523,11 @@ impl ForwardedSubscription {
         net::prefetch(self, HOT_BYTES);
     }
 
-    pub fn ssrc(&self) -> u32 {
+    pub fn ssrc(&self) -> Ssrc {
         self.header.ssrc()
     }
 
-    pub fn rtx_ssrc(&self) -> Option<u32> {
+    pub fn rtx_ssrc(&self) -> Option<Ssrc> {
         self.rtx_ssrc
     }
 

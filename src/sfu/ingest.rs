@@ -1,6 +1,7 @@
 //! One published encoding (one SSRC, and the one of its retransmissions): opened, put in order,
 //! kept for its subscribers, and reported on to its publisher.
 
+use crate::transport::rtp::Ssrc;
 use std::time::Duration;
 
 use super::TrackParameters;
@@ -113,7 +114,7 @@ pub fn ntp_nanos(ntp: u64) -> i64 {
 /// The SSRC that an encoding has now, and SRTP's state for it.
 #[derive(Default)]
 struct IngestSource {
-    ssrc: Option<u32>,
+    ssrc: Option<Ssrc>,
     extender: SeqExtender,
     replay: ReplayWindow,
 }
@@ -226,7 +227,7 @@ impl Ingest {
     }
 
     /// The SSRC of its media; `None` until its first authentic packet.
-    pub fn ssrc(&self) -> Option<u32> {
+    pub fn ssrc(&self) -> Option<Ssrc> {
         self.media.ssrc
     }
 

@@ -27,6 +27,7 @@ mod track;
 mod wire;
 pub mod worker;
 
+use crate::transport::rtp::Ssrc;
 use std::net::SocketAddr;
 
 use crate::codec::PayloadTypes;
@@ -144,7 +145,7 @@ impl TrackParameters {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Encodings {
     /// One encoding, by the SSRCs of its description.
-    Ssrc { ssrc: u32, rtx_ssrc: Option<u32> },
+    Ssrc { ssrc: Ssrc, rtx_ssrc: Option<Ssrc> },
     /// Simulcast layers from low to high, by their rid until the SSRC is known.
     Rids(Vec<Box<str>>),
     /// One encoding without `a=ssrc`: by mid.
@@ -163,8 +164,8 @@ impl Encodings {
 /// What our description says of one track to its subscriber.
 #[derive(Clone, Debug)]
 pub struct SubscriptionParameters {
-    pub ssrc: u32,
-    pub rtx_ssrc: Option<u32>,
+    pub ssrc: Ssrc,
+    pub rtx_ssrc: Option<Ssrc>,
     pub payloads: PayloadTypes,
     pub rtx_payload_type: Option<u8>,
     pub extensions: ExtensionIds,

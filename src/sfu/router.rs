@@ -7,6 +7,7 @@
 //! ends, each of the track's subscribers in turn gets what of it is for him ([`super::forward`]):
 //! so his state is fetched into the cache once a run, and his packets may leave with one call.
 
+use crate::transport::rtp::Ssrc;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::net::SocketAddr;
@@ -85,7 +86,7 @@ struct RouterTransport {
     /// `(ssrc, track, encoding, is_rtx)` of what it publishes, by SSRC.
     incoming: Vec<Incoming>,
     /// `(ssrc, subscription)` of what it gets, retransmissions included, by SSRC.
-    outgoing: Vec<(u32, u32)>,
+    outgoing: Vec<(Ssrc, u32)>,
     tracks: Vec<u32>,
     /// Streams that it has got before and that have ended.
     ended: EndedStreams,
@@ -102,7 +103,7 @@ struct RouterTransport {
 
 #[derive(Clone, Copy)]
 struct Incoming {
-    ssrc: u32,
+    ssrc: Ssrc,
     track: u32,
     encoding: u8,
     is_rtx: bool,
@@ -144,7 +145,7 @@ impl RouterTransport {
             .min(self.feedback_at)
     }
 
-    fn find_incoming(&self, ssrc: u32) -> Option<Incoming> {
+    fn find_incoming(&self, ssrc: Ssrc) -> Option<Incoming> {
         let at = self.incoming.partition_point(|known| known.ssrc < ssrc);
         self.incoming
             .get(at)
@@ -192,7 +193,7 @@ impl RouterTransport {
         self.incoming.insert(at, incoming);
     }
 
-    fn find_outgoing(&self, ssrc: u32) -> Option<u32> {
+    fn find_outgoing(&self, ssrc: Ssrc) -> Option<u32> {
         let at = self.outgoing.partition_point(|(known, _)| *known < ssrc);
         self.outgoing
             .get(at)
@@ -385,7 +386,7 @@ pub struct Router {
     levels_at: Time,
     somebody_spoke: bool,
     /// Ours, in what we say of published media.
-    rtcp_ssrc: u32,
+    rtcp_ssrc: Ssrc,
     cname: String,
 }
 
@@ -414,7 +415,7 @@ impl Router {
             due_now: Vec::new(),
             levels_at: now + LEVEL_INTERVAL,
             somebody_spoke: false,
-            rtcp_ssrc: bits as u32 | 1,
+            rtcp_ssrc: Ssrc(bits as u32 | 1),
             cname: format!("router-{:08x}", bits >> 32),
             config,
         }
@@ -729,7 +730,7 @@ impl Router {
         let needs_key_frame = subscription
             .choose_layer(&track.encodings)
             .filter(|_| transport.connected);
-        let streams: Vec<u32> = [Some(subscription.ssrc()), subscription.rtx_ssrc()]
+        let streams: Vec<Ssrc> = [Some(subscription.ssrc()), subscription.rtx_ssrc()]
             .into_iter()
             .flatten()
             .collect();
@@ -1327,7 +1328,7 @@ impl Router {
     fn handle_sender_report(
         &mut self,
         slot: u32,
-        ssrc: u32,
+        ssrc: Ssrc,
         ntp: u64,
         rtp_time: u32,
         arrival: Time,
@@ -1374,7 +1375,7 @@ impl Router {
     fn handle_nack(
         &mut self,
         slot: u32,
-        media_ssrc: u32,
+        media_ssrc: Ssrc,
         seqs: impl Iterator<Item = Seq>,
         now: Time,
         io: &mut impl Outgoing,
@@ -1405,7 +1406,7 @@ impl Router {
         subscription.handle_nack(&track.encodings, seqs, &mut wire);
     }
 
-    fn handle_key_frame_request(&mut self, slot: u32, media_ssrc: u32, now: Time) {
+    fn handle_key_frame_request(&mut self, slot: u32, media_ssrc: Ssrc, now: Time) {
         let found = self
             .transports
             .get(slot)
@@ -1423,7 +1424,7 @@ impl Router {
     fn answer_reference_time(
         &mut self,
         slot: u32,
-        (ssrc, ntp): (u32, u64),
+        (ssrc, ntp): (Ssrc, u64),
         arrival: Time,
         now: Time,
         io: &mut impl Outgoing,
@@ -1594,7 +1595,7 @@ impl Router {
         let media_ssrc = transport
             .incoming
             .first()
-            .map_or(0, |incoming| incoming.ssrc);
+            .map_or(Ssrc::default(), |incoming| incoming.ssrc);
         let Some((id, mut log)) = transport.transport_cc.take() else {
             return;
         };
@@ -1678,7 +1679,7 @@ impl Router {
     fn send_some_sender_reports(
         &mut self,
         slot: u32,
-        carried: &[(u32, u32)],
+        carried: &[(Ssrc, u32)],
         now: Time,
         io: &mut impl Outgoing,
     ) {
@@ -1901,8 +1902,8 @@ mod tests {
         let mut router = router_with_a_track(&mut io);
         for id in 0..10_000 {
             let parameters = SubscriptionParameters {
-                ssrc: 2 * id + 1,
-                rtx_ssrc: Some(2 * id + 2),
+                ssrc: Ssrc(2 * id + 1),
+                rtx_ssrc: Some(Ssrc(2 * id + 2)),
                 payloads: PayloadTypes::of(Codec::Opus, 111),
                 rtx_payload_type: Some(112),
                 extensions: ExtensionIds::default(),

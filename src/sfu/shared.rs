@@ -1,5 +1,6 @@
 //! What the lobby and its rooms share: names, who is whose, what goes out, what is due.
 
+use crate::transport::rtp::Ssrc;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
 
@@ -263,9 +264,9 @@ impl SubscriptionId {
     /// The SSRCs of its packets and of their retransmissions. Multiplying by an odd number maps 31
     /// bits onto themselves, so that no two subscriptions share one, and none is 0, which some
     /// readers take for none.
-    pub(super) fn ssrcs(self) -> (u32, u32) {
+    pub(super) fn ssrcs(self) -> (Ssrc, Ssrc) {
         let scattered = self.0.wrapping_mul(0x9E37_79B1) << 1;
-        (scattered | 1, scattered)
+        (Ssrc(scattered | 1), Ssrc(scattered))
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a router has counted: plain cumulative numbers that merge over routers. Tests take them as
 //! the other side's truth; a metrics page shows them.
 
+use crate::transport::rtp::Ssrc;
 use std::time::Duration;
 
 use super::SubscriptionId;
@@ -150,7 +151,7 @@ counters! {
 #[derive(Clone, Copy, Debug)]
 pub struct EncodingStatistics {
     /// `None` until its first packet.
-    pub ssrc: Option<u32>,
+    pub ssrc: Option<Ssrc>,
     pub counts: ReceiveCounts,
     pub jitter: Duration,
     /// Media alone, headers included.

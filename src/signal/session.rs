@@ -17,6 +17,7 @@ mod requests;
 mod tracks;
 mod viewer;
 
+use crate::transport::rtp::Ssrc;
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -1292,7 +1293,7 @@ impl Session {
                     participant: self.plan.index,
                     room: self.plan.room,
                     parameters,
-                    rtcp_ssrc: self.plan.seed as u32 | 1,
+                    rtcp_ssrc: Ssrc(self.plan.seed as u32 | 1),
                     obeys_bandwidth: self.context.obey_bandwidth,
                     cname: self.plan.identity.clone(),
                     // Media is waited for from when the participant ought to have joined, or was

@@ -2,6 +2,7 @@
 //! (draft-holmer-rmcat-transport-wide-cc-extensions-01): what a browser's bandwidth estimate is
 //! made from. Without it the estimate stays low.
 
+use crate::transport::rtp::Ssrc;
 use std::time::Duration;
 
 use super::rtcp::{FEEDBACK_TICK, RtcpWriter, WriteError};
@@ -76,8 +77,8 @@ impl ArrivalLog {
     pub fn write(
         &mut self,
         writer: &mut RtcpWriter<'_>,
-        sender_ssrc: u32,
-        media_ssrc: u32,
+        sender_ssrc: Ssrc,
+        media_ssrc: Ssrc,
     ) -> Result<(), WriteError> {
         // A message begins with a packet that came: its time is the reference.
         while self.has_news() && self.arrival(self.next).is_none() && self.end - self.next > 1 {
@@ -206,13 +207,13 @@ mod tests {
                 while log.has_news() {
                     let mut buffer = [0; 1_200];
                     let mut writer = RtcpWriter::new(&mut buffer);
-                    log.write(&mut writer, 1, 2).unwrap();
+                    log.write(&mut writer, Ssrc(1), Ssrc(2)).unwrap();
                     let len = writer.len();
                     assert!(matches!(
                         packets(&buffer[..len]).next(),
                         Some(Ok(RtcpPacket::TransportCc {
-                            sender_ssrc: 1,
-                            media_ssrc: 2,
+                            sender_ssrc: Ssrc(1),
+                            media_ssrc: Ssrc(2),
                             ..
                         }))
                     ));
@@ -242,7 +243,7 @@ mod tests {
         }
         let mut buffer = [0; 200];
         let mut writer = RtcpWriter::new(&mut buffer);
-        log.write(&mut writer, 1, 2).unwrap();
+        log.write(&mut writer, Ssrc(1), Ssrc(2)).unwrap();
         let len = writer.len();
         assert_eq!(
             read(&buffer[..len]),
@@ -261,7 +262,8 @@ mod tests {
             log.record(random.draw() as u16, Time::from_nanos(random.draw() >> 20));
             while round % 50 == 0 && log.has_news() {
                 let mut buffer = [0; 1_200];
-                log.write(&mut RtcpWriter::new(&mut buffer), 1, 2).unwrap();
+                log.write(&mut RtcpWriter::new(&mut buffer), Ssrc(1), Ssrc(2))
+                    .unwrap();
             }
         }
     }

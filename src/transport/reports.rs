@@ -1,5 +1,6 @@
 //! RTCP that both ends of a connection write alike, and the limits of what they write and heed.
 
+use crate::transport::rtp::Ssrc;
 use std::net::SocketAddr;
 
 use super::peer::Peer;
@@ -36,7 +37,7 @@ pub fn seal_compound(
 
 impl ReportNumbers {
     /// As a receiver report has it.
-    pub fn block(self, ssrc: u32) -> ReportBlock {
+    pub fn block(self, ssrc: Ssrc) -> ReportBlock {
         ReportBlock {
             ssrc,
             fraction_lost: self.fraction_lost,

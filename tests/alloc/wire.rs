@@ -1,6 +1,7 @@
 //! Nothing on the per-packet paths of the wire code allocates.
 
 use std::hint::black_box;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::counting::ALLOCATIONS;
 use crate::common::link::under_test;
@@ -35,7 +36,7 @@ fn sealing_and_opening_allocate_nothing() {
         let material: Vec<u8> = (0..profile.keying_material_len() as u8).collect();
         let (mut sealer, _) = session(profile, &material, DtlsRole::Client).unwrap();
         let (_, mut opener) = session(profile, &material, DtlsRole::Server).unwrap();
-        let mut template = HeaderTemplate::new(96, 0xCAFE_BABE).unwrap();
+        let mut template = HeaderTemplate::new(96, Ssrc(0xCAFE_BABE)).unwrap();
         let twcc = template.push_extension(3, &[0; 2]).unwrap();
         let (mut extender, mut replay) = (SeqExtender::default(), ReplayWindow::default());
         let mut media = |index: u64, buf: &mut [u8; 1_500]| {
@@ -58,7 +59,7 @@ fn sealing_and_opening_allocate_nothing() {
             );
             let len = {
                 let mut writer = RtcpWriter::new(buf);
-                writer.pli(1, 2).unwrap();
+                writer.pli(Ssrc(1), Ssrc(2)).unwrap();
                 writer.len()
             };
             let len = sealer.seal_rtcp(buf, len).unwrap();
@@ -81,22 +82,26 @@ fn writing_and_reading_rtcp_allocates_nothing() {
     let work = || {
         let mut writer = RtcpWriter::new(&mut out);
         let report = ReportBlock {
-            ssrc: 5,
+            ssrc: Ssrc(5),
             ..ReportBlock::default()
         };
         writer
             .sender_report(&SenderInfo::default(), [report; 40])
             .unwrap();
-        writer.receiver_report(1, [report]).unwrap();
-        writer.sdes_cname(1, "a name").unwrap();
-        writer.nack(1, 2, (0..200).map(|n| Seq(n * 3))).unwrap();
-        writer.pli(1, 2).unwrap();
-        writer.fir(1, &[(2, 3)]).unwrap();
+        writer.receiver_report(Ssrc(1), [report]).unwrap();
+        writer.sdes_cname(Ssrc(1), "a name").unwrap();
         writer
-            .remb(1, Bitrate::from_bps(1_000_000), &[2, 3])
+            .nack(Ssrc(1), Ssrc(2), (0..200).map(|n| Seq(n * 3)))
             .unwrap();
-        writer.xr(1, Some(7), [DlrrBlock::default(); 3]).unwrap();
-        writer.bye(&[1]).unwrap();
+        writer.pli(Ssrc(1), Ssrc(2)).unwrap();
+        writer.fir(Ssrc(1), &[(Ssrc(2), 3)]).unwrap();
+        writer
+            .remb(Ssrc(1), Bitrate::from_bps(1_000_000), &[Ssrc(2), Ssrc(3)])
+            .unwrap();
+        writer
+            .xr(Ssrc(1), Some(7), [DlrrBlock::default(); 3])
+            .unwrap();
+        writer.bye(&[Ssrc(1)]).unwrap();
         let len = writer.len();
         let (mut read, mut items) = (0, 0);
         for packet in packets(&out[..len]) {

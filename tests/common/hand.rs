@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::vp8::{PictureId, Vp8Descriptor};
 use throng::sfu::router::{Router, RouterConfig};
@@ -26,7 +27,7 @@ pub const TRANSPORT_CC_ID: u8 = 5;
 pub struct Got {
     pub at: Time,
     pub sealed: Vec<u8>,
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     pub index: u64,
     pub payload_type: u8,
     pub rtp_time: u32,
@@ -49,12 +50,12 @@ impl Got {
 /// RTCP that came from the router, as far as tests look at it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Said {
-    Nack { media_ssrc: u32, seqs: Vec<u16> },
-    Pli { media_ssrc: u32 },
-    SenderReport { ssrc: u32, ntp: u64, rtp_time: u32 },
-    ReceiverReport { ssrc: u32, lost: i32 },
+    Nack { media_ssrc: Ssrc, seqs: Vec<u16> },
+    Pli { media_ssrc: Ssrc },
+    SenderReport { ssrc: Ssrc, ntp: u64, rtp_time: u32 },
+    ReceiverReport { ssrc: Ssrc, lost: i32 },
     TransportCc { body: Vec<u8> },
-    Dlrr { ssrc: u32 },
+    Dlrr { ssrc: Ssrc },
 }
 
 pub struct Hand {
@@ -63,8 +64,8 @@ pub struct Hand {
     pub connected: bool,
     pub got: Vec<Got>,
     pub said: Vec<(Time, Said)>,
-    sending: BTreeMap<u32, u64>,
-    receiving: BTreeMap<u32, SeqExtender>,
+    sending: BTreeMap<Ssrc, u64>,
+    receiving: BTreeMap<Ssrc, SeqExtender>,
 }
 
 pub struct Hands {
@@ -82,7 +83,7 @@ pub struct Hands {
 /// A packet to send, its payload apart.
 #[derive(Clone, Debug)]
 pub struct Out<'a> {
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     pub payload_type: u8,
     pub seq: u16,
     pub rtp_time: u32,

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::{Codec, PayloadTypes};
 use throng::measure::Kind;
@@ -161,7 +162,7 @@ impl Loopback {
             ends: Vec::new(),
             epoch,
             batch: net::ReceiveBatch::default(),
-            template: HeaderTemplate::new(96, 1).unwrap(),
+            template: HeaderTemplate::new(96, Ssrc(1)).unwrap(),
             next_index: 0,
         };
         // All at once they would be so many that some repeat what was not lost.
@@ -188,7 +189,7 @@ impl Loopback {
                 nack: true,
                 transport_cc: false,
                 encodings: Encodings::Ssrc {
-                    ssrc: 1,
+                    ssrc: Ssrc(1),
                     rtx_ssrc: None,
                 },
             }),
@@ -199,7 +200,7 @@ impl Loopback {
                 transport: TransportId(subscriber),
                 track: TrackId(0),
                 parameters: Box::new(SubscriptionParameters {
-                    ssrc: 100 + subscriber,
+                    ssrc: Ssrc(100 + subscriber),
                     rtx_ssrc: None,
                     payloads: PayloadTypes::of(Codec::default_of(kind), 110),
                     rtx_payload_type: None,

@@ -18,6 +18,7 @@ use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use throng::transport::rtp::Ssrc;
 
 #[allow(unused_imports)]
 pub use super::namespace::{DEVICE, DeviceCounts, Namespace};
@@ -43,7 +44,7 @@ pub enum Content {
     /// The type of the first packet and the sender's SSRC; the rest is sealed.
     Rtcp {
         packet_type: u8,
-        ssrc: u32,
+        ssrc: Ssrc,
     },
     /// Whether it answers one, and the transaction's number.
     Stun {
@@ -65,7 +66,7 @@ pub enum Content {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rtp {
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     pub seq: u16,
     pub payload_type: u8,
     pub marker: bool,
@@ -630,10 +631,10 @@ fn describe_udp(payload: &[u8]) -> Content {
         },
         [128..=191, packet_type @ 192..=223, ..] if payload.len() >= 8 => Content::Rtcp {
             packet_type: *packet_type,
-            ssrc: word(4),
+            ssrc: Ssrc(word(4)),
         },
         [128..=191, second, ..] if payload.len() >= 12 => Content::Rtp(Rtp {
-            ssrc: word(8),
+            ssrc: Ssrc(word(8)),
             seq: u16::from_be_bytes([payload[2], payload[3]]),
             payload_type: second & 0x7F,
             marker: second & 0x80 != 0,

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::ShardConfig;
@@ -81,8 +82,8 @@ pub fn layers() -> [MediaSource; 3] {
 }
 
 /// Its RTX stream has the next one.
-pub const fn layer_ssrc(layer: u8) -> u32 {
-    VIDEO_SSRC + 2 * layer as u32
+pub const fn layer_ssrc(layer: u8) -> Ssrc {
+    Ssrc(VIDEO_SSRC + 2 * layer as u32)
 }
 
 /// What one RTP datagram on the link was: SSRC and sequence number are in the clear.
@@ -176,7 +177,7 @@ impl Pair {
                 participant: me as u32,
                 room: 0,
                 parameters,
-                rtcp_ssrc: 9 + me as u32,
+                rtcp_ssrc: Ssrc(9 + me as u32),
                 cname: format!("end-{me}"),
                 obeys_bandwidth: obeys_bandwidth && me == 0,
                 intended_at: Time::ZERO,
@@ -277,8 +278,8 @@ impl Pair {
     /// A track that begins with the next tick.
     pub fn track(&self, source: &MediaSource, layer: u8, pacing: Pacing) -> SendParameters {
         let (ssrc, rtx_ssrc) = match source.kind() {
-            Kind::Audio => (AUDIO_SSRC, None),
-            Kind::Video => (layer_ssrc(layer), Some(layer_ssrc(layer) + 1)),
+            Kind::Audio => (Ssrc(AUDIO_SSRC), None),
+            Kind::Video => (layer_ssrc(layer), Some(Ssrc(layer_ssrc(layer).0 + 1))),
         };
         let track = track_number(source.kind());
         SendParameters {

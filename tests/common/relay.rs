@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::publisher::{MediaSource, Pacing, Redundancy, SendParameters};
@@ -239,7 +240,7 @@ impl<W: Wire> Relay<W> {
                     ice_controlling: true,
                     dtls_active: !active,
                 },
-                rtcp_ssrc: 9 + client as u32,
+                rtcp_ssrc: Ssrc(9 + client as u32),
                 cname: format!("client-{client}"),
                 obeys_bandwidth: false,
                 intended_at: Time::ZERO,
@@ -300,8 +301,8 @@ impl<W: Wire> Relay<W> {
             None => PayloadTypes::of(source.codec(), payload_type),
         };
         let track = TrackId(client as u32 * 10 + index);
-        let ssrc = 0x1000_0000 + track.0 * 16;
-        let rtx_ssrc = (source.kind() == Kind::Video).then_some(ssrc + 1);
+        let ssrc = Ssrc(0x1000_0000 + track.0 * 16);
+        let rtx_ssrc = (source.kind() == Kind::Video).then_some(Ssrc(ssrc.0 + 1));
         self.command(MediaCommand::AddTrack {
             transport: TransportId(client as u32),
             track,
@@ -360,7 +361,7 @@ impl<W: Wire> Relay<W> {
         client: usize,
         track: TrackId,
         kind: Kind,
-    ) -> (SubscriptionId, u32, Option<u32>) {
+    ) -> (SubscriptionId, Ssrc, Option<Ssrc>) {
         let payloads = PayloadTypes::of(Codec::default_of(kind), 110);
         self.subscribe_with(client, track, payloads)
     }
@@ -371,11 +372,11 @@ impl<W: Wire> Relay<W> {
         client: usize,
         track: TrackId,
         payloads: PayloadTypes,
-    ) -> (SubscriptionId, u32, Option<u32>) {
+    ) -> (SubscriptionId, Ssrc, Option<Ssrc>) {
         let kind = payloads.codec.kind();
         let subscription = SubscriptionId(client as u32 * 1_000 + track.0);
-        let ssrc = 0x2000_0000 + subscription.0 * 16;
-        let rtx_ssrc = (kind == Kind::Video).then_some(ssrc + 1);
+        let ssrc = Ssrc(0x2000_0000 + subscription.0 * 16);
+        let rtx_ssrc = (kind == Kind::Video).then_some(Ssrc(ssrc.0 + 1));
         self.command(MediaCommand::Subscribe {
             subscription,
             transport: TransportId(client as u32),
@@ -542,9 +543,9 @@ impl<W: Wire> Relay<W> {
         }
     }
 
-    pub fn leg(&self, client: usize, up: bool, ssrc: u32) -> LegCount {
+    pub fn leg(&self, client: usize, up: bool, ssrc: Ssrc) -> LegCount {
         self.legs
-            .get(&(client, up, ssrc))
+            .get(&(client, up, ssrc.0))
             .copied()
             .unwrap_or_default()
     }

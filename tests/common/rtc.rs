@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
+use throng::transport::rtp::Ssrc;
 
 use bytes::BytesMut;
 use rtc::dtls::extension::extension_use_srtp::SrtpProtectionProfile;
@@ -653,7 +654,7 @@ impl World {
             participant: key as u32,
             room: 0,
             parameters,
-            rtcp_ssrc: 9 + key as u32,
+            rtcp_ssrc: Ssrc(9 + key as u32),
             cname: format!("end-{key}"),
             obeys_bandwidth: false,
             intended_at: Time::ZERO,
@@ -682,8 +683,8 @@ impl World {
                 assert!(media.accepted);
                 SendParameters {
                     source: source.clone(),
-                    ssrc: [AUDIO_SSRC, VIDEO_SSRC][track],
-                    rtx_ssrc: (track == 1).then_some(VIDEO_RTX_SSRC),
+                    ssrc: Ssrc([AUDIO_SSRC, VIDEO_SSRC][track]),
+                    rtx_ssrc: (track == 1).then_some(Ssrc(VIDEO_RTX_SSRC)),
                     payload_type: media.payloads.unwrap().plain_payload_type(),
                     redundancy: None,
                     rtx_payload_type: media.rtx_payload_type,
@@ -842,8 +843,8 @@ fn publish_leg(end: &mut RtcEnd, local: &LocalTransport) -> Agreed {
         rids: Vec::new(),
     };
     let tracks = [
-        track(Kind::Audio, AUDIO_SSRC, None),
-        track(Kind::Video, VIDEO_SSRC, Some(VIDEO_RTX_SSRC)),
+        track(Kind::Audio, Ssrc(AUDIO_SSRC), None),
+        track(Kind::Video, Ssrc(VIDEO_SSRC), Some(Ssrc(VIDEO_RTX_SSRC))),
     ];
     let mut offerer = Offerer::default();
     tracks.into_iter().for_each(|track| offerer.send(track));

@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::vp8::Vp8Descriptor;
 use throng::codec::{Codec, PayloadTypes};
@@ -143,7 +144,7 @@ impl World {
             to_subscriber: direction(2),
             stream: RecvStream::new(StreamParameters {
                 payloads: PayloadTypes::of(Codec::Vp8, 96),
-                ssrc: DOWNLINK_SSRC,
+                ssrc: Ssrc(DOWNLINK_SSRC),
                 rtx_ssrc: None,
                 nack: true,
                 transport_cc_extension: None,

@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use rtc_rtcp::extended_report::ExtendedReport;
 use rtc_rtcp::extended_report::dlrr::DLRRReportBlock;
@@ -66,7 +67,7 @@ impl Content {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rtp {
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     /// Over all wraps.
     pub index: u64,
     pub rtp_time: u32,
@@ -79,8 +80,8 @@ pub struct Rtp {
 /// One packet of a compound, as far as tests look at it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Control {
-    Nack { media_ssrc: u32, seqs: Vec<u16> },
-    Pli { media_ssrc: u32 },
+    Nack { media_ssrc: Ssrc, seqs: Vec<u16> },
+    Pli { media_ssrc: Ssrc },
     SenderReport { ntp: u64 },
     Block(Block),
     ReferenceTime { ntp: u64 },
@@ -90,7 +91,7 @@ pub enum Control {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Block {
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     pub total_lost: i32,
     pub highest: u32,
     pub lsr: u32,
@@ -149,7 +150,7 @@ struct End {
 struct Half {
     peer: Peer,
     remote: SocketAddr,
-    extenders: HashMap<u32, SeqExtender>,
+    extenders: HashMap<Ssrc, SeqExtender>,
 }
 
 impl Tapped {
@@ -296,7 +297,7 @@ fn read(compound: &[u8]) -> Vec<Control> {
             // 24 bits with a sign (RFC 3550, section 6.4.1), which rtc-rtcp hands out without.
             let total_lost = ((report.total_lost << 8) as i32) >> 8;
             Control::Block(Block {
-                ssrc: report.ssrc,
+                ssrc: Ssrc(report.ssrc),
                 total_lost,
                 highest: report.last_sequence_number,
                 lsr: report.last_sender_report,
@@ -306,7 +307,7 @@ fn read(compound: &[u8]) -> Vec<Control> {
         let packet = packet.as_any();
         if let Some(nack) = packet.downcast_ref::<TransportLayerNack>() {
             said.push(Control::Nack {
-                media_ssrc: nack.media_ssrc,
+                media_ssrc: Ssrc(nack.media_ssrc),
                 seqs: nack
                     .nacks
                     .iter()
@@ -315,7 +316,7 @@ fn read(compound: &[u8]) -> Vec<Control> {
             });
         } else if let Some(pli) = packet.downcast_ref::<PictureLossIndication>() {
             said.push(Control::Pli {
-                media_ssrc: pli.media_ssrc,
+                media_ssrc: Ssrc(pli.media_ssrc),
             });
         } else if let Some(report) = packet.downcast_ref::<SenderReport>() {
             said.push(Control::SenderReport {

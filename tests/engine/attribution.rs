@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::link::{Conditions, Random};
 use crate::common::pair::{audio, video};
@@ -44,7 +45,7 @@ fn missing(media: &Media) -> u64 {
 struct Room {
     relay: Relay,
     subscriptions: Vec<[SubscriptionId; 2]>,
-    downstream: Vec<[u32; 3]>,
+    downstream: Vec<[Ssrc; 3]>,
 }
 
 impl Room {
@@ -118,9 +119,9 @@ fn what_the_downlink_loses_for_good_is_the_downlinks() {
     let mut room = Room::new(2, 2);
     let [audio_ssrc, video_ssrc, rtx_ssrc] = room.downstream[0];
     room.relay.loss = Box::new(move |leg, ssrc, seq| match leg {
-        Leg::Down(1) if ssrc == audio_ssrc => seq % 17 < 2,
-        Leg::Down(1) if ssrc == video_ssrc => seq % 41 == 0,
-        Leg::Down(1) => ssrc == rtx_ssrc,
+        Leg::Down(1) if Ssrc(ssrc) == audio_ssrc => seq % 17 < 2,
+        Leg::Down(1) if Ssrc(ssrc) == video_ssrc => seq % 41 == 0,
+        Leg::Down(1) => Ssrc(ssrc) == rtx_ssrc,
         _ => false,
     });
     room.relay.run_for(Duration::from_secs(10));
@@ -203,7 +204,7 @@ fn of_a_mixture_each_part_is_told_and_the_error_is_bounded() {
                         log.arrived_up.insert(seq);
                     }
                 }
-                Leg::Down(client) if ssrc == downstream[client - 1][0] => {
+                Leg::Down(client) if Ssrc(ssrc) == downstream[client - 1][0] => {
                     log.sent_down.entry(client).or_default().insert(seq);
                     if !lost {
                         log.arrived_down.entry(client).or_default().insert(seq);

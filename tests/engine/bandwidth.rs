@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::link::Conditions;
 use crate::common::pair::{Pair, audio, layer_ssrc, layers};
@@ -27,7 +28,7 @@ fn set_path(pair: &mut Pair, rate: u64) {
 
 /// How many packets of each layer were sent, retransmissions apart.
 #[derive(Clone, Default)]
-struct Sent(Rc<RefCell<BTreeMap<u32, u64>>>);
+struct Sent(Rc<RefCell<BTreeMap<Ssrc, u64>>>);
 
 impl Sent {
     fn listen(pair: &mut Pair) -> Sent {

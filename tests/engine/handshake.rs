@@ -5,6 +5,7 @@ use crate::common::link;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::link::{Conditions, Datagram, Link};
 use throng::engine::shard::Shard;
@@ -288,7 +289,7 @@ fn events_of(
         participant: 0,
         room: 0,
         parameters: parameters(0, certificate.fingerprint()),
-        rtcp_ssrc: 1,
+        rtcp_ssrc: Ssrc(1),
         cname: "client".into(),
         obeys_bandwidth: false,
         intended_at: Time::ZERO,

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::link::Conditions;
 use crate::common::pair::{
@@ -28,7 +29,7 @@ const TURNS: [usize; 6] = [0, 2, 1, 2, 0, 1];
 #[derive(Clone)]
 struct Sent {
     at: Time,
-    ssrc: u32,
+    ssrc: Ssrc,
     mid: Option<String>,
     rid: Option<String>,
     repaired_rid: Option<String>,
@@ -99,7 +100,7 @@ fn packets_name_their_layer_until_the_first_receiver_report_and_retransmissions_
         match RIDS
             .iter()
             .zip(0..)
-            .find(|(_, layer)| sent.ssrc == layer_ssrc(*layer) + 1)
+            .find(|(_, layer)| sent.ssrc == Ssrc(layer_ssrc(*layer).0 + 1))
         {
             None => assert_eq!((sent.mid, sent.rid, sent.repaired_rid), (None, None, None)),
             Some((rid, layer)) => {
@@ -236,7 +237,9 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
     assert_eq!(sent_during(&mut pair, Duration::from_secs(3)).len(), 0);
     pair.command(mute(AUDIO_TRACK, false));
     let speaks = sent_during(&mut pair, Duration::from_secs(1));
-    assert!(speaks.len().abs_diff(50) <= 1 && speaks.iter().all(|sent| sent.ssrc == AUDIO_SSRC));
+    assert!(
+        speaks.len().abs_diff(50) <= 1 && speaks.iter().all(|sent| sent.ssrc == Ssrc(AUDIO_SSRC))
+    );
     assert!(speaks[0].marker && !speaks[1].marker, "a talkspurt begins");
     pair.command(mute(VIDEO_TRACK, false));
     pair.run_for(Duration::from_secs(2));

@@ -2,6 +2,7 @@
 //! the server withdrew: to the frame.
 
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::link::Conditions;
 use crate::common::pair::{AUDIO_SSRC, Pair, VIDEO_SSRC, audio, video};
@@ -74,7 +75,7 @@ fn a_publisher_that_is_removed_owes_every_slot_until_the_plan_ends_it() {
 }
 
 fn withdraw(pair: &mut Pair) {
-    let ssrcs = vec![AUDIO_SSRC, VIDEO_SSRC];
+    let ssrcs = vec![Ssrc(AUDIO_SSRC), Ssrc(VIDEO_SSRC)];
     let command = ShardCommand::Unsubscribe {
         key: PeerKey(0),
         ssrcs,

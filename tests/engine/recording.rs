@@ -4,6 +4,7 @@ use crate::common::pair;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::link::Conditions;
 use crate::common::pair::{Pair, audio, video};
@@ -196,7 +197,7 @@ fn a_participant_who_comes_back_on_another_connection_gets_files_of_its_own() {
         for at in 0..10 + connection {
             let packet = TappedPacket {
                 stream: 0,
-                ssrc: 5 + connection,
+                ssrc: Ssrc(5 + connection),
                 codec: Codec::Opus,
                 ext_seq: 70_000 + u64::from(at),
                 rtp_time: at * 960,

@@ -4,6 +4,7 @@
 use crate::common::relay;
 use std::collections::BTreeSet;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::hand::{
     Got, Hands, MID_ID, Out, REPAIRED_RID_ID, RID_ID, Said, TRANSPORT_CC_ID,
@@ -161,7 +162,7 @@ fn loss_on_both_legs_is_repaired_and_every_count_is_the_links() {
             (video_track, Kind::Video, 0x1000_0010, &records[0].video),
         ] {
             let encoding = relay.router.track_statistics(track).unwrap()[0];
-            let leg = relay.leg(0, true, ssrc);
+            let leg = relay.leg(0, true, Ssrc(ssrc));
             // Audio is resent on its own SSRC.
             let resent = if kind == Kind::Audio {
                 sent.rtx_sent
@@ -306,8 +307,8 @@ fn subscribe_as(
         transport: TransportId(1),
         track,
         parameters: Box::new(SubscriptionParameters {
-            ssrc: OUT_SSRC,
-            rtx_ssrc: rtx.then_some(OUT_RTX_SSRC),
+            ssrc: Ssrc(OUT_SSRC),
+            rtx_ssrc: rtx.then_some(Ssrc(OUT_RTX_SSRC)),
             payloads: PayloadTypes::of(if rtx { Codec::Vp8 } else { Codec::Opus }, 110),
             rtx_payload_type: rtx.then_some(111),
             extensions: [(Extension::AudioLevel, 7)].into_iter().collect(),
@@ -339,8 +340,8 @@ struct Camera {
     lost: Vec<(usize, u16, u32, bool, Vec<u8>)>,
 }
 
-fn camera_ssrc(layer: usize) -> u32 {
-    0x1000 + layer as u32 * 16
+fn camera_ssrc(layer: usize) -> Ssrc {
+    Ssrc(0x1000 + layer as u32 * 16)
 }
 
 impl Camera {
@@ -431,7 +432,7 @@ impl Camera {
     fn resend_lost(&mut self, hands: &mut Hands, rtx_seqs: &mut [u16; 3]) {
         for (layer, seq, rtp_time, marker, payload) in std::mem::take(&mut self.lost) {
             let out = Out {
-                ssrc: camera_ssrc(layer) + 1,
+                ssrc: Ssrc(camera_ssrc(layer).0 + 1),
                 payload_type: 97,
                 seq: rtx_seqs[layer],
                 rtp_time,
@@ -485,7 +486,7 @@ fn assert_continuous(got: &[Got]) {
             "{:?}",
             layer_frame_packet(after)
         );
-        assert_eq!((after.ssrc, after.payload_type), (OUT_SSRC, 110));
+        assert_eq!((after.ssrc, after.payload_type), (Ssrc(OUT_SSRC), 110));
         assert!(
             after.extensions.is_empty(),
             "mid and rid are the publisher's own"
@@ -708,7 +709,7 @@ fn a_key_frame_whose_first_packet_was_lost_begins_when_it_is_repaired() {
 fn a_frame_is_known_to_be_whole_by_its_marker_and_leaves_with_one_send_however_many_reads_it_took()
 {
     let mut hands = Hands::connected(2, SendMode::Gso);
-    add_track(&mut hands, VIDEO, Kind::Video, plain(0x55, false));
+    add_track(&mut hands, VIDEO, Kind::Video, plain(Ssrc(0x55), false));
     subscribe(&mut hands, VIDEO, false, wants(0));
     assert!(!hands.router.is_mid_frame(), "there is nothing yet");
     const PACKETS: u16 = 20;
@@ -724,7 +725,7 @@ fn a_frame_is_known_to_be_whole_by_its_marker_and_leaves_with_one_send_however_m
             let len = descriptor.write(&mut payload).unwrap();
             payload[len] = u8::from(frame > 0);
             let out = Out {
-                ssrc: 0x55,
+                ssrc: Ssrc(0x55),
                 payload_type: 96,
                 seq: frame * PACKETS + packet,
                 rtp_time: u32::from(frame) * 3_000,
@@ -750,11 +751,11 @@ fn a_frame_is_known_to_be_whole_by_its_marker_and_leaves_with_one_send_however_m
             .all(|pair| pair[1].index == pair[0].index + 1)
     );
     // Audio has no frame to wait for.
-    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x66, false));
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x66), false));
     hands.send(
         0,
         &Out {
-            ssrc: 0x66,
+            ssrc: Ssrc(0x66),
             ..audio_packet(1)
         },
         b"opus",
@@ -762,16 +763,16 @@ fn a_frame_is_known_to_be_whole_by_its_marker_and_leaves_with_one_send_however_m
     assert!(!hands.router.is_mid_frame());
 }
 
-fn plain(track_ssrc: u32, rtx: bool) -> Encodings {
+fn plain(track_ssrc: Ssrc, rtx: bool) -> Encodings {
     Encodings::Ssrc {
         ssrc: track_ssrc,
-        rtx_ssrc: rtx.then_some(track_ssrc + 1),
+        rtx_ssrc: rtx.then_some(Ssrc(track_ssrc.0 + 1)),
     }
 }
 
 fn audio_packet(seq: u16) -> Out<'static> {
     Out {
-        ssrc: 0x55,
+        ssrc: Ssrc(0x55),
         payload_type: 96,
         seq,
         rtp_time: u32::from(seq) * 960,
@@ -784,7 +785,7 @@ fn audio_packet(seq: u16) -> Out<'static> {
 #[test]
 fn padding_leaves_no_hole_and_padding_that_comes_late_fills_its_own() {
     let mut hands = Hands::connected(2, SendMode::Plain);
-    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
     subscribe(&mut hands, AUDIO, false, wants(0));
     let send = |hands: &mut Hands, seq: u16, padding: u8| {
         let payload: &[u8] = if padding > 0 { &[] } else { b"opus" };
@@ -837,7 +838,7 @@ fn a_nack_is_answered_three_times_never_in_haste_and_always_with_the_same_packet
         let mut hands = Hands::connected(2, SendMode::Plain);
         let kind = if rtx { Kind::Video } else { Kind::Audio };
         let track = if rtx { VIDEO } else { AUDIO };
-        add_track(&mut hands, track, kind, plain(0x55, rtx));
+        add_track(&mut hands, track, kind, plain(Ssrc(0x55), rtx));
         subscribe(&mut hands, track, rtx, wants(0));
         let key_frame = [0x90, 0x80, 0x85, 0x55, 0, 1, 2, 3];
         for seq in 0..20 {
@@ -857,7 +858,9 @@ fn a_nack_is_answered_three_times_never_in_haste_and_always_with_the_same_packet
         let lost = &originals[19];
         let ask = |hands: &mut Hands, seq: u16| {
             hands.hands[1].got.clear();
-            hands.say(1, |writer| writer.nack(9, OUT_SSRC, [Seq(seq)]).unwrap());
+            hands.say(1, |writer| {
+                writer.nack(Ssrc(9), Ssrc(OUT_SSRC), [Seq(seq)]).unwrap()
+            });
             hands.hands[1].got.clone()
         };
         assert!(
@@ -880,7 +883,10 @@ fn a_nack_is_answered_three_times_never_in_haste_and_always_with_the_same_packet
         assert_eq!(answers.len(), 3);
         for answer in &answers {
             if rtx {
-                assert_eq!((answer.ssrc, answer.payload_type), (OUT_RTX_SSRC, 111));
+                assert_eq!(
+                    (answer.ssrc, answer.payload_type),
+                    (Ssrc(OUT_RTX_SSRC), 111)
+                );
                 assert_eq!(
                     (answer.rtp_time, answer.marker),
                     (lost.rtp_time, lost.marker)
@@ -928,7 +934,7 @@ fn a_nack_is_answered_three_times_never_in_haste_and_always_with_the_same_packet
 #[test]
 fn a_stream_that_takes_its_ssrc_again_goes_on_and_never_repeats_a_number() {
     let mut hands = Hands::connected(2, SendMode::Plain);
-    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
     let mut seq = 0;
     for round in 0..4 {
         subscribe_as(&mut hands, SubscriptionId(round), AUDIO, false, wants(0));
@@ -960,7 +966,7 @@ fn a_stream_that_takes_its_ssrc_again_goes_on_and_never_repeats_a_number() {
 #[test]
 fn a_pause_leaves_no_seam_and_a_restart_of_the_publisher_no_leap() {
     let mut hands = Hands::connected(2, SendMode::Plain);
-    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
     subscribe(&mut hands, AUDIO, false, wants(0));
     let mut seq = 0u16;
     let mut talk = |hands: &mut Hands, offset: u16| {
@@ -1012,7 +1018,7 @@ fn a_pause_leaves_no_seam_and_a_restart_of_the_publisher_no_leap() {
 #[test]
 fn key_frames_are_asked_for_at_once_then_at_most_twice_a_second_until_one_comes() {
     let mut hands = Hands::connected(2, SendMode::Plain);
-    add_track(&mut hands, VIDEO, Kind::Video, plain(0x55, true));
+    add_track(&mut hands, VIDEO, Kind::Video, plain(Ssrc(0x55), true));
     let inter_frame = [0x90, 0x80, 0x85, 0x55, 1, 2, 3];
     let key_frame = [0x90, 0x80, 0x85, 0x55, 0, 2, 3];
     let mut seq = 0;
@@ -1030,7 +1036,14 @@ fn key_frames_are_asked_for_at_once_then_at_most_twice_a_second_until_one_comes(
     };
     send(&mut hands, &inter_frame);
     hands.run_for(Duration::from_millis(100));
-    let plis = |hands: &Hands| hands.hands[0].heard(|said| *said == Said::Pli { media_ssrc: 0x55 });
+    let plis = |hands: &Hands| {
+        hands.hands[0].heard(|said| {
+            *said
+                == Said::Pli {
+                    media_ssrc: Ssrc(0x55),
+                }
+        })
+    };
     assert!(plis(&hands).is_empty(), "nobody waits for one");
     let bound_at = hands.now;
     subscribe(&mut hands, VIDEO, true, wants(0));
@@ -1049,9 +1062,11 @@ fn key_frames_are_asked_for_at_once_then_at_most_twice_a_second_until_one_comes(
     // A subscriber's own wishes come through, of either kind, as often as that and no more.
     for round in 0..100 {
         if round % 2 == 0 {
-            hands.say(1, |writer| writer.pli(9, OUT_SSRC).unwrap());
+            hands.say(1, |writer| writer.pli(Ssrc(9), Ssrc(OUT_SSRC)).unwrap());
         } else {
-            hands.say(1, |writer| writer.fir(9, &[(OUT_SSRC, round)]).unwrap());
+            hands.say(1, |writer| {
+                writer.fir(Ssrc(9), &[(Ssrc(OUT_SSRC), round)]).unwrap()
+            });
         }
         hands.run_for(Duration::from_millis(10));
         send(&mut hands, &key_frame);
@@ -1067,7 +1082,7 @@ fn key_frames_are_asked_for_at_once_then_at_most_twice_a_second_until_one_comes(
 #[test]
 fn sender_reports_tell_the_publishers_clock_in_ours() {
     let mut hands = Hands::connected(2, SendMode::Plain);
-    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
     subscribe(&mut hands, AUDIO, false, wants(0));
     // The publisher's wall clock is 1,000 s ahead of ours, and its samples are what they are at
     // that moment.
@@ -1087,7 +1102,7 @@ fn sender_reports_tell_the_publishers_clock_in_ours() {
             );
             hands.say(0, |writer| {
                 let info = SenderInfo {
-                    ssrc: 0x55,
+                    ssrc: Ssrc(0x55),
                     ntp,
                     rtp_time,
                     ..SenderInfo::default()
@@ -1110,7 +1125,7 @@ fn sender_reports_tell_the_publishers_clock_in_ours() {
         else {
             continue;
         };
-        assert_eq!((ssrc, ntp), (OUT_SSRC, hands.epoch.ntp(at)));
+        assert_eq!((ssrc, ntp), (Ssrc(OUT_SSRC), hands.epoch.ntp(at)));
         let expected = rtp_time_at(at).wrapping_add(offset);
         assert!(rtp_time.abs_diff(expected) <= 1, "{rtp_time} {expected}");
         reports += 1;
@@ -1121,7 +1136,7 @@ fn sender_reports_tell_the_publishers_clock_in_ours() {
             matches!(
                 said,
                 Said::ReceiverReport {
-                    ssrc: 0x55,
+                    ssrc: Ssrc(0x55),
                     lost: 0
                 }
             )
@@ -1133,27 +1148,31 @@ fn sender_reports_tell_the_publishers_clock_in_ours() {
 #[test]
 fn round_trips_are_learnt_from_reports_and_told_to_receivers_that_ask() {
     let mut hands = Hands::connected(2, SendMode::Plain);
-    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
     subscribe(&mut hands, AUDIO, false, wants(0));
     hands.say(1, |writer| {
-        writer.xr(42, Some(0x1234_5678_9ABC_DEF0), []).unwrap()
+        writer
+            .xr(Ssrc(42), Some(0x1234_5678_9ABC_DEF0), [])
+            .unwrap()
     });
     assert_eq!(
         hands.hands[1]
-            .heard(|said| *said == Said::Dlrr { ssrc: 42 })
+            .heard(|said| *said == Said::Dlrr { ssrc: Ssrc(42) })
             .len(),
         1
     );
     let lsr = ntp_middle(hands.epoch.ntp(hands.now));
     hands.run_for(Duration::from_millis(50));
     let block = ReportBlock {
-        ssrc: OUT_SSRC,
+        ssrc: Ssrc(OUT_SSRC),
         cumulative_lost: 12,
         lsr,
         dlsr: 65_536 / 50,
         ..ReportBlock::default()
     };
-    hands.say(1, |writer| writer.receiver_report(42, [block]).unwrap());
+    hands.say(1, |writer| {
+        writer.receiver_report(Ssrc(42), [block]).unwrap()
+    });
     let counted = hands.router.subscription_statistics(SUBSCRIPTION).unwrap();
     assert_eq!(counted.reported_lost, 12);
     // 50 ms less 20, in units of 1/65,536 s.
@@ -1164,11 +1183,11 @@ fn round_trips_are_learnt_from_reports_and_told_to_receivers_that_ask() {
     );
     // Answers to other questions than ours are nobody's round trip.
     let stray = DlrrBlock {
-        ssrc: 1,
+        ssrc: Ssrc(1),
         last_rr: lsr,
         delay_since_last_rr: 0,
     };
-    hands.say(0, |writer| writer.xr(42, None, [stray]).unwrap());
+    hands.say(0, |writer| writer.xr(Ssrc(42), None, [stray]).unwrap());
 }
 
 #[test]
@@ -1223,7 +1242,7 @@ fn transport_wide_feedback_tells_when_each_packet_came() {
 #[test]
 fn loudness_is_told_while_somebody_speaks_and_silence_once() {
     let mut hands = Hands::connected(2, SendMode::Plain);
-    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
     let mut seq = 0;
     let mut say = |hands: &mut Hands, levels: [u8; 2], packets| {
         for packet in 0..packets {
@@ -1264,7 +1283,7 @@ fn loudness_is_told_while_somebody_speaks_and_silence_once() {
 #[test]
 fn a_restart_of_ice_keeps_the_keys_and_silence_ends_a_connection() {
     let mut hands = Hands::connected(2, SendMode::Plain);
-    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
     subscribe(&mut hands, AUDIO, false, wants(0));
     hands.send(0, &audio_packet(1), b"opus");
     hands.flush();
@@ -1335,7 +1354,7 @@ fn a_restart_of_ice_keeps_the_keys_and_silence_ends_a_connection() {
 fn hostile_datagrams_are_counted_and_do_no_harm() {
     let mut hands = Hands::connected(2, SendMode::Plain);
     add_track(&mut hands, VIDEO, Kind::Video, simulcast());
-    add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
+    add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
     subscribe(&mut hands, AUDIO, false, wants(0));
     let mut random = Random(11);
     let known = hands.hands[0].address;
@@ -1438,7 +1457,7 @@ fn a_burst_leaves_in_segments_of_one_size_and_plain_sends_are_single() {
     }
     for send in [SendMode::Plain, SendMode::Gso] {
         let mut hands = Hands::connected(2, send);
-        add_track(&mut hands, AUDIO, Kind::Audio, plain(0x55, false));
+        add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
         subscribe(&mut hands, AUDIO, false, wants(0));
         let mut sizes = Sizes(vec![0; throng::net::SEND_BYTES_MAX], Vec::new());
         for (seq, len) in [100, 100, 60, 100, 120, 120].into_iter().enumerate() {
@@ -1586,7 +1605,9 @@ fn no_number_is_ever_given_to_two_packets() {
                     let asked: Vec<Seq> = (0..5)
                         .map(|_| Seq((newest as u16).wrapping_sub(random.next() as u16 % 300)))
                         .collect();
-                    hands.say(1, |writer| writer.nack(9, OUT_SSRC, asked).unwrap());
+                    hands.say(1, |writer| {
+                        writer.nack(Ssrc(9), Ssrc(OUT_SSRC), asked).unwrap()
+                    });
                 }
                 30..50 => hands.run_for(Duration::from_millis(30)),
                 50..90 if !late.is_empty() => {
@@ -1615,7 +1636,7 @@ fn no_number_is_ever_given_to_two_packets() {
             ];
             payload.extend(step.to_be_bytes());
             let out = Out {
-                ssrc: ssrcs[layer],
+                ssrc: Ssrc(ssrcs[layer]),
                 payload_type: 96,
                 seq: seqs[layer],
                 rtp_time: step * 90,
@@ -1639,7 +1660,7 @@ fn no_number_is_ever_given_to_two_packets() {
                 hands.flush();
             }
             for got in hands.hands[1].got.drain(..) {
-                if got.ssrc == OUT_SSRC {
+                if got.ssrc == Ssrc(OUT_SSRC) {
                     newest = newest.max(got.index);
                 }
                 let before = sealed.insert((got.ssrc, got.index), got.sealed.clone());

@@ -4,6 +4,7 @@
 //! Every test draws from a seed, so that a failure replays.
 
 use std::any::Any;
+use throng::transport::rtp::Ssrc;
 
 use bytes::Bytes;
 use rtc_rtcp::extended_report::ExtendedReport;
@@ -121,7 +122,10 @@ fn rtp_packets_of_the_peer_read_the_same() {
             ),
             "{round}"
         );
-        assert_eq!((ours.rtp_time, ours.ssrc), (header.timestamp, header.ssrc));
+        assert_eq!(
+            (ours.rtp_time, ours.ssrc),
+            (header.timestamp, Ssrc(header.ssrc))
+        );
         let extensions: Vec<_> = ours.extensions(&bytes).collect();
         assert_eq!(
             extensions,
@@ -146,7 +150,7 @@ fn rtp_headers_of_ours_read_the_same_at_the_peer() {
     let mut chance = Chance::of(2);
     for _ in 0..5_000 {
         let (payload_type, ssrc) = (96 + chance.below(32) as u8, chance.u32());
-        let mut template = HeaderTemplate::new(payload_type, ssrc).unwrap();
+        let mut template = HeaderTemplate::new(payload_type, Ssrc(ssrc)).unwrap();
         let values = chance.list(4, |chance| {
             let len = 1 + chance.below(16);
             chance.bytes(len)
@@ -365,9 +369,13 @@ fn peer_rtcp(chance: &mut Chance, kind: usize) -> Peer {
 
 const RTCP_KINDS: usize = 9;
 
+fn ssrcs(numbers: &[u32]) -> Vec<Ssrc> {
+    numbers.iter().copied().map(Ssrc).collect()
+}
+
 fn report_to_peer(report: ReportBlock) -> ReceptionReport {
     ReceptionReport {
-        ssrc: report.ssrc,
+        ssrc: report.ssrc.0,
         fraction_lost: report.fraction_lost,
         total_lost: report.cumulative_lost as u32 & 0xFF_FFFF,
         last_sequence_number: report.extended_highest_seq,
@@ -379,7 +387,7 @@ fn report_to_peer(report: ReportBlock) -> ReceptionReport {
 
 fn report_from_peer(report: &ReceptionReport) -> ReportBlock {
     ReportBlock {
-        ssrc: report.ssrc,
+        ssrc: Ssrc(report.ssrc),
         fraction_lost: report.fraction_lost,
         cumulative_lost: ((report.total_lost << 8) as i32) >> 8,
         extended_highest_seq: report.last_sequence_number,
@@ -393,7 +401,7 @@ fn report_from_peer(report: &ReceptionReport) -> ReportBlock {
 fn to_peer(packet: RtcpPacket<'_>) -> Peer {
     match packet {
         RtcpPacket::SenderReport { sender, reports } => Box::new(SenderReport {
-            ssrc: sender.ssrc,
+            ssrc: sender.ssrc.0,
             ntp_time: sender.ntp,
             rtp_time: sender.rtp_time,
             packet_count: sender.packets,
@@ -402,7 +410,7 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
             ..SenderReport::default()
         }),
         RtcpPacket::ReceiverReport { ssrc, reports } => Box::new(ReceiverReport {
-            ssrc,
+            ssrc: ssrc.0,
             reports: reports.map(report_to_peer).collect(),
             ..ReceiverReport::default()
         }),
@@ -412,7 +420,7 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
                 text: Bytes::copy_from_slice(text),
             };
             let chunks = chunks.map(|c| SourceDescriptionChunk {
-                source: c.ssrc,
+                source: c.ssrc.0,
                 items: c.cname.map(item).into_iter().collect(),
             });
             Box::new(SourceDescription {
@@ -420,7 +428,7 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
             })
         }
         RtcpPacket::Bye { sources, reason } => Box::new(Goodbye {
-            sources: sources.collect(),
+            sources: sources.map(|source| source.0).collect(),
             reason: Bytes::copy_from_slice(reason.unwrap_or_default()),
         }),
         RtcpPacket::Nack {
@@ -430,8 +438,8 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
         } => {
             let seqs: Vec<u16> = seqs.map(|seq| seq.0).collect();
             Box::new(TransportLayerNack {
-                sender_ssrc,
-                media_ssrc,
+                sender_ssrc: sender_ssrc.0,
+                media_ssrc: media_ssrc.0,
                 nacks: nack_pairs_from_sequence_numbers(&seqs),
             })
         }
@@ -439,8 +447,8 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
             sender_ssrc,
             media_ssrc,
         } => Box::new(PictureLossIndication {
-            sender_ssrc,
-            media_ssrc,
+            sender_ssrc: sender_ssrc.0,
+            media_ssrc: media_ssrc.0,
         }),
         RtcpPacket::Fir {
             sender_ssrc,
@@ -448,12 +456,12 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
         } => {
             let fir = entries
                 .map(|(ssrc, sequence_number)| FirEntry {
-                    ssrc,
+                    ssrc: ssrc.0,
                     sequence_number,
                 })
                 .collect();
             Box::new(FullIntraRequest {
-                sender_ssrc,
+                sender_ssrc: sender_ssrc.0,
                 media_ssrc: 0,
                 fir,
             })
@@ -463,9 +471,9 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
             bitrate,
             sources,
         } => Box::new(ReceiverEstimatedMaximumBitrate {
-            sender_ssrc,
+            sender_ssrc: sender_ssrc.0,
             bitrate: bitrate.bps() as f32,
-            ssrcs: sources.collect(),
+            ssrcs: sources.map(|source| source.0).collect(),
         }),
         RtcpPacket::Xr { ssrc, rrtr, dlrr } => {
             let mut reports: Vec<Peer> = Vec::new();
@@ -474,7 +482,7 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
             }));
             let dlrr: Vec<_> = dlrr
                 .map(|b| DLRRReport {
-                    ssrc: b.ssrc,
+                    ssrc: b.ssrc.0,
                     last_rr: b.last_rr,
                     dlrr: b.delay_since_last_rr,
                 })
@@ -483,7 +491,7 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
                 reports.push(Box::new(DLRRReportBlock { reports: dlrr }));
             }
             Box::new(ExtendedReport {
-                sender_ssrc: ssrc,
+                sender_ssrc: ssrc.0,
                 reports,
             })
         }
@@ -496,7 +504,7 @@ fn write_like(writer: &mut RtcpWriter<'_>, packet: &Peer) -> Result<(), WriteErr
     let any: &dyn Any = packet.as_any();
     if let Some(p) = any.downcast_ref::<SenderReport>() {
         let sender = SenderInfo {
-            ssrc: p.ssrc,
+            ssrc: Ssrc(p.ssrc),
             ntp: p.ntp_time,
             rtp_time: p.rtp_time,
             packets: p.packet_count,
@@ -504,31 +512,35 @@ fn write_like(writer: &mut RtcpWriter<'_>, packet: &Peer) -> Result<(), WriteErr
         };
         writer.sender_report(&sender, p.reports.iter().map(report_from_peer))
     } else if let Some(p) = any.downcast_ref::<ReceiverReport>() {
-        writer.receiver_report(p.ssrc, p.reports.iter().map(report_from_peer))
+        writer.receiver_report(Ssrc(p.ssrc), p.reports.iter().map(report_from_peer))
     } else if let Some(p) = any.downcast_ref::<SourceDescription>() {
         writer.sdes_cname(
-            p.chunks[0].source,
+            Ssrc(p.chunks[0].source),
             std::str::from_utf8(&p.chunks[0].items[0].text).unwrap(),
         )
     } else if let Some(p) = any.downcast_ref::<Goodbye>() {
-        writer.bye(&p.sources)
+        writer.bye(&ssrcs(&p.sources))
     } else if let Some(p) = any.downcast_ref::<TransportLayerNack>() {
         writer.nack(
-            p.sender_ssrc,
-            p.media_ssrc,
+            Ssrc(p.sender_ssrc),
+            Ssrc(p.media_ssrc),
             p.nacks.iter().flat_map(|pair| pair.packet_list()).map(Seq),
         )
     } else if let Some(p) = any.downcast_ref::<PictureLossIndication>() {
-        writer.pli(p.sender_ssrc, p.media_ssrc)
+        writer.pli(Ssrc(p.sender_ssrc), Ssrc(p.media_ssrc))
     } else if let Some(p) = any.downcast_ref::<FullIntraRequest>() {
         let entries: Vec<_> = p
             .fir
             .iter()
-            .map(|entry| (entry.ssrc, entry.sequence_number))
+            .map(|entry| (Ssrc(entry.ssrc), entry.sequence_number))
             .collect();
-        writer.fir(p.sender_ssrc, &entries)
+        writer.fir(Ssrc(p.sender_ssrc), &entries)
     } else if let Some(p) = any.downcast_ref::<ReceiverEstimatedMaximumBitrate>() {
-        writer.remb(p.sender_ssrc, Bitrate::from_bps(p.bitrate as u64), &p.ssrcs)
+        writer.remb(
+            Ssrc(p.sender_ssrc),
+            Bitrate::from_bps(p.bitrate as u64),
+            &ssrcs(&p.ssrcs),
+        )
     } else {
         write_xr_like(writer, any.downcast_ref().unwrap())
     }
@@ -536,7 +548,7 @@ fn write_like(writer: &mut RtcpWriter<'_>, packet: &Peer) -> Result<(), WriteErr
 
 fn write_xr_like(writer: &mut RtcpWriter<'_>, packet: &ExtendedReport) -> Result<(), WriteError> {
     let block = |report: &DLRRReport| DlrrBlock {
-        ssrc: report.ssrc,
+        ssrc: Ssrc(report.ssrc),
         last_rr: report.last_rr,
         delay_since_last_rr: report.dlrr,
     };
@@ -551,7 +563,7 @@ fn write_xr_like(writer: &mut RtcpWriter<'_>, packet: &ExtendedReport) -> Result
         .iter()
         .filter_map(|block| block.as_any().downcast_ref::<DLRRReportBlock>());
     writer.xr(
-        packet.sender_ssrc,
+        Ssrc(packet.sender_ssrc),
         packet.reports.iter().find_map(find),
         dlrr.flat_map(|found| found.reports.iter().map(block)),
     )
@@ -605,7 +617,9 @@ fn a_remb_is_never_read_above_what_was_said() {
         let bps = chance.u64() >> chance.below(64);
         let mut out = [0; 64];
         let mut writer = RtcpWriter::new(&mut out);
-        writer.remb(1, Bitrate::from_bps(bps), &[2]).unwrap();
+        writer
+            .remb(Ssrc(1), Bitrate::from_bps(bps), &[Ssrc(2)])
+            .unwrap();
         let Some(Ok(RtcpPacket::Remb { bitrate, .. })) = packets(&out[..24]).next() else {
             panic!("{bps}")
         };

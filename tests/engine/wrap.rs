@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::media::assemble::{Assembler, FrameEvent, PacketInfo};
 use throng::seeded::Seeded;
@@ -235,7 +236,7 @@ fn every_packet_is_opened_once_over_many_rollovers_and_whatever_its_order() {
         let material: Vec<u8> = (0..profile.keying_material_len() as u8).collect();
         let (sealer, _) = session(profile, &material, DtlsRole::Server).unwrap();
         let (_, opener) = session(profile, &material, DtlsRole::Client).unwrap();
-        let template = HeaderTemplate::new(111, 7).unwrap();
+        let template = HeaderTemplate::new(111, Ssrc(7)).unwrap();
         let (mut extender, mut window) = (SeqExtender::default(), ReplayWindow::default());
         let (mut opened, mut newest, mut sent) =
             (BTreeSet::new(), None, 65_000 + chance.below(500));

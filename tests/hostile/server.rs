@@ -8,6 +8,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
+use throng::transport::rtp::Ssrc;
 
 use crate::common::program::{Finished, Report, Scratch, run, throng};
 use bytes::Bytes;
@@ -241,7 +242,7 @@ fn sent_track(number: u32) -> SentTrack {
         codec: Codec::Opus,
         stream_id: format!("PA_{number}|TR_{number}"),
         track_id: format!("TR_{number}"),
-        ssrc: number * 2 + 1_000,
+        ssrc: Ssrc(number * 2 + 1_000),
         rtx_ssrc: None,
     }
 }
@@ -591,7 +592,7 @@ impl MediaEnd {
     }
 
     /// Comes up, lies for some seconds, and then only keeps the connection up.
-    fn run(mut self, ssrcs: &[u32], log: &MediaLog) {
+    fn run(mut self, ssrcs: &[Ssrc], log: &MediaLog) {
         let mut connected_at = None;
         let mut round = 0u32;
         while !log.stop.load(Relaxed) {
@@ -616,7 +617,7 @@ impl MediaEnd {
         }
     }
 
-    fn read(&mut self, ssrcs: &[u32], now: Time, log: &MediaLog) {
+    fn read(&mut self, ssrcs: &[Ssrc], now: Time, log: &MediaLog) {
         let mut bytes = [0; 2_048];
         while let Ok((len, from)) = self.socket.recv_from(&mut bytes) {
             match classify(&bytes[..len]) {
@@ -638,12 +639,12 @@ impl MediaEnd {
     }
 
     /// All at once, every millisecond.
-    fn lie(&mut self, ssrcs: &[u32], round: u32, log: &MediaLog) {
+    fn lie(&mut self, ssrcs: &[Ssrc], round: u32, log: &MediaLog) {
         for number in 0..20 {
             // Mostly of SSRCs that nobody announced; some of one that was, with nonsense behind the
             // header.
             let ssrc = if self.publishing || number > 2 {
-                0x7000_0000 + round % 5_000
+                Ssrc(0x7000_0000 + round % 5_000)
             } else {
                 sent_track(1).ssrc
             };
@@ -677,26 +678,30 @@ impl MediaEnd {
             octets: u32::MAX,
         };
         let dlrr = DlrrBlock {
-            ssrc: 1,
+            ssrc: Ssrc(1),
             last_rr: round,
             delay_since_last_rr: 0,
         };
-        for ssrc in ssrcs.iter().copied().chain([5]) {
+        for ssrc in ssrcs.iter().copied().chain([Ssrc(5)]) {
             self.say(log, |writer| {
                 let all = (0..200).map(|number| Seq((round * 200 + number) as u16));
                 log.nacked.fetch_add(200, Relaxed);
-                writer.nack(1, ssrc, all)
+                writer.nack(Ssrc(1), ssrc, all)
             });
             self.say(log, |writer| {
                 writer.sender_report(&clock, [absurd(ssrc); 3])?;
-                (0..20).try_for_each(|_| writer.pli(1, ssrc))?;
-                writer.xr(1, Some(u64::MAX), [dlrr; 5])?;
-                writer.remb(1, Bitrate::from_bps(u64::from(round % 3)), &[ssrc; 20])?;
+                (0..20).try_for_each(|_| writer.pli(Ssrc(1), ssrc))?;
+                writer.xr(Ssrc(1), Some(u64::MAX), [dlrr; 5])?;
+                writer.remb(
+                    Ssrc(1),
+                    Bitrate::from_bps(u64::from(round % 3)),
+                    &[ssrc; 20],
+                )?;
                 let arrivals: Vec<Option<Time>> = (0..20)
                     .map(|number| Some(Time::from_millis(u64::from(round) * 50 + number)))
                     .collect();
                 writer.transport_cc(
-                    1,
+                    Ssrc(1),
                     ssrc,
                     Seq(round as u16),
                     round as u8,
@@ -788,7 +793,7 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
                     }
                 });
                 let sections = descriptions.sections();
-                let ssrcs: Vec<u32> = sections.filter_map(|section| section.ssrc).collect();
+                let ssrcs: Vec<Ssrc> = sections.filter_map(|section| section.ssrc).collect();
                 let (log, remote) = (log.clone(), update.remote);
                 // The answer says ice-lite, so the participant controls.
                 std::thread::spawn(move || {

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use throng::transport::rtp::Ssrc;
 
 use crate::common::server::{Options, Server};
 use crate::common::{in_a_process_of_its_own, test_name};
@@ -508,7 +509,7 @@ fn audio_track(cid: &str) -> (proto::AddTrackRequest, LocalTrack) {
             codec: Codec::Opus,
             cid: cid.into(),
             stream_id: "stream".into(),
-            ssrc: 1001,
+            ssrc: Ssrc(1001),
             rtx_ssrc: None,
             rids: Vec::new(),
         },
@@ -548,8 +549,8 @@ fn video_track(cid: &str, rids: &[&str]) -> (proto::AddTrackRequest, LocalTrack)
             codec: Codec::Vp8,
             cid: cid.into(),
             stream_id: "stream".into(),
-            ssrc: 2001,
-            rtx_ssrc: Some(2002),
+            ssrc: Ssrc(2001),
+            rtx_ssrc: Some(Ssrc(2002)),
             rids,
         },
     )

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::network::{DEVICE, Direction, Network, SERVER};
 use crate::common::path::{Conditions, Loss};
@@ -81,7 +82,7 @@ fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
     let finished = running.finish();
     eprintln!("{}", finished.stdout);
     let report = Report::read(&scratch.path("run.json"), &server.secret);
-    let mut arrived: BTreeMap<(Direction, u32, u16), bool> = BTreeMap::new();
+    let mut arrived: BTreeMap<(Direction, Ssrc, u16), bool> = BTreeMap::new();
     for packet in network.log() {
         if let Some(rtp) = packet.rtp().filter(|rtp| !rtp.padded) {
             *arrived
@@ -90,7 +91,7 @@ fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
         }
     }
     let lost = |wanted| {
-        let lost = |((direction, ..), arrived): (&(Direction, u32, u16), &bool)| {
+        let lost = |((direction, ..), arrived): (&(Direction, Ssrc, u16), &bool)| {
             *direction == wanted && !arrived
         };
         arrived.iter().filter(|entry| lost(*entry)).count() as u64

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::namespace::Namespace;
 use crate::common::network::{CLIENTS, Direction, Fate, Network, Packet, Places, SERVER, place};
@@ -145,7 +146,7 @@ fn the_log_says_of_every_packet_what_became_of_it() {
                 fields.marker,
                 fields.padded
             ),
-            (7, 111, true, false)
+            (Ssrc(7), 111, true, false)
         );
         assert_eq!(
             (fields.rtp_time, packet.bytes),

@@ -13,6 +13,7 @@ mod headers;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::network::{Content, DEVICE, Direction, Fate, Network, Packet, SERVER};
 use crate::common::path::{Conditions, Loss};
@@ -407,7 +408,7 @@ impl Run {
     /// The kernel showed the same packets to another witness.
     fn check_capture(&self, exact: &mut impl FnMut(String, u64, u64)) {
         let by_stream = |packets: &[Packet]| {
-            let mut counts: BTreeMap<(Direction, u32), u64> = BTreeMap::new();
+            let mut counts: BTreeMap<(Direction, Ssrc), u64> = BTreeMap::new();
             for packet in packets {
                 let seen = packet.direction == Direction::Up && !packet.duplicate
                     || packet.direction == Direction::Down && packet.fate != Fate::Lost;

@@ -11,6 +11,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::pair::{audio, video};
 use crate::common::path::{Conditions, Loss};
@@ -128,8 +129,8 @@ fn live(point: Point, time: Duration, seed: u64) -> Outcome {
         let stream = Stream {
             client: 0,
             direction: Direction::Up,
-            ssrc,
-            rtx_ssrc: rtx.then_some(ssrc + 1),
+            ssrc: Ssrc(ssrc),
+            rtx_ssrc: rtx.then_some(Ssrc(ssrc + 1)),
             clock_rate,
         };
         up.push(stream);

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use livekit_protocol as proto;
 use proto::signal_request::Message as Request;
@@ -84,7 +85,7 @@ impl Todo {
 pub struct Track {
     pub local: LocalTrack,
     /// By layer, from low to high: media and retransmissions.
-    pub ssrcs: Vec<(u32, Option<u32>)>,
+    pub ssrcs: Vec<(Ssrc, Option<Ssrc>)>,
     pub sid: Option<String>,
     pub negotiated: Option<NegotiatedMedia>,
 }
@@ -601,8 +602,8 @@ fn track(person: &Person, kind: Kind) -> Track {
     let ssrcs: Vec<_> = (0..layers)
         .map(|layer| {
             (
-                base + 2 * layer,
-                (kind == Kind::Video).then_some(base + 2 * layer + 1),
+                Ssrc(base + 2 * layer),
+                (kind == Kind::Video).then_some(Ssrc(base + 2 * layer + 1)),
             )
         })
         .collect();

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use livekit_protocol as proto;
 use prost::Message as _;
@@ -179,9 +180,9 @@ pub struct Session {
     open: [bool; 2],
     pub connected: [Option<Time>; 2],
     /// SSRCs that each half expects now.
-    expects: [BTreeSet<u32>; 2],
+    expects: [BTreeSet<Ssrc>; 2],
     /// Every stream that was ever announced, by media SSRC.
-    pub announced: BTreeMap<u32, Announced>,
+    pub announced: BTreeMap<Ssrc, Announced>,
     pub arrivals: EngineArrivals,
     acts_done: usize,
     pub is_thrown_out: bool,
@@ -722,7 +723,7 @@ impl World {
                     participant: session.person.index,
                     room: session.person.room,
                     parameters,
-                    rtcp_ssrc: 1_000 + session.person.index * 2 + half as u32,
+                    rtcp_ssrc: Ssrc(1_000 + session.person.index * 2 + half as u32),
                     cname: session.person.identity.clone(),
                     obeys_bandwidth: false,
                     intended_at: session.person.joins_at,
@@ -1105,7 +1106,7 @@ impl World {
         self.tally.at_routers += 1;
         self.tally.at_routers_bytes += datagram.bytes.len() as u64;
         let class = classify(&datagram.bytes);
-        let ssrc = Header::parse(&datagram.bytes).map_or(0, |header| header.ssrc);
+        let ssrc = Header::parse(&datagram.bytes).map_or(Ssrc(0), |header| header.ssrc);
         self.note_datagram(&datagram, class, at);
         let before = self.routers[router].statistics();
         self.routers[router].handle_datagram(
@@ -1146,22 +1147,23 @@ impl World {
             )
         );
         self.check(Rule::RoutersAccount, fits, || {
-            format!("{class:?} from session {index}, SSRC {ssrc:#x}, became {fate:?}")
+            format!(
+                "{class:?} from session {index}, SSRC {:#x}, became {fate:?}",
+                ssrc.0
+            )
         });
         if !matches!(fate, Some("media_in" | "repairs_in")) {
             return 0;
         }
         let track = self.track_of(index, ssrc);
         self.check(Rule::RoutersAccount, track.is_some(), || {
-            format!(
-                "router {router} took SSRC {ssrc:#x} of session {index}, which has no such track"
-            )
+            format!("router {router} took SSRC {ssrc} of session {index}, which has no such track")
         });
         track.map_or(0, |track| self.tracks[&track].subscribers.len() as u64)
     }
 
     /// The track that a session sends under an SSRC.
-    fn track_of(&self, index: usize, ssrc: u32) -> Option<TrackId> {
+    fn track_of(&self, index: usize, ssrc: Ssrc) -> Option<TrackId> {
         let tracks = &self.sessions[index].client.tracks;
         let place = tracks.iter().position(|track| {
             track
@@ -1181,7 +1183,7 @@ impl World {
         let facts = match (class, Header::parse(&datagram.bytes)) {
             (Class::Rtp, Some(header)) => {
                 let length = datagram.bytes.len() as u64;
-                u64::from(header.ssrc) << 32 | u64::from(header.seq.0) << 16 | length
+                u64::from(header.ssrc.0) << 32 | u64::from(header.seq.0) << 16 | length
             }
             // Lengths of set-up datagrams vary with the keys, by a byte.
             (Class::Rtcp, _) => datagram.bytes.len() as u64,
@@ -1369,7 +1371,7 @@ impl World {
                         layer: layer as u8,
                         ..FrameIdentity::default()
                     },
-                    seed: self.plan.seed ^ u64::from(*ssrc),
+                    seed: self.plan.seed ^ u64::from(ssrc.0),
                     first_frame_at,
                 });
             }

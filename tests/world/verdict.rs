@@ -2,6 +2,7 @@
 //! was able to do with what it got.
 
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::vp8::{PictureId, Vp8Descriptor};
 use throng::engine::PeerOutcome;
@@ -410,7 +411,7 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
                 world.check(Rule::StreamsFlow, !missing, || {
                     format!(
                         "session {index} never got anything of {:?} {:#x}",
-                        stream.kind, stream.ssrc
+                        stream.kind, stream.ssrc.0
                     )
                 });
                 continue;
@@ -486,7 +487,7 @@ fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
 
 /// Whether something of a stream ought to have come by now: all that it takes has been there for
 /// longer than links can be dead.
-fn is_awaited(world: &World, receiver: &Session, ssrc: u32, kind: Kind) -> bool {
+fn is_awaited(world: &World, receiver: &Session, ssrc: Ssrc, kind: Kind) -> bool {
     let Some(announced) = receiver.announced.get(&ssrc) else {
         return false;
     };
@@ -505,7 +506,7 @@ fn is_awaited(world: &World, receiver: &Session, ssrc: u32, kind: Kind) -> bool 
 }
 
 /// It was there to the end, and asked for nothing about this stream.
-fn is_undisturbed(session: &Session, ssrc: u32) -> bool {
+fn is_undisturbed(session: &Session, ssrc: Ssrc) -> bool {
     let touched = session
         .announced
         .get(&ssrc)
@@ -582,7 +583,7 @@ fn check_witnesses(world: &mut World) {
             said.extend(complaint.err().map(|complaint| {
                 format!(
                     "witness {index}, {:?} {:#x}: {complaint}",
-                    stream.kind, stream.ssrc
+                    stream.kind, stream.ssrc.0
                 )
             }));
         }
@@ -944,7 +945,7 @@ impl Frame<'_> {
 
 impl World {
     /// Who publishes the track of a stream that was announced to session `index`.
-    pub fn publisher_of(&self, index: usize, ssrc: u32) -> Option<&Session> {
+    pub fn publisher_of(&self, index: usize, ssrc: Ssrc) -> Option<&Session> {
         let sid = &self.sessions[index].announced.get(&ssrc)?.track_sid;
         let publishes = |session: &&Session| {
             session

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::red::RedPayload;
 use throng::codec::vp8::Vp8Descriptor;
@@ -61,7 +62,7 @@ pub struct Kept {
 pub struct Stream {
     pub kind: Kind,
     payloads: PayloadTypes,
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     pub track_sid: String,
     pub packets: BTreeMap<u64, Kept>,
     pub ended: bool,
@@ -86,11 +87,11 @@ struct Connection {
     peer: Peer,
     address: SocketAddr,
     connected: bool,
-    streams: BTreeMap<u32, Stream>,
+    streams: BTreeMap<Ssrc, Stream>,
     /// Streams that ended.
     former: Vec<Stream>,
     /// Retransmission SSRCs, and the media's.
-    rtx: BTreeMap<u32, u32>,
+    rtx: BTreeMap<Ssrc, Ssrc>,
     /// Packets that came before what names their SSRC, or before the keys.
     early: Vec<(Vec<u8>, Time)>,
 }
@@ -233,7 +234,7 @@ impl Witness {
 }
 
 impl Connection {
-    fn end(&mut self, ssrc: u32) {
+    fn end(&mut self, ssrc: Ssrc) {
         if let Some(mut stream) = self.streams.remove(&ssrc) {
             stream.ended = true;
             self.former.push(stream);
@@ -340,10 +341,10 @@ impl Connection {
             let mut buffer = vec![0; 1_400];
             let mut writer = RtcpWriter::new(&mut buffer[..1_200]);
             if !seqs.is_empty() {
-                writer.nack(1, stream.ssrc, seqs).unwrap();
+                writer.nack(Ssrc(1), stream.ssrc, seqs).unwrap();
             }
             if wants_key_frame {
-                writer.pli(1, stream.ssrc).unwrap();
+                writer.pli(Ssrc(1), stream.ssrc).unwrap();
             }
             let len = writer.len();
             let sealed = sealer.seal_rtcp(&mut buffer, len).unwrap();

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::{Codec, PayloadTypes};
 use throng::measure::Kind;
@@ -61,7 +62,7 @@ fn room() -> Hands {
                 transport_cc: false,
                 encodings: match kind {
                     Kind::Audio => Encodings::Ssrc {
-                        ssrc: AUDIO_SSRC,
+                        ssrc: Ssrc(AUDIO_SSRC),
                         rtx_ssrc: None,
                     },
                     Kind::Video => Encodings::Rids(["q", "h", "f"].map(Into::into).into()),
@@ -75,8 +76,8 @@ fn room() -> Hands {
                 transport: TransportId(subscriber),
                 track: TrackId(track),
                 parameters: Box::new(SubscriptionParameters {
-                    ssrc,
-                    rtx_ssrc: video.then_some(ssrc + 1_000),
+                    ssrc: Ssrc(ssrc),
+                    rtx_ssrc: video.then_some(Ssrc(ssrc + 1_000)),
                     payloads: PayloadTypes::of(Codec::default_of(kind), 110),
                     rtx_payload_type: video.then_some(112),
                     extensions: ExtensionIds::default(),
@@ -94,7 +95,7 @@ fn room() -> Hands {
 fn run(input: &[u8]) {
     let mut script = Script::new(input);
     let mut hands = room();
-    let (mut sending, mut seqs): (BTreeMap<u32, SeqExtender>, BTreeMap<u32, u16>) =
+    let (mut sending, mut seqs): (BTreeMap<Ssrc, SeqExtender>, BTreeMap<u32, u16>) =
         Default::default();
     while !script.is_over() {
         let op = script.u8();
@@ -157,7 +158,12 @@ fn rtp(script: &mut Script<'_>, seqs: &mut BTreeMap<u32, u16>) -> Vec<u8> {
     packet
 }
 
-fn say_rtp(hands: &mut Hands, from: usize, plain: &[u8], sending: &mut BTreeMap<u32, SeqExtender>) {
+fn say_rtp(
+    hands: &mut Hands,
+    from: usize,
+    plain: &[u8],
+    sending: &mut BTreeMap<Ssrc, SeqExtender>,
+) {
     let Some(header) = Header::parse(plain) else {
         return;
     };
@@ -249,12 +255,12 @@ fn seeds() -> Vec<Vec<u8>> {
     let nack = |ssrc: u32| {
         rtcp(1, &|writer: &mut RtcpWriter<'_>| {
             writer
-                .nack(1, ssrc, (0..250).map(|n| Seq(n * 65)))
+                .nack(Ssrc(1), Ssrc(ssrc), (0..250).map(|n| Seq(n * 65)))
                 .expect("it fits")
         })
     };
     let block = ReportBlock {
-        ssrc: SENT_SSRC + 21,
+        ssrc: Ssrc(SENT_SSRC + 21),
         fraction_lost: 255,
         cumulative_lost: -1,
         extended_highest_seq: u32::MAX,
@@ -286,13 +292,15 @@ fn seeds() -> Vec<Vec<u8>> {
         .concat(),
         [
             rtcp(1, &|writer| {
-                (0..60).for_each(|_| writer.pli(1, SENT_SSRC + 21).expect("it fits"))
+                (0..60).for_each(|_| writer.pli(Ssrc(1), Ssrc(SENT_SSRC + 21)).expect("it fits"))
             }),
             rtcp(1, &|writer| {
-                writer.receiver_report(1, [block; 31]).expect("it fits")
+                writer
+                    .receiver_report(Ssrc(1), [block; 31])
+                    .expect("it fits")
             }),
             rtcp(0, &|writer| {
-                writer.xr(1, Some(u64::MAX), []).expect("it fits")
+                writer.xr(Ssrc(1), Some(u64::MAX), []).expect("it fits")
             }),
             [&[DATAGRAM][..], &chunk(&[0; 60])].concat(),
             say(0, 1, 0x20, true, 960, &[0, 0, 3]),

@@ -2,6 +2,7 @@
 //! must see the same in what both take.
 
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use rtc_rtcp::payload_feedbacks::full_intra_request::FullIntraRequest;
 use rtc_rtcp::payload_feedbacks::picture_loss_indication::PictureLossIndication;
@@ -135,10 +136,10 @@ fn write(writer: &mut RtcpWriter<'_>, packet: &RtcpPacket<'_>) -> Option<Result<
 #[derive(Debug, PartialEq)]
 enum Facts {
     Sender(SenderInfo, Vec<ReportBlock>),
-    Receiver(u32, Vec<ReportBlock>),
-    Nack(u32, u32, Vec<u16>),
-    Pli(u32, u32),
-    Xr(u32, Option<u64>, Vec<DlrrBlock>),
+    Receiver(Ssrc, Vec<ReportBlock>),
+    Nack(Ssrc, Ssrc, Vec<u16>),
+    Pli(Ssrc, Ssrc),
+    Xr(Ssrc, Option<u64>, Vec<DlrrBlock>),
     Other,
 }
 
@@ -195,7 +196,7 @@ fn agree(input: &[u8]) {
                             sender.octets
                         ),
                         (
-                            theirs.ssrc,
+                            Ssrc(theirs.ssrc),
                             theirs.ntp_time,
                             theirs.rtp_time,
                             theirs.packet_count,
@@ -207,7 +208,7 @@ fn agree(input: &[u8]) {
             }
             RtcpPacket::ReceiverReport { ssrc, reports } => {
                 if let Some(theirs) = theirs.downcast_ref::<ReceiverReport>() {
-                    assert_eq!(ssrc, theirs.ssrc);
+                    assert_eq!(ssrc, Ssrc(theirs.ssrc));
                     same_reports(reports, &theirs.reports);
                 }
             }
@@ -215,7 +216,7 @@ fn agree(input: &[u8]) {
                 media_ssrc, seqs, ..
             } => {
                 if let Some(theirs) = theirs.downcast_ref::<TransportLayerNack>() {
-                    assert_eq!(media_ssrc, theirs.media_ssrc);
+                    assert_eq!(media_ssrc, Ssrc(theirs.media_ssrc));
                     let expected: Vec<u16> = theirs
                         .nacks
                         .iter()
@@ -226,7 +227,7 @@ fn agree(input: &[u8]) {
             }
             RtcpPacket::Pli { media_ssrc, .. } => {
                 if let Some(theirs) = theirs.downcast_ref::<PictureLossIndication>() {
-                    assert_eq!(media_ssrc, theirs.media_ssrc);
+                    assert_eq!(media_ssrc, Ssrc(theirs.media_ssrc));
                 }
             }
             RtcpPacket::Fir { entries, .. } => {
@@ -234,7 +235,7 @@ fn agree(input: &[u8]) {
                     let expected: Vec<_> = theirs
                         .fir
                         .iter()
-                        .map(|entry| (entry.ssrc, entry.sequence_number))
+                        .map(|entry| (Ssrc(entry.ssrc), entry.sequence_number))
                         .collect();
                     assert_eq!(entries.collect::<Vec<_>>(), expected);
                 }
@@ -259,7 +260,7 @@ fn same_reports(ours: impl Iterator<Item = ReportBlock>, theirs: &[ReceptionRepo
         .iter()
         .map(|block| {
             (
-                block.ssrc,
+                Ssrc(block.ssrc),
                 block.fraction_lost,
                 block.total_lost,
                 block.jitter,
@@ -271,7 +272,7 @@ fn same_reports(ours: impl Iterator<Item = ReportBlock>, theirs: &[ReceptionRepo
 
 fn seeds() -> Vec<Vec<u8>> {
     let block = ReportBlock {
-        ssrc: 7,
+        ssrc: Ssrc(7),
         fraction_lost: 12,
         cumulative_lost: -3,
         extended_highest_seq: 0x2_0001,
@@ -280,14 +281,14 @@ fn seeds() -> Vec<Vec<u8>> {
         dlsr: 65_536,
     };
     let sender = SenderInfo {
-        ssrc: 1,
+        ssrc: Ssrc(1),
         ntp: 0x1234_5678_9ABC_DEF0,
         rtp_time: 90_000,
         packets: 10,
         octets: 1_000,
     };
     let dlrr = DlrrBlock {
-        ssrc: 9,
+        ssrc: Ssrc(9),
         last_rr: 0x7FFF_0000,
         delay_since_last_rr: 100,
     };
@@ -305,20 +306,28 @@ fn seeds() -> Vec<Vec<u8>> {
     vec![
         written(&|writer| {
             writer.sender_report(&sender, [block; 3])?;
-            writer.sdes_cname(1, "end-1")?;
-            writer.xr(1, Some(77), [dlrr, dlrr])
+            writer.sdes_cname(Ssrc(1), "end-1")?;
+            writer.xr(Ssrc(1), Some(77), [dlrr, dlrr])
         }),
         written(&|writer| {
-            writer.receiver_report(2, [block; 33])?;
-            writer.bye(&[1, 2, 3])
+            writer.receiver_report(Ssrc(2), [block; 33])?;
+            writer.bye(&[Ssrc(1), Ssrc(2), Ssrc(3)])
         }),
         written(&|writer| {
-            writer.nack(1, 2, [65_530, 65_535, 0, 3, 40].map(Seq))?;
-            writer.pli(1, 2)?;
-            writer.fir(1, &[(2, 3), (4, 5)])
+            writer.nack(Ssrc(1), Ssrc(2), [65_530, 65_535, 0, 3, 40].map(Seq))?;
+            writer.pli(Ssrc(1), Ssrc(2))?;
+            writer.fir(Ssrc(1), &[(Ssrc(2), 3), (Ssrc(4), 5)])
         }),
-        written(&|writer| writer.remb(1, Bitrate::from_bps(1_500_000), &[1, 2, 3])),
-        written(&|writer| writer.transport_cc(1, 2, Seq(65_520), 3, arrivals.iter().copied())),
+        written(&|writer| {
+            writer.remb(
+                Ssrc(1),
+                Bitrate::from_bps(1_500_000),
+                &[Ssrc(1), Ssrc(2), Ssrc(3)],
+            )
+        }),
+        written(&|writer| {
+            writer.transport_cc(Ssrc(1), Ssrc(2), Seq(65_520), 3, arrivals.iter().copied())
+        }),
         vec![
             0x81, 204, 0, 3, 0, 0, 0, 1, b'n', b'a', b'm', b'e', 0, 0, 0, 0,
         ],

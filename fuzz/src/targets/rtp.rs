@@ -1,6 +1,7 @@
 //! RTP: header, extensions, padding, RTX. `rtc-rtp` must read the same from whatever both take.
 
 use rtc_shared::marshal::Unmarshal;
+use throng::transport::rtp::Ssrc;
 use throng::transport::rtp::{self, Datagram, Header, HeaderTemplate};
 use throng::transport::sequence::Seq;
 
@@ -63,7 +64,7 @@ fn agree(input: &[u8], header: &Header, payload: Option<&[u8]>) {
             facts.payload_type,
             facts.sequence_number,
             facts.timestamp,
-            facts.ssrc
+            Ssrc(facts.ssrc)
         )
     );
     // Behind an element that is reserved, or runs past the extension's end, theirs loses its place.
@@ -104,7 +105,7 @@ fn seeds() -> Vec<Vec<u8>> {
         (&[(20, b"two-byte form"), (2, b"mid")], b"", 8),
         (&[(4, b"h")], &[0x12, 0x34, 0x90, 0x80, 0x80, 0x01], 0),
     ] {
-        let mut template = HeaderTemplate::new(111, 0xCAFE_F00D).expect("a payload type");
+        let mut template = HeaderTemplate::new(111, Ssrc(0xCAFE_F00D)).expect("a payload type");
         for (id, value) in extensions {
             // The two-byte form may be one that we do not write: then the seed goes without it.
             let _ = template.push_extension(*id, value);

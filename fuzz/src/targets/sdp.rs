@@ -3,6 +3,7 @@
 //! to the next is under test as well.
 
 use std::io::Cursor;
+use throng::transport::rtp::Ssrc;
 
 use rtc_sdp::description::session::SessionDescription;
 use throng::codec::Codec;
@@ -155,8 +156,8 @@ fn offer(input: &[u8]) {
             codec: Codec::default_of(kind),
             cid: format!("cid-{ssrc}"),
             stream_id: "stream".into(),
-            ssrc,
-            rtx_ssrc: (kind == Kind::Video).then_some(ssrc + 1),
+            ssrc: Ssrc(ssrc),
+            rtx_ssrc: (kind == Kind::Video).then_some(Ssrc(ssrc + 1)),
             rids: Vec::new(),
         });
     }
@@ -183,8 +184,8 @@ fn serve(input: &[u8]) {
     let sent = |codec| SentTrack {
         stream_id: "PA_1|TR_1".into(),
         track_id: "TR_1".into(),
-        ssrc: 3,
-        rtx_ssrc: Some(4),
+        ssrc: Ssrc(3),
+        rtx_ssrc: Some(Ssrc(4)),
         codec,
     };
     let [red, video] = [sent(Codec::Red), sent(Codec::Vp8)];
@@ -302,8 +303,8 @@ fn serve_seeds() -> Vec<Vec<u8>> {
     let sent = |codec| SentTrack {
         stream_id: "PA_1|TR_1".into(),
         track_id: "TR_1".into(),
-        ssrc: 3,
-        rtx_ssrc: Some(4),
+        ssrc: Ssrc(3),
+        rtx_ssrc: Some(Ssrc(4)),
         codec,
     };
     offers.add(sent(Codec::Red));

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::codec::{Codec, PayloadTypes};
 use throng::engine::publisher::{MediaSource, Pacing, SendParameters};
@@ -61,7 +62,7 @@ pub struct Liar {
     pub now: Time,
     peer: Peer,
     address: SocketAddr,
-    sending: BTreeMap<u32, SeqExtender>,
+    sending: BTreeMap<Ssrc, SeqExtender>,
     sent: u64,
 }
 
@@ -112,7 +113,7 @@ impl Liar {
             participant: 0,
             room: 0,
             parameters: parameters(&identity, "ours", "them", [1, 2], true),
-            rtcp_ssrc: 9,
+            rtcp_ssrc: Ssrc(9),
             cname: "ours".into(),
             intended_at: Time::ZERO,
             obeys_bandwidth: true,
@@ -134,11 +135,11 @@ impl Liar {
             let video = source.kind() == Kind::Video;
             SendParameters {
                 ssrc: if video {
-                    pair::VIDEO_SSRC
+                    Ssrc(pair::VIDEO_SSRC)
                 } else {
-                    pair::AUDIO_SSRC
+                    Ssrc(pair::AUDIO_SSRC)
                 },
-                rtx_ssrc: video.then_some(pair::VIDEO_RTX_SSRC),
+                rtx_ssrc: video.then_some(Ssrc(pair::VIDEO_RTX_SSRC)),
                 payload_type: if video { 96 } else { 111 },
                 rtx_payload_type: video.then_some(97),
                 redundancy: None,
@@ -170,8 +171,8 @@ impl Liar {
             nack: true,
         };
         let streams = vec![
-            stream(Kind::Audio, SSRCS[3], None),
-            stream(Kind::Video, SSRCS[4], Some(SSRCS[5])),
+            stream(Kind::Audio, Ssrc(SSRCS[3]), None),
+            stream(Kind::Video, Ssrc(SSRCS[4]), Some(Ssrc(SSRCS[5]))),
         ];
         self.command(ShardCommand::Publish {
             key: PeerKey(0),
@@ -376,7 +377,7 @@ fn seeds() -> Vec<Vec<u8>> {
         dlsr: u32::MAX,
     };
     let sender = SenderInfo {
-        ssrc: SSRCS[4],
+        ssrc: Ssrc(SSRCS[4]),
         ntp: u64::MAX,
         rtp_time: u32::MAX,
         packets: u32::MAX,
@@ -384,7 +385,11 @@ fn seeds() -> Vec<Vec<u8>> {
     };
     let nack_all = rtcp(&|writer| {
         writer
-            .nack(1, pair::VIDEO_SSRC, (0..250).map(|n| Seq(n * 17)))
+            .nack(
+                Ssrc(1),
+                Ssrc(pair::VIDEO_SSRC),
+                (0..250).map(|n| Seq(n * 17)),
+            )
             .expect("it fits")
     });
     vec![
@@ -410,21 +415,32 @@ fn seeds() -> Vec<Vec<u8>> {
             wait(50),
             rtcp(&|writer| {
                 writer
-                    .sender_report(&sender, [block(pair::AUDIO_SSRC), block(pair::VIDEO_SSRC)])
+                    .sender_report(
+                        &sender,
+                        [block(Ssrc(pair::AUDIO_SSRC)), block(Ssrc(pair::VIDEO_SSRC))],
+                    )
                     .expect("it fits")
             }),
             rtcp(&|writer| {
                 let dlrr = DlrrBlock {
-                    ssrc: 9,
+                    ssrc: Ssrc(9),
                     last_rr: 1,
                     delay_since_last_rr: 0,
                 };
-                writer.xr(5, Some(u64::MAX), [dlrr; 4]).expect("it fits");
+                writer
+                    .xr(Ssrc(5), Some(u64::MAX), [dlrr; 4])
+                    .expect("it fits");
             }),
-            rtcp(&|writer| (0..40).for_each(|_| writer.pli(1, pair::VIDEO_SSRC).expect("it fits"))),
+            rtcp(&|writer| {
+                (0..40).for_each(|_| {
+                    writer
+                        .pli(Ssrc(1), Ssrc(pair::VIDEO_SSRC))
+                        .expect("it fits")
+                })
+            }),
             rtcp(&|writer| {
                 writer
-                    .fir(1, &[(pair::VIDEO_SSRC, 1); 30])
+                    .fir(Ssrc(1), &[(Ssrc(pair::VIDEO_SSRC), 1); 30])
                     .expect("it fits")
             }),
             wait(60),
@@ -433,16 +449,20 @@ fn seeds() -> Vec<Vec<u8>> {
         [
             rtcp(&|writer| {
                 writer
-                    .remb(1, Bitrate::from_bps(1), &[pair::VIDEO_SSRC])
+                    .remb(Ssrc(1), Bitrate::from_bps(1), &[Ssrc(pair::VIDEO_SSRC)])
                     .expect("it fits")
             }),
-            rtcp(&|writer| writer.bye(&[SSRCS[3], SSRCS[4]]).expect("it fits")),
+            rtcp(&|writer| {
+                writer
+                    .bye(&[Ssrc(SSRCS[3]), Ssrc(SSRCS[4])])
+                    .expect("it fits")
+            }),
             rtcp(&|writer| {
                 let arrivals: Vec<_> = (0..30).map(|n| Some(Time::from_millis(n))).collect();
                 writer
                     .transport_cc(
-                        1,
-                        pair::VIDEO_SSRC,
+                        Ssrc(1),
+                        Ssrc(pair::VIDEO_SSRC),
                         Seq(65_530),
                         1,
                         arrivals.iter().copied(),

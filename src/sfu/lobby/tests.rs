@@ -1,3 +1,4 @@
+use crate::transport::rtp::Ssrc;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -1401,7 +1402,7 @@ fn no_two_subscriptions_share_an_ssrc() {
     let mut seen = BTreeSet::new();
     for id in 1..50_000 {
         let (ssrc, rtx) = SubscriptionId(id).ssrcs();
-        assert!(ssrc != 0 && rtx != 0 && seen.insert(ssrc) && seen.insert(rtx));
+        assert!(ssrc != Ssrc(0) && rtx != Ssrc(0) && seen.insert(ssrc) && seen.insert(rtx));
     }
 }
 

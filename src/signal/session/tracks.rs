@@ -1,6 +1,7 @@
 //! A participant's tracks: what is said of them in AddTrack and in descriptions, and what the shard
 //! gets once they are agreed.
 
+use crate::transport::rtp::Ssrc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,8 +67,8 @@ pub(super) struct SessionTrack {
 /// One encoding of a track. A track of a single layer has one, too.
 struct Layer {
     source: MediaSource,
-    ssrc: u32,
-    rtx_ssrc: Option<u32>,
+    ssrc: Ssrc,
+    rtx_ssrc: Option<Ssrc>,
 }
 
 impl SessionTrack {
@@ -121,8 +122,8 @@ impl SessionTrack {
                 let ssrc = base | (u32::from(track_number(kind)) * 4 + 2 * layer + 2);
                 Layer {
                     source: source.clone(),
-                    ssrc,
-                    rtx_ssrc: codec.has_rtx().then_some(ssrc + 1),
+                    ssrc: Ssrc(ssrc),
+                    rtx_ssrc: codec.has_rtx().then_some(Ssrc(ssrc + 1)),
                 }
             })
             .collect();
@@ -362,7 +363,7 @@ fn video_layers(track: &SessionTrack) -> Vec<proto::VideoLayer> {
             width: spec.width,
             height: spec.height,
             bitrate: u32::try_from(spec.bitrate.bps()).unwrap_or(u32::MAX),
-            ssrc: layer.ssrc,
+            ssrc: layer.ssrc.0,
             rid: track.local.rids.get(at).cloned().unwrap_or_default(),
             ..Default::default()
         });

@@ -3,6 +3,7 @@
 //!
 //! No clock, no I/O: tracks and speakers come in, changes of settings go out.
 
+use crate::transport::rtp::Ssrc;
 use livekit_protocol as proto;
 
 use crate::plan::{VideoSpec, ViewLayout, layer_for};
@@ -26,7 +27,7 @@ pub(super) struct Viewer {
 struct Tile {
     participant_sid: Box<str>,
     track_sid: Box<str>,
-    ssrc: u32,
+    ssrc: Ssrc,
     speaks: bool,
     /// What the server was told; `None`: nothing yet. It then sends all that there is.
     told: Option<Option<Size>>,
@@ -36,7 +37,7 @@ struct Tile {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ViewChange {
     track_sid: Box<str>,
-    pub(super) ssrc: u32,
+    pub(super) ssrc: Ssrc,
     size: Option<Size>,
     /// The layer that this size means; `None`: nothing is to come.
     pub(super) layer: Option<u8>,
@@ -95,7 +96,7 @@ impl Viewer {
         self.tiles.clear();
     }
 
-    pub(super) fn remove(&mut self, ssrc: u32) {
+    pub(super) fn remove(&mut self, ssrc: Ssrc) {
         self.tiles.retain(|tile| tile.ssrc != ssrc);
     }
 
@@ -169,7 +170,7 @@ impl Viewer {
     }
 
     /// The stream of a track, by the track's sid.
-    pub(super) fn ssrc(&self, track_sid: &str) -> Option<u32> {
+    pub(super) fn ssrc(&self, track_sid: &str) -> Option<Ssrc> {
         self.tiles
             .iter()
             .find(|tile| *tile.track_sid == *track_sid)
@@ -195,7 +196,7 @@ mod tests {
     fn track(number: u32) -> RemoteTrack {
         RemoteTrack {
             mid: number.to_string().into(),
-            ssrc: 1_000 + number,
+            ssrc: Ssrc(1_000 + number),
             rtx_ssrc: None,
             payloads: PayloadTypes::of(Codec::Vp8, 96),
             rtx_payload_type: None,
@@ -231,7 +232,7 @@ mod tests {
     fn changes(viewer: &mut Viewer) -> Vec<(u32, Option<Size>, Option<u8>)> {
         let changes = viewer.poll_changes().into_iter();
         changes
-            .map(|change| (change.ssrc - 1_000, change.size, change.layer))
+            .map(|change| (change.ssrc.0 - 1_000, change.size, change.layer))
             .collect()
     }
 
@@ -271,7 +272,7 @@ mod tests {
         viewer.handle_speakers(&[speaker(10, 0.9)]);
         assert_eq!(changes(&mut viewer), []);
         // Where one goes, the next one moves up.
-        viewer.remove(1_003);
+        viewer.remove(Ssrc(1_003));
         assert_eq!(changes(&mut viewer), [(9, MEDIUM, Some(1))]);
         assert_eq!(viewer.shown_ever(), 10);
         for (layout, size) in [(ViewLayout::Grid4x4, 16), (ViewLayout::Grid5x5, 25)] {
@@ -317,7 +318,7 @@ mod tests {
         viewer.add(&track(0));
         assert_eq!(changes(&mut viewer), []);
         viewer.add(&RemoteTrack {
-            ssrc: 1_005,
+            ssrc: Ssrc(1_005),
             ..track(0)
         });
         assert_eq!(changes(&mut viewer), [(5, MEDIUM, Some(1))]);

@@ -158,6 +158,7 @@ mod tests {
     use super::*;
     use crate::seeded::Seeded;
     use crate::transport::rtcp::{RtcpPacket, RtcpWriter, packets};
+    use crate::transport::rtp::Ssrc;
     use crate::units::Time;
 
     fn body(message: &[u8]) -> Vec<u8> {
@@ -185,7 +186,7 @@ mod tests {
             let mut buffer = [0; 1_500];
             let mut writer = RtcpWriter::new(&mut buffer);
             writer
-                .transport_cc(1, 2, base, 3, arrivals.iter().copied())
+                .transport_cc(Ssrc(1), Ssrc(2), base, 3, arrivals.iter().copied())
                 .unwrap();
             let len = writer.len();
             let body = body(&buffer[..len]);

@@ -8,6 +8,7 @@ mod arrivals;
 mod read;
 mod write;
 
+use crate::transport::rtp::Ssrc;
 use std::time::Duration;
 
 pub use arrivals::Arrivals;
@@ -20,7 +21,7 @@ pub use write::{RtcpWriter, WriteError};
 /// A sender report's own part (RFC 3550, section 6.4.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SenderInfo {
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     /// 32.32 fixed point seconds since 1900.
     pub ntp: u64,
     /// The same moment in units of the media's clock rate.
@@ -34,7 +35,7 @@ pub struct SenderInfo {
 /// What a receiver says about one source (RFC 3550, section 6.4.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReportBlock {
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     /// Since the previous report, in 1/256.
     pub fraction_lost: u8,
     /// In packets, negative if duplicates outnumber losses. 24 bits on the wire: written values
@@ -55,7 +56,7 @@ pub struct ReportBlock {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DlrrBlock {
     /// The receiver whose RRTR is answered.
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     /// The middle 32 bits of the RRTR's NTP stamp; zero if there was none.
     pub last_rr: u32,
     /// From its arrival to this report's sending, in 1/65,536 s.

@@ -1,5 +1,6 @@
 //! The walk over a compound packet of unknown honesty.
 
+use crate::transport::rtp::Ssrc;
 use std::slice;
 
 use super::{
@@ -20,7 +21,7 @@ pub enum RtcpPacket<'a> {
         reports: ReportBlocks<'a>,
     },
     ReceiverReport {
-        ssrc: u32,
+        ssrc: Ssrc,
         reports: ReportBlocks<'a>,
     },
     Sdes {
@@ -31,35 +32,35 @@ pub enum RtcpPacket<'a> {
         reason: Option<&'a [u8]>,
     },
     Nack {
-        sender_ssrc: u32,
-        media_ssrc: u32,
+        sender_ssrc: Ssrc,
+        media_ssrc: Ssrc,
         /// Up to 17 for each four bytes; in the sender's order, repetitions included.
         seqs: NackSeqs<'a>,
     },
     /// Transport-wide feedback (draft-holmer-rmcat-transport-wide-cc-extensions-01) from its base
     /// sequence number on.
     TransportCc {
-        sender_ssrc: u32,
-        media_ssrc: u32,
+        sender_ssrc: Ssrc,
+        media_ssrc: Ssrc,
         body: &'a [u8],
     },
     Pli {
-        sender_ssrc: u32,
-        media_ssrc: u32,
+        sender_ssrc: Ssrc,
+        media_ssrc: Ssrc,
     },
     Fir {
-        sender_ssrc: u32,
+        sender_ssrc: Ssrc,
         /// (media SSRC, command sequence number): a repeated number is a repeated request, not a
         /// new one.
         entries: FirEntries<'a>,
     },
     Remb {
-        sender_ssrc: u32,
+        sender_ssrc: Ssrc,
         bitrate: Bitrate,
         sources: Ssrcs<'a>,
     },
     Xr {
-        ssrc: u32,
+        ssrc: Ssrc,
         /// The receiver's NTP stamp.
         rrtr: Option<u64>,
         dlrr: DlrrBlocks<'a>,
@@ -157,7 +158,7 @@ impl<'a> RtcpFrame<'a> {
     fn sender_report(&self) -> Option<RtcpPacket<'a>> {
         let (own, blocks) = self.body.split_first_chunk::<24>()?;
         let sender = SenderInfo {
-            ssrc: be32(own, 0)?,
+            ssrc: Ssrc(be32(own, 0)?),
             ntp: be64(own, 4)?,
             rtp_time: be32(own, 12)?,
             packets: be32(own, 16)?,
@@ -172,7 +173,7 @@ impl<'a> RtcpFrame<'a> {
     fn receiver_report(&self) -> Option<RtcpPacket<'a>> {
         let (ssrc, blocks) = self.body.split_first_chunk()?;
         Some(RtcpPacket::ReceiverReport {
-            ssrc: u32::from_be_bytes(*ssrc),
+            ssrc: Ssrc::from_be_bytes(*ssrc),
             reports: self.reports(blocks)?,
         })
     }
@@ -284,7 +285,7 @@ impl<'a> RtcpFrame<'a> {
             }
         }
         blocks.rest.is_empty().then_some(RtcpPacket::Xr {
-            ssrc: u32::from_be_bytes(*ssrc),
+            ssrc: Ssrc::from_be_bytes(*ssrc),
             rrtr,
             dlrr,
         })
@@ -299,10 +300,10 @@ impl<'a> RtcpFrame<'a> {
     }
 
     /// Sender, media source and feedback control information (RFC 4585, section 6.1).
-    fn feedback(&self) -> Option<(u32, u32, &'a [u8])> {
+    fn feedback(&self) -> Option<(Ssrc, Ssrc, &'a [u8])> {
         Some((
-            be32(self.body, 0)?,
-            be32(self.body, 4)?,
+            Ssrc(be32(self.body, 0)?),
+            Ssrc(be32(self.body, 4)?),
             self.body.get(8..)?,
         ))
     }
@@ -334,7 +335,7 @@ impl Iterator for ReportBlocks<'_> {
         let block = self.blocks.next()?;
         let lost = be32(block, 4)?;
         Some(ReportBlock {
-            ssrc: be32(block, 0)?,
+            ssrc: Ssrc(be32(block, 0)?),
             fraction_lost: (lost >> 24) as u8,
             // Shifted up and back down to carry the 24-bit sign.
             cumulative_lost: ((lost << 8) as i32) >> 8,
@@ -366,10 +367,10 @@ impl<'a> Ssrcs<'a> {
 }
 
 impl Iterator for Ssrcs<'_> {
-    type Item = u32;
+    type Item = Ssrc;
 
-    fn next(&mut self) -> Option<u32> {
-        self.words.next().map(|word| u32::from_be_bytes(*word))
+    fn next(&mut self) -> Option<Ssrc> {
+        self.words.next().map(|word| Ssrc::from_be_bytes(*word))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
@@ -409,18 +410,18 @@ pub struct FirEntries<'a> {
 }
 
 impl Iterator for FirEntries<'_> {
-    type Item = (u32, u8);
+    type Item = (Ssrc, u8);
 
-    fn next(&mut self) -> Option<(u32, u8)> {
+    fn next(&mut self) -> Option<(Ssrc, u8)> {
         let [a, b, c, d, command, ..] = *self.entries.next()?;
-        Some((u32::from_be_bytes([a, b, c, d]), command))
+        Some((Ssrc(u32::from_be_bytes([a, b, c, d])), command))
     }
 }
 
 /// What a source says about itself. Of the items only the CNAME is of use to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SdesChunk<'a> {
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     pub cname: Option<&'a [u8]>,
 }
 
@@ -437,7 +438,7 @@ impl<'a> Iterator for SdesChunks<'a> {
         self.remaining = self.remaining.checked_sub(1)?;
         let (ssrc, items) = self.rest.split_first_chunk()?;
         let mut chunk = SdesChunk {
-            ssrc: u32::from_be_bytes(*ssrc),
+            ssrc: Ssrc::from_be_bytes(*ssrc),
             cname: None,
         };
         let mut at = 0;
@@ -491,7 +492,7 @@ impl Iterator for DlrrBlocks<'_> {
         loop {
             if let Some(block) = self.current.next() {
                 return Some(DlrrBlock {
-                    ssrc: be32(block, 0)?,
+                    ssrc: Ssrc(be32(block, 0)?),
                     last_rr: be32(block, 4)?,
                     delay_since_last_rr: be32(block, 8)?,
                 });
@@ -516,8 +517,8 @@ mod tests {
         assert!(matches!(
             walk.next(),
             Some(Ok(RtcpPacket::Pli {
-                sender_ssrc: 1,
-                media_ssrc: 2
+                sender_ssrc: Ssrc(1),
+                media_ssrc: Ssrc(2)
             }))
         ));
         assert!(matches!(walk.next(), Some(Err(MalformedRtcp::Framing))));
@@ -539,7 +540,8 @@ mod tests {
             let parsed = packets(&packet).next().unwrap();
             assert_eq!(parsed.as_ref().err(), expected.as_ref(), "{padding}");
             assert!(
-                parsed.is_err() || matches!(parsed, Ok(RtcpPacket::ReceiverReport { ssrc: 7, .. }))
+                parsed.is_err()
+                    || matches!(parsed, Ok(RtcpPacket::ReceiverReport { ssrc: Ssrc(7), .. }))
             );
         }
     }
@@ -569,8 +571,8 @@ mod tests {
             0x81, 205, 0, 4, 0, 0, 0, 1, 0, 0, 0, 2, 0xFF, 0xFE, 0x80, 0x05, 0, 100, 0, 0,
         ];
         let Some(Ok(RtcpPacket::Nack {
-            sender_ssrc: 1,
-            media_ssrc: 2,
+            sender_ssrc: Ssrc(1),
+            media_ssrc: Ssrc(2),
             seqs,
         })) = packets(&packet).next()
         else {

@@ -1,5 +1,6 @@
 //! Compound packets into a lent buffer.
 
+use crate::transport::rtp::Ssrc;
 use std::fmt;
 
 use super::{
@@ -83,7 +84,7 @@ impl<'a> RtcpWriter<'a> {
     /// it.
     pub fn receiver_report(
         &mut self,
-        ssrc: u32,
+        ssrc: Ssrc,
         reports: impl IntoIterator<Item = ReportBlock>,
     ) -> Result<(), WriteError> {
         let mut reports = reports.into_iter().peekable();
@@ -97,7 +98,7 @@ impl<'a> RtcpWriter<'a> {
     }
 
     /// SDES with one chunk that holds the CNAME, at most 255 bytes.
-    pub fn sdes_cname(&mut self, ssrc: u32, cname: &str) -> Result<(), WriteError> {
+    pub fn sdes_cname(&mut self, ssrc: Ssrc, cname: &str) -> Result<(), WriteError> {
         let len = u8::try_from(cname.len()).map_err(|_| WriteError::TooLong)?;
         self.packet(SOURCE_DESCRIPTION, |packet| {
             packet.put(&ssrc.to_be_bytes())?;
@@ -111,12 +112,12 @@ impl<'a> RtcpWriter<'a> {
     }
 
     /// BYE for at most 31 sources.
-    pub fn bye(&mut self, sources: &[u32]) -> Result<(), WriteError> {
+    pub fn bye(&mut self, sources: &[Ssrc]) -> Result<(), WriteError> {
         if sources.len() > MAX_COUNT {
             return Err(WriteError::TooLong);
         }
         self.packet(GOODBYE, |packet| {
-            packet.put_all(sources)?;
+            packet.put_sources(sources)?;
             Ok(sources.len() as u8)
         })
     }
@@ -125,8 +126,8 @@ impl<'a> RtcpWriter<'a> {
     /// written if it is empty.
     pub fn nack(
         &mut self,
-        sender_ssrc: u32,
-        media_ssrc: u32,
+        sender_ssrc: Ssrc,
+        media_ssrc: Ssrc,
         lost: impl IntoIterator<Item = Seq>,
     ) -> Result<(), WriteError> {
         let mut lost = lost.into_iter();
@@ -134,7 +135,7 @@ impl<'a> RtcpWriter<'a> {
             return Ok(());
         };
         self.packet(TRANSPORT_FEEDBACK, |packet| {
-            packet.put_all(&[sender_ssrc, media_ssrc])?;
+            packet.put_all(&[sender_ssrc.0, media_ssrc.0])?;
             let (mut pid, mut blp) = (first, 0u16);
             for seq in lost {
                 match seq.diff(pid) {
@@ -158,8 +159,8 @@ impl<'a> RtcpWriter<'a> {
     /// message cannot say it.
     pub fn transport_cc(
         &mut self,
-        sender_ssrc: u32,
-        media_ssrc: u32,
+        sender_ssrc: Ssrc,
+        media_ssrc: Ssrc,
         base: Seq,
         message: u8,
         arrivals: impl ExactSizeIterator<Item = Option<Time>> + Clone,
@@ -168,7 +169,7 @@ impl<'a> RtcpWriter<'a> {
         let first = arrivals.clone().flatten().next().map_or(0, ticks);
         let reference = first / TICKS_PER_REFERENCE;
         self.packet(TRANSPORT_FEEDBACK, |packet| {
-            packet.put_all(&[sender_ssrc, media_ssrc])?;
+            packet.put_all(&[sender_ssrc.0, media_ssrc.0])?;
             packet.put(&base.0.to_be_bytes())?;
             packet.put(&count.to_be_bytes())?;
             // 24 bits that wrap.
@@ -182,20 +183,20 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    pub fn pli(&mut self, sender_ssrc: u32, media_ssrc: u32) -> Result<(), WriteError> {
+    pub fn pli(&mut self, sender_ssrc: Ssrc, media_ssrc: Ssrc) -> Result<(), WriteError> {
         self.packet(PAYLOAD_FEEDBACK, |packet| {
-            packet.put_all(&[sender_ssrc, media_ssrc])?;
+            packet.put_all(&[sender_ssrc.0, media_ssrc.0])?;
             Ok(FMT_PLI)
         })
     }
 
     /// FIR: (media SSRC, command sequence number); the number goes up by one for each new request
     /// (RFC 5104, section 4.3.1).
-    pub fn fir(&mut self, sender_ssrc: u32, entries: &[(u32, u8)]) -> Result<(), WriteError> {
+    pub fn fir(&mut self, sender_ssrc: Ssrc, entries: &[(Ssrc, u8)]) -> Result<(), WriteError> {
         self.packet(PAYLOAD_FEEDBACK, |packet| {
-            packet.put_all(&[sender_ssrc, 0])?;
+            packet.put_all(&[sender_ssrc.0, 0])?;
             for &(media_ssrc, command) in entries {
-                packet.put_all(&[media_ssrc, u32::from(command) << 24])?;
+                packet.put_all(&[media_ssrc.0, u32::from(command) << 24])?;
             }
             Ok(FMT_FIR)
         })
@@ -205,18 +206,20 @@ impl<'a> RtcpWriter<'a> {
     /// peer never reads more than was said.
     pub fn remb(
         &mut self,
-        sender_ssrc: u32,
+        sender_ssrc: Ssrc,
         bitrate: Bitrate,
-        sources: &[u32],
+        sources: &[Ssrc],
     ) -> Result<(), WriteError> {
         let count = u8::try_from(sources.len()).map_err(|_| WriteError::TooLong)?;
         let exponent = (64 - bitrate.bps().leading_zeros()).saturating_sub(18);
         let mantissa = (bitrate.bps() >> exponent) as u32;
         self.packet(PAYLOAD_FEEDBACK, |packet| {
-            packet.put_all(&[sender_ssrc, 0])?;
+            packet.put_all(&[sender_ssrc.0, 0])?;
             packet.put(&REMB_NAME)?;
             packet.put_all(&[u32::from(count) << 24 | exponent << 18 | mantissa])?;
-            packet.put_all(sources)?;
+            for source in sources {
+                packet.put_all(&[source.0])?;
+            }
             Ok(FMT_APPLICATION_LAYER)
         })
     }
@@ -225,7 +228,7 @@ impl<'a> RtcpWriter<'a> {
     /// either of which may be absent. Nothing is written if both are.
     pub fn xr(
         &mut self,
-        ssrc: u32,
+        ssrc: Ssrc,
         rrtr: Option<u64>,
         dlrr: impl IntoIterator<Item = DlrrBlock>,
     ) -> Result<(), WriteError> {
@@ -248,7 +251,7 @@ impl<'a> RtcpWriter<'a> {
 
     fn receiver_report_part(
         &mut self,
-        ssrc: u32,
+        ssrc: Ssrc,
         reports: &mut impl Iterator<Item = ReportBlock>,
     ) -> Result<(), WriteError> {
         self.packet(RECEIVER_REPORT, |packet| {
@@ -362,6 +365,12 @@ impl Body<'_> {
         Ok(())
     }
 
+    fn put_sources(&mut self, sources: &[Ssrc]) -> Result<(), WriteError> {
+        sources
+            .iter()
+            .try_for_each(|source| self.put_all(&[source.0]))
+    }
+
     fn put_all(&mut self, words: &[u32]) -> Result<(), WriteError> {
         words
             .iter()
@@ -378,7 +387,7 @@ impl Body<'_> {
             let lost = block.cumulative_lost.clamp(-0x80_0000, 0x7F_FFFF) as u32 & 0xFF_FFFF;
             let fraction_and_lost = u32::from(block.fraction_lost) << 24 | lost;
             self.put_all(&[
-                block.ssrc,
+                block.ssrc.0,
                 fraction_and_lost,
                 block.extended_highest_seq,
                 block.jitter,
@@ -461,7 +470,7 @@ impl Body<'_> {
         self.put(&[BLOCK_DLRR, 0, 0, 0])?;
         let mut len = 0;
         for block in blocks {
-            self.put_all(&[block.ssrc, block.last_rr, block.delay_since_last_rr])?;
+            self.put_all(&[block.ssrc.0, block.last_rr, block.delay_since_last_rr])?;
             len += DLRR_BLOCK_LEN;
         }
         self.out[length_at..length_at + 2].copy_from_slice(&words(len)?);
@@ -477,7 +486,9 @@ mod tests {
     fn nack_of(seqs: &[u16]) -> Vec<u8> {
         let mut out = [0; 1_500];
         let mut writer = RtcpWriter::new(&mut out);
-        writer.nack(1, 2, seqs.iter().map(|seq| Seq(*seq))).unwrap();
+        writer
+            .nack(Ssrc(1), Ssrc(2), seqs.iter().map(|seq| Seq(*seq)))
+            .unwrap();
         let len = writer.len();
         out[..len].to_vec()
     }
@@ -518,23 +529,26 @@ mod tests {
             writer
                 .sender_report(
                     &SenderInfo {
-                        ssrc: 9,
+                        ssrc: Ssrc(9),
                         ..SenderInfo::default()
                     },
                     vec![ReportBlock::default(); reports],
                 )
                 .unwrap();
             writer
-                .receiver_report(9, vec![ReportBlock::default(); reports])
+                .receiver_report(Ssrc(9), vec![ReportBlock::default(); reports])
                 .unwrap();
             let len = writer.len();
             let counts: Vec<usize> = packets(&out[..len])
                 .map(|packet| match packet.unwrap() {
                     RtcpPacket::SenderReport {
-                        sender: SenderInfo { ssrc: 9, .. },
+                        sender: SenderInfo { ssrc: Ssrc(9), .. },
                         reports,
                     }
-                    | RtcpPacket::ReceiverReport { ssrc: 9, reports } => reports.count(),
+                    | RtcpPacket::ReceiverReport {
+                        ssrc: Ssrc(9),
+                        reports,
+                    } => reports.count(),
                     other => panic!("{other:?}"),
                 })
                 .collect();
@@ -549,14 +563,14 @@ mod tests {
         type Write<'w> = &'w dyn Fn(&mut RtcpWriter<'_>) -> Result<(), WriteError>;
         let writes: [Write<'_>; 9] = [
             &|writer| writer.sender_report(&SenderInfo::default(), [block; 40]),
-            &|writer| writer.receiver_report(1, [block; 40]),
-            &|writer| writer.sdes_cname(1, "name"),
-            &|writer| writer.bye(&[1, 2]),
-            &|writer| writer.nack(1, 2, [Seq(1), Seq(100)]),
-            &|writer| writer.pli(1, 2),
-            &|writer| writer.fir(1, &[(2, 3)]),
-            &|writer| writer.remb(1, Bitrate::from_bps(1), &[2]),
-            &|writer| writer.xr(1, Some(2), dlrr),
+            &|writer| writer.receiver_report(Ssrc(1), [block; 40]),
+            &|writer| writer.sdes_cname(Ssrc(1), "name"),
+            &|writer| writer.bye(&[Ssrc(1), Ssrc(2)]),
+            &|writer| writer.nack(Ssrc(1), Ssrc(2), [Seq(1), Seq(100)]),
+            &|writer| writer.pli(Ssrc(1), Ssrc(2)),
+            &|writer| writer.fir(Ssrc(1), &[(Ssrc(2), 3)]),
+            &|writer| writer.remb(Ssrc(1), Bitrate::from_bps(1), &[Ssrc(2)]),
+            &|writer| writer.xr(Ssrc(1), Some(2), dlrr),
         ];
         for (which, write) in writes.iter().enumerate() {
             let mut out = [0; 1_200];
@@ -566,7 +580,7 @@ mod tests {
             for room in 0..needed {
                 let mut out = vec![0; 12 + room];
                 let mut writer = RtcpWriter::new(&mut out);
-                writer.pli(7, 8).unwrap();
+                writer.pli(Ssrc(7), Ssrc(8)).unwrap();
                 assert_eq!(
                     (write(&mut writer), writer.len()),
                     (Err(WriteError::Full), 12),
@@ -580,13 +594,13 @@ mod tests {
     fn lists_longer_than_their_count_are_refused() {
         let mut out = [0; 4_000];
         let mut writer = RtcpWriter::new(&mut out);
-        assert_eq!(writer.bye(&[0; 32]), Err(WriteError::TooLong));
+        assert_eq!(writer.bye(&[Ssrc(0); 32]), Err(WriteError::TooLong));
         assert_eq!(
-            writer.sdes_cname(1, &"x".repeat(256)),
+            writer.sdes_cname(Ssrc(1), &"x".repeat(256)),
             Err(WriteError::TooLong)
         );
         assert_eq!(
-            writer.remb(1, Bitrate::from_bps(1), &[0; 256]),
+            writer.remb(Ssrc(1), Bitrate::from_bps(1), &[Ssrc(0); 256]),
             Err(WriteError::TooLong)
         );
         assert!(writer.is_empty());
@@ -598,7 +612,7 @@ mod tests {
             let mut out = [0; 32];
             RtcpWriter::new(&mut out)
                 .receiver_report(
-                    1,
+                    Ssrc(1),
                     [ReportBlock {
                         cumulative_lost: lost,
                         ..ReportBlock::default()

@@ -4,12 +4,15 @@
 //! Views are offsets, not borrows: a [`Header`] is parsed from the sealed packet, survives opening
 //! it in place, and then finds extensions and payload in the plain bytes.
 
+mod ssrc;
 mod template;
 
 pub use template::{
     ExtensionSlot, HeaderTemplate, TemplateError, abs_send_time, audio_level, check_payload_type,
     set_payload_type,
 };
+
+pub use ssrc::Ssrc;
 
 use super::sequence::Seq;
 
@@ -52,7 +55,7 @@ pub struct Header {
     pub seq: Seq,
     /// In units of the payload's clock rate.
     pub rtp_time: u32,
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     /// In bytes, CSRCs and extension included: where the payload starts.
     pub header_len: usize,
     padding: bool,
@@ -95,7 +98,7 @@ impl Header {
             payload_type: marker_and_type & !MARKER_FLAG,
             seq: Seq(u16::from_be_bytes([s0, s1])),
             rtp_time: u32::from_be_bytes([t0, t1, t2, t3]),
-            ssrc: u32::from_be_bytes(ssrc),
+            ssrc: Ssrc::from_be_bytes(ssrc),
             header_len,
             padding: flags & PADDING_FLAG != 0,
             extension_form,

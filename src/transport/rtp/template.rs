@@ -2,6 +2,7 @@
 //! patched in.
 
 use super::{EXTENSION_FLAG, FIXED_LEN, MARKER_FLAG, ONE_BYTE_PROFILE};
+use crate::transport::rtp::Ssrc;
 use crate::transport::sequence::Seq;
 
 /// Room for the fixed header and 80 bytes of extension: mid, rid and repaired rid of usual length,
@@ -72,13 +73,13 @@ pub fn set_payload_type(packet: &mut [u8], payload_type: u8) {
 }
 
 impl HeaderTemplate {
-    pub fn new(payload_type: u8, ssrc: u32) -> Result<HeaderTemplate, TemplateError> {
+    pub fn new(payload_type: u8, ssrc: Ssrc) -> Result<HeaderTemplate, TemplateError> {
         HeaderTemplate::with_room(payload_type, ssrc)
     }
 }
 
 impl<const ROOM: usize> HeaderTemplate<ROOM> {
-    pub fn with_room(payload_type: u8, ssrc: u32) -> Result<HeaderTemplate<ROOM>, TemplateError> {
+    pub fn with_room(payload_type: u8, ssrc: Ssrc) -> Result<HeaderTemplate<ROOM>, TemplateError> {
         const { assert!(ROOM >= FIXED_LEN, "a template holds a whole header") };
         let mut bytes = [0; ROOM];
         bytes[0] = 0x80;
@@ -135,12 +136,12 @@ impl<const ROOM: usize> HeaderTemplate<ROOM> {
         self.bytes[1]
     }
 
-    pub fn ssrc(&self) -> u32 {
+    pub fn ssrc(&self) -> Ssrc {
         let [.., a, b, c, d] = *self
             .bytes
             .first_chunk::<FIXED_LEN>()
             .expect("a template holds a whole header");
-        u32::from_be_bytes([a, b, c, d])
+        Ssrc(u32::from_be_bytes([a, b, c, d]))
     }
 
     /// Writes the header to the front of `out` and returns its length; `None` if it has no room.
@@ -189,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_written_header_reads_back_with_its_extensions() {
-        let mut template = HeaderTemplate::new(111, 0xCAFE_BABE).unwrap();
+        let mut template = HeaderTemplate::new(111, Ssrc(0xCAFE_BABE)).unwrap();
         let mid = template.push_extension(4, b"0").unwrap();
         let time = template.push_extension(2, &[0; 3]).unwrap();
         template.push_extension(10, b"rid-sixteen-long").unwrap();
@@ -208,7 +209,10 @@ mod tests {
             ),
             (true, 111, Seq(0xFFFE), 77)
         );
-        assert_eq!((header.ssrc, template.ssrc()), (0xCAFE_BABE, 0xCAFE_BABE));
+        assert_eq!(
+            (header.ssrc, template.ssrc()),
+            (Ssrc(0xCAFE_BABE), Ssrc(0xCAFE_BABE))
+        );
         let elements: Vec<_> = header.extensions(&packet).collect();
         assert_eq!(
             elements,
@@ -223,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_header_without_extensions_has_twelve_bytes_and_no_marker_left_over() {
-        let template = HeaderTemplate::new(0, 1).unwrap();
+        let template = HeaderTemplate::new(0, Ssrc(1)).unwrap();
         let mut packet = [0; 12];
         assert_eq!(template.write(&mut packet, true, Seq(1), 2), Some(12));
         assert_eq!(template.write(&mut packet, false, Seq(3), 4), Some(12));
@@ -234,11 +238,11 @@ mod tests {
     fn templates_refuse_what_the_one_byte_form_cannot_say() {
         for payload_type in [64, 95, 128, 255] {
             assert_eq!(
-                HeaderTemplate::new(payload_type, 1).err(),
+                HeaderTemplate::new(payload_type, Ssrc(1)).err(),
                 Some(TemplateError::PayloadType)
             );
         }
-        let mut template = HeaderTemplate::new(96, 1).unwrap();
+        let mut template = HeaderTemplate::new(96, Ssrc(1)).unwrap();
         for (id, len, error) in [
             (0, 1, TemplateError::ExtensionId),
             (15, 1, TemplateError::ExtensionId),

@@ -20,6 +20,7 @@ pub mod serve;
 mod tests;
 mod write;
 
+use crate::transport::rtp::Ssrc;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -512,8 +513,8 @@ pub struct RemoteTransport {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteTrack {
     pub mid: Box<str>,
-    pub ssrc: u32,
-    pub rtx_ssrc: Option<u32>,
+    pub ssrc: Ssrc,
+    pub rtx_ssrc: Option<Ssrc>,
     pub payloads: PayloadTypes,
     pub rtx_payload_type: Option<u8>,
     /// The first part of `a=msid`; LiveKit writes `PARTICIPANT_SID|TRACK_SID` or the publisher's

@@ -4,6 +4,7 @@ use super::scan::*;
 use super::sections::*;
 use super::write::*;
 use super::*;
+use crate::transport::rtp::Ssrc;
 
 /// A track of ours, for [`Offerer::send`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,10 +13,10 @@ pub struct LocalTrack {
     /// The `cid` of its AddTrack: LiveKit finds the track by it.
     pub cid: String,
     pub stream_id: String,
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     /// Retransmissions go out on this SSRC (RFC 4588); without it they repeat the original
     /// packets.
-    pub rtx_ssrc: Option<u32>,
+    pub rtx_ssrc: Option<Ssrc>,
     /// Simulcast layers from low to high, `q h f`. With any, the section names no SSRC and packets
     /// carry mid and rid instead.
     pub rids: Vec<String>,

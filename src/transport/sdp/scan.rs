@@ -1,5 +1,6 @@
 //! Reading: a description cut into sections, and what one section says.
 
+use crate::transport::rtp::Ssrc;
 use std::hash::{DefaultHasher, Hasher};
 
 use memchr::memmem;
@@ -510,8 +511,8 @@ pub(super) struct SectionScan<'a> {
     /// `None` stands for `*`.
     pub(super) feedback: Vec<(Option<u8>, RtcpFeedback)>,
     pub(super) extensions: ExtensionIds,
-    pub(super) ssrc: Option<u32>,
-    pub(super) fid: Option<(u32, u32)>,
+    pub(super) ssrc: Option<Ssrc>,
+    pub(super) fid: Option<(Ssrc, Ssrc)>,
     pub(super) msid: Option<&'a str>,
     pub(super) ssrc_msid: Option<&'a str>,
 }
@@ -719,7 +720,7 @@ pub(super) fn apt(parameters: &str) -> Option<u8> {
 }
 
 /// `FID MEDIA RTX` (RFC 5576, section 4.2).
-pub(super) fn fid(value: &str) -> Option<(u32, u32)> {
+pub(super) fn fid(value: &str) -> Option<(Ssrc, Ssrc)> {
     let mut words = value.strip_prefix("FID ")?.split_ascii_whitespace();
     Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
 }

@@ -12,6 +12,7 @@
 use super::scan::*;
 use super::write::*;
 use super::*;
+use crate::transport::rtp::Ssrc;
 
 /// The SCTP port of the section for data channels: agreed on, never served.
 const SCTP_PORT: u16 = 5000;
@@ -79,7 +80,7 @@ impl Capabilities {
 
 impl<'a> SectionScan<'a> {
     /// SSRC of the media, and of its retransmissions.
-    fn ssrcs(&self) -> (Option<u32>, Option<u32>) {
+    fn ssrcs(&self) -> (Option<Ssrc>, Option<Ssrc>) {
         self.fid
             .map_or((self.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)))
     }
@@ -111,8 +112,8 @@ pub struct ClientSection {
     /// `a=msid`: stream and track. LiveKit's track is the `cid` of its AddTrack.
     pub stream_id: Box<str>,
     pub track_id: Box<str>,
-    pub ssrc: Option<u32>,
-    pub rtx_ssrc: Option<u32>,
+    pub ssrc: Option<Ssrc>,
+    pub rtx_ssrc: Option<Ssrc>,
     /// Simulcast layers from low to high; empty without simulcast.
     pub rids: Vec<Box<str>>,
     content: SectionContent,
@@ -296,7 +297,7 @@ struct Purpose {
     /// Receiving: with pauses or without, with redundancy or without.
     received: Option<(bool, bool)>,
     /// Sending the track of this SSRC: no two have the same.
-    ssrc: Option<u32>,
+    ssrc: Option<Ssrc>,
     tagged: bool,
 }
 
@@ -404,9 +405,9 @@ pub struct SentTrack {
     pub stream_id: String,
     /// LiveKit: the track's sid.
     pub track_id: String,
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     /// For video.
-    pub rtx_ssrc: Option<u32>,
+    pub rtx_ssrc: Option<Ssrc>,
     pub codec: Codec,
 }
 
@@ -875,8 +876,8 @@ mod tests {
             codec: Codec::Opus,
             stream_id: format!("PA_{number}|TR_{number}"),
             track_id: format!("TR_{number}"),
-            ssrc: number * 2 + 1,
-            rtx_ssrc: Some(number * 2),
+            ssrc: Ssrc(number * 2 + 1),
+            rtx_ssrc: Some(Ssrc(number * 2)),
         }
     }
 

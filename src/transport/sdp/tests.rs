@@ -1,6 +1,7 @@
 use super::scan::*;
 use super::write::kind_name;
 use super::*;
+use crate::transport::rtp::Ssrc;
 use std::time::Instant;
 
 /// One subscriber connection's offers, recorded from LiveKit 1.13.5: data channels only; the first
@@ -50,8 +51,8 @@ fn publisher(data: bool, receives: bool) -> Offerer {
                 codec: Codec::default_of(kind),
                 cid: kind_name(kind).into(),
                 stream_id: "s".into(),
-                ssrc: 1,
-                rtx_ssrc: Some(2),
+                ssrc: Ssrc(1),
+                rtx_ssrc: Some(Ssrc(2)),
                 rids: Vec::new(),
             })
         }
@@ -153,7 +154,7 @@ fn a_recorded_offer_names_transport_and_tracks() {
     );
     assert_eq!(
         (audio.ssrc, &*audio.track_id),
-        (359_536_568, "TR_AteYg99Z6BqU3")
+        (Ssrc(359_536_568), "TR_AteYg99Z6BqU3")
     );
     assert_eq!(
         (video.payloads, video.rtx_payload_type),
@@ -241,7 +242,7 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
         codec: Codec::Opus,
         cid: "mic".into(),
         stream_id: "s".into(),
-        ssrc: 1,
+        ssrc: Ssrc(1),
         rtx_ssrc: None,
         rids: Vec::new(),
     };
@@ -249,8 +250,8 @@ fn an_independent_parser_reads_our_offers_as_they_are_meant() {
         codec: Codec::Vp8,
         cid: "cam".into(),
         stream_id: "s".into(),
-        ssrc: 2,
-        rtx_ssrc: Some(3),
+        ssrc: Ssrc(2),
+        rtx_ssrc: Some(Ssrc(3)),
         rids: Vec::new(),
     };
     let simulcast = LocalTrack {

@@ -1,5 +1,6 @@
 //! AEAD_AES_128_GCM and AEAD_AES_256_GCM (RFC 7714).
 
+use crate::transport::rtp::Ssrc;
 use ring::aead::{AES_128_GCM, AES_256_GCM, Aad, Algorithm, LessSafeKey, Nonce, Tag, UnboundKey};
 
 use super::kdf::{Label, MasterKey};
@@ -63,7 +64,7 @@ impl Gcm {
         header: &[u8],
         payload: &mut [u8],
         tag: &mut [u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u64,
     ) {
         self.rtp.seal(header, payload, tag, ssrc, index);
@@ -74,7 +75,7 @@ impl Gcm {
         header: &[u8],
         payload: &mut [u8],
         tag: &[u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u64,
     ) -> Result<(), Rejected> {
         self.rtp.open(header, payload, tag, ssrc, index)
@@ -86,7 +87,7 @@ impl Gcm {
         header: &[u8],
         payload: &mut [u8],
         trailer: &mut [u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u32,
     ) {
         let (tag, word) = trailer.split_at_mut(TAG_LEN);
@@ -105,7 +106,7 @@ impl Gcm {
         header: &[u8],
         payload: &mut [u8],
         trailer: &[u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u32,
     ) -> Result<(), Rejected> {
         let (tag, word) = trailer
@@ -135,7 +136,7 @@ impl AeadHalf {
         associated: &[u8],
         payload: &mut [u8],
         tag_out: &mut [u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u64,
     ) {
         let nonce = self.nonce(ssrc, index);
@@ -151,7 +152,7 @@ impl AeadHalf {
         associated: &[u8],
         payload: &mut [u8],
         tag: &[u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u64,
     ) -> Result<(), Rejected> {
         let tag = Tag::try_from(tag).map_err(|_| Rejected::TooShort)?;
@@ -167,8 +168,8 @@ impl AeadHalf {
 
     /// Two zero bytes, SSRC and 48-bit index, XOR salt (RFC 7714, sections 8.1 and 9.1; the SRTCP
     /// index fills the 48 bits with zeros).
-    fn nonce(&self, ssrc: u32, index: u64) -> Nonce {
-        let counter = u128::from(ssrc) << 48 | u128::from(index);
+    fn nonce(&self, ssrc: Ssrc, index: u64) -> Nonce {
+        let counter = u128::from(ssrc.0) << 48 | u128::from(index);
         let mut nonce = self.salt;
         for (byte, mask) in nonce.iter_mut().zip(&counter.to_be_bytes()[4..]) {
             *byte ^= mask;
@@ -226,14 +227,14 @@ mod tests {
             let mut packet = hex(RTP);
             let mut tag = [0; TAG_LEN];
             let (header, payload) = packet.split_at_mut(12);
-            gcm.seal_rtp(header, payload, &mut tag, 0x5501_a0b2, 0xf17b);
+            gcm.seal_rtp(header, payload, &mut tag, Ssrc(0x5501_a0b2), 0xf17b);
             assert_eq!(
                 [&*header, payload, &tag].concat(),
                 hex(expected),
                 "{profile:?}"
             );
             assert_eq!(
-                gcm.open_rtp(header, payload, &tag, 0x5501_a0b2, 0xf17b),
+                gcm.open_rtp(header, payload, &tag, Ssrc(0x5501_a0b2), 0xf17b),
                 Ok(())
             );
             assert_eq!(packet, hex(RTP));
@@ -257,14 +258,14 @@ mod tests {
             let mut packet = hex(RTCP);
             let mut trailer = [0; TAG_LEN + INDEX_WORD_LEN];
             let (header, payload) = packet.split_at_mut(RTCP_HEADER_LEN);
-            gcm.seal_rtcp(header, payload, &mut trailer, 0x4d61_7273, INDEX);
+            gcm.seal_rtcp(header, payload, &mut trailer, Ssrc(0x4d61_7273), INDEX);
             assert_eq!(
                 [&*header, payload, &trailer].concat(),
                 hex(expected),
                 "{profile:?}"
             );
             assert_eq!(
-                gcm.open_rtcp(header, payload, &trailer, 0x4d61_7273, INDEX),
+                gcm.open_rtcp(header, payload, &trailer, Ssrc(0x4d61_7273), INDEX),
                 Ok(())
             );
             assert_eq!(packet, hex(RTCP));

@@ -1,5 +1,6 @@
 //! AES128_CM_HMAC_SHA1_80 (RFC 3711, sections 4.1.1 and 4.2.1): what Chromium negotiates.
 
+use crate::transport::rtp::Ssrc;
 use aes::Aes128Enc;
 use aes::cipher::{InnerIvInit, KeyInit, StreamCipher, StreamCipherCoreWrapper};
 use ctr::{CtrCore, flavors};
@@ -46,7 +47,7 @@ impl CounterMode {
         header: &[u8],
         payload: &mut [u8],
         tag: &mut [u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u64,
     ) {
         self.rtp.apply_keystream(payload, ssrc, index);
@@ -59,7 +60,7 @@ impl CounterMode {
         header: &[u8],
         payload: &mut [u8],
         tag: &[u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u64,
     ) -> Result<(), Rejected> {
         let mac = self.rtp.authenticate([header, payload, &roc(index)]);
@@ -75,7 +76,7 @@ impl CounterMode {
         header: &[u8],
         payload: &mut [u8],
         trailer: &mut [u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u32,
     ) {
         let (word, tag) = trailer.split_at_mut(INDEX_WORD_LEN);
@@ -90,7 +91,7 @@ impl CounterMode {
         header: &[u8],
         payload: &mut [u8],
         trailer: &[u8],
-        ssrc: u32,
+        ssrc: Ssrc,
         index: u32,
     ) -> Result<(), Rejected> {
         let (word, tag) = trailer
@@ -121,8 +122,8 @@ impl CounterHalf {
     }
 
     /// The counter starts at (salt << 16) XOR (SSRC << 64) XOR (index << 16).
-    fn apply_keystream(&self, payload: &mut [u8], ssrc: u32, index: u64) {
-        let mut start = (u128::from(ssrc) << 64 | u128::from(index) << 16).to_be_bytes();
+    fn apply_keystream(&self, payload: &mut [u8], ssrc: Ssrc, index: u64) {
+        let mut start = (u128::from(ssrc.0) << 64 | u128::from(index) << 16).to_be_bytes();
         for (byte, salt) in start.iter_mut().zip(&self.salt) {
             *byte ^= salt;
         }
@@ -146,7 +147,7 @@ mod tests {
         let key: [u8; 16] = hex("2B7E151628AED2A6ABF7158809CF4F3C").try_into().unwrap();
         let salt = hex("F0F1F2F3F4F5F6F7F8F9FAFBFCFD").try_into().unwrap();
         let mut stream = vec![0; 0xFF02 * 16];
-        CounterHalf::new(&key, &[0; 20], salt).apply_keystream(&mut stream, 0, 0);
+        CounterHalf::new(&key, &[0; 20], salt).apply_keystream(&mut stream, Ssrc(0), 0);
         let table = [
             (0, "E03EAD0935C95E80E166B16DD92B4EB4"),
             (1, "D23513162B02D0F72A43A2FE4A5F97AB"),

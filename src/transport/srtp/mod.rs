@@ -16,7 +16,7 @@ use counter_mode::CounterMode;
 use kdf::MasterKey;
 use rtcp_replay::RtcpReplay;
 
-use super::rtp::{be16, be32};
+use super::rtp::{Ssrc, be16, be32};
 
 /// The protection profiles that we offer and take (RFC 5764, section 4.1.2; RFC 7714, section
 /// 14.2).
@@ -219,7 +219,7 @@ impl Sealer {
         let (header, payload) = plain
             .split_at_mut_checked(header_len)
             .ok_or(SealError::Length)?;
-        let (Some(seq), Some(ssrc)) = (be16(header, 2), be32(header, 8)) else {
+        let (Some(seq), Some(ssrc)) = (be16(header, 2), ssrc_at(header, 8)) else {
             return Err(SealError::Length);
         };
         if index >> 48 != 0 || index as u16 != seq {
@@ -250,7 +250,7 @@ impl Sealer {
         let (header, payload) = plain
             .split_at_mut_checked(RTCP_HEADER_LEN)
             .ok_or(SealError::Length)?;
-        let ssrc = be32(header, 4).ok_or(SealError::Length)?;
+        let ssrc = ssrc_at(header, 4).ok_or(SealError::Length)?;
         match &self.suite {
             Suite::Gcm(gcm) => gcm.seal_rtcp(header, payload, trailer, ssrc, index),
             Suite::CounterMode(cm) => cm.seal_rtcp(header, payload, trailer, ssrc, index),
@@ -292,7 +292,7 @@ impl Opener {
         let (header, payload) = plain
             .split_at_mut_checked(header_len)
             .ok_or(Rejected::TooShort)?;
-        let ssrc = be32(header, 8).ok_or(Rejected::TooShort)?;
+        let ssrc = ssrc_at(header, 8).ok_or(Rejected::TooShort)?;
         match &self.suite {
             Suite::Gcm(gcm) => gcm.open_rtp(header, payload, tag, ssrc, index)?,
             Suite::CounterMode(cm) => cm.open_rtp(header, payload, tag, ssrc, index)?,
@@ -311,7 +311,7 @@ impl Opener {
         let (header, payload) = plain
             .split_at_mut_checked(RTCP_HEADER_LEN)
             .ok_or(Rejected::TooShort)?;
-        let ssrc = be32(header, 4).ok_or(Rejected::TooShort)?;
+        let ssrc = ssrc_at(header, 4).ok_or(Rejected::TooShort)?;
         let word_at = match self.suite {
             Suite::Gcm(_) => aead::TAG_LEN,
             Suite::CounterMode(_) => 0,
@@ -366,6 +366,10 @@ impl Suite {
             Suite::CounterMode(_) => Profile::Aes128CmHmacSha1_80,
         }
     }
+}
+
+fn ssrc_at(header: &[u8], at: usize) -> Option<Ssrc> {
+    be32(header, at).map(Ssrc)
 }
 
 #[cfg(test)]

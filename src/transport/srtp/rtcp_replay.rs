@@ -2,6 +2,8 @@
 //! reports from one SSRC for each track: one window for a whole connection would refuse most of
 //! what it says.
 
+use crate::transport::rtp::Ssrc;
+
 /// How many senders are remembered: more than any room shows one subscriber. Beyond it, the one
 /// that was silent longest is forgotten. Memory grows only as authentic senders appear, 24 bytes
 /// each.
@@ -16,7 +18,7 @@ pub(super) struct RtcpReplay {
 }
 
 struct ReplaySource {
-    ssrc: u32,
+    ssrc: Ssrc,
     highest: u32,
     /// Bit n: `highest - n` was received.
     seen: u64,
@@ -24,7 +26,7 @@ struct ReplaySource {
 }
 
 impl RtcpReplay {
-    pub(super) fn check(&self, ssrc: u32, index: u32) -> bool {
+    pub(super) fn check(&self, ssrc: Ssrc, index: u32) -> bool {
         match self
             .sources
             .binary_search_by_key(&ssrc, |source| source.ssrc)
@@ -34,7 +36,7 @@ impl RtcpReplay {
         }
     }
 
-    pub(super) fn commit(&mut self, ssrc: u32, index: u32) {
+    pub(super) fn commit(&mut self, ssrc: Ssrc, index: u32) {
         self.accepted = self.accepted.wrapping_add(1);
         match self
             .sources
@@ -96,29 +98,35 @@ mod tests {
     fn each_sender_has_its_own_window() {
         let mut replay = RtcpReplay::default();
         for ssrc in [7, 3, 5] {
-            assert!(replay.check(ssrc, 100));
-            replay.commit(ssrc, 100);
-            assert!(!replay.check(ssrc, 100));
+            assert!(replay.check(Ssrc(ssrc), 100));
+            replay.commit(Ssrc(ssrc), 100);
+            assert!(!replay.check(Ssrc(ssrc), 100));
         }
-        assert!(replay.check(3, 99) && replay.check(3, 37) && !replay.check(3, 36));
-        replay.commit(3, 99);
-        assert!(!replay.check(3, 99) && replay.check(5, 99));
-        replay.commit(3, 1_000);
-        assert!(!replay.check(3, 1_000) && replay.check(3, 999) && !replay.check(3, 100));
+        assert!(
+            replay.check(Ssrc(3), 99) && replay.check(Ssrc(3), 37) && !replay.check(Ssrc(3), 36)
+        );
+        replay.commit(Ssrc(3), 99);
+        assert!(!replay.check(Ssrc(3), 99) && replay.check(Ssrc(5), 99));
+        replay.commit(Ssrc(3), 1_000);
+        assert!(
+            !replay.check(Ssrc(3), 1_000)
+                && replay.check(Ssrc(3), 999)
+                && !replay.check(Ssrc(3), 100)
+        );
     }
 
     #[test]
     fn the_longest_silent_sender_makes_room() {
         let mut replay = RtcpReplay::default();
         for ssrc in 0..MAX_SOURCES as u32 {
-            replay.commit(ssrc, 1);
+            replay.commit(Ssrc(ssrc), 1);
         }
-        replay.commit(0, 2);
-        replay.commit(9_999, 1);
+        replay.commit(Ssrc(0), 2);
+        replay.commit(Ssrc(9_999), 1);
         assert_eq!(replay.sources.len(), MAX_SOURCES);
-        assert!(!replay.check(0, 2) && !replay.check(9_999, 1));
+        assert!(!replay.check(Ssrc(0), 2) && !replay.check(Ssrc(9_999), 1));
         assert!(
-            replay.check(1, 1),
+            replay.check(Ssrc(1), 1),
             "the sender that was silent longest is forgotten"
         );
         assert!(replay.sources.is_sorted_by_key(|source| source.ssrc));

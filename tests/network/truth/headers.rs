@@ -4,13 +4,14 @@
 
 use std::collections::BTreeMap;
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use crate::common::network::{Direction, Packet};
 
 /// All packets of one SSRC that went one way.
 #[derive(Clone, Debug, Default)]
 pub struct Stream {
-    pub ssrc: u32,
+    pub ssrc: Ssrc,
     pub payload_type: u8,
     /// By number over all wraps.
     pub packets: BTreeMap<u64, Vec<Packet>>,

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
+use throng::transport::rtp::Ssrc;
 
 use throng::units::Time;
 
@@ -14,8 +15,8 @@ pub struct Stream {
     pub client: usize,
     /// The way of its media; requests and reports come the other way.
     pub direction: Direction,
-    pub ssrc: u32,
-    pub rtx_ssrc: Option<u32>,
+    pub ssrc: Ssrc,
+    pub rtx_ssrc: Option<Ssrc>,
     pub clock_rate: u32,
 }
 
@@ -82,7 +83,7 @@ fn rtp_of(
     log: &[Entry],
     client: usize,
     direction: Direction,
-    ssrc: u32,
+    ssrc: Ssrc,
 ) -> impl Iterator<Item = (&Entry, &Rtp)> {
     log.iter()
         .filter(move |entry| entry.client == client && entry.direction == direction)
