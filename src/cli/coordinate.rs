@@ -33,9 +33,12 @@ pub(super) struct CoordinateArgs {
     /// The address that it listens on [default: 0.0.0.0, all of this host]
     #[arg(long, value_name = "ADDR")]
     coordinator_bind: Option<IpAddr>,
-    /// Let everybody in, without a token
+    /// Let everybody in, without a token; pages of other sites in a browser are not
     #[arg(long)]
     no_auth: bool,
+    /// With --no-auth: a name with a dot that hosts reach the coordinator by (repeatable)
+    #[arg(long, value_name = "NAME", value_parser = host_name)]
+    coordinator_host: Vec<String>,
     /// What becomes of the run when a host is lost [default: continue]
     #[arg(long, value_name = "HOW")]
     on_missing: Option<OnMissingArg>,
@@ -85,6 +88,7 @@ impl CoordinateArgs {
             ("--coordinator-port", self.coordinator_port.is_some()),
             ("--coordinator-bind", self.coordinator_bind.is_some()),
             ("--no-auth", self.no_auth),
+            ("--coordinator-host", !self.coordinator_host.is_empty()),
             ("--on-missing", self.on_missing.is_some()),
             ("--journal", self.journal.is_some()),
             ("--rooms-per-vantage", self.rooms_per_vantage),
@@ -152,6 +156,7 @@ impl RunArgs {
             ),
             token,
             no_auth: asked.no_auth,
+            names: asked.coordinator_host,
             on_missing: asked.on_missing.unwrap_or(OnMissingArg::Continue).into(),
             journal: asked.journal,
             rooms_per_vantage: asked.rooms_per_vantage,
@@ -171,6 +176,11 @@ impl RunArgs {
             .coordinator_token
             .take()
             .map(|token| (token, "--coordinator-token"));
+        if !self.coordinate.no_auth && !self.coordinate.coordinator_host.is_empty() {
+            return Err(
+                "--coordinator-host is for --no-auth: who has the token may use any name".into(),
+            );
+        }
         if self.coordinate.no_auth {
             return match flag {
                 Some(_) => Err("--no-auth lets everybody in, and --coordinator-token does not: leave one of them out".into()),
@@ -270,4 +280,13 @@ fn between(text: &str, least: Duration, most: Duration) -> Option<Duration> {
     let seconds = text.parse::<u64>().ok().map(Duration::from_secs);
     let duration = seconds.or_else(|| humantime::parse_duration(text).ok())?;
     (least..=most).contains(&duration).then_some(duration)
+}
+
+/// As it stands in `Host`, without a port.
+fn host_name(text: &str) -> Result<String, RefusedFlag> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if !text.is_empty() && text.chars().all(fits) {
+        return Ok(text.to_owned());
+    }
+    Err("a name alone, without scheme and port: load.example.org".into())
 }

@@ -1,7 +1,14 @@
 //! Who is let in: whoever knows the token, by `Authorization: Bearer ..`, compared in a time that
 //! says nothing of it.
+//!
+//! Where everybody is let in, a page of somebody else in a browser is not: it could send what its
+//! user's host or network can send. A page says where it comes from (`Origin`), unless it has had
+//! its own name lead here (DNS rebinding): then the name is one that we do not have (`Host`).
 
-use axum::http::{HeaderMap, header};
+use std::net::IpAddr;
+
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderName, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use ring::hmac;
@@ -36,6 +43,10 @@ impl std::fmt::Debug for Seal {
 pub enum Denied {
     NoToken,
     WrongToken,
+    /// The page of another site asks.
+    ForeignPage,
+    /// Asked for under a name that is not ours.
+    ForeignName,
 }
 
 impl Denied {
@@ -47,18 +58,31 @@ impl Denied {
             Denied::WrongToken => {
                 "the token is not this coordinator's: copy the one that it printed"
             }
+            Denied::ForeignPage => {
+                "a page of another site may not ask this coordinator, which lets everybody in (--no-auth)"
+            }
+            Denied::ForeignName => {
+                "this coordinator lets everybody in (--no-auth), so it answers to its addresses, to localhost and to names without a dot: use its address, or start it with --coordinator-host NAME"
+            }
         }
+    }
+
+    /// Whether a token would help.
+    pub const fn wants_token(self) -> bool {
+        matches!(self, Denied::NoToken | Denied::WrongToken)
     }
 }
 
 /// Lets in whoever knows the token, or everybody.
 pub struct CoordinatorAccess {
     key: Option<(hmac::Key, Vec<u8>)>,
+    /// Without a key: names of ours that others could have as well.
+    names: Vec<String>,
 }
 
 impl CoordinatorAccess {
-    pub const fn open() -> CoordinatorAccess {
-        CoordinatorAccess { key: None }
+    pub const fn open(names: Vec<String>) -> CoordinatorAccess {
+        CoordinatorAccess { key: None, names }
     }
 
     /// `None`: a seal that nothing of ours made.
@@ -70,6 +94,7 @@ impl CoordinatorAccess {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &salt);
         (salt.len() == SALT_BYTES).then_some(CoordinatorAccess {
             key: Some((key, tag)),
+            names: Vec::new(),
         })
     }
 
@@ -79,7 +104,7 @@ impl CoordinatorAccess {
 
     pub fn admits(&self, headers: &HeaderMap) -> Result<(), Denied> {
         let Some((key, tag)) = &self.key else {
-            return Ok(());
+            return self.admits_no_page(headers);
         };
         let given = headers
             .get(header::AUTHORIZATION)
@@ -94,6 +119,42 @@ impl CoordinatorAccess {
         hmac::verify(key, token, tag).map_err(|_| Denied::WrongToken)
     }
 
+    /// Whoever is no browser says no `Origin`, and comes under an address, as a rule.
+    fn admits_no_page(&self, headers: &HeaderMap) -> Result<(), Denied> {
+        let text = |name: HeaderName| headers.get(name).map(|value| value.to_str());
+        let host = match text(header::HOST) {
+            None => None,
+            Some(host) => Some(host.ok().and_then(authority).ok_or(Denied::ForeignName)?),
+        };
+        if host.as_ref().is_some_and(|host| !self.is_ours(host.host())) {
+            return Err(Denied::ForeignName);
+        }
+        let Some(origin) = text(header::ORIGIN) else {
+            return Ok(());
+        };
+        let origin = origin.ok().and_then(|origin| origin.split_once("://"));
+        let origin = origin.and_then(|(_, rest)| authority(rest));
+        let is_own = |origin: &Authority| {
+            let is_named = self.names.iter().any(|name| is_name(origin.host(), name));
+            is_named || host.as_ref().is_some_and(|host| host == origin)
+        };
+        (origin.as_ref().is_some_and(is_own))
+            .then_some(())
+            .ok_or(Denied::ForeignPage)
+    }
+
+    /// A name with a dot is anybody's to lead here. One without is resolved within a network, and
+    /// `localhost` and all below it within the host (RFC 6761, section 6.3).
+    fn is_ours(&self, host: &str) -> bool {
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        let host = host.strip_suffix('.').unwrap_or(host);
+        let last = host.rsplit('.').next().unwrap_or_default();
+        bare.parse::<IpAddr>().is_ok()
+            || (!host.is_empty() && !host.contains('.'))
+            || last.eq_ignore_ascii_case("localhost")
+            || self.names.iter().any(|name| is_name(host, name))
+    }
+
     /// Whether this is the token.
     pub fn knows(&self, token: &Secret) -> bool {
         let verified = |(key, tag): &(hmac::Key, Vec<u8>)| {
@@ -101,6 +162,18 @@ impl CoordinatorAccess {
         };
         self.key.as_ref().is_some_and(verified)
     }
+}
+
+/// Case and a last dot do not matter.
+fn is_name(host: &str, name: &str) -> bool {
+    let bare = |name: &str| name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
+    bare(host) == bare(name)
+}
+
+fn authority(text: &str) -> Option<Authority> {
+    let authority: Authority = text.parse().ok()?;
+    // A user's name before the host is in no header of HTTP.
+    (!text.contains('@')).then_some(authority)
 }
 
 /// Seals a token.
@@ -180,7 +253,67 @@ mod tests {
         ] {
             assert_eq!(access.admits(&bearer(&text)), Err(denied), "{denied:?}");
         }
-        assert!(CoordinatorAccess::open().admits(&HeaderMap::new()).is_ok());
+    }
+
+    fn page(host: &str, origin: Option<&str>) -> HeaderMap {
+        let origin = origin.map(|origin| (header::ORIGIN, origin));
+        let headers = [(header::HOST, host)].into_iter().chain(origin);
+        headers
+            .map(|(name, value)| (name, HeaderValue::from_str(value).unwrap()))
+            .collect()
+    }
+
+    #[test]
+    fn where_everybody_is_let_in_the_page_of_another_site_is_not() {
+        let access = CoordinatorAccess::open(vec!["load.example".to_owned()]);
+        assert_eq!(access.admits(&HeaderMap::new()), Ok(()));
+        for (host, origin) in [
+            ("127.0.0.1:8787", None),
+            ("[::1]:8787", None),
+            ("[2001:db8::7]", None),
+            ("192.0.2.7", None),
+            ("localhost:8787", None),
+            ("LOCALHOST.", None),
+            ("throng.localhost", None),
+            ("coordinator:8787", None),
+            ("load.example:8787", None),
+            ("Load.Example.", None),
+            // Our own page.
+            ("127.0.0.1:8787", Some("http://127.0.0.1:8787")),
+            ("[::1]:8787", Some("http://[::1]:8787")),
+            ("load.example", Some("https://load.example")),
+            // Behind a proxy that names itself to us.
+            ("10.0.0.7:8787", Some("https://load.example")),
+        ] {
+            let admitted = access.admits(&page(host, origin));
+            assert_eq!(admitted, Ok(()), "{host} {origin:?}");
+        }
+        for host in [
+            "rebound.example",
+            "rebound.example:8787",
+            "127.0.0.1.rebound.example",
+            "localhost.rebound.example",
+            "load.example.rebound.example",
+            "127.0.0.1@rebound.example",
+            "rebound.example@127.0.0.1",
+            "",
+            ".",
+        ] {
+            let admitted = access.admits(&page(host, None));
+            assert_eq!(admitted, Err(Denied::ForeignName), "{host}");
+        }
+        for origin in [
+            "https://elsewhere.example",
+            "http://127.0.0.1:3000",
+            "http://127.0.0.1",
+            "null",
+            "",
+            "http://127.0.0.1:8787@elsewhere.example",
+            "http://127.0.0.1:8787.elsewhere.example",
+        ] {
+            let admitted = access.admits(&page("127.0.0.1:8787", Some(origin)));
+            assert_eq!(admitted, Err(Denied::ForeignPage), "{origin}");
+        }
     }
 
     #[test]

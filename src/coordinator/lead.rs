@@ -323,7 +323,7 @@ fn open(asked: &Coordinate, now_us: u64) -> Result<Opened> {
     let head = Head::new(setup(asked), seal, now_us);
     let journal = Journal::create(&path, &head)?;
     Ok(Opened {
-        access: access_of(head.seal.as_ref())?,
+        access: access_of(head.seal.as_ref(), asked)?,
         state: RunState::new(head.setup.clone(), life, now_us),
         journal,
         head,
@@ -359,7 +359,7 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
             "the journal {shown} is of a run with other flags, or another LIVEKIT_URL or API key: give the same ones, or another --journal"
         ));
     }
-    let access = access_of(head.seal.as_ref())?;
+    let access = access_of(head.seal.as_ref(), asked)?;
     must_be_asked_for(&access, asked, path)?;
     state.resume(now_us);
     info!(
@@ -404,9 +404,9 @@ fn must_be_asked_for(access: &CoordinatorAccess, asked: &Coordinate, path: &Path
     }
 }
 
-fn access_of(seal: Option<&Seal>) -> Result<CoordinatorAccess> {
+fn access_of(seal: Option<&Seal>, asked: &Coordinate) -> Result<CoordinatorAccess> {
     match seal {
-        None => Ok(CoordinatorAccess::open()),
+        None => Ok(CoordinatorAccess::open(asked.names.clone())),
         Some(seal) => CoordinatorAccess::sealed(seal)
             .context("the journal's token cannot be read: give another --journal"),
     }

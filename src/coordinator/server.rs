@@ -364,7 +364,12 @@ impl From<DeskFailure> for RefusalAnswer {
 
 impl From<Denied> for RefusalAnswer {
     fn from(denied: Denied) -> RefusalAnswer {
-        RefusalAnswer::refusal(StatusCode::UNAUTHORIZED, denied.text().to_owned())
+        let status = if denied.wants_token() {
+            StatusCode::UNAUTHORIZED
+        } else {
+            StatusCode::FORBIDDEN
+        };
+        RefusalAnswer::refusal(status, denied.text().to_owned())
     }
 }
 

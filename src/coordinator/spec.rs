@@ -18,6 +18,8 @@ pub struct Coordinate {
     /// `None`: one is made, unless `no_auth`.
     pub token: Option<Secret>,
     pub no_auth: bool,
+    /// Names with a dot that lead here, for who is let in without a token.
+    pub names: Vec<String>,
     pub on_missing: OnMissing,
     /// `None`: one in the working directory, which goes when the result has been told.
     pub journal: Option<PathBuf>,

@@ -12,6 +12,7 @@
 
 pub mod bottleneck;
 mod cache;
+mod data;
 mod due;
 mod forward;
 mod ingest;
@@ -71,6 +72,11 @@ pub enum MediaCommand {
         transport: TransportId,
         parameters: Box<TransportParameters>,
     },
+    /// The connection has data channels: what comes on them goes to the others of its room.
+    ServeData {
+        transport: TransportId,
+        parameters: Box<DataParameters>,
+    },
     /// New ICE credentials on both sides; the DTLS session stays.
     RestartIce {
         transport: TransportId,
@@ -115,6 +121,25 @@ pub struct TransportParameters {
     pub remote_fingerprint: Fingerprint,
     /// We send the ClientHello.
     pub dtls_active: bool,
+}
+
+/// Whose data it is, and where it goes.
+#[derive(Clone, Debug)]
+pub struct DataParameters {
+    /// Connections of one room have the same.
+    pub room: u32,
+    /// The participant's.
+    pub sid: Box<str>,
+    /// As others address it.
+    pub identity: Box<str>,
+    /// Others are not told whose it is.
+    pub hidden: bool,
+    /// What the participant sends is for the others. Without: dropped, and counted.
+    pub may_publish: bool,
+    /// What others send goes this way.
+    pub receives: bool,
+    /// We open the channels, as on a connection whose offers are ours.
+    pub opens: bool,
 }
 
 /// What a publisher's description and its AddTrack say of one track.

@@ -7,11 +7,11 @@ use bytes::Bytes;
 use livekit_protocol as proto;
 use prost::Message as _;
 
-use super::shared::{ConnectionId, SessionId, SfuShared};
+use super::shared::{ConnectionId, RoomId, SessionId, SfuShared};
 use super::track::Settings;
 use super::{
-    MediaCommand, Selection, SubscriptionId, SubscriptionParameters, TrackId, TransportId,
-    TransportParameters,
+    DataParameters, MediaCommand, Selection, SubscriptionId, SubscriptionParameters, TrackId,
+    TransportId, TransportParameters,
 };
 use crate::measure::Kind;
 use crate::transport::peer::IceCredentials;
@@ -109,6 +109,20 @@ impl Participant {
         match &self.offering {
             Some(peer) => Some(peer.transport),
             None => self.single.then_some(self.answering.transport),
+        }
+    }
+
+    /// What the router is to do with data on one of its connections.
+    pub fn data_service(&self, room: RoomId, transport: TransportId) -> DataParameters {
+        let offered = self.offering.as_ref().map(|peer| peer.transport);
+        DataParameters {
+            room: room.0,
+            sid: self.info.sid.as_str().into(),
+            identity: self.info.identity.as_str().into(),
+            hidden: self.permission.hidden,
+            may_publish: self.permission.can_publish_data && transport == self.answering.transport,
+            receives: self.permission.can_subscribe && self.downlink() == Some(transport),
+            opens: offered == Some(transport),
         }
     }
 

@@ -905,12 +905,12 @@ impl SfuRoom {
             peer.link.local.setup = DtlsSetup::answer(update.remote.setup, DtlsSetup::Active);
         }
         let dtls_active = peer.link.local.setup == DtlsSetup::Active;
+        let transport = peer.transport;
         let command = peer
             .link
-            .handle_remote(peer.transport, &update.remote, dtls_active);
-        command
-            .into_iter()
-            .for_each(|command| shared.command(router, command));
+            .handle_remote(transport, &update.remote, dtls_active);
+        let data = participant.data_service(self.id, transport);
+        shared.connect(router, command, data);
         let mut published = Vec::new();
         for section in update.changed {
             published.extend(self.handle_section(shared, session, section, now));
@@ -1557,12 +1557,15 @@ impl SfuRoom {
         if peer.link.is_replaced_by(&remote) {
             return self.end(shared, session, End::MISMATCH, now);
         }
+        let transport = peer.transport;
         let command = peer
             .link
-            .handle_remote(peer.transport, &remote, dtls_active_beside(&remote));
-        command
-            .into_iter()
-            .for_each(|command| shared.command(self.router, command));
+            .handle_remote(transport, &remote, dtls_active_beside(&remote));
+        let data = participant.data_service(self.id, transport);
+        shared.connect(self.router, command, data);
+        let Some(peer) = &participant.offering else {
+            return;
+        };
         let agreed: Vec<(TrackId, AgreedMedia)> = agreed
             .into_iter()
             .filter_map(|section| Some((*peer.tracks.get(&section.section)?, section.media?)))

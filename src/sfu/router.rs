@@ -14,16 +14,18 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::cache::PacketContent;
+use super::data::RelayedPacket;
 use super::due::DueQueue;
 use super::forward::{self, EndedStreams, ForwardWire, ForwardedSubscription, RUN_MAX};
 use super::ingest::{self, Format, Ingest, Taken, ntp_nanos};
 use super::select;
 use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
 use super::{
-    Encodings, MediaCommand, MediaEvent, Outgoing, SendMode, SubscriptionId,
+    DataParameters, Encodings, MediaCommand, MediaEvent, Outgoing, SendMode, SubscriptionId,
     SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
 };
 use crate::seeded::{mixed, scatter};
+use crate::transport::data::DataMessage;
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
 use crate::transport::peer::{
     IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check,
@@ -99,6 +101,7 @@ struct RouterTransport {
     repair_at: Time,
     feedback_at: Time,
     connected: bool,
+    data: Option<Box<DataParameters>>,
 }
 
 #[derive(Clone, Copy)]
@@ -375,6 +378,8 @@ pub struct Router {
     ufrags: HashMap<String, u32>,
     /// The address of the datagram before, and its connection: datagrams come in bursts.
     last_from: Option<(SocketAddr, u32)>,
+    /// The connections of each room that have data channels. Looked up, never iterated.
+    data_rooms: HashMap<u32, Vec<u32>>,
     early_checks: VecDeque<EarlyCheck>,
     run: PendingRun,
     events: VecDeque<MediaEvent>,
@@ -403,6 +408,7 @@ impl Router {
             addresses: HashMap::default(),
             ufrags: HashMap::new(),
             last_from: None,
+            data_rooms: HashMap::new(),
             early_checks: VecDeque::new(),
             run: PendingRun {
                 track: 0,
@@ -481,6 +487,10 @@ impl Router {
                 transport,
                 parameters,
             } => self.add_transport(transport, &parameters, now, io),
+            MediaCommand::ServeData {
+                transport,
+                parameters,
+            } => self.serve_data(transport, parameters),
             MediaCommand::RestartIce {
                 transport,
                 local,
@@ -562,11 +572,25 @@ impl Router {
             repair_at: Time::MAX,
             feedback_at: Time::MAX,
             connected: false,
+            data: None,
         });
         self.transport_slots.insert(id, slot);
         self.ufrags.insert(parameters.local.ufrag.clone(), slot);
         self.advance_setup(slot, now, io);
         self.take_early_checks(&parameters.local.ufrag, now, io);
+        Some(())
+    }
+
+    fn serve_data(&mut self, id: TransportId, parameters: Box<DataParameters>) -> Option<()> {
+        let slot = *self.transport_slots.get(&id)?;
+        let transport = self.transports.get_mut(slot)?;
+        if transport.data.is_some() {
+            return None;
+        }
+        transport.peer.serve_data(parameters.opens);
+        let room = self.data_rooms.entry(parameters.room).or_default();
+        room.push(slot);
+        transport.data = Some(parameters);
         Some(())
     }
 
@@ -619,6 +643,14 @@ impl Router {
         self.ufrags.remove(&transport.ufrag);
         for address in &transport.addresses {
             self.addresses.remove(address);
+        }
+        if let Some(data) = &transport.data
+            && let Some(room) = self.data_rooms.get_mut(&data.room)
+        {
+            room.retain(|other| *other != slot);
+            if room.is_empty() {
+                self.data_rooms.remove(&data.room);
+            }
         }
         self.last_from = None;
         self.due.set(slot, Time::MAX);
@@ -1002,8 +1034,47 @@ impl Router {
         self.advance_setup(slot, now, io);
     }
 
-    /// Drives ICE and DTLS as far as they go, and sets their next timer.
+    /// Drives ICE, DTLS and data channels as far as they go, and hands on what came.
     fn advance_setup(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
+        self.advance_peer(slot, now, io);
+        while let Some(transport) = self.transports.get_mut(slot)
+            && let Some(message) = transport.peer.poll_data()
+        {
+            self.relay_data(slot, &message, now, io);
+        }
+    }
+
+    /// A participant's message goes to the others of its room.
+    fn relay_data(&mut self, from: u32, message: &DataMessage, now: Time, io: &mut impl Outgoing) {
+        self.statistics.data_in += 1;
+        let sender = self.transports.get(from);
+        let Some(sender) = sender.and_then(|transport| transport.data.clone()) else {
+            return;
+        };
+        let packet = RelayedPacket::of(&sender, &message.payload);
+        let Some(packet) = packet.filter(|_| sender.may_publish) else {
+            self.statistics.data_refused += 1;
+            return;
+        };
+        let room = self.data_rooms.get(&sender.room).cloned();
+        for slot in room.into_iter().flatten() {
+            let Some(receiver) = self.transports.get_mut(slot).filter(|receiver| {
+                let data = receiver.data.as_ref();
+                receiver.connected && data.is_some_and(|data| packet.is_for(data, &sender))
+            }) else {
+                continue;
+            };
+            if receiver.peer.send_data(message.channel, &packet.bytes) {
+                self.statistics.data_out += 1;
+                self.advance_peer(slot, now, io);
+            } else {
+                self.statistics.data_dropped += 1;
+            }
+        }
+    }
+
+    /// Drives ICE, DTLS and data channels as far as they go, and sets their next timer.
+    fn advance_peer(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
         let Some(transport) = self.transports.get_mut(slot) else {
             return;
         };

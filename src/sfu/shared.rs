@@ -8,7 +8,7 @@ use bytes::Bytes;
 use livekit_protocol as proto;
 use livekit_protocol::signal_response::Message;
 
-use super::{MediaCommand, SubscriptionId, TrackId, TransportId, wire};
+use super::{DataParameters, MediaCommand, SubscriptionId, TrackId, TransportId, wire};
 use crate::codec::Codec;
 use crate::secrets::Secrets;
 use crate::seeded::Seeded;
@@ -160,6 +160,27 @@ impl SfuShared {
     pub fn command(&mut self, router: usize, command: MediaCommand) {
         self.outputs
             .push_back(LobbyOutput::Media { router, command });
+    }
+
+    /// Tells the router what has become of a connection. One that it has not known so far serves
+    /// data channels.
+    pub fn connect(&mut self, router: usize, news: Option<MediaCommand>, data: DataParameters) {
+        let Some(command) = news else { return };
+        let added = match &command {
+            MediaCommand::AddTransport { transport, .. } => Some(*transport),
+            _ => None,
+        };
+        self.command(router, command);
+        if let Some(transport) = added {
+            let parameters = Box::new(data);
+            self.command(
+                router,
+                MediaCommand::ServeData {
+                    transport,
+                    parameters,
+                },
+            );
+        }
     }
 
     pub fn set_timer(&mut self, at: Time, timer: Timer) {

@@ -68,6 +68,14 @@ counters! {
         /// Packets sent again, over RTX or on the media's own SSRC.
         resends_out,
         resend_bytes_out,
+        /// Messages that came on data channels.
+        data_in,
+        /// .. sent on, once for each who gets it.
+        data_out,
+        /// .. not sent on: they cannot be read, or their sender may not publish data.
+        data_refused,
+        /// Copies that a participant did not get, as it has no such channel or does not read it.
+        data_dropped,
 
         /// From an address that no authentic check has come from.
         refused_unknown_address,

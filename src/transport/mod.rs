@@ -2,6 +2,7 @@
 //! carry media in place.
 
 pub mod bandwidth;
+pub mod data;
 mod dtls_crypto;
 pub mod feedback;
 pub mod peer;

@@ -18,6 +18,7 @@ use ring::error::KeyRejected;
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 
+use super::data::{DataChannelKind, DataMessage, DataTransport};
 use super::dtls_crypto;
 use super::sdp::Fingerprint;
 use super::srtp::{self, DtlsRole, Opener, Profile, Sealer};
@@ -299,6 +300,14 @@ struct PeerSetup {
     silent_until: Time,
     nominated_at: Option<Time>,
     connected_at: Option<Time>,
+    data: Option<DataService>,
+}
+
+/// Data channels are served. Their transport is made when the first packet of SCTP comes: most
+/// connections never have one.
+struct DataService {
+    opens: bool,
+    transport: Option<Box<DataTransport>>,
 }
 
 impl Peer {
@@ -353,6 +362,7 @@ impl Peer {
             silent_until: Time::MAX,
             nominated_at: None,
             connected_at: None,
+            data: None,
         };
         Peer {
             sealer: None,
@@ -403,6 +413,26 @@ impl Peer {
         self.next_timeout = now;
     }
 
+    /// The client may open data channels, or, with `opens`, we open LiveKit's two once it has begun
+    /// an association.
+    pub fn serve_data(&mut self, opens: bool) {
+        self.setup.data.get_or_insert(DataService {
+            opens,
+            transport: None,
+        });
+    }
+
+    /// The next message that has come on a data channel.
+    pub fn poll_data(&mut self) -> Option<DataMessage> {
+        self.setup.data_transport()?.poll_message()
+    }
+
+    /// Follow with [`Peer::poll`]. `false`: the client has no such channel, or does not read it.
+    pub fn send_data(&mut self, channel: DataChannelKind, payload: &[u8]) -> bool {
+        let transport = self.setup.data_transport();
+        transport.is_some_and(|transport| transport.send(channel, payload))
+    }
+
     /// A STUN or DTLS datagram. Anything malformed is dropped; returns whether it was taken.
     pub fn handle_setup_datagram(&mut self, datagram: &[u8], from: SocketAddr, now: Time) -> bool {
         self.next_timeout = now;
@@ -423,6 +453,9 @@ impl Peer {
         if self.setup.dtls_started && self.setup.dtls.handle_timeout(instant).is_err() {
             self.setup.fail(PeerFailure::Dtls);
         }
+        if let Some(data) = self.setup.data_transport() {
+            data.handle_timeout(instant);
+        }
     }
 
     /// Hands every pending datagram to `send` and every event to `event`, then works out the next
@@ -434,14 +467,22 @@ impl Peer {
         mut event: impl FnMut(PeerEvent),
     ) {
         self.poll_ice(now, &mut send, &mut event);
-        let dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
+        let mut dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
+        // A record at a time: DTLS keeps few of them.
+        while self.setup.seal_data(now) {
+            dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
+        }
         let ice_timeout = self
             .setup
             .ice
             .poll_timeout()
             .map_or(Time::MAX, |at| self.setup.epoch.time(at));
+        let data_timeout = self.setup.data_transport();
+        let data_timeout = data_timeout.and_then(|data| data.poll_timeout());
+        let data_timeout = data_timeout.map_or(Time::MAX, |at| self.setup.epoch.time(at));
         self.next_timeout = ice_timeout
             .min(dtls_timeout)
+            .min(data_timeout)
             .min(self.setup.silent_until)
             .max(now + Duration::from_millis(1));
         if let (false, Some(failure)) = (self.setup.failure_told, self.setup.failure) {
@@ -550,6 +591,7 @@ impl Peer {
                     }
                 }
                 Output::Timeout(at) => return self.setup.epoch.time(at),
+                Output::ApplicationData(packet) => self.setup.handle_data(packet, now),
                 Output::PeerCert(der) => self.setup.check_certificate(der),
                 Output::KeyingMaterial(material, profile) => {
                     let keyed =
@@ -640,6 +682,38 @@ impl PeerSetup {
             self.fail(PeerFailure::Dtls);
         }
         alive
+    }
+
+    fn data_transport(&mut self) -> Option<&mut DataTransport> {
+        self.data.as_mut()?.transport.as_deref_mut()
+    }
+
+    fn handle_data(&mut self, packet: &[u8], now: Time) {
+        // Before the keys are there nobody has proved who it is.
+        let is_proved = self.connected_at.is_some() && self.failure.is_none();
+        let Some(data) = self.data.as_mut().filter(|_| is_proved) else {
+            return;
+        };
+        let (opens, dtls_active) = (data.opens, self.dtls_active);
+        data.transport
+            .get_or_insert_with(|| Box::new(DataTransport::new(opens, dtls_active)))
+            .handle_packet(packet, self.epoch.instant(now));
+    }
+
+    /// Hands DTLS the next packet of the data channels. `false`: there is none.
+    fn seal_data(&mut self, now: Time) -> bool {
+        let instant = self.epoch.instant(now);
+        if self.failure.is_some() {
+            return false;
+        }
+        let packet = self
+            .data_transport()
+            .and_then(|data| data.poll_transmit(instant));
+        let Some(packet) = packet else { return false };
+        if self.dtls.send_application_data(&packet).is_err() {
+            self.fail(PeerFailure::Dtls);
+        }
+        true
     }
 
     fn start_dtls(&mut self, now: Time) {

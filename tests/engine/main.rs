@@ -7,6 +7,7 @@ mod common;
 mod attribution;
 mod bandwidth;
 mod clocks;
+mod data;
 mod handshake;
 mod layers;
 mod media;

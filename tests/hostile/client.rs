@@ -152,6 +152,24 @@ fn connections_beyond_the_bound_are_closed_and_others_are_served() {
 }
 
 #[test]
+fn a_request_that_drips_is_not_waited_for_without_end() {
+    let server = Process::embedded();
+    let target = Target {
+        endpoint: server.endpoint(),
+        key: server.api_key(),
+    };
+    run(async {
+        let mut stream = target.tcp().await;
+        stream.write_all(b"GET /rtc HTTP/1.1\r\n").await.unwrap();
+        // [`run`] has the last word on how long that may be.
+        while stream.write_all(b"x-drip: 1\r\n").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+        target.serves("honest").await;
+    });
+}
+
+#[test]
 fn whatever_clients_say_an_honest_one_is_served_and_memory_is_bounded() {
     let server = Process::embedded();
     let target = Arc::new(Target {

@@ -2,13 +2,14 @@
 //! probers, by ours, and by nobody; killed, and out of disk.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 use throng::coordinator::protocol::{BEAT_BYTES_MAX, REPORT_BYTES_MAX, VERSION};
 use throng::measure::Record;
 use throng::measure::wire::RecordWire;
@@ -636,18 +637,41 @@ fn a_report_of_a_gigabyte_is_refused_before_it_is_there() {
 
 #[test]
 fn clients_that_say_nothing_keep_nobody_out() {
-    let scratch = Scratch::new("silent");
-    let coordinator = Coordinator::with_token(&scratch, &["--expect", "1", "--subscribers", "1"]);
-    let silent: Vec<TcpStream> = (0..200)
-        .map(|_| TcpStream::connect(("127.0.0.1", coordinator.port)).unwrap())
-        .collect();
-    for (index, mut stream) in silent.iter().enumerate() {
-        stream
-            .write_all(&b"POST /register HTTP/1.1\r\ncontent-length: 40\r\n\r\n{"[..index % 48])
-            .unwrap();
+    /// More than the coordinator has places, and than many systems give a process files.
+    const SILENT: usize = 1_040;
+    let mine = getrlimit(Resource::Nofile);
+    let enough = Rlimit {
+        current: mine.maximum,
+        maximum: mine.maximum,
+    };
+    setrlimit(Resource::Nofile, enough).unwrap();
+    // From one address, and from so many that each has less than its part.
+    for addresses in [1, 8] {
+        let scratch = Scratch::new(&format!("silent-{addresses}"));
+        let coordinator =
+            Coordinator::with_token(&scratch, &["--expect", "1", "--subscribers", "1"]);
+        let silent: Vec<TcpStream> = (0..SILENT)
+            .map(|index| connect_from((index % addresses) as u8 + 1, coordinator.port))
+            .collect();
+        for (index, mut stream) in silent.iter().enumerate() {
+            // One that had to go for another is closed already.
+            let _ = stream.write_all(
+                &b"POST /register HTTP/1.1\r\ncontent-length: 40\r\n\r\n{"[..index % 48],
+            );
+        }
+        assert_eq!(coordinator.post("/register", &prober("ams")).0, 200);
+        drop(silent);
     }
-    assert_eq!(coordinator.post("/register", &prober("ams")).0, 200);
-    drop(silent);
+}
+
+/// From an address of this host's loopback.
+fn connect_from(last: u8, port: u16) -> TcpStream {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let from = SocketAddr::from((Ipv4Addr::new(127, 0, 0, last), 0));
+    socket.bind(&from.into()).unwrap();
+    let to = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    socket.connect(&to.into()).unwrap();
+    socket.into()
 }
 
 #[test]
@@ -679,6 +703,65 @@ fn registering_again_is_no_other_prober_and_labels_are_not_shared() {
         (&job["ready"], &job["throng"]["vantages"]),
         (&json!(true), &json!(["ams", "fra"]))
     );
+}
+
+#[test]
+fn a_page_of_another_site_leads_no_run_where_everybody_is_let_in() {
+    let scratch = Scratch::new("pages");
+    let coordinator = Coordinator::start(
+        &scratch,
+        &[
+            "--no-auth",
+            "--expect",
+            "2",
+            "--publishers",
+            "1",
+            "--coordinator-host",
+            "load.example",
+        ],
+    );
+    let ask = |request: &str, headers: &str| {
+        let mut stream = TcpStream::connect(("127.0.0.1", coordinator.port)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let head = format!("{request} HTTP/1.1\r\n{headers}connection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        answer(&mut stream)
+    };
+    let port = coordinator.port;
+    let own = format!("host: 127.0.0.1:{port}\r\n");
+    // A page in a browser of this host says where it comes from.
+    for origin in ["https://elsewhere.example", "http://127.0.0.1:1", "null"] {
+        let refused = ask("POST /cancel", &format!("{own}origin: {origin}\r\n"));
+        assert_eq!(refused.0, 403, "{origin}");
+        assert!(error(&refused).contains("another site"), "{refused:?}");
+    }
+    // One that has had its own name lead here comes from there.
+    for request in ["GET /result", "POST /cancel", "GET /events", "GET /metrics"] {
+        let name = format!("rebound.example:{port}");
+        for origin in [String::new(), format!("origin: http://{name}\r\n")] {
+            let refused = ask(request, &format!("host: {name}\r\n{origin}"));
+            assert_eq!(refused.0, 403, "{request}");
+            assert!(
+                error(&refused).contains("--coordinator-host"),
+                "{refused:?}"
+            );
+        }
+    }
+    // Its own page, and hosts that call it by a name that it was told.
+    for headers in [
+        own.clone(),
+        format!("{own}origin: http://127.0.0.1:{port}\r\n"),
+        format!("host: load.example:{port}\r\n"),
+        format!("host: localhost:{port}\r\n"),
+    ] {
+        assert_eq!(ask("GET /result", &headers).0, 200, "{headers}");
+    }
+    let cancelled = ask(
+        "POST /cancel",
+        &format!("{own}origin: http://127.0.0.1:{port}\r\n"),
+    );
+    assert_eq!(cancelled.0, 200, "{cancelled:?}");
+    coordinator.end();
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod common;
 
 mod bad_input;
 mod calibrate;
+mod go_sdk;
 mod layers;
 mod log;
 mod page;

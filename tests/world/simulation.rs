@@ -916,6 +916,7 @@ impl World {
         match command {
             MediaCommand::AddTransport { .. } => true,
             MediaCommand::RestartIce { transport, .. }
+            | MediaCommand::ServeData { transport, .. }
             | MediaCommand::RemoveTransport { transport }
             | MediaCommand::AddTrack { transport, .. } => self.transports.contains_key(transport),
             MediaCommand::RemoveTrack { track } => self.tracks.contains_key(track),
@@ -947,7 +948,7 @@ impl World {
                     .expect("a client's own user name");
                 self.transports.insert(*transport, (router, session));
             }
-            MediaCommand::RestartIce { .. } => {}
+            MediaCommand::RestartIce { .. } | MediaCommand::ServeData { .. } => {}
             MediaCommand::RemoveTransport { transport } => self.forget_transport(*transport),
             MediaCommand::AddTrack {
                 transport, track, ..

@@ -420,10 +420,18 @@ fn a_join_comes_first_and_an_empty_offer_at_once() {
             transport,
             parameters,
         },
+        MediaCommand::ServeData {
+            transport: serving,
+            parameters: data,
+        },
     ] = &world.commands()[..]
     else {
         panic!("not one new connection")
     };
+    assert!(
+        serving == transport && data.opens && data.receives && !data.may_publish,
+        "the offer's data channels are ours to open: {data:?}"
+    );
     assert_eq!(
         (
             parameters.remote.ufrag.as_str(),

@@ -14,7 +14,7 @@ use super::write::*;
 use super::*;
 use crate::transport::rtp::Ssrc;
 
-/// The SCTP port of the section for data channels: agreed on, never served.
+/// The SCTP port of the section for data channels: the usual one.
 const SCTP_PORT: u16 = 5000;
 /// Simulcast layers of a track: LiveKit's q, h and f.
 pub const LAYERS_MAX: usize = 3;
