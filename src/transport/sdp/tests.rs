@@ -162,7 +162,7 @@ fn a_recorded_offer_names_transport_and_tracks() {
     );
     assert_eq!(
         (video.ssrc, video.rtx_ssrc),
-        (631_379_334, Some(2_598_880_657))
+        (Ssrc(631_379_334), Some(Ssrc(2_598_880_657)))
     );
     assert_eq!(
         (&*video.stream_id, &*video.track_id),
