@@ -6,6 +6,7 @@ mod common;
 
 mod bad_input;
 mod calibrate;
+mod door;
 mod layers;
 mod log;
 mod page;
