@@ -254,9 +254,7 @@ pub enum SignalError {
         "the server saw no token that lets us join (401: {text}): where something in front of it takes the Authorization header away, add --token-in query"
     )]
     TokenUnseen { text: String },
-    #[error(
-        "{path} is not there (404: {text}): does the room exist, and is this a LiveKit server?"
-    )]
+    #[error("{path} is not there (404: {text}): {}", if text.contains("requested room") { "does the room exist?" } else { "is this a LiveKit server, and its address?" })]
     NotFound { path: String, text: String },
     #[error("the server failed ({status}: {text}): see its log")]
     Server { status: u16, text: String },
